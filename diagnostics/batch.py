@@ -1,0 +1,297 @@
+"""The batch: the one type that the study, the trainer, every diagnostic and a stranger's run share.
+
+`Rollouts` is what a student sampled. `Scored` is the same after both models put a log-probability
+on every sampled token, optionally with a `Support` (both models on K ids a position) and a
+`Prefix` (exact functionals of the two next-token distributions).
+
+Shapes: B responses, T response positions, K support ids, V vocabulary. Conventions:
+- the mask is bool and means *the student chose this token and it is supervised*; every
+  per-token float is 0 where the mask is False, never NaN;
+- log-probabilities are natural, stored per role, and true (not renormalised on the support);
+- the cost of a token is log student - log teacher; the "advantage" of other systems is its negative.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT = "opdlab-batch-1"
+_UNSET = torch.empty(0)
+
+
+class _Rows:
+    """Row selection, device moves and flattening for the frozen tensor records below."""
+
+    def _tensors(self) -> dict[str, Any]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        return {k: v for k, v in values.items() if isinstance(v, Tensor | _Rows)}
+
+    def _map(self, function: Any) -> Self:
+        changed = {
+            k: v._map(function) if isinstance(v, _Rows) else function(v)
+            for k, v in self._tensors().items()
+        }
+        return replace(self, **changed)  # type: ignore[type-var]
+
+    def rows(self, index: slice | Tensor | Sequence[int]) -> Self:
+        """The responses at `index` (slice, list or long tensor), every field alike."""
+        index = torch.as_tensor(index) if isinstance(index, Sequence) else index
+        return self._map(lambda x: x[index])
+
+    def to(self, device: str | torch.device) -> Self:
+        return self._map(lambda x: x.to(device))
+
+    def positions(self, stop: int) -> Self:
+        """The first `stop` response positions."""
+        return self._map(lambda x: x[:, :stop] if x.dim() > 1 else x)
+
+
+def _require(name: str, x: Tensor, shape: tuple[int, ...], kind: str) -> None:
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {shape}")
+    ok = {
+        "float": x.dtype.is_floating_point,
+        "long": x.dtype == torch.long,
+        "bool": x.dtype == torch.bool,
+    }
+    if not ok[kind]:
+        raise TypeError(f"{name} has dtype {x.dtype}, expected {kind}")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Support(_Rows):
+    """K vocabulary ids a position and both models' true log-probabilities of them.
+
+    ids, student_logp, teacher_logp: (B, T, K). `source` says whose ids they are: "teacher" or
+    "student" (its K most probable, in descending order), "full" (K = V), or another name.
+    """
+
+    ids: Tensor
+    student_logp: Tensor
+    teacher_logp: Tensor
+    source: str
+
+    def __post_init__(self) -> None:
+        if self.ids.dim() != 3:
+            raise ValueError(f"support.ids must be (B, T, K), got {tuple(self.ids.shape)}")
+        shape = tuple(self.ids.shape)
+        _require("support.ids", self.ids, shape, "long")
+        _require("support.student_logp", self.student_logp, shape, "float")
+        _require("support.teacher_logp", self.teacher_logp, shape, "float")
+
+    @property
+    def k(self) -> int:
+        return self.ids.shape[-1]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prefix(_Rows):
+    """Exact functionals of student p and teacher q at each student prefix, (B, T) each.
+
+    With l(v) = log p(v) - log q(v) and y the sampled token; computed by `diagnostics.prefix`.
+    """
+
+    reverse_kl: Tensor  # K = sum p l
+    ratio_square: Tensor  # sum p l^2, so Var(r | prefix) = ratio_square - K^2
+    student_entropy: Tensor  # H_p
+    teacher_entropy: Tensor  # H_q
+    surprise_square: Tensor  # sum p (log p)^2, so Var(-log p) = surprise_square - H_p^2
+    collision: Tensor  # sum p^2
+    overrated: Tensor  # sum p 1[p > q], the null of the negative share
+    teacher_max: Tensor  # max q
+    teacher_rank: Tensor  # 1 + number of ids that q prefers to y (float, exact integer)
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.reverse_kl.shape)
+        for f in fields(self):
+            _require(f"prefix.{f.name}", getattr(self, f.name), shape, "float")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rollouts(_Rows):
+    """What a student sampled.
+
+    tokens (B, T) long; mask (B, T) bool; sampler_logp (B, T), the log-probability under the
+    distribution that was really sampled from (temperature and top-p included); prompt (B,) long,
+    equal for rollouts of one prompt; ended (B,) bool, the response stopped by itself and was not
+    cut at the budget. Optional: task and turn (B,) long (default 0), reward (B,) float (NaN where
+    nothing graded it), temperature and top_p of the sampler, the name of the mask's rule.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    sampler_logp: Tensor
+    prompt: Tensor
+    ended: Tensor
+    task: Tensor = _UNSET
+    turn: Tensor = _UNSET
+    reward: Tensor = _UNSET
+    temperature: float = 1.0
+    top_p: float = 1.0
+    mask_rule: str = "response"
+
+    def __post_init__(self) -> None:
+        if self.tokens.dim() != 2:
+            raise ValueError(f"tokens must be (B, T), got {tuple(self.tokens.shape)}")
+        b = self.tokens.shape[0]
+        for name, fill in (("task", 0), ("turn", 0), ("reward", float("nan"))):
+            if getattr(self, name) is _UNSET:
+                filled = torch.full((b,), fill, device=self.tokens.device)
+                object.__setattr__(self, name, filled)
+        shape = tuple(self.tokens.shape)
+        _require("tokens", self.tokens, shape, "long")
+        _require("mask", self.mask, shape, "bool")
+        _require("sampler_logp", self.sampler_logp, shape, "float")
+        for name, kind in (("prompt", "long"), ("ended", "bool"), ("task", "long")):
+            _require(name, getattr(self, name), (b,), kind)
+        _require("turn", self.turn, (b,), "long")
+        _require("reward", self.reward, (b,), "float")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}, expected a number in (0, 1]")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature is {self.temperature}, expected a positive number")
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) supervised tokens of each response."""
+        return self.mask.sum(1)
+
+    def trimmed(self) -> Self:
+        """Without the trailing positions that no response supervises."""
+        used = self.mask.any(0).nonzero()
+        return self.positions(int(used[-1]) + 1 if len(used) else 1)
+
+    def checked(self) -> Self:
+        """Self, after one pass over the values; raises with counts and the first offender.
+
+        Raises ValueError where a per-token float is not finite, is a positive log-probability, or
+        is not 0 at a masked position. Costs a host sync: call it once, where data enters.
+        """
+        for name, x in self._floats():
+            mask = self.mask if x.dim() == 2 else self.mask[..., None]
+            _refuse(name, x, ~x.isfinite(), "not finite (NaN or infinite)")
+            if name.endswith("logp"):
+                _refuse(name, x, x > 1e-3, "positive log-probabilities")
+            _refuse(name, x, (x != 0) & ~mask, "not 0 where the mask is False")
+        return self
+
+    def _floats(self) -> list[tuple[str, Tensor]]:
+        flat = _flatten(self)
+        return [(k, x) for k, x in flat.items() if x.dim() > 1 and x.dtype.is_floating_point]
+
+    def save(self, path: str | Path) -> None:
+        """Write one self-describing safetensors file (whole or not at all)."""
+        plain = {k: v for k, v in vars(self).items() if isinstance(v, float | str)}
+        support = getattr(self, "support", None)
+        if support is not None:
+            plain["support.source"] = support.source
+        header = {"format": FORMAT, "type": type(self).__name__, "settings": json.dumps(plain)}
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        save_file(
+            {k: v.detach().cpu().contiguous() for k, v in _flatten(self).items()}, part, header
+        )
+        part.replace(path)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Scored(Rollouts):
+    """Rollouts after both models scored them at the temperature of the loss.
+
+    student_logp (B, T): the weights about to be updated, detached; teacher_logp (B, T).
+    """
+
+    student_logp: Tensor
+    teacher_logp: Tensor
+    support: Support | None = None
+    prefix: Prefix | None = None
+    score_temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        shape = tuple(self.tokens.shape)
+        _require("student_logp", self.student_logp, shape, "float")
+        _require("teacher_logp", self.teacher_logp, shape, "float")
+        if self.support is not None and tuple(self.support.ids.shape[:2]) != shape:
+            raise ValueError(f"support is {tuple(self.support.ids.shape)}, tokens are {shape}")
+        if self.prefix is not None and tuple(self.prefix.reverse_kl.shape) != shape:
+            raise ValueError(f"prefix is {tuple(self.prefix.reverse_kl.shape)}, tokens are {shape}")
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """(B, T) cost r = log student - log teacher of the sampled token; 0 where masked."""
+        return (self.student_logp - self.teacher_logp).detach()
+
+
+def load(path: str | Path) -> Rollouts:
+    """Read a batch that `save` wrote: `Scored` if it was scored, else `Rollouts`."""
+    with safe_open(str(path), framework="pt") as file:
+        header = file.metadata() or {}
+        if header.get("format") != FORMAT:
+            raise ValueError(f"{path} has format {header.get('format')!r}, expected {FORMAT!r}")
+        tensors = {name: file.get_tensor(name) for name in list(file.keys())}  # noqa: SIM118
+    settings = json.loads(header["settings"])
+    parts: dict[str, Any] = {}
+    for name in ("support", "prefix"):
+        mine = {k.split(".", 1)[1]: v for k, v in tensors.items() if k.startswith(name + ".")}
+        if mine and name == "support":
+            parts[name] = Support(**mine, source=settings.pop("support.source"))
+        elif mine:
+            parts[name] = Prefix(**mine)
+    plain = {k: v for k, v in tensors.items() if "." not in k}
+    kind = {"Rollouts": Rollouts, "Scored": Scored}[header["type"]]
+    return kind(**plain, **parts, **settings).checked()
+
+
+def concatenate(batches: Sequence[Scored]) -> Scored:
+    """One batch of all rows, padded on the right with masked zeros to the longest."""
+    if not batches:
+        raise ValueError("no batches to concatenate")
+    width = max(b.tokens.shape[1] for b in batches)
+    flat = [_flatten(b) for b in batches]
+    if any(f.keys() != flat[0].keys() for f in flat):
+        raise ValueError(f"batches hold different fields: {sorted(set.union(*map(set, flat)))}")
+
+    def pad(x: Tensor) -> Tensor:
+        if x.dim() == 1:
+            return x
+        tail = x.new_zeros((x.shape[0], width - x.shape[1], *x.shape[2:]))
+        return torch.cat([x, tail], 1)
+
+    joined = {k: torch.cat([pad(f[k]) for f in flat]) for k in flat[0]}
+    first = batches[0]
+    changed: dict[str, Any] = {k: v for k, v in joined.items() if "." not in k}
+    for name in ("support", "prefix"):
+        part = getattr(first, name)
+        if part is not None:
+            mine = {k: joined[f"{name}.{k}"] for k in part._tensors()}
+            changed[name] = replace(part, **mine)
+    return replace(first, **changed)
+
+
+def _flatten(batch: _Rows) -> dict[str, Tensor]:
+    flat: dict[str, Tensor] = {}
+    for name, value in batch._tensors().items():
+        if isinstance(value, _Rows):
+            flat |= {f"{name}.{k}": v for k, v in _flatten(value).items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def _refuse(name: str, x: Tensor, bad: Tensor, what: str) -> None:
+    if bool(bad.any()):
+        where = tuple(int(i) for i in bad.nonzero()[0])
+        count, value = int(bad.sum()), float(x[where])
+        raise ValueError(f"{name}: {count} of {x.numel()} values {what}; first {value} at {where}")
