@@ -8,7 +8,7 @@ Shapes: B responses, T response positions, K support ids, V vocabulary. Conventi
 - the mask is bool and means *the student chose this token and it is supervised*; every
   per-token float is 0 where the mask is False, never NaN;
 - log-probabilities are natural, stored per role, and true (not renormalised on the support);
-- the cost of a token is log student - log teacher; the "advantage" of other systems is its negative.
+- the cost of a token is log student - log teacher; other systems' "advantage" is its negative.
 """
 
 import json
@@ -177,13 +177,25 @@ class Rollouts(_Rows):
         Raises ValueError where a per-token float is not finite, is a positive log-probability, or
         is not 0 at a masked position. Costs a host sync: call it once, where data enters.
         """
-        for name, x in self._floats():
-            mask = self.mask if x.dim() == 2 else self.mask[..., None]
-            _refuse(name, x, ~x.isfinite(), "not finite (NaN or infinite)")
-            if name.endswith("logp"):
-                _refuse(name, x, x > 1e-3, "positive log-probabilities")
-            _refuse(name, x, (x != 0) & ~mask, "not 0 where the mask is False")
+        wrong = [
+            (name, x, bad, what)
+            for name, x in self._floats()
+            for bad, what in self._faults(name, x)
+        ]
+        if bool(torch.stack([bad.any() for _, _, bad, _ in wrong]).any()):
+            for name, x, bad, what in wrong:
+                _refuse(name, x, bad, what)
         return self
+
+    def _faults(self, name: str, x: Tensor) -> list[tuple[Tensor, str]]:
+        mask = self.mask if x.dim() == 2 else self.mask[..., None]
+        faults = [
+            (~x.isfinite(), "not finite (NaN or infinite)"),
+            ((x != 0) & ~mask, "not 0 where the mask is False"),
+        ]
+        if name.endswith("logp"):
+            faults.append((x > 1e-3, "positive log-probabilities"))
+        return faults
 
     def _floats(self) -> list[tuple[str, Tensor]]:
         flat = _flatten(self)
@@ -240,7 +252,7 @@ def load(path: str | Path) -> Rollouts:
         header = file.metadata() or {}
         if header.get("format") != FORMAT:
             raise ValueError(f"{path} has format {header.get('format')!r}, expected {FORMAT!r}")
-        tensors = {name: file.get_tensor(name) for name in list(file.keys())}  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in list(file.keys())}
     settings = json.loads(header["settings"])
     parts: dict[str, Any] = {}
     for name in ("support", "prefix"):

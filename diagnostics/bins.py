@@ -1,0 +1,27 @@
+"""Position bins: 0-1, 2-3, 4-7, ... in powers of two, the same for every batch.
+
+A position is the index on the response axis: it counts everything after the prompt, also what the
+mask leaves out, because that is the length of the prefix that the models condition on.
+Shapes: T response positions, S slices: the whole response and then NUM_BINS bins.
+"""
+
+import torch
+from torch import Tensor
+
+NUM_BINS = 20
+"""The last bin starts at 2^19 and also takes everything later."""
+
+LABELS = ("", "@0-1", *(f"@{2**i}-{2 ** (i + 1) - 1}" for i in range(1, NUM_BINS)))
+
+
+def slices(num_positions: int, device: torch.device) -> Tensor:
+    """(T, S) float64 membership: column 0 is all ones, column 1 + i is 1 in bin i.
+
+    A product with it sums a (B, T) tensor by position without indexing, hence without a host sync.
+    """
+    position = torch.arange(num_positions, device=device)
+    starts = 2 ** torch.arange(1, NUM_BINS, device=device)
+    number = (position[:, None] >= starts).sum(1)
+    member = number[:, None] == torch.arange(NUM_BINS, device=device)
+    everything = torch.ones((num_positions, 1), dtype=torch.bool, device=device)
+    return torch.cat([everything, member], 1).double()

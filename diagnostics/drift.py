@@ -1,0 +1,141 @@
+"""Teacher-support drift (B-*): does the teacher still know what the student is talking about?
+
+Every number comes for the whole response and by position bin (`Profile`), because drift is what
+grows along a response. Shapes: B responses, T positions, K support ids. With p the student, q the
+teacher, y the sampled token, S the support, r = log p(y) - log q(y).
+"""
+
+import torch
+from torch import Tensor
+
+from diagnostics.access import prefix_of, support_of
+from diagnostics.batch import Scored
+from diagnostics.totals import Counts, Mean, Profile, Total
+
+RANKS = (8, 16, 32)
+"""Depths of the exact rank shares: comparable across runs, whatever K each run keeps."""
+
+
+def sampled_divergence(batch: Scored) -> dict[str, Total]:
+    """B-4, B-7: the sampled cost and the teacher's probability of what the student chose.
+
+    k1 = mean r, an unbiased estimate of the per-token reverse KL that can be negative;
+    abs_ratio = mean |r|; teacher_prob = mean q(y); k1_per_response = mean over responses of
+    sum_t r; k1_response_mean = mean over responses of mean_t r.
+    Access: L0. Source: standard; mean |r| along the response as in 2605.07725.
+    Healthy: k1 falls over training and grows slowly, if at all, along the response. A
+    k1_response_mean far from k1 says that cost and length are correlated.
+    """
+    r = batch.log_ratio
+    return {
+        "drift/k1": _profile(batch, r),
+        "drift/abs_ratio": _profile(batch, r.abs()),
+        "drift/teacher_prob": _profile(batch, batch.teacher_logp.exp()),
+        **_by_response("drift/k1", batch, r),
+    }
+
+
+def exact_divergence(batch: Scored) -> dict[str, Total]:
+    """The exact reverse KL at each prefix, sum_v p (log p - log q), in three aggregations.
+
+    reverse_kl pooled over tokens, reverse_kl_per_response (mean of the sums over t),
+    reverse_kl_response_mean (mean of the means over t).
+    Access: L2. Same expectation as k1 with less variance.
+    Healthy: falls over training. Low is not good by itself: a teacher that follows a broken prefix
+    also agrees, so read it with repetition.
+    """
+    kl = prefix_of(batch).reverse_kl
+    return {
+        "drift/reverse_kl": _profile(batch, kl),
+        **_by_response("drift/reverse_kl", batch, kl),
+    }
+
+
+def teacher_rank(batch: Scored) -> dict[str, Total]:
+    """B-2: shares of tokens by the teacher's rank of them, 1 + #{v: q(v) > q(y)}.
+
+    teacher_rank_1 = share of rank 1, teacher_rank_over_R = share of rank > R for R in RANKS.
+    Shares, not a mean rank: that is heavy-tailed, and not comparable with a rank censored at K.
+    Access: L2. Healthy: rank_1 high and flat along the response; over_R small and not growing.
+    """
+    rank = prefix_of(batch).teacher_rank
+    deep = {f"drift/teacher_rank_over_{k}": _profile(batch, rank > k) for k in RANKS}
+    return {"drift/teacher_rank_1": _profile(batch, rank == 1), **deep}
+
+
+def support_mass(batch: Scored) -> dict[str, Total]:
+    """B-1, B-4: samples outside the support, observed and expected, and the masses on it.
+
+    outside_topk = mean 1[y not in S]; outside_topk_expected = mean 1 - P_S, the same without
+    sampling noise; outside_topk_excess = their paired difference; topk_teacher_mass = mean Q_S,
+    topk_student_mass = mean P_S; topk_size = K. For another support than the teacher's, "topk"
+    reads "<source>_topk", so that two quantities never share a name.
+    Access: L1. Source: the support masses that 2603.25562's local matching relies on.
+    Healthy: outside small and flat, excess 0 up to its error, Q_S near 1. Mass outside the
+    teacher's top-K is what a renormalised top-K objective can neither see nor repair.
+    """
+    support = support_of(batch)
+    name = "topk" if support.source in ("teacher", "full") else f"{support.source}_topk"
+    inside = support.student_logp.exp().sum(-1)
+    outside = (~in_support(batch)).to(inside.dtype)
+    size = torch.ones((), dtype=torch.float64, device=outside.device)
+    return {
+        f"drift/outside_{name}": _profile(batch, outside),
+        f"drift/outside_{name}_expected": _profile(batch, 1 - inside),
+        f"drift/outside_{name}_excess": _profile(batch, outside - (1 - inside)),
+        f"drift/{name}_teacher_mass": _profile(batch, support.teacher_logp.exp().sum(-1)),
+        f"drift/{name}_student_mass": _profile(batch, inside),
+        f"drift/{name}_size": Mean(size * support.k, size),
+    }
+
+
+def uncertainty(batch: Scored) -> dict[str, Total]:
+    """B-6, D-4: entropies (nats) on student prefixes and the teacher's largest probability.
+
+    teacher_entropy = mean H_q, student_entropy = mean H_p, entropy_gap = mean H_q - H_p,
+    teacher_max = mean max_v q(v).
+    Access: L2. Source: 2605.07725 (teacher entropy doubling after tool errors), 2605.30833
+    (teacher_max as fidelity of the supervision).
+    Healthy: flat along the response. Rising teacher entropy with falling teacher_max late in it
+    means that the teacher is lost; student entropy falling to 0 or exploding precedes collapse.
+    """
+    prefix = prefix_of(batch)
+    gap = prefix.teacher_entropy - prefix.student_entropy
+    return {
+        "drift/teacher_entropy": _profile(batch, prefix.teacher_entropy),
+        "drift/student_entropy": _profile(batch, prefix.student_entropy),
+        "drift/entropy_gap": _profile(batch, gap),
+        "drift/teacher_max": _profile(batch, prefix.teacher_max),
+    }
+
+
+def tokens_by_position(batch: Scored) -> dict[str, Total]:
+    """Supervised tokens in each position bin: what every profile of this step rests on.
+
+    tokens = sum m, tokens@lo-hi = sum m over the bin. Access: the mask alone.
+    Healthy: a bin with few tokens speaks for few, selected responses; do not compare it with an
+    early bin that all of them reach.
+    """
+    return {"drift/tokens": Counts.of(batch.mask)}
+
+
+def in_support(batch: Scored) -> Tensor:
+    """(B, T) bool: the sampled token is among the support ids."""
+    support = support_of(batch)
+    if support.source == "full":  # by definition; spares a (B, T, V) comparison
+        return torch.ones_like(batch.mask)
+    return (support.ids == batch.tokens[..., None]).any(-1)
+
+
+def _profile(batch: Scored, x: Tensor) -> Profile:
+    return Profile.of(x, batch.mask, batch.prompt)
+
+
+def _by_response(name: str, batch: Scored, x: Tensor) -> dict[str, Total]:
+    """Sum over t and mean over t of each response that has tokens, averaged over responses."""
+    length = batch.lengths
+    sums = torch.where(batch.mask, x.double(), 0.0).sum(1)
+    return {
+        f"{name}_per_response": Mean.of(sums, length > 0, batch.prompt),
+        f"{name}_response_mean": Mean.of(sums / length.clamp(min=1), length > 0, batch.prompt),
+    }

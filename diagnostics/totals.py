@@ -1,0 +1,315 @@
+"""Mergeable totals: what a diagnostic returns instead of a number.
+
+A total holds nothing but sums, so `a + b` is exact over micro-batches, ranks and steps, and the
+division happens once, at readout. The sums stay on their device as float64 tensors; `read` moves
+all of them to the host in a single transfer.
+
+Shapes: B responses, T response positions, S slices of position (`diagnostics.bins`).
+
+The sampling unit is the *cluster*: the prompt where `cluster` ids are given, else the response.
+Clusters are summed inside the batch that a total is made from. Put all rollouts of one prompt into
+one micro-batch: for a cluster cut in two, (z_a + z_b)^2 becomes z_a^2 + z_b^2, which drops
+2 z_a z_b. Rollouts of one prompt usually err in the same direction, so the standard error comes out
+too small (never below what treating the parts as independent prompts gives); where they err in
+opposite directions it comes out too large. Values are exact either way.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diagnostics.bins import LABELS, slices
+
+_UNSET = torch.empty(0)
+_PER_OCTAVE = 8
+_LOWEST, _HIGHEST = -40, 10
+NUM_LEVELS = (_HIGHEST - _LOWEST) * _PER_OCTAVE + 2
+
+
+def cluster_numbers(ids: Tensor) -> Tensor:
+    """(B,) ids to (B,) numbers below B, equal where ids are; unlike `unique` it never syncs."""
+    ordered, order = ids.sort()
+    fresh = torch.zeros_like(ids)
+    fresh[1:] = ordered[1:] != ordered[:-1]
+    return torch.empty_like(ids).scatter(0, order, fresh.cumsum(0))
+
+
+def ratio_sums(above: Tensor, below: Tensor, cluster: Tensor | None) -> tuple[Tensor, ...]:
+    """Six sums over clusters that a ratio and its standard error need.
+
+    With N_c, D_c the sums of `above`, `below` (B, ...) over the rows of cluster c: sum N, sum D,
+    number of clusters with D != 0, sum N^2, sum N D, sum D^2; each (...).
+    """
+    n, d = above.double(), below.double()
+    if cluster is not None:
+        number = cluster_numbers(cluster)
+        n = torch.zeros_like(n).index_add(0, number, n)
+        d = torch.zeros_like(d).index_add(0, number, d)
+    used = (d != 0).double()
+    return tuple(x.sum(0) for x in (n, d, used, n * n, n * d, d * d))
+
+
+def ratio_and_error(
+    n: np.ndarray, d: np.ndarray, c: np.ndarray, nn: np.ndarray, nd: np.ndarray, dd: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """R = N/D and its linearised standard error sqrt(c/(c-1) sum_c (N_c - R D_c)^2) / D.
+
+    NaN where D is 0; the error is NaN with fewer than two clusters or unknown cluster sums.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = np.where(d != 0, n / d, np.nan)
+        spread = np.maximum(nn - 2 * value * nd + value**2 * dd, 0)
+        error = np.where(c > 1, np.sqrt(c / (c - 1) * spread) / np.abs(d), np.nan)
+    return value, error
+
+
+def masked(x: Tensor, mask: Tensor) -> Tensor:
+    """x in float64, detached, 0 where the mask is False whatever stood there."""
+    x = x.detach().double()
+    return torch.where(mask, x, torch.zeros_like(x))
+
+
+class Total:
+    """Sums that add: a frozen dataclass of tensors with a `summary` of their host values."""
+
+    def tensors(self) -> list[Tensor]:
+        return [getattr(self, f.name) for f in fields(self)]  # type: ignore[arg-type]
+
+    def __add__(self, other: Self) -> Self:
+        if type(self) is not type(other):
+            raise TypeError(f"cannot add {type(other).__name__} to {type(self).__name__}")
+        return type(self)(*(a + b for a, b in zip(self.tensors(), other.tensors(), strict=True)))
+
+    def values(self) -> dict[str, float]:
+        """Every number of this total by its suffix ("" is the value itself); one host sync."""
+        return read({"": self})
+
+    @staticmethod
+    def summary(*sums: np.ndarray) -> dict[str, float]:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class Mean(Total):
+    """A ratio of sums total / count, with the cluster sums of its standard error.
+
+    Readout: "" the ratio (NaN when count is 0) and "_se" its standard error. `Mean(total, count)`
+    alone knows no clusters: it reads out without "_se", and so does everything merged with it.
+    """
+
+    total: Tensor
+    count: Tensor
+    clusters: Tensor = _UNSET
+    square: Tensor = _UNSET
+    cross: Tensor = _UNSET
+    count_square: Tensor = _UNSET
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            if getattr(self, f.name) is _UNSET:
+                unknown = torch.full_like(self.total, float("nan"), dtype=torch.float64)
+                object.__setattr__(self, f.name, unknown)
+
+    @classmethod
+    def of(cls, x: Tensor, mask: Tensor, cluster: Tensor | None = None) -> Self:
+        """Mean of x over the mask, pooled: sum m x / sum m. x, mask (B, T) or (B,)."""
+        return cls.ratio(x, torch.ones_like(x), mask, cluster)
+
+    @classmethod
+    def ratio(
+        cls, above: Tensor, below: Tensor, mask: Tensor, cluster: Tensor | None = None
+    ) -> Self:
+        """sum m above / sum m below. above, below, mask (B, T) or (B,); cluster (B,) ids."""
+        n, d = (masked(v, mask).reshape(len(v), -1).sum(1) for v in (above, below))
+        return cls(*ratio_sums(n, d, cluster))
+
+    def value(self) -> float:
+        return self.values()[""]
+
+    def stderr(self) -> float:
+        return self.values().get("_se", float("nan"))
+
+    @staticmethod
+    def summary(*sums: np.ndarray) -> dict[str, float]:
+        value, error = ratio_and_error(*sums)
+        known = {} if np.isnan(sums[2]) else {"_se": float(error)}
+        return {"": float(value)} | known
+
+
+@dataclass(frozen=True, eq=False)
+class Profile(Total):
+    """A `Mean` over the whole response and over each position bin; every field (S,).
+
+    Readout: "", "_se", and for each bin that holds tokens "@lo-hi", "@lo-hi_se". Late bins hold the
+    responses that got there, a selected population, not the same ones as early bins.
+    """
+
+    total: Tensor
+    count: Tensor
+    clusters: Tensor
+    square: Tensor
+    cross: Tensor
+    count_square: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, mask: Tensor, cluster: Tensor | None = None) -> Self:
+        """Mean of x (B, T) over the mask, by the response position of the token."""
+        member = slices(mask.shape[1], mask.device)
+        return cls(*ratio_sums(masked(x, mask) @ member, mask.double() @ member, cluster))
+
+    @staticmethod
+    def summary(*sums: np.ndarray) -> dict[str, float]:
+        value, error = ratio_and_error(*sums)
+        found = {}
+        for i, label in enumerate(LABELS):
+            if i == 0 or sums[1][i] > 0:
+                found[label] = float(value[i])
+                found[f"{label}_se"] = float(error[i])
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Counts(Total):
+    """Number of masked tokens over the whole response and in each position bin; field (S,).
+
+    Readout: "" and "@lo-hi" for each bin that holds tokens.
+    """
+
+    count: Tensor
+
+    @classmethod
+    def of(cls, mask: Tensor) -> Self:
+        """mask: (B, T)."""
+        return cls(mask.double().sum(0) @ slices(mask.shape[1], mask.device))
+
+    @staticmethod
+    def summary(*sums: np.ndarray) -> dict[str, float]:
+        pairs = zip(LABELS, sums[0].tolist(), strict=True)
+        return {label: n for label, n in pairs if n > 0 or not label}
+
+
+@dataclass(frozen=True, eq=False)
+class Concentration(Total):
+    """How unequally nonnegative x is spread over N masked tokens.
+
+    Readout, NaN when sum x is 0:
+    - "_n_eff" = (sum x)^2 / sum x^2, tokens that would carry the same if they were equal; exact;
+    - "_n_eff_share" = n_eff / N in (0, 1]; exact;
+    - "_top1_share", share of sum x held by the N/100 largest tokens (a fractional number of
+      tokens, so 0.01 when all are equal, whatever N);
+    - "_gini" = sum_j (2j - N - 1) x_(j) / (N sum x), ascending ranks.
+    The last two come from a histogram of fixed log-spaced levels, eight an octave between 2^-40
+    and 2^10, with counts and sums: tokens of one level count as equal to their mean, and the level
+    that the 99th percentile cuts gives its tokens at that mean. Levels are 9 % wide, which bounds
+    the relative error of the cut level's part; `gini` is never too large, and too small by less
+    than 0.022. x below 2^-40 form one level, and so do x from 2^10.
+    """
+
+    total: Tensor
+    square: Tensor
+    count: Tensor
+    level_count: Tensor
+    level_total: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, mask: Tensor) -> Self:
+        """x, mask: (B, T)."""
+        x, weight = masked(x, mask).flatten(), mask.double().flatten()
+        octave = torch.where(x > 0, x.log2(), torch.full_like(x, _LOWEST - 1))
+        level = ((octave - _LOWEST) * _PER_OCTAVE).floor().clamp(-1, NUM_LEVELS - 2).long() + 1
+        empty = x.new_zeros(NUM_LEVELS)
+        return cls(
+            x.sum(),
+            x.square().sum(),
+            weight.sum(),
+            empty.index_add(0, level, weight),
+            empty.index_add(0, level, x),
+        )
+
+    @staticmethod
+    def summary(*sums: np.ndarray) -> dict[str, float]:
+        total, square, count, counts, totals = sums
+        if not total > 0:
+            names = ("_n_eff", "_n_eff_share", "_top1_share", "_gini")
+            return dict.fromkeys(names, float("nan"))
+        below = np.cumsum(totals) - totals
+        above = counts.sum() - np.cumsum(counts)
+        taken = np.clip(count / 100 - above, 0, counts)
+        mean = totals / np.maximum(counts, 1)
+        return {
+            "_n_eff": float(total**2 / square),
+            "_n_eff_share": float(total**2 / square / count),
+            "_top1_share": float((taken * mean).sum() / total),
+            "_gini": float(1 - (counts * (2 * below + totals)).sum() / (count * total)),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Martingale(Total):
+    """z = sum m d / sqrt(sum m v) of differences d with mean 0 and variance v given the prefix.
+
+    Readout: "" z, about standard normal if the differences really have that mean (martingale
+    central limit theorem); a fixed fault makes it grow like the square root of the tokens.
+    """
+
+    difference: Tensor
+    variance: Tensor
+
+    @classmethod
+    def of(cls, difference: Tensor, variance: Tensor, mask: Tensor) -> Self:
+        """difference, variance, mask: (B, T)."""
+        return cls(masked(difference, mask).sum(), masked(variance, mask).sum())
+
+    @staticmethod
+    def summary(*sums: np.ndarray) -> dict[str, float]:
+        difference, variance = (float(x) for x in sums)
+        return {"": difference / variance**0.5 if variance > 0 else float("nan")}
+
+
+def pack(totals: Mapping[str, Total]) -> Tensor:
+    """All sums of all totals as one float64 vector: sum it over ranks, or store it."""
+    parts = [x.detach().reshape(-1) for total in totals.values() for x in total.tensors()]
+    if not parts:
+        return torch.zeros(0, dtype=torch.float64)
+    device = next((x.device for x in parts if x.device.type != "cpu"), parts[0].device)
+    return torch.cat([x.to(device, torch.float64) for x in parts])
+
+
+def unpack(vector: Tensor, like: Mapping[str, Total]) -> dict[str, Total]:
+    """The inverse of `pack`, with the names, kinds and shapes of `like`."""
+    found: dict[str, Total] = {}
+    start = 0
+    for name, total in like.items():
+        parts = []
+        for x in total.tensors():
+            parts.append(vector[start : start + x.numel()].reshape(x.shape))
+            start += x.numel()
+        found[name] = type(total)(*parts)
+    if start != vector.numel():
+        raise ValueError(f"vector holds {vector.numel()} sums, the totals have {start}")
+    return found
+
+
+def read(totals: Mapping[str, Total]) -> dict[str, float]:
+    """Every number of every total, named total + suffix; exactly one transfer to the host."""
+    host = pack(totals).cpu().numpy()
+    row: dict[str, float] = {}
+    start = 0
+    for name, total in totals.items():
+        sums = []
+        for x in total.tensors():
+            sums.append(host[start : start + x.numel()].reshape(x.shape))
+            start += x.numel()
+        row |= {name + suffix: value for suffix, value in total.summary(*sums).items()}
+    return row
+
+
+def merge(a: Mapping[str, Total], b: Mapping[str, Total]) -> dict[str, Total]:
+    """Totals of both parts; raises ValueError when they do not hold the same names."""
+    if a.keys() != b.keys():
+        raise ValueError(f"totals in one part only: {sorted(a.keys() ^ b.keys())}")
+    return {name: a[name] + b[name] for name in a}

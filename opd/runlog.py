@@ -1,0 +1,132 @@
+"""The run folder: the only record of a run, never half-written.
+
+config.json, code.txt, rows.jsonl (one row a step), evals.jsonl, batches/, checkpoints/, final/.
+"""
+
+import fcntl
+import json
+import math
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from opd.config import Config, to_json
+
+Row = dict[str, Any]
+FREE_TO_CHANGE = ("steps", "out", "eval_every", "save_every", "batch_every", "micro_tokens")
+
+
+@contextmanager
+def open_run(config: Config) -> Iterator[Path]:
+    """The run folder of `config`, locked against a second process while in use.
+
+    Raises:
+      ValueError: the folder holds a run with other settings; names them.
+      RuntimeError: another process is writing to the folder.
+    """
+    folder = Path(config.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "run.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"another process is writing to {folder}") from None
+        refuse_other_settings(folder, config)
+        write_text(folder / "config.json", json.dumps(to_json(config), indent=1))
+        if not (folder / "code.txt").exists():
+            write_text(folder / "code.txt", code_state())
+        yield folder
+
+
+def refuse_other_settings(folder: Path, config: Config) -> None:
+    if not (folder / "config.json").exists():
+        if (folder / "rows.jsonl").exists():
+            raise ValueError(f"{folder} has rows but no config.json; choose another --out")
+        return
+    old, new = json.loads((folder / "config.json").read_text()), to_json(config)
+    changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+    changed = [k for k in changed if k not in FREE_TO_CHANGE]
+    if changed:
+        what = ", ".join(f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in changed)
+        raise ValueError(
+            f"{folder} holds a run with other settings ({what}); choose another --out, or delete "
+            "the folder to start again"
+        )
+
+
+def append(path: Path, row: Row) -> None:
+    """Add one JSON line; NaN and infinities become null, so that every reader can read it."""
+    clean = {
+        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
+    }
+    with open(path, "a") as file:
+        file.write(json.dumps(clean) + "\n")
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All whole rows; a last line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    lines = path.read_text().splitlines()
+    for i, line in enumerate(lines):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            if i + 1 < len(lines):
+                raise ValueError(f"{path} line {i + 1} is not JSON: {line[:80]!r}") from None
+    return rows
+
+
+def rewind(path: Path, keep: Callable[[Row], bool]) -> None:
+    """Drop the rows that a resumed run will write again."""
+    rows = [row for row in read_rows(path) if keep(row)]
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
+
+
+@contextmanager
+def whole_folder(final: Path) -> Iterator[Path]:
+    """Write into a temporary folder that takes the final name only when the block succeeds."""
+    part = final.with_name(final.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    yield part
+    shutil.rmtree(final, ignore_errors=True)
+    part.rename(final)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoints, oldest first."""
+    found = (folder / "checkpoints").glob("step_*")
+    return sorted(p for p in found if p.is_dir() and not p.name.endswith(".part"))
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder so that a kill midway leaves no half of it under its own name."""
+    doomed = folder.with_name(folder.name + ".part")
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def code_state() -> str:
+    """Commit and uncommitted difference of the code that runs, or that it is unknown."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True)
+        return done.stdout
+
+    try:
+        return f"commit {git('rev-parse', 'HEAD')}\n{git('diff', 'HEAD', '--', '*.py')}"
+    except (OSError, subprocess.CalledProcessError):
+        return "commit unknown: not a git checkout\n"
