@@ -84,7 +84,7 @@ def test_local_support_matching_is_biased_and_blind_outside_its_support() -> Non
     gradient = expected_gradient("teacher_topk", k=2)
     assert (gradient - exact(frozen=True)).norm() > 0.01
     outside = tables()[1].argmin(-1, keepdim=True)
-    assert gradient.gather(-1, outside).abs().max() == 0
+    assert gradient.gather(-1, outside).abs().max() < 1e-12
     assert expected_gradient("teacher_topk", k=1).abs().max() < 1e-12
 
 
