@@ -1,0 +1,109 @@
+"""The real loop on a tiny random pair: sampler against scorer, padding, resume."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from opd.config import Config
+from opd.data import encode
+from opd.model import load_pair, micro_batches, score
+from opd.problems import grade, problems
+from opd.rollout import nucleus, sample
+from opd.train import train
+
+
+def settings(pair: tuple[Path, Path], out: Path, **changes: object) -> Config:
+    fields: dict[str, object] = {
+        "steps": 4,
+        "prompts_per_step": 3,
+        "group_size": 2,
+        "max_prompt": 64,
+        "max_response": 12,
+        "lr": 1e-3,
+        "support_k": 8,
+        "eval_every": 2,
+        "eval_problems": 4,
+        "save_every": 2,
+        "batch_every": 2,
+        "device": "cpu",
+    }
+    return Config(student=str(pair[0]), teacher=str(pair[1]), out=str(out), **(fields | changes))  # type: ignore[arg-type]
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    """The rows without their timings."""
+    lines = (folder / "rows.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(x).items() if not k.startswith("seconds/")} for x in lines]
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.0, 0.8)])
+def test_scorer_agrees_with_sampler(tiny_pair, temperature: float, top_p: float) -> None:
+    pair = load_pair(*map(str, tiny_pair), "cpu", "float32")
+    prompts = encode(pair.tokenizer, problems("train", 4, 0), 2, 64)
+    assert not prompts.mask.all(), "prompts of one length would not test the padding"
+    batch = sample(
+        pair.student,
+        prompts,
+        pair.eos,
+        max_response=16,
+        temperature=temperature,
+        top_p=top_p,
+        generator=torch.Generator().manual_seed(0),
+    )
+    how = {"k": 5, "temperature": temperature, "chunk_elements": 700, "keep_teacher": False}
+    whole, _ = score(pair, prompts, batch, micro_tokens=10_000, **how)
+    split, _ = score(pair, prompts, batch, micro_tokens=60, **how)
+    assert len(micro_batches(prompts, batch, 60)) > 1
+    torch.testing.assert_close(whole.student_logp, split.student_logp, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(whole.prefix.reverse_kl, split.prefix.reverse_kl)
+    gap = (batch.sampler_logp - whole.student_logp)[batch.mask]
+    if top_p == 1:
+        assert gap.abs().max() < 1e-5
+    else:
+        assert gap.min() > -1e-5, "a nucleus only adds mass"
+        assert gap.max() > 0.01
+
+
+def test_nucleus_keeps_the_smallest_set_that_reaches_the_mass() -> None:
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    kept = nucleus(logits, 0.6).exp()
+    torch.testing.assert_close(kept, torch.tensor([[0.625, 0.375, 0.0, 0.0]]))
+    torch.testing.assert_close(nucleus(logits, 0.1).exp(), torch.tensor([[1.0, 0, 0, 0]]))
+
+
+@pytest.mark.parametrize("objective", ["sampled_token", "teacher_topk", "full_reverse_kl"])
+def test_a_resumed_run_continues_identically(tiny_pair, tmp_path: Path, objective: str) -> None:
+    whole = train(settings(tiny_pair, tmp_path / "whole", objective=objective))
+    cut = train(settings(tiny_pair, tmp_path / "cut", objective=objective, steps=2))
+    with open(cut / "rows.jsonl", "a") as file:
+        file.write('{"step": 2, "loss": 1.0}\n{"step": 3, "lo')  # a kill in mid-write
+    train(settings(tiny_pair, tmp_path / "cut", objective=objective))
+    assert rows(cut) == rows(whole)
+    assert len(rows(whole)) == 4
+    same = [(d / "final" / "model.safetensors").read_bytes() for d in (whole, cut)]
+    assert same[0] == same[1]
+
+
+def test_a_folder_of_other_settings_is_refused(tiny_pair, tmp_path: Path) -> None:
+    train(settings(tiny_pair, tmp_path / "run", steps=1))
+    with pytest.raises(ValueError, match=r"lr: 0\.001 -> 0\.01"):
+        train(settings(tiny_pair, tmp_path / "run", steps=1, lr=0.01))
+
+
+def test_support_larger_than_the_vocabulary_is_refused(tiny_pair, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="support_k is 101, but the shared vocabulary has 100"):
+        train(settings(tiny_pair, tmp_path / "run", support_k=101))
+
+
+def test_problems_are_disjoint_and_graded_exactly() -> None:
+    train_set = {p.prompt for p in problems("train", 500, 1)}
+    test_set = problems("test", 200, 0)
+    assert not train_set & {p.prompt for p in test_set}
+    for p in test_set:
+        expression = eval(p.prompt)
+        assert str(expression) == p.answer
+        assert grade(p.solution, p.answer) == 1
+        assert grade(p.solution + "0", p.answer) == 0
+        assert grade(p.answer, p.answer) == 0
