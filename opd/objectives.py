@@ -23,12 +23,13 @@ from diagnostics.batch import Scored
 
 
 def log_ratio(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
-    """k1 = log student - log teacher of the sampled token, detached.
+    """k1 = log student - log teacher of the sampled token.
 
     Unbiased for KL(student || teacher) at the prefix, of either sign. Differentiated directly it
-    would have expected gradient zero, which is why it is only ever a weight.
+    would have expected gradient zero, so it is only ever a weight: `score_function` stops its
+    gradient.
     """
-    return (student_logp - teacher_logp).detach()
+    return student_logp - teacher_logp
 
 
 def reverse_kl(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
@@ -164,7 +165,7 @@ class Visited:
     """What a surrogate may see at visited tokens; everything is local to the token.
 
     logp (...) and support_logp (..., K) carry the gradient of the student; credit (...) and
-    teacher_support_logp (..., K) are detached.
+    teacher_support_logp (..., K) are constants: the surrogates stop their gradients.
     """
 
     logp: Tensor
