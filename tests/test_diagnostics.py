@@ -1,0 +1,116 @@
+"""The panel by hand, under splits and padding; the sampler check on real and wrong samples."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from diagnostics.batch import Prefix, Scored, Support, load
+from diagnostics.monitor import Monitor
+from diagnostics.prefix import functionals
+
+
+def batch(seed: int = 0, top_p: float = 1.0, size: int = 12, width: int = 40) -> Scored:
+    """Tokens drawn from a random student on 16 ids, with holes in the mask."""
+    g = torch.Generator().manual_seed(seed)
+    p = (2 * torch.randn(size, width, 16, generator=g)).log_softmax(-1)
+    q = (p + torch.randn(p.shape, generator=g)).log_softmax(-1)
+    drawn = p.exp()
+    if top_p < 1:
+        ordered, order = drawn.sort(-1, descending=True)
+        out = torch.zeros_like(out).scatter(-1, order, ordered.cumsum(-1) - ordered >= top_p)
+        drawn = drawn.masked_fill(out, 0)
+    tokens = torch.multinomial(drawn.reshape(-1, 16), 1, generator=g).reshape(size, width)
+    mask = torch.rand(size, width, generator=g) > 0.2
+    ids = q.topk(4, -1).indices
+
+    def at(x: torch.Tensor) -> torch.Tensor:
+        return x * (mask if x.dim() == 2 else mask[..., None])
+
+    def pick(x: torch.Tensor) -> torch.Tensor:
+        return at(x.gather(-1, tokens[..., None])[..., 0])
+
+    return Scored(
+        tokens=tokens,
+        mask=mask,
+        sampler_logp=pick(p),
+        prompt=torch.arange(size) // 2,
+        ended=torch.rand(size, generator=g) > 0.5,
+        student_logp=pick(p),
+        teacher_logp=pick(q),
+        support=Support(
+            ids=ids,
+            student_logp=at(p.gather(-1, ids)),
+            teacher_logp=at(q.gather(-1, ids)),
+            source="teacher",
+        ),
+        prefix=Prefix(**{k: at(v) for k, v in functionals(p, q, tokens).items()}),
+    ).checked()
+
+
+def test_values_by_hand() -> None:
+    b, row = batch(), Monitor()(0, [batch()])
+    r = b.log_ratio[b.mask]
+    x = r.abs().double()
+    assert row["supervision/negative_share"] == pytest.approx((r > 0).double().mean().item())
+    assert row["supervision/negative_share_null"] == pytest.approx(
+        b.prefix.overrated[b.mask].double().mean().item()
+    )
+    assert row["drift/k1"] == pytest.approx(r.double().mean().item())
+    assert row["drift/reverse_kl"] == pytest.approx(
+        b.prefix.reverse_kl[b.mask].double().mean().item()
+    )
+    share = (x.sum() ** 2 / (len(x) * x.square().sum())).item()
+    assert any(math.isclose(v, share, rel_tol=1e-6) for k, v in row.items() if "n_eff" in k)
+    assert row["collapse/length"] == pytest.approx(b.mask.sum(1).double().mean().item())
+    assert row["collapse/truncated_share"] == pytest.approx((~b.ended).double().mean().item())
+
+
+def test_micro_batches_padding_and_order_change_nothing() -> None:
+    b = batch()
+    whole = Monitor()(0, [b])
+    split = Monitor()(0, [b.rows([4, 5, 0, 1]), b.rows([2, 3]), b.rows(slice(6, 12))])
+    wide = b._map(lambda x: torch.cat([x, torch.zeros_like(x)], 1) if x.dim() > 1 else x)
+    for other in (split, Monitor()(0, [wide])):
+        assert other.keys() == whole.keys()
+        for name, value in whole.items():
+            assert other[name] == pytest.approx(value, rel=1e-6, abs=1e-9, nan_ok=True), name
+
+
+def test_the_sampler_check_is_quiet_on_p_and_fires_on_top_p() -> None:
+    healthy = Monitor()(0, [batch(seed=s, size=50) for s in range(4)])
+    wrong = Monitor()(0, [batch(seed=s, size=50, top_p=0.9) for s in range(4)])
+    (name,) = [k for k in healthy if k.lower().endswith("z_h")]
+    assert abs(healthy[name]) < 4
+    assert abs(wrong[name]) > 5
+    excess, error = (healthy["supervision/negative_share_excess" + s] for s in ("", "_se"))
+    assert abs(excess) < 4 * error
+
+
+def test_a_batch_survives_the_disk(tmp_path) -> None:
+    b = batch()
+    b.save(tmp_path / "b.safetensors")
+    back = load(tmp_path / "b.safetensors")
+    assert isinstance(back, Scored)
+    assert torch.equal(back.support.ids, b.support.ids)
+    assert torch.equal(back.prefix.collision, b.prefix.collision)
+    assert back.support.source == "teacher"
+    assert [p.name for p in tmp_path.iterdir()] == ["b.safetensors"]
+
+
+def test_bad_values_are_refused_with_their_place() -> None:
+    b = batch()
+    i, t = (int(x) for x in b.mask.nonzero()[3])
+    for value, words in ((math.nan, "1 of 480 .* not finite"), (0.5, "positive")):
+        x = b.teacher_logp.clone()
+        x[i, t] = value
+        with pytest.raises(ValueError, match=f"teacher_logp: .*{words}|teacher_logp: {words}"):
+            replace(b, teacher_logp=x).checked()
+    x = b.teacher_logp.clone()
+    i, t = (int(v) for v in (~b.mask).nonzero()[0])
+    x[i, t] = -1.0
+    with pytest.raises(ValueError, match="not 0 where the mask is False"):
+        replace(b, teacher_logp=x).checked()
+    with pytest.raises(ValueError, match=r"\(12, 39\), expected \(12, 40\)"):
+        replace(b, mask=b.mask[:, 1:])
