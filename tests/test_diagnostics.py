@@ -19,7 +19,8 @@ def batch(seed: int = 0, top_p: float = 1.0, size: int = 12, width: int = 40) ->
     drawn = p.exp()
     if top_p < 1:
         ordered, order = drawn.sort(-1, descending=True)
-        out = torch.zeros_like(out).scatter(-1, order, ordered.cumsum(-1) - ordered >= top_p)
+        beyond = ordered.cumsum(-1) - ordered >= top_p
+        out = torch.zeros_like(beyond).scatter(-1, order, beyond)
         drawn = drawn.masked_fill(out, 0)
     tokens = torch.multinomial(drawn.reshape(-1, 16), 1, generator=g).reshape(size, width)
     mask = torch.rand(size, width, generator=g) > 0.2
