@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from opd.data import Grader, Task, encode
-from opd.model import Model
+from opd.data import Grader, Task, encode, load_task
+from opd.model import Model, end_ids, head_rows, load, split
 from opd.problems import Problem
 from opd.rollout import sample
 
@@ -89,3 +89,29 @@ def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
     return (centre - half) / scale, (centre + half) / scale
+
+
+def evaluate_folder(
+    name: str,
+    task: str,
+    *,
+    device: str,
+    problems: int,
+    max_prompt: int,
+    max_response: int,
+    temperature: float,
+    seed: int,
+) -> dict[str, Any]:
+    """`evaluate` for a saved model and a named task."""
+    tokenizer, network = load(name, device, "float32")
+    return evaluate(
+        split(network, head_rows(network)),
+        tokenizer,
+        end_ids(tokenizer, network),
+        load_task(task, 0),
+        problems=problems,
+        max_prompt=max_prompt,
+        max_response=max_response,
+        temperature=temperature,
+        generator=torch.Generator().manual_seed(seed),
+    )

@@ -67,11 +67,15 @@ def load_pair(student: str, teacher: str, device: str, dtype: str) -> Pair:
 def load(name: str, device: str, dtype: str) -> tuple[Any, Any]:
     """Tokenizer and model of a folder or hub name, in evaluation mode."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
     if not name:
         raise ValueError("no model given; name a folder or a hub model for --student and --teacher")
-    if name.startswith((".", "/")) and not Path(name).is_dir():
-        raise FileNotFoundError(f"model folder {name!r} does not exist")
+    if name.startswith((".", "/", "lab/", "lab-tiny/")) and not Path(name).is_dir():
+        hint = "; build it with `opd lab`" if name.startswith("lab") else ""
+        hint += " --tiny" if name.startswith("lab-tiny") else ""
+        raise FileNotFoundError(f"model folder {name!r} does not exist{hint}")
+    disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
     return tokenizer, model.to(resolve_device(device)).eval()

@@ -6,12 +6,53 @@ from collections.abc import Callable
 from opd.config import Config, to_json
 
 
+def smoke() -> Config:
+    """Seconds on a CPU, on the tiny pair of `opd lab --tiny`: does it run?"""
+    return Config(
+        student="lab-tiny/student",
+        teacher="lab-tiny/teacher",
+        out="runs/smoke",
+        steps=4,
+        prompts_per_step=4,
+        group_size=2,
+        max_prompt=64,
+        max_response=32,
+        lr=1e-3,
+        support_k=8,
+        eval_every=2,
+        eval_problems=8,
+        save_every=2,
+        batch_every=2,
+    )
+
+
+def lab() -> Config:
+    """A real distillation in about two minutes of one CPU core, on the pair of `opd lab`."""
+    return Config(
+        student="lab/student",
+        teacher="lab/teacher",
+        out="runs/lab",
+        steps=150,
+        prompts_per_step=32,
+        group_size=2,
+        max_prompt=64,
+        max_response=128,
+        lr=1e-3,
+        warmup=20,
+        support_k=8,
+        eval_every=50,
+        eval_problems=256,
+        save_every=50,
+        batch_every=50,
+    )
+
+
 def pair() -> Config:
     """Any two models with one tokenizer: give --student, --teacher and --task FILE."""
     return Config(student="", teacher="", out="runs/pair", task="")
 
 
-RECIPES: dict[str, Callable[[], Config]] = {"pair": pair}
+RECIPES: dict[str, Callable[[], Config]] = {"smoke": smoke, "lab": lab, "pair": pair}
 
 
 def parse(argv: list[str]) -> Config:

@@ -237,12 +237,3 @@ def derive(*words: int) -> int:
 
 def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def main(argv: list[str]) -> None:
-    """`opd train RECIPE [--field value ...]`."""
-    from opd.recipes import parse
-
-    config = parse(argv)
-    folder = train(config)
-    print(f"run folder: {folder}   trained model: {folder / 'final'}", file=sys.stderr)

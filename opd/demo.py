@@ -1,0 +1,111 @@
+"""`opd demo`: the whole house in one command: study, lab pair, two objectives, figures, a table."""
+
+import argparse
+import concurrent.futures
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+OBJECTIVES = ("sampled_token", "teacher_topk")
+SEEDS = (0, 1)
+
+
+def main(argv: list[str]) -> None:
+    """`opd demo [--out DIR]`; run again, it continues what is unfinished and keeps what is done."""
+    parser = argparse.ArgumentParser(prog="opd demo", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("results/demo"))
+    parser.add_argument("--lab", type=Path, default=Path("lab"), help="where the pair is kept")
+    parser.add_argument("--jobs", type=int, default=2, help="training runs side by side")
+    parser.add_argument("--steps", type=int, default=None, help="fewer steps, to try it out")
+    parser.add_argument("--fresh", action="store_true", help="train again what is finished")
+    given = parser.parse_args(argv)
+    begin = time.perf_counter()
+    with stage("exact study"):
+        command("study", "run", "bias_variance", "--preset", "quick", "--out", given.out / "study")
+    with stage("lab pair"):
+        command("lab", "--out", given.lab)
+    with stage("training"):
+        runs = train_all(given.out / "runs", given.lab, given.jobs, given.steps, given.fresh)
+    with stage("figures"):
+        pictures = given.out / "figures"
+        command("figures", "training", "--out", pictures, "--run", *runs)
+        table = given.out / "study" / "bias_variance.csv"
+        command("figures", "bias_variance", "--out", pictures, "--table", table)
+        command("report", *runs, "--out", given.out / "report.html")
+    print(summary(runs))
+    print(f"\nruns      {given.out / 'runs'}\nfigures   {pictures}")
+    print(f"report    {given.out / 'report.html'}\nseconds   {time.perf_counter() - begin:.0f}")
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Say what is going on and how long it took."""
+    begin = time.perf_counter()
+    print(f"-- {name}", file=sys.stderr, flush=True)
+    yield
+    print(f"-- {name}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
+
+
+def command(*words: object, threads: int | None = None) -> None:
+    """Run `opd WORDS` in a process of its own, as a user would."""
+    environment = dict(os.environ)
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    line = [sys.executable, "-m", "opd.cli", *map(str, words)]
+    done = subprocess.run(line, env=environment, check=False)
+    if done.returncode:
+        raise RuntimeError(f"`opd {' '.join(map(str, words))}` ended with {done.returncode}")
+
+
+def train_all(out: Path, lab: Path, jobs: int, steps: int | None, fresh: bool) -> list[Path]:
+    """Every objective with every seed, `jobs` at a time with one thread each."""
+    import shutil
+
+    cells = list(itertools.product(SEEDS, OBJECTIVES))
+    extra = [] if steps is None else ["--steps", steps]
+
+    def run(cell: tuple[int, str]) -> Path:
+        seed, objective = cell
+        folder = out / f"{objective}-{seed}"
+        if fresh:
+            shutil.rmtree(folder, ignore_errors=True)
+        where = ["--out", folder, "--student", lab / "student", "--teacher", lab / "teacher"]
+        command("train", "lab", "--objective", objective, "--seed", seed, *where, *extra, threads=1)
+        return folder
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(run, cells))
+
+
+def summary(runs: list[Path]) -> str:
+    """Accuracy before and after by objective, with the paired gain over problems and seeds."""
+    import numpy as np
+
+    from diagnostics.intervals import bootstrap_interval
+
+    lines = [f"{'objective':16}{'seeds':>6}{'before':>9}{'after':>9}   gain [95 % interval]"]
+    for objective in OBJECTIVES:
+        gains, before, after = [], [], []
+        for run in runs:
+            if json.loads((run / "config.json").read_text())["objective"] != objective:
+                continue
+            rows = [json.loads(line) for line in (run / "evals.jsonl").read_text().splitlines()]
+            first, last = (np.array(list(r["outcomes"]), dtype=float) for r in (rows[0], rows[-1]))
+            before.append(first.mean())
+            after.append(last.mean())
+            gains.append(last - first)
+        gain = np.stack(gains, 1)  # (problems, seeds): the same problems in every run
+        low, high = bootstrap_interval(
+            gain.mean(1), np.mean, generator=np.random.default_rng(0), level=0.95
+        )
+        lines.append(
+            f"{objective:16}{len(gains):6}{np.mean(before):9.3f}{np.mean(after):9.3f}"
+            f"   {gain.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,66 @@
+"""The lab pair at its tiny size: cached, deterministic, ordinary Hugging Face folders."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from opd.data import encode, exact_match, load_task, read_problems
+from opd.lab import build, examples, make_tokenizer, tiny_config
+from opd.problems import Problem, problems
+
+
+def test_the_pair_is_deterministic_cached_and_keyed_by_its_settings(tmp_path: Path) -> None:
+    first = build(tmp_path / "a", tiny_config())
+    again = build(tmp_path / "b", tiny_config())
+    for one, other in zip(first, again, strict=True):
+        weights = [(d / "model.safetensors").read_bytes() for d in (one, other)]
+        assert weights[0] == weights[1]
+    stamp = (first[0] / "model.safetensors").stat().st_mtime_ns
+    assert build(tmp_path / "a", tiny_config()) == first
+    assert (first[0] / "model.safetensors").stat().st_mtime_ns == stamp
+    with pytest.raises(ValueError, match="seed: 0 -> 1"):
+        build(tmp_path / "a", replace(tiny_config(), seed=1))
+
+
+def test_the_tokenizer_round_trips_from_disk(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    make_tokenizer().save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    text = '<|im_start|>user\n3+8 <think>~!"</think>11<|im_end|>'
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode("<think>") == [tokenizer.convert_tokens_to_ids("<think>")]
+    prompts = encode(tokenizer, [Problem("1+2", "3"), Problem("1+2+3", "6")], 2, 64)
+    shown = tokenizer.decode(prompts.tokens[0][prompts.mask[0]])
+    assert shown == "<|im_start|>user\n1+2<|im_end|>\n<|im_start|>assistant\n"
+    assert prompts.index.tolist() == [0, 0, 1, 1]
+    assert prompts.mask[0].tolist() == [False, False] + [True] * (prompts.mask.shape[1] - 2)
+    with pytest.raises(ValueError, match="max_prompt is 10"):
+        encode(tokenizer, [Problem("1+2", "3")], 1, 10)
+
+
+def test_only_the_response_is_taught() -> None:
+    tokenizer = make_tokenizer()
+    ids, labels = examples(tokenizer, 3, seed=0)
+    for row, label, problem in zip(ids, labels, problems("train", 3, 0), strict=True):
+        taught = label[label != -100]
+        assert tokenizer.decode(taught) == problem.solution + "<|im_end|>"
+        assert (row[label != -100] == taught).all()
+
+
+def test_problems_from_a_file_are_split_and_reshuffled(tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text("".join(f'{{"prompt": "{i}?", "answer": "{i}"}}\n' for i in range(20)))
+    task = load_task(str(file), seed=0)
+    held = {p.prompt for p in task.test(100)}
+    drawn = [p.prompt for step in range(2) for p in task.train(step, 9)]
+    assert len(held) == 2
+    assert sorted(drawn) == sorted({f"{i}?" for i in range(20)} - held)
+    assert exact_match("<think>x</think> 7 ", "7") == 1
+    assert exact_match("<think>7</think>8", "7") == 0
+    file.write_text('{"prompt": "a"}\n{"prompt": "b", "answer": "c"}\n')
+    with pytest.raises(ValueError, match=r"row 0 lacks \['answer'\]"):
+        read_problems(file)
+    with pytest.raises(FileNotFoundError, match="neither"):
+        load_task("nowhere.jsonl", seed=0)
