@@ -1,4 +1,10 @@
-"""The world of the exact study: a tabular MDP, with students and teachers as logit tables."""
+"""Tabular worlds whose prefixes are states, and how students and teachers are drawn for them.
+
+A policy is a table of logits (S, A). A step at state c emits token y ~ softmax(table[c]), pays the
+cost log student - log teacher of y, and moves to c' ~ transition[c, y].
+
+Shapes: S states, A actions (tokens), T horizon.
+"""
 
 from dataclasses import dataclass
 
@@ -8,10 +14,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class TabularMDP:
-    """Finite horizon, S states, A actions (tokens), float64.
+    """A finite world of `horizon` steps.
 
-    transition (S, A, S) rows sum to 1; start (S,) sums to 1; horizon T >= 1; end: an optional
-    absorbing state in which nothing is sampled and nothing costs.
+    transition (S, A, S): probability of the next state; start (S,): of the first one. `end` is an
+    optional absorbing state without token, cost or score, so that lengths are random. Tensors are
+    kept as float64.
     """
 
     transition: Tensor
@@ -20,31 +27,152 @@ class TabularMDP:
     end: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("transition", "start"):
+            value = torch.as_tensor(getattr(self, name)).detach().to(torch.float64)
+            object.__setattr__(self, name, value)
         shape = tuple(self.transition.shape)
-        if len(shape) != 3 or shape[0] != shape[2]:
+        if len(shape) != 3 or shape[0] != shape[2] or 0 in shape:
             raise ValueError(f"transition has shape {shape}, expected (S, A, S)")
         if tuple(self.start.shape) != shape[:1]:
             raise ValueError(f"start has shape {tuple(self.start.shape)}, expected {shape[:1]}")
-        if self.horizon < 1:
-            raise ValueError(f"horizon is {self.horizon}, expected at least 1")
-        for name in ("transition", "start"):
-            x = getattr(self, name).double()
-            object.__setattr__(self, name, x)
-            worst = float((x.sum(-1) - 1).abs().max())
-            if worst > 1e-9 or float(x.min()) < 0:
-                raise ValueError(
-                    f"{name} is no distribution: sums are off by {worst}, smallest {float(x.min())}"
-                )
+        if self.horizon < 1 or int(self.horizon) != self.horizon:
+            raise ValueError(f"horizon is {self.horizon}, expected a whole number of at least 1")
+        _check_distribution("transition", self.transition)
+        _check_distribution("start", self.start)
         if self.end is not None:
-            if not 0 <= self.end < shape[0]:
-                raise ValueError(f"end is {self.end}, expected a state in 0..{shape[0] - 1}")
-            if not bool((self.transition[self.end, :, self.end] == 1).all()):
-                raise ValueError(f"end state {self.end} is not absorbing")
+            self._check_end(self.end)
+
+    def _check_end(self, end: int) -> None:
+        if not 0 <= end < self.num_states:
+            raise ValueError(f"end is {end}, expected a state below {self.num_states}")
+        stays = float(self.transition[end, :, end].min())
+        if stays < 1:
+            raise ValueError(f"end state {end} is not absorbing: it stays with {stays}, expected 1")
+        if float(self.start[end]) > 0:
+            raise ValueError(f"start puts {float(self.start[end])} on end state {end}, expected 0")
+
+    @property
+    def num_states(self) -> int:
+        return self.transition.shape[0]
+
+    @property
+    def num_actions(self) -> int:
+        return self.transition.shape[1]
 
     @property
     def active(self) -> Tensor:
-        """(S,) 1 where a token is sampled, 0 in the end state."""
-        x = torch.ones_like(self.start)
+        """(S,) 1 where a token is emitted, 0 at the end state."""
+        active = torch.ones(self.num_states, dtype=torch.float64)
         if self.end is not None:
-            x[self.end] = 0
-        return x
+            active[self.end] = 0
+        return active
+
+    def log_policy(self, logits: Tensor, name: str = "logits") -> Tensor:
+        """(S, A) float64 log-probabilities of a table of logits; gradients flow through."""
+        shape = (self.num_states, self.num_actions)
+        if tuple(logits.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(logits.shape)}, expected {shape}")
+        if not bool(logits.isfinite().all()):
+            count = int((~logits.isfinite()).sum())
+            raise ValueError(f"{name}: {count} of {logits.numel()} values are not finite")
+        return logits.to(torch.float64).log_softmax(-1)
+
+
+def _check_distribution(name: str, x: Tensor) -> None:
+    lowest, totals = float(x.min()), x.sum(-1)
+    if not bool(x.isfinite().all()) or lowest < 0:
+        raise ValueError(f"{name} holds {lowest}, expected probabilities of at least 0")
+    off = float((totals - 1).abs().max())
+    if off > 1e-9:
+        wrong = float(totals.flatten()[(totals - 1).abs().argmax()])
+        raise ValueError(f"{name}: a row sums to {wrong}, expected 1")
+
+
+# --- worlds -------------------------------------------------------------------------------------
+
+
+def random_chain(
+    num_states: int,
+    num_actions: int,
+    horizon: int,
+    generator: torch.Generator,
+    mixing: float = 1.0,
+    blocks: int = 2,
+) -> TabularMDP:
+    """A random chain in `blocks` groups of states; probability of crossing scales with `mixing`.
+
+    Rows are uniform on the simplex, then multiplied by `mixing` outside the state's own block and
+    renormalised: 1 mixes fast, 0 never leaves the block where the start put it.
+    """
+    if not 0 <= mixing <= 1:
+        raise ValueError(f"mixing is {mixing}, expected a number in [0, 1]")
+    if not 1 <= blocks <= num_states:
+        raise ValueError(f"blocks is {blocks}, expected 1 to {num_states} (the states)")
+    rows = _exponential((num_states, num_actions, num_states), generator)
+    block = torch.arange(num_states) * blocks // num_states
+    same = block[:, None] == block[None, :]
+    rows = rows * torch.where(same, 1.0, mixing)[:, None, :]
+    start = torch.full((num_states,), 1 / num_states, dtype=torch.float64)
+    return TabularMDP(rows / rows.sum(-1, keepdim=True), start, horizon)
+
+
+def token_chain(num_actions: int, horizon: int) -> TabularMDP:
+    """The state is the last token: (A, A, A) deterministic; the first state is token 0."""
+    transition = torch.eye(num_actions, dtype=torch.float64).expand(num_actions, -1, -1)
+    return TabularMDP(transition, torch.eye(num_actions, dtype=torch.float64)[0], horizon)
+
+
+def tree(num_actions: int, depth: int) -> TabularMDP:
+    """Every prefix of up to depth - 1 tokens is a state of its own, numbered level by level."""
+    inner = sum(num_actions**d for d in range(depth))
+    child = num_actions * torch.arange(inner)[:, None] + torch.arange(num_actions) + 1
+    # the leaves' successors are never visited; any valid state will do
+    child = torch.where(child < inner, child, 0)
+    transition = torch.nn.functional.one_hot(child, inner).to(torch.float64)
+    start = torch.nn.functional.one_hot(torch.tensor(0), inner).to(torch.float64)
+    return TabularMDP(transition, start, depth)
+
+
+def ending(mdp: TabularMDP, stop: Tensor) -> TabularMDP:
+    """The same world with one more, absorbing state, reached with probability `stop` (S, A)."""
+    stop = torch.as_tensor(stop, dtype=torch.float64).expand(mdp.num_states, mdp.num_actions)
+    if mdp.end is not None:
+        raise ValueError(f"the world already has an end state, {mdp.end}")
+    s, a = mdp.num_states, mdp.num_actions
+    transition = torch.zeros(s + 1, a, s + 1, dtype=torch.float64)
+    transition[:s, :, :s] = mdp.transition * (1 - stop)[..., None]
+    transition[:s, :, s] = stop
+    transition[s, :, s] = 1
+    return TabularMDP(transition, torch.cat([mdp.start, torch.zeros(1)]), mdp.horizon, end=s)
+
+
+# --- policies -----------------------------------------------------------------------------------
+
+
+def random_pair(
+    mdp: TabularMDP,
+    generator: torch.Generator,
+    distance: float = 1.0,
+    heterogeneity: float = 0.0,
+    sharpness: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """(student, teacher) logits (S, A): student = sharpness * noise, teacher = student + offset.
+
+    The offset has root mean square `distance` in expectation; its scale varies over states as
+    exp(heterogeneity * noise), so that 0 spreads the local KL evenly.
+    """
+    shape = (mdp.num_states, mdp.num_actions)
+    student = sharpness * _normal(shape, generator)
+    offset = _normal(shape, generator)
+    scale = (heterogeneity * _normal(shape[:1], generator)).exp()
+    scale = scale / scale.square().mean().sqrt()
+    return student, student + distance * scale[:, None] * offset
+
+
+def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def _exponential(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    # 1 - u lies in (0, 1]: no logarithm of zero
+    return -torch.log1p(-torch.rand(shape, generator=generator, dtype=torch.float64))
