@@ -24,13 +24,18 @@ class Sampler:
         self.vocabulary, self.temperature, self.top_p = vocabulary, temperature, top_p
         self.pending: Tensor | None = None
         self.columns: list[Tensor] = []
+        self.finite: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self._settle(input_ids[:, -1])
-        logp = nucleus((scores / self.temperature)[:, : self.vocabulary], self.top_p)
-        self.pending = logp
-        padding = scores.new_full((len(scores), scores.shape[1] - self.vocabulary), -torch.inf)
-        return torch.cat([logp, padding], 1)
+        beyond = scores.shape[1] - self.vocabulary
+        scores = scores[:, : self.vocabulary]
+        # drawing from NaN would kill a CUDA context: draw from anything, refuse after the rollout
+        finite = scores.amax(1).isfinite()
+        self.finite.append(finite.all())
+        scores = torch.where(finite[:, None], scores, torch.zeros_like(scores))
+        self.pending = nucleus(scores / self.temperature, self.top_p)
+        return torch.nn.functional.pad(self.pending, (0, beyond), value=-torch.inf)
 
     def _settle(self, token: Tensor) -> None:
         if self.pending is not None:
@@ -38,7 +43,18 @@ class Sampler:
             self.columns.append(self.pending.gather(1, inside[:, None])[:, 0])
 
     def logp(self, response: Tensor) -> Tensor:
-        """(B, T) of a finished response."""
+        """(B, T) of a finished response.
+
+        Raises:
+          ValueError: the model's logits were NaN, or all of them infinite, at some token.
+        """
+        finite = torch.stack(self.finite)
+        if not bool(finite.all()):
+            first = int((~finite).nonzero()[0, 0])
+            raise ValueError(
+                f"the student's logits are not finite from response token {first} on; its weights "
+                "have diverged: go back to a checkpoint and lower the learning rate"
+            )
         if len(self.columns) < response.shape[1]:
             self._settle(response[:, -1])
         return torch.stack(self.columns[: response.shape[1]], 1)

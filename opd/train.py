@@ -145,9 +145,8 @@ def one_step(
         optimizer.step()
     clock.append(time.perf_counter())
 
-    row = {"step": step, "loss": loss, "grad_norm": norm, "lr": rate, "skipped": int(not finite)}
-    row |= monitor(step, [scored])
-    row = {k: float(v) if isinstance(v, torch.Tensor) else v for k, v in row.items()}
+    row: runlog.Row = {"step": step}
+    row |= monitor(step, [scored], loss=loss, grad_norm=norm, lr=rate, skipped=float(not finite))
     if due(step, config.batch_every):
         scored.save(folder / "batches" / f"step_{step:06d}.safetensors")
     clock.append(time.perf_counter())

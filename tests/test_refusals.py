@@ -1,0 +1,119 @@
+"""What a user may get wrong or suffer: other vocabularies, no EOS, NaN weights, a kill."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from opd.config import to_json
+from opd.data import encode
+from opd.model import load_pair
+from opd.problems import problems
+from opd.rollout import sample
+from opd.runlog import open_run
+from opd.train import train
+from tests.test_train import rows, settings
+
+
+def copy_with(folder: Path, out: Path, change) -> Path:
+    """A saved model after `change` edited its network and tokenizer in place."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    change(model, tokenizer)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return out
+
+
+def test_different_vocabularies_are_refused_by_name(tiny_pair, tmp_path: Path) -> None:
+    other = copy_with(tiny_pair[1], tmp_path / "other", lambda _, t: t.add_tokens(["<tool>"]))
+    with pytest.raises(ValueError, match=r"differ in 1 of 100 / 101 .*'<tool>': None / 100"):
+        load_pair(str(tiny_pair[0]), str(other), "cpu", "float32")
+
+
+def test_a_pair_without_an_end_token_is_refused(tiny_pair, tmp_path: Path) -> None:
+    def endless(model, tokenizer) -> None:
+        tokenizer.eos_token = None
+        model.generation_config.eos_token_id = None
+
+    student = copy_with(tiny_pair[0], tmp_path / "endless", endless)
+    with pytest.raises(ValueError, match="no end-of-sequence token"):
+        load_pair(str(student), str(student), "cpu", "float32")
+
+
+def test_weights_that_diverged_are_refused_and_leave_the_run_whole(tiny_pair, tmp_path) -> None:
+    def diverge(model, _) -> None:
+        model.get_input_embeddings().weight.data[7] = float("nan")
+
+    student = copy_with(tiny_pair[0], tmp_path / "nan", diverge)
+    pair = load_pair(str(student), str(tiny_pair[1]), "cpu", "float32")
+    prompts = encode(pair.tokenizer, problems("train", 2, 0), 1, 64)
+    with pytest.raises(ValueError, match="not finite from response token 0 on"):
+        sample(
+            pair.student,
+            prompts,
+            pair.eos,
+            max_response=4,
+            temperature=1.0,
+            top_p=1.0,
+            generator=torch.Generator().manual_seed(0),
+        )
+    with pytest.raises(ValueError, match="not finite"):
+        train(settings((student, tiny_pair[1]), tmp_path / "run"))
+    assert not (tmp_path / "run" / "rows.jsonl").read_text()
+
+
+def test_two_processes_do_not_share_a_run_folder(tiny_pair, tmp_path: Path) -> None:
+    config = settings(tiny_pair, tmp_path / "run")
+    with open_run(config), pytest.raises(RuntimeError, match="another process is writing"):
+        train(config)
+
+
+def test_settings_out_of_range_are_refused(tiny_pair, tmp_path: Path) -> None:
+    for changes, words in (
+        ({"gamma": 1.2}, r"gamma is 1\.2; it must be in \[0, 1\]"),
+        ({"top_p": 0.0}, "top_p is 0"),
+        ({"steps": -1}, "steps is -1"),
+        ({"temperature": 0.0}, "temperature is 0"),
+        ({"objective": "magic"}, "unknown objective 'magic'; known: sampled_token"),
+        ({"denominator": "magic"}, "unknown denominator 'magic'"),
+        ({"gamma": 0.5, "objective": "teacher_topk"}, "no effect"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            train(settings(tiny_pair, tmp_path / "run", **changes))
+
+
+def test_a_killed_run_continues_as_if_it_never_was(tiny_pair, tmp_path: Path) -> None:
+    """SIGKILL at an arbitrary moment of a real process, twice, then to the end."""
+    config = settings(tiny_pair, tmp_path / "killed", steps=8, save_every=1)
+    (tmp_path / "config.json").write_text(json.dumps(to_json(config)))
+    program = (
+        "import sys; from opd.config import from_json; from opd.train import train; "
+        "train(from_json(sys.argv[1]))"
+    )
+    line = [sys.executable, "-c", program, str(tmp_path / "config.json")]
+    written = tmp_path / "killed" / "rows.jsonl"
+    for count in (2, 5):
+        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while not written.exists() or len(written.read_text().splitlines()) < count:
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for checkpoint in (tmp_path / "killed" / "checkpoints").glob("step_*[0-9]"):
+            torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    whole = train(settings(tiny_pair, tmp_path / "whole", steps=8, save_every=1))
+    assert rows(tmp_path / "killed") == rows(whole)
+    final = [(d / "final" / "model.safetensors").read_bytes() for d in (whole, written.parent)]
+    assert final[0] == final[1]
