@@ -5,6 +5,7 @@ import concurrent.futures
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -20,27 +21,30 @@ def main(argv: list[str]) -> None:
     """`opd demo [--out DIR]`; run again, it continues what is unfinished and keeps what is done."""
     parser = argparse.ArgumentParser(prog="opd demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("results/demo"))
-    parser.add_argument("--lab", type=Path, default=Path("lab"), help="where the pair is kept")
     parser.add_argument("--jobs", type=int, default=2, help="training runs side by side")
-    parser.add_argument("--steps", type=int, default=None, help="fewer steps, to try it out")
     parser.add_argument("--fresh", action="store_true", help="train again what is finished")
+    parser.add_argument("--smoke", action="store_true", help="tiny everything: does it run?")
     given = parser.parse_args(argv)
+    lab = given.out / "lab" if given.smoke else Path("lab")
+    preset = "smoke" if given.smoke else "quick"
     begin = time.perf_counter()
     with stage("exact study"):
-        command("study", "run", "bias_variance", "--preset", "quick", "--out", given.out / "study")
+        study = given.out / "study"
+        command("study", "run", "bias_variance", "--preset", preset, "--out", study)
     with stage("lab pair"):
-        command("lab", "--out", given.lab)
+        command("lab", "--out", lab, *(["--tiny"] if given.smoke else []))
     with stage("training"):
-        runs = train_all(given.out / "runs", given.lab, given.jobs, given.steps, given.fresh)
+        recipe = "smoke" if given.smoke else "lab"
+        runs = train_all(given.out / "runs", recipe, lab, given.jobs, given.fresh)
     with stage("figures"):
-        pictures = given.out / "figures"
+        pictures, report = given.out / "figures", given.out / "report.html"
         command("figures", "training", "--out", pictures, "--run", *runs)
-        table = given.out / "study" / "bias_variance.csv"
+        table = study / "bias_variance" / preset / "summary.csv"
         command("figures", "bias_variance", "--out", pictures, "--table", table)
-        command("report", *runs, "--out", given.out / "report.html")
+        command("report", *runs, "--out", report)
     print(summary(runs))
-    print(f"\nruns      {given.out / 'runs'}\nfigures   {pictures}")
-    print(f"report    {given.out / 'report.html'}\nseconds   {time.perf_counter() - begin:.0f}")
+    print(f"\npair      {lab}\nruns      {given.out / 'runs'}\nfigures   {pictures}")
+    print(f"report    {report}\nseconds   {time.perf_counter() - begin:.0f}")
 
 
 @contextmanager
@@ -63,12 +67,9 @@ def command(*words: object, threads: int | None = None) -> None:
         raise RuntimeError(f"`opd {' '.join(map(str, words))}` ended with {done.returncode}")
 
 
-def train_all(out: Path, lab: Path, jobs: int, steps: int | None, fresh: bool) -> list[Path]:
+def train_all(out: Path, recipe: str, lab: Path, jobs: int, fresh: bool) -> list[Path]:
     """Every objective with every seed, `jobs` at a time with one thread each."""
-    import shutil
-
     cells = list(itertools.product(SEEDS, OBJECTIVES))
-    extra = [] if steps is None else ["--steps", steps]
 
     def run(cell: tuple[int, str]) -> Path:
         seed, objective = cell
@@ -76,7 +77,7 @@ def train_all(out: Path, lab: Path, jobs: int, steps: int | None, fresh: bool) -
         if fresh:
             shutil.rmtree(folder, ignore_errors=True)
         where = ["--out", folder, "--student", lab / "student", "--teacher", lab / "teacher"]
-        command("train", "lab", "--objective", objective, "--seed", seed, *where, *extra, threads=1)
+        command("train", recipe, "--objective", objective, "--seed", seed, *where, threads=1)
         return folder
 
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:

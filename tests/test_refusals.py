@@ -50,7 +50,7 @@ def test_a_pair_without_an_end_token_is_refused(tiny_pair, tmp_path: Path) -> No
 
 def test_weights_that_diverged_are_refused_and_leave_the_run_whole(tiny_pair, tmp_path) -> None:
     def diverge(model, _) -> None:
-        model.get_input_embeddings().weight.data[7] = float("nan")
+        model.get_output_embeddings().weight.data[7] = float("nan")
 
     student = copy_with(tiny_pair[0], tmp_path / "nan", diverge)
     pair = load_pair(str(student), str(tiny_pair[1]), "cpu", "float32")

@@ -1,6 +1,7 @@
 """The real loop on a tiny random pair: sampler against scorer, padding, resume."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from opd.config import Config
 from opd.data import encode
 from opd.model import load_pair, micro_batches, score
-from opd.problems import grade, problems
+from opd.problems import Problem, grade, problems
 from opd.rollout import nucleus, sample
 from opd.train import train
 
@@ -41,7 +42,8 @@ def rows(folder: Path) -> list[dict[str, float]]:
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.0, 0.8)])
 def test_scorer_agrees_with_sampler(tiny_pair, temperature: float, top_p: float) -> None:
     pair = load_pair(*map(str, tiny_pair), "cpu", "float32")
-    prompts = encode(pair.tokenizer, problems("train", 4, 0), 2, 64)
+    asked = [Problem("1+2" * n, "3") for n in (1, 4, 2, 7)]
+    prompts = encode(pair.tokenizer, asked, 2, 64)
     assert not prompts.mask.all(), "prompts of one length would not test the padding"
     batch = sample(
         pair.student,
@@ -98,12 +100,21 @@ def test_support_larger_than_the_vocabulary_is_refused(tiny_pair, tmp_path: Path
 
 
 def test_problems_are_disjoint_and_graded_exactly() -> None:
-    train_set = {p.prompt for p in problems("train", 500, 1)}
-    test_set = problems("test", 200, 0)
+    train_set = {p.prompt for p in problems("train", 4000, 1)}
+    test_set = problems("test", 500, 0)
+    assert len({p.prompt for p in test_set}) == 500
     assert not train_set & {p.prompt for p in test_set}
     for p in test_set:
-        expression = eval(p.prompt)
-        assert str(expression) == p.answer
+        steps, x, a, b = map(int, re.split(r"\D", p.prompt))
+        for i in range(steps):
+            x = (x * a + (b + i) % 10) % 10
+        assert str(x) == p.answer
         assert grade(p.solution, p.answer) == 1
         assert grade(p.solution + "0", p.answer) == 0
         assert grade(p.answer, p.answer) == 0
+        for line in p.solution.removeprefix("<think>").split("</think>")[0].split():
+            product, total, result = line.split(":")[1].split("=")
+            assert eval(product) == int(total.split("+")[0])
+            assert eval(total) == int(result)
+    with pytest.raises(ValueError, match=r"5000 problems wanted, the test split has \d+"):
+        problems("test", 5000, 0)
