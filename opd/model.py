@@ -143,7 +143,7 @@ def split(network: Any, vocabulary: int) -> Model:
     with torch.no_grad():
         probe = (ids, torch.ones_like(ids), torch.arange(4, device=device)[None])
         ours, theirs = output(hidden(*probe)), logits(*probe)
-    if torch.allclose(ours.float(), theirs.float(), atol=1e-4, rtol=1e-3):
+    if torch.allclose(ours.float(), theirs.float(), atol=1e-4, rtol=1e-3, equal_nan=True):
         return Model(network, hidden, lambda h: output(h).float()[..., :vocabulary], vocabulary)
     size = network.config.get_text_config().vocab_size
     warnings.warn(
