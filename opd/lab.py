@@ -44,8 +44,8 @@ class Recipe:
 class LabConfig:
     """Both models and the seed; the cache is keyed by all of it."""
 
-    teacher: Recipe = Recipe(layers=4, width=128, steps=900, batch=96, lr=2e-3)
-    student: Recipe = Recipe(layers=2, width=96, steps=350, batch=64, lr=2e-3)
+    teacher: Recipe = Recipe(layers=2, width=128, steps=400, batch=64, lr=3e-3)
+    student: Recipe = Recipe(layers=2, width=96, steps=400, batch=64, lr=2e-3)
     seed: int = 0
     held_out: int = 512
 
@@ -92,20 +92,22 @@ def build(folder: Path, config: LabConfig) -> tuple[Path, Path]:
 
 
 def make_tokenizer() -> Any:
-    """A character tokenizer over printable ASCII and the special tokens, with a chat template."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    """One token a byte, and the special tokens, with a chat template.
 
-    names = [*SPECIAL, "\n", *map(chr, range(32, 127))]
-    core = Tokenizer(models.WordLevel({t: i for i, t in enumerate(names)}, unk_token="?"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    core.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
+    A Qwen2Tokenizer, because that is what AutoTokenizer makes of any tokenizer beside a Qwen2
+    model: another kind would come back from disk splitting text in another way.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer
+
+    names = [*SPECIAL, *sorted(ByteLevel.alphabet())]
+    tokenizer = Qwen2Tokenizer(
+        vocab={name: i for i, name in enumerate(names)},
+        merges=[],
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
+        unk_token=None,
         additional_special_tokens=["<|im_start|>", "<think>", "</think>"],
-        clean_up_tokenization_spaces=False,
     )
     tokenizer.chat_template = TEMPLATE
     return tokenizer
@@ -118,7 +120,9 @@ def teach(recipe: Recipe, seed: int, name: str) -> Any:
 
     tokenizer = make_tokenizer()
     network = new_model(recipe, len(tokenizer), seed, tokenizer)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.01
+    )
     bar = tqdm(range(recipe.steps), desc=f"teach {name}", disable=None)
     for step in bar:
         ids, labels = examples(tokenizer, recipe.batch, derive_seed(seed, step))
@@ -200,7 +204,7 @@ def held_out(model: Path, count: int) -> dict[str, Any]:
         device="cpu",
         problems=count,
         max_prompt=64,
-        max_response=128,
+        max_response=192,
         temperature=1.0,
         seed=0,
     )

@@ -127,9 +127,10 @@ def _propagate(mdp: TabularMDP, at: Terms, of: Estimator) -> tuple[Tensor, Tenso
     column = at.gammas[:, None, None]
     joint = at.p[..., None] * mdp.transition  # (S, A, S): token and next state given the state
     flat = joint.reshape(s * a, s)
-    # inner products of s, v at one state, each over its token
-    ss = (1 - 2 * at.p + at.p.square().sum(-1, keepdim=True)) * on
-    sv = (v - (at.p * v).sum(-1, keepdim=True)) * on
+    # inner products of s, v at one state, each over its token; what is wrong at the absorbing end
+    # state stays there, since no weight, cost or vector is paid at it
+    ss = 1 - 2 * at.p + at.p.square().sum(-1, keepdim=True)
+    sv = v - (at.p * v).sum(-1, keepdim=True)
     vv = v.square().sum(-1, keepdim=True)
     # block c of E[s 1(next)], E[w s 1(next)] + v P(next) given c
     score_step = _block(joint, at.p, on.expand(s, a))

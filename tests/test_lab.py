@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from opd.data import encode, exact_match, load_task, read_problems
-from opd.lab import build, examples, make_tokenizer, tiny_config
+from opd.lab import build, examples, make_tokenizer, new_model, tiny_config
 from opd.problems import Problem, problems
 
 
@@ -26,10 +26,14 @@ def test_the_pair_is_deterministic_cached_and_keyed_by_its_settings(tmp_path: Pa
 def test_the_tokenizer_round_trips_from_disk(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    make_tokenizer().save_pretrained(tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    text = '<|im_start|>user\n3+8 <think>~!"</think>11<|im_end|>'
-    assert tokenizer.decode(tokenizer.encode(text)) == text
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    # the model beside it decides which class the tokenizer comes back as
+    new_model(tiny_config().student, len(tokenizer), 0, tokenizer).save_pretrained(tmp_path)
+    text = "<|im_start|>user\n3+8 <think>~!\" \té漢 12's</think>11<|im_end|>"
+    before, tokenizer = tokenizer.encode(text), AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.encode(text) == before
+    assert tokenizer.decode(before) == text
     assert tokenizer.encode("<think>") == [tokenizer.convert_tokens_to_ids("<think>")]
     prompts = encode(tokenizer, [Problem("1+2", "3"), Problem("1+2+3", "6")], 2, 64)
     shown = tokenizer.decode(prompts.tokens[0][prompts.mask[0]])

@@ -1,14 +1,17 @@
-"""One-line mutations of the objectives: each must be caught by an oracle test."""
+"""One-line mutations of the objectives and of the exact engine: a test must catch each."""
 
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from opd import objectives
+from synthetic import exact, terms
 from tests import test_objectives as oracle
+from tests import test_synthetic as study
 
-SOURCE = Path(objectives.__file__).read_text()
-MUTATIONS = {
+OBJECTIVES = {
     "sign of the cost": (
         "return student_logp - teacher_logp",
         "return teacher_logp - student_logp",
@@ -42,7 +45,35 @@ MUTATIONS = {
 }
 
 
-def run_oracles() -> None:
+EXACT = {
+    "score after instead of before": (
+        "z_own - (at.p * z_own).sum(-1, keepdim=True)",
+        "z_own",
+    ),
+    "cross term once": ("+ 2 * (fz * gz[..., None]", "+ (fz * gz[..., None]"),
+    "discount not squared": ("column**2 * zz", "column * zz"),
+    "norm of the score": ("ss = 1 - 2 * at.p", "ss = 1 - at.p"),
+    "score and vector": ("sv = v - (at.p * v).sum(-1, keepdim=True)", "sv = v"),
+    "vector dropped from the second moment": ("2 * w * sv + vv", "2 * w * sv"),
+    "baseline of the first step": (
+        "baseline[:, t, :, None]) * on",
+        "baseline[:, 0, :, None]) * on",
+    ),
+    "baseline added": ("(of.weight - baseline[:", "(of.weight + baseline[:"),
+    "future one step late": ("at.values[:, 1:])", "at.values[:, :-1])"),
+    "gradient not centred": ("at.p * (cost - mean)", "at.p * cost"),
+}
+TERMS = {
+    "local gradient not centred": ("self.r - self.local[:, None]", "self.r"),
+    "value of the next step": ("baseline=at.values[:, :-1])", "baseline=at.values[:, 1:])"),
+    "next value not discounted": ("at.gammas[:, None, None] * (at.values", "(at.values"),
+    "mean over the dead": ("alive = at.occupancy * at.active", "alive = at.occupancy"),
+    "cost at the end state": ("(student - teacher) * mdp.active[:, None]", "(student - teacher)"),
+    "undiscounted values": ("local + gamma[:, None] * (values", "local + (values"),
+}
+
+
+def check_objectives() -> None:
     oracle.test_to_go_credit_is_unbiased_for_the_sequence_kl()
     oracle.test_immediate_credit_is_unbiased_for_the_frozen_kl_only()
     oracle.test_full_kl_and_whole_support_have_the_token_level_mean()
@@ -52,19 +83,51 @@ def run_oracles() -> None:
         oracle.test_micro_batches_do_not_change_the_loss(name)
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_a_mutation_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, after = MUTATIONS[name]
-    assert before in SOURCE, "the mutated line no longer exists; update the mutation"
-    mutant: dict[str, object] = {"__name__": "mutant"}
-    monkeypatch.setitem(__import__("sys").modules, "mutant", type(objectives)("mutant"))
-    exec(compile(SOURCE.replace(before, after, 1), "mutant", "exec"), mutant)
-    for key, value in mutant.items():
-        if not key.startswith("__"):
-            monkeypatch.setattr(objectives, key, value)
-    with pytest.raises((AssertionError, ValueError, RuntimeError)):
-        run_oracles()
+def check_exact() -> None:
+    study.test_the_gradient_is_that_of_the_enumerated_sequence_kl("ending")
+    for estimator in exact.ESTIMATORS:
+        study.test_moments_equal_the_sum_over_all_paths("ending", estimator)
 
 
-def test_the_original_passes() -> None:
-    run_oracles()
+def mutate(
+    module: ModuleType, line: tuple[str, str], users: list[ModuleType], patch: pytest.MonkeyPatch
+) -> None:
+    """Put the module with one line changed in the place of the original, there and at its users."""
+    source, (before, after) = Path(str(module.__file__)).read_text(), line
+    assert before in source, "the mutated line no longer exists; update the mutation"
+    mutant = ModuleType("mutant")
+    patch.setitem(sys.modules, "mutant", mutant)
+    exec(compile(source.replace(before, after, 1), "mutant", "exec"), vars(mutant))
+    for key, value in vars(mutant).items():
+        for place in (module, *users):
+            if not key.startswith("__") and hasattr(place, key):
+                patch.setattr(place, key, value)
+
+
+CAUGHT = (AssertionError, ValueError, RuntimeError)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_mutated_objective_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutate(objectives, OBJECTIVES[name], [], monkeypatch)
+    with pytest.raises(CAUGHT):
+        check_objectives()
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_a_mutated_recursion_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutate(exact, EXACT[name], [], monkeypatch)
+    with pytest.raises(CAUGHT):
+        check_exact()
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_a_mutated_estimator_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutate(terms, TERMS[name], [exact], monkeypatch)
+    with pytest.raises(CAUGHT):
+        check_exact()
+
+
+def test_the_originals_pass() -> None:
+    check_objectives()
+    check_exact()

@@ -1,43 +1,240 @@
-"""The exact engine against autograd through the sequence KL."""
+"""The exact engine against enumeration and autograd; the sampler against the exact engine."""
+
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
-from synthetic.exact import expected_gradient, sequence_kl
-from synthetic.mdp import TabularMDP
+from diagnostics.batch import Prefix, Scored
+from diagnostics.prefix import functionals
+from opd import objectives
+from synthetic import exact
+from synthetic.estimators import monte_carlo, trajectory_gradients
+from synthetic.mdp import TabularMDP, ending, random_chain, random_pair, token_chain, tree
+from synthetic.sample import Trajectories, sample, with_full_support, with_teacher_support
+from tests import enumerate_mdp as by_hand
 
-
-def world(end: int | None) -> tuple[TabularMDP, torch.Tensor, torch.Tensor]:
-    g = torch.Generator().manual_seed(1)
-    transition = torch.rand(4, 3, 4, generator=g, dtype=torch.float64)
-    if end is not None:
-        transition[end] = 0
-        transition[end, :, end] = 1
-    transition /= transition.sum(-1, keepdim=True)
-    student, teacher = torch.randn(2, 4, 3, generator=g, dtype=torch.float64)
-    start = torch.tensor([0.5, 0.5, 0, 0], dtype=torch.float64)
-    return TabularMDP(transition, start, 6, end), student, teacher
+GAMMAS = (0.0, 0.5, 1.0)
 
 
-@pytest.mark.parametrize("end", [None, 3])
-def test_gamma_one_is_the_gradient_of_the_sequence_kl(end: int | None) -> None:
-    mdp, student, teacher = world(end)
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def worlds() -> dict[str, TabularMDP]:
+    """Small enough to enumerate; the last ends at random times, and may start in a rare state."""
+    chain = random_chain(3, 2, 4, seeded(0), mixing=0.3)
+    stop = 0.4 * torch.rand(3, 2, generator=seeded(1), dtype=torch.float64)
+    rare = replace(chain, start=torch.tensor([0.9, 0.0999, 0.0001], dtype=torch.float64))
+    return {
+        "chain": chain,
+        "tokens": token_chain(3, 4),
+        "tree": tree(2, 4),
+        "ending": ending(rare, stop),
+    }
+
+
+def pair(mdp: TabularMDP, seed: int = 2) -> tuple[Tensor, Tensor]:
+    return random_pair(mdp, seeded(seed), distance=1.0, heterogeneity=0.5)
+
+
+@pytest.mark.parametrize("name", worlds())
+def test_the_gradient_is_that_of_the_enumerated_sequence_kl(name: str) -> None:
+    mdp = worlds()[name]
+    student, teacher = pair(mdp)
+    paths = by_hand.paths(mdp)
     live = student.clone().requires_grad_()
-    (true,) = torch.autograd.grad(sequence_kl(mdp, live, teacher).total, live)
-    torch.testing.assert_close(
-        expected_gradient(mdp, student, teacher, 1.0), true, atol=1e-12, rtol=0
+    total = by_hand.sequence_kl(paths, live, teacher)
+    torch.testing.assert_close(exact.sequence_kl(mdp, student, teacher).total, total.detach())
+    (true,) = torch.autograd.grad(total, live)
+    (frozen,) = torch.autograd.grad(by_hand.frozen_kl(paths, live, teacher), live)
+    at_ends = exact.expected_gradient(mdp, student, teacher, [0.0, 1.0])
+    torch.testing.assert_close(at_ends[0], frozen, atol=1e-12, rtol=0)
+    torch.testing.assert_close(at_ends[1], true, atol=1e-12, rtol=0)
+    assert (true - frozen).norm() > 0.001
+    assert exact.expected_gradient(mdp, student, student, 1.0).abs().max() < 1e-15
+
+
+@pytest.mark.parametrize("estimator", exact.ESTIMATORS)
+@pytest.mark.parametrize("name", worlds())
+def test_moments_equal_the_sum_over_all_paths(name: str, estimator: str) -> None:
+    mdp = worlds()[name]
+    student, teacher = pair(mdp)
+    mean, variance = exact.moments(mdp, student, teacher, estimator, GAMMAS)
+    family = exact.expected_gradient(mdp, student, teacher, GAMMAS)
+    for i, gamma in enumerate(GAMMAS):
+        reference = by_hand.mean_and_variance(mdp, student, teacher, estimator, gamma)
+        torch.testing.assert_close(mean[i], reference[0], atol=1e-12, rtol=1e-10)
+        torch.testing.assert_close(variance[i], reference[1], atol=1e-12, rtol=1e-10)
+        # every estimator of the family estimates the same thing
+        torch.testing.assert_close(mean[i], family[i], atol=1e-12, rtol=1e-10)
+
+
+def test_a_grid_of_discounts_equals_one_at_a_time() -> None:
+    mdp = worlds()["ending"]
+    student, teacher = pair(mdp)
+    grid = exact.moments(mdp, student, teacher, "rb_all_value", GAMMAS)
+    for i, gamma in enumerate(GAMMAS):
+        alone = exact.moments(mdp, student, teacher, "rb_all_value", gamma)
+        torch.testing.assert_close(grid[0][i], alone[0], atol=1e-14, rtol=0)
+        torch.testing.assert_close(grid[1][i], alone[1], atol=1e-14, rtol=1e-12)
+
+
+def all_paths(mdp: TabularMDP, student: Tensor, teacher: Tensor) -> tuple[Trajectories, Tensor]:
+    """Every trajectory as a batch, and its probability."""
+    paths = by_hand.paths(mdp)
+    ours, theirs = by_hand.logp(paths, student), by_hand.logp(paths, teacher)
+    every = [x.log_softmax(-1)[paths.states] for x in (student, teacher)]
+    parts = functionals(*every, paths.tokens)
+    batch = Scored(
+        tokens=paths.tokens,
+        mask=paths.mask,
+        sampler_logp=ours,
+        prompt=paths.states[:, 0],
+        ended=torch.ones(len(ours), dtype=torch.bool),
+        student_logp=ours,
+        teacher_logp=theirs,
+        prefix=Prefix(**{k: x * paths.mask for k, x in parts.items()}),
     )
-    assert (expected_gradient(mdp, student, teacher, 0.0) - true).norm() > 0.01
-    assert expected_gradient(mdp, student, student, 1.0).abs().max() == 0
+    return Trajectories(batch, paths.states), by_hand.probability(paths, student)
 
 
-def test_bad_worlds_are_refused_with_their_numbers() -> None:
-    mdp, student, teacher = world(None)
-    with pytest.raises(ValueError, match="horizon is 0"):
-        TabularMDP(mdp.transition, mdp.start, 0)
-    with pytest.raises(ValueError, match="a row sums to 2"):
-        TabularMDP(2 * mdp.transition, mdp.start, 3)
-    with pytest.raises(ValueError, match="end state 2 is not absorbing"):
-        TabularMDP(mdp.transition, mdp.start, 3, 2)
-    with pytest.raises(ValueError, match=r"-0\.1"):
-        expected_gradient(mdp, student, teacher, -0.1)
+@pytest.mark.parametrize("name", worlds())
+def test_the_trainers_objectives_have_the_exact_expected_gradients(name: str) -> None:
+    mdp = worlds()[name]
+    student, teacher = pair(mdp)
+    at, weight = all_paths(mdp, student, teacher)
+
+    def expected(batch: Trajectories, objective: objectives.Objective) -> Tensor:
+        gradients = trajectory_gradients(batch, student, objective)
+        return (weight[:, None, None] * gradients).sum(0)
+
+    family = exact.expected_gradient(mdp, student, teacher, GAMMAS)
+    for i, gamma in enumerate(GAMMAS):
+        found = expected(at, objectives.sampled_token(gamma))
+        torch.testing.assert_close(found, family[i], atol=1e-12, rtol=0)
+    full = expected(with_full_support(mdp, at, student, teacher), objectives.full_reverse_kl())
+    torch.testing.assert_close(full, family[0], atol=1e-12, rtol=0)
+    whole = with_teacher_support(mdp, at, student, teacher, mdp.num_actions)
+    torch.testing.assert_close(
+        expected(whole, objectives.teacher_topk()), family[0], atol=1e-12, rtol=0
+    )
+    if mdp.num_actions > 2:
+        part = with_teacher_support(mdp, at, student, teacher, 2)
+        assert (expected(part, objectives.teacher_topk()) - family[0]).norm() > 0.01
+
+
+def test_each_trajectorys_gradient_is_that_of_its_own_loss() -> None:
+    mdp = worlds()["ending"]
+    student, teacher = pair(mdp)
+    at = with_teacher_support(mdp, sample(mdp, student, teacher, 6, seeded(3)), student, teacher, 1)
+    at = with_full_support(mdp, at, student, teacher)
+    for objective in (objectives.sampled_token(0.7), objectives.full_reverse_kl()):
+        together = trajectory_gradients(at, student, objective)
+        for i in range(6):
+            live = student.clone().requires_grad_()
+            every = live.log_softmax(-1)[at.states[[i]]]
+            row = at.batch.rows([i])
+            logp = every.gather(-1, row.tokens[..., None])[..., 0]
+            loss = objective.loss(logp, every.gather(-1, row.support.ids), row)
+            (alone,) = torch.autograd.grad((loss * row.mask).sum(), live)
+            torch.testing.assert_close(together[i], alone, atol=1e-13, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["chain", "ending"])
+def test_samples_visit_states_as_often_as_they_should(name: str) -> None:
+    mdp = worlds()[name]
+    student, teacher = pair(mdp)
+    count = 40_000
+    at = sample(mdp, student, teacher, count, seeded(4))
+    at.batch.checked()
+    occupancy = exact.sequence_kl(mdp, student, teacher).occupancy
+    for t in range(mdp.horizon):
+        share = torch.bincount(at.states[:, t], minlength=mdp.num_states) / count
+        error = (occupancy[t] * (1 - occupancy[t]) / count).sqrt().clamp(min=1 / count)
+        assert ((share - occupancy[t]).abs() / error).max() < 4.5
+    p = student.softmax(-1)
+    for s in range(mdp.num_states):
+        chosen = at.batch.tokens[(at.states == s) & at.batch.mask]
+        if len(chosen) > 100:
+            share = torch.bincount(chosen, minlength=mdp.num_actions) / len(chosen)
+            error = (p[s] * (1 - p[s]) / len(chosen)).sqrt()
+            assert ((share - p[s]).abs() / error).max() < 4.5
+    assert at.batch.mask.equal(mdp.active[at.states] > 0)
+    assert bool(at.batch.ended.any())
+    assert at.batch.log_ratio.sum(1).mean().item() == pytest.approx(
+        exact.sequence_kl(mdp, student, teacher).total.item(), abs=0.05
+    )
+
+
+def test_monte_carlo_agrees_with_the_exact_moments() -> None:
+    mdp = worlds()["ending"]
+    student, teacher = pair(mdp)
+    family = {str(g): objectives.sampled_token(g) for g in GAMMAS}
+    drawn = monte_carlo(mdp, student, teacher, family, 20_000, seeded(5), chunk=3_000)
+    mean, variance = exact.moments(mdp, student, teacher, "plain", GAMMAS)
+    z = (drawn.mean - mean) / drawn.mean_se.clamp(min=1e-12)
+    assert z[drawn.mean_se > 0].abs().max() < 4.5
+    assert ((drawn.variance - variance) / drawn.variance_se).abs().max() < 4
+    assert (drawn.variance_se / variance).max() < 0.2
+    other = monte_carlo(mdp, student, teacher, family, 20_000, seeded(5), chunk=20_000)
+    torch.testing.assert_close(other.variance, drawn.variance, rtol=0.2, atol=0)
+
+
+def test_standard_errors_of_variances_are_calibrated() -> None:
+    """z over independent replicates has unit spread, also for a paired difference."""
+    mdp = worlds()["tokens"]
+    student, teacher = pair(mdp)
+    family = {str(g): objectives.sampled_token(g) for g in (0.0, 1.0)}
+    _, truth = exact.moments(mdp, student, teacher, "plain", (0.0, 1.0))
+    single, paired = [], []
+    for seed in range(120):
+        drawn = monte_carlo(mdp, student, teacher, family, 400, seeded(seed))
+        cov = drawn.variance_covariance
+        single.append((drawn.variance[0] - truth[0]) / cov[0, 0].sqrt())
+        gap = drawn.variance[1] - drawn.variance[0] - (truth[1] - truth[0])
+        paired.append(gap / (cov[0, 0] + cov[1, 1] - 2 * cov[0, 1]).sqrt())
+    for z in (torch.stack(single), torch.stack(paired)):
+        assert 0.8 < z.std().item() < 1.3
+        assert abs(z.mean().item()) < 0.5
+
+
+def test_criteria_by_hand() -> None:
+    bias2, variance = torch.tensor([1.0, 0.25, 0.0]), torch.tensor([1.0, 2.0, 11.0])
+    assert exact.overtaking_batch(bias2, variance) == pytest.approx(10)
+    best = exact.optimal_gamma([0.0, 0.5, 1.0], bias2, variance, [1, 2, 100])
+    assert best == [0.0, 0.5, 1.0]
+    assert exact.overtaking_batch(torch.zeros(2), variance[:2]) == float("inf")
+    with pytest.raises(ValueError, match="n is 0"):
+        exact.mse(bias2, variance, 0)
+
+
+def test_bad_worlds_and_arguments_are_refused_with_their_numbers() -> None:
+    mdp = worlds()["chain"]
+    student, teacher = pair(mdp)
+    start, moves = mdp.start, mdp.transition
+    for make, words in (
+        (lambda: TabularMDP(moves, start, 0), "horizon is 0"),
+        (lambda: TabularMDP(2 * moves, start, 3), "a row sums to 2"),
+        (lambda: TabularMDP(-moves, start, 3), "transition holds -"),
+        (lambda: TabularMDP(moves[:2], start, 3), r"\(2, 2, 3\), expected"),
+        (lambda: TabularMDP(moves, start[:2], 3), r"start has shape \(2,\)"),
+        (lambda: TabularMDP(moves, start, 3, 2), "end state 2 is not absorbing"),
+        (lambda: TabularMDP(moves, start, 3, 7), "end is 7"),
+        (lambda: random_chain(3, 2, 4, seeded(0), mixing=1.5), r"mixing is 1\.5"),
+        (lambda: random_chain(3, 2, 4, seeded(0), blocks=4), "blocks is 4"),
+        (lambda: exact.expected_gradient(mdp, student, teacher, -0.1), r"-0\.1"),
+        (lambda: exact.moments(mdp, student, teacher, "plain", [0.5, 1.1]), r"1\.1"),
+        (lambda: exact.moments(mdp, student, teacher, "magic"), "unknown estimator 'magic'"),
+        (lambda: exact.moments(mdp, student, teacher, "plain", []), "empty"),
+        (lambda: exact.moments(mdp, student[:2], teacher, "plain"), r"student_logits has shape"),
+        (lambda: exact.moments(mdp, student / 0, teacher, "plain"), "not finite"),
+        (lambda: sample(mdp, student, teacher, 0, seeded(0)), "count is 0"),
+        (lambda: monte_carlo(mdp, student, teacher, {}, 1, seeded(0)), "count is 1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            make()
+    at = sample(mdp, student, teacher, 2, seeded(0))
+    with pytest.raises(ValueError, match="k is 3, expected 1 to 2"):
+        with_teacher_support(mdp, at, student, teacher, 3)

@@ -95,8 +95,8 @@ def test_a_folder_of_other_settings_is_refused(tiny_pair, tmp_path: Path) -> Non
 
 
 def test_support_larger_than_the_vocabulary_is_refused(tiny_pair, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="support_k is 101, but the shared vocabulary has 100"):
-        train(settings(tiny_pair, tmp_path / "run", support_k=101))
+    with pytest.raises(ValueError, match="support_k is 262, but the shared vocabulary has 261"):
+        train(settings(tiny_pair, tmp_path / "run", support_k=262))
 
 
 def test_problems_are_disjoint_and_graded_exactly() -> None:

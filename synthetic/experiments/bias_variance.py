@@ -127,7 +127,7 @@ def summarize(rows: pd.DataFrame) -> pd.DataFrame:
     parts = [
         _median(relative.dropna(subset=[name]).assign(n=1), name, generator) for name in measured
     ]
-    every = pd.concat([relative.assign(n=n) for n in BATCHES])
+    every = pd.concat([relative.assign(n=n) for n in BATCHES], ignore_index=True)
     every["mse"] = every["bias2"] + every["variance"] / every["n"]
     at_longest = every[every["horizon"] == every["horizon"].max()]
     parts.append(_median(at_longest, "mse", generator))
@@ -157,7 +157,9 @@ def _interval(
     keyed = rows.assign(**{k: rows.get(k, np.nan) for k in KEYS})
     # a missing key (gamma of a best gamma) is one group of its own
     keyed[KEYS] = keyed[KEYS].astype(object).where(keyed[KEYS].notna(), "")
-    wide = keyed.pivot_table(index="seed", columns=KEYS, values=name, sort=False)
+    # two rows of one world under one key would be a bug upstream, not something to average away
+    keyed = keyed.set_index(["seed", *KEYS], verify_integrity=True)
+    wide = keyed[name].unstack(KEYS, sort=False)
     values = wide.to_numpy()
     low, high = bootstrap_interval(values, lambda x: statistic(x, axis=0), generator)
     table = wide.columns.to_frame(index=False).replace("", np.nan)
