@@ -52,3 +52,32 @@ def bootstrap_interval(
     tail = (1 - level) / 2
     low, high = np.quantile(np.stack(drawn), [tail, 1 - tail], axis=0)
     return low, high
+
+
+def crossed_interval(
+    values: Array, generator: np.random.Generator, level: float = 0.95, resamples: int = 2000
+) -> tuple[float, float]:
+    """Percentile interval of the grand mean of values crossed over runs and problems.
+
+    Rows and columns are resampled independently, so that an unusual seed and an unusual problem
+    both widen the interval; with one run it speaks of the problems alone. It errs on the wide side
+    (the cell noise is counted twice). Few runs give few combinations: two or three seeds say little
+    about seeds. (The pigeonhole bootstrap, Owen 2007.)
+
+    Args:
+      values: (N, M), N runs on the same M problems.
+
+    Raises:
+      ValueError: no run, fewer than 2 problems, or a level outside (0, 1).
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 2 or values.shape[0] < 1 or values.shape[1] < 2:
+        raise ValueError(f"values have shape {values.shape}, expected (runs, problems >= 2)")
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}, expected a number in (0, 1)")
+    n, m = values.shape
+    runs = generator.multinomial(n, np.full(n, 1 / n), size=resamples) / n
+    problems = generator.multinomial(m, np.full(m, 1 / m), size=resamples) / m
+    means = np.einsum("rn,nm,rm->r", runs, values, problems, optimize=True)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

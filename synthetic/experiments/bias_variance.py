@@ -13,10 +13,11 @@ from synthetic.estimators import monte_carlo
 from synthetic.mdp import random_chain, random_pair
 
 CLAIM = (
-    "Token level trades bias for variance only for small batches: the best discount rises to 1 "
-    "with the number of trajectories, and far sooner once later costs are Rao-Blackwellised and a "
-    "state value is subtracted. Sequence-level variance grows as the cube of the horizon, not "
-    "more, and a baseline removes the cubic term."
+    "Cutting the future pays only for small batches: the best discount rises from 0 to 1 with the "
+    "number of trajectories. A value baseline lowers the batch from which gamma = 1 beats "
+    "gamma = 0 about tenfold, mean costs on top of it fortyfold, mean costs alone hardly. At "
+    "gamma = 1 the variance grows as the cube of the horizon, not as the fourth power of the "
+    "published bound, and as the square with a baseline."
 )
 
 GAMMAS = (0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 1.0)
@@ -113,20 +114,21 @@ def _sampled(
 def summarize(rows: pd.DataFrame) -> pd.DataFrame:
     """Long table (quantity, estimator, horizon, gamma, n) -> value, low, high over worlds.
 
-    bias2, variance, mse and bounds are relative to ||grad J||^2 of the same world, medians over
-    worlds; `best_gamma` is the median of the MSE-optimal discount at the longest horizon;
-    `exponent` the mean slope of log variance on log T between the two longest horizons;
-    `overtaking_batch` the median n from which gamma = 1 beats 0; `sampled_z` the (exact - sampled)
+    Medians over worlds: `variance` and both bounds in nats^2; `bias2` and `mse` relative to
+    ||grad J||^2 of the same world; `best_gamma`, the MSE-optimal discount at the longest horizon;
+    `overtaking_batch`, the n from which gamma = 1 beats 0. Means over worlds: `exponent`, the slope
+    of log variance on log T between the two longest horizons; `sampled_z`, the (exact - sampled)
     variance in standard errors. Intervals: 95 % percentile bootstrap over worlds.
     """
     generator = np.random.default_rng(2603)
-    relative = rows.copy()
-    measured = ["bias2", "variance", "bound_quartic", "bound_tight"]
-    relative[measured] = rows[measured].div(rows["gradient2"], axis=0)
-    longest = relative[relative["horizon"] == relative["horizon"].max()]
     parts = [
-        _median(relative.dropna(subset=[name]).assign(n=1), name, generator) for name in measured
+        _median(rows.dropna(subset=[name]).assign(n=1), name, generator)
+        for name in ("variance", "bound_quartic", "bound_tight")
     ]
+    relative = rows.copy()
+    relative[["bias2", "variance"]] = rows[["bias2", "variance"]].div(rows["gradient2"], axis=0)
+    longest = relative[relative["horizon"] == relative["horizon"].max()]
+    parts.append(_median(relative.assign(n=1), "bias2", generator))
     every = pd.concat([relative.assign(n=n) for n in BATCHES], ignore_index=True)
     every["mse"] = every["bias2"] + every["variance"] / every["n"]
     at_longest = every[every["horizon"] == every["horizon"].max()]

@@ -1,0 +1,110 @@
+"""`opd figures`: draw figures from recorded tables, in seconds and without torch.
+
+A figure NAME is the module figures/NAME.py with `COLUMNS`, what it reads, and `draw(table)`. Its
+table is figures/data/NAME.csv unless --table or --run names another.
+"""
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+DATA = Path(__file__).resolve().parent / "data"
+MADE_BY = {
+    "bias_variance": "opd study run bias_variance --update-figures",
+    "training": "opd figures training --run DIR [DIR ...] --update-data",
+}
+
+
+def main(argv: list[str]) -> None:
+    """`opd figures [NAME|all] [--run DIR ...] [--table CSV] [--out DIR]`."""
+    parser = argparse.ArgumentParser(prog="opd figures", description=__doc__)
+    parser.add_argument("name", nargs="?", default="all", help=f"{', '.join(MADE_BY)}, or all")
+    parser.add_argument("--table", type=Path, help="draw this table instead of the recorded one")
+    parser.add_argument("--run", type=Path, nargs="+", help="draw these run folders (training)")
+    parser.add_argument("--out", type=Path, default=Path("results/figures"))
+    parser.add_argument(
+        "--update-data", action="store_true", help="also record the runs' table in figures/data"
+    )
+    given = parser.parse_args(argv)
+    names = list(MADE_BY) if given.name == "all" else [given.name]
+    if given.table and len(names) > 1:
+        raise ValueError(
+            f"--table {given.table} belongs to one figure; name it: {', '.join(names)}"
+        )
+    if given.run and names != ["training"]:
+        raise ValueError("--run is for `opd figures training`")
+    if given.update_data and not given.run:
+        raise ValueError("--update-data records the table of --run, and no run is given")
+    for name in names:
+        if given.run:
+            from figures.collect import training_table
+
+            table = training_table(given.run)
+        else:
+            table = read(name, given.table or DATA / f"{name}.csv")
+        for path in render(name, table, given.out):
+            print(path)
+        if given.update_data:
+            record(name, table, given.run)
+
+
+def read(name: str, path: Path) -> "pd.DataFrame":
+    """The table of a figure.
+
+    Raises:
+      FileNotFoundError: no such table; says what makes it.
+      ValueError: a figure or a column that does not exist.
+    """
+    import pandas as pd
+
+    if name not in MADE_BY:
+        raise ValueError(f"unknown figure {name!r}; known: {', '.join(MADE_BY)}, all")
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; make it with `{MADE_BY[name]}`")
+    table = pd.read_csv(path, dtype={"outcomes": str})
+    lacking = [c for c in import_module(f"figures.{name}").COLUMNS if c not in table]
+    if lacking:
+        raise ValueError(f"{path} lacks the columns {', '.join(lacking)}")
+    return table
+
+
+def render(name: str, table: "pd.DataFrame", out: Path) -> list[Path]:
+    """Draw one figure and write its files."""
+    from figures import style
+
+    with style.look():
+        return style.save(import_module(f"figures.{name}").draw(table), out, name)
+
+
+def record(name: str, table: "pd.DataFrame", runs: list[Path]) -> None:
+    """Keep a table of runs in figures/data, with what made it."""
+    table.to_csv(DATA / f"{name}.csv", index=False)
+    about = {
+        "command": MADE_BY[name],
+        "configs": {run.name: json.loads((run / "config.json").read_text()) for run in runs},
+        "code": {run.name: (run / "code.txt").read_text().splitlines()[0] for run in runs},
+        "commit": commit(),
+        "table": hashlib.sha256((DATA / f"{name}.csv").read_bytes()).hexdigest()[:16],
+        "versions": {p: metadata.version(p) for p in ("torch", "transformers", "pandas")},
+    }
+    (DATA / f"{name}.json").write_text(json.dumps(about, indent=1) + "\n")
+    print(DATA / f"{name}.csv")
+
+
+def commit() -> str:
+    """The checkout's commit, or "unknown" for an installed package."""
+    words = ["git", "rev-parse", "HEAD"]
+    done = subprocess.run(words, cwd=DATA.parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
