@@ -4,7 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+
+from diagnostics import rows
+from diagnostics.intervals import crossed_interval
 
 KEPT = [
     "loss",
@@ -32,12 +36,12 @@ def training_table(runs: list[Path]) -> pd.DataFrame:
             raise FileNotFoundError(f"{run} is no run folder: it has no config.json")
         config = json.loads((run / "config.json").read_text())
         about = {"run": run.name, "objective": config["objective"], "seed": config["seed"]}
-        for row in read_rows(run / "rows.jsonl"):
+        for row in rows.read(run / "rows.jsonl"):
             for metric in KEPT:
                 if row.get(metric) is not None:
                     value = float(f"{row[metric]:.6g}")
                     records.append(about | {"step": row["step"], "metric": metric, "value": value})
-        for row in read_rows(run / "evals.jsonl"):
+        for row in rows.read(run / "evals.jsonl"):
             for metric in ("accuracy", "length", "truncated"):
                 value = float(f"{row[metric]:.6g}")
                 name = f"eval/{metric}"
@@ -49,12 +53,40 @@ def training_table(runs: list[Path]) -> pd.DataFrame:
     return pd.DataFrame(records)
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Whole JSON lines of a file; a last line that is still being written is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+def gains(table: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy of each objective before and after training, from a training table.
+
+    Columns objective, seeds, problems, before, after, gain, low, high: pooled over the runs that
+    were evaluated twice on the same problems; the 95 % interval of the paired gain resamples runs
+    and problems (`crossed_interval`).
+    """
+    evaluations = table[table["metric"] == "eval/outcomes"]
+    found = []
+    for objective, mine in evaluations.groupby("objective"):
+        ends = [
+            (digits(run["outcomes"].iloc[0]), digits(run["outcomes"].iloc[-1]))
+            for _, run in mine.sort_values("step").groupby("run")
+            if len(run) > 1
+        ]
+        if not ends:
+            continue
+        before, after = (np.stack(x) for x in zip(*ends, strict=True))
+        low, high = crossed_interval(after - before, np.random.default_rng(0))
+        found.append(
+            {
+                "objective": objective,
+                "seeds": len(ends),
+                "problems": before.shape[1],
+                "before": before.mean(),
+                "after": after.mean(),
+                "gain": (after - before).mean(),
+                "low": low,
+                "high": high,
+            }
+        )
+    return pd.DataFrame(found)
+
+
+def digits(outcomes: str) -> np.ndarray:
+    """(M,) 0 or 1 a problem."""
+    return np.array([float(x) for x in outcomes])

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from diagnostics.intervals import crossed_interval
 from figures import style
+from figures.collect import digits
 
 COLUMNS = ("run", "objective", "seed", "step", "metric", "value", "outcomes")
 SMOOTH = 5
@@ -51,7 +52,7 @@ def draw_accuracy(axes: Any, table: pd.DataFrame, colours: dict[str, str]) -> No
     for objective, mine in rows.groupby("objective"):
         points = []
         for step, group in mine.groupby("step"):
-            outcomes = np.array([[float(x) for x in text] for text in group["outcomes"]])
+            outcomes = np.stack([digits(text) for text in group["outcomes"]])
             interval = crossed_interval(outcomes, np.random.default_rng(0))
             points.append((step, outcomes.mean(), *interval))
         count = mine["seed"].nunique()

@@ -3,7 +3,6 @@
 import argparse
 import concurrent.futures
 import itertools
-import json
 import os
 import shutil
 import subprocess
@@ -86,27 +85,10 @@ def train_all(out: Path, recipe: str, lab: Path, jobs: int, fresh: bool) -> list
 
 def summary(runs: list[Path]) -> str:
     """Accuracy before and after by objective, with the paired gain over problems and seeds."""
-    import numpy as np
-
-    from diagnostics.intervals import bootstrap_interval
+    from figures.collect import gains, training_table
 
     lines = [f"{'objective':16}{'seeds':>6}{'before':>9}{'after':>9}   gain [95 % interval]"]
-    for objective in OBJECTIVES:
-        gains, before, after = [], [], []
-        for run in runs:
-            if json.loads((run / "config.json").read_text())["objective"] != objective:
-                continue
-            rows = [json.loads(line) for line in (run / "evals.jsonl").read_text().splitlines()]
-            first, last = (np.array(list(r["outcomes"]), dtype=float) for r in (rows[0], rows[-1]))
-            before.append(first.mean())
-            after.append(last.mean())
-            gains.append(last - first)
-        gain = np.stack(gains, 1)  # (problems, seeds): the same problems in every run
-        low, high = bootstrap_interval(
-            gain.mean(1), np.mean, generator=np.random.default_rng(0), level=0.95
-        )
-        lines.append(
-            f"{objective:16}{len(gains):6}{np.mean(before):9.3f}{np.mean(after):9.3f}"
-            f"   {gain.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
-        )
+    for row in gains(training_table(runs)).to_dict("records"):
+        accuracy = "{objective:16}{seeds:6}{before:9.3f}{after:9.3f}".format(**row)
+        lines.append(accuracy + "   {gain:+.3f} [{low:+.3f}, {high:+.3f}]".format(**row))
     return "\n".join(lines)

@@ -1,8 +1,8 @@
 """The lab pair: a teacher and a weaker student, made from nothing on a verifiable task.
 
 Two causal language models with one tokenizer, trained by next-token prediction on worked solutions
-of `opd.problems`, saved as ordinary Hugging Face folders. Minutes on two CPU cores, bit-identical
-for the same settings and the same number of threads, and built only once.
+of `opd.problems`, saved as ordinary Hugging Face folders. Minutes on two CPU cores, one for each
+model; the same settings give the same bits on the same machine, and a pair is built only once.
 """
 
 import argparse
@@ -44,8 +44,8 @@ class Recipe:
 class LabConfig:
     """Both models and the seed; the cache is keyed by all of it."""
 
-    teacher: Recipe = Recipe(layers=2, width=128, steps=400, batch=64, lr=3e-3)
-    student: Recipe = Recipe(layers=2, width=96, steps=400, batch=64, lr=2e-3)
+    teacher: Recipe = Recipe(layers=2, width=128, steps=800, batch=24, lr=3e-3)
+    student: Recipe = Recipe(layers=2, width=96, steps=500, batch=24, lr=3e-3)
     seed: int = 0
     held_out: int = 512
 
@@ -59,12 +59,14 @@ def tiny_config() -> LabConfig:
     )
 
 
-def build(folder: Path, config: LabConfig) -> tuple[Path, Path]:
+def build(folder: Path, config: LabConfig, jobs: int = 1) -> tuple[Path, Path]:
     """(student, teacher) folders below `folder`, built if they are not there.
 
     Raises:
       ValueError: `folder` holds a pair of other settings; names them.
     """
+    import joblib
+
     settings = json.loads(json.dumps(dataclasses.asdict(config)))
     record = folder / "lab.json"
     if record.exists():
@@ -76,19 +78,34 @@ def build(folder: Path, config: LabConfig) -> tuple[Path, Path]:
                 f"{folder} holds a pair of other settings ({what}); choose another --out"
             )
         return folder / "student", folder / "teacher"
-    found: dict[str, Any] = {"settings": settings}
-    for offset, name in enumerate(("teacher", "student")):
-        start = time.perf_counter()
-        network = teach(getattr(config, name), derive_seed(config.seed, offset), name)
-        seconds = time.perf_counter() - start
+    names = ("teacher", "student")
+    work = (joblib.delayed(build_one)(folder, config, *cell) for cell in enumerate(names))
+    found = dict(zip(names, joblib.Parallel(n_jobs=jobs)(work), strict=True))
+    write_text(record, json.dumps({"settings": settings, **found}, indent=1))
+    return folder / "student", folder / "teacher"
+
+
+def build_one(folder: Path, config: LabConfig, offset: int, name: str) -> dict[str, Any]:
+    """Teach one model on one thread and save it; returns its held-out accuracy."""
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    start, threads = time.perf_counter(), torch.get_num_threads()
+    # the same sums in the same order, whatever runs beside
+    torch.set_num_threads(1)
+    try:
+        network = teach(getattr(config, name), derive_seed(config.seed, offset), name, offset)
         with whole_folder(folder / name) as part:
             network.save_pretrained(part)
             make_tokenizer().save_pretrained(part)
-        found[name] = {"seconds": round(seconds, 1), **held_out(folder / name, config.held_out)}
-        line = "{accuracy:.3f} [{low:.3f}, {high:.3f}] on {problems} held-out problems, {seconds} s"
-        print(f"{name}: accuracy {line.format(**found[name])}", file=sys.stderr)
-    write_text(record, json.dumps(found, indent=1))
-    return folder / "student", folder / "teacher"
+        found = held_out(folder / name, config.held_out)
+    finally:
+        torch.set_num_threads(threads)
+    found["seconds"] = round(time.perf_counter() - start, 1)
+    line = "{accuracy:.3f} [{low:.3f}, {high:.3f}] on {problems} held-out problems, {seconds} s"
+    print(f"{name}: accuracy {line.format(**found)}", file=sys.stderr)
+    return found
 
 
 def make_tokenizer() -> Any:
@@ -113,7 +130,7 @@ def make_tokenizer() -> Any:
     return tokenizer
 
 
-def teach(recipe: Recipe, seed: int, name: str) -> Any:
+def teach(recipe: Recipe, seed: int, name: str, place: int = 0) -> Any:
     """Next-token prediction on the responses of fresh training problems."""
     import torch
     from tqdm import tqdm
@@ -123,7 +140,7 @@ def teach(recipe: Recipe, seed: int, name: str) -> Any:
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.01
     )
-    bar = tqdm(range(recipe.steps), desc=f"teach {name}", disable=None)
+    bar = tqdm(range(recipe.steps), desc=f"teach {name}", position=place, disable=None)
     for step in bar:
         ids, labels = examples(tokenizer, recipe.batch, derive_seed(seed, step))
         for group in optimizer.param_groups:
@@ -217,8 +234,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", default=None, help="folder (default: lab, or lab-tiny)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tiny", action="store_true", help="seconds instead of minutes")
+    parser.add_argument("--jobs", type=int, default=2, help="1 builds one after the other")
     given = parser.parse_args(argv)
     config = dataclasses.replace(tiny_config() if given.tiny else LabConfig(), seed=given.seed)
     folder = Path(given.out or ("lab-tiny" if given.tiny else "lab"))
-    student, teacher = build(folder, config)
+    student, teacher = build(folder, config, given.jobs)
     print(f"student: {student}\nteacher: {teacher}")

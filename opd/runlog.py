@@ -5,17 +5,16 @@ config.json, code.txt, rows.jsonl (one row a step), evals.jsonl, batches/, check
 
 import fcntl
 import json
-import math
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+from diagnostics import rows
+from diagnostics.rows import Row
 from opd.config import Config, to_json
 
-Row = dict[str, Any]
 FREE_TO_CHANGE = ("steps", "out", "eval_every", "save_every", "batch_every", "micro_tokens")
 
 
@@ -57,34 +56,10 @@ def refuse_other_settings(folder: Path, config: Config) -> None:
         )
 
 
-def append(path: Path, row: Row) -> None:
-    """Add one JSON line; NaN and infinities become null, so that every reader can read it."""
-    clean = {
-        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
-    }
-    with open(path, "a") as file:
-        file.write(json.dumps(clean) + "\n")
-
-
-def read_rows(path: Path) -> list[Row]:
-    """All whole rows; a last line that a kill cut short is left out."""
-    if not path.exists():
-        return []
-    rows = []
-    lines = path.read_text().splitlines()
-    for i, line in enumerate(lines):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            if i + 1 < len(lines):
-                raise ValueError(f"{path} line {i + 1} is not JSON: {line[:80]!r}") from None
-    return rows
-
-
 def rewind(path: Path, keep: Callable[[Row], bool]) -> None:
     """Drop the rows that a resumed run will write again."""
-    rows = [row for row in read_rows(path) if keep(row)]
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    kept = [row for row in rows.read(path) if keep(row)]
+    write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from diagnostics.batch import Rollouts
 from diagnostics.monitor import Monitor
+from diagnostics.rows import Row, append
 from opd import runlog
 from opd.config import Config
 from opd.data import Task, encode, load_task
@@ -55,7 +56,7 @@ def train(config: Config) -> Path:
         )
         for step in bar:
             row = one_step(config, folder, pair, task, objective, optimizer, monitor, step)
-            runlog.append(folder / "rows.jsonl", row)
+            append(folder / "rows.jsonl", row)
             bar.set_postfix(
                 reward=f"{row['collapse/reward']:.2f}",
                 kl=f"{row['drift/reverse_kl']:.3f}",
@@ -83,7 +84,7 @@ def one_step(
     optimizer: torch.optim.Optimizer,
     monitor: Monitor,
     step: int,
-) -> runlog.Row:
+) -> Row:
     """One optimizer step on fresh rollouts; returns its row of numbers."""
     clock = [time.perf_counter()]
     generator = torch.Generator().manual_seed(derive(config.seed, step, ROLLOUT))
@@ -145,7 +146,7 @@ def one_step(
         optimizer.step()
     clock.append(time.perf_counter())
 
-    row: runlog.Row = {"step": step}
+    row: Row = {"step": step}
     row |= monitor(step, [scored], loss=loss, grad_norm=norm, lr=rate, skipped=float(not finite))
     if due(step, config.batch_every):
         scored.save(folder / "batches" / f"step_{step:06d}.safetensors")
@@ -176,7 +177,7 @@ def record_evaluation(folder: Path, config: Config, pair: Pair, task: Task, step
         temperature=1.0,
         generator=generator,
     )
-    runlog.append(folder / "evals.jsonl", {"step": step, **found})
+    append(folder / "evals.jsonl", {"step": step, **found})
     tqdm.write(
         f"step {step}: accuracy {found['accuracy']:.3f} [{found['low']:.3f}, {found['high']:.3f}] "
         f"on {found['problems']} held-out problems",
