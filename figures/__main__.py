@@ -36,9 +36,7 @@ def main(argv: list[str]) -> None:
     given = parser.parse_args(argv)
     names = list(MADE_BY) if given.name == "all" else [given.name]
     if given.table and len(names) > 1:
-        raise ValueError(
-            f"--table {given.table} belongs to one figure; name it: {', '.join(names)}"
-        )
+        raise ValueError(f"--table {given.table} needs the name of its figure: {', '.join(names)}")
     if given.run and names != ["training"]:
         raise ValueError("--run is for `opd figures training`")
     if given.update_data and not given.run:

@@ -1,20 +1,23 @@
 """The lab pair: a teacher and a weaker student, made from nothing on a verifiable task.
 
 Two causal language models with one tokenizer, trained by next-token prediction on worked solutions
-of `opd.problems`, saved as ordinary Hugging Face folders. Minutes on two CPU cores, one for each
-model; the same settings give the same bits on the same machine, and a pair is built only once.
+of `opd.problems`, right ones for the teacher and careless ones for the smaller student, saved as
+ordinary Hugging Face folders. Minutes on two CPU cores, one for each model; the same settings give
+the same bits on the same machine, and a pair is built only once.
 """
 
 import argparse
 import dataclasses
 import json
 import math
+import random
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from opd.problems import careless as careless_solution
 from opd.problems import problems
 from opd.runlog import whole_folder, write_text
 
@@ -31,13 +34,17 @@ TEMPLATE = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """One model: its size and how long it is taught."""
+    """One model: its size, how long it is taught, and what it learns from.
+
+    careless: probability of a slip in each result of the solutions.
+    """
 
     layers: int
     width: int
     steps: int
     batch: int
     lr: float
+    careless: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ class LabConfig:
     """Both models and the seed; the cache is keyed by all of it."""
 
     teacher: Recipe = Recipe(layers=2, width=128, steps=800, batch=24, lr=3e-3)
-    student: Recipe = Recipe(layers=2, width=96, steps=500, batch=24, lr=3e-3)
+    student: Recipe = Recipe(layers=2, width=96, steps=800, batch=24, lr=3e-3, careless=0.06)
     seed: int = 0
     held_out: int = 512
 
@@ -142,7 +149,7 @@ def teach(recipe: Recipe, seed: int, name: str, place: int = 0) -> Any:
     )
     bar = tqdm(range(recipe.steps), desc=f"teach {name}", position=place, disable=None)
     for step in bar:
-        ids, labels = examples(tokenizer, recipe.batch, derive_seed(seed, step))
+        ids, labels = examples(tokenizer, recipe.batch, derive_seed(seed, step), recipe.careless)
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * schedule(step, recipe.steps)
         loss = network(input_ids=ids, labels=labels).loss
@@ -178,15 +185,17 @@ def new_model(recipe: Recipe, vocabulary: int, seed: int, tokenizer: Any) -> Any
         return Qwen2ForCausalLM(config)
 
 
-def examples(tokenizer: Any, count: int, seed: int) -> "tuple[torch.Tensor, torch.Tensor]":
+def examples(
+    tokenizer: Any, count: int, seed: int, careless: float = 0.0
+) -> "tuple[torch.Tensor, torch.Tensor]":
     """(B, L) ids and labels of worked problems, padded right; only responses are labelled."""
     import torch
 
-    rows = []
+    rows, generator = [], random.Random(seed)
     for problem in problems("train", count, seed):
         message = [{"role": "user", "content": problem.prompt}]
         prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-        response = problem.solution + tokenizer.eos_token
+        response = careless_solution(problem.prompt, careless, generator) + tokenizer.eos_token
         rows.append([tokenizer.encode(text) for text in (prompt, response)])
     width = max(len(p) + len(r) for p, r in rows)
     ids = torch.full((count, width), tokenizer.pad_token_id)

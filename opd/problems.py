@@ -8,6 +8,8 @@ the one before, so a wrong digit spoils all that comes after: long enough to dri
 import hashlib
 import itertools
 import random
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -42,18 +44,31 @@ def problems(split: str, count: int, seed: int) -> list[Problem]:
 @cache
 def every(split: str) -> list[Problem]:
     """All problems of a split."""
-    found = itertools.starmap(iteration, itertools.product(STEPS, STATES, FACTORS, OFFSETS))
-    return [problem for problem in found if split_of(problem.prompt) == split]
+    numbers = itertools.product(STEPS, STATES, FACTORS, OFFSETS)
+    prompts = ("{}:{}*{}+{}".format(*some) for some in numbers)
+    return [Problem(p, *solve(p)) for p in prompts if split_of(p) == split]
 
 
-def iteration(steps: int, x: int, a: int, b: int) -> Problem:
-    """The problem that starts at x, worked out."""
-    prompt, lines = f"{steps}:{x}*{a}+{b}", []
+def solve(prompt: str, slip: Callable[[], int] = lambda: 0) -> tuple[str, str]:
+    """(answer, worked solution); `slip` says how far the last digit of each result is off."""
+    steps, x, a, b = map(int, re.split(r"\D", prompt))
+    lines = []
     for left in range(steps, 0, -1):
-        product = x * a
-        lines.append(f"{left}:{x}*{a}={product}+{b}={product + b}")
-        x, b = (product + b) % 10, (b + 1) % 10
-    return Problem(prompt, str(x), f"<think>{' '.join(lines)}</think>{x}")
+        product = shifted(x * a, slip())
+        total = shifted(product + b, slip())
+        lines.append(f"{left}:{x}*{a}={product}+{b}={total}")
+        x, b = total % 10, (b + 1) % 10
+    return str(x), f"<think>{' '.join(lines)}</think>{x}"
+
+
+def shifted(value: int, by: int) -> int:
+    """The number with its last digit moved round by `by`."""
+    return value - value % 10 + (value + by) % 10
+
+
+def careless(prompt: str, rate: float, generator: random.Random) -> str:
+    """A solution by somebody who gets each result wrong with probability `rate`, and goes on."""
+    return solve(prompt, lambda: generator.randint(1, 9) if generator.random() < rate else 0)[1]
 
 
 def split_of(prompt: str) -> str:

@@ -78,6 +78,8 @@ def monte_carlo(
     """
     if count < 2:
         raise ValueError(f"count is {count}, expected at least 2 trajectories for a variance")
+    if chunk < 1:
+        raise ValueError(f"chunk is {chunk}, expected at least 1 trajectory at a time")
     e, (s, a) = len(objectives), student_logits.shape
     pivot = torch.zeros(e, s, a, dtype=torch.float64)
     first, second = torch.zeros_like(pivot), torch.zeros_like(pivot)

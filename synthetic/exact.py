@@ -17,16 +17,7 @@ from opd.objectives import check_gamma
 from synthetic.mdp import TabularMDP
 from synthetic.terms import ESTIMATORS, Estimator, Terms, terms
 
-__all__ = [
-    "ESTIMATORS",
-    "SequenceKL",
-    "expected_gradient",
-    "moments",
-    "mse",
-    "optimal_gamma",
-    "overtaking_batch",
-    "sequence_kl",
-]
+__all__ = ["ESTIMATORS", "SequenceKL", "expected_gradient", "moments", "sequence_kl"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -185,29 +176,3 @@ def _carry(vectors: Tensor, move: Tensor) -> Tensor:
     """sum_c move[c, d] vectors[:, c]: (G, S, S, A), (S, S) -> (G, S, S, A)."""
     g, s = vectors.shape[:2]
     return (move.T @ vectors.reshape(g, s, -1)).reshape(vectors.shape)
-
-
-# --- criteria -----------------------------------------------------------------------------------
-
-
-def mse(bias2: Tensor, variance: Tensor, n: float) -> Tensor:
-    """Mean squared error of the mean of n independent trajectories, bias^2 + variance / n."""
-    if not n >= 1:
-        raise ValueError(f"n is {n}, expected at least 1 trajectory")
-    return bias2 + variance / n
-
-
-def optimal_gamma(
-    gammas: Sequence[float], bias2: Tensor, variance: Tensor, n: Sequence[float]
-) -> list[float]:
-    """The discount of least mean squared error for each number of trajectories; (G,) inputs."""
-    return [gammas[int(mse(bias2, variance, count).argmin())] for count in n]
-
-
-def overtaking_batch(bias2: Tensor, variance: Tensor) -> float:
-    """Trajectories from which the last discount beats the first: (var_-1 - var_0) / bias2_0.
-
-    Both inputs (G,) in order of the discount, the last one unbiased; infinite without bias.
-    """
-    gain = float(bias2[0] - bias2[-1])
-    return float(variance[-1] - variance[0]) / gain if gain > 0 else float("inf")

@@ -79,9 +79,10 @@ class TabularMDP:
 
 
 def _check_distribution(name: str, x: Tensor) -> None:
-    lowest, totals = float(x.min()), x.sum(-1)
-    if not bool(x.isfinite().all()) or lowest < 0:
-        raise ValueError(f"{name} holds {lowest}, expected probabilities of at least 0")
+    bad = x[~(x.isfinite() & (x >= 0))]
+    if len(bad):
+        raise ValueError(f"{name} holds {float(bad[0])}, expected probabilities of at least 0")
+    totals = x.sum(-1)
     off = float((totals - 1).abs().max())
     if off > 1e-9:
         wrong = float(totals.flatten()[(totals - 1).abs().argmax()])

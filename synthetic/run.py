@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+FIGURES = ROOT / "figures" / "data"
 SOURCES = ("synthetic/*.py", "opd/objectives.py", "diagnostics/batch.py", "diagnostics/prefix.py")
 
 
@@ -114,7 +115,7 @@ def read_cell(file: Path) -> dict[str, Any] | None:
     """A finished cell, or None where there is none or it is not readable to its end."""
     try:
         cell = json.loads(file.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
         return None
     return cell if isinstance(cell, dict) and "rows" in cell else None
 
@@ -150,7 +151,7 @@ def update_figures(name: str, preset: str, out: str | Path) -> None:
     """Copy the summary and its provenance to figures/data, where they are committed."""
     for suffix in ("csv", "json"):
         text = (Path(out) / name / preset / f"summary.{suffix}").read_text()
-        _write(ROOT / "figures" / "data" / f"{name}.{suffix}", text)
+        _write(FIGURES / f"{name}.{suffix}", text)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -71,74 +71,58 @@ def frozen_kl(at: Paths, student: Tensor, teacher: Tensor) -> Tensor:
 
 def scores(at: Paths, student: Tensor) -> Tensor:
     """(N, T, S, A) gradient of each token's log-probability, by hand."""
-    n, t = at.states.shape
-    score = torch.zeros(n, t, *student.shape, dtype=torch.float64)
-    p = student.softmax(-1)
-    for i in range(n):
-        for j in range(t):
-            if at.mask[i, j]:
-                state, token = at.states[i, j], at.tokens[i, j]
-                score[i, j, state] = -p[state]
-                score[i, j, state, token] += 1
-    return score
+    num_states, num_actions = student.shape
+    visit = torch.nn.functional.one_hot(at.states, num_states) * at.mask[..., None]
+    away = torch.nn.functional.one_hot(at.tokens, num_actions) - student.softmax(-1)[at.states]
+    return visit[..., None] * away[..., None, :]
 
 
-def discounted_value(mdp, student: Tensor, teacher: Tensor, gamma: float, steps: int) -> Tensor:
-    """(S,) expected discounted cost of `steps` more steps, by recursion over tokens and moves."""
-    p = student.softmax(-1)
-    r = student.log_softmax(-1) - teacher.log_softmax(-1)
-    if steps == 0:
-        return torch.zeros(mdp.num_states, dtype=torch.float64)
-    later = discounted_value(mdp, student, teacher, gamma, steps - 1)
-    value = torch.zeros(mdp.num_states, dtype=torch.float64)
-    for state in range(mdp.num_states):
-        for token in range(mdp.num_actions):
-            if state != mdp.end:
-                after = (mdp.transition[state, token] * later).sum()
-                value[state] += p[state, token] * (r[state, token] + gamma * after)
-    return value
+def to_go(cost: Tensor, gamma: float) -> Tensor:
+    """(N, T) sum_{u >= t} gamma^(u-t) of the costs along each path."""
+    steps = range(cost.shape[1])
+    return torch.stack([sum(gamma ** (u - t) * cost[:, u] for u in steps[t:]) for t in steps], 1)
 
 
-def estimates(mdp, student: Tensor, teacher: Tensor, name: str, gamma: float) -> Tensor:
+def mean_by_state(at: Paths, weight: Tensor, x: Tensor, num_states: int) -> Tensor:
+    """(T, S) mean of x (N, T) over the paths in state s at step t; NaN where there are none."""
+    visit = torch.nn.functional.one_hot(at.states, num_states) * at.mask[..., None]
+    mass = weight[:, None, None] * visit
+    return (mass * x[..., None]).sum(0) / mass.sum(0)
+
+
+def estimates(mdp, at: Paths, student: Tensor, teacher: Tensor, name: str, gamma: float) -> Tensor:
     """(N, S, A) what each named estimator yields on each path, from its definition."""
-    at = paths(mdp)
-    score, mask = scores(at, student), at.mask.to(torch.float64)
+    weight, mask = probability(at, student), at.mask
     r = logp(at, student) - logp(at, teacher)
     p, q = student.log_softmax(-1), teacher.log_softmax(-1)
     local = (p.exp() * (p - q)).sum(-1)
     mean_cost = local[at.states] * mask
-    value = [
-        discounted_value(mdp, student, teacher, gamma, mdp.horizon - t)
-        for t in range(mdp.horizon + 1)
-    ]
-    weight = probability(at, student)
-    result = torch.zeros(len(weight), *student.shape, dtype=torch.float64)
-    for t in range(mdp.horizon):
-        later = mean_cost if name in ("rb_future", "rb_all", "rb_all_value") else r
-        togo = sum(
-            (gamma ** (u - t) * later[:, u] for u in range(t + 1, mdp.horizon)),
-            start=torch.zeros_like(weight),
-        )
-        here = value[t][at.states[:, t]] * mask[:, t]
-        credit = togo if name.startswith("rb_") and name != "rb_future" else togo + r[:, t]
-        if name == "value":
-            credit = credit - here
-        if name == "position_mean":
-            alive = weight * mask[:, t]
-            credit = credit - (alive * here).sum() / alive.sum().clamp(min=1e-300)
-        if name == "rb_all_value":
-            credit = credit - (here - mean_cost[:, t])
-        result += credit[:, None, None] * score[:, t]
-        if name in ("rb_immediate", "rb_all", "rb_all_value"):
-            gradient = p.exp() * (p - q - local[:, None])
-            visit = torch.nn.functional.one_hot(at.states[:, t], mdp.num_states) * mask[:, t, None]
-            result += visit[..., None] * gradient
+    sampled = to_go(r, gamma)
+    # V of the state at each step, by averaging over the paths that come by
+    every = mean_by_state(at, weight, sampled, mdp.num_states)
+    value = every[torch.arange(mdp.horizon), at.states].where(mask, torch.zeros(()))
+    alive = weight[:, None] * mask
+    later = to_go(mean_cost, gamma) - mean_cost
+    credit = {
+        "plain": sampled,
+        "position_mean": sampled - (alive * sampled).sum(0) / alive.sum(0),
+        "value": sampled - value,
+        "rb_immediate": sampled - r,
+        "rb_future": r + later,
+        "rb_all": later,
+        "rb_all_value": later - (value - mean_cost),
+    }[name]
+    result = torch.einsum("nt,ntsa->nsa", credit, scores(at, student))
+    if name in ("rb_immediate", "rb_all", "rb_all_value"):
+        visits = (torch.nn.functional.one_hot(at.states, mdp.num_states) * mask[..., None]).sum(1)
+        result = result + visits[..., None] * (p.exp() * (p - q - local[:, None]))
     return result
 
 
 def mean_and_variance(mdp, student, teacher, name: str, gamma: float) -> tuple[Tensor, Tensor]:
     """(S, A) mean and total variance of an estimator over all paths."""
-    sample = estimates(mdp, student, teacher, name, gamma)
-    weight = probability(paths(mdp), student)[:, None, None]
+    at = paths(mdp)
+    sample = estimates(mdp, at, student, teacher, name, gamma)
+    weight = probability(at, student)[:, None, None]
     mean = (weight * sample).sum(0)
     return mean, (weight * (sample - mean).square()).sum()

@@ -1,5 +1,6 @@
 """The lab pair at its tiny size: cached, deterministic, ordinary Hugging Face folders."""
 
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 from opd.data import encode, exact_match, load_task, read_problems
 from opd.lab import build, examples, make_tokenizer, new_model, tiny_config
-from opd.problems import Problem, problems
+from opd.problems import Problem, careless, problems, solve
 
 
 def test_the_pair_is_deterministic_cached_and_keyed_by_its_settings(tmp_path: Path) -> None:
@@ -51,6 +52,25 @@ def test_only_the_response_is_taught() -> None:
         taught = label[label != -100]
         assert tokenizer.decode(taught) == problem.solution + "<|im_end|>"
         assert (row[label != -100] == taught).all()
+
+
+def test_careless_solutions_slip_at_their_rate_and_go_on() -> None:
+    generator, results, slips = random.Random(0), 0, 0
+    for problem in problems("train", 300, 0):
+        text = careless(problem.prompt, 0.2, generator)
+        lines = text.removeprefix("<think>").split("</think>")[0].split()
+        state = None
+        for line in lines:
+            head, middle, total = line.split(":")[1].split("=")
+            x, a = map(int, head.split("*"))
+            product, b = map(int, middle.split("+"))
+            assert state is None or x == state, "a line goes on from the one before, right or wrong"
+            state = int(total) % 10
+            results += 2
+            slips += (product != x * a) + (int(total) != product + b)
+        assert text.endswith(f"</think>{state}")
+    assert abs(slips - 0.2 * results) < 4 * (results * 0.2 * 0.8) ** 0.5
+    assert careless("4:7*3+8", 0.0, generator) == solve("4:7*3+8")[1]
 
 
 def test_problems_from_a_file_are_split_and_reshuffled(tmp_path: Path) -> None:

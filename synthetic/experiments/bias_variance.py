@@ -1,5 +1,6 @@
 """Bias, variance and mean squared error of the gamma family by discount, horizon and batch."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,14 +11,15 @@ from diagnostics.intervals import bootstrap_interval
 from opd import objectives
 from synthetic import exact
 from synthetic.estimators import monte_carlo
-from synthetic.mdp import random_chain, random_pair
+from synthetic.mdp import TabularMDP, random_chain, random_pair
 
 CLAIM = (
-    "Cutting the future pays only for small batches: the best discount rises from 0 to 1 with the "
-    "number of trajectories. A value baseline lowers the batch from which gamma = 1 beats "
-    "gamma = 0 about tenfold, mean costs on top of it fortyfold, mean costs alone hardly. At "
-    "gamma = 1 the variance grows as the cube of the horizon, not as the fourth power of the "
-    "published bound, and as the square with a baseline."
+    "Cutting the future pays only for small batches. In random chains (quick: 8 states, 4 tokens, "
+    "128 steps; medians over 20 worlds), sampled as is, gamma = 0 errs least for n = 1 and 4 "
+    "trajectories, gamma = 0.9 for n = 4096, and gamma = 1 beats gamma = 0 from n = 5600. A value "
+    "baseline moves that to 590 and mean costs on top of it to 124; mean costs alone hardly do "
+    "(4970). At gamma = 1 the local exponent of the variance in the horizon rises to 2.8, below "
+    "the 3 of the tight and the 4 of the published bound; a value baseline brings it to 2.0."
 )
 
 GAMMAS = (0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 1.0)
@@ -28,7 +30,9 @@ KEYS = ["estimator", "horizon", "gamma", "n"]
 Row = dict[str, Any]
 
 
-def _settings(preset: str, draws: int, shape: tuple[int, int], horizons: tuple[int, ...]) -> Any:
+def _settings(
+    preset: str, draws: int, shape: tuple[int, int], horizons: tuple[int, ...]
+) -> list[dict[str, Any]]:
     shared = {"states": shape[0], "actions": shape[1], "horizons": list(horizons)}
     knobs = {"distance": 1.0, "heterogeneity": 0.5, "mixing": 0.1, "samples": COUNT[preset]}
     return [{**shared, **knobs, "seed": seed} for seed in range(draws)]
@@ -55,7 +59,7 @@ def measure(setting: dict[str, Any], generator: torch.Generator) -> list[Row]:
     checked = min((t for t in horizons if t >= 16), default=max(horizons))
     rows: list[Row] = []
     for horizon in horizons:
-        mdp = type(longest)(longest.transition, longest.start, horizon)
+        mdp = replace(longest, horizon=horizon)
         truth = exact.expected_gradient(mdp, student, teacher, 1.0)
         shared = {
             "seed": setting["seed"],
@@ -81,12 +85,13 @@ def measure(setting: dict[str, Any], generator: torch.Generator) -> list[Row]:
     return rows
 
 
-def _bounds(mdp: Any, student: torch.Tensor, teacher: torch.Tensor, gamma: float) -> Row:
+def _bounds(mdp: TabularMDP, student: torch.Tensor, teacher: torch.Tensor, gamma: float) -> Row:
     """Worst cases of E||g||^2 with |r| <= R and ||s|| <= B: R^2 B^2 T^4, as published, and
     R^2 B^2 T^2 min((T + 1) / 2, 1 / (1 - gamma^2)), which uses that scores are uncorrelated.
     """
-    p = mdp.log_policy(student).exp()
-    cost2 = float((mdp.log_policy(student) - mdp.log_policy(teacher)).square().max())
+    logp = mdp.log_policy(student)
+    p = logp.exp()
+    cost2 = float((logp - mdp.log_policy(teacher)).square().max())
     score2 = float((1 - 2 * p + p.square().sum(-1, keepdim=True)).max())
     t = mdp.horizon
     ages = (t + 1) / 2 if gamma == 1 else min((t + 1) / 2, 1 / (1 - gamma**2))
@@ -94,7 +99,11 @@ def _bounds(mdp: Any, student: torch.Tensor, teacher: torch.Tensor, gamma: float
 
 
 def _sampled(
-    mdp: Any, student: torch.Tensor, teacher: torch.Tensor, count: int, generator: torch.Generator
+    mdp: TabularMDP,
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    count: int,
+    generator: torch.Generator,
 ) -> dict[float, Row]:
     family = {str(g): objectives.make("sampled_token", g) for g in GAMMAS}
     drawn = monte_carlo(mdp, student, teacher, family, count, generator)
@@ -138,13 +147,10 @@ def summarize(rows: pd.DataFrame) -> pd.DataFrame:
     parts.append(_median(best, "best_gamma", generator))
     parts.append(_interval(_overtaking(longest), "overtaking_batch", np.median, generator))
     parts.append(_interval(_exponents(rows), "exponent", np.mean, generator))
-    sampled = (
-        rows.dropna(subset=["sampled_variance"]).copy() if "sampled_variance" in rows else None
-    )
-    if sampled is not None:
-        error = sampled["variance"] - sampled["sampled_variance"]
-        sampled = sampled.assign(n=1, sampled_z=error / sampled["sampled_variance_se"])
-        parts.append(_interval(sampled, "sampled_z", np.mean, generator))
+    sampled = rows.dropna(subset=["sampled_variance"])
+    error = sampled["variance"] - sampled["sampled_variance"]
+    sampled = sampled.assign(n=1, sampled_z=error / sampled["sampled_variance_se"])
+    parts.append(_interval(sampled, "sampled_z", np.mean, generator))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -159,9 +165,8 @@ def _interval(
     keyed = rows.assign(**{k: rows.get(k, np.nan) for k in KEYS})
     # a missing key (gamma of a best gamma) is one group of its own
     keyed[KEYS] = keyed[KEYS].astype(object).where(keyed[KEYS].notna(), "")
-    # two rows of one world under one key would be a bug upstream, not something to average away
-    keyed = keyed.set_index(["seed", *KEYS], verify_integrity=True)
-    wide = keyed[name].unstack(KEYS, sort=False)
+    # refuses two rows of one world under one key: a bug upstream, not something to average away
+    wide = keyed.set_index(["seed", *KEYS])[name].unstack(KEYS, sort=False)
     values = wide.to_numpy()
     low, high = bootstrap_interval(values, lambda x: statistic(x, axis=0), generator)
     table = wide.columns.to_frame(index=False).replace("", np.nan)
@@ -171,7 +176,7 @@ def _interval(
 
 
 def _overtaking(rows: pd.DataFrame) -> pd.DataFrame:
-    wide = rows.pivot_table(
+    wide = rows.pivot(
         index=["seed", "estimator", "horizon"], columns="gamma", values=["bias2", "variance"]
     )
     gain = wide["variance"][1.0] - wide["variance"][0.0]
@@ -180,9 +185,7 @@ def _overtaking(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _exponents(rows: pd.DataFrame) -> pd.DataFrame:
     """Local slopes: exact variances need no fit, and one slope would hide a cross-over."""
-    wide = rows.pivot_table(
-        index=["seed", "estimator", "gamma"], columns="horizon", values="variance"
-    )
+    wide = rows.pivot(index=["seed", "estimator", "gamma"], columns="horizon", values="variance")
     before, after = sorted(rows["horizon"].unique())[-2:]
     slope = np.log(wide[after] / wide[before]) / np.log(after / before)
     return slope.rename("exponent").reset_index().assign(horizon=after)

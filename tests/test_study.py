@@ -1,0 +1,200 @@
+"""The study runner on the smoke preset: resume, repeatability, provenance, refusals."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from synthetic import run as study
+from synthetic.experiments import bias_variance
+
+NAME = "bias_variance"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("study")
+    study.run(NAME, "smoke", out=out)
+    return out / NAME
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut short", "not text", "no rows"])
+def test_finished_cells_are_kept_and_broken_ones_measured_again(folder: Path, damage: str) -> None:
+    table = (folder / "smoke" / "summary.csv").read_bytes()
+    cells = sorted((folder / "cells").iterdir())
+    assert len(cells) == 3
+    stamps = [cell.stat().st_mtime_ns for cell in cells]
+    rows = json.loads(cells[1].read_text())["rows"]
+    if damage == "missing":
+        cells[1].unlink()
+    else:
+        whole = cells[1].read_bytes()
+        left = {"cut short": whole[:100], "not text": b"\xff" + whole, "no rows": b"{}"}
+        cells[1].write_bytes(left[damage])
+    study.run(NAME, "smoke", out=folder.parent)
+    kept = [c.stat().st_mtime_ns == s for c, s in zip(cells, stamps, strict=True)]
+    assert kept == [True, False, True]
+    assert json.loads(cells[1].read_text())["rows"] == rows
+    assert (folder / "smoke" / "summary.csv").read_bytes() == table
+
+
+def test_refresh_measures_every_cell_again(folder: Path) -> None:
+    cells = sorted((folder / "cells").iterdir())
+    stamps = [cell.stat().st_mtime_ns for cell in cells]
+    study.run(NAME, "smoke", out=folder.parent, refresh=True)
+    assert all(c.stat().st_mtime_ns != s for c, s in zip(cells, stamps, strict=True))
+    assert sorted((folder / "cells").iterdir()) == cells
+
+
+def test_two_processes_give_the_same_bits(folder: Path, tmp_path: Path) -> None:
+    study.run(NAME, "smoke", jobs=2, out=tmp_path)
+    for name in ("rows.csv", "summary.csv"):
+        assert (tmp_path / NAME / "smoke" / name).read_bytes() == (
+            folder / "smoke" / name
+        ).read_bytes()
+
+
+def test_the_summary_is_what_its_rows_say(folder: Path) -> None:
+    rows = pd.read_csv(folder / "smoke" / "rows.csv")
+    summary = pd.read_csv(folder / "smoke" / "summary.csv")
+
+    def value(quantity: str, **where: object) -> float:
+        chosen = summary[summary["quantity"] == quantity]
+        for column, x in where.items():
+            chosen = chosen[chosen[column] == x]
+        assert len(chosen) == 1
+        assert chosen["low"].iloc[0] <= chosen["value"].iloc[0] <= chosen["high"].iloc[0]
+        return chosen["value"].iloc[0]
+
+    plain = rows[(rows["estimator"] == "plain") & (rows["horizon"] == 8)]
+    at = {g: plain[plain["gamma"] == g].set_index("seed") for g in (0.0, 1.0)}
+    where = {"estimator": "plain", "horizon": 8}
+    assert value("variance", gamma=1.0, **where) == pytest.approx(at[1.0]["variance"].median())
+    relative = at[0.0]["bias2"] / at[0.0]["gradient2"]
+    assert value("bias2", gamma=0.0, **where) == pytest.approx(relative.median(), rel=1e-5)
+    assert at[1.0]["bias2"].max() < 1e-20
+    batch = (at[1.0]["variance"] - at[0.0]["variance"]) / at[0.0]["bias2"]
+    assert value("overtaking_batch", **where) == pytest.approx(batch.median(), rel=1e-5)
+    for n in (1, 4096):
+        error = plain.assign(mse=plain["bias2"] + plain["variance"] / n)
+        best = [part.loc[part["mse"].idxmin(), "gamma"] for _, part in error.groupby("seed")]
+        assert value("best_gamma", n=n, **where) == sorted(best)[1]
+    wide = rows[rows["gamma"] == 1].pivot(
+        index="seed", columns=["estimator", "horizon"], values="variance"
+    )
+    slope = np.log2(wide["rb_all"][8] / wide["rb_all"][4]).mean()
+    found = value("exponent", estimator="rb_all", horizon=8, gamma=1.0)
+    assert found == pytest.approx(slope, rel=1e-5)
+    z = (plain["variance"] - plain["sampled_variance"]) / plain["sampled_variance_se"]
+    assert z.abs().max() < 4
+    assert value("sampled_z", gamma=1.0, **where) == pytest.approx(
+        z[plain["gamma"] == 1].mean(), rel=1e-5
+    )
+    assert (plain["bound_tight"] >= plain["variance"]).all()
+    assert (plain["bound_quartic"] >= plain["bound_tight"]).all()
+    assert np.isfinite(summary[["value", "low", "high"]].to_numpy()).all()
+
+
+def test_errors_of_the_mean_are_bias_plus_a_share_of_the_variance() -> None:
+    """Two equal worlds made by hand, whose summary can be worked out in the head."""
+    rows = pd.DataFrame(
+        {
+            "seed": seed,
+            "horizon": horizon,
+            "gradient2": 4.0,
+            "estimator": "plain",
+            "gamma": gamma,
+            "bias2": 8.0 * (1 - gamma),
+            "variance": (1 + 15 * gamma) * horizon,
+            "bound_tight": 1e3,
+            "bound_quartic": 1e4,
+            "sampled_variance": 0.0,
+            "sampled_variance_se": 16.0 * horizon,
+        }
+        for seed in (0, 1)
+        for horizon in (1, 8)
+        for gamma in (0.0, 1.0)
+    )
+    table = bias_variance.summarize(rows).set_index(["quantity", "horizon"])
+    assert table.loc[("overtaking_batch", 8), "value"] == 15  # (128 - 8) / 8
+    best = table.loc[("best_gamma", 8)].set_index("n")["value"]
+    assert best.loc[[1, 4, 16, 64]].tolist() == [0, 0, 1, 1]
+    error = table.loc[("mse", 8)].set_index(["gamma", "n"])["value"]
+    assert error[0.0, 4] == 2 + 2 / 4
+    assert error[1.0, 4] == 32 / 4
+    assert table.loc[("exponent", 8), "value"].tolist() == [1, 1]
+    assert table.loc[("sampled_z", 8), "value"].tolist() == [1 / 16, 1]
+    assert (table["low"] == table["value"]).all(), "worlds that agree leave no interval"
+    assert (table["high"] == table["value"]).all()
+    with pytest.raises(ValueError, match="duplicate"):
+        bias_variance.summarize(pd.concat([rows, rows.head(1)]))
+
+
+def test_provenance_names_command_code_and_versions(folder: Path) -> None:
+    about = json.loads((folder / "smoke" / "summary.json").read_text())
+    assert about["command"] == "opd study run bias_variance --preset smoke"
+    assert about["source"] == study.fingerprint(NAME)
+    assert set(about["versions"]) == {"torch", "numpy", "pandas", "scipy"}
+
+
+def test_the_recorded_figure_data_come_from_this_experiment() -> None:
+    data = Path(study.ROOT) / "figures" / "data"
+    about = json.loads((data / f"{NAME}.json").read_text())
+    assert about["preset"] == "quick"
+    table = pd.read_csv(data / f"{NAME}.csv")
+    assert set(table["gamma"].dropna()) == set(bias_variance.GAMMAS)
+    assert table["worlds"].unique().tolist() == [len(bias_variance.SETTINGS["quick"])]
+
+
+def test_the_claim_repeats_the_recorded_numbers() -> None:
+    table = pd.read_csv(study.ROOT / "figures" / "data" / f"{NAME}.csv")
+    batches = table[table["quantity"] == "overtaking_batch"].set_index("estimator")["value"]
+    for estimator, words in (
+        ("plain", "beats gamma = 0 from n = {}."),
+        ("value", "baseline moves that to {} and"),
+        ("rb_all_value", "on top of it to {};"),
+        ("rb_all", "hardly do ({})."),
+    ):
+        assert words.format(f"{float(f'{batches[estimator]:.3g}'):g}") in bias_variance.CLAIM
+    best = table[(table["quantity"] == "best_gamma") & (table["estimator"] == "plain")]
+    assert best.set_index("n")["value"].loc[[1, 4, 4096]].tolist() == [0, 0, 0.9]
+    slopes = table[(table["quantity"] == "exponent") & (table["gamma"] == 1)]
+    slopes = slopes.set_index("estimator")["value"]
+    assert f"horizon rises to {slopes['plain']:.1f}, below" in bias_variance.CLAIM
+    assert f"baseline brings it to {slopes['value']:.1f}." in bias_variance.CLAIM
+
+
+def test_a_setting_decides_its_numbers_alone() -> None:
+    settings = bias_variance.SETTINGS["smoke"]
+    draws = [study.derive(NAME, s).initial_seed() for s in settings]
+    assert len(set(draws)) == len(settings)
+    assert draws[0] == study.derive(NAME, dict(reversed(settings[0].items()))).initial_seed()
+
+
+def test_the_command_line_lists_runs_and_updates_figures(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    study.main(["list"])
+    assert f"{NAME}\n  {bias_variance.CLAIM}\n" in capsys.readouterr().out
+    monkeypatch.setattr(study, "FIGURES", tmp_path)
+    words = ["run", "all", "--preset", "smoke", "--jobs", "1", "--out", str(folder.parent)]
+    study.main(words)
+    assert str(folder / "smoke" / "summary.csv") in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    study.main([*words, "--update-figures"])
+    for suffix in ("csv", "json"):
+        copy, original = tmp_path / f"{NAME}.{suffix}", folder / "smoke" / f"summary.{suffix}"
+        assert copy.read_bytes() == original.read_bytes()
+
+
+def test_unknown_names_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown experiment 'magic'; known: bias_variance"):
+        study.run("magic", out=tmp_path)
+    with pytest.raises(ValueError, match="no preset 'huge'; known: smoke, quick, paper"):
+        study.run(NAME, "huge", out=tmp_path)
+    assert not list(tmp_path.iterdir())
