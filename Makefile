@@ -1,9 +1,9 @@
-# Two commands on a fresh machine: `make test` (everything set up, all tests), `make lint`.
+# On a fresh machine: `make demo` sets everything up and runs the main job, `make test` the tests.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: setup test lint
+.PHONY: setup demo test lint
 setup: $(VENV)/ready
 
 # torch first and alone, so that an index that offers a CPU build may serve it
@@ -12,6 +12,9 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
+
+demo: setup
+	$(BIN)/opd demo
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

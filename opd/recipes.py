@@ -27,12 +27,12 @@ def smoke() -> Config:
 
 
 def lab() -> Config:
-    """A real distillation in about two minutes of one CPU core, on the pair of `opd lab`."""
+    """A real distillation in two minutes of one CPU core, on the pair of `opd lab`."""
     return Config(
         student="lab/student",
         teacher="lab/teacher",
         out="runs/lab",
-        steps=100,
+        steps=60,
         prompts_per_step=64,
         group_size=1,
         max_prompt=64,
@@ -41,10 +41,10 @@ def lab() -> Config:
         betas=(0.9, 0.95),
         warmup=10,
         support_k=16,
-        eval_every=25,
+        eval_every=20,
         eval_problems=256,
-        save_every=50,
-        batch_every=50,
+        save_every=20,
+        batch_every=20,
     )
 
 

@@ -1,0 +1,36 @@
+"""The README's example runs as printed, and the files that it names exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.test_diagnostics import batch
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_ten_lines_instrument_a_strangers_run(capsys: pytest.CaptureFixture[str]) -> None:
+    code = re.search(r"```python\n(.*?)```", README, re.S).group(1)
+    b = batch()
+    step = (b.tokens, b.mask, b.student_logp, b.teacher_logp, b.prompt, b.ended)
+    exec(code, {"my_steps": [step, step]})
+    first, second, missing = capsys.readouterr().out.splitlines()
+    assert first == second
+    share = float((b.log_ratio > 0)[b.mask].double().mean())
+    assert float(first.split()[0]) == pytest.approx(share)
+    assert "martingales" in missing
+
+
+def test_the_files_it_names_exist() -> None:
+    for line in README.splitlines():
+        cells = line.split("|")
+        if len(cells) > 2 and cells[1].strip().startswith("`"):
+            folder = ""
+            for name in re.findall(r"`([^`]+)`", cells[1]):
+                folder = str(Path(name).parent) if "/" in name else folder
+                path = ROOT / name if "/" in name else ROOT / folder / name
+                assert path.exists(), name
+    for name in re.findall(r"\((figures/[^)]+)\)", README):
+        assert (ROOT / name).exists(), name
