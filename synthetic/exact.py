@@ -66,7 +66,7 @@ def expected_gradient(
     future = torch.einsum("cad,gcd->gca", mdp.transition, weighted)
     cost = at.occupancy.sum(0)[:, None] * at.r + grid[:, None, None] * future
     mean = (at.p * cost).sum(-1, keepdim=True)
-    gradient = at.p * (cost - mean) * at.active[:, None]
+    gradient = at.p * (cost - mean)
     return gradient[0] if isinstance(gamma, float | int) else gradient
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from synthetic import run as study
 from synthetic.experiments import bias_variance
+from synthetic.mdp import random_chain, random_pair
 
 NAME = "bias_variance"
 
@@ -92,9 +93,27 @@ def test_the_summary_is_what_its_rows_say(folder: Path) -> None:
     assert value("sampled_z", gamma=1.0, **where) == pytest.approx(
         z[plain["gamma"] == 1].mean(), rel=1e-5
     )
-    assert (plain["bound_tight"] >= plain["variance"]).all()
-    assert (plain["bound_quartic"] >= plain["bound_tight"]).all()
     assert np.isfinite(summary[["value", "low", "high"]].to_numpy()).all()
+
+
+def test_bounds_hold_and_come_from_the_largest_cost_and_score(folder: Path) -> None:
+    rows = pd.read_csv(folder / "smoke" / "rows.csv").dropna(subset=["bound_tight"])
+    assert (rows["variance"] <= rows["bound_tight"]).all()
+    for setting in bias_variance.SETTINGS["smoke"]:
+        generator = study.derive(NAME, setting)
+        mdp = random_chain(3, 2, 8, generator, setting["mixing"])
+        pair = random_pair(mdp, generator, setting["distance"], setting["heterogeneity"])
+        student, teacher = (x.log_softmax(-1) for x in pair)
+        cost2 = (student - teacher).square().max().item()
+        score2 = 2 * (1 - student.exp().min().item()) ** 2  # |e_y - p|^2 of two tokens
+        for row in rows[rows["seed"] == setting["seed"]].itertuples():
+            t, unit = row.horizon, cost2 * score2
+            # the sum over steps u of sum_{j < u} gamma^(2 j), from which the bound follows
+            scores = sum(row.gamma ** (2 * j) for u in range(1, t + 1) for j in range(u))
+            assert row.bound_quartic == pytest.approx(unit * t**4)
+            assert row.bound_tight >= 0.999999 * unit * t * scores
+            if row.gamma in (0, 1):
+                assert row.bound_tight == pytest.approx(unit * t * scores)
 
 
 def test_errors_of_the_mean_are_bias_plus_a_share_of_the_variance() -> None:

@@ -77,7 +77,8 @@ def test_sequence_kl_and_its_parts_are_the_enumerated_ones(name: str) -> None:
     student, teacher = pair(mdp)
     paths = by_hand.paths(mdp)
     live = student.clone().requires_grad_()
-    parts = exact.sequence_kl(mdp, live, teacher)
+    target = teacher.clone().requires_grad_()
+    parts = exact.sequence_kl(mdp, live, target)
     weight = by_hand.probability(paths, student)
     cost = by_hand.logp(paths, student) - by_hand.logp(paths, teacher)
     value = by_hand.mean_by_state(paths, weight, by_hand.to_go(cost, 1.0), mdp.num_states)
@@ -95,6 +96,7 @@ def test_sequence_kl_and_its_parts_are_the_enumerated_ones(name: str) -> None:
         (found,) = torch.autograd.grad(loss, live, retain_graph=True)
         family = exact.expected_gradient(mdp, student, teacher, gamma)
         torch.testing.assert_close(found, family, atol=1e-13, rtol=0)
+    assert torch.autograd.grad(parts.total, target, allow_unused=True, retain_graph=True) == (None,)
     for state in range(mdp.num_states):
         for token in range(mdp.num_actions):
             step = torch.zeros_like(student)
