@@ -23,7 +23,7 @@ def draw(table: pd.DataFrame) -> Figure:
     draw_accuracy(axes[0], table, colours)
     for place, metric, title, scale in (
         (axes[1], "drift/reverse_kl", "Reverse KL, nats a token", "log"),
-        (axes[2], "grad_norm", "Gradient norm before clipping", "log"),
+        (axes[2], "grad_norm", "Gradient norm, unclipped", "log"),
         (axes[3], "supervision/negative_share", "Share of tokens pushed down", "linear"),
         (
             axes[4],
