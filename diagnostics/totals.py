@@ -14,6 +14,7 @@ too small (never below what treating the parts as independent prompts gives); wh
 opposite directions it comes out too large. Values are exact either way.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Self
@@ -73,7 +74,7 @@ def masked(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, x, torch.zeros_like(x))
 
 
-class Total:
+class Total(ABC):
     """Sums that add: a frozen dataclass of tensors with a `summary` of their host values."""
 
     def tensors(self) -> list[Tensor]:
@@ -89,8 +90,9 @@ class Total:
         return read({"": self})
 
     @staticmethod
+    @abstractmethod
     def summary(*sums: np.ndarray) -> dict[str, float]:
-        raise NotImplementedError
+        """The readout by suffix, from the host values of `tensors()` in their order."""
 
 
 @dataclass(frozen=True, eq=False)

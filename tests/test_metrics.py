@@ -55,8 +55,6 @@ def ratio(pairs: list[tuple[int, float, float]]) -> tuple[float, float]:
 def token_metrics(b: Scored) -> dict[str, Callable[[int, int], float]]:
     """Name to value at one token, by the definition in words."""
     p, s = b.prefix, b.support
-    assert p is not None
-    assert s is not None
 
     def r(i: int, t: int) -> float:
         return float(b.student_logp[i, t]) - float(b.teacher_logp[i, t])
@@ -179,7 +177,6 @@ def test_numbers_by_response(batch: Scored, row: dict[str, float]) -> None:
 
 def test_concentration_by_sorting(batch: Scored, row: dict[str, float]) -> None:
     p = batch.prefix
-    assert p is not None
     signal, energy = [], []
     for i, t in supervised(batch):
         r, y = abs(float(batch.log_ratio[i, t])), math.exp(float(batch.student_logp[i, t]))
@@ -200,7 +197,6 @@ def test_concentration_by_sorting(batch: Scored, row: dict[str, float]) -> None:
 
 def test_martingales_by_hand(batch: Scored, row: dict[str, float]) -> None:
     p = batch.prefix
-    assert p is not None
     h = hv = k = kv = 0.0
     for i, t in supervised(batch):
         entropy, kl = float(p.student_entropy[i, t]), float(p.reverse_kl[i, t])

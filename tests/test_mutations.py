@@ -17,6 +17,7 @@ OBJECTIVES = {
         "return teacher_logp - student_logp",
     ),
     "live weight": ("return logp * weight.detach()", "return logp * weight"),
+    "live teacher": ("(student_logp - teacher_logp.detach())", "(student_logp - teacher_logp)"),
     "sign of the surrogate": ("return logp * weight.detach()", "return -logp * weight.detach()"),
     "direction of the divergence": ("p = student_logp.exp()", "p = teacher_logp.exp()"),
     "no renormalisation": ("return logp.log_softmax(-1)", "return logp"),
@@ -78,6 +79,8 @@ def check_objectives() -> None:
     oracle.test_immediate_credit_is_unbiased_for_the_frozen_kl_only()
     oracle.test_full_kl_and_whole_support_have_the_token_level_mean()
     oracle.test_local_support_matching_is_biased_and_blind_outside_its_support()
+    for name in objectives.OBJECTIVES:
+        oracle.test_no_gradient_reaches_the_teacher(name)
     oracle.test_discount_lies_between_and_skips_masked_positions()
     for name in objectives.DENOMINATORS:
         oracle.test_micro_batches_do_not_change_the_loss(name)

@@ -37,9 +37,13 @@ def sequence_kl(student: Tensor, teacher: Tensor, frozen: bool) -> Tensor:
 
 
 def expected_gradient(name: str, gamma: float = 0.0, k: int = V) -> Tensor:
-    """Expected gradient of an objective; every tensor it is given is live, not detached."""
-    student, teacher = tables()
-    student.requires_grad_()
+    """Expected gradient of an objective with respect to the student."""
+    return expected_gradients(name, gamma, k)[0]
+
+
+def expected_gradients(name: str, gamma: float, k: int) -> tuple[Tensor, Tensor | None]:
+    """With respect to student and teacher; every tensor given is live, none is detached."""
+    student, teacher = (table.requires_grad_() for table in tables())
     p, q = student.log_softmax(-1)[states()], teacher.log_softmax(-1)[states()]
     logp = p.gather(-1, SEQUENCES[..., None])[..., 0]
     ids = q.topk(k, -1).indices
@@ -56,8 +60,8 @@ def expected_gradient(name: str, gamma: float = 0.0, k: int = V) -> Tensor:
         support=Support(ids=ids, student_logp=ours, teacher_logp=q.gather(-1, ids), source=source),
     )
     loss = o.make(name, gamma).loss(logp, ours, batch).sum(1)
-    (gradient,) = torch.autograd.grad((logp.sum(1).exp().detach() * loss).sum(), student)
-    return gradient
+    total = (logp.sum(1).exp().detach() * loss).sum()
+    return torch.autograd.grad(total, (student, teacher), allow_unused=True)
 
 
 def exact(frozen: bool) -> Tensor:
@@ -86,6 +90,13 @@ def test_local_support_matching_is_biased_and_blind_outside_its_support() -> Non
     outside = tables()[1].argmin(-1, keepdim=True)
     assert gradient.gather(-1, outside).abs().max() < 1e-12
     assert expected_gradient("teacher_topk", k=1).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("name", sorted(o.OBJECTIVES))
+def test_no_gradient_reaches_the_teacher(name: str) -> None:
+    student, teacher = expected_gradients(name, gamma=0.0, k=2 if name == "teacher_topk" else V)
+    assert student.norm() > 0.01
+    assert teacher is None
 
 
 def test_discount_lies_between_and_skips_masked_positions() -> None:
