@@ -221,11 +221,13 @@ class Rollouts(_Rows):
 class Scored(Rollouts):
     """Rollouts after both models scored them at the temperature of the loss.
 
-    student_logp (B, T): the weights about to be updated, detached; teacher_logp (B, T).
+    student_logp (B, T): the weights about to be updated, detached; teacher_logp (B, T). Optional:
+    baseline (B, T), what is expected of the discounted cost to go given the prefix.
     """
 
     student_logp: Tensor
     teacher_logp: Tensor
+    baseline: Tensor | None = None
     support: Support | None = None
     prefix: Prefix | None = None
     score_temperature: float = 1.0
@@ -235,6 +237,8 @@ class Scored(Rollouts):
         shape = tuple(self.tokens.shape)
         _require("student_logp", self.student_logp, shape, "float")
         _require("teacher_logp", self.teacher_logp, shape, "float")
+        if self.baseline is not None:
+            _require("baseline", self.baseline, shape, "float")
         if self.support is not None and tuple(self.support.ids.shape[:2]) != shape:
             raise ValueError(f"support is {tuple(self.support.ids.shape)}, tokens are {shape}")
         if self.prefix is not None and tuple(self.prefix.reverse_kl.shape) != shape:

@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from diagnostics.batch import Prefix, Rollouts, Scored, Support
 from diagnostics.prefix import functionals
 from opd.data import Prompts
-from opd.objectives import Objective, Visited
+from opd.objectives import Objective
+from opd.surrogates import Visited
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,12 +195,15 @@ def score(
     batch: Rollouts,
     *,
     k: int,
+    source: str = "teacher",
     temperature: float,
     micro_tokens: int,
     chunk_elements: int,
     keep_teacher: bool,
 ) -> tuple[Scored, Tensor | None]:
-    """Put both models' log-probs, the teacher's top-K and the prefix functionals on a batch.
+    """Put both models' log-probs, a top-K support and the prefix functionals on a batch.
+
+    The support holds the K most probable ids of the `source`, "teacher" or "student".
 
     Logits exist for one chunk of tokens at a time. With `keep_teacher`, the teacher's hidden
     states (N, D), row-major over the mask, are returned for losses that need its whole vocabulary.
@@ -231,13 +235,13 @@ def score(
         for c in chunks(len(tokens), pair.student.vocabulary, chunk_elements):
             p = log_probabilities(pair.student, ours[c], temperature)
             q = log_probabilities(pair.teacher, theirs[c], temperature)
-            top = q.topk(k, -1)
+            ids = (p if source == "student" else q).topk(k, -1).indices
             y = tokens[c, None]
             put("student_logp", where[c], p.gather(-1, y)[:, 0])
             put("teacher_logp", where[c], q.gather(-1, y)[:, 0])
-            put("support.ids", where[c], top.indices)
-            put("support.teacher_logp", where[c], top.values)
-            put("support.student_logp", where[c], p.gather(-1, top.indices))
+            put("support.ids", where[c], ids)
+            put("support.teacher_logp", where[c], q.gather(-1, ids))
+            put("support.student_logp", where[c], p.gather(-1, ids))
             for name, value in functionals(p, q, tokens[c]).items():
                 put(f"prefix.{name}", where[c], value)
 
@@ -247,7 +251,7 @@ def score(
         **fields,
         student_logp=full["student_logp"],
         teacher_logp=full["teacher_logp"],
-        support=Support(source="teacher", **_under(full, "support.")),
+        support=Support(source=source, **_under(full, "support.")),
         prefix=Prefix(**_under(full, "prefix.")),
         score_temperature=temperature,
     )
@@ -279,10 +283,13 @@ def loss_from_hidden(
     Each chunk's logits are recomputed in the backward pass, so that none are kept.
     """
     mask, temperature = part.mask, part.score_temperature
-    tokens, credit = part.tokens[mask], credit[mask]
+    tokens, credit, teacher_logp = part.tokens[mask], credit[mask], part.teacher_logp[mask]
     support = part.support
-    if objective.support == "teacher" and (support is None or support.source != "teacher"):
-        raise ValueError("the objective needs the teacher's top-K, the batch has no such support")
+    topk = objective.support in ("teacher", "student")
+    if topk and (support is None or support.source != objective.support):
+        raise ValueError(
+            f"the objective needs the {objective.support}'s top-K, the batch has no such support"
+        )
     ids = support.ids[mask] if support is not None else None
     theirs = support.teacher_logp[mask] if support is not None else None
 
@@ -295,13 +302,15 @@ def loss_from_hidden(
             ours_on = p
             with torch.no_grad():
                 theirs_on = log_probabilities(pair.teacher, teacher_hidden[c], temperature)
-        elif objective.support == "teacher" and ids is not None and theirs is not None:
+        elif topk and ids is not None and theirs is not None:
             ours_on, theirs_on = p.gather(-1, ids[c]), theirs[c]
         at = Visited(
             logp=p.gather(-1, tokens[c, None])[:, 0],
             credit=credit[c],
+            teacher_logp=teacher_logp[c],
             support_logp=ours_on,
             teacher_support_logp=theirs_on,
+            inside=None if ids is None else (ids[c] == tokens[c, None]).any(-1),
         )
         return (objective.surrogate(at) * weight[c]).sum()
 

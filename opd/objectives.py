@@ -1,10 +1,10 @@
 """Objectives of on-policy distillation: pure functions, the same for the exact study and the LLM.
 
-A method is four choices. The **signal** is the per-token quantity that says how student and
-teacher disagree; the **credit** spreads it over the tokens that caused it (once per optimizer
-step, over the whole batch, no gradient); the **surrogate** turns it into a loss whose gradient is
-the estimate (token by token, with gradient); the **reduction** divides by an explicit denominator.
-Named compositions stand in `OBJECTIVES`, reductions in `DENOMINATORS`.
+A method is three choices. The **credit** spreads the tokens' costs over the tokens that caused them
+(once per optimizer step, over the whole batch, no gradient; `opd.credit`); the **surrogate** turns
+it into a loss whose gradient is the estimate (token by token, with gradient; `opd.surrogates`); the
+**reduction** divides by an explicit denominator. Named compositions stand in `OBJECTIVES`,
+reductions in `DENOMINATORS`.
 
 Shapes: B responses, T positions, K support ids; "..." is (B, T) or flat tokens (N,).
 Sign: the cost r = log student - log teacher is minimised. J = E[sum_t r_t] is the sequence KL.
@@ -12,103 +12,40 @@ Sign: the cost r = log student - log teacher is minimised. J = E[sum_t r_t] is t
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from diagnostics.batch import Scored
-
-# --- signal -------------------------------------------------------------------------------------
-
-
-def log_ratio(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
-    """k1 = log student - log teacher of the sampled token.
-
-    Unbiased for KL(student || teacher) at the prefix, of either sign. Differentiated directly it
-    would have expected gradient zero, so it is only ever a weight: `score_function` stops its
-    gradient.
-    """
-    return student_logp - teacher_logp
-
-
-def reverse_kl(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
-    """KL(student || teacher) = sum_v p (log p - log q) over the last axis.
-
-    Args:
-      student_logp: (..., K) normalised over K, with gradient (both in the weight and in the log).
-      teacher_logp: (..., K) normalised over K; no gradient flows through it.
-
-    Returns:
-      (...) exact local divergence; an id with p = 0 contributes 0.
-    """
-    p = student_logp.exp()
-    term = p * (student_logp - teacher_logp.detach())
-    return torch.where(p > 0, term, torch.zeros_like(term)).sum(-1)
-
-
-def renormalise(logp: Tensor) -> Tensor:
-    """Log-probabilities restricted to the last axis and renormalised there: (..., K) -> (..., K).
-
-    Unchanged by a constant per position, so logits serve as well as true log-probabilities.
-    """
-    return logp.log_softmax(-1)
-
-
-# --- credit -------------------------------------------------------------------------------------
-
-
-def immediate(cost: Tensor, mask: Tensor) -> Tensor:
-    """A token answers for its own cost alone. Unbiased for the KL with frozen prefixes."""
-    return cost * mask
-
-
-def to_go(cost: Tensor, mask: Tensor) -> Tensor:
-    """A token answers for its own and all later costs: G_t = sum_{u >= t} r_u.
-
-    Unbiased for the gradient of the sequence KL (past costs drop: E[score | prefix] = 0).
-    """
-    return (cost * mask).flip(1).cumsum(1).flip(1) * mask
-
-
-def discounted(cost: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    """G_t = r_t + gamma G_{t+1} over supervised tokens; masked positions do not advance gamma.
-
-    gamma = 0 is `immediate`, gamma = 1 is `to_go`; between them the mean field is not the gradient
-    of any function. (arXiv 2603.25562, eq. 3.)
-
-    Raises:
-      ValueError: gamma is outside [0, 1].
-    """
-    check_gamma(gamma)
-    if gamma == 0:
-        return immediate(cost, mask)
-    if gamma == 1:
-        return to_go(cost, mask)
-    running = torch.zeros_like(cost[:, 0])
-    columns = []
-    for t in reversed(range(cost.shape[1])):
-        running = torch.where(mask[:, t], cost[:, t] + gamma * running, running)
-        columns.append(running)
-    return torch.stack(columns[::-1], 1) * mask
-
-
-def check_gamma(gamma: float) -> None:
-    if not 0 <= gamma <= 1:
-        raise ValueError(f"gamma is {gamma}; the discount must lie in [0, 1]")
-
-
-# --- surrogate ----------------------------------------------------------------------------------
-
-
-def score_function(logp: Tensor, weight: Tensor) -> Tensor:
-    """Loss whose gradient is weight * grad log p(y): (...), (...) -> (...).
-
-    No gradient flows through the weight. Unbiased only if y was sampled from p itself: under
-    top-p or another temperature E[grad log p] is not zero.
-    """
-    return logp * weight.detach()
-
+from opd.credit import (
+    BASELINES,
+    RATIOS,
+    check_gamma,
+    discounted,
+    log_ratio,
+    mean_cost,
+    no_baseline,
+    no_cost,
+    no_ratio,
+    sampled_cost,
+)
+from opd.surrogates import (
+    Visited,
+    bucket,
+    half_square,
+    low_variance,
+    pair,
+    published_tail,
+    renormalised,
+    renormalised_and_sampled,
+    reverse_kl,
+    sampled_tail,
+    score_function,
+    stopped,
+    unnormalised,
+)
 
 # --- reduction ----------------------------------------------------------------------------------
 
@@ -161,46 +98,58 @@ DENOMINATORS: dict[str, Callable[[Scored], Tensor]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Visited:
-    """What a surrogate may see at visited tokens; everything is local to the token.
-
-    logp (...) and support_logp (..., K) carry the gradient of the student; credit (...) and
-    teacher_support_logp (..., K) are constants: the surrogates stop their gradients.
-    """
-
-    logp: Tensor
-    credit: Tensor
-    support_logp: Tensor | None = None
-    teacher_support_logp: Tensor | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Objective:
     """A named composition.
 
-    support: ids on which both models must be known: "none", "teacher" (its top-K) or "full".
-    credit: Scored -> (B, T), over the whole step; surrogate: Visited -> (...) loss.
+    support: ids on which both models must be known: "none", "teacher" or "student" (its top-K),
+    or "full". The credit of a token is its `own` cost plus the `later` costs discounted by gamma,
+    minus the `baseline`, all Scored -> (B, T) over the whole step; surrogate: Visited -> (...)
+    loss; ratio: Scored -> (B, T) factor of a token's loss where the sampler is not the student.
     """
 
     support: str
-    credit: Callable[[Scored], Tensor]
     surrogate: Callable[[Visited], Tensor]
+    own: Callable[[Scored], Tensor] = no_cost
+    later: Callable[[Scored], Tensor] = no_cost
+    gamma: float = 0.0
+    baseline: Callable[[Scored, Tensor], Tensor] = no_baseline
+    ratio: Callable[[Scored], Tensor] = no_ratio
+
+    def credit(self, batch: Scored) -> Tensor:
+        """(B, T) own_t + sum_{u > t} gamma^(u-t) later_u - baseline_t; 0 where masked."""
+        credit = self.own(batch) * batch.mask
+        if self.gamma:
+            later = self.later(batch) * batch.mask
+            credit = credit + discounted(later, batch.mask, self.gamma) - later
+        return (credit - self.baseline(batch, credit)) * batch.mask
 
     def loss(self, logp: Tensor, support_logp: Tensor | None, batch: Scored) -> Tensor:
         """(B, T) unreduced loss of one whole batch; `logp` and `support_logp` carry gradient."""
+        return self.local_loss(logp, support_logp, batch, self.credit(batch))
+
+    def local_loss(
+        self, logp: Tensor, support_logp: Tensor | None, batch: Scored, credit: Tensor
+    ) -> Tensor:
+        """The same with the credit (B, T) given."""
+        ids = None
         if self.support != "none":
             source = batch.support.source if batch.support is not None else "none"
-            if support_logp is None or source != self.support:
+            if batch.support is None or support_logp is None or source != self.support:
                 raise ValueError(f"needs a {self.support!r} support, the batch has {source!r}")
-        teacher = batch.support.teacher_logp if batch.support is not None else None
-        return self.surrogate(
-            Visited(
-                logp=logp,
-                credit=self.credit(batch),
-                support_logp=support_logp,
-                teacher_support_logp=teacher,
-            )
+            ids = batch.support.ids
+        at = Visited(
+            logp=logp,
+            credit=credit,
+            teacher_logp=batch.teacher_logp,
+            support_logp=support_logp,
+            teacher_support_logp=None if batch.support is None else batch.support.teacher_logp,
+            inside=None if ids is None else (ids == batch.tokens[..., None]).any(-1),
         )
+        return self.surrogate(at) * self.ratio(batch)
+
+
+def _weighted(at: Visited) -> Tensor:
+    return score_function(at.logp, at.credit)
 
 
 def sampled_token(gamma: float = 0.0) -> Objective:
@@ -211,71 +160,115 @@ def sampled_token(gamma: float = 0.0) -> Objective:
     gamma = 1: unbiased for the gradient of the sequence KL, with variance up to cubic in T.
     (arXiv 2603.25562, eq. 1-3.)
     """
+    return _family(gamma, own=sampled_cost, later=sampled_cost, surrogate=_weighted)
+
+
+def mean_future(gamma: float = 0.0) -> Objective:
+    """`sampled_token` with later costs replaced by their means at the prefix, K_u for r_u.
+
+    The same expected gradient; the noise of the later tokens' own draws is gone.
+    """
+    return _family(gamma, own=sampled_cost, later=mean_cost, surrogate=_weighted)
+
+
+def full_reverse_kl(gamma: float = 0.0) -> Objective:
+    """sum_t KL(p || q) over the whole vocabulary, plus the score function of later mean costs.
+
+    The same expected gradient as `sampled_token(gamma)` without the noise of the sampled token in
+    either term. gamma = 0 is the local KL with frozen prefixes.
+    """
+    return _family(gamma, own=no_cost, later=mean_cost, support="full", surrogate=_full_and_future)
+
+
+def full_sampled_future(gamma: float = 0.0) -> Objective:
+    """`full_reverse_kl` with the later costs as sampled: only the immediate term is averaged."""
+    later = sampled_cost
+    return _family(gamma, own=no_cost, later=later, support="full", surrogate=_full_and_future)
+
+
+def _full_and_future(at: Visited) -> Tensor:
+    return reverse_kl(*pair(at)) + score_function(at.logp, at.credit)
+
+
+def _family(gamma: float, support: str = "none", **parts: Callable[..., Tensor]) -> Objective:
     check_gamma(gamma)
-    return Objective(
-        support="none",
-        credit=lambda batch: discounted(
-            log_ratio(batch.student_logp, batch.teacher_logp), batch.mask, gamma
-        ),
-        surrogate=lambda at: score_function(at.logp, at.credit),
-    )
+    return Objective(support=support, gamma=gamma, **parts)
 
 
-def full_reverse_kl() -> Objective:
-    """sum_t KL(p || q) over the whole vocabulary, prefixes frozen.
-
-    The same expected gradient as `sampled_token()` without the noise of the sampled token.
-    """
-    return Objective(
-        support="full",
-        credit=no_credit,
-        surrogate=lambda at: reverse_kl(*_pair(at)),
-    )
+def local(support: str, surrogate: Callable[[Visited], Tensor]) -> Objective:
+    """An objective of the prefix and the sampled token alone; gamma and baselines do not apply."""
+    return Objective(support=support, surrogate=surrogate)
 
 
-def teacher_topk() -> Objective:
-    """Local support matching: KL of both sides renormalised on the teacher's top-K ids.
-
-    Logit gradient on the support: p'_v (log p'_v/q'_v - KL(p' || q')); exactly 0 outside. Biased
-    for the full reverse KL: it cannot see how much mass either model has outside the support.
-    K = V is `full_reverse_kl`, K = 1 is identically 0. (arXiv 2603.25562, eq. 6-8.)
-    """
-    return Objective(
-        support="teacher",
-        credit=no_credit,
-        surrogate=lambda at: reverse_kl(*map(renormalise, _pair(at))),
-    )
-
-
-def no_credit(batch: Scored) -> Tensor:
-    """A purely local objective has no score-function part."""
-    return torch.zeros_like(batch.student_logp)
-
-
-def _pair(at: Visited) -> tuple[Tensor, Tensor]:
-    if at.support_logp is None or at.teacher_support_logp is None:
-        raise ValueError("this objective compares both models on a support; none was given")
-    return at.support_logp, at.teacher_support_logp
-
+FORMS: dict[str, Callable[[Visited], Tensor]] = {
+    "": renormalised,
+    "_and_sampled": renormalised_and_sampled,
+    "_unnormalised": unnormalised,
+    "_stopped": stopped,
+    "_bucket": bucket,
+    "_sampled_tail": sampled_tail,
+    "_published_tail": published_tail,
+}
+"""What a top-K objective does with its support; the name's ending. (Paper's V1 to V5: teacher_topk,
+student_topk_and_sampled, teacher_topk_and_sampled, student_ and teacher_topk_published_tail.)"""
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "sampled_token": sampled_token,
+    "mean_future": mean_future,
     "full_reverse_kl": full_reverse_kl,
-    "teacher_topk": teacher_topk,
+    "full_sampled_future": full_sampled_future,
+    "k2": partial(local, "none", half_square),
+    "k3": partial(local, "none", low_variance),
+    **{f"teacher_topk{end}": partial(local, "teacher", form) for end, form in FORMS.items()},
+    **{f"student_topk{end}": partial(local, "student", form) for end, form in FORMS.items()},
 }
 
 
-def make(name: str, gamma: float = 0.0) -> Objective:
-    """The objective called `name`; refuses a gamma that it would silently ignore.
+def k1() -> Objective:
+    """k1 differentiated as it stands: the score alone, whose mean is zero. Nothing is learned."""
+    return local("none", lambda at: log_ratio(at.logp, at.teacher_logp.detach()))
+
+
+def kl_advantage(gamma: float = 0.0) -> Objective:
+    """The local KL as the advantage of the sampled token: equal for all tokens of a prefix.
+
+    At gamma = 0 its mean is zero; at gamma > 0 only the later costs teach anything.
+    """
+    return _family(gamma, own=mean_cost, later=mean_cost, surrogate=_weighted)
+
+
+ERRORS: dict[str, tuple[Callable[..., Objective], str]] = {
+    "k1": (k1, "differentiating log student - log teacher gives a gradient of mean zero"),
+    "kl_advantage": (
+        kl_advantage,
+        "an advantage that is the same for every token of a prefix gives a gradient of mean zero",
+    ),
+}
+"""Found in real trainers and studied here; `make` refuses to train with them."""
+
+
+def make(name: str, gamma: float = 0.0, baseline: str = "none", ratio: str = "none") -> Objective:
+    """The objective called `name`; refuses what it would silently ignore, and known errors.
 
     Raises:
-      ValueError: unknown name, gamma outside [0, 1], or gamma > 0 for a purely local objective.
+      ValueError: unknown name, gamma outside [0, 1], or a gamma or a baseline for a purely local
+        objective.
     """
-    if name not in OBJECTIVES:
-        raise ValueError(f"unknown objective {name!r}; known: {', '.join(OBJECTIVES)}")
+    if name in ERRORS:
+        raise ValueError(f"{name} is a known error: {ERRORS[name][1]}; use sampled_token")
+    for kind, chosen, known in (
+        ("objective", name, OBJECTIVES),
+        ("baseline", baseline, BASELINES),
+        ("ratio", ratio, RATIOS),
+    ):
+        if chosen not in known:
+            raise ValueError(f"unknown {kind} {chosen!r}; known: {', '.join(known)}")
     check_gamma(gamma)
-    if "gamma" in inspect.signature(OBJECTIVES[name]).parameters:
-        return OBJECTIVES[name](gamma=gamma)
-    if gamma:
+    constructor = OBJECTIVES[name]
+    family = "gamma" in inspect.signature(constructor).parameters
+    if gamma and not family:
         raise ValueError(f"{name} is local, gamma = {gamma} would have no effect; use gamma = 0")
-    return OBJECTIVES[name]()
+    if baseline != "none" and not family:
+        raise ValueError(f"{name} has no credit from which to subtract the baseline {baseline!r}")
+    made = constructor(gamma=gamma) if family else constructor()
+    return replace(made, baseline=BASELINES[baseline], ratio=RATIOS[ratio])

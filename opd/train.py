@@ -108,6 +108,7 @@ def one_step(
         prompts,
         rollouts,
         k=config.support_k,
+        source="student" if objective.support == "student" else "teacher",
         temperature=config.temperature,
         micro_tokens=config.micro_tokens,
         chunk_elements=config.chunk_elements,
@@ -116,7 +117,7 @@ def one_step(
     clock.append(time.perf_counter())
 
     denominator = DENOMINATORS[config.denominator](scored)
-    credit = objective.credit(scored)
+    credit, ratio = objective.credit(scored), objective.ratio(scored)
     slot = (scored.mask.flatten().cumsum(0) - 1).reshape(scored.mask.shape)
     rate = config.lr * min(1.0, (step + 1) / (config.warmup + 1))
     for group in optimizer.param_groups:
@@ -134,7 +135,7 @@ def one_step(
             None if teacher_hidden is None else teacher_hidden[where],
             part,
             credit[rows][:, :width],
-            (1 / denominator[rows])[:, None].expand(-1, width)[part.mask],
+            (ratio[rows] / denominator[rows, None])[:, :width][part.mask],
             chunk_elements=config.chunk_elements,
         )
         partial.backward()

@@ -1,120 +1,190 @@
-"""Sampled gradients, through the very objectives that train a language model.
+"""What is compared: names of estimators, each an objective of `opd.objectives` and a baseline.
 
-Monte Carlo here validates `synthetic.exact` and covers objectives without an exact recursion.
+The exact engine knows an estimator by its effect on a single token. `terms` finds that by running
+the objective itself on a batch of one-token responses, one for every state and token, so that what
+is proved here is proved about the function that trains the language model.
 
-Shapes: B trajectories, T steps, S states, A actions, E objectives compared on common trajectories.
+Shapes: S states, A actions, T steps, G discounts. Everything is float64.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from opd.objectives import Objective, reduce
+from opd.credit import BASELINES, given, no_ratio, sequence_ratio
+from opd.objectives import (
+    OBJECTIVES,
+    Objective,
+    full_reverse_kl,
+    full_sampled_future,
+    k1,
+    kl_advantage,
+    mean_future,
+    sampled_token,
+)
+from synthetic.gradients import visit_gradients
 from synthetic.mdp import TabularMDP
-from synthetic.sample import Trajectories, sample, with_full_support, with_teacher_support
+from synthetic.sample import scored, with_support
 
 
-def trajectory_gradients(at: Trajectories, student_logits: Tensor, objective: Objective) -> Tensor:
-    """(B, S, A) gradient of each trajectory's summed loss with respect to the student's table.
+@dataclass(frozen=True, kw_only=True)
+class Estimator:
+    """An objective by discount, and the baseline subtracted from its credit.
 
-    The logits of every visit are leaves of their own, so that one backward pass serves all
-    trajectories; visits to one state are then added up.
+    baseline: "none"; "value", the mean credit given step and state; "optimal", the one of least
+    variance; "position_mean", the mean credit of the trajectories alive at a step; "local_kl"; or
+    "leave_one_out" over a group. family: whether the discount means anything.
     """
-    batch, (num_states, num_actions) = at.batch, student_logits.shape
-    leaves = student_logits.detach()[at.states].requires_grad_()
-    every = leaves.log_softmax(-1)
-    logp = every.gather(-1, batch.tokens[..., None])[..., 0]
-    support_logp = None if batch.support is None else every.gather(-1, batch.support.ids)
-    loss = objective.loss(logp, support_logp, batch)
-    whole = reduce(loss, batch.mask, torch.ones(len(batch), dtype=loss.dtype))
-    (visits,) = torch.autograd.grad(whole, leaves)
-    block = at.states + num_states * torch.arange(len(batch))[:, None]
-    gradient = visits.new_zeros(len(batch) * num_states, num_actions)
-    gradient.index_add_(0, block.flatten(), visits.flatten(0, 1))
-    return gradient.view(len(batch), num_states, num_actions)
+
+    objective: Callable[[float], Objective]
+    baseline: str = "none"
+    family: bool = True
+
+    def sampled(self, gamma: float) -> Objective:
+        """The objective for sampling; "value" and "optimal" come as the batch's own column."""
+        baseline = BASELINES.get(self.baseline, given)
+        return replace(self.objective(gamma), baseline=baseline)
+
+
+def _local(constructor: Callable[[], Objective]) -> Estimator:
+    return Estimator(objective=lambda gamma: constructor(), family=False)
+
+
+FAMILY: dict[str, Estimator] = {
+    "plain": Estimator(objective=sampled_token),
+    "position_mean": Estimator(objective=sampled_token, baseline="position_mean"),
+    "leave_one_out": Estimator(objective=sampled_token, baseline="leave_one_out"),
+    "local_kl": Estimator(objective=sampled_token, baseline="local_kl"),
+    "value": Estimator(objective=sampled_token, baseline="value"),
+    "optimal": Estimator(objective=sampled_token, baseline="optimal"),
+    "rb_immediate": Estimator(objective=full_sampled_future),
+    "rb_future": Estimator(objective=mean_future),
+    "rb_all": Estimator(objective=full_reverse_kl),
+    "rb_all_value": Estimator(objective=full_reverse_kl, baseline="value"),
+}
+"""Estimators of the same mean field, that of the gamma family."""
+
+LOCAL: dict[str, Estimator] = {
+    "full_reverse_kl": _local(full_reverse_kl),
+    **{
+        name: _local(constructor)
+        for name, constructor in OBJECTIVES.items()
+        if isinstance(constructor, partial)
+    },
+    "k1": _local(k1),
+}
+"""Estimators of the prefix and the token alone, without a discount."""
+
+ESTIMATORS: dict[str, Estimator] = {
+    **FAMILY,
+    "kl_advantage": Estimator(objective=kl_advantage),
+    **LOCAL,
+}
+
+
+# --- terms --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class MonteCarlo:
-    """Mean and total variance of one trajectory's gradient, of E objectives on the same draws.
+class Terms:
+    """One trajectory's gradient, sum_t [step_t + (sum_{u>t} gamma^(u-t) later_u - b_t) score_t].
 
-    mean, mean_se (E, S, A); variance (E,) = 1/(n-1) sum |g_i - mean|^2, unbiased;
-    variance_covariance (E, E) of these estimates, so that standard errors and those of paired
-    differences follow; count n.
+    acting (S, A): probabilities of the tokens drawn; ratio (S, A): a token's factor of the whole
+    trajectory (sequence importance weight); own, later (S, A): costs; step, score (S, A, A): for
+    each state and token a vector over that state's logits; mean_score is zero where the sampler is
+    the student. move (S, S); occupancy (T, S); gammas (G,); values (G, T + 1, S): mean discounted
+    later cost from t on, 0 at T.
     """
 
-    mean: Tensor
-    mean_se: Tensor
-    variance: Tensor
-    variance_covariance: Tensor
-    count: int
+    transition: Tensor
+    acting: Tensor
+    ratio: Tensor
+    own: Tensor
+    later: Tensor
+    local: Tensor
+    step: Tensor
+    score: Tensor
+    move: Tensor
+    active: Tensor
+    occupancy: Tensor
+    gammas: Tensor
+    values: Tensor
+    on_policy: bool
 
     @property
-    def variance_se(self) -> Tensor:
-        """(E,) standard error of each variance."""
-        return self.variance_covariance.diagonal().sqrt()
+    def next_values(self) -> Tensor:
+        """(G, T, S, A) mean discounted later cost from the next step on, after each token."""
+        return torch.einsum("cad,gtd->gtca", self.transition, self.values[:, 1:])
+
+    @property
+    def credit(self) -> Tensor:
+        """(G, T, S, A) mean credit of a token, before any baseline."""
+        return self.own + self.gammas[:, None, None, None] * self.next_values
+
+    @property
+    def value(self) -> Tensor:
+        """(G, T, S) mean credit at a step and state."""
+        return (self.acting * self.credit).sum(-1)
 
 
-def monte_carlo(
+def terms(
     mdp: TabularMDP,
     student_logits: Tensor,
     teacher_logits: Tensor,
-    objectives: Mapping[str, Objective],
-    count: int,
-    generator: torch.Generator,
-    k: int = 1,
-    chunk: int = 2048,
-) -> MonteCarlo:
-    """Moments of `count` sampled trajectories; memory is set by `chunk`, not by `count`.
+    objective: Objective,
+    gammas: Tensor,
+    k: int | None = None,
+    sampler: Tensor | None = None,
+) -> Terms:
+    """What the objective does with each token, found by running it.
 
-    Deviations are taken from the first chunk's mean, which keeps the running sums accurate. The
-    covariance of the variances is that of |g_i - pivot|^2, up to a relative error of order 1/chunk.
-
-    Args:
-      objectives: compared on common random numbers, in this order along axis E.
-      k: size of the teacher's support, for the objectives that need one.
+    Raises:
+      ValueError: the loss is not linear in its credit, or a top-k objective has no k.
     """
-    if count < 2:
-        raise ValueError(f"count is {count}, expected at least 2 trajectories for a variance")
-    if chunk < 1:
-        raise ValueError(f"chunk is {chunk}, expected at least 1 trajectory at a time")
-    e, (s, a) = len(objectives), student_logits.shape
-    pivot = torch.zeros(e, s, a, dtype=torch.float64)
-    first, second = torch.zeros_like(pivot), torch.zeros_like(pivot)
-    squares, products = pivot.new_zeros(e), pivot.new_zeros(e, e)
-    tables = (student_logits.to(torch.float64), teacher_logits.to(torch.float64))
-    for begin in range(0, count, chunk):
-        size = min(chunk, count - begin)
-        drawn = sample(mdp, *tables, size, generator)
-        views = {
-            "none": lambda at: at,
-            "full": lambda at: with_full_support(mdp, at, *tables),
-            "teacher": lambda at: with_teacher_support(mdp, at, *tables, k),
-        }
-        gradients = [
-            trajectory_gradients(views[one.support](drawn), tables[0], one)
-            for one in objectives.values()
-        ]
-        if begin == 0:
-            pivot = torch.stack([x.mean(0) for x in gradients])
-        norms = torch.empty(e, size, dtype=torch.float64)
-        for i, gradient in enumerate(gradients):
-            away = gradient - pivot[i]
-            first[i] += away.sum(0)
-            second[i] += away.square().sum(0)
-            norms[i] = away.square().sum((1, 2))
-        squares += norms.sum(1)
-        products += norms @ norms.T
-    drift = first / count
-    per_entry = ((second - count * drift.square()) / (count - 1)).clamp(min=0)
-    about = squares / count
-    covariance = (products / count - about[:, None] * about) / (count - 1)
-    return MonteCarlo(
-        mean=pivot + drift,
-        mean_se=(per_entry / count).sqrt(),
-        variance=per_entry.sum((1, 2)),
-        variance_covariance=covariance,
-        count=count,
+    s, a = mdp.num_states, mdp.num_actions
+    states = torch.arange(s).repeat_interleave(a)[:, None]
+    tokens = torch.arange(a).repeat(s)[:, None]
+    at = scored(mdp, student_logits, teacher_logits, states, tokens, sampler)
+    at = with_support(mdp, at, student_logits, teacher_logits, objective.support, k)
+    whole = objective.ratio is sequence_ratio
+    ratio = objective.ratio(at.batch) if whole else torch.ones_like(at.batch.student_logp)
+    objective = replace(objective, ratio=no_ratio) if whole else objective
+    own, later = objective.own(at.batch), objective.later(at.batch)
+    steps = [visit_gradients(at, student_logits, objective, own + x)[:, 0] for x in (0, 1, 2)]
+    score = steps[1] - steps[0]
+    if float((steps[2] - steps[0] - 2 * score).abs().max()) > 1e-9 * (1 + float(own.abs().max())):
+        raise ValueError("the objective's gradient is not linear in its credit: no exact moments")
+
+    acting = mdp.behaviour(student_logits, sampler)
+    p, ours, theirs = (
+        at.batch.student_logp.exp().view(s, a),
+        mdp.log_policy(student_logits).detach(),
+        mdp.log_policy(teacher_logits, "teacher_logits").detach(),
+    )
+    move = torch.einsum("ca,cad->cd", acting, mdp.transition)
+    occupancy = [mdp.start]
+    for _ in range(mdp.horizon - 1):
+        occupancy.append(occupancy[-1] @ move)
+    mean_later = (acting * later.view(s, a)).sum(-1)
+    values = [torch.zeros(len(gammas), s, dtype=p.dtype)]
+    for _ in range(mdp.horizon):
+        values.append(mean_later + gammas[:, None] * (values[-1] @ move.T))
+    return Terms(
+        transition=mdp.transition,
+        acting=acting,
+        ratio=ratio.view(s, a),
+        own=own.view(s, a),
+        later=later.view(s, a),
+        local=(ours.exp() * (ours - theirs)).sum(-1) * mdp.active,
+        step=steps[0].view(s, a, a),
+        score=score.view(s, a, a),
+        move=move,
+        active=mdp.active,
+        occupancy=torch.stack(occupancy),
+        gammas=gammas,
+        values=torch.stack(values[::-1], 1),
+        on_policy=sampler is None,
     )

@@ -77,6 +77,17 @@ class TabularMDP:
             raise ValueError(f"{name}: {count} of {logits.numel()} values are not finite")
         return logits.to(torch.float64).log_softmax(-1)
 
+    def behaviour(self, student_logits: Tensor, sampler: Tensor | None) -> Tensor:
+        """(S, A) probabilities that tokens are drawn with: the sampler's, or the student's."""
+        if sampler is None:
+            return self.log_policy(student_logits, "student_logits").detach().exp()
+        shape = (self.num_states, self.num_actions)
+        if tuple(sampler.shape) != shape:
+            raise ValueError(f"sampler has shape {tuple(sampler.shape)}, expected {shape}")
+        sampler = sampler.detach().to(torch.float64)
+        _check_distribution("sampler", sampler)
+        return sampler
+
 
 def _check_distribution(name: str, x: Tensor) -> None:
     bad = x[~(x.isfinite() & (x >= 0))]
@@ -168,6 +179,18 @@ def random_pair(
     scale = (heterogeneity * _normal(shape[:1], generator)).exp()
     scale = scale / scale.square().mean().sqrt()
     return student, student + distance * scale[:, None] * offset
+
+
+def nucleus(logits: Tensor, top_p: float, temperature: float = 1.0) -> Tensor:
+    """(S, A) probabilities of a sampler: tempered, then the fewest tokens of mass >= top_p."""
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}, expected a number in (0, 1]")
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}, expected a positive number")
+    p, order = (logits.to(torch.float64) / temperature).softmax(-1).sort(-1, descending=True)
+    kept = p * (p.cumsum(-1) - p < top_p)
+    kept = torch.zeros_like(p).scatter(-1, order, kept)
+    return kept / kept.sum(-1, keepdim=True)
 
 
 def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

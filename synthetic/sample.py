@@ -15,7 +15,7 @@ from synthetic.mdp import TabularMDP
 
 @dataclass(frozen=True, eq=False)
 class Trajectories:
-    """What the student sampled and both policies scored, with the state behind each token.
+    """What was sampled and both policies scored, with the state behind each token.
 
     states (B, T) long; where the mask is False the end state.
     """
@@ -31,76 +31,113 @@ def sample(
     teacher_logits: Tensor,
     count: int,
     generator: torch.Generator,
+    sampler: Tensor | None = None,
 ) -> Trajectories:
-    """`count` independent trajectories under the student, scored, with exact prefix functionals.
+    """`count` independent trajectories, scored, with exact prefix functionals.
 
     Trajectories from one start state count as rollouts of one prompt. `ended` is True where the end
     state was reached; without an end state the horizon is the natural length and nothing is cut.
+    Draws invert cumulative probabilities at uniform numbers, the same ones for every policy: equal
+    generators give common random numbers.
+
+    Args:
+      sampler: (S, A) probabilities of the policy that acts; the student's if None.
     """
     if count < 1:
         raise ValueError(f"count is {count}, expected at least 1 trajectory")
-    student = mdp.log_policy(student_logits, "student_logits")
-    teacher = mdp.log_policy(teacher_logits, "teacher_logits")
-    p = student.exp()
-    state = torch.multinomial(mdp.start, count, replacement=True, generator=generator)
+    policy = mdp.behaviour(student_logits, sampler).cumsum(-1)
+    moves = mdp.transition.cumsum(-1)
+    uniform = torch.rand(mdp.horizon, 2, count, generator=generator, dtype=torch.float64)
+    first = torch.rand(count, generator=generator, dtype=torch.float64)
+    state = _invert(mdp.start.cumsum(-1).expand(count, -1), first)
     states, tokens = [], []
-    for _ in range(mdp.horizon):
-        token = torch.multinomial(p[state], 1, generator=generator)[:, 0]
+    for step in uniform:
+        token = _invert(policy[state], step[0])
         states.append(state)
         tokens.append(token)
-        state = torch.multinomial(mdp.transition[state, token], 1, generator=generator)[:, 0]
-    visited, chosen = torch.stack(states, 1), torch.stack(tokens, 1)
-    mask = mdp.active[visited] > 0
-    chosen = chosen * mask
-    student_logp = student[visited, chosen] * mask
+        state = _invert(moves[state, token], step[1])
+    at = scored(
+        mdp, student_logits, teacher_logits, torch.stack(states, 1), torch.stack(tokens, 1), sampler
+    )
+    if mdp.end is None:
+        return at
+    return replace(at, batch=replace(at.batch, ended=state == mdp.end))
+
+
+def _invert(cumulative: Tensor, uniform: Tensor) -> Tensor:
+    """(B, N), (B,) -> (B,) the first index whose cumulative share of the total exceeds uniform."""
+    target = uniform[:, None] * cumulative[:, -1:]
+    return (cumulative <= target).sum(-1).clamp(max=cumulative.shape[1] - 1)
+
+
+@torch.no_grad()
+def scored(
+    mdp: TabularMDP,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    states: Tensor,
+    tokens: Tensor,
+    sampler: Tensor | None = None,
+) -> Trajectories:
+    """Given states and tokens (B, T) as a batch; tokens at the end state are masked.
+
+    The sampler's log-probability of a token that it never draws is stood in for by the student's.
+    """
+    student = mdp.log_policy(student_logits, "student_logits")
+    teacher = mdp.log_policy(teacher_logits, "teacher_logits")
+    acting = mdp.behaviour(student_logits, sampler)
+    sampler_logp = torch.where(acting > 0, acting.clamp(min=1e-300).log(), student)
+    mask = mdp.active[states] > 0
+    tokens = tokens * mask
     every = torch.arange(mdp.num_actions).expand_as(student)
     table = functionals(
         student[:, None].expand(-1, mdp.num_actions, -1),
         teacher[:, None].expand(-1, mdp.num_actions, -1),
         every,
     )
-    ended = torch.ones_like(state, dtype=torch.bool) if mdp.end is None else state == mdp.end
     batch = Scored(
-        tokens=chosen,
+        tokens=tokens,
         mask=mask,
-        sampler_logp=student_logp,
-        prompt=visited[:, 0],
-        ended=ended,
-        student_logp=student_logp,
-        teacher_logp=teacher[visited, chosen] * mask,
-        prefix=Prefix(**{name: x[visited, chosen] * mask for name, x in table.items()}),
+        sampler_logp=sampler_logp[states, tokens] * mask,
+        prompt=states[:, 0],
+        ended=torch.ones(len(states), dtype=torch.bool),
+        student_logp=student[states, tokens] * mask,
+        teacher_logp=teacher[states, tokens] * mask,
+        prefix=Prefix(**{name: x[states, tokens] * mask for name, x in table.items()}),
         mask_rule="not_ended",
     )
-    return Trajectories(batch, visited)
-
-
-def with_full_support(
-    mdp: TabularMDP, at: Trajectories, student_logits: Tensor, teacher_logits: Tensor
-) -> Trajectories:
-    """The same trajectories with both policies on all A tokens, (B, T, A)."""
-    ids = torch.arange(mdp.num_actions).expand(mdp.num_states, -1)
-    return _with_support(mdp, at, student_logits, teacher_logits, ids, "full")
-
-
-def with_teacher_support(
-    mdp: TabularMDP, at: Trajectories, student_logits: Tensor, teacher_logits: Tensor, k: int
-) -> Trajectories:
-    """The same trajectories with both policies on the teacher's k most probable tokens."""
-    if not 1 <= k <= mdp.num_actions:
-        raise ValueError(f"k is {k}, expected 1 to {mdp.num_actions} (the actions)")
-    ids = teacher_logits.topk(k, -1).indices
-    return _with_support(mdp, at, student_logits, teacher_logits, ids, "teacher")
+    return Trajectories(batch, states)
 
 
 @torch.no_grad()
-def _with_support(
+def with_support(
     mdp: TabularMDP,
     at: Trajectories,
     student_logits: Tensor,
     teacher_logits: Tensor,
-    ids: Tensor,
     source: str,
+    k: int | None = None,
 ) -> Trajectories:
+    """The same trajectories with both policies on a support, as `Objective.support` names it.
+
+    Args:
+      source: "none" (nothing changes), "full" (all A tokens), "teacher" or "student": the k most
+        probable tokens of one of them.
+
+    Raises:
+      ValueError: an unknown source, or a top-k support without a k in 1 to A.
+    """
+    if source == "none":
+        return at
+    tables = {"teacher": teacher_logits, "student": student_logits}
+    if source == "full":
+        ids = torch.arange(mdp.num_actions).expand(mdp.num_states, -1)
+    elif source not in tables:
+        raise ValueError(f"unknown support {source!r}; known: none, full, teacher, student")
+    elif k is None or not 1 <= k <= mdp.num_actions:
+        raise ValueError(f"k is {k}, expected 1 to {mdp.num_actions} (the actions)")
+    else:
+        ids = tables[source].topk(k, -1).indices
     mask = at.batch.mask[..., None]
     student, teacher = mdp.log_policy(student_logits), mdp.log_policy(teacher_logits)
     support = Support(
@@ -110,3 +147,9 @@ def _with_support(
         source=source,
     )
     return replace(at, batch=replace(at.batch, support=support))
+
+
+def with_baseline(at: Trajectories, baseline: Tensor) -> Trajectories:
+    """The same trajectories with a baseline (T, S) of step and state looked up for each token."""
+    column = baseline[torch.arange(at.states.shape[1]), at.states] * at.batch.mask
+    return replace(at, batch=replace(at.batch, baseline=column))

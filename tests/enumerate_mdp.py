@@ -90,39 +90,127 @@ def mean_by_state(at: Paths, weight: Tensor, x: Tensor, num_states: int) -> Tens
     return (mass * x[..., None]).sum(0) / mass.sum(0)
 
 
-def estimates(mdp, at: Paths, student: Tensor, teacher: Tensor, name: str, gamma: float) -> Tensor:
-    """(N, S, A) what each named estimator yields on each path, from its definition."""
+def supported(student: Tensor, teacher: Tensor, name: str, k: int) -> Tensor:
+    """(S, A) bool: the k most probable tokens of the model that the name begins with."""
+    table = teacher if name.startswith("teacher") else student
+    rank = (table[:, None, :] > table[:, :, None]).sum(-1)
+    return rank < k
+
+
+def local_vectors(name: str, student: Tensor, teacher: Tensor, k: int = 1) -> Tensor:
+    """(S, A, A) logit gradient of a local objective by state and sampled token, by hand."""
+    a = student.shape[1]
+    p, q = student.softmax(-1), teacher.softmax(-1)
+    ratio = (p / q).log()
+    score = torch.eye(a, dtype=p.dtype) - p[:, None, :]
+    every = torch.ones(1, a, 1, dtype=p.dtype)
+    if name in ("k1", "k2", "k3"):
+        weight = {"k1": torch.ones_like(ratio), "k2": ratio, "k3": 1 - q / p}[name]
+        return weight[..., None] * score
+    if name == "full_reverse_kl":
+        return (p * (ratio - (p * ratio).sum(-1, keepdim=True)))[:, None, :] * every
+    inside = supported(student, teacher, name, k)
+    form = name.split("_topk", 1)[1]
+    if form == "_and_sampled":
+        rows = []
+        for y in range(a):
+            own = inside.clone()
+            own[:, y] = True
+            rows.append(matching(p * own, q * own))
+        return torch.stack(rows, 1)
+    head, mass = (p * ratio * inside).sum(-1, keepdim=True), (p * inside).sum(-1, keepdim=True)
+    if form == "":
+        vector = matching(p * inside, q * inside)
+    elif form == "_bucket":
+        tail = ((1 - mass) / (1 - (q * inside).sum(-1, keepdim=True))).log()
+        binned = torch.where(inside, ratio, tail)
+        vector = p * (binned - (p * binned).sum(-1, keepdim=True))
+    else:
+        extra = 0.0 if form in ("_stopped", "_sampled_tail") else 1.0
+        vector = p * (inside * (ratio + extra) - head - extra * mass)
+    vector = vector[:, None, :] * every
+    if form.endswith("tail"):
+        vector = vector + (~inside * ratio)[..., None] * score
+    return vector
+
+
+def matching(p: Tensor, q: Tensor) -> Tensor:
+    """p' (log p'/q' - KL) of two tables renormalised, 0 where both are 0."""
+    p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
+    ratio = torch.where(p > 0, (p / q).log(), torch.zeros_like(p))
+    return p * (ratio - (p * ratio).sum(-1, keepdim=True))
+
+
+def credits(mdp, at: Paths, student: Tensor, teacher: Tensor, name: str, gamma: float) -> Tensor:
+    """(N, T) weight of each token's score in an estimator of the gamma family."""
     weight, mask = probability(at, student), at.mask
     r = logp(at, student) - logp(at, teacher)
     p, q = student.log_softmax(-1), teacher.log_softmax(-1)
-    local = (p.exp() * (p - q)).sum(-1)
-    mean_cost = local[at.states] * mask
+    mean_cost = (p.exp() * (p - q)).sum(-1)[at.states] * mask
     sampled = to_go(r, gamma)
     # V of the state at each step, by averaging over the paths that come by
     every = mean_by_state(at, weight, sampled, mdp.num_states)
     value = every[torch.arange(mdp.horizon), at.states].where(mask, torch.zeros(()))
     alive = weight[:, None] * mask
     later = to_go(mean_cost, gamma) - mean_cost
-    credit = {
-        "plain": sampled,
-        "position_mean": sampled - (alive * sampled).sum(0) / alive.sum(0),
-        "value": sampled - value,
-        "rb_immediate": sampled - r,
-        "rb_future": r + later,
-        "rb_all": later,
-        "rb_all_value": later - (value - mean_cost),
-    }[name]
-    result = torch.einsum("nt,ntsa->nsa", credit, scores(at, student))
-    if name in ("rb_immediate", "rb_all", "rb_all_value"):
-        visits = (torch.nn.functional.one_hot(at.states, mdp.num_states) * mask[..., None]).sum(1)
-        result = result + visits[..., None] * (p.exp() * (p - q - local[:, None]))
+    return {
+        "plain": lambda: sampled,
+        "position_mean": lambda: sampled - (alive * sampled).sum(0) / alive.sum(0),
+        "local_kl": lambda: sampled - mean_cost,
+        "value": lambda: sampled - value,
+        "optimal": lambda: sampled - best_baseline(at, weight, sampled, student),
+        "rb_immediate": lambda: sampled - r,
+        "rb_future": lambda: r + later,
+        "rb_all": lambda: later,
+        "rb_all_value": lambda: later - (value - mean_cost),
+        "kl_advantage": lambda: to_go(mean_cost, gamma),
+    }[name]()
+
+
+def best_baseline(at: Paths, weight: Tensor, credit: Tensor, student: Tensor) -> Tensor:
+    """(N, T) the function of step and state whose subtraction leaves least variance.
+
+    By weighted least squares of the whole estimate on all the columns score_t 1[c_t = c].
+    """
+    score, (num_states, _) = scores(at, student), student.shape
+    target = torch.einsum("nt,ntsa->nsa", credit, score).flatten(1)
+    visit = torch.nn.functional.one_hot(at.states, num_states)
+    columns = torch.einsum("ntsa,ntc->nsatc", score, visit.to(score.dtype))
+    root = weight.sqrt()[:, None]
+    design = (root[..., None] * columns.flatten(3).flatten(1, 2)).flatten(0, 1)
+    found = torch.linalg.lstsq(design, (root * target).flatten(), driver="gelsd").solution
+    return found.view(at.states.shape[1], num_states)[torch.arange(at.states.shape[1]), at.states]
+
+
+def estimates(
+    mdp, at: Paths, student: Tensor, teacher: Tensor, name: str, gamma: float, k: int = 1
+) -> Tensor:
+    """(N, S, A) what each named estimator yields on each path, from its definition."""
+    dense = {"rb_immediate", "rb_all", "rb_all_value"}
+    family = {"plain", "position_mean", "local_kl", "value", "optimal", "rb_future", "kl_advantage"}
+    visit = torch.nn.functional.one_hot(at.states, mdp.num_states) * at.mask[..., None]
+    result = torch.zeros(len(at.states), *student.shape, dtype=student.dtype)
+    if name in dense | family:
+        credit = credits(mdp, at, student, teacher, name, gamma)
+        result = result + torch.einsum("nt,ntsa->nsa", credit, scores(at, student))
+    if name not in family:
+        local = "full_reverse_kl" if name in dense else name
+        vectors = local_vectors(local, student, teacher, k)[at.states, at.tokens]
+        result = result + torch.einsum("nta,nts->nsa", vectors, visit.to(vectors.dtype))
     return result
 
 
-def mean_and_variance(mdp, student, teacher, name: str, gamma: float) -> tuple[Tensor, Tensor]:
+def moments(weight: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
+    """(...) mean and total variance of samples (N, ...) under weights (N,)."""
+    shaped = weight.view(-1, *(1,) * (sample.dim() - 1))
+    mean = (shaped * sample).sum(0)
+    return mean, (shaped * (sample - mean).square()).sum()
+
+
+def mean_and_variance(
+    mdp, student: Tensor, teacher: Tensor, name: str, gamma: float, k: int = 1
+) -> tuple[Tensor, Tensor]:
     """(S, A) mean and total variance of an estimator over all paths."""
     at = paths(mdp)
-    sample = estimates(mdp, at, student, teacher, name, gamma)
-    weight = probability(at, student)[:, None, None]
-    mean = (weight * sample).sum(0)
-    return mean, (weight * (sample - mean).square()).sum()
+    sample = estimates(mdp, at, student, teacher, name, gamma, k)
+    return moments(probability(at, student), sample)

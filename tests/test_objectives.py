@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import Scored, Support
+from opd import credit
 from opd import objectives as o
 
 V, T = 3, 3
@@ -46,8 +47,8 @@ def expected_gradients(name: str, gamma: float, k: int) -> tuple[Tensor, Tensor 
     student, teacher = (table.requires_grad_() for table in tables())
     p, q = student.log_softmax(-1)[states()], teacher.log_softmax(-1)[states()]
     logp = p.gather(-1, SEQUENCES[..., None])[..., 0]
-    ids = q.topk(k, -1).indices
-    source = "full" if name == "full_reverse_kl" else "teacher"
+    ids = (p if name.startswith("student") else q).topk(k, -1).indices
+    source = o.make(name, gamma).support
     ours = p.gather(-1, ids)
     batch = Scored(
         tokens=SEQUENCES,
@@ -94,7 +95,7 @@ def test_local_support_matching_is_biased_and_blind_outside_its_support() -> Non
 
 @pytest.mark.parametrize("name", sorted(o.OBJECTIVES))
 def test_no_gradient_reaches_the_teacher(name: str) -> None:
-    student, teacher = expected_gradients(name, gamma=0.0, k=2 if name == "teacher_topk" else V)
+    student, teacher = expected_gradients(name, gamma=0.0, k=2 if "topk" in name else V)
     assert student.norm() > 0.01
     assert teacher is None
 
@@ -102,10 +103,31 @@ def test_no_gradient_reaches_the_teacher(name: str) -> None:
 def test_discount_lies_between_and_skips_masked_positions() -> None:
     cost = torch.tensor([[1.0, 0.0, 2.0, 4.0]])
     mask = torch.tensor([[True, False, True, True]])
-    torch.testing.assert_close(o.discounted(cost, mask, 0.5), torch.tensor([[3.0, 0.0, 4.0, 4.0]]))
-    torch.testing.assert_close(o.to_go(cost, mask), torch.tensor([[7.0, 0.0, 6.0, 4.0]]))
-    torch.testing.assert_close(o.discounted(cost, mask, 1.0), o.to_go(cost, mask))
-    torch.testing.assert_close(o.discounted(cost, mask, 0.0), o.immediate(cost, mask))
+    torch.testing.assert_close(
+        credit.discounted(cost, mask, 0.5), torch.tensor([[3.0, 0.0, 4.0, 4.0]])
+    )
+    torch.testing.assert_close(credit.to_go(cost, mask), torch.tensor([[7.0, 0.0, 6.0, 4.0]]))
+    torch.testing.assert_close(credit.discounted(cost, mask, 1.0), credit.to_go(cost, mask))
+    torch.testing.assert_close(credit.discounted(cost, mask, 0.0), credit.immediate(cost, mask))
+
+
+def test_baselines_average_the_responses_they_say() -> None:
+    mask = torch.tensor([[True, True], [True, True], [True, False], [True, True], [True, True]])
+    zeros = torch.zeros(5, 2)
+    batch = Scored(
+        tokens=zeros.long(),
+        mask=mask,
+        sampler_logp=zeros,
+        prompt=torch.tensor([7, 3, 7, 7, 3]),
+        ended=mask.any(1),
+        student_logp=zeros,
+        teacher_logp=zeros,
+    )
+    given = torch.tensor([[1.0, 2.0], [10.0, 20.0], [4.0, 0.0], [7.0, 5.0], [30.0, 50.0]])
+    others = torch.tensor([[5.5, 2.5], [30.0, 50.0], [4.0, 3.5], [2.5, 1.0], [10.0, 20.0]])
+    torch.testing.assert_close(credit.leave_one_out(batch, given), others)
+    alive = torch.tensor([52 / 5, 77 / 4]).expand(5, 2)
+    torch.testing.assert_close(credit.position_mean(batch, given), alive)
 
 
 @pytest.mark.parametrize("name", sorted(o.DENOMINATORS))
@@ -141,3 +163,13 @@ def test_refusals_name_the_value() -> None:
         o.make("teacher_topk", 0.5)
     with pytest.raises(ValueError, match="unknown objective 'kl'"):
         o.make("kl")
+    with pytest.raises(ValueError, match="gradient of mean zero"):
+        o.make("k1")
+    with pytest.raises(ValueError, match="gradient of mean zero"):
+        o.make("kl_advantage", 0.5)
+    with pytest.raises(ValueError, match="no credit from which to subtract"):
+        o.make("teacher_topk", baseline="position_mean")
+    with pytest.raises(ValueError, match="unknown baseline 'mean'"):
+        o.make("sampled_token", baseline="mean")
+    with pytest.raises(ValueError, match="unknown ratio 'both'"):
+        o.make("sampled_token", ratio="both")

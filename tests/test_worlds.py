@@ -8,7 +8,7 @@ import torch
 from diagnostics.prefix import functionals
 from synthetic import exact
 from synthetic.mdp import TabularMDP, ending, random_chain, random_pair, tree
-from synthetic.sample import sample, with_full_support
+from synthetic.sample import sample, with_support
 from tests import enumerate_mdp as by_hand
 from tests.test_synthetic import pair, seeded, worlds
 
@@ -61,7 +61,7 @@ def test_a_sampled_batch_records_where_it_was(name: str) -> None:
     mdp = worlds()[name]
     student, teacher = pair(mdp)
     at = sample(mdp, student, teacher, 20_000, seeded(3))
-    batch = with_full_support(mdp, at, student, teacher).batch.checked()
+    batch = with_support(mdp, at, student, teacher, "full").batch.checked()
     assert batch.prompt.equal(at.states[:, 0])
     every = [x.log_softmax(-1)[at.states] for x in (student, teacher)]
     for part, want in functionals(*every, batch.tokens).items():

@@ -10,7 +10,7 @@ import torch
 from diagnostics.intervals import bootstrap_interval
 from opd import objectives
 from synthetic import exact
-from synthetic.estimators import monte_carlo
+from synthetic.gradients import monte_carlo
 from synthetic.mdp import TabularMDP, random_chain, random_pair
 
 CLAIM = (

@@ -1,0 +1,189 @@
+"""Credit: how the cost of a token is spread over the tokens that caused it, once per step.
+
+Everything here is computed over the whole batch of an optimizer step and carries no gradient:
+discounted costs to go, the baselines that are subtracted from them, and the importance ratios for
+tokens that were not sampled from the student itself.
+
+Shapes: B responses, T positions.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from diagnostics.batch import Scored
+
+# --- costs to go --------------------------------------------------------------------------------
+
+
+def immediate(cost: Tensor, mask: Tensor) -> Tensor:
+    """A token answers for its own cost alone. Unbiased for the KL with frozen prefixes."""
+    return cost * mask
+
+
+def to_go(cost: Tensor, mask: Tensor) -> Tensor:
+    """A token answers for its own and all later costs: G_t = sum_{u >= t} r_u.
+
+    Unbiased for the gradient of the sequence KL (past costs drop: E[score | prefix] = 0).
+    """
+    return (cost * mask).flip(1).cumsum(1).flip(1) * mask
+
+
+def discounted(cost: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """G_t = r_t + gamma G_{t+1} over supervised tokens; masked positions do not advance gamma.
+
+    gamma = 0 is `immediate`, gamma = 1 is `to_go`; between them the mean field is not the gradient
+    of any function. (arXiv 2603.25562, eq. 3.)
+
+    Raises:
+      ValueError: gamma is outside [0, 1].
+    """
+    check_gamma(gamma)
+    if gamma == 0:
+        return immediate(cost, mask)
+    if gamma == 1:
+        return to_go(cost, mask)
+    running = torch.zeros_like(cost[:, 0])
+    columns = []
+    for t in reversed(range(cost.shape[1])):
+        running = torch.where(mask[:, t], cost[:, t] + gamma * running, running)
+        columns.append(running)
+    return torch.stack(columns[::-1], 1) * mask
+
+
+def check_gamma(gamma: float) -> None:
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"gamma is {gamma}; the discount must lie in [0, 1]")
+
+
+# --- baselines ----------------------------------------------------------------------------------
+# Unbiased only where E[score | prefix] = 0: the tokens must be sampled from the student itself.
+
+
+def no_baseline(batch: Scored, credit: Tensor) -> Tensor:
+    """Nothing is subtracted."""
+    return torch.zeros_like(credit)
+
+
+def position_mean(batch: Scored, credit: Tensor) -> Tensor:
+    """Mean credit at position t of the responses that supervise it, the own one included.
+
+    Removes the cubic growth of the variance; biased by O(1/B), since the own credit is in it.
+    """
+    alive = batch.mask.sum(0).clamp(min=1)
+    return ((credit * batch.mask).sum(0) / alive).expand_as(credit)
+
+
+def leave_one_out(batch: Scored, credit: Tensor) -> Tensor:
+    """Mean credit at position t of the *other* rollouts of the prompt; an ended one counts as 0.
+
+    Unbiased: it does not depend on the own tokens. Counting the ended as 0, which is what they
+    still cost, keeps the number of others the same at every position.
+
+    Raises:
+      ValueError: a prompt has one rollout only.
+    """
+    _, group, size = batch.prompt.unique(return_inverse=True, return_counts=True)
+    if bool((size < 2).any()):
+        raise ValueError(
+            f"{int((size < 2).sum())} of {len(size)} prompts have a single rollout; the "
+            "leave-one-out baseline needs at least 2 a prompt (group_size)"
+        )
+    own = credit * batch.mask
+    total = torch.zeros(len(size), own.shape[1], dtype=own.dtype, device=own.device)
+    total.index_add_(0, group, own)
+    return (total[group] - own) / (size[group] - 1)[:, None]
+
+
+def local_kl(batch: Scored, credit: Tensor) -> Tensor:
+    """KL(student || teacher) at the prefix: the mean of the token's own cost (vOPD, 2605.07865)."""
+    return mean_cost(batch)
+
+
+def given(batch: Scored, credit: Tensor) -> Tensor:
+    """The batch's own `baseline` column: a critic's estimate, or the exact one on tabular worlds.
+
+    Raises:
+      ValueError: the batch has none.
+    """
+    if batch.baseline is None:
+        raise ValueError("the baseline 'given' needs a batch with a baseline column; it has none")
+    return batch.baseline
+
+
+BASELINES: dict[str, Callable[[Scored, Tensor], Tensor]] = {
+    "none": no_baseline,
+    "position_mean": position_mean,
+    "leave_one_out": leave_one_out,
+    "local_kl": local_kl,
+    "given": given,
+}
+
+# --- costs --------------------------------------------------------------------------------------
+
+
+def log_ratio(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
+    """k1 = log student - log teacher of the sampled token.
+
+    Unbiased for KL(student || teacher) at the prefix, of either sign.
+    """
+    return student_logp - teacher_logp
+
+
+def sampled_cost(batch: Scored) -> Tensor:
+    """r, the log-ratio of the sampled token, (B, T)."""
+    return log_ratio(batch.student_logp, batch.teacher_logp).detach()
+
+
+def mean_cost(batch: Scored) -> Tensor:
+    """K = KL(student || teacher) at the prefix, the mean of r over the token, (B, T).
+
+    Raises:
+      ValueError: the batch has no prefix functionals.
+    """
+    if batch.prefix is None:
+        raise ValueError(
+            "the local KL needs whole next-token distributions; score the batch with prefix "
+            "functionals (diagnostics.prefix)"
+        )
+    return batch.prefix.reverse_kl.detach()
+
+
+def no_cost(batch: Scored) -> Tensor:
+    """A local objective has no score-function part."""
+    return torch.zeros_like(batch.student_logp)
+
+
+# --- importance ratios --------------------------------------------------------------------------
+
+
+def no_ratio(batch: Scored) -> Tensor:
+    """Every token counts once; right only if the sampler is the student."""
+    return torch.ones_like(batch.student_logp)
+
+
+def token_ratio(batch: Scored) -> Tensor:
+    """student(y | prefix) / sampler(y | prefix): repairs the token's own term, not the prefixes.
+
+    At gamma = 0 the mean is the local gradient over the *sampler's* prefixes. Tokens that the
+    sampler never draws (top-p) stay missing.
+    """
+    return (batch.student_logp - batch.sampler_logp).detach().exp()
+
+
+def sequence_ratio(batch: Scored) -> Tensor:
+    """The product of the token ratios of the whole response, (B, T) constant along T.
+
+    Unbiased where the sampler draws every token that the student can; its variance grows
+    exponentially with the length.
+    """
+    away = ((batch.student_logp - batch.sampler_logp).detach() * batch.mask).sum(1, keepdim=True)
+    return away.exp().expand_as(batch.student_logp)
+
+
+RATIOS: dict[str, Callable[[Scored], Tensor]] = {
+    "none": no_ratio,
+    "token": token_ratio,
+    "sequence": sequence_ratio,
+}
