@@ -43,6 +43,11 @@ class Estimator:
     baseline: str = "none"
     family: bool = True
 
+    @property
+    def grouped(self) -> bool:
+        """Whether rollouts of a group share information, so that they are not independent."""
+        return self.baseline == "leave_one_out"
+
     def sampled(self, gamma: float) -> Objective:
         """The objective for sampling; "value" and "optimal" come as the batch's own column."""
         baseline = BASELINES.get(self.baseline, given)

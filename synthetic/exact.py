@@ -13,7 +13,7 @@ from opd.credit import RATIOS, check_gamma
 from synthetic import baselines
 from synthetic.estimators import ESTIMATORS, Estimator, terms
 from synthetic.mdp import TabularMDP
-from synthetic.recursion import Shared, Table, propagate
+from synthetic.recursion import Rows, Shared, Table, propagate
 
 __all__ = ["ESTIMATORS", "SequenceKL", "baseline", "expected_gradient", "moments", "sequence_kl"]
 
@@ -96,7 +96,7 @@ def moments(
     mdp: TabularMDP,
     student_logits: Tensor,
     teacher_logits: Tensor,
-    estimator: str = "plain",
+    estimator: str | Sequence[str] = "plain",
     gamma: float | Sequence[float] = 0.0,
     *,
     k: int | None = None,
@@ -109,7 +109,7 @@ def moments(
     """Exact mean and total variance (trace of the covariance) of one trajectory's gradient.
 
     Args:
-      estimator: a name in ESTIMATORS.
+      estimator: a name in ESTIMATORS, or several, which then share one pass.
       k: size of the support, for top-K objectives.
       group: rollouts a group, for leave_one_out; its variance is `group` times that of the mean.
       sampler: (S, A) probabilities of the policy that acts, if it is not the student.
@@ -118,37 +118,41 @@ def moments(
       jacobian: (S, A, D) of the logits with respect to shared parameters.
 
     Returns:
-      mean (S, A), or (D,) with a jacobian, and variance (); for a sequence of G discounts
-      (G, ...) and (G,).
+      mean (S, A), or (D,) with a jacobian, and variance (); with a leading axis for a sequence of
+      estimators, and then one for a sequence of discounts.
 
     Raises:
       ValueError: an unknown name, a discount outside [0, 1] or without effect, no k or group.
     """
-    grid, chosen = _grid(gamma), _estimator(estimator, gamma)
+    grid, names = _grid(gamma), [estimator] if isinstance(estimator, str) else list(estimator)
+    chosen = [_estimator(name, gamma) for name in names]
     for kind, name, known in (("ratio", ratio, tuple(RATIOS)), ("length", length, LENGTHS)):
         if name not in known:
             raise ValueError(f"unknown {kind} {name!r}; known: {', '.join(known)}")
-    objective = replace(chosen.objective(1.0), ratio=RATIOS[ratio])
-    at = terms(mdp, student_logits, teacher_logits, objective, grid, k, sampler)
+    if group is not None and not any(one.grouped for one in chosen):
+        raise ValueError(f"group = {group} would have no effect on {', '.join(names)}")
     space = _space(mdp, jacobian)
+    parts = []
+    for one in chosen:
+        objective = replace(one.objective(1.0), ratio=RATIOS[ratio])
+        at = terms(mdp, student_logits, teacher_logits, objective, grid, k, sampler)
+        parts.append((at, baselines.table("none" if one.grouped else one.baseline, at, space)))
+    rows, (at, _) = Rows.of(parts), parts[0]
     steps = torch.arange(mdp.horizon + 1, dtype=torch.float64).clamp(min=1)
     by_length = 1 / steps if length == "sequence_mean" else torch.ones_like(steps)
-    grouped = chosen.baseline == "leave_one_out"
-    shift = baselines.table("none" if grouped else chosen.baseline, at, space)
-
-    def under(measure: Tensor) -> tuple[Tensor, Tensor]:
-        return propagate(mdp.start, mdp.horizon, mdp.end, at, measure, shift, by_length, space)
-
-    mean, square = under(at.acting * at.ratio)
+    mean, square = propagate(mdp, at.acting * at.ratio, rows, by_length, space)
     if ratio == "sequence":
-        square = under(at.acting * at.ratio.square())[1]
-    variance = (square - mean.flatten(1).square().sum(1)).clamp(min=0)
-    if grouped:
-        _check_group(group, length)
-        variance = baselines.leave_one_out_variance(at, space, variance, int(group or 0))
-    elif group is not None:
-        raise ValueError(f"group = {group} would have no effect on {estimator}")
-    return (mean[0], variance[0]) if isinstance(gamma, float | int) else (mean, variance)
+        square = propagate(mdp, at.acting * at.ratio.square(), rows, by_length, space)[1]
+    variance = (square - mean.flatten(1).square().sum(1)).clamp(min=0).view(len(names), -1)
+    for i, (one, (at, _)) in enumerate(zip(chosen, parts, strict=True)):
+        if one.grouped:
+            size = _group(group, length)
+            variance[i] = baselines.leave_one_out_variance(at, space, variance[i], size)
+    mean = mean.view(len(names), len(grid), *space.shape)
+    # a single name or a single discount has no axis
+    if isinstance(gamma, float | int):
+        mean, variance = mean[:, 0], variance[:, 0]
+    return (mean[0], variance[0]) if isinstance(estimator, str) else (mean, variance)
 
 
 @torch.no_grad()
@@ -184,11 +188,12 @@ def _space(mdp: TabularMDP, jacobian: Tensor | None) -> Table | Shared:
     return Shared(jacobian.detach().to(torch.float64))
 
 
-def _check_group(group: int | None, length: str) -> None:
+def _group(group: int | None, length: str) -> int:
     if group is None:
         raise ValueError("leave_one_out needs the number of rollouts a group: group=...")
     if length != "sequence_sum":
         raise ValueError(f"leave_one_out is exact for length 'sequence_sum', not {length!r}")
+    return group
 
 
 def _grid(gamma: float | Sequence[float]) -> Tensor:

@@ -262,6 +262,13 @@ def test_a_grid_of_discounts_equals_one_at_a_time() -> None:
             alone = exact.moments(mdp, student, teacher, name, gamma, group=group)
             torch.testing.assert_close(grid[0][i], alone[0], atol=1e-14, rtol=0)
             torch.testing.assert_close(grid[1][i], alone[1], atol=1e-14, rtol=1e-12)
+    names = ("plain", "leave_one_out", "rb_all_value")
+    both = exact.moments(mdp, student, teacher, names, GAMMAS, group=3)
+    for i, name in enumerate(names):
+        group = 3 if name == "leave_one_out" else None
+        alone = exact.moments(mdp, student, teacher, name, GAMMAS, group=group)
+        torch.testing.assert_close(both[0][i], alone[0], atol=1e-14, rtol=0)
+        torch.testing.assert_close(both[1][i], alone[1], atol=1e-14, rtol=1e-12)
 
 
 def test_arguments_without_effect_or_sense_are_refused() -> None:

@@ -71,18 +71,16 @@ OBJECTIVES = {
     "ratio dropped": ("self.surrogate(at) * self.ratio(batch)", "self.surrogate(at)"),
 }
 RECURSION = {
-    "cross term once": ("+ 2 * (fz * gz[..., None]", "+ (fz * gz[..., None]"),
-    "discount not squared": ("column**2 * zz", "column * zz"),
-    "vector dropped from the second moment": ("(vv - 2 * b * sv", "(-2 * b * sv"),
-    "baseline of the first step": (
-        "b, n = baseline[:, t, :, None]",
-        "b, n = baseline[:, 0, :, None]",
-    ),
-    "baseline added": ("fixed_step - b[..., None]", "fixed_step + b[..., None]"),
+    "cross term once": ("2 * gammas * pay\n", "gammas * pay\n"),
+    "discount not squared": ("gammas**2 * pay2", "gammas * pay2"),
+    "vector dropped from the second moment": ("n * (vv - 2 * b * sv", "n * (-2 * b * sv"),
+    "baseline of the first step": ("rows.baseline[:, t, :", "rows.baseline[:, 0, :"),
+    "baseline added": ("late = late - rows", "late = late + rows"),
     "baseline not squared": ("b.square() * ss", "b * ss"),
-    "length not squared": ("by_length[t + 1] ** 2", "by_length[t + 1]"),
-    "one token too few": ("total[:, end] + by_length[t + 1]", "total[:, end] + by_length[t]"),
+    "length not squared": ("by_length[1:].square()", "by_length[1:]"),
+    "one token too few": ("mean += by_length[t + 1]", "mean += by_length[t]"),
     "jacobian once": ("right @ self.jacobian)).sum", "right @ self.jacobian).abs()).sum"),
+    "later cost of no score": ("fz = rows.later * gammas", "fz = 0 * rows.later * gammas"),
 }
 EXACT = {
     "future one step late": ("values.append(local + grid", "values.append(0 * local + grid"),
