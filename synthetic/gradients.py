@@ -16,30 +16,18 @@ from synthetic.mdp import TabularMDP
 from synthetic.sample import Trajectories, sample, with_baseline, with_support
 
 
-@torch.enable_grad()
 def visit_gradients(
-    at: Trajectories,
-    student_logits: Tensor,
-    objective: Objective,
-    credit: Tensor,
-    denominator: Tensor | None = None,
+    at: Trajectories, student_logits: Tensor, objective: Objective, credit: Tensor
 ) -> Tensor:
     """(B, T, A) gradient of each visited token's loss with respect to the logits at that visit.
 
-    The logits of every visit are leaves of their own, so that one backward pass serves all.
-
     Args:
-      credit: (B, T); denominator: (B,), 1 if None.
+      credit: (B, T).
     """
-    batch = at.batch
-    leaves = student_logits.detach().to(torch.float64)[at.states].requires_grad_()
-    every = leaves.log_softmax(-1)
-    logp = every.gather(-1, batch.tokens[..., None])[..., 0]
-    support_logp = None if batch.support is None else every.gather(-1, batch.support.ids)
-    loss = objective.local_loss(logp, support_logp, batch, credit)
-    ones = torch.ones(len(batch), dtype=loss.dtype)
-    whole = reduce(loss, batch.mask, ones if denominator is None else denominator)
-    return torch.autograd.grad(whole, leaves)[0]
+    visit = torch.arange(at.states.numel()).view_as(at.states)
+    states = at.states.flatten()
+    gradient = _gathered(at, student_logits, objective, credit, None, visit, states)
+    return gradient.view(*at.states.shape, -1)
 
 
 def trajectory_gradients(
@@ -49,23 +37,54 @@ def trajectory_gradients(
     denominator: Tensor | None = None,
 ) -> Tensor:
     """(B, S, A) gradient of each trajectory's loss with respect to the student's table."""
-    num_states, num_actions = student_logits.shape
+    count, num_states = len(at.batch), len(student_logits)
+    own = at.states + num_states * torch.arange(count)[:, None]
+    states = torch.arange(num_states).repeat(count)
     credit = objective.credit(at.batch)
-    visits = visit_gradients(at, student_logits, objective, credit, denominator)
-    block = at.states + num_states * torch.arange(len(at.batch))[:, None]
-    gradient = visits.new_zeros(len(at.batch) * num_states, num_actions)
-    gradient.index_add_(0, block.flatten(), visits.flatten(0, 1))
-    return gradient.view(-1, num_states, num_actions)
+    gradient = _gathered(at, student_logits, objective, credit, denominator, own, states)
+    return gradient.view(count, num_states, -1)
 
 
 def batch_gradient(
     at: Trajectories, student_logits: Tensor, objective: Objective, denominator: Tensor
 ) -> Tensor:
     """(S, A) gradient of the batch's loss: the sum of `trajectory_gradients` in less memory."""
-    credit = objective.credit(at.batch)
-    visits = visit_gradients(at, student_logits, objective, credit, denominator)
-    gradient = torch.zeros_like(student_logits, dtype=torch.float64)
-    return gradient.index_add_(0, at.states.flatten(), visits.flatten(0, 1))
+    credit, states = objective.credit(at.batch), torch.arange(len(student_logits))
+    return _gathered(at, student_logits, objective, credit, denominator, at.states, states)
+
+
+@torch.enable_grad()
+def _gathered(
+    at: Trajectories,
+    student_logits: Tensor,
+    objective: Objective,
+    credit: Tensor,
+    denominator: Tensor | None,
+    row: Tensor,
+    states: Tensor,
+) -> Tensor:
+    """(R, A) gradients of the visits whose `row` (B, T) it is, added up; states (R,) of the rows.
+
+    The log-probabilities that the loss reads are its leaves, so one backward pass serves all
+    trajectories; the derivative of the log-softmax is the same at every visit to a state and
+    follows once, after the sum.
+    """
+    batch, table = at.batch, student_logits.detach().to(torch.float64).log_softmax(-1)
+    logp = table[at.states, batch.tokens].requires_grad_()
+    leaves, index = [logp], [row * table.shape[1] + batch.tokens]
+    if objective.support != "none" and batch.support is not None:
+        leaves.append(table[at.states[..., None], batch.support.ids].requires_grad_())
+        index.append(row[..., None] * table.shape[1] + batch.support.ids)
+    loss = objective.local_loss(logp, leaves[1] if leaves[1:] else None, batch, credit)
+    ones = torch.ones(len(batch), dtype=loss.dtype)
+    whole = reduce(loss, batch.mask, ones if denominator is None else denominator)
+    found = torch.autograd.grad(whole, leaves, allow_unused=True)
+    gradient = torch.zeros(len(states) * table.shape[1], dtype=torch.float64)
+    for where, value in zip(index, found, strict=True):
+        if value is not None:
+            gradient.index_add_(0, where.flatten(), value.flatten())
+    gradient = gradient.view(len(states), -1)
+    return gradient - table.exp()[states] * gradient.sum(-1, keepdim=True)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

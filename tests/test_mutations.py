@@ -80,7 +80,10 @@ RECURSION = {
     "length not squared": ("by_length[1:].square()", "by_length[1:]"),
     "one token too few": ("mean += by_length[t + 1]", "mean += by_length[t]"),
     "jacobian once": ("right @ self.jacobian)).sum", "right @ self.jacobian).abs()).sum"),
-    "later cost of no score": ("fz = rows.later * gammas", "fz = 0 * rows.later * gammas"),
+    "later cost of no score": (
+        "rows.step), rows.later * gammas",
+        "rows.step), 0 * rows.later * gammas",
+    ),
 }
 EXACT = {
     "future one step late": ("values.append(local + grid", "values.append(0 * local + grid"),
