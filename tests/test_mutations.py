@@ -7,7 +7,8 @@ from types import FunctionType, ModuleType
 import pytest
 
 from opd import credit, objectives, surrogates
-from synthetic import baselines, estimators, exact, recursion
+from synthetic import baselines, estimators, exact, gradients, recursion
+from synthetic import sample as sampling
 from tests import test_exact as moments
 from tests import test_objectives as oracle
 from tests import test_synthetic as study
@@ -95,6 +96,31 @@ ESTIMATORS = {
     "next value not discounted": ("self.gammas[:, None, None, None] * self.next", "self.next"),
     "score of the wrong credit": ("score = steps[1] - steps[0]", "score = steps[0]"),
 }
+GRADIENTS = {
+    "softmax not differentiated": (
+        "return gradient - table.exp()",
+        "return gradient - 0 * table.exp()",
+    ),
+    "support without gradient": (
+        "zip(index, found, strict=True)",
+        "zip(index[:1], found[:1], strict=True)",
+    ),
+    "mean instead of its square": (
+        "self.mean.square().sum((-1, -2)) -",
+        "self.mean.abs().sum((-1, -2)) -",
+    ),
+}
+SAMPLE = {
+    "the student acts": (
+        "mdp.behaviour(student_logits, sampler).cumsum",
+        "mdp.behaviour(student_logits, None).cumsum",
+    ),
+    "scored as if the student acted": (
+        "acting = mdp.behaviour(student_logits, sampler)",
+        "acting = mdp.behaviour(student_logits, None)",
+    ),
+    "support of the other model": ('"student": student_logits}', '"student": teacher_logits}'),
+}
 BASELINES = {
     "mean over the dead": ("alive = at.occupancy * at.active", "alive = at.occupancy"),
     "nothing to come": ("rest = carry(rest, at.move.T) + ", "rest = "),
@@ -113,6 +139,8 @@ MUTATIONS = [
         (exact, EXACT),
         (estimators, ESTIMATORS),
         (baselines, BASELINES),
+        (gradients, GRADIENTS),
+        (sampling, SAMPLE),
     )
     for name, line in lines.items()
 ]

@@ -1,0 +1,62 @@
+"""Largest deviations of the exact engine from enumeration and from finite differences.
+
+python -m benchmarks.accuracy
+"""
+
+import torch
+
+from synthetic import exact
+from synthetic.estimators import ESTIMATORS
+from synthetic.mdp import TabularMDP
+from tests import enumerate_mdp as by_hand
+from tests.test_synthetic import GAMMAS, pair, worlds
+
+
+def deviations(name: str) -> tuple[float, float]:
+    """Largest |mean - enumerated| and relative |variance - enumerated| of worlds and discounts."""
+    away, relative = 0.0, 0.0
+    for mdp in worlds().values():
+        student, teacher = pair(mdp)
+        for gamma in GAMMAS if ESTIMATORS[name].family else (0.0,):
+            k = 1 if "topk" in name else None
+            mean, variance = exact.moments(mdp, student, teacher, name, gamma, k=k)
+            want = by_hand.mean_and_variance(mdp, student, teacher, name, gamma, 1)
+            away = max(away, float((mean - want[0]).abs().max()))
+            if want[1] > 1e-20:
+                relative = max(relative, float((variance / want[1] - 1).abs()))
+    return away, relative
+
+
+def finite_difference(mdp: TabularMDP, step: float = 1e-3) -> float:
+    """Largest |gradient at gamma = 1 - fourth-order central difference of the sequence KL|."""
+    student, teacher = pair(mdp)
+    gradient = exact.expected_gradient(mdp, student, teacher, 1.0)
+    largest = 0.0
+    for state in range(mdp.num_states):
+        for token in range(mdp.num_actions):
+            unit = torch.zeros_like(student)
+            unit[state, token] = step
+            near, far = (
+                float(
+                    exact.sequence_kl(mdp, student + x * unit, teacher).total
+                    - exact.sequence_kl(mdp, student - x * unit, teacher).total
+                )
+                for x in (1, 2)
+            )
+            slope = (8 * near - far) / (12 * step)
+            largest = max(largest, abs(slope - float(gradient[state, token])))
+    return largest
+
+
+def main() -> None:
+    print("estimator, largest |mean - enumeration|, largest relative |variance - enumeration|")
+    for name in ESTIMATORS:
+        if name != "leave_one_out":
+            away, relative = deviations(name)
+            print(f"{name:32} {away:.1e} {relative:.1e}")
+    for name, mdp in worlds().items():
+        print(f"finite differences of the sequence KL, {name}: {finite_difference(mdp):.1e}")
+
+
+if __name__ == "__main__":
+    main()
