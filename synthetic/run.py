@@ -24,7 +24,15 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "figures" / "data"
-SOURCES = ("synthetic/*.py", "opd/objectives.py", "diagnostics/batch.py", "diagnostics/prefix.py")
+SOURCES = (
+    "synthetic/*.py",
+    "opd/credit.py",
+    "opd/surrogates.py",
+    "opd/objectives.py",
+    "diagnostics/batch.py",
+    "diagnostics/prefix.py",
+)
+NOT_SOURCES = ("run.py", "cluster.py")
 
 
 def list_experiments() -> list[str]:
@@ -35,7 +43,7 @@ def list_experiments() -> list[str]:
 
 
 def load(name: str) -> ModuleType:
-    """The experiment: CLAIM, SETTINGS, measure, summarize."""
+    """The experiment: CLAIM, HEADLINES, SETTINGS, measure, summarize."""
     if name not in list_experiments():
         raise ValueError(f"unknown experiment {name!r}; known: {', '.join(list_experiments())}")
     return import_module(f"synthetic.experiments.{name}")
@@ -55,18 +63,22 @@ def run(
     jobs: int = 1,
     out: str | Path = "results",
     refresh: bool = False,
+    backend: str = "loky",
+    address: str | None = None,
 ) -> "pd.DataFrame":
     """Measure every missing cell of a preset, then write rows.csv, summary.csv and summary.json.
 
-    Files go to out/NAME: cells/KEY.json, shared by presets, and one folder a preset. `refresh`
-    measures finished cells again.
+    Files go to out/NAME: cells/KEY.json, shared by presets, and one folder a preset. A cell is
+    written when it is finished, whole or not at all. `refresh` measures finished cells again.
+    For `backend` and `address` see `cluster.compute`; they do not change the results.
 
     Returns:
       the summary table.
     """
-    import joblib
     import pandas as pd
     from tqdm import tqdm
+
+    from synthetic.cluster import compute
 
     experiment = load(name)
     if preset not in experiment.SETTINGS:
@@ -80,10 +92,10 @@ def run(
         for setting, file in zip(settings, files, strict=True)
         if refresh or read_cell(file) is None
     ]
-    work = (joblib.delayed(measure_cell)(name, setting, file) for setting, file in todo)
-    done = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")(work)
-    for _ in tqdm(done, total=len(todo), desc=f"{name} {preset}", disable=not todo):
-        pass
+    tasks = [(name, setting, file.name) for setting, file in todo]
+    done = compute(measure_cell, tasks, jobs, backend, address)
+    for key, cell in tqdm(done, total=len(todo), desc=f"{name} {preset}", disable=not todo):
+        _write(folder / "cells" / key, json.dumps(cell))
     cells = [json.loads(file.read_text()) for file in files]
     rows = pd.DataFrame([row for cell in cells for row in cell["rows"]])
     summary = experiment.summarize(rows)
@@ -95,8 +107,12 @@ def run(
     return summary
 
 
-def measure_cell(name: str, setting: dict[str, Any], file: Path) -> None:
-    """Measure one setting on one thread and write its file, whole or not at all."""
+def measure_cell(name: str, setting: dict[str, Any], key: str) -> tuple[str, dict[str, Any]]:
+    """The key and the finished cell of one setting, measured on one thread.
+
+    Raises:
+      RuntimeError: the measurement failed; names the setting, the cause is chained.
+    """
     import torch
 
     threads = torch.get_num_threads()
@@ -106,9 +122,11 @@ def measure_cell(name: str, setting: dict[str, Any], file: Path) -> None:
         begin = time.perf_counter()
         rows = load(name).measure(setting, derive(name, setting))
         seconds = time.perf_counter() - begin
+    except (ValueError, ArithmeticError, LookupError, RuntimeError) as error:
+        raise RuntimeError(f"{name}: {error} in the cell {_canonical(setting)}") from error
     finally:
         torch.set_num_threads(threads)
-    _write(file, json.dumps({"setting": setting, "seconds": seconds, "rows": rows}))
+    return key, {"setting": setting, "seconds": seconds, "rows": rows}
 
 
 def read_cell(file: Path) -> dict[str, Any] | None:
@@ -140,11 +158,45 @@ def provenance(name: str, preset: str, seconds: float) -> dict[str, Any]:
 def fingerprint(name: str) -> str:
     """Hash of every file that a cell's numbers depend on."""
     files = [path for pattern in SOURCES for path in sorted(ROOT.glob(pattern))]
-    files = [path for path in files if path != Path(__file__).resolve()]
+    files = [path for path in files if path.name not in NOT_SOURCES]
     digest = hashlib.sha256()
     for path in [*files, ROOT / "synthetic" / "experiments" / f"{name}.py"]:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def headlines(name: str, table: "pd.DataFrame") -> list[str]:
+    """The experiment's headlines with the numbers of its summary table, value [low, high].
+
+    Raises:
+      ValueError: a headline does not select exactly one row.
+    """
+    lines = []
+    for text, where in load(name).HEADLINES.items():
+        chosen = table
+        for column, value in where.items():
+            chosen = chosen[chosen[column] == value]
+        if len(chosen) != 1:
+            raise ValueError(f"{name}: {where} selects {len(chosen)} rows, expected 1 ({text})")
+        value, low, high = (f"{float(chosen[c].iloc[0]):.3g}" for c in ("value", "low", "high"))
+        lines.append(text.format(f"{value} [{low}, {high}]"))
+    return lines
+
+
+def show(name: str, table: "pd.DataFrame", preset: str) -> None:
+    """Print claim, headlines and the command that makes them."""
+    print(f"{name}: {load(name).CLAIM}")
+    for line in headlines(name, table):
+        print(f"  - {line}")
+    print(f"  (opd study run {name} --preset {preset})")
+
+
+def recorded(name: str) -> tuple["pd.DataFrame", str]:
+    """The summary table in figures/data and the preset that made it."""
+    import pandas as pd
+
+    about = json.loads((FIGURES / f"{name}.json").read_text())
+    return pd.read_csv(FIGURES / f"{name}.csv"), about["preset"]
 
 
 def update_figures(name: str, preset: str, out: str | Path) -> None:
@@ -159,26 +211,38 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="opd study", description="the exact synthetic study")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="experiments and what they claim")
+    showing = commands.add_parser("show", help="recorded numbers behind each claim")
+    showing.add_argument("name", nargs="?", default="all", help="an experiment, or all")
     running = commands.add_parser("run", help="measure, summarise, write tables")
     running.add_argument("name", help="an experiment, or all")
     running.add_argument("--preset", default="quick", help="a key of SETTINGS: quick, paper, ...")
     running.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    running.add_argument("--backend", default="loky", help="loky, or a cluster: ray, dask")
+    running.add_argument("--address", help="of a running cluster; else a local one is started")
     running.add_argument("--out", default="results", help="folder of the tables")
     running.add_argument("--refresh", action="store_true", help="measure finished cells again")
     running.add_argument(
         "--update-figures", action="store_true", help="copy the summaries to figures/data"
     )
-    arguments = parser.parse_args(argv)
-    if arguments.command == "list":
+    given = parser.parse_args(argv)
+    if given.command == "list":
         for name in list_experiments():
             print(f"{name}\n  {load(name).CLAIM}")
         return
-    names = list_experiments() if arguments.name == "all" else [arguments.name]
-    for name in names:
-        run(name, arguments.preset, arguments.jobs, arguments.out, arguments.refresh)
-        print(f"{name}: {Path(arguments.out) / name / arguments.preset / 'summary.csv'}")
-        if arguments.update_figures:
-            update_figures(name, arguments.preset, arguments.out)
+    for name in list_experiments() if given.name == "all" else [given.name]:
+        if given.command == "show":
+            show(name, *recorded(name))
+            continue
+        begin = time.perf_counter()
+        where = (given.preset, given.jobs, given.out, given.refresh, given.backend, given.address)
+        table = run(name, *where)
+        show(name, table, given.preset)
+        written = Path(given.out) / name / given.preset
+        core = json.loads((written / "summary.json").read_text())["seconds"]
+        wall = time.perf_counter() - begin
+        print(f"  {written / 'summary.csv'}: {wall:.0f} s, all cells on one core {core:.0f} s")
+        if given.update_figures:
+            update_figures(name, given.preset, given.out)
 
 
 def _canonical(setting: dict[str, Any]) -> str:

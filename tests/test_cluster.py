@@ -1,0 +1,78 @@
+"""The same sweep on a local Ray and Dask cluster, and after a SIGKILL."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from synthetic import cluster
+from synthetic import run as study
+
+NAME = "bias_variance"
+FILES = ("rows.csv", "summary.csv")
+
+
+@pytest.fixture(scope="module")
+def serial(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+    out = tmp_path_factory.mktemp("serial")
+    study.run(NAME, "smoke", out=out)
+    return tables(out)
+
+
+def tables(out: Path) -> list[bytes]:
+    return [(out / NAME / "smoke" / name).read_bytes() for name in FILES]
+
+
+@pytest.mark.parametrize("backend", ["ray", "dask"])
+def test_a_cluster_gives_the_same_bits(backend: str, serial: list[bytes], tmp_path: Path) -> None:
+    study.run(NAME, "smoke", jobs=2, out=tmp_path, backend=backend)
+    assert tables(tmp_path) == serial
+
+
+def test_a_killed_sweep_keeps_its_finished_cells(serial: list[bytes], tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "synthetic.run", "run", NAME, "--preset", "smoke"]
+    words += ["--jobs", "1", "--out", str(tmp_path)]
+    cells = tmp_path / NAME / "cells"
+    with subprocess.Popen(words, stderr=subprocess.DEVNULL) as sweep:
+        while not list(cells.glob("*.json")) and sweep.poll() is None:
+            time.sleep(0.01)
+        os.kill(sweep.pid, signal.SIGKILL)
+    kept = {file: file.stat().st_mtime_ns for file in cells.glob("*.json")}
+    assert 1 <= len(kept) <= 3
+    study.run(NAME, "smoke", out=tmp_path)
+    assert {file: file.stat().st_mtime_ns for file in kept} == kept
+    assert tables(tmp_path) == serial
+
+
+def fail_on_two(x: int) -> int:
+    if x == 2:
+        raise ValueError(f"x is {x}")
+    return x
+
+
+def test_a_failing_cell_names_itself_and_loses_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    with pytest.raises(ValueError, match="x is 2"):
+        found.extend(cluster.compute(fail_on_two, [(0,), (1,), (2,), (3,)], jobs=1))
+    experiment = study.load(NAME)
+    broken = dict(experiment.SETTINGS["smoke"][1], mixing=2.0)
+    settings = [experiment.SETTINGS["smoke"][0], broken]
+    monkeypatch.setitem(experiment.SETTINGS, "smoke", settings)
+    with pytest.raises(RuntimeError, match=r'mixing is 2\.0.* in the cell .*"mixing": 2\.0'):
+        study.run(NAME, "smoke", out=tmp_path)
+    assert len(list((tmp_path / NAME / "cells").glob("*.json"))) == 1
+
+
+def test_unknown_places_are_refused() -> None:
+    with pytest.raises(ValueError, match="unknown backend 'slurm'; known: loky, ray, dask"):
+        list(cluster.compute(fail_on_two, [(0,)], 1, "slurm"))
+    with pytest.raises(ValueError, match="address here needs"):
+        list(cluster.compute(fail_on_two, [(0,)], 1, "loky", "here"))
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'opdlab\[ray\]'"):
+        cluster._extra("no_such_module", "ray")
