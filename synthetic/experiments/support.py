@@ -1,0 +1,135 @@
+"""What each top-K support hides: its gradient against that of the full reverse KL, by p(S)."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from opd import objectives
+from synthetic.prefixes import expected
+from synthetic.summary import interval
+
+CLAIM = (
+    "A small support hides most of the gradient. Un-normalised top-K points away from the full "
+    "gradient where the support holds little student mass; renormalising makes it blind to that "
+    "mass and it drifts; a tail bucket loses least, and a sampled tail loses nothing on average."
+)
+FORMS = {
+    "renormalised": "",
+    "and_sampled": "_and_sampled",
+    "unnormalised": "_unnormalised",
+    "stopped": "_stopped",
+    "bucket": "_bucket",
+    "sampled_tail": "_sampled_tail",
+    "published_tail": "_published_tail",
+}
+KS = (1, 2, 4, 8, 16, 32)
+MASSES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.98, 1.0)
+"""Edges of the bins of p(S)."""
+KEYS = ["form", "source", "k", "mass"]
+
+
+def _cosine(form: str, k: int) -> dict[str, Any]:
+    return {"quantity": "cosine", "form": form, "source": "teacher", "k": k}
+
+
+HEADLINES: dict[str, dict[str, Any]] = {
+    "cosine with the full gradient, teacher's top 4 of 64, un-normalised: {}": _cosine(
+        "unnormalised", 4
+    ),
+    "stopped head: {}": _cosine("stopped", 4),
+    "renormalised: {}": _cosine("renormalised", 4),
+    "tail bucket: {}": _cosine("bucket", 4),
+    "sampled tail: {}": _cosine("sampled_tail", 4),
+    "top 16, un-normalised: {}": _cosine("unnormalised", 16),
+    "top 16, renormalised: {}": _cosine("renormalised", 16),
+    "top 16, tail bucket: {}": _cosine("bucket", 16),
+    "student's top 4, renormalised: {}": _cosine("renormalised", 4) | {"source": "student"},
+}
+
+
+def _settings(seeds: int, prefixes: int) -> list[dict[str, Any]]:
+    shared = {"prefixes": prefixes, "actions": 64, "sharpness": 1.5, "distance": 1.0}
+    return [{**shared, "seed": seed} for seed in range(seeds)]
+
+
+SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "smoke": _settings(2, 20),
+    "quick": _settings(20, 100),
+    "paper": _settings(50, 400),
+}
+
+Row = dict[str, Any]
+
+
+def measure(setting: dict[str, Any], generator: torch.Generator) -> list[Row]:
+    """Means over random prefixes, overall and by bin of p(S), of one draw of prefixes.
+
+    cosine: of the expected gradient with that of the full KL (0 where it vanishes); drift:
+    -<grad p(S), gradient>, the first-order change of p(S) in descent, per unit of the full
+    gradient's norm; full_drift: the same of the full gradient.
+    """
+    s, a = setting["prefixes"], setting["actions"]
+    student = setting["sharpness"] * torch.randn(s, a, generator=generator, dtype=torch.float64)
+    offset = torch.randn(s, a, generator=generator, dtype=torch.float64)
+    teacher = student + setting["distance"] * setting["sharpness"] * offset
+    p, full = student.softmax(-1), expected(student, teacher, objectives.full_reverse_kl(), None)
+    rows: list[Row] = []
+    for source, table in (("teacher", teacher), ("student", student)):
+        for k in KS:
+            inside = torch.zeros_like(p).scatter(-1, table.topk(k, -1).indices, 1.0)
+            mass = (p * inside).sum(-1)
+            grad_mass = p * (inside - mass[:, None])
+            for form, ending in FORMS.items():
+                name = f"{source}_topk{ending}"
+                found = expected(student, teacher, objectives.make(name), k)
+                norms = found.norm(dim=-1) * full.norm(dim=-1)
+                unit = full.norm(dim=-1)
+                numbers = {
+                    "cosine": (found * full).sum(-1) / norms.clamp(min=1e-300),
+                    "length": found.norm(dim=-1) / unit,
+                    "drift": -(grad_mass * found).sum(-1) / unit,
+                    "full_drift": -(grad_mass * full).sum(-1) / unit,
+                    "support_mass": mass,
+                }
+                about = {"seed": setting["seed"], "form": form, "source": source, "k": k}
+                rows += _binned(about, numbers, mass)
+    return rows
+
+
+def _binned(about: Row, numbers: dict[str, Tensor], mass: Tensor) -> list[Row]:
+    """One row of means over all prefixes, and one of sums for each bin of p(S) that has any."""
+    whole = {name: float(x.mean()) for name, x in numbers.items()}
+    rows = [{**about, "bin": -1, "count": len(mass), **whole}]
+    which = torch.bucketize(mass, torch.tensor(MASSES[1:-1], dtype=mass.dtype))
+    for i in which.unique().tolist():
+        here = which == i
+        mine = {name: float(x[here].sum()) for name, x in numbers.items()}
+        rows.append({**about, "bin": i, "count": int(here.sum()), **mine})
+    return rows
+
+
+def summarize(rows: pd.DataFrame) -> pd.DataFrame:
+    """Means over prefixes, by form, source and k; and by form, source and bin of p(S).
+
+    The latter pool all k, totals over counts, and carry the bin's centre as `mass`. Intervals
+    resample draws of prefixes.
+    """
+    whole = rows[rows["bin"] < 0]
+    names = ("cosine", "length", "drift", "full_drift", "support_mass")
+    parts = [interval(whole, name, KEYS, np.mean) for name in names]
+    binned = rows[rows["bin"] >= 0]
+    summed = binned.groupby(["seed", "form", "source", "bin"], as_index=False)[
+        ["count", "cosine", "drift", "full_drift"]
+    ].sum()
+    seen = summed.groupby(["form", "source", "bin"])["seed"].transform("nunique")
+    summed = summed[seen == rows["seed"].nunique()]
+    middle = (np.array(MASSES[1:]) + np.array(MASSES[:-1])) / 2
+    for name in ("cosine", "drift", "full_drift"):
+        shares = summed.assign(
+            **{f"{name}_by_mass": summed[name] / summed["count"], "mass": middle[summed["bin"]]}
+        )
+        parts.append(interval(shares, f"{name}_by_mass", KEYS, np.mean))
+    return pd.concat(parts, ignore_index=True)
