@@ -12,6 +12,8 @@ from synthetic import exact
 from synthetic.gradients import monte_carlo
 from synthetic.mdp import TabularMDP, random_chain, random_pair
 from synthetic.summary import interval, slopes
+from synthetic.tradeoff import mse, overtaking_batch
+from synthetic.worst import bounds
 
 CLAIM = (
     "Cutting the future (gamma < 1) buys variance with bias and pays only for small batches; value "
@@ -110,23 +112,11 @@ def measure(setting: dict[str, Any], generator: torch.Generator) -> list[Row]:
                 row = {**shared, "estimator": name, "gamma": gamma}
                 row |= {"bias2": float(bias2[i]), "variance": float(variance[i])}
                 if name == "plain":
-                    row |= _bounds(mdp, student, teacher, gamma)
+                    tight, published = bounds(mdp, student, teacher, gamma)
+                    row |= {"bound_tight": tight, "bound_quartic": published}
                     row |= sampled.get(gamma, {})
                 rows.append(row)
     return rows
-
-
-def _bounds(mdp: TabularMDP, student: torch.Tensor, teacher: torch.Tensor, gamma: float) -> Row:
-    """Worst cases of E||g||^2 with |r| <= R and ||s|| <= B: R^2 B^2 T^4, as published, and
-    R^2 B^2 T^2 min((T + 1) / 2, 1 / (1 - gamma^2)), which uses that scores are uncorrelated.
-    """
-    logp = mdp.log_policy(student)
-    p = logp.exp()
-    cost2 = float((logp - mdp.log_policy(teacher)).square().max())
-    score2 = float((1 - 2 * p + p.square().sum(-1, keepdim=True)).max())
-    t = mdp.horizon
-    ages = (t + 1) / 2 if gamma == 1 else min((t + 1) / 2, 1 / (1 - gamma**2))
-    return {"bound_quartic": cost2 * score2 * t**4, "bound_tight": cost2 * score2 * t**2 * ages}
 
 
 def _sampled(
@@ -169,7 +159,7 @@ def summarize(rows: pd.DataFrame) -> pd.DataFrame:
     longest = relative[relative["horizon"] == relative["horizon"].max()]
     parts.append(interval(relative.assign(n=1), "bias2", KEYS))
     every = pd.concat([relative.assign(n=n) for n in BATCHES], ignore_index=True)
-    every["mse"] = every["bias2"] + every["variance"] / every["n"]
+    every["mse"] = mse(every["bias2"], every["variance"], every["n"])
     at_longest = every[every["horizon"] == every["horizon"].max()]
     parts.append(interval(at_longest, "mse", KEYS))
     best = at_longest.loc[at_longest.groupby(["seed", "estimator", "n"])["mse"].idxmin()]
@@ -188,8 +178,8 @@ def _overtaking(rows: pd.DataFrame) -> pd.DataFrame:
     wide = rows.pivot(
         index=["seed", "estimator", "horizon"], columns="gamma", values=["bias2", "variance"]
     )
-    gain = wide["variance"][1.0] - wide["variance"][0.0]
-    return (gain / wide["bias2"][0.0]).rename("overtaking_batch").reset_index()
+    parts = wide["bias2"][0.0], wide["variance"][0.0], wide["variance"][1.0]
+    return wide.index.to_frame(index=False).assign(overtaking_batch=overtaking_batch(*parts))
 
 
 def _exponents(rows: pd.DataFrame) -> pd.DataFrame:

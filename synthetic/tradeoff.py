@@ -1,0 +1,30 @@
+"""Bias against variance: what a batch of n independent trajectories makes of an estimator."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+def mse(bias2: Array, variance: Array, n: float) -> Array:
+    """Mean squared error of a mean of n trajectories, |bias|^2 + variance / n."""
+    return np.asarray(bias2) + np.asarray(variance) / n
+
+
+def optimal_gamma(gammas: Array, bias2: Array, variance: Array, n: float) -> Array:
+    """The discount of least error; gammas (G,), bias2 and variance (..., G) -> (...)."""
+    return np.asarray(gammas)[mse(bias2, variance, n).argmin(-1)]
+
+
+def overtaking_batch(bias2: Array, variance: Array, unbiased_variance: Array) -> Array:
+    """The n from which an unbiased estimator errs less than a biased one.
+
+    (unbiased_variance - variance) / bias2: 0 or less where the unbiased one is never worse,
+    infinite where there is no bias to overtake.
+    """
+    gain = np.asarray(unbiased_variance) - np.asarray(variance)
+    bias2 = np.asarray(bias2, dtype=np.float64)
+    nothing = np.where(gain > 0, np.inf, 0.0)
+    return np.divide(gain, bias2, out=nothing, where=bias2 > 0)
