@@ -5,6 +5,7 @@ and the code, so a finished cell is kept and reused until one of these changes.
 """
 
 import argparse
+import ast
 import hashlib
 import json
 import os
@@ -24,15 +25,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "figures" / "data"
-SOURCES = (
-    "synthetic/*.py",
-    "opd/credit.py",
-    "opd/surrogates.py",
-    "opd/objectives.py",
-    "diagnostics/batch.py",
-    "diagnostics/prefix.py",
-)
-NOT_SOURCES = ("run.py", "cluster.py")
+PACKAGES = ("synthetic", "diagnostics", "opd")
 
 
 def list_experiments() -> list[str]:
@@ -156,13 +149,31 @@ def provenance(name: str, preset: str, seconds: float) -> dict[str, Any]:
 
 
 def fingerprint(name: str) -> str:
-    """Hash of every file that a cell's numbers depend on."""
-    files = [path for pattern in SOURCES for path in sorted(ROOT.glob(pattern))]
-    files = [path for path in files if path.name not in NOT_SOURCES]
+    """Hash of every file that a cell's numbers depend on: the experiment and all it imports."""
     digest = hashlib.sha256()
-    for path in [*files, ROOT / "synthetic" / "experiments" / f"{name}.py"]:
+    for path in sources(ROOT / "synthetic" / "experiments" / f"{name}.py"):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def sources(start: Path) -> list[Path]:
+    """A file and the project's files that it imports, directly or not, sorted."""
+    found, todo = set(), [start]
+    while todo:
+        path = todo.pop()
+        if path in found or not path.is_file():
+            continue
+        found.add(path)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            else:
+                continue
+            parts = (name.split(".") for name in names)
+            todo += [ROOT.joinpath(*x).with_suffix(".py") for x in parts if x[0] in PACKAGES]
+    return sorted(found)
 
 
 def headlines(name: str, table: "pd.DataFrame") -> list[str]:
