@@ -153,7 +153,7 @@ def terms(
     states = torch.arange(s).repeat_interleave(a)[:, None]
     tokens = torch.arange(a).repeat(s)[:, None]
     at = scored(mdp, student_logits, teacher_logits, states, tokens, sampler)
-    at = with_support(mdp, at, student_logits, teacher_logits, objective.support, k)
+    at = with_support(at, student_logits, teacher_logits, objective.support, k)
     whole = objective.ratio is sequence_ratio
     ratio = objective.ratio(at.batch) if whole else torch.ones_like(at.batch.student_logp)
     objective = replace(objective, ratio=no_ratio) if whole else objective

@@ -150,7 +150,7 @@ def monte_carlo(
         drawn = sample(mdp, *tables, size, generator, sampler)
         gradients = []
         for name, objective in objectives.items():
-            seen = with_support(mdp, drawn, *tables, objective.support, k)
+            seen = with_support(drawn, *tables, objective.support, k)
             if baselines is not None and name in baselines:
                 seen = with_baseline(seen, baselines[name])
             gradients.append(trajectory_gradients(seen, tables[0], objective))

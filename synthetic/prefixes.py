@@ -28,6 +28,6 @@ def expected(student: Tensor, teacher: Tensor, objective: Objective, k: int | No
     states = torch.arange(s).repeat_interleave(a)[:, None]
     tokens = torch.arange(a).repeat(s)[:, None]
     at = scored(world, student, teacher, states, tokens)
-    at = with_support(world, at, student, teacher, objective.support, k)
+    at = with_support(at, student, teacher, objective.support, k)
     each = visit_gradients(at, student, objective, objective.credit(at.batch))
     return (student.softmax(-1)[..., None] * each.view(s, a, a)).sum(1)

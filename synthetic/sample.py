@@ -45,23 +45,35 @@ def sample(
     """
     if count < 1:
         raise ValueError(f"count is {count}, expected at least 1 trajectory")
-    policy = mdp.behaviour(student_logits, sampler).cumsum(-1)
-    moves = mdp.transition.cumsum(-1)
-    uniform = torch.rand(mdp.horizon, 2, count, generator=generator, dtype=torch.float64)
-    first = torch.rand(count, generator=generator, dtype=torch.float64)
-    state = _invert(mdp.start.cumsum(-1).expand(count, -1), first)
+    acting = mdp.behaviour(student_logits, sampler)
+    states, tokens, last = walk(mdp, acting[None], count, generator)
+    at = scored(mdp, student_logits, teacher_logits, states, tokens, sampler)
+    if mdp.end is None:
+        return at
+    return replace(at, batch=replace(at.batch, ended=last == mdp.end))
+
+
+def walk(
+    mdp: TabularMDP, acting: Tensor, count: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`count` trajectories of each of R policies (R, S, A), policy by policy.
+
+    Returns:
+      states and tokens (R * count, T), and the state after the last token (R * count,).
+    """
+    total = len(acting) * count
+    policy, moves = acting.flatten(0, 1).cumsum(-1), mdp.transition.cumsum(-1)
+    offset = torch.arange(len(acting)).repeat_interleave(count) * mdp.num_states
+    uniform = torch.rand(mdp.horizon, 2, total, generator=generator, dtype=torch.float64)
+    first = torch.rand(total, generator=generator, dtype=torch.float64)
+    state = _invert(mdp.start.cumsum(-1).expand(total, -1), first)
     states, tokens = [], []
     for step in uniform:
-        token = _invert(policy[state], step[0])
+        token = _invert(policy[offset + state], step[0])
         states.append(state)
         tokens.append(token)
         state = _invert(moves[state, token], step[1])
-    at = scored(
-        mdp, student_logits, teacher_logits, torch.stack(states, 1), torch.stack(tokens, 1), sampler
-    )
-    if mdp.end is None:
-        return at
-    return replace(at, batch=replace(at.batch, ended=state == mdp.end))
+    return torch.stack(states, 1), torch.stack(tokens, 1), state
 
 
 def _invert(cumulative: Tensor, uniform: Tensor) -> Tensor:
@@ -86,14 +98,25 @@ def scored(
     student = mdp.log_policy(student_logits, "student_logits")
     teacher = mdp.log_policy(teacher_logits, "teacher_logits")
     acting = mdp.behaviour(student_logits, sampler)
+    return looked_up(student, teacher, acting, mdp.active, states, tokens)
+
+
+@torch.no_grad()
+def looked_up(
+    student: Tensor, teacher: Tensor, acting: Tensor, active: Tensor, states: Tensor, tokens: Tensor
+) -> Trajectories:
+    """The batch of states and tokens (B, T) under tables of N states.
+
+    student, teacher (N, A) log-probabilities; acting (N, A) probabilities; active (N,).
+    """
     sampler_logp = torch.where(acting > 0, acting.clamp(min=1e-300).log(), student)
-    mask = mdp.active[states] > 0
+    mask = active[states] > 0
     tokens = tokens * mask
-    every = torch.arange(mdp.num_actions).expand_as(student)
+    num_actions = student.shape[1]
     table = functionals(
-        student[:, None].expand(-1, mdp.num_actions, -1),
-        teacher[:, None].expand(-1, mdp.num_actions, -1),
-        every,
+        student[:, None].expand(-1, num_actions, -1),
+        teacher[:, None].expand(-1, num_actions, -1),
+        torch.arange(num_actions).expand_as(student),
     )
     batch = Scored(
         tokens=tokens,
@@ -111,7 +134,6 @@ def scored(
 
 @torch.no_grad()
 def with_support(
-    mdp: TabularMDP,
     at: Trajectories,
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -130,16 +152,19 @@ def with_support(
     if source == "none":
         return at
     tables = {"teacher": teacher_logits, "student": student_logits}
+    num_actions = student_logits.shape[1]
     if source == "full":
-        ids = torch.arange(mdp.num_actions).expand(mdp.num_states, -1)
+        ids = torch.arange(num_actions).expand_as(student_logits)
     elif source not in tables:
         raise ValueError(f"unknown support {source!r}; known: none, full, teacher, student")
-    elif k is None or not 1 <= k <= mdp.num_actions:
-        raise ValueError(f"k is {k}, expected 1 to {mdp.num_actions} (the actions)")
+    elif k is None or not 1 <= k <= num_actions:
+        raise ValueError(f"k is {k}, expected 1 to {num_actions} (the actions)")
     else:
         ids = tables[source].topk(k, -1).indices
     mask = at.batch.mask[..., None]
-    student, teacher = mdp.log_policy(student_logits), mdp.log_policy(teacher_logits)
+    student, teacher = (
+        x.to(torch.float64).log_softmax(-1) for x in (student_logits, teacher_logits)
+    )
     support = Support(
         ids=ids[at.states] * mask,
         student_logp=student.gather(-1, ids)[at.states] * mask,

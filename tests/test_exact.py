@@ -298,7 +298,7 @@ def test_arguments_without_effect_or_sense_are_refused() -> None:
             exact.moments(mdp, student, teacher, **given)
     at = sample(mdp, student, teacher, 2, seeded(0))
     with pytest.raises(ValueError, match="unknown support 'best'"):
-        with_support(mdp, at, student, teacher, "best", 1)
+        with_support(at, student, teacher, "best", 1)
     with pytest.raises(ValueError, match="baseline column"):
         objectives.make("sampled_token", baseline="given").credit(at.batch)
     single = with_baseline(at, torch.zeros(mdp.horizon, mdp.num_states, dtype=torch.float64))

@@ -177,14 +177,14 @@ def test_the_trainers_objectives_have_the_exact_expected_gradients(name: str) ->
     for i, gamma in enumerate(GAMMAS):
         found = expected(at, objectives.sampled_token(gamma))
         torch.testing.assert_close(found, family[i], atol=1e-12, rtol=0)
-    full = expected(with_support(mdp, at, student, teacher, "full"), objectives.full_reverse_kl())
+    full = expected(with_support(at, student, teacher, "full"), objectives.full_reverse_kl())
     torch.testing.assert_close(full, family[0], atol=1e-12, rtol=0)
-    whole = with_support(mdp, at, student, teacher, "teacher", mdp.num_actions)
+    whole = with_support(at, student, teacher, "teacher", mdp.num_actions)
     torch.testing.assert_close(
         expected(whole, objectives.make("teacher_topk")), family[0], atol=1e-12, rtol=0
     )
     # fewer tokens: p' (log p'/q' - KL(p' || q')) of both sides renormalised, at every visit
-    part = with_support(mdp, at, student, teacher, "teacher", mdp.num_actions - 1)
+    part = with_support(at, student, teacher, "teacher", mdp.num_actions - 1)
     rest = teacher.argmin(-1, keepdim=True)
     ours, theirs = (x.scatter(-1, rest, -torch.inf).log_softmax(-1) for x in (student, teacher))
     ratio = (ours - theirs).nan_to_num(0)
@@ -200,8 +200,8 @@ def test_each_trajectorys_gradient_is_that_of_its_own_loss() -> None:
     student, teacher = pair(mdp)
     at = sample(mdp, student, teacher, 6, seeded(3))
     assert at.batch.mask.sum(1).unique().numel() > 1
-    full = with_support(mdp, at, student, teacher, "full")
-    top = with_support(mdp, at, student, teacher, "teacher", 2)
+    full = with_support(at, student, teacher, "full")
+    top = with_support(at, student, teacher, "teacher", 2)
     for objective, drawn in (
         (objectives.sampled_token(0.7), at),
         (objectives.full_reverse_kl(), full),
@@ -353,4 +353,4 @@ def test_bad_worlds_and_arguments_are_refused_with_their_numbers() -> None:
     at = sample(mdp, student, teacher, 2, seeded(0))
     for k in (0, 3):
         with pytest.raises(ValueError, match=f"k is {k}, expected 1 to 2"):
-            with_support(mdp, at, student, teacher, "teacher", k)
+            with_support(at, student, teacher, "teacher", k)

@@ -61,7 +61,7 @@ def test_a_sampled_batch_records_where_it_was(name: str) -> None:
     mdp = worlds()[name]
     student, teacher = pair(mdp)
     at = sample(mdp, student, teacher, 20_000, seeded(3))
-    batch = with_support(mdp, at, student, teacher, "full").batch.checked()
+    batch = with_support(at, student, teacher, "full").batch.checked()
     assert batch.prompt.equal(at.states[:, 0])
     every = [x.log_softmax(-1)[at.states] for x in (student, teacher)]
     for part, want in functionals(*every, batch.tokens).items():

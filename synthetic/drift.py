@@ -1,0 +1,158 @@
+"""The drift chain: a small world in which the three published failure modes have closed forms.
+
+States: an informed block, where the teacher differs from the student; an uninformed block, where it
+is flat or copies the student, entered now and then; and a loop. Tokens: ordinary ones, which move
+at random within a block; `loop`, which enters the loop and repeats it, and which the teacher likes
+to repeat as much as the student does; and `special`, a tag that the student writes and the teacher
+all but forbids. (arXiv 2603.25562, section 2.2: lopsided one-token signals, a teacher that is lost
+on the student's prefixes, special tokens that poison the loss.)
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from synthetic import exact
+from synthetic.baselines import table
+from synthetic.estimators import ESTIMATORS, terms
+from synthetic.mdp import TabularMDP
+from synthetic.recursion import Rows, Table, propagate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Knobs:
+    """Probabilities are of the student unless they say teacher."""
+
+    informed: int = 6
+    """States of the informed block; the uninformed block has as many."""
+    ordinary: int = 6
+    """Ordinary tokens."""
+    horizon: int = 64
+    distance: float = 0.7
+    """Of the teacher from the student on ordinary tokens in the informed block."""
+    enter: float = 0.02
+    """The loop token outside the loop."""
+    stay: float = 0.97
+    """The loop token in the loop."""
+    teacher_enter: float = 0.015
+    teacher_stay: float = 0.97
+    special: float = 0.02
+    teacher_special: float = math.exp(-20)
+    drift: float = 0.02
+    """An ordinary token leads from the informed to the uninformed block; it never leads back."""
+    copies: bool = False
+    """In the uninformed block the teacher copies the student instead of being flat."""
+
+
+@dataclass(frozen=True, eq=False)
+class DriftChain:
+    """mdp with student and teacher logits (S, A), and who is who."""
+
+    mdp: TabularMDP
+    student: Tensor
+    teacher: Tensor
+    informed: slice
+    uninformed: slice
+    loop: int
+    loop_token: int
+    special_token: int
+
+
+def drift_chain(knobs: Knobs, generator: torch.Generator) -> DriftChain:
+    """Draw the ordinary tokens' moves and both policies; everything else follows from the knobs."""
+    n, ordinary = knobs.informed, knobs.ordinary
+    s, a, loop = 2 * n + 1, ordinary + 2, 2 * n
+    informed, uninformed = slice(0, n), slice(n, 2 * n)
+    weights = torch.rand(2 * n, a, n, generator=generator, dtype=torch.float64)
+    weights = weights / weights.sum(-1, keepdim=True)
+    transition = torch.zeros(s, a, s, dtype=torch.float64)
+    transition[informed, :, informed] = (1 - knobs.drift) * weights[informed]
+    transition[informed, :, uninformed] = knobs.drift * weights[informed]
+    transition[uninformed, :, uninformed] = weights[uninformed]
+    transition[loop, :, informed] = 1 / n
+    transition[:, ordinary] = 0
+    transition[:, ordinary, loop] = 1
+    start = torch.zeros(s, dtype=torch.float64)
+    start[informed] = 1 / n
+
+    student = _policy(torch.randn(s, ordinary, generator=generator, dtype=torch.float64))
+    offset = torch.randn(s, ordinary, generator=generator, dtype=torch.float64)
+    teacher = _policy(student.log() + knobs.distance * offset)
+    teacher[loop] = student[loop]
+    teacher[uninformed] = student[uninformed] if knobs.copies else 1 / ordinary
+    return DriftChain(
+        mdp=TabularMDP(transition, start, knobs.horizon),
+        student=_with(student, loop, knobs.enter, knobs.stay, knobs.special),
+        teacher=_with(
+            teacher, loop, knobs.teacher_enter, knobs.teacher_stay, knobs.teacher_special
+        ),
+        informed=informed,
+        uninformed=uninformed,
+        loop=loop,
+        loop_token=ordinary,
+        special_token=ordinary + 1,
+    )
+
+
+def _policy(logits: Tensor) -> Tensor:
+    return logits.softmax(-1)
+
+
+def _with(ordinary: Tensor, loop: int, enter: float, stay: float, special: float) -> Tensor:
+    """(S, A) log-probabilities: the two further tokens first, the ordinary ones share the rest."""
+    looping = torch.full((len(ordinary), 1), enter, dtype=torch.float64)
+    looping[loop] = stay
+    tag = torch.full_like(looping, special)
+    tag[loop] = special * (1 - stay)
+    return torch.cat([ordinary * (1 - looping - tag), looping, tag], -1).log()
+
+
+def token_weights(chain: DriftChain) -> tuple[Tensor, Tensor]:
+    """Probability (T, S, A) of being at a state at a step and drawing a token, and its cost (S, A).
+
+    The probabilities of each step sum to 1.
+    """
+    at = exact.sequence_kl(chain.mdp, chain.student, chain.teacher)
+    p = chain.student.log_softmax(-1)
+    return at.occupancy[..., None] * p.exp(), p - chain.teacher.log_softmax(-1)
+
+
+def quantiles(weight: Tensor, value: Tensor, levels: tuple[float, ...]) -> list[float]:
+    """Weighted quantiles: the least value whose cumulative weight reaches the level."""
+    order = value.flatten().argsort()
+    reached = weight.flatten()[order].cumsum(0) / weight.sum()
+    index = torch.searchsorted(reached, torch.tensor(levels, dtype=reached.dtype))
+    return value.flatten()[order][index.clamp(max=len(order) - 1)].tolist()
+
+
+def top_share(weight: Tensor, value: Tensor, share: float) -> float:
+    """Share of the total of `value` >= 0 that the largest `share` of the weight carries."""
+    order = value.flatten().argsort(descending=True)
+    mass, size = weight.flatten()[order] / weight.sum(), value.flatten()[order]
+    before = mass.cumsum(0) - mass
+    kept = (share - before).clamp(min=0).minimum(mass)
+    return float((kept * size).sum() / (mass * size).sum())
+
+
+def masked_moments(
+    chain: DriftChain, estimator: str, gamma: float, token: int
+) -> tuple[Tensor, Tensor]:
+    """`exact.moments` with one token masked wherever it occurs: no cost, no loss, no score."""
+    grid = torch.tensor([gamma], dtype=torch.float64)
+    at = terms(chain.mdp, chain.student, chain.teacher, ESTIMATORS[estimator].objective(1.0), grid)
+    kept = torch.ones(chain.mdp.num_actions, dtype=torch.float64)
+    kept[token] = 0
+    masked = replace(
+        at,
+        own=at.own * kept,
+        later=at.later * kept,
+        step=at.step * kept[:, None],
+        score=at.score * kept[:, None],
+    )
+    space = Table(chain.mdp.num_states, chain.mdp.num_actions)
+    rows = Rows.of([(masked, table("none", masked, space))])
+    ones = torch.ones(chain.mdp.horizon + 1, dtype=torch.float64)
+    mean, square = propagate(chain.mdp, at.acting, rows, ones, space)
+    return mean[0], square[0] - mean[0].square().sum()
