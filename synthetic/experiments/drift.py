@@ -21,9 +21,9 @@ from synthetic.summary import interval
 
 CLAIM = (
     "A rare forbidden tag carries a large part of the signal and most of the gradient's noise; "
-    "masking it removes both, and a top-K support never sees it. Where the teacher repeats with the "
-    "student, the loop costs nothing: token level hardly resists entering it, and sequence level "
-    "descends into it, since every looping token saves the cost of an ordinary one."
+    "masking it removes both, and a top-K support never sees it. Where the teacher repeats with "
+    "the student, the loop costs nothing: token level hardly resists entering it, and sequence "
+    "level descends into it, since every looping token saves the cost of an ordinary one."
 )
 GAMMAS = (0.0, 0.5, 0.9, 1.0)
 KEYS = ["uninformed", "enter", "gamma", "position", "iteration", "k"]
