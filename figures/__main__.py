@@ -16,17 +16,27 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import pandas as pd
 
-DATA = Path(__file__).resolve().parent / "data"
-MADE_BY = {
-    "bias_variance": "opd study run bias_variance --update-figures",
-    "training": "opd figures training --run DIR [DIR ...] --update-data",
-}
+FOLDER = Path(__file__).resolve().parent
+DATA = FOLDER / "data"
+NOT_FIGURES = ("__init__", "__main__", "collect", "style", "tables")
+
+
+def figures() -> list[str]:
+    """Names of the figures: the modules of this folder that draw."""
+    return sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in NOT_FIGURES)
+
+
+def made_by(name: str) -> str:
+    """The command that makes a figure's table."""
+    if name == "training":
+        return "opd figures training --run DIR [DIR ...] --update-data"
+    return f"opd study run {name} --update-figures"
 
 
 def main(argv: list[str]) -> None:
     """`opd figures [NAME|all] [--run DIR ...] [--table CSV] [--out DIR]`."""
     parser = argparse.ArgumentParser(prog="opd figures", description=__doc__)
-    parser.add_argument("name", nargs="?", default="all", help=f"{', '.join(MADE_BY)}, or all")
+    parser.add_argument("name", nargs="?", default="all", help=f"{', '.join(figures())}, or all")
     parser.add_argument("--table", type=Path, help="draw this table instead of the recorded one")
     parser.add_argument("--run", type=Path, nargs="+", help="draw these run folders (training)")
     parser.add_argument("--out", type=Path, default=Path("results/figures"))
@@ -34,7 +44,7 @@ def main(argv: list[str]) -> None:
         "--update-data", action="store_true", help="also record the runs' table in figures/data"
     )
     given = parser.parse_args(argv)
-    names = list(MADE_BY) if given.name == "all" else [given.name]
+    names = figures() if given.name == "all" else [given.name]
     if given.table and len(names) > 1:
         raise ValueError(f"--table {given.table} needs the name of its figure: {', '.join(names)}")
     if given.run and names != ["training"]:
@@ -63,10 +73,10 @@ def read(name: str, path: Path) -> "pd.DataFrame":
     """
     import pandas as pd
 
-    if name not in MADE_BY:
-        raise ValueError(f"unknown figure {name!r}; known: {', '.join(MADE_BY)}, all")
+    if name not in figures():
+        raise ValueError(f"unknown figure {name!r}; known: {', '.join(figures())}, all")
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; make it with `{MADE_BY[name]}`")
+        raise FileNotFoundError(f"{path} does not exist; make it with `{made_by(name)}`")
     table = pd.read_csv(path, dtype={"outcomes": str})
     lacking = [c for c in import_module(f"figures.{name}").COLUMNS if c not in table]
     if lacking:
@@ -86,7 +96,7 @@ def record(name: str, table: "pd.DataFrame", runs: list[Path]) -> None:
     """Keep a table of runs in figures/data, with what made it."""
     table.to_csv(DATA / f"{name}.csv", index=False)
     about = {
-        "command": MADE_BY[name],
+        "command": made_by(name),
         "configs": {run.name: json.loads((run / "config.json").read_text()) for run in runs},
         "code": {run.name: (run / "code.txt").read_text().splitlines()[0] for run in runs},
         "commit": commit(),
