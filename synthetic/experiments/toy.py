@@ -84,6 +84,14 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "quick": _settings(
         (42, 43), ("default", "descent"), 2, iterations=100, count=256, teacher_iterations=200
     ),
+    "short": _settings(
+        (*PUBLISHED_SEEDS, *range(10)),
+        tuple(VARIANTS),
+        3,
+        iterations=500,
+        count=1024,
+        teacher_iterations=200,
+    ),
     "paper": _settings(
         (*PUBLISHED_SEEDS, *range(10)),
         tuple(VARIANTS),
@@ -109,7 +117,7 @@ def measure(setting: dict[str, Any], generator: torch.Generator) -> list[Row]:
     choices, last = Choices(**how), setting["iterations"]
     teachers = gaussian.train_teachers(choices, generator)
     students = gaussian.fresh(len(GAMMAS), 3, choices.hidden, choices.sigma_floor, generator)
-    kept = sorted({0, last, *(i for i in (10, 30, 100, 300, 1000) if i < last)})
+    kept = sorted({0, last, *(i for i in (30, 100, 300, 1000) if i < last)})
     done = distil.distil(students, teachers, GAMMAS, last, kept, BATCH, choices, generator)
     about = {"seed": setting["seed"], "variant": setting["variant"]}
     rows: list[Row] = []
