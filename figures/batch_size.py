@@ -19,10 +19,13 @@ NAMES = {
 
 def draw(table: pd.DataFrame) -> Figure:
     """Three panels: best discount by estimator, by teacher distance, and the overtaking batch."""
-    figure, (estimator, distance, overtaking) = style.panels(1, 3, 2.7)
+    figure, (estimator, distance, overtaking) = style.panels(1, 3, 3.0)
     best(estimator, table)
     nearer(distance, table)
     overtakes(overtaking, table)
+    distance.legend(loc="lower right")
+    handles, labels = estimator.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
     return figure
 
 
@@ -30,7 +33,6 @@ def _axes(axes: Any, title: str) -> None:
     axes.set(xscale="log", xlabel="trajectories n", ylabel="discount of least error")
     axes.set_ylim(-0.04, 1.04)
     axes.set_title(title)
-    axes.legend(loc="lower right")
 
 
 def best(axes: Any, table: pd.DataFrame) -> None:
@@ -44,7 +46,7 @@ def nearer(axes: Any, table: pd.DataFrame) -> None:
     rows = pick(table, "best_gamma", "n", estimator="plain")
     distances = sorted(rows["distance"].unique())
     for distance, colour in zip(distances, style.shades(len(distances)), strict=True):
-        label = f"distance {distance:g}"
+        label = f"{distance:g}"
         at = rows[rows["distance"] == distance]
         line(axes, at, "n", color=colour, label=label, marker="o", ms=2.5)
     _axes(axes, "By distance of the teacher")
@@ -56,5 +58,4 @@ def overtakes(axes: Any, table: pd.DataFrame) -> None:
         line(axes, rows, "distance", color=colour, label=label, marker="o", ms=2.5)
     axes.set(xscale="log", yscale="log", xlabel="distance of the teacher")
     axes.set_ylabel("n from which γ = 1 beats γ = 0")
-    axes.set_title("When the whole future pays")
-    axes.legend(loc="lower left")
+    axes.set_title("When the future pays")

@@ -81,6 +81,6 @@ def exponents(axes: Any, table: pd.DataFrame) -> None:
         rows = pick(table, "slope", "horizon", world="mixing", estimator="plain", gamma=gamma)
         axes.plot(rows["horizon"], rows["value"], dash, color="black", lw=1, label=f"γ = {gamma:g}")
     _scales(axes, "local exponent")
-    axes.set_ylim(0.8, 3.2)
+    axes.set_ylim(0, 3.2)
     axes.set_title("Exponents cross over from 2 to 3")
-    axes.legend(loc="center right", fontsize=6)
+    axes.legend(loc="lower center", ncols=2, fontsize=6)

@@ -29,10 +29,10 @@ def draw(table: pd.DataFrame) -> Figure:
     by_mass(drift, table, "drift", "descent's pull on p(S)")
     rows = pick(table, "full_drift_by_mass", "mass", source="teacher", form="renormalised")
     drift.plot(rows["mass"], rows["value"], "--", color="black", lw=1, label="full reverse KL")
-    drift.set_title("Which way is p(S) pulled? (teacher's top K)")
-    drift.legend(loc="upper right", fontsize=6)
-    angle.set_title("The less mass, the more is hidden (teacher's top K)")
-    teacher.legend(loc="lower right", fontsize=6)
+    drift.set_title("Which way is p(S) pulled?")
+    drift.legend(handles=drift.lines[-1:], loc="upper right")
+    angle.set_title("Less mass, more hidden (teacher's top K)")
+    student.legend(loc="lower right", fontsize=6)
     return figure
 
 
@@ -41,7 +41,7 @@ def by_size(axes: Any, table: pd.DataFrame, source: str) -> None:
         rows = pick(table, "cosine", "k", source=source, form=form)
         line(axes, rows, "k", color=colour, label=label, marker="o", ms=2.5)
     axes.set_xscale("log", base=2)
-    axes.set(xlabel="K of 64 tokens", ylabel="cosine with the full gradient", ylim=(-0.35, 1.05))
+    axes.set(xlabel="K of 64 tokens", ylabel="cosine with the full gradient", ylim=(-0.5, 1.05))
     axes.axhline(0, color="black", lw=0.6)
     axes.set_title(f"Support: the {source}'s top K")
 

@@ -7,6 +7,7 @@ Shapes: R runs, D parameters, B trajectories a run, S states, A actions.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -26,18 +27,18 @@ def sgd(rates: Tensor) -> Optimizer:
 
 
 def adam(rates: Tensor, size: int) -> Optimizer:
-    """Adam's change with decay 0.9 and 0.999, elementwise, so that runs do not interact."""
-    first, second = torch.zeros(len(rates), size), torch.zeros(len(rates), size)
-    first, second, count = first.double(), second.double(), [0]
+    """Adam's change, elementwise, so that runs do not interact; rates (R,), D = size."""
+    change = torch.zeros(len(rates), size, dtype=torch.float64, requires_grad=True)
+    unit = torch.optim.Adam([change], lr=1.0)
 
-    def change(gradient: Tensor) -> Tensor:
-        count[0] += 1
-        first.mul_(0.9).add_(gradient, alpha=0.1)
-        second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-        scale = (second / (1 - 0.999 ** count[0])).sqrt() + 1e-8
-        return -rates[:, None] * first / (1 - 0.9 ** count[0]) / scale
+    def step(gradient: Tensor) -> Tensor:
+        with torch.no_grad():
+            change.zero_()
+        change.grad = gradient.clone()
+        unit.step()
+        return rates[:, None] * change.detach()
 
-    return change
+    return step
 
 
 def clipped(gradient: Tensor, norm: float) -> Tensor:
@@ -82,8 +83,7 @@ def drawn(task: Task, table: Tensor, batch: int, generator: torch.Generator) -> 
         states + run[:, None] * task.mdp.num_states,
         tokens,
     )
-    at.batch.prompt.copy_(run)
-    return at
+    return replace(at, batch=replace(at.batch, prompt=run))
 
 
 def train(
