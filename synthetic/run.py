@@ -189,7 +189,7 @@ def headlines(name: str, table: "pd.DataFrame") -> list[str]:
             chosen = chosen[chosen[column] == value]
         if len(chosen) != 1:
             raise ValueError(f"{name}: {where} selects {len(chosen)} rows, expected 1 ({text})")
-        value, low, high = (f"{float(chosen[c].iloc[0]):.3g}" for c in ("value", "low", "high"))
+        value, low, high = (f"{float(chosen[c].iloc[0]):.4g}" for c in ("value", "low", "high"))
         lines.append(text.format(f"{value} [{low}, {high}]"))
     return lines
 
