@@ -112,12 +112,12 @@ GRADIENTS = {
 }
 SAMPLE = {
     "the student acts": (
-        "mdp.behaviour(student_logits, sampler).cumsum",
-        "mdp.behaviour(student_logits, None).cumsum",
+        "acting = mdp.behaviour(student_logits, sampler)\n    states",
+        "acting = mdp.behaviour(student_logits, None)\n    states",
     ),
     "scored as if the student acted": (
-        "acting = mdp.behaviour(student_logits, sampler)",
-        "acting = mdp.behaviour(student_logits, None)",
+        "acting = mdp.behaviour(student_logits, sampler)\n    return",
+        "acting = mdp.behaviour(student_logits, None)\n    return",
     ),
     "support of the other model": ('"student": student_logits}', '"student": teacher_logits}'),
 }

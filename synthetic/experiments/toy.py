@@ -121,7 +121,7 @@ def measure(setting: dict[str, Any], generator: torch.Generator) -> list[Row]:
     done = distil.distil(students, teachers, GAMMAS, last, kept, BATCH, choices, generator)
     about = {"seed": setting["seed"], "variant": setting["variant"]}
     rows: list[Row] = []
-    for iteration in range(0, last, 10 if last > 100 else 1):
+    for iteration in range(0, last, 10 if last > 100 else 2):
         for task in (0, 1):  # the next iteration is of the other task
             if iteration + task >= last:
                 continue
