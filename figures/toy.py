@@ -71,7 +71,8 @@ def at_equal(axes: Any, table: pd.DataFrame) -> None:
         line(axes, at, "gamma", color=colour, label=f"iteration {mark:g}", marker="o", ms=2.5)
     axes.set(yscale="log", xlabel="discount γ", ylabel="variance of one trajectory")
     axes.set_title("At equal policies (γ = 0's path, left task)")
-    axes.legend(fontsize=6)
+    axes.set_ylim(top=100 * float(rows["high"].max()))
+    axes.legend(ncols=2, fontsize=6)
 
 
 def ratios(axes: Any, table: pd.DataFrame) -> None:

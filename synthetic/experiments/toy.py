@@ -1,5 +1,6 @@
 """The published toy replicated, and its variance metric beside one at equal policies."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -215,7 +216,9 @@ def summarize(rows: pd.DataFrame) -> pd.DataFrame:
     first published seed, with step and position. Intervals resample seeds.
     """
     metric = rows[(rows["kind"] == "metric")]
-    metric = metric[metric["iteration"] % max(1, int(metric["iteration"].max()) // 50) == 0]
+    last = int(metric["iteration"].max())
+    # at most fifty points a curve
+    metric = metric[metric["iteration"] % (10 * math.ceil(last / 500) if last > 100 else 1) == 0]
     parts = [*_by_variant(metric, "metric")]
     alone = metric[metric["seed"].isin(PUBLISHED_SEEDS) & (metric["variant"] == "default")]
     parts.append(
