@@ -29,7 +29,8 @@ TASKS = ("left", "right")
 def draw(table: pd.DataFrame) -> Figure:
     """Metric of both tasks, equal-policy variance and its ratio; six heat maps below."""
     figure = Figure(figsize=(style.WIDTH, 7.2), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=[1.15, 1])
+    grid = figure.add_gridspec(2, 1, height_ratios=[1.15, 1])
+    above, below = figure.add_subfigure(grid[0]), figure.add_subfigure(grid[1])
     left, right, equal, ratio = above.subplots(2, 2).flat
     for axes, task in ((left, "left"), (right, "right")):
         published(axes, table, task)
