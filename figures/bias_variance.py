@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from figures import style
+from figures.tables import line
 
 COLUMNS = ("quantity", "estimator", "horizon", "gamma", "n", "value", "low", "high")
 NAMES = {
@@ -33,10 +34,6 @@ def pick(table: pd.DataFrame, quantity: str, **where: Any) -> pd.DataFrame:
     for column, value in where.items():
         chosen = chosen[chosen[column] == value]
     return chosen.sort_values(["horizon", "gamma", "n"])
-
-
-def line(axes: Any, rows: pd.DataFrame, x: str, **how: Any) -> None:
-    style.curve(axes, rows[x], rows["value"], rows["low"], rows["high"], **how)
 
 
 def draw_variance(axes: Any, table: pd.DataFrame) -> None:

@@ -18,10 +18,3 @@ def pick(table: pd.DataFrame, quantity: str, by: str, **where: Any) -> pd.DataFr
 def line(axes: Any, rows: pd.DataFrame, x: str, **how: Any) -> None:
     """Value against x with its interval as a band."""
     style.curve(axes, rows[x], rows["value"], rows["low"], rows["high"], **how)
-
-
-def points(axes: Any, x: Any, rows: pd.DataFrame, **how: Any) -> None:
-    """Values with their intervals as bars."""
-    below, above = rows["value"] - rows["low"], rows["high"] - rows["value"]
-    spread = [below.clip(lower=0), above.clip(lower=0)]
-    axes.errorbar(x, rows["value"], yerr=spread, fmt="o", ms=3, lw=1, capsize=2, **how)
