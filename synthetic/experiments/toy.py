@@ -37,7 +37,7 @@ HEADLINES: dict[str, dict[str, Any]] = {
         "quantity": "published_ratio",
         "gamma": 1.0,
     },
-    "unbiased variance of gamma = 1 over gamma = 0 at the same policies (gamma = 0's path): {}": {
+    "unbiased variance of gamma = 1 over gamma = 0 at the same policies: {}": {
         **_END,
         "quantity": "equal_ratio",
         "gamma": 1.0,
@@ -211,7 +211,8 @@ def summarize(rows: pd.DataFrame) -> pd.DataFrame:
     `metric` by variant, gamma, task and iteration, and for each published seed alone `seed_metric`
     with the seed as `worlds`; `equal_variance`, `equal_output_variance` and `equal_bias2_by_path`
     (relative to |E g_1|^2) by path and iteration; their ratios to gamma = 0, `published_ratio` over
-    the second half of training and `equal_ratio` at the last policy of gamma = 0's path;
+    the second half of training and `equal_ratio` at the last policy of gamma = 0's path, both of
+    the output layer;
     `distance`, `local_kl`; `diverged`, a share with its Clopper-Pearson interval; `visits` of the
     first published seed, with step and position. Intervals resample seeds.
     """
@@ -270,10 +271,11 @@ def _ratios(metric: pd.DataFrame, equal: pd.DataFrame) -> list[pd.DataFrame]:
     )
     end = equal[(equal["path"] == 0) & (equal["iteration"] == equal["iteration"].max())]
     end = end.drop(columns=["path", "iteration"])
-    base = end[end["gamma"] == 0].set_index(at)["variance"]
+    # of the output layer, as the published metric is
+    base = end[end["gamma"] == 0].set_index(at)["output_variance"]
     reference = base.reindex(pd.MultiIndex.from_frame(end[at])).to_numpy()
     end = end.assign(
-        equal_ratio=end["variance"] / reference, equal_bias2=end["equal_bias2_by_path"]
+        equal_ratio=end["output_variance"] / reference, equal_bias2=end["equal_bias2_by_path"]
     )
     return [
         *_by_variant(own, "published_ratio"),
