@@ -40,6 +40,40 @@ def drawn() -> tuple[DriftChain, Trajectories, dict[str, float]]:
     return chain, at, Monitor()(0, [batch])
 
 
+# --- the world ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_the_uninformed_teacher_is_flat_or_copies(copies: bool) -> None:
+    """Local KL by hand: log-ratios of the loop token and the tag, and those of ordinary tokens."""
+    knobs = Knobs(copies=copies, **UNTAGGED)
+    chain = drift_chain(knobs, seeded(7))
+    at = exact.sequence_kl(chain.mdp, chain.student, chain.teacher)
+    p = chain.student.softmax(-1)[chain.uninformed, : knobs.ordinary]
+    rest = 1 - knobs.enter - knobs.special
+    theirs = 1 - knobs.teacher_enter - knobs.special
+    entry = knobs.enter * math.log(knobs.enter / knobs.teacher_enter)
+    flat = math.log(knobs.ordinary) + (p / rest * (p / rest).log()).sum(-1)
+    want = entry + rest * (math.log(rest / theirs) + (torch.zeros_like(flat) if copies else flat))
+    torch.testing.assert_close(at.local[chain.uninformed], want, atol=1e-12, rtol=0)
+
+
+def test_an_excursion_to_the_uninformed_block_ends_only_through_the_loop() -> None:
+    knobs = Knobs(drift=0.1, enter=0.05, stay=0.6)
+    chain = drift_chain(knobs, seeded(8))
+    at = exact.sequence_kl(chain.mdp, chain.student, chain.teacher)
+    informed, lost, looping = 1.0, 0.0, 0.0
+    for here in at.occupancy:
+        assert here[chain.uninformed].sum().item() == pytest.approx(lost, abs=1e-12)
+        assert here[chain.loop].item() == pytest.approx(looping, abs=1e-12)
+        onward = informed * (1 - knobs.enter)
+        informed, lost, looping = (
+            onward * (1 - knobs.drift) + looping * (1 - knobs.stay),
+            onward * knobs.drift + lost * (1 - knobs.enter),
+            (informed + lost) * knobs.enter + looping * knobs.stay,
+        )
+
+
 # --- entering the loop --------------------------------------------------------------------------
 
 
