@@ -105,5 +105,5 @@ def loops(axes: Any, table: pd.DataFrame) -> None:
     for gamma, colour in zip(gammas, style.shades(len(gammas)), strict=True):
         line(axes, rows[rows["gamma"] == gamma], "iteration", color=colour, label=f"γ = {gamma:g}")
     axes.set(xlabel="iteration of exact descent", ylabel="mass in the loop at the end", ylim=(0, 1))
-    axes.set_title("Sequence level descends into the loop")
+    axes.set_title("Sequence level enters the loop on its way")
     axes.legend(loc="upper left")
