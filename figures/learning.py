@@ -23,8 +23,8 @@ COLOURS = {
 }
 PANELS = (
     ("excess", "J over its optimum, minus 1", "Sequence KL"),
-    ("teacher_kl_share", "KL a token over that at the start", "On the teacher's prefixes"),
-    ("reward_gain", "mean reward minus that at the start", "A reward that neither sees"),
+    ("teacher_excess", "KL a token over that optimum's, minus 1", "On the teacher's prefixes"),
+    ("reward_short", "mean reward below that optimum's", "A reward that neither sees"),
 )
 
 

@@ -71,9 +71,17 @@ def capacity_limited(
 ) -> Task:
     """A random chain (S, A, T) whose teacher leans to rewarded states and is no function of F
     features; its local KL to any student is heterogeneous.
+
+    Raises:
+      ValueError: as many features, or hidden units, as states: such a student can be its teacher.
     """
-    mdp = random_chain(*shape, generator, mixing)
     s, a, _ = shape
+    if max(features, hidden) >= s:
+        raise ValueError(
+            f"{features} features and {hidden} hidden units tell all {s} states apart, expected "
+            f"fewer than {s} of each, so that the student cannot be its teacher"
+        )
+    mdp = random_chain(*shape, generator, mixing)
     reward = _normal((s,), generator)
     scale = (0.7 * _normal((s, 1), generator)).exp()
     lean = torch.einsum("cad,d->ca", mdp.transition, reward)

@@ -1,6 +1,7 @@
 """Learning curves of a student that cannot represent its teacher, step sizes tuned alike."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -32,11 +33,17 @@ OBJECTIVES: dict[str, tuple[str, float, str]] = {
     "top 2, sampled tail": ("teacher_topk_sampled_tail", 0.0, "none"),
 }
 """Name in `opd.objectives`, discount, baseline."""
-RATES = {"sgd": (0.01, 0.03, 0.1, 0.3, 1.0), "adam": (0.003, 0.01, 0.03, 0.1, 0.3)}
+RATES = {"sgd": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0), "adam": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)}
+TUNING = 4
+"""Seeds a rate is tried on."""
 CLIP = 0.5
+DIVERGED = 2.0
+"""A run whose J is not finite, or more than this many times its start's, has diverged."""
 KEYS = ["objective", "optimizer", "clip", "iteration"]
 METRICS = ("sequence_kl", "student_kl", "teacher_kl", "reward")
-SHOWN = (*METRICS, "excess", "teacher_kl_share", "reward_gain")
+SHOWN = (*METRICS, "excess", "teacher_excess", "reward_short")
+LAST = ("final", "worst", "diverged", "rate", "at_edge")
+OPTIMA = ("optimum_ratio", "optimum_kl_ratio", "basin_ratio")
 _ADAM = {"optimizer": "adam", "clip": "none"}
 
 
@@ -45,7 +52,7 @@ def _end(objective: str, **other: str) -> dict[str, Any]:
 
 
 HEADLINES: dict[str, dict[str, Any]] = {
-    "J at the token-level optimum over J at the sequence-level optimum: {}": {
+    "J at the token-level optimum over J at the sequence-level optimum beside it: {}": {
         "quantity": "optimum_ratio"
     },
     "excess of J over the sequence-level optimum after training, relative, token level, Adam: {}": (
@@ -64,9 +71,10 @@ HEADLINES: dict[str, dict[str, Any]] = {
 
 
 def _settings(
-    worlds: int, seeds: int, iterations: int, shape: tuple[int, int, int], hidden: int
+    worlds: int, seeds: int, iterations: int, shape: tuple[int, int, int]
 ) -> list[dict[str, Any]]:
-    sizes = {"shape": list(shape), "features": 2, "hidden": hidden, "batch": 16}
+    # linear: J of a network has so many minima that which one is met hides all else
+    sizes = {"shape": list(shape), "features": 2, "hidden": 0, "batch": 16}
     sizes |= {"seeds": seeds, "iterations": iterations}
     cells = [
         {"objective": name, "optimizer": optimizer, "clip": clip}
@@ -78,16 +86,16 @@ def _settings(
 
 
 SETTINGS: dict[str, list[dict[str, Any]]] = {
-    "smoke": _settings(2, 2, 2, (6, 3, 4), 0),
-    "quick": _settings(4, 6, 60, (8, 6, 24), 0),
-    "paper": _settings(10, 20, 400, (8, 6, 32), 8),
+    "smoke": _settings(2, 2, 2, (6, 3, 4)),
+    "quick": _settings(4, 10, 60, (8, 6, 24)),
+    "paper": _settings(10, 20, 200, (8, 6, 24)),
 }
 
 Row = dict[str, Any]
 
 
 def measure(setting: dict[str, Any], generator: torch.Generator) -> list[Row]:
-    """Tune the rate by the final J of two seeds, then train `seeds` fresh ones with the best.
+    """Tune the rate by the final J of some seeds, then train `seeds` fresh ones with the best.
 
     The world and the starting point depend on its number and the sizes alone, so that all
     objectives meet the same ones. Rows are means over seeds of exact measures.
@@ -97,74 +105,111 @@ def measure(setting: dict[str, Any], generator: torch.Generator) -> list[Row]:
     shape = tuple(setting["shape"])
     task = shared.capacity_limited(shape, setting["features"], setting["hidden"], 0.05, draw)
     start = task.student.start(1, draw)
-    name, gamma, baseline = OBJECTIVES[setting["objective"]]
-    objective = objectives.make(name, gamma, baseline)
-    rates = RATES[setting["optimizer"]]
-    iterations = setting["iterations"]
-
-    def trained(each: list[float], marks: list[int]) -> dict[int, torch.Tensor]:
-        rate = torch.tensor(each, dtype=torch.float64)
-        by = learn.sgd(rate) if setting["optimizer"] == "sgd" else learn.adam(rate, start.shape[1])
-        clip = math.inf if setting["clip"] == "none" else float(setting["clip"])
-        begin, k = start.expand(len(each), -1).clone(), K if "topk" in name else None
-        size = setting["batch"]
-        return learn.train(task, begin, objective, by, iterations, size, clip, marks, generator, k)
-
-    tuning = trained([rate for rate in rates for _ in range(2)], [iterations])[iterations]
-    ends = shared.progress(task, tuning).sequence_kl.view(len(rates), 2).mean(1)
-    best = rates[int(ends.nan_to_num(math.inf).argmin())]
-    marks = sorted({0, *(round(iterations * i / 10) for i in range(11))})
-    path = trained([best] * setting["seeds"], marks)
+    rates, end = RATES[setting["optimizer"]], setting["iterations"]
+    tried = [rate for rate in rates for _ in range(TUNING)]
+    ends = shared.progress(task, _trained(task, start, setting, tried, [end], generator)[end])
+    best = best_rate(rates, ends.sequence_kl.view(len(rates), TUNING))
+    marks = sorted({round(end * i / 10) for i in range(11)})
+    path = _trained(task, start, setting, [best] * setting["seeds"], marks, generator)
     about = {"seed": setting["world"]}
     about |= {key: setting[key] for key in ("objective", "optimizer", "clip")}
+    first = shared.progress(task, start).sequence_kl
     rows: list[Row] = []
     for iteration, parameters in path.items():
         now = shared.progress(task, parameters)
         row = {metric: float(getattr(now, metric).mean()) for metric in METRICS}
         row["worst_kl"] = float(now.sequence_kl.max())
-        rows.append({**about, "iteration": iteration, "rate": best, **row})
+        row["diverged"] = diverged(now.sequence_kl, first)
+        row |= {"rate": best, "at_edge": float(best in (rates[0], rates[-1]))}
+        rows.append({**about, "iteration": iteration, **row})
     if setting["objective"] == "token" and setting["optimizer"] == "sgd":
         rows.append({**about, **_optima(task, start, draw)})
     return rows
 
 
+def _trained(
+    task: shared.Task,
+    start: torch.Tensor,
+    setting: dict[str, Any],
+    rates: list[float],
+    marks: list[int],
+    generator: torch.Generator,
+) -> dict[int, torch.Tensor]:
+    """{iteration: parameters (R, D)} of one run a rate, all from the same start (1, D)."""
+    name, gamma, baseline = OBJECTIVES[setting["objective"]]
+    each = torch.tensor(rates, dtype=torch.float64)
+    by = learn.sgd(each) if setting["optimizer"] == "sgd" else learn.adam(each, start.shape[1])
+    return learn.train(
+        task,
+        start.expand(len(rates), -1).clone(),
+        objectives.make(name, gamma, baseline),
+        by,
+        setting["iterations"],
+        setting["batch"],
+        math.inf if setting["clip"] == "none" else float(setting["clip"]),
+        marks,
+        generator,
+        K if "topk" in name else None,
+    )
+
+
+def best_rate(rates: Sequence[float], ends: torch.Tensor) -> float:
+    """The rate of least mean J over its seeds; ends (rates, seeds). Never one with a J not finite,
+    unless all have one: then the first.
+    """
+    return rates[int(ends.mean(1).nan_to_num(math.inf).argmin())]
+
+
+def diverged(sequence_kl: torch.Tensor, first: torch.Tensor) -> float:
+    """Share of runs (R,) whose J is not finite or above DIVERGED times the start's (1,)."""
+    return float((~(sequence_kl <= DIVERGED * first)).double().mean())
+
+
 def _optima(task: shared.Task, start: torch.Tensor, draw: torch.Generator) -> Row:
-    """J at the best parameters found, and how far the token-level fixed point is from them."""
+    """The token-level fixed point, the sequence-level optimum beside it, and the best one found."""
     token = shared.token_optimum(task, start[0])
-    others = torch.cat([start, token[None], *(task.student.start(1, draw) for _ in range(3))])
-    best = shared.progress(task, shared.optimum(task, others)[None])
-    fixed = shared.progress(task, token[None])
+    beside = shared.optimum(task, token[None])
+    others = torch.cat([start, beside[None], *(task.student.start(1, draw) for _ in range(3))])
+    found = torch.stack([token, beside, shared.optimum(task, others)])
+    at = shared.progress(task, found)
+    fixed, near, least = at.sequence_kl.tolist()
     return {
-        "least_kl": float(best.sequence_kl),
-        "optimum_ratio": float(fixed.sequence_kl / best.sequence_kl),
-        "optimum_kl_ratio": float(fixed.teacher_kl / best.teacher_kl),
+        "least_kl": least,
+        "least_teacher_kl": float(at.teacher_kl[2]),
+        "best_reward": float(at.reward[2]),
+        "optimum_ratio": fixed / near,
+        "optimum_kl_ratio": float(at.teacher_kl[0] / at.teacher_kl[1]),
+        "basin_ratio": near / least,
     }
 
 
 def summarize(rows: pd.DataFrame) -> pd.DataFrame:
-    """Means over worlds by objective, optimizer, clip and iteration.
+    """Medians over worlds by objective, optimizer, clip and iteration; intervals resample worlds.
 
-    J as `sequence_kl`, `excess` (J over the sequence-level optimum's, minus 1), the KL a token on
-    the student's and the teacher's visits, the task `reward`; the latter two also against their
-    start in the same world, `teacher_kl_share` and `reward_gain`; without iteration, `final` is the
-    last excess, `worst` that of the worst seed, `rate` the tuned rate; `optimum_ratio` and
-    `optimum_kl_ratio` compare J and the KL on the teacher's visits at the two optima. A seed's
-    noise is averaged within a world; intervals resample worlds.
+    J as `sequence_kl`, the KL a token on the student's and the teacher's visits and the task
+    `reward`; against the best sequence-level optimum found, `excess` of J and `teacher_excess` of
+    the KL on the teacher's visits (ratio minus 1) and `reward_short` (difference). Without
+    iteration: `final` is the last excess, `worst` that of the worst seed, `diverged` the share of
+    seeds; `rate` is the tuned one, `at_edge` the share of worlds where it ends the grid (means).
+    `optimum_ratio` and `optimum_kl_ratio` are J and the KL on the teacher's visits at the token-
+    level optimum over those at the sequence-level optimum beside it, `basin_ratio` is J there over
+    the least found. A seed's noise is averaged within a world.
     """
     optima = rows[rows["clip"] == "none"].dropna(subset=["least_kl"])
-    least = optima.set_index("seed")["least_kl"]
+    of_world = optima.set_index("seed")
     curves = rows.dropna(subset=["sequence_kl"])
-    floor = curves["seed"].map(least)
+    floor, world = curves["seed"].map(of_world["least_kl"]), curves["seed"]
     curves = curves.assign(
-        excess=curves["sequence_kl"] / floor - 1, worst=curves["worst_kl"] / floor - 1
+        excess=curves["sequence_kl"] / floor - 1,
+        worst=curves["worst_kl"] / floor - 1,
+        teacher_excess=curves["teacher_kl"] / world.map(of_world["least_teacher_kl"]) - 1,
+        reward_short=world.map(of_world["best_reward"]) - curves["reward"],
     )
-    first = curves[curves["iteration"] == 0].groupby("seed")[["teacher_kl", "reward"]].first()
-    curves["teacher_kl_share"] = curves["teacher_kl"] / curves["seed"].map(first["teacher_kl"])
-    curves["reward_gain"] = curves["reward"] - curves["seed"].map(first["reward"])
-    parts = [interval(curves, name, KEYS, np.mean) for name in SHOWN]
     last = curves[curves["iteration"] == curves["iteration"].max()].drop(columns="iteration")
     last = last.assign(final=last["excess"])
-    parts += [interval(last, name, KEYS, np.mean) for name in ("final", "worst", "rate")]
-    for name in ("optimum_ratio", "optimum_kl_ratio"):
-        parts.append(interval(optima[["seed", name]], name, KEYS, np.median))
+    parts = [interval(curves, name, KEYS) for name in SHOWN]
+    for name in LAST:
+        statistic = np.mean if name in ("diverged", "at_edge") else np.median
+        parts.append(interval(last, name, KEYS, statistic))
+    parts += [interval(optima[["seed", name]], name, KEYS) for name in OPTIMA]
     return pd.concat(parts, ignore_index=True)
