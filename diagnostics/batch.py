@@ -70,13 +70,16 @@ class Support(_Rows):
     """K vocabulary ids a position and both models' true log-probabilities of them.
 
     ids, student_logp, teacher_logp: (B, T, K). `source` says whose ids they are: "teacher" or
-    "student" (its K most probable, in descending order), "full" (K = V), or another name.
+    "student" (its K most probable, in descending order), "union" or "intersection" of the two,
+    "full" (K = V), or another name. present: (B, T, K) bool, the ids that count, each of them
+    once; all of them if None. Where it is False the id is any valid one and is to be ignored.
     """
 
     ids: Tensor
     student_logp: Tensor
     teacher_logp: Tensor
     source: str
+    present: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.ids.dim() != 3:
@@ -85,10 +88,18 @@ class Support(_Rows):
         _require("support.ids", self.ids, shape, "long")
         _require("support.student_logp", self.student_logp, shape, "float")
         _require("support.teacher_logp", self.teacher_logp, shape, "float")
+        if self.present is not None:
+            _require("support.present", self.present, shape, "bool")
 
     @property
     def k(self) -> int:
+        """Slots a position; the ids present may be fewer."""
         return self.ids.shape[-1]
+
+    def contains(self, tokens: Tensor) -> Tensor:
+        """(B, T) bool: the token (B, T) is one of the ids present."""
+        same = self.ids == tokens[..., None]
+        return (same if self.present is None else same & self.present).any(-1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -121,8 +132,10 @@ class Rollouts(_Rows):
     tokens (B, T) long; mask (B, T) bool; sampler_logp (B, T), the log-probability under the
     distribution that was really sampled from (temperature and top-p included); prompt (B,) long,
     equal for rollouts of one prompt; ended (B,) bool, the response stopped by itself and was not
-    cut at the budget. Optional: task and turn (B,) long (default 0), reward (B,) float (NaN where
-    nothing graded it), temperature and top_p of the sampler, the name of the mask's rule.
+    cut at the budget. Optional: softmax_logp (B, T), the same tokens under the sampler's whole
+    softmax at its temperature, before top-p (None where the engine cannot tell); task and turn
+    (B,) long (default 0), reward (B,) float (NaN where nothing graded it), temperature and top_p
+    of the sampler, the name of the mask's rule.
     """
 
     tokens: Tensor
@@ -130,6 +143,7 @@ class Rollouts(_Rows):
     sampler_logp: Tensor
     prompt: Tensor
     ended: Tensor
+    softmax_logp: Tensor | None = None
     task: Tensor = _UNSET
     turn: Tensor = _UNSET
     reward: Tensor = _UNSET
@@ -149,6 +163,8 @@ class Rollouts(_Rows):
         _require("tokens", self.tokens, shape, "long")
         _require("mask", self.mask, shape, "bool")
         _require("sampler_logp", self.sampler_logp, shape, "float")
+        if self.softmax_logp is not None:
+            _require("softmax_logp", self.softmax_logp, shape, "float")
         for name, kind in (("prompt", "long"), ("ended", "bool"), ("task", "long")):
             _require(name, getattr(self, name), (b,), kind)
         _require("turn", self.turn, (b,), "long")

@@ -32,17 +32,19 @@ def martingales(batch: Scored) -> dict[str, Total]:
 
 
 def sampler_ratio(batch: Scored) -> dict[str, Total]:
-    """F-2: how far the scored student is from the distribution that was sampled.
+    """F-2: how far the scored student is from the model that sampled.
 
     d = log p(y) - log sampler(y); sampler_log_ratio = mean d, sampler_log_ratio_square = mean d^2.
-    Access: the sampler's log-probabilities. Source: standard.
+    The sampler's log-probability is `softmax_logp`, before top-p, where the batch has it; else
+    `sampler_logp`. Access: the sampler's log-probabilities. Source: standard.
     Healthy: mean 0 and square at the level of the engine's arithmetic (1e-6 or less in float32,
-    1e-3 in bfloat16). Their expectation under the sampler is -KL(sampler || student), so a clearly
-    positive mean is not a mismatch of models but of bookkeeping. Top-p sampling with its true
-    log-probabilities shows as a negative mean, the log of the kept mass; with the untruncated
-    ones it shows nothing here, only in z_H.
+    1e-3 in bfloat16). Without top-p their expectation under the sampler is -KL(sampler || student),
+    so a clearly positive mean is not a mismatch of models but of bookkeeping. Where only
+    `sampler_logp` is known, top-p sampling shows as a negative mean, the log of the kept mass;
+    with `softmax_logp` it shows nothing here, only in z_H.
     """
-    d = batch.student_logp - batch.sampler_logp
+    sampler = batch.sampler_logp if batch.softmax_logp is None else batch.softmax_logp
+    d = batch.student_logp - sampler
     return {
         "validity/sampler_log_ratio": Mean.of(d, batch.mask, batch.prompt),
         "validity/sampler_log_ratio_square": Mean.of(d.square(), batch.mask, batch.prompt),
