@@ -12,6 +12,8 @@ COLUMNS = (
     "quantity",
     "uninformed",
     "enter",
+    "distance",
+    "stop",
     "gamma",
     "position",
     "iteration",
@@ -20,7 +22,7 @@ COLUMNS = (
     "low",
     "high",
 )
-SHOWN = {"uninformed": "flat", "enter": 0.02}
+SHOWN: dict[str, Any] = {"uninformed": "flat", "enter": 0.02, "distance": 0.7, "stop": 0.0}
 
 
 def draw(table: pd.DataFrame) -> Figure:
@@ -44,14 +46,20 @@ def by_position(axes: Any, table: pd.DataFrame) -> None:
         alpha=0.15,
         label="5 to 95 %",
     )
+    for quantity, label in (
+        ("signal_05", "5 to 95 %, teacher sure of its own"),
+        ("signal_95", None),
+    ):
+        sure = pick(table, quantity, "position", **SHOWN | {"uninformed": "sure"})
+        axes.plot(sure["position"], sure["value"], ":", color=style.ORANGE, lw=1, label=label)
     middle = pick(table, "signal_50", "position", **SHOWN)
     mean = pick(table, "mean_signal", "position", **SHOWN)
     line(axes, middle, "position", color=style.BLUE, label="median")
     line(axes, mean, "position", color=style.RED, label="mean (the tag pulls it down)")
     axes.axhline(0, color="black", lw=0.6)
     axes.set(xlabel="position", ylabel="signal log q − log p, nats")
-    axes.set_title("A lopsided signal, weaker as prefixes drift")
-    axes.legend(loc="lower right")
+    axes.set_title("A lopsided signal that drifts with the prefix")
+    axes.legend(loc="center right", bbox_to_anchor=(1, 0.42))
 
 
 def regions(axes: Any, table: pd.DataFrame) -> None:
@@ -62,7 +70,7 @@ def regions(axes: Any, table: pd.DataFrame) -> None:
         rows = pick(table, quantity, "position", **SHOWN)
         line(axes, rows, "position", color=colour, label=label)
     for enter, dash in ((0.005, ":"), (0.05, "--")):
-        rows = pick(table, "loop_mass", "position", uninformed="flat", enter=enter)
+        rows = pick(table, "loop_mass", "position", **SHOWN | {"enter": enter})
         axes.plot(
             rows["position"],
             rows["value"],
@@ -71,6 +79,8 @@ def regions(axes: Any, table: pd.DataFrame) -> None:
             lw=1,
             label=f"loop, entered with {enter:g}",
         )
+    left = pick(table, "loop_mass", "position", **SHOWN | {"stop": 0.02})
+    line(axes, left, "position", color=style.PURPLE, label="loop, of responses that may end")
     axes.set(xlabel="position", ylabel="probability of being there", ylim=(0, 1))
     axes.set_title("Where the student goes")
     axes.legend(loc="upper left")

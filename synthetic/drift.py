@@ -1,15 +1,17 @@
 """The drift chain: a small world in which the three published failure modes have closed forms.
 
 States: an informed block, where the teacher differs from the student; an uninformed block, where it
-is flat or copies the student, entered now and then; and a loop. Tokens: ordinary ones, which move
-at random within a block; `loop`, which enters the loop and repeats it, and which the teacher likes
-to repeat as much as the student does; and `special`, a tag that the student writes and the teacher
-all but forbids. (arXiv 2603.25562, section 2.2: lopsided one-token signals, a teacher that is lost
-on the student's prefixes, special tokens that poison the loss.)
+is flat, copies the student or is sure of tokens of its own, entered now and then; and a loop.
+Tokens: ordinary ones, which move at random within a block; `loop`, which enters the loop and
+repeats it, and which the teacher likes to repeat as much as the student does; and `special`, a tag
+that the student writes and the teacher all but forbids. Responses may end, but not in the loop.
+(arXiv 2603.25562, section 2.2: lopsided one-token signals, a teacher that is lost on the student's
+prefixes, special tokens that poison the loss.)
 """
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from torch import Tensor
 from synthetic import exact
 from synthetic.baselines import table
 from synthetic.estimators import ESTIMATORS, terms
-from synthetic.mdp import TabularMDP
+from synthetic.mdp import TabularMDP, ending
 from synthetic.recursion import Rows, Table, propagate
 
 
@@ -42,8 +44,12 @@ class Knobs:
     teacher_special: float = math.exp(-20)
     drift: float = 0.02
     """An ordinary token leads from the informed to the uninformed block; it never leads back."""
-    copies: bool = False
-    """In the uninformed block the teacher copies the student instead of being flat."""
+    uninformed: Literal["flat", "copies", "sure"] = "flat"
+    """The teacher there is flat, copies the student, or is sure of tokens of its own."""
+    sureness: float = 3.0
+    """Standard deviation of a sure teacher's logits."""
+    stop: float = 0.0
+    """Every token but the loop token ends the response; a loop never ends by itself."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,13 +87,24 @@ def drift_chain(knobs: Knobs, generator: torch.Generator) -> DriftChain:
     offset = torch.randn(s, ordinary, generator=generator, dtype=torch.float64)
     teacher = _policy(student.log() + knobs.distance * offset)
     teacher[loop] = student[loop]
-    teacher[uninformed] = student[uninformed] if knobs.copies else 1 / ordinary
+    teacher[uninformed] = {
+        "flat": torch.full_like(student, 1 / ordinary),
+        "copies": student,
+        "sure": _policy(knobs.sureness * offset),
+    }[knobs.uninformed][uninformed]
+    mdp = TabularMDP(transition, start, knobs.horizon)
+    ours = _with(student, loop, knobs.enter, knobs.stay, knobs.special)
+    theirs = _with(teacher, loop, knobs.teacher_enter, knobs.teacher_stay, knobs.teacher_special)
+    if knobs.stop:
+        stop = torch.full((s, a), knobs.stop, dtype=torch.float64)
+        stop[:, ordinary] = 0
+        mdp = ending(mdp, stop)
+        # nothing is emitted at the end state
+        ours, theirs = (torch.cat([x, torch.zeros_like(x[:1])]) for x in (ours, theirs))
     return DriftChain(
-        mdp=TabularMDP(transition, start, knobs.horizon),
-        student=_with(student, loop, knobs.enter, knobs.stay, knobs.special),
-        teacher=_with(
-            teacher, loop, knobs.teacher_enter, knobs.teacher_stay, knobs.teacher_special
-        ),
+        mdp=mdp,
+        student=ours,
+        teacher=theirs,
         informed=informed,
         uninformed=uninformed,
         loop=loop,
@@ -112,11 +129,11 @@ def _with(ordinary: Tensor, loop: int, enter: float, stay: float, special: float
 def token_weights(chain: DriftChain) -> tuple[Tensor, Tensor]:
     """Probability (T, S, A) of being at a state at a step and drawing a token, and its cost (S, A).
 
-    The probabilities of each step sum to 1.
+    The probabilities of a step sum to the share of responses that are still going.
     """
     at = exact.sequence_kl(chain.mdp, chain.student, chain.teacher)
-    p = chain.student.log_softmax(-1)
-    return at.occupancy[..., None] * p.exp(), p - chain.teacher.log_softmax(-1)
+    p, going = chain.student.log_softmax(-1), at.occupancy * chain.mdp.active
+    return going[..., None] * p.exp(), p - chain.teacher.log_softmax(-1)
 
 
 def quantiles(weight: Tensor, value: Tensor, levels: tuple[float, ...]) -> list[float]:

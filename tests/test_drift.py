@@ -12,6 +12,7 @@ from diagnostics.monitor import Monitor
 from opd import objectives
 from synthetic import exact
 from synthetic.drift import DriftChain, Knobs, drift_chain, masked_moments, quantiles, token_weights
+from synthetic.experiments import drift as experiment
 from synthetic.gradients import trajectory_gradients
 from synthetic.sample import Trajectories, sample
 from tests import enumerate_mdp as by_hand
@@ -43,10 +44,10 @@ def drawn() -> tuple[DriftChain, Trajectories, dict[str, float]]:
 # --- the world ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("copies", [False, True])
-def test_the_uninformed_teacher_is_flat_or_copies(copies: bool) -> None:
+@pytest.mark.parametrize("uninformed", ["flat", "copies"])
+def test_the_uninformed_teacher_is_flat_or_copies(uninformed: str) -> None:
     """Local KL by hand: log-ratios of the loop token and the tag, and those of ordinary tokens."""
-    knobs = Knobs(copies=copies, **UNTAGGED)
+    knobs = Knobs(uninformed=uninformed, **UNTAGGED)
     chain = drift_chain(knobs, seeded(7))
     at = exact.sequence_kl(chain.mdp, chain.student, chain.teacher)
     p = chain.student.softmax(-1)[chain.uninformed, : knobs.ordinary]
@@ -54,7 +55,9 @@ def test_the_uninformed_teacher_is_flat_or_copies(copies: bool) -> None:
     theirs = 1 - knobs.teacher_enter - knobs.special
     entry = knobs.enter * math.log(knobs.enter / knobs.teacher_enter)
     flat = math.log(knobs.ordinary) + (p / rest * (p / rest).log()).sum(-1)
-    want = entry + rest * (math.log(rest / theirs) + (torch.zeros_like(flat) if copies else flat))
+    want = entry + rest * (
+        math.log(rest / theirs) + (torch.zeros_like(flat) if uninformed == "copies" else flat)
+    )
     torch.testing.assert_close(at.local[chain.uninformed], want, atol=1e-12, rtol=0)
 
 
@@ -250,3 +253,59 @@ def test_position_quantiles_are_those_of_the_samples(drawn: Drawn) -> None:
             below = (signal[:, t] < cut - 1e-9).double().mean().item()
             upto = (signal[:, t] <= cut + 1e-9).double().mean().item()
             assert below - error < level < upto + error
+
+
+# --- random lengths and a sure teacher ----------------------------------------------------------
+
+
+def test_responses_end_geometrically_but_not_in_the_loop() -> None:
+    """Two lumped classes: outside, m enters and the rest ends with `stop`; inside, 1 - stay leaves
+    and of those the rest ends too.
+    """
+    knobs = Knobs(horizon=24, stop=0.1, enter=0.05, stay=0.9)
+    weight, cost = token_weights(drift_chain(knobs, seeded(2)))
+    outside, loop = 1.0, 0.0
+    for here in weight:
+        assert here[:-2].sum().item() == pytest.approx(outside, abs=1e-12)
+        assert here[-2].sum().item() == pytest.approx(loop, abs=1e-12)
+        assert here[-1].sum().item() == 0  # nothing is emitted at the end
+        left = outside * (1 - knobs.enter) + loop * (1 - knobs.stay)
+        outside, loop = left * (1 - knobs.stop), outside * knobs.enter + loop * knobs.stay
+    assert cost.isfinite().all()
+
+
+def test_the_late_tokens_of_random_lengths_are_loops() -> None:
+    """The share of the survivors in the loop, from samples."""
+    chain = drift_chain(Knobs(horizon=48, stop=0.05), seeded(2))
+    batch = sample(chain.mdp, chain.student, chain.teacher, 8000, seeded(3)).batch
+    want = float(experiment.signal(chain)["late_loop"])
+    going = batch.mask[:, -1]
+    # only loops are full of loop tokens; what precedes the last token decides where it was drawn
+    looping = batch.tokens[going, -2] == chain.loop_token
+    share = looping.double().mean().item()
+    assert abs(share - want) < 4 * (want * (1 - want) / int(going.sum())) ** 0.5
+    assert want > 2 * float(experiment.positions(chain)[5]["loop_mass"])
+
+
+def test_a_sure_teacher_widens_the_signal_and_a_flat_one_narrows_it() -> None:
+    growth = {
+        kind: experiment.signal(drift_chain(Knobs(uninformed=kind), seeded(4)))["band_growth"]
+        for kind in ("flat", "sure")
+    }
+    assert growth["sure"] > 1.2 > growth["flat"]
+
+
+def test_positive_and_total_signal_concentrate_differently() -> None:
+    chain = drift_chain(Knobs(), seeded(5))
+    weight, cost = token_weights(chain)
+    each, size = weight.sum(0).flatten(), (-cost).flatten()
+    rows = sorted(zip(size.tolist(), each.tolist(), strict=True), reverse=True)
+    rows = [row for row in rows if row[0] > 0]
+    left = 0.01 * sum(mass for _, mass in rows)
+    top, total = 0.0, sum(value * mass for value, mass in rows)
+    for value, mass in rows:
+        top += value * min(mass, left)
+        left -= min(mass, left)
+    found = experiment.signal(chain)
+    assert found["positive_top1_share"] == pytest.approx(top / total, rel=1e-9)
+    assert found["top1_share"] > 2 * top / total  # the tag is among the negative ones

@@ -215,7 +215,7 @@ def test_the_loop_fills_geometrically() -> None:
     assert ratio[at.loop, at.loop_token].item() == pytest.approx(0, abs=1e-12)
     assert ratio[0, at.special_token].item() == pytest.approx(20 + math.log(0.02))
     assert (
-        chain(copies=True)
+        chain(uninformed="copies")
         .teacher.softmax(-1)[at.uninformed, :3]
         .sub(p[at.uninformed, :3])
         .abs()
@@ -255,8 +255,9 @@ def test_the_panel_sees_the_lopsided_signal(summaries: dict[str, pd.DataFrame]) 
     each = (drawn.log_ratio > 0).double().mean(1)
     assert abs(each.mean() - share) < 4 * each.std() / 4000**0.5
     table = summaries["drift"]
-    assert value(table, "variance_factor", gamma=0.0, uninformed="flat", enter=0.02) > 2
-    assert value(table, "topk_tag_cosine", k=4, uninformed="flat", enter=0.02) > 0.9
+    flat = {"uninformed": "flat", "enter": 0.02, "distance": 0.7, "stop": 0.0}
+    assert value(table, "variance_factor", gamma=0.0, **flat) > 2
+    assert value(table, "topk_tag_cosine", k=4, **flat) > 0.9
 
 
 # --- learning -----------------------------------------------------------------------------------

@@ -24,15 +24,40 @@ CLAIM = (
     "masking it removes both, and a top-K support never sees it. Where the teacher repeats with "
     "the student, the loop costs nothing: token level hardly resists entering it, and sequence "
     "level descends into it on the way, since a looping token saves the cost of an ordinary one. "
-    "A tabular student leaves it again as it nears the teacher."
+    "A tabular student leaves it again as it nears the teacher. Tails widen with position where "
+    "the teacher is sure of tokens of its own, and what is left of random lengths is loops."
 )
 GAMMAS = (0.0, 0.5, 0.9, 1.0)
-KEYS = ["uninformed", "enter", "gamma", "position", "iteration", "k"]
-_FLAT: dict[str, Any] = {"uninformed": "flat", "enter": 0.02}
+CHAIN = ["uninformed", "enter", "distance", "stop"]
+KEYS = [*CHAIN, "gamma", "position", "iteration", "k"]
+_FLAT: dict[str, Any] = {"uninformed": "flat", "enter": 0.02, "distance": 0.7, "stop": 0.0}
 HEADLINES: dict[str, dict[str, Any]] = {
     "share of tokens with a negative signal: {}": {"quantity": "negative_share", **_FLAT},
     "share of |signal| in the top 1 % of tokens: {}": {"quantity": "top1_share", **_FLAT},
+    "of the positive signal in the top 1 % of the tokens that have one: {}": {
+        "quantity": "positive_top1_share",
+        **_FLAT,
+    },
     "share of the special tag in |signal|: {}": {"quantity": "special_share", **_FLAT},
+    "the same, teacher twice as far: {}": {
+        "quantity": "special_share",
+        **_FLAT,
+        "distance": 1.4,
+    },
+    "5 to 95 % band of the signal, last step over first, flat teacher: {}": {
+        "quantity": "band_growth",
+        **_FLAT,
+    },
+    "a teacher sure of its own tokens: {}": {
+        "quantity": "band_growth",
+        **_FLAT,
+        "uninformed": "sure",
+    },
+    "random lengths: share of the last step's tokens that are loops: {}": {
+        "quantity": "late_loop",
+        **_FLAT,
+        "stop": 0.02,
+    },
     "variance at gamma = 0 with the tag over without it: {}": {
         "quantity": "variance_factor",
         "gamma": 0.0,
@@ -66,19 +91,23 @@ HEADLINES: dict[str, dict[str, Any]] = {
 }
 
 
+CHAINS: list[dict[str, Any]] = [
+    *(_FLAT | {"enter": enter} for enter in (0.005, 0.02, 0.05)),
+    *(_FLAT | {"uninformed": kind} for kind in ("copies", "sure")),
+    *(_FLAT | {"distance": distance} for distance in (0.35, 1.4)),
+    _FLAT | {"stop": 0.02},
+]
+"""One knob at a time around the first chain's."""
+
+
 def _settings(seeds: int, horizon: int, iterations: int) -> list[dict[str, Any]]:
-    return [
-        {"seed": seed, "enter": enter, "uninformed": kind, "horizon": horizon}
-        | {"iterations": iterations, "rate": 0.02}
-        for kind in ("flat", "copies")
-        for enter in ((0.02,) if kind == "copies" else (0.005, 0.02, 0.05))
-        for seed in range(seeds)
-    ]
+    how = {"horizon": horizon, "iterations": iterations, "rate": 0.02}
+    return [{"seed": seed, **chain, **how} for chain in CHAINS for seed in range(seeds)]
 
 
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "smoke": _settings(2, 8, 4),
-    "quick": _settings(5, 64, 150),
+    "quick": _settings(8, 64, 150),
     "paper": _settings(20, 128, 1000),
 }
 
@@ -87,14 +116,10 @@ Row = dict[str, Any]
 
 def measure(setting: dict[str, Any], generator: torch.Generator) -> list[Row]:
     """Signal, drift, gradients and training of one drawn chain; every number is exact."""
-    knobs = Knobs(
-        horizon=setting["horizon"],
-        enter=setting["enter"],
-        teacher_enter=0.75 * setting["enter"],
-        copies=setting["uninformed"] == "copies",
-    )
+    chosen = {key: setting[key] for key in CHAIN}
+    knobs = Knobs(**chosen, horizon=setting["horizon"], teacher_enter=0.75 * setting["enter"])
     chain = drift_chain(knobs, generator)
-    about = {key: setting[key] for key in ("seed", "enter", "uninformed")}
+    about = {"seed": setting["seed"], **chosen}
     rows = [signal(chain), *positions(chain), *gradients(chain)]
     rows += training(chain, setting["iterations"], setting["rate"])
     return [about | row for row in rows]
@@ -104,30 +129,40 @@ def signal(chain: DriftChain) -> Row:
     """Lopsided one-token signals: -r is the signal of a token with cost r."""
     weight, cost = token_weights(chain)
     each = weight.sum(0) / weight.sum()
-    size = each * cost.abs()
+    size, positive = each * cost.abs(), each * (cost < 0)
+    band = [
+        high - low for low, high in (quantiles(x, -cost, (0.05, 0.95)) for x in weight[[0, -1]])
+    ]
     return {
         "negative_share": float((each * (cost > 0)).sum()),
         "top1_share": top_share(each, cost.abs(), 0.01),
+        "positive_top1_share": top_share(positive, cost.abs(), 0.01),
         "special_share": float(size[:, chain.special_token].sum() / size.sum()),
+        "band_growth": band[1] / band[0],
+        "late_loop": float(weight[-1, chain.loop].sum() / weight[-1].sum()),
     }
 
 
 def positions(chain: DriftChain) -> list[Row]:
-    """By step: mean and quantiles of the signal, and the mass in each region."""
+    """By step, of the responses that are still going: mean and quantiles of the signal, and the
+    mass in each region; and the share of responses that are.
+    """
     weight, cost = token_weights(chain)
     rows = []
     for t, each in enumerate(weight):
         low, middle, high = quantiles(each, -cost, (0.05, 0.5, 0.95))
-        state = each.sum(-1)
+        going = each.sum()
+        state = each.sum(-1) / going
         rows.append(
             {
                 "position": t,
-                "mean_signal": float((each * -cost).sum()),
+                "mean_signal": float((each * -cost).sum() / going),
                 "signal_05": low,
                 "signal_50": middle,
                 "signal_95": high,
                 "loop_mass": float(state[chain.loop]),
                 "uninformed_mass": float(state[chain.uninformed].sum()),
+                "going": float(going),
             }
         )
     return rows
@@ -196,6 +231,6 @@ def summarize(rows: pd.DataFrame) -> pd.DataFrame:
     names = [c for c in rows.columns if c not in ("seed", *KEYS)]
     parts = []
     for name in names:
-        for _, mine in rows.dropna(subset=[name]).groupby(["uninformed", "enter"], sort=False):
+        for _, mine in rows.dropna(subset=[name]).groupby(CHAIN, sort=False):
             parts.append(interval(mine, name, KEYS, np.median))
     return pd.concat(parts, ignore_index=True)
