@@ -33,6 +33,31 @@ def test_a_cluster_gives_the_same_bits(backend: str, serial: list[bytes], tmp_pa
     assert tables(tmp_path) == serial
 
 
+def test_a_running_dask_cluster_is_found_by_its_address(
+    serial: list[bytes], tmp_path: Path
+) -> None:
+    from distributed import LocalCluster
+
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as running:
+        where = running.scheduler_address
+        study.run(NAME, "smoke", jobs=2, out=tmp_path, backend="dask", address=where)
+        assert all(w.status.name == "running" for w in running.workers.values())  # left as it was
+    assert tables(tmp_path) == serial
+
+
+def test_a_running_ray_cluster_is_found_by_its_address(serial: list[bytes], tmp_path: Path) -> None:
+    import ray.cluster_utils
+
+    running = ray.cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    try:
+        where = running.address
+        study.run(NAME, "smoke", jobs=2, out=tmp_path, backend="ray", address=where)
+        assert len(running.list_all_nodes()) == 1
+    finally:
+        running.shutdown()
+    assert tables(tmp_path) == serial
+
+
 def test_a_killed_sweep_keeps_its_finished_cells(serial: list[bytes], tmp_path: Path) -> None:
     words = [sys.executable, "-m", "synthetic.run", "run", NAME, "--preset", "smoke"]
     words += ["--jobs", "1", "--out", str(tmp_path)]
