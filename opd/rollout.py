@@ -71,7 +71,7 @@ def sample(
         dtype=torch.float64,
     )
     parts, order = [], []
-    with plain_generation(model.network):
+    with plain_generation(model.network), evaluating(model.network):
         for rows in batches(prompts, rows_at_once):
             sampler = Sampler(model.vocabulary, temperature, top_p, noise[rows].to(model.device))
             some = prompts.rows(rows)
@@ -244,18 +244,26 @@ def bare(network: Any) -> Any:
 
 
 @contextmanager
-def plain_generation(network: Any) -> Iterator[None]:
-    """No dropout and no generation defaults, which `generate` would fill unset options from."""
-    from transformers import GenerationConfig
-
-    owner = bare(network)
-    saved = owner.generation_config
+def evaluating(network: Any) -> Iterator[None]:
+    """Evaluation mode: no dropout, and a cache in spite of checkpointing; then as it was."""
     training = [module for module in network.modules() if module.training]
-    owner.generation_config = GenerationConfig()
     network.eval()
     try:
         yield
     finally:
-        owner.generation_config = saved
         for module in training:
             module.training = True
+
+
+@contextmanager
+def plain_generation(network: Any) -> Iterator[None]:
+    """Set the model's generation defaults aside: `generate` fills unset options from them."""
+    from transformers import GenerationConfig
+
+    owner = bare(network)
+    saved = owner.generation_config
+    owner.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        owner.generation_config = saved

@@ -1,0 +1,76 @@
+"""Rollout engines: what turns prompts into rollouts of the current student.
+
+An engine holds a copy of, or a reference to, the student's weights. The trainer calls `sync` after
+each update and `sample` before the next.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from diagnostics.batch import Rollouts
+from opd.data import Prompts
+from opd.model import Model
+from opd.rollout import ROWS_AT_ONCE, sample
+
+
+class Engine(Protocol):
+    """Samples one response to each prompt row, in order; several rows may share a prompt."""
+
+    def sample(
+        self,
+        prompts: Prompts,
+        eos: list[int],
+        *,
+        max_response: int,
+        temperature: float,
+        top_p: float,
+        generator: torch.Generator,
+    ) -> Rollouts:
+        """Rollouts that depend on the prompts, the weights and `generator` alone."""
+        ...
+
+    def sync(self, model: Model) -> None:
+        """Sample from this model's present weights from now on."""
+        ...
+
+
+class InProcess:
+    """`opd.rollout.sample` as an engine; it samples from the student itself, nothing is copied.
+
+    rows_at_once: rows of one `generate` call; their key-value cache has to fit.
+    """
+
+    def __init__(self, model: Model, *, rows_at_once: int = ROWS_AT_ONCE) -> None:
+        self.model, self.rows_at_once = model, rows_at_once
+
+    def sample(self, prompts: Prompts, eos: list[int], **settings: Any) -> Rollouts:
+        return sample(self.model, prompts, eos, rows_at_once=self.rows_at_once, **settings)
+
+    def sync(self, model: Model) -> None:
+        self.model = model
+
+
+def _vllm(model: Model, **settings: Any) -> Engine:
+    from opd.vllm_engine import Vllm
+
+    return Vllm(model, **settings)
+
+
+ENGINES: dict[str, Callable[..., Engine]] = {"hf": InProcess, "vllm": _vllm}
+
+
+def make_engine(name: str, model: Model, **settings: Any) -> Engine:
+    """The engine of that name, loaded with the model's weights.
+
+    Args:
+      name: "hf", in this process, or "vllm", colocated (`pip install 'opdlab[vllm]'`).
+      settings: of the engine's constructor: `InProcess` or `opd.vllm_engine.Vllm`.
+
+    Raises:
+      ValueError: unknown name. ImportError: vLLM is not installed.
+    """
+    if name not in ENGINES:
+        raise ValueError(f"unknown rollout engine {name!r}; known: {', '.join(ENGINES)}")
+    return ENGINES[name](model, **settings)
