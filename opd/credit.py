@@ -1,10 +1,10 @@
 """Credit: how the cost of a token is spread over the tokens that caused it, once per step.
 
 Everything here is computed over the whole batch of an optimizer step and carries no gradient:
-discounted costs to go, the baselines that are subtracted from them, and the importance ratios for
-tokens that were not sampled from the student itself.
+discounted costs to go, the baselines that are subtracted from them, advantages of an outcome
+reward, and the importance ratios for tokens that were not sampled from the student itself.
 
-Shapes: B responses, T positions.
+Shapes: B responses, T positions, G rollouts a prompt.
 """
 
 from collections.abc import Callable
@@ -84,16 +84,9 @@ def leave_one_out(batch: Scored, credit: Tensor) -> Tensor:
     Raises:
       ValueError: a prompt has one rollout only.
     """
-    _, group, size = batch.prompt.unique(return_inverse=True, return_counts=True)
-    if bool((size < 2).any()):
-        raise ValueError(
-            f"{int((size < 2).sum())} of {len(size)} prompts have a single rollout; the "
-            "leave-one-out baseline needs at least 2 a prompt (group_size)"
-        )
+    group, size = _groups(batch, "leave-one-out baseline")
     own = credit * batch.mask
-    total = torch.zeros(len(size), own.shape[1], dtype=own.dtype, device=own.device)
-    total.index_add_(0, group, own)
-    return (total[group] - own) / (size[group] - 1)[:, None]
+    return (_totals(own, group) - own) / (size - 1)[:, None]
 
 
 def local_kl(batch: Scored, credit: Tensor) -> Tensor:
@@ -120,6 +113,81 @@ BASELINES: dict[str, Callable[[Scored, Tensor], Tensor]] = {
     "given": given,
 }
 
+# --- advantages of the outcome reward -----------------------------------------------------------
+
+
+def leave_one_out_reward(batch: Scored) -> Tensor:
+    """(B,) reward minus the mean reward of the *other* rollouts of the prompt.
+
+    Its score-function term is unbiased for the gradient of the expected reward.
+    """
+    group, size, reward = _rewards(batch)
+    others = (_totals(reward, group) - reward) / (size - 1)
+    return reward - others
+
+
+def group_mean_reward(batch: Scored) -> Tensor:
+    """(B,) reward minus the prompt's mean, the own one included: (G - 1)/G of the unbiased one."""
+    group, size, reward = _rewards(batch)
+    return reward - _totals(reward, group) / size
+
+
+def group_normal_reward(batch: Scored) -> Tensor:
+    """(B,) the same divided by the prompt's standard deviation; 0 where all rewards are equal.
+
+    GRPO's (arXiv 2402.03300, 4.1.2), with divisor G - 1. Not the gradient of the mean reward:
+    prompts weigh the more the more equal their rewards are.
+    """
+    group, size, _ = _rewards(batch)
+    away = group_mean_reward(batch)
+    spread = (_totals(away.square(), group) / (size - 1)).sqrt()
+    return torch.where(spread > 1e-6, away / spread.clamp(min=1e-6), torch.zeros_like(away))
+
+
+ADVANTAGES: dict[str, Callable[[Scored], Tensor]] = {
+    "leave_one_out": leave_one_out_reward,
+    "group_mean": group_mean_reward,
+    "group_normal": group_normal_reward,
+}
+
+
+def outcome_cost(batch: Scored, weight: float, advantage: Callable[[Scored], Tensor]) -> Tensor:
+    """(B, T) -weight * advantage of the response, the same at all its tokens and not discounted.
+
+    Added to the credit, it turns J into J - weight * E[reward].
+    """
+    return (-weight * advantage(batch))[:, None] * batch.mask
+
+
+def _rewards(batch: Scored) -> tuple[Tensor, Tensor, Tensor]:
+    """(B,) group, (B,) size of the group, (B,) reward."""
+    missing = int(batch.reward.isnan().sum())
+    if missing:
+        raise ValueError(
+            f"{missing} of {len(batch)} responses have no reward (NaN); an outcome term needs a "
+            "graded task, or outcome = 0"
+        )
+    group, size = _groups(batch, "advantage of an outcome reward")
+    return group, size, batch.reward.to(batch.student_logp.dtype)
+
+
+def _groups(batch: Scored, what: str) -> tuple[Tensor, Tensor]:
+    """(B,) the prompt's number and (B,) how many rollouts it has, at least 2."""
+    _, group, size = batch.prompt.unique(return_inverse=True, return_counts=True)
+    if bool((size < 2).any()):
+        raise ValueError(
+            f"{int((size < 2).sum())} of {len(size)} prompts have a single rollout; the {what} "
+            "needs at least 2 a prompt (group_size)"
+        )
+    return group, size[group]
+
+
+def _totals(x: Tensor, group: Tensor) -> Tensor:
+    """(B, ...) for each row the sum of x (B, ...) over the rows of its group."""
+    total = torch.zeros_like(x).index_add_(0, group, x)
+    return total[group]
+
+
 # --- costs --------------------------------------------------------------------------------------
 
 
@@ -134,6 +202,16 @@ def log_ratio(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
 def sampled_cost(batch: Scored) -> Tensor:
     """r, the log-ratio of the sampled token, (B, T)."""
     return log_ratio(batch.student_logp, batch.teacher_logp).detach()
+
+
+def clipped_cost(batch: Scored, limit: float) -> Tensor:
+    """r held within -limit and limit nats, (B, T).
+
+    Tames single tokens of which a model is certain and the other not. Biased: the mean is that of
+    the clipped ratio, sum_v p clip(log p/q) grad log p, so that rare tokens which either model all
+    but rules out pull with at most `limit`. No bias where no token goes that far.
+    """
+    return sampled_cost(batch).clamp(-limit, limit)
 
 
 def mean_cost(batch: Scored) -> Tensor:

@@ -1,11 +1,13 @@
 """Surrogates: the loss of a visited token, whose gradient is the estimate.
 
 Each takes what is known at a token and returns (...) losses; nothing is reduced here, and every
-stop-gradient is visible.
+stop-gradient is visible. Local ones compare the models at the prefix; scores turn a credit into the
+score function of the sampled token.
 
 Shapes: K support ids; "..." is (B, T) or flat tokens (N,). p student, q teacher, S the support.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +16,10 @@ from torch import Tensor
 from opd.credit import log_ratio
 
 _NOTHING = -1e9
-"""A log-probability of an absent id: its probability underflows to 0 in every float type."""
+"""A log-probability of an absent id: its probability underflows to 0 in float32 and bfloat16."""
+
+_FAR = 20.0
+"""Nats by which the student may leave its rollout before the importance ratio stops following."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,16 +27,23 @@ class Visited:
     """What a surrogate may see at visited tokens; everything is local to the token.
 
     logp (...) and support_logp (..., K) carry the gradient of the student; credit (...),
-    teacher_logp (...) and teacher_support_logp (..., K) are constants; inside (...) bool: the
-    sampled token is one of the support's ids.
+    teacher_logp (...), teacher_support_logp (..., K) and old_logp (...), the student's
+    log-probability when the rollouts were scored, are constants. present (..., K) bool: the ids of
+    the support that count, all if None; inside (...) bool: the sampled token is one of them. What
+    an objective does not read may be None: logp where not `sampled`, a support where it has none.
     """
 
-    logp: Tensor
+    logp: Tensor | None
     credit: Tensor
     teacher_logp: Tensor
+    old_logp: Tensor | None = None
     support_logp: Tensor | None = None
     teacher_support_logp: Tensor | None = None
+    present: Tensor | None = None
     inside: Tensor | None = None
+
+
+# --- divergences --------------------------------------------------------------------------------
 
 
 def reverse_kl(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
@@ -49,12 +61,49 @@ def reverse_kl(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
     return torch.where(p > 0, term, torch.zeros_like(term)).sum(-1)
 
 
+def forward_kl(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
+    """sum_v q (log q - log p) over the last axis: (..., K), (..., K) -> (...).
+
+    Only the log of p carries gradient: logit gradient p - q. An id with q = 0 contributes 0.
+    """
+    theirs = teacher_logp.detach()
+    q = theirs.exp()
+    term = q * (theirs - student_logp)
+    return torch.where(q > 0, term, torch.zeros_like(term)).sum(-1)
+
+
+def jensen_shannon(student_logp: Tensor, teacher_logp: Tensor, beta: float) -> Tensor:
+    """beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p: (..., K) x 2 -> (...).
+
+    By convention beta = 0 is the forward KL(q || p) and beta = 1 the reverse KL(p || q). They are
+    not its limits, which are 0: the divergence over beta, or over 1 - beta, tends to them.
+    (arXiv 2306.13649, eq. 1.)
+    """
+    if beta == 0:
+        return forward_kl(student_logp, teacher_logp)
+    if beta == 1:
+        return reverse_kl(student_logp, teacher_logp)
+    theirs = teacher_logp.detach()
+    mixture = torch.logaddexp(theirs + math.log(beta), student_logp + math.log1p(-beta))
+    p, q = student_logp.exp(), theirs.exp()
+    term = beta * q * (theirs - mixture) + (1 - beta) * p * (student_logp - mixture)
+    return term.sum(-1)
+
+
 def renormalise(logp: Tensor) -> Tensor:
     """Log-probabilities restricted to the last axis and renormalised there: (..., K) -> (..., K).
 
     Unchanged by a constant per position, so logits serve as well as true log-probabilities.
     """
     return logp.log_softmax(-1)
+
+
+# --- score functions of the credit --------------------------------------------------------------
+
+
+def nothing(at: Visited) -> Tensor:
+    """No loss."""
+    return torch.zeros_like(at.teacher_logp)
 
 
 def score_function(logp: Tensor, weight: Tensor) -> Tensor:
@@ -64,6 +113,58 @@ def score_function(logp: Tensor, weight: Tensor) -> Tensor:
     top-p or another temperature E[grad log p] is not zero.
     """
     return logp * weight.detach()
+
+
+def plain_score(at: Visited) -> Tensor:
+    """credit * log p(y): right for the first optimizer step on a set of rollouts."""
+    return score_function(sampled_logp(at), at.credit)
+
+
+def weighted_score(at: Visited) -> Tensor:
+    """rho * credit, rho = p(y) / p_old(y): for several optimizer steps on the same rollouts.
+
+    Given the prefix its mean is E_p[credit]: the token is reweighted, while the prefixes and the
+    credit stay those of the rollouts. At rho = 1 the gradient is that of `plain_score`.
+    """
+    return importance(at) * at.credit.detach()
+
+
+def clipped_score(at: Visited, low: float = 0.2, high: float = 0.2, dual: float = 3.0) -> Tensor:
+    """PPO's loss with A = -credit: max(-A rho, -A clip(rho, 1 - low, 1 + high)), at most -A dual.
+
+    The last bound holds where A < 0 only. The gradient is rho * credit * grad log p(y), and 0 where
+    A > 0 and rho > 1 + high, or A < 0 and rho is below 1 - low or above `dual`: what has moved far
+    enough, as the credit wanted, is left alone. At rho = 1 it is that of `plain_score`.
+    (arXiv 1707.06347, eq. 7; the dual bound: arXiv 1912.09729.)
+    """
+    rho, cost = importance(at), at.credit.detach()
+    loss = torch.maximum(cost * rho, cost * rho.clamp(1 - low, 1 + high))
+    return torch.where(cost > 0, torch.minimum(loss, cost * dual), loss)
+
+
+def importance(at: Visited) -> Tensor:
+    """rho = p(y) / p_old(y) with gradient; constant beyond e^20 and e^-20, so that it is finite."""
+    if at.old_logp is None:
+        raise ValueError("an importance ratio needs old_logp, the student's when it was scored")
+    return log_ratio(sampled_logp(at), at.old_logp.detach()).clamp(-_FAR, _FAR).exp()
+
+
+# --- local surrogates ---------------------------------------------------------------------------
+
+
+def full_reverse(at: Visited) -> Tensor:
+    """KL(p || q) on the whole vocabulary."""
+    return reverse_kl(*pair(at))
+
+
+def full_forward(at: Visited) -> Tensor:
+    """KL(q || p) on the whole vocabulary."""
+    return forward_kl(*pair(at))
+
+
+def full_mixture(at: Visited, beta: float) -> Tensor:
+    """`jensen_shannon` on the whole vocabulary."""
+    return jensen_shannon(*pair(at), beta)
 
 
 def renormalised(at: Visited) -> Tensor:
@@ -78,10 +179,9 @@ def renormalised(at: Visited) -> Tensor:
 def renormalised_and_sampled(at: Visited) -> Tensor:
     """The same on S and the sampled token."""
     ours, theirs = pair(at)
-    outside = ~_inside(at)[..., None]
-    nothing = torch.full_like(at.credit, _NOTHING)[..., None]
-    ours = torch.cat([ours, torch.where(outside, at.logp[..., None], nothing)], -1)
-    theirs = torch.cat([theirs, torch.where(outside, at.teacher_logp[..., None], nothing)], -1)
+    outside = ~_inside(at)
+    ours = torch.cat([ours, _where(outside, sampled_logp(at))[..., None]], -1)
+    theirs = torch.cat([theirs, _where(outside, at.teacher_logp.detach())[..., None]], -1)
     return reverse_kl(renormalise(ours), renormalise(theirs))
 
 
@@ -108,8 +208,7 @@ def bucket(at: Visited) -> Tensor:
 
 def sampled_tail(at: Visited) -> Tensor:
     """Head of the full gradient, and outside S the sampled token's score function: unbiased."""
-    cost = log_ratio(at.logp, at.teacher_logp)
-    return stopped(at) + score_function(at.logp, torch.where(_inside(at), 0.0, cost))
+    return stopped(at) + _tail(at)
 
 
 def published_tail(at: Visited) -> Tensor:
@@ -117,13 +216,12 @@ def published_tail(at: Visited) -> Tensor:
 
     (EMA-PG's correction as in arXiv 2603.25562 v2, V4 and V5.)
     """
-    cost = log_ratio(at.logp, at.teacher_logp)
-    return unnormalised(at) + score_function(at.logp, torch.where(_inside(at), 0.0, cost))
+    return unnormalised(at) + _tail(at)
 
 
 def half_square(at: Visited) -> Tensor:
     """k2 = r^2 / 2 differentiated: r grad log p(y), the gradient of KL(student || teacher)."""
-    return log_ratio(at.logp, at.teacher_logp.detach()).square() / 2
+    return log_ratio(sampled_logp(at), at.teacher_logp.detach()).square() / 2
 
 
 def low_variance(at: Visited) -> Tensor:
@@ -131,15 +229,45 @@ def low_variance(at: Visited) -> Tensor:
 
     Its value is unbiased for the reverse KL, its gradient is the forward KL's.
     """
-    r = log_ratio(at.logp, at.teacher_logp.detach())
+    r = log_ratio(sampled_logp(at), at.teacher_logp.detach())
     return torch.expm1(-r) + r
 
 
+READS_SAMPLE = (renormalised_and_sampled, sampled_tail, published_tail, half_square, low_variance)
+"""The local surrogates that look at the sampled token's log-probability."""
+
+# --- what is known at a token -------------------------------------------------------------------
+
+
 def pair(at: Visited) -> tuple[Tensor, Tensor]:
-    """(..., K) log-probabilities of student, with gradient, and teacher on the support."""
+    """(..., K) log-probabilities of student, with gradient, and teacher on the support.
+
+    An absent id has probability 0 under both and passes no gradient on, whatever stands there.
+    """
     if at.support_logp is None or at.teacher_support_logp is None:
         raise ValueError("this objective compares both models on a support; none was given")
-    return at.support_logp, at.teacher_support_logp.detach()
+    ours, theirs = at.support_logp, at.teacher_support_logp.detach()
+    if at.present is None:
+        return ours, theirs
+    return _where(at.present, ours), _where(at.present, theirs)
+
+
+def _where(present: Tensor, logp: Tensor) -> Tensor:
+    return torch.where(present, logp, torch.full_like(logp, _NOTHING))
+
+
+def _tail(at: Visited) -> Tensor:
+    """The sampled token's cost times its score where it is outside S."""
+    logp = sampled_logp(at)
+    cost = log_ratio(logp, at.teacher_logp)
+    return score_function(logp, torch.where(_inside(at), torch.zeros_like(cost), cost))
+
+
+def sampled_logp(at: Visited) -> Tensor:
+    """(...) log p(y), with gradient."""
+    if at.logp is None:
+        raise ValueError("this objective reads the sampled token's log-probability; none was given")
+    return at.logp
 
 
 def _inside(at: Visited) -> Tensor:

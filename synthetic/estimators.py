@@ -72,12 +72,16 @@ FAMILY: dict[str, Estimator] = {
 }
 """Estimators of the same mean field, that of the gamma family."""
 
+SUPPORTS = ("none", "teacher", "student")
+"""What local objectives may need that `synthetic.sample.with_support` knows."""
+
 LOCAL: dict[str, Estimator] = {
     "full_reverse_kl": _local(full_reverse_kl),
     **{
         name: _local(constructor)
         for name, constructor in OBJECTIVES.items()
         if isinstance(constructor, partial)
+        and constructor.args[0] in ("none", "teacher", "student")
     },
     "k1": _local(k1),
 }

@@ -1,14 +1,19 @@
 """The objectives against the exact gradient of a tree whose every trajectory is enumerated."""
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Scored, Support
+from diagnostics.batch import Prefix, Scored, Support
+from diagnostics.prefix import functionals
 from opd import credit
 from opd import objectives as o
+from opd.supports import JOINED
+from synthetic.estimators import terms
+from synthetic.mdp import random_pair, token_chain
 
 V, T = 3, 3
 SEQUENCES = torch.tensor(list(itertools.product(range(V), repeat=T)))
@@ -21,9 +26,12 @@ def states() -> Tensor:
     return torch.stack([torch.zeros_like(a), 1 + a, 1 + V + V * a + b], 1)
 
 
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def tables() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(2, NODES, V, generator=generator, dtype=torch.float64))
+    return tuple(torch.randn(2, NODES, V, generator=seeded(0), dtype=torch.float64))
 
 
 def sequence_kl(student: Tensor, teacher: Tensor, frozen: bool) -> Tensor:
@@ -37,20 +45,41 @@ def sequence_kl(student: Tensor, teacher: Tensor, frozen: bool) -> Tensor:
     return (weight[:, None] * (p.exp() * (p - q)).sum(-1)).sum()
 
 
-def expected_gradient(name: str, gamma: float = 0.0, k: int = V) -> Tensor:
+def expected_gradient(name: str, gamma: float = 0.0, k: int = V, **choices: object) -> Tensor:
     """Expected gradient of an objective with respect to the student."""
-    return expected_gradients(name, gamma, k)[0]
+    return expected_gradients(name, gamma, k, **choices)[0]
 
 
-def expected_gradients(name: str, gamma: float, k: int) -> tuple[Tensor, Tensor | None]:
+def expected_gradients(
+    name: str, gamma: float, k: int, **choices: object
+) -> tuple[Tensor, Tensor | None]:
     """With respect to student and teacher; every tensor given is live, none is detached."""
     student, teacher = (table.requires_grad_() for table in tables())
+    objective = o.make(name, gamma, collapse_accepted=True, **choices)
+    batch = every_sequence(student, teacher, objective.support, k)
+    logp = batch.student_logp
+    support_logp = None if batch.support is None else batch.support.student_logp
+    loss = objective.loss(logp, support_logp, batch).sum(1)
+    total = (logp.sum(1).exp().detach() * loss).sum()
+    return torch.autograd.grad(total, (student, teacher), allow_unused=True)
+
+
+def every_sequence(student: Tensor, teacher: Tensor, source: str, k: int) -> Scored:
+    """All V**T sequences, each once, with a support and the prefix functionals."""
     p, q = student.log_softmax(-1)[states()], teacher.log_softmax(-1)[states()]
     logp = p.gather(-1, SEQUENCES[..., None])[..., 0]
-    ids = (p if name.startswith("student") else q).topk(k, -1).indices
-    source = o.make(name, gamma).support
-    ours = p.gather(-1, ids)
-    batch = Scored(
+    theirs, ours, present = q.topk(k, -1).indices, p.topk(k, -1).indices, None
+    ids = {"student": ours, "full": torch.arange(V).expand_as(p)}.get(source, theirs)
+    if source in JOINED:
+        ids, present = JOINED[source](theirs, ours)
+    support = Support(
+        ids=ids,
+        student_logp=p.gather(-1, ids),
+        teacher_logp=q.gather(-1, ids),
+        source=source,
+        present=present,
+    )
+    return Scored(
         tokens=SEQUENCES,
         mask=torch.ones_like(SEQUENCES, dtype=torch.bool),
         sampler_logp=logp,
@@ -58,11 +87,9 @@ def expected_gradients(name: str, gamma: float, k: int) -> tuple[Tensor, Tensor 
         ended=torch.ones(len(SEQUENCES), dtype=torch.bool),
         student_logp=logp,
         teacher_logp=q.gather(-1, SEQUENCES[..., None])[..., 0],
-        support=Support(ids=ids, student_logp=ours, teacher_logp=q.gather(-1, ids), source=source),
+        support=None if source == "none" else support,
+        prefix=Prefix(**functionals(p, q, SEQUENCES)),
     )
-    loss = o.make(name, gamma).loss(logp, ours, batch).sum(1)
-    total = (logp.sum(1).exp().detach() * loss).sum()
-    return torch.autograd.grad(total, (student, teacher), allow_unused=True)
 
 
 def exact(frozen: bool) -> Tensor:
@@ -83,6 +110,130 @@ def test_immediate_credit_is_unbiased_for_the_frozen_kl_only() -> None:
 def test_full_kl_and_whole_support_have_the_token_level_mean() -> None:
     torch.testing.assert_close(expected_gradient("full_reverse_kl"), exact(frozen=True))
     torch.testing.assert_close(expected_gradient("teacher_topk"), exact(frozen=True))
+
+
+FAMILY = (
+    "sampled_token",
+    "sampled_token_weighted",
+    "sampled_token_clipped",
+    "mean_future",
+    "full_reverse_kl",
+    "full_sampled_future",
+)
+
+
+def scores(student: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,) probability of each sequence and (B, T, NODES, V) score of each of its tokens."""
+    p = student.softmax(-1)
+    at = torch.nn.functional.one_hot(states(), NODES)[..., None]
+    away = torch.nn.functional.one_hot(SEQUENCES, V) - p[states()]
+    chosen = p[states()].gather(-1, SEQUENCES[..., None])[..., 0]
+    return chosen.prod(1), at * away[..., None, :]
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("name", FAMILY)
+def test_the_gamma_family_has_the_mean_of_its_definition(name: str, gamma: float) -> None:
+    """sum_t score_t sum_{u >= t} gamma^(u-t) r_u over all sequences, written out."""
+    student, teacher = tables()
+    weight, score = scores(student)
+    ratio = (student.log_softmax(-1) - teacher.log_softmax(-1))[states()]
+    r = ratio.gather(-1, SEQUENCES[..., None])[..., 0]
+    want = torch.zeros(NODES, V, dtype=torch.float64)
+    for t, u in itertools.combinations_with_replacement(range(T), 2):
+        want += gamma ** (u - t) * torch.einsum("b,bsv->sv", weight * r[:, u], score[:, t])
+    torch.testing.assert_close(expected_gradient(name, gamma), want)
+    if gamma in (0, 1):
+        torch.testing.assert_close(want, exact(frozen=gamma == 0))
+
+
+def test_the_exact_engine_finds_ratios_of_one_in_the_first_step() -> None:
+    """Weighted and clipped are the plain estimator there: same vectors, so the same moments."""
+    mdp = token_chain(3, 4)
+    student, teacher = random_pair(mdp, seeded(4), distance=1.0, heterogeneity=0.5)
+    grid = torch.tensor([0.0, 0.5], dtype=torch.float64)
+    plain = terms(mdp, student, teacher, o.sampled_token(1.0), grid)
+    for other in (o.sampled_token_weighted(1.0), o.sampled_token_clipped(1.0)):
+        found = terms(mdp, student, teacher, other, grid)
+        for name in ("own", "later", "step", "score"):
+            torch.testing.assert_close(getattr(found, name), getattr(plain, name))
+
+
+def frozen(divergence: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Gradient of a divergence (p, q) -> () summed over visited prefixes that are frozen."""
+    student, teacher = tables()
+    visits = torch.zeros(NODES, dtype=torch.float64)
+    for node in range(NODES):
+        visits[node] = (scores(student)[0][:, None] * (states() == node)).sum()
+    student.requires_grad_()
+    p, q = student.softmax(-1), teacher.softmax(-1)
+    each = torch.stack([divergence(p[i], q[i]) for i in range(NODES)])
+    return torch.autograd.grad((visits * each).sum(), student)[0]
+
+
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    return (p * (p / q).log()).sum()
+
+
+def test_other_divergences_are_exact_on_frozen_prefixes() -> None:
+    forward = frozen(lambda p, q: kl(q, p))
+    torch.testing.assert_close(expected_gradient("full_forward_kl"), forward)
+    torch.testing.assert_close(expected_gradient("k3"), forward)
+    torch.testing.assert_close(expected_gradient("k2"), exact(frozen=True))
+    torch.testing.assert_close(expected_gradient("full_jsd", beta=0.0), forward)
+    torch.testing.assert_close(expected_gradient("full_jsd", beta=1.0), exact(frozen=True))
+    mixed = frozen(lambda p, q: 0.3 * kl(q, 0.3 * q + 0.7 * p) + 0.7 * kl(p, 0.3 * q + 0.7 * p))
+    torch.testing.assert_close(expected_gradient("full_jsd", beta=0.3), mixed)
+    half = frozen(lambda p, q: 0.5 * kl(q, (p + q) / 2) + 0.5 * kl(p, (p + q) / 2))
+    torch.testing.assert_close(expected_gradient("full_jsd"), half)
+
+
+@pytest.mark.parametrize("source", o.SUPPORTS)
+def test_the_sampled_tail_is_unbiased_on_every_support(source: str) -> None:
+    for k in (1, 2):
+        name = f"{source}_topk_sampled_tail"
+        torch.testing.assert_close(expected_gradient(name, k=k), exact(frozen=True))
+
+
+def test_a_weighted_token_has_the_mean_of_the_student_that_moved() -> None:
+    """Rollouts of an old student; the new one is differentiated."""
+    old, teacher = tables()
+    new = old + 0.5 * torch.randn(NODES, V, generator=seeded(1), dtype=torch.float64)
+    batch = every_sequence(old, teacher, "none", V)
+    live = new.clone().requires_grad_()
+    logp = live.log_softmax(-1)[states()].gather(-1, SEQUENCES[..., None])[..., 0]
+    objective = o.sampled_token_weighted()
+    weight = scores(old)[0]
+    total = (weight * objective.loss(logp, None, batch).sum(1)).sum()
+    (found,) = torch.autograd.grad(total, live, retain_graph=True)
+    other = new.clone().requires_grad_()
+    cost = old.log_softmax(-1) - teacher.log_softmax(-1)
+    mean = (other.softmax(-1) * cost).sum(-1)[states()]
+    (want,) = torch.autograd.grad((weight[:, None] * mean).sum(), other)
+    torch.testing.assert_close(found, want)
+    plain = (weight * o.sampled_token().loss(logp, None, batch).sum(1)).sum()
+    assert (torch.autograd.grad(plain, live)[0] - want).norm() > 0.01
+
+
+def test_clipped_costs_have_the_mean_of_the_clipped_ratio() -> None:
+    student, teacher = tables()
+    ratio = student.log_softmax(-1) - teacher.log_softmax(-1)
+    limit = float(ratio.abs().median())
+    weight, score = scores(student)
+    r = ratio[states()].gather(-1, SEQUENCES[..., None])[..., 0]
+    for name, held in (("sampled_token", r.clamp(-limit, limit)), ("mean_future", None)):
+        want = torch.zeros(NODES, V, dtype=torch.float64)
+        mean = (student.softmax(-1) * ratio).sum(-1)[states()]
+        for t, u in itertools.combinations_with_replacement(range(T), 2):
+            cost = r.clamp(-limit, limit) if held is not None or t == u else mean
+            want += 0.7 ** (u - t) * torch.einsum("b,bsv->sv", weight * cost[:, u], score[:, t])
+        torch.testing.assert_close(expected_gradient(name, 0.7, ratio_clip=limit), want)
+        assert (expected_gradient(name, 0.7) - want).norm() > 0.01
+        wide = expected_gradient(name, 0.7, ratio_clip=100.0)
+        torch.testing.assert_close(wide, expected_gradient(name, 0.7))
+
+
+# --- supports, masks, denominators --------------------------------------------------------------
 
 
 def test_local_support_matching_is_biased_and_blind_outside_its_support() -> None:
@@ -138,7 +289,7 @@ def test_micro_batches_do_not_change_the_loss(name: str) -> None:
         tokens=zeros.long(),
         mask=mask,
         sampler_logp=zeros,
-        prompt=torch.arange(3),
+        prompt=torch.tensor([4, 1, 4]),
         ended=mask.any(1),
         student_logp=zeros,
         teacher_logp=zeros,
@@ -150,26 +301,12 @@ def test_micro_batches_do_not_change_the_loss(name: str) -> None:
         o.reduce(loss[i : i + 1], mask[i : i + 1], denominator[i : i + 1]) for i in range(3)
     )
     torch.testing.assert_close(whole, torch.as_tensor(parts))
-    by_hand = {"token_mean": 25 / 6, "sequence_sum": 25 / 3, "sequence_mean": (0.5 + 3 + 7) / 3}
+    by_hand = {
+        "token_mean": 25 / 6,
+        "sequence_sum": 25 / 3,
+        "sequence_mean": (0.5 + 3 + 7) / 3,
+        "group_mean": ((1 + 6 + 7 + 8) / 5 + 3) / 2,
+    }
     assert whole.item() == pytest.approx(by_hand[name])
     with pytest.raises(ValueError, match="0 supervised"):
         o.DENOMINATORS[name](Scored(**{**vars(batch), "mask": torch.zeros_like(mask)}))
-
-
-def test_refusals_name_the_value() -> None:
-    with pytest.raises(ValueError, match=r"1\.5"):
-        o.make("sampled_token", 1.5)
-    with pytest.raises(ValueError, match="no effect"):
-        o.make("teacher_topk", 0.5)
-    with pytest.raises(ValueError, match="unknown objective 'kl'"):
-        o.make("kl")
-    with pytest.raises(ValueError, match="gradient of mean zero"):
-        o.make("k1")
-    with pytest.raises(ValueError, match="gradient of mean zero"):
-        o.make("kl_advantage", 0.5)
-    with pytest.raises(ValueError, match="no credit from which to subtract"):
-        o.make("teacher_topk", baseline="position_mean")
-    with pytest.raises(ValueError, match="unknown baseline 'mean'"):
-        o.make("sampled_token", baseline="mean")
-    with pytest.raises(ValueError, match="unknown ratio 'both'"):
-        o.make("sampled_token", ratio="both")

@@ -1,0 +1,286 @@
+"""Compositions: a credit and a surrogate under one name, and what each is the gradient of.
+
+Shapes: B responses, T positions, K support ids; "..." is (B, T) or flat tokens (N,). p student,
+q teacher. Sign: the cost r = log p - log q is minimised; J = E[sum_t r_t] is the sequence KL.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from diagnostics.batch import Scored
+from opd.credit import (
+    check_gamma,
+    discounted,
+    log_ratio,
+    mean_cost,
+    no_baseline,
+    no_cost,
+    no_ratio,
+    sampled_cost,
+)
+from opd.surrogates import (
+    READS_SAMPLE,
+    Visited,
+    bucket,
+    clipped_score,
+    full_forward,
+    full_mixture,
+    full_reverse,
+    half_square,
+    low_variance,
+    nothing,
+    plain_score,
+    published_tail,
+    renormalised,
+    renormalised_and_sampled,
+    sampled_logp,
+    sampled_tail,
+    stopped,
+    unnormalised,
+    weighted_score,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """A named composition.
+
+    support: ids on which both models must be known: "none", "teacher" or "student" (its top-K),
+    "union" or "intersection" of the two (`opd.supports`), or "full".
+    local, score: Visited -> (...), the two parts of a token's loss: what it is whatever the credit,
+    and the score function of the credit. The credit of a token is its `own` cost plus the `later`
+    costs discounted by gamma, minus the `baseline`, plus what the `outcome` costs, all Scored ->
+    (B, T) over the whole step; ratio: Scored -> (B, T) factor of a token's loss where the sampler
+    is not the student.
+    normalised: whether `support_logp` must be true log-probabilities; where False, raw logits of
+    the support's ids give the same loss and gradient. sampled: whether `logp` is read at all.
+    """
+
+    support: str
+    local: Callable[[Visited], Tensor] = nothing
+    score: Callable[[Visited], Tensor] = nothing
+    own: Callable[[Scored], Tensor] = no_cost
+    later: Callable[[Scored], Tensor] = no_cost
+    gamma: float = 0.0
+    baseline: Callable[[Scored, Tensor], Tensor] = no_baseline
+    outcome: Callable[[Scored], Tensor] = no_cost
+    ratio: Callable[[Scored], Tensor] = no_ratio
+    normalised: bool = True
+    sampled: bool = True
+
+    def credit(self, batch: Scored) -> Tensor:
+        """(B, T) own_t + sum_{u > t} gamma^(u-t) later_u - baseline_t + outcome; 0 where masked."""
+        credit = self.own(batch) * batch.mask
+        if self.gamma:
+            later = self.later(batch) * batch.mask
+            credit = credit + discounted(later, batch.mask, self.gamma) - later
+        return (credit - self.baseline(batch, credit) + self.outcome(batch)) * batch.mask
+
+    def surrogate(self, at: Visited) -> Tensor:
+        """(...) loss of a visited token."""
+        return self.local(at) + self.score(at)
+
+    def loss(self, logp: Tensor | None, support_logp: Tensor | None, batch: Scored) -> Tensor:
+        """(B, T) unreduced loss of one whole batch; `logp` and `support_logp` carry gradient."""
+        return self.local_loss(logp, support_logp, batch, self.credit(batch))
+
+    def local_loss(
+        self, logp: Tensor | None, support_logp: Tensor | None, batch: Scored, credit: Tensor
+    ) -> Tensor:
+        """The same with the credit (B, T) given."""
+        support = batch.support if self.support != "none" else None
+        if self.support != "none":
+            source = batch.support.source if batch.support is not None else "none"
+            if support is None or support_logp is None or source != self.support:
+                raise ValueError(f"needs a {self.support!r} support, the batch has {source!r}")
+        at = Visited(
+            logp=logp,
+            credit=credit,
+            teacher_logp=batch.teacher_logp,
+            old_logp=batch.student_logp,
+            support_logp=support_logp,
+            teacher_support_logp=None if support is None else support.teacher_logp,
+            present=None if support is None else support.present,
+            inside=None if support is None else support.contains(batch.tokens),
+        )
+        return self.surrogate(at) * self.ratio(batch)
+
+
+def sampled_token(gamma: float = 0.0) -> Objective:
+    """The gamma family: sum_t (sum_{u >= t} gamma^(u-t) r_u) grad log p(y_t).
+
+    gamma = 0: expected gradient of sum_t E[KL(p || q at the prefix)] with the prefix distribution
+    frozen; biased for the sequence KL by the missing derivative through the visited prefixes.
+    gamma = 1: unbiased for the gradient of the sequence KL, with variance up to cubic in T.
+    (arXiv 2603.25562, eq. 1-3.)
+    """
+    return _family(gamma, own=sampled_cost, later=sampled_cost, score=plain_score)
+
+
+def sampled_token_weighted(gamma: float = 0.0) -> Objective:
+    """`sampled_token` for several optimizer steps on the same rollouts: rho_t credit_t.
+
+    The same gradient in the first step, where rho = 1. Later the mean over the token is right for
+    the credit of the rollouts; that credit and the prefixes stay those of the old student, so that
+    the estimate is of the first order in how far the student has moved.
+    """
+    return replace(sampled_token(gamma), score=weighted_score)
+
+
+def sampled_token_clipped(
+    gamma: float = 0.0, clip: tuple[float, float, float] = (0.2, 0.2, 3.0)
+) -> Objective:
+    """`sampled_token_weighted` under PPO's clip (low, high, dual), as the paper's baseline ran it.
+
+    The same gradient in the first step, where rho = 1; with one step on each set of rollouts the
+    clip has no effect. Later the gradient of a token is 0 once it has moved by more than the clip
+    to where its credit wanted it, and where its probability has grown `dual`-fold against its
+    credit: a stopping rule, biased on purpose.
+
+    Raises:
+      ValueError: low outside (0, 1), high not positive, or dual not above 1 + high.
+    """
+    low, high, dual = clip
+    if not (0 < low < 1 and high > 0 and dual > 1 + high):
+        raise ValueError(
+            f"clip is {clip}; it must be (low, high, dual) with 0 < low < 1, high > 0 and "
+            "dual > 1 + high"
+        )
+    score = partial(clipped_score, low=low, high=high, dual=dual)
+    return replace(sampled_token(gamma), score=score)
+
+
+def mean_future(gamma: float = 0.0) -> Objective:
+    """`sampled_token` with later costs replaced by their means at the prefix, K_u for r_u.
+
+    The same expected gradient; the noise of the later tokens' own draws is gone.
+    """
+    return _family(gamma, own=sampled_cost, later=mean_cost, score=plain_score)
+
+
+def full_reverse_kl(gamma: float = 0.0) -> Objective:
+    """sum_t KL(p || q) over the whole vocabulary, plus the score function of later mean costs.
+
+    The same expected gradient as `sampled_token(gamma)` without the noise of the sampled token in
+    either term. gamma = 0 is the local KL with frozen prefixes.
+    """
+    return _full_and_future(gamma, mean_cost)
+
+
+def full_sampled_future(gamma: float = 0.0) -> Objective:
+    """`full_reverse_kl` with the later costs as sampled: only the immediate term is averaged."""
+    return _full_and_future(gamma, sampled_cost)
+
+
+def _full_and_future(gamma: float, later: Callable[[Scored], Tensor]) -> Objective:
+    made = _family(gamma, support="full", local=full_reverse, later=later, sampled=gamma > 0)
+    return replace(made, score=plain_score) if gamma else made
+
+
+def _family(gamma: float, support: str = "none", **parts: Any) -> Objective:
+    check_gamma(gamma)
+    return Objective(support=support, gamma=gamma, **parts)
+
+
+def full_forward_kl() -> Objective:
+    """sum_t KL(q || p) over the whole vocabulary on the student's prefixes, which are frozen.
+
+    Logit gradient p - q: exact for that sum, mass-covering, and not the gradient of either sequence
+    KL. Its cost is not E_p[anything], so it has no discounted part.
+    """
+    return local("full", full_forward)
+
+
+def full_jsd(beta: float = 0.5) -> Objective:
+    """sum_t of the generalised Jensen-Shannon divergence on the student's prefixes, frozen.
+
+    beta KL(q || m) + (1 - beta) KL(p || m) with m = beta q + (1 - beta) p; beta = 0 is the forward
+    KL, beta = 1 the reverse, and close to them the divergence and its gradient are small: they are
+    of the order of beta and 1 - beta. (GKD, arXiv 2306.13649.)
+
+    Raises:
+      ValueError: beta is outside [0, 1].
+    """
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta is {beta}; it must lie in [0, 1], 0 forward and 1 reverse KL")
+    return local("full", partial(full_mixture, beta=beta))
+
+
+def local(support: str, surrogate: Callable[[Visited], Tensor]) -> Objective:
+    """An objective of the prefix and the sampled token alone; gamma and baselines do not apply."""
+    return Objective(
+        support=support,
+        local=surrogate,
+        normalised=surrogate is not renormalised,
+        sampled=surrogate in READS_SAMPLE,
+    )
+
+
+FORMS: dict[str, Callable[[Visited], Tensor]] = {
+    "": renormalised,
+    "_and_sampled": renormalised_and_sampled,
+    "_unnormalised": unnormalised,
+    "_stopped": stopped,
+    "_bucket": bucket,
+    "_sampled_tail": sampled_tail,
+    "_published_tail": published_tail,
+}
+"""What a top-K objective does with its support; the name's ending. (Paper's V1 to V5: teacher_topk,
+student_topk_and_sampled, teacher_topk_and_sampled, student_ and teacher_topk_published_tail.)"""
+
+SUPPORTS = ("teacher", "student", "union", "intersection")
+"""Whose top-K ids a top-K objective is about; the name's beginning."""
+
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "sampled_token": sampled_token,
+    "sampled_token_weighted": sampled_token_weighted,
+    "sampled_token_clipped": sampled_token_clipped,
+    "mean_future": mean_future,
+    "full_reverse_kl": full_reverse_kl,
+    "full_sampled_future": full_sampled_future,
+    "full_forward_kl": full_forward_kl,
+    "full_jsd": full_jsd,
+    "k2": partial(local, "none", half_square),
+    "k3": partial(local, "none", low_variance),
+    **{
+        f"{source}_topk{end}": partial(local, source, form)
+        for source in SUPPORTS
+        for end, form in FORMS.items()
+    },
+}
+
+
+def k1() -> Objective:
+    """k1 differentiated as it stands: the score alone, whose mean is zero. Nothing is learned."""
+    made = local("none", lambda at: log_ratio(sampled_logp(at), at.teacher_logp.detach()))
+    return replace(made, sampled=True)
+
+
+def kl_advantage(gamma: float = 0.0) -> Objective:
+    """The local KL as the advantage of the sampled token: equal for all tokens of a prefix.
+
+    At gamma = 0 its mean is zero; at gamma > 0 only the later costs teach anything.
+    """
+    return _family(gamma, own=mean_cost, later=mean_cost, score=plain_score)
+
+
+ERRORS: dict[str, tuple[Callable[..., Objective], str]] = {
+    "k1": (k1, "differentiating log student - log teacher gives a gradient of mean zero"),
+    "kl_advantage": (
+        kl_advantage,
+        "an advantage that is the same for every token of a prefix gives a gradient of mean zero",
+    ),
+}
+"""Found in real trainers and studied here; `make` refuses to train with them."""
+
+COLLAPSING: dict[str, str] = {
+    "_unnormalised": "descent ends at p(S) = q(S)/e, pushing the student out of the support S even "
+    "where it equals the teacher",
+    "_published_tail": "its gradient is off by grad p(S): descent ends at p(S) = q(S)/(q(S) + "
+    "e - e q(S)), pushing the student out of the support S even where it equals the teacher",
+}
+"""Forms whose minimum is not the teacher; `make` asks for a word of consent."""

@@ -1,0 +1,348 @@
+"""Losses of a token against dense formulas, published ones and a published function."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from diagnostics.batch import Scored, Support
+from opd import objectives as o
+from opd import supports
+from opd.surrogates import Visited, clipped_score, jensen_shannon, plain_score, weighted_score
+
+V, N = 9, 40
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def logits() -> tuple[Tensor, Tensor]:
+    """(N, V) of student and teacher."""
+    return tuple(1.5 * torch.randn(2, N, V, generator=seeded(0), dtype=torch.float64))
+
+
+def sampled() -> Tensor:
+    """(N,) tokens drawn from the student."""
+    return torch.multinomial(logits()[0].softmax(-1), 1, generator=seeded(3))[:, 0]
+
+
+# --- supports of variable size ------------------------------------------------------------------
+
+
+def chosen(source: str, k: int) -> tuple[Tensor, Tensor | None]:
+    """ids and present of a named support."""
+    student, teacher = logits()
+    theirs, ours = teacher.topk(k, -1).indices, student.topk(k, -1).indices
+    if source in supports.JOINED:
+        return supports.JOINED[source](theirs, ours)
+    return (theirs if source == "teacher" else ours), None
+
+
+def dense(form: str, z: Tensor, q: Tensor, inside: Tensor, y: Tensor) -> Tensor:
+    """(N,) each form's loss written with whole distributions and a set (N, V) of ids."""
+    p, hit = z.softmax(-1), inside.gather(-1, y[:, None])[:, 0]
+    if form == "_and_sampled":
+        inside = inside | torch.nn.functional.one_hot(y, V).bool()
+    s = inside.double()
+    if form in ("", "_and_sampled"):
+        ours, theirs = ((x * s) / (x * s).sum(-1, keepdim=True) for x in (p, q))
+        ratio = torch.where(
+            inside, (p / q).log() - ((p * s).sum(-1) / (q * s).sum(-1)).log()[:, None], 0
+        )
+        return (ours * ratio).sum(-1)
+    ratio = p.log() - q.log()
+    mass, theirs = (p * s).sum(-1), (q * s).sum(-1)
+    logp, r = (x.gather(-1, y[:, None])[:, 0] for x in (p.log(), ratio))
+    tail = torch.where(hit, 0.0, r.detach() * logp)
+    head, stopped = (p * s * ratio).sum(-1), (p * s * ratio.detach()).sum(-1)
+    return {
+        "_unnormalised": head,
+        "_stopped": stopped,
+        "_bucket": head + (1 - mass) * ((1 - mass) / (1 - theirs)).log(),
+        "_sampled_tail": stopped + tail,
+        "_published_tail": head + tail,
+    }[form]
+
+
+def visited(live: Tensor, ids: Tensor, present: Tensor | None, raw: bool = False) -> Visited:
+    """All tokens on a support; live (N, V) logits, which are given as they are if `raw`."""
+    target, y = logits()[1].requires_grad_(), sampled()
+    p, q = live if raw else live.log_softmax(-1), target.log_softmax(-1)
+    ours, theirs = p.gather(-1, ids), q.gather(-1, ids)
+    here = torch.ones_like(ids, dtype=torch.bool) if present is None else present
+    return Visited(
+        logp=p.gather(-1, y[:, None])[:, 0],
+        credit=torch.zeros(N, dtype=torch.float64),
+        teacher_logp=q.gather(-1, y[:, None])[:, 0],
+        # whatever stands at absent ids must not matter
+        support_logp=torch.where(here, ours, 7 * ours.detach()),
+        teacher_support_logp=torch.where(here, theirs, torch.full_like(theirs, torch.nan)),
+        present=present,
+        inside=((ids == y[:, None]) & here).any(-1),
+    )
+
+
+@pytest.mark.parametrize("form", o.FORMS)
+@pytest.mark.parametrize("source", o.SUPPORTS)
+def test_every_form_on_every_support_is_the_dense_one(source: str, form: str) -> None:
+    weight = 1 + torch.rand(N, generator=seeded(4), dtype=torch.float64)
+    objective, empty = o.OBJECTIVES[f"{source}_topk{form}"](), 0
+    for k in (1, 4):
+        ids, present = chosen(source, k)
+        inside = torch.zeros(N, V, dtype=torch.long)
+        inside = inside.scatter_add(
+            -1, ids, torch.ones_like(ids) if present is None else present.long()
+        )
+        assert inside.max() == 1
+        live = logits()[0].requires_grad_()
+        loss = objective.surrogate(visited(live, ids, present))
+        (found,) = torch.autograd.grad((loss * weight).sum(), live)
+        other = logits()[0].requires_grad_()
+        # the dense formula divides by nothing where no id is present
+        some = inside.any(-1) if form == "" else torch.ones(N, dtype=torch.bool)
+        parts = (logits()[1].softmax(-1), inside.bool(), sampled())
+        want = dense(form, other[some], *(x[some] for x in parts))
+        (gradient,) = torch.autograd.grad((want * weight[some]).sum(), other)
+        torch.testing.assert_close(found, gradient, atol=1e-12, rtol=0)
+        # a sampled tail is the score function of a constant: only its gradient is defined
+        if not form.endswith("tail"):
+            torch.testing.assert_close(loss[some], want, atol=1e-12, rtol=0)
+        assert loss[~some].eq(0).all()
+        empty += int((~inside.any(-1)).sum())
+    assert empty or source != "intersection", "no empty support among the cases"
+
+
+@pytest.mark.parametrize("form", [f for f in o.FORMS if "sampled" not in f and "tail" not in f])
+def test_no_id_at_all_gives_no_loss_and_no_gradient(form: str) -> None:
+    ids, _ = chosen("teacher", 3)
+    live = logits()[0].requires_grad_()
+    loss = o.FORMS[form](visited(live, ids, torch.zeros_like(ids, dtype=torch.bool)))
+    assert loss.eq(0).all()
+    assert torch.autograd.grad(loss.sum(), live)[0].eq(0).all()
+
+
+def test_objectives_say_what_they_read() -> None:
+    """Raw logits where `normalised` is False, nothing of the sampled token where `sampled` is."""
+    for name, constructor in o.OBJECTIVES.items():
+        objective = constructor()
+        if "_topk" not in name and not name.startswith("full"):
+            assert objective.sampled
+            assert objective.normalised
+            continue
+        ids, present = chosen(objective.support, 4) if "_topk" in name else (None, None)
+        ids = torch.arange(V).expand(N, V) if ids is None else ids
+        results = []
+        for raw in (False, True):
+            live = logits()[0].requires_grad_()
+            at = visited(live, ids, present, raw)
+            loss = objective.surrogate(at)
+            results.append((loss, torch.autograd.grad(loss.sum(), live)[0]))
+        same = all(torch.allclose(*x, atol=1e-12) for x in zip(*results, strict=True))
+        if name.endswith("_and_sampled"):
+            assert same  # with the sampled token's raw logit in the place of logp
+        else:
+            assert same != objective.normalised, name
+        blind = replace(at, logp=None)
+        if objective.sampled:
+            with pytest.raises(ValueError, match="sampled token's log-probability"):
+                objective.surrogate(blind)
+        else:
+            torch.testing.assert_close(objective.surrogate(blind), objective.surrogate(at))
+    assert not o.make("teacher_topk").normalised
+    assert not o.make("teacher_topk").sampled
+    mixed = o.make("teacher_topk", outcome=0.5)
+    assert mixed.sampled
+    assert mixed.normalised
+    assert o.make("full_reverse_kl", 0.5).sampled
+    assert not o.make("full_reverse_kl").sampled
+
+
+# --- published formulas -------------------------------------------------------------------------
+
+
+def published(variant: int, z: Tensor, target: Tensor, y: int, k: int) -> Tensor:
+    """One token's V1 to V5 of the paper's appendix G.3.1, from logits (V,), in plain loops."""
+    p, q = z.softmax(-1), target.softmax(-1)
+    source = (p if variant in (2, 4) else q).tolist()
+    ids = sorted(range(V), key=lambda v: -source[v])[:k]
+    if variant <= 3:
+        if variant > 1 and y not in ids:
+            ids.append(y)
+        ours, theirs = sum(p[v] for v in ids), sum(q[v] for v in ids)
+        return sum(p[v] / ours * ((p[v] / ours) / (q[v] / theirs)).log() for v in ids)
+    head = sum(p[v] * (p[v] / q[v]).log() for v in ids)
+    rho = p[y] / p[y].detach()
+    return head + (0.0 if y in ids else rho * (p[y] / q[y]).log().detach())
+
+
+@pytest.mark.parametrize(
+    ("variant", "name"),
+    [
+        (1, "teacher_topk"),
+        (2, "student_topk_and_sampled"),
+        (3, "teacher_topk_and_sampled"),
+        (4, "student_topk_published_tail"),
+        (5, "teacher_topk_published_tail"),
+    ],
+)
+@pytest.mark.parametrize("k", [1, 3])
+def test_the_papers_five_variants(variant: int, name: str, k: int) -> None:
+    objective = o.make(name, collapse_accepted=True)
+    live = logits()[0].requires_grad_()
+    loss = objective.surrogate(visited(live, *chosen(objective.support, k)))
+    other, target = logits()
+    other.requires_grad_()
+    pairs = zip(other, target, sampled().tolist(), strict=True)
+    want = torch.stack([published(variant, z, q, y, k) for z, q, y in pairs])
+    if variant <= 3:
+        torch.testing.assert_close(loss, want, atol=1e-13, rtol=0)
+    found, gradient = (
+        torch.autograd.grad(x.sum(), z)[0] if x.requires_grad else torch.zeros_like(z)
+        for x, z in ((loss, live), (want, other))
+    )
+    torch.testing.assert_close(found, gradient, atol=1e-13, rtol=0)
+
+
+def test_the_published_tail_rests_where_its_docstring_says() -> None:
+    """p(S) = q(S)/(q(S) + e - e q(S)), p proportional to q inside and outside."""
+    q = logits()[1].softmax(-1)
+    ids, _ = chosen("teacher", 3)
+    inside = torch.zeros(N, V, dtype=torch.float64).scatter(-1, ids, 1.0)
+    mass = (q * inside).sum(-1, keepdim=True)
+    rest = mass / (mass + math.e - math.e * mass)
+    p = torch.where(inside > 0, q * rest / mass, q * (1 - rest) / (1 - mass))
+    for table, still in ((p, True), (q, False)):
+        total = torch.zeros(N, V, dtype=torch.float64)
+        for y in range(V):  # the mean over the sampled token
+            live = table.log().requires_grad_()
+            logp = live.log_softmax(-1)
+            at = Visited(
+                logp=logp[:, y],
+                credit=torch.zeros(N, dtype=torch.float64),
+                teacher_logp=q.log()[:, y],
+                support_logp=logp.gather(-1, ids),
+                teacher_support_logp=q.log().gather(-1, ids),
+                inside=(ids == y).any(-1),
+            )
+            loss = o.FORMS["_published_tail"](at)
+            total += torch.autograd.grad((table[:, y] * loss).sum(), live)[0]
+        assert (total.abs().max() < 1e-14) == still
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_jensen_shannon_is_that_of_the_definition(beta: float) -> None:
+    live, other = (logits()[0].requires_grad_() for _ in range(2))
+    target = logits()[1].requires_grad_()
+    found = jensen_shannon(live.log_softmax(-1), target.log_softmax(-1), beta)
+    p, q = other.softmax(-1), logits()[1].softmax(-1)
+    m = beta * q + (1 - beta) * p
+    want = beta * (q * (q / m).log()).sum(-1) + (1 - beta) * (p * (p / m).log()).sum(-1)
+    if beta in (0.0, 1.0):
+        over, under = (q, p) if beta == 0 else (p, q)
+        want = (over * (over / under).log()).sum(-1)
+    torch.testing.assert_close(found, want)
+    gradients = [torch.autograd.grad(x.sum(), z)[0] for x, z in ((found, live), (want, other))]
+    torch.testing.assert_close(*gradients)
+    again = jensen_shannon(live.log_softmax(-1), target.log_softmax(-1), beta)
+    assert torch.autograd.grad(again.sum(), target, allow_unused=True) == (None,)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_the_divergence_equals_trls_loss_and_reduction(beta: float) -> None:
+    gkd = pytest.importorskip("trl.experimental.gkd.gkd_trainer")
+    z, q = (x.view(5, 8, V) for x in logits())
+    mask = torch.rand(5, 8, generator=seeded(5)) > 0.4
+    labels = torch.where(mask, 1, -100)
+    live, other = (z.clone().requires_grad_() for _ in range(2))
+    zeros = torch.zeros(5, 8, dtype=torch.float64)
+    ids = torch.arange(V).expand(5, 8, V)
+    batch = Scored(
+        tokens=zeros.long(),
+        mask=mask,
+        sampler_logp=zeros,
+        prompt=torch.arange(5),
+        ended=mask.any(1),
+        student_logp=zeros,
+        teacher_logp=zeros,
+        support=Support(
+            ids=ids,
+            student_logp=z.log_softmax(-1),
+            teacher_logp=q.log_softmax(-1),
+            source="full",
+        ),
+    )
+    loss = o.full_jsd(beta).loss(None, live.log_softmax(-1), batch)
+    found = o.reduce(loss, mask, o.token_mean(batch))
+    want = gkd.GKDTrainer.generalized_jsd_loss(other, q, labels, beta=beta)
+    torch.testing.assert_close(found, want)
+    gradients = [torch.autograd.grad(x, t)[0] for x, t in ((found, live), (want, other))]
+    torch.testing.assert_close(*gradients)
+
+
+# --- importance ratios --------------------------------------------------------------------------
+
+RATIO_TABLE = [
+    # advantage, rho, loss, d loss / d log p: low 0.2, high 0.2, dual 3
+    (1.0, 0.5, -0.5, -0.5),
+    (1.0, 1.0, -1.0, -1.0),
+    (1.0, 1.1, -1.1, -1.1),
+    (1.0, 1.3, -1.2, 0.0),
+    (1.0, 5.0, -1.2, 0.0),
+    (2.0, 0.9, -1.8, -1.8),
+    (-1.0, 0.5, 0.8, 0.0),
+    (-1.0, 0.9, 0.9, 0.9),
+    (-1.0, 1.0, 1.0, 1.0),
+    (-1.0, 1.5, 1.5, 1.5),
+    (-1.0, 2.9, 2.9, 2.9),
+    (-1.0, 3.1, 3.0, 0.0),
+    (-2.0, 5.0, 6.0, 0.0),
+    (0.0, 1.7, 0.0, 0.0),
+]
+
+
+def at_ratio(advantage: float, rho: float) -> tuple[Visited, Tensor, Tensor]:
+    logp = torch.tensor(math.log(rho) - 2.0, dtype=torch.float64, requires_grad=True)
+    old = torch.tensor(-2.0, dtype=torch.float64, requires_grad=True)
+    credit = torch.tensor(-advantage, dtype=torch.float64, requires_grad=True)
+    at = Visited(logp=logp, old_logp=old, credit=credit, teacher_logp=torch.zeros_like(credit))
+    return at, logp, torch.stack([old, credit])
+
+
+@pytest.mark.parametrize(("advantage", "rho", "loss", "slope"), RATIO_TABLE)
+def test_the_clipped_loss_by_hand(advantage: float, rho: float, loss: float, slope: float) -> None:
+    at, logp, _ = at_ratio(advantage, rho)
+    found = clipped_score(at)
+    assert found.item() == pytest.approx(loss, abs=1e-12)
+    grads = torch.autograd.grad(found, (logp, at.old_logp, at.credit), allow_unused=True)
+    assert grads[0].item() == pytest.approx(slope, abs=1e-12)
+    assert grads[1:] == (None, None), "the old student and the credit are constants"
+    free = weighted_score(at)
+    assert free.item() == pytest.approx(-advantage * rho)
+    grads = torch.autograd.grad(free, (logp, at.old_logp, at.credit), allow_unused=True)
+    assert grads[0].item() == pytest.approx(-advantage * rho)
+    assert grads[1:] == (None, None)
+    if rho == 1:
+        assert torch.autograd.grad(plain_score(at), logp)[0].item() == slope
+
+
+def test_other_clips_move_the_corners_they_name() -> None:
+    def loss(advantage: float, rho: float) -> float:
+        return clipped_score(at_ratio(advantage, rho)[0], low=0.1, high=0.4, dual=2.0).item()
+
+    found = [loss(1.0, 1.3), loss(1.0, 1.5), loss(-1.0, 0.85), loss(-1.0, 1.9), loss(-1.0, 2.2)]
+    assert found == pytest.approx([-1.3, -1.4, 0.9, 1.9, 2.0])
+
+
+def test_a_far_ratio_is_finite_and_passes_no_nan_on() -> None:
+    for advantage in (1.0, -1.0):
+        at, logp, _ = at_ratio(advantage, 1.0)
+        at = replace(at, logp=logp + 1000)
+        for score in (clipped_score, weighted_score):
+            loss = score(at)
+            assert loss.isfinite()
+            assert torch.autograd.grad(loss, logp)[0] == 0
+    with pytest.raises(ValueError, match="needs old_logp"):
+        clipped_score(replace(at, old_logp=None))
