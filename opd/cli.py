@@ -9,6 +9,7 @@ COMMANDS = {
     "demo": ("opd.demo", "the whole house: study, lab pair, two objectives, figures"),
     "study": ("synthetic.run", "exact synthetic studies: list, run NAME|all"),
     "lab": ("opd.lab", "build the lab pair, a teacher and a weaker student, from nothing"),
+    "doctor": ("opd.doctor", "pre-flight: what about a student and a teacher would go wrong"),
     "train": ("opd.cli:train", "distil a teacher into a student: RECIPE [--field value]"),
     "eval": ("opd.cli:evaluate", "accuracy of a model on held-out problems, with an interval"),
     "diagnose": ("opd.diagnose", "run the diagnostics on saved batches or a run folder"),

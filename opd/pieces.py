@@ -86,5 +86,8 @@ ALPHABET = alphabet()
 
 
 def shown(piece: bytes) -> str:
-    """A token's bytes as a reader wants them: quoted, what is no text escaped."""
-    return repr(piece.decode("utf-8", "backslashreplace"))
+    """A token's bytes as a reader wants them: quoted, and escaped where they are no text."""
+    try:
+        return repr(piece.decode())
+    except UnicodeDecodeError:
+        return repr(piece)[1:]

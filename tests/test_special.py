@@ -129,6 +129,9 @@ def test_by_hand() -> None:
     ]
     beyond = torch.where(tokens == 3, 500, tokens)  # a row of a padded head has no bytes
     assert hits(beyond, mask, whole)[0].long().tolist() == [0, 0, 0, 0, 1, 1]
+    doubled = Mask("s", False, (), (b"<<",), pieces(TABLE))  # the last row of the table
+    assert not hits(torch.full((1, 4), 500), mask[:1, :4], doubled).any()
+    assert hits(tokens[:1, :3], mask[:1, :3], whole).all(), "nothing but the string"
     empty = torch.zeros(0, 6, dtype=torch.long)
     assert hits(empty, empty.bool(), whole).shape == (0, 6)
     assert not hits(tokens, torch.zeros_like(mask), whole).any()

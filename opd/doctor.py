@@ -1,0 +1,100 @@
+"""`opd doctor`: before training, everything about a pair that makes distillation fail silently."""
+
+import argparse
+import json
+import textwrap
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from opd.pair_checks import Finding
+
+
+def main(argv: list[str]) -> None:
+    """`opd doctor STUDENT TEACHER [--task FILE] [--json]`; exit code 1 where an item fails."""
+    parser = argparse.ArgumentParser(prog="opd doctor", description=__doc__)
+    parser.add_argument("student", help="folder or hub name")
+    parser.add_argument("teacher", help="folder or hub name")
+    parser.add_argument("--task", help='"lab" or a .jsonl/.parquet file; else built-in prompts')
+    parser.add_argument("--prompts", type=int, default=8, help="prompts to sample responses to")
+    parser.add_argument("--group", type=int, default=2, help="responses to each prompt")
+    parser.add_argument("--max-response", type=int, default=64, help="tokens of a sampled response")
+    parser.add_argument("--budget", type=int, help="max_response of the run that is planned")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    given = vars(parser.parse_args(argv))
+    as_json = given.pop("json")
+    found = examine(**given)
+    print(document(found) if as_json else table(found))
+    if any(finding.verdict == "fail" for finding in found):
+        raise SystemExit(1)
+
+
+def examine(
+    student: str,
+    teacher: str,
+    *,
+    task: str | None = None,
+    prompts: int = 8,
+    group: int = 2,
+    max_response: int = 64,
+    budget: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "float32",
+) -> "list[Finding]":
+    """Every item's finding, in the order of a reader: what is wrong on disk comes first.
+
+    Items that need a sample are left out, and one finding says why, where none can be drawn.
+    """
+    from opd import pair_checks, sample_checks
+    from opd.data import encode, load_task
+    from opd.pair_checks import Finding, read_side
+    from opd.problems import Problem
+
+    for name, value in (("prompts", prompts), ("group", group), ("max_response", max_response)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    sides = read_side(student, device, dtype), read_side(teacher, device, dtype)
+    found = [check(*sides) for check in pair_checks.CHECKS]
+    problems = [Problem(text, "") for text in sample_checks.PROMPTS[:prompts]]
+    if task is not None:
+        problems = load_task(task, seed).train(0, prompts)
+    encoded = encode(sides[0].tokenizer, problems, 1, 1 << 30)
+    found.append(sample_checks.positions(*sides, encoded, budget or max_response))
+    room = found[-1].numbers["room"]
+    length = max_response if room is None else min(max_response, room)
+    try:
+        if length < 1:
+            raise ValueError("the prompts leave no position for a response")
+        evidence = sample_checks.gather(
+            *sides, problems, group=group, max_response=length, seed=seed
+        )
+    except ValueError as error:
+        advice = "mend the items above first"
+        return [*found, Finding("sample", "fail", f"nothing could be sampled: {error}", advice)]
+    return found + [check(evidence) for check in sample_checks.CHECKS]
+
+
+def document(found: "list[Finding]") -> str:
+    """The findings as JSON, with the worst verdict first."""
+    worst = max((f.verdict for f in found), key=["ok", "warn", "fail"].index)
+    return json.dumps({"verdict": worst, "items": [asdict(f) for f in found]}, indent=1)
+
+
+def table(found: "list[Finding]", width: int = 100) -> str:
+    """One aligned block an item: verdict, name, what was found and, behind an arrow, what to do."""
+    names = max(len(f.item) for f in found)
+    margin = " " * (6 + names + 2)
+    lines = []
+    for finding in found:
+        head = f"{finding.verdict:6}{finding.item:{names}}  "
+        texts = [head + finding.found]
+        if finding.advice:
+            texts.append(f"{margin}-> {finding.advice}")
+        for text in texts:
+            lines += textwrap.wrap(text, width, subsequent_indent=margin, break_on_hyphens=False)
+    count = {v: sum(f.verdict == v for f in found) for v in ("ok", "warn", "fail")}
+    return "\n".join([*lines, "", "  ".join(f"{n} {v}" for v, n in count.items())])
