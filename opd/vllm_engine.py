@@ -61,12 +61,15 @@ class Vllm:
         self._device = model.device
         self._home = TemporaryDirectory(dir=folder, prefix="opdlab-vllm-")
         self._count = 0
+        on_cpu = model.device.type == "cpu"
         self._llm = llm(
             model=str(self._export(model)),
             dtype=self.dtype,
             max_model_len=max_length,
             gpu_memory_utilization=memory_share,
-            enforce_eager=model.device.type == "cpu",
+            enforce_eager=on_cpu,
+            # vLLM 0.32 cannot rewind a CPU generator after a prompt that came in chunks
+            enable_chunked_prefill=False if on_cpu else None,
             skip_tokenizer_init=True,
             generation_config="vllm",
             logprobs_mode="processed_logprobs",

@@ -395,7 +395,7 @@ def test_vllm_keeps_the_end_token_and_the_shared_vocabulary(engine, networks, pr
     batch = engine.sample(prompts, [3, 7, 11, 20], **how, generator=seeded(0))
     agrees_with_a_forward_pass(batch, small.network, prompts, 40, 1.0)
     mask, ended = until_end(batch.tokens, [3, 7, 11, 20])
-    assert 2 <= int(ended.sum())
+    assert int(ended.sum()) >= 2
     assert torch.equal(batch.ended, ended)
     assert torch.equal(mask[ended], batch.mask[ended])
     with pytest.raises(ValueError, match=r"may have \d+ tokens, the engine's max_length is 256"):
