@@ -179,7 +179,7 @@ def renormalised(at: Visited) -> Tensor:
 def renormalised_and_sampled(at: Visited) -> Tensor:
     """The same on S and the sampled token."""
     ours, theirs = pair(at)
-    outside = ~_inside(at)
+    outside = ~inside_support(at)
     ours = torch.cat([ours, _where(outside, sampled_logp(at))[..., None]], -1)
     theirs = torch.cat([theirs, _where(outside, at.teacher_logp.detach())[..., None]], -1)
     return reverse_kl(renormalise(ours), renormalise(theirs))
@@ -260,7 +260,7 @@ def _tail(at: Visited) -> Tensor:
     """The sampled token's cost times its score where it is outside S."""
     logp = sampled_logp(at)
     cost = log_ratio(logp, at.teacher_logp)
-    return score_function(logp, torch.where(_inside(at), torch.zeros_like(cost), cost))
+    return score_function(logp, torch.where(inside_support(at), torch.zeros_like(cost), cost))
 
 
 def sampled_logp(at: Visited) -> Tensor:
@@ -270,7 +270,8 @@ def sampled_logp(at: Visited) -> Tensor:
     return at.logp
 
 
-def _inside(at: Visited) -> Tensor:
+def inside_support(at: Visited) -> Tensor:
+    """(...) bool: the sampled token is among the support's ids."""
     if at.inside is None:
         raise ValueError("this objective asks whether the sampled token is in the support")
     return at.inside

@@ -6,11 +6,14 @@ from types import FunctionType, ModuleType
 
 import pytest
 
-from opd import credit, objectives, surrogates
+from opd import compositions, credit, objectives, reduction, selection, supports, surrogates
 from synthetic import baselines, estimators, exact, gradients, recursion
 from synthetic import sample as sampling
+from tests import test_choices as choices
 from tests import test_exact as moments
 from tests import test_objectives as oracle
+from tests import test_supports as lists
+from tests import test_surrogates as dense
 from tests import test_synthetic as study
 
 CREDIT = {
@@ -31,33 +34,84 @@ CREDIT = {
         "cost[:, t] + gamma * running, running",
         "cost[:, t] + gamma * running, gamma * running",
     ),
-    "the own rollout is in its baseline": ("(total[group] - own)", "total[group]"),
-    "divided by the whole group": ("/ (size[group] - 1)", "/ size[group]"),
+    "the own rollout is in its baseline": (
+        "(_totals(own, group) - own)",
+        "_totals(own, group)",
+    ),
+    "divided by the whole group": ("/ (size - 1)[:, None]", "/ size[:, None]"),
     "ratio upside down": (
         "(batch.student_logp - batch.sampler_logp).detach().exp()",
         "(batch.sampler_logp - batch.student_logp).detach().exp()",
     ),
+    "the own reward is in its baseline": (
+        "(_totals(reward, group) - reward)",
+        "_totals(reward, group)",
+    ),
+    "reward as a cost": ("(-weight * advantage(batch))", "(weight * advantage(batch))"),
+    "clipped from one side": (".clamp(-limit, limit)", ".clamp(max=limit)"),
+    "live cost": (
+        "log_ratio(batch.student_logp, batch.teacher_logp).detach()",
+        "log_ratio(batch.student_logp, batch.teacher_logp)",
+    ),
+    "deviation of the population": ("/ (size - 1)).sqrt()", "/ size).sqrt()"),
 }
 SURROGATES = {
     "live weight": ("return logp * weight.detach()", "return logp * weight"),
     "live teacher": ("(student_logp - teacher_logp.detach())", "(student_logp - teacher_logp)"),
     "sign of the surrogate": ("return logp * weight.detach()", "return -logp * weight.detach()"),
-    "direction of the divergence": ("p = student_logp.exp()", "p = teacher_logp.exp()"),
+    "direction of the divergence": (
+        "p = student_logp.exp()\n    term",
+        "p = teacher_logp.exp()\n    term",
+    ),
+    "direction of the forward divergence": (
+        "q = theirs.exp()\n    term",
+        "q = student_logp.exp()\n    term",
+    ),
+    "live teacher of the mixture": (
+        "theirs = teacher_logp.detach()\n    mixture",
+        "theirs = teacher_logp\n    mixture",
+    ),
+    "mixture the other way round": (
+        "theirs + math.log(beta), student_logp + math.log1p(-beta)",
+        "student_logp + math.log(beta), theirs + math.log1p(-beta)",
+    ),
+    "ends of the mixture exchanged": ("if beta == 0:", "if beta == 1:"),
+    "live old student": ("at.old_logp.detach()", "at.old_logp"),
+    "live credit of a ratio": (
+        "importance(at) * at.credit.detach()",
+        "importance(at) * at.credit",
+    ),
+    "ratio upside down": (
+        "log_ratio(sampled_logp(at), at.old_logp.detach())",
+        "-log_ratio(sampled_logp(at), at.old_logp.detach())",
+    ),
+    "the better bound instead of the worse": (
+        "torch.maximum(cost * rho",
+        "torch.minimum(cost * rho",
+    ),
+    "dual bound for every token": ("torch.where(cost > 0, torch", "torch.where(cost > -9, torch"),
+    "dual bound of the other sign": ("torch.where(cost > 0, torch", "torch.where(cost < 0, torch"),
+    "ends of the clip exchanged": ("rho.clamp(1 - low, 1 + high)", "rho.clamp(1 - high, 1 + low)"),
     "no renormalisation": ("return logp.log_softmax(-1)", "return logp"),
     "live head": ("(ours - theirs).detach()", "(ours - theirs)"),
-    "tail also inside": ("torch.where(_inside(at), 0.0, cost)", "cost"),
+    "tail also inside": ("torch.where(inside_support(at), torch.zeros_like(cost), cost)", "cost"),
     "sampled token counted twice": (
-        "outside = ~_inside(at)[..., None]",
-        "outside = torch.ones_like(_inside(at))[..., None]",
+        "outside = ~inside_support(at)",
+        "outside = torch.ones_like(inside_support(at))",
     ),
     "no tail bucket": ("torch.cat([x, _rest(x)], -1)", "x"),
+    "absent ids count for the student": (
+        "_where(at.present, ours), _where",
+        "ours, _where",
+    ),
+    "absent ids count for the teacher": ("_where(at.present, theirs)\n", "theirs\n"),
     "k3 backwards": ("torch.expm1(-r) + r", "torch.expm1(r) - r"),
     "live teacher of k2": (
-        "log_ratio(at.logp, at.teacher_logp.detach()).square()",
-        "log_ratio(at.logp, at.teacher_logp).square()",
+        "log_ratio(sampled_logp(at), at.teacher_logp.detach()).square()",
+        "log_ratio(sampled_logp(at), at.teacher_logp).square()",
     ),
 }
-OBJECTIVES = {
+REDUCTION = {
     "mask dropped from the sum": ("torch.where(mask, loss, torch.zeros_like(loss))", "loss"),
     "token mean over responses": (
         "_positive(batch.mask.sum()).expand(",
@@ -67,9 +121,41 @@ OBJECTIVES = {
         "batch.lengths.clamp(min=1).to",
         "batch.lengths.clamp(min=1, max=1).to",
     ),
+    "group mean over responses": ("* len(prompts)", "* len(batch)"),
+    "group mean without its tokens": ("tokens.clamp(min=1).to", "tokens.clamp(min=1, max=1).to"),
+}
+COMPOSITIONS = {
     "own cost as later cost": ("self.gamma) - later", "self.gamma)"),
     "baseline added": ("(credit - self.baseline(", "(credit + self.baseline("),
+    "outcome dropped": (" + self.outcome(batch)) * batch.mask", ") * batch.mask"),
     "ratio dropped": ("self.surrogate(at) * self.ratio(batch)", "self.surrogate(at)"),
+    "score dropped": ("self.local(at) + self.score(at)", "self.local(at)"),
+    "absent ids not passed on": ("else support.present", "else None"),
+    "later costs as sampled": (
+        "return _full_and_future(gamma, mean_cost)",
+        "return _full_and_future(gamma, sampled_cost)",
+    ),
+    "clip not passed on": ("low=low, high=high, dual=dual", "low=0.2, high=0.2, dual=3.0"),
+}
+SUPPORTS = {
+    "both lists whole": (
+        "new = ~_among(student_ids, teacher_ids)",
+        "new = _among(student_ids, student_ids)",
+    ),
+    "the other's ids": (
+        "teacher_ids, _among(teacher_ids, student_ids)",
+        "student_ids, _among(teacher_ids, student_ids)",
+    ),
+    "not sorted": ("others.sort(-1).values", "others"),
+}
+SELECTION = {
+    "the most certain": (
+        "sort(descending=True, stable=True)",
+        "sort(descending=False, stable=True)",
+    ),
+    "one more": ("indices[:count]", "indices[: count + 1]"),
+    "a fraction of all positions": ("int(batch.mask.sum())", "batch.mask.numel()"),
+    "mask not narrowed": ("_map(zeroed), mask=mask)", "_map(zeroed), mask=batch.mask)"),
 }
 RECURSION = {
     "cross term once": ("2 * gammas * pay\n", "gammas * pay\n"),
@@ -134,7 +220,10 @@ MUTATIONS = [
     for module, lines in (
         (credit, CREDIT),
         (surrogates, SURROGATES),
-        (objectives, OBJECTIVES),
+        (reduction, REDUCTION),
+        (compositions, COMPOSITIONS),
+        (supports, SUPPORTS),
+        (selection, SELECTION),
         (recursion, RECURSION),
         (exact, EXACT),
         (estimators, ESTIMATORS),
@@ -158,6 +247,28 @@ def check() -> None:
     oracle.test_baselines_average_the_responses_they_say()
     for name in objectives.DENOMINATORS:
         oracle.test_micro_batches_do_not_change_the_loss(name)
+    for name in oracle.FAMILY:
+        oracle.test_the_gamma_family_has_the_mean_of_its_definition(name, 0.7)
+    oracle.test_other_divergences_are_exact_on_frozen_prefixes()
+    oracle.test_the_sampled_tail_is_unbiased_on_every_support("union")
+    oracle.test_a_weighted_token_has_the_mean_of_the_student_that_moved()
+    oracle.test_a_clipped_token_counts_where_it_has_not_moved_far_enough()
+    oracle.test_credit_is_a_constant()
+    oracle.test_clipped_costs_have_the_mean_of_the_clipped_ratio()
+    for row in dense.RATIO_TABLE:
+        dense.test_the_clipped_loss_by_hand(*row)
+    dense.test_other_clips_move_the_corners_they_name()
+    for beta in (0.0, 0.1, 1.0):
+        dense.test_jensen_shannon_is_that_of_the_definition(beta)
+    for source in ("union", "intersection"):
+        for form in objectives.FORMS:
+            dense.test_every_form_on_every_support_is_the_dense_one(source, form)
+    lists.test_union_and_intersection_are_those_of_sets(3)
+    for advantage in choices.SHARES:
+        choices.test_an_outcome_adds_the_gradient_of_the_mean_reward("teacher_topk", advantage)
+    choices.test_advantages_by_hand()
+    choices.test_what_is_not_refused_is_built_as_asked()
+    choices.test_the_most_uncertain_tokens_of_the_step_are_kept()
     study.test_the_gradient_is_that_of_the_enumerated_sequence_kl("ending")
     for estimator in moments.REST:
         moments.test_moments_equal_the_sum_over_all_paths("ending", estimator)

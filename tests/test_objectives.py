@@ -215,6 +215,32 @@ def test_a_weighted_token_has_the_mean_of_the_student_that_moved() -> None:
     assert (torch.autograd.grad(plain, live)[0] - want).norm() > 0.01
 
 
+def test_a_clipped_token_counts_where_it_has_not_moved_far_enough() -> None:
+    """Rollouts of an old student: the weighted loss, but for the tokens that the clip holds."""
+    old, teacher = tables()
+    new = old + 0.5 * torch.randn(NODES, V, generator=seeded(1), dtype=torch.float64)
+    batch = every_sequence(old, teacher, "none", V)
+    logp = new.log_softmax(-1)[states()].gather(-1, SEQUENCES[..., None])[..., 0].requires_grad_()
+    clip = (0.1, 0.4, 1.5)
+    whole = o.make("sampled_token_clipped", 0.5, clip=clip)
+    (found,) = torch.autograd.grad(whole.loss(logp, None, batch).sum(), logp)
+    free = o.make("sampled_token_weighted", 0.5).loss(logp, None, batch)
+    (slope,) = torch.autograd.grad(free.sum(), logp)
+    rho, advantage = (logp - batch.student_logp).exp(), -whole.credit(batch)
+    held = torch.where(advantage > 0, rho > 1.4, (rho < 0.9) | (rho > 1.5))
+    torch.testing.assert_close(found, torch.where(held, 0, slope))
+    for case in ((rho > 1.4) & (advantage > 0), (rho < 0.9) & (advantage < 0), rho > 1.5):
+        assert case.any()
+
+
+def test_credit_is_a_constant() -> None:
+    student, teacher = (table.requires_grad_() for table in tables())
+    batch = every_sequence(student, teacher, "none", V)
+    assert batch.student_logp.requires_grad
+    for name in FAMILY:
+        assert not o.make(name, 0.5).credit(batch).requires_grad
+
+
 def test_clipped_costs_have_the_mean_of_the_clipped_ratio() -> None:
     student, teacher = tables()
     ratio = student.log_softmax(-1) - teacher.log_softmax(-1)
