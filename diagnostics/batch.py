@@ -98,8 +98,24 @@ class Support(_Rows):
 
     def contains(self, tokens: Tensor) -> Tensor:
         """(B, T) bool: the token (B, T) is one of the ids present."""
+        if self.source == "full":  # by definition; spares a (B, T, V) comparison
+            return torch.ones_like(tokens, dtype=torch.bool)
         same = self.ids == tokens[..., None]
         return (same if self.present is None else same & self.present).any(-1)
+
+    def masses(self) -> tuple[Tensor, Tensor]:
+        """(B, T) p(S) and q(S), the student's and the teacher's probability of the ids present."""
+        ours, theirs = self.student_logp.exp(), self.teacher_logp.exp()
+        if self.present is not None:
+            ours, theirs = ours * self.present, theirs * self.present
+        return ours.sum(-1), theirs.sum(-1)
+
+    @property
+    def sizes(self) -> Tensor:
+        """(B, T) long: how many ids are present."""
+        if self.present is None:
+            return torch.full_like(self.ids[..., 0], self.k)
+        return self.present.sum(-1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -1,5 +1,6 @@
 """Supports made of two lists of ids, and a batch's support whose ids are not all present."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,13 +63,23 @@ def test_a_support_keeps_which_ids_are_present(tmp_path: Path) -> None:
     width = part.mask.shape[1]
     assert width < 6
     torch.testing.assert_close(part.support.present, first.support.present[[2, 0], :width])
+    masses = first.support.masses()
     for i in range(3):
         for t in range(6):
+            there = first.support.present[i, t].tolist()
+            assert first.support.sizes[i, t] == sum(there)
+            for found, x in zip(
+                masses, (first.support.student_logp, first.support.teacher_logp), strict=True
+            ):
+                each = [math.exp(float(x[i, t, j])) for j in range(4) if there[j]]
+                assert float(found[i, t]) == pytest.approx(sum(each))
             pairs = zip(first.support.ids[i, t], first.support.present[i, t], strict=True)
             want = any(bool(there) and id == first.tokens[i, t] for id, there in pairs)
             assert bool(first.support.contains(first.tokens)[i, t]) == want
     assert first.support.contains(first.tokens).any()
     everything = replace(first.support, present=None)
+    assert everything.sizes.eq(4).all()
+    torch.testing.assert_close(everything.masses()[0], everything.student_logp.exp().sum(-1))
     assert everything.contains(first.tokens).sum() > first.support.contains(first.tokens).sum()
     with pytest.raises(ValueError, match=r"support\.present has shape"):
         replace(first.support, present=first.support.present[..., :2])
