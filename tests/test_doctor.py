@@ -1,0 +1,422 @@
+"""`opd doctor` on real pairs on disk: green on a healthy one, one fault at a time by its name."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from opd import doctor, sample_checks
+from opd.lab import TEMPLATE, Recipe, make_tokenizer, teach
+from opd.pair_checks import read_side
+from opd.problems import problems
+from opd.sample_checks import Evidence
+
+END, OTHER, THINK = 1, 2, 3
+Pair = tuple[Path, Path]
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """A student that writes plain digits, and a teacher a little beside it."""
+    folder = tmp_path_factory.mktemp("healthy")
+    network = teach(Recipe(layers=1, width=32, steps=60, batch=8, lr=2e-2), 0, "pair")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        network.model.norm.weight.mul_(2)
+        save(network, folder / "student")
+        for weight in network.parameters():
+            weight.mul_(1 + 0.05 * torch.randn(weight.shape, generator=generator))
+    save(network, folder / "teacher")
+    return folder / "student", folder / "teacher"
+
+
+def save(network, folder: Path) -> None:
+    network.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+
+
+@pytest.fixture
+def pair(healthy: Pair, tmp_path: Path) -> Pair:
+    """A copy to spoil."""
+    for folder in healthy:
+        shutil.copytree(folder, tmp_path / folder.name)
+    return tmp_path / "student", tmp_path / "teacher"
+
+
+def edit(file: Path, change: Callable[[dict], None]) -> None:
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def reweigh(folder: Path, change: Callable[[object], None]) -> None:
+    """Change the weights of a model on disk."""
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        change(network)
+    network.save_pretrained(folder)
+
+
+def own_head(network) -> torch.Tensor:
+    """The head's weight, untied from the embeddings."""
+    rows = network.get_output_embeddings()
+    rows.weight = torch.nn.Parameter(rows.weight.detach().clone())
+    network.config.tie_word_embeddings = False
+    return rows.weight
+
+
+def examine(pair: Pair, **given: object) -> dict[str, object]:
+    settings: dict[str, object] = {"task": "lab", "device": "cpu", "group": 1, "max_response": 48}
+    settings |= given
+    return {f.item: f for f in doctor.examine(*map(str, pair), **settings)}  # type: ignore[arg-type]
+
+
+def verdicts(found: dict) -> dict[str, str]:
+    return {item: f.verdict for item, f in found.items() if f.verdict != "ok"}
+
+
+def test_a_healthy_pair_is_green_and_exits_with_0(
+    healthy: Pair, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*map(str, healthy), "--task", "lab", "--device", "cpu", "--max-response", "96"]
+    doctor.main(words)
+    shown = capsys.readouterr().out
+    assert "13 ok  0 warn  0 fail" in shown
+    assert "->" not in shown
+    doctor.main([*words, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["verdict"] == "ok"
+    assert [item["item"] for item in found["items"]] == list(examine(healthy))
+    numbers = {item["item"]: item["numbers"] for item in found["items"]}
+    assert numbers["endings"]["ended"] > 0
+    assert numbers["impossible tokens"]["of"] > 500
+    assert numbers["teacher noise"]["signal_rms"] > 0.01
+    doctor.main([*map(str, healthy), "--device", "cpu", "--prompts", "2", "--max-response", "8"])
+
+
+def swap_two_ids(pair: Pair) -> None:
+    def change(state: dict) -> None:
+        words = state["model"]["vocab"]
+        words["a"], words["b"] = words["b"], words["a"]
+
+    edit(pair[1] / "tokenizer.json", change)
+
+
+def one_token_more(pair: Pair) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(pair[1])
+    tokenizer.add_tokens(["<tool>"])
+    tokenizer.save_pretrained(pair[1])
+    for folder in pair:
+        reweigh(folder, lambda network: widen(network, 262))
+
+
+def widen(network, rows: int) -> None:
+    """More rows, each as improbable as a rare byte."""
+    network.resize_token_embeddings(rows, mean_resizing=False)
+    weight = network.get_input_embeddings().weight
+    weight[261:] = weight[200]
+
+
+def end_otherwise(folder: Path, ids: int | list[int]) -> None:
+    edit(folder / "generation_config.json", lambda c: c.update(eos_token_id=ids))
+    if isinstance(ids, int):
+        edit(folder / "config.json", lambda c: c.update(eos_token_id=ids))
+        name = make_tokenizer().convert_ids_to_tokens(ids)
+        edit(folder / "tokenizer_config.json", lambda c: c.update(eos_token=name))
+
+
+def write_template(folder: Path, text: str) -> None:
+    (folder / "chat_template.jinja").write_text(text)
+
+
+def merge_in_one(pair: Pair) -> None:
+    def change(state: dict, merges: list) -> None:
+        state["model"]["vocab"]["et"] = 261
+        state["model"]["merges"] = merges
+
+    for folder, merges in zip(pair, ([["e", "t"]], []), strict=True):
+        edit(folder / "tokenizer.json", lambda s, m=merges: change(s, m))
+        reweigh(folder, lambda network: widen(network, 262))
+
+
+def ordinary_think(pair: Pair) -> None:
+    def change(state: dict) -> None:
+        for added in state["added_tokens"]:
+            if added["content"] == "<think>":
+                added["special"] = False
+
+    edit(pair[1] / "tokenizer.json", change)
+    for key in ("extra_special_tokens", "additional_special_tokens"):
+        edit(
+            pair[1] / "tokenizer_config.json",
+            lambda c, k=key: c.update({k: [t for t in c[k] if t != "<think>"]}) if k in c else None,
+        )
+
+
+def double_bos(pair: Pair) -> None:
+    token = {"id": "<|im_start|>", "type_id": 0}
+    special = {"id": "<|im_start|>", "ids": [0], "tokens": ["<|im_start|>"]}
+
+    def change(state: dict) -> None:
+        state["post_processor"]["single"].insert(0, {"SpecialToken": token})
+        state["post_processor"]["special_tokens"] = {"<|im_start|>": special}
+
+    for folder in pair:
+        edit(folder / "tokenizer.json", change)
+        edit(folder / "tokenizer_config.json", lambda c: c.update(bos_token="<|im_start|>"))
+
+
+def pad_with_the_end(pair: Pair) -> None:
+    for folder in pair:
+        edit(folder / "tokenizer_config.json", lambda c: c.update(pad_token="<|im_end|>"))
+
+
+def never_think(pair: Pair) -> None:
+    def change(network) -> None:
+        own_head(network)[THINK] *= -3
+
+    reweigh(pair[1], change)
+
+
+def name_the_end_otherwise(pair: Pair) -> None:
+    def change(network) -> None:
+        weight = own_head(network)
+        weight[[END, OTHER]] = weight[[OTHER, END]]
+
+    reweigh(pair[1], change)
+    end_otherwise(pair[1], OTHER)
+
+
+def babble(pair: Pair) -> None:
+    for folder in pair:
+        reweigh(folder, lambda network: network.model.norm.weight.mul_(0.2))
+
+
+def not_a_number(pair: Pair) -> None:
+    reweigh(pair[0], lambda network: network.model.norm.weight.fill_(float("nan")))
+
+
+def fewer_rows(pair: Pair) -> None:
+    reweigh(pair[1], lambda network: network.resize_token_embeddings(258))
+
+
+def padded_head(pair: Pair) -> None:
+    reweigh(pair[1], lambda network: widen(network, 320))
+
+
+def other_template(pair: Pair) -> None:
+    write_template(pair[1], TEMPLATE.replace("assistant\n", "assistant\n<think>"))
+
+
+def no_system_role(pair: Pair) -> None:
+    refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    write_template(pair[1], refuse + TEMPLATE)
+
+
+def other_turn_end(pair: Pair) -> None:
+    for folder in pair:
+        write_template(folder, TEMPLATE.replace("<|im_end|>", "<|endoftext|>"))
+
+
+FAULTS: dict[str, tuple[Callable[[Pair], None], dict[str, str], str]] = {
+    "swapped ids": (swap_two_ids, {"vocabulary": "fail"}, "2 of 261 ids.*'a' / 'b'"),
+    "a token more": (one_token_more, {"vocabulary": "fail"}, "1 of 262 ids.*261: '' / '<tool>'"),
+    "other merges": (merge_in_one, {"segmentation": "warn"}, "2 of 3 sample.*'et' .* / 'e' 't'"),
+    "ordinary tag": (
+        ordinary_think,
+        {"special tokens": "warn"},
+        "3 '<think>' is special for the student only",
+    ),
+    "another end": (
+        lambda pair: end_otherwise(pair[1], OTHER),
+        {"end tokens": "fail"},
+        r"student ends with 1 '<\|im_end\|>', teacher with 2 '<\|endoftext\|>'",
+    ),
+    "one end more": (
+        lambda pair: end_otherwise(pair[1], [END, OTHER]),
+        {"end tokens": "warn"},
+        r"teacher with 1 .* 2 ",
+    ),
+    "a config at odds": (
+        lambda pair: [
+            edit(f / "config.json", lambda c: c.update(eos_token_id=OTHER)) for f in pair
+        ],
+        {"end tokens": "warn"},
+        r"config also ends with .*2 '<\|endoftext\|>'",
+    ),
+    "the turn ends otherwise": (
+        other_turn_end,
+        {"end tokens": "warn"},
+        r"template ends a turn with 2 '<\|endoftext\|>'",
+    ),
+    "another template": (
+        other_template,
+        {"chat template": "warn"},
+        r"one turn: 'sistant\\n' / 'sistant\\n<think>' at character 64; system: ",
+    ),
+    "a refusing template": (
+        no_system_role,
+        {"chat template": "warn"},
+        "^system: the teacher's template refuses it .no system.$",
+    ),
+    "a template in one": (
+        lambda pair: (pair[1] / "chat_template.jinja").unlink(),
+        {"chat template": "warn"},
+        "the teacher has no chat template",
+    ),
+    "doubled bos": (double_bos, {"bos": "warn"}, "adds another"),
+    "pad ends": (pad_with_the_end, {"padding": "warn"}, "pad is 1 "),
+    "padded head": (padded_head, {"head rows": "warn"}, "261 / 320.* last 59 of the teacher"),
+    "rows missing": (fewer_rows, {"head rows": "fail"}, "261 / 258, tokens 261 / 261"),
+    "babble": (babble, {"re-tokenisation": "warn"}, r"\d+ of 8 responses.*first: '"),
+    "never think": (
+        never_think,
+        {"impossible tokens": "warn"},
+        r"of the signal: 3 '<think>' x\d+$",
+    ),
+    "not a number": (not_a_number, {"sample": "fail"}, "logits are not finite"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_one_fault_is_named_and_nothing_else(pair: Pair, name: str) -> None:
+    import re
+
+    spoil, expected, message = FAULTS[name]
+    spoil(pair)
+    found = examine(pair)
+    assert verdicts(found) == expected
+    (item,) = expected
+    assert re.search(message, found[item].found), found[item].found
+    assert found[item].advice
+
+
+def test_a_failing_pair_exits_with_1(pair: Pair, capsys: pytest.CaptureFixture[str]) -> None:
+    swap_two_ids(pair)
+    with pytest.raises(SystemExit) as end:
+        doctor.main([*map(str, pair), "--task", "lab", "--device", "cpu", "--max-response", "8"])
+    assert end.value.code == 1
+    shown = capsys.readouterr().out
+    assert "1 fail" in shown
+    assert "-> the teacher would score other text" in " ".join(shown.split())
+
+
+def test_no_end_token_and_no_room(pair: Pair) -> None:
+    found = examine(pair, budget=600)
+    assert verdicts(found) == {"positions": "fail"}
+    room = found["positions"].numbers["room"]
+    assert f"lower max_response to {room}," in found["positions"].advice
+    assert verdicts(examine(pair, budget=room)) == {}
+    assert verdicts(examine(pair, budget=room + 1)) == {"positions": "fail"}
+    for folder in pair:
+        edit(folder / "tokenizer_config.json", lambda c: c.update(eos_token=None))
+        for file in ("config.json", "generation_config.json"):
+            edit(folder / file, lambda c: c.update(eos_token_id=None))
+    assert verdicts(examine(pair)) == {"end tokens": "fail", "sample": "fail"}
+    with pytest.raises(ValueError, match="prompts is 0"):
+        examine(pair, prompts=0)
+
+
+def gathered(pair: Pair) -> Evidence:
+    sides = [read_side(str(folder), "cpu", "float32") for folder in pair]
+    asked = problems("train", 6, 0)
+    return sample_checks.gather(sides[0], sides[1], asked, group=2, max_response=180, seed=0)
+
+
+def dense(folder: Path, at: Evidence) -> list[torch.Tensor]:
+    """(length, V) log-probs of each response by the plain model, alone and without padding."""
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(folder)
+    found = []
+    for i in range(len(at.scored)):
+        prompt = at.prompts.tokens[i][at.prompts.mask[i]]
+        response = at.scored.tokens[i][at.scored.mask[i]]
+        with torch.no_grad():
+            logits = network(torch.cat([prompt, response])[None]).logits[0]
+        found.append(logits.log_softmax(-1)[len(prompt) - 1 : -1])
+    return found
+
+
+def test_impossible_tokens_equal_a_loop(pair: Pair) -> None:
+    never_think(pair)
+    at = gathered(pair)
+    counts: dict[int, int] = {}
+    wrong, whole = 0.0, 0.0
+    for i, (p, q) in enumerate(zip(dense(pair[0], at), dense(pair[1], at), strict=True)):
+        for t, v in enumerate(at.scored.tokens[i][at.scored.mask[i]].tolist()):
+            r = abs(float(p[t, v] - q[t, v]))
+            whole += r
+            if p[t, v].exp() > 0.5 and q[t, v].exp() < 1e-4:
+                counts[v], wrong = counts.get(v, 0) + 1, wrong + r
+    numbers = sample_checks.impossible_tokens(at).numbers
+    assert set(counts) == {THINK}
+    assert numbers["by_id"] == {str(v): n for v, n in counts.items()}
+    assert numbers["signal_share"] == pytest.approx(wrong / whole, rel=1e-4)
+
+
+def test_an_end_under_another_name_is_told_from_going_on(pair: Pair, healthy: Pair) -> None:
+    name_the_end_otherwise(pair)
+    found = examine(pair, group=2, max_response=180)
+    assert verdicts(found)["end tokens"] == "fail"
+    assert verdicts(found)["endings"] == "warn"
+    assert "read it at its own end" in found["endings"].advice
+    for folders, known in ((pair, [OTHER]), (healthy, [END])):
+        at = gathered(folders)
+        last = [q[-1] for q, e in zip(dense(folders[1], at), at.scored.ended, strict=True) if e]
+        numbers = sample_checks.endings(at).numbers
+        assert numbers["ended"] == len(last) > 2
+        own = torch.stack([q[END] for q in last]).mean()
+        assert numbers["own"] == pytest.approx(float(own), rel=1e-4)
+        listed = torch.stack([q[known].logsumexp(0) for q in last]).mean()
+        assert numbers["listed"] == pytest.approx(float(listed), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("size", "verdict"), [(0.0, "ok"), (1e-4, "ok"), (0.2, "warn"), (3.0, "fail")]
+)
+def test_a_teacher_that_depends_on_chance_is_found(
+    healthy: Pair, size: float, verdict: str
+) -> None:
+    at = gathered(healthy)
+    generator = torch.Generator().manual_seed(0)
+    steady = at.pair.teacher
+
+    def hidden(*given: torch.Tensor) -> torch.Tensor:
+        states = steady.hidden(*given)
+        return states + size * torch.randn(states.shape, generator=generator)
+
+    noisy = replace(at, pair=replace(at.pair, teacher=replace(steady, hidden=hidden)))
+    found = sample_checks.teacher_noise(noisy)
+    assert found.verdict == verdict
+    if size == 0:
+        assert found.numbers["again_max"] == 0
+        assert found.numbers["alone_max"] < 1e-4
+
+
+def test_a_teacher_that_depends_on_its_batch_is_found(healthy: Pair) -> None:
+    at = gathered(healthy)
+    steady = at.pair.teacher
+
+    def hidden(ids: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        return steady.hidden(ids, *rest) * (1 + 0.02 * (len(ids) > 1))
+
+    crowded = replace(at.pair, teacher=replace(steady, hidden=hidden))
+    everything = at.prompts.tokens.numel() + at.rollouts.tokens.numel()
+    scored = sample_checks.scores(crowded, at.prompts, at.rollouts, everything)
+    found = sample_checks.teacher_noise(replace(at, pair=crowded, scored=scored))
+    assert found.verdict == "warn"
+    assert found.numbers["again_max"] == 0
+    alone = sample_checks.scores(at.pair, at.prompts, at.rollouts, 1)
+    gap = (alone.teacher_logp - scored.teacher_logp)[scored.mask].double()
+    assert found.numbers["alone_rms"] == pytest.approx(float(gap.square().mean().sqrt()))
+    r = scored.log_ratio[scored.mask].double()
+    assert found.numbers["signal_rms"] == pytest.approx(float(r.square().mean().sqrt()))
