@@ -1,8 +1,8 @@
-"""Models: loading a pair, and from token ids to log-probabilities without keeping (tokens, V).
+"""Models: loading a pair, and from token ids to the hidden states that predict the responses.
 
-The one place that aligns hidden states with response tokens, and the one place that applies a
-head. Shapes: B responses, P prompt positions, T response positions, N supervised tokens (flat),
-D hidden size, V shared vocabulary, K support.
+The one place that aligns hidden states with response tokens. Shapes: B responses, P prompt
+positions, T response positions, L = P + T, N supervised tokens (flat), D hidden size, V shared
+vocabulary.
 """
 
 import warnings
@@ -13,26 +13,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from diagnostics.batch import Prefix, Rollouts, Scored, Support
-from diagnostics.prefix import functionals
+from diagnostics.batch import Rollouts
 from opd.data import Prompts
-from opd.objectives import Objective
-from opd.surrogates import Visited
+from opd.head import Head, find_head, full_logits
+
+Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(ids, attention mask, positions), (B, L) each -> (B, L, D)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Model:
     """A causal LM, split into what makes hidden states and what turns them into logits.
 
-    network: the Hugging Face model; hidden: (ids, attention mask, positions) -> (B, L, D); head:
-    (N, D) -> (N, V) in float32, cut to the vocabulary that the pair shares.
+    network: the Hugging Face model; hidden: what it does before its head; vocabulary: V, the ids
+    that the pair shares, to which the head is cut.
     """
 
     network: Any
-    hidden: Callable[[Tensor, Tensor, Tensor], Tensor]
-    head: Callable[[Tensor], Tensor]
+    hidden: Forward
+    head: Head
     vocabulary: int
 
     @property
@@ -120,12 +120,18 @@ def head_rows(network: Any) -> int:
 
 
 def split(network: Any, vocabulary: int) -> Model:
-    """Split a model at its head, after a check that head(hidden) are the model's own logits.
+    """Split a model in evaluation mode at its head, checked against its own logits on a probe.
 
-    A model whose logits are not a plain head of its decoder's hidden states (a soft-cap, a scale)
-    is used through `.logits`; that costs (B, L, V) memory, and a warning says so.
+    Scale and soft-cap are read from the configuration, adapters of peft stay in the decoder. A
+    model that is not one head on its decoder's hidden states is used through `.logits`; that costs
+    (B, L, V) memory, and a warning says so.
+
+    Raises:
+      ValueError: an adapter sits on the head.
     """
-    decoder, output = network.get_decoder(), network.get_output_embeddings()
+    base = network.get_base_model() if hasattr(network, "get_base_model") else network
+    decoder = base.get_decoder()
+    head = find_head(base, vocabulary) if decoder is not base else None
 
     def hidden(ids: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
         out = decoder(
@@ -139,20 +145,33 @@ def split(network: Any, vocabulary: int) -> Model:
         )
         return out.logits
 
-    device = next(network.parameters()).device
-    ids = torch.arange(4, device=device)[None] % vocabulary
-    with torch.no_grad():
-        probe = (ids, torch.ones_like(ids), torch.arange(4, device=device)[None])
-        ours, theirs = output(hidden(*probe)), logits(*probe)
-    if torch.allclose(ours.float(), theirs.float(), atol=1e-4, rtol=1e-3, equal_nan=True):
-        return Model(network, hidden, lambda h: output(h).float()[..., :vocabulary], vocabulary)
+    if head is not None and _agree(network, hidden, logits, head):
+        return Model(network, hidden, head, vocabulary)
     size = network.config.get_text_config().vocab_size
     warnings.warn(
-        f"{type(network).__name__} changes its logits after the head; falling back to `.logits`, "
-        f"which keeps {size} numbers for every token of a micro-batch",
+        f"{type(base).__name__} has logits that its head and configuration do not explain; falling "
+        f"back to `.logits`, which keeps {size} numbers for every token of a micro-batch",
         stacklevel=2,
     )
-    return Model(network, logits, lambda z: z.float()[..., :vocabulary], vocabulary)
+    return Model(network, logits, Head(None, vocabulary), vocabulary)
+
+
+def _agree(network: Any, hidden: Forward, logits: Forward, head: Head) -> bool:
+    """Whether the head makes the model's own logits from its hidden states, on random ids."""
+    device = next(network.parameters()).device
+    seeded = torch.Generator().manual_seed(0)
+    ids = torch.randint(head.vocabulary, (2, 8), generator=seeded).to(device)
+    probe = (ids, torch.ones_like(ids), torch.arange(8, device=device).expand(2, 8))
+    with torch.no_grad():
+        states = hidden(*probe)
+        if head.weight is None or states.shape[-1] != head.weight.shape[1]:
+            return False
+        ours = full_logits(states.flatten(0, 1), head)
+        theirs = logits(*probe).flatten(0, 1)[:, : head.vocabulary]
+    rounding = max(2 * torch.finfo(theirs.dtype).eps, 1e-4)
+    far = (ours - theirs.float()).abs().nan_to_num().max()
+    same_nan = bool((ours.isnan() == theirs.isnan()).all())
+    return same_nan and float(far) <= rounding * float(theirs.float().abs().nan_to_num().max())
 
 
 def response_hidden(model: Model, prompts: Prompts, batch: Rollouts) -> Tensor:
@@ -188,142 +207,9 @@ def micro_batches(prompts: Prompts, batch: Rollouts, tokens: int) -> list[list[i
     return groups
 
 
-@torch.no_grad()
-def score(
-    pair: Pair,
-    prompts: Prompts,
-    batch: Rollouts,
-    *,
-    k: int,
-    source: str = "teacher",
-    temperature: float,
-    micro_tokens: int,
-    chunk_elements: int,
-    keep_teacher: bool,
-) -> tuple[Scored, Tensor | None]:
-    """Put both models' log-probs, a top-K support and the prefix functionals on a batch.
-
-    The support holds the K most probable ids of the `source`, "teacher" or "student".
-
-    Logits exist for one chunk of tokens at a time. With `keep_teacher`, the teacher's hidden
-    states (N, D), row-major over the mask, are returned for losses that need its whole vocabulary.
-    """
-    if k > pair.student.vocabulary:
-        raise ValueError(
-            f"support_k is {k}, but the shared vocabulary has {pair.student.vocabulary} tokens"
-        )
-    n, device = int(batch.mask.sum()), batch.tokens.device
-    slot = _slots(batch.mask)
-    flat: dict[str, Tensor] = {}
-    kept: Tensor | None = None
-
-    def put(name: str, where: Tensor, value: Tensor) -> None:
-        if name not in flat:
-            flat[name] = torch.zeros((n, *value.shape[1:]), dtype=value.dtype, device=device)
-        flat[name][where] = value
-
-    for rows in micro_batches(prompts, batch, micro_tokens):
-        part = batch.rows(rows).trimmed()
-        some = prompts.rows(rows)
-        where = slot[rows][:, : part.mask.shape[1]][part.mask]
-        ours = response_hidden(pair.student, some, part)
-        theirs = response_hidden(pair.teacher, some, part)
-        tokens = part.tokens[part.mask]
-        if keep_teacher:
-            kept = theirs.new_zeros((n, theirs.shape[1])) if kept is None else kept
-            kept[where] = theirs
-        for c in chunks(len(tokens), pair.student.vocabulary, chunk_elements):
-            p = log_probabilities(pair.student, ours[c], temperature)
-            q = log_probabilities(pair.teacher, theirs[c], temperature)
-            ids = (p if source == "student" else q).topk(k, -1).indices
-            y = tokens[c, None]
-            put("student_logp", where[c], p.gather(-1, y)[:, 0])
-            put("teacher_logp", where[c], q.gather(-1, y)[:, 0])
-            put("support.ids", where[c], ids)
-            put("support.teacher_logp", where[c], q.gather(-1, ids))
-            put("support.student_logp", where[c], p.gather(-1, ids))
-            for name, value in functionals(p, q, tokens[c]).items():
-                put(f"prefix.{name}", where[c], value)
-
-    full = {name: spread(value, batch.mask) for name, value in flat.items()}
-    fields = dict(vars(batch))
-    scored = Scored(
-        **fields,
-        student_logp=full["student_logp"],
-        teacher_logp=full["teacher_logp"],
-        support=Support(source=source, **_under(full, "support.")),
-        prefix=Prefix(**_under(full, "prefix.")),
-        score_temperature=temperature,
-    )
-    return scored.checked(), kept
-
-
 def log_probabilities(model: Model, hidden: Tensor, temperature: float) -> Tensor:
     """(n, D) -> (n, V) float32 log-softmax at the loss temperature."""
-    return (model.head(hidden) / temperature).log_softmax(-1)
-
-
-def loss_from_hidden(
-    pair: Pair,
-    objective: Objective,
-    hidden: Tensor,
-    teacher_hidden: Tensor | None,
-    part: Scored,
-    credit: Tensor,
-    weight: Tensor,
-    *,
-    chunk_elements: int,
-) -> Tensor:
-    """Scalar sum over supervised tokens of weight x surrogate, with gradient to `hidden`.
-
-    Args:
-      hidden: (N, D) student states; teacher_hidden: (N, D') for objectives on the full vocabulary.
-      part: the micro-batch; credit: (B, T) of the same rows; weight: (N,) one over denominator.
-
-    Each chunk's logits are recomputed in the backward pass, so that none are kept.
-    """
-    mask, temperature = part.mask, part.score_temperature
-    tokens, credit, teacher_logp = part.tokens[mask], credit[mask], part.teacher_logp[mask]
-    support = part.support
-    topk = objective.support in ("teacher", "student")
-    if topk and (support is None or support.source != objective.support):
-        raise ValueError(
-            f"the objective needs the {objective.support}'s top-K, the batch has no such support"
-        )
-    ids = support.ids[mask] if support is not None else None
-    theirs = support.teacher_logp[mask] if support is not None else None
-
-    def chunk(h: Tensor, c: slice) -> Tensor:
-        p = log_probabilities(pair.student, h, temperature)
-        ours_on, theirs_on = None, None
-        if objective.support == "full":
-            if teacher_hidden is None:
-                raise ValueError("the objective compares whole vocabularies; no teacher states")
-            ours_on = p
-            with torch.no_grad():
-                theirs_on = log_probabilities(pair.teacher, teacher_hidden[c], temperature)
-        elif topk and ids is not None and theirs is not None:
-            ours_on, theirs_on = p.gather(-1, ids[c]), theirs[c]
-        at = Visited(
-            logp=p.gather(-1, tokens[c, None])[:, 0],
-            credit=credit[c],
-            teacher_logp=teacher_logp[c],
-            support_logp=ours_on,
-            teacher_support_logp=theirs_on,
-            inside=None if ids is None else (ids[c] == tokens[c, None]).any(-1),
-        )
-        return (objective.surrogate(at) * weight[c]).sum()
-
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for c in chunks(len(tokens), pair.student.vocabulary, chunk_elements):
-        total = total + checkpoint(chunk, hidden[c], c, use_reentrant=False)
-    return total
-
-
-def chunks(count: int, vocabulary: int, elements: int) -> list[slice]:
-    """Slices of at most elements / vocabulary tokens."""
-    size = max(1, elements // vocabulary)
-    return [slice(i, min(i + size, count)) for i in range(0, count, size)]
+    return (full_logits(hidden, model.head) / temperature).log_softmax(-1)
 
 
 def spread(flat: Tensor, mask: Tensor) -> Tensor:
@@ -333,10 +219,14 @@ def spread(flat: Tensor, mask: Tensor) -> Tensor:
     return out
 
 
-def _slots(mask: Tensor) -> Tensor:
-    """(B, T) row of each supervised token in the flat order."""
-    return (mask.flatten().cumsum(0) - 1).reshape(mask.shape)
+def __getattr__(name: str) -> Any:
+    """`score` and `loss_from_hidden`, for callers that look for them here."""
+    if name == "score":
+        from opd.scoring import score
 
+        return score
+    if name == "loss_from_hidden":
+        from opd.loss import loss_from_hidden
 
-def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        return loss_from_hidden
+    raise AttributeError(f"module 'opd.model' has no attribute {name!r}")

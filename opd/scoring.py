@@ -1,0 +1,186 @@
+"""Scoring: both models' log-probabilities of what the student sampled, without keeping (tokens, V).
+
+Shapes: B responses, T positions, N supervised tokens, n tokens of a chunk, D and D' hidden sizes
+of student and teacher, V shared vocabulary, K support ids.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from diagnostics.batch import Prefix, Rollouts, Scored, Support
+from diagnostics.prefix import functionals
+from opd.data import Prompts
+from opd.head import chunks, full_logits, gathered_logits, two_stage_topk
+from opd.model import Pair, log_probabilities, micro_batches, response_hidden, spread
+from opd.supports import JOINED
+
+Measure = Callable[[Tensor, Tensor, Tensor, Tensor], dict[str, Tensor]]
+"""(n, D) student and (n, D') teacher states, (n,) tokens and their places -> (n, ...) columns."""
+
+
+@torch.no_grad()
+def score(
+    pair: Pair,
+    prompts: Prompts,
+    batch: Rollouts,
+    *,
+    k: int,
+    source: str = "teacher",
+    temperature: float,
+    micro_tokens: int,
+    chunk_elements: int,
+    keep_teacher: bool,
+) -> tuple[Scored, Tensor | None]:
+    """Put both models' log-probs, a support and the prefix functionals on a batch.
+
+    The support holds the K most probable ids of the `source`, "teacher" or "student", or the
+    "union" or "intersection" of both lists (`opd.supports`).
+
+    Logits exist for one chunk of tokens at a time. With `keep_teacher`, the teacher's hidden
+    states (N, D'), row-major over the mask, are returned for losses that need its whole vocabulary.
+
+    Raises:
+      ValueError: k is larger than the vocabulary, or a source is unknown.
+    """
+    _check(pair, k, source)
+
+    def measure(ours: Tensor, theirs: Tensor, tokens: Tensor, _: Tensor) -> dict[str, Tensor]:
+        p = log_probabilities(pair.student, ours, temperature)
+        q = log_probabilities(pair.teacher, theirs, temperature)
+        ids, present = _support_ids(p, q, k, source)
+        y = tokens[:, None]
+        found = {
+            "student_logp": p.gather(-1, y)[:, 0],
+            "teacher_logp": q.gather(-1, y)[:, 0],
+            "support.ids": ids,
+            "support.student_logp": p.gather(-1, ids),
+            "support.teacher_logp": q.gather(-1, ids),
+        }
+        if present is not None:
+            found["support.present"] = present
+        return found | {f"prefix.{name}": x for name, x in functionals(p, q, tokens).items()}
+
+    columns, kept = _columns(
+        pair, prompts, batch, measure, micro_tokens, chunk_elements, keep_teacher
+    )
+    return _scored(batch, columns, source, temperature), kept
+
+
+@torch.no_grad()
+def score_support(
+    pair: Pair,
+    prompts: Prompts,
+    batch: Rollouts,
+    *,
+    k: int,
+    temperature: float,
+    micro_tokens: int,
+    chunk_elements: int,
+) -> Scored:
+    """The same with the teacher's top-K and without prefix functionals: V for the teacher only.
+
+    For steps without diagnostics of objectives that are not `normalised`. `student_logp` is the
+    sampler's own `softmax_logp`, and the student's log-probabilities on the support follow from it
+    and from K + 1 head rows: log p(v) = log p(y) + z_v - z_y. So they are those of the student only
+    if it sampled the batch with its present weights, and they hide what a foreign engine rounds
+    differently; `score` measures that.
+
+    Raises:
+      ValueError: k is larger than the vocabulary, or the sampler kept no whole softmax at this
+        temperature.
+    """
+    _check(pair, k, "teacher")
+    if batch.softmax_logp is None or batch.temperature != temperature:
+        raise ValueError(
+            f"the sampler ran at temperature {batch.temperature} and "
+            f"{'kept no' if batch.softmax_logp is None else 'kept the'} whole softmax; without the "
+            f"student's log-probabilities at temperature {temperature} use `score`"
+        )
+    sampled = batch.softmax_logp[batch.mask]
+
+    def measure(ours: Tensor, theirs: Tensor, tokens: Tensor, place: Tensor) -> dict[str, Tensor]:
+        logits = full_logits(theirs, pair.teacher.head).div_(temperature)
+        normaliser = logits.logsumexp(-1, keepdim=True)
+        best, ids = two_stage_topk(logits, k)
+        y, logp = tokens[:, None], sampled[place].float()
+        z = gathered_logits(ours, pair.student.head, torch.cat([y, ids], 1)) / temperature
+        return {
+            "student_logp": logp,
+            "teacher_logp": (logits.gather(-1, y) - normaliser)[:, 0],
+            "support.ids": ids,
+            "support.student_logp": (logp[:, None] + z[:, 1:] - z[:, :1]).clamp(max=0.0),
+            "support.teacher_logp": best - normaliser,
+        }
+
+    columns, _ = _columns(pair, prompts, batch, measure, micro_tokens, chunk_elements, False)
+    return _scored(batch, columns, "teacher", temperature)
+
+
+def _check(pair: Pair, k: int, source: str) -> None:
+    size = pair.student.vocabulary
+    if k > size:
+        raise ValueError(f"support_k is {k}, but the shared vocabulary has {size} tokens")
+    known = ("teacher", "student", *JOINED)
+    if source not in known:
+        raise ValueError(f"unknown support source {source!r}; known: {', '.join(known)}")
+
+
+def _support_ids(p: Tensor, q: Tensor, k: int, source: str) -> tuple[Tensor, Tensor | None]:
+    """Ids (n, K or 2K) of the source, and which of them count (all if None)."""
+    if source in JOINED:
+        return JOINED[source](two_stage_topk(q, k)[1], two_stage_topk(p, k)[1])
+    return two_stage_topk(q if source == "teacher" else p, k)[1], None
+
+
+def _columns(
+    pair: Pair,
+    prompts: Prompts,
+    batch: Rollouts,
+    measure: Measure,
+    micro_tokens: int,
+    chunk_elements: int,
+    keep_teacher: bool,
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Measured columns (N, ...) of all supervised tokens, and the teacher's states if kept."""
+    n, device = int(batch.mask.sum()), batch.tokens.device
+    slot = (batch.mask.flatten().cumsum(0) - 1).reshape(batch.mask.shape)
+    flat: dict[str, Tensor] = {}
+
+    def put(name: str, where: Tensor, value: Tensor) -> None:
+        if name not in flat:
+            flat[name] = torch.zeros((n, *value.shape[1:]), dtype=value.dtype, device=device)
+        flat[name][where] = value
+
+    for rows in micro_batches(prompts, batch, micro_tokens):
+        part = batch.rows(rows).trimmed()
+        some = prompts.rows(rows)
+        where = slot[rows][:, : part.mask.shape[1]][part.mask]
+        ours = response_hidden(pair.student, some, part)
+        theirs = response_hidden(pair.teacher, some, part)
+        tokens = part.tokens[part.mask]
+        if keep_teacher:
+            put("teacher_hidden", where, theirs)
+        for c in chunks(len(tokens), pair.student.vocabulary, chunk_elements):
+            for name, value in measure(ours[c], theirs[c], tokens[c], where[c]).items():
+                put(name, where[c], value)
+    return flat, flat.pop("teacher_hidden", None)
+
+
+def _scored(batch: Rollouts, columns: dict[str, Tensor], source: str, temperature: float) -> Scored:
+    full = {name: spread(value, batch.mask) for name, value in columns.items()}
+    prefix = _under(full, "prefix.")
+    scored = Scored(
+        **vars(batch),
+        student_logp=full["student_logp"],
+        teacher_logp=full["teacher_logp"],
+        support=Support(source=source, **_under(full, "support.")),
+        prefix=Prefix(**prefix) if prefix else None,
+        score_temperature=temperature,
+    )
+    return scored.checked()
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
