@@ -24,6 +24,7 @@ from opd.credit import (
 )
 from opd.surrogates import (
     READS_SAMPLE,
+    RENORMALISING,
     Visited,
     bucket,
     clipped_score,
@@ -56,8 +57,9 @@ class Objective:
     costs discounted by gamma, minus the `baseline`, plus what the `outcome` costs, all Scored ->
     (B, T) over the whole step; ratio: Scored -> (B, T) factor of a token's loss where the sampler
     is not the student.
-    normalised: whether `support_logp` must be true log-probabilities; where False, raw logits of
-    the support's ids give the same loss and gradient. sampled: whether `logp` is read at all.
+    normalised: whether the student's `logp` and `support_logp` must be true log-probabilities;
+    where False, raw logits of these ids give the same loss and gradient. sampled: whether `logp` is
+    read at all.
     """
 
     support: str
@@ -215,7 +217,7 @@ def local(support: str, surrogate: Callable[[Visited], Tensor]) -> Objective:
     return Objective(
         support=support,
         local=surrogate,
-        normalised=surrogate is not renormalised,
+        normalised=surrogate not in RENORMALISING,
         sampled=surrogate in READS_SAMPLE,
     )
 

@@ -106,9 +106,9 @@ def make(
       beta: of full_jsd, 0.5 if None. clip: (low, high, dual) of sampled_token_clipped, its own
         if None.
       ratio_clip: nats within which the sampled tokens' costs are held (`clipped_cost`).
-      outcome: weight of the reward, J - outcome * E[reward]; any objective takes one, as a plain
-        score-function term (or the objective's own score) with the `advantage` of
-        `opd.credit.ADVANTAGES`.
+      outcome: weight of the reward, outcome * E[reward] taken from what is minimised. Any objective
+        takes one: its own score function carries it, or a plain one where it has none, with an
+        `advantage` of `opd.credit.ADVANTAGES`.
       collapse_accepted: a form in COLLAPSING is wanted all the same, to study it.
 
     Raises:

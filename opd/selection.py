@@ -1,7 +1,8 @@
 """Selection: which supervised tokens of a step the loss is taken over, and its denominator.
 
-The credit of a token counts all that follow it, selected or not: compute it first, on the whole
-batch, then narrow the batch and let loss and denominator see the narrow one alone.
+The credit of a token counts all that follow it, selected or not, and a sequence ratio all of the
+response: compute both first, on the whole batch, then narrow the batch and let loss and denominator
+see the narrow one alone.
 
 Shapes: B responses, T positions.
 """

@@ -236,6 +236,9 @@ def low_variance(at: Visited) -> Tensor:
 READS_SAMPLE = (renormalised_and_sampled, sampled_tail, published_tail, half_square, low_variance)
 """The local surrogates that look at the sampled token's log-probability."""
 
+RENORMALISING = (renormalised, renormalised_and_sampled)
+"""The local surrogates that do not change with a constant added to all log-probabilities."""
+
 # --- what is known at a token -------------------------------------------------------------------
 
 
