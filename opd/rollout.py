@@ -139,9 +139,9 @@ def nucleus(logits: Tensor, top_p: float) -> Tensor:
     if top_p >= 1:
         return logp
     ordered, order = logp.sort(stable=True, dim=-1, descending=True)
-    before = ordered.exp().cumsum(-1) - ordered.exp()
-    outside = (before >= top_p).scatter(-1, order, before >= top_p)
-    outside.scatter_(-1, order[..., :1], False)
+    beyond = ordered.exp().cumsum(-1) - ordered.exp() >= top_p
+    beyond[..., 0] = False
+    outside = beyond.scatter(-1, order, beyond)
     return logp.masked_fill(outside, -torch.inf).log_softmax(-1)
 
 

@@ -15,7 +15,7 @@ from opd.data import Prompts, encode
 from opd.engines import make_engine
 from opd.model import Model, load_pair
 from opd.problems import Problem
-from opd.rollout import batches, draw, nucleus, sample, until_end
+from opd.rollout import Sampler, batches, draw, nucleus, sample, until_end
 
 TEMPERATURE, TOP_P = 0.7, 0.8
 
@@ -157,6 +157,17 @@ def test_draws_by_hand() -> None:
     tail = torch.full((1, 200_000), 1 / 200_000).log()
     middle = torch.tensor([0.123456789], dtype=torch.float64)
     assert int(draw(tail, middle)) == 24691, "float32 sums would be off by many ids"
+
+
+def test_every_token_has_noise_of_its_own() -> None:
+    generator = seeded(0)
+    scores = torch.randn(50, 7, generator=generator)
+    noise = torch.rand(50, 3, generator=generator, dtype=torch.float64)
+    sampler = Sampler(7, 1.0, 1.0, noise)
+    drawn = [sampler(torch.zeros(50, 1), scores).argmax(1) for _ in range(3)]
+    for t, tokens in enumerate(drawn):
+        below = scores.softmax(1).double().cumsum(1) <= noise[:, t, None]
+        assert torch.equal(tokens, below.sum(1))
 
 
 def test_ties_and_extremes_of_the_nucleus() -> None:
