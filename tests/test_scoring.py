@@ -1,0 +1,129 @@
+"""Scoring a batch: supports by definition, and the pass that spares the student's vocabulary."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from diagnostics.batch import Rollouts
+from opd.data import Prompts, encode
+from opd.model import Pair, load_pair, log_probabilities, response_hidden
+from opd.problems import Problem
+from opd.rollout import sample
+from opd.scoring import score, score_support
+from opd.supports import JOINED
+
+HOW = {"micro_tokens": 90, "chunk_elements": 700}
+
+
+@pytest.fixture(scope="module")
+def rolled(tiny_pair) -> tuple[Pair, Prompts, Rollouts]:
+    pair = load_pair(*map(str, tiny_pair), "cpu", "float32")
+    asked = [Problem("1+2" * n, "3") for n in (1, 3, 2)]
+    prompts = encode(pair.tokenizer, asked, 2, 64)
+    return pair, prompts, rollouts(pair, prompts, 0.7, 1.0)
+
+
+def rollouts(pair: Pair, prompts: Prompts, temperature: float, top_p: float) -> Rollouts:
+    return sample(
+        pair.student,
+        prompts,
+        pair.eos,
+        max_response=10,
+        temperature=temperature,
+        top_p=top_p,
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def whole(pair: Pair, prompts: Prompts, batch: Rollouts, temperature: float) -> list[Tensor]:
+    """(N, V) log-probabilities of student and teacher, in one pass."""
+    with torch.no_grad():
+        return [
+            log_probabilities(one, response_hidden(one, prompts, batch), temperature)
+            for one in (pair.student, pair.teacher)
+        ]
+
+
+@pytest.mark.parametrize("source", ["teacher", "student", *JOINED])
+def test_supports_are_those_of_whole_distributions(rolled, source: str) -> None:
+    pair, prompts, batch = rolled
+    p, q = whole(*rolled, 0.7)
+    best = {"teacher": q.topk(5, -1).indices, "student": p.topk(5, -1).indices}
+    ids, present = best.get(source), None
+    if source in JOINED:
+        ids, present = JOINED[source](best["teacher"], best["student"])
+        assert present.any()
+        assert not present.all()
+    scored, kept = score(
+        pair, prompts, batch, k=5, source=source, temperature=0.7, keep_teacher=True, **HOW
+    )
+    mask, support = batch.mask, scored.support
+    assert torch.equal(support.ids[mask], ids)
+    assert present is None or torch.equal(support.present[mask], present)
+    for found, logp in ((support.student_logp, p), (support.teacher_logp, q)):
+        torch.testing.assert_close(found[mask], logp.gather(-1, ids), atol=1e-5, rtol=1e-5)
+    assert support.source == source
+    y = batch.tokens[mask][:, None]
+    torch.testing.assert_close(scored.student_logp[mask], p.gather(-1, y)[:, 0], atol=1e-5, rtol=0)
+    entropy = -(p.exp() * p).sum(-1)
+    torch.testing.assert_close(scored.prefix.student_entropy[mask], entropy, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            kept, response_hidden(pair.teacher, prompts, batch), atol=1e-5, rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_the_lean_pass_agrees_with_the_whole_one(rolled, top_p: float) -> None:
+    """Also after top-p, which changes what was drawn but not the student's softmax."""
+    pair, prompts, _ = rolled
+    batch = rollouts(pair, prompts, 0.7, top_p)
+    rich, _ = score(pair, prompts, batch, k=5, temperature=0.7, keep_teacher=False, **HOW)
+    lean = score_support(pair, prompts, batch, k=5, temperature=0.7, **HOW)
+    assert lean.prefix is None
+    assert torch.equal(lean.support.ids, rich.support.ids)
+    for found, expected in (
+        (lean.student_logp, rich.student_logp),
+        (lean.teacher_logp, rich.teacher_logp),
+        (lean.support.student_logp, rich.support.student_logp),
+        (lean.support.teacher_logp, rich.support.teacher_logp),
+    ):
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+
+
+class Users(TorchDispatchMode):
+    """Names of the operations that were given a tensor of this storage."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.storage, self.names = weight.untyped_storage().data_ptr(), set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if any(x.untyped_storage().data_ptr() == self.storage for x in given):
+            self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_lean_pass_multiplies_with_the_teachers_head_only(rolled) -> None:
+    pair, prompts, batch = rolled
+    products = {"mm", "addmm", "matmul", "linear"}
+    for one, multiplied in ((pair.teacher, True), (pair.student, False)):
+        with Users(one.head.weight) as users:
+            score_support(pair, prompts, batch, k=5, temperature=0.7, **HOW)
+        assert bool(users.names & products) == multiplied, users.names
+
+
+def test_what_the_lean_pass_cannot_know_is_refused(rolled) -> None:
+    pair, prompts, batch = rolled
+    with pytest.raises(ValueError, match=r"ran at temperature 0\.7 .* at temperature 1\.0 use"):
+        score_support(pair, prompts, batch, k=5, temperature=1.0, **HOW)
+    silent = replace(batch, softmax_logp=None)
+    with pytest.raises(ValueError, match="kept no whole softmax"):
+        score_support(pair, prompts, silent, k=5, temperature=0.7, **HOW)
+    with pytest.raises(ValueError, match="unknown support source 'both'; known: teacher, student"):
+        score(pair, prompts, batch, k=5, source="both", temperature=0.7, keep_teacher=False, **HOW)
