@@ -35,6 +35,10 @@ class Engine(Protocol):
         """Sample from this model's present weights from now on."""
         ...
 
+    def close(self) -> None:
+        """Free what the engine holds beside the student; it samples no more."""
+        ...
+
 
 class InProcess:
     """`opd.rollout.sample` as an engine; it samples from the student itself, nothing is copied.
@@ -50,6 +54,9 @@ class InProcess:
 
     def sync(self, model: Model) -> None:
         self.model = model
+
+    def close(self) -> None:
+        pass
 
 
 def _vllm(model: Model, **settings: Any) -> Engine:
