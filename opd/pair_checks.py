@@ -131,14 +131,14 @@ def special_tokens(student: Side, teacher: Side) -> Finding:
         ours, theirs = (getattr(s.tokenizer, f"{role}_token_id") for s in (student, teacher))
         if ours != theirs:
             differ.append(f"{role}: {student.token(ours)} / {teacher.token(theirs)}")
-    ours, theirs = (set(special_ids(s.tokenizer)) - set(s.eos) for s in (student, teacher))
+    ours, theirs = (set(special_ids(s.tokenizer)) for s in (student, teacher))
     # the end of one may be an ordinary special token of the other
     flags = (ours ^ theirs) - set(student.eos) - set(teacher.eos)
     for v in sorted(flags)[:5]:
         where = "student" if v in ours else "teacher"
         side = student if v in ours else teacher
         differ.append(f"{side.token(v)} is special for the {where} only")
-    numbers = {"special": [len(ours | set(student.eos)), len(theirs | set(teacher.eos))]}
+    numbers = {"special": [len(ours), len(theirs)]}
     if not differ:
         tags = [tag for tag in THINK if tag.encode() in student.table]
         known = ", ".join(tags) if tags else "no think tag"

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from diagnostics.batch import Rollouts, Scored
 from opd.data import Prompts, encode
-from opd.model import Pair, head_rows, log_probabilities, response_hidden, score, split
+from opd.model import Pair, head_rows, log_probabilities, response_hidden, split
 from opd.pair_checks import Finding, Side, same_from_start
 from opd.problems import Problem
 from opd.rollout import sample
+from opd.scoring import score
 
 PROMPTS = (
     "What is 12+34?",
@@ -138,7 +139,7 @@ def retokenisation(at: Evidence) -> Finding:
     nameless = 0
     rows = zip(at.scored.tokens.tolist(), at.scored.lengths.tolist(), at.scored.ended, strict=True)
     for tokens, length, ended in rows:
-        ids = tokens[: length - 1] if ended else whole_characters(tokenizer, tokens[:length])
+        ids = tokens[:length] if ended else whole_characters(tokenizer, tokens[:length])
         nameless += sum(v >= len(at.student.table) for v in ids)
         text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         again = tokenizer.encode(text, add_special_tokens=False)

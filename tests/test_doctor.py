@@ -11,11 +11,12 @@ import torch
 
 from opd import doctor, sample_checks
 from opd.lab import TEMPLATE, Recipe, make_tokenizer, teach
-from opd.pair_checks import read_side
+from opd.pair_checks import bos, read_side
 from opd.problems import problems
 from opd.sample_checks import Evidence
 
 END, OTHER, THINK = 1, 2, 3
+DIGIT = make_tokenizer().convert_tokens_to_ids("2")
 Pair = tuple[Path, Path]
 
 
@@ -171,7 +172,11 @@ def double_bos(pair: Pair) -> None:
 
     for folder in pair:
         edit(folder / "tokenizer.json", change)
-        edit(folder / "tokenizer_config.json", lambda c: c.update(bos_token="<|im_start|>"))
+        use_bos(folder)
+
+
+def use_bos(folder: Path) -> None:
+    edit(folder / "tokenizer_config.json", lambda c: c.update(bos_token="<|im_start|>"))
 
 
 def pad_with_the_end(pair: Pair) -> None:
@@ -274,6 +279,11 @@ FAULTS: dict[str, tuple[Callable[[Pair], None], dict[str, str], str]] = {
     ),
     "doubled bos": (double_bos, {"bos": "warn"}, "adds another"),
     "pad ends": (pad_with_the_end, {"padding": "warn"}, "pad is 1 "),
+    "pad is another end": (
+        lambda pair: [end_otherwise(folder, [END, OTHER]) for folder in pair],
+        {"padding": "warn"},
+        "pad is 2 ",
+    ),
     "padded head": (padded_head, {"head rows": "warn"}, "261 / 320.* last 59 of the teacher"),
     "rows missing": (fewer_rows, {"head rows": "fail"}, "261 / 258, tokens 261 / 261"),
     "babble": (babble, {"re-tokenisation": "warn"}, r"\d+ of 8 responses.*first: '"),
@@ -299,6 +309,38 @@ def test_one_fault_is_named_and_nothing_else(pair: Pair, name: str) -> None:
     assert found[item].advice
 
 
+def test_a_template_that_leaves_turns_open_names_no_end(pair: Pair) -> None:
+    for folder in pair:
+        write_template(folder, TEMPLATE.replace("<|im_end|>", ""))
+    assert verdicts(examine(pair, max_response=4)) == {}
+
+
+@pytest.mark.parametrize(
+    ("template", "added", "verdict", "found"),
+    [
+        ("", False, "ok", "written by the template"),
+        ("", True, "warn", "adds another"),
+        ("{{ bos_token }}", False, "fail", "writes BOS twice"),
+        ("Q:", False, "ok", "not in use"),
+        ("Q:", True, "warn", "templated prompts have none"),
+        (None, True, "ok", "added by the tokenizer"),
+        (None, False, "ok", "not in use"),
+    ],
+)
+def test_bos_is_counted(
+    pair: Pair, template: str | None, added: bool, verdict: str, found: str
+) -> None:
+    (double_bos if added else lambda folders: use_bos(folders[0]))(pair)
+    if template is None:
+        (pair[0] / "chat_template.jinja").unlink()
+    else:
+        write_template(pair[0], template + TEMPLATE)
+    side = read_side(str(pair[0]), "cpu", "float32")
+    result = bos(side, side)
+    assert result.verdict == verdict
+    assert found in result.found
+
+
 def test_a_failing_pair_exits_with_1(pair: Pair, capsys: pytest.CaptureFixture[str]) -> None:
     swap_two_ids(pair)
     with pytest.raises(SystemExit) as end:
@@ -312,10 +354,15 @@ def test_a_failing_pair_exits_with_1(pair: Pair, capsys: pytest.CaptureFixture[s
 def test_no_end_token_and_no_room(pair: Pair) -> None:
     found = examine(pair, budget=600)
     assert verdicts(found) == {"positions": "fail"}
-    room = found["positions"].numbers["room"]
+    at = gathered(pair)
+    room = 512 - int(at.prompts.mask.sum(1).max())
+    assert found["positions"].numbers["room"] == room
+    edit(pair[1] / "config.json", lambda c: c.update(max_position_embeddings=1024))
     assert f"lower max_response to {room}," in found["positions"].advice
     assert verdicts(examine(pair, budget=room)) == {}
-    assert verdicts(examine(pair, budget=room + 1)) == {"positions": "fail"}
+    found = examine(pair, budget=room + 1)
+    assert verdicts(found) == {"positions": "fail"}
+    assert found["positions"].found.endswith("exceed the positions of: student 512")
     for folder in pair:
         edit(folder / "tokenizer_config.json", lambda c: c.update(eos_token=None))
         for file in ("config.json", "generation_config.json"):
@@ -348,17 +395,21 @@ def dense(folder: Path, at: Evidence) -> list[torch.Tensor]:
 
 def test_impossible_tokens_equal_a_loop(pair: Pair) -> None:
     never_think(pair)
+    reweigh(pair[1], lambda network: network.get_output_embeddings().weight[DIGIT].mul_(-3))
     at = gathered(pair)
+    unsure = 0
     counts: dict[int, int] = {}
     wrong, whole = 0.0, 0.0
     for i, (p, q) in enumerate(zip(dense(pair[0], at), dense(pair[1], at), strict=True)):
         for t, v in enumerate(at.scored.tokens[i][at.scored.mask[i]].tolist()):
             r = abs(float(p[t, v] - q[t, v]))
             whole += r
+            unsure += bool(p[t, v].exp() <= 0.5 and q[t, v].exp() < 1e-4)
             if p[t, v].exp() > 0.5 and q[t, v].exp() < 1e-4:
                 counts[v], wrong = counts.get(v, 0) + 1, wrong + r
     numbers = sample_checks.impossible_tokens(at).numbers
-    assert set(counts) == {THINK}
+    assert THINK in counts
+    assert unsure > 0
     assert numbers["by_id"] == {str(v): n for v, n in counts.items()}
     assert numbers["signal_share"] == pytest.approx(wrong / whole, rel=1e-4)
 
