@@ -68,24 +68,24 @@ def support_mass(batch: Scored) -> dict[str, Total]:
 
     outside_topk = mean 1[y not in S]; outside_topk_expected = mean 1 - P_S, the same without
     sampling noise; outside_topk_excess = their paired difference; topk_teacher_mass = mean Q_S,
-    topk_student_mass = mean P_S; topk_size = K. For another support than the teacher's, "topk"
-    reads "<source>_topk", so that two quantities never share a name.
+    topk_student_mass = mean P_S; topk_size = mean number of ids. For another support than the
+    teacher's, "topk" reads "<source>_topk", so that two quantities never share a name.
     Access: L1. Source: the support masses that 2603.25562's local matching relies on.
     Healthy: outside small and flat, excess 0 up to its error, Q_S near 1. Mass outside the
     teacher's top-K is what a renormalised top-K objective can neither see nor repair.
     """
     support = support_of(batch)
     name = "topk" if support.source in ("teacher", "full") else f"{support.source}_topk"
-    inside = support.student_logp.exp().sum(-1)
+    inside, theirs = support.masses()
     outside = (~in_support(batch)).to(inside.dtype)
-    size = torch.ones((), dtype=torch.float64, device=outside.device)
+    size = (support.sizes * batch.mask).double()
     return {
         f"drift/outside_{name}": _profile(batch, outside),
         f"drift/outside_{name}_expected": _profile(batch, 1 - inside),
         f"drift/outside_{name}_excess": _profile(batch, outside - (1 - inside)),
-        f"drift/{name}_teacher_mass": _profile(batch, support.teacher_logp.exp().sum(-1)),
+        f"drift/{name}_teacher_mass": _profile(batch, theirs),
         f"drift/{name}_student_mass": _profile(batch, inside),
-        f"drift/{name}_size": Mean(size * support.k, size),
+        f"drift/{name}_size": Mean(size.sum(), batch.mask.sum().double()),
     }
 
 
@@ -121,10 +121,7 @@ def tokens_by_position(batch: Scored) -> dict[str, Total]:
 
 def in_support(batch: Scored) -> Tensor:
     """(B, T) bool: the sampled token is among the support ids."""
-    support = support_of(batch)
-    if support.source == "full":  # by definition; spares a (B, T, V) comparison
-        return torch.ones_like(batch.mask)
-    return (support.ids == batch.tokens[..., None]).any(-1)
+    return support_of(batch).contains(batch.tokens)
 
 
 def _profile(batch: Scored, x: Tensor) -> Profile:

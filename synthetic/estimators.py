@@ -18,6 +18,8 @@ from opd.credit import BASELINES, given, no_ratio, sequence_ratio
 from opd.objectives import (
     OBJECTIVES,
     Objective,
+    full_forward_kl,
+    full_jsd,
     full_reverse_kl,
     full_sampled_future,
     k1,
@@ -25,6 +27,7 @@ from opd.objectives import (
     mean_future,
     sampled_token,
 )
+from opd.supports import JOINED
 from synthetic.gradients import visit_gradients
 from synthetic.mdp import TabularMDP
 from synthetic.sample import scored, with_support
@@ -72,25 +75,33 @@ FAMILY: dict[str, Estimator] = {
 }
 """Estimators of the same mean field, that of the gamma family."""
 
-SUPPORTS = ("none", "teacher", "student")
-"""What local objectives may need that `synthetic.sample.with_support` knows."""
-
 LOCAL: dict[str, Estimator] = {
     "full_reverse_kl": _local(full_reverse_kl),
     **{
         name: _local(constructor)
         for name, constructor in OBJECTIVES.items()
-        if isinstance(constructor, partial)
-        and constructor.args[0] in ("none", "teacher", "student")
+        if isinstance(constructor, partial) and constructor.args[0] not in JOINED
     },
     "k1": _local(k1),
 }
 """Estimators of the prefix and the token alone, without a discount."""
 
+FURTHER: dict[str, Estimator] = {
+    "full_forward_kl": _local(full_forward_kl),
+    "full_jsd": _local(full_jsd),
+    **{
+        name: _local(constructor)
+        for name, constructor in OBJECTIVES.items()
+        if isinstance(constructor, partial) and constructor.args[0] in JOINED
+    },
+}
+"""More of the same, known to the exact engine but not compared in the study."""
+
 ESTIMATORS: dict[str, Estimator] = {
     **FAMILY,
     "kl_advantage": Estimator(objective=kl_advantage),
     **LOCAL,
+    **FURTHER,
 }
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diagnostics.batch import Prefix, Scored, Support
 from diagnostics.prefix import functionals
+from opd.supports import JOINED
 from synthetic.mdp import TabularMDP
 
 
@@ -144,21 +145,25 @@ def with_support(
 
     Args:
       source: "none" (nothing changes), "full" (all A tokens), "teacher" or "student": the k most
-        probable tokens of one of them.
+        probable tokens of one of them, "union" or "intersection" of the two.
 
     Raises:
       ValueError: an unknown source, or a top-k support without a k in 1 to A.
     """
     if source == "none":
         return at
-    tables = {"teacher": teacher_logits, "student": student_logits}
+    tables, present = {"teacher": teacher_logits, "student": student_logits}, None
     num_actions = student_logits.shape[1]
     if source == "full":
         ids = torch.arange(num_actions).expand_as(student_logits)
-    elif source not in tables:
-        raise ValueError(f"unknown support {source!r}; known: none, full, teacher, student")
+    elif source not in (*tables, *JOINED):
+        raise ValueError(
+            f"unknown support {source!r}; known: none, full, {', '.join((*tables, *JOINED))}"
+        )
     elif k is None or not 1 <= k <= num_actions:
         raise ValueError(f"k is {k}, expected 1 to {num_actions} (the actions)")
+    elif source in JOINED:
+        ids, present = JOINED[source](*(x.topk(k, -1).indices for x in tables.values()))
     else:
         ids = tables[source].topk(k, -1).indices
     mask = at.batch.mask[..., None]
@@ -170,6 +175,7 @@ def with_support(
         student_logp=student.gather(-1, ids)[at.states] * mask,
         teacher_logp=teacher.gather(-1, ids)[at.states] * mask,
         source=source,
+        present=None if present is None else present[at.states] & mask,
     )
     return replace(at, batch=replace(at.batch, support=support))
 

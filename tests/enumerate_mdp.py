@@ -91,10 +91,15 @@ def mean_by_state(at: Paths, weight: Tensor, x: Tensor, num_states: int) -> Tens
 
 
 def supported(student: Tensor, teacher: Tensor, name: str, k: int) -> Tensor:
-    """(S, A) bool: the k most probable tokens of the model that the name begins with."""
-    table = teacher if name.startswith("teacher") else student
-    rank = (table[:, None, :] > table[:, :, None]).sum(-1)
-    return rank < k
+    """(S, A) bool: the k most probable tokens of the model that the name begins with, or both."""
+    theirs, ours = ((x[:, None, :] > x[:, :, None]).sum(-1) < k for x in (teacher, student))
+    sets = {
+        "teacher": theirs,
+        "student": ours,
+        "union": theirs | ours,
+        "intersection": theirs & ours,
+    }
+    return sets[name.split("_")[0]]
 
 
 def local_vectors(name: str, student: Tensor, teacher: Tensor, k: int = 1) -> Tensor:
@@ -107,6 +112,12 @@ def local_vectors(name: str, student: Tensor, teacher: Tensor, k: int = 1) -> Te
     if name in ("k1", "k2", "k3"):
         weight = {"k1": torch.ones_like(ratio), "k2": ratio, "k3": 1 - q / p}[name]
         return weight[..., None] * score
+    if name == "full_forward_kl":
+        return (p - q)[:, None, :] * every
+    if name == "full_jsd":
+        # at beta = 1/2; the derivative of its integrand by p is log(p/m) / 2
+        slope = (2 * p / (p + q)).log() / 2
+        return (p * (slope - (p * slope).sum(-1, keepdim=True)))[:, None, :] * every
     if name == "full_reverse_kl":
         return (p * (ratio - (p * ratio).sum(-1, keepdim=True)))[:, None, :] * every
     inside = supported(student, teacher, name, k)
@@ -136,7 +147,7 @@ def local_vectors(name: str, student: Tensor, teacher: Tensor, k: int = 1) -> Te
 
 def matching(p: Tensor, q: Tensor) -> Tensor:
     """p' (log p'/q' - KL) of two tables renormalised, 0 where both are 0."""
-    p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
+    p, q = (x / x.sum(-1, keepdim=True).clamp(min=1e-300) for x in (p, q))
     ratio = torch.where(p > 0, (p / q).log(), torch.zeros_like(p))
     return p * (ratio - (p * ratio).sum(-1, keepdim=True))
 

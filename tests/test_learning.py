@@ -45,7 +45,7 @@ def test_a_runs_gradient_has_the_exact_mean_and_variance(
     """Many runs of one student: the spread between them is that of a batch of its trajectories."""
     task = small(hidden=2)
     parameters = task.student.start(RUNS, seeded(1))
-    objective = objectives.make(name, gamma, baseline)
+    objective = objectives.make(name, gamma, baseline, collapse_accepted=True)
     drawn = learn.sampled_gradient(task, parameters, objective, BATCH, seeded(2), k)
     mean, variance = exact.moments(
         task.mdp,
@@ -109,7 +109,8 @@ def at_its_teacher(task: shared.Task) -> tuple[shared.Task, Tensor]:
 def test_only_the_unnormalised_support_leaves_its_teacher(name: str) -> None:
     task, begin = at_its_teacher(small())
     kind, gamma, baseline = learning.OBJECTIVES[name]
-    objective, k = objectives.make(kind, gamma, baseline), 2 if "topk" in kind else None
+    objective = objectives.make(kind, gamma, baseline, collapse_accepted=True)
+    k = 2 if "topk" in kind else None
     step = learn.sgd(rates(0.3, 1.0))
     end = learn.train(task, begin, objective, step, 20, 8, math.inf, [20], seeded(8), k)[20]
     away = shared.progress(task, end).sequence_kl

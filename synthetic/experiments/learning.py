@@ -142,7 +142,7 @@ def _trained(
     return learn.train(
         task,
         start.expand(len(rates), -1).clone(),
-        objectives.make(name, gamma, baseline),
+        objectives.make(name, gamma, baseline, collapse_accepted=True),
         by,
         setting["iterations"],
         setting["batch"],

@@ -84,7 +84,8 @@ def measure(setting: dict[str, Any], generator: torch.Generator) -> list[Row]:
             grad_mass = p * (inside - mass[:, None])
             for form, ending in FORMS.items():
                 name = f"{source}_topk{ending}"
-                found = expected(student, teacher, objectives.make(name), k)
+                objective = objectives.make(name, collapse_accepted=True)
+                found = expected(student, teacher, objective, k)
                 norms = found.norm(dim=-1) * full.norm(dim=-1)
                 unit = full.norm(dim=-1)
                 numbers = {
