@@ -4,6 +4,8 @@ import argparse
 import json
 import sys
 from importlib import import_module
+from pathlib import Path
+from typing import Any
 
 COMMANDS = {
     "demo": ("opd.demo", "the whole house: study, lab pair, two objectives, figures"),
@@ -54,21 +56,66 @@ def train(argv: list[str]) -> None:
 
 
 def evaluate(argv: list[str]) -> None:
-    """`opd eval MODEL [--task lab] [--problems N] ...`: one JSON line."""
-    parser = argparse.ArgumentParser(prog="opd eval")
-    parser.add_argument("model", help="folder or hub name")
-    parser.add_argument("--task", default="lab", help='"lab" or a .jsonl/.parquet file')
-    parser.add_argument("--problems", type=int, default=256)
-    parser.add_argument("--max-prompt", type=int, default=512)
-    parser.add_argument("--max-response", type=int, default=512)
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto")
-    given = vars(parser.parse_args(argv))
-    from opd.evaluate import evaluate_folder
+    """`opd eval MODEL [--task lab] [--samples K] ... [--out FILE]`: one JSON line."""
+    options = evaluation_options(argv)
+    settings = dict(options)
+    out, responses, against = (options.pop(name) for name in ("out", "responses", "against"))
+    names = [options.pop(f"{name}_column") for name in ("prompt", "answer", "task")]
+    # a file of other problems, or a folder that does not exist, is refused before the work
+    other = None if against is None else json.loads(against.read_text())
+    for path in filter(None, (out, responses)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    from opd.evaluate import records, respond_folder, result
+    from opd.sources import Columns
 
-    found = evaluate_folder(given.pop("model"), given.pop("task"), **given)
+    graded = respond_folder(
+        options.pop("model"), options.pop("task"), columns=Columns(*names), **options
+    )
+    found = result(graded)
+    if other is not None:
+        import numpy
+
+        from opd.accuracy import compare
+
+        gain = compare(other, found, numpy.random.default_rng(0))
+        found |= {f"against/{name}": value for name, value in gain.items()}
     print(json.dumps({k: v for k, v in found.items() if k != "outcomes"}))
+    if out is not None:
+        out.write_text(json.dumps({**found, "settings": settings}, indent=1, default=str) + "\n")
+    if responses is not None:
+        responses.write_text("".join(json.dumps(row) + "\n" for row in records(graded)))
+
+
+def evaluation_options(argv: list[str]) -> dict[str, Any]:
+    """The words of `opd eval` as settings of `opd.evaluate.respond_folder`, and where to write."""
+    parser = argparse.ArgumentParser(prog="opd eval", description="accuracy of a saved model")
+    add = parser.add_argument
+    add("model", help="folder or hub name")
+    add(
+        "--task",
+        default="lab",
+        help='"lab", a .jsonl or .parquet file, or hf:NAME[:CONFIG][:SPLIT]',
+    )
+    add("--problems", type=int, default=256, help="at most so many of the task")
+    add("--whole", action="store_true", help="all problems of the file, not the held-out tenth")
+    add("--samples", type=int, default=1, help="responses to each problem")
+    add("--temperature", type=float, default=1.0, help="0 is greedy")
+    add("--top-p", type=float, default=1.0)
+    add("--max-prompt", type=int, default=512)
+    add("--drop", action="store_true", help="leave out longer prompts instead of refusing them")
+    add("--max-response", type=int, default=512)
+    add("--grader", default="", help="exact, numeric, math (extra math) or lab")
+    add("--system", default="", help="a system message before every prompt")
+    add("--template", type=json.loads, default={}, help='JSON, such as {"enable_thinking": false}')
+    for name in ("prompt", "answer", "task"):
+        add(f"--{name}-column", default=name)
+    add("--seed", type=int, default=0)
+    add("--device", default="auto")
+    add("--dtype", default="float32", choices=("float32", "bfloat16"))
+    add("--out", type=Path, help="JSON file: the numbers, the outcomes and these settings")
+    add("--responses", type=Path, help="JSONL file: a line a problem, with what was said")
+    add("--against", type=Path, help="an earlier --out of the same problems, to compare in pairs")
+    return vars(parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,25 @@
-"""Prompts: deterministic batches of verifiable problems, encoded for a model."""
+"""Prompts: deterministic batches of verifiable problems, encoded for a model.
 
-import json
+Shapes: B responses, P prompt positions.
+"""
+
+import hashlib
 import random
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from opd.problems import Problem, grade, problems
+from opd.grading import Grader, make_grader
+from opd.grading import exact_match as exact_match
+from opd.problems import Problem, problems
+from opd.sources import DEFAULT_COLUMNS, Columns, Question, question
+from opd.sources import read_problems as read_problems
 
-Grader = Callable[[str, str], float]
+MOST_HELD_OUT = 1000
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,26 +65,129 @@ class Task:
     grade: Grader
 
 
-def load_task(source: str, seed: int) -> Task:
-    """The task called "lab", or a file of problems (columns prompt, answer).
+def load_task(
+    source: str,
+    seed: int,
+    *,
+    test: str = "",
+    grader: str = "",
+    system: str = "",
+    template: Mapping[str, Any] | None = None,
+    columns: Columns = DEFAULT_COLUMNS,
+    fit: Callable[[list[Problem]], list[Problem]] = list,
+) -> Task:
+    """The task called "lab", or problems from data (columns prompt and answer; see opd.sources).
 
-    A file's last tenth (at least one row, at most 1,000) is held out; training draws from the
-    rest, reshuffled every epoch.
+    A tenth of the prompts of a source (at least one, at most 1,000) is held out, those with the
+    smallest hash of their content: the order of the rows changes nothing, and all copies of a
+    prompt are on one side. Training draws from the rest, reshuffled every epoch.
+
+    Args:
+      test: another source, all of whose problems are held out instead; their prompts are taken out
+        of the training problems, with a warning that counts them. May be `source` itself, to
+        evaluate on all of it; nothing is left to train on then.
+      grader: a name in opd.grading.GRADERS; empty: the one in the column `grader`, else "exact".
+      system: a system message before every prompt.
+      template: settings of the chat template, such as {"enable_thinking": False}.
+      fit: what to do about long prompts: `partial(refuse_long, tokenizer, max_prompt)`, or
+        `drop_long`.
+
+    Raises:
+      ValueError: rows that lack something, an unknown grader or several in one source, or another
+        test for "lab". FileNotFoundError: no such file.
     """
+    settings = tuple((template or {}).items())
+
+    def read(name: str) -> list[Problem]:
+        return fit(read_problems(name, columns, system, settings))
+
     if source == "lab":
-        return Task(
-            train=lambda step, count: problems("train", count, seed * 1_000_003 + step),
-            test=lambda count: problems("test", count, 0),
-            grade=grade,
-        )
-    rows = read_problems(Path(source))
-    held = min(max(1, len(rows) // 10), 1000)
-    train, test = rows[:-held], rows[-held:]
+        if test:
+            raise ValueError(f'"lab" has held-out problems of its own; leave out test={test!r}')
+        return lab_task(seed, make_grader(grader or "lab"), system, settings)
+    everything = read(source)
+    if test:
+        held = distinct(everything if test == source else read(test))
+        training = without(everything, held, None if test == source else f"{source} that {test}")
+    else:
+        training, held = split(everything)
+    grade = make_grader(grader or named_grader(source, everything) or "exact")
 
     def draw(step: int, count: int) -> list[Problem]:
-        return [train[i] for i in epoch_indices(len(train), step * count, count, seed)]
+        if not training:
+            raise ValueError(f"all of {source} is held out; nothing is left to train on")
+        order = epoch_indices(len(training), step * count, count, seed)
+        return [training[i] for i in order]
 
-    return Task(train=draw, test=lambda count: test[:count], grade=exact_match)
+    return Task(train=draw, test=lambda count: held[:count], grade=grade)
+
+
+def lab_task(seed: int, grade: Grader, system: str, template: tuple[tuple[str, Any], ...]) -> Task:
+    """The task of opd.problems, with a system message or template settings where there are any."""
+
+    def dressed(plain: list[Problem]) -> list[Problem]:
+        if not system and not template:
+            return plain
+        rows = [{"prompt": problem.prompt, "answer": problem.answer} for problem in plain]
+        return [question(row, DEFAULT_COLUMNS, system, template) for row in rows]
+
+    return Task(
+        train=lambda step, count: dressed(problems("train", count, seed * 1_000_003 + step)),
+        test=lambda count: dressed(problems("test", count, 0)),
+        grade=grade,
+    )
+
+
+def named_grader(source: str, rows: list[Problem]) -> str:
+    """The grader that the rows name, "" if none does; a ValueError if they name several."""
+    names = {problem.grader for problem in rows if isinstance(problem, Question)}
+    if len(names) > 1:
+        raise ValueError(
+            f"{source} names several graders, {sorted(names)}; make one file of each, or choose "
+            "one with --grader"
+        )
+    return "".join(names)
+
+
+def identity(problem: Problem) -> bytes:
+    """Hash of a prompt's text, spacing aside; equal for copies."""
+    return hashlib.sha256(" ".join(problem.prompt.split()).encode()).digest()
+
+
+def distinct(rows: list[Problem]) -> list[Problem]:
+    """One copy of each prompt, by rising hash; of several answers the first in the alphabet."""
+    first: dict[bytes, Problem] = {}
+    for problem in sorted(rows, key=lambda problem: problem.answer):
+        first.setdefault(identity(problem), problem)
+    return [first[key] for key in sorted(first)]
+
+
+def split(rows: list[Problem]) -> tuple[list[Problem], list[Problem]]:
+    """(training, held out): see `load_task`. The order of training rows does not matter either.
+
+    Raises:
+      ValueError: fewer than two different prompts.
+    """
+    prompts = distinct(rows)
+    if len(prompts) < 2:
+        raise ValueError(
+            f"{len(rows)} rows hold {len(prompts)} different prompts; 2 are needed, one to train "
+            "on and one to hold out"
+        )
+    held = prompts[: min(max(1, len(prompts) // 10), MOST_HELD_OUT)]
+    return without(rows, held, None), held
+
+
+def without(rows: list[Problem], held: list[Problem], who: str | None) -> list[Problem]:
+    """The rows whose prompt is not held out, by rising hash; `who` makes a warning count them."""
+    out = {identity(problem) for problem in held}
+    kept = [problem for problem in rows if identity(problem) not in out]
+    if who is not None and len(kept) < len(rows):
+        warnings.warn(
+            f"not trained on: {len(rows) - len(kept)} of {len(rows)} problems of {who} holds too",
+            stacklevel=3,
+        )
+    return sorted(kept, key=lambda problem: (identity(problem), problem.answer))
 
 
 def epoch_indices(size: int, first: int, count: int, seed: int) -> list[int]:
@@ -92,27 +202,44 @@ def epoch_indices(size: int, first: int, count: int, seed: int) -> list[int]:
     return picked
 
 
-def read_problems(path: Path) -> list[Problem]:
-    """Problems of a .jsonl or .parquet file with the columns prompt and answer."""
-    if not path.exists():
-        raise FileNotFoundError(f'task {str(path)!r} is neither "lab" nor an existing file')
-    if path.suffix == ".parquet":
-        import pandas
+def refuse_long(tokenizer: Any, max_prompt: int, rows: list[Problem]) -> list[Problem]:
+    """The rows, all of which fit.
 
-        records: list[dict[str, Any]] = pandas.read_parquet(path).to_dict("records")
-    else:
-        records = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    for number, record in enumerate(records):
-        if missing := {"prompt", "answer"} - record.keys():
-            raise ValueError(f"{path} row {number} lacks {sorted(missing)}; has {sorted(record)}")
-    if len(records) < 2:
-        raise ValueError(f"{path} has {len(records)} problems; at least 2 are needed")
-    return [Problem(prompt=str(r["prompt"]), answer=str(r["answer"])) for r in records]
+    Raises:
+      ValueError: prompts of more than `max_prompt` tokens; says how many and the longest.
+    """
+    fitting, longest = fits(tokenizer, max_prompt, rows)
+    if len(fitting) < len(rows):
+        raise ValueError(
+            f"{len(rows) - len(fitting)} of {len(rows)} prompts are longer than max_prompt = "
+            f"{max_prompt} tokens, the longest has {longest}; raise max_prompt, or drop them"
+        )
+    return rows
 
 
-def exact_match(response: str, answer: str) -> float:
-    """1 if what follows the last closing think tag is the answer, white space aside."""
-    return float(response.rsplit("</think>", 1)[-1].strip() == answer.strip())
+def drop_long(tokenizer: Any, max_prompt: int, rows: list[Problem]) -> list[Problem]:
+    """The rows that fit; a warning counts the others.
+
+    Raises:
+      ValueError: none fits.
+    """
+    fitting, longest = fits(tokenizer, max_prompt, rows)
+    count = f"{len(rows) - len(fitting)} of {len(rows)} prompts"
+    if not fitting:
+        raise ValueError(f"{count} are longer than max_prompt = {max_prompt} tokens; raise it")
+    if len(fitting) < len(rows):
+        warnings.warn(
+            f"dropped {count}: longer than max_prompt = {max_prompt} tokens, up to {longest}",
+            stacklevel=2,
+        )
+    return fitting
+
+
+def fits(tokenizer: Any, max_prompt: int, rows: list[Problem]) -> tuple[list[Problem], int]:
+    """(the rows whose prompt has at most `max_prompt` tokens, the longest length of all)."""
+    lengths = [len(encode_one(tokenizer, problem)) for problem in rows]
+    kept = [row for row, length in zip(rows, lengths, strict=True) if length <= max_prompt]
+    return kept, max(lengths, default=0)
 
 
 def encode(tokenizer: Any, chosen: list[Problem], repeats: int, max_prompt: int) -> Prompts:
@@ -121,7 +248,7 @@ def encode(tokenizer: Any, chosen: list[Problem], repeats: int, max_prompt: int)
     Raises:
       ValueError: a prompt is longer than `max_prompt` tokens.
     """
-    encoded = [encode_one(tokenizer, problem.prompt) for problem in chosen]
+    encoded = [encode_one(tokenizer, problem) for problem in chosen]
     width = max(len(ids) for ids in encoded)
     if width > max_prompt:
         raise ValueError(f"a prompt has {width} tokens, max_prompt is {max_prompt}")
@@ -135,13 +262,36 @@ def encode(tokenizer: Any, chosen: list[Problem], repeats: int, max_prompt: int)
     return Prompts(tokens=tokens[index], mask=mask[index], index=index, answers=answers)
 
 
-def encode_one(tokenizer: Any, prompt: str) -> list[int]:
+def encode_one(tokenizer: Any, problem: Problem) -> list[int]:
+    """Ids of a prompt up to where the response begins, with at most one BOS.
+
+    Through the chat template, which writes its own special tokens; without one, the text with the
+    special tokens that the tokenizer adds.
+
+    Raises:
+      ValueError: several messages or settings for a template that the tokenizer lacks, or no token.
+    """
+    settings: dict[str, Any] = {}
+    chat: tuple[tuple[str, str], ...] = (("user", problem.prompt),)
+    if isinstance(problem, Question):
+        chat, settings = problem.chat or chat, dict(problem.template)
     if tokenizer.chat_template is None:
-        ids = tokenizer.encode(prompt)
+        if len(chat) > 1 or settings:
+            raise ValueError(
+                "the tokenizer has no chat template for a system message, several messages or "
+                "template settings; give plain prompts, or set tokenizer.chat_template"
+            )
+        ids = tokenizer.encode(problem.prompt)
+        if ids[:2] == [tokenizer.bos_token_id] * 2:  # the text began with one
+            ids = ids[1:]
     else:
-        message = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        text = tokenizer.apply_chat_template(
+            [{"role": role, "content": content} for role, content in chat],
+            add_generation_prompt=True,
+            tokenize=False,
+            **settings,
+        )
         ids = tokenizer.encode(text, add_special_tokens=False)
     if not ids:
-        raise ValueError(f"the prompt {prompt!r} encodes to no token")
+        raise ValueError(f"the prompt {problem.prompt!r} encodes to no token")
     return ids

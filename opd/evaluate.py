@@ -1,16 +1,49 @@
-"""Evaluation: accuracy on held-out verifiable problems, with an interval over problems."""
+"""Evaluation: sampled or greedy responses to held-out problems, graded, with intervals.
 
-import math
+Shapes: M problems, S samples of each, B responses, T response positions.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
-from opd.data import Grader, Task, encode, load_task
+from diagnostics.batch import Rollouts
+from opd.accuracy import Array, summary, written
+from opd.data import Grader, Task, drop_long, encode, load_task, refuse_long
+from opd.engines import Engine, InProcess
 from opd.model import Model, end_ids, head_rows, load, split
 from opd.problems import Problem
-from opd.rollout import sample
+from opd.sources import Question
 
-ROWS_AT_ONCE = 256
+ROWS_AT_ONCE = 1024
+GREEDY = {"temperature": 1.0, "top_p": 1e-9}  # the likeliest token is its whole nucleus
+
+
+@dataclass(frozen=True, eq=False)
+class Graded:
+    """Responses to M problems, S of each, as graded.
+
+    reward, length (M, S) numbers; ended (M, S) bool, with an end token; answers (M, S), what each
+    votes for, None if unreadable; texts (M, S).
+    """
+
+    problems: list[Problem]
+    reward: Array
+    length: Array
+    ended: Array
+    answers: list[list[str | None]]
+    texts: list[list[str]]
+
+    @property
+    def right(self) -> Array:
+        """(M, S) bool."""
+        return self.reward >= 1
 
 
 def evaluate(
@@ -24,74 +57,182 @@ def evaluate(
     max_response: int,
     temperature: float,
     generator: torch.Generator,
+    samples: int = 1,
+    top_p: float = 1.0,
+    engine: Engine | None = None,
 ) -> dict[str, Any]:
-    """One sampled response to each held-out problem.
+    """Accuracy of a model on a task's held-out problems: `result` of `respond`."""
+    graded = respond(
+        engine or InProcess(model),
+        tokenizer,
+        eos,
+        task,
+        problems=problems,
+        max_prompt=max_prompt,
+        max_response=max_response,
+        temperature=temperature,
+        generator=generator,
+        samples=samples,
+        top_p=top_p,
+    )
+    return result(graded)
 
-    Returns accuracy with its 95 % Wilson interval over problems, the mean length, the truncated
-    share, and `outcomes`, one digit a problem, so that two runs can be compared pair by pair.
+
+def respond(
+    engine: Engine,
+    tokenizer: Any,
+    eos: list[int],
+    task: Task,
+    *,
+    problems: int,
+    max_prompt: int,
+    max_response: int,
+    temperature: float,
+    generator: torch.Generator,
+    samples: int = 1,
+    top_p: float = 1.0,
+) -> Graded:
+    """`samples` graded responses to each of the first `problems` held-out problems.
+
+    temperature: 0 is greedy decoding, which draws one sample whatever top_p is.
+
+    Raises:
+      ValueError: no sample, or several greedy ones.
     """
+    if samples < 1:
+        raise ValueError(f"samples is {samples}; it must be at least 1")
+    if temperature == 0 and samples > 1:
+        raise ValueError(f"{samples} greedy samples are all equal; set temperature above 0")
+    how = {"temperature": temperature, "top_p": top_p} if temperature > 0 else GREEDY
     chosen = task.test(problems)
-    outcomes, lengths, ended = [], 0, 0
-    for first in range(0, len(chosen), ROWS_AT_ONCE):
-        some = chosen[first : first + ROWS_AT_ONCE]
-        prompts = encode(tokenizer, some, 1, max_prompt)
-        rollouts = sample(
-            model,
-            prompts,
-            eos,
-            max_response=max_response,
-            temperature=temperature,
-            top_p=1.0,
-            generator=generator,
+    columns: list[tuple[float, int, bool, str | None, str]] = []
+    step = max(1, ROWS_AT_ONCE // samples)
+    for first in range(0, len(chosen), step):
+        some = chosen[first : first + step]
+        prompts = encode(tokenizer, some, samples, max_prompt)
+        rollouts = engine.sample(
+            prompts, eos, max_response=max_response, generator=generator, **how
         )
-        outcomes += grade_responses(tokenizer, rollouts.tokens, rollouts.mask, some, task.grade)
-        lengths += int(rollouts.mask.sum())
-        ended += int(rollouts.ended.sum())
-    right, n = sum(x >= 1 for x in outcomes), len(outcomes)
-    low, high = wilson(right, n)
-    return {
-        "accuracy": right / n,
-        "low": low,
-        "high": high,
-        "problems": n,
-        "length": lengths / n,
-        "truncated": 1 - ended / n,
-        "outcomes": "".join("1" if x >= 1 else "0" for x in outcomes),
+        columns += graded_rows(tokenizer, rollouts, repeated(some, samples), task.grade)
+    reward, length, ended, answers, texts = map(list, zip(*columns, strict=True))
+    shape = len(chosen), samples
+    return Graded(
+        problems=chosen,
+        reward=np.array(reward).reshape(shape),
+        length=np.array(length).reshape(shape),
+        ended=np.array(ended).reshape(shape),
+        answers=[answers[i : i + samples] for i in range(0, len(answers), samples)],
+        texts=[texts[i : i + samples] for i in range(0, len(texts), samples)],
+    )
+
+
+def repeated(problems: Sequence[Problem], samples: int) -> list[Problem]:
+    return [problem for problem in problems for _ in range(samples)]
+
+
+def graded_rows(
+    tokenizer: Any, rollouts: Rollouts, problems: list[Problem], grade: Grader
+) -> list[tuple[float, int, bool, str | None, str]]:
+    """(reward, length, ended, answer, text) of each response."""
+    texts = response_texts(tokenizer, rollouts.tokens, rollouts.mask)
+    found = [grade(text, problem.answer) for text, problem in zip(texts, problems, strict=True)]
+    lengths, ended = rollouts.mask.sum(1).tolist(), rollouts.ended.tolist()
+    return [
+        (verdict.reward, length, end, verdict.answer, text)
+        for verdict, length, end, text in zip(found, lengths, ended, texts, strict=True)
+    ]
+
+
+def result(graded: Graded) -> dict[str, Any]:
+    """The numbers of an evaluation, flat, and its outcomes; what evals.jsonl holds.
+
+    `accuracy`, `pass@k`, `majority@S` with intervals over problems (opd.accuracy.summary); mean
+    `length`; shares `truncated` (no end token) and `unparsed` (no readable answer) of responses;
+    where the problems carry several task labels, `accuracy`, `low`, `high` and `problems` of each
+    as `task/LABEL/...` and their plain mean as `task_mean`. `outcomes` has a digit a sample, and
+    with several samples a space between problems; `problem_set` identifies the problems, so that
+    opd.accuracy.compare can pair two evaluations.
+    """
+    right, labels = graded.right, [label(problem) for problem in graded.problems]
+    silent = [answer is None for row in graded.answers for answer in row]
+    found: dict[str, Any] = summary(right, graded.answers, np.random.default_rng(0))
+    found |= {
+        "problems": right.shape[0],
+        "samples": right.shape[1],
+        "length": float(graded.length.mean()),
+        "truncated": 1 - float(graded.ended.mean()),
+        "unparsed": sum(silent) / len(silent),
     }
+    names = sorted(set(labels))
+    for name in names if len(names) > 1 else []:
+        rows = [i for i, other in enumerate(labels) if other == name]
+        part = summary(right[rows], [graded.answers[i] for i in rows], np.random.default_rng(0))
+        chosen = {k: part[k] for k in ("accuracy", "low", "high")} | {"problems": len(rows)}
+        found |= {f"task/{name}/{k}": v for k, v in chosen.items()}
+    if len(names) > 1:
+        found["task_mean"] = float(np.mean([found[f"task/{name}/accuracy"] for name in names]))
+    return found | {"outcomes": written(right), "problem_set": fingerprint(graded.problems)}
+
+
+def label(problem: Problem) -> str:
+    """The task that a problem belongs to; "unlabelled" if it does not say."""
+    return (problem.task if isinstance(problem, Question) else "") or "unlabelled"
+
+
+def fingerprint(problems: list[Problem]) -> str:
+    """12 hexadecimal digits that tell sequences of prompts and answers apart."""
+    pairs = json.dumps([(problem.prompt, problem.answer) for problem in problems])
+    return hashlib.sha256(pairs.encode()).hexdigest()[:12]
+
+
+def records(graded: Graded) -> list[dict[str, Any]]:
+    """One row a problem: prompt, answer, task, and of each sample what it said and how it went."""
+    return [
+        {
+            "prompt": problem.prompt,
+            "answer": problem.answer,
+            "task": label(problem),
+            "rewards": graded.reward[i].tolist(),
+            "answers": graded.answers[i],
+            "lengths": graded.length[i].tolist(),
+            "truncated": (~graded.ended[i]).tolist(),
+            "responses": graded.texts[i],
+        }
+        for i, problem in enumerate(graded.problems)
+    ]
 
 
 def grade_responses(
     tokenizer: Any,
     tokens: torch.Tensor,
     mask: torch.Tensor,
-    problems: list[Problem],
+    problems: Sequence[Problem],
     grade: Grader,
 ) -> list[float]:
-    """The grader's verdict on each response; it sees special tokens, but not the last EOS."""
-    verdicts = []
-    for row, real, problem in zip(tokens.tolist(), mask.tolist(), problems, strict=True):
-        ids = [token for token, keep in zip(row, real, strict=True) if keep]
-        verdicts.append(grade(response_text(tokenizer, ids), problem.answer))
-    return verdicts
+    """The reward of each response; the grader sees special tokens, but not the last EOS."""
+    texts = response_texts(tokenizer, tokens, mask)
+    pairs = zip(texts, problems, strict=True)
+    return [grade(text, problem.answer).reward for text, problem in pairs]
+
+
+def response_texts(tokenizer: Any, tokens: torch.Tensor, mask: torch.Tensor) -> list[str]:
+    """(B, T) ids and mask -> the text of each response."""
+    kept = [row[real].tolist() for row, real in zip(tokens, mask, strict=True)]
+    return [response_text(tokenizer, ids) for ids in kept]
 
 
 def response_text(tokenizer: Any, ids: list[int]) -> str:
-    """Decoded response without its final end token; every other special token stays visible."""
-    if ids and ids[-1] in tokenizer.all_special_ids:
+    """Decoded response without its final end token; every other special token stays visible.
+
+    A closing think tag is no end token, though many tokenizers call it special: a response cut
+    right behind it has thought, and has not answered.
+    """
+    if ids and ids[-1] in tokenizer.all_special_ids and tokenizer.decode(ids[-1:]) != "</think>":
         ids = ids[:-1]
     return tokenizer.decode(ids, skip_special_tokens=False)
 
 
-def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % score interval of a share of `right` in `n` independent problems."""
-    p = right / n
-    centre = p + z * z / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return (centre - half) / scale, (centre + half) / scale
-
-
-def evaluate_folder(
+def respond_folder(
     name: str,
     task: str,
     *,
@@ -101,17 +242,38 @@ def evaluate_folder(
     max_response: int,
     temperature: float,
     seed: int,
-) -> dict[str, Any]:
-    """`evaluate` for a saved model and a named task."""
-    tokenizer, network = load(name, device, "float32")
-    return evaluate(
-        split(network, head_rows(network)),
+    samples: int = 1,
+    top_p: float = 1.0,
+    dtype: str = "float32",
+    whole: bool = False,
+    drop: bool = False,
+    **settings: Any,
+) -> Graded:
+    """`respond` for a saved model and a task by name.
+
+    Args:
+      whole: all problems of a file, not only those that training on it would hold out.
+      drop: leave out prompts that are too long, instead of refusing them.
+      settings: of `opd.data.load_task`: grader, system, template, columns.
+    """
+    tokenizer, network = load(name, device, dtype)
+    fit = partial(drop_long if drop else refuse_long, tokenizer, max_prompt)
+    test = task if whole and task != "lab" else ""
+    return respond(
+        InProcess(split(network, head_rows(network))),
         tokenizer,
         end_ids(tokenizer, network),
-        load_task(task, 0),
+        load_task(task, 0, test=test, fit=fit, **settings),
         problems=problems,
         max_prompt=max_prompt,
         max_response=max_response,
         temperature=temperature,
         generator=torch.Generator().manual_seed(seed),
+        samples=samples,
+        top_p=top_p,
     )
+
+
+def evaluate_folder(name: str, task: str, **settings: Any) -> dict[str, Any]:
+    """`result` of `respond_folder`."""
+    return result(respond_folder(name, task, **settings))
