@@ -60,6 +60,11 @@ def sample(
     for name, size in (("max_response", max_response), ("rows_at_once", rows_at_once)):
         if size < 1:
             raise ValueError(f"{name} is {size}, expected at least 1")
+    if not (temperature > 0 and 0 < top_p <= 1):
+        raise ValueError(
+            f"temperature is {temperature} and top_p {top_p}; expected above 0, and in (0, 1]; "
+            "for greedy decoding set top_p=1e-9"
+        )
     kind = cache or default_cache(model)
     if kind not in ("static", "dynamic"):
         raise ValueError(f"unknown cache {kind!r}; known: static, dynamic")
@@ -140,7 +145,6 @@ def nucleus(logits: Tensor, top_p: float) -> Tensor:
         return logp
     ordered, order = logp.sort(stable=True, dim=-1, descending=True)
     beyond = ordered.exp().cumsum(-1) - ordered.exp() >= top_p
-    beyond[..., 0] = False
     outside = beyond.scatter(-1, order, beyond)
     return logp.masked_fill(outside, -torch.inf).log_softmax(-1)
 

@@ -282,6 +282,8 @@ def test_settings_and_memory_are_refused_with_the_remedy(pair, prompts, monkeypa
     for changes, words in (
         ({"max_response": 0}, "max_response is 0"),
         ({"rows_at_once": 0}, "rows_at_once is 0"),
+        ({"temperature": 0.0}, "temperature is 0.0 .* for greedy decoding set top_p=1e-9"),
+        ({"top_p": 0.0}, "top_p 0.0"),
         ({"cache": "paged"}, "unknown cache 'paged'; known: static, dynamic"),
     ):
         with pytest.raises(ValueError, match=words):
