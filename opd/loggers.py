@@ -46,13 +46,13 @@ def open_loggers(names: tuple[str, ...], folder: Path, config: dict[str, Any]) -
         try:
             act()
         except Exception as error:
-            sinks.pop(name, None)
-            warnings.warn(
-                f"the logger {name} failed and gets no more rows; rows.jsonl has them all "
-                f"({type(error).__name__}: {error})",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+            if sinks.pop(name, None) is not None:
+                warnings.warn(
+                    f"the logger {name} failed and gets no more rows; rows.jsonl has them all "
+                    f"({type(error).__name__}: {error})",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
 
     def log(step: int, row: Row) -> None:
         values = numbers(row)

@@ -1,0 +1,260 @@
+"""Data from files and datasets, its split, its prompts as ids, and what is refused."""
+
+import json
+import random
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from opd.data import (
+    drop_long,
+    encode,
+    encode_one,
+    epoch_indices,
+    load_task,
+    refuse_long,
+    split,
+)
+from opd.grading import grade_exact, grade_math, grade_numeric
+from opd.lab import make_tokenizer
+from opd.problems import Problem
+from opd.sources import Columns, Question, read_problems, read_rows
+
+ROWS = [{"prompt": f"{i}+1?", "answer": i + 1, "task": "ab"[i % 2]} for i in range(30)]
+
+
+def written(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_every_kind_of_source_gives_the_same_rows(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    import pandas
+
+    table = pandas.DataFrame(ROWS)
+    (tmp_path / "folder" / "data").mkdir(parents=True)
+    table.to_parquet(tmp_path / "p.parquet")
+    table.to_parquet(tmp_path / "folder" / "data" / "train-00000-of-00001.parquet")
+    table[:3].to_parquet(tmp_path / "folder" / "data" / "test-00000-of-00001.parquet")
+    saved = datasets.Dataset.from_list(ROWS)
+    saved.save_to_disk(tmp_path / "saved")
+    both = datasets.DatasetDict({"train": saved, "test": saved.select(range(3))})
+    both.save_to_disk(tmp_path / "both")
+    want = [Question(r["prompt"], str(r["answer"]), task=r["task"]) for r in ROWS]
+    sources = [written(tmp_path / "p.jsonl", ROWS), f"{tmp_path}/p.parquet"]
+    for name in ("folder", "saved", "both"):
+        sources += [f"{tmp_path}/{name}", f"hf:{tmp_path}/{name}"]
+    sources += [f"hf:{tmp_path}/both:train", f"hf:{tmp_path}/folder:default:train"]
+    for source in sources:
+        assert read_problems(source) == want, source
+    for name in ("both", "folder"):
+        assert len(read_rows(f"hf:{tmp_path}/{name}:test")) == 3
+    with pytest.raises(ValueError, match=r"has no split 'dev'; it has train, test"):
+        read_rows(f"hf:{tmp_path}/both:dev")
+    for bad in ("hf:", "hf:a:b:c:d", "hf:a:"):
+        with pytest.raises(ValueError, match="write hf:NAME"):
+            read_rows(bad)
+
+
+def test_bad_rows_are_named(tmp_path: Path) -> None:
+    def refused(rows: list, words: str, **settings) -> None:
+        source = written(tmp_path / "bad.jsonl", rows)
+        with pytest.raises(ValueError, match=words) as caught:
+            read_problems(source, **settings)
+        assert str(caught.value).startswith(source)
+
+    good = {"prompt": "a", "answer": "b"}
+    refused([good], "has 1 problems; at least 2")
+    refused([good, {"prompt": "a"}], r"row 1 lacks \['answer'\]; has \['prompt'\]")
+    refused([good, {}], r"row 1 lacks \['prompt', 'answer'\]; has \[\]")
+    empty = [{"prompt": "a", "answer": x} for x in ("", None, "  ", "0", 0)]
+    refused(empty, r"rows 0, 1, 2 has an empty 'answer'$")
+    refused([good] * 2 + [{"prompt": " ", "answer": "b"}] * 7, r"rows 2, 3, 4, 5, 6 and 2 more")
+    refused([good, {"prompt": None, "answer": ""}], "row 1 has an empty")
+    refused([{"prompt": [], "answer": "b"}, good], "row 0 has an empty 'prompt'")
+    refused([{"prompt": "a", "answer": ["b"]}, good], "row 0 has a list as 'answer'")
+    refused([{"prompt": "a", "answer": True}, good], "row 0 has a bool as 'answer'")
+    refused([{"prompt": 3, "answer": "b"}, good], "row 0 has neither text nor a list of messages")
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    refused([{"prompt": talk, "answer": "b"}, good], "last message is by 'assistant'")
+    refused([good, {"prompt": ["a"], "answer": "b"}], "row 1 has neither text nor a list")
+    told = [{"role": "system", "content": "s"}, *talk[:1]]
+    refused([good, {"prompt": told, "answer": "b"}], "row 1 has a system message", system="x")
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "answer": "b"}\n\n{"prompt"\n')
+    with pytest.raises(ValueError, match=r"bad.jsonl line 3 is not JSON"):
+        read_problems(tmp_path / "bad.jsonl")
+    (tmp_path / "bad.jsonl").write_text("[1]\n")
+    with pytest.raises(ValueError, match=r"line 1 is not a JSON object: '\[1\]'"):
+        read_problems(tmp_path / "bad.jsonl")
+    (tmp_path / "x.csv").write_text("prompt,answer\n")
+    with pytest.raises(ValueError, match=r"neither a \.jsonl nor a \.parquet"):
+        read_problems(tmp_path / "x.csv")
+    with pytest.raises(FileNotFoundError, match='neither "lab" nor an existing file'):
+        read_problems(tmp_path / "none.jsonl")
+
+
+def test_columns_are_mapped_and_may_be_nested(tmp_path: Path) -> None:
+    rows = [{"q": "a", "reward": {"truth": 3.5}, "a.b": "c", "kind": None}] * 2
+    source = written(tmp_path / "p.jsonl", rows)
+    columns = Columns(prompt="q", answer="reward.truth", task="kind")
+    assert read_problems(source, columns) == [Question("a", "3.5")] * 2
+    assert read_problems(source, Columns("q", "a.b"))[0].answer == "c", "a dot in a name is a name"
+    with pytest.raises(ValueError, match=r"rows 0, 1 lacks \['reward.lies'\]"):
+        read_problems(source, Columns("q", "reward.lies"))
+
+
+def test_the_split_depends_on_content_alone(tmp_path: Path) -> None:
+    rows = [{"prompt": f"what is {i % 120}", "answer": str(i % 120)} for i in range(300)]
+    rows += [{"prompt": f" what  is {i}\n", "answer": str(i)} for i in range(120)]
+    shuffled = random.Random(0).sample(rows, len(rows))
+    tasks = [
+        load_task(written(tmp_path / f"{i}.jsonl", some), 0)
+        for i, some in enumerate((rows, shuffled))
+    ]
+    held = [[" ".join(p.prompt.split()) for p in task.test(1000)] for task in tasks]
+    assert held[0] == held[1]
+    assert len(held[0]) == len(set(held[0])) == 12, "a tenth of 120 prompts, one copy of each"
+    drawn = [[p for step in range(10) for p in task.train(step, 40)] for task in tasks]
+    texts = [[" ".join(p.prompt.split()) for p in some] for some in drawn]
+    assert texts[0] == texts[1]
+    assert not set(texts[0]) & set(held[0]), "no copy of a held-out prompt is trained on"
+    assert len(set(texts[0])) == 108
+    # the copies of the other prompts stay: 420 rows, of which 12 prompts are gone
+    kept = [row for row in rows if " ".join(row["prompt"].split()) not in set(held[0])]
+    assert len(split(read_problems(tmp_path / "0.jsonl"))[0]) == len(kept)
+    # not the last, not the first rows
+    assert {int(text.split()[-1]) for text in held[0]} not in [set(range(12)), set(range(108, 120))]
+    with pytest.raises(ValueError, match="3 rows hold 1 different prompts"):
+        load_task(written(tmp_path / "same.jsonl", rows[:1] * 3), 0)
+
+
+def test_another_file_may_be_held_out(tmp_path: Path) -> None:
+    train = written(tmp_path / "train.jsonl", ROWS)
+    other = ROWS[4:6] + [{"prompt": f"new {i}", "answer": "1"} for i in range(3)]
+    test = written(tmp_path / "test.jsonl", other)
+    with pytest.warns(UserWarning, match=r"not trained on: 2 of 30 .*train.jsonl that .*test"):
+        task = load_task(train, 0, test=test)
+    assert {p.prompt for p in task.test(100)} == {row["prompt"] for row in other}
+    drawn = {p.prompt for p in task.train(0, 28)}
+    assert drawn == {row["prompt"] for row in ROWS} - {row["prompt"] for row in other}
+    whole = load_task(train, 0, test=train)
+    assert len(whole.test(100)) == 30
+    with pytest.raises(ValueError, match="nothing is left to train on"):
+        whole.train(0, 1)
+    with pytest.raises(ValueError, match="has held-out problems of its own"):
+        load_task("lab", 0, test=test)
+
+
+def test_epochs_draw_every_problem_once() -> None:
+    drawn = [i for step in range(6) for i in epoch_indices(10, step * 5, 5, seed=3)]
+    for epoch in range(3):
+        assert sorted(drawn[epoch * 10 : epoch * 10 + 10]) == list(range(10))
+    assert drawn[:10] != drawn[10:20]
+    assert epoch_indices(10, 7, 8, seed=3) == drawn[7:15], "any stretch of the same sequence"
+
+
+def test_a_source_may_name_its_grader(tmp_path: Path) -> None:
+    plain = written(tmp_path / "p.jsonl", ROWS)
+    named = written(tmp_path / "n.jsonl", [{**row, "grader": "math"} for row in ROWS])
+    mixed = written(tmp_path / "m.jsonl", [{**ROWS[0], "grader": "math"}, *ROWS[1:]])
+    assert load_task(plain, 0).grade is grade_exact
+    assert load_task(named, 0).grade is grade_math
+    assert load_task(named, 0, grader="numeric").grade is grade_numeric
+    assert load_task(mixed, 0, grader="exact").grade is grade_exact
+    with pytest.raises(ValueError, match=r"names several graders, \['', 'math'\]"):
+        load_task(mixed, 0)
+    with pytest.raises(ValueError, match="unknown grader 'x'"):
+        load_task(plain, 0, grader="x")
+
+
+def shown(tokenizer, problem: Problem) -> str:
+    return tokenizer.decode(encode_one(tokenizer, problem))
+
+
+def test_prompts_are_rendered_as_chats(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    talk = [("user", "a"), ("assistant", "b"), ("user", "c")]
+    rows: list[dict] = [
+        {"prompt": [{"role": r, "content": c, "name": None} for r, c in talk], "answer": "d"},
+        {"prompt": "e", "answer": "f"},
+    ]
+    source = written(tmp_path / "p.jsonl", rows)
+    said = [shown(tokenizer, problem) for problem in read_problems(source, system="be good")]
+    system = "<|im_start|>system\nbe good<|im_end|>\n"
+    user, end = "<|im_start|>user\n{}<|im_end|>\n", "<|im_start|>assistant\n"
+    turns = user.format("a") + "<|im_start|>assistant\nb<|im_end|>\n" + user.format("c")
+    assert said == [system + turns + end, system + user.format("e") + end]
+    assert shown(tokenizer, read_problems(source)[1]) == user.format("e") + end
+    assert shown(tokenizer, Problem("e", "f")) == user.format("e") + end
+    lab = load_task("lab", 0, system="be good").train(0, 1)[0]
+    assert shown(tokenizer, lab).startswith(system + "<|im_start|>user\n")
+    plain = load_task("lab", 0).train(0, 1)[0]
+    assert (lab.prompt, lab.answer) == (
+        json.dumps([["system", "be good"], ["user", plain.prompt]]),
+        plain.answer,
+    )
+
+
+def test_template_settings_reach_the_template(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template += "{% if enable_thinking is false %}<think></think>{% endif %}"
+    source = written(tmp_path / "p.jsonl", ROWS)
+    thinking = load_task(source, 0).test(1)[0]
+    quiet = load_task(source, 0, template={"enable_thinking": False}).test(1)[0]
+    assert shown(tokenizer, quiet) == shown(tokenizer, thinking) + "<think></think>"
+    assert not shown(tokenizer, thinking).endswith("</think>")
+
+
+def with_bos(template: str | None):
+    """A tokenizer that adds a BOS of its own to plain text, as Llama's does."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer()
+    bos = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    tokenizer.bos_token = "<|im_start|>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", bos)]
+    )
+    tokenizer.chat_template = template
+    assert tokenizer.encode("a")[0] == bos
+    return tokenizer, bos
+
+
+def test_bos_is_never_doubled_and_never_lost() -> None:
+    template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    for tokenizer, bos in (with_bos(template), with_bos(None)):
+        for text in ("1+2", "<|im_start|>1+2"):
+            ids = encode_one(tokenizer, Problem(text, "3"))
+            if tokenizer.chat_template and text.startswith("<"):
+                continue  # the template writes one, the user another: not ours to judge
+            assert ids.count(bos) == 1
+            assert ids[0] == bos
+            assert tokenizer.decode(ids[1:]) == "1+2"
+    chat = Question("x", "3", chat=(("system", "s"), ("user", "x")))
+    with pytest.raises(ValueError, match="no chat template for a system message"):
+        encode_one(with_bos(None)[0], chat)
+    with pytest.raises(ValueError, match="no chat template"):
+        encode_one(with_bos(None)[0], Question("x", "3", template=(("a", 1),)))
+
+
+def test_long_prompts_are_refused_or_dropped_by_count(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    rows = [{"prompt": "x" * n, "answer": "y"} for n in range(1, 21)]
+    source = written(tmp_path / "p.jsonl", rows)
+    frame = len(encode_one(tokenizer, Problem("x", "y"))) - 1
+    words = (
+        rf"5 of 20 prompts are longer than max_prompt = {frame + 15} tokens, .* has {frame + 20}"
+    )
+    with pytest.raises(ValueError, match=words):
+        load_task(source, 0, fit=partial(refuse_long, tokenizer, frame + 15))
+    with pytest.warns(UserWarning, match="dropped 5 of 20 prompts"):
+        task = load_task(source, 0, fit=partial(drop_long, tokenizer, frame + 15))
+    assert {len(p.prompt) for p in task.test(9) + task.train(0, 14)} == set(range(1, 16))
+    fitting = load_task(source, 0, fit=partial(refuse_long, tokenizer, frame + 20))
+    encode(tokenizer, fitting.train(0, 18) + fitting.test(9), 1, frame + 20)
+    with pytest.raises(ValueError, match="20 of 20 prompts are longer"):
+        load_task(source, 0, fit=partial(drop_long, tokenizer, frame))
+    with pytest.raises(ValueError, match=f"max_prompt is {frame + 15}"):
+        encode(tokenizer, load_task(source, 0).train(0, 18), 1, frame + 15)

@@ -1,0 +1,421 @@
+"""Accuracy of repeated samples against enumeration; graders against a table; the loop for real."""
+
+import json
+import math
+import threading
+from importlib.util import find_spec
+from itertools import combinations, product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from opd import cli
+from opd.accuracy import (
+    compare,
+    majority_at_k,
+    mcnemar,
+    pass_at_k,
+    rights,
+    summary,
+    wilson,
+    written,
+)
+from opd.data import Task, load_task
+from opd.engines import InProcess
+from opd.evaluate import GREEDY, Graded, evaluate, respond, response_text, result
+from opd.grading import (
+    Judge,
+    Verdict,
+    grade_exact,
+    grade_lab,
+    grade_math,
+    grade_numeric,
+    last_box,
+    make_grader,
+)
+from opd.lab import make_tokenizer
+from opd.model import end_ids, head_rows, load, split
+from opd.problems import Problem, problems
+from opd.sources import Question
+
+
+def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_sample() -> None:
+    for n in range(1, 7):
+        for right, k in product(range(n + 1), range(1, n + 1)):
+            samples = [1] * right + [0] * (n - right)
+            share = np.mean([max(some) for some in combinations(samples, k)])
+            assert pass_at_k(right, n, k) == pytest.approx(share, abs=1e-12)
+    with pytest.raises(ValueError, match="k is 4, but each problem has 3 samples"):
+        pass_at_k(1, 3, 4)
+
+
+def voted(answers: list[str | None], worth: dict[str, float]) -> float:
+    """Correctness of a vote with fair draws among ties."""
+    votes = [a for a in answers if a is not None]
+    if not votes:
+        return 0.0
+    top = max(map(votes.count, votes))
+    winners = {a for a in votes if votes.count(a) == top}
+    return sum(worth[a] for a in winners) / len(winners)
+
+
+def test_majority_at_k_is_the_mean_over_subsets_and_ties() -> None:
+    generator = np.random.default_rng(0)
+    for trial in range(60):
+        n = int(generator.integers(1, 9))
+        answers = [None if x == 0 else "abcd"[x - 1] for x in generator.integers(0, 5, n)]
+        worth = {a: float(generator.random() < 0.5) for a in "abcd"}
+        if trial % 5 == 0:
+            worth = {a: float(generator.random()) for a in "abcd"}
+        right = [0.0 if a is None else worth[a] for a in answers]
+        for k in range(1, n + 1):
+            want = np.mean([voted(list(some), worth) for some in combinations(answers, k)])
+            assert majority_at_k(answers, right, k) == pytest.approx(want, abs=1e-12)
+    assert majority_at_k(["a", "b", "b", "a"], [1, 0, 0, 1], 4) == 0.5, "a tie, drawn fairly"
+    assert majority_at_k([None] * 5 + ["a"], [0] * 5 + [1], 6) == 1, "silence has no vote"
+    big = majority_at_k(["a"] * 20 + ["b"] * 12, [0] * 20 + [1] * 12, 31)
+    assert big == pytest.approx(0.0, abs=1e-12)
+
+
+def test_both_are_unbiased_for_fresh_samples() -> None:
+    """The mean over all draws of 4 samples equals the value of k = 2, 3 fresh ones."""
+    chances = {"x": 0.5, "y": 0.3, None: 0.2}
+    worth = {"x": 0.0, "y": 1.0}
+
+    def expected(n: int, of) -> float:
+        return sum(
+            math.prod(chances[a] for a in drawn) * of(list(drawn))
+            for drawn in product(chances, repeat=n)
+        )
+
+    def right(answers: list) -> list[float]:
+        return [0.0 if a is None else worth[a] for a in answers]
+
+    for k in (2, 3):
+        fresh = expected(k, lambda a: voted(a, worth))
+        assert expected(4, lambda a: majority_at_k(a, right(a), k)) == pytest.approx(fresh)  # noqa: B023
+        fresh = 1 - (1 - chances["y"]) ** k
+        got = expected(4, lambda a: pass_at_k(int(sum(right(a))), 4, k))  # noqa: B023
+        assert got == pytest.approx(fresh)
+
+
+def test_the_summary_has_problems_as_its_sampling_unit() -> None:
+    right = np.array([[1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 0, 1], [1, 0, 0, 0]], dtype=bool)
+    answers = [["a"] * 4, ["b"] * 4, ["a", "b", "c", "a"], ["a", "b", "b", "c"]]
+    found = summary(right, answers, np.random.default_rng(0))
+    assert found["accuracy"] == pytest.approx(7 / 16)
+    assert found["pass@2"] == pytest.approx((1 + 0 + 5 / 6 + 1 / 2) / 4)
+    assert found["pass@4"] == 0.75
+    assert found["majority@4"] == 0.5
+    every = [np.mean(x) for x in product(right.mean(1), repeat=4)]
+    want = np.quantile(every, [0.025, 0.975])
+    assert (found["low"], found["high"]) == pytest.approx(tuple(want), abs=0.08)
+    # more samples of the same problems are not more problems
+    more = summary(np.tile(right, 4), [a * 4 for a in answers], np.random.default_rng(0))
+    assert more["high"] - more["low"] == pytest.approx(found["high"] - found["low"], abs=0.02)
+    one = summary(right[:, :1], [a[:1] for a in answers], np.random.default_rng(0))
+    assert (one["low"], one["high"]) == wilson(3, 4)
+    assert "pass@1" not in one
+    assert math.isnan(summary(right[:1], answers[:1], np.random.default_rng(0))["low"])
+
+
+def test_wilson_inverts_the_score_test() -> None:
+    for right, n in ((0, 9), (3, 10), (128, 128), (70, 256)):
+        for p in wilson(right, n):
+            score = abs(right / n - p) / math.sqrt(max(p * (1 - p), 1e-300) / n)
+            assert score == pytest.approx(1.959964, rel=1e-6) or right / n == pytest.approx(p)
+
+
+def evaluation(right: np.ndarray, problem_set: str = "s") -> dict:
+    return {"problems": len(right), "outcomes": written(right), "problem_set": problem_set}
+
+
+def test_comparisons_are_paired() -> None:
+    generator = np.random.default_rng(1)
+    hard = generator.random((200, 1))
+    before, after = (generator.random((200, 1)) < hard * x for x in (0.6, 0.9))
+    found = compare(evaluation(before), evaluation(after), np.random.default_rng(0))
+    difference = after.mean(1) - before.mean(1)
+    assert found["gain"] == pytest.approx(difference.mean())
+    half = 1.96 * difference.std() / 200**0.5
+    assert found["low"] == pytest.approx(difference.mean() - half, abs=0.01)
+    assert found["high"] == pytest.approx(difference.mean() + half, abs=0.01)
+    assert (found["lost"], found["won"]) == ((difference < 0).sum(), (difference > 0).sum())
+    # the same run has no gain and no width, however uncertain its accuracy is
+    same = compare(evaluation(before), evaluation(before), np.random.default_rng(0))
+    assert (same["gain"], same["low"], same["high"], same["p"]) == (0, 0, 0, 1)
+    many = generator.random((50, 4)) < 0.5
+    assert "p" not in compare(evaluation(many), evaluation(many), np.random.default_rng(0))
+    assert (rights(evaluation(many)) == many).all()
+    assert (rights(evaluation(before)) == before).all()
+    with pytest.raises(ValueError, match=r"different problems \(200, set s; 200, set t\)"):
+        compare(evaluation(before), evaluation(after, "t"), np.random.default_rng(0))
+
+
+def test_mcnemar_counts_coin_flips() -> None:
+    for n in range(11):
+        flips = [sum(x) for x in product((0, 1), repeat=n)]
+        for won in range(n + 1):
+            as_far = [abs(2 * x - n) >= abs(2 * won - n) for x in flips]
+            assert mcnemar(n - won, won) == pytest.approx(np.mean(as_far) if n else 1)
+
+
+needs_math = pytest.mark.skipif(find_spec("math_verify") is None, reason="no math-verify")
+
+RIGHT = [
+    (r"\boxed{\frac{1}{2}}", "0.5"),
+    (r"\boxed{\dfrac12}", "1/2"),
+    (r"\boxed{0.50}", r"\frac{2}{4}"),
+    (r"\boxed{-\frac{1}{2}}", "-0.5"),
+    (r"\boxed{1,234}", "1234"),
+    (r"\boxed{1\,234}", "1234"),
+    (r"\boxed{1{,}234{,}567}", "1234567"),
+    (r"\boxed{\{1, 2\}}", r"\{2, 1\}"),
+    (r"\boxed{[0, 1)}", "[0,1)"),
+    (r"\boxed{(-\infty, 2]}", r"(-\infty,2]"),
+    (r"\boxed{5\text{ cm}}", "5"),
+    (r"\boxed{5 \mathrm{~cm}}", "5"),
+    (r"\boxed{90^\circ}", "90"),
+    (r"\boxed{x = 5}", "5"),
+    (r"\boxed{\frac{\sqrt{8}}{2}}", r"\sqrt{2}"),
+    (r"\boxed{x^2+2x+1}", "(x+1)^2"),
+    (r"\boxed{50\%}", "0.5"),
+    (r"\boxed{\text{(B)}}", "B"),
+    (r"\boxed{\text{Monday}}", "monday"),
+    (r"\boxed{7}", r"\boxed{7}"),
+    (r"\boxed{7}", "$7$"),
+    (r"first \boxed{3}, no: \boxed{7}", "7"),
+    (r"<think>\boxed{3}</think>so \boxed{7}", "7"),
+    (r"\boxed{\frac{1}{\sqrt{2}}} and an open \boxed{", r"\frac{\sqrt{2}}{2}"),
+]
+WRONG = [
+    (r"\boxed{8}", "7"),
+    (r"\boxed{0.333}", r"\frac{1}{3}"),
+    (r"\boxed{(0,1)}", "[0,1)"),
+    (r"\boxed{(1,2)}", "(2,1)"),
+    (r"\boxed{12,34}", "1234"),
+    (r"\boxed{\text{evil}}", r"\text{live}"),
+    (r"\boxed{x}", "y"),
+    (r"first \boxed{7}, no: \boxed{3}", "7"),
+]
+UNREADABLE = [
+    ("7", "7"),
+    ("", "7"),
+    (r"\boxed{}", "7"),
+    (r"\boxed{7", "7"),
+    (r"<think>\boxed{7}</think>7", "7"),
+    (r"<think>a</think>7</think>\boxed{7}", "7"),
+    (r"\boxed{\frac{1}{}}", "7"),
+    (r"\boxed{" + "9" * 5000 + "}", "7"),
+    ("\\boxed{\ud800\x00}", "7"),
+]
+
+
+@needs_math
+def test_mathematical_answers_are_compared_as_mathematics() -> None:
+    for response, answer in RIGHT:
+        verdict = grade_math(response, answer)
+        assert verdict.reward == 1, (response, answer)
+        assert verdict.answer is not None
+    for response, answer in WRONG:
+        verdict = grade_math(response, answer)
+        assert verdict.reward == 0, (response, answer)
+        assert verdict.answer is not None, (response, answer)
+    for response, answer in UNREADABLE:
+        assert grade_math(response, answer) == Verdict(0.0, None), (response, answer)
+
+
+@needs_math
+def test_equal_answers_vote_together() -> None:
+    votes = {grade_math(rf"\boxed{{{x}}}", "3").answer for x in (r"\frac12", "0.5", "2/4", ".50")}
+    assert len(votes) == 1
+    assert grade_math(r"\boxed{0.6}", "3").answer not in votes
+    # 50 % equals 50 and 0.5, which differ, so it votes for neither
+    assert grade_math(r"\boxed{50\%}", "0.5").answer not in votes
+
+
+@needs_math
+def test_a_judge_that_hangs_or_dies_is_replaced_in_any_thread() -> None:
+    judge = Judge(seconds=1.0)
+    found: list = []
+
+    def work() -> None:
+        found.append(judge("5", "9^{9^{9^{9}}}"))
+        found.append(judge("5", "5"))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(60)
+    assert found == [None, {"gold": True, "key": "5", "equal": True}]
+    assert judge.process is not None
+    judge.process.kill()
+    assert judge("5", "5") is None
+    answer = judge("5", "6")
+    assert answer is not None
+    assert not answer["equal"]
+
+
+@needs_math
+def test_an_answer_that_is_no_mathematics_is_said_to_be() -> None:
+    with pytest.warns(UserWarning, match=r"'\\\\frac\{' cannot be read as mathematics"):
+        assert grade_math(r"\boxed{4}", r"\frac{").reward == 0
+
+
+def test_boxes_nest_and_the_last_that_closes_counts() -> None:
+    assert last_box(r"\boxed{a{b{c}}d} }") == "a{b{c}}d"
+    assert last_box(r"\boxed {1}\boxed{2}\fbox{3}") == "2"
+    assert last_box(r"\boxed{\boxed{5}}") == "5"
+    assert last_box(r"\boxed{1} \boxed{2") == "1"
+    assert last_box("{1}") is None
+
+
+def test_the_other_graders() -> None:
+    assert grade_exact("<think>8</think> 7\n", "7") == Verdict(1.0, "7")
+    assert grade_exact("<think>7</think>8", "7") == Verdict(0.0, "8")
+    assert grade_exact("<think>7</think> ", "7") == Verdict(0.0, None)
+    for text, answer, reward, vote in (
+        ("It is 1,234.50.", "1234.5", 1.0, "2469/2"),
+        ("3 + 4 = 7", "7", 1.0, "7"),
+        ("7 = 3 + 4", "7", 0.0, "4"),
+        ("-6/8", "-0.75", 1.0, "-3/4"),
+        ("<think>7</think>none", "7", 0.0, None),
+        ("1/0", "7", 0.0, None),
+        (r"\boxed{7}, not 8", "7", 1.0, "7"),
+        ("9" * 6000, "7", 0.0, None),
+    ):
+        assert grade_numeric(text, answer) == Verdict(reward, vote), text
+    with pytest.raises(ValueError, match="answer 'seven' is not a number; use the grader exact"):
+        grade_numeric("7", "seven")
+    for p in problems("test", 20, 0):
+        assert grade_lab(p.solution, p.answer) == Verdict(1.0, p.answer)
+    assert grade_lab("7", "7") == Verdict(0.0, None)
+    with pytest.raises(
+        ValueError, match="unknown grader 'maths'; known: exact, numeric, math, lab"
+    ):
+        make_grader("maths")
+
+
+def test_a_response_cut_behind_its_thoughts_has_not_answered() -> None:
+    tokenizer = make_tokenizer()
+    ids = tokenizer.encode(r"\boxed{5}</think>")
+    assert response_text(tokenizer, ids) == r"\boxed{5}</think>"
+    assert response_text(tokenizer, [*ids, tokenizer.eos_token_id]) == r"\boxed{5}</think>"
+
+
+def graded(reward: list[list[float]], tasks: list[str]) -> Graded:
+    shape = np.array(reward).shape
+    length = np.arange(shape[0] * shape[1]).reshape(shape)
+    votes: list[list[str | None]] = [["yes" if x >= 1 else None for x in row] for row in reward]
+    asked: list[Problem] = [Question(f"p{i}", "a", task=t) for i, t in enumerate(tasks)]
+    return Graded(asked, np.array(reward), length, length % 3 > 0, votes, [[""]] * len(tasks))
+
+
+def test_results_by_task_and_their_plain_mean() -> None:
+    found = result(graded([[1, 0], [1, 1], [0, 0], [0.9, 1]], ["x", "x", "y", "x"]))
+    assert found["accuracy"] == 0.5
+    assert found["task/x/accuracy"] == pytest.approx(2 / 3)
+    assert (found["task/x/problems"], found["task/y/problems"]) == (3, 1)
+    assert found["task_mean"] == pytest.approx(1 / 3)
+    assert found["outcomes"] == "10 11 00 01"
+    assert (found["length"], found["truncated"]) == (3.5, pytest.approx(3 / 8))
+    assert found["unparsed"] == 0.5
+    assert not [k for k in result(graded([[1], [0]], ["x", "x"])) if k.startswith("task")]
+    other = graded([[1], [0]], ["x", "x"])
+    assert result(other)["problem_set"] != found["problem_set"]
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_pair):
+    tokenizer, network = load(str(tiny_pair[0]), "cpu", "float32")
+    return tokenizer, split(network, head_rows(network)), end_ids(tokenizer, network)
+
+
+def measure(loaded, task: Task, **changes) -> Graded:
+    tokenizer, model, eos = loaded
+    settings = {"problems": 5, "max_prompt": 64, "max_response": 6, "temperature": 1.0}
+    generator = torch.Generator().manual_seed(0)
+    return respond(
+        InProcess(model), tokenizer, eos, task, generator=generator, **(settings | changes)
+    )
+
+
+def test_samples_stay_with_their_problem(loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graded by the length of the response: rewards, lengths and texts must belong together."""
+    asked = [Problem("1+2" * (1 + n % 3), str(n)) for n in range(7)]
+    seen: list[tuple[str, str]] = []
+
+    def grade(response: str, answer: str) -> Verdict:
+        seen.append((response, answer))
+        return Verdict(float(len(response) % 2), f"{answer}:{response}")
+
+    task = Task(train=lambda step, count: [], test=lambda count: asked[:count], grade=grade)
+    monkeypatch.setattr("opd.evaluate.ROWS_AT_ONCE", 6)  # two problems a call
+    found = measure(loaded, task, problems=7, samples=3)
+    assert [a for _, a in seen] == [str(n) for n in range(7) for _ in range(3)]
+    assert found.reward.shape == (7, 3)
+    for i, row in enumerate(found.texts):
+        assert found.answers[i] == [f"{i}:{text}" for text in row]
+        assert found.reward[i].tolist() == [float(len(text) % 2) for text in row]
+    assert len({text for row in found.texts for text in row}) > 7, "samples differ"
+
+
+def test_greedy_is_the_argmax_and_does_not_depend_on_the_seed(loaded) -> None:
+    tokenizer, model, eos = loaded
+    task = load_task("lab", 0)
+    found = measure(loaded, task, temperature=0.0, top_p=0.3)
+    for problem, (text,) in zip(found.problems, found.texts, strict=True):
+        message = [{"role": "user", "content": problem.prompt}]
+        prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        ids, said = tokenizer.encode(prompt, add_special_tokens=False), []
+        while len(said) < 6 and not set(said) & set(eos):
+            logits = model.network(torch.tensor([ids + said])).logits[0, -1, : model.vocabulary]
+            said.append(int(logits.argmax()))
+        assert text == response_text(tokenizer, said)
+    assert GREEDY["top_p"] < 1e-6
+    with pytest.raises(ValueError, match="3 greedy samples are all equal"):
+        measure(loaded, task, temperature=0.0, samples=3)
+    with pytest.raises(ValueError, match="samples is 0"):
+        measure(loaded, task, samples=0)
+
+
+def test_evaluate_is_what_the_loop_calls(loaded) -> None:
+    tokenizer, model, eos = loaded
+    settings = {"problems": 4, "max_prompt": 64, "max_response": 5, "temperature": 1.0}
+    generator = torch.Generator().manual_seed(3)
+    task = load_task("lab", 0)
+    found = evaluate(model, tokenizer, eos, task, generator=generator, **settings)
+    assert found["problems"] == 4
+    assert len(found["outcomes"]) == 4
+    json.dumps(found)
+
+
+def test_the_command_writes_what_it_found(
+    tiny_pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [{"q": f"{i}+1", "a": i + 1, "task": "ab"[i % 2]} for i in range(20)]
+    file = tmp_path / "task.jsonl"
+    file.write_text("".join(json.dumps(x) + "\n" for x in lines))
+    words = [str(tiny_pair[0]), "--task", str(file), "--samples", "3", "--max-response", "6"]
+    words += ["--prompt-column", "q", "--answer-column", "a", "--grader", "numeric"]
+    words += ["--device", "cpu", "--top-p", "0.9"]
+    out, said = tmp_path / "deep" / "evals.json", tmp_path / "said.jsonl"
+    cli.evaluate([*words, "--whole", "--out", str(out), "--responses", str(said)])
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["problems"] == 20
+    assert {"accuracy", "pass@2", "pass@3", "majority@3", "task/a/accuracy"} <= shown.keys()
+    whole = json.loads(out.read_text())
+    assert len(whole["outcomes"].split()) == 20
+    assert whole["settings"]["top_p"] == 0.9
+    rows = [json.loads(line) for line in said.read_text().splitlines()]
+    assert {(row["prompt"], row["answer"]) for row in rows} == {
+        (x["q"], str(x["a"])) for x in lines
+    }
+    cli.evaluate([*words, "--whole", "--against", str(out)])
+    again = json.loads(capsys.readouterr().out)
+    assert (again["against/gain"], again["against/low"], again["against/high"]) == (0, 0, 0)
+    cli.evaluate(words)
+    assert json.loads(capsys.readouterr().out)["problems"] == 2
+    with pytest.raises(ValueError, match="different problems"):
+        cli.evaluate([*words, "--against", str(out)])
