@@ -105,10 +105,10 @@ def both_losses(
     loss = objective.local_loss(
         logp, on_the_support(objective, student, batch), full or batch, credit
     )
-    whole = (torch.where(batch.mask, loss, 0.0) * weight[:, None]).sum()
+    whole = 2.5 * (torch.where(batch.mask, loss, 0.0) * weight[:, None]).sum()
 
     live = states.detach().requires_grad_()
-    mine = loss_from_hidden(
+    mine = 2.5 * loss_from_hidden(
         Pair(model(ours), model(theirs), None, [0]),
         objective,
         live[batch.mask],
