@@ -17,74 +17,145 @@ class Config:
     student: str
     """Hugging Face causal LM to train: a folder or a hub name."""
     teacher: str
-    """Hugging Face causal LM with the same vocabulary, frozen."""
+    """Causal LM with the same vocabulary, frozen: a folder or a hub name; or "base", the student
+    with its LoRA adapters off; or "ema", a moving average of the student."""
     out: str
     """Run folder; an unfinished run in it is resumed."""
+
+    # --- data -----------------------------------------------------------------------------------
     task: str = "lab"
-    """Where prompts come from: "lab", or a .jsonl/.parquet file with columns prompt and answer."""
+    """Where prompts come from: "lab", a .jsonl or .parquet file, or a dataset, hf:NAME:SPLIT
+    (opd.sources)."""
+    prompt_column: str = "prompt"
+    answer_column: str = "answer"
+    grader: str = ""
+    """Name in opd.grading.GRADERS; empty: the task's own, or "exact"."""
+    system: str = ""
+    """A system message before every prompt."""
+    max_prompt: int = 512
+    """Longest prompt in tokens; longer ones are an error."""
+    drop_long: bool = False
+    """Leave longer prompts out instead, and say how many."""
+    prompts_per_step: int = 16
+    """Distinct prompts whose rollouts make one step."""
+    group_size: int = 4
+    """Responses to each prompt."""
 
-    objective: str = "teacher_topk"
-    """Name in opd.objectives.OBJECTIVES."""
-    gamma: float = 0.0
-    """Discount of future costs, for objectives with a score-function part."""
-    support_k: int = 16
-    """K, the number of teacher ids a position for diagnostics and support objectives."""
-    denominator: str = "token_mean"
-    """Name in opd.objectives.DENOMINATORS."""
-
+    # --- rollouts -------------------------------------------------------------------------------
+    engine: Literal["hf", "vllm"] = "hf"
+    """Who samples: `generate`, or a colocated vLLM (extra vllm) that gets the weights each step."""
     temperature: float = 1.0
     """Temperature of rollouts and of both models in the loss."""
     top_p: float = 1.0
     """Nucleus of the rollouts; the loss uses the whole softmax."""
-    max_prompt: int = 512
-    """Longest prompt in tokens; a longer one is an error."""
     max_response: int = 512
     """Budget of a response in tokens."""
-    prompts_per_step: int = 16
-    """Distinct prompts in an optimizer step."""
-    group_size: int = 4
-    """Responses to each prompt."""
+    rows_at_once: int = 256
+    """Rows of one call of the engine hf; their key-value cache must fit."""
 
+    # --- objective ------------------------------------------------------------------------------
+    objective: str = "teacher_topk"
+    """Name in opd.objectives.OBJECTIVES."""
+    gamma: float = 0.0
+    """Discount of future costs, for objectives with a score-function part."""
+    beta: float | None = None
+    """Of full_jsd: 0 forward KL, 1 reverse KL."""
+    support_k: int = 16
+    """K, the number of ids a position for diagnostics and support objectives."""
+    baseline: str = "none"
+    """Name in opd.credit.BASELINES."""
+    ratio: str = "none"
+    """Name in opd.credit.RATIOS: student over sampler."""
+    ratio_clip: float | None = None
+    """Nats within which the sampled tokens' costs are held."""
+    ppo_clip: tuple[float, float, float] | None = None
+    """Lower, upper and dual clip of sampled_token_clipped; 0.2, 0.2, 3 if not given."""
+    outcome: float = 0.0
+    """Weight of the graded reward beside the divergence."""
+    advantage: str = "leave_one_out"
+    """Of the reward, a name in opd.credit.ADVANTAGES."""
+    keep_uncertain: float = 1.0
+    """Share of the tokens, those of the largest student entropy, that the loss is taken over."""
+    denominator: str = "token_mean"
+    """Name in opd.reduction.DENOMINATORS."""
+    mask: tuple[str, ...] = ()
+    """Rules of tokens that are not supervised, such as role:eos or string:<think>:first
+    (opd.rules)."""
+    collapse_accepted: bool = False
+    """Train with an un-normalised support all the same."""
+
+    # --- optimizer ------------------------------------------------------------------------------
     steps: int = 100
-    """Optimizer steps, each on fresh rollouts."""
+    """Steps, each on fresh rollouts."""
+    updates: int = 1
+    """Optimizer steps on the rollouts of a step, each on its share of the prompts."""
     lr: float = 1e-5
-    """AdamW learning rate after warm-up."""
+    """Largest AdamW learning rate."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After the warm-up."""
     warmup: int = 0
     """Steps of linear warm-up."""
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float = 1.0
     """Largest gradient norm."""
+    lora_rank: int = 0
+    """Rank of LoRA adapters on the linear layers (extra lora); 0 trains every weight."""
+    lora_alpha: float = 32.0
+    """Scale of the adapters, over the rank."""
+    ema_decay: float = 0.99
+    """Of the teacher "ema", once an optimizer step."""
     seed: int = 0
 
+    # --- record ---------------------------------------------------------------------------------
+    loggers: tuple[str, ...] = ()
+    """Besides rows.jsonl: tensorboard, wandb, trackio (extras of these names)."""
     eval_every: int = 50
     """Steps between evaluations; 0 evaluates only at the start and the end."""
+    eval_task: str = ""
+    """Source of the evaluation's problems; empty: a held-out tenth of `task`."""
     eval_problems: int = 256
-    """Held-out problems of an evaluation, sampled once each at temperature 1."""
+    """Held-out problems of an evaluation."""
+    eval_samples: int = 1
+    """Responses to each of them."""
+    eval_temperature: float = 1.0
+    """0 is greedy."""
+    eval_top_p: float = 1.0
     save_every: int = 50
     """Steps between checkpoints; a killed run repeats at most this many."""
     batch_every: int = 50
     """Steps between saved batches (batches/*.safetensors)."""
 
+    # --- machine --------------------------------------------------------------------------------
     micro_tokens: int = 16384
-    """Padded tokens (prompt and response) of one forward and backward."""
+    """Padded tokens (prompt and response) of one forward and backward; changes no result."""
     chunk_elements: int = 1 << 24
     """Logits held at once: tokens x vocabulary of one chunk."""
     device: str = "auto"
     """"cpu", "cuda", or "auto": cuda where there is one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the weights."""
+    """Precision of both networks; bfloat16 weights have float32 masters."""
+    checkpointing: bool = False
+    """Recompute the layers' activations in the backward pass."""
+    offload_teacher: bool = False
+    """Keep the teacher in host memory except while it scores."""
 
     def __post_init__(self) -> None:
-        for name in ("support_k", "max_prompt", "max_response", "prompts_per_step", "group_size"):
+        counts = "support_k max_prompt max_response prompts_per_step group_size updates"
+        for name in (*counts.split(), "rows_at_once", "eval_problems", "eval_samples"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        for name in ("steps", "warmup", "eval_every", "save_every", "batch_every", "weight_decay"):
+        never_negative = "steps warmup eval_every save_every batch_every weight_decay lora_rank"
+        for name in (*never_negative.split(), "eval_temperature"):
             _require(name, getattr(self, name), getattr(self, name) >= 0, "not negative")
-        for name in ("lr", "clip", "temperature"):
+        for name in ("lr", "clip", "temperature", "lora_alpha"):
             _require(name, getattr(self, name), getattr(self, name) > 0, "positive")
-        _require("gamma", self.gamma, 0 <= self.gamma <= 1, "in [0, 1]")
-        _require("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
-        _require("eval_problems", self.eval_problems, self.eval_problems >= 1, "at least 1")
+        for name in ("gamma", "ema_decay"):
+            _require(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "in [0, 1]")
+        for name in ("top_p", "eval_top_p", "keep_uncertain"):
+            _require(name, getattr(self, name), 0 < getattr(self, name) <= 1, "in (0, 1]")
+        fits = self.prompts_per_step % self.updates == 0
+        what = f"a divisor of prompts_per_step, {self.prompts_per_step}"
+        _require("updates", self.updates, fits, what)
 
 
 def _require(name: str, value: object, ok: bool, what: str) -> None:
@@ -102,4 +173,5 @@ def from_json(path: str | Path) -> Config:
     known = {f.name for f in dataclasses.fields(Config)}
     if unknown := sorted(set(raw) - known):
         raise ValueError(f"{path} has unknown settings {unknown}; it comes from another version")
-    return Config(**{**raw, "betas": tuple(raw["betas"])})
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+    return Config(**fields)

@@ -53,7 +53,86 @@ def pair() -> Config:
     return Config(student="", teacher="", out="runs/pair", task="")
 
 
-RECIPES: dict[str, Callable[[], Config]] = {"smoke": smoke, "lab": lab, "pair": pair}
+def qwen_small() -> Config:
+    """Qwen2.5-0.5B-Instruct from Qwen2.5-1.5B-Instruct on DAPO-Math: one GPU of 24 GB."""
+    return Config(
+        student="Qwen/Qwen2.5-0.5B-Instruct",
+        teacher="Qwen/Qwen2.5-1.5B-Instruct",
+        out="runs/qwen-small",
+        task="hf:open-r1/DAPO-Math-17k-Processed:en:train",
+        answer_column="solution",
+        grader="math",
+        drop_long=True,
+        prompts_per_step=16,
+        group_size=4,
+        max_prompt=512,
+        max_response=1024,
+        top_p=0.9,
+        support_k=32,
+        steps=200,
+        lr=2e-6,
+        weight_decay=0.01,
+        eval_top_p=0.9,
+        dtype="bfloat16",
+        checkpointing=True,
+    )
+
+
+def paper_math() -> Config:
+    """Qwen2.5-7B-Instruct from OpenThinker3-7B as in arXiv 2603.25562, table A1 and its scripts.
+
+    Local support matching without a mask: 128 responses a step in two updates, K = 32, top-p 0.9,
+    every response weighs the same, as a micro-batch of one makes it in the published code (its
+    equation 8 is `group_mean`). The sampled-token baseline: `--objective sampled_token_clipped
+    --top-p 1`; with mask: `--mask token:<:first token:think:first "token:<|im_end|>:first"`.
+    Not ours: its prompt's wording, its 8 GPUs (this is one process), its vLLM version.
+    """
+    return Config(
+        student="Qwen/Qwen2.5-7B-Instruct",
+        teacher="open-thoughts/OpenThinker3-7B",
+        out="runs/paper-math",
+        task="hf:open-r1/DAPO-Math-17k-Processed:en:train",
+        answer_column="solution",
+        grader="math",
+        drop_long=True,
+        prompts_per_step=16,
+        group_size=8,
+        max_prompt=2048,
+        max_response=16384,
+        engine="vllm",
+        temperature=1.0,
+        top_p=0.9,
+        objective="teacher_topk",
+        support_k=32,
+        denominator="sequence_mean",
+        steps=400,
+        updates=2,
+        lr=2e-6,
+        weight_decay=0.01,
+        betas=(0.9, 0.999),
+        clip=1.0,
+        seed=42,
+        eval_task="hf:Maxwell-Jia/AIME_2024:train",
+        eval_every=80,
+        eval_problems=30,
+        eval_samples=32,
+        eval_temperature=1.0,
+        eval_top_p=0.9,
+        save_every=80,
+        batch_every=80,
+        dtype="bfloat16",
+        checkpointing=True,
+        offload_teacher=True,
+    )
+
+
+RECIPES: dict[str, Callable[[], Config]] = {
+    "smoke": smoke,
+    "lab": lab,
+    "pair": pair,
+    "qwen-small": qwen_small,
+    "paper-math": paper_math,
+}
 
 
 def parse(argv: list[str]) -> Config:
@@ -61,7 +140,7 @@ def parse(argv: list[str]) -> Config:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: opd train RECIPE [--show] [--field value ...]\n\nrecipes:")
         for name, recipe in RECIPES.items():
-            print(f"  {name:8} {(recipe.__doc__ or '').splitlines()[0]}")
+            print(f"  {name:11} {(recipe.__doc__ or '').splitlines()[0]}")
         print("\n`opd train RECIPE --help` lists every setting of a recipe.")
         raise SystemExit(0)
     name, rest = argv[0], argv[1:]

@@ -1,0 +1,146 @@
+"""Roles: who is student and who is teacher, and what each is spared.
+
+The student may train adapters only; the teacher may be another model, the student without its
+adapters ("base"), or a moving average of the student ("ema"). The teacher may live in host memory
+while it does not score, and the student may recompute its activations in the backward pass.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opd.config import Config
+from opd.model import Model, Pair, end_ids, head_rows, load, load_pair, resolve_device, split
+
+
+def make_pair(config: Config) -> Pair:
+    """The configured student and teacher.
+
+    Raises:
+      ValueError: "base" without adapters, or a pair that `load_pair` refuses.
+    """
+    device = resolve_device(config.device)
+    if config.teacher not in ("base", "ema"):
+        pair = load_pair(config.student, config.teacher, device, config.dtype)
+        if not config.lora_rank:
+            return pair
+        network = adapted(pair.student.network, config)
+        return replace(pair, student=split(network, pair.student.vocabulary))
+    tokenizer, network = load(config.student, device, config.dtype)
+    if config.teacher == "base" and not config.lora_rank:
+        raise ValueError(
+            'teacher "base" is the student with its adapters off, and there are none; set '
+            "lora_rank, or name a teacher"
+        )
+    eos, vocabulary = end_ids(tokenizer, network), head_rows(network)
+    if config.lora_rank:
+        network = adapted(network, config)
+    student = split(network, vocabulary)
+    teacher = without_adapters(student) if config.teacher == "base" else average(student)
+    return Pair(student, teacher, tokenizer, eos)
+
+
+def adapted(network: Any, config: Config) -> Any:
+    """The network with LoRA adapters on all linear layers but the head; nothing else trains.
+
+    The adapters' starting values depend on the seed alone.
+
+    Raises:
+      ImportError: peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError(
+            "lora_rank needs peft: pip install 'opdlab[lora]', or set lora_rank to 0"
+        ) from error
+    how = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # it divides
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        return get_peft_model(network, how).eval()
+
+
+def without_adapters(student: Model) -> Model:
+    """The same network with its adapters off, as a frozen teacher; costs no memory."""
+
+    def hidden(ids: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
+        with torch.no_grad(), student.network.disable_adapter():
+            return student.hidden(ids, attention, positions)
+
+    return replace(student, hidden=hidden)
+
+
+def average(student: Model) -> Model:
+    """A float32 copy of the student, to be moved by `follow`."""
+    network = copy.deepcopy(student.network).float().requires_grad_(False)
+    return split(network, student.vocabulary)
+
+
+@torch.no_grad()
+def follow(teacher: Model, student: Model, decay: float) -> None:
+    """teacher <- decay teacher + (1 - decay) student, every weight."""
+    pairs = zip(teacher.network.parameters(), student.network.parameters(), strict=True)
+    for slow, fast in pairs:
+        slow.lerp_(fast.to(slow), 1 - decay)
+
+
+@contextmanager
+def awake(teacher: Model, device: torch.device, offload: bool) -> Iterator[None]:
+    """With `offload`, the teacher is on the device inside the block and in host memory outside."""
+    if not offload:
+        yield
+        return
+    teacher.network.to(device)
+    try:
+        yield
+    finally:
+        teacher.network.to("cpu")
+
+
+@contextmanager
+def recomputing(network: Any, wanted: bool) -> Iterator[None]:
+    """With `wanted`, layers keep their inputs only and run again in the backward pass.
+
+    Layers alone are set to train, which is what turns this on; what they are made of stays in
+    evaluation mode, so that nothing is dropped out.
+    """
+    if not wanted:
+        yield
+        return
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    # transformers 5.17 has the old names alone, 5.23 warns of them
+    new = hasattr(network, "activation_checkpointing_enable")
+    kind = "activation" if new else "gradient"
+    getattr(network, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+    layers = [m for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(
+            f"{type(network).__name__} has no layer that can be recomputed; set checkpointing off"
+        )
+    try:
+        for layer in layers:
+            layer.training = True
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
+        getattr(network, f"{kind}_checkpointing_disable")()
+
+
+def ordinary(network: Any) -> Any:
+    """The network as an ordinary Hugging Face model: adapters, if any, merged into a copy."""
+    if not hasattr(network, "merge_and_unload"):
+        return network
+    return copy.deepcopy(network).merge_and_unload()
