@@ -100,8 +100,8 @@ def make_objective(config: Config) -> Objective:
     """The configured objective; refuses what `opd.objectives.make` refuses, and more.
 
     Raises:
-      ValueError: an unknown denominator, or several updates with a score that ignores how far the
-        student has moved since the rollouts.
+      ValueError: an unknown denominator; a teacher that is the student and no reward; or several
+        updates with a score that ignores how far the student has moved since the rollouts.
     """
     if config.denominator not in DENOMINATORS:
         known = ", ".join(DENOMINATORS)
@@ -118,6 +118,11 @@ def make_objective(config: Config) -> Objective:
         advantage=config.advantage,
         collapse_accepted=config.collapse_accepted,
     )
+    if config.teacher in ("base", "ema") and not config.outcome:
+        raise ValueError(
+            f'teacher "{config.teacher}" starts as the student itself, so the divergence is at its '
+            "minimum and nothing moves; set outcome, the weight of the reward, or name a teacher"
+        )
     if config.updates > 1 and objective.score is plain_score:
         raise ValueError(
             f"updates is {config.updates}: from the second on, {config.objective} would weigh "
