@@ -157,9 +157,8 @@ def draw(logp: Tensor, noise: Tensor) -> Tensor:
     probability only. An id of probability 0 is never drawn.
     """
     mass = logp.exp().cumsum(-1, dtype=torch.float64)
-    total = mass[:, -1:]
-    below = torch.minimum(noise[:, None] * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(mass, below, right=True)[:, 0]
+    # noise is at most 1 - 2^-53, so the product stays below the total, which is about 1
+    return torch.searchsorted(mass, noise[:, None] * mass[:, -1:], right=True)[:, 0]
 
 
 def batches(prompts: Prompts, rows_at_once: int) -> list[list[int]]:
