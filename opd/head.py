@@ -52,6 +52,11 @@ def shaped(products: Tensor, head: Head) -> Tensor:
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
+def cooled(logits: Tensor, temperature: float) -> Tensor:
+    """Logits over the temperature, without a copy at temperature 1."""
+    return logits if temperature == 1 else logits / temperature
+
+
 def full_logits(hidden: Tensor, head: Head) -> Tensor:
     """(n, D) -> (n, V) float32, no gradient. Keep n to a chunk: see `chunks`."""
     return shaped(products(hidden, head)[..., : head.vocabulary], head)

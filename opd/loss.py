@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from diagnostics.batch import Scored
-from opd.head import Head, chunks, gathered_logits, half_on_gpu, products, shaped
+from opd.head import Head, chunks, cooled, gathered_logits, half_on_gpu, products, shaped
 from opd.model import Pair, log_probabilities
 from opd.objectives import Objective
 from opd.surrogates import Visited
@@ -56,7 +56,7 @@ def loss_from_hidden(
         ids = known.ids
         if objective.sampled:
             ids = torch.cat([ids, known.tokens[:, None]], 1)
-        found = gathered_logits(hidden, head, ids) / temperature
+        found = cooled(gathered_logits(hidden, head, ids), temperature)
         logp = found[:, -1] if objective.sampled else None
         at = known.at(slice(None), logp, found[:, : known.ids.shape[1]])
         return (objective.surrogate(at) * weight).sum()
@@ -64,7 +64,7 @@ def loss_from_hidden(
         raise ValueError("the objective compares whole vocabularies; no teacher states")
 
     def chunk(z: Tensor, c: slice) -> Tensor:
-        logits = shaped(z[:, : head.vocabulary], head) / temperature
+        logits = cooled(shaped(z[:, : head.vocabulary], head), temperature)
         y = known.tokens[c, None]
         if teacher_hidden is not None and objective.support == "full":
             p = logits.log_softmax(-1)

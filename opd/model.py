@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diagnostics.batch import Rollouts
 from opd.data import Prompts
-from opd.head import Head, find_head, full_logits
+from opd.head import Head, cooled, find_head, full_logits
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(ids, attention mask, positions), (B, L) each -> (B, L, D)."""
@@ -209,7 +209,7 @@ def micro_batches(prompts: Prompts, batch: Rollouts, tokens: int) -> list[list[i
 
 def log_probabilities(model: Model, hidden: Tensor, temperature: float) -> Tensor:
     """(n, D) -> (n, V) float32 log-softmax at the loss temperature."""
-    return (full_logits(hidden, model.head) / temperature).log_softmax(-1)
+    return cooled(full_logits(hidden, model.head), temperature).log_softmax(-1)
 
 
 def spread(flat: Tensor, mask: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from diagnostics.batch import Prefix, Rollouts, Scored, Support
 from diagnostics.prefix import functionals
 from opd.data import Prompts
-from opd.head import chunks, full_logits, gathered_logits, two_stage_topk
+from opd.head import chunks, cooled, full_logits, gathered_logits, two_stage_topk
 from opd.model import Pair, log_probabilities, micro_batches, response_hidden, spread
 from opd.supports import JOINED
 
@@ -101,11 +101,12 @@ def score_support(
     sampled = batch.softmax_logp[batch.mask]
 
     def measure(ours: Tensor, theirs: Tensor, tokens: Tensor, place: Tensor) -> dict[str, Tensor]:
-        logits = full_logits(theirs, pair.teacher.head).div_(temperature)
+        logits = cooled(full_logits(theirs, pair.teacher.head), temperature)
         normaliser = logits.logsumexp(-1, keepdim=True)
         best, ids = two_stage_topk(logits, k)
         y, logp = tokens[:, None], sampled[place].float()
-        z = gathered_logits(ours, pair.student.head, torch.cat([y, ids], 1)) / temperature
+        some = gathered_logits(ours, pair.student.head, torch.cat([y, ids], 1))
+        z = cooled(some, temperature)
         return {
             "student_logp": logp,
             "teacher_logp": (logits.gather(-1, y) - normaliser)[:, 0],
