@@ -200,6 +200,11 @@ def name_the_end_otherwise(pair: Pair) -> None:
     end_otherwise(pair[1], OTHER)
 
 
+def halve_the_end(network) -> None:
+    weight = network.get_output_embeddings().weight
+    weight[END] = weight[OTHER]
+
+
 def babble(pair: Pair) -> None:
     for folder in pair:
         reweigh(folder, lambda network: network.model.norm.weight.mul_(0.2))
@@ -311,7 +316,7 @@ def test_one_fault_is_named_and_nothing_else(pair: Pair, name: str) -> None:
 
 def test_a_template_that_leaves_turns_open_names_no_end(pair: Pair) -> None:
     for folder in pair:
-        write_template(folder, TEMPLATE.replace("<|im_end|>", ""))
+        write_template(folder, TEMPLATE.replace("<|im_end|>\n", ""))
     assert verdicts(examine(pair, max_response=4)) == {}
 
 
@@ -420,7 +425,10 @@ def test_an_end_under_another_name_is_told_from_going_on(pair: Pair, healthy: Pa
     assert verdicts(found)["end tokens"] == "fail"
     assert verdicts(found)["endings"] == "warn"
     assert "read it at its own end" in found["endings"].advice
-    for folders, known in ((pair, [OTHER]), (healthy, [END])):
+    for folders, known in ((pair, [OTHER]), (pair, [OTHER, END]), (healthy, [END])):
+        if len(known) > 1:
+            end_otherwise(pair[1], known)
+            reweigh(pair[1], halve_the_end)
         at = gathered(folders)
         last = [q[-1] for q, e in zip(dense(folders[1], at), at.scored.ended, strict=True) if e]
         numbers = sample_checks.endings(at).numbers
