@@ -1,0 +1,157 @@
+"""Speed of the rollout engines against plain `generate`, as ratios measured in one run.
+
+    python -m benchmarks.rollout [--device cuda] [--engines hf vllm]
+
+The rival is the loop that TRL-style trainers use: one `generate` call with sampling, temperature,
+top-p and the default dynamic cache. It keeps no log-probabilities; ours keep both. Random weights,
+prompts of mixed lengths, and an end token that is never drawn, so that all produce the same number
+of tokens. Engines take turns; medians of `--repeats` after a first call that compiles. On a CPU:
+one thread, processor seconds (another process's are not seen, so vLLM is timed on GPUs alone).
+"""
+
+import argparse
+import platform
+import time
+from collections.abc import Callable
+from tempfile import TemporaryDirectory
+
+import torch
+import transformers
+
+from opd.data import Prompts
+from opd.engines import make_engine
+from opd.lab import make_tokenizer
+from opd.model import Model, load_pair
+
+TEMPERATURE, TOP_P = 1.0, 0.9
+# name: (layers, width, vocabulary, rows, longest prompt, response)
+ON_CPU = {
+    "2 layers, 64 wide": (2, 64, 512, 32, 64, 128),
+    "6 layers, 256 wide": (6, 256, 4096, 16, 64, 32),
+    "2 layers, 128 wide, large vocabulary": (2, 128, 49152, 16, 64, 32),
+}
+ON_GPU = {"24 layers, 896 wide (0.5B)": (24, 896, 151936, 128, 128, 256)}
+Shape = tuple[int, int, int, int, int, int]
+
+
+def made(shape: Shape, device: str) -> Model:
+    layers, width, vocabulary, _, prompt, response = shape
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=4864 if width == 896 else 2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=14 if width == 896 else width // 32,
+        num_key_value_heads=2,
+        max_position_embeddings=2 * (prompt + response),
+        tie_word_embeddings=True,
+    )
+    with TemporaryDirectory() as folder:
+        network = transformers.Qwen2ForCausalLM(config)
+        # an entropy of a few nats as of text: random heads are nearly uniform
+        network.get_output_embeddings().weight.data *= 6 / (0.02 * width**0.5)
+        network.save_pretrained(folder)
+        make_tokenizer().save_pretrained(folder)
+        dtype = "bfloat16" if device == "cuda" else "float32"
+        return load_pair(folder, folder, device, dtype).student
+
+
+def mixed(shape: Shape) -> Prompts:
+    """Prompts whose lengths are spread evenly between a quarter and all of the longest."""
+    _, _, vocabulary, rows, longest, _ = shape
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.linspace(longest // 4, longest, rows).long()
+    lengths = lengths[torch.randperm(rows, generator=generator)]
+    mask = torch.arange(longest) >= longest - lengths[:, None]
+    tokens = torch.randint(min(vocabulary, 200), (rows, longest), generator=generator) * mask
+    return Prompts(tokens=tokens, mask=mask, index=torch.arange(rows), answers=[""] * rows)
+
+
+def plain(model: Model, prompts: Prompts, response: int) -> Callable[[int], int]:
+    settings = transformers.GenerationConfig(
+        do_sample=True,
+        temperature=TEMPERATURE,
+        top_p=TOP_P,
+        top_k=0,
+        max_new_tokens=response,
+        pad_token_id=0,
+    )
+
+    def run(seed: int) -> int:
+        torch.manual_seed(seed)
+        network, device = model.network, model.device
+        network.generation_config.eos_token_id = None
+        with torch.no_grad():
+            out = network.generate(
+                inputs=prompts.tokens.to(device),
+                attention_mask=prompts.mask.long().to(device),
+                generation_config=settings,
+            )
+        return (out.shape[1] - prompts.tokens.shape[1]) * len(out)
+
+    return run
+
+
+def ours(
+    name: str, model: Model, prompts: Prompts, response: int, never: int
+) -> Callable[[int], int]:
+    longest = prompts.tokens.shape[1] + response
+    engine = make_engine(name, model, **({"max_length": longest} if name == "vllm" else {}))
+
+    def run(seed: int) -> int:
+        batch = engine.sample(
+            prompts,
+            [never],
+            max_response=response,
+            temperature=TEMPERATURE,
+            top_p=TOP_P,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        return int(batch.mask.sum())
+
+    return run
+
+
+def rate(run: Callable[[int], int], seed: int, device: str) -> float:
+    """Tokens a second of one call."""
+    clock = time.perf_counter if device == "cuda" else time.process_time
+    begin = clock()
+    tokens = run(seed)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return tokens / (clock() - begin)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--engines", nargs="+", default=["hf"])
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    if args.device == "cpu":
+        torch.set_num_threads(1)
+        if "vllm" in args.engines:
+            parser.error("vLLM runs in another process; time it on a GPU")
+    where = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
+    print(
+        f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}"
+    )
+    for label, shape in (ON_GPU if args.device == "cuda" else ON_CPU).items():
+        model, prompts, response, never = made(shape, args.device), mixed(shape), shape[5], shape[2]
+        runs = {"generate": plain(model, prompts, response)}
+        runs |= {n: ours(n, model, prompts, response, never) for n in args.engines}
+        rates: dict[str, list[float]] = {name: [] for name in runs}
+        for seed in range(args.repeats + 1):
+            for name, run in runs.items():
+                rates[name].append(rate(run, seed, args.device))
+        middle = {n: sorted(x[1:])[args.repeats // 2] for n, x in rates.items()}
+        print(f"{label}, V = {shape[2]}, {shape[3]} rows, {shape[4]} + {response} tokens")
+        for name, value in middle.items():
+            ratio = value / middle["generate"]
+            print(f"  {name:10s} {value:10.0f} tokens/s   ratio {ratio:.2f}")
+
+
+if __name__ == "__main__":
+    main()
