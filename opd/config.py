@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from opd.rules import parse
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -79,7 +81,7 @@ class Config:
     denominator: str = "token_mean"
     """Name in opd.reduction.DENOMINATORS."""
     mask: tuple[str, ...] = ()
-    """Rules of tokens that are not supervised, such as role:eos or string:<think>:first
+    """Rules of tokens that are not supervised, such as role:eos, string:<think>:first or paper
     (opd.rules)."""
     collapse_accepted: bool = False
     """Train with an un-normalised support all the same."""
@@ -153,6 +155,7 @@ class Config:
             _require(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "in [0, 1]")
         for name in ("top_p", "eval_top_p", "keep_uncertain"):
             _require(name, getattr(self, name), 0 < getattr(self, name) <= 1, "in (0, 1]")
+        parse(self.mask)
         fits = self.prompts_per_step % self.updates == 0
         what = f"a divisor of prompts_per_step, {self.prompts_per_step}"
         _require("updates", self.updates, fits, what)

@@ -84,8 +84,8 @@ def paper_math() -> Config:
     Local support matching without a mask: 128 responses a step in two updates, K = 32, top-p 0.9,
     every response weighs the same, as a micro-batch of one makes it in the published code (its
     equation 8 is `group_mean`). The sampled-token baseline: `--objective sampled_token_clipped
-    --top-p 1`; with mask: `--mask token:<:first token:think:first "token:<|im_end|>:first"`.
-    Not ours: its prompt's wording, its 8 GPUs (this is one process), its vLLM version.
+    --top-p 1`; with mask: `--mask paper`. Not ours: its prompt's wording, its 8 GPUs (this is one
+    process), its vLLM version.
     """
     return Config(
         student="Qwen/Qwen2.5-7B-Instruct",

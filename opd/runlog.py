@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from diagnostics import rows
 from diagnostics.rows import Row
 from opd.config import Config, to_json
@@ -75,11 +77,23 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def whole_folder(final: Path) -> Iterator[Path]:
-    """Write into a temporary folder that takes the final name only when the block succeeds."""
+    """Write into a temporary folder that takes the final name only when the block succeeds.
+
+    Raises:
+      RuntimeError: something could not be written; what was there before stays.
+    """
     part = final.with_name(final.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    yield part
+    try:
+        yield part
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch and safetensors tell a full disk in words of their own
+        shutil.rmtree(part, ignore_errors=True)
+        raise RuntimeError(
+            f"could not write {final} ({error}): is the disk full? What was saved before is whole, "
+            "and the same command resumes from it"
+        ) from error
     shutil.rmtree(final, ignore_errors=True)
     part.rename(final)
 

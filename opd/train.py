@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from diagnostics.monitor import Monitor
@@ -36,7 +37,7 @@ def train(config: Config) -> Path:
       RuntimeError: the device ran out of memory; says which settings to lower.
     """
     objective = make_objective(config)
-    with runlog.open_run(config) as folder, explained(config):
+    with explained(config), runlog.open_run(config) as folder:
         pair = make_pair(config)
         optimizer = adamw(pair.student.network.parameters(), config.betas, config.weight_decay)
         first = checkpoint.resume(folder, pair, optimizer, config.teacher == "ema")
@@ -72,12 +73,13 @@ def explained(config: Config) -> Iterator[None]:
             f"chunk_elements ({config.chunk_elements}) or rows_at_once ({config.rows_at_once}), "
             f"or set checkpointing or offload_teacher; the same command resumes ({error})"
         ) from error
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except (OSError, SafetensorError) as error:
+        full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if isinstance(error, OSError) and error.errno not in full:
             raise
         raise RuntimeError(
-            f"no space to write below {config.out}: free some; the last whole checkpoint is kept "
-            f"and the same command resumes ({error})"
+            f"could not write below {config.out}: is the disk full? What was saved before is "
+            f"whole, and the same command resumes from it ({error})"
         ) from error
 
 

@@ -60,7 +60,10 @@ def loaded_by(statement: str) -> set[str]:
 @pytest.mark.parametrize(
     ("statement", "without"),
     [
-        ("import opd.cli, opd.config, opd.recipes, opd.runlog, opd.problems", {"torch", "pandas"}),
+        (
+            "import opd.cli, opd.config, opd.recipes, opd.runlog, opd.problems, opd.rules, opd.doctor",
+            {"torch", "pandas"},
+        ),
         ("import opd.objectives, diagnostics.monitor", {"transformers", "pandas", "matplotlib"}),
         ("import synthetic.exact, synthetic.sample", {"transformers", "matplotlib"}),
         ("import diagnostics.intervals, figures.collect", {"torch", "transformers"}),

@@ -117,3 +117,26 @@ def test_a_killed_run_continues_as_if_it_never_was(tiny_pair, tmp_path: Path) ->
     assert rows(tmp_path / "killed") == rows(whole)
     final = [(d / "final" / "model.safetensors").read_bytes() for d in (whole, written.parent)]
     assert final[0] == final[1]
+
+
+@pytest.mark.parametrize("limit", [2_000, 60_000, 200_000])
+def test_a_full_disk_is_named_and_loses_nothing(tiny_pair, tmp_path: Path, limit: int) -> None:
+    """No file may grow beyond `limit` bytes: rows, then weights, then the optimizer fail."""
+    config = settings(tiny_pair, tmp_path / "full", steps=6, save_every=1)
+    (tmp_path / "config.json").write_text(json.dumps(to_json(config)))
+    program = (
+        "import resource, sys; from opd.config import from_json; from opd.train import train; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), -1)); "
+        "train(from_json(sys.argv[1]))"
+    )
+    line = [sys.executable, "-c", program, str(tmp_path / "config.json"), str(limit)]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("RuntimeError: ")
+    assert "is the disk full?" in last
+    assert not list((tmp_path / "full").rglob("*.part/*"))
+    whole = train(settings(tiny_pair, tmp_path / "whole", steps=6, save_every=1))
+    assert rows(train(config)) == rows(whole)
+    final = [(d / "final" / "model.safetensors").read_bytes() for d in (whole, tmp_path / "full")]
+    assert final[0] == final[1]
