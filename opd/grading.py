@@ -161,7 +161,7 @@ class Judge:
             except BrokenPipeError:
                 line = ""
             if not line:
-                process.wait()
+                process.communicate()  # closes the pipes
                 self.process = None
                 return None
             return json.loads(line)

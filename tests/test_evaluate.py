@@ -197,6 +197,7 @@ WRONG = [
     (r"\boxed{(1,2)}", "(2,1)"),
     (r"\boxed{12,34}", "1234"),
     (r"\boxed{\text{evil}}", r"\text{live}"),
+    (r"\boxed{evil}", "live"),
     (r"\boxed{x}", "y"),
     (r"first \boxed{7}, no: \boxed{3}", "7"),
 ]
