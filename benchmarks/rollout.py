@@ -45,7 +45,7 @@ def made(shape: Shape, device: str) -> Model:
         num_attention_heads=14 if width == 896 else width // 32,
         num_key_value_heads=2,
         max_position_embeddings=2 * (prompt + response),
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
     )
     with TemporaryDirectory() as folder:
         network = transformers.Qwen2ForCausalLM(config)
