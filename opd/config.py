@@ -83,6 +83,8 @@ class Config:
     mask: tuple[str, ...] = ()
     """Rules of tokens that are not supervised, such as role:eos, string:<think>:first or paper
     (opd.rules)."""
+    own_end: bool = False
+    """Read the teacher at its own end token where the student used another (opd.special)."""
     collapse_accepted: bool = False
     """Train with an un-normalised support all the same."""
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from diagnostics.batch import Rollouts
 from opd.data import Prompts
 from opd.head import Head, cooled, find_head, full_logits
+from opd.special import Endings
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(ids, attention mask, positions), (B, L) each -> (B, L, D)."""
@@ -42,12 +43,16 @@ class Model:
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """A student, its frozen teacher, their tokenizer and the ids that end a response."""
+    """A student, its frozen teacher, the student's tokenizer and the ids that end a response.
+
+    eos: the student's; endings: both models', each with its tokenizer's own first.
+    """
 
     student: Model
     teacher: Model
     tokenizer: Any
     eos: list[int]
+    endings: Endings | None = None
 
 
 def load_pair(student: str, teacher: str, device: str, dtype: str) -> Pair:
@@ -62,7 +67,8 @@ def load_pair(student: str, teacher: str, device: str, dtype: str) -> Pair:
     eos = end_ids(tokenizer, network)
     vocabulary = min(head_rows(network), head_rows(frozen))
     frozen.requires_grad_(False)
-    return Pair(split(network, vocabulary), split(frozen, vocabulary), tokenizer, eos)
+    endings = Endings(own_first(tokenizer, eos), own_first(other, end_ids(other, frozen)))
+    return Pair(split(network, vocabulary), split(frozen, vocabulary), tokenizer, eos, endings)
 
 
 def load(name: str, device: str, dtype: str) -> tuple[Any, Any]:
@@ -113,6 +119,11 @@ def end_ids(tokenizer: Any, network: Any) -> list[int]:
             "without one every rollout runs to its budget"
         )
     return sorted(ids)
+
+
+def own_first(tokenizer: Any, ends: list[int]) -> tuple[int, ...]:
+    """The end ids, the tokenizer's own before those of the generation config alone."""
+    return tuple(sorted(ends, key=lambda i: i != tokenizer.eos_token_id))
 
 
 def head_rows(network: Any) -> int:

@@ -14,6 +14,7 @@ from diagnostics.prefix import functionals
 from opd.data import Prompts
 from opd.head import chunks, cooled, full_logits, gathered_logits, two_stage_topk
 from opd.model import Pair, log_probabilities, micro_batches, response_hidden, spread
+from opd.special import Endings, student_support, teacher_tokens
 from opd.supports import JOINED
 
 Measure = Callable[[Tensor, Tensor, Tensor, Tensor], dict[str, Tensor]]
@@ -32,6 +33,7 @@ def score(
     micro_tokens: int,
     chunk_elements: int,
     keep_teacher: bool,
+    endings: Endings | None = None,
 ) -> tuple[Scored, Tensor | None]:
     """Put both models' log-probs, a support and the prefix functionals on a batch.
 
@@ -41,22 +43,36 @@ def score(
     Logits exist for one chunk of tokens at a time. With `keep_teacher`, the teacher's hidden
     states (N, D'), row-major over the mask, are returned for losses that need its whole vocabulary.
 
+    With `endings`, the teacher is read at its own end where the student used a foreign one, and the
+    student at its own end where the teacher's top-K holds a foreign one; the prefix functionals
+    compare id with id all the same. (Paper's code at the commits of figure 5's fix.)
+
     Raises:
-      ValueError: k is larger than the vocabulary, or a source is unknown.
+      ValueError: k is larger than the vocabulary, a source is unknown, or endings are given with a
+        source other than the teacher.
     """
     _check(pair, k, source)
+    if endings is not None and source != "teacher":
+        raise ValueError(
+            f"ends are exchanged in the teacher's top-K only, not in the {source!r} support; set "
+            "own_end off, or use the teacher's"
+        )
 
     def measure(ours: Tensor, theirs: Tensor, tokens: Tensor, _: Tensor) -> dict[str, Tensor]:
         p = log_probabilities(pair.student, ours, temperature)
         q = log_probabilities(pair.teacher, theirs, temperature)
-        ids, present = _support_ids(p, q, k, source)
-        y = tokens[:, None]
+        theirs_on, present = _support_ids(p, q, k, source)
+        ids, y = theirs_on, tokens[:, None]
+        theirs_at = y
+        if endings is not None:
+            theirs_at = teacher_tokens(y, endings)
+            ids, present = student_support(theirs_on, endings)
         found = {
             "student_logp": p.gather(-1, y)[:, 0],
-            "teacher_logp": q.gather(-1, y)[:, 0],
+            "teacher_logp": q.gather(-1, theirs_at)[:, 0],
             "support.ids": ids,
             "support.student_logp": p.gather(-1, ids),
-            "support.teacher_logp": q.gather(-1, ids),
+            "support.teacher_logp": q.gather(-1, theirs_on),
         }
         if present is not None:
             found["support.present"] = present

@@ -67,6 +67,7 @@ def one_step(run: Run, step: int) -> Row:
             micro_tokens=config.micro_tokens,
             chunk_elements=config.chunk_elements,
             keep_teacher=run.objective.support == "full",
+            endings=run.pair.endings if config.own_end else None,
         )
     clock.append(time.perf_counter())
 

@@ -14,6 +14,7 @@ from opd.model import Pair, load_pair, log_probabilities, response_hidden
 from opd.problems import Problem
 from opd.rollout import sample
 from opd.scoring import score, score_support
+from opd.special import Endings
 from opd.supports import JOINED
 
 HOW = {"micro_tokens": 90, "chunk_elements": 700}
@@ -74,6 +75,47 @@ def test_supports_are_those_of_whole_distributions(rolled, source: str) -> None:
     with torch.no_grad():
         torch.testing.assert_close(
             kept, response_hidden(pair.teacher, prompts, batch), atol=1e-5, rtol=1e-5
+        )
+
+
+def test_each_model_is_read_at_its_own_end(rolled) -> None:
+    """The student's ends are its most frequent token and another, the teacher's a likely one."""
+    pair, prompts, batch = rolled
+    p, q = whole(*rolled, 0.7)
+    mine = int(batch.tokens[batch.mask].mode().values)
+    theirs = int(q.topk(5, -1).indices.mode(0).values[0])
+    assert mine != theirs
+    endings = Endings(student=(mine,), teacher=(theirs,))
+    scored, _ = score(
+        pair, prompts, batch, k=5, temperature=0.7, keep_teacher=False, endings=endings, **HOW
+    )
+    mask, support = batch.mask, scored.support
+    for row, y in enumerate(batch.tokens[mask].tolist()):
+        at = theirs if y == mine else y
+        assert float(scored.teacher_logp[mask][row]) == pytest.approx(float(q[row, at]), abs=1e-5)
+        assert float(scored.student_logp[mask][row]) == pytest.approx(float(p[row, y]), abs=1e-5)
+        seen: set[int] = set()
+        for j, v in enumerate(q[row].topk(5).indices.tolist()):
+            read = mine if v == theirs else v
+            assert int(support.ids[mask][row, j]) == read
+            assert bool(support.present[mask][row, j]) == (read not in seen)
+            seen.add(read)
+            for found, want in (
+                (support.student_logp, p[row, read]),
+                (support.teacher_logp, q[row, v]),
+            ):
+                assert float(found[mask][row, j]) == pytest.approx(float(want), abs=1e-5)
+    with pytest.raises(ValueError, match="not in the 'union' support; set own_end off"):
+        score(
+            pair,
+            prompts,
+            batch,
+            k=5,
+            source="union",
+            temperature=0.7,
+            keep_teacher=False,
+            endings=endings,
+            **HOW,
         )
 
 
