@@ -114,6 +114,10 @@ class Config:
     # --- record ---------------------------------------------------------------------------------
     loggers: tuple[str, ...] = ()
     """Besides rows.jsonl: tensorboard, wandb, trackio (extras of these names)."""
+    exact_every: int = 1
+    """Steps between measurements on whole next-token distributions (exact KL, entropies, ranks) if
+    the objective does not need the student's; between them the top-K and the sampled tokens tell
+    what they can."""
     eval_every: int = 50
     """Steps between evaluations; 0 evaluates only at the start and the end."""
     eval_task: str = ""
@@ -145,7 +149,7 @@ class Config:
     """Keep the teacher in host memory except while it scores."""
 
     def __post_init__(self) -> None:
-        counts = "support_k max_prompt max_response prompts_per_step group_size updates"
+        counts = "support_k exact_every max_prompt max_response prompts_per_step group_size updates"
         for name in (*counts.split(), "rows_at_once", "eval_problems", "eval_samples"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         never_negative = "steps warmup eval_every save_every batch_every weight_decay lora_rank"

@@ -73,6 +73,7 @@ def qwen_small() -> Config:
         lr=2e-6,
         weight_decay=0.01,
         eval_top_p=0.9,
+        exact_every=10,
         dtype="bfloat16",
         checkpointing=True,
     )
@@ -120,6 +121,7 @@ def paper_math() -> Config:
         eval_top_p=0.9,
         save_every=80,
         batch_every=80,
+        exact_every=10,
         dtype="bfloat16",
         checkpointing=True,
         offload_teacher=True,

@@ -9,6 +9,7 @@ Shapes: B responses, T response positions.
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from opd.objectives import DENOMINATORS, Objective
 from opd.optimizer import Optimizer, learning_rate
 from opd.problems import Problem
 from opd.roles import awake, follow, recomputing
-from opd.scoring import score
+from opd.scoring import score, score_support
 from opd.selection import most_uncertain, narrowed
 from opd.special import Mask, audit, masked
 
@@ -57,18 +58,7 @@ def one_step(run: Run, step: int) -> Row:
 
     teacher, device = run.pair.teacher, run.pair.student.device
     with awake(teacher, device, config.offload_teacher):
-        whole, teacher_hidden = score(
-            run.pair,
-            prompts,
-            rollouts,
-            k=config.support_k,
-            source=source_of(run.objective),
-            temperature=config.temperature,
-            micro_tokens=config.micro_tokens,
-            chunk_elements=config.chunk_elements,
-            keep_teacher=run.objective.support == "full",
-            endings=run.pair.endings if config.own_end else None,
-        )
+        whole, teacher_hidden = scored_by_both(run, step, prompts, rollouts)
     clock.append(time.perf_counter())
 
     scored = masked(whole, run.masks)
@@ -110,6 +100,41 @@ def roll_out(run: Run, step: int) -> tuple[Prompts, Rollouts]:
     device = run.pair.student.device
     rollouts = replace(rollouts.to(device), reward=torch.tensor(verdicts, device=device))
     return prompts.to(device), rollouts
+
+
+def scored_by_both(
+    run: Run, step: int, prompts: Prompts, rollouts: Rollouts
+) -> tuple[Scored, Tensor | None]:
+    """The scored batch, and the teacher's states (N, D') for objectives on the whole vocabulary.
+
+    Between the steps that measure whole distributions, an objective that does not need the
+    student's is spared them.
+    """
+    config = run.config
+    how: dict[str, Any] = {
+        "k": config.support_k,
+        "temperature": config.temperature,
+        "micro_tokens": config.micro_tokens,
+        "chunk_elements": config.chunk_elements,
+    }
+    if not due(step, config.exact_every) and spared(run, rollouts):
+        return score_support(run.pair, prompts, rollouts, **how), None
+    return score(
+        run.pair,
+        prompts,
+        rollouts,
+        source=source_of(run.objective),
+        keep_teacher=run.objective.support == "full",
+        endings=run.pair.endings if config.own_end else None,
+        **how,
+    )
+
+
+def spared(run: Run, rollouts: Rollouts) -> bool:
+    """Whether the step can do without the student's whole distributions: see `score_support`."""
+    plain = run.objective.support == "teacher" and not run.objective.normalised
+    rest = run.config.keep_uncertain == 1 and not run.config.own_end
+    return plain and rest and rollouts.softmax_logp is not None
 
 
 def source_of(objective: Objective) -> str:

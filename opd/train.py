@@ -166,7 +166,7 @@ def take_steps(run: Run, first: int, log: Log) -> None:
             )
         bar.set_postfix(
             reward=f"{row['collapse/reward']:.2f}",
-            kl=f"{row['drift/reverse_kl']:.3f}",
+            kl=f"{row['drift/k1']:.3f}",
             grad=f"{row['grad_norm']:.2f}",
             length=f"{row['collapse/length']:.0f}",
         )

@@ -187,6 +187,22 @@ def test_only_the_most_uncertain_tokens_are_trained_on(tiny_pair, tmp_path: Path
     assert rows(folder)[0]["loss"] == pytest.approx(float(kl.mean()), rel=1e-4)
 
 
+def test_steps_without_exact_measures_train_the_same(tiny_pair, tmp_path: Path) -> None:
+    """The teacher's top-K and the sampler's numbers suffice for the loss, not for the panel."""
+    every, seldom = (
+        train(one(tiny_pair, tmp_path / str(n), steps=3, exact_every=n)) for n in (1, 2)
+    )
+    pairs = list(zip(rows(every), rows(seldom), strict=True))
+    for step, (full, lean) in enumerate(pairs):
+        assert ("drift/reverse_kl" in lean) == (step % 2 == 0)
+        assert "drift/reverse_kl" in full
+        for name in ("loss", "grad_norm", "drift/k1", "supervision/negative_share"):
+            assert lean[name] == pytest.approx(full[name], rel=2e-3, abs=1e-5), name
+    weights = [list(final(folder).parameters()) for folder in (every, seldom)]
+    for a, b in zip(*weights, strict=True):
+        assert float((a - b).abs().mean()) < 0.02 * 1e-3
+
+
 def test_a_mask_takes_its_tokens_out_of_loss_and_denominator(tiny_pair, tmp_path: Path) -> None:
     plain = train(one(tiny_pair, tmp_path / "plain", objective="full_reverse_kl"))
     some = load(plain / "batches" / "step_000000.safetensors")
