@@ -61,7 +61,7 @@ def adapted(network: Any, config: Config) -> Any:
         ) from error
     how = LoraConfig(
         r=config.lora_rank,
-        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # it divides
+        lora_alpha=config.lora_alpha,
         lora_dropout=0.0,
         target_modules="all-linear",
         task_type="CAUSAL_LM",
