@@ -228,16 +228,3 @@ def spread(flat: Tensor, mask: Tensor) -> Tensor:
     out = flat.new_zeros((*mask.shape, *flat.shape[1:]))
     out[mask] = flat
     return out
-
-
-def __getattr__(name: str) -> Any:
-    """`score` and `loss_from_hidden`, for callers that look for them here."""
-    if name == "score":
-        from opd.scoring import score
-
-        return score
-    if name == "loss_from_hidden":
-        from opd.loss import loss_from_hidden
-
-        return loss_from_hidden
-    raise AttributeError(f"module 'opd.model' has no attribute {name!r}")

@@ -9,9 +9,10 @@ import torch
 
 from opd.config import Config
 from opd.data import encode
-from opd.model import load_pair, micro_batches, score
+from opd.model import load_pair, micro_batches
 from opd.problems import Problem, grade, problems
 from opd.rollout import nucleus, sample
+from opd.scoring import score
 from opd.train import train
 
 
