@@ -74,6 +74,7 @@ def qwen_small() -> Config:
         weight_decay=0.01,
         eval_top_p=0.9,
         exact_every=10,
+        chunk_elements=1 << 28,
         dtype="bfloat16",
         checkpointing=True,
     )
@@ -122,6 +123,7 @@ def paper_math() -> Config:
         save_every=80,
         batch_every=80,
         exact_every=10,
+        chunk_elements=1 << 28,
         dtype="bfloat16",
         checkpointing=True,
         offload_teacher=True,
