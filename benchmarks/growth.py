@@ -2,10 +2,11 @@
 
     python -m benchmarks.growth [--lengths 1024 4096 16384 --vocabularies 8192 131072]
 
-One response, one layer, two heads: the network costs little, so that head and loss are seen. Each cell is a process of its own: one forward and backward of the renormalised top-32 loss on given
+One response, one layer, two heads: the network costs little, so that head and loss are seen. Each
+cell is a process of its own: one forward and backward of the renormalised top-32 loss on given
 teacher ids through K head rows (`rows`), of the full-vocabulary reverse KL in chunks (`chunks`), or
 of that on `.logits` as one would write it first (`logits`). Memory is the peak beyond what the
-process held before.
+process held before, gradients of the weights included.
 """
 
 import argparse
