@@ -167,8 +167,7 @@ class Judge:
             return json.loads(line)
 
     def start(self) -> "subprocess.Popen[str]":
-        if importlib.util.find_spec("math_verify") is None:
-            raise ImportError("the grader math needs math-verify: pip install 'opdlab[math]'")
+        require_math_verify()
         line = [sys.executable, "-m", "opd.judge", str(self.seconds)]
         with tempfile.TemporaryFile("w+") as complaints:  # a pipe nobody reads may fill and block
             process = subprocess.Popen(
@@ -180,6 +179,11 @@ class Judge:
                 raise RuntimeError(f"math-verify did not start: {complaints.read().strip()[-500:]}")
         self.process = process
         return process
+
+
+def require_math_verify() -> None:
+    if importlib.util.find_spec("math_verify") is None:
+        raise ImportError("the grader math needs math-verify: pip install 'opdlab[math]'")
 
 
 @cache
@@ -199,8 +203,10 @@ def make_grader(name: str) -> Grader:
     """The grader of that name.
 
     Raises:
-      ValueError: unknown name; lists the known ones.
+      ValueError: unknown name; lists the known ones. ImportError: math-verify is not installed.
     """
     if name not in GRADERS:
         raise ValueError(f"unknown grader {name!r}; known: {', '.join(GRADERS)}")
+    if name == "math":  # before hours of work, not at the first response
+        require_math_verify()
     return GRADERS[name]

@@ -264,6 +264,12 @@ def test_an_answer_that_is_no_mathematics_is_said_to_be() -> None:
         assert grade_math(r"\boxed{4}", r"\frac{").reward == 0
 
 
+def test_a_missing_package_is_named_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'opdlab\[math\]'"):
+        make_grader("math")
+
+
 def test_boxes_nest_and_the_last_that_closes_counts() -> None:
     assert last_box(r"\boxed{a{b{c}}d} }") == "a{b{c}}d"
     assert last_box(r"\boxed {1}\boxed{2}\fbox{3}") == "2"
