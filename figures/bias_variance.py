@@ -53,7 +53,7 @@ def draw_variance(axes: Any, table: pd.DataFrame) -> None:
     axes.set(yscale="log", xlabel="horizon T", ylabel="variance of one trajectory, nats²")
     axes.set_xscale("log", base=2)
     axes.set_title("How fast does variance grow?")
-    axes.set_ylim(top=100 * axes.get_ylim()[1])  # room for the legend
+    axes.set_ylim(top=1e4 * axes.get_ylim()[1])  # room for the legend
     axes.legend(ncols=2, loc="upper left")
 
 
@@ -80,12 +80,14 @@ def draw_error(axes: Any, table: pd.DataFrame) -> None:
     if len(cross) and np.isfinite(cross["value"].iloc[0]):
         n = cross["value"].iloc[0]
         axes.axvline(n, color=style.GREY, lw=1, ls="--")
+        late = n > float(rows["n"].max()) ** 0.5
         axes.annotate(
             f"γ = 1 beats γ = 0\nfrom n ≈ {n:,.0f}",
             (n, 0.97),
             xycoords=("data", "axes fraction"),
-            xytext=(4, 0),
+            xytext=(-4 if late else 4, 0),
             textcoords="offset points",
+            ha="right" if late else "left",
             va="top",
             fontsize=7,
             color="#444444",
@@ -105,5 +107,5 @@ def draw_best(axes: Any, table: pd.DataFrame) -> None:
         at = rows[rows["estimator"] == name]
         line(axes, at, "n", color=colour, label=label, marker="o", ms=2.5)
     axes.set(xscale="log", xlabel="trajectories n", ylabel="best discount γ", ylim=(-0.04, 1.04))
-    axes.set_title("Does a better estimator change the answer?")
+    axes.set_title("Does less noise change the answer?")
     axes.legend(loc="lower right")

@@ -17,7 +17,7 @@ CLAIM = (
     "With a student that cannot represent its teacher the optima of token and sequence level "
     "differ by a few per cent at most, and on a small budget noise decides: sequence level as "
     "sampled ends several times farther from the optimum than token level; with mean costs and a "
-    "leave-one-out baseline it keeps up with the local KL. A renormalised top 2 of 6 stays far "
+    "leave-one-out baseline it comes near the local KL. A renormalised top 2 of 6 stays far "
     "off, an un-normalised one learns nothing however it is tuned, a sampled tail repairs it."
 )
 K = 2
