@@ -6,6 +6,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,17 @@ def test_a_logger_that_is_named_late_gets_the_whole_record(tmp_path: Path) -> No
     assert scalars(tmp_path)["eval/accuracy"] == [(2, 0.5)]
 
 
+def finished(file: Path) -> list[Any]:
+    """The records of a finished run; wandb's own process writes the last ones a moment later."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        found = wandb_records(file)
+        if any(record.WhichOneof("record_type") == "exit" for record in found):
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"{file} holds no end of the run")
+
+
 def wandb_records(file: Path) -> list[Any]:
     """Records of a .wandb file: LevelDB's log format, blocks of 32 KiB, 7 bytes a header."""
     from wandb.proto import wandb_internal_pb2
@@ -100,6 +112,7 @@ def test_wandb_runs_offline_and_keeps_its_identity(
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
     folder = tmp_path / "first"
     run(folder, ("wandb",), 0, 4)
+    time.sleep(1.1)  # wandb names an offline folder by the second, and would write over the first
     run(folder, ("wandb",), 2, 6)
     identity = (folder / "wandb_id.txt").read_text()
     files = sorted((folder / "wandb").glob(f"offline-run-*-{identity}/*.wandb"))
@@ -107,7 +120,7 @@ def test_wandb_runs_offline_and_keeps_its_identity(
     steps: list[list[int]] = []
     for file in files:
         kept: dict[int, dict[str, float]] = {}
-        for record in wandb_records(file):
+        for record in finished(file):
             if record.WhichOneof("record_type") == "run":
                 about = record.run
                 assert (about.run_id, about.project) == (identity, "opdlab")
