@@ -88,5 +88,6 @@ def gains(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def digits(outcomes: str) -> np.ndarray:
-    """(M,) 0 or 1 a problem."""
-    return np.array([float(x) for x in outcomes])
+    """(M,) share of right responses to each problem: see `opd.accuracy.written`."""
+    problems = outcomes.split() if " " in outcomes else outcomes
+    return np.array([np.mean([float(x) for x in samples]) for samples in problems])

@@ -36,8 +36,9 @@ def main() -> None:
     try:
         module, _, name = COMMANDS[argv[0]][0].partition(":")
         getattr(import_module(module), name or "main")(argv[1:])
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
-        if type(error) not in (ValueError, FileNotFoundError, RuntimeError):
+    except (ValueError, FileNotFoundError, ImportError, RuntimeError) as error:
+        # a subclass is a fault of ours and keeps its traceback
+        if type(error) not in (ValueError, FileNotFoundError, ImportError, RuntimeError):
             raise
         raise SystemExit(f"opd {argv[0]}: {error}") from error
     except KeyboardInterrupt:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from opd.grading import Grader, make_grader
-from opd.grading import exact_match as exact_match
 from opd.problems import Problem, problems
 from opd.sources import DEFAULT_COLUMNS, Columns, Question, question
 from opd.sources import read_problems as read_problems

@@ -52,11 +52,6 @@ def grade_exact(response: str, answer: str) -> Verdict:
     return Verdict(float(given == answer.strip()), given or None)
 
 
-def exact_match(response: str, answer: str) -> float:
-    """The reward of `grade_exact`."""
-    return grade_exact(response, answer).reward
-
-
 def grade_numeric(response: str, answer: str) -> Verdict:
     """The last number after the last closing think tag equals the answer, as exact fractions.
 

@@ -61,7 +61,8 @@ def loaded_by(statement: str) -> set[str]:
     ("statement", "without"),
     [
         (
-            "import opd.cli, opd.config, opd.recipes, opd.runlog, opd.problems, opd.rules, opd.doctor",
+            "import opd.cli, opd.config, opd.recipes, opd.runlog, opd.problems, opd.rules; "
+            "import opd.doctor",
             {"torch", "pandas"},
         ),
         ("import opd.objectives, diagnostics.monitor", {"transformers", "pandas", "matplotlib"}),

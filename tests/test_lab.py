@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from opd.data import encode, exact_match, load_task, read_problems
+from opd.data import encode
 from opd.lab import build, examples, make_tokenizer, new_model, tiny_config
 from opd.problems import Problem, careless, problems, solve
 
@@ -71,20 +71,3 @@ def test_careless_solutions_slip_at_their_rate_and_go_on() -> None:
         assert text.endswith(f"</think>{state}")
     assert abs(slips - 0.2 * results) < 4 * (results * 0.2 * 0.8) ** 0.5
     assert careless("4:7*3+8", 0.0, generator) == solve("4:7*3+8")[1]
-
-
-def test_problems_from_a_file_are_split_and_reshuffled(tmp_path: Path) -> None:
-    file = tmp_path / "p.jsonl"
-    file.write_text("".join(f'{{"prompt": "{i}?", "answer": "{i}"}}\n' for i in range(20)))
-    task = load_task(str(file), seed=0)
-    held = {p.prompt for p in task.test(100)}
-    drawn = [p.prompt for step in range(2) for p in task.train(step, 9)]
-    assert len(held) == 2
-    assert sorted(drawn) == sorted({f"{i}?" for i in range(20)} - held)
-    assert exact_match("<think>x</think> 7 ", "7") == 1
-    assert exact_match("<think>7</think>8", "7") == 0
-    file.write_text('{"prompt": "a"}\n{"prompt": "b", "answer": "c"}\n')
-    with pytest.raises(ValueError, match=r"row 0 lacks \['answer'\]"):
-        read_problems(file)
-    with pytest.raises(FileNotFoundError, match="neither"):
-        load_task("nowhere.jsonl", seed=0)
