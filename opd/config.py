@@ -122,6 +122,8 @@ class Config:
     """Steps between evaluations; 0 evaluates only at the start and the end."""
     eval_task: str = ""
     """Source of the evaluation's problems; empty: a held-out tenth of `task`."""
+    eval_prompt_column: str = "prompt"
+    eval_answer_column: str = "answer"
     eval_problems: int = 256
     """Held-out problems of an evaluation."""
     eval_samples: int = 1

@@ -73,6 +73,7 @@ def load_task(
     system: str = "",
     template: Mapping[str, Any] | None = None,
     columns: Columns = DEFAULT_COLUMNS,
+    test_columns: Columns | None = None,
     fit: Callable[[list[Problem]], list[Problem]] = list,
 ) -> Task:
     """The task called "lab", or problems from data (columns prompt and answer; see opd.sources).
@@ -85,6 +86,7 @@ def load_task(
       test: another source, all of whose problems are held out instead; their prompts are taken out
         of the training problems, with a warning that counts them. May be `source` itself, to
         evaluate on all of it; nothing is left to train on then.
+      test_columns: of `test`, those of `source` if None.
       grader: a name in opd.grading.GRADERS; empty: the one in the column `grader`, else "exact".
       system: a system message before every prompt.
       template: settings of the chat template, such as {"enable_thinking": False}.
@@ -97,16 +99,16 @@ def load_task(
     """
     settings = tuple((template or {}).items())
 
-    def read(name: str) -> list[Problem]:
-        return fit(read_problems(name, columns, system, settings))
+    def read(name: str, where: Columns) -> list[Problem]:
+        return fit(read_problems(name, where, system, settings))
 
     if source == "lab":
         if test:
             raise ValueError(f'"lab" has held-out problems of its own; leave out test={test!r}')
         return lab_task(seed, make_grader(grader or "lab"), system, settings)
-    everything = read(source)
+    everything = read(source, columns)
     if test:
-        held = distinct(everything if test == source else read(test))
+        held = distinct(everything if test == source else read(test, test_columns or columns))
         training = without(everything, held, None if test == source else f"{source} that {test}")
     else:
         training, held = split(everything)

@@ -115,6 +115,8 @@ def paper_math() -> Config:
         clip=1.0,
         seed=42,
         eval_task="hf:Maxwell-Jia/AIME_2024:train",
+        eval_prompt_column="Problem",
+        eval_answer_column="Answer",
         eval_every=80,
         eval_problems=30,
         eval_samples=32,

@@ -92,6 +92,7 @@ def load(config: Config, pair: Pair) -> Task:
         grader=config.grader,
         system=config.system,
         columns=Columns(prompt=config.prompt_column, answer=config.answer_column),
+        test_columns=Columns(prompt=config.eval_prompt_column, answer=config.eval_answer_column),
         fit=partial(
             drop_long if config.drop_long else refuse_long, pair.tokenizer, config.max_prompt
         ),

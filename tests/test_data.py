@@ -260,3 +260,19 @@ def test_long_prompts_are_refused_or_dropped_by_count(tmp_path: Path) -> None:
         load_task(source, 0, fit=partial(drop_long, tokenizer, frame))
     with pytest.raises(ValueError, match=f"max_prompt is {frame + 15}"):
         encode(tokenizer, load_task(source, 0).train(0, 18), 1, frame + 15)
+
+
+def test_the_test_source_has_columns_of_its_own(tmp_path: Path) -> None:
+    train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    train.write_text("".join(f'{{"prompt": "{i}", "solution": "{i}"}}\n' for i in range(4)))
+    test.write_text('{"Problem": "2", "Answer": "2"}\n{"Problem": "9", "Answer": "9"}\n')
+    with pytest.warns(UserWarning, match="1 of 4"):
+        task = load_task(
+            str(train),
+            0,
+            test=str(test),
+            columns=Columns(answer="solution"),
+            test_columns=Columns(prompt="Problem", answer="Answer"),
+        )
+    assert {p.prompt for p in task.test(9)} == {"2", "9"}
+    assert {p.prompt for p in task.train(0, 3)} == {"0", "1", "3"}
