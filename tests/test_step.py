@@ -61,7 +61,9 @@ def final(folder: Path):
 
 def check_weights(ours, theirs, lr: float) -> None:
     """Adam's first steps have size lr wherever the gradient is not rounding error."""
-    mine, theirs = (torch.cat([p.flatten() for p in n.parameters()]) for n in (ours, theirs))
+    mine, theirs = (
+        torch.cat([p.detach().flatten() for p in n.parameters()]) for n in (ours, theirs)
+    )
     away = (mine - theirs).abs()
     assert float((away < 0.02 * lr).double().mean()) > 0.98
     assert float(away.mean()) < 0.01 * lr
