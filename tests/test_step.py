@@ -117,7 +117,7 @@ def test_two_clipped_updates_are_the_dense_ones(tiny_pair, tmp_path: Path) -> No
 
     def loss(part: slice) -> Tensor:
         ratio = (dense(network, config, batch).gather(-1, y)[..., 0] - old).exp()
-        seen.append(float(((ratio - 1).abs() * mask)[part].max()))
+        seen.append(float(((ratio.detach() - 1).abs() * mask)[part].max()))
         advantage = -credit
         raw = torch.max(-advantage * ratio, -advantage * ratio.clamp(0.8, 1.2))
         raw = torch.where(advantage < 0, torch.min(raw, -3 * advantage), raw)
