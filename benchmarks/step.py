@@ -104,7 +104,7 @@ def resident() -> float:
 
 
 def now(device: str) -> float:
-    """Seconds; on a CPU those of this process, so that what else the machine does is not counted."""
+    """Seconds; on a CPU those of this process, whatever else the machine does."""
     return time.process_time() if device == "cpu" else time.perf_counter()
 
 
