@@ -140,3 +140,24 @@ def test_a_full_disk_is_named_and_loses_nothing(tiny_pair, tmp_path: Path, limit
     assert rows(train(config)) == rows(whole)
     final = [(d / "final" / "model.safetensors").read_bytes() for d in (whole, tmp_path / "full")]
     assert final[0] == final[1]
+
+
+def test_running_out_of_memory_names_the_settings_to_lower(
+    tiny_pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from opd import train as trainer
+
+    honest = trainer.one_step
+
+    def starved(run, step: int):
+        if step == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return honest(run, step)
+
+    config = settings(tiny_pair, tmp_path / "run", micro_tokens=321, save_every=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "one_step", starved)
+        with pytest.raises(RuntimeError, match=r"lower micro_tokens \(321\).*same command resumes"):
+            train(config)
+    whole = train(settings(tiny_pair, tmp_path / "whole"))
+    assert rows(train(config)) == rows(whole)
