@@ -134,11 +134,13 @@ class Prefix(_Rows):
     overrated: Tensor  # sum p 1[p > q], the null of the negative share
     teacher_max: Tensor  # max q
     teacher_rank: Tensor  # 1 + number of ids that q prefers to y (float, exact integer)
+    square_ratio: Tensor | None = None  # sum p^2 l; None in batches saved before it was kept
+    square_ratio_square: Tensor | None = None  # sum p^2 l^2; the same
 
     def __post_init__(self) -> None:
         shape = tuple(self.reverse_kl.shape)
-        for f in fields(self):
-            _require(f"prefix.{f.name}", getattr(self, f.name), shape, "float")
+        for name, x in self._tensors().items():
+            _require(f"prefix.{name}", x, shape, "float")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
