@@ -19,9 +19,24 @@ def slices(num_positions: int, device: torch.device) -> Tensor:
 
     A product with it sums a (B, T) tensor by position without indexing, hence without a host sync.
     """
-    position = torch.arange(num_positions, device=device)
-    starts = 2 ** torch.arange(1, NUM_BINS, device=device)
-    number = (position[:, None] >= starts).sum(1)
-    member = number[:, None] == torch.arange(NUM_BINS, device=device)
+    member = numbers(num_positions, device)[:, None] == torch.arange(NUM_BINS, device=device)
     everything = torch.ones((num_positions, 1), dtype=torch.bool, device=device)
     return torch.cat([everything, member], 1).double()
+
+
+def numbers(num_positions: int, device: torch.device) -> Tensor:
+    """(T,) long: the bin of each position, below NUM_BINS."""
+    starts = 2 ** torch.arange(1, NUM_BINS, device=device)
+    return (torch.arange(num_positions, device=device)[:, None] >= starts).sum(1)
+
+
+def extents(mask: Tensor) -> Tensor:
+    """(B,) long: positions up to and with the last supervised one, 0 where there is none."""
+    place = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    return (place * mask).amax(1)
+
+
+def tenths(mask: Tensor) -> Tensor:
+    """(B, T) long: the tenth of the response's extent that a position is in, 9 beyond its end."""
+    place = torch.arange(mask.shape[1], device=mask.device)
+    return (10 * place // extents(mask).clamp(min=1)[:, None]).clamp(max=9)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from diagnostics.access import prefix_of
 from diagnostics.batch import Scored
-from diagnostics.totals import Concentration, Mean, Total
+from diagnostics.histograms import Concentration
+from diagnostics.totals import Mean, Total
 
 
 def sign_shares(batch: Scored) -> dict[str, Total]:

@@ -23,12 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diagnostics.bins import LABELS, slices
+from diagnostics.bins import LABELS, slices, tenths
 
 _UNSET = torch.empty(0)
-_PER_OCTAVE = 8
-_LOWEST, _HIGHEST = -40, 10
-NUM_LEVELS = (_HIGHEST - _LOWEST) * _PER_OCTAVE + 2
 
 
 def cluster_numbers(ids: Tensor) -> Tensor:
@@ -195,67 +192,49 @@ class Counts(Total):
 
 
 @dataclass(frozen=True, eq=False)
-class Concentration(Total):
-    """How unequally nonnegative x is spread over N masked tokens.
+class Deciles(Total):
+    """A `Mean` in each tenth of the response, by relative position; every field (10,).
 
-    Readout, NaN when sum x is 0:
-    - "_n_eff" = (sum x)^2 / sum x^2, tokens that would carry the same if they were equal; exact;
-    - "_n_eff_share" = n_eff / N in (0, 1]; exact;
-    - "_top1_share", share of sum x held by the N/100 largest tokens (a fractional number of
-      tokens, so 0.01 when all are equal, whatever N);
-    - "_gini" = sum_j (2j - N - 1) x_(j) / (N sum x), ascending ranks.
-    The last two come from a histogram of fixed log-spaced levels, eight an octave between 2^-40
-    and 2^10, with counts and sums: tokens of one level count as equal to their mean, and the level
-    that the 99th percentile cuts gives its tokens at that mean. Levels are 9 % wide, which bounds
-    the relative error of the cut level's part; `gini` is never too large, and too small by less
-    than 0.022. x below 2^-40 form one level, and so do x from 2^10.
+    Readout, for each tenth that holds tokens: "%0-10" to "%90-100" and the same with "_se". Every
+    response is in every tenth (but for very short ones), so tenths compare one population, at
+    positions that differ between responses: the opposite bargain of a `Profile`.
     """
 
     total: Tensor
-    square: Tensor
     count: Tensor
-    level_count: Tensor
-    level_total: Tensor
+    clusters: Tensor
+    square: Tensor
+    cross: Tensor
+    count_square: Tensor
 
     @classmethod
-    def of(cls, x: Tensor, mask: Tensor) -> Self:
-        """x, mask: (B, T)."""
-        x, weight = masked(x, mask).flatten(), mask.double().flatten()
-        octave = torch.where(x > 0, x.log2(), torch.full_like(x, _LOWEST - 1))
-        level = ((octave - _LOWEST) * _PER_OCTAVE).floor().clamp(-1, NUM_LEVELS - 2).long() + 1
-        empty = x.new_zeros(NUM_LEVELS)
-        return cls(
-            x.sum(),
-            x.square().sum(),
-            weight.sum(),
-            empty.index_add(0, level, weight),
-            empty.index_add(0, level, x),
-        )
+    def of(cls, x: Tensor, mask: Tensor, cluster: Tensor | None = None) -> Self:
+        """Mean of x (B, T) over the mask, by the tenth of its response that the token is in."""
+        tenth = tenths(mask)
+
+        def spread(values: Tensor) -> Tensor:
+            return values.new_zeros(len(values), 10).scatter_add(1, tenth, values)
+
+        return cls(*ratio_sums(spread(masked(x, mask)), spread(mask.double()), cluster))
 
     @staticmethod
     def summary(*sums: np.ndarray) -> dict[str, float]:
-        total, square, count, counts, totals = sums
-        if not total > 0:
-            names = ("_n_eff", "_n_eff_share", "_top1_share", "_gini")
-            return dict.fromkeys(names, float("nan"))
-        below = np.cumsum(totals) - totals
-        above = counts.sum() - np.cumsum(counts)
-        taken = np.clip(count / 100 - above, 0, counts)
-        mean = totals / np.maximum(counts, 1)
-        return {
-            "_n_eff": float(total**2 / square),
-            "_n_eff_share": float(total**2 / square / count),
-            "_top1_share": float((taken * mean).sum() / total),
-            "_gini": float(1 - (counts * (2 * below + totals)).sum() / (count * total)),
-        }
+        value, error = ratio_and_error(*sums)
+        found = {}
+        for i in range(10):
+            if sums[1][i] > 0:
+                found[f"%{10 * i}-{10 * i + 10}"] = float(value[i])
+                found[f"%{10 * i}-{10 * i + 10}_se"] = float(error[i])
+        return found
 
 
 @dataclass(frozen=True, eq=False)
 class Martingale(Total):
     """z = sum m d / sqrt(sum m v) of differences d with mean 0 and variance v given the prefix.
 
-    Readout: "" z, about standard normal if the differences really have that mean (martingale
-    central limit theorem); a fixed fault makes it grow like the square root of the tokens.
+    Readout: "" z over the whole response and "@lo-hi" over each bin where the variance is not 0,
+    each about standard normal if the differences really have that mean (martingale central limit
+    theorem); a fixed fault makes it grow like the square root of the tokens. Both fields (S,).
     """
 
     difference: Tensor
@@ -264,12 +243,16 @@ class Martingale(Total):
     @classmethod
     def of(cls, difference: Tensor, variance: Tensor, mask: Tensor) -> Self:
         """difference, variance, mask: (B, T)."""
-        return cls(masked(difference, mask).sum(), masked(variance, mask).sum())
+        member = slices(mask.shape[1], mask.device)
+        return cls(*(masked(x, mask).sum(0) @ member for x in (difference, variance)))
 
     @staticmethod
     def summary(*sums: np.ndarray) -> dict[str, float]:
-        difference, variance = (float(x) for x in sums)
-        return {"": difference / variance**0.5 if variance > 0 else float("nan")}
+        found = {"": float("nan")}
+        for label, difference, variance in zip(LABELS, *(x.tolist() for x in sums), strict=True):
+            if variance > 0:
+                found[label] = difference / variance**0.5
+        return found
 
 
 def pack(totals: Mapping[str, Total]) -> Tensor:
