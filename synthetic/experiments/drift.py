@@ -108,7 +108,7 @@ def _settings(seeds: int, horizon: int, iterations: int) -> list[dict[str, Any]]
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "smoke": _settings(2, 8, 4),
     "quick": _settings(8, 64, 150),
-    "paper": _settings(10, 128, 1000),
+    "paper": _settings(20, 64, 600),
 }
 
 Row = dict[str, Any]
