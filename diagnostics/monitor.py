@@ -3,13 +3,18 @@
 Works on anyone's run: hand it `Scored` micro-batches and write the returned row wherever you log.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import reduce
+from typing import Any
+from zlib import crc32
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from diagnostics.access import Missing
+from diagnostics.alarms import Alarm, Alarms
 from diagnostics.batch import Scored
 from diagnostics.collapse import length, reward
 from diagnostics.drift import (
@@ -21,16 +26,18 @@ from diagnostics.drift import (
     uncertainty,
 )
 from diagnostics.repetition import repetition
+from diagnostics.sinks import Sink
 from diagnostics.supervision import (
     energy_concentration,
     sign_null,
     sign_shares,
     signal_concentration,
 )
-from diagnostics.totals import Mean, Total, merge, read
+from diagnostics.totals import Mean, Total, merge, pack, read, unpack
 from diagnostics.validity import martingales, sampler_ratio
 
 Metric = Callable[[Scored], dict[str, Total]]
+Combine = Callable[[Mapping[str, Total]], Mapping[str, Total]]
 
 PANEL: Mapping[str, Metric] = {
     "sign_shares": sign_shares,
@@ -52,46 +59,128 @@ PANEL: Mapping[str, Metric] = {
 
 
 class Monitor:
-    """Computes a panel on every `every`-th step. It observes and never changes a batch.
+    """Computes metrics on the steps when they are due. It observes and never changes a batch.
+
+    panel: metric name to metric; every: steps between its readings, one number for all or one a
+      metric name (1 where a name is absent).
+    sinks: each is called with (step, row) after the row was read out (`diagnostics.sinks`).
+    alarms: rules that see every row (`diagnostics.alarms`); what a row raised is in `raised`.
+    combine: what is done to a step's totals before they are read out: `across_ranks` under
+      torch.distributed, nothing by default.
 
     missing: metric name to what it lacked, for each metric of the panel that some batch so far
       could not supply; those metrics are absent from the rows.
     """
 
-    def __init__(self, panel: Mapping[str, Metric] = PANEL, every: int = 1) -> None:
-        if every < 1:
-            raise ValueError(f"every is {every}, expected a positive number of steps")
+    def __init__(
+        self,
+        panel: Mapping[str, Metric] = PANEL,
+        every: int | Mapping[str, int] = 1,
+        sinks: Sequence[Sink] = (),
+        alarms: Alarms | None = None,
+        combine: Combine = dict,
+    ) -> None:
         self.panel = dict(panel)
-        self.every = every
+        given = every if isinstance(every, Mapping) else dict.fromkeys(panel, every)
+        if unknown := sorted(given.keys() - panel.keys()):
+            raise ValueError(f"every names {unknown}, which the panel lacks; it has {[*panel]}")
+        if wrong := {name: n for name, n in given.items() if n < 1}:
+            raise ValueError(f"every is {wrong}, expected a positive number of steps")
+        self.every = dict.fromkeys(panel, 1) | dict(given)
+        self.sinks, self.alarms, self.combine = list(sinks), alarms, combine
+        self.raised: list[Alarm] = []
         self.missing: dict[str, str] = {}
 
     def __call__(
         self, step: int, micro_batches: Iterable[Scored], **numbers: float | Tensor
     ) -> dict[str, float]:
-        """The row of this step: every value of the panel, its "_se", and `numbers` as they are.
+        """The row of this step: every value that is due, its "_se", and `numbers` as they are.
 
-        One host sync, which 0-d tensors among `numbers` share. On a step that is not due, the
-        micro-batches are not touched and the row holds `numbers` alone.
+        One host sync, which 0-d tensors among `numbers` share; ranks average those, and keep plain
+        numbers to themselves. On a step when nothing is due, the micro-batches are not touched and
+        the row holds `numbers` alone.
 
         Raises:
-          ValueError: the micro-batches of one step do not hold the same optional parts.
+          ValueError: the micro-batches of one step, or the ranks, do not hold the same parts.
         """
+        due = [name for name, n in self.every.items() if step % n == 0]
         totals: dict[str, Total] = {}
-        if step % self.every == 0:
-            parts = (self.measure(batch) for batch in micro_batches)
+        if due:
+            parts = (self.measure(batch, due) for batch in micro_batches)
             totals = reduce(merge, parts, next(parts, {}))
         waiting = {name: x for name, x in numbers.items() if isinstance(x, Tensor)}
         known = {name: float(x) for name, x in numbers.items() if name not in waiting}
         as_totals = {name: Mean(x, torch.ones_like(x)) for name, x in waiting.items()}
-        return known | read({**totals, **as_totals})
+        row = known | read(self.combine({**totals, **as_totals}))
+        self.raised = self.alarms.update({"step": step, **row}) if self.alarms else []
+        for sink in self.sinks:
+            sink(step, row)
+        return row
 
-    def measure(self, batch: Scored) -> dict[str, Total]:
-        """Totals of one micro-batch, to be merged; nothing leaves the device."""
+    def measure(self, batch: Scored, names: Iterable[str] | None = None) -> dict[str, Total]:
+        """Totals of one micro-batch, to be merged; of all metrics or those named.
+
+        Nothing leaves the device.
+        """
         found: dict[str, Total] = {}
         with torch.no_grad():
-            for name, metric in self.panel.items():
+            for name in self.panel if names is None else names:
                 try:
-                    found |= metric(batch)
+                    found |= self.panel[name](batch)
                 except Missing as lack:
                     self.missing.setdefault(name, str(lack))
         return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a restart needs, fit for JSON: `missing`, and the memory of the alarms."""
+        alarms = None if self.alarms is None else self.alarms.state_dict()
+        return {"missing": dict(self.missing), "alarms": alarms}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict`. A monitor without alarms leaves their memory alone."""
+        self.missing = dict(state["missing"])
+        if self.alarms is not None and state["alarms"] is not None:
+            self.alarms.load_state_dict(state["alarms"])
+
+
+@dataclass(frozen=True, eq=False)
+class _Layout(Total):
+    """Which sums a rank brought, as a number: `read` refuses when ranks brought different ones."""
+
+    count: Tensor
+    total: Tensor
+    square: Tensor
+
+    @staticmethod
+    def summary(*sums: np.ndarray) -> dict[str, float]:
+        count, total, square = (float(x) for x in sums)
+        if count * square != total**2:
+            raise ValueError(
+                f"the {count:.0f} ranks measured different things, so that their sums do not add: "
+                "give all of them micro-batches with the same optional parts on every step"
+            )
+        return {}
+
+
+def across_ranks(totals: Mapping[str, Total]) -> dict[str, Total]:
+    """The totals of all ranks of torch.distributed's default group: one all-reduce of sums.
+
+    Values are those of one process that saw every rank's micro-batches. So are standard errors if
+    all rollouts of a prompt are on one rank (`diagnostics.totals`). Every rank gets the result, and
+    every rank has to call. The vector is padded to a multiple of 2^17 sums (1 MiB): so ranks that
+    measured different things still meet in one all-reduce, and `read` can say so, without a sync.
+    What it says is a ValueError.
+    """
+    import torch.distributed as distributed
+
+    kinds = [(name, type(x).__name__, [t.shape for t in x.tensors()]) for name, x in totals.items()]
+    number = crc32(repr(kinds).encode()) % 2**20  # small, so that squares add exactly
+    device = pack(totals).device
+    sums = (1, number, number**2)
+    layout = _Layout(*(torch.full((), x, dtype=torch.float64, device=device) for x in sums))
+    all_totals: dict[str, Total] = {"": layout, **totals}
+    vector = pack(all_totals)
+    size = len(vector)
+    vector = torch.nn.functional.pad(vector, (0, -size % 2**17))
+    distributed.all_reduce(vector)
+    return unpack(vector[:size], all_totals)

@@ -1,0 +1,291 @@
+"""The rules of the alarms: which column, which range, how sure, how long, and what to do then.
+
+A rule watches one column. A reading of it counts as *outside* when it leaves the healthy range by
+more than z of its standard errors (the column's "_se"; 0 where there is none, and no verdict where
+it is not a number). An alarm is raised when `need` of the `last` readings were outside, and again
+only after it has fallen silent. Rows that lack the column are no readings. `print(table())` shows
+the rules; change one with `dataclasses.replace`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+Reading = tuple[float, float]
+"""A value and its standard error."""
+
+
+def rise(now: Reading, start: Reading) -> Reading:
+    """now - start; the errors add in squares."""
+    return now[0] - start[0], math.hypot(now[1], start[1])
+
+
+def growth(now: Reading, start: Reading) -> Reading:
+    """now / start with the linearised error; NaN where the start is not positive."""
+    if not start[0] > 0:
+        return math.nan, math.nan
+    ratio = now[0] / start[0]
+    return ratio, math.hypot(now[1], ratio * start[1]) / start[0]
+
+
+def average(readings: Sequence[Reading]) -> Reading:
+    """Mean of independent readings."""
+    n = len(readings)
+    return sum(x for x, _ in readings) / n, math.hypot(*(error for _, error in readings)) / n
+
+
+def joined_z(readings: Sequence[Reading]) -> Reading:
+    """One z of several: their sum over the square root of their number; its range is its error."""
+    return sum(x for x, _ in readings) / math.sqrt(len(readings)), 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """When a column says that something is wrong.
+
+    name, metric: of the rule and of the column it watches.
+    null: what the column reads when nothing is wrong, in words.
+    low, high: the healthy range of what is tested; z: standard errors beyond it that count.
+    need, last: an alarm needs `need` readings outside among the `last` ones.
+    over, pool: what is tested is `pool` of the `over` latest readings.
+    start, against: with `start` > 0 that many first readings only make a reference, their average,
+      and what is tested is `against(pooled, reference)`; `rise` or `growth`.
+    after: readings, the reference included, before the rule speaks.
+    undefined: a reading that is not a number is itself outside; else it is no reading.
+    means, remedy: for the person who reads the alarm.
+    """
+
+    name: str
+    metric: str
+    null: str
+    means: str
+    remedy: str
+    low: float = -math.inf
+    high: float = math.inf
+    z: float = 4.0
+    need: int = 3
+    last: int = 5
+    over: int = 1
+    pool: Callable[[Sequence[Reading]], Reading] = average
+    start: int = 0
+    against: Callable[[Reading, Reading], Reading] = rise
+    after: int = 0
+    undefined: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.need <= self.last:
+            raise ValueError(f"{self.name}: need is {self.need}, expected 1 to last, {self.last}")
+        if self.over < 1 or self.start < 0 or self.z < 0:
+            raise ValueError(f"{self.name}: over >= 1, start >= 0 and z >= 0 are expected")
+
+    @property
+    def tested(self) -> str:
+        """What the range is about, in words."""
+        found = self.metric
+        if self.over > 1:
+            how = "joined z" if self.pool is joined_z else "average"
+            found = f"{how} of {self.over} {found}"
+        if self.start:
+            how = "over" if self.against is growth else "minus"
+            found = f"{found} {how} its first {self.start}"
+        return found
+
+    @property
+    def range(self) -> str:
+        if self.undefined and self.low == -math.inf and self.high == math.inf:
+            return "a number"
+        if self.low == -math.inf:
+            return f"up to {self.high:g}"
+        return f"from {self.low:g}" if self.high == math.inf else f"{self.low:g} to {self.high:g}"
+
+    def outside(self, reading: Reading) -> bool:
+        """The reading leaves the range by more than z standard errors."""
+        value, error = reading
+        margin = self.z * error
+        return value - margin > self.high or value + margin < self.low
+
+
+_MISMATCH = (
+    "check that temperature, top-p and weights of the sampler are those that are scored, and that "
+    "token t is scored by the distribution after token t - 1"
+)
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        name="one_token_imbalance",
+        metric="supervision/signal_top1_share",
+        null="0.01 if all tokens are equal; 0.05 to 0.3 in healthy runs",
+        high=0.5,
+        means="one token in a hundred carries most of the signal",
+        remedy="look at which ids they are; mask special tokens, or clip the ratio",
+    ),
+    Rule(
+        name="special_tokens",
+        metric="tokens/confident_impossible_share",
+        null="0",
+        high=1e-3,
+        means="the student is sure of tokens that the teacher holds impossible",
+        remedy="compare end tokens, tags and templates of both models; mask them or set own_end",
+    ),
+    Rule(
+        name="masked_signal",
+        metric="mask/all/signal",
+        null="the masks' share of the tokens",
+        high=0.5,
+        means="the mask rules take out most of the signal",
+        remedy="see mask/RULE/signal for the rule; the models may disagree about the format",
+    ),
+    Rule(
+        name="drift_support",
+        metric="drift/outside_topk_expected",
+        null="falls from its start",
+        high=0.05,
+        start=3,
+        means="the student puts more and more mass outside the teacher's top-K",
+        remedy="lower the learning rate or shorten the responses; use a tail or bucket term",
+    ),
+    Rule(
+        name="drift_kl",
+        metric="drift/reverse_kl",
+        null="falls from its start",
+        high=1.5,
+        start=3,
+        against=growth,
+        means="the divergence from the teacher has grown by half",
+        remedy="lower the learning rate; check the sign and the stop-gradients of the objective",
+    ),
+    Rule(
+        name="drift_k1",
+        metric="drift/k1",
+        null="falls from its start",
+        high=1.5,
+        start=3,
+        against=growth,
+        means="the sampled cost has grown by half",
+        remedy="as for drift_kl; k1 is its sampled estimate",
+    ),
+    Rule(
+        name="repetition",
+        metric="collapse/repeated_share",
+        null="near 0",
+        high=0.2,
+        means="tokens repeat an earlier 8-gram of their response",
+        remedy="compare repeated_cost with regular_cost: does the teacher reward loops?",
+    ),
+    Rule(
+        name="truncation",
+        metric="collapse/truncated_share",
+        null="steady",
+        high=0.2,
+        start=3,
+        means="more and more responses run into the budget",
+        remedy="check that the end token is supervised and the same for both models",
+    ),
+    Rule(
+        name="budget",
+        metric="collapse/truncated_share",
+        null="below 0.5",
+        high=0.9,
+        means="nearly every response is cut at the budget",
+        remedy="raise max_response; if a model never ends by itself, check its end tokens",
+    ),
+    Rule(
+        name="mass_escapes",
+        metric="drift/topk_student_mass",
+        null="rises from its start",
+        low=-0.05,
+        start=3,
+        means="the student's mass leaves the support that the objective sees",
+        remedy="renormalise the support or add a tail; un-normalised top-K collapses so",
+    ),
+    Rule(
+        name="sampler_mismatch",
+        metric="validity/z_H",
+        null="standard normal",
+        low=-5.0,
+        high=5.0,
+        need=1,
+        last=1,
+        over=16,
+        pool=joined_z,
+        means="the tokens were not drawn from the student that was scored",
+        remedy=_MISMATCH,
+    ),
+    Rule(
+        name="teacher_mismatch",
+        metric="validity/z_K",
+        null="standard normal",
+        low=-5.0,
+        high=5.0,
+        need=1,
+        last=1,
+        over=16,
+        pool=joined_z,
+        means="the teacher's scores depend on which token was sampled as they must not",
+        remedy=_MISMATCH,
+    ),
+    Rule(
+        name="stale_sampler",
+        metric="validity/sampler_log_ratio_square",
+        null="1e-6 in float32, 1e-3 in bfloat16",
+        high=1e-2,
+        means="the sampler's log-probabilities are not those of the scored student",
+        remedy="sync the sampler's weights each step; compare its temperature and arithmetic",
+    ),
+    Rule(
+        name="dead_gradient",
+        metric="grad_norm",
+        null="well above 0",
+        low=1e-7,
+        means="no gradient arrives",
+        remedy="check the mask, the stop-gradients and that teacher and student differ",
+    ),
+    Rule(
+        name="no_progress",
+        metric="drift/reverse_kl",
+        null="below 0.98",
+        high=0.98,
+        z=0.0,
+        need=5,
+        over=10,
+        start=3,
+        against=growth,
+        after=30,
+        means="the divergence is no lower than at the start, though the student is trained",
+        remedy="check that the gradient depends on the teacher (k1 must not be differentiated "
+        "directly), then the learning rate",
+    ),
+    Rule(
+        name="skipped",
+        metric="skipped",
+        null="0",
+        high=0.0,
+        need=3,
+        last=20,
+        means="updates are skipped because their gradient is not finite",
+        remedy="lower the learning rate; look for log-probabilities of minus infinity",
+    ),
+    Rule(
+        name="not_finite",
+        metric="loss",
+        null="a number",
+        need=1,
+        last=1,
+        undefined=True,
+        means="the loss is not a number",
+        remedy="go back to a checkpoint; look for log-probabilities of minus infinity",
+    ),
+)
+"""The default rules. Thresholds are conventions at the edge of what published healthy runs show
+(repetition and truncation: 2604.08527); z and persistence set the false alarms, which
+`python -m benchmarks.faults` measures."""
+
+
+def table(rules: Sequence[Rule] = RULES) -> str:
+    """The rules as a Markdown table."""
+    lines = ["| rule | tested | null | healthy | z | persistence | means | to do |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for r in rules:
+        cells = (r.name, r.tested, r.null, r.range, f"{r.z:g}", f"{r.need} of {r.last}")
+        lines.append(f"| {' | '.join((*cells, r.means, r.remedy))} |")
+    return "\n".join(lines)
