@@ -1,0 +1,234 @@
+"""Token-level dumps: a parquet file a step, one row a token, that any data tool reads and so do we.
+
+Columns, in this order; those in brackets only where the batch has them. B responses, K support ids.
+
+| column | type | meaning |
+|---|---|---|
+| step | int64 | the step; one a file |
+| response | int32 | row of the response in its batch, before sampling |
+| prompt | int64 | prompt id, the sampling unit of every standard error |
+| position | int32 | index on the response axis, 0 at the first token after the prompt |
+| id | int64 | token id |
+| mask | bool | the student chose this token and it is supervised |
+| sampler_logp, student_logp, teacher_logp | float | log-probabilities in nats; 0 without mask |
+| [softmax_logp], [baseline] | float | as in `Rollouts` and `Scored` |
+| ended, task, turn, reward | bool, int64, int64, float | of the response, repeated on its tokens |
+| [in_support] | bool | the token is one of the support's ids; derived |
+| [prefix.NAME] | float | fields of `Prefix`: entropies, exact KL, teacher_rank, ... |
+| [support.ids, .student_logp, .teacher_logp, .present] | list of K | fields of `Support` |
+
+A response has its rows from position 0 up to its last supervised token, holes included; one
+without a supervised token keeps position 0. Temperatures, top-p, the mask's rule and the support's
+source are in the file's metadata, key "opdlab". Writing and reading need pyarrow.
+"""
+
+import io
+import json
+import warnings
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diagnostics.batch import Prefix, Scored, Support
+
+FORMAT = "opdlab-dump-1"
+PARTS: dict[str, type[Support] | type[Prefix]] = {"support": Support, "prefix": Prefix}
+PER_RESPONSE = ("prompt", "ended", "task", "turn", "reward")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dumps:
+    """Writes a sample of each batch it is given into a folder of bounded size.
+
+    responses: drawn from a batch without replacement, equally likely, by (seed, step) alone.
+    file_bytes: of a file; fewer responses are kept where they do not fit.
+    total_bytes: of the folder's dumps; the oldest go, except the very first, what a run looked
+      like at its start.
+    """
+
+    folder: Path
+    responses: int = 16
+    seed: int = 0
+    file_bytes: int = 1 << 22
+    total_bytes: int = 1 << 28
+
+    def __post_init__(self) -> None:
+        if self.responses < 1:
+            raise ValueError(f"responses is {self.responses}, expected at least 1")
+        if self.total_bytes < 2 * self.file_bytes:
+            raise ValueError(
+                f"total_bytes is {self.total_bytes}; it must hold the first file and the newest, "
+                f"twice file_bytes, {2 * self.file_bytes}"
+            )
+
+    def __call__(self, step: int, batch: Scored) -> Path | None:
+        """Write the step's file and return it; None, with a warning, if no response fits."""
+        chosen = sampled(len(batch), self.responses, self.seed, step)
+        data = encoded(batch, step, chosen)
+        while len(data) > self.file_bytes and len(chosen) > 1:
+            chosen = chosen[: max(1, int(len(chosen) * min(0.9, self.file_bytes / len(data))))]
+            data = encoded(batch, step, chosen)
+        if len(data) > self.file_bytes:
+            warnings.warn(
+                f"step {step}: one response takes {len(data)} bytes, more than file_bytes, "
+                f"{self.file_bytes}; nothing dumped",
+                stacklevel=2,
+            )
+            return None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step_{step:08d}.parquet"
+        part = path.with_name(path.name + ".part")
+        part.write_bytes(data)
+        part.replace(path)
+        self._shorten()
+        return path
+
+    def _shorten(self) -> None:
+        """Remove the second oldest until the folder fits."""
+        files = sorted(self.folder.glob("step_*.parquet"))
+        sizes = [file.stat().st_size for file in files]
+        while sum(sizes) > self.total_bytes and len(files) > 2:
+            files.pop(1).unlink()
+            sizes.pop(1)
+
+
+def sampled(size: int, count: int, seed: int, step: int) -> list[int]:
+    """`count` of `size` row numbers, or all of them, in the order in which they were drawn."""
+    drawn = np.random.default_rng((seed, step)).permutation(size)
+    return [int(i) for i in drawn[:count]]
+
+
+def save_dump(path: str | Path, batch: Scored, step: int = 0) -> None:
+    """Write every response of a batch as one dump file.
+
+    Raises:
+      ImportError: pyarrow is not installed.
+    """
+    Path(path).write_bytes(encoded(batch, step, list(range(len(batch)))))
+
+
+def encoded(batch: Scored, step: int, chosen: list[int]) -> bytes:
+    """The bytes of a dump of the `chosen` responses, by rising row number."""
+    pyarrow, parquet = _arrow()
+    chosen = sorted(chosen)
+    columns, settings = _columns(batch.rows(chosen).to("cpu"), step, chosen)
+    table = pyarrow.table({name: _array(x) for name, x in columns.items()})
+    header = {"format": FORMAT, "settings": settings}
+    table = table.replace_schema_metadata({"opdlab": json.dumps(header)})
+    buffer = io.BytesIO()
+    parquet.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def _columns(batch: Scored, step: int, rows: list[int]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Columns (N, ...) of the tokens up to each response's last supervised one; plain settings."""
+    real = batch.mask.long().flip(1).cumsum(1).flip(1) > 0
+    real[:, 0] = True
+    response, position = real.nonzero(as_tuple=True)
+    found = {
+        "step": torch.full_like(response, step),
+        "response": torch.tensor(rows, dtype=torch.int32)[response],
+        "prompt": batch.prompt[response],
+        "position": position.int(),
+    }
+    flat, settings = _flat(batch)
+    for name, x in flat.items():
+        found["id" if name == "tokens" else name] = x[response] if x.dim() == 1 else x[real]
+    if batch.support is not None:
+        found["in_support"] = batch.support.contains(batch.tokens)[real]
+    return found, settings
+
+
+def _flat(batch: Scored) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors by dotted name, and what is a number or text, of the batch and its parts."""
+    flat: dict[str, Tensor] = {}
+    settings: dict[str, Any] = {}
+    for owner, part in (("", batch), ("support.", batch.support), ("prefix.", batch.prefix)):
+        for name, x in vars(part).items() if part is not None else ():
+            if isinstance(x, Tensor):
+                flat[owner + name] = x.detach()
+            elif isinstance(x, float | str):
+                settings[owner + name] = x
+    return flat, settings
+
+
+def _array(x: Tensor) -> Any:
+    """A column: floats narrower than 32 bits are widened, (N, K) becomes lists of K."""
+    pyarrow, _ = _arrow()
+    if x.dtype.is_floating_point and x.dtype.itemsize < 4:
+        x = x.float()
+    flat = pyarrow.array(x.contiguous().flatten().numpy())
+    return flat if x.dim() == 1 else pyarrow.FixedSizeListArray.from_arrays(flat, x.shape[1])
+
+
+def load_dump(path: str | Path) -> Scored:
+    """The responses of a dump file as a batch, padded to the longest, checked.
+
+    Columns that the schema does not know are left out, so that a file may be enriched.
+
+    Raises:
+      ValueError: not a dump, or rows are missing from a response. ImportError: no pyarrow.
+    """
+    _, parquet = _arrow()
+    table = parquet.read_table(path)
+    header = json.loads((table.schema.metadata or {}).get(b"opdlab", b"{}"))
+    if header.get("format") != FORMAT:
+        raise ValueError(f"{path} has format {header.get('format')!r}, expected {FORMAT!r}")
+    columns = {
+        name: _tensor(table[column])
+        for column in table.column_names
+        if _known(name := "tokens" if column == "id" else column)
+    }
+    row, position = (_tensor(table[name]).long() for name in ("response", "position"))
+    numbers, row = row.unique(return_inverse=True)
+    slot = row.new_zeros(len(numbers), int(position.max()) + 1 if len(position) else 1)
+    slot.index_put_((row, position), torch.ones_like(row), accumulate=True)
+    if bool((slot.diff(dim=1) > 0).any() or (slot > 1).any()):
+        raise ValueError(f"{path} lacks rows of a response, or has some twice; dump it again")
+    start = position == 0
+    parts: dict[str, dict[str, Any]] = {"": {}, "support": {}, "prefix": {}}
+    for name, x in columns.items():
+        owner, _, own = name.rpartition(".")
+        if name in PER_RESPONSE:
+            parts[owner][own] = x[start][row[start].argsort()]
+        else:
+            parts[owner][own] = x.new_zeros((*slot.shape, *x.shape[1:]))
+            parts[owner][own][row, position] = x
+    for name, value in header["settings"].items():
+        owner, _, own = name.rpartition(".")
+        parts[owner][own] = value
+    for name, kind in PARTS.items():
+        if parts[name]:
+            parts[""][name] = kind(**parts[name])
+    return Scored(**parts[""]).checked()
+
+
+def _known(name: str) -> bool:
+    """The column is a field of `Scored` or of one of its parts."""
+    owner, _, own = name.rpartition(".")
+    kind = PARTS.get(owner, Scored if not owner else None)
+    return kind is not None and own in {f.name for f in fields(kind)}
+
+
+def _tensor(column: Any) -> Tensor:
+    """A column as (N,) or, of fixed-size lists, (N, K)."""
+    pyarrow, _ = _arrow()
+    flat = column.combine_chunks()
+    width = 0
+    if pyarrow.types.is_fixed_size_list(column.type):
+        width, flat = column.type.list_size, flat.flatten()
+    x = torch.from_numpy(flat.to_numpy(zero_copy_only=False).copy())
+    return x.reshape(-1, width) if width else x
+
+
+def _arrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ImportError("dumps need pyarrow: pip install 'opdlab[data]'") from error
+    return pyarrow, parquet
