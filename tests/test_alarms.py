@@ -1,0 +1,243 @@
+"""Rules by hand, and alarms on real runs: each fault is caught, healthy runs stay quiet."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.faults import FAULTS, Fault, caught, make_models, record
+from diagnostics.alarm_rules import RULES, Rule, average, growth, joined_z, rise, table
+from diagnostics.alarms import Alarm, Alarms, lead_times, replay
+from diagnostics.rows import Row
+
+NAMED = {rule.name: rule for rule in RULES}
+
+
+def rule(**changes: object) -> Rule:
+    plain: dict = {"name": "r", "metric": "x", "null": "", "means": "", "remedy": "", "high": 1.0}
+    return Rule(**plain | {"need": 1, "last": 1} | changes)
+
+
+def rows(values: list, name: str = "x", errors: list | None = None) -> list[Row]:
+    found: list[Row] = [{"step": i, name: x} for i, x in enumerate(values)]
+    for row, error in zip(found, errors or [], strict=False):
+        row[name + "_se"] = error
+    return found
+
+
+def steps(values: list, errors: list | None = None, **changes: object) -> list[int]:
+    return [alarm.step for alarm in replay(rows(values, errors=errors), [rule(**changes)])]
+
+
+def test_an_alarm_needs_z_standard_errors_beyond_the_range() -> None:
+    assert steps([1.5, 1.5], [0.1, 0.13], z=4.0) == [0]  # 1.5 - 0.4 > 1, 1.5 - 0.52 < 1
+    assert steps([1.5, 1.5], [0.13, 0.1], z=4.0) == [1]
+    low = {"low": 0.0, "high": math.inf}
+    assert steps([-0.5], [0.1], **low) == [0]
+    assert steps([-0.5], [0.13], **low) == []
+    assert steps([1.01]) == [0], "without an error the value alone counts"
+    assert steps([9.0], [None]) == [], "an error that is not known gives no verdict"
+
+
+def test_persistence_counts_the_last_readings_and_speaks_once() -> None:
+    two = {"need": 2, "last": 3}
+    assert steps([2, 0, 0, 2], **two) == []
+    assert steps([2, 0, 2], **two) == [2]
+    assert steps([0, 2, 2, 2, 2], **two) == [2]
+    assert steps([2, 2, 0, 0, 0, 2, 2], **two) == [1, 6], "again after it fell silent"
+
+
+def test_rows_without_the_column_are_no_readings() -> None:
+    some = rows([2, 0, 2])
+    some.insert(1, {"step": 0.5, "other": 1})
+    found = Alarms([rule(need=2, last=2), rule(name="o", metric="no")])
+    assert [found.update(row) for row in some] == [[], [], [], []]
+    assert found.unwatched == ["o"]
+    with pytest.raises(ValueError, match='no "step"'):
+        found.update({"x": 1})
+
+
+def test_null_is_no_reading_unless_the_rule_says_it_is_a_fault() -> None:
+    two = {"need": 2, "last": 2}
+    for undefined in (None, math.nan):
+        assert steps([2, undefined, 2], **two) == [2]
+        assert steps([0, undefined], undefined=True) == [1]
+    assert steps([math.inf], undefined=True) == [0]
+    assert steps([0, 1], undefined=True) == []
+
+
+def test_a_reference_is_the_average_of_the_first_readings() -> None:
+    start = {"start": 2, "high": 0.5, "z": 1.0}
+    # reference 2 with error hypot(0.3, 0.4) / 2 = 0.25
+    assert steps([1, 3, 2.9], [0.3, 0.4, 0.6], **start) == []  # 0.9 - hypot(0.6, 0.25) = 0.25
+    assert steps([1, 3, 3.2], [0.3, 0.4, 0.6], **start) == [2]  # 1.2 - 0.65 > 0.5
+    assert rise((3.2, 0.6), (2.0, 0.25)) == pytest.approx((1.2, 0.65))
+    assert average([(1.0, 0.3), (3.0, 0.4)]) == pytest.approx((2.0, 0.25))
+
+
+def test_growth_has_the_linearised_error_of_a_ratio() -> None:
+    generator = np.random.default_rng(0)
+    a, b = generator.normal(6, 0.1, 200_000), generator.normal(2, 0.05, 200_000)
+    value, error = growth((6.0, 0.1), (2.0, 0.05))
+    assert value == 3
+    assert error == pytest.approx((a / b).std(), rel=0.01)
+    assert all(math.isnan(x) for x in growth((1.0, 0.1), (0.0, 0.1)))
+    assert steps([0, 9, 9], start=1, against=growth) == []
+
+
+def test_z_of_several_steps_is_one_z() -> None:
+    drawn = np.random.default_rng(1).normal(size=(20_000, 16))
+    joined = [joined_z([(float(x), 0.0) for x in row])[0] for row in drawn]
+    assert np.std(joined) == pytest.approx(1, rel=0.02)
+    mild = {"over": 16, "pool": joined_z, "low": -5.0, "high": 5.0}
+    assert steps([1.3] * 14, **mild) == []
+    assert steps([1.3] * 16, **mild) == [14]  # 1.3 sqrt(15) > 5
+    assert steps([-1.3] * 16, **mild) == [14]
+
+
+def test_a_rule_that_waits() -> None:
+    assert steps([2] * 6, after=4) == [4]
+    assert steps([2] * 9, over=3, start=2, high=-0.5, after=6) == [6]
+
+
+def test_nonsense_is_refused() -> None:
+    with pytest.raises(ValueError, match="need is 3, expected 1 to last, 2"):
+        rule(need=3, last=2)
+    with pytest.raises(ValueError, match="over >= 1"):
+        rule(over=0)
+    with pytest.raises(ValueError, match="share a name"):
+        Alarms([rule(), rule()])
+
+
+def test_a_restart_anywhere_gives_the_same_alarms() -> None:
+    generator = np.random.default_rng(2)
+    names = {r.metric for r in RULES}
+    record = [
+        {"step": i} | {name: float(generator.normal(0, 4)) for name in names} for i in range(60)
+    ]
+    record[30]["loss"] = None
+    whole = Alarms()
+    expected = [whole.update(row) for row in record]
+    assert len({a.rule.name for some in expected for a in some}) > 8
+    for cut in (1, 17, 33, 59):
+        first, second = Alarms(), Alarms()
+        got = [first.update(row) for row in record[:cut]]
+        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        assert second.active == first.active
+        got += [second.update(row) for row in record[cut:]]
+        assert got == expected
+        assert second.state_dict() == whole.state_dict()
+
+
+def test_replay_takes_the_last_of_rows_that_a_restart_repeated() -> None:
+    assert steps([0, 2]) == [1]
+    again = [*rows([0, 2]), {"step": 1, "x": 0}, {"step": 2, "x": 0}]
+    assert replay(again, [rule()]) == []
+
+
+def test_lead_times_count_from_the_first_alarm() -> None:
+    alarms = [Alarm(rule(name=n), s, 0, 0) for n, s in (("a", 3), ("b", 8), ("a", 5), ("c", 9))]
+    assert lead_times(alarms, 9) == {"a": 6, "b": 1}
+
+
+def test_an_alarm_says_what_and_what_to_do() -> None:
+    (alarm,) = replay(rows([0.9] * 3, "supervision/signal_top1_share"))
+    text = str(alarm)
+    assert text.startswith("step 2, one_token_imbalance: one token in a hundred")
+    assert "supervision/signal_top1_share is 0.9, healthy up to 0.5" in text
+    assert "To do: look at which ids" in text
+    for r in RULES:
+        assert f"| {r.name} | {r.tested} |" in table()
+
+
+@pytest.mark.parametrize(
+    ("name", "healthy", "faulty"),
+    [
+        ("one_token_imbalance", 0.3, 0.6),
+        ("special_tokens", 0.0, 0.01),
+        ("masked_signal", 0.2, 0.7),
+        ("repetition", 0.02, 0.4),
+        ("budget", 0.5, 1.0),
+        ("stale_sampler", 1e-4, 0.05),
+        ("dead_gradient", 0.5, 0.0),
+        ("skipped", 0.0, 1.0),
+        ("not_finite", 0.5, None),
+        ("sampler_mismatch", 1.0, -6.0),
+        ("teacher_mismatch", -1.0, 6.0),
+    ],
+)
+def test_levels(name: str, healthy: float, faulty: float | None) -> None:
+    """From step 10 on; rules of one reading speak at once, the others at the third."""
+    r = NAMED[name]
+    found = replay(rows([healthy] * 10 + [faulty] * 20, r.metric), [r])
+    pooled = r.pool is joined_z
+    assert [a.step for a in found] == ([found[0].step] if pooled else [10 + r.need - 1])
+    assert 10 <= found[0].step < 26
+    assert replay(rows([healthy] * (3 if pooled else 40), r.metric), [r]) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "start", "healthy", "faulty"),
+    [
+        ("drift_support", 0.1, 0.12, 0.2),
+        ("drift_kl", 0.5, 0.6, 0.9),
+        ("drift_k1", 0.5, 0.6, 0.9),
+        ("truncation", 0.3, 0.4, 0.7),
+        ("mass_escapes", 0.9, 0.88, 0.8),
+        ("no_progress", 0.5, 0.3, 0.5),
+    ],
+)
+def test_trends(name: str, start: float, healthy: float, faulty: float) -> None:
+    r = NAMED[name]
+    assert replay(rows([start] * 3 + [healthy] * 60, r.metric), [r]) == []
+    assert len(replay(rows([start] * 3 + [faulty] * 60, r.metric), [r])) == 1
+
+
+# --- real runs ----------------------------------------------------------------------------------
+
+SHORT = {
+    "top-p 0.9, undeclared": {"sampler_mismatch"},
+    "temperature 0.8, undeclared": {"sampler_mismatch"},
+    "mask shifted by one": {"sampler_mismatch"},
+    "padding counted": {"sampler_mismatch", "teacher_mismatch"},
+    "scored one token late": {"sampler_mismatch", "teacher_mismatch"},
+    "un-normalised top-K": {"mass_escapes", "drift_support"},
+    "gradient stopped": {"dead_gradient"},
+    "learning rate 3": {"mass_escapes", "repetition"},
+}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    return make_models(tmp_path_factory.mktemp("pair"))
+
+
+def test_faults_of_real_runs_are_caught_and_healthy_ones_are_not(pair, tmp_path: Path) -> None:
+    found = {name: replay(record(pair, tmp_path / name[:9], 0, 10, FAULTS[name])) for name in SHORT}
+    healthy = {
+        f"healthy {s}": replay(record(pair, tmp_path / f"{s}", s, 12, Fault())) for s in (0, 1)
+    }
+    print(caught(found | healthy))
+    for name, expected in SHORT.items():
+        assert expected <= {alarm.rule.name for alarm in found[name]}, name
+    assert not any(healthy.values())
+
+
+def test_stale_weights_are_caught_by_both_rules(pair, tmp_path: Path) -> None:
+    found = replay(record(pair, tmp_path / "run", 0, 20, FAULTS["stale weights"]))
+    first = {alarm.rule.name: alarm.step for alarm in reversed(found)}
+    assert first["sampler_mismatch"] < 20
+    assert first["stale_sampler"] < 20
+
+
+def test_a_gradient_that_does_not_know_the_teacher_is_caught(pair, tmp_path: Path) -> None:
+    quick = [replace(NAMED["no_progress"], after=15)]
+    rows_of = {
+        name: record(pair, tmp_path / name, 0, 24, fault)
+        for name, fault in (("k1", FAULTS["k1 differentiated"]), ("healthy", Fault()))
+    }
+    assert [a.rule.name for a in replay(rows_of["k1"], quick)] == ["no_progress"]
+    assert replay(rows_of["healthy"], quick) == []
