@@ -170,15 +170,41 @@ def positive(replicates: Tensor, num_prompts: int) -> Estimate:
     plain = estimate(replicates, num_prompts)
     if not plain.value > 0:
         return plain
-    factor = math.exp(quantile(num_prompts - 1) * plain.error / plain.value)
+    factor = math.exp((plain.high - plain.value) / plain.value)
     return replace(plain, low=plain.value / factor, high=plain.value * factor)
 
 
+def squared(plain: Estimate) -> Estimate:
+    """The interval of a squared length, whose error grows with it, extended upwards.
+
+    U = |x|^2 of a noisy x has Var(U) in proportion to |x|^2, so that an estimate that came out low
+    also has too small an error. The upper end solves (theta - U)^2 = reach^2 theta / U to second
+    order, U + reach + reach^2 / (4 U), U not taken below half of the reach.
+    """
+    reach = plain.high - plain.value
+    more = reach**2 / (4 * max(plain.value, reach / 2)) if reach > 0 else 0.0
+    return replace(plain, high=plain.high + more)
+
+
 def estimate(replicates: Tensor, num_prompts: int) -> Estimate:
-    """The first of replicates (R,), with value +- t standard errors, t at C - 1 degrees."""
+    """The first of replicates (R,), with value +- t standard errors."""
     value, (error, sketch) = float(replicates[0]), _errors(replicates, num_prompts)
-    reach = quantile(num_prompts - 1) * error
+    away = replicates[1 : 1 + num_prompts] - replicates[1 : 1 + num_prompts].mean()
+    reach = quantile(degrees(away)) * error
     return Estimate(value=value, low=value - reach, high=value + reach, error=error, sketch=sketch)
+
+
+def degrees(away: Tensor) -> float:
+    """Degrees of freedom of the jackknife's variance, 2 (sum d^2)^2 / (sum d^4 - (sum d^2)^2 / C).
+
+    C - 1 at most, and about that for normal deviations d (C,); few where a few prompts make most of
+    the error. (Satterthwaite 1946.)
+    """
+    square = away / away.abs().max().clamp(min=torch.finfo(away.dtype).tiny)
+    square = square.square()
+    spread = float((square - square.mean()).square().sum())
+    limit = len(away) - 1
+    return max(2.0, min(limit, 2 * float(square.sum()) ** 2 / spread)) if spread > 0 else limit
 
 
 def ratio(above: Tensor, below: Tensor, num_prompts: int) -> Estimate:
@@ -188,9 +214,9 @@ def ratio(above: Tensor, below: Tensor, num_prompts: int) -> Estimate:
     is more than t standard errors away from 0. If D is not above that, dividing by it means nothing
     and all fields are NaN. (Fieller 1954; variances by the jackknife.)
     """
-    t, c = quantile(num_prompts - 1), num_prompts
-    n, d = (float(x[0]) for x in (above, below))
+    c, (n, d) = num_prompts, (float(x[0]) for x in (above, below))
     away = torch.stack([x[1 : 1 + c] - x[1 : 1 + c].mean() for x in (above, below)])
+    t = quantile(degrees(away[0] - n / d * away[1] if d else away[1]))
     (nn, nd), (_, dd) = ((c - 1) / c * away @ away.T * t**2).tolist()
     if not d > math.sqrt(max(dd, 0.0)):
         return Estimate(**dict.fromkeys(("value", "low", "high", "error", "sketch"), math.nan))
@@ -216,7 +242,7 @@ def _errors(replicates: Tensor, num_prompts: int) -> tuple[float, float]:
     return prompts, copies
 
 
-def quantile(degrees: int) -> float:
+def quantile(degrees: float) -> float:
     """97.5 % quantile of Student's t, by its expansion about the normal one.
 
     Four terms in 1/degrees (Abramowitz and Stegun 26.7.5): within 2 % from 2 degrees on.
@@ -257,7 +283,7 @@ def measures(found: Pairs, member: int) -> dict[str, Estimate]:
     signal, noise = found.signal[:, member], found.noise[:, member]
     n = found.sizes[0]
     return {
-        "signal": found.estimate(signal),
+        "signal": squared(found.estimate(signal)),
         "variance": found.positive(found.variance[:, member]),
         "between": found.estimate(found.between[:, member]),
         "within": found.positive(found.within[:, member]),

@@ -11,7 +11,7 @@ from torch import Tensor
 from diagnostics.access import Missing
 from diagnostics.batch import Scored
 from diagnostics.family import GAMMAS, Weights, available, weights
-from diagnostics.gradients import Pairs, measures, pairs
+from diagnostics.gradients import Pairs, measures, pairs, squared
 from diagnostics.sketch import (
     LogProbs,
     Projection,
@@ -84,7 +84,7 @@ def _bias_and_choice(found: Pairs, at: Weights, sequences: int, seed: int) -> di
     row: dict[str, float] = {"gradient/sequences": float(sequences)}
     bias = squared_bias(found, at)
     for i, gamma in enumerate(at.gammas):
-        row |= found.estimate(bias[:, i]).row(f"gradient/bias2@{gamma:g}")
+        row |= squared(found.estimate(bias[:, i])).row(f"gradient/bias2@{gamma:g}")
     for name, value in occupancy(found, at).items():
         row |= value.row(f"gradient/{name}")
     choice = recommend(found, at, sequences, torch.Generator().manual_seed(seed))

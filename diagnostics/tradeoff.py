@@ -16,7 +16,7 @@ from torch import Tensor
 from diagnostics.access import Missing
 from diagnostics.batch import Scored
 from diagnostics.family import Weights
-from diagnostics.gradients import Estimate, Pairs
+from diagnostics.gradients import Estimate, Pairs, squared
 
 REFERENCES = ("rb_all_position_mean", "rb_all", "position_mean", "plain")
 """Members by which bias is measured, least noise first."""
@@ -65,7 +65,7 @@ def occupancy(found: Pairs, at: Weights) -> dict[str, Estimate]:
     zero, one, a = at.index(name, 0.0), at.index(name, 1.0), found.apart
     g, whole, along = a[:, zero, zero], a[:, one, one], a[:, zero, one]
     h = g - 2 * along + whole
-    share = found.ratio(h, whole)
+    share = squared(found.ratio(h, whole))
     roots = {x: _root(getattr(share, x)) for x in ("value", "low", "high")}
     slope = 2 * roots["value"] if roots["value"] else math.nan  # of the square, by the chain rule
     found_alpha, found_share = (
@@ -74,12 +74,12 @@ def occupancy(found: Pairs, at: Weights) -> dict[str, Estimate]:
     )
     resolved = not (math.isnan(found_alpha.value) or math.isnan(share.value))
     product = (g * whole).clamp(min=torch.finfo(g.dtype).tiny).sqrt()
-    cosine = found.ratio(along if resolved else along * math.nan, product)
+    apart = squared(found.ratio(product - along if resolved else along * math.nan, product))
     return {
         "alpha": found_alpha,
-        "occupancy_square": found.estimate(h),
+        "occupancy_square": squared(found.estimate(h)),
         "bias_share": found_share,
-        "cosine": cosine,
+        "cosine": replace(apart, value=1 - apart.value, low=1 - apart.high, high=1 - apart.low),
     }
 
 

@@ -1,0 +1,365 @@
+"""The family's weights by plain loops, sketches against whole gradients, and a real tiny model."""
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from diagnostics.access import Missing
+from diagnostics.batch import Prefix, Scored
+from diagnostics.family import FAMILY, GAMMAS, Member, weights
+from diagnostics.gradients import pairs
+from diagnostics.prefix import functionals
+from diagnostics.probe import gradient_row
+from diagnostics.sketch import (
+    TokenSketches,
+    no_projection,
+    random_signs,
+    sequence_sketches,
+    token_energies,
+    token_sketches,
+)
+from opd.credit import BASELINES
+from opd.objectives import (
+    Objective,
+    full_reverse_kl,
+    full_sampled_future,
+    mean_future,
+    sampled_token,
+)
+
+B, T, V, D = 6, 7, 11, 5
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=seeded(seed), dtype=torch.float64)
+
+
+@cache
+def made() -> tuple[Scored, Tensor, Tensor, Tensor]:
+    """A batch with holes in its mask, states (B, T, D), and both models' (B, T, V)."""
+    hidden, head = normal(B, T, D, seed=1), normal(V, D, seed=2)
+    p = (hidden @ head.T).log_softmax(-1)
+    q = (p + normal(B, T, V, seed=3)).log_softmax(-1)
+    tokens = torch.multinomial(p.exp().flatten(0, 1), 1, generator=seeded(4)).view(B, T)
+    mask = torch.rand(B, T, generator=seeded(5)) > 0.25
+    mask[1, 4:], mask[:, 0] = False, True
+
+    def at(x: Tensor) -> Tensor:
+        return x.gather(-1, tokens[..., None])[..., 0] * mask
+
+    batch = Scored(
+        tokens=tokens,
+        mask=mask,
+        sampler_logp=at(p),
+        student_logp=at(p),
+        teacher_logp=at(q),
+        prompt=torch.tensor([4, 7, 4, 7, 9, 9]),
+        ended=torch.ones(B, dtype=torch.bool),
+        prefix=Prefix(**{k: x * mask for k, x in functionals(p, q, tokens).items()}),
+    ).checked()
+    return batch, hidden, p, q
+
+
+def by_hand(batch: Scored, member: Member, gamma: float) -> Tensor:
+    """(B, T) weights by loops over the definition."""
+    r, k, mask = batch.log_ratio, batch.prefix.reverse_kl, batch.mask
+    later = k if member.mean_later else r
+    credit = torch.zeros(B, T, dtype=torch.float64)
+    for i in range(B):
+        for t in range(T):
+            if mask[i, t]:
+                ahead = [u for u in range(t + 1, T) if mask[i, u]]
+                credit[i, t] = sum(gamma ** (j + 1) * later[i, u] for j, u in enumerate(ahead))
+                credit[i, t] += 0 if member.mean_own else r[i, t]
+    found = credit.clone()
+    for i in range(B):
+        for t in range(T):
+            mates = [j for j in range(B) if batch.prompt[j] == batch.prompt[i] and j != i]
+            others = [j for j in range(B) if batch.prompt[j] != batch.prompt[i] and mask[j, t]]
+            if member.baseline == "local_kl":
+                found[i, t] -= k[i, t]
+            elif member.baseline == "leave_one_out":
+                found[i, t] -= credit[mates, t].mean()
+            elif member.baseline == "position_mean" and others:
+                found[i, t] -= credit[others, t].mean()
+    return found * mask
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_weights_are_those_of_the_definition(name: str) -> None:
+    batch = made()[0]
+    family = weights(batch, ["plain", name], GAMMAS)
+    for gamma in GAMMAS:
+        found = family.values[..., family.index(name, gamma)]
+        torch.testing.assert_close(found, by_hand(batch, FAMILY[name], gamma), atol=1e-13, rtol=0)
+        assert bool(family.local[family.index(name, gamma)]) == FAMILY[name].mean_own
+
+
+def sketches(batch: Scored, hidden: Tensor, p: Tensor, q: Tensor, projection) -> TokenSketches:
+    flat = p[batch.mask], q[batch.mask]
+    return token_sketches(
+        batch, hidden[batch.mask], lambda c: (flat[0][c], flat[1][c]), projection, chunk_tokens=4
+    )
+
+
+def test_the_eligibility_trace_is_the_same_sum() -> None:
+    """Z <- gamma Z + s_t, G <- G + r_t Z, token by token, on whole outer products."""
+    batch, hidden, p, q = made()
+    family = weights(batch, ["plain"], GAMMAS)
+    tokens = sketches(batch, hidden, p, q, no_projection(V, D))
+    found = sequence_sketches(tokens, batch.mask, family.values, family.local)
+    for f, gamma in enumerate(GAMMAS):
+        for i in range(B):
+            trace, total = torch.zeros(V, D).double(), torch.zeros(V, D).double()
+            for t in batch.mask[i].nonzero()[:, 0]:
+                delta = -p[i, t].exp()
+                delta[batch.tokens[i, t]] += 1
+                trace = gamma * trace + torch.outer(delta, hidden[i, t])
+                total = total + batch.log_ratio[i, t] * trace
+            torch.testing.assert_close(found[i, f, 0], total.flatten(), atol=1e-12, rtol=0)
+
+
+def test_a_random_sketch_is_the_projection_of_the_whole_gradient() -> None:
+    batch, hidden, p, q = made()
+    family = weights(batch, ["plain", "rb_all"], (0.0, 0.9))
+    projection = random_signs(V, D, seed=3, rows=2, copies=5)
+    whole, small = (
+        sequence_sketches(sketches(batch, hidden, p, q, x), batch.mask, family.values, family.local)
+        for x in (no_projection(V, D), projection)
+    )
+    r1, r2 = (x.double() for x in (projection.vocabulary, projection.hidden))
+    expected = torch.einsum("vja,bfvd,djc->bfjac", r1, whole.view(B, 4, V, D), r2)
+    torch.testing.assert_close(small, expected.flatten(3) / 2 / 5**0.5)
+    again = random_signs(V, D, seed=3, rows=2, copies=5)
+    assert torch.equal(again.vocabulary, projection.vocabulary)
+    assert not torch.equal(random_signs(V, D, 4, 2, 5).hidden, projection.hidden)
+
+
+def test_inner_products_of_sketches_are_unbiased_with_the_stated_error() -> None:
+    x, y = torch.outer(normal(40, seed=1), normal(30, seed=2)), normal(40, 30, seed=3)
+    y = y / y.norm() * x.norm() / 2 + x
+
+    def squares(rows: int, copies: int) -> tuple[Tensor, Tensor]:
+        found = []
+        for seed in range(400):
+            a = random_signs(40, 30, seed, rows, copies)
+            r1, r2 = (m.double().permute(1, 2, 0) for m in (a.vocabulary, a.hidden))
+            sx, sy = (a.scale * (r1 @ m @ r2.mT).flatten() for m in (x, y))
+            found.append(torch.stack([sx @ sx / x.square().sum(), sx @ sy / (x * y).sum()]))
+        both = torch.stack(found)
+        return both.mean(0), both.std(0)
+
+    for rows, copies in ((4, 2), (4, 8), (16, 2)):
+        mean, spread = squares(rows, copies)
+        assert bool(((mean - 1).abs() < 4 * spread / 20).all())
+        # one outer product: ((1 + 2/m)^2 - 1)/J for normal entries, slightly less for signs
+        predicted = (((1 + 2 / rows) ** 2 - 1) / copies) ** 0.5
+        assert 0.75 * predicted < float(spread[0]) < 1.1 * predicted
+    # what the error is not: sixteen times the numbers in rows only halve it at fixed copies
+    assert squares(4, 2)[1][0] / squares(16, 2)[1][0] < 2.7
+
+
+def test_the_copies_tell_the_sketch_error() -> None:
+    """Over 100 seeds: the stated error is the spread, and the mean is the exact signal."""
+    batch, hidden, p, q = made()
+    family = weights(batch, ["plain"], (0.0, 1.0))
+    whole = sequence_sketches(
+        sketches(batch, hidden, p, q, no_projection(V, D)), batch.mask, family.values, family.local
+    )
+    exact = pairs(whole, batch.prompt)
+    assert exact.estimate(exact.signal[:, 1]).sketch == 0
+    values, stated = [], []
+    for seed in range(100):
+        a = random_signs(V, D, seed, rows=3, copies=6)
+        found = pairs(
+            sequence_sketches(
+                sketches(batch, hidden, p, q, a), batch.mask, family.values, family.local
+            ),
+            batch.prompt,
+        )
+        one = found.estimate(found.noise[:, 1])
+        values.append(one.value)
+        stated.append(one.sketch**2)
+    x = torch.tensor(values)
+    assert abs(float(x.mean() - exact.noise[0, 1])) < 4 * float(x.std()) / 10
+    assert float(torch.tensor(stated).mean() ** 0.5 / x.std()) == pytest.approx(1, abs=0.25)
+
+
+def test_masked_positions_chunks_and_padding_change_nothing() -> None:
+    batch, hidden, p, q = made()
+    family = weights(batch, ["rb_all"], GAMMAS)
+    tokens = sketches(batch, hidden, p, q, no_projection(V, D))
+    flat = p[batch.mask], q[batch.mask]
+    at_once = token_sketches(
+        batch, hidden[batch.mask], lambda c: (flat[0][c], flat[1][c]), no_projection(V, D)
+    )
+    torch.testing.assert_close(tokens.local, at_once.local)
+    wide = batch._map(lambda x: torch.cat([x, torch.zeros_like(x)], 1) if x.dim() > 1 else x)
+    padded = weights(wide, ["rb_all"], GAMMAS)
+    torch.testing.assert_close(
+        sequence_sketches(tokens, wide.mask, padded.values, padded.local),
+        sequence_sketches(tokens, batch.mask, family.values, family.local),
+    )
+    with pytest.raises(ValueError, match="the mask has"):
+        token_sketches(batch, hidden[0], lambda c: (flat[0][c], None), no_projection(V, D))
+    with pytest.raises(ValueError, match="the projection is for 11 and 4"):
+        sketches(batch, hidden, p, q, no_projection(V, 4))
+
+
+# --- a tiny language model ------------------------------------------------------------------------
+
+OBJECTIVE = {
+    "plain": sampled_token,
+    "leave_one_out": sampled_token,
+    "local_kl": sampled_token,
+    "rb_immediate": full_sampled_future,
+    "rb_future": mean_future,
+    "rb_all": full_reverse_kl,
+}
+
+
+@pytest.fixture(scope="module")
+def language(tiny_pair: tuple[Path, Path]):
+    """Four prompts with two rollouts each, scored by the trainer's own code at temperature 0.8."""
+    from opd.data import encode
+    from opd.model import load_pair, response_hidden
+    from opd.problems import Problem
+    from opd.rollout import sample
+    from opd.scoring import score
+
+    pair = load_pair(str(tiny_pair[0]), str(tiny_pair[1]), "cpu", "float32")
+    problems = [Problem(prompt=f"{i} + {i + 1} =", answer="1") for i in range(4)]
+    prompts = encode(pair.tokenizer, problems, 2, 64)
+    rollouts = sample(
+        pair.student,
+        prompts,
+        pair.eos,
+        max_response=9,
+        temperature=0.8,
+        top_p=1.0,
+        generator=seeded(1),
+    )
+    batch, theirs = score(
+        pair, prompts, rollouts, k=4, temperature=0.8, micro_tokens=10**6, chunk_elements=10**6,
+        keep_teacher=True,
+    )  # fmt: skip
+    with torch.no_grad():
+        return pair, batch, response_hidden(pair.student, prompts, batch), theirs
+
+
+def head_gradients(pair, objective: Objective, batch: Scored, hidden: Tensor, theirs: Tensor):
+    """(B, V D) autograd through the trainer's loss of one response at a time, sequence sums."""
+    from opd.loss import loss_from_hidden
+
+    weight, credit = pair.student.head.weight, objective.credit(batch)
+    ends, rows = batch.lengths.cumsum(0).tolist(), []
+    for i, end in enumerate(ends):
+        c = slice(ends[i - 1] if i else 0, end)
+        loss = loss_from_hidden(
+            pair, objective, hidden[c], theirs[c], batch.rows([i]), credit[i : i + 1],
+            torch.ones(end - c.start), chunk_elements=10**6,
+        )  # fmt: skip
+        rows.append(torch.autograd.grad(loss, weight)[0].flatten())
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("name", OBJECTIVE)
+def test_the_sketch_of_a_models_head_is_that_of_autograd(language, name: str) -> None:
+    pair, batch, hidden, theirs = language
+    from opd.model import log_probabilities
+
+    gammas = (0.0, 0.7, 1.0)
+    size, width = pair.student.head.weight.shape
+    projection = random_signs(size, width, seed=0, rows=4, copies=3)
+    tokens = token_sketches(
+        batch,
+        hidden,
+        lambda c: (
+            log_probabilities(pair.student, hidden[c], 0.8),
+            log_probabilities(pair.teacher, theirs[c], 0.8),
+        ),
+        projection,
+        chunk_tokens=5,
+    )
+    family = weights(batch, [name], gammas)
+    found = sequence_sketches(tokens, batch.mask, family.values, family.local)
+    r1, r2 = projection.vocabulary.float(), projection.hidden.float()
+    for f, gamma in enumerate(gammas):
+        objective = OBJECTIVE[name](gamma)
+        if FAMILY[name].baseline != "none":
+            objective = replace(objective, baseline=BASELINES[FAMILY[name].baseline])
+        whole = head_gradients(pair, objective, batch, hidden, theirs).view(-1, size, width)
+        expected = torch.einsum("vja,bvd,djc->bjac", r1, whole, r2).flatten(2) * projection.scale
+        torch.testing.assert_close(found[:, f], expected, atol=2e-4, rtol=1e-4)
+    assert found.abs().max() > 0.1
+    # energies: the trainer's loss again, one token at a time
+    if name in ("plain", "rb_all"):
+        energies = token_energies(tokens, batch.mask, family.values, family.local)
+        total, objective = 0.0, OBJECTIVE[name](0.7)
+        credit = objective.credit(batch)
+        for t in batch.mask[0].nonzero()[:, 0].tolist():
+            only = torch.zeros_like(batch.mask[:1])
+            only[0, t] = True
+            one = replace(batch.rows([0]), mask=only)
+            at = slice(int(batch.mask[0, :t].sum()), int(batch.mask[0, : t + 1].sum()))
+            fixed = replace(objective, own=lambda b: b.log_ratio * 0)
+            from opd.loss import loss_from_hidden
+
+            loss = loss_from_hidden(
+                pair, fixed, hidden[at], theirs[at], one, credit[:1], torch.ones(1),
+                chunk_elements=10**6,
+            )  # fmt: skip
+            total += float(torch.autograd.grad(loss, pair.student.head.weight)[0].square().sum())
+        assert float(energies[0, 1]) == pytest.approx(total, rel=1e-3)
+
+
+def test_a_row_of_a_language_model(language) -> None:
+    from opd.model import log_probabilities
+
+    pair, batch, hidden, theirs = language
+    size, width = pair.student.head.weight.shape
+
+    def logp(c: slice) -> tuple[Tensor, Tensor]:
+        return (
+            log_probabilities(pair.student, hidden[c], 0.8),
+            log_probabilities(pair.teacher, theirs[c], 0.8),
+        )
+
+    exact = gradient_row(batch, hidden, logp, no_projection(size, width))
+    row = gradient_row(batch, hidden, logp, random_signs(size, width, seed=1))
+    assert row.keys() == exact.keys()
+    whole = head_gradients(pair, sampled_token(0.0), batch, hidden, theirs).double()
+    part = whole.view(4, 2, -1).sum(1)
+    everything = part.sum(0).square().sum()
+    signal = (everything - part.square().sum()) / (8**2 - 4 * 2**2)
+    assert exact["gradient/signal"] == pytest.approx(float(signal), rel=1e-4)
+    noise = 8 * (float(everything) / 64 - float(signal))
+    assert exact["gradient/noise/plain@0"] == pytest.approx(noise, rel=1e-4)
+    assert exact["gradient/noise/plain@0_sketch_se"] == 0
+    far = row["gradient/noise/plain@1"] - exact["gradient/noise/plain@1"]
+    assert abs(far) < 5 * row["gradient/noise/plain@1_sketch_se"]
+    assert row["gradient/bias2@1"] == 0
+    for kind in ("/", "@"):
+        shares = [v for k, v in row.items() if k.startswith(f"gradient/chosen{kind}")]
+        assert sum(shares) == pytest.approx(1)
+    cost = batch.prefix.reverse_kl.sum(1).mean()
+    assert row["gradient/cost_of_response"] == pytest.approx(float(cost))
+    alone = gradient_row(
+        replace(batch, prefix=None), hidden, lambda c: (logp(c)[0], None),
+        no_projection(size, width), teacher_known=False,
+    )  # fmt: skip
+    assert alone["gradient/signal"] == pytest.approx(exact["gradient/signal"])
+    assert "gradient/noise/rb_all@1" not in alone
+    with pytest.raises(Missing, match=r"\('rb_all', 0.0\) is not among plain"):
+        gradient_row(
+            batch, hidden, lambda c: (logp(c)[0], None), no_projection(size, width),
+            teacher_known=False, trained=("rb_all", 0.0),
+        )  # fmt: skip
