@@ -4,7 +4,11 @@ Repetition stands in `diagnostics.repetition`, student entropy by position in `d
 Everything here is one number a response, (B,). Sampling unit: the prompt.
 """
 
+import torch
+
 from diagnostics.batch import Scored
+from diagnostics.histograms import Quantiles
+from diagnostics.moments import Covariance
 from diagnostics.totals import Mean, Total
 
 
@@ -25,6 +29,33 @@ def length(batch: Scored) -> dict[str, Total]:
             ~batch.ended, batch.mask.new_ones(len(batch)), batch.prompt
         ),
     }
+
+
+def length_quantiles(batch: Scored) -> dict[str, Total]:
+    """D-1: quantiles of the supervised tokens a response.
+
+    lengths_q50 the median, lengths_q95, and so on; resolution 9 % (`Quantiles`).
+    Access: the mask. Source: standard.
+    Healthy: q95 below the budget. A median that rises while the lower quartile stays is the longer
+    half getting longer, not everything.
+    """
+    everyone = batch.mask.new_ones(len(batch))
+    return {"collapse/lengths": Quantiles.of(batch.lengths, everyone)}
+
+
+def length_incentive(batch: Scored) -> dict[str, Total]:
+    """D-6: does a longer response have a lower cost per token?
+
+    length_advantage_cov, _corr = covariance and correlation over responses of their length and of
+    mean_t -r, the mean advantage. Access: L0. Source: derived; the dilution of 2607.13399.
+    Healthy: about 0. Clearly positive, an objective that averages over a response's tokens pays for
+    length: the student can dilute what it is punished for. Responses of one prompt depend on each
+    other, so the coefficient is noisier than their number suggests.
+    """
+    length = batch.lengths
+    sums = torch.where(batch.mask, batch.log_ratio.double(), 0.0).sum(1)
+    advantage = -sums / length.clamp(min=1)
+    return {"collapse/length_advantage": Covariance.of(length, advantage, length > 0)}
 
 
 def reward(batch: Scored) -> dict[str, Total]:

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from diagnostics.access import prefix_of, support_of
 from diagnostics.batch import Scored
-from diagnostics.totals import Counts, Mean, Profile, Total
+from diagnostics.histograms import Quantiles
+from diagnostics.moments import EffectiveSize
+from diagnostics.totals import Counts, Deciles, Mean, Profile, Total
 
 RANKS = (8, 16, 32)
 """Depths of the exact rank shares: comparable across runs, whatever K each run keeps."""
@@ -36,7 +38,7 @@ def sampled_divergence(batch: Scored) -> dict[str, Total]:
 
 
 def exact_divergence(batch: Scored) -> dict[str, Total]:
-    """The exact reverse KL at each prefix, sum_v p (log p - log q), in three aggregations.
+    """B-11: the exact reverse KL at each prefix, sum_v p (log p - log q), in three aggregations.
 
     reverse_kl pooled over tokens, reverse_kl_per_response (mean of the sums over t),
     reverse_kl_response_mean (mean of the means over t).
@@ -93,7 +95,7 @@ def uncertainty(batch: Scored) -> dict[str, Total]:
     """B-6, D-4: entropies (nats) on student prefixes and the teacher's largest probability.
 
     teacher_entropy = mean H_q, student_entropy = mean H_p, entropy_gap = mean H_q - H_p,
-    teacher_max = mean max_v q(v).
+    teacher_max = mean max_v q(v), teacher_entropy_over_1 = share of tokens with H_q > 1.
     Access: L2. Source: 2605.07725 (teacher entropy doubling after tool errors), 2605.30833
     (teacher_max as fidelity of the supervision).
     Healthy: flat along the response. Rising teacher entropy with falling teacher_max late in it
@@ -106,6 +108,7 @@ def uncertainty(batch: Scored) -> dict[str, Total]:
         "drift/student_entropy": _profile(batch, prefix.student_entropy),
         "drift/entropy_gap": _profile(batch, gap),
         "drift/teacher_max": _profile(batch, prefix.teacher_max),
+        "drift/teacher_entropy_over_1": _profile(batch, prefix.teacher_entropy > 1),
     }
 
 
@@ -117,6 +120,76 @@ def tokens_by_position(batch: Scored) -> dict[str, Total]:
     early bin that all of them reach.
     """
     return {"drift/tokens": Counts.of(batch.mask)}
+
+
+def ratio_quantiles(batch: Scored) -> dict[str, Total]:
+    """B-7: quantiles of r in percent, over everything and by position bin.
+
+    log_ratios_q1 ... q99; by position q5, q50, q95. Resolution: `Quantiles`, 9 % of the value.
+    Access: L0. Source: 2603.25562 figure 4, where the tail widens with position; the advantage
+    there is -r, so that its lower tail is the upper one here.
+    Healthy: the median near 0, q95 flat along the response. A q95 that grows with position is
+    drift before any mean shows it.
+    """
+    return {"drift/log_ratios": Quantiles.of(batch.log_ratio, batch.mask)}
+
+
+def rank_quantiles(batch: Scored) -> dict[str, Total]:
+    """B-2: quantiles of the teacher's rank of the sampled token.
+
+    teacher_ranks_q50 = the median, and so on; exact for ranks up to 12, then to 9 %.
+    Access: L2. Source: ours. Unlike a mean, a quantile is not owned by a few huge ranks.
+    Healthy: median 1, q95 a few, flat along the response.
+    """
+    return {"drift/teacher_ranks": Quantiles.of(prefix_of(batch).teacher_rank, batch.mask)}
+
+
+def prefix_weights(batch: Scored) -> dict[str, Total]:
+    """B-10: effective share of responses if their prefixes stood for the teacher's.
+
+    prefix_ess@lo-hi = (sum w)^2 / (n sum w^2), w = exp(-sum_{u <= hi} m r), over the n responses
+    that reach position hi; prefix_ess the same at their ends; prefix_abs_ess with |r| for r.
+    Access: L0. Source: the effective sample size of importance sampling; the absolute version is
+    the weight of 2606.22600, in which signs cannot cancel.
+    Healthy: falls along every response, about as exp(-variance of the sum). Where it nears 1/n
+    student and teacher live on different prefixes, and no reweighting can undo that; n is the
+    number of responses that get there, so compare runs of one batch size.
+    """
+    r = batch.log_ratio
+    return {
+        "drift/prefix_ess": EffectiveSize.along(-r, batch.mask),
+        "drift/prefix_abs_ess": EffectiveSize.along(-r.abs(), batch.mask),
+    }
+
+
+def cost_by_tenth(batch: Scored) -> dict[str, Total]:
+    """B-7: the sampled cost by tenths of the response: k1, |r| and q(y) at relative positions.
+
+    k1_tenth%0-10 ... k1_tenth%90-100, abs_ratio_tenth%..., teacher_prob_tenth%...: means over the
+    tokens of each tenth.
+    Access: L0. Source: ours. Tenths hold nearly all responses each, bins by position only those
+    that are long enough.
+    Healthy: flat. A rise in the last tenth only is about stopping rather than about drift.
+    """
+    r, q = batch.log_ratio, batch.teacher_logp.exp()
+    columns = {"k1": r, "abs_ratio": r.abs(), "teacher_prob": q}
+    return {f"drift/{k}_tenth": Deciles.of(x, batch.mask, batch.prompt) for k, x in columns.items()}
+
+
+def entropy_by_tenth(batch: Scored) -> dict[str, Total]:
+    """D-4: the exact divergence and both entropies by tenths of the response.
+
+    reverse_kl_tenth%0-10 ..., student_entropy_tenth%..., teacher_entropy_tenth%...,
+    teacher_max_tenth%....
+    Access: L2. Source: 2604.13016 figure 13, instability starts at the end of responses and moves
+    forward.
+    Healthy: flat and steady. Student entropy moving in the last tenth is an early warning.
+    """
+    prefix = prefix_of(batch)
+    names = ("reverse_kl", "student_entropy", "teacher_entropy", "teacher_max")
+    return {
+        f"drift/{k}_tenth": Deciles.of(getattr(prefix, k), batch.mask, batch.prompt) for k in names
+    }
 
 
 def in_support(batch: Scored) -> Tensor:

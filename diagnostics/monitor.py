@@ -16,46 +16,11 @@ from torch import Tensor
 from diagnostics.access import Missing
 from diagnostics.alarms import Alarm, Alarms
 from diagnostics.batch import Scored
-from diagnostics.collapse import length, reward
-from diagnostics.drift import (
-    exact_divergence,
-    sampled_divergence,
-    support_mass,
-    teacher_rank,
-    tokens_by_position,
-    uncertainty,
-)
-from diagnostics.repetition import repetition
+from diagnostics.catalogue import PANEL, Metric
 from diagnostics.sinks import Sink
-from diagnostics.supervision import (
-    energy_concentration,
-    sign_null,
-    sign_shares,
-    signal_concentration,
-)
 from diagnostics.totals import Mean, Total, merge, pack, read, unpack
-from diagnostics.validity import martingales, sampler_ratio
 
-Metric = Callable[[Scored], dict[str, Total]]
 Combine = Callable[[Mapping[str, Total]], Mapping[str, Total]]
-
-PANEL: Mapping[str, Metric] = {
-    "sign_shares": sign_shares,
-    "sign_null": sign_null,
-    "signal_concentration": signal_concentration,
-    "energy_concentration": energy_concentration,
-    "repetition": repetition,
-    "sampled_divergence": sampled_divergence,
-    "exact_divergence": exact_divergence,
-    "teacher_rank": teacher_rank,
-    "support_mass": support_mass,
-    "uncertainty": uncertainty,
-    "tokens_by_position": tokens_by_position,
-    "length": length,
-    "reward": reward,
-    "martingales": martingales,
-    "sampler_ratio": sampler_ratio,
-}
 
 
 class Monitor:

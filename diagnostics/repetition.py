@@ -3,6 +3,9 @@
 Shapes: B responses, T response positions.
 """
 
+import zlib
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,6 +13,7 @@ from diagnostics.batch import Scored
 from diagnostics.totals import Mean, Total
 
 NGRAM = 8
+TAIL, COMPRESSION = 10_000, 10.0
 
 
 def repeated(tokens: Tensor, mask: Tensor, n: int = NGRAM) -> Tensor:
@@ -67,3 +71,31 @@ def repetition(batch: Scored) -> dict[str, Total]:
         "supervision/regular_cost": Mean.of(r, mask & ~rep, prompt),
         "supervision/repeated_signal_share": Mean.ratio(r.abs() * rep, r.abs(), mask, prompt),
     }
+
+
+def compressible(text: str, tail: int = TAIL, threshold: float = COMPRESSION) -> bool:
+    """Whether the last `tail` characters compress more than `threshold`-fold; no if shorter."""
+    last = text[-tail:].encode()
+    return len(text) >= tail and len(last) / len(zlib.compress(last)) > threshold
+
+
+def compression(
+    decode: Callable[[Sequence[int]], str], tail: int = TAIL, threshold: float = COMPRESSION
+) -> Callable[[Scored], dict[str, Total]]:
+    """D-3: share of responses whose last 10 000 characters zlib compresses more than tenfold.
+
+    compressible_share = mean over responses of 1[characters >= tail and bytes / zlib bytes >
+    threshold], of the student's own tokens decoded.
+    Access: tokens and a decoder; copies them to the host. Source: 2604.08527.
+    Healthy: 0; 0.3 to 0.6 at a collapse. Short responses never count, so `repetition` is the one to
+    watch early.
+    """
+
+    def measured(batch: Scored) -> dict[str, Total]:
+        rows = zip(batch.tokens.cpu(), batch.mask.cpu(), strict=True)
+        found = [compressible(decode(ids[own].tolist()), tail, threshold) for ids, own in rows]
+        flag = torch.tensor(found, dtype=torch.bool, device=batch.mask.device)
+        share = Mean.of(flag, torch.ones_like(flag), batch.prompt)
+        return {"collapse/compressible_share": share}
+
+    return measured

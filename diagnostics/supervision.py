@@ -9,6 +9,7 @@ from torch import Tensor
 from diagnostics.access import prefix_of
 from diagnostics.batch import Scored
 from diagnostics.histograms import Concentration
+from diagnostics.moments import Within
 from diagnostics.totals import Mean, Total
 
 
@@ -52,7 +53,7 @@ def sign_null(batch: Scored) -> dict[str, Total]:
 
 
 def signal_concentration(batch: Scored) -> dict[str, Total]:
-    """A-2: concentration of |r| over tokens: n_eff, n_eff_share, top1_share, gini.
+    """A-2: concentration of |r| over tokens: n_eff, entropy_n_eff, top1_share, gini.
 
     Formulas: `Concentration`. Access: L0. Source: ours; motivated by 2604.14084, where 3 to 15 % of
     tokens carry almost all that matters.
@@ -60,6 +61,36 @@ def signal_concentration(batch: Scored) -> dict[str, Total]:
     that a handful of tokens, often special ones, own the signal.
     """
     return {"supervision/signal": Concentration.of(batch.log_ratio.abs(), batch.mask)}
+
+
+def signed_concentration(batch: Scored) -> dict[str, Total]:
+    """A-2: the same concentration of the signal that pushes down, and of that which pushes up.
+
+    negative_signal_* of r over tokens with r > 0, positive_signal_* of -r over tokens with r < 0.
+    Access: L0. Source: ours.
+    Healthy: both stable. The negative side is the more concentrated one: -log q(y) has no bound
+    while -r is at most -log p(y). A handful of huge negative tokens is the usual fault, see
+    `confident_impossible`.
+    """
+    r = batch.log_ratio
+    return {
+        "supervision/negative_signal": Concentration.of(r, batch.mask & (r > 0)),
+        "supervision/positive_signal": Concentration.of(-r, batch.mask & (r < 0)),
+    }
+
+
+def action_dependence(batch: Scored) -> dict[str, Total]:
+    """A-8: the part of the signal's variance that the sampled token decides, not its prefix.
+
+    action_dependence = mean of Var(r | prefix) / Var(r), Var(r | prefix) = sum p l^2 - KL^2.
+    Access: L2. Source: derived. Only that part can move the student at gamma = 0: a weight that is
+    a function of the prefix alone has expected gradient 0.
+    Healthy: near 1 for sampled-token distillation. Near 0, the costs differ between prefixes more
+    than between tokens, and a value baseline would remove most of the noise.
+    """
+    prefix = prefix_of(batch)
+    variance = (prefix.ratio_square - prefix.reverse_kl.square()).clamp(min=0)
+    return {"supervision/action_dependence": Within.of(batch.log_ratio, variance, batch.mask)}
 
 
 def energy_concentration(batch: Scored) -> dict[str, Total]:

@@ -4,8 +4,12 @@ Every identity that makes on-policy distillation unbiased assumes so; these are 
 Shapes: every per-token quantity is (B, T).
 """
 
+from torch import Tensor
+
 from diagnostics.access import prefix_of
 from diagnostics.batch import Scored
+from diagnostics.histograms import Quantiles
+from diagnostics.moments import EffectiveSize
 from diagnostics.totals import Martingale, Mean, Total
 
 
@@ -14,6 +18,7 @@ def martingales(batch: Scored) -> dict[str, Total]:
 
     z_H: differences -log p(y) - H_p with variance sum_v p (log p)^2 - H_p^2;
     z_K: differences r - KL(p || q) with variance sum_v p (log p - log q)^2 - KL^2.
+    Over the whole response and by position bin, where a shifted mask or a stale cache shows first.
     Access: L2 (z_H needs the student alone). Source: derived, martingale central limit theorem.
     Healthy: both about N(0, 1), so |z| < 4. z_H fires on top-p, temperature, stale weights and a
     shifted mask, negative where likely tokens are overrepresented; z_K on faults of the teacher's
@@ -31,6 +36,54 @@ def martingales(batch: Scored) -> dict[str, Total]:
     }
 
 
+def sampler_weights(batch: Scored) -> dict[str, Total]:
+    """F-2: tails and effective sizes of the ratio student / sampler.
+
+    With d as in `sampler_ratio`: sampler_log_ratios_q1 ... q99, by position q5, q50, q95;
+    sampler_ess = (sum w)^2 / (N sum w^2) with w = e^d over tokens; sampler_prefix_ess@lo-hi with
+    w = exp(sum_{u <= hi} d) over the responses that reach hi, sampler_prefix_ess at their ends.
+    Access: the sampler's log-probabilities. Source: standard.
+    Healthy: quantiles symmetric about 0 at the level of the arithmetic, both sizes 1.
+    sampler_prefix_ess is what correcting whole responses for staleness would leave of the batch.
+    """
+    d = _off_sampler(batch)
+    return {
+        "validity/sampler_log_ratios": Quantiles.of(d, batch.mask),
+        "validity/sampler_ess": EffectiveSize.of(d, batch.mask),
+        "validity/sampler_prefix_ess": EffectiveSize.along(d, batch.mask),
+    }
+
+
+def rescoring(first: Scored, second: Scored) -> dict[str, Total]:
+    """F-4: the noise floor of the teacher, from scoring the same tokens twice.
+
+    teacher_noise = mean |log q - log q'|; teacher_noise_square = mean of its square;
+    teacher_noise_share = sum |log q - log q'| / sum |r|.
+    Access: two scorings, best in different batch sizes; not a metric of one batch. Source: ours.
+    Healthy: 0, or the level of the arithmetic. A signal below the noise is none.
+
+    Raises:
+      ValueError: the two do not hold the same tokens.
+    """
+    same = first.tokens.shape == second.tokens.shape
+    if not same or not bool((first.mask == second.mask).all()):
+        raise ValueError("the two scorings hold different responses; pass one batch scored twice")
+    if not bool(((first.tokens == second.tokens) | ~first.mask).all()):
+        raise ValueError("the two scorings hold different tokens; pass one batch scored twice")
+    d = (first.teacher_logp - second.teacher_logp).abs()
+    mask, prompt = first.mask, first.prompt
+    return {
+        "validity/teacher_noise": Mean.of(d, mask, prompt),
+        "validity/teacher_noise_square": Mean.of(d.square(), mask, prompt),
+        "validity/teacher_noise_share": Mean.ratio(d, first.log_ratio.abs(), mask, prompt),
+    }
+
+
+def _off_sampler(batch: Scored) -> Tensor:
+    sampler = batch.sampler_logp if batch.softmax_logp is None else batch.softmax_logp
+    return batch.student_logp - sampler
+
+
 def sampler_ratio(batch: Scored) -> dict[str, Total]:
     """F-2: how far the scored student is from the model that sampled.
 
@@ -43,8 +96,7 @@ def sampler_ratio(batch: Scored) -> dict[str, Total]:
     `sampler_logp` is known, top-p sampling shows as a negative mean, the log of the kept mass;
     with `softmax_logp` it shows nothing here, only in z_H.
     """
-    sampler = batch.sampler_logp if batch.softmax_logp is None else batch.softmax_logp
-    d = batch.student_logp - sampler
+    d = _off_sampler(batch)
     return {
         "validity/sampler_log_ratio": Mean.of(d, batch.mask, batch.prompt),
         "validity/sampler_log_ratio_square": Mean.of(d.square(), batch.mask, batch.prompt),
