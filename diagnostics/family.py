@@ -11,6 +11,7 @@ Shapes: B responses, T positions, G discounts, F = members * G, member-major.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -47,6 +48,16 @@ FAMILY: dict[str, Member] = {
 """Names as in the exact study; the last is the low-noise member with which bias is measured."""
 
 
+class Grid(Protocol):
+    """Whatever holds F = names x gammas members, name by name."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    @property
+    def gammas(self) -> tuple[float, ...]: ...
+
+
 @dataclass(frozen=True, eq=False)
 class Weights:
     """weights (B, T, F) of the scores, local (F,) bool: whether the KL's own gradient is added."""
@@ -56,8 +67,10 @@ class Weights:
     values: Tensor
     local: Tensor
 
-    def index(self, name: str, gamma: float) -> int:
-        return self.names.index(name) * len(self.gammas) + self.gammas.index(gamma)
+
+def member_index(at: Grid, name: str, gamma: float) -> int:
+    """Where a member at a discount stands along F."""
+    return at.names.index(name) * len(at.gammas) + at.gammas.index(gamma)
 
 
 def weights(batch: Scored, names: Sequence[str], gammas: Sequence[float] = GAMMAS) -> Weights:

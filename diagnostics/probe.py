@@ -4,14 +4,16 @@ Shapes: B responses, T positions, N supervised tokens, D hidden size, V vocabula
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from diagnostics.access import Missing
 from diagnostics.batch import Scored
-from diagnostics.family import GAMMAS, Weights, available, weights
-from diagnostics.gradients import Pairs, measures, pairs, squared
+from diagnostics.family import GAMMAS, available, weights
+from diagnostics.gradients import Pairs, measures, pairs
+from diagnostics.jackknife import squared
 from diagnostics.sketch import (
     LogProbs,
     Projection,
@@ -22,7 +24,23 @@ from diagnostics.sketch import (
 from diagnostics.tradeoff import coherence, cost_of_response, occupancy, recommend, squared_bias
 
 
-def gradient_row(
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Measured:
+    """Gradients of the family on some batch: all that a readout needs, without the models.
+
+    sketches (B, F, J, m); energies (B, F) of tokens; prompt (B,) ids; cost (B,) KL of a response;
+    names and gammas of the F = names x gammas members.
+    """
+
+    sketches: Tensor
+    energies: Tensor
+    prompt: Tensor
+    cost: Tensor
+    names: tuple[str, ...]
+    gammas: tuple[float, ...]
+
+
+def measured(
     batch: Scored,
     hidden: Tensor,
     logp: LogProbs,
@@ -30,12 +48,61 @@ def gradient_row(
     *,
     teacher_known: bool = True,
     gammas: Sequence[float] = GAMMAS,
+    chunk_tokens: int = 1024,
+) -> Measured:
+    """One pass over a batch: every member of the family that it allows, sequence by sequence.
+
+    Cost: both models' heads once, copies * rows * V products a token and F times as many sketch
+    numbers. Memory: B F m float32. The batch must hold all rollouts of its prompts, and the student
+    that sampled it.
+
+    Args:
+      hidden: (N, D) student states of the supervised tokens, row-major over the mask.
+      logp: both models' whole log-probabilities of a slice of these tokens, (n, V) each.
+      projection: the same one wherever results are joined or compared.
+      teacher_known: False where `logp` has no teacher.
+    """
+    tokens = token_sketches(batch, hidden, logp, projection, chunk_tokens)
+    at = weights(batch, available(batch, teacher_known), gammas)
+    return Measured(
+        sketches=sequence_sketches(tokens, batch.mask, at.values, at.local),
+        energies=token_energies(tokens, batch.mask, at.values, at.local),
+        prompt=batch.prompt,
+        cost=cost_of_response(batch),
+        names=at.names,
+        gammas=at.gammas,
+    )
+
+
+def joined(parts: Sequence[Measured]) -> Measured:
+    """The measurement of several micro-batches, ranks or steps with the policy all but unchanged.
+
+    Prompts keep their ids: sequences with one id are taken as rollouts of one prompt.
+
+    Raises:
+      ValueError: no parts, or parts of different members or discounts.
+    """
+    kinds = {(part.names, part.gammas) for part in parts}
+    if len(kinds) != 1:
+        raise ValueError(f"parts of {len(kinds)} different families: {sorted(kinds)}")
+    first = parts[0]
+    return Measured(
+        **{
+            name: torch.cat([getattr(part, name) for part in parts])
+            for name in ("sketches", "energies", "prompt", "cost")
+        },
+        names=first.names,
+        gammas=first.gammas,
+    )
+
+
+def gradient_row(
+    at: Measured,
     trained: tuple[str, float] = ("plain", 0.0),
     sequences: int | None = None,
     seed: int = 0,
-    chunk_tokens: int = 1024,
 ) -> dict[str, float]:
-    """Everything E-1, E-3, E-4 and E-9 say about the head's gradient on this batch.
+    """Everything E-1, E-3, E-4 and E-9 say about the head's gradient.
 
     Names begin with "gradient/"; "_low" and "_high" bound a 95 % interval over prompts, "_se" is
     its standard error and "_sketch_se" that of the sketch:
@@ -45,43 +112,31 @@ def gradient_row(
     - bias2@GAMMA, and alpha, occupancy_square, bias_share, cosine (`occupancy`);
     - best_gamma for `sequences` a batch (this one's if None); chosen/MEMBER and chosen@GAMMA, how
       often under the sampling error; sequences and cost_of_response, the study's coordinates.
-    The projection must be the same from step to step if rows are to be compared. Cost: a forward
-    pass of both heads, and J m1 V products a token.
-
-    Args:
-      hidden: (N, D) student states of the supervised tokens, row-major over the mask.
-      logp: both models' whole log-probabilities of a slice of these tokens, (n, V) each.
-      teacher_known: False where `logp` has no teacher.
 
     Raises:
-      Missing: fewer than 3 prompts, or `trained` cannot be had from this batch.
+      Missing: fewer than 3 prompts, or `trained` was not measured.
     """
-    names, member = available(batch, teacher_known), trained[0]
-    if member not in names or trained[1] not in gammas:
-        raise Missing(f"{trained} is not among {', '.join(names)} at {list(gammas)} on this batch")
-    tokens = token_sketches(batch, hidden, logp, projection, chunk_tokens)
-    at = weights(batch, names, gammas)
-    found = pairs(sequence_sketches(tokens, batch.mask, at.values, at.local), batch.prompt)
-    energies = token_energies(tokens, batch.mask, at.values, at.local)
-
+    if trained[0] not in at.names or trained[1] not in at.gammas:
+        raise Missing(f"{trained} is not among {', '.join(at.names)} at {list(at.gammas)}")
+    found = pairs(at.sketches, at.prompt)
+    grid = [(name, gamma) for name in at.names for gamma in at.gammas]
     row: dict[str, float] = {}
-    for name, value in measures(found, at.index(*trained)).items():
+    for name, value in measures(found, grid.index(trained)).items():
         row |= value.row(f"gradient/{name}")
-    for name in at.names:
-        for gamma in at.gammas:
-            i, label = at.index(name, gamma), f"{name}@{gamma:g}"
-            row |= found.positive(found.noise[:, i]).row(f"gradient/noise/{label}")
-            together = coherence(found, energies, batch.prompt, i)
-            row |= together.row(f"gradient/coherence/{label}")
-    return (
-        row
-        | _bias_and_choice(found, at, sequences or len(batch), seed)
-        | {"gradient/cost_of_response": cost_of_response(batch)}
-    )
+    for i, (name, gamma) in enumerate(grid):
+        label = f"{name}@{gamma:g}"
+        row |= found.positive(found.noise[:, i]).row(f"gradient/noise/{label}")
+        together = coherence(found, at.energies, at.prompt, i)
+        row |= together.row(f"gradient/coherence/{label}")
+    row |= {
+        "gradient/sequences": float(sequences or len(at.prompt)),
+        "gradient/cost_of_response": float(at.cost.mean()),
+    }
+    return row | _bias_and_choice(found, at, sequences or len(at.prompt), seed)
 
 
-def _bias_and_choice(found: Pairs, at: Weights, sequences: int, seed: int) -> dict[str, float]:
-    row: dict[str, float] = {"gradient/sequences": float(sequences)}
+def _bias_and_choice(found: Pairs, at: Measured, sequences: int, seed: int) -> dict[str, float]:
+    row: dict[str, float] = {}
     bias = squared_bias(found, at)
     for i, gamma in enumerate(at.gammas):
         row |= squared(found.estimate(bias[:, i])).row(f"gradient/bias2@{gamma:g}")

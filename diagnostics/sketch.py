@@ -150,6 +150,18 @@ def projected(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def matrix_sketch(gradient: Tensor, projection: Projection) -> Tensor:
+    """(V, D) -> (J, m1 m2): the sketch of any one matrix's gradient, as autograd left it.
+
+    For blocks other than the head: take the gradient of a sequence's loss, sketch it, and stack the
+    sequences for `diagnostics.gradients.signal_and_noise`.
+    """
+    half = projected(gradient.T, projection.vocabulary)  # (D, J, m1)
+    right = projection.hidden.to(half)
+    return torch.einsum("dja,djb->jab", half, right).flatten(1) * projection.scale
+
+
+@torch.no_grad()
 def sequence_sketches(
     tokens: TokenSketches, mask: Tensor, weights: Tensor, local: Tensor
 ) -> Tensor:

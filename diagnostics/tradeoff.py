@@ -15,14 +15,15 @@ from torch import Tensor
 
 from diagnostics.access import Missing
 from diagnostics.batch import Scored
-from diagnostics.family import Weights
-from diagnostics.gradients import Estimate, Pairs, squared
+from diagnostics.family import Grid, member_index
+from diagnostics.gradients import Pairs
+from diagnostics.jackknife import Estimate, squared
 
 REFERENCES = ("rb_all_position_mean", "rb_all", "position_mean", "plain")
 """Members by which bias is measured, least noise first."""
 
 
-def reference(at: Weights) -> str:
+def reference(at: Grid) -> str:
     """The best of REFERENCES that was measured.
 
     Raises:
@@ -37,16 +38,16 @@ def reference(at: Weights) -> str:
     return known[0]
 
 
-def squared_bias(found: Pairs, at: Weights) -> Tensor:
+def squared_bias(found: Pairs, at: Grid) -> Tensor:
     """(R, G) |E g(gamma) - E g(1)|^2, unbiased; may be negative where there is little; 0 at 1."""
     name = reference(at)
-    own = [at.index(name, gamma) for gamma in at.gammas]
-    whole, a = at.index(name, 1.0), found.apart
+    own = [member_index(at, name, gamma) for gamma in at.gammas]
+    whole, a = member_index(at, name, 1.0), found.apart
     square = a[:, own, own] - 2 * a[:, own, whole] + a[:, whole, whole][:, None]
     return square * square.new_tensor([gamma != 1 for gamma in at.gammas])
 
 
-def occupancy(found: Pairs, at: Weights) -> dict[str, Estimate]:
+def occupancy(found: Pairs, at: Grid) -> dict[str, Estimate]:
     """E-4: what token-level distillation (gamma = 0) leaves out of the gradient of the sequence KL.
 
     With g = E[g at 0], which pulls the student to the teacher on the prefixes as they are, and
@@ -62,7 +63,7 @@ def occupancy(found: Pairs, at: Weights) -> dict[str, Estimate]:
     two pull against each other.
     """
     name = reference(at)
-    zero, one, a = at.index(name, 0.0), at.index(name, 1.0), found.apart
+    zero, one, a = member_index(at, name, 0.0), member_index(at, name, 1.0), found.apart
     g, whole, along = a[:, zero, zero], a[:, one, one], a[:, zero, one]
     h = g - 2 * along + whole
     share = squared(found.ratio(h, whole))
@@ -122,7 +123,7 @@ class Choice:
 
 
 def recommend(
-    found: Pairs, at: Weights, sequences: int, generator: torch.Generator, draws: int = 2000
+    found: Pairs, at: Grid, sequences: int, generator: torch.Generator, draws: int = 2000
 ) -> Choice:
     """Least |bias|^2 + noise / sequences over the family; negative |bias|^2 counts as 0.
 
@@ -153,10 +154,10 @@ def recommend(
     )
 
 
-def cost_of_response(batch: Scored) -> float:
-    """kappa T, the mean summed KL of a response; with n it places a run on the study's plane.
+def cost_of_response(batch: Scored) -> Tensor:
+    """(B,) KL summed over a response; its mean is kappa T, which with n places a run on the plane.
 
     Sums of K where the batch has prefix functionals, else of the sampled r, of the same mean.
     """
     cost = batch.log_ratio if batch.prefix is None else batch.prefix.reverse_kl
-    return float((cost.double() * batch.mask).sum(1).mean())
+    return (cost.double() * batch.mask).sum(1)

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from diagnostics.access import Missing
 from diagnostics.batch import Prefix, Scored
-from diagnostics.family import FAMILY, GAMMAS, Member, weights
+from diagnostics.family import FAMILY, GAMMAS, Member, member_index, weights
 from diagnostics.gradients import pairs
 from diagnostics.prefix import functionals
-from diagnostics.probe import gradient_row
+from diagnostics.probe import Measured, gradient_row, joined, measured
 from diagnostics.sketch import (
     TokenSketches,
+    matrix_sketch,
     no_projection,
     random_signs,
     sequence_sketches,
@@ -98,9 +99,9 @@ def test_weights_are_those_of_the_definition(name: str) -> None:
     batch = made()[0]
     family = weights(batch, ["plain", name], GAMMAS)
     for gamma in GAMMAS:
-        found = family.values[..., family.index(name, gamma)]
+        found = family.values[..., member_index(family, name, gamma)]
         torch.testing.assert_close(found, by_hand(batch, FAMILY[name], gamma), atol=1e-13, rtol=0)
-        assert bool(family.local[family.index(name, gamma)]) == FAMILY[name].mean_own
+        assert bool(family.local[member_index(family, name, gamma)]) == FAMILY[name].mean_own
 
 
 def sketches(batch: Scored, hidden: Tensor, p: Tensor, q: Tensor, projection) -> TokenSketches:
@@ -333,8 +334,9 @@ def test_a_row_of_a_language_model(language) -> None:
             log_probabilities(pair.teacher, theirs[c], 0.8),
         )
 
-    exact = gradient_row(batch, hidden, logp, no_projection(size, width))
-    row = gradient_row(batch, hidden, logp, random_signs(size, width, seed=1))
+    every = measured(batch, hidden, logp, no_projection(size, width))
+    exact = gradient_row(every)
+    row = gradient_row(measured(batch, hidden, logp, random_signs(size, width, seed=1)))
     assert row.keys() == exact.keys()
     whole = head_gradients(pair, sampled_token(0.0), batch, hidden, theirs).double()
     part = whole.view(4, 2, -1).sum(1)
@@ -352,14 +354,53 @@ def test_a_row_of_a_language_model(language) -> None:
         assert sum(shares) == pytest.approx(1)
     cost = batch.prefix.reverse_kl.sum(1).mean()
     assert row["gradient/cost_of_response"] == pytest.approx(float(cost))
-    alone = gradient_row(
-        replace(batch, prefix=None), hidden, lambda c: (logp(c)[0], None),
-        no_projection(size, width), teacher_known=False,
-    )  # fmt: skip
-    assert alone["gradient/signal"] == pytest.approx(exact["gradient/signal"])
-    assert "gradient/noise/rb_all@1" not in alone
+    bare = replace(batch, prefix=None)
+    alone = measured(
+        bare, hidden, lambda c: (logp(c)[0], None), no_projection(size, width), teacher_known=False
+    )
+    assert alone.names == ("plain", "position_mean", "leave_one_out")
+    assert gradient_row(alone)["gradient/signal"] == pytest.approx(exact["gradient/signal"])
     with pytest.raises(Missing, match=r"\('rb_all', 0.0\) is not among plain"):
-        gradient_row(
-            batch, hidden, lambda c: (logp(c)[0], None), no_projection(size, width),
-            teacher_known=False, trained=("rb_all", 0.0),
+        gradient_row(alone, ("rb_all", 0.0))
+    with pytest.raises(ValueError, match="2 different families"):
+        joined([every, alone])
+
+
+def test_measurements_join_by_prompt() -> None:
+    batch, hidden, p, q = made()
+    halves = []
+    for rows in ([0, 2], [1, 3, 4, 5]):
+        part = batch.rows(rows)
+        flat = p[rows][part.mask], q[rows][part.mask]
+        halves.append(
+            measured(part, hidden[rows][part.mask], lambda c, f=flat: (f[0][c], f[1][c]),
+                     no_projection(V, D))
         )  # fmt: skip
+    flat = p[batch.mask], q[batch.mask]
+    whole: Measured = measured(
+        batch, hidden[batch.mask], lambda c: (flat[0][c], flat[1][c]), no_projection(V, D)
+    )
+    apart, together = gradient_row(joined(halves)), gradient_row(whole)
+    assert apart.keys() == together.keys()
+    for name, value in together.items():
+        # a position mean is that of the part's own prompts
+        if not any(word in name for word in ("position_mean", "bias", "alpha", "occ", "cos", "ch")):
+            assert apart[name] == pytest.approx(value, nan_ok=True), name
+
+
+def test_gram_matrices_agree() -> None:
+    """|g|^2 = W' K W with K_tu = <delta_t, delta_u><h_t, h_u>, and a matrix sketched whole."""
+    batch, hidden, p, q = made()
+    family = weights(batch, ["leave_one_out"], GAMMAS)
+    tokens = sketches(batch, hidden, p, q, no_projection(V, D))
+    found = sequence_sketches(tokens, batch.mask, family.values, family.local)
+    delta = torch.nn.functional.one_hot(batch.tokens, V) - p.exp()
+    for i, j in ((0, 0), (2, 5)):
+        gram = (delta[i] @ delta[j].T) * (hidden[i] @ hidden[j].T)
+        product = (family.values[i].T @ gram @ family.values[j]).diagonal()
+        torch.testing.assert_close((found[i] * found[j]).flatten(1).sum(1), product)
+    a = random_signs(V, D, seed=2, rows=2, copies=3)
+    small = sequence_sketches(
+        sketches(batch, hidden, p, q, a), batch.mask, family.values, family.local
+    )
+    torch.testing.assert_close(small[3, 2], matrix_sketch(found[3, 2].view(V, D), a))

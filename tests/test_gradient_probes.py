@@ -15,15 +15,9 @@ from torch.nn.functional import one_hot
 
 from diagnostics.access import Missing
 from diagnostics.batch import Scored, concatenate
-from diagnostics.family import FAMILY, available, weights
-from diagnostics.gradients import (
-    from_batches,
-    from_norms,
-    pairs,
-    quantile,
-    signal_and_noise,
-    squared,
-)
+from diagnostics.family import FAMILY, available, member_index, weights
+from diagnostics.gradients import from_batches, from_norms, pairs, signal_and_noise
+from diagnostics.jackknife import degrees, estimate, positive, quantile, ratio, squared
 from diagnostics.proxies import adam_noise, scalar_advantage_variance, token_advantage_variance
 from diagnostics.sketch import no_projection, sequence_sketches, token_energies, token_sketches
 from diagnostics.tradeoff import coherence, cost_of_response, occupancy, recommend, squared_bias
@@ -135,6 +129,39 @@ def test_the_quantile_is_students(degrees: int, known: float) -> None:
     assert quantile(degrees) == pytest.approx(known, rel=0.02 if degrees < 5 else 1e-3)
 
 
+def test_intervals_by_hand() -> None:
+    x = torch.tensor([10.0, 9.0, 11.0, 10.0, 8.0, 12.0], dtype=torch.float64)
+    away = torch.tensor([-1.0, 1.0, 0.0, -2.0, 2.0])  # leaves 5 prompts, sum of squares 10
+    plain, t = estimate(x, 5), quantile(4)
+    assert (plain.value, plain.sketch) == (10, 0)
+    assert plain.error == pytest.approx((4 / 5 * 10) ** 0.5)
+    spread = float((away.square() - 2).square().sum())
+    assert degrees(away) == min(4, 2 * 100 / spread) == 4
+    assert plain.high == pytest.approx(10 + t * 8**0.5)
+    long = positive(x, 5)
+    assert long.low * long.high == pytest.approx(100)
+    assert long.high == pytest.approx(10 * math.exp(t * 8**0.5 / 10))
+    reach = t * 8**0.5
+    assert squared(plain).high == pytest.approx(10 + reach + reach**2 / 40)
+    low = estimate(x - 10, 5)
+    assert squared(low).high == pytest.approx(reach + reach / 2)
+    assert positive(x - 10, 5) == low
+    # one prompt makes all of the error
+    assert degrees(torch.tensor([9.0] + [0.0] * 99)) == pytest.approx(200 / 99)
+    two = torch.cat([x, torch.tensor([9.0, 11.0])])  # and two copies of a sketch
+    assert estimate(two, 5).sketch == pytest.approx((1 / 2 * 2) ** 0.5)
+    # Fieller: the ends are where (N - rho D)^2 = t^2 Var(N - rho D), by the jackknife of that
+    below = torch.tensor([20.0, 20.5, 19.0, 20.0, 21.0, 19.5], dtype=torch.float64)
+    found = ratio(x, below, 5)
+    assert found.value == 0.5
+    assert found.low < 0.5 < found.high
+    t = quantile(degrees((x - 0.5 * below)[1:] - (x - 0.5 * below)[1:].mean()))
+    for rho in (found.low, found.high):
+        ends = estimate(x - rho * below, 5)
+        assert ends.value**2 == pytest.approx((t * ends.error) ** 2)
+    assert math.isnan(ratio(x, below - 20, 5).low)
+
+
 def test_too_few_prompts_are_refused() -> None:
     with pytest.raises(Missing, match="2 prompts"):
         signal_and_noise(torch.randn(8, 3), torch.arange(8) // 4)
@@ -178,7 +205,7 @@ def test_signal_and_noise_of_every_member_are_the_exact_ones(name: str) -> None:
     noise, mean = truth()
     signal = mean.square().sum((1, 2))
     for g, gamma in enumerate(GAMMAS):
-        i = repeated()[0]["family"].index(name, gamma)
+        i = member_index(repeated()[0]["family"], name, gamma)
         near([float(r["pairs"].signal[0, i]) for r in repeated()], float(signal[g]))
         near([float(r["pairs"].noise[0, i]) for r in repeated()], float(noise[name][g]))
 
@@ -193,7 +220,7 @@ def test_intervals_cover_what_they_say() -> None:
     signal = mean.square().sum((1, 2))
     for name, gamma in (("plain", 0.0), ("rb_all", 0.0), ("rb_all_position_mean", 1.0)):
         g = GAMMAS.index(gamma)
-        i = repeated()[0]["family"].index(name, gamma)
+        i = member_index(repeated()[0]["family"], name, gamma)
         found = [r["pairs"] for r in repeated()]
         shares = {
             "signal": covered(
@@ -205,7 +232,6 @@ def test_intervals_cover_what_they_say() -> None:
                 float(N * signal[g] / noise[name][g]),
             ),
         }
-        print(name, gamma, shares)
         assert all(0.9 <= share <= 0.99 for share in shares.values()), (name, gamma, shares)
 
 
@@ -219,7 +245,7 @@ def test_bias_is_unbiased_and_a_plug_in_is_far_off() -> None:
         else:
             assert set(values) == {0.0}
     family = repeated()[0]["family"]
-    whole, local = (family.index("plain", gamma) for gamma in (1.0, 0.0))
+    whole, local = (member_index(family, "plain", gamma) for gamma in (1.0, 0.0))
     plug_in = [
         float((r["x"][:, whole] - r["x"][:, local]).mean(0).square().sum()) for r in repeated()
     ]
@@ -238,7 +264,6 @@ def test_alpha_and_the_cosine_are_the_exact_ones() -> None:
     found = [occupancy(r["pairs"], r["family"]) for r in repeated()]
     for name, value in true.items():
         known = [f[name] for f in found if not math.isnan(f[name].value)]
-        print(name, value, len(known), covered(known, value))
         assert len(known) > 0.9 * REPETITIONS
         assert 0.9 <= covered(known, value) <= 0.995, (name, value)
 
@@ -253,10 +278,11 @@ def test_rollouts_of_a_prompt_are_told_from_prompts() -> None:
     within = torch.stack([v for _, v in each]).mean()
     found = []
     for seed in range(REPETITIONS):
-        start = torch.randint(3, (16,), generator=seeded(seed))
+        drawn_from = torch.bincount(torch.randint(3, (16,), generator=seeded(seed)), minlength=3)
         parts = [
-            sample(world, student, teacher, 3, seeded(c + 99 * seed))
-            for c, world in enumerate(worlds[int(s)] for s in start)
+            sample(world, student, teacher, 3 * int(count), seeded(c + 3 * seed))
+            for c, (world, count) in enumerate(zip(worlds, drawn_from, strict=True))
+            if count
         ]
         batch = concatenate([p.batch for p in parts])
         at = Trajectories(
@@ -264,7 +290,7 @@ def test_rollouts_of_a_prompt_are_told_from_prompts() -> None:
         )
         x, _, family = gradients(at, ("plain",))
         found.append(pairs(x, at.batch.prompt))
-    i = family.index("plain", 1.0)
+    i = member_index(family, "plain", 1.0)
     near([float(p.within[0, i]) for p in found], float(within))
     near([float(p.between[0, i]) for p in found], float(away))
     near([float(p.noise[0, i]) for p in found], float(3 * away + within))
@@ -323,7 +349,7 @@ def test_coherence_is_the_ratio_of_norms_and_constant_costs_have_one() -> None:
     at = drawn(world()[0], 5, count=20)
     x, energies, family = gradients(at, ("plain", "rb_all"))
     found = pairs(x, at.batch.prompt)
-    i = family.index("plain", 0.0)
+    i = member_index(family, "plain", 0.0)
     _, student, _ = world()
     p = student.log_softmax(-1).exp()[at.states]
     delta = one_hot(at.batch.tokens, 3).double() - p
@@ -333,7 +359,7 @@ def test_coherence_is_the_ratio_of_norms_and_constant_costs_have_one() -> None:
     value = part.sum(1).square().sum() / part.square().sum()
     assert coherence(found, energies, at.batch.prompt, i).value == pytest.approx(float(value))
     # the local KL's own gradient: p (l - K), no sampled token in it
-    k = family.index("rb_all", 0.0)
+    k = member_index(family, "rb_all", 0.0)
     _, student, teacher = world()
     ratio = student.log_softmax(-1) - teacher.log_softmax(-1)
     table = student.softmax(-1) * (ratio - (student.softmax(-1) * ratio).sum(-1, keepdim=True))
@@ -368,7 +394,6 @@ def test_a_scalar_advantage_misses_the_noise_of_distillation() -> None:
         float(f(-batch.log_ratio, w, batch.mask) / true)
         for f in (scalar_advantage_variance, token_advantage_variance)
     )
-    print("proxies", scalar, token)
     assert scalar < 0.3
     assert 0.7 < token < 1.4
     # by hand on one response
@@ -376,7 +401,7 @@ def test_a_scalar_advantage_misses_the_noise_of_distillation() -> None:
     mask = torch.tensor(m, dtype=torch.bool)
     assert scalar_advantage_variance(a, s, mask) == pytest.approx(1.5)
     assert token_advantage_variance(a, s, mask) == pytest.approx(9.5)
-    assert cost_of_response(batch) == pytest.approx(
+    assert float(cost_of_response(batch).mean()) == pytest.approx(
         float(exact.sequence_kl(mdp, student, teacher).total), rel=0.05
     )
 
