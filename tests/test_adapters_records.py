@@ -212,7 +212,7 @@ FAULTS = {
     "mask": (plain(mask=[1, 2, 1]), "field mask: .1, 2, 1. holds other values"),
     "reason": (plain(ended=..., finish_reason="abort"), "finish_reason: 'abort' is none of stop"),
     "twice": (plain(old_log_probs=[0, 0, 0]), "'student_logp' and 'old_log_probs' both mean"),
-    "lost": (plain(teacher_logp=...), "row 2: field teacher_logp stands here or in the first row"),
+    "lost": (plain(teacher_logp=...), "row 2: field teacher_logp is here or in the first row"),
     "no object": ([1], r"row 2: \[1\] is not an object"),
     "reward": (plain(reward="good"), "field reward: 'good' is not a number"),
 }

@@ -3,8 +3,8 @@
 So that a metric computes what the record allows, and `Monitor.missing` names the rest.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import fields
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from typing import Any, Self
 
 from torch import Tensor
@@ -13,18 +13,28 @@ from diagnostics.access import Missing
 from diagnostics.batch import Scored, Support
 
 
-class _Absent:
-    """Reading a name of `_absent` raises `Missing`; its tensor is a placeholder of zeros."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Partial:
+    """lost: names of fields that hold placeholders of zeros; reading one raises `Missing`.
+
+    who: how the message begins. Both survive `dataclasses.replace`.
+    """
+
+    lost: frozenset[str] = frozenset()
+    who: str = "the records have"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[misc]
+        object.__setattr__(self, "_sealed", True)
 
     def __getattribute__(self, name: str) -> Any:
         held = object.__getattribute__(self, "__dict__")
-        if name in held.get("_absent", ()):
-            raise Missing(f"{held['_who']} no {name}")
+        if "_sealed" in held and name in held["lost"]:
+            raise Missing(f"{held['who']} no {name}")
         return object.__getattribute__(self, name)
 
     def _tensors(self) -> dict[str, Any]:
-        held = vars(self)
-        values = {f.name: held[f.name] for f in fields(self)}  # type: ignore[arg-type]
+        values = _held(self)
         return {k: v for k, v in values.items() if isinstance(v, Tensor) or hasattr(v, "_tensors")}
 
     def _map(self, function: Any) -> Self:
@@ -32,25 +42,23 @@ class _Absent:
             k: v._map(function) if hasattr(v, "_map") else function(v)
             for k, v in self._tensors().items()
         }
-        plain = {f.name: vars(self)[f.name] for f in fields(self)}  # type: ignore[arg-type]
-        return _mark(type(self)(**plain | changed), vars(self)["_absent"], vars(self)["_who"])
+        return type(self)(**_held(self) | changed)
 
 
-class PartialScored(_Absent, Scored):
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PartialScored(_Partial, Scored):
     """`Scored` without some of its parts. Not for `save`: write records instead."""
 
     def save(self, path: Any) -> None:
         raise ValueError(
-            f"a batch without {', '.join(absent(self))} cannot be saved as a batch file; write it "
-            "with diagnostics.adapters.writing.write"
+            f"a batch without {', '.join(sorted(self.lost))} cannot be saved as a batch file; "
+            "write it with diagnostics.adapters.writing.write"
         )
 
 
-class PartialSupport(_Absent, Support):
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PartialSupport(_Partial, Support):
     """`Support` of which only one model's log-probabilities are known, or neither's."""
-
-
-_PARTIAL: dict[type, Callable[..., Any]] = {Scored: PartialScored, Support: PartialSupport}
 
 
 def lacking(part: Any, names: Iterable[str], who: str = "the records have") -> Any:
@@ -62,22 +70,18 @@ def lacking(part: Any, names: Iterable[str], who: str = "the records have") -> A
     Raises:
       ValueError: a name is not a field.
     """
-    names = frozenset(names) | absent(part)
-    known = {f.name for f in fields(part)}
-    if not names <= known:
-        raise ValueError(f"{sorted(names - known)} are no fields of {type(part).__name__}")
-    if not names:
-        return part
-    kind = next(kind for base, kind in _PARTIAL.items() if isinstance(part, base))
-    return _mark(kind(**{name: vars(part)[name] for name in known}), names, who)
+    lost = frozenset(names) | absent(part)
+    kind = PartialSupport if isinstance(part, Support) else PartialScored
+    unknown = lost - {f.name for f in fields(kind)} | lost & {"lost", "who"}
+    if unknown:
+        raise ValueError(f"{sorted(unknown)} are no fields of {type(part).__name__}")
+    return kind(**_held(part) | {"lost": lost, "who": who}) if lost else part
 
 
 def absent(part: Any) -> frozenset[str]:
     """The names that this part lacks."""
-    return vars(part).get("_absent", frozenset())
+    return vars(part).get("lost", frozenset())
 
 
-def _mark(part: Any, names: frozenset[str], who: str) -> Any:
-    object.__setattr__(part, "_who", who)
-    object.__setattr__(part, "_absent", names)
-    return part
+def _held(part: Any) -> dict[str, Any]:
+    return {f.name: vars(part)[f.name] for f in fields(part)}

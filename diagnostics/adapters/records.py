@@ -93,9 +93,7 @@ class Records:
             row = read_row(raw, where, self.rename)
             if row.keys() != self.columns:
                 odd = ", ".join(sorted(self.columns ^ row.keys()))
-                raise ValueError(
-                    f"{where}: field {odd} stands here or in the first row, not in both"
-                )
+                raise ValueError(f"{where}: field {odd} is here or in the first row, not in both")
             for name, value in self._constants.items():
                 if row[name] != value:
                     raise ValueError(

@@ -1,0 +1,115 @@
+"""From two models' logits of what was sampled to a `Scored`, a chunk of tokens at a time.
+
+Shapes: B responses, T positions, N supervised tokens, n tokens of a chunk, V vocabulary, K ids.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diagnostics.adapters.partial import lacking
+from diagnostics.batch import Prefix, Scored, Support
+from diagnostics.prefix import functionals
+
+Logits = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""(n,) places among the B x T positions, row by row -> student and teacher logits (n, V)."""
+
+
+@torch.no_grad()
+def measured(
+    tokens: Tensor, mask: Tensor, logits: Logits, vocabulary: int, k: int, elements: int
+) -> dict[str, Any]:
+    """student_logp, teacher_logp, the teacher's top-K `support` and `prefix` of masked tokens.
+
+    Logits are at the temperature of the loss; log-softmaxes are at least float32. At most
+    `elements` numbers of a (n, V) tensor exist at a time.
+    """
+    places = mask.flatten().nonzero()[:, 0]
+    flat = tokens.flatten()
+    parts: list[dict[str, Tensor]] = []
+    for some in places.split(max(1, elements // vocabulary)):
+        p, q = (log_softmax(x) for x in logits(some))
+        y = flat[some]
+        best = q.topk(min(k, vocabulary), -1)
+        parts.append(
+            {
+                "student_logp": p.gather(-1, y[:, None])[:, 0],
+                "teacher_logp": q.gather(-1, y[:, None])[:, 0],
+                "support.ids": best.indices,
+                "support.student_logp": p.gather(-1, best.indices),
+                "support.teacher_logp": best.values,
+                **{f"prefix.{name}": x for name, x in functionals(p, q, y).items()},
+            }
+        )
+    names = parts[0] if parts else {}
+    full = {name: _spread(torch.cat([part[name] for part in parts]), mask) for name in names}
+    if not full:  # nothing is supervised: the same parts, all zeros
+        return _nothing(mask, min(k, vocabulary))
+    support = {n: full.pop(f"support.{n}") for n in ("ids", "student_logp", "teacher_logp")}
+    prefix = {n.removeprefix("prefix."): full.pop(n) for n in [*full] if n.startswith("prefix.")}
+    return {**full, "support": Support(**support, source="teacher"), "prefix": Prefix(**prefix)}
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """(n, V), computed in float32, or float64 if the logits are."""
+    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+
+
+def scored(
+    tokens: Tensor,
+    mask: Tensor,
+    *,
+    prompt: Tensor,
+    ended: Tensor,
+    sampler_logp: Tensor | None,
+    who: str,
+    **parts: Any,
+) -> Scored:
+    """`Scored` of a trainer's tensors; without `sampler_logp` where the trainer has none.
+
+    who: names the trainer in `Monitor.missing`. Tokens are 0 where the mask is False.
+    """
+    sampler = mask * 0.0 if sampler_logp is None else torch.where(mask, sampler_logp.detach(), 0.0)
+    whole = Scored(
+        tokens=tokens * mask,
+        mask=mask,
+        prompt=prompt,
+        ended=ended,
+        sampler_logp=sampler,
+        **parts,
+    )
+    return lacking(whole, ["sampler_logp"] if sampler_logp is None else [], f"{who} has")
+
+
+def last_is_end(tokens: Tensor, real: Tensor, ends: Iterable[int]) -> Tensor:
+    """(B,) bool: the last real token of each row is one of the end ids."""
+    last = real.long().cumsum(1).argmax(1)
+    known = torch.tensor([*ends], dtype=tokens.dtype, device=tokens.device)
+    return torch.isin(tokens.gather(1, last[:, None])[:, 0], known) & real.any(1)
+
+
+def from_first(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Places (B, T) that move each row's first True to position 0, and which of them exist."""
+    width = mask.shape[1]
+    place = mask.long().argmax(1, keepdim=True) + torch.arange(width, device=mask.device)
+    return place.clamp(max=width - 1), place < width
+
+
+def _spread(flat: Tensor, mask: Tensor) -> Tensor:
+    out = flat.new_zeros((*mask.shape, *flat.shape[1:]))
+    out[mask] = flat
+    return out
+
+
+def _nothing(mask: Tensor, k: int) -> dict[str, Any]:
+    zero = torch.zeros(mask.shape, device=mask.device)
+    wide = zero[..., None].expand(*mask.shape, k).contiguous()
+    names = functionals(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, dtype=torch.long))
+    return {
+        "student_logp": zero,
+        "teacher_logp": zero,
+        "support": Support(ids=wide.long(), student_logp=wide, teacher_logp=wide, source="teacher"),
+        "prefix": Prefix(**dict.fromkeys(names, zero)),
+    }
