@@ -23,7 +23,8 @@ from diagnostics.jackknife import Estimate, estimate, positive, ratio, squared
 def pairs(x: Tensor, prompt: Tensor) -> "Pairs":
     """Mean inner products of x (n, F, J, m), each copy unbiased once multiplied by sqrt(J).
 
-    prompt: (n,) ids. Exact gradients have J = 1. Cost: n F m + C F^2 m for each copy, float64.
+    prompt: (n,) ids. Exact gradients have J = 1. Cost: n F m + C F^2 m for each copy, float64
+    on the device of x; what is kept moves to the host.
 
     Raises:
       Missing: fewer than 3 prompts, which leaves the jackknife nothing to compare.
@@ -32,12 +33,14 @@ def pairs(x: Tensor, prompt: Tensor) -> "Pairs":
     if x.dim() != 4 or len(x) != len(prompt):
         raise ValueError(f"x has shape {tuple(x.shape)}, expected ({len(prompt)}, F, J, m)")
     group = prompt.unique(return_inverse=True)[1]
-    count = torch.bincount(group).double()
+    count = torch.bincount(group.cpu()).double()
     if len(count) < 3:
         raise Missing(f"the batch has {len(count)} prompts; a jackknife needs at least 3")
     copies = x.shape[2]
     sums = [_sums(x[:, :, j].double() * copies**0.5, group, len(count)) for j in range(copies)]
-    apart, same, own, whole = (torch.stack(s) for s in zip(*sums, strict=True))  # (J, 1 + C, ...)
+    apart, same, own, whole = (
+        torch.stack(s).cpu() for s in zip(*sums, strict=True)
+    )  # (J, 1 + C, ...)
     size = torch.cat([count.new_zeros(1), count])
     n, square = count.sum() - size, count.square().sum() - size.square()
     return Pairs(

@@ -61,7 +61,17 @@ def measured(
       logp: both models' whole log-probabilities of a slice of these tokens, (n, V) each.
       projection: the same one wherever results are joined or compared.
       teacher_known: False where `logp` has no teacher.
+
+    Raises:
+      Missing: the batch was not drawn from the distribution that was scored, so that scores do not
+        average to 0 and neither bias nor baselines are what the formulas say.
     """
+    if batch.top_p < 1 or batch.temperature != batch.score_temperature:
+        raise Missing(
+            f"the batch was sampled with top_p {batch.top_p} at temperature {batch.temperature} "
+            f"and scored at {batch.score_temperature}; sample the probe's batch with top_p 1 at "
+            "the temperature of the loss"
+        )
     tokens = token_sketches(batch, hidden, logp, projection, chunk_tokens)
     at = weights(batch, available(batch, teacher_known), gammas)
     return Measured(
@@ -104,11 +114,11 @@ def gradient_row(
 ) -> dict[str, float]:
     """Everything E-1, E-3, E-4 and E-9 say about the head's gradient.
 
-    Names begin with "gradient/"; "_low" and "_high" bound a 95 % interval over prompts, "_se" is
-    its standard error and "_sketch_se" that of the sketch:
+    Names begin with "gradient/". "_low" and "_high" bound a 95 % interval over prompts; "_se" is
+    the standard error over prompts and "_sketch_se" that of the sketch, which adds to it:
     - signal, variance, between, within, snr, noise_scale of `trained` (`signal_and_noise`);
     - noise/MEMBER@GAMMA: n times the variance of the batch's mean gradient, at these rollouts a
-      prompt; coherence/MEMBER@GAMMA;
+      prompt, with both errors; coherence/MEMBER@GAMMA, the value alone;
     - bias2@GAMMA, and alpha, occupancy_square, bias_share, cosine (`occupancy`);
     - best_gamma for `sequences` a batch (this one's if None); chosen/MEMBER and chosen@GAMMA, how
       often under the sampling error; sequences and cost_of_response, the study's coordinates.
@@ -125,9 +135,12 @@ def gradient_row(
         row |= value.row(f"gradient/{name}")
     for i, (name, gamma) in enumerate(grid):
         label = f"{name}@{gamma:g}"
-        row |= found.positive(found.noise[:, i]).row(f"gradient/noise/{label}")
+        noise = found.positive(found.noise[:, i])
+        row[f"gradient/noise/{label}"] = noise.value
+        row[f"gradient/noise/{label}_se"] = noise.error
+        row[f"gradient/noise/{label}_sketch_se"] = noise.sketch
         together = coherence(found, at.energies, at.prompt, i)
-        row |= together.row(f"gradient/coherence/{label}")
+        row[f"gradient/coherence/{label}"] = together.value
     row |= {
         "gradient/sequences": float(sequences or len(at.prompt)),
         "gradient/cost_of_response": float(at.cost.mean()),

@@ -362,6 +362,10 @@ def test_a_row_of_a_language_model(language) -> None:
     assert gradient_row(alone)["gradient/signal"] == pytest.approx(exact["gradient/signal"])
     with pytest.raises(Missing, match=r"\('rb_all', 0.0\) is not among plain"):
         gradient_row(alone, ("rb_all", 0.0))
+    with pytest.raises(Missing, match=r"top_p 0\.9 at temperature 0\.8 and scored at 0\.8"):
+        measured(replace(batch, top_p=0.9), hidden, logp, no_projection(size, width))
+    with pytest.raises(Missing, match=r"temperature 1\.0 and scored at 0\.8; sample"):
+        measured(replace(batch, temperature=1.0), hidden, logp, no_projection(size, width))
     with pytest.raises(ValueError, match="2 different families"):
         joined([every, alone])
 
