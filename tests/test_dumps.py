@@ -121,8 +121,8 @@ def test_broken_files_are_refused(tmp_path: Path) -> None:
     save_dump(tmp_path / "a.parquet", full())
     table = parquet.read_table(tmp_path / "a.parquet")
     short = pyarrow.concat_tables([table.slice(0, 4), table.slice(5)])
-    twice = pyarrow.concat_tables([table, table.slice(3, 1)])
-    for wrong in (short, twice):
+    again = [pyarrow.concat_tables([table, table.slice(i, 1)]) for i in (0, 3)]
+    for wrong in (short, *again):
         parquet.write_table(wrong, tmp_path / "b.parquet")
         with pytest.raises(ValueError, match="lacks rows of a response, or has some twice"):
             load_dump(tmp_path / "b.parquet")
@@ -149,6 +149,9 @@ def test_the_sample_is_by_response_fair_and_depends_on_seed_and_step(tmp_path: P
     one, two = (load_dump(tmp_path / x / "step_00000011.parquet") for x in "ab")
     assert torch.equal(one.student_logp, two.student_logp)
     chosen = sorted(sampled(12, 5, 3, 11))
+    column = parquet.read_table(tmp_path / "a" / "step_00000011.parquet")["response"].to_pylist()
+    assert column == sorted(column)
+    assert sorted(set(column)) == chosen
     assert torch.equal(one.prompt, b.prompt[chosen])
     assert torch.equal(one.lengths, b.lengths[chosen])
     assert chosen not in (sorted(sampled(12, 5, 3, 12)), sorted(sampled(12, 5, 4, 11)))
@@ -162,8 +165,9 @@ def test_files_and_folder_stay_within_their_bytes(tmp_path: Path) -> None:
     size = len_of(tmp_path, b)
     limit = size // 2
     dumps = Dumps(folder=tmp_path / "d", responses=12, file_bytes=limit, total_bytes=3 * limit)
+    sizes: dict[int, int] = {}
     for step in range(12):
-        path = dumps(step, b)
+        path = dumps(step, b.rows([0, 1]) if step in (4, 5, 6) else b)
         assert path is not None
         assert path.stat().st_size <= limit
         left = sorted((tmp_path / "d").iterdir())
@@ -171,6 +175,12 @@ def test_files_and_folder_stay_within_their_bytes(tmp_path: Path) -> None:
         assert left[0].name == "step_00000000.parquet"
         assert left[-1] == path
         assert 1 < len(load_dump(path)) < 12
+        kept = [int(file.stem[5:]) for file in left]
+        gone = [sizes.get(s, 0) for s in range(1, step + 1) if s not in kept]
+        sizes[step] = path.stat().st_size
+        newest_gone = gone[-1] if gone else math.inf
+        now = sum(sizes[s] for s in kept)
+        assert now + newest_gone > 3 * limit, "no more was removed than had to be"
     assert 3 <= len(left) < 12
     steps = [int(file.stem[5:]) for file in left[1:]]
     assert steps == list(range(steps[0], 12)), "the newest without gaps"

@@ -91,6 +91,8 @@ def test_sinks_get_every_row_and_alarms_their_state(tmp_path: Path, capsys) -> N
     assert seen == list(enumerate(rows))
     assert read(tmp_path / "new" / "rows.jsonl") == [{"step": s, **r} for s, r in enumerate(rows)]
     assert capsys.readouterr().out.splitlines()[3] == "step 3  loss 1.5"
+    to_console(["no"])(0, rows[0])
+    assert capsys.readouterr().out == ""
 
 
 def test_a_restart_goes_on_where_it_stopped() -> None:
