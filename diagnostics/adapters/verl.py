@@ -1,0 +1,247 @@
+"""verl: observe its distillation losses from within, and read its rollout dumps (verl 0.9.1).
+
+verl computes the loss in worker processes, so the observer has to be there: put two lines into a
+module that the workers import (`actor_rollout_ref.model.external_lib: my_observer`) and leave the
+rest of the configuration as it is.
+
+    from diagnostics.adapters.verl import install
+    install("k1")    # the loss_mode of the run
+
+Loss, gradient and verl's own metrics stay what they were; the panel's token means join them in
+verl's logger under their usual names. With `records`, whole rows are kept for `opd diagnose`, which
+has every metric and standard error.
+Shapes: B responses, T response positions, K teacher ids.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diagnostics.adapters.columns import number_of
+from diagnostics.adapters.partial import lacking
+from diagnostics.adapters.writing import write
+from diagnostics.batch import Scored, Support
+from diagnostics.drift import in_support, sampled_divergence
+from diagnostics.monitor import Metric, Monitor
+from diagnostics.repetition import repetition
+from diagnostics.supervision import sign_shares
+from diagnostics.totals import Mean, Profile, Total
+from diagnostics.validity import sampler_ratio
+
+Loss = Callable[..., tuple[Tensor, dict[str, Any]]]
+"""verl's distillation loss: (config, distillation_config, model_output, data)."""
+
+TOKEN_MEANS = (
+    "supervision/negative_share",
+    "supervision/positive_share",
+    "supervision/negative_mass",
+    "supervision/positive_mass",
+    "drift/k1",
+    "drift/abs_ratio",
+    "drift/teacher_prob",
+    "drift/outside_topk",
+    "drift/topk_teacher_mass",
+    "collapse/repeated_share",
+    "validity/sampler_log_ratio",
+    "validity/sampler_log_ratio_square",
+)
+"""Means over supervised tokens. verl can only add and average, so only they are exact across
+micro-batches and ranks: each hands in its sum over the global number of tokens."""
+
+
+def install(base: str, records: str | Path | None = None, every: int = 1) -> None:
+    """Observe verl's registered loss `base`, such as k1 or forward_kl_topk, in this process.
+
+    records: a folder for record files of every `every`-th micro-batch.
+
+    Raises:
+      ImportError: verl is not there. ValueError: it has no loss of this name.
+    """
+    try:
+        from verl.trainer.distillation.losses import (  # type: ignore[import-not-found]
+            DISTILLATION_LOSS_REGISTRY,
+            get_distillation_loss_fn,
+        )
+    except ImportError as error:
+        raise ImportError(f"verl with distillation losses (0.9) is needed here: {error}") from error
+    loss = get_distillation_loss_fn(base)
+    if not hasattr(loss, "unobserved"):
+        DISTILLATION_LOSS_REGISTRY[base] = observed(loss, records, every)
+
+
+def observed(loss: Loss, records: str | Path | None = None, every: int = 1) -> Loss:
+    """The same loss, with the token means of the panel in its metrics.
+
+    For losses of one's own: `register_distillation_loss(...)(observed(my_loss))`.
+    """
+    monitor = Monitor(PANEL)
+    calls = count()
+
+    def watched(
+        config: Any, distillation_config: Any, model_output: dict[str, Any], data: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        from verl.utils.metric import (  # type: ignore[import-not-found]
+            AggregationType,
+        )
+        from verl.utils.metric import (
+            Metric as Number,
+        )
+
+        found, metrics = loss(
+            config=config,
+            distillation_config=distillation_config,
+            model_output=model_output,
+            data=data,
+        )
+        batch = batch_of(model_output, data).checked()
+        # verl averages over ranks and adds over micro-batches, hence the factor.
+        scale = float(data["dp_size"]) / float(data["batch_num_tokens"])
+        sums = token_sums(monitor.measure(batch))
+        shares = {
+            name: Number(AggregationType.SUM, float(total) * scale) for name, total in sums.items()
+        }
+        number = next(calls)
+        if records is not None and number % every == 0:
+            rank = os.environ.get("RANK", "0")
+            write(Path(records) / f"rank{rank}_{os.getpid()}_{number:07d}.jsonl", [batch])
+        return found, {**metrics, **shares}
+
+    watched.unobserved = loss  # type: ignore[attr-defined]
+    return watched
+
+
+def token_sums(totals: dict[str, Total]) -> dict[str, Tensor]:
+    """The sum over tokens behind each of `TOKEN_MEANS` that was measured."""
+    sums: dict[str, Tensor] = {}
+    for name in TOKEN_MEANS:
+        total = totals.get(name)
+        if isinstance(total, Mean | Profile):
+            sums[name] = total.total.flatten()[0]
+    return sums
+
+
+def batch_of(model_output: dict[str, Any], data: Any) -> Scored:
+    """What a micro-batch of verl's actor knows, as a `Scored` that lacks the rest.
+
+    With one teacher log-probability a token (loss modes k1, k2, ...) it is the sampled token's;
+    with K (forward_kl_topk) they make a support without the student's side, and the sampled
+    token's is unknown. `ended` is never known; the sampler is where verl kept rollout_log_probs.
+    """
+    from verl.workers.utils.padding import (  # type: ignore[import-not-found]
+        no_padding_2_padding,
+    )
+
+    mask = _padded(data["response_mask"]).bool()
+    zeros = torch.zeros(mask.shape, device=mask.device)
+
+    def response(values: Tensor) -> Tensor:
+        x = no_padding_2_padding(values, data).detach().float()
+        return torch.where(mask if x.dim() == 2 else mask[..., None], x, 0.0)
+
+    teacher = response(data["teacher_logprobs"])
+    sampler = data.get("rollout_log_probs", None)
+    single = teacher.shape[-1] == 1
+    lost = {"ended"} | ({"sampler_logp"} if sampler is None else set())
+    support = None
+    if not single:
+        lost |= {"teacher_logp"}
+        ids = no_padding_2_padding(data["teacher_ids"], data).long() * mask[..., None]
+        no_student = torch.zeros_like(teacher)
+        support = Support(ids=ids, student_logp=no_student, teacher_logp=teacher, source="teacher")
+        support = lacking(support, ["student_logp"], "verl's loss has")
+    batch = Scored(
+        tokens=_padded(data["responses"]).long() * mask,
+        mask=mask,
+        student_logp=response(model_output["log_probs"]),
+        teacher_logp=teacher[..., 0] if single else zeros,
+        sampler_logp=zeros if sampler is None else torch.where(mask, _padded(sampler).float(), 0.0),
+        prompt=_prompt_numbers(data),
+        ended=mask.new_zeros(len(mask)),
+        support=support,
+    )
+    return lacking(batch, lost, "verl's loss has")
+
+
+def rollout_rows(
+    path: str | Path, tokenize: Callable[[str], list[int]]
+) -> Iterator[dict[str, Any]]:
+    """Records of the files that verl's `trainer.rollout_data_dir` holds, one row a response.
+
+    Rows hold prompt, prompt_tokens, tokens, reward, step, and task where there is a data_source;
+    no log-probabilities: `opd diagnose --student S --teacher T` adds them. The dumps hold decoded
+    text without special tokens, so `tokenize` (without adding any) may cut it differently from what
+    was sampled, ends are lost, and every check of the sampler is void.
+
+    Args:
+      path: a file N.jsonl, or a folder of them.
+
+    Raises:
+      ValueError: a row lacks input, output or score.
+    """
+    path = Path(path)
+    files = sorted(path.glob("*.jsonl"), key=_step_first) if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"{path} holds no .jsonl files")
+    for file in files:
+        with open(file) as lines:
+            for i, line in enumerate(lines, 1):
+                raw = json.loads(line)
+                lost = [name for name in ("input", "output", "score") if name not in raw]
+                if lost:
+                    raise ValueError(f"{file} row {i}: no field {', '.join(lost)} in a verl dump")
+                row = {
+                    "prompt": f"{raw.get('step', 0)}: {raw['input']}",
+                    "prompt_tokens": tokenize(raw["input"]),
+                    "tokens": tokenize(raw["output"]),
+                    "reward": raw["score"],
+                    "step": raw.get("step"),
+                }
+                yield row | ({"task": raw["data_source"]} if "data_source" in raw else {})
+
+
+def teacher_support(batch: Scored) -> dict[str, Total]:
+    """B-1, B-4 of a support without the student's side: samples outside, and the teacher's mass.
+
+    outside_topk = mean 1[y not in S], topk_teacher_mass = mean Q_S, as in `support_mass`.
+    Access: the teacher's top-K. Healthy: outside small and flat, the mass near 1.
+    """
+    outside = ~in_support(batch)
+    support = batch.support
+    mass = outside * 0.0 if support is None else support.teacher_logp.exp().sum(-1)
+    return {
+        "drift/outside_topk": Profile.of(outside, batch.mask, batch.prompt),
+        "drift/topk_teacher_mass": Profile.of(mass, batch.mask, batch.prompt),
+    }
+
+
+PANEL: dict[str, Metric] = {
+    "sign_shares": sign_shares,
+    "sampled_divergence": sampled_divergence,
+    "teacher_support": teacher_support,
+    "repetition": repetition,
+    "sampler_ratio": sampler_ratio,
+}
+
+
+def _padded(x: Tensor) -> Tensor:
+    return x.to_padded_tensor(0) if x.is_nested else x
+
+
+def _prompt_numbers(data: Any) -> Tensor:
+    prompts = data["prompts"]
+    if prompts.is_nested:
+        rows = [row.tolist() for row in prompts.unbind()]
+    else:
+        real = data["attention_mask"][:, : prompts.shape[1]].bool()
+        rows = [row[own].tolist() for row, own in zip(prompts, real, strict=True)]
+    return torch.tensor([number_of(row) for row in rows], device=prompts.device)
+
+
+def _step_first(file: Path) -> tuple[int, str]:
+    return (int(file.stem) if file.stem.isdigit() else -1, file.name)

@@ -1,0 +1,206 @@
+"""verl's own losses with the observer installed; its rollout dumps as records."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diagnostics.adapters.records import Records
+from diagnostics.adapters.verl import install, rollout_rows
+from diagnostics.adapters.writing import write
+from diagnostics.batch import Scored
+from diagnostics.monitor import Monitor
+
+DP_SIZE = 2
+MASKS = ([1, 1, 1], [1, 0, 1, 1, 1], [1, 1], [1, 1, 1, 0])
+
+
+def made(seed: int, top: int) -> list[dict[str, Any]]:
+    """Four responses: prompts (two of them equal), tokens, masks and log-probabilities."""
+    g = torch.Generator().manual_seed(seed)
+    rows = []
+    for i, mask in enumerate(MASKS):
+        prompt = torch.tensor([[7, 8], [7, 8], [5, 6, 7], [9]][i])
+        n, size = len(mask), len(prompt) + len(mask)
+        ids = torch.stack([torch.randperm(20, generator=g)[:top] for _ in range(size)])
+        rows.append(
+            {
+                "prompts": prompt,
+                "responses": torch.randint(20, (n,), generator=g),
+                "response_mask": torch.tensor(mask),
+                "rollout_log_probs": -torch.rand(n, generator=g),
+                "log_probs": -torch.rand(size, generator=g),
+                "teacher_logprobs": -1.5 * torch.rand(size, top, generator=g) - math.log(top),
+                "teacher_ids": ids,
+                "distillation_losses": torch.rand(size, generator=g),
+                "student_mass": torch.rand(size, generator=g),
+                "teacher_mass": torch.rand(size, generator=g),
+            }
+        )
+    return rows
+
+
+def micro_batch(rows: list[dict[str, Any]]) -> tuple[Any, dict[str, Any]]:
+    """(data, model_output) in verl's layout without padding."""
+    from tensordict import TensorDict
+
+    def nested(name: str) -> Any:
+        return torch.nested.as_nested_tensor([r[name] for r in rows], layout=torch.jagged)
+
+    names = ("prompts", "responses", "response_mask", "rollout_log_probs")
+    names = (*names, "teacher_logprobs", "teacher_ids")
+    data = TensorDict({name: nested(name) for name in names}, batch_size=[len(rows)])
+    for name, value in (("dp_size", DP_SIZE), ("global_batch_size", 4)):
+        data.set_non_tensor(name, value)
+    data.set_non_tensor("batch_num_tokens", sum(map(sum, MASKS)))
+    outputs = ("log_probs", "distillation_losses", "student_mass", "teacher_mass")
+    return data, {name: nested(name) for name in outputs}
+
+
+def settings(mode: str, top: int) -> tuple[Any, Any]:
+    from verl.workers.config import ActorConfig, DistillationConfig, DistillationLossConfig
+
+    loss = DistillationLossConfig(
+        loss_mode=mode, topk=top, use_task_rewards=False, use_policy_gradient=False
+    )
+    distillation = DistillationConfig.__new__(DistillationConfig)
+    object.__setattr__(distillation, "distillation_loss", loss)
+    actor = ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1)
+    return actor, distillation
+
+
+def run(mode: str, top: int, parts: list[list[dict[str, Any]]]) -> tuple[list, list[dict]]:
+    from verl.trainer.distillation.losses import distillation_loss
+
+    actor, distillation = settings(mode, top)
+    losses, metrics = [], []
+    for rows in parts:
+        data, output = micro_batch(rows)
+        loss, found = distillation_loss(actor, distillation, output, data)
+        losses.append(float(loss))
+        metrics.append(found)
+    return losses, metrics
+
+
+def reduced(metrics: list[dict]) -> dict[str, float]:
+    """As verl's workers do it: two ranks, each with as many micro-batches."""
+    from verl.utils.metric import Metric
+
+    ranks = [metrics[: len(metrics) // 2], metrics[len(metrics) // 2 :]]
+    found = {}
+    for name, x in metrics[0].items():
+        if isinstance(x, Metric):
+            lists = [x.init_list() for _ in ranks]
+            for one, part in zip(lists, ranks, strict=True):
+                for values in part:
+                    one.append(values[name])
+            found[name] = Metric.aggregate_dp(lists)
+    return found
+
+
+@pytest.fixture
+def registry() -> Any:
+    pytest.importorskip("verl")
+    from verl.trainer.distillation.losses import DISTILLATION_LOSS_REGISTRY
+
+    before = dict(DISTILLATION_LOSS_REGISTRY)
+    yield DISTILLATION_LOSS_REGISTRY
+    DISTILLATION_LOSS_REGISTRY.update(before)
+
+
+def supervised(rows: list[dict[str, Any]], name: str) -> torch.Tensor:
+    """All supervised tokens' values, by hand: response token t is predicted one place earlier."""
+    found = []
+    for r in rows:
+        x, start = r[name], len(r["prompts"])
+        if len(x) > len(r["responses"]):
+            x = x[start - 1 : start - 1 + len(r["responses"])]
+        found.append(x[r["response_mask"].bool()])
+    return torch.cat(found)
+
+
+def test_estimator_losses_are_observed_exactly(registry: Any, tmp_path: Path) -> None:
+    rows = made(0, 1)
+    parts = [rows[:1], rows[1:2], rows[2:3], rows[3:]]  # two ranks of two micro-batches
+    plain = run("k3", 1, parts)
+    install("k3", tmp_path / "records")
+    once = registry["k3"]
+    install("k3")
+    assert registry["k3"] is once
+    losses, metrics = run("k3", 1, parts)
+    assert losses == plain[0]
+    row, without = reduced(metrics), reduced(plain[1])
+    assert without.items() <= row.items()
+    r = supervised(rows, "log_probs") - supervised(rows, "teacher_logprobs")[:, 0]
+    d = supervised(rows, "log_probs") - supervised(rows, "rollout_log_probs")
+    expected = {
+        "drift/k1": r.mean(),
+        "drift/abs_ratio": r.abs().mean(),
+        "drift/teacher_prob": supervised(rows, "teacher_logprobs").exp().mean(),
+        "supervision/negative_share": (r > 0).float().mean(),
+        "supervision/positive_mass": (-r).clamp(min=0).mean(),
+        "validity/sampler_log_ratio": d.mean(),
+        "validity/sampler_log_ratio_square": d.square().mean(),
+        "collapse/repeated_share": torch.tensor(0.0),
+    }
+    for name, value in expected.items():
+        assert row[name] == pytest.approx(float(value), rel=1e-5, abs=1e-7), name
+    assert "drift/outside_topk" not in row
+    # what was kept has the whole panel, and says what it lacks
+    kept = [b for file in sorted((tmp_path / "records").iterdir()) for b in Records(file)]
+    monitor = Monitor()
+    offline = monitor(0, kept)
+    assert offline["drift/k1"] == pytest.approx(float(r.mean()), rel=1e-5)
+    assert len({int(b.prompt) for b in kept}) == 3
+    assert monitor.missing["length"] == "the records have no ended"
+
+
+def test_the_topk_loss_is_observed_exactly(registry: Any) -> None:
+    rows = made(1, 4)
+    parts = [rows[:1], rows[1:2], rows[2:3], rows[3:]]
+    plain = run("forward_kl_topk", 4, parts)
+    install("forward_kl_topk")
+    losses, metrics = run("forward_kl_topk", 4, parts)
+    assert losses == plain[0]
+    row = reduced(metrics)
+    inside = supervised(rows, "teacher_ids") == supervised(rows, "responses")[:, None]
+    mass = supervised(rows, "teacher_logprobs").exp().sum(-1)
+    assert 0 < float(inside.any(-1).float().mean()) < 1
+    assert row["drift/outside_topk"] == pytest.approx(1 - float(inside.any(-1).float().mean()))
+    assert row["drift/topk_teacher_mass"] == pytest.approx(float(mass.mean()), rel=1e-5)
+    assert "drift/k1" not in row
+    assert "validity/sampler_log_ratio" in row
+    with pytest.raises(ValueError, match="Unsupported loss mode: k9"):
+        install("k9")
+
+
+def test_rollout_dumps_become_records(tmp_path: Path) -> None:
+    dumps = tmp_path / "dumps"
+    dumps.mkdir()
+    for step in (10, 2):
+        lines = [
+            {"input": "ab", "output": "cde"[:n], "gts": "x", "score": n / 2, "step": step}
+            for n in (1, 3)
+        ]
+        (dumps / f"{step}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    rows = list(rollout_rows(dumps, lambda text: [ord(c) for c in text]))
+    assert [row["step"] for row in rows] == [2, 2, 10, 10]
+    assert rows[1]["tokens"] == [99, 100, 101]
+    write(tmp_path / "r.jsonl", rows)
+    monitor, records = Monitor(), Records(tmp_path / "r.jsonl")
+    (b,) = records
+    assert isinstance(b, Scored)
+    assert b.reward.tolist() == [0.5, 1.5, 0.5, 1.5]
+    assert b.prompt[0] == b.prompt[1] != b.prompt[2]
+    row = monitor(0, records)
+    assert row["collapse/reward"] == 1.0
+    assert monitor.missing["sampled_divergence"].startswith("the records have no")
+    (dumps / "3.jsonl").write_text('{"input": "a", "output": "b"}\n')
+    with pytest.raises(ValueError, match=r"3.jsonl row 1: no field score in a verl dump"):
+        list(rollout_rows(dumps / "3.jsonl", lambda text: []))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"holds no \.jsonl files"):
+        list(rollout_rows(tmp_path / "empty", lambda text: []))
