@@ -42,7 +42,8 @@ class _Rows:
 
     def rows(self, index: slice | Tensor | Sequence[int]) -> Self:
         """The responses at `index` (slice, list or long tensor), every field alike."""
-        index = torch.as_tensor(index) if isinstance(index, Sequence) else index
+        if isinstance(index, Sequence):
+            index = torch.as_tensor(index, dtype=None if len(index) else torch.long)
         return self._map(lambda x: x[index])
 
     def to(self, device: str | torch.device) -> Self:

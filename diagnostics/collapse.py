@@ -61,7 +61,8 @@ def length_incentive(batch: Scored) -> dict[str, Total]:
 def reward(batch: Scored) -> dict[str, Total]:
     """Outcome reward, mean over the responses that something graded (reward is not NaN).
 
-    Access: `reward`. graded_share = share of graded responses; reward reads NaN when it is 0.
+    graded_share = share of graded responses; reward reads NaN when it is 0.
+    Access: `reward`. Source: standard.
     Healthy: rises, or stays while the divergence falls.
     """
     graded = ~batch.reward.isnan()

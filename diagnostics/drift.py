@@ -42,7 +42,7 @@ def exact_divergence(batch: Scored) -> dict[str, Total]:
 
     reverse_kl pooled over tokens, reverse_kl_per_response (mean of the sums over t),
     reverse_kl_response_mean (mean of the means over t).
-    Access: L2. Same expectation as k1 with less variance.
+    Access: L2. Source: standard; the same expectation as k1 with less variance.
     Healthy: falls over training. Low is not good by itself: a teacher that follows a broken prefix
     also agrees, so read it with repetition.
     """
@@ -58,7 +58,8 @@ def teacher_rank(batch: Scored) -> dict[str, Total]:
 
     teacher_rank_1 = share of rank 1, teacher_rank_over_R = share of rank > R for R in RANKS.
     Shares, not a mean rank: that is heavy-tailed, and not comparable with a rank censored at K.
-    Access: L2. Healthy: rank_1 high and flat along the response; over_R small and not growing.
+    Access: L2. Source: rank shares, where others log a censored mean rank.
+    Healthy: rank_1 high and flat along the response; over_R small and not growing.
     """
     rank = prefix_of(batch).teacher_rank
     deep = {f"drift/teacher_rank_over_{k}": _profile(batch, rank > k) for k in RANKS}
@@ -116,6 +117,7 @@ def tokens_by_position(batch: Scored) -> dict[str, Total]:
     """Supervised tokens in each position bin: what every profile of this step rests on.
 
     tokens = sum m, tokens@lo-hi = sum m over the bin. Access: the mask alone.
+    Source: ours; a mean is worth what its count is.
     Healthy: a bin with few tokens speaks for few, selected responses; do not compare it with an
     early bin that all of them reach.
     """

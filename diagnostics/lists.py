@@ -143,7 +143,7 @@ def overlap(batch: Scored) -> dict[str, Total]:
     kl = (p * ratio).sum(-1) / safe[0] - (safe[0] / safe[1]).log()
     count = size.clamp(min=1)
     return {
-        "drift/overlap_ratio": _profile(batch, size / k),
+        "drift/overlap_ratio": _profile(batch, size.double() / k),
         "drift/overlap_student_mass": _profile(batch, mass_p),
         "drift/overlap_teacher_mass": _profile(batch, mass_q),
         "drift/overlap_empty_share": _profile(batch, size == 0),

@@ -123,7 +123,9 @@ class Mean(Total):
         cls, above: Tensor, below: Tensor, mask: Tensor, cluster: Tensor | None = None
     ) -> Self:
         """sum m above / sum m below. above, below, mask (B, T) or (B,); cluster (B,) ids."""
-        n, d = (masked(v, mask).reshape(len(v), -1).sum(1) for v in (above, below))
+        n, d = masked(above, mask), masked(below, mask)
+        if mask.dim() > 1:
+            n, d = n.sum(1), d.sum(1)
         return cls(*ratio_sums(n, d, cluster))
 
     def value(self) -> float:

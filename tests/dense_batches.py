@@ -1,0 +1,88 @@
+"""Ragged batches whose whole distributions are known, for oracles that loop over the vocabulary."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from diagnostics.batch import Prefix, Scored, Support
+from diagnostics.prefix import functionals
+
+V, B, T = 24, 10, 40
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A batch and the (B, T, V) log-probabilities that it was made from."""
+
+    batch: Scored
+    p: torch.Tensor
+    q: torch.Tensor
+
+    def tokens(self) -> Iterator[tuple[int, int]]:
+        """Every supervised (response, position)."""
+        yield from ((int(i), int(t)) for i, t in self.batch.mask.nonzero())
+
+
+def dense(
+    seed: int = 0, source: str = "teacher", k: int = 10, gap: float = 1.0, vocabulary: int = V
+) -> Dense:
+    """Tokens drawn from p; holes in the mask, lengths from 0 and 1 on, support of any source."""
+    g = torch.Generator().manual_seed(seed)
+    p = (2 * torch.randn(B, T, vocabulary, generator=g).double()).log_softmax(-1)
+    noise = gap * torch.randn(p.shape, generator=g).double()
+    q = (p + noise).log_softmax(-1) if gap else p.clone()
+    y = torch.multinomial(p.exp().reshape(-1, vocabulary), 1, generator=g).reshape(B, T)
+    ends = torch.tensor([0, 1, 2, 5, 9, 17, 25, 33, T, T])[:, None]
+    mask = (torch.rand(B, T, generator=g) > 0.2) & (torch.arange(T) < ends)
+    mask[1, 0] = True
+    y = y * mask
+
+    def at(x: torch.Tensor) -> torch.Tensor:
+        return x * (mask if x.dim() == 2 else mask[..., None])
+
+    def pick(x: torch.Tensor) -> torch.Tensor:
+        return at(x.gather(-1, y[..., None])[..., 0])
+
+    ids, present = support_ids(p, q, source, k)
+    off = 0.3 * torch.randn(B, T, generator=g).double()
+    batch = Scored(
+        tokens=y,
+        mask=mask,
+        sampler_logp=at((pick(p) + off).clamp(max=-1e-3)),
+        prompt=torch.arange(B) // 2,
+        ended=torch.rand(B, generator=g) > 0.5,
+        task=torch.arange(B) % 3,
+        reward=torch.tensor([1.0, 0.0, torch.nan, 1.0, 0.0] * 2),
+        student_logp=pick(p),
+        teacher_logp=pick(q),
+        support=Support(
+            ids=ids * mask[..., None],
+            student_logp=at(p.gather(-1, ids)),
+            teacher_logp=at(q.gather(-1, ids)),
+            source=source,
+            present=present,
+        ),
+        prefix=Prefix(**{name: at(x) for name, x in functionals(p, q, y).items()}),
+    )
+    return Dense(batch.checked(), p, q)
+
+
+def support_ids(
+    p: torch.Tensor, q: torch.Tensor, source: str, k: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Ids (B, T, K or 2 K or V) of a source and which are present."""
+    theirs, ours = q.topk(k, -1).indices, p.topk(k, -1).indices
+    both = (theirs[..., None] == ours[..., None, :]).any(-1)
+    if source == "full":
+        return torch.arange(p.shape[-1]).expand_as(p).clone(), None
+    if source == "union":
+        new = ~(ours[..., None] == theirs[..., None, :]).any(-1)
+        return torch.cat([theirs, ours], -1), torch.cat([torch.ones_like(new), new], -1)
+    if source == "intersection":
+        return theirs, both
+    return (theirs if source == "teacher" else ours), None
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,185 @@
+"""What holds for every metric there is: merging, padding, limits, groups, names and the page."""
+
+import math
+from dataclasses import replace
+from functools import reduce
+from pathlib import Path
+
+import pytest
+import torch
+
+from diagnostics.access import Missing
+from diagnostics.batch import Scored
+from diagnostics.blame import coverage, impossible_table, token_table
+from diagnostics.catalogue import CATALOGUE, FULL, MAKERS, PANEL, Metric, page
+from diagnostics.collapse import length
+from diagnostics.drift import sampled_divergence
+from diagnostics.groups import by, without
+from diagnostics.monitor import Monitor
+from diagnostics.repetition import compression, repetition
+from diagnostics.supervision import sign_shares
+from diagnostics.totals import Total, merge, read
+from tests.dense_batches import B, V, dense
+
+EVERY: dict[str, Metric] = {
+    **FULL,
+    "token_table": token_table(V),
+    "impossible_table": impossible_table(V),
+    "coverage": coverage([1, 2], "some"),
+    "compression": compression(str, tail=20, threshold=1.5),
+    "by_task": by(repetition, "task", {0: "a", 1: "b", 2: "c"}),
+    "without": without(sampled_divergence, [3, 4]),
+}
+
+
+def measured(batch: Scored) -> dict[str, Total]:
+    found: dict[str, Total] = {}
+    for metric in EVERY.values():
+        found |= metric(batch)
+    return found
+
+
+def same(a: dict[str, float], b: dict[str, float], near: float = 1e-6) -> None:
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        assert b[name] == pytest.approx(value, rel=near, abs=1e-9, nan_ok=True), name
+
+
+def test_no_two_metrics_share_a_name() -> None:
+    batch = dense(1, "union").batch
+    names = [name for metric in EVERY.values() for name in metric(batch)]
+    assert len(names) == len(set(names))
+    row = read(measured(batch))
+    assert len(row) > 900
+    assert all(name.split("/")[0] and "/" in name for name in row)
+
+
+@pytest.mark.parametrize("source", ["union", "full"])
+def test_parts_merge_to_the_whole(source: str) -> None:
+    batch = dense(2, source).batch
+    whole = read(measured(batch))
+    parts = [measured(batch.rows(some)) for some in ([4, 5, 0, 1], [2, 3], slice(6, B))]
+    same(whole, read(reduce(merge, parts)))
+
+
+def test_padding_and_what_the_mask_hides_change_nothing() -> None:
+    batch = dense(3, "union").batch
+
+    def pad(x: torch.Tensor) -> torch.Tensor:
+        return x if x.dim() < 2 else torch.cat([x, torch.zeros_like(x[:, :7])], 1)
+
+    whole = read(measured(batch))
+    same(whole, read(measured(batch._map(pad))), 1e-12)
+    g = torch.Generator().manual_seed(0)
+    wild = torch.randn(batch.mask.shape, generator=g).double()
+    prefix = {k: torch.where(batch.mask, x, wild) for k, x in batch.prefix._tensors().items()}
+    dirty = replace(
+        batch,
+        tokens=torch.where(batch.mask, batch.tokens, 5),
+        student_logp=torch.where(batch.mask, batch.student_logp, -0.01),
+        teacher_logp=torch.where(batch.mask, batch.teacher_logp, -20.0),
+        sampler_logp=torch.where(batch.mask, batch.sampler_logp, -3.0),
+        prefix=replace(batch.prefix, **prefix),
+    )
+    same(whole, read(measured(dirty)), 1e-12)
+
+
+@pytest.mark.parametrize("rows", [[], [0], [1]])
+def test_nothing_and_one_token(rows: list[int]) -> None:
+    """No response, one without a token, one with one token: nothing fails, nothing is infinite."""
+    row = read(measured(dense(4, "union").batch.rows(rows)))
+    assert not [name for name, x in row.items() if math.isinf(x)]
+    if rows == [1]:
+        assert row["drift/prefix_ess"] == pytest.approx(1)
+        assert row["supervision/signal_n_eff"] == pytest.approx(1)
+        assert row["supervision/signal_entropy_n_eff"] == pytest.approx(1)
+        assert row["drift/log_ratios_q1"] == row["drift/log_ratios_q99"] == row["drift/k1"]
+    else:
+        assert math.isnan(row["drift/k1"])
+        assert math.isnan(row["drift/prefix_ess"])
+
+
+def test_a_teacher_that_is_the_student() -> None:
+    row = read(measured(dense(5, "union", gap=0.0).batch))
+    for name in ("k1", "reverse_kl", "union_kl_parts", "union_kl_tail", "overlap_kl"):
+        assert row[f"drift/{name}"] == pytest.approx(0, abs=1e-9), name
+    for name in ("drift/overlap_ratio", "drift/prefix_ess", "drift/prefix_abs_ess"):
+        assert row[name] == pytest.approx(1), name
+    assert row["drift/overlap_student_mass"] == row["drift/overlap_teacher_mass"]
+    assert row["noise/token_signal"] + row["noise/token_noise"] < 1e-20
+    assert row["drift/agreeing_share"] > 0
+    assert row["supervision/negative_share"] == row["tokens/confident_impossible_share"] == 0
+
+
+def test_a_support_of_everything() -> None:
+    row = read(measured(dense(6, "full", k=V).batch))
+    assert row["drift/outside_topk"] == row["drift/kl_tail"] == row["drift/kl_binary"] == 0
+    assert row["drift/kl_head"] == pytest.approx(row["drift/reverse_kl"])
+    assert row["drift/overlap_teacher_mass"] <= 1
+    assert row["drift/top_teacher_max"] == pytest.approx(row["drift/teacher_max"])
+
+
+def test_what_a_batch_lacks_is_missing_and_not_wrong() -> None:
+    batch = dense(7).batch
+    bare = replace(batch, support=None, prefix=None)
+    monitor = Monitor(FULL)
+    row = monitor(0, [bare])
+    need = {e.name for e in CATALOGUE if e.level != "L0"}
+    assert monitor.missing.keys() == need
+    full = Monitor(FULL)(0, [batch])
+    assert row.keys() < full.keys()
+    same(row, {k: full[k] for k in row}, 1e-12)
+    for e in CATALOGUE:
+        if e.level == "L1":
+            e.metric(replace(dense(7, "union").batch, prefix=None))
+            with pytest.raises(Missing):
+                e.metric(replace(batch, support=None))
+
+
+def test_groups_are_the_metric_on_their_rows() -> None:
+    batch = dense(8).batch
+    parts = {0: "a", 1: "b", 7: "nobody"}
+    row = read(by(length, "task", parts)(batch))
+    for value, label in parts.items():
+        rows = [i for i in range(B) if int(batch.task[i]) == value]
+        alone = read(length(batch.rows(rows)))
+        same(
+            {f"task={label}/{k}": x for k, x in alone.items()},
+            {k: x for k, x in row.items() if k.startswith(f"task={label}/")},
+        )
+    right = read(by(length, "reward", {1: "right", 0: "wrong"})(batch))
+    rows = [i for i in range(B) if float(batch.reward[i]) == 1]
+    want = float(batch.lengths[rows].double().mean())
+    assert right["reward=right/collapse/length"] == pytest.approx(want)
+    assert len(rows) == 4
+    with pytest.raises(ValueError, match="cannot group by 'mask'"):
+        by(length, "mask", {})
+
+
+def test_without_some_ids_they_do_not_count() -> None:
+    batch = dense(9).batch
+    row = read(without(sign_shares, [3, 4])(batch))
+    kept = [
+        (i, t) for i, t in batch.mask.nonzero().tolist() if int(batch.tokens[i, t]) not in (3, 4)
+    ]
+    assert len(kept) < int(batch.mask.sum())
+    want = sum(float(batch.log_ratio[i, t] > 0) for i, t in kept) / len(kept)
+    assert row["content/supervision/negative_share"] == pytest.approx(want)
+
+
+def test_every_metric_says_what_it_is() -> None:
+    for function in [e.metric for e in CATALOGUE] + list(MAKERS):
+        described = next((m for m in MAKERS if m.__name__ == function.__name__), function)
+        text = described.__doc__ or ""
+        if described in (by, without):
+            continue
+        for word in ("Access:", "Source:", "Healthy:"):
+            assert word in text, f"{function.__name__} lacks {word}"
+    assert PANEL.keys() < FULL.keys()
+    assert len(FULL) == len(CATALOGUE)
+    assert {e.level for e in CATALOGUE} == {"L0", "L1", "L2"}
+
+
+def test_the_page_is_up_to_date() -> None:
+    written = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
+    assert written == page(), "python -m diagnostics.catalogue > docs/metrics.md"
