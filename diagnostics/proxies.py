@@ -13,10 +13,11 @@ def scalar_advantage_variance(advantage: Tensor, score_square: Tensor, mask: Ten
     """verl's total power: mean_i (mean_t A_it)^2 sum_t w_t, w = 1 - 2 p(y) + sum_v p(v)^2.
 
     Meant for advantages that are constant along a response. In distillation the cost of a token
-    alternates in sign, so that squaring the *mean* throws most of the power away: it reads a small
-    fraction of the variance at gamma = 0. verl subtracts the squared norm of the batch's gradient
-    in parameter space from this number in logit space, which is the variance of nothing; that part
-    is not reproduced. (verl, docs/algo/otb.md and its metric utilities.)
+    alternates in sign, so that squaring the *mean* throws most of the power away: 8 to 19 % of the
+    exact variance at gamma = 0 on tabular worlds, less the longer the response. From this number,
+    which is in logit space and of one response, verl subtracts the squared norm of the batch's
+    gradient in parameter space; the difference is the variance of nothing, and that part is not
+    reproduced. (verl, docs/algo/otb.md and its metric utilities.)
 
     Args:
       advantage: (B, T) -cost; score_square: (B, T) w; mask: (B, T).
@@ -30,8 +31,9 @@ def token_advantage_variance(advantage: Tensor, score_square: Tensor, mask: Tens
     """The repair in the same spirit: mean_i sum_t A_it^2 w_t, the diagonal of E|g|^2 at gamma = 0.
 
     Leaves out what tokens of a response have in common (the products of different t), the signal
-    included, and the lengths of hidden states. Only for credits of the token itself: with costs to
-    go the products of different tokens are most of the noise.
+    included, and the lengths of hidden states: 85 % of the exact variance in a world that mixes,
+    51 % in one that loops. Only for credits of the token itself: with costs to go the products of
+    different tokens are most of the noise.
     """
     return (advantage.double().square() * score_square.double() * mask).sum(1).mean()
 

@@ -130,8 +130,7 @@ def recommend(
     The criterion is one step's squared error as an estimate of the gradient of the sequence KL, not
     what training ends at. The share is found by normal draws with the jackknife's covariance of
     all biases and noises together; draws on common prompts, so that what moves all members alike
-    does not count. Members that differ little in noise share the vote: read gammas and members
-    summed as well.
+    does not count. Of members that are the same at a discount, as some are at 0, the first counts.
 
     Raises:
       ValueError: sequences is not positive.
@@ -145,12 +144,14 @@ def recommend(
     normal = torch.randn(draws, c, generator=generator, dtype=both.dtype)
     drawn = torch.cat([both[:1], both[0] + ((c - 1) / c) ** 0.5 * normal @ away])
     error = drawn[:, :cut].clamp(min=0).repeat(1, len(at.names)) + drawn[:, cut:] / sequences
-    best, winners = int(error[0].argmin()), error[1:].argmin(1)
+    least = error.amin(1, keepdim=True)
+    winners = (error <= least + 1e-5 * least.abs()).long().argmax(1)  # the first of equals
+    best = int(winners[0])
     return Choice(
         name=at.names[best // cut],
         gamma=at.gammas[best % cut],
         error=error[0],
-        share=torch.bincount(winners, minlength=error.shape[1]).double() / draws,
+        share=torch.bincount(winners[1:], minlength=error.shape[1]).double() / draws,
     )
 
 

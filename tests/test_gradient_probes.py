@@ -340,6 +340,10 @@ def test_the_recommendation_is_the_exact_one_where_that_is_clear() -> None:
         assert choice.share[best] > 0.8
     assert recommend(found, family, 1, seeded(0)).gamma < 1
     assert recommend(found, family, 10**5, seeded(0)).gamma == 1
+    # equal members do not split the vote
+    x, _, family = gradients(at, ("rb_immediate", "rb_all"))
+    choice = recommend(pairs(x, at.batch.prompt), family, 1, seeded(0))
+    assert (choice.name, choice.share[0]) == ("rb_immediate", 1)
     few = drawn(world()[0], 8, count=12)
     x, _, family = gradients(few, names)
     assert recommend(pairs(x, few.batch.prompt), family, 30, seeded(0)).share.max() < 1
