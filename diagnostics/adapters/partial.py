@@ -78,6 +78,11 @@ def lacking(part: Any, names: Iterable[str], who: str = "the records have") -> A
     return kind(**_held(part) | {"lost": lost, "who": who}) if lost else part
 
 
+def changed(part: Any, **values: Any) -> Any:
+    """`dataclasses.replace` for a part that may lack some of its fields."""
+    return type(part)(**_held(part) | values)
+
+
 def absent(part: Any) -> frozenset[str]:
     """The names that this part lacks."""
     return vars(part).get("lost", frozenset())
