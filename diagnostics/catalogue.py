@@ -11,6 +11,7 @@ from diagnostics.anatomy import agreement, kl_anatomy
 from diagnostics.batch import Scored
 from diagnostics.blame import confident_impossible, coverage, impossible_table, token_table
 from diagnostics.collapse import length, length_incentive, length_quantiles, reward
+from diagnostics.control import own_prefix_gap
 from diagnostics.drift import (
     cost_by_tenth,
     entropy_by_tenth,
@@ -139,7 +140,9 @@ def page() -> str:
     lines += ["## Metrics with arguments", ""]
     for maker in MAKERS:
         lines += _section(maker.__name__, maker)
-    lines += ["## Of two scorings", "", *_section("rescoring", rescoring)]
+    lines += ["## Of two batches", ""]
+    for function in (rescoring, own_prefix_gap):
+        lines += _section(function.__name__, function)
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -132,8 +132,10 @@ def overlap(batch: Scored) -> dict[str, Total]:
     ours, theirs = top_list(batch, "student"), top_list(batch, "teacher")
     k = min(OVERLAP, ours.k, theirs.k)
     ours, theirs = ours.to(k), theirs.to(k)
-    same = (theirs.ids[..., None] == ours.ids[..., None, :]) & ours.present[..., None, :]
-    both = same.any(-1) & theirs.present
+    both = torch.zeros_like(theirs.present)
+    for j in range(k):  # slot by slot, so that no (B, T, K, K) comparison exists
+        both |= (theirs.ids == ours.ids[..., j : j + 1]) & ours.present[..., j : j + 1]
+    both &= theirs.present
     size = both.sum(-1)
     p, q = theirs.student_logp.exp() * both, theirs.teacher_logp.exp() * both
     mass_p, mass_q = p.sum(-1), q.sum(-1)

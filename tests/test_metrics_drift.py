@@ -12,6 +12,7 @@ from diagnostics.access import Missing
 from diagnostics.anatomy import agreement, kl_anatomy, split_divergence
 from diagnostics.bins import LABELS
 from diagnostics.collapse import length_quantiles
+from diagnostics.control import own_prefix_gap
 from diagnostics.repetition import repeated
 from diagnostics.totals import read
 from tests.dense_batches import B, Dense, dense, mean
@@ -221,7 +222,7 @@ def test_tenths_of_the_response() -> None:
         assert row[f"drift/k1{label}_se"] == pytest.approx(error)
 
 
-@pytest.mark.parametrize(("threshold", "run"), [(0.5, 3), (0.3, 2), (10.0, 5), (0.0, 1)])
+@pytest.mark.parametrize(("threshold", "run"), [(0.5, 3), (0.3, 2), (10.0, 5), (0.4, 1), (0.0, 1)])
 def test_runs_of_agreement(threshold: float, run: int) -> None:
     d = dense(9)
     tokens = d.batch.tokens.clone()
@@ -255,3 +256,21 @@ def test_runs_of_agreement(threshold: float, run: int) -> None:
         assert row["drift/agreeing_repeated_share"] == pytest.approx(share)
     else:
         assert math.isnan(row["drift/agreeing_run_length"])
+
+
+def test_own_prefix_control() -> None:
+    d, own = dense(1), dense(2)
+    row = own_prefix_gap(d.batch, own.batch)
+    for label in BINS:
+        a, b = (
+            [float(x.batch.prefix.teacher_max[at]) for at in places(x, label)] for x in (own, d)
+        )
+        assert row[f"drift/own_prefix_teacher_max{label}"] == pytest.approx(mean(a) - mean(b))
+        errors = [
+            read(drift.uncertainty(x.batch))[f"drift/teacher_entropy{label}_se"] for x in (own, d)
+        ]
+        error = row[f"drift/own_prefix_teacher_entropy{label}_se"]
+        assert error == pytest.approx(math.sqrt(errors[0] ** 2 + errors[1] ** 2))
+    short = d.batch.positions(2)
+    assert "drift/own_prefix_teacher_max@2-3" not in own_prefix_gap(short, own.batch)
+    assert all(x == 0 for k, x in own_prefix_gap(d.batch, d.batch).items() if "_se" not in k)
