@@ -69,17 +69,16 @@ def occupancy(found: Pairs, at: Grid) -> dict[str, Estimate]:
     share = squared(found.ratio(h, whole))
     roots = {x: _root(getattr(share, x)) for x in ("value", "low", "high")}
     slope = 2 * roots["value"] if roots["value"] else math.nan  # of the square, by the chain rule
-    found_alpha, found_share = (
-        found.ratio(along - g, g),
-        replace(share, **roots, error=share.error / slope, sketch=share.sketch / slope),
-    )
-    resolved = not (math.isnan(found_alpha.value) or math.isnan(share.value))
+    alpha = found.ratio(along - g, g)
+    resolved = not (math.isnan(alpha.value) or math.isnan(share.value))
     product = (g * whole).clamp(min=torch.finfo(g.dtype).tiny).sqrt()
     apart = squared(found.ratio(product - along if resolved else along * math.nan, product))
     return {
-        "alpha": found_alpha,
+        "alpha": alpha,
         "occupancy_square": squared(found.estimate(h)),
-        "bias_share": found_share,
+        "bias_share": replace(
+            share, **roots, error=share.error / slope, sketch=share.sketch / slope
+        ),
         "cosine": replace(apart, value=1 - apart.value, low=1 - apart.high, high=1 - apart.low),
     }
 
@@ -99,9 +98,8 @@ def coherence(found: Pairs, energies: Tensor, prompt: Tensor, member: int) -> Es
     Args:
       energies: (n, F) as `diagnostics.sketch.token_energies` returns them; prompt: (n,).
     """
-    group = prompt.unique(return_inverse=True)[1]
-    x = energies[:, member].double().to(found.own.device)
-    part = x.new_zeros(found.num_prompts).index_add_(0, group.to(x.device), x)
+    group, x = prompt.unique(return_inverse=True)[1].cpu(), energies[:, member].double().cpu()
+    part = x.new_zeros(found.num_prompts).index_add_(0, group, x)
     total = torch.cat([part.sum(0)[None], part.sum(0) - part])
     total = torch.cat([total, total[:1].expand(len(found.sizes) - len(total))])
     return found.ratio(found.own[:, member], total / found.sizes)
