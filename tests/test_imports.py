@@ -66,6 +66,11 @@ def loaded_by(statement: str) -> set[str]:
             {"torch", "pandas"},
         ),
         ("import opd.objectives, diagnostics.monitor", {"transformers", "pandas", "matplotlib"}),
+        (
+            "import diagnostics.adapters.trl, diagnostics.adapters.verl, "
+            "diagnostics.adapters.records, diagnostics.adapters.writing",
+            {"transformers", "trl", "verl", "pyarrow", "pandas"},
+        ),
         ("import synthetic.exact, synthetic.sample", {"transformers", "matplotlib"}),
         ("import diagnostics.intervals, figures.collect", {"torch", "transformers"}),
     ],
@@ -76,7 +81,14 @@ def test_heavy_packages_are_loaded_only_where_used(statement: str, without: set[
 
 @pytest.mark.parametrize(
     "words",
-    [[], ["--help"], ["train", "--help"], ["eval", "--help"], ["study", "--help"]],
+    [
+        [],
+        ["--help"],
+        ["train", "--help"],
+        ["eval", "--help"],
+        ["study", "--help"],
+        ["diagnose", "--help"],
+    ],
 )
 def test_help_loads_no_torch(words: list[str]) -> None:
     program = f"import sys; sys.argv = ['opd', *{words!r}]\nfrom opd.cli import main\n"

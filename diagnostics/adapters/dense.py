@@ -52,6 +52,45 @@ def measured(
     return {**full, "support": Support(**support, source="teacher"), "prefix": Prefix(**prefix)}
 
 
+def from_logits(
+    tokens: Tensor,
+    mask: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    prompt: Tensor,
+    ended: Tensor,
+    sampler_logp: Tensor | None = None,
+    k: int = 16,
+    elements: int = 2**24,
+    who: str = "this run",
+    **parts: Any,
+) -> Scored:
+    """The `Scored` of a hand-written loop that has both models' logits.
+
+    Args:
+      tokens, mask: (B, T) ids that the student sampled, and whether it chose them.
+      student, teacher: (B, T, V) logits of the distributions that predict them (from one position
+        earlier in the sequence), at the temperature of the loss.
+      prompt, ended: (B,) ids of the prompts, and whether a response stopped by itself.
+      sampler_logp: (B, T) under the distribution that was sampled from, if the sampler tells.
+      k, elements: as in `measured`. parts: further fields of `Scored`, such as reward.
+    """
+    flat = [x.detach().flatten(0, 1) for x in (student, teacher)]
+    found = measured(
+        tokens, mask, lambda i: (flat[0][i], flat[1][i]), student.shape[-1], k, elements
+    )
+    return scored(
+        tokens,
+        mask,
+        prompt=prompt,
+        ended=ended,
+        sampler_logp=sampler_logp,
+        who=who,
+        **found | parts,
+    )
+
+
 def log_softmax(logits: Tensor) -> Tensor:
     """(n, V), computed in float32, or float64 if the logits are."""
     return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)

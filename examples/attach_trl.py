@@ -1,0 +1,44 @@
+"""The panel on an unmodified TRL run; needs `pip install trl datasets` and two models.
+
+    python examples/attach_trl.py STUDENT TEACHER    # folders or hub names with one vocabulary
+
+`opd lab --tiny` makes a pair in seconds: lab-tiny/student and lab-tiny/teacher.
+"""
+
+import sys
+
+import torch
+from datasets import Dataset
+from trl import DistillationConfig, DistillationTrainer
+
+from diagnostics.adapters.trl import observe
+from diagnostics.alarms import Alarms
+from diagnostics.monitor import Monitor
+from diagnostics.sinks import to_file
+
+trainer = DistillationTrainer(
+    model=sys.argv[1],
+    teacher_model=sys.argv[2],
+    args=DistillationConfig(
+        "runs/trl",
+        max_steps=10,
+        max_completion_length=64,
+        logging_steps=5,
+        report_to="none",
+        use_cpu=not torch.cuda.is_available(),
+        bf16=torch.cuda.is_available(),
+    ),
+    train_dataset=Dataset.from_list(
+        [{"prompt": [{"role": "user", "content": f"{i}+{i + 1}="}]} for i in range(64)]
+    ),
+)
+
+monitor = Monitor(every=2, sinks=[to_file("runs/trl/panel.jsonl")], alarms=Alarms())
+with observe(trainer, monitor) as rows:
+    trainer.train()  # the panel joins TRL's own log
+
+shown = ("step", "drift/reverse_kl", "drift/reverse_kl_se", "validity/z_H")
+for row in rows:
+    print("  ".join(f"{name} {row[name]:.3g}" for name in shown))
+for name, why in monitor.missing.items():
+    print(f"not computed: {name} ({why})")
