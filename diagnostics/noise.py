@@ -19,13 +19,17 @@ UNDECIDED = 1.0
 
 @dataclass(frozen=True, eq=False)
 class Noise:
-    """(B, T) each: |mean|^2 of the token's gradient, its variance under three baselines, and b*."""
+    """(B, T) each: |mean|^2 of the token's gradient and its variance under three baselines.
+
+    zero, value, best: the noise with b = 0, K and b*. Its parabola is zero - 2 b slope + b^2 curve.
+    """
 
     signal: Tensor
     zero: Tensor
     value: Tensor
     best: Tensor
-    baseline: Tensor
+    slope: Tensor
+    curve: Tensor
 
 
 def prefix_noise(prefix: Prefix) -> Noise:
@@ -33,7 +37,7 @@ def prefix_noise(prefix: Prefix) -> Noise:
 
     signal = N2 - 2 K N1 + K^2 c; noise(b) = (1 + c) M2 - 2 N2 - signal
       - 2 b ((1 + c) K - 2 N1) + b^2 (1 - c); b* = ((1 + c) K - 2 N1) / (1 - c), the least noise.
-    Where the student is certain (c = 1) there is no noise and b* stands as K.
+    Where the student is certain (1 - c below 1e-6) there is hardly noise and K stands for b*.
 
     Raises:
       Missing: the functionals were saved before N1 and N2 were kept.
@@ -50,7 +54,7 @@ def prefix_noise(prefix: Prefix) -> Noise:
     def noise(b: Tensor) -> Tensor:
         return ((1 + c) * m2 - 2 * n2 - signal - 2 * b * slope + b * b * curve).clamp(min=0)
 
-    return Noise(signal, noise(torch.zeros_like(k)), noise(k), noise(best), best)
+    return Noise(signal, noise(torch.zeros_like(k)), noise(k), noise(best), slope, curve)
 
 
 def gradient_noise(batch: Scored) -> dict[str, Total]:
@@ -82,8 +86,8 @@ def baseline_noise(batch: Scored) -> dict[str, Total]:
     """E-6: what a baseline at the prefix saves of the token noise: the value K, or the best one.
 
     value_noise_ratio = sum noise(K) / sum noise(0); best_noise_ratio the same with b*;
-    value_worse_share = share of tokens where noise(K) > noise(0); best_baseline = mean b*, beside
-    the reverse KL.
+    value_worse_share = share of tokens where noise(K) > noise(0); best_constant = the one number
+    that subtracted from every token's cost leaves the least noise, nats, to hold against k1.
     Access: L2 with sum p^2 l and sum p^2 l^2. Source: derived; 2605.07865 subtracts K.
     Healthy: best at most 1 and at most value, always. A value ratio near 1 says that K, an estimate
     of the mean and not of the best baseline, buys nothing here.
@@ -93,5 +97,5 @@ def baseline_noise(batch: Scored) -> dict[str, Total]:
         "noise/value_noise_ratio": Mean.ratio(n.value, n.zero, mask, prompt),
         "noise/best_noise_ratio": Mean.ratio(n.best, n.zero, mask, prompt),
         "noise/value_worse_share": Mean.of(n.value > n.zero, mask, prompt),
-        "noise/best_baseline": Profile.of(n.baseline, mask, prompt),
+        "noise/best_constant": Mean.ratio(n.slope, n.curve, mask, prompt),
     }

@@ -25,14 +25,14 @@ class Dense:
 
 
 def dense(
-    seed: int = 0, source: str = "teacher", k: int = 10, gap: float = 1.0, vocabulary: int = V
+    seed: int = 0, source: str = "teacher", k: int = 10, gap: float = 1.0, sharpness: float = 2.0
 ) -> Dense:
     """Tokens drawn from p; holes in the mask, lengths from 0 and 1 on, support of any source."""
     g = torch.Generator().manual_seed(seed)
-    p = (2 * torch.randn(B, T, vocabulary, generator=g).double()).log_softmax(-1)
+    p = (sharpness * torch.randn(B, T, V, generator=g).double()).log_softmax(-1)
     noise = gap * torch.randn(p.shape, generator=g).double()
     q = (p + noise).log_softmax(-1) if gap else p.clone()
-    y = torch.multinomial(p.exp().reshape(-1, vocabulary), 1, generator=g).reshape(B, T)
+    y = torch.multinomial(p.exp().reshape(-1, V), 1, generator=g).reshape(B, T)
     ends = torch.tensor([0, 1, 2, 5, 9, 17, 25, 33, T, T])[:, None]
     mask = (torch.rand(B, T, generator=g) > 0.2) & (torch.arange(T) < ends)
     mask[1, 0] = True

@@ -30,7 +30,8 @@ def test_signal_and_noise_by_enumeration() -> None:
     n = prefix_noise(d.batch.prefix)
     some = list(d.tokens())[::9]
     for i, t in some:
-        k, best = float(d.batch.prefix.reverse_kl[i, t]), float(n.baseline[i, t])
+        k = float(d.batch.prefix.reverse_kl[i, t])
+        best = float(n.slope[i, t] / n.curve[i, t])
         signal, zero = enumerated(d, i, t, 0.0)
         assert float(n.signal[i, t]) == pytest.approx(signal)
         assert float(n.zero[i, t]) == pytest.approx(zero)
@@ -65,7 +66,15 @@ def test_the_rows() -> None:
     assert row["noise/best_noise_ratio"] == pytest.approx(total(n.best, places) / zero)
     worse = mean([float(n.value[at] > n.zero[at]) for at in places])
     assert row["noise/value_worse_share"] == pytest.approx(worse)
-    assert row["noise/best_baseline"] == pytest.approx(total(n.baseline, places) / len(places))
+    best = row["noise/best_constant"]
+
+    def constant(b: float) -> float:
+        return total(n.zero - 2 * b * n.slope + b * b * n.curve, places)
+
+    assert constant(best) < min(constant(best - 1e-3), constant(best + 1e-3))
+    assert sum(enumerated(d, *at, best)[1] for at in places[:5]) == pytest.approx(
+        total(n.zero - 2 * best * n.slope + best**2 * n.curve, places[:5])
+    )
     assert row["noise/best_noise_ratio"] < min(1, row["noise/value_noise_ratio"])
 
 
@@ -84,7 +93,6 @@ def test_a_certain_student_and_an_equal_teacher_have_no_noise() -> None:
     n = prefix_noise(sure)
     for x in (n.signal, n.zero, n.value, n.best):
         assert float(x.abs().max()) < 1e-12
-    assert torch.equal(n.baseline, cost)
     same = dense(3, gap=0.0).batch
     row = read(gradient_noise(same) | baseline_noise(same))
     assert row["noise/token_noise"] == pytest.approx(0, abs=1e-20)
