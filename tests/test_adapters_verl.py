@@ -150,11 +150,14 @@ def test_estimator_losses_are_observed_exactly(registry: Any, tmp_path: Path) ->
         assert row[name] == pytest.approx(float(value), rel=1e-5, abs=1e-7), name
     assert "drift/outside_topk" not in row
     # what was kept has the whole panel, and says what it lacks
-    kept = [b for file in sorted((tmp_path / "records").iterdir()) for b in Records(file)]
+    files = sorted((tmp_path / "records").iterdir())
+    kept = [b for file in files for b in Records(file)]
     monitor = Monitor()
     offline = monitor(0, kept)
     assert offline["drift/k1"] == pytest.approx(float(r.mean()), rel=1e-5)
     assert len({int(b.prompt) for b in kept}) == 3
+    prompts = [next(Records(f).rows())["prompt_tokens"].tolist() for f in files]
+    assert prompts == [r["prompts"].tolist() for r in rows]
     assert monitor.missing["length"] == "the records have no ended"
 
 

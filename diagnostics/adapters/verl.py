@@ -25,7 +25,7 @@ from torch import Tensor
 
 from diagnostics.adapters.columns import number_of
 from diagnostics.adapters.partial import lacking
-from diagnostics.adapters.writing import write
+from diagnostics.adapters.writing import rows_of, write
 from diagnostics.batch import Scored, Support
 from diagnostics.drift import in_support, sampled_divergence
 from diagnostics.monitor import Metric, Monitor
@@ -103,13 +103,16 @@ def observed(loss: Loss, records: str | Path | None = None, every: int = 1) -> L
         # verl averages over ranks and adds over micro-batches, hence the factor.
         scale = float(data["dp_size"]) / float(data["batch_num_tokens"])
         sums = token_sums(monitor.measure(batch))
+        host = torch.stack([*sums.values()]).tolist()  # one sync for all
         shares = {
-            name: Number(AggregationType.SUM, float(total) * scale) for name, total in sums.items()
+            name: Number(AggregationType.SUM, x * scale) for name, x in zip(sums, host, strict=True)
         }
         number = next(calls)
         if records is not None and number % every == 0:
             rank = os.environ.get("RANK", "0")
-            write(Path(records) / f"rank{rank}_{os.getpid()}_{number:07d}.jsonl", [batch])
+            rows = zip(rows_of(batch), _prompts(data), strict=True)
+            file = Path(records) / f"rank{rank}_{os.getpid()}_{number:07d}.jsonl"
+            write(file, ({**row, "prompt_tokens": prompt} for row, prompt in rows))
         return found, {**metrics, **shares}
 
     watched.unobserved = loss  # type: ignore[attr-defined]
@@ -161,7 +164,7 @@ def batch_of(model_output: dict[str, Any], data: Any) -> Scored:
         student_logp=response(model_output["log_probs"]),
         teacher_logp=teacher[..., 0] if single else zeros,
         sampler_logp=zeros if sampler is None else torch.where(mask, _padded(sampler).float(), 0.0),
-        prompt=_prompt_numbers(data),
+        prompt=torch.tensor([*map(number_of, _prompts(data))], device=mask.device),
         ended=mask.new_zeros(len(mask)),
         support=support,
     )
@@ -233,14 +236,13 @@ def _padded(x: Tensor) -> Tensor:
     return x.to_padded_tensor(0) if x.is_nested else x
 
 
-def _prompt_numbers(data: Any) -> Tensor:
+def _prompts(data: Any) -> list[list[int]]:
+    """The prompts' ids without padding."""
     prompts = data["prompts"]
     if prompts.is_nested:
-        rows = [row.tolist() for row in prompts.unbind()]
-    else:
-        real = data["attention_mask"][:, : prompts.shape[1]].bool()
-        rows = [row[own].tolist() for row, own in zip(prompts, real, strict=True)]
-    return torch.tensor([number_of(row) for row in rows], device=prompts.device)
+        return [row.tolist() for row in prompts.unbind()]
+    real = data["attention_mask"][:, : prompts.shape[1]].bool()
+    return [row[own].tolist() for row, own in zip(prompts, real, strict=True)]
 
 
 def _step_first(file: Path) -> tuple[int, str]:
