@@ -346,6 +346,12 @@ def test_a_row_of_a_language_model(language) -> None:
     noise = 8 * (float(everything) / 64 - float(signal))
     assert exact["gradient/noise/plain@0"] == pytest.approx(noise, rel=1e-4)
     assert exact["gradient/noise/plain@0_sketch_se"] == 0
+    other = gradient_row(every, ("leave_one_out", 0.5), sequences=77)
+    i = member_index(every, "leave_one_out", 0.5)
+    truth = float(pairs(every.sketches[:, i : i + 1], every.prompt).signal[0, 0])
+    assert other["gradient/signal"] == pytest.approx(truth)
+    assert truth != pytest.approx(float(signal), rel=0.01)
+    assert other["gradient/sequences"] == 77
     far = row["gradient/noise/plain@1"] - exact["gradient/noise/plain@1"]
     assert abs(far) < 5 * row["gradient/noise/plain@1_sketch_se"]
     assert row["gradient/bias2@1"] == 0

@@ -426,6 +426,10 @@ def test_adams_moments_mix_noise_with_drift() -> None:
     assert proxy(still) == pytest.approx(2 * 0.9 / 1.9 * true, rel=0.02)
     drift = torch.linspace(6, 0, steps, dtype=torch.float64)[:, None, None] * still
     assert proxy(drift) > 1.5 * true
+    g = torch.tensor([3.0, -2.0])  # after one update both corrected moments are the gradient's own
+    assert float(adam_noise([(0.1 * g, 0.001 * g.square())], 1, betas)) == pytest.approx(
+        0, abs=1e-5
+    )
     with pytest.raises(ValueError, match="step is 0"):
         adam_noise([], 0, betas)
 
