@@ -134,8 +134,7 @@ def overlap(batch: Scored) -> dict[str, Total]:
     ours, theirs = ours.to(k), theirs.to(k)
     both = torch.zeros_like(theirs.present)
     for j in range(k):  # slot by slot, so that no (B, T, K, K) comparison exists
-        both |= (theirs.ids == ours.ids[..., j : j + 1]) & ours.present[..., j : j + 1]
-    both &= theirs.present
+        both |= theirs.ids == ours.ids[..., j : j + 1]
     size = both.sum(-1)
     p, q = theirs.student_logp.exp() * both, theirs.teacher_logp.exp() * both
     mass_p, mass_q = p.sum(-1), q.sum(-1)

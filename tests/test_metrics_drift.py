@@ -274,3 +274,21 @@ def test_own_prefix_control() -> None:
     short = d.batch.positions(2)
     assert "drift/own_prefix_teacher_max@2-3" not in own_prefix_gap(short, own.batch)
     assert all(x == 0 for k, x in own_prefix_gap(d.batch, d.batch).items() if "_se" not in k)
+
+
+def test_an_id_that_is_not_present_is_not_on_the_list() -> None:
+    """As where the teacher's end token stands for a foreign one."""
+    d = dense(3)
+    support = d.batch.support
+    first = torch.arange(10) == 0
+    absent = replace(support, present=~first.expand(support.ids.shape))
+    batch = replace(d.batch, support=absent)
+    row = read(lists.nested_outside(batch) | lists.top_uncertainty(batch))
+    assert row["drift/outside_top1"] == row["drift/outside_top1_expected"] == 1
+    out, second = [], []
+    for i, t in d.tokens():
+        best = top(d.q[i, t], 8)
+        out.append(float(int(d.batch.tokens[i, t]) not in best[1:]))
+        second.append(math.exp(float(d.q[i, t, best[1]])))
+    assert row["drift/outside_top8"] == pytest.approx(mean(out))
+    assert row["drift/top_teacher_max"] == pytest.approx(mean(second))
