@@ -30,8 +30,9 @@ from opd.compositions import ERRORS
 from opd.config import Config
 from opd.engines import Engine, InProcess
 from opd.lab import make_tokenizer
-from opd.model import Model, response_hidden, split, spread
+from opd.model import Model, Pair, response_hidden, split, spread
 from opd.objectives import Objective, make
+from opd.roles import make_pair
 
 Change = Callable[[Engine, Any, Any, dict[str, Any]], Rollouts]
 
@@ -122,6 +123,14 @@ def stopped(_: Config) -> Objective:
     return replace(made, local=lambda at: made.local(at).detach() + 0 * made.local(at))
 
 
+def renumbered(config: Config) -> Pair:
+    """A teacher with another tokenizer of the same size: its ids are one higher."""
+    pair = make_pair(config)
+    weight = pair.teacher.network.lm_head.weight
+    weight.data = weight.data.roll(1, 0)
+    return pair
+
+
 @dataclass(frozen=True)
 class Fault:
     """A patch to the trainer and changes to its settings."""
@@ -143,11 +152,12 @@ FAULTS: dict[str, Fault] = {
         settings={"objective": "teacher_topk_unnormalised", "collapse_accepted": True, "lr": 0.01}
     ),
     "learning rate 3": Fault(settings={"lr": 3.0}),
+    "teacher's ids one higher": Fault(lambda: patch.object(train, "make_pair", renumbered)),
     "gradient stopped": Fault(lambda: patch.object(train, "make_objective", stopped)),
 }
 
 
-def make_models(folder: Path, noise: float = 0.2) -> tuple[str, str]:
+def make_models(folder: Path, noise: float = 0.1) -> tuple[str, str]:
     """A random teacher, and a student that is the teacher with noise on its weights."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 

@@ -205,8 +205,8 @@ SHORT = {
     "padding counted": {"sampler_mismatch", "teacher_mismatch"},
     "scored one token late": {"sampler_mismatch", "teacher_mismatch"},
     "un-normalised top-K": {"mass_escapes", "drift_support"},
+    "teacher's ids one higher": {"special_tokens"},
     "gradient stopped": {"dead_gradient"},
-    "learning rate 3": {"mass_escapes", "repetition"},
 }
 
 
@@ -216,7 +216,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 def test_faults_of_real_runs_are_caught_and_healthy_ones_are_not(pair, tmp_path: Path) -> None:
-    found = {name: replay(record(pair, tmp_path / name[:9], 0, 10, FAULTS[name])) for name in SHORT}
+    found = {name: replay(record(pair, tmp_path / name[:9], 0, 8, FAULTS[name])) for name in SHORT}
     healthy = {
         f"healthy {s}": replay(record(pair, tmp_path / f"{s}", s, 12, Fault())) for s in (0, 1)
     }
