@@ -179,6 +179,9 @@ def test_columns_of_others_are_understood(tmp_path: Path) -> None:
     (only,) = Records(tmp_path / "r.jsonl", task="code")
     assert len(only) == 1
     assert "turn" not in Records(tmp_path / "r.jsonl").columns
+    cut = [plain(ended=..., truncated=value) for value in (True, False)]
+    (b,) = Records(lines(tmp_path / "r.jsonl", cut))
+    assert b.ended.tolist() == [False, True]
 
 
 def test_the_table_of_names_is_the_one_that_is_read() -> None:
