@@ -118,6 +118,9 @@ class Config:
     """Steps between measurements on whole next-token distributions (exact KL, entropies, ranks) if
     the objective does not need the student's; between them the top-K and the sampled tokens tell
     what they can."""
+    probe_every: int = 0
+    """Steps between gradient probes (opd.probing): signal, noise and bias of the head's gradient;
+    0 for none. With top_p below 1 a probe samples rollouts of its own."""
     eval_every: int = 50
     """Steps between evaluations; 0 evaluates only at the start and the end."""
     eval_task: str = ""
@@ -155,7 +158,7 @@ class Config:
         for name in (*counts.split(), "rows_at_once", "eval_problems", "eval_samples"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         never_negative = "steps warmup eval_every save_every batch_every weight_decay lora_rank"
-        for name in (*never_negative.split(), "eval_temperature"):
+        for name in (*never_negative.split(), "probe_every", "eval_temperature"):
             _require(name, getattr(self, name), getattr(self, name) >= 0, "not negative")
         for name in ("lr", "clip", "temperature", "lora_alpha"):
             _require(name, getattr(self, name), getattr(self, name) > 0, "positive")

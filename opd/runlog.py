@@ -18,7 +18,7 @@ from diagnostics.rows import Row
 from opd.config import Config, to_json
 
 FREE_TO_CHANGE = (
-    *("steps", "out", "eval_every", "save_every", "batch_every", "loggers"),
+    *("steps", "out", "eval_every", "save_every", "batch_every", "probe_every", "loggers"),
     *("micro_tokens", "chunk_elements", "rows_at_once", "checkpointing", "offload_teacher"),
 )
 """Settings that say how far, how often or where, and not what is computed."""

@@ -26,13 +26,14 @@ from opd.loss import loss_from_hidden
 from opd.model import Pair, micro_batches, response_hidden
 from opd.objectives import DENOMINATORS, Objective
 from opd.optimizer import Optimizer, learning_rate
+from opd.probing import probe
 from opd.problems import Problem
 from opd.roles import awake, follow, recomputing
 from opd.scoring import score, score_support
 from opd.selection import most_uncertain, narrowed
 from opd.special import Mask, audit, masked
 
-ROLLOUT, EVALUATION = 0, 1
+ROLLOUT, EVALUATION, PROBE = 0, 1, 2
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,12 +54,13 @@ class Run:
 def one_step(run: Run, step: int) -> Row:
     """Fresh rollouts and the optimizer steps on them; returns the step's row of numbers."""
     config, clock = run.config, [time.perf_counter()]
-    prompts, rollouts = roll_out(run, step)
+    prompts, rollouts = roll_out(run, step, config.top_p, ROLLOUT)
     clock.append(time.perf_counter())
 
     teacher, device = run.pair.teacher, run.pair.student.device
     with awake(teacher, device, config.offload_teacher):
         whole, teacher_hidden = scored_by_both(run, step, prompts, rollouts)
+        probed = probed_row(run, step, prompts, whole) if due(step, config.probe_every) else {}
     clock.append(time.perf_counter())
 
     scored = masked(whole, run.masks)
@@ -68,7 +70,7 @@ def one_step(run: Run, step: int) -> Row:
     clock.append(time.perf_counter())
 
     row: Row = {"step": step}
-    row |= run.monitor(step, [scored], **numbers)
+    row |= run.monitor(step, [scored], **numbers) | probed
     if run.masks:
         row |= read(audit(whole, run.masks))
     if due(step, config.batch_every):
@@ -79,10 +81,10 @@ def one_step(run: Run, step: int) -> Row:
     return row
 
 
-def roll_out(run: Run, step: int) -> tuple[Prompts, Rollouts]:
-    """The step's prompts and graded responses to them."""
+def roll_out(run: Run, step: int, top_p: float, purpose: int) -> tuple[Prompts, Rollouts]:
+    """The step's prompts and graded responses to them, with the noise of that purpose."""
     config = run.config
-    generator = torch.Generator().manual_seed(derive(config.seed, step, ROLLOUT))
+    generator = torch.Generator().manual_seed(derive(config.seed, step, purpose))
     problems = run.task.train(step, config.prompts_per_step)
     prompts = encode(run.pair.tokenizer, problems, config.group_size, config.max_prompt)
     rollouts = run.engine.sample(
@@ -90,7 +92,7 @@ def roll_out(run: Run, step: int) -> tuple[Prompts, Rollouts]:
         run.pair.eos,
         max_response=config.max_response,
         temperature=config.temperature,
-        top_p=config.top_p,
+        top_p=top_p,
         generator=generator,
     )
     answers = [Problem(prompt="", answer=answer) for answer in prompts.answers]
@@ -111,23 +113,33 @@ def scored_by_both(
     student's is spared them.
     """
     config = run.config
-    how: dict[str, Any] = {
-        "k": config.support_k,
-        "temperature": config.temperature,
-        "micro_tokens": config.micro_tokens,
-        "chunk_elements": config.chunk_elements,
-    }
-    if not due(step, config.exact_every) and spared(run, rollouts):
-        return score_support(run.pair, prompts, rollouts, **how), None
+    measured = due(step, config.exact_every) or due(step, config.probe_every)
+    if not measured and spared(run, rollouts):
+        return score_support(run.pair, prompts, rollouts, **scoring(config)), None
+    return exact(run, prompts, rollouts)
+
+
+def exact(run: Run, prompts: Prompts, rollouts: Rollouts) -> tuple[Scored, Tensor | None]:
+    """The same with whole distributions measured."""
     return score(
         run.pair,
         prompts,
         rollouts,
         source=source_of(run.objective),
         keep_teacher=run.objective.support == "full",
-        endings=run.pair.endings if config.own_end else None,
-        **how,
+        endings=run.pair.endings if run.config.own_end else None,
+        **scoring(run.config),
     )
+
+
+def scoring(config: Config) -> dict[str, Any]:
+    """Settings that every way of scoring has."""
+    return {
+        "k": config.support_k,
+        "temperature": config.temperature,
+        "micro_tokens": config.micro_tokens,
+        "chunk_elements": config.chunk_elements,
+    }
 
 
 def spared(run: Run, rollouts: Rollouts) -> bool:
@@ -135,6 +147,22 @@ def spared(run: Run, rollouts: Rollouts) -> bool:
     plain = run.objective.support == "teacher" and not run.objective.normalised
     rest = run.config.keep_uncertain == 1 and not run.config.own_end
     return plain and rest and rollouts.softmax_logp is not None
+
+
+def probed_row(run: Run, step: int, prompts: Prompts, whole: Scored) -> Row:
+    """The gradient probe at the weights before the update, on these rollouts or its own."""
+    config = run.config
+    if config.top_p < 1:
+        prompts, rollouts = roll_out(run, step, top_p=1.0, purpose=PROBE)
+        whole, _ = exact(run, prompts, rollouts)
+    return probe(
+        run.pair,
+        prompts,
+        whole,
+        gamma=config.gamma,
+        micro_tokens=config.micro_tokens,
+        chunk_elements=config.chunk_elements,
+    )
 
 
 def source_of(objective: Objective) -> str:

@@ -202,7 +202,53 @@ def test_steps_without_exact_measures_train_the_same(tiny_pair, tmp_path: Path) 
             assert lean[name] == pytest.approx(full[name], rel=2e-3, abs=1e-5), name
     weights = [list(final(folder).parameters()) for folder in (every, seldom)]
     for a, b in zip(*weights, strict=True):
-        assert float((a - b).abs().mean()) < 0.02 * 1e-3
+        assert float((a - b).detach().abs().mean()) < 0.02 * 1e-3
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_the_gradient_probe_watches_and_changes_nothing(
+    tiny_pair, tmp_path: Path, top_p: float
+) -> None:
+    how = {"steps": 3, "objective": "sampled_token", "gamma": 0.5, "top_p": top_p}
+    plain, probed = (train(one(tiny_pair, tmp_path / str(n), probe_every=n, **how)) for n in (0, 2))
+    for step, (a, b) in enumerate(zip(rows(plain), rows(probed), strict=True)):
+        assert {k: b[k] for k in a} == a
+        seen = {k for k in b if k.startswith("gradient/")}
+        assert bool(seen) == (step % 2 == 0)
+        if seen:
+            assert b["gradient/variance"] > 0
+            assert b["gradient/noise/plain@0.5"] > 0
+    same = [(d / "final" / "model.safetensors").read_bytes() for d in (plain, probed)]
+    assert same[0] == same[1]
+
+
+def test_the_probes_noise_is_that_of_head_gradients_by_autograd(tiny_pair, tmp_path) -> None:
+    """n times the variance of the mean of prompts' gradients, up to the sketch's own error."""
+    config = one(tiny_pair, tmp_path / "run", objective="sampled_token", gamma=0.5, probe_every=1)
+    folder = train(config)
+    batch, row = load(folder / "batches" / "step_000000.safetensors"), rows(folder)[0]
+    network = load_model(str(tiny_pair[0]), "cpu", "float32")[1]
+    head = network.get_output_embeddings().weight
+    hidden: list[Tensor] = []
+    network.get_output_embeddings().register_forward_hook(lambda _, x, __: hidden.append(x[0]))
+    with torch.no_grad():
+        dense(network, config, batch)
+    cost, each = batch.log_ratio, []
+    for i, mask in enumerate(batch.mask):
+        live = head.detach().clone().requires_grad_()
+        states = hidden[i][0][-1 - mask.shape[0] : -1]
+        logp = (states @ live.T / config.temperature).log_softmax(-1)
+        running, credit = 0.0, torch.zeros_like(cost[i])
+        for t in reversed(range(len(mask))):
+            running = float(cost[i, t]) + 0.5 * running if mask[t] else running
+            credit[t] = running * float(mask[t])
+        loss = (logp.gather(-1, batch.tokens[i][:, None])[:, 0] * credit).sum()
+        each.append(torch.autograd.grad(loss, live)[0].flatten())
+    prompts = torch.stack(each).view(4, 2, -1).mean(1)
+    want = float(prompts.var(0).sum()) * 2  # of 8 rollouts, two a prompt
+    error = 4 * row["gradient/noise/plain@0.5_sketch_se"]
+    assert row["gradient/noise/plain@0.5"] == pytest.approx(want, abs=error)
+    assert error < 2 * want
 
 
 def test_a_mask_takes_its_tokens_out_of_loss_and_denominator(tiny_pair, tmp_path: Path) -> None:
