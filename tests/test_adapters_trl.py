@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from diagnostics.adapters.trl import observe
+from diagnostics.adapters.trl_seams import prompt_numbers
 from diagnostics.monitor import Monitor
 
 trl = pytest.importorskip("trl")
@@ -259,6 +260,30 @@ def test_cadence_evaluation_and_what_is_put_back(pair: Any, tmp_path: Path) -> N
     with pytest.raises(RuntimeError, match="stop"), observe(trainer, Monitor()):
         raise RuntimeError("stop")
     assert not {"log", "_compute_loss"} & vars(trainer).keys()
+
+
+def test_evaluation_between_steps_is_not_measured(pair: Any, tmp_path: Path) -> None:
+    trainer = distillation(pair, tmp_path / "run")
+    trainer.eval_dataset = questions("prompt").select(range(3))
+    step = trainer.training_step
+
+    def evaluated_first(*args: Any) -> torch.Tensor:
+        trainer.evaluate()
+        trainer.model.train()
+        return step(*args)
+
+    trainer.training_step = evaluated_first
+    with observe(trainer, Monitor()) as rows:
+        trainer.train()
+    responses = [row["drift/tokens"] / row["collapse/length"] for row in rows]
+    assert responses == pytest.approx([4, 4])
+
+
+def test_a_prompt_is_the_same_whatever_its_padding() -> None:
+    tokens = torch.tensor([[0, 5, 6], [5, 6, 0], [9, 5, 6], [0, 5, 6]])
+    real = torch.tensor([[0, 1, 1], [1, 1, 0], [0, 1, 1], [1, 1, 1]])
+    numbers = prompt_numbers(tokens, real).tolist()
+    assert numbers[0] == numbers[1] == numbers[2] != numbers[3]
 
 
 def test_a_path_that_hides_the_logits_is_refused(pair: Any, tmp_path: Path) -> None:

@@ -130,6 +130,14 @@ def test_a_table_by_level(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "not computed: exact_divergence (the batch has no prefix functionals" in shown
 
 
+def test_a_column_belongs_to_the_longest_name_that_begins_it() -> None:
+    row = {"a": 1.0, "a_se": 2.0, "a_b": 3.0, "a_b@0-1_se": 4.0}
+    assert diagnose.grouped(row, {"a": 1, "a_b": 0}) == {
+        0: {"a_b": 3.0, "a_b@0-1_se": 4.0},
+        1: {"a": 1.0, "a_se": 2.0},
+    }
+
+
 def test_refusals(sampled, tmp_path: Path) -> None:
     models = ["--student", str(sampled.pair[0]), "--teacher", str(sampled.pair[1])]
     batch().save(tmp_path / "b.safetensors")

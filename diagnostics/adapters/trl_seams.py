@@ -122,7 +122,7 @@ def _from_hidden(watch: Watch, inputs: dict[str, Any], given: dict[str, Any]) ->
     return scored(
         tokens,
         mask,
-        prompt=_prompt_numbers(inputs["prompt_ids"], inputs["prompt_mask"]),
+        prompt=prompt_numbers(inputs["prompt_ids"], inputs["prompt_mask"]),
         ended=last_is_end(tokens, real.bool(), trainer.eos_token_ids),
         sampler_logp=None,
         who="DistillationTrainer",
@@ -201,7 +201,7 @@ def _from_logits(watch: Watch, inputs: dict[str, Any], given: dict[str, Any]) ->
     return scored(
         tokens,
         mask,
-        prompt=_prompt_numbers(inputs["prompts"], inputs["prompt_attention_mask"]),
+        prompt=prompt_numbers(inputs["prompts"], inputs["prompt_attention_mask"]),
         ended=last_is_end(tokens, mask, ends),
         sampler_logp=None,
         who="GKDTrainer",
@@ -249,7 +249,7 @@ def _from_logps(watch: Watch, inputs: dict[str, Any], student: Tensor) -> Scored
     return scored(
         inputs["completion_ids"],
         mask,
-        prompt=_prompt_numbers(inputs["prompt_ids"], inputs["prompt_mask"]),
+        prompt=prompt_numbers(inputs["prompt_ids"], inputs["prompt_mask"]),
         ended=last_is_end(inputs["completion_ids"], real, trainer.eos_token_ids),
         sampler_logp=sampler,
         who="GRPOTrainer",
@@ -261,7 +261,7 @@ def _from_logps(watch: Watch, inputs: dict[str, Any], student: Tensor) -> Scored
     )
 
 
-def _prompt_numbers(tokens: Tensor, mask: Tensor) -> Tensor:
+def prompt_numbers(tokens: Tensor, mask: Tensor) -> Tensor:
     """(B,) numbers, equal where the prompts (B, P) are, whatever their padding."""
     kept = mask.bool().cpu()
     ids = tokens.cpu()
