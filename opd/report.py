@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from diagnostics import rows
+from diagnostics.alarm_rules import RULES
+from diagnostics.alarms import replay
 from diagnostics.rows import Row
 from opd.diagnose import table as panel
 
@@ -128,40 +130,16 @@ def accuracy(row: dict[str, Any]) -> dict[str, str]:
 
 
 def alarms(run: Run) -> list[str]:
-    """What the record itself says is wrong, in words; thresholds are those of the metrics' docs."""
-    found = []
-    skipped = [row["step"] for row in run.rows if row.get("skipped")]
-    if skipped:
-        found.append(f"{len(skipped)} updates skipped (gradient not finite), first at {skipped[0]}")
-    sampled_whole = run.config.get("top_p", 1) == 1
-    for name, what in (
-        ("validity/z_H", "tokens were not drawn from the scored student"),
-        ("validity/z_K", "teacher scores depend on the sampled token as they must not"),
-    ):
-        values = [row[name] for row in run.rows if row.get(name) is not None]
-        # one z a step: their sum over the square root of the number is again standard normal
-        z = sum(values) / len(values) ** 0.5 if values else 0.0
-        if abs(z) > 4 and sampled_whole:
-            found.append(f"{name} = {z:.1f} over {len(values)} steps: {what}")
-    last = run.rows[-1] if run.rows else {}
-    for name, limit, what in (
-        ("collapse/truncated_share", 0.2, "responses run into the budget"),
-        ("collapse/repeated_share", 0.2, "tokens repeat an earlier 8-gram of their response"),
-        ("supervision/signal_top1_share", 0.5, "of the signal sits in 1 % of the tokens"),
-    ):
-        value = last.get(name)
-        if value is not None and value > limit:
-            found.append(f"{name}: {value:.0%} {what}")
-    return found
+    """What the record itself says is wrong, by the rules of `diagnostics.alarm_rules`."""
+    whole = run.config.get("top_p", 1) == 1  # a declared nucleus is a mismatch that is wanted
+    rules = [r for r in RULES if whole or r.name not in ("sampler_mismatch", "teacher_mismatch")]
+    return [str(alarm) for alarm in replay(run.rows, rules)]
 
 
 def alarm_list(runs: list[Run]) -> str:
     items = [(run.name, text) for run in runs for text in alarms(run)]
     if not items:
-        return (
-            "<p>No alarm from skipped updates, sampling validity, truncation, repetition or "
-            "concentration of the signal.</p>"
-        )
+        return f"<p>No alarm from {len(RULES)} rules.</p>"
     lines = [f"<li class='alarm'>{escape(name)}: {escape(text)}</li>" for name, text in items]
     return f"<ul>{''.join(lines)}</ul>"
 

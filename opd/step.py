@@ -70,9 +70,8 @@ def one_step(run: Run, step: int) -> Row:
     clock.append(time.perf_counter())
 
     row: Row = {"step": step}
-    row |= run.monitor(step, [scored], **numbers) | probed
-    if run.masks:
-        row |= read(audit(whole, run.masks))
+    removed = read(audit(whole, run.masks)) if run.masks else {}
+    row |= run.monitor(step, [scored], **numbers, **removed) | probed
     if due(step, config.batch_every):
         scored.save(run.folder / "batches" / f"step_{step:06d}.safetensors")
     clock.append(time.perf_counter())

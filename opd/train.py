@@ -12,6 +12,8 @@ import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from diagnostics import rows
+from diagnostics.alarms import Alarms
 from diagnostics.monitor import Monitor
 from diagnostics.rows import append
 from opd import checkpoint, runlog
@@ -41,6 +43,9 @@ def train(config: Config) -> Path:
         pair = make_pair(config)
         optimizer = adamw(pair.student.network.parameters(), config.betas, config.weight_decay)
         first = checkpoint.resume(folder, pair, optimizer, config.teacher == "ema")
+        alarms = Alarms()
+        for row in rows.read(folder / "rows.jsonl"):
+            alarms.update(row)  # one that was on stays on
         run = Run(
             config=config,
             folder=folder,
@@ -50,7 +55,7 @@ def train(config: Config) -> Path:
             objective=objective,
             masks=resolve(config.mask, pair.tokenizer, pair.eos),
             optimizer=optimizer,
-            monitor=Monitor(),
+            monitor=Monitor(alarms=alarms),
         )
         with open_loggers(config.loggers, folder, to_json(config)) as log:
             take_steps(run, first, log)
@@ -159,6 +164,8 @@ def take_steps(run: Run, first: int, log: Log) -> None:
         row = one_step(run, step)
         append(folder / "rows.jsonl", row)
         log(step, row)
+        for alarm in run.monitor.raised:
+            tqdm.write(str(alarm), file=sys.stderr)
         if row["skipped"]:
             tqdm.write(
                 f"step {step}: {row['skipped']:.0f} of {config.updates} updates skipped, their "

@@ -129,19 +129,21 @@ def test_the_report_holds_the_numbers_and_stands_alone(runs: list[Path], tmp_pat
     row = gains(training_table([*runs, unfinished])).iloc[1]
     assert f"{row['gain']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]" in page
     assert "5 of 12, unfinished" in page
-    assert "40% responses run into the budget" in page
     assert "commit abc &lt;think&gt;" in page
     assert not re.search(r"<(script|link|img)|(src|href)=.http|url\(http", page)
     assert page.count("<svg") == 1
-    assert not [text for text in report.alarms(report.read_run(runs[0])) if "z_H" in text]
+    assert not [x for x in report.alarms(report.read_run(runs[0])) if "sampler_mismatch" in x]
 
 
 def test_alarms_follow_the_record(runs: list[Path], tmp_path: Path) -> None:
     run = report.read_run(runs[0])
-    biased = [row | {"validity/z_H": 2.0, "skipped": int(row["step"] == 3)} for row in run.rows]
+    biased = [row | {"validity/z_H": 2.0, "skipped": int(row["step"] > 2)} for row in run.rows]
     texts = report.alarms(report.Run(run.name, run.config, run.code, biased, run.evals))
-    assert any("validity/z_H = 6.9 over 12 steps" in text for text in texts)
-    assert any("1 updates skipped" in text and "first at 3" in text for text in texts)
+    # 2 sqrt(n) passes 5 with the seventh row
+    assert any(text.startswith("step 6, sampler_mismatch") for text in texts)
+    assert any("skipped" in text for text in texts)
+    nucleus = report.Run(run.name, run.config | {"top_p": 0.9}, run.code, biased, run.evals)
+    assert not any("sampler_mismatch" in text for text in report.alarms(nucleus))
 
 
 def test_wrong_requests_name_the_value(tmp_path: Path, runs: list[Path]) -> None:
