@@ -69,7 +69,7 @@ class Config:
     ratio: str = "none"
     """Name in opd.credit.RATIOS: student over sampler."""
     ratio_clip: float | None = None
-    """Nats within which the sampled tokens' costs are held."""
+    """Nats within which log-ratios are held: sampled costs, and those of a reverse KL."""
     ppo_clip: tuple[float, float, float] | None = None
     """Lower, upper and dual clip of sampled_token_clipped; 0.2, 0.2, 3 if not given."""
     outcome: float = 0.0

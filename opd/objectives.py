@@ -56,7 +56,7 @@ from opd.reduction import (
     sequence_sum,
     token_mean,
 )
-from opd.surrogates import nothing, plain_score
+from opd.surrogates import LIMITED, nothing, plain_score
 
 __all__ = [
     "COLLAPSING",
@@ -105,7 +105,8 @@ def make(
       name: in OBJECTIVES. gamma: discount of later costs. baseline, ratio: in `opd.credit`.
       beta: of full_jsd, 0.5 if None. clip: (low, high, dual) of sampled_token_clipped, its own
         if None.
-      ratio_clip: nats within which the sampled tokens' costs are held (`clipped_cost`).
+      ratio_clip: nats within which the sampled tokens' costs are held (`clipped_cost`), and the
+        log-ratios of a reverse KL on a support or on the whole vocabulary.
       outcome: weight of the reward, outcome * E[reward] taken from what is minimised. Any objective
         takes one: its own score function carries it, or a plain one where it has none, with an
         `advantage` of `opd.credit.ADVANTAGES`.
@@ -193,18 +194,21 @@ def _baseline(name: str, made: Objective, baseline: str) -> Callable[[Scored, Te
 
 
 def _limited(name: str, made: Objective, limit: float) -> Objective:
-    """The objective with its sampled costs clipped."""
+    """The objective with its sampled costs, and the log-ratios of its local part, clipped."""
     if not limit > 0:
         raise ValueError(f"ratio_clip is {limit}; it must be a positive number of nats")
     later = made.later is sampled_cost and made.gamma > 0
-    if made.own is not sampled_cost and not later:
+    form: Callable[..., Tensor] = made.local
+    inside = form in LIMITED
+    if made.own is not sampled_cost and not later and not inside:
         raise ValueError(
-            f"{name} at gamma = {made.gamma} has no sampled cost in its credit; ratio_clip = "
-            f"{limit} would have no effect"
+            f"{name} at gamma = {made.gamma} has no sampled cost in its credit and no log-ratio "
+            f"that can be clipped; ratio_clip = {limit} would have no effect"
         )
     cost = partial(clipped_cost, limit=limit)
     return replace(
         made,
+        local=partial(form, limit=limit) if inside else form,
         own=cost if made.own is sampled_cost else made.own,
         later=cost if made.later is sampled_cost else made.later,
     )

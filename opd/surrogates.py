@@ -46,18 +46,21 @@ class Visited:
 # --- divergences --------------------------------------------------------------------------------
 
 
-def reverse_kl(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
+def reverse_kl(student_logp: Tensor, teacher_logp: Tensor, limit: float = math.inf) -> Tensor:
     """sum_v p (log p - log q) over the last axis; KL(student || teacher) if both sum to 1 there.
 
     Args:
       student_logp: (..., K) with gradient, both in the weight and in the log.
       teacher_logp: (..., K); no gradient flows through it.
+      limit: nats within which each log-ratio is held; beyond, the log passes no gradient on and
+        only the weight does. No divergence any more: it can be negative.
 
     Returns:
       (...) exact; an id with p = 0 contributes 0.
     """
     p = student_logp.exp()
-    term = p * (student_logp - teacher_logp.detach())
+    ratio = student_logp - teacher_logp.detach()
+    term = p * (ratio if limit == math.inf else ratio.clamp(-limit, limit))
     return torch.where(p > 0, term, torch.zeros_like(term)).sum(-1)
 
 
@@ -152,9 +155,9 @@ def importance(at: Visited) -> Tensor:
 # --- local surrogates ---------------------------------------------------------------------------
 
 
-def full_reverse(at: Visited) -> Tensor:
+def full_reverse(at: Visited, limit: float = math.inf) -> Tensor:
     """KL(p || q) on the whole vocabulary."""
-    return reverse_kl(*pair(at))
+    return reverse_kl(*pair(at), limit)
 
 
 def full_forward(at: Visited) -> Tensor:
@@ -167,31 +170,32 @@ def full_mixture(at: Visited, beta: float) -> Tensor:
     return jensen_shannon(*pair(at), beta)
 
 
-def renormalised(at: Visited) -> Tensor:
+def renormalised(at: Visited, limit: float = math.inf) -> Tensor:
     """KL of both sides renormalised on the support S.
 
     Logit gradient p'_v (log p'_v/q'_v - KL(p' || q')) on S, exactly 0 outside: blind to how much
     mass either model has outside S, the more so the smaller p(S).
     """
-    return reverse_kl(*map(renormalise, pair(at)))
+    ours, theirs = pair(at)
+    return reverse_kl(renormalise(ours), renormalise(theirs), limit)
 
 
-def renormalised_and_sampled(at: Visited) -> Tensor:
+def renormalised_and_sampled(at: Visited, limit: float = math.inf) -> Tensor:
     """The same on S and the sampled token."""
     ours, theirs = pair(at)
     outside = ~inside_support(at)
     ours = torch.cat([ours, _where(outside, sampled_logp(at))[..., None]], -1)
     theirs = torch.cat([theirs, _where(outside, at.teacher_logp.detach())[..., None]], -1)
-    return reverse_kl(renormalise(ours), renormalise(theirs))
+    return reverse_kl(renormalise(ours), renormalise(theirs), limit)
 
 
-def unnormalised(at: Visited) -> Tensor:
+def unnormalised(at: Visited, limit: float = math.inf) -> Tensor:
     """sum_S p log p/q, differentiated as it stands: it collapses.
 
     Its gradient holds grad p(S) besides the head's, so that descent pushes the student out of S;
     the minimum has p(S) = q(S)/e. (arXiv 2605.11182.)
     """
-    return reverse_kl(*pair(at))
+    return reverse_kl(*pair(at), limit)
 
 
 def stopped(at: Visited) -> Tensor:
@@ -235,6 +239,9 @@ def low_variance(at: Visited) -> Tensor:
 
 READS_SAMPLE = (renormalised_and_sampled, sampled_tail, published_tail, half_square, low_variance)
 """The local surrogates that look at the sampled token's log-probability."""
+
+LIMITED = (full_reverse, renormalised, renormalised_and_sampled, unnormalised)
+"""The local surrogates whose log-ratios can be held within a `limit`."""
 
 RENORMALISING = (renormalised, renormalised_and_sampled)
 """The local surrogates that do not change with a constant added to all log-probabilities."""

@@ -57,11 +57,11 @@ CREDIT = {
 }
 SURROGATES = {
     "live weight": ("return logp * weight.detach()", "return logp * weight"),
-    "live teacher": ("(student_logp - teacher_logp.detach())", "(student_logp - teacher_logp)"),
+    "live teacher": ("student_logp - teacher_logp.detach()", "student_logp - teacher_logp"),
     "sign of the surrogate": ("return logp * weight.detach()", "return -logp * weight.detach()"),
     "direction of the divergence": (
-        "p = student_logp.exp()\n    term",
-        "p = teacher_logp.exp()\n    term",
+        "p = student_logp.exp()\n    ratio",
+        "p = teacher_logp.exp()\n    ratio",
     ),
     "direction of the forward divergence": (
         "q = theirs.exp()\n    term",

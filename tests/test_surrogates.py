@@ -115,6 +115,47 @@ def test_every_form_on_every_support_is_the_dense_one(source: str, form: str) ->
     assert empty or source != "intersection", "no empty support among the cases"
 
 
+@pytest.mark.parametrize("limit", [0.3, 1.0, 50.0])
+@pytest.mark.parametrize(
+    "name", ["teacher_topk", "student_topk_and_sampled", "teacher_topk_unnormalised", "full"]
+)
+def test_clipped_log_ratios_by_a_loop_over_ids(name: str, limit: float) -> None:
+    """Beyond the limit an id weighs p * limit and its log passes no gradient on."""
+    student, teacher = logits()
+    y, live = sampled(), student.clone().requires_grad_()
+    p, q = live.log_softmax(-1), teacher.log_softmax(-1)
+    source = name.split("_")[0]
+    ids = torch.arange(V).expand(N, V) if source == "full" else chosen(source, 4)[0]
+    total = torch.zeros((), dtype=torch.float64)
+    for n in range(N):
+        some = sorted({*ids[n].tolist(), *([int(y[n])] if "sampled" in name else [])})
+        ours, theirs = p[n, some], q[n, some]
+        if "unnormalised" not in name:
+            ours, theirs = ours - ours.logsumexp(0), theirs - theirs.logsumexp(0)
+        for a, b in zip(ours, theirs, strict=True):
+            r = a - b
+            far = abs(float(r.detach())) > limit
+            total = total + a.exp() * (math.copysign(limit, float(r.detach())) if far else r)
+    (want,) = torch.autograd.grad(total, live)
+    made = o.make(
+        "full_reverse_kl" if source == "full" else name,
+        ratio_clip=limit,
+        collapse_accepted="unnormalised" in name,
+    )
+    p = live.log_softmax(-1)
+    at = Visited(
+        logp=p.gather(-1, y[:, None])[:, 0],
+        credit=torch.zeros(N, dtype=torch.float64),
+        teacher_logp=q.gather(-1, y[:, None])[:, 0],
+        support_logp=p.gather(-1, ids),
+        teacher_support_logp=q.gather(-1, ids),
+        inside=(ids == y[:, None]).any(-1),
+    )
+    loss = made.surrogate(at).sum()
+    torch.testing.assert_close(loss, total)
+    torch.testing.assert_close(torch.autograd.grad(loss, live)[0], want)
+
+
 @pytest.mark.parametrize("form", [f for f in o.FORMS if "sampled" not in f and "tail" not in f])
 def test_no_id_at_all_gives_no_loss_and_no_gradient(form: str) -> None:
     ids, _ = chosen("teacher", 3)
