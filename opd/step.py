@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import Rollouts, Scored
-from diagnostics.collapse import length
+from diagnostics.collapse import length, length_quantiles
 from diagnostics.monitor import Monitor
 from diagnostics.rows import Row
 from diagnostics.totals import read
@@ -74,7 +74,7 @@ def one_step(run: Run, step: int) -> Row:
     removed = read(audit(whole, run.masks)) if run.masks else {}
     row |= run.monitor(step, [scored], **numbers, **removed) | probed
     if run.masks:  # a response is as long as it was sampled, whatever is supervised of it
-        row |= read(length(whole))
+        row |= read(length(whole) | length_quantiles(whole))
     if due(step, config.batch_every):
         scored.save(run.folder / "batches" / f"step_{step:06d}.safetensors")
     clock.append(time.perf_counter())

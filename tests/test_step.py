@@ -262,6 +262,7 @@ def test_a_mask_takes_its_tokens_out_of_loss_and_denominator(tiny_pair, tmp_path
     row = rows(folder)[0]
     assert row["loss"] == pytest.approx(float(some.prefix.reverse_kl[kept].mean()), rel=1e-4)
     assert row["collapse/length"] == pytest.approx(float(some.mask.sum(1).double().mean()))
+    assert row["collapse/lengths_q50"] == rows(plain)[0]["collapse/lengths_q50"]
     share = 1 - float(kept.sum() / some.mask.sum())
     assert row["mask/all/tokens"] == pytest.approx(share, rel=1e-5)
     assert f"id:{token}" in load(folder / "batches" / "step_000000.safetensors").mask_rule
