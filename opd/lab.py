@@ -1,9 +1,14 @@
-"""The lab pair: a teacher and a weaker student, made from nothing on a verifiable task.
+"""The lab: teachers and a weaker student, made from nothing on verifiable tasks.
 
-Two causal language models with one tokenizer, trained by next-token prediction on worked solutions
-of `opd.problems`, right ones for the teacher and careless ones for the smaller student, saved as
-ordinary Hugging Face folders. Minutes on two CPU cores, one for each model; the same settings give
-the same bits on the same machine, and a pair is built only once.
+Causal language models with one tokenizer, trained by next-token prediction on worked solutions of
+`opd.problems` and `opd.sorting`, right ones for a teacher and careless ones for the smaller
+student, saved as ordinary Hugging Face folders. Minutes on two CPU cores, one for each model; the
+same settings give the same bits on the same machine, and a lab is built only once.
+
+The default lab is a teacher and a student that write alike. The `strangers` lab has what goes wrong
+in practice, on purpose: a student of two tasks that spells its tags and ends with <|im_end|>, a
+teacher of the first task whose tags are special tokens and whose end is <|endoftext|>, a teacher of
+the second that writes as the student does, and loops that all of them have seen.
 """
 
 import argparse
@@ -12,13 +17,14 @@ import json
 import math
 import random
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opd.problems import careless as careless_solution
-from opd.problems import problems
+from opd import problems, sorting
+from opd.habits import UNLABELLED, Habit, written
 from opd.runlog import whole_folder, write_text
 
 if TYPE_CHECKING:
@@ -36,7 +42,8 @@ TEMPLATE = (
 class Recipe:
     """One model: its size, how long it is taught, and what it learns from.
 
-    careless: probability of a slip in each result of the solutions.
+    careless: probability of a slip in each result of the solutions; tasks: names in TASKS, equally
+    often; habit: how it writes.
     """
 
     layers: int
@@ -45,16 +52,63 @@ class Recipe:
     batch: int
     lr: float
     careless: float = 0.0
+    tasks: tuple[str, ...] = ("chain",)
+    habit: Habit = Habit()
+
+
+TASKS = {"chain": problems, "sort": sorting}
+"""Modules with `problems(split, count, seed)` and `careless(prompt, rate, generator)`."""
 
 
 @dataclass(frozen=True)
 class LabConfig:
-    """Both models and the seed; the cache is keyed by all of it."""
+    """The models and the seed; the cache is keyed by all of it."""
 
     teacher: Recipe = Recipe(layers=2, width=128, steps=700, batch=24, lr=3e-3)
     student: Recipe = Recipe(layers=2, width=96, steps=700, batch=24, lr=3e-3, careless=0.06)
+    sort_teacher: Recipe | None = None
     seed: int = 0
     held_out: int = 512
+
+    @property
+    def models(self) -> dict[str, Recipe]:
+        """Folder name to recipe."""
+        named = {"teacher": self.teacher, "student": self.student}
+        return named if self.sort_teacher is None else named | {"sort-teacher": self.sort_teacher}
+
+
+def strangers_config() -> LabConfig:
+    """Models that write in different ways, with two tasks and a teacher for each."""
+    spelled = Habit(tag="spelled", loops=0.01, foreign=0.02)
+    return LabConfig(
+        teacher=Recipe(
+            layers=2,
+            width=128,
+            steps=1200,
+            batch=24,
+            lr=3e-3,
+            habit=Habit(end="<|endoftext|>", read=0.5, loops=0.002),
+        ),
+        student=Recipe(
+            layers=2,
+            width=96,
+            steps=1200,
+            batch=24,
+            lr=3e-3,
+            careless=0.06,
+            tasks=("chain", "sort"),
+            habit=spelled,
+        ),
+        sort_teacher=Recipe(
+            layers=2,
+            width=96,
+            steps=1200,
+            batch=24,
+            lr=3e-3,
+            tasks=("sort",),
+            habit=dataclasses.replace(spelled, loops=0.002),
+        ),
+    )
 
 
 def tiny_config() -> LabConfig:
@@ -85,9 +139,11 @@ def build(folder: Path, config: LabConfig, jobs: int = 1) -> tuple[Path, Path]:
                 f"{folder} holds a pair of other settings ({what}); choose another --out"
             )
         return folder / "student", folder / "teacher"
-    names = ("teacher", "student")
+    names = list(config.models)
     work = (joblib.delayed(build_one)(folder, config, *cell) for cell in enumerate(names))
     found = dict(zip(names, joblib.Parallel(n_jobs=jobs)(work), strict=True))
+    if "sort" in config.student.tasks:
+        write_problems(folder / "sort.jsonl")
     write_text(record, json.dumps({"settings": settings, **found}, indent=1))
     return folder / "student", folder / "teacher"
 
@@ -102,21 +158,32 @@ def build_one(folder: Path, config: LabConfig, offset: int, name: str) -> dict[s
     # the same sums in the same order, whatever runs beside
     torch.set_num_threads(1)
     try:
-        network = teach(getattr(config, name), derive_seed(config.seed, offset), name, offset)
+        recipe = config.models[name]
+        network = teach(recipe, derive_seed(config.seed, offset), name, offset)
         with whole_folder(folder / name) as part:
             network.save_pretrained(part)
-            make_tokenizer().save_pretrained(part)
-        found = held_out(folder / name, config.held_out)
+            make_tokenizer(recipe.habit.end).save_pretrained(part)
+        found = held_out(folder / name, recipe.tasks, config.held_out)
     finally:
         torch.set_num_threads(threads)
-    found["seconds"] = round(time.perf_counter() - start, 1)
-    line = "{accuracy:.3f} [{low:.3f}, {high:.3f}] on {problems} held-out problems, {seconds} s"
-    print(f"{name}: accuracy {line.format(**found)}", file=sys.stderr)
-    return found
+    seconds = round(time.perf_counter() - start, 1)
+    line = "{accuracy:.3f} [{low:.3f}, {high:.3f}] on {problems} held-out problems"
+    for task, numbers in found.items():
+        print(f"{name}: {task} accuracy {line.format(**numbers)}", file=sys.stderr)
+    return {"tasks": found, "seconds": seconds}
 
 
-def make_tokenizer() -> Any:
-    """One token a byte, and the special tokens, with a chat template.
+def write_problems(path: Path, count: int = 6000) -> None:
+    """The second task as data: training and test problems, which the trainer splits by content."""
+    rows = [
+        json.dumps({"prompt": p.prompt, "answer": p.answer, "grader": "lab"})
+        for p in sorting.problems("train", count, seed=0)
+    ]
+    write_text(path, "\n".join(rows) + "\n")
+
+
+def make_tokenizer(end: str = "<|im_end|>") -> Any:
+    """One token a byte, and the special tokens, with a chat template; `end` ends a response.
 
     A Qwen2Tokenizer, because that is what AutoTokenizer makes of any tokenizer beside a Qwen2
     model: another kind would come back from disk splitting text in another way.
@@ -128,10 +195,10 @@ def make_tokenizer() -> Any:
     tokenizer = Qwen2Tokenizer(
         vocab={name: i for i, name in enumerate(names)},
         merges=[],
-        eos_token="<|im_end|>",
+        eos_token=end,
         pad_token="<|endoftext|>",
         unk_token=None,
-        additional_special_tokens=["<|im_start|>", "<think>", "</think>"],
+        additional_special_tokens=["<|im_start|>", "<|im_end|>", "<think>", "</think>"],
     )
     tokenizer.chat_template = TEMPLATE
     return tokenizer
@@ -142,14 +209,14 @@ def teach(recipe: Recipe, seed: int, name: str, place: int = 0) -> Any:
     import torch
     from tqdm import tqdm
 
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(recipe.habit.end)
     network = new_model(recipe, len(tokenizer), seed, tokenizer)
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.01
     )
     bar = tqdm(range(recipe.steps), desc=f"teach {name}", position=place, disable=None)
     for step in bar:
-        ids, labels = examples(tokenizer, recipe.batch, derive_seed(seed, step), recipe.careless)
+        ids, labels = examples(tokenizer, recipe, derive_seed(seed, step))
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * schedule(step, recipe.steps)
         loss = network(input_ids=ids, labels=labels).loss
@@ -182,27 +249,38 @@ def new_model(recipe: Recipe, vocabulary: int, seed: int, tokenizer: Any) -> Any
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Qwen2ForCausalLM(config)
+        network = Qwen2ForCausalLM(config)
+    if recipe.habit.foreign or recipe.habit.read:  # it knows both ends
+        both = [tokenizer.eos_token, recipe.habit.other.end]
+        network.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(both)
+    return network
 
 
 def examples(
-    tokenizer: Any, count: int, seed: int, careless: float = 0.0
+    tokenizer: Any, recipe: Recipe, seed: int
 ) -> "tuple[torch.Tensor, torch.Tensor]":
     """(B, L) ids and labels of worked problems, padded right; only responses are labelled."""
     import torch
 
     rows, generator = [], random.Random(seed)
-    for problem in problems("train", count, seed):
-        message = [{"role": "user", "content": problem.prompt}]
-        prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-        response = careless_solution(problem.prompt, careless, generator) + tokenizer.eos_token
-        rows.append([tokenizer.encode(text) for text in (prompt, response)])
-    width = max(len(p) + len(r) for p, r in rows)
-    ids = torch.full((count, width), tokenizer.pad_token_id)
-    labels = torch.full((count, width), -100)
-    for i, (p, r) in enumerate(rows):
-        ids[i, : len(p) + len(r)] = torch.tensor(p + r)
-        labels[i, len(p) : len(p) + len(r)] = torch.tensor(r)
+    share = recipe.batch // len(recipe.tasks)
+    for name in recipe.tasks:
+        task = TASKS[name]
+        for problem in task.problems("train", share, seed):
+            message = [{"role": "user", "content": problem.prompt}]
+            prompt = tokenizer.apply_chat_template(
+                message, add_generation_prompt=True, tokenize=False
+            )
+            solution = task.careless(problem.prompt, recipe.careless, generator)
+            ids, labels = written(tokenizer, solution, recipe.habit, generator)
+            rows.append((tokenizer.encode(prompt), ids, labels))
+    width = max(len(prompt) + len(response) for prompt, response, _ in rows)
+    ids = torch.full((len(rows), width), tokenizer.pad_token_id)
+    labels = torch.full((len(rows), width), UNLABELLED)
+    for i, (prompt, response, known) in enumerate(rows):
+        end = len(prompt) + len(response)
+        ids[i, :end] = torch.tensor(prompt + response)
+        labels[i, len(prompt) : end] = torch.tensor(known)
     return ids, labels
 
 
@@ -220,32 +298,48 @@ def derive_seed(*words: int) -> int:
     return derive(*words)
 
 
-def held_out(model: Path, count: int) -> dict[str, Any]:
-    """Held-out accuracy of a saved model at temperature 1, with its interval."""
+def held_out(model: Path, tasks: tuple[str, ...], count: int) -> dict[str, Any]:
+    """Accuracy of a saved model at temperature 1 on held-out problems of each task."""
     from opd.evaluate import evaluate_folder
 
-    found = evaluate_folder(
-        str(model),
-        "lab",
-        device="cpu",
-        problems=count,
-        max_prompt=64,
-        max_response=192,
-        temperature=1.0,
-        seed=0,
-    )
-    return {k: v for k, v in found.items() if k != "outcomes"}
+    found = {}
+    for name in tasks:
+        with tempfile.TemporaryDirectory() as place:
+            source = "lab"
+            if name != "chain":
+                source = f"{place}/{name}.jsonl"
+                write_problems(Path(source))
+            numbers = evaluate_folder(
+                str(model),
+                source,
+                device="cpu",
+                problems=count,
+                max_prompt=64,
+                max_response=208,
+                temperature=1.0,
+                seed=0,
+            )
+        found[name] = {k: v for k, v in numbers.items() if k != "outcomes"}
+    return found
 
 
 def main(argv: list[str]) -> None:
-    """`opd lab [--out DIR] [--seed N] [--tiny]`."""
+    """`opd lab [--out DIR] [--seed N] [--tiny | --strangers]`."""
     parser = argparse.ArgumentParser(prog="opd lab", description=__doc__)
-    parser.add_argument("--out", default=None, help="folder (default: lab, or lab-tiny)")
+    parser.add_argument("--out", help="folder (default: lab, lab-tiny or lab-strangers)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tiny", action="store_true", help="seconds instead of minutes")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--tiny", action="store_true", help="seconds instead of minutes")
+    which.add_argument(
+        "--strangers", action="store_true", help="models that write in different ways, two tasks"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="1 builds one after the other")
     given = parser.parse_args(argv)
-    config = dataclasses.replace(tiny_config() if given.tiny else LabConfig(), seed=given.seed)
-    folder = Path(given.out or ("lab-tiny" if given.tiny else "lab"))
+    config, name = LabConfig(), "lab"
+    if given.tiny:
+        config, name = tiny_config(), "lab-tiny"
+    if given.strangers:
+        config, name = strangers_config(), "lab-strangers"
+    config, folder = dataclasses.replace(config, seed=given.seed), Path(given.out or name)
     student, teacher = build(folder, config, given.jobs)
     print(f"student: {student}\nteacher: {teacher}")

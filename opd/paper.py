@@ -1,0 +1,101 @@
+"""`opd paper`: the paper's comparisons on models made for them, every cell an ordinary run folder.
+
+Student and teachers are the `strangers` of `opd.lab`. A cell is a method with a seed; run folders
+lie in ROOT/GROUP/METHOD-SEED, a finished one is kept, a killed one goes on where it was. The seed
+is that of prompts and noise; the models are the same in every cell. `opd figures` draws the
+comparisons from a table of these folders.
+"""
+
+import argparse
+import concurrent.futures
+import itertools
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from opd.demo import command
+
+MASK = ("--mask", "string:<think>", "string:</think>", "token:<|im_end|>")
+SAMPLED = ("--objective", "sampled_token_clipped")
+NUCLEUS = ("--top-p", "0.9")
+LOCAL = ("--objective", "teacher_topk", *NUCLEUS)
+
+METHODS: dict[str, tuple[str, ...]] = {
+    "sampled": SAMPLED,
+    "sampled_mask": (*SAMPLED, *MASK),
+    "lsm": LOCAL,
+    "lsm_mask": (*LOCAL, *MASK),
+    "sampled_top_p": (*SAMPLED, *NUCLEUS),
+    "sampled_mask_top_p": (*SAMPLED, *MASK, *NUCLEUS),
+    "lsm_whole": ("--objective", "teacher_topk"),
+    "lsm_unnormalised": (
+        "--objective",
+        "teacher_topk_unnormalised",
+        "--collapse-accepted",
+        *NUCLEUS,
+    ),
+    "v2_student_and_sampled": ("--objective", "student_topk_and_sampled", *NUCLEUS),
+    "v3_teacher_and_sampled": ("--objective", "teacher_topk_and_sampled", *NUCLEUS),
+    "v4_student_tail": (
+        "--objective",
+        "student_topk_published_tail",
+        "--collapse-accepted",
+        *NUCLEUS,
+    ),
+    "v5_teacher_tail": (
+        "--objective",
+        "teacher_topk_published_tail",
+        "--collapse-accepted",
+        *NUCLEUS,
+    ),
+    "lsm_k2": (*LOCAL, "--support-k", "2"),
+    "lsm_k4": (*LOCAL, "--support-k", "4"),
+    "lsm_k16": (*LOCAL, "--support-k", "16"),
+    "lsm_top_p_0.8": ("--objective", "teacher_topk", "--top-p", "0.8"),
+}
+"""Method to its settings; K is 8 where none is given, of a vocabulary of 261."""
+
+SHARED = (
+    *("--prompts-per-step", "24", "--group-size", "2", "--updates", "2"),
+    *("--max-prompt", "64", "--max-response", "192", "--support-k", "8"),
+    *("--steps", "30", "--lr", "2e-4", "--warmup", "0", "--betas", "0.9", "0.999"),
+    *("--eval-every", "15", "--eval-problems", "192"),
+    *("--save-every", "15", "--batch-every", "10"),
+)
+"""Two optimizer steps on the rollouts of a step, no warm-up, and a token mean, as in the paper."""
+
+
+def main(argv: list[str]) -> None:
+    """`opd paper [GROUP ...] [--methods M ...] [--seeds N] [--jobs N] [--root DIR] [--lab DIR]`."""
+    parser = argparse.ArgumentParser(
+        prog="opd paper", description="train every method of the paper's comparisons"
+    )
+    add = parser.add_argument
+    add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
+    add("--seeds", type=int, default=5)
+    add("--jobs", type=int, default=2, help="runs side by side, one thread each")
+    add("--root", type=Path, default=Path("results/paper"))
+    add("--lab", type=Path, default=Path("lab-strangers"), help="made if it is not there")
+    given = parser.parse_args(argv)
+    command("lab", "--strangers", "--out", given.lab)
+    cells = [(method, seed) for seed, method in itertools.product(range(given.seeds), given.methods)]
+
+    def run(cell: tuple[str, int]) -> Path:
+        method, seed = cell
+        folder = given.root / "single" / f"{method}-{seed}"
+        models = ("--student", given.lab / "student", "--teacher", given.lab / "teacher")
+        how = (*SHARED, *METHODS[method], "--seed", seed)
+        command("train", "lab", *models, *how, "--out", folder, threads=1)
+        return folder
+
+    failed: list[str] = []
+    with concurrent.futures.ThreadPoolExecutor(given.jobs) as pool:
+        waiting = {pool.submit(run, cell): "{}-{}".format(*cell) for cell in cells}
+        done = concurrent.futures.as_completed(waiting)
+        for one in tqdm(done, total=len(cells), desc="paper", unit="run", disable=None):
+            if one.exception() is not None:
+                failed.append(f"{waiting[one]}: {one.exception()}")
+                print(failed[-1], file=sys.stderr)
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(cells)} runs failed; the same command resumes")
