@@ -6,7 +6,7 @@ Shapes: every per-token quantity is (B, T).
 
 from torch import Tensor
 
-from diagnostics.access import prefix_of
+from diagnostics.access import Missing, prefix_of
 from diagnostics.batch import Scored
 from diagnostics.histograms import Quantiles
 from diagnostics.moments import EffectiveSize
@@ -22,9 +22,16 @@ def martingales(batch: Scored) -> dict[str, Total]:
     Access: L2 (z_H needs the student alone). Source: derived, martingale central limit theorem.
     Healthy: both about N(0, 1), so |z| < 4. z_H fires on top-p, temperature, stale weights and a
     shifted mask, negative where likely tokens are overrepresented; z_K on faults of the teacher's
-    scores that go with the sampled token. A fixed fault
-    grows as the square root of the number of tokens.
+    scores that go with the sampled token. A fixed fault grows as the square root of the number of
+    tokens. Rollouts that are declared to come from another distribution than the scored softmax
+    (top_p below 1, another temperature) would fail both by right, and are not tested.
     """
+    if batch.top_p < 1 or batch.temperature != batch.score_temperature:
+        raise Missing(
+            f"the rollouts were drawn with top_p {batch.top_p:g} at temperature "
+            f"{batch.temperature:g} and scored whole at {batch.score_temperature:g}; a test of one "
+            "against the other needs them equal"
+        )
     prefix, mask = prefix_of(batch), batch.mask
     entropy, kl = prefix.student_entropy, prefix.reverse_kl
     # Differences of squares: a one-point distribution may come out below 0 by rounding.

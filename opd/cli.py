@@ -11,6 +11,7 @@ COMMANDS = {
     "demo": ("opd.demo", "the whole house: study, lab pair, two objectives, figures"),
     "study": ("synthetic.run", "exact synthetic studies: list, run NAME|all"),
     "lab": ("opd.lab", "build the lab pair, a teacher and a weaker student, from nothing"),
+    "paper": ("opd.paper", "train every method of the paper's comparisons, several seeds each"),
     "doctor": ("opd.doctor", "pre-flight: what about a student and a teacher would go wrong"),
     "train": ("opd.cli:train", "distil a teacher into a student: RECIPE [--field value]"),
     "eval": ("opd.cli:evaluate", "accuracy of a model on held-out problems, with an interval"),
