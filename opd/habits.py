@@ -43,6 +43,9 @@ class Habit:
         )
 
 
+PLAIN = Habit()
+
+
 def written(
     tokenizer: Any, solution: str, habit: Habit, generator: random.Random
 ) -> tuple[list[int], list[int]]:

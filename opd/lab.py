@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd import problems, sorting
-from opd.habits import UNLABELLED, Habit, written
+from opd.habits import PLAIN, UNLABELLED, Habit, written
 from opd.runlog import whole_folder, write_text
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Recipe:
     lr: float
     careless: float = 0.0
     tasks: tuple[str, ...] = ("chain",)
-    habit: Habit = Habit()
+    habit: Habit = PLAIN
 
 
 TASKS = {"chain": problems, "sort": sorting}
@@ -256,9 +256,7 @@ def new_model(recipe: Recipe, vocabulary: int, seed: int, tokenizer: Any) -> Any
     return network
 
 
-def examples(
-    tokenizer: Any, recipe: Recipe, seed: int
-) -> "tuple[torch.Tensor, torch.Tensor]":
+def examples(tokenizer: Any, recipe: Recipe, seed: int) -> "tuple[torch.Tensor, torch.Tensor]":
     """(B, L) ids and labels of worked problems, padded right; only responses are labelled."""
     import torch
 
@@ -272,8 +270,9 @@ def examples(
                 message, add_generation_prompt=True, tokenize=False
             )
             solution = task.careless(problem.prompt, recipe.careless, generator)
-            ids, labels = written(tokenizer, solution, recipe.habit, generator)
-            rows.append((tokenizer.encode(prompt), ids, labels))
+            rows.append(
+                (tokenizer.encode(prompt), *written(tokenizer, solution, recipe.habit, generator))
+            )
     width = max(len(prompt) + len(response) for prompt, response, _ in rows)
     ids = torch.full((len(rows), width), tokenizer.pad_token_id)
     labels = torch.full((len(rows), width), UNLABELLED)

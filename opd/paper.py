@@ -67,7 +67,7 @@ SHARED = (
 
 
 def main(argv: list[str]) -> None:
-    """`opd paper [GROUP ...] [--methods M ...] [--seeds N] [--jobs N] [--root DIR] [--lab DIR]`."""
+    """`opd paper [--methods M ...] [--seeds N] [--jobs N] [--root DIR] [--lab DIR]`."""
     parser = argparse.ArgumentParser(
         prog="opd paper", description="train every method of the paper's comparisons"
     )
@@ -79,10 +79,10 @@ def main(argv: list[str]) -> None:
     add("--lab", type=Path, default=Path("lab-strangers"), help="made if it is not there")
     given = parser.parse_args(argv)
     command("lab", "--strangers", "--out", given.lab)
-    cells = [(method, seed) for seed, method in itertools.product(range(given.seeds), given.methods)]
+    cells = list(itertools.product(range(given.seeds), given.methods))
 
-    def run(cell: tuple[str, int]) -> Path:
-        method, seed = cell
+    def run(cell: tuple[int, str]) -> Path:
+        seed, method = cell
         folder = given.root / "single" / f"{method}-{seed}"
         models = ("--student", given.lab / "student", "--teacher", given.lab / "teacher")
         how = (*SHARED, *METHODS[method], "--seed", seed)
@@ -91,7 +91,7 @@ def main(argv: list[str]) -> None:
 
     failed: list[str] = []
     with concurrent.futures.ThreadPoolExecutor(given.jobs) as pool:
-        waiting = {pool.submit(run, cell): "{}-{}".format(*cell) for cell in cells}
+        waiting = {pool.submit(run, cell): f"{cell[1]}-{cell[0]}" for cell in cells}
         done = concurrent.futures.as_completed(waiting)
         for one in tqdm(done, total=len(cells), desc="paper", unit="run", disable=None):
             if one.exception() is not None:

@@ -4,7 +4,6 @@ The prompt "sort 7294" has the worked answer "<think>7 27 279 2479</think>2479":
 after each digit. Every entry is the one before with a digit put in, so that a slip stays.
 """
 
-import itertools
 import random
 
 from opd.problems import Problem, split_of
@@ -37,7 +36,7 @@ def careless(prompt: str, rate: float, generator: random.Random) -> str:
     entries = [""]
     for digit in prompt.removeprefix("sort "):
         done = entries[-1]
-        place = len(list(itertools.takewhile(lambda d: d <= digit, done)))
+        place = next((i for i, other in enumerate(done) if other > digit), len(done))
         if generator.random() < rate:
             place = generator.randint(0, len(done))
         entries.append(done[:place] + digit + done[place:])

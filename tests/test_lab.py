@@ -47,7 +47,7 @@ def test_the_tokenizer_round_trips_from_disk(tmp_path: Path) -> None:
 
 def test_only_the_response_is_taught() -> None:
     tokenizer = make_tokenizer()
-    ids, labels = examples(tokenizer, 3, seed=0)
+    ids, labels = examples(tokenizer, replace(tiny_config().teacher, batch=3), seed=0)
     for row, label, problem in zip(ids, labels, problems("train", 3, 0), strict=True):
         taught = label[label != -100]
         assert tokenizer.decode(taught) == problem.solution + "<|im_end|>"
