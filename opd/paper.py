@@ -21,6 +21,14 @@ SAMPLED = ("--objective", "sampled_token_clipped")
 NUCLEUS = ("--top-p", "0.9")
 LOCAL = ("--objective", "teacher_topk", *NUCLEUS)
 
+COLLAPSES = "--collapse-accepted"
+VARIANTS = {
+    "v2_student_and_sampled": ("--objective", "student_topk_and_sampled"),
+    "v3_teacher_and_sampled": ("--objective", "teacher_topk_and_sampled"),
+    "v4_student_tail": ("--objective", "student_topk_published_tail", COLLAPSES),
+    "v5_teacher_tail": ("--objective", "teacher_topk_published_tail", COLLAPSES),
+}
+
 METHODS: dict[str, tuple[str, ...]] = {
     "sampled": SAMPLED,
     "sampled_mask": (*SAMPLED, *MASK),
@@ -29,29 +37,11 @@ METHODS: dict[str, tuple[str, ...]] = {
     "sampled_top_p": (*SAMPLED, *NUCLEUS),
     "sampled_mask_top_p": (*SAMPLED, *MASK, *NUCLEUS),
     "lsm_whole": ("--objective", "teacher_topk"),
-    "lsm_unnormalised": (
-        "--objective",
-        "teacher_topk_unnormalised",
-        "--collapse-accepted",
-        *NUCLEUS,
-    ),
-    "v2_student_and_sampled": ("--objective", "student_topk_and_sampled", *NUCLEUS),
-    "v3_teacher_and_sampled": ("--objective", "teacher_topk_and_sampled", *NUCLEUS),
-    "v4_student_tail": (
-        "--objective",
-        "student_topk_published_tail",
-        "--collapse-accepted",
-        *NUCLEUS,
-    ),
-    "v5_teacher_tail": (
-        "--objective",
-        "teacher_topk_published_tail",
-        "--collapse-accepted",
-        *NUCLEUS,
-    ),
+    "lsm_unnormalised": ("--objective", "teacher_topk_unnormalised", COLLAPSES, *NUCLEUS),
+    **{name: (*how, *NUCLEUS) for name, how in VARIANTS.items()},
+    **{f"{name}_mask": (*how, *NUCLEUS, *MASK) for name, how in VARIANTS.items()},
     "lsm_k2": (*LOCAL, "--support-k", "2"),
     "lsm_k4": (*LOCAL, "--support-k", "4"),
-    "lsm_k16": (*LOCAL, "--support-k", "16"),
     "lsm_top_p_0.8": ("--objective", "teacher_topk", "--top-p", "0.8"),
 }
 """Method to its settings; K is 8 where none is given, of a vocabulary of 261."""
