@@ -47,9 +47,13 @@ def open_run(config: Config) -> Iterator[Path]:
 
 
 def refuse_other_settings(folder: Path, config: Config) -> None:
+    record = [folder / name for name in ("rows.jsonl", "evals.jsonl")]
+    begun = any(path.exists() and path.stat().st_size for path in record)
     if not (folder / "config.json").exists():
-        if (folder / "rows.jsonl").exists():
-            raise ValueError(f"{folder} has rows but no config.json; choose another --out")
+        if begun:
+            raise ValueError(f"{folder} has a record but no config.json; choose another --out")
+        return
+    if not begun:  # a run that never began, such as one whose task was not found
         return
     old, new = json.loads((folder / "config.json").read_text()), to_json(config)
     changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,21 @@ def test_weights_that_diverged_are_refused_and_leave_the_run_whole(tiny_pair, tm
 def test_two_processes_do_not_share_a_run_folder(tiny_pair, tmp_path: Path) -> None:
     config = settings(tiny_pair, tmp_path / "run")
     with open_run(config), pytest.raises(RuntimeError, match="another process is writing"):
+        train(config)
+
+
+def test_a_run_that_began_keeps_its_settings_and_one_that_never_did_may_change(
+    tiny_pair, tmp_path: Path
+) -> None:
+    config = settings(tiny_pair, tmp_path / "run")
+    wrong = replace(config, task=str(tmp_path / "absent.jsonl"))
+    with pytest.raises(FileNotFoundError, match=r"absent\.jsonl"):
+        train(wrong)
+    train(config)  # nothing was recorded, so nothing is lost
+    with pytest.raises(ValueError, match=r"other settings .*lr: "):
+        train(replace(config, lr=1e-5))
+    (tmp_path / "run" / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"no config\.json"):
         train(config)
 
 
