@@ -32,7 +32,7 @@ from opd.engines import Engine, InProcess
 from opd.lab import make_tokenizer
 from opd.model import Model, Pair, response_hidden, split, spread
 from opd.objectives import Objective, make
-from opd.roles import make_pair
+from opd.roles import make_pairs
 
 Change = Callable[[Engine, Any, Any, dict[str, Any]], Rollouts]
 
@@ -98,7 +98,7 @@ class Faulty(InProcess):
 
 
 def sampled_by(change: Change, frozen: bool = False) -> Any:
-    return patch.object(train, "sampler", lambda _, pair: Faulty(pair.student, change, frozen))
+    return patch.object(train, "sampler", lambda _, student: Faulty(student, change, frozen))
 
 
 def late(model: Model, prompts: Any, batch: Rollouts) -> Tensor:
@@ -123,12 +123,12 @@ def stopped(_: Config) -> Objective:
     return replace(made, local=lambda at: made.local(at).detach() + 0 * made.local(at))
 
 
-def renumbered(config: Config) -> Pair:
+def renumbered(settings: list[Config]) -> list[Pair]:
     """A teacher with another tokenizer of the same size: its ids are one higher."""
-    pair = make_pair(config)
-    weight = pair.teacher.network.lm_head.weight
+    pairs = make_pairs(settings)
+    weight = pairs[0].teacher.network.lm_head.weight
     weight.data = weight.data.roll(1, 0)
-    return pair
+    return pairs
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ FAULTS: dict[str, Fault] = {
         settings={"objective": "teacher_topk_unnormalised", "collapse_accepted": True, "lr": 0.01}
     ),
     "learning rate 3": Fault(settings={"lr": 3.0}),
-    "teacher's ids one higher": Fault(lambda: patch.object(train, "make_pair", renumbered)),
+    "teacher's ids one higher": Fault(lambda: patch.object(train, "make_pairs", renumbered)),
     "gradient stopped": Fault(lambda: patch.object(train, "make_objective", stopped)),
 }
 

@@ -5,11 +5,41 @@ Free of torch, so that the command line answers quickly.
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from opd.rules import parse
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSettings:
+    """One of several tasks of a run; what is None is as the run's own setting of that name."""
+
+    name: str
+    """How rows and evaluations call it."""
+    task: str
+    weight: float = 1.0
+    """Its share of the steps, or of the prompts of every step: see `Config.task_order`."""
+    teacher: str | None = None
+    prompt_column: str | None = None
+    answer_column: str | None = None
+    grader: str | None = None
+    system: str | None = None
+    max_prompt: int | None = None
+    max_response: int | None = None
+    mask: tuple[str, ...] | None = None
+    eval_task: str | None = None
+    eval_prompt_column: str | None = None
+    eval_answer_column: str | None = None
+    eval_problems: int | None = None
+
+    def __post_init__(self) -> None:
+        _require("name of a task", self.name, bool(self.name), "some text")
+        _require(f"weight of task {self.name}", self.weight, self.weight > 0, "positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +72,12 @@ class Config:
     """Distinct prompts whose rollouts make one step."""
     group_size: int = 4
     """Responses to each prompt."""
+    tasks: Annotated[tuple[TaskSettings, ...], tyro.conf.Suppress] = ()
+    """Several tasks, each with a teacher of its own; on the command line a file, --tasks FILE.toml
+    (opd.tasks). `task` and `teacher` are then those of tasks that name none."""
+    task_order: Literal["alternate", "weighted", "mixed"] = "alternate"
+    """Of several tasks: one after the other, a step each; one a step, drawn by weight; or all in
+    every step, which shares its prompts by weight."""
 
     # --- rollouts -------------------------------------------------------------------------------
     engine: Literal["hf", "vllm"] = "hf"
@@ -167,6 +203,10 @@ class Config:
         for name in ("top_p", "eval_top_p", "keep_uncertain"):
             _require(name, getattr(self, name), 0 < getattr(self, name) <= 1, "in (0, 1]")
         parse(self.mask)
+        names = [task.name for task in self.tasks]
+        _require(
+            "names of tasks", names, len(set(names)) == len(names), "different from each other"
+        )
         fits = self.prompts_per_step % self.updates == 0
         what = f"a divisor of prompts_per_step, {self.prompts_per_step}"
         _require("updates", self.updates, fits, what)
@@ -188,4 +228,18 @@ def from_json(path: str | Path) -> Config:
     if unknown := sorted(set(raw) - known):
         raise ValueError(f"{path} has unknown settings {unknown}; it comes from another version")
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+    fields["tasks"] = tuple(task_settings(task) for task in raw.get("tasks", ()))
     return Config(**fields)
+
+
+def task_settings(raw: Mapping[str, Any]) -> TaskSettings:
+    """One task's settings from plain data; unknown ones are an error."""
+    known = {f.name for f in dataclasses.fields(TaskSettings)}
+    if unknown := sorted(set(raw) - known):
+        raise ValueError(
+            f"task {raw.get('name')!r} has unknown settings {unknown}; known: {sorted(known)}"
+        )
+    if lacking := sorted({"name", "task"} - raw.keys()):
+        raise ValueError(f"task {raw.get('name')!r} lacks {lacking}")
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+    return TaskSettings(**fields)

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from opd import problems, sorting
 from opd.habits import PLAIN, UNLABELLED, Habit, written
 from opd.runlog import whole_folder, write_text
+from opd.seeds import derive
 
 if TYPE_CHECKING:
     import torch
@@ -159,7 +160,7 @@ def build_one(folder: Path, config: LabConfig, offset: int, name: str) -> dict[s
     torch.set_num_threads(1)
     try:
         recipe = config.models[name]
-        network = teach(recipe, derive_seed(config.seed, offset), name, offset)
+        network = teach(recipe, derive(config.seed, offset), name, offset)
         with whole_folder(folder / name) as part:
             network.save_pretrained(part)
             make_tokenizer(recipe.habit.end).save_pretrained(part)
@@ -216,7 +217,7 @@ def teach(recipe: Recipe, seed: int, name: str, place: int = 0) -> Any:
     )
     bar = tqdm(range(recipe.steps), desc=f"teach {name}", position=place, disable=None)
     for step in bar:
-        ids, labels = examples(tokenizer, recipe, derive_seed(seed, step))
+        ids, labels = examples(tokenizer, recipe, derive(seed, step))
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * schedule(step, recipe.steps)
         loss = network(input_ids=ids, labels=labels).loss
@@ -289,12 +290,6 @@ def schedule(step: int, steps: int) -> float:
     if step < warm:
         return (step + 1) / warm
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-
-def derive_seed(*words: int) -> int:
-    from opd.train import derive
-
-    return derive(*words)
 
 
 def held_out(model: Path, tasks: tuple[str, ...], count: int) -> dict[str, Any]:

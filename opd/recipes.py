@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
-from opd.config import Config, to_json
+from opd.config import Config, TaskSettings, to_json
 
 
 def smoke() -> Config:
@@ -154,9 +156,22 @@ def parse(argv: list[str]) -> Config:
         raise SystemExit(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}")
     import tyro
 
-    shown = [word for word in rest if word != "--show"]
-    config = tyro.cli(Config, default=RECIPES[name](), args=shown, prog=f"opd train {name}")
-    if shown != rest:
+    given, tasks = with_tasks([word for word in rest if word != "--show"])
+    default = replace(RECIPES[name](), tasks=tasks)
+    config = tyro.cli(Config, default=default, args=given, prog=f"opd train {name}")
+    if "--show" in rest:
         print(json.dumps(to_json(config), indent=1))
         raise SystemExit(0)
     return config
+
+
+def with_tasks(words: list[str]) -> tuple[list[str], tuple[TaskSettings, ...]]:
+    """The words without `--tasks FILE`, and the tasks of that file."""
+    if "--tasks" not in words:
+        return words, ()
+    from opd.tasks import read_tasks
+
+    at = words.index("--tasks")
+    if at + 1 == len(words):
+        raise ValueError("--tasks needs a file: [[tasks]] in TOML, see opd.tasks")
+    return words[:at] + words[at + 2 :], read_tasks(Path(words[at + 1]))

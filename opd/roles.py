@@ -6,7 +6,7 @@ while it does not score, and the student may recompute its activations in the ba
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -15,7 +15,39 @@ import torch
 from torch import Tensor
 
 from opd.config import Config
-from opd.model import Model, Pair, end_ids, head_rows, load, load_pair, resolve_device, split
+from opd.model import (
+    Model,
+    Pair,
+    check_same_vocabulary,
+    end_ids,
+    head_rows,
+    load,
+    load_pair,
+    own_first,
+    resolve_device,
+    split,
+)
+from opd.special import Endings
+
+
+def make_pairs(settings: Sequence[Config]) -> list[Pair]:
+    """A pair for the settings of each task, with one student; a teacher that several name is one.
+
+    Raises:
+      ValueError: several tasks and a teacher that is made of the student, or what `make_pair`
+        raises.
+    """
+    first, *others = settings
+    pairs = {first.teacher: make_pair(first)}
+    kept = [pairs[first.teacher]]
+    for config in others:
+        names = (first.teacher, config.teacher)
+        if moving := sorted({"base", "ema"}.intersection(names)):
+            raise ValueError(f"teacher {moving[0]!r} is of the student; tasks need named teachers")
+        if config.teacher not in pairs:
+            pairs[config.teacher] = with_teacher(kept[0], config)
+        kept.append(pairs[config.teacher])
+    return kept
 
 
 def make_pair(config: Config) -> Pair:
@@ -43,6 +75,27 @@ def make_pair(config: Config) -> Pair:
     student = split(network, vocabulary)
     teacher = without_adapters(student) if config.teacher == "base" else average(student)
     return Pair(student, teacher, tokenizer, eos)
+
+
+def with_teacher(pair: Pair, config: Config) -> Pair:
+    """The pair's student with the configured teacher, which stays in host memory if offloaded.
+
+    Raises:
+      ValueError: the tokenizers differ, or the teacher has fewer ids than the first one.
+    """
+    device = "cpu" if config.offload_teacher else resolve_device(config.device)
+    tokenizer, network = load(config.teacher, device, config.dtype)
+    check_same_vocabulary(pair.tokenizer, tokenizer)
+    vocabulary = pair.student.vocabulary
+    if head_rows(network) < vocabulary:
+        raise ValueError(
+            f"{config.teacher} has {head_rows(network)} ids and the student's are read to "
+            f"{vocabulary}; name the task with the fewest ids first"
+        )
+    network.requires_grad_(False)
+    theirs = own_first(tokenizer, end_ids(tokenizer, network))
+    ours = own_first(pair.tokenizer, pair.eos)
+    return replace(pair, teacher=split(network, vocabulary), endings=Endings(ours, theirs))
 
 
 def adapted(network: Any, config: Config) -> Any:

@@ -7,18 +7,20 @@ Shapes: B responses, T response positions.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Rollouts, Scored
+from diagnostics.batch import Rollouts, Scored, concatenate
 from diagnostics.collapse import length, length_quantiles
 from diagnostics.monitor import Monitor
 from diagnostics.rows import Row
-from diagnostics.totals import read
+from diagnostics.totals import merge, read
 from opd.config import Config
 from opd.data import Prompts, Task, encode
 from opd.engines import Engine
@@ -31,6 +33,7 @@ from opd.probing import probe
 from opd.problems import Problem
 from opd.roles import awake, follow, recomputing
 from opd.scoring import score, score_support
+from opd.seeds import derive
 from opd.selection import most_uncertain, narrowed
 from opd.special import Mask, audit, masked
 
@@ -39,7 +42,11 @@ ROLLOUT, EVALUATION, PROBE = 0, 1, 2
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Run:
-    """What the steps of a run share."""
+    """What the steps of a run share; of a run of several tasks, what the steps of one task share.
+
+    The tasks of a run have one student, engine and optimizer between them. name, place, weight: of
+    the task among several; its loss counts by weight where they share a step.
+    """
 
     config: Config
     folder: Path
@@ -50,44 +57,94 @@ class Run:
     masks: list[Mask]
     optimizer: Optimizer
     monitor: Monitor
+    name: str = ""
+    place: int = 0
+    weight: float = 1.0
 
 
-def one_step(run: Run, step: int) -> Row:
-    """Fresh rollouts and the optimizer steps on them; returns the step's row of numbers."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Part:
+    """One task's rollouts of a step, scored.
+
+    whole: every sampled token; scored: the supervised ones; teacher_hidden (N, D'): the teacher's
+    states at the tokens of `whole`, for objectives on the whole vocabulary.
+    """
+
+    run: Run
+    prompts: Prompts
+    whole: Scored
+    scored: Scored
+    teacher_hidden: Tensor | None
+
+
+def one_step(chosen: Sequence[tuple[Run, int]], step: int) -> Row:
+    """Fresh rollouts and the optimizer steps on them; returns the step's row of numbers.
+
+    chosen: the tasks that share the step, most often one, each with the number of its steps so far,
+    which is what its prompts, probes and saved batches go by.
+    """
+    run, nth = chosen[0]
     config, clock = run.config, [time.perf_counter()]
-    prompts, rollouts = roll_out(run, step, config.top_p, ROLLOUT)
+    drawn = [roll_out(one, step, nth, one.config.top_p, ROLLOUT) for one, nth in chosen]
     clock.append(time.perf_counter())
 
-    teacher, device = run.pair.teacher, run.pair.student.device
-    with awake(teacher, device, config.offload_teacher):
-        whole, teacher_hidden = scored_by_both(run, step, prompts, rollouts)
-        probed = probed_row(run, step, prompts, whole) if due(step, config.probe_every) else {}
+    parts: list[Part] = []
+    probed: Row = {}
+    for (one, _), (prompts, rollouts) in zip(chosen, drawn, strict=True):
+        with awake(one.pair.teacher, one.pair.student.device, config.offload_teacher):
+            whole, hidden = scored_by_both(one, nth, prompts, rollouts)
+            if due(nth, config.probe_every):
+                found = probed_row(one, step, nth, prompts, whole)
+                probed |= headed(one, found) if len(chosen) > 1 else found
+        kept = masked(whole, one.masks)
+        parts.append(
+            Part(run=one, prompts=prompts, whole=whole, scored=kept, teacher_hidden=hidden)
+        )
     clock.append(time.perf_counter())
 
-    scored = masked(whole, run.masks)
-    with awake(teacher, device, config.offload_teacher and run.objective.support == "full"):
-        numbers = update(run, step, prompts, scored, teacher_hidden, slots(whole.mask))
+    numbers = update(parts, step)
     run.engine.sync(run.pair.student)
     clock.append(time.perf_counter())
 
-    row: Row = {"step": step}
-    removed = read(audit(whole, run.masks)) if run.masks else {}
-    row |= run.monitor(step, [scored], **numbers, **removed) | probed
-    if run.masks:  # a response is as long as it was sampled, whatever is supervised of it
-        row |= read(length(whole) | length_quantiles(whole))
-    if due(step, config.batch_every):
-        scored.save(run.folder / "batches" / f"step_{step:06d}.safetensors")
+    row = recorded(parts, step, numbers) | probed
+    if due(nth, config.batch_every):
+        batches = [part.scored for part in parts]
+        batch = batches[0] if len(batches) == 1 else concatenate(batches)
+        batch.save(run.folder / "batches" / f"step_{step:06d}.safetensors")
     clock.append(time.perf_counter())
     for name, a, b in zip(("rollout", "score", "update", "record"), clock, clock[1:], strict=False):
         row[f"seconds/{name}"] = b - a
     return row
 
 
-def roll_out(run: Run, step: int, top_p: float, purpose: int) -> tuple[Prompts, Rollouts]:
-    """The step's prompts and graded responses to them, with the noise of that purpose."""
+def recorded(parts: list[Part], step: int, numbers: dict[str, Tensor | float]) -> Row:
+    """The step's row. Tasks that share a step are pooled in it; `Run.monitor` splits them too."""
+    run, row = parts[0].run, Row(step=step)
+    if len(parts) == 1 and run.name:
+        row["task"] = run.name
+    removed: Row = {}
+    for part in parts:
+        if part.run.masks:
+            found = read(audit(part.whole, part.run.masks))
+            removed |= headed(part.run, found) if len(parts) > 1 else found
+    row |= run.monitor(step, [part.scored for part in parts], **numbers, **removed)
+    if removed:  # a response is as long as it was sampled, whatever is supervised of it
+        lengths = (length(part.whole) | length_quantiles(part.whole) for part in parts)
+        row |= read(reduce(merge, lengths))
+    return row
+
+
+def headed(run: Run, row: Row) -> Row:
+    """The columns under the task's name, as `diagnostics.groups.by` heads them."""
+    return {f"task={run.name}/{name}": x for name, x in row.items()}
+
+
+def roll_out(run: Run, step: int, nth: int, top_p: float, purpose: int) -> tuple[Prompts, Rollouts]:
+    """Prompts of the task's nth step and graded responses to them, with noise for that purpose."""
     config = run.config
-    generator = torch.Generator().manual_seed(derive(config.seed, step, purpose))
-    problems = run.task.train(step, config.prompts_per_step)
+    words = (config.seed, step, purpose, *([run.place] if run.place else []))
+    generator = torch.Generator().manual_seed(derive(*words))
+    problems = run.task.train(nth, config.prompts_per_step)
     prompts = encode(run.pair.tokenizer, problems, config.group_size, config.max_prompt)
     rollouts = run.engine.sample(
         prompts,
@@ -102,12 +159,16 @@ def roll_out(run: Run, step: int, top_p: float, purpose: int) -> tuple[Prompts, 
         run.pair.tokenizer, rollouts.tokens, rollouts.mask, answers, run.task.grade
     )
     device = run.pair.student.device
-    rollouts = replace(rollouts.to(device), reward=torch.tensor(verdicts, device=device))
+    rollouts = replace(
+        rollouts.to(device),
+        reward=torch.tensor(verdicts, device=device),
+        task=torch.full((len(verdicts),), run.place, device=device),
+    )
     return prompts.to(device), rollouts
 
 
 def scored_by_both(
-    run: Run, step: int, prompts: Prompts, rollouts: Rollouts
+    run: Run, nth: int, prompts: Prompts, rollouts: Rollouts
 ) -> tuple[Scored, Tensor | None]:
     """The scored batch, and the teacher's states (N, D') for objectives on the whole vocabulary.
 
@@ -115,7 +176,7 @@ def scored_by_both(
     student's is spared them.
     """
     config = run.config
-    measured = due(step, config.exact_every) or due(step, config.probe_every)
+    measured = due(nth, config.exact_every) or due(nth, config.probe_every)
     if not measured and spared(run, rollouts):
         return score_support(run.pair, prompts, rollouts, **scoring(config)), None
     return exact(run, prompts, rollouts)
@@ -151,11 +212,11 @@ def spared(run: Run, rollouts: Rollouts) -> bool:
     return plain and rest and rollouts.softmax_logp is not None
 
 
-def probed_row(run: Run, step: int, prompts: Prompts, whole: Scored) -> Row:
+def probed_row(run: Run, step: int, nth: int, prompts: Prompts, whole: Scored) -> Row:
     """The gradient probe at the weights before the update, on these rollouts or its own."""
     config = run.config
     if config.top_p < 1:
-        prompts, rollouts = roll_out(run, step, top_p=1.0, purpose=PROBE)
+        prompts, rollouts = roll_out(run, step, nth, top_p=1.0, purpose=PROBE)
         whole, _ = exact(run, prompts, rollouts)
     return probe(
         run.pair,
@@ -172,51 +233,25 @@ def source_of(objective: Objective) -> str:
     return "teacher" if objective.support in ("none", "full") else objective.support
 
 
-def update(
-    run: Run,
-    step: int,
-    prompts: Prompts,
-    scored: Scored,
-    teacher_hidden: Tensor | None,
-    slot: Tensor,
-) -> dict[str, Tensor | float]:
-    """`updates` optimizer steps, each on its share of the prompts; returns numbers for the row.
+def update(parts: Sequence[Part], step: int) -> dict[str, Tensor | float]:
+    """`updates` optimizer steps, each on its share of every part; returns numbers for the row.
 
-    teacher_hidden (N, D'): of all sampled tokens, masked ones too; slot (B, T): their rows in it.
-
-    Credit, ratio and selection are made once, on all rollouts; a denominator counts the tokens of
-    its own optimizer step. loss and grad_norm are means over the updates; skipped counts those
-    whose gradient was not finite.
+    The loss is the mean of the parts' losses by weight, each over its own denominator, which counts
+    the tokens of its own optimizer step. Credit, ratio and selection are made once, on all
+    rollouts. loss and grad_norm are means over the updates; skipped counts those whose gradient was
+    not finite.
     """
+    run = parts[0].run
     config, optimizer = run.config, run.optimizer
-    credit, ratio = run.objective.credit(scored), run.objective.ratio(scored)
-    kept = scored
-    if config.keep_uncertain < 1:
-        kept = narrowed(scored, most_uncertain(scored, config.keep_uncertain))
     rate = learning_rate(config.lr, step, config.steps, config.warmup, config.schedule)
+    weights = [part.run.weight / sum(part.run.weight for part in parts) for part in parts]
+    ready = [shared_out(part) for part in parts]
     losses, norms, skipped = [], [], 0
-    for rows in shares(prompts, config.updates):
+    for u in range(config.updates):
         optimizer.zero_grad()
-        mine, theirs = prompts.rows(rows), kept.rows(rows)
-        weight = ratio[rows] / DENOMINATORS[config.denominator](theirs)[:, None]
-        loss = torch.zeros((), device=scored.tokens.device)
-        for some in micro_batches(mine, theirs, config.micro_tokens):
-            part = theirs.rows(some).trimmed()
-            width = part.mask.shape[1]
-            where = slot[rows][some][:, :width][part.mask]
-            with recomputing(run.pair.student.network, config.checkpointing):
-                partial = loss_from_hidden(
-                    run.pair,
-                    run.objective,
-                    response_hidden(run.pair.student, mine.rows(some), part),
-                    None if teacher_hidden is None else teacher_hidden[where],
-                    part,
-                    credit[rows][some][:, :width],
-                    weight[some][:, :width][part.mask],
-                    chunk_elements=config.chunk_elements,
-                )
-                partial.backward()
-            loss = loss + partial.detach()
+        loss = torch.zeros((), device=run.pair.student.device)
+        for part, weight, rows in zip(parts, weights, ready, strict=True):
+            loss = loss + backward(part, *rows[u], weight)
         norm, taken = optimizer.step(rate, config.clip)
         if taken and config.teacher == "ema":
             follow(run.pair.teacher, run.pair.student, config.ema_decay)
@@ -225,6 +260,48 @@ def update(
         skipped += not taken
     means = {"loss": torch.stack(losses).mean(), "grad_norm": torch.stack(norms).mean()}
     return {**means, "lr": rate, "skipped": float(skipped)}
+
+
+def shared_out(part: Part) -> list[tuple[list[int], Scored, Tensor, Tensor]]:
+    """For each update its rows, the tokens kept of all rows, their credit and their ratio."""
+    config, objective = part.run.config, part.run.objective
+    credit, ratio = objective.credit(part.scored), objective.ratio(part.scored)
+    kept = part.scored
+    if config.keep_uncertain < 1:
+        kept = narrowed(kept, most_uncertain(kept, config.keep_uncertain))
+    return [(rows, kept, credit, ratio) for rows in shares(part.prompts, config.updates)]
+
+
+def backward(
+    part: Part, rows: list[int], kept: Scored, credit: Tensor, ratio: Tensor, share: float
+) -> Tensor:
+    """Add the gradient of `share` times the loss of these rows; returns that loss, detached."""
+    run, config, slot = part.run, part.run.config, slots(part.whole.mask)
+    mine, theirs = part.prompts.rows(rows), kept.rows(rows)
+    weight = share * ratio[rows] / DENOMINATORS[config.denominator](theirs)[:, None]
+    loss = torch.zeros((), device=kept.tokens.device)
+    asleep = config.offload_teacher and run.objective.support == "full"
+    with awake(run.pair.teacher, run.pair.student.device, asleep):
+        for some in micro_batches(mine, theirs, config.micro_tokens):
+            batch = theirs.rows(some).trimmed()
+            width = batch.mask.shape[1]
+            hidden = part.teacher_hidden
+            if hidden is not None:
+                hidden = hidden[slot[rows][some][:, :width][batch.mask]]
+            with recomputing(run.pair.student.network, config.checkpointing):
+                partial = loss_from_hidden(
+                    run.pair,
+                    run.objective,
+                    response_hidden(run.pair.student, mine.rows(some), batch),
+                    hidden,
+                    batch,
+                    credit[rows][some][:, :width],
+                    weight[some][:, :width][batch.mask],
+                    chunk_elements=config.chunk_elements,
+                )
+                partial.backward()
+            loss = loss + partial.detach()
+    return loss
 
 
 def shares(prompts: Prompts, updates: int) -> list[list[int]]:
@@ -239,17 +316,6 @@ def shares(prompts: Prompts, updates: int) -> list[list[int]]:
 def slots(mask: Tensor) -> Tensor:
     """(B, T) row of each supervised token in the flat order."""
     return (mask.flatten().cumsum(0) - 1).reshape(mask.shape)
-
-
-def derive(*words: int) -> int:
-    """A 62-bit seed from integers, different for every tuple (splitmix64 rounds)."""
-    state = 0
-    for word in words:
-        state = (state ^ word) + 0x9E3779B97F4A7C15 & (2**64 - 1)
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & (2**64 - 1)
-        state ^= state >> 31
-    return state >> 2
 
 
 def due(step: int, every: int) -> bool:

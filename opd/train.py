@@ -5,6 +5,7 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,22 +15,29 @@ from tqdm import tqdm
 
 from diagnostics import rows
 from diagnostics.alarms import Alarms
+from diagnostics.catalogue import PANEL, Metric
+from diagnostics.collapse import length, reward
+from diagnostics.drift import sampled_divergence
+from diagnostics.groups import by
 from diagnostics.monitor import Monitor
 from diagnostics.rows import append
+from diagnostics.supervision import sign_shares, signal_concentration
 from opd import checkpoint, runlog
 from opd.config import Config, to_json
 from opd.data import Task, drop_long, load_task, refuse_long
 from opd.engines import Engine, make_engine
 from opd.evaluate import evaluate
 from opd.loggers import Log, evaluation, open_loggers
-from opd.model import Pair
+from opd.model import Model, Pair
 from opd.objectives import DENOMINATORS, Objective, make
-from opd.optimizer import adamw
-from opd.roles import make_pair, ordinary
+from opd.optimizer import Optimizer, adamw
+from opd.roles import make_pairs, ordinary
+from opd.seeds import derive
 from opd.sources import Columns
 from opd.special import resolve
-from opd.step import EVALUATION, Run, derive, due, one_step
+from opd.step import EVALUATION, Run, due, one_step
 from opd.surrogates import plain_score
+from opd.tasks import settings_of, shares, turns
 
 
 def train(config: Config) -> Path:
@@ -38,33 +46,65 @@ def train(config: Config) -> Path:
     Raises:
       RuntimeError: the device ran out of memory; says which settings to lower.
     """
-    objective = make_objective(config)
     with explained(config), runlog.open_run(config) as folder:
-        pair = make_pair(config)
-        optimizer = adamw(pair.student.network.parameters(), config.betas, config.weight_decay)
-        first = checkpoint.resume(folder, pair, optimizer, config.teacher == "ema")
-        alarms = Alarms()
-        for row in rows.read(folder / "rows.jsonl"):
-            alarms.update(row)  # one that was on stays on
-        run = Run(
-            config=config,
-            folder=folder,
-            pair=pair,
-            task=load(config, pair),
-            engine=sampler(config, pair),
-            objective=objective,
-            masks=resolve(config.mask, pair.tokenizer, pair.eos),
-            optimizer=optimizer,
-            monitor=Monitor(alarms=alarms),
-        )
+        pairs = make_pairs(settings_of(config))
+        student = pairs[0].student
+        optimizer = adamw(student.network.parameters(), config.betas, config.weight_decay)
+        first = checkpoint.resume(folder, pairs[0], optimizer, config.teacher == "ema")
+        engine = sampler(config, student)
+        runs = make_runs(config, folder, pairs, engine, optimizer)
         with open_loggers(config.loggers, folder, to_json(config)) as log:
-            take_steps(run, first, log)
-        run.engine.close()
+            take_steps(config, runs, first, log)
+        engine.close()
         if first < config.steps or not (folder / "final").exists():
             with runlog.whole_folder(folder / "final") as part:
-                ordinary(pair.student.network).save_pretrained(part)
-                pair.tokenizer.save_pretrained(part)
+                ordinary(student.network).save_pretrained(part)
+                pairs[0].tokenizer.save_pretrained(part)
     return folder
+
+
+def make_runs(
+    config: Config, folder: Path, pairs: list[Pair], engine: Engine, optimizer: Optimizer
+) -> list[Run]:
+    """What the steps of each task share; a run of one task has one."""
+    settings, objective = settings_of(config), make_objective(config)
+    mixed = bool(config.tasks) and config.task_order == "mixed"
+    if mixed:
+        counts = shares(config)
+        settings = [
+            replace(own, prompts_per_step=n) for own, n in zip(settings, counts, strict=True)
+        ]
+    panel = {**PANEL, **(by_task(config) if mixed else {})}
+    history, runs = rows.read(folder / "rows.jsonl"), []
+    for i, (own, pair) in enumerate(zip(settings, pairs, strict=True)):
+        name = config.tasks[i].name if config.tasks else ""
+        alarms = Alarms()
+        for row in history:
+            if mixed or row.get("task", "") == name:
+                alarms.update(row)  # one that was on stays on
+        run = Run(
+            config=own,
+            folder=folder,
+            pair=pair,
+            task=load(own, pair),
+            engine=engine,
+            objective=objective,
+            masks=resolve(own.mask, pair.tokenizer, pair.eos),
+            optimizer=optimizer,
+            monitor=Monitor(panel, alarms=alarms),
+            name=name,
+            place=i,
+            weight=config.tasks[i].weight if mixed else 1.0,
+        )
+        runs.append(run)
+    return runs
+
+
+def by_task(config: Config) -> dict[str, Metric]:
+    """What a step that several tasks share shows of each of them."""
+    names = {float(i): task.name for i, task in enumerate(config.tasks)}
+    split = (sampled_divergence, sign_shares, signal_concentration, reward, length)
+    return {f"{metric.__name__} by task": by(metric, "task", names) for metric in split}
 
 
 @contextmanager
@@ -140,19 +180,21 @@ def make_objective(config: Config) -> Objective:
     return objective
 
 
-def sampler(config: Config, pair: Pair) -> Engine:
+def sampler(config: Config, student: Model) -> Engine:
     """The configured engine with the student's weights."""
     settings: dict[str, object] = {"rows_at_once": config.rows_at_once}
     if config.engine == "vllm":
-        settings = {"max_length": config.max_prompt + config.max_response}
-    return make_engine(config.engine, pair.student, **settings)
+        longest = max(own.max_prompt + own.max_response for own in settings_of(config))
+        settings = {"max_length": longest}
+    return make_engine(config.engine, student, **settings)
 
 
-def take_steps(run: Run, first: int, log: Log) -> None:
+def take_steps(config: Config, runs: list[Run], first: int, log: Log) -> None:
     """The steps from `first` on, each with its row, and evaluations and checkpoints when due."""
-    config, folder = run.config, run.folder
+    folder = runs[0].folder
     if first == 0:
-        record_evaluation(run, 0, log)
+        for run in runs:
+            record_evaluation(run, 0, log)
     bar = tqdm(
         range(first, config.steps),
         initial=first,
@@ -161,10 +203,11 @@ def take_steps(run: Run, first: int, log: Log) -> None:
         disable=None,
     )
     for step in bar:
-        row = one_step(run, step)
+        chosen = [(runs[i], nth) for i, nth in turns(config, step)]
+        row = one_step(chosen, step)
         append(folder / "rows.jsonl", row)
         log(step, row)
-        for alarm in run.monitor.raised:
+        for alarm in chosen[0][0].monitor.raised:
             tqdm.write(str(alarm), file=sys.stderr)
         if row["skipped"]:
             tqdm.write(
@@ -180,10 +223,11 @@ def take_steps(run: Run, first: int, log: Log) -> None:
         )
         done = step + 1
         if due(done, config.eval_every) or done == config.steps:
-            record_evaluation(run, done, log)
+            for run in runs:
+                record_evaluation(run, done, log)
         if due(done, config.save_every) or done == config.steps:
             moving = config.teacher == "ema"
-            checkpoint.save(folder, run.pair, run.optimizer, done, moving)
+            checkpoint.save(folder, runs[0].pair, runs[0].optimizer, done, moving)
 
 
 def record_evaluation(run: Run, step: int, log: Log) -> None:
@@ -203,11 +247,13 @@ def record_evaluation(run: Run, step: int, log: Log) -> None:
         generator=torch.Generator().manual_seed(derive(config.seed, step, EVALUATION)),
         engine=run.engine,
     )
-    row = {"step": step, **found}
+    named = {"task": run.name} if run.name else {}
+    row = {"step": step, **named, **found}
     append(run.folder / "evals.jsonl", row)
     log(step, evaluation(row))
+    where = f"{run.name} accuracy" if run.name else "accuracy"
     tqdm.write(
-        f"step {step}: accuracy {found['accuracy']:.3f} [{found['low']:.3f}, {found['high']:.3f}] "
+        f"step {step}: {where} {found['accuracy']:.3f} [{found['low']:.3f}, {found['high']:.3f}] "
         f"on {found['problems']} held-out problems",
         file=sys.stderr,
     )
