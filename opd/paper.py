@@ -1,20 +1,21 @@
 """`opd paper`: the paper's comparisons on models made for them, every cell an ordinary run folder.
 
-Student and teachers are the `strangers` of `opd.lab`. A cell is a method with a seed; run folders
-lie in ROOT/GROUP/METHOD-SEED, a finished one is kept, a killed one goes on where it was. The seed
-is that of prompts and noise; the models are the same in every cell. `opd figures` draws the
-comparisons from a table of these folders.
+Student and teachers are the `strangers` of `opd.lab`. The group "single" has one task and its
+teacher, the group "multi" two tasks that alternate, each with its own. A cell is a method with a
+seed; run folders lie in ROOT/GROUP/METHOD-SEED, a finished one is kept, a killed one goes on where
+it was. The seed is that of prompts and noise; the models are the same in every cell. `opd figures`
+draws the comparisons from a table of these folders.
 """
 
 import argparse
 import concurrent.futures
-import itertools
 import sys
 from pathlib import Path
 
 from tqdm import tqdm
 
 from opd.demo import command
+from opd.runlog import write_text
 
 MASK = ("--mask", "string:<think>", "string:</think>", "token:<|im_end|>")
 SAMPLED = ("--objective", "sampled_token_clipped")
@@ -56,12 +57,30 @@ SHARED = (
 """Two optimizer steps on the rollouts of a step, no warm-up, and a token mean, as in the paper."""
 
 
+MULTI = ("sampled", "sampled_mask", "lsm", "lsm_mask", *VARIANTS)
+GROUPS = {"single": tuple(METHODS), "multi": MULTI}
+
+TASKS = """\
+[[tasks]]
+name = "chain"
+task = "lab"
+teacher = "{lab}/teacher"
+
+[[tasks]]
+name = "sort"
+task = "{lab}/sort.jsonl"
+teacher = "{lab}/sort-teacher"
+max_response = 96
+"""
+
+
 def main(argv: list[str]) -> None:
-    """`opd paper [--methods M ...] [--seeds N] [--jobs N] [--root DIR] [--lab DIR]`."""
+    """`opd paper [--groups G ...] [--methods M ...] [--seeds N] [--jobs N] [--root DIR]`."""
     parser = argparse.ArgumentParser(
         prog="opd paper", description="train every method of the paper's comparisons"
     )
     add = parser.add_argument
+    add("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS), metavar="GROUP")
     add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
     add("--seeds", type=int, default=5)
     add("--jobs", type=int, default=2, help="runs side by side, one thread each")
@@ -69,19 +88,29 @@ def main(argv: list[str]) -> None:
     add("--lab", type=Path, default=Path("lab-strangers"), help="made if it is not there")
     given = parser.parse_args(argv)
     command("lab", "--strangers", "--out", given.lab)
-    cells = list(itertools.product(range(given.seeds), given.methods))
+    tasks = given.root / "tasks.toml"
+    tasks.parent.mkdir(parents=True, exist_ok=True)
+    write_text(tasks, TASKS.format(lab=given.lab))
+    cells = [
+        (group, seed, method)
+        for group in given.groups
+        for seed in range(given.seeds)
+        for method in GROUPS[group]
+        if method in given.methods
+    ]
 
-    def run(cell: tuple[int, str]) -> Path:
-        seed, method = cell
-        folder = given.root / "single" / f"{method}-{seed}"
+    def run(cell: tuple[str, int, str]) -> None:
+        group, seed, method = cell
         models = ("--student", given.lab / "student", "--teacher", given.lab / "teacher")
         how = (*SHARED, *METHODS[method], "--seed", seed)
+        if group == "multi":  # as many steps of the first task as in the other group
+            how += ("--tasks", tasks, "--steps", "60", "--eval-every", "30", "--save-every", "30")
+        folder = given.root / group / f"{method}-{seed}"
         command("train", "lab", *models, *how, "--out", folder, threads=1)
-        return folder
 
     failed: list[str] = []
     with concurrent.futures.ThreadPoolExecutor(given.jobs) as pool:
-        waiting = {pool.submit(run, cell): f"{cell[1]}-{cell[0]}" for cell in cells}
+        waiting = {pool.submit(run, cell): "{0}/{2}-{1}".format(*cell) for cell in cells}
         done = concurrent.futures.as_completed(waiting)
         for one in tqdm(done, total=len(cells), desc="paper", unit="run", disable=None):
             if one.exception() is not None:
