@@ -318,17 +318,26 @@ def held_out(model: Path, tasks: tuple[str, ...], count: int) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> None:
-    """`opd lab [--out DIR] [--seed N] [--tiny | --strangers]`."""
+    """`opd lab [--out DIR] [--seed N] [--tiny | --strangers | --smollm]`."""
     parser = argparse.ArgumentParser(prog="opd lab", description=__doc__)
-    parser.add_argument("--out", help="folder (default: lab, lab-tiny or lab-strangers)")
+    parser.add_argument("--out", help="folder (default: lab, lab-tiny, lab-strangers, smollm)")
     parser.add_argument("--seed", type=int, default=0)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--tiny", action="store_true", help="seconds instead of minutes")
     which.add_argument(
         "--strangers", action="store_true", help="models that write in different ways, two tasks"
     )
+    which.add_argument(
+        "--smollm", action="store_true", help="a small pretrained model and a thinned one"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="1 builds one after the other")
     given = parser.parse_args(argv)
+    if given.smollm:
+        from opd.smollm import build as build_smollm
+
+        student, teacher = build_smollm(Path(given.out or "smollm"), given.seed)
+        print(f"student: {student}\nteacher: {teacher}")
+        return
     config, name = LabConfig(), "lab"
     if given.tiny:
         config, name = tiny_config(), "lab-tiny"

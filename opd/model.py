@@ -78,9 +78,10 @@ def load(name: str, device: str, dtype: str) -> tuple[Any, Any]:
 
     if not name:
         raise ValueError("no model given; name a folder or a hub model for --student and --teacher")
-    if name.startswith((".", "/", "lab/", "lab-tiny/")) and not Path(name).is_dir():
-        hint = "; build it with `opd lab`" if name.startswith("lab") else ""
-        hint += " --tiny" if name.startswith("lab-tiny") else ""
+    made = {"lab/": "", "lab-tiny/": " --tiny", "smollm/": " --smollm"}
+    if name.startswith((".", "/", *made)) and not Path(name).is_dir():
+        how = [option for folder, option in made.items() if name.startswith(folder)]
+        hint = f"; build it with `opd lab`{how[0]}" if how else ""
         raise FileNotFoundError(f"model folder {name!r} does not exist{hint}")
     disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(name)

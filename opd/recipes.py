@@ -55,6 +55,27 @@ def pair() -> Config:
     return Config(student="", teacher="", out="runs/pair", task="")
 
 
+def smollm() -> Config:
+    """A pretrained pair on sums asked in words, on the models of `opd lab --smollm`; 8 minutes."""
+    return Config(
+        student="smollm/student",
+        teacher="smollm/teacher",
+        out="runs/smollm",
+        task="smollm/problems.jsonl",
+        steps=32,
+        prompts_per_step=8,
+        group_size=1,
+        max_prompt=64,
+        max_response=32,
+        lr=2e-5,
+        support_k=16,
+        eval_every=0,
+        eval_problems=32,
+        save_every=32,
+        batch_every=1,
+    )
+
+
 def qwen_small() -> Config:
     """Qwen2.5-0.5B-Instruct from Qwen2.5-1.5B-Instruct on DAPO-Math: one GPU of 24 GB."""
     return Config(
@@ -138,6 +159,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "smoke": smoke,
     "lab": lab,
     "pair": pair,
+    "smollm": smollm,
     "qwen-small": qwen_small,
     "paper-math": paper_math,
 }
