@@ -3,8 +3,10 @@
 Shapes: B responses, T positions, N supervised tokens, D hidden size, V vocabulary.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,23 +23,37 @@ from diagnostics.sketch import (
     token_energies,
     token_sketches,
 )
-from diagnostics.tradeoff import coherence, cost_of_response, occupancy, recommend, squared_bias
+from diagnostics.tradeoff import (
+    coherence,
+    cost_of_response,
+    occupancy,
+    recommend,
+    squared_bias,
+    without_each,
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Measured:
     """Gradients of the family on some batch: all that a readout needs, without the models.
 
-    sketches (B, F, J, m); energies (B, F) of tokens; prompt (B,) ids; cost (B,) KL of a response;
-    names and gammas of the F = names x gammas members.
+    sketches (B, F, J, m); prompt (B,) ids; cost (B,) KL of a response; names and gammas of the F =
+    names x gammas members. energies (B, F) of tokens, for the head; squares (B, F) exact squared
+    lengths of sequences' gradients, for other blocks.
     """
 
     sketches: Tensor
-    energies: Tensor
     prompt: Tensor
     cost: Tensor
     names: tuple[str, ...]
     gammas: tuple[float, ...]
+    energies: Tensor | None = None
+    squares: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those with an axis of sequences."""
+        named = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: x for name, x in named.items() if isinstance(x, Tensor)}
 
 
 def measured(
@@ -49,6 +65,7 @@ def measured(
     teacher_known: bool = True,
     gammas: Sequence[float] = GAMMAS,
     chunk_tokens: int = 1024,
+    among: tuple[Scored, slice] | None = None,
 ) -> Measured:
     """One pass over a batch: every member of the family that it allows, sequence by sequence.
 
@@ -61,10 +78,34 @@ def measured(
       logp: both models' whole log-probabilities of a slice of these tokens, (n, V) each.
       projection: the same one wherever results are joined or compared.
       teacher_known: False where `logp` has no teacher.
+      among: the batch of all ranks and where this one's rows stand in it (`diagnostics.ranks`), for
+        baselines; only this batch if None.
 
     Raises:
-      Missing: the batch was not drawn from the distribution that was scored, so that scores do not
-        average to 0 and neither bias nor baselines are what the formulas say.
+      Missing: the batch was not drawn from the distribution that was scored.
+    """
+    on_policy(batch)
+    tokens = token_sketches(batch, hidden, logp, projection, chunk_tokens)
+    whole, rows = among or (batch, slice(len(batch)))
+    at = weights(whole, available(whole, teacher_known), gammas)
+    own = at.values[rows, : batch.mask.shape[1]]
+    return Measured(
+        sketches=sequence_sketches(tokens, batch.mask, own, at.local),
+        energies=token_energies(tokens, batch.mask, own, at.local),
+        prompt=batch.prompt,
+        cost=cost_of_response(batch),
+        names=at.names,
+        gammas=at.gammas,
+    )
+
+
+def on_policy(batch: Scored) -> None:
+    """Refuse a batch that was not drawn from the distribution that was scored.
+
+    Then scores do not average to 0, and neither bias nor baselines are what the formulas say.
+
+    Raises:
+      Missing: top_p below 1, or another temperature.
     """
     if batch.top_p < 1 or batch.temperature != batch.score_temperature:
         raise Missing(
@@ -72,16 +113,6 @@ def measured(
             f"and scored at {batch.score_temperature}; sample the probe's batch with top_p 1 at "
             "the temperature of the loss"
         )
-    tokens = token_sketches(batch, hidden, logp, projection, chunk_tokens)
-    at = weights(batch, available(batch, teacher_known), gammas)
-    return Measured(
-        sketches=sequence_sketches(tokens, batch.mask, at.values, at.local),
-        energies=token_energies(tokens, batch.mask, at.values, at.local),
-        prompt=batch.prompt,
-        cost=cost_of_response(batch),
-        names=at.names,
-        gammas=at.gammas,
-    )
 
 
 def joined(parts: Sequence[Measured]) -> Measured:
@@ -92,18 +123,12 @@ def joined(parts: Sequence[Measured]) -> Measured:
     Raises:
       ValueError: no parts, or parts of different members or discounts.
     """
-    kinds = {(part.names, part.gammas) for part in parts}
+    kinds = {(part.names, part.gammas, *part.tensors()) for part in parts}
     if len(kinds) != 1:
         raise ValueError(f"parts of {len(kinds)} different families: {sorted(kinds)}")
-    first = parts[0]
-    return Measured(
-        **{
-            name: torch.cat([getattr(part, name) for part in parts])
-            for name in ("sketches", "energies", "prompt", "cost")
-        },
-        names=first.names,
-        gammas=first.gammas,
-    )
+    columns = [part.tensors() for part in parts]
+    changed: dict[str, Any] = {name: torch.cat([c[name] for c in columns]) for name in columns[0]}
+    return replace(parts[0], **changed)
 
 
 def gradient_row(
@@ -111,17 +136,21 @@ def gradient_row(
     trained: tuple[str, float] = ("plain", 0.0),
     sequences: int | None = None,
     seed: int = 0,
+    prefix: str = "gradient",
 ) -> dict[str, float]:
-    """Everything E-1, E-3, E-4 and E-9 say about the head's gradient.
+    """Everything E-1, E-3, E-4 and E-9 say about the gradient that was measured.
 
-    Names begin with "gradient/". "_low" and "_high" bound a 95 % interval over prompts; "_se" is
-    the standard error over prompts and "_sketch_se" that of the sketch, which adds to it:
+    Names begin with the prefix and a slash. "_low" and "_high" bound a 95 % interval over prompts;
+    "_se" is the standard error over prompts, "_sketch_se" that of the sketch, which adds to it:
     - signal, variance, between, within, snr, noise_scale of `trained` (`signal_and_noise`);
     - noise/MEMBER@GAMMA: n times the variance of the batch's mean gradient, at these rollouts a
-      prompt, with both errors; coherence/MEMBER@GAMMA, the value alone;
+      prompt, with both errors; coherence/MEMBER@GAMMA, the value alone, where token energies are
+      known; sketch_excess, the mean squared length of sketches over the exact one, less 1, of
+      `trained`, where that is known;
     - bias2@GAMMA, and alpha, occupancy_square, bias_share, cosine (`occupancy`);
     - best_gamma for `sequences` a batch (this one's if None); chosen/MEMBER and chosen@GAMMA, how
-      often under the sampling error; sequences and cost_of_response, the study's coordinates.
+      often under the sampling error; sequences and cost_of_response (with errors), the study's
+      coordinates.
 
     Raises:
       Missing: fewer than 3 prompts, or `trained` was not measured.
@@ -130,36 +159,38 @@ def gradient_row(
         raise Missing(f"{trained} is not among {', '.join(at.names)} at {list(at.gammas)}")
     found = pairs(at.sketches, at.prompt)
     grid = [(name, gamma) for name in at.names for gamma in at.gammas]
+    nth = grid.index(trained)
     row: dict[str, float] = {}
-    for name, value in measures(found, grid.index(trained)).items():
-        row |= value.row(f"gradient/{name}")
+    for name, value in measures(found, nth).items():
+        row |= value.row(name)
     for i, (name, gamma) in enumerate(grid):
         label = f"{name}@{gamma:g}"
         noise = found.positive(found.noise[:, i])
-        row[f"gradient/noise/{label}"] = noise.value
-        row[f"gradient/noise/{label}_se"] = noise.error
-        row[f"gradient/noise/{label}_sketch_se"] = noise.sketch
-        together = coherence(found, at.energies, at.prompt, i)
-        row[f"gradient/coherence/{label}"] = together.value
-    row |= {
-        "gradient/sequences": float(sequences or len(at.prompt)),
-        "gradient/cost_of_response": float(at.cost.mean()),
-    }
-    return row | _bias_and_choice(found, at, sequences or len(at.prompt), seed)
+        row[f"noise/{label}"] = noise.value
+        row[f"noise/{label}_se"] = noise.error
+        row[f"noise/{label}_sketch_se"] = noise.sketch
+        if at.energies is not None:
+            together = coherence(found, at.energies, at.prompt, i)
+            row[f"coherence/{label}"] = together.value
+    if at.squares is not None:
+        exact = float(at.squares[:, nth].double().mean())
+        row["sketch_excess"] = float(found.own[0, nth]) / exact - 1 if exact > 0 else math.nan
+    row["sequences"] = float(sequences or len(at.prompt))
+    row |= found.positive(without_each(at.cost, at.prompt)).row("cost_of_response")
+    row |= _bias_and_choice(found, at, sequences or len(at.prompt), seed)
+    return {f"{prefix}/{name}": value for name, value in row.items()}
 
 
 def _bias_and_choice(found: Pairs, at: Measured, sequences: int, seed: int) -> dict[str, float]:
     row: dict[str, float] = {}
     bias = squared_bias(found, at)
     for i, gamma in enumerate(at.gammas):
-        row |= squared(found.estimate(bias[:, i])).row(f"gradient/bias2@{gamma:g}")
+        row |= squared(found.estimate(bias[:, i])).row(f"bias2@{gamma:g}")
     for name, value in occupancy(found, at).items():
-        row |= value.row(f"gradient/{name}")
+        row |= value.row(f"{name}")
     choice = recommend(found, at, sequences, torch.Generator().manual_seed(seed))
     share = choice.share.view(len(at.names), len(at.gammas))
-    row["gradient/best_gamma"] = choice.gamma
-    row |= {f"gradient/chosen/{n}": float(x) for n, x in zip(at.names, share.sum(1), strict=True)}
-    row |= {
-        f"gradient/chosen@{g:g}": float(x) for g, x in zip(at.gammas, share.sum(0), strict=True)
-    }
+    row["best_gamma"] = choice.gamma
+    row |= {f"chosen/{n}": float(x) for n, x in zip(at.names, share.sum(1), strict=True)}
+    row |= {f"chosen@{g:g}": float(x) for g, x in zip(at.gammas, share.sum(0), strict=True)}
     return row

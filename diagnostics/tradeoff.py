@@ -98,11 +98,19 @@ def coherence(found: Pairs, energies: Tensor, prompt: Tensor, member: int) -> Es
     Args:
       energies: (n, F) as `diagnostics.sketch.token_energies` returns them; prompt: (n,).
     """
-    group, x = prompt.unique(return_inverse=True)[1].cpu(), energies[:, member].double().cpu()
-    part = x.new_zeros(found.num_prompts).index_add_(0, group, x)
-    total = torch.cat([part.sum(0)[None], part.sum(0) - part])
-    total = torch.cat([total, total[:1].expand(len(found.sizes) - len(total))])
-    return found.ratio(found.own[:, member], total / found.sizes)
+    mean = without_each(energies[:, member], prompt)
+    mean = torch.cat([mean, mean[:1].expand(len(found.sizes) - len(mean))])
+    return found.ratio(found.own[:, member], mean)
+
+
+def without_each(x: Tensor, prompt: Tensor) -> Tensor:
+    """(1 + C,) the mean of x (B,) over all sequences, and over those without each prompt's."""
+    group, x = prompt.unique(return_inverse=True)[1].cpu(), x.double().cpu()
+    part, ones = x.new_zeros(2, int(group.max()) + 1), torch.stack([x, torch.ones_like(x)])
+    part.index_add_(1, group, ones)
+    whole = part.sum(1, keepdim=True)
+    total, count = torch.cat([whole, whole - part], 1)
+    return total / count
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -157,6 +157,9 @@ class Config:
     probe_every: int = 0
     """Steps between gradient probes (opd.probing): signal, noise and bias of the head's gradient;
     0 for none. With top_p below 1 a probe samples rollouts of its own."""
+    probe_blocks: tuple[str, ...] = ()
+    """Layers whose gradients the probe measures besides the head's, by shell patterns of their
+    names, such as "*norm" or "model.layers.3.mlp.down_proj"; 4 to 6 backward passes a probe."""
     eval_every: int = 50
     """Steps between evaluations; 0 evaluates only at the start and the end."""
     eval_task: str = ""
@@ -203,6 +206,13 @@ class Config:
         for name in ("top_p", "eval_top_p", "keep_uncertain"):
             _require(name, getattr(self, name), 0 < getattr(self, name) <= 1, "in (0, 1]")
         parse(self.mask)
+        unused = "() while probe_every is 0"
+        _require(
+            "probe_blocks",
+            self.probe_blocks,
+            bool(self.probe_every or not self.probe_blocks),
+            unused,
+        )
         names = [task.name for task in self.tasks]
         _require(
             "names of tasks", names, len(set(names)) == len(names), "different from each other"

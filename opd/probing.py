@@ -1,19 +1,24 @@
-"""The gradient probe in a run: signal, noise and bias of the head's gradient as the weights are.
+"""The gradient probe in a run: signal, noise and bias of gradients as the weights are.
 
-Shapes: N supervised tokens, D and D' hidden sizes of student and teacher.
+Shapes: B responses, N supervised tokens, F members, D and D' hidden sizes of student and teacher.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from diagnostics.access import Missing
 from diagnostics.batch import Scored
-from diagnostics.probe import gradient_row, measured
+from diagnostics.blocks import Block, block, sequence_gradients
+from diagnostics.family import GAMMAS, available, weights
+from diagnostics.probe import Measured, gradient_row, measured, on_policy
 from diagnostics.rows import Row
 from diagnostics.sketch import random_signs
+from diagnostics.tradeoff import REFERENCES, cost_of_response
 from opd.data import Prompts
-from opd.head import chunks
-from opd.model import Model, Pair, log_probabilities, micro_batches, response_hidden
+from opd.head import Head, chunks, cooled, products, shaped
+from opd.model import Model, Pair, log_probabilities, micro_batches, response_hidden, spread
 
 
 @torch.no_grad()
@@ -25,11 +30,13 @@ def probe(
     gamma: float,
     micro_tokens: int,
     chunk_elements: int,
+    blocks: Sequence[str] = (),
 ) -> Row:
     """`diagnostics.probe.gradient_row` of a batch; empty where it has too few prompts for one.
 
     The batch is one that the student sampled with top_p 1 at the temperature of the scores. gamma
-    is that of the objective, if the probe's grid has it, else the nearest one.
+    is that of the objective, if the probe's grid has it, else the nearest one. The head's numbers
+    begin with "gradient/", those of a block (`diagnostics.blocks`) with "gradient/blocks/PATTERN/".
     """
     ours, theirs = (
         states(model, prompts, scored, micro_tokens) for model in (pair.student, pair.teacher)
@@ -45,11 +52,95 @@ def probe(
 
     size = chunks(len(ours), vocabulary, chunk_elements)[0].stop
     found = measured(scored, ours, logp, signs, chunk_tokens=size)
-    nearest = min(found.gammas, key=lambda g: abs(g - gamma))
+    trained = ("plain", min(GAMMAS, key=lambda g: abs(g - gamma)))
+    below: dict[str, Measured] = {}
+    if blocks:
+        slopes = hidden_slopes(pair, scored, ours, theirs, size)
+        chosen = [block(pair.student.network, pattern) for pattern in blocks]
+        below = below_head(pair.student, prompts, scored, slopes, chosen, trained[1], micro_tokens)
     try:
-        return dict(gradient_row(found, trained=("plain", nearest)))
+        row = gradient_row(found, trained)
+        for pattern, at in below.items():
+            row |= gradient_row(at, trained, prefix=f"gradient/blocks/{pattern}")
     except Missing:
         return {}
+    return dict(row)
+
+
+def hidden_slopes(
+    pair: Pair, scored: Scored, ours: Tensor, theirs: Tensor, chunk_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """(N, D) gradients of each token's log p(y) and of its KL(p || q), by the student's state."""
+    tokens, tau, head = scored.tokens[scored.mask], scored.score_temperature, pair.student.head
+    parts = []
+    for start in range(0, len(ours), chunk_tokens):
+        c = slice(start, start + chunk_tokens)
+        theirs_logp = log_probabilities(pair.teacher, theirs[c], tau)
+        with torch.enable_grad():
+            z = products(ours[c], head)[..., : head.vocabulary].requires_grad_()
+            logp = cooled(shaped(z, head), tau).log_softmax(-1)
+            away = torch.where(logp > -torch.inf, logp - theirs_logp, 0.0)
+            picked = logp.gather(1, tokens[c, None]).sum()
+            slopes = torch.autograd.grad(picked, z, retain_graph=True)
+            slopes += torch.autograd.grad((logp.exp() * away).sum(), z)
+        parts.append([pulled_back(slope, head, ours.shape[1]) for slope in slopes])
+    scores, locals_ = zip(*parts, strict=True)
+    return torch.cat(scores), torch.cat(locals_)
+
+
+def pulled_back(slope: Tensor, head: Head, width: int) -> Tensor:
+    """(n, V) gradients by the head's products -> (n, D) by its hidden states."""
+    if head.weight is None:
+        return torch.nn.functional.pad(slope, (0, width - slope.shape[1]))
+    return slope.to(head.weight.dtype) @ head.weight[: head.vocabulary]
+
+
+def below_head(
+    student: Model,
+    prompts: Prompts,
+    scored: Scored,
+    slopes: tuple[Tensor, Tensor],
+    blocks: Sequence[Block],
+    gamma: float,
+    micro_tokens: int,
+) -> dict[str, Measured]:
+    """The plain member, and the one of least noise, at the discounts 0, gamma and 1, by block.
+
+    What the head does is done once for all of them (`hidden_slopes`). Cost beyond that: one forward
+    pass of the student, and 4 backward passes without gradients of weights (6 if gamma is neither 0
+    nor 1).
+    """
+    on_policy(scored)
+    known = available(scored, teacher_known=True)
+    names = ("plain", next(name for name in REFERENCES if name in known))
+    at = weights(scored, tuple(dict.fromkeys(names)), sorted({0.0, gamma, 1.0}))
+    score, local = (spread(x, scored.mask) for x in slopes)
+    count = at.values.shape[-1]
+    kept: dict[str, list[tuple[list[int], Tensor, Tensor]]] = {b.name: [] for b in blocks}
+    for rows in micro_batches(prompts, scored, micro_tokens):
+        part = scored.rows(rows).trimmed()
+        cut = slice(part.mask.shape[1])
+        w = at.values[rows][:, cut][part.mask].to(score.dtype)
+        s, k = (x[rows][:, cut][part.mask] for x in (score, local))
+
+        def forward(rows: list[int] = rows, part: Scored = part) -> Tensor:
+            return response_hidden(student, prompts.rows(rows), part)
+
+        members = (w[:, f, None] * s + at.local[f] * k for f in range(count))
+        for name, (x, square) in sequence_gradients(blocks, forward, members).items():
+            kept[name].append((rows, x, square))
+    found = {}
+    for name, parts in kept.items():
+        order = torch.tensor([i for rows, _, _ in parts for i in rows]).argsort()
+        found[name] = Measured(
+            sketches=torch.cat([x for _, x, _ in parts])[order.to(score.device)],
+            squares=torch.cat([x for _, _, x in parts])[order.to(score.device)],
+            prompt=scored.prompt,
+            cost=cost_of_response(scored),
+            names=at.names,
+            gammas=at.gammas,
+        )
+    return found
 
 
 def states(model: Model, prompts: Prompts, scored: Scored, micro_tokens: int) -> Tensor:

@@ -225,6 +225,7 @@ def probed_row(run: Run, step: int, nth: int, prompts: Prompts, whole: Scored) -
         gamma=config.gamma,
         micro_tokens=config.micro_tokens,
         chunk_elements=config.chunk_elements,
+        blocks=config.probe_blocks,
     )
 
 
