@@ -274,10 +274,14 @@ def test_wrong_blocks_are_refused() -> None:
     assert not layer._forward_hooks
 
 
+def config(*blocks: str, every: int) -> Config:
+    return Config(student="s", teacher="t", out="o", probe_blocks=blocks, probe_every=every)
+
+
 def test_blocks_without_a_probe_are_refused() -> None:
     with pytest.raises(ValueError, match=r"probe_blocks is \('\*norm',\); it must be \(\) while"):
-        Config(probe_blocks=("*norm",))
-    assert Config(probe_blocks=("*norm",), probe_every=5).probe_blocks == ("*norm",)
+        config("*norm", every=0)
+    assert config("*norm", every=5).probe_blocks == ("*norm",)
 
 
 def test_the_row_of_a_run_says_what_the_gradients_are() -> None:
