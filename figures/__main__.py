@@ -1,7 +1,9 @@
 """`opd figures`: draw figures from recorded tables, in seconds and without torch.
 
-A figure NAME is the module figures/NAME.py with `COLUMNS`, what it reads, and `draw(table)`. Its
-table is figures/data/NAME.csv unless --table or --run names another.
+A figure NAME is the module figures/NAME.py with `COLUMNS`, what it reads, `CAPTION`, and
+`draw(table)`. Its table is figures/data/NAME.csv unless --table or --run names another. `paper`
+stands for the figures and tables of the paper, `all` for every figure, and `claims` writes what
+the paper claims beside what is recorded here. --refresh makes the recorded table anew first.
 """
 
 import argparse
@@ -9,6 +11,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from glob import glob
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +21,28 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).resolve().parent
 DATA = FOLDER / "data"
-NOT_FIGURES = ("__init__", "__main__", "collect", "style", "tables")
+NOT_FIGURES = (
+    *("__init__", "__main__", "collect", "style", "tables"),
+    *("runs", "tokens", "vocabulary", "steps", "paired", "claims"),
+)
+PAPER = (
+    *("toy", "scatter", "loop", "gap", "segmentation", "dynamics", "multitask", "ablations"),
+    "comparison",
+)
+"""What stands for the paper's own figures and tables."""
+FROM_RUNS = (
+    *PAPER[1:],
+    *("training", "anatomy", "fan", "heatmap", "ledger", "lorenz", "pairs", "quadrants"),
+    *("sampler", "signal_loss", "tokenizer", "warning"),
+)
+"""Figures of run folders: all but the first make their table by `collect(runs)`."""
+RECORDED_AS = {
+    "frontier": "bias_variance",
+    "warning": "early_warning",
+    **dict.fromkeys(("dynamics", "ablations", "multitask"), "paper_steps"),
+    "comparison": "paper_evaluations",
+}
+"""Figures whose table has another name than theirs."""
 
 
 def figures() -> list[str]:
@@ -26,42 +50,89 @@ def figures() -> list[str]:
     return sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in NOT_FIGURES)
 
 
-def made_by(name: str) -> str:
-    """The command that makes a figure's table."""
+def made_by(name: str) -> list[str]:
+    """The commands that make a figure's table, each a line."""
+    update = f"opd figures {name} --run {{runs}} --update-data"
     if name == "training":
-        return "opd figures training --run DIR [DIR ...] --update-data"
-    return f"opd study run {name} --update-figures"
+        return ["opd demo", update.format(runs="results/demo/runs/*")]
+    if name in FROM_RUNS:
+        about = recorded(name).with_suffix(".json")
+        known = json.loads(about.read_text()).get("runs", {}) if about.exists() else {}
+        folders = [f"results/paper/{run}" for run in known] or ["results/paper/*/*"]
+        return ["opd paper", update.format(runs=" ".join(folders))]
+    return [f"opd study run {RECORDED_AS.get(name, name)} --update-figures"]
 
 
 def main(argv: list[str]) -> None:
-    """`opd figures [NAME|all] [--run DIR ...] [--table CSV] [--out DIR]`."""
+    """`opd figures [NAME|paper|all|claims] [--run DIR ...] [--table CSV] [--refresh]`."""
     parser = argparse.ArgumentParser(prog="opd figures", description=__doc__)
-    parser.add_argument("name", nargs="?", default="all", help=f"{', '.join(figures())}, or all")
+    known = f"{', '.join(figures())}; paper, all, or claims"
+    parser.add_argument("name", nargs="?", default="all", help=known)
     parser.add_argument("--table", type=Path, help="draw this table instead of the recorded one")
-    parser.add_argument("--run", type=Path, nargs="+", help="draw these run folders (training)")
+    parser.add_argument("--run", type=Path, nargs="+", help=f"run folders to draw, for {FROM_RUNS}")
     parser.add_argument("--out", type=Path, default=Path("results/figures"))
     parser.add_argument(
         "--update-data", action="store_true", help="also record the runs' table in figures/data"
     )
+    parser.add_argument(
+        "--refresh", action="store_true", help="run the experiment behind it and record it first"
+    )
     given = parser.parse_args(argv)
-    names = figures() if given.name == "all" else [given.name]
+    if given.name == "claims":
+        from figures.claims import written
+
+        given.out.mkdir(parents=True, exist_ok=True)
+        (given.out / "claims.md").write_text(written(DATA))
+        print(given.out / "claims.md")
+        return
+    names = {"all": figures(), "paper": list(PAPER)}.get(given.name, [given.name])
     if given.table and len(names) > 1:
         raise ValueError(f"--table {given.table} needs the name of its figure: {', '.join(names)}")
-    if given.run and names != ["training"]:
-        raise ValueError("--run is for `opd figures training`")
+    if given.run and not set(names) <= set(FROM_RUNS):
+        raise ValueError(f"--run is for the figures {', '.join(FROM_RUNS)}, one by one")
     if given.update_data and not given.run:
         raise ValueError("--update-data records the table of --run, and no run is given")
+    if given.refresh and given.run:
+        raise ValueError("--refresh makes its own runs; leave out --run")
     for name in names:
+        if given.refresh:
+            refresh(name)
         if given.run:
-            from figures.collect import training_table
-
-            table = training_table(given.run)
+            table = collected(name, given.run)
         else:
-            table = read(name, given.table or DATA / f"{name}.csv")
+            table = read(name, given.table or recorded(name))
         for path in render(name, table, given.out):
             print(path)
         if given.update_data:
             record(name, table, given.run)
+
+
+def refresh(name: str) -> None:
+    """Run what makes a figure's table, as a user would; a run that was killed goes on.
+
+    Raises:
+      RuntimeError: a command failed.
+    """
+    for line in made_by(name):
+        print(f"-- {line}", file=sys.stderr)
+        words = [x for word in line.split()[1:] for x in sorted(glob(word)) or [word]]
+        done = subprocess.run([sys.executable, "-m", "opd.cli", *words], check=False)
+        if done.returncode:
+            raise RuntimeError(f"`{line}` ended with {done.returncode}; the same command goes on")
+
+
+def collected(name: str, runs: list[Path]) -> "pd.DataFrame":
+    """The table of a figure made from run folders."""
+    if name == "training":
+        from figures.collect import training_table
+
+        return training_table(runs)
+    return import_module(f"figures.{name}").collect(runs)
+
+
+def recorded(name: str) -> Path:
+    """Where the table of a figure is kept."""
+    return DATA / f"{RECORDED_AS.get(name, name)}.csv"
 
 
 def read(name: str, path: Path) -> "pd.DataFrame":
@@ -76,7 +147,9 @@ def read(name: str, path: Path) -> "pd.DataFrame":
     if name not in figures():
         raise ValueError(f"unknown figure {name!r}; known: {', '.join(figures())}, all")
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; make it with `{made_by(name)}`")
+        raise FileNotFoundError(
+            f"{path} does not exist; make it with `{' && '.join(made_by(name))}`"
+        )
     table = pd.read_csv(path, dtype={"outcomes": str})
     lacking = [c for c in import_module(f"figures.{name}").COLUMNS if c not in table]
     if lacking:
@@ -94,17 +167,38 @@ def render(name: str, table: "pd.DataFrame", out: Path) -> list[Path]:
 
 def record(name: str, table: "pd.DataFrame", runs: list[Path]) -> None:
     """Keep a table of runs in figures/data, with what made it."""
-    table.to_csv(DATA / f"{name}.csv", index=False)
+    path = recorded(name)
+    table.to_csv(path, index=False)
+    configs = {label(run): json.loads((run / "config.json").read_text()) for run in runs}
+    first = next(iter(configs.values()))
+    shared = {k: x for k, x in first.items() if all(c.get(k) == x for c in configs.values())}
+    own = {r: {k: x for k, x in c.items() if k not in shared} for r, c in configs.items()}
     about = {
         "command": made_by(name),
-        "configs": {run.name: json.loads((run / "config.json").read_text()) for run in runs},
-        "code": {run.name: (run / "code.txt").read_text().splitlines()[0] for run in runs},
+        "settings": shared,
+        "runs": own,
+        "code": sorted({(run / "code.txt").read_text().splitlines()[0] for run in runs}),
+        "seconds": round(sum(map(seconds, runs)), 1),
+        "device": sorted({c["device"] for c in configs.values()}),
         "commit": commit(),
-        "table": hashlib.sha256((DATA / f"{name}.csv").read_bytes()).hexdigest()[:16],
+        "table": hashlib.sha256(path.read_bytes()).hexdigest()[:16],
         "versions": {p: metadata.version(p) for p in ("torch", "transformers", "pandas")},
     }
-    (DATA / f"{name}.json").write_text(json.dumps(about, indent=1) + "\n")
-    print(DATA / f"{name}.csv")
+    path.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
+    print(path)
+
+
+def label(run: Path) -> str:
+    """GROUP/METHOD-SEED of a run folder."""
+    return f"{run.resolve().parent.name}/{run.name}"
+
+
+def seconds(run: Path) -> float:
+    """What a run's steps took together, by its own clock."""
+    from diagnostics import rows
+
+    found = rows.read(run / "rows.jsonl")
+    return sum(x for row in found for k, x in row.items() if k.startswith("seconds/") and x)
 
 
 def commit() -> str:

@@ -1,0 +1,35 @@
+"""Training curves on two tasks that take turns (the paper's figures A5 and A6), by task."""
+
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from figures import style
+from figures.dynamics import COLUMNS as COLUMNS
+from figures.dynamics import finish, six_panels
+from figures.steps import steps
+
+CAPTION = (
+    "Two tasks that take turns, each with its own teacher: chain, whose teacher writes tags and "
+    "ends otherwise, and sort, whose teacher writes as the student does. Panels and intervals are"
+    " as in the figure of one task. In the paper the second task is ALFWorld, in turns with math."
+)
+
+
+def draw(table: pd.DataFrame) -> Figure:
+    """Six panels a task of the group "multi"."""
+    table = table[table["group"] == "multi"]
+    tasks = sorted(table["task"].unique())
+    figure, axes = style.panels(2 * len(tasks), 3, 1.85 * 2 * len(tasks))
+    for i, task in enumerate(tasks):
+        mine = axes[6 * i : 6 * i + 6]
+        six_panels(mine, table[table["task"] == task])
+        for place in (mine[0], mine[3]):
+            place.set_ylabel(f"task {task}")
+    finish(figure, axes)
+    return figure
+
+
+def collect(runs: list[Path]) -> pd.DataFrame:
+    return steps(runs)

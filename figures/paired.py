@@ -1,0 +1,64 @@
+"""Final accuracies of methods and their paired differences, from a table of evaluations.
+
+Every run of a task is judged on the same problems, and the runs of one seed saw the same prompts,
+so that differences are taken problem by problem and seed by seed.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from diagnostics.intervals import crossed_interval
+from figures.collect import digits
+
+
+def last(table: pd.DataFrame) -> pd.DataFrame:
+    """The last evaluation of every run and task."""
+    keys = ["group", "method", "seed", "task"]
+    return table.sort_values("step").groupby(keys, dropna=False).tail(1)
+
+
+def outcomes(table: pd.DataFrame, method: str) -> pd.DataFrame:
+    """(seeds, problems) outcomes of a method's runs in a table of one group and task."""
+    mine = table[table["method"] == method].sort_values("seed")
+    return pd.DataFrame([digits(x) for x in mine["outcomes"]], index=mine["seed"].to_numpy())
+
+
+def accuracy(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean over runs and problems and its 95 % interval, resampling both."""
+    low, high = crossed_interval(values, np.random.default_rng(0))
+    return float(values.mean()), low, high
+
+
+def difference(ours: pd.DataFrame, theirs: pd.DataFrame) -> dict[str, float]:
+    """Paired difference over the seeds that both have: value, low, high, p, seeds.
+
+    low, high: 95 %, resampling seeds and problems. p: `sign_flip` over problems, of differences
+    averaged over seeds, so that it is about these runs; the interval is about runs like them.
+    """
+    seeds = ours.index.intersection(theirs.index)
+    away = ours.loc[seeds].to_numpy(float) - theirs.loc[seeds].to_numpy(float)
+    value, low, high = accuracy(away)
+    p = sign_flip(away.mean(0), np.random.default_rng(0))
+    return {"value": value, "low": low, "high": high, "p": p, "seeds": len(seeds)}
+
+
+def sign_flip(values: np.ndarray, generator: np.random.Generator, draws: int = 9999) -> float:
+    """Two-sided p of a mean of 0 under symmetry: how often random signs give as large a mean.
+
+    Drawn patterns and the observed one count, so that p is at least 1 / (draws + 1).
+    """
+    signs = generator.integers(0, 2, size=(draws, len(values))) * 2 - 1
+    beyond = np.abs(signs @ values) >= np.abs(values.sum()) - 1e-12
+    return float((1 + beyond.sum()) / (draws + 1))
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's adjusted p values, in the order given."""
+    order = sorted(range(len(p)), key=lambda i: p[i])
+    found, largest = [0.0] * len(p), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
+        found[i] = largest
+    return found

@@ -1,0 +1,95 @@
+"""Run folders as two tables: a row a step, and a row an evaluation; needs no torch.
+
+A run folder is GROUP/METHOD-SEED. `opd paper` makes such folders, and so may anybody.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from diagnostics import rows
+
+KEPT = {
+    "reward": "collapse/reward",
+    "length": "collapse/length",
+    "truncated": "collapse/truncated_share",
+    "repeated": "collapse/repeated_share",
+    "grad_norm": "grad_norm",
+    "entropy": "drift/student_entropy",
+    "teacher_entropy": "drift/teacher_entropy",
+    "reverse_kl": "drift/reverse_kl",
+    "cost": "drift/k1",
+    "negative": "supervision/negative_share",
+    "negative_null": "supervision/negative_share_null",
+    "top1": "supervision/signal_top1_share",
+    "impossible": "tokens/confident_impossible_share",
+}
+"""Column of the table to column of a row."""
+STEP_COLUMNS = ("group", "method", "seed", "step", "task", *KEPT)
+EVALUATION_COLUMNS = (
+    *("group", "method", "seed", "step", "task"),
+    *("accuracy", "length", "truncated", "outcomes"),
+)
+
+
+def about(run: Path) -> dict[str, Any]:
+    """Group, method and seed of a run folder.
+
+    Raises:
+      FileNotFoundError: it is not a run folder.
+    """
+    if not (run / "config.json").exists():
+        raise FileNotFoundError(f"{run} is no run folder: it has no config.json")
+    seed = json.loads((run / "config.json").read_text())["seed"]
+    method = run.name.removesuffix(f"-{seed}")
+    return {"group": run.resolve().parent.name, "method": method, "seed": seed}
+
+
+def steps(runs: list[Path]) -> pd.DataFrame:
+    """STEP_COLUMNS, a row a step, numbers to four significant digits."""
+    found = [
+        about(run)
+        | {"step": row["step"], "task": row.get("task", "")}
+        | {name: rounded(row.get(column)) for name, column in KEPT.items()}
+        for run in runs
+        for row in rows.read(run / "rows.jsonl")
+    ]
+    return pd.DataFrame(found, columns=list(STEP_COLUMNS))
+
+
+def evaluations(runs: list[Path]) -> pd.DataFrame:
+    """EVALUATION_COLUMNS, a row an evaluation of a task; outcomes has a digit a problem."""
+    found = [
+        about(run)
+        | {"step": row["step"], "task": row.get("task", ""), "outcomes": row["outcomes"]}
+        | {name: rounded(row[name]) for name in ("accuracy", "length", "truncated")}
+        for run in runs
+        for row in rows.read(run / "evals.jsonl")
+    ]
+    return pd.DataFrame(found, columns=list(EVALUATION_COLUMNS))
+
+
+def rounded(value: float | None) -> float:
+    return float("nan") if value is None else float(f"{value:.4g}")
+
+
+def over_seeds(table: pd.DataFrame, column: str, log: bool = False) -> pd.DataFrame:
+    """By step: mean over seeds with its 95 % interval by Student's t; NaN bounds with one seed.
+
+    Columns step, value, low, high, seeds. Steps that not every seed has are left out. With `log`
+    the mean is geometric, and its interval is taken in logarithms.
+    """
+    from scipy.stats import t
+
+    by = table.dropna(subset=[column]).pivot_table(index="step", columns="seed", values=column)
+    by = by.dropna()
+    if log:
+        by = np.log(by[(by > 0).all(axis=1)])
+    n, mean = by.shape[1], by.mean(axis=1)
+    half = t.ppf(0.975, max(n - 1, 1)) * by.std(axis=1, ddof=1) / np.sqrt(max(n, 1))
+    found = pd.DataFrame({"value": mean, "low": mean - half, "high": mean + half})
+    found = (np.exp(found) if log else found).assign(seeds=n)
+    return found.rename_axis("step").reset_index()
