@@ -1,0 +1,86 @@
+"""What the ids of a run mean, read from its tokenizer.json: text, and which are special."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """special: ids of added tokens with that flag; names: text of every id as shown in a figure."""
+
+    special: frozenset[int]
+    names: dict[int, str]
+
+    def name(self, token: int) -> str:
+        return self.names.get(token, f"#{token}")
+
+
+def read(run: Path) -> Vocabulary:
+    """The vocabulary of a run: of the model it trained, or of the student it began with.
+
+    Raises:
+      FileNotFoundError: neither folder has a tokenizer.json.
+    """
+    places = [run / "final", model(run, "student")]
+    for place in places:
+        if (place / "tokenizer.json").exists():
+            return parse(json.loads((place / "tokenizer.json").read_text()))
+    raise FileNotFoundError(
+        f"no tokenizer.json in {places[0]} or {places[1]}: finish the run, or put the student "
+        "where its config.json says"
+    )
+
+
+def model(run: Path, role: str) -> Path:
+    """The folder of the run's student or teacher; relative ones also from the run's parents."""
+    named = Path(json.loads((run / "config.json").read_text())[role])
+    found = [up / named for up in run.resolve().parents if (up / named).is_dir()]
+    return named if named.is_dir() or not found else found[0]
+
+
+def end(folder: Path, vocabulary: Vocabulary) -> int:
+    """The id by which a model ends in its own way: its tokenizer's end token.
+
+    Raises:
+      FileNotFoundError: the folder names none. ValueError: the vocabulary does not have it.
+    """
+    settings = folder / "tokenizer_config.json"
+    token = json.loads(settings.read_text()).get("eos_token") if settings.exists() else None
+    if token is None:
+        raise FileNotFoundError(f"no eos_token in {settings}, and without it no ends to show")
+    text = token["content"] if isinstance(token, dict) else token
+    ids = [i for i, name in vocabulary.names.items() if name == text]
+    if not ids:
+        raise ValueError(f"{folder} ends with {text!r}, which the run's vocabulary does not have")
+    return ids[0]
+
+
+def parse(tokenizer: dict) -> Vocabulary:
+    """Of the contents of a tokenizer.json; byte-level pieces become text, odd bytes stay hex."""
+    pieces = tokenizer["model"]["vocab"]
+    if isinstance(pieces, list):  # a unigram model: [piece, score] by id
+        pieces = {piece: i for i, (piece, _) in enumerate(pieces)}
+    added = tokenizer["added_tokens"]
+    letters = byte_letters()
+    names = {i: shown(piece, letters) for piece, i in pieces.items()}
+    names |= {token["id"]: token["content"] for token in added}
+    return Vocabulary(frozenset(t["id"] for t in added if t["special"]), names)
+
+
+def byte_letters() -> dict[str, int]:
+    """The letter that stands for each byte in byte-level pieces (of GPT-2) to that byte.
+
+    Printable bytes stand for themselves; the others, in order, are the code points from 256 on.
+    """
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in plain]
+    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def shown(piece: str, letters: dict[str, int]) -> str:
+    """A piece as text, with visible spaces and line ends; bytes that are no text as \\xNN."""
+    if all(letter in letters for letter in piece):
+        data = bytes(letters[letter] for letter in piece)
+        piece = data.decode("utf-8", errors="backslashreplace")
+    return piece.replace("▁", "␣").replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
