@@ -5,6 +5,8 @@ mask leaves out, because that is the length of the prefix that the models condit
 Shapes: T response positions, S slices: the whole response and then NUM_BINS bins.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -14,16 +16,19 @@ NUM_BINS = 20
 LABELS = ("", "@0-1", *(f"@{2**i}-{2 ** (i + 1) - 1}" for i in range(1, NUM_BINS)))
 
 
+@lru_cache(maxsize=8)
 def slices(num_positions: int, device: torch.device) -> Tensor:
     """(T, S) float64 membership: column 0 is all ones, column 1 + i is 1 in bin i.
 
     A product with it sums a (B, T) tensor by position without indexing, hence without a host sync.
+    Kept for the next call, like `numbers`: not to be written to.
     """
     member = numbers(num_positions, device)[:, None] == torch.arange(NUM_BINS, device=device)
     everything = torch.ones((num_positions, 1), dtype=torch.bool, device=device)
     return torch.cat([everything, member], 1).double()
 
 
+@lru_cache(maxsize=8)
 def numbers(num_positions: int, device: torch.device) -> Tensor:
     """(T,) long: the bin of each position, below NUM_BINS."""
     starts = 2 ** torch.arange(1, NUM_BINS, device=device)

@@ -66,7 +66,8 @@ class Monitor:
         the row holds `numbers` alone.
 
         Raises:
-          ValueError: the micro-batches of one step, or the ranks, do not hold the same parts.
+          ValueError: the micro-batches of one step, or the ranks, do not hold the same parts; two
+            metrics, or a metric and a number, have one name.
         """
         due = [name for name, n in self.every.items() if step % n == 0]
         totals: dict[str, Total] = {}
@@ -76,7 +77,10 @@ class Monitor:
         waiting = {name: x for name, x in numbers.items() if isinstance(x, Tensor)}
         known = {name: float(x) for name, x in numbers.items() if name not in waiting}
         as_totals = {name: Mean(x, torch.ones_like(x)) for name, x in waiting.items()}
-        row = known | read(self.combine({**totals, **as_totals}))
+        measured = read(self.combine({**totals, **as_totals}))
+        if taken := sorted(known.keys() & measured.keys() | waiting.keys() & totals.keys()):
+            raise ValueError(f"{', '.join(taken)}: names of metrics; give the numbers others")
+        row = known | measured
         self.raised = self.alarms.update({"step": step, **row}) if self.alarms else []
         for sink in self.sinks:
             sink(step, row)
@@ -86,14 +90,26 @@ class Monitor:
         """Totals of one micro-batch, to be merged; of all metrics or those named.
 
         Nothing leaves the device.
+
+        Raises:
+          ValueError: two metrics give a total of the same name.
         """
         found: dict[str, Total] = {}
+        source: dict[str, str] = {}
         with torch.no_grad():
             for name in self.panel if names is None else names:
                 try:
-                    found |= self.panel[name](batch)
+                    mine = self.panel[name](batch)
                 except Missing as lack:
                     self.missing.setdefault(name, str(lack))
+                    continue
+                if twice := sorted(source.keys() & mine.keys()):
+                    raise ValueError(
+                        f"the metrics {source[twice[0]]!r} and {name!r} both give "
+                        f"{', '.join(twice)}; keep one of them in the panel"
+                    )
+                source |= dict.fromkeys(mine, name)
+                found |= mine
         return found
 
     def state_dict(self) -> dict[str, Any]:

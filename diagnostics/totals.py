@@ -15,9 +15,11 @@ opposite directions it comes out too large. Values are exact either way.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import wraps
 from typing import Self
+from weakref import ref
 
 import numpy as np
 import torch
@@ -28,6 +30,26 @@ from diagnostics.bins import LABELS, slices, tenths
 _UNSET = torch.empty(0)
 
 
+def remembered(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The function, with its last result kept: a panel asks for the same of one mask many times.
+
+    Goes by the argument's identity and its version, which in-place changes raise; keeps no argument
+    alive. Inference tensors have no version; theirs is not kept.
+    """
+    kept: list[tuple[ref[Tensor], int, Tensor]] = []
+
+    @wraps(function)
+    def remembering(x: Tensor) -> Tensor:
+        if x.is_inference():
+            return function(x)
+        if not (kept and kept[0][0]() is x and kept[0][1] == x._version):
+            kept[:] = [(ref(x), x._version, function(x))]
+        return kept[0][2]
+
+    return remembering
+
+
+@remembered
 def cluster_numbers(ids: Tensor) -> Tensor:
     """(B,) ids to (B,) numbers below B, equal where ids are; unlike `unique` it never syncs."""
     ordered, order = ids.sort()
@@ -42,13 +64,12 @@ def ratio_sums(above: Tensor, below: Tensor, cluster: Tensor | None) -> tuple[Te
     With N_c, D_c the sums of `above`, `below` (B, ...) over the rows of cluster c: sum N, sum D,
     number of clusters with D != 0, sum N^2, sum N D, sum D^2; each (...).
     """
-    n, d = above.double(), below.double()
+    x = torch.stack([above.double(), below.double()])
     if cluster is not None:
-        number = cluster_numbers(cluster)
-        n = torch.zeros_like(n).index_add(0, number, n)
-        d = torch.zeros_like(d).index_add(0, number, d)
-    used = (d != 0).double()
-    return tuple(x.sum(0) for x in (n, d, used, n * n, n * d, d * d))
+        x = torch.zeros_like(x).index_add_(1, cluster_numbers(cluster), x)
+    total, square = x.sum(1), x.square().sum(1)
+    used, cross = (x[1] != 0).sum(0).double(), (x[0] * x[1]).sum(0)
+    return total[0], total[1], used, square[0], cross, square[1]
 
 
 def ratio_and_error(
@@ -67,15 +88,26 @@ def ratio_and_error(
 
 def masked(x: Tensor, mask: Tensor) -> Tensor:
     """x in float64, detached, 0 where the mask is False whatever stood there."""
-    x = x.detach().double()
-    return torch.where(mask, x, torch.zeros_like(x))
+    return torch.where(mask, x.detach().double(), 0.0)
+
+
+@remembered
+def counts(mask: Tensor) -> Tensor:
+    """(B,) float64 of a mask (B,) or (B, T): entries of each row."""
+    return mask.double() if mask.dim() == 1 else mask.double().sum(1)
+
+
+@remembered
+def position_counts(mask: Tensor) -> Tensor:
+    """(B, S) float64 of a mask (B, T): entries of each row, whole and by position bin."""
+    return mask.double() @ slices(mask.shape[1], mask.device)
 
 
 class Total(ABC):
     """Sums that add: a frozen dataclass of tensors with a `summary` of their host values."""
 
     def tensors(self) -> list[Tensor]:
-        return [getattr(self, f.name) for f in fields(self)]  # type: ignore[arg-type]
+        return list(vars(self).values())
 
     def __add__(self, other: Self) -> Self:
         if type(self) is not type(other):
@@ -92,8 +124,21 @@ class Total(ABC):
         """The readout by suffix, from the host values of `tensors()` in their order."""
 
 
+class Ratio(Total):
+    """Totals of the six sums that `ratio_sums` makes; `read` divides those of all at once."""
+
+    @classmethod
+    def summary(cls, *sums: np.ndarray) -> dict[str, float]:
+        return cls.labelled(*ratio_and_error(*sums), *sums)
+
+    @staticmethod
+    @abstractmethod
+    def labelled(value: np.ndarray, error: np.ndarray, *sums: np.ndarray) -> dict[str, float]:
+        """The readout by suffix, from `ratio_and_error` of the sums."""
+
+
 @dataclass(frozen=True, eq=False)
-class Mean(Total):
+class Mean(Ratio):
     """A ratio of sums total / count, with the cluster sums of its standard error.
 
     Readout: "" the ratio (NaN when count is 0) and "_se" its standard error. `Mean(total, count)`
@@ -116,7 +161,8 @@ class Mean(Total):
     @classmethod
     def of(cls, x: Tensor, mask: Tensor, cluster: Tensor | None = None) -> Self:
         """Mean of x over the mask, pooled: sum m x / sum m. x, mask (B, T) or (B,)."""
-        return cls.ratio(x, torch.ones_like(x), mask, cluster)
+        n = masked(x, mask)
+        return cls(*ratio_sums(n.sum(1) if mask.dim() > 1 else n, counts(mask), cluster))
 
     @classmethod
     def ratio(
@@ -135,14 +181,13 @@ class Mean(Total):
         return self.values().get("_se", float("nan"))
 
     @staticmethod
-    def summary(*sums: np.ndarray) -> dict[str, float]:
-        value, error = ratio_and_error(*sums)
+    def labelled(value: np.ndarray, error: np.ndarray, *sums: np.ndarray) -> dict[str, float]:
         known = {} if np.isnan(sums[2]) else {"_se": float(error)}
         return {"": float(value)} | known
 
 
 @dataclass(frozen=True, eq=False)
-class Profile(Total):
+class Profile(Ratio):
     """A `Mean` over the whole response and over each position bin; every field (S,).
 
     Readout: "", "_se", and for each bin that holds tokens "@lo-hi", "@lo-hi_se". Late bins hold the
@@ -160,11 +205,10 @@ class Profile(Total):
     def of(cls, x: Tensor, mask: Tensor, cluster: Tensor | None = None) -> Self:
         """Mean of x (B, T) over the mask, by the response position of the token."""
         member = slices(mask.shape[1], mask.device)
-        return cls(*ratio_sums(masked(x, mask) @ member, mask.double() @ member, cluster))
+        return cls(*ratio_sums(masked(x, mask) @ member, position_counts(mask), cluster))
 
     @staticmethod
-    def summary(*sums: np.ndarray) -> dict[str, float]:
-        value, error = ratio_and_error(*sums)
+    def labelled(value: np.ndarray, error: np.ndarray, *sums: np.ndarray) -> dict[str, float]:
         found = {}
         for i, label in enumerate(LABELS):
             if i == 0 or sums[1][i] > 0:
@@ -194,7 +238,7 @@ class Counts(Total):
 
 
 @dataclass(frozen=True, eq=False)
-class Deciles(Total):
+class Deciles(Ratio):
     """A `Mean` in each tenth of the response, by relative position; every field (10,).
 
     Readout, for each tenth that holds tokens: "%0-10" to "%90-100" and the same with "_se". Every
@@ -220,8 +264,7 @@ class Deciles(Total):
         return cls(*ratio_sums(spread(masked(x, mask)), spread(mask.double()), cluster))
 
     @staticmethod
-    def summary(*sums: np.ndarray) -> dict[str, float]:
-        value, error = ratio_and_error(*sums)
+    def labelled(value: np.ndarray, error: np.ndarray, *sums: np.ndarray) -> dict[str, float]:
         found = {}
         for i in range(10):
             if sums[1][i] > 0:
@@ -284,15 +327,36 @@ def unpack(vector: Tensor, like: Mapping[str, Total]) -> dict[str, Total]:
 def read(totals: Mapping[str, Total]) -> dict[str, float]:
     """Every number of every total, named total + suffix; exactly one transfer to the host."""
     host = pack(totals).cpu().numpy()
-    row: dict[str, float] = {}
+    sums: dict[str, list[np.ndarray]] = {}
     start = 0
     for name, total in totals.items():
-        sums = []
+        sums[name] = []
         for x in total.tensors():
-            sums.append(host[start : start + x.numel()].reshape(x.shape))
+            sums[name].append(host[start : start + x.numel()].reshape(x.shape))
             start += x.numel()
-        row |= {name + suffix: value for suffix, value in total.summary(*sums).items()}
+    ratios = [name for name, total in totals.items() if isinstance(total, Ratio)]
+    divided = iter(_divided([sums[name] for name in ratios]))
+    row: dict[str, float] = {}
+    for name, total in totals.items():
+        mine = sums[name]
+        if isinstance(total, Ratio):
+            found = total.labelled(*next(divided), *mine)
+        else:
+            found = total.summary(*mine)
+        row |= {name + suffix: value for suffix, value in found.items()}
     return row
+
+
+def _divided(ratios: list[list[np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """`ratio_and_error` of each one's six sums, computed on all of them at once."""
+    if not ratios:
+        return []
+    flat = [np.concatenate([x.ravel() for x in column]) for column in zip(*ratios, strict=True)]
+    ends = np.cumsum([sums[0].size for sums in ratios])[:-1]
+    shapes = [sums[0].shape for sums in ratios]
+    value, error = (np.split(x, ends) for x in ratio_and_error(*flat))
+    both = zip(value, error, shapes, strict=True)
+    return [(v.reshape(shape), e.reshape(shape)) for v, e, shape in both]
 
 
 def merge(a: Mapping[str, Total], b: Mapping[str, Total]) -> dict[str, Total]:

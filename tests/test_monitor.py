@@ -16,7 +16,7 @@ from diagnostics.batch import Scored
 from diagnostics.monitor import PANEL, Monitor, across_ranks
 from diagnostics.rows import read
 from diagnostics.sinks import to_console, to_file
-from diagnostics.totals import pack
+from diagnostics.totals import counts, pack, position_counts
 from tests.test_diagnostics import batch
 
 LIMIT = Rule(name="k1", metric="drift/k1", null="", means="", remedy="", high=-1, need=2, last=3)
@@ -135,6 +135,34 @@ def test_parts_that_do_not_match_are_refused() -> None:
 
     with pytest.raises(ValueError, match="in one part only"):
         Monitor()(0, [batch(), replace(batch(), prefix=None)])
+
+
+def test_one_name_for_two_numbers_is_refused() -> None:
+    panel = {"first": PANEL["length"], "reward": PANEL["reward"], "again": PANEL["length"]}
+    with pytest.raises(ValueError, match=r"'first' and 'again' both give collapse/"):
+        Monitor(panel)(0, [batch()])
+    Monitor(panel, every={"again": 2})(1, [batch()])  # never on one step is no clash
+    name = next(iter(Monitor({"x": PANEL["length"]})(0, [batch()])))
+    for number in (1.0, torch.tensor(1.0)):
+        with pytest.raises(ValueError, match=f"{name}: names of metrics"):
+            Monitor({"x": PANEL["length"]})(0, [batch()], **{name: number})
+
+
+def test_what_a_panel_shares_goes_with_the_tensor() -> None:
+    """The counts of a mask are not taken for those of another, nor of itself before a change."""
+    for count in (counts, position_counts):
+        one = torch.tensor([[True, False, True], [True, False, False]])
+        first = count(one)
+        assert count(one) is first
+        assert not torch.equal(count(~one), first)
+        assert torch.equal(count(one), first)
+        one[1] = True
+        assert count(one)[1].tolist() != first[1].tolist()
+    with torch.inference_mode():
+        mask = torch.ones(2, 3, dtype=torch.bool)
+        assert counts(mask).tolist() == [3, 3]
+        assert "drift/k1" in Monitor()(0, [batch()])
+    assert "drift/k1" in Monitor()(0, [batch()])
 
 
 # --- ranks --------------------------------------------------------------------------------------
