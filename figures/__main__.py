@@ -88,8 +88,10 @@ def main(argv: list[str]) -> None:
     names = {"all": figures(), "paper": list(PAPER)}.get(given.name, [given.name])
     if given.table and len(names) > 1:
         raise ValueError(f"--table {given.table} needs the name of its figure: {', '.join(names)}")
-    if given.run and not set(names) <= set(FROM_RUNS):
-        raise ValueError(f"--run is for the figures {', '.join(FROM_RUNS)}, one by one")
+    if given.run and not set(names) <= {*FROM_RUNS, "phase"}:
+        raise ValueError(f"--run is for the figures {', '.join(FROM_RUNS)}, phase, one by one")
+    if given.update_data and names == ["phase"]:
+        raise ValueError("the recorded maps of phase are the study's; runs are only drawn on them")
     if given.update_data and not given.run:
         raise ValueError("--update-data records the table of --run, and no run is given")
     if given.refresh and given.run:
