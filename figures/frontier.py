@@ -56,7 +56,7 @@ def curve(axes: Any, rows: pd.DataFrame, n: float, colour: str, label: str) -> N
     if label == NAMES["plain"]:
         for gamma in (noise.index[0], noise.index[-1]):
             text = f"γ = {gamma:g}"
-            at = {"textcoords": "offset points", "xytext": (3, 3), "fontsize": 6.5}
+            at = {"textcoords": "offset points", "xytext": (1, 5), "fontsize": 6.5}
             axes.annotate(text, (noise[gamma], y[gamma]), color=colour, **at)
     best = rows[(rows["quantity"] == "best_gamma") & (rows["n"] == n)]["value"].iloc[0]
     axes.plot(noise[best], y[best], "*", ms=9, color=colour, mec="black", mew=0.5, zorder=5)

@@ -139,7 +139,7 @@ def by_position(data: pd.DataFrame, generator: np.random.Generator) -> list[dict
         x = float(np.sqrt((first + 1) * 2 ** (bin_number + 1)))
         signal = -some["cost"].astype(float)
         sums = signal.groupby(some["cluster"]).agg(["sum", "size"]).to_numpy(float)
-        if len(some) < 20 or len(sums) < 2:
+        if len(some) < 16 or len(sums) < 2:
             continue
         mean = lambda x: x[:, 0].sum() / x[:, 1].sum()  # noqa: E731
         low, high = bootstrap_interval(sums, mean, generator, resamples=1000)

@@ -9,15 +9,15 @@ from matplotlib.figure import Figure
 
 from figures import style
 
-COLUMNS = ("method", "runs", "panel", "label", "order", "step", "value")
+COLUMNS = ("method", "runs", "panel", "label", "order", "step", "value", "variance")
 CAPTION = (
     "z of the surprise −log p(y) against the student's entropy, about N(0, 1) wherever tokens are "
     "drawn from the scored student. Left: by position in the response; dots are single steps and "
-    "runs, diamonds all of them together (their sum over the root of their number). Right: by kind "
-    "of prefix, over the saved batches. Band: ±3, within which 99.7 % of them belong; bins of few "
-    "tokens, of which most are sure, have heavier tails. A nucleus (top-p below 1) leaves it on "
-    "purpose: likely tokens are overrepresented, z is negative, and together it grows with the "
-    "root of the tokens. Runs that declare one have no reading by position."
+    "runs, diamonds all of them together. Right: by kind of prefix, over the saved batches. Band: "
+    "±3, within which 99.7 % of them belong; where nearly all tokens are certain, a rare one makes "
+    "the tails heavier. A nucleus (top-p below 1) leaves the band on purpose: likely tokens are "
+    "overrepresented, z is negative, and together it grows with the root of the tokens. Runs that "
+    "declare one have no reading by position."
 )
 BAND = 3.0
 KINDS = ("student sure", "student undecided", "first 8 tokens", "inside a repetition", "all")
@@ -55,13 +55,19 @@ def draw(table: pd.DataFrame) -> Figure:
 def points(axes: Any, rows: pd.DataFrame, order: list[str], colour: str, shift: float) -> None:
     """Single readings as dots, all of them together as a diamond."""
     for x, label in enumerate(order):
-        values = rows[rows["label"] == label]["value"].dropna().to_numpy()
-        if not len(values):
+        at = rows[rows["label"] == label].dropna(subset=["value"])
+        if at.empty:
             continue
-        spread = shift + np.linspace(-0.06, 0.06, len(values))
-        axes.plot(x + spread, values, ".", ms=2, alpha=0.4, color=colour, mew=0)
-        together = values.sum() / np.sqrt(len(values))
+        spread = shift + np.linspace(-0.06, 0.06, len(at))
+        axes.plot(x + spread, at["value"], ".", ms=2, alpha=0.4, color=colour, mew=0)
+        together = joined(at["value"].to_numpy(), at["variance"].to_numpy())
         axes.plot(x + shift, together, "D", ms=4, color=colour, mec="white", mew=0.5, zorder=4)
+
+
+def joined(z: np.ndarray, variance: np.ndarray) -> float:
+    """One z of several: sum z_i sqrt(v_i) / sqrt(sum v_i); with equal v where it is not known."""
+    weight = np.sqrt(np.where(np.isnan(variance), 1.0, variance))
+    return float((z * weight).sum() / np.sqrt((weight**2).sum()))
 
 
 def collect(runs: list[Path]) -> pd.DataFrame:
@@ -80,14 +86,15 @@ def collect(runs: list[Path]) -> pd.DataFrame:
                     records.append(about | {"panel": "position", **here, "value": short(value)})
         for step in saved(mine):
             for run in mine:
-                for kind, value in by_kind(tokens([run], step)).items():
+                for kind, (value, variance) in by_kind(tokens([run], step)).items():
                     here = {"label": kind, "order": KINDS.index(kind), "step": step}
-                    records.append(about | {"panel": "kind", **here, "value": short(value)})
-    return pd.DataFrame(records)
+                    here |= {"value": short(value), "variance": short(variance)}
+                    records.append(about | {"panel": "kind", **here})
+    return pd.DataFrame(records, columns=list(COLUMNS))
 
 
-def by_kind(data: pd.DataFrame) -> dict[str, float]:
-    """z = sum (−log p(y) − H) / sqrt(sum Var(−log p)) over each kind of prefix.
+def by_kind(data: pd.DataFrame) -> dict[str, tuple[float, float]]:
+    """z = sum (−log p(y) − H) / sqrt(sum Var(−log p)) over each kind of prefix, and that variance.
 
     Kinds are known before the token is drawn, or the differences would not average to 0: whether a
     prefix is in a repetition is told from the token before.
@@ -115,5 +122,5 @@ def by_kind(data: pd.DataFrame) -> dict[str, float]:
         spread = variance[chosen].sum()
         if spread > 0:
             difference = (-data["student_logp"] - entropy)[chosen].sum()
-            found[kind] = float(difference / spread**0.5)
+            found[kind] = float(difference / spread**0.5), float(spread)
     return found

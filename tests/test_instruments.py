@@ -265,11 +265,11 @@ def test_the_sampler_check_tells_a_nucleus(made: list[Path]) -> None:
     ):
         some = [row for row in want if chosen(row)]
         z = sum(row["surprise"] - row["entropy"] for row in some)
-        z /= np.sqrt(sum(row["surprise_variance"] for row in some))
-        assert found[name] == pytest.approx(z, rel=1e-6)
-    assert abs(found["all"]) < 4
+        variance = sum(row["surprise_variance"] for row in some)
+        assert found[name] == pytest.approx((z / np.sqrt(variance), variance), rel=1e-6)
+    assert abs(found["all"][0]) < 4
     likely = data.assign(student_logp=data["student_logp"].clip(lower=-1.0))
-    assert sampler.by_kind(likely)["all"] < -4
+    assert sampler.by_kind(likely)["all"][0] < -4
     table = sampler.collect(made)
     first = rows.read(made[0] / "rows.jsonl")[0]["validity/z_H@4-7"]
     position = table[(table["panel"] == "position") & (table["label"] == "4–7")]
@@ -279,6 +279,9 @@ def test_the_sampler_check_tells_a_nucleus(made: list[Path]) -> None:
     diamonds = [line.get_ydata() for line in figure.axes[0].lines if line.get_marker() == "D"]
     together = values.sum() / np.sqrt(len(values))
     assert any(len(y) and y[0] == pytest.approx(together) for y in diamonds)
+    halves = [sampler.by_kind(data[data["response"] % 2 == i])["all"] for i in (0, 1)]
+    z, variance = (np.array(x) for x in zip(*halves, strict=True))
+    assert sampler.joined(z, variance) == pytest.approx(found["all"][0])
 
 
 def test_ending_has_the_mean_that_it_estimates() -> None:
