@@ -30,7 +30,7 @@ def test_a_teacher_is_moved_to_the_wanted_kl() -> None:
         assert float(exact.sequence_kl(mdp, student, there).total) == pytest.approx(cost, rel=1e-9)
         found.append(x)
     assert found == sorted(found)
-    with pytest.raises(ValueError, match="no teacher along this offset is 1.0 nats"):
+    with pytest.raises(ValueError, match="no teacher along this offset"):
         phase.distance(mdp, student, 0 * student, 1.0)
 
 
