@@ -99,7 +99,8 @@ def lead(rows: pd.DataFrame, healthy: pd.DataFrame, column: str) -> str:
 def collect(runs: list[Path]) -> pd.DataFrame:
     """The indicators of all runs; a run whose outcomes never collapse is healthy.
 
-    z = (value - mean) / sd over the healthy runs at the steps within 2 of this one.
+    z = (value - mean) / sd over the healthy runs at the steps within 2 of this one. Of a healthy
+    run only the first step and what went off are kept, so that tables stay small.
 
     Raises:
       ValueError: fewer than 2 runs are healthy, or none collapses.
@@ -132,7 +133,9 @@ def collect(runs: list[Path]) -> pd.DataFrame:
             "timeline needs at least 2 healthy ones and one that collapses"
         )
     table["z"] = standardised(table, healthy)
-    return table[list(COLUMNS)]
+    telling = (table["kind"] != "healthy") | table["alarm"] | (table["z"].abs() > FAR)
+    first = ~table.duplicated(["run", "indicator"])
+    return table.loc[telling | first, list(COLUMNS)]
 
 
 def standardised(table: pd.DataFrame, healthy: pd.DataFrame) -> pd.Series:

@@ -143,7 +143,20 @@ def test_the_ledger_counts_each_token_once(made: list[Path]) -> None:
     assert set(np.round(energy["value"], 5)) <= set(np.round(bars, 5))
 
 
-def test_a_mask_takes_tokens_out_of_the_ledger(made: list[Path]) -> None:
+def test_a_token_is_of_the_first_kind_that_it_is() -> None:
+    names = ("special", "repeated", "excluded", "uncertain", "rest")
+    data = pd.DataFrame(
+        {
+            "id": [1, 9, 9, 9, 9],
+            "repeated": [True, True, False, False, False],
+            "impossible": [True, True, True, False, False],
+            "student_entropy": [2.0, 2.0, 2.0, 2.0, 0.5],
+        }
+    )
+    assert ledger.classes(data, frozenset({1}), 1.0).tolist() == list(names) == [*ledger.KINDS]
+
+
+def test_special_tokens_are_those_of_the_tokenizer(made: list[Path]) -> None:
     data = tokens(made[:1], 0)
     special = vocabulary.read(made[0]).special
     assert special == frozenset(range(5))
@@ -381,11 +394,15 @@ def test_a_collapse_is_told_from_outcomes_and_the_lead_from_it(tmp_path: Path) -
     assert warning.collapse(rows.read(found[3] / "rows.jsonl")) == 14  # 12 alone is no collapse
     table = warning.collect(found)
     assert set(table["kind"]) == {"healthy", "bad"}
+    near = [row for run in found[:3] for row in rows.read(run / "rows.jsonl")]
+    near = np.array([x["drift/student_entropy"] for x in near if 5 <= x["step"] <= 9])
     entropy = table[table["indicator"] == "drift/student_entropy"]
-    near = entropy[(entropy["kind"] == "healthy") & entropy["step"].between(5, 9)]["value"]
     bad = entropy[(entropy["run"] == "bad-3") & (entropy["step"] == 7)]
     z = (bad["value"].item() - near.mean()) / near.std(ddof=1)
     assert bad["z"].item() == pytest.approx(z, abs=0.01)
+    kept = entropy[entropy["kind"] == "healthy"]
+    assert len(kept) < 20 < len(entropy), "of healthy runs what went off, and the first step"
+    assert set(kept["run"]) == {"good-0", "good-1", "good-2"}
     texts = [text.get_text() for text in warning.draw(table).axes[0].texts]
     assert "5 [1/1, 0/3]" in texts, "9 to 14, in one of one, and in no healthy run"
     with pytest.raises(ValueError, match="3 of 3 runs are healthy"):
