@@ -35,19 +35,27 @@ def training_table(runs: list[Path]) -> pd.DataFrame:
         if not (run / "config.json").exists():
             raise FileNotFoundError(f"{run} is no run folder: it has no config.json")
         config = json.loads((run / "config.json").read_text())
-        about = {"run": run.name, "objective": config["objective"], "seed": config["seed"]}
+
+        def about(row: dict[str, Any], run: Path = run, config: Any = config) -> dict[str, Any]:
+            """Of several tasks each counts as an objective of its own."""
+            task = f" ({row['task']})" if row.get("task") else ""
+            name = config["objective"] + task
+            return {"run": run.name + task, "objective": name, "seed": config["seed"]}
+
         for row in rows.read(run / "rows.jsonl"):
             for metric in KEPT:
                 if row.get(metric) is not None:
                     value = float(f"{row[metric]:.6g}")
-                    records.append(about | {"step": row["step"], "metric": metric, "value": value})
+                    records.append(
+                        about(row) | {"step": row["step"], "metric": metric, "value": value}
+                    )
         for row in rows.read(run / "evals.jsonl"):
             for metric in ("accuracy", "length", "truncated"):
                 value = float(f"{row[metric]:.6g}")
                 name = f"eval/{metric}"
-                records.append(about | {"step": row["step"], "metric": name, "value": value})
+                records.append(about(row) | {"step": row["step"], "metric": name, "value": value})
             outcomes = {"step": row["step"], "metric": "eval/outcomes", "value": float("nan")}
-            records.append(about | outcomes | {"outcomes": row["outcomes"]})
+            records.append(about(row) | outcomes | {"outcomes": row["outcomes"]})
     if not records:
         raise ValueError(f"no rows in {[str(run) for run in runs]}")
     return pd.DataFrame(records)
