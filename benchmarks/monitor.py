@@ -1,11 +1,12 @@
 """What the monitor costs: its share of a training step, and each metric's own time.
 
-    python -m benchmarks.monitor [--steps 4 --rows 8 --response 64 --device cpu]
+    python -m benchmarks.monitor [--steps 4 --device cpu]
 
-Two random pairs: one of the size of the tiny lab pair, whose step is as cheap as steps get, and one
-with 32k ids. The share is the trainer's own clock, `seconds/record` over the whole step, the median
-of the steps after the first; nothing else is recorded in that time. A run with the panel on every
-tenth step says what a cadence buys, and `exact_every` what measuring whole distributions costs.
+Three random pairs: one of the size of the tiny lab pair with few rows, whose step is as cheap as
+steps get; the same with the rows and tokens of the lab's own runs; and one with 32k ids. The share
+is the trainer's own clock, `seconds/record` over the whole step, the median of the steps after the
+first; nothing else is recorded in that time. On every tenth step it costs a tenth. `exact
+functionals` is what measuring whole distributions costs.
 """
 
 import argparse
@@ -29,8 +30,12 @@ from diagnostics.totals import pack
 from opd import train
 from opd.config import Config
 
-PAIRS = {"lab size": (268, 32, 2), "V = 32k": (32768, 128, 4)}
-"""Vocabulary, width, layers."""
+PAIRS = {
+    "smallest": (268, 32, 2, 8, 64),
+    "lab size": (268, 32, 2, 64, 176),
+    "V = 32k": (32768, 128, 4, 8, 64),
+}
+"""Vocabulary, width, layers, rows, response tokens."""
 
 
 def config(folder: Path, name: str, given: Any) -> Config:
@@ -80,12 +85,12 @@ def by_metric(batch: Scored, repeats: int = 5) -> dict[str, float]:
         return {name: min(once(metric) for _ in range(repeats)) for name, metric in PANEL.items()}
 
 
-def measure(name: str, size: tuple[int, int, int], given: Any) -> None:
-    vocabulary, width, layers = size
-    shape = SimpleNamespace(vocabulary=vocabulary, width=width, layers=layers, **vars(given))
+def measure(name: str, size: tuple[int, ...], given: Any) -> None:
+    names = ("vocabulary", "width", "layers", "rows", "response")
+    given = SimpleNamespace(**vars(given), **dict(zip(names, size, strict=True)))
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        make_models(folder, shape)
+        make_models(folder, given)
         plain = config(folder, "plain", given)
         found = run(plain)
         sparse = run(replace(plain, out=str(folder / "sparse"), exact_every=10**6))
@@ -108,8 +113,6 @@ def measure(name: str, size: tuple[int, int, int], given: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--response", type=int, default=64)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     given = parser.parse_args()
     for name, size in PAIRS.items():

@@ -6,22 +6,31 @@ Random states and heads in float32: no network, so that the ratio is the worst c
 decoder's forward passes come on top of the scoring. `scoring` is both heads' log-probabilities and
 the prefix functionals in chunks; `tokens` the probe's pass over the same chunks, log-probabilities
 included; `sequences` all members and discounts from it; `readout` the row with its intervals.
+
+Then blocks below the head of a random Qwen2 of 6 layers, 256 wide, V = 4,096: `update` is a forward
+and a backward pass with gradients of all weights, `slopes` both gradients of every token by its
+hidden state, and each block a forward and four backward passes with its sketches and exact lengths.
 """
 
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diagnostics.batch import Prefix, Scored
+from diagnostics.blocks import block
 from diagnostics.family import available, weights
 from diagnostics.prefix import functionals
 from diagnostics.probe import Measured, gradient_row
 from diagnostics.sketch import random_signs, sequence_sketches, token_energies, token_sketches
 from diagnostics.tradeoff import cost_of_response
+from opd.data import Prompts
+from opd.model import Model, Pair, log_probabilities, response_hidden, split
+from opd.probing import below_head, hidden_slopes
 
 CHUNK = 512
 
@@ -64,6 +73,67 @@ def main() -> None:
         ("scoring", scoring), ("tokens", first), ("sequences", second), ("readout", third)
     ):  # fmt: skip
         print(f"{name:10} {seconds:8.2f} s  {seconds / scoring:6.2f} of scoring")
+    blocks()
+
+
+def blocks(rows: int = 16, width: int = 128) -> None:
+    """Probes of blocks in units of one update of the same rows."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    networks = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        config = Qwen2Config(
+            vocab_size=4096,
+            hidden_size=256,
+            intermediate_size=1024,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+        networks.append(Qwen2ForCausalLM(config).eval())
+    pair = Pair(*(split(network, 4096) for network in networks), None, [0])
+    generator = torch.Generator().manual_seed(0)
+    prompts = Prompts(
+        tokens=torch.randint(4096, (rows, 32), generator=generator),
+        mask=torch.ones(rows, 32, dtype=torch.bool),
+        index=torch.arange(rows) // 2,
+        answers=[""] * rows,
+    )
+    tokens = torch.randint(4096, (rows, width), generator=generator)
+    chance = torch.full(tokens.shape, -8.0)
+    bare = rolled(tokens, chance, chance)
+
+    def states(model: Model) -> Tensor:
+        return response_hidden(model, prompts, bare)
+
+    def logp(c: slice) -> tuple[Tensor, Tensor]:
+        return (
+            log_probabilities(pair.student, ours[c], 1.0),
+            log_probabilities(pair.teacher, theirs[c], 1.0),
+        )
+
+    with torch.no_grad():
+        ours, theirs = states(pair.student), states(pair.teacher)
+        batch = scored(tokens, logp)
+
+    def update() -> None:
+        at = states(pair.student)
+        (at.square().sum() + at.sum()).backward()
+
+    _, unit = timed(update)
+    with torch.no_grad():
+        slopes, head = timed(lambda: hidden_slopes(pair, batch, ours, theirs, CHUNK))
+    print(f"\n{rows} x {width} tokens, update without head {unit:.2f} s, slopes {head / unit:.2f}")
+    for pattern in ("*norm", "model.layers.5.mlp.down_proj", "*.down_proj"):
+        chosen = [block(pair.student.network, pattern)]
+        with torch.no_grad():
+            args = (pair.student, prompts, batch, slopes, chosen, 0.0, 16384)
+            found, took = timed(lambda args=args: below_head(*args))
+        row = gradient_row(found[pattern], prefix=pattern)
+        print(
+            f"{pattern:28} {took / unit:6.2f} updates, excess {row[f'{pattern}/sketch_excess']:.4f}"
+        )
 
 
 def scored(tokens: Tensor, logp: Callable[[slice], tuple[Tensor, Tensor]]) -> Scored:
@@ -77,6 +147,10 @@ def scored(tokens: Tensor, logp: Callable[[slice], tuple[Tensor, Tensor]]) -> Sc
         parts.append(part | functionals(p, q, flat[c]))
     column = {name: torch.cat([x[name] for x in parts]).view_as(tokens) for name in parts[0]}
     ours, theirs = column.pop("student"), column.pop("teacher")
+    return replace(rolled(tokens, ours, theirs), prefix=Prefix(**column))
+
+
+def rolled(tokens: Tensor, ours: Tensor, theirs: Tensor) -> Scored:
     return Scored(
         tokens=tokens,
         mask=torch.ones_like(tokens, dtype=torch.bool),
@@ -85,7 +159,6 @@ def scored(tokens: Tensor, logp: Callable[[slice], tuple[Tensor, Tensor]]) -> Sc
         teacher_logp=theirs,
         prompt=torch.arange(len(tokens)) // 2,
         ended=torch.ones(len(tokens), dtype=torch.bool),
-        prefix=Prefix(**column),
     )
 
 
