@@ -28,6 +28,7 @@ MAPS = {
     "drift/teacher_entropy": "Teacher's entropy, nats",
     "drift/teacher_max": "Teacher's largest probability",
 }
+Bins = dict[str, list[tuple[int, int]]]
 ANATOMY = ("drift/kl_binary", "drift/kl_head", "drift/kl_tail")
 
 
@@ -93,7 +94,7 @@ def evaluated(row: Row) -> dict[str, Any]:
 
 def part(task: str, found: list[Row]) -> dict[str, Any]:
     """Curves, alarms and positions of one task's rows."""
-    watching, raised = Alarms(), []
+    watching, raised, bins = Alarms(), [], binned(found)
     for row in {row["step"]: row for row in found}.values():
         raised += watching.update(row)
     return {
@@ -115,29 +116,24 @@ def part(task: str, found: list[Row]) -> dict[str, Any]:
         "rules": len(watching.rules),
         "unwatched": watching.unwatched,
         "curves": curves(found),
-        "maps": [made for name, title in MAPS.items() if (made := heat(found, name, title))],
-        "anatomy": anatomy(found),
+        "maps": [made for name, title in MAPS.items() if (made := heat(found, name, title, bins))],
+        "anatomy": anatomy(found, bins),
     }
 
 
 def curves(found: list[Row]) -> dict[str, list[list[float | None]]]:
     """Column to [steps, values, standard errors], thinned; columns by position are left out."""
-    names = dict.fromkeys(
-        name
-        for row in found
-        for name, value in row.items()
-        if isinstance(value, int | float) and name != "step"
-    )
+    columns: dict[str, list[tuple[Any, ...]]] = {}
+    for row in found:
+        for name, value in row.items():
+            plain = "@" not in name and "%" not in name and not name.endswith("_se")
+            if plain and name not in ("step", "task"):
+                columns.setdefault(name, []).append((row["step"], value, row.get(name + "_se")))
     made = {}
-    for name in names:
-        if "@" in name or "%" in name or name.endswith("_se"):
-            continue
-        points = [
-            (row["step"], number(row[name]), number(row.get(name + "_se")))
-            for row in found
-            if name in row and isinstance(row[name], int | float | None)
-        ]
-        made[name] = [list(column) for column in zip(*thinned(points), strict=True)]
+    for name, points in columns.items():
+        if any(isinstance(value, int | float) for _, value, _ in points):
+            clean = [(step, number(x), number(error)) for step, x, error in thinned(points)]
+            made[name] = [list(column) for column in zip(*clean, strict=True)]
     return made
 
 
@@ -155,47 +151,42 @@ def thinned(points: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
     return [points[i] for i in sorted(kept)]
 
 
-def heat(found: list[Row], name: str, title: str) -> dict[str, Any] | None:
+def binned(found: list[Row]) -> dict[str, list[tuple[int, int]]]:
+    """Column to its position bins, rising."""
+    bins: dict[str, list[tuple[int, int]]] = {}
+    for key in dict.fromkeys(key for row in found for key in row):
+        if match := BIN.match(key):
+            bins.setdefault(match[1], []).append((int(match[2]), int(match[3])))
+    return {name: sorted(known) for name, known in bins.items()}
+
+
+def heat(found: list[Row], name: str, title: str, bins: Bins) -> dict[str, Any] | None:
     """Position by step: bins, steps, values and, where tokens were counted, how many per bin."""
-    have = [row for row in found if any(key.startswith(name + "@") for key in row)]
+    have = [row for row in found if name + "@0-1" in row]
     if not have:
         return None
-    have = [
-        have[i] for i in sorted({round(j * (len(have) - 1) / (STEPS - 1)) for j in range(STEPS)})
-    ]
-    bins = sorted(
-        {
-            (int(m[2]), int(m[3]))
-            for row in have
-            for k in row
-            if (m := BIN.match(k)) and m[1] == name
-        }
-    )
-    keys = [f"@{low}-{high}" for low, high in bins]
+    chosen = sorted({round(j * (len(have) - 1) / (STEPS - 1)) for j in range(STEPS)})
+    have, keys = [have[i] for i in chosen], [f"@{low}-{high}" for low, high in bins[name]]
     return {
         "name": name,
         "title": title,
         "steps": [row["step"] for row in have],
-        "bins": bins,
+        "bins": bins[name],
         "values": [[number(row.get(name + key)) for key in keys] for row in have],
         "tokens": [[number(row.get("drift/tokens" + key)) for key in keys] for row in have],
     }
 
 
-def anatomy(found: list[Row]) -> dict[str, Any] | None:
+def anatomy(found: list[Row], bins: Bins) -> dict[str, Any] | None:
     """The parts of the divergence by position, at the first and the last row that has them."""
     have = [row for row in found if ANATOMY[0] in row]
     if not have:
         return None
     made = []
     for row in [have[0], *have[1:][-1:]]:
-        bins = sorted(
-            (int(m[2]), int(m[3])) for k in row if (m := BIN.match(k)) and m[1] == ANATOMY[0]
-        )
-        parts = [
-            [number(row.get(f"{name}@{low}-{high}")) for low, high in bins] for name in ANATOMY
-        ]
-        made.append({"step": row["step"], "bins": bins, "parts": parts})
+        places = bins[ANATOMY[0]]
+        parts = [[number(row.get(f"{n}@{low}-{high}")) for low, high in places] for n in ANATOMY]
+        made.append({"step": row["step"], "bins": places, "parts": parts})
     return {"names": ["in or out of S", "within S", "beyond S"], "rows": made}
 
 
