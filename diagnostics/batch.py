@@ -137,6 +137,8 @@ class Prefix(_Rows):
     teacher_rank: Tensor  # 1 + number of ids that q prefers to y (float, exact integer)
     square_ratio: Tensor | None = None  # sum p^2 l; None in batches saved before it was kept
     square_ratio_square: Tensor | None = None  # sum p^2 l^2; the same
+    student_end: Tensor | None = None  # log of p's mass on the student's end ids; None if unknown
+    teacher_end: Tensor | None = None  # log of q's mass on the teacher's own end ids; the same
 
     def __post_init__(self) -> None:
         shape = tuple(self.reverse_kl.shape)
@@ -153,8 +155,9 @@ class Rollouts(_Rows):
     equal for rollouts of one prompt; ended (B,) bool, the response stopped by itself and was not
     cut at the budget. Optional: softmax_logp (B, T), the same tokens under the sampler's whole
     softmax at its temperature, before top-p (None where the engine cannot tell); task and turn
-    (B,) long (default 0), reward (B,) float (NaN where nothing graded it), temperature and top_p
-    of the sampler, the name of the mask's rule.
+    (B,) long (default 0); age (B,) long, updates of the student since the response was begun
+    (default 0); reward (B,) float (NaN where nothing graded it), temperature and top_p of the
+    sampler, the name of the mask's rule.
     """
 
     tokens: Tensor
@@ -165,6 +168,7 @@ class Rollouts(_Rows):
     softmax_logp: Tensor | None = None
     task: Tensor = _UNSET
     turn: Tensor = _UNSET
+    age: Tensor = _UNSET
     reward: Tensor = _UNSET
     temperature: float = 1.0
     top_p: float = 1.0
@@ -174,7 +178,7 @@ class Rollouts(_Rows):
         if self.tokens.dim() != 2:
             raise ValueError(f"tokens must be (B, T), got {tuple(self.tokens.shape)}")
         b = self.tokens.shape[0]
-        for name, fill in (("task", 0), ("turn", 0), ("reward", float("nan"))):
+        for name, fill in (("task", 0), ("turn", 0), ("age", 0), ("reward", float("nan"))):
             if getattr(self, name) is _UNSET:
                 filled = torch.full((b,), fill, device=self.tokens.device)
                 object.__setattr__(self, name, filled)
@@ -187,6 +191,7 @@ class Rollouts(_Rows):
         for name, kind in (("prompt", "long"), ("ended", "bool"), ("task", "long")):
             _require(name, getattr(self, name), (b,), kind)
         _require("turn", self.turn, (b,), "long")
+        _require("age", self.age, (b,), "long")
         _require("reward", self.reward, (b,), "float")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}, expected a number in (0, 1]")

@@ -12,6 +12,7 @@ from diagnostics.batch import Scored
 from diagnostics.blame import confident_impossible, coverage, impossible_table, token_table
 from diagnostics.collapse import length, length_incentive, length_quantiles, reward
 from diagnostics.control import own_prefix_gap
+from diagnostics.diversity import branching, distinct, second_try
 from diagnostics.drift import (
     cost_by_tenth,
     entropy_by_tenth,
@@ -25,6 +26,7 @@ from diagnostics.drift import (
     tokens_by_position,
     uncertainty,
 )
+from diagnostics.ends import endings
 from diagnostics.groups import by, without
 from diagnostics.lists import nested_outside, overlap, tail_share, top_uncertainty
 from diagnostics.noise import baseline_noise, gradient_noise
@@ -37,8 +39,15 @@ from diagnostics.supervision import (
     signal_concentration,
     signed_concentration,
 )
+from diagnostics.teachability import compatibility, quadrants, teachability
 from diagnostics.totals import Total
-from diagnostics.validity import martingales, rescoring, sampler_ratio, sampler_weights
+from diagnostics.validity import (
+    martingales,
+    rescoring,
+    sampler_ratio,
+    sampler_weights,
+    staleness,
+)
 
 Metric = Callable[[Scored], dict[str, Total]]
 
@@ -77,6 +86,9 @@ CATALOGUE: tuple[Entry, ...] = (
     Entry(repetition, "L0"),
     Entry(tail_share, "L1"),
     Entry(action_dependence, "L2"),
+    Entry(teachability, "L2", wide=True),
+    Entry(quadrants, "L2", wide=True),
+    Entry(compatibility, "L1", wide=True),
     Entry(sampled_divergence, "L0"),
     Entry(exact_divergence, "L2"),
     Entry(teacher_rank, "L2"),
@@ -94,15 +106,20 @@ CATALOGUE: tuple[Entry, ...] = (
     Entry(_named(agreement(), "agreement"), "L2", wide=True),
     Entry(tokens_by_position, "L0"),
     Entry(confident_impossible, "L0"),
+    Entry(endings, "L2"),
     Entry(length, "L0"),
     Entry(length_quantiles, "L0"),
     Entry(length_incentive, "L0"),
     Entry(reward, "L0"),
+    Entry(distinct, "L0", wide=True),
+    Entry(second_try, "L0"),
+    Entry(branching, "L2", wide=True),
     Entry(gradient_noise, "L2"),
     Entry(baseline_noise, "L2"),
     Entry(martingales, "L2"),
     Entry(sampler_ratio, "L0"),
     Entry(sampler_weights, "L0", wide=True),
+    Entry(staleness, "L0", wide=True),
 )
 """Everything that needs no argument, at its default where it takes some."""
 

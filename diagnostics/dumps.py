@@ -12,7 +12,7 @@ Columns, in this order; those in brackets only where the batch has them. B respo
 | mask | bool | the student chose this token and it is supervised |
 | sampler_logp, student_logp, teacher_logp | float | log-probabilities in nats; 0 without mask |
 | [softmax_logp], [baseline] | float | as in `Rollouts` and `Scored` |
-| ended, task, turn, reward | bool, int64, int64, float | of the response, repeated on its tokens |
+| ended, task, turn, age, reward | bool, 3 int64, float | of the response, on all its tokens |
 | [in_support] | bool | the token is one of the support's ids; derived |
 | [prefix.NAME] | float | fields of `Prefix`: entropies, exact KL, teacher_rank, ... |
 | [support.ids, .student_logp, .teacher_logp, .present] | list of K | fields of `Support` |
@@ -37,7 +37,7 @@ from diagnostics.batch import Prefix, Scored, Support
 
 FORMAT = "opdlab-dump-1"
 PARTS: dict[str, type[Support] | type[Prefix]] = {"support": Support, "prefix": Prefix}
-PER_RESPONSE = ("prompt", "ended", "task", "turn", "reward")
+PER_RESPONSE = ("prompt", "ended", "task", "turn", "age", "reward")
 
 
 @dataclass(frozen=True, kw_only=True)

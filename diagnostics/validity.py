@@ -4,6 +4,7 @@ Every identity that makes on-policy distillation unbiased assumes so; these are 
 Shapes: every per-token quantity is (B, T).
 """
 
+import torch
 from torch import Tensor
 
 from diagnostics.access import Missing, prefix_of
@@ -58,6 +59,21 @@ def sampler_weights(batch: Scored) -> dict[str, Total]:
         "validity/sampler_log_ratios": Quantiles.of(d, batch.mask),
         "validity/sampler_ess": EffectiveSize.of(d, batch.mask),
         "validity/sampler_prefix_ess": EffectiveSize.along(d, batch.mask),
+    }
+
+
+def staleness(batch: Scored) -> dict[str, Total]:
+    """F-3: how many updates the student has moved since a response was begun.
+
+    age = mean over responses, stale_share = share with an age above 0.
+    Access: the ages, which an asynchronous engine gives. Source: standard; 2606.24143 found scoring
+    anew under the present student better than corrections of reinforcement learning.
+    Healthy: 0 for a synchronous loop. Read it with `sampler_ratio`, which says what the age costs.
+    """
+    every = torch.ones_like(batch.ended)
+    return {
+        "validity/age": Mean.of(batch.age, every, batch.prompt),
+        "validity/stale_share": Mean.of(batch.age > 0, every, batch.prompt),
     }
 
 

@@ -76,6 +76,10 @@ def score(
         }
         if present is not None:
             found["support.present"] = present
+        if pair.endings is not None:
+            ends = (pair.endings.student, pair.endings.teacher)
+            for name, logp, own in zip(("student", "teacher"), (p, q), ends, strict=True):
+                found[f"prefix.{name}_end"] = logp[:, list(own)].logsumexp(-1)
         return found | {f"prefix.{name}": x for name, x in functionals(p, q, tokens).items()}
 
     columns, kept = _columns(

@@ -9,6 +9,7 @@ from diagnostics.batch import Prefix, Scored, Support
 from diagnostics.prefix import functionals
 
 V, B, T = 24, 10, 40
+STUDENT_ENDS, TEACHER_ENDS = (0, 1), (1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,11 @@ def dense(
             source=source,
             present=present,
         ),
-        prefix=Prefix(**{name: at(x) for name, x in functionals(p, q, y).items()}),
+        prefix=Prefix(
+            **{name: at(x) for name, x in functionals(p, q, y).items()},
+            student_end=at(p[..., list(STUDENT_ENDS)].logsumexp(-1)),
+            teacher_end=at(q[..., list(TEACHER_ENDS)].logsumexp(-1)),
+        ),
     )
     return Dense(batch.checked(), p, q)
 
