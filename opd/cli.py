@@ -16,6 +16,7 @@ COMMANDS = {
     "train": ("opd.cli:train", "distil a teacher into a student: RECIPE [--field value]"),
     "eval": ("opd.cli:evaluate", "accuracy of a model on held-out problems, with an interval"),
     "control": ("opd.own_prefix", "after a run: the teacher on its own and on the student's text"),
+    "continue": ("opd.continuation", "the teacher goes on where a run's student has got to"),
     "diagnose": ("opd.diagnose", "run the diagnostics on saved batches, records or a run folder"),
     "report": ("opd.report", "one self-contained HTML page about one or several runs"),
     "figures": ("figures.__main__", "draw figures from recorded tables, without torch"),
