@@ -129,6 +129,74 @@ MAKERS = (token_table, impossible_table, coverage, agreement, compression, by, w
 FULL: Mapping[str, Metric] = {e.name: e.metric for e in CATALOGUE}
 PANEL: Mapping[str, Metric] = {e.name: e.metric for e in CATALOGUE if not e.wide}
 
+CODES: tuple[tuple[str, str], ...] = (
+    ("A-1 sign shares and their null", "supervision.sign_shares, supervision.sign_null"),
+    ("A-2 concentration", "supervision.signal_concentration, supervision.signed_concentration"),
+    ("A-3 repetition split", "repetition.repetition"),
+    ("A-4 energy weights", "supervision.energy_concentration"),
+    ("A-5 tail share of the cost", "lists.tail_share"),
+    ("A-6 blame by token id", "blame.token_table"),
+    (
+        "A-7 teachability",
+        "teachability.teachability, teachability.quadrants, teachability.compatibility",
+    ),
+    ("A-8 action dependence", "supervision.action_dependence"),
+    ("B-1 outside the top-K", "drift.support_mass, lists.nested_outside"),
+    ("B-2 teacher's rank", "drift.teacher_rank, drift.rank_quantiles"),
+    ("B-3 overlap", "lists.overlap"),
+    (
+        "B-4 teacher's mass on the student's choices",
+        "drift.sampled_divergence, teachability.compatibility",
+    ),
+    ("B-5 exact split of the KL", "anatomy.kl_anatomy"),
+    ("B-6 uncertainty by position", "drift.uncertainty, lists.top_uncertainty"),
+    ("B-7 tails of the log-ratio", "drift.ratio_quantiles, drift.cost_by_tenth"),
+    ("B-8 own-prefix control", "control.own_prefix_gap; the protocol is `opd control`"),
+    ("B-9 continuation gain", "the protocol and its intervals are `opd continue`"),
+    ("B-10 prefix weights", "drift.prefix_weights"),
+    ("B-11 residual gap", "drift.exact_divergence, last step over first"),
+    ("B-12 low-KL agreement", "anatomy.agreement"),
+    ("C-1 vocabularies", "before training, `opd doctor`"),
+    ("C-2 confident-impossible tokens", "blame.confident_impossible, blame.impossible_table"),
+    ("C-3 ends", "ends.endings"),
+    ("C-4 re-tokenisation", "spans.agreement, spans.uncanonical"),
+    ("C-5 span log-ratio", "spans.span_ratios"),
+    ("C-6 what masks remove", "blame.coverage"),
+    ("D-1, D-2 length and truncation", "collapse.length, collapse.length_quantiles"),
+    ("D-3 repetition", "repetition.repetition, repetition.compression"),
+    ("D-4 entropy", "drift.uncertainty, drift.entropy_by_tenth"),
+    ("D-5 diversity", "diversity.distinct, diversity.second_try, diversity.branching"),
+    ("D-6 termination drift", "collapse.length_incentive, ends.endings"),
+    (
+        "D-7 KL to the initial student",
+        "drift.exact_divergence of a batch scored with the initial student in the teacher's place, "
+        "`opd diagnose RECORDS --student NOW --teacher THEN`",
+    ),
+    ("D-8 lead time", "alarms.lead_times; the figure `warning`"),
+    ("E-1 signal, noise, noise scale", "gradients.signal_and_noise"),
+    ("E-2 norms by sequence", "blocks.Blocks, sketch.token_energies"),
+    ("E-3 the gamma family", "family.weights, probe.gradient_row"),
+    (
+        "E-4 bias",
+        "tradeoff.occupancy; its covariances by token class are not offered, since they need the "
+        "student's probability of every class at every token",
+    ),
+    ("E-5 noise at a prefix", "noise.gradient_noise, teachability.quadrants"),
+    ("E-6 baselines", "noise.baseline_noise"),
+    (
+        "E-7 learning-signal ratio",
+        "gradients.signal_and_noise over the KL; `signal_loss`, a figure",
+    ),
+    ("E-8 alignment with the task", "not offered: it needs rollouts with forced tokens"),
+    ("E-9 coherence", "tradeoff.coherence"),
+    ("E-10 others' proxies", "proxies.scalar_advantage_variance, proxies.adam_noise"),
+    ("F-1 sampler consistency", "validity.martingales"),
+    ("F-2 sampler and learner", "validity.sampler_ratio, validity.sampler_weights"),
+    ("F-3 staleness", "validity.staleness"),
+    ("F-4 teacher's determinism", "validity.rescoring"),
+)
+"""Every quantity that the codes in the descriptions stand for, and what measures it."""
+
 HEADER = """# Metrics
 
 *Written by `python -m diagnostics.catalogue > docs/metrics.md` from the docstrings.*
@@ -140,6 +208,11 @@ whole distributions. Cost: O(tokens) at L0, O(tokens K) at L1; at L2 the functio
 the logits are, O(tokens V) once for all metrics. Suffixes: `_se` a standard error over prompts,
 `@lo-hi` a bin of response positions, `%lo-hi` a tenth of the response. The *default* panel is
 `diagnostics.monitor.PANEL`; `diagnostics.catalogue.FULL` holds all.
+
+Means, shares and ratios have standard errors. Quantiles, concentrations (Gini, effective numbers),
+correlations and effective sample sizes have none: theirs are not sums that merge. Where one
+matters, take it from saved batches with `diagnostics.intervals.bootstrap_interval` over prompts,
+as the figures `gap` and `lorenz` do.
 """
 
 
@@ -151,6 +224,8 @@ def page() -> str:
         text = inspect.getdoc(_described(e)) or ""
         code = text.split(":")[0] if text[1:2] == "-" else ""
         lines.append(f"| [`{e.name}`](#{e.name}) | {code} | {e.level} | {e.version} | {panel} |")
+    lines += ["", "## By code", "", "| quantity | measured by |", "|---|---|"]
+    lines += [f"| {quantity} | {where} |" for quantity, where in CODES]
     lines += ["", "## Metrics of a batch", ""]
     for e in CATALOGUE:
         lines += _section(e.name, _described(e))

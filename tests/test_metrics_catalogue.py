@@ -1,8 +1,10 @@
 """What holds for every metric there is: merging, padding, limits, groups, names and the page."""
 
 import math
+import re
 from dataclasses import replace
 from functools import reduce
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from diagnostics.access import Missing
 from diagnostics.batch import Scored
 from diagnostics.blame import coverage, impossible_table, token_table
-from diagnostics.catalogue import CATALOGUE, FULL, MAKERS, PANEL, Metric, page
+from diagnostics.catalogue import CATALOGUE, CODES, FULL, MAKERS, PANEL, Metric, page
 from diagnostics.collapse import length
 from diagnostics.drift import sampled_divergence
 from diagnostics.groups import by, without
@@ -178,6 +180,17 @@ def test_every_metric_says_what_it_is() -> None:
     assert PANEL.keys() < FULL.keys()
     assert len(FULL) == len(CATALOGUE)
     assert {e.level for e in CATALOGUE} == {"L0", "L1", "L2"}
+
+
+def test_every_code_names_what_exists() -> None:
+    named = [name for _, where in CODES for name in re.findall(r"\b([a-z]+\.[A-Za-z_]+)", where)]
+    assert len(named) > 50
+    for name in named:
+        module, _, function = name.partition(".")
+        assert hasattr(import_module(f"diagnostics.{module}"), function), name
+    codes = {code for quantity, _ in CODES for code in re.findall(r"[A-F]-\d+", quantity)}
+    last = {"A": 8, "B": 12, "C": 6, "D": 8, "E": 10, "F": 4}
+    assert codes == {f"{letter}-{i}" for letter, n in last.items() for i in range(1, n + 1)}
 
 
 def test_the_page_is_up_to_date() -> None:
