@@ -174,7 +174,7 @@ CODES: tuple[tuple[str, str], ...] = (
     ),
     ("D-8 lead time", "alarms.lead_times; the figure `warning`"),
     ("E-1 signal, noise, noise scale", "gradients.signal_and_noise"),
-    ("E-2 norms by sequence", "blocks.Blocks, sketch.token_energies"),
+    ("E-2 norms by sequence", "blocks.sequence_gradients, blocks.linear_squares"),
     ("E-3 the gamma family", "family.weights, probe.gradient_row"),
     (
         "E-4 bias",
