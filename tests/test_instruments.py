@@ -432,6 +432,9 @@ def test_the_control_is_paired_by_prompt(made: list[Path]) -> None:
     (gap,) = fan.gaps(own, other, np.random.default_rng(0))
     assert (gap["value"], gap["low"], gap["high"]) == pytest.approx((0.5, 0.5, 0.5))
     assert (gap["first"], gap["last"], gap["tokens"]) == (4, 7, 27)
+    longer = other.iloc[np.repeat(np.arange(27), np.arange(27) % 5 + 1)]
+    (gap,) = fan.gaps(own, longer, np.random.default_rng(0))
+    assert gap["value"] == pytest.approx(longer["doubt"].mean() - own["doubt"].mean(), rel=1e-4)
 
 
 def test_signal_and_loss_are_the_probes(tmp_path: Path) -> None:
