@@ -76,8 +76,8 @@ class Config:
     """Several tasks, each with a teacher of its own; on the command line a file, --tasks FILE.toml
     (opd.tasks). `task` and `teacher` are then those of tasks that name none."""
     task_order: Literal["alternate", "weighted", "mixed"] = "alternate"
-    """Of several tasks: one after the other, a step each; one a step, drawn by weight; or all in
-    every step, which shares its prompts by weight."""
+    """Of several tasks, --tasks FILE.toml: one after the other, a step each; one a step, drawn by
+    weight; or all in every step, which shares its prompts by weight."""
 
     # --- rollouts -------------------------------------------------------------------------------
     engine: Literal["hf", "vllm"] = "hf"

@@ -4,17 +4,19 @@ import argparse
 import json
 import textwrap
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from opd.pair_checks import Finding
 
 
 def main(argv: list[str]) -> None:
-    """`opd doctor STUDENT TEACHER [--task FILE] [--json]`; exit code 1 where an item fails."""
+    """`opd doctor STUDENT TEACHER [--task FILE | --tasks FILE]`; exit code 1 where one fails."""
     parser = argparse.ArgumentParser(prog="opd doctor", description=__doc__)
     parser.add_argument("student", help="folder or hub name")
-    parser.add_argument("teacher", help="folder or hub name")
+    parser.add_argument("teacher", help="folder or hub name; of tasks, for those that name none")
+    parser.add_argument("--tasks", type=Path, help="TOML file of several tasks: each examined")
     parser.add_argument("--task", help='"lab" or a .jsonl/.parquet file; else built-in prompts')
     parser.add_argument("--prompts", type=int, default=8, help="prompts to sample responses to")
     parser.add_argument("--group", type=int, default=2, help="responses to each prompt")
@@ -25,11 +27,46 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--json", action="store_true", help="one JSON object")
     given = vars(parser.parse_args(argv))
-    as_json = given.pop("json")
-    found = examine(**given)
-    print(document(found) if as_json else table(found))
-    if any(finding.verdict == "fail" for finding in found):
+    as_json, tasks = given.pop("json"), given.pop("tasks")
+    if tasks is None:
+        found = {"": examine(**given)}
+        print(document(found[""]) if as_json else table(found[""]))
+    else:
+        found = examine_tasks(tasks, **given)
+        each = {name: json.loads(document(items)) for name, items in found.items()}
+        tables = (f"task {name}\n\n{table(items)}" for name, items in found.items())
+        print(json.dumps(each, indent=1) if as_json else "\n\n".join(tables))
+    if any(finding.verdict == "fail" for items in found.values() for finding in items):
         raise SystemExit(1)
+
+
+def examine_tasks(
+    path: Path, student: str, teacher: str, **given: Any
+) -> "dict[str, list[Finding]]":
+    """Findings by task of a file (opd.tasks): the student with each task's teacher and prompts.
+
+    Raises:
+      ValueError: `task` is given too.
+    """
+    from opd.sources import Columns
+    from opd.tasks import read_tasks
+
+    if given.pop("task", None) is not None:
+        raise ValueError("give either --task or --tasks")
+    length = given.pop("max_response")
+    return {
+        own.name: examine(
+            student,
+            own.teacher or teacher,
+            task=own.task,
+            max_response=min(length, own.max_response or length),
+            columns=Columns(own.prompt_column or "prompt", own.answer_column or "answer"),
+            grader=own.grader or "",
+            system=own.system or "",
+            **given,
+        )
+        for own in read_tasks(path)
+    }
 
 
 def examine(
@@ -44,9 +81,11 @@ def examine(
     seed: int = 0,
     device: str = "auto",
     dtype: str = "float32",
+    **settings: Any,
 ) -> "list[Finding]":
     """Every item's finding, in the order of a reader: what is wrong on disk comes first.
 
+    settings: of `opd.data.load_task`: columns, grader, system.
     Items that need a sample are left out, and one finding says why, where none can be drawn.
     """
     from opd import pair_checks, sample_checks
@@ -61,7 +100,7 @@ def examine(
     found = [check(*sides) for check in pair_checks.CHECKS]
     problems = [Problem(text, "") for text in sample_checks.PROMPTS[:prompts]]
     if task is not None:
-        problems = load_task(task, seed).train(0, prompts)
+        problems = load_task(task, seed, **settings).train(0, prompts)
     encoded = encode(sides[0].tokenizer, problems, 1, 1 << 30)
     found.append(sample_checks.positions(*sides, encoded, budget or max_response))
     room = found[-1].numbers["room"]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diagnostics.alarms import replay
 from diagnostics.batch import Scored, load
+from opd import doctor
 from opd.config import Config, TaskSettings, from_json
 from opd.data import encode, load_task
 from opd.model import load as load_model
@@ -233,3 +234,31 @@ def test_alarms_of_tasks_that_take_turns_are_apart() -> None:
     record += [dict(row, step=row["step"] + 100, **{"drift/k1": 2.0}) for row in record]
     raised = [alarm for alarm in replay(record) if alarm.rule.name == "drift_k1"]
     assert len(raised) == 2
+
+
+def test_the_doctor_examines_each_tasks_pair(tiny_pair, sources, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "mix.toml"
+    path.write_text(
+        f'[[tasks]]\nname = "sums"\ntask = "{sources[0]}"\n'
+        f'[[tasks]]\nname = "words"\ntask = "{sources[1]}"\nteacher = "{sources[2]}"\n'
+    )
+    how = {"prompts": 2, "group": 1, "max_response": 6, "device": "cpu"}
+    student, teacher = map(str, tiny_pair)
+    found = doctor.examine_tasks(path, student, teacher, **how)
+    alone = doctor.examine(student, str(sources[2]), task=str(sources[1]), **how)
+    other = doctor.examine(student, teacher, task=str(sources[1]), **how)
+    assert found["words"] == alone != other
+    assert found["sums"] == doctor.examine(student, teacher, task=str(sources[0]), **how)
+    words = [student, teacher, "--tasks", str(path), "--prompts", "2", "--group", "1"]
+    words += ["--max-response", "6", "--device", "cpu"]
+    failed = any(f.verdict == "fail" for items in found.values() for f in items)
+    for option in ([], ["--json"]):
+        if failed:
+            with pytest.raises(SystemExit):
+                doctor.main([*words, *option])
+        else:
+            doctor.main([*words, *option])
+        shown = capsys.readouterr().out
+        assert shown.count("task ") == 2 if not option else list(json.loads(shown)) == list(found)
+    with pytest.raises(ValueError, match="either --task or --tasks"):
+        doctor.main([*words, "--task", "lab"])
