@@ -32,7 +32,7 @@ from opd.engines import Engine, InProcess
 from opd.lab import make_tokenizer
 from opd.model import Model, Pair, response_hidden, split, spread
 from opd.objectives import Objective, make
-from opd.roles import make_pairs
+from opd.roles import make_pair, make_pairs
 
 Change = Callable[[Engine, Any, Any, dict[str, Any]], Rollouts]
 
@@ -131,6 +131,36 @@ def renumbered(settings: list[Config]) -> list[Pair]:
     return pairs
 
 
+def exchanged(ids: Tensor, others: Tensor) -> Callable[[list[Config]], list[Pair]]:
+    """Pairs whose teacher says each of `others` where it would say the id beside it, and back."""
+
+    def made(settings: list[Config]) -> list[Pair]:
+        pairs = make_pairs(settings)
+        weight = pairs[0].teacher.network.lm_head.weight
+        weight.data[torch.cat([ids, others])] = weight.data[torch.cat([others, ids])]
+        return pairs
+
+    return made
+
+
+def ends_renamed(settings: list[Config]) -> list[Pair]:
+    """A teacher that ends with other ids than the student; both stop at all of them."""
+    return exchanged(torch.arange(10), torch.arange(10, 20))(settings)
+
+
+def tag_renamed(settings: list[Config]) -> list[Pair]:
+    """A teacher that has another token for what the student is surest of and says most."""
+    pair = make_pair(settings[0])
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(20, pair.student.vocabulary, (64, 16), generator=generator)
+    with torch.no_grad():
+        p = pair.student.network(ids).logits.softmax(-1)
+    sure, said = p.max(-1)
+    count = torch.bincount(said[sure > 0.9], minlength=pair.student.vocabulary)
+    count[:20] = 0  # ends have a fault of their own
+    return exchanged(count.argmax()[None], p.mean((0, 1)).argmin()[None])(settings)
+
+
 @dataclass(frozen=True)
 class Fault:
     """A patch to the trainer and changes to its settings."""
@@ -153,6 +183,8 @@ FAULTS: dict[str, Fault] = {
     ),
     "learning rate 3": Fault(settings={"lr": 3.0}),
     "teacher's ids one higher": Fault(lambda: patch.object(train, "make_pairs", renumbered)),
+    "teacher ends otherwise": Fault(lambda: patch.object(train, "make_pairs", ends_renamed)),
+    "teacher's tag is another": Fault(lambda: patch.object(train, "make_pairs", tag_renamed)),
     "gradient stopped": Fault(lambda: patch.object(train, "make_objective", stopped)),
 }
 

@@ -121,11 +121,28 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         name="special_tokens",
-        metric="tokens/confident_impossible_share",
+        metric="tokens/confident_impossible_signal",
         null="0",
-        high=1e-3,
-        means="the student is sure of tokens that the teacher holds impossible",
+        high=0.05,
+        z=3.0,
+        need=1,
+        last=1,
+        over=4,
+        means="tokens of which the student is sure and that the teacher holds impossible carry much "
+        "of the signal",
         remedy="compare end tokens, tags and templates of both models; mask them or set own_end",
+    ),
+    Rule(
+        name="end_renamed",
+        metric="drift/end_name",
+        null="below 1 nat if the student's end is one of the teacher's",
+        high=5.0,
+        z=3.0,
+        need=2,
+        last=3,
+        means="the teacher ends with another token than the student, whose end it holds impossible",
+        remedy="set own_end, mask the end, or give the teacher's generation config the student's "
+        "end token",
     ),
     Rule(
         name="masked_signal",

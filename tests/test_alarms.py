@@ -157,7 +157,8 @@ def test_an_alarm_says_what_and_what_to_do() -> None:
     ("name", "healthy", "faulty"),
     [
         ("one_token_imbalance", 0.3, 0.6),
-        ("special_tokens", 0.0, 0.01),
+        ("special_tokens", 0.0, 0.3),
+        ("end_renamed", 0.5, 9.0),
         ("masked_signal", 0.2, 0.7),
         ("repetition", 0.02, 0.4),
         ("budget", 0.5, 1.0),
@@ -206,6 +207,8 @@ SHORT = {
     "scored one token late": {"sampler_mismatch", "teacher_mismatch"},
     "un-normalised top-K": {"mass_escapes", "drift_support"},
     "teacher's ids one higher": {"special_tokens"},
+    "teacher ends otherwise": {"end_renamed"},
+    "teacher's tag is another": {"special_tokens"},
     "gradient stopped": {"dead_gradient"},
 }
 
@@ -216,7 +219,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 def test_faults_of_real_runs_are_caught_and_healthy_ones_are_not(pair, tmp_path: Path) -> None:
-    found = {name: replay(record(pair, tmp_path / name[:9], 0, 8, FAULTS[name])) for name in SHORT}
+    found = {
+        name: replay(record(pair, tmp_path / f"fault {i}", 0, 8, FAULTS[name]))
+        for i, name in enumerate(SHORT)
+    }
     healthy = {
         f"healthy {s}": replay(record(pair, tmp_path / f"{s}", s, 12, Fault())) for s in (0, 1)
     }
