@@ -78,7 +78,7 @@ def effective(axes: Any, rows: pd.DataFrame) -> None:
     """N_eff in percent of all tokens, with its interval, above each bar."""
     for i, (value, low, high) in enumerate(rows[["value", "low", "high"]].to_numpy() * 100):
         text = f"{value:.2g} %\n{low:.2g}–{high:.2g}"
-        axes.text(i, 1.02, text, ha="center", va="bottom", fontsize=6)
+        axes.text(i, 1.02, text, ha="center", va="bottom", fontsize=5.5)
     axes.title.set_position((0, 1))
     axes.set_title(axes.get_title(loc="left"), pad=22)
 
