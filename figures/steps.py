@@ -51,10 +51,10 @@ def about(run: Path) -> dict[str, Any]:
 def steps(runs: list[Path]) -> pd.DataFrame:
     """STEP_COLUMNS, a row a step, numbers to four significant digits."""
     found = [
-        about(run)
+        run_of
         | {"step": row["step"], "task": row.get("task", "")}
         | {name: rounded(row.get(column)) for name, column in KEPT.items()}
-        for run in runs
+        for run, run_of in [(run, about(run)) for run in runs]
         for row in rows.read(run / "rows.jsonl")
     ]
     return pd.DataFrame(found, columns=list(STEP_COLUMNS))
@@ -63,10 +63,10 @@ def steps(runs: list[Path]) -> pd.DataFrame:
 def evaluations(runs: list[Path]) -> pd.DataFrame:
     """EVALUATION_COLUMNS, a row an evaluation of a task; outcomes has a digit a problem."""
     found = [
-        about(run)
+        run_of
         | {"step": row["step"], "task": row.get("task", ""), "outcomes": row["outcomes"]}
         | {name: rounded(row[name]) for name in ("accuracy", "length", "truncated")}
-        for run in runs
+        for run, run_of in [(run, about(run)) for run in runs]
         for row in rows.read(run / "evals.jsonl")
     ]
     return pd.DataFrame(found, columns=list(EVALUATION_COLUMNS))
