@@ -20,9 +20,9 @@ CAPTION = (
     "(median, middle 90 %, and the mean with its 95 % interval over prompts); share of the signal "
     "that the largest tokens hold, first step dashed, last solid, with 95 % intervals; the "
     "divergence by step, with its parts. The first pair's signal sits in a few tokens, the tag and "
-    "the end that the teacher writes in another way; the second's is spread over many. There a "
-    "support of 16 of 49 152 ids leaves about half of the divergence beyond it, unseen by the loss, "
-    "and the student's mass leaves the support while it trains."
+    "the end that the teacher writes in another way; the second's is spread over many. There 16 of "
+    "49 152 ids leave about half of the divergence beyond them, unseen by the loss, and the "
+    "student's mass leaves the support while it trains."
 )
 PARTS = {
     "binary": ("in or out of S", style.RED),
