@@ -26,7 +26,8 @@ def read(path: Path) -> list[Row]:
     if not path.exists():
         return []
     rows = []
-    lines = path.read_text().splitlines()
+    text = path.read_text("utf-8").removesuffix("\n")
+    lines = text.split("\n")  # a string of a row may hold other ends of lines
     for i, line in enumerate(lines):
         try:
             rows.append(json.loads(line))

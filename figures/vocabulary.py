@@ -33,10 +33,14 @@ def read(run: Path) -> Vocabulary:
 
 
 def model(run: Path, role: str) -> Path:
-    """The folder of the run's student or teacher; relative ones also from the run's parents."""
-    named = Path(json.loads((run / "config.json").read_text())[role])
-    found = [up / named for up in run.resolve().parents if (up / named).is_dir()]
-    return named if named.is_dir() or not found else found[0]
+    """The folder of the run's student or teacher; see `located`."""
+    return located(run, json.loads((run / "config.json").read_text())[role])
+
+
+def located(run: Path, name: str) -> Path:
+    """A folder that a run's config.json names; a relative one also from the run's parents."""
+    found = [up / name for up in run.resolve().parents if (up / name).is_dir()]
+    return Path(name) if Path(name).is_dir() or not found else found[0]
 
 
 def end(folder: Path, vocabulary: Vocabulary) -> int:
