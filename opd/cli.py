@@ -98,7 +98,7 @@ def evaluation_options(argv: list[str]) -> dict[str, Any]:
     add(
         "--task",
         default="lab",
-        help='"lab", a .jsonl or .parquet file, or hf:NAME[:CONFIG][:SPLIT]',
+        help='"lab", a .jsonl or .parquet file, hf:NAME[:CONFIG][:SPLIT], or games, env:NAME',
     )
     add("--problems", type=int, default=256, help="at most so many of the task")
     add("--whole", action="store_true", help="all problems of the file, not the held-out tenth")
@@ -109,6 +109,9 @@ def evaluation_options(argv: list[str]) -> dict[str, Any]:
     add("--drop", action="store_true", help="leave out longer prompts instead of refusing them")
     add("--max-response", type=int, default=512)
     add("--grader", default="", help="exact, numeric, math (extra math) or lab")
+    add("--layout", default="turns", choices=("turns", "trajectory"), help="of games")
+    add("--max-turns", type=int, default=30, help="of games: actions of an episode")
+    add("--history", type=int, default=2, help="of games: turns told again in layout turns")
     add("--system", default="", help="a system message before every prompt")
     add("--template", type=json.loads, default={}, help='JSON, such as {"enable_thinking": false}')
     for name in ("prompt", "answer", "task"):

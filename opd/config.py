@@ -32,6 +32,9 @@ class TaskSettings:
     max_prompt: int | None = None
     max_response: int | None = None
     mask: tuple[str, ...] | None = None
+    layout: Literal["turns", "trajectory"] | None = None
+    max_turns: int | None = None
+    history: int | None = None
     eval_task: str | None = None
     eval_prompt_column: str | None = None
     eval_answer_column: str | None = None
@@ -56,8 +59,8 @@ class Config:
 
     # --- data -----------------------------------------------------------------------------------
     task: str = "lab"
-    """Where prompts come from: "lab", a .jsonl or .parquet file, or a dataset, hf:NAME:SPLIT
-    (opd.sources)."""
+    """Where prompts come from: "lab", a .jsonl or .parquet file, a dataset, hf:NAME:SPLIT
+    (opd.sources), or games played in text, env:rooms or env:MODULE:FUNCTION (opd.games)."""
     prompt_column: str = "prompt"
     answer_column: str = "answer"
     grader: str = ""
@@ -90,6 +93,13 @@ class Config:
     """Budget of a response in tokens."""
     rows_at_once: int = 256
     """Rows of one call of the engine hf; their key-value cache must fit."""
+    layout: Literal["turns", "trajectory"] = "turns"
+    """Of games: every turn a sample, whose prompt is the goal, recent history and the scene; or a
+    whole episode as one conversation, in which only the student's words are supervised."""
+    max_turns: int = 30
+    """Of games: actions of an episode; one that is not over then is unfinished."""
+    history: int = 2
+    """Of games: turns that a prompt of layout "turns" tells."""
 
     # --- objective ------------------------------------------------------------------------------
     objective: str = "teacher_topk"
@@ -194,10 +204,10 @@ class Config:
 
     def __post_init__(self) -> None:
         counts = "support_k exact_every max_prompt max_response prompts_per_step group_size updates"
-        for name in (*counts.split(), "rows_at_once", "eval_problems", "eval_samples"):
+        for name in (*counts.split(), "rows_at_once", "max_turns", "eval_problems", "eval_samples"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         never_negative = "steps warmup eval_every save_every batch_every weight_decay lora_rank"
-        for name in (*never_negative.split(), "probe_every", "eval_temperature"):
+        for name in (*never_negative.split(), "history", "probe_every", "eval_temperature"):
             _require(name, getattr(self, name), getattr(self, name) >= 0, "not negative")
         for name in ("lr", "clip", "temperature", "lora_alpha"):
             _require(name, getattr(self, name), getattr(self, name) > 0, "positive")

@@ -296,3 +296,20 @@ def encode_one(tokenizer: Any, problem: Problem) -> list[int]:
     if not ids:
         raise ValueError(f"the prompt {problem.prompt!r} encodes to no token")
     return ids
+
+
+def response_texts(tokenizer: Any, tokens: Tensor, mask: Tensor) -> list[str]:
+    """(B, T) ids and mask -> the text of each response."""
+    kept = [row[real].tolist() for row, real in zip(tokens, mask, strict=True)]
+    return [response_text(tokenizer, ids) for ids in kept]
+
+
+def response_text(tokenizer: Any, ids: list[int]) -> str:
+    """Decoded response without its final end token; every other special token stays visible.
+
+    A closing think tag is no end token, though many tokenizers call it special: a response cut
+    right behind it has thought, and has not answered.
+    """
+    if ids and ids[-1] in tokenizer.all_special_ids and tokenizer.decode(ids[-1:]) != "</think>":
+        ids = ids[:-1]
+    return tokenizer.decode(ids, skip_special_tokens=False)

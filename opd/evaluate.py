@@ -5,8 +5,8 @@ Shapes: M problems, S samples of each, B responses, T response positions.
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,9 +14,21 @@ import numpy as np
 import torch
 
 from diagnostics.batch import Rollouts
+from diagnostics.totals import read
 from opd.accuracy import Array, summary, written
-from opd.data import Grader, Task, drop_long, encode, load_task, refuse_long
+from opd.data import (
+    Grader,
+    Task,
+    drop_long,
+    encode,
+    load_task,
+    refuse_long,
+    response_text,
+    response_texts,
+)
 from opd.engines import Engine, InProcess
+from opd.episodes import play, totals
+from opd.games import Games, is_games, load_games
 from opd.model import Model, end_ids, head_rows, load, split
 from opd.problems import Problem
 from opd.sources import Question
@@ -30,7 +42,8 @@ class Graded:
     """Responses to M problems, S of each, as graded.
 
     reward, length (M, S) numbers; ended (M, S) bool, with an end token; answers (M, S), what each
-    votes for, None if unreadable; texts (M, S).
+    votes for, None if unreadable; texts (M, S). Of games: won, tokens of an episode, whether it was
+    played to its end, and all that was said; numbers: what else became of the episodes.
     """
 
     problems: list[Problem]
@@ -39,6 +52,7 @@ class Graded:
     ended: Array
     answers: list[list[str | None]]
     texts: list[list[str]]
+    numbers: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def right(self) -> Array:
@@ -50,7 +64,7 @@ def evaluate(
     model: Model,
     tokenizer: Any,
     eos: list[int],
-    task: Task,
+    task: Task | Games,
     *,
     problems: int,
     max_prompt: int,
@@ -82,7 +96,7 @@ def respond(
     engine: Engine,
     tokenizer: Any,
     eos: list[int],
-    task: Task,
+    task: Task | Games,
     *,
     problems: int,
     max_prompt: int,
@@ -104,6 +118,9 @@ def respond(
     if temperature == 0 and samples > 1:
         raise ValueError(f"{samples} greedy samples are all equal; set temperature above 0")
     how = {"temperature": temperature, "top_p": top_p} if temperature > 0 else GREEDY
+    if isinstance(task, Games):
+        how |= {"max_prompt": max_prompt, "max_response": max_response}
+        return won(engine, tokenizer, eos, task, problems, samples, generator=generator, **how)
     chosen = task.test(problems)
     columns: list[tuple[float, int, bool, str | None, str]] = []
     step = max(1, ROWS_AT_ONCE // samples)
@@ -123,6 +140,38 @@ def respond(
         ended=np.array(ended).reshape(shape),
         answers=[answers[i : i + samples] for i in range(0, len(answers), samples)],
         texts=[texts[i : i + samples] for i in range(0, len(texts), samples)],
+    )
+
+
+def won(
+    engine: Engine,
+    tokenizer: Any,
+    eos: list[int],
+    games: Games,
+    count: int,
+    samples: int,
+    **how: Any,
+) -> Graded:
+    """`samples` episodes of each of `count` held-out games; one that failed is not won."""
+    seeds = games.test(count)
+    episodes = play(engine, tokenizer, eos, games, seeds, samples, **how)
+    shape = len(seeds), samples
+    texts = [[response_text(tokenizer, turn.response) for turn in e.turns] for e in episodes]
+    whole = ["\n".join(said) for said in texts]
+    votes: list[str | None] = ["won" if e.won else "lost" for e in episodes]
+    lengths = [sum(len(turn.response) for turn in e.turns) for e in episodes]
+    goals = [e.goal for e in episodes[::samples]]
+    return Graded(
+        problems=[
+            Question(prompt=f"{games.source} {seed}", answer=goal)
+            for seed, goal in zip(seeds, goals, strict=True)
+        ],
+        reward=np.array([float(e.won) for e in episodes]).reshape(shape),
+        length=np.array(lengths).reshape(shape),
+        ended=np.array([e.outcome in ("won", "lost") for e in episodes]).reshape(shape),
+        answers=[votes[i : i + samples] for i in range(0, len(votes), samples)],
+        texts=[whole[i : i + samples] for i in range(0, len(whole), samples)],
+        numbers=read(totals(episodes)),
     )
 
 
@@ -151,7 +200,8 @@ def result(graded: Graded) -> dict[str, Any]:
     where the problems carry several task labels, `accuracy`, `low`, `high` and `problems` of each
     as `task/LABEL/...` and their plain mean as `task_mean`. `outcomes` has a digit a sample, and
     with several samples a space between problems; `problem_set` identifies the problems, so that
-    opd.accuracy.compare can pair two evaluations.
+    opd.accuracy.compare can pair two evaluations. Of games `accuracy` is the share won, `truncated`
+    that of episodes which were cut; `opd.episodes.totals` are there too.
     """
     right, labels = graded.right, [label(problem) for problem in graded.problems]
     silent = [answer is None for row in graded.answers for answer in row]
@@ -171,6 +221,7 @@ def result(graded: Graded) -> dict[str, Any]:
         found |= {f"task/{name}/{k}": v for k, v in chosen.items()}
     if len(names) > 1:
         found["task_mean"] = float(np.mean([found[f"task/{name}/accuracy"] for name in names]))
+    found |= graded.numbers
     return found | {"outcomes": written(right), "problem_set": fingerprint(graded.problems)}
 
 
@@ -215,23 +266,6 @@ def grade_responses(
     return [grade(text, problem.answer).reward for text, problem in pairs]
 
 
-def response_texts(tokenizer: Any, tokens: torch.Tensor, mask: torch.Tensor) -> list[str]:
-    """(B, T) ids and mask -> the text of each response."""
-    kept = [row[real].tolist() for row, real in zip(tokens, mask, strict=True)]
-    return [response_text(tokenizer, ids) for ids in kept]
-
-
-def response_text(tokenizer: Any, ids: list[int]) -> str:
-    """Decoded response without its final end token; every other special token stays visible.
-
-    A closing think tag is no end token, though many tokenizers call it special: a response cut
-    right behind it has thought, and has not answered.
-    """
-    if ids and ids[-1] in tokenizer.all_special_ids and tokenizer.decode(ids[-1:]) != "</think>":
-        ids = ids[:-1]
-    return tokenizer.decode(ids, skip_special_tokens=False)
-
-
 def respond_folder(
     name: str,
     task: str,
@@ -247,6 +281,9 @@ def respond_folder(
     dtype: str = "float32",
     whole: bool = False,
     drop: bool = False,
+    layout: str = "turns",
+    max_turns: int = 30,
+    history: int = 2,
     **settings: Any,
 ) -> Graded:
     """`respond` for a saved model and a task by name.
@@ -254,16 +291,20 @@ def respond_folder(
     Args:
       whole: all problems of a file, not only those that training on it would hold out.
       drop: leave out prompts that are too long, instead of refusing them.
+      layout, max_turns, history: of games (opd.games); problems without turns have no use for them.
       settings: of `opd.data.load_task`: grader, system, template, columns.
     """
     tokenizer, network = load(name, device, dtype)
     fit = partial(drop_long if drop else refuse_long, tokenizer, max_prompt)
     test = task if whole and task != "lab" else ""
+    told = {"layout": layout, "max_turns": max_turns, "history": history}
     return respond(
         InProcess(split(network, head_rows(network))),
         tokenizer,
         end_ids(tokenizer, network),
-        load_task(task, 0, test=test, fit=fit, **settings),
+        load_games(task, 0, system=settings.get("system", ""), **told)
+        if is_games(task)
+        else load_task(task, 0, test=test, fit=fit, **settings),
         problems=problems,
         max_prompt=max_prompt,
         max_response=max_response,

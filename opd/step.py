@@ -7,7 +7,7 @@ Shapes: B responses, T response positions.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -20,11 +20,13 @@ from diagnostics.batch import Rollouts, Scored, concatenate
 from diagnostics.collapse import length, length_quantiles
 from diagnostics.monitor import Monitor
 from diagnostics.rows import Row
-from diagnostics.totals import merge, read
+from diagnostics.totals import Total, merge, read
 from opd.config import Config
 from opd.data import Prompts, Task, encode
 from opd.engines import Engine
+from opd.episodes import play, rows_of, totals
 from opd.evaluate import grade_responses
+from opd.games import Games
 from opd.loss import loss_from_hidden
 from opd.model import Pair, micro_batches, response_hidden
 from opd.objectives import DENOMINATORS, Objective
@@ -51,7 +53,7 @@ class Run:
     config: Config
     folder: Path
     pair: Pair
-    task: Task
+    task: Task | Games
     engine: Engine
     objective: Objective
     masks: list[Mask]
@@ -67,7 +69,8 @@ class Part:
     """One task's rollouts of a step, scored.
 
     whole: every sampled token; scored: the supervised ones; teacher_hidden (N, D'): the teacher's
-    states at the tokens of `whole`, for objectives on the whole vocabulary.
+    states at the tokens of `whole`, for objectives on the whole vocabulary; played: what became of
+    episodes, nothing where prompts are answered once.
     """
 
     run: Run
@@ -75,6 +78,7 @@ class Part:
     whole: Scored
     scored: Scored
     teacher_hidden: Tensor | None
+    played: Mapping[str, Total]
 
 
 def one_step(chosen: Sequence[tuple[Run, int]], step: int) -> Row:
@@ -90,7 +94,7 @@ def one_step(chosen: Sequence[tuple[Run, int]], step: int) -> Row:
 
     parts: list[Part] = []
     probed: Row = {}
-    for (one, _), (prompts, rollouts) in zip(chosen, drawn, strict=True):
+    for (one, _), (prompts, rollouts, played) in zip(chosen, drawn, strict=True):
         with awake(one.pair.teacher, one.pair.student.device, config.offload_teacher):
             whole, hidden = scored_by_both(one, nth, prompts, rollouts)
             if due(nth, config.probe_every):
@@ -98,7 +102,14 @@ def one_step(chosen: Sequence[tuple[Run, int]], step: int) -> Row:
                 probed |= headed(one, found) if len(chosen) > 1 else found
         kept = masked(whole, one.masks)
         parts.append(
-            Part(run=one, prompts=prompts, whole=whole, scored=kept, teacher_hidden=hidden)
+            Part(
+                run=one,
+                prompts=prompts,
+                whole=whole,
+                scored=kept,
+                teacher_hidden=hidden,
+                played=played,
+            )
         )
     clock.append(time.perf_counter())
 
@@ -131,6 +142,9 @@ def recorded(parts: list[Part], step: int, numbers: dict[str, Tensor | float]) -
     if removed:  # a response is as long as it was sampled, whatever is supervised of it
         lengths = (length(part.whole) | length_quantiles(part.whole) for part in parts)
         row |= read(reduce(merge, lengths))
+    for part in parts:
+        found = read(part.played) if part.played else {}
+        row |= headed(part.run, found) if len(parts) > 1 else found
     return row
 
 
@@ -139,32 +153,44 @@ def headed(run: Run, row: Row) -> Row:
     return {f"task={run.name}/{name}": x for name, x in row.items()}
 
 
-def roll_out(run: Run, step: int, nth: int, top_p: float, purpose: int) -> tuple[Prompts, Rollouts]:
-    """Prompts of the task's nth step and graded responses to them, with noise for that purpose."""
-    config = run.config
+def roll_out(
+    run: Run, step: int, nth: int, top_p: float, purpose: int
+) -> tuple[Prompts, Rollouts, Mapping[str, Total]]:
+    """Prompts of the task's nth step and graded responses to them, with noise for that purpose.
+
+    Of games the rows of episodes, and what became of these.
+    """
+    config, device, task = run.config, run.pair.student.device, run.task
     words = (config.seed, step, purpose, *([run.place] if run.place else []))
-    generator = torch.Generator().manual_seed(derive(*words))
-    problems = run.task.train(nth, config.prompts_per_step)
-    prompts = encode(run.pair.tokenizer, problems, config.group_size, config.max_prompt)
-    rollouts = run.engine.sample(
-        prompts,
-        run.pair.eos,
-        max_response=config.max_response,
-        temperature=config.temperature,
-        top_p=top_p,
-        generator=generator,
-    )
-    answers = [Problem(prompt="", answer=answer) for answer in prompts.answers]
-    verdicts = grade_responses(
-        run.pair.tokenizer, rollouts.tokens, rollouts.mask, answers, run.task.grade
-    )
-    device = run.pair.student.device
+    how: dict[str, Any] = {
+        "max_response": config.max_response,
+        "temperature": config.temperature,
+        "top_p": top_p,
+        "generator": torch.Generator().manual_seed(derive(*words)),
+    }
+    tokenizer, eos, played = run.pair.tokenizer, run.pair.eos, dict[str, Total]()
+    if isinstance(task, Games):
+        seeds, group = task.train(nth, config.prompts_per_step), config.group_size
+        how |= {"max_prompt": config.max_prompt}
+        episodes = play(run.engine, tokenizer, eos, task, seeds, group, **how)
+        prompts, rollouts = rows_of(
+            episodes, task.layout, temperature=config.temperature, top_p=top_p
+        )
+        verdicts, played = rollouts.reward, totals(episodes)
+    else:
+        problems = task.train(nth, config.prompts_per_step)
+        prompts = encode(tokenizer, problems, config.group_size, config.max_prompt)
+        rollouts = run.engine.sample(prompts, eos, **how)
+        answers = [Problem(prompt="", answer=answer) for answer in prompts.answers]
+        verdicts = torch.tensor(
+            grade_responses(tokenizer, rollouts.tokens, rollouts.mask, answers, task.grade)
+        )
     rollouts = replace(
         rollouts.to(device),
-        reward=torch.tensor(verdicts, device=device),
+        reward=verdicts.to(device),
         task=torch.full((len(verdicts),), run.place, device=device),
     )
-    return prompts.to(device), rollouts
+    return prompts.to(device), rollouts, played
 
 
 def scored_by_both(
@@ -216,7 +242,7 @@ def probed_row(run: Run, step: int, nth: int, prompts: Prompts, whole: Scored) -
     """The gradient probe at the weights before the update, on these rollouts or its own."""
     config = run.config
     if config.top_p < 1:
-        prompts, rollouts = roll_out(run, step, nth, top_p=1.0, purpose=PROBE)
+        prompts, rollouts, _ = roll_out(run, step, nth, top_p=1.0, purpose=PROBE)
         whole, _ = exact(run, prompts, rollouts)
     return probe(
         run.pair,
@@ -306,11 +332,18 @@ def backward(
 
 
 def shares(prompts: Prompts, updates: int) -> list[list[int]]:
-    """Rows of each update: equally many prompts, in order, all rollouts of a prompt together."""
+    """Rows of each update: equally many prompts, in order, all rollouts of a prompt together.
+
+    Nearly equally many where games failed.
+
+    Raises:
+      ValueError: fewer prompts than updates.
+    """
     index = prompts.index.tolist()
     order = list(dict.fromkeys(index))
-    size = len(order) // updates
-    place = {prompt: i // size for i, prompt in enumerate(order)}
+    if len(order) < updates:
+        raise ValueError(f"{len(order)} games were played, too few for {updates} updates")
+    place = {prompt: i * updates // len(order) for i, prompt in enumerate(order)}
     return [[r for r, p in enumerate(index) if place[p] == u] for u in range(updates)]
 
 

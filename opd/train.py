@@ -27,6 +27,7 @@ from opd.config import Config, to_json
 from opd.data import Task, drop_long, load_task, refuse_long
 from opd.engines import Engine, make_engine
 from opd.evaluate import evaluate
+from opd.games import Games, is_games, load_games
 from opd.loggers import Log, evaluation, open_loggers
 from opd.model import Model, Pair
 from opd.objectives import DENOMINATORS, Objective, make
@@ -86,7 +87,7 @@ def make_runs(
             config=own,
             folder=folder,
             pair=pair,
-            task=load(own, pair),
+            task=task_of(own, pair),
             engine=engine,
             objective=objective,
             masks=resolve(own.mask, pair.tokenizer, pair.eos),
@@ -128,8 +129,19 @@ def explained(config: Config) -> Iterator[None]:
         ) from error
 
 
+def task_of(config: Config, pair: Pair) -> Task | Games:
+    """The configured task, problems or games."""
+    return games_of(config) if is_games(config.task) else load(config, pair)
+
+
 def load(config: Config, pair: Pair) -> Task:
-    """The configured task."""
+    """The configured problems.
+
+    Raises:
+      ValueError: the task is games.
+    """
+    if is_games(config.task):
+        raise ValueError(f"{config.task} is games; problems with answers are needed here")
     return load_task(
         config.task,
         config.seed,
@@ -141,6 +153,35 @@ def load(config: Config, pair: Pair) -> Task:
         fit=partial(
             drop_long if config.drop_long else refuse_long, pair.tokenizer, config.max_prompt
         ),
+    )
+
+
+def games_of(config: Config) -> Games:
+    """The configured games.
+
+    Raises:
+      ValueError: a setting that only problems with answers have; or a baseline over the other
+        responses to a prompt, which with a row a turn would be taken over an episode's own turns.
+    """
+    for name in ("grader", "eval_task"):
+        if getattr(config, name):
+            raise ValueError(
+                f"{config.task} says itself who won and holds out games of its own; leave out "
+                f"{name}={getattr(config, name)!r}"
+            )
+    if config.layout == "turns" and (config.outcome or config.baseline == "leave_one_out"):
+        what = f"outcome {config.outcome}" if config.outcome else "baseline leave_one_out"
+        raise ValueError(
+            f"{what} compares a response with the others to its prompt; with layout turns those "
+            "are turns of the same episode too: set layout to trajectory"
+        )
+    return load_games(
+        config.task,
+        config.seed,
+        layout=config.layout,
+        max_turns=config.max_turns,
+        history=config.history,
+        system=config.system,
     )
 
 

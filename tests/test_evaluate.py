@@ -22,9 +22,9 @@ from opd.accuracy import (
     wilson,
     written,
 )
-from opd.data import Task, load_task
+from opd.data import Task, load_task, response_text
 from opd.engines import InProcess
-from opd.evaluate import GREEDY, Graded, evaluate, respond, response_text, result
+from opd.evaluate import GREEDY, Graded, evaluate, respond, result
 from opd.grading import (
     Judge,
     Verdict,
