@@ -17,7 +17,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("student", help="folder or hub name")
     parser.add_argument("teacher", help="folder or hub name; of tasks, for those that name none")
     parser.add_argument("--tasks", type=Path, help="TOML file of several tasks: each examined")
-    parser.add_argument("--task", help='"lab" or a .jsonl/.parquet file; else built-in prompts')
+    parser.add_argument(
+        "--task", help='"lab", a data file or games, env:NAME; else built-in prompts'
+    )
     parser.add_argument("--prompts", type=int, default=8, help="prompts to sample responses to")
     parser.add_argument("--group", type=int, default=2, help="responses to each prompt")
     parser.add_argument("--max-response", type=int, default=64, help="tokens of a sampled response")
@@ -90,6 +92,7 @@ def examine(
     """
     from opd import pair_checks, sample_checks
     from opd.data import encode, load_task
+    from opd.games import is_games, load_games
     from opd.pair_checks import Finding, read_side
     from opd.problems import Problem
 
@@ -99,7 +102,10 @@ def examine(
     sides = read_side(student, device, dtype), read_side(teacher, device, dtype)
     found = [check(*sides) for check in pair_checks.CHECKS]
     problems = [Problem(text, "") for text in sample_checks.PROMPTS[:prompts]]
-    if task is not None:
+    if task is not None and is_games(task):
+        games = load_games(task, seed, system=settings.get("system", ""))
+        problems = games.openings(games.train(0, prompts))
+    elif task is not None:
         problems = load_task(task, seed, **settings).train(0, prompts)
     encoded = encode(sides[0].tokenizer, problems, 1, 1 << 30)
     found.append(sample_checks.positions(*sides, encoded, budget or max_response))

@@ -14,8 +14,9 @@ from torch import Tensor
 from diagnostics.batch import Rollouts, Scored, load
 from diagnostics.monitor import Monitor
 from diagnostics.totals import read
+from opd import doctor
 from opd.config import Config, TaskSettings
-from opd.data import Prompts
+from opd.data import Prompts, encode_one
 from opd.engines import InProcess
 from opd.environments.rooms import Rooms
 from opd.environments.scene import Scene
@@ -26,6 +27,7 @@ from opd.lab import make_tokenizer
 from opd.model import load as load_model
 from opd.model import load_pair, log_probabilities, response_hidden
 from opd.optimizer import adamw
+from opd.problems import Problem
 from opd.scoring import score
 from opd.step import Part, backward, shared_out
 from opd.train import make_objective, train
@@ -521,6 +523,18 @@ def test_held_out_games_are_evaluated(tiny_pair) -> None:
     cut = evaluate_folder(str(tiny_pair[0]), ECHO, problems=9, max_turns=2, **how)
     assert cut["truncated"] == pytest.approx(1 / 3), "games of three turns are cut at two"
     assert cut["problem_set"] == found["problem_set"]
+
+
+def test_the_doctor_reads_the_openings_of_games(tiny_pair) -> None:
+    found = doctor.examine(
+        *map(str, tiny_pair), task=ECHO, prompts=3, group=1, max_response=4, device="cpu"
+    )
+    games = Games(source="", make=Echo, seed=0)
+    texts = [problem.prompt for problem in games.openings(games.train(0, 3))]
+    assert {len(text) for text in texts} == {len("Task: 1 words\nSay it.")}
+    longest = max(len(encode_one(make_tokenizer(), Problem(text, ""))) for text in texts)
+    numbers = {finding.item: finding.numbers for finding in found}
+    assert numbers["positions"]["prompt"] == longest
 
 
 @pytest.mark.parametrize(
