@@ -6,6 +6,7 @@ Free of torch. A run whose tasks take turns has a part for each task: their curv
 import json
 import math
 import re
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,22 +15,14 @@ from diagnostics import rows
 from diagnostics.alarms import Alarms
 from diagnostics.rows import Row
 
-POINTS = 400
-"""Most points of a curve; of more, those are kept that show its extent."""
-STEPS = 120
-"""Most columns of a heat map."""
+POINTS, COLUMNS = 1600, 480
+"""Most points of a column and most steps of a heat map, over all the runs of a page."""
 BIN = re.compile(r"^(.*)@(\d+)-(\d+)$")
-MAPS = {
-    "drift/reverse_kl": "Reverse KL, nats",
-    "drift/k1": "Sampled cost, nats",
-    "drift/log_ratios_q95": "95 % quantile of the cost, nats",
-    "drift/outside_topk_expected": "Student's mass outside the teacher's top-K",
-    "drift/student_entropy": "Student's entropy, nats",
-    "drift/teacher_entropy": "Teacher's entropy, nats",
-    "drift/teacher_max": "Teacher's largest probability",
-}
-Bins = dict[str, list[tuple[int, int]]]
+CODE = 40_000
+"""Most characters of code.txt that are shown."""
 ANATOMY = ("drift/kl_binary", "drift/kl_head", "drift/kl_tail")
+Point = tuple[Any, ...]
+Bins = dict[str, list[tuple[int, int]]]
 
 
 @dataclass(frozen=True)
@@ -48,41 +41,47 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """The record of a run folder, finished or not.
+    """The record of a run folder, finished or not; a stranger's may be rows.jsonl alone.
 
     Raises:
-      FileNotFoundError: it has no config.json.
+      FileNotFoundError: it has neither config.json nor rows.jsonl.
     """
-    if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"{folder} is no run folder: it has no config.json")
-    code = folder / "code.txt"
+    config, code = folder / "config.json", folder / "code.txt"
+    if not config.exists() and not (folder / "rows.jsonl").exists():
+        raise FileNotFoundError(
+            f"{folder} is no run folder: it has neither config.json nor rows.jsonl"
+        )
     return Run(
         folder=folder,
-        config=json.loads((folder / "config.json").read_text()),
-        code=code.read_text().splitlines()[0] if code.exists() else "unknown",
-        rows=rows.read(folder / "rows.jsonl"),
+        config=json.loads(config.read_text("utf-8")) if config.exists() else {},
+        code=code.read_text("utf-8", "replace") if code.exists() else "unknown: no code.txt",
+        rows=latest(rows.read(folder / "rows.jsonl")),
         evals=rows.read(folder / "evals.jsonl"),
     )
 
 
-def recorded(run: Run) -> dict[str, Any]:
-    """What the page shows of a run's record."""
+def latest(found: Iterable[Row]) -> list[Row]:
+    """Rows by rising step; of rows with one step the last counts."""
+    by_step = {row["step"]: row for row in found}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def recorded(run: Run, runs: int = 1) -> dict[str, Any]:
+    """What the page shows of a run's record, `runs` of which share the page."""
     tasks = list(dict.fromkeys(row.get("task", "") for row in run.rows)) or [""]
     seconds = sum(v or 0 for row in run.rows for k, v in row.items() if k.startswith("seconds/"))
+    code = run.code.strip()
     return {
         "name": run.name,
         "folder": str(run.folder),
-        "objective": run.config["objective"],
-        "seed": run.config["seed"],
-        "student": run.config["student"],
-        "teacher": run.config["teacher"],
-        "code": run.code,
+        "config": run.config,
+        "code": code[:CODE] + ("\n… cut here" if len(code) > CODE else ""),
         "done": run.rows[-1]["step"] + 1 if run.rows else 0,
-        "steps": run.config["steps"],
         "seconds": round(seconds, 1),
         "evals": [evaluated(row) for row in run.evals],
         "tasks": [
-            part(task, [row for row in run.rows if row.get("task", "") == task]) for task in tasks
+            part(task, [row for row in run.rows if row.get("task", "") == task], runs)
+            for task in tasks
         ],
     }
 
@@ -92,18 +91,20 @@ def evaluated(row: Row) -> dict[str, Any]:
     return {name: row[name] for name in kept if name in row}
 
 
-def part(task: str, found: list[Row]) -> dict[str, Any]:
+def part(task: str, found: list[Row], runs: int = 1) -> dict[str, Any]:
     """Curves, alarms and positions of one task's rows."""
     watching, raised, bins = Alarms(), [], binned(found)
-    for row in {row["step"]: row for row in found}.values():
+    for row in found:
         raised += watching.update(row)
+    steps, drawn = curves(found, max(60, min(400, POINTS // runs)), {a.step for a in raised})
     return {
         "task": task,
         "alarms": [
             {
                 "rule": alarm.rule.name,
+                "metric": alarm.rule.metric,
                 "step": alarm.step,
-                "on": alarm.rule.name in watching.active,
+                "on": watching.active.get(alarm.rule.name) is alarm,
                 "means": alarm.rule.means,
                 "remedy": alarm.rule.remedy,
                 "tested": alarm.rule.tested,
@@ -113,81 +114,96 @@ def part(task: str, found: list[Row]) -> dict[str, Any]:
             }
             for alarm in raised
         ],
-        "rules": len(watching.rules),
         "unwatched": watching.unwatched,
-        "curves": curves(found),
-        "maps": [made for name, title in MAPS.items() if (made := heat(found, name, title, bins))],
+        "steps": steps,
+        "curves": drawn,
+        "maps": maps(found, bins, max(24, min(120, COLUMNS // runs))),
         "anatomy": anatomy(found, bins),
     }
 
 
-def curves(found: list[Row]) -> dict[str, list[list[float | None]]]:
-    """Column to [steps, values, standard errors], thinned; columns by position are left out."""
-    columns: dict[str, list[tuple[Any, ...]]] = {}
+def curves(
+    found: list[Row], most: int, kept: Collection[int] = ()
+) -> tuple[list[list[int]], dict[str, list[Any]]]:
+    """Lists of steps; column to [which of them, values, standard errors or None], thinned.
+
+    Columns by position or by tenth are left out. A value that is no finite number is None.
+    """
+    columns: dict[str, list[Point]] = {}
     for row in found:
         for name, value in row.items():
             plain = "@" not in name and "%" not in name and not name.endswith("_se")
             if plain and name not in ("step", "task"):
-                columns.setdefault(name, []).append((row["step"], value, row.get(name + "_se")))
+                point = (row["step"], number(value), number(row.get(name + "_se")))
+                columns.setdefault(name, []).append(point)
+    steps: dict[tuple[int, ...], int] = {}
     made = {}
     for name, points in columns.items():
-        if any(isinstance(value, int | float) for _, value, _ in points):
-            clean = [(step, number(x), number(error)) for step, x, error in thinned(points)]
-            made[name] = [list(column) for column in zip(*clean, strict=True)]
-    return made
+        if any(value is not None for _, value, _ in points):
+            at, values, errors = zip(*thinned(points, most, kept), strict=True)
+            spread = list(errors) if any(error is not None for error in errors) else None
+            made[name] = [steps.setdefault(at, len(steps)), list(values), spread]
+    return [list(at) for at in steps], made
 
 
-def thinned(points: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """At most about POINTS of the points, with the lowest and highest of each stretch, in order."""
-    if len(points) <= POINTS:
+def thinned(points: list[Point], most: int, kept: Collection[int] = ()) -> list[Point]:
+    """About `most` of the points, in order: ends, steps in `kept`, and of each stretch the extent.
+
+    The extent of a stretch is its lowest, its highest and its first missing value.
+    """
+    if len(points) <= most:
         return points
-    width = math.ceil(2 * len(points) / POINTS)
-    kept = {0, len(points) - 1}
+    width = math.ceil(2 * len(points) / most)
+    chosen = {0, len(points) - 1} | {i for i, point in enumerate(points) if point[0] in kept}
     for start in range(0, len(points), width):
         stretch = range(start, min(start + width, len(points)))
         known = [i for i in stretch if points[i][1] is not None]
+        chosen |= set([i for i in stretch if points[i][1] is None][:1])
         if known:
-            kept |= {f(known, key=lambda i: points[i][1]) for f in (min, max)}
-    return [points[i] for i in sorted(kept)]
+            chosen |= {f(known, key=lambda i: points[i][1]) for f in (min, max)}
+    return [points[i] for i in sorted(chosen)]
 
 
-def binned(found: list[Row]) -> dict[str, list[tuple[int, int]]]:
+def binned(found: list[Row]) -> Bins:
     """Column to its position bins, rising."""
-    bins: dict[str, list[tuple[int, int]]] = {}
+    bins: Bins = {}
     for key in dict.fromkeys(key for row in found for key in row):
         if match := BIN.match(key):
             bins.setdefault(match[1], []).append((int(match[2]), int(match[3])))
     return {name: sorted(known) for name, known in bins.items()}
 
 
-def heat(found: list[Row], name: str, title: str, bins: Bins) -> dict[str, Any] | None:
-    """Position by step: bins, steps, values and, where tokens were counted, how many per bin."""
-    have = [row for row in found if name + "@0-1" in row]
-    if not have:
-        return None
-    chosen = sorted({round(j * (len(have) - 1) / (STEPS - 1)) for j in range(STEPS)})
-    have, keys = [have[i] for i in chosen], [f"@{low}-{high}" for low, high in bins[name]]
-    return {
-        "name": name,
-        "title": title,
-        "steps": [row["step"] for row in have],
-        "bins": bins[name],
-        "values": [[number(row.get(name + key)) for key in keys] for row in have],
-        "tokens": [[number(row.get("drift/tokens" + key)) for key in keys] for row in have],
-    }
+def maps(found: list[Row], bins: Bins, most: int) -> dict[str, Any]:
+    """Column to position by step: bins, steps, values and, where counted, tokens of each bin."""
+    made: dict[str, Any] = {}
+    for name, places in bins.items():
+        keys = [f"@{low}-{high}" for low, high in places]
+        have = [row for row in found if name + keys[0] in row]
+        size = min(most, len(have))
+        have = [have[round(i * (len(have) - 1) / max(1, size - 1))] for i in range(size)]
+        values = [[number(row.get(name + key)) for key in keys] for row in have]
+        if any(x is not None for column in values for x in column):
+            tokens = [[number(row.get("drift/tokens" + key)) for key in keys] for row in have]
+            made[name] = {
+                "steps": [row["step"] for row in have],
+                "bins": places,
+                "values": values,
+                "tokens": tokens if name != "drift/tokens" else None,
+            }
+    return made
 
 
 def anatomy(found: list[Row], bins: Bins) -> dict[str, Any] | None:
     """The parts of the divergence by position, at the first and the last row that has them."""
     have = [row for row in found if ANATOMY[0] in row]
-    if not have:
+    places = bins.get(ANATOMY[0])
+    if not have or not places:
         return None
     made = []
     for row in [have[0], *have[1:][-1:]]:
-        places = bins[ANATOMY[0]]
         parts = [[number(row.get(f"{n}@{low}-{high}")) for low, high in places] for n in ANATOMY]
-        made.append({"step": row["step"], "bins": places, "parts": parts})
-    return {"names": ["in or out of S", "within S", "beyond S"], "rows": made}
+        made.append({"step": row["step"], "parts": parts})
+    return {"bins": places, "rows": made}
 
 
 def differences(runs: list[Run]) -> list[list[str]]:
@@ -199,7 +215,6 @@ def differences(runs: list[Run]) -> list[list[str]]:
 
 def number(value: Any) -> float | None:
     """Five significant digits; None for what is no finite number."""
-    try:
-        return float(f"{value:.5g}") if math.isfinite(value) else None
-    except (TypeError, ValueError):
+    if not isinstance(value, int | float) or not math.isfinite(value):
         return None
+    return float(f"{value:.5g}")

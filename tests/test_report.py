@@ -1,7 +1,8 @@
-"""The HTML report: what it says of a record, what it embeds, and what a browser makes of it."""
+"""The HTML report: what it says of a record, what it embeds, and how it is served."""
 
 import html.parser
 import json
+import math
 import shutil
 import threading
 import urllib.error
@@ -13,21 +14,25 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from diagnostics import rows
+from diagnostics.alarm_rules import RULES
 from diagnostics.alarms import replay
 from diagnostics.batch import Scored, load
-from opd import record, report, specimens
+from diagnostics.dumps import save_dump
+from opd import record, report, sheet, specimens, spelling
 from opd.train import train
 from opd.watching import HOST, make_server
 from tests.test_train import settings
 
 HOSTILE = (
-    "</script><script>document.title='owned'</script>",
-    "<img src=x onerror=document.title='owned'>",
+    "</script><script>window.owned=1</script>",
+    "<img src=x onerror=window.owned=1>",
     "\u202egnp.exe\u202c",
     "a\u2028b\u2029c",
-    "\x00\x1b[31m",
+    "\x00\x1b[31m\x7f\u200b\ufeff",
+    "\ud800 lone",
     "{{data}} {{scripts}}",
 )
 
@@ -51,6 +56,29 @@ class Scripts(html.parser.HTMLParser):
     def handle_data(self, data: str) -> None:
         if self.inside:
             self.found[-1] = (self.found[-1][0], self.found[-1][1] + data)
+
+
+class Attributes(html.parser.HTMLParser):
+    """Every attribute of a page with its value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, str]] = []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.found += attrs
+
+
+def attributes(page: str) -> set[str]:
+    parser = Attributes()
+    parser.feed(page)
+    return {name for name, _ in parser.found}
+
+
+def links(page: str) -> list[str]:
+    parser = Attributes()
+    parser.feed(page)
+    return [value for name, value in parser.found if name == "href"]
 
 
 def scripts(page: str) -> list[tuple[str, str]]:
@@ -77,11 +105,15 @@ def test_the_page_stands_alone_and_holds_its_data_unharmed(run: Path) -> None:
     assert "connect-src" not in policy
     for _, text in found[1:]:
         assert f"'sha256-{report.digest(text)}'" in policy
-    assert "src=" not in page.split("<script")[0]
+    style = page.split("<style>")[1].split("</style>")[0]
+    assert f"style-src 'sha256-{report.digest(style)}'" in policy
+    assert "unsafe" not in policy
+    assert not {"src", "href", "action", "style"} & (attributes(page) - {"href"})
+    assert all(link.startswith("#") for link in links(page))
 
 
 def test_hostile_text_cannot_leave_its_place() -> None:
-    data = {"words": [*HOSTILE, "\ud800"], "runs": []}
+    data = {"words": list(HOSTILE), "runs": []}
     page = report.page(data)
     found = scripts(page)
     assert len(found) == 3
@@ -90,29 +122,80 @@ def test_hostile_text_cannot_leave_its_place() -> None:
     page.encode()  # a lone surrogate must not stop the file from being written
     with pytest.raises(ValueError, match="JSON compliant"):
         report.embedded({"x": float("nan")})
+
+
+def test_what_cannot_be_seen_is_spelled_out() -> None:
     for text in HOSTILE:
-        assert specimens.visible(text).isprintable()
-    assert specimens.visible("é漢 a") == "é漢 a"
-    assert specimens.visible("\u202e") == "\\u202e"
+        assert spelling.visible(text).isprintable()
+    assert spelling.visible("é漢 a\n\tb") == "é漢 a\n\tb"
+    assert spelling.visible("\u202e\x00\ud800\U000e0001") == "\\u202e\\u0000\\ud800\\U000e0001"
+    wild = {"\u202e": ["\x00", (1, float("nan"), float("-inf"), True, None)]}
+    assert report.disarmed(wild) == {"\\u202e": ["\\u0000", [1, None, None, True, None]]}
+
+
+def test_a_hostile_run_folder_is_read_and_told_safely(tmp_path: Path) -> None:
+    folder = tmp_path / "run\u202e"
+    folder.mkdir()
+    config = {"objective": HOSTILE[0], "seed": 0, "steps": 3, "student": HOSTILE[2], "teacher": "t"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.txt").write_bytes(b"commit \xff\x00\nline")
+    lines = [
+        '{"step": 0, "task": "a\u2028b", "loss": NaN, "drift/k1": Infinity}',
+        '{"step": 1, "task": "a\u2028b", "loss": -Infinity, "drift/k1": 1.5, "drift/k1_se": NaN}',
+        json.dumps({"step": 2, "task": "a\u2028b", "loss": 2, "drift/k1": 1, HOSTILE[1]: 3.0}),
+    ]
+    (folder / "rows.jsonl").write_text("\n".join(lines) + '\n{"step": 3, "lo', "utf-8")
+    data = report.contents([folder])
+    page = report.page(data)
+    assert json.loads(scripts(page)[0][1]) == data
+    (one,) = data["runs"]
+    assert one["name"] == "run\\u202e"
+    assert one["config"]["student"] == spelling.visible(HOSTILE[2])
+    assert one["code"] == "commit \ufffd\\u0000\nline"
+    (part,) = one["tasks"]
+    assert part["task"] == "a\\u2028b"
+    steps, curves = part["steps"], part["curves"]
+    assert (steps[curves["loss"][0]], curves["loss"][1]) == ([0, 1, 2], [None, None, 2.0])
+    assert curves["drift/k1"][1:] == [[None, 1.5, 1.0], None]
+    assert curves[HOSTILE[1]][1] == [3.0]
+    assert {alarm["rule"] for alarm in part["alarms"]} >= {"not_finite"}
 
 
 def test_curves_alarms_and_accuracy_are_those_of_the_record(run: Path) -> None:
     made = record.recorded(record.read_run(run))
     written = rows.read(run / "rows.jsonl")
-    steps, values, errors = made["tasks"][0]["curves"]["drift/k1"]
-    assert steps == [0, 1, 2]
+    part = made["tasks"][0]
+    where, values, errors = part["curves"]["drift/k1"]
+    assert part["steps"][where] == [0, 1, 2]
     for row, value, error in zip(written, values, errors, strict=True):
         assert value == pytest.approx(row["drift/k1"], rel=1e-4)
         assert error == pytest.approx(row["drift/k1_se"], rel=1e-4)
+    plain = {k for row in written for k in row if not set("@%") & set(k) and not k.endswith("_se")}
+    assert plain - {"step"} - set(part["curves"]) == {
+        k
+        for k in plain - {"step"}
+        if not any(isinstance(row.get(k), int | float) for row in written)
+    }
     assert made["done"] == 3
     assert [x["accuracy"] for x in made["evals"]] == [
         x["accuracy"] for x in rows.read(run / "evals.jsonl")
     ]
+
+
+def test_alarms_are_those_that_a_replay_raises(run: Path) -> None:
     bad = [{"step": s, "loss": None, "collapse/repeated_share": 0.9} for s in range(9)]
-    told = record.part("", bad)["alarms"]
-    assert [(a["rule"], a["step"]) for a in told] == [(a.rule.name, a.step) for a in replay(bad)]
+    made = record.part("", bad)
+    told, raised = made["alarms"], replay(bad)
+    assert [(a["rule"], a["step"]) for a in told] == [(a.rule.name, a.step) for a in raised]
+    assert [(a["means"], a["remedy"]) for a in told] == [
+        (a.rule.means, a.rule.remedy) for a in raised
+    ]
     assert {a["rule"] for a in told} == {"not_finite", "repetition"}
     assert all(a["on"] for a in told)
+    watched = {rule.name for rule in RULES if rule.metric in ("loss", "collapse/repeated_share")}
+    assert set(made["unwatched"]) == {rule.name for rule in RULES} - watched
+    over = [*bad, *({"step": s, "loss": 1.0, "collapse/repeated_share": 0.0} for s in range(9, 20))]
+    assert not any(a["on"] for a in record.part("", over)["alarms"])
 
 
 def test_tasks_that_take_turns_have_curves_of_their_own(run: Path) -> None:
@@ -120,68 +203,144 @@ def test_tasks_that_take_turns_have_curves_of_their_own(run: Path) -> None:
     turns = [row | {"task": "ab"[i % 2]} for i, row in enumerate(found.rows)]
     made = record.recorded(replace(found, rows=turns))
     assert [part["task"] for part in made["tasks"]] == ["a", "b"]
-    assert [part["curves"]["loss"][0] for part in made["tasks"]] == [[0, 2], [1]]
+    assert [part["steps"][part["curves"]["loss"][0]] for part in made["tasks"]] == [[0, 2], [1]]
 
 
-def test_long_curves_keep_their_ends_and_extremes() -> None:
+def test_long_curves_keep_their_ends_extremes_gaps_and_alarms() -> None:
     points = [(i, float((i * 7919) % 2003), None) for i in range(20_000)]
     points[12_345] = (12_345, 1e6, None)
     points[777] = (777, None, None)
-    kept = record.thinned(points)
-    assert len(kept) <= record.POINTS + 2
-    assert kept[0] == points[0]
-    assert kept[-1] == points[-1]
-    assert (12_345, 1e6, None) in kept
+    kept = record.thinned(points, 400, {4_321})
+    assert len(kept) <= 404
+    assert (kept[0], kept[-1]) == (points[0], points[-1])
+    for step in (12_345, 777, 4_321):
+        assert points[step] in kept
     assert min(p[1] for p in kept if p[1] is not None) == 0
-    assert kept == sorted(kept, key=lambda p: p[0])
-    assert record.thinned(points[:100]) == points[:100]
+    assert kept == sorted(kept)
+    assert record.thinned(points[:100], 100) == points[:100]
+    rising = [{"step": s, "loss": 1.0, "collapse/repeated_share": s / 4000} for s in range(2000)]
+    made = record.part("", rising)
+    (alarm,) = made["alarms"]
+    assert alarm["step"] in made["steps"][made["curves"]["collapse/repeated_share"][0]]
 
 
 def test_maps_and_anatomy_are_the_columns_by_position(run: Path) -> None:
     written = rows.read(run / "rows.jsonl")
     made = record.part("", written)
-    shown = {m["name"]: m for m in made["maps"]}
-    cost = shown["drift/k1"]
-    for i, row in enumerate(written):
-        for j, (low, high) in enumerate(cost["bins"]):
-            value = row[f"drift/k1@{low}-{high}"]
-            assert cost["values"][i][j] == (None if value is None else pytest.approx(value, 1e-4))
+    assert {"drift/k1", "drift/reverse_kl", "validity/z_H"} <= set(made["maps"])
+    for name in ("drift/k1", "validity/z_H"):
+        shown = made["maps"][name]
+        assert shown["steps"] == [0, 1, 2]
+        for i, row in enumerate(written):
+            for j, (low, high) in enumerate(shown["bins"]):
+                value, count = row[f"{name}@{low}-{high}"], row[f"drift/tokens@{low}-{high}"]
+                assert shown["values"][i][j] == (
+                    None if value is None else pytest.approx(value, 1e-4)
+                )
+                assert shown["tokens"][i][j] == count
     last = made["anatomy"]["rows"][-1]
     for k, name in enumerate(record.ANATOMY):
-        for j, (low, high) in enumerate(last["bins"]):
+        for j, (low, high) in enumerate(made["anatomy"]["bins"]):
             value = written[-1][f"{name}@{low}-{high}"]
             if value is not None:
                 assert last["parts"][k][j] == pytest.approx(value, rel=1e-4, abs=1e-9)
+    long = [written[i % 3] | {"step": i} for i in range(500)]
+    thin = record.maps(long, record.binned(long), 50)["drift/k1"]["steps"]
+    assert (len(thin), thin[0], thin[-1]) == (50, 0, 499)
 
 
 def test_specimens_are_the_batchs_numbers(run: Path) -> None:
-    made = specimens.specimens(run, tokens=10_000)
+    made = specimens.specimens(record.read_run(run), tokens=10_000)
     batch = load(run / "batches" / "step_000001.safetensors")
     assert isinstance(batch, Scored)
+    assert batch.support is not None
+    assert batch.prefix is not None
     mine = [roll for roll in made["rollouts"] if roll["step"] == 1]
     assert [roll["row"] for roll in mine] == list(range(len(batch)))
     for roll in mine:
-        i = roll["row"]
-        ids = batch.tokens[i][batch.mask[i]]
-        assert roll["ids"] == ids.tolist()
-        assert [x / 100 for x in roll["s"]] == pytest.approx(
-            batch.student_logp[i][batch.mask[i]].tolist(), abs=0.0051
-        )
-        assert [x / 100 for x in roll["t"]] == pytest.approx(
-            batch.teacher_logp[i][batch.mask[i]].tolist(), abs=0.0051
-        )
-        inside = batch.support.contains(batch.tokens)[i][batch.mask[i]]  # type: ignore[union-attr]
+        i, n = roll["row"], len(roll["ids"])
+        at = batch.mask[i]
+        assert n == int(at.nonzero()[-1]) + 1
+        assert roll["ids"] == batch.tokens[i, :n].tolist()
+        assert roll["off"] == [k for k in range(n) if not at[k]]
+        assert [x / 100 for x in roll["s"]] == close(batch.student_logp[i, :n])
+        assert [x / 100 for x in roll["t"]] == close(batch.teacher_logp[i, :n])
+        inside = batch.support.contains(batch.tokens)[i, :n]
         assert roll["in"] == "".join("1" if x else "0" for x in inside)
-        best = batch.support.teacher_logp[i][batch.mask[i]]  # type: ignore[union-attr]
-        assert [x[0] / 100 for x in roll["topT"]] == pytest.approx(
-            best.amax(-1).tolist(), abs=0.0051
-        )
-        assert roll["rank"] == batch.prefix.teacher_rank[i][batch.mask[i]].tolist()  # type: ignore[union-attr]
+        assert roll["rank"] == batch.prefix.teacher_rank[i, :n].tolist()
+        p = batch.student_logp[i, :n].exp()
+        energy = batch.log_ratio[i, :n] ** 2 * (1 - 2 * p + batch.prefix.collision[i, :n])
+        assert [x / 100 for x in roll["e"]] == close(energy.sqrt())
+        for ours, masses in zip(roll["mass"], batch.support.masses(), strict=True):
+            assert [x / 1e4 for x in ours] == pytest.approx(masses[i, :n].tolist(), abs=6e-5)
+        assert (roll["source"], roll["k"]) == (batch.support.source, batch.support.k)
+        for k in range(n):
+            check_tops(batch, i, k, roll["tops"][k])
     assert all(str(i) in made["texts"] for roll in mine for i in roll["ids"])
+    assert [saved["step"] for saved in made["saved"]] == [0, 1, 2]
+
+
+def close(x: torch.Tensor) -> Any:
+    return pytest.approx(x.tolist(), abs=0.0051)
+
+
+def check_tops(batch: Scored, i: int, k: int, told: list[int]) -> None:
+    """A plain loop: the five likeliest of either model, those of 0.1 % at least, by the teacher."""
+    support = batch.support
+    assert support is not None
+    table = [
+        (int(v), float(s), float(t))
+        for v, s, t in zip(
+            support.ids[i, k], support.student_logp[i, k], support.teacher_logp[i, k], strict=True
+        )
+    ]
+    wanted = {
+        row[0]
+        for place in (1, 2)
+        for row in sorted(table, key=lambda row: -row[place])[: specimens.TOP]
+        if math.exp(row[place]) >= specimens.LEAST
+    }
+    shown = [told[j : j + 3] for j in range(0, len(told), 3)]
+    assert {row[0] for row in shown} == wanted
+    assert [row[2] for row in shown] == sorted((row[2] for row in shown), reverse=True)
+    exact = {v: (s, t) for v, s, t in table}
+    for v, s, t in shown:
+        assert (s / 100, t / 100) == pytest.approx(exact[v], abs=0.0051)
+
+
+def test_ids_that_are_absent_or_masked_are_not_shown_as_likely(run: Path) -> None:
+    batch = load(run / "batches" / "step_000001.safetensors")
+    assert isinstance(batch, Scored)
+    assert batch.support is not None
+    present = (torch.arange(batch.support.k) > 0).expand(batch.support.ids.shape)
+    absent = replace(batch.support, present=present)
+    hole = batch.mask.clone()
+    hole[:, 1] = False
+    changed = replace(batch, support=absent, mask=hole)
+    roll = specimens.one(changed, 0, 0, 3, [], spelling.Spelling(), set())
+    first = int(batch.support.ids[0, 0, 0])
+    assert first not in roll["tops"][0][::3]
+    assert roll["off"] == [1]
+    assert roll["tops"][1] == []
+
+
+def test_a_dump_is_shown_as_the_batch_that_it_was_made_of(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    folder = tmp_path / "stranger"
+    (folder / "dumps").mkdir(parents=True)
+    shutil.copy(run / "rows.jsonl", folder)
+    shutil.copytree(run / "final", folder / "final")
+    batch = load(run / "batches" / "step_000001.safetensors")
+    assert isinstance(batch, Scored)
+    save_dump(folder / "dumps" / "step_00000001.parquet", batch, 1)
+    ours = specimens.specimens(record.read_run(folder), 10_000)
+    theirs = specimens.specimens(record.read_run(run), 10_000)
+    assert ours["rollouts"] == [roll for roll in theirs["rollouts"] if roll["step"] == 1]
+    assert report.contents([folder])["runs"][0]["config"] == {}
 
 
 def test_blame_is_a_plain_count(run: Path) -> None:
-    made = specimens.specimens(run, tokens=10_000)
+    made = specimens.specimens(record.read_run(run), tokens=10_000)
     batch = load(run / "batches" / "step_000002.safetensors")
     assert isinstance(batch, Scored)
     r, whole = batch.log_ratio, float(batch.log_ratio.abs()[batch.mask].sum())
@@ -192,8 +351,60 @@ def test_blame_is_a_plain_count(run: Path) -> None:
         assert row["cost"] == pytest.approx(float(r[mine].mean()), abs=1e-3)
     shares = [row["signal"] for row in made["blame"]]
     assert shares == sorted(shares, reverse=True)
+    told = made["sheet"]["impossible"]
     found = batch.mask & (batch.student_logp.exp() > 0.9) & (batch.teacher_logp.exp() < 1e-4)
-    assert made["sheet"]["share"] == pytest.approx(float(found.sum() / batch.mask.sum()), abs=1e-5)
+    assert told["share"] == pytest.approx(float(found.sum() / batch.mask.sum()), abs=1e-5)
+    assert sum(row["count"] for row in told["rows"]) == int(found.sum())
+    tokenizer = AutoTokenizer.from_pretrained(run / "final")
+    special = {row["id"]: row for row in made["sheet"]["special"]}
+    assert set(special) == {i for i, x in tokenizer.added_tokens_decoder.items() if x.special}
+    for i, row in special.items():
+        mine = batch.mask & (batch.tokens == i)
+        assert row["count"] == int(mine.sum())
+        assert row["signal"] == pytest.approx(float(r.abs()[mine].sum()) / whole, abs=1e-5)
+
+
+def test_impossible_tokens_are_named(run: Path) -> None:
+    batch = load(run / "batches" / "step_000002.safetensors")
+    assert isinstance(batch, Scored)
+    ours, theirs = batch.student_logp.clone(), batch.teacher_logp.clone()
+    ours[0, 0], theirs[0, 0] = -0.01, -12.0
+    told = sheet.impossible_ids(replace(batch, student_logp=ours, teacher_logp=theirs), set())
+    assert {"id": int(batch.tokens[0, 0]), "count": 1, "student": -0.01, "teacher": -12.0} in told[
+        "rows"
+    ]
+
+
+def test_ends_and_the_doctor_are_told(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    student, teacher = folder / "final", tmp_path / "teacher"
+    shutil.copytree(student, teacher)
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    for name in ("generation_config.json", "config.json"):
+        written = json.loads((student / name).read_text()) if (student / name).exists() else {}
+        (student / name).write_text(json.dumps(written | {"eos_token_id": [2, 1]}))
+        (teacher / name).write_text(json.dumps(written | {"eos_token_id": None}))
+    config = json.loads((folder / "config.json").read_text())
+    changed = config | {"student": str(student), "teacher": "teacher"}
+    (folder / "config.json").write_text(json.dumps(changed))
+    item = {"item": "eos", "verdict": "fail", "found": "1 is not 2", "advice": "mend"}
+    findings = {"verdict": "fail", "items": [item | {"numbers": {}}]}
+    (folder / "doctor.json").write_text(json.dumps(findings))
+    made = sheet.sheet(record.read_run(folder), spelling.Spelling(), None, set())
+    assert made["ends"] == [
+        {"role": "student", "ids": [1, 2], "texts": tokenizer.convert_ids_to_tokens([1, 2])},
+        {"role": "teacher", "ids": [tokenizer.eos_token_id], "texts": [tokenizer.eos_token]},
+    ]
+    assert made["doctor"] == {"verdict": "fail", "items": [item]}
+    tasks = [{"name": "a", "teacher": None}, {"name": "b", "teacher": str(student)}]
+    (folder / "config.json").write_text(json.dumps(changed | {"tasks": tasks}))
+    told = sheet.ends(record.read_run(folder))
+    assert [(x["role"], x["ids"]) for x in told] == [
+        ("student", [1, 2]),
+        ("teacher of a", [tokenizer.eos_token_id]),
+        ("teacher of b", [1, 2]),
+    ]
 
 
 def test_few_tokens_show_the_worst_responses(run: Path) -> None:
@@ -202,7 +413,7 @@ def test_few_tokens_show_the_worst_responses(run: Path) -> None:
     mean = batch.log_ratio.abs().sum(1) / batch.mask.sum(1)
     worst = int(mean.argmax())
     budget = 3 * int(batch.mask.sum(1)[worst])  # three batches share it
-    made = specimens.specimens(run, budget)
+    made = specimens.specimens(record.read_run(run), budget)
     assert worst in [roll["row"] for roll in made["rollouts"] if roll["step"] == 0]
     for step in range(3):
         assert sum(len(r["ids"]) for r in made["rollouts"] if r["step"] == step) <= budget // 3
@@ -218,7 +429,7 @@ def test_runs_without_batches_or_rows_are_shown_all_the_same(run: Path, tmp_path
         (3, True),
     ]
     report.page(data)
-    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"neither config\.json nor rows\.jsonl"):
         report.contents([tmp_path])
     assert report.labels([tmp_path / "a" / "x", tmp_path / "b" / "x"]) == ["a/x", "b/x"]
     assert report.labels([tmp_path / "a" / "x", tmp_path / "a" / "y"]) == ["x", "y"]
@@ -255,111 +466,3 @@ def test_the_server_tells_what_is_new_and_only_to_this_machine(server: tuple[str
     for path, headers in (("/../config.json", {}), ("/data", {"Host": "evil.example"})):
         with pytest.raises(urllib.error.HTTPError, match="404"):
             get(address + path, **headers)
-
-
-# --- a real browser -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
-        pytest.skip("no chromium on this machine")
-    with playwright.sync_playwright() as machine:
-        opened = machine.chromium.launch(
-            executable_path=chromium, args=["--no-sandbox", "--disable-gpu"]
-        )
-        yield opened
-        opened.close()
-
-
-def opened(browser: Any, address: str, **how: Any) -> tuple[Any, list[str]]:
-    """A page, and what it complained of or asked the network for."""
-    page, wrong = browser.new_context(**how).new_page(), []
-    page.on("console", lambda m: wrong.append(m.text) if m.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    own = "file:" if address.startswith("file:") else address
-    page.on("request", lambda r: None if r.url.startswith(own) else wrong.append(r.url))
-    page.goto(address)
-    page.wait_for_selector(".chart canvas")
-    return page, wrong
-
-
-def test_a_browser_shows_curves_tokens_and_filters(run: Path, tmp_path: Path, browser) -> None:
-    data = report.contents([run])
-    first = data["runs"][0]
-    hostile = dict(enumerate(HOSTILE))
-    for i, key in enumerate(list(first["texts"])[: len(hostile)]):
-        first["texts"][key] = specimens.visible(hostile[i])
-    first["name"] = HOSTILE[0]
-    first["rollouts"][1]["reward"] = 1.0
-    file = tmp_path / "page.html"
-    file.write_text(report.page(data))
-    page, wrong = opened(browser, file.as_uri())
-    assert "owned" not in page.title()
-    assert page.locator("#cards h3").first.inner_text() == HOSTILE[0]
-    assert page.locator(".chart canvas").count() >= 6
-    roll = first["rollouts"][0]
-    assert page.locator("#text .t").count() == len(roll["ids"])
-    page.locator("#text .t").nth(2).hover()
-    assert (
-        f"{-(roll['s'][2] - roll['t'][2]) / 100:.3g} nats" in page.locator("#detail").inner_text()
-    )
-    page.locator("#text").focus()
-    page.keyboard.press("w")
-    worst = max(range(len(roll["ids"])), key=lambda k: abs(roll["s"][k] - roll["t"][k]))
-    assert page.locator("#text .t.on").get_attribute("data-k") == str(worst)
-    page.keyboard.press("ArrowLeft")
-    assert page.locator("#text .t.on").get_attribute("data-k") == str(max(0, worst - 1))
-    page.locator("#f-outcome").select_option("right")
-    assert page.locator("#list .row").count() == 1
-    page.locator("#f-outcome").select_option("")
-    page.locator("#f-step").select_option("2")
-    assert page.locator("#list .row").count() == sum(r["step"] == 2 for r in first["rollouts"])
-    page.keyboard.press("Tab")
-    page.locator("#column").fill("drift/abs_ratio")
-    page.locator("#picker button").click()
-    assert page.get_by_text("drift/abs_ratio").count() >= 1
-    back = "getComputedStyle(document.body).backgroundColor"
-    light = page.evaluate(back)
-    page.locator("#theme").click()
-    assert page.evaluate(back) != light
-    assert wrong == []
-
-
-def test_a_phone_needs_no_sideways_scrolling(run: Path, tmp_path: Path, browser) -> None:
-    file = tmp_path / "page.html"
-    file.write_text(report.page(report.contents([run, run.parent / "run"])))
-    page, wrong = opened(browser, file.as_uri(), viewport={"width": 390, "height": 800})
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    assert wrong == []
-
-
-def test_a_served_page_follows_the_run(server: tuple[str, Path], browser) -> None:
-    address, folder = server
-    page, wrong = opened(browser, address + "/")
-    page.locator("#list .row").nth(1).click()
-    page.locator("#text .t").nth(1).hover()
-    page.wait_for_timeout(500)
-    rows.append(folder / "rows.jsonl", rows.read(folder / "rows.jsonl")[-1] | {"step": 3})
-    page.get_by_text("step 4 of 3").wait_for(timeout=15_000)
-    assert page.locator("#list .row[aria-selected=true]").count() == 1
-    assert page.locator("#list .row").nth(1).get_attribute("aria-selected") == "true"
-    assert page.locator("#text .t.on").get_attribute("data-k") == "1"
-    assert wrong == []
-
-
-def test_a_token_is_coloured_by_its_sign(run: Path, tmp_path: Path, browser) -> None:
-    data = report.contents([run])
-    file = tmp_path / "page.html"
-    file.write_text(report.page(data))
-    page, _ = opened(browser, file.as_uri())
-    roll = data["runs"][0]["rollouts"][0]
-    colours = page.locator("#text .t").evaluate_all(
-        "all => all.map(t => t.style.getPropertyValue('--c'))"
-    )
-    costs = torch.tensor(roll["s"]) - torch.tensor(roll["t"])
-    assert colours == ["var(--down)" if cost > 0 else "var(--up)" for cost in costs.tolist()]
-    out = page.locator("#text .t").evaluate_all("all => all.map(t => t.classList.contains('out'))")
-    assert out == [x == "0" for x in roll["in"]]

@@ -1,0 +1,163 @@
+// Curves: one chart a column, all runs on one axis.
+const PANELS = [
+  ["drift/reverse_kl", "Reverse KL, nats a token"], ["drift/k1", "Sampled cost, nats a token"], ["collapse/reward", "Reward of rollouts"],
+  ["drift/student_entropy", "Student's entropy, nats"], ["collapse/length", "Response length, tokens"], ["collapse/truncated_share", "Cut at the budget"],
+  ["supervision/signal_top1_share", "Signal in the top 1 % of tokens"], ["drift/outside_topk_expected", "Student's mass outside the support"], ["grad_norm", "Gradient norm"],
+  ["tokens/confident_impossible_signal", "Signal of impossible tokens"],
+];
+const TITLES = new Map([...PANELS, ["collapse/repeated_share", "Tokens in repeated 8-grams"], ["loss", "Loss"]]);
+const ACCURACY = "held-out accuracy";
+
+function columnLine(line, name) {
+  const curve = line.part.curves[name];
+  if (!curve) return null;
+  const x = line.part.steps[curve[0]], y = curve[1], e = curve[2];
+  const edge = (sign) => y.map((v, k) => known(v) && e && known(e[k]) ? v + sign * 1.96 * e[k] : null);
+  return { ...line, x, y, bold: smooth(y, Math.round(x.length / 40)), low: edge(-1), high: edge(1) };
+}
+function accuracyLine(line) {
+  const rows = data.runs[line.run].evals.filter((row) => (row.task ?? "") === line.task);
+  if (!rows.length) return null;
+  const column = (name) => rows.map((row) => row[name]);
+  return { ...line, x: column("step"), y: column("accuracy"), bold: column("accuracy"), low: column("low"), high: column("high") };
+}
+function smooth(y, width) {
+  return y.map((value, i) => {
+    if (!known(value)) return null;
+    const near = y.slice(Math.max(0, i - width), i + width + 1).filter(known);
+    return near.reduce((a, b) => a + b, 0) / near.length;
+  });
+}
+
+let charts = [];
+// A box for a column; `drawn` puts the plot in once the box has its width.
+function chart(name) {
+  const mine = visibleLines().map((line) => name === ACCURACY ? accuracyLine(line) : columnLine(line, name)).filter(Boolean);
+  const holder = make("div", { class: "chart" }), title = TITLES.get(name) ?? name;
+  holder.dataset.column = name;
+  const rule = data.rules.find((rule) => rule.metric === name);
+  holder.append(make("h3", {}, make("span", { textContent: name === ACCURACY ? "Held-out accuracy" : title }),
+    state.extra.includes(name) ? make("button", { type: "button", class: "link", textContent: "×", "aria-label": `Remove ${name}`, onclick: () => { state.extra = state.extra.filter((x) => x !== name); drawCharts(); } }) : null));
+  const note = (title === name || name === ACCURACY ? "" : name) + (rule ? `${title === name ? "" : " · "}healthy: ${rule.null}` : "");
+  holder.append(make("p", { class: "small", title: note, textContent: note || "\u00a0" }));
+  if (!mine.length) { holder.append(small("not recorded in the runs shown")); return { holder }; }
+  const body = make("div", { class: "plot", tabIndex: 0, role: "img", "aria-label": `${title}: ${mine.map((line) => `${line.label} from ${show(line.y.find(known))} to ${show(line.y.findLast(known))}`).join("; ")}. Arrow keys read the values.` });
+  const readout = make("div", { class: "readout", "aria-live": "polite" });
+  holder.append(body, readout);
+  return { holder, name, mine, body, readout };
+}
+function drawn({ name, mine, body, readout }) {
+  const table = uPlot.join(mine.map((line) => [line.x, line.y, line.bold, line.low, line.high]));
+  const plot = new uPlot({ ...chartOptions(name, mine, readout), width: Math.max(160, body.clientWidth) }, table, body);
+  if (state.zoom) plot.setScale("x", state.zoom);
+  body.addEventListener("keydown", (event) => {
+    const way = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (!way) return;
+    event.preventDefault();
+    const k = Math.min(plot.data[0].length - 1, Math.max(0, (plot.cursor.idx ?? -way) + way));
+    plot.setCursor({ left: plot.valToPos(plot.data[0][k], "x"), top: 1 });
+  });
+  return { plot, body };
+}
+
+function chartOptions(name, mine, readout) {
+  const series = [{}], bands = [];
+  for (const line of mine) {
+    const at = series.length, stroke = colour(line.i), few = line.x.length < 12, hidden = { stroke: "transparent", points: { show: false } };
+    series.push({ stroke: faded(stroke, few ? 0 : 0.3), width: 1, points: { show: false } }, { stroke, width: 2, points: { show: few, size: 5, fill: stroke } }, hidden, hidden);
+    if ($("bands").checked) bands.push({ series: [at + 3, at + 2], fill: faded(stroke, 0.14) });
+  }
+  const values = mine.flatMap((line) => line.y).filter(known), low = Math.min(...values), high = Math.max(...values);
+  const log = low > 0 && high / low > 50;
+  const axis = { stroke: css("--faint"), grid: { stroke: css("--line"), width: 1 }, font: "11px system-ui, sans-serif", ticks: { show: false } };
+  const range = (_, a, b) => { const pad = (b - a || Math.abs(b) || 1) * 0.06; return [a - pad, b + pad]; };
+  return {
+    height: 190, series, bands, legend: { show: false }, scales: { x: { time: false }, y: log ? { distr: 3 } : { range } },
+    cursor: { drag: { x: true, y: false }, sync: { key: "step" }, points: { show: (u, i) => (i - 1) % 4 === 1 ? undefined : false } },
+    axes: [{ ...axis, size: 20, gap: 2 }, { ...axis, size: 48, gap: 4, grid: log ? { ...axis.grid, filter: powers } : axis.grid, values: (_, ticks) => ticks.map((v) => v === null ? "" : show(v, 3)) }],
+    hooks: {
+      setCursor: [(u) => readout.replaceChildren(...reading(u, mine))],
+      setScale: [(u, key) => {
+        if (key !== "x" || !u.data[0].length) return;
+        const { min, max } = u.scales.x, all = u.data[0];
+        state.zoom = min > all[0] || max < all[all.length - 1] ? { min, max } : null;
+      }],
+      draw: [(u) => marks(u, name, mine)],
+    },
+  };
+}
+
+const powers = (_, splits) => splits.map((v) => Math.abs(Math.log10(v) - Math.round(Math.log10(v))) < 1e-6 ? v : null);
+
+function reading(u, mine) {
+  const k = u.cursor.idx;
+  if (!known(k)) return [];
+  const parts = mine.map((line, j) => {
+    const [y, , low, high] = [1, 2, 3, 4].map((m) => u.data[4 * j + m][k]);
+    if (y === undefined) return null;
+    const value = y === null ? "not a number" : show(y) + (known(low) ? line.y === line.bold ? ` [${show(low)}, ${show(high)}]` : ` ± ${show((high - low) / 2, 2)}` : "");
+    return make("span", { class: "entry" }, make("i", { class: "swatch", colour: colour(line.i) }), value);
+  });
+  return [`step ${u.data[0][k]} `, ...parts.filter(Boolean)];
+}
+
+// Alarms as dashed lines at their steps, on every chart of their column; × where a value is no number.
+function marks(u, name, mine) {
+  const { ctx, bbox } = u, ratio = window.devicePixelRatio || 1;
+  ctx.save();
+  ctx.lineWidth = 1.5 * ratio;
+  for (const line of mine) {
+    ctx.strokeStyle = ctx.fillStyle = colour(line.i);
+    for (const alarm of line.part.alarms.filter((alarm) => alarm.metric === name)) {
+      const x = u.valToPos(alarm.step, "x", true);
+      if (x < bbox.left || x > bbox.left + bbox.width) continue;
+      ctx.setLineDash([4 * ratio, 3 * ratio]);
+      ctx.beginPath(); ctx.moveTo(x, bbox.top + 8 * ratio); ctx.lineTo(x, bbox.top + bbox.height); ctx.stroke();
+      ctx.setLineDash([]);
+      ctx.beginPath(); ctx.moveTo(x - 4.5 * ratio, bbox.top); ctx.lineTo(x + 4.5 * ratio, bbox.top); ctx.lineTo(x, bbox.top + 8 * ratio); ctx.fill();
+    }
+    line.y.forEach((value, k) => {
+      if (value !== null) return;
+      const x = u.valToPos(line.x[k], "x", true), y = bbox.top + bbox.height - 6 * ratio, r = 3 * ratio;
+      ctx.beginPath(); ctx.moveTo(x - r, y - r); ctx.lineTo(x + r, y + r); ctx.moveTo(x - r, y + r); ctx.lineTo(x + r, y - r); ctx.stroke();
+    });
+  }
+  ctx.restore();
+}
+
+const columns = () => [...new Set(lines().flatMap((line) => Object.keys(line.part.curves)))].sort();
+function drawCharts() {
+  charts.forEach(({ plot }) => plot.destroy());
+  const have = new Set(columns()), evaluated = data.runs.some((run) => run.evals.length > 0);
+  const alarmed = lines().flatMap((line) => line.part.alarms.filter((alarm) => alarm.on).map((alarm) => alarm.metric));
+  const usual = [...new Set([...PANELS.map(([name]) => name), ...alarmed])].filter((name) => have.has(name));
+  state.extra = state.extra.filter((name) => !usual.includes(name));
+  const boxes = [...(evaluated ? [ACCURACY] : []), ...usual, ...state.extra].map(chart);
+  $("charts").replaceChildren(...boxes.map((box) => box.holder));
+  charts = boxes.filter((box) => box.body).map(drawn);
+  if (!have.size) $("charts").append(small("No rows were recorded yet."));
+  $("columns").replaceChildren(...[...have].map((value) => make("option", { value })));
+}
+function resize() {
+  for (const { plot, body } of charts) {
+    const width = Math.max(160, body.clientWidth);
+    if (Math.abs(plot.width - width) > 1) plot.setSize({ width, height: 190 });
+  }
+}
+function drawLegend() {
+  const all = lines();
+  $("legend").hidden = all.length < 2;
+  $("legend").replaceChildren(...all.map((line) => make("button", { type: "button", class: "chip", "aria-pressed": String(!state.hidden.has(line.label)), onclick: () => {
+    if (!state.hidden.delete(line.label)) state.hidden.add(line.label);
+    drawLegend(); drawCharts(); drawPositions();
+  } }, make("i", { class: "swatch", colour: colour(line.i) }), line.label)));
+}
+function showColumn(name) {
+  if (!columns().includes(name)) return false;
+  const find = () => [...document.querySelectorAll(".chart")].find((node) => node.dataset.column === name);
+  if (!find()) { state.extra.push(name); drawCharts(); }
+  const found = find();
+  found?.scrollIntoView({ block: "center" });
+  found?.querySelector(".plot")?.focus({ preventScroll: true });
+  return true;
+}

@@ -1,0 +1,45 @@
+// The tokenizer sheet: who owns the signal, what is impossible, how both models end, what the doctor said.
+function drawTokens() { $("sheets").replaceChildren(...data.runs.map(tokenSheet)); }
+
+function tokenSheet(run, i) {
+  const name = (id) => code(quoted(textOf(i, id)));
+  const labelled = (id) => run.special.includes(id) ? make("span", {}, name(id), make("span", { class: "tag", textContent: "special" })) : name(id);
+  const share = (x) => [percent(x), x], count = (x) => [String(x), x], plain = (x) => [show(x), x];
+  const blocks = [];
+  const block = (title, ...nodes) => blocks.push(make("div", { class: "panel" }, make("h3", { textContent: title }), ...nodes));
+  if (run.sheet.doctor) block(`The doctor's findings: ${run.sheet.doctor.verdict}`, table([["verdict"], ["item"], ["found"], ["advice"]],
+    run.sheet.doctor.items.map((item) => [make("span", { class: `tag ${item.verdict}`, textContent: item.verdict }), words(item.item), item.found, item.advice]), "Doctor"));
+  if (run.blame?.length) {
+    const step = run.saved[run.saved.length - 1].step;
+    block(`Ids by their share of the signal, step ${step}`, table([["token"], ["id", 1], ["count", 1], ["of tokens", 1], ["of |signal|", 1], ["of energy", 1], ["mean cost", 1]],
+      run.blame.map((row) => [labelled(row.id), count(row.id), count(row.count), share(row.tokens), share(row.signal), share(row.energy), plain(row.cost)]), "Ids to blame"));
+  }
+  const bad = run.sheet.impossible;
+  if (bad) block("Sure, and impossible", make("p", {}, make("b", { textContent: percent(bad.share) }), " of the tokens and ", make("b", { textContent: percent(bad.signal) }), " of |signal|: the student gives them more than 90 %, the teacher less than 0.01 %. ", bad.share ? "End tokens, tags or templates differ; mask them or set own_end." : "As it should be."),
+    bad.rows.length ? table([["token"], ["id", 1], ["count", 1], ["student's log-prob", 1], ["teacher's", 1]], bad.rows.map((row) => [labelled(row.id), count(row.id), count(row.count), plain(row.student), plain(row.teacher)]), "Impossible tokens") : null);
+  if (run.sheet.ends.length) {
+    const lists = run.sheet.ends.map((end) => end.ids.join()), same = new Set(lists).size === 1;
+    block("Ends of a response", make("p", { textContent: same ? "All models end by the same ids." : "The models end by different ids: without own_end the teacher cannot agree to an end." }),
+      table([["model"], ["ends by"]], run.sheet.ends.map((end) => [end.role, make("span", {}, end.ids.map((id, k) => make("span", { class: "entry" }, code(quoted(end.texts[k])), ` ${id}`)))]), "Ends"),
+      bad ? small(`${percent(bad.ended)} of the responses of the last saved batch ended by themselves.`) : null);
+  }
+  if (run.sheet.special.length) block("Special tokens, last saved batch", table([["token"], ["id", 1], ["supervised", 1], ["of |signal|", 1], ["mean cost", 1]],
+    run.sheet.special.map((row) => [name(row.id), count(row.id), count(row.count), share(row.signal), plain(row.cost)]), "Special tokens"));
+  if (!blocks.length) blocks.push(small("No saved batch and no tokenizer to speak of."));
+  return data.runs.length > 1 ? make("details", { class: "sheet", open: i === 0 }, make("summary", {}, make("b", { textContent: run.name })), make("div", { class: "panels" }, blocks)) : make("div", { class: "panels" }, blocks);
+}
+
+function drawSettings() {
+  const many = data.runs.length > 1, text = (value) => typeof value === "string" ? value : JSON.stringify(value);
+  const nodes = [];
+  if (many) nodes.push(make("h3", { textContent: "Settings that differ" }), data.differences.length
+    ? table([["setting"], ...data.runs.map((run) => [run.name])], data.differences.map((row) => row.map((cell, j) => j ? code(cell) : cell)), "Settings that differ") : small("None but where the runs are."));
+  for (const run of data.runs) {
+    const lines = run.code.split("\n"), first = lines[0], changed = lines.slice(1).join("\n").trim();
+    nodes.push(make("details", { class: "sheet" }, make("summary", {}, make("b", { textContent: run.name }), ` ${first}${changed ? ", with uncommitted changes" : ""}`),
+      small(run.folder), changed ? make("pre", { tabIndex: 0, textContent: changed }) : null,
+      Object.keys(run.config).length ? table([["setting"], ["value"]], Object.entries(run.config).map(([key, value]) => [key, code(text(value))]), `Settings of ${run.name}`) : small("No config.json.")));
+  }
+  nodes.push(small(`Page made ${data.made} with ${Object.entries(data.versions).map((pair) => pair.join(" ")).join(", ")}.`));
+  $("provenance").replaceChildren(...nodes);
+}

@@ -1,0 +1,161 @@
+"""The tokenizer sheet: ids to blame, impossible and special ones, ends of both models, the doctor.
+
+r = log student - log teacher of a sampled token. Shapes: B responses, T positions.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from figures.vocabulary import located
+from opd.spelling import Spelling, read_spelling
+
+if TYPE_CHECKING:
+    from diagnostics.batch import Scored
+    from opd.record import Run
+
+BLAMED = 40
+"""Most ids of a table."""
+
+
+def blame(batch: "Scored", seen: set[int]) -> list[dict[str, Any]]:
+    """The ids with the most signal in a batch: share of tokens, signal and energy, mean cost."""
+    sums, ids = table(batch)
+    whole = sums.sum(0).tolist()
+    made = []
+    for j in sums[:, 2].argsort(descending=True, stable=True)[:BLAMED].tolist():
+        count, cost, signal, _, energy = sums[j].tolist()
+        if count:
+            seen.add(ids[j])
+            made.append(
+                {
+                    "id": ids[j],
+                    "count": int(count),
+                    "tokens": ratio(count, whole[0]),
+                    "signal": ratio(signal, whole[2]),
+                    "energy": ratio(energy, whole[4]),
+                    "cost": round(cost / count, 3),
+                }
+            )
+    return made
+
+
+def table(batch: "Scored") -> tuple[Any, list[int]]:
+    """`TokenTable` sums of the ids that occur, (N, 5), and the ids."""
+    from diagnostics.blame import TokenTable
+
+    ids, place = batch.tokens.unique(return_inverse=True)
+    sums = TokenTable.of(replace(batch, tokens=place), batch.mask, len(ids)).sums
+    return sums, ids.tolist()
+
+
+def ratio(above: float, below: float) -> float | None:
+    return round(above / below, 5) if below > 0 and above == above else None
+
+
+def sheet(run: "Run", spelling: Spelling, batch: "Scored | None", seen: set[int]) -> dict[str, Any]:
+    """What goes wrong between two vocabularies: see `impossible`, `specials`, `ends`, `doctor`."""
+    made: dict[str, Any] = {
+        "ends": ends(run),
+        "doctor": doctor(run.folder),
+        "impossible": None,
+        "special": [],
+    }
+    if batch is not None:
+        made["impossible"] = impossible_ids(batch, seen)
+        made["special"] = specials(batch, spelling, seen)
+    return made
+
+
+def impossible_ids(batch: "Scored", seen: set[int]) -> dict[str, Any]:
+    """Tokens of which the student is sure and that the teacher holds impossible, by id."""
+    from diagnostics.blame import impossible
+
+    found, size = impossible(batch), batch.log_ratio.abs()
+    rows = []
+    for i in batch.tokens[found].unique().tolist():
+        mine = found & (batch.tokens == i)
+        rows.append(
+            {
+                "id": i,
+                "count": int(mine.sum()),
+                "student": round(float(batch.student_logp[mine].mean()), 3),
+                "teacher": round(float(batch.teacher_logp[mine].mean()), 3),
+            }
+        )
+    rows = sorted(rows, key=lambda row: -row["count"])[:BLAMED]
+    seen.update(row["id"] for row in rows)
+    return {
+        "rows": rows,
+        "share": ratio(float(found.sum()), float(batch.mask.sum())),
+        "signal": ratio(float(size[found].sum()), float(size[batch.mask].sum())),
+        "ended": round(float(batch.ended.float().mean()), 4),
+    }
+
+
+def specials(batch: "Scored", spelling: Spelling, seen: set[int]) -> list[dict[str, Any]]:
+    """Special ids of the run's tokenizer: how often sampled and supervised, their signal."""
+    sums, ids = table(batch)
+    place = {i: j for j, i in enumerate(ids)}
+    chosen = sorted(spelling.special, key=lambda i: (i not in place, i))[:BLAMED]
+    seen.update(chosen)
+    whole = float(sums[:, 2].sum())
+    zero = sums.new_zeros(5)
+    mine = {i: (sums[place[i]] if i in place else zero).tolist() for i in chosen}
+    return [
+        {
+            "id": i,
+            "count": int(mine[i][0]),
+            "signal": ratio(mine[i][2], whole),
+            "cost": round(mine[i][1] / mine[i][0], 3) if mine[i][0] else None,
+        }
+        for i in chosen
+    ]
+
+
+def ends(run: "Run") -> list[dict[str, Any]]:
+    """Of the student and of every teacher: the ids by which it ends a response, and their text.
+
+    Folders that are not there, such as models of a hub, are left out.
+    """
+    if not run.config:
+        return []
+    config = run.config
+    tasks = config.get("tasks") or ()
+    named = {f"teacher of {task['name']}": task["teacher"] or config["teacher"] for task in tasks}
+    named = {"student": config["student"], **(named or {"teacher": config["teacher"]})}
+    made = []
+    for role, name in named.items():
+        folder = located(run.folder, name)
+        if (folder / "tokenizer.json").exists():
+            known = read_spelling(folder)
+            ids = end_ids(folder, known)
+            made.append({"role": role, "ids": ids, "texts": [known.text(i) for i in ids]})
+    return made
+
+
+def end_ids(folder: Path, known: Spelling) -> list[int]:
+    """The ids that end a generation: of generation_config.json, else config.json, else by name."""
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).exists():
+            ids = json.loads((folder / name).read_text("utf-8")).get("eos_token_id")
+            if ids is not None:
+                return sorted({ids} if isinstance(ids, int) else set(ids))
+    settings = folder / "tokenizer_config.json"
+    token = json.loads(settings.read_text("utf-8")).get("eos_token") if settings.exists() else None
+    text = token["content"] if isinstance(token, dict) else token
+    return [i for i, piece in known.pieces.items() if text is not None and piece == text.encode()]
+
+
+def doctor(folder: Path) -> dict[str, Any] | None:
+    """What `opd doctor STUDENT TEACHER --json > RUN/doctor.json` found, if the file is there."""
+    path = folder / "doctor.json"
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text("utf-8"))
+    kept = ("item", "verdict", "found", "advice")
+    return {
+        "verdict": found["verdict"],
+        "items": [{name: item.get(name, "") for name in kept} for item in found["items"]],
+    }
