@@ -128,7 +128,7 @@ RULES: tuple[Rule, ...] = (
         need=1,
         last=1,
         over=4,
-        means="tokens of which the student is sure and that the teacher holds impossible carry much "
+        means="tokens that the student is sure of and the teacher holds impossible carry much "
         "of the signal",
         remedy="compare end tokens, tags and templates of both models; mask them or set own_end",
     ),
