@@ -53,7 +53,8 @@ class Config:
     """Hugging Face causal LM to train: a folder or a hub name."""
     teacher: str
     """Causal LM with the same vocabulary, frozen: a folder or a hub name; or "base", the student
-    with its LoRA adapters off; or "ema", a moving average of the student."""
+    with its LoRA adapters off; or "ema", a moving average of the student; or the address of a
+    vLLM server, http://HOST:PORT/v1 (opd.remote)."""
     out: str
     """Run folder; an unfinished run in it is resumed."""
 
@@ -201,15 +202,21 @@ class Config:
     """Recompute the layers' activations in the backward pass."""
     offload_teacher: bool = False
     """Keep the teacher in host memory except while it scores."""
+    teacher_patience: float = 900.0
+    """Of a teacher on a server: seconds to wait while it does not answer; then the run stops, and
+    the same command resumes it."""
+    teacher_requests: int = 8
+    """Of a teacher on a server: requests that it has at once."""
 
     def __post_init__(self) -> None:
         counts = "support_k exact_every max_prompt max_response prompts_per_step group_size updates"
-        for name in (*counts.split(), "rows_at_once", "max_turns", "eval_problems", "eval_samples"):
+        more = "rows_at_once max_turns teacher_requests eval_problems eval_samples"
+        for name in (*counts.split(), *more.split()):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         never_negative = "steps warmup eval_every save_every batch_every weight_decay lora_rank"
         for name in (*never_negative.split(), "history", "probe_every", "eval_temperature"):
             _require(name, getattr(self, name), getattr(self, name) >= 0, "not negative")
-        for name in ("lr", "clip", "temperature", "lora_alpha"):
+        for name in ("lr", "clip", "temperature", "lora_alpha", "teacher_patience"):
             _require(name, getattr(self, name), getattr(self, name) > 0, "positive")
         for name in ("gamma", "ema_decay"):
             _require(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "in [0, 1]")

@@ -19,6 +19,7 @@ from diagnostics.batch import Rollouts
 from diagnostics.intervals import bootstrap_interval
 from opd.config import from_json
 from opd.data import Prompts, Task, encode
+from opd.endpoint import is_url
 from opd.evaluate import grade_responses
 from opd.model import Model, Pair
 from opd.problems import Problem
@@ -60,8 +61,11 @@ def continuation(
     if min(lengths) < 0:
         raise ValueError(f"lengths are {list(lengths)}; a prefix has 0 tokens or more")
     config = from_json(run / "config.json")
-    if config.tasks or config.teacher in ("base", "ema"):
-        raise ValueError(f"{run} has no teacher of its own, or several; the probe needs one")
+    if config.tasks or config.teacher in ("base", "ema") or is_url(config.teacher):
+        raise ValueError(
+            f"{run} has no teacher of its own, several, or one on a server; the probe samples from "
+            "one"
+        )
     pair = make_pair(config)
     student = pair.student
     if trained:

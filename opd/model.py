@@ -16,7 +16,9 @@ from torch import Tensor
 
 from diagnostics.batch import Rollouts
 from opd.data import Prompts
+from opd.endpoint import is_url
 from opd.head import Head, cooled, find_head, full_logits
+from opd.remote import Remote
 from opd.special import Endings
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -45,7 +47,8 @@ class Model:
 class Pair:
     """A student, its frozen teacher, the student's tokenizer and the ids that end a response.
 
-    eos: the student's; endings: both models', each with its tokenizer's own first.
+    eos: the student's; endings: both models', each with its tokenizer's own first; remote: the
+    teacher if it is on a server, in which case `teacher` has no weights (`opd.remote`).
     """
 
     student: Model
@@ -53,6 +56,7 @@ class Pair:
     tokenizer: Any
     eos: list[int]
     endings: Endings | None = None
+    remote: Remote | None = None
 
 
 def load_pair(student: str, teacher: str, device: str, dtype: str) -> Pair:
@@ -78,6 +82,11 @@ def load(name: str, device: str, dtype: str) -> tuple[Any, Any]:
 
     if not name:
         raise ValueError("no model given; name a folder or a hub model for --student and --teacher")
+    if is_url(name):
+        raise ValueError(
+            f"{name} is a server, which shows no weights and whole distributions; it can be the "
+            "teacher of `opd train` alone. Name a folder or a hub model here"
+        )
     made = {"lab/": "", "lab-tiny/": " --tiny", "smollm/": " --smollm"}
     if name.startswith((".", "/", *made)) and not Path(name).is_dir():
         how = [option for folder, option in made.items() if name.startswith(folder)]
@@ -193,21 +202,21 @@ def response_hidden(model: Model, prompts: Prompts, batch: Rollouts) -> Tensor:
     P - 1 + t. Positions count real tokens only, so that left padding changes nothing.
     """
     ids = torch.cat([prompts.tokens, batch.tokens], 1)[:, :-1]
-    real = torch.cat([prompts.mask, _response_real(batch)], 1)[:, :-1].long()
+    real = torch.cat([prompts.mask, response_real(batch)], 1)[:, :-1].long()
     positions = (real.cumsum(1) - 1).clamp(min=0)
     states = model.hidden(ids, real, positions)
     width = prompts.tokens.shape[1]
     return states[:, width - 1 :][batch.mask]
 
 
-def _response_real(batch: Rollouts) -> Tensor:
+def response_real(batch: Rollouts) -> Tensor:
     """(B, T) positions up to the last supervised one: masks may have holes, attention has none."""
     return batch.mask.long().flip(1).cumsum(1).flip(1) > 0
 
 
 def micro_batches(prompts: Prompts, batch: Rollouts, tokens: int) -> list[list[int]]:
     """Rows grouped by length so that rows x longest (prompt and response) stays under `tokens`."""
-    ends = [int(x) for x in _response_real(batch).sum(1)]
+    ends = [int(x) for x in response_real(batch).sum(1)]
     sizes = [int(p) + e for p, e in zip(prompts.mask.sum(1), ends, strict=True)]
     groups: list[list[int]] = []
     for row in sorted(range(len(sizes)), key=lambda i: sizes[i], reverse=True):

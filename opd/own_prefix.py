@@ -14,6 +14,7 @@ import torch
 from diagnostics.batch import Scored
 from opd.config import Config, from_json
 from opd.data import Prompts, encode
+from opd.endpoint import is_url
 from opd.model import Model, Pair
 from opd.roles import make_pair
 from opd.rollout import sample
@@ -51,8 +52,11 @@ def control(run: Path, count: int = 64) -> list[Path]:
     config = from_json(run / "config.json")
     if config.tasks:
         raise ValueError(f"{run} has {len(config.tasks)} tasks; the control compares one teacher")
-    if config.teacher in ("base", "ema"):
-        raise ValueError(f"teacher is {config.teacher!r}, which has no text of its own to compare")
+    if config.teacher in ("base", "ema") or is_url(config.teacher):
+        raise ValueError(
+            f"teacher is {config.teacher!r}, which has no text of its own to compare, or writes "
+            "none here"
+        )
     if not (run / "final").exists():
         raise FileNotFoundError(f"{run / 'final'} does not exist; finish the run first")
     pair = make_pair(config)

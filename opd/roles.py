@@ -1,8 +1,9 @@
 """Roles: who is student and who is teacher, and what each is spared.
 
 The student may train adapters only; the teacher may be another model, the student without its
-adapters ("base"), or a moving average of the student ("ema"). The teacher may live in host memory
-while it does not score, and the student may recompute its activations in the backward pass.
+adapters ("base"), a moving average of the student ("ema"), or a model on a server. The teacher may
+live in host memory while it does not score, and the student may recompute its activations in the
+backward pass.
 """
 
 import copy
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from opd.config import Config
+from opd.endpoint import is_url
+from opd.head import Head
 from opd.model import (
     Model,
     Pair,
@@ -27,6 +30,7 @@ from opd.model import (
     resolve_device,
     split,
 )
+from opd.remote import connect
 from opd.special import Endings
 
 
@@ -47,6 +51,9 @@ def make_pairs(settings: Sequence[Config]) -> list[Pair]:
         if config.teacher not in pairs:
             pairs[config.teacher] = with_teacher(kept[0], config)
         kept.append(pairs[config.teacher])
+    for config, pair in zip(settings, kept, strict=True):
+        if pair.remote is not None:
+            pair.remote.check_length(config.max_prompt + config.max_response)
     return kept
 
 
@@ -57,7 +64,7 @@ def make_pair(config: Config) -> Pair:
       ValueError: "base" without adapters, or a pair that `load_pair` refuses.
     """
     device = resolve_device(config.device)
-    if config.teacher not in ("base", "ema"):
+    if config.teacher not in ("base", "ema") and not is_url(config.teacher):
         pair = load_pair(config.student, config.teacher, device, config.dtype)
         if not config.lora_rank:
             return pair
@@ -73,6 +80,8 @@ def make_pair(config: Config) -> Pair:
     if config.lora_rank:
         network = adapted(network, config)
     student = split(network, vocabulary)
+    if is_url(config.teacher):
+        return with_server(Pair(student, student, tokenizer, eos), config)
     teacher = without_adapters(student) if config.teacher == "base" else average(student)
     return Pair(student, teacher, tokenizer, eos)
 
@@ -83,6 +92,8 @@ def with_teacher(pair: Pair, config: Config) -> Pair:
     Raises:
       ValueError: the tokenizers differ, or the teacher has fewer ids than the first one.
     """
+    if is_url(config.teacher):
+        return with_server(pair, config)
     device = "cpu" if config.offload_teacher else resolve_device(config.device)
     tokenizer, network = load(config.teacher, device, config.dtype)
     check_same_vocabulary(pair.tokenizer, tokenizer)
@@ -95,7 +106,34 @@ def with_teacher(pair: Pair, config: Config) -> Pair:
     network.requires_grad_(False)
     theirs = own_first(tokenizer, end_ids(tokenizer, network))
     ours = own_first(pair.tokenizer, pair.eos)
-    return replace(pair, teacher=split(network, vocabulary), endings=Endings(ours, theirs))
+    teacher = split(network, vocabulary)
+    return replace(pair, teacher=teacher, endings=Endings(ours, theirs), remote=None)
+
+
+def with_server(pair: Pair, config: Config) -> Pair:
+    """The pair's student with a teacher on a server, which has no weights here.
+
+    Raises:
+      ValueError, RuntimeError: what `opd.remote.connect` raises.
+    """
+    vocabulary = pair.student.vocabulary
+    remote = connect(
+        config.teacher,
+        pair.tokenizer,
+        vocabulary,
+        k=config.support_k,
+        patience=config.teacher_patience,
+        in_flight=config.teacher_requests,
+    )
+
+    def hidden(ids: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
+        raise ValueError(
+            f"the teacher {config.teacher} is on a server, which tells no hidden states and no "
+            "whole distributions; this needs a teacher in this process"
+        )
+
+    teacher = Model(torch.nn.Module(), hidden, Head(None, vocabulary), vocabulary)
+    return replace(pair, teacher=teacher, endings=None, remote=remote)
 
 
 def adapted(network: Any, config: Config) -> Any:

@@ -16,6 +16,7 @@ from opd.head import chunks, cooled, full_logits, gathered_logits, two_stage_top
 from opd.model import Pair, log_probabilities, micro_batches, response_hidden, spread
 from opd.special import Endings, student_support, teacher_tokens
 from opd.supports import JOINED
+from opd.told import Told
 
 Measure = Callable[[Tensor, Tensor, Tensor, Tensor], dict[str, Tensor]]
 """(n, D) student and (n, D') teacher states, (n,) tokens and their places -> (n, ...) columns."""
@@ -98,6 +99,7 @@ def score_support(
     temperature: float,
     micro_tokens: int,
     chunk_elements: int,
+    told: Told | None = None,
 ) -> Scored:
     """The same with the teacher's top-K and without prefix functionals: V for the teacher only.
 
@@ -105,13 +107,15 @@ def score_support(
     sampler's own `softmax_logp`, and the student's log-probabilities on the support follow from it
     and from K + 1 head rows: log p(v) = log p(y) + z_v - z_y. So they are those of the student only
     if it sampled the batch with its present weights, and they hide what a foreign engine rounds
-    differently; `score` measures that.
+    differently; `score` measures that. With `told`, the teacher is another's and not run.
 
     Raises:
       ValueError: k is larger than the vocabulary, or the sampler kept no whole softmax at this
         temperature.
     """
     _check(pair, k, "teacher")
+    if told is not None and temperature != 1:
+        raise ValueError(f"temperature is {temperature}; a teacher elsewhere tells that of 1")
     if batch.softmax_logp is None or batch.temperature != temperature:
         raise ValueError(
             f"the sampler ran at temperature {batch.temperature} and "
@@ -121,22 +125,69 @@ def score_support(
     sampled = batch.softmax_logp[batch.mask]
 
     def measure(ours: Tensor, theirs: Tensor, tokens: Tensor, place: Tensor) -> dict[str, Tensor]:
-        logits = cooled(full_logits(theirs, pair.teacher.head), temperature)
-        normaliser = logits.logsumexp(-1, keepdim=True)
-        best, ids = two_stage_topk(logits, k)
         y, logp = tokens[:, None], sampled[place].float()
+        if told is not None:
+            ids, best, theirs_at = told.at(place)
+        else:
+            logits = cooled(full_logits(theirs, pair.teacher.head), temperature)
+            normaliser = logits.logsumexp(-1, keepdim=True)
+            best, ids = two_stage_topk(logits, k)
+            best, theirs_at = best - normaliser, (logits.gather(-1, y) - normaliser)[:, 0]
         some = gathered_logits(ours, pair.student.head, torch.cat([y, ids], 1))
         z = cooled(some, temperature)
         return {
             "student_logp": logp,
-            "teacher_logp": (logits.gather(-1, y) - normaliser)[:, 0],
+            "teacher_logp": theirs_at,
             "support.ids": ids,
             "support.student_logp": (logp[:, None] + z[:, 1:] - z[:, :1]).clamp(max=0.0),
-            "support.teacher_logp": best - normaliser,
+            "support.teacher_logp": best,
         }
 
-    columns, _ = _columns(pair, prompts, batch, measure, micro_tokens, chunk_elements, False)
+    columns, _ = _columns(
+        pair, prompts, batch, measure, micro_tokens, chunk_elements, False, told is None
+    )
     return _scored(batch, columns, "teacher", temperature)
+
+
+@torch.no_grad()
+def score_told(
+    pair: Pair,
+    prompts: Prompts,
+    batch: Rollouts,
+    told: Told,
+    *,
+    source: str,
+    micro_tokens: int,
+    chunk_elements: int,
+) -> Scored:
+    """The student's whole softmax beside a teacher elsewhere; temperature 1, no prefix functionals.
+
+    The support is the teacher's K ids, or with the source "intersection" those of them that are
+    among the student's K.
+
+    Raises:
+      ValueError: another source, whose ids the teacher was not asked about.
+    """
+    if source not in ("teacher", "intersection"):
+        raise ValueError(f"a teacher elsewhere tells its own top-K, not the support {source!r}")
+
+    def measure(ours: Tensor, _: Tensor, tokens: Tensor, place: Tensor) -> dict[str, Tensor]:
+        p = log_probabilities(pair.student, ours, 1.0)
+        ids, theirs_on, theirs_at = told.at(place)
+        found = {
+            "student_logp": p.gather(-1, tokens[:, None])[:, 0],
+            "teacher_logp": theirs_at,
+            "support.ids": ids,
+            "support.student_logp": p.gather(-1, ids),
+            "support.teacher_logp": theirs_on,
+        }
+        if source == "intersection":
+            best = two_stage_topk(p, ids.shape[1])[1]
+            found["support.present"] = JOINED[source](ids, best)[1]
+        return found
+
+    columns, _ = _columns(pair, prompts, batch, measure, micro_tokens, chunk_elements, False, False)
+    return _scored(batch, columns, source, 1.0)
 
 
 def _check(pair: Pair, k: int, source: str) -> None:
@@ -163,8 +214,12 @@ def _columns(
     micro_tokens: int,
     chunk_elements: int,
     keep_teacher: bool,
+    run_teacher: bool = True,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Measured columns (N, ...) of all supervised tokens, and the teacher's states if kept."""
+    """Measured columns (N, ...) of all supervised tokens, and the teacher's states if kept.
+
+    A teacher that is not run has states of no width.
+    """
     n, device = int(batch.mask.sum()), batch.tokens.device
     slot = (batch.mask.flatten().cumsum(0) - 1).reshape(batch.mask.shape)
     flat: dict[str, Tensor] = {}
@@ -179,7 +234,7 @@ def _columns(
         some = prompts.rows(rows)
         where = slot[rows][:, : part.mask.shape[1]][part.mask]
         ours = response_hidden(pair.student, some, part)
-        theirs = response_hidden(pair.teacher, some, part)
+        theirs = response_hidden(pair.teacher, some, part) if run_teacher else ours[:, :0]
         tokens = part.tokens[part.mask]
         if keep_teacher:
             put("teacher_hidden", where, theirs)

@@ -34,10 +34,11 @@ from opd.optimizer import Optimizer, learning_rate
 from opd.probing import probe
 from opd.problems import Problem
 from opd.roles import awake, follow, recomputing
-from opd.scoring import score, score_support
+from opd.scoring import score, score_support, score_told
 from opd.seeds import derive
 from opd.selection import most_uncertain, narrowed
 from opd.special import Mask, audit, masked
+from opd.told import asked
 
 ROLLOUT, EVALUATION, PROBE = 0, 1, 2
 
@@ -97,6 +98,8 @@ def one_step(chosen: Sequence[tuple[Run, int]], step: int) -> Row:
     for (one, _), (prompts, rollouts, played) in zip(chosen, drawn, strict=True):
         with awake(one.pair.teacher, one.pair.student.device, config.offload_teacher):
             whole, hidden = scored_by_both(one, nth, prompts, rollouts)
+            if any(other.pair.remote is not None for other, _ in chosen):
+                whole = replace(whole, prefix=None)  # what one of a shared step cannot tell
             if due(nth, config.probe_every):
                 found = probed_row(one, step, nth, prompts, whole)
                 probed |= headed(one, found) if len(chosen) > 1 else found
@@ -201,11 +204,16 @@ def scored_by_both(
     Between the steps that measure whole distributions, an objective that does not need the
     student's is spared them.
     """
-    config = run.config
+    config, remote = run.config, run.pair.remote
+    told = None if remote is None else asked(remote, prompts, rollouts, config.support_k)
     measured = due(nth, config.exact_every) or due(nth, config.probe_every)
     if not measured and spared(run, rollouts):
-        return score_support(run.pair, prompts, rollouts, **scoring(config)), None
-    return exact(run, prompts, rollouts)
+        return score_support(run.pair, prompts, rollouts, told=told, **scoring(config)), None
+    if told is None:
+        return exact(run, prompts, rollouts)
+    sizes = {"micro_tokens": config.micro_tokens, "chunk_elements": config.chunk_elements}
+    source = source_of(run.objective)
+    return score_told(run.pair, prompts, rollouts, told, source=source, **sizes), None
 
 
 def exact(run: Run, prompts: Prompts, rollouts: Rollouts) -> tuple[Scored, Tensor | None]:

@@ -25,6 +25,7 @@ from diagnostics.supervision import sign_shares, signal_concentration
 from opd import checkpoint, runlog
 from opd.config import Config, to_json
 from opd.data import Task, drop_long, load_task, refuse_long
+from opd.endpoint import is_url
 from opd.engines import Engine, make_engine
 from opd.evaluate import evaluate
 from opd.games import Games, is_games, load_games
@@ -39,6 +40,7 @@ from opd.special import resolve
 from opd.step import EVALUATION, Run, due, one_step
 from opd.surrogates import plain_score
 from opd.tasks import settings_of, shares, turns
+from opd.told import check_tellable
 
 
 def train(config: Config) -> Path:
@@ -47,6 +49,9 @@ def train(config: Config) -> Path:
     Raises:
       RuntimeError: the device ran out of memory; says which settings to lower.
     """
+    for own in settings_of(config):
+        if is_url(own.teacher):
+            check_tellable(own, make_objective(config))
     with explained(config), runlog.open_run(config) as folder:
         pairs = make_pairs(settings_of(config))
         student = pairs[0].student

@@ -1,0 +1,383 @@
+"""A teacher on a server: log-probabilities of token ids over vLLM's OpenAI-compatible protocol.
+
+    python -m vllm.entrypoints.openai.api_server --model TEACHER --max-logprobs 64
+
+`/v1/completions` takes token ids and returns, for every one of them, the log-probability under the
+whole softmax at temperature 1 and the K most probable ids (`prompt_logprobs`). Free of torch.
+
+What a server cannot tell: log-probabilities of ids that were not sampled and are not among its own
+K, and so the supports "student" and "union"; whole distributions, and so the `full_` objectives,
+the local KL, entropies and ranks; hidden states, and so the gradient probe; another temperature.
+
+Shapes: L ids of a sequence, n of its positions, K ids a position.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from opd.endpoint import Endpoint
+
+PROBE_TOKENS = 32
+ALIKE = 0.25
+"""Mean nats by which the probe's answers may differ and still be of one model: bfloat16 in batches
+of other sizes differs by a few hundredths, another model by several nats."""
+ROWS = 4
+"""Sequences of one question."""
+ENTRY_BYTES, SPARE_BYTES = 512, 1 << 20
+"""Most bytes of one id's log-probability in an answer, and of what stands around them."""
+CLAMPED = -9999.0
+"""What vLLM writes for a log-probability of minus infinity."""
+PIECE = 512
+"""Ids whose text is compared at once."""
+SCRIPTS = " ".join(
+    chr(c) for c in (*range(33, 127), *range(161, 0x2400, 11), *range(0x3041, 0xD7FF, 199))
+)
+"""Characters of many scripts, between spaces."""
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What the teacher says of n positions of a sequence.
+
+    ids (n, K): the most probable, in descending order; logp (n, K): of them; sampled (n,): of the
+    id that stands there. Natural, float32 as the server computed them.
+    """
+
+    ids: NDArray[np.int64]
+    logp: NDArray[np.float32]
+    sampled: NDArray[np.float32]
+
+
+class Remote:
+    """A teacher behind a URL; made by `connect`, which checks it.
+
+    model: the name by which the server knows it; limit: the most ids of a sequence, with one that
+    is drawn, if the server says; known: its answer to the probe.
+    """
+
+    def __init__(
+        self, endpoint: Endpoint, model: str, limit: int | None, vocabulary: int, in_flight: int
+    ) -> None:
+        self.endpoint, self.model, self.limit = endpoint, model, limit
+        self.vocabulary, self.in_flight = vocabulary, in_flight
+        draw = random.Random(0)
+        self.probe = [draw.randrange(vocabulary) for _ in range(PROBE_TOKENS - 1)]
+        self.probe.append(vocabulary - 1)  # a teacher with fewer ids than the student refuses it
+        self.known: Answer | None = None
+
+    def tell(
+        self, rows: Sequence[Sequence[int]], places: Sequence[Sequence[int]], k: int
+    ) -> list[Answer]:
+        """An answer for every sequence, in their order: all of them, or an error.
+
+        Afterwards the server must answer the probe as it did at first, so that a batch is never
+        scored by a server that came back with another model.
+
+        Args:
+          rows: token ids; places: the positions of each, from 1 on, that are asked of.
+
+        Raises:
+          RuntimeError: the server does not answer for too long, or is another model by now.
+          ValueError: it answers something else than was asked; names the row and the position.
+        """
+        some = [i for i, wanted in enumerate(places) if wanted]
+        found = dict(zip(some, self._all(some, rows, places, k), strict=True))
+        self.check_same()
+        nothing = Answer(
+            np.zeros((0, k), np.int64), np.zeros((0, k), np.float32), np.zeros(0, np.float32)
+        )
+        return [found.get(i, nothing) for i in range(len(rows))]
+
+    def check_length(self, longest: int) -> None:
+        """Refuse sequences of `longest` ids before there is one, if the server cannot read them.
+
+        Raises:
+          ValueError: it cannot.
+        """
+        if self.limit is not None and self.limit < longest + 1:
+            raise ValueError(
+                f"{self.endpoint.url} reads at most {self.limit} ids, and a prompt with its "
+                f"response may have {longest}, and one more is drawn; start it with "
+                f"--max-model-len {longest + 1}, or lower max_prompt or max_response"
+            )
+
+    def check_same(self) -> None:
+        """Whether the probe is answered as at first; the first time it only learns the answer.
+
+        Raises:
+          RuntimeError: the answer is another model's.
+        """
+        places = range(1, len(self.probe))
+        (now,) = self._one([self.probe], [places], 0, "the probe")
+        if self.known is None:
+            self.known = now
+        gap = float(np.abs(now.sampled - self.known.sampled).mean())
+        if not gap <= ALIKE:
+            raise RuntimeError(
+                f"{self.endpoint.url} answers as another model than at the start: log-probabilities"
+                f" of {len(places)} fixed tokens differ by {gap:.2g} on average, {ALIKE} is "
+                f"arithmetic; serve the same model as {self.model!r} again, and the same command "
+                "goes on from the last checkpoint"
+            )
+
+    def _all(
+        self,
+        some: list[int],
+        rows: Sequence[Sequence[int]],
+        places: Sequence[Sequence[int]],
+        k: int,
+    ) -> list[Answer]:
+        """The answers of the rows `some`, asked in questions of ROWS, `in_flight` at a time."""
+        parts = [some[i : i + ROWS] for i in range(0, len(some), ROWS)]
+        self.endpoint.start()
+        with ThreadPoolExecutor(self.in_flight) as pool:
+            asked = [
+                pool.submit(
+                    self._one,
+                    [rows[i] for i in part],
+                    [places[i] for i in part],
+                    k,
+                    f"rows {', '.join(map(str, part))} of {len(rows)}",
+                )
+                for part in parts
+            ]
+            bar = tqdm(total=len(parts), desc=f"teacher {self.model}", delay=3, leave=False)
+            try:
+                for done in as_completed(asked):
+                    done.result()
+                    bar.update()
+            except BaseException:
+                for one in asked:
+                    one.cancel()
+                self.endpoint.stop()
+                raise
+            finally:
+                bar.close()
+        return [answer for done in asked for answer in done.result()]
+
+    def _one(
+        self,
+        rows: Sequence[Sequence[int]],
+        places: Sequence[Sequence[int]],
+        k: int,
+        about: str,
+    ) -> list[Answer]:
+        """The answers to one question, one for each of its rows."""
+        question = {
+            "model": self.model,
+            "prompt": [list(row) for row in rows],
+            "prompt_logprobs": k,
+            "max_tokens": 1,
+            "temperature": 1.0,
+            "return_token_ids": True,
+        }
+        entries = sum(len(row) for row in rows) * (k + 1)
+        said = self.endpoint.ask(
+            "/completions", question, most=entries * ENTRY_BYTES + SPARE_BYTES, about=about
+        )
+        try:
+            choices = {choice["index"]: choice for choice in said["choices"]}
+            if said["model"] != self.model or sorted(choices) != list(range(len(rows))):
+                raise ValueError(
+                    f"model {said['model']!r} answers for rows {sorted(choices)}, asked were "
+                    f"{len(rows)} rows of {self.model!r}"
+                )
+            return [
+                read_row(choices[i], row, wanted, k, self.vocabulary)
+                for i, (row, wanted) in enumerate(zip(rows, places, strict=True))
+            ]
+        except (KeyError, TypeError, ValueError) as error:
+            what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(
+                f"{self.endpoint.url} ({about}): the answer is not the one to the question: {what}"
+            ) from error
+
+
+def read_row(
+    choice: Mapping[str, Any],
+    row: Sequence[int],
+    places: Sequence[int],
+    k: int,
+    vocabulary: int,
+) -> Answer:
+    """The numbers of one sequence.
+
+    Raises:
+      ValueError: they are of another sequence, or too few, or no log-probabilities.
+    """
+    told = choice["prompt_logprobs"]
+    if told is None:
+        raise ValueError("no prompt_logprobs; the server must be vLLM's, or speak as it does")
+    if choice.get("prompt_token_ids") not in (None, list(row)):
+        raise ValueError("its token ids are not those that were sent")
+    if len(told) != len(row):
+        raise ValueError(f"{len(told)} positions for {len(row)} ids")
+    ids = np.empty((len(places), k), np.int64)
+    logp = np.empty((len(places), k), np.float64)
+    sampled = np.empty(len(places), np.float64)
+    for i, place in enumerate(places):
+        ids[i], logp[i], sampled[i] = read_position(told[place], row[place], place, k)
+    if ids.size and not 0 <= ids.min() <= ids.max() < vocabulary:
+        raise ValueError(
+            f"the teacher's top-K holds the id {ids.max()}, and the student has {vocabulary} ids; "
+            "lower support_k, or take a teacher with the student's vocabulary"
+        )
+    _check_numbers(logp, sampled, places)
+    return Answer(ids, logp.astype(np.float32), sampled.astype(np.float32))
+
+
+def read_position(
+    told: Any, token: int, place: int, k: int
+) -> tuple[list[int], list[float], float]:
+    """The K most probable ids, their log-probabilities, and that of the token which stands there.
+
+    The server adds the token to its K where it is not among them.
+    """
+    if not isinstance(told, dict) or str(token) not in told:
+        raise ValueError(
+            f"position {place}: the id {token} that was sent has no log-probability; are these "
+            "another row's?"
+        )
+    if len(told) not in (k, k + 1):
+        raise ValueError(
+            f"position {place}: {len(told)} log-probabilities where {k} or {k + 1} were asked; "
+            f"start the server with --max-logprobs {k} or more"
+        )
+    best = sorted(told.items(), key=_place)[:k]
+    logp = [at["logprob"] for _, at in best]
+    return [int(v) for v, _ in best], logp, told[str(token)]["logprob"]
+
+
+def _place(entry: tuple[str, Any]) -> tuple[float, int]:
+    """Descending probability, equal ones in the server's order of ranks."""
+    at = entry[1]
+    return -at["logprob"], at.get("rank") or 0
+
+
+def _check_numbers(
+    logp: NDArray[np.float64], sampled: NDArray[np.float64], places: Sequence[int]
+) -> None:
+    """Refuse what cannot be log-probabilities of one softmax, and impossible tokens."""
+    mass = np.exp(logp).sum(1)
+    for wrong, what in (
+        (np.isnan(sampled) | np.isnan(logp).any(1), "not a number"),
+        (
+            (sampled <= CLAMPED) | (logp <= CLAMPED).any(1),
+            "a probability of 0: the teacher excludes ids, by a mask on its logits or a head of "
+            "padding; lower support_k, or mask what it cannot say",
+        ),
+        (
+            (sampled > 1e-3) | (mass > 1.001),
+            "probabilities beyond 1 in sum: these are no log-probabilities; start the server "
+            "without --logprobs-mode raw_logits",
+        ),
+    ):
+        if wrong.any():
+            raise ValueError(f"position {places[int(wrong.argmax())]}: {what}")
+
+
+def connect(
+    url: str,
+    tokenizer: Any,
+    vocabulary: int,
+    *,
+    k: int,
+    patience: float,
+    in_flight: int,
+) -> Remote:
+    """The teacher at `url`, after what can be checked was checked.
+
+    Args:
+      url: http://HOST:PORT/v1, with #MODEL behind it where the server has several.
+      tokenizer: the student's; the text of every one of its ids must be the server's too.
+      vocabulary: the student's ids. k: ids a position that will be asked for.
+      patience, in_flight: seconds to wait for a server that fails, and questions at once.
+
+    Raises:
+      ValueError: the server has several models, other tokens, or tells fewer log-probabilities
+        than K. RuntimeError: it does not answer.
+    """
+    url, _, name = url.partition("#")
+    endpoint = Endpoint(url, patience=patience)
+    entry = chosen(endpoint, name)
+    check_same_text(endpoint, entry["id"], tokenizer)
+    remote = Remote(endpoint, entry["id"], entry.get("max_model_len"), vocabulary, in_flight)
+    try:
+        remote._one([remote.probe], [range(1, PROBE_TOKENS)], k, f"the probe, with {k} ids")
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. The teacher must know ids 0 to {vocabulary - 1} and tell the {k} most "
+            f"probable: start the server with --max-logprobs {k}, or lower support_k"
+        ) from error
+    remote.check_same()
+    return remote
+
+
+def chosen(endpoint: Endpoint, name: str) -> dict[str, Any]:
+    """The server's entry of the model of that name, or of its only one."""
+    listed = endpoint.ask("/models", most=SPARE_BYTES)
+    try:
+        entries = {entry["id"]: entry for entry in listed["data"]}
+    except (KeyError, TypeError):
+        raise ValueError(f"{endpoint.url}/models lists no models; is it vLLM's server?") from None
+    if not name and len(entries) == 1:
+        (name,) = entries
+    if name not in entries:
+        known = ", ".join(sorted(entries)) or "none"
+        raise ValueError(
+            f"{endpoint.url} has no model {name!r}; name one of its own behind the address, "
+            f"{endpoint.url}#MODEL: {known}"
+        )
+    return entries[name]
+
+
+def check_same_text(endpoint: Endpoint, model: str, tokenizer: Any) -> None:
+    """Refuse a server whose ids mean other text than the student's.
+
+    The text of every id is compared, and the ids of a text in many scripts, because ids that are
+    parts of a character have no text of their own.
+
+    Raises:
+      ValueError: names the first id that differs; or the server cannot tell.
+    """
+    side = Endpoint(endpoint.url.removesuffix("/v1"), patience=endpoint.patience)
+    reason = (
+        "; on-policy distillation scores the student's ids with the teacher, so both need one "
+        "vocabulary"
+    )
+
+    def theirs(ids: Sequence[int]) -> str:
+        question = {"model": model, "tokens": list(ids)}
+        most = ENTRY_BYTES * len(ids) + SPARE_BYTES
+        return side.ask("/detokenize", question, most=most, about="the text of ids")["prompt"]
+
+    for start in range(0, len(tokenizer), PIECE):
+        piece = list(range(start, min(start + PIECE, len(tokenizer))))
+        if theirs(piece) == tokenizer.decode(piece):
+            continue
+        for v in piece:
+            ours, other = tokenizer.decode([v]), theirs([v])
+            if ours != other:
+                raise ValueError(
+                    f"{endpoint.url} reads the id {v} as {other!r}, the student as {ours!r}{reason}"
+                )
+    question = {"model": model, "prompt": SCRIPTS, "add_special_tokens": False}
+    most = ENTRY_BYTES * len(SCRIPTS) + SPARE_BYTES
+    found = side.ask("/tokenize", question, most=most, about="the ids of a text")["tokens"]
+    own = tokenizer.encode(SCRIPTS, add_special_tokens=False)
+    if found != own:
+        both = zip_longest(own, found)
+        at, (ours, other) = next((i, pair) for i, pair in enumerate(both) if pair[0] != pair[1])
+        raise ValueError(
+            f"{endpoint.url} has the id {other} where the student has {ours}, at place {at} of a "
+            f"text in many scripts{reason}"
+        )
+    side.close()
