@@ -93,7 +93,7 @@ class Endpoint:
         """
         body = None if question is None else json.dumps(question).encode()
         where = f"{self.url}{path}" + (f" ({about})" if about else "")
-        began, wait = time.monotonic(), FIRST_WAIT
+        began, wait, tries = time.monotonic(), FIRST_WAIT, 0
         while True:
             if self._stopped.is_set():
                 raise RuntimeError(f"{where}: not asked any more, another question failed")
@@ -110,7 +110,11 @@ class Endpoint:
                         "the same command goes on from the last checkpoint; teacher_patience, "
                         f"{self.patience:.0f} s, says how long to wait"
                     ) from failure
-                self._tell_once(True, f"{where}: {failure}; trying again for {self.patience:.0f} s")
+                tries += 1
+                if tries > 1:  # one failure among many answers is not worth a word
+                    self._tell_once(
+                        True, f"{where}: {failure}; trying again for {self.patience:.0f} s"
+                    )
                 self._stopped.wait(pause)
             else:
                 self._tell_once(False, f"{self.url}: answers again")
@@ -145,7 +149,7 @@ class Endpoint:
             try:
                 return self._on(old, path, body, most, where, until)
             except _Passing as failure:
-                if not isinstance(failure.__cause__, ConnectionError):
+                if self._stopped.is_set() or not isinstance(failure.__cause__, ConnectionError):
                     raise
         return self._on(self._connection(), path, body, most, where, until)
 

@@ -29,8 +29,8 @@ PROBE_TOKENS = 32
 ALIKE = 0.25
 """Mean nats by which the probe's answers may differ and still be of one model: bfloat16 in batches
 of other sizes differs by a few hundredths, another model by several nats."""
-ROWS = 4
-"""Sequences of one question."""
+ROWS, TOKENS = 4, 8192
+"""Most sequences of one question, and most ids of one with several; an answer is read in memory."""
 ENTRY_BYTES, SPARE_BYTES = 512, 1 << 20
 """Most bytes of one id's log-probability in an answer, and of what stands around them."""
 CLAMPED = -9999.0
@@ -135,8 +135,8 @@ class Remote:
         places: Sequence[Sequence[int]],
         k: int,
     ) -> list[Answer]:
-        """The answers of the rows `some`, asked in questions of ROWS, `in_flight` at a time."""
-        parts = [some[i : i + ROWS] for i in range(0, len(some), ROWS)]
+        """The answers of the rows `some`, `in_flight` questions at a time."""
+        parts = grouped(some, [len(row) for row in rows])
         self.endpoint.start()
         with ThreadPoolExecutor(self.in_flight) as pool:
             asked = [
@@ -199,6 +199,18 @@ class Remote:
             raise ValueError(
                 f"{self.endpoint.url} ({about}): the answer is not the one to the question: {what}"
             ) from error
+
+
+def grouped(some: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
+    """The rows in order, in groups of at most ROWS, and of at most TOKENS ids or one row."""
+    groups: list[list[int]] = []
+    for i in some:
+        last = groups[-1] if groups else []
+        if last and len(last) < ROWS and sum(sizes[j] for j in last) + sizes[i] <= TOKENS:
+            last.append(i)
+        else:
+            groups.append([i])
+    return groups
 
 
 def read_row(
@@ -266,7 +278,7 @@ def _check_numbers(
     logp: NDArray[np.float64], sampled: NDArray[np.float64], places: Sequence[int]
 ) -> None:
     """Refuse what cannot be log-probabilities of one softmax, and impossible tokens."""
-    mass = np.exp(logp).sum(1)
+    mass = np.exp(logp.clip(max=1.0)).sum(1)
     for wrong, what in (
         (np.isnan(sampled) | np.isnan(logp).any(1), "not a number"),
         (

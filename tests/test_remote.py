@@ -17,7 +17,7 @@ from opd.loss import loss_from_hidden
 from opd.model import Pair, load_pair, response_hidden
 from opd.objectives import make
 from opd.problems import Problem
-from opd.remote import Remote, connect
+from opd.remote import Remote, connect, grouped
 from opd.rollout import sample
 from opd.scoring import score, score_support, score_told
 from opd.supports import JOINED
@@ -158,6 +158,13 @@ def test_intersection_is_that_of_whole_distributions(
     assert "union" in JOINED
     with pytest.raises(ValueError, match="not the support 'union'"):
         score_told(pair, prompts, batch, told, source="union", **SIZES)
+
+
+def test_questions_are_bounded_by_rows_and_by_ids() -> None:
+    sizes = [10, 8000, 190, 3, 9000, 5000, 3000, 192, 1, 1, 1, 1, 1]
+    wanted = [i for i in range(len(sizes)) if i != 3]
+    groups = grouped(wanted, sizes)
+    assert groups == [[0, 1], [2], [4], [5, 6, 7], [8, 9, 10, 11], [12]]
 
 
 def reordered(answer: dict[str, Any]) -> None:
