@@ -69,7 +69,7 @@ class Config:
     system: str = ""
     """A system message before every prompt."""
     max_prompt: int = 512
-    """Longest prompt in tokens; longer ones are an error."""
+    """Longest prompt in tokens; longer ones are an error. An episode of games ends before one."""
     drop_long: bool = False
     """Leave longer prompts out instead, and say how many."""
     prompts_per_step: int = 16
@@ -91,7 +91,7 @@ class Config:
     top_p: float = 1.0
     """Nucleus of the rollouts; the loss uses the whole softmax."""
     max_response: int = 512
-    """Budget of a response in tokens."""
+    """Budget of a response in tokens; of games, of each turn's."""
     rows_at_once: int = 256
     """Rows of one call of the engine hf; their key-value cache must fit."""
     layout: Literal["turns", "trajectory"] = "turns"

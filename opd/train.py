@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from diagnostics import rows
 from diagnostics.alarms import Alarms
+from diagnostics.batch import Scored
 from diagnostics.catalogue import PANEL, Metric
 from diagnostics.collapse import length, reward
 from diagnostics.drift import sampled_divergence
@@ -22,6 +23,7 @@ from diagnostics.groups import by
 from diagnostics.monitor import Monitor
 from diagnostics.rows import append
 from diagnostics.supervision import sign_shares, signal_concentration
+from diagnostics.totals import Mean, Total
 from opd import checkpoint, runlog
 from opd.config import Config, to_json
 from opd.data import Task, drop_long, load_task, refuse_long
@@ -40,7 +42,7 @@ from opd.special import resolve
 from opd.step import EVALUATION, Run, due, one_step
 from opd.surrogates import plain_score
 from opd.tasks import settings_of, shares, turns
-from opd.told import check_tellable
+from opd.told import check_tellable, keep_probes
 
 
 def train(config: Config) -> Path:
@@ -57,6 +59,7 @@ def train(config: Config) -> Path:
         student = pairs[0].student
         optimizer = adamw(student.network.parameters(), config.betas, config.weight_decay)
         first = checkpoint.resume(folder, pairs[0], optimizer, config.teacher == "ema")
+        keep_probes(folder / "teachers.json", pairs, first)
         engine = sampler(config, student)
         runs = make_runs(config, folder, pairs, engine, optimizer)
         with open_loggers(config.loggers, folder, to_json(config)) as log:
@@ -80,10 +83,10 @@ def make_runs(
         settings = [
             replace(own, prompts_per_step=n) for own, n in zip(settings, counts, strict=True)
         ]
-    panel = {**PANEL, **(by_task(config) if mixed else {})}
     history, runs = rows.read(folder / "rows.jsonl"), []
     for i, (own, pair) in enumerate(zip(settings, pairs, strict=True)):
         name = config.tasks[i].name if config.tasks else ""
+        more = by_task(config) if mixed else by_turn(own)
         alarms = Alarms()
         for row in history:
             if mixed or row.get("task", "") == name:
@@ -97,7 +100,7 @@ def make_runs(
             objective=objective,
             masks=resolve(own.mask, pair.tokenizer, pair.eos),
             optimizer=optimizer,
-            monitor=Monitor(panel, alarms=alarms),
+            monitor=Monitor({**PANEL, **more}, alarms=alarms),
             name=name,
             place=i,
             weight=config.tasks[i].weight if mixed else 1.0,
@@ -111,6 +114,19 @@ def by_task(config: Config) -> dict[str, Metric]:
     names = {float(i): task.name for i, task in enumerate(config.tasks)}
     split = (sampled_divergence, sign_shares, signal_concentration, reward, length)
     return {f"{metric.__name__} by task": by(metric, "task", names) for metric in split}
+
+
+def by_turn(config: Config) -> dict[str, Metric]:
+    """How far from the teacher the student is at turns 1, 2, 4, 8, ... of games, a row a turn."""
+    if not is_games(config.task) or config.layout != "turns":
+        return {}
+    names = {float(2**i - 1): str(2**i) for i in range(config.max_turns.bit_length())}
+    return {"cost by turn": by(cost, "turn", names)}
+
+
+def cost(batch: Scored) -> dict[str, Total]:
+    """`drift/k1` alone, without its positions."""
+    return {"drift/k1": Mean.of(batch.log_ratio, batch.mask, batch.prompt)}
 
 
 @contextmanager

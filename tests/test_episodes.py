@@ -468,6 +468,12 @@ def test_a_run_on_games_resumes_to_the_same_bits(tiny_pair, tmp_path: Path, layo
     turns = len(batch) if layout == "turns" else row["episodes/turns"] * len(batch)
     assert row["episodes/turns"] * 6 == pytest.approx(turns)
     assert row["episodes/failed_share"] == row["episodes/full_share"] == 0
+    if layout == "turns":
+        second = batch.rows((batch.turn == 1).nonzero()[:, 0])
+        assert 0 < len(second) < 6
+        cost = float(second.log_ratio[second.mask].double().mean())
+        assert row["turn=2/drift/k1"] == pytest.approx(cost, rel=1e-6)
+        assert "turn=3/drift/k1" not in row, "turns 1, 2, 4, 8 and 16 of 30"
 
 
 def test_one_turn_games_train_alike_in_both_layouts(tiny_pair, tmp_path: Path) -> None:
