@@ -125,7 +125,7 @@ def test_wrong_requests_name_the_value(tmp_path: Path, runs: list[Path]) -> None
     table = tmp_path / "t.csv"
     pd.DataFrame({"quantity": ["mse"]}).to_csv(table, index=False)
     for words, error, message in (
-        (["pie"], ValueError, "unknown figure 'pie'; known: anatomy, batch_size, bias_variance"),
+        (["pie"], ValueError, "unknown figure 'pie'; known: ablations, anatomy, batch_size"),
         (["training", "--table", str(tmp_path / "no.csv")], FileNotFoundError, "make it with"),
         (["bias_variance", "--table", str(table)], ValueError, "lacks the columns estimator"),
         (["all", "--table", str(table)], ValueError, "needs the name of its figure"),
