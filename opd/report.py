@@ -87,10 +87,11 @@ def disarmed(data: Any) -> Any:
     """Plain data with every string as `visible` shows it, and no number that JSON lacks."""
     if isinstance(data, str):
         return visible(data)
-    if isinstance(data, Mapping):
+    if isinstance(data, dict):
         return {visible(str(name)): disarmed(value) for name, value in data.items()}
     if isinstance(data, list | tuple):
-        return [disarmed(value) for value in data]
+        plain = set(map(type, data)) <= {int, bool}  # nearly all that there is
+        return list(data) if plain else [disarmed(value) for value in data]
     if isinstance(data, float) and data - data != 0:
         return None
     return data

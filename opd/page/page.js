@@ -43,7 +43,7 @@ for (const kind of ["pointerover", "click"]) $("text").addEventListener(kind, (e
 for (const kind of ["pointerdown", "pointermove"]) $("strip").addEventListener(kind, (event) => {
   if (kind === "pointermove" && !event.buttons) return;
   const box = $("strip").getBoundingClientRect();
-  focusToken(Math.min(spans.length - 1, Math.max(0, Math.floor((event.clientX - box.left) / box.width * spans.length))));
+  focusToken(Math.min(spans.length - 1, Math.max(0, Math.floor((event.clientX - box.left) / barWidth()))));
 });
 const readingKeys = {
   n: () => pick(picked() + 1), p: () => pick(picked() - 1), w: nextWorst,

@@ -78,9 +78,9 @@ function hatch(c, x, y, w, h) {
   c.restore();
 }
 function scaleBar(scale) {
-  const canvas = make("canvas", { class: "scale", "aria-hidden": "true" }), c = sharpen(canvas, 120, 9);
-  for (let x = 0; x < 120; x += 1) { c.fillStyle = shade(scale.stops, x / 119); c.fillRect(x, 0, 1, 9); }
-  return make("span", { class: "small" }, `${scale.log ? "log, ≤ " : ""}${show(scale.low)} `, canvas, ` ${show(scale.high)}`);
+  const canvas = make("canvas", { class: "scale", "aria-hidden": "true" }), c = sharpen(canvas, 80, 9);
+  for (let x = 0; x < 80; x += 1) { c.fillStyle = shade(scale.stops, x / 79); c.fillRect(x, 0, 1, 9); }
+  return make("span", { class: "small scale-bar" }, `${scale.log ? "log, ≤ " : ""}${show(scale.low)} `, canvas, ` ${show(scale.high)}`);
 }
 
 let heat = [];

@@ -96,6 +96,7 @@ function drawRollout() {
     fragment.append(span);
   });
   $("text").replaceChildren(fragment);
+  drawStrip(roll);
   const graded = known(roll.reward) ? `reward ${show(roll.reward)}` : "not graded";
   $("about").textContent = [data.runs.length > 1 && data.runs[state.run].name, `step ${roll.step}`, `response ${roll.row} to prompt ${roll.prompt}`, roll.task, graded, roll.ended ? "ended by itself" : "cut at the budget",
     roll.in && `${percent(places.filter((k) => outside(roll, k)).length / Math.max(1, places.length))} outside the support`].filter(Boolean).join(" · ");
@@ -120,21 +121,26 @@ function focusToken(k, scroll = true) {
     const box = $("text").getBoundingClientRect(), at = lit.getBoundingClientRect();
     if (at.top < box.top + 8 || at.bottom > box.bottom - 8) $("text").scrollTop += at.top - box.top - box.height / 2;
   }
-  drawStrip(roll);
+  moveNeedle();
   drawDetail(roll, k);
 }
 
 // The whole response as bars of its signal, on a root scale: down to the right of 0 costs, up what is encouraged.
+const barWidth = () => Math.min(14, Math.max(120, $("strip").clientWidth) / spans.length);
 function drawStrip(roll) {
-  const canvas = $("strip"), width = Math.max(120, canvas.clientWidth), height = 56, c = sharpen(canvas, width, height), n = roll.ids.length, w = width / n;
+  const canvas = $("strip"), width = Math.max(120, canvas.clientWidth), height = 56, c = sharpen(canvas, width, height), w = barWidth();
   const { places, worst } = about(roll), most = Math.sqrt(Math.max(1, Math.abs(cost(roll, worst[0] ?? 0)))), middle = height / 2;
-  c.fillStyle = css("--line"); c.fillRect(0, middle - 0.5, width, 1);
+  c.fillStyle = css("--line"); c.fillRect(0, middle - 0.5, w * spans.length, 1);
   for (const k of places) {
     const r = cost(roll, k), h = Math.max(0.5, Math.sqrt(Math.abs(r)) / most * (middle - 3));
     c.fillStyle = `rgb(${css(r > 0 ? "--down" : "--up")})`;
     c.fillRect(k * w, r > 0 ? middle : middle - h, Math.max(0.6, w - (w > 3 ? 1 : 0)), h);
   }
-  if (state.token >= 0) { c.strokeStyle = css("--ink"); c.lineWidth = 1.5; c.strokeRect(state.token * w - 0.5, 1, Math.max(2, w), height - 2); }
+  moveNeedle();
+}
+function moveNeedle() {
+  $("needle").style.width = `${Math.max(3, barWidth() + 1)}px`;
+  $("needle").style.transform = `translateX(${Math.max(0, state.token) * barWidth() - 1}px)`;
 }
 
 function drawDetail(roll, k) {

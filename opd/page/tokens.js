@@ -11,7 +11,7 @@ function tokenSheet(run, i) {
     run.sheet.doctor.items.map((item) => [make("span", { class: `tag ${item.verdict}`, textContent: item.verdict }), words(item.item), item.found, item.advice]), "Doctor"));
   if (run.blame?.length) {
     const step = run.saved[run.saved.length - 1].step;
-    block(`Ids by their share of the signal, step ${step}`, table([["token"], ["id", 1], ["count", 1], ["of tokens", 1], ["of |signal|", 1], ["of energy", 1], ["mean cost", 1]],
+    block(`Ids by their share of the signal, step ${step}`, table([["token"], ["id", 1], ["count", 1], ["tokens", 1], ["|signal|", 1], ["energy", 1], ["mean cost", 1]],
       run.blame.map((row) => [labelled(row.id), count(row.id), count(row.count), share(row.tokens), share(row.signal), share(row.energy), plain(row.cost)]), "Ids to blame"));
   }
   const bad = run.sheet.impossible;
@@ -23,7 +23,7 @@ function tokenSheet(run, i) {
       table([["model"], ["ends by"]], run.sheet.ends.map((end) => [end.role, make("span", {}, end.ids.map((id, k) => make("span", { class: "entry" }, code(quoted(end.texts[k])), ` ${id}`)))]), "Ends"),
       bad ? small(`${percent(bad.ended)} of the responses of the last saved batch ended by themselves.`) : null);
   }
-  if (run.sheet.special.length) block("Special tokens, last saved batch", table([["token"], ["id", 1], ["supervised", 1], ["of |signal|", 1], ["mean cost", 1]],
+  if (run.sheet.special.length) block("Special tokens, last saved batch", table([["token"], ["id", 1], ["supervised", 1], ["|signal|", 1], ["mean cost", 1]],
     run.sheet.special.map((row) => [name(row.id), count(row.id), count(row.count), share(row.signal), plain(row.cost)]), "Special tokens"));
   if (!blocks.length) blocks.push(small("No saved batch and no tokenizer to speak of."));
   return data.runs.length > 1 ? make("details", { class: "sheet", open: i === 0 }, make("summary", {}, make("b", { textContent: run.name })), make("div", { class: "panels" }, blocks)) : make("div", { class: "panels" }, blocks);
