@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opd import problems, sorting
+from opd import chores, problems, sorting
 from opd.habits import PLAIN, UNLABELLED, Habit, written
 from opd.runlog import whole_folder, write_text
 from opd.seeds import derive
@@ -57,7 +57,7 @@ class Recipe:
     habit: Habit = PLAIN
 
 
-TASKS = {"chain": problems, "sort": sorting}
+TASKS = {"chain": problems, "sort": sorting, "rooms": chores}
 """Modules with `problems(split, count, seed)` and `careless(prompt, rate, generator)`."""
 
 
@@ -110,6 +110,13 @@ def strangers_config() -> LabConfig:
             habit=dataclasses.replace(spelled, loops=0.002),
         ),
     )
+
+
+def rooms_config() -> LabConfig:
+    """Models of a household that is played in text, `env:rooms`; the student often strays."""
+    teacher = Recipe(layers=2, width=128, steps=900, batch=16, lr=3e-3, tasks=("rooms",))
+    student = dataclasses.replace(teacher, width=96, careless=0.4)
+    return LabConfig(teacher=teacher, student=student, held_out=64)
 
 
 def tiny_config() -> LabConfig:
@@ -299,8 +306,8 @@ def held_out(model: Path, tasks: tuple[str, ...], count: int) -> dict[str, Any]:
     found = {}
     for name in tasks:
         with tempfile.TemporaryDirectory() as place:
-            source = "lab"
-            if name != "chain":
+            source = {"chain": "lab", "rooms": "env:rooms"}.get(name)
+            if source is None:
                 source = f"{place}/{name}.jsonl"
                 write_problems(Path(source))
             numbers = evaluate_folder(
@@ -308,8 +315,9 @@ def held_out(model: Path, tasks: tuple[str, ...], count: int) -> dict[str, Any]:
                 source,
                 device="cpu",
                 problems=count,
-                max_prompt=64,
-                max_response=208,
+                max_prompt=512 if name == "rooms" else 64,
+                max_response=32 if name == "rooms" else 208,
+                max_turns=chores.MAX_TURNS,
                 temperature=1.0,
                 seed=0,
             )
@@ -318,15 +326,18 @@ def held_out(model: Path, tasks: tuple[str, ...], count: int) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> None:
-    """`opd lab [--out DIR] [--seed N] [--tiny | --strangers | --smollm]`."""
+    """`opd lab [--out DIR] [--seed N] [--tiny | --strangers | --rooms | --smollm]`."""
     parser = argparse.ArgumentParser(prog="opd lab", description=__doc__)
-    parser.add_argument("--out", help="folder (default: lab, lab-tiny, lab-strangers, smollm)")
+    parser.add_argument(
+        "--out", help="folder (default: lab, lab-tiny, lab-strangers, lab-rooms, smollm)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--tiny", action="store_true", help="seconds instead of minutes")
     which.add_argument(
         "--strangers", action="store_true", help="models that write in different ways, two tasks"
     )
+    which.add_argument("--rooms", action="store_true", help="models that play env:rooms in text")
     which.add_argument(
         "--smollm", action="store_true", help="a small pretrained model and a thinned one"
     )
@@ -343,6 +354,8 @@ def main(argv: list[str]) -> None:
         config, name = tiny_config(), "lab-tiny"
     if given.strangers:
         config, name = strangers_config(), "lab-strangers"
+    if given.rooms:
+        config, name = rooms_config(), "lab-rooms"
     config, folder = dataclasses.replace(config, seed=given.seed), Path(given.out or name)
     student, teacher = build(folder, config, given.jobs)
     print(f"student: {student}\nteacher: {teacher}")
