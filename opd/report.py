@@ -74,9 +74,7 @@ def contents(folders: list[Path], tokens: int = 20000) -> dict[str, Any]:
             recorded(run, len(runs)) | {"name": name} | specimens(run, share)
             for name, run in zip(labels(folders), runs, strict=True)
         ],
-        "rules": [
-            {"name": rule.name, "metric": rule.metric, "null": rule.null} for rule in RULES
-        ],
+        "rules": [{"name": rule.name, "metric": rule.metric, "null": rule.null} for rule in RULES],
         "gains": gained(runs),
         "differences": differences(runs),
     }
