@@ -55,7 +55,7 @@ def ratio(above: float, below: float) -> float | None:
 
 
 def sheet(run: "Run", spelling: Spelling, batch: "Scored | None", seen: set[int]) -> dict[str, Any]:
-    """What goes wrong between two vocabularies: see `impossible`, `specials`, `ends`, `doctor`."""
+    """What goes wrong between two vocabularies: see `impossible_ids`, `specials`, `ends`, `doctor`."""
     made: dict[str, Any] = {
         "ends": ends(run),
         "doctor": doctor(run.folder),
@@ -115,7 +115,10 @@ def specials(batch: "Scored", spelling: Spelling, seen: set[int]) -> list[dict[s
 
 
 def ends(run: "Run") -> list[dict[str, Any]]:
-    """Of the student and of every teacher: the ids by which it ends a response, and their text.
+    """Of the student and of every teacher: the ids that end a generation, their text, its own end.
+
+    Own is the end token that the tokenizer names: what a model was taught to end by, though a
+    generation may stop at more.
 
     Folders that are not there, such as models of a hub, are left out.
     """
@@ -131,7 +134,8 @@ def ends(run: "Run") -> list[dict[str, Any]]:
         if (folder / "tokenizer.json").exists():
             known = read_spelling(folder)
             ids = end_ids(folder, known)
-            made.append({"role": role, "ids": ids, "texts": [known.text(i) for i in ids]})
+            texts = [known.text(i) for i in ids]
+            made.append({"role": role, "ids": ids, "texts": texts, "own": own_end(folder)})
     return made
 
 
@@ -142,10 +146,15 @@ def end_ids(folder: Path, known: Spelling) -> list[int]:
             ids = json.loads((folder / name).read_text("utf-8")).get("eos_token_id")
             if ids is not None:
                 return sorted({ids} if isinstance(ids, int) else set(ids))
+    text = own_end(folder)
+    return [i for i, piece in known.pieces.items() if text is not None and piece == text.encode()]
+
+
+def own_end(folder: Path) -> str | None:
+    """The end token of tokenizer_config.json, if it names one."""
     settings = folder / "tokenizer_config.json"
     token = json.loads(settings.read_text("utf-8")).get("eos_token") if settings.exists() else None
-    text = token["content"] if isinstance(token, dict) else token
-    return [i for i, piece in known.pieces.items() if text is not None and piece == text.encode()]
+    return token["content"] if isinstance(token, dict) else token
 
 
 def doctor(folder: Path) -> dict[str, Any] | None:

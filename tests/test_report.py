@@ -392,9 +392,10 @@ def test_ends_and_the_doctor_are_told(run: Path, tmp_path: Path) -> None:
     findings = {"verdict": "fail", "items": [item | {"numbers": {}}]}
     (folder / "doctor.json").write_text(json.dumps(findings))
     made = sheet.sheet(record.read_run(folder), spelling.Spelling(), None, set())
+    own = {"own": tokenizer.eos_token}
     assert made["ends"] == [
-        {"role": "student", "ids": [1, 2], "texts": tokenizer.convert_ids_to_tokens([1, 2])},
-        {"role": "teacher", "ids": [tokenizer.eos_token_id], "texts": [tokenizer.eos_token]},
+        {"role": "student", "ids": [1, 2], "texts": tokenizer.convert_ids_to_tokens([1, 2]), **own},
+        {"role": "teacher", "ids": [tokenizer.eos_token_id], "texts": [tokenizer.eos_token], **own},
     ]
     assert made["doctor"] == {"verdict": "fail", "items": [item]}
     tasks = [{"name": "a", "teacher": None}, {"name": "b", "teacher": str(student)}]

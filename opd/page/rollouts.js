@@ -3,7 +3,7 @@ const FULL = 8; // nats at which a colour is full
 
 const textOf = (run, id) => data.runs[run].texts[id] ?? `#${id}`;
 const spelled = (roll, k) => roll.odd[k] ?? textOf(state.run, roll.ids[k]);
-const quoted = (text) => JSON.stringify(text);
+const quoted = (text) => `"${text.replaceAll("\n", "\\n").replaceAll("\t", "\\t")}"`;
 const cost = (roll, k) => (roll.s[k] - roll.t[k]) / 100;
 const keyOf = (roll) => `${roll.step}/${roll.row}`;
 const probability = (hundredths) => Math.exp(hundredths / 100);
