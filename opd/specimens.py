@@ -118,6 +118,7 @@ def one(
         "row": i,
         "task": labels[task] if task < len(labels) else "",
         "prompt": int(batch.prompt[i]),
+        "turn": int(batch.turn[i]),
         "ended": bool(batch.ended[i]),
         "reward": None if reward != reward else reward,
         "ids": ids,

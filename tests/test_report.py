@@ -260,6 +260,7 @@ def test_specimens_are_the_batchs_numbers(run: Path) -> None:
     for roll in mine:
         i, n = roll["row"], len(roll["ids"])
         at = batch.mask[i]
+        assert (roll["prompt"], roll["turn"]) == (int(batch.prompt[i]), int(batch.turn[i]))
         assert n == int(at.nonzero()[-1]) + 1
         assert roll["ids"] == batch.tokens[i, :n].tolist()
         assert roll["off"] == [k for k in range(n) if not at[k]]

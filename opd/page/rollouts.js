@@ -57,7 +57,7 @@ function listed(roll, place) {
   const bar = make("i", { class: "meter" });
   bar.style.width = `${100 * about(roll).mean / most}%`;
   return make("div", { class: "row", role: "option", id: `roll-${place}`, "aria-selected": String(chosen), onclick: () => pick(place) },
-    make("span", {}, make("b", { textContent: `step ${roll.step}` }), ` #${roll.row}`, roll.task ? ` ${roll.task}` : ""), make("span", { class: `tag ${outcome}`, textContent: outcome }),
+    make("span", {}, make("b", { textContent: `step ${roll.step}` }), ` #${roll.row}`, roll.turn ? ` turn ${roll.turn}` : "", roll.task ? ` ${roll.task}` : ""), make("span", { class: `tag ${outcome}`, textContent: outcome }),
     make("span", { class: "small", textContent: `${roll.ids.length} tokens · mean |r| ${show(about(roll).mean)}` }), bar);
 }
 function pick(place) {
@@ -98,7 +98,7 @@ function drawRollout() {
   $("text").replaceChildren(fragment);
   drawStrip(roll);
   const graded = known(roll.reward) ? `reward ${show(roll.reward)}` : "not graded";
-  $("about").textContent = [data.runs.length > 1 && data.runs[state.run].name, `step ${roll.step}`, `response ${roll.row} to prompt ${roll.prompt}`, roll.task, graded, roll.ended ? "ended by itself" : "cut at the budget",
+  $("about").textContent = [data.runs.length > 1 && data.runs[state.run].name, `step ${roll.step}`, `response ${roll.row} to prompt ${roll.prompt}`, roll.turn > 0 && `turn ${roll.turn}`, roll.task, graded, roll.ended ? "ended by itself" : "cut at the budget",
     roll.in && `${percent(places.filter((k) => outside(roll, k)).length / Math.max(1, places.length))} outside the support`].filter(Boolean).join(" · ");
   focusToken(state.token >= 0 && state.token < spans.length ? state.token : about(roll).worst[0] ?? 0, false);
 }
