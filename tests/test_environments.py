@@ -105,7 +105,8 @@ def test_a_seed_is_a_game_and_held_out_games_are_not_trained_on() -> None:
     trained = {seed for step in range(200) for seed in games.train(step, 16)}
     held = games.test(500)
     assert len(trained) == 3200
-    assert not trained & set(held)
+    assert {seed % 2 for seed in trained} == {1}
+    assert {seed % 2 for seed in held} == {0}
     assert not {content(seed) for seed in trained} & {content(seed) for seed in held}
     assert games.train(4, 3) == load_games("env:rooms", seed=3).train(4, 3)
     assert games.train(4, 3) != load_games("env:rooms", seed=4).train(4, 3)
@@ -158,9 +159,9 @@ class Lift:
     def step(self, action: str) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         self.floor += {"up": 1, "down": -1}[action]
         self.taken += 1
-        there = self.floor == 3
+        there = self.floor in (-1, 3)
         info = {"admissible_commands": self.commands()}
-        return self.told(), float(there), there, self.taken >= 5, info
+        return self.told(), float(self.floor > 1), there, self.taken >= 5, info
 
     def told(self) -> Any:
         return f"Floor {self.floor}."
@@ -193,6 +194,13 @@ def test_an_environment_with_gymnasiums_interface_is_played() -> None:
     for action in ("up", "down", "up", "down"):
         assert not lift.act(action).over
     assert lift.act("up") == Scene("Floor 1.", actions=("up", "down"), over=True, won=False)
+    for seed, actions, ending in (
+        (0, ["down"], "fallen below, which ends it without a reward"),
+        (1, ["up", "down", "up", "down", "up"], "rewarded on floor 2, but cut there"),
+    ):
+        lift.begin(seed)
+        last = [lift.act(action) for action in actions][-1]
+        assert (last.over, last.won) == (True, False), ending
     lift.close()
     assert lift.env.closed
 
