@@ -185,8 +185,8 @@ class Endpoint:
             connection.request(method, self._path + path, body, headers)
             found = connection.getresponse()
             raw = self._read(connection, found, most, where, until)
+            whole = not found.will_close and not found.length  # one that was cut is no JSON either
             found.close()
-            whole = not found.will_close
         except ssl.SSLCertVerificationError as error:
             raise ValueError(f"{where}: its certificate is not trusted ({error})") from error
         except (OSError, HTTPException) as error:
@@ -223,8 +223,6 @@ class Endpoint:
                 raise TimeoutError("the answer came too slowly")
             if connection.sock is not None:
                 connection.sock.settimeout(left)
-        if found.length:  # read1, unlike read, says nothing of an answer that was cut
-            raise ConnectionAbortedError(f"the answer was cut {found.length} bytes before its end")
         return b"".join(blocks)
 
     def _judged(self, found: HTTPResponse, raw: bytes, where: str) -> Any:

@@ -12,11 +12,13 @@ the local KL, entropies and ranks; hidden states, and so the gradient probe; ano
 Shapes: L ids of a sequence, n of its positions, K ids a position.
 """
 
+import json
 import random
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from opd.endpoint import Endpoint
+from opd.runlog import write_text
 
 PROBE_TOKENS = 32
 ALIKE = 0.25
@@ -71,7 +74,7 @@ class Remote:
         draw = random.Random(0)
         self.probe = [draw.randrange(vocabulary) for _ in range(PROBE_TOKENS - 1)]
         self.probe.append(vocabulary - 1)  # a teacher with fewer ids than the student refuses it
-        self.known: Answer | None = None
+        self.known: NDArray[np.float32] | None = None
 
     def tell(
         self, rows: Sequence[Sequence[int]], places: Sequence[Sequence[int]], k: int
@@ -109,21 +112,38 @@ class Remote:
                 f"--max-model-len {longest + 1}, or lower max_prompt or max_response"
             )
 
-    def check_same(self) -> None:
-        """Whether the probe is answered as at first; the first time it only learns the answer.
+    def check_same(self) -> NDArray[np.float32]:
+        """The answer to the probe, if it is that of the first time.
 
         Raises:
           RuntimeError: the answer is another model's.
         """
-        places = range(1, len(self.probe))
-        (now,) = self._one([self.probe], [places], 0, "the probe")
+        (now,) = self._one([self.probe], [range(1, len(self.probe))], 0, "the probe")
         if self.known is None:
-            self.known = now
-        gap = float(np.abs(now.sampled - self.known.sampled).mean())
+            self.known = now.sampled
+        self._compare(now.sampled, self.known)
+        return now.sampled
+
+    def remember(self, path: Path) -> None:
+        """Keep the answer to the probe in a run's record, or compare it with the one kept there.
+
+        Raises:
+          RuntimeError: the run began with another model at this address.
+        """
+        known = self.check_same()
+        record = json.loads(path.read_text()) if path.exists() else {}
+        name = f"{self.endpoint.url}#{self.model}"
+        if name in record:
+            self._compare(np.array(record[name], np.float32), known)
+        else:
+            write_text(path, json.dumps(record | {name: known.tolist()}))
+
+    def _compare(self, one: NDArray[np.float32], other: NDArray[np.float32]) -> None:
+        gap = float(np.abs(one - other).mean())
         if not gap <= ALIKE:
             raise RuntimeError(
                 f"{self.endpoint.url} answers as another model than at the start: log-probabilities"
-                f" of {len(places)} fixed tokens differ by {gap:.2g} on average, {ALIKE} is "
+                f" of {len(one)} fixed tokens differ by {gap:.2g} on average, {ALIKE} is "
                 f"arithmetic; serve the same model as {self.model!r} again, and the same command "
                 "goes on from the last checkpoint"
             )
@@ -149,7 +169,9 @@ class Remote:
                 )
                 for part in parts
             ]
-            bar = tqdm(total=len(parts), desc=f"teacher {self.model}", delay=3, leave=False)
+            bar = tqdm(
+                total=len(parts), desc=f"teacher {self.model}", delay=3, leave=False, disable=None
+            )
             try:
                 for done in as_completed(asked):
                     done.result()

@@ -3,7 +3,9 @@
 Shapes: B responses, P prompt positions, T response positions, N supervised tokens, K ids.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from diagnostics.batch import Rollouts
 from opd.config import Config
 from opd.credit import local_kl, mean_cost
 from opd.data import Prompts
-from opd.model import response_real
+from opd.model import Pair, response_real
 from opd.objectives import Objective
 from opd.remote import Remote
 
@@ -54,6 +56,19 @@ def asked(remote: Remote, prompts: Prompts, batch: Rollouts, k: int) -> Told:
         return torch.cat(parts).to(batch.tokens.device)
 
     return Told(joined("ids"), joined("logp"), joined("sampled"))
+
+
+def keep_probes(path: Path, pairs: Sequence[Pair], first: int) -> None:
+    """Keep in a run's record what its servers are known by; a resumed run must find them again.
+
+    Raises:
+      RuntimeError: another model is at an address by now.
+    """
+    if first == 0:
+        path.unlink(missing_ok=True)
+    for pair in pairs:
+        if pair.remote is not None:
+            pair.remote.remember(path)
 
 
 def check_tellable(config: Config, objective: Objective) -> None:

@@ -99,10 +99,10 @@ def test_a_run_whose_server_stays_away_stops_whole_and_resumes(
 ) -> None:
     with serving(teacher) as url:
         whole = train(served(tiny_pair, tmp_path / "whole", url, **SHORT))
-        each = (len(teacher.asked) - 2) // 4
+        each = (len(teacher.asked) - 3) // 4
         # two steps and a part of the third
-        teacher.faults = [lambda body: (200, {}, body)] * (2 + 2 * each + 1) + [dropped] * 1000
-        cut = served(tiny_pair, tmp_path / "cut", url, teacher_patience=1.0, **SHORT)
+        teacher.faults = [lambda body: (200, {}, body)] * (3 + 2 * each + 1) + [dropped] * 1000
+        cut = served(tiny_pair, tmp_path / "cut", url, teacher_patience=5.0, **SHORT)
         with pytest.raises(RuntimeError, match="goes on from the last checkpoint"):
             train(cut)
         assert [row["step"] for row in rows(tmp_path / "cut")] == [0, 1]
@@ -110,6 +110,10 @@ def test_a_run_whose_server_stays_away_stops_whole_and_resumes(
         assert last.name == "step_000002"
         torch.load(last / "optimizer.pt", weights_only=True)
         teacher.faults = []
+        honest, teacher.network = teacher.network, Teacher(tiny_pair[0]).network
+        with pytest.raises(RuntimeError, match="another model than at the start"):
+            train(cut)
+        teacher.network = honest
         train(cut)
     assert rows(tmp_path / "cut") == rows(whole)
 
