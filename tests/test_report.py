@@ -325,6 +325,20 @@ def test_ids_that_are_absent_or_masked_are_not_shown_as_likely(run: Path) -> Non
     assert roll["tops"][1] == []
 
 
+def test_likely_ids_do_not_depend_on_the_order_of_the_support(run: Path) -> None:
+    batch = load(run / "batches" / "step_000001.safetensors")
+    assert isinstance(batch, Scored)
+    assert batch.support is not None
+    order = torch.randperm(batch.support.k, generator=torch.Generator().manual_seed(0))
+    mixed = {
+        name: getattr(batch.support, name)[..., order]
+        for name in ("ids", "student_logp", "teacher_logp")
+    }
+    changed = replace(batch, support=replace(batch.support, **mixed))
+    for i in range(len(batch)):
+        assert specimens.tops(changed, i, 3) == specimens.tops(batch, i, 3)
+
+
 def test_a_dump_is_shown_as_the_batch_that_it_was_made_of(run: Path, tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     folder = tmp_path / "stranger"
@@ -370,10 +384,18 @@ def test_impossible_tokens_are_named(run: Path) -> None:
     assert isinstance(batch, Scored)
     ours, theirs = batch.student_logp.clone(), batch.teacher_logp.clone()
     ours[0, 0], theirs[0, 0] = -0.01, -12.0
-    told = sheet.impossible_ids(replace(batch, student_logp=ours, teacher_logp=theirs), set())
+    theirs[1, 0] = 0.0  # a negative cost, which the signal counts by its size
+    changed = replace(batch, student_logp=ours, teacher_logp=theirs)
+    told = sheet.impossible_ids(changed, set())
     assert {"id": int(batch.tokens[0, 0]), "count": 1, "student": -0.01, "teacher": -12.0} in told[
         "rows"
     ]
+    found = (ours.exp() > 0.9) & (theirs.exp() < 1e-4) & batch.mask
+    size = (ours - theirs).abs()
+    signal = float(size[found].sum() / size[batch.mask].sum())
+    assert told["signal"] == pytest.approx(signal, abs=1e-5)
+    assert told["share"] == pytest.approx(float(found.sum() / batch.mask.sum()), abs=1e-5)
+    assert told["ended"] == pytest.approx(float(batch.ended.float().mean()), abs=1e-4)
 
 
 def test_ends_and_the_doctor_are_told(run: Path, tmp_path: Path) -> None:

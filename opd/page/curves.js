@@ -64,7 +64,7 @@ function chartOptions(name, mine, readout) {
   const series = [{}], bands = [];
   for (const line of mine) {
     const at = series.length, stroke = colour(line.i), few = line.x.length < 12, hidden = { stroke: "transparent", points: { show: false } };
-    series.push({ stroke: faded(stroke, few ? 0 : 0.3), width: 1, points: { show: false } }, { stroke, width: 2, points: { show: few, size: 5, fill: stroke } }, hidden, hidden);
+    series.push({ stroke: faded(stroke, few ? 0 : 0.3), width: 1, points: { show: false } }, { stroke, width: 2, dash: dashed(line.i) ? [6, 4] : undefined, points: { show: few, size: 5, fill: stroke } }, hidden, hidden);
     if ($("bands").checked) bands.push({ series: [at + 3, at + 2], fill: faded(stroke, 0.14) });
   }
   const values = mine.flatMap((line) => line.y).filter(known), low = Math.min(...values), high = Math.max(...values);
@@ -96,7 +96,7 @@ function reading(u, mine) {
     const [y, , low, high] = [1, 2, 3, 4].map((m) => u.data[4 * j + m][k]);
     if (y === undefined) return null;
     const value = y === null ? "not a number" : show(y) + (known(low) ? line.y === line.bold ? ` [${show(low)}, ${show(high)}]` : ` ± ${show((high - low) / 2, 2)}` : "");
-    return make("span", { class: "entry" }, make("i", { class: "swatch", colour: colour(line.i) }), value);
+    return make("span", { class: "entry" }, swatch(line.i), value);
   });
   return [`step ${u.data[0][k]} `, ...parts.filter(Boolean)];
 }
@@ -150,7 +150,7 @@ function drawLegend() {
   $("legend").replaceChildren(...all.map((line) => make("button", { type: "button", class: "chip", "aria-pressed": String(!state.hidden.has(line.label)), onclick: () => {
     if (!state.hidden.delete(line.label)) state.hidden.add(line.label);
     drawLegend(); drawCharts(); drawPositions();
-  } }, make("i", { class: "swatch", colour: colour(line.i) }), line.label)));
+  } }, swatch(line.i), line.label)));
 }
 function showColumn(name) {
   if (!columns().includes(name)) return false;

@@ -31,6 +31,9 @@ const LIGHT = ["#0072b2", "#d55e00", "#009e73", "#b5579a", "#b98500", "#3f9fd0",
 const DARK = ["#56b4e9", "#f08c3c", "#4cc38a", "#e39bc4", "#f2be4b", "#9ad0f5", "#a9b1b8", "#d3b45c"];
 const dark = () => document.documentElement.dataset.theme === "dark";
 const colour = (i) => (dark() ? DARK : LIGHT)[i % LIGHT.length];
+// The second eight runs have the first eight's colours, dashed.
+const dashed = (i) => i % (2 * LIGHT.length) >= LIGHT.length;
+const swatch = (i) => make("i", { class: dashed(i) ? "swatch again" : "swatch", colour: colour(i) });
 const faded = (hex, alpha) => hex + Math.round(alpha * 255).toString(16).padStart(2, "0");
 const tones = new Map(); // colours of the theme, read once
 function css(name) {

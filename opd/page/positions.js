@@ -66,7 +66,7 @@ function heatMap(line, name, scale) {
     const way = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key];
     if (way) { event.preventDefault(); read(...(at ? [at[0] + way[0], at[1] + way[1]] : [0, 0])); }
   });
-  return { draw, node: make("div", { class: "map" }, data.runs.length > 1 || line.task ? make("h3", {}, make("i", { class: "swatch", colour: colour(line.i) }), line.label) : null, canvas, readout) };
+  return { draw, node: make("div", { class: "map" }, data.runs.length > 1 || line.task ? make("h3", {}, swatch(line.i), line.label) : null, canvas, readout) };
 }
 function hatch(c, x, y, w, h) {
   c.save();
@@ -123,7 +123,7 @@ function anatomy(line) {
   });
   return make("div", { class: "panel" }, make("h3", { textContent: line.label }),
     stacked(line.part),
-    make("p", { class: "small" }, PARTS.map(([name, k]) => make("span", { class: "entry" }, make("i", { class: "swatch", colour: colour(k) }), name))), grid);
+    make("p", { class: "small" }, PARTS.map(([name, k]) => make("span", { class: "entry" }, swatch(k), name))), grid);
 }
 
 // The parts over the steps, one upon the other; a negative estimate counts as nothing.
