@@ -154,7 +154,7 @@ def test_what_a_server_cannot_tell_is_refused_before_anything(
 ) -> None:
     nowhere = "http://127.0.0.1:9/v1"
     with pytest.raises(ValueError, match=message) as caught:
-        train(served(tiny_pair, tmp_path / "run", nowhere, **changes))
+        train(served(tiny_pair, tmp_path / "run", nowhere, teacher_patience=1.0, **changes))
     assert nowhere in str(caught.value)
     assert not (tmp_path / "run").exists()
 
