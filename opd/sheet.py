@@ -55,7 +55,7 @@ def ratio(above: float, below: float) -> float | None:
 
 
 def sheet(run: "Run", spelling: Spelling, batch: "Scored | None", seen: set[int]) -> dict[str, Any]:
-    """What goes wrong between two vocabularies: see `impossible_ids`, `specials`, `ends`, `doctor`."""
+    """What goes wrong between two vocabularies: `impossible_ids`, `specials`, `ends`, `doctor`."""
     made: dict[str, Any] = {
         "ends": ends(run),
         "doctor": doctor(run.folder),

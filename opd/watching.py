@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 HOST = "127.0.0.1"
-WATCHED = ("rows.jsonl", "evals.jsonl", "batches")
+WATCHED = ("config.json", "rows.jsonl", "evals.jsonl", "batches", "dumps", "doctor.json")
 
 
 def serve(folders: list[Path], tokens: int, port: int) -> None:

@@ -4,6 +4,8 @@ import html.parser
 import json
 import math
 import shutil
+import subprocess
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -26,6 +28,7 @@ from opd.train import train
 from opd.watching import HOST, make_server
 from tests.test_train import settings
 
+ROOT = Path(__file__).resolve().parents[1]
 HOSTILE = (
     "</script><script>window.owned=1</script>",
     "<img src=x onerror=window.owned=1>",
@@ -81,6 +84,12 @@ def links(page: str) -> list[str]:
     return [value for name, value in parser.found if name == "href"]
 
 
+def policy(page: str) -> dict[str, str]:
+    """The content security policy, directive by directive."""
+    text = page.split('http-equiv="Content-Security-Policy" content="')[1].split('"')[0]
+    return dict(directive.strip().split(" ", 1) for directive in text.split(";"))
+
+
 def scripts(page: str) -> list[tuple[str, str]]:
     parser = Scripts()
     parser.feed(page)
@@ -100,14 +109,17 @@ def test_the_page_stands_alone_and_holds_its_data_unharmed(run: Path) -> None:
     found = scripts(page)
     assert [kind for kind, _ in found] == ["application/json", "", ""]
     assert json.loads(found[0][1]) == json.loads(json.dumps(data))
-    policy = page.split('http-equiv="Content-Security-Policy" content="')[1].split('"')[0]
-    assert "default-src 'none'" in policy
-    assert "connect-src" not in policy
-    for _, text in found[1:]:
-        assert f"'sha256-{report.digest(text)}'" in policy
     style = page.split("<style>")[1].split("</style>")[0]
-    assert f"style-src 'sha256-{report.digest(style)}'" in policy
-    assert "unsafe" not in policy
+    known = " ".join(f"'sha256-{report.digest(text)}'" for _, text in found[1:])
+    allowed = {
+        "default-src": "'none'",
+        "script-src": known,
+        "style-src": f"'sha256-{report.digest(style)}'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
+    assert policy(page) == allowed
+    assert policy(report.page(data, watch=True)) == allowed | {"connect-src": "'self'"}
     assert not {"src", "href", "action", "style"} & (attributes(page) - {"href"})
     assert all(link.startswith("#") for link in links(page))
 
@@ -182,6 +194,16 @@ def test_curves_alarms_and_accuracy_are_those_of_the_record(run: Path) -> None:
     ]
 
 
+def test_of_rows_with_one_step_the_last_counts(tmp_path: Path) -> None:
+    written = [{"step": s, "loss": float(i)} for i, s in enumerate((0, 2, 3, 2, 1))]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))
+    made = record.recorded(record.read_run(tmp_path))
+    part = made["tasks"][0]
+    assert part["steps"] == [[0, 1, 2, 3]]
+    assert part["curves"]["loss"] == [0, [0.0, 4.0, 3.0, 2.0], None]
+    assert made["done"] == 4
+
+
 def test_alarms_are_those_that_a_replay_raises(run: Path) -> None:
     bad = [{"step": s, "loss": None, "collapse/repeated_share": 0.9} for s in range(9)]
     made = record.part("", bad)
@@ -210,12 +232,12 @@ def test_long_curves_keep_their_ends_extremes_gaps_and_alarms() -> None:
     points = [(i, float((i * 7919) % 2003), None) for i in range(20_000)]
     points[12_345] = (12_345, 1e6, None)
     points[777] = (777, None, None)
+    points[9_999] = (9_999, -1e6, None)
     kept = record.thinned(points, 400, {4_321})
     assert len(kept) <= 404
     assert (kept[0], kept[-1]) == (points[0], points[-1])
-    for step in (12_345, 777, 4_321):
+    for step in (12_345, 9_999, 777, 4_321):
         assert points[step] in kept
-    assert min(p[1] for p in kept if p[1] is not None) == 0
     assert kept == sorted(kept)
     assert record.thinned(points[:100], 100) == points[:100]
     rising = [{"step": s, "loss": 1.0, "collapse/repeated_share": s / 4000} for s in range(2000)]
@@ -457,6 +479,17 @@ def test_runs_without_batches_or_rows_are_shown_all_the_same(run: Path, tmp_path
         report.contents([tmp_path])
     assert report.labels([tmp_path / "a" / "x", tmp_path / "b" / "x"]) == ["a/x", "b/x"]
     assert report.labels([tmp_path / "a" / "x", tmp_path / "a" / "y"]) == ["x", "y"]
+
+
+def test_rows_alone_are_reported_without_torch(run: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "rows.jsonl", "evals.jsonl"):
+        shutil.copy(run / name, tmp_path)
+    program = (
+        "import sys; from pathlib import Path; from opd import report; "
+        "report.page(report.contents([Path(sys.argv[1])])); "
+        "sys.exit(1 if {'torch', 'transformers'} & set(sys.modules) else 0)"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, cwd=ROOT)
 
 
 @pytest.fixture

@@ -84,7 +84,9 @@ function renew(news) {
 if (document.documentElement.dataset.watch === "watch") {
   let version = null;
   const look = async () => {
+    const start = performance.now();
     try {
+      if (document.hidden) return;
       const now = await (await fetch("/version")).text();
       if (now !== version) {
         if (version !== null) renew(await (await fetch("/data")).json());
@@ -95,8 +97,10 @@ if (document.documentElement.dataset.watch === "watch") {
     } catch {
       $("made").textContent = `${data.made}; the server does not answer`;
       $("made").classList.add("lost");
+    } finally {
+      // making the page anew takes the machine's time, so a long record is read less often
+      setTimeout(look, Math.max(3000, 9 * (performance.now() - start)));
     }
-    setTimeout(look, 3000);
   };
   look();
 }

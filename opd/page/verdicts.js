@@ -14,7 +14,7 @@ function drawVerdicts() {
 function card(run) {
   const alarms = alarmsOf(run), on = alarms.filter((alarm) => alarm.on), config = run.config;
   const verdict = on.length ? `${plural(on.length, "alarm")} on` : alarms.length ? "alarms are over" : run.done ? "no alarm" : "not begun";
-  const about = [config.objective && words(config.objective), known(config.seed) && `seed ${config.seed}`, run.seconds > 0 && `${show(run.seconds / 60, 2)} min`];
+  const about = [config.objective && words(config.objective), known(config.seed) && `seed ${config.seed}`, run.seconds > 0 && (run.seconds < 90 ? `${show(run.seconds, 2)} s` : `${show(run.seconds / 60, 2)} min`)];
   const steps = known(config.steps) ? `step ${run.done} of ${config.steps}${run.done < config.steps ? ", unfinished" : ""}` : `step ${run.done}`;
   return make("article", { class: `card ${on.length ? "bad" : alarms.length ? "over" : "good"}` },
     make("div", { class: "head" }, make("h3", { textContent: run.name }), make("span", { class: "pill", textContent: verdict })),
