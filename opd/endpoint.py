@@ -246,7 +246,7 @@ class Endpoint:
             401: f"set the environment variable {KEY}",
             403: f"set the environment variable {KEY} to a key that may ask this",
             404: "does the address end in /v1, and is it of vLLM's OpenAI server?",
-        }.get(status, "the question is not understood")
+        }.get(status, "it refuses the question")
         raise ValueError(f"{where}: status {status}: {said}; {remedy}")
 
     def _clean(self, raw: bytes) -> str:
