@@ -113,7 +113,16 @@ def rooms() -> Callable[[], Environment]:
     return Rooms
 
 
-ENVIRONMENTS: Mapping[str, Callable[[], Callable[[], Environment]]] = {"rooms": rooms}
+def alfworld() -> Callable[[], Environment]:
+    from opd.environments.alfworld import made
+
+    return made()
+
+
+ENVIRONMENTS: Mapping[str, Callable[[], Callable[[], Environment]]] = {
+    "rooms": rooms,
+    "alfworld": alfworld,
+}
 
 
 def told(goal: str, past: tuple[tuple[str, str], ...], scene: Scene, history: int) -> str:

@@ -3,6 +3,7 @@
 import random
 from collections import deque
 from copy import deepcopy
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -262,7 +263,7 @@ def test_a_prompt_tells_goal_history_scene_and_actions() -> None:
 @pytest.mark.parametrize(
     ("source", "settings", "wrong"),
     [
-        ("env:castle", {}, "unknown environment 'castle'; known: env:rooms"),
+        ("env:castle", {}, "unknown environment 'castle'; known: env:rooms, env:alf"),
         ("env:no.such.module:make", {}, "No module named 'no'"),
         ("env:tests.test_environments:nothing", {}, "no function 'nothing'"),
         ("env:rooms", {"layout": "both"}, "layout is 'both'; it must be one of turns, trajectory"),
@@ -272,3 +273,9 @@ def test_a_prompt_tells_goal_history_scene_and_actions() -> None:
 def test_bad_sources_are_refused(source: str, settings: dict[str, Any], wrong: str) -> None:
     with pytest.raises(ValueError, match=wrong):
         load_games(source, 0, **settings)
+
+
+@pytest.mark.skipif(find_spec("alfworld") is not None, reason="alfworld is installed")
+def test_what_is_not_installed_is_named() -> None:
+    with pytest.raises(ImportError, match=r"needs alfworld, .*pip install 'opdlab\[alfworld\]'"):
+        load_games("env:alfworld", 0)
