@@ -13,12 +13,13 @@ import torch
 
 from diagnostics.batch import Rollouts, Scored
 from opd import endpoint
+from opd.answers import read_position
 from opd.data import Prompts, encode
 from opd.loss import loss_from_hidden
 from opd.model import Pair, load_pair, response_hidden
 from opd.objectives import make
 from opd.problems import Problem
-from opd.remote import Remote, connect, grouped, read_position
+from opd.remote import Remote, connect, grouped
 from opd.rollout import sample
 from opd.scoring import score, score_support, score_told
 from opd.supports import JOINED
