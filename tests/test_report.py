@@ -266,6 +266,7 @@ def test_maps_and_anatomy_are_the_columns_by_position(run: Path) -> None:
             value = written[-1][f"{name}@{low}-{high}"]
             if value is not None:
                 assert last["parts"][k][j] == pytest.approx(value, rel=1e-4, abs=1e-9)
+    assert record.part("", [*written, {"step": 3}])["maps"] == made["maps"]
     long = [written[i % 3] | {"step": i} for i in range(500)]
     thin = record.maps(long, record.binned(long), 50)["drift/k1"]["steps"]
     assert (len(thin), thin[0], thin[-1]) == (50, 0, 499)
@@ -341,6 +342,7 @@ def test_ids_that_are_absent_or_masked_are_not_shown_as_likely(run: Path) -> Non
     hole[:, 1] = False
     changed = replace(batch, support=absent, mask=hole)
     roll = specimens.one(changed, 0, 0, 3, [], spelling.Spelling(), set())
+    assert specimens.one(batch, 0, 0, 3, ["math"], spelling.Spelling(), set())["task"] == "math"
     first = int(batch.support.ids[0, 0, 0])
     assert first not in roll["tops"][0][::3]
     assert roll["off"] == [1]
@@ -469,7 +471,9 @@ def test_runs_without_batches_or_rows_are_shown_all_the_same(run: Path, tmp_path
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(run / "config.json", bare)
-    data = report.contents([bare, run])
+    data = report.contents([bare, run], 60)
+    shown = sum(len(roll["ids"]) for one in data["runs"] for roll in one["rollouts"])
+    assert shown <= max(60 // 2, 3 * 12)  # at least one response of each of three batches
     assert [(one["done"], len(one["rollouts"]) > 0) for one in data["runs"]] == [
         (0, False),
         (3, True),

@@ -1,6 +1,8 @@
 """The HTML report in a real browser; skipped where playwright or a Chromium is missing."""
 
 import json
+import math
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,11 +84,28 @@ def test_every_token_shows_its_numbers(browser: Any, run: Path, tmp_path: Path) 
         assert marked == (roll["in"][k] == "0")
         tokens.nth(k).hover()
         told = page.locator("#detail").inner_text().replace("−", "-")
-        assert f"{roll['t'][k] / 100 - roll['s'][k] / 100:.3g} nats" in told
         assert f"id {roll['ids'][k]} · position {k}" in told
-        tops = roll["tops"][k][::3]
-        shown = page.locator("#detail .both tbody tr").count()
-        assert shown == len(tops) + (roll["ids"][k] not in tops)
+        ours, theirs = roll["s"][k] / 100, roll["t"][k] / 100
+        signal = re.search(r"(\S+) nats", told)[1]
+        logps = re.search(r"log p, log q\s+(\S+), (\S+)", told).groups()
+        assert float(signal) == pytest.approx(theirs - ours, rel=6e-3)
+        assert [float(x) for x in logps] == pytest.approx([ours, theirs], rel=6e-3)
+        tops = [roll["tops"][k][j : j + 3] for j in range(0, len(roll["tops"][k]), 3)]
+        if roll["ids"][k] not in [v for v, _, _ in tops]:
+            tops.append([roll["ids"][k], roll["s"][k], roll["t"][k]])
+        shown = page.locator("#detail .both tbody tr")
+        assert shown.count() == len(tops)
+        for row, (v, *logps) in zip(shown.all(), tops, strict=True):
+            name, *chances = [cell.text_content() for cell in row.locator("td").all()]
+            if v != roll["ids"][k]:
+                text = data["runs"][0]["texts"][str(v)].replace("\n", "\\n").replace("\t", "\\t")
+                assert name == f'"{text}"'
+            for chance, logp in zip(chances, logps, strict=True):
+                exact = 100 * math.exp(logp / 100)
+                number = chance.strip("< %")
+                assert (
+                    exact < 1e-4 if "<" in chance else float(number) == pytest.approx(exact, 0.06)
+                )
     assert wrong == []
 
 
@@ -119,9 +138,20 @@ def test_keys_walk_through_tokens_and_rollouts(browser: Any, run: Path, tmp_path
     page.locator(".plot").first.focus()
     page.keyboard.press("ArrowRight")
     assert "step 0" in page.locator(".chart .readout").first.inner_text()
+    page.locator("[data-column='drift/k1'] .plot").focus()
+    page.keyboard.press("ArrowRight")
+    row = rows.read(run / "rows.jsonl")[0]
+    told = page.locator("[data-column='drift/k1'] .readout").inner_text().replace("−", "-")
+    value, spread = told.removeprefix("step 0").split("±")
+    assert float(value) == pytest.approx(row["drift/k1"], rel=6e-3)
+    assert float(spread) == pytest.approx(1.96 * row["drift/k1_se"], rel=6e-2)
     page.locator(".map canvas").first.focus()
     page.keyboard.press("ArrowRight")
     assert "step 0, positions 0–1" in page.locator(".map .readout").first.inner_text()
+    page.locator(".map canvas").first.hover(position={"x": 60, "y": 10})
+    bins = next(iter(data["runs"][0]["tasks"][0]["maps"].values()))["bins"]
+    last = "–".join(map(str, bins[-1]))
+    assert f"step 0, positions {last}" in page.locator(".map .readout").first.inner_text()
     assert wrong == []
 
 

@@ -21,7 +21,7 @@ const show = (x, digits = 3) => known(x) ? Number(x.toPrecision(digits)).toStrin
 function percent(x) {
   if (!known(x)) return "–";
   if (x > 0 && x < 1e-6) return "< 0.0001 %";
-  return `${show(100 * x, x > 0.999 && x < 1 ? 5 : x < 1e-3 ? 1 : 3)} %`;
+  return `${show(100 * x, x > 0.999 && x < 1 ? 5 : x < 1e-3 ? 2 : 3)} %`;
 }
 const plural = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
 const words = (name) => name.replaceAll("_", " ");
