@@ -471,9 +471,9 @@ def test_runs_without_batches_or_rows_are_shown_all_the_same(run: Path, tmp_path
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(run / "config.json", bare)
-    data = report.contents([bare, run], 60)
+    data = report.contents([bare, run], 120)
     shown = sum(len(roll["ids"]) for one in data["runs"] for roll in one["rollouts"])
-    assert shown <= max(60 // 2, 3 * 12)  # at least one response of each of three batches
+    assert shown <= 60  # its half
     assert [(one["done"], len(one["rollouts"]) > 0) for one in data["runs"]] == [
         (0, False),
         (3, True),

@@ -152,6 +152,8 @@ def test_keys_walk_through_tokens_and_rollouts(browser: Any, run: Path, tmp_path
     bins = next(iter(data["runs"][0]["tasks"][0]["maps"].values()))["bins"]
     last = "–".join(map(str, bins[-1]))
     assert f"step 0, positions {last}" in page.locator(".map .readout").first.inner_text()
+    page.locator(".map canvas").first.hover(position={"x": 60, "y": 130})
+    assert "step 0, positions 0–1" in page.locator(".map .readout").first.inner_text()
     assert wrong == []
 
 
