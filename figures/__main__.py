@@ -2,8 +2,9 @@
 
 A figure NAME is the module figures/NAME.py with `COLUMNS`, what it reads, `CAPTION`, and
 `draw(table)`. Its table is figures/data/NAME.csv unless --table or --run names another. `paper`
-stands for the figures and tables of the paper, `all` for every figure, and `claims` writes what
-the paper claims beside what is recorded here. --refresh makes the recorded table anew first.
+stands for the figures and tables of the paper, `all` for every figure; `claims` writes what the
+paper claims beside what is recorded here, `gallery` every figure with its caption and the claims
+that it bears on. --refresh makes the recorded table anew first.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import sys
 from glob import glob
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,7 +24,7 @@ FOLDER = Path(__file__).resolve().parent
 DATA = FOLDER / "data"
 NOT_FIGURES = (
     *("__init__", "__main__", "collect", "style", "tables"),
-    *("runs", "tokens", "vocabulary", "steps", "paired", "claims"),
+    *("runs", "tokens", "vocabulary", "steps", "paired", "measures", "claims", "gallery"),
 )
 PAPER = (
     *("toy", "scatter", "loop", "gap", "segmentation", "dynamics", "multitask", "ablations"),
@@ -43,6 +44,8 @@ RECORDED_AS = {
     "comparison": "paper_evaluations",
 }
 """Figures whose table has another name than theirs."""
+TEXTS = {"claims": "claims.md", "gallery": "README.md"}
+"""What is written about the recorded tables, and the file's name."""
 
 
 def figures() -> list[str]:
@@ -50,23 +53,29 @@ def figures() -> list[str]:
     return sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in NOT_FIGURES)
 
 
-def made_by(name: str) -> list[str]:
-    """The commands that make a figure's table, each a line."""
+def made_by(name: str, runs: list[str] | None = None) -> list[str]:
+    """The commands that make a figure's table, each a line; of its recorded runs if not of `runs`.
+
+    runs: GROUP/METHOD-SEED of each.
+    """
     update = f"opd figures {name} --run {{runs}} --update-data"
     if name == "training":
         return ["opd demo", update.format(runs="results/demo/runs/*")]
     if name in FROM_RUNS:
         about = recorded(name).with_suffix(".json")
-        known = json.loads(about.read_text()).get("runs", {}) if about.exists() else {}
-        folders = [f"results/paper/{run}" for run in known] or ["results/paper/*/*"]
-        return ["opd paper", update.format(runs=" ".join(folders))]
+        if runs is None and about.exists():
+            runs = list(json.loads(about.read_text()).get("runs", {}))
+        methods = dict.fromkeys(run.rpartition("-")[0] or run for run in runs or [])
+        whole = not methods or (name in RECORDED_AS and name != "warning")
+        folders = ["*/*"] if whole else [f"{method}-*" for method in methods]
+        return ["opd paper", update.format(runs=" ".join(f"results/paper/{x}" for x in folders))]
     return [f"opd study run {RECORDED_AS.get(name, name)} --update-figures"]
 
 
 def main(argv: list[str]) -> None:
-    """`opd figures [NAME|paper|all|claims] [--run DIR ...] [--table CSV] [--refresh]`."""
+    """`opd figures [NAME|paper|all|claims|gallery] [--run DIR ...] [--table CSV] [--refresh]`."""
     parser = argparse.ArgumentParser(prog="opd figures", description=__doc__)
-    known = f"{', '.join(figures())}; paper, all, or claims"
+    known = f"{', '.join(figures())}; paper, all, claims, or gallery"
     parser.add_argument("name", nargs="?", default="all", help=known)
     parser.add_argument("--table", type=Path, help="draw this table instead of the recorded one")
     parser.add_argument("--run", type=Path, nargs="+", help=f"run folders to draw, for {FROM_RUNS}")
@@ -78,12 +87,11 @@ def main(argv: list[str]) -> None:
         "--refresh", action="store_true", help="run the experiment behind it and record it first"
     )
     given = parser.parse_args(argv)
-    if given.name == "claims":
-        from figures.claims import written
-
+    if given.name in TEXTS:
         given.out.mkdir(parents=True, exist_ok=True)
-        (given.out / "claims.md").write_text(written(DATA))
-        print(given.out / "claims.md")
+        path = given.out / TEXTS[given.name]
+        path.write_text(import_module(f"figures.{given.name}").written(DATA))
+        print(path)
         return
     names = {"all": figures(), "paper": list(PAPER)}.get(given.name, [given.name])
     if given.table and len(names) > 1:
@@ -160,23 +168,30 @@ def read(name: str, path: Path) -> "pd.DataFrame":
 
 
 def render(name: str, table: "pd.DataFrame", out: Path) -> list[Path]:
-    """Draw one figure and write its files."""
+    """Draw one figure and write its files; a figure of tables also writes them."""
     from figures import style
 
+    module = import_module(f"figures.{name}")
     with style.look():
-        return style.save(import_module(f"figures.{name}").draw(table), out, name)
+        paths = style.save(module.draw(table), out, name)
+    if hasattr(module, "markdown"):
+        text, numbers = out / f"{name}.md", out / f"{name}.csv"
+        text.write_text(module.markdown(table))
+        module.summary(table).to_csv(numbers, index=False, float_format="%.5g")
+        paths += [text, numbers]
+    return paths
 
 
 def record(name: str, table: "pd.DataFrame", runs: list[Path]) -> None:
     """Keep a table of runs in figures/data, with what made it."""
     path = recorded(name)
     table.to_csv(path, index=False)
-    configs = {label(run): json.loads((run / "config.json").read_text()) for run in runs}
+    configs = {label(run): settings(run) for run in runs}
     first = next(iter(configs.values()))
     shared = {k: x for k, x in first.items() if all(c.get(k) == x for c in configs.values())}
     own = {r: {k: x for k, x in c.items() if k not in shared} for r, c in configs.items()}
     about = {
-        "command": made_by(name),
+        "command": made_by(name, list(configs)),
         "settings": shared,
         "runs": own,
         "code": sorted({(run / "code.txt").read_text().splitlines()[0] for run in runs}),
@@ -186,8 +201,39 @@ def record(name: str, table: "pd.DataFrame", runs: list[Path]) -> None:
         "table": hashlib.sha256(path.read_bytes()).hexdigest()[:16],
         "versions": {p: metadata.version(p) for p in ("torch", "transformers", "pandas")},
     }
-    path.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
+    path.with_suffix(".json").write_text(by_line(about))
     print(path)
+
+
+def settings(run: Path) -> dict[str, Any]:
+    """A run's config.json, but for its own place; folders beside it by relative paths."""
+    config = json.loads((run / "config.json").read_text())
+    config.pop("out", None)
+    return {name: portable(value, run.resolve()) for name, value in config.items()}
+
+
+def portable(value: Any, run: Path) -> Any:
+    """A setting whose absolute paths begin at the nearest folder that the run is in too."""
+    if isinstance(value, dict):
+        return {name: portable(x, run) for name, x in value.items() if x is not None}
+    if isinstance(value, list):
+        return [portable(x, run) for x in value]
+    if isinstance(value, str) and Path(value).is_absolute():
+        common = next(up for up in run.parents if Path(value).is_relative_to(up))
+        return str(Path(value).relative_to(common))
+    return value
+
+
+def by_line(about: dict[str, Any]) -> str:
+    """JSON with a line for every entry of the two upper levels."""
+    parts = []
+    for name, value in about.items():
+        text = json.dumps(value)
+        if isinstance(value, dict):
+            lines = (f"  {json.dumps(k)}: {json.dumps(x)}" for k, x in value.items())
+            text = "{\n" + ",\n".join(lines) + "\n }"
+        parts.append(f" {json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def label(run: Path) -> str:

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -14,13 +13,14 @@ from figures.steps import EVALUATION_COLUMNS, evaluations
 COLUMNS = EVALUATION_COLUMNS
 CAPTION = (
     "Held-out accuracy after training, mean over seeds and problems, with 95 % intervals that "
-    "resample both; dotted: the student before training. The models are made for this: a "
-    "byte-level student that spells its think tags and ends with <|im_end|>; a teacher of the "
-    "task chain whose tags are single tokens and whose end is <|endoftext|>; a teacher of the "
-    "task sort that writes as the student does. The paper's students have 7B parameters and its "
-    "tasks are math and ALFWorld. The mismatch is like the paper's (log-probabilities of -15 for "
-    "the student's tag and -18 for its end), and every response has it three times in 120 tokens,"
-    " which is far more often."
+    "resample both; strokes: each run; dotted: the student before. Rollouts have top-p 0.9 for "
+    "local supports and variants, as in the paper; evaluation is at top-p 1 (in the paper: 0.9). "
+    "The models are made for this: a byte-level student that spells its think tags and ends "
+    "with <|im_end|>; a teacher of the task chain whose tags are single tokens and whose end is "
+    "<|endoftext|>; a teacher of the task sort that writes as the student does. The paper's "
+    "students have 7B parameters and its tasks are math and ALFWorld. The mismatch is like the "
+    "paper's (see `segmentation`), but every response has it three times within some hundred "
+    "tokens, which is far more often: that unmasked methods fall to 0 is an effect of this scale."
 )
 TABLES = {
     "table1": (
@@ -29,7 +29,7 @@ TABLES = {
         ("sampled", "sampled_mask", "lsm", "lsm_mask"),
     ),
     "table2": (
-        "Table 2: two tasks by turns",
+        "Table 2: two tasks",
         "multi",
         ("sampled", "sampled_mask", "lsm", "lsm_mask"),
     ),
@@ -48,7 +48,7 @@ TABLES = {
         ),
     ),
     "table4b": (
-        "Table 4b: two tasks",
+        "Table 4b: variants, two tasks",
         "multi",
         (
             *("lsm", "v2_student_and_sampled", "v3_teacher_and_sampled"),
@@ -64,10 +64,10 @@ NAMES = {
     "lsm": "local support (V1)",
     "lsm_mask": "local support (V1), mask",
     "lsm_whole": "local support, no top-p",
-    "v2_student_and_sampled": "student's top-K + sampled (V2)",
-    "v3_teacher_and_sampled": "teacher's top-K + sampled (V3)",
-    "v4_student_tail": "student's top-K, tail (V4)",
-    "v5_teacher_tail": "teacher's top-K, tail (V5)",
+    "v2_student_and_sampled": "V2: student's K + sampled",
+    "v3_teacher_and_sampled": "V3: teacher's K + sampled",
+    "v4_student_tail": "V4: student's K, tail",
+    "v5_teacher_tail": "V5: teacher's K, tail",
     "v2_student_and_sampled_mask": "V2, mask",
     "v3_teacher_and_sampled_mask": "V3, mask",
     "v4_student_tail_mask": "V4, mask",
@@ -87,10 +87,11 @@ def draw(table: pd.DataFrame) -> Figure:
         [["table1", "table2"], ["table3", "table4b"], ["table4", "table4"]],
         height_ratios=[4, 6, 10],
     )
+    found = summary(table)
     for name, axes in grid.items():
-        title, group, methods = TABLES[str(name)]
-        panel(axes, table[table["group"] == group].fillna({"task": ""}), methods)
-        axes.set_title(title)
+        final = last(table[table["group"] == TABLES[str(name)][1]].fillna({"task": ""}))
+        panel(axes, found[found["table"] == name], final)
+        axes.set_title(TABLES[str(name)][0])
     for axes in (grid["table3"], grid["table4b"], grid["table4"]):
         axes.set_xlabel("held-out accuracy")
     handles = [
@@ -101,64 +102,94 @@ def draw(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def panel(axes: Any, table: pd.DataFrame, methods: tuple[str, ...]) -> None:
-    final, first = last(table), table[table["step"] == 0]
-    shown = [method for method in methods if method in set(final["method"])]
-    tasks = list(dict.fromkeys(final["task"]))
-    for i, task in enumerate(tasks):
-        start = first[first["task"] == task]["accuracy"].mean()
-        axes.axvline(start, ls=":", lw=1, color=TASKS[task])
-        for row, method in enumerate(shown):
-            values = outcomes(final[final["task"] == task], method).to_numpy(float)
-            mean, low, high = accuracy(values)
-            place = row + (i - (len(tasks) - 1) / 2) * 0.28
-            axes.errorbar(
-                mean, place, xerr=[[mean - low], [high - mean]], fmt="o", ms=3.5, color=TASKS[task]
-            )
-    labels = [NAMES.get(method, method) for method in shown]
-    axes.set_yticks(range(len(shown)), labels)
+def panel(axes: Any, found: pd.DataFrame, final: pd.DataFrame) -> None:
+    """Rows of `summary` of one table, and the runs behind them."""
+    shown, tasks = (list(dict.fromkeys(found[name])) for name in ("method", "task"))
+    for row in found.itertuples():
+        colour = TASKS[row.task]
+        if row.method == shown[0]:
+            axes.axvline(row.before, ls=":", lw=1, color=colour)
+        place = shown.index(row.method) + (tasks.index(row.task) - (len(tasks) - 1) / 2) * 0.28
+        ends = [[row.accuracy - row.low], [row.high - row.accuracy]]
+        axes.errorbar(row.accuracy, place, xerr=ends, fmt="o", ms=3.5, color=colour)
+        runs = final[(final["method"] == row.method) & (final["task"] == row.task)]["accuracy"]
+        axes.plot(runs, [place] * len(runs), "|", ms=6, mew=0.8, color=colour, alpha=0.7)
+    axes.set_yticks(range(len(shown)), [NAMES.get(method, method) for method in shown])
     axes.set(xlim=(-0.03, 1.0), ylim=(len(shown) - 0.5, -0.5))
 
 
-def markdown(table: pd.DataFrame) -> str:
-    """All tables as Markdown: accuracy, and the difference to the first row of each."""
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """All tables: accuracy of every method, and its difference to the first method of its table.
+
+    Columns: table, task, method, seeds, before (accuracy of the student), accuracy, low, high, and
+    of the difference pairs (seeds that both have), away, away_low, away_high, p, p_seeds: see
+    `paired.difference`; both p are adjusted by Holm within a table and task. Differences of the
+    first method are NaN.
+    """
     parts = []
-    for title, group, methods in TABLES.values():
+    for name, (_, group, methods) in TABLES.items():
         mine = table[table["group"] == group].fillna({"task": ""})
-        if mine.empty:
-            continue
         for task in dict.fromkeys(mine["task"]):
-            parts.append(one_table(title, task, mine[mine["task"] == task], methods))
-    return "\n\n".join(parts) + "\n"
+            some = one_table(mine[mine["task"] == task], methods)
+            some.insert(0, "table", name)
+            some.insert(1, "task", task)
+            parts.append(some)
+    return pd.concat(parts, ignore_index=True)
 
 
-def one_table(title: str, task: str, table: pd.DataFrame, methods: tuple[str, ...]) -> str:
-    """One task's table; p is `paired.sign_flip` over problems, adjusted by Holm in the table."""
-    final = last(table)
+def one_table(table: pd.DataFrame, methods: tuple[str, ...]) -> pd.DataFrame:
+    """`summary` of one table and task."""
+    final, first = last(table), table[table["step"] == 0]
+    found = []
     shown = [method for method in methods if method in set(final["method"])]
-    base = outcomes(final, shown[0])
-    pairs = [difference(outcomes(final, method), base) for method in shown[1:]]
-    adjusted = holm([pair["p"] for pair in pairs])
-    first = pd.DataFrame(
-        [list(map(float, x)) for x in table[table["step"] == 0]["outcomes"].unique()]
-    )
-    lines = [
-        f"### {title}" + (f", task {task}" if task else ""),
-        "",
-        f"Student before training: {np.mean(first.to_numpy()):.3f}.",
-        "",
-        f"| method | seeds | accuracy [95 %] | minus {NAMES.get(shown[0], shown[0])} [95 %] | p |",
-        "|---|---|---|---|---|",
-    ]
-    for i, method in enumerate(shown):
+    for method in shown:
         values = outcomes(final, method)
-        cell = "{:.3f} [{:.3f}, {:.3f}]".format(*accuracy(values.to_numpy(float)))
-        away = p = ""
-        if i:
-            away = "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**pairs[i - 1])
-            p = f"{adjusted[i - 1]:.3g}"
-        lines.append(f"| {NAMES.get(method, method)} | {len(values)} | {cell} | {away} | {p} |")
-    return "\n".join(lines)
+        mean, low, high = accuracy(values.to_numpy(float))
+        row = {"method": method, "seeds": len(values), "before": first["accuracy"].mean()}
+        row |= {"accuracy": mean, "low": low, "high": high}
+        if method != shown[0]:
+            away = difference(values, outcomes(final, shown[0]))
+            row |= {"pairs": away["seeds"], "away": away["value"]}
+            row |= {"away_low": away["low"], "away_high": away["high"]}
+            row |= {"p": away["p"], "p_seeds": away["p_seeds"]}
+        found.append(row)
+    whole = pd.DataFrame(found)
+    for name in {"p", "p_seeds"} & set(whole):
+        whole.loc[1:, name] = holm(whole.loc[1:, name].tolist())
+    return whole
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """All tables as Markdown."""
+    found = summary(table)
+    parts = [
+        "Brackets: 95 % intervals over runs and problems. p: sign flips over problems, about "
+        "these runs; p over seeds: sign flips over seeds, about runs like them, which with n seeds "
+        f"is at least 2^(1-n) ({2.0 ** (1 - found['pairs'].max()):.4g} at most seeds) before "
+        "Holm's correction within a table, which both have."
+    ]
+    for (name, task), mine in found.groupby(["table", "task"], sort=False):
+        base, *_ = mine.itertuples()
+        to = NAMES.get(str(base.method), str(base.method))
+        lines = [
+            f"### {TABLES[str(name)][0]}" + (f", task {task}" if task else ""),
+            "",
+            f"Student before training: {base.before:.3f}.",
+            "",
+            f"| method | seeds | accuracy [95 %] | minus {to} [95 %] | p | p over seeds |",
+            "|---|---|---|---|---|---|",
+        ]
+        for row in mine.itertuples():
+            cells = [NAMES.get(row.method, row.method), str(row.seeds)]
+            cells.append(f"{row.accuracy:.3f} [{row.low:.3f}, {row.high:.3f}]")
+            if row.method == base.method:
+                cells += ["", "", ""]
+            else:
+                away = f"{row.away:+.3f} [{row.away_low:+.3f}, {row.away_high:+.3f}]"
+                cells += [away, f"{row.p:.3g}", f"{row.p_seeds:.3g}"]
+            lines.append("| " + " | ".join(cells) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
 
 
 def collect(runs: list[Path]) -> pd.DataFrame:

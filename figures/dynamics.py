@@ -5,19 +5,19 @@ from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
 
 from figures import style
 from figures.steps import STEP_COLUMNS, over_seeds, steps
 
 COLUMNS = STEP_COLUMNS
 CAPTION = (
-    "Along training on one task, on fresh rollouts: mean over seeds with a 95 % interval "
-    "(Student's t; geometric where the axis is logarithmic). The gap is the mean of log q - log p"
-    " over sampled and supervised tokens; gradient norms are before clipping at 1. Local support "
-    "draws its rollouts from the nucleus of 0.9, as in the paper, so that its train score and its"
-    " gap are about those. The paper has 400 steps of one seed and responses up to 16k tokens; "
-    "here are 30 steps and 192 tokens."
+    "Along training on one task: mean over seeds with a 95 % interval (Student's t; geometric "
+    "where the axis is logarithmic). Held-out accuracy is at top-p 1; the rest is on fresh "
+    "rollouts. The gap is the mean of log q - log p over sampled and supervised tokens; gradient "
+    "norms are before clipping at 1; repeated tokens are in an 8-gram that was there before. Local "
+    "support draws its rollouts from the nucleus of 0.9, as in the paper, so that its train score "
+    "and its gap are about those. The paper has 400 steps of one seed, responses of up to 16k "
+    "tokens, and no panel of repetition."
 )
 METHODS = {
     "sampled": ("sampled token", style.RED, "-"),
@@ -27,24 +27,27 @@ METHODS = {
 }
 PANELS = {
     "reward": "Train score",
-    "truncated": "Responses cut at the budget",
+    "accuracy": "Held-out accuracy",
+    "truncated": "Cut at the budget",
     "length": "Length, tokens",
-    "entropy": "Student's entropy, nats",
+    "entropy": "Entropy, nats",
     "grad_norm": "Gradient norm",
-    "gap": "Gap log q - log p, nats",
+    "gap": "Gap, nats",
+    "repeated": "Repeated tokens",
 }
-LOG, SHARES = ("entropy", "grad_norm"), ("reward", "truncated")
+LOG, SHARES = ("entropy", "grad_norm"), ("reward", "accuracy", "truncated")
+COLUMNS_OF_PANELS = 4
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """Six panels of the group "single"."""
-    figure, axes = style.panels(2, 3, 3.8)
-    six_panels(axes, table[table["group"] == "single"])
+    """PANELS of the group "single"."""
+    figure, axes = style.panels(2, COLUMNS_OF_PANELS, 3.7)
+    all_panels(axes, table[table["group"] == "single"])
     finish(figure, axes)
     return figure
 
 
-def six_panels(axes: list[Any], table: pd.DataFrame) -> None:
+def all_panels(axes: list[Any], table: pd.DataFrame) -> None:
     """PANELS of one task."""
     table = table.assign(gap=-table["cost"])
     for place, (column, title) in zip(axes, PANELS.items(), strict=True):
@@ -52,18 +55,18 @@ def six_panels(axes: list[Any], table: pd.DataFrame) -> None:
             mean = over_seeds(table[table["method"] == method], column, column in LOG)
             if len(mean):
                 how = {"color": colour, "ls": dash, "lw": 1.1, "label": label}
+                how |= {"marker": "o", "ms": 3} if column == "accuracy" else {}
                 style.curve(place, mean["step"], mean["value"], mean["low"], mean["high"], **how)
         place.set_title(title)
         if column in LOG:
-            place.set_yscale("log")
-            place.yaxis.set_minor_formatter(NullFormatter())
+            style.log_axis(place)
         if column in SHARES:
             place.set_ylim(-0.03, 1.03)
 
 
 def finish(figure: Figure, axes: list[Any]) -> None:
     """The legend below, and what the lowest axes show."""
-    for place in axes[-3:]:
+    for place in axes[-COLUMNS_OF_PANELS:]:
         place.set_xlabel("step")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(METHODS))

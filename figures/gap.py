@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from figures import style
+from figures.dynamics import METHODS
 
 COLUMNS = ("method", "step", "first", "last", "tokens", "quantile", "value", "low", "high")
 CAPTION = (
@@ -32,7 +33,7 @@ def draw(table: pd.DataFrame) -> Figure:
         steps = sorted(mine["step"].unique())
         for place, step in zip(axes[2 * i : 2 * i + 2], (steps[0], steps[-1]), strict=True):
             boxes(place, mine[mine["step"] == step])
-            place.set_title(f"{method}, step {step}")
+            place.set_title(f"{METHODS.get(method, (method,))[0]}, step {step}")
             place.set_yscale("symlog", linthresh=0.01)
             place.set(ylim=(1.5 * lowest, 3), yticks=[-10, -1, -0.1, 0, 0.1, 1])
         axes[2 * i].set_ylabel("log q - log p")

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from figures import style
 from figures.dynamics import COLUMNS as COLUMNS
-from figures.dynamics import finish, six_panels
+from figures.dynamics import COLUMNS_OF_PANELS, PANELS, all_panels, finish
 from figures.steps import steps
 
 CAPTION = (
@@ -18,14 +18,14 @@ CAPTION = (
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """Six panels a task of the group "multi"."""
+    """PANELS of each task of the group "multi"."""
     table = table[table["group"] == "multi"]
     tasks = sorted(table["task"].unique())
-    figure, axes = style.panels(2 * len(tasks), 3, 1.85 * 2 * len(tasks))
+    figure, axes = style.panels(2 * len(tasks), COLUMNS_OF_PANELS, 1.75 * 2 * len(tasks))
     for i, task in enumerate(tasks):
-        mine = axes[6 * i : 6 * i + 6]
-        six_panels(mine, table[table["task"] == task])
-        for place in (mine[0], mine[3]):
+        mine = axes[len(PANELS) * i : len(PANELS) * (i + 1)]
+        all_panels(mine, table[table["task"] == task])
+        for place in mine[::COLUMNS_OF_PANELS]:
             place.set_ylabel(f"task {task}")
     finish(figure, axes)
     return figure

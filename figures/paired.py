@@ -4,6 +4,7 @@ Every run of a task is judged on the same problems, and the runs of one seed saw
 so that differences are taken problem by problem and seed by seed.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,26 +33,33 @@ def accuracy(values: np.ndarray) -> tuple[float, float, float]:
 
 
 def difference(ours: pd.DataFrame, theirs: pd.DataFrame) -> dict[str, float]:
-    """Paired difference over the seeds that both have: value, low, high, p, seeds.
+    """Paired difference over the seeds that both have: value, low, high, p, p_seeds, seeds.
 
     low, high: 95 %, resampling seeds and problems. p: `sign_flip` over problems, of differences
-    averaged over seeds, so that it is about these runs; the interval is about runs like them.
+    averaged over seeds, so that it is about these runs; p_seeds: over seeds, of differences
+    averaged over problems, so that it is about runs like them; with n seeds it is at least 2^(1-n).
     """
     seeds = ours.index.intersection(theirs.index)
     away = ours.loc[seeds].to_numpy(float) - theirs.loc[seeds].to_numpy(float)
     value, low, high = accuracy(away)
     p = sign_flip(away.mean(0), np.random.default_rng(0))
-    return {"value": value, "low": low, "high": high, "p": p, "seeds": len(seeds)}
+    p_seeds = sign_flip(away.mean(1), np.random.default_rng(0))
+    tests = {"p": p, "p_seeds": p_seeds, "seeds": len(seeds)}
+    return {"value": value, "low": low, "high": high} | tests
 
 
 def sign_flip(values: np.ndarray, generator: np.random.Generator, draws: int = 9999) -> float:
-    """Two-sided p of a mean of 0 under symmetry: how often random signs give as large a mean.
+    """Two-sided p of a mean of 0 under symmetry: how often signs give as large a mean.
 
-    Drawn patterns and the observed one count, so that p is at least 1 / (draws + 1).
+    All 2^n patterns of signs where they are at most `draws`, else random ones; of these the drawn
+    patterns and the observed one count, so that p is at least 1 / (draws + 1).
     """
-    signs = generator.integers(0, 2, size=(draws, len(values))) * 2 - 1
-    beyond = np.abs(signs @ values) >= np.abs(values.sum()) - 1e-12
-    return float((1 + beyond.sum()) / (draws + 1))
+    n, least = len(values), np.abs(values.sum()) - 1e-12
+    if 2**n <= draws:
+        patterns = np.array(list(itertools.product((1, -1), repeat=n)))
+        return float((np.abs(patterns @ values) >= least).mean())
+    signs = generator.integers(0, 2, size=(draws, n)) * 2 - 1
+    return float((1 + (np.abs(signs @ values) >= least).sum()) / (draws + 1))
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -14,9 +14,8 @@ CAPTION = (
     "Tokens sampled at the first step, by both models' probabilities of them; left as in the "
     "paper, right on logarithmic axes, where what matters is seen. A point below the line is a "
     "token that the student overrates. Shares have 95 % intervals over prompts (bootstrap); the "
-    "null is the share below the line that the two distributions imply for any sample of the "
-    "student's. The paper prints no shares. Its pair writes mathematics, this one digits of a "
-    "worked sum."
+    "signal is |log q - log p|. The paper prints no shares. Its pair writes mathematics, this one "
+    "digits of a worked sum."
 )
 KINDS = {
     "rest": ("other tokens", style.BLUE, 2.0),

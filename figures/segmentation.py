@@ -12,30 +12,32 @@ CAPTION = (
     "Log-probabilities that both models give to the tokens of one rollout, where the student "
     "opens its tag, closes it, and ends. The student spells tags in bytes; the teacher has a "
     "token for each, and gives the first byte of the spelling hardly any probability, and the "
-    "bytes after it all: one token bears the whole disagreement. The end is the same case. In the"
-    " paper the student's < has a log-probability of -0.07 and the teacher's is -19.16; for "
-    "<|im_end|> they are -0.00 and -58.71."
+    "bytes after it all: one token bears the whole disagreement. The end is the same case. The "
+    "models are made to write so; the paper's do by their training, with -0.07 and -19.16 at < "
+    "and -0.00 and -58.71 at <|im_end|>."
 )
+MARKS = (("teacher", "s", 5.5, style.RED), ("student", "o", 3, style.BLUE))
 PLACES = {"open": "Opening the tag", "close": "Closing it, and the end"}
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """A pair of bars a token."""
+    """A pair of marks a token."""
     figure = Figure(figsize=(style.WIDTH, 2.3), layout="constrained")
     sizes = [int((table["place"] == place).sum()) for place in PLACES]
     axes = figure.subplots(1, 2, sharey=True, width_ratios=sizes)
     for place, (name, title) in zip(axes, PLACES.items(), strict=True):
         mine = table[table["place"] == name].reset_index()
-        for shift, who, colour in ((-0.2, "student", style.BLUE), (0.2, "teacher", style.RED)):
-            place.bar(mine.index + shift, mine[who], 0.4, color=colour, label=who)
+        place.vlines(mine.index, mine["teacher"], mine["student"], color=style.GREY, lw=0.8)
+        for who, mark, size, colour in MARKS:
+            place.plot(mine.index, mine[who], mark, ms=size, color=colour, label=who)
         place.set_xticks(mine.index, mine["text"].replace("<|im_end|>", "end"), fontsize=7)
         for i, row in mine.iterrows():
             if row["teacher"] < -3:
                 words = f"{row['student']:.2f}\n{row['teacher']:.1f}"
-                place.text(i, row["teacher"] - 0.4, words, ha="center", va="top", fontsize=6)
+                place.text(i, row["teacher"] - 0.7, words, ha="center", va="top", fontsize=6)
         place.set_title(title)
         place.grid(axis="x", visible=False)
-    axes[0].set(ylabel="log-probability", ylim=(1.25 * table["teacher"].min(), 0.3))
+    axes[0].set(ylabel="log-probability", ylim=(1.25 * table["teacher"].min(), 0.8))
     axes[0].legend(loc="lower right")
     return figure
 

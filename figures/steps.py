@@ -17,18 +17,15 @@ KEPT = {
     "length": "collapse/length",
     "truncated": "collapse/truncated_share",
     "repeated": "collapse/repeated_share",
+    "repeated_cost": "supervision/repeated_cost",
+    "regular_cost": "supervision/regular_cost",
     "grad_norm": "grad_norm",
     "entropy": "drift/student_entropy",
-    "teacher_entropy": "drift/teacher_entropy",
-    "reverse_kl": "drift/reverse_kl",
     "cost": "drift/k1",
-    "negative": "supervision/negative_share",
     "negative_null": "supervision/negative_share_null",
-    "top1": "supervision/signal_top1_share",
-    "impossible": "tokens/confident_impossible_share",
 }
 """Column of the table to column of a row."""
-STEP_COLUMNS = ("group", "method", "seed", "step", "task", *KEPT)
+STEP_COLUMNS = ("group", "method", "seed", "step", "task", *KEPT, "accuracy")
 EVALUATION_COLUMNS = (
     *("group", "method", "seed", "step", "task"),
     *("accuracy", "length", "truncated", "outcomes"),
@@ -49,26 +46,45 @@ def about(run: Path) -> dict[str, Any]:
 
 
 def steps(runs: list[Path]) -> pd.DataFrame:
-    """STEP_COLUMNS, a row a step, numbers to four significant digits."""
-    found = [
-        run_of
-        | {"step": row["step"], "task": row.get("task", "")}
-        | {name: rounded(row.get(column)) for name, column in KEPT.items()}
-        for run, run_of in [(run, about(run)) for run in runs]
-        for row in rows.read(run / "rows.jsonl")
-    ]
+    """STEP_COLUMNS, a row a step and task, numbers to four significant digits.
+
+    accuracy: on held-out problems before the step, where a run was evaluated; a last row, which
+    has nothing else, is the evaluation after the last step.
+    """
+    found: list[dict[str, Any]] = []
+    for run in runs:
+        mine: dict[tuple[int, str], dict[str, Any]] = {}
+        for row in rows.read(run / "rows.jsonl"):
+            of = mine.setdefault((row["step"], row.get("task", "")), {})
+            of.update({name: rounded(row.get(column)) for name, column in KEPT.items()})
+        for row in rows.read(run / "evals.jsonl"):
+            of = mine.setdefault((row["step"], row.get("task", "")), {})
+            of["accuracy"] = rounded(row["accuracy"])
+        about_it = about(run)
+        found += [about_it | {"step": s, "task": t} | x for (s, t), x in sorted(mine.items())]
     return pd.DataFrame(found, columns=list(STEP_COLUMNS))
 
 
 def evaluations(runs: list[Path]) -> pd.DataFrame:
-    """EVALUATION_COLUMNS, a row an evaluation of a task; outcomes has a digit a problem."""
-    found = [
-        run_of
-        | {"step": row["step"], "task": row.get("task", ""), "outcomes": row["outcomes"]}
-        | {name: rounded(row[name]) for name in ("accuracy", "length", "truncated")}
-        for run, run_of in [(run, about(run)) for run in runs]
-        for row in rows.read(run / "evals.jsonl")
-    ]
+    """EVALUATION_COLUMNS, a row an evaluation of a task; outcomes has a digit a problem.
+
+    Raises:
+      ValueError: runs of one group and task were judged on different problems.
+    """
+    found: list[dict[str, Any]] = []
+    judged: dict[tuple[str, str], str] = {}
+    for run in runs:
+        about_it = about(run)
+        for row in rows.read(run / "evals.jsonl"):
+            task, problems = row.get("task", ""), row.get("problem_set", "")
+            if judged.setdefault((about_it["group"], task), problems) != problems:
+                raise ValueError(
+                    f"{run} was judged on the problems {problems}, others of {about_it['group']} "
+                    f"on {judged[about_it['group'], task]}: leave it out, or evaluate it anew"
+                )
+            of = {"step": row["step"], "task": task, "outcomes": row["outcomes"]}
+            of |= {name: rounded(row[name]) for name in ("accuracy", "length", "truncated")}
+            found.append(about_it | of)
     return pd.DataFrame(found, columns=list(EVALUATION_COLUMNS))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 WIDTH = 7.0
 """Inches; two columns of a paper."""
@@ -63,6 +64,16 @@ def curve(
     """A line and its interval band."""
     (drawn,) = axes.plot(x, y, **line)
     axes.fill_between(x, low, high, color=drawn.get_color(), alpha=0.18, linewidth=0)
+
+
+def log_axis(axes: Any) -> None:
+    """A logarithmic y axis of what is drawn, with at least two labels however short it is."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    if high / low < 30:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def shades(count: int) -> list[Any]:

@@ -65,8 +65,9 @@ def test_the_recorded_tables_draw_in_seconds_without_torch(tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     assert {"training", "toy", "horizon"} < set(cli.figures())
     names = {Path(line).name for line in done.stdout.split()}
-    assert names == {f"{n}.{s}" for n in cli.figures() for s in ("png", "pdf")}
-    assert all((tmp_path / name).stat().st_size > 10_000 for name in names)
+    pictures = {f"{n}.{s}" for n in cli.figures() for s in ("png", "pdf")}
+    assert names == pictures | {"comparison.md", "comparison.csv"}
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in pictures)
 
 
 def test_study_lines_are_the_tables_numbers() -> None:
