@@ -59,6 +59,8 @@ class Recipe:
 
 TASKS = {"chain": problems, "sort": sorting, "rooms": chores}
 """Modules with `problems(split, count, seed)` and `careless(prompt, rate, generator)`."""
+READ = {"rooms"}
+"""Tasks whose responses are short words of the prompt: reading is what there is to learn."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def strangers_config() -> LabConfig:
 
 def rooms_config() -> LabConfig:
     """Models of a household that is played in text, `env:rooms`; the student often strays."""
-    teacher = Recipe(layers=2, width=128, steps=900, batch=16, lr=3e-3, tasks=("rooms",))
+    teacher = Recipe(layers=2, width=128, steps=700, batch=16, lr=3e-3, tasks=("rooms",))
     student = dataclasses.replace(teacher, width=96, careless=0.4)
     return LabConfig(teacher=teacher, student=student, held_out=64)
 
@@ -265,10 +267,14 @@ def new_model(recipe: Recipe, vocabulary: int, seed: int, tokenizer: Any) -> Any
 
 
 def examples(tokenizer: Any, recipe: Recipe, seed: int) -> "tuple[torch.Tensor, torch.Tensor]":
-    """(B, L) ids and labels of worked problems, padded right; only responses are labelled."""
+    """(B, L) ids and labels of worked problems, padded right; responses are labelled.
+
+    Of tasks in READ the prompts are too.
+    """
     import torch
 
     rows, generator = [], random.Random(seed)
+    read = set(recipe.tasks) <= READ
     share = recipe.batch // len(recipe.tasks)
     for name in recipe.tasks:
         task = TASKS[name]
@@ -288,6 +294,8 @@ def examples(tokenizer: Any, recipe: Recipe, seed: int) -> "tuple[torch.Tensor, 
         end = len(prompt) + len(response)
         ids[i, :end] = torch.tensor(prompt + response)
         labels[i, len(prompt) : end] = torch.tensor(known)
+        if read:
+            labels[i, : len(prompt)] = ids[i, : len(prompt)]
     return ids, labels
 
 
