@@ -139,6 +139,7 @@ class Prefix(_Rows):
     square_ratio_square: Tensor | None = None  # sum p^2 l^2; the same
     student_end: Tensor | None = None  # log of p's mass on the student's end ids; None if unknown
     teacher_end: Tensor | None = None  # log of q's mass on the teacher's own end ids; the same
+    ending: Tensor | None = None  # 1 where y is one of the student's end ids; None if unknown
 
     def __post_init__(self) -> None:
         shape = tuple(self.reverse_kl.shape)

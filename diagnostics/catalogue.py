@@ -166,7 +166,7 @@ CODES: tuple[tuple[str, str], ...] = (
     ("D-3 repetition", "repetition.repetition, repetition.compression"),
     ("D-4 entropy", "drift.uncertainty, drift.entropy_by_tenth"),
     ("D-5 diversity", "diversity.distinct, diversity.second_try, diversity.branching"),
-    ("D-6 termination drift", "collapse.length_incentive, ends.endings"),
+    ("D-6 termination drift", "collapse.length_incentive, ends.endings (end_push)"),
     (
         "D-7 KL to the initial student",
         "drift.exact_divergence of a batch scored with the initial student in the teacher's place, "

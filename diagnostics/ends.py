@@ -4,53 +4,51 @@ Each model has its own set of end ids; the batch carries the log-mass of each on
 `Prefix.student_end` and `Prefix.teacher_end`. Shapes: B responses, T positions.
 """
 
-import torch
 from torch import Tensor
 
 from diagnostics.access import Missing, prefix_of
 from diagnostics.batch import Scored
-from diagnostics.bins import extents
 from diagnostics.totals import Mean, Profile, Total
 
 BEFORE = 5
 
 
 def endings(batch: Scored) -> dict[str, Total]:
-    """C-3: does the teacher want to end where the student ends, and under which name?
+    """C-3, D-6: does the teacher want to end where the student ends, and under which name?
 
-    Over responses that ended, at their last supervised token y: end_wish = mean of
-    log sum_{ends of q} q - log sum_{ends of p} p; end_name = mean of log sum_{ends of q} q -
-    log q(y), what is lost because y is not one of the teacher's ends; end_wish_before = end_wish
-    over the 5 tokens before. student_hazard, teacher_hazard = mean of each model's mass on its own
-    ends, by position.
+    At the supervised end ids y: end_wish = mean of log sum_{ends of q} q - log sum_{ends of p} p;
+    end_name = mean of log sum_{ends of q} q - log q(y), what is lost because y is not one of the
+    teacher's ends; end_wish_before = end_wish over the 5 tokens before. Over all tokens: end_push =
+    mean of -r (1[y is an end] - sum_{ends of p} p), the descent direction of the sampled-token loss
+    on the logits of the student's ends; student_hazard, teacher_hazard = mean of each model's mass
+    on its own ends, by position.
     Access: L2 with the ends' log-masses (`score` with the pair's endings). Source: ours, from the
     two conventions of figure 5 of 2603.25562.
     Healthy: end_wish near 0 and end_name below 1. A large end_name with an end_wish near 0 is a
     naming mismatch: set own_end or mask the end. A very negative end_wish is a teacher that would
-    go on: the student stops too early for it.
+    go on: the student stops too early for it. end_push near 0: above, sampled tokens pay for
+    ending, so that responses get shorter; below, for going on, and truncation will follow. Where a
+    mask takes the ends out, what is about them is NaN.
     """
-    prefix = prefix_of(batch)
-    if prefix.student_end is None or prefix.teacher_end is None:
+    prefix, mask = prefix_of(batch), batch.mask
+    ours, theirs, ending = prefix.student_end, prefix.teacher_end, prefix.ending
+    if ours is None or theirs is None or ending is None:
         raise Missing("the prefix functionals lack the log-masses of both models' end ids")
-    ours, theirs = prefix.student_end, prefix.teacher_end
-    last, before = last_token(batch), tokens_before(batch, BEFORE)
-    wish = theirs - ours
+    here = mask & (ending > 0)
+    wish, push = theirs - ours, -batch.log_ratio * (here.double() - ours.exp())
     return {
-        "drift/end_wish": Mean.of(wish, last, batch.prompt),
-        "drift/end_wish_before": Mean.of(wish, before, batch.prompt),
-        "drift/end_name": Mean.of(theirs - batch.teacher_logp, last, batch.prompt),
-        "drift/student_hazard": Profile.of(ours.exp(), batch.mask, batch.prompt),
-        "drift/teacher_hazard": Profile.of(theirs.exp(), batch.mask, batch.prompt),
+        "drift/end_wish": Mean.of(wish, here, batch.prompt),
+        "drift/end_wish_before": Mean.of(wish, before(here, mask, BEFORE), batch.prompt),
+        "drift/end_name": Mean.of(theirs - batch.teacher_logp, here, batch.prompt),
+        "drift/end_push": Mean.of(push, mask, batch.prompt),
+        "drift/student_hazard": Profile.of(ours.exp(), mask, batch.prompt),
+        "drift/teacher_hazard": Profile.of(theirs.exp(), mask, batch.prompt),
     }
 
 
-def last_token(batch: Scored) -> Tensor:
-    """(B, T) bool: the last supervised token of a response that ended."""
-    place = torch.arange(batch.mask.shape[1], device=batch.mask.device)
-    return (place == extents(batch.mask)[:, None] - 1) & batch.mask & batch.ended[:, None]
-
-
-def tokens_before(batch: Scored, count: int) -> Tensor:
-    """(B, T) bool: the `count` supervised tokens before the last one of a response that ended."""
-    left = batch.mask.flip(1).cumsum(1).flip(1)  # supervised tokens from here on
-    return batch.mask & batch.ended[:, None] & (left >= 2) & (left <= count + 1)
+def before(here: Tensor, mask: Tensor, count: int) -> Tensor:
+    """(B, T) bool: the `count` supervised tokens before the first one of `here` in a response."""
+    first = here & (here.cumsum(1) == 1)
+    place = mask.cumsum(1)  # of each supervised token, from 1 on
+    end = (place * first).amax(1, keepdim=True)  # 0 where there is none
+    return mask & (place < end) & (place >= end - count)

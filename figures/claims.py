@@ -580,7 +580,8 @@ def written(folder: Path) -> str:
         "exact study: a claim that agrees holds there, and one that differs is not refuted for "
         "the paper's models. Numbers in parentheses are the paper's, in percent. Of two tasks the "
         "first is the one whose teacher writes otherwise (chain here, mathematics there), the "
-        "second the other one (sort, ALFWorld). `opd figures` draws what `opd paper` recorded.",
+        "second the other one (sort, ALFWorld). Intervals are not widened for their number: some "
+        "leave out 0 by chance. `opd figures` draws what `opd paper` recorded.",
         "",
         ", ".join(f"{verdict}: {n}" for verdict, n in counts.items()) + ".",
         "",

@@ -26,11 +26,8 @@ from opd.problems import Problem
 from opd.roles import make_pair
 from opd.rollout import sample
 from opd.runlog import write_text
-from opd.seeds import derive
+from opd.seeds import CONTINUATION, derive
 from opd.train import load
-
-CONTINUATION = 4
-"""Purpose of the noise, after that of `opd.own_prefix`."""
 
 
 def main(argv: list[str]) -> None:

@@ -91,7 +91,7 @@ def load(name: str, device: str, dtype: str) -> tuple[Any, Any]:
     made |= {f"lab-{kind}/": f" --{kind}" for kind in ("tiny", "rooms", "strangers")}
     if name.startswith((".", "/", *made)) and not Path(name).is_dir():
         how = [option for folder, option in made.items() if name.startswith(folder)]
-        hint = f"; build it with `opd lab`{how[0]}" if how else ""
+        hint = f"; build it with `opd lab{how[0]}`" if how else ""
         raise FileNotFoundError(f"model folder {name!r} does not exist{hint}")
     disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(name)

@@ -19,12 +19,11 @@ from opd.model import Model, Pair
 from opd.roles import make_pair
 from opd.rollout import sample
 from opd.scoring import score
-from opd.step import derive, scoring
+from opd.seeds import CONTROL, derive
+from opd.step import scoring
 from opd.train import load
 
 SOURCES = ("teacher", "student", "trained")
-CONTROL = 3
-"""Purpose of the noise, after those of `opd.step`."""
 
 
 def main(argv: list[str]) -> None:

@@ -81,6 +81,8 @@ def score(
             ends = (pair.endings.student, pair.endings.teacher)
             for name, logp, own in zip(("student", "teacher"), (p, q), ends, strict=True):
                 found[f"prefix.{name}_end"] = logp[:, list(own)].logsumexp(-1)
+            own_ends = torch.tensor(pair.endings.student, device=tokens.device)
+            found["prefix.ending"] = torch.isin(tokens, own_ends).to(p.dtype)
         return found | {f"prefix.{name}": x for name, x in functionals(p, q, tokens).items()}
 
     columns, kept = _columns(

@@ -1,5 +1,9 @@
 """Seeds of everything random in a run, derived from words that say what it is for."""
 
+ROLLOUT, EVALUATION, PROBE, CONTROL, CONTINUATION, ORDER = range(6)
+"""What noise is for: a step's rollouts, an evaluation, the gradient probe's own rollouts, the
+own-prefix control, the continuation probe, and which task's turn it is."""
+
 
 def derive(*words: int) -> int:
     """A 62-bit seed from integers, different for every tuple (splitmix64 rounds)."""

@@ -35,12 +35,10 @@ from opd.probing import probe
 from opd.problems import Problem
 from opd.roles import awake, follow, recomputing
 from opd.scoring import score, score_support, score_told
-from opd.seeds import derive
+from opd.seeds import PROBE, ROLLOUT, derive
 from opd.selection import most_uncertain, narrowed
 from opd.special import Mask, audit, masked
 from opd.told import asked
-
-ROLLOUT, EVALUATION, PROBE = 0, 1, 2
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

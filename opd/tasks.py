@@ -21,9 +21,8 @@ from functools import cache
 from pathlib import Path
 
 from opd.config import Config, TaskSettings, task_settings
-from opd.seeds import derive
+from opd.seeds import ORDER, derive
 
-ORDER = 3
 OWN = tuple(f.name for f in fields(TaskSettings) if f.name not in ("name", "weight"))
 
 

@@ -36,10 +36,10 @@ from opd.model import Model, Pair
 from opd.objectives import DENOMINATORS, Objective, make
 from opd.optimizer import Optimizer, adamw
 from opd.roles import make_pairs, ordinary
-from opd.seeds import derive
+from opd.seeds import EVALUATION, derive
 from opd.sources import Columns
 from opd.special import resolve
-from opd.step import EVALUATION, Run, due, one_step
+from opd.step import Run, due, one_step
 from opd.surrogates import plain_score
 from opd.tasks import settings_of, shares, turns
 from opd.told import check_tellable, keep_probes

@@ -68,6 +68,7 @@ def dense(
             **{name: at(x) for name, x in functionals(p, q, y).items()},
             student_end=at(p[..., list(STUDENT_ENDS)].logsumexp(-1)),
             teacher_end=at(q[..., list(TEACHER_ENDS)].logsumexp(-1)),
+            ending=at(torch.isin(y, torch.tensor(STUDENT_ENDS)).double()),
         ),
     )
     return Dense(batch.checked(), p, q)

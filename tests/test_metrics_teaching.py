@@ -131,29 +131,38 @@ def test_compatibility_and_acceptance() -> None:
 def test_ends_by_a_loop() -> None:
     d = dense(15)
     row = read(ends.endings(d.batch))
-    wish, name, before = [], [], []
+    wish, name, before, push = [], [], [], []
+
+    def masses(i: int, t: int) -> tuple[float, float]:
+        ours = sum(math.exp(d.p[i, t, v]) for v in STUDENT_ENDS)
+        theirs = sum(math.exp(d.q[i, t, v]) for v in TEACHER_ENDS)
+        return math.log(ours), math.log(theirs)
+
     for i in range(B):
-        where = [t for j, t in d.tokens() if j == i]
-        if not where or not bool(d.batch.ended[i]):
-            continue
-
-        def masses(t: int, i: int = i) -> tuple[float, float]:
-            ours = sum(math.exp(d.p[i, t, v]) for v in STUDENT_ENDS)
-            theirs = sum(math.exp(d.q[i, t, v]) for v in TEACHER_ENDS)
-            return math.log(ours), math.log(theirs)
-
-        ours, theirs = masses(where[-1])
-        wish.append(theirs - ours)
-        name.append(theirs - float(d.batch.teacher_logp[i, where[-1]]))
-        for t in where[-6:-1]:
-            ours, theirs = masses(t)
-            before.append(theirs - ours)
+        where, met = [t for j, t in d.tokens() if j == i], False
+        for place, t in enumerate(where):
+            ours, theirs = masses(i, t)
+            end = int(d.batch.tokens[i, t]) in STUDENT_ENDS
+            push.append(-float(d.batch.log_ratio[i, t]) * (end - math.exp(ours)))
+            if not end:
+                continue
+            wish.append(theirs - ours)
+            name.append(theirs - float(d.batch.teacher_logp[i, t]))
+            if not met:
+                pairs = [masses(i, u) for u in where[max(0, place - 5) : place]]
+                before += [y - x for x, y in pairs]
+            met = True
     assert len(wish) >= 3
     assert row["drift/end_wish"] == pytest.approx(mean(wish))
     assert row["drift/end_name"] == pytest.approx(mean(name))
     assert row["drift/end_wish_before"] == pytest.approx(mean(before))
+    assert row["drift/end_push"] == pytest.approx(mean(push))
     hazard = mean([sum(math.exp(d.q[i, t, v]) for v in TEACHER_ENDS) for i, t in d.tokens()])
     assert row["drift/teacher_hazard"] == pytest.approx(hazard)
+    masked = replace(d.batch, mask=d.batch.mask & (d.batch.prefix.ending == 0))
+    row = read(ends.endings(masked))
+    assert math.isnan(row["drift/end_name"])
+    assert math.isnan(row["drift/end_wish_before"])
     bare = replace(d.batch.prefix, student_end=None)
     with pytest.raises(Missing, match="end ids"):
         ends.endings(replace(d.batch, prefix=bare))
