@@ -81,7 +81,7 @@ def test_recipes_take_overrides_and_survive_the_disk(tmp_path: Path) -> None:
         assert (config.lr, config.gamma) == (0.5, 1.0)
     with pytest.raises(SystemExit, match="unknown recipe 'nope'; known: smoke, lab, pair"):
         parse(["nope"])
-    with pytest.raises(FileNotFoundError, match="build it with `opd lab` --tiny"):
+    with pytest.raises(FileNotFoundError, match="build it with `opd lab --tiny`"):
         train(parse(["smoke", "--out", str(tmp_path / "run"), "--student", "lab-tiny/none"]))
     (tmp_path / "c.json").write_text(json.dumps({"student": "a", "speed": 3}))
     with pytest.raises(ValueError, match=r"unknown settings \['speed'\]"):
