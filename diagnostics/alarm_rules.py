@@ -113,23 +113,22 @@ _MISMATCH = (
 RULES: tuple[Rule, ...] = (
     Rule(
         name="one_token_imbalance",
-        metric="supervision/signal_top1_share",
-        null="0.01 if all tokens are equal; 0.05 to 0.3 in healthy runs",
+        metric="tokens/one_id_signal",
+        null="0.05 to 0.3",
         high=0.5,
-        means="one token in a hundred carries most of the signal",
-        remedy="look at which ids they are; mask special tokens, or clip the ratio",
+        means="one token id holds most of the signal",
+        remedy="see which in the blame table; mask it if it is a tag or an end, or clip the ratio",
     ),
     Rule(
         name="special_tokens",
-        metric="tokens/confident_impossible_signal",
-        null="0",
-        high=0.05,
+        metric="tokens/confident_impossible_share",
+        null="0; a few per mille where a careless student is sure of errors",
+        high=0.005,
         z=3.0,
         need=1,
         last=1,
         over=4,
-        means="tokens that the student is sure of and the teacher holds impossible carry much "
-        "of the signal",
+        means="the student is sure of tokens that the teacher holds impossible",
         remedy="compare end tokens, tags and templates of both models; mask them or set own_end",
     ),
     Rule(

@@ -16,6 +16,7 @@ from diagnostics.supervision import score_norm
 from diagnostics.totals import Mean, Total, masked
 
 CONFIDENT, IMPOSSIBLE = 0.9, 1e-4
+BUCKETS = 4096
 COLUMNS = ("count", "cost", "signal", "square", "energy")
 
 
@@ -125,6 +126,38 @@ def confident_impossible(batch: Scored) -> dict[str, Total]:
         "tokens/confident_impossible_share": Mean.of(bad, batch.mask, batch.prompt),
         "tokens/confident_impossible_signal": Mean.ratio(r * bad, r, batch.mask, batch.prompt),
     }
+
+
+@dataclass(frozen=True, eq=False)
+class LargestBucket(Total):
+    """Sums of a weight over ids modulo BUCKETS; reads out the largest one's share, NaN of 0."""
+
+    sums: Tensor
+
+    @classmethod
+    def of(cls, batch: Scored, weight: Tensor) -> Self:
+        """weight: (B, T)."""
+        x = masked(weight, batch.mask)
+        place = torch.where(batch.mask, batch.tokens, 0) % BUCKETS
+        return cls(x.new_zeros(BUCKETS).index_add(0, place.flatten(), x.flatten()))
+
+    @staticmethod
+    def summary(*sums: np.ndarray) -> dict[str, float]:
+        whole = sums[0].sum()
+        return {"": float(sums[0].max() / whole) if whole > 0 else float("nan")}
+
+
+def one_id(batch: Scored) -> dict[str, Total]:
+    """A-6: the largest share of sum |r| that one token id holds.
+
+    one_id_signal = max_v sum_{y = v} |r| / sum |r|, ids taken modulo 4096, so that it needs no
+    vocabulary and may be a little high where two large ids collide.
+    Access: L0. Source: ours. Concentration by *token* is high in any sure student, a few undecided
+    tokens carry all there is; by *id* it is not, unless something is wrong with that id.
+    Healthy: 0.05 to 0.3. Above 1/2 one id, a tag, an end or a filler, owns the signal: see
+    `token_table` for which. Near a teacher that is reached, few tokens are left and it rises too.
+    """
+    return {"tokens/one_id_signal": LargestBucket.of(batch, batch.log_ratio.abs())}
 
 
 def impossible_table(vocabulary: int) -> Callable[[Scored], dict[str, Total]]:

@@ -9,7 +9,13 @@ from dataclasses import dataclass
 
 from diagnostics.anatomy import agreement, kl_anatomy
 from diagnostics.batch import Scored
-from diagnostics.blame import confident_impossible, coverage, impossible_table, token_table
+from diagnostics.blame import (
+    confident_impossible,
+    coverage,
+    impossible_table,
+    one_id,
+    token_table,
+)
 from diagnostics.collapse import length, length_incentive, length_quantiles, reward
 from diagnostics.control import own_prefix_gap
 from diagnostics.diversity import branching, distinct, second_try
@@ -105,6 +111,7 @@ CATALOGUE: tuple[Entry, ...] = (
     Entry(entropy_by_tenth, "L2", wide=True),
     Entry(_named(agreement(), "agreement"), "L2", wide=True),
     Entry(tokens_by_position, "L0"),
+    Entry(one_id, "L0"),
     Entry(confident_impossible, "L0"),
     Entry(endings, "L2"),
     Entry(length, "L0"),
@@ -135,7 +142,7 @@ CODES: tuple[tuple[str, str], ...] = (
     ("A-3 repetition split", "repetition.repetition"),
     ("A-4 energy weights", "supervision.energy_concentration"),
     ("A-5 tail share of the cost", "lists.tail_share"),
-    ("A-6 blame by token id", "blame.token_table"),
+    ("A-6 blame by token id", "blame.token_table, blame.one_id"),
     (
         "A-7 teachability",
         "teachability.teachability, teachability.quadrants, teachability.compatibility",

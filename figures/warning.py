@@ -25,7 +25,7 @@ INDICATORS = (
     "drift/student_entropy",
     "drift/teacher_entropy",
     "supervision/signal_top1_share",
-    "tokens/confident_impossible_signal",
+    "tokens/confident_impossible_share",
     "grad_norm",
     "collapse/length",
     "collapse/repeated_share",

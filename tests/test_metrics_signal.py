@@ -77,6 +77,21 @@ def test_a_cost_of_the_prefix_alone_depends_on_no_action() -> None:
     assert row["supervision/action_dependence"] == pytest.approx(0.0, abs=1e-12)
 
 
+def test_the_share_of_one_id_by_a_count() -> None:
+    d = dense(3)
+    big = replace(d.batch, tokens=d.batch.tokens % 5 + 4096 * (d.batch.tokens % 2))
+    sums: dict[int, float] = {}
+    for i, t in d.tokens():
+        y = int(big.tokens[i, t]) % 4096
+        sums[y] = sums.get(y, 0.0) + abs(float(big.log_ratio[i, t]))
+    row = read(blame.one_id(big))
+    assert row["tokens/one_id_signal"] == pytest.approx(max(sums.values()) / sum(sums.values()))
+    signs = sum(float(big.log_ratio[i, t]) for i, t in d.tokens())
+    assert abs(signs) < 0.9 * sum(sums.values()), "a sum without the bars would not differ"
+    nothing = replace(big, teacher_logp=big.student_logp)
+    assert math.isnan(read(blame.one_id(nothing))["tokens/one_id_signal"])
+
+
 def poisoned() -> Dense:
     """Some tokens of which the student is sure and which the teacher excludes."""
     d = dense(3)
