@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opd import chores, problems, sorting
+from opd import problems, sorting
 from opd.habits import PLAIN, UNLABELLED, Habit, written
 from opd.runlog import whole_folder, write_text
 from opd.seeds import derive
@@ -57,10 +57,8 @@ class Recipe:
     habit: Habit = PLAIN
 
 
-TASKS = {"chain": problems, "sort": sorting, "rooms": chores}
+TASKS = {"chain": problems, "sort": sorting}
 """Modules with `problems(split, count, seed)` and `careless(prompt, rate, generator)`."""
-READ = {"rooms"}
-"""Tasks whose responses are short words of the prompt: reading is what there is to learn."""
 
 
 @dataclass(frozen=True)
@@ -112,13 +110,6 @@ def strangers_config() -> LabConfig:
             habit=dataclasses.replace(spelled, loops=0.002),
         ),
     )
-
-
-def rooms_config() -> LabConfig:
-    """Models of a household that is played in text, `env:rooms`; the student often strays."""
-    teacher = Recipe(layers=2, width=128, steps=700, batch=16, lr=3e-3, tasks=("rooms",))
-    student = dataclasses.replace(teacher, width=96, careless=0.4)
-    return LabConfig(teacher=teacher, student=student, held_out=64)
 
 
 def tiny_config() -> LabConfig:
@@ -267,14 +258,10 @@ def new_model(recipe: Recipe, vocabulary: int, seed: int, tokenizer: Any) -> Any
 
 
 def examples(tokenizer: Any, recipe: Recipe, seed: int) -> "tuple[torch.Tensor, torch.Tensor]":
-    """(B, L) ids and labels of worked problems, padded right; responses are labelled.
-
-    Of tasks in READ the prompts are too.
-    """
+    """(B, L) ids and labels of worked problems, padded right; only responses are labelled."""
     import torch
 
     rows, generator = [], random.Random(seed)
-    read = set(recipe.tasks) <= READ
     share = recipe.batch // len(recipe.tasks)
     for name in recipe.tasks:
         task = TASKS[name]
@@ -294,8 +281,6 @@ def examples(tokenizer: Any, recipe: Recipe, seed: int) -> "tuple[torch.Tensor, 
         end = len(prompt) + len(response)
         ids[i, :end] = torch.tensor(prompt + response)
         labels[i, len(prompt) : end] = torch.tensor(known)
-        if read:
-            labels[i, : len(prompt)] = ids[i, : len(prompt)]
     return ids, labels
 
 
@@ -314,8 +299,8 @@ def held_out(model: Path, tasks: tuple[str, ...], count: int) -> dict[str, Any]:
     found = {}
     for name in tasks:
         with tempfile.TemporaryDirectory() as place:
-            source = {"chain": "lab", "rooms": "env:rooms"}.get(name)
-            if source is None:
+            source = "lab"
+            if name != "chain":
                 source = f"{place}/{name}.jsonl"
                 write_problems(Path(source))
             numbers = evaluate_folder(
@@ -323,9 +308,8 @@ def held_out(model: Path, tasks: tuple[str, ...], count: int) -> dict[str, Any]:
                 source,
                 device="cpu",
                 problems=count,
-                max_prompt=512 if name == "rooms" else 64,
-                max_response=32 if name == "rooms" else 208,
-                max_turns=chores.MAX_TURNS,
+                max_prompt=64,
+                max_response=208,
                 temperature=1.0,
                 seed=0,
             )
@@ -334,18 +318,15 @@ def held_out(model: Path, tasks: tuple[str, ...], count: int) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> None:
-    """`opd lab [--out DIR] [--seed N] [--tiny | --strangers | --rooms | --smollm]`."""
+    """`opd lab [--out DIR] [--seed N] [--tiny | --strangers | --smollm]`."""
     parser = argparse.ArgumentParser(prog="opd lab", description=__doc__)
-    parser.add_argument(
-        "--out", help="folder (default: lab, lab-tiny, lab-strangers, lab-rooms, smollm)"
-    )
+    parser.add_argument("--out", help="folder (default: lab, lab-tiny, lab-strangers, smollm)")
     parser.add_argument("--seed", type=int, default=0)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--tiny", action="store_true", help="seconds instead of minutes")
     which.add_argument(
         "--strangers", action="store_true", help="models that write in different ways, two tasks"
     )
-    which.add_argument("--rooms", action="store_true", help="models that play env:rooms in text")
     which.add_argument(
         "--smollm", action="store_true", help="a small pretrained model and a thinned one"
     )
@@ -362,8 +343,6 @@ def main(argv: list[str]) -> None:
         config, name = tiny_config(), "lab-tiny"
     if given.strangers:
         config, name = strangers_config(), "lab-strangers"
-    if given.rooms:
-        config, name = rooms_config(), "lab-rooms"
     config, folder = dataclasses.replace(config, seed=given.seed), Path(given.out or name)
     student, teacher = build(folder, config, given.jobs)
     print(f"student: {student}\nteacher: {teacher}")

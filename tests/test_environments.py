@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from opd import chores
 from opd.environments.foreign import Gymnasium
 from opd.environments.rooms import OPEN, SHUT, THINGS, Rooms
 from opd.environments.scene import Scene
@@ -111,41 +110,6 @@ def test_a_seed_is_a_game_and_held_out_games_are_not_trained_on() -> None:
     assert not {content(seed) for seed in trained} & {content(seed) for seed in held}
     assert games.train(4, 3) == load_games("env:rooms", seed=3).train(4, 3)
     assert games.train(4, 3) != load_games("env:rooms", seed=4).train(4, 3)
-
-
-def test_a_player_who_knows_its_prompts_only_wins_every_household() -> None:
-    generator, lengths = random.Random(0), []
-    for seed in range(0, 400, 2):
-        rooms, past = Rooms(), list[tuple[str, str]]()
-        scene = rooms.begin(seed)
-        goal = scene.goal
-        while not scene.over:
-            prompt = told(goal, tuple(past), scene, chores.HISTORY)
-            action = chores.careless(prompt, 0.0, generator)
-            assert action in scene.actions
-            past.append((scene.text, action))
-            scene = rooms.act(action)
-            assert len(past) < 30
-        lengths.append(len(past))
-        assert len(past) >= experts_way(seed), "who knows where things are is never slower"
-    assert sum(lengths) / len(lengths) < 10.5
-
-
-def test_turns_of_games_are_problems_for_the_lab() -> None:
-    some = chores.problems("train", 60, 4)
-    assert some == chores.problems("train", 60, 4) != chores.problems("train", 60, 5)
-    for problem in some:
-        listed = problem.prompt.rsplit("Actions: ", 1)[1].split(", ")
-        assert problem.solution == problem.answer in listed
-        assert problem.prompt.startswith("Task: put the ")
-    strayed = [
-        problem
-        for problem in some
-        if problem.answer != chores.careless(problem.prompt, 1.0, random.Random(0))
-    ]
-    assert len(strayed) > 20
-    with pytest.raises(ValueError, match="split is 'dev'"):
-        chores.problems("dev", 1, 0)
 
 
 class Lift:

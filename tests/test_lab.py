@@ -73,20 +73,7 @@ def test_careless_solutions_slip_at_their_rate_and_go_on() -> None:
     assert careless("4:7*3+8", 0.0, generator) == solve("4:7*3+8")[1]
 
 
-def test_players_learn_to_read_what_they_are_told() -> None:
-    from opd.lab import rooms_config
-
-    tokenizer = make_tokenizer()
-    ids, labels = examples(tokenizer, replace(rooms_config().student, batch=3), seed=0)
-    for row, label in zip(ids, labels, strict=True):
-        text = tokenizer.decode(row[label != -100])
-        assert text.startswith("<|im_start|>user\nTask: ")
-        assert (row[label != -100] == label[label != -100]).all()
-        said = text.split("<|im_start|>assistant\n")[1].split("<|im_end|>")[0]
-        assert said in text.split("Actions: ")[1].split("<|im_end|>")[0].split(", ")
-
-
-@pytest.mark.parametrize("kind", ["tiny", "rooms", "strangers"])
+@pytest.mark.parametrize("kind", ["tiny", "strangers"])
 def test_a_lab_that_is_not_there_is_said_to_be_built(kind: str) -> None:
     from opd.model import load
 
