@@ -88,7 +88,8 @@ def text_like(n: int, v: int, k: int, generator: torch.Generator) -> Tensor:
 
 def pair_of(at: Case) -> Pair:
     def model(weight: Tensor) -> Model:
-        return Model(None, lambda *_: weight, Head(weight, len(weight)), len(weight))
+        head = Head(weight, len(weight))
+        return Model(None, lambda *_: weight, lambda: head, len(weight))
 
     return Pair(model(at.ours), model(at.theirs), None, [0])
 

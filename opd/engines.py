@@ -12,7 +12,7 @@ import torch
 from diagnostics.batch import Rollouts
 from opd.data import Prompts
 from opd.model import Model
-from opd.rollout import ROWS_AT_ONCE, sample
+from opd.rollout import ROWS_AT_ONCE, Share, sample
 
 
 class Engine(Protocol):
@@ -27,8 +27,12 @@ class Engine(Protocol):
         temperature: float,
         top_p: float,
         generator: torch.Generator,
+        share: Share | None = None,
     ) -> Rollouts:
-        """Rollouts that depend on the prompts, the weights and `generator` alone."""
+        """Rollouts that depend on the prompts, the weights and `generator` alone.
+
+        share: these rows of a larger batch, each as it is there.
+        """
         ...
 
     def sync(self, model: Model) -> None:

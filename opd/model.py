@@ -29,14 +29,19 @@ Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 class Model:
     """A causal LM, split into what makes hidden states and what turns them into logits.
 
-    network: the Hugging Face model; hidden: what it does before its head; vocabulary: V, the ids
+    network: the Hugging Face model; hidden: what it does before its head; find: the head as it is
+    now, since the weights of a sharded model come and go (opd.sharding); vocabulary: V, the ids
     that the pair shares, to which the head is cut.
     """
 
     network: Any
     hidden: Forward
-    head: Head
+    find: Callable[[], Head]
     vocabulary: int
+
+    @property
+    def head(self) -> Head:
+        return self.find()
 
     @property
     def device(self) -> torch.device:
@@ -168,14 +173,14 @@ def split(network: Any, vocabulary: int) -> Model:
         return out.logits
 
     if head is not None and _agree(network, hidden, logits, head):
-        return Model(network, hidden, head, vocabulary)
+        return Model(network, hidden, lambda: head, vocabulary)
     size = network.config.get_text_config().vocab_size
     warnings.warn(
         f"{type(base).__name__} has logits that its head and configuration do not explain; falling "
         f"back to `.logits`, which keeps {size} numbers for every token of a micro-batch",
         stacklevel=2,
     )
-    return Model(network, logits, Head(None, vocabulary), vocabulary)
+    return Model(network, logits, lambda: Head(None, vocabulary), vocabulary)
 
 
 def _agree(network: Any, hidden: Forward, logits: Forward, head: Head) -> bool:

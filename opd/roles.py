@@ -132,7 +132,7 @@ def with_server(pair: Pair, config: Config) -> Pair:
             "whole distributions; this needs a teacher in this process"
         )
 
-    teacher = Model(torch.nn.Module(), hidden, Head(None, vocabulary), vocabulary)
+    teacher = Model(torch.nn.Module(), hidden, lambda: Head(None, vocabulary), vocabulary)
     return replace(pair, teacher=teacher, endings=None, remote=remote)
 
 

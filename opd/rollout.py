@@ -12,6 +12,7 @@ state is read or written.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +29,17 @@ ROW_BUCKET, WIDTH_BUCKET = 16, 64
 LIKELY_IDS = 1024
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which rows of a larger batch some rows are, so that they get the noise that they have in it.
+
+    rows: the number of each in the whole; of: rows of the whole.
+    """
+
+    rows: list[int]
+    of: int
+
+
 @torch.no_grad()
 def sample(
     model: Model,
@@ -38,6 +50,7 @@ def sample(
     temperature: float,
     top_p: float,
     generator: torch.Generator,
+    share: Share | None = None,
     rows_at_once: int = ROWS_AT_ONCE,
     cache: str | None = None,
 ) -> Rollouts:
@@ -51,6 +64,7 @@ def sample(
       eos: ids that end a response; the one drawn belongs to it.
       max_response: budget T of a response, in tokens.
       generator: source of the (B, T) noise; B x T float64 numbers are taken from it, always.
+      share: these rows among the B of a whole batch; None: they are all of it.
       rows_at_once: rows of one `generate` call. Rows of similar prompt length run together, and a
         call stops when all its rows have ended.
       cache: "static" (compiled on CUDA), "dynamic", or None: static on CUDA where the model allows.
@@ -71,12 +85,13 @@ def sample(
     if kind not in ("static", "dynamic"):
         raise ValueError(f"unknown cache {kind!r}; known: static, dynamic")
     noise = torch.rand(
-        len(prompts),
+        len(prompts) if share is None else share.of,
         max_response,
         generator=generator,
         device=generator.device,
         dtype=torch.float64,
     )
+    noise = noise if share is None else noise[share.rows]
     parts, order = [], []
     with plain_generation(model.network), evaluating(model.network):
         for rows in batches(prompts, rows_at_once):

@@ -23,7 +23,7 @@ from torch import Tensor
 from diagnostics.batch import Rollouts
 from opd.data import Prompts
 from opd.model import Model
-from opd.rollout import evaluating
+from opd.rollout import Share, evaluating
 
 PROBE_TOKENS = 64
 # Largest mean of |log-prob of vLLM - log-prob of the student| on the probe that is arithmetic.
@@ -99,6 +99,7 @@ class Vllm:
         temperature: float,
         top_p: float,
         generator: torch.Generator,
+        share: Share | None = None,
     ) -> Rollouts:
         """One response to every row of `prompts`, in their order, each with a seed of its own.
 
@@ -114,7 +115,9 @@ class Vllm:
                 f"a prompt and its response may have {longest} tokens, the engine's max_length is "
                 f"{self.max_length}; raise it, or lower max_response"
             )
-        seeds = torch.randint(2**62, (len(prompts),), generator=generator, device=generator.device)
+        count = len(prompts) if share is None else share.of
+        seeds = torch.randint(2**62, (count,), generator=generator, device=generator.device)
+        seeds = seeds if share is None else seeds[share.rows]
         params = _vllm().SamplingParams
         settings = [
             params(

@@ -43,7 +43,7 @@ def dense(hidden: Tensor, head: Head) -> Tensor:
 
 
 def model(head: Head) -> Model:
-    return Model(None, lambda *_: torch.empty(0), head, head.vocabulary)
+    return Model(None, lambda *_: torch.empty(0), lambda: head, head.vocabulary)
 
 
 def a_batch(source: str, student: Tensor, teacher: Tensor, temperature: float) -> Scored:
