@@ -239,7 +239,7 @@ class Rollouts(_Rows):
         return faults
 
     def _floats(self) -> list[tuple[str, Tensor]]:
-        flat = _flatten(self)
+        flat = flatten(self)
         return [(k, x) for k, x in flat.items() if x.dim() > 1 and x.dtype.is_floating_point]
 
     def save(self, path: str | Path) -> None:
@@ -253,7 +253,7 @@ class Rollouts(_Rows):
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
         save_file(
-            {k: v.detach().cpu().contiguous() for k, v in _flatten(self).items()}, part, header
+            {k: v.detach().cpu().contiguous() for k, v in flatten(self).items()}, part, header
         )
         part.replace(path)
 
@@ -316,7 +316,7 @@ def concatenate(batches: Sequence[Scored]) -> Scored:
     if not batches:
         raise ValueError("no batches to concatenate")
     width = max(b.tokens.shape[1] for b in batches)
-    flat = [_flatten(b) for b in batches]
+    flat = [flatten(b) for b in batches]
     if any(f.keys() != flat[0].keys() for f in flat):
         raise ValueError(f"batches hold different fields: {sorted(set.union(*map(set, flat)))}")
 
@@ -326,25 +326,28 @@ def concatenate(batches: Sequence[Scored]) -> Scored:
         tail = x.new_zeros((x.shape[0], width - x.shape[1], *x.shape[2:]))
         return torch.cat([x, tail], 1)
 
-    joined = {k: torch.cat([pad(f[k]) for f in flat]) for k in flat[0]}
-    first = batches[0]
-    changed: dict[str, Any] = {k: v for k, v in joined.items() if "." not in k}
-    for name in ("support", "prefix"):
-        part = getattr(first, name)
-        if part is not None:
-            mine = {k: joined[f"{name}.{k}"] for k in part._tensors()}
-            changed[name] = replace(part, **mine)
-    return replace(first, **changed)
+    return unflatten(batches[0], {k: torch.cat([pad(f[k]) for f in flat]) for k in flat[0]})
 
 
-def _flatten(batch: _Rows) -> dict[str, Tensor]:
+def flatten(batch: _Rows) -> dict[str, Tensor]:
+    """Every tensor of a batch by its name; those of its parts as "part.name"."""
     flat: dict[str, Tensor] = {}
     for name, value in batch._tensors().items():
         if isinstance(value, _Rows):
-            flat |= {f"{name}.{k}": v for k, v in _flatten(value).items()}
+            flat |= {f"{name}.{k}": v for k, v in flatten(value).items()}
         else:
             flat[name] = value
     return flat
+
+
+def unflatten(like: Scored, flat: dict[str, Tensor]) -> Scored:
+    """The batch with other tensors, named as `flatten` names them."""
+    changed: dict[str, Any] = {k: v for k, v in flat.items() if "." not in k}
+    for name, part in like._tensors().items():
+        if isinstance(part, _Rows):
+            inside = {k: flat[f"{name}.{k}"] for k in part._tensors()}
+            changed[name] = replace(part, **inside)  # type: ignore[type-var]
+    return replace(like, **changed)
 
 
 def _refuse(name: str, x: Tensor, bad: Tensor, what: str) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
-from diagnostics.batch import Scored, concatenate
+from diagnostics.batch import Scored, concatenate, flatten, unflatten
 from diagnostics.probe import Measured, joined
 
 
@@ -23,20 +23,18 @@ def among(batch: Scored) -> tuple[Scored, slice]:
 
     Cost: an all-gather of the per-token numbers, some 20 of them a token.
     """
-    slim = replace(batch, support=None, baseline=None)
-    parts: list[Scored] = []
-    flat = {name: x for name, x in slim._tensors().items() if isinstance(x, Tensor)}
-    if slim.prefix is not None:
-        flat |= {f"prefix.{name}": x for name, x in slim.prefix._tensors().items()}
-    columns = {name: rows_of_ranks(x) for name, x in flat.items()}
-    for rank in range(distributed.get_world_size()):
-        mine = {name: x[rank] for name, x in columns.items()}
-        inside = {k.removeprefix("prefix."): v for k, v in mine.items() if "." in k}
-        plain: dict[str, Any] = {k: v for k, v in mine.items() if "." not in k}
-        prefix = None if slim.prefix is None else replace(slim.prefix, **inside)
-        parts.append(replace(slim, **plain, prefix=prefix))
+    parts = batches_of_ranks(replace(batch, support=None, baseline=None))
     start = sum(len(part) for part in parts[: distributed.get_rank()])
     return concatenate(parts), slice(start, start + len(batch))
+
+
+def batches_of_ranks(batch: Scored) -> list[Scored]:
+    """Every rank's batch, with all that is in it; all have to hold the same parts."""
+    columns = {name: rows_of_ranks(x) for name, x in flatten(batch).items()}
+    return [
+        unflatten(batch, {name: x[rank] for name, x in columns.items()})
+        for rank in range(distributed.get_world_size())
+    ]
 
 
 def across_ranks(part: Measured) -> Measured:

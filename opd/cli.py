@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -56,7 +57,8 @@ def train(argv: list[str]) -> None:
     from opd.train import train as run
 
     folder = run(config)
-    print(f"run folder: {folder}\ntrained model: {folder / 'final'}")
+    if os.environ.get("RANK", "0") == "0":  # of several processes one tells
+        print(f"run folder: {folder}\ntrained model: {folder / 'final'}")
 
 
 def evaluate(argv: list[str]) -> None:

@@ -199,6 +199,9 @@ class Config:
     """"cpu", "cuda", or "auto": cuda where there is one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of both networks; bfloat16 weights have float32 masters."""
+    sharding: Literal["none", "full"] = "none"
+    """Of several processes (torchrun): each keeps the student whole, or a part of its weights,
+    gradients and moments, float32 (FSDP2)."""
     checkpointing: bool = False
     """Recompute the layers' activations in the backward pass."""
     offload_teacher: bool = False

@@ -23,6 +23,7 @@ from opd.data import Prompts, encode_one, response_text
 from opd.engines import Engine
 from opd.environments.scene import Environment, Scene
 from opd.games import Games, action_of, continued, now, told
+from opd.rollout import Share
 
 OUTCOMES = ("won", "lost", "unfinished", "full", "failed")
 """How episodes end: by the game; after max_turns; no room for the next prompt; by its failure."""
@@ -76,7 +77,7 @@ def play(
     tokenizer: Any,
     eos: list[int],
     games: Games,
-    seeds: Sequence[int],
+    seeds: Sequence[tuple[int, int]],
     group: int,
     *,
     max_prompt: int,
@@ -84,8 +85,12 @@ def play(
     temperature: float,
     top_p: float,
     generator: torch.Generator,
+    share: Share | None = None,
 ) -> list[Episode]:
-    """`group` episodes of the game of each seed, in order, played to their end.
+    """`group` episodes of the game of each (number, seed), in order, played to their end.
+
+    share: these episodes among those of a larger batch, whose noise they have; the number of each
+    episode otherwise. An episode that is over leaves the noise of its further turns unused.
 
     An action that the scene does not admit is not handed to the environment; the scene stays, under
     "Nothing happens.", and the turn counts. Failures of the environment are warned of and counted.
@@ -96,21 +101,24 @@ def play(
     """
     episodes = [
         Episode(game=game, seed=seed, environment=games.make())
-        for game, seed in enumerate(seeds)
+        for game, seed in seeds
         for _ in range(group)
     ]
+    share = share or Share(list(range(len(episodes))), len(episodes))
     for episode in episodes:
         episode.show(partial(episode.environment.begin, episode.seed))
         episode.goal = episode.scene.goal
     while True:
         asked: list[tuple[Episode, list[int]]] = []
-        for episode in episodes:
+        places: list[int] = []
+        for episode, place in zip(episodes, share.rows, strict=True):
             if not episode.outcome:
                 ids = reading(tokenizer, games, episode)
                 if len(ids) > max_prompt:
                     overflow(episode, len(ids), max_prompt)
                 else:
                     asked.append((episode, ids))
+                    places.append(place)
         if not asked:
             break
         rollouts = engine.sample(
@@ -120,6 +128,7 @@ def play(
             temperature=temperature,
             top_p=top_p,
             generator=generator,
+            share=Share(places, share.of),
         )
         for (episode, ids), said in zip(asked, spoken(rollouts), strict=True):
             advance(tokenizer, games, episode, ids, *said)
@@ -317,8 +326,11 @@ def totals(episodes: Sequence[Episode]) -> dict[str, Total]:
     of turns, whose action the scene did not admit; unfinished_share: cut at max_turns; full_share:
     no room for the next prompt; failed_share: of all, those that the environment failed in.
     """
-    game = torch.tensor([episode.game for episode in episodes])
-    ways = {name: torch.tensor([e.outcome == name for e in episodes]) for name in OUTCOMES}
+    game = torch.tensor([episode.game for episode in episodes], dtype=torch.long)
+    ways = {
+        name: torch.tensor([e.outcome == name for e in episodes], dtype=torch.bool)
+        for name in OUTCOMES
+    }
     played = ~ways["failed"]
     turns = torch.tensor([float(len(episode.turns)) for episode in episodes])
     invalid = torch.tensor([float(sum(not t.admitted for t in e.turns)) for e in episodes])

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 
 from diagnostics.batch import Rollouts
+from diagnostics.monitor import across_ranks
 from diagnostics.totals import read
+from opd import processes
 from opd.accuracy import Array, summary, written
 from opd.data import (
     Grader,
@@ -27,14 +29,19 @@ from opd.data import (
     response_texts,
 )
 from opd.engines import Engine, InProcess
-from opd.episodes import play, totals
+from opd.episodes import Episode, play, totals
 from opd.games import Games, is_games, load_games
 from opd.model import Model, end_ids, head_rows, load, split
 from opd.problems import Problem
+from opd.rollout import Share
 from opd.sources import Question
 
 ROWS_AT_ONCE = 1024
 GREEDY = {"temperature": 1.0, "top_p": 1e-9}  # the likeliest token is its whole nucleus
+
+
+Column = tuple[float, int, bool, str | None, str]
+"""Of a response: reward, tokens, whether it ended, what it votes for, its text."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,29 +124,63 @@ def respond(
         raise ValueError(f"samples is {samples}; it must be at least 1")
     if temperature == 0 and samples > 1:
         raise ValueError(f"{samples} greedy samples are all equal; set temperature above 0")
-    how = {"temperature": temperature, "top_p": top_p} if temperature > 0 else GREEDY
+    how: dict[str, Any] = GREEDY if temperature == 0 else {}
+    how = {"temperature": temperature, "top_p": top_p, "generator": generator, **how}
     if isinstance(task, Games):
         how |= {"max_prompt": max_prompt, "max_response": max_response}
-        return won(engine, tokenizer, eos, task, problems, samples, generator=generator, **how)
+        return won(engine, tokenizer, eos, task, problems, samples, **how)
     chosen = task.test(problems)
-    columns: list[tuple[float, int, bool, str | None, str]] = []
+    columns: list[Column] = []
     step = max(1, ROWS_AT_ONCE // samples)
     for first in range(0, len(chosen), step):
         some = chosen[first : first + step]
-        prompts = encode(tokenizer, some, samples, max_prompt)
-        rollouts = engine.sample(
-            prompts, eos, max_response=max_response, generator=generator, **how
-        )
-        columns += graded_rows(tokenizer, rollouts, repeated(some, samples), task.grade)
+        mine = own(len(some))
+        own_some = [some[i] for i in mine]
+        found: list[Column] = []
+        if mine:
+            prompts = encode(tokenizer, own_some, samples, max_prompt)
+            rows = Share(
+                [i * samples + j for i in mine for j in range(samples)], len(some) * samples
+            )
+            rollouts = engine.sample(prompts, eos, max_response=max_response, share=rows, **how)
+            found = graded_rows(tokenizer, rollouts, repeated(own_some, samples), task.grade)
+        columns += everybodys(found, samples)
+    return tabulated(chosen, samples, columns)
+
+
+def own(count: int) -> list[int]:
+    """Which of `count` problems this process answers: those of its number, and every size-th on."""
+    return list(range(processes.rank(), count, processes.size()))
+
+
+def everybodys(found: list[Column], samples: int) -> list[Column]:
+    """The columns of all processes' problems, `samples` of each, in the order of the problems."""
+    told = processes.told(found, where())
+    parts = [[rows[i : i + samples] for i in range(0, len(rows), samples)] for rows in told]
+    mixed = [part[i] for i in range(len(parts[0])) for part in parts if i < len(part)]
+    return [(row[0], row[1], row[2], row[3], row[4]) for rows in mixed for row in rows]
+
+
+def where() -> str:
+    """The device on which the processes of the run meet: NCCL takes tensors on GPUs alone."""
+    nccl = processes.size() > 1 and torch.distributed.get_backend() == "nccl"
+    return "cuda" if nccl else "cpu"
+
+
+def tabulated(
+    problems: list[Problem], samples: int, columns: list[Column], **numbers: Mapping[str, float]
+) -> Graded:
+    """The columns of all responses as a table, a row a problem."""
     reward, length, ended, answers, texts = map(list, zip(*columns, strict=True))
-    shape = len(chosen), samples
+    shape = len(problems), samples
     return Graded(
-        problems=chosen,
+        problems=problems,
         reward=np.array(reward).reshape(shape),
         length=np.array(length).reshape(shape),
         ended=np.array(ended).reshape(shape),
         answers=[answers[i : i + samples] for i in range(0, len(answers), samples)],
         texts=[texts[i : i + samples] for i in range(0, len(texts), samples)],
+        **numbers,
     )
 
 
@@ -154,25 +195,29 @@ def won(
 ) -> Graded:
     """`samples` episodes of each of `count` held-out games; one that failed is not won."""
     seeds = games.test(count)
-    episodes = play(engine, tokenizer, eos, games, seeds, samples, **how)
-    shape = len(seeds), samples
-    texts = [[response_text(tokenizer, turn.response) for turn in e.turns] for e in episodes]
-    whole = ["\n".join(said) for said in texts]
-    votes: list[str | None] = ["won" if e.won else "lost" for e in episodes]
-    lengths = [sum(len(turn.response) for turn in e.turns) for e in episodes]
-    goals = [e.goal for e in episodes[::samples]]
-    return Graded(
-        problems=[
-            Question(prompt=f"{games.source} {seed}", answer=goal)
-            for seed, goal in zip(seeds, goals, strict=True)
-        ],
-        reward=np.array([float(e.won) for e in episodes]).reshape(shape),
-        length=np.array(lengths).reshape(shape),
-        ended=np.array([e.outcome in ("won", "lost") for e in episodes]).reshape(shape),
-        answers=[votes[i : i + samples] for i in range(0, len(votes), samples)],
-        texts=[whole[i : i + samples] for i in range(0, len(whole), samples)],
-        numbers=read(totals(episodes)),
-    )
+    mine = own(len(seeds))
+    played, columns = [], []
+    if mine:
+        rows = Share([i * samples + j for i in mine for j in range(samples)], count * samples)
+        chosen = [(i, seeds[i]) for i in mine]
+        played = play(engine, tokenizer, eos, games, chosen, samples, share=rows, **how)
+        columns = [seen(tokenizer, episode) for episode in played]
+    goals = processes.told([episode.goal for episode in played[::samples]], where())
+    problems: list[Problem] = [
+        Question(prompt=f"{games.source} {seed}", answer=goals[i % len(goals)][i // len(goals)])
+        for i, seed in enumerate(seeds)
+    ]
+    sums = totals(played)
+    numbers = read(across_ranks(sums) if processes.size() > 1 else sums)
+    return tabulated(problems, samples, everybodys(columns, samples), numbers=numbers)
+
+
+def seen(tokenizer: Any, episode: Episode) -> Column:
+    """(won, tokens, played to its end, how it votes, all that was said) of an episode."""
+    said = [response_text(tokenizer, turn.response) for turn in episode.turns]
+    length = sum(len(turn.response) for turn in episode.turns)
+    vote = "won" if episode.won else "lost"
+    return float(episode.won), length, episode.outcome in ("won", "lost"), vote, "\n".join(said)
 
 
 def repeated(problems: Sequence[Problem], samples: int) -> list[Problem]:
@@ -181,8 +226,7 @@ def repeated(problems: Sequence[Problem], samples: int) -> list[Problem]:
 
 def graded_rows(
     tokenizer: Any, rollouts: Rollouts, problems: list[Problem], grade: Grader
-) -> list[tuple[float, int, bool, str | None, str]]:
-    """(reward, length, ended, answer, text) of each response."""
+) -> list[Column]:
     texts = response_texts(tokenizer, rollouts.tokens, rollouts.mask)
     found = [grade(text, problem.answer) for text, problem in zip(texts, problems, strict=True)]
     lengths, ended = rollouts.mask.sum(1).tolist(), rollouts.ended.tolist()

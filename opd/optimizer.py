@@ -2,29 +2,50 @@
 
 A bfloat16 weight of size 1 cannot take a change below 0.004, a thousand learning rates; so the sum
 of the gradients, the moments and the weights that are changed are float32, and the network holds
-their rounded copies. For a float32 network masters and weights are the same tensors.
+their rounded copies. For a float32 or sharded network masters and weights are the same tensors.
 """
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+import torch.distributed as distributed
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from opd import processes
 
 
 @dataclass(frozen=True, eq=False)
 class Optimizer:
-    """live: the network's trainable weights; masters: their float32 originals, in one order."""
+    """live: the network's trainable weights; masters: their float32 originals, in one order.
+
+    rounded: what is saved of the network is less than the masters.
+    """
 
     live: list[Tensor]
     masters: list[Tensor]
     adamw: torch.optim.AdamW
+    rounded: bool
 
     def zero_grad(self) -> None:
         for weight in (*self.live, *self.masters):
             weight.grad = None
+
+    def gather(self) -> None:
+        """Add up the gradients of all processes; those of sharded weights are already."""
+        if processes.size() == 1:
+            return
+        pending = []
+        for master in self.masters:
+            if isinstance(master, DTensor):
+                continue
+            if master.grad is None:  # no token here; the others have some
+                master.grad = torch.zeros_like(master)
+            pending.append(distributed.all_reduce(master.grad, async_op=True))
+        for work in pending:
+            work.wait()
 
     @torch.no_grad()
     def step(self, rate: float, clip: float) -> tuple[Tensor, bool]:
@@ -33,6 +54,8 @@ class Optimizer:
         A gradient with a NaN or an infinity changes nothing, moments included. One host sync.
         """
         norm = torch.nn.utils.clip_grad_norm_(self.masters, clip)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         if not bool(norm.isfinite()):
             return norm, False
         for group in self.adamw.param_groups:
@@ -48,23 +71,28 @@ class Optimizer:
             if weight is not master:
                 weight.copy_(master)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Moments, and the masters where they are more than the network's own weights."""
-        kept = [m for w, m in zip(self.live, self.masters, strict=True) if w is not m]
-        return {"adamw": self.adamw.state_dict(), "masters": kept}
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the next step depends on beside the saved network, by number of weight.
 
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        kept = [m for w, m in zip(self.live, self.masters, strict=True) if w is not m]
-        for master, saved in zip(kept, state["masters"], strict=True):
-            master.copy_(saved)
-        self.adamw.load_state_dict(state["adamw"])
+        Moments, numbers of steps, and masters if they are more than was saved.
+        """
+        found = {}
+        for i, master in enumerate(self.masters):
+            if self.rounded:
+                found[f"{i}.master"] = master.detach()
+            found |= {f"{i}.{name}": x for name, x in self.adamw.state[master].items()}
+        return found
 
 
 def adamw(
-    parameters: Iterable[Tensor], betas: tuple[float, float], weight_decay: float
+    parameters: Iterable[Tensor],
+    betas: tuple[float, float],
+    weight_decay: float,
+    rounded: bool = False,
 ) -> Optimizer:
     """An optimizer of those parameters that need a gradient.
+
+    rounded: float32 weights that are saved in less, as those of a sharded bfloat16 network.
 
     Raises:
       ValueError: none does.
@@ -77,7 +105,14 @@ def adamw(
         if weight is not master:
             _sum_into(weight, master)
     inner = torch.optim.AdamW(masters, lr=0.0, betas=betas, weight_decay=weight_decay)
-    return Optimizer(live, masters, inner)
+    for master in masters:  # now, and not in the first step, so that a checkpoint has a place
+        inner.state[master] = {
+            "step": torch.tensor(0.0),
+            "exp_avg": torch.zeros_like(master, requires_grad=False),
+            "exp_avg_sq": torch.zeros_like(master, requires_grad=False),
+        }
+    apart = any(w is not m for w, m in zip(live, masters, strict=True))
+    return Optimizer(live, masters, inner, rounded or apart)
 
 
 def _sum_into(weight: Tensor, master: Tensor) -> None:

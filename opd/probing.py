@@ -13,9 +13,11 @@ from diagnostics.batch import Scored
 from diagnostics.blocks import Block, block, sequence_gradients
 from diagnostics.family import GAMMAS, available, weights
 from diagnostics.probe import Measured, gradient_row, measured, on_policy
+from diagnostics.ranks import across_ranks, among
 from diagnostics.rows import Row
 from diagnostics.sketch import random_signs
 from diagnostics.tradeoff import REFERENCES, cost_of_response
+from opd import processes
 from opd.data import Prompts
 from opd.head import Head, chunks, cooled, products, shaped
 from opd.model import Model, Pair, log_probabilities, micro_batches, response_hidden, spread
@@ -37,7 +39,17 @@ def probe(
     The batch is one that the student sampled with top_p 1 at the temperature of the scores. gamma
     is that of the objective, if the probe's grid has it, else the nearest one. The head's numbers
     begin with "gradient/", those of a block (`diagnostics.blocks`) with "gradient/blocks/PATTERN/".
+    Of several processes every one gets the row of all sequences.
+
+    Raises:
+      ValueError: blocks, and several processes.
     """
+    several = processes.size() > 1
+    if blocks and several:
+        raise ValueError(
+            f"probe_blocks is {blocks}, which one process alone can measure; the head's gradient "
+            "is measured over all of them: leave probe_blocks out, or start one process"
+        )
     ours, theirs = (
         states(model, prompts, scored, micro_tokens) for model in (pair.student, pair.teacher)
     )
@@ -51,7 +63,9 @@ def probe(
         )
 
     size = chunks(len(ours), vocabulary, chunk_elements)[0].stop
-    found = measured(scored, ours, logp, signs, chunk_tokens=size)
+    everybody = among(scored) if several else None
+    found = measured(scored, ours, logp, signs, chunk_tokens=size, among=everybody)
+    found = across_ranks(found) if several else found
     trained = ("plain", min(GAMMAS, key=lambda g: abs(g - gamma)))
     below: dict[str, Measured] = {}
     if blocks:

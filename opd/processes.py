@@ -18,16 +18,23 @@ SPARE = 1800.0
 """Seconds that a rank waits for the others beyond its own patience with a server."""
 
 
+def several() -> bool:
+    """Whether this process was started as one of several."""
+    known = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+    return known and int(os.environ["WORLD_SIZE"]) > 1
+
+
 @contextmanager
 def joined(device: str, patience: float = 0.0) -> Iterator[str]:
     """Join the other processes, if there are any; gives the device of this one.
 
-    Ranks on GPUs meet over NCCL, each on the GPU of its LOCAL_RANK; on CPUs over gloo.
+    Ranks on GPUs meet over NCCL, each on the GPU of its LOCAL_RANK; on CPUs over gloo. A group that
+    the caller made is used, and left as it is.
 
     Raises:
       ValueError: fewer GPUs than processes on this machine.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if not several():
         yield device
         return
     import torch
@@ -43,6 +50,9 @@ def joined(device: str, patience: float = 0.0) -> Iterator[str]:
             )
         torch.cuda.set_device(place)
         device = f"cuda:{place}"
+    if distributed.is_initialized():
+        yield device
+        return
     distributed.init_process_group(
         "nccl" if on_gpu else "gloo", timeout=timedelta(seconds=patience + SPARE)
     )

@@ -162,6 +162,20 @@ def adapted(network: Any, config: Config) -> Any:
         return get_peft_model(network, how).eval()
 
 
+def with_sharded_student(pairs: Sequence[Pair]) -> list[Pair]:
+    """The pairs with their one student shared out among all processes (opd.sharding)."""
+    from opd.sharding import sharded
+
+    old = pairs[0].student
+    student = sharded(old)
+    made = []
+    for pair in pairs:
+        own = pair.teacher.network is old.network
+        teacher = without_adapters(student) if own else pair.teacher
+        made.append(replace(pair, student=student, teacher=teacher))
+    return made
+
+
 def without_adapters(student: Model) -> Model:
     """The same network with its adapters off, as a frozen teacher; costs no memory."""
 

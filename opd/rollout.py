@@ -212,6 +212,7 @@ def respond(
             generation_config=settings,
             logits_processor=[sampler],
             stopping_criteria=[lambda x, _: torch.arange(len(x), device=x.device) >= rows],
+            synced_gpus=False,  # every process has the whole weights, and its own number of calls
         )
     except torch.OutOfMemoryError as error:
         raise torch.OutOfMemoryError(

@@ -15,12 +15,13 @@ from safetensors import SafetensorError
 
 from diagnostics import rows
 from diagnostics.rows import Row
+from opd import processes
 from opd.config import Config, to_json
 
 FREE_TO_CHANGE = (
     *("steps", "out", "eval_every", "save_every", "batch_every", "probe_every", "loggers"),
     *("micro_tokens", "chunk_elements", "rows_at_once", "checkpointing", "offload_teacher"),
-    *("teacher_patience", "teacher_requests"),
+    *("teacher_patience", "teacher_requests", "sharding"),
 )
 """Settings that say how far, how often or where, and not what is computed."""
 
@@ -29,11 +30,17 @@ FREE_TO_CHANGE = (
 def open_run(config: Config) -> Iterator[Path]:
     """The run folder of `config`, locked against a second process while in use.
 
+    Only the first of a run's processes writes in it; the others wait for it to be ready.
+
     Raises:
       ValueError: the folder holds a run with other settings; names them.
       RuntimeError: another process is writing to the folder.
     """
     folder = Path(config.out)
+    if processes.rank() > 0:
+        processes.barrier()
+        yield folder
+        return
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "run.lock", "w") as lock:
         try:
@@ -44,6 +51,7 @@ def open_run(config: Config) -> Iterator[Path]:
         write_text(folder / "config.json", json.dumps(to_json(config), indent=1))
         if not (folder / "code.txt").exists():
             write_text(folder / "code.txt", code_state())
+        processes.barrier()
         yield folder
 
 
@@ -84,12 +92,16 @@ def write_text(path: Path, text: str) -> None:
 def whole_folder(final: Path) -> Iterator[Path]:
     """Write into a temporary folder that takes the final name only when the block succeeds.
 
+    Every process of a run has to enter; all may write, and the name is taken when all have.
+
     Raises:
       RuntimeError: something could not be written; what was there before stays.
     """
     part = final.with_name(final.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    if processes.rank() == 0:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    processes.barrier()
     try:
         yield part
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -99,8 +111,11 @@ def whole_folder(final: Path) -> Iterator[Path]:
             f"could not write {final} ({error}): is the disk full? What was saved before is whole, "
             "and the same command resumes from it"
         ) from error
-    shutil.rmtree(final, ignore_errors=True)
-    part.rename(final)
+    processes.barrier()
+    if processes.rank() == 0:
+        shutil.rmtree(final, ignore_errors=True)
+        part.rename(final)
+    processes.barrier()
 
 
 def checkpoints(folder: Path) -> list[Path]:

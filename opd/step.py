@@ -1,9 +1,12 @@
 """A step of training: roll out, score with both models, update, observe; from top to bottom.
 
 A step depends on (config, weights, optimizer, step) alone: prompts and random numbers are derived
-from (seed, step). So a run that was killed goes on from its last checkpoint as if it never was.
+from (seed, step). So a run that was killed goes on from its last checkpoint as if it never was. Nor
+does it depend on the number of processes, up to rounding: each rolls out and scores its share of
+the prompts; credit, selection and denominators are made of everybody's tokens, and sums of
+gradients and of metrics are added.
 
-Shapes: B responses, T response positions.
+Shapes: B responses of this process, T response positions.
 """
 
 import time
@@ -18,9 +21,11 @@ from torch import Tensor
 
 from diagnostics.batch import Rollouts, Scored, concatenate
 from diagnostics.collapse import length, length_quantiles
-from diagnostics.monitor import Monitor
+from diagnostics.monitor import Monitor, across_ranks
+from diagnostics.ranks import among, batches_of_ranks
 from diagnostics.rows import Row
 from diagnostics.totals import Total, merge, read
+from opd import processes
 from opd.config import Config
 from opd.data import Prompts, Task, encode
 from opd.engines import Engine
@@ -34,9 +39,11 @@ from opd.optimizer import Optimizer, learning_rate
 from opd.probing import probe
 from opd.problems import Problem
 from opd.roles import awake, follow, recomputing
+from opd.rollout import Share
 from opd.scoring import score, score_support, score_told
 from opd.seeds import PROBE, ROLLOUT, derive
 from opd.selection import most_uncertain, narrowed
+from opd.sharding import whole
 from opd.special import Mask, audit, masked
 from opd.told import asked
 
@@ -80,6 +87,10 @@ class Part:
     played: Mapping[str, Total]
 
 
+Drawn = tuple[Prompts, Rollouts, Mapping[str, Total]]
+"""Prompts, graded responses to them, and what became of episodes."""
+
+
 def one_step(chosen: Sequence[tuple[Run, int]], step: int) -> Row:
     """Fresh rollouts and the optimizer steps on them; returns the step's row of numbers.
 
@@ -87,31 +98,11 @@ def one_step(chosen: Sequence[tuple[Run, int]], step: int) -> Row:
     which is what its prompts, probes and saved batches go by.
     """
     run, nth = chosen[0]
-    config, clock = run.config, [time.perf_counter()]
-    drawn = [roll_out(one, step, nth, one.config.top_p, ROLLOUT) for one, nth in chosen]
-    clock.append(time.perf_counter())
-
-    parts: list[Part] = []
-    probed: Row = {}
-    for (one, _), (prompts, rollouts, played) in zip(chosen, drawn, strict=True):
-        with awake(one.pair.teacher, one.pair.student.device, config.offload_teacher):
-            whole, hidden = scored_by_both(one, nth, prompts, rollouts)
-            if any(other.pair.remote is not None for other, _ in chosen):
-                whole = replace(whole, prefix=None)  # what one of a shared step cannot tell
-            if due(nth, config.probe_every):
-                found = probed_row(one, step, nth, prompts, whole)
-                probed |= headed(one, found) if len(chosen) > 1 else found
-        kept = masked(whole, one.masks)
-        parts.append(
-            Part(
-                run=one,
-                prompts=prompts,
-                whole=whole,
-                scored=kept,
-                teacher_hidden=hidden,
-                played=played,
-            )
-        )
+    clock = [time.perf_counter()]
+    with whole(run.pair.student):
+        drawn = [roll_out(one, step, nth, one.config.top_p, ROLLOUT) for one, nth in chosen]
+        clock.append(time.perf_counter())
+        parts, probed = scored_parts(chosen, drawn, step)
     clock.append(time.perf_counter())
 
     numbers = update(parts, step)
@@ -119,14 +110,48 @@ def one_step(chosen: Sequence[tuple[Run, int]], step: int) -> Row:
     clock.append(time.perf_counter())
 
     row = recorded(parts, step, numbers) | probed
-    if due(nth, config.batch_every):
-        batches = [part.scored for part in parts]
-        batch = batches[0] if len(batches) == 1 else concatenate(batches)
-        batch.save(run.folder / "batches" / f"step_{step:06d}.safetensors")
+    if due(nth, run.config.batch_every):
+        save_batch(parts, run.folder / "batches" / f"step_{step:06d}.safetensors")
     clock.append(time.perf_counter())
     for name, a, b in zip(("rollout", "score", "update", "record"), clock, clock[1:], strict=False):
         row[f"seconds/{name}"] = b - a
     return row
+
+
+def scored_parts(
+    chosen: Sequence[tuple[Run, int]], drawn: Sequence[Drawn], step: int
+) -> tuple[list[Part], Row]:
+    """What was drawn for each task, scored; and what its gradient probe says where one is due."""
+    parts: list[Part] = []
+    probed: Row = {}
+    for (one, nth), (prompts, rollouts, played) in zip(chosen, drawn, strict=True):
+        with awake(one.pair.teacher, one.pair.student.device, one.config.offload_teacher):
+            scored, hidden = scored_by_both(one, nth, prompts, rollouts)
+            if any(other.pair.remote is not None for other, _ in chosen):
+                scored = replace(scored, prefix=None)  # what one of a shared step cannot tell
+            if due(nth, one.config.probe_every):
+                found = probed_row(one, step, nth, prompts, scored)
+                probed |= headed(one, found) if len(chosen) > 1 else found
+        parts.append(
+            Part(
+                run=one,
+                prompts=prompts,
+                whole=scored,
+                scored=masked(scored, one.masks),
+                teacher_hidden=hidden,
+                played=played,
+            )
+        )
+    return parts, probed
+
+
+def save_batch(parts: Sequence[Part], path: Path) -> None:
+    """Write the supervised tokens of all tasks and processes."""
+    batches = [part.scored for part in parts]
+    if processes.size() > 1:
+        batches = [other for batch in batches for other in batches_of_ranks(batch)]
+    if processes.rank() == 0:
+        (batches[0] if len(batches) == 1 else concatenate(batches)).save(path)
 
 
 def recorded(parts: list[Part], step: int, numbers: dict[str, Tensor | float]) -> Row:
@@ -137,16 +162,21 @@ def recorded(parts: list[Part], step: int, numbers: dict[str, Tensor | float]) -
     removed: Row = {}
     for part in parts:
         if part.run.masks:
-            found = read(audit(part.whole, part.run.masks))
+            found = read(everybodys(audit(part.whole, part.run.masks)))
             removed |= headed(part.run, found) if len(parts) > 1 else found
     row |= run.monitor(step, [part.scored for part in parts], **numbers, **removed)
     if removed:  # a response is as long as it was sampled, whatever is supervised of it
         lengths = (length(part.whole) | length_quantiles(part.whole) for part in parts)
-        row |= read(reduce(merge, lengths))
+        row |= read(everybodys(reduce(merge, lengths)))
     for part in parts:
-        found = read(part.played) if part.played else {}
+        found = read(everybodys(part.played)) if part.played else {}
         row |= headed(part.run, found) if len(parts) > 1 else found
     return row
+
+
+def everybodys(totals: Mapping[str, Total]) -> Mapping[str, Total]:
+    """The totals of all processes."""
+    return across_ranks(totals) if processes.size() > 1 else totals
 
 
 def headed(run: Run, row: Row) -> Row:
@@ -154,33 +184,36 @@ def headed(run: Run, row: Row) -> Row:
     return {f"task={run.name}/{name}": x for name, x in row.items()}
 
 
-def roll_out(
-    run: Run, step: int, nth: int, top_p: float, purpose: int
-) -> tuple[Prompts, Rollouts, Mapping[str, Total]]:
-    """Prompts of the task's nth step and graded responses to them, with noise for that purpose.
+def roll_out(run: Run, step: int, nth: int, top_p: float, purpose: int) -> Drawn:
+    """This process's prompts of the task's nth step and graded responses to them.
 
-    Of games the rows of episodes, and what became of these.
+    The noise is for that purpose. Of games the rows of episodes, and what became of these.
     """
     config, device, task = run.config, run.pair.student.device, run.task
+    count, group = config.prompts_per_step, config.group_size
+    mine = processes.own(count, config.updates)
     words = (config.seed, step, purpose, *([run.place] if run.place else []))
     how: dict[str, Any] = {
         "max_response": config.max_response,
         "temperature": config.temperature,
         "top_p": top_p,
         "generator": torch.Generator().manual_seed(derive(*words)),
+        "share": Share([i * group + j for i in mine for j in range(group)], count * group),
     }
     tokenizer, eos, played = run.pair.tokenizer, run.pair.eos, dict[str, Total]()
     if isinstance(task, Games):
-        seeds, group = task.train(nth, config.prompts_per_step), config.group_size
+        seeds = task.train(nth, count)
+        games = [(i, seeds[i]) for i in mine]
         how |= {"max_prompt": config.max_prompt}
-        episodes = play(run.engine, tokenizer, eos, task, seeds, group, **how)
+        episodes = play(run.engine, tokenizer, eos, task, games, group, **how)
         prompts, rollouts = rows_of(
             episodes, task.layout, temperature=config.temperature, top_p=top_p
         )
         verdicts, played = rollouts.reward, totals(episodes)
     else:
-        problems = task.train(nth, config.prompts_per_step)
-        prompts = encode(tokenizer, problems, config.group_size, config.max_prompt)
+        problems = task.train(nth, count)
+        prompts = encode(tokenizer, [problems[i] for i in mine], group, config.max_prompt)
+        prompts = replace(prompts, index=torch.tensor(mine)[prompts.index])
         rollouts = run.engine.sample(prompts, eos, **how)
         answers = [Problem(prompt="", answer=answer) for answer in prompts.answers]
         verdicts = torch.tensor(
@@ -244,16 +277,16 @@ def spared(run: Run, rollouts: Rollouts) -> bool:
     return plain and rest and rollouts.softmax_logp is not None
 
 
-def probed_row(run: Run, step: int, nth: int, prompts: Prompts, whole: Scored) -> Row:
+def probed_row(run: Run, step: int, nth: int, prompts: Prompts, scored: Scored) -> Row:
     """The gradient probe at the weights before the update, on these rollouts or its own."""
     config = run.config
     if config.top_p < 1:
         prompts, rollouts, _ = roll_out(run, step, nth, top_p=1.0, purpose=PROBE)
-        whole, _ = exact(run, prompts, rollouts)
+        scored, _ = exact(run, prompts, rollouts)
     return probe(
         run.pair,
         prompts,
-        whole,
+        scored,
         gamma=config.gamma,
         micro_tokens=config.micro_tokens,
         chunk_elements=config.chunk_elements,
@@ -283,53 +316,77 @@ def update(parts: Sequence[Part], step: int) -> dict[str, Tensor | float]:
     for u in range(config.updates):
         optimizer.zero_grad()
         loss = torch.zeros((), device=run.pair.student.device)
-        for part, weight, rows in zip(parts, weights, ready, strict=True):
-            loss = loss + backward(part, *rows[u], weight)
+        for part, weight, work in zip(parts, weights, ready, strict=True):
+            loss = loss + backward(part, work[u], weight)
+        optimizer.gather()
         norm, taken = optimizer.step(rate, config.clip)
         if taken and config.teacher == "ema":
-            follow(run.pair.teacher, run.pair.student, config.ema_decay)
-        losses.append(loss)
+            with whole(run.pair.student):
+                follow(run.pair.teacher, run.pair.student, config.ema_decay)
+        losses.append(processes.summed(loss))
         norms.append(norm)
         skipped += not taken
     means = {"loss": torch.stack(losses).mean(), "grad_norm": torch.stack(norms).mean()}
     return {**means, "lr": rate, "skipped": float(skipped)}
 
 
-def shared_out(part: Part) -> list[tuple[list[int], Scored, Tensor, Tensor]]:
-    """For each update its rows, the tokens kept of all rows, their credit and their ratio."""
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What an update does with a part: rows, and for all rows of the part what the loss needs.
+
+    kept: the tokens that the loss is taken over; credit, weight (B, T): of every token, the weight
+    being ratio over denominator, which is right on `rows` alone.
+    """
+
+    rows: list[int]
+    kept: Scored
+    credit: Tensor
+    weight: Tensor
+
+
+def shared_out(part: Part) -> list[Work]:
+    """The work of each update, from what all processes' tokens say of credit and denominators."""
     config, objective = part.run.config, part.run.objective
-    credit, ratio = objective.credit(part.scored), objective.ratio(part.scored)
+    alone = processes.size() == 1
+    batch, mine = (part.scored, slice(None)) if alone else among(part.scored)
+    here = (mine, slice(part.scored.mask.shape[1]))
+    credit, ratio = objective.credit(batch)[here], objective.ratio(batch)[here]
     kept = part.scored
     if config.keep_uncertain < 1:
-        kept = narrowed(kept, most_uncertain(kept, config.keep_uncertain))
-    return [(rows, kept, credit, ratio) for rows in shares(part.prompts, config.updates)]
+        chosen = most_uncertain(batch, config.keep_uncertain)
+        kept, batch = narrowed(kept, chosen[here]), narrowed(batch, chosen)
+    counted = replace(batch, support=None, prefix=None)
+    found, place = [], torch.arange(len(batch))[mine].tolist()
+    for rows in shares(batch.prompt.tolist(), config.updates):
+        below = batch.student_logp.new_ones(len(batch))
+        below[rows] = DENOMINATORS[config.denominator](counted.rows(rows))
+        chosen_rows = set(rows)
+        own = [i for i, row in enumerate(place) if row in chosen_rows]
+        found.append(Work(own, kept, credit, ratio / below[mine, None]))
+    return found
 
 
-def backward(
-    part: Part, rows: list[int], kept: Scored, credit: Tensor, ratio: Tensor, share: float
-) -> Tensor:
+def backward(part: Part, work: Work, share: float) -> Tensor:
     """Add the gradient of `share` times the loss of these rows; returns that loss, detached."""
     run, config, slot = part.run, part.run.config, slots(part.whole.mask)
-    mine, theirs = part.prompts.rows(rows), kept.rows(rows)
-    weight = share * ratio[rows] / DENOMINATORS[config.denominator](theirs)[:, None]
-    loss = torch.zeros((), device=kept.tokens.device)
+    loss = torch.zeros((), device=part.whole.tokens.device)
     asleep = config.offload_teacher and run.objective.support == "full"
     with awake(run.pair.teacher, run.pair.student.device, asleep):
-        for some in micro_batches(mine, theirs, config.micro_tokens):
-            batch = theirs.rows(some).trimmed()
+        for some, counts in in_step(run, part.prompts, work):
+            batch = work.kept.rows(some).trimmed()
             width = batch.mask.shape[1]
             hidden = part.teacher_hidden
             if hidden is not None:
-                hidden = hidden[slot[rows][some][:, :width][batch.mask]]
+                hidden = hidden[slot[some][:, :width][batch.mask]]
             with recomputing(run.pair.student.network, config.checkpointing):
                 partial = loss_from_hidden(
                     run.pair,
                     run.objective,
-                    response_hidden(run.pair.student, mine.rows(some), batch),
+                    response_hidden(run.pair.student, part.prompts.rows(some), batch),
                     hidden,
                     batch,
-                    credit[rows][some][:, :width],
-                    weight[some][:, :width][batch.mask],
+                    work.credit[some][:, :width],
+                    share * counts * work.weight[some][:, :width][batch.mask],
                     chunk_elements=config.chunk_elements,
                 )
                 partial.backward()
@@ -337,20 +394,37 @@ def backward(
     return loss
 
 
-def shares(prompts: Prompts, updates: int) -> list[list[int]]:
-    """Rows of each update: equally many prompts, in order, all rollouts of a prompt together.
+def in_step(run: Run, prompts: Prompts, work: Work) -> list[tuple[list[int], float]]:
+    """Micro-batches of rows, and whether they count.
+
+    Processes that share the weights go through them together, so that all have equally many; one
+    that has fewer goes through its smallest again, for nothing.
+    """
+    groups = micro_batches(
+        prompts.rows(work.rows), work.kept.rows(work.rows), run.config.micro_tokens
+    )
+    found = [([work.rows[i] for i in group], 1.0) for group in groups]
+    if run.config.sharding == "none":
+        return found
+    lengths = work.kept.lengths.tolist()
+    idle = [min(range(len(lengths)), key=lengths.__getitem__)]
+    missing = processes.largest(len(found), work.credit.device) - len(found)
+    return found + [(idle, 0.0)] * missing
+
+
+def shares(prompt: list[int], updates: int) -> list[list[int]]:
+    """Rows of each update: equally many prompts, by their numbers, all rollouts of one together.
 
     Nearly equally many where games failed.
 
     Raises:
       ValueError: fewer prompts than updates.
     """
-    index = prompts.index.tolist()
-    order = list(dict.fromkeys(index))
+    order = sorted(set(prompt))
     if len(order) < updates:
         raise ValueError(f"{len(order)} games were played, too few for {updates} updates")
-    place = {prompt: i * updates // len(order) for i, prompt in enumerate(order)}
-    return [[r for r, p in enumerate(index) if place[p] == u] for u in range(updates)]
+    place = {number: i * updates // len(order) for i, number in enumerate(order)}
+    return [[r for r, number in enumerate(prompt) if place[number] == u] for u in range(updates)]
 
 
 def slots(mask: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import errno
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -14,17 +14,17 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from diagnostics import rows
-from diagnostics.alarms import Alarms
+from diagnostics.alarms import Alarm, Alarms
 from diagnostics.batch import Scored
 from diagnostics.catalogue import PANEL, Metric
 from diagnostics.collapse import length, reward
 from diagnostics.drift import sampled_divergence
 from diagnostics.groups import by
-from diagnostics.monitor import Monitor
-from diagnostics.rows import append
+from diagnostics.monitor import Monitor, across_ranks
+from diagnostics.rows import Row, append
 from diagnostics.supervision import sign_shares, signal_concentration
 from diagnostics.totals import Mean, Total
-from opd import checkpoint, runlog
+from opd import checkpoint, processes, runlog
 from opd.config import Config, to_json
 from opd.data import Task, drop_long, load_task, refuse_long
 from opd.endpoint import is_url
@@ -32,11 +32,12 @@ from opd.engines import Engine, make_engine
 from opd.evaluate import evaluate
 from opd.games import Games, is_games, load_games
 from opd.loggers import Log, evaluation, open_loggers
-from opd.model import Model, Pair
+from opd.model import Model, Pair, resolve_device
 from opd.objectives import DENOMINATORS, Objective, make
 from opd.optimizer import Optimizer, adamw
-from opd.roles import make_pairs, ordinary
+from opd.roles import make_pairs, ordinary, with_sharded_student
 from opd.seeds import EVALUATION, derive
+from opd.sharding import plain, whole
 from opd.sources import Columns
 from opd.special import resolve
 from opd.step import Run, due, one_step
@@ -54,21 +55,39 @@ def train(config: Config) -> Path:
     for own in settings_of(config):
         if is_url(own.teacher):
             check_tellable(own, make_objective(config))
-    with explained(config), runlog.open_run(config) as folder:
-        pairs = make_pairs(settings_of(config))
+    where = resolve_device(config.device)
+    if config.sharding == "full" and not processes.several():
+        raise ValueError(
+            "sharding full shares the weights out among several processes, and this is one: start "
+            "them with `torchrun --nproc_per_node N --no-python opd train ...`, or set sharding "
+            "none; the run goes on from the same checkpoints"
+        )
+    with (
+        processes.joined(where, config.teacher_patience) as device,
+        explained(config),
+        runlog.open_run(config) as folder,
+    ):
+        pairs = make_pairs([replace(own, device=device) for own in settings_of(config)])
+        first = checkpoint.resume(folder, pairs[0], config.teacher == "ema")
+        if config.sharding == "full":
+            pairs = with_sharded_student(pairs)
         student = pairs[0].student
-        optimizer = adamw(student.network.parameters(), config.betas, config.weight_decay)
-        first = checkpoint.resume(folder, pairs[0], optimizer, config.teacher == "ema")
+        rounded = config.dtype != "float32"
+        optimizer = adamw(student.network.parameters(), config.betas, config.weight_decay, rounded)
+        checkpoint.resume_optimizer(folder, optimizer)
         keep_probes(folder / "teachers.json", pairs, first)
         engine = sampler(config, student)
         runs = make_runs(config, folder, pairs, engine, optimizer)
-        with open_loggers(config.loggers, folder, to_json(config)) as log:
+        names = config.loggers if processes.rank() == 0 else ()
+        with open_loggers(names, folder, to_json(config)) as log:
             take_steps(config, runs, first, log)
         engine.close()
         if first < config.steps or not (folder / "final").exists():
+            network = ordinary(plain(student))
             with runlog.whole_folder(folder / "final") as part:
-                ordinary(student.network).save_pretrained(part)
-                pairs[0].tokenizer.save_pretrained(part)
+                if processes.rank() == 0:
+                    network.save_pretrained(part)
+                    pairs[0].tokenizer.save_pretrained(part)
     return folder
 
 
@@ -84,6 +103,7 @@ def make_runs(
             replace(own, prompts_per_step=n) for own, n in zip(settings, counts, strict=True)
         ]
     history, runs = rows.read(folder / "rows.jsonl"), []
+    combine = across_ranks if processes.size() > 1 else dict
     for i, (own, pair) in enumerate(zip(settings, pairs, strict=True)):
         name = config.tasks[i].name if config.tasks else ""
         more = by_task(config) if mixed else by_turn(own)
@@ -100,7 +120,7 @@ def make_runs(
             objective=objective,
             masks=resolve(own.mask, pair.tokenizer, pair.eos),
             optimizer=optimizer,
-            monitor=Monitor({**PANEL, **more}, alarms=alarms),
+            monitor=Monitor({**PANEL, **more}, alarms=alarms, combine=combine),
             name=name,
             place=i,
             weight=config.tasks[i].weight if mixed else 1.0,
@@ -262,21 +282,13 @@ def take_steps(config: Config, runs: list[Run], first: int, log: Log) -> None:
         initial=first,
         total=config.steps,
         desc=f"{folder.name} {config.objective}",
-        disable=None,
+        disable=True if processes.rank() else None,
     )
     for step in bar:
         chosen = [(runs[i], nth) for i, nth in turns(config, step)]
         row = one_step(chosen, step)
-        append(folder / "rows.jsonl", row)
-        log(step, row)
-        for alarm in chosen[0][0].monitor.raised:
-            tqdm.write(str(alarm), file=sys.stderr)
-        if row["skipped"]:
-            tqdm.write(
-                f"step {step}: {row['skipped']:.0f} of {config.updates} updates skipped, their "
-                "gradient was not finite",
-                file=sys.stderr,
-            )
+        if processes.rank() == 0:
+            tell(folder, config, step, row, chosen[0][0].monitor.raised, log)
         bar.set_postfix(
             reward=f"{row['collapse/reward']:.2f}",
             kl=f"{row['drift/k1']:.3f}",
@@ -292,23 +304,42 @@ def take_steps(config: Config, runs: list[Run], first: int, log: Log) -> None:
             checkpoint.save(folder, runs[0].pair, runs[0].optimizer, done, moving)
 
 
+def tell(
+    folder: Path, config: Config, step: int, row: Row, raised: Sequence[Alarm], log: Log
+) -> None:
+    """Append a step's row to the record, and say on the terminal what is wrong."""
+    append(folder / "rows.jsonl", row)
+    log(step, row)
+    for alarm in raised:
+        tqdm.write(str(alarm), file=sys.stderr)
+    if row["skipped"]:
+        tqdm.write(
+            f"step {step}: {row['skipped']:.0f} of {config.updates} updates skipped, their "
+            "gradient was not finite",
+            file=sys.stderr,
+        )
+
+
 def record_evaluation(run: Run, step: int, log: Log) -> None:
     """Append the held-out accuracy after `step` steps to evals.jsonl."""
     config = run.config
-    found = evaluate(
-        run.pair.student,
-        run.pair.tokenizer,
-        run.pair.eos,
-        run.task,
-        problems=config.eval_problems,
-        max_prompt=config.max_prompt,
-        max_response=config.max_response,
-        temperature=config.eval_temperature,
-        top_p=config.eval_top_p,
-        samples=config.eval_samples,
-        generator=torch.Generator().manual_seed(derive(config.seed, step, EVALUATION)),
-        engine=run.engine,
-    )
+    with whole(run.pair.student):
+        found = evaluate(
+            run.pair.student,
+            run.pair.tokenizer,
+            run.pair.eos,
+            run.task,
+            problems=config.eval_problems,
+            max_prompt=config.max_prompt,
+            max_response=config.max_response,
+            temperature=config.eval_temperature,
+            top_p=config.eval_top_p,
+            samples=config.eval_samples,
+            generator=torch.Generator().manual_seed(derive(config.seed, step, EVALUATION)),
+            engine=run.engine,
+        )
+    if processes.rank() > 0:
+        return
     named = {"task": run.name} if run.name else {}
     row = {"step": step, **named, **found}
     append(run.folder / "evals.jsonl", row)

@@ -110,7 +110,7 @@ def played(engine: Any, games: Games, seeds: list[int], group: int = 1, **how: A
         tokenizer,
         [tokenizer.eos_token_id],
         games,
-        seeds,
+        list(enumerate(seeds)),
         group,
         generator=torch.Generator().manual_seed(0),
         **(fixed | how),
@@ -218,7 +218,7 @@ def test_a_tokenizer_without_a_template_goes_on_in_lines() -> None:
         tokenizer,
         [tokenizer.eos_token_id],
         Games(source="", make=Echo, layout="trajectory"),
-        [2],
+        [(0, 2)],
         1,
         max_prompt=99,
         max_response=9,
@@ -285,7 +285,7 @@ def test_turns_and_trajectories_have_one_gradient(
         whole, hidden = scored(pair, prompts, rollouts)
         part = made_part(config, pair, prompts, whole, hidden)
         network.zero_grad()
-        loss = backward(part, *shared_out(part)[0], 1.0)
+        loss = backward(part, shared_out(part)[0], 1.0)
         found.append([p.grad.clone() for p in network.parameters()] + [loss])
     turns = [turn for episode in episodes for turn in episode.turns]
     count = sum(len(turn.response) for turn in turns)

@@ -269,11 +269,9 @@ def test_a_mask_takes_its_tokens_out_of_loss_and_denominator(tiny_pair, tmp_path
 
 
 def test_shares_keep_the_rollouts_of_a_prompt_together() -> None:
-    class Rows:
-        index = torch.tensor([7, 7, 3, 3, 5, 5, 9, 9])
-
-    assert steps.shares(Rows, 2) == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert steps.shares(Rows, 4) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    prompts = [7, 7, 3, 3, 5, 5, 9, 9]
+    assert steps.shares(prompts, 2) == [[2, 3, 4, 5], [0, 1, 6, 7]]
+    assert steps.shares(prompts, 4) == [[2, 3], [4, 5], [0, 1], [6, 7]]
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(
