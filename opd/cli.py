@@ -100,7 +100,9 @@ def evaluation_options(argv: list[str]) -> dict[str, Any]:
     add(
         "--task",
         default="lab",
-        help='"lab", a .jsonl or .parquet file, hf:NAME[:CONFIG][:SPLIT], or games, env:NAME',
+        help='"lab", a .jsonl or .parquet file, hf:NAME[:CONFIG][:SPLIT], a set by name (math-500, '
+        "aime24, aime25, amc23, minerva, olympiad, gsm8k; NAME:PATH from a file), gym:TASK, or "
+        "games, env:NAME",
     )
     add("--problems", type=int, default=256, help="at most so many of the task")
     add("--whole", action="store_true", help="all problems of the file, not the held-out tenth")
@@ -110,7 +112,7 @@ def evaluation_options(argv: list[str]) -> dict[str, Any]:
     add("--max-prompt", type=int, default=512)
     add("--drop", action="store_true", help="leave out longer prompts instead of refusing them")
     add("--max-response", type=int, default=512)
-    add("--grader", default="", help="exact, numeric, math (extra math) or lab")
+    add("--grader", default="", help="exact, numeric, math (extra math), gym or lab")
     add("--layout", default="turns", choices=("turns", "trajectory"), help="of games")
     add("--max-turns", type=int, default=30, help="of games: actions of an episode")
     add("--history", type=int, default=2, help="of games: turns told again in layout turns")

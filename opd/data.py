@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from opd.grading import Grader, make_grader
+from opd.named import is_named, named_rows
 from opd.problems import Problem, problems
-from opd.sources import DEFAULT_COLUMNS, Columns, Question, question
+from opd.sources import DEFAULT_COLUMNS, Columns, Question, question, questions
 from opd.sources import read_problems as read_problems
 
 MOST_HELD_OUT = 1000
@@ -76,7 +77,8 @@ def load_task(
     test_columns: Columns | None = None,
     fit: Callable[[list[Problem]], list[Problem]] = list,
 ) -> Task:
-    """The task called "lab", or problems from data (columns prompt and answer; see opd.sources).
+    """The task called "lab", problems from data (columns prompt and answer; see opd.sources), or
+    a data set by name (opd.named).
 
     A tenth of the prompts of a source (at least one, at most 1,000) is held out, those with the
     smallest hash of their content: the order of the rows changes nothing, and all copies of a
@@ -100,6 +102,8 @@ def load_task(
     settings = tuple((template or {}).items())
 
     def read(name: str, where: Columns) -> list[Problem]:
+        if is_named(name):
+            return fit(questions(named_rows(name), name, DEFAULT_COLUMNS, system, settings))
         return fit(read_problems(name, where, system, settings))
 
     if source == "lab":

@@ -22,6 +22,7 @@ from opd import problems
 
 JUDGE_SECONDS = 5.0
 LONGEST_ANSWER = 500
+GYM_PROBLEM = re.compile(r" \[(\w+):(\d+):(\d+)#(\d+)\]$")
 NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?(?:/\d+)?|-?\.\d+")
 
 
@@ -186,10 +187,42 @@ def judge() -> Judge:
     return Judge(JUDGE_SECONDS)
 
 
+def grade_gym(response: str, answer: str) -> Verdict:
+    """Of reasoning-gym: the task's own judgement of the last box, or else of what follows the last
+    closing think tag. What it gives less than full marks for is wrong.
+
+    Raises:
+      ValueError: an answer that does not say of which problem it is (opd.named.gym_rows).
+    """
+    text = response.rsplit("</think>", 1)[-1]
+    boxed = last_box(text)
+    given = (text if boxed is None else boxed).strip()
+    problem = GYM_PROBLEM.search(answer)
+    if problem is None:
+        raise ValueError(
+            f"the answer {answer!r} does not end in [TASK:SIZE:SEED#NUMBER]; the grader gym is for "
+            "problems of gym:TASK alone"
+        )
+    task, size, seed, number = problem.groups()
+    made = gym_made(task, int(size), int(seed))
+    if not given or len(given) > LONGEST_ANSWER:
+        return Verdict(0.0, None)
+    score = made.score_answer(given, made[int(number)])
+    return Verdict(float(score >= 1.0), given)
+
+
+@lru_cache(maxsize=32)
+def gym_made(task: str, size: int, seed: int) -> Any:
+    from opd.named import gym_task
+
+    return gym_task(task, size, seed)
+
+
 GRADERS: Mapping[str, Grader] = {
     "exact": grade_exact,
     "numeric": grade_numeric,
     "math": grade_math,
+    "gym": grade_gym,
     "lab": grade_lab,
 }
 

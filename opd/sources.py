@@ -130,7 +130,13 @@ def read_problems(
     Raises:
       ValueError: fewer than 2 rows, or rows that lack something; says which rows and what.
     """
-    rows = read_rows(str(source))
+    return questions(read_rows(str(source)), str(source), columns, system, template)
+
+
+def questions(
+    rows: list[Row], source: str, columns: Columns, system: str, template: Template
+) -> list[Problem]:
+    """The rows of a source as questions; see `read_problems`."""
     if len(rows) < 2:
         raise ValueError(f"{source} has {len(rows)} problems; at least 2 are needed")
     complaints: dict[str, list[int]] = {}
