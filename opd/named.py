@@ -63,8 +63,8 @@ def named_rows(source: str) -> list[Row]:
     for number, row in enumerate(rows):
         if lacking := sorted(wanted - row.keys()):
             raise ValueError(
-                f"{source}: row {number} lacks {lacking}, it has {sorted(row)}; is this {name}? For "
-                "columns of other names give the file itself, with --prompt-column and "
+                f"{source}: row {number} lacks {lacking}, it has {sorted(row)}; is this {name}? "
+                "For columns of other names give the file itself, with --prompt-column and "
                 "--answer-column"
             )
     if not place and about.count and len(rows) != about.count:
@@ -123,7 +123,7 @@ def gym_rows(source: str) -> list[Row]:
 def gym_words(source: str) -> tuple[str, int, int]:
     task, *numbers = source.removeprefix(GYM).split(":")
     try:
-        size, seed = (int(x) for x in (*numbers, *(SIZE, 0)[len(numbers) :]))
+        size, seed = map(int, [*numbers, *[str(SIZE), "0"][len(numbers) :]])
     except ValueError:
         raise ValueError(
             f"cannot read {source!r}; write gym:TASK, gym:TASK:SIZE or gym:TASK:SIZE:SEED"
@@ -142,7 +142,6 @@ def gym_task(task: str, size: int, seed: int) -> Any:
     except ImportError as error:
         raise ImportError(f"{GYM}{task} needs reasoning-gym: pip install 'opdlab[gym]'") from error
     if task not in DATASETS:
-        raise ValueError(
-            f"reasoning-gym has no task {task!r}; it has {', '.join(sorted(DATASETS))}"
-        )
+        known = ", ".join(sorted(DATASETS))
+        raise ValueError(f"reasoning-gym has no task {task!r}; it has {known}")
     return create_dataset(task, size=size, seed=seed)

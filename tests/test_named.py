@@ -23,7 +23,7 @@ ROWS = {
 RIGHT = ["2", "4", "6", "9", "1/3", "2\\sqrt{3}", "1234", "7", "34"]
 
 
-@pytest.mark.parametrize(("name", "right"), zip(ROWS, RIGHT, strict=True))
+@pytest.mark.parametrize(("name", "right"), list(zip(ROWS, RIGHT, strict=True)))
 def test_each_set_is_read_from_a_file_with_its_own_columns(
     tmp_path: Path, name: str, right: str
 ) -> None:
@@ -74,7 +74,7 @@ def test_reasoning_gym_asks_and_judges() -> None:
 
 def test_what_reasoning_gym_cannot_do_is_named() -> None:
     pytest.importorskip("reasoning_gym")
-    with pytest.raises(ValueError, match="no task 'chains'; it has .*chain_sum"):
+    with pytest.raises(ValueError, match=r"no task 'chains'; it has .*chain_sum"):
         named_rows("gym:chains")
     with pytest.raises(ValueError, match="gym:TASK:SIZE:SEED"):
         named_rows("gym:chain_sum:many")
