@@ -107,7 +107,5 @@ def load_weights(network: Any, checkpoint: Path) -> None:
 
         set_peft_model_state_dict(network, load_peft_weights(str(checkpoint), device="cpu"))
         return
-    from transformers import AutoModelForCausalLM
-
-    saved = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=network.dtype)
+    saved = type(network).from_pretrained(checkpoint, dtype=network.dtype)
     network.load_state_dict(saved.state_dict())

@@ -123,6 +123,7 @@ def evaluation_options(argv: list[str]) -> dict[str, Any]:
     add("--seed", type=int, default=0)
     add("--device", default="auto")
     add("--dtype", default="float32", choices=("float32", "bfloat16"))
+    add("--trust-remote-code", action="store_true", help="run the code beside the weights")
     add("--out", type=Path, help="JSON file: the numbers, the outcomes and these settings")
     add("--responses", type=Path, help="JSONL file: a line a problem, with what was said")
     add("--against", type=Path, help="an earlier --out of the same problems, to compare in pairs")

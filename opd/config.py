@@ -200,6 +200,8 @@ class Config:
     """"cpu", "cuda", or "auto": cuda where there is one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of both networks; bfloat16 weights have float32 masters."""
+    trust_remote_code: bool = False
+    """Run the Python code that lies beside a model's weights. Never without reading it."""
     sharding: Literal["none", "full"] = "none"
     """Of several processes (torchrun): each keeps the student whole, or a part of its weights,
     gradients and moments, float32 (FSDP2)."""

@@ -328,6 +328,7 @@ def respond_folder(
     layout: str = "turns",
     max_turns: int = 30,
     history: int = 2,
+    trust_remote_code: bool = False,
     **settings: Any,
 ) -> Graded:
     """`respond` for a saved model and a task by name.
@@ -338,7 +339,7 @@ def respond_folder(
       layout, max_turns, history: of games (opd.games); problems without turns have no use for them.
       settings: of `opd.data.load_task`: grader, system, template, columns.
     """
-    tokenizer, network = load(name, device, dtype)
+    tokenizer, network = load(name, device, dtype, trust_remote_code)
     fit = partial(drop_long if drop else refuse_long, tokenizer, max_prompt)
     test = task if whole and task != "lab" else ""
     told = {"layout": layout, "max_turns": max_turns, "history": history}

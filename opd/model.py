@@ -64,14 +64,14 @@ class Pair:
     remote: Remote | None = None
 
 
-def load_pair(student: str, teacher: str, device: str, dtype: str) -> Pair:
+def load_pair(student: str, teacher: str, device: str, dtype: str, trust: bool = False) -> Pair:
     """Load both models.
 
     Raises:
       ValueError: the tokenizers differ, or no end-of-sequence token is known.
     """
-    tokenizer, network = load(student, device, dtype)
-    other, frozen = load(teacher, device, dtype)
+    tokenizer, network = load(student, device, dtype, trust)
+    other, frozen = load(teacher, device, dtype, trust)
     check_same_vocabulary(tokenizer, other)
     eos = end_ids(tokenizer, network)
     vocabulary = min(head_rows(network), head_rows(frozen))
@@ -80,8 +80,15 @@ def load_pair(student: str, teacher: str, device: str, dtype: str) -> Pair:
     return Pair(split(network, vocabulary), split(frozen, vocabulary), tokenizer, eos, endings)
 
 
-def load(name: str, device: str, dtype: str) -> tuple[Any, Any]:
-    """Tokenizer and model of a folder or hub name, in evaluation mode."""
+def load(name: str, device: str, dtype: str, trust: bool = False) -> tuple[Any, Any]:
+    """Tokenizer and model of a folder or hub name, in evaluation mode.
+
+    trust: run Python code that lies beside the weights, if there is any.
+
+    Raises:
+      ValueError: no name, a server, or a model with code of its own that is not trusted.
+      FileNotFoundError: no such folder.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
@@ -99,8 +106,9 @@ def load(name: str, device: str, dtype: str) -> tuple[Any, Any]:
         hint = f"; build it with `opd lab{how[0]}`" if how else ""
         raise FileNotFoundError(f"model folder {name!r} does not exist{hint}")
     disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype))
+    kind = getattr(torch, dtype)
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=kind, trust_remote_code=trust)
     return tokenizer, model.to(resolve_device(device)).eval()
 
 

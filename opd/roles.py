@@ -65,12 +65,13 @@ def make_pair(config: Config) -> Pair:
     """
     device = resolve_device(config.device)
     if config.teacher not in ("base", "ema") and not is_url(config.teacher):
-        pair = load_pair(config.student, config.teacher, device, config.dtype)
+        names = (config.student, config.teacher)
+        pair = load_pair(*names, device, config.dtype, config.trust_remote_code)
         if not config.lora_rank:
             return pair
         network = adapted(pair.student.network, config)
         return replace(pair, student=split(network, pair.student.vocabulary))
-    tokenizer, network = load(config.student, device, config.dtype)
+    tokenizer, network = load(config.student, device, config.dtype, config.trust_remote_code)
     if config.teacher == "base" and not config.lora_rank:
         raise ValueError(
             'teacher "base" is the student with its adapters off, and there are none; set '
@@ -95,7 +96,7 @@ def with_teacher(pair: Pair, config: Config) -> Pair:
     if is_url(config.teacher):
         return with_server(pair, config)
     device = "cpu" if config.offload_teacher else resolve_device(config.device)
-    tokenizer, network = load(config.teacher, device, config.dtype)
+    tokenizer, network = load(config.teacher, device, config.dtype, config.trust_remote_code)
     check_same_vocabulary(pair.tokenizer, tokenizer)
     vocabulary = pair.student.vocabulary
     if head_rows(network) < vocabulary:

@@ -1,6 +1,7 @@
 """What a user may get wrong or suffer: other vocabularies, no EOS, NaN weights, a kill."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import dynamic_module_utils
 
 from opd.config import to_json
 from opd.data import encode
@@ -179,3 +181,26 @@ def test_running_out_of_memory_names_the_settings_to_lower(
             train(config)
     whole = train(settings(tiny_pair, tmp_path / "whole"))
     assert rows(train(config)) == rows(whole)
+
+
+def test_code_beside_the_weights_runs_only_if_it_is_trusted(
+    tiny_pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint whose own modelling code leaves a mark when it is imported."""
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder, mark = tmp_path / "model", tmp_path / "it ran"
+    shutil.copytree(tiny_pair[0], folder)
+    own = (
+        "from transformers import Qwen2Config, Qwen2ForCausalLM\nclass Own(Qwen2ForCausalLM): ...\n"
+    )
+    own += "class OwnConfig(Qwen2Config):\n    model_type = 'own'\nOwn.config_class = OwnConfig\n"
+    (folder / "own.py").write_text(f"open({str(mark)!r}, 'w').close()\n{own}")
+    config = json.loads((folder / "config.json").read_text())
+    config["model_type"] = "own"
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        train(settings((folder, tiny_pair[1]), tmp_path / "run"))
+    assert not mark.exists()
+    train(settings((folder, tiny_pair[1]), tmp_path / "run", trust_remote_code=True, steps=1))
+    assert mark.exists()
