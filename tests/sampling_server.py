@@ -100,7 +100,9 @@ class SamplingServer(Teacher):
             logits[ids] /= 2
         kept = int(question.get("top_k", own.top_k)) or len(logits)
         raw = logits.log_softmax(-1)
-        ordered, order = (logits / question["temperature"]).softmax(-1).sort(descending=True)
+        ordered, order = (
+            (logits / question.get("temperature", 1.0)).softmax(-1).sort(descending=True)
+        )
         before = ordered.cumsum(-1) - ordered
         outside = (before >= question.get("top_p", 1.0)) | (torch.arange(len(order)) >= kept)
         ordered = ordered.masked_fill(outside, 0.0)
