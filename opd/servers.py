@@ -99,9 +99,7 @@ class Servers:
     ) -> Rollouts:
         """One response to every row of `prompts`, in their order, each with a seed of its own.
 
-        Servers tell one log-probability a token: that of the distribution drawn from.
-        `softmax_logp` is the same number at top_p = 1 and None below. Reads no weights, so that it
-        may run in another thread while the student is updated.
+        Reads no weights, so that it may run in another thread while the student is updated.
 
         Raises:
           ValueError: a prompt and `max_response` are longer than a server has room for.
@@ -125,10 +123,8 @@ class Servers:
             return server.respond(ids[part], seeds[part], settings, self._weights)
 
         rows = [row for found in self._each(some) for row in found]
-        columns: dict[str, Any] = columns_of(rows, eos)
         return Rollouts(
-            **columns,
-            softmax_logp=columns["sampler_logp"] if top_p == 1 else None,
+            **columns_of(rows, eos, top_p),
             prompt=prompts.index.cpu(),
             temperature=temperature,
             top_p=top_p,

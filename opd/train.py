@@ -24,6 +24,7 @@ from diagnostics.monitor import Monitor, across_ranks
 from diagnostics.rows import Row, append
 from diagnostics.supervision import sign_shares, signal_concentration
 from diagnostics.totals import Mean, Total
+from diagnostics.validity import staleness
 from opd import checkpoint, processes, runlog
 from opd.ahead import Ahead
 from opd.config import Config, to_json
@@ -54,9 +55,10 @@ def train(config: Config) -> Path:
     Raises:
       RuntimeError: the device ran out of memory; says which settings to lower.
     """
+    objective = make_objective(config)  # refuses before a server is waited for
     for own in settings_of(config):
         if is_url(own.teacher):
-            check_tellable(own, make_objective(config))
+            check_tellable(own, objective)
     where = resolve_device(config.device)
     if config.sharding == "full" and not processes.several():
         raise ValueError(
@@ -117,6 +119,8 @@ def make_runs(
     for i, (own, pair) in enumerate(zip(settings, pairs, strict=True)):
         name = config.tasks[i].name if config.tasks else ""
         more = by_task(config) if mixed else by_turn(own)
+        if config.engine == "servers":
+            more = {**more, "staleness": staleness}
         alarms = Alarms()
         for row in history:
             if mixed or row.get("task", "") == name:

@@ -104,9 +104,6 @@ class Vllm:
     ) -> Rollouts:
         """One response to every row of `prompts`, in their order, each with a seed of its own.
 
-        vLLM tells one log-probability a token: that of the distribution drawn from. `softmax_logp`
-        is the same number at top_p = 1 and None below, where the mass of the nucleus is not told.
-
         Raises:
           ValueError: a prompt and `max_response` are longer than `max_length`.
         """
@@ -133,17 +130,11 @@ class Vllm:
         ]
         asked = [{"prompt_token_ids": ids} for ids in unpadded(prompts)]
         done = [x.outputs[0] for x in self._llm.generate(asked, settings, use_tqdm=False)]
-        rows = [
-            (
-                list(x.token_ids),
-                [at[y].logprob for y, at in zip(x.token_ids, x.logprobs, strict=True)],
-            )
-            for x in done
-        ]
-        columns: dict[str, Any] = columns_of(rows, eos)
+        told = [zip(x.token_ids, x.logprobs, strict=True) for x in done]
+        logp = [[at[token].logprob for token, at in pairs] for pairs in told]
+        ids = [list(x.token_ids) for x in done]
         return Rollouts(
-            **columns,
-            softmax_logp=columns["sampler_logp"] if top_p == 1 else None,
+            **columns_of(list(zip(ids, logp, strict=True)), eos, top_p),
             prompt=prompts.index.cpu(),
             temperature=temperature,
             top_p=top_p,
@@ -201,8 +192,14 @@ def unpadded(prompts: Prompts) -> list[list[int]]:
     return [ids[real].tolist() for ids, real in pairs]
 
 
-def columns_of(rows: Sequence[tuple[list[int], list[float]]], eos: list[int]) -> dict[str, Tensor]:
-    """Columns of `Rollouts` from the ids of each response and their log-probabilities."""
+def columns_of(
+    rows: Sequence[tuple[list[int], list[float]]], eos: list[int], top_p: float
+) -> dict[str, Any]:
+    """Columns of `Rollouts` from the ids of each response and their log-probabilities.
+
+    These are of the distribution drawn from, all that vLLM tells. `softmax_logp` is the same at
+    top_p = 1 and None below, where the mass of the nucleus is not told.
+    """
     width = max(len(ids) for ids, _ in rows)
     tokens = torch.zeros(len(rows), width, dtype=torch.long)
     logp = torch.zeros(len(rows), width)
@@ -213,7 +210,14 @@ def columns_of(rows: Sequence[tuple[list[int], list[float]]], eos: list[int]) ->
         logp[row, :size] = torch.tensor(told)
         mask[row, :size] = True
     ended = torch.tensor([ids[-1] in eos for ids, _ in rows])
-    return {"tokens": tokens, "mask": mask, "sampler_logp": logp, "ended": ended}
+    whole = logp.clone() if top_p == 1 else None  # files take no two tensors of one memory
+    return {
+        "tokens": tokens,
+        "mask": mask,
+        "sampler_logp": logp,
+        "softmax_logp": whole,
+        "ended": ended,
+    }
 
 
 @torch.no_grad()
