@@ -66,6 +66,11 @@ def train(config: Config) -> Path:
             "them with `torchrun --nproc_per_node N --no-python opd train ...`, or set sharding "
             "none; the run goes on from the same checkpoints"
         )
+    if config.engine == "servers" and processes.several():
+        raise ValueError(
+            "the engine servers takes weights from one process, and these are several; start one, "
+            "or set engine hf"
+        )
     with (
         processes.joined(where, config.teacher_patience) as device,
         explained(config),
@@ -289,16 +294,7 @@ def make_objective(config: Config) -> Objective:
 
 
 def sampler(config: Config, student: Model) -> Engine:
-    """The configured engine with the student's weights.
-
-    Raises:
-      ValueError: servers and several processes, each of which would load its weights into them.
-    """
-    if config.engine == "servers" and processes.size() > 1:
-        raise ValueError(
-            f"the engine servers works for one process, this run has {processes.size()}; start "
-            "one, or set engine hf"
-        )
+    """The configured engine with the student's weights."""
     settings: dict[str, object] = {"rows_at_once": config.rows_at_once}
     if config.engine == "vllm":
         settings = {"max_length": longest(config)}

@@ -113,7 +113,7 @@ def test_rows_are_those_of_the_student_that_was_loaded(pair, url: str, tmp_path:
             assert int(batch.mask.sum()) > 60
             agrees_with_a_forward_pass(batch, network, prompts, student.vocabulary, top_p)
             mask, ended = until_end(batch.tokens, end)
-            assert 0 < int(ended.sum())
+            assert int(ended.sum()) > 0
             assert torch.equal(batch.ended, ended)
             assert torch.equal(mask[ended], batch.mask[ended])
             again = engine.sample(prompts, end, **how, generator=seeded(turn))
@@ -157,7 +157,7 @@ def test_a_run_ahead_survives_a_kill_of_the_server(pair, url: str, tmp_path: Pat
 def kill_and_restart(
     pair: tuple[Path, Path], port: int, log: Path, folder: str, done: threading.Event
 ) -> None:
-    """A server until the run has two rows, then none for a while, then one until the run is done."""
+    """A server until the run has two rows, then none for a while, then one to the end of it."""
     with vllm(pair[0], port, log, *UNTIED, *PROCESSED):
         written = Path(folder) / "rows.jsonl"
         while not (written.exists() and written.read_text().count("\n") > 1):
