@@ -1,11 +1,10 @@
 """A vLLM server that samples: weights loaded into it and checked, its responses read strictly.
 
     VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model STUDENT \\
-        --load-format dummy --hf-overrides '{"tie_word_embeddings": false}' \\
         --logprobs-mode processed_logprobs
 
-A server that was restarted holds what its command line names, dummies or the first weights, and
-answers as if nothing had been. So weights have a name, which the server is told *before* it loads
+A server that was restarted holds the weights that its command line names, and answers as if nothing
+had been. So weights have a name, which the server is told *before* it loads
 them and forgets when it ends: one that still knows the name after a batch sampled all of it from
 weights that were loaded, and checked, under that name.
 
@@ -219,9 +218,8 @@ class RolloutServer:
             raise RuntimeError(
                 f"{self.url} did not become the student: after loading the weights, its "
                 f"log-probabilities of fixed tokens differ by {gaps[0]:.2g} on average, {what}. "
-                "Start it with --load-format dummy --hf-overrides "
-                "'{\"tie_word_embeddings\": false}', as a tied head keeps old weights, and with "
-                "the student's --dtype"
+                "Start it with the student's --dtype and, as a tied head may keep old weights, "
+                "with --load-format dummy --hf-overrides '{\"tie_word_embeddings\": false}'"
             )
         if not gaps[1] <= tolerance:
             raise RuntimeError(

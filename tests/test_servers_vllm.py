@@ -1,4 +1,4 @@
-"""Rollouts from vLLM's own servers: a tied student, adapters' merge aside, a restart in a run."""
+"""Rollouts from vLLM's own servers: a tied student, stale heads, a kill in the middle of a run."""
 
 import os
 import signal
@@ -168,13 +168,30 @@ def kill_and_restart(
         done.wait(900)
 
 
-def test_a_tied_server_and_untrue_log_probabilities_are_refused(pair, tmp_path: Path) -> None:
-    """On a CPU the head of a server that ties it keeps the weights it had at first."""
-    with (
-        vllm(pair[0], free_port(), tmp_path / "tied.log", *PROCESSED) as tied,
-        pytest.raises(RuntimeError, match="did not become the student"),
-    ):
-        made(pair, tied, tmp_path)
+def test_a_tied_server_takes_a_head_of_its_own_and_one_without_is_refused(
+    pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU a tied head keeps its weights where a checkpoint leaves it out, as tied ones do."""
+    import opd.servers
+
+    with vllm(pair[0], free_port(), tmp_path / "tied.log", *PROCESSED) as tied:
+        models, engine = made(pair, tied, tmp_path)
+        network = models.student.network
+        prompts = encode(models.tokenizer, [Problem("1+2" * n, "3") for n in (30, 1)], 4, 200)
+        with torch.no_grad():
+            network.lm_head.weight += 0.05 * torch.randn(
+                network.lm_head.weight.shape, generator=seeded(0)
+            )
+        engine.sync(models.student)
+        how = {"max_response": 24, "temperature": TEMPERATURE, "top_p": 1.0}
+        batch = engine.sample(prompts, [1], **how, generator=seeded(0))
+        agrees_with_a_forward_pass(batch, network, prompts, models.student.vocabulary, 1.0)
+        monkeypatch.setattr(opd.servers, "export", lambda net, path: net.save_pretrained(path))
+        with pytest.raises(RuntimeError, match="did not become the student"):
+            made(pair, tied, tmp_path)
+
+
+def test_log_probabilities_before_temperature_are_refused(pair, tmp_path: Path) -> None:
     with (
         vllm(pair[0], free_port(), tmp_path / "raw.log", *UNTIED) as raw,
         pytest.raises(RuntimeError, match="--logprobs-mode processed_logprobs"),
