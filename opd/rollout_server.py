@@ -4,9 +4,9 @@
         --logprobs-mode processed_logprobs
 
 A server that was restarted holds the weights that its command line names, and answers as if nothing
-had been. So weights have a name, which the server is told *before* it loads
-them and forgets when it ends: one that still knows the name after a batch sampled all of it from
-weights that were loaded, and checked, under that name.
+had been. So weights have a name, which the server is told *before* it loads them and forgets when
+it ends: one that still knows the name after a batch sampled all of it from weights that were
+loaded, and checked, under that name.
 
 Shapes: P ids of the probe, V ids that may be drawn.
 """
