@@ -246,7 +246,8 @@ RULES: tuple[Rule, ...] = (
         null="1e-6 in float32, 1e-3 in bfloat16",
         high=1e-2,
         means="the sampler's log-probabilities are not those of the scored student",
-        remedy="sync the sampler's weights each step; compare its temperature and arithmetic",
+        remedy="sync the sampler's weights each step (lower ahead); compare its temperature and "
+        "arithmetic",
     ),
     Rule(
         name="dead_gradient",

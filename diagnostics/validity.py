@@ -25,7 +25,8 @@ def martingales(batch: Scored) -> dict[str, Total]:
     shifted mask, negative where likely tokens are overrepresented; z_K on faults of the teacher's
     scores that go with the sampled token. A fixed fault grows as the square root of the number of
     tokens. Rollouts that are declared to come from another distribution than the scored softmax
-    (top_p below 1, another temperature) would fail both by right, and are not tested.
+    (top_p below 1, another temperature, an age above 0) would fail both by right, and are not
+    tested.
     """
     if batch.top_p < 1 or batch.temperature != batch.score_temperature:
         raise Missing(
@@ -33,7 +34,7 @@ def martingales(batch: Scored) -> dict[str, Total]:
             f"{batch.temperature:g} and scored whole at {batch.score_temperature:g}; a test of one "
             "against the other needs them equal"
         )
-    prefix, mask = prefix_of(batch), batch.mask
+    prefix, mask = prefix_of(batch), batch.mask & (batch.age == 0)[:, None]
     entropy, kl = prefix.student_entropy, prefix.reverse_kl
     # Differences of squares: a one-point distribution may come out below 0 by rounding.
     surprise = (prefix.surprise_square - entropy.square()).clamp(min=0)

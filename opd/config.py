@@ -86,8 +86,16 @@ class Config:
     weight; or all in every step, which shares its prompts by weight."""
 
     # --- rollouts -------------------------------------------------------------------------------
-    engine: Literal["hf", "vllm"] = "hf"
-    """Who samples: `generate`, or a colocated vLLM (extra vllm) that gets the weights each step."""
+    engine: Literal["hf", "vllm", "servers"] = "hf"
+    """Who samples: `generate`; a colocated vLLM (extra vllm) that gets the weights each step; or
+    vLLM servers that do, `rollout_servers` (docs/servers.md)."""
+    rollout_servers: tuple[str, ...] = ()
+    """Addresses of the engine servers, http://HOST:PORT/v1 each."""
+    weights_folder: str = ""
+    """Folder in which those servers find the weights; empty: weights/ in the run folder."""
+    ahead: int = 0
+    """Steps that the engine servers samples ahead of the update, while it is made: rollouts are so
+    many updates old, and never older. 0 is on-policy; 1 overlaps sampling with everything else."""
     temperature: float = 1.0
     """Temperature of rollouts and of both models in the loss."""
     top_p: float = 1.0
@@ -214,21 +222,33 @@ class Config:
     the same command resumes it."""
     teacher_requests: int = 8
     """Of a teacher on a server: requests that it has at once."""
+    rollout_patience: float = 900.0
+    """Of the engine servers: seconds to wait for one that does not answer."""
+    rollout_requests: int = 64
+    """Of the engine servers: responses that each samples at once."""
 
     def __post_init__(self) -> None:
         counts = "support_k exact_every max_prompt max_response prompts_per_step group_size updates"
-        more = "rows_at_once max_turns teacher_requests eval_problems eval_samples"
+        more = "rows_at_once max_turns teacher_requests rollout_requests eval_problems eval_samples"
         for name in (*counts.split(), *more.split()):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         never_negative = "steps warmup eval_every save_every batch_every weight_decay lora_rank"
-        for name in (*never_negative.split(), "history", "probe_every", "eval_temperature"):
+        rest = "history ahead probe_every eval_temperature"
+        for name in (*never_negative.split(), *rest.split()):
             _require(name, getattr(self, name), getattr(self, name) >= 0, "not negative")
-        for name in ("lr", "clip", "temperature", "lora_alpha", "teacher_patience"):
+        positive = "lr clip temperature lora_alpha teacher_patience rollout_patience"
+        for name in positive.split():
             _require(name, getattr(self, name), getattr(self, name) > 0, "positive")
         for name in ("gamma", "ema_decay"):
             _require(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "in [0, 1]")
         for name in ("top_p", "eval_top_p", "keep_uncertain"):
             _require(name, getattr(self, name), 0 < getattr(self, name) <= 1, "in (0, 1]")
+        elsewhere = self.engine == "servers"
+        served = bool(self.rollout_servers) == elsewhere
+        named = "addresses with the engine servers, () with another"
+        _require("rollout_servers", self.rollout_servers, served, named)
+        own_weights = "0 unless the engine servers samples, from weights of its own"
+        _require("ahead", self.ahead, elsewhere or not self.ahead, own_weights)
         parse(self.mask)
         unused = "() while probe_every is 0"
         _require(

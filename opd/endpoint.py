@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Sequence
 from contextlib import suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import Any
@@ -22,7 +23,7 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 KEY = "OPDLAB_TEACHER_KEY"
-"""Environment variable with the bearer key of the server, if it wants one."""
+"""Environment variable with the bearer key of a teacher's server, if it wants one."""
 PASSING = (408, 425, 429, 500, 502, 503, 504)
 """States of a server that may be another one soon."""
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
@@ -49,27 +50,30 @@ class Endpoint:
       url: http or https, with the path that questions are put below; no user, query or fragment.
       patience: seconds for which a question is put again while it fails in ways that may pass; a
         try has at most a third of it.
+      of: what the server is, "teacher" or "rollout"; messages, the setting of its patience and the
+        variable with its key are named after it.
 
     Raises:
       ValueError: another kind of address, or one with a password or a query in it.
     """
 
-    def __init__(self, url: str, *, patience: float) -> None:
+    def __init__(self, url: str, *, patience: float, of: str = "teacher") -> None:
+        self.of, self.key = of, KEY.replace("TEACHER", of.upper())
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"{url!r} is no http:// or https:// address of a server")
         if parts.username is not None or parts.password is not None or parts.query:
             raise ValueError(
                 f"the address of {parts.hostname} holds a user, a password or a query, which the "
-                f"run's record would keep; put the key into the environment variable {KEY}"
+                f"run's record would keep; put the key into the environment variable {self.key}"
             )
         self.url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
         self.patience = patience
         self._secure, self._host, self._port = parts.scheme == "https", parts.hostname, parts.port
         self._path = parts.path.rstrip("/")
-        self._key = os.environ.get(KEY, "")
+        self._key = os.environ.get(self.key, "")
         if self._key and not self._secure and parts.hostname not in ("localhost", "127.0.0.1"):
-            warnings.warn(f"{KEY} goes to {self.url} unencrypted; use https", stacklevel=2)
+            warnings.warn(f"{self.key} goes to {self.url} unencrypted; use https", stacklevel=2)
         self._lock = threading.Lock()
         self._idle: list[HTTPConnection] = []
         self._busy: set[HTTPConnection] = set()
@@ -77,15 +81,24 @@ class Endpoint:
         self._failing = False
         self._random = random.Random()  # when to try again; no result depends on it
 
-    def ask(self, path: str, question: Any = None, *, most: int, about: str = "") -> Any:
+    def ask(
+        self,
+        path: str,
+        question: Any = None,
+        *,
+        most: int,
+        about: str = "",
+        passing: Sequence[int] = PASSING,
+    ) -> Any:
         """The JSON answer to a GET, or to a POST of a question.
 
-        Connection errors, time-outs, states in PASSING and answers that are not whole JSON are
-        tried again, with exponentially growing, jittered waits, for at most `patience` seconds.
+        Connection errors, time-outs, the states that are `passing` and answers that are not whole
+        JSON are tried again, with exponentially growing, jittered waits, for at most `patience`
+        seconds.
 
         Args:
           path: below the address, with its slash. most: bytes of the answer. about: what is asked
-            of, for messages.
+            of, for messages. passing: states of the server that may be another one soon.
 
         Raises:
           RuntimeError: patience is over, or `stop` was called.
@@ -99,7 +112,8 @@ class Endpoint:
                 raise RuntimeError(f"{where}: not asked any more, another question failed")
             left = self.patience - (time.monotonic() - began)
             try:
-                answer = self._try(path, body, most, where, min(left, self.patience / 3))
+                found, raw = self._try(path, body, most, where, min(left, self.patience / 3))
+                answer = self._judged(found, raw, where, passing)
             except _Passing as failure:
                 pause = max(failure.after, wait * self._random.uniform(0.5, 1.5))
                 wait = min(2 * wait, LONGEST_WAIT)
@@ -107,8 +121,8 @@ class Endpoint:
                 if over + pause >= self.patience:
                     raise RuntimeError(
                         f"{where}: no answer for {over:.0f} s ({failure}); see to the server, and "
-                        "the same command goes on from the last checkpoint; teacher_patience, "
-                        f"{self.patience:.0f} s, says how long to wait"
+                        "the same command goes on from the last checkpoint; "
+                        f"{self.of}_patience, {self.patience:.0f} s, says how long to wait"
                     ) from failure
                 tries += 1
                 if tries > 1:  # one failure among many answers is not worth a word
@@ -140,7 +154,9 @@ class Endpoint:
         for connection in idle:
             connection.close()
 
-    def _try(self, path: str, body: bytes | None, most: int, where: str, seconds: float) -> Any:
+    def _try(
+        self, path: str, body: bytes | None, most: int, where: str, seconds: float
+    ) -> tuple[HTTPResponse, bytes]:
         """One try; a connection that the server closed meanwhile is made anew without a wait."""
         until = time.monotonic() + max(seconds, 1.0)
         with self._lock:
@@ -167,7 +183,7 @@ class Endpoint:
         most: int,
         where: str,
         until: float,
-    ) -> Any:
+    ) -> tuple[HTTPResponse, bytes]:
         headers = {"Accept": "application/json"}
         if body is not None:
             headers["Content-Type"] = "application/json"
@@ -198,7 +214,7 @@ class Endpoint:
                     self._idle.append(connection)
             if not whole:
                 connection.close()
-        return self._judged(found, raw, where)
+        return found, raw
 
     def _read(
         self,
@@ -216,7 +232,7 @@ class Endpoint:
             if size > most:
                 raise ValueError(
                     f"{where}: the answer is longer than {most} bytes, more than was asked for; is "
-                    "this the server of the teacher?"
+                    f"this the {self.of} server?"
                 )
             left = until - time.monotonic()
             if left <= 0:
@@ -225,7 +241,7 @@ class Endpoint:
                 connection.sock.settimeout(left)
         return b"".join(blocks)
 
-    def _judged(self, found: HTTPResponse, raw: bytes, where: str) -> Any:
+    def _judged(self, found: HTTPResponse, raw: bytes, where: str, passing: Sequence[int]) -> Any:
         """The answer as JSON, or what its status means."""
         status = found.status
         if status == 200:
@@ -234,7 +250,7 @@ class Endpoint:
             except (ValueError, RecursionError) as error:
                 raise _Passing(f"the answer is no JSON ({error})") from error
         said = self._clean(raw)
-        if status in PASSING:
+        if status in passing:
             asked = found.headers.get("Retry-After", "")
             raise _Passing(f"status {status}: {said}", float(asked) if asked.isdigit() else 0.0)
         if 300 <= status < 400:
@@ -243,8 +259,8 @@ class Endpoint:
                 "redirect is followed; if that is the server, give its address"
             )
         remedy = {
-            401: f"set the environment variable {KEY}",
-            403: f"set the environment variable {KEY} to a key that may ask this",
+            401: f"set the environment variable {self.key}",
+            403: f"set the environment variable {self.key} to a key that may ask this",
             404: "does the address end in /v1, and is it of vLLM's OpenAI server?",
         }.get(status, "it refuses the question")
         raise ValueError(f"{where}: status {status}: {said}; {remedy}")

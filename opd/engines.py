@@ -69,15 +69,23 @@ def _vllm(model: Model, **settings: Any) -> Engine:
     return Vllm(model, **settings)
 
 
-ENGINES: dict[str, Callable[..., Engine]] = {"hf": InProcess, "vllm": _vllm}
+def _servers(model: Model, **settings: Any) -> Engine:
+    from opd.servers import Servers
+
+    return Servers(model, **settings)
+
+
+ENGINES: dict[str, Callable[..., Engine]] = {"hf": InProcess, "vllm": _vllm, "servers": _servers}
 
 
 def make_engine(name: str, model: Model, **settings: Any) -> Engine:
     """The engine of that name, loaded with the model's weights.
 
     Args:
-      name: "hf", in this process, or "vllm", colocated (`pip install 'opdlab[vllm]'`).
-      settings: of the engine's constructor: `InProcess` or `opd.vllm_engine.Vllm`.
+      name: "hf", in this process; "vllm", colocated (`pip install 'opdlab[vllm]'`); or "servers",
+        vLLM servers elsewhere.
+      settings: of the engine's constructor: `InProcess`, `opd.vllm_engine.Vllm` or
+        `opd.servers.Servers`.
 
     Raises:
       ValueError: unknown name. ImportError: vLLM is not installed.

@@ -21,7 +21,8 @@ from opd.config import Config, to_json
 FREE_TO_CHANGE = (
     *("steps", "out", "eval_every", "save_every", "batch_every", "probe_every", "loggers"),
     *("micro_tokens", "chunk_elements", "rows_at_once", "checkpointing", "offload_teacher"),
-    *("teacher_patience", "teacher_requests", "sharding"),
+    *("teacher_patience", "teacher_requests", "rollout_patience", "rollout_requests"),
+    *("rollout_servers", "weights_folder", "sharding"),
 )
 """Settings that say how far, how often or where, and not what is computed."""
 

@@ -26,6 +26,7 @@ from diagnostics.ranks import among, batches_of_ranks
 from diagnostics.rows import Row
 from diagnostics.totals import Total, merge, read
 from opd import processes
+from opd.ahead import Ahead, Drawn
 from opd.config import Config
 from opd.data import Prompts, Task, encode
 from opd.engines import Engine
@@ -52,8 +53,9 @@ from opd.told import asked
 class Run:
     """What the steps of a run share; of a run of several tasks, what the steps of one task share.
 
-    The tasks of a run have one student, engine and optimizer between them. name, place, weight: of
-    the task among several; its loss counts by weight where they share a step.
+    The tasks of a run have one student, optimizer, engine and what it samples ahead between them.
+    name, place, weight: of the task among several; its loss counts by weight where they share a
+    step.
     """
 
     config: Config
@@ -61,6 +63,7 @@ class Run:
     pair: Pair
     task: Task | Games
     engine: Engine
+    ahead: Ahead
     objective: Objective
     masks: list[Mask]
     optimizer: Optimizer
@@ -87,12 +90,8 @@ class Part:
     played: Mapping[str, Total]
 
 
-Drawn = tuple[Prompts, Rollouts, Mapping[str, Total]]
-"""Prompts, graded responses to them, and what became of episodes."""
-
-
 def one_step(chosen: Sequence[tuple[Run, int]], step: int) -> Row:
-    """Fresh rollouts and the optimizer steps on them; returns the step's row of numbers.
+    """The step's rollouts and the optimizer steps on them; returns its row of numbers.
 
     chosen: the tasks that share the step, most often one, each with the number of its steps so far,
     which is what its prompts, probes and saved batches go by.
@@ -100,12 +99,14 @@ def one_step(chosen: Sequence[tuple[Run, int]], step: int) -> Row:
     run, nth = chosen[0]
     clock = [time.perf_counter()]
     with whole(run.pair.student):
-        drawn = [roll_out(one, step, nth, one.config.top_p, ROLLOUT) for one, nth in chosen]
+        drawn = run.ahead.take(step)
+        run.ahead.begin(step)
         clock.append(time.perf_counter())
         parts, probed = scored_parts(chosen, drawn, step)
     clock.append(time.perf_counter())
 
     numbers = update(parts, step)
+    run.ahead.settle()
     run.engine.sync(run.pair.student)
     clock.append(time.perf_counter())
 
@@ -130,6 +131,7 @@ def scored_parts(
             if any(other.pair.remote is not None for other, _ in chosen):
                 scored = replace(scored, prefix=None)  # what one of a shared step cannot tell
             if due(nth, one.config.probe_every):
+                one.ahead.settle()  # tokenizers serve one thread at a time
                 found = probed_row(one, step, nth, prompts, scored)
                 probed |= headed(one, found) if len(chosen) > 1 else found
         parts.append(
@@ -182,6 +184,11 @@ def everybodys(totals: Mapping[str, Total]) -> Mapping[str, Total]:
 def headed(run: Run, row: Row) -> Row:
     """The columns under the task's name, as `diagnostics.groups.by` heads them."""
     return {f"task={run.name}/{name}": x for name, x in row.items()}
+
+
+def draw(chosen: Sequence[tuple[Run, int]], step: int) -> list[Drawn]:
+    """The rollouts of every task that shares the step."""
+    return [roll_out(one, step, nth, one.config.top_p, ROLLOUT) for one, nth in chosen]
 
 
 def roll_out(run: Run, step: int, nth: int, top_p: float, purpose: int) -> Drawn:
@@ -274,13 +281,15 @@ def spared(run: Run, rollouts: Rollouts) -> bool:
     """Whether the step can do without the student's whole distributions: see `score_support`."""
     plain = run.objective.support == "teacher" and not run.objective.normalised
     rest = run.config.keep_uncertain == 1 and not run.config.own_end
+    if bool((rollouts.age > 0).any()):
+        return False  # the sampler's softmax is that of older weights
     return plain and rest and rollouts.softmax_logp is not None
 
 
 def probed_row(run: Run, step: int, nth: int, prompts: Prompts, scored: Scored) -> Row:
     """The gradient probe at the weights before the update, on these rollouts or its own."""
     config = run.config
-    if config.top_p < 1:
+    if config.top_p < 1 or bool((scored.age > 0).any()):
         prompts, rollouts, _ = roll_out(run, step, nth, top_p=1.0, purpose=PROBE)
         scored, _ = exact(run, prompts, rollouts)
     return probe(

@@ -24,8 +24,11 @@ from diagnostics.monitor import Monitor, across_ranks
 from diagnostics.rows import Row, append
 from diagnostics.supervision import sign_shares, signal_concentration
 from diagnostics.totals import Mean, Total
+from diagnostics.validity import staleness
 from opd import checkpoint, processes, runlog
+from opd.ahead import Ahead
 from opd.config import Config, to_json
+from opd.credit import no_ratio
 from opd.data import Task, drop_long, load_task, refuse_long
 from opd.endpoint import is_url
 from opd.engines import Engine, make_engine
@@ -40,7 +43,7 @@ from opd.seeds import EVALUATION, derive
 from opd.sharding import plain, whole
 from opd.sources import Columns
 from opd.special import resolve
-from opd.step import Run, due, one_step
+from opd.step import Run, draw, due, one_step
 from opd.surrogates import plain_score
 from opd.tasks import settings_of, shares, turns
 from opd.told import check_tellable, keep_probes
@@ -52,15 +55,21 @@ def train(config: Config) -> Path:
     Raises:
       RuntimeError: the device ran out of memory; says which settings to lower.
     """
+    objective = make_objective(config)  # refuses before a server is waited for
     for own in settings_of(config):
         if is_url(own.teacher):
-            check_tellable(own, make_objective(config))
+            check_tellable(own, objective)
     where = resolve_device(config.device)
     if config.sharding == "full" and not processes.several():
         raise ValueError(
             "sharding full shares the weights out among several processes, and this is one: start "
             "them with `torchrun --nproc_per_node N --no-python opd train ...`, or set sharding "
             "none; the run goes on from the same checkpoints"
+        )
+    if config.engine == "servers" and processes.several():
+        raise ValueError(
+            "the engine servers takes weights from one process, and these are several; start one, "
+            "or set engine hf"
         )
     with (
         processes.joined(where, config.teacher_patience) as device,
@@ -78,8 +87,9 @@ def train(config: Config) -> Path:
         keep_probes(folder / "teachers.json", pairs, first)
         engine = sampler(config, student)
         runs = make_runs(config, folder, pairs, engine, optimizer)
+        runs[0].ahead.load(folder, first, student.device)
         names = config.loggers if processes.rank() == 0 else ()
-        with open_loggers(names, folder, to_json(config)) as log:
+        with open_loggers(names, folder, to_json(config)) as log, runs[0].ahead:
             take_steps(config, runs, first, log)
         engine.close()
         if first < config.steps or not (folder / "final").exists():
@@ -102,11 +112,20 @@ def make_runs(
         settings = [
             replace(own, prompts_per_step=n) for own, n in zip(settings, counts, strict=True)
         ]
-    history, runs = rows.read(folder / "rows.jsonl"), []
+    history, runs = rows.read(folder / "rows.jsonl"), list[Run]()
     combine = across_ranks if processes.size() > 1 else dict
+    ahead = Ahead(
+        lambda step: draw(in_turn(config, runs, step), step),
+        engine.close,
+        depth=config.ahead,
+        steps=config.steps,
+        updates=config.updates,
+    )
     for i, (own, pair) in enumerate(zip(settings, pairs, strict=True)):
         name = config.tasks[i].name if config.tasks else ""
         more = by_task(config) if mixed else by_turn(own)
+        if config.engine == "servers":
+            more = {**more, "staleness": staleness}
         alarms = Alarms()
         for row in history:
             if mixed or row.get("task", "") == name:
@@ -117,6 +136,7 @@ def make_runs(
             pair=pair,
             task=task_of(own, pair),
             engine=engine,
+            ahead=ahead,
             objective=objective,
             masks=resolve(own.mask, pair.tokenizer, pair.eos),
             optimizer=optimizer,
@@ -127,6 +147,11 @@ def make_runs(
         )
         runs.append(run)
     return runs
+
+
+def in_turn(config: Config, runs: list[Run], step: int) -> list[tuple[Run, int]]:
+    """The tasks that share a step, each with the number of its steps so far."""
+    return [(runs[i], nth) for i, nth in turns(config, step)]
 
 
 def by_task(config: Config) -> dict[str, Metric]:
@@ -230,8 +255,9 @@ def make_objective(config: Config) -> Objective:
     """The configured objective; refuses what `opd.objectives.make` refuses, and more.
 
     Raises:
-      ValueError: an unknown denominator; a teacher that is the student and no reward; or several
-        updates with a score that ignores how far the student has moved since the rollouts.
+      ValueError: an unknown denominator; a teacher that is the student and no reward; several
+        updates with a score that ignores how far the student has moved since the rollouts; or
+        rollouts ahead of the update with nothing that corrects for it.
     """
     if config.denominator not in DENOMINATORS:
         known = ", ".join(DENOMINATORS)
@@ -259,6 +285,11 @@ def make_objective(config: Config) -> Objective:
             "tokens as if the student of the first had not moved; use sampled_token_weighted or "
             "sampled_token_clipped, or updates = 1"
         )
+    if config.ahead and objective.sampled and objective.ratio is no_ratio:
+        raise ValueError(
+            f"ahead is {config.ahead}: {config.objective} would weigh tokens of older weights as "
+            "if the present student had drawn them; set ratio token, or ahead = 0"
+        )
     return objective
 
 
@@ -266,9 +297,21 @@ def sampler(config: Config, student: Model) -> Engine:
     """The configured engine with the student's weights."""
     settings: dict[str, object] = {"rows_at_once": config.rows_at_once}
     if config.engine == "vllm":
-        longest = max(own.max_prompt + own.max_response for own in settings_of(config))
-        settings = {"max_length": longest}
+        settings = {"max_length": longest(config)}
+    if config.engine == "servers":
+        settings = {
+            "urls": config.rollout_servers,
+            "folder": Path(config.weights_folder or Path(config.out) / "weights"),
+            "max_length": longest(config),
+            "patience": config.rollout_patience,
+            "in_flight": config.rollout_requests,
+        }
     return make_engine(config.engine, student, **settings)
+
+
+def longest(config: Config) -> int:
+    """Most ids of a prompt with its response."""
+    return max(own.max_prompt + own.max_response for own in settings_of(config))
 
 
 def take_steps(config: Config, runs: list[Run], first: int, log: Log) -> None:
@@ -285,7 +328,7 @@ def take_steps(config: Config, runs: list[Run], first: int, log: Log) -> None:
         disable=True if processes.rank() else None,
     )
     for step in bar:
-        chosen = [(runs[i], nth) for i, nth in turns(config, step)]
+        chosen = in_turn(config, runs, step)
         row = one_step(chosen, step)
         if processes.rank() == 0:
             tell(folder, config, step, row, chosen[0][0].monitor.raised, log)
@@ -301,6 +344,7 @@ def take_steps(config: Config, runs: list[Run], first: int, log: Log) -> None:
                 record_evaluation(run, done, log)
         if due(done, config.save_every) or done == config.steps:
             moving = config.teacher == "ema"
+            runs[0].ahead.save(folder, done)
             checkpoint.save(folder, runs[0].pair, runs[0].optimizer, done, moving)
 
 

@@ -10,6 +10,7 @@ tokens are compared with the student's.
 import copy
 import json
 import shutil
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -103,9 +104,6 @@ class Vllm:
     ) -> Rollouts:
         """One response to every row of `prompts`, in their order, each with a seed of its own.
 
-        vLLM tells one log-probability a token: that of the distribution drawn from. `softmax_logp`
-        is the same number at top_p = 1 and None below, where the mass of the nucleus is not told.
-
         Raises:
           ValueError: a prompt and `max_response` are longer than `max_length`.
         """
@@ -115,9 +113,6 @@ class Vllm:
                 f"a prompt and its response may have {longest} tokens, the engine's max_length is "
                 f"{self.max_length}; raise it, or lower max_response"
             )
-        count = len(prompts) if share is None else share.of
-        seeds = torch.randint(2**62, (count,), generator=generator, device=generator.device)
-        seeds = seeds if share is None else seeds[share.rows]
         params = _vllm().SamplingParams
         settings = [
             params(
@@ -131,17 +126,15 @@ class Vllm:
                 detokenize=False,
                 allowed_token_ids=self._allowed,
             )
-            for seed in seeds.tolist()
+            for seed in row_seeds(len(prompts), generator, share)
         ]
-        asked = [
-            {"prompt_token_ids": ids[real].tolist()}
-            for ids, real in zip(prompts.tokens, prompts.mask, strict=True)
-        ]
+        asked = [{"prompt_token_ids": ids} for ids in unpadded(prompts)]
         done = [x.outputs[0] for x in self._llm.generate(asked, settings, use_tqdm=False)]
-        columns: dict[str, Any] = columns_of(done, eos)
+        told = [zip(x.token_ids, x.logprobs, strict=True) for x in done]
+        logp = [[at[token].logprob for token, at in pairs] for pairs in told]
+        ids = [list(x.token_ids) for x in done]
         return Rollouts(
-            **columns,
-            softmax_logp=columns["sampler_logp"] if top_p == 1 else None,
+            **columns_of(list(zip(ids, logp, strict=True)), eos, top_p),
             prompt=prompts.index.cpu(),
             temperature=temperature,
             top_p=top_p,
@@ -186,20 +179,45 @@ class Vllm:
         )
 
 
-def columns_of(done: list[Any], eos: list[int]) -> dict[str, Tensor]:
-    """Columns of `Rollouts` from vLLM's completions, padded on the right with zeros."""
-    width = max(len(x.token_ids) for x in done)
-    tokens = torch.zeros(len(done), width, dtype=torch.long)
-    logp = torch.zeros(len(done), width)
-    mask = torch.zeros(len(done), width, dtype=torch.bool)
-    for row, x in enumerate(done):
-        size = len(x.token_ids)
-        tokens[row, :size] = torch.tensor(x.token_ids)
-        told = zip(x.token_ids, x.logprobs, strict=True)
-        logp[row, :size] = torch.tensor([at[token].logprob for token, at in told])
+def row_seeds(count: int, generator: torch.Generator, share: Share | None) -> list[int]:
+    """A seed for each of `count` rows; as many numbers are drawn as the whole batch has rows."""
+    whole = count if share is None else share.of
+    seeds = torch.randint(2**62, (whole,), generator=generator, device=generator.device)
+    return (seeds if share is None else seeds[share.rows]).tolist()
+
+
+def unpadded(prompts: Prompts) -> list[list[int]]:
+    """The ids of each prompt."""
+    pairs = zip(prompts.tokens, prompts.mask, strict=True)
+    return [ids[real].tolist() for ids, real in pairs]
+
+
+def columns_of(
+    rows: Sequence[tuple[list[int], list[float]]], eos: list[int], top_p: float
+) -> dict[str, Any]:
+    """Columns of `Rollouts` from the ids of each response and their log-probabilities.
+
+    These are of the distribution drawn from, all that vLLM tells. `softmax_logp` is the same at
+    top_p = 1 and None below, where the mass of the nucleus is not told.
+    """
+    width = max(len(ids) for ids, _ in rows)
+    tokens = torch.zeros(len(rows), width, dtype=torch.long)
+    logp = torch.zeros(len(rows), width)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for row, (ids, told) in enumerate(rows):
+        size = len(ids)
+        tokens[row, :size] = torch.tensor(ids)
+        logp[row, :size] = torch.tensor(told)
         mask[row, :size] = True
-    ended = torch.tensor([x.token_ids[-1] in eos for x in done])
-    return {"tokens": tokens, "mask": mask, "sampler_logp": logp, "ended": ended}
+    ended = torch.tensor([ids[-1] in eos for ids, _ in rows])
+    whole = logp.clone() if top_p == 1 else None  # files take no two tensors of one memory
+    return {
+        "tokens": tokens,
+        "mask": mask,
+        "sampler_logp": logp,
+        "softmax_logp": whole,
+        "ended": ended,
+    }
 
 
 @torch.no_grad()

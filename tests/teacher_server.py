@@ -39,6 +39,17 @@ class Teacher:
         self.connections = 0
         self.lock = threading.Lock()
 
+    def order(self, path: str, question: Any) -> tuple[int, dict[str, Any]]:
+        """The answer to whatever is not /completions; without a question it was a GET."""
+        if path == "/v1/models":
+            return 200, self.models()
+        if path == "/detokenize":
+            return 200, {"prompt": self.tokenizer.decode(question["tokens"])}
+        if path == "/tokenize":
+            ids = self.tokenizer.encode(question["prompt"], add_special_tokens=False)
+            return 200, {"tokens": ids}
+        return 404, {"error": {"message": "Not Found"}}
+
     def models(self) -> dict[str, Any]:
         return {"data": [{"id": "teacher", "max_model_len": self.limit}]}
 
@@ -85,16 +96,12 @@ def serving(teacher: Teacher, port: int = 0) -> Iterator[str]:
             live.append(self.connection)
 
         def do_GET(self) -> None:
-            self.say(200, {}, json.dumps(teacher.models()).encode())
+            self.told(teacher.order(self.path, None))
 
         def do_POST(self) -> None:
             question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            if self.path == "/detokenize":
-                text = teacher.tokenizer.decode(question["tokens"])
-                return self.say(200, {}, json.dumps({"prompt": text}).encode())
-            if self.path == "/tokenize":
-                ids = teacher.tokenizer.encode(question["prompt"], add_special_tokens=False)
-                return self.say(200, {}, json.dumps({"tokens": ids}).encode())
+            if self.path != "/v1/completions":
+                return self.told(teacher.order(self.path, question))
             with teacher.lock:
                 teacher.asked.append(question)
                 teacher.keys.append(self.headers.get("Authorization"))
@@ -114,6 +121,9 @@ def serving(teacher: Teacher, port: int = 0) -> Iterator[str]:
                 with teacher.lock:
                     teacher.at_once -= 1
             return self.say(status, headers, body)
+
+        def told(self, answer: tuple[int, dict[str, Any]]) -> None:
+            self.say(answer[0], {}, json.dumps(answer[1]).encode())
 
         def say(self, status: int, headers: dict[str, str], body: bytes) -> None:
             self.send_response(status)

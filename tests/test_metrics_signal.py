@@ -223,6 +223,9 @@ def test_martingales_by_position() -> None:
                     sums[2 * j + 1] += float((p * (x - m) ** 2).sum())
         assert row[f"validity/z_H{label}"] == pytest.approx(sums[0] / sums[1] ** 0.5)
         assert row[f"validity/z_K{label}"] == pytest.approx(sums[2] / sums[3] ** 0.5)
+    age = torch.arange(len(d.batch)) % 2  # declared to be of older weights
+    aged, fresh = replace(d.batch, age=age), d.batch.rows((age == 0).nonzero()[:, 0])
+    assert read(validity.martingales(aged)) == read(validity.martingales(fresh))
 
 
 def test_weights_of_a_sampler_that_is_off() -> None:

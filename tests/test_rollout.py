@@ -340,7 +340,9 @@ def test_the_hf_engine_follows_the_model_it_was_synced_with(pair, prompts) -> No
 
 
 def test_engines_are_refused_by_name(pair) -> None:
-    with pytest.raises(ValueError, match="unknown rollout engine 'sglang'; known: hf, vllm"):
+    with pytest.raises(
+        ValueError, match="unknown rollout engine 'sglang'; known: hf, vllm, servers"
+    ):
         make_engine("sglang", pair.student)
 
 

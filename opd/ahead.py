@@ -1,0 +1,128 @@
+"""Rollouts ahead of the update: what later steps learn from is sampled while this one is made.
+
+With depth n, the rollouts of step s + n are sampled from the weights that step s begins with, so
+that they are n steps old when their turn comes: the first n steps' are younger, none is older.
+Depth 0 samples at a step's turn. What a step gets depends on (config, weights, step) and on
+nothing that is a matter of time, so a run with depth n is as reproducible as one without.
+"""
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from diagnostics.batch import Rollouts, load
+from diagnostics.totals import Mean, Total
+from opd import runlog
+from opd.data import Prompts
+
+Drawn = tuple[Prompts, Rollouts, Mapping[str, Total]]
+"""Of a task's step: prompts, graded responses to them, and what became of episodes."""
+
+
+class Ahead:
+    """The rollouts of coming steps; a context that ends with nothing left under way.
+
+    Args:
+      draw: samples a step's rollouts with the engine's present weights; called in another thread
+        if depth is above 0, so it must read no weights that are being updated.
+      stop: makes a `draw` under way end soon, with an error; called where the block fails.
+      steps: of the whole run; none is sampled beyond. updates: of the student in a step.
+    """
+
+    def __init__(
+        self,
+        draw: Callable[[int], list[Drawn]],
+        stop: Callable[[], None],
+        *,
+        depth: int,
+        steps: int,
+        updates: int,
+    ) -> None:
+        self._draw, self._stop = draw, stop
+        self._depth, self._steps, self._updates = depth, steps, updates
+        self._coming: dict[int, Future[list[Drawn]]] = {}
+        self._thread = ThreadPoolExecutor(1)
+
+    def take(self, step: int) -> list[Drawn]:
+        """The step's rollouts, with their age; sampled now if they were not before.
+
+        Raises:
+          RuntimeError: they are older than `depth` steps.
+        """
+        coming = self._coming.pop(step, None)
+        drawn = self._draw(step) if coming is None else coming.result()
+        for _, rollouts, _ in drawn:
+            oldest, most = int(rollouts.age.max()), self._depth * self._updates
+            if oldest > most:
+                raise RuntimeError(
+                    f"rollouts of step {step} are {oldest} updates old, at most {most} are allowed"
+                )
+        return drawn
+
+    def begin(self, step: int) -> None:
+        """Start sampling what the next `depth` steps lack, with the weights of this one."""
+        for later in range(step + 1, min(step + self._depth, self._steps - 1) + 1):
+            if later not in self._coming:
+                self._coming[later] = self._thread.submit(self._drawn, step, later)
+
+    def settle(self) -> None:
+        """Wait until nothing is being sampled: the engine's weights may change."""
+        for coming in self._coming.values():
+            coming.result()
+
+    def save(self, folder: Path, step: int) -> None:
+        """Keep in a run folder what was sampled from `step` on, beside the checkpoint to come."""
+        if not self._depth:
+            return
+        final = folder / "ahead" / f"step_{step:06d}"
+        with runlog.whole_folder(final) as part:
+            for later, coming in self._coming.items():
+                for place, (prompts, rollouts, played) in enumerate(coming.result()):
+                    name = f"{later}_{place}"
+                    rollouts.save(part / f"{name}.safetensors")
+                    rest = {k: getattr(prompts, k).cpu() for k in ("tokens", "mask", "index")}
+                    sums = {k: [x.cpu() for x in total.tensors()] for k, total in played.items()}
+                    rest |= {"answers": prompts.answers, "played": sums}
+                    torch.save(rest, part / f"{name}.pt")
+        kept = {final.name, *(checkpoint.name for checkpoint in runlog.checkpoints(folder))}
+        for old in (folder / "ahead").glob("step_*"):
+            if old.name not in kept:
+                runlog.remove(old)
+
+    def load(self, folder: Path, step: int, device: torch.device) -> None:
+        """Take up what `save` kept; a run that ended at `step` kept nothing."""
+        found: dict[int, list[Drawn]] = {}
+        files = (folder / "ahead" / f"step_{step:06d}").glob("*.pt")
+        for path in sorted(files, key=lambda file: tuple(map(int, file.stem.split("_")))):
+            rest = torch.load(path, weights_only=True)
+            played = {name: Mean(*sums) for name, sums in rest.pop("played").items()}
+            rollouts = load(path.with_suffix(".safetensors")).to(device)
+            later = int(path.stem.split("_")[0])
+            found.setdefault(later, []).append((Prompts(**rest).to(device), rollouts, played))
+        for later, drawn in found.items():
+            self._coming[later] = Future()
+            self._coming[later].set_result(drawn)
+
+    def _drawn(self, now: int, step: int) -> list[Drawn]:
+        age = (step - now) * self._updates
+        return [
+            (prompts, replace(rollouts, age=torch.full_like(rollouts.prompt, age)), played)
+            for prompts, rollouts, played in self._draw(step)
+        ]
+
+    def __enter__(self) -> "Ahead":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self._stop()
+        self._thread.shutdown(cancel_futures=True)
