@@ -1,0 +1,176 @@
+"""One process of verl's own FSDP actor, on the CPU: it takes one update and writes what it became.
+
+verl has a registry of platforms, which knows no CPU; this adds one. Started by test_verl_losses as
+
+    python tests/verl_worker.py MODEL BATCH OUT LOSS_MODE [OVERRIDE ...]
+
+with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Rank r of n gets the r-th n-th of the rows.
+"""
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class Torch:
+    """What verl asks of torch.cuda, of a CPU: counters are zero, and there is nothing to set."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(torch.cpu, name, lambda *_: 0)
+
+    def get_device_name(self, *_: Any) -> str:
+        return "CPU"
+
+    def mem_get_info(self) -> tuple[int, int]:
+        return 0, 0
+
+
+def register_cpu() -> None:
+    from verl.plugin.platform.platform_cuda import PlatformCUDA
+    from verl.plugin.platform.platform_manager import PlatformRegistry
+
+    @PlatformRegistry.register("cpu")
+    class PlatformCPU(PlatformCUDA):
+        device_name = "cpu"
+        vendor_name = "cpu"
+        device_module = Torch()
+
+        def is_available(self) -> bool:
+            return True
+
+        def is_platform_available(self, use_smi_check: bool = False) -> bool:
+            return True
+
+        def current_device(self) -> torch.device:
+            return torch.device("cpu")
+
+        def device_count(self) -> int:
+            return 1
+
+        def set_device(self, device_index: int) -> None:
+            pass
+
+        def synchronize(self, device_index: int | None = None) -> None:
+            pass
+
+        def manual_seed(self, seed: int) -> None:
+            torch.manual_seed(seed)
+
+        manual_seed_all = manual_seed
+
+        def empty_cache(self) -> None:
+            pass
+
+        def set_allocator_settings(self, settings: str) -> None:
+            pass
+
+        def communication_backend_name(self) -> str:
+            return "gloo"
+
+        def nvtx_range(self, msg: str) -> Any:
+            return contextlib.nullcontext()
+
+        def ray_resource_name(self) -> str:
+            return "CPU"
+
+        def ray_resource_options(self, num_gpus: float) -> dict[str, Any]:
+            return {"num_cpus": num_gpus}
+
+
+def configured(model: str, mode: str, overrides: list[str]) -> Any:
+    """verl's own configuration, as its command line composes it."""
+    from hydra import compose, initialize_config_module
+
+    fp32 = "{param_dtype: fp32, reduce_dtype: fp32, buffer_dtype: fp32}"
+    actor = "actor_rollout_ref.actor"
+    settings = [
+        f"actor_rollout_ref.model.path={model}",
+        "+actor_rollout_ref.model.load_tokenizer=False",
+        "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
+        "actor_rollout_ref.model.use_remove_padding=False",
+        f"{actor}.strategy=fsdp2",
+        f"{actor}.fsdp_config.use_torch_compile=False",
+        f"+{actor}.fsdp_config.mixed_precision={fp32}",
+        f"{actor}.ppo_micro_batch_size_per_gpu=1",
+        f"{actor}.ppo_mini_batch_size=2",
+        f"{actor}.optim.optimizer=SGD",
+        f"{actor}.optim.lr=1.0",
+        f"{actor}.optim.weight_decay=0.0",
+        f"{actor}.optim.clip_grad=1e9",
+        "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=1",
+        "actor_rollout_ref.rollout.n=2",
+        "distillation.enabled=True",
+        "distillation.nnodes=1",
+        "distillation.n_gpus_per_node=1",
+        f"distillation.distillation_loss.loss_mode={mode}",
+        "distillation.distillation_loss.topk=4",
+        "distillation.distillation_loss.use_task_rewards=False",
+        "distillation.teacher_models.teacher_model.model_path=unused",
+        "distillation.teacher_models.teacher_model.inference.name=vllm",
+        "distillation.teacher_models.teacher_model.inference.tensor_model_parallel_size=1",
+    ]
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        return compose("ppo_trainer", overrides=settings + overrides)
+
+
+def batch(rows: list[dict[str, Any]], topk: bool) -> Any:
+    """A batch as verl's trainer sends it to its workers."""
+    from tensordict import TensorDict
+    from verl.utils import tensordict_utils as tu
+
+    tensors = {
+        name: torch.nested.as_nested_tensor([row[name] for row in rows], layout=torch.jagged)
+        for name in rows[0]
+    }
+    data = TensorDict(tensors, batch_size=[len(rows)])
+    tu.assign_non_tensor(
+        data,
+        global_batch_size=4,
+        mini_batch_size=4,
+        epochs=1,
+        seed=1,
+        dataloader_kwargs={"shuffle": False},
+        temperature=1.0,
+        calculate_entropy=False,
+        distillation_use_topk=topk,
+        distillation_only=topk,
+    )
+    return data
+
+
+def main() -> None:
+    model, source, out, mode, *overrides = sys.argv[1:]
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    os.environ |= {"VERL_PLATFORM": "cpu", "VERL_ENGINE_DEVICE": "cuda", "LOCAL_RANK": str(rank)}
+    register_cpu()
+    torch.distributed.init_process_group("gloo")
+    from verl.workers.engine_workers import ActorRolloutRefWorker
+
+    import opd.verl_modes  # noqa: F401
+
+    config = configured(model, mode, overrides)
+    worker = ActorRolloutRefWorker(
+        config=config.actor_rollout_ref, role="actor", distillation_config=config.distillation
+    )
+    worker.init_model()
+    rows = torch.load(source)
+    mine = rows[rank * len(rows) // size : (rank + 1) * len(rows) // size]
+    found = worker.update_actor(batch(mine, topk="topk" in mode))
+    state = worker.actor.engine.module.state_dict()
+    whole = {name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in state.items()}
+    if rank == 0:
+        from verl.utils.metric import reduce_metrics
+
+        metrics = {name: float(x) for name, x in reduce_metrics(found["metrics"]).items()}
+        torch.save({"weights": whole, "metrics": metrics}, Path(out))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
