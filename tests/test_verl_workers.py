@@ -1,6 +1,7 @@
 """Our objectives in verl's own workers, and its configuration as our script writes it."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,121 @@ def test_an_update_of_verls_fsdp_actor_is_ours(
     for parameter, p in dense.named_parameters():
         moved = p.detach() - found["weights"][parameter]  # SGD with a rate of 1
         torch.testing.assert_close(moved, p.grad, rtol=1e-3, atol=1e-6)
+
+
+STANDS_IN = """
+    trainer.logger=[console]
+    trainer.n_gpus_per_node=1
+    trainer.save_freq=-1
+    trainer.test_freq=-1
+    trainer.total_training_steps=4
+    +ray_kwargs.ray_init.address=local
+    +ray_kwargs.ray_init.num_gpus=3
+    ray_kwargs.ray_init.num_cpus=32
+    +ray_kwargs.ray_init.runtime_env.env_vars.VERL_PLATFORM=cpu
+    transfer_queue.backend.SimpleStorage.num_data_storage_units=1
+    data.dataloader_num_workers=0
+    data.train_batch_size=2
+    distillation.n_gpus_per_node=2
+    distillation.teacher_models.math.num_replicas=1
+    distillation.teacher_models.alfworld.num_replicas=1
+    distillation.distillation_loss.topk=4
+    reward.num_workers=1
+    actor_rollout_ref.rollout.n=2
+    actor_rollout_ref.rollout.agent.num_workers=1
+    actor_rollout_ref.model.use_remove_padding=False
+    +actor_rollout_ref.model.override_config.attn_implementation=sdpa
+    actor_rollout_ref.actor.strategy=fsdp2
+    actor_rollout_ref.actor.ppo_mini_batch_size=1
+    actor_rollout_ref.actor.optim.lr=1e-3
+    actor_rollout_ref.actor.fsdp_config.use_torch_compile=False
+    actor_rollout_ref.actor.fsdp_config.param_offload=False
+    actor_rollout_ref.actor.fsdp_config.optimizer_offload=False
+    +actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype=fp32
+    +actor_rollout_ref.actor.fsdp_config.mixed_precision.reduce_dtype=fp32
+    +actor_rollout_ref.actor.fsdp_config.mixed_precision.buffer_dtype=fp32
+"""
+"""What stands in for eight GPUs: sizes, and Ray told of three that nobody uses."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["teacher_topk", "sampled_token"])
+def test_verls_trainer_runs_the_script_with_two_teachers(
+    tiny_pair: tuple[Path, Path], tmp_path: Path, name: str
+) -> None:
+    """All of verl's own, from its command line on: Ray, queue, rollouts, teachers, FSDP, weights.
+
+    The second task's teacher is the student as it begins. So its first steps cost nothing unless a
+    teacher, a token or a weight is in the wrong place, while those of the first task do.
+    """
+    pytest.importorskip("verl", reason="verl is not installed")
+    pytest.importorskip("transfer_queue", reason="verl's transfer queue is not installed")
+    pd = pytest.importorskip("pandas")
+    student, teacher = tiny_pair
+    for task in ("math", "alfworld"):
+        prompts = [[{"role": "user", "content": f"{i}+{i + 1}="}] for i in range(4)]
+        reward = [{"style": "rule", "ground_truth": "1"}] * 4
+        table = pd.DataFrame({"prompt": prompts, "reward_model": reward})
+        table["data_source"], table["extra_info"] = task, [{"index": i} for i in range(4)]
+        table.to_parquet(tmp_path / f"{task}.parquet")
+    files = [str(tmp_path / f"{task}.parquet") for task in ("math", "alfworld")]
+    alternate = [sys.executable, str(ROOT / "examples/verl/alternate.py"), *files]
+    train = str(tmp_path / "train.parquet")
+    subprocess.run([*alternate, "--batch", "2", "--steps", "4", "--out", train], check=True)
+    rollouts = (ROOT / "examples/verl/rollouts.yaml").read_text()
+    rollouts = rollouts.replace("[paper]", '["role:eos"]').replace("512", "12")
+    (tmp_path / "rollouts.yaml").write_text(rollouts)
+    (tmp_path / "reward.py").write_text("def compute_score(*_, **__):\n    return 0.0\n")
+    words = [
+        *STANDS_IN.split(),
+        f"reward.custom_reward_function.path={tmp_path}/reward.py",
+        f"actor_rollout_ref.rollout.agent.agent_loop_config_path={tmp_path}/rollouts.yaml",
+        f"trainer.default_local_dir={tmp_path}/checkpoints",
+    ]
+    environment = {
+        "TRAIN": train,
+        "VALIDATE": files[0],
+        "MODE": f"opdlab_{name}",
+        "TOP_P": "1.0",
+        "STUDENT": str(student),
+        "MATH_TEACHER": str(teacher),
+        "ALFWORLD_TEACHER": str(student),
+        "PROMPT": "64",
+        "RESPONSE": "24",
+        "PYTHON": sys.executable,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "VERL_PLATFORM": "cpu",
+        "VERL_ENGINE_DEVICE": "cuda",
+        "VERL_USE_EXTERNAL_MODULES": "tests.verl_cpu,opd.verl_modes",
+        "VERL_CPU_WEIGHTS": str(tmp_path / "weights.pt"),
+    }
+    done = subprocess.run(
+        [ROOT / "examples/verl/multitask.sh", *words],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-5000:]
+    lines = [line for line in done.stdout.splitlines() if " step:" in line]
+    steps = [
+        {key: float(x) for key, x in re.findall(r"(\S+):(?:np\.\w+\()?(-?[\d.e+-]+)", line)}
+        for line in lines
+    ]
+    assert [row["training/global_step"] for row in steps] == [1, 2, 3, 4]
+    assert all(row["response_length/max"] <= 24 for row in steps[::2])
+    assert all(row["response_length/max"] <= 12 for row in steps[1::2])
+    # what the student draws is what it is trained on: the weights came round
+    assert all(abs(row["actor/validity/sampler_log_ratio"]) < 0.02 for row in steps)
+    assert steps[0]["actor/grad_norm"] > 0
+    assert len({row["actor/grad_norm"] for row in steps}) == 4
+    if name == "sampled_token":
+        away = [abs(row["actor/drift/k1"]) for row in steps]
+    else:
+        away = [row["actor/distillation/loss"] for row in steps]
+    assert away[0] > 10 * away[1] >= 0
 
 
 # --- the script ----------------------------------------------------------------------------------

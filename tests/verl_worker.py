@@ -1,86 +1,18 @@
 """One process of verl's own FSDP actor, on the CPU: it takes one update and writes what it became.
 
-verl has a registry of platforms, which knows no CPU; this adds one. Started by test_verl_losses as
+Started by test_verl_workers as
 
     python tests/verl_worker.py MODEL BATCH OUT LOSS_MODE [OVERRIDE ...]
 
 with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Rank r of n gets the r-th n-th of the rows.
 """
 
-import contextlib
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-
-
-class Torch:
-    """What verl asks of torch.cuda, of a CPU: counters are zero, and there is nothing to set."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(torch.cpu, name, lambda *_: 0)
-
-    def get_device_name(self, *_: Any) -> str:
-        return "CPU"
-
-    def mem_get_info(self) -> tuple[int, int]:
-        return 0, 0
-
-
-def register_cpu() -> None:
-    from verl.plugin.platform.platform_cuda import PlatformCUDA
-    from verl.plugin.platform.platform_manager import PlatformRegistry
-
-    @PlatformRegistry.register("cpu")
-    class PlatformCPU(PlatformCUDA):
-        device_name = "cpu"
-        vendor_name = "cpu"
-        device_module = Torch()
-
-        def is_available(self) -> bool:
-            return True
-
-        def is_platform_available(self, use_smi_check: bool = False) -> bool:
-            return True
-
-        def current_device(self) -> torch.device:
-            return torch.device("cpu")
-
-        def device_count(self) -> int:
-            return 1
-
-        def set_device(self, device_index: int) -> None:
-            pass
-
-        def synchronize(self, device_index: int | None = None) -> None:
-            pass
-
-        def manual_seed(self, seed: int) -> None:
-            torch.manual_seed(seed)
-
-        manual_seed_all = manual_seed
-
-        def empty_cache(self) -> None:
-            pass
-
-        def set_allocator_settings(self, settings: str) -> None:
-            pass
-
-        def communication_backend_name(self) -> str:
-            return "gloo"
-
-        def nvtx_range(self, msg: str) -> Any:
-            return contextlib.nullcontext()
-
-        def ray_resource_name(self) -> str:
-            return "CPU"
-
-        def ray_resource_options(self, num_gpus: float) -> dict[str, Any]:
-            return {"num_cpus": num_gpus}
 
 
 def configured(model: str, mode: str, overrides: list[str]) -> Any:
@@ -148,11 +80,10 @@ def main() -> None:
     model, source, out, mode, *overrides = sys.argv[1:]
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     os.environ |= {"VERL_PLATFORM": "cpu", "VERL_ENGINE_DEVICE": "cuda", "LOCAL_RANK": str(rank)}
-    register_cpu()
-    torch.distributed.init_process_group("gloo")
     from verl.workers.engine_workers import ActorRolloutRefWorker
 
     import opd.verl_modes  # noqa: F401
+    import tests.verl_cpu  # noqa: F401
 
     config = configured(model, mode, overrides)
     worker = ActorRolloutRefWorker(

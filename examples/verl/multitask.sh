@@ -2,7 +2,7 @@
 # Teacher top-K matching of two teachers into one student with verl 0.9.1: the settings of arXiv
 # 2603.25562 (v2, table A1) for one node of 8 H100s. Never run on one: docs/verl.md says what was.
 #
-#   pip install "verl[vllm]==0.9.1" && pip install --no-deps opdlab math-verify
+#   pip install "verl[vllm]==0.9.1" "math-verify[antlr4_9_3]" && pip install --no-deps opdlab
 #   python examples/verl/alternate.py --batch 16 --steps 400 --out train.parquet \
 #       math.parquet alfworld.parquet
 #   TRAIN=train.parquet VALIDATE=aime24.parquet examples/verl/multitask.sh [OVERRIDE ...]
@@ -26,6 +26,7 @@ MATH_TEACHER=${MATH_TEACHER:-open-thoughts/OpenThinker3-7B}
 ALFWORLD_TEACHER=${ALFWORLD_TEACHER:-langfeng01/GiGPO-Qwen2.5-7B-Instruct-ALFWorld}
 PROMPT=${PROMPT:-2048}
 RESPONSE=${RESPONSE:-16384}              # ALFWorld's 512 are in rollouts.yaml
+modules=${VERL_USE_EXTERNAL_MODULES:-opd.verl_modes}
 
 actor=actor_rollout_ref.actor
 rollout=actor_rollout_ref.rollout
@@ -112,8 +113,8 @@ settings+=(
     reward.custom_reward_function.name=compute_score
 
     # every process of every node loads our loss modes
-    +ray_kwargs.ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_MODULES=opd.verl_modes
+    +ray_kwargs.ray_init.runtime_env.env_vars.VERL_USE_EXTERNAL_MODULES="'$modules'"
 )
 
-export VERL_USE_EXTERNAL_MODULES=opd.verl_modes
+export VERL_USE_EXTERNAL_MODULES=$modules
 exec "${PYTHON:-python}" -m verl.trainer.main_ppo "${settings[@]}" "$@"

@@ -12,4 +12,4 @@ def compute_score(data_source: str, solution_str: str, ground_truth: str, **_: A
     """1 for a right answer and 0 for any other; 0 for tasks that are not math."""
     if data_source != "math":
         return 0.0
-    return float(make_grader("math")(solution_str, ground_truth).correct)
+    return make_grader("math")(solution_str, ground_truth).reward
