@@ -291,7 +291,7 @@ def student(seed: int) -> list[Tensor]:
 def test_topk_modes_are_the_dense_objective_through_verl(losses: Any, name: str) -> None:
     made, logits = rows(1, topk=True), student(1)
     loss, metrics = through_verl(losses, f"opdlab_{name}", made, logits)
-    total, mass, outside = torch.zeros(()), 0.0, 0.0
+    total, mass, outside, away = torch.zeros(()), 0.0, 0.0, 0.0
     for i, row in enumerate(made):
         logp = at_responses(logits, i).log_softmax(-1)
         ids = at_responses([r["teacher_ids"] for r in made], i).long()
@@ -309,10 +309,14 @@ def test_topk_modes_are_the_dense_objective_through_verl(losses: Any, name: str)
         total = total + (token * keep).sum() / TOTAL
         mass += float((ours.detach().exp().sum(-1) * keep).sum()) / TOTAL
         outside += float(((ids != row["responses"][:, None]).all(-1) & keep).sum()) / TOTAL
+        moved = sampled_logp(made, logits, i).detach() - row["rollout_log_probs"]
+        away += float((moved * keep).sum()) / TOTAL
     assert float(loss.detach()) == pytest.approx(float(total.detach()), abs=2e-6)
     torch.testing.assert_close(gradients(loss, logits), gradients(total, logits), rtol=0, atol=3e-6)
     assert metrics["drift/topk_student_mass"].aggregate() == pytest.approx(mass, rel=1e-5)
     assert metrics["drift/outside_topk"].aggregate() == pytest.approx(outside, rel=1e-5)
+    observed = metrics["validity/sampler_log_ratio"].aggregate()
+    assert observed == pytest.approx(away, rel=1e-5)
 
 
 def credit_by_hand(made: list[dict[str, Tensor]], gamma: float) -> list[Tensor]:

@@ -112,6 +112,10 @@ def test_an_update_of_verls_fsdp_actor_is_ours(
     away = ((sampled.detach() - sampler) * mask).sum() / mask.sum()
     observed = found["metrics"]["validity/sampler_log_ratio"]
     assert observed == pytest.approx(float(away), rel=1e-4)
+    if support_logp is not None:
+        mass = (support_logp.detach().exp().sum(-1) * mask).sum() / mask.sum()
+        observed = found["metrics"]["drift/topk_student_mass"]
+        assert observed == pytest.approx(float(mass), rel=1e-4)
     assert max(float(p.grad.abs().max()) for p in dense.parameters()) > 1e-3
     for parameter, p in dense.named_parameters():
         moved = p.detach() - found["weights"][parameter]  # SGD with a rate of 1
