@@ -190,6 +190,7 @@ def test_verls_trainer_runs_the_script_with_two_teachers(
         f"reward.custom_reward_function.path={tmp_path}/reward.py",
         f"actor_rollout_ref.rollout.agent.agent_loop_config_path={tmp_path}/rollouts.yaml",
         f"trainer.default_local_dir={tmp_path}/checkpoints",
+        f"hydra.run.dir={tmp_path}/hydra",
     ]
     environment = {
         "TRAIN": train,
