@@ -180,6 +180,24 @@ def test_the_topk_loss_is_observed_exactly(registry: Any) -> None:
         install("k9")
 
 
+def test_a_run_on_nothing_but_the_topk_is_observed_without_the_students_side(
+    registry: Any,
+) -> None:
+    """verl then spares itself the sampled tokens' log_probs."""
+    from verl.trainer.distillation.losses import distillation_loss
+
+    rows = made(2, 4)
+    install("forward_kl_topk")
+    actor, distillation = settings("forward_kl_topk", 4)
+    data, output = micro_batch(rows)
+    del output["log_probs"]
+    _, found = distillation_loss(actor, distillation, output, data)
+    row = reduced([found, found])  # each of two ranks has all the tokens
+    mass = supervised(rows, "teacher_logprobs").exp().sum(-1)
+    assert row["drift/topk_teacher_mass"] == pytest.approx(DP_SIZE * float(mass.mean()), rel=1e-5)
+    assert "validity/sampler_log_ratio" not in row
+
+
 def test_rollout_dumps_become_records(tmp_path: Path) -> None:
     dumps = tmp_path / "dumps"
     dumps.mkdir()

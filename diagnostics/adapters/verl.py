@@ -64,7 +64,7 @@ def install(base: str, records: str | Path | None = None, every: int = 1) -> Non
       ImportError: verl is not there. ValueError: it has no loss of this name.
     """
     try:
-        from verl.trainer.distillation.losses import (  # type: ignore[import-not-found]
+        from verl.trainer.distillation.losses import (
             DISTILLATION_LOSS_REGISTRY,
             get_distillation_loss_fn,
         )
@@ -86,12 +86,8 @@ def observed(loss: Loss, records: str | Path | None = None, every: int = 1) -> L
     def watched(
         config: Any, distillation_config: Any, model_output: dict[str, Any], data: Any
     ) -> tuple[Tensor, dict[str, Any]]:
-        from verl.utils.metric import (  # type: ignore[import-not-found]
-            AggregationType,
-        )
-        from verl.utils.metric import (
-            Metric as Number,
-        )
+        from verl.utils.metric import AggregationType
+        from verl.utils.metric import Metric as Number
 
         found, metrics = loss(
             config=config,
@@ -134,11 +130,10 @@ def batch_of(model_output: dict[str, Any], data: Any) -> Scored:
 
     With one teacher log-probability a token (loss modes k1, k2, ...) it is the sampled token's;
     with K (forward_kl_topk) they make a support without the student's side, and the sampled
-    token's is unknown. `ended` is never known; the sampler is where verl kept rollout_log_probs.
+    token's is unknown, as is the student's where verl trains on nothing but a top-K. `ended` is
+    never known; the sampler is where verl kept rollout_log_probs.
     """
-    from verl.workers.utils.padding import (  # type: ignore[import-not-found]
-        no_padding_2_padding,
-    )
+    from verl.workers.utils.padding import no_padding_2_padding
 
     mask = _padded(data["response_mask"]).bool()
     zeros = torch.zeros(mask.shape, device=mask.device)
@@ -150,7 +145,9 @@ def batch_of(model_output: dict[str, Any], data: Any) -> Scored:
     teacher = response(data["teacher_logprobs"])
     sampler = data.get("rollout_log_probs", None)
     single = teacher.shape[-1] == 1
+    student = model_output.get("log_probs")
     lost = {"ended"} | ({"sampler_logp"} if sampler is None else set())
+    lost |= {"student_logp"} if student is None else set()
     support = None
     if not single:
         lost |= {"teacher_logp"}
@@ -161,7 +158,7 @@ def batch_of(model_output: dict[str, Any], data: Any) -> Scored:
     batch = Scored(
         tokens=_padded(data["responses"]).long() * mask,
         mask=mask,
-        student_logp=response(model_output["log_probs"]),
+        student_logp=zeros if student is None else response(student),
         teacher_logp=teacher[..., 0] if single else zeros,
         sampler_logp=zeros if sampler is None else torch.where(mask, _padded(sampler).float(), 0.0),
         prompt=torch.tensor([*map(number_of, _prompts(data))], device=mask.device),
