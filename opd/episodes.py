@@ -22,7 +22,7 @@ from diagnostics.totals import Mean, Total
 from opd.data import Prompts, encode_one, response_text
 from opd.engines import Engine
 from opd.environments.scene import Environment, Scene
-from opd.games import Games, action_of, continued, now, told
+from opd.games import Games, action_of, answered, continued, now, told
 from opd.rollout import Share
 
 OUTCOMES = ("won", "lost", "unfinished", "full", "failed")
@@ -194,10 +194,7 @@ def advance(
         Turn(prompt, response, sampler_logp, softmax_logp, ended, action, admitted)
     )
     episode.past.append((episode.scene.text, action))
-    if admitted:
-        episode.show(partial(episode.environment.act, action))
-    else:
-        episode.scene = Scene(text="Nothing happens.", actions=episode.scene.actions)
+    episode.show(partial(answered, episode.environment, episode.scene, action, admitted))
     if not episode.outcome and len(episode.turns) == games.max_turns:
         episode.outcome = "unfinished"
 

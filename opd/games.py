@@ -21,6 +21,7 @@ from opd.sources import Chat, Question
 PREFIX = "env:"
 LAYOUTS = ("turns", "trajectory")
 SEEDS = 2**30
+NOTHING = "Nothing happens."
 SAID = "WHAT-WAS-SAID"
 TAGGED = re.compile(r"<action>(.*?)</action>", re.S)
 
@@ -158,6 +159,11 @@ def action_of(response: str, scene: Scene) -> tuple[str, bool]:
         return said, bool(said)
     known = {" ".join(action.split()).casefold(): action for action in scene.actions}
     return known.get(said.casefold(), said), said.casefold() in known
+
+
+def answered(environment: Environment, scene: Scene, action: str, admitted: bool) -> Scene:
+    """The scene after an action; one that is not admitted is not handed to the environment."""
+    return environment.act(action) if admitted else Scene(text=NOTHING, actions=scene.actions)
 
 
 def continued(tokenizer: Any, opening: Chat, text: str, last: int) -> list[int]:

@@ -1,9 +1,10 @@
 """The lab: teachers and a weaker student, made from nothing on verifiable tasks.
 
 Causal language models with one tokenizer, trained by next-token prediction on worked solutions of
-`opd.problems` and `opd.sorting`, right ones for a teacher and careless ones for the smaller
-student, saved as ordinary Hugging Face folders. Minutes on two CPU cores, one for each model; the
-same settings give the same bits on the same machine, and a lab is built only once.
+`opd.problems` and `opd.sorting`, or on turns of games of `opd.chores`, right ones for a teacher and
+careless ones for the smaller student, saved as ordinary Hugging Face folders. Minutes on two CPU
+cores, one for each model; the same settings give the same bits on the same machine, and a lab is
+built only once.
 
 The default lab is a teacher and a student that write alike. The `strangers` lab has what goes wrong
 in practice, on purpose: a student of two tasks that spells its tags and ends with <|im_end|>, a
@@ -16,14 +17,16 @@ import dataclasses
 import json
 import math
 import random
+import re
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opd import problems, sorting
+from opd import chores, problems, sorting
 from opd.habits import PLAIN, UNLABELLED, Habit, written
 from opd.runlog import whole_folder, write_text
 from opd.seeds import derive
@@ -57,8 +60,10 @@ class Recipe:
     habit: Habit = PLAIN
 
 
-TASKS = {"chain": problems, "sort": sorting}
+TASKS = {"chain": problems, "sort": sorting, "rooms": chores}
 """Modules with `problems(split, count, seed)` and `careless(prompt, rate, generator)`."""
+WORDS = 512
+"""Entries of the vocabulary of a lab with games, whose prompts are long in bytes."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,14 @@ class LabConfig:
         """Folder name to recipe."""
         named = {"teacher": self.teacher, "student": self.student}
         return named if self.sort_teacher is None else named | {"sort-teacher": self.sort_teacher}
+
+    @property
+    def texts(self) -> list[str]:
+        """What the words of the vocabulary are learned from: games, if any model plays them."""
+        if not any("rooms" in recipe.tasks for recipe in self.models.values()):
+            return []
+        some = chores.problems("train", 400, seed=0)
+        return [re.sub(r"</?think>", "\n", f"{p.prompt}\n{p.solution}") for p in some]
 
 
 def strangers_config() -> LabConfig:
@@ -110,6 +123,16 @@ def strangers_config() -> LabConfig:
             habit=dataclasses.replace(spelled, loops=0.002),
         ),
     )
+
+
+def rooms_config() -> LabConfig:
+    """Models of a household played in text, `env:rooms`.
+
+    The student learned from a player that judges one action in four wrongly.
+    """
+    teacher = Recipe(layers=2, width=96, steps=500, batch=32, lr=4e-3, tasks=("rooms",))
+    student = dataclasses.replace(teacher, width=64, steps=500, careless=0.25)
+    return LabConfig(teacher=teacher, student=student, held_out=128)
 
 
 def tiny_config() -> LabConfig:
@@ -160,10 +183,11 @@ def build_one(folder: Path, config: LabConfig, offset: int, name: str) -> dict[s
     torch.set_num_threads(1)
     try:
         recipe = config.models[name]
-        network = teach(recipe, derive(config.seed, offset), name, offset)
+        tokenizer = make_tokenizer(recipe.habit.end, config.texts)
+        network = teach(tokenizer, recipe, derive(config.seed, offset), name, offset)
         with whole_folder(folder / name) as part:
             network.save_pretrained(part)
-            make_tokenizer(recipe.habit.end).save_pretrained(part)
+            tokenizer.save_pretrained(part)
         found = held_out(folder / name, recipe.tasks, config.held_out)
     finally:
         torch.set_num_threads(threads)
@@ -183,8 +207,10 @@ def write_problems(path: Path, count: int = 6000) -> None:
     write_text(path, "\n".join(rows) + "\n")
 
 
-def make_tokenizer(end: str = "<|im_end|>") -> Any:
+def make_tokenizer(end: str = "<|im_end|>", texts: Sequence[str] = ()) -> Any:
     """One token a byte, and the special tokens, with a chat template; `end` ends a response.
+
+    texts: frequent words of them are tokens too, WORDS in all; digits stay single.
 
     A Qwen2Tokenizer, because that is what AutoTokenizer makes of any tokenizer beside a Qwen2
     model: another kind would come back from disk splitting text in another way.
@@ -201,17 +227,18 @@ def make_tokenizer(end: str = "<|im_end|>") -> Any:
         unk_token=None,
         additional_special_tokens=["<|im_start|>", "<|im_end|>", "<think>", "</think>"],
     )
+    if texts:
+        tokenizer = tokenizer.train_new_from_iterator(texts, WORDS, show_progress=False)
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 
 
-def teach(recipe: Recipe, seed: int, name: str, place: int = 0) -> Any:
+def teach(tokenizer: Any, recipe: Recipe, seed: int, name: str, place: int = 0) -> Any:
     """Next-token prediction on the responses of fresh training problems."""
     import torch
     from tqdm import tqdm
 
-    tokenizer = make_tokenizer(recipe.habit.end)
-    network = new_model(recipe, len(tokenizer), seed, tokenizer)
+    network, reads = new_model(recipe, len(tokenizer), seed, tokenizer), "rooms" in recipe.tasks
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.01
     )
@@ -220,7 +247,10 @@ def teach(recipe: Recipe, seed: int, name: str, place: int = 0) -> Any:
         ids, labels = examples(tokenizer, recipe, derive(seed, step))
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * schedule(step, recipe.steps)
-        loss = network(input_ids=ids, labels=labels).loss
+        out = network(input_ids=ids, labels=labels)
+        loss = out.loss
+        if reads:
+            loss = loss + reading(out.logits, ids, labels, tokenizer.pad_token_id)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
@@ -284,6 +314,22 @@ def examples(tokenizer: Any, recipe: Recipe, seed: int) -> "tuple[torch.Tensor, 
     return ids, labels
 
 
+def reading(
+    logits: "torch.Tensor", ids: "torch.Tensor", labels: "torch.Tensor", padding: int
+) -> "torch.Tensor":
+    """Mean next-token loss of what is not labelled, the prompts: scenes repeat their words.
+
+    Copying is learned from these long before it is from the few words of an action. logits:
+    (B, L, V); ids, labels: (B, L).
+    """
+    import torch
+
+    known = torch.where((labels == UNLABELLED) & (ids != padding), ids, UNLABELLED)
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), known[:, 1:].flatten(), ignore_index=UNLABELLED
+    )
+
+
 def schedule(step: int, steps: int) -> float:
     """Linear warm-up over a twentieth, then a half cosine to a tenth."""
     warm = max(1, steps // 20)
@@ -299,8 +345,8 @@ def held_out(model: Path, tasks: tuple[str, ...], count: int) -> dict[str, Any]:
     found = {}
     for name in tasks:
         with tempfile.TemporaryDirectory() as place:
-            source = "lab"
-            if name != "chain":
+            source = {"chain": "lab", "rooms": "env:rooms"}.get(name)
+            if source is None:
                 source = f"{place}/{name}.jsonl"
                 write_problems(Path(source))
             numbers = evaluate_folder(
@@ -308,8 +354,9 @@ def held_out(model: Path, tasks: tuple[str, ...], count: int) -> dict[str, Any]:
                 source,
                 device="cpu",
                 problems=count,
-                max_prompt=64,
-                max_response=208,
+                max_prompt=144 if name == "rooms" else 64,
+                max_response=chores.MAX_RESPONSE if name == "rooms" else 208,
+                max_turns=chores.MAX_TURNS,
                 temperature=1.0,
                 seed=0,
             )
@@ -318,15 +365,18 @@ def held_out(model: Path, tasks: tuple[str, ...], count: int) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> None:
-    """`opd lab [--out DIR] [--seed N] [--tiny | --strangers | --smollm]`."""
+    """`opd lab [--out DIR] [--seed N] [--tiny | --strangers | --rooms | --smollm]`."""
     parser = argparse.ArgumentParser(prog="opd lab", description=__doc__)
-    parser.add_argument("--out", help="folder (default: lab, lab-tiny, lab-strangers, smollm)")
+    parser.add_argument(
+        "--out", help="folder (default: lab, lab-tiny, lab-strangers, lab-rooms, smollm)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--tiny", action="store_true", help="seconds instead of minutes")
     which.add_argument(
         "--strangers", action="store_true", help="models that write in different ways, two tasks"
     )
+    which.add_argument("--rooms", action="store_true", help="models that play env:rooms in text")
     which.add_argument(
         "--smollm", action="store_true", help="a small pretrained model and a thinned one"
     )
@@ -343,6 +393,8 @@ def main(argv: list[str]) -> None:
         config, name = tiny_config(), "lab-tiny"
     if given.strangers:
         config, name = strangers_config(), "lab-strangers"
+    if given.rooms:
+        config, name = rooms_config(), "lab-rooms"
     config, folder = dataclasses.replace(config, seed=given.seed), Path(given.out or name)
     student, teacher = build(folder, config, given.jobs)
     print(f"student: {student}\nteacher: {teacher}")

@@ -50,6 +50,31 @@ def lab() -> Config:
     )
 
 
+def rooms() -> Config:
+    """A household played in text, turn by turn, on the pair of `opd lab --rooms`."""
+    return Config(
+        student="lab-rooms/student",
+        teacher="lab-rooms/teacher",
+        out="runs/rooms",
+        task="env:rooms",
+        max_turns=16,
+        steps=40,
+        prompts_per_step=8,
+        group_size=1,
+        max_prompt=144,
+        max_response=64,
+        lr=3e-4,
+        betas=(0.9, 0.95),
+        warmup=5,
+        support_k=16,
+        eval_every=0,
+        eval_problems=256,
+        save_every=10,
+        batch_every=20,
+        exact_every=5,
+    )
+
+
 def pair() -> Config:
     """Any two models with one tokenizer: give --student, --teacher and --task FILE."""
     return Config(student="", teacher="", out="runs/pair", task="")
@@ -154,6 +179,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "lab": lab,
     "pair": pair,
     "smollm": smollm,
+    "rooms": rooms,
     "qwen-small": qwen_small,
     "paper-math": paper_math,
 }

@@ -24,7 +24,9 @@ Pair = tuple[Path, Path]
 def healthy(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """A student that writes plain digits, and a teacher a little beside it."""
     folder = tmp_path_factory.mktemp("healthy")
-    network = teach(Recipe(layers=1, width=32, steps=60, batch=8, lr=2e-2), 0, "pair")
+    network = teach(
+        make_tokenizer(), Recipe(layers=1, width=32, steps=60, batch=8, lr=2e-2), 0, "pair"
+    )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         network.model.norm.weight.mul_(2)

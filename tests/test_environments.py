@@ -1,6 +1,7 @@
 """Text environments: the household's rules, Gymnasium's interface, sources, actions in text."""
 
 import random
+import re
 from collections import deque
 from copy import deepcopy
 from importlib.util import find_spec
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from opd import chores
 from opd.environments.foreign import Gymnasium
 from opd.environments.rooms import OPEN, SHUT, THINGS, Rooms
 from opd.environments.scene import Scene
@@ -85,12 +87,15 @@ def test_rules_hold_in_random_play() -> None:
             assert scene.won == scene.over == (set(rooms.wanted) <= set(at_target))
             here = {t for t, place in rooms.where.items() if place == rooms.at}
             visible = set() if rooms.at in rooms.shut else here
-            named = {thing for thing in THINGS if thing in scene.text.replace(".", "").split()}
-            acted_on = {thing for thing in THINGS if thing in action.split()}
+            words = re.findall(r"\w+", scene.text)
+            named = {thing for thing in words if thing.lower() in THINGS}
+            acted_on = {thing for thing in action.split() if thing.lower() in THINGS}
             assert named <= visible | acted_on, "what lies elsewhere, or is shut in, is not seen"
             takes = {a.split()[1] for a in scene.actions if a.startswith("take")}
             assert takes == (set() if rooms.held else visible)
-            assert set(rooms.places) <= {*SHUT, *OPEN}
+            assert {place.lower() for place in rooms.places} <= {*SHUT, *OPEN}
+            loud = {word for word in {*words, *action.split()} if word.isupper()}
+            assert loud <= {*rooms.wanted, rooms.target}, "capitals are for what the goal names"
         won += scene.won
     assert 0 < won < 150
 
@@ -110,6 +115,106 @@ def test_a_seed_is_a_game_and_held_out_games_are_not_trained_on() -> None:
     assert not {content(seed) for seed in trained} & {content(seed) for seed in held}
     assert games.train(4, 3) == load_games("env:rooms", seed=3).train(4, 3)
     assert games.train(4, 3) != load_games("env:rooms", seed=4).train(4, 3)
+
+
+def won_by(rate: float, count: int = 150) -> tuple[float, list[int]]:
+    """Share of held-out games won in MAX_TURNS by a player of that carelessness, and lengths."""
+    generator, won, lengths = random.Random(0), 0, []
+    for seed in range(0, 2 * count, 2):
+        rooms, scene = begun(seed)
+        goal, past = scene.goal, list[tuple[str, str]]()
+        while not scene.over and len(past) < chores.MAX_TURNS:
+            prompt = told(goal, tuple(past), scene, chores.HISTORY)
+            action, admitted = action_of(chores.careless(prompt, rate, generator), scene)
+            assert admitted
+            past.append((scene.text, action))
+            scene = rooms.act(action)
+        won += scene.won
+        lengths.append(len(past))
+        assert not scene.won or len(past) >= experts_way(seed), "who knows all is never slower"
+    return won / count, lengths
+
+
+def test_a_player_who_knows_its_prompts_only_wins_and_a_careless_one_seldom() -> None:
+    share, lengths = won_by(0.0)
+    assert share > 0.95
+    assert sum(lengths) / len(lengths) < 10
+    assert 0.2 < won_by(0.25)[0] < 0.5
+
+
+JUDGED = [
+    # bring what is wanted: open the target, put it there; else go there
+    ("put CUP in bed, go to BOX", "", "hold CUP, put CUP in bed no, go to BOX yes"),
+    ("put CUP in BOX, go to bed", "", "hold CUP, put CUP in BOX yes"),
+    ("open BOX, go to bed", "take CUP from bed", "hold CUP, open BOX yes"),
+    ("open oven, go to BOX", "take CUP from bed", "hold CUP, open oven no, go to BOX yes"),
+    # put down what is not wanted, not in the target; take what is, but not out of the target
+    ("put pen in bed, go to BOX", "", "hold pen, put pen in bed yes"),
+    ("put pen in BOX, go to bed", "", "hold pen, put pen in BOX no, go to bed yes"),
+    (
+        "take pen from bed, take CUP from bed, go to BOX",
+        "put CUP in bed",
+        "hold nothing, take pen from bed no, take CUP from bed yes",
+    ),
+    ("take CUP from BOX, go to bed", "", "hold nothing, take CUP from BOX no, go to bed yes"),
+    ("open BOX, go to bed", "put CUP in bed", "hold nothing, open BOX no, go to bed yes"),
+]
+
+
+@pytest.mark.parametrize(("actions", "done", "thought"), JUDGED)
+def test_a_player_says_what_it_does(actions: str, done: str, thought: str) -> None:
+    scene = Scene("You see.", actions=tuple(actions.split(", ")))
+    past = (("You see a bed.", done),) if done else ()
+    prompt = told("put the CUP and the MUG in the BOX.", past, scene, chores.HISTORY)
+    action = thought.rsplit(", ", 1)[1].removesuffix(" yes")
+    said = chores.careless(prompt, 0.0, random.Random(0))
+    assert said == f"<think>{thought}</think>{action}"
+
+
+def test_a_player_does_not_go_back_and_misjudges_at_its_rate() -> None:
+    scene = Scene("Here.", actions=tuple(f"go to {x}" for x in ("bed", "BOX", "desk", "sink")))
+    past = (("", "go to bed"), ("", "go to shelf"))
+    prompt, generator = told("put the CUP in the BOX.", past, scene, 2), random.Random(0)
+    taken = [chores.careless(prompt, 0.0, generator).split("</think>")[1] for _ in range(400)]
+    assert set(taken) == {"go to desk", "go to sink"}
+    assert abs(taken.count("go to desk") - 200) < 50
+    scene = Scene("", actions=("put CUP in SINK", "go to bed"))
+    sure = told("put the CUP in the SINK.", (), scene, 2)
+    said = [chores.careless(sure, 0.2, generator) for _ in range(2000)]
+    assert abs(sum("SINK no" in x for x in said) - 400) < 90
+    misled = [x for x in said if "SINK no" in x]
+    assert {x.split("</think>")[1] for x in misled} == {"go to bed"}
+    share = sum("bed yes" in x for x in misled) / len(misled)
+    assert abs(share - 0.2) < 0.09, "who approves of none takes the last one"
+
+
+def test_turns_of_games_are_problems_for_the_lab() -> None:
+    some = chores.problems("train", 200, 4)
+    assert some == chores.problems("train", 200, 4) != chores.problems("train", 200, 5)
+    mistaken = 0
+    for problem in some:
+        listed = problem.prompt.rsplit("Actions: ", 1)[1].split(", ")
+        assert problem.answer in listed
+        assert problem.solution.endswith(f"{problem.answer} yes</think>{problem.answer}")
+        mistaken += "Nothing happens." in problem.prompt
+    assert 5 < mistaken < 80, "inadmissible actions are met too"
+    with pytest.raises(ValueError, match="split is 'dev'"):
+        chores.problems("dev", 1, 0)
+
+
+def test_the_labs_games_are_not_those_of_the_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, set[int]] = {"train": set(), "test": set()}
+    begin = Rooms.begin
+
+    def noted(rooms: Rooms, seed: int) -> Scene:
+        seen[split].add(seed)
+        return begin(rooms, seed)
+
+    monkeypatch.setattr(Rooms, "begin", noted)
+    for split in seen:
+        chores.problems(split, 50, 0)
+    assert {seed % 2 for seed in seen["train"]} == {1}
+    assert {seed % 2 for seed in seen["test"]} == {0}
 
 
 class Lift:

@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 from opd.data import encode
-from opd.lab import build, examples, make_tokenizer, new_model, tiny_config
+from opd.lab import (
+    WORDS,
+    build,
+    examples,
+    make_tokenizer,
+    new_model,
+    reading,
+    rooms_config,
+    tiny_config,
+)
 from opd.problems import Problem, careless, problems, solve
 
 
@@ -73,7 +82,40 @@ def test_careless_solutions_slip_at_their_rate_and_go_on() -> None:
     assert careless("4:7*3+8", 0.0, generator) == solve("4:7*3+8")[1]
 
 
-@pytest.mark.parametrize("kind", ["tiny", "strangers"])
+def test_a_lab_with_games_has_words_and_single_digits(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = make_tokenizer("<|im_end|>", rooms_config().texts)
+    tokenizer.save_pretrained(tmp_path)
+    new_model(tiny_config().student, len(tokenizer), 0, tokenizer).save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    words = [again.decode(i) for i in again.encode("<think>hold CUP</think>go to fridge")]
+    assert words == ["<think>", "hold", " CUP", "</think>", "go", " to", " fridge"]
+    assert [again.decode(i) for i in again.encode("27*3")] == ["2", "7", "*", "3"]
+    assert again.eos_token == "<|im_end|>"
+    prompt = again.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    assert prompt == "<|im_start|>user\na<|im_end|>\n"
+    assert len(tokenizer) <= WORDS
+    assert len(make_tokenizer()) == 261, "labs without games keep one token a byte"
+    assert not tiny_config().texts
+
+
+def test_reading_is_the_loss_of_the_prompts() -> None:
+    tokenizer = make_tokenizer("<|im_end|>", rooms_config().texts)
+    recipe = replace(rooms_config().student, width=32, batch=3)
+    ids, labels = examples(tokenizer, recipe, seed=0)
+    logits = new_model(recipe, len(tokenizer), 0, tokenizer)(input_ids=ids).logits
+    found = reading(logits, ids, labels, tokenizer.pad_token_id)
+    losses = []
+    for row, label, scores in zip(ids.tolist(), labels.tolist(), logits, strict=True):
+        prompt = next(i for i, known in enumerate(label) if known != -100)
+        losses += [-scores[i - 1].log_softmax(-1)[row[i]] for i in range(1, prompt)]
+    assert float(found.detach()) == pytest.approx(
+        float(sum(losses).detach() / len(losses)), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("kind", ["tiny", "rooms", "strangers"])
 def test_a_lab_that_is_not_there_is_said_to_be_built(kind: str) -> None:
     from opd.model import load
 

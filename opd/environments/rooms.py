@@ -2,7 +2,8 @@
 
 Small, without dependencies, the same for the same seed, and always solvable: `Rooms.expert` goes a
 shortest way. What lies in a place is seen only there, and in a shut one only after
-it was opened, so a player has to search.
+it was opened, so a player has to search. What the goal names is in capitals wherever it is told, so
+that very small models can play.
 """
 
 import random
@@ -27,15 +28,18 @@ class Rooms:
         self.places = draw.sample(SHUT, shut) + draw.sample(OPEN, count - shut)
         draw.shuffle(self.places)
         things = draw.sample(THINGS, draw.randint(*LYING))
-        self.target = draw.choice(self.places)
-        self.wanted = tuple(things[: draw.randint(*WANTED)])
+        target = draw.choice(self.places)
+        count = draw.randint(*WANTED)
+        things = [thing.upper() for thing in things[:count]] + things[count:]
+        self.places = [place.upper() if place == target else place for place in self.places]
+        self.target, self.wanted = target.upper(), tuple(things[:count])
         elsewhere = [place for place in self.places if place != self.target]
         self.where: dict[str, str] = {
             thing: draw.choice(elsewhere if thing in self.wanted else self.places)
             for thing in things
         }
         self.at = self.held = ""
-        self.shut = {place for place in self.places if place in SHUT}
+        self.shut = {place for place in self.places if place.lower() in SHUT}
         what = listed([f"the {thing}" for thing in self.wanted])
         seen = listed([one(place) for place in self.places])
         return self._scene(f"You see {seen}.", goal=f"put {what} in the {self.target}.")
@@ -84,11 +88,11 @@ class Rooms:
         if not self.at:
             return tuple(found)
         if self.at in self.shut:
-            return (*found, f"open {self.at}")
+            return (f"open {self.at}", *found)
         if self.held:
-            return (*found, f"put {self.held} in {self.at}")
+            return (f"put {self.held} in {self.at}", *found)
         lying = [thing for thing, place in self.where.items() if place == self.at]
-        return (*found, *(f"take {thing} from {self.at}" for thing in lying))
+        return (*(f"take {thing} from {self.at}" for thing in lying), *found)
 
     def _content(self) -> str:
         if self.at in self.shut:
@@ -102,7 +106,7 @@ class Rooms:
 
 
 def one(noun: str) -> str:
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+    return f"{'an' if noun[0] in 'aeiouAEIOU' else 'a'} {noun}"
 
 
 def listed(words: Sequence[str]) -> str:
