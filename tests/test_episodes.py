@@ -303,6 +303,7 @@ def test_turns_and_trajectories_have_one_gradient(
 def made_part(
     config: Config, pair: Any, prompts: Prompts, whole: Scored, hidden: Tensor | None
 ) -> Part:
+    from opd.ahead import Ahead
     from opd.step import Run
 
     run = Run(
@@ -311,6 +312,7 @@ def made_part(
         pair=pair,
         task=Games(source="", make=Echo),
         engine=InProcess(pair.student),
+        ahead=Ahead(lambda step: [], lambda: None, depth=0, steps=1, updates=1),
         objective=make_objective(config),
         masks=[],
         optimizer=adamw(pair.student.network.parameters(), (0.9, 0.999), 0.0),

@@ -299,7 +299,7 @@ def test_the_other_graders() -> None:
         assert grade_lab(p.solution, p.answer) == Verdict(1.0, p.answer)
     assert grade_lab("7", "7") == Verdict(0.0, None)
     with pytest.raises(
-        ValueError, match="unknown grader 'maths'; known: exact, numeric, math, lab"
+        ValueError, match="unknown grader 'maths'; known: exact, numeric, math, gym, lab"
     ):
         make_grader("maths")
 
