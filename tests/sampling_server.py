@@ -4,6 +4,7 @@ It can be told to have the faults that servers have: to be restarted with its fi
 a tied head, to keep its cache, to tell log-probabilities before temperature.
 """
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.teacher_server import Teacher
+
+
+LOADING = threading.Lock()
+"""Loading patches `tie_weights` of all models meanwhile: two threads at it can leave it patched."""
 
 
 class SamplingServer(Teacher):
@@ -28,7 +33,8 @@ class SamplingServer(Teacher):
         self.restart()
 
     def restart(self) -> None:
-        self.network = AutoModelForCausalLM.from_pretrained(self.folder).eval()
+        with LOADING:
+            self.network = AutoModelForCausalLM.from_pretrained(self.folder).eval()
         self.cached, self.version = self.network, "default"
 
     def models(self) -> dict[str, Any]:
@@ -54,7 +60,8 @@ class SamplingServer(Teacher):
     def reload(self, path: str) -> tuple[int, dict[str, Any]]:
         self.loads.append(path)
         try:
-            network = AutoModelForCausalLM.from_pretrained(path).eval()
+            with LOADING:
+                network = AutoModelForCausalLM.from_pretrained(path).eval()
         except OSError as error:
             return 500, {"error": {"message": str(error)}}
         if self.tied:
