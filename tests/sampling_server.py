@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 
 from tests.teacher_server import Teacher
 
-
 LOADING = threading.Lock()
 """Loading patches `tie_weights` of all models meanwhile: two threads at it can leave it patched."""
 
