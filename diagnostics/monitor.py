@@ -163,5 +163,7 @@ def across_ranks(totals: Mapping[str, Total]) -> dict[str, Total]:
     vector = pack(all_totals)
     size = len(vector)
     vector = torch.nn.functional.pad(vector, (0, -size % 2**17))
+    if distributed.get_backend() == "nccl":  # which takes no sums that were made on the host
+        vector = vector.cuda()
     distributed.all_reduce(vector)
-    return unpack(vector[:size], all_totals)
+    return unpack(vector[:size].to(device), all_totals)

@@ -6,6 +6,7 @@ Depth 0 samples at a step's turn. What a step gets depends on (config, weights, 
 nothing that is a matter of time, so a run with depth n is as reproducible as one without.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -13,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from diagnostics.batch import Rollouts, load
 from diagnostics.totals import Mean, Total
@@ -84,10 +87,7 @@ class Ahead:
                 for place, (prompts, rollouts, played) in enumerate(coming.result()):
                     name = f"{later}_{place}"
                     rollouts.save(part / f"{name}.safetensors")
-                    rest = {k: getattr(prompts, k).cpu() for k in ("tokens", "mask", "index")}
-                    sums = {k: [x.cpu() for x in total.tensors()] for k, total in played.items()}
-                    rest |= {"answers": prompts.answers, "played": sums}
-                    torch.save(rest, part / f"{name}.pt")
+                    write_rest(part / f"{name}.rest", prompts, played)
         kept = {final.name, *(checkpoint.name for checkpoint in runlog.checkpoints(folder))}
         for old in (folder / "ahead").glob("step_*"):
             if old.name not in kept:
@@ -96,13 +96,12 @@ class Ahead:
     def load(self, folder: Path, step: int, device: torch.device) -> None:
         """Take up what `save` kept; a run that ended at `step` kept nothing."""
         found: dict[int, list[Drawn]] = {}
-        files = (folder / "ahead" / f"step_{step:06d}").glob("*.pt")
+        files = (folder / "ahead" / f"step_{step:06d}").glob("*.rest")
         for path in sorted(files, key=lambda file: tuple(map(int, file.stem.split("_")))):
-            rest = torch.load(path, weights_only=True)
-            played = {name: Mean(*sums) for name, sums in rest.pop("played").items()}
+            prompts, played = read_rest(path)
             rollouts = load(path.with_suffix(".safetensors")).to(device)
             later = int(path.stem.split("_")[0])
-            found.setdefault(later, []).append((Prompts(**rest).to(device), rollouts, played))
+            found.setdefault(later, []).append((prompts.to(device), rollouts, played))
         for later, drawn in found.items():
             self._coming[later] = Future()
             self._coming[later].set_result(drawn)
@@ -126,3 +125,24 @@ class Ahead:
         if error is not None:
             self._stop()
         self._thread.shutdown(cancel_futures=True)
+
+
+def write_rest(path: Path, prompts: Prompts, played: Mapping[str, Total]) -> None:
+    """What belongs to rollouts beside themselves, as one safetensors file."""
+    tensors = {name: getattr(prompts, name) for name in ("tokens", "mask", "index")}
+    for name, total in played.items():
+        tensors |= {f"{name}.{i}": x for i, x in enumerate(total.tensors())}
+    header = {"answers": json.dumps(prompts.answers), "played": json.dumps(list(played))}
+    save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, path, header)
+
+
+def read_rest(path: Path) -> tuple[Prompts, dict[str, Total]]:
+    """What `write_rest` wrote."""
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+    played: dict[str, Total] = {}
+    for name in json.loads(header["played"]):
+        parts = sum(key.startswith(f"{name}.") for key in tensors)
+        played[name] = Mean(*(tensors.pop(f"{name}.{i}") for i in range(parts)))
+    return Prompts(**tensors, answers=json.loads(header["answers"])), played

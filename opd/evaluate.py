@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from diagnostics.batch import Rollouts
-from diagnostics.monitor import across_ranks
 from diagnostics.totals import read
 from opd import processes
 from opd.accuracy import Array, summary, written
@@ -134,37 +133,26 @@ def respond(
     step = max(1, ROWS_AT_ONCE // samples)
     for first in range(0, len(chosen), step):
         some = chosen[first : first + step]
-        mine = own(len(some))
-        own_some = [some[i] for i in mine]
+        mine = processes.strided(len(some))
+        asked = [some[i] for i in mine]
         found: list[Column] = []
         if mine:
-            prompts = encode(tokenizer, own_some, samples, max_prompt)
+            prompts = encode(tokenizer, asked, samples, max_prompt)
             rows = Share(
                 [i * samples + j for i in mine for j in range(samples)], len(some) * samples
             )
             rollouts = engine.sample(prompts, eos, max_response=max_response, share=rows, **how)
-            found = graded_rows(tokenizer, rollouts, repeated(own_some, samples), task.grade)
-        columns += everybodys(found, samples)
+            found = graded_rows(tokenizer, rollouts, repeated(asked, samples), task.grade)
+        columns += in_order(found, samples)
     return tabulated(chosen, samples, columns)
 
 
-def own(count: int) -> list[int]:
-    """Which of `count` problems this process answers: those of its number, and every size-th on."""
-    return list(range(processes.rank(), count, processes.size()))
-
-
-def everybodys(found: list[Column], samples: int) -> list[Column]:
+def in_order(found: list[Column], samples: int) -> list[Column]:
     """The columns of all processes' problems, `samples` of each, in the order of the problems."""
-    told = processes.told(found, where())
+    told = processes.told(found)
     parts = [[rows[i : i + samples] for i in range(0, len(rows), samples)] for rows in told]
     mixed = [part[i] for i in range(len(parts[0])) for part in parts if i < len(part)]
     return [(row[0], row[1], row[2], row[3], row[4]) for rows in mixed for row in rows]
-
-
-def where() -> str:
-    """The device on which the processes of the run meet: NCCL takes tensors on GPUs alone."""
-    nccl = processes.size() > 1 and torch.distributed.get_backend() == "nccl"
-    return "cuda" if nccl else "cpu"
 
 
 def tabulated(
@@ -195,21 +183,20 @@ def won(
 ) -> Graded:
     """`samples` episodes of each of `count` held-out games; one that failed is not won."""
     seeds = games.test(count)
-    mine = own(len(seeds))
+    mine = processes.strided(len(seeds))
     played, columns = [], []
     if mine:
         rows = Share([i * samples + j for i in mine for j in range(samples)], count * samples)
         chosen = [(i, seeds[i]) for i in mine]
         played = play(engine, tokenizer, eos, games, chosen, samples, share=rows, **how)
         columns = [seen(tokenizer, episode) for episode in played]
-    goals = processes.told([episode.goal for episode in played[::samples]], where())
+    goals = processes.told([episode.goal for episode in played[::samples]])
     problems: list[Problem] = [
         Question(prompt=f"{games.source} {seed}", answer=goals[i % len(goals)][i // len(goals)])
         for i, seed in enumerate(seeds)
     ]
-    sums = totals(played)
-    numbers = read(across_ranks(sums) if processes.size() > 1 else sums)
-    return tabulated(problems, samples, everybodys(columns, samples), numbers=numbers)
+    numbers = read(processes.added(totals(played)))
+    return tabulated(problems, samples, in_order(columns, samples), numbers=numbers)
 
 
 def seen(tokenizer: Any, episode: Episode) -> Column:

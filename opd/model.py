@@ -164,7 +164,7 @@ def split(network: Any, vocabulary: int) -> Model:
     Raises:
       ValueError: an adapter sits on the head.
     """
-    base = network.get_base_model() if hasattr(network, "get_base_model") else network
+    base = bare(network)
     decoder = base.get_decoder()
     head = find_head(base, vocabulary) if decoder is not base else None
 
@@ -189,6 +189,11 @@ def split(network: Any, vocabulary: int) -> Model:
         stacklevel=2,
     )
     return Model(network, logits, lambda: Head(None, vocabulary), vocabulary)
+
+
+def bare(network: Any) -> Any:
+    """The Hugging Face model itself; adapters of peft sit inside it and stay active."""
+    return network.get_base_model() if hasattr(network, "get_base_model") else network
 
 
 def _agree(network: Any, hidden: Forward, logits: Forward, head: Head) -> bool:

@@ -6,13 +6,15 @@ the record. With one process every function here does nothing, and torch.distrib
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from diagnostics.totals import Total
 
 SPARE = 1800.0
 """Seconds that a rank waits for the others beyond its own patience with a server."""
@@ -40,7 +42,7 @@ def joined(device: str, patience: float = 0.0) -> Iterator[str]:
     import torch
     import torch.distributed as distributed
 
-    on_gpu = device == "cuda"
+    on_gpu = device.startswith("cuda")
     if on_gpu:
         place = int(os.environ["LOCAL_RANK"])
         if place >= torch.cuda.device_count():
@@ -102,6 +104,11 @@ def own(count: int, updates: int = 1) -> list[int]:
     return [u * part + rank() * some + i for u in range(updates) for i in range(some)]
 
 
+def strided(count: int) -> list[int]:
+    """Which of `count` things this process does, of things that need not be shared equally."""
+    return list(range(rank(), count, size()))
+
+
 def summed(x: "Tensor") -> "Tensor":
     """The sum of all processes' tensors, in place."""
     if size() > 1:
@@ -111,19 +118,35 @@ def summed(x: "Tensor") -> "Tensor":
     return x
 
 
-def largest(number: int, device: Any) -> int:
+def added(totals: "Mapping[str, Total]") -> "Mapping[str, Total]":
+    """The totals of all processes; all have to hold the same ones."""
+    if size() == 1:
+        return totals
+    from diagnostics.monitor import across_ranks
+
+    return across_ranks(totals)
+
+
+def wire() -> str:
+    """The device of tensors that the processes exchange: NCCL takes those on GPUs alone."""
+    import torch.distributed as distributed
+
+    return "cuda" if size() > 1 and distributed.get_backend() == "nccl" else "cpu"
+
+
+def largest(number: int) -> int:
     """The largest of the processes' numbers."""
     if size() == 1:
         return number
     import torch
     import torch.distributed as distributed
 
-    x = torch.tensor(number, device=device)
+    x = torch.tensor(number, device=wire())
     distributed.all_reduce(x, distributed.ReduceOp.MAX)
     return int(x)
 
 
-def told(x: Any, device: Any) -> list[Any]:
+def told(x: Any) -> list[Any]:
     """What each process says, in their order; anything that JSON can hold."""
     if size() == 1:
         return [x]
@@ -131,5 +154,5 @@ def told(x: Any, device: Any) -> list[Any]:
 
     from diagnostics.ranks import rows_of_ranks
 
-    raw = torch.frombuffer(bytearray(json.dumps(x).encode()), dtype=torch.uint8).to(device)
+    raw = torch.frombuffer(bytearray(json.dumps(x).encode()), dtype=torch.uint8).to(wire())
     return [json.loads(bytes(y.cpu().tolist())) for y in rows_of_ranks(raw)]

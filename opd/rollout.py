@@ -20,7 +20,7 @@ from torch import Tensor
 
 from diagnostics.batch import Rollouts
 from opd.data import Prompts
-from opd.model import Model
+from opd.model import Model, bare
 
 ROWS_AT_ONCE = 256
 # On CUDA every new (rows, cache length) is compiled anew: round both, so that few occur in a run.
@@ -259,11 +259,6 @@ def default_cache(model: Model) -> str:
     """Static on CUDA for models that say they can be compiled whole; else dynamic."""
     able = getattr(bare(model.network), "_can_compile_fullgraph", False)
     return "static" if model.device.type == "cuda" and able else "dynamic"
-
-
-def bare(network: Any) -> Any:
-    """The Hugging Face model itself; adapters of peft sit inside it and stay active."""
-    return network.get_base_model() if hasattr(network, "get_base_model") else network
 
 
 @contextmanager

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from opd.head import Head, find_head
-from opd.model import Model
+from opd.model import Model, bare
 
 
 @dataclass(frozen=True, eq=False)
 class Sharded(Model):
-    """A model whose weights are shared out; root: what was shared out; skeleton: its network
-    without weights; dtype: of computing."""
+    """A model whose weights are shared out.
+
+    root: what was shared out; skeleton: its network without weights; dtype: of computing.
+    """
 
     root: Any
     skeleton: Any
@@ -30,19 +32,23 @@ class Sharded(Model):
 
 
 class _Root(nn.Module):
-    """A network as FSDP's root, whose forward pass ends before the head: the head's weights are
-    gathered with the root's and stay until the backward pass is over."""
+    """A network as FSDP's root, whose forward pass ends before the head.
+
+    The head's weights are gathered with the root's and stay until the backward pass is over.
+    """
 
     def __init__(self, network: Any) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, ids: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
-        base = self.network.get_base_model() if hasattr(self.network, "get_base_model") else None
-        decoder = (base or self.network).get_decoder()
-        states: Tensor = decoder(
-            input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False
-        ).last_hidden_state
+        states: Tensor = (
+            bare(self.network)
+            .get_decoder()(
+                input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False
+            )
+            .last_hidden_state
+        )
         return states
 
 
@@ -111,17 +117,12 @@ def plain(model: Model) -> Any:
     """
     if not isinstance(model, Sharded):
         return model.network
-    state = {name: _all_of(x).to("cpu", model.dtype) for name, x in _state(model.network).items()}
+    held: dict[str, Tensor] = model.network.state_dict()
+    state = {name: _all_of(x).to("cpu", model.dtype) for name, x in held.items()}
     network = copy.deepcopy(model.skeleton)
     network.load_state_dict(state, assign=True)
-    owner = network.get_base_model() if hasattr(network, "get_base_model") else network
-    owner.tie_weights()
+    bare(network).tie_weights()
     return network.eval()
-
-
-def _state(network: Any) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = network.state_dict()
-    return state
 
 
 def _all_of(x: Tensor) -> Tensor:
@@ -131,9 +132,8 @@ def _all_of(x: Tensor) -> Tensor:
 
 
 def _found(network: Any, vocabulary: int) -> Head:
-    owner = network.get_base_model() if hasattr(network, "get_base_model") else network
-    head = find_head(owner, vocabulary)
-    assert head is not None
+    head = find_head(bare(network), vocabulary)
+    assert head is not None, "there was one before"
     return head
 
 

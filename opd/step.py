@@ -21,7 +21,7 @@ from torch import Tensor
 
 from diagnostics.batch import Rollouts, Scored, concatenate
 from diagnostics.collapse import length, length_quantiles
-from diagnostics.monitor import Monitor, across_ranks
+from diagnostics.monitor import Monitor
 from diagnostics.ranks import among, batches_of_ranks
 from diagnostics.rows import Row
 from diagnostics.totals import Total, merge, read
@@ -164,21 +164,16 @@ def recorded(parts: list[Part], step: int, numbers: dict[str, Tensor | float]) -
     removed: Row = {}
     for part in parts:
         if part.run.masks:
-            found = read(everybodys(audit(part.whole, part.run.masks)))
+            found = read(processes.added(audit(part.whole, part.run.masks)))
             removed |= headed(part.run, found) if len(parts) > 1 else found
     row |= run.monitor(step, [part.scored for part in parts], **numbers, **removed)
     if removed:  # a response is as long as it was sampled, whatever is supervised of it
         lengths = (length(part.whole) | length_quantiles(part.whole) for part in parts)
-        row |= read(everybodys(reduce(merge, lengths)))
+        row |= read(processes.added(reduce(merge, lengths)))
     for part in parts:
-        found = read(everybodys(part.played)) if part.played else {}
+        found = read(processes.added(part.played)) if part.played else {}
         row |= headed(part.run, found) if len(parts) > 1 else found
     return row
-
-
-def everybodys(totals: Mapping[str, Total]) -> Mapping[str, Total]:
-    """The totals of all processes."""
-    return across_ranks(totals) if processes.size() > 1 else totals
 
 
 def headed(run: Run, row: Row) -> Row:
@@ -417,7 +412,7 @@ def in_step(run: Run, prompts: Prompts, work: Work) -> list[tuple[list[int], flo
         return found
     lengths = work.kept.lengths.tolist()
     idle = [min(range(len(lengths)), key=lengths.__getitem__)]
-    missing = processes.largest(len(found), work.credit.device) - len(found)
+    missing = processes.largest(len(found)) - len(found)
     return found + [(idle, 0.0)] * missing
 
 

@@ -20,7 +20,7 @@ from diagnostics.catalogue import PANEL, Metric
 from diagnostics.collapse import length, reward
 from diagnostics.drift import sampled_divergence
 from diagnostics.groups import by
-from diagnostics.monitor import Monitor, across_ranks
+from diagnostics.monitor import Monitor
 from diagnostics.rows import Row, append
 from diagnostics.supervision import sign_shares, signal_concentration
 from diagnostics.totals import Mean, Total
@@ -66,10 +66,10 @@ def train(config: Config) -> Path:
             "them with `torchrun --nproc_per_node N --no-python opd train ...`, or set sharding "
             "none; the run goes on from the same checkpoints"
         )
-    if config.engine == "servers" and processes.several():
+    if config.engine != "hf" and processes.several():
         raise ValueError(
-            "the engine servers takes weights from one process, and these are several; start one, "
-            "or set engine hf"
+            f"the engine {config.engine} takes weights from one process, and these are several; "
+            "start one, or set engine hf"
         )
     with (
         processes.joined(where, config.teacher_patience) as device,
@@ -113,7 +113,6 @@ def make_runs(
             replace(own, prompts_per_step=n) for own, n in zip(settings, counts, strict=True)
         ]
     history, runs = rows.read(folder / "rows.jsonl"), list[Run]()
-    combine = across_ranks if processes.size() > 1 else dict
     ahead = Ahead(
         lambda step: draw(in_turn(config, runs, step), step),
         engine.close,
@@ -140,7 +139,7 @@ def make_runs(
             objective=objective,
             masks=resolve(own.mask, pair.tokenizer, pair.eos),
             optimizer=optimizer,
-            monitor=Monitor({**PANEL, **more}, alarms=alarms, combine=combine),
+            monitor=Monitor({**PANEL, **more}, alarms=alarms, combine=processes.added),
             name=name,
             place=i,
             weight=config.tasks[i].weight if mixed else 1.0,

@@ -1,21 +1,13 @@
 """The same against vLLM's own server, killed and started again in the middle of a run."""
 
-import os
-import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
 from opd.data import encode
-from opd.lab import make_tokenizer
 from opd.model import load_pair
 from opd.problems import Problem
 from opd.remote import connect
@@ -26,6 +18,7 @@ from opd.train import train
 from tests.test_remote import loss_and_gradients
 from tests.test_remote_train import SHORT, close, served
 from tests.test_train import rows, settings
+from tests.vllm_server import free_port, vllm, wide_pair
 
 pytestmark = pytest.mark.slow
 K = 16
@@ -36,51 +29,12 @@ LIMIT = 128
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Models with heads as wide as vLLM's attention on a CPU takes them."""
     pytest.importorskip("vllm")
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    folder = tmp_path_factory.mktemp("pair")
-    for seed, name in enumerate(("student", "teacher")):
-        torch.manual_seed(seed)
-        config = Qwen2Config(
-            vocab_size=len(make_tokenizer()),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            initializer_range=0.15,
-        )
-        Qwen2ForCausalLM(config).save_pretrained(folder / name)
-        make_tokenizer().save_pretrained(folder / name)
-    return folder / "student", folder / "teacher"
-
-
-@contextmanager
-def vllm(model: Path, port: int, log: Path) -> Iterator[str]:
-    """vLLM's server of a model, killed with all its processes at the end of the block."""
-    words = f"--model {model} --served-model-name teacher --host 127.0.0.1 --port {port} "
-    words += f"--dtype float32 --enforce-eager --max-model-len {LIMIT}"
-    line = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words.split()]
-    with open(log, "a") as out:
-        process = subprocess.Popen(
-            line,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"},
-        )
-    try:
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    return wide_pair(tmp_path_factory.mktemp("pair"), tied=False)
 
 
 @pytest.fixture(scope="module")
 def port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
+    return free_port()
 
 
 def test_vllm_is_a_teacher_as_if_at_hand_and_may_die(
@@ -88,7 +42,7 @@ def test_vllm_is_a_teacher_as_if_at_hand_and_may_die(
 ) -> None:
     log = tmp_path / "vllm.log"
     local = train(settings(pair, tmp_path / "local", **SHORT))
-    with vllm(pair[1], port, log) as url:
+    with vllm(pair[1], port, log, LIMIT) as url:
         # waits for the server to come up, as a run does
         models = load_pair(*map(str, pair), "cpu", "float32")
         how = {"patience": 600.0, "in_flight": 4}
@@ -114,11 +68,11 @@ def kill_and_restart(
     pair: tuple[Path, Path], port: int, log: Path, folder: Path, done: threading.Event
 ) -> None:
     """A server until the run has a row, then none for a while, then one until the run is done."""
-    with vllm(pair[1], port, log):
+    with vllm(pair[1], port, log, LIMIT):
         written = folder / "again" / "rows.jsonl"
         while not (written.exists() and written.read_text()) and not done.is_set():
             time.sleep(0.01)
-    with vllm(pair[1], port, log):
+    with vllm(pair[1], port, log, LIMIT):
         done.wait(900)
 
 

@@ -1,14 +1,9 @@
 """Rollouts from vLLM's own servers: a tied student, stale heads, a kill in the middle of a run."""
 
-import os
-import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +11,6 @@ import pytest
 import torch
 
 from opd.data import encode
-from opd.lab import make_tokenizer
 from opd.model import load_pair
 from opd.problems import Problem
 from opd.rollout import until_end
@@ -25,6 +19,7 @@ from opd.train import train
 from tests.test_ahead import HOW
 from tests.test_rollout import TEMPERATURE, TOP_P, agrees_with_a_forward_pass, seeded
 from tests.test_train import rows, settings
+from tests.vllm_server import free_port, vllm, wide_pair
 
 pytestmark = pytest.mark.slow
 LIMIT = 256
@@ -36,54 +31,12 @@ PROCESSED = ("--logprobs-mode", "processed_logprobs")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Models with heads as wide as vLLM's attention on a CPU takes them; the student is tied."""
     pytest.importorskip("vllm")
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    folder = tmp_path_factory.mktemp("pair")
-    for seed, name in enumerate(("student", "teacher")):
-        torch.manual_seed(seed)
-        config = Qwen2Config(
-            vocab_size=len(make_tokenizer()),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            initializer_range=0.15,
-            tie_word_embeddings=True,
-        )
-        model = Qwen2ForCausalLM(config)
-        model.generation_config.top_k, model.generation_config.do_sample = 3, True
-        model.save_pretrained(folder / name)
-        make_tokenizer().save_pretrained(folder / name)
-    return folder / "student", folder / "teacher"
+    return wide_pair(tmp_path_factory.mktemp("pair"), tied=True)
 
 
-@contextmanager
-def vllm(model: Path, port: int, log: Path, *more: str) -> Iterator[str]:
-    """vLLM's server of a model, killed with all its processes at the end of the block."""
-    words = f"--model {model} --served-model-name student --host 127.0.0.1 --port {port} "
-    words += f"--dtype float32 --enforce-eager --max-model-len {LIMIT} --no-enable-chunked-prefill"
-    line = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words.split(), *more]
-    known = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_SERVER_DEV_MODE": "1"}
-    with open(log, "a") as out:
-        process = subprocess.Popen(
-            line,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=os.environ | known,
-        )
-    try:
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
+def sampling(model: Path, port: int, log: Path, *more: str) -> AbstractContextManager[str]:
+    """vLLM's server of a model, which takes weights."""
+    return vllm(model, port, log, LIMIT, "--no-enable-chunked-prefill", *more, develops=True)
 
 
 def made(pair: tuple[Path, Path], url: str, folder: Path):
@@ -95,7 +48,7 @@ def made(pair: tuple[Path, Path], url: str, folder: Path):
 @pytest.fixture(scope="module")
 def url(pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("log") / "vllm.log"
-    with vllm(pair[0], free_port(), log, *UNTIED, *PROCESSED) as url:
+    with sampling(pair[0], free_port(), log, *UNTIED, *PROCESSED) as url:
         yield url
 
 
@@ -158,13 +111,13 @@ def kill_and_restart(
     pair: tuple[Path, Path], port: int, log: Path, folder: str, done: threading.Event
 ) -> None:
     """A server until the run has two rows, then none for a while, then one to the end of it."""
-    with vllm(pair[0], port, log, *UNTIED, *PROCESSED):
+    with sampling(pair[0], port, log, *UNTIED, *PROCESSED):
         written = Path(folder) / "rows.jsonl"
         while not (written.exists() and written.read_text().count("\n") > 1):
             if done.is_set():
                 return
             time.sleep(0.01)
-    with vllm(pair[0], port, log, *UNTIED, *PROCESSED):
+    with sampling(pair[0], port, log, *UNTIED, *PROCESSED):
         done.wait(900)
 
 
@@ -174,7 +127,7 @@ def test_a_tied_server_takes_a_head_of_its_own_and_one_without_is_refused(
     """On a CPU a tied head keeps its weights where a checkpoint leaves it out, as tied ones do."""
     import opd.servers
 
-    with vllm(pair[0], free_port(), tmp_path / "tied.log", *PROCESSED) as tied:
+    with sampling(pair[0], free_port(), tmp_path / "tied.log", *PROCESSED) as tied:
         models, engine = made(pair, tied, tmp_path)
         network = models.student.network
         prompts = encode(models.tokenizer, [Problem("1+2" * n, "3") for n in (30, 1)], 4, 200)
@@ -193,7 +146,7 @@ def test_a_tied_server_takes_a_head_of_its_own_and_one_without_is_refused(
 
 def test_log_probabilities_before_temperature_are_refused(pair, tmp_path: Path) -> None:
     with (
-        vllm(pair[0], free_port(), tmp_path / "raw.log", *UNTIED) as raw,
+        sampling(pair[0], free_port(), tmp_path / "raw.log", *UNTIED) as raw,
         pytest.raises(RuntimeError, match="--logprobs-mode processed_logprobs"),
     ):
         made(pair, raw, tmp_path)
