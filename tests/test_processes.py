@@ -110,7 +110,12 @@ def kinds(tiny_pair, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict
             "denominator": "group_mean",
             "mask": ("token:1:first",),
         },
-        "chosen": {"keep_uncertain": 0.4, "denominator": "sequence_mean", "max_response": 30},
+        "chosen": {
+            "keep_uncertain": 0.1,
+            "denominator": "sequence_mean",
+            "max_response": 30,
+            "micro_tokens": 60,
+        },
         "whole": {"objective": "full_reverse_kl", "checkpointing": True, "micro_tokens": 90},
         "adapters": {"lora_rank": 4, "lr": 1e-2},
         "games": {"task": "env:rooms", **rooms},

@@ -108,7 +108,9 @@ def test_a_run_whose_server_stays_away_stops_whole_and_resumes(
         assert [row["step"] for row in rows(tmp_path / "cut")] == [0, 1]
         (last,) = (tmp_path / "cut" / "checkpoints").iterdir()
         assert last.name == "step_000002"
-        assert all(load_file(shard) for shard in (last / "optimizer").iterdir())
+        (shard,) = (last / "optimizer").iterdir()
+        kept = load_file(shard)
+        assert {float(x) for name, x in kept.items() if name.endswith("step")} == {2.0}
         teacher.faults = []
         honest, teacher.network = teacher.network, Teacher(tiny_pair[0]).network
         with pytest.raises(RuntimeError, match="another model than at the start"):
