@@ -12,7 +12,9 @@ from torch import Tensor
 
 from diagnostics.batch import Scored, Support
 from opd.objectives import make, reduce, token_mean
-from tests.test_verl_losses import MASKS, VOCABULARY, at_responses, free_port, rows, sampled_logp
+from tests.test_verl_logits import VOCABULARY
+from tests.test_verl_losses import MASKS, at_responses, rows, sampled_logp
+from tests.vllm_server import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 
