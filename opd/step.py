@@ -10,8 +10,8 @@ Shapes: B responses of this process, T response positions.
 """
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -21,73 +21,28 @@ from torch import Tensor
 
 from diagnostics.batch import Rollouts, Scored, concatenate
 from diagnostics.collapse import length, length_quantiles
-from diagnostics.monitor import Monitor
-from diagnostics.ranks import among, batches_of_ranks
+from diagnostics.ranks import batches_of_ranks
 from diagnostics.rows import Row
 from diagnostics.totals import Total, merge, read
 from opd import processes
-from opd.ahead import Ahead, Drawn
+from opd.ahead import Drawn
 from opd.config import Config
-from opd.data import Prompts, Task, encode
-from opd.engines import Engine
+from opd.data import Prompts, encode
 from opd.episodes import play, rows_of, totals
 from opd.evaluate import grade_responses
 from opd.games import Games
-from opd.loss import loss_from_hidden
-from opd.model import Pair, micro_batches, response_hidden
-from opd.objectives import DENOMINATORS, Objective
-from opd.optimizer import Optimizer, learning_rate
+from opd.objectives import Objective
 from opd.probing import probe
 from opd.problems import Problem
-from opd.roles import awake, follow, recomputing
+from opd.roles import awake
 from opd.rollout import Share
+from opd.run import Part, Run
 from opd.scoring import score, score_support, score_told
 from opd.seeds import PROBE, ROLLOUT, derive
-from opd.selection import most_uncertain, narrowed
 from opd.sharding import whole
-from opd.special import Mask, audit, masked
+from opd.special import audit, masked
 from opd.told import asked
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Run:
-    """What the steps of a run share; of a run of several tasks, what the steps of one task share.
-
-    The tasks of a run have one student, optimizer, engine and what it samples ahead between them.
-    name, place, weight: of the task among several; its loss counts by weight where they share a
-    step.
-    """
-
-    config: Config
-    folder: Path
-    pair: Pair
-    task: Task | Games
-    engine: Engine
-    ahead: Ahead
-    objective: Objective
-    masks: list[Mask]
-    optimizer: Optimizer
-    monitor: Monitor
-    name: str = ""
-    place: int = 0
-    weight: float = 1.0
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Part:
-    """One task's rollouts of a step, scored.
-
-    whole: every sampled token; scored: the supervised ones; teacher_hidden (N, D'): the teacher's
-    states at the tokens of `whole`, for objectives on the whole vocabulary; played: what became of
-    episodes, nothing where prompts are answered once.
-    """
-
-    run: Run
-    prompts: Prompts
-    whole: Scored
-    scored: Scored
-    teacher_hidden: Tensor | None
-    played: Mapping[str, Total]
+from opd.update import update
 
 
 def one_step(chosen: Sequence[tuple[Run, int]], step: int) -> Row:
@@ -301,139 +256,6 @@ def probed_row(run: Run, step: int, nth: int, prompts: Prompts, scored: Scored) 
 def source_of(objective: Objective) -> str:
     """Whose top-K the support is; the teacher's, for the diagnostics, where none is needed."""
     return "teacher" if objective.support in ("none", "full") else objective.support
-
-
-def update(parts: Sequence[Part], step: int) -> dict[str, Tensor | float]:
-    """`updates` optimizer steps, each on its share of every part; returns numbers for the row.
-
-    The loss is the mean of the parts' losses by weight, each over its own denominator, which counts
-    the tokens of its own optimizer step. Credit, ratio and selection are made once, on all
-    rollouts. loss and grad_norm are means over the updates; skipped counts those whose gradient was
-    not finite.
-    """
-    run = parts[0].run
-    config, optimizer = run.config, run.optimizer
-    rate = learning_rate(config.lr, step, config.steps, config.warmup, config.schedule)
-    weights = [part.run.weight / sum(part.run.weight for part in parts) for part in parts]
-    ready = [shared_out(part) for part in parts]
-    losses, norms, skipped = [], [], 0
-    for u in range(config.updates):
-        optimizer.zero_grad()
-        loss = torch.zeros((), device=run.pair.student.device)
-        for part, weight, work in zip(parts, weights, ready, strict=True):
-            loss = loss + backward(part, work[u], weight)
-        optimizer.gather()
-        norm, taken = optimizer.step(rate, config.clip)
-        if taken and config.teacher == "ema":
-            with whole(run.pair.student):
-                follow(run.pair.teacher, run.pair.student, config.ema_decay)
-        losses.append(processes.summed(loss))
-        norms.append(norm)
-        skipped += not taken
-    means = {"loss": torch.stack(losses).mean(), "grad_norm": torch.stack(norms).mean()}
-    return {**means, "lr": rate, "skipped": float(skipped)}
-
-
-@dataclass(frozen=True, eq=False)
-class Work:
-    """What an update does with a part: rows, and for all rows of the part what the loss needs.
-
-    kept: the tokens that the loss is taken over; credit, weight (B, T): of every token, the weight
-    being ratio over denominator, which is right on `rows` alone.
-    """
-
-    rows: list[int]
-    kept: Scored
-    credit: Tensor
-    weight: Tensor
-
-
-def shared_out(part: Part) -> list[Work]:
-    """The work of each update, from what all processes' tokens say of credit and denominators."""
-    config, objective = part.run.config, part.run.objective
-    alone = processes.size() == 1
-    batch, mine = (part.scored, slice(None)) if alone else among(part.scored)
-    here = (mine, slice(part.scored.mask.shape[1]))
-    credit, ratio = objective.credit(batch)[here], objective.ratio(batch)[here]
-    kept = part.scored
-    if config.keep_uncertain < 1:
-        chosen = most_uncertain(batch, config.keep_uncertain)
-        kept, batch = narrowed(kept, chosen[here]), narrowed(batch, chosen)
-    counted = replace(batch, support=None, prefix=None)
-    found, place = [], torch.arange(len(batch))[mine].tolist()
-    for rows in shares(batch.prompt.tolist(), config.updates):
-        below = batch.student_logp.new_ones(len(batch))
-        below[rows] = DENOMINATORS[config.denominator](counted.rows(rows))
-        chosen_rows = set(rows)
-        own = [i for i, row in enumerate(place) if row in chosen_rows]
-        found.append(Work(own, kept, credit, ratio / below[mine, None]))
-    return found
-
-
-def backward(part: Part, work: Work, share: float) -> Tensor:
-    """Add the gradient of `share` times the loss of these rows; returns that loss, detached."""
-    run, config, slot = part.run, part.run.config, slots(part.whole.mask)
-    loss = torch.zeros((), device=part.whole.tokens.device)
-    asleep = config.offload_teacher and run.objective.support == "full"
-    with awake(run.pair.teacher, run.pair.student.device, asleep):
-        for some, counts in in_step(run, part.prompts, work):
-            batch = work.kept.rows(some).trimmed()
-            width = batch.mask.shape[1]
-            hidden = part.teacher_hidden
-            if hidden is not None:
-                hidden = hidden[slot[some][:, :width][batch.mask]]
-            with recomputing(run.pair.student.network, config.checkpointing):
-                partial = loss_from_hidden(
-                    run.pair,
-                    run.objective,
-                    response_hidden(run.pair.student, part.prompts.rows(some), batch),
-                    hidden,
-                    batch,
-                    work.credit[some][:, :width],
-                    share * counts * work.weight[some][:, :width][batch.mask],
-                    chunk_elements=config.chunk_elements,
-                )
-                partial.backward()
-            loss = loss + partial.detach()
-    return loss
-
-
-def in_step(run: Run, prompts: Prompts, work: Work) -> list[tuple[list[int], float]]:
-    """Micro-batches of rows, and whether they count.
-
-    Processes that share the weights go through them together, so that all have equally many; one
-    that has fewer goes through its smallest again, for nothing.
-    """
-    groups = micro_batches(
-        prompts.rows(work.rows), work.kept.rows(work.rows), run.config.micro_tokens
-    )
-    found = [([work.rows[i] for i in group], 1.0) for group in groups]
-    if run.config.sharding == "none":
-        return found
-    lengths = work.kept.lengths.tolist()
-    idle = [min(range(len(lengths)), key=lengths.__getitem__)]
-    missing = processes.largest(len(found)) - len(found)
-    return found + [(idle, 0.0)] * missing
-
-
-def shares(prompt: list[int], updates: int) -> list[list[int]]:
-    """Rows of each update: equally many prompts, by their numbers, all rollouts of one together.
-
-    Nearly equally many where games failed.
-
-    Raises:
-      ValueError: fewer prompts than updates.
-    """
-    order = sorted(set(prompt))
-    if len(order) < updates:
-        raise ValueError(f"{len(order)} games were played, too few for {updates} updates")
-    place = {number: i * updates // len(order) for i, number in enumerate(order)}
-    return [[r for r, number in enumerate(prompt) if place[number] == u] for u in range(updates)]
-
-
-def slots(mask: Tensor) -> Tensor:
-    """(B, T) row of each supervised token in the flat order."""
-    return (mask.flatten().cumsum(0) - 1).reshape(mask.shape)
 
 
 def due(step: int, every: int) -> bool:

@@ -39,11 +39,12 @@ from opd.model import Model, Pair, resolve_device
 from opd.objectives import DENOMINATORS, Objective, make
 from opd.optimizer import Optimizer, adamw
 from opd.roles import make_pairs, ordinary, with_sharded_student
+from opd.run import Run
 from opd.seeds import EVALUATION, derive
 from opd.sharding import plain, whole
 from opd.sources import Columns
 from opd.special import resolve
-from opd.step import Run, draw, due, one_step
+from opd.step import draw, due, one_step
 from opd.surrogates import plain_score
 from opd.tasks import settings_of, shares, turns
 from opd.told import check_tellable, keep_probes

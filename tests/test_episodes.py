@@ -28,9 +28,10 @@ from opd.model import load as load_model
 from opd.model import load_pair, log_probabilities, response_hidden
 from opd.optimizer import adamw
 from opd.problems import Problem
+from opd.run import Part
 from opd.scoring import score
-from opd.step import Part, backward, shared_out
 from opd.train import make_objective, train
+from opd.update import backward, shared_out
 from tests.test_train import rows, settings
 
 
@@ -304,7 +305,7 @@ def made_part(
     config: Config, pair: Any, prompts: Prompts, whole: Scored, hidden: Tensor | None
 ) -> Part:
     from opd.ahead import Ahead
-    from opd.step import Run
+    from opd.run import Run
 
     run = Run(
         config=config,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import Scored, load
-from opd import step as steps
+from opd import update as updates
 from opd.config import Config
 from opd.data import encode
 from opd.model import load as load_model
@@ -270,22 +270,22 @@ def test_a_mask_takes_its_tokens_out_of_loss_and_denominator(tiny_pair, tmp_path
 
 def test_shares_keep_the_rollouts_of_a_prompt_together() -> None:
     prompts = [7, 7, 3, 3, 5, 5, 9, 9]
-    assert steps.shares(prompts, 2) == [[2, 3, 4, 5], [0, 1, 6, 7]]
-    assert steps.shares(prompts, 4) == [[2, 3], [4, 5], [0, 1], [6, 7]]
+    assert updates.shares(prompts, 2) == [[2, 3, 4, 5], [0, 1, 6, 7]]
+    assert updates.shares(prompts, 4) == [[2, 3], [4, 5], [0, 1], [6, 7]]
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(
     tiny_pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     """A fault is injected into the second of three steps; the run goes on from the same weights."""
-    honest, taken = steps.loss_from_hidden, []
+    honest, taken = updates.loss_from_hidden, []
 
     def faulty(*given, **named):
         taken.append(1)
         loss = honest(*given, **named)
         return loss * float("inf") if len(taken) == 2 else loss
 
-    monkeypatch.setattr(steps, "loss_from_hidden", faulty)
+    monkeypatch.setattr(updates, "loss_from_hidden", faulty)
     folder = train(one(tiny_pair, tmp_path / "run", steps=3))
     found = rows(folder)
     assert [row["skipped"] for row in found] == [0, 1, 0]

@@ -1,0 +1,61 @@
+"""What the steps of a run share, and what one of them rolled out."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from diagnostics.batch import Scored
+from diagnostics.monitor import Monitor
+from diagnostics.totals import Total
+from opd.ahead import Ahead
+from opd.config import Config
+from opd.data import Prompts, Task
+from opd.engines import Engine
+from opd.games import Games
+from opd.model import Pair
+from opd.objectives import Objective
+from opd.optimizer import Optimizer
+from opd.special import Mask
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Run:
+    """What the steps of a run share; of a run of several tasks, what the steps of one task share.
+
+    The tasks of a run have one student, optimizer, engine and what it samples ahead between them.
+    name, place, weight: of the task among several; its loss counts by weight where they share a
+    step.
+    """
+
+    config: Config
+    folder: Path
+    pair: Pair
+    task: Task | Games
+    engine: Engine
+    ahead: Ahead
+    objective: Objective
+    masks: list[Mask]
+    optimizer: Optimizer
+    monitor: Monitor
+    name: str = ""
+    place: int = 0
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Part:
+    """One task's rollouts of a step, scored.
+
+    whole: every sampled token; scored: the supervised ones; teacher_hidden (N, D'): the teacher's
+    states at the tokens of `whole`, for objectives on the whole vocabulary; played: what became of
+    episodes, nothing where prompts are answered once.
+    """
+
+    run: Run
+    prompts: Prompts
+    whole: Scored
+    scored: Scored
+    teacher_hidden: Tensor | None
+    played: Mapping[str, Total]
