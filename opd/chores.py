@@ -16,7 +16,9 @@ from opd.games import action_of, answered, told
 from opd.problems import Problem
 
 MAX_TURNS, HISTORY, MAX_RESPONSE = 16, 2, 64
-ASTRAY, MISTAKEN = 0.2, 0.05
+ASTRAY, MISTAKEN = 0.2, 0.15
+"""Of the games that prompts come from: how often the player misjudges an action, and how often it
+takes one that it heard of in another place."""
 
 
 def problems(split: str, count: int, seed: int) -> list[Problem]:

@@ -130,7 +130,7 @@ def rooms_config() -> LabConfig:
 
     The student learned from a player that judges one action in ten wrongly.
     """
-    teacher = Recipe(layers=2, width=96, steps=500, batch=32, lr=4e-3, tasks=("rooms",))
+    teacher = Recipe(layers=2, width=96, steps=1500, batch=32, lr=4e-3, tasks=("rooms",))
     student = dataclasses.replace(teacher, careless=0.1)
     return LabConfig(teacher=teacher, student=student, held_out=128)
 

@@ -1,16 +1,18 @@
 """`opd paper`: the paper's comparisons on models made for them, every cell an ordinary run folder.
 
-Student and teachers are the `strangers` of `opd.lab`. The group "single" has one task and its
-teacher, the group "multi" two tasks that alternate, each with its own. A cell is a method with a
-seed; run folders lie in ROOT/GROUP/METHOD-SEED, a finished one is kept, a killed one goes on where
-it was. The seed is that of prompts and noise; the models are the same in every cell. `opd figures`
-draws the comparisons from a table of these folders.
+The group "single" has one task and its teacher, the group "multi" two tasks that alternate, each
+with its own, of the `strangers` of `opd.lab`; the group "games" is a household in text, on the pair
+of `opd lab --rooms`. A cell is a method with a seed; run folders lie in ROOT/GROUP/METHOD-SEED, a
+finished one is kept, a killed one goes on where it was. The seed is that of prompts and noise; the
+models are the same in every cell. `opd figures` draws the comparisons from a table of these
+folders.
 """
 
 import argparse
 import concurrent.futures
 import sys
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -58,7 +60,10 @@ SHARED = (
 
 
 MULTI = ("sampled", "sampled_mask", "lsm", "lsm_mask", *VARIANTS)
-GROUPS = {"single": tuple(METHODS), "multi": MULTI}
+GAMES = ("sampled", "lsm", "lsm_whole")
+GROUPS = {"single": tuple(METHODS), "multi": MULTI, "games": GAMES}
+TEACHER = "teacher"
+"""Of the group games one more cell: the teacher itself, evaluated and not trained."""
 
 TASKS = """\
 [[tasks]]
@@ -74,6 +79,18 @@ max_response = 96
 """
 
 
+def settings(group: str, seed: int, method: str, lab: Path, tasks: Path) -> list[Any]:
+    """A recipe and what a cell changes of it."""
+    student = lab / ("teacher" if method == TEACHER else "student")
+    models = ("--student", student, "--teacher", lab / "teacher", "--seed", seed)
+    if group == "games":
+        return ["rooms", *models, *(("--steps", 0) if method == TEACHER else METHODS[method])]
+    how = ["lab", *models, *SHARED, *METHODS[method]]
+    if group == "multi":  # as many steps of the first task as in the other group
+        how += ["--tasks", tasks, "--steps", 60, "--eval-every", 30, "--save-every", 30]
+    return how
+
+
 def main(argv: list[str]) -> None:
     """`opd paper [--groups G ...] [--methods M ...] [--seeds N] [--jobs N] [--root DIR]`."""
     parser = argparse.ArgumentParser(
@@ -86,11 +103,8 @@ def main(argv: list[str]) -> None:
     add("--jobs", type=int, default=2, help="runs side by side, one thread each")
     add("--root", type=Path, default=Path("results/paper"))
     add("--lab", type=Path, default=Path("lab-strangers"), help="made if it is not there")
+    add("--rooms", type=Path, default=Path("lab-rooms"), help="the same, of the group games")
     given = parser.parse_args(argv)
-    command("lab", "--strangers", "--out", given.lab)
-    tasks = given.root / "tasks.toml"
-    tasks.parent.mkdir(parents=True, exist_ok=True)
-    write_text(tasks, TASKS.format(lab=given.lab))
     cells = [
         (group, seed, method)
         for group in given.groups
@@ -98,15 +112,19 @@ def main(argv: list[str]) -> None:
         for method in GROUPS[group]
         if method in given.methods
     ]
+    if set(given.groups) & {"single", "multi"}:
+        command("lab", "--strangers", "--out", given.lab)
+        given.root.mkdir(parents=True, exist_ok=True)
+        write_text(given.root / "tasks.toml", TASKS.format(lab=given.lab))
+    if "games" in given.groups:
+        command("lab", "--rooms", "--out", given.rooms)
+        cells.append(("games", 0, TEACHER))
 
     def run(cell: tuple[str, int, str]) -> None:
-        group, seed, method = cell
-        models = ("--student", given.lab / "student", "--teacher", given.lab / "teacher")
-        how = (*SHARED, *METHODS[method], "--seed", seed)
-        if group == "multi":  # as many steps of the first task as in the other group
-            how += ("--tasks", tasks, "--steps", "60", "--eval-every", "30", "--save-every", "30")
-        folder = given.root / group / f"{method}-{seed}"
-        command("train", "lab", *models, *how, "--out", folder, threads=1)
+        folder = given.root / cell[0] / "{2}-{1}".format(*cell)
+        lab = given.rooms if cell[0] == "games" else given.lab
+        how = settings(*cell, lab, given.root / "tasks.toml")
+        command("train", *how, "--out", folder, threads=1)
 
     failed: list[str] = []
     with concurrent.futures.ThreadPoolExecutor(given.jobs) as pool:

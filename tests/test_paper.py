@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from opd.paper import GROUPS, METHODS, SHARED, TASKS
+from opd.paper import GROUPS, METHODS, SHARED, TASKS, TEACHER, settings
 from opd.recipes import parse
 from opd.tasks import read_tasks, settings_of
 from opd.train import make_objective
@@ -36,3 +36,15 @@ def test_two_tasks_have_a_teacher_each(tmp_path: Path) -> None:
     assert chain.mask == sort.mask != ()
     assert config.task_order == "alternate"
     assert set(GROUPS["multi"]) < set(GROUPS["single"])
+
+
+@pytest.mark.parametrize("method", [*GROUPS["games"], TEACHER])
+def test_games_are_one_recipe_but_for_the_method(method: str) -> None:
+    lab = Path("place")
+    config = parse([str(x) for x in settings("games", 3, method, lab, Path("none"))])
+    make_objective(config)
+    assert (config.task, config.teacher, config.seed) == ("env:rooms", "place/teacher", 3)
+    assert config.student == ("place/teacher" if method == TEACHER else "place/student")
+    assert (config.steps == 0) == (method == TEACHER)
+    assert config.top_p == (0.9 if method == "lsm" else 1.0)
+    assert config.objective == ("sampled_token_clipped" if method == "sampled" else "teacher_topk")
