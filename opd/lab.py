@@ -68,19 +68,21 @@ WORDS = 512
 
 @dataclass(frozen=True)
 class LabConfig:
-    """The models and the seed; the cache is keyed by all of it."""
+    """The models and the seed; the cache is keyed by all of it.
+
+    others: teachers of further tasks, each with the name of its folder.
+    """
 
     teacher: Recipe = Recipe(layers=2, width=128, steps=700, batch=24, lr=3e-3)
     student: Recipe = Recipe(layers=2, width=96, steps=700, batch=24, lr=3e-3, careless=0.06)
-    sort_teacher: Recipe | None = None
+    others: tuple[tuple[str, Recipe], ...] = ()
     seed: int = 0
     held_out: int = 512
 
     @property
     def models(self) -> dict[str, Recipe]:
         """Folder name to recipe."""
-        named = {"teacher": self.teacher, "student": self.student}
-        return named if self.sort_teacher is None else named | {"sort-teacher": self.sort_teacher}
+        return {"teacher": self.teacher, "student": self.student, **dict(self.others)}
 
     @property
     def texts(self) -> list[str]:
@@ -94,45 +96,34 @@ class LabConfig:
 def strangers_config() -> LabConfig:
     """Models that write in different ways, with two tasks and a teacher for each."""
     spelled = Habit(tag="spelled", loops=0.01, foreign=0.02)
-    return LabConfig(
-        teacher=Recipe(
-            layers=2,
-            width=128,
-            steps=1200,
-            batch=24,
-            lr=3e-3,
-            habit=Habit(end="<|endoftext|>", read=0.5, loops=0.002),
-        ),
-        student=Recipe(
-            layers=2,
-            width=96,
-            steps=1200,
-            batch=24,
-            lr=3e-3,
-            careless=0.06,
-            tasks=("chain", "sort"),
-            habit=spelled,
-        ),
-        sort_teacher=Recipe(
-            layers=2,
-            width=96,
-            steps=1200,
-            batch=24,
-            lr=3e-3,
-            tasks=("sort",),
-            habit=dataclasses.replace(spelled, loops=0.002),
-        ),
+    read = Habit(end="<|endoftext|>", read=0.5, loops=0.002)
+    teacher = Recipe(layers=2, width=128, steps=1200, batch=24, lr=3e-3, habit=read)
+    student = Recipe(
+        layers=2,
+        width=96,
+        steps=1200,
+        batch=24,
+        lr=3e-3,
+        careless=0.06,
+        tasks=("chain", "sort"),
+        habit=spelled,
     )
+    alike = dataclasses.replace(spelled, loops=0.002)
+    sort = dataclasses.replace(student, careless=0.0, tasks=("sort",), habit=alike)
+    return LabConfig(teacher=teacher, student=student, others=(("sort-teacher", sort),))
 
 
 def rooms_config() -> LabConfig:
-    """Models of a household played in text, `env:rooms`.
+    """An agent that plays a household in text, `env:rooms`, and solves problems; a teacher of each.
 
-    The student learned from a player that judges one action in ten wrongly.
+    The student learned from those who misjudge one action, and one result, in twelve.
     """
     teacher = Recipe(layers=2, width=96, steps=1500, batch=32, lr=4e-3, tasks=("rooms",))
-    student = dataclasses.replace(teacher, careless=0.1)
-    return LabConfig(teacher=teacher, student=student, held_out=128)
+    student = dataclasses.replace(teacher, batch=64, careless=0.08, tasks=("rooms", "chain"))
+    chain = Recipe(layers=2, width=128, steps=700, batch=24, lr=3e-3)
+    return LabConfig(
+        teacher=teacher, student=student, others=(("chain-teacher", chain),), held_out=128
+    )
 
 
 def tiny_config() -> LabConfig:
@@ -376,7 +367,9 @@ def main(argv: list[str]) -> None:
     which.add_argument(
         "--strangers", action="store_true", help="models that write in different ways, two tasks"
     )
-    which.add_argument("--rooms", action="store_true", help="models that play env:rooms in text")
+    which.add_argument(
+        "--rooms", action="store_true", help="an agent and its teachers: env:rooms, and problems"
+    )
     which.add_argument(
         "--smollm", action="store_true", help="a small pretrained model and a thinned one"
     )

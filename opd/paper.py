@@ -1,11 +1,11 @@
 """`opd paper`: the paper's comparisons on models made for them, every cell an ordinary run folder.
 
 The group "single" has one task and its teacher, the group "multi" two tasks that alternate, each
-with its own, of the `strangers` of `opd.lab`; the group "games" is a household in text, on the pair
-of `opd lab --rooms`. A cell is a method with a seed; run folders lie in ROOT/GROUP/METHOD-SEED, a
-finished one is kept, a killed one goes on where it was. The seed is that of prompts and noise; the
-models are the same in every cell. `opd figures` draws the comparisons from a table of these
-folders.
+with its own, of the `strangers` of `opd.lab`. The groups "games" and "agents" train the agent of
+`opd lab --rooms`: on a household in text, and on it in turns with problems. A cell is a method with
+a seed; run folders lie in ROOT/GROUP/METHOD-SEED, a finished one is kept, a killed one goes on
+where it was. The seed is that of prompts and noise; the models are the same in every cell.
+`opd figures` draws the comparisons from a table of these folders.
 """
 
 import argparse
@@ -61,11 +61,11 @@ SHARED = (
 
 MULTI = ("sampled", "sampled_mask", "lsm", "lsm_mask", *VARIANTS)
 GAMES = ("sampled", "lsm", "lsm_whole")
-GROUPS = {"single": tuple(METHODS), "multi": MULTI, "games": GAMES}
+GROUPS = {"single": tuple(METHODS), "multi": MULTI, "games": GAMES, "agents": GAMES[:2]}
 TEACHER = "teacher"
 """Of the group games one more cell: the teacher itself, evaluated and not trained."""
 
-TASKS = """\
+STRANGERS = """\
 [[tasks]]
 name = "chain"
 task = "lab"
@@ -77,18 +77,36 @@ task = "{lab}/sort.jsonl"
 teacher = "{lab}/sort-teacher"
 max_response = 96
 """
+AGENTS = """\
+[[tasks]]
+name = "rooms"
+task = "env:rooms"
+teacher = "{lab}/teacher"
+
+[[tasks]]
+name = "chain"
+task = "lab"
+teacher = "{lab}/chain-teacher"
+max_prompt = 64
+max_response = 208
+"""
+LABS = {"single": "strangers", "multi": "strangers", "games": "rooms", "agents": "rooms"}
+TASKS = {"multi": STRANGERS, "agents": AGENTS}
+TWICE = {"multi": 60, "agents": 80}
+"""Steps of groups of two tasks: as many of each as of one alone."""
 
 
-def settings(group: str, seed: int, method: str, lab: Path, tasks: Path) -> list[Any]:
+def settings(group: str, seed: int, method: str, root: Path, lab: Path) -> list[Any]:
     """A recipe and what a cell changes of it."""
     student = lab / ("teacher" if method == TEACHER else "student")
-    models = ("--student", student, "--teacher", lab / "teacher", "--seed", seed)
-    if group == "games":
-        return ["rooms", *models, *(("--steps", 0) if method == TEACHER else METHODS[method])]
-    how = ["lab", *models, *SHARED, *METHODS[method]]
-    if group == "multi":  # as many steps of the first task as in the other group
-        how += ["--tasks", tasks, "--steps", 60, "--eval-every", 30, "--save-every", 30]
-    return how
+    how: list[Any] = ["lab", *SHARED] if LABS[group] == "strangers" else ["rooms"]
+    how += ["--student", student, "--teacher", lab / "teacher", "--seed", seed]
+    how += ["--steps", 0] if method == TEACHER else METHODS[method]
+    if group in TASKS:
+        steps, half = TWICE[group], TWICE[group] // 2
+        how += ["--tasks", root / f"{group}.toml"]
+        how += ["--steps", steps, "--eval-every", half, "--save-every", half]
+    return [*how, "--out", root / group / f"{method}-{seed}"]
 
 
 def main(argv: list[str]) -> None:
@@ -102,8 +120,9 @@ def main(argv: list[str]) -> None:
     add("--seeds", type=int, default=5)
     add("--jobs", type=int, default=2, help="runs side by side, one thread each")
     add("--root", type=Path, default=Path("results/paper"))
-    add("--lab", type=Path, default=Path("lab-strangers"), help="made if it is not there")
-    add("--rooms", type=Path, default=Path("lab-rooms"), help="the same, of the group games")
+    for kind in dict.fromkeys(LABS.values()):
+        default = Path(f"lab-{kind}")
+        add(f"--{kind}", type=Path, default=default, help="its lab, made if it is not there")
     given = parser.parse_args(argv)
     cells = [
         (group, seed, method)
@@ -112,19 +131,17 @@ def main(argv: list[str]) -> None:
         for method in GROUPS[group]
         if method in given.methods
     ]
-    if set(given.groups) & {"single", "multi"}:
-        command("lab", "--strangers", "--out", given.lab)
-        given.root.mkdir(parents=True, exist_ok=True)
-        write_text(given.root / "tasks.toml", TASKS.format(lab=given.lab))
     if "games" in given.groups:
-        command("lab", "--rooms", "--out", given.rooms)
         cells.append(("games", 0, TEACHER))
+    labs = {group: getattr(given, LABS[group]) for group in given.groups}
+    for kind in dict.fromkeys(LABS[group] for group in given.groups):
+        command("lab", f"--{kind}", "--out", getattr(given, kind))
+    given.root.mkdir(parents=True, exist_ok=True)
+    for group in set(TASKS) & set(labs):
+        write_text(given.root / f"{group}.toml", TASKS[group].format(lab=labs[group]))
 
     def run(cell: tuple[str, int, str]) -> None:
-        folder = given.root / cell[0] / "{2}-{1}".format(*cell)
-        lab = given.rooms if cell[0] == "games" else given.lab
-        how = settings(*cell, lab, given.root / "tasks.toml")
-        command("train", *how, "--out", folder, threads=1)
+        command("train", *settings(*cell, given.root, labs[cell[0]]), threads=1)
 
     failed: list[str] = []
     with concurrent.futures.ThreadPoolExecutor(given.jobs) as pool:

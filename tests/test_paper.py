@@ -1,12 +1,14 @@
 """`opd paper`: what each cell trains is what its name says, and every cell may be trained."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from opd.config import Config
 from opd.paper import GROUPS, METHODS, SHARED, TASKS, TEACHER, settings
 from opd.recipes import parse
-from opd.tasks import read_tasks, settings_of
+from opd.tasks import settings_of
 from opd.train import make_objective
 
 
@@ -25,26 +27,43 @@ def test_every_method_may_be_trained_and_is_what_it_is_called(method: str) -> No
     assert config.collapse_accepted == config.objective.endswith(("unnormalised", "published_tail"))
 
 
+def cell(group: str, method: str, root: Path) -> Config:
+    if group in TASKS:
+        (root / f"{group}.toml").write_text(TASKS[group].format(lab="place"))
+    found = parse([str(x) for x in settings(group, 3, method, root, Path("place"))])
+    make_objective(found)
+    assert found.out == str(root / group / f"{method}-3")
+    assert found.seed == 3
+    return found
+
+
 def test_two_tasks_have_a_teacher_each(tmp_path: Path) -> None:
-    path = tmp_path / "tasks.toml"
-    path.write_text(TASKS.format(lab="place"))
-    config = parse(["lab", *SHARED, *METHODS["lsm_mask"], "--tasks", str(path)])
+    config = cell("multi", "lsm_mask", tmp_path)
     chain, sort = settings_of(config)
-    assert read_tasks(path) == config.tasks
     assert (chain.task, chain.teacher, chain.max_response) == ("lab", "place/teacher", 192)
     assert (sort.task, sort.teacher) == ("place/sort.jsonl", "place/sort-teacher")
     assert chain.mask == sort.mask != ()
     assert config.task_order == "alternate"
+    assert config.steps == 2 * cell("single", "lsm_mask", tmp_path).steps
     assert set(GROUPS["multi"]) < set(GROUPS["single"])
 
 
 @pytest.mark.parametrize("method", [*GROUPS["games"], TEACHER])
-def test_games_are_one_recipe_but_for_the_method(method: str) -> None:
-    lab = Path("place")
-    config = parse([str(x) for x in settings("games", 3, method, lab, Path("none"))])
-    make_objective(config)
-    assert (config.task, config.teacher, config.seed) == ("env:rooms", "place/teacher", 3)
+def test_games_are_one_recipe_but_for_the_method(method: str, tmp_path: Path) -> None:
+    config = cell("games", method, tmp_path)
+    assert (config.task, config.teacher) == ("env:rooms", "place/teacher")
     assert config.student == ("place/teacher" if method == TEACHER else "place/student")
     assert (config.steps == 0) == (method == TEACHER)
     assert config.top_p == (0.9 if method == "lsm" else 1.0)
     assert config.objective == ("sampled_token_clipped" if method == "sampled" else "teacher_topk")
+
+
+def test_an_agent_has_a_teacher_of_games_and_one_of_problems(tmp_path: Path) -> None:
+    config = cell("agents", "lsm", tmp_path)
+    games, problems = settings_of(config)
+    alone = cell("games", "lsm", tmp_path)
+    twice = {"steps": 2 * alone.steps, "eval_every": alone.steps, "save_every": alone.steps}
+    assert games == replace(alone, out=config.out, **twice)
+    assert (problems.task, problems.teacher) == ("lab", "place/chain-teacher")
+    assert (problems.max_prompt, problems.max_response) == (64, 208)
+    assert config.task_order == "alternate"
