@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from diagnostics.batch import Rollouts, load
 from diagnostics.totals import Mean, Total
-from opd import runlog
+from opd import processes, runlog
 from opd.data import Prompts
 
 Drawn = tuple[Prompts, Rollouts, Mapping[str, Total]]
@@ -78,25 +78,43 @@ class Ahead:
             coming.result()
 
     def save(self, folder: Path, step: int) -> None:
-        """Keep in a run folder what was sampled from `step` on, beside the checkpoint to come."""
+        """Keep in a run folder what was sampled from `step` on, beside the checkpoint to come.
+
+        Every process has to call, and keeps its own.
+        """
         if not self._depth:
             return
         final = folder / "ahead" / f"step_{step:06d}"
-        with runlog.whole_folder(final) as part:
+        with runlog.whole_folder(final) as whole:
+            part = whole / own_folder()
+            part.mkdir()
             for later, coming in self._coming.items():
                 for place, (prompts, rollouts, played) in enumerate(coming.result()):
                     name = f"{later}_{place}"
                     rollouts.save(part / f"{name}.safetensors")
                     write_rest(part / f"{name}.rest", prompts, played)
+        if processes.rank() > 0:
+            return
         kept = {final.name, *(checkpoint.name for checkpoint in runlog.checkpoints(folder))}
         for old in (folder / "ahead").glob("step_*"):
             if old.name not in kept:
                 runlog.remove(old)
 
     def load(self, folder: Path, step: int, device: torch.device) -> None:
-        """Take up what `save` kept; a run that ended at `step` kept nothing."""
+        """Take up what `save` kept; a run that ended at `step` kept nothing.
+
+        Raises:
+          ValueError: another number of processes kept it.
+        """
+        kept = folder / "ahead" / f"step_{step:06d}"
+        if kept.exists() and not (kept / own_folder()).exists():
+            count = next(kept.iterdir()).name.split("_")[-1]
+            raise ValueError(
+                f"{kept} holds rollouts ahead of {count} processes, and these are "
+                f"{processes.size()}: start as many, or delete it, and they are sampled anew"
+            )
         found: dict[int, list[Drawn]] = {}
-        files = (folder / "ahead" / f"step_{step:06d}").glob("*.rest")
+        files = (kept / own_folder()).glob("*.rest")
         for path in sorted(files, key=lambda file: tuple(map(int, file.stem.split("_")))):
             prompts, played = read_rest(path)
             rollouts = load(path.with_suffix(".safetensors")).to(device)
@@ -125,6 +143,11 @@ class Ahead:
         if error is not None:
             self._stop()
         self._thread.shutdown(cancel_futures=True)
+
+
+def own_folder() -> str:
+    """The name of this process's folder among those of as many processes."""
+    return f"{processes.rank()}_of_{processes.size()}"
 
 
 def write_rest(path: Path, prompts: Prompts, played: Mapping[str, Total]) -> None:

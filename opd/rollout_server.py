@@ -13,7 +13,7 @@ Shapes: P ids of the probe, V ids that may be drawn.
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
@@ -134,12 +134,13 @@ class RolloutServer:
         prompts: Sequence[list[int]],
         seeds: Sequence[int],
         settings: Mapping[str, Any],
-        weights: Weights,
+        name: str,
+        again: Callable[[], None],
     ) -> list[Response]:
-        """A response to each prompt, in their order, all sampled from these weights, or an error.
+        """A response to each prompt, in order, all from the weights of that name; or an error.
 
-        Responses of a server that was restarted meanwhile are thrown away; it is given the weights
-        again, and asked again.
+        Responses of a server that was restarted meanwhile are thrown away; `again` gives it the
+        weights, and it is asked again.
 
         Args:
           settings: max_tokens, temperature, top_p and stop_token_ids.
@@ -151,14 +152,14 @@ class RolloutServer:
         for _ in range(RESTARTS + 1):
             found = self._all(prompts, seeds, settings)
             held = self.held()
-            if held == weights.name:
+            if held == name:
                 return found
             if held.startswith(NAMED):
                 raise RuntimeError(
-                    f"{self.url} holds the weights {held!r} instead of {weights.name!r}: another "
-                    "run loads weights into it; give each run servers of its own"
+                    f"{self.url} holds the weights {held!r} instead of {name!r}: another run loads "
+                    "weights into it; give each run servers of its own"
                 )
-            self.load(weights)
+            again()
         raise RuntimeError(f"{self.url} was restarted {RESTARTS + 1} times during one batch")
 
     def start(self) -> None:

@@ -5,23 +5,28 @@ rows, up to the rounding of their arithmetic. Nothing is taken from a server tha
 weights that were last synchronised, and their head and every other tensor of them
 (`opd.rollout_server`). vLLM's development mode, in which servers take weights, obeys whoever
 reaches them: on a network of one's own only.
+
+Of several processes the first one loads the weights, while the others wait; each samples its rows.
 """
 
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from diagnostics.batch import Rollouts
+from opd import processes
 from opd.data import Prompts
 from opd.model import Model
 from opd.rollout import Share, evaluating
 from opd.rollout_server import NAMED, PROBE_TEMPERATURE, Response, RolloutServer, Weights
+from opd.sharding import plain, whole
 from opd.vllm_engine import PROBE_TOKENS, TOLERANCE, columns_of, export, row_seeds, unpadded
 
 Found = TypeVar("Found")
@@ -38,7 +43,7 @@ class Servers:
       urls: http://HOST:PORT/v1 each. folder: for checkpoints, one at a time; servers must find it
         under the same name. max_length: longest prompt and response together, in tokens.
       patience: seconds to wait for a server that does not answer. in_flight: responses that each
-        samples at once.
+        samples at once, for each process of the run.
 
     Raises:
       ValueError: no server, one twice, or one that cannot take weights or such long responses.
@@ -58,10 +63,11 @@ class Servers:
         if not urls or len(set(urls)) < len(urls):
             raise ValueError(f"rollout_servers are {list(urls)}; name at least one, each once")
         self._model_device = model.device
-        self._home, self._count, self._name = folder.resolve(), 0, f"{NAMED}{uuid.uuid4().hex[:12]}"
-        self._home.mkdir(parents=True, exist_ok=True)
-        for left in self._home.glob("weights_*"):  # by a run that was killed
-            shutil.rmtree(left)
+        self._home, self._count = folder.resolve(), 0
+        self._name = processes.told(f"{NAMED}{uuid.uuid4().hex[:12]}")[0]
+        if processes.rank() == 0:
+            self._home.mkdir(parents=True, exist_ok=True)
+            self._remove(self._home.glob("weights_*"))  # by a run that was killed
         rows = model.network.get_output_embeddings().weight.shape[0]
         extra = range(model.vocabulary, rows)
         self.servers = [
@@ -76,15 +82,21 @@ class Servers:
     def sync(self, model: Model) -> None:
         """Load the model's present weights into every server; a checkpoint, and a short prompt.
 
-        Not while `sample` runs: a response would come from two models.
+        Not while `sample` runs: a response would come from two models. Every process has to call.
 
         Raises:
           RuntimeError: afterwards a server is not the model.
         """
-        weights = self._export(model)
-        self._each(lambda server: server.load(weights))
-        shutil.rmtree(self._folder(self._count - 1), ignore_errors=True)
-        self._weights = weights
+        network = plain(model)
+        processes.barrier()  # nobody samples any more
+        with whole(model):
+            if processes.rank() == 0:
+                weights = self._export(model, network)
+                self._each(lambda server: server.load(weights))
+                self._remove([self._folder(self._count)])
+                self._weights = weights
+        self._count += 1
+        processes.barrier()  # before anybody samples
 
     def sample(
         self,
@@ -120,7 +132,10 @@ class Servers:
         def some(server: RolloutServer) -> list[Response]:
             part = parts[self.servers.index(server)]
             server.check_length(longest)
-            return server.respond(ids[part], seeds[part], settings, self._weights)
+            held = f"{self._name}-{self._count}"
+            return server.respond(
+                ids[part], seeds[part], settings, held, partial(self._again, server)
+            )
 
         rows = [row for found in self._each(some) for row in found]
         return Rollouts(
@@ -135,8 +150,25 @@ class Servers:
         for server in self.servers:
             server.stop()
             server.close()
-        for left in self._home.glob("weights_*"):
-            shutil.rmtree(left, ignore_errors=True)
+        if processes.rank() == 0:
+            self._remove(self._home.glob("weights_*"))
+
+    def _again(self, server: RolloutServer) -> None:
+        """Load the present weights into a server that has lost them.
+
+        Raises:
+          RuntimeError: other processes may be sampling from it.
+        """
+        if processes.size() > 1:
+            raise RuntimeError(
+                f"{server.url} was restarted and has lost the student's weights, which one of "
+                "several processes cannot load while others sample; the same command resumes"
+            )
+        server.load(self._weights)
+
+    def _remove(self, folders: Iterable[Path]) -> None:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _each(self, act: Callable[[RolloutServer], Found]) -> list[Found]:
         """What every server gives, all at once; the failure of one ends the others' work."""
@@ -159,10 +191,10 @@ class Servers:
             raise failures[0]
         return [one.result() for one in doing]
 
-    def _export(self, model: Model) -> Weights:
-        self._count += 1
-        folder = self._folder(self._count)
-        export(model.network, folder)
+    def _export(self, model: Model, network: Any) -> Weights:
+        """Write a checkpoint of the network, and what the model says with these weights."""
+        folder = self._folder(self._count + 1)
+        export(network, folder)
         limits = [server.limit for server in self.servers if server.limit is not None]
         count = min([PROBE_TOKENS, *(limit - 1 for limit in limits)])
         generator = torch.Generator().manual_seed(0)
@@ -170,7 +202,7 @@ class Servers:
         with torch.no_grad(), evaluating(model.network):
             logits = model.network(probe[None].to(model.device)).logits[0].float().cpu()
         return Weights(
-            name=f"{self._name}-{self._count}",
+            name=f"{self._name}-{self._count + 1}",
             folder=folder,
             probe=probe.tolist(),
             prompt_logp=logits[:-1].log_softmax(-1).gather(-1, probe[1:, None])[:, 0],

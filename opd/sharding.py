@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opd import processes
 from opd.head import Head, find_head
 from opd.model import Model, bare
 
@@ -111,14 +112,20 @@ def whole(model: Model) -> Iterator[None]:
 
 
 def plain(model: Model) -> Any:
-    """The network as an ordinary one; of a sharded model a copy in host memory.
+    """The network as an ordinary one; of a sharded model a copy in the first process's memory.
 
-    Every process has to call, and gets it.
+    Every process has to call; the others get None of a sharded model.
     """
     if not isinstance(model, Sharded):
         return model.network
     held: dict[str, Tensor] = model.network.state_dict()
-    state = {name: _all_of(x).to("cpu", model.dtype) for name, x in held.items()}
+    state: dict[str, Tensor] = {}
+    for name, x in held.items():
+        gathered = _all_of(x)
+        if processes.rank() == 0:
+            state[name] = gathered.to("cpu", model.dtype)
+    if processes.rank() > 0:
+        return None
     network = copy.deepcopy(model.skeleton)
     network.load_state_dict(state, assign=True)
     bare(network).tie_weights()

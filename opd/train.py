@@ -67,13 +67,13 @@ def train(config: Config) -> Path:
             "them with `torchrun --nproc_per_node N --no-python opd train ...`, or set sharding "
             "none; the run goes on from the same checkpoints"
         )
-    if config.engine != "hf" and processes.several():
+    if config.engine == "vllm" and processes.several():
         raise ValueError(
-            f"the engine {config.engine} takes weights from one process, and these are several; "
-            "start one, or set engine hf"
+            "the engine vllm takes weights from one process, and these are several; start one, or "
+            "set engine servers or hf"
         )
     with (
-        processes.joined(where, config.teacher_patience) as device,
+        processes.joined(where, config.teacher_patience + config.rollout_patience) as device,
         explained(config),
         runlog.open_run(config) as folder,
     ):

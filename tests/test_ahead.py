@@ -317,11 +317,11 @@ def test_what_would_be_wrong_in_silence_is_refused(tiny_pair, tmp_path: Path) ->
             train(served(tiny_pair, tmp_path / "run", nowhere, **({"ahead": 1} | changes)))
 
 
-def test_several_processes_are_refused(tiny_pair, tmp_path: Path, monkeypatch) -> None:
+def test_vllm_in_several_processes_is_refused(tiny_pair, tmp_path: Path, monkeypatch) -> None:
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1")):
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="takes weights from one process"):
-        train(served(tiny_pair, tmp_path / "run", ("http://127.0.0.1:9/v1",)))
+        train(settings(tiny_pair, tmp_path / "run", engine="vllm"))
 
 
 # --- importance ---------------------------------------------------------------------------------

@@ -393,7 +393,10 @@ def test_records_name_no_place_of_their_machine(tmp_path: Path) -> None:
 def test_commands_name_methods() -> None:
     update = made_by("gap", ["single/a_b-0", "single/a_b-1", "multi/c-0"])[1]
     assert "--run results/paper/single/a_b-* results/paper/multi/c-* --update-data" in update
-    assert "--run results/paper/*/* " in made_by("dynamics", ["single/a-0"])[1]
+    assert (
+        "--run results/paper/single/* results/paper/multi/* "
+        in made_by("dynamics", ["single/a-0"])[1]
+    )
     assert made_by("toy") == ["opd study run toy --update-figures"]
 
 
