@@ -43,26 +43,33 @@ with joined("cpu"):
 FOUR: dict[str, Any] = {"prompts_per_step": 4, "save_every": 1}
 
 
-def launched(folder: Path, configs: list[Config], **how: object) -> subprocess.Popen[str]:
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+ACCELERATE = (
+    *("accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2"),
+    *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+)
+
+
+def launched(
+    folder: Path, configs: list[Config], launcher: tuple[str, ...] = TORCHRUN
+) -> subprocess.Popen[str]:
     """Two processes that run the configurations one after the other."""
     names = []
     for i, config in enumerate(configs):
         names.append(str(folder / f"{i}.json"))
         Path(names[-1]).write_text(json.dumps(to_json(config)))
     (folder / "program.py").write_text(PROGRAM)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     return subprocess.Popen(
-        [sys.executable, *launcher, str(folder / "program.py"), *names],
+        [sys.executable, "-m", *launcher, str(folder / "program.py"), *names],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())},
-        **how,  # type: ignore[call-overload]
     )
 
 
-def run_in_two(folder: Path, configs: list[Config]) -> None:
-    process = launched(folder, configs)
+def run_in_two(folder: Path, configs: list[Config], launcher: tuple[str, ...] = TORCHRUN) -> None:
+    process = launched(folder, configs, launcher)
     said, _ = process.communicate(timeout=150)
     assert process.returncode == 0, said
 
@@ -263,6 +270,14 @@ def test_a_killed_process_ends_the_run_with_its_last_checkpoint_whole(
     train(replace(config, steps=done + 2))  # in this one process
     whole = settings(tiny_pair, tmp_path / "whole", steps=done + 2, eval_every=0, **FOUR)
     assert_same_rows(train(whole), tmp_path / "run", 2e-3)
+
+
+def test_accelerate_starts_the_same_run(made: Path, tiny_pair, kinds, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    fields: dict[str, Any] = {"prompts_per_step": 4, "steps": 3, "batch_every": 3}
+    config = settings(tiny_pair, tmp_path / "run", **(fields | kinds["credit"]))
+    run_in_two(tmp_path, [config], ACCELERATE)
+    assert rows(tmp_path / "run") == rows(made / "none" / "credit")
 
 
 def test_prompts_that_cannot_be_shared_equally_are_refused(monkeypatch) -> None:
