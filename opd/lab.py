@@ -47,7 +47,7 @@ class Recipe:
     """One model: its size, how long it is taught, and what it learns from.
 
     careless: probability of a slip in each result of the solutions; tasks: names in TASKS, equally
-    often; habit: how it writes.
+    often, and twice as often where named twice; habit: how it writes.
     """
 
     layers: int
@@ -114,15 +114,16 @@ def strangers_config() -> LabConfig:
 
 
 def rooms_config() -> LabConfig:
-    """An agent that plays a household in text, `env:rooms`, and solves problems; a teacher of each.
+    """An agent that plays a household in text, `env:rooms`, and sorts digits; a teacher of each.
 
-    The student learned from those who misjudge one action, and one result, in twelve.
+    The student learned from those who misjudge one action, and one digit, in ten.
     """
     teacher = Recipe(layers=2, width=96, steps=1500, batch=32, lr=4e-3, tasks=("rooms",))
-    student = dataclasses.replace(teacher, batch=64, careless=0.08, tasks=("rooms", "chain"))
-    chain = Recipe(layers=2, width=128, steps=700, batch=24, lr=3e-3)
+    both = ("rooms", "rooms", "sort")
+    student = dataclasses.replace(teacher, batch=48, careless=0.1, tasks=both)
+    sort = dataclasses.replace(teacher, steps=700, tasks=("sort",))
     return LabConfig(
-        teacher=teacher, student=student, others=(("chain-teacher", chain),), held_out=128
+        teacher=teacher, student=student, others=(("sort-teacher", sort),), held_out=128
     )
 
 
@@ -284,9 +285,9 @@ def examples(tokenizer: Any, recipe: Recipe, seed: int) -> "tuple[torch.Tensor, 
 
     rows, generator = [], random.Random(seed)
     share = recipe.batch // len(recipe.tasks)
-    for name in recipe.tasks:
+    for name in dict.fromkeys(recipe.tasks):
         task = TASKS[name]
-        for problem in task.problems("train", share, seed):
+        for problem in task.problems("train", share * recipe.tasks.count(name), seed):
             message = [{"role": "user", "content": problem.prompt}]
             prompt = tokenizer.apply_chat_template(
                 message, add_generation_prompt=True, tokenize=False
@@ -334,7 +335,7 @@ def held_out(model: Path, tasks: tuple[str, ...], count: int) -> dict[str, Any]:
     from opd.evaluate import evaluate_folder
 
     found = {}
-    for name in tasks:
+    for name in dict.fromkeys(tasks):
         with tempfile.TemporaryDirectory() as place:
             source = {"chain": "lab", "rooms": "env:rooms"}.get(name)
             if source is None:

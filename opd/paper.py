@@ -2,7 +2,7 @@
 
 The group "single" has one task and its teacher, the group "multi" two tasks that alternate, each
 with its own, of the `strangers` of `opd.lab`. The groups "games" and "agents" train the agent of
-`opd lab --rooms`: on a household in text, and on it in turns with problems. A cell is a method with
+`opd lab --rooms`: on a household in text, and on it in turns with sorting. A cell is a method with
 a seed; run folders lie in ROOT/GROUP/METHOD-SEED, a finished one is kept, a killed one goes on
 where it was. The seed is that of prompts and noise; the models are the same in every cell.
 `opd figures` draws the comparisons from a table of these folders.
@@ -84,11 +84,9 @@ task = "env:rooms"
 teacher = "{lab}/teacher"
 
 [[tasks]]
-name = "chain"
-task = "lab"
-teacher = "{lab}/chain-teacher"
-max_prompt = 64
-max_response = 208
+name = "sort"
+task = "{lab}/sort.jsonl"
+teacher = "{lab}/sort-teacher"
 """
 LABS = {"single": "strangers", "multi": "strangers", "games": "rooms", "agents": "rooms"}
 TASKS = {"multi": STRANGERS, "agents": AGENTS}

@@ -67,7 +67,7 @@ class Servers:
         self._name = processes.told(f"{NAMED}{uuid.uuid4().hex[:12]}")[0]
         if processes.rank() == 0:
             self._home.mkdir(parents=True, exist_ok=True)
-            self._remove(self._home.glob("weights_*"))  # by a run that was killed
+            remove(self._home.glob("weights_*"))  # by a run that was killed
         rows = model.network.get_output_embeddings().weight.shape[0]
         extra = range(model.vocabulary, rows)
         self.servers = [
@@ -93,7 +93,7 @@ class Servers:
             if processes.rank() == 0:
                 weights = self._export(model, network)
                 self._each(lambda server: server.load(weights))
-                self._remove([self._folder(self._count)])
+                remove([self._folder(self._count)])
                 self._weights = weights
         self._count += 1
         processes.barrier()  # before anybody samples
@@ -151,7 +151,7 @@ class Servers:
             server.stop()
             server.close()
         if processes.rank() == 0:
-            self._remove(self._home.glob("weights_*"))
+            remove(self._home.glob("weights_*"))
 
     def _again(self, server: RolloutServer) -> None:
         """Load the present weights into a server that has lost them.
@@ -165,10 +165,6 @@ class Servers:
                 "several processes cannot load while others sample; the same command resumes"
             )
         server.load(self._weights)
-
-    def _remove(self, folders: Iterable[Path]) -> None:
-        for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)
 
     def _each(self, act: Callable[[RolloutServer], Found]) -> list[Found]:
         """What every server gives, all at once; the failure of one ends the others' work."""
@@ -212,6 +208,11 @@ class Servers:
 
     def _folder(self, count: int) -> Path:
         return self._home / f"weights_{count}"
+
+
+def remove(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -64,6 +64,5 @@ def test_an_agent_has_a_teacher_of_games_and_one_of_problems(tmp_path: Path) -> 
     alone = cell("games", "lsm", tmp_path)
     twice = {"steps": 2 * alone.steps, "eval_every": alone.steps, "save_every": alone.steps}
     assert games == replace(alone, out=config.out, **twice)
-    assert (problems.task, problems.teacher) == ("lab", "place/chain-teacher")
-    assert (problems.max_prompt, problems.max_response) == (64, 208)
+    assert (problems.task, problems.teacher) == ("place/sort.jsonl", "place/sort-teacher")
     assert config.task_order == "alternate"
