@@ -28,7 +28,7 @@ NOT_FIGURES = (
 )
 PAPER = (
     *("toy", "scatter", "loop", "gap", "segmentation", "dynamics", "multitask", "ablations"),
-    "comparison",
+    *("comparison", "agents"),
 )
 """What stands for the paper's own figures and tables."""
 FROM_RUNS = (
@@ -61,13 +61,16 @@ def made_by(name: str, runs: list[str] | None = None) -> list[str]:
     update = f"opd figures {name} --run {{runs}} --update-data"
     if name == "training":
         return ["opd demo", update.format(runs="results/demo/runs/*")]
+    if name == "agents":
+        runs = ["results/paper/games/*", "results/paper/agents/*"]
+        return ["opd paper --groups games agents", update.format(runs=" ".join(runs))]
     if name in FROM_RUNS:
         about = recorded(name).with_suffix(".json")
         if runs is None and about.exists():
             runs = list(json.loads(about.read_text()).get("runs", {}))
         methods = dict.fromkeys(run.rpartition("-")[0] or run for run in runs or [])
         whole = not methods or (name in RECORDED_AS and name != "warning")
-        folders = ["*/*"] if whole else [f"{method}-*" for method in methods]
+        folders = ["single/*", "multi/*"] if whole else [f"{method}-*" for method in methods]
         return ["opd paper", update.format(runs=" ".join(f"results/paper/{x}" for x in folders))]
     return [f"opd study run {RECORDED_AS.get(name, name)} --update-figures"]
 

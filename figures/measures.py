@@ -121,6 +121,20 @@ def gain(method: str, up: bool, group: str = "single", task: str = "") -> Measur
     return measure
 
 
+def agents(ours: str, theirs: str = "", group: str = "games", task: str = "rooms") -> Measure:
+    """The claim that an agent ends with more held-out games than another, or than it began with."""
+
+    def measure(tables: Tables) -> Finding:
+        table = tables["agents"]
+        mine = table[(table["where"] == "held out") & (table["group"] == group)]
+        mine = mine[mine["task"] == task]
+        first, final = mine[mine["step"] == 0], last(mine)
+        other = outcomes(final, theirs) if theirs else outcomes(first, ours)
+        return compared(outcomes(final, ours), other, sign)
+
+    return measure
+
+
 def smaller(
     column: str,
     ours: str,

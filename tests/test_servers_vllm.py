@@ -17,6 +17,7 @@ from opd.rollout import until_end
 from opd.servers import Servers
 from opd.train import train
 from tests.test_ahead import HOW
+from tests.test_processes import run_in_two
 from tests.test_rollout import TEMPERATURE, TOP_P, agrees_with_a_forward_pass, seeded
 from tests.test_train import rows, settings
 from tests.vllm_server import free_port, vllm, wide_pair
@@ -119,6 +120,17 @@ def kill_and_restart(
             time.sleep(0.01)
     with sampling(pair[0], port, log, *UNTIED, *PROCESSED):
         done.wait(900)
+
+
+def test_two_processes_sample_as_one(pair, url: str, tmp_path: Path) -> None:
+    how = {**HOW, "max_response": 24, "ahead": 1, "rollout_patience": 600.0, "prompts_per_step": 4}
+    config = settings(pair, tmp_path / "one", rollout_servers=(url,), **how)
+    two = replace(config, out=str(tmp_path / "two"), sharding="full")
+    train(config)
+    run_in_two(tmp_path, [two])
+    for mine, theirs in zip(rows(tmp_path / "two"), rows(tmp_path / "one"), strict=True):
+        for name in ("loss", "grad_norm", "drift/k1", "validity/sampler_log_ratio_square"):
+            assert mine[name] == pytest.approx(theirs[name], rel=2e-3, abs=2e-4), name
 
 
 def test_a_tied_server_takes_a_head_of_its_own_and_one_without_is_refused(
