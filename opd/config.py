@@ -217,6 +217,9 @@ class Config:
     """Recompute the layers' activations in the backward pass."""
     offload_teacher: bool = False
     """Keep the teacher in host memory except while it scores."""
+    teacher_weights: Literal["saved", "int8", "nf4"] = "saved"
+    """Of teachers in this process: as they were saved, or layers quantised while they load to 8 or
+    4 bits a weight, by bitsandbytes; head and embeddings never are."""
     teacher_patience: float = 900.0
     """Of a teacher on a server: seconds to wait while it does not answer; then the run stops, and
     the same command resumes it."""
@@ -249,6 +252,17 @@ class Config:
         _require("rollout_servers", self.rollout_servers, served, named)
         own_weights = "0 unless the engine servers samples, from weights of its own"
         _require("ahead", self.ahead, elsewhere or not self.ahead, own_weights)
+        moved = "saved where offload_teacher moves them"
+        quantised = self.teacher_weights != "saved"
+        _require(
+            "teacher_weights",
+            self.teacher_weights,
+            not (self.offload_teacher and quantised),
+            moved,
+        )
+        own = self.teacher in ("base", "ema")
+        of_student = f"saved where the teacher is made of the student ({self.teacher})"
+        _require("teacher_weights", self.teacher_weights, not (own and quantised), of_student)
         parse(self.mask)
         unused = "() while probe_every is 0"
         _require(

@@ -8,6 +8,7 @@ vocabulary.
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +65,21 @@ class Pair:
     remote: Remote | None = None
 
 
-def load_pair(student: str, teacher: str, device: str, dtype: str, trust: bool = False) -> Pair:
-    """Load both models.
+def load_pair(
+    student: str,
+    teacher: str,
+    device: str,
+    dtype: str,
+    trust: bool = False,
+    teacher_weights: str = "saved",
+) -> Pair:
+    """Load both models; the teacher's layers quantised, if so wanted.
 
     Raises:
       ValueError: the tokenizers differ, or no end-of-sequence token is known.
     """
     tokenizer, network = load(student, device, dtype, trust)
-    other, frozen = load(teacher, device, dtype, trust)
+    other, frozen = load(teacher, device, dtype, trust, teacher_weights)
     check_same_vocabulary(tokenizer, other)
     eos = end_ids(tokenizer, network)
     vocabulary = min(head_rows(network), head_rows(frozen))
@@ -80,14 +88,18 @@ def load_pair(student: str, teacher: str, device: str, dtype: str, trust: bool =
     return Pair(split(network, vocabulary), split(frozen, vocabulary), tokenizer, eos, endings)
 
 
-def load(name: str, device: str, dtype: str, trust: bool = False) -> tuple[Any, Any]:
+def load(
+    name: str, device: str, dtype: str, trust: bool = False, weights: str = "saved"
+) -> tuple[Any, Any]:
     """Tokenizer and model of a folder or hub name, in evaluation mode.
 
-    trust: run Python code that lies beside the weights, if there is any.
+    trust: run Python code that lies beside the weights, if there is any. weights: "saved", or
+    "int8" or "nf4", to quantise all linear layers but the head.
 
     Raises:
       ValueError: no name, a server, or a model with code of its own that is not trusted.
       FileNotFoundError: no such folder.
+      ImportError: bitsandbytes, which quantises, is not installed.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
@@ -108,8 +120,34 @@ def load(name: str, device: str, dtype: str, trust: bool = False) -> tuple[Any, 
     disable_progress_bar()
     kind = getattr(torch, dtype)
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=kind, trust_remote_code=trust)
-    return tokenizer, model.to(resolve_device(device)).eval()
+    place = resolve_device(device)
+    fewer = {} if weights == "saved" else quantised(weights, kind, place)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=kind, trust_remote_code=trust, **fewer)
+    return tokenizer, (model if fewer else model.to(place)).eval()
+
+
+def quantised(weights: str, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """Settings of `from_pretrained` that quantise: "int8", LLM.int8(); "nf4", normal floats.
+
+    Raises:
+      ImportError: bitsandbytes is not installed.
+    """
+    try:
+        import_module("bitsandbytes")
+    except ImportError as error:
+        raise ImportError(
+            f"teacher_weights {weights} needs bitsandbytes: pip install 'opdlab[quantised]', or "
+            "set teacher_weights saved"
+        ) from error
+    from transformers import BitsAndBytesConfig
+
+    how = {
+        "int8": BitsAndBytesConfig(load_in_8bit=True),
+        "nf4": BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        ),
+    }
+    return {"quantization_config": how[weights], "device_map": {"": device}}
 
 
 def resolve_device(device: str) -> str:

@@ -65,8 +65,8 @@ def make_pair(config: Config) -> Pair:
     """
     device = resolve_device(config.device)
     if config.teacher not in ("base", "ema") and not is_url(config.teacher):
-        names = (config.student, config.teacher)
-        pair = load_pair(*names, device, config.dtype, config.trust_remote_code)
+        how = (device, config.dtype, config.trust_remote_code, config.teacher_weights)
+        pair = load_pair(config.student, config.teacher, *how)
         if not config.lora_rank:
             return pair
         network = adapted(pair.student.network, config)
@@ -96,7 +96,8 @@ def with_teacher(pair: Pair, config: Config) -> Pair:
     if is_url(config.teacher):
         return with_server(pair, config)
     device = "cpu" if config.offload_teacher else resolve_device(config.device)
-    tokenizer, network = load(config.teacher, device, config.dtype, config.trust_remote_code)
+    how = (device, config.dtype, config.trust_remote_code, config.teacher_weights)
+    tokenizer, network = load(config.teacher, *how)
     check_same_vocabulary(pair.tokenizer, tokenizer)
     vocabulary = pair.student.vocabulary
     if head_rows(network) < vocabulary:

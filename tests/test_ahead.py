@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -211,8 +212,12 @@ def asked_of(folder: Path, config: Config, step: int) -> Prompts:
 
 
 def logp_under(folder: Path, prompts: Prompts, batch: Scored) -> Tensor:
-    """(B, T) of the sampled tokens under the final model of a run, row by row, without padding."""
-    network = load_model(str(folder), "cpu", "float32")[1].eval()
+    """(B, T) of the sampled tokens under the final model of a run."""
+    return row_by_row(load_model(str(folder), "cpu", "float32")[1], prompts, batch)
+
+
+def row_by_row(network: Any, prompts: Prompts, batch: Scored) -> Tensor:
+    """(B, T) log-probabilities of the sampled tokens, without padding."""
     out = torch.zeros_like(batch.sampler_logp)
     for i, (ids, real) in enumerate(zip(prompts.tokens, prompts.mask, strict=True)):
         prompt, response = ids[real], batch.tokens[i][batch.mask[i]]
