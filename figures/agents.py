@@ -19,15 +19,15 @@ COLUMNS = (
 CAPTION = (
     "Games of `env:rooms`, a household in text: 3 to 5 places, 1 or 2 things to be brought to "
     "one of them, at most 16 turns. Each turn is a sample, as in the paper. Above: the agent "
-    "trained on games alone, and on games in turns with problems, each task with a teacher of "
-    "its own. Held-out games and problems are the same for all runs; bands and bars are 95 % "
-    "intervals over seeds and games, or over seeds (turns, inadmissible actions, KL: "
-    "Student's t). Dotted: the teacher of the games. Dashed: in turns with problems. KL by "
+    "trained on games alone, and on games in turns with sorting digits, each task with a "
+    "teacher of its own. Held-out games and digits are the same for all runs; bands and bars "
+    "are 95 % intervals over seeds and games, or over seeds (turns, inadmissible actions, KL: "
+    "Student's t). Dotted: the teacher of the games. Dashed: in turns with sorting. KL by "
     "turn is the mean of log p - log q over the student's own tokens at that turn, games "
-    "alone, in the first five steps (hollow) and the last five. Student and teachers have 0.2 "
-    "to 0.4 million weights and write alike; the student was taught by players and solvers "
-    "who err once in twelve. The paper's agents have 7B parameters and play ALFWorld, in "
-    "turns with mathematics."
+    "alone, in the first five steps (hollow) and the last five. Student and teachers have 0.3 "
+    "million weights and write alike; the student was taught by a player and a sorter who err "
+    "once in ten. The paper's agents have 7B parameters and play ALFWorld, in turns with "
+    "mathematics."
 )
 METHODS = {
     "sampled": ("sampled token", style.RED),
@@ -35,7 +35,7 @@ METHODS = {
     "lsm_whole": ("local support", style.BLUE),
 }
 TEACHER = "teacher"
-GROUPS = {"games": ("Games alone", "-"), "agents": ("In turns with sorting", "--")}
+GROUPS = {"games": ("Games alone", "-"), "agents": ("Games and sorting", "--")}
 GAMES, PROBLEMS = "rooms", "sort"
 TURNS, ENDS = (1, 2, 4, 8), 5
 HELD_OUT, ROLLOUTS = "held out", "rollouts"
@@ -51,7 +51,7 @@ def draw(table: pd.DataFrame) -> Figure:
         draw_won(place, games[games["group"] == group], teacher)
         place.set_title(f"{title}: games won")
     draw_won(axes[2], held[held["task"] == PROBLEMS], teacher[:0])
-    axes[2].set_title("In turns with sorting: solved")
+    axes[2].set_title("Games and sorting: sorted")
     lowest = min(place.get_ylim()[0] for place in axes[:3])
     for place in axes[:3]:
         place.set_ylim(lowest, 1.0)
