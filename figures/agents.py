@@ -49,7 +49,7 @@ def draw(table: pd.DataFrame) -> Figure:
     teacher = games[games["method"] == TEACHER]
     for place, (group, (title, _)) in zip(axes, GROUPS.items(), strict=False):
         draw_won(place, games[games["group"] == group], teacher)
-        place.set_title(f"{title}: games won")
+        place.set_title(f"{title}: won")
     draw_won(axes[2], held[held["task"] == PROBLEMS], teacher[:0])
     axes[2].set_title("Games and sorting: sorted")
     lowest = min(place.get_ylim()[0] for place in axes[:3])

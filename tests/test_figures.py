@@ -66,7 +66,8 @@ def test_the_recorded_tables_draw_in_seconds_without_torch(tmp_path: Path) -> No
     assert {"training", "toy", "horizon"} < set(cli.figures())
     names = {Path(line).name for line in done.stdout.split()}
     pictures = {f"{n}.{s}" for n in cli.figures() for s in ("png", "pdf")}
-    assert names == pictures | {"comparison.md", "comparison.csv"}
+    tables = {f"{n}.{s}" for n in ("comparison", "agents") for s in ("md", "csv")}
+    assert names == pictures | tables
     assert all((tmp_path / name).stat().st_size > 10_000 for name in pictures)
 
 
@@ -126,7 +127,7 @@ def test_wrong_requests_name_the_value(tmp_path: Path, runs: list[Path]) -> None
     table = tmp_path / "t.csv"
     pd.DataFrame({"quantity": ["mse"]}).to_csv(table, index=False)
     for words, error, message in (
-        (["pie"], ValueError, "unknown figure 'pie'; known: ablations, anatomy, batch_size"),
+        (["pie"], ValueError, "unknown figure 'pie'; known: ablations, agents, anatomy, batch_size"),
         (["training", "--table", str(tmp_path / "no.csv")], FileNotFoundError, "make it with"),
         (["bias_variance", "--table", str(table)], ValueError, "lacks the columns estimator"),
         (["all", "--table", str(table)], ValueError, "needs the name of its figure"),
