@@ -38,10 +38,15 @@ def make_pairs(settings: Sequence[Config]) -> list[Pair]:
     """A pair for the settings of each task, with one student; a teacher that several name is one.
 
     Raises:
-      ValueError: several tasks and a teacher that is made of the student, or what `make_pair`
-        raises.
+      ValueError: several tasks and a teacher that is made of the student; nothing to quantise; or
+        what `make_pair` raises.
     """
     first, *others = settings
+    if first.teacher_weights != "saved" and all(is_url(config.teacher) for config in settings):
+        raise ValueError(
+            f"teacher_weights is {first.teacher_weights}, and no teacher is in this process; set "
+            "it to saved: a server has settings of its own"
+        )
     pairs = {first.teacher: make_pair(first)}
     kept = [pairs[first.teacher]]
     for config in others:

@@ -127,7 +127,11 @@ def test_wrong_requests_name_the_value(tmp_path: Path, runs: list[Path]) -> None
     table = tmp_path / "t.csv"
     pd.DataFrame({"quantity": ["mse"]}).to_csv(table, index=False)
     for words, error, message in (
-        (["pie"], ValueError, "unknown figure 'pie'; known: ablations, agents, anatomy, batch_size"),
+        (
+            ["pie"],
+            ValueError,
+            "unknown figure 'pie'; known: ablations, agents, anatomy, batch_size",
+        ),
         (["training", "--table", str(tmp_path / "no.csv")], FileNotFoundError, "make it with"),
         (["bias_variance", "--table", str(table)], ValueError, "lacks the columns estimator"),
         (["all", "--table", str(table)], ValueError, "needs the name of its figure"),

@@ -100,6 +100,16 @@ def test_a_lab_with_games_has_words_and_single_digits(tmp_path: Path) -> None:
     assert not tiny_config().texts
 
 
+def test_a_task_named_twice_is_taught_twice_as_often() -> None:
+    tokenizer = make_tokenizer("<|im_end|>", rooms_config().texts)
+    recipe = replace(rooms_config().student, batch=9, careless=0.0)
+    assert recipe.tasks == ("rooms", "rooms", "sort")
+    texts = [tokenizer.decode(row) for row in examples(tokenizer, recipe, seed=0)[0]]
+    assert sum("Actions:" in text for text in texts) == 6
+    assert sum("user\nsort " in text for text in texts) == 3
+    assert len(set(texts)) == 9
+
+
 def test_reading_is_the_loss_of_the_prompts() -> None:
     tokenizer = make_tokenizer("<|im_end|>", rooms_config().texts)
     recipe = replace(rooms_config().student, width=32, batch=3)

@@ -104,6 +104,12 @@ def test_what_cannot_be_quantised_is_refused(tiny_pair, tmp_path: Path, monkeypa
     ):
         with pytest.raises(ValueError, match=words):
             replace(settings(tiny_pair, tmp_path), teacher_weights="nf4", **changes)
+    with pytest.raises(ValueError, match="no teacher is in this process"):
+        train(
+            settings(
+                (tiny_pair[0], "http://127.0.0.1:9/v1"), tmp_path / "far", teacher_weights="nf4"
+            )
+        )
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ImportError, match=r"pip install 'opdlab\[quantised\]'"):
         train(settings(tiny_pair, tmp_path / "run", teacher_weights="int8"))
