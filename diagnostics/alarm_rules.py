@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from diagnostics.errors import InvalidInput
+
 Reading = tuple[float, float]
 """A value and its standard error."""
 
@@ -74,9 +76,9 @@ class Rule:
 
     def __post_init__(self) -> None:
         if not 1 <= self.need <= self.last:
-            raise ValueError(f"{self.name}: need is {self.need}, expected 1 to last, {self.last}")
+            raise InvalidInput(f"{self.name}: need is {self.need}, expected 1 to last, {self.last}")
         if self.over < 1 or self.start < 0 or self.z < 0:
-            raise ValueError(f"{self.name}: over >= 1, start >= 0 and z >= 0 are expected")
+            raise InvalidInput(f"{self.name}: over >= 1, start >= 0 and z >= 0 are expected")
 
     @property
     def tested(self) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diagnostics.alarm_rules import RULES, Reading, Rule, average
+from diagnostics.errors import InvalidInput
 from diagnostics.rows import Row
 
 
@@ -49,7 +50,7 @@ class Alarms:
     def __init__(self, rules: Sequence[Rule] = RULES) -> None:
         self.rules = {rule.name: rule for rule in rules}
         if len(self.rules) != len(rules):
-            raise ValueError(f"rules share a name: {sorted(rule.name for rule in rules)}")
+            raise InvalidInput(f"rules share a name: {sorted(rule.name for rule in rules)}")
         self.active: dict[str, Alarm] = {}
         self._watches = {name: _Watch() for name in self.rules}
 
@@ -60,7 +61,7 @@ class Alarms:
           ValueError: the row has no "step".
         """
         if "step" not in row:
-            raise ValueError('the row has no "step"; alarms are told by step')
+            raise InvalidInput('the row has no "step"; alarms are told by step')
         raised = []
         for name, rule in self.rules.items():
             if rule.metric not in row:

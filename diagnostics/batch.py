@@ -22,6 +22,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from diagnostics.errors import InvalidInput
+
 FORMAT = "opdlab-batch-1"
 _UNSET = torch.empty(0)
 
@@ -56,7 +58,7 @@ class _Rows:
 
 def _require(name: str, x: Tensor, shape: tuple[int, ...], kind: str) -> None:
     if tuple(x.shape) != shape:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {shape}")
+        raise InvalidInput(f"{name} has shape {tuple(x.shape)}, expected {shape}")
     ok = {
         "float": x.dtype.is_floating_point,
         "long": x.dtype == torch.long,
@@ -84,7 +86,7 @@ class Support(_Rows):
 
     def __post_init__(self) -> None:
         if self.ids.dim() != 3:
-            raise ValueError(f"support.ids must be (B, T, K), got {tuple(self.ids.shape)}")
+            raise InvalidInput(f"support.ids must be (B, T, K), got {tuple(self.ids.shape)}")
         shape = tuple(self.ids.shape)
         _require("support.ids", self.ids, shape, "long")
         _require("support.student_logp", self.student_logp, shape, "float")
@@ -177,7 +179,7 @@ class Rollouts(_Rows):
 
     def __post_init__(self) -> None:
         if self.tokens.dim() != 2:
-            raise ValueError(f"tokens must be (B, T), got {tuple(self.tokens.shape)}")
+            raise InvalidInput(f"tokens must be (B, T), got {tuple(self.tokens.shape)}")
         b = self.tokens.shape[0]
         for name, fill in (("task", 0), ("turn", 0), ("age", 0), ("reward", float("nan"))):
             if getattr(self, name) is _UNSET:
@@ -195,9 +197,9 @@ class Rollouts(_Rows):
         _require("age", self.age, (b,), "long")
         _require("reward", self.reward, (b,), "float")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}, expected a number in (0, 1]")
+            raise InvalidInput(f"top_p is {self.top_p}, expected a number in (0, 1]")
         if not self.temperature > 0:
-            raise ValueError(f"temperature is {self.temperature}, expected a positive number")
+            raise InvalidInput(f"temperature is {self.temperature}, expected a positive number")
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -281,9 +283,11 @@ class Scored(Rollouts):
         if self.baseline is not None:
             _require("baseline", self.baseline, shape, "float")
         if self.support is not None and tuple(self.support.ids.shape[:2]) != shape:
-            raise ValueError(f"support is {tuple(self.support.ids.shape)}, tokens are {shape}")
+            raise InvalidInput(f"support is {tuple(self.support.ids.shape)}, tokens are {shape}")
         if self.prefix is not None and tuple(self.prefix.reverse_kl.shape) != shape:
-            raise ValueError(f"prefix is {tuple(self.prefix.reverse_kl.shape)}, tokens are {shape}")
+            raise InvalidInput(
+                f"prefix is {tuple(self.prefix.reverse_kl.shape)}, tokens are {shape}"
+            )
 
     @property
     def log_ratio(self) -> Tensor:
@@ -296,7 +300,7 @@ def load(path: str | Path) -> Rollouts:
     with safe_open(str(path), framework="pt") as file:
         header = file.metadata() or {}
         if header.get("format") != FORMAT:
-            raise ValueError(f"{path} has format {header.get('format')!r}, expected {FORMAT!r}")
+            raise InvalidInput(f"{path} has format {header.get('format')!r}, expected {FORMAT!r}")
         tensors = {name: file.get_tensor(name) for name in list(file.keys())}
     settings = json.loads(header["settings"])
     parts: dict[str, Any] = {}
@@ -314,11 +318,11 @@ def load(path: str | Path) -> Rollouts:
 def concatenate(batches: Sequence[Scored]) -> Scored:
     """One batch of all rows, padded on the right with masked zeros to the longest."""
     if not batches:
-        raise ValueError("no batches to concatenate")
+        raise InvalidInput("no batches to concatenate")
     width = max(b.tokens.shape[1] for b in batches)
     flat = [flatten(b) for b in batches]
     if any(f.keys() != flat[0].keys() for f in flat):
-        raise ValueError(f"batches hold different fields: {sorted(set.union(*map(set, flat)))}")
+        raise InvalidInput(f"batches hold different fields: {sorted(set.union(*map(set, flat)))}")
 
     def pad(x: Tensor) -> Tensor:
         if x.dim() == 1:
@@ -354,4 +358,6 @@ def _refuse(name: str, x: Tensor, bad: Tensor, what: str) -> None:
     if bool(bad.any()):
         where = tuple(int(i) for i in bad.nonzero()[0])
         count, value = int(bad.sum()), float(x[where])
-        raise ValueError(f"{name}: {count} of {x.numel()} values {what}; first {value} at {where}")
+        raise InvalidInput(
+            f"{name}: {count} of {x.numel()} values {what}; first {value} at {where}"
+        )

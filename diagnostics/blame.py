@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import Scored
+from diagnostics.errors import InvalidInput
 from diagnostics.supervision import score_norm
 from diagnostics.totals import Mean, Total, masked
 
@@ -40,7 +41,7 @@ class TokenTable(Total):
           ValueError: vocabulary is not positive. An id beyond it is an index error of torch.
         """
         if vocabulary < 1:
-            raise ValueError(f"vocabulary is {vocabulary}, expected its number of ids")
+            raise InvalidInput(f"vocabulary is {vocabulary}, expected its number of ids")
         r = masked(batch.log_ratio, mask)
         if batch.prefix is None:
             energy = torch.where(mask, torch.nan, torch.zeros_like(r))
@@ -74,7 +75,7 @@ class TokenTable(Total):
           ValueError: `by` is not one of COLUMNS.
         """
         if by not in COLUMNS:
-            raise ValueError(f"no column {by!r}; there are {', '.join(COLUMNS)}")
+            raise InvalidInput(f"no column {by!r}; there are {', '.join(COLUMNS)}")
         table = self.sums.cpu().numpy()
         with np.errstate(divide="ignore", invalid="ignore"):
             share = 100 * table / table.sum(0)

@@ -22,6 +22,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
+from diagnostics.errors import InvalidInput
 from diagnostics.sketch import Projection, projected, random_signs
 
 
@@ -53,16 +54,18 @@ def block(network: nn.Module, pattern: str, rows: int = 16, copies: int = 8) -> 
     }
     if not layers:
         own = [name for name, module in network.named_modules() if _trained(module)]
-        raise ValueError(f"no trained layer is named {pattern!r}; there are {', '.join(own[:40])}")
+        raise InvalidInput(
+            f"no trained layer is named {pattern!r}; there are {', '.join(own[:40])}"
+        )
     linear = {name for name, module in layers.items() if isinstance(module, nn.Linear)}
     if linear and len(linear) < len(layers):
-        raise ValueError(
+        raise InvalidInput(
             f"{pattern!r} names linear layers ({min(linear)}) and others "
             f"({min(layers.keys() - linear)}); give each kind a pattern of its own"
         )
     for name, module in layers.items():
         if name not in linear and any(p.dim() > 1 for p in _trained(module).values()):
-            raise ValueError(
+            raise InvalidInput(
                 f"{name} is a {type(module).__name__} with a matrix; blocks are linear layers, or "
                 "layers whose weights are vectors"
             )
@@ -106,7 +109,7 @@ def sequence_gradients(
         out = forward()
     names = list({name: None for b in blocks for name in b.layers})
     if wrong := {name: len(seen[name]) for name in names if len(seen[name]) != 1}:
-        raise ValueError(f"layers that do not run once in a forward pass, by times: {wrong}")
+        raise InvalidInput(f"layers that do not run once in a forward pass, by times: {wrong}")
     ends = [seen[name][0][1] for name in names]
     found: dict[str, list[tuple[Tensor, Tensor]]] = {b.name: [] for b in blocks}
     for member in members:
@@ -132,7 +135,7 @@ def _watched(blocks: Iterable[Block]) -> Iterator[dict[str, list[tuple[Tensor, T
     def watch(name: str) -> Callable[..., None]:
         def keep(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             if inputs[0].dim() != 3:
-                raise ValueError(f"{name} ran on {tuple(inputs[0].shape)}, expected (B, L, I)")
+                raise InvalidInput(f"{name} ran on {tuple(inputs[0].shape)}, expected (B, L, I)")
             seen[name].append((inputs[0].detach(), output))
 
         return keep

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import Prefix, Scored, Support
+from diagnostics.errors import InvalidInput, MissingPackage
 
 FORMAT = "opdlab-dump-1"
 PARTS: dict[str, type[Support] | type[Prefix]] = {"support": Support, "prefix": Prefix}
@@ -58,9 +59,9 @@ class Dumps:
 
     def __post_init__(self) -> None:
         if self.responses < 1:
-            raise ValueError(f"responses is {self.responses}, expected at least 1")
+            raise InvalidInput(f"responses is {self.responses}, expected at least 1")
         if self.total_bytes < 2 * self.file_bytes:
-            raise ValueError(
+            raise InvalidInput(
                 f"total_bytes is {self.total_bytes}; it must hold the first file and the newest, "
                 f"twice file_bytes, {2 * self.file_bytes}"
             )
@@ -177,7 +178,7 @@ def load_dump(path: str | Path) -> Scored:
     table = parquet.read_table(path)
     header = json.loads((table.schema.metadata or {}).get(b"opdlab", b"{}"))
     if header.get("format") != FORMAT:
-        raise ValueError(f"{path} has format {header.get('format')!r}, expected {FORMAT!r}")
+        raise InvalidInput(f"{path} has format {header.get('format')!r}, expected {FORMAT!r}")
     columns = {
         name: _tensor(table[column])
         for column in table.column_names
@@ -188,7 +189,7 @@ def load_dump(path: str | Path) -> Scored:
     slot = row.new_zeros(len(numbers), int(position.max()) + 1 if len(position) else 1)
     slot.index_put_((row, position), torch.ones_like(row), accumulate=True)
     if bool((slot.diff(dim=1) > 0).any() or (slot > 1).any()):
-        raise ValueError(f"{path} lacks rows of a response, or has some twice; dump it again")
+        raise InvalidInput(f"{path} lacks rows of a response, or has some twice; dump it again")
     start = position == 0
     parts: dict[str, dict[str, Any]] = {"": {}, "support": {}, "prefix": {}}
     for name, x in columns.items():
@@ -230,5 +231,5 @@ def _arrow() -> tuple[Any, Any]:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise ImportError("dumps need pyarrow: pip install 'opdlab[data]'") from error
+        raise MissingPackage("dumps need pyarrow: pip install 'opdlab[data]'") from error
     return pyarrow, parquet

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from diagnostics.access import Missing, prefix_of
 from diagnostics.batch import Scored
+from diagnostics.errors import InvalidInput
 
 GAMMAS = (0.0, 0.5, 0.9, 0.95, 0.99, 1.0)
 
@@ -83,7 +84,7 @@ def weights(batch: Scored, names: Sequence[str], gammas: Sequence[float] = GAMMA
     unknown = [name for name in names if name not in FAMILY]
     wrong = [gamma for gamma in gammas if not 0 <= gamma <= 1]
     if unknown or wrong or not gammas:
-        raise ValueError(f"unknown members {unknown}, discounts {list(gammas)} must be in [0, 1]")
+        raise InvalidInput(f"unknown members {unknown}, discounts {list(gammas)} must be in [0, 1]")
     columns = [_weight(batch, FAMILY[name], gammas) for name in names]
     local = [FAMILY[name].mean_own for name in names for _ in gammas]
     return Weights(

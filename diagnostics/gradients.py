@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.access import Missing
+from diagnostics.errors import InvalidInput
 from diagnostics.jackknife import Estimate, estimate, positive, ratio, squared
 
 
@@ -31,7 +32,7 @@ def pairs(x: Tensor, prompt: Tensor) -> "Pairs":
       ValueError: x is not (n, F, J, m).
     """
     if x.dim() != 4 or len(x) != len(prompt):
-        raise ValueError(f"x has shape {tuple(x.shape)}, expected ({len(prompt)}, F, J, m)")
+        raise InvalidInput(f"x has shape {tuple(x.shape)}, expected ({len(prompt)}, F, J, m)")
     group = prompt.unique(return_inverse=True)[1]
     count = torch.bincount(group.cpu()).double()
     if len(count) < 3:
@@ -188,7 +189,7 @@ def from_norms(batch_square: float, sequence_squares: Tensor) -> tuple[float, fl
     """
     n, squares = len(sequence_squares), float(sequence_squares.double().sum())
     if n < 2:
-        raise ValueError(f"{n} sequence; the noise of one cannot be seen, give at least 2")
+        raise InvalidInput(f"{n} sequence; the noise of one cannot be seen, give at least 2")
     return (batch_square - squares) / (n * (n - 1)), (squares - batch_square / n) / (n - 1)
 
 
@@ -205,6 +206,6 @@ def from_batches(
       ValueError: large is not larger than small, or small not positive.
     """
     if not large > small > 0:
-        raise ValueError(f"batches of {large} and {small} sequences; need large > small > 0")
+        raise InvalidInput(f"batches of {large} and {small} sequences; need large > small > 0")
     signal = (large * large_square - small * small_square) / (large - small)
     return signal, (small_square - large_square) / (1 / small - 1 / large)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 
 from diagnostics.batch import Scored
+from diagnostics.errors import InvalidInput
 from diagnostics.totals import Total
 
 FIELDS = ("task", "turn", "prompt", "reward", "ended")
@@ -27,7 +28,7 @@ def by(metric: Metric, field: str, groups: Mapping[float, str]) -> Metric:
     Cost: selecting responses syncs with the host once a group. Raises ValueError for another field.
     """
     if field not in FIELDS:
-        raise ValueError(f"cannot group by {field!r}; there are {', '.join(FIELDS)}")
+        raise InvalidInput(f"cannot group by {field!r}; there are {', '.join(FIELDS)}")
 
     def measured(batch: Scored) -> dict[str, Total]:
         found: dict[str, Total] = {}

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diagnostics.errors import InvalidInput
+
 Array = NDArray[Any]
 
 
@@ -37,14 +39,16 @@ def bootstrap_interval(
     """
     values = np.asarray(values, dtype=np.float64)
     if not 0 < level < 1:
-        raise ValueError(f"level is {level}, expected a number in (0, 1)")
+        raise InvalidInput(f"level is {level}, expected a number in (0, 1)")
     labels = np.zeros(len(values), dtype=np.int64) if strata is None else np.asarray(strata)
     if labels.shape != values.shape[:1]:
-        raise ValueError(f"strata has shape {labels.shape}, values hold {len(values)} repetitions")
+        raise InvalidInput(
+            f"strata has shape {labels.shape}, values hold {len(values)} repetitions"
+        )
     groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     smallest = min(map(len, groups), default=0)
     if smallest < 2:
-        raise ValueError(f"a stratum holds {smallest} repetitions; an interval needs at least 2")
+        raise InvalidInput(f"a stratum holds {smallest} repetitions; an interval needs at least 2")
     drawn = [
         statistic(values[np.concatenate([generator.choice(g, size=len(g)) for g in groups])])
         for _ in range(resamples)
@@ -72,9 +76,9 @@ def crossed_interval(
     """
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 2 or values.shape[0] < 1 or values.shape[1] < 2:
-        raise ValueError(f"values have shape {values.shape}, expected (runs, problems >= 2)")
+        raise InvalidInput(f"values have shape {values.shape}, expected (runs, problems >= 2)")
     if not 0 < level < 1:
-        raise ValueError(f"level is {level}, expected a number in (0, 1)")
+        raise InvalidInput(f"level is {level}, expected a number in (0, 1)")
     n, m = values.shape
     runs = generator.multinomial(n, np.full(n, 1 / n), size=resamples) / n
     problems = generator.multinomial(m, np.full(m, 1 / m), size=resamples) / m

@@ -17,6 +17,7 @@ from diagnostics.access import Missing
 from diagnostics.alarms import Alarm, Alarms
 from diagnostics.batch import Scored
 from diagnostics.catalogue import PANEL, Metric
+from diagnostics.errors import InvalidInput
 from diagnostics.sinks import Sink
 from diagnostics.totals import Mean, Total, merge, pack, read, unpack
 
@@ -48,9 +49,9 @@ class Monitor:
         self.panel = dict(panel)
         given = every if isinstance(every, Mapping) else dict.fromkeys(panel, every)
         if unknown := sorted(given.keys() - panel.keys()):
-            raise ValueError(f"every names {unknown}, which the panel lacks; it has {[*panel]}")
+            raise InvalidInput(f"every names {unknown}, which the panel lacks; it has {[*panel]}")
         if wrong := {name: n for name, n in given.items() if n < 1}:
-            raise ValueError(f"every is {wrong}, expected a positive number of steps")
+            raise InvalidInput(f"every is {wrong}, expected a positive number of steps")
         self.every = dict.fromkeys(panel, 1) | dict(given)
         self.sinks, self.alarms, self.combine = list(sinks), alarms, combine
         self.raised: list[Alarm] = []
@@ -79,7 +80,7 @@ class Monitor:
         as_totals = {name: Mean(x, torch.ones_like(x)) for name, x in waiting.items()}
         measured = read(self.combine({**totals, **as_totals}))
         if taken := sorted(known.keys() & measured.keys() | waiting.keys() & totals.keys()):
-            raise ValueError(f"{', '.join(taken)}: names of metrics; give the numbers others")
+            raise InvalidInput(f"{', '.join(taken)}: names of metrics; give the numbers others")
         row = known | measured
         self.raised = self.alarms.update({"step": step, **row}) if self.alarms else []
         for sink in self.sinks:
@@ -104,7 +105,7 @@ class Monitor:
                     self.missing.setdefault(name, str(lack))
                     continue
                 if twice := sorted(source.keys() & mine.keys()):
-                    raise ValueError(
+                    raise InvalidInput(
                         f"the metrics {source[twice[0]]!r} and {name!r} both give "
                         f"{', '.join(twice)}; keep one of them in the panel"
                     )
@@ -136,7 +137,7 @@ class _Layout(Total):
     def summary(*sums: np.ndarray) -> dict[str, float]:
         count, total, square = (float(x) for x in sums)
         if count * square != total**2:
-            raise ValueError(
+            raise InvalidInput(
                 f"the {count:.0f} ranks measured different things, so that their sums do not add: "
                 "give all of them micro-batches with the same optional parts on every step"
             )

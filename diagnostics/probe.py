@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diagnostics.access import Missing
 from diagnostics.batch import Scored
+from diagnostics.errors import InvalidInput
 from diagnostics.family import GAMMAS, available, weights
 from diagnostics.gradients import Pairs, measures, pairs
 from diagnostics.jackknife import squared
@@ -125,7 +126,7 @@ def joined(parts: Sequence[Measured]) -> Measured:
     """
     kinds = {(part.names, part.gammas, *part.tensors()) for part in parts}
     if len(kinds) != 1:
-        raise ValueError(f"parts of {len(kinds)} different families: {sorted(kinds)}")
+        raise InvalidInput(f"parts of {len(kinds)} different families: {sorted(kinds)}")
     columns = [part.tensors() for part in parts]
     changed: dict[str, Any] = {name: torch.cat([c[name] for c in columns]) for name in columns[0]}
     return replace(parts[0], **changed)

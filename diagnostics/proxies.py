@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from diagnostics.errors import InvalidInput
+
 
 def scalar_advantage_variance(advantage: Tensor, score_square: Tensor, mask: Tensor) -> Tensor:
     """verl's total power: mean_i (mean_t A_it)^2 sum_t w_t, w = 1 - 2 p(y) + sum_v p(v)^2.
@@ -53,7 +55,7 @@ def adam_noise(
       states: (exp_avg, exp_avg_sq) of every parameter; step: number of updates, at least 1.
     """
     if step < 1:
-        raise ValueError(f"step is {step}; Adam has no moments before its first update")
+        raise InvalidInput(f"step is {step}; Adam has no moments before its first update")
     first, second = (1 - beta**step for beta in betas)
     parts = [(v.double() / second - (m.double() / first).square()).sum() for m, v in states]
     return torch.stack(parts).sum()

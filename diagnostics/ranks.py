@@ -15,6 +15,7 @@ import torch.distributed as distributed
 from torch import Tensor
 
 from diagnostics.batch import Scored, concatenate, flatten, unflatten
+from diagnostics.errors import InvalidInput
 from diagnostics.probe import Measured, joined
 
 
@@ -59,7 +60,7 @@ def rows_of_ranks(x: Tensor) -> list[Tensor]:
     distributed.all_gather(shapes, shape)
     sizes = [[n for n in s.tolist() if n >= 0] for s in shapes]
     if any(size[2:] != sizes[0][2:] or len(size) != x.dim() for size in sizes):
-        raise ValueError(
+        raise InvalidInput(
             f"ranks hold tensors of shapes {sizes}; only rows and positions may differ"
         )
     largest = [max(axis) for axis in zip(*sizes, strict=True)]

@@ -5,6 +5,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from diagnostics.errors import InvalidInput
+
 Row = dict[str, Any]
 
 
@@ -33,5 +35,5 @@ def read(path: Path) -> list[Row]:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
             if i + 1 < len(lines):
-                raise ValueError(f"{path} line {i + 1} is not JSON: {line[:80]!r}") from None
+                raise InvalidInput(f"{path} line {i + 1} is not JSON: {line[:80]!r}") from None
     return rows

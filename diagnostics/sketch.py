@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import Scored
+from diagnostics.errors import InvalidInput
 
 LogProbs = Callable[[slice], tuple[Tensor, Tensor | None]]
 """A slice of the flat tokens -> (n, V) student's and teacher's log-probabilities there, at the
@@ -52,7 +53,7 @@ def random_signs(
     Memory: copies * rows * (V + D) bytes, 19 MB at the default for V = 150 000.
     """
     if rows < 1 or copies < 2:
-        raise ValueError(f"rows is {rows} and copies {copies}; need rows >= 1 and copies >= 2")
+        raise InvalidInput(f"rows is {rows} and copies {copies}; need rows >= 1 and copies >= 2")
     generator = torch.Generator().manual_seed(seed)
 
     def signs(size: int) -> Tensor:
@@ -102,7 +103,7 @@ def token_sketches(
     """
     tokens, count = batch.tokens[batch.mask], int(batch.mask.sum())
     if hidden.dim() != 2 or len(hidden) != count:
-        raise ValueError(f"hidden is {tuple(hidden.shape)}, the mask has {count} tokens: (N, D)")
+        raise InvalidInput(f"hidden is {tuple(hidden.shape)}, the mask has {count} tokens: (N, D)")
     columns: dict[str, list[Tensor]] = {}
     for start in range(0, count, chunk_tokens):
         c = slice(start, min(start + chunk_tokens, count))
@@ -118,7 +119,7 @@ def _of_chunk(
     tokens: Tensor, h: Tensor, logp: Tensor, theirs: Tensor | None, projection: Projection
 ) -> dict[str, Tensor]:
     if logp.shape[-1] != len(projection.vocabulary) or h.shape[-1] != len(projection.hidden):
-        raise ValueError(
+        raise InvalidInput(
             f"logits of {logp.shape[-1]} ids and states of size {h.shape[-1]}; the projection is "
             f"for {len(projection.vocabulary)} and {len(projection.hidden)}"
         )
@@ -174,7 +175,7 @@ def sequence_sketches(
       mask: (B, T) of the batch; weights: (B, T, F); local: (F,) bool.
     """
     if bool(local.any()) and tokens.local is None:
-        raise ValueError("the local KL's gradient needs the teacher's whole distributions")
+        raise InvalidInput("the local KL's gradient needs the teacher's whole distributions")
     lengths = mask.sum(1).tolist()
     flat = weights[mask].to(tokens.score)
     rows = []

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
+from diagnostics.errors import InvalidInput
+
 
 @dataclass(frozen=True)
 class Span:
@@ -25,9 +27,9 @@ def common_spans(ours: Sequence[bytes], theirs: Sequence[bytes]) -> list[Span]:
       ValueError: the two do not spell the same bytes, or a token has none.
     """
     if b"".join(ours) != b"".join(theirs):
-        raise ValueError("the two tokenisations are of different texts; decode one, encode again")
+        raise InvalidInput("the two tokenisations are of different texts; decode one, encode again")
     if not (all(ours) and all(theirs)):
-        raise ValueError("a token without bytes has no place in a text; leave special ids out")
+        raise InvalidInput("a token without bytes has no place in a text; leave special ids out")
     mine, other = (
         {0: 0} | {end: i for i, end in enumerate(accumulate(map(len, x)), 1)}
         for x in (ours, theirs)

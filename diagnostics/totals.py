@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.bins import LABELS, slices, tenths
+from diagnostics.errors import InvalidInput
 
 _UNSET = torch.empty(0)
 
@@ -320,7 +321,7 @@ def unpack(vector: Tensor, like: Mapping[str, Total]) -> dict[str, Total]:
             start += x.numel()
         found[name] = type(total)(*parts)
     if start != vector.numel():
-        raise ValueError(f"vector holds {vector.numel()} sums, the totals have {start}")
+        raise InvalidInput(f"vector holds {vector.numel()} sums, the totals have {start}")
     return found
 
 
@@ -362,5 +363,5 @@ def _divided(ratios: list[list[np.ndarray]]) -> list[tuple[np.ndarray, np.ndarra
 def merge(a: Mapping[str, Total], b: Mapping[str, Total]) -> dict[str, Total]:
     """Totals of both parts; raises ValueError when they do not hold the same names."""
     if a.keys() != b.keys():
-        raise ValueError(f"totals in one part only: {sorted(a.keys() ^ b.keys())}")
+        raise InvalidInput(f"totals in one part only: {sorted(a.keys() ^ b.keys())}")
     return {name: a[name] + b[name] for name in a}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diagnostics.access import Missing
 from diagnostics.batch import Scored
+from diagnostics.errors import InvalidInput
 from diagnostics.family import Grid, member_index
 from diagnostics.gradients import Pairs
 from diagnostics.jackknife import Estimate, squared
@@ -143,7 +144,7 @@ def recommend(
       Missing: bias could not be measured.
     """
     if sequences < 1:
-        raise ValueError(f"sequences is {sequences}; an update needs at least 1")
+        raise InvalidInput(f"sequences is {sequences}; an update needs at least 1")
     c, cut = found.num_prompts, len(at.gammas)
     both = torch.cat([squared_bias(found, at), found.noise], 1)[: 1 + c].cpu()
     away = both[1:] - both[1:].mean(0)

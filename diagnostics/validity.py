@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diagnostics.access import Missing, prefix_of
 from diagnostics.batch import Scored
+from diagnostics.errors import InvalidInput
 from diagnostics.histograms import Quantiles
 from diagnostics.moments import EffectiveSize
 from diagnostics.totals import Martingale, Mean, Total
@@ -91,9 +92,9 @@ def rescoring(first: Scored, second: Scored) -> dict[str, Total]:
     """
     same = first.tokens.shape == second.tokens.shape
     if not same or not bool((first.mask == second.mask).all()):
-        raise ValueError("the two scorings hold different responses; pass one batch scored twice")
+        raise InvalidInput("the two scorings hold different responses; pass one batch scored twice")
     if not bool(((first.tokens == second.tokens) | ~first.mask).all()):
-        raise ValueError("the two scorings hold different tokens; pass one batch scored twice")
+        raise InvalidInput("the two scorings hold different tokens; pass one batch scored twice")
     d = (first.teacher_logp - second.teacher_logp).abs()
     mask, prompt = first.mask, first.prompt
     return {

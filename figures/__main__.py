@@ -17,6 +17,8 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diagnostics.errors import InvalidInput, MissingFile, OperationFailed
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -98,15 +100,19 @@ def main(argv: list[str]) -> None:
         return
     names = {"all": figures(), "paper": list(PAPER)}.get(given.name, [given.name])
     if given.table and len(names) > 1:
-        raise ValueError(f"--table {given.table} needs the name of its figure: {', '.join(names)}")
+        raise InvalidInput(
+            f"--table {given.table} needs the name of its figure: {', '.join(names)}"
+        )
     if given.run and not set(names) <= {*FROM_RUNS, "phase"}:
-        raise ValueError(f"--run is for the figures {', '.join(FROM_RUNS)}, phase, one by one")
+        raise InvalidInput(f"--run is for the figures {', '.join(FROM_RUNS)}, phase, one by one")
     if given.update_data and names == ["phase"]:
-        raise ValueError("the recorded maps of phase are the study's; runs are only drawn on them")
+        raise InvalidInput(
+            "the recorded maps of phase are the study's; runs are only drawn on them"
+        )
     if given.update_data and not given.run:
-        raise ValueError("--update-data records the table of --run, and no run is given")
+        raise InvalidInput("--update-data records the table of --run, and no run is given")
     if given.refresh and given.run:
-        raise ValueError("--refresh makes its own runs; leave out --run")
+        raise InvalidInput("--refresh makes its own runs; leave out --run")
     for name in names:
         if given.refresh:
             refresh(name)
@@ -131,7 +137,9 @@ def refresh(name: str) -> None:
         words = [x for word in line.split()[1:] for x in sorted(glob(word)) or [word]]
         done = subprocess.run([sys.executable, "-m", "opd.cli", *words], check=False)
         if done.returncode:
-            raise RuntimeError(f"`{line}` ended with {done.returncode}; the same command goes on")
+            raise OperationFailed(
+                f"`{line}` ended with {done.returncode}; the same command goes on"
+            )
 
 
 def collected(name: str, runs: list[Path]) -> "pd.DataFrame":
@@ -158,15 +166,13 @@ def read(name: str, path: Path) -> "pd.DataFrame":
     import pandas as pd
 
     if name not in figures():
-        raise ValueError(f"unknown figure {name!r}; known: {', '.join(figures())}, all")
+        raise InvalidInput(f"unknown figure {name!r}; known: {', '.join(figures())}, all")
     if not path.exists():
-        raise FileNotFoundError(
-            f"{path} does not exist; make it with `{' && '.join(made_by(name))}`"
-        )
+        raise MissingFile(f"{path} does not exist; make it with `{' && '.join(made_by(name))}`")
     table = pd.read_csv(path, dtype={"outcomes": str})
     lacking = [c for c in import_module(f"figures.{name}").COLUMNS if c not in table]
     if lacking:
-        raise ValueError(f"{path} lacks the columns {', '.join(lacking)}")
+        raise InvalidInput(f"{path} lacks the columns {', '.join(lacking)}")
     return table
 
 

@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from diagnostics import rows
+from diagnostics.errors import InvalidInput
 from figures import style
 from figures.paired import accuracy, difference, last, outcomes
 from figures.steps import about, over_seeds, rounded
@@ -214,7 +215,7 @@ def collect(runs: list[Path]) -> pd.DataFrame:
         for row in rows.read(run / "evals.jsonl"):
             task, problems = row.get("task", GAMES), row["problem_set"]
             if judged.setdefault(task, problems) != problems:
-                raise ValueError(
+                raise InvalidInput(
                     f"{run} was judged on the {task} {problems}, others on {judged[task]}: leave "
                     "it out, or evaluate it anew"
                 )

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from diagnostics.errors import InvalidInput
 from figures import style
 
 COLUMNS = ("method", "runs", "step", "first", "last", "part", "tokens", "value", "error")
@@ -125,5 +126,5 @@ def support(row: dict[str, Any], run: Path) -> str:
     """
     found = [key.removesuffix("_parts") for key in row if key.endswith("kl_parts")]
     if not found:
-        raise ValueError(f"{run} has no support: its rows hold no drift/kl_parts")
+        raise InvalidInput(f"{run} has no support: its rows hold no drift/kl_parts")
     return found[0]

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from diagnostics import rows
+from diagnostics.errors import InvalidInput, MissingFile
 from diagnostics.intervals import crossed_interval
 
 KEPT = [
@@ -33,7 +34,7 @@ def training_table(runs: list[Path]) -> pd.DataFrame:
     records: list[dict[str, Any]] = []
     for run in runs:
         if not (run / "config.json").exists():
-            raise FileNotFoundError(f"{run} is no run folder: it has no config.json")
+            raise MissingFile(f"{run} is no run folder: it has no config.json")
         config = json.loads((run / "config.json").read_text())
 
         def about(row: dict[str, Any], run: Path = run, config: Any = config) -> dict[str, Any]:
@@ -57,7 +58,7 @@ def training_table(runs: list[Path]) -> pd.DataFrame:
             outcomes = {"step": row["step"], "metric": "eval/outcomes", "value": float("nan")}
             records.append(about(row) | outcomes | {"outcomes": row["outcomes"]})
     if not records:
-        raise ValueError(f"no rows in {[str(run) for run in runs]}")
+        raise InvalidInput(f"no rows in {[str(run) for run in runs]}")
     return pd.DataFrame(records)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from diagnostics.errors import MissingFile
 from diagnostics.intervals import bootstrap_interval
 from figures import style
 
@@ -114,7 +115,7 @@ def certainty(runs: list[Path], source: str) -> pd.DataFrame:
     for run in runs:
         path = run / "control" / f"{source}.safetensors"
         if not path.exists():
-            raise FileNotFoundError(f"{path} does not exist; make it with `opd control {run}`")
+            raise MissingFile(f"{path} does not exist; make it with `opd control {run}`")
         batch = scored(path)
         mask, prefix = batch.mask, batch.prefix
         assert prefix is not None  # `scored` refuses others

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from diagnostics.errors import InvalidInput
 from figures.paired import accuracy, difference, last, outcomes
 from figures.steps import over_seeds
 
@@ -45,7 +46,7 @@ class Tables:
         for column, value in where.items():
             table = table[table[column] == value]
         if len(table) != 1:
-            raise ValueError(f"{name}: {where} selects {len(table)} rows, expected 1")
+            raise InvalidInput(f"{name}: {where} selects {len(table)} rows, expected 1")
         return tuple(float(table[c].iloc[0]) for c in ("value", "low", "high"))  # type: ignore[return-value]
 
     def final(self, group: str, task: str = "") -> pd.DataFrame:

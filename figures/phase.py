@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 
+from diagnostics.errors import InvalidInput
 from figures import style
 
 COLUMNS = ("quantity", "estimator", "horizon", "cost", "n", "value", "low", "high")
@@ -126,6 +127,8 @@ def collect(runs: list[Path]) -> pd.DataFrame:
                 }
             )
     if not found:
-        raise ValueError(f"no gradient probe in {[str(r) for r in runs]}; train with --probe-every")
+        raise InvalidInput(
+            f"no gradient probe in {[str(r) for r in runs]}; train with --probe-every"
+        )
     recorded = pd.read_csv(Path(__file__).parent / "data" / "phase.csv")
     return pd.concat([recorded, pd.DataFrame(found)], ignore_index=True)

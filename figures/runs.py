@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from diagnostics.errors import MissingFile
 from diagnostics.rows import Row
 
 BIN = re.compile(r"@(\d+)-(\d+)$")
@@ -20,7 +21,7 @@ def methods(runs: list[Path]) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for run in runs:
         if not (run / "config.json").exists():
-            raise FileNotFoundError(f"{run} is no run folder: it has no config.json")
+            raise MissingFile(f"{run} is no run folder: it has no config.json")
         seed = json.loads((run / "config.json").read_text())["seed"]
         found.setdefault(run.name.removesuffix(f"-{seed}"), []).append(run)
     return found
@@ -39,7 +40,7 @@ def saved(runs: list[Path]) -> list[int]:
     common = sorted(set.intersection(*steps))
     if not common:
         names = ", ".join(str(run) for run in runs)
-        raise FileNotFoundError(f"no step at which all of {names} saved a batch; see --batch-every")
+        raise MissingFile(f"no step at which all of {names} saved a batch; see --batch-every")
     return common
 
 

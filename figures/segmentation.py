@@ -5,6 +5,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
+from diagnostics.errors import InvalidInput
 from figures import style
 
 COLUMNS = ("place", "position", "text", "student", "teacher")
@@ -57,7 +58,7 @@ def collect(runs: list[Path]) -> pd.DataFrame:
         if spelled and at > 0:
             break
     else:
-        raise ValueError(f"{runs[0]} has no response with spelled tags in its first batch")
+        raise InvalidInput(f"{runs[0]} has no response with spelled tags in its first batch")
     parts = {"open": mine.iloc[:10], "close": mine.iloc[at - 2 :]}
     rows = [
         {

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from diagnostics.errors import InvalidInput
 from figures import style
 
 COLUMNS = ("method", "runs", "run", "step", "loss", "loss_error", "signal", "low", "high", "ratio")
@@ -94,5 +95,7 @@ def collect(runs: list[Path]) -> pd.DataFrame:
                 about = {"method": method, "runs": len(mine), "run": run.name, "step": row["step"]}
                 records.append(about | {k: short(v) for k, v in found.items()})
     if not records:
-        raise ValueError(f"no gradient probe in {[str(r) for r in runs]}; train with --probe-every")
+        raise InvalidInput(
+            f"no gradient probe in {[str(r) for r in runs]}; train with --probe-every"
+        )
     return pd.DataFrame(records)

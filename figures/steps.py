@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from diagnostics import rows
+from diagnostics.errors import InvalidInput, MissingFile
 
 KEPT = {
     "reward": "collapse/reward",
@@ -39,7 +40,7 @@ def about(run: Path) -> dict[str, Any]:
       FileNotFoundError: it is not a run folder.
     """
     if not (run / "config.json").exists():
-        raise FileNotFoundError(f"{run} is no run folder: it has no config.json")
+        raise MissingFile(f"{run} is no run folder: it has no config.json")
     seed = json.loads((run / "config.json").read_text())["seed"]
     method = run.name.removesuffix(f"-{seed}")
     return {"group": run.resolve().parent.name, "method": method, "seed": seed}
@@ -78,7 +79,7 @@ def evaluations(runs: list[Path]) -> pd.DataFrame:
         for row in rows.read(run / "evals.jsonl"):
             task, problems = row.get("task", ""), row.get("problem_set", "")
             if judged.setdefault((about_it["group"], task), problems) != problems:
-                raise ValueError(
+                raise InvalidInput(
                     f"{run} was judged on the problems {problems}, others of {about_it['group']} "
                     f"on {judged[about_it['group'], task]}: leave it out, or evaluate it anew"
                 )

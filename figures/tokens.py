@@ -10,6 +10,7 @@ import pandas as pd
 
 from diagnostics.batch import Scored, load
 from diagnostics.blame import impossible
+from diagnostics.errors import InvalidInput
 from diagnostics.repetition import repeated
 from diagnostics.supervision import score_norm
 from figures.runs import batch_path
@@ -32,7 +33,7 @@ def scored(path: Path) -> Scored:
     """
     batch = load(path)
     if not isinstance(batch, Scored) or batch.prefix is None:
-        raise ValueError(f"{path} has no whole distributions; save it at a step of exact_every")
+        raise InvalidInput(f"{path} has no whole distributions; save it at a step of exact_every")
     return batch
 
 

@@ -4,6 +4,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from diagnostics.errors import InvalidInput, MissingFile
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -26,7 +28,7 @@ def read(run: Path) -> Vocabulary:
     for place in places:
         if (place / "tokenizer.json").exists():
             return parse(json.loads((place / "tokenizer.json").read_text()))
-    raise FileNotFoundError(
+    raise MissingFile(
         f"no tokenizer.json in {places[0]} or {places[1]}: finish the run, or put the student "
         "where its config.json says"
     )
@@ -52,11 +54,11 @@ def end(folder: Path, vocabulary: Vocabulary) -> int:
     settings = folder / "tokenizer_config.json"
     token = json.loads(settings.read_text()).get("eos_token") if settings.exists() else None
     if token is None:
-        raise FileNotFoundError(f"no eos_token in {settings}, and without it no ends to show")
+        raise MissingFile(f"no eos_token in {settings}, and without it no ends to show")
     text = token["content"] if isinstance(token, dict) else token
     ids = [i for i, name in vocabulary.names.items() if name == text]
     if not ids:
-        raise ValueError(f"{folder} ends with {text!r}, which the run's vocabulary does not have")
+        raise InvalidInput(f"{folder} ends with {text!r}, which the run's vocabulary does not have")
     return ids[0]
 
 

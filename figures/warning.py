@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from diagnostics.errors import InvalidInput
 from figures import style
 
 COLUMNS = ("run", "seed", "kind", "step", "indicator", "value", "z", "alarm", "collapse")
@@ -128,7 +129,7 @@ def collect(runs: list[Path]) -> pd.DataFrame:
     table = pd.DataFrame(records)
     healthy = table[table["kind"] == "healthy"]
     if healthy["run"].nunique() < 2 or len(healthy) == len(table):
-        raise ValueError(
+        raise InvalidInput(
             f"{healthy['run'].nunique()} of {table['run'].nunique()} runs are healthy; the "
             "timeline needs at least 2 healthy ones and one that collapses"
         )

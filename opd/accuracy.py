@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diagnostics.errors import InvalidInput
 from diagnostics.intervals import bootstrap_interval
 
 Array = NDArray[Any]
@@ -85,7 +86,7 @@ def won_with(groups: list[tuple[int, float]], silent: int, k: int, most: int) ->
 
 def refuse_k(k: int, samples: int) -> None:
     if not 1 <= k <= samples:
-        raise ValueError(f"k is {k}, but each problem has {samples} samples; draw at least k")
+        raise InvalidInput(f"k is {k}, but each problem has {samples} samples; draw at least k")
 
 
 def summary(
@@ -160,14 +161,14 @@ def compare(
       ValueError: different problems, or fewer than 2.
     """
     if a["problem_set"] != b["problem_set"]:
-        raise ValueError(
+        raise InvalidInput(
             f"the evaluations are of different problems ({a['problems']}, set {a['problem_set']}; "
             f"{b['problems']}, set {b['problem_set']}); evaluate both on one task"
         )
     before, after = rights(a), rights(b)
     difference = after.mean(1) - before.mean(1)
     if len(difference) < 2:
-        raise ValueError("one problem gives no interval; compare on at least 2")
+        raise InvalidInput("one problem gives no interval; compare on at least 2")
     low, high = problem_interval(difference, generator)
     found = {"gain": float(difference.mean()), "low": float(low), "high": float(high)}
     if before.shape[1] == after.shape[1] == 1:

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from diagnostics.batch import Rollouts, load
+from diagnostics.errors import InvalidInput, OperationFailed
 from diagnostics.totals import Mean, Total
 from opd import processes, runlog
 from opd.data import Prompts
@@ -61,7 +62,7 @@ class Ahead:
         for _, rollouts, _ in drawn:
             oldest, most = int(rollouts.age.max()), self._depth * self._updates
             if oldest > most:
-                raise RuntimeError(
+                raise OperationFailed(
                     f"rollouts of step {step} are {oldest} updates old, at most {most} are allowed"
                 )
         return drawn
@@ -109,7 +110,7 @@ class Ahead:
         kept = folder / "ahead" / f"step_{step:06d}"
         if kept.exists() and not (kept / own_folder()).exists():
             count = next(kept.iterdir()).name.split("_")[-1]
-            raise ValueError(
+            raise InvalidInput(
                 f"{kept} holds rollouts ahead of {count} processes, and these are "
                 f"{processes.size()}: start as many, or delete it, and they are sampled anew"
             )

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diagnostics.errors import InvalidInput
+
 CLAMPED = -9999.0
 """What vLLM writes for a log-probability of minus infinity."""
 
@@ -41,18 +43,18 @@ def read_row(
     """
     told = choice["prompt_logprobs"]
     if told is None:
-        raise ValueError("no prompt_logprobs; the server must be vLLM's, or speak as it does")
+        raise InvalidInput("no prompt_logprobs; the server must be vLLM's, or speak as it does")
     if choice.get("prompt_token_ids") not in (None, list(row)):
-        raise ValueError("its token ids are not those that were sent")
+        raise InvalidInput("its token ids are not those that were sent")
     if len(told) != len(row):
-        raise ValueError(f"{len(told)} positions for {len(row)} ids")
+        raise InvalidInput(f"{len(told)} positions for {len(row)} ids")
     ids = np.empty((len(places), k), np.int64)
     logp = np.empty((len(places), k), np.float64)
     sampled = np.empty(len(places), np.float64)
     for i, place in enumerate(places):
         ids[i], logp[i], sampled[i] = read_position(told[place], row[place], place, k)
     if ids.size and not 0 <= ids.min() <= ids.max() < vocabulary:
-        raise ValueError(
+        raise InvalidInput(
             f"the teacher's top-K holds the id {ids.max()}, and the student has {vocabulary} ids; "
             "lower support_k, or take a teacher with the student's vocabulary"
         )
@@ -68,12 +70,12 @@ def read_position(
     The server adds the token to its K where it is not among them.
     """
     if not isinstance(told, dict) or str(token) not in told:
-        raise ValueError(
+        raise InvalidInput(
             f"position {place}: the id {token} that was sent has no log-probability; are these "
             "another row's?"
         )
     if len(told) not in (k, k + 1):
-        raise ValueError(
+        raise InvalidInput(
             f"position {place}: {len(told)} log-probabilities where {k} or {k + 1} were asked; "
             f"start the server with --max-logprobs {k} or more"
         )
@@ -107,4 +109,4 @@ def _check_numbers(
         ),
     ):
         if wrong.any():
-            raise ValueError(f"position {places[int(wrong.argmax())]}: {what}")
+            raise InvalidInput(f"position {places[int(wrong.argmax())]}: {what}")

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint import (
 from torch.distributed.checkpoint import load as load_shards
 from torch.distributed.checkpoint import save as save_shards
 
+from diagnostics.errors import OperationFailed
 from opd import processes, runlog
 from opd.model import Pair
 from opd.optimizer import Optimizer
@@ -52,7 +53,7 @@ def write_shards(optimizer: Optimizer, folder: Path) -> None:
         try:
             save_shards(optimizer.tensors(), storage_writer=writer)
         except CheckpointException as error:  # derives from BaseException
-            raise RuntimeError(first_of(error)) from error
+            raise OperationFailed(first_of(error)) from error
 
 
 def resume(folder: Path, pair: Pair, moving_teacher: bool) -> int:
@@ -89,7 +90,7 @@ def resume_optimizer(folder: Path, optimizer: Optimizer) -> None:
         try:
             load_shards(optimizer.tensors(), storage_reader=reader)
         except CheckpointException as error:
-            raise RuntimeError(
+            raise OperationFailed(
                 f"could not read {found[-1] / 'optimizer'}: {first_of(error)}"
             ) from error
 

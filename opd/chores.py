@@ -11,6 +11,7 @@ It looks into places that it did not just come from until it sees what it wants,
 import random
 import re
 
+from diagnostics.errors import InvalidInput
 from opd.environments.rooms import Rooms
 from opd.games import action_of, answered, told
 from opd.problems import Problem
@@ -30,7 +31,7 @@ def problems(split: str, count: int, seed: int) -> list[Problem]:
       ValueError: another split.
     """
     if split not in ("train", "test"):
-        raise ValueError(f'split is {split!r}; it must be "train" or "test"')
+        raise InvalidInput(f'split is {split!r}; it must be "train" or "test"')
     generator = random.Random(f"chores-{split}-{seed}")
     found: list[Problem] = []
     while len(found) < count:

@@ -8,6 +8,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from diagnostics.errors import UserError
+
 COMMANDS = {
     "demo": ("opd.demo", "the whole house: study, lab pair, two objectives, figures"),
     "study": ("synthetic.run", "exact synthetic studies: list, run NAME|all"),
@@ -40,10 +42,7 @@ def main() -> None:
     try:
         module, _, name = COMMANDS[argv[0]][0].partition(":")
         getattr(import_module(module), name or "main")(argv[1:])
-    except (ValueError, FileNotFoundError, ImportError, RuntimeError) as error:
-        # a subclass is a fault of ours and keeps its traceback
-        if type(error) not in (ValueError, FileNotFoundError, ImportError, RuntimeError):
-            raise
+    except UserError as error:
         raise SystemExit(f"opd {argv[0]}: {error}") from error
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from diagnostics.batch import Scored
+from diagnostics.errors import InvalidInput
 from opd.credit import (
     check_gamma,
     discounted,
@@ -98,7 +99,7 @@ class Objective:
         if self.support != "none":
             source = batch.support.source if batch.support is not None else "none"
             if support is None or support_logp is None or source != self.support:
-                raise ValueError(f"needs a {self.support!r} support, the batch has {source!r}")
+                raise InvalidInput(f"needs a {self.support!r} support, the batch has {source!r}")
         at = Visited(
             logp=logp,
             credit=credit,
@@ -148,7 +149,7 @@ def sampled_token_clipped(
     """
     low, high, dual = clip
     if not (0 < low < 1 and high > 0 and dual > 1 + high):
-        raise ValueError(
+        raise InvalidInput(
             f"clip is {clip}; it must be (low, high, dual) with 0 < low < 1, high > 0 and "
             "dual > 1 + high"
         )
@@ -208,7 +209,7 @@ def full_jsd(beta: float = 0.5) -> Objective:
       ValueError: beta is outside [0, 1].
     """
     if not 0 <= beta <= 1:
-        raise ValueError(f"beta is {beta}; it must lie in [0, 1], 0 forward and 1 reverse KL")
+        raise InvalidInput(f"beta is {beta}; it must lie in [0, 1], 0 forward and 1 reverse KL")
     return local("full", partial(full_mixture, beta=beta))
 
 

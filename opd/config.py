@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from diagnostics.errors import InvalidInput
 from opd.rules import parse
 
 
@@ -282,7 +283,7 @@ class Config:
 
 def _require(name: str, value: object, ok: bool, what: str) -> None:
     if not ok:
-        raise ValueError(f"{name} is {value}; it must be {what}")
+        raise InvalidInput(f"{name} is {value}; it must be {what}")
 
 
 def to_json(config: Config) -> dict[str, Any]:
@@ -294,7 +295,7 @@ def from_json(path: str | Path) -> Config:
     raw = json.loads(Path(path).read_text())
     known = {f.name for f in dataclasses.fields(Config)}
     if unknown := sorted(set(raw) - known):
-        raise ValueError(f"{path} has unknown settings {unknown}; it comes from another version")
+        raise InvalidInput(f"{path} has unknown settings {unknown}; it comes from another version")
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
     fields["tasks"] = tuple(task_settings(task) for task in raw.get("tasks", ()))
     return Config(**fields)
@@ -304,10 +305,10 @@ def task_settings(raw: Mapping[str, Any]) -> TaskSettings:
     """One task's settings from plain data; unknown ones are an error."""
     known = {f.name for f in dataclasses.fields(TaskSettings)}
     if unknown := sorted(set(raw) - known):
-        raise ValueError(
+        raise InvalidInput(
             f"task {raw.get('name')!r} has unknown settings {unknown}; known: {sorted(known)}"
         )
     if lacking := sorted({"name", "task"} - raw.keys()):
-        raise ValueError(f"task {raw.get('name')!r} lacks {lacking}")
+        raise InvalidInput(f"task {raw.get('name')!r} lacks {lacking}")
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
     return TaskSettings(**fields)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from diagnostics.batch import Rollouts
+from diagnostics.errors import InvalidInput
 from diagnostics.intervals import bootstrap_interval
 from opd.config import from_json
 from opd.data import Prompts, Task, encode
@@ -56,10 +57,10 @@ def continuation(
       ValueError: a negative length, or the run has several tasks or a teacher of its student.
     """
     if min(lengths) < 0:
-        raise ValueError(f"lengths are {list(lengths)}; a prefix has 0 tokens or more")
+        raise InvalidInput(f"lengths are {list(lengths)}; a prefix has 0 tokens or more")
     config = from_json(run / "config.json")
     if config.tasks or config.teacher in ("base", "ema") or is_url(config.teacher):
-        raise ValueError(
+        raise InvalidInput(
             f"{run} has no teacher of its own, several, or one on a server; the probe samples from "
             "one"
         )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import Scored
+from diagnostics.errors import InvalidInput
 
 # --- costs to go --------------------------------------------------------------------------------
 
@@ -54,7 +55,7 @@ def discounted(cost: Tensor, mask: Tensor, gamma: float) -> Tensor:
 
 def check_gamma(gamma: float) -> None:
     if not 0 <= gamma <= 1:
-        raise ValueError(f"gamma is {gamma}; the discount must lie in [0, 1]")
+        raise InvalidInput(f"gamma is {gamma}; the discount must lie in [0, 1]")
 
 
 # --- baselines ----------------------------------------------------------------------------------
@@ -101,7 +102,7 @@ def given(batch: Scored, credit: Tensor) -> Tensor:
       ValueError: the batch has none.
     """
     if batch.baseline is None:
-        raise ValueError("the baseline 'given' needs a batch with a baseline column; it has none")
+        raise InvalidInput("the baseline 'given' needs a batch with a baseline column; it has none")
     return batch.baseline
 
 
@@ -163,7 +164,7 @@ def _rewards(batch: Scored) -> tuple[Tensor, Tensor, Tensor]:
     """(B,) group, (B,) size of the group, (B,) reward."""
     missing = int(batch.reward.isnan().sum())
     if missing:
-        raise ValueError(
+        raise InvalidInput(
             f"{missing} of {len(batch)} responses have no reward (NaN); an outcome term needs a "
             "graded task, or outcome = 0"
         )
@@ -175,7 +176,7 @@ def _groups(batch: Scored, what: str) -> tuple[Tensor, Tensor]:
     """(B,) the prompt's number and (B,) how many rollouts it has, at least 2."""
     _, group, size = batch.prompt.unique(return_inverse=True, return_counts=True)
     if bool((size < 2).any()):
-        raise ValueError(
+        raise InvalidInput(
             f"{int((size < 2).sum())} of {len(size)} prompts have a single rollout; the {what} "
             "needs at least 2 a prompt (group_size)"
         )
@@ -221,7 +222,7 @@ def mean_cost(batch: Scored) -> Tensor:
       ValueError: the batch has no prefix functionals.
     """
     if batch.prefix is None:
-        raise ValueError(
+        raise InvalidInput(
             "the local KL needs whole next-token distributions; score the batch with prefix "
             "functionals (diagnostics.prefix)"
         )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diagnostics.errors import InvalidInput
 from opd.grading import Grader, make_grader
 from opd.named import is_named, named_rows
 from opd.problems import Problem, problems
@@ -108,7 +109,7 @@ def load_task(
 
     if source == "lab":
         if test:
-            raise ValueError(f'"lab" has held-out problems of its own; leave out test={test!r}')
+            raise InvalidInput(f'"lab" has held-out problems of its own; leave out test={test!r}')
         return lab_task(seed, make_grader(grader or "lab"), system, settings)
     everything = read(source, columns)
     if test:
@@ -120,7 +121,7 @@ def load_task(
 
     def draw(step: int, count: int) -> list[Problem]:
         if not training:
-            raise ValueError(f"all of {source} is held out; nothing is left to train on")
+            raise InvalidInput(f"all of {source} is held out; nothing is left to train on")
         order = epoch_indices(len(training), step * count, count, seed)
         return [training[i] for i in order]
 
@@ -147,7 +148,7 @@ def named_grader(source: str, rows: list[Problem]) -> str:
     """The grader that the rows name, "" if none does; a ValueError if they name several."""
     names = {problem.grader for problem in rows if isinstance(problem, Question)}
     if len(names) > 1:
-        raise ValueError(
+        raise InvalidInput(
             f"{source} names several graders, {sorted(names)}; make one file of each, or choose "
             "one with --grader"
         )
@@ -175,7 +176,7 @@ def split(rows: list[Problem]) -> tuple[list[Problem], list[Problem]]:
     """
     prompts = distinct(rows)
     if len(prompts) < 2:
-        raise ValueError(
+        raise InvalidInput(
             f"{len(rows)} rows hold {len(prompts)} different prompts; 2 are needed, one to train "
             "on and one to hold out"
         )
@@ -215,7 +216,7 @@ def refuse_long(tokenizer: Any, max_prompt: int, rows: list[Problem]) -> list[Pr
     """
     fitting, longest = fits(tokenizer, max_prompt, rows)
     if len(fitting) < len(rows):
-        raise ValueError(
+        raise InvalidInput(
             f"{len(rows) - len(fitting)} of {len(rows)} prompts are longer than max_prompt = "
             f"{max_prompt} tokens, the longest has {longest}; raise max_prompt, or drop them"
         )
@@ -231,7 +232,7 @@ def drop_long(tokenizer: Any, max_prompt: int, rows: list[Problem]) -> list[Prob
     fitting, longest = fits(tokenizer, max_prompt, rows)
     count = f"{len(rows) - len(fitting)} of {len(rows)} prompts"
     if not fitting:
-        raise ValueError(f"{count} are longer than max_prompt = {max_prompt} tokens; raise it")
+        raise InvalidInput(f"{count} are longer than max_prompt = {max_prompt} tokens; raise it")
     if len(fitting) < len(rows):
         warnings.warn(
             f"dropped {count}: longer than max_prompt = {max_prompt} tokens, up to {longest}",
@@ -256,7 +257,7 @@ def encode(tokenizer: Any, chosen: list[Problem], repeats: int, max_prompt: int)
     encoded = [encode_one(tokenizer, problem) for problem in chosen]
     width = max(len(ids) for ids in encoded)
     if width > max_prompt:
-        raise ValueError(f"a prompt has {width} tokens, max_prompt is {max_prompt}")
+        raise InvalidInput(f"a prompt has {width} tokens, max_prompt is {max_prompt}")
     tokens = torch.zeros(len(encoded), width, dtype=torch.long)
     mask = torch.zeros(len(encoded), width, dtype=torch.bool)
     for i, ids in enumerate(encoded):
@@ -282,7 +283,7 @@ def encode_one(tokenizer: Any, problem: Problem) -> list[int]:
         chat, settings = problem.chat or chat, dict(problem.template)
     if tokenizer.chat_template is None:
         if len(chat) > 1 or settings:
-            raise ValueError(
+            raise InvalidInput(
                 "the tokenizer has no chat template for a system message, several messages or "
                 "template settings; give plain prompts, or set tokenizer.chat_template"
             )
@@ -298,7 +299,7 @@ def encode_one(tokenizer: Any, problem: Problem) -> list[int]:
         )
         ids = tokenizer.encode(text, add_special_tokens=False)
     if not ids:
-        raise ValueError(f"the prompt {problem.prompt!r} encodes to no token")
+        raise InvalidInput(f"the prompt {problem.prompt!r} encodes to no token")
     return ids
 
 

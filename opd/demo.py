@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from diagnostics.errors import OperationFailed
+
 OBJECTIVES = ("sampled_token", "teacher_topk")
 SEEDS = (0, 1, 2)
 
@@ -63,7 +65,7 @@ def command(*words: object, threads: int | None = None) -> None:
     line = [sys.executable, "-m", "opd.cli", *map(str, words)]
     done = subprocess.run(line, env=environment, stdout=sys.stderr, check=False)
     if done.returncode:
-        raise RuntimeError(f"`opd {' '.join(map(str, words))}` ended with {done.returncode}")
+        raise OperationFailed(f"`opd {' '.join(map(str, words))}` ended with {done.returncode}")
 
 
 def train_all(out: Path, recipe: str, lab: Path, jobs: int, fresh: bool) -> list[Path]:

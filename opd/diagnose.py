@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diagnostics.errors import InvalidInput, MissingFile
+
 if TYPE_CHECKING:
     from diagnostics.adapters.columns import Record
     from diagnostics.adapters.records import Records
@@ -42,7 +44,7 @@ def main(argv: list[str]) -> None:
             show(str(path), *_of_records(path, pair, given), as_json=given.json)
             continue
         if pair is not None or given.task is not None:
-            raise ValueError(
+            raise InvalidInput(
                 f"{path} is no records file; --student, --teacher and --task need records (.jsonl "
                 "or .parquet), which hold prompt_tokens and task"
             )
@@ -74,7 +76,7 @@ def batch_files(path: Path, every: bool) -> list[Path]:
         return [path]
     found = sorted((path / "batches").glob("*.safetensors"))
     if not found:
-        raise FileNotFoundError(f"{path} is neither a batch file nor a run folder with batches/")
+        raise MissingFile(f"{path} is neither a batch file nor a run folder with batches/")
     return found if every else found[-1:]
 
 
@@ -88,7 +90,7 @@ def diagnose(file: Path) -> Found:
 
     batch = load(file)
     if not isinstance(batch, Scored):
-        raise ValueError(f"{file} holds rollouts without teacher log-probabilities")
+        raise InvalidInput(f"{file} holds rollouts without teacher log-probabilities")
     return panel([batch], {})
 
 
@@ -136,7 +138,7 @@ def _of_records(path: Path, pair: "Pair | None", given: argparse.Namespace) -> F
         records.notes["scores"] = "--student and --teacher add the log-probabilities that lack"
     found = panel(batches, records.notes)
     if not found[0]:
-        raise ValueError(f"{path} holds no rows of task {given.task!r}")
+        raise InvalidInput(f"{path} holds no rows of task {given.task!r}")
     if records.unused:
         records.notes["unused"] = f"columns that mean nothing here: {', '.join(records.unused)}"
     return found
@@ -158,7 +160,7 @@ def rescored(
     from opd.scoring import score
 
     if "prompt_tokens" not in records.columns:
-        raise ValueError(
+        raise InvalidInput(
             f"{records.path} has no prompt_tokens; without the ids of the prompts the models "
             "cannot score its responses"
         )
@@ -167,7 +169,7 @@ def rescored(
         batch = records.batch(rows)
         prompts = prompts_of(rows, str(records.path), pair.student.vocabulary)
         if int(batch.tokens.max()) >= pair.student.vocabulary:
-            raise ValueError(
+            raise InvalidInput(
                 f"{records.path}: token {int(batch.tokens.max())} is not in the models' "
                 f"vocabulary of {pair.student.vocabulary}"
             )
@@ -202,12 +204,14 @@ def prompts_of(rows: list["Record"], path: str, vocabulary: int) -> "Prompts":
 
     sizes = [len(row["prompt_tokens"]) for row in rows]
     if min(sizes) == 0:
-        raise ValueError(f"{path}: a row has no prompt_tokens; the first token needs one before it")
+        raise InvalidInput(
+            f"{path}: a row has no prompt_tokens; the first token needs one before it"
+        )
     tokens = torch.zeros(len(rows), max(sizes), dtype=torch.long)
     for i, row in enumerate(rows):
         tokens[i, max(sizes) - sizes[i] :] = torch.from_numpy(row["prompt_tokens"])
     if int(tokens.max()) >= vocabulary:
-        raise ValueError(
+        raise InvalidInput(
             f"{path}: prompt token {int(tokens.max())} is not in the models' vocabulary of "
             f"{vocabulary}"
         )

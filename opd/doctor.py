@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diagnostics.errors import InvalidInput
+
 if TYPE_CHECKING:
     from opd.pair_checks import Finding
 
@@ -54,7 +56,7 @@ def examine_tasks(
     from opd.tasks import read_tasks
 
     if given.pop("task", None) is not None:
-        raise ValueError("give either --task or --tasks")
+        raise InvalidInput("give either --task or --tasks")
     length = given.pop("max_response")
     return {
         own.name: examine(
@@ -98,7 +100,7 @@ def examine(
 
     for name, value in (("prompts", prompts), ("group", group), ("max_response", max_response)):
         if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
+            raise InvalidInput(f"{name} is {value}; it must be at least 1")
     sides = read_side(student, device, dtype), read_side(teacher, device, dtype)
     found = [check(*sides) for check in pair_checks.CHECKS]
     problems = [Problem(text, "") for text in sample_checks.PROMPTS[:prompts]]
@@ -113,7 +115,7 @@ def examine(
     length = max_response if room is None else min(max_response, room)
     try:
         if length < 1:
-            raise ValueError("the prompts leave no position for a response")
+            raise InvalidInput("the prompts leave no position for a response")
         evidence = sample_checks.gather(
             *sides, problems, group=group, max_response=length, seed=seed
         )

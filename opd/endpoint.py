@@ -22,6 +22,8 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
+from diagnostics.errors import InvalidInput, OperationFailed
+
 KEY = "OPDLAB_TEACHER_KEY"
 """Environment variable with the bearer key of a teacher's server, if it wants one."""
 PASSING = (408, 425, 429, 500, 502, 503, 504)
@@ -61,9 +63,9 @@ class Endpoint:
         self.of, self.key = of, KEY.replace("TEACHER", of.upper())
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"{url!r} is no http:// or https:// address of a server")
+            raise InvalidInput(f"{url!r} is no http:// or https:// address of a server")
         if parts.username is not None or parts.password is not None or parts.query:
-            raise ValueError(
+            raise InvalidInput(
                 f"the address of {parts.hostname} holds a user, a password or a query, which the "
                 f"run's record would keep; put the key into the environment variable {self.key}"
             )
@@ -109,7 +111,7 @@ class Endpoint:
         began, wait, tries = time.monotonic(), FIRST_WAIT, 0
         while True:
             if self._stopped.is_set():
-                raise RuntimeError(f"{where}: not asked any more, another question failed")
+                raise OperationFailed(f"{where}: not asked any more, another question failed")
             left = self.patience - (time.monotonic() - began)
             try:
                 found, raw = self._try(path, body, most, where, min(left, self.patience / 3))
@@ -119,7 +121,7 @@ class Endpoint:
                 wait = min(2 * wait, LONGEST_WAIT)
                 over = time.monotonic() - began
                 if over + pause >= self.patience:
-                    raise RuntimeError(
+                    raise OperationFailed(
                         f"{where}: no answer for {over:.0f} s ({failure}); see to the server, and "
                         "the same command goes on from the last checkpoint; "
                         f"{self.of}_patience, {self.patience:.0f} s, says how long to wait"
@@ -204,7 +206,7 @@ class Endpoint:
             whole = not found.will_close and not found.length  # one that was cut is no JSON either
             found.close()
         except ssl.SSLCertVerificationError as error:
-            raise ValueError(f"{where}: its certificate is not trusted ({error})") from error
+            raise InvalidInput(f"{where}: its certificate is not trusted ({error})") from error
         except (OSError, HTTPException) as error:
             raise _Passing(f"{type(error).__name__}: {error}") from error
         finally:
@@ -230,7 +232,7 @@ class Endpoint:
             blocks.append(block)
             size += len(block)
             if size > most:
-                raise ValueError(
+                raise InvalidInput(
                     f"{where}: the answer is longer than {most} bytes, more than was asked for; is "
                     f"this the {self.of} server?"
                 )
@@ -254,7 +256,7 @@ class Endpoint:
             asked = found.headers.get("Retry-After", "")
             raise _Passing(f"status {status}: {said}", float(asked) if asked.isdigit() else 0.0)
         if 300 <= status < 400:
-            raise ValueError(
+            raise InvalidInput(
                 f"{where}: status {status} sends to {found.headers.get('Location')!r}, and no "
                 "redirect is followed; if that is the server, give its address"
             )
@@ -263,7 +265,7 @@ class Endpoint:
             403: f"set the environment variable {self.key} to a key that may ask this",
             404: "does the address end in /v1, and is it of vLLM's OpenAI server?",
         }.get(status, "it refuses the question")
-        raise ValueError(f"{where}: status {status}: {said}; {remedy}")
+        raise InvalidInput(f"{where}: status {status}: {said}; {remedy}")
 
     def _clean(self, raw: bytes) -> str:
         """What an error says, short, on one line and without the key."""

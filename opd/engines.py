@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from diagnostics.batch import Rollouts
+from diagnostics.errors import InvalidInput
 from opd.data import Prompts
 from opd.model import Model
 from opd.rollout import ROWS_AT_ONCE, Share, sample
@@ -91,5 +92,5 @@ def make_engine(name: str, model: Model, **settings: Any) -> Engine:
       ValueError: unknown name. ImportError: vLLM is not installed.
     """
     if name not in ENGINES:
-        raise ValueError(f"unknown rollout engine {name!r}; known: {', '.join(ENGINES)}")
+        raise InvalidInput(f"unknown rollout engine {name!r}; known: {', '.join(ENGINES)}")
     return ENGINES[name](model, **settings)

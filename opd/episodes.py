@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from diagnostics.batch import Rollouts
+from diagnostics.errors import InvalidInput, OperationFailed
 from diagnostics.totals import Mean, Total
 from opd.data import Prompts, encode_one, response_text
 from opd.engines import Engine
@@ -146,7 +147,7 @@ def tell_failures(episodes: Sequence[Episode], source: str) -> None:
     text = f"{len(failed)} of {len(episodes)} episodes of {source} failed, the first (seed "
     text += f"{failed[0].seed}) with {failed[0].error}"
     if len(failed) == len(episodes):
-        raise RuntimeError(text)
+        raise OperationFailed(text)
     warnings.warn(f"{text}; they are left out, and counted", RuntimeWarning, stacklevel=3)
 
 
@@ -162,7 +163,7 @@ def reading(tokenizer: Any, games: Games, episode: Episode) -> list[int]:
 
 def overflow(episode: Episode, tokens: int, max_prompt: int) -> None:
     if not episode.turns:
-        raise ValueError(
+        raise InvalidInput(
             f"the opening of the game of seed {episode.seed} has {tokens} tokens, max_prompt is "
             f"{max_prompt}; raise it"
         )
@@ -250,7 +251,7 @@ def as_one(episode: Episode) -> list[Sample]:
     for turn in episode.turns:
         so_far = first.prompt + tokens
         if turn.prompt[: len(so_far)] != so_far:
-            raise ValueError("turns that do not begin with the turns before cannot be one row")
+            raise InvalidInput("turns that do not begin with the turns before cannot be one row")
         between = turn.prompt[len(so_far) :]
         tokens = turn.prompt[start:] + turn.response
         own += [False] * len(between) + [True] * len(turn.response)
@@ -277,7 +278,7 @@ def rows_of(
     """
     played = [e for e in episodes if e.turns and e.outcome != "failed"]
     if not played:
-        raise ValueError(f"none of {len(episodes)} episodes had a turn; the games begin ended")
+        raise InvalidInput(f"none of {len(episodes)} episodes had a turn; the games begin ended")
     samples = [sample for episode in played for sample in PACKED[layout](episode)]
     games = [sample.episode.game for sample in samples]
     soft = [sample.softmax_logp for sample in samples]

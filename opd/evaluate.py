@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from diagnostics.batch import Rollouts
+from diagnostics.errors import InvalidInput
 from diagnostics.totals import read
 from opd import processes
 from opd.accuracy import Array, summary, written
@@ -120,9 +121,9 @@ def respond(
       ValueError: no sample, or several greedy ones.
     """
     if samples < 1:
-        raise ValueError(f"samples is {samples}; it must be at least 1")
+        raise InvalidInput(f"samples is {samples}; it must be at least 1")
     if temperature == 0 and samples > 1:
-        raise ValueError(f"{samples} greedy samples are all equal; set temperature above 0")
+        raise InvalidInput(f"{samples} greedy samples are all equal; set temperature above 0")
     how: dict[str, Any] = GREEDY if temperature == 0 else {}
     how = {"temperature": temperature, "top_p": top_p, "generator": generator, **how}
     if isinstance(task, Games):

@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from diagnostics.errors import InvalidInput
 from opd.environments.rooms import Rooms
 from opd.environments.scene import Environment, Scene
 from opd.problems import Problem
@@ -79,9 +80,9 @@ def load_games(source: str, seed: int, **settings: Any) -> Games:
     name = source.removeprefix(PREFIX)
     games = Games(source=source, make=maker(name), seed=seed, **settings)
     if games.layout not in LAYOUTS:
-        raise ValueError(f"layout is {games.layout!r}; it must be one of {', '.join(LAYOUTS)}")
+        raise InvalidInput(f"layout is {games.layout!r}; it must be one of {', '.join(LAYOUTS)}")
     if games.max_turns < 1 or games.history < 0:
-        raise ValueError(
+        raise InvalidInput(
             f"max_turns is {games.max_turns} and history {games.history}; they must be at least 1 "
             "and 0"
         )
@@ -94,7 +95,7 @@ def maker(name: str) -> Callable[[], Environment]:
     if not colon:
         if name not in ENVIRONMENTS:
             known = ", ".join(PREFIX + x for x in ENVIRONMENTS)
-            raise ValueError(
+            raise InvalidInput(
                 f"unknown environment {name!r}; known: {known}, or env:MODULE:FUNCTION, a function "
                 "that makes one"
             )
@@ -104,9 +105,9 @@ def maker(name: str) -> Callable[[], Environment]:
     try:
         found = getattr(import_module(module), function, None)
     except ModuleNotFoundError as error:
-        raise ValueError(f"env:{name}: {error}") from error
+        raise InvalidInput(f"env:{name}: {error}") from error
     if not callable(found):
-        raise ValueError(f"env:{name}: the module {module} has no function {function!r}")
+        raise InvalidInput(f"env:{name}: the module {module} has no function {function!r}")
     return found
 
 
@@ -186,7 +187,7 @@ def continued(tokenizer: Any, opening: Chat, text: str, last: int) -> list[int]:
     )
     _, found, behind = shown.partition(SAID)
     if not found:
-        raise ValueError(
+        raise InvalidInput(
             "the chat template does not show what the assistant said before; use layout turns"
         )
     ids = tokenizer.encode(behind, add_special_tokens=False)

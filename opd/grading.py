@@ -18,6 +18,7 @@ from fractions import Fraction
 from functools import cache, lru_cache
 from typing import Any
 
+from diagnostics.errors import InvalidInput, MissingPackage, OperationFailed
 from opd import problems
 
 JUDGE_SECONDS = 5.0
@@ -64,7 +65,7 @@ def grade_numeric(response: str, answer: str) -> Verdict:
     """
     wanted = answer.strip()
     if not NUMBER.fullmatch(wanted) or (want := number(wanted)) is None:
-        raise ValueError(
+        raise InvalidInput(
             f"the answer {answer!r} is not a number; use the grader exact or math for this task"
         )
     text = response.rsplit("</think>", 1)[-1]
@@ -172,14 +173,16 @@ class Judge:
             assert process.stdout is not None
             if process.stdout.readline() != "ready\n":
                 complaints.seek(0)
-                raise RuntimeError(f"math-verify did not start: {complaints.read().strip()[-500:]}")
+                raise OperationFailed(
+                    f"math-verify did not start: {complaints.read().strip()[-500:]}"
+                )
         self.process = process
         return process
 
 
 def require_math_verify() -> None:
     if importlib.util.find_spec("math_verify") is None:
-        raise ImportError("the grader math needs math-verify: pip install 'opdlab[math]'")
+        raise MissingPackage("the grader math needs math-verify: pip install 'opdlab[math]'")
 
 
 @cache
@@ -199,7 +202,7 @@ def grade_gym(response: str, answer: str) -> Verdict:
     given = (text if boxed is None else boxed).strip()
     problem = GYM_PROBLEM.search(answer)
     if problem is None:
-        raise ValueError(
+        raise InvalidInput(
             f"the answer {answer!r} does not end in [TASK:SIZE:SEED#NUMBER]; the grader gym is for "
             "problems of gym:TASK alone"
         )
@@ -234,7 +237,7 @@ def make_grader(name: str) -> Grader:
       ValueError: unknown name; lists the known ones. ImportError: math-verify is not installed.
     """
     if name not in GRADERS:
-        raise ValueError(f"unknown grader {name!r}; known: {', '.join(GRADERS)}")
+        raise InvalidInput(f"unknown grader {name!r}; known: {', '.join(GRADERS)}")
     if name == "math":  # before hours of work, not at the first response
         require_math_verify()
     return GRADERS[name]

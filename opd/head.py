@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from diagnostics.errors import InvalidInput
 from opd.gathered import gathered_product
 
 
@@ -96,7 +97,7 @@ def two_stage_topk(logits: Tensor, k: int, block: int = 128) -> tuple[Tensor, Te
     """
     size = logits.shape[-1]
     if k > size:
-        raise ValueError(f"{k} ids wanted of a vocabulary of {size}; choose a smaller K")
+        raise InvalidInput(f"{k} ids wanted of a vocabulary of {size}; choose a smaller K")
     count = size // block
     if count <= 4 * k:  # too few blocks to leave out: one pass is as fast
         best = logits.topk(k, -1)
@@ -122,7 +123,7 @@ def find_head(network: Any, vocabulary: int) -> Head | None:
     """
     output = network.get_output_embeddings()
     if any(hasattr(output, name) for name in ("base_layer", "original_module")):
-        raise ValueError(
+        raise InvalidInput(
             "an adapter sits on the model's head, so its logits are not those of one matrix; take "
             "the head (lm_head, embed_out) out of target_modules and modules_to_save, or merge "
             "the adapter first"

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diagnostics.errors import InvalidInput
 from opd import chores, problems, sorting
 from opd.habits import PLAIN, UNLABELLED, Habit, written
 from opd.runlog import whole_folder, write_text
@@ -151,7 +152,7 @@ def build(folder: Path, config: LabConfig, jobs: int = 1) -> tuple[Path, Path]:
         changed = [k for k in sorted(settings.keys() | old.keys()) if settings.get(k) != old.get(k)]
         if changed:
             what = ", ".join(f"{k}: {old.get(k)} -> {settings.get(k)}" for k in changed)
-            raise ValueError(
+            raise InvalidInput(
                 f"{folder} holds a pair of other settings ({what}); choose another --out"
             )
         return folder / "student", folder / "teacher"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from diagnostics import rows
+from diagnostics.errors import InvalidInput
 from diagnostics.rows import Row
 
 Log = Callable[[int, Row], None]
@@ -39,7 +40,7 @@ def open_loggers(names: tuple[str, ...], folder: Path, config: dict[str, Any]) -
       Whatever a logger raises at its start, such as missing credentials.
     """
     if unknown := [name for name in names if name not in LOGGERS]:
-        raise ValueError(f"unknown loggers {unknown}; known: {', '.join(LOGGERS)}")
+        raise InvalidInput(f"unknown loggers {unknown}; known: {', '.join(LOGGERS)}")
     sinks: dict[str, Log] = {}
 
     def guarded(name: str, act: Callable[[], None]) -> None:

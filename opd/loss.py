@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from diagnostics.batch import Scored
+from diagnostics.errors import InvalidInput, OperationFailed
 from opd.head import Head, chunks, cooled, gathered_logits, half_on_gpu, products, shaped
 from opd.model import Pair, log_probabilities
 from opd.objectives import Objective
@@ -61,7 +62,7 @@ def loss_from_hidden(
         at = known.at(slice(None), logp, found[:, : known.ids.shape[1]])
         return (objective.surrogate(at) * weight).sum()
     if objective.support == "full" and teacher_hidden is None:
-        raise ValueError("the objective compares whole vocabularies; no teacher states")
+        raise InvalidInput("the objective compares whole vocabularies; no teacher states")
 
     def chunk(z: Tensor, c: slice) -> Tensor:
         logits = cooled(shaped(z[:, : head.vocabulary], head), temperature)
@@ -121,7 +122,7 @@ def visits(objective: Objective, part: Scored, credit: Tensor) -> Visits:
         return Visits(*always)
     if support is None or support.source != objective.support:
         found = "none" if support is None else repr(support.source)
-        raise ValueError(
+        raise InvalidInput(
             f"the objective needs the support {objective.support!r}, the batch has {found}; give "
             "`score` that source"
         )
@@ -177,7 +178,9 @@ class _ChunkedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError("the gradient of this loss was taken before; compute the loss again")
+            raise OperationFailed(
+                "the gradient of this loss was taken before; compute the loss again"
+            )
         gradients, ctx.gradients = ctx.gradients, None
         scaled = (
             None if x is None else x.mul_(scale).to(dtype)

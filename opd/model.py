@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import Rollouts
+from diagnostics.errors import InvalidInput, MissingFile, MissingPackage
 from opd.data import Prompts
 from opd.endpoint import is_url
 from opd.head import Head, cooled, find_head, full_logits
@@ -105,9 +106,11 @@ def load(
     from transformers.utils.logging import disable_progress_bar
 
     if not name:
-        raise ValueError("no model given; name a folder or a hub model for --student and --teacher")
+        raise InvalidInput(
+            "no model given; name a folder or a hub model for --student and --teacher"
+        )
     if is_url(name):
-        raise ValueError(
+        raise InvalidInput(
             f"{name} is a server, which shows no weights and whole distributions; it can be the "
             "teacher of `opd train` alone. Name a folder or a hub model here"
         )
@@ -116,7 +119,7 @@ def load(
     if name.startswith((".", "/", *made)) and not Path(name).is_dir():
         how = [option for folder, option in made.items() if name.startswith(folder)]
         hint = f"; build it with `opd lab{how[0]}`" if how else ""
-        raise FileNotFoundError(f"model folder {name!r} does not exist{hint}")
+        raise MissingFile(f"model folder {name!r} does not exist{hint}")
     disable_progress_bar()
     kind = getattr(torch, dtype)
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
@@ -135,7 +138,7 @@ def quantised(weights: str, dtype: torch.dtype, device: str) -> dict[str, Any]:
     try:
         import_module("bitsandbytes")
     except ImportError as error:
-        raise ImportError(
+        raise MissingPackage(
             f"teacher_weights {weights} needs bitsandbytes: pip install 'opdlab[quantised]', or "
             "set teacher_weights saved"
         ) from error
@@ -163,7 +166,7 @@ def check_same_vocabulary(student: Any, teacher: Any) -> None:
         return
     differ = sorted(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
     shown = ", ".join(f"{t!r}: {ours.get(t)} / {theirs.get(t)}" for t in differ[:5])
-    raise ValueError(
+    raise InvalidInput(
         f"student and teacher tokenizers differ in {len(differ)} of {len(ours)} / {len(theirs)} "
         f"tokens (id of student / teacher: {shown}); on-policy distillation scores the student's "
         "ids with the teacher, so both need one vocabulary"
@@ -176,7 +179,7 @@ def end_ids(tokenizer: Any, network: Any) -> list[int]:
     ids = set(listed if isinstance(listed, list) else [listed]) | {tokenizer.eos_token_id}
     ids.discard(None)
     if not ids:
-        raise ValueError(
+        raise InvalidInput(
             "no end-of-sequence token: set tokenizer.eos_token or generation_config.eos_token_id; "
             "without one every rollout runs to its budget"
         )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from diagnostics.errors import InvalidInput, MissingPackage
 from opd.sources import Row, read_rows
 
 GYM = "gym:"
@@ -62,13 +63,13 @@ def named_rows(source: str) -> list[Row]:
     wanted = {about.prompt, about.answer}
     for number, row in enumerate(rows):
         if lacking := sorted(wanted - row.keys()):
-            raise ValueError(
+            raise InvalidInput(
                 f"{source}: row {number} lacks {lacking}, it has {sorted(row)}; is this {name}? "
                 "For columns of other names give the file itself, with --prompt-column and "
                 "--answer-column"
             )
     if not place and about.count and len(rows) != about.count:
-        raise ValueError(
+        raise InvalidInput(
             f"{about.source} has {len(rows)} rows, {name} had {about.count} when this was written; "
             f"it is another set now. Give the rows you mean as {name}:PATH"
         )
@@ -91,7 +92,7 @@ def final(answer: Any, where: str) -> str:
     """
     if isinstance(answer, Sequence) and not isinstance(answer, str):
         if len(answer) != 1:
-            raise ValueError(f"{where} has {len(answer)} answers, expected one: {list(answer)}")
+            raise InvalidInput(f"{where} has {len(answer)} answers, expected one: {list(answer)}")
         answer = answer[0]
     return str(answer).rsplit("####", 1)[-1].strip()
 
@@ -108,7 +109,7 @@ def gym_rows(source: str) -> list[Row]:
     for number in range(size):
         entry = made[number]
         if entry["answer"] is None:
-            raise ValueError(f"{source} has no answers to compare with; choose another task")
+            raise InvalidInput(f"{source} has no answers to compare with; choose another task")
         found.append(
             {
                 "prompt": entry["question"],
@@ -125,7 +126,7 @@ def gym_words(source: str) -> tuple[str, int, int]:
     try:
         size, seed = map(int, [*numbers, *[str(SIZE), "0"][len(numbers) :]])
     except ValueError:
-        raise ValueError(
+        raise InvalidInput(
             f"cannot read {source!r}; write gym:TASK, gym:TASK:SIZE or gym:TASK:SIZE:SEED"
         ) from None
     return task, size, seed
@@ -140,8 +141,10 @@ def gym_task(task: str, size: int, seed: int) -> Any:
     try:
         from reasoning_gym.factory import DATASETS, create_dataset
     except ImportError as error:
-        raise ImportError(f"{GYM}{task} needs reasoning-gym: pip install 'opdlab[gym]'") from error
+        raise MissingPackage(
+            f"{GYM}{task} needs reasoning-gym: pip install 'opdlab[gym]'"
+        ) from error
     if task not in DATASETS:
         known = ", ".join(sorted(DATASETS))
-        raise ValueError(f"reasoning-gym has no task {task!r}; it has {known}")
+        raise InvalidInput(f"reasoning-gym has no task {task!r}; it has {known}")
     return create_dataset(task, size=size, seed=seed)

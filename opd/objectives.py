@@ -17,6 +17,7 @@ from functools import partial
 from torch import Tensor
 
 from diagnostics.batch import Scored
+from diagnostics.errors import InvalidInput
 from opd.compositions import (
     COLLAPSING,
     ERRORS,
@@ -127,9 +128,9 @@ def make(
     if outcome:
         made = _mixed(name, made, outcome, advantage)
     elif advantage != "leave_one_out":
-        raise ValueError(f"advantage {advantage!r} has no effect without an outcome weight")
+        raise InvalidInput(f"advantage {advantage!r} has no effect without an outcome weight")
     if RATIOS[ratio] is token_ratio and not made.sampled:
-        raise ValueError(
+        raise InvalidInput(
             f"{name} does not read the sampled token, so that its own ratio only adds noise; "
             "ratio 'sequence' reweights the prefixes"
         )
@@ -138,7 +139,7 @@ def make(
 
 def _check_names(name: str, baseline: str, ratio: str, advantage: str) -> None:
     if name in ERRORS:
-        raise ValueError(f"{name} is a known error: {ERRORS[name][1]}; use sampled_token")
+        raise InvalidInput(f"{name} is a known error: {ERRORS[name][1]}; use sampled_token")
     for kind, chosen, known in (
         ("objective", name, OBJECTIVES),
         ("baseline", baseline, BASELINES),
@@ -146,14 +147,14 @@ def _check_names(name: str, baseline: str, ratio: str, advantage: str) -> None:
         ("advantage", advantage, ADVANTAGES),
     ):
         if chosen not in known:
-            raise ValueError(f"unknown {kind} {chosen!r}; known: {', '.join(known)}")
+            raise InvalidInput(f"unknown {kind} {chosen!r}; known: {', '.join(known)}")
 
 
 def _check_collapse(name: str, accepted: bool) -> None:
     for ending, why in COLLAPSING.items():
         if name.endswith(ending) and not accepted:
             stem = name.removesuffix(ending)
-            raise ValueError(
+            raise InvalidInput(
                 f"{name} collapses: {why}; use {stem}, {stem}_bucket or the unbiased "
                 f"{stem}_sampled_tail, or pass collapse_accepted=True"
             )
@@ -169,11 +170,11 @@ def _construct(
     made = {word: value for word, value in choices.items() if value is not None}
     for word, value in made.items():
         if word == "gamma" and word not in known:
-            raise ValueError(
+            raise InvalidInput(
                 f"{name} is local, gamma = {value} would have no effect; use gamma = 0"
             )
         if word not in known:
-            raise ValueError(f"{word} = {value} would have no effect on {name}")
+            raise InvalidInput(f"{word} = {value} would have no effect on {name}")
     return constructor(**made)
 
 
@@ -181,12 +182,12 @@ def _baseline(name: str, made: Objective, baseline: str) -> Callable[[Scored, Te
     """The baseline, if there is a credit that it could centre."""
     chosen = BASELINES[baseline]
     if made.score is nothing:
-        raise ValueError(
+        raise InvalidInput(
             f"{name} at gamma = {made.gamma} has no credit from which to subtract the baseline "
             f"{baseline!r}"
         )
     if chosen is local_kl and made.own is no_cost:
-        raise ValueError(
+        raise InvalidInput(
             f"{name} has the token's own cost in closed form, not in its credit; the baseline "
             "'local_kl' is the mean of that cost and would only add noise"
         )
@@ -196,12 +197,12 @@ def _baseline(name: str, made: Objective, baseline: str) -> Callable[[Scored, Te
 def _limited(name: str, made: Objective, limit: float) -> Objective:
     """The objective with its sampled costs, and the log-ratios of its local part, clipped."""
     if not limit > 0:
-        raise ValueError(f"ratio_clip is {limit}; it must be a positive number of nats")
+        raise InvalidInput(f"ratio_clip is {limit}; it must be a positive number of nats")
     later = made.later is sampled_cost and made.gamma > 0
     form: Callable[..., Tensor] = made.local
     inside = form in LIMITED
     if made.own is not sampled_cost and not later and not inside:
-        raise ValueError(
+        raise InvalidInput(
             f"{name} at gamma = {made.gamma} has no sampled cost in its credit and no log-ratio "
             f"that can be clipped; ratio_clip = {limit} would have no effect"
         )
@@ -217,7 +218,7 @@ def _limited(name: str, made: Objective, limit: float) -> Objective:
 def _mixed(name: str, made: Objective, weight: float, advantage: str) -> Objective:
     """The objective with an outcome reward in its credit, and a score that carries it."""
     if not (math.isfinite(weight) and weight > 0):
-        raise ValueError(f"outcome is {weight}; the weight of the reward must be positive")
+        raise InvalidInput(f"outcome is {weight}; the weight of the reward must be positive")
     return replace(
         made,
         outcome=partial(outcome_cost, weight=weight, advantage=ADVANTAGES[advantage]),

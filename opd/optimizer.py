@@ -14,6 +14,7 @@ import torch.distributed as distributed
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from diagnostics.errors import InvalidInput
 from opd import processes
 
 
@@ -99,7 +100,7 @@ def adamw(
     """
     live = [p for p in parameters if p.requires_grad]
     if not live:
-        raise ValueError("the student has no trainable parameter; is everything frozen?")
+        raise InvalidInput("the student has no trainable parameter; is everything frozen?")
     masters = [p if p.dtype == torch.float32 else p.detach().float().clone() for p in live]
     for weight, master in zip(live, masters, strict=True):
         if weight is not master:
@@ -138,7 +139,7 @@ def learning_rate(
       ValueError: an unknown schedule.
     """
     if schedule not in ("constant", "cosine"):
-        raise ValueError(f"unknown schedule {schedule!r}; known: constant, cosine")
+        raise InvalidInput(f"unknown schedule {schedule!r}; known: constant, cosine")
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     if schedule == "constant":

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from diagnostics.batch import Scored
+from diagnostics.errors import InvalidInput, MissingFile
 from opd.config import Config, from_json
 from opd.data import Prompts, encode
 from opd.endpoint import is_url
@@ -50,14 +51,14 @@ def control(run: Path, count: int = 64) -> list[Path]:
     """
     config = from_json(run / "config.json")
     if config.tasks:
-        raise ValueError(f"{run} has {len(config.tasks)} tasks; the control compares one teacher")
+        raise InvalidInput(f"{run} has {len(config.tasks)} tasks; the control compares one teacher")
     if config.teacher in ("base", "ema") or is_url(config.teacher):
-        raise ValueError(
+        raise InvalidInput(
             f"teacher is {config.teacher!r}, which has no text of its own to compare, or writes "
             "none here"
         )
     if not (run / "final").exists():
-        raise FileNotFoundError(f"{run / 'final'} does not exist; finish the run first")
+        raise MissingFile(f"{run / 'final'} does not exist; finish the run first")
     pair = make_pair(config)
     after = make_pair(dataclasses.replace(config, student=str(run / "final"), lora_rank=0))
     prompts = encode(pair.tokenizer, load(config, pair).test(count), 1, config.max_prompt).to(

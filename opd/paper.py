@@ -16,6 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from diagnostics.errors import OperationFailed
 from opd.demo import command
 from opd.runlog import write_text
 
@@ -150,4 +151,6 @@ def main(argv: list[str]) -> None:
                 failed.append(f"{waiting[one]}: {one.exception()}")
                 print(failed[-1], file=sys.stderr)
     if failed:
-        raise RuntimeError(f"{len(failed)} of {len(cells)} runs failed; the same command resumes")
+        raise OperationFailed(
+            f"{len(failed)} of {len(cells)} runs failed; the same command resumes"
+        )

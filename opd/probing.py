@@ -11,6 +11,7 @@ from torch import Tensor
 from diagnostics.access import Missing
 from diagnostics.batch import Scored
 from diagnostics.blocks import Block, block, sequence_gradients
+from diagnostics.errors import InvalidInput
 from diagnostics.family import GAMMAS, available, weights
 from diagnostics.probe import Measured, gradient_row, measured, on_policy
 from diagnostics.ranks import across_ranks, among
@@ -46,7 +47,7 @@ def probe(
     """
     several = processes.size() > 1
     if blocks and several:
-        raise ValueError(
+        raise InvalidInput(
             f"probe_blocks is {blocks}, which one process alone can measure; the head's gradient "
             "is measured over all of them: leave probe_blocks out, or start one process"
         )
@@ -168,5 +169,5 @@ def states(model: Model, prompts: Prompts, scored: Scored, micro_tokens: int) ->
             found = some.new_zeros((int(scored.mask.sum()), some.shape[1]))
         found[slot[rows][:, : part.mask.shape[1]][part.mask]] = some
     if found is None:
-        raise ValueError("the batch has no supervised token to probe")
+        raise InvalidInput("the batch has no supervised token to probe")
     return found

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
+from diagnostics.errors import InvalidInput
+
 STEPS, STATES, FACTORS, OFFSETS = range(4, 11), range(10), range(2, 10), range(10)
 
 
@@ -34,10 +36,10 @@ def problems(split: str, count: int, seed: int) -> list[Problem]:
       ValueError: another split, or more problems than it has.
     """
     if split not in ("train", "test"):
-        raise ValueError(f'split is {split!r}; it must be "train" or "test"')
+        raise InvalidInput(f'split is {split!r}; it must be "train" or "test"')
     pool = every(split)
     if count > len(pool):
-        raise ValueError(f"{count} problems wanted, the {split} split has {len(pool)}")
+        raise InvalidInput(f"{count} problems wanted, the {split} split has {len(pool)}")
     return random.Random(f"{split}-{seed}").sample(pool, count)
 
 

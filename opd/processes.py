@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from diagnostics.errors import InvalidInput
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -46,7 +48,7 @@ def joined(device: str, patience: float = 0.0) -> Iterator[str]:
     if on_gpu:
         place = int(os.environ["LOCAL_RANK"])
         if place >= torch.cuda.device_count():
-            raise ValueError(
+            raise InvalidInput(
                 f"process {place} of this machine has no GPU of its own, there are "
                 f"{torch.cuda.device_count()}; start that many processes, or set device cpu"
             )
@@ -95,7 +97,7 @@ def own(count: int, updates: int = 1) -> list[int]:
     """
     if count % (updates * size()):
         each = f"{updates} updates of " if updates > 1 else ""
-        raise ValueError(
+        raise InvalidInput(
             f"{count} prompts a step cannot be shared equally by {each}{size()} processes; set "
             f"prompts_per_step (of each task) to a multiple of {updates * size()}, or start "
             "another number of processes"

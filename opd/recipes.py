@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from diagnostics.errors import InvalidInput
 from opd.config import Config, TaskSettings, to_json
 
 
@@ -215,5 +216,5 @@ def with_tasks(words: list[str]) -> tuple[list[str], tuple[TaskSettings, ...]]:
 
     at = words.index("--tasks")
     if at + 1 == len(words):
-        raise ValueError("--tasks needs a file: [[tasks]] in TOML, see opd.tasks")
+        raise InvalidInput("--tasks needs a file: [[tasks]] in TOML, see opd.tasks")
     return words[:at] + words[at + 2 :], read_tasks(Path(words[at + 1]))

@@ -13,6 +13,7 @@ from typing import Any
 
 from diagnostics import rows
 from diagnostics.alarms import Alarms
+from diagnostics.errors import MissingFile
 from diagnostics.rows import Row
 
 POINTS, COLUMNS = 1600, 480
@@ -48,9 +49,7 @@ def read_run(folder: Path) -> Run:
     """
     config, code = folder / "config.json", folder / "code.txt"
     if not config.exists() and not (folder / "rows.jsonl").exists():
-        raise FileNotFoundError(
-            f"{folder} is no run folder: it has neither config.json nor rows.jsonl"
-        )
+        raise MissingFile(f"{folder} is no run folder: it has neither config.json nor rows.jsonl")
     return Run(
         folder=folder,
         config=json.loads(config.read_text("utf-8")) if config.exists() else {},

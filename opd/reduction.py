@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import Scored
+from diagnostics.errors import InvalidInput
 
 
 def reduce(loss: Tensor, mask: Tensor, denominator: Tensor) -> Tensor:
@@ -53,7 +54,7 @@ def group_mean(batch: Scored) -> Tensor:
 
 def _positive(count: Tensor) -> Tensor:
     if int(count) == 0:
-        raise ValueError(
+        raise InvalidInput(
             "the mask is empty: 0 supervised tokens in the whole step; look at the mask rule and "
             "at whether responses are empty"
         )

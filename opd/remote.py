@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from diagnostics.errors import InvalidInput, OperationFailed
 from opd.answers import Answer, read_row
 from opd.endpoint import Endpoint
 from opd.runlog import write_text
@@ -91,7 +92,7 @@ class Remote:
           ValueError: it cannot.
         """
         if self.limit is not None and self.limit < longest + 1:
-            raise ValueError(
+            raise InvalidInput(
                 f"{self.endpoint.url} reads at most {self.limit} ids, and a prompt with its "
                 f"response may have {longest}, and one more is drawn; start it with "
                 f"--max-model-len {longest + 1}, or lower max_prompt or max_response"
@@ -126,7 +127,7 @@ class Remote:
     def _compare(self, one: NDArray[np.float32], other: NDArray[np.float32]) -> None:
         gap = float(np.abs(one - other).mean())
         if not gap <= ALIKE:
-            raise RuntimeError(
+            raise OperationFailed(
                 f"{self.endpoint.url} answers as another model than at the start: log-probabilities"
                 f" of {len(one)} fixed tokens differ by {gap:.2g} on average, {ALIKE} is "
                 f"arithmetic; serve the same model as {self.model!r} again, and the same command "
@@ -193,7 +194,7 @@ class Remote:
         try:
             choices = {choice["index"]: choice for choice in said["choices"]}
             if said["model"] != self.model or sorted(choices) != list(range(len(rows))):
-                raise ValueError(
+                raise InvalidInput(
                     f"model {said['model']!r} answers for rows {sorted(choices)}, asked were "
                     f"{len(rows)} rows of {self.model!r}"
                 )
@@ -203,7 +204,7 @@ class Remote:
             ]
         except (KeyError, TypeError, ValueError) as error:
             what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-            raise ValueError(
+            raise InvalidInput(
                 f"{self.endpoint.url} ({about}): the answer is not the one to the question: {what}"
             ) from error
 
@@ -249,7 +250,7 @@ def connect(
     try:
         remote._one([remote.probe], [range(1, PROBE_TOKENS)], k, f"the probe, with {k} ids")
     except ValueError as error:
-        raise ValueError(
+        raise InvalidInput(
             f"{error}. The teacher must know ids 0 to {vocabulary - 1} and tell the {k} most "
             f"probable: start the server with --max-logprobs {k}, or lower support_k"
         ) from error
@@ -263,12 +264,12 @@ def chosen(endpoint: Endpoint, name: str) -> dict[str, Any]:
     try:
         entries = {entry["id"]: entry for entry in listed["data"]}
     except (KeyError, TypeError):
-        raise ValueError(f"{endpoint.url}/models lists no models; is it vLLM's server?") from None
+        raise InvalidInput(f"{endpoint.url}/models lists no models; is it vLLM's server?") from None
     if not name and len(entries) == 1:
         (name,) = entries
     if name not in entries:
         known = ", ".join(sorted(entries)) or "none"
-        raise ValueError(
+        raise InvalidInput(
             f"{endpoint.url} has no model {name!r}; name one of its own behind the address, "
             f"{endpoint.url}#MODEL: {known}"
         )
@@ -302,7 +303,7 @@ def check_same_text(endpoint: Endpoint, model: str, tokenizer: Any) -> None:
         for v in piece:
             ours, other = tokenizer.decode([v]), theirs([v])
             if ours != other:
-                raise ValueError(
+                raise InvalidInput(
                     f"{endpoint.url} reads the id {v} as {other!r}, the student as {ours!r}{reason}"
                 )
     question = {"model": model, "prompt": SCRIPTS, "add_special_tokens": False}
@@ -312,7 +313,7 @@ def check_same_text(endpoint: Endpoint, model: str, tokenizer: Any) -> None:
     if found != own:
         both = zip_longest(own, found)
         at, (ours, other) = next((i, pair) for i, pair in enumerate(both) if pair[0] != pair[1])
-        raise ValueError(
+        raise InvalidInput(
             f"{endpoint.url} has the id {other} where the student has {ours}, at place {at} of a "
             f"text in many scripts{reason}"
         )

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from diagnostics.alarm_rules import RULES
+from diagnostics.errors import InvalidInput
 from opd.record import Run, differences, number, read_run, recorded
 from opd.specimens import specimens
 from opd.spelling import visible
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--port", type=int, default=8000, help="of --watch; 0 takes a free one")
     given = parser.parse_args(argv)
     if given.tokens < 0:
-        raise ValueError(f"--tokens is {given.tokens}; 0 shows one rollout of each batch")
+        raise InvalidInput(f"--tokens is {given.tokens}; 0 shows one rollout of each batch")
     if given.watch:
         from opd.watching import serve
 

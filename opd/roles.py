@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diagnostics.errors import InvalidInput, MissingPackage
 from opd.config import Config
 from opd.endpoint import is_url
 from opd.head import Head
@@ -43,7 +44,7 @@ def make_pairs(settings: Sequence[Config]) -> list[Pair]:
     """
     first, *others = settings
     if first.teacher_weights != "saved" and all(is_url(config.teacher) for config in settings):
-        raise ValueError(
+        raise InvalidInput(
             f"teacher_weights is {first.teacher_weights}, and no teacher is in this process; set "
             "it to saved: a server has settings of its own"
         )
@@ -52,7 +53,9 @@ def make_pairs(settings: Sequence[Config]) -> list[Pair]:
     for config in others:
         names = (first.teacher, config.teacher)
         if moving := sorted({"base", "ema"}.intersection(names)):
-            raise ValueError(f"teacher {moving[0]!r} is of the student; tasks need named teachers")
+            raise InvalidInput(
+                f"teacher {moving[0]!r} is of the student; tasks need named teachers"
+            )
         if config.teacher not in pairs:
             pairs[config.teacher] = with_teacher(kept[0], config)
         kept.append(pairs[config.teacher])
@@ -78,7 +81,7 @@ def make_pair(config: Config) -> Pair:
         return replace(pair, student=split(network, pair.student.vocabulary))
     tokenizer, network = load(config.student, device, config.dtype, config.trust_remote_code)
     if config.teacher == "base" and not config.lora_rank:
-        raise ValueError(
+        raise InvalidInput(
             'teacher "base" is the student with its adapters off, and there are none; set '
             "lora_rank, or name a teacher"
         )
@@ -106,7 +109,7 @@ def with_teacher(pair: Pair, config: Config) -> Pair:
     check_same_vocabulary(pair.tokenizer, tokenizer)
     vocabulary = pair.student.vocabulary
     if head_rows(network) < vocabulary:
-        raise ValueError(
+        raise InvalidInput(
             f"{config.teacher} has {head_rows(network)} ids and the student's are read to "
             f"{vocabulary}; name the task with the fewest ids first"
         )
@@ -134,7 +137,7 @@ def with_server(pair: Pair, config: Config) -> Pair:
     )
 
     def hidden(ids: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
-        raise ValueError(
+        raise InvalidInput(
             f"the teacher {config.teacher} is on a server, which tells no hidden states and no "
             "whole distributions; this needs a teacher in this process"
         )
@@ -154,7 +157,7 @@ def adapted(network: Any, config: Config) -> Any:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise ImportError(
+        raise MissingPackage(
             "lora_rank needs peft: pip install 'opdlab[lora]', or set lora_rank to 0"
         ) from error
     how = LoraConfig(
@@ -238,7 +241,7 @@ def recomputing(network: Any, wanted: bool) -> Iterator[None]:
     getattr(network, f"{kind}_checkpointing_enable")({"use_reentrant": False})
     layers = [m for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
-        raise ValueError(
+        raise InvalidInput(
             f"{type(network).__name__} has no layer that can be recomputed; set checkpointing off"
         )
     try:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import Rollouts
+from diagnostics.errors import InvalidInput
 from opd.data import Prompts
 from opd.model import Model, bare
 
@@ -75,15 +76,15 @@ def sample(
     """
     for name, size in (("max_response", max_response), ("rows_at_once", rows_at_once)):
         if size < 1:
-            raise ValueError(f"{name} is {size}, expected at least 1")
+            raise InvalidInput(f"{name} is {size}, expected at least 1")
     if not (temperature > 0 and 0 < top_p <= 1):
-        raise ValueError(
+        raise InvalidInput(
             f"temperature is {temperature} and top_p {top_p}; expected above 0, and in (0, 1]; "
             "for greedy decoding set top_p=1e-9"
         )
     kind = cache or default_cache(model)
     if kind not in ("static", "dynamic"):
-        raise ValueError(f"unknown cache {kind!r}; known: static, dynamic")
+        raise InvalidInput(f"unknown cache {kind!r}; known: static, dynamic")
     noise = torch.rand(
         len(prompts) if share is None else share.of,
         max_response,
@@ -145,7 +146,7 @@ class Sampler:
         finite = torch.stack(self.finite)
         if not bool(finite.all()):
             first = int((~finite).nonzero()[0, 0])
-            raise ValueError(
+            raise InvalidInput(
                 f"the student's logits are not finite from response token {first} on; its weights "
                 "have diverged: go back to a checkpoint and lower the learning rate"
             )

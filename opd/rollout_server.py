@@ -22,6 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
+from diagnostics.errors import InvalidInput, OperationFailed
 from opd.answers import CLAMPED, read_row
 from opd.endpoint import PASSING, Endpoint
 from opd.remote import ENTRY_BYTES, SPARE_BYTES, chosen
@@ -100,7 +101,7 @@ class RolloutServer:
           ValueError: it has none.
         """
         if self.limit is not None and self.limit < longest:
-            raise ValueError(
+            raise InvalidInput(
                 f"{self.url} has room for {self.limit} ids, and a prompt with its response may "
                 f"have {longest}; start it with --max-model-len {longest}, or lower max_prompt or "
                 "max_response"
@@ -123,7 +124,9 @@ class RolloutServer:
             gaps = self._gaps(weights)
             if self.held() == weights.name:  # one process all the while
                 return self._judge(gaps, weights.tolerance)
-        raise RuntimeError(f"{self.url} was restarted {RESTARTS + 1} times while it loaded weights")
+        raise OperationFailed(
+            f"{self.url} was restarted {RESTARTS + 1} times while it loaded weights"
+        )
 
     def held(self) -> str:
         """The name of the weights that the server holds; "default" if nobody named them."""
@@ -155,12 +158,12 @@ class RolloutServer:
             if held == name:
                 return found
             if held.startswith(NAMED):
-                raise RuntimeError(
+                raise OperationFailed(
                     f"{self.url} holds the weights {held!r} instead of {name!r}: another run loads "
                     "weights into it; give each run servers of its own"
                 )
             again()
-        raise RuntimeError(f"{self.url} was restarted {RESTARTS + 1} times during one batch")
+        raise OperationFailed(f"{self.url} was restarted {RESTARTS + 1} times during one batch")
 
     def start(self) -> None:
         self._endpoint.start()
@@ -182,7 +185,7 @@ class RolloutServer:
                 path, question, most=SPARE_BYTES, passing=[x for x in PASSING if x != 500]
             )
         except ValueError as error:
-            raise ValueError(
+            raise InvalidInput(
                 f"{error}. Weights are loaded by vLLM 0.32 or later, started with "
                 "VLLM_SERVER_DEV_MODE=1, from a folder that it can read (weights_folder)"
             ) from error
@@ -192,7 +195,9 @@ class RolloutServer:
         until = time.monotonic() + self._side.patience
         while not self._order("/reset_prefix_cache", {})["success"]:
             if time.monotonic() > until:
-                raise RuntimeError(f"{self.url} does not drop its cache; who else does it serve?")
+                raise OperationFailed(
+                    f"{self.url} does not drop its cache; who else does it serve?"
+                )
             time.sleep(0.2)
 
     def _gaps(self, weights: Weights) -> tuple[float, float]:
@@ -216,14 +221,14 @@ class RolloutServer:
     def _judge(self, gaps: tuple[float, float], tolerance: float) -> None:
         what = f"{tolerance:.0e} is arithmetic"
         if not gaps[0] <= tolerance:
-            raise RuntimeError(
+            raise OperationFailed(
                 f"{self.url} did not become the student: after loading the weights, its "
                 f"log-probabilities of fixed tokens differ by {gaps[0]:.2g} on average, {what}. "
                 "Start it with the student's --dtype and, as a tied head may keep old weights, "
                 "with --load-format dummy --hf-overrides '{\"tie_word_embeddings\": false}'"
             )
         if not gaps[1] <= tolerance:
-            raise RuntimeError(
+            raise OperationFailed(
                 f"{self.url} tells other log-probabilities than those of the distribution that it "
                 f"draws from: at temperature {PROBE_TEMPERATURE:g} they differ by {gaps[1]:.2g} on "
                 f"average, {what}. Start it with --logprobs-mode processed_logprobs"
@@ -265,11 +270,11 @@ class RolloutServer:
         try:
             (choice,) = said["choices"]
             if said["model"] != self.model:
-                raise ValueError(f"model {said['model']!r} answers, asked was {self.model!r}")
+                raise InvalidInput(f"model {said['model']!r} answers, asked was {self.model!r}")
             return reader(choice)
         except (KeyError, TypeError, ValueError) as error:
             what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-            raise ValueError(
+            raise InvalidInput(
                 f"{self.url} ({about}): the answer is not the one to the question: {what}"
             ) from error
 
@@ -290,23 +295,23 @@ def read_response(
     """
     ids, told = choice["token_ids"], choice["logprobs"]
     if ids is None or told is None:
-        raise ValueError("no token ids or log-probabilities; the server must be vLLM's")
+        raise InvalidInput("no token ids or log-probabilities; the server must be vLLM's")
     if choice["prompt_token_ids"] != list(prompt):
-        raise ValueError("the prompt's token ids are not those that were sent")
+        raise InvalidInput("the prompt's token ids are not those that were sent")
     logp, names = told["token_logprobs"], told["tokens"]
     if names != [f"token_id:{v}" for v in ids] or len(logp) != len(ids):
-        raise ValueError(f"{len(logp)} log-probabilities of other tokens than the {len(ids)} ids")
+        raise InvalidInput(f"{len(logp)} log-probabilities of other tokens than the {len(ids)} ids")
     ends = [v in eos for v in ids]
     whole = bool(ids) and not any(ends[:-1]) and (ends[-1] or len(ids) == budget)
     if not whole or len(ids) > budget:
-        raise ValueError(
+        raise InvalidInput(
             f"{len(ids)} ids that end with {ids[-1:]}, by {choice['finish_reason']!r}; expected "
             f"were {budget}, or fewer up to the first of {list(eos)}. Start the server with "
             "--generation-config vllm"
         )
     if not all(0 <= v < vocabulary for v in ids):
-        raise ValueError(f"ids up to {max(ids)}, the vocabulary has {vocabulary}")
+        raise InvalidInput(f"ids up to {max(ids)}, the vocabulary has {vocabulary}")
     for v, x in zip(ids, logp, strict=True):
         if not isinstance(x, float | int) or math.isnan(x) or not CLAMPED < x < 1e-3:
-            raise ValueError(f"the id {v} has the log-probability {x}")
+            raise InvalidInput(f"the id {v} has the log-probability {x}")
     return ids, logp

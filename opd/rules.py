@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from diagnostics.errors import InvalidInput
+
 Kind = Literal["id", "token", "string", "role"]
 Occurrence = Literal["all", "first"]
 ROLES = ("eos", "bos", "pad", "special", "think")
@@ -58,9 +60,9 @@ def parse_one(text: str) -> Rule:
             value, occurrence = value.removesuffix(f":{known}"), known
             break
     if kind not in get_args(Kind) or not value:
-        raise ValueError(f"mask rule {text!r} is not known; write {FORMS}")
+        raise InvalidInput(f"mask rule {text!r} is not known; write {FORMS}")
     if kind == "id" and not (value.isascii() and value.isdigit()):
-        raise ValueError(f"mask rule {text!r} names no token id; write id:NUMBER, as id:151645")
+        raise InvalidInput(f"mask rule {text!r} names no token id; write id:NUMBER, as id:151645")
     if kind == "role" and value not in ROLES:
-        raise ValueError(f"mask rule {text!r} names no role; known: {', '.join(ROLES)}")
+        raise InvalidInput(f"mask rule {text!r} names no role; known: {', '.join(ROLES)}")
     return Rule(kind, value, occurrence)  # type: ignore[arg-type]

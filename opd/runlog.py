@@ -14,6 +14,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from diagnostics import rows
+from diagnostics.errors import InvalidInput, OperationFailed
 from diagnostics.rows import Row
 from opd import processes
 from opd.config import Config, to_json
@@ -47,7 +48,7 @@ def open_run(config: Config) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RuntimeError(f"another process is writing to {folder}") from None
+            raise OperationFailed(f"another process is writing to {folder}") from None
         refuse_other_settings(folder, config)
         write_text(folder / "config.json", json.dumps(to_json(config), indent=1))
         if not (folder / "code.txt").exists():
@@ -61,7 +62,7 @@ def refuse_other_settings(folder: Path, config: Config) -> None:
     begun = any(path.exists() and path.stat().st_size for path in record)
     if not (folder / "config.json").exists():
         if begun:
-            raise ValueError(f"{folder} has a record but no config.json; choose another --out")
+            raise InvalidInput(f"{folder} has a record but no config.json; choose another --out")
         return
     if not begun:  # a run that never began, such as one whose task was not found
         return
@@ -70,7 +71,7 @@ def refuse_other_settings(folder: Path, config: Config) -> None:
     changed = [k for k in changed if k not in FREE_TO_CHANGE]
     if changed:
         what = ", ".join(f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in changed)
-        raise ValueError(
+        raise InvalidInput(
             f"{folder} holds a run with other settings ({what}); choose another --out, or delete "
             "the folder to start again"
         )
@@ -108,7 +109,7 @@ def whole_folder(final: Path) -> Iterator[Path]:
     except (OSError, RuntimeError, SafetensorError) as error:
         # torch and safetensors tell a full disk in words of their own
         shutil.rmtree(part, ignore_errors=True)
-        raise RuntimeError(
+        raise OperationFailed(
             f"could not write {final} ({error}): is the disk full? What was saved before is whole, "
             "and the same command resumes from it"
         ) from error

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import Rollouts, Scored
+from diagnostics.errors import InvalidInput
 from opd.data import Prompts, encode
 from opd.model import Pair, head_rows, log_probabilities, response_hidden, split
 from opd.pair_checks import Finding, Side, same_from_start
@@ -100,9 +101,9 @@ def gather(
     prompts = encode(student.tokenizer, problems, group, 1 << 30)
     beyond = prompts.tokens[prompts.tokens >= pair.student.vocabulary]
     if len(beyond):
-        raise ValueError(f"prompts hold id {int(beyond[0])}, which has no row in both heads")
+        raise InvalidInput(f"prompts hold id {int(beyond[0])}, which has no row in both heads")
     if not pair.eos:
-        raise ValueError("the student has no end token")
+        raise InvalidInput("the student has no end token")
     rollouts = sample(
         pair.student,
         prompts,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import Prefix, Rollouts, Scored, Support
+from diagnostics.errors import InvalidInput
 from diagnostics.prefix import functionals
 from opd.data import Prompts
 from opd.head import chunks, cooled, full_logits, gathered_logits, two_stage_topk
@@ -54,7 +55,7 @@ def score(
     """
     _check(pair, k, source)
     if endings is not None and source != "teacher":
-        raise ValueError(
+        raise InvalidInput(
             f"ends are exchanged in the teacher's top-K only, not in the {source!r} support; set "
             "own_end off, or use the teacher's"
         )
@@ -117,9 +118,9 @@ def score_support(
     """
     _check(pair, k, "teacher")
     if told is not None and temperature != 1:
-        raise ValueError(f"temperature is {temperature}; a teacher elsewhere tells that of 1")
+        raise InvalidInput(f"temperature is {temperature}; a teacher elsewhere tells that of 1")
     if batch.softmax_logp is None or batch.temperature != temperature:
-        raise ValueError(
+        raise InvalidInput(
             f"the sampler ran at temperature {batch.temperature} and "
             f"{'kept no' if batch.softmax_logp is None else 'kept the'} whole softmax; without the "
             f"student's log-probabilities at temperature {temperature} use `score`"
@@ -171,7 +172,7 @@ def score_told(
       ValueError: another source, whose ids the teacher was not asked about.
     """
     if source not in ("teacher", "intersection"):
-        raise ValueError(f"a teacher elsewhere tells its own top-K, not the support {source!r}")
+        raise InvalidInput(f"a teacher elsewhere tells its own top-K, not the support {source!r}")
 
     def measure(ours: Tensor, _: Tensor, tokens: Tensor, place: Tensor) -> dict[str, Tensor]:
         p = log_probabilities(pair.student, ours, 1.0)
@@ -195,10 +196,10 @@ def score_told(
 def _check(pair: Pair, k: int, source: str) -> None:
     size = pair.student.vocabulary
     if k > size:
-        raise ValueError(f"support_k is {k}, but the shared vocabulary has {size} tokens")
+        raise InvalidInput(f"support_k is {k}, but the shared vocabulary has {size} tokens")
     known = ("teacher", "student", *JOINED)
     if source not in known:
-        raise ValueError(f"unknown support source {source!r}; known: {', '.join(known)}")
+        raise InvalidInput(f"unknown support source {source!r}; known: {', '.join(known)}")
 
 
 def _support_ids(p: Tensor, q: Tensor, k: int, source: str) -> tuple[Tensor, Tensor | None]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import Scored
+from diagnostics.errors import InvalidInput
 
 
 def most_uncertain(batch: Scored, fraction: float) -> Tensor:
@@ -27,9 +28,9 @@ def most_uncertain(batch: Scored, fraction: float) -> Tensor:
       ValueError: fraction outside (0, 1], or the batch has no prefix functionals.
     """
     if not 0 < fraction <= 1:
-        raise ValueError(f"fraction is {fraction}; the share of tokens kept must lie in (0, 1]")
+        raise InvalidInput(f"fraction is {fraction}; the share of tokens kept must lie in (0, 1]")
     if batch.prefix is None:
-        raise ValueError(
+        raise InvalidInput(
             "selection by entropy needs whole next-token distributions; score the batch with "
             "prefix functionals (diagnostics.prefix)"
         )

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 
 from diagnostics.batch import Rollouts
+from diagnostics.errors import InvalidInput, OperationFailed
 from opd import processes
 from opd.data import Prompts
 from opd.model import Model
@@ -61,7 +62,7 @@ class Servers:
         in_flight: int,
     ) -> None:
         if not urls or len(set(urls)) < len(urls):
-            raise ValueError(f"rollout_servers are {list(urls)}; name at least one, each once")
+            raise InvalidInput(f"rollout_servers are {list(urls)}; name at least one, each once")
         self._model_device = model.device
         self._home, self._count = folder.resolve(), 0
         self._name = processes.told(f"{NAMED}{uuid.uuid4().hex[:12]}")[0]
@@ -160,7 +161,7 @@ class Servers:
           RuntimeError: other processes may be sampling from it.
         """
         if processes.size() > 1:
-            raise RuntimeError(
+            raise OperationFailed(
                 f"{server.url} was restarted and has lost the student's weights, which one of "
                 "several processes cannot load while others sample; the same command resumes"
             )

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diagnostics.errors import InvalidInput
 from opd import processes
 from opd.head import Head, find_head
 from opd.model import Model, bare
@@ -66,7 +67,7 @@ def sharded(model: Model) -> Sharded:
     network, dtype = model.network, model.network.dtype
     layers = [m for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
     if model.head.weight is None or not layers:
-        raise ValueError(
+        raise InvalidInput(
             f"{type(network).__name__} cannot be sharded: it is not known layers and a head; set "
             "sharding none"
         )

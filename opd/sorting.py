@@ -6,6 +6,7 @@ after each digit. Every entry is the one before with a digit put in, so that a s
 
 import random
 
+from diagnostics.errors import InvalidInput
 from opd.problems import Problem, split_of
 
 LENGTHS = range(4, 9)
@@ -20,7 +21,7 @@ def problems(split: str, count: int, seed: int) -> list[Problem]:
       ValueError: another split.
     """
     if split not in ("train", "test"):
-        raise ValueError(f'split is {split!r}; it must be "train" or "test"')
+        raise InvalidInput(f'split is {split!r}; it must be "train" or "test"')
     generator = random.Random(f"sort-{split}-{seed}")
     found: dict[str, Problem] = {}
     while len(found) < count:

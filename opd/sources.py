@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diagnostics.errors import InvalidInput, MissingFile, MissingPackage
 from opd.problems import Problem
 
 Row = dict[str, Any]
@@ -59,14 +60,14 @@ def read_rows(source: str) -> list[Row]:
     if source.startswith("hf:") or path.is_dir():
         return read_dataset(source.removeprefix("hf:"))
     if not path.exists():
-        raise FileNotFoundError(
+        raise MissingFile(
             f'task {source!r} is neither "lab" nor an existing file or folder; '
             "a dataset on the hub is written hf:NAME"
         )
     if path.suffix == ".parquet":
         return read_parquet(path)
     if path.suffix not in (".jsonl", ".json"):
-        raise ValueError(f"{path} is neither a .jsonl nor a .parquet file")
+        raise InvalidInput(f"{path} is neither a .jsonl nor a .parquet file")
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
@@ -74,9 +75,9 @@ def read_rows(source: str) -> list[Row]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path} line {number} is not JSON: {error}") from None
+            raise InvalidInput(f"{path} line {number} is not JSON: {error}") from None
         if not isinstance(row, dict):
-            raise ValueError(f"{path} line {number} is not a JSON object: {line[:80]!r}")
+            raise InvalidInput(f"{path} line {number} is not a JSON object: {line[:80]!r}")
         rows.append(row)
     return rows
 
@@ -85,7 +86,7 @@ def read_parquet(path: Path) -> list[Row]:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise ImportError(f"{path} needs pyarrow: pip install 'opdlab[data]'") from None
+        raise MissingPackage(f"{path} needs pyarrow: pip install 'opdlab[data]'") from None
     return pyarrow.parquet.read_table(path).to_pylist()
 
 
@@ -94,10 +95,10 @@ def read_dataset(name: str) -> list[Row]:
     try:
         import datasets
     except ImportError:
-        raise ImportError(f"{name!r} needs datasets: pip install 'opdlab[data]'") from None
+        raise MissingPackage(f"{name!r} needs datasets: pip install 'opdlab[data]'") from None
     where, *rest = name.split(":")
     if not where or len(rest) > 2 or "" in rest:
-        raise ValueError(
+        raise InvalidInput(
             f"cannot read {name!r}; write hf:NAME, hf:NAME:SPLIT, hf:NAME:CONFIG:SPLIT"
         )
     split = rest[-1] if rest else "train"
@@ -108,7 +109,7 @@ def read_dataset(name: str) -> list[Row]:
     saved = datasets.load_from_disk(where)
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
-            raise ValueError(f"{where} has no split {split!r}; it has {', '.join(saved)}")
+            raise InvalidInput(f"{where} has no split {split!r}; it has {', '.join(saved)}")
         saved = saved[split]
     return saved.to_list()
 
@@ -138,7 +139,7 @@ def questions(
 ) -> list[Problem]:
     """The rows of a source as questions; see `read_problems`."""
     if len(rows) < 2:
-        raise ValueError(f"{source} has {len(rows)} problems; at least 2 are needed")
+        raise InvalidInput(f"{source} has {len(rows)} problems; at least 2 are needed")
     complaints: dict[str, list[int]] = {}
     found: list[Problem] = []
     for number, row in enumerate(rows):
@@ -148,7 +149,7 @@ def questions(
             complaints.setdefault(str(error), []).append(number)
     if complaints:
         text = "; ".join(f"{numbered(where)} {what}" for what, where in complaints.items())
-        raise ValueError(f"{source}: {text}")
+        raise InvalidInput(f"{source}: {text}")
     return found
 
 
@@ -156,18 +157,18 @@ def question(row: Row, columns: Columns, system: str, template: Template) -> Que
     """One row as a question; a ValueError continues "row N ..."."""
     wanted = {name: nested(row, name) for name in (columns.prompt, columns.answer)}
     if lacking := [name for name, value in wanted.items() if value is MISSING]:
-        raise ValueError(
+        raise InvalidInput(
             f"lacks {lacking}; has {sorted(row)}; name the columns that hold prompt and answer"
         )
     prompt, answer = wanted.values()
     if isinstance(answer, bool) or not isinstance(answer, str | int | float | None):
-        raise ValueError(f"has a {type(answer).__name__} as {columns.answer!r}, expected text")
+        raise InvalidInput(f"has a {type(answer).__name__} as {columns.answer!r}, expected text")
     if answer is None or not str(answer).strip():
-        raise ValueError(f"has an empty {columns.answer!r}")
+        raise InvalidInput(f"has an empty {columns.answer!r}")
     chat = messages(prompt, columns.prompt)
     if system:
         if chat[0][0] == "system":
-            raise ValueError("has a system message of its own; leave the setting system empty")
+            raise InvalidInput("has a system message of its own; leave the setting system empty")
         chat = (("system", system), *chat)
     plain = len(chat) == 1
     labels = [nested(row, name) for name in (columns.task, columns.grader)]
@@ -187,18 +188,18 @@ def messages(prompt: Any, name: str) -> Chat:
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     if prompt is None or prompt == []:
-        raise ValueError(f"has an empty {name!r}")
+        raise InvalidInput(f"has an empty {name!r}")
     if not isinstance(prompt, list) or not all(
         isinstance(x, dict) and isinstance(x.get("role"), str) and isinstance(x.get("content"), str)
         for x in prompt
     ):
         what = f"neither text nor a list of messages with role and content as {name!r}"
-        raise ValueError(f"has {what}")
+        raise InvalidInput(f"has {what}")
     chat = tuple((x["role"], x["content"]) for x in prompt)
     if chat[-1][0] != "user":
-        raise ValueError(f"has a {name!r} whose last message is by {chat[-1][0]!r}, not the user")
+        raise InvalidInput(f"has a {name!r} whose last message is by {chat[-1][0]!r}, not the user")
     if not chat[-1][1].strip():
-        raise ValueError(f"has an empty {name!r}")
+        raise InvalidInput(f"has an empty {name!r}")
     return chat
 
 

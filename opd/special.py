@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import Rollouts, Scored
+from diagnostics.errors import InvalidInput
 from diagnostics.totals import Mean, Total
 from opd.pieces import Pieces, pieces, token_bytes
 from opd.rules import Rule, parse
@@ -66,7 +67,7 @@ def _resolve(
         )
     if not ids and not strings:
         hint = "; string:TEXT finds text in pieces" if rule.kind == "token" else "; drop the rule"
-        raise ValueError(f"mask rule {rule.name!r}: the tokenizer has no such token{hint}")
+        raise InvalidInput(f"mask rule {rule.name!r}: the tokenizer has no such token{hint}")
     return Mask(rule.name, rule.occurrence == "first", ids, strings, laid)
 
 

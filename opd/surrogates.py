@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diagnostics.errors import InvalidInput
 from opd.credit import log_ratio
 
 _NOTHING = -1e9
@@ -148,7 +149,7 @@ def clipped_score(at: Visited, low: float = 0.2, high: float = 0.2, dual: float 
 def importance(at: Visited) -> Tensor:
     """rho = p(y) / p_old(y) with gradient; constant beyond e^20 and e^-20, so that it is finite."""
     if at.old_logp is None:
-        raise ValueError("an importance ratio needs old_logp, the student's when it was scored")
+        raise InvalidInput("an importance ratio needs old_logp, the student's when it was scored")
     return log_ratio(sampled_logp(at), at.old_logp.detach()).clamp(-_FAR, _FAR).exp()
 
 
@@ -255,7 +256,7 @@ def pair(at: Visited) -> tuple[Tensor, Tensor]:
     An absent id has probability 0 under both and passes no gradient on, whatever stands there.
     """
     if at.support_logp is None or at.teacher_support_logp is None:
-        raise ValueError("this objective compares both models on a support; none was given")
+        raise InvalidInput("this objective compares both models on a support; none was given")
     ours, theirs = at.support_logp, at.teacher_support_logp.detach()
     if at.present is None:
         return ours, theirs
@@ -276,14 +277,16 @@ def _tail(at: Visited) -> Tensor:
 def sampled_logp(at: Visited) -> Tensor:
     """(...) log p(y), with gradient."""
     if at.logp is None:
-        raise ValueError("this objective reads the sampled token's log-probability; none was given")
+        raise InvalidInput(
+            "this objective reads the sampled token's log-probability; none was given"
+        )
     return at.logp
 
 
 def inside_support(at: Visited) -> Tensor:
     """(...) bool: the sampled token is among the support's ids."""
     if at.inside is None:
-        raise ValueError("this objective asks whether the sampled token is in the support")
+        raise InvalidInput("this objective asks whether the sampled token is in the support")
     return at.inside
 
 

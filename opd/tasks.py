@@ -20,6 +20,7 @@ from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 
+from diagnostics.errors import InvalidInput
 from opd.config import Config, TaskSettings, task_settings
 from opd.seeds import ORDER, derive
 
@@ -35,9 +36,9 @@ def read_tasks(path: Path) -> tuple[TaskSettings, ...]:
     try:
         raw = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{path} is not TOML: {error}") from None
+        raise InvalidInput(f"{path} is not TOML: {error}") from None
     if set(raw) != {"tasks"} or not isinstance(raw["tasks"], list):
-        raise ValueError(f"{path} must hold [[tasks]] and nothing else; it holds {sorted(raw)}")
+        raise InvalidInput(f"{path} must hold [[tasks]] and nothing else; it holds {sorted(raw)}")
     return tuple(task_settings(task) for task in raw["tasks"])
 
 
@@ -81,7 +82,7 @@ def shares(config: Config) -> list[int]:
     """
     total, weights = config.prompts_per_step, [task.weight for task in config.tasks]
     if total < len(weights):
-        raise ValueError(
+        raise InvalidInput(
             f"prompts_per_step is {total}, and {len(weights)} tasks are mixed in every step; "
             "give each at least one prompt"
         )
@@ -93,7 +94,7 @@ def shares(config: Config) -> list[int]:
         able = [i for i, n in enumerate(found) if n > 1]
         found[max(able, key=lambda i: found[i] - exact[i])] -= 1
     if wrong := [n for n in found if n % config.updates]:
-        raise ValueError(
+        raise InvalidInput(
             f"updates is {config.updates} and the tasks have {found} prompts a step: {wrong[0]} "
             "cannot be shared by the updates; change weights, prompts_per_step or updates"
         )

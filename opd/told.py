@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import Rollouts
+from diagnostics.errors import InvalidInput
 from opd.config import Config
 from opd.credit import local_kl, mean_cost
 from opd.data import Prompts
@@ -46,7 +47,9 @@ def asked(remote: Remote, prompts: Prompts, batch: Rollouts, k: int) -> Told:
     wanted = torch.cat([torch.zeros_like(prompts.mask), batch.mask], 1)
     for row, kept, of in zip(ids.cpu(), there.cpu(), wanted.cpu(), strict=True):
         if not kept[:width].any():
-            raise ValueError("a prompt has no token, and no teacher tells the first of a response")
+            raise InvalidInput(
+                "a prompt has no token, and no teacher tells the first of a response"
+            )
         rows.append(row[kept].tolist())
         places.append(of[kept].nonzero()[:, 0].tolist())
     answers = remote.tell(rows, places, k)
@@ -105,7 +108,7 @@ def check_tellable(config: Config, objective: Objective) -> None:
         (config.probe_every, "probe_every, which needs its hidden states", "probe_every 0"),
     ):
         if wrong:
-            raise ValueError(
+            raise InvalidInput(
                 f"the teacher {config.teacher} is on a server and cannot serve {what}; take "
                 f"{remedy}, or a teacher in this process"
             )

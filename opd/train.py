@@ -19,6 +19,7 @@ from diagnostics.batch import Scored
 from diagnostics.catalogue import PANEL, Metric
 from diagnostics.collapse import length, reward
 from diagnostics.drift import sampled_divergence
+from diagnostics.errors import InvalidInput, OperationFailed
 from diagnostics.groups import by
 from diagnostics.monitor import Monitor
 from diagnostics.rows import Row, append
@@ -62,13 +63,13 @@ def train(config: Config) -> Path:
             check_tellable(own, objective)
     where = resolve_device(config.device)
     if config.sharding == "full" and not processes.several():
-        raise ValueError(
+        raise InvalidInput(
             "sharding full shares the weights out among several processes, and this is one: start "
             "them with `torchrun --nproc_per_node N --no-python opd train ...`, or set sharding "
             "none; the run goes on from the same checkpoints"
         )
     if config.engine == "vllm" and processes.several():
-        raise ValueError(
+        raise InvalidInput(
             "the engine vllm takes weights from one process, and these are several; start one, or "
             "set engine servers or hf"
         )
@@ -180,7 +181,7 @@ def explained(config: Config) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise RuntimeError(
+        raise OperationFailed(
             f"out of memory on {config.device}: lower micro_tokens ({config.micro_tokens}), "
             f"chunk_elements ({config.chunk_elements}) or rows_at_once ({config.rows_at_once}), "
             f"or set checkpointing or offload_teacher; the same command resumes ({error})"
@@ -189,7 +190,7 @@ def explained(config: Config) -> Iterator[None]:
         full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if isinstance(error, OSError) and error.errno not in full:
             raise
-        raise RuntimeError(
+        raise OperationFailed(
             f"could not write below {config.out}: is the disk full? What was saved before is "
             f"whole, and the same command resumes from it ({error})"
         ) from error
@@ -207,7 +208,7 @@ def load(config: Config, pair: Pair) -> Task:
       ValueError: the task is games.
     """
     if is_games(config.task):
-        raise ValueError(f"{config.task} is games; problems with answers are needed here")
+        raise InvalidInput(f"{config.task} is games; problems with answers are needed here")
     return load_task(
         config.task,
         config.seed,
@@ -231,13 +232,13 @@ def games_of(config: Config) -> Games:
     """
     for name in ("grader", "eval_task"):
         if getattr(config, name):
-            raise ValueError(
+            raise InvalidInput(
                 f"{config.task} says itself who won and holds out games of its own; leave out "
                 f"{name}={getattr(config, name)!r}"
             )
     if config.layout == "turns" and (config.outcome or config.baseline == "leave_one_out"):
         what = f"outcome {config.outcome}" if config.outcome else "baseline leave_one_out"
-        raise ValueError(
+        raise InvalidInput(
             f"{what} compares a response with the others to its prompt; with layout turns those "
             "are turns of the same episode too: set layout to trajectory"
         )
@@ -261,7 +262,7 @@ def make_objective(config: Config) -> Objective:
     """
     if config.denominator not in DENOMINATORS:
         known = ", ".join(DENOMINATORS)
-        raise ValueError(f"unknown denominator {config.denominator!r}; known: {known}")
+        raise InvalidInput(f"unknown denominator {config.denominator!r}; known: {known}")
     objective = make(
         config.objective,
         config.gamma,
@@ -275,18 +276,18 @@ def make_objective(config: Config) -> Objective:
         collapse_accepted=config.collapse_accepted,
     )
     if config.teacher in ("base", "ema") and not config.outcome:
-        raise ValueError(
+        raise InvalidInput(
             f'teacher "{config.teacher}" starts as the student itself, so the divergence is at its '
             "minimum and nothing moves; set outcome, the weight of the reward, or name a teacher"
         )
     if config.updates > 1 and objective.score is plain_score:
-        raise ValueError(
+        raise InvalidInput(
             f"updates is {config.updates}: from the second on, {config.objective} would weigh "
             "tokens as if the student of the first had not moved; use sampled_token_weighted or "
             "sampled_token_clipped, or updates = 1"
         )
     if config.ahead and objective.sampled and objective.ratio is no_ratio:
-        raise ValueError(
+        raise InvalidInput(
             f"ahead is {config.ahead}: {config.objective} would weigh tokens of older weights as "
             "if the present student had drawn them; set ratio token, or ahead = 0"
         )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import Scored
+from diagnostics.errors import InvalidInput
 from diagnostics.ranks import among
 from opd import processes
 from opd.data import Prompts
@@ -146,7 +147,7 @@ def shares(prompt: list[int], updates: int) -> list[list[int]]:
     """
     order = sorted(set(prompt))
     if len(order) < updates:
-        raise ValueError(f"{len(order)} games were played, too few for {updates} updates")
+        raise InvalidInput(f"{len(order)} games were played, too few for {updates} updates")
     place = {number: i * updates // len(order) for i, number in enumerate(order)}
     return [[r for r, number in enumerate(prompt) if place[number] == u] for u in range(updates)]
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diagnostics.errors import InvalidInput
 from opd.objectives import Objective
 from opd.shards import Shard, log_normaliser, picked
 from opd.surrogates import Visited
@@ -75,7 +76,7 @@ def compute_topk_loss(
         return verls(config, distillation_config, data, student_logits, data_format)
     objective = TOPK[mode]
     if objective.normalised and not held(data, "distillation_only", False):
-        raise ValueError(
+        raise InvalidInput(
             f"{mode} beside task rewards: verl's cross-entropy may overwrite the logits that the "
             "log-normaliser's gradient reads; set distillation_loss.use_task_rewards=False"
         )
@@ -91,7 +92,7 @@ def compute_topk_loss(
     else:
         ids, teacher_logp, tokens = fsdp_layout(parts)
     if ids.shape[:2] != student_logits.shape[:2]:
-        raise ValueError(
+        raise InvalidInput(
             f"the teacher's tensors are laid out as {tuple(ids.shape[:2])} tokens, the logits as "
             f"{tuple(student_logits.shape[:2])}"
         )

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from diagnostics.adapters.partial import changed
 from diagnostics.adapters.verl import Loss, batch_of, observed
+from diagnostics.errors import InvalidInput, MissingPackage
 from opd.credit import mean_cost
 from opd.objectives import Objective, make
 from opd.verl_logits import TOPK, compute_topk_loss, held
@@ -48,7 +49,7 @@ def register(name: str, mode: str = "", **choices: Any) -> str:
     topk = objective.support == "teacher"
     why = unsupplied(objective) or unsupplied_choice(choices, topk)
     if why:
-        raise ValueError(f"{name} in verl: {why}")
+        raise InvalidInput(f"{name} in verl: {why}")
     settings = losses.DistillationLossSettings(names=mode, use_topk=topk, use_estimator=not topk)
     loss: Loss = partial(topk_loss if topk else sampled_loss, objective)
     losses.register_distillation_loss(settings)(observed(loss))
@@ -72,10 +73,10 @@ class _Refused:
 
     @property
     def use_topk(self) -> bool:
-        raise ValueError(self.why)
+        raise InvalidInput(self.why)
 
     def refusal(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError(self.why)
+        raise InvalidInput(self.why)
 
 
 def unsupplied(objective: Objective) -> str:
@@ -123,12 +124,12 @@ def sampled_loss(
 
     check_settings(distillation_config.distillation_loss, data)
     if "old_log_probs" not in data:
-        raise ValueError("the batch has no old_log_probs, of which the credit is made")
+        raise InvalidInput("the batch has no old_log_probs, of which the credit is made")
     batch = batch_of(model_output, data)
     read = no_padding_2_padding(data["teacher_ids"], data)[..., 0].long()
     strange = int(((read != batch.tokens) & batch.mask).sum())
     if strange:
-        raise ValueError(
+        raise InvalidInput(
             f"the teacher scored other ids than the student's at {strange} of "
             f"{int(batch.mask.sum())} supervised tokens"
         )
@@ -175,10 +176,12 @@ def check_settings(loss: Any, data: Any) -> None:
     }
     for name, value in wrong.items():
         neutral = "False: it has its own score function" if value is True else "null"
-        raise ValueError(f"distillation_loss.{name} is {value} with an opdlab loss; set {neutral}")
+        raise InvalidInput(
+            f"distillation_loss.{name} is {value} with an opdlab loss; set {neutral}"
+        )
     temperature = held(data, "temperature", 1.0)
     if bool((torch.as_tensor(temperature) != 1).any()):
-        raise ValueError(
+        raise InvalidInput(
             f"rollout.temperature is {temperature}: verl divides the student's logits by it and "
             "reads the teacher at 1, two different distributions; set 1"
         )
@@ -197,13 +200,15 @@ def verl_losses() -> Any:
         import verl
         from verl.trainer.distillation import losses
     except ImportError as error:
-        raise ImportError(f"verl with distillation losses (0.9) is needed here: {error}") from error
+        raise MissingPackage(
+            f"verl with distillation losses (0.9) is needed here: {error}"
+        ) from error
     theirs = losses.compute_topk_loss
     if isinstance(theirs, partial):
         return losses
     found = list(inspect.signature(theirs).parameters)
     if not verl.__version__.startswith("0.9.") or found != _ARGUMENTS:
-        raise ImportError(
+        raise MissingPackage(
             f"verl is {verl.__version__}, whose compute_topk_loss takes {', '.join(found)}; this "
             f"was written for 0.9 and {', '.join(_ARGUMENTS)}: install verl==0.9.1"
         )

@@ -18,6 +18,7 @@ import torch
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 
+from diagnostics.errors import InvalidInput
 from opd.special import Mask, resolve, supervised
 
 
@@ -37,7 +38,7 @@ class SingleTurn(SingleTurnAgentLoop):
         longest = self.rollout_config.response_length
         for task, length in self.lengths.items():
             if not 0 < length <= longest:
-                raise ValueError(
+                raise InvalidInput(
                     f"lengths: {task} is {length}, rollout.response_length is {longest}; a task's "
                     "length lies between 1 and that"
                 )

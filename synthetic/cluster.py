@@ -9,6 +9,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+from diagnostics.errors import InvalidInput
+
 BACKENDS = ("loky", "ray", "dask")
 
 
@@ -32,9 +34,9 @@ def compute(
     import joblib
 
     if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
+        raise InvalidInput(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
     if address is not None and backend == "loky":
-        raise ValueError(f"address {address} needs --backend ray or dask")
+        raise InvalidInput(f"address {address} needs --backend ray or dask")
     if not tasks:
         return
     with {"loky": _local, "ray": _ray, "dask": _dask}[backend](jobs, address):

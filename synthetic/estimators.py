@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from diagnostics.errors import InvalidInput
 from opd.credit import BASELINES, given, no_ratio, sequence_ratio
 from opd.objectives import (
     OBJECTIVES,
@@ -176,7 +177,7 @@ def terms(
     steps = [visit_gradients(at, student_logits, objective, own + x)[:, 0] for x in (0, 1, 2)]
     score = steps[1] - steps[0]
     if float((steps[2] - steps[0] - 2 * score).abs().max()) > 1e-9 * (1 + float(own.abs().max())):
-        raise ValueError("the objective's gradient is not linear in its credit: no exact moments")
+        raise InvalidInput("the objective's gradient is not linear in its credit: no exact moments")
 
     acting = mdp.behaviour(student_logits, sampler)
     p, ours, theirs = (

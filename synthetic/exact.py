@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from diagnostics.errors import InvalidInput
 from opd.credit import RATIOS, check_gamma
 from synthetic import baselines
 from synthetic.estimators import ESTIMATORS, Estimator, terms
@@ -128,9 +129,9 @@ def moments(
     chosen = [_estimator(name, gamma) for name in names]
     for kind, name, known in (("ratio", ratio, tuple(RATIOS)), ("length", length, LENGTHS)):
         if name not in known:
-            raise ValueError(f"unknown {kind} {name!r}; known: {', '.join(known)}")
+            raise InvalidInput(f"unknown {kind} {name!r}; known: {', '.join(known)}")
     if group is not None and not any(one.grouped for one in chosen):
-        raise ValueError(f"group = {group} would have no effect on {', '.join(names)}")
+        raise InvalidInput(f"group = {group} would have no effect on {', '.join(names)}")
     space = _space(mdp, jacobian)
     parts = []
     for one in chosen:
@@ -172,10 +173,10 @@ def baseline(
 
 def _estimator(name: str, gamma: float | Sequence[float]) -> Estimator:
     if name not in ESTIMATORS:
-        raise ValueError(f"unknown estimator {name!r}; known: {', '.join(ESTIMATORS)}")
+        raise InvalidInput(f"unknown estimator {name!r}; known: {', '.join(ESTIMATORS)}")
     found = ESTIMATORS[name]
     if not found.family and any(_grid(gamma)):
-        raise ValueError(f"{name} is local, gamma = {gamma} would have no effect; use gamma = 0")
+        raise InvalidInput(f"{name} is local, gamma = {gamma} would have no effect; use gamma = 0")
     return found
 
 
@@ -184,22 +185,22 @@ def _space(mdp: TabularMDP, jacobian: Tensor | None) -> Table | Shared:
         return Table(mdp.num_states, mdp.num_actions)
     shape = (mdp.num_states, mdp.num_actions)
     if jacobian.dim() != 3 or tuple(jacobian.shape[:2]) != shape:
-        raise ValueError(f"jacobian has shape {tuple(jacobian.shape)}, expected {(*shape, 'D')}")
+        raise InvalidInput(f"jacobian has shape {tuple(jacobian.shape)}, expected {(*shape, 'D')}")
     return Shared(jacobian.detach().to(torch.float64))
 
 
 def _group(group: int | None, length: str) -> int:
     if group is None:
-        raise ValueError("leave_one_out needs the number of rollouts a group: group=...")
+        raise InvalidInput("leave_one_out needs the number of rollouts a group: group=...")
     if length != "sequence_sum":
-        raise ValueError(f"leave_one_out is exact for length 'sequence_sum', not {length!r}")
+        raise InvalidInput(f"leave_one_out is exact for length 'sequence_sum', not {length!r}")
     return group
 
 
 def _grid(gamma: float | Sequence[float]) -> Tensor:
     values = [float(gamma)] if isinstance(gamma, float | int) else [float(x) for x in gamma]
     if not values:
-        raise ValueError("gamma is an empty sequence")
+        raise InvalidInput("gamma is an empty sequence")
     for value in values:
         check_gamma(value)
     return torch.tensor(values, dtype=torch.float64)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diagnostics.errors import InvalidInput
 from opd.objectives import Objective, reduce
 from synthetic.mdp import TabularMDP
 from synthetic.sample import Trajectories, sample, with_baseline, with_support
@@ -137,9 +138,9 @@ def monte_carlo(
       baselines: (T, S) tables for the objectives whose baseline is `given`, by name.
     """
     if count < 2:
-        raise ValueError(f"count is {count}, expected at least 2 trajectories for a variance")
+        raise InvalidInput(f"count is {count}, expected at least 2 trajectories for a variance")
     if chunk < 1:
-        raise ValueError(f"chunk is {chunk}, expected at least 1 trajectory at a time")
+        raise InvalidInput(f"chunk is {chunk}, expected at least 1 trajectory at a time")
     e, (s, a) = len(objectives), student_logits.shape
     pivot = torch.zeros(e, s, a, dtype=torch.float64)
     first, second = torch.zeros_like(pivot), torch.zeros_like(pivot)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diagnostics.errors import InvalidInput
+
 
 @dataclass(frozen=True, eq=False)
 class TabularMDP:
@@ -32,11 +34,11 @@ class TabularMDP:
             object.__setattr__(self, name, value)
         shape = tuple(self.transition.shape)
         if len(shape) != 3 or shape[0] != shape[2] or 0 in shape:
-            raise ValueError(f"transition has shape {shape}, expected (S, A, S)")
+            raise InvalidInput(f"transition has shape {shape}, expected (S, A, S)")
         if tuple(self.start.shape) != shape[:1]:
-            raise ValueError(f"start has shape {tuple(self.start.shape)}, expected {shape[:1]}")
+            raise InvalidInput(f"start has shape {tuple(self.start.shape)}, expected {shape[:1]}")
         if self.horizon < 1 or int(self.horizon) != self.horizon:
-            raise ValueError(f"horizon is {self.horizon}, expected a whole number of at least 1")
+            raise InvalidInput(f"horizon is {self.horizon}, expected a whole number of at least 1")
         _check_distribution("transition", self.transition)
         _check_distribution("start", self.start)
         if self.end is not None:
@@ -44,12 +46,16 @@ class TabularMDP:
 
     def _check_end(self, end: int) -> None:
         if not 0 <= end < self.num_states:
-            raise ValueError(f"end is {end}, expected a state below {self.num_states}")
+            raise InvalidInput(f"end is {end}, expected a state below {self.num_states}")
         stays = float(self.transition[end, :, end].min())
         if stays < 1:
-            raise ValueError(f"end state {end} is not absorbing: it stays with {stays}, expected 1")
+            raise InvalidInput(
+                f"end state {end} is not absorbing: it stays with {stays}, expected 1"
+            )
         if float(self.start[end]) > 0:
-            raise ValueError(f"start puts {float(self.start[end])} on end state {end}, expected 0")
+            raise InvalidInput(
+                f"start puts {float(self.start[end])} on end state {end}, expected 0"
+            )
 
     @property
     def num_states(self) -> int:
@@ -71,10 +77,10 @@ class TabularMDP:
         """(S, A) float64 log-probabilities of a table of logits; gradients flow through."""
         shape = (self.num_states, self.num_actions)
         if tuple(logits.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(logits.shape)}, expected {shape}")
+            raise InvalidInput(f"{name} has shape {tuple(logits.shape)}, expected {shape}")
         if not bool(logits.isfinite().all()):
             count = int((~logits.isfinite()).sum())
-            raise ValueError(f"{name}: {count} of {logits.numel()} values are not finite")
+            raise InvalidInput(f"{name}: {count} of {logits.numel()} values are not finite")
         return logits.to(torch.float64).log_softmax(-1)
 
     def behaviour(self, student_logits: Tensor, sampler: Tensor | None) -> Tensor:
@@ -83,7 +89,7 @@ class TabularMDP:
             return self.log_policy(student_logits, "student_logits").detach().exp()
         shape = (self.num_states, self.num_actions)
         if tuple(sampler.shape) != shape:
-            raise ValueError(f"sampler has shape {tuple(sampler.shape)}, expected {shape}")
+            raise InvalidInput(f"sampler has shape {tuple(sampler.shape)}, expected {shape}")
         sampler = sampler.detach().to(torch.float64)
         _check_distribution("sampler", sampler)
         return sampler
@@ -92,12 +98,12 @@ class TabularMDP:
 def _check_distribution(name: str, x: Tensor) -> None:
     bad = x[~(x.isfinite() & (x >= 0))]
     if len(bad):
-        raise ValueError(f"{name} holds {float(bad[0])}, expected probabilities of at least 0")
+        raise InvalidInput(f"{name} holds {float(bad[0])}, expected probabilities of at least 0")
     totals = x.sum(-1)
     off = float((totals - 1).abs().max())
     if off > 1e-9:
         wrong = float(totals.flatten()[(totals - 1).abs().argmax()])
-        raise ValueError(f"{name}: a row sums to {wrong}, expected 1")
+        raise InvalidInput(f"{name}: a row sums to {wrong}, expected 1")
 
 
 # --- worlds -------------------------------------------------------------------------------------
@@ -117,9 +123,9 @@ def random_chain(
     renormalised: 1 mixes fast, 0 never leaves the block where the start put it.
     """
     if not 0 <= mixing <= 1:
-        raise ValueError(f"mixing is {mixing}, expected a number in [0, 1]")
+        raise InvalidInput(f"mixing is {mixing}, expected a number in [0, 1]")
     if not 1 <= blocks <= num_states:
-        raise ValueError(f"blocks is {blocks}, expected 1 to {num_states} (the states)")
+        raise InvalidInput(f"blocks is {blocks}, expected 1 to {num_states} (the states)")
     rows = _exponential((num_states, num_actions, num_states), generator)
     block = torch.arange(num_states) * blocks // num_states
     same = block[:, None] == block[None, :]
@@ -149,7 +155,7 @@ def ending(mdp: TabularMDP, stop: Tensor) -> TabularMDP:
     """The same world with one more, absorbing state, reached with probability `stop` (S, A)."""
     stop = torch.as_tensor(stop, dtype=torch.float64).expand(mdp.num_states, mdp.num_actions)
     if mdp.end is not None:
-        raise ValueError(f"the world already has an end state, {mdp.end}")
+        raise InvalidInput(f"the world already has an end state, {mdp.end}")
     s, a = mdp.num_states, mdp.num_actions
     transition = torch.zeros(s + 1, a, s + 1, dtype=torch.float64)
     transition[:s, :, :s] = mdp.transition * (1 - stop)[..., None]
@@ -184,9 +190,9 @@ def random_pair(
 def nucleus(logits: Tensor, top_p: float, temperature: float = 1.0) -> Tensor:
     """(S, A) probabilities of a sampler: tempered, then the fewest tokens of mass >= top_p."""
     if not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}, expected a number in (0, 1]")
+        raise InvalidInput(f"top_p is {top_p}, expected a number in (0, 1]")
     if not temperature > 0:
-        raise ValueError(f"temperature is {temperature}, expected a positive number")
+        raise InvalidInput(f"temperature is {temperature}, expected a positive number")
     p, order = (logits.to(torch.float64) / temperature).softmax(-1).sort(-1, descending=True)
     kept = p * (p.cumsum(-1) - p < top_p)
     kept = torch.zeros_like(p).scatter(-1, order, kept)

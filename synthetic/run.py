@@ -19,6 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from diagnostics.errors import InvalidInput, OperationFailed
+
 if TYPE_CHECKING:
     import pandas as pd
     import torch
@@ -38,7 +40,7 @@ def list_experiments() -> list[str]:
 def load(name: str) -> ModuleType:
     """The experiment: CLAIM, HEADLINES, SETTINGS, measure, summarize."""
     if name not in list_experiments():
-        raise ValueError(f"unknown experiment {name!r}; known: {', '.join(list_experiments())}")
+        raise InvalidInput(f"unknown experiment {name!r}; known: {', '.join(list_experiments())}")
     return import_module(f"synthetic.experiments.{name}")
 
 
@@ -76,7 +78,7 @@ def run(
     experiment = load(name)
     if preset not in experiment.SETTINGS:
         known = ", ".join(experiment.SETTINGS)
-        raise ValueError(f"{name} has no preset {preset!r}; known: {known}")
+        raise InvalidInput(f"{name} has no preset {preset!r}; known: {known}")
     settings = experiment.SETTINGS[preset]
     folder = Path(out) / name
     files = [folder / "cells" / f"{_key(name, setting)}.json" for setting in settings]
@@ -116,7 +118,7 @@ def measure_cell(name: str, setting: dict[str, Any], key: str) -> tuple[str, dic
         rows = load(name).measure(setting, derive(name, setting))
         seconds = time.process_time() - begin
     except (ValueError, ArithmeticError, LookupError, RuntimeError) as error:
-        raise RuntimeError(f"{name}: {error} in the cell {_canonical(setting)}") from error
+        raise OperationFailed(f"{name}: {error} in the cell {_canonical(setting)}") from error
     finally:
         torch.set_num_threads(threads)
     return key, {"setting": setting, "seconds": seconds, "rows": rows}
@@ -188,7 +190,7 @@ def headlines(name: str, table: "pd.DataFrame") -> list[str]:
         for column, value in where.items():
             chosen = chosen[chosen[column] == value]
         if len(chosen) != 1:
-            raise ValueError(f"{name}: {where} selects {len(chosen)} rows, expected 1 ({text})")
+            raise InvalidInput(f"{name}: {where} selects {len(chosen)} rows, expected 1 ({text})")
         value, low, high = (f"{float(chosen[c].iloc[0]):.4g}" for c in ("value", "low", "high"))
         lines.append(text.format(f"{value} [{low}, {high}]"))
     return lines

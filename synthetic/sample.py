@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import Prefix, Scored, Support
+from diagnostics.errors import InvalidInput
 from diagnostics.prefix import functionals
 from opd.supports import JOINED
 from synthetic.mdp import TabularMDP
@@ -45,7 +46,7 @@ def sample(
       sampler: (S, A) probabilities of the policy that acts; the student's if None.
     """
     if count < 1:
-        raise ValueError(f"count is {count}, expected at least 1 trajectory")
+        raise InvalidInput(f"count is {count}, expected at least 1 trajectory")
     acting = mdp.behaviour(student_logits, sampler)
     states, tokens, last = walk(mdp, acting[None], count, generator)
     at = scored(mdp, student_logits, teacher_logits, states, tokens, sampler)
@@ -157,11 +158,11 @@ def with_support(
     if source == "full":
         ids = torch.arange(num_actions).expand_as(student_logits)
     elif source not in (*tables, *JOINED):
-        raise ValueError(
+        raise InvalidInput(
             f"unknown support {source!r}; known: none, full, {', '.join((*tables, *JOINED))}"
         )
     elif k is None or not 1 <= k <= num_actions:
-        raise ValueError(f"k is {k}, expected 1 to {num_actions} (the actions)")
+        raise InvalidInput(f"k is {k}, expected 1 to {num_actions} (the actions)")
     elif source in JOINED:
         ids, present = JOINED[source](*(x.topk(k, -1).indices for x in tables.values()))
     else:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diagnostics.errors import InvalidInput
 from synthetic import exact
 from synthetic.mdp import TabularMDP, random_chain
 
@@ -77,7 +78,7 @@ def capacity_limited(
     """
     s, a, _ = shape
     if max(features, hidden) >= s:
-        raise ValueError(
+        raise InvalidInput(
             f"{features} features and {hidden} hidden units tell all {s} states apart, expected "
             f"fewer than {s} of each, so that the student cannot be its teacher"
         )

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from diagnostics.errors import InvalidInput
 from diagnostics.intervals import bootstrap_interval
 
 SEED = 2603
@@ -38,7 +39,7 @@ def interval(
     values = wide.to_numpy(dtype=np.float64)
     if np.isnan(values).any():
         count = int(np.isnan(values).sum())
-        raise ValueError(f"{name}: {count} of {values.size} cells of {unit} x {keys} are missing")
+        raise InvalidInput(f"{name}: {count} of {values.size} cells of {unit} x {keys} are missing")
     generator = np.random.default_rng(SEED)
     low, high = bootstrap_interval(values, lambda x: statistic(x, axis=0), generator)
     table = wide.columns.to_frame(index=False).replace("", np.nan)

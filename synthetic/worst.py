@@ -22,6 +22,7 @@ import math
 import torch
 from torch import Tensor
 
+from diagnostics.errors import InvalidInput
 from synthetic.mdp import TabularMDP
 
 
@@ -47,7 +48,7 @@ def constant_cost(
     the rest to a third token, which the student draws with probability `spare`, as good as never.
     """
     if not cost > 0:
-        raise ValueError(f"cost is {cost}, expected a positive number of nats")
+        raise InvalidInput(f"cost is {cost}, expected a positive number of nats")
     mdp = TabularMDP(torch.ones(1, 3, 1), torch.ones(1), horizon)
     student = torch.tensor([[(1 - spare) / 2, (1 - spare) / 2, spare]], dtype=torch.float64)
     kept = math.exp(-cost) * (1 - spare) / 2

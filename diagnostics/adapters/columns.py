@@ -36,6 +36,7 @@ from typing import Any
 import numpy as np
 
 from diagnostics.batch import Prefix
+from diagnostics.errors import InvalidInput
 
 Record = dict[str, Any]
 """A checked row: canonical column names to numpy arrays (T,), (T, K) or plain values."""
@@ -83,10 +84,10 @@ def read_row(raw: Any, where: str, rename: Mapping[str, str]) -> Record:
       ValueError: with `where`, the field, the value and its position.
     """
     if not isinstance(raw, Mapping):
-        raise ValueError(f"{where}: {_short(raw)} is not an object with columns")
+        raise InvalidInput(f"{where}: {_short(raw)} is not an object with columns")
     given = _named(raw, where, rename)
     if "tokens" not in given:
-        raise ValueError(
+        raise InvalidInput(
             f"{where}: no field tokens among {', '.join(map(str, raw)) or 'no columns'}; ids of "
             "the response are needed, under this or another known name (or give rename=)"
         )
@@ -100,7 +101,7 @@ def read_row(raw: Any, where: str, rename: Mapping[str, str]) -> Record:
             row[name] = _value(name, value, mask, f"{where}, field {name}")
     wide = {row[n].shape for n in ("support.ids", "support.present", *SUPPORT) if n in row}
     if len(wide) > 1:
-        raise ValueError(f"{where}: the support's fields have shapes {sorted(wide)}")
+        raise InvalidInput(f"{where}: the support's fields have shapes {sorted(wide)}")
     return row
 
 
@@ -127,7 +128,7 @@ def _named(raw: Mapping[str, Any], where: str, rename: Mapping[str, str]) -> dic
         if name is None or (value is None and name != "reward"):
             continue
         if name in given:
-            raise ValueError(
+            raise InvalidInput(
                 f"{where}: columns {origin[name]!r} and {key!r} both mean {name}; rename one"
             )
         given[name], origin[name] = value, key
@@ -157,7 +158,7 @@ def _value(name: str, value: Any, mask: np.ndarray, where: str) -> Any:
     if name in ("reward", "temperature", "top_p", "score_temperature"):
         if isinstance(value, bool | int | float | np.number):
             return float(value)
-        raise ValueError(f"{where}: {_short(value)} is not a number")
+        raise InvalidInput(f"{where}: {_short(value)} is not a number")
     return value
 
 
@@ -165,7 +166,7 @@ def _ended(key: str, value: Any, where: str) -> bool:
     if key == "truncated":
         return not bool(_bools([value], where, (1,))[0])
     if value not in _REASONS:
-        raise ValueError(f"{where}: {_short(value)} is none of {', '.join(_REASONS)}")
+        raise InvalidInput(f"{where}: {_short(value)} is none of {', '.join(_REASONS)}")
     return _REASONS[value]
 
 
@@ -173,7 +174,7 @@ def _listed(value: Any, where: str) -> list[Any]:
     if isinstance(value, np.ndarray):
         return value.tolist()
     if not isinstance(value, list | tuple):
-        raise ValueError(f"{where}: {_short(value)} is not a list")
+        raise InvalidInput(f"{where}: {_short(value)} is not a list")
     return list(value)
 
 
@@ -185,9 +186,9 @@ def _rows(value: Any, where: str, mask: np.ndarray, fill: Any) -> list[Any]:
     k = next((size for size in sizes if size is not None), 0)
     for t, size in enumerate(sizes):
         if size is None and mask[t]:
-            raise ValueError(f"{where}: null at position {t}, which the mask holds supervised")
+            raise InvalidInput(f"{where}: null at position {t}, which the mask holds supervised")
         if size is not None and size != k:
-            raise ValueError(f"{where}: {size} values at position {t}, {k} before it")
+            raise InvalidInput(f"{where}: {size} values at position {t}, {k} before it")
     return [[fill] * k if row is None else _listed(row, where) for row in rows]
 
 
@@ -197,7 +198,7 @@ def _floats(value: Any, where: str, mask: np.ndarray, logp: bool) -> np.ndarray:
     try:
         x = np.asarray(rows, dtype=np.float64)
     except (TypeError, ValueError):
-        raise ValueError(f"{where}: {_short(rows)} does not hold numbers alone") from None
+        raise InvalidInput(f"{where}: {_short(rows)} does not hold numbers alone") from None
     kept = mask if x.ndim == 1 else np.broadcast_to(mask[:, None], x.shape)
     x = np.where(kept, x, 0.0)
     bad = ~np.isfinite(x)
@@ -206,7 +207,9 @@ def _floats(value: Any, where: str, mask: np.ndarray, logp: bool) -> np.ndarray:
     if bad.any():
         at = tuple(int(i[0]) for i in np.nonzero(bad))
         what = "a positive log-probability" if np.isfinite(x[at]) else "not finite (or null)"
-        raise ValueError(f"{where}: {x[at]} at position {at[0]} is {what}; {bad.sum()} such values")
+        raise InvalidInput(
+            f"{where}: {x[at]} at position {at[0]} is {what}; {bad.sum()} such values"
+        )
     return x
 
 
@@ -215,10 +218,10 @@ def _ids(value: Any, where: str, ndim: int = 1) -> np.ndarray:
     empty = not rows or (ndim == 2 and not rows[0])
     x = np.zeros((len(rows), 0)[:ndim], dtype=np.int64) if empty else np.asarray(rows)
     if x.dtype.kind not in "iu" or x.ndim != ndim:
-        raise ValueError(f"{where}: {_short(rows)} does not hold whole numbers alone")
+        raise InvalidInput(f"{where}: {_short(rows)} does not hold whole numbers alone")
     if (x < 0).any():
         at = tuple(int(i[0]) for i in np.nonzero(x < 0))
-        raise ValueError(
+        raise InvalidInput(
             f"{where}: {x[at]} at position {at[0]} is no id; say in mask what is not supervised"
         )
     return x.astype(np.int64)
@@ -229,13 +232,13 @@ def _bools(value: Any, where: str, shape: tuple[int, ...]) -> np.ndarray:
     _same_length(len(rows), shape[0], where)
     x = np.asarray(rows).reshape(shape) if rows else np.zeros(shape, dtype=bool)
     if x.dtype.kind not in "biuf" or not np.isin(x, (0, 1)).all():
-        raise ValueError(f"{where}: {_short(rows)} holds other values than true, false, 0 and 1")
+        raise InvalidInput(f"{where}: {_short(rows)} holds other values than true, false, 0 and 1")
     return x.astype(bool)
 
 
 def _same_length(found: int, expected: int, where: str) -> None:
     if found != expected:
-        raise ValueError(f"{where}: {found} values, tokens has {expected}")
+        raise InvalidInput(f"{where}: {found} values, tokens has {expected}")
 
 
 def _short(value: Any) -> str:

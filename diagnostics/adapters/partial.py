@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diagnostics.access import Missing
 from diagnostics.batch import Scored, Support
+from diagnostics.errors import InvalidInput
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,7 +51,7 @@ class PartialScored(_Partial, Scored):
     """`Scored` without some of its parts. Not for `save`: write records instead."""
 
     def save(self, path: Any) -> None:
-        raise ValueError(
+        raise InvalidInput(
             f"a batch without {', '.join(sorted(self.lost))} cannot be saved as a batch file; "
             "write it with diagnostics.adapters.writing.write"
         )
@@ -74,7 +75,7 @@ def lacking(part: Any, names: Iterable[str], who: str = "the records have") -> A
     kind = PartialSupport if isinstance(part, Support) else PartialScored
     unknown = lost - {f.name for f in fields(kind)} | lost & {"lost", "who"}
     if unknown:
-        raise ValueError(f"{sorted(unknown)} are no fields of {type(part).__name__}")
+        raise InvalidInput(f"{sorted(unknown)} are no fields of {type(part).__name__}")
     return kind(**_held(part) | {"lost": lost, "who": who}) if lost else part
 
 

@@ -33,6 +33,7 @@ from diagnostics.adapters.columns import (
 from diagnostics.adapters.partial import lacking
 from diagnostics.adapters.writing import SUFFIXES, pyarrow_installed
 from diagnostics.batch import Prefix, Scored, Support
+from diagnostics.errors import InvalidInput
 
 
 class Records:
@@ -68,14 +69,14 @@ class Records:
         self.rename = dict(rename or {})
         unknown = sorted(set(self.rename.values()) - set(NAMES.values()))
         if unknown:
-            raise ValueError(
+            raise InvalidInput(
                 f"{unknown} are no columns; known: {', '.join(sorted(set(NAMES.values())))}"
             )
         self.tasks: list[str] = []
         self.notes: dict[str, str] = {}
         first = next(_raw(self.path), None)
         if first is None:
-            raise ValueError(f"{path} holds no rows")
+            raise InvalidInput(f"{path} holds no rows")
         where, raw = first
         row = read_row(raw, where, self.rename)
         self.columns = frozenset(row)
@@ -93,10 +94,10 @@ class Records:
             row = read_row(raw, where, self.rename)
             if row.keys() != self.columns:
                 odd = ", ".join(sorted(self.columns ^ row.keys()))
-                raise ValueError(f"{where}: field {odd} is here or in the first row, not in both")
+                raise InvalidInput(f"{where}: field {odd} is here or in the first row, not in both")
             for name, value in self._constants.items():
                 if row[name] != value:
-                    raise ValueError(
+                    raise InvalidInput(
                         f"{where}, field {name}: {row[name]!r}, the first row has {value!r}; use "
                         "one file for each"
                     )
@@ -137,7 +138,7 @@ class Records:
             out = torch.zeros((len(rows), width, *inner), dtype=dtype)
             for i, row in enumerate(rows):
                 if row[name].shape[1:] != inner:
-                    raise ValueError(
+                    raise InvalidInput(
                         f"{self.path}: rows of one batch have {inner[0]} and "
                         f"{row[name].shape[1]} ids a position in {name}"
                     )
@@ -233,14 +234,14 @@ def _raw(path: Path) -> Iterator[tuple[str, Any]]:
                 yield f"{path} row {count}", row
         return
     if path.suffix != ".jsonl":
-        raise ValueError(f"{path} is none of {', '.join(SUFFIXES)}")
+        raise InvalidInput(f"{path} is none of {', '.join(SUFFIXES)}")
     with open(path) as file:
         for i, line in enumerate(file, 1):
             if line.strip():
                 try:
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
-                    raise ValueError(
+                    raise InvalidInput(
                         f"{path} row {i} is not JSON ({error}): {line[:60]!r}"
                     ) from None
                 yield f"{path} row {i}", row

@@ -23,6 +23,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from diagnostics.adapters.trl_seams import Row, Watch, distillation, gkd, grpo, replaced
+from diagnostics.errors import InvalidInput
 from diagnostics.monitor import Monitor
 
 
@@ -75,7 +76,7 @@ def _seam(trainer: Any) -> Callable[[Watch, ExitStack], None]:
     names = [kind.__name__ for kind in type(trainer).__mro__]
     for fused in ("use_liger_gkd_loss", "use_liger_loss"):
         if getattr(trainer, fused, False):
-            raise ValueError(
+            raise InvalidInput(
                 f"{names[0]}.{fused} is set: the fused loss never makes the logits that are "
                 "needed; switch it off to observe this run"
             )
@@ -83,4 +84,4 @@ def _seam(trainer: Any) -> Callable[[Watch, ExitStack], None]:
     for name in names:
         if name in known:
             return known[name]
-    raise ValueError(f"{names[0]} is not known here; known: {', '.join(known)} and subclasses")
+    raise InvalidInput(f"{names[0]} is not known here; known: {', '.join(known)} and subclasses")

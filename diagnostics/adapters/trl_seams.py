@@ -15,6 +15,7 @@ from torch import Tensor
 from diagnostics.adapters.columns import number_of
 from diagnostics.adapters.dense import from_first, last_is_end, measured, scored
 from diagnostics.batch import Scored, concatenate
+from diagnostics.errors import InvalidInput, OperationFailed
 from diagnostics.monitor import Monitor
 
 Row = dict[str, float]
@@ -66,7 +67,7 @@ class Watch:
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """owner.name is `value` while the context is open."""
     if not hasattr(owner, name):
-        raise ValueError(f"{type(owner).__name__} has no {name}; this TRL is not known here")
+        raise InvalidInput(f"{type(owner).__name__} has no {name}; this TRL is not known here")
     mine, before = name in vars(owner), getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -84,11 +85,13 @@ def distillation(watch: Watch, stack: ExitStack) -> None:
     module = sys.modules[kinds[0].__module__] if kinds else None
     original = getattr(module, name, None)
     if original is None:
-        raise ValueError(f"{type(trainer).__name__} has no {name} that its loss would call")
+        raise InvalidInput(f"{type(trainer).__name__} has no {name} that its loss would call")
     signature, compute = inspect.signature(original), trainer._compute_loss
     needed = {"student_hidden_states", "teacher_hidden_states", "completion_mask", "temperature"}
     if not needed <= signature.parameters.keys():
-        raise ValueError(f"{name} of this TRL takes {[*signature.parameters]}; {needed} are needed")
+        raise InvalidInput(
+            f"{name} of this TRL takes {[*signature.parameters]}; {needed} are needed"
+        )
 
     def compute_loss(student: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if not watch.due:
@@ -183,7 +186,7 @@ def gkd(watch: Watch, stack: ExitStack) -> None:
 def _from_logits(watch: Watch, inputs: dict[str, Any], given: dict[str, Any]) -> Scored:
     trainer, labels = watch.trainer, given["labels"]
     if "prompts" not in inputs or labels is None:
-        raise RuntimeError("GKDTrainer's batch has no prompts and labels; use its own collator")
+        raise OperationFailed("GKDTrainer's batch has no prompts and labels; use its own collator")
     place, exists = from_first(labels != -100)
     mask = (labels != -100).gather(1, place) & exists
     tokens = labels.gather(1, place) * mask
@@ -214,7 +217,7 @@ def _from_logits(watch: Watch, inputs: dict[str, Any], given: dict[str, Any]) ->
 def grpo(watch: Watch, stack: ExitStack) -> None:
     trainer, name = watch.trainer, "_get_per_token_logps_and_entropies"
     if not trainer.beta:
-        raise ValueError(
+        raise InvalidInput(
             "GRPOTrainer with beta 0 has no reference model; set beta > 0 and give the teacher as "
             "trainer.ref_model"
         )
@@ -271,7 +274,7 @@ def prompt_numbers(tokens: Tensor, mask: Tensor) -> Tensor:
 
 def _only(seen: list[Any], name: str) -> Any:
     if len(seen) != 1:
-        raise RuntimeError(
+        raise OperationFailed(
             f"the loss called {name} {len(seen)} times, expected once: another path (a fused "
             "kernel, an override) hides what is needed; switch it off, or do not observe"
         )

@@ -28,6 +28,7 @@ from diagnostics.adapters.partial import lacking
 from diagnostics.adapters.writing import rows_of, write
 from diagnostics.batch import Scored, Support
 from diagnostics.drift import in_support, sampled_divergence
+from diagnostics.errors import InvalidInput, MissingPackage
 from diagnostics.monitor import Metric, Monitor
 from diagnostics.repetition import repetition
 from diagnostics.supervision import sign_shares
@@ -69,7 +70,9 @@ def install(base: str, records: str | Path | None = None, every: int = 1) -> Non
             get_distillation_loss_fn,
         )
     except ImportError as error:
-        raise ImportError(f"verl with distillation losses (0.9) is needed here: {error}") from error
+        raise MissingPackage(
+            f"verl with distillation losses (0.9) is needed here: {error}"
+        ) from error
     loss = get_distillation_loss_fn(base)
     if not hasattr(loss, "unobserved"):
         DISTILLATION_LOSS_REGISTRY[base] = observed(loss, records, every)
@@ -187,14 +190,14 @@ def rollout_rows(
     path = Path(path)
     files = sorted(path.glob("*.jsonl"), key=_step_first) if path.is_dir() else [path]
     if not files:
-        raise ValueError(f"{path} holds no .jsonl files")
+        raise InvalidInput(f"{path} holds no .jsonl files")
     for file in files:
         with open(file) as lines:
             for i, line in enumerate(lines, 1):
                 raw = json.loads(line)
                 lost = [name for name in ("input", "output", "score") if name not in raw]
                 if lost:
-                    raise ValueError(f"{file} row {i}: no field {', '.join(lost)} in a verl dump")
+                    raise InvalidInput(f"{file} row {i}: no field {', '.join(lost)} in a verl dump")
                 row = {
                     "prompt": f"{raw.get('step', 0)}: {raw['input']}",
                     "prompt_tokens": tokenize(raw["input"]),

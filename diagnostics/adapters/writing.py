@@ -16,6 +16,7 @@ from torch import Tensor
 from diagnostics.adapters.columns import CONSTANTS
 from diagnostics.adapters.partial import absent
 from diagnostics.batch import Rollouts
+from diagnostics.errors import InvalidInput, MissingPackage
 
 SUFFIXES = (".jsonl", ".parquet")
 
@@ -57,7 +58,7 @@ def write(path: str | Path, rows: Iterable[Rollouts | Mapping[str, Any]]) -> int
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
-        raise ValueError(f"{path} is neither .jsonl nor .parquet")
+        raise InvalidInput(f"{path} is neither .jsonl nor .parquet")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     plain = (
@@ -88,7 +89,7 @@ def _write_parquet(path: Path, rows: Iterable[Mapping[str, Any]], at_once: int =
         writer.write_table(table)
         count += len(some)
     if writer is None:
-        raise ValueError("no rows to write")
+        raise InvalidInput("no rows to write")
     writer.close()
     return count
 
@@ -102,7 +103,7 @@ def pyarrow_installed() -> Any:
     try:
         import pyarrow
     except ImportError as error:
-        raise ImportError("parquet needs pyarrow: pip install 'opdlab[data]'") from error
+        raise MissingPackage("parquet needs pyarrow: pip install 'opdlab[data]'") from error
     return pyarrow
 
 

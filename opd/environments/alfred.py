@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from diagnostics.errors import OperationFailed
+
 ROOMS: dict[str, dict[str, tuple[int, int]]] = {
     "kitchen": {
         "CounterTop": (1, 3),
@@ -98,7 +100,7 @@ def household(seed: int) -> Household:
         found = furnished(draw, task, draw.choice(TASKS[task]))
         if found is not None:
             return found
-    raise RuntimeError(f"no household for seed {seed} in {TRIES} draws")
+    raise OperationFailed(f"no household for seed {seed} in {TRIES} draws")
 
 
 def furnished(draw: random.Random, task: str, room: str) -> Household | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
+from diagnostics.errors import InvalidInput, MissingPackage
 from opd.environments.alfred import game, goal_of, household
 from opd.environments.scene import Scene
 
@@ -49,7 +50,7 @@ class Alfworld:
           ValueError: `planned` is not set.
         """
         if not self.planned:
-            raise ValueError("no plan is made; ask for Alfworld(planned=True)")
+            raise InvalidInput("no plan is made; ask for Alfworld(planned=True)")
         return self.state["policy_commands"][0]
 
     def close(self) -> None:
@@ -80,7 +81,7 @@ def made() -> Callable[[], Alfworld]:
     """
     lacking = [name for name in ("alfworld", "textworld", "fast_downward") if not find_spec(name)]
     if lacking:
-        raise ImportError(
+        raise MissingPackage(
             f"env:alfworld needs {', '.join(lacking)}: pip install 'opdlab[alfworld]' (its planner "
             "is under the GPL)"
         )

@@ -7,6 +7,7 @@ truncated, info)`. The observation is text, or `text` makes it so.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from diagnostics.errors import InvalidInput
 from opd.environments.scene import Scene
 
 ADMISSIBLE = ("admissible_commands", "admissible_actions", "available_actions", "valid_actions")
@@ -52,7 +53,7 @@ class Gymnasium:
 
     def act(self, action: str) -> Scene:
         if self.names and action not in self.names:
-            raise ValueError(f"{action!r} is no action; they are {', '.join(self.names)}")
+            raise InvalidInput(f"{action!r} is no action; they are {', '.join(self.names)}")
         given = self.names.index(action) if self.names else action
         observation, reward, terminated, truncated, info = self.env.step(given)
         told = [bool(info[name]) for name in WON if name in info]

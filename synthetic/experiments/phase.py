@@ -7,6 +7,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from diagnostics.errors import InvalidInput
 from synthetic import exact
 from synthetic.mdp import TabularMDP, random_chain, random_pair
 from synthetic.summary import interval
@@ -91,7 +92,7 @@ def distance(mdp: TabularMDP, student: Tensor, offset: Tensor, cost: float) -> f
     """
     low, high = 0.0, 1000.0
     if float(exact.sequence_kl(mdp, student, student + high * offset).total) < cost:
-        raise ValueError(f"no teacher along this offset is {cost} nats a response away")
+        raise InvalidInput(f"no teacher along this offset is {cost} nats a response away")
     for _ in range(60):
         middle = (low + high) / 2
         near = float(exact.sequence_kl(mdp, student, student + middle * offset).total) < cost

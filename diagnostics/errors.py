@@ -1,0 +1,29 @@
+"""Errors whose message is written for the user.
+
+A command prints the message of a `UserError` in one line, without a traceback. Every other
+exception, those of libraries and of our own faults included, keeps its traceback. Each class below
+is also the built-in exception that callers of the library expect.
+"""
+
+
+class UserError(Exception):
+    """An error whose message names the offending value and the remedy."""
+
+
+class InvalidInput(UserError, ValueError):
+    """An argument, a setting, a file or a row holds a value that cannot be used."""
+
+
+class OperationFailed(UserError, RuntimeError):
+    """Something outside the program failed: a device, a disk, a server, another process."""
+
+
+class MissingFile(UserError, FileNotFoundError):
+    """A file or folder that was named does not exist."""
+
+    def __str__(self) -> str:
+        return Exception.__str__(self)
+
+
+class MissingPackage(UserError, ImportError):
+    """An optional package is not installed; the message names the extra that installs it."""
