@@ -2,7 +2,8 @@
 
     python examples/attach_trl.py STUDENT TEACHER    # folders or hub names with one vocabulary
 
-`opd lab --tiny` makes a pair in seconds: lab-tiny/student and lab-tiny/teacher.
+`opd lab --tiny` makes a pair in seconds: lab-tiny/student and lab-tiny/teacher. Afterwards
+`opd report runs/trl` makes a page of what the monitor wrote.
 """
 
 import sys

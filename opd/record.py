@@ -42,21 +42,34 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """The record of a run folder, finished or not; a stranger's may be rows.jsonl alone.
+    """The record of a run folder, finished or not; a stranger's may be a file of rows alone.
 
     Raises:
-      FileNotFoundError: it has neither config.json nor rows.jsonl.
+      FileNotFoundError: it has neither config.json nor a file of rows.
     """
-    config, code = folder / "config.json", folder / "code.txt"
-    if not config.exists() and not (folder / "rows.jsonl").exists():
-        raise MissingFile(f"{folder} is no run folder: it has neither config.json nor rows.jsonl")
+    config, code, file = folder / "config.json", folder / "code.txt", rows_file(folder)
+    if not config.exists() and not file.exists():
+        raise MissingFile(
+            f"{folder} is no run folder: it has neither config.json nor rows.jsonl, nor one single "
+            "other .jsonl file with the rows of a monitor"
+        )
     return Run(
         folder=folder,
         config=json.loads(config.read_text("utf-8")) if config.exists() else {},
         code=code.read_text("utf-8", "replace") if code.exists() else "unknown: no code.txt",
-        rows=latest(rows.read(folder / "rows.jsonl")),
+        rows=latest(rows.read(file)),
         evals=rows.read(folder / "evals.jsonl"),
     )
+
+
+def rows_file(folder: Path) -> Path:
+    """rows.jsonl; where there is none, the single other .jsonl file of the folder.
+
+    A monitor in a stranger's trainer writes its rows under the name that its user chose.
+    """
+    path = folder / "rows.jsonl"
+    others = [file for file in sorted(folder.glob("*.jsonl")) if file.name != "evals.jsonl"]
+    return others[0] if not path.exists() and len(others) == 1 else path
 
 
 def latest(found: Iterable[Row]) -> list[Row]:

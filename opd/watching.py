@@ -7,8 +7,10 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from opd.record import rows_file
+
 HOST = "127.0.0.1"
-WATCHED = ("config.json", "rows.jsonl", "evals.jsonl", "batches", "dumps", "doctor.json")
+WATCHED = ("config.json", "evals.jsonl", "batches", "dumps", "doctor.json")
 
 
 def serve(folders: list[Path], tokens: int, port: int) -> None:
@@ -68,8 +70,7 @@ def version(folders: list[Path]) -> str:
     """Sizes and times of what the page is made of."""
     found = []
     for folder in folders:
-        for name in WATCHED:
-            path = folder / name
+        for path in [rows_file(folder), *(folder / name for name in WATCHED)]:
             if path.exists():
                 at = path.stat()
                 found.append([at.st_size, at.st_mtime_ns])

@@ -25,7 +25,7 @@ from diagnostics.batch import Scored, load
 from diagnostics.dumps import save_dump
 from opd import record, report, sheet, specimens, spelling
 from opd.train import train
-from opd.watching import HOST, make_server
+from opd.watching import HOST, make_server, version
 from tests.test_train import settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -202,6 +202,24 @@ def test_of_rows_with_one_step_the_last_counts(tmp_path: Path) -> None:
     assert part["steps"] == [[0, 1, 2, 3]]
     assert part["curves"]["loss"] == [0, [0.0, 4.0, 3.0, 2.0], None]
     assert made["done"] == 4
+
+
+def test_rows_of_a_strangers_monitor_may_have_any_name(tmp_path: Path) -> None:
+    panel = tmp_path / "panel.jsonl"
+    (tmp_path / "evals.jsonl").write_text("")
+    with pytest.raises(FileNotFoundError, match="nor one single other"):
+        record.read_run(tmp_path)
+    panel.write_text('{"step": 3, "loss": 1.5}\n')
+    assert record.read_run(tmp_path).rows == [{"step": 3, "loss": 1.5}]
+    before = version([tmp_path])
+    with open(panel, "a") as file:
+        file.write('{"step": 4, "loss": 1.0}\n')
+    assert version([tmp_path]) != before
+    (tmp_path / "other.jsonl").write_text('{"step": 9}\n')
+    with pytest.raises(FileNotFoundError, match="is no run folder"):
+        record.read_run(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"step": 7}\n')
+    assert record.read_run(tmp_path).rows == [{"step": 7}]
 
 
 def test_alarms_are_those_that_a_replay_raises(run: Path) -> None:
