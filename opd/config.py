@@ -5,7 +5,7 @@ Free of torch, so that the command line answers quickly.
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,7 +13,9 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from diagnostics.errors import InvalidInput
+from diagnostics.files import read_object, short
 from opd.rules import parse
+from opd.validation import wrong_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +44,8 @@ class TaskSettings:
     eval_problems: int | None = None
 
     def __post_init__(self) -> None:
-        _require("name of a task", self.name, bool(self.name), "some text")
-        _require(f"weight of task {self.name}", self.weight, self.weight > 0, "positive")
+        problems = [f"task {self.name!r}: {x}" for x in wrong_fields(self, RANGES)]
+        refuse(problems or ([] if self.name else ["name of a task is ''; it must be some text"]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,58 +234,65 @@ class Config:
     """Of the engine servers: responses that each samples at once."""
 
     def __post_init__(self) -> None:
-        counts = "support_k exact_every max_prompt max_response prompts_per_step group_size updates"
-        more = "rows_at_once max_turns teacher_requests rollout_requests eval_problems eval_samples"
-        for name in (*counts.split(), *more.split()):
-            _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        never_negative = "steps warmup eval_every save_every batch_every weight_decay lora_rank"
-        rest = "history ahead probe_every eval_temperature"
-        for name in (*never_negative.split(), *rest.split()):
-            _require(name, getattr(self, name), getattr(self, name) >= 0, "not negative")
-        positive = "lr clip temperature lora_alpha teacher_patience rollout_patience"
-        for name in positive.split():
-            _require(name, getattr(self, name), getattr(self, name) > 0, "positive")
-        for name in ("gamma", "ema_decay"):
-            _require(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "in [0, 1]")
-        for name in ("top_p", "eval_top_p", "keep_uncertain"):
-            _require(name, getattr(self, name), 0 < getattr(self, name) <= 1, "in (0, 1]")
-        elsewhere = self.engine == "servers"
-        served = bool(self.rollout_servers) == elsewhere
-        named = "addresses with the engine servers, () with another"
-        _require("rollout_servers", self.rollout_servers, served, named)
-        own_weights = "0 unless the engine servers samples, from weights of its own"
-        _require("ahead", self.ahead, elsewhere or not self.ahead, own_weights)
-        moved = "saved where offload_teacher moves them"
-        quantised = self.teacher_weights != "saved"
-        _require(
-            "teacher_weights",
-            self.teacher_weights,
-            not (self.offload_teacher and quantised),
-            moved,
-        )
-        own = self.teacher in ("base", "ema")
-        of_student = f"saved where the teacher is made of the student ({self.teacher})"
-        _require("teacher_weights", self.teacher_weights, not (own and quantised), of_student)
-        parse(self.mask)
-        unused = "() while probe_every is 0"
-        _require(
-            "probe_blocks",
-            self.probe_blocks,
-            bool(self.probe_every or not self.probe_blocks),
-            unused,
-        )
-        names = [task.name for task in self.tasks]
-        _require(
-            "names of tasks", names, len(set(names)) == len(names), "different from each other"
-        )
-        fits = self.prompts_per_step % self.updates == 0
-        what = f"a divisor of prompts_per_step, {self.prompts_per_step}"
-        _require("updates", self.updates, fits, what)
+        problems = list(wrong_fields(self, RANGES))
+        refuse(problems or list(contradictions(self)))
 
 
-def _require(name: str, value: object, ok: bool, what: str) -> None:
-    if not ok:
-        raise InvalidInput(f"{name} is {value}; it must be {what}")
+_NAMES_BY_RANGE = {
+    "at least 1": "support_k exact_every max_prompt max_response prompts_per_step group_size "
+    "updates rows_at_once max_turns teacher_requests rollout_requests eval_problems eval_samples "
+    "micro_tokens chunk_elements",
+    "not negative": "steps warmup eval_every save_every batch_every weight_decay lora_rank history "
+    "ahead probe_every eval_temperature outcome seed",
+    "positive": "lr clip temperature lora_alpha teacher_patience rollout_patience ratio_clip "
+    "weight ppo_clip.1",
+    "in [0, 1]": "gamma ema_decay beta",
+    "in (0, 1]": "top_p eval_top_p keep_uncertain ppo_clip.0",
+    "in [0, 1)": "betas",
+    "above 1": "ppo_clip.2",
+}
+RANGES = {name: words for words, names in _NAMES_BY_RANGE.items() for name in names.split()}
+"""Ranges of the numbers, keys of `opd.validation.WITHIN`; of a task's own settings too."""
+
+
+def contradictions(config: Config) -> Iterator[str]:
+    """A message for every pair of settings, each right by itself, that exclude each other."""
+
+    def demand(name: str, holds: bool, expected: str) -> Iterator[str]:
+        if not holds:
+            yield f"{name} is {getattr(config, name)!r}; it must be {expected}"
+
+    servers = config.engine == "servers"
+    addresses = "addresses with the engine servers, () with another"
+    yield from demand("rollout_servers", bool(config.rollout_servers) == servers, addresses)
+    own_weights = "0 unless the engine servers samples, from weights of its own"
+    yield from demand("ahead", servers or not config.ahead, own_weights)
+    quantised = config.teacher_weights != "saved"
+    moved = "saved where offload_teacher moves them"
+    yield from demand("teacher_weights", not (config.offload_teacher and quantised), moved)
+    of_student = f"saved where the teacher is made of the student ({config.teacher})"
+    own = config.teacher in ("base", "ema")
+    yield from demand("teacher_weights", not (own and quantised), of_student)
+    unused = "() while probe_every is 0"
+    yield from demand("probe_blocks", bool(config.probe_every or not config.probe_blocks), unused)
+    names = [task.name for task in config.tasks]
+    if len(set(names)) < len(names):
+        yield f"names of tasks is {names}; it must be different from each other"
+    divisor = f"a divisor of prompts_per_step, {config.prompts_per_step}"
+    yield from demand("updates", config.prompts_per_step % config.updates == 0, divisor)
+    for mask in (config.mask, *(task.mask or () for task in config.tasks)):
+        try:
+            parse(mask)
+        except InvalidInput as error:
+            yield str(error)
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """Raise one error about all of the problems, if there are any."""
+    if len(problems) > 1:
+        raise InvalidInput(f"{len(problems)} settings are wrong: {'. '.join(problems)}")
+    if problems:
+        raise InvalidInput(problems[0])
 
 
 def to_json(config: Config) -> dict[str, Any]:
@@ -291,18 +300,30 @@ def to_json(config: Config) -> dict[str, Any]:
 
 
 def from_json(path: str | Path) -> Config:
-    """The configuration of a run folder's `config.json`; unknown fields are an error."""
-    raw = json.loads(Path(path).read_text())
+    """The configuration of a run folder's `config.json`.
+
+    Raises:
+      InvalidInput: an unknown field, or a value that no setting has; names the file.
+    """
+    raw = read_object(path, {"student": str, "teacher": str, "out": str})
     known = {f.name for f in dataclasses.fields(Config)}
     if unknown := sorted(set(raw) - known):
         raise InvalidInput(f"{path} has unknown settings {unknown}; it comes from another version")
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
-    fields["tasks"] = tuple(task_settings(task) for task in raw.get("tasks", ()))
-    return Config(**fields)
+    tasks = raw.get("tasks", [])
+    try:
+        if not isinstance(tasks, list):
+            raise InvalidInput(f"tasks is {short(tasks)}; it must be a list of objects")
+        fields = {name: as_tuple(value) for name, value in raw.items()}
+        fields["tasks"] = tuple(task_settings(task) for task in tasks)
+        return Config(**fields)
+    except InvalidInput as error:
+        raise InvalidInput(f"{path}: {error}") from error
 
 
-def task_settings(raw: Mapping[str, Any]) -> TaskSettings:
+def task_settings(raw: Any) -> TaskSettings:
     """One task's settings from plain data; unknown ones are an error."""
+    if not isinstance(raw, Mapping):
+        raise InvalidInput(f"a task is {short(raw)}; it must be a table of settings, [[tasks]]")
     known = {f.name for f in dataclasses.fields(TaskSettings)}
     if unknown := sorted(set(raw) - known):
         raise InvalidInput(
@@ -310,5 +331,9 @@ def task_settings(raw: Mapping[str, Any]) -> TaskSettings:
         )
     if lacking := sorted({"name", "task"} - raw.keys()):
         raise InvalidInput(f"task {raw.get('name')!r} lacks {lacking}")
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
-    return TaskSettings(**fields)
+    return TaskSettings(**{name: as_tuple(value) for name, value in raw.items()})
+
+
+def as_tuple(value: Any) -> Any:
+    """A list of JSON or TOML as the tuple that a setting is; another value as it is."""
+    return tuple(value) if isinstance(value, list) else value

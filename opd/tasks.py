@@ -21,6 +21,7 @@ from functools import cache
 from pathlib import Path
 
 from diagnostics.errors import InvalidInput
+from diagnostics.files import read_text
 from opd.config import Config, TaskSettings, task_settings
 from opd.seeds import ORDER, derive
 
@@ -34,12 +35,15 @@ def read_tasks(path: Path) -> tuple[TaskSettings, ...]:
       ValueError: not TOML, no tasks, an unknown setting, or other tables beside them.
     """
     try:
-        raw = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise InvalidInput(f"{path} is not TOML: {error}") from None
+        raw = tomllib.loads(read_text(path))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise InvalidInput(f"{path} is not TOML: {error}") from error
     if set(raw) != {"tasks"} or not isinstance(raw["tasks"], list):
         raise InvalidInput(f"{path} must hold [[tasks]] and nothing else; it holds {sorted(raw)}")
-    return tuple(task_settings(task) for task in raw["tasks"])
+    try:
+        return tuple(task_settings(task) for task in raw["tasks"])
+    except InvalidInput as error:
+        raise InvalidInput(f"{path}: {error}") from error
 
 
 def settings_of(config: Config) -> list[Config]:

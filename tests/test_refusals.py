@@ -155,7 +155,7 @@ def test_a_full_disk_is_named_and_loses_nothing(tiny_pair, tmp_path: Path, limit
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("RuntimeError: ")
+    assert "OperationFailed: " in last
     assert "is the disk full?" in last
     assert not list((tmp_path / "full").rglob("*.part/*"))
     whole = train(settings(tiny_pair, tmp_path / "whole", steps=6, save_every=1))
