@@ -5,9 +5,17 @@ exception, those of libraries and of our own faults included, keeps its tracebac
 is also the built-in exception that callers of the library expect.
 """
 
+from diagnostics.terminal import visible
+
 
 class UserError(Exception):
-    """An error whose message names the offending value and the remedy."""
+    """An error whose message names the offending value and the remedy.
+
+    What a message quotes may come from anywhere: it is shown as `visible` text.
+    """
+
+    def __str__(self) -> str:
+        return visible(Exception.__str__(self))
 
 
 class InvalidInput(UserError, ValueError):
@@ -20,9 +28,6 @@ class OperationFailed(UserError, RuntimeError):
 
 class MissingFile(UserError, FileNotFoundError):
     """A file or folder that was named does not exist."""
-
-    def __str__(self) -> str:
-        return Exception.__str__(self)
 
 
 class MissingPackage(UserError, ImportError):

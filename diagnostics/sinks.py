@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from diagnostics.rows import append
+from diagnostics.terminal import visible
 
 Sink = Callable[[int, Mapping[str, float]], object]
 """(step, the row without "step") -> nothing that is used."""
@@ -26,6 +27,6 @@ def to_console(names: Sequence[str]) -> Sink:
     def show(step: int, row: Mapping[str, float]) -> None:
         cells = [f"{name} {row[name]:.4g}" for name in names if name in row]
         if cells:
-            print(f"step {step}", *cells, sep="  ", flush=True)
+            print(visible("  ".join([f"step {step}", *cells])), flush=True)
 
     return show

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diagnostics.errors import InvalidInput, MissingFile, OperationFailed
+from diagnostics.terminal import protect_terminal
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -266,4 +267,5 @@ def commit() -> str:
 
 
 if __name__ == "__main__":
+    protect_terminal()
     main(sys.argv[1:])

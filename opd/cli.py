@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diagnostics.errors import UserError
+from diagnostics.terminal import protect_terminal
 
 COMMANDS = {
     "demo": ("opd.demo", "the whole house: study, lab pair, two objectives, figures"),
@@ -33,6 +34,7 @@ def usage() -> str:
 
 def main() -> None:
     """Entry point: run a sub-command, or print what there is."""
+    protect_terminal()
     argv = sys.argv[1:]
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())

@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from diagnostics.errors import InvalidInput, OperationFailed
+from diagnostics.terminal import visible
 
 KEY = "OPDLAB_TEACHER_KEY"
 """Environment variable with the bearer key of a teacher's server, if it wants one."""
@@ -283,4 +284,4 @@ class Endpoint:
         with self._lock:
             changed, self._failing = failing != self._failing, failing
         if changed:
-            tqdm.write(message, file=sys.stderr)
+            tqdm.write(visible(message), file=sys.stderr)

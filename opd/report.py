@@ -20,9 +20,9 @@ from typing import Any
 
 from diagnostics.alarm_rules import RULES
 from diagnostics.errors import InvalidInput
+from diagnostics.terminal import visible
 from opd.record import Run, differences, number, read_run, recorded
 from opd.specimens import specimens
-from opd.spelling import visible
 
 PAGE = Path(__file__).resolve().parent / "page"
 SCRIPTS = ("dom", "verdicts", "curves", "positions", "rollouts", "tokens", "page")

@@ -100,18 +100,3 @@ def first_character(data: bytes) -> tuple[str, int]:
         except UnicodeDecodeError:
             continue
     return f"\\x{data[0]:02x}", 1
-
-
-def visible(text: str) -> str:
-    """The text with controls, marks of direction and lone surrogates as their escapes.
-
-    Line ends and tabs stay: the page shows them as what they are.
-    """
-    return "".join(
-        c
-        if c.isprintable() or c in "\n\t"
-        else f"\\u{ord(c):04x}"
-        if ord(c) < 0x10000
-        else f"\\U{ord(c):08x}"
-        for c in text
-    )

@@ -24,6 +24,7 @@ from diagnostics.groups import by
 from diagnostics.monitor import Monitor
 from diagnostics.rows import Row, append
 from diagnostics.supervision import sign_shares, signal_concentration
+from diagnostics.terminal import visible
 from diagnostics.totals import Mean, Total
 from diagnostics.validity import staleness
 from opd import checkpoint, processes, runlog
@@ -356,7 +357,7 @@ def tell(
     append(folder / "rows.jsonl", row)
     log(step, row)
     for alarm in raised:
-        tqdm.write(str(alarm), file=sys.stderr)
+        tqdm.write(visible(str(alarm)), file=sys.stderr)
     if row["skipped"]:
         tqdm.write(
             f"step {step}: {row['skipped']:.0f} of {config.updates} updates skipped, their "
@@ -389,7 +390,7 @@ def record_evaluation(run: Run, step: int, log: Log) -> None:
     row = {"step": step, **named, **found}
     append(run.folder / "evals.jsonl", row)
     log(step, evaluation(row))
-    where = f"{run.name} accuracy" if run.name else "accuracy"
+    where = visible(f"{run.name} accuracy") if run.name else "accuracy"
     tqdm.write(
         f"step {step}: {where} {found['accuracy']:.3f} [{found['low']:.3f}, {found['high']:.3f}] "
         f"on {found['problems']} held-out problems",

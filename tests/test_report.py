@@ -23,6 +23,7 @@ from diagnostics.alarm_rules import RULES
 from diagnostics.alarms import replay
 from diagnostics.batch import Scored, load
 from diagnostics.dumps import save_dump
+from diagnostics.terminal import visible
 from opd import record, report, sheet, specimens, spelling
 from opd.train import train
 from opd.watching import HOST, make_server, version
@@ -138,9 +139,9 @@ def test_hostile_text_cannot_leave_its_place() -> None:
 
 def test_what_cannot_be_seen_is_spelled_out() -> None:
     for text in HOSTILE:
-        assert spelling.visible(text).isprintable()
-    assert spelling.visible("é漢 a\n\tb") == "é漢 a\n\tb"
-    assert spelling.visible("\u202e\x00\ud800\U000e0001") == "\\u202e\\u0000\\ud800\\U000e0001"
+        assert visible(text).isprintable()
+    assert visible("é漢 a\n\tb") == "é漢 a\n\tb"
+    assert visible("\u202e\x00\ud800\U000e0001") == "\\u202e\\u0000\\ud800\\U000e0001"
     wild = {"\u202e": ["\x00", (1, float("nan"), float("-inf"), True, None)]}
     assert report.disarmed(wild) == {"\\u202e": ["\\u0000", [1, None, None, True, None]]}
 
@@ -162,7 +163,7 @@ def test_a_hostile_run_folder_is_read_and_told_safely(tmp_path: Path) -> None:
     assert json.loads(scripts(page)[0][1]) == data
     (one,) = data["runs"]
     assert one["name"] == "run\\u202e"
-    assert one["config"]["student"] == spelling.visible(HOSTILE[2])
+    assert one["config"]["student"] == visible(HOSTILE[2])
     assert one["code"] == "commit \ufffd\\u0000\nline"
     (part,) = one["tasks"]
     assert part["task"] == "a\\u2028b"
