@@ -123,7 +123,7 @@ def graded(
 ) -> list[float]:
     """1 for each response that is right, else 0."""
     known = [Problem(prompt="", answer=answer) for answer in answers]
-    rewards = grade_responses(pair.tokenizer, tokens, mask, known, task.grade)
+    rewards = grade_responses(pair.tokenizer, tokens, mask, known, task.grade, ends(pair))
     return [float(reward >= 1) for reward in rewards]
 
 

@@ -5,8 +5,9 @@ Shapes: B responses, P prompt positions.
 
 import hashlib
 import random
+import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +20,10 @@ from opd.named import is_named, named_rows
 from opd.problems import Problem, problems
 from opd.sources import DEFAULT_COLUMNS, Columns, Question, question, questions
 from opd.sources import read_problems as read_problems
+from opd.special import special_ids
 
 MOST_HELD_OUT = 1000
+CLOSING_TAG = re.compile(r"</\w{2,}>")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -303,18 +306,36 @@ def encode_one(tokenizer: Any, problem: Problem) -> list[int]:
     return ids
 
 
-def response_texts(tokenizer: Any, tokens: Tensor, mask: Tensor) -> list[str]:
-    """(B, T) ids and mask -> the text of each response."""
-    kept = [row[real].tolist() for row, real in zip(tokens, mask, strict=True)]
-    return [response_text(tokenizer, ids) for ids in kept]
+def response_texts(
+    tokenizer: Any, tokens: Tensor, mask: Tensor, ends: Sequence[int] = ()
+) -> list[str]:
+    """(B, T) ids and mask -> the text of each response; `ends` as in `response_text`."""
+    sampled = [row[real].tolist() for row, real in zip(tokens, mask, strict=True)]
+    return [response_text(tokenizer, ids, ends) for ids in sampled]
 
 
-def response_text(tokenizer: Any, ids: list[int]) -> str:
-    """Decoded response without its final end token; every other special token stays visible.
+def response_text(tokenizer: Any, ids: Sequence[int], ends: Sequence[int] = ()) -> str:
+    """Decode a response up to its end; special tokens inside it stay visible.
 
-    A closing think tag is no end token, though many tokenizers call it special: a response cut
-    right behind it has thought, and has not answered.
+    The end is the first id that ends a response, by the generation config or as the tokenizer's
+    own end token, whether or not it is flagged as special. Special tokens that are left at the end
+    (padding, an end token that nobody named) are dropped too. A closing tag such as </think> is
+    content, even where it is flagged as special or ends a response: a response that was cut behind
+    it has thought, and has not answered.
+
+    Args:
+      ends: ids that end a response (`opd.model.end_ids`); the tokenizer's own is always one.
     """
-    if ids and ids[-1] in tokenizer.all_special_ids and tokenizer.decode(ids[-1:]) != "</think>":
-        ids = ids[:-1]
-    return tokenizer.decode(ids, skip_special_tokens=False)
+    stops = {*ends, tokenizer.eos_token_id}
+    length = next((place for place, token in enumerate(ids) if token in stops), len(ids))
+    if length < len(ids) and closes_tag(tokenizer, ids[length]):
+        length += 1
+    special = special_ids(tokenizer)
+    while length and ids[length - 1] in special and not closes_tag(tokenizer, ids[length - 1]):
+        length -= 1
+    return tokenizer.decode(list(ids[:length]), skip_special_tokens=False)
+
+
+def closes_tag(tokenizer: Any, token: int) -> bool:
+    """Whether an id is a closing tag, such as </think>; </s> is an end token."""
+    return CLOSING_TAG.fullmatch(tokenizer.decode([token]).strip()) is not None

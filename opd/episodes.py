@@ -132,7 +132,7 @@ def play(
             share=Share(places, share.of),
         )
         for (episode, ids), said in zip(asked, spoken(rollouts), strict=True):
-            advance(tokenizer, games, episode, ids, *said)
+            advance(tokenizer, eos, games, episode, ids, *said)
     for episode in episodes:
         episode.environment.close()
     tell_failures(episodes, games.source)
@@ -181,6 +181,7 @@ def spoken(rollouts: Rollouts) -> list[tuple[list[int], list[float], list[float]
 
 def advance(
     tokenizer: Any,
+    eos: Sequence[int],
     games: Games,
     episode: Episode,
     prompt: list[int],
@@ -190,7 +191,7 @@ def advance(
     ended: bool,
 ) -> None:
     """One turn of an episode: the action is read from the response, and taken."""
-    action, admitted = action_of(response_text(tokenizer, response), episode.scene)
+    action, admitted = action_of(response_text(tokenizer, response, eos), episode.scene)
     episode.turns.append(
         Turn(prompt, response, sampler_logp, softmax_logp, ended, action, admitted)
     )

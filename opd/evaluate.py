@@ -143,7 +143,7 @@ def respond(
                 [i * samples + j for i in mine for j in range(samples)], len(some) * samples
             )
             rollouts = engine.sample(prompts, eos, max_response=max_response, share=rows, **how)
-            found = graded_rows(tokenizer, rollouts, repeated(asked, samples), task.grade)
+            found = graded_rows(tokenizer, eos, rollouts, repeated(asked, samples), task.grade)
         columns += in_order(found, samples)
     return tabulated(chosen, samples, columns)
 
@@ -190,7 +190,7 @@ def won(
         rows = Share([i * samples + j for i in mine for j in range(samples)], count * samples)
         chosen = [(i, seeds[i]) for i in mine]
         played = play(engine, tokenizer, eos, games, chosen, samples, share=rows, **how)
-        columns = [seen(tokenizer, episode) for episode in played]
+        columns = [seen(tokenizer, eos, episode) for episode in played]
     goals = processes.told([episode.goal for episode in played[::samples]])
     problems: list[Problem] = [
         Question(prompt=f"{games.source} {seed}", answer=goals[i % len(goals)][i // len(goals)])
@@ -200,9 +200,9 @@ def won(
     return tabulated(problems, samples, in_order(columns, samples), numbers=numbers)
 
 
-def seen(tokenizer: Any, episode: Episode) -> Column:
+def seen(tokenizer: Any, eos: Sequence[int], episode: Episode) -> Column:
     """(won, tokens, played to its end, how it votes, all that was said) of an episode."""
-    said = [response_text(tokenizer, turn.response) for turn in episode.turns]
+    said = [response_text(tokenizer, turn.response, eos) for turn in episode.turns]
     length = sum(len(turn.response) for turn in episode.turns)
     vote = "won" if episode.won else "lost"
     return float(episode.won), length, episode.outcome in ("won", "lost"), vote, "\n".join(said)
@@ -213,9 +213,13 @@ def repeated(problems: Sequence[Problem], samples: int) -> list[Problem]:
 
 
 def graded_rows(
-    tokenizer: Any, rollouts: Rollouts, problems: list[Problem], grade: Grader
+    tokenizer: Any,
+    eos: Sequence[int],
+    rollouts: Rollouts,
+    problems: list[Problem],
+    grade: Grader,
 ) -> list[Column]:
-    texts = response_texts(tokenizer, rollouts.tokens, rollouts.mask)
+    texts = response_texts(tokenizer, rollouts.tokens, rollouts.mask, eos)
     found = [grade(text, problem.answer) for text, problem in zip(texts, problems, strict=True)]
     lengths, ended = rollouts.mask.sum(1).tolist(), rollouts.ended.tolist()
     return [
@@ -291,9 +295,13 @@ def grade_responses(
     mask: torch.Tensor,
     problems: Sequence[Problem],
     grade: Grader,
+    ends: Sequence[int] = (),
 ) -> list[float]:
-    """The reward of each response; the grader sees special tokens, but not the last EOS."""
-    texts = response_texts(tokenizer, tokens, mask)
+    """The reward of each response; the grader sees special tokens, but not the one that ends it.
+
+    ends: ids that end a response, besides the tokenizer's own end token.
+    """
+    texts = response_texts(tokenizer, tokens, mask, ends)
     pairs = zip(texts, problems, strict=True)
     return [grade(text, problem.answer).reward for text, problem in pairs]
 

@@ -140,14 +140,17 @@ def ends(run: "Run") -> list[dict[str, Any]]:
 
 
 def end_ids(folder: Path, known: Spelling) -> list[int]:
-    """The ids that end a generation: of generation_config.json, else config.json, else by name."""
+    """The ids that end a generation, as `opd.model.end_ids`: the tokenizer's own end token, and
+    those of generation_config.json, else of config.json."""
+    text, ids = own_end(folder), set[int]()
+    if text is not None:
+        ids.update(i for i, piece in known.pieces.items() if piece == text.encode())
     for name in ("generation_config.json", "config.json"):
         if (folder / name).exists():
-            ids = json.loads((folder / name).read_text("utf-8")).get("eos_token_id")
-            if ids is not None:
-                return sorted({ids} if isinstance(ids, int) else set(ids))
-    text = own_end(folder)
-    return [i for i, piece in known.pieces.items() if text is not None and piece == text.encode()]
+            named = json.loads((folder / name).read_text("utf-8")).get("eos_token_id")
+            if named is not None:
+                return sorted(ids | ({named} if isinstance(named, int) else set(named)))
+    return sorted(ids)
 
 
 def own_end(folder: Path) -> str | None:

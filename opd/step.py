@@ -174,7 +174,7 @@ def roll_out(run: Run, step: int, nth: int, top_p: float, purpose: int) -> Drawn
         rollouts = run.engine.sample(prompts, eos, **how)
         answers = [Problem(prompt="", answer=answer) for answer in prompts.answers]
         verdicts = torch.tensor(
-            grade_responses(tokenizer, rollouts.tokens, rollouts.mask, answers, task.grade)
+            grade_responses(tokenizer, rollouts.tokens, rollouts.mask, answers, task.grade, eos)
         )
     rollouts = replace(
         rollouts.to(device),
