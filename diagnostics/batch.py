@@ -5,8 +5,11 @@ on every sampled token, optionally with a `Support` (both models on K ids a posi
 `Prefix` (exact functionals of the two next-token distributions).
 
 Shapes: B responses, T response positions, K support ids, V vocabulary. Conventions:
-- the mask is bool and means *the student chose this token and it is supervised*; every
-  per-token float is 0 where the mask is False, never NaN;
+- `mask` is bool and means *the student chose this token and the loss is taken over it*;
+  `sampled` is every token that the student chose, of which `mask` is a subset. A test of sampling,
+  a ratio along the response and a length go over `sampled`, a measure of the loss over `mask`;
+- every per-token float is 0 where `sampled` is False, never NaN. It is *not* 0 at a token that was
+  sampled and is not supervised: whoever sums over the mask multiplies by it;
 - log-probabilities are natural, stored per role, and true (not renormalised on the support);
 - the cost of a token is log student - log teacher; other systems' "advantage" is its negative.
 """
@@ -160,7 +163,8 @@ class Rollouts(_Rows):
     softmax at its temperature, before top-p (None where the engine cannot tell); task and turn
     (B,) long (default 0); age (B,) long, updates of the student since the response was begun
     (default 0); reward (B,) float (NaN where nothing graded it), temperature and top_p of the
-    sampler, the name of the mask's rule.
+    sampler, the name of the mask's rule; sampled_mask (B, T) bool, every token that the student
+    chose, whether it is supervised or not (None if that is `mask`; read it as `sampled`).
     """
 
     tokens: Tensor
@@ -176,6 +180,7 @@ class Rollouts(_Rows):
     temperature: float = 1.0
     top_p: float = 1.0
     mask_rule: str = "response"
+    sampled_mask: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.tokens.dim() != 2:
@@ -189,6 +194,8 @@ class Rollouts(_Rows):
         _require("tokens", self.tokens, shape, "long")
         _require("mask", self.mask, shape, "bool")
         _require("sampler_logp", self.sampler_logp, shape, "float")
+        if self.sampled_mask is not None:
+            _require("sampled_mask", self.sampled_mask, shape, "bool")
         if self.softmax_logp is not None:
             _require("softmax_logp", self.softmax_logp, shape, "float")
         for name, kind in (("prompt", "long"), ("ended", "bool"), ("task", "long")):
@@ -205,22 +212,44 @@ class Rollouts(_Rows):
         return self.tokens.shape[0]
 
     @property
+    def sampled(self) -> Tensor:
+        """(B, T) bool: every token that the student chose, whether it is supervised or not."""
+        return self.mask if self.sampled_mask is None else self.sampled_mask
+
+    @property
     def lengths(self) -> Tensor:
-        """(B,) supervised tokens of each response."""
-        return self.mask.sum(1)
+        """(B,) sampled tokens of each response, whether they are supervised or not."""
+        return self.sampled.sum(1)
+
+    def supervise(self, keep: Tensor, rule: str | None = None) -> Self:
+        """The batch with only those of its supervised tokens in the loss that are in `keep`.
+
+        Nothing else changes: a token that is no longer supervised is still sampled and keeps its
+        log-probabilities, so that ratios, costs to go and tests of sampling still see it.
+
+        Args:
+          keep: (B, T) bool. rule: the name of what took the others out, added to `mask_rule`.
+        """
+        changed: dict[str, Any] = {"mask": self.mask & keep, "sampled_mask": self.sampled}
+        if rule is not None:
+            changed["mask_rule"] = f"{self.mask_rule} - {rule}"
+        return replace(self, **changed)
 
     def trimmed(self) -> Self:
-        """Without the trailing positions that no response supervises."""
-        used = self.mask.any(0).nonzero()
+        """Without the trailing positions at which no response has a sampled token."""
+        used = self.sampled.any(0).nonzero()
         return self.positions(int(used[-1]) + 1 if len(used) else 1)
 
     def checked(self) -> Self:
         """Self, after one pass over the values; raises with counts and the first offender.
 
-        Raises ValueError where a per-token float is not finite, is a positive log-probability, or
-        is not 0 at a masked position. Costs a host sync: call it once, where data enters.
+        Raises ValueError where a supervised token was not sampled, or a per-token float is not
+        finite, is a positive log-probability, or is not 0 where nothing was sampled. Costs a host
+        sync: call it once, where data enters.
         """
-        wrong = [
+        unsampled = self.mask & ~self.sampled
+        wrong = [("mask", self.mask, unsampled, "supervised where sampled_mask is False")]
+        wrong += [
             (name, x, bad, what)
             for name, x in self._floats()
             for bad, what in self._faults(name, x)
@@ -231,10 +260,11 @@ class Rollouts(_Rows):
         return self
 
     def _faults(self, name: str, x: Tensor) -> list[tuple[Tensor, str]]:
-        mask = self.mask if x.dim() == 2 else self.mask[..., None]
+        sampled = self.sampled if x.dim() == 2 else self.sampled[..., None]
+        outside = "not 0 where " + ("the mask" if self.sampled_mask is None else "sampled_mask")
         faults = [
             (~x.isfinite(), "not finite (NaN or infinite)"),
-            ((x != 0) & ~mask, "not 0 where the mask is False"),
+            ((x != 0) & ~sampled, f"{outside} is False"),
         ]
         if name.endswith("logp"):
             faults.append((x > 1e-3, "positive log-probabilities"))
@@ -291,7 +321,7 @@ class Scored(Rollouts):
 
     @property
     def log_ratio(self) -> Tensor:
-        """(B, T) cost r = log student - log teacher of the sampled token; 0 where masked."""
+        """(B, T) cost r = log student - log teacher of the token; 0 where none was sampled."""
         return (self.student_logp - self.teacher_logp).detach()
 
 
@@ -320,6 +350,8 @@ def concatenate(batches: Sequence[Scored]) -> Scored:
     if not batches:
         raise InvalidInput("no batches to concatenate")
     width = max(b.tokens.shape[1] for b in batches)
+    if any(b.sampled_mask is not None for b in batches):
+        batches = [replace(b, sampled_mask=b.sampled) for b in batches]
     flat = [flatten(b) for b in batches]
     if any(f.keys() != flat[0].keys() for f in flat):
         raise InvalidInput(f"batches hold different fields: {sorted(set.union(*map(set, flat)))}")

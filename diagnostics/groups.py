@@ -1,7 +1,6 @@
 """One metric for parts of a batch: by task, turn or outcome, and without some token ids."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
 
 import torch
 
@@ -43,14 +42,16 @@ def by(metric: Metric, field: str, groups: Mapping[float, str]) -> Metric:
 def without(metric: Metric, ids: Collection[int], name: str = "content") -> Metric:
     """The metric without the tokens of some ids, special ones say; names are headed by "name/".
 
-    The tokens leave the mask and nothing else: positions and prefixes stay what they were.
-    A concentration without special tokens shows what those hid (A-2).
+    The tokens leave the mask and nothing else: they stay sampled tokens, with their
+    log-probabilities, and positions and prefixes stay what they were. So a metric of what was
+    sampled (`drift/outside_topk`, `validity/z_H`, lengths) reads the same; a concentration without
+    special tokens shows what those hid (A-2).
     """
     unwanted = sorted(ids)
 
     def measured(batch: Scored) -> dict[str, Total]:
         known = torch.tensor(unwanted, dtype=torch.long, device=batch.tokens.device)
-        kept = replace(batch, mask=batch.mask & ~torch.isin(batch.tokens, known))
-        return {f"{name}/{key}": x for key, x in metric(kept).items()}
+        rest = batch.supervise(~torch.isin(batch.tokens, known))
+        return {f"{name}/{key}": x for key, x in metric(rest).items()}
 
     return measured

@@ -60,7 +60,7 @@ class Objective:
     is not the student.
     normalised: whether the student's `logp` and `support_logp` must be true log-probabilities;
     where False, raw logits of these ids give the same loss and gradient. sampled: whether `logp` is
-    read at all.
+    read at all. mask_scope: in MASK_SCOPES, what a mask takes away.
     """
 
     support: str
@@ -74,13 +74,20 @@ class Objective:
     ratio: Callable[[Scored], Tensor] = no_ratio
     normalised: bool = True
     sampled: bool = True
+    mask_scope: str = "cost"
 
     def credit(self, batch: Scored) -> Tensor:
-        """(B, T) own_t + sum_{u > t} gamma^(u-t) later_u - baseline_t + outcome; 0 where masked."""
-        credit = self.own(batch) * batch.mask
+        """(B, T) own_t + sum_{u > t} gamma^(u-t) later_u - baseline_t + outcome.
+
+        0 where nothing is supervised. Tokens that were sampled and are not supervised add their
+        costs to the credit of earlier ones with the mask scope "loss", and nothing with "cost"
+        (`MASK_SCOPES`); they advance gamma in both.
+        """
+        counted = batch.sampled if self.mask_scope == "loss" else batch.mask
+        credit = self.own(batch) * counted
         if self.gamma:
-            later = self.later(batch) * batch.mask
-            credit = credit + discounted(later, batch.mask, self.gamma) - later
+            later = self.later(batch) * counted
+            credit = credit + discounted(later, batch.sampled, self.gamma) - later
         return (credit - self.baseline(batch, credit) + self.outcome(batch)) * batch.mask
 
     def surrogate(self, at: Visited) -> Tensor:

@@ -143,6 +143,12 @@ class Config:
     mask: tuple[str, ...] = ()
     """Rules of tokens that are not supervised, such as role:eos, string:<think>:first or paper
     (opd.rules)."""
+    mask_scope: Literal["cost", "loss"] = "cost"
+    """What a mask takes away where a credit counts later costs, or a baseline those of others:
+    "cost", the masked tokens' costs from every credit, so that a tag of tens of nats teaches
+    nothing (estimates the gradient of the supervised tokens' costs); or "loss", the masked tokens'
+    own loss alone, as in the published code (estimates that of all tokens' costs). In both a masked
+    token advances gamma and stays in the sequence ratio."""
     own_end: bool = False
     """Read the teacher at its own end token where the student used another (opd.special)."""
     collapse_accepted: bool = False
@@ -280,6 +286,9 @@ def contradictions(config: Config) -> Iterator[str]:
         yield f"names of tasks is {names}; it must be different from each other"
     divisor = f"a divisor of prompts_per_step, {config.prompts_per_step}"
     yield from demand("updates", config.prompts_per_step % config.updates == 0, divisor)
+    masked = bool(config.mask or any(task.mask for task in config.tasks))
+    without = "'cost' without a mask, where another has no effect"
+    yield from demand("mask_scope", masked or config.mask_scope == "cost", without)
     for mask in (config.mask, *(task.mask or () for task in config.tasks)):
         try:
             parse(mask)

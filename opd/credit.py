@@ -17,40 +17,51 @@ from diagnostics.errors import InvalidInput
 
 # --- costs to go --------------------------------------------------------------------------------
 
+MASK_SCOPES: dict[str, str] = {
+    "cost": "a masked token's cost is 0, for itself and in the credit of earlier tokens",
+    "loss": "a masked token's cost stays in the credit of earlier tokens; its own loss alone goes",
+}
+"""What a mask takes away. Where it reads the prefix alone, "loss" estimates the gradient of the
+costs of all sampled tokens, and "cost" that of the supervised tokens' costs, both by the student's
+choices at the supervised positions. Where it reads the sampled token, neither is the gradient of a
+function: the score of a token that may be masked has another mean than 0 at its prefix."""
 
-def immediate(cost: Tensor, mask: Tensor) -> Tensor:
+
+def immediate(cost: Tensor, sampled: Tensor) -> Tensor:
     """A token answers for its own cost alone. Unbiased for the KL with frozen prefixes."""
-    return cost * mask
+    return cost * sampled
 
 
-def to_go(cost: Tensor, mask: Tensor) -> Tensor:
+def to_go(cost: Tensor, sampled: Tensor) -> Tensor:
     """A token answers for its own and all later costs: G_t = sum_{u >= t} r_u.
 
     Unbiased for the gradient of the sequence KL (past costs drop: E[score | prefix] = 0).
     """
-    return (cost * mask).flip(1).cumsum(1).flip(1) * mask
+    return (cost * sampled).flip(1).cumsum(1).flip(1) * sampled
 
 
-def discounted(cost: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    """G_t = r_t + gamma G_{t+1} over supervised tokens; masked positions do not advance gamma.
+def discounted(cost: Tensor, sampled: Tensor, gamma: float) -> Tensor:
+    """G_t = r_t + gamma G_{t+1} over the sampled tokens, whether they are supervised or not.
 
-    gamma = 0 is `immediate`, gamma = 1 is `to_go`; between them the mean field is not the gradient
-    of any function. (arXiv 2603.25562, eq. 3.)
+    Every sampled token advances gamma. Positions at which nothing was sampled, an environment's
+    text between turns, do not: gamma counts the student's own choices. gamma = 0 is `immediate`,
+    gamma = 1 is `to_go`; between them the mean field is not the gradient of any function. (arXiv
+    2603.25562, eq. 3.)
 
     Raises:
       ValueError: gamma is outside [0, 1].
     """
     check_gamma(gamma)
     if gamma == 0:
-        return immediate(cost, mask)
+        return immediate(cost, sampled)
     if gamma == 1:
-        return to_go(cost, mask)
+        return to_go(cost, sampled)
     running = torch.zeros_like(cost[:, 0])
     columns = []
     for t in reversed(range(cost.shape[1])):
-        running = torch.where(mask[:, t], cost[:, t] + gamma * running, running)
+        running = torch.where(sampled[:, t], cost[:, t] + gamma * running, running)
         columns.append(running)
-    return torch.stack(columns[::-1], 1) * mask
+    return torch.stack(columns[::-1], 1) * sampled
 
 
 def check_gamma(gamma: float) -> None:
@@ -80,13 +91,14 @@ def leave_one_out(batch: Scored, credit: Tensor) -> Tensor:
     """Mean credit at position t of the *other* rollouts of the prompt; an ended one counts as 0.
 
     Unbiased: it does not depend on the own tokens. Counting the ended as 0, which is what they
-    still cost, keeps the number of others the same at every position.
+    still cost, keeps the number of others the same at every position. A sampled token that is
+    not supervised counts with the credit that it would have.
 
     Raises:
       ValueError: a prompt has one rollout only.
     """
     group, size = _groups(batch, "leave-one-out baseline")
-    own = credit * batch.mask
+    own = credit * batch.sampled
     return (_totals(own, group) - own) / (size - 1)[:, None]
 
 
@@ -157,7 +169,7 @@ def outcome_cost(batch: Scored, weight: float, advantage: Callable[[Scored], Ten
 
     Added to the credit, it turns J into J - weight * E[reward].
     """
-    return (-weight * advantage(batch))[:, None] * batch.mask
+    return (-weight * advantage(batch))[:, None] * batch.sampled
 
 
 def _rewards(batch: Scored) -> tuple[Tensor, Tensor, Tensor]:
@@ -252,12 +264,14 @@ def token_ratio(batch: Scored) -> Tensor:
 
 
 def sequence_ratio(batch: Scored) -> Tensor:
-    """The product of the token ratios of the whole response, (B, T) constant along T.
+    """The product of the ratios of all sampled tokens of the response, (B, T) constant along T.
 
-    Unbiased where the sampler draws every token that the student can; its variance grows
-    exponentially with the length.
+    Also of those that are not supervised: how much too often the sampler produces a response does
+    not depend on where the loss is taken. Unbiased where the sampler draws every token that the
+    student can; its variance grows exponentially with the length.
     """
-    away = ((batch.student_logp - batch.sampler_logp).detach() * batch.mask).sum(1, keepdim=True)
+    away = (batch.student_logp - batch.sampler_logp).detach() * batch.sampled
+    away = away.sum(1, keepdim=True)
     return away.exp().expand_as(batch.student_logp)
 
 

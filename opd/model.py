@@ -255,23 +255,26 @@ def _agree(network: Any, hidden: Forward, logits: Forward, head: Head) -> bool:
     return same_nan and float(far) <= rounding * float(theirs.float().abs().nan_to_num().max())
 
 
-def response_hidden(model: Model, prompts: Prompts, batch: Rollouts) -> Tensor:
-    """(N, D) hidden states that predict the supervised tokens, in row-major order.
+def response_hidden(
+    model: Model, prompts: Prompts, batch: Rollouts, mask: Tensor | None = None
+) -> Tensor:
+    """(N, D) hidden states that predict the tokens of the mask, in row-major order.
 
-    The state at sequence position j predicts token j + 1, so response token t is predicted at
-    P - 1 + t. Positions count real tokens only, so that left padding changes nothing.
+    mask: (B, T) bool; the supervised tokens if None. The state at sequence position j predicts
+    token j + 1, so response token t is predicted at P - 1 + t. Positions count real tokens only, so
+    that left padding changes nothing.
     """
     ids = torch.cat([prompts.tokens, batch.tokens], 1)[:, :-1]
     real = torch.cat([prompts.mask, response_real(batch)], 1)[:, :-1].long()
     positions = (real.cumsum(1) - 1).clamp(min=0)
     states = model.hidden(ids, real, positions)
     width = prompts.tokens.shape[1]
-    return states[:, width - 1 :][batch.mask]
+    return states[:, width - 1 :][batch.mask if mask is None else mask]
 
 
 def response_real(batch: Rollouts) -> Tensor:
-    """(B, T) positions up to the last supervised one: masks may have holes, attention has none."""
-    return batch.mask.long().flip(1).cumsum(1).flip(1) > 0
+    """(B, T) positions up to the last sampled one: masks may have holes, attention has none."""
+    return batch.sampled.long().flip(1).cumsum(1).flip(1) > 0
 
 
 def micro_batches(prompts: Prompts, batch: Rollouts, tokens: int) -> list[list[int]]:

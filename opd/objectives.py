@@ -40,6 +40,7 @@ from opd.compositions import (
 from opd.credit import (
     ADVANTAGES,
     BASELINES,
+    MASK_SCOPES,
     RATIOS,
     check_gamma,
     clipped_cost,
@@ -98,6 +99,7 @@ def make(
     ratio_clip: float = math.inf,
     outcome: float = 0.0,
     advantage: str = "leave_one_out",
+    mask_scope: str = "cost",
     collapse_accepted: bool = False,
 ) -> Objective:
     """The objective called `name`; refuses what it would silently ignore, and known errors.
@@ -111,13 +113,14 @@ def make(
       outcome: weight of the reward, outcome * E[reward] taken from what is minimised. Any objective
         takes one: its own score function carries it, or a plain one where it has none, with an
         `advantage` of `opd.credit.ADVANTAGES`.
+      mask_scope: in `opd.credit.MASK_SCOPES`; without a mask, and at gamma = 0, all the same.
       collapse_accepted: a form in COLLAPSING is wanted all the same, to study it.
 
     Raises:
       ValueError: an unknown name, a number outside its range, a choice that would have no effect or
         only add noise, a known error, or a form that collapses.
     """
-    _check_names(name, baseline, ratio, advantage)
+    _check_names(name, baseline, ratio, advantage, mask_scope)
     _check_collapse(name, collapse_accepted)
     check_gamma(gamma)
     made = _construct(name, gamma, beta, clip)
@@ -134,10 +137,22 @@ def make(
             f"{name} does not read the sampled token, so that its own ratio only adds noise; "
             "ratio 'sequence' reweights the prefixes"
         )
-    return replace(made, ratio=RATIOS[ratio])
+    if mask_scope == "loss" and not _counts_masked_costs(made, baseline):
+        raise InvalidInput(
+            f"{name} at gamma = {made.gamma} with baseline {baseline!r} gives no token the cost of "
+            "another; mask_scope 'loss' would have no effect, use 'cost'"
+        )
+    return replace(made, ratio=RATIOS[ratio], mask_scope=mask_scope)
 
 
-def _check_names(name: str, baseline: str, ratio: str, advantage: str) -> None:
+def _counts_masked_costs(made: Objective, baseline: str) -> bool:
+    """Whether a supervised token's credit may hold the cost of a token that is not."""
+    later = made.gamma > 0 and made.later is not no_cost
+    others = baseline not in ("none", "local_kl", "given")
+    return later or (others and made.own is not no_cost)
+
+
+def _check_names(name: str, baseline: str, ratio: str, advantage: str, mask_scope: str) -> None:
     if name in ERRORS:
         raise InvalidInput(f"{name} is a known error: {ERRORS[name][1]}; use sampled_token")
     for kind, chosen, known in (
@@ -145,6 +160,7 @@ def _check_names(name: str, baseline: str, ratio: str, advantage: str) -> None:
         ("baseline", baseline, BASELINES),
         ("ratio", ratio, RATIOS),
         ("advantage", advantage, ADVANTAGES),
+        ("mask scope", mask_scope, MASK_SCOPES),
     ):
         if chosen not in known:
             raise InvalidInput(f"unknown {kind} {chosen!r}; known: {', '.join(known)}")

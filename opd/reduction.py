@@ -33,12 +33,12 @@ def sequence_sum(batch: Scored) -> Tensor:
 
 
 def sequence_mean(batch: Scored) -> Tensor:
-    """(B,) every response weighs the same: B times its own length.
+    """(B,) every response weighs the same: B times the number of its supervised tokens.
 
     Its gradient is not that of E[mean_t K_t]: the length's own derivative is left out.
     """
     _positive(batch.mask.sum())
-    return batch.lengths.clamp(min=1).to(batch.student_logp.dtype) * len(batch)
+    return batch.mask.sum(1).clamp(min=1).to(batch.student_logp.dtype) * len(batch)
 
 
 def group_mean(batch: Scored) -> Tensor:
@@ -48,7 +48,7 @@ def group_mean(batch: Scored) -> Tensor:
     """
     _positive(batch.mask.sum())
     prompts, group = batch.prompt.unique(return_inverse=True)
-    tokens = torch.zeros_like(prompts).index_add_(0, group, batch.lengths)[group]
+    tokens = torch.zeros_like(prompts).index_add_(0, group, batch.mask.sum(1))[group]
     return tokens.clamp(min=1).to(batch.student_logp.dtype) * len(prompts)
 
 

@@ -48,14 +48,13 @@ class Run:
 class Part:
     """One task's rollouts of a step, scored.
 
-    whole: every sampled token; scored: the supervised ones; teacher_hidden (N, D'): the teacher's
-    states at the tokens of `whole`, for objectives on the whole vocabulary; played: what became of
-    episodes, nothing where prompts are answered once.
+    scored: with the mask of the loss; teacher_hidden (N, D'): the teacher's states at all N sampled
+    tokens, for objectives on the whole vocabulary; played: what became of episodes, nothing where
+    prompts are answered once.
     """
 
     run: Run
     prompts: Prompts
-    whole: Scored
     scored: Scored
     teacher_hidden: Tensor | None
     played: Mapping[str, Total]

@@ -1,6 +1,6 @@
 """Scoring: both models' log-probabilities of what the student sampled, without keeping (tokens, V).
 
-Shapes: B responses, T positions, N supervised tokens, n tokens of a chunk, D and D' hidden sizes
+Shapes: B responses, T positions, N sampled tokens, n tokens of a chunk, D and D' hidden sizes
 of student and teacher, V shared vocabulary, K support ids.
 """
 
@@ -43,7 +43,8 @@ def score(
     "union" or "intersection" of both lists (`opd.supports`).
 
     Logits exist for one chunk of tokens at a time. With `keep_teacher`, the teacher's hidden
-    states (N, D'), row-major over the mask, are returned for losses that need its whole vocabulary.
+    states (N, D'), row-major over `sampled`, are returned for losses that need its whole
+    vocabulary.
 
     With `endings`, the teacher is read at its own end where the student used a foreign one, and the
     student at its own end where the teacher's top-K holds a foreign one; the prefix functionals
@@ -125,7 +126,7 @@ def score_support(
             f"{'kept no' if batch.softmax_logp is None else 'kept the'} whole softmax; without the "
             f"student's log-probabilities at temperature {temperature} use `score`"
         )
-    sampled = batch.softmax_logp[batch.mask]
+    sampled = batch.softmax_logp[batch.sampled]
 
     def measure(ours: Tensor, theirs: Tensor, tokens: Tensor, place: Tensor) -> dict[str, Tensor]:
         y, logp = tokens[:, None], sampled[place].float()
@@ -219,12 +220,12 @@ def _columns(
     keep_teacher: bool,
     run_teacher: bool = True,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Measured columns (N, ...) of all supervised tokens, and the teacher's states if kept.
+    """Measured columns (N, ...) of all sampled tokens, and the teacher's states if kept.
 
     A teacher that is not run has states of no width.
     """
-    n, device = int(batch.mask.sum()), batch.tokens.device
-    slot = (batch.mask.flatten().cumsum(0) - 1).reshape(batch.mask.shape)
+    n, device = int(batch.sampled.sum()), batch.tokens.device
+    slot = (batch.sampled.flatten().cumsum(0) - 1).reshape(batch.mask.shape)
     flat: dict[str, Tensor] = {}
 
     def put(name: str, where: Tensor, value: Tensor) -> None:
@@ -235,10 +236,11 @@ def _columns(
     for rows in micro_batches(prompts, batch, micro_tokens):
         part = batch.rows(rows).trimmed()
         some = prompts.rows(rows)
-        where = slot[rows][:, : part.mask.shape[1]][part.mask]
-        ours = response_hidden(pair.student, some, part)
-        theirs = response_hidden(pair.teacher, some, part) if run_teacher else ours[:, :0]
-        tokens = part.tokens[part.mask]
+        sampled = part.sampled
+        where = slot[rows][:, : sampled.shape[1]][sampled]
+        ours = response_hidden(pair.student, some, part, sampled)
+        theirs = response_hidden(pair.teacher, some, part, sampled) if run_teacher else ours[:, :0]
+        tokens = part.tokens[sampled]
         if keep_teacher:
             put("teacher_hidden", where, theirs)
         for c in chunks(len(tokens), pair.student.vocabulary, chunk_elements):
@@ -248,7 +250,7 @@ def _columns(
 
 
 def _scored(batch: Rollouts, columns: dict[str, Tensor], source: str, temperature: float) -> Scored:
-    full = {name: spread(value, batch.mask) for name, value in columns.items()}
+    full = {name: spread(value, batch.sampled) for name, value in columns.items()}
     prefix = _under(full, "prefix.")
     scored = Scored(
         **vars(batch),

@@ -1,13 +1,11 @@
 """Selection: which supervised tokens of a step the loss is taken over, and its denominator.
 
 The credit of a token counts all that follow it, selected or not, and a sequence ratio all of the
-response: compute both first, on the whole batch, then narrow the batch and let loss and denominator
-see the narrow one alone.
+response: compute both first, on the whole batch, then narrow what it supervises
+(`Rollouts.supervise`) and let loss and denominator see that alone.
 
 Shapes: B responses, T positions.
 """
-
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -39,15 +37,3 @@ def most_uncertain(batch: Scored, fraction: float) -> Tensor:
     kept = entropy.sort(descending=True, stable=True).indices[:count]
     keep = torch.zeros_like(entropy, dtype=torch.bool).index_fill(0, kept, True)
     return keep.view_as(batch.mask) & batch.mask
-
-
-def narrowed(batch: Scored, keep: Tensor) -> Scored:
-    """The batch with only the tokens in keep (B, T) supervised; the others' floats become 0."""
-    mask = batch.mask & keep
-
-    def zeroed(x: Tensor) -> Tensor:
-        if x.dim() < 2 or not x.dtype.is_floating_point:
-            return x
-        return torch.where(mask if x.dim() == 2 else mask[..., None], x, torch.zeros_like(x))
-
-    return replace(batch._map(zeroed), mask=mask)

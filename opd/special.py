@@ -1,12 +1,12 @@
 """Special tokens: which sampled tokens are not supervised, what that removes, which end is scored.
 
-A masked token stays in the sequence and in the attention; only its supervision goes, so a mask may
-have holes. Shapes: B responses, T response positions, K support, V ids that a tokenizer names, Q
-bytes of text in a batch.
+A masked token stays in the sequence, in the attention and in what was sampled; only its supervision
+goes, so a mask may have holes. Shapes: B responses, T response positions, K support, V ids that a
+tokenizer names, Q bytes of text in a batch.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -149,48 +149,42 @@ def string_hits(
 
 
 def masked(batch: Batch, rules: Sequence[Mask]) -> Batch:
-    """The batch with the rules' tokens unsupervised, their floats 0 and the rules in its name.
+    """The batch with the rules' tokens unsupervised and the rules in its name (`supervise`).
 
-    Grade and decode responses before: those read the mask as the whole response.
+    The rules read what was sampled, so that what else is unsupervised does not matter to them.
     """
     if not rules:
         return batch
-    mask = supervised(batch.tokens, batch.mask, rules)
-
-    def cut(x: Tensor) -> Tensor:
-        if x.dim() < 2 or not x.dtype.is_floating_point:
-            return x
-        wide = mask.reshape(mask.shape + (1,) * (x.dim() - 2))
-        return torch.where(wide, x, torch.zeros_like(x))
-
-    name = " - ".join([batch.mask_rule, *(rule.name for rule in rules)])
-    return replace(batch._map(cut), mask=mask, mask_rule=name)
+    keep = supervised(batch.tokens, batch.sampled, rules)
+    return batch.supervise(keep, " - ".join(rule.name for rule in rules))
 
 
 def audit(batch: Scored, rules: Sequence[Mask]) -> dict[str, Total]:
-    """What the rules take out of a batch that was scored under the mask before them.
+    """What the rules take out of the tokens that were sampled, whatever else is unsupervised.
 
-    With r = log student - log teacher, for each rule by itself and for "all" of them together:
-    mask/RULE/tokens = sum m 1[out] / sum m; mask/RULE/signal = sum m 1[out] |r| / sum m |r|;
-    mask/RULE/energy = sum m 1[out] r^2 / sum m r^2. Totals add over steps; sampling unit: prompt.
+    With r = log student - log teacher and m the sampled tokens, for each rule by itself and for
+    "all" of them together: mask/RULE/tokens = sum m 1[out] / sum m; mask/RULE/signal = sum m 1[out]
+    |r| / sum m |r|; mask/RULE/energy = sum m 1[out] r^2 / sum m r^2. Totals add over steps;
+    sampling unit: prompt.
     """
-    out = {rule.name: hits(batch.tokens, batch.mask, rule) for rule in rules}
-    out["all"] = batch.mask & ~supervised(batch.tokens, batch.mask, rules)
+    sampled = batch.sampled
+    out = {rule.name: hits(batch.tokens, sampled, rule) for rule in rules}
+    out["all"] = sampled & ~supervised(batch.tokens, sampled, rules)
     sizes = {"tokens": torch.ones_like(batch.log_ratio), "signal": batch.log_ratio.abs()}
     sizes["energy"] = batch.log_ratio.square()
     return {
-        f"mask/{name}/{what}": Mean.ratio(size * gone, size, batch.mask, batch.prompt)
+        f"mask/{name}/{what}": Mean.ratio(size * gone, size, sampled, batch.prompt)
         for name, gone in out.items()
         for what, size in sizes.items()
     }
 
 
 def removed_by_id(batch: Scored, after: Tensor, size: int) -> Tensor:
-    """(size, 3) float64: tokens, sum |r| and sum r^2 that the mask `after` (B, T) takes out, by id.
+    """(size, 3) float64: tokens, sum |r| and sum r^2 of sampled tokens not in `after`, by id.
 
     Adds over steps. `size` is at least the largest id plus one.
     """
-    gone = batch.mask & ~after
+    gone = batch.sampled & ~after
     r = batch.log_ratio[gone].double()
     size_of = torch.stack([torch.ones_like(r), r.abs(), r.square()], 1)
     sums = torch.zeros(size, 3, dtype=torch.float64, device=r.device)

@@ -12,7 +12,6 @@ Shapes: B responses of this process, T response positions.
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,9 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import Rollouts, Scored, concatenate
-from diagnostics.collapse import length, length_quantiles
 from diagnostics.ranks import batches_of_ranks
 from diagnostics.rows import Row
-from diagnostics.totals import Total, merge, read
+from diagnostics.totals import Total, read
 from opd import processes
 from opd.ahead import Drawn
 from opd.config import Config
@@ -93,7 +91,6 @@ def scored_parts(
             Part(
                 run=one,
                 prompts=prompts,
-                whole=scored,
                 scored=masked(scored, one.masks),
                 teacher_hidden=hidden,
                 played=played,
@@ -103,7 +100,7 @@ def scored_parts(
 
 
 def save_batch(parts: Sequence[Part], path: Path) -> None:
-    """Write the supervised tokens of all tasks and processes."""
+    """Write the rollouts of all tasks and processes, with the mask of the loss."""
     batches = [part.scored for part in parts]
     if processes.size() > 1:
         batches = [other for batch in batches for other in batches_of_ranks(batch)]
@@ -119,12 +116,9 @@ def recorded(parts: list[Part], step: int, numbers: dict[str, Tensor | float]) -
     removed: Row = {}
     for part in parts:
         if part.run.masks:
-            found = read(processes.added(audit(part.whole, part.run.masks)))
+            found = read(processes.added(audit(part.scored, part.run.masks)))
             removed |= headed(part.run, found) if len(parts) > 1 else found
     row |= run.monitor(step, [part.scored for part in parts], **numbers, **removed)
-    if removed:  # a response is as long as it was sampled, whatever is supervised of it
-        lengths = (length(part.whole) | length_quantiles(part.whole) for part in parts)
-        row |= read(processes.added(reduce(merge, lengths)))
     for part in parts:
         found = read(processes.added(part.played)) if part.played else {}
         row |= headed(part.run, found) if len(parts) > 1 else found

@@ -1,6 +1,6 @@
 """What a teacher on a server says of a batch, as tensors beside it, and what it cannot say.
 
-Shapes: B responses, P prompt positions, T response positions, N supervised tokens, K ids.
+Shapes: B responses, P prompt positions, T response positions, N sampled tokens, K ids.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from opd.remote import Remote
 
 @dataclass(frozen=True, eq=False)
 class Told:
-    """What a teacher elsewhere says of N supervised tokens, row-major over the mask.
+    """What a teacher elsewhere says of N sampled tokens, row-major over `Rollouts.sampled`.
 
     ids, logp: (N, K) its most probable, in descending order; sampled: (N,) log-probabilities of
     the tokens.
@@ -37,14 +37,14 @@ class Told:
 
 
 def asked(remote: Remote, prompts: Prompts, batch: Rollouts, k: int) -> Told:
-    """Ask a teacher on a server about every supervised token, at temperature 1.
+    """Ask a teacher on a server about every sampled token, at temperature 1.
 
     The teacher's softmax is over all its ids, also over those beyond the student's.
     """
     rows, places = [], []
     real, width = response_real(batch), prompts.tokens.shape[1]
     ids, there = torch.cat([prompts.tokens, batch.tokens], 1), torch.cat([prompts.mask, real], 1)
-    wanted = torch.cat([torch.zeros_like(prompts.mask), batch.mask], 1)
+    wanted = torch.cat([torch.zeros_like(prompts.mask), batch.sampled], 1)
     for row, kept, of in zip(ids.cpu(), there.cpu(), wanted.cpu(), strict=True):
         if not kept[:width].any():
             raise InvalidInput(

@@ -274,6 +274,7 @@ def make_objective(config: Config) -> Objective:
         ratio_clip=math.inf if config.ratio_clip is None else config.ratio_clip,
         outcome=config.outcome,
         advantage=config.advantage,
+        mask_scope=config.mask_scope,
         collapse_accepted=config.collapse_accepted,
     )
     if config.teacher in ("base", "ema") and not config.outcome:

@@ -20,7 +20,7 @@ from opd.objectives import DENOMINATORS
 from opd.optimizer import learning_rate
 from opd.roles import awake, follow, recomputing
 from opd.run import Part, Run
-from opd.selection import most_uncertain, narrowed
+from opd.selection import most_uncertain
 from opd.sharding import whole
 
 
@@ -79,7 +79,7 @@ def shared_out(part: Part) -> list[Work]:
     kept = part.scored
     if config.keep_uncertain < 1:
         chosen = most_uncertain(batch, config.keep_uncertain)
-        kept, batch = narrowed(kept, chosen[here]), narrowed(batch, chosen)
+        kept, batch = kept.supervise(chosen[here]), batch.supervise(chosen)
     counted = replace(batch, support=None, prefix=None)
     found, place = [], torch.arange(len(batch))[mine].tolist()
     for rows in shares(batch.prompt.tolist(), config.updates):
@@ -93,8 +93,8 @@ def shared_out(part: Part) -> list[Work]:
 
 def backward(part: Part, work: Work, share: float) -> Tensor:
     """Add the gradient of `share` times the loss of these rows; returns that loss, detached."""
-    run, config, slot = part.run, part.run.config, slots(part.whole.mask)
-    loss = torch.zeros((), device=part.whole.tokens.device)
+    run, config, slot = part.run, part.run.config, slots(part.scored.sampled)
+    loss = torch.zeros((), device=part.scored.tokens.device)
     asleep = config.offload_teacher and run.objective.support == "full"
     with awake(run.pair.teacher, run.pair.student.device, asleep):
         for some, counts in in_step(run, part.prompts, work):
@@ -153,5 +153,5 @@ def shares(prompt: list[int], updates: int) -> list[list[int]]:
 
 
 def slots(mask: Tensor) -> Tensor:
-    """(B, T) row of each supervised token in the flat order."""
+    """(B, T) row of each token of the mask in the flat order."""
     return (mask.flatten().cumsum(0) - 1).reshape(mask.shape)

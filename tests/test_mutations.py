@@ -6,6 +6,7 @@ from types import FunctionType, ModuleType
 
 import pytest
 
+from diagnostics import batch as batches
 from opd import compositions, credit, objectives, reduction, selection, supports, surrogates
 from synthetic import baselines, estimators, exact, gradients, recursion
 from synthetic import sample as sampling
@@ -155,7 +156,10 @@ SELECTION = {
     ),
     "one more": ("indices[:count]", "indices[: count + 1]"),
     "a fraction of all positions": ("int(batch.mask.sum())", "batch.mask.numel()"),
-    "mask not narrowed": ("_map(zeroed), mask=mask)", "_map(zeroed), mask=batch.mask)"),
+}
+BATCH = {
+    "mask not narrowed": ('"mask": self.mask & keep', '"mask": self.mask'),
+    "sampled tokens lost": ('"sampled_mask": self.sampled}', '"sampled_mask": self.mask & keep}'),
 }
 RECURSION = {
     "cross term once": ("2 * gammas * pay\n", "gammas * pay\n"),
@@ -224,6 +228,7 @@ MUTATIONS = [
         (compositions, COMPOSITIONS),
         (supports, SUPPORTS),
         (selection, SELECTION),
+        (batches, BATCH),
         (recursion, RECURSION),
         (exact, EXACT),
         (estimators, ESTIMATORS),

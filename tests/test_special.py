@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diagnostics.batch import Prefix, Rollouts, Scored, Support
+from diagnostics.batch import Prefix, Rollouts, Scored, Support, flatten
 from diagnostics.totals import merge
 from opd.lab import make_tokenizer
 from opd.pieces import alphabet, pieces, token_bytes
@@ -328,7 +328,7 @@ RULES = [
 ]
 
 
-def test_a_masked_batch_holds_zeros_and_says_why() -> None:
+def test_a_masked_batch_keeps_what_was_sampled_and_says_why() -> None:
     for whole in (scored_batch(0), Rollouts(**rollout_fields(scored_batch(0)))):
         batch = masked(whole, RULES).checked()
         assert type(batch) is type(whole)
@@ -336,12 +336,35 @@ def test_a_masked_batch_holds_zeros_and_says_why() -> None:
         assert batch.mask.tolist() == supervised(whole.tokens, whole.mask, RULES).tolist()
         assert 0 < batch.mask.sum() < whole.mask.sum()
         assert batch.tokens.tolist() == whole.tokens.tolist()
-        kept = batch.mask
-        assert torch.equal(batch.sampler_logp[kept], whole.sampler_logp[kept])
+        assert torch.equal(batch.sampled, whole.mask)
+        assert torch.equal(batch.sampler_logp, whole.sampler_logp)
         assert masked(whole, []) is whole
     whole, batch = scored_batch(0), masked(scored_batch(0), RULES)
-    assert torch.equal(batch.support.teacher_logp[kept], whole.support.teacher_logp[kept])
-    assert torch.equal(batch.prefix.collision[kept], whole.prefix.collision[kept])
+    before, after = flatten(whole), flatten(batch)
+    assert after.keys() - before.keys() == {"sampled_mask"}
+    assert all(torch.equal(after[name], x) for name, x in before.items() if name not in NOT_NUMBERS)
+    again = masked(batch, RULES[:1])
+    assert torch.equal(again.mask, batch.mask), "what a rule takes out stays out"
+    assert torch.equal(again.sampled, whole.mask)
+
+
+NOT_NUMBERS = ("mask", "reward")
+
+
+def test_a_rule_reads_what_was_sampled_whatever_is_supervised() -> None:
+    """A first occurrence that another rule took out is still the first one."""
+    first = replace(RULES[0], first=True)
+    tokens = torch.tensor([[1, 3, 1, 1]])
+    batch = Rollouts(
+        tokens=tokens,
+        mask=torch.ones_like(tokens, dtype=torch.bool),
+        sampler_logp=-torch.ones(1, 4),
+        prompt=torch.tensor([0]),
+        ended=torch.tensor([True]),
+    )
+    assert masked(batch, [first]).mask.tolist() == [[False, True, True, True]]
+    narrow = batch.supervise(torch.tensor([[False, True, True, True]]))
+    assert masked(narrow, [first]).mask.tolist() == [[False, True, True, True]]
 
 
 def rollout_fields(batch: Scored) -> dict[str, torch.Tensor]:

@@ -89,7 +89,8 @@ def test_a_step_of_support_matching_is_the_dense_one(tiny_pair, tmp_path: Path) 
     check_weights(final(folder), network, config.lr)
 
 
-def test_two_clipped_updates_are_the_dense_ones(tiny_pair, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scope", ["cost", "loss"])
+def test_two_clipped_updates_are_the_dense_ones(tiny_pair, tmp_path: Path, scope: str) -> None:
     """Each on half of the prompts; in the second the student has moved and ratios are not 1."""
     config = one(
         tiny_pair,
@@ -99,6 +100,7 @@ def test_two_clipped_updates_are_the_dense_ones(tiny_pair, tmp_path: Path) -> No
         updates=2,
         lr=0.02,
         mask=("id:20", "id:21"),
+        mask_scope=scope,
     )
     folder = train(config)
     batch = load(folder / "batches" / "step_000000.safetensors")
@@ -106,13 +108,16 @@ def test_two_clipped_updates_are_the_dense_ones(tiny_pair, tmp_path: Path) -> No
     y, mask = batch.tokens[..., None], batch.mask
     with torch.no_grad():
         old, theirs = (dense(n, config, batch).gather(-1, y)[..., 0] for n in (network, teacher))
-    cost, credit = (old - theirs) * mask, torch.zeros_like(old)
+    cost, credit = old - theirs, torch.zeros_like(old)
     for i in range(len(batch)):
         running = 0.0
-        for t in reversed(range(mask.shape[1])):
+        for t in reversed(range(int(batch.lengths[i]))):
+            running = 0.5 * running
+            if mask[i, t] or scope == "loss":
+                running += float(cost[i, t])
             if mask[i, t]:
-                running = float(cost[i, t]) + 0.5 * running
                 credit[i, t] = running
+    assert 0 < int(mask.sum()) < int(batch.lengths.sum())
     seen = []
 
     def loss(part: slice) -> Tensor:
