@@ -11,7 +11,7 @@ from figures.tables import line, pick
 COLUMNS = ("quantity", "world", "estimator", "gamma", "horizon", "value", "low", "high")
 REDUCED = {
     "plain": "as sampled",
-    "position_mean": "position mean",
+    "position_value": "mean at the position",
     "value": "value baseline",
     "optimal": "optimal baseline",
     "rb_all": "mean costs",

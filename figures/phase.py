@@ -23,7 +23,7 @@ CAPTION = (
 )
 NAMES = {
     "plain": "as sampled",
-    "position_mean": "position-mean baseline",
+    "position_value": "mean credit at the position",
     "rb_all_value": "mean costs, value baseline",
 }
 
@@ -33,7 +33,7 @@ def draw(table: pd.DataFrame) -> Figure:
     best = table[table["quantity"] == "best_gamma"]
     runs = table[table["quantity"] == "run"]
     short, long = best["horizon"].min(), best["horizon"].max()
-    kinds = [("plain", short), ("plain", long), ("position_mean", long), ("rb_all_value", long)]
+    kinds = [("plain", short), ("plain", long), ("position_value", long), ("rb_all_value", long)]
     grid = [0.0, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0]
     colours = ListedColormap(style.shades(len(grid)))
     steps = BoundaryNorm(edges(grid), len(grid))

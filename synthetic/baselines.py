@@ -19,7 +19,11 @@ _TINY = torch.finfo(torch.float64).tiny
 
 
 def table(name: str, at: Terms, space: Table | Shared) -> Tensor:
-    """(G, T, S) the baseline called `name`: none, value, position_mean, local_kl or optimal."""
+    """(G, T, S) the baseline called `name`: none, value, position_value, local_kl or optimal.
+
+    "position_value" is the exact mean credit at a step of the trajectories that are alive there: what
+    the sampled baseline `diagnostics.baselines.position_mean` tends to as prompts are added.
+    """
     shape = at.value.shape
     if name == "none":
         return torch.zeros(shape, dtype=at.value.dtype)
@@ -27,7 +31,7 @@ def table(name: str, at: Terms, space: Table | Shared) -> Tensor:
         return at.value
     if name == "local_kl":
         return at.local.expand(shape)
-    if name == "position_mean":
+    if name == "position_value":
         alive = at.occupancy * at.active
         share = alive / alive.sum(-1, keepdim=True).clamp(min=_TINY)
         return (share * at.value).sum(-1, keepdim=True).expand(shape)

@@ -39,8 +39,9 @@ class Estimator:
     """An objective by discount, and the baseline subtracted from its credit.
 
     baseline: "none"; "value", the mean credit given step and state; "optimal", the one of least
-    variance; "position_mean", the mean credit of the trajectories alive at a step; "local_kl"; or
-    "leave_one_out" over a group. family: whether the discount means anything.
+    variance; "position_value", the exact mean credit of the trajectories alive at a step, to which
+    the sampled `position_mean` tends; "local_kl"; or "leave_one_out" over a group. family: whether
+    the discount means anything.
     """
 
     objective: Callable[[float], Objective]
@@ -64,7 +65,7 @@ def _local(constructor: Callable[[], Objective]) -> Estimator:
 
 FAMILY: dict[str, Estimator] = {
     "plain": Estimator(objective=sampled_token),
-    "position_mean": Estimator(objective=sampled_token, baseline="position_mean"),
+    "position_value": Estimator(objective=sampled_token, baseline="position_value"),
     "leave_one_out": Estimator(objective=sampled_token, baseline="leave_one_out"),
     "local_kl": Estimator(objective=sampled_token, baseline="local_kl"),
     "value": Estimator(objective=sampled_token, baseline="value"),

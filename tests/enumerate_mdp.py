@@ -166,7 +166,7 @@ def credits(mdp, at: Paths, student: Tensor, teacher: Tensor, name: str, gamma: 
     later = to_go(mean_cost, gamma) - mean_cost
     return {
         "plain": lambda: sampled,
-        "position_mean": lambda: sampled - (alive * sampled).sum(0) / alive.sum(0),
+        "position_value": lambda: sampled - (alive * sampled).sum(0) / alive.sum(0),
         "local_kl": lambda: sampled - mean_cost,
         "value": lambda: sampled - value,
         "optimal": lambda: sampled - best_baseline(at, weight, sampled, student),
@@ -198,7 +198,15 @@ def estimates(
 ) -> Tensor:
     """(N, S, A) what each named estimator yields on each path, from its definition."""
     dense = {"rb_immediate", "rb_all", "rb_all_value"}
-    family = {"plain", "position_mean", "local_kl", "value", "optimal", "rb_future", "kl_advantage"}
+    family = {
+        "plain",
+        "position_value",
+        "local_kl",
+        "value",
+        "optimal",
+        "rb_future",
+        "kl_advantage",
+    }
     visit = torch.nn.functional.one_hot(at.states, mdp.num_states) * at.mask[..., None]
     result = torch.zeros(len(at.states), *student.shape, dtype=student.dtype)
     if name in dense | family:

@@ -124,7 +124,7 @@ def test_moments_of_a_long_horizon_have_a_closed_form_in_one_state(gamma: float)
         "plain": closed(spread, zero),
         "rb_future": closed(0 * spread, zero),
         "value": closed(spread, value),
-        "position_mean": closed(spread, value),
+        "position_value": closed(spread, value),
         "rb_all": s2 * (later * local).square().sum(),
         "rb_all_value": torch.zeros((), dtype=torch.float64),
     }

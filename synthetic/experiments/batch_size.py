@@ -17,7 +17,15 @@ CLAIM = (
     "and later the nearer the teacher, since the bias falls faster than the noise."
 )
 GAMMAS = (0.0, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
-NAMES = ("plain", "position_mean", "leave_one_out", "value", "optimal", "rb_future", "rb_all_value")
+NAMES = (
+    "plain",
+    "position_value",
+    "leave_one_out",
+    "value",
+    "optimal",
+    "rb_future",
+    "rb_all_value",
+)
 GROUP = 8
 BATCHES = tuple(4**i for i in range(10))
 KEYS = ["estimator", "distance", "n"]

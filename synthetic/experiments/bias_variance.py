@@ -49,7 +49,7 @@ HEADLINES: dict[str, dict[str, Any]] = {
 GAMMAS = (0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 1.0)
 NAMES = (
     "plain",
-    "position_mean",
+    "position_value",
     "value",
     "rb_immediate",
     "rb_future",

@@ -21,7 +21,7 @@ CLAIM = (
 # (estimator, discount)
 CURVES = (
     *(("plain", gamma) for gamma in (0.0, 0.5, 0.9, 0.98, 1.0)),
-    *((name, 1.0) for name in ("position_mean", "value", "optimal", "rb_all", "rb_all_value")),
+    *((name, 1.0) for name in ("position_value", "value", "optimal", "rb_all", "rb_all_value")),
 )
 KEYS = ["world", "estimator", "gamma", "horizon"]
 HEADLINES: dict[str, dict[str, Any]] = {

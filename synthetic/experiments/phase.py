@@ -20,7 +20,7 @@ CLAIM = (
     "baseline the batch alone decides, whatever the KL and the horizon."
 )
 GAMMAS = (0.0, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
-NAMES = ("plain", "position_mean", "rb_all_value")
+NAMES = ("plain", "position_value", "rb_all_value")
 COSTS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 """kappa T in nats."""
 BATCHES = tuple(4**i for i in range(10))
@@ -34,7 +34,10 @@ def _longer(estimator: str, cost: float) -> dict[str, Any]:
 HEADLINES: dict[str, dict[str, Any]] = {
     "n from which gamma = 1 beats gamma = 0 at 30 nats a response over that at 0.3 nats, sampled "
     "as is: {}": {"quantity": "nearer", "estimator": "plain"},
-    "with a position-mean baseline: {}": {"quantity": "nearer", "estimator": "position_mean"},
+    "with the mean credit at the position as baseline: {}": {
+        "quantity": "nearer",
+        "estimator": "position_value",
+    },
     "with mean costs and a value baseline: {}": {"quantity": "nearer", "estimator": "rb_all_value"},
     "that n at the longer horizon over that at the 8 times shorter one, both at 0.3 nats, sampled "
     "as is: {}": _longer("plain", 0.3),
