@@ -21,8 +21,8 @@ _TINY = torch.finfo(torch.float64).tiny
 def table(name: str, at: Terms, space: Table | Shared) -> Tensor:
     """(G, T, S) the baseline called `name`: none, value, position_value, local_kl or optimal.
 
-    "position_value" is the exact mean credit at a step of the trajectories that are alive there: what
-    the sampled baseline `diagnostics.baselines.position_mean` tends to as prompts are added.
+    "position_value" is the exact mean credit at a step of the trajectories alive there, to which
+    the sampled `position_mean` tends as prompts are added.
     """
     shape = at.value.shape
     if name == "none":

@@ -188,15 +188,22 @@ def repeated() -> list[dict[str, object]]:
 
 @cache
 def truth() -> tuple[dict[str, Tensor], Tensor]:
-    """name -> (G,) exact noise of a trajectory, and (G, S, A) means."""
+    """name -> (G,) exact noise of a trajectory, and (G, S, A) means.
+
+    The position mean of many prompts is the exact mean at the position, `position_value`.
+    """
     mdp, student, teacher = world()
-    ESTIMATORS["rb_all_position_mean"] = Estimator(
-        objective=full_reverse_kl, baseline="position_mean"
+    exact_names = {name: name.replace("position_mean", "position_value") for name in NAMES}
+    ESTIMATORS["rb_all_position_value"] = Estimator(
+        objective=full_reverse_kl, baseline="position_value"
     )
     try:
-        parts = {n: exact.moments(mdp, student, teacher, n, GAMMAS) for n in NAMES}
+        parts = {
+            name: exact.moments(mdp, student, teacher, exact_name, GAMMAS)
+            for name, exact_name in exact_names.items()
+        }
     finally:
-        del ESTIMATORS["rb_all_position_mean"]
+        del ESTIMATORS["rb_all_position_value"]
     return {n: v for n, (_, v) in parts.items()}, parts["plain"][0]
 
 
