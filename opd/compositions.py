@@ -24,8 +24,7 @@ from opd.credit import (
     sampled_cost,
 )
 from opd.surrogates import (
-    READS_SAMPLE,
-    RENORMALISING,
+    Form,
     Visited,
     bucket,
     clipped_score,
@@ -61,6 +60,15 @@ class Objective:
     normalised: whether the student's `logp` and `support_logp` must be true log-probabilities;
     where False, raw logits of these ids give the same loss and gradient. sampled: whether `logp` is
     read at all. mask_scope: in MASK_SCOPES, what a mask takes away.
+
+    What follows is declared where an objective is made, and never found out by looking at its
+    functions, which may be wrapped:
+    importance_weighted: whether every part of the loss that reads `logp` is weighted by
+    p(y) / p_old(y), so that it may be taken over tokens of an older student. scores_credit: whether
+    the credit enters the loss. sampled_own, sampled_later: whether these costs are the log-ratio of
+    the sampled token. distributions: whether credit or baseline read whole next-token
+    distributions. local_reads_sample, takes_limit, renormalises: of the local part, as in
+    `opd.surrogates.Form`.
     """
 
     support: str
@@ -75,6 +83,25 @@ class Objective:
     normalised: bool = True
     sampled: bool = True
     mask_scope: str = "cost"
+    importance_weighted: bool = False
+    scores_credit: bool = False
+    sampled_own: bool = False
+    sampled_later: bool = False
+    distributions: bool = False
+    takes_limit: bool = False
+    renormalises: bool = False
+    local_reads_sample: bool = False
+
+    @property
+    def reads_teacher_sample(self) -> bool:
+        """Whether the loss reads the teacher's log-probability of the sampled token."""
+        later = self.sampled_later and self.gamma > 0
+        return self.sampled_own or later or self.local_reads_sample
+
+    @property
+    def only_fresh_samples(self) -> bool:
+        """Whether the loss is wrong on tokens that an older student drew."""
+        return self.sampled and not self.importance_weighted
 
     def credit(self, batch: Scored) -> Tensor:
         """(B, T) own_t + sum_{u > t} gamma^(u-t) later_u - baseline_t + outcome.
@@ -128,7 +155,9 @@ def sampled_token(gamma: float = 0.0) -> Objective:
     gamma = 1: unbiased for the gradient of the sequence KL, with variance up to cubic in T.
     (arXiv 2603.25562, eq. 1-3.)
     """
-    return _family(gamma, own=sampled_cost, later=sampled_cost, score=plain_score)
+    return _family(
+        gamma, own=sampled_cost, later=sampled_cost, sampled_own=True, sampled_later=True
+    )
 
 
 def sampled_token_weighted(gamma: float = 0.0) -> Objective:
@@ -138,7 +167,7 @@ def sampled_token_weighted(gamma: float = 0.0) -> Objective:
     the credit of the rollouts; that credit and the prefixes stay those of the old student, so that
     the estimate is of the first order in how far the student has moved.
     """
-    return replace(sampled_token(gamma), score=weighted_score)
+    return replace(sampled_token(gamma), score=weighted_score, importance_weighted=True)
 
 
 def sampled_token_clipped(
@@ -161,7 +190,7 @@ def sampled_token_clipped(
             "dual > 1 + high"
         )
     score = partial(clipped_score, low=low, high=high, dual=dual)
-    return replace(sampled_token(gamma), score=score)
+    return replace(sampled_token(gamma), score=score, importance_weighted=True)
 
 
 def mean_future(gamma: float = 0.0) -> Objective:
@@ -169,7 +198,7 @@ def mean_future(gamma: float = 0.0) -> Objective:
 
     The same expected gradient; the noise of the later tokens' own draws is gone.
     """
-    return _family(gamma, own=sampled_cost, later=mean_cost, score=plain_score)
+    return _family(gamma, own=sampled_cost, later=mean_cost, sampled_own=True, distributions=True)
 
 
 def full_reverse_kl(gamma: float = 0.0) -> Objective:
@@ -178,22 +207,27 @@ def full_reverse_kl(gamma: float = 0.0) -> Objective:
     The same expected gradient as `sampled_token(gamma)` without the noise of the sampled token in
     either term. gamma = 0 is the local KL with frozen prefixes.
     """
-    return _full_and_future(gamma, mean_cost)
+    return _full_and_future(gamma, later=mean_cost, distributions=True)
 
 
 def full_sampled_future(gamma: float = 0.0) -> Objective:
     """`full_reverse_kl` with the later costs as sampled: only the immediate term is averaged."""
-    return _full_and_future(gamma, sampled_cost)
+    return _full_and_future(gamma, later=sampled_cost, sampled_later=True)
 
 
-def _full_and_future(gamma: float, later: Callable[[Scored], Tensor]) -> Objective:
-    made = _family(gamma, support="full", local=full_reverse, later=later, sampled=gamma > 0)
-    return replace(made, score=plain_score) if gamma else made
-
-
-def _family(gamma: float, support: str = "none", **parts: Any) -> Objective:
+def _full_and_future(gamma: float, **later: Any) -> Objective:
+    """The KL on the whole vocabulary, and at gamma > 0 the score function of the later costs."""
     check_gamma(gamma)
-    return Objective(support=support, gamma=gamma, **parts)
+    made = Objective(support="full", local=full_reverse, takes_limit=True, gamma=gamma, **later)
+    if gamma:
+        return replace(made, score=plain_score, scores_credit=True)
+    return replace(made, sampled=False)
+
+
+def _family(gamma: float, **parts: Any) -> Objective:
+    """A score function of a credit, without a local part."""
+    check_gamma(gamma)
+    return Objective(support="none", gamma=gamma, score=plain_score, scores_credit=True, **parts)
 
 
 def full_forward_kl() -> Objective:
@@ -202,7 +236,7 @@ def full_forward_kl() -> Objective:
     Logit gradient p - q: exact for that sum, mass-covering, and not the gradient of either sequence
     KL. Its cost is not E_p[anything], so it has no discounted part.
     """
-    return local("full", full_forward)
+    return local("full", Form(surrogate=full_forward))
 
 
 def full_jsd(beta: float = 0.5) -> Objective:
@@ -217,27 +251,32 @@ def full_jsd(beta: float = 0.5) -> Objective:
     """
     if not 0 <= beta <= 1:
         raise InvalidInput(f"beta is {beta}; it must lie in [0, 1], 0 forward and 1 reverse KL")
-    return local("full", partial(full_mixture, beta=beta))
+    return local("full", Form(surrogate=partial(full_mixture, beta=beta)))
 
 
-def local(support: str, surrogate: Callable[[Visited], Tensor]) -> Objective:
+def local(support: str, form: Form) -> Objective:
     """An objective of the prefix and the sampled token alone; gamma and baselines do not apply."""
     return Objective(
         support=support,
-        local=surrogate,
-        normalised=surrogate not in RENORMALISING,
-        sampled=surrogate in READS_SAMPLE,
+        local=form.surrogate,
+        normalised=not form.renormalises,
+        sampled=form.reads_sample,
+        local_reads_sample=form.reads_sample,
+        takes_limit=form.takes_limit,
+        renormalises=form.renormalises,
     )
 
 
-FORMS: dict[str, Callable[[Visited], Tensor]] = {
-    "": renormalised,
-    "_and_sampled": renormalised_and_sampled,
-    "_unnormalised": unnormalised,
-    "_stopped": stopped,
-    "_bucket": bucket,
-    "_sampled_tail": sampled_tail,
-    "_published_tail": published_tail,
+FORMS: dict[str, Form] = {
+    "": Form(surrogate=renormalised, takes_limit=True, renormalises=True),
+    "_and_sampled": Form(
+        surrogate=renormalised_and_sampled, reads_sample=True, takes_limit=True, renormalises=True
+    ),
+    "_unnormalised": Form(surrogate=unnormalised, takes_limit=True),
+    "_stopped": Form(surrogate=stopped),
+    "_bucket": Form(surrogate=bucket),
+    "_sampled_tail": Form(surrogate=sampled_tail, reads_sample=True),
+    "_published_tail": Form(surrogate=published_tail, reads_sample=True),
 }
 """What a top-K objective does with its support; the name's ending. (Paper's V1 to V5: teacher_topk,
 student_topk_and_sampled, teacher_topk_and_sampled, student_ and teacher_topk_published_tail.)"""
@@ -254,8 +293,8 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "full_sampled_future": full_sampled_future,
     "full_forward_kl": full_forward_kl,
     "full_jsd": full_jsd,
-    "k2": partial(local, "none", half_square),
-    "k3": partial(local, "none", low_variance),
+    "k2": partial(local, "none", Form(surrogate=half_square, reads_sample=True)),
+    "k3": partial(local, "none", Form(surrogate=low_variance, reads_sample=True)),
     **{
         f"{source}_topk{end}": partial(local, source, form)
         for source in SUPPORTS
@@ -266,8 +305,11 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
 
 def k1() -> Objective:
     """k1 differentiated as it stands: the score alone, whose mean is zero. Nothing is learned."""
-    made = local("none", lambda at: log_ratio(sampled_logp(at), at.teacher_logp.detach()))
-    return replace(made, sampled=True)
+
+    def log_ratio_itself(visited: Visited) -> Tensor:
+        return log_ratio(sampled_logp(visited), visited.teacher_logp.detach())
+
+    return local("none", Form(surrogate=log_ratio_itself, reads_sample=True))
 
 
 def kl_advantage(gamma: float = 0.0) -> Objective:
@@ -275,7 +317,7 @@ def kl_advantage(gamma: float = 0.0) -> Objective:
 
     At gamma = 0 its mean is zero; at gamma > 0 only the later costs teach anything.
     """
-    return _family(gamma, own=mean_cost, later=mean_cost, score=plain_score)
+    return _family(gamma, own=mean_cost, later=mean_cost, distributions=True)
 
 
 ERRORS: dict[str, tuple[Callable[..., Objective], str]] = {

@@ -125,7 +125,8 @@ class Config:
     support_k: int = 16
     """K, the number of ids a position for diagnostics and support objectives."""
     baseline: str = "none"
-    """Name in opd.credit.BASELINES."""
+    """Name in opd.credit.BASELINES: what a credit is compared with, such as leave_one_out, the mean
+    of the prompt's other responses, or position_mean, that of the other prompts' responses."""
     ratio: str = "none"
     """Name in opd.credit.RATIOS: student over sampler."""
     ratio_clip: float | None = None
@@ -137,7 +138,8 @@ class Config:
     advantage: str = "leave_one_out"
     """Of the reward, a name in opd.credit.ADVANTAGES."""
     keep_uncertain: float = 1.0
-    """Share of the tokens, those of the largest student entropy, that the loss is taken over."""
+    """Share of the tokens, those of the largest student entropy, that the loss is taken over. Of
+    entropies within 1e-4 nats of the last one, the earlier prompts' and positions' are kept."""
     denominator: str = "token_mean"
     """Name in opd.reduction.DENOMINATORS."""
     mask: tuple[str, ...] = ()
@@ -153,6 +155,9 @@ class Config:
     """Read the teacher at its own end token where the student used another (opd.special)."""
     collapse_accepted: bool = False
     """Train with an un-normalised support all the same."""
+    unweighted_accepted: bool = False
+    """With several updates, or rollouts ahead, take an older student's tokens for the present one's
+    all the same, without an importance weight (the paper's V2 to V5)."""
 
     # --- optimizer ------------------------------------------------------------------------------
     steps: int = 100
@@ -162,9 +167,9 @@ class Config:
     lr: float = 1e-5
     """Largest AdamW learning rate."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """After the warm-up."""
+    """After the warm-up: constant, or half a cosine that is 0 in the step after the last."""
     warmup: int = 0
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up: 1/(warmup + 1) of the rate, 2/(warmup + 1), ..., then all of it."""
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float = 1.0

@@ -16,7 +16,6 @@ from functools import partial
 
 from torch import Tensor
 
-from diagnostics.batch import Scored
 from diagnostics.errors import InvalidInput
 from opd.compositions import (
     COLLAPSING,
@@ -44,11 +43,7 @@ from opd.credit import (
     RATIOS,
     check_gamma,
     clipped_cost,
-    local_kl,
-    no_cost,
     outcome_cost,
-    sampled_cost,
-    token_ratio,
 )
 from opd.reduction import (
     DENOMINATORS,
@@ -58,7 +53,7 @@ from opd.reduction import (
     sequence_sum,
     token_mean,
 )
-from opd.surrogates import LIMITED, nothing, plain_score
+from opd.surrogates import plain_score
 
 __all__ = [
     "COLLAPSING",
@@ -125,14 +120,14 @@ def make(
     check_gamma(gamma)
     made = _construct(name, gamma, beta, clip)
     if baseline != "none":
-        made = replace(made, baseline=_baseline(name, made, baseline))
+        made = _centred(name, made, baseline)
     if ratio_clip != math.inf:
         made = _limited(name, made, ratio_clip)
     if outcome:
         made = _mixed(name, made, outcome, advantage)
     elif advantage != "leave_one_out":
         raise InvalidInput(f"advantage {advantage!r} has no effect without an outcome weight")
-    if RATIOS[ratio] is token_ratio and not made.sampled:
+    if ratio == "token" and not made.sampled:
         raise InvalidInput(
             f"{name} does not read the sampled token, so that its own ratio only adds noise; "
             "ratio 'sequence' reweights the prefixes"
@@ -147,9 +142,8 @@ def make(
 
 def _counts_masked_costs(made: Objective, baseline: str) -> bool:
     """Whether a supervised token's credit may hold the cost of a token that is not."""
-    later = made.gamma > 0 and made.later is not no_cost
-    others = baseline not in ("none", "local_kl", "given")
-    return later or (others and made.own is not no_cost)
+    over_responses = baseline not in ("none", "local_kl", "given")
+    return made.gamma > 0 or (over_responses and made.sampled_own)
 
 
 def _check_names(name: str, baseline: str, ratio: str, advantage: str, mask_scope: str) -> None:
@@ -181,7 +175,9 @@ def _construct(
 ) -> Objective:
     """The constructor with the choices that were made, all of which it must know."""
     constructor = OBJECTIVES[name]
-    known = inspect.signature(constructor).parameters
+    parameters = inspect.signature(constructor).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    known = {"gamma", "beta", "clip"} if takes_any else set(parameters)
     choices = {"gamma": gamma or None, "beta": beta, "clip": clip}
     made = {word: value for word, value in choices.items() if value is not None}
     for word, value in made.items():
@@ -194,40 +190,39 @@ def _construct(
     return constructor(**made)
 
 
-def _baseline(name: str, made: Objective, baseline: str) -> Callable[[Scored, Tensor], Tensor]:
-    """The baseline, if there is a credit that it could centre."""
-    chosen = BASELINES[baseline]
-    if made.score is nothing:
+def _centred(name: str, made: Objective, baseline: str) -> Objective:
+    """The objective with the baseline, if there is a credit that it could centre."""
+    if not made.scores_credit:
         raise InvalidInput(
             f"{name} at gamma = {made.gamma} has no credit from which to subtract the baseline "
             f"{baseline!r}"
         )
-    if chosen is local_kl and made.own is no_cost:
+    if baseline == "local_kl" and not made.sampled_own:
         raise InvalidInput(
             f"{name} has the token's own cost in closed form, not in its credit; the baseline "
             "'local_kl' is the mean of that cost and would only add noise"
         )
-    return chosen
+    distributions = made.distributions or baseline == "local_kl"
+    return replace(made, baseline=BASELINES[baseline], distributions=distributions)
 
 
 def _limited(name: str, made: Objective, limit: float) -> Objective:
     """The objective with its sampled costs, and the log-ratios of its local part, clipped."""
     if not limit > 0:
         raise InvalidInput(f"ratio_clip is {limit}; it must be a positive number of nats")
-    later = made.later is sampled_cost and made.gamma > 0
-    form: Callable[..., Tensor] = made.local
-    inside = form in LIMITED
-    if made.own is not sampled_cost and not later and not inside:
+    later = made.sampled_later and made.gamma > 0
+    if not (made.sampled_own or later or made.takes_limit):
         raise InvalidInput(
             f"{name} at gamma = {made.gamma} has no sampled cost in its credit and no log-ratio "
             f"that can be clipped; ratio_clip = {limit} would have no effect"
         )
     cost = partial(clipped_cost, limit=limit)
+    surrogate: Callable[..., Tensor] = made.local
     return replace(
         made,
-        local=partial(form, limit=limit) if inside else form,
-        own=cost if made.own is sampled_cost else made.own,
-        later=cost if made.later is sampled_cost else made.later,
+        local=partial(surrogate, limit=limit) if made.takes_limit else surrogate,
+        own=cost if made.sampled_own else made.own,
+        later=cost if made.sampled_later else made.later,
     )
 
 
@@ -238,7 +233,9 @@ def _mixed(name: str, made: Objective, weight: float, advantage: str) -> Objecti
     return replace(
         made,
         outcome=partial(outcome_cost, weight=weight, advantage=ADVANTAGES[advantage]),
-        score=plain_score if made.score is nothing else made.score,
+        score=made.score if made.scores_credit else plain_score,
+        scores_credit=True,
         sampled=True,
+        importance_weighted=made.importance_weighted,
         normalised=True,
     )

@@ -132,8 +132,12 @@ def _sum_into(weight: Tensor, master: Tensor) -> None:
 def learning_rate(
     peak: float, step: int, steps: int, warmup: int, schedule: str, floor: float = 0.0
 ) -> float:
-    """Rate of a step, from 0 on: linear for `warmup` steps, then constant, or half a cosine that
-    ends at floor * peak with the last step.
+    """Rate of a step, from 0 on: linear for `warmup` steps, then constant, or half a cosine.
+
+    In the warm-up peak (step + 1) / (warmup + 1), so that every step trains and that of index
+    `warmup` has the peak; from then on with the cosine
+    peak (floor + (1 - floor) (1 + cos(pi (step - warmup) / (steps - warmup))) / 2), which would be
+    floor * peak in the step after the last.
 
     Raises:
       ValueError: an unknown schedule.
@@ -144,5 +148,5 @@ def learning_rate(
         return peak * (step + 1) / (warmup + 1)
     if schedule == "constant":
         return peak
-    done = min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
     return peak * (floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2)

@@ -26,11 +26,13 @@ NUCLEUS = ("--top-p", "0.9")
 LOCAL = ("--objective", "teacher_topk", *NUCLEUS)
 
 COLLAPSES = "--collapse-accepted"
+UNWEIGHTED = "--unweighted-accepted"
+"""The paper made two updates with losses that read the sampled token without a weight."""
 VARIANTS = {
-    "v2_student_and_sampled": ("--objective", "student_topk_and_sampled"),
-    "v3_teacher_and_sampled": ("--objective", "teacher_topk_and_sampled"),
-    "v4_student_tail": ("--objective", "student_topk_published_tail", COLLAPSES),
-    "v5_teacher_tail": ("--objective", "teacher_topk_published_tail", COLLAPSES),
+    "v2_student_and_sampled": ("--objective", "student_topk_and_sampled", UNWEIGHTED),
+    "v3_teacher_and_sampled": ("--objective", "teacher_topk_and_sampled", UNWEIGHTED),
+    "v4_student_tail": ("--objective", "student_topk_published_tail", COLLAPSES, UNWEIGHTED),
+    "v5_teacher_tail": ("--objective", "teacher_topk_published_tail", COLLAPSES, UNWEIGHTED),
 }
 
 METHODS: dict[str, tuple[str, ...]] = {

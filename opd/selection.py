@@ -13,13 +13,18 @@ from torch import Tensor
 from diagnostics.batch import Scored
 from diagnostics.errors import InvalidInput
 
+TIE = 1e-4
+"""Nats within which two entropies count as equal: ten times what float32 rounds a logit of 100."""
+
 
 def most_uncertain(batch: Scored, fraction: float) -> Tensor:
     """(B, T) bool: the `fraction` of the step's supervised tokens with the largest entropy.
 
     The entropy is that of the student's next-token distribution when the rollouts were scored. The
-    number kept is the nearest integer, at least 1; of equal entropies the earlier token in
-    row-major order stays. Call it once a step: a fraction of each micro-batch is another set.
+    number kept is the nearest integer, at least 1. Entropies within TIE of the last one kept count
+    as equal to it, so that rounding, which depends on how a batch was split, does not choose among
+    equals; of these the earlier token stays, by number of the prompt, row and position. Call it
+    once a step: a fraction of each micro-batch is another set.
     (arXiv 2506.01939 for the idea, in reinforcement learning.)
 
     Raises:
@@ -34,6 +39,10 @@ def most_uncertain(batch: Scored, fraction: float) -> Tensor:
         )
     entropy = batch.prefix.student_entropy.masked_fill(~batch.mask, -torch.inf).flatten()
     count = max(1, round(fraction * int(batch.mask.sum())))
-    kept = entropy.sort(descending=True, stable=True).indices[:count]
-    keep = torch.zeros_like(entropy, dtype=torch.bool).index_fill(0, kept, True)
+    last = entropy.sort(descending=True).values[count - 1]
+    above, tied = entropy > last + TIE, (entropy - last).abs() <= TIE
+    by_prompt = torch.arange(entropy.numel(), device=entropy.device).view_as(batch.mask)
+    by_prompt = by_prompt[batch.prompt.argsort(stable=True)].flatten()
+    first = by_prompt[tied[by_prompt]][: count - int(above.sum())]
+    keep = above.index_fill(0, first, True)
     return keep.view_as(batch.mask) & batch.mask

@@ -8,6 +8,7 @@ Shapes: K support ids; "..." is (B, T) or flat tokens (N,). p student, q teacher
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -238,14 +239,20 @@ def low_variance(at: Visited) -> Tensor:
     return torch.expm1(-r) + r
 
 
-READS_SAMPLE = (renormalised_and_sampled, sampled_tail, published_tail, half_square, low_variance)
-"""The local surrogates that look at the sampled token's log-probability."""
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """A local surrogate, and what there is to know of it without looking at the function.
 
-LIMITED = (full_reverse, renormalised, renormalised_and_sampled, unnormalised)
-"""The local surrogates whose log-ratios can be held within a `limit`."""
+    reads_sample: whether it looks at the sampled token's log-probability. takes_limit: whether its
+    log-ratios can be held within a keyword argument `limit`. renormalises: whether it is the same
+    with a constant added to all log-probabilities of a position.
+    """
 
-RENORMALISING = (renormalised, renormalised_and_sampled)
-"""The local surrogates that do not change with a constant added to all log-probabilities."""
+    surrogate: Callable[..., Tensor]
+    reads_sample: bool = False
+    takes_limit: bool = False
+    renormalises: bool = False
+
 
 # --- what is known at a token -------------------------------------------------------------------
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from diagnostics.batch import Rollouts
 from diagnostics.errors import InvalidInput
 from opd.config import Config
-from opd.credit import local_kl, mean_cost
 from opd.data import Prompts
 from opd.model import Pair, response_real
 from opd.objectives import Objective
@@ -81,7 +80,6 @@ def check_tellable(config: Config, objective: Objective) -> None:
       ValueError: names the setting, and what to choose instead.
     """
     own = "teacher_topk or sampled_token, or one of their forms"
-    whole = objective.support == "full" or mean_cost in (objective.own, objective.later)
     for wrong, what, remedy in (
         (
             objective.support in ("student", "union"),
@@ -89,7 +87,7 @@ def check_tellable(config: Config, objective: Objective) -> None:
             own,
         ),
         (
-            whole or objective.baseline is local_kl,
+            objective.support == "full" or objective.distributions,
             f"objective {config.objective} with baseline {config.baseline}, which needs its whole "
             "distribution",
             own,

@@ -29,8 +29,7 @@ from diagnostics.totals import Mean, Total
 from diagnostics.validity import staleness
 from opd import checkpoint, processes, runlog
 from opd.ahead import Ahead
-from opd.config import Config, to_json
-from opd.credit import no_ratio
+from opd.config import Config, refuse, to_json
 from opd.data import Task, drop_long, load_task, refuse_long
 from opd.endpoint import is_url
 from opd.engines import Engine, make_engine
@@ -43,11 +42,11 @@ from opd.optimizer import Optimizer, adamw
 from opd.roles import make_pairs, ordinary, with_sharded_student
 from opd.run import Run
 from opd.seeds import EVALUATION, derive
+from opd.settings_check import objective_problems, unused_settings
 from opd.sharding import plain, whole
 from opd.sources import Columns
 from opd.special import resolve
 from opd.step import draw, due, one_step
-from opd.surrogates import plain_score
 from opd.tasks import settings_of, shares, turns
 from opd.told import check_tellable, keep_probes
 
@@ -58,7 +57,9 @@ def train(config: Config) -> Path:
     Raises:
       RuntimeError: the device ran out of memory; says which settings to lower.
     """
-    objective = make_objective(config)  # refuses before a server is waited for
+    # refuse before a server is waited for or a model is loaded
+    refuse(list(unused_settings(config)))
+    objective = make_objective(config)
     for own in settings_of(config):
         if is_url(own.teacher):
             check_tellable(own, objective)
@@ -257,9 +258,7 @@ def make_objective(config: Config) -> Objective:
     """The configured objective; refuses what `opd.objectives.make` refuses, and more.
 
     Raises:
-      ValueError: an unknown denominator; a teacher that is the student and no reward; several
-        updates with a score that ignores how far the student has moved since the rollouts; or
-        rollouts ahead of the update with nothing that corrects for it.
+      ValueError: an unknown denominator, or what `opd.settings_check.objective_problems` finds.
     """
     if config.denominator not in DENOMINATORS:
         known = ", ".join(DENOMINATORS)
@@ -277,22 +276,7 @@ def make_objective(config: Config) -> Objective:
         mask_scope=config.mask_scope,
         collapse_accepted=config.collapse_accepted,
     )
-    if config.teacher in ("base", "ema") and not config.outcome:
-        raise InvalidInput(
-            f'teacher "{config.teacher}" starts as the student itself, so the divergence is at its '
-            "minimum and nothing moves; set outcome, the weight of the reward, or name a teacher"
-        )
-    if config.updates > 1 and objective.score is plain_score:
-        raise InvalidInput(
-            f"updates is {config.updates}: from the second on, {config.objective} would weigh "
-            "tokens as if the student of the first had not moved; use sampled_token_weighted or "
-            "sampled_token_clipped, or updates = 1"
-        )
-    if config.ahead and objective.sampled and objective.ratio is no_ratio:
-        raise InvalidInput(
-            f"ahead is {config.ahead}: {config.objective} would weigh tokens of older weights as "
-            "if the present student had drawn them; set ratio token, or ahead = 0"
-        )
+    refuse(list(objective_problems(config, objective)))
     return objective
 
 

@@ -21,7 +21,6 @@ from torch import Tensor
 from diagnostics.adapters.partial import changed
 from diagnostics.adapters.verl import Loss, batch_of, observed
 from diagnostics.errors import InvalidInput, MissingPackage
-from opd.credit import mean_cost
 from opd.objectives import Objective, make
 from opd.verl_logits import TOPK, compute_topk_loss, held
 
@@ -81,7 +80,7 @@ class _Refused:
 
 def unsupplied(objective: Objective) -> str:
     """What the objective reads and verl does not supply; empty if it supplies everything."""
-    if objective.support == "full" or mean_cost in (objective.own, objective.later):
+    if objective.support == "full" or objective.distributions:
         return "its teacher sends no whole next-token distributions, at most its top-K"
     if objective.support in ("student", "union", "intersection"):
         return "its teacher sends its own top-K, not the log-probabilities of the student's ids"

@@ -9,15 +9,15 @@ Shapes: S states, A actions, T steps, G discounts. Everything is float64.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from diagnostics.errors import InvalidInput
-from opd.credit import BASELINES, given, no_ratio, sequence_ratio
+from opd.credit import BASELINES, RATIOS, given
 from opd.objectives import (
     OBJECTIVES,
+    SUPPORTS,
     Objective,
     full_forward_kl,
     full_jsd,
@@ -77,13 +77,16 @@ FAMILY: dict[str, Estimator] = {
 }
 """Estimators of the same mean field, that of the gamma family."""
 
+_WITHOUT_CREDIT: dict[str, str] = {
+    name: constructor().support
+    for name, constructor in OBJECTIVES.items()
+    if not constructor().scores_credit and constructor().support in ("none", *SUPPORTS)
+}
+"""Objectives of the sampled token or of a top-K support alone, with their support."""
+
 LOCAL: dict[str, Estimator] = {
     "full_reverse_kl": _local(full_reverse_kl),
-    **{
-        name: _local(constructor)
-        for name, constructor in OBJECTIVES.items()
-        if isinstance(constructor, partial) and constructor.args[0] not in JOINED
-    },
+    **{n: _local(OBJECTIVES[n]) for n, support in _WITHOUT_CREDIT.items() if support not in JOINED},
     "k1": _local(k1),
 }
 """Estimators of the prefix and the token alone, without a discount."""
@@ -91,11 +94,7 @@ LOCAL: dict[str, Estimator] = {
 FURTHER: dict[str, Estimator] = {
     "full_forward_kl": _local(full_forward_kl),
     "full_jsd": _local(full_jsd),
-    **{
-        name: _local(constructor)
-        for name, constructor in OBJECTIVES.items()
-        if isinstance(constructor, partial) and constructor.args[0] in JOINED
-    },
+    **{n: _local(OBJECTIVES[n]) for n, support in _WITHOUT_CREDIT.items() if support in JOINED},
 }
 """More of the same, known to the exact engine but not compared in the study."""
 
@@ -160,8 +159,13 @@ def terms(
     gammas: Tensor,
     k: int | None = None,
     sampler: Tensor | None = None,
+    ratio: str = "none",
 ) -> Terms:
     """What the objective does with each token, found by running it.
+
+    Args:
+      ratio: importance weight of `opd.credit.RATIOS`, in place of the objective's own. That of the
+        whole sequence is returned as `ratio`, the factor of a token.
 
     Raises:
       ValueError: the loss is not linear in its credit, or a top-k objective has no k.
@@ -171,9 +175,9 @@ def terms(
     tokens = torch.arange(a).repeat(s)[:, None]
     at = scored(mdp, student_logits, teacher_logits, states, tokens, sampler)
     at = with_support(at, student_logits, teacher_logits, objective.support, k)
-    whole = objective.ratio is sequence_ratio
-    ratio = objective.ratio(at.batch) if whole else torch.ones_like(at.batch.student_logp)
-    objective = replace(objective, ratio=no_ratio) if whole else objective
+    factor, weight = ("sequence", "none") if ratio == "sequence" else ("none", ratio)
+    token_factor = RATIOS[factor](at.batch)
+    objective = replace(objective, ratio=RATIOS[weight])
     own, later = objective.own(at.batch), objective.later(at.batch)
     steps = [visit_gradients(at, student_logits, objective, own + x)[:, 0] for x in (0, 1, 2)]
     score = steps[1] - steps[0]
@@ -197,7 +201,7 @@ def terms(
     return Terms(
         transition=mdp.transition,
         acting=acting,
-        ratio=ratio.view(s, a),
+        ratio=token_factor.view(s, a),
         own=own.view(s, a),
         later=later.view(s, a),
         local=(ours.exp() * (ours - theirs)).sum(-1) * mdp.active,

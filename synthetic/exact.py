@@ -4,7 +4,7 @@ Shapes: S states, A actions, T steps, G discounts, D parameters. Everything is f
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -135,8 +135,7 @@ def moments(
     space = _space(mdp, jacobian)
     parts = []
     for one in chosen:
-        objective = replace(one.objective(1.0), ratio=RATIOS[ratio])
-        at = terms(mdp, student_logits, teacher_logits, objective, grid, k, sampler)
+        at = terms(mdp, student_logits, teacher_logits, one.objective(1.0), grid, k, sampler, ratio)
         parts.append((at, baselines.table("none" if one.grouped else one.baseline, at, space)))
     rows, (at, _) = Rows.of(parts), parts[0]
     steps = torch.arange(mdp.horizon + 1, dtype=torch.float64).clamp(min=1)

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diagnostics.batch import Scored
+from diagnostics.batch import Prefix, Scored
+from diagnostics.prefix import functionals
 from opd import credit
 from opd import objectives as o
 from opd.selection import most_uncertain
@@ -129,6 +130,31 @@ def test_the_most_uncertain_tokens_of_the_step_are_kept() -> None:
             most_uncertain(batch, fraction)
     with pytest.raises(ValueError, match="prefix functionals"):
         most_uncertain(replace(batch, prefix=None), 0.5)
+
+
+@pytest.mark.parametrize("split", [1, 2])
+def test_rounding_does_not_choose_among_equal_entropies(split: int) -> None:
+    """Three of five equal ones stay, the earlier prompts' first, whatever a split rounds off."""
+    entropy = torch.tensor([[1.0, 2.0], [1.0, 0.5], [1.0, 1.0], [1.0, 3.0]])
+    zeros = torch.zeros(4, 2)
+    batch = Scored(
+        tokens=zeros.long(),
+        mask=torch.ones(4, 2, dtype=torch.bool),
+        sampler_logp=zeros,
+        prompt=torch.tensor([2, 0, 1, 0]),
+        ended=torch.ones(4, dtype=torch.bool),
+        student_logp=zeros,
+        teacher_logp=zeros,
+    )
+    noise = 1e-6 * torch.randn(4, 2, generator=seeded(split))
+    logp = torch.zeros(4, 2, 2).log_softmax(-1)
+    prefix = functionals(*[logp.flatten(0, 1)] * 2, zeros.long().flatten())
+    spread = {name: x.view(4, 2) for name, x in prefix.items()}
+    spread["student_entropy"] = entropy + noise
+    keep = most_uncertain(replace(batch, prefix=Prefix(**spread)), 5 / 8)
+    # of the five at 1.0: prompt 0 has row 1 position 0 and row 3 position 0, then prompt 1
+    want = torch.tensor([[False, True], [True, False], [True, False], [True, True]])
+    assert torch.equal(keep, want)
 
 
 # --- refusals -----------------------------------------------------------------------------------

@@ -133,8 +133,8 @@ COMPOSITIONS = {
     "score dropped": ("self.local(at) + self.score(at)", "self.local(at)"),
     "absent ids not passed on": ("else support.present", "else None"),
     "later costs as sampled": (
-        "return _full_and_future(gamma, mean_cost)",
-        "return _full_and_future(gamma, sampled_cost)",
+        "return _full_and_future(gamma, later=mean_cost",
+        "return _full_and_future(gamma, later=sampled_cost",
     ),
     "clip not passed on": ("low=low, high=high, dual=dual", "low=0.2, high=0.2, dual=3.0"),
 }
@@ -151,10 +151,10 @@ SUPPORTS = {
 }
 SELECTION = {
     "the most certain": (
-        "sort(descending=True, stable=True)",
-        "sort(descending=False, stable=True)",
+        "sort(descending=True)",
+        "sort(descending=False)",
     ),
-    "one more": ("indices[:count]", "indices[: count + 1]"),
+    "one more": ("count - int(above", "count + 1 - int(above"),
     "a fraction of all positions": ("int(batch.mask.sum())", "batch.mask.numel()"),
 }
 BATCH = {

@@ -115,11 +115,30 @@ def test_frozen_parameters_stay_and_all_frozen_is_refused() -> None:
 
 def test_schedules_at_the_steps_worked_out_by_hand() -> None:
     assert [learning_rate(8.0, s, 9, 3, "constant") for s in range(5)] == [2, 4, 6, 8, 8]
-    cosine = [learning_rate(8.0, s, 11, 0, "cosine") for s in range(11)]
+    cosine = [learning_rate(8.0, s, 10, 0, "cosine") for s in range(11)]
     assert cosine[0] == 8
     assert cosine[5] == pytest.approx(4)
+    assert cosine[9] == pytest.approx(8 * math.sin(math.pi / 20) ** 2)  # the last step trains
     assert cosine[10] == pytest.approx(0)
-    assert learning_rate(8.0, 10, 11, 2, "cosine", floor=0.25) == pytest.approx(2)
+    assert learning_rate(8.0, 11, 11, 2, "cosine", floor=0.25) == pytest.approx(2)
     assert learning_rate(8.0, 0, 1, 0, "cosine") == 8
+    assert learning_rate(8.0, 4, 5, 4, "cosine") == 8
     with pytest.raises(ValueError, match="unknown schedule 'linear'; known: constant, cosine"):
         learning_rate(1.0, 0, 1, 0, "linear")
+
+
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_the_cosine_is_that_of_transformers(warmup: int) -> None:
+    """Side by side. Its warm-up begins at 0, in a step that trains nothing; ours does not."""
+    from transformers import get_cosine_schedule_with_warmup
+
+    weight = torch.nn.Parameter(torch.zeros(1))
+    theirs = torch.optim.SGD([weight], lr=0.3)
+    schedule = get_cosine_schedule_with_warmup(theirs, warmup, 12)
+    for step in range(12):
+        rate = learning_rate(0.3, step, 12, warmup, "cosine")
+        assert rate > 0
+        if step >= warmup:
+            assert rate == pytest.approx(theirs.param_groups[0]["lr"])
+        theirs.step()
+        schedule.step()

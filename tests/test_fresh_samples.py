@@ -1,0 +1,166 @@
+"""Several updates on one set of rollouts: what the second one's mean is, over every token.
+
+A vocabulary of V tokens after one prefix. The rollouts come from the student `old` (or from another
+sampler), the student has moved to `moved`; a loss that may be taken on them has the mean gradient
+that it would have on tokens of the moved student.
+"""
+
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from diagnostics.batch import Scored, Support
+from opd import objectives as o
+from opd.config import Config
+from opd.credit import RATIOS
+from opd.objectives import Objective
+from opd.supports import JOINED
+from opd.surrogates import plain_score
+from opd.train import make_objective
+
+V, K = 8, 3
+EXACT = 1e-9
+
+
+def logits(seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(V, generator=generator, dtype=torch.float64)
+
+
+OLD, TEACHER, SAMPLER = (logits(seed).log_softmax(0) for seed in (0, 1, 2))
+MOVED = logits(0) + 0.5 * logits(3)
+
+
+def support_of(source: str) -> Support | None:
+    if source == "none":
+        return None
+    lists = {"teacher": TEACHER.topk(K).indices, "student": OLD.topk(K).indices}
+    ids, present = torch.arange(V), None
+    if source in JOINED:
+        ids, present = JOINED[source](lists["teacher"], lists["student"])
+    elif source in lists:
+        ids = lists[source]
+    ids = ids.expand(V, 1, -1)
+    if present is not None:
+        present = present.expand(V, 1, -1)
+    return Support(
+        ids=ids,
+        student_logp=OLD[ids],
+        teacher_logp=TEACHER[ids],
+        source=source,
+        present=present,
+    )
+
+
+def every_token(source: str, sampler: Tensor) -> Scored:
+    tokens = torch.arange(V)[:, None]
+    return Scored(
+        tokens=tokens,
+        mask=torch.ones_like(tokens, dtype=torch.bool),
+        sampler_logp=sampler[:, None],
+        prompt=torch.zeros(V, dtype=torch.long),
+        ended=torch.ones(V, dtype=torch.bool),
+        student_logp=OLD[:, None],
+        teacher_logp=TEACHER[:, None],
+        support=support_of(source),
+    )
+
+
+def second_update_error(objective: Objective, sampler: Tensor) -> float:
+    """Relative error of the mean gradient at the moved student over the sampler's tokens.
+
+    The credit is any number of the token; ratios to the sampler and to the student of the rollouts
+    are 1 for tokens that the moved student has just drawn.
+    """
+    live = MOVED.clone().requires_grad_()
+    logp = live.log_softmax(0)
+    batch = every_token(objective.support, sampler)
+    at_support = None if batch.support is None else logp[batch.support.ids]
+    credit = logits(4)[:, None] if objective.scores_credit else torch.zeros(V, 1).double()
+    just_drawn = replace(batch, student_logp=logp.detach()[:, None])
+    losses = [
+        made.local_loss(logp[:, None], at_support, rollouts, credit)[:, 0]
+        for made, rollouts in (
+            (objective, batch),
+            (replace(objective, ratio=RATIOS["none"]), just_drawn),
+        )
+    ]
+    found, expected = (
+        torch.autograd.grad((weight.exp().detach() * loss).sum(), live, retain_graph=True)[0]
+        for weight, loss in zip((sampler, logp), losses, strict=True)
+    )
+    return float((found - expected).norm() / expected.norm())
+
+
+def settings(name: str, **changes: object) -> Config:
+    fields: dict[str, object] = {"objective": name, "collapse_accepted": True, "updates": 2}
+    return Config(student="s", teacher="t", out="o", prompts_per_step=4, **(fields | changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("outcome", [0.0, 0.5])
+@pytest.mark.parametrize("name", sorted(set(o.OBJECTIVES) - {"sampled_token_clipped"}))
+def test_several_updates_are_for_losses_whose_mean_stays_right(name: str, outcome: float) -> None:
+    config = settings(name, outcome=outcome)
+    objective = o.make(name, outcome=outcome, collapse_accepted=True)
+    error = second_update_error(objective, OLD)
+    assert (error < EXACT) == (not objective.only_fresh_samples), error
+    if error < EXACT:
+        make_objective(config)
+    else:
+        assert error > 1e-3
+        with pytest.raises(ValueError, match=r"updates is 2: .*unweighted_accepted"):
+            make_objective(config)
+        make_objective(replace(config, unweighted_accepted=True))
+
+
+def test_the_ratio_of_the_rollouts_repairs_the_first_update_alone() -> None:
+    """Tokens of another sampler: its ratio to the old student, and the old one's to the moved."""
+    plain, weighted = (
+        o.make(name, ratio="token") for name in ("sampled_token", "sampled_token_weighted")
+    )
+    assert second_update_error(plain, SAMPLER) > 0.01
+    assert second_update_error(weighted, SAMPLER) < EXACT
+    assert second_update_error(o.make("sampled_token_weighted"), SAMPLER) > 0.01
+    served = {"engine": "servers", "rollout_servers": ("http://h:1/v1",), "ratio": "token"}
+    with pytest.raises(ValueError, match="updates is 2"):
+        make_objective(settings("sampled_token", **served, ahead=1))
+    make_objective(settings("sampled_token_weighted", **served, ahead=1))
+    with pytest.raises(ValueError, match="ahead is 1"):
+        make_objective(settings("sampled_token_weighted", **(served | {"ratio": "none"}), ahead=1))
+
+
+def test_a_wide_clip_leaves_the_mean_of_the_weighted_score() -> None:
+    wide = o.make("sampled_token_clipped", clip=(1 - 1e-9, 1e9, 1e10))
+    assert second_update_error(wide, OLD) < 1e-6
+
+
+def test_a_wrapped_function_changes_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrapped(gamma: float = 0.0) -> Objective:
+        return replace(o.sampled_token(gamma), score=lambda visited: plain_score(visited))
+
+    @functools.wraps(o.full_reverse_kl)
+    def logged(*args: float, **named: float) -> Objective:
+        return o.full_reverse_kl(*args, **named)
+
+    known = {
+        "wrapped": wrapped,
+        "partial": functools.partial(o.sampled_token),
+        "logged": logged,
+        "anything": lambda **named: o.full_sampled_future(**named),
+        "k2_wrapped": lambda: replace(o.make("k2"), local=functools.partial(o.make("k2").local)),
+    }
+    for name, constructor in known.items():
+        monkeypatch.setitem(o.OBJECTIVES, name, constructor)
+    for name in ("wrapped", "partial", "k2_wrapped"):
+        with pytest.raises(ValueError, match="updates is 2"):
+            make_objective(settings(name))
+    for name in ("logged", "anything"):
+        make_objective(settings(name))  # at gamma 0 they do not read the sampled token
+        with pytest.raises(ValueError, match="updates is 2"):
+            make_objective(settings(name, gamma=0.5))
+    with pytest.raises(ValueError, match="only add noise"):
+        o.make("logged", 0.5, baseline="local_kl")
+    assert o.make("anything", 0.5, ratio_clip=1.0).later is not o.full_sampled_future(0.5).later

@@ -1,0 +1,126 @@
+"""Settings that would do nothing are refused before a model is loaded, each by its name."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opd.config import Config, TaskSettings
+from opd.settings_check import NEEDS, unused_settings
+from opd.train import train
+
+GAMES = {"task": "env:rooms"}
+OUTCOME: dict[str, Any] = {"outcome": 1.0, "teacher": "ema"}
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    *(
+        ({"objective": name, "support_k": 1}, "support_k is 1: renormalised over one id")
+        for name in ("teacher_topk", "student_topk", "intersection_topk")
+    ),
+    ({"objective": "teacher_topk", "support_k": 1, "outcome": 1.0}, "support_k is 1"),
+    (
+        {"objective": "sampled_token", "baseline": "position_mean", "prompts_per_step": 1},
+        "position_mean is the mean over the step's other prompts, and a step has 1",
+    ),
+    (
+        {"objective": "sampled_token", "baseline": "leave_one_out", "group_size": 1},
+        "leave_one_out is the mean of the prompt's other responses, and group_size is 1",
+    ),
+    ({"objective": "sampled_token", "outcome": 1.0, "group_size": 1}, "outcome 1.0 compares"),
+    ({"objective": "sampled_token", "baseline": "given"}, "baseline given is a column"),
+    *(
+        ({"objective": name, "own_end": True}, f"own_end would not change the loss of {name}")
+        for name in ("full_reverse_kl", "full_forward_kl", "full_jsd")
+    ),
+    ({"objective": "full_reverse_kl", "gamma": 0.5, "own_end": True}, "own_end would not change"),
+    ({"objective": "student_topk_sampled_tail", "own_end": True}, "own_end exchanges ends"),
+    ({**OUTCOME, "own_end": True}, "own_end: the teacher ema ends as the student does"),
+    (
+        {"objective": "sampled_token_clipped", "ppo_clip": (0.1, 0.2, 3.0)},
+        "ppo_clip is .* and updates 1",
+    ),
+    ({"objective": "sampled_token", "ratio": "token"}, "ratio is token, .* 1 up to rounding"),
+    ({"ratio": "sequence"}, "ratio is sequence, .* 1 up to rounding"),
+    ({"prompt_column": "question"}, "prompt_column is 'question'.*of your own"),
+    ({"task": "gsm8k:x.jsonl", "answer_column": "a"}, "answer_column is 'a'"),
+    ({**GAMES, "prompt_column": "question"}, "prompt_column"),
+    ({"drop_long": True}, "drop_long is True"),
+    ({"task": "x.jsonl", "eval_prompt_column": "q"}, "eval_prompt_column is 'q'"),
+    ({"eval_answer_column": "q"}, "eval_answer_column is 'q'"),
+    ({"layout": "trajectory"}, "layout is 'trajectory'.*task is games"),
+    ({"max_turns": 3}, "max_turns is 3.*task is games"),
+    ({"history": 4}, "history is 4.*task is games"),
+    ({**GAMES, "layout": "trajectory", "history": 4}, "history is 4.*layout turns"),
+    ({"task_order": "mixed"}, "task_order is 'mixed'.*several tasks"),
+    ({"weights_folder": "w"}, "weights_folder is 'w'.*engine is servers"),
+    ({"rollout_patience": 3.0}, "rollout_patience is 3.0.*engine is servers"),
+    ({"rollout_requests": 3}, "rollout_requests is 3.*engine is servers"),
+    ({"engine": "vllm", "rows_at_once": 3}, "rows_at_once is 3.*engine is hf"),
+    ({"teacher_patience": 3.0}, "teacher_patience is 3.0.*on a server"),
+    ({"teacher_requests": 3}, "teacher_requests is 3.*on a server"),
+    ({**OUTCOME, "teacher": "base", "lora_rank": 2, "offload_teacher": True}, "offload_teacher"),
+    ({"teacher": "http://h:1/v1", "offload_teacher": True}, "offload_teacher is True"),
+    ({"ema_decay": 0.5}, "ema_decay is 0.5"),
+    ({"lora_alpha": 8.0}, "lora_alpha is 8.0.*lora_rank"),
+    ({"schedule": "cosine", "warmup": 4, "steps": 4}, "schedule is 'cosine'.*warm-up ends"),
+    ({"eval_temperature": 0.0, "eval_top_p": 0.5}, "eval_top_p is 0.5.*eval_temperature"),
+    ({"eval_temperature": 0.0, "eval_samples": 3}, "eval_samples is 3.*eval_temperature"),
+    (
+        {"tasks": (TaskSettings(name="a", task="lab", weight=2.0),)},
+        "task 'a': weight is 2.0.*alternate",
+    ),
+    (
+        {
+            "tasks": (
+                TaskSettings(name="a", task="lab", max_turns=3),
+                TaskSettings(name="b", task="env:rooms"),
+            )
+        },
+        "task 'a': max_turns is 3",
+    ),
+]
+
+
+def made(**changes: Any) -> Config:
+    """Models and files that are not there, so that nothing can be loaded."""
+    return Config(**({"student": "absent", "teacher": "absent-too", "out": "absent"} | changes))
+
+
+@pytest.mark.parametrize(("changes", "words"), REFUSED)
+def test_a_setting_without_effect_is_refused_by_name(
+    changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        train(made(out=str(tmp_path / "run"), **changes))
+    assert not (tmp_path / "run").exists()
+
+
+EFFECTIVE: list[dict[str, Any]] = [
+    {},
+    {"task": "x.jsonl", "prompt_column": "q", "answer_column": "a", "drop_long": True},
+    {"task": "lab", "eval_task": "x.jsonl", "eval_prompt_column": "q", "eval_answer_column": "a"},
+    {**GAMES, "layout": "turns", "max_turns": 3, "history": 4},
+    {"engine": "servers", "rollout_servers": ("http://h:1/v1",), "rollout_requests": 3},
+    {"rows_at_once": 3, "lora_rank": 2, "lora_alpha": 8.0},
+    {"teacher": "http://h:1/v1", "teacher_requests": 3, "teacher_patience": 3.0},
+    {"teacher": "ema", "ema_decay": 0.5, "offload_teacher": True},
+    {"schedule": "cosine", "warmup": 3, "steps": 4},
+    {"eval_temperature": 0.5, "eval_top_p": 0.5, "eval_samples": 3},
+    {
+        "tasks": (
+            TaskSettings(name="a", task="lab", weight=2.0),
+            TaskSettings(name="b", task="env:rooms", max_turns=3),
+        ),
+        "task_order": "weighted",
+        "layout": "trajectory",
+    },
+]
+
+
+@pytest.mark.parametrize("changes", EFFECTIVE)
+def test_a_setting_with_an_effect_passes(changes: dict[str, Any]) -> None:
+    assert not list(unused_settings(made(**changes)))
+
+
+def test_every_dependent_setting_is_refused_somewhere() -> None:
+    named = {name for changes, _ in REFUSED for name in changes}
+    assert named >= NEEDS.keys() - {"schedule"}
