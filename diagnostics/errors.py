@@ -32,3 +32,7 @@ class MissingFile(UserError, FileNotFoundError):
 
 class MissingPackage(UserError, ImportError):
     """An optional package is not installed; the message names the extra that installs it."""
+
+
+class BrokenPackage(UserError, ImportError):
+    """An optional package is installed and cannot be imported; the message says why."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diagnostics.errors import InvalidInput, MissingFile
+from diagnostics.files import short
 
 if TYPE_CHECKING:
     from diagnostics.adapters.columns import Record
@@ -167,6 +168,7 @@ def rescored(
     total, largest, tokens = 0.0, 0.0, 0
     for rows in records.groups():
         batch = records.batch(rows)
+        refuse_padding(rows, str(records.path), pair)
         prompts = prompts_of(rows, str(records.path), pair.student.vocabulary)
         if int(batch.tokens.max()) >= pair.student.vocabulary:
             raise InvalidInput(
@@ -194,6 +196,29 @@ def rescored(
                 f"token, {largest:.2g} at most; this student's are used"
             )
         yield lacking(scored.to("cpu"), absent(batch) & names)
+
+
+def refuse_padding(rows: list["Record"], path: str, pair: "Pair") -> None:
+    """Refuse padding that no mask of the file names: the models would read it as text.
+
+    Raises:
+      InvalidInput: a prompt begins with two padding ids, or the supervised part of a response ends
+        with the same padding or end id twice; names the ids.
+    """
+    padding = pair.tokenizer.pad_token_id
+    begins = padding is not None and padding != pair.tokenizer.bos_token_id
+    for row in rows:
+        head, tail = row["prompt_tokens"][:2].tolist(), row["tokens"][row["mask"]][-2:].tolist()
+        if begins and head == [padding, padding]:
+            raise InvalidInput(
+                f"{path}: the prompt {short(row['prompt_tokens'].tolist())} begins with the "
+                f"padding id {padding}; add prompt_mask, or take the padding out"
+            )
+        if len(tail) == 2 and tail[0] == tail[1] and tail[0] in {padding, *pair.eos}:
+            raise InvalidInput(
+                f"{path}: the response {short(row['tokens'].tolist())} ends with the id {tail[0]} "
+                "more than once, which pads or ends; add response_mask, or take the padding out"
+            )
 
 
 def prompts_of(rows: list["Record"], path: str, vocabulary: int) -> "Prompts":

@@ -158,3 +158,41 @@ def test_refusals(sampled, tmp_path: Path) -> None:
         diagnose.main([str(path), "--task", "chess"])
     with pytest.raises(ValueError, match="no model given"):
         diagnose.main([str(path), "--student", str(sampled.pair[0])])
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_padding_is_no_text(sampled, tmp_path, capsys, masked: bool) -> None:
+    """Padded as TRL pads, with masks and without: the numbers of the bare rows, or a refusal."""
+    pair = load_pair(*map(str, sampled.pair), "cpu", "float32")
+    padding = pair.tokenizer.pad_token_id
+    rows = []
+    for row in map(plain, sampled.rows):
+        prompt, tokens = row["prompt_tokens"], row["tokens"]
+        masks = {
+            "prompt_mask": [0] * (5 - len(prompt)) + [1] * len(prompt),
+            "completion_mask": [1] * len(tokens) + [0] * (12 - len(tokens)),
+        }
+        padded = {
+            "prompt_ids": [padding] * (5 - len(prompt)) + prompt,
+            "completion_ids": tokens + [padding] * (12 - len(tokens)),
+        }
+        rows.append(padded | (masks if masked else {}))
+    write(tmp_path / "r.jsonl", rows)
+    models = ("--student", sampled.pair[0], "--teacher", sampled.pair[1], "--device", "cpu")
+    if not masked:
+        with pytest.raises(ValueError, match=f"begins with the padding id {padding}; add prompt_m"):
+            diagnose.main([*map(str, (tmp_path / "r.jsonl", *models))])
+        unpadded = [
+            row | {"prompt_ids": r["prompt_tokens"]}
+            for row, r in zip(rows, sampled.rows, strict=True)
+        ]
+        write(tmp_path / "r.jsonl", unpadded)
+        with pytest.raises(
+            ValueError, match=f"ends with the id {padding} more than once.*response"
+        ):
+            diagnose.main([*map(str, (tmp_path / "r.jsonl", *models))])
+        return
+    row, _ = said(capsys, tmp_path / "r.jsonl", *models, "--k", 4)
+    r, kl, _ = by_hand(sampled.rows, k=4)
+    assert row["drift/k1"] == pytest.approx(r, rel=1e-4)
+    assert row["drift/reverse_kl"] == pytest.approx(kl, rel=1e-4)

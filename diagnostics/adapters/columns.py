@@ -5,16 +5,27 @@ A row is one response. Shapes: T response positions, K support ids.
 | column | value | also read as |
 |---|---|---|
 | tokens | T ids | response_ids, response_tokens, completion_ids, output_ids, responses |
-| mask | T bools, all true if absent | response_mask, completion_mask, loss_mask |
-| student_logp | T | student_logprobs, student_log_probs, old_log_probs, old_per_token_logps |
-| teacher_logp | T | teacher_logprobs, teacher_log_probs, ref_log_prob, ref_per_token_logps |
-| sampler_logp | T | rollout_log_probs, sampling_per_token_logps, sampler_logprobs |
+| mask | T bools, part of the loss; all true if absent | loss_mask, token_loss_mask |
+| response_mask | T bools, written by the student | completion_mask, action_mask, |
+| | | tool_mask, env_mask |
+| attention_mask | T bools, or those of prompt and response; false is padding | |
+| prompt_mask | bools of prompt_tokens, false is padding | |
+| sequence | ids of prompt and response, in place of tokens or beside them | sequences, input_ids |
+| response_length | how many ids at the end of tokens or sequence are the response's | |
+| remove_sample | bool, true: no token of the row is part of the loss | |
+| student_logp | T | student_logprobs, student_log_probs, old_log_probs, old_per_token_logps, |
+| | | action_log_probs |
+| teacher_logp | T | teacher_logprobs, teacher_log_probs, ref_log_prob, ref_per_token_logps, |
+| | | base_action_log_probs |
+| sampler_logp | T | rollout_log_probs, rollout_logprobs, sampling_per_token_logps, |
+| | | sampler_logprobs, completion_logprobs |
 | softmax_logp | T, before top-p | |
 | baseline | T | |
 | prompt | id or text of the prompt | prompt_id, prompt_index, uid, group_id |
 | prompt_tokens | ids, only for scoring | prompt_ids, prompt_token_ids |
-| ended | bool | finished, terminated; finish_reason (stop, length); not truncated |
-| reward | number or null | score |
+| ended | bool | finished, terminated; finish_reason (stop, length, or an object with type); |
+| | | status (completed, truncated) beside response_length; not truncated |
+| reward | number, bool or null | score |
 | task, turn | number or name; number | data_source, dataset; turn_index |
 | support.ids | T lists of K ids | topk_ids, teacher_topk_ids, teacher_ids |
 | support.student_logp | T x K | topk_student_logp, student_topk_logp, student_topk_logprobs |
@@ -24,19 +35,24 @@ A row is one response. Shapes: T response positions, K support ids.
 | prefix.NAME | T, the fields of `diagnostics.batch.Prefix` | |
 | temperature, top_p, score_temperature, mask_rule | one value a file | |
 
-`support` and `prefix` may also be objects. A list may hold null where the mask is false.
+`support` and `prefix` may also be objects. A list may hold null where the mask is false. A token
+counts where every mask is true. Several of the masks in the row of response_mask may stand in one
+file. A list of 0 and 1 with a name that is not in this table, one a token, is refused.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
 import numpy as np
 
+from diagnostics.adapters.masks import SAMPLED, read_masks, refuse_unknown_masks, split
+from diagnostics.adapters.values import bools, check_support, floats, ids, number, wide_rows
 from diagnostics.batch import Prefix
 from diagnostics.errors import InvalidInput
+from diagnostics.files import short
 
 Record = dict[str, Any]
 """A checked row: canonical column names to numpy arrays (T,), (T, K) or plain values."""
@@ -50,15 +66,24 @@ CONSTANTS = ("temperature", "top_p", "score_temperature", "mask_rule", "support.
 
 _ALSO = {
     "tokens": "response_ids response_tokens completion_ids output_ids responses",
-    "mask": "response_mask completion_mask loss_mask",
-    "student_logp": "student_logprobs student_log_probs old_log_probs old_per_token_logps",
-    "teacher_logp": "teacher_logprobs teacher_log_probs ref_log_prob ref_per_token_logps",
-    "sampler_logp": "rollout_log_probs sampling_per_token_logps sampler_logprobs",
+    "mask": "loss_mask token_loss_mask",
+    **dict.fromkeys(SAMPLED, ""),
+    "prompt_mask": "",
+    "attention_mask": "",
+    "sequence": "sequences input_ids",
+    "response_length": "",
+    "remove_sample": "",
+    "student_logp": "student_logprobs student_log_probs old_log_probs old_per_token_logps "
+    "action_log_probs",
+    "teacher_logp": "teacher_logprobs teacher_log_probs ref_log_prob ref_per_token_logps "
+    "base_action_log_probs",
+    "sampler_logp": "rollout_log_probs sampling_per_token_logps sampler_logprobs rollout_logprobs "
+    "completion_logprobs",
     "softmax_logp": "",
     "baseline": "",
     "prompt": "prompt_id prompt_index uid group_id",
     "prompt_tokens": "prompt_ids prompt_token_ids",
-    "ended": "finished terminated finish_reason truncated",
+    "ended": "finished terminated finish_reason truncated status",
     "reward": "score",
     "task": "data_source dataset",
     "turn": "turn_index",
@@ -72,7 +97,17 @@ _ALSO = {
 NAMES = {also: name for name, others in _ALSO.items() for also in (name, *others.split())}
 """Every understood column, and what it means."""
 
-_REASONS = {"stop": True, "eos": True, "eos_token": True, "length": False, "max_tokens": False}
+_REASONS = {
+    **dict.fromkeys(("stop", "eos", "eos_token", "stop_sequence", "tool_calls", "completed"), True),
+    **dict.fromkeys(("length", "max_tokens", "truncated"), False),
+}
+"""Words for the end of a response: whether it stopped by itself."""
+RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "temperature": ("above 0", lambda x: x > 0),
+    "score_temperature": ("above 0", lambda x: x > 0),
+    "top_p": ("in (0, 1]", lambda x: 0 < x <= 1),
+}
+SHOWN_COLUMNS = 12
 
 
 def read_row(raw: Any, where: str, rename: Mapping[str, str]) -> Record:
@@ -84,37 +119,62 @@ def read_row(raw: Any, where: str, rename: Mapping[str, str]) -> Record:
       ValueError: with `where`, the field, the value and its position.
     """
     if not isinstance(raw, Mapping):
-        raise InvalidInput(f"{where}: {_short(raw)} is not an object with columns")
-    given = _named(raw, where, rename)
+        raise InvalidInput(f"{where}: {short(raw)} is not an object with columns")
+    given, unused = _named(raw, where, rename)
+    split(given, where)
     if "tokens" not in given:
-        raise InvalidInput(
-            f"{where}: no field tokens among {', '.join(map(str, raw)) or 'no columns'}; ids of "
-            "the response are needed, under this or another known name (or give rename=)"
-        )
-    tokens = _ids(given["tokens"], f"{where}, field tokens")
-    mask = np.ones(len(tokens), dtype=bool)
-    if "mask" in given:
-        mask = _bools(given["mask"], f"{where}, field mask", tokens.shape)
+        raise InvalidInput(f"{where}: no field tokens among {_names(raw)}; {_remedy(raw)}")
+    tokens = ids(given["tokens"], f"{where}, field tokens")
+    prompt = given.get("prompt_tokens")
+    width = len(prompt) if isinstance(prompt, list) else 0
+    mask, _ = read_masks(given, tokens, where)
+    refuse_unknown_masks(unused, {width, len(tokens), width + len(tokens)} - {0}, where)
     row: Record = {"tokens": tokens, "mask": mask}
+    if "support.present" in given:  # says which values of the support are looked at
+        field = f"{where}, field support.present"
+        rows = wide_rows(given["support.present"], field, mask, False)
+        row["support.present"] = bools(rows, field, (len(mask), len(rows[0]) if rows else 0))
     for name, value in given.items():
         if name not in row:
-            row[name] = _value(name, value, mask, f"{where}, field {name}")
+            row[name] = _value(name, value, row, f"{where}, field {name}")
     wide = {row[n].shape for n in ("support.ids", "support.present", *SUPPORT) if n in row}
     if len(wide) > 1:
         raise InvalidInput(f"{where}: the support's fields have shapes {sorted(wide)}")
+    if "support.ids" in row:
+        check_support(row, mask, where)
     return row
 
 
+def _names(raw: Mapping[str, Any]) -> str:
+    """The columns of a row, as many as a message can show."""
+    names = [str(name) for name in raw]
+    more = f" and {len(names) - SHOWN_COLUMNS} more" if len(names) > SHOWN_COLUMNS else ""
+    return (", ".join(names[:SHOWN_COLUMNS]) or "no columns") + more
+
+
+def _remedy(raw: Mapping[str, Any]) -> str:
+    """What a file without ids is, or needs."""
+    if {"response", "position", "id"} <= raw.keys():
+        return "a dump of a row a token is read by diagnostics.dumps.load_dump"
+    if "step" in raw:
+        return "rows of a monitor or a run, one a step, are shown by `opd report`"
+    return "ids of the response are needed, under this or another known name (or give rename=)"
+
+
 def number_of(value: Any) -> int:
-    """An id as it is, anything else by a 62-bit hash of its content."""
-    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+    """An id of 64 bits as it is, anything else by a 62-bit hash of its content."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if whole and -(2**63) <= value < 2**63:
         return int(value)
     plain = value.tolist() if isinstance(value, np.ndarray) else value
     text = json.dumps(plain, sort_keys=True, default=str)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 2
 
 
-def _named(raw: Mapping[str, Any], where: str, rename: Mapping[str, str]) -> dict[str, Any]:
+def _named(
+    raw: Mapping[str, Any], where: str, rename: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Columns by canonical name, without those that are null, and the columns not understood."""
     flat: dict[str, Any] = {}
     for key, value in raw.items():
         if key in ("support", "prefix") and isinstance(value, Mapping):
@@ -122,125 +182,73 @@ def _named(raw: Mapping[str, Any], where: str, rename: Mapping[str, str]) -> dic
         else:
             flat[str(key)] = value
     given: dict[str, Any] = {}
+    unused: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for key, value in flat.items():
         name = rename.get(key, NAMES.get(key))
-        if name is None or (value is None and name != "reward"):
+        if key == "status" and "response_length" not in flat:
+            name = None  # only slime's says how the response ended
+        if name is None:
+            unused[key] = value
+            continue
+        if value is None and name != "reward":
             continue
         if name in given:
             raise InvalidInput(
                 f"{where}: columns {origin[name]!r} and {key!r} both mean {name}; rename one"
             )
         given[name], origin[name] = value, key
-        if key in ("finish_reason", "truncated"):
+        if key in ("finish_reason", "truncated", "status"):
             given[name] = _ended(key, value, f"{where}, field {key}")
-    return given
+    return given, unused
 
 
-def _value(name: str, value: Any, mask: np.ndarray, where: str) -> Any:
+def _value(name: str, value: Any, row: Record, where: str) -> Any:
+    mask = row["mask"]
     if name in LOGPS or name in PREFIX or name == "baseline":
-        return _floats(value, where, mask, logp=name in LOGPS)
+        return floats(value, where, mask, logp=name in LOGPS)
     if name in SUPPORT:
-        return _floats(_rows(value, where, mask, 0.0), where, mask, logp=True)
+        rows = wide_rows(value, where, mask, 0.0)
+        counted = row.get("support.present")
+        same = counted is not None and len(rows) and counted.shape[1] == len(rows[0])
+        return floats(rows, where, counted & mask[:, None] if same else mask, logp=True)
     if name == "support.ids":
-        return _ids(_rows(value, where, mask, 0), where, 2)
-    if name == "support.present":
-        rows = _rows(value, where, mask, False)
-        return _bools(rows, where, (len(mask), len(rows[0]) if rows else 0))
+        return ids(wide_rows(value, where, mask, 0), where, 2)
     if name == "prompt_tokens":
-        return _ids(value, where)
+        return ids(value, where)
     if name == "ended":
-        return bool(_bools([value], where, (1,))[0])
+        return bool(bools([value], where, (1,))[0])
     if name == "turn":
-        return int(_ids([value], where)[0])
-    if name == "reward" and value is None:
+        return int(ids([value], where)[0])
+    if name == "reward":
+        return _reward(value, where)
+    if name in RANGES:
+        words, allows = RANGES[name]
+        if not allows(x := number(value, where)):
+            raise InvalidInput(f"{where}: {short(value)}, expected a number {words}")
+        return x
+    if name in ("mask_rule", "support.source") and not isinstance(value, str):
+        raise InvalidInput(f"{where}: {short(value)} is not text")
+    if name == "task" and (isinstance(value, bool) or not isinstance(value, str | int)):
+        raise InvalidInput(f"{where}: {short(value)} is neither a name nor a number")
+    return int(ids([value], where)[0]) if name == "task" and isinstance(value, int) else value
+
+
+def _reward(value: Any, where: str) -> float:
+    """A number, true or false as 1 or 0, or NaN for null: nothing graded it."""
+    if value is None or value != value:
         return float("nan")
-    if name in ("reward", "temperature", "top_p", "score_temperature"):
-        if isinstance(value, bool | int | float | np.number):
-            return float(value)
-        raise InvalidInput(f"{where}: {_short(value)} is not a number")
-    return value
+    return float(value) if isinstance(value, bool) else number(value, where)
 
 
 def _ended(key: str, value: Any, where: str) -> bool:
+    """Whether the response stopped by itself, from the words of servers and trainers."""
     if key == "truncated":
-        return not bool(_bools([value], where, (1,))[0])
-    if value not in _REASONS:
-        raise InvalidInput(f"{where}: {_short(value)} is none of {', '.join(_REASONS)}")
-    return _REASONS[value]
-
-
-def _listed(value: Any, where: str) -> list[Any]:
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    if not isinstance(value, list | tuple):
-        raise InvalidInput(f"{where}: {_short(value)} is not a list")
-    return list(value)
-
-
-def _rows(value: Any, where: str, mask: np.ndarray, fill: Any) -> list[Any]:
-    """T lists of K values; a null where the mask is False becomes a list of `fill`."""
-    rows = _listed(value, where)
-    _same_length(len(rows), len(mask), where)
-    sizes = [None if row is None else len(_listed(row, where)) for row in rows]
-    k = next((size for size in sizes if size is not None), 0)
-    for t, size in enumerate(sizes):
-        if size is None and mask[t]:
-            raise InvalidInput(f"{where}: null at position {t}, which the mask holds supervised")
-        if size is not None and size != k:
-            raise InvalidInput(f"{where}: {size} values at position {t}, {k} before it")
-    return [[fill] * k if row is None else _listed(row, where) for row in rows]
-
-
-def _floats(value: Any, where: str, mask: np.ndarray, logp: bool) -> np.ndarray:
-    rows = _listed(value, where)
-    _same_length(len(rows), len(mask), where)
-    try:
-        x = np.asarray(rows, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise InvalidInput(f"{where}: {_short(rows)} does not hold numbers alone") from None
-    kept = mask if x.ndim == 1 else np.broadcast_to(mask[:, None], x.shape)
-    x = np.where(kept, x, 0.0)
-    bad = ~np.isfinite(x)
-    if logp:
-        bad |= x > 1e-3
-    if bad.any():
-        at = tuple(int(i[0]) for i in np.nonzero(bad))
-        what = "a positive log-probability" if np.isfinite(x[at]) else "not finite (or null)"
+        return not bool(bools([value], where, (1,))[0])
+    reason = value.get("type") if isinstance(value, Mapping) else value  # SGLang's is an object
+    if not isinstance(reason, str) or reason not in _REASONS:
         raise InvalidInput(
-            f"{where}: {x[at]} at position {at[0]} is {what}; {bad.sum()} such values"
+            f"{where}: {short(value)} is none of {', '.join(_REASONS)}; leave out the rows of "
+            "responses that were never finished"
         )
-    return x
-
-
-def _ids(value: Any, where: str, ndim: int = 1) -> np.ndarray:
-    rows = _listed(value, where)
-    empty = not rows or (ndim == 2 and not rows[0])
-    x = np.zeros((len(rows), 0)[:ndim], dtype=np.int64) if empty else np.asarray(rows)
-    if x.dtype.kind not in "iu" or x.ndim != ndim:
-        raise InvalidInput(f"{where}: {_short(rows)} does not hold whole numbers alone")
-    if (x < 0).any():
-        at = tuple(int(i[0]) for i in np.nonzero(x < 0))
-        raise InvalidInput(
-            f"{where}: {x[at]} at position {at[0]} is no id; say in mask what is not supervised"
-        )
-    return x.astype(np.int64)
-
-
-def _bools(value: Any, where: str, shape: tuple[int, ...]) -> np.ndarray:
-    rows = _listed(value, where)
-    _same_length(len(rows), shape[0], where)
-    x = np.asarray(rows).reshape(shape) if rows else np.zeros(shape, dtype=bool)
-    if x.dtype.kind not in "biuf" or not np.isin(x, (0, 1)).all():
-        raise InvalidInput(f"{where}: {_short(rows)} holds other values than true, false, 0 and 1")
-    return x.astype(bool)
-
-
-def _same_length(found: int, expected: int, where: str) -> None:
-    if found != expected:
-        raise InvalidInput(f"{where}: {found} values, tokens has {expected}")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return _REASONS[reason]

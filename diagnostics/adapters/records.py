@@ -11,7 +11,6 @@ are streamed; memory is that of one batch and of a number for each distinct prom
 support ids.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,9 +30,12 @@ from diagnostics.adapters.columns import (
     read_row,
 )
 from diagnostics.adapters.partial import lacking
-from diagnostics.adapters.writing import SUFFIXES, pyarrow_installed
+from diagnostics.adapters.writing import SUFFIXES
 from diagnostics.batch import Prefix, Scored, Support
 from diagnostics.errors import InvalidInput
+from diagnostics.files import parse_json, reading
+from diagnostics.packages import load_package
+from diagnostics.parquet import open_parquet
 
 
 class Records:
@@ -79,6 +81,7 @@ class Records:
             raise InvalidInput(f"{path} holds no rows")
         where, raw = first
         row = read_row(raw, where, self.rename)
+        self._first = tuple(raw)
         self.columns = frozenset(row)
         self.unused = tuple(key for key in raw if self._meaning(key) is None)
         self._constants = {name: row[name] for name in CONSTANTS if name in row}
@@ -93,8 +96,7 @@ class Records:
         for i, (where, raw) in enumerate(_raw(self.path)):
             row = read_row(raw, where, self.rename)
             if row.keys() != self.columns:
-                odd = ", ".join(sorted(self.columns ^ row.keys()))
-                raise InvalidInput(f"{where}: field {odd} is here or in the first row, not in both")
+                raise InvalidInput(f"{where}: {self._difference(raw, row)}")
             for name, value in self._constants.items():
                 if row[name] != value:
                     raise InvalidInput(
@@ -109,19 +111,24 @@ class Records:
         """Rows of one batch each."""
         waiting: list[Record] = []
         seen: set[int] = set()
+        width = 0  # of the rows that wait, in positions
         for row in self.rows():
-            wide = max((len(r["tokens"]) for r in waiting), default=0) * len(waiting)
+            wide = width * len(waiting)
             changed = bool(waiting) and row["prompt"] != waiting[-1]["prompt"]
-            if wide >= self.positions and (changed or wide >= 8 * self.positions):
+            full = wide >= self.positions and (changed or wide >= 8 * self.positions)
+            longer = max(width, _width(row))
+            # a long row beside many short ones would be padded to far more than the file holds
+            if full or (waiting and longer * (len(waiting) + 1) >= 16 * self.positions):
                 yield waiting
                 seen |= {r["prompt"] for r in waiting}
-                waiting = []
+                waiting, longer = [], _width(row)
             if row["prompt"] in seen:
                 self.notes["order"] = (
                     "rows of one prompt are far apart; sort the file by prompt, or standard errors "
                     "come out too small"
                 )
             waiting.append(row)
+            width = longer
         if waiting:
             yield waiting
 
@@ -161,6 +168,17 @@ class Records:
         )
         needed = {"student_logp", "teacher_logp", "sampler_logp", "ended"}
         return lacking(scored.checked(), needed - self.columns)
+
+    def _difference(self, raw: Mapping[str, Any], row: Record) -> str:
+        """The fields that this row has and the first has not, or the other way round."""
+        names = sorted(self.columns ^ row.keys())
+        keys = [*raw, *self._first]
+        told = {n: next((k for k in keys if self._meaning(k) == n and k != n), "") for n in names}
+        odd = ", ".join(f"{n} (column {k})" if k else n for n, k in told.items())
+        return (
+            f"field {odd} is here or in the first row, not in both; write it in every row, or in "
+            "none"
+        )
 
     def _meaning(self, key: str) -> str | None:
         grouped = "prefix" if key in ("support", "prefix") else None
@@ -221,27 +239,38 @@ class Records:
         return Prefix(**{name.removeprefix("prefix."): floats(name) for name in known})
 
 
+def _width(row: Record) -> int:
+    """Positions that a row takes in a batch; with a support of more than 64 ids, several times."""
+    k = row["support.ids"].shape[1] if "support.ids" in row else 0
+    return len(row["tokens"]) * max(1, k // 64)
+
+
 def _raw(path: Path) -> Iterator[tuple[str, Any]]:
     """(where, row) of every row of the file."""
     if path.suffix == ".parquet":
-        pyarrow_installed()
-        from pyarrow import parquet
-
-        count = 0
-        for table in parquet.ParquetFile(path).iter_batches(batch_size=64):
-            for row in table.to_pylist():
-                count += 1
-                yield f"{path} row {count}", row
+        yield from _parquet_rows(path)
         return
     if path.suffix != ".jsonl":
         raise InvalidInput(f"{path} is none of {', '.join(SUFFIXES)}")
-    with open(path) as file:
+    with reading(path), path.open("rb") as file:
         for i, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise InvalidInput(
-                        f"{path} row {i} is not JSON ({error}): {line[:60]!r}"
-                    ) from None
-                yield f"{path} row {i}", row
+            where = f"{path} row {i}"
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise InvalidInput(f"{where} is not UTF-8 text ({error.reason})") from error
+            if text.strip():
+                yield where, parse_json(text, where)
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    count = 0
+    file = open_parquet(path)
+    arrow = load_package("pyarrow", str(path), "data")
+    try:
+        for table in file.iter_batches(batch_size=64):
+            for row in table.to_pylist():
+                count += 1
+                yield f"{path} row {count}", row
+    except (arrow.ArrowException, OSError) as error:
+        raise InvalidInput(f"{path} cannot be read after row {count} ({error})") from error
