@@ -10,15 +10,16 @@ Columns, in this order; those in brackets only where the batch has them. B respo
 | position | int32 | index on the response axis, 0 at the first token after the prompt |
 | id | int64 | token id |
 | mask | bool | the student chose this token and it is supervised |
-| sampler_logp, student_logp, teacher_logp | float | log-probabilities in nats; 0 without mask |
+| [sampled_mask] | bool | the student chose this token |
+| sampler_logp, student_logp, teacher_logp | float | log-probabilities in nats; 0 if not sampled |
 | [softmax_logp], [baseline] | float | as in `Rollouts` and `Scored` |
 | ended, task, turn, age, reward | bool, 3 int64, float | of the response, on all its tokens |
 | [in_support] | bool | the token is one of the support's ids; derived |
 | [prefix.NAME] | float | fields of `Prefix`: entropies, exact KL, teacher_rank, ... |
 | [support.ids, .student_logp, .teacher_logp, .present] | list of K | fields of `Support` |
 
-A response has its rows from position 0 up to its last supervised token, holes included; one
-without a supervised token keeps position 0. Temperatures, top-p, the mask's rule and the support's
+A response has its rows from position 0 up to its last sampled token, holes included; one without
+a sampled token keeps position 0. Temperatures, top-p, the mask's rule and the support's
 source are in the file's metadata, key "opdlab". Writing and reading need pyarrow.
 """
 
@@ -126,8 +127,8 @@ def encoded(batch: Scored, step: int, chosen: list[int]) -> bytes:
 
 
 def _columns(batch: Scored, step: int, rows: list[int]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Columns (N, ...) of the tokens up to each response's last supervised one; plain settings."""
-    real = batch.mask.long().flip(1).cumsum(1).flip(1) > 0
+    """Columns (N, ...) of the tokens up to each response's last sampled one; plain settings."""
+    real = batch.sampled.long().flip(1).cumsum(1).flip(1) > 0
     real[:, 0] = True
     response, position = real.nonzero(as_tuple=True)
     found = {

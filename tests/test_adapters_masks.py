@@ -9,6 +9,7 @@ import pytest
 
 from diagnostics.adapters.columns import read_row
 from diagnostics.adapters.records import Records
+from diagnostics.adapters.writing import write
 from diagnostics.errors import InvalidInput
 from diagnostics.monitor import Monitor
 
@@ -138,6 +139,19 @@ def test_the_ids_and_masks_of_trainers_are_understood(name: str, tmp_path: Path)
         costs = [a - b for a, b in zip(STUDENT, TEACHER, strict=True)]
         expected = sum(costs[t] for t in places) / len(places)
         assert mean_cost(lines(tmp_path / "r.jsonl", [raw])) == pytest.approx(expected)
+
+
+def test_what_was_sampled_and_is_not_supervised_keeps_its_numbers(tmp_path: Path) -> None:
+    raw = record(loss_mask=[1, 1, 0], response_mask=[0, 1, 1], sampler_logp=[None, -2.5, -4.5])
+    (batch,) = Records(lines(tmp_path / "r.jsonl", [raw]))
+    assert batch.mask.tolist() == [[False, True, False]]
+    assert batch.sampled.tolist() == [[False, True, True]]
+    assert batch.student_logp.tolist() == [[0.0, -2.0, -4.0]]
+    assert batch.sampler_logp.tolist() == [[0.0, -2.5, -4.5]]
+    write(tmp_path / "again.jsonl", [batch])
+    (again,) = Records(tmp_path / "again.jsonl")
+    for name in ("mask", "sampled", "student_logp", "teacher_logp", "sampler_logp"):
+        assert getattr(again, name).tolist() == getattr(batch, name).tolist(), name
 
 
 REFUSED = {

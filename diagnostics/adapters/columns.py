@@ -6,8 +6,8 @@ A row is one response. Shapes: T response positions, K support ids.
 |---|---|---|
 | tokens | T ids | response_ids, response_tokens, completion_ids, output_ids, responses |
 | mask | T bools, part of the loss; all true if absent | loss_mask, token_loss_mask |
-| response_mask | T bools, written by the student | completion_mask, action_mask, |
-| | | tool_mask, env_mask |
+| sampled_mask | T bools, written by the student | response_mask, completion_mask, |
+| | | action_mask, tool_mask, env_mask |
 | attention_mask | T bools, or those of prompt and response; false is padding | |
 | prompt_mask | bools of prompt_tokens, false is padding | |
 | sequence | ids of prompt and response, in place of tokens or beside them | sequences, input_ids |
@@ -36,7 +36,7 @@ A row is one response. Shapes: T response positions, K support ids.
 | temperature, top_p, score_temperature, mask_rule | one value a file | |
 
 `support` and `prefix` may also be objects. A list may hold null where the mask is false. A token
-counts where every mask is true. Several of the masks in the row of response_mask may stand in one
+counts where every mask is true. Several of the masks in the row of sampled_mask may stand in one
 file. A list of 0 and 1 with a name that is not in this table, one a token, is refused.
 """
 
@@ -113,7 +113,8 @@ SHOWN_COLUMNS = 12
 def read_row(raw: Any, where: str, rename: Mapping[str, str]) -> Record:
     """One row, checked; `where` (file and row) opens every message.
 
-    Per-token floats become 0 where the mask is False, whatever stood there.
+    Per-token floats become 0 where the mask (or sampled_mask, where the row has both) is False,
+    whatever stood there.
 
     Raises:
       ValueError: with `where`, the field, the value and its position.
@@ -127,16 +128,18 @@ def read_row(raw: Any, where: str, rename: Mapping[str, str]) -> Record:
     tokens = ids(given["tokens"], f"{where}, field tokens")
     prompt = given.get("prompt_tokens")
     width = len(prompt) if isinstance(prompt, list) else 0
-    mask, _ = read_masks(given, tokens, where)
+    mask, sampled = read_masks(given, tokens, where)
     refuse_unknown_masks(unused, {width, len(tokens), width + len(tokens)} - {0}, where)
     row: Record = {"tokens": tokens, "mask": mask}
+    if sampled is not None:
+        row["sampled_mask"] = mask = sampled  # its tokens have log-probabilities too
     if "support.present" in given:  # says which values of the support are looked at
         field = f"{where}, field support.present"
         rows = wide_rows(given["support.present"], field, mask, False)
         row["support.present"] = bools(rows, field, (len(mask), len(rows[0]) if rows else 0))
     for name, value in given.items():
         if name not in row:
-            row[name] = _value(name, value, row, f"{where}, field {name}")
+            row[name] = _value(name, value, row, mask, f"{where}, field {name}")
     wide = {row[n].shape for n in ("support.ids", "support.present", *SUPPORT) if n in row}
     if len(wide) > 1:
         raise InvalidInput(f"{where}: the support's fields have shapes {sorted(wide)}")
@@ -203,8 +206,8 @@ def _named(
     return given, unused
 
 
-def _value(name: str, value: Any, row: Record, where: str) -> Any:
-    mask = row["mask"]
+def _value(name: str, value: Any, row: Record, mask: np.ndarray, where: str) -> Any:
+    """The checked value of a column; per-token floats are 0 where `mask`, (T,), is False."""
     if name in LOGPS or name in PREFIX or name == "baseline":
         return floats(value, where, mask, logp=name in LOGPS)
     if name in SUPPORT:

@@ -13,7 +13,14 @@ from diagnostics.adapters import values
 from diagnostics.errors import InvalidInput
 from diagnostics.files import short
 
-SAMPLED = ("response_mask", "completion_mask", "action_mask", "tool_mask", "env_mask")
+SAMPLED = (
+    "sampled_mask",
+    "response_mask",
+    "completion_mask",
+    "action_mask",
+    "tool_mask",
+    "env_mask",
+)
 """Masks of the tokens that the student wrote: no padding, no answers of tools."""
 NUMBERS_BY_TOKEN = {
     *("advantages", "returns", "values", "rewards", "token_level_scores", "token_level_rewards"),
@@ -74,7 +81,7 @@ def read_masks(
 
     Returns:
       supervised (T,) bool: sampled by the student and part of the loss; sampled (T,) bool: what
-      the student wrote, supervised or not, or None where no column tells it apart.
+      the student wrote, supervised or not, or None where no two columns tell them apart.
 
     Raises:
       InvalidInput: a mask of another length or with other values; padding inside a prompt.
@@ -93,6 +100,7 @@ def read_masks(
             given.setdefault("prompt_mask", attended[: len(attended) - size].tolist())
     for name in written:
         sampled = sampled & values.bools(given.pop(name), f"{where}, field {name}", (size,))
+    both = bool(written) and "mask" in given
     if "mask" in given:
         loss = _whole(given.pop("mask"), width, size, f"{where}, field mask")
         supervised = loss[len(loss) - size :]
@@ -102,7 +110,7 @@ def read_masks(
         real = given.pop("prompt_mask")
         if prompt is not None:
             given["prompt_tokens"] = _without_padding(prompt, real, where)
-    return supervised & sampled, sampled if written else None
+    return supervised & sampled, sampled if both else None
 
 
 def _whole(value: Any, width: int, size: int, where: str) -> np.ndarray:

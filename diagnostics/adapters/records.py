@@ -158,6 +158,8 @@ class Records:
 
         parts: dict[str, Any] = {name: floats(name) for name in LOGPS if name != "softmax_logp"}
         parts |= {n: floats(n) for n in ("softmax_logp", "baseline") if n in self.columns}
+        if "sampled_mask" in self.columns:
+            parts["sampled_mask"] = padded("sampled_mask", torch.bool)
         parts |= {k: v for k, v in self._constants.items() if k != "support.source"}
         scored = Scored(
             tokens=padded("tokens", torch.long),
@@ -210,7 +212,8 @@ class Records:
         if "support.ids" not in self.columns:
             return None
         ids = padded("support.ids", torch.long)
-        mask = padded("mask", torch.bool)[..., None]
+        scope = "sampled_mask" if "sampled_mask" in self.columns else "mask"
+        mask = padded(scope, torch.bool)[..., None]
         both = {
             name.removeprefix("support."): (
                 padded(name, torch.float32) if name in self.columns else torch.zeros(ids.shape)

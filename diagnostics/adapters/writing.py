@@ -22,10 +22,10 @@ SUFFIXES = (".jsonl", ".parquet")
 
 
 def rows_of(batch: Rollouts) -> Iterator[dict[str, Any]]:
-    """The rows of a batch as plain values, each cut after its last supervised position.
+    """The rows of a batch as plain values, each cut after its last sampled position.
 
     Settings (temperature and so on) are repeated in every row. Read back, per-token floats are
-    float32, and ids of a support are 0 where the mask is False.
+    float32, and ids of a support are 0 where nothing was sampled.
     """
     lost = absent(batch)
     held = {k: v for k, v in batch._tensors().items() if k not in lost}
@@ -41,7 +41,8 @@ def rows_of(batch: Rollouts) -> Iterator[dict[str, Any]]:
     support = getattr(batch, "support", None)
     if support is not None:
         settings["support.source"] = support.source
-    used = host["mask"].int() * torch.arange(1, host["mask"].shape[1] + 1)
+    sampled = host.get("sampled_mask", host["mask"])
+    used = sampled.int() * torch.arange(1, sampled.shape[1] + 1)
     for i, stop in enumerate(used.amax(1).tolist()):
         row: dict[str, Any] = {}
         for name, x in host.items():
