@@ -113,7 +113,12 @@ def evaluation_options(argv: list[str]) -> dict[str, Any]:
     add("--max-prompt", type=int, default=512)
     add("--drop", action="store_true", help="leave out longer prompts instead of refusing them")
     add("--max-response", type=int, default=512)
-    add("--grader", default="", help="exact, numeric, math (extra math), gym or lab")
+    add(
+        "--grader",
+        default="",
+        help="exact, numeric, math (extra math), gym, lab, or a function of (response, answer) of "
+        "your own: MODULE:FUNCTION or FILE.py:FUNCTION",
+    )
     add("--layout", default="turns", choices=("turns", "trajectory"), help="of games")
     add("--max-turns", type=int, default=30, help="of games: actions of an episode")
     add("--history", type=int, default=2, help="of games: turns told again in layout turns")

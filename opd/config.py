@@ -70,7 +70,8 @@ class Config:
     prompt_column: str = "prompt"
     answer_column: str = "answer"
     grader: str = ""
-    """Name in opd.grading.GRADERS; empty: the task's own, or "exact"."""
+    """exact, numeric, math, gym or lab (opd.grading), or a function of (response, answer) of your
+    own that returns a number, MODULE:FUNCTION or FILE.py:FUNCTION; empty: the task's, or exact."""
     system: str = ""
     """A system message before every prompt."""
     max_prompt: int = 512

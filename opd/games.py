@@ -4,7 +4,6 @@ A source is `env:NAME`, of ENVIRONMENTS, or `env:MODULE:FUNCTION`, a function wi
 makes an `opd.environments.scene.Environment`.
 """
 
-import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ LAYOUTS = ("turns", "trajectory")
 SEEDS = 2**30
 NOTHING = "Nothing happens."
 SAID = "WHAT-WAS-SAID"
-TAGGED = re.compile(r"<action>(.*?)</action>", re.S)
+OPENING, CLOSING = "<action>", "</action>"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,13 +152,19 @@ def action_of(response: str, scene: Scene) -> tuple[str, bool]:
     the last line that is not blank. White space and capitals do not matter for admissible actions.
     """
     text = response.rsplit("</think>", 1)[-1]
-    tagged = TAGGED.findall(text)
-    lines = tagged or [line for line in text.splitlines() if line.strip()]
+    tagged = last_tagged(text)
+    lines = [line for line in text.splitlines() if line.strip()] if tagged is None else [tagged]
     said = " ".join(lines[-1].split()) if lines else ""
     if not scene.actions:
         return said, bool(said)
     known = {" ".join(action.split()).casefold(): action for action in scene.actions}
     return known.get(said.casefold(), said), said.casefold() in known
+
+
+def last_tagged(text: str) -> str | None:
+    """What stands in the last <action>...</action>; None without one. Linear in the text."""
+    start = text.rfind(OPENING, 0, max(0, text.rfind(CLOSING)))
+    return None if start < 0 else text[start + len(OPENING) : text.find(CLOSING, start)]
 
 
 def answered(environment: Environment, scene: Scene, action: str, admitted: bool) -> Scene:

@@ -1,30 +1,26 @@
 """Graders: the answer that a response gives, and whether it is the right one.
 
 A grader takes a response and the answer to compare with, and never fails on a strange response:
-one that holds no readable answer is worth 0 and says so (`Verdict.answer` is None).
+one that holds no readable answer is worth 0 and says so (`Verdict.answer` is None). It takes time
+in proportion to the length of the response; what could hang has a time limit (opd.grader_process).
 """
 
 import importlib.util
-import json
 import re
-import subprocess
-import sys
-import tempfile
-import threading
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from fractions import Fraction
-from functools import cache, lru_cache
-from typing import Any
+from functools import cache, lru_cache, partial
+from pathlib import Path
 
-from diagnostics.errors import InvalidInput, MissingPackage, OperationFailed
+from diagnostics.errors import InvalidInput, MissingFile, MissingPackage, OperationFailed
 from opd import problems
+from opd.answer_text import behind_thoughts, last_box, last_number, stated
+from opd.exact_numbers import LONGEST, Number, TooLarge, latex_of, read_number
+from opd.grader_process import SECONDS, Judge
 
-JUDGE_SECONDS = 5.0
-LONGEST_ANSWER = 500
-GYM_PROBLEM = re.compile(r" \[(\w+):(\d+):(\d+)#(\d+)\]$")
-NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?(?:/\d+)?|-?\.\d+")
+OWN_SECONDS = 60.0
+GYM_PROBLEM = re.compile(r" \[(\w+:\d+:\d+#\d+)\]$")
 
 
 @dataclass(frozen=True)
@@ -50,82 +46,95 @@ def grade_lab(response: str, answer: str) -> Verdict:
 
 def grade_exact(response: str, answer: str) -> Verdict:
     """What follows the last closing think tag is the answer, white space at its ends aside."""
-    given = response.rsplit("</think>", 1)[-1].strip()
+    given = behind_thoughts(response).strip()
     return Verdict(float(given == answer.strip()), given or None)
 
 
 def grade_numeric(response: str, answer: str) -> Verdict:
     """The last number after the last closing think tag equals the answer, as exact fractions.
 
-    A number may have a sign, thousands separators, decimals or a denominator: "-1,234.50", "3/4".
-    With a box in the text, the last box is read instead of all of it.
+    A number may have a sign, thousands separators, decimals, a denominator or a power of ten:
+    "-1,234.50", "3/4", "3e8", "3 \\times 10^8". With a box in the text, the last box is read
+    instead of all of it; without one, a last line "Answer: ..." is.
 
     Raises:
       ValueError: the answer to compare with is not one number.
     """
-    wanted = answer.strip()
-    if not NUMBER.fullmatch(wanted) or (want := number(wanted)) is None:
+    want = gold_number(answer.strip())
+    text = behind_thoughts(response)
+    chosen = stated(text)
+    given = last_number(text) if chosen is None else whole_number(chosen) or last_number(chosen)
+    if given is None:
+        return Verdict(0.0, None)
+    right = want.equals(given)
+    return Verdict(float(right), (want if right else given).key)
+
+
+@lru_cache(maxsize=1 << 14)
+def gold_number(answer: str) -> Number:
+    number = whole_number(answer)
+    if number is None:
         raise InvalidInput(
             f"the answer {answer!r} is not a number; use the grader exact or math for this task"
         )
-    text = response.rsplit("</think>", 1)[-1]
-    boxed = last_box(text)
-    found = NUMBER.findall(text if boxed is None else boxed)
-    given = number(found[-1]) if found else None
-    return Verdict(float(given == want), None if given is None else str(given))
+    return number
 
 
-def number(text: str) -> Fraction | None:
-    """The exact value of a match of NUMBER; None for a denominator of 0 or absurd length."""
-    if len(text) > LONGEST_ANSWER:
+def whole_number(text: str) -> Number | None:
+    """The number that all of a text states; None if it states none, or one too large."""
+    try:
+        return read_number(text)
+    except TooLarge:
         return None
-    above, _, below = text.replace(",", "").partition("/")
-    if below and int(below) == 0:
-        return None
-    return Fraction(above) / int(below or 1)
 
 
 def grade_math(response: str, answer: str) -> Verdict:
-    """The last \\boxed{...} equals the answer as mathematics, by math-verify.
+    """The last \\boxed{...} equals the answer as mathematics; without one, the last line
+    "Answer: ..." does.
 
     As the paper's verifier does, a response with a closing think tag is read from its first to its
-    second one, any other as a whole; an answer without a box counts as unreadable. Equal means
-    equal values (1/2 and 0.5), sets, intervals, expressions after simplification; units and
-    degree signs are dropped; 50\\% equals both 50 and 0.5. The answer to compare with may be boxed
-    or between dollars. Each comparison runs in a process of its own (opd.judge) that is ended
-    after JUDGE_SECONDS; the answer is unreadable then. Safe to call from any thread.
+    second one, any other as a whole; an answer without a box or a line is unreadable. Two numbers,
+    as decimals, fractions, powers of ten or simple Python, are compared exactly. All else is
+    compared by math-verify: equal means equal values, sets, intervals, expressions after
+    simplification; units and degree signs are dropped; 50\\% equals both 50 and 0.5. The answer to
+    compare with may be boxed or between dollars. A right answer votes for the answer that it
+    equals. Each comparison by math-verify runs in a process of its own that is ended after SECONDS;
+    the answer is unreadable then. Safe to call from any thread.
 
     Raises:
       ImportError: math-verify is not installed; names the extra.
     """
     parts = response.split("</think>")
-    boxed = last_box(parts[min(1, len(parts) - 1)])
-    if boxed is None or not boxed.strip() or len(boxed) > LONGEST_ANSWER:
+    given = stated(parts[min(1, len(parts) - 1)])
+    if given is None or len(given) > LONGEST or not (given := undressed(given)):
         return Verdict(0.0, None)
-    gold = last_box(answer)
-    return judged(boxed.strip(), (answer if gold is None else gold).strip().strip("$").strip())
+    return judged(given, gold_text(answer))
 
 
-def last_box(text: str) -> str | None:
-    """Content of the last \\boxed{...} whose braces close; None if there is none.
+def gold_text(answer: str) -> str:
+    """An answer to compare with, without its box and dollars."""
+    boxed = last_box(answer)
+    return undressed(answer if boxed is None else boxed)
 
-    Braces nest; an escaped one, as in \\{1, 2\\}, counts with its partner.
-    """
-    for start in reversed([match.end() for match in re.finditer(r"\\boxed\s*\{", text)]):
-        depth = 1
-        for i in range(start, len(text)):
-            depth += (text[i] == "{") - (text[i] == "}")
-            if depth == 0:
-                return text[start:i]
-    return None
+
+def undressed(answer: str) -> str:
+    return answer.strip().strip("$").strip()
 
 
 @lru_cache(maxsize=1 << 14)
 def judged(given: str, gold: str) -> Verdict:
-    """The verdict of this process's one judge; the same text is right in any case."""
-    found = judge()(gold, given)
+    """The verdict on two answers; the same text is right in any case."""
+    same = Verdict(float(given == gold), given if given == gold else None)
+    try:
+        want, number = read_number(gold), read_number(given)
+    except TooLarge:
+        return same
+    if want is not None and number is not None:
+        right = want.equals(number)
+        return Verdict(float(right), (want if right else number).key)
+    found = judge()(latex_of(gold), latex_of(given))
     if found is None:
-        return Verdict(float(given == gold), given if given == gold else None)
+        return same
     if not found["gold"]:
         warnings.warn(
             f"the answer {gold!r} cannot be read as mathematics; only the same text counts as "
@@ -133,51 +142,10 @@ def judged(given: str, gold: str) -> Verdict:
             stacklevel=2,
         )
     if found["key"] is None:
-        return Verdict(float(given == gold), given if given == gold else None)
-    return Verdict(float(found["equal"] or given == gold), found["key"])
-
-
-class Judge:
-    """A process of `opd.judge`, started when first needed and again after each that died."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self.lock = threading.Lock()
-        self.process: subprocess.Popen[str] | None = None
-
-    def __call__(self, gold: str, given: str) -> dict[str, Any] | None:
-        """What `opd.judge.compare` says; None if the process ended over it."""
-        with self.lock:
-            process = self.process or self.start()
-            assert process.stdin is not None
-            assert process.stdout is not None
-            try:
-                process.stdin.write(json.dumps({"gold": gold, "given": given}) + "\n")
-                process.stdin.flush()
-                line = process.stdout.readline()
-            except BrokenPipeError:
-                line = ""
-            if not line:
-                process.communicate()  # closes the pipes
-                self.process = None
-                return None
-            return json.loads(line)
-
-    def start(self) -> "subprocess.Popen[str]":
-        require_math_verify()
-        line = [sys.executable, "-m", "opd.judge", str(self.seconds)]
-        with tempfile.TemporaryFile("w+") as complaints:  # a pipe nobody reads may fill and block
-            process = subprocess.Popen(
-                line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints, text=True
-            )
-            assert process.stdout is not None
-            if process.stdout.readline() != "ready\n":
-                complaints.seek(0)
-                raise OperationFailed(
-                    f"math-verify did not start: {complaints.read().strip()[-500:]}"
-                )
-        self.process = process
-        return process
+        return same
+    right = found["equal"] or given == gold
+    known = want if right else number
+    return Verdict(float(right), found["key"] if known is None else known.key)
 
 
 def require_math_verify() -> None:
@@ -186,39 +154,66 @@ def require_math_verify() -> None:
 
 
 @cache
-def judge() -> Judge:
-    return Judge(JUDGE_SECONDS)
+def judge(kind: str = "math") -> Judge:
+    """This process's one judge of that kind."""
+    if kind == "math":
+        require_math_verify()
+    if ":" in kind:
+        return Judge(OWN_SECONDS, kind, memory=0)
+    return Judge(SECONDS, kind)
 
 
 def grade_gym(response: str, answer: str) -> Verdict:
     """Of reasoning-gym: the task's own judgement of the last box, or else of what follows the last
-    closing think tag. What it gives less than full marks for is wrong.
+    closing think tag, within SECONDS. What it gives less than full marks for is wrong.
 
     Raises:
       ValueError: an answer that does not say of which problem it is (opd.named.gym_rows).
     """
-    text = response.rsplit("</think>", 1)[-1]
+    text = behind_thoughts(response)
     boxed = last_box(text)
     given = (text if boxed is None else boxed).strip()
-    problem = GYM_PROBLEM.search(answer)
+    problem = GYM_PROBLEM.search(answer[-LONGEST:])
     if problem is None:
         raise InvalidInput(
             f"the answer {answer!r} does not end in [TASK:SIZE:SEED#NUMBER]; the grader gym is for "
             "problems of gym:TASK alone"
         )
-    task, size, seed, number = problem.groups()
-    made = gym_made(task, int(size), int(seed))
-    if not given or len(given) > LONGEST_ANSWER:
+    if not given or len(given) > LONGEST:
         return Verdict(0.0, None)
-    score = made.score_answer(given, made[int(number)])
-    return Verdict(float(score >= 1.0), given)
+    found = judge("gym")(problem[1], given)
+    if found is None:
+        return Verdict(0.0, None)
+    return Verdict(float(found["score"] >= 1.0), given)
 
 
-@lru_cache(maxsize=32)
-def gym_made(task: str, size: int, seed: int) -> Any:
-    from opd.named import gym_task
+def grade_own(name: str, response: str, answer: str) -> Verdict:
+    """By a function of the user's, MODULE:FUNCTION or FILE.py:FUNCTION: the reward is what it
+    returns for (response, answer), 1 or more is right.
 
-    return gym_task(task, size, seed)
+    It runs in a process of its own; a response that takes it longer than OWN_SECONDS is worth 0,
+    with a warning. A response votes for its box, its line "Answer: ...", or else for all that
+    follows its last closing think tag.
+
+    Raises:
+      RuntimeError: the function cannot be loaded, fails, or returns no finite number.
+    """
+    found = judge(name)(answer, response)
+    if found is None:
+        warnings.warn(
+            f"the grader {name} took more than {OWN_SECONDS:g} s over a response, or its process "
+            f"died of it; the response is worth 0 (it begins {response[:60]!r})",
+            stacklevel=2,
+        )
+        return Verdict(0.0, None)
+    if "error" in found:
+        raise OperationFailed(
+            f"the grader {name} failed with {found['error']}, for the answer {answer[:60]!r} and a "
+            f"response that begins {response[:60]!r}; it must return a finite number for any text"
+        )
+    text = behind_thoughts(response)
+    given = stated(text)
+    return Verdict(found["score"], (text if given is None else given).strip() or None)
 
 
 GRADERS: Mapping[str, Grader] = {
@@ -231,13 +226,22 @@ GRADERS: Mapping[str, Grader] = {
 
 
 def make_grader(name: str) -> Grader:
-    """The grader of that name.
+    """The grader of that name, or a function of the user's, MODULE:FUNCTION or FILE.py:FUNCTION.
 
     Raises:
-      ValueError: unknown name; lists the known ones. ImportError: math-verify is not installed.
+      ValueError: unknown name; lists the known ones. FileNotFoundError: no such file.
+      ImportError: math-verify is not installed.
     """
+    where, colon, function = name.rpartition(":")
+    if colon and where and function:
+        if where.endswith(".py") and not Path(where).is_file():
+            raise MissingFile(f"the grader {name} names a file that does not exist: {where}")
+        return partial(grade_own, name)
     if name not in GRADERS:
-        raise InvalidInput(f"unknown grader {name!r}; known: {', '.join(GRADERS)}")
+        raise InvalidInput(
+            f"unknown grader {name!r}; known: {', '.join(GRADERS)}, or a function of (response, "
+            "answer) of your own: MODULE:FUNCTION or FILE.py:FUNCTION"
+        )
     if name == "math":  # before hours of work, not at the first response
         require_math_verify()
     return GRADERS[name]

@@ -233,8 +233,11 @@ def test_equal_answers_vote_together() -> None:
     votes = {grade_math(rf"\boxed{{{x}}}", "3").answer for x in (r"\frac12", "0.5", "2/4", ".50")}
     assert len(votes) == 1
     assert grade_math(r"\boxed{0.6}", "3").answer not in votes
-    # 50 % equals 50 and 0.5, which differ, so it votes for neither
-    assert grade_math(r"\boxed{50\%}", "0.5").answer not in votes
+    # 50 % equals 50 and 0.5, which differ: it votes for what it was compared with, where that is
+    # one of them, and for neither elsewhere
+    assert grade_math(r"\boxed{50\%}", "0.5").answer in votes
+    assert grade_math(r"\boxed{50\%}", "50").answer == grade_math(r"\boxed{50}", "50").answer
+    assert grade_math(r"\boxed{50\%}", "3").answer not in votes
 
 
 @needs_math

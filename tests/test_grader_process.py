@@ -1,0 +1,122 @@
+"""Comparisons in a process of their own: time and memory run out for real, and users' functions."""
+
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from opd import grading
+from opd.grader_process import Judge
+from opd.grading import Verdict, make_grader
+
+needs_math = pytest.mark.skipif(find_spec("math_verify") is None, reason="no math-verify")
+MODULE = """
+import os, signal, time
+
+print("loaded")
+
+def contains(response, answer):
+    print("graded", response)
+    return answer in response
+
+def partial(response, answer):
+    return len(response) / 4
+
+def missing(response, answer):
+    return float("nan")
+
+def broken(response, answer):
+    return {}[answer]
+
+def greedy(response, answer):
+    return len(bytearray(int(response) << 20))
+
+def slow(response, answer):
+    signal.signal(signal.SIGALRM, signal.SIG_IGN) if "deaf" in response else None
+    time.sleep(60) if "wait" in response else None
+    os._exit(3) if "die" in response else None
+    return 1
+"""
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "own_grader_of_a_test.py"
+    path.write_text(MODULE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    grading.judge.cache_clear()
+    return path
+
+
+def test_memory_runs_out_in_the_process_alone(module: Path) -> None:
+    judge = Judge(seconds=20.0, kind=f"{module}:greedy", memory=256 << 20)
+    start = time.perf_counter()
+    assert judge("", "64") == {"score": float(64 << 20)}
+    found = judge("", "512")
+    assert found is not None
+    assert "MemoryError" in found["error"]
+    assert judge("", "64") == {"score": float(64 << 20)}
+    assert time.perf_counter() - start < 20
+    judge.end()
+
+
+@needs_math
+def test_algebra_that_eats_memory_or_time_ends_in_time() -> None:
+    judge = Judge(seconds=2.0)
+    for given in ("2^{2^{33}}", "(x+y+z+w)^{4000}"):
+        start = time.perf_counter()
+        found = judge("5", given)
+        assert found is None or not found["equal"]
+        assert time.perf_counter() - start < 15
+    assert judge("1/2", "0.5") == {"gold": True, "key": "1/2", "equal": True}
+    judge.end()
+
+
+def test_users_functions_grade(module: Path) -> None:
+    for name in (f"{module}:contains", f"{module.stem}:contains"):
+        grade = make_grader(name)
+        assert grade("<think>7</think>it is 42", "42") == Verdict(1.0, "it is 42")
+        assert grade(r"7, so \boxed{7}", "42") == Verdict(0.0, "7")
+        assert grade("", "42") == Verdict(0.0, None)
+    assert make_grader(f"{module}:partial")("abc", "") == Verdict(0.75, "abc")
+
+
+def test_users_functions_that_fail_are_named(module: Path) -> None:
+    for name, words in (
+        ("missing", "it returned nan"),
+        ("broken", "KeyError: '42'"),
+        ("absent", "did not start: AttributeError: .* has no attribute 'absent'"),
+    ):
+        with pytest.raises(RuntimeError, match=f"{module.stem}.py:{name} .*{words}"):
+            make_grader(f"{module}:{name}")("7", "42")
+    with pytest.raises(RuntimeError, match="no_such_module:grade did not start: ModuleNotFound"):
+        make_grader("no_such_module:grade")("7", "42")
+    with pytest.raises(FileNotFoundError, match=r"no_such\.py"):
+        make_grader("no_such.py:grade")
+    with pytest.raises(ValueError, match="unknown grader ':grade'"):
+        make_grader(":grade")
+
+
+def test_users_functions_that_hang_or_die_cost_their_response(
+    module: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grading, "OWN_SECONDS", 0.5)
+    monkeypatch.setattr("opd.grader_process.GRACE", 0.5)
+    grade = make_grader(f"{module}:slow")
+    for response in ("wait", "deaf, wait", "die"):
+        start = time.perf_counter()
+        with pytest.warns(UserWarning, match="took more than 0.5 s over a response"):
+            assert grade(response, "42") == Verdict(0.0, None)
+        assert time.perf_counter() - start < 10
+        assert grade("done", "42") == Verdict(1.0, "done"), "a new process goes on"
+
+
+def test_gym_judges_within_its_time() -> None:
+    pytest.importorskip("reasoning_gym")
+    judge = Judge(seconds=2.0, kind="gym")
+    start = time.perf_counter()
+    found = judge("countdown:3:0#0", "9**9**9**9")
+    assert found in (None, {"score": 0.01}, {"score": 0.0}, {"score": 0.05})
+    assert time.perf_counter() - start < 20
+    judge.end()
