@@ -18,6 +18,7 @@ from torch import Tensor
 
 from diagnostics.access import Missing, prefix_of
 from diagnostics.batch import Scored
+from diagnostics.credit import discounted, leave_one_out, position_mean
 from diagnostics.errors import InvalidInput
 
 GAMMAS = (0.0, 0.5, 0.9, 0.95, 0.99, 1.0)
@@ -46,7 +47,8 @@ FAMILY: dict[str, Member] = {
     "rb_all": Member(mean_own=True, mean_later=True),
     "rb_all_position_mean": Member(mean_own=True, mean_later=True, baseline="position_mean"),
 }
-"""Names as in the exact study; the last is the low-noise member with which bias is measured."""
+"""Names as in training; the last is the low-noise member with which bias is measured. (The exact
+study's `position_value` is what `position_mean` tends to as prompts are added.)"""
 
 
 class Grid(Protocol):
@@ -112,27 +114,12 @@ def available(batch: Scored, teacher_known: bool) -> list[str]:
 
 def _weight(batch: Scored, member: Member, gammas: Sequence[float]) -> Tensor:
     """(B, T, G)."""
-    mask = batch.mask[..., None]
     sampled = batch.log_ratio.double() * batch.mask
     later = prefix_of(batch).reverse_kl.double() * batch.mask if member.mean_later else sampled
-    credit = _later_sums(later, batch.mask, gammas)
+    credit = torch.stack([discounted(later, batch.sampled, g) - later for g in gammas], -1)
     if not member.mean_own:
         credit = credit + sampled[..., None]
-    return (credit - BASELINES[member.baseline](batch, credit)) * mask
-
-
-def _later_sums(cost: Tensor, mask: Tensor, gammas: Sequence[float]) -> Tensor:
-    """(B, T, G) sum_{u > t} gamma^(u-t) cost_u; masked positions do not advance the discount."""
-    grid = cost.new_tensor(list(gammas))
-    ahead = cost.new_zeros(len(cost), len(grid))
-    columns = []
-    for t in reversed(range(cost.shape[1])):
-        columns.append(ahead)
-        ahead = torch.where(mask[:, t, None], grid * (cost[:, t, None] + ahead), ahead)
-    return torch.stack(columns[::-1], 1) * mask[..., None]
-
-
-# --- baselines: (B, T, G) credit -> broadcastable -------------------------------------------------
+    return (credit - BASELINES[member.baseline](batch, credit)) * batch.mask[..., None]
 
 
 def _none(batch: Scored, credit: Tensor) -> Tensor:
@@ -140,33 +127,21 @@ def _none(batch: Scored, credit: Tensor) -> Tensor:
 
 
 def _position_mean(batch: Scored, credit: Tensor) -> Tensor:
-    """Mean credit at the position of *other prompts'* responses that are alive there, else 0.
-
-    Leaving out the own prompt keeps it exactly unbiased; it ties prompts together by O(1/C^2).
-    """
-    group = batch.prompt.unique(return_inverse=True)[1]
-    total = _others(credit * batch.mask[..., None], group, per_prompt=False)
-    alive = _others(batch.mask.double()[..., None], group, per_prompt=False)
-    return total / alive.clamp(min=1)
+    """As in training; 0 for a micro-batch of one prompt, which has no other to compare with."""
+    if len(batch.prompt.unique()) < 2:
+        return torch.zeros_like(credit)
+    return position_mean(batch, credit)
 
 
 def _leave_one_out(batch: Scored, credit: Tensor) -> Tensor:
-    """Mean credit at the position of the prompt's other rollouts; an ended one counts as 0."""
-    _, group, size = batch.prompt.unique(return_inverse=True, return_counts=True)
-    if bool((size < 2).any()):
-        raise Missing("a prompt has a single rollout; leave-one-out needs two or more of each")
-    own = credit * batch.mask[..., None]
-    return _others(own, group, per_prompt=True) / (size[group] - 1)[:, None, None]
+    try:
+        return leave_one_out(batch, credit)
+    except InvalidInput as error:  # lacking, like prefix functionals
+        raise Missing(str(error)) from error
 
 
 def _local_kl(batch: Scored, credit: Tensor) -> Tensor:
     return prefix_of(batch).reverse_kl.double()[..., None]
-
-
-def _others(x: Tensor, group: Tensor, per_prompt: bool) -> Tensor:
-    """Sums over the prompt's other responses, or over all other prompts' responses."""
-    part = torch.zeros_like(x).index_add_(0, group, x)[group]
-    return part - x if per_prompt else x.sum(0) - part
 
 
 BASELINES: dict[str, Callable[[Scored, Tensor], Tensor]] = {
@@ -175,3 +150,4 @@ BASELINES: dict[str, Callable[[Scored, Tensor], Tensor]] = {
     "leave_one_out": _leave_one_out,
     "local_kl": _local_kl,
 }
+"""(B, T, G) credit -> what is broadcast against it, as in training."""

@@ -1,8 +1,9 @@
 """Credit: how the cost of a token is spread over the tokens that caused it, once per step.
 
 Everything here is computed over the whole batch of an optimizer step and carries no gradient:
-discounted costs to go, the baselines that are subtracted from them, advantages of an outcome
-reward, and the importance ratios for tokens that were not sampled from the student itself.
+discounted costs to go and the baselines that are subtracted from them (those that the gradient
+probe knows too are in `diagnostics.credit`), advantages of an outcome reward, and the importance
+ratios for tokens that were not sampled from the student itself.
 
 Shapes: B responses, T positions, G rollouts a prompt.
 """
@@ -13,9 +14,12 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import Scored
+from diagnostics.credit import check_gamma as check_gamma
+from diagnostics.credit import discounted as discounted
+from diagnostics.credit import group_totals, groups, leave_one_out, position_mean
+from diagnostics.credit import immediate as immediate
+from diagnostics.credit import to_go as to_go
 from diagnostics.errors import InvalidInput
-
-# --- costs to go --------------------------------------------------------------------------------
 
 MASK_SCOPES: dict[str, str] = {
     "cost": "a masked token's cost is 0, for itself and in the credit of earlier tokens",
@@ -27,48 +31,6 @@ choices at the supervised positions. Where it reads the sampled token, neither i
 function: the score of a token that may be masked has another mean than 0 at its prefix."""
 
 
-def immediate(cost: Tensor, sampled: Tensor) -> Tensor:
-    """A token answers for its own cost alone. Unbiased for the KL with frozen prefixes."""
-    return cost * sampled
-
-
-def to_go(cost: Tensor, sampled: Tensor) -> Tensor:
-    """A token answers for its own and all later costs: G_t = sum_{u >= t} r_u.
-
-    Unbiased for the gradient of the sequence KL (past costs drop: E[score | prefix] = 0).
-    """
-    return (cost * sampled).flip(1).cumsum(1).flip(1) * sampled
-
-
-def discounted(cost: Tensor, sampled: Tensor, gamma: float) -> Tensor:
-    """G_t = r_t + gamma G_{t+1} over the sampled tokens, whether they are supervised or not.
-
-    Every sampled token advances gamma. Positions at which nothing was sampled, an environment's
-    text between turns, do not: gamma counts the student's own choices. gamma = 0 is `immediate`,
-    gamma = 1 is `to_go`; between them the mean field is not the gradient of any function. (arXiv
-    2603.25562, eq. 3.)
-
-    Raises:
-      ValueError: gamma is outside [0, 1].
-    """
-    check_gamma(gamma)
-    if gamma == 0:
-        return immediate(cost, sampled)
-    if gamma == 1:
-        return to_go(cost, sampled)
-    running = torch.zeros_like(cost[:, 0])
-    columns = []
-    for t in reversed(range(cost.shape[1])):
-        running = torch.where(sampled[:, t], cost[:, t] + gamma * running, running)
-        columns.append(running)
-    return torch.stack(columns[::-1], 1) * sampled
-
-
-def check_gamma(gamma: float) -> None:
-    if not 0 <= gamma <= 1:
-        raise InvalidInput(f"gamma is {gamma}; the discount must lie in [0, 1]")
-
-
 # --- baselines ----------------------------------------------------------------------------------
 # Unbiased only where E[score | prefix] = 0: the tokens must be sampled from the student itself.
 
@@ -76,30 +38,6 @@ def check_gamma(gamma: float) -> None:
 def no_baseline(batch: Scored, credit: Tensor) -> Tensor:
     """Nothing is subtracted."""
     return torch.zeros_like(credit)
-
-
-def position_mean(batch: Scored, credit: Tensor) -> Tensor:
-    """Mean credit at position t of the responses that supervise it, the own one included.
-
-    Removes the cubic growth of the variance; biased by O(1/B), since the own credit is in it.
-    """
-    alive = batch.mask.sum(0).clamp(min=1)
-    return ((credit * batch.mask).sum(0) / alive).expand_as(credit)
-
-
-def leave_one_out(batch: Scored, credit: Tensor) -> Tensor:
-    """Mean credit at position t of the *other* rollouts of the prompt; an ended one counts as 0.
-
-    Unbiased: it does not depend on the own tokens. Counting the ended as 0, which is what they
-    still cost, keeps the number of others the same at every position. A sampled token that is
-    not supervised counts with the credit that it would have.
-
-    Raises:
-      ValueError: a prompt has one rollout only.
-    """
-    group, size = _groups(batch, "leave-one-out baseline")
-    own = credit * batch.sampled
-    return (_totals(own, group) - own) / (size - 1)[:, None]
 
 
 def local_kl(batch: Scored, credit: Tensor) -> Tensor:
@@ -135,14 +73,14 @@ def leave_one_out_reward(batch: Scored) -> Tensor:
     Its score-function term is unbiased for the gradient of the expected reward.
     """
     group, size, reward = _rewards(batch)
-    others = (_totals(reward, group) - reward) / (size - 1)
+    others = (group_totals(reward, group) - reward) / (size - 1)
     return reward - others
 
 
 def group_mean_reward(batch: Scored) -> Tensor:
     """(B,) reward minus the prompt's mean, the own one included: (G - 1)/G of the unbiased one."""
     group, size, reward = _rewards(batch)
-    return reward - _totals(reward, group) / size
+    return reward - group_totals(reward, group) / size
 
 
 def group_normal_reward(batch: Scored) -> Tensor:
@@ -153,7 +91,7 @@ def group_normal_reward(batch: Scored) -> Tensor:
     """
     group, size, _ = _rewards(batch)
     away = group_mean_reward(batch)
-    spread = (_totals(away.square(), group) / (size - 1)).sqrt()
+    spread = (group_totals(away.square(), group) / (size - 1)).sqrt()
     return torch.where(spread > 1e-6, away / spread.clamp(min=1e-6), torch.zeros_like(away))
 
 
@@ -180,25 +118,8 @@ def _rewards(batch: Scored) -> tuple[Tensor, Tensor, Tensor]:
             f"{missing} of {len(batch)} responses have no reward (NaN); an outcome term needs a "
             "graded task, or outcome = 0"
         )
-    group, size = _groups(batch, "advantage of an outcome reward")
+    group, size = groups(batch, "advantage of an outcome reward")
     return group, size, batch.reward.to(batch.student_logp.dtype)
-
-
-def _groups(batch: Scored, what: str) -> tuple[Tensor, Tensor]:
-    """(B,) the prompt's number and (B,) how many rollouts it has, at least 2."""
-    _, group, size = batch.prompt.unique(return_inverse=True, return_counts=True)
-    if bool((size < 2).any()):
-        raise InvalidInput(
-            f"{int((size < 2).sum())} of {len(size)} prompts have a single rollout; the {what} "
-            "needs at least 2 a prompt (group_size)"
-        )
-    return group, size[group]
-
-
-def _totals(x: Tensor, group: Tensor) -> Tensor:
-    """(B, ...) for each row the sum of x (B, ...) over the rows of its group."""
-    total = torch.zeros_like(x).index_add_(0, group, x)
-    return total[group]
 
 
 # --- costs --------------------------------------------------------------------------------------

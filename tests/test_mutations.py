@@ -7,9 +7,11 @@ from types import FunctionType, ModuleType
 import pytest
 
 from diagnostics import batch as batches
+from diagnostics import credit as shared_credit
 from opd import compositions, credit, objectives, reduction, selection, supports, surrogates
 from synthetic import baselines, estimators, exact, gradients, recursion
 from synthetic import sample as sampling
+from tests import test_baselines as pairs
 from tests import test_choices as choices
 from tests import test_exact as moments
 from tests import test_objectives as oracle
@@ -22,11 +24,40 @@ CREDIT = {
         "return student_logp - teacher_logp",
         "return teacher_logp - student_logp",
     ),
-    "costs so far instead of to go": (
-        "(cost * mask).flip(1).cumsum(1).flip(1) * mask",
-        "(cost * mask).cumsum(1) * mask",
+    "ratio upside down": (
+        "(batch.student_logp - batch.sampler_logp).detach().exp()",
+        "(batch.sampler_logp - batch.student_logp).detach().exp()",
     ),
-    "mask dropped from to-go": ("flip(1).cumsum(1).flip(1) * mask", "flip(1).cumsum(1).flip(1)"),
+    "the own reward is in its baseline": (
+        "(group_totals(reward, group) - reward)",
+        "group_totals(reward, group)",
+    ),
+    "reward as a cost": (
+        "(-weight * advantage(batch))",
+        "(weight * advantage(batch))",
+    ),
+    "clipped from one side": (
+        ".clamp(-limit, limit)",
+        ".clamp(max=limit)",
+    ),
+    "live cost": (
+        "log_ratio(batch.student_logp, batch.teacher_logp).detach()",
+        "log_ratio(batch.student_logp, batch.teacher_logp)",
+    ),
+    "deviation of the population": (
+        "/ (size - 1)).sqrt()",
+        "/ size).sqrt()",
+    ),
+}
+SHARED_CREDIT = {
+    "costs so far instead of to go": (
+        "(cost * sampled).flip(1).cumsum(1).flip(1) * sampled",
+        "(cost * sampled).cumsum(1) * sampled",
+    ),
+    "mask dropped from to-go": (
+        "flip(1).cumsum(1).flip(1) * sampled",
+        "flip(1).cumsum(1).flip(1)",
+    ),
     "discount twice": (
         "cost[:, t] + gamma * running, running",
         "cost[:, t] + gamma**2 * running, running",
@@ -36,25 +67,21 @@ CREDIT = {
         "cost[:, t] + gamma * running, gamma * running",
     ),
     "the own rollout is in its baseline": (
-        "(_totals(own, group) - own)",
-        "_totals(own, group)",
+        "(group_totals(own, group) - own)",
+        "group_totals(own, group)",
     ),
-    "divided by the whole group": ("/ (size - 1)[:, None]", "/ size[:, None]"),
-    "ratio upside down": (
-        "(batch.student_logp - batch.sampler_logp).detach().exp()",
-        "(batch.sampler_logp - batch.student_logp).detach().exp()",
+    "divided by the whole group": (
+        "/ (size - 1).view(wide)",
+        "/ size.view(wide)",
     ),
-    "the own reward is in its baseline": (
-        "(_totals(reward, group) - reward)",
-        "_totals(reward, group)",
+    "the own prompt is in its position mean": (
+        "x.sum(0) - group_totals(x, group)",
+        "x.sum(0).expand_as(x)",
     ),
-    "reward as a cost": ("(-weight * advantage(batch))", "(weight * advantage(batch))"),
-    "clipped from one side": (".clamp(-limit, limit)", ".clamp(max=limit)"),
-    "live cost": (
-        "log_ratio(batch.student_logp, batch.teacher_logp).detach()",
-        "log_ratio(batch.student_logp, batch.teacher_logp)",
+    "ended responses count in the position mean": (
+        "count.clamp(min=1)",
+        "(count + 1)",
     ),
-    "deviation of the population": ("/ (size - 1)).sqrt()", "/ size).sqrt()"),
 }
 SURROGATES = {
     "live weight": ("return logp * weight.detach()", "return logp * weight"),
@@ -223,6 +250,7 @@ MUTATIONS = [
     pytest.param(module, line, id=f"{module.__name__}: {name}")
     for module, lines in (
         (credit, CREDIT),
+        (shared_credit, SHARED_CREDIT),
         (surrogates, SURROGATES),
         (reduction, REDUCTION),
         (compositions, COMPOSITIONS),
@@ -250,6 +278,7 @@ def check() -> None:
         oracle.test_no_gradient_reaches_the_teacher(name)
     oracle.test_discount_lies_between_and_skips_masked_positions()
     oracle.test_baselines_average_the_responses_they_say()
+    pairs.test_a_baseline_leaves_the_mean_gradient("position_mean", (0, 1), False, "cost")
     for name in objectives.DENOMINATORS:
         oracle.test_micro_batches_do_not_change_the_loss(name)
     for name in oracle.FAMILY:

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -303,8 +304,15 @@ def test_baselines_average_the_responses_they_say() -> None:
     given = torch.tensor([[1.0, 2.0], [10.0, 20.0], [4.0, 0.0], [7.0, 5.0], [30.0, 50.0]])
     others = torch.tensor([[5.5, 2.5], [30.0, 50.0], [4.0, 3.5], [2.5, 1.0], [10.0, 20.0]])
     torch.testing.assert_close(credit.leave_one_out(batch, given), others)
-    alive = torch.tensor([52 / 5, 77 / 4]).expand(5, 2)
+    # of prompt 7 the two responses of prompt 3, and the other way round those that are alive
+    means = {7: [20.0, 35.0], 3: [4.0, 3.5]}
+    alive = torch.tensor([means[number] for number in batch.prompt.tolist()])
     torch.testing.assert_close(credit.position_mean(batch, given), alive)
+    wide = torch.stack([given, -given], -1)
+    torch.testing.assert_close(credit.position_mean(batch, wide)[..., 1], -alive)
+    torch.testing.assert_close(credit.leave_one_out(batch, wide)[..., 1], -others)
+    with pytest.raises(ValueError, match="position_mean is the mean over other prompts"):
+        credit.position_mean(replace(batch, prompt=torch.zeros(5).long()), given)
 
 
 @pytest.mark.parametrize("name", sorted(o.DENOMINATORS))

@@ -1,0 +1,142 @@
+"""Baselines over other responses, over every pair of responses of random length.
+
+An id that ends a response, two that do not, at most T tokens: 15 responses. Two of them, drawn
+independently, are a batch, as answers to two prompts or as rollouts of one.
+"""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from diagnostics.batch import Scored
+from diagnostics.family import member_index, weights
+from opd import objectives as o
+
+V, T, END = 3, 3, 0
+PREFIXES = [p for n in range(T) for p in itertools.product((1, 2), repeat=n)]
+RESPONSES = [
+    (*prefix, token)
+    for prefix in PREFIXES
+    for token in range(V)
+    if token == END or len(prefix) == T - 1
+]
+
+
+def table(seed: int) -> Tensor:
+    """(prefixes, V) logits."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(len(PREFIXES), V, generator=generator, dtype=torch.float64)
+
+
+def padded(value: Callable[[int, int], float], dtype: torch.dtype) -> Tensor:
+    """(responses, T) of a function of the prefix and the token; 0 behind the end."""
+    rows = torch.zeros(len(RESPONSES), T, dtype=dtype)
+    for i, response in enumerate(RESPONSES):
+        for t, token in enumerate(response):
+            rows[i, t] = value(PREFIXES.index(response[:t]), token)
+    return rows
+
+
+STUDENT, TEACHER = table(0).log_softmax(-1), table(1).log_softmax(-1)
+TOKENS = padded(lambda _, token: token, torch.long)
+STATES = padded(lambda prefix, _: prefix, torch.long)
+MASK = padded(lambda *_: 1, torch.bool)
+CHANCE = padded(lambda prefix, token: float(STUDENT[prefix, token]), torch.float64).sum(1).exp()
+FIRST, SECOND = torch.cartesian_prod(*[torch.arange(len(RESPONSES))] * 2).T
+
+
+def pairs(prompt: tuple[int, int], sampled_mask: Tensor | None = None) -> list[Scored]:
+    """Every pair as a batch of two rows."""
+
+    def column(x: Tensor) -> Tensor:
+        return padded(lambda prefix, token: float(x[prefix, token]), torch.float64)
+
+    ours, theirs = column(STUDENT), column(TEACHER)
+    found = []
+    for pair in torch.stack([FIRST, SECOND], 1):
+        mask = MASK[pair]
+        if sampled_mask is not None:
+            mask = mask & sampled_mask
+        found.append(
+            Scored(
+                tokens=TOKENS[pair],
+                mask=mask,
+                sampled_mask=MASK[pair],
+                sampler_logp=ours[pair],
+                prompt=torch.tensor(prompt),
+                ended=torch.ones(2, dtype=torch.bool),
+                student_logp=ours[pair],
+                teacher_logp=theirs[pair],
+            )
+        )
+    return found
+
+
+def mean_gradient(batches: list[Scored], credit: Callable[[Scored], Tensor]) -> Tensor:
+    """(prefixes, V) mean of sum credit_t grad log p(y_t) over both rows of every pair."""
+    total = torch.zeros_like(STUDENT)
+    for batch, first, second in zip(batches, FIRST, SECOND, strict=True):
+        w = CHANCE[first] * CHANCE[second] * credit(batch) * batch.mask
+        for row, response in enumerate((first, second)):
+            states, tokens = STATES[response], TOKENS[response]
+            total.index_put_((states, tokens), w[row], accumulate=True)
+            total.index_add_(0, states, -w[row][:, None] * STUDENT[states].exp())
+    return total
+
+
+def test_the_responses_are_all_there_are() -> None:
+    assert len(RESPONSES) == 15
+    assert float(CHANCE.sum()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("scope", ["cost", "loss"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("baseline", "prompt"), [("position_mean", (0, 1)), ("leave_one_out", (0, 0))]
+)
+def test_a_baseline_leaves_the_mean_gradient(
+    baseline: str, prompt: tuple[int, int], masked: bool, scope: str
+) -> None:
+    """The tail of the longest response included, where nobody else is alive.
+
+    The mask takes out the second position, whatever was sampled there.
+    """
+    where = torch.tensor([True, False, True]) if masked else None
+    batches = pairs(prompt, where)
+    for gamma in (0.0, 0.7, 1.0):
+        plain = o.sampled_token(gamma)
+        if masked and gamma:
+            plain = replace(plain, mask_scope=scope)
+        want = mean_gradient(batches, plain.credit)
+        centred = replace(plain, baseline=o.make("sampled_token", 0.5, baseline).baseline)
+        assert any(bool((centred.credit(b) - plain.credit(b)).any()) for b in batches[-3:])
+        torch.testing.assert_close(mean_gradient(batches, centred.credit), want)
+
+
+def test_a_mean_with_the_own_credit_in_it_shrinks_the_gradient() -> None:
+    """What position_mean was: (k - 1)/k of the mean with k alive, 0 where nobody else is."""
+
+    def own_included(batch: Scored, credit: Tensor) -> Tensor:
+        return ((credit * batch.mask).sum(0) / batch.mask.sum(0).clamp(min=1)).expand_as(credit)
+
+    plain, batches = o.sampled_token(0.0), pairs((0, 1))
+    want = mean_gradient(batches, plain.credit)
+    biased = mean_gradient(batches, replace(plain, baseline=own_included).credit)
+    torch.testing.assert_close(biased[0], want[0] / 2)  # both are alive at the first token
+    assert float((biased - want).norm() / want.norm()) > 0.3
+
+
+@pytest.mark.parametrize("baseline", ["position_mean", "leave_one_out"])
+def test_the_probe_measures_the_baseline_that_trains(baseline: str) -> None:
+    batch = pairs((0, 1) if baseline == "position_mean" else (0, 0))[100]
+    gammas = (0.0, 0.9, 1.0)
+    family = weights(batch, [baseline], gammas)
+    for gamma in gammas:
+        made: Any = o.make("sampled_token", gamma, baseline)
+        found = family.values[..., member_index(family, baseline, gamma)]
+        torch.testing.assert_close(found, made.credit(batch))
