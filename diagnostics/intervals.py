@@ -1,5 +1,10 @@
-"""Intervals over independent repetitions (seeds, draws of a world, prompts), by the bootstrap."""
+"""Intervals over independent repetitions (seeds, draws of a world, prompts, problems).
 
+Accuracies and their differences have intervals of closed form, which keep a width where all
+problems agree and for few of them; other statistics have the bootstrap.
+"""
+
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +14,8 @@ from numpy.typing import NDArray
 from diagnostics.errors import InvalidInput
 
 Array = NDArray[Any]
+Z = 1.959964
+"""Of 95 % of a normal distribution."""
 
 
 def bootstrap_interval(
@@ -58,30 +65,109 @@ def bootstrap_interval(
     return low, high
 
 
-def crossed_interval(
-    values: Array, generator: np.random.Generator, level: float = 0.95, resamples: int = 2000
-) -> tuple[float, float]:
-    """Percentile interval of the grand mean of values crossed over runs and problems.
+def share_interval(values: Array) -> tuple[float, float]:
+    """95 % interval of a mean accuracy over problems, or over runs and problems; never degenerate.
 
-    Rows and columns are resampled independently, so that an unusual seed and an unusual problem
-    both widen the interval; with one run it speaks of the problems alone. It errs on the wide side
-    (the cell noise is counted twice). Few runs give few combinations: two or three seeds say little
-    about seeds. (The pigeonhole bootstrap, Owen 2007.)
+    Wilson's score interval for as many independent problems as have the variance of the mean that
+    the values show. Problems are the sampling unit: to their squares are added two of the largest
+    variance that a share of this mean can have, p (1 - p), which also bounds the result, so that
+    few problems that agree by chance do not claim certainty. With one answer to each of M problems
+    it is Wilson's interval for M; where all are right or all wrong, that of M problems, however
+    many samples and runs there are. Runs add the variance of their means, with Student's t for
+    their number (Satterthwaite). (Wilson 1927; effective sample sizes: Korn and Graubard 1998.)
 
     Args:
-      values: (N, M), N runs on the same M problems.
+      values: (M,) or (N, M), shares in [0, 1] of M problems, by N runs on the same problems.
 
     Raises:
-      ValueError: no run, fewer than 2 problems, or a level outside (0, 1).
+      ValueError: no value, or one outside [0, 1].
     """
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 2 or values.shape[0] < 1 or values.shape[1] < 2:
-        raise InvalidInput(f"values have shape {values.shape}, expected (runs, problems >= 2)")
-    if not 0 < level < 1:
-        raise InvalidInput(f"level is {level}, expected a number in (0, 1)")
-    n, m = values.shape
-    runs = generator.multinomial(n, np.full(n, 1 / n), size=resamples) / n
-    problems = generator.multinomial(m, np.full(m, 1 / m), size=resamples) / m
-    means = np.einsum("rn,nm,rm->r", runs, values, problems, optimize=True)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    table = _table(values, 0.0)
+    runs, problems = table.shape
+    mean = float(table.mean())
+    largest = mean * (1 - mean)
+    if largest <= 1e-12:
+        return wilson_interval(round(mean), problems)
+    squares = float(np.square(table.mean(0) - mean).sum())
+    variance = min(largest, (squares + 2 * largest) / (problems + 1)) / problems
+    between = _between_runs(table)
+    total = variance + between
+    return wilson_interval(mean, largest / total, _critical(total, between, runs))
+
+
+def wilson_interval(share: float, count: float, critical: float = Z) -> tuple[float, float]:
+    """Score interval of a share of `count` independent problems, which need not be whole."""
+    square = critical * critical / count
+    centre = share + square / 2
+    half = math.sqrt(square * (share * (1 - share) + square / 4))
+    return max(0.0, (centre - half) / (1 + square)), min(1.0, (centre + half) / (1 + square))
+
+
+def gain_interval(values: Array) -> tuple[float, float]:
+    """95 % interval of a mean paired difference of shares; never degenerate.
+
+    Wald's interval after adding two problems, one gained and one lost. With one answer to each
+    problem they are 1 and -1, and the interval is that of Bonett and Price (2012, J. Educ. Behav.
+    Stat. 37); where the differences are finer (several samples or runs) they are as large as the
+    root mean square of the changes seen and one whole problem more. Runs add the variance of their
+    means, with Student's t for their number (Satterthwaite).
+
+    Args:
+      values: (M,) or (N, M), differences in [-1, 1] on M problems, by N runs on the same problems.
+
+    Raises:
+      ValueError: no value, or one outside [-1, 1].
+    """
+    table = _table(values, -1.0)
+    runs, problems = table.shape
+    difference = table.mean(0)
+    squares = float(np.square(difference).sum())
+    added = (squares + 1) / (np.count_nonzero(difference) + 1)
+    centre = float(difference.sum()) / (problems + 2)
+    variance = ((squares + 2 * added) / (problems + 2) - centre**2) / (problems + 2)
+    between = _between_runs(table)
+    total = variance + between
+    half = _critical(total, between, runs) * math.sqrt(total)
+    mean = float(table.mean())
+    return max(-1.0, min(centre - half, mean)), min(1.0, max(centre + half, mean))
+
+
+def unpaired_interval(before: Array, after: Array) -> tuple[float, float]:
+    """95 % interval of mean(after) - mean(before) for accuracies on different problems.
+
+    Of the two `share_interval`s, by Newcombe's square-and-add (1998, Statist. Med. 17, method 10).
+    """
+    (low_before, high_before), (low_after, high_after) = map(share_interval, (before, after))
+    was, now = float(np.mean(before)), float(np.mean(after))
+    low = now - was - math.hypot(now - low_after, high_before - was)
+    high = now - was + math.hypot(high_after - now, was - low_before)
+    return low, high
+
+
+def _table(values: Array, least: float) -> Array:
+    """(N, M) float64 of (M,) or (N, M) values in [least, 1]."""
+    table = np.asarray(values, dtype=np.float64)
+    table = table[None] if table.ndim == 1 else table
+    if table.ndim != 2 or not table.size:
+        raise InvalidInput(f"values have shape {np.shape(values)}, expected (runs, problems)")
+    wrong = ~((table >= least) & (table <= 1))
+    if wrong.any():
+        raise InvalidInput(
+            f"{wrong.sum()} of {table.size} values lie outside [{least:g}, 1], the first is "
+            f"{table[wrong][0]:g}"
+        )
+    return table
+
+
+def _between_runs(table: Array) -> float:
+    """Variance of the mean of runs, from the means of (N, M) values; 0 for one run."""
+    return float(table.mean(1).var(ddof=1)) / len(table) if len(table) > 1 else 0.0
+
+
+def _critical(total: float, between: float, runs: int) -> float:
+    """Student's t for a variance of which the part between runs is estimated from their number."""
+    if between <= 1e-9 * total:
+        return Z
+    from scipy.special import stdtrit
+
+    return float(stdtrit((runs - 1) * (total / between) ** 2, 0.975))

@@ -206,8 +206,7 @@ def collect(runs: list[Path]) -> pd.DataFrame:
     """
     found: list[dict[str, Any]] = []
     judged: dict[str, str] = {}
-    for run in runs:
-        whose = about(run)
+    for run, whose in zip(runs, about(runs), strict=True):
         for row in rows.read(run / "rows.jsonl"):
             of = whose | {"step": row["step"], "task": row.get("task", GAMES), "where": ROLLOUTS}
             costs = {f"cost_{n}": rounded(row.get(f"turn={n}/drift/k1")) for n in TURNS}

@@ -1,6 +1,5 @@
 """Run folders in, one long table out; reads the record only, needs no torch."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +7,9 @@ import numpy as np
 import pandas as pd
 
 from diagnostics import rows
-from diagnostics.errors import InvalidInput, MissingFile
-from diagnostics.intervals import crossed_interval
+from diagnostics.errors import InvalidInput
+from diagnostics.intervals import gain_interval, unpaired_interval
+from figures.runs import distinct_names, labels, settings
 
 KEPT = [
     "loss",
@@ -30,18 +30,23 @@ KEPT = [
 
 
 def training_table(runs: list[Path]) -> pd.DataFrame:
-    """Long table (run, objective, seed, step, metric, value) of rows and evaluations."""
-    records: list[dict[str, Any]] = []
-    for run in runs:
-        if not (run / "config.json").exists():
-            raise MissingFile(f"{run} is no run folder: it has no config.json")
-        config = json.loads((run / "config.json").read_text())
+    """Long table (run, objective, seed, step, metric, value) of rows and evaluations.
 
-        def about(row: dict[str, Any], run: Path = run, config: Any = config) -> dict[str, Any]:
+    objective: its name, and in parentheses what else differs between the runs of one objective
+    (`figures.runs.distinct_names`), so that only seeds of one method share it. Rows of outcomes
+    have two more columns, outcomes and problem_set.
+    """
+    records: list[dict[str, Any]] = []
+    configs = [settings(run) for run in runs]
+    names = distinct_names(runs, [config["objective"] for config in configs])
+    for run, config, objective, label in zip(runs, configs, names, labels(runs), strict=True):
+
+        def about(
+            row: dict[str, Any], label: str = label, config: Any = config, name: str = objective
+        ) -> dict[str, Any]:
             """Of several tasks each counts as an objective of its own."""
             task = f" ({row['task']})" if row.get("task") else ""
-            name = config["objective"] + task
-            return {"run": run.name + task, "objective": name, "seed": config["seed"]}
+            return {"run": label + task, "objective": name + task, "seed": config["seed"]}
 
         for row in rows.read(run / "rows.jsonl"):
             for metric in KEPT:
@@ -56,7 +61,8 @@ def training_table(runs: list[Path]) -> pd.DataFrame:
                 name = f"eval/{metric}"
                 records.append(about(row) | {"step": row["step"], "metric": name, "value": value})
             outcomes = {"step": row["step"], "metric": "eval/outcomes", "value": float("nan")}
-            records.append(about(row) | outcomes | {"outcomes": row["outcomes"]})
+            outcomes |= {"outcomes": row["outcomes"], "problem_set": row.get("problem_set", "")}
+            records.append(about(row) | outcomes)
     if not records:
         raise InvalidInput(f"no rows in {[str(run) for run in runs]}")
     return pd.DataFrame(records)
@@ -65,34 +71,31 @@ def training_table(runs: list[Path]) -> pd.DataFrame:
 def gains(table: pd.DataFrame) -> pd.DataFrame:
     """Accuracy of each objective before and after training, from a training table.
 
-    Columns objective, seeds, problems, before, after, gain, low, high: pooled over the runs that
-    were evaluated twice on the same problems; the 95 % interval of the paired gain resamples runs
-    and problems (`crossed_interval`).
+    Columns objective, seeds, problems, before, after, gain, low, high, paired: over the runs that
+    were evaluated twice, first and last. The 95 % interval is over runs and problems: of paired
+    differences (`gain_interval`), or, where the last problems are not the first ones,
+    of two independent accuracies (`unpaired_interval`).
     """
     evaluations = table[table["metric"] == "eval/outcomes"]
     found = []
     for objective, mine in evaluations.groupby("objective"):
-        ends = [
-            (digits(run["outcomes"].iloc[0]), digits(run["outcomes"].iloc[-1]))
-            for _, run in mine.sort_values("step").groupby("run")
-            if len(run) > 1
-        ]
-        if not ends:
-            continue
-        before, after = (np.stack(x) for x in zip(*ends, strict=True))
-        low, high = crossed_interval(after - before, np.random.default_rng(0))
-        found.append(
-            {
-                "objective": objective,
-                "seeds": len(ends),
-                "problems": before.shape[1],
-                "before": before.mean(),
-                "after": after.mean(),
-                "gain": (after - before).mean(),
-                "low": low,
-                "high": high,
-            }
-        )
+        ends: dict[tuple[int, int, bool], list[tuple[np.ndarray, np.ndarray]]] = {}
+        for _, run in mine.sort_values("step").groupby("run"):
+            if len(run) > 1:
+                before, after = (digits(run["outcomes"].iloc[i]) for i in (0, -1))
+                sets = run.get("problem_set", pd.Series([""] * len(run))).fillna("")
+                paired = len(before) == len(after) and sets.iloc[0] == sets.iloc[-1]
+                ends.setdefault((len(before), len(after), paired), []).append((before, after))
+        for (_, count, paired), both in ends.items():
+            name = objective if len(ends) == 1 else f"{objective} ({count} problems)"
+            before, after = (np.stack(x) for x in zip(*both, strict=True))
+            low, high = (
+                gain_interval(after - before) if paired else unpaired_interval(before, after)
+            )
+            accuracies = {"before": before.mean(), "after": after.mean()}
+            gain = {"gain": after.mean() - before.mean(), "low": low, "high": high}
+            counts = {"objective": name, "seeds": len(both), "problems": count}
+            found.append({**counts, **accuracies, **gain, "paired": paired})
     return pd.DataFrame(found)
 
 

@@ -12,8 +12,8 @@ from figures.steps import EVALUATION_COLUMNS, evaluations
 
 COLUMNS = EVALUATION_COLUMNS
 CAPTION = (
-    "Held-out accuracy after training, mean over seeds and problems, with 95 % intervals that "
-    "resample both; strokes: each run; dotted: the student before. Rollouts have top-p 0.9 for "
+    "Held-out accuracy after training, mean over seeds and problems, with 95 % intervals over "
+    "both; strokes: each run; dotted: the student before. Rollouts have top-p 0.9 for "
     "local supports and variants, as in the paper; evaluation is at top-p 1 (in the paper: 0.9). "
     "The models are made for this: a byte-level student that spells its think tags and ends "
     "with <|im_end|>; a teacher of the task chain whose tags are single tokens and whose end is "

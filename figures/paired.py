@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from diagnostics.intervals import crossed_interval
+from diagnostics.intervals import gain_interval, share_interval
 from figures.collect import digits
 
 
@@ -27,25 +27,24 @@ def outcomes(table: pd.DataFrame, method: str) -> pd.DataFrame:
 
 
 def accuracy(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean over runs and problems and its 95 % interval, resampling both."""
-    low, high = crossed_interval(values, np.random.default_rng(0))
-    return float(values.mean()), low, high
+    """Mean over (runs, problems) and its 95 % interval over both."""
+    return float(values.mean()), *share_interval(values)
 
 
 def difference(ours: pd.DataFrame, theirs: pd.DataFrame) -> dict[str, float]:
     """Paired difference over the seeds that both have: value, low, high, p, p_seeds, seeds.
 
-    low, high: 95 %, resampling seeds and problems. p: `sign_flip` over problems, of differences
+    low, high: 95 %, over seeds and problems. p: `sign_flip` over problems, of differences
     averaged over seeds, so that it is about these runs; p_seeds: over seeds, of differences
     averaged over problems, so that it is about runs like them; with n seeds it is at least 2^(1-n).
     """
     seeds = ours.index.intersection(theirs.index)
     away = ours.loc[seeds].to_numpy(float) - theirs.loc[seeds].to_numpy(float)
-    value, low, high = accuracy(away)
+    low, high = gain_interval(away)
     p = sign_flip(away.mean(0), np.random.default_rng(0))
     p_seeds = sign_flip(away.mean(1), np.random.default_rng(0))
     tests = {"p": p, "p_seeds": p_seeds, "seeds": len(seeds)}
-    return {"value": value, "low": low, "high": high} | tests
+    return {"value": float(away.mean()), "low": low, "high": high} | tests
 
 
 def sign_flip(values: np.ndarray, generator: np.random.Generator, draws: int = 9999) -> float:

@@ -1,15 +1,30 @@
-"""Run folders by method, their saved batches, their rows by position; needs no torch."""
+"""Run folders by method, their saved batches, their rows by position; needs no torch.
+
+Runs are pooled, as seeds of one method, only where nothing else about them differs.
+"""
 
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from diagnostics.errors import MissingFile
+from diagnostics import rows
+from diagnostics.errors import InvalidInput, MissingFile
 from diagnostics.rows import Row
 
 BIN = re.compile(r"@(\d+)-(\d+)$")
+NOT_OF_THE_METHOD = frozenset(
+    (
+        *("seed", "out", "loggers", "exact_every", "probe_every", "probe_blocks", "eval_every"),
+        *("eval_problems", "save_every", "batch_every", "micro_tokens", "chunk_elements"),
+        *("rows_at_once", "checkpointing", "offload_teacher", "sharding", "device"),
+        *("teacher_patience", "teacher_requests", "rollout_patience", "rollout_requests"),
+        *("rollout_servers", "weights_folder", "trust_remote_code"),
+    )
+)
+"""Settings in which seeds of one method may differ: noise, place, machine, how often one looks."""
 
 
 def methods(runs: list[Path]) -> dict[str, list[Path]]:
@@ -17,14 +32,121 @@ def methods(runs: list[Path]) -> dict[str, list[Path]]:
 
     Raises:
       FileNotFoundError: a folder is not a run folder.
+      ValueError: runs of one method differ in more than their seed, or not even in that.
     """
     found: dict[str, list[Path]] = {}
     for run in runs:
-        if not (run / "config.json").exists():
-            raise MissingFile(f"{run} is no run folder: it has no config.json")
-        seed = json.loads((run / "config.json").read_text())["seed"]
+        seed = settings(run)["seed"]
         found.setdefault(run.name.removesuffix(f"-{seed}"), []).append(run)
+    for method, folders in found.items():
+        refuse_unlike(method, folders)
     return found
+
+
+def settings(run: Path) -> dict[str, Any]:
+    """A run's config.json.
+
+    Raises:
+      FileNotFoundError: the folder is not a run folder.
+    """
+    if not (run / "config.json").exists():
+        raise MissingFile(f"{run} is no run folder: it has no config.json")
+    return json.loads((run / "config.json").read_text("utf-8"))
+
+
+def differing(runs: list[Path]) -> dict[str, list[str]]:
+    """What differs between runs of which each may be another seed: name to its text in each run.
+
+    The settings but NOT_OF_THE_METHOD; the problems on which each task was judged; and "run", its
+    name, where two runs have the same seed, so that they are no independent repetitions. Models
+    and tasks are compared by what they hold where all the runs recorded it (identities.json, see
+    `opd.identity`), else by name.
+    """
+    configs = [settings(run) for run in runs]
+    shown: dict[str, list[str]] = {}
+    for name in sorted({name for config in configs for name in config} - NOT_OF_THE_METHOD):
+        shown[name] = [short_text(config.get(name)) for config in configs]
+    held = [identities(run) for run in runs]
+    for name in sorted(set.intersection(*map(set, held)) if held else ()):
+        names = [short_text(config.get(name)) for config in configs]
+        values = [identity[name] for identity in held]
+        shown[name] = [
+            f"{text} {value}" if len(set(values)) > 1 else value
+            for text, value in zip(names, values, strict=True)
+        ]
+    for task in sorted({task for run in runs for task in judged(run)}):
+        shown[f"judged on{' ' + task if task else ''}"] = [
+            judged(run).get(task, "nothing") for run in runs
+        ]
+    seeds = [config.get("seed") for config in configs]
+    if len(set(seeds)) < len(seeds):
+        shown["run"] = [run.resolve().name for run in runs]
+        if len(set(shown["run"])) < len(runs):
+            shown["run"] = [str(run) for run in runs]
+    return {name: texts for name, texts in shown.items() if len(set(texts)) > 1}
+
+
+def labels(folders: list[Path]) -> list[str]:
+    """Names of run folders, with as many of the folders above them as tell them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    deepest = max(map(len, parts))
+    for depth in range(1, deepest + 1):
+        names = ["/".join(x[-depth:]) for x in parts]
+        if len(set(names)) == len(set(parts)):
+            break
+    return names
+
+
+def identities(run: Path) -> dict[str, str]:
+    """What a run recorded of the contents of its models and tasks; empty for older runs."""
+    path = run / "identities.json"
+    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+
+
+def judged(run: Path) -> dict[str, str]:
+    """Task to the problems of its last evaluation: how many, and their fingerprint."""
+    found: dict[str, str] = {}
+    for row in rows.read(run / "evals.jsonl"):
+        count, problems = row.get("problems", ""), row.get("problem_set", "")
+        found[row.get("task", "")] = f"{count} problems {problems}".strip()
+    return found
+
+
+def short_text(value: Any) -> str:
+    """A setting as part of a name: a string as it is, else JSON."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def distinct_names(runs: list[Path], names: list[str]) -> list[str]:
+    """A name for each run, equal for two runs only where they are seeds of one method.
+
+    names: what each would be called; where runs of one name differ, what differs is added.
+    """
+    made = list(names)
+    for name in dict.fromkeys(names):
+        places = [i for i, one in enumerate(names) if one == name]
+        away = differing([runs[i] for i in places])
+        for k, i in enumerate(places):
+            if away:
+                made[i] = f"{name} ({', '.join(f'{key} {x[k]}' for key, x in away.items())})"
+    return made
+
+
+def refuse_unlike(method: str, runs: list[Path]) -> None:
+    """Refuse to pool runs that are no seeds of one method.
+
+    Raises:
+      ValueError: they differ in more than their seed, or two have the same one.
+    """
+    for name, texts in differing(runs).items():
+        i = next(i for i, text in enumerate(texts) if text != texts[0])
+        what = f"{name} is {texts[0]!r} in {runs[0]} and {texts[i]!r} in {runs[i]}"
+        if name == "run":
+            what = f"two of {', '.join(map(str, runs))} have the same seed"
+        raise InvalidInput(
+            f"the runs of {method} are not seeds of one method: {what}; give them folders of "
+            "different names, or leave one out"
+        )
 
 
 def saved(runs: list[Path]) -> list[int]:

@@ -3,7 +3,6 @@
 A run folder is GROUP/METHOD-SEED. `opd paper` makes such folders, and so may anybody.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ import numpy as np
 import pandas as pd
 
 from diagnostics import rows
-from diagnostics.errors import InvalidInput, MissingFile
+from diagnostics.errors import InvalidInput
+from figures.runs import refuse_unlike, settings
 
 KEPT = {
     "reward": "collapse/reward",
@@ -33,17 +33,22 @@ EVALUATION_COLUMNS = (
 )
 
 
-def about(run: Path) -> dict[str, Any]:
-    """Group, method and seed of a run folder.
+def about(runs: list[Path]) -> list[dict[str, Any]]:
+    """Group, method and seed of each run folder.
 
     Raises:
-      FileNotFoundError: it is not a run folder.
+      FileNotFoundError: one is not a run folder.
+      ValueError: runs of one group and method are no seeds of it (`figures.runs.differing`).
     """
-    if not (run / "config.json").exists():
-        raise MissingFile(f"{run} is no run folder: it has no config.json")
-    seed = json.loads((run / "config.json").read_text())["seed"]
-    method = run.name.removesuffix(f"-{seed}")
-    return {"group": run.resolve().parent.name, "method": method, "seed": seed}
+    found, alike = [], dict[tuple[str, str], list[Path]]()
+    for run in runs:
+        seed = settings(run)["seed"]
+        method, group = run.name.removesuffix(f"-{seed}"), run.resolve().parent.name
+        found.append({"group": group, "method": method, "seed": seed})
+        alike.setdefault((group, method), []).append(run)
+    for (group, method), folders in alike.items():
+        refuse_unlike(f"{group}/{method}", folders)
+    return found
 
 
 def steps(runs: list[Path]) -> pd.DataFrame:
@@ -53,7 +58,7 @@ def steps(runs: list[Path]) -> pd.DataFrame:
     has nothing else, is the evaluation after the last step.
     """
     found: list[dict[str, Any]] = []
-    for run in runs:
+    for run, about_it in zip(runs, about(runs), strict=True):
         mine: dict[tuple[int, str], dict[str, Any]] = {}
         for row in rows.read(run / "rows.jsonl"):
             of = mine.setdefault((row["step"], row.get("task", "")), {})
@@ -61,7 +66,6 @@ def steps(runs: list[Path]) -> pd.DataFrame:
         for row in rows.read(run / "evals.jsonl"):
             of = mine.setdefault((row["step"], row.get("task", "")), {})
             of["accuracy"] = rounded(row["accuracy"])
-        about_it = about(run)
         found += [about_it | {"step": s, "task": t} | x for (s, t), x in sorted(mine.items())]
     return pd.DataFrame(found, columns=list(STEP_COLUMNS))
 
@@ -74,8 +78,7 @@ def evaluations(runs: list[Path]) -> pd.DataFrame:
     """
     found: list[dict[str, Any]] = []
     judged: dict[tuple[str, str], str] = {}
-    for run in runs:
-        about_it = about(run)
+    for run, about_it in zip(runs, about(runs), strict=True):
         for row in rows.read(run / "evals.jsonl"):
             task, problems = row.get("task", ""), row.get("problem_set", "")
             if judged.setdefault((about_it["group"], task), problems) != problems:

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from diagnostics.intervals import crossed_interval
+from diagnostics.intervals import share_interval
 from figures import style
 from figures.collect import digits
 
@@ -47,14 +47,13 @@ def draw(table: pd.DataFrame) -> Figure:
 
 
 def draw_accuracy(axes: Any, table: pd.DataFrame, colours: dict[str, str]) -> None:
-    """Held-out accuracy; the band resamples problems and seeds."""
+    """Held-out accuracy; the band is over problems and seeds."""
     rows = table[table["metric"] == "eval/outcomes"]
     for objective, mine in rows.groupby("objective"):
         points = []
         for step, group in mine.groupby("step"):
             outcomes = np.stack([digits(text) for text in group["outcomes"]])
-            interval = crossed_interval(outcomes, np.random.default_rng(0))
-            points.append((step, outcomes.mean(), *interval))
+            points.append((step, outcomes.mean(), *share_interval(outcomes)))
         count = mine["seed"].nunique()
         label = f"{objective} ({count} seed{'s' if count > 1 else ''})"
         x, y, low, high = zip(*points, strict=True)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diagnostics.errors import InvalidInput
-from diagnostics.intervals import bootstrap_interval
+from diagnostics.intervals import gain_interval, share_interval
 
 Array = NDArray[Any]
 
@@ -89,76 +89,47 @@ def refuse_k(k: int, samples: int) -> None:
         raise InvalidInput(f"k is {k}, but each problem has {samples} samples; draw at least k")
 
 
-def summary(
-    right: Array,
-    answers: Sequence[Sequence[str | None]],
-    generator: np.random.Generator,
-) -> dict[str, float]:
+def summary(right: Array, answers: Sequence[Sequence[str | None]]) -> dict[str, float]:
     """Accuracy, pass@k and majority@k with their 95 % intervals over problems.
 
     `accuracy` (= avg@S = pass@1), `pass@k` for k = 2, 4, 8, ... and S, and `majority@S`; each with
-    `/low` and `/high`, plain `low` and `high` for the accuracy. With one sample a problem there is
-    only the accuracy, with its Wilson interval; else intervals are bootstrapped.
+    `/low` and `/high`, plain `low` and `high` for the accuracy (`diagnostics.intervals`). With one
+    sample a problem there is only the accuracy, and its interval is Wilson's.
 
     Args:
       right: (M, S) bool. answers: (M, S), see `majority_at_k`.
     """
     right = np.asarray(right, dtype=bool)
-    m, samples = right.shape
-    if samples == 1:
-        low, high = wilson(int(right.sum()), m)
-        return {"accuracy": float(right.mean()), "low": low, "high": high}
+    samples = right.shape[1]
     powers = [2**i for i in range(1, samples.bit_length()) if 2**i < samples]
     columns = {"accuracy": right.mean(1)}
-    for k in [*powers, samples]:
+    for k in [*powers, samples] if samples > 1 else ():
         columns[f"pass@{k}"] = np.array([pass_at_k(int(r.sum()), samples, k) for r in right])
-    columns[f"majority@{samples}"] = np.array(
-        [majority_at_k(a, r, samples) for a, r in zip(answers, right, strict=True)]
-    )
+    if samples > 1:
+        columns[f"majority@{samples}"] = np.array(
+            [majority_at_k(a, r, samples) for a, r in zip(answers, right, strict=True)]
+        )
     found: dict[str, float] = {}
-    table = np.stack(list(columns.values()), 1)
-    low_high = problem_interval(table, generator)
-    for name, mean, low, high in zip(columns, table.mean(0), *low_high, strict=True):
+    for name, values in columns.items():
+        low, high = share_interval(values.clip(0, 1))
         prefix = "" if name == "accuracy" else f"{name}/"
-        found |= {name: float(mean), f"{prefix}low": float(low), f"{prefix}high": float(high)}
+        found |= {name: float(values.mean()), f"{prefix}low": low, f"{prefix}high": high}
     return found
 
 
-def problem_interval(values: Array, generator: np.random.Generator) -> tuple[Array, Array]:
-    """95 % bootstrap interval of the mean over problems, (M, ...) -> two of (...); NaN if M is 1.
-
-    It has no width where all problems agree, and is somewhat narrow for few (30 of a contest).
-    """
-    if len(values) < 2:
-        nothing = np.full(values.shape[1:], np.nan)
-        return nothing, nothing
-    return bootstrap_interval(values, lambda x: x.mean(0), generator)
-
-
-def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % score interval of a share of `right` in `n` independent problems."""
-    p = right / n
-    centre = p + z * z / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return (centre - half) / scale, (centre + half) / scale
-
-
-def compare(
-    a: dict[str, Any], b: dict[str, Any], generator: np.random.Generator
-) -> dict[str, float]:
+def compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, float]:
     """How much better `b` is than `a` on the same problems, problem by problem.
 
-    `gain`, the difference of the accuracies, with its paired 95 % bootstrap interval over problems
-    (`low`, `high`); it speaks of these two models, not of their seeds. With one sample of each
-    problem also `lost` and `won`, the problems that only `a` or only `b` got right, and `p`, the
-    exact two-sided McNemar test of equally many.
+    `gain`, the difference of the accuracies, with its paired 95 % interval over problems (`low`,
+    `high`, of `diagnostics.intervals.gain_interval`); it speaks of these two models, not of their
+    seeds. With one sample of each problem also `lost` and `won`, the problems that only `a` or
+    only `b` got right, and `p`, the exact two-sided McNemar test of equally many.
 
     Args:
       a, b: results of `opd.evaluate.evaluate`, rows of evals.jsonl, or what `opd eval` writes.
 
     Raises:
-      ValueError: different problems, or fewer than 2.
+      ValueError: different problems.
     """
     if a["problem_set"] != b["problem_set"]:
         raise InvalidInput(
@@ -167,10 +138,8 @@ def compare(
         )
     before, after = rights(a), rights(b)
     difference = after.mean(1) - before.mean(1)
-    if len(difference) < 2:
-        raise InvalidInput("one problem gives no interval; compare on at least 2")
-    low, high = problem_interval(difference, generator)
-    found = {"gain": float(difference.mean()), "low": float(low), "high": float(high)}
+    low, high = gain_interval(difference)
+    found = {"gain": float(difference.mean()), "low": low, "high": high}
     if before.shape[1] == after.shape[1] == 1:
         lost, won = int((difference < 0).sum()), int((difference > 0).sum())
         found |= {"lost": lost, "won": won, "p": mcnemar(lost, won)}

@@ -80,17 +80,22 @@ def evaluate(argv: list[str]) -> None:
     )
     found = result(graded)
     if other is not None:
-        import numpy
-
         from opd.accuracy import compare
 
-        gain = compare(other, found, numpy.random.default_rng(0))
-        found |= {f"against/{name}": value for name, value in gain.items()}
+        found |= {f"against/{name}": value for name, value in compare(other, found).items()}
+        away = differing(other.get("settings", {}), json.loads(json.dumps(settings, default=str)))
+        found |= {"against/settings": away} if away else {}
     print(json.dumps({k: v for k, v in found.items() if k != "outcomes"}))
     if out is not None:
         out.write_text(json.dumps({**found, "settings": settings}, indent=1, default=str) + "\n")
     if responses is not None:
         responses.write_text("".join(json.dumps(row) + "\n" for row in records(graded)))
+
+
+def differing(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
+    """Settings of two evaluations that are not the same, but for where they are written."""
+    names = sorted((before.keys() & now.keys()) - {"out", "responses", "against", "device"})
+    return {name: [before[name], now[name]] for name in names if before[name] != now[name]}
 
 
 def evaluation_options(argv: list[str]) -> dict[str, Any]:

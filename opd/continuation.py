@@ -17,7 +17,7 @@ import torch
 
 from diagnostics.batch import Rollouts
 from diagnostics.errors import InvalidInput
-from diagnostics.intervals import bootstrap_interval
+from diagnostics.intervals import gain_interval
 from opd.config import from_json
 from opd.data import Prompts, Task, encode
 from opd.endpoint import is_url
@@ -89,7 +89,7 @@ def continuation(
     found = []
     for length in sorted(set(lengths)):
         rows = (own.mask.sum(1) > length).nonzero()[:, 0].tolist()
-        if len(rows) < 2 or length >= config.max_response:
+        if not rows or length >= config.max_response:
             continue
         asked = continued(prompts.rows(rows), own.tokens[rows, :length])
         more = drawn(pair.teacher, asked, config.max_response - length, 1 + length)
@@ -130,12 +130,12 @@ def graded(
 def gain(teacher: np.ndarray, student: np.ndarray) -> dict[str, float]:
     """Accuracies of both on the same problems and their paired difference, with its interval."""
     away = teacher - student
-    low, high = bootstrap_interval(away, lambda x: x.mean(), np.random.default_rng(0))
+    low, high = gain_interval(away)
     return {
         "problems": len(away),
         "teacher": float(teacher.mean()),
         "student": float(student.mean()),
         "gain": float(away.mean()),
-        "low": float(low),
-        "high": float(high),
+        "low": low,
+        "high": high,
     }

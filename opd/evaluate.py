@@ -241,7 +241,7 @@ def result(graded: Graded) -> dict[str, Any]:
     """
     right, labels = graded.right, [label(problem) for problem in graded.problems]
     silent = [answer is None for row in graded.answers for answer in row]
-    found: dict[str, Any] = summary(right, graded.answers, np.random.default_rng(0))
+    found: dict[str, Any] = summary(right, graded.answers)
     found |= {
         "problems": right.shape[0],
         "samples": right.shape[1],
@@ -252,7 +252,7 @@ def result(graded: Graded) -> dict[str, Any]:
     names = sorted(set(labels))
     for name in names if len(names) > 1 else []:
         rows = [i for i, other in enumerate(labels) if other == name]
-        part = summary(right[rows], [graded.answers[i] for i in rows], np.random.default_rng(0))
+        part = summary(right[rows], [graded.answers[i] for i in rows])
         chosen = {k: part[k] for k in ("accuracy", "low", "high")} | {"problems": len(rows)}
         found |= {f"task/{name}/{k}": v for k, v in chosen.items()}
     if len(names) > 1:

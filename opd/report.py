@@ -21,6 +21,7 @@ from typing import Any
 from diagnostics.alarm_rules import RULES
 from diagnostics.errors import InvalidInput
 from diagnostics.terminal import visible
+from figures.runs import labels
 from opd.record import Run, differences, number, read_run, recorded
 from opd.specimens import specimens
 
@@ -116,17 +117,6 @@ def gained(runs: list[Run]) -> list[dict[str, Any]]:
         return []
     found = gains(training_table(begun)).to_dict("records")
     return [{k: x if isinstance(x, str) else number(x) for k, x in row.items()} for row in found]
-
-
-def labels(folders: list[Path]) -> list[str]:
-    """Names of run folders, with as many of the folders above them as tell them apart."""
-    parts = [folder.resolve().parts for folder in folders]
-    deepest = max(map(len, parts))
-    for depth in range(1, deepest + 1):
-        names = ["/".join(x[-depth:]) for x in parts]
-        if len(set(names)) == len(set(parts)):
-            break
-    return names
 
 
 def page(data: Mapping[str, Any], watch: bool = False) -> str:

@@ -92,7 +92,7 @@ def test_lines_and_points_are_the_tables_numbers(runs: list[Path]) -> None:
 
 
 def test_runs_judged_on_other_games_are_refused(runs: list[Path], tmp_path: Path) -> None:
-    other = tmp_path / "games" / "lsm-2"
+    other = tmp_path / "games" / "another-2"
     other.mkdir(parents=True)
     (other / "config.json").write_text('{"seed": 2}')
     rows.append(other / "evals.jsonl", evaluated(0, "01") | {"problem_set": "q"})

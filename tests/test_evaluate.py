@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from diagnostics.intervals import gain_interval, share_interval, wilson_interval
 from opd import cli
 from opd.accuracy import (
     compare,
@@ -19,7 +20,6 @@ from opd.accuracy import (
     pass_at_k,
     rights,
     summary,
-    wilson,
     written,
 )
 from opd.data import Task, load_task, response_text
@@ -104,28 +104,21 @@ def test_both_are_unbiased_for_fresh_samples() -> None:
 def test_the_summary_has_problems_as_its_sampling_unit() -> None:
     right = np.array([[1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 0, 1], [1, 0, 0, 0]], dtype=bool)
     answers = [["a"] * 4, ["b"] * 4, ["a", "b", "c", "a"], ["a", "b", "b", "c"]]
-    found = summary(right, answers, np.random.default_rng(0))
+    found = summary(right, answers)
     assert found["accuracy"] == pytest.approx(7 / 16)
     assert found["pass@2"] == pytest.approx((1 + 0 + 5 / 6 + 1 / 2) / 4)
     assert found["pass@4"] == 0.75
     assert found["majority@4"] == 0.5
-    every = [np.mean(x) for x in product(right.mean(1), repeat=4)]
-    want = np.quantile(every, [0.025, 0.975])
-    assert (found["low"], found["high"]) == pytest.approx(tuple(want), abs=0.08)
+    assert (found["low"], found["high"]) == share_interval(right.mean(1))
+    assert (found["pass@4/low"], found["pass@4/high"]) == wilson_interval(0.75, 4)
     # more samples of the same problems are not more problems
-    more = summary(np.tile(right, 4), [a * 4 for a in answers], np.random.default_rng(0))
+    more = summary(np.tile(right, 4), [a * 4 for a in answers])
     assert more["high"] - more["low"] == pytest.approx(found["high"] - found["low"], abs=0.02)
-    one = summary(right[:, :1], [a[:1] for a in answers], np.random.default_rng(0))
-    assert (one["low"], one["high"]) == wilson(3, 4)
+    one = summary(right[:, :1], [a[:1] for a in answers])
+    assert (one["low"], one["high"]) == wilson_interval(0.75, 4)
     assert "pass@1" not in one
-    assert math.isnan(summary(right[:1], answers[:1], np.random.default_rng(0))["low"])
-
-
-def test_wilson_inverts_the_score_test() -> None:
-    for right, n in ((0, 9), (3, 10), (128, 128), (70, 256)):
-        for p in wilson(right, n):
-            score = abs(right / n - p) / math.sqrt(max(p * (1 - p), 1e-300) / n)
-            assert score == pytest.approx(1.959964, rel=1e-6) or right / n == pytest.approx(p)
+    alone = summary(right[:1], answers[:1])
+    assert (alone["low"], alone["high"]) == wilson_interval(1.0, 1)
 
 
 def evaluation(right: np.ndarray, problem_set: str = "s") -> dict:
@@ -136,22 +129,23 @@ def test_comparisons_are_paired() -> None:
     generator = np.random.default_rng(1)
     hard = generator.random((200, 1))
     before, after = (generator.random((200, 1)) < hard * x for x in (0.6, 0.9))
-    found = compare(evaluation(before), evaluation(after), np.random.default_rng(0))
+    found = compare(evaluation(before), evaluation(after))
     difference = after.mean(1) - before.mean(1)
     assert found["gain"] == pytest.approx(difference.mean())
     half = 1.96 * difference.std() / 200**0.5
     assert found["low"] == pytest.approx(difference.mean() - half, abs=0.01)
     assert found["high"] == pytest.approx(difference.mean() + half, abs=0.01)
     assert (found["lost"], found["won"]) == ((difference < 0).sum(), (difference > 0).sum())
-    # the same run has no gain and no width, however uncertain its accuracy is
-    same = compare(evaluation(before), evaluation(before), np.random.default_rng(0))
-    assert (same["gain"], same["low"], same["high"], same["p"]) == (0, 0, 0, 1)
+    # the same run has no gain, and an interval for what 200 problems may have missed
+    same = compare(evaluation(before), evaluation(before))
+    assert (same["gain"], same["p"]) == (0, 1)
+    assert (same["low"], same["high"]) == gain_interval(np.zeros(200))
     many = generator.random((50, 4)) < 0.5
-    assert "p" not in compare(evaluation(many), evaluation(many), np.random.default_rng(0))
+    assert "p" not in compare(evaluation(many), evaluation(many))
     assert (rights(evaluation(many)) == many).all()
     assert (rights(evaluation(before)) == before).all()
     with pytest.raises(ValueError, match=r"different problems \(200, set s; 200, set t\)"):
-        compare(evaluation(before), evaluation(after, "t"), np.random.default_rng(0))
+        compare(evaluation(before), evaluation(after, "t"))
 
 
 def test_mcnemar_counts_coin_flips() -> None:
@@ -424,7 +418,8 @@ def test_the_command_writes_what_it_found(
     }
     cli.evaluate([*words, "--whole", "--against", str(out)])
     again = json.loads(capsys.readouterr().out)
-    assert (again["against/gain"], again["against/low"], again["against/high"]) == (0, 0, 0)
+    assert again["against/gain"] == 0
+    assert (again["against/low"], again["against/high"]) == gain_interval(np.zeros(20))
     cli.evaluate(words)
     assert json.loads(capsys.readouterr().out)["problems"] == 2
     with pytest.raises(ValueError, match="different problems"):

@@ -60,9 +60,9 @@ function unwatched(run) {
 function drawGains() {
   const signed = (x) => (x >= 0 ? "+" : "−") + Math.abs(x).toFixed(3);
   if (!data.gains.length) { $("gains").replaceChildren(); return; }
-  const rows = data.gains.map((row) => [words(row.objective), [String(row.seeds), row.seeds], [String(row.problems), row.problems], [row.before.toFixed(3), row.before],
+  const rows = data.gains.map((row) => [row.paired ? words(row.objective) : `${words(row.objective)} (not paired)`, [String(row.seeds), row.seeds], [String(row.problems), row.problems], [row.before.toFixed(3), row.before],
     [row.after.toFixed(3), row.after], [`${signed(row.gain)} [${signed(row.low)}, ${signed(row.high)}]`, row.gain]]);
   $("gains").replaceChildren(make("h3", { textContent: "Held-out accuracy before and after" }),
     table([["objective"], ["runs", 1], ["problems", 1], ["before", 1], ["after", 1], ["gain [95 %]", 1]], rows, "Gains"),
-    small("Gains are paired by problem; the intervals resample problems and runs."));
+    small(`${data.gains.every((row) => row.paired) ? "Gains are paired by problem" : "Gains are paired by problem where the last problems are the first ones, else not"}; the intervals are over problems and runs. Only seeds of one method share a line: what else differs between runs is named.`));
 }
