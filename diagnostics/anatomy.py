@@ -26,7 +26,8 @@ def kl_anatomy(batch: Scored) -> dict[str, Total]:
     kl_tail = mean of 1[y not in S] (r - log((1-P)/(1-Q))), an unbiased estimate of the part
     (1-P) KL(p_out || q_out) from the sampled tokens;
     kl_parts = their sum, an unbiased estimate of the reverse KL with less variance than k1;
-    kl_binary_share, kl_head_share, kl_tail_share = shares of sums over all tokens.
+    kl_binary_share, kl_head_share, kl_tail_share = shares of sums. All over the sampled tokens: the
+    tail is unbiased over all that were drawn at a prefix, not over those that a mask leaves.
     For another support than the teacher's, "kl" reads "<source>_kl".
     Access: L1. Source: derived; the chain rule of KL. Masses outside below the rounding of a sum
     of K probabilities count as that rounding.
@@ -40,7 +41,7 @@ def kl_anatomy(batch: Scored) -> dict[str, Total]:
     found: dict[str, Total] = {f"drift/{name}_parts": _profile(batch, whole)}
     for part, x in parts.items():
         found[f"drift/{name}_{part}"] = _profile(batch, x)
-        share = Mean.ratio(x, whole, batch.mask, batch.prompt)
+        share = Mean.ratio(x, whole, batch.sampled, batch.prompt)
         found[f"drift/{name}_{part}_share"] = share
     return found
 
@@ -60,7 +61,7 @@ def split_divergence(batch: Scored) -> dict[str, Tensor]:
     out, beyond = ((1 - x).clamp(min=least) for x in (inside, theirs))
     between = torch.where(inside > 0, inside * (inside / theirs.clamp(min=1e-300)).log(), 0.0)
     escape = (out / beyond).log()
-    outside = ~support.contains(batch.tokens) & batch.mask
+    outside = ~support.contains(batch.tokens) & batch.sampled
     return {
         "binary": between + out * escape,
         "head": (p * _ratio(support)).sum(-1) - between,
@@ -71,10 +72,10 @@ def split_divergence(batch: Scored) -> dict[str, Tensor]:
 def agreement(threshold: float = AGREEMENT, run: int = RUN) -> Callable[[Scored], dict[str, Total]]:
     """B-12: long runs of tokens at which both models agree, and how repetitive they are.
 
-    A run is at least `run` consecutive tokens of the student's own (what the mask leaves out is
-    skipped) with KL(p || q) < threshold nats. agreeing_share = share of the tokens in runs;
-    agreeing_repeated_share = share of those that close a repeated 8-gram; agreeing_runs = number
-    of runs a response; agreeing_run_length = mean length of a run.
+    A run is at least `run` consecutive tokens of the student's own, supervised or not (an
+    environment's text is skipped), with KL(p || q) < threshold nats. agreeing_share = share of the
+    tokens in runs; agreeing_repeated_share = share of those that close a repeated 8-gram;
+    agreeing_runs = number of runs a response; agreeing_run_length = mean length of a run.
     Access: L2; the row sorts of `repeated`. Source: 2606.09471, where stopping at such runs cut
     responses by 60 % and raised accuracy.
     Healthy: a low KL is not good by itself, a teacher that follows a broken prefix also agrees. A
@@ -83,10 +84,10 @@ def agreement(threshold: float = AGREEMENT, run: int = RUN) -> Callable[[Scored]
     """
 
     def measured(batch: Scored) -> dict[str, Total]:
-        member, start = _runs(prefix_of(batch).reverse_kl < threshold, batch.mask, run)
-        again = repeated(batch.tokens, batch.mask)
+        member, start = _runs(prefix_of(batch).reverse_kl < threshold, batch.sampled, run)
+        again = repeated(batch.tokens, batch.sampled)
         runs = start.sum(1).double()
-        some = batch.mask.any(1)
+        some = batch.sampled.any(1)
         lengths = member.sum(1).double()
         return {
             "drift/agreeing_share": _profile(batch, member),
@@ -119,4 +120,4 @@ def _ratio(support: Support) -> Tensor:
 
 
 def _profile(batch: Scored, x: Tensor) -> Profile:
-    return Profile.of(x, batch.mask, batch.prompt)
+    return Profile.of(x, batch.sampled, batch.prompt)

@@ -36,7 +36,7 @@ def numbers(num_positions: int, device: torch.device) -> Tensor:
 
 
 def extents(mask: Tensor) -> Tensor:
-    """(B,) long: positions up to and with the last supervised one, 0 where there is none."""
+    """(B,) long: positions up to and with the last one of the mask, 0 where there is none."""
     place = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     return (place * mask).amax(1)
 

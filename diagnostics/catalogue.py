@@ -62,14 +62,17 @@ Metric = Callable[[Scored], dict[str, Total]]
 class Entry:
     """A metric, the version of its definition, and what it needs at least.
 
-    version: rises when a number of the same name changes its meaning; numbers of different
-      versions are not to be compared. level: L0 sampled log-probabilities, L1 a top-K support, L2
-      exact functionals (some of a metric's numbers may need more; then it is the least). wide:
-      many numbers or much work, so it is left out of the default panel.
+    over: the tokens that it is taken over: "sampled", all that the student chose, whatever the mask
+      takes out; "supervised", those that the loss is taken over; "both", some numbers over the one
+      and some over the other. version: rises when a number of the same name changes its meaning;
+      numbers of different versions are not to be compared. level: L0 sampled log-probabilities, L1
+      a top-K support, L2 exact functionals (some of a metric's numbers may need more; then it is
+      the least). wide: many numbers or much work, so it is left out of the default panel.
     """
 
     metric: Metric
     level: str
+    over: str = "supervised"
     version: int = 1
     wide: bool = False
 
@@ -85,48 +88,48 @@ def _named(metric: Metric, name: str) -> Metric:
 
 CATALOGUE: tuple[Entry, ...] = (
     Entry(sign_shares, "L0"),
-    Entry(sign_null, "L2"),
+    Entry(sign_null, "L2", "sampled", version=2),
     Entry(signal_concentration, "L0"),
     Entry(signed_concentration, "L0"),
     Entry(energy_concentration, "L2"),
-    Entry(repetition, "L0"),
+    Entry(repetition, "L0", "both", version=2),
     Entry(tail_share, "L1"),
-    Entry(action_dependence, "L2"),
+    Entry(action_dependence, "L2", "sampled", version=2),
     Entry(teachability, "L2", wide=True),
     Entry(quadrants, "L2", wide=True),
-    Entry(compatibility, "L1", wide=True),
+    Entry(compatibility, "L1", "sampled", version=2, wide=True),
     Entry(sampled_divergence, "L0"),
     Entry(exact_divergence, "L2"),
-    Entry(teacher_rank, "L2"),
-    Entry(rank_quantiles, "L2", wide=True),
-    Entry(support_mass, "L1"),
-    Entry(nested_outside, "L1", wide=True),
-    Entry(overlap, "L1"),
-    Entry(kl_anatomy, "L1"),
-    Entry(uncertainty, "L2"),
-    Entry(top_uncertainty, "L1", wide=True),
+    Entry(teacher_rank, "L2", "sampled", version=2),
+    Entry(rank_quantiles, "L2", "sampled", version=2, wide=True),
+    Entry(support_mass, "L1", "sampled", version=2),
+    Entry(nested_outside, "L1", "sampled", version=2, wide=True),
+    Entry(overlap, "L1", "sampled", version=2),
+    Entry(kl_anatomy, "L1", "sampled", version=2),
+    Entry(uncertainty, "L2", "sampled", version=2),
+    Entry(top_uncertainty, "L1", "sampled", version=2, wide=True),
     Entry(ratio_quantiles, "L0", wide=True),
-    Entry(prefix_weights, "L0", wide=True),
-    Entry(cost_by_tenth, "L0", wide=True),
-    Entry(entropy_by_tenth, "L2", wide=True),
-    Entry(_named(agreement(), "agreement"), "L2", wide=True),
+    Entry(prefix_weights, "L0", "sampled", version=2, wide=True),
+    Entry(cost_by_tenth, "L0", "both", version=2, wide=True),
+    Entry(entropy_by_tenth, "L2", "both", version=2, wide=True),
+    Entry(_named(agreement(), "agreement"), "L2", "sampled", version=2, wide=True),
     Entry(tokens_by_position, "L0"),
     Entry(one_id, "L0"),
     Entry(confident_impossible, "L0"),
-    Entry(endings, "L2"),
-    Entry(length, "L0"),
-    Entry(length_quantiles, "L0"),
-    Entry(length_incentive, "L0"),
-    Entry(reward, "L0"),
-    Entry(distinct, "L0", wide=True),
-    Entry(second_try, "L0"),
-    Entry(branching, "L2", wide=True),
+    Entry(endings, "L2", "both", version=2),
+    Entry(length, "L0", "sampled", version=2),
+    Entry(length_quantiles, "L0", "sampled", version=2),
+    Entry(length_incentive, "L0", "both", version=2),
+    Entry(reward, "L0", "sampled"),
+    Entry(distinct, "L0", "sampled", version=2, wide=True),
+    Entry(second_try, "L0", "sampled"),
+    Entry(branching, "L2", "sampled", version=2, wide=True),
     Entry(gradient_noise, "L2"),
     Entry(baseline_noise, "L2"),
-    Entry(martingales, "L2"),
-    Entry(sampler_ratio, "L0"),
-    Entry(sampler_weights, "L0", wide=True),
-    Entry(staleness, "L0", wide=True),
+    Entry(martingales, "L2", "sampled", version=2),
+    Entry(sampler_ratio, "L0", "sampled", version=2),
+    Entry(sampler_weights, "L0", "sampled", version=2, wide=True),
+    Entry(staleness, "L0", "sampled", wide=True),
 )
 """Everything that needs no argument, at its default where it takes some."""
 
@@ -208,13 +211,17 @@ HEADER = """# Metrics
 
 *Written by `python -m diagnostics.catalogue > docs/metrics.md` from the docstrings.*
 
-p is the student, q the teacher, y the sampled token, r = log p(y) - log q(y) its cost, m the mask;
-all logarithms are natural, all distributions at the temperature of the loss. Access levels: L0
-log-probabilities of the sampled tokens, L1 a top-K support as well, L2 exact functionals of both
-whole distributions. Cost: O(tokens) at L0, O(tokens K) at L1; at L2 the functionals are made where
-the logits are, O(tokens V) once for all metrics. Suffixes: `_se` a standard error over prompts,
-`@lo-hi` a bin of response positions, `%lo-hi` a tenth of the response. The *default* panel is
-`diagnostics.monitor.PANEL`; `diagnostics.catalogue.FULL` holds all.
+p is the student, q the teacher, y the sampled token, r = log p(y) - log q(y) its cost, m the mask,
+which holds the *supervised* tokens, those that the loss is taken over. The *sampled* tokens are all
+that the student chose: without a mask rule the same. What tests the sampler, multiplies along the
+response or says where the student went is taken over the sampled tokens, what is about the signal
+over the supervised ones; the column "over" says which. All logarithms are natural, all
+distributions at the temperature of the loss. Access levels: L0 log-probabilities of the sampled
+tokens, L1 a top-K support as well, L2 exact functionals of both whole distributions. Cost:
+O(tokens) at L0, O(tokens K) at L1; at L2 the functionals are made where the logits are, O(tokens V)
+once for all metrics. Suffixes: `_se` a standard error over prompts, `@lo-hi` a bin of response
+positions, `%lo-hi` a tenth of the response. The *default* panel is `diagnostics.monitor.PANEL`;
+`diagnostics.catalogue.FULL` holds all.
 
 Means, shares and ratios have standard errors. Quantiles, concentrations (Gini, effective numbers),
 correlations and effective sample sizes have none: theirs are not sums that merge. Where one
@@ -225,12 +232,18 @@ as the figures `gap` and `lorenz` do.
 
 def page() -> str:
     """The page in Markdown: a table of all metrics, then each one's description."""
-    lines = [HEADER, "| metric | codes | needs | version | panel |", "|---|---|---|---|---|"]
+    lines = [
+        HEADER,
+        "| metric | codes | needs | over | version | panel |",
+        "|---|---|---|---|---|---|",
+    ]
     for e in CATALOGUE:
         panel = "full" if e.wide else "default"
         text = inspect.getdoc(_described(e)) or ""
         code = text.split(":")[0] if text[1:2] == "-" else ""
-        lines.append(f"| [`{e.name}`](#{e.name}) | {code} | {e.level} | {e.version} | {panel} |")
+        lines.append(
+            f"| [`{e.name}`](#{e.name}) | {code} | {e.level} | {e.over} | {e.version} | {panel} |"
+        )
     lines += ["", "## By code", "", "| quantity | measured by |", "|---|---|"]
     lines += [f"| {quantity} | {where} |" for quantity, where in CODES]
     lines += ["", "## Metrics of a batch", ""]

@@ -13,11 +13,12 @@ from diagnostics.totals import Mean, Total
 
 
 def length(batch: Scored) -> dict[str, Total]:
-    """D-1, D-2: supervised tokens a response, and how many responses hit the budget.
+    """D-1, D-2: sampled tokens a response, and how many responses hit the budget.
 
-    length = mean of sum_t m over all responses; length_ended = the same over those that stopped by
-    themselves; truncated_share = mean 1[not ended].
-    Access: the mask and `ended`. Source: 2604.08527 (share 0.45-0.5 to 0.9-1.0 within 30 steps).
+    length = mean over all responses of their tokens, supervised or not; length_ended = the same
+    over those that stopped by themselves; truncated_share = mean 1[not ended].
+    Access: what was sampled, and `ended`. Source: 2604.08527 (share 0.45-0.5 to 0.9-1.0 within 30
+    steps).
     Healthy: truncated_share small and steady. length is censored at the budget, so a run whose
     length levels off while length_ended falls is losing its ability to stop.
     """
@@ -32,10 +33,10 @@ def length(batch: Scored) -> dict[str, Total]:
 
 
 def length_quantiles(batch: Scored) -> dict[str, Total]:
-    """D-1: quantiles of the supervised tokens a response.
+    """D-1: quantiles of the sampled tokens a response.
 
     lengths_q50 the median, lengths_q95, and so on; resolution 9 % (`Quantiles`).
-    Access: the mask. Source: standard.
+    Access: what was sampled. Source: standard.
     Healthy: q95 below the budget. A median that rises while the lower quartile stays is the longer
     half getting longer, not everything.
     """
@@ -46,16 +47,17 @@ def length_quantiles(batch: Scored) -> dict[str, Total]:
 def length_incentive(batch: Scored) -> dict[str, Total]:
     """D-6: does a longer response have a lower cost per token?
 
-    length_advantage_cov, _corr = covariance and correlation over responses of their length and of
-    mean_t -r, the mean advantage. Access: L0. Source: derived; the dilution of 2607.13399.
+    length_advantage_cov, _corr = covariance and correlation over responses of their length in
+    sampled tokens and of the mean of -r over the supervised ones, the mean advantage. Access: L0.
+    Source: derived; the dilution of 2607.13399.
     Healthy: about 0. Clearly positive, an objective that averages over a response's tokens pays for
     length: the student can dilute what it is punished for. Responses of one prompt depend on each
     other, so the coefficient is noisier than their number suggests.
     """
-    length = batch.lengths
+    count = batch.mask.sum(1)
     sums = torch.where(batch.mask, batch.log_ratio.double(), 0.0).sum(1)
-    advantage = -sums / length.clamp(min=1)
-    return {"collapse/length_advantage": Covariance.of(length, advantage, length > 0)}
+    advantage = -sums / count.clamp(min=1)
+    return {"collapse/length_advantage": Covariance.of(batch.lengths, advantage, count > 0)}
 
 
 def reward(batch: Scored) -> dict[str, Total]:

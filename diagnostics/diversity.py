@@ -16,13 +16,13 @@ GRAM, FIRST = 4, 64
 def distinct(batch: Scored) -> dict[str, Total]:
     """D-5: how many of the 4-grams that the rollouts of a prompt contain are different.
 
-    distinct_4 = sum over prompts of the number of different 4-grams of supervised tokens, over the
+    distinct_4 = sum over prompts of the number of different 4-grams of sampled tokens, over the
     sum of their number; prompts with one rollout are left out.
     Access: tokens. Source: distinct-n, pooled over prompts; falls with the number of rollouts and
     their length, so compare runs of one group size.
     Healthy: steady. A fall at a steady length is a student that gives one answer only.
     """
-    grams, owner, used = windows(batch.tokens, batch.mask, GRAM)
+    grams, owner, used = windows(batch.tokens, batch.sampled, GRAM)
     prompt = cluster_numbers(batch.prompt)
     several = torch.bincount(prompt, minlength=len(batch))[prompt] > 1
     kept = used & several[owner]
@@ -36,8 +36,8 @@ def distinct(batch: Scored) -> dict[str, Total]:
 
 
 def windows(tokens: Tensor, mask: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Every window of `size` supervised tokens: ids (N, size), row (N,), and which are whole."""
-    order = (~mask).long().argsort(dim=1, stable=True)  # supervised tokens first, in their order
+    """Every window of `size` tokens of the mask: ids (N, size), row (N,), and which are whole."""
+    order = (~mask).long().argsort(dim=1, stable=True)  # tokens of the mask first, in their order
     own = tokens.gather(1, order)
     length = mask.sum(1)
     if own.shape[1] < size:
@@ -77,9 +77,11 @@ def second_try(batch: Scored) -> dict[str, Total]:
 def branching(batch: Scored) -> dict[str, Total]:
     """D-5: the student's mean entropy over the first 64 positions, where responses part.
 
+    Over all sampled tokens.
+
     early_entropy, nats. Access: L2. Source: ours, after where 2604.13016 sees branches.
     Healthy: falls slowly. Near 0 all rollouts of a prompt begin alike, whatever comes later.
     """
     entropy = prefix_of(batch).student_entropy
-    early = batch.mask & (torch.arange(batch.mask.shape[1], device=entropy.device) < FIRST)
+    early = batch.sampled & (torch.arange(batch.mask.shape[1], device=entropy.device) < FIRST)
     return {"collapse/early_entropy": Mean.of(entropy, early, batch.prompt)}

@@ -16,39 +16,40 @@ BEFORE = 5
 def endings(batch: Scored) -> dict[str, Total]:
     """C-3, D-6: does the teacher want to end where the student ends, and under which name?
 
-    At the supervised end ids y: end_wish = mean of log sum_{ends of q} q - log sum_{ends of p} p;
-    end_name = mean of log sum_{ends of q} q - log q(y), what is lost because y is not one of the
-    teacher's ends; end_wish_before = end_wish over the 5 tokens before. Over all tokens: end_push =
-    mean of -r (1[y is an end] - sum_{ends of p} p), the descent direction of the sampled-token loss
-    on the logits of the student's ends; student_hazard, teacher_hazard = mean of each model's mass
-    on its own ends, by position.
+    At the sampled end ids y: end_wish = mean of log sum_{ends of q} q - log sum_{ends of p} p;
+    end_wish_before = end_wish over the 5 tokens before; end_name, at the supervised ends alone =
+    mean of log sum_{ends of q} q - log q(y), what the loss pays because y is not one of the
+    teacher's ends. Over all supervised tokens: end_push = mean of -r (1[y is an end] - sum_{ends of
+    p} p), the descent direction of the sampled-token loss on the logits of the student's ends. Over
+    all sampled ones: student_hazard, teacher_hazard = mean of each model's mass on its own ends, by
+    position.
     Access: L2 with the ends' log-masses (`score` with the pair's endings). Source: ours, from the
     two conventions of figure 5 of 2603.25562.
     Healthy: end_wish near 0 and end_name below 1. A large end_name with an end_wish near 0 is a
     naming mismatch: set own_end or mask the end. A very negative end_wish is a teacher that would
     go on: the student stops too early for it. end_push near 0: above, sampled tokens pay for
     ending, so that responses get shorter; below, for going on, and truncation will follow. Where a
-    mask takes the ends out, what is about them is NaN.
+    mask takes the ends out, end_name is NaN.
     """
-    prefix, mask = prefix_of(batch), batch.mask
+    prefix, mask, sampled = prefix_of(batch), batch.mask, batch.sampled
     ours, theirs, ending = prefix.student_end, prefix.teacher_end, prefix.ending
     if ours is None or theirs is None or ending is None:
         raise Missing("the prefix functionals lack the log-masses of both models' end ids")
-    here = mask & (ending > 0)
+    here = sampled & (ending > 0)
     wish, push = theirs - ours, -batch.log_ratio * (here.double() - ours.exp())
     return {
         "drift/end_wish": Mean.of(wish, here, batch.prompt),
-        "drift/end_wish_before": Mean.of(wish, before(here, mask, BEFORE), batch.prompt),
-        "drift/end_name": Mean.of(theirs - batch.teacher_logp, here, batch.prompt),
+        "drift/end_wish_before": Mean.of(wish, before(here, sampled, BEFORE), batch.prompt),
+        "drift/end_name": Mean.of(theirs - batch.teacher_logp, here & mask, batch.prompt),
         "drift/end_push": Mean.of(push, mask, batch.prompt),
-        "drift/student_hazard": Profile.of(ours.exp(), mask, batch.prompt),
-        "drift/teacher_hazard": Profile.of(theirs.exp(), mask, batch.prompt),
+        "drift/student_hazard": Profile.of(ours.exp(), sampled, batch.prompt),
+        "drift/teacher_hazard": Profile.of(theirs.exp(), sampled, batch.prompt),
     }
 
 
 def before(here: Tensor, mask: Tensor, count: int) -> Tensor:
-    """(B, T) bool: the `count` supervised tokens before the first one of `here` in a response."""
+    """(B, T) bool: the `count` tokens of the mask before the first of `here` in a response."""
     first = here & (here.cumsum(1) == 1)
-    place = mask.cumsum(1)  # of each supervised token, from 1 on
+    place = mask.cumsum(1)  # of each token of the mask, from 1 on
     end = (place * first).amax(1, keepdim=True)  # 0 where there is none
     return mask & (place < end) & (place >= end - count)

@@ -78,7 +78,8 @@ def nested_outside(batch: Scored) -> dict[str, Total]:
     """B-1, B-2: samples outside the teacher's top k for every k of DEPTHS that the list reaches.
 
     outside_top{k} = mean 1[y not in S_k], the share of teacher ranks above k;
-    outside_top{k}_expected = mean 1 - sum_{S_k} p, the same without the sampling noise.
+    outside_top{k}_expected = mean 1 - sum_{S_k} p, the same without the sampling noise; both over
+    all sampled tokens.
     Access: L1 (teacher's list, a union, or everything). Source: 1 - P_S at several K is the
     headline of SimOPD; rank shares of 2604.13016.
     Healthy: outside_top1 is the teacher's disagreement with the student's own draw and never small;
@@ -118,7 +119,7 @@ def tail_share(batch: Scored) -> dict[str, Total]:
 def overlap(batch: Scored) -> dict[str, Total]:
     """B-3: the ids that both models have among their top k, k = 16 or what the lists hold.
 
-    Means over tokens, with p' and q' renormalised on I:
+    Means over all sampled tokens, with p' and q' renormalised on I:
     overlap_ratio = |I| / k; overlap_student_mass = sum_I p; overlap_teacher_mass = sum_I q;
     overlap_empty_share = 1[I empty]; and over tokens where I is not empty:
     overlap_advantage = -KL(p' || q') / |I|, the paper's; overlap_kl = KL(p' || q'), which does not
@@ -139,7 +140,7 @@ def overlap(batch: Scored) -> dict[str, Total]:
     p, q = theirs.student_logp.exp() * both, theirs.teacher_logp.exp() * both
     mass_p, mass_q = p.sum(-1), q.sum(-1)
     ratio = torch.where(both, theirs.student_logp - theirs.teacher_logp, 0.0)
-    some = (size > 0) & batch.mask
+    some = (size > 0) & batch.sampled
     safe = [torch.where(some, x, torch.ones_like(x)) for x in (mass_p, mass_q)]
     kl = (p * ratio).sum(-1) / safe[0] - (safe[0] / safe[1]).log()
     count = size.clamp(min=1)
@@ -157,7 +158,7 @@ def overlap(batch: Scored) -> dict[str, Total]:
 def top_uncertainty(batch: Scored) -> dict[str, Total]:
     """B-6: from a top-K list alone, the teacher's largest probability and a bound on its entropy.
 
-    top_teacher_max = mean of q's largest, exact;
+    Over all sampled tokens: top_teacher_max = mean of q's largest, exact;
     top_teacher_entropy_least = mean of -sum_S q log q - (1 - Q_S) log (1 - Q_S), nats: the entropy
     with all that lies outside as one id, a lower bound; the entropy exceeds it by at most
     (1 - Q_S) log(V - K).
@@ -175,4 +176,4 @@ def top_uncertainty(batch: Scored) -> dict[str, Total]:
 
 
 def _profile(batch: Scored, x: Tensor) -> Profile:
-    return Profile.of(x, batch.mask, batch.prompt)
+    return Profile.of(x, batch.sampled, batch.prompt)

@@ -19,9 +19,9 @@ TAIL, COMPRESSION = 10_000, 10.0
 def repeated(tokens: Tensor, mask: Tensor, n: int = NGRAM) -> Tensor:
     """(B, T) bool: the n-gram ending at this token occurred earlier in the response.
 
-    n-grams run over the student's own tokens in order: what the mask leaves out (tool output,
-    padding) is skipped, so that the same call made every turn counts as repeated whatever came
-    back. The first n - 1 tokens are never repeated; occurrences may overlap.
+    n-grams run over the tokens of the mask in order, the student's own: what it leaves out (tool
+    output, padding) is skipped, so that the same call made every turn counts as repeated whatever
+    came back. The first n - 1 tokens are never repeated; occurrences may overlap.
 
     Exact, in O(T log T) time and O(T) memory a response: windows get dense ranks by doubling.
     The rank of a window of width w and of the one `step` <= w before it together determine the
@@ -56,18 +56,18 @@ def _rank(key: Tensor) -> Tensor:
 def repetition(batch: Scored) -> dict[str, Total]:
     """A-3, D-3: repeated n-grams (n = 8), and how the cost differs inside and outside of them.
 
-    collapse/repeated_share = sum m rep / sum m;
-    supervision/repeated_cost, regular_cost = mean of r over repeated and over other tokens;
-    supervision/repeated_signal_share = sum m rep |r| / sum m |r|.
+    collapse/repeated_share = the share of repeated tokens among all sampled ones, and over the
+    supervised ones: supervision/repeated_cost, regular_cost = mean of r over repeated and over
+    other tokens; supervision/repeated_signal_share = sum m rep |r| / sum m |r|.
     Access: L0; four row sorts. Source: the split of 2604.08527, with an exact rule for "repeated".
     Healthy: share near 0 and, if anything, repeated tokens cost more than others. A teacher that
     rewards loops shows as a growing share with repeated_cost far below regular_cost.
     """
-    rep = repeated(batch.tokens, batch.mask)
+    rep = repeated(batch.tokens, batch.sampled)
     r, mask, prompt = batch.log_ratio, batch.mask, batch.prompt
     return {
-        "collapse/repeated_share": Mean.of(rep, mask, prompt),
-        "supervision/repeated_cost": Mean.of(r, rep, prompt),
+        "collapse/repeated_share": Mean.of(rep, batch.sampled, prompt),
+        "supervision/repeated_cost": Mean.of(r, mask & rep, prompt),
         "supervision/regular_cost": Mean.of(r, mask & ~rep, prompt),
         "supervision/repeated_signal_share": Mean.ratio(r.abs() * rep, r.abs(), mask, prompt),
     }
@@ -92,7 +92,7 @@ def compression(
     """
 
     def measured(batch: Scored) -> dict[str, Total]:
-        rows = zip(batch.tokens.cpu(), batch.mask.cpu(), strict=True)
+        rows = zip(batch.tokens.cpu(), batch.sampled.cpu(), strict=True)
         found = [compressible(decode(ids[own].tolist()), tail, threshold) for ids, own in rows]
         flag = torch.tensor(found, dtype=torch.bool, device=batch.mask.device)
         share = Mean.of(flag, torch.ones_like(flag), batch.prompt)

@@ -39,7 +39,8 @@ def sign_null(batch: Scored) -> dict[str, Total]:
     """A-1: the share of overrated tokens that the two models imply, and the excess over it.
 
     negative_share_null = mean of sum_v p(v) 1[p(v) > q(v)];
-    negative_share_excess = mean of 1[r > 0] minus that, paired by token.
+    negative_share_excess = mean of 1[r > 0] minus that, paired by token; both over all sampled
+    tokens, since a mask that reads the token leaves another share.
     Access: L2. Source: derived, E[1[r > 0] | prefix] when the token is sampled from p.
     Healthy: excess within a few of its standard errors of 0. Otherwise the tokens were not sampled
     from the scored student (sampler truncation, temperature, stale weights, shifted mask).
@@ -47,8 +48,8 @@ def sign_null(batch: Scored) -> dict[str, Total]:
     null = prefix_of(batch).overrated
     observed = (batch.log_ratio > 0).to(null.dtype)
     return {
-        "supervision/negative_share_null": Mean.of(null, batch.mask, batch.prompt),
-        "supervision/negative_share_excess": Mean.of(observed - null, batch.mask, batch.prompt),
+        "supervision/negative_share_null": Mean.of(null, batch.sampled, batch.prompt),
+        "supervision/negative_share_excess": Mean.of(observed - null, batch.sampled, batch.prompt),
     }
 
 
@@ -82,7 +83,8 @@ def signed_concentration(batch: Scored) -> dict[str, Total]:
 def action_dependence(batch: Scored) -> dict[str, Total]:
     """A-8: the part of the signal's variance that the sampled token decides, not its prefix.
 
-    action_dependence = mean of Var(r | prefix) / Var(r), Var(r | prefix) = sum p l^2 - KL^2.
+    action_dependence = mean of Var(r | prefix) / Var(r), Var(r | prefix) = sum p l^2 - KL^2, over
+    all sampled tokens.
     Access: L2. Source: derived. Only that part can move the student at gamma = 0: a weight that is
     a function of the prefix alone has expected gradient 0.
     Healthy: near 1 for sampled-token distillation. Near 0, the costs differ between prefixes more
@@ -90,7 +92,7 @@ def action_dependence(batch: Scored) -> dict[str, Total]:
     """
     prefix = prefix_of(batch)
     variance = (prefix.ratio_square - prefix.reverse_kl.square()).clamp(min=0)
-    return {"supervision/action_dependence": Within.of(batch.log_ratio, variance, batch.mask)}
+    return {"supervision/action_dependence": Within.of(batch.log_ratio, variance, batch.sampled)}
 
 
 def energy_concentration(batch: Scored) -> dict[str, Total]:

@@ -126,7 +126,8 @@ def compatibility(batch: Scored) -> dict[str, Total]:
     """A-7, B-4: does the teacher know what the student would say?
 
     compatibility = mean sum of q over the student's 16 likeliest ids (or as many as the list has);
-    first_accepted = share of positions whose likeliest id of the student is among the teacher's 5.
+    first_accepted = share of positions whose likeliest id of the student is among the teacher's 5;
+    both over all sampled tokens.
     Access: L1 with both lists (a "union" support, or everything). Source: TA-OPD (2605.26844) for
     the mass, SelecTKD for the acceptance.
     Healthy: both high and flat along the response. Acceptance falling while the cost does not is a
@@ -138,6 +139,6 @@ def compatibility(batch: Scored) -> dict[str, Total]:
     accepted = theirs.to(min(ACCEPTED, theirs.k)).place(ours.ids[..., 0]) < ACCEPTED
     accepted &= ours.present[..., 0]
     return {
-        "drift/compatibility": Profile.of(mass, batch.mask, batch.prompt),
-        "drift/first_accepted": Profile.of(accepted, batch.mask, batch.prompt),
+        "drift/compatibility": Profile.of(mass, batch.sampled, batch.prompt),
+        "drift/first_accepted": Profile.of(accepted, batch.sampled, batch.prompt),
     }

@@ -255,9 +255,18 @@ class Deciles(Ratio):
     count_square: Tensor
 
     @classmethod
-    def of(cls, x: Tensor, mask: Tensor, cluster: Tensor | None = None) -> Self:
-        """Mean of x (B, T) over the mask, by the tenth of its response that the token is in."""
-        tenth = tenths(mask)
+    def of(
+        cls,
+        x: Tensor,
+        mask: Tensor,
+        cluster: Tensor | None = None,
+        response: Tensor | None = None,
+    ) -> Self:
+        """Mean of x (B, T) over the mask, by the tenth of its response that the token is in.
+
+        response: (B, T) bool, the tokens that the response consists of; the mask if None.
+        """
+        tenth = tenths(mask if response is None else response)
 
         def spread(values: Tensor) -> Tensor:
             return values.new_zeros(len(values), 10).scatter_add(1, tenth, values)

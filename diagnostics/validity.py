@@ -21,6 +21,8 @@ def martingales(batch: Scored) -> dict[str, Total]:
     z_H: differences -log p(y) - H_p with variance sum_v p (log p)^2 - H_p^2;
     z_K: differences r - KL(p || q) with variance sum_v p (log p - log q)^2 - KL^2.
     Over the whole response and by position bin, where a shifted mask or a stale cache shows first.
+    Over all sampled tokens: those that a mask leaves were chosen by what was drawn, and what is
+    left of a sum of mean 0 has another mean.
     Access: L2 (z_H needs the student alone). Source: derived, martingale central limit theorem.
     Healthy: both about N(0, 1), so |z| < 4. z_H fires on top-p, temperature, stale weights and a
     shifted mask, negative where likely tokens are overrepresented; z_K on faults of the teacher's
@@ -35,14 +37,14 @@ def martingales(batch: Scored) -> dict[str, Total]:
             f"{batch.temperature:g} and scored whole at {batch.score_temperature:g}; a test of one "
             "against the other needs them equal"
         )
-    prefix, mask = prefix_of(batch), batch.mask & (batch.age == 0)[:, None]
+    prefix, fresh = prefix_of(batch), batch.sampled & (batch.age == 0)[:, None]
     entropy, kl = prefix.student_entropy, prefix.reverse_kl
     # Differences of squares: a one-point distribution may come out below 0 by rounding.
     surprise = (prefix.surprise_square - entropy.square()).clamp(min=0)
     ratio = (prefix.ratio_square - kl.square()).clamp(min=0)
     return {
-        "validity/z_H": Martingale.of(-batch.student_logp - entropy, surprise, mask),
-        "validity/z_K": Martingale.of(batch.log_ratio - kl, ratio, mask),
+        "validity/z_H": Martingale.of(-batch.student_logp - entropy, surprise, fresh),
+        "validity/z_K": Martingale.of(batch.log_ratio - kl, ratio, fresh),
     }
 
 
@@ -51,16 +53,17 @@ def sampler_weights(batch: Scored) -> dict[str, Total]:
 
     With d as in `sampler_ratio`: sampler_log_ratios_q1 ... q99, by position q5, q50, q95;
     sampler_ess = (sum w)^2 / (N sum w^2) with w = e^d over tokens; sampler_prefix_ess@lo-hi with
-    w = exp(sum_{u <= hi} d) over the responses that reach hi, sampler_prefix_ess at their ends.
+    w = exp(sum_{u <= hi} d) over the responses that reach hi, sampler_prefix_ess at their ends;
+    all over the sampled tokens, supervised or not.
     Access: the sampler's log-probabilities. Source: standard.
     Healthy: quantiles symmetric about 0 at the level of the arithmetic, both sizes 1.
     sampler_prefix_ess is what correcting whole responses for staleness would leave of the batch.
     """
     d = _off_sampler(batch)
     return {
-        "validity/sampler_log_ratios": Quantiles.of(d, batch.mask),
-        "validity/sampler_ess": EffectiveSize.of(d, batch.mask),
-        "validity/sampler_prefix_ess": EffectiveSize.along(d, batch.mask),
+        "validity/sampler_log_ratios": Quantiles.of(d, batch.sampled),
+        "validity/sampler_ess": EffectiveSize.of(d, batch.sampled),
+        "validity/sampler_prefix_ess": EffectiveSize.along(d, batch.sampled),
     }
 
 
@@ -112,7 +115,8 @@ def _off_sampler(batch: Scored) -> Tensor:
 def sampler_ratio(batch: Scored) -> dict[str, Total]:
     """F-2: how far the scored student is from the model that sampled.
 
-    d = log p(y) - log sampler(y); sampler_log_ratio = mean d, sampler_log_ratio_square = mean d^2.
+    d = log p(y) - log sampler(y); sampler_log_ratio = mean d, sampler_log_ratio_square = mean d^2,
+    over all sampled tokens.
     The sampler's log-probability is `softmax_logp`, before top-p, where the batch has it; else
     `sampler_logp`. Access: the sampler's log-probabilities. Source: standard.
     Healthy: mean 0 and square at the level of the engine's arithmetic (1e-6 or less in float32,
@@ -123,6 +127,6 @@ def sampler_ratio(batch: Scored) -> dict[str, Total]:
     """
     d = _off_sampler(batch)
     return {
-        "validity/sampler_log_ratio": Mean.of(d, batch.mask, batch.prompt),
-        "validity/sampler_log_ratio_square": Mean.of(d.square(), batch.mask, batch.prompt),
+        "validity/sampler_log_ratio": Mean.of(d, batch.sampled, batch.prompt),
+        "validity/sampler_log_ratio_square": Mean.of(d.square(), batch.sampled, batch.prompt),
     }
