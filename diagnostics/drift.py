@@ -224,7 +224,7 @@ def _everywhere(batch: Scored, x: Tensor) -> Profile:
 
 
 def _by_response(name: str, batch: Scored, x: Tensor) -> dict[str, Total]:
-    """Sum and mean over the supervised tokens of each response with any, averaged over responses."""
+    """Sum and mean over the supervised tokens of a response that has any, averaged over them."""
     length = batch.mask.sum(1)
     sums = torch.where(batch.mask, x.double(), 0.0).sum(1)
     return {

@@ -117,7 +117,7 @@ def certainty(runs: list[Path], source: str) -> pd.DataFrame:
         if not path.exists():
             raise MissingFile(f"{path} does not exist; make it with `opd control {run}`")
         batch = scored(path)
-        mask, prefix = batch.mask, batch.prefix
+        mask, prefix = batch.sampled, batch.prefix
         assert prefix is not None  # `scored` refuses others
         columns = {
             "prompt": batch.prompt[:, None].expand_as(mask),

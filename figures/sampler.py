@@ -86,7 +86,8 @@ def collect(runs: list[Path]) -> pd.DataFrame:
                     records.append(about | {"panel": "position", **here, "value": short(value)})
         for step in saved(mine):
             for run in mine:
-                for kind, (value, variance) in by_kind(tokens([run], step)).items():
+                data = tokens([run], step, unsupervised=True)
+                for kind, (value, variance) in by_kind(data).items():
                     here = {"label": kind, "order": KINDS.index(kind), "step": step}
                     here |= {"value": short(value), "variance": short(variance)}
                     records.append(about | {"panel": "kind", **here})

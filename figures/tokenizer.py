@@ -22,8 +22,9 @@ CAPTION = (
     "student wrote, of each model by its tokenizer's end token, and of the teacher by the "
     "student's; bands are 95 % over prompts. Exact where the kept top-K holds the end, elsewhere "
     "estimated without bias from the sampled tokens. Where the teacher would end in its own way, "
-    "but not in the student's, the names of the ends differ; where in neither, it would go on. A "
-    "masked end takes its prefix out."
+    "but not in the student's, the names of the ends differ; where in neither, it would go on. "
+    "In batches that hold supervised tokens alone, as all saved before December 2026, a masked end "
+    "takes its prefix out."
 )
 ENDS = {
     "student": ("student, its own end", style.BLUE, "-"),
@@ -129,7 +130,7 @@ def impossible(
 
 
 def hazards(runs: list[Path], step: int, generator: np.random.Generator) -> list[dict[str, Any]]:
-    """Mean probability of an end by position bin over supervised prefixes, of the kinds in ENDS."""
+    """Mean probability of an end by position bin over the prefixes, of the kinds in ENDS."""
     from diagnostics.bins import numbers
     from diagnostics.intervals import bootstrap_interval
     from figures.runs import batch_path
@@ -140,7 +141,7 @@ def hazards(runs: list[Path], step: int, generator: np.random.Generator) -> list
     frames = []
     for run in runs:
         batch = scored(batch_path(run, step))
-        mask = batch.mask
+        mask = batch.sampled
         prompt = batch.prompt[:, None].expand_as(mask)[mask]
         columns = {
             "cluster": [f"{run.name} {int(p)}" for p in prompt],
@@ -181,6 +182,6 @@ def ending(batch: "Scored", token: int, role: str) -> "Tensor":
         here = here & support.present
     on = support.student_logp if role == "student" else support.teacher_logp
     sampled = batch.student_logp if role == "student" else batch.teacher_logp
-    drawn = (batch.tokens == token) & batch.mask & ~here.any(-1)
+    drawn = (batch.tokens == token) & batch.sampled & ~here.any(-1)
     ratio = (sampled - batch.student_logp).exp()
     return (on.exp() * here).sum(-1) + torch.where(drawn, ratio, torch.zeros_like(ratio))

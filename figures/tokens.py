@@ -37,19 +37,20 @@ def scored(path: Path) -> Scored:
     return batch
 
 
-def tokens(runs: list[Path], step: int) -> pd.DataFrame:
+def tokens(runs: list[Path], step: int, *, unsupervised: bool = False) -> pd.DataFrame:
     """Supervised tokens of the batches that these runs saved at a step, row by row.
 
-    Columns: cluster (int, one a run and prompt: the sampling unit), response (int, distinct over
-    runs), position, id, ended (of the response), student_logp, teacher_logp, cost (their
-    difference, nats), energy (cost^2 |one_hot(y) - p|^2), repeated and impossible (as in
-    `diagnostics`), and the functionals in PREFIX.
+    With `unsupervised` also those that were sampled and that a mask takes out: a test of sampling
+    needs all of them. Columns: cluster (int, one a run and prompt: the sampling unit), response
+    (int, distinct over runs), position, id, ended (of the response), student_logp, teacher_logp,
+    cost (their difference, nats), energy (cost^2 |one_hot(y) - p|^2), repeated and impossible (as
+    in `diagnostics`), and the functionals in PREFIX.
     """
     frames, clusters, responses = [], 0, 0
     for run in runs:
         batch = scored(batch_path(run, step))
         assert batch.prefix is not None  # `scored` refuses others
-        mask = batch.mask
+        mask = batch.sampled if unsupervised else batch.mask
         response, position = mask.nonzero(as_tuple=True)
         prompt = np.unique(batch.prompt.numpy(), return_inverse=True)[1]
         energy = (batch.log_ratio.double() * score_norm(batch).double()).square()
@@ -58,7 +59,7 @@ def tokens(runs: list[Path], step: int) -> pd.DataFrame:
             "teacher_logp": batch.teacher_logp,
             "cost": batch.log_ratio,
             "energy": energy,
-            "repeated": repeated(batch.tokens, mask),
+            "repeated": repeated(batch.tokens, batch.sampled),
             "impossible": impossible(batch),
             **{name: getattr(batch.prefix, name) for name in PREFIX},
         }

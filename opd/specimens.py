@@ -73,7 +73,7 @@ def rollouts(
 ) -> list[dict[str, Any]]:
     """The chosen responses, as many as fit, at least one; adds their ids to `seen`."""
     size = shown_length(batch)
-    mean = batch.log_ratio.abs().sum(1) / batch.mask.sum(1).clamp(min=1)
+    mean = (batch.log_ratio.abs() * batch.mask).sum(1) / batch.mask.sum(1).clamp(min=1)
     order = mean.argsort(descending=True, stable=True).tolist()
     half = (len(order) + 1) // 2
     pairs = zip_longest(order[:half], sorted(order[half:]))
@@ -88,8 +88,8 @@ def rollouts(
 
 
 def shown_length(batch: "Scored") -> list[int]:
-    """(B) positions up to the last supervised one; what is behind may be padding."""
-    behind = batch.mask.long().flip(1).cumsum(1).flip(1) > 0
+    """(B) positions up to the last sampled one; what is behind may be padding."""
+    behind = batch.sampled.long().flip(1).cumsum(1).flip(1) > 0
     return behind.sum(1).tolist()
 
 
