@@ -18,7 +18,7 @@ from diagnostics.collapse import length
 from diagnostics.drift import sampled_divergence
 from diagnostics.groups import by, without
 from diagnostics.monitor import Monitor
-from diagnostics.repetition import compression, repetition
+from diagnostics.repetition import compression, repeated, repetition
 from diagnostics.supervision import sign_shares
 from diagnostics.totals import Total, merge, read
 from tests.dense_batches import B, V, dense
@@ -156,6 +156,76 @@ def test_groups_are_the_metric_on_their_rows() -> None:
     assert len(rows) == 4
     with pytest.raises(ValueError, match="cannot group by 'mask'"):
         by(length, "mask", {})
+
+
+@pytest.mark.parametrize("source", ["union", "teacher"])
+def test_what_is_over_the_sampled_tokens_does_not_ask_for_the_mask(source: str) -> None:
+    """And what is over the supervised ones does not see the numbers of the others."""
+    batch = dense(11, source, sharpness=1.0).batch
+    g = torch.Generator().manual_seed(1)
+    narrow = batch.supervise(batch.tokens % 3 != 1)
+    assert 20 < int(narrow.mask.sum()) < int(batch.mask.sum()) - 20
+    assert torch.equal(narrow.lengths, batch.lengths)
+    scrambled = {
+        name: torch.where(narrow.mask, getattr(narrow, name), -3 * noise * narrow.sampled)
+        for name in ("student_logp", "teacher_logp", "sampler_logp")
+        for noise in [torch.rand(narrow.mask.shape, generator=g).double()]
+    }
+    other = replace(narrow, **scrambled)
+    changed = set()
+    for e in CATALOGUE:
+        try:
+            seen = read(e.metric(narrow))
+        except Missing:
+            continue
+        if e.over == "sampled":
+            same(seen, read(e.metric(batch)), 1e-12)
+        if e.over == "supervised":
+            same(seen, read(e.metric(other)), 1e-12)
+        if seen != pytest.approx(read(e.metric(batch)), rel=1e-9, nan_ok=True):
+            changed.add(e.name)
+    supervised = {e.name for e in CATALOGUE if e.over == "supervised"}
+    assert supervised - changed <= {"confident_impossible"}
+    assert changed - supervised == {e.name for e in CATALOGUE if e.over == "both"}
+    assert {e.over for e in CATALOGUE} == {"sampled", "supervised", "both"}
+
+
+def test_numbers_of_both_sets_of_tokens_by_hand() -> None:
+    """Repetition, ends, lengths and tenths: what was written of all tokens, costs of the loss's."""
+    batch = dense(12).batch
+    narrow = batch.supervise(batch.tokens % 4 != 1)
+    rep = repeated(narrow.tokens, narrow.sampled)
+    row, r, mask = {}, narrow.log_ratio, narrow.mask
+    for e in CATALOGUE:
+        if e.over == "both":
+            row |= read(e.metric(narrow))
+    share = float(rep[narrow.sampled].double().mean())
+    assert row["collapse/repeated_share"] == pytest.approx(share)
+    want = float(r[mask & ~rep].mean())
+    assert row["supervision/regular_cost"] == pytest.approx(want)
+    prefix, sampled = narrow.prefix, narrow.sampled
+    end = sampled & (prefix.ending > 0)
+    assert 0 < int((end & mask).sum()) < int(end.sum())
+    wish = (prefix.teacher_end - prefix.student_end)[end].mean()
+    assert row["drift/end_wish"] == pytest.approx(float(wish))
+    name = (prefix.teacher_end - narrow.teacher_logp)[end & mask].mean()
+    assert row["drift/end_name"] == pytest.approx(float(name))
+    push = -(r * ((prefix.ending > 0).double() - prefix.student_end.exp()))[mask].mean()
+    assert row["drift/end_push"] == pytest.approx(float(push))
+    hazard = prefix.teacher_end.exp()[sampled].mean()
+    assert row["drift/teacher_hazard"] == pytest.approx(float(hazard))
+    count = mask.sum(1)
+    alive = count > 0
+    advantage = -(r * mask).sum(1)[alive] / count[alive]
+    both = torch.stack([sampled.sum(1)[alive].double(), advantage])
+    assert row["collapse/length_advantage_cov"] == pytest.approx(float(both.cov()[0, 1]))
+    last = [max(t for t in range(len(m)) if m[t]) if m.any() else -1 for m in sampled]
+    first = [(i, t) for i, t in mask.nonzero().tolist() if 10 * t < last[i] + 1]
+    cost = sum(float(r[i, t]) for i, t in first) / len(first)
+    assert row["drift/k1_tenth%0-10"] == pytest.approx(cost)
+    first = [(i, t) for i, t in sampled.nonzero().tolist() if 10 * t < last[i] + 1]
+    entropy = sum(float(prefix.student_entropy[i, t]) for i, t in first) / len(first)
+    assert row["drift/student_entropy_tenth%0-10"] == pytest.approx(entropy)
 
 
 def test_without_some_ids_they_do_not_count() -> None:

@@ -14,6 +14,7 @@ from synthetic import sample as sampling
 from tests import test_baselines as pairs
 from tests import test_choices as choices
 from tests import test_exact as moments
+from tests import test_masks as masks
 from tests import test_objectives as oracle
 from tests import test_supports as lists
 from tests import test_surrogates as dense
@@ -27,6 +28,10 @@ CREDIT = {
     "ratio upside down": (
         "(batch.student_logp - batch.sampler_logp).detach().exp()",
         "(batch.sampler_logp - batch.student_logp).detach().exp()",
+    ),
+    "sequence ratio of the supervised tokens": (
+        "batch.sampler_logp).detach() * batch.sampled",
+        "batch.sampler_logp).detach() * batch.mask",
     ),
     "the own reward is in its baseline": (
         "(group_totals(reward, group) - reward)",
@@ -146,13 +151,20 @@ REDUCTION = {
         "_positive(0 * batch.mask.sum() + len(batch)).expand(",
     ),
     "sequence mean without its length": (
-        "batch.lengths.clamp(min=1).to",
-        "batch.lengths.clamp(min=1, max=1).to",
+        "batch.mask.sum(1).clamp(min=1).to",
+        "batch.mask.sum(1).clamp(min=1, max=1).to",
     ),
     "group mean over responses": ("* len(prompts)", "* len(batch)"),
     "group mean without its tokens": ("tokens.clamp(min=1).to", "tokens.clamp(min=1, max=1).to"),
 }
 COMPOSITIONS = {
+    "masked costs always counted": ('self.mask_scope == "loss"', "True"),
+    "masked costs never counted": ('self.mask_scope == "loss"', "False"),
+    "masked tokens do not advance gamma": (
+        "discounted(later, batch.sampled, self.gamma)",
+        "discounted(later, batch.mask, self.gamma)",
+    ),
+    "loss at masked tokens": ("+ self.outcome(batch)) * batch.mask", "+ self.outcome(batch))"),
     "own cost as later cost": ("self.gamma) - later", "self.gamma)"),
     "baseline added": ("(credit - self.baseline(", "(credit + self.baseline("),
     "outcome dropped": (" + self.outcome(batch)) * batch.mask", ") * batch.mask"),
@@ -301,6 +313,9 @@ def check() -> None:
     for advantage in choices.SHARES:
         choices.test_an_outcome_adds_the_gradient_of_the_mean_reward("teacher_topk", advantage)
     choices.test_advantages_by_hand()
+    for scope in ("cost", "loss"):
+        masks.test_the_sequence_ratio_makes_up_for_another_sampler_under_a_mask("id", scope)
+        masks.test_masked_tokens_advance_gamma_and_count_as_their_scope_says(0.5, scope)
     choices.test_what_is_not_refused_is_built_as_asked()
     choices.test_the_most_uncertain_tokens_of_the_step_are_kept()
     study.test_the_gradient_is_that_of_the_enumerated_sequence_kl("ending")

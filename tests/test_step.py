@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from diagnostics.access import Missing
 from diagnostics.batch import Scored, load
+from diagnostics.catalogue import CATALOGUE, PANEL, Metric
+from diagnostics.totals import read
 from opd import update as updates
 from opd.config import Config
 from opd.data import encode
@@ -89,9 +92,14 @@ def test_a_step_of_support_matching_is_the_dense_one(tiny_pair, tmp_path: Path) 
     check_weights(final(folder), network, config.lr)
 
 
-@pytest.mark.parametrize("scope", ["cost", "loss"])
-def test_two_clipped_updates_are_the_dense_ones(tiny_pair, tmp_path: Path, scope: str) -> None:
-    """Each on half of the prompts; in the second the student has moved and ratios are not 1."""
+@pytest.mark.parametrize(("scope", "ratio"), [("cost", "none"), ("loss", "sequence")])
+def test_two_clipped_updates_are_the_dense_ones(
+    tiny_pair, tmp_path: Path, scope: str, ratio: str
+) -> None:
+    """Each on half of the prompts; in the second the student has moved and ratios are not 1.
+
+    The sampler is a nucleus, so that the sequence ratio is not 1, also at masked tokens.
+    """
     config = one(
         tiny_pair,
         tmp_path / "run",
@@ -99,8 +107,10 @@ def test_two_clipped_updates_are_the_dense_ones(tiny_pair, tmp_path: Path, scope
         gamma=0.5,
         updates=2,
         lr=0.02,
-        mask=("id:20", "id:21"),
+        mask=tuple(f"id:{token}" for token in range(60, 110)),
         mask_scope=scope,
+        ratio=ratio,
+        top_p=1.0 if ratio == "none" else 0.9,
     )
     folder = train(config)
     batch = load(folder / "batches" / "step_000000.safetensors")
@@ -118,6 +128,12 @@ def test_two_clipped_updates_are_the_dense_ones(tiny_pair, tmp_path: Path, scope
             if mask[i, t]:
                 credit[i, t] = running
     assert 0 < int(mask.sum()) < int(batch.lengths.sum())
+    away = torch.zeros(len(batch), 1)
+    for i in range(len(batch)):
+        for t in range(int(batch.lengths[i]) if ratio == "sequence" else 0):
+            away[i] += old[i, t] - batch.sampler_logp[i, t]
+    supervised = (batch.student_logp - batch.sampler_logp) * mask
+    assert ratio == "none" or float((away[:, 0] - supervised.sum(1)).abs().max()) > 0.05
     seen = []
 
     def loss(part: slice) -> Tensor:
@@ -125,7 +141,7 @@ def test_two_clipped_updates_are_the_dense_ones(tiny_pair, tmp_path: Path, scope
         seen.append(float(((ratio.detach() - 1).abs() * mask)[part].max()))
         advantage = -credit
         raw = torch.max(-advantage * ratio, -advantage * ratio.clamp(0.8, 1.2))
-        raw = torch.where(advantage < 0, torch.min(raw, -3 * advantage), raw)
+        raw = torch.where(advantage < 0, torch.min(raw, -3 * advantage), raw) * away.exp()
         return (raw * mask)[part].sum() / mask[part].sum()
 
     halves = [slice(0, 4), slice(4, 8)]
@@ -256,6 +272,13 @@ def test_the_probes_noise_is_that_of_head_gradients_by_autograd(tiny_pair, tmp_p
     assert error < 2 * want
 
 
+def read_if_known(metric: Metric, batch: Scored) -> dict[str, float]:
+    try:
+        return read(metric(batch))
+    except Missing:
+        return {}
+
+
 def test_a_mask_takes_its_tokens_out_of_loss_and_denominator(tiny_pair, tmp_path: Path) -> None:
     plain = train(one(tiny_pair, tmp_path / "plain", objective="full_reverse_kl"))
     some = load(plain / "batches" / "step_000000.safetensors")
@@ -270,6 +293,14 @@ def test_a_mask_takes_its_tokens_out_of_loss_and_denominator(tiny_pair, tmp_path
     assert row["collapse/lengths_q50"] == rows(plain)[0]["collapse/lengths_q50"]
     share = 1 - float(kept.sum() / some.mask.sum())
     assert row["mask/all/tokens"] == pytest.approx(share, rel=1e-5)
+    healthy = rows(plain)[0]
+    sampled = [PANEL[e.name] for e in CATALOGUE if e.over == "sampled" and e.name in PANEL]
+    shown = [name for metric in sampled for name in read_if_known(metric, some) if name in row]
+    assert {"validity/z_H", "validity/z_K", "collapse/length"} < set(shown)
+    for name in shown:  # the same rollouts: what tests them does not ask what is supervised
+        if row[name] != healthy[name]:
+            assert row[name] == pytest.approx(healthy[name], rel=1e-9), name
+    assert row["drift/k1"] != healthy["drift/k1"]
     assert f"id:{token}" in load(folder / "batches" / "step_000000.safetensors").mask_rule
 
 
