@@ -126,17 +126,15 @@ def test_leave_one_out_leaves_the_mean_under_a_mask_of_prefixes(scope: str) -> N
 
 def credit_by_hand(batch: Scored, gamma: float, scope: str) -> list[list[float]]:
     """Published ("loss"): all sampled tokens' costs, discounted one by one; the mask comes last."""
+    columns = (batch.mask, batch.sampled, batch.student_logp - batch.teacher_logp)
     found = []
-    for i in range(len(batch)):
-        row = [0.0] * batch.tokens.shape[1]
-        own = [t for t in range(len(row)) if bool(batch.sampled[i, t])]
+    for mask, sampled, cost in zip(*(x.tolist() for x in columns), strict=True):
+        row = [0.0] * len(mask)
+        own = [t for t in range(len(mask)) if sampled[t]]
         for place, t in enumerate(own):
-            if not batch.mask[i, t]:
-                continue
             for later, u in enumerate(own[place:]):
-                if scope == "loss" or bool(batch.mask[i, u]):
-                    cost = float(batch.student_logp[i, u] - batch.teacher_logp[i, u])
-                    row[t] += gamma**later * cost
+                if mask[t] and (scope == "loss" or mask[u]):
+                    row[t] += gamma**later * cost[u]
         found.append(row)
     return found
 
