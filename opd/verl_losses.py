@@ -34,7 +34,8 @@ def register(name: str, mode: str = "", **choices: Any) -> str:
     """Register the objective `name` of `opd.objectives.make`, observed by the panel's token means.
 
     Args:
-      mode: the loss mode, PREFIX and the name if empty. choices: gamma, ratio, clip, ratio_clip.
+      mode: the loss mode, PREFIX and the name if empty. choices: gamma, ratio, clip, ratio_clip,
+        mask_scope.
 
     Returns:
       The loss mode, for `distillation.distillation_loss.loss_mode`.
@@ -113,7 +114,8 @@ def sampled_loss(
     """(B, T) losses of an objective of the sampled tokens, with gradient to verl's log_probs.
 
     The credit is that of the student at the time of scoring, verl's old_log_probs, and constant
-    over the updates of a step.
+    over the updates of a step. Tokens that a rule takes out of response_mask advance gamma and are
+    part of the sequence ratio, where rollout_log_probs tell them from a tool's text.
 
     Raises:
       ValueError: a setting of verl would change the loss, old_log_probs are missing, or the teacher
@@ -124,7 +126,7 @@ def sampled_loss(
     check_settings(distillation_config.distillation_loss, data)
     if "old_log_probs" not in data:
         raise InvalidInput("the batch has no old_log_probs, of which the credit is made")
-    batch = batch_of(model_output, data)
+    batch = batch_of(model_output, data, unsupervised=True)
     read = no_padding_2_padding(data["teacher_ids"], data)[..., 0].long()
     strange = int(((read != batch.tokens) & batch.mask).sum())
     if strange:
@@ -132,7 +134,7 @@ def sampled_loss(
             f"the teacher scored other ids than the student's at {strange} of "
             f"{int(batch.mask.sum())} supervised tokens"
         )
-    old = torch.where(batch.mask, padded(data["old_log_probs"]).float(), 0.0)
+    old = torch.where(batch.sampled, padded(data["old_log_probs"]).float(), 0.0)
     batch = changed(batch, student_logp=old)
     logp = no_padding_2_padding(model_output["log_probs"], data)
     return objective.loss(logp, None, batch), {}

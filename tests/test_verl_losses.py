@@ -1,5 +1,6 @@
 """Our objectives as verl's losses, through its own functions; what it cannot supply."""
 
+import math
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from diagnostics.adapters.verl import sampled_tokens
 from opd.compositions import local
 from opd.objectives import OBJECTIVES, make
 from opd.surrogates import forward_kl, pair
@@ -203,15 +205,16 @@ def test_topk_modes_are_the_dense_objective_through_verl(losses: Any, name: str)
 
 
 def credit_by_hand(made: list[dict[str, Tensor]], gamma: float) -> list[Tensor]:
-    """Discounted cost to go over the supervised tokens, token by token."""
+    """Discounted cost to go, token by token; what the mask takes out advances gamma alone."""
     found = []
     for i, row in enumerate(made):
         theirs = at_responses([r["teacher_logprobs"] for r in made], i)[:, 0]
         cost, running = row["old_log_probs"] - theirs, 0.0
         credit = torch.zeros(len(cost))
         for t in reversed(range(len(cost))):
+            running *= gamma if row["rollout_log_probs"][t] else 1.0
             if row["response_mask"][t]:
-                running = float(cost[t]) + gamma * running
+                running += float(cost[t])
                 credit[t] = running
         found.append(credit)
     return found
@@ -268,6 +271,35 @@ def test_a_ratio_reads_what_the_sampler_said(losses: Any) -> None:
         ratio = (row["old_log_probs"] - row["rollout_log_probs"]).exp()
         total = total + (ratio * credit[i] * sampled_logp(made, logits, i)).sum() / TOTAL
     assert float(loss.detach()) == pytest.approx(float(total.detach()), rel=1e-5)
+
+
+def test_a_sequence_ratio_counts_what_a_rule_took_out(losses: Any) -> None:
+    """But not a tool's text, whose log-probability verl writes as 0."""
+    from opd.verl_losses import register
+
+    made, logits = rows(2, topk=False), student(2)
+    made[1]["rollout_log_probs"][1] = 0.0
+    if "prefixes" not in losses.DISTILLATION_LOSS_REGISTRY:
+        register("sampled_token", mode="prefixes", gamma=0.5, ratio="sequence")
+    loss, _ = through_verl(losses, "prefixes", made, logits)
+    credit = credit_by_hand(made, 0.5)
+    total = torch.zeros(())
+    for i, row in enumerate(made):
+        away = sum(
+            float(row["old_log_probs"][t] - row["rollout_log_probs"][t])
+            for t in range(len(row["responses"]))
+            if row["rollout_log_probs"][t] != 0
+        )
+        total = total + math.exp(away) * (credit[i] * sampled_logp(made, logits, i)).sum() / TOTAL
+    assert float(loss.detach()) == pytest.approx(float(total.detach()), rel=1e-5)
+
+
+def test_sampled_tokens_of_verl_are_told_from_a_tools_text() -> None:
+    mask = torch.tensor([[True, False, False, True], [True, True, False, False]])
+    logp = torch.tensor([[-0.5, -0.2, 0.0, 0.0], [-1.0, 0.0, 0.0, -0.1]])
+    told = sampled_tokens(mask, logp)
+    assert told.tolist() == [[True, True, False, True], [True, True, False, True]]
+    assert sampled_tokens(mask, None) is mask
 
 
 @pytest.mark.parametrize("mode", ["k2", "k3"])

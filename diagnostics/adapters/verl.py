@@ -128,8 +128,24 @@ def token_sums(totals: dict[str, Total]) -> dict[str, Tensor]:
     return sums
 
 
-def batch_of(model_output: dict[str, Any], data: Any) -> Scored:
+def sampled_tokens(mask: Tensor, rollout_logp: Tensor | None) -> Tensor:
+    """(B, T) bool: what the student sampled, supervised or not, as far as verl's data tell.
+
+    Where response_mask is 0 an agent loop writes a log-probability of exactly 0 for the text of
+    tools and environments; any other number is a token of the student that a rule takes out of the
+    loss (`opd.verl_rollouts`). Without rollout_log_probs the mask alone is known.
+
+    Args:
+      mask: (B, T) bool, verl's response_mask. rollout_logp: (B, T), 0 behind each response.
+    """
+    return mask if rollout_logp is None else mask | (rollout_logp != 0)
+
+
+def batch_of(model_output: dict[str, Any], data: Any, *, unsupervised: bool = False) -> Scored:
     """What a micro-batch of verl's actor knows, as a `Scored` that lacks the rest.
+
+    It holds what response_mask counts, since verl divides by that; with `unsupervised` also the
+    other tokens that were sampled (`sampled_tokens`), which ratios and costs to go need.
 
     With one teacher log-probability a token (loss modes k1, k2, ...) it is the sampled token's;
     with K (forward_kl_topk) they make a support without the student's side, and the sampled
@@ -141,12 +157,15 @@ def batch_of(model_output: dict[str, Any], data: Any) -> Scored:
     mask = _padded(data["response_mask"]).bool()
     zeros = torch.zeros(mask.shape, device=mask.device)
 
+    sampler = data.get("rollout_log_probs", None)
+    sampler = None if sampler is None else _padded(sampler).float()
+    sampled = sampled_tokens(mask, sampler) if unsupervised else mask
+
     def response(values: Tensor) -> Tensor:
         x = no_padding_2_padding(values, data).detach().float()
-        return torch.where(mask if x.dim() == 2 else mask[..., None], x, 0.0)
+        return torch.where(sampled if x.dim() == 2 else sampled[..., None], x, 0.0)
 
     teacher = response(data["teacher_logprobs"])
-    sampler = data.get("rollout_log_probs", None)
     single = teacher.shape[-1] == 1
     student = model_output.get("log_probs")
     lost = {"ended"} | ({"sampler_logp"} if sampler is None else set())
@@ -154,16 +173,17 @@ def batch_of(model_output: dict[str, Any], data: Any) -> Scored:
     support = None
     if not single:
         lost |= {"teacher_logp"}
-        ids = no_padding_2_padding(data["teacher_ids"], data).long() * mask[..., None]
+        ids = no_padding_2_padding(data["teacher_ids"], data).long() * sampled[..., None]
         no_student = torch.zeros_like(teacher)
         support = Support(ids=ids, student_logp=no_student, teacher_logp=teacher, source="teacher")
         support = lacking(support, ["student_logp"], "verl's loss has")
     batch = Scored(
-        tokens=_padded(data["responses"]).long() * mask,
+        tokens=_padded(data["responses"]).long() * sampled,
         mask=mask,
+        sampled_mask=sampled if unsupervised else None,
         student_logp=zeros if student is None else response(student),
         teacher_logp=teacher[..., 0] if single else zeros,
-        sampler_logp=zeros if sampler is None else torch.where(mask, _padded(sampler).float(), 0.0),
+        sampler_logp=zeros if sampler is None else torch.where(sampled, sampler, 0.0),
         prompt=torch.tensor([*map(number_of, _prompts(data))], device=mask.device),
         ended=mask.new_zeros(len(mask)),
         support=support,
