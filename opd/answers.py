@@ -41,9 +41,12 @@ def read_row(
     Raises:
       ValueError: they are of another sequence, or too few, or no log-probabilities.
     """
-    told = choice["prompt_logprobs"]
-    if told is None:
-        raise InvalidInput("no prompt_logprobs; the server must be vLLM's, or speak as it does")
+    told = choice.get("prompt_logprobs")
+    if not isinstance(told, list):
+        raise InvalidInput(
+            "it has no prompt_logprobs, log-probabilities of the ids that were sent; the server "
+            "must be vLLM's, or answer as it does"
+        )
     if choice.get("prompt_token_ids") not in (None, list(row)):
         raise InvalidInput("its token ids are not those that were sent")
     if len(told) != len(row):

@@ -14,8 +14,12 @@ import tyro
 
 from diagnostics.errors import InvalidInput
 from diagnostics.files import read_object, short
+from opd.addresses import address_problem, is_url
 from opd.rules import parse
 from opd.validation import wrong_fields
+
+TRUST = "run the Python code that lies beside the weights of a model; read it before"
+"""Help of the option --trust-remote-code."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +250,7 @@ class Config:
     """Of the engine servers: responses that each samples at once."""
 
     def __post_init__(self) -> None:
+        refuse(list(address_problems(self)))  # before a message or a record can show a secret
         problems = list(wrong_fields(self, RANGES))
         refuse(problems or list(contradictions(self)))
 
@@ -265,6 +270,16 @@ _NAMES_BY_RANGE = {
 }
 RANGES = {name: words for words, names in _NAMES_BY_RANGE.items() for name in names.split()}
 """Ranges of the numbers, keys of `opd.validation.WITHIN`; of a task's own settings too."""
+
+
+def address_problems(config: Config) -> Iterator[str]:
+    """A message for every address of a server that cannot be used, without its secrets."""
+    teachers = [config.teacher, *(getattr(task, "teacher", None) for task in config.tasks)]
+    servers = config.rollout_servers if isinstance(config.rollout_servers, tuple) else ()
+    for role, names in (("teacher", teachers), ("rollout", servers)):
+        for name in names:
+            if isinstance(name, str) and is_url(name) and (problem := address_problem(name, role)):
+                yield problem
 
 
 def contradictions(config: Config) -> Iterator[str]:

@@ -24,10 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from diagnostics.atomic import write_text
 from diagnostics.errors import InvalidInput, OperationFailed
+from diagnostics.files import KINDS, short
 from opd.answers import Answer, read_row
 from opd.endpoint import Endpoint
-from opd.runlog import write_text
 
 PROBE_TOKENS = 32
 ALIKE = 0.25
@@ -37,6 +38,8 @@ ROWS, TOKENS = 4, 8192
 """Most sequences of one question, and most ids of one with several; an answer is read in memory."""
 ENTRY_BYTES, SPARE_BYTES = 512, 1 << 20
 """Most bytes of one id's log-probability in an answer, and of what stands around them."""
+SERVERS = {"content": "llama.cpp", "text": "SGLang", "timings": "llama.cpp"}
+"""Which server's answers to /detokenize, or to a question, have a field that vLLM's have not."""
 PIECE = 512
 """Ids whose text is compared at once."""
 SCRIPTS = " ".join(
@@ -192,6 +195,8 @@ class Remote:
             "/completions", question, most=entries * ENTRY_BYTES + SPARE_BYTES, about=about
         )
         try:
+            if lacking := sorted({"model", "choices"} - set(said)):
+                raise InvalidInput(f"it lacks {lacking[0]!r}: {described(said)}")
             choices = {choice["index"]: choice for choice in said["choices"]}
             if said["model"] != self.model or sorted(choices) != list(range(len(rows))):
                 raise InvalidInput(
@@ -202,11 +207,14 @@ class Remote:
                 read_row(choices[i], row, wanted, k, self.vocabulary)
                 for i, (row, wanted) in enumerate(zip(rows, places, strict=True))
             ]
-        except (KeyError, TypeError, ValueError) as error:
-            what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-            raise InvalidInput(
-                f"{self.endpoint.url} ({about}): the answer is not the one to the question: {what}"
-            ) from error
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            problem = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise InvalidInput(  # from nothing that may quote the server, and with it the key
+            self.endpoint.redacted(
+                f"{self.endpoint.url} ({about}): the answer is not the one to the question: "
+                f"{problem}"
+            )
+        )
 
 
 def grouped(some: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
@@ -261,19 +269,56 @@ def connect(
 def chosen(endpoint: Endpoint, name: str) -> dict[str, Any]:
     """The server's entry of the model of that name, or of its only one."""
     listed = endpoint.ask("/models", most=SPARE_BYTES)
-    try:
-        entries = {entry["id"]: entry for entry in listed["data"]}
-    except (KeyError, TypeError):
-        raise InvalidInput(f"{endpoint.url}/models lists no models; is it vLLM's server?") from None
+    models = field(endpoint, listed, "data", list, "/models")
+    for entry in models:
+        field(endpoint, entry, "id", str, "/models")
+        if not isinstance(entry.get("max_model_len"), int | None):
+            raise InvalidInput(
+                endpoint.redacted(
+                    f"{endpoint.url}/models: max_model_len is {short(entry['max_model_len'])}, "
+                    "expected a whole number"
+                )
+            )
+    entries = {entry["id"]: entry for entry in models}
     if not name and len(entries) == 1:
         (name,) = entries
     if name not in entries:
         known = ", ".join(sorted(entries)) or "none"
         raise InvalidInput(
-            f"{endpoint.url} has no model {name!r}; name one of its own behind the address, "
-            f"{endpoint.url}#MODEL: {known}"
+            endpoint.redacted(
+                f"{endpoint.url} has no model {name!r}; name one of its own behind the address, "
+                f"{endpoint.url}#MODEL: {known[:300]}"
+            )
         )
     return entries[name]
+
+
+def field(endpoint: Endpoint, answer: Any, name: str, kind: type, path: str) -> Any:
+    """A field of a server's answer, of the type that vLLM's has.
+
+    Raises:
+      InvalidInput: it lacks, or is of another type: another kind of server answers; says which
+        where that can be told.
+    """
+    value = answer.get(name) if isinstance(answer, dict) else None
+    if isinstance(value, kind):
+        return value
+    raise InvalidInput(
+        endpoint.redacted(
+            f"{endpoint.url}{path}: the answer has no {name!r}, {KINDS[kind]}, as vLLM's has, but "
+            f"is {described(answer)}; the {endpoint.role} must be a server of vLLM's, which tells "
+            "the log-probabilities of given ids (prompt_logprobs)"
+        )
+    )
+
+
+def described(answer: Any) -> str:
+    """What kind of answer came, and of which kind of server, if that can be told."""
+    if not isinstance(answer, dict):
+        return short(answer)
+    known = [server for name, server in SERVERS.items() if name in answer]
+    likely = f" (as of {known[0]})" if known else ""
+    return f"an object with the fields {', '.join(map(str, answer))}"[:200] + likely
 
 
 def check_same_text(endpoint: Endpoint, model: str, tokenizer: Any) -> None:
@@ -294,7 +339,9 @@ def check_same_text(endpoint: Endpoint, model: str, tokenizer: Any) -> None:
     def theirs(ids: Sequence[int]) -> str:
         question = {"model": model, "tokens": list(ids)}
         most = ENTRY_BYTES * len(ids) + SPARE_BYTES
-        return side.ask("/detokenize", question, most=most, about="the text of ids")["prompt"]
+        answer = side.ask("/detokenize", question, most=most, about="the text of ids")
+        text: str = field(side, answer, "prompt", str, "/detokenize")
+        return text
 
     for start in range(0, len(tokenizer), PIECE):
         piece = list(range(start, min(start + PIECE, len(tokenizer))))
@@ -304,11 +351,15 @@ def check_same_text(endpoint: Endpoint, model: str, tokenizer: Any) -> None:
             ours, other = tokenizer.decode([v]), theirs([v])
             if ours != other:
                 raise InvalidInput(
-                    f"{endpoint.url} reads the id {v} as {other!r}, the student as {ours!r}{reason}"
+                    endpoint.redacted(
+                        f"{endpoint.url} reads the id {v} as {short(other)}, the student as "
+                        f"{short(ours)}{reason}"
+                    )
                 )
     question = {"model": model, "prompt": SCRIPTS, "add_special_tokens": False}
     most = ENTRY_BYTES * len(SCRIPTS) + SPARE_BYTES
-    found = side.ask("/tokenize", question, most=most, about="the ids of a text")["tokens"]
+    answer = side.ask("/tokenize", question, most=most, about="the ids of a text")
+    found = field(side, answer, "tokens", list, "/tokenize")
     own = tokenizer.encode(SCRIPTS, add_special_tokens=False)
     if found != own:
         both = zip_longest(own, found)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from diagnostics.errors import InvalidInput, MissingPackage
+from opd.addresses import is_url
 from opd.config import Config
-from opd.endpoint import is_url
 from opd.head import Head
 from opd.model import (
     Model,

@@ -25,7 +25,7 @@ from torch import Tensor
 from diagnostics.errors import InvalidInput, OperationFailed
 from opd.answers import CLAMPED, read_row
 from opd.endpoint import PASSING, Endpoint
-from opd.remote import ENTRY_BYTES, SPARE_BYTES, chosen
+from opd.remote import ENTRY_BYTES, SPARE_BYTES, chosen, described, field
 
 PROBE_TEMPERATURE = 2.0
 """At which tokens are drawn in a check: a server that tells log-probabilities before temperature
@@ -85,9 +85,9 @@ class RolloutServer:
 
     def __init__(self, url: str, *, patience: float, in_flight: int, extra: range) -> None:
         url, _, name = url.partition("#")
-        self._endpoint = Endpoint(url, patience=patience, of="rollout")
+        self._endpoint = Endpoint(url, patience=patience, role="rollout")
         root = self._endpoint.url.removesuffix("/v1")
-        self._side = Endpoint(root, patience=patience, of="rollout")
+        self._side = Endpoint(root, patience=patience, role="rollout")
         entry = chosen(self._endpoint, name)
         self.url, self.model = self._endpoint.url, entry["id"]
         self.limit: int | None = entry.get("max_model_len")
@@ -130,7 +130,8 @@ class RolloutServer:
 
     def held(self) -> str:
         """The name of the weights that the server holds; "default" if nobody named them."""
-        return self._order("/weight_info", None)["weight_version"]
+        version: str = self._field("/weight_info", None, "weight_version", str)
+        return version
 
     def respond(
         self,
@@ -190,10 +191,13 @@ class RolloutServer:
                 "VLLM_SERVER_DEV_MODE=1, from a folder that it can read (weights_folder)"
             ) from error
 
+    def _field(self, path: str, question: Any, name: str, kind: type) -> Any:
+        return field(self._side, self._order(path, question), name, kind, path)
+
     def _drop_cache(self) -> None:
         """Forget keys and values of the old weights; requests that were given up may hold some."""
         until = time.monotonic() + self._side.patience
-        while not self._order("/reset_prefix_cache", {})["success"]:
+        while not self._field("/reset_prefix_cache", {}, "success", bool):
             if time.monotonic() > until:
                 raise OperationFailed(
                     f"{self.url} does not drop its cache; who else does it serve?"
@@ -268,15 +272,19 @@ class RolloutServer:
 
     def _read(self, said: Any, reader: Any, about: str) -> Any:
         try:
+            if lacking := sorted({"model", "choices"} - set(said)):
+                raise InvalidInput(f"it lacks {lacking[0]!r}: {described(said)}")
             (choice,) = said["choices"]
             if said["model"] != self.model:
                 raise InvalidInput(f"model {said['model']!r} answers, asked was {self.model!r}")
             return reader(choice)
-        except (KeyError, TypeError, ValueError) as error:
-            what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-            raise InvalidInput(
-                f"{self.url} ({about}): the answer is not the one to the question: {what}"
-            ) from error
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            problem = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise InvalidInput(  # from nothing that may quote the server, and with it the key
+            self._endpoint.redacted(
+                f"{self.url} ({about}): the answer is not the one to the question: {problem}"
+            )
+        )
 
 
 def read_response(

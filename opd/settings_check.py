@@ -7,8 +7,8 @@ them at once.
 import dataclasses
 from collections.abc import Callable, Iterator
 
+from opd.addresses import is_url
 from opd.config import Config
-from opd.endpoint import is_url
 from opd.games import is_games
 from opd.named import is_named
 from opd.objectives import Objective
