@@ -25,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from diagnostics.atomic import atomic_write
 from diagnostics.errors import InvalidInput
 
 FORMAT = "opdlab-batch-1"
@@ -281,13 +282,9 @@ class Rollouts(_Rows):
         if support is not None:
             plain["support.source"] = support.source
         header = {"format": FORMAT, "type": type(self).__name__, "settings": json.dumps(plain)}
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        save_file(
-            {k: v.detach().cpu().contiguous() for k, v in flatten(self).items()}, part, header
-        )
-        part.replace(path)
+        tensors = {k: v.detach().cpu().contiguous() for k, v in flatten(self).items()}
+        with atomic_write(path) as temporary:
+            save_file(tensors, temporary, header)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diagnostics.atomic import atomic_write
 from diagnostics.batch import Prefix, Scored, Support
 from diagnostics.errors import InvalidInput, MissingPackage
 
@@ -81,11 +82,9 @@ class Dumps:
                 stacklevel=2,
             )
             return None
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step_{step:08d}.parquet"
-        part = path.with_name(path.name + ".part")
-        part.write_bytes(data)
-        part.replace(path)
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(data)
         self._shorten()
         return path
 

@@ -23,17 +23,29 @@ def read(path: Path) -> list[Row]:
     """All whole rows; a last line that a kill cut short is left out, and a missing file is empty.
 
     Raises:
-      ValueError: another line is not JSON.
+      InvalidInput: another line is not UTF-8, or not a JSON object; names the file and the line.
     """
     if not path.exists():
         return []
     rows = []
-    text = path.read_text("utf-8").removesuffix("\n")
-    lines = text.split("\n")  # a string of a row may hold other ends of lines
+    lines = path.read_bytes().split(b"\n")  # a string of a row may hold other ends of lines
+    if not lines[-1]:
+        lines.pop()
+        cut_short = -1
+    else:
+        cut_short = len(lines) - 1
     for i, line in enumerate(lines):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            if i + 1 < len(lines):
-                raise InvalidInput(f"{path} line {i + 1} is not JSON: {line[:80]!r}") from None
+            row = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            if i == cut_short and error.reason == "unexpected end of data":
+                continue
+            raise InvalidInput(f"{path} line {i + 1} is not UTF-8: {error}") from error
+        except (json.JSONDecodeError, RecursionError) as error:
+            if i == cut_short:
+                continue
+            raise InvalidInput(f"{path} line {i + 1} is not JSON: {line[:80]!r}") from error
+        if not isinstance(row, dict):
+            raise InvalidInput(f"{path} line {i + 1} is not a JSON object: {line[:80]!r}")
+        rows.append(row)
     return rows

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diagnostics.errors import InvalidInput, MissingFile, OperationFailed
+from diagnostics.provenance import code_state
 from diagnostics.terminal import protect_terminal
 
 if TYPE_CHECKING:
@@ -207,7 +208,7 @@ def record(name: str, table: "pd.DataFrame", runs: list[Path]) -> None:
         "code": sorted({(run / "code.txt").read_text().splitlines()[0] for run in runs}),
         "seconds": round(sum(map(seconds, runs)), 1),
         "device": sorted({c["device"] for c in configs.values()}),
-        "commit": commit(),
+        "commit": code_state().commit,
         "table": hashlib.sha256(path.read_bytes()).hexdigest()[:16],
         "versions": {p: metadata.version(p) for p in ("torch", "transformers", "pandas")},
     }
@@ -257,13 +258,6 @@ def seconds(run: Path) -> float:
 
     found = rows.read(run / "rows.jsonl")
     return sum(x for row in found for k, x in row.items() if k.startswith("seconds/") and x)
-
-
-def commit() -> str:
-    """The checkout's commit, or "unknown" for an installed package."""
-    words = ["git", "rev-parse", "HEAD"]
-    done = subprocess.run(words, cwd=DATA.parent, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

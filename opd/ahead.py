@@ -20,8 +20,10 @@ from safetensors.torch import save_file
 from diagnostics.batch import Rollouts, load
 from diagnostics.errors import InvalidInput, OperationFailed
 from diagnostics.totals import Mean, Total
-from opd import processes, runlog
+from opd import processes
 from opd.data import Prompts
+from opd.folders import checkpoints, remove, whole_folder
+from opd.manifest import damage, write_manifest
 
 Drawn = tuple[Prompts, Rollouts, Mapping[str, Total]]
 """Of a task's step: prompts, graded responses to them, and what became of episodes."""
@@ -86,26 +88,27 @@ class Ahead:
         if not self._depth:
             return
         final = folder / "ahead" / f"step_{step:06d}"
-        with runlog.whole_folder(final) as whole:
-            part = whole / own_folder()
+        with whole_folder(final) as folder_part:
+            part = folder_part / own_folder()
             part.mkdir()
             for later, coming in self._coming.items():
                 for place, (prompts, rollouts, played) in enumerate(coming.result()):
                     name = f"{later}_{place}"
                     rollouts.save(part / f"{name}.safetensors")
                     write_rest(part / f"{name}.rest", prompts, played)
+            write_manifest(part)
         if processes.rank() > 0:
             return
-        kept = {final.name, *(checkpoint.name for checkpoint in runlog.checkpoints(folder))}
+        kept = {final.name, *(checkpoint.name for checkpoint in checkpoints(folder))}
         for old in (folder / "ahead").glob("step_*"):
             if old.name not in kept:
-                runlog.remove(old)
+                remove(old)
 
     def load(self, folder: Path, step: int, device: torch.device) -> None:
         """Take up what `save` kept; a run that ended at `step` kept nothing.
 
         Raises:
-          ValueError: another number of processes kept it.
+          ValueError: another number of processes kept it, or a file is damaged.
         """
         kept = folder / "ahead" / f"step_{step:06d}"
         if kept.exists() and not (kept / own_folder()).exists():
@@ -113,6 +116,11 @@ class Ahead:
             raise InvalidInput(
                 f"{kept} holds rollouts ahead of {count} processes, and these are "
                 f"{processes.size()}: start as many, or delete it, and they are sampled anew"
+            )
+        if kept.exists() and (problem := damage(kept / own_folder())):
+            raise InvalidInput(
+                f"{problem}; delete {kept}, and the rollouts are sampled anew, from the weights of "
+                f"the checkpoint at step {step}"
             )
         found: dict[int, list[Drawn]] = {}
         files = (kept / own_folder()).glob("*.rest")

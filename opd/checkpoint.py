@@ -1,9 +1,9 @@
 """Checkpoints: everything that a run needs to go on to the same bits, written whole or not at all.
 
 A folder step_N holds the student as Hugging Face and peft save it, the optimizer with its masters,
-the teacher if it moves, and the number of steps done. The optimizer's tensors are safetensors files
-of torch.distributed.checkpoint, to which every process writes its part; any number of processes,
-sharded or not, can read them.
+the teacher if it moves, the number of steps done, and a list of these files (`opd.manifest`). The
+optimizer's tensors are safetensors files of torch.distributed.checkpoint, to which every process
+writes its part; any number of processes, sharded or not, can read them. The last two are kept.
 """
 
 import json
@@ -21,29 +21,47 @@ from torch.distributed.checkpoint import (
 from torch.distributed.checkpoint import load as load_shards
 from torch.distributed.checkpoint import save as save_shards
 
+from diagnostics import rows
+from diagnostics.atomic import sync, write_text
 from diagnostics.errors import OperationFailed
-from opd import processes, runlog
+from opd import processes
+from opd.folders import checkpoints, remove, whole_folder
+from opd.manifest import write_manifest
 from opd.model import Pair
 from opd.optimizer import Optimizer
 from opd.sharding import plain
 
+KEPT = 2
+"""Checkpoints that are kept: the last one, and one before it in case the last is damaged."""
+
 
 def save(folder: Path, pair: Pair, optimizer: Optimizer, step: int, moving_teacher: bool) -> None:
-    """Write checkpoints/step_N, then remove older ones. Every process has to call."""
+    """Write checkpoints/step_N, then remove all but the last two. Every process has to call.
+
+    The rows that lead to it are on the disk before it is.
+    """
     final = folder / "checkpoints" / f"step_{step:06d}"
     network = plain(pair.student)
-    with runlog.whole_folder(final) as part:
+    if processes.rank() == 0:
+        for record in (folder / "rows.jsonl", folder / "evals.jsonl"):
+            if record.exists():
+                sync(record)
+    with whole_folder(final) as part:
         if processes.rank() == 0:
             network.save_pretrained(part)
             pair.tokenizer.save_pretrained(part)
             if moving_teacher:
                 save_model(pair.teacher.network, str(part / "teacher.safetensors"))
-            runlog.write_text(part / "state.json", json.dumps({"step": step}))
         write_shards(optimizer, part / "optimizer")
+        processes.barrier()
+        if processes.rank() == 0:
+            evaluations = len(rows.read(folder / "evals.jsonl"))
+            state = {"step": step, "evaluations": evaluations}
+            write_text(part / "state.json", json.dumps(state))
+            write_manifest(part)
     if processes.rank() == 0:
-        for old in runlog.checkpoints(folder):
-            if old != final:
-                runlog.remove(old)
+        for old in checkpoints(folder)[:-KEPT]:
+            remove(old)
 
 
 def write_shards(optimizer: Optimizer, folder: Path) -> None:
@@ -56,42 +74,26 @@ def write_shards(optimizer: Optimizer, folder: Path) -> None:
             raise OperationFailed(first_of(error)) from error
 
 
-def resume(folder: Path, pair: Pair, moving_teacher: bool) -> int:
-    """Load the weights of the last checkpoint, drop the rows after it; returns the first step.
+def load(checkpoint: Path, pair: Pair, moving_teacher: bool) -> None:
+    """Load the weights of a checkpoint.
 
-    The optimizer follows (`resume_optimizer`), once the weights are where they will stay.
+    The optimizer follows (`load_optimizer`), once the weights are where they will stay.
     """
-    found = runlog.checkpoints(folder)
-    step = 0
-    if found:
-        step = json.loads((found[-1] / "state.json").read_text())["step"]
-        load_weights(pair.student.network, found[-1])
-        if moving_teacher:
-            load_model(pair.teacher.network, found[-1] / "teacher.safetensors")
-    processes.barrier()  # all have read
-    if processes.rank() == 0:
-        runlog.rewind(folder / "rows.jsonl", lambda row: row["step"] < step)
-        runlog.rewind(folder / "evals.jsonl", lambda row: bool(found) and row["step"] <= step)
-        for dump in (folder / "batches").glob("step_*.safetensors"):
-            if int(dump.stem.removeprefix("step_")) >= step:
-                dump.unlink()
-    processes.barrier()
-    return step
+    load_weights(pair.student.network, checkpoint)
+    if moving_teacher:
+        load_model(pair.teacher.network, checkpoint / "teacher.safetensors")
 
 
-def resume_optimizer(folder: Path, optimizer: Optimizer) -> None:
-    """Load the optimizer of the last checkpoint, if there is one, into this one's tensors."""
-    found = runlog.checkpoints(folder)
-    if not found:
-        return
-    reader = HuggingFaceStorageReader(str(found[-1] / "optimizer"))
+def load_optimizer(checkpoint: Path, optimizer: Optimizer) -> None:
+    """Load a checkpoint's optimizer into this one's tensors."""
+    reader = HuggingFaceStorageReader(str(checkpoint / "optimizer"))
     with warnings.catch_warnings(), torch.no_grad():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         try:
             load_shards(optimizer.tensors(), storage_reader=reader)
         except CheckpointException as error:
             raise OperationFailed(
-                f"could not read {found[-1] / 'optimizer'}: {first_of(error)}"
+                f"could not read {checkpoint / 'optimizer'}: {first_of(error)}"
             ) from error
 
 

@@ -51,13 +51,14 @@ def main() -> None:
 
 
 def train(argv: list[str]) -> None:
-    """`opd train RECIPE [--field value ...]`."""
+    """`opd train RECIPE [--anew] [--field value ...]`."""
     from opd.recipes import parse
 
-    config = parse(argv)
+    anew = "--anew" in argv
+    config = parse([word for word in argv if word != "--anew"])
     from opd.train import train as run
 
-    folder = run(config)
+    folder = run(config, anew)
     if os.environ.get("RANK", "0") == "0":  # of several processes one tells
         print(f"run folder: {folder}\ntrained model: {folder / 'final'}")
 

@@ -15,18 +15,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from diagnostics.atomic import write_text
 from diagnostics.batch import Rollouts
 from diagnostics.errors import InvalidInput
 from diagnostics.intervals import gain_interval
-from opd.config import from_json
+from opd.addresses import is_url
+from opd.config import TRUST, from_json
 from opd.data import Prompts, Task, encode
-from opd.endpoint import is_url
 from opd.evaluate import grade_responses
 from opd.model import Model, Pair
 from opd.problems import Problem
 from opd.roles import make_pair
 from opd.rollout import sample
-from opd.runlog import write_text
 from opd.seeds import CONTINUATION, derive
 from opd.train import load
 
@@ -40,8 +40,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[0, 16, 32, 64, 128])
     parser.add_argument("--problems", type=int, default=128, help="held-out problems")
     parser.add_argument("--trained", action="store_true", help="the student as it was trained")
+    parser.add_argument("--trust-remote-code", action="store_true", help=TRUST)
     given = parser.parse_args(argv)
-    found = continuation(given.run, given.lengths, given.problems, given.trained)
+    found = continuation(
+        given.run, given.lengths, given.problems, given.trained, given.trust_remote_code
+    )
     print("prefix  problems  teacher goes on  student  gain [95 %]")
     for row in found:
         line = "{length:6}  {problems:8}  {teacher:15.3f}  {student:7.3f}  "
@@ -49,16 +52,20 @@ def main(argv: list[str]) -> None:
 
 
 def continuation(
-    run: Path, lengths: Sequence[int], count: int, trained: bool = False
+    run: Path, lengths: Sequence[int], count: int, trained: bool = False, trust: bool = False
 ) -> list[dict[str, Any]]:
     """A row for each length, also written to RUN/control/continuation.json.
+
+    Args:
+      trust: run Python code that lies beside the weights of the models that the record names; what
+        the record itself says of it counts for nothing, since the folder may be a stranger's.
 
     Raises:
       ValueError: a negative length, or the run has several tasks or a teacher of its student.
     """
     if min(lengths) < 0:
         raise InvalidInput(f"lengths are {list(lengths)}; a prefix has 0 tokens or more")
-    config = from_json(run / "config.json")
+    config = replace(from_json(run / "config.json"), trust_remote_code=trust)
     if config.tasks or config.teacher in ("base", "ema") or is_url(config.teacher):
         raise InvalidInput(
             f"{run} has no teacher of its own, several, or one on a server; the probe samples from "

@@ -26,10 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diagnostics.atomic import write_text
 from diagnostics.errors import InvalidInput
 from opd import chores, problems, sorting
+from opd.folders import whole_folder
 from opd.habits import PLAIN, UNLABELLED, Habit, written
-from opd.runlog import whole_folder, write_text
 from opd.seeds import derive
 
 if TYPE_CHECKING:

@@ -5,8 +5,10 @@ positions, T response positions, L = P + T, N supervised tokens (flat), D hidden
 vocabulary.
 """
 
+import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -17,9 +19,10 @@ from torch import Tensor
 
 from diagnostics.batch import Rollouts
 from diagnostics.errors import InvalidInput, MissingFile, MissingPackage
+from opd.addresses import is_url, without_secrets
 from opd.data import Prompts
-from opd.endpoint import is_url
 from opd.head import Head, cooled, find_head, full_logits
+from opd.manifest import unreadable
 from opd.remote import Remote
 from opd.special import Endings
 
@@ -98,7 +101,8 @@ def load(
     "int8" or "nf4", to quantise all linear layers but the head.
 
     Raises:
-      ValueError: no name, a server, or a model with code of its own that is not trusted.
+      ValueError: no name, a server, a damaged file, or a model with code of its own that is not
+        trusted.
       FileNotFoundError: no such folder.
       ImportError: bitsandbytes, which quantises, is not installed.
     """
@@ -111,8 +115,8 @@ def load(
         )
     if is_url(name):
         raise InvalidInput(
-            f"{name} is a server, which shows no weights and whole distributions; it can be the "
-            "teacher of `opd train` alone. Name a folder or a hub model here"
+            f"{without_secrets(name)} is a server, which shows no weights and whole distributions; "
+            "it can be the teacher of `opd train` alone. Name a folder or a hub model here"
         )
     made = {"lab/": "", "smollm/": " --smollm"}
     made |= {f"lab-{kind}/": f" --{kind}" for kind in ("tiny", "rooms", "strangers")}
@@ -122,11 +126,72 @@ def load(
         raise MissingFile(f"model folder {name!r} does not exist{hint}")
     disable_progress_bar()
     kind = getattr(torch, dtype)
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
     place = resolve_device(device)
     fewer = {} if weights == "saved" else quantised(weights, kind, place)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=kind, trust_remote_code=trust, **fewer)
+    with explained_loading(name):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=kind, trust_remote_code=trust, **fewer
+        )
     return tokenizer, (model if fewer else model.to(place)).eval()
+
+
+@contextmanager
+def explained_loading(name: str) -> Iterator[None]:
+    """Name the damaged file of a model, or that it wants its own code to be run.
+
+    Files of a folder are looked at before (transformers passes over a generation config that it
+    cannot read), those of a hub model only when it cannot be loaded.
+
+    Raises:
+      InvalidInput: a file is damaged or missing, or the model's code is not trusted.
+    """
+    if Path(name).is_dir():
+        refuse_damaged(Path(name), f"copy or download the model {name} again")
+    try:
+        yield
+    except Exception as error:
+        said = str(error)
+        if isinstance(error, ValueError) and "trust_remote_code" in said:
+            raise InvalidInput(
+                f"{name} brings Python code of its own, which is run only if you allow it: read "
+                "it, then add --trust-remote-code to the command (trust_remote_code=True in "
+                "Python); what a run folder or a file says of it counts for nothing"
+            ) from error
+        if not Path(name).is_dir() and (cached := cached_folder(name)) is not None:
+            remedy = f"delete it, and {name} is downloaded again"
+            refuse_damaged(cached, remedy)
+        raise
+
+
+def cached_folder(name: str) -> Path | None:
+    """The folder of a hub model's files on this machine, if there are any."""
+    from transformers.utils import cached_file
+
+    try:
+        path = cached_file(name, "config.json", local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    return Path(path).parent if path else None
+
+
+def refuse_damaged(folder: Path, remedy: str) -> None:
+    """Refuse a model's folder with a file that cannot be read, or lacks a part of the weights.
+
+    Raises:
+      InvalidInput: names the file.
+    """
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    for path in files:
+        if problem := unreadable(path):
+            raise InvalidInput(f"{problem}; {remedy}")
+        if path.name.endswith(".index.json"):
+            parts = json.loads(path.read_text("utf-8")).get("weight_map", {}).values()
+            lacking = sorted({part for part in parts if not (folder / part).is_file()})
+            if lacking:
+                raise InvalidInput(
+                    f"{folder / lacking[0]}, which {path.name} lists, is missing; {remedy}"
+                )
 
 
 def quantised(weights: str, dtype: torch.dtype, device: str) -> dict[str, Any]:

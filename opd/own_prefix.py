@@ -13,9 +13,9 @@ import torch
 
 from diagnostics.batch import Scored
 from diagnostics.errors import InvalidInput, MissingFile
-from opd.config import Config, from_json
+from opd.addresses import is_url
+from opd.config import TRUST, Config, from_json
 from opd.data import Prompts, encode
-from opd.endpoint import is_url
 from opd.model import Model, Pair
 from opd.roles import make_pair
 from opd.rollout import sample
@@ -28,19 +28,23 @@ SOURCES = ("teacher", "student", "trained")
 
 
 def main(argv: list[str]) -> None:
-    """`opd control RUN [--problems N]`."""
+    """`opd control RUN [--problems N] [--trust-remote-code]`."""
     parser = argparse.ArgumentParser(
         prog="opd control", description="the teacher on its own prefixes and on the student's"
     )
     parser.add_argument("run", type=Path, help="a finished run folder")
     parser.add_argument("--problems", type=int, default=64, help="held-out problems to answer")
+    parser.add_argument("--trust-remote-code", action="store_true", help=TRUST)
     given = parser.parse_args(argv)
-    for path in control(given.run, given.problems):
+    for path in control(given.run, given.problems, given.trust_remote_code):
         print(path)
 
 
-def control(run: Path, count: int = 64) -> list[Path]:
+def control(run: Path, count: int = 64, trust: bool = False) -> list[Path]:
     """Write RUN/control/{teacher,student,trained}.safetensors: one response a held-out problem.
+
+    trust: run Python code that lies beside the weights of the models that the record names; what
+    the record itself says of it counts for nothing, since the folder may be a stranger's.
 
     Prompts, their order and the noise of every row are the same for the three. Sampled at the
     run's temperature, from the whole softmax.
@@ -49,7 +53,7 @@ def control(run: Path, count: int = 64) -> list[Path]:
       FileNotFoundError: the run has no final/. ValueError: its teacher is no model of its own, or
         it has several.
     """
-    config = from_json(run / "config.json")
+    config = dataclasses.replace(from_json(run / "config.json"), trust_remote_code=trust)
     if config.tasks:
         raise InvalidInput(f"{run} has {len(config.tasks)} tasks; the control compares one teacher")
     if config.teacher in ("base", "ema") or is_url(config.teacher):

@@ -16,9 +16,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from diagnostics.atomic import write_text
 from diagnostics.errors import OperationFailed
 from opd.demo import command
-from opd.runlog import write_text
 
 MASK = ("--mask", "string:<think>", "string:</think>", "token:<|im_end|>")
 SAMPLED = ("--objective", "sampled_token_clipped")

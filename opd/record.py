@@ -15,6 +15,7 @@ from diagnostics import rows
 from diagnostics.alarms import Alarms
 from diagnostics.errors import MissingFile
 from diagnostics.rows import Row
+from opd.starts import history
 
 POINTS, COLUMNS = 1600, 480
 """Most points of a column and most steps of a heat map, over all the runs of a page."""
@@ -53,10 +54,11 @@ def read_run(folder: Path) -> Run:
             f"{folder} is no run folder: it has neither config.json nor rows.jsonl, nor one single "
             "other .jsonl file with the rows of a monitor"
         )
+    written = code.read_text("utf-8", "replace") if code.exists() else "unknown: no code.txt"
     return Run(
         folder=folder,
         config=json.loads(config.read_text("utf-8")) if config.exists() else {},
-        code=code.read_text("utf-8", "replace") if code.exists() else "unknown: no code.txt",
+        code="\n".join([*history(folder), written]),
         rows=latest(rows.read(file)),
         evals=rows.read(folder / "evals.jsonl"),
     )
@@ -68,7 +70,8 @@ def rows_file(folder: Path) -> Path:
     A monitor in a stranger's trainer writes its rows under the name that its user chose.
     """
     path = folder / "rows.jsonl"
-    others = [file for file in sorted(folder.glob("*.jsonl")) if file.name != "evals.jsonl"]
+    own = ("evals.jsonl", "starts.jsonl")
+    others = [file for file in sorted(folder.glob("*.jsonl")) if file.name not in own]
     return others[0] if not path.exists() and len(others) == 1 else path
 
 

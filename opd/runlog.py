@@ -1,47 +1,68 @@
-"""The run folder: the only record of a run, never half-written.
+"""The run folder: the only record of a run, never half-written, and where a run goes on from it.
 
-config.json, code.txt, rows.jsonl (one row a step), evals.jsonl, batches/, checkpoints/, final/.
+config.json, code.txt, starts.jsonl, rows.jsonl (one row a step), evals.jsonl, batches/,
+checkpoints/, final/; what a resumed run writes again is kept in dropped/ (`opd.starts`), and the
+record of a run that was started anew in earlier/.
 """
 
 import fcntl
 import json
-import shutil
-import subprocess
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from diagnostics import rows
+from diagnostics.atomic import DISK_FULL, sync, write_text
 from diagnostics.errors import InvalidInput, OperationFailed
-from diagnostics.rows import Row
 from opd import processes
 from opd.config import Config, to_json
+from opd.folders import checkpoints, step_of
+from opd.manifest import damage
 
 FREE_TO_CHANGE = (
     *("steps", "out", "eval_every", "save_every", "batch_every", "probe_every", "loggers"),
     *("micro_tokens", "chunk_elements", "rows_at_once", "checkpointing", "offload_teacher"),
     *("teacher_patience", "teacher_requests", "rollout_patience", "rollout_requests"),
-    *("rollout_servers", "weights_folder", "sharding"),
+    *("rollout_servers", "weights_folder", "sharding", "trust_remote_code"),
 )
-"""Settings that say how far, how often or where, and not what is computed."""
+"""Settings that say how far, how often, where or what is allowed, and not what is computed."""
+EARLIER = "earlier"
+"""Folder in a run folder, to which `anew` moves the records of runs before."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins or goes on.
+
+    step: the first one to take. checkpoint: to load, empty at the beginning. damaged: newer
+    checkpoints that cannot be used, by their path, with the reason. finished: all steps are taken
+    and the model is saved, and no checkpoint is left to go on from.
+    """
+
+    step: int
+    checkpoint: str
+    damaged: Mapping[str, str]
+    finished: bool = False
 
 
 @contextmanager
-def open_run(config: Config) -> Iterator[Path]:
-    """The run folder of `config`, locked against a second process while in use.
+def open_run(config: Config, anew: bool = False) -> Iterator[tuple[Path, Start]]:
+    """The run folder of `config`, locked against a second process while in use, and its start.
 
     Only the first of a run's processes writes in it; the others wait for it to be ready.
 
+    Args:
+      anew: begin at step 0; what the folder holds is moved to earlier/.
+
     Raises:
-      ValueError: the folder holds a run with other settings; names them.
-      RuntimeError: another process is writing to the folder.
+      InvalidInput: the folder holds a run with other settings, or one that cannot go on.
+      OperationFailed: another process is writing to the folder.
     """
     folder = Path(config.out)
     if processes.rank() > 0:
-        processes.barrier()
-        yield folder
+        yield folder, Start(**processes.told({})[0])
         return
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "run.lock", "w") as lock:
@@ -49,99 +70,134 @@ def open_run(config: Config) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise OperationFailed(f"another process is writing to {folder}") from None
+        if anew:
+            set_aside(folder)
         refuse_other_settings(folder, config)
-        write_text(folder / "config.json", json.dumps(to_json(config), indent=1))
-        if not (folder / "code.txt").exists():
-            write_text(folder / "code.txt", code_state())
-        processes.barrier()
-        yield folder
+        start = find_start(folder, config)
+        if not start.finished:
+            write_text(folder / "config.json", json.dumps(to_json(config), indent=1))
+        processes.told(asdict(start))
+        yield folder, start
+
+
+def recorded(folder: Path) -> bool:
+    """Whether a folder holds anything that a run has computed."""
+    files = [folder / name for name in ("rows.jsonl", "evals.jsonl")]
+    parts = [folder / name for name in ("batches", "checkpoints", "final", "ahead")]
+    return any(path.exists() and path.stat().st_size for path in files) or any(
+        path.is_dir() and any(path.iterdir()) for path in parts
+    )
 
 
 def refuse_other_settings(folder: Path, config: Config) -> None:
-    record = [folder / name for name in ("rows.jsonl", "evals.jsonl")]
-    begun = any(path.exists() and path.stat().st_size for path in record)
-    if not (folder / "config.json").exists():
-        if begun:
-            raise InvalidInput(f"{folder} has a record but no config.json; choose another --out")
+    """Refuse a folder with a record of other settings.
+
+    Raises:
+      InvalidInput: names the settings that differ.
+    """
+    path = folder / "config.json"
+    if not recorded(folder):  # a run that never began, such as one whose task was not found
         return
-    if not begun:  # a run that never began, such as one whose task was not found
-        return
-    old, new = json.loads((folder / "config.json").read_text()), to_json(config)
+    remedy = "choose another --out, or add --anew, which moves the record to earlier/ and begins"
+    if not path.exists():
+        raise InvalidInput(f"{folder} has a record but no config.json; {remedy}")
+    try:
+        old = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise InvalidInput(f"{path} cannot be read ({error}); restore it, or {remedy}") from error
+    new = to_json(config)
     changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
     changed = [k for k in changed if k not in FREE_TO_CHANGE]
     if changed:
         what = ", ".join(f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in changed)
+        raise InvalidInput(f"{folder} holds a run with other settings ({what}); {remedy}")
+
+
+def find_start(folder: Path, config: Config) -> Start:
+    """The newest whole checkpoint, or the beginning if there cannot have been a checkpoint.
+
+    Raises:
+      InvalidInput: all checkpoints are damaged, or the record goes beyond where one was made.
+    """
+    damaged: dict[str, str] = {}
+    for path in reversed(checkpoints(folder)):
+        problem = damage(path)
+        step = None if problem else saved_step(path)
+        if step is not None:
+            return Start(step, str(path), damaged)
+        damaged[str(path)] = problem or f"{path / 'state.json'} names no step"
+    if damaged:
         raise InvalidInput(
-            f"{folder} holds a run with other settings ({what}); choose another --out, or delete "
-            "the folder to start again"
+            f"{next(iter(damaged.values()))}; no whole checkpoint is left in "
+            f"{folder / 'checkpoints'}. Put a copy of it back, or add --anew, which moves the "
+            f"record to {folder / EARLIER} and begins at step 0"
         )
+    steps = [row.get("step", -1) for row in rows.read(folder / "rows.jsonl")]
+    done = max(steps, default=-1) + 1
+    if done >= config.steps and (folder / "final").exists():
+        return Start(done, "", {}, finished=True)
+    if lost := had_checkpoint(folder, done):
+        raise InvalidInput(
+            f"{folder} {lost} and no checkpoint to go on from: was {folder / 'checkpoints'} moved "
+            f"or deleted? Put it back; or add --anew, which moves the record to {folder / EARLIER} "
+            "and begins at step 0; or choose another --out"
+        )
+    return Start(0, "", {})
 
 
-def rewind(path: Path, keep: Callable[[Row], bool]) -> None:
-    """Drop the rows that a resumed run will write again."""
-    kept = [row for row in rows.read(path) if keep(row)]
-    write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+def saved_step(checkpoint: Path) -> int | None:
+    """The number of steps done at a whole checkpoint, if its state.json tells one."""
+    path = checkpoint / "state.json"
+    state = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    step = state.get("step")
+    return step if isinstance(step, int) else None
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
+def had_checkpoint(folder: Path, done: int) -> str:
+    """How a record of `done` steps shows that there was a checkpoint, or ""."""
+    path = folder / "config.json"
+    every = json.loads(path.read_text("utf-8")).get("save_every", 0) if path.exists() else 0
+    if every and done > every:
+        return f"has a record of {done} steps, saved every {every},"
+    if any(row.get("step", 0) for row in rows.read(folder / "starts.jsonl")):
+        return "was resumed from a checkpoint before"
+    last = max(map(step_of, (folder / "batches").glob("step_*.safetensors")), default=0)
+    if last > done:  # a step's batch is saved before its row
+        return f"has a saved batch of step {last}, a record of {done} steps"
+    return ""
+
+
+def set_aside(folder: Path) -> None:
+    """Move all that a run folder holds, but its lock, to earlier/NUMBER in it."""
+    names = [path for path in folder.iterdir() if path.name not in ("run.lock", EARLIER)]
+    if not names:
+        return
+    numbers = [int(path.name) for path in (folder / EARLIER).glob("[0-9]*")]
+    target = folder / EARLIER / f"{max(numbers, default=0) + 1:03d}"
+    target.mkdir(parents=True)
+    for path in names:
+        os.replace(path, target / path.name)
+    sync(target)
+    sync(folder)
 
 
 @contextmanager
-def whole_folder(final: Path) -> Iterator[Path]:
-    """Write into a temporary folder that takes the final name only when the block succeeds.
+def explained(config: Config) -> Iterator[None]:
+    """Say what to do about errors that are about the machine; the record so far is kept."""
+    import torch
 
-    Every process of a run has to enter; all may write, and the name is taken when all have.
-
-    Raises:
-      RuntimeError: something could not be written; what was there before stays.
-    """
-    part = final.with_name(final.name + ".part")
-    if processes.rank() == 0:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-    processes.barrier()
     try:
-        yield part
-    except (OSError, RuntimeError, SafetensorError) as error:
-        # torch and safetensors tell a full disk in words of their own
-        shutil.rmtree(part, ignore_errors=True)
+        yield
+    except torch.OutOfMemoryError as error:
         raise OperationFailed(
-            f"could not write {final} ({error}): is the disk full? What was saved before is whole, "
-            "and the same command resumes from it"
+            f"out of memory on {config.device}: lower micro_tokens ({config.micro_tokens}), "
+            f"chunk_elements ({config.chunk_elements}) or rows_at_once ({config.rows_at_once}), "
+            f"or set checkpointing or offload_teacher; the same command resumes ({error})"
         ) from error
-    processes.barrier()
-    if processes.rank() == 0:
-        shutil.rmtree(final, ignore_errors=True)
-        part.rename(final)
-    processes.barrier()
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Finished checkpoints, oldest first."""
-    found = (folder / "checkpoints").glob("step_*")
-    return sorted(p for p in found if p.is_dir() and not p.name.endswith(".part"))
-
-
-def remove(folder: Path) -> None:
-    """Delete a folder so that a kill midway leaves no half of it under its own name."""
-    doomed = folder.with_name(folder.name + ".part")
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
-
-
-def code_state() -> str:
-    """Commit and uncommitted difference of the code that runs, or that it is unknown."""
-    here = Path(__file__).parent
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True)
-        return done.stdout
-
-    try:
-        return f"commit {git('rev-parse', 'HEAD')}\n{git('diff', 'HEAD', '--', '*.py')}"
-    except (OSError, subprocess.CalledProcessError):
-        return "commit unknown: not a git checkout\n"
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise OperationFailed(
+            f"could not write below {config.out}: is the disk full? What was saved before is "
+            f"whole, and the same command resumes from it ({error})"
+        ) from error

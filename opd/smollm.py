@@ -13,8 +13,9 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diagnostics.atomic import write_text
 from diagnostics.errors import InvalidInput, MissingPackage
-from opd.runlog import whole_folder, write_text
+from opd.folders import whole_folder
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,16 +1,13 @@
 """Train: set a run up, take its steps, keep its record; straight from top to bottom."""
 
-import errno
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 from diagnostics import rows
@@ -19,7 +16,7 @@ from diagnostics.batch import Scored
 from diagnostics.catalogue import PANEL, Metric
 from diagnostics.collapse import length, reward
 from diagnostics.drift import sampled_divergence
-from diagnostics.errors import InvalidInput, OperationFailed
+from diagnostics.errors import InvalidInput
 from diagnostics.groups import by
 from diagnostics.monitor import Monitor
 from diagnostics.rows import Row, append
@@ -27,13 +24,14 @@ from diagnostics.supervision import sign_shares, signal_concentration
 from diagnostics.terminal import visible
 from diagnostics.totals import Mean, Total
 from diagnostics.validity import staleness
-from opd import checkpoint, processes, runlog
+from opd import checkpoint, processes, runlog, starts
+from opd.addresses import is_url
 from opd.ahead import Ahead
 from opd.config import Config, refuse, to_json
 from opd.data import Task, drop_long, load_task, refuse_long
-from opd.endpoint import is_url
 from opd.engines import Engine, make_engine
 from opd.evaluate import evaluate
+from opd.folders import whole_folder
 from opd.games import Games, is_games, load_games
 from opd.loggers import Log, evaluation, open_loggers
 from opd.model import Model, Pair, resolve_device
@@ -51,8 +49,11 @@ from opd.tasks import settings_of, shares, turns
 from opd.told import check_tellable, keep_probes
 
 
-def train(config: Config) -> Path:
+def train(config: Config, anew: bool = False) -> Path:
     """Run (or resume) `config`; returns the run folder. The trained model is in `final/`.
+
+    Args:
+      anew: begin at step 0; a record that the run folder holds is moved to earlier/ in it.
 
     Raises:
       RuntimeError: the device ran out of memory; says which settings to lower.
@@ -77,17 +78,24 @@ def train(config: Config) -> Path:
         )
     with (
         processes.joined(where, config.teacher_patience + config.rollout_patience) as device,
-        explained(config),
-        runlog.open_run(config) as folder,
+        runlog.explained(config),
+        runlog.open_run(config, anew) as (folder, start),
     ):
+        if start.finished:
+            print(f"{folder} is finished after {start.step} steps", file=sys.stderr)
+            return folder
         pairs = make_pairs([replace(own, device=device) for own in settings_of(config)])
-        first = checkpoint.resume(folder, pairs[0], config.teacher == "ema")
+        first, saved = start.step, Path(start.checkpoint) if start.checkpoint else None
+        if saved is not None:
+            checkpoint.load(saved, pairs[0], config.teacher == "ema")
         if config.sharding == "full":
             pairs = with_sharded_student(pairs)
         student = pairs[0].student
         rounded = config.dtype != "float32"
         optimizer = adamw(student.network.parameters(), config.betas, config.weight_decay, rounded)
-        checkpoint.resume_optimizer(folder, optimizer)
+        if saved is not None:
+            checkpoint.load_optimizer(saved, optimizer)
+        starts.begin(folder, start)
         keep_probes(folder / "teachers.json", pairs, first)
         engine = sampler(config, student)
         runs = make_runs(config, folder, pairs, engine, optimizer)
@@ -98,7 +106,7 @@ def train(config: Config) -> Path:
         engine.close()
         if first < config.steps or not (folder / "final").exists():
             network = ordinary(plain(student))
-            with runlog.whole_folder(folder / "final") as part:
+            with whole_folder(folder / "final") as part:
                 if processes.rank() == 0:
                     network.save_pretrained(part)
                     pairs[0].tokenizer.save_pretrained(part)
@@ -175,27 +183,6 @@ def by_turn(config: Config) -> dict[str, Metric]:
 def cost(batch: Scored) -> dict[str, Total]:
     """`drift/k1` alone, without its positions."""
     return {"drift/k1": Mean.of(batch.log_ratio, batch.mask, batch.prompt)}
-
-
-@contextmanager
-def explained(config: Config) -> Iterator[None]:
-    """Say what to do about errors that are about the machine; the record so far is kept."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise OperationFailed(
-            f"out of memory on {config.device}: lower micro_tokens ({config.micro_tokens}), "
-            f"chunk_elements ({config.chunk_elements}) or rows_at_once ({config.rows_at_once}), "
-            f"or set checkpointing or offload_teacher; the same command resumes ({error})"
-        ) from error
-    except (OSError, SafetensorError) as error:
-        full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if isinstance(error, OSError) and error.errno not in full:
-            raise
-        raise OperationFailed(
-            f"could not write below {config.out}: is the disk full? What was saved before is "
-            f"whole, and the same command resumes from it ({error})"
-        ) from error
 
 
 def task_of(config: Config, pair: Pair) -> Task | Games:

@@ -11,7 +11,6 @@ import json
 import os
 import pkgutil
 import platform
-import subprocess
 import sys
 import time
 from importlib import import_module, metadata
@@ -19,7 +18,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from diagnostics.atomic import write_text
 from diagnostics.errors import InvalidInput, OperationFailed
+from diagnostics.provenance import code_state
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -90,15 +91,21 @@ def run(
     tasks = [(name, setting, file.name) for setting, file in todo]
     done = compute(measure_cell, tasks, jobs, backend, address)
     for key, cell in tqdm(done, total=len(todo), desc=f"{name} {preset}", disable=not todo):
-        _write(folder / "cells" / key, json.dumps(cell))
+        write_text(folder / "cells" / key, json.dumps(cell), concurrent=True)
     cells = [json.loads(file.read_text()) for file in files]
     rows = pd.DataFrame([row for cell in cells for row in cell["rows"]])
     summary = experiment.summarize(rows)
     seconds = sum(cell["seconds"] for cell in cells)
     where = folder / preset
-    _write(where / "rows.csv", rows.to_csv(index=False))
-    _write(where / "summary.csv", summary.to_csv(index=False, float_format="%.6g"))
-    _write(where / "summary.json", json.dumps(provenance(name, preset, seconds), indent=1) + "\n")
+    write_text(where / "rows.csv", rows.to_csv(index=False), concurrent=True)
+    write_text(
+        where / "summary.csv", summary.to_csv(index=False, float_format="%.6g"), concurrent=True
+    )
+    write_text(
+        where / "summary.json",
+        json.dumps(provenance(name, preset, seconds), indent=1) + "\n",
+        concurrent=True,
+    )
     return summary
 
 
@@ -136,13 +143,12 @@ def read_cell(file: Path) -> dict[str, Any] | None:
 def provenance(name: str, preset: str, seconds: float) -> dict[str, Any]:
     """How a table came about: command, code, versions, time on one core."""
     packages = ("torch", "numpy", "pandas", "scipy")
+    code = code_state(ROOT)
     return {
         "command": f"opd study run {name} --preset {preset}",
         "preset": preset,
-        "commit": _git("rev-parse", "HEAD") or "unknown",
-        "changed_files": (_git("status", "--porcelain", "--untracked-files=no") or "").split()[
-            1::2
-        ],
+        "commit": code.commit,
+        "changed_files": list(code.changed),
         "source": fingerprint(name),
         "seconds": round(seconds, 2),
         "python": platform.python_version(),
@@ -216,7 +222,7 @@ def update_figures(name: str, preset: str, out: str | Path) -> None:
     """Copy the summary and its provenance to figures/data, where they are committed."""
     for suffix in ("csv", "json"):
         text = (Path(out) / name / preset / f"summary.{suffix}").read_text()
-        _write(FIGURES / f"{name}.{suffix}", text)
+        write_text(FIGURES / f"{name}.{suffix}", text, concurrent=True)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -265,20 +271,6 @@ def _canonical(setting: dict[str, Any]) -> str:
 def _key(name: str, setting: dict[str, Any]) -> str:
     text = f"{name} {_canonical(setting)} {fingerprint(name)}"
     return hashlib.sha256(text.encode()).hexdigest()[:20]
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text)
-    part.replace(path)
-
-
-def _git(*arguments: str) -> str | None:
-    asked = subprocess.run(
-        ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return asked.stdout.strip() if asked.returncode == 0 else None
 
 
 if __name__ == "__main__":

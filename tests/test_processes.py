@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from diagnostics import batch as batches
 from diagnostics.batch import Rollouts
 from opd import processes
-from opd.checkpoint import resume_optimizer
+from opd.checkpoint import load_optimizer
 from opd.config import Config, TaskSettings, to_json
 from opd.optimizer import adamw
 from opd.roles import make_pair
@@ -216,7 +216,7 @@ def test_parts_of_masters_and_moments_are_read_whole(made: Path, tiny_pair) -> N
     assert len(halves) == 2
     network = make_pair(config).student.network
     optimizer = adamw(network.parameters(), config.betas, 0.0)
-    resume_optimizer(Path(config.out), optimizer)
+    load_optimizer(last, optimizer)
     saved = AutoModelForCausalLM.from_pretrained(last, dtype=torch.bfloat16).state_dict()
     names = [name for name, _ in network.named_parameters()]
     assert {f"{i}.master" for i in range(len(names))} <= optimizer.tensors().keys()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import dynamic_module_utils
 
-from opd.config import to_json
+from diagnostics.errors import InvalidInput
+from opd.config import from_json, to_json
+from opd.continuation import continuation
 from opd.data import encode
 from opd.model import load_pair
+from opd.own_prefix import control
 from opd.problems import problems
 from opd.rollout import sample
 from opd.runlog import open_run
@@ -204,5 +208,23 @@ def test_code_beside_the_weights_runs_only_if_it_is_trusted(
     with pytest.raises(ValueError, match="trust_remote_code"):
         train(settings((folder, tiny_pair[1]), tmp_path / "run"))
     assert not mark.exists()
-    train(settings((folder, tiny_pair[1]), tmp_path / "run", trust_remote_code=True, steps=1))
+    run = train(settings((folder, tiny_pair[1]), tmp_path / "run", trust_remote_code=True, steps=1))
+    assert mark.exists()
+    mark.unlink()
+    modules = [name for name in sys.modules if name.startswith("transformers_modules")]
+    for name in modules:
+        del sys.modules[name]
+    assert from_json(run / "config.json").trust_remote_code
+    for command in (
+        lambda **allowed: control(run, 2, **allowed),
+        partial(continuation, run, [0], 2),
+    ):
+        with pytest.raises(InvalidInput, match=r"add --trust-remote-code to the command"):
+            command()  # the record, which may be a stranger's, counts for nothing
+        assert not mark.exists()
+    # nor does what a run was allowed bind it
+    with pytest.raises(InvalidInput, match=r"add --trust-remote-code"):
+        train(settings((folder, tiny_pair[1]), run, steps=2))
+    assert not mark.exists()
+    control(run, 2, trust=True)
     assert mark.exists()

@@ -106,7 +106,7 @@ def test_a_run_whose_server_stays_away_stops_whole_and_resumes(
         with pytest.raises(RuntimeError, match="goes on from the last checkpoint"):
             train(cut)
         assert [row["step"] for row in rows(tmp_path / "cut")] == [0, 1]
-        (last,) = (tmp_path / "cut" / "checkpoints").iterdir()
+        last = max((tmp_path / "cut" / "checkpoints").iterdir())
         assert last.name == "step_000002"
         (shard,) = (last / "optimizer").iterdir()
         kept = load_file(shard)

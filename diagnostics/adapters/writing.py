@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diagnostics.adapters.columns import CONSTANTS
 from diagnostics.adapters.partial import absent
+from diagnostics.atomic import atomic_write
 from diagnostics.batch import Rollouts
 from diagnostics.errors import InvalidInput, MissingPackage
 
@@ -60,14 +61,12 @@ def write(path: str | Path, rows: Iterable[Rollouts | Mapping[str, Any]]) -> int
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise InvalidInput(f"{path} is neither .jsonl nor .parquet")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
     plain = (
         row for x in rows for row in (rows_of(x) if isinstance(x, Rollouts) else iter([dict(x)]))
     )
-    count = _write_parquet(part, plain) if path.suffix == ".parquet" else _write_jsonl(part, plain)
-    part.replace(path)
-    return count
+    write_rows = _write_parquet if path.suffix == ".parquet" else _write_jsonl
+    with atomic_write(path) as temporary:
+        return write_rows(temporary, plain)
 
 
 def _write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
