@@ -44,7 +44,11 @@ class _Rows:
             k: v._map(function) if isinstance(v, _Rows) else function(v)
             for k, v in self._tensors().items()
         }
-        return replace(self, **changed)  # type: ignore[type-var]
+        return self._with(**changed)
+
+    def _with(self, **values: Any) -> Self:
+        """A copy with other fields."""
+        return replace(self, **values)  # type: ignore[type-var]
 
     def rows(self, index: slice | Tensor | Sequence[int]) -> Self:
         """The responses at `index` (slice, list or long tensor), every field alike."""
@@ -234,7 +238,7 @@ class Rollouts(_Rows):
         changed: dict[str, Any] = {"mask": self.mask & keep, "sampled_mask": self.sampled}
         if rule is not None:
             changed["mask_rule"] = f"{self.mask_rule} - {rule}"
-        return replace(self, **changed)
+        return self._with(**changed)
 
     def trimmed(self) -> Self:
         """Without the trailing positions at which no response has a sampled token."""
@@ -278,9 +282,9 @@ class Rollouts(_Rows):
     def save(self, path: str | Path) -> None:
         """Write one self-describing safetensors file (whole or not at all)."""
         plain = {k: v for k, v in vars(self).items() if isinstance(v, float | str)}
-        support = getattr(self, "support", None)
-        if support is not None:
-            plain["support.source"] = support.source
+        for name in ("support", "student_support"):
+            if (support := getattr(self, name, None)) is not None:
+                plain[f"{name}.source"] = support.source
         header = {"format": FORMAT, "type": type(self).__name__, "settings": json.dumps(plain)}
         tensors = {k: v.detach().cpu().contiguous() for k, v in flatten(self).items()}
         with atomic_write(path) as temporary:
@@ -292,7 +296,8 @@ class Scored(Rollouts):
     """Rollouts after both models scored them at the temperature of the loss.
 
     student_logp (B, T): the weights about to be updated, detached; teacher_logp (B, T). Optional:
-    baseline (B, T), what is expected of the discounted cost to go given the prefix.
+    baseline (B, T), what is expected of the discounted cost to go given the prefix;
+    student_support, the student's top-K beside a `support` that is the teacher's.
     """
 
     student_logp: Tensor
@@ -301,6 +306,7 @@ class Scored(Rollouts):
     support: Support | None = None
     prefix: Prefix | None = None
     score_temperature: float = 1.0
+    student_support: Support | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -309,8 +315,9 @@ class Scored(Rollouts):
         _require("teacher_logp", self.teacher_logp, shape, "float")
         if self.baseline is not None:
             _require("baseline", self.baseline, shape, "float")
-        if self.support is not None and tuple(self.support.ids.shape[:2]) != shape:
-            raise InvalidInput(f"support is {tuple(self.support.ids.shape)}, tokens are {shape}")
+        for part in (self.support, self.student_support):
+            if part is not None and tuple(part.ids.shape[:2]) != shape:
+                raise InvalidInput(f"support is {tuple(part.ids.shape)}, tokens are {shape}")
         if self.prefix is not None and tuple(self.prefix.reverse_kl.shape) != shape:
             raise InvalidInput(
                 f"prefix is {tuple(self.prefix.reverse_kl.shape)}, tokens are {shape}"
@@ -331,10 +338,10 @@ def load(path: str | Path) -> Rollouts:
         tensors = {name: file.get_tensor(name) for name in list(file.keys())}
     settings = json.loads(header["settings"])
     parts: dict[str, Any] = {}
-    for name in ("support", "prefix"):
+    for name in ("support", "student_support", "prefix"):
         mine = {k.split(".", 1)[1]: v for k, v in tensors.items() if k.startswith(name + ".")}
-        if mine and name == "support":
-            parts[name] = Support(**mine, source=settings.pop("support.source"))
+        if mine and name.endswith("support"):
+            parts[name] = Support(**mine, source=settings.pop(f"{name}.source"))
         elif mine:
             parts[name] = Prefix(**mine)
     plain = {k: v for k, v in tensors.items() if "." not in k}
@@ -348,7 +355,7 @@ def concatenate(batches: Sequence[Scored]) -> Scored:
         raise InvalidInput("no batches to concatenate")
     width = max(b.tokens.shape[1] for b in batches)
     if any(b.sampled_mask is not None for b in batches):
-        batches = [replace(b, sampled_mask=b.sampled) for b in batches]
+        batches = [b._with(sampled_mask=b.sampled) for b in batches]
     flat = [flatten(b) for b in batches]
     if any(f.keys() != flat[0].keys() for f in flat):
         raise InvalidInput(f"batches hold different fields: {sorted(set.union(*map(set, flat)))}")
@@ -379,8 +386,8 @@ def unflatten(like: Scored, flat: dict[str, Tensor]) -> Scored:
     for name, part in like._tensors().items():
         if isinstance(part, _Rows):
             inside = {k: flat[f"{name}.{k}"] for k in part._tensors()}
-            changed[name] = replace(part, **inside)  # type: ignore[type-var]
-    return replace(like, **changed)
+            changed[name] = part._with(**inside)
+    return like._with(**changed)
 
 
 def _refuse(name: str, x: Tensor, bad: Tensor, what: str) -> None:

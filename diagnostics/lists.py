@@ -48,13 +48,16 @@ class TopList:
 def top_list(batch: Scored, whose: str) -> TopList:
     """The list of the "teacher" or the "student", as deep as the batch's support tells.
 
-    A support of that source is the list itself; from a "union" of two lists of equal length, or
-    from a "full" one (then no deeper than DEPTHS goes), it is found by sorting.
+    A support of that source is the list itself, `student_support` the student's; from a "union" of
+    two lists of equal length, or from a "full" one (then no deeper than DEPTHS goes), it is found
+    by sorting.
 
     Raises:
       Missing: no support, or one that does not hold that model's most probable ids.
     """
     support = support_of(batch)
+    if support.source != whose == "student" and batch.student_support is not None:
+        support = batch.student_support
     present = support.present
     if present is None:
         present = torch.ones_like(support.ids, dtype=torch.bool)
@@ -125,8 +128,9 @@ def overlap(batch: Scored) -> dict[str, Total]:
     overlap_advantage = -KL(p' || q') / |I|, the paper's; overlap_kl = KL(p' || q'), which does not
     shrink merely because I grows; overlap_advantage_verl = sum_I q (log p - log q) / |I|, verl's:
     weighted by the teacher, not renormalised, of either sign; the ratio is the same in both.
-    Access: L1 with both lists (a "union" support, or everything). Source: 2604.13016; verl's
-    distillation losses. The paper does not say what an empty I counts; here it is left out.
+    Access: L1 with both lists (`student_support`, a "union" support, or everything). Source:
+    2604.13016; verl's distillation losses. The paper does not say what an empty I counts; here it
+    is left out.
     Healthy: rises over training with masses near 1, while overlap_kl falls. The level is no
     verdict: better teachers start lower in the paper's own tables. Read the trend.
     """

@@ -18,7 +18,7 @@ from diagnostics.alarms import Alarm, Alarms
 from diagnostics.batch import Scored
 from diagnostics.catalogue import PANEL, Metric
 from diagnostics.errors import InvalidInput
-from diagnostics.sinks import Sink
+from diagnostics.sinks import Rewindable, Sink
 from diagnostics.totals import Mean, Total, merge, pack, read, unpack
 
 Combine = Callable[[Mapping[str, Total]], Mapping[str, Total]]
@@ -36,6 +36,7 @@ class Monitor:
 
     missing: metric name to what it lacked, for each metric of the panel that some batch so far
       could not supply; those metrics are absent from the rows.
+    totals: what the latest row was read from, to be merged with those of other steps.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Monitor:
         self.sinks, self.alarms, self.combine = list(sinks), alarms, combine
         self.raised: list[Alarm] = []
         self.missing: dict[str, str] = {}
+        self.totals: Mapping[str, Total] = {}
 
     def __call__(
         self, step: int, micro_batches: Iterable[Scored], **numbers: float | Tensor
@@ -78,7 +80,8 @@ class Monitor:
         waiting = {name: x for name, x in numbers.items() if isinstance(x, Tensor)}
         known = {name: float(x) for name, x in numbers.items() if name not in waiting}
         as_totals = {name: Mean(x, torch.ones_like(x)) for name, x in waiting.items()}
-        measured = read(self.combine({**totals, **as_totals}))
+        self.totals = self.combine({**totals, **as_totals})
+        measured = read(self.totals)
         if taken := sorted(known.keys() & measured.keys() | waiting.keys() & totals.keys()):
             raise InvalidInput(f"{', '.join(taken)}: names of metrics; give the numbers others")
         row = known | measured
@@ -112,6 +115,15 @@ class Monitor:
                 source |= dict.fromkeys(mine, name)
                 found |= mine
         return found
+
+    def rewind(self, step: int) -> None:
+        """Say to every sink with a method `rewind` that the run goes on after this step.
+
+        step: the last one whose row stays; 0 where a run begins.
+        """
+        for sink in self.sinks:
+            if isinstance(sink, Rewindable):
+                sink.rewind(step)
 
     def state_dict(self) -> dict[str, Any]:
         """What a restart needs, fit for JSON: `missing`, and the memory of the alarms."""

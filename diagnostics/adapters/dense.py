@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diagnostics.adapters.partial import lacking
+from diagnostics.adapters.partial import PartialScored, lacking
 from diagnostics.batch import Prefix, Scored, Support
 from diagnostics.prefix import functionals
 
@@ -21,8 +21,9 @@ Logits = Callable[[Tensor], tuple[Tensor, Tensor]]
 def measured(
     tokens: Tensor, mask: Tensor, logits: Logits, vocabulary: int, k: int, elements: int
 ) -> dict[str, Any]:
-    """student_logp, teacher_logp, the teacher's top-K `support` and `prefix` of masked tokens.
+    """student_logp, teacher_logp, both models' top-K and `prefix` of the tokens of the mask.
 
+    The teacher's K are the `support`, the student's the `student_support`.
     Logits are at the temperature of the loss; log-softmaxes are at least float32. At most
     `elements` numbers of a (n, V) tensor exist at a time.
     """
@@ -32,7 +33,7 @@ def measured(
     for some in places.split(max(1, elements // vocabulary)):
         p, q = (log_softmax(x) for x in logits(some))
         y = flat[some]
-        best = q.topk(min(k, vocabulary), -1)
+        best, own = (x.topk(min(k, vocabulary), -1) for x in (q, p))
         parts.append(
             {
                 "student_logp": p.gather(-1, y[:, None])[:, 0],
@@ -40,6 +41,9 @@ def measured(
                 "support.ids": best.indices,
                 "support.student_logp": p.gather(-1, best.indices),
                 "support.teacher_logp": best.values,
+                "student_support.ids": own.indices,
+                "student_support.student_logp": own.values,
+                "student_support.teacher_logp": q.gather(-1, own.indices),
                 **{f"prefix.{name}": x for name, x in functionals(p, q, y).items()},
             }
         )
@@ -47,9 +51,16 @@ def measured(
     full = {name: _spread(torch.cat([part[name] for part in parts]), mask) for name in names}
     if not full:  # nothing is supervised: the same parts, all zeros
         return _nothing(mask, min(k, vocabulary))
-    support = {n: full.pop(f"support.{n}") for n in ("ids", "student_logp", "teacher_logp")}
-    prefix = {n.removeprefix("prefix."): full.pop(n) for n in [*full] if n.startswith("prefix.")}
-    return {**full, "support": Support(**support, source="teacher"), "prefix": Prefix(**prefix)}
+
+    def part(name: str) -> dict[str, Tensor]:
+        return {n.partition(".")[2]: full.pop(n) for n in [*full] if n.startswith(name + ".")}
+
+    supports = {
+        "support": Support(**part("support"), source="teacher"),
+        "student_support": Support(**part("student_support"), source="student"),
+    }
+    prefix = Prefix(**part("prefix"))
+    return {**full, **supports, "prefix": prefix}
 
 
 def from_logits(
@@ -108,11 +119,14 @@ def scored(
 ) -> Scored:
     """`Scored` of a trainer's tensors; without `sampler_logp` where the trainer has none.
 
-    who: names the trainer in `Monitor.missing`. Tokens are 0 where the mask is False.
+    who: names the trainer in `Monitor.missing`. Tokens are 0 where nothing was sampled.
     """
-    sampler = mask * 0.0 if sampler_logp is None else torch.where(mask, sampler_logp.detach(), 0.0)
-    whole = Scored(
-        tokens=tokens * mask,
+    sampled = parts.get("sampled_mask", mask)
+    none = sampled * 0.0
+    sampler = none if sampler_logp is None else torch.where(sampled, sampler_logp.detach(), 0.0)
+    kind = PartialScored if "generated_lengths" in parts else Scored
+    whole = kind(
+        tokens=tokens * sampled,
         mask=mask,
         prompt=prompt,
         ended=ended,
@@ -146,9 +160,11 @@ def _nothing(mask: Tensor, k: int) -> dict[str, Any]:
     zero = torch.zeros(mask.shape, device=mask.device)
     wide = zero[..., None].expand(*mask.shape, k).contiguous()
     names = functionals(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, dtype=torch.long))
+    lists = {"ids": wide.long(), "student_logp": wide, "teacher_logp": wide}
     return {
         "student_logp": zero,
         "teacher_logp": zero,
-        "support": Support(ids=wide.long(), student_logp=wide, teacher_logp=wide, source="teacher"),
+        "support": Support(**lists, source="teacher"),
+        "student_support": Support(**lists, source="student"),
         "prefix": Prefix(**dict.fromkeys(names, zero)),
     }

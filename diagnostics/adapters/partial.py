@@ -18,7 +18,7 @@ from diagnostics.errors import InvalidInput
 class _Partial:
     """lost: names of fields that hold placeholders of zeros; reading one raises `Missing`.
 
-    who: how the message begins. Both survive `dataclasses.replace`.
+    who: how the message begins.
     """
 
     lost: frozenset[str] = frozenset()
@@ -43,12 +43,25 @@ class _Partial:
             k: v._map(function) if hasattr(v, "_map") else function(v)
             for k, v in self._tensors().items()
         }
-        return type(self)(**_held(self) | changed)
+        return self._with(**changed)
+
+    def _with(self, **values: Any) -> Self:
+        return type(self)(**_held(self) | values)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PartialScored(_Partial, Scored):
-    """`Scored` without some of its parts. Not for `save`: write records instead."""
+    """`Scored` without some of its parts. Not for `save`: write records instead.
+
+    generated_lengths: (B,) long, the sampled tokens of each response where nobody has the
+    log-probabilities of some of them and `sampled_mask` leaves those out; None if it has them all.
+    """
+
+    generated_lengths: Tensor | None = None
+
+    @property
+    def lengths(self) -> Tensor:
+        return super().lengths if self.generated_lengths is None else self.generated_lengths
 
     def save(self, path: Any) -> None:
         raise InvalidInput(
@@ -81,7 +94,7 @@ def lacking(part: Any, names: Iterable[str], who: str = "the records have") -> A
 
 def changed(part: Any, **values: Any) -> Any:
     """`dataclasses.replace` for a part that may lack some of its fields."""
-    return type(part)(**_held(part) | values)
+    return part._with(**values)
 
 
 def absent(part: Any) -> frozenset[str]:

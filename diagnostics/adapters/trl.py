@@ -8,44 +8,112 @@ Trainers, and where they are read (TRL 1.16):
 | trainer | read | levels |
 |---|---|---|
 | DistillationTrainer | arguments of its chunked divergence: hidden states, heads, mask | L0 L1 L2 |
-| GKDTrainer (experimental) | logits and labels of `generalized_jsd_loss` | L0 L1 L2 |
-| GRPOTrainer, beta > 0 | per-token log-probabilities; its reference model is the teacher | L0 |
+| GKDTrainer, GOLDTrainer (one tokenizer) | logits and labels of `generalized_jsd_loss` | L0 L1 L2 |
+| IWOPDTrainer (teacher in the process) | the student's outputs, `_get_teacher_logits` | L0 L1 L2 |
+| SDPOTrainer, SDFTTrainer | `_compute_teacher_student_logits`: each its own prompt | L0 L1 L2 |
+| GRPOTrainer, beta > 0 | per-token log-probabilities; `ref_model` is the teacher | L0 |
 
-Subclasses are read as their parents. Functions are wrapped on the trainer itself and put back at
-the end; nothing of the trainer is changed and no random number is drawn. A path that does not pass
-through what is wrapped (a fused loss) raises instead of reporting nothing.
+GKD and the rows below it to SDFT are experimental in TRL. Subclasses are read as their parents.
+Functions are wrapped on the trainer itself and put back at the end; nothing that trains is changed
+and no random number is drawn. To a `ref_model` that was assigned to a GRPOTrainer the head is added
+through which TRL reads it, since the training would die without.
+
+What is read besides:
+- rewards (GRPO, SDPO): the sum over reward functions with TRL's weights, NaN where all gave None;
+- `sampler_logp`: vLLM's, where the trainer keeps them; else what the model itself gave when it
+  sampled, where TRL computes that (rollouts used for several steps). Else there are none;
+- `age`: updates since the rollouts were sampled. With num_iterations or steps_per_generation above
+  what one step takes, every step is measured on the rollouts that it trains on, whatever their
+  age, and the tests of sampling skip what is not fresh;
+- lengths are of what was generated, also where `mask_truncated_completions` takes it out of the
+  loss.
+What a trainer does not know is in `monitor.missing`, with the reason.
 Shapes: B responses, T response positions, P prompt positions, L = P + T, V vocabulary.
 """
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from diagnostics.adapters.trl_seams import Row, Watch, distillation, gkd, grpo, replaced
+from diagnostics.adapters.trl_seams import distillation, gkd, gold, grpo, iw_opd, self_distillation
+from diagnostics.adapters.trl_watch import Row, Watch, called_back, replaced
 from diagnostics.errors import InvalidInput
 from diagnostics.monitor import Monitor
+
+HEADLINE = (
+    "trl/on_policy_share",
+    "trl/observed_steps",
+    "supervision/negative_share",
+    "supervision/negative_share_excess",
+    "supervision/signal_n_eff_share",
+    "drift/tokens",
+    "drift/k1",
+    "drift/k1_se",
+    "drift/abs_ratio",
+    "drift/reverse_kl",
+    "drift/reverse_kl_se",
+    "drift/teacher_prob",
+    "drift/teacher_rank_1",
+    "drift/outside_topk",
+    "drift/outside_topk_expected",
+    "drift/topk_teacher_mass",
+    "drift/overlap_ratio",
+    "drift/student_entropy",
+    "drift/teacher_entropy",
+    "tokens/one_id_signal",
+    "tokens/confident_impossible_share",
+    "collapse/length",
+    "collapse/length_ended",
+    "collapse/truncated_share",
+    "collapse/repeated_share",
+    "collapse/reward",
+    "collapse/graded_share",
+    "validity/age",
+    "validity/z_H",
+    "validity/z_K",
+    "validity/sampler_log_ratio",
+    "validity/sampler_log_ratio_square",
+)
+"""The columns that join the trainer's log; the rows and the monitor's sinks have all."""
 
 
 @contextmanager
 def observe(
-    trainer: Any, monitor: Monitor | None = None, *, k: int = 16, elements: int = 2**24
+    trainer: Any,
+    monitor: Monitor | None = None,
+    *,
+    k: int = 16,
+    elements: int = 2**24,
+    log_columns: Collection[str] | None = HEADLINE,
 ) -> Iterator[list[Row]]:
     """Run the monitor on each optimizer step of the trainer while the context is open.
 
-    Yields the rows, one a step with its number under "step"; a row is complete when the next
-    step begins, the trainer logs, or the context closes. The latest row is added to what the
-    trainer logs (finite values only). The micro-batches of a step are measured together, so that
-    rollouts of one prompt stay one sampling unit. Only training is observed, not evaluation.
+    Yields the rows, one a step with its number under "step", complete when the step ends. The
+    micro-batches of a step are measured together, so that rollouts of one prompt stay one sampling
+    unit. Only training is observed, not evaluation.
+
+    What joins the trainer's log covers the steps since its last line, as its own columns do: sums
+    are added over those steps and divided once, so that a mean is over all tokens of the window, a
+    quantile or a z over all of it; `drift/tokens` is a mean over steps, and `trl/observed_steps`
+    says how many of them were measured. Finite values only.
+
+    The monitor's state, the memory of its alarms included, is written with each checkpoint of the
+    trainer. A training that resumes takes it from there, and the rows after the checkpoint are
+    dropped, in the list and in the file of `sinks.to_file`; where a training begins, such a file
+    of an earlier one is set aside with a warning.
+
+    An error of a metric or a sink costs the row of its step and is a RuntimeWarning: the training
+    goes on. With several processes it is raised, since the others would wait.
 
     Cost: on steps when the monitor is due, both heads once more for DistillationTrainer, two
-    log-softmaxes for GKDTrainer; a copy of the prompt ids to the host.
+    log-softmaxes where logits are read; a copy of the prompt ids to the host.
     With several processes give a monitor with combine=across_ranks, or each rank reports its own.
 
     Args:
       monitor: `Monitor()` if None.
-      k: size of the teacher's top-K support.
+      k: size of both models' top-K.
       elements: numbers of a (tokens, V) tensor that exist at a time.
+      log_columns: columns that join the trainer's log; all if None.
 
     Raises:
       ValueError: the trainer is none of those above, or hides what is needed.
@@ -58,17 +126,13 @@ def observe(
         log = trainer.log
 
         def logged(logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
-            watch.close(trainer.state.global_step)
-            if "loss" in logs and watch.fresh:
-                logs |= {
-                    n: x for n, x in watch.rows[-1].items() if math.isfinite(x) and n != "step"
-                }
-                watch.fresh = False
+            if "loss" in logs:
+                logs |= watch.logged(log_columns)
             return log(logs, *args, **kwargs)
 
         stack.enter_context(replaced(trainer, "log", logged))
+        stack.enter_context(called_back(watch))
         yield watch.rows
-        watch.close(trainer.state.global_step)
 
 
 def _seam(trainer: Any) -> Callable[[Watch, ExitStack], None]:
@@ -80,7 +144,15 @@ def _seam(trainer: Any) -> Callable[[Watch, ExitStack], None]:
                 f"{names[0]}.{fused} is set: the fused loss never makes the logits that are "
                 "needed; switch it off to observe this run"
             )
-    known = {"DistillationTrainer": distillation, "GKDTrainer": gkd, "GRPOTrainer": grpo}
+    known = {
+        "DistillationTrainer": distillation,
+        "GKDTrainer": gkd,
+        "GOLDTrainer": gold,
+        "GRPOTrainer": grpo,
+        "IWOPDTrainer": iw_opd,
+        "SDFTTrainer": self_distillation,
+        "SDPOTrainer": self_distillation,
+    }
     for name in names:
         if name in known:
             return known[name]
