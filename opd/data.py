@@ -9,16 +9,26 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diagnostics.errors import InvalidInput
-from opd.grading import Grader, make_grader
+from opd.golds import check_golds
+from opd.grading import Grader, Verdict, make_grader
 from opd.named import is_named, named_rows
 from opd.problems import Problem, problems
-from opd.sources import DEFAULT_COLUMNS, Columns, Question, question, questions
+from opd.sources import (
+    DEFAULT_COLUMNS,
+    Columns,
+    Question,
+    final_answer,
+    has_worked_solutions,
+    question,
+    questions,
+)
 from opd.sources import read_problems as read_problems
 from opd.special import special_ids
 
@@ -62,11 +72,20 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Task:
-    """Training problems by step, held-out problems, and how a response is graded."""
+    """Training problems by step, held-out problems, and how a response is graded.
+
+    A problem whose answer is "" is not graded. name: of the grader.
+    """
 
     train: Callable[[int, int], list[Problem]]
     test: Callable[[int], list[Problem]]
     grade: Grader
+    name: str = "of the task"
+
+    @property
+    def has_test_answers(self) -> bool:
+        """Whether the held-out problems have answers to grade with."""
+        return all(problem.answer for problem in self.test(1))
 
 
 def load_task(
@@ -93,15 +112,17 @@ def load_task(
         of the training problems, with a warning that counts them. May be `source` itself, to
         evaluate on all of it; nothing is left to train on then.
       test_columns: of `test`, those of `source` if None.
-      grader: a name in opd.grading.GRADERS; empty: the one in the column `grader`, else "exact".
+      grader: a name that `opd.grading.make_grader` knows; empty: the one in the column `grader`,
+        else "exact". Where all answers are worked solutions that end in #### N, as in GSM8K's
+        file, it compares with N, and a warning says so.
       system: a system message before every prompt.
       template: settings of the chat template, such as {"enable_thinking": False}.
       fit: what to do about long prompts: `partial(refuse_long, tokenizer, max_prompt)`, or
         `drop_long`.
 
     Raises:
-      ValueError: rows that lack something, an unknown grader or several in one source, or another
-        test for "lab". FileNotFoundError: no such file.
+      ValueError: rows that lack something, answers that the grader cannot compare with, an unknown
+        grader or several in one source, or another test for "lab". FileNotFoundError: no such file.
     """
     settings = tuple((template or {}).items())
 
@@ -113,14 +134,22 @@ def load_task(
     if source == "lab":
         if test:
             raise InvalidInput(f'"lab" has held-out problems of its own; leave out test={test!r}')
-        return lab_task(seed, make_grader(grader or "lab"), system, settings)
+        return lab_task(seed, grader or "lab", system, settings)
     everything = read(source, columns)
     if test:
         held = distinct(everything if test == source else read(test, test_columns or columns))
         training = without(everything, held, None if test == source else f"{source} that {test}")
     else:
         training, held = split(everything)
-    grade = make_grader(grader or named_grader(source, everything) or "exact")
+    answered = everything if any(problem.answer for problem in everything) else held
+    name = grader or named_grader(source, answered) or "exact"
+    grade = make_grader(name)
+    sources = [(source, everything)] + [(test, held)] * (bool(test) and test != source)
+    worked = [has_worked_solutions(rows, some) for some, rows in sources]
+    if any(worked):
+        grade = partial(grade_final, grade)
+    for some, rows in sources:
+        check_golds(rows, some, name, grade)
 
     def draw(step: int, count: int) -> list[Problem]:
         if not training:
@@ -128,10 +157,15 @@ def load_task(
         order = epoch_indices(len(training), step * count, count, seed)
         return [training[i] for i in order]
 
-    return Task(train=draw, test=lambda count: held[:count], grade=grade)
+    return Task(train=draw, test=lambda count: held[:count], grade=grade, name=name)
 
 
-def lab_task(seed: int, grade: Grader, system: str, template: tuple[tuple[str, Any], ...]) -> Task:
+def grade_final(grade: Grader, response: str, answer: str) -> Verdict:
+    """By a grader, with the final answer of a worked solution."""
+    return grade(response, final_answer(answer))
+
+
+def lab_task(seed: int, grader: str, system: str, template: tuple[tuple[str, Any], ...]) -> Task:
     """The task of opd.problems, with a system message or template settings where there are any."""
 
     def dressed(plain: list[Problem]) -> list[Problem]:
@@ -143,7 +177,8 @@ def lab_task(seed: int, grade: Grader, system: str, template: tuple[tuple[str, A
     return Task(
         train=lambda step, count: dressed(problems("train", count, seed * 1_000_003 + step)),
         test=lambda count: dressed(problems("test", count, 0)),
-        grade=grade,
+        grade=make_grader(grader),
+        name=grader,
     )
 
 

@@ -5,6 +5,7 @@ Shapes: M problems, S samples of each, B responses, T response positions.
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,6 +32,7 @@ from opd.data import (
 from opd.engines import Engine, InProcess
 from opd.episodes import Episode, play, totals
 from opd.games import Games, is_games, load_games
+from opd.grading import Verdict
 from opd.model import Model, end_ids, head_rows, load, split
 from opd.problems import Problem
 from opd.rollout import Share
@@ -130,6 +132,8 @@ def respond(
         how |= {"max_prompt": max_prompt, "max_response": max_response}
         return won(engine, tokenizer, eos, task, problems, samples, **how)
     chosen = task.test(problems)
+    if not all(problem.answer for problem in chosen):
+        raise InvalidInput("the held-out problems have no answers, so there is nothing to evaluate")
     columns: list[Column] = []
     step = max(1, ROWS_AT_ONCE // samples)
     for first in range(0, len(chosen), step):
@@ -233,10 +237,11 @@ def result(graded: Graded) -> dict[str, Any]:
 
     `accuracy`, `pass@k`, `majority@S` with intervals over problems (opd.accuracy.summary); mean
     `length`; shares `truncated` (no end token) and `unparsed` (no readable answer) of responses;
-    where the problems carry several task labels, `accuracy`, `low`, `high` and `problems` of each
-    as `task/LABEL/...` and their plain mean as `task_mean`. `outcomes` has a digit a sample, and
-    with several samples a space between problems; `problem_set` identifies the problems, so that
-    opd.accuracy.compare can pair two evaluations. Of games `accuracy` is the share won, `truncated`
+    where the problems carry several task labels, `accuracy`, `low`, `high`, `unparsed` and
+    `problems` of each as `task/LABEL/...` and their plain mean as `task_mean`. `outcomes` has a
+    digit a sample, and with several samples a space between problems; `problem_set` identifies the
+    problems, so that opd.accuracy.compare can pair two evaluations. Of games `accuracy` is the
+    share won, `truncated`
     that of episodes which were cut; `opd.episodes.totals` are there too.
     """
     right, labels = graded.right, [label(problem) for problem in graded.problems]
@@ -254,6 +259,8 @@ def result(graded: Graded) -> dict[str, Any]:
         rows = [i for i, other in enumerate(labels) if other == name]
         part = summary(right[rows], [graded.answers[i] for i in rows])
         chosen = {k: part[k] for k in ("accuracy", "low", "high")} | {"problems": len(rows)}
+        unread = [answer is None for i in rows for answer in graded.answers[i]]
+        chosen["unparsed"] = sum(unread) / len(unread)
         found |= {f"task/{name}/{k}": v for k, v in chosen.items()}
     if len(names) > 1:
         found["task_mean"] = float(np.mean([found[f"task/{name}/accuracy"] for name in names]))
@@ -297,13 +304,31 @@ def grade_responses(
     grade: Grader,
     ends: Sequence[int] = (),
 ) -> list[float]:
-    """The reward of each response; the grader sees special tokens, but not the one that ends it.
+    """The reward of each response: see `verdicts`."""
+    found = verdicts(tokenizer, tokens, mask, problems, grade, ends)
+    return [verdict.reward for verdict in found]
 
-    ends: ids that end a response, besides the tokenizer's own end token.
+
+def verdicts(
+    tokenizer: Any,
+    tokens: torch.Tensor,
+    mask: torch.Tensor,
+    problems: Sequence[Problem],
+    grade: Grader,
+    ends: Sequence[int] = (),
+) -> list[Verdict]:
+    """The verdict on each response; the grader sees special tokens, but not the one that ends it.
+
+    A response to a problem without an answer has the reward NaN.
+
+    Args:
+      tokens, mask: (B, T). ends: ids that end a response, besides the tokenizer's own end token.
     """
     texts = response_texts(tokenizer, tokens, mask, ends)
-    pairs = zip(texts, problems, strict=True)
-    return [grade(text, problem.answer).reward for text, problem in pairs]
+    return [
+        grade(text, problem.answer) if problem.answer else Verdict(math.nan, None)
+        for text, problem in zip(texts, problems, strict=True)
+    ]
 
 
 def respond_folder(

@@ -148,6 +148,17 @@ def judged(given: str, gold: str) -> Verdict:
     return Verdict(float(right), found["key"] if known is None else known.key)
 
 
+def readable(gold: str) -> bool:
+    """Whether an answer to compare with is a number, words, or what math-verify reads."""
+    try:
+        if read_number(gold) is not None:
+            return True
+    except TooLarge:
+        return False
+    found = judge()(latex_of(gold), latex_of(gold))
+    return found is not None and found["gold"]
+
+
 def require_math_verify() -> None:
     if importlib.util.find_spec("math_verify") is None:
         raise MissingPackage("the grader math needs math-verify: pip install 'opdlab[math]'")

@@ -5,12 +5,16 @@ gym:TASK[:SIZE[:SEED]] is made by reasoning-gym (extra gym). Problems of mathema
 request for thoughts between tags and a boxed answer, and name the grader "math".
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from diagnostics.errors import InvalidInput, MissingPackage
-from opd.sources import Row, read_rows
+from diagnostics.errors import InvalidInput
+from diagnostics.files import short
+from diagnostics.packages import load_package
+from opd.row_files import Row, read_rows
+from opd.sources import is_missing, messages
 
 GYM = "gym:"
 SIZE = 2000
@@ -75,7 +79,7 @@ def named_rows(source: str) -> list[Row]:
         )
     return [
         {
-            "prompt": f"{row[about.prompt]}{BOXED}",
+            "prompt": asked(row[about.prompt], f"{source}: row {number}", about.prompt),
             "answer": final(row[about.answer], f"{source}: row {number}"),
             "task": name,
             "grader": "math",
@@ -84,17 +88,35 @@ def named_rows(source: str) -> list[Row]:
     ]
 
 
-def final(answer: Any, where: str) -> str:
+def asked(prompt: Any, where: str, column: str) -> list[dict[str, str]]:
+    """A prompt, text or messages, whose last words ask for thoughts and a box.
+
+    Raises:
+      ValueError: nothing, or neither text nor messages that end with the user's.
+    """
+    try:
+        chat = messages(prompt, column)
+    except ValueError as error:
+        raise InvalidInput(f"{where} {error}") from error
+    texts = [content for _, content in chat[:-1]] + [f"{chat[-1][1]}{BOXED}"]
+    return [{"role": role, "content": text} for (role, _), text in zip(chat, texts, strict=True)]
+
+
+def final(answer: Any, where: str) -> Any:
     """The final answer: the only one of a list, or what follows the last ####.
 
     Raises:
-      ValueError: a list of none or several.
+      ValueError: a list of none or several, also as text; no answer.
     """
+    if isinstance(answer, str) and re.match(r"\s*\[\s*['\"]", answer):
+        raise InvalidInput(f"{where} has the text of a list as answer: {short(answer)}")
     if isinstance(answer, Sequence) and not isinstance(answer, str):
         if len(answer) != 1:
             raise InvalidInput(f"{where} has {len(answer)} answers, expected one: {list(answer)}")
         answer = answer[0]
-    return str(answer).rsplit("####", 1)[-1].strip()
+    if is_missing(answer) or not str(answer).strip():
+        raise InvalidInput(f"{where} has an empty answer")
+    return answer.rsplit("####", 1)[-1].strip() if isinstance(answer, str) else answer
 
 
 def gym_rows(source: str) -> list[Row]:
@@ -138,13 +160,8 @@ def gym_task(task: str, size: int, seed: int) -> Any:
     Raises:
       ValueError: an unknown task. ImportError: reasoning-gym is not installed.
     """
-    try:
-        from reasoning_gym.factory import DATASETS, create_dataset
-    except ImportError as error:
-        raise MissingPackage(
-            f"{GYM}{task} needs reasoning-gym: pip install 'opdlab[gym]'"
-        ) from error
-    if task not in DATASETS:
-        known = ", ".join(sorted(DATASETS))
+    factory = load_package("reasoning_gym.factory", f"{GYM}{task}", "gym")
+    if task not in factory.DATASETS:
+        known = ", ".join(sorted(factory.DATASETS))
         raise InvalidInput(f"reasoning-gym has no task {task!r}; it has {known}")
-    return create_dataset(task, size=size, seed=seed)
+    return factory.create_dataset(task, size=size, seed=seed)

@@ -21,13 +21,13 @@ from torch import Tensor
 from diagnostics.batch import Rollouts, Scored, concatenate
 from diagnostics.ranks import batches_of_ranks
 from diagnostics.rows import Row
-from diagnostics.totals import Total, read
+from diagnostics.totals import Mean, Total, read
 from opd import processes
 from opd.ahead import Drawn
 from opd.config import Config
 from opd.data import Prompts, encode
 from opd.episodes import play, rows_of, totals
-from opd.evaluate import grade_responses
+from opd.evaluate import verdicts
 from opd.games import Games
 from opd.objectives import Objective
 from opd.probing import probe
@@ -40,6 +40,7 @@ from opd.seeds import PROBE, ROLLOUT, derive
 from opd.sharding import whole
 from opd.special import audit, masked
 from opd.told import asked
+from opd.unread_answers import READABLE
 from opd.update import update
 
 
@@ -138,7 +139,8 @@ def draw(chosen: Sequence[tuple[Run, int]], step: int) -> list[Drawn]:
 def roll_out(run: Run, step: int, nth: int, top_p: float, purpose: int) -> Drawn:
     """This process's prompts of the task's nth step and graded responses to them.
 
-    The noise is for that purpose. Of games the rows of episodes, and what became of these.
+    The noise is for that purpose. Of games the rows of episodes, and what became of these; of
+    problems the share of graded responses whose answer the grader could read.
     """
     config, device, task = run.config, run.pair.student.device, run.task
     count, group = config.prompts_per_step, config.group_size
@@ -160,20 +162,21 @@ def roll_out(run: Run, step: int, nth: int, top_p: float, purpose: int) -> Drawn
         prompts, rollouts = rows_of(
             episodes, task.layout, temperature=config.temperature, top_p=top_p
         )
-        verdicts, played = rollouts.reward, totals(episodes)
+        rewards, played = rollouts.reward, totals(episodes)
     else:
         problems = task.train(nth, count)
         prompts = encode(tokenizer, [problems[i] for i in mine], group, config.max_prompt)
         prompts = replace(prompts, index=torch.tensor(mine)[prompts.index])
         rollouts = run.engine.sample(prompts, eos, **how)
         answers = [Problem(prompt="", answer=answer) for answer in prompts.answers]
-        verdicts = torch.tensor(
-            grade_responses(tokenizer, rollouts.tokens, rollouts.mask, answers, task.grade, eos)
-        )
+        graded = verdicts(tokenizer, rollouts.tokens, rollouts.mask, answers, task.grade, eos)
+        rewards = torch.tensor([verdict.reward for verdict in graded])
+        readable = torch.tensor([verdict.answer is not None for verdict in graded])
+        played = {READABLE: Mean.of(readable, ~rewards.isnan(), prompts.index)}
     rollouts = replace(
         rollouts.to(device),
-        reward=verdicts.to(device),
-        task=torch.full((len(verdicts),), run.place, device=device),
+        reward=rewards.to(device),
+        task=torch.full((len(rewards),), run.place, device=device),
     )
     return prompts.to(device), rollouts, played
 

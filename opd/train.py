@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -47,6 +47,7 @@ from opd.special import resolve
 from opd.step import draw, due, one_step
 from opd.tasks import settings_of, shares, turns
 from opd.told import check_tellable, keep_probes
+from opd.unread_answers import unread_evaluation, unread_steps
 
 
 def train(config: Config, anew: bool = False) -> Path:
@@ -194,11 +195,11 @@ def load(config: Config, pair: Pair) -> Task:
     """The configured problems.
 
     Raises:
-      ValueError: the task is games.
+      ValueError: the task is games, or has no answers and the reward is to count.
     """
     if is_games(config.task):
         raise InvalidInput(f"{config.task} is games; problems with answers are needed here")
-    return load_task(
+    task = load_task(
         config.task,
         config.seed,
         test=config.eval_task,
@@ -210,6 +211,12 @@ def load(config: Config, pair: Pair) -> Task:
             drop_long if config.drop_long else refuse_long, pair.tokenizer, config.max_prompt
         ),
     )
+    if config.outcome and not all(problem.answer for problem in task.train(0, 1)):
+        raise InvalidInput(
+            f"outcome is {config.outcome}, and {config.task} has no answers, so that nothing is "
+            "graded; name the column that holds them with answer_column, or set outcome 0"
+        )
+    return task
 
 
 def games_of(config: Config) -> Games:
@@ -301,11 +308,14 @@ def take_steps(config: Config, runs: list[Run], first: int, log: Log) -> None:
         desc=f"{folder.name} {config.objective}",
         disable=True if processes.rank() else None,
     )
+    new = {run.name: run.task.name for run in runs if isinstance(run.task, Task)}
     for step in bar:
         chosen = in_turn(config, runs, step)
         row = one_step(chosen, step)
+        graders = {run.name: new.pop(run.name) for run, _ in chosen if run.name in new}
         if processes.rank() == 0:
             tell(folder, config, step, row, chosen[0][0].monitor.raised, log)
+            say(step, unread_steps(row, graders).values())
         bar.set_postfix(
             reward=f"{row['collapse/reward']:.2f}",
             kl=f"{row['drift/k1']:.3f}",
@@ -331,16 +341,24 @@ def tell(
     for alarm in raised:
         tqdm.write(visible(str(alarm)), file=sys.stderr)
     if row["skipped"]:
-        tqdm.write(
-            f"step {step}: {row['skipped']:.0f} of {config.updates} updates skipped, their "
-            "gradient was not finite",
-            file=sys.stderr,
-        )
+        skipped = f"{row['skipped']:.0f} of {config.updates} updates skipped"
+        say(step, [f"{skipped}, their gradient was not finite"])
+
+
+def say(step: int, texts: Iterable[str]) -> None:
+    """Write lines about a step to the terminal, above the bar."""
+    for text in texts:
+        tqdm.write(visible(f"step {step}: {text}"), file=sys.stderr)
 
 
 def record_evaluation(run: Run, step: int, log: Log) -> None:
-    """Append the held-out accuracy after `step` steps to evals.jsonl."""
+    """Append the held-out accuracy after `step` steps to evals.jsonl.
+
+    Held-out problems without answers are not evaluated.
+    """
     config = run.config
+    if isinstance(run.task, Task) and not run.task.has_test_answers:
+        return
     with whole(run.pair.student):
         found = evaluate(
             run.pair.student,
@@ -362,9 +380,8 @@ def record_evaluation(run: Run, step: int, log: Log) -> None:
     row = {"step": step, **named, **found}
     append(run.folder / "evals.jsonl", row)
     log(step, evaluation(row))
-    where = visible(f"{run.name} accuracy") if run.name else "accuracy"
-    tqdm.write(
-        f"step {step}: {where} {found['accuracy']:.3f} [{found['low']:.3f}, {found['high']:.3f}] "
-        f"on {found['problems']} held-out problems",
-        file=sys.stderr,
-    )
+    where = f"{run.name} accuracy" if run.name else "accuracy"
+    where += f" {found['accuracy']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+    say(step, [f"{where} on {found['problems']} held-out problems"])
+    if isinstance(run.task, Task):
+        say(step, unread_evaluation(found, run.task.name))
