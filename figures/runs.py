@@ -125,10 +125,15 @@ def distinct_names(runs: list[Path], names: list[str]) -> list[str]:
     made = list(names)
     for name in dict.fromkeys(names):
         places = [i for i, one in enumerate(names) if one == name]
-        away = differing([runs[i] for i in places])
+        away = {k: x for k, x in differing([runs[i] for i in places]).items() if k != "run"}
         for k, i in enumerate(places):
             if away:
                 made[i] = f"{name} ({', '.join(f'{key} {x[k]}' for key, x in away.items())})"
+    for name in dict.fromkeys(made):
+        places = [i for i, one in enumerate(made) if one == name]
+        if again := differing([runs[i] for i in places]).get("run"):
+            for i, label in zip(places, again, strict=True):
+                made[i] = f"{name}, run {label}"
     return made
 
 

@@ -60,7 +60,13 @@ def train(argv: list[str]) -> None:
 
     folder = run(config, anew)
     if os.environ.get("RANK", "0") == "0":  # of several processes one tells
-        print(f"run folder: {folder}\ntrained model: {folder / 'final'}")
+        from diagnostics.rows import read
+        from opd.verdict import verdict
+
+        judged = verdict(read(folder / "rows.jsonl"), read(folder / "evals.jsonl"))
+        for change in judged["changes"]:
+            print(change["sentence"])
+        print(f"{judged['text']}\nrun folder: {folder}\ntrained model: {folder / 'final'}")
 
 
 def evaluate(argv: list[str]) -> None:

@@ -16,6 +16,7 @@ from diagnostics.alarms import Alarms
 from diagnostics.errors import MissingFile
 from diagnostics.rows import Row
 from opd.starts import history
+from opd.verdict import verdict
 
 POINTS, COLUMNS = 1600, 480
 """Most points of a column and most steps of a heat map, over all the runs of a page."""
@@ -94,6 +95,7 @@ def recorded(run: Run, runs: int = 1) -> dict[str, Any]:
         "done": run.rows[-1]["step"] + 1 if run.rows else 0,
         "seconds": round(seconds, 1),
         "evals": [evaluated(row) for row in run.evals],
+        "verdict": verdict(run.rows, run.evals),
         "tasks": [
             part(task, [row for row in run.rows if row.get("task", "") == task], runs)
             for task in tasks

@@ -27,12 +27,14 @@ from diagnostics.validity import staleness
 from opd import checkpoint, processes, runlog, starts
 from opd.addresses import is_url
 from opd.ahead import Ahead
+from opd.card import model_card
 from opd.config import Config, refuse, to_json
 from opd.data import Task, drop_long, load_task, refuse_long
 from opd.engines import Engine, make_engine
 from opd.evaluate import evaluate
 from opd.folders import whole_folder
 from opd.games import Games, is_games, load_games
+from opd.identity import record_identities
 from opd.loggers import Log, evaluation, open_loggers
 from opd.model import Model, Pair, resolve_device
 from opd.objectives import DENOMINATORS, Objective, make
@@ -98,6 +100,8 @@ def train(config: Config, anew: bool = False) -> Path:
             checkpoint.load_optimizer(saved, optimizer)
         starts.begin(folder, start)
         keep_probes(folder / "teachers.json", pairs, first)
+        if processes.rank() == 0:
+            record_identities(folder, to_json(config))
         engine = sampler(config, student)
         runs = make_runs(config, folder, pairs, engine, optimizer)
         runs[0].ahead.load(folder, first, student.device)
@@ -111,6 +115,7 @@ def train(config: Config, anew: bool = False) -> Path:
                 if processes.rank() == 0:
                     network.save_pretrained(part)
                     pairs[0].tokenizer.save_pretrained(part)
+                    (part / "README.md").write_text(model_card(folder, to_json(config)))
     return folder
 
 

@@ -123,6 +123,11 @@ def test_contents_count_where_they_are_known(tmp_path: Path) -> None:
     assert distinct_names(same, ["m", "m"]) == ["m", "m"]
     other = make_run(tmp_path / "c", ("01", "11"), seed=2, student="here/student")
     (other / "identities.json").write_text('{"student": "beef"}')
+    # a third run that differs does not part the two seeds, though it repeats one of theirs
+    again = make_run(tmp_path / "d", ("01", "11"), seed=0, lr=1.0)
+    (again / "identities.json").write_text('{"student": "f00d"}')
+    names = distinct_names([*same, again], ["m", "m", "m"])
+    assert names[0] == names[1] != names[2]
     assert distinct_names([same[0], other], ["m", "m"]) == [
         "m (student here/student f00d)",
         "m (student here/student beef)",

@@ -2,42 +2,37 @@
 const alarmsOf = (run) => run.tasks.flatMap((part) => part.alarms.map((alarm) => ({ ...alarm, task: part.task })));
 
 function drawVerdicts() {
-  const ill = data.runs.filter((run) => alarmsOf(run).some((alarm) => alarm.on)).length;
-  const n = data.runs.length, blind = data.runs.filter((run) => run.tasks.some((part) => part.unwatched.length)).length;
-  const first = ill === 0 ? `No alarm is on in ${n === 1 ? "this run" : `any of the ${n} runs`}.` : n === 1 ? "Alarms are on." : `Alarms are on in ${ill} of ${n} runs.`;
-  const second = blind ? " Some rules never saw their column: their silence says nothing." : "";
-  $("headline").textContent = first + second;
+  const n = data.runs.length, count = (state) => data.runs.filter((run) => run.verdict.state === state).length;
+  const ill = data.runs.filter((run) => run.verdict.alarms.length).length, worse = data.runs.filter((run) => run.verdict.changes.some((change) => change.shown === "worse")).length;
+  const parts = n === 1 ? [{ good: "The run has shown an improvement.", open: "The run has shown nothing: neither better nor worse.", bad: "" }[data.runs[0].verdict.state]]
+    : [`An improvement shown, and no alarm on: ${count("good")} of ${n} runs.`, `Nothing shown: ${count("open")}.`];
+  if (ill) parts.push(n === 1 ? "Alarms are on." : `Alarms on: ${ill}.`);
+  if (worse) parts.push(n === 1 ? "It has shown a change for the worse." : `A change for the worse shown: ${worse}.`);
+  if (data.runs.some((run) => run.tasks.some((part) => part.unwatched.length))) parts.push("Some rules never saw their column: their silence says nothing.");
+  $("headline").textContent = parts.filter(Boolean).join(" ");
   $("cards").replaceChildren(...data.runs.map(card));
   drawGains();
 }
 
 function card(run) {
   const alarms = alarmsOf(run), on = alarms.filter((alarm) => alarm.on), config = run.config;
-  const verdict = on.length ? `${plural(on.length, "alarm")} on` : alarms.length ? "alarms are over" : run.done ? "no alarm" : "not begun";
+  const verdict = on.length ? `${plural(on.length, "alarm")} on` : { good: "better", open: run.done ? "nothing shown" : "not begun", bad: "worse" }[run.verdict.state];
   const about = [config.objective && words(config.objective), known(config.seed) && `seed ${config.seed}`, run.seconds > 0 && (run.seconds < 90 ? `${show(run.seconds, 2)} s` : `${show(run.seconds / 60, 2)} min`)];
   const steps = known(config.steps) ? `step ${run.done} of ${config.steps}${run.done < config.steps ? ", unfinished" : ""}` : `step ${run.done}`;
-  return make("article", { class: `card ${on.length ? "bad" : alarms.length ? "over" : "good"}` },
+  return make("article", { class: `card ${{ good: "good", open: "over", bad: "bad" }[run.verdict.state]}` },
     make("div", { class: "head" }, make("h3", { textContent: run.name }), make("span", { class: "pill", textContent: verdict })),
     small([steps, ...about.filter(Boolean)].join(" · ")),
-    make("dl", { class: "tiles" }, tiles(run)),
+    make("dl", { class: "tiles" }, run.verdict.changes.map(changeTile)),
     on.map(alarmItem), past(alarms.filter((alarm) => !alarm.on)), unwatched(run));
 }
 const past = (alarms) => !alarms.length ? null : make("details", { class: "small past" }, make("summary", { textContent: `${plural(alarms.length, "alarm")} over` }), alarms.map(alarmItem));
 
-function tiles(run) {
-  const made = [], tile = (name, from, to, more) => made.push(make("div", {}, make("dt", { textContent: name }),
-    make("dd", {}, known(from) ? make("span", { class: "from", textContent: `${from} → ` }) : null, make("b", { textContent: to }), make("span", { class: "small", textContent: ` ${more}` }))));
-  for (const task of new Set(run.evals.map((row) => row.task ?? ""))) {
-    const mine = run.evals.filter((row) => (row.task ?? "") === task), a = mine[0], b = mine[mine.length - 1];
-    tile(`held-out accuracy${task ? `, ${task}` : ""}`, mine.length > 1 ? a.accuracy.toFixed(3) : null, b.accuracy.toFixed(3), `[${b.low.toFixed(3)}, ${b.high.toFixed(3)}], n = ${b.problems}`);
-  }
-  for (const part of run.tasks) for (const [column, name] of [["drift/reverse_kl", "reverse KL, nats a token"], ["drift/k1", "sampled cost, nats a token"]]) {
-    const curve = part.curves[column];
-    if (!curve || (column === "drift/k1" && part.curves["drift/reverse_kl"])) continue;
-    const values = curve[1].filter(known), error = curve[2] && curve[2][curve[1].findLastIndex(known)];
-    tile(name + (part.task ? `, ${part.task}` : ""), values.length > 1 ? show(values[0]) : null, show(values[values.length - 1]), known(error) ? `± ${show(1.96 * error, 2)}` : "");
-  }
-  return made;
+// A quantity before and after, the change with its 95 % interval, and what that shows.
+function changeTile(change) {
+  const signed = (x) => (x >= 0 ? "+" : "−") + show(Math.abs(x)), name = change.quantity + (change.task ? `, ${change.task}` : "");
+  if (!known(change.change)) return make("div", {}, make("dt", { textContent: name }), make("dd", {}, make("b", { textContent: "nothing shown" }), make("span", { class: "small", textContent: ` ${change.basis}` })));
+  return make("div", {}, make("dt", { textContent: name }), make("dd", {}, make("span", { class: "from", textContent: `${show(change.before)} → ` }), make("b", { textContent: show(change.after) }),
+    make("span", { class: "small", textContent: ` ${signed(change.change)} [${signed(change.low)}, ${signed(change.high)}], ${change.shown}; ${change.basis}` })));
 }
 
 function alarmItem(alarm) {
