@@ -20,6 +20,7 @@ from diagnostics.jackknife import squared
 from diagnostics.sketch import (
     LogProbs,
     Projection,
+    Slopes,
     sequence_sketches,
     token_energies,
     token_sketches,
@@ -57,6 +58,18 @@ class Measured:
         return {name: x for name, x in named.items() if isinstance(x, Tensor)}
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LossGradients:
+    """Gradients of the loss that trains, sequence by sequence, whatever its objective is.
+
+    sketches (B, J, m); prompt (B,) ids; squares (B,) exact squared lengths, where they are known.
+    """
+
+    sketches: Tensor
+    prompt: Tensor
+    squares: Tensor | None = None
+
+
 def measured(
     batch: Scored,
     hidden: Tensor,
@@ -67,6 +80,7 @@ def measured(
     gammas: Sequence[float] = GAMMAS,
     chunk_tokens: int = 1024,
     among: tuple[Scored, slice] | None = None,
+    slopes: Slopes | None = None,
 ) -> Measured:
     """One pass over a batch: every member of the family that it allows, sequence by sequence.
 
@@ -81,12 +95,13 @@ def measured(
       teacher_known: False where `logp` has no teacher.
       among: the batch of all ranks and where this one's rows stand in it (`diagnostics.ranks`), for
         baselines; only this batch if None.
+      slopes: of a head with a soft-cap or a scale (`diagnostics.sketch.Slopes`).
 
     Raises:
       Missing: the batch was not drawn from the distribution that was scored.
     """
     on_policy(batch)
-    tokens = token_sketches(batch, hidden, logp, projection, chunk_tokens)
+    tokens = token_sketches(batch, hidden, logp, projection, chunk_tokens, slopes)
     whole, rows = among or (batch, slice(len(batch)))
     at = weights(whole, available(whole, teacher_known), gammas)
     own = at.values[rows, : batch.mask.shape[1]]
@@ -138,16 +153,18 @@ def gradient_row(
     sequences: int | None = None,
     seed: int = 0,
     prefix: str = "gradient",
+    loss: LossGradients | None = None,
 ) -> dict[str, float]:
     """Everything E-1, E-3, E-4 and E-9 say about the gradient that was measured.
 
     Names begin with the prefix and a slash. "_low" and "_high" bound a 95 % interval over prompts;
     "_se" is the standard error over prompts, "_sketch_se" that of the sketch, which adds to it:
-    - signal, variance, between, within, snr, noise_scale of `trained` (`signal_and_noise`);
+    - signal, variance, between, within, snr, noise_scale (`signal_and_noise`) of `loss`, the loss
+      that trains; without one, of the member `trained`, which is then said to be what trains;
     - noise/MEMBER@GAMMA: n times the variance of the batch's mean gradient, at these rollouts a
       prompt, with both errors; coherence/MEMBER@GAMMA, the value alone, where token energies are
       known; sketch_excess, the mean squared length of sketches over the exact one, less 1, of
-      `trained`, where that is known;
+      what trains, where that is known;
     - bias2@GAMMA, and alpha, occupancy_square, bias_share, cosine (`occupancy`);
     - best_gamma for `sequences` a batch (this one's if None); chosen/MEMBER and chosen@GAMMA, how
       often under the sampling error; sequences and cost_of_response (with errors), the study's
@@ -162,7 +179,10 @@ def gradient_row(
     grid = [(name, gamma) for name in at.names for gamma in at.gammas]
     nth = grid.index(trained)
     row: dict[str, float] = {}
-    for name, value in measures(found, nth).items():
+    headline, index, squares = found, nth, None if at.squares is None else at.squares[:, nth]
+    if loss is not None:
+        headline, index, squares = pairs(loss.sketches[:, None], loss.prompt), 0, loss.squares
+    for name, value in measures(headline, index).items():
         row |= value.row(name)
     for i, (name, gamma) in enumerate(grid):
         label = f"{name}@{gamma:g}"
@@ -173,9 +193,9 @@ def gradient_row(
         if at.energies is not None:
             together = coherence(found, at.energies, at.prompt, i)
             row[f"coherence/{label}"] = together.value
-    if at.squares is not None:
-        exact = float(at.squares[:, nth].double().mean())
-        row["sketch_excess"] = float(found.own[0, nth]) / exact - 1 if exact > 0 else math.nan
+    if squares is not None:
+        exact, sketched = float(squares.double().mean()), float(headline.own[0, index])
+        row["sketch_excess"] = sketched / exact - 1 if exact > 0 else math.nan
     row["sequences"] = float(sequences or len(at.prompt))
     row |= found.positive(without_each(at.cost, at.prompt)).row("cost_of_response")
     row |= _bias_and_choice(found, at, sequences or len(at.prompt), seed)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diagnostics.batch import Scored, concatenate, flatten, unflatten
 from diagnostics.errors import InvalidInput
-from diagnostics.probe import Measured, joined
+from diagnostics.probe import LossGradients, Measured, joined
 
 
 def among(batch: Scored) -> tuple[Scored, slice]:
@@ -46,6 +46,13 @@ def across_ranks(part: Measured) -> Measured:
         for rank in range(distributed.get_world_size())
     ]
     return joined([replace(part, **changed) for changed in parts])
+
+
+def loss_across_ranks(part: LossGradients) -> LossGradients:
+    """The gradients of all ranks' sequences, in the order of ranks."""
+    sketches, prompt = (torch.cat(rows_of_ranks(x)) for x in (part.sketches, part.prompt))
+    squares = None if part.squares is None else torch.cat(rows_of_ranks(part.squares))
+    return LossGradients(sketches=sketches, prompt=prompt, squares=squares)
 
 
 def rows_of_ranks(x: Tensor) -> list[Tensor]:

@@ -17,7 +17,7 @@ Shapes: B responses, T positions, N flat supervised tokens (row-major over the m
 V vocabulary, D hidden size, J copies, m1 and m2 rows, F weights a token.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,10 @@ from diagnostics.errors import InvalidInput
 LogProbs = Callable[[slice], tuple[Tensor, Tensor | None]]
 """A slice of the flat tokens -> (n, V) student's and teacher's log-probabilities there, at the
 temperature of the loss; None for a teacher whose whole distributions are not at hand."""
+
+Slopes = Callable[[slice], Tensor]
+"""A slice of the flat tokens -> (n, V) derivatives of the logits there, before the temperature, by
+the products of the hidden state with the head's rows: what a soft-cap or a scale does."""
 
 _BLOCK = 16384
 
@@ -88,15 +92,18 @@ class TokenSketches:
 
 @torch.no_grad()
 def token_sketches(
-    batch: Scored, hidden: Tensor, logp: LogProbs, projection: Projection, chunk_tokens: int = 1024
+    batch: Scored,
+    hidden: Tensor,
+    logp: LogProbs,
+    projection: Projection,
+    chunk_tokens: int = 1024,
+    slopes: Slopes | None = None,
 ) -> TokenSketches:
     """One pass over the batch's supervised tokens; (n, V) exists for a chunk of them at a time.
 
-    Lengths of gradients are those of a head without soft-cap and scale at the batch's
-    `score_temperature`; a scale would change all of them alike.
-
     Args:
       hidden: (N, D) the student's states that predict the supervised tokens, row-major.
+      slopes: of a head with a soft-cap or a scale; all 1 if None.
 
     Raises:
       ValueError: hidden or the projection does not fit the batch.
@@ -109,14 +116,20 @@ def token_sketches(
         c = slice(start, min(start + chunk_tokens, count))
         h = _wide(hidden[c]) / batch.score_temperature
         ours, theirs = logp(c)
-        found = _of_chunk(tokens[c], h, _wide(ours), theirs, projection)
+        slope = None if slopes is None else slopes(c)
+        found = _of_chunk(tokens[c], h, _wide(ours), theirs, projection, slope)
         for name, x in found.items():
             columns.setdefault(name, []).append(x)
     return TokenSketches(**{name: torch.cat(parts) for name, parts in columns.items()})
 
 
 def _of_chunk(
-    tokens: Tensor, h: Tensor, logp: Tensor, theirs: Tensor | None, projection: Projection
+    tokens: Tensor,
+    h: Tensor,
+    logp: Tensor,
+    theirs: Tensor | None,
+    projection: Projection,
+    slope: Tensor | None,
 ) -> dict[str, Tensor]:
     if logp.shape[-1] != len(projection.vocabulary) or h.shape[-1] != len(projection.hidden):
         raise InvalidInput(
@@ -126,6 +139,8 @@ def _of_chunk(
     p = logp.exp()
     score = -p
     score.scatter_add_(1, tokens[:, None], torch.ones_like(p[:, :1]))
+    if slope is not None:
+        score = score * slope.to(score.dtype)
     length = h.square().sum(-1)
     found = {
         "score": projected(score, projection.vocabulary),
@@ -135,6 +150,8 @@ def _of_chunk(
     if theirs is not None:
         away = torch.where(p > 0, logp - theirs.to(logp.dtype), torch.zeros_like(p))
         local = p * (away - (p * away).sum(-1, keepdim=True))
+        if slope is not None:
+            local = local * slope.to(local.dtype)
         found["local"] = projected(local, projection.vocabulary)
         found["cross"] = (local * score).sum(-1) * length
         found["local_square"] = local.square().sum(-1) * length
@@ -160,6 +177,23 @@ def matrix_sketch(gradient: Tensor, projection: Projection) -> Tensor:
     half = projected(gradient.T, projection.vocabulary)  # (D, J, m1)
     right = projection.hidden.to(half)
     return torch.einsum("dja,djb->jab", half, right).flatten(1) * projection.scale
+
+
+@torch.no_grad()
+def outer_sketches(
+    slopes: Iterable[tuple[slice, Tensor]], hidden: Tensor, mask: Tensor, projection: Projection
+) -> Tensor:
+    """(B, J, m1 m2) sketches of sum_t slope_t h_t^T by sequence: the gradient of any loss.
+
+    Args:
+      slopes: chunks of the flat tokens in order, and the loss's gradients (n, V) by the products of
+        the hidden states with the head's rows. hidden: (N, D); mask: (B, T) of the N tokens.
+    """
+    parts = [projected(_wide(slope), projection.vocabulary) for _, slope in slopes]
+    left, lengths = torch.cat(parts), mask.sum(1).tolist()
+    right = projected(_wide(hidden), projection.hidden).to(left.dtype) * projection.scale
+    pairs = zip(left.split(lengths), right.split(lengths), strict=True)
+    return torch.stack([torch.einsum("tja,tjb->jab", x, h).flatten(1) for x, h in pairs])
 
 
 @torch.no_grad()

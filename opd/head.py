@@ -53,6 +53,13 @@ def shaped(products: Tensor, head: Head) -> Tensor:
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
+def logit_slopes(logits: Tensor, head: Head) -> Tensor:
+    """Derivatives of logits (..., V) by their products, (..., V): scale (1 - (logit/softcap)^2)."""
+    if head.softcap is None:
+        return torch.full_like(logits, head.scale)
+    return head.scale * (1 - (logits / head.softcap).square())
+
+
 def cooled(logits: Tensor, temperature: float) -> Tensor:
     """Logits over the temperature, without a copy at temperature 1."""
     return logits if temperature == 1 else logits / temperature

@@ -8,7 +8,7 @@ Shapes: B responses, T positions, N flat supervised tokens, n tokens of a chunk,
 R rows of the head, V vocabulary, K support ids.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,24 @@ def loss_from_hidden(
         logp = found[:, -1] if objective.sampled else None
         at = known.at(slice(None), logp, found[:, : known.ids.shape[1]])
         return (objective.surrogate(at) * weight).sum()
+    chunk = chunk_loss(pair, objective, teacher_hidden, known, weight, temperature)
+    return chunked_loss(hidden, head, chunk, chunk_elements)
+
+
+def chunk_loss(
+    pair: Pair,
+    objective: Objective,
+    teacher_hidden: Tensor | None,
+    known: "Visits",
+    weight: Tensor,
+    temperature: float,
+) -> ChunkLoss:
+    """The loss of a chunk of tokens, from the products of all head rows.
+
+    Raises:
+      ValueError: the objective compares whole vocabularies and teacher states are missing.
+    """
+    head = pair.student.head
     if objective.support == "full" and teacher_hidden is None:
         raise InvalidInput("the objective compares whole vocabularies; no teacher states")
 
@@ -78,7 +96,32 @@ def loss_from_hidden(
             at = known.at(c, found[:, 0], None if known.ids is None else found[:, 1:])
         return (objective.surrogate(at) * weight[c]).sum()
 
-    return chunked_loss(hidden, head, chunk, chunk_elements)
+    return chunk
+
+
+def product_gradients(
+    pair: Pair,
+    objective: Objective,
+    hidden: Tensor,
+    teacher_hidden: Tensor | None,
+    part: Scored,
+    credit: Tensor,
+    weight: Tensor,
+    *,
+    chunk_elements: int,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Gradients (n, V) of the loss of `loss_from_hidden` by the products <h, W_v>, by chunk.
+
+    That of the head's weight is their sum over tokens of the outer products with `hidden`.
+    Arguments as there.
+    """
+    known, head = visits(objective, part, credit), pair.student.head
+    loss = chunk_loss(pair, objective, teacher_hidden, known, weight, part.score_temperature)
+    for c in chunks(len(hidden), head.vocabulary, chunk_elements):
+        with torch.enable_grad():
+            z = products(hidden[c], head).requires_grad_()
+            (slope,) = torch.autograd.grad(loss(z, c), z)
+        yield c, slope[:, : head.vocabulary]
 
 
 @dataclass(frozen=True, eq=False)

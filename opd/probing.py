@@ -3,7 +3,8 @@
 Shapes: B responses, N supervised tokens, F members, D and D' hidden sizes of student and teacher.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,15 +14,34 @@ from diagnostics.batch import Scored
 from diagnostics.blocks import Block, block, sequence_gradients
 from diagnostics.errors import InvalidInput
 from diagnostics.family import GAMMAS, available, weights
-from diagnostics.probe import Measured, gradient_row, measured, on_policy
-from diagnostics.ranks import across_ranks, among
+from diagnostics.probe import LossGradients, Measured, gradient_row, measured, on_policy
+from diagnostics.ranks import across_ranks, among, loss_across_ranks
 from diagnostics.rows import Row
-from diagnostics.sketch import random_signs
+from diagnostics.sketch import Projection, outer_sketches, random_signs
 from diagnostics.tradeoff import REFERENCES, cost_of_response
 from opd import processes
 from opd.data import Prompts
-from opd.head import Head, chunks, cooled, products, shaped
+from opd.head import Head, chunks, cooled, full_logits, logit_slopes, products, shaped
+from opd.loss import product_gradients
 from opd.model import Model, Pair, log_probabilities, micro_batches, response_hidden, spread
+from opd.objectives import Objective
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainedLoss:
+    """The loss that trains, response by response: all that the update puts into it.
+
+    prompts and batch: with the mask of the loss and the objective's support; credit, weight (B, T):
+    what `opd.loss.loss_from_hidden` is given, the weight being ratio over denominator;
+    teacher_hidden (N, D'): at the N supervised tokens, for objectives on the whole vocabulary.
+    """
+
+    objective: Objective
+    prompts: Prompts
+    batch: Scored
+    credit: Tensor
+    weight: Tensor
+    teacher_hidden: Tensor | None = None
 
 
 @torch.no_grad()
@@ -29,6 +49,7 @@ def probe(
     pair: Pair,
     prompts: Prompts,
     scored: Scored,
+    trained: TrainedLoss,
     *,
     gamma: float,
     micro_tokens: int,
@@ -37,19 +58,26 @@ def probe(
 ) -> Row:
     """`diagnostics.probe.gradient_row` of a batch; empty where it has too few prompts for one.
 
-    The batch is one that the student sampled with top_p 1 at the temperature of the scores. gamma
-    is that of the objective, if the probe's grid has it, else the nearest one. The head's numbers
-    begin with "gradient/", those of a block (`diagnostics.blocks`) with "gradient/blocks/PATTERN/".
-    Of several processes every one gets the row of all sequences.
+    Signal, variance, their ratio and the noise scale are those of the loss that trains, with its
+    objective, credit, mask, ratio and denominator; every member of the family has its own name. The
+    family's batch is one that the student sampled with top_p 1 at the temperature of the scores.
+    gamma is that of the objective, if the probe's grid has it, else the nearest one. The head's
+    numbers begin with "gradient/", those of a block (`diagnostics.blocks`) with
+    "gradient/blocks/PATTERN/". Of several processes every one gets the row of all sequences.
 
     Raises:
-      ValueError: blocks, and several processes.
+      ValueError: blocks, and several processes; or a student whose head is not one matrix.
     """
-    several = processes.size() > 1
+    several, head = processes.size() > 1, pair.student.head
     if blocks and several:
         raise InvalidInput(
             f"probe_blocks is {blocks}, which one process alone can measure; the head's gradient "
             "is measured over all of them: leave probe_blocks out, or start one process"
+        )
+    if head.weight is None:
+        raise InvalidInput(
+            "the gradient probe measures the gradient of the head's matrix, and this student's "
+            "logits are not its hidden states times one matrix; set probe_every to 0"
         )
     ours, theirs = (
         states(model, prompts, scored, micro_tokens) for model in (pair.student, pair.teacher)
@@ -63,23 +91,101 @@ def probe(
             log_probabilities(pair.teacher, theirs[c], tau),
         )
 
+    def slopes_of_logits(c: slice) -> Tensor:
+        return logit_slopes(full_logits(ours[c], head), head)
+
+    shaping = slopes_of_logits if head.softcap is not None or head.scale != 1 else None
     size = chunks(len(ours), vocabulary, chunk_elements)[0].stop
     everybody = among(scored) if several else None
-    found = measured(scored, ours, logp, signs, chunk_tokens=size, among=everybody)
+    found = measured(scored, ours, logp, signs, chunk_tokens=size, among=everybody, slopes=shaping)
     found = across_ranks(found) if several else found
-    trained = ("plain", min(GAMMAS, key=lambda g: abs(g - gamma)))
-    below: dict[str, Measured] = {}
-    if blocks:
-        slopes = hidden_slopes(pair, scored, ours, theirs, size)
+    loss, slopes = loss_gradients(pair, trained, signs, micro_tokens, chunk_elements, bool(blocks))
+    loss = loss_across_ranks(loss) if several else loss
+    nearest = ("plain", min(GAMMAS, key=lambda g: abs(g - gamma)))
+    below: dict[str, tuple[Measured, LossGradients]] = {}
+    if slopes is not None:
         chosen = [block(pair.student.network, pattern) for pattern in blocks]
-        below = below_head(pair.student, prompts, scored, slopes, chosen, trained[1], micro_tokens)
+        of_family = hidden_slopes(pair, scored, ours, theirs, size)
+        family = below_head(
+            pair.student, prompts, scored, of_family, chosen, nearest[1], micro_tokens
+        )
+        losses = loss_below_head(pair.student, trained, slopes, chosen, micro_tokens)
+        below = {name: (family[name], losses[name]) for name in family}
     try:
-        row = gradient_row(found, trained)
-        for pattern, at in below.items():
-            row |= gradient_row(at, trained, prefix=f"gradient/blocks/{pattern}")
+        row = gradient_row(found, nearest, loss=loss)
+        for pattern, (members, own) in below.items():
+            row |= gradient_row(members, nearest, prefix=f"gradient/blocks/{pattern}", loss=own)
     except Missing:
         return {}
     return dict(row)
+
+
+def loss_gradients(
+    pair: Pair,
+    trained: TrainedLoss,
+    signs: Projection,
+    micro_tokens: int,
+    chunk_elements: int,
+    with_slopes: bool,
+) -> tuple[LossGradients, Tensor | None]:
+    """The head's gradients by response; with_slopes, (N, D) the loss's by the hidden states."""
+    batch, head, mask = trained.batch, pair.student.head, trained.batch.mask
+    hidden = states(pair.student, trained.prompts, batch, micro_tokens)
+    by_hidden: list[Tensor] = []
+
+    def slopes() -> Iterator[tuple[slice, Tensor]]:
+        for c, slope in product_gradients(
+            pair,
+            trained.objective,
+            hidden,
+            trained.teacher_hidden,
+            batch,
+            trained.credit,
+            trained.weight[mask],
+            chunk_elements=chunk_elements,
+        ):
+            if with_slopes:
+                by_hidden.append(pulled_back(slope, head, hidden.shape[1]))
+            yield c, slope
+
+    sketches = outer_sketches(slopes(), hidden, mask, signs)
+    gradients = LossGradients(sketches=sketches, prompt=batch.prompt)
+    return gradients, torch.cat(by_hidden) if with_slopes else None
+
+
+def loss_below_head(
+    student: Model,
+    trained: TrainedLoss,
+    slopes: Tensor,
+    blocks: Sequence[Block],
+    micro_tokens: int,
+) -> dict[str, LossGradients]:
+    """The same of blocks below the head; one forward and one backward pass.
+
+    slopes: (N, D) gradients of the loss by the hidden states of the supervised tokens.
+    """
+    prompts, batch = trained.prompts, trained.batch
+    spread_slopes = spread(slopes, batch.mask)
+    parts: dict[str, list[tuple[list[int], Tensor, Tensor]]] = {b.name: [] for b in blocks}
+    for rows in micro_batches(prompts, batch, micro_tokens):
+        part = batch.rows(rows).trimmed()
+        slope = spread_slopes[rows][:, : part.mask.shape[1]][part.mask]
+
+        def forward(rows: list[int] = rows, part: Scored = part) -> Tensor:
+            return response_hidden(student, prompts.rows(rows), part)
+
+        for name, (x, square) in sequence_gradients(blocks, forward, [slope]).items():
+            parts[name].append((rows, x[:, 0], square[:, 0]))
+    gradients = {}
+    for name, pieces in parts.items():
+        order = torch.tensor([i for rows, _, _ in pieces for i in rows]).argsort()
+        order = order.to(slopes.device)
+        gradients[name] = LossGradients(
+            sketches=torch.cat([x for _, x, _ in pieces])[order],
+            squares=torch.cat([square for _, _, square in pieces])[order],
+            prompt=batch.prompt,
+        )
+    return gradients
 
 
 def hidden_slopes(

@@ -41,7 +41,7 @@ from opd.sharding import whole
 from opd.special import audit, masked
 from opd.told import asked
 from opd.unread_answers import READABLE
-from opd.update import update
+from opd.update import probed_loss, update
 
 
 def one_step(chosen: Sequence[tuple[Run, int]], step: int) -> Row:
@@ -84,19 +84,18 @@ def scored_parts(
             scored, hidden = scored_by_both(one, nth, prompts, rollouts)
             if any(other.pair.remote is not None for other, _ in chosen):
                 scored = replace(scored, prefix=None)  # what one of a shared step cannot tell
-            if due(nth, one.config.probe_every):
-                one.ahead.settle()  # tokenizers serve one thread at a time
-                found = probed_row(one, step, nth, prompts, scored)
-                probed |= headed(one, found) if len(chosen) > 1 else found
-        parts.append(
-            Part(
+            part = Part(
                 run=one,
                 prompts=prompts,
                 scored=masked(scored, one.masks),
                 teacher_hidden=hidden,
                 played=played,
             )
-        )
+            if due(nth, one.config.probe_every):
+                one.ahead.settle()  # tokenizers serve one thread at a time
+                found = probed_row(part, scored, step, nth)
+                probed |= headed(one, found) if len(chosen) > 1 else found
+        parts.append(part)
     return parts, probed
 
 
@@ -233,9 +232,15 @@ def spared(run: Run, rollouts: Rollouts) -> bool:
     return plain and rest and rollouts.softmax_logp is not None
 
 
-def probed_row(run: Run, step: int, nth: int, prompts: Prompts, scored: Scored) -> Row:
-    """The gradient probe at the weights before the update, on these rollouts or its own."""
-    config = run.config
+def probed_row(part: Part, scored: Scored, step: int, nth: int) -> Row:
+    """The gradient probe at the weights before the update.
+
+    The loss that trains is measured on the step's own rollouts. The family, which asks for tokens
+    of the student itself, is measured on them as they were scored, before any mask, or on rollouts
+    of the probe's own where they are stale or of a nucleus.
+    """
+    run, config, prompts = part.run, part.run.config, part.prompts
+    trained = probed_loss(part)
     if config.top_p < 1 or bool((scored.age > 0).any()):
         prompts, rollouts, _ = roll_out(run, step, nth, top_p=1.0, purpose=PROBE)
         scored, _ = exact(run, prompts, rollouts)
@@ -243,6 +248,7 @@ def probed_row(run: Run, step: int, nth: int, prompts: Prompts, scored: Scored) 
         run.pair,
         prompts,
         scored,
+        trained,
         gamma=config.gamma,
         micro_tokens=config.micro_tokens,
         chunk_elements=config.chunk_elements,

@@ -18,6 +18,7 @@ from opd.loss import loss_from_hidden
 from opd.model import micro_batches, response_hidden
 from opd.objectives import DENOMINATORS
 from opd.optimizer import learning_rate
+from opd.probing import TrainedLoss
 from opd.roles import awake, follow, recomputing
 from opd.run import Part, Run
 from opd.selection import most_uncertain
@@ -59,14 +60,20 @@ def update(parts: Sequence[Part], step: int) -> dict[str, Tensor | float]:
 class Work:
     """What an update does with a part: rows, and for all rows of the part what the loss needs.
 
-    kept: the tokens that the loss is taken over; credit, weight (B, T): of every token, the weight
-    being ratio over denominator, which is right on `rows` alone.
+    kept: the tokens that the loss is taken over; credit, ratio (B, T): of every token; denominator
+    (B,): of every response, right on `rows` alone.
     """
 
     rows: list[int]
     kept: Scored
     credit: Tensor
-    weight: Tensor
+    ratio: Tensor
+    denominator: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """(B, T) of a token's loss."""
+        return self.ratio / self.denominator[:, None]
 
 
 def shared_out(part: Part) -> list[Work]:
@@ -87,8 +94,36 @@ def shared_out(part: Part) -> list[Work]:
         below[rows] = DENOMINATORS[config.denominator](counted.rows(rows))
         chosen_rows = set(rows)
         own = [i for i, row in enumerate(place) if row in chosen_rows]
-        found.append(Work(own, kept, credit, ratio / below[mine, None]))
+        found.append(Work(own, kept, credit, ratio, below[mine]))
     return found
+
+
+def probed_loss(part: Part) -> TrainedLoss:
+    """The loss of the step's updates, response by response, for the gradient probe.
+
+    Each update's weights, before ratios, are scaled to a mean of 1 over its tokens, so that a
+    response is the sum over its tokens where all count alike. The scale changes neither a
+    signal-to-noise ratio nor a noise scale.
+    """
+    ready = shared_out(part)
+    batch = ready[0].kept
+    weight = torch.zeros_like(ready[0].ratio)
+    for work in ready:
+        tokens = batch.mask[work.rows].sum(1).to(weight.dtype)
+        shares_of_loss = tokens / work.denominator[work.rows]
+        total, loss_total = (processes.summed(x.sum()) for x in (tokens, shares_of_loss))
+        weight[work.rows] = work.weight[work.rows] * total / loss_total
+    hidden = part.teacher_hidden
+    if hidden is not None:
+        hidden = hidden[batch.mask[part.scored.sampled]]
+    return TrainedLoss(
+        objective=part.run.objective,
+        prompts=part.prompts,
+        batch=batch,
+        credit=ready[0].credit,
+        weight=weight,
+        teacher_hidden=hidden,
+    )
 
 
 def backward(part: Part, work: Work, share: float) -> Tensor:

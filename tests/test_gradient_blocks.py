@@ -17,8 +17,10 @@ from diagnostics.sketch import matrix_sketch, no_projection, random_signs
 from diagnostics.tradeoff import without_each
 from opd.config import Config
 from opd.data import Prompts
+from opd.head import Head
 from opd.model import Pair, log_probabilities, response_hidden, split, spread
-from opd.probing import below_head, hidden_slopes, probe, states
+from opd.objectives import make
+from opd.probing import TrainedLoss, below_head, hidden_slopes, probe, states
 from opd.roles import recomputing
 from tests.test_gradient_probes import seeded
 
@@ -284,11 +286,59 @@ def test_blocks_without_a_probe_are_refused() -> None:
     assert config("*norm", every=5).probe_blocks == ("*norm",)
 
 
+def trained(name: str, gamma: float = 0.0, baseline: str = "none") -> TrainedLoss:
+    """A loss whose responses count by their number."""
+    prompts, scored = case()
+    objective = make(name, gamma, baseline)
+    weight = 1 + torch.arange(B, dtype=torch.float64)[:, None].expand(B, T)
+    return TrainedLoss(
+        objective=objective,
+        prompts=prompts,
+        batch=scored,
+        credit=objective.credit(scored),
+        weight=weight if baseline != "none" else torch.ones_like(weight),
+        teacher_hidden=states(pair().teacher, prompts, scored, 1000).detach(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "gamma", "baseline"),
+    [("sampled_token", 0.7, "leave_one_out"), ("sampled_token_clipped", 1.0, "position_mean")],
+)
+def test_the_headline_of_a_block_is_the_trained_losses(
+    name: str, gamma: float, baseline: str
+) -> None:
+    prompts, scored = case()
+    loss = trained(name, gamma, baseline)
+    row = probe(
+        pair(), prompts, scored, loss, gamma=gamma, micro_tokens=30, chunk_elements=100,
+        blocks=PATTERNS[:1],
+    )  # fmt: skip
+    norms = [name for name, _ in owned() if "norm" in name]
+    member = (loss.credit * loss.weight, False)
+    whole = torch.cat(list(by_autograd(member, norms).values()), 1)
+    for measure, want in signal_and_noise(whole, scored.prompt).items():
+        got = row[f"gradient/blocks/*norm/{measure}"]
+        assert got == pytest.approx(want.value, rel=1e-3, abs=1e-5, nan_ok=True), measure
+
+
+def test_a_student_whose_logits_are_no_matrix_product_is_refused() -> None:
+    prompts, scored = case()
+    student = replace(pair().student, find=lambda: Head(None, V))
+    with pytest.raises(ValueError, match="set probe_every to 0"):
+        probe(
+            replace(pair(), student=student), prompts, scored, trained("sampled_token"),
+            gamma=0.0, micro_tokens=30, chunk_elements=100,
+        )  # fmt: skip
+
+
 def test_the_row_of_a_run_says_what_the_gradients_are() -> None:
     prompts, scored = case()
+    loss = trained("sampled_token")
     row = probe(
-        pair(), prompts, scored, gamma=0.0, micro_tokens=30, chunk_elements=100, blocks=PATTERNS
-    )
+        pair(), prompts, scored, loss, gamma=0.0, micro_tokens=30, chunk_elements=100,
+        blocks=PATTERNS,
+    )  # fmt: skip
     family = weights(scored, ["plain"], (0.0,))
     member = (family.values[..., 0], False)
     norms = [name for name, _ in owned() if "norm" in name]
@@ -306,7 +356,7 @@ def test_the_row_of_a_run_says_what_the_gradients_are() -> None:
     assert (at.sketches[:, 0].double().square().sum() / B / true - 1) == pytest.approx(
         excess, abs=1e-4
     )
-    bare = probe(pair(), prompts, scored, gamma=0.0, micro_tokens=30, chunk_elements=100)
+    bare = probe(pair(), prompts, scored, loss, gamma=0.0, micro_tokens=30, chunk_elements=100)
     assert all(row[name] == pytest.approx(x, nan_ok=True) for name, x in bare.items())
     assert not any("blocks" in name for name in bare)
 
