@@ -92,6 +92,10 @@ def load_pair(
     return Pair(split(network, vocabulary), split(frozen, vocabulary), tokenizer, eos, endings)
 
 
+FOUR_BIT_BLOCK = 64
+"""Weights that share a scale in bitsandbytes' 4-bit layers."""
+
+
 def load(
     name: str, device: str, dtype: str, trust: bool = False, weights: str = "saved"
 ) -> tuple[Any, Any]:
@@ -133,6 +137,7 @@ def load(
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=kind, trust_remote_code=trust, **fewer
         )
+    check_four_bit_layers(model)
     return tokenizer, (model if fewer else model.to(place)).eval()
 
 
@@ -191,6 +196,28 @@ def refuse_damaged(folder: Path, remedy: str) -> None:
             if lacking:
                 raise InvalidInput(
                     f"{folder / lacking[0]}, which {path.name} lists, is missing; {remedy}"
+                )
+
+
+def check_four_bit_layers(model: Any) -> None:
+    """Make 4-bit layers on a CPU compute the same on every processor, or refuse them.
+
+    On processors with AVX512-BF16 bitsandbytes repacks such a layer in its first forward pass: it
+    rounds scales and inputs to bfloat16 and fails where the outputs are no multiple of 32. That is
+    switched off. Its AVX-512 kernel also reads the wrong scale where a row ends within a block of
+    64 weights (0.50.2; errors as large as the weights), so such layers are refused.
+
+    Raises:
+      ValueError: a 4-bit layer on a CPU whose inputs are no multiple of the block of 64 weights.
+    """
+    for name, module in model.named_modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+            if module.weight.device.type == "cpu" and module.in_features % FOUR_BIT_BLOCK:
+                raise InvalidInput(
+                    f"nf4 on a CPU: {name} has {module.in_features} inputs, expected a multiple of "
+                    f"{FOUR_BIT_BLOCK}, since bitsandbytes reads wrong scales otherwise; set "
+                    "teacher_weights int8 or saved, or use a GPU"
                 )
 
 

@@ -12,11 +12,13 @@ import torch
 from diagnostics.batch import Scored
 from diagnostics.batch import load as load_batch
 from opd.config import TaskSettings
+from opd.lab import make_tokenizer
 from opd.model import load
 from opd.problems import problems
 from opd.train import train
 from tests.test_ahead import asked_of, row_by_row
 from tests.test_train import settings
+from tests.vllm_server import wide_pair
 
 LEVELS = (
     *(-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0),
@@ -64,11 +66,56 @@ def layers(network: Any) -> list[torch.Tensor]:
     return [m.weight for m in network.model.layers.modules() if hasattr(m, "in_features")]
 
 
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Models whose layers have whole blocks of 64 weights in each row."""
+    return wide_pair(tmp_path_factory.mktemp("pair"), tied=False)
+
+
+@pytest.fixture(params=[True, False], ids=["AVX512-BF16", "no AVX512-BF16"])
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have bitsandbytes take the processor for one that multiplies bfloat16, and for another."""
+    modules = pytest.importorskip("bitsandbytes.nn.modules")
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: request.param)
+
+
+@pytest.mark.usefixtures("processor")
+@pytest.mark.parametrize(("layer", "outputs"), [("q_proj", 64), ("k_proj", 16)])
+def test_four_bit_layers_compute_the_same_on_every_processor(
+    tmp_path: Path, layer: str, outputs: int
+) -> None:
+    """Against the published levels multiplied in float64; 16 outputs do not fit a packed tile."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(make_tokenizer()),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    _, network = load(str(tmp_path), "cpu", "float32", weights="nf4")
+    _, unquantised = load(str(tmp_path), "cpu", "float32")
+    name = f"model.layers.0.self_attn.{layer}"
+    assert network.get_submodule(name).out_features == outputs
+    inputs = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    expected = inputs.double() @ nearest_levels(unquantised.get_submodule(name).weight).double().T
+    with torch.no_grad():
+        for rows in (inputs, inputs[:1]):  # bitsandbytes has another path for a single row
+            result = network.get_submodule(name)(rows)
+            torch.testing.assert_close(
+                result, expected[: len(rows)].float(), atol=1e-5, rtol=1e-5
+            )
+
+
+@pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize("weights", SLACK)
-def test_layers_are_quantised_and_the_head_is_not(tiny_pair, weights: str) -> None:
-    pytest.importorskip("bitsandbytes")
-    tokenizer, network = load(str(tiny_pair[1]), "cpu", "float32", weights=weights)
-    _, plain = load(str(tiny_pair[1]), "cpu", "float32")
+def test_layers_are_quantised_and_the_head_is_not(pair, weights: str) -> None:
+    tokenizer, network = load(str(pair[1]), "cpu", "float32", weights=weights)
+    _, plain = load(str(pair[1]), "cpu", "float32")
     meant = unpacked(network, plain)
     for ours, theirs in zip(layers(meant), layers(plain), strict=True):
         want = nearest_levels(theirs) if weights == "nf4" else by_rows(theirs.half().float())
@@ -86,14 +133,14 @@ def test_layers_are_quantised_and_the_head_is_not(tiny_pair, weights: str) -> No
     assert apart < other * SLACK[weights]
 
 
+@pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize("weights", SLACK)
-def test_a_run_learns_from_the_quantised_teacher(tiny_pair, tmp_path: Path, weights: str) -> None:
-    pytest.importorskip("bitsandbytes")
+def test_a_run_learns_from_the_quantised_teacher(pair, tmp_path: Path, weights: str) -> None:
     changes: dict[str, Any] = {"steps": 2, "batch_every": 1, "eval_every": 0}
-    config = settings(tiny_pair, tmp_path / "run", teacher_weights=weights, **changes)
+    config = settings(pair, tmp_path / "run", teacher_weights=weights, **changes)
     two = tuple(
         TaskSettings(name=name, task="lab", teacher=str(teacher))
-        for name, teacher in zip("ab", reversed(tiny_pair), strict=True)
+        for name, teacher in zip("ab", reversed(pair), strict=True)
     )
     tasks = replace(config, out=str(tmp_path / "tasks"), tasks=two, lr=1e-30)
     batch = scored(train(config), 0)
@@ -113,6 +160,12 @@ def scored(folder: Path, step: int) -> Scored:
     batch = load_batch(folder / "batches" / f"step_{step:06d}.safetensors")
     assert isinstance(batch, Scored)
     return batch
+
+
+def test_rows_that_end_within_a_block_are_refused_on_a_cpu(tiny_pair) -> None:
+    """Their scales would be wrong on processors with AVX-512, by as much as the weights."""
+    with pytest.raises(ValueError, match=r"q_proj has 32 inputs, expected a multiple of 64.*int8"):
+        load(str(tiny_pair[1]), "cpu", "float32", weights="nf4")
 
 
 def test_what_cannot_be_quantised_is_refused(tiny_pair, tmp_path: Path, monkeypatch) -> None:
