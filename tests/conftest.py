@@ -1,11 +1,73 @@
-"""A tiny random pair with a real tokenizer, saved as ordinary Hugging Face folders."""
+"""A tiny random pair for all tests, tests of engines, and the list of what may be skipped."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
 from opd.lab import make_tokenizer
+
+pytest_plugins = ["pytester"]
+
+ENGINES = {"vllm": "vllm", "verl": "verl", "alfworld": "fast_downward"}
+"""Marks of tests that need an engine, and the package that shows that it is installed.
+
+`make test` leaves them out; `make test-engines` runs them, each in its own environment.
+"""
+
+EXPECTED_SKIPS: dict[str, str] = {}
+"""Name of a test -> why it may be skipped where `--no-new-skips` is given, as in CI."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--no-new-skips",
+        action="store_true",
+        help="fail if a test is skipped that EXPECTED_SKIPS in tests/conftest.py does not list",
+    )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark, package in ENGINES.items():
+        if item.get_closest_marker(mark) and find_spec(package) is None:
+            pytest.skip(f"{mark} is not installed; `make test-engines` installs and tests it")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--no-new-skips") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(SkipCheck(EXPECTED_SKIPS))
+
+
+class SkipCheck:
+    """Fail the session if a test is skipped that is not on the list."""
+
+    def __init__(self, expected: dict[str, str]) -> None:
+        self.expected = expected
+        self.unexpected: list[str] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.check(report)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        self.check(report)
+
+    def check(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        if report.skipped and not hasattr(report, "wasxfail"):
+            name = report.nodeid.rsplit("/", 1)[-1]
+            if name not in self.expected:
+                reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
+                self.unexpected.append(f"{report.nodeid}: {reason}")
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self.unexpected:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if self.unexpected:
+            terminalreporter.section("skipped, and not listed in EXPECTED_SKIPS")
+            for line in self.unexpected:
+                terminalreporter.line(line)
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,6 @@ from tests.trl_trainers import (
     sdpo,
 )
 
-trl = pytest.importorskip("trl")
 pytestmark = pytest.mark.filterwarnings("error:step .* has no row:RuntimeWarning")
 
 MAKERS = {

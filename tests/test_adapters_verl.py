@@ -103,7 +103,6 @@ def reduced(metrics: list[dict]) -> dict[str, float]:
 
 @pytest.fixture
 def registry() -> Any:
-    pytest.importorskip("verl")
     from verl.trainer.distillation.losses import DISTILLATION_LOSS_REGISTRY
 
     before = dict(DISTILLATION_LOSS_REGISTRY)
@@ -122,6 +121,7 @@ def supervised(rows: list[dict[str, Any]], name: str) -> torch.Tensor:
     return torch.cat(found)
 
 
+@pytest.mark.verl
 def test_estimator_losses_are_observed_exactly(registry: Any, tmp_path: Path) -> None:
     rows = made(0, 1)
     parts = [rows[:1], rows[1:2], rows[2:3], rows[3:]]  # two ranks of two micro-batches
@@ -161,6 +161,7 @@ def test_estimator_losses_are_observed_exactly(registry: Any, tmp_path: Path) ->
     assert monitor.missing["length"] == "the records have no ended"
 
 
+@pytest.mark.verl
 def test_the_topk_loss_is_observed_exactly(registry: Any) -> None:
     rows = made(1, 4)
     parts = [rows[:1], rows[1:2], rows[2:3], rows[3:]]
@@ -180,6 +181,7 @@ def test_the_topk_loss_is_observed_exactly(registry: Any) -> None:
         install("k9")
 
 
+@pytest.mark.verl
 def test_a_run_on_nothing_but_the_topk_is_observed_without_the_students_side(
     registry: Any,
 ) -> None:

@@ -6,15 +6,14 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("fast_downward")
-pytest.importorskip("alfworld.info")
-
 from opd.environments.alfred import TASKS, goal_of, household
 from opd.environments.alfworld import Alfworld
 from opd.environments.scene import Scene
 from opd.games import load_games
 from tests.test_episodes import Script, played, rows, settings
 from tests.test_episodes import train as train_run
+
+pytestmark = pytest.mark.alfworld
 
 
 def seed_of(task: str) -> int:

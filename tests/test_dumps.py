@@ -5,11 +5,9 @@ from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
 
+import pyarrow
 import pytest
 import torch
-
-pytest.importorskip("pyarrow")
-import pyarrow
 from pyarrow import parquet
 
 from diagnostics.batch import Scored

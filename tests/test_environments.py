@@ -2,9 +2,9 @@
 
 import random
 import re
+import sys
 from collections import deque
 from copy import deepcopy
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -344,7 +344,7 @@ def test_bad_sources_are_refused(source: str, settings: dict[str, Any], wrong: s
         load_games(source, 0, **settings)
 
 
-@pytest.mark.skipif(find_spec("alfworld") is not None, reason="alfworld is installed")
-def test_what_is_not_installed_is_named() -> None:
+def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "textworld", None)
     with pytest.raises(ImportError, match=r"needs alfworld, .*pip install 'opdlab\[alfworld\]'"):
         load_games("env:alfworld", 0)

@@ -3,7 +3,6 @@
 import json
 import math
 import threading
-from importlib.util import find_spec
 from itertools import combinations, product
 from pathlib import Path
 
@@ -156,8 +155,6 @@ def test_mcnemar_counts_coin_flips() -> None:
             assert mcnemar(n - won, won) == pytest.approx(np.mean(as_far) if n else 1)
 
 
-needs_math = pytest.mark.skipif(find_spec("math_verify") is None, reason="no math-verify")
-
 RIGHT = [
     (r"\boxed{\frac{1}{2}}", "0.5"),
     (r"\boxed{\dfrac12}", "1/2"),
@@ -208,7 +205,6 @@ UNREADABLE = [
 ]
 
 
-@needs_math
 def test_mathematical_answers_are_compared_as_mathematics() -> None:
     for response, answer in RIGHT:
         verdict = grade_math(response, answer)
@@ -222,7 +218,6 @@ def test_mathematical_answers_are_compared_as_mathematics() -> None:
         assert grade_math(response, answer) == Verdict(0.0, None), (response, answer)
 
 
-@needs_math
 def test_equal_answers_vote_together() -> None:
     votes = {grade_math(rf"\boxed{{{x}}}", "3").answer for x in (r"\frac12", "0.5", "2/4", ".50")}
     assert len(votes) == 1
@@ -234,7 +229,6 @@ def test_equal_answers_vote_together() -> None:
     assert grade_math(r"\boxed{50\%}", "3").answer not in votes
 
 
-@needs_math
 def test_a_judge_that_hangs_or_dies_is_replaced_in_any_thread() -> None:
     judge = Judge(seconds=1.0)
     found: list = []
@@ -255,7 +249,6 @@ def test_a_judge_that_hangs_or_dies_is_replaced_in_any_thread() -> None:
     assert not answer["equal"]
 
 
-@needs_math
 def test_an_answer_that_is_no_mathematics_is_said_to_be() -> None:
     with pytest.warns(UserWarning, match=r"'\\\\frac\{' cannot be read as mathematics"):
         assert grade_math(r"\boxed{4}", r"\frac{").reward == 0

@@ -24,7 +24,6 @@ def test_the_handwritten_loop_learns(capsys: pytest.CaptureFixture[str]) -> None
 def test_trl_is_attached(
     tiny_pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("trl")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["attach_trl.py", *map(str, tiny_pair)])
     runpy.run_path(str(EXAMPLES / "attach_trl.py"), run_name="__main__")

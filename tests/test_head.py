@@ -6,7 +6,6 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -83,7 +82,6 @@ def test_gathered_product_adds_up_in_float32(dtype, value, gradient, spread: str
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True)), "not deterministic"
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 def test_triton_kernels_agree_with_torch() -> None:
     """In Triton's interpreter, which must be chosen before the first import; no GPU is needed."""
     line = [sys.executable, "-c", "from tests.test_head import compare; compare()"]
@@ -279,7 +277,7 @@ def test_a_model_that_explains_nothing_keeps_its_own_logits() -> None:
 
 
 def test_adapters_act_in_the_decoder_and_are_refused_on_the_head() -> None:
-    peft = pytest.importorskip("peft")
+    import peft
 
     def adapted(**where: object):  # type: ignore[no-untyped-def]
         net = peft.get_peft_model(network("Llama"), peft.LoraConfig(r=2, **where)).eval()

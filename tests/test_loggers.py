@@ -1,6 +1,5 @@
 """The loggers that are installed, run for real, with their own files read back."""
 
-import importlib.util
 import json
 import os
 import struct
@@ -18,11 +17,6 @@ from opd.loggers import evaluation, numbers, open_loggers
 
 CONFIG = {"lr": 1e-3, "betas": (0.9, 0.99), "task": "lab"}
 EVALUATION = {"step": 2, "accuracy": 0.5, "outcomes": "01", "problem_set": "abc"}
-
-
-def needs(package: str) -> pytest.MarkDecorator:
-    absent = importlib.util.find_spec(package) is None
-    return pytest.mark.skipif(absent, reason=f"{package} is not installed")
 
 
 def run(folder: Path, names: tuple[str, ...], first: int, last: int) -> None:
@@ -54,7 +48,6 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return found
 
 
-@needs("tensorboard")
 def test_tensorboard_holds_each_step_once_after_a_kill(tmp_path: Path) -> None:
     run(tmp_path, ("tensorboard",), 0, 4)
     assert [step for step, _ in scalars(tmp_path)["loss"]] == [0, 1, 2, 3]
@@ -65,7 +58,6 @@ def test_tensorboard_holds_each_step_once_after_a_kill(tmp_path: Path) -> None:
     assert set(found) == {"loss", "supervision/n", "eval/accuracy"}
 
 
-@needs("tensorboard")
 def test_a_logger_that_is_named_late_gets_the_whole_record(tmp_path: Path) -> None:
     run(tmp_path, (), 0, 3)
     assert not (tmp_path / "tensorboard").exists()
@@ -105,7 +97,6 @@ def wandb_records(file: Path) -> list[Any]:
     return found
 
 
-@needs("wandb")
 def test_wandb_runs_offline_and_keeps_its_identity(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,7 +136,6 @@ def test_wandb_runs_offline_and_keeps_its_identity(
     assert steps == [[0, 1, 2, 3], [2, 3, 4, 5]]
 
 
-@needs("trackio")
 def test_trackio_holds_each_step_once_after_a_kill(tmp_path: Path) -> None:
     """In a process of its own: trackio reads TRACKIO_DIR when it is imported."""
     program = (
@@ -172,7 +162,6 @@ def test_trackio_holds_each_step_once_after_a_kill(tmp_path: Path) -> None:
     assert [(x["step"], x["eval/accuracy"]) for x in logs if "eval/accuracy" in x] == [(2, 0.5)]
 
 
-@needs("tensorboard")
 def test_a_logger_that_fails_is_left_and_the_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
@@ -200,7 +189,6 @@ def test_a_logger_that_fails_is_left_and_the_run_goes_on(
     assert "OSError: No space left on device" in said[0]
 
 
-@needs("tensorboard")
 def test_an_error_of_the_run_is_not_swallowed(tmp_path: Path) -> None:
     def fails() -> None:
         with open_loggers(("tensorboard",), tmp_path, CONFIG) as log:

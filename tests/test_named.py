@@ -54,7 +54,6 @@ def test_a_set_on_the_hub_that_has_grown_is_refused(monkeypatch: pytest.MonkeyPa
 
 
 def test_reasoning_gym_asks_and_judges() -> None:
-    pytest.importorskip("reasoning_gym")
     rows = named_rows("gym:chain_sum:20:7")
     assert rows == named_rows("gym:chain_sum:20:7") != named_rows("gym:chain_sum:20:8")
     assert len(rows) == 20
@@ -73,7 +72,6 @@ def test_reasoning_gym_asks_and_judges() -> None:
 
 
 def test_what_reasoning_gym_cannot_do_is_named() -> None:
-    pytest.importorskip("reasoning_gym")
     with pytest.raises(ValueError, match=r"no task 'chains'; it has .*chain_sum"):
         named_rows("gym:chains")
     with pytest.raises(ValueError, match="gym:TASK:SIZE:SEED"):

@@ -273,7 +273,6 @@ def test_a_killed_process_ends_the_run_with_its_last_checkpoint_whole(
 
 
 def test_accelerate_starts_the_same_run(made: Path, tiny_pair, kinds, tmp_path: Path) -> None:
-    pytest.importorskip("accelerate")
     fields: dict[str, Any] = {"prompts_per_step": 4, "steps": 3, "batch_every": 3}
     config = settings(tiny_pair, tmp_path / "run", **(fields | kinds["credit"]))
     run_in_two(tmp_path, [config], ACCELERATE)

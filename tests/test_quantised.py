@@ -75,7 +75,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture(params=[True, False], ids=["AVX512-BF16", "no AVX512-BF16"])
 def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have bitsandbytes take the processor for one that multiplies bfloat16, and for another."""
-    modules = pytest.importorskip("bitsandbytes.nn.modules")
+    from bitsandbytes.nn import modules
+
     monkeypatch.setattr(modules, "has_avx512bf16", lambda: request.param)
 
 
@@ -106,9 +107,7 @@ def test_four_bit_layers_compute_the_same_on_every_processor(
     with torch.no_grad():
         for rows in (inputs, inputs[:1]):  # bitsandbytes has another path for a single row
             result = network.get_submodule(name)(rows)
-            torch.testing.assert_close(
-                result, expected[: len(rows)].float(), atol=1e-5, rtol=1e-5
-            )
+            torch.testing.assert_close(result, expected[: len(rows)].float(), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.usefixtures("processor")

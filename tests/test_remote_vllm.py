@@ -20,7 +20,7 @@ from tests.test_remote_train import SHORT, close, served
 from tests.test_train import rows, settings
 from tests.vllm_server import free_port, vllm, wide_pair
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.vllm
 K = 16
 LIMIT = 128
 
@@ -28,7 +28,6 @@ LIMIT = 128
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Models with heads as wide as vLLM's attention on a CPU takes them."""
-    pytest.importorskip("vllm")
     return wide_pair(tmp_path_factory.mktemp("pair"), tied=False)
 
 

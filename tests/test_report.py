@@ -383,7 +383,6 @@ def test_likely_ids_do_not_depend_on_the_order_of_the_support(run: Path) -> None
 
 
 def test_a_dump_is_shown_as_the_batch_that_it_was_made_of(run: Path, tmp_path: Path) -> None:
-    pytest.importorskip("pyarrow")
     folder = tmp_path / "stranger"
     (folder / "dumps").mkdir(parents=True)
     shutil.copy(run / "rows.jsonl", folder)

@@ -1,7 +1,7 @@
 """Rollouts against a plain forward pass, a plain nucleus and counted frequencies; the engines."""
 
-import contextlib
 import copy
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -272,7 +272,8 @@ def test_dropout_is_off_while_sampling(pair, prompts) -> None:
 
 
 def test_adapters_take_part(tiny_pair, prompts) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     pair = load_pair(*map(str, tiny_pair), "cpu", "float32")
     plain = rolled(pair.student, prompts, pair.eos)
     network = adapted(peft, pair.student.network)
@@ -361,7 +362,6 @@ def networks(request, tmp_path_factory, tiny_pair) -> tuple[Model, Model]:
     """Two students of one shape, with other weights."""
     from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-    pytest.importorskip("vllm")
     config = Qwen2Config.from_pretrained(tiny_pair[0])
     config.tie_word_embeddings = request.param == "tied"
     config.hidden_size, config.intermediate_size = 64, 128
@@ -386,6 +386,7 @@ def engine(networks, tmp_path_factory):
     assert not list(folder.iterdir())
 
 
+@pytest.mark.vllm
 def test_vllm_samples_from_the_student_it_was_synced_with(
     engine, networks, pair, long_prompts
 ) -> None:
@@ -404,6 +405,7 @@ def test_vllm_samples_from_the_student_it_was_synced_with(
             assert not torch.equal(other.tokens, batch.tokens)
 
 
+@pytest.mark.vllm
 def test_vllm_draws_first_tokens_from_the_nucleus(engine, networks, prompts) -> None:
     engine.sync(networks[0])
     rows = 4000
@@ -414,6 +416,7 @@ def test_vllm_draws_first_tokens_from_the_nucleus(engine, networks, prompts) -> 
     assert abs(chi - free) < 4 * (2 * free) ** 0.5
 
 
+@pytest.mark.vllm
 def test_vllm_keeps_the_end_token_and_the_shared_vocabulary(engine, networks, prompts) -> None:
     small = replace(networks[1], vocabulary=40)
     engine.sync(small)
@@ -428,8 +431,10 @@ def test_vllm_keeps_the_end_token_and_the_shared_vocabulary(engine, networks, pr
         engine.sample(prompts, [3], **(how | {"max_response": 256}), generator=seeded(0))
 
 
+@pytest.mark.vllm
 def test_vllm_merges_adapters(engine, networks, prompts) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     network = adapted(peft, copy.deepcopy(networks[0].network))
     before = {name: x.clone() for name, x in network.state_dict().items()}
     engine.sync(replace(networks[0], network=network))
@@ -439,6 +444,7 @@ def test_vllm_merges_adapters(engine, networks, prompts) -> None:
     assert all(torch.equal(x, before[name]) for name, x in network.state_dict().items())
 
 
+@pytest.mark.vllm
 def test_weights_that_vllm_did_not_load_are_refused(engine, networks, monkeypatch) -> None:
     import opd.vllm_engine
 
@@ -450,10 +456,7 @@ def test_weights_that_vllm_did_not_load_are_refused(engine, networks, monkeypatc
         engine.sync(networks[1])
 
 
-def test_a_missing_vllm_names_the_extra(pair) -> None:
-    with contextlib.suppress(ImportError):
-        import vllm  # noqa: F401
-
-        pytest.skip("vLLM is installed")
+def test_a_missing_vllm_names_the_extra(pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ImportError, match=r"pip install 'opdlab\[vllm\]'"):
         make_engine("vllm", pair.student)

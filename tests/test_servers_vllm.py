@@ -22,7 +22,7 @@ from tests.test_rollout import TEMPERATURE, TOP_P, agrees_with_a_forward_pass, s
 from tests.test_train import rows, settings
 from tests.vllm_server import free_port, vllm, wide_pair
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.vllm
 LIMIT = 256
 UNTIED = ("--load-format", "dummy", "--hf-overrides", '{"tie_word_embeddings": false}')
 PROCESSED = ("--logprobs-mode", "processed_logprobs")
@@ -31,7 +31,6 @@ PROCESSED = ("--logprobs-mode", "processed_logprobs")
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Models with heads as wide as vLLM's attention on a CPU takes them; the student is tied."""
-    pytest.importorskip("vllm")
     return wide_pair(tmp_path_factory.mktemp("pair"), tied=True)
 
 

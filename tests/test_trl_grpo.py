@@ -25,7 +25,6 @@ from tests.trl_trainers import (
     sequences,
 )
 
-pytest.importorskip("trl")
 pytestmark = pytest.mark.filterwarnings("error:step .* has no row:RuntimeWarning")
 
 

@@ -19,8 +19,6 @@ from diagnostics.monitor import Monitor
 from diagnostics.sinks import to_file
 from tests.trl_trainers import Spy, by_hand, distillation, gkd, load_pair
 
-pytest.importorskip("trl")
-
 RULE = Rule(
     name="long",
     metric="collapse/length",

@@ -69,7 +69,6 @@ def test_settings_that_would_make_another_objective_are_refused(
 
 @pytest.fixture
 def losses() -> Any:
-    pytest.importorskip("verl", reason="verl is not installed")
     from verl.trainer.distillation import losses
 
     import opd.verl_modes  # noqa: F401
@@ -172,6 +171,7 @@ def student(seed: int) -> list[Tensor]:
     ]
 
 
+@pytest.mark.verl
 @pytest.mark.parametrize("name", sorted(n for n in SUPPLIED if "topk" in n))
 def test_topk_modes_are_the_dense_objective_through_verl(losses: Any, name: str) -> None:
     made, logits = rows(1, topk=True), student(1)
@@ -225,6 +225,7 @@ def sampled_logp(made: list[dict[str, Tensor]], logits: list[Tensor], i: int) ->
     return logp.gather(-1, made[i]["responses"][:, None])[:, 0]
 
 
+@pytest.mark.verl
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
 def test_sampled_token_modes_spread_the_credit_and_leave_masks_out(
     losses: Any, gamma: float
@@ -258,6 +259,7 @@ def test_sampled_token_modes_spread_the_credit_and_leave_masks_out(
     assert metrics["drift/k1"].aggregate() == pytest.approx(k1 / TOTAL, rel=1e-5)
 
 
+@pytest.mark.verl
 def test_a_ratio_reads_what_the_sampler_said(losses: Any) -> None:
     from opd.verl_losses import register
 
@@ -273,6 +275,7 @@ def test_a_ratio_reads_what_the_sampler_said(losses: Any) -> None:
     assert float(loss.detach()) == pytest.approx(float(total.detach()), rel=1e-5)
 
 
+@pytest.mark.verl
 def test_a_sequence_ratio_counts_what_a_rule_took_out(losses: Any) -> None:
     """But not a tool's text, whose log-probability verl writes as 0."""
     from opd.verl_losses import register
@@ -302,6 +305,7 @@ def test_sampled_tokens_of_verl_are_told_from_a_tools_text() -> None:
     assert sampled_tokens(mask, None) is mask
 
 
+@pytest.mark.verl
 @pytest.mark.parametrize("mode", ["k2", "k3"])
 def test_estimators_that_verl_has_too_are_equal(losses: Any, mode: str) -> None:
     made, logits = rows(3, topk=False), student(3)
@@ -313,6 +317,7 @@ def test_estimators_that_verl_has_too_are_equal(losses: Any, mode: str) -> None:
     torch.testing.assert_close(gradients(ours, logits), gradients(theirs, logits))
 
 
+@pytest.mark.verl
 def test_forward_kl_on_the_support_is_verls(losses: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not one of our objectives, but the same way of verl's tensors ends in the same numbers."""
     monkeypatch.setitem(
@@ -331,6 +336,7 @@ def test_forward_kl_on_the_support_is_verls(losses: Any, monkeypatch: pytest.Mon
     )
 
 
+@pytest.mark.verl
 def test_the_clipped_objective_is_verls_k1_under_its_policy_gradient(losses: Any) -> None:
     """Both make the cost of the tokens an advantage under PPO's clip; verl's is of the student now,
     ours of the student when it was scored, so that they are one where nothing has moved yet."""
@@ -343,6 +349,7 @@ def test_the_clipped_objective_is_verls_k1_under_its_policy_gradient(losses: Any
         torch.testing.assert_close(gradients(ours, logits), gradients(theirs, logits))
 
 
+@pytest.mark.verl
 def test_what_would_be_wrong_in_verl_is_refused(losses: Any) -> None:
     from verl.workers.config import DistillationLossConfig
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -21,7 +22,6 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("verl", reason="verl is not installed")
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
@@ -39,6 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.verl
 @pytest.mark.parametrize(
     ("name", "processes"),
     [("teacher_topk", 1), ("teacher_topk", 2), ("teacher_topk_bucket", 2), ("sampled_token", 2)],
@@ -159,7 +160,7 @@ STANDS_IN = """
 """What stands in for eight GPUs: sizes, and Ray told of three that nobody uses."""
 
 
-@pytest.mark.slow
+@pytest.mark.verl
 @pytest.mark.parametrize("name", ["teacher_topk", "sampled_token"])
 def test_verls_trainer_runs_the_script_with_two_teachers(
     tiny_pair: tuple[Path, Path], tmp_path: Path, name: str
@@ -169,9 +170,6 @@ def test_verls_trainer_runs_the_script_with_two_teachers(
     The second task's teacher is the student as it begins. So its first steps cost nothing unless a
     teacher, a token or a weight is in the wrong place, while those of the first task do.
     """
-    pytest.importorskip("verl", reason="verl is not installed")
-    pytest.importorskip("transfer_queue", reason="verl's transfer queue is not installed")
-    pd = pytest.importorskip("pandas")
     student, teacher = tiny_pair
     for task in ("math", "alfworld"):
         prompts = [[{"role": "user", "content": f"{i}+{i + 1}="}] for i in range(4)]
@@ -283,8 +281,8 @@ def test_the_script_states_the_papers_settings(tmp_path: Path) -> None:
     assert gpus == 8
 
 
+@pytest.mark.verl
 def test_verl_composes_the_scripts_settings_and_both_teachers(tmp_path: Path) -> None:
-    pytest.importorskip("verl", reason="verl is not installed")
     from hydra import compose, initialize_config_module
     from verl.utils.config import omega_conf_to_dataclass
 
@@ -308,8 +306,6 @@ def test_verl_composes_the_scripts_settings_and_both_teachers(tmp_path: Path) ->
 
 
 def test_tasks_alternate_by_the_order_of_a_file(tmp_path: Path) -> None:
-    pd = pytest.importorskip("pandas")
-    pytest.importorskip("pyarrow")
     for name, count in (("math", 5), ("alfworld", 2)):
         table = pd.DataFrame({"prompt": [f"{name}{i}" for i in range(count)]})
         table.assign(data_source=name).to_parquet(tmp_path / f"{name}.parquet")
@@ -344,11 +340,11 @@ class Server:
         return TokenOutput(token_ids=cut, log_probs=[-0.5] * len(cut))
 
 
+@pytest.mark.verl
 def test_rollouts_are_masked_and_as_long_as_their_task_allows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """verl's own agent loop, made as its workers make it, from the file beside the script."""
-    pytest.importorskip("verl", reason="verl is not installed")
     import asyncio
 
     import hydra
