@@ -41,6 +41,7 @@ from opd.objectives import DENOMINATORS, Objective, make
 from opd.optimizer import Optimizer, adamw
 from opd.roles import make_pairs, ordinary, with_sharded_student
 from opd.run import Run
+from opd.same_weights import refuse_same_weights
 from opd.seeds import EVALUATION, derive
 from opd.settings_check import objective_problems, unused_settings
 from opd.sharding import plain, whole
@@ -88,6 +89,8 @@ def train(config: Config, anew: bool = False) -> Path:
             print(f"{folder} is finished after {start.step} steps", file=sys.stderr)
             return folder
         pairs = make_pairs([replace(own, device=device) for own in settings_of(config)])
+        for own, pair in zip(settings_of(config), pairs, strict=True):
+            refuse_same_weights(own, pair)
         first, saved = start.step, Path(start.checkpoint) if start.checkpoint else None
         if saved is not None:
             checkpoint.load(saved, pairs[0], config.teacher == "ema")
