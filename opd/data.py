@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.errors import InvalidInput
+from opd.chat_template import render_chat
 from opd.golds import check_golds
 from opd.grading import Grader, Verdict, make_grader
 from opd.named import is_named, named_rows
@@ -28,6 +29,7 @@ from opd.sources import (
     has_worked_solutions,
     question,
     questions,
+    row_of,
 )
 from opd.sources import read_problems as read_problems
 from opd.special import special_ids
@@ -128,8 +130,13 @@ def load_task(
 
     def read(name: str, where: Columns) -> list[Problem]:
         if is_named(name):
-            return fit(questions(named_rows(name), name, DEFAULT_COLUMNS, system, settings))
-        return fit(read_problems(name, where, system, settings))
+            asked = questions(named_rows(name), name, DEFAULT_COLUMNS, system, settings)
+        else:
+            asked = read_problems(name, where, system, settings)
+        try:
+            return fit(asked)
+        except InvalidInput as error:
+            raise InvalidInput(f"{name}: {error}") from error
 
     if source == "lab":
         if test:
@@ -281,7 +288,7 @@ def drop_long(tokenizer: Any, max_prompt: int, rows: list[Problem]) -> list[Prob
 
 def fits(tokenizer: Any, max_prompt: int, rows: list[Problem]) -> tuple[list[Problem], int]:
     """(the rows whose prompt has at most `max_prompt` tokens, the longest length of all)."""
-    lengths = [len(encode_one(tokenizer, problem)) for problem in rows]
+    lengths = [len(encode_row(tokenizer, problem, place)) for place, problem in enumerate(rows)]
     kept = [row for row, length in zip(rows, lengths, strict=True) if length <= max_prompt]
     return kept, max(lengths, default=0)
 
@@ -306,6 +313,14 @@ def encode(tokenizer: Any, chosen: list[Problem], repeats: int, max_prompt: int)
     return Prompts(tokens=tokens[index], mask=mask[index], index=index, answers=answers)
 
 
+def encode_row(tokenizer: Any, problem: Problem, place: int) -> list[int]:
+    """`encode_one`; an error names the row."""
+    try:
+        return encode_one(tokenizer, problem)
+    except InvalidInput as error:
+        raise InvalidInput(f"row {row_of(problem, place)}: {error}") from error
+
+
 def encode_one(tokenizer: Any, problem: Problem) -> list[int]:
     """Ids of a prompt up to where the response begins, with at most one BOS.
 
@@ -313,7 +328,8 @@ def encode_one(tokenizer: Any, problem: Problem) -> list[int]:
     special tokens that the tokenizer adds.
 
     Raises:
-      ValueError: several messages or settings for a template that the tokenizer lacks, or no token.
+      ValueError: several messages or settings for a template that the tokenizer lacks, messages
+        that its template refuses, or no token.
     """
     settings: dict[str, Any] = {}
     chat: tuple[tuple[str, str], ...] = (("user", problem.prompt),)
@@ -329,12 +345,7 @@ def encode_one(tokenizer: Any, problem: Problem) -> list[int]:
         if ids[:2] == [tokenizer.bos_token_id] * 2:  # the text began with one
             ids = ids[1:]
     else:
-        text = tokenizer.apply_chat_template(
-            [{"role": role, "content": content} for role, content in chat],
-            add_generation_prompt=True,
-            tokenize=False,
-            **settings,
-        )
+        text = render_chat(tokenizer, chat, **settings)
         ids = tokenizer.encode(text, add_special_tokens=False)
     if not ids:
         raise InvalidInput(f"the prompt {problem.prompt!r} encodes to no token")

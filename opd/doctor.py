@@ -22,6 +22,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--task", help='"lab", a data file or games, env:NAME; else built-in prompts'
     )
+    parser.add_argument("--system", default="", help="a system message before every prompt")
     parser.add_argument("--prompts", type=int, default=8, help="prompts to sample responses to")
     parser.add_argument("--group", type=int, default=2, help="responses to each prompt")
     parser.add_argument("--max-response", type=int, default=64, help="tokens of a sampled response")
@@ -57,7 +58,7 @@ def examine_tasks(
 
     if given.pop("task", None) is not None:
         raise InvalidInput("give either --task or --tasks")
-    length = given.pop("max_response")
+    length, system = given.pop("max_response"), given.pop("system", "")
     return {
         own.name: examine(
             student,
@@ -66,7 +67,7 @@ def examine_tasks(
             max_response=min(length, own.max_response or length),
             columns=Columns(own.prompt_column or "prompt", own.answer_column or "answer"),
             grader=own.grader or "",
-            system=own.system or "",
+            system=own.system or system,
             **given,
         )
         for own in read_tasks(path)
@@ -97,19 +98,27 @@ def examine(
     from opd.games import is_games, load_games
     from opd.pair_checks import Finding, read_side
     from opd.problems import Problem
+    from opd.sources import DEFAULT_COLUMNS, question
 
     for name, value in (("prompts", prompts), ("group", group), ("max_response", max_response)):
         if value < 1:
             raise InvalidInput(f"{name} is {value}; it must be at least 1")
     sides = read_side(student, device, dtype), read_side(teacher, device, dtype)
     found = [check(*sides) for check in pair_checks.CHECKS]
-    problems = [Problem(text, "") for text in sample_checks.PROMPTS[:prompts]]
+    system = settings.get("system", "")
+    problems: list[Problem] = [
+        question({"prompt": text}, DEFAULT_COLUMNS, system, (), unanswered=True)
+        for text in sample_checks.PROMPTS[:prompts]
+    ]
     if task is not None and is_games(task):
-        games = load_games(task, seed, system=settings.get("system", ""))
+        games = load_games(task, seed, system=system)
         problems = games.openings(games.train(0, prompts))
     elif task is not None:
         problems = load_task(task, seed, **settings).train(0, prompts)
-    encoded = encode(sides[0].tokenizer, problems, 1, 1 << 30)
+    try:
+        encoded = encode(sides[0].tokenizer, problems, 1, 1 << 30)
+    except InvalidInput as error:
+        return [*found, Finding("prompts", "fail", str(error), "no prompt can be written so")]
     found.append(sample_checks.positions(*sides, encoded, budget or max_response))
     room = found[-1].numbers["room"]
     length = max_response if room is None else min(max_response, room)

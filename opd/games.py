@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from diagnostics.errors import InvalidInput
+from opd.chat_template import render_chat
 from opd.environments.rooms import Rooms
 from opd.environments.scene import Environment, Scene
 from opd.problems import Problem
@@ -185,11 +186,7 @@ def continued(tokenizer: Any, opening: Chat, text: str, last: int) -> list[int]:
     if tokenizer.chat_template is None:
         return tokenizer.encode(f"\n{text}\n", add_special_tokens=False)
     chat = (*opening, ("assistant", SAID), ("user", text))
-    shown = tokenizer.apply_chat_template(
-        [{"role": role, "content": content} for role, content in chat],
-        add_generation_prompt=True,
-        tokenize=False,
-    )
+    shown = render_chat(tokenizer, chat)
     _, found, behind = shown.partition(SAID)
     if not found:
         raise InvalidInput(

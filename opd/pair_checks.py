@@ -233,7 +233,10 @@ def chat_template(student: Side, teacher: Side) -> Finding:
     numbers = {"chats": len(CHATS), "different": len(differ), "differences": differ}
     if differ:
         return Finding("chat template", "warn", "; ".join(differ), advice, numbers)
-    found = f"{len(CHATS)} sample chats are rendered alike"
+    refused = [name for name, chat in CHATS.items() if render(student, chat)[0] is None]
+    found = f"{len(CHATS) - len(refused)} sample chats are rendered alike"
+    if refused:
+        found += f"; both templates refuse: {', '.join(refused)}"
     return Finding("chat template", "ok", found, "", numbers)
 
 
