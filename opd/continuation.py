@@ -23,6 +23,7 @@ from opd.addresses import is_url
 from opd.config import TRUST, from_json
 from opd.data import Prompts, Task, encode
 from opd.evaluate import grade_responses
+from opd.grading import refuse_own_of_record
 from opd.model import Model, Pair
 from opd.problems import Problem
 from opd.roles import make_pair
@@ -66,6 +67,7 @@ def continuation(
     if min(lengths) < 0:
         raise InvalidInput(f"lengths are {list(lengths)}; a prefix has 0 tokens or more")
     config = replace(from_json(run / "config.json"), trust_remote_code=trust)
+    refuse_own_of_record(config.grader, run / "config.json", trust)
     if config.tasks or config.teacher in ("base", "ema") or is_url(config.teacher):
         raise InvalidInput(
             f"{run} has no teacher of its own, several, or one on a server; the probe samples from "

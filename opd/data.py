@@ -18,7 +18,7 @@ from torch import Tensor
 from diagnostics.errors import InvalidInput
 from opd.chat_template import render_chat
 from opd.golds import check_golds
-from opd.grading import Grader, Verdict, make_grader
+from opd.grading import GRADERS, Grader, Verdict, is_own, make_grader
 from opd.named import is_named, named_rows
 from opd.problems import Problem, problems
 from opd.sources import (
@@ -190,8 +190,17 @@ def lab_task(seed: int, grader: str, system: str, template: tuple[tuple[str, Any
 
 
 def named_grader(source: str, rows: list[Problem]) -> str:
-    """The grader that the rows name, "" if none does; a ValueError if they name several."""
+    """The grader that the rows name, "" if none does.
+
+    Raises:
+      ValueError: they name several, or a function: data must not choose what code runs.
+    """
     names = {problem.grader for problem in rows if isinstance(problem, Question)}
+    if functions := sorted(name for name in names if is_own(name)):
+        raise InvalidInput(
+            f"{source} names the function {functions[0]!r} as grader; data may name "
+            f"{', '.join(GRADERS)} alone. If you wrote the function, name it with --grader"
+        )
     if len(names) > 1:
         raise InvalidInput(
             f"{source} names several graders, {sorted(names)}; make one file of each, or choose "

@@ -169,7 +169,7 @@ def judge(kind: str = "math") -> Judge:
     """This process's one judge of that kind."""
     if kind == "math":
         require_math_verify()
-    if ":" in kind:
+    if is_own(kind):
         return Judge(OWN_SECONDS, kind, memory=0)
     return Judge(SECONDS, kind)
 
@@ -234,6 +234,24 @@ GRADERS: Mapping[str, Grader] = {
     "gym": grade_gym,
     "lab": grade_lab,
 }
+
+
+def is_own(name: str) -> bool:
+    """Whether a grader is a function of the user's, which is code that its name makes run."""
+    return ":" in name
+
+
+def refuse_own_of_record(name: str, record: Path, trust: bool) -> None:
+    """Refuse to run a function that a record names, unless the user trusts it.
+
+    Raises:
+      ValueError: it is not trusted.
+    """
+    if is_own(name) and not trust:
+        raise InvalidInput(
+            f"{record} names the grader {name}, a function whose code would run; read it, and give "
+            "--trust-remote-code to run it"
+        )
 
 
 def make_grader(name: str) -> Grader:

@@ -16,6 +16,7 @@ from diagnostics.errors import InvalidInput, MissingFile
 from opd.addresses import is_url
 from opd.config import TRUST, Config, from_json
 from opd.data import Prompts, encode
+from opd.grading import refuse_own_of_record
 from opd.model import Model, Pair
 from opd.roles import make_pair
 from opd.rollout import sample
@@ -54,6 +55,7 @@ def control(run: Path, count: int = 64, trust: bool = False) -> list[Path]:
         it has several.
     """
     config = dataclasses.replace(from_json(run / "config.json"), trust_remote_code=trust)
+    refuse_own_of_record(config.grader, run / "config.json", trust)
     if config.tasks:
         raise InvalidInput(f"{run} has {len(config.tasks)} tasks; the control compares one teacher")
     if config.teacher in ("base", "ema") or is_url(config.teacher):

@@ -1,13 +1,18 @@
 """Comparisons in a process of their own: time and memory run out for real, and users' functions."""
 
+import json
 import time
 from pathlib import Path
 
 import pytest
 
 from opd import grading
+from opd.config import Config, to_json
+from opd.continuation import continuation
+from opd.data import load_task
 from opd.grader_process import Judge
 from opd.grading import Verdict, make_grader
+from opd.own_prefix import control
 
 MODULE = """
 import os, signal, time
@@ -116,3 +121,24 @@ def test_gym_judges_within_its_time() -> None:
     assert found in (None, {"score": 0.01}, {"score": 0.0}, {"score": 0.05})
     assert time.perf_counter() - start < 20
     judge.end()
+
+
+def test_no_record_and_no_data_choose_what_code_runs(module: Path, tmp_path: Path) -> None:
+    """A function that a stranger's file names is neither loaded nor called."""
+    marker = tmp_path / "ran"
+    module.write_text(f"open({str(marker)!r}, 'w')\n{MODULE}")
+    own = f"{module}:contains"
+    run = tmp_path / "run"
+    run.mkdir()
+    config = Config(student="s", teacher="t", out=str(run), grader=own)
+    (run / "config.json").write_text(json.dumps(to_json(config)))
+    for command in (lambda: control(run), lambda: continuation(run, [0], 1)):
+        with pytest.raises(ValueError, match=r"config.json names the grader .*:contains"):
+            command()
+    rows = [{"prompt": f"{i}?", "answer": "1", "grader": own} for i in range(9)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"p.jsonl names the function '.*:contains' as grader"):
+        load_task(str(tmp_path / "p.jsonl"), 0)
+    assert not marker.exists()
+    load_task(str(tmp_path / "p.jsonl"), 0, grader=own)
+    assert marker.exists(), "the user's own choice is loaded when the data is read"
