@@ -1,5 +1,6 @@
 """Refuse a teacher that is the student: the divergence is 0, and what trains is rounding."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +13,41 @@ from opd.config import Config
 from opd.model import Pair
 
 
-def refuse_same_weights(config: Config, pair: Pair) -> None:
-    """Refuse a named teacher with the student's weights, unless a reward or nothing trains.
+def refuse_same_weights(settings: Sequence[Config], pairs: Sequence[Pair]) -> None:
+    """Refuse a run all of whose teachers have the student's weights.
 
-    "base" and "ema" are made of the student on purpose and need a reward anyway; a server shows no
-    weights. Quantised layers cannot be compared, so that a quantised teacher is known by its folder
-    or name alone.
+    Of several tasks, one that holds the student where it began is a task while another moves it.
+
+    Args:
+      settings, pairs: of each task of the run.
 
     Raises:
       ValueError: names both models.
     """
-    if config.teacher in ("base", "ema") or is_url(config.teacher):
-        return
-    if config.outcome or not config.steps:
-        return
-    same = same_place(config.student, config.teacher)
-    if config.teacher_weights == "saved" and not same:
-        same = same_weights(pair.student.network, pair.teacher.network)
-    if same:
+    if all(is_student(config, pair) for config, pair in zip(settings, pairs, strict=True)):
+        config = settings[0]
         raise InvalidInput(
             f"the teacher {config.teacher} has the weights of the student {config.student}: the "
             "divergence is zero up to rounding, and training on it would follow the rounding; name "
             "another teacher, or set outcome, the weight of a reward"
         )
+
+
+def is_student(config: Config, pair: Pair) -> bool:
+    """Whether a named teacher has the student's weights, and nothing else would train.
+
+    "base" and "ema" are made of the student on purpose and need a reward anyway; a server shows no
+    weights. Quantised layers cannot be compared, so that a quantised teacher is known by its folder
+    or name alone.
+    """
+    if config.teacher in ("base", "ema") or is_url(config.teacher):
+        return False
+    if config.outcome or not config.steps:
+        return False
+    if same_place(config.student, config.teacher):
+        return True
+    compared = config.teacher_weights == "saved"
+    return compared and same_weights(pair.student.network, pair.teacher.network)
 
 
 def same_place(student: str, teacher: str) -> bool:

@@ -89,8 +89,7 @@ def train(config: Config, anew: bool = False) -> Path:
             print(f"{folder} is finished after {start.step} steps", file=sys.stderr)
             return folder
         pairs = make_pairs([replace(own, device=device) for own in settings_of(config)])
-        for own, pair in zip(settings_of(config), pairs, strict=True):
-            refuse_same_weights(own, pair)
+        refuse_same_weights(settings_of(config), pairs)
         first, saved = start.step, Path(start.checkpoint) if start.checkpoint else None
         if saved is not None:
             checkpoint.load(saved, pairs[0], config.teacher == "ema")

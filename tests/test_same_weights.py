@@ -28,7 +28,7 @@ def copies(student: Path, folder: Path) -> dict[str, Path]:
 
 def refused(config: Config) -> bool:
     try:
-        refuse_same_weights(config, make_pair(config))
+        refuse_same_weights([config], [make_pair(config)])
     except ValueError as error:
         return f"the teacher {config.teacher} has the weights of the student" in str(error)
     return False
@@ -67,7 +67,16 @@ def test_others_pass(tiny_pair, tmp_path: Path) -> None:
     assert not refused(settings(same, tmp_path / "run", steps=0))
 
 
+def test_one_of_several_tasks_may_hold_the_student_where_it_began(tiny_pair, tmp_path) -> None:
+    student = tiny_pair[0]
+    both = [settings((student, teacher), tmp_path / "run") for teacher in tiny_pair]
+    pairs = [make_pair(config) for config in both]
+    refuse_same_weights(both, pairs)
+    with pytest.raises(ValueError, match="has the weights of the student"):
+        refuse_same_weights([both[0]] * 2, [pairs[0]] * 2)
+
+
 def test_teachers_made_of_the_student_and_servers_have_rules_of_their_own(tiny_pair) -> None:
     for teacher in ("base", "ema", "http://localhost:1/v1"):
         config = Config(student=str(tiny_pair[0]), teacher=teacher, out="o")
-        refuse_same_weights(config, SimpleNamespace())  # looks at no weights
+        refuse_same_weights([config], [SimpleNamespace()])  # looks at no weights
