@@ -189,7 +189,7 @@ def rescored(
         )
         if "student_logp" not in absent(batch):
             far = (scored.student_logp.cpu() - batch.student_logp).abs()
-            total, tokens = total + float(far.sum()), tokens + int(batch.mask.sum())
+            total, tokens = total + float(far.sum()), tokens + int(batch.lengths.sum())
             largest = max(largest, float(far.max()))
             records.notes["student"] = (
                 f"student_logp of the file differs from this student's by {total / tokens:.2g} a "

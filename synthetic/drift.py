@@ -156,7 +156,10 @@ def top_share(weight: Tensor, value: Tensor, share: float) -> float:
 def masked_moments(
     chain: DriftChain, estimator: str, gamma: float, token: int
 ) -> tuple[Tensor, Tensor]:
-    """`exact.moments` with one token masked wherever it occurs: no cost, no loss, no score."""
+    """`exact.moments` with one token masked wherever it occurs: no cost, no loss, no score.
+
+    As in training with the mask scope "cost"; the token advances gamma.
+    """
     grid = torch.tensor([gamma], dtype=torch.float64)
     at = terms(chain.mdp, chain.student, chain.teacher, ESTIMATORS[estimator].objective(1.0), grid)
     kept = torch.ones(chain.mdp.num_actions, dtype=torch.float64)
