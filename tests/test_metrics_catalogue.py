@@ -193,6 +193,8 @@ def test_what_is_over_the_sampled_tokens_does_not_ask_for_the_mask(source: str) 
 def test_numbers_of_both_sets_of_tokens_by_hand() -> None:
     """Repetition, ends, lengths and tenths: what was written of all tokens, costs of the loss's."""
     batch = dense(12).batch
+    loop = (torch.arange(batch.mask.shape[1]) % 5 + 2).expand_as(batch.mask)
+    batch = replace(batch, tokens=torch.where(batch.mask, loop, 0))
     narrow = batch.supervise(batch.tokens % 4 != 1)
     rep = repeated(narrow.tokens, narrow.sampled)
     row, r, mask = {}, narrow.log_ratio, narrow.mask
@@ -201,6 +203,8 @@ def test_numbers_of_both_sets_of_tokens_by_hand() -> None:
             row |= read(e.metric(narrow))
     share = float(rep[narrow.sampled].double().mean())
     assert row["collapse/repeated_share"] == pytest.approx(share)
+    assert 0 < share < 1
+    assert not torch.equal(rep, repeated(narrow.tokens, mask)), "the loop runs through masked ones"
     want = float(r[mask & ~rep].mean())
     assert row["supervision/regular_cost"] == pytest.approx(want)
     prefix, sampled = narrow.prefix, narrow.sampled
@@ -220,12 +224,19 @@ def test_numbers_of_both_sets_of_tokens_by_hand() -> None:
     both = torch.stack([sampled.sum(1)[alive].double(), advantage])
     assert row["collapse/length_advantage_cov"] == pytest.approx(float(both.cov()[0, 1]))
     last = [max(t for t in range(len(m)) if m[t]) if m.any() else -1 for m in sampled]
-    first = [(i, t) for i, t in mask.nonzero().tolist() if 10 * t < last[i] + 1]
-    cost = sum(float(r[i, t]) for i, t in first) / len(first)
-    assert row["drift/k1_tenth%0-10"] == pytest.approx(cost)
-    first = [(i, t) for i, t in sampled.nonzero().tolist() if 10 * t < last[i] + 1]
-    entropy = sum(float(prefix.student_entropy[i, t]) for i, t in first) / len(first)
-    assert row["drift/student_entropy_tenth%0-10"] == pytest.approx(entropy)
+    for tenth in (0, 9):
+        cost, entropy = (
+            [
+                float(x[i, t])
+                for i, t in tokens.nonzero().tolist()
+                if 10 * t // (last[i] + 1) == tenth
+            ]
+            for x, tokens in ((r, mask), (prefix.student_entropy, sampled))
+        )
+        label = f"%{10 * tenth}-{10 * tenth + 10}"
+        assert row[f"drift/k1_tenth{label}"] == pytest.approx(sum(cost) / len(cost))
+        mean = sum(entropy) / len(entropy)
+        assert row[f"drift/student_entropy_tenth{label}"] == pytest.approx(mean)
 
 
 def test_without_some_ids_they_do_not_count() -> None:
