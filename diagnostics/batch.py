@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -330,23 +329,15 @@ class Scored(Rollouts):
 
 
 def load(path: str | Path) -> Rollouts:
-    """Read a batch that `save` wrote: `Scored` if it was scored, else `Rollouts`."""
-    with safe_open(str(path), framework="pt") as file:
-        header = file.metadata() or {}
-        if header.get("format") != FORMAT:
-            raise InvalidInput(f"{path} has format {header.get('format')!r}, expected {FORMAT!r}")
-        tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-    settings = json.loads(header["settings"])
-    parts: dict[str, Any] = {}
-    for name in ("support", "student_support", "prefix"):
-        mine = {k.split(".", 1)[1]: v for k, v in tensors.items() if k.startswith(name + ".")}
-        if mine and name.endswith("support"):
-            parts[name] = Support(**mine, source=settings.pop(f"{name}.source"))
-        elif mine:
-            parts[name] = Prefix(**mine)
-    plain = {k: v for k, v in tensors.items() if "." not in k}
-    kind = {"Rollouts": Rollouts, "Scored": Scored}[header["type"]]
-    return kind(**plain, **parts, **settings).checked()
+    """Read a batch that `save` wrote: `Scored` if it was scored, else `Rollouts`.
+
+    Raises:
+      InvalidInput: not such a file, or one whose fields, shapes, types or values are wrong.
+      MissingFile, OperationFailed: see `diagnostics.files.reading`.
+    """
+    from diagnostics.saved import read_batch  # which imports this module
+
+    return read_batch(path)
 
 
 def concatenate(batches: Sequence[Scored]) -> Scored:

@@ -35,11 +35,17 @@ import torch
 from torch import Tensor
 
 from diagnostics.atomic import atomic_write
-from diagnostics.batch import Prefix, Scored, Support
-from diagnostics.errors import InvalidInput, MissingPackage
+from diagnostics.batch import Scored
+from diagnostics.errors import InvalidInput
+from diagnostics.files import check_fields, parse_json
+from diagnostics.packages import load_package
+from diagnostics.parquet import open_parquet
+from diagnostics.saved import PARTS, assembled
 
 FORMAT = "opdlab-dump-1"
-PARTS: dict[str, type[Support] | type[Prefix]] = {"support": Support, "prefix": Prefix}
+AXES = ("response", "position")
+MOST_CELLS, MOST_PADDING = 1 << 26, 64
+"""Values of a padded tensor that are always read, and how many times a file's own beyond them."""
 PER_RESPONSE = ("prompt", "ended", "task", "turn", "age", "reward")
 
 
@@ -172,40 +178,75 @@ def load_dump(path: str | Path) -> Scored:
     Columns that the schema does not know are left out, so that a file may be enriched.
 
     Raises:
-      ValueError: not a dump, or rows are missing from a response. ImportError: no pyarrow.
+      InvalidInput: not a dump, a column of another type or with nulls, rows that a response lacks
+        or has twice, more padding than memory, or impossible values. MissingPackage: no pyarrow.
     """
-    _, parquet = _arrow()
-    table = parquet.read_table(path)
-    header = json.loads((table.schema.metadata or {}).get(b"opdlab", b"{}"))
-    if header.get("format") != FORMAT:
-        raise InvalidInput(f"{path} has format {header.get('format')!r}, expected {FORMAT!r}")
+    pyarrow, _ = _arrow()
+    file = open_parquet(path)
+    about = (file.schema_arrow.metadata or {}).get(b"opdlab", b"{}")
+    header = parse_json(about.decode("utf-8", "replace"), f"{path}, its metadata")
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        found = header.get("format") if isinstance(header, dict) else header
+        raise InvalidInput(f"{path} has format {found!r}, expected {FORMAT!r}")
+    check_fields(header, {"settings": dict}, f"{path}, its metadata")
+    try:
+        table = file.read()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InvalidInput(f"{path} cannot be read ({error})") from error
     columns = {
-        name: _tensor(table[column])
+        name: _tensor(table[column], f"{path}, column {column}")
         for column in table.column_names
-        if _known(name := "tokens" if column == "id" else column)
+        if _known(name := "tokens" if column == "id" else column) or name in AXES
     }
-    row, position = (_tensor(table[name]).long() for name in ("response", "position"))
-    numbers, row = row.unique(return_inverse=True)
-    slot = row.new_zeros(len(numbers), int(position.max()) + 1 if len(position) else 1)
-    slot.index_put_((row, position), torch.ones_like(row), accumulate=True)
-    if bool((slot.diff(dim=1) > 0).any() or (slot > 1).any()):
-        raise InvalidInput(f"{path} lacks rows of a response, or has some twice; dump it again")
+    if lacking := [name for name in AXES if name not in columns]:
+        raise InvalidInput(f"{path} lacks the columns {', '.join(lacking)}")
+    row, position = (_whole(columns.pop(name), f"{path}, column {name}") for name in AXES)
+    row = row.unique(return_inverse=True)[1]
+    shape = _checked_shape(path, row, position, columns)
     start = position == 0
-    parts: dict[str, dict[str, Any]] = {"": {}, "support": {}, "prefix": {}}
+    values: dict[str, Any] = dict(header["settings"])
     for name, x in columns.items():
-        owner, _, own = name.rpartition(".")
         if name in PER_RESPONSE:
-            parts[owner][own] = x[start][row[start].argsort()]
+            values[name] = x[start][row[start].argsort()]
         else:
-            parts[owner][own] = x.new_zeros((*slot.shape, *x.shape[1:]))
-            parts[owner][own][row, position] = x
-    for name, value in header["settings"].items():
-        owner, _, own = name.rpartition(".")
-        parts[owner][own] = value
-    for name, kind in PARTS.items():
-        if parts[name]:
-            parts[""][name] = kind(**parts[name])
-    return Scored(**parts[""]).checked()
+            values[name] = x.new_zeros((*shape, *x.shape[1:]))
+            values[name][row, position] = x
+    return assembled(Scored, values, str(path))
+
+
+def _checked_shape(
+    path: str | Path, row: Tensor, position: Tensor, columns: dict[str, Tensor]
+) -> tuple[int, int]:
+    """Responses and positions of the batch, before it is allocated.
+
+    row: (N,) number of each token's response, from 0 on; position: (N,).
+
+    Raises:
+      InvalidInput: a response without some of its positions, or with one twice; a batch of far
+        more positions than tokens.
+    """
+    if not len(row):
+        raise InvalidInput(f"{path} holds no tokens")
+    counts = row.bincount()
+    last = torch.zeros_like(counts).scatter_reduce(0, row, position, "amax")
+    wrong = position < 0 if bool((position < 0).any()) else (last + 1 != counts)[row]
+    if not bool(wrong.any()):  # as many rows as positions: one that is twice hides one that lacks
+        place, again = (row * len(row) + position).unique(return_inverse=True)
+        wrong = (again.bincount(minlength=len(place)) > 1)[again]
+    if bool(wrong.any()):
+        i = int(wrong.nonzero()[0])
+        raise InvalidInput(
+            f"{path}: position {int(position[i])} in a response of {int(counts[row[i]])} rows; it "
+            "lacks rows of a response, or has some twice; dump it again"
+        )
+    b, t = len(counts), int(last.max()) + 1
+    width = max((x.shape[1] for x in columns.values() if x.dim() > 1), default=1)
+    if b * t * width > max(MOST_CELLS, MOST_PADDING * len(row) * width):
+        raise InvalidInput(
+            f"{path} holds {len(row)} tokens, and its {b} responses padded to {t} positions of "
+            f"{width} values are {b * t * width}: split it"
+        )
+    return b, t
 
 
 def _known(name: str) -> bool:
@@ -215,21 +256,30 @@ def _known(name: str) -> bool:
     return kind is not None and own in {f.name for f in fields(kind)}
 
 
-def _tensor(column: Any) -> Tensor:
+def _whole(x: Tensor, where: str) -> Tensor:
+    if x.dim() > 1 or x.dtype.is_floating_point or x.dtype == torch.bool:
+        raise InvalidInput(f"{where} does not hold whole numbers")
+    return x.long()
+
+
+def _tensor(column: Any, where: str) -> Tensor:
     """A column as (N,) or, of fixed-size lists, (N, K)."""
     pyarrow, _ = _arrow()
-    flat = column.combine_chunks()
+    flat, kind = column.combine_chunks(), column.type
     width = 0
-    if pyarrow.types.is_fixed_size_list(column.type):
-        width, flat = column.type.list_size, flat.flatten()
+    if pyarrow.types.is_fixed_size_list(kind):
+        if column.null_count:
+            raise InvalidInput(f"{where}: {column.null_count} rows are null")
+        width, kind, flat = kind.list_size, kind.value_type, flat.flatten()
+    types = pyarrow.types
+    if not (types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)):
+        raise InvalidInput(f"{where} has type {column.type}, expected numbers or lists of them")
+    if flat.null_count:
+        raise InvalidInput(f"{where}: {flat.null_count} values are null")
     x = torch.from_numpy(flat.to_numpy(zero_copy_only=False).copy())
-    return x.reshape(-1, width) if width else x
+    return x.reshape(len(column), width) if width else x
 
 
 def _arrow() -> tuple[Any, Any]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise MissingPackage("dumps need pyarrow: pip install 'opdlab[data]'") from error
-    return pyarrow, parquet
+    arrow = load_package("pyarrow", "a dump", "data")
+    return arrow, load_package("pyarrow.parquet", "a dump", "data")

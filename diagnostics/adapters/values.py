@@ -10,13 +10,10 @@ import numpy as np
 
 from diagnostics.errors import InvalidInput
 from diagnostics.files import short
+from diagnostics.saved import ID_LIMIT, MOST_MASS
 
-ID_LIMIT = 2**24
-"""Token ids are below this: no vocabulary has 16 million ids, and tables of ids are bounded."""
 LOWEST_LOGP = -1000.0
 """What is lower is no log-probability but a sign that there is none: servers write -9999, -1e30."""
-MOST_MASS = 1.01
-"""Largest sum of a support's probabilities; bfloat16 rounds true ones to a little above 1."""
 
 
 def listed(value: Any, where: str) -> list[Any]:
