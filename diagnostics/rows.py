@@ -2,10 +2,12 @@
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from diagnostics.errors import InvalidInput
+from diagnostics.files import check_fields, parse_json, reading, short
 
 Row = dict[str, Any]
 
@@ -19,33 +21,40 @@ def append(path: Path, row: Row) -> None:
         file.write(json.dumps(clean) + "\n")
 
 
-def read(path: Path) -> list[Row]:
+def read(path: str | Path, required: Mapping[str, type] | None = None) -> list[Row]:
     """All whole rows; a last line that a kill cut short is left out, and a missing file is empty.
 
+    Args:
+      required: fields that every row must have, and their types, such as {"step": int}.
+
     Raises:
-      InvalidInput: another line is not UTF-8, or not a JSON object; names the file and the line.
+      InvalidInput: another line is not UTF-8, no JSON object, or lacks a field; names the line.
+      OperationFailed: the file cannot be read.
     """
-    if not path.exists():
+    if not Path(path).exists():
         return []
     rows = []
-    lines = path.read_bytes().split(b"\n")  # a string of a row may hold other ends of lines
+    with reading(path):
+        lines = Path(path).read_bytes().split(b"\n")  # a row's text may hold other ends of lines
     if not lines[-1]:
         lines.pop()
         cut_short = -1
     else:
         cut_short = len(lines) - 1
     for i, line in enumerate(lines):
+        where = f"{path} line {i + 1}"
         try:
-            row = json.loads(line.decode("utf-8"))
+            row = parse_json(line.decode("utf-8"), where)
         except UnicodeDecodeError as error:
             if i == cut_short and error.reason == "unexpected end of data":
                 continue
-            raise InvalidInput(f"{path} line {i + 1} is not UTF-8: {error}") from error
-        except (json.JSONDecodeError, RecursionError) as error:
+            raise InvalidInput(f"{where} is not UTF-8: {error}") from error
+        except InvalidInput:
             if i == cut_short:
                 continue
-            raise InvalidInput(f"{path} line {i + 1} is not JSON: {line[:80]!r}") from error
+            raise
         if not isinstance(row, dict):
-            raise InvalidInput(f"{path} line {i + 1} is not a JSON object: {line[:80]!r}")
+            raise InvalidInput(f"{where} is not a JSON object: {short(row)}")
+        check_fields(row, required or {}, where)
         rows.append(row)
     return rows

@@ -17,7 +17,9 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diagnostics.command import run_command
 from diagnostics.errors import InvalidInput, MissingFile, OperationFailed
+from diagnostics.files import read_object, read_text, reading
 from diagnostics.provenance import code_state
 from diagnostics.terminal import protect_terminal
 
@@ -71,7 +73,7 @@ def made_by(name: str, runs: list[str] | None = None) -> list[str]:
     if name in FROM_RUNS:
         about = recorded(name).with_suffix(".json")
         if runs is None and about.exists():
-            runs = list(json.loads(about.read_text()).get("runs", {}))
+            runs = list(read_object(about).get("runs", {}))
         methods = dict.fromkeys(run.rpartition("-")[0] or run for run in runs or [])
         whole = not methods or (name in RECORDED_AS and name != "warning")
         folders = ["single/*", "multi/*"] if whole else [f"{method}-*" for method in methods]
@@ -150,7 +152,13 @@ def collected(name: str, runs: list[Path]) -> "pd.DataFrame":
         from figures.collect import training_table
 
         return training_table(runs)
-    return import_module(f"figures.{name}").collect(runs)
+    table = import_module(f"figures.{name}").collect(runs)
+    if table.empty:
+        raise InvalidInput(
+            f"{name} finds nothing to draw in {', '.join(map(str, runs))}: too few tokens or "
+            "steps, or runs of another kind than the recorded ones"
+        )
+    return table
 
 
 def recorded(name: str) -> Path:
@@ -171,7 +179,11 @@ def read(name: str, path: Path) -> "pd.DataFrame":
         raise InvalidInput(f"unknown figure {name!r}; known: {', '.join(figures())}, all")
     if not path.exists():
         raise MissingFile(f"{path} does not exist; make it with `{' && '.join(made_by(name))}`")
-    table = pd.read_csv(path, dtype={"outcomes": str})
+    with reading(path):
+        try:
+            table = pd.read_csv(path, dtype={"outcomes": str})
+        except (ValueError, pd.errors.ParserError) as error:  # of bytes, columns or an empty file
+            raise InvalidInput(f"{path} is not a CSV table ({error})") from error
     lacking = [c for c in import_module(f"figures.{name}").COLUMNS if c not in table]
     if lacking:
         raise InvalidInput(f"{path} lacks the columns {', '.join(lacking)}")
@@ -205,7 +217,7 @@ def record(name: str, table: "pd.DataFrame", runs: list[Path]) -> None:
         "command": made_by(name, list(configs)),
         "settings": shared,
         "runs": own,
-        "code": sorted({(run / "code.txt").read_text().splitlines()[0] for run in runs}),
+        "code": sorted({read_text(run / "code.txt").partition("\n")[0] for run in runs}),
         "seconds": round(sum(map(seconds, runs)), 1),
         "device": sorted({c["device"] for c in configs.values()}),
         "commit": code_state().commit,
@@ -218,7 +230,9 @@ def record(name: str, table: "pd.DataFrame", runs: list[Path]) -> None:
 
 def settings(run: Path) -> dict[str, Any]:
     """A run's config.json, but for its own place; folders beside it by relative paths."""
-    config = json.loads((run / "config.json").read_text())
+    from figures.runs import settings as recorded_settings
+
+    config = recorded_settings(run)
     config.pop("out", None)
     return {name: portable(value, run.resolve()) for name, value in config.items()}
 
@@ -254,12 +268,12 @@ def label(run: Path) -> str:
 
 def seconds(run: Path) -> float:
     """What a run's steps took together, by its own clock."""
-    from diagnostics import rows
+    from figures.runs import recorded_rows
 
-    found = rows.read(run / "rows.jsonl")
+    found = recorded_rows(run)
     return sum(x for row in found for k, x in row.items() if k.startswith("seconds/") and x)
 
 
 if __name__ == "__main__":
     protect_terminal()
-    main(sys.argv[1:])
+    run_command("opd figures", lambda: main(sys.argv[1:]))

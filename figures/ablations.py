@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from figures import style
 from figures.dynamics import COLUMNS as COLUMNS
-from figures.steps import over_seeds, steps
+from figures.steps import chosen, over_seeds, steps
 
 CAPTION = (
     "The local support objective without a mask: with and without renormalisation, by K (8 where "
@@ -32,7 +32,7 @@ PANELS = {
 
 def draw(table: pd.DataFrame) -> Figure:
     """A column an ablation, a row a quantity."""
-    table = table[table["group"] == "single"]
+    table = chosen(table, "single", {method for some in PANELS.values() for method in some})
     figure, axes = style.panels(len(ROWS), len(PANELS), 4.9)
     for i, (title, methods) in enumerate(PANELS.items()):
         colours = (style.BLUE, style.RED) if len(methods) == 2 else style.shades(len(methods))

@@ -7,10 +7,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from diagnostics import rows
 from diagnostics.errors import InvalidInput
 from figures import style
 from figures.paired import accuracy, difference, last, outcomes
+from figures.runs import recorded_evaluations, recorded_rows
 from figures.steps import about, over_seeds, rounded
 
 COLUMNS = (
@@ -44,6 +44,7 @@ HELD_OUT, ROLLOUTS = "held out", "rollouts"
 
 def draw(table: pd.DataFrame) -> Figure:
     """Games and problems won along training; inadmissible actions, turns, KL by turn."""
+    summary(table)  # refuses a table without any of it
     figure, axes = style.panels(2, 3, 4.6)
     held = table[table["where"] == HELD_OUT]
     games = held[held["task"] == GAMES]
@@ -134,6 +135,11 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
             for method in [m for m in (*METHODS, TEACHER) if m in set(mine["method"])]:
                 row = {"group": group, "task": task, "method": method}
                 found.append(row | one_row(final, first, method))
+    if not found:
+        raise InvalidInput(
+            f"no evaluation of the groups {', '.join(GROUPS)} on {GAMES} or {PROBLEMS}; a run "
+            "folder is GROUP/METHOD-SEED, as `opd paper --groups games agents` makes them"
+        )
     return pd.DataFrame(found)
 
 
@@ -207,11 +213,11 @@ def collect(runs: list[Path]) -> pd.DataFrame:
     found: list[dict[str, Any]] = []
     judged: dict[str, str] = {}
     for run, whose in zip(runs, about(runs), strict=True):
-        for row in rows.read(run / "rows.jsonl"):
+        for row in recorded_rows(run):
             of = whose | {"step": row["step"], "task": row.get("task", GAMES), "where": ROLLOUTS}
             costs = {f"cost_{n}": rounded(row.get(f"turn={n}/drift/k1")) for n in TURNS}
             found.append(of | numbers(row, "collapse/reward") | costs)
-        for row in rows.read(run / "evals.jsonl"):
+        for row in recorded_evaluations(run):
             task, problems = row.get("task", GAMES), row["problem_set"]
             if judged.setdefault(task, problems) != problems:
                 raise InvalidInput(

@@ -76,12 +76,11 @@ def stack(axes: Any, rows: pd.DataFrame, x: Any, by: str) -> None:
 
 def collect(runs: list[Path]) -> pd.DataFrame:
     """Parts and their sum at every step, and by position at the first and the last one."""
-    from diagnostics import rows
-    from figures.runs import bins, methods, pooled, short
+    from figures.runs import bins, methods, pooled, recorded_rows, short
 
     records = []
     for method, mine in methods(runs).items():
-        steps = list(zip(*(rows.read(run / "rows.jsonl") for run in mine), strict=False))
+        steps = list(zip(*(recorded_rows(run) for run in mine), strict=False))
         name = support(dict(steps[0][0]), mine[0])
         for i, step in enumerate(steps):
             counts = [row["drift/tokens"] for row in step]

@@ -6,10 +6,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from diagnostics import rows
 from diagnostics.errors import InvalidInput
 from diagnostics.intervals import gain_interval, unpaired_interval
-from figures.runs import distinct_names, labels, settings
+from figures.runs import (
+    distinct_names,
+    labels,
+    recorded_evaluations,
+    recorded_rows,
+    settings,
+)
 
 KEPT = [
     "loss",
@@ -48,14 +53,14 @@ def training_table(runs: list[Path]) -> pd.DataFrame:
             task = f" ({row['task']})" if row.get("task") else ""
             return {"run": label + task, "objective": name + task, "seed": config["seed"]}
 
-        for row in rows.read(run / "rows.jsonl"):
+        for row in recorded_rows(run):
             for metric in KEPT:
                 if row.get(metric) is not None:
                     value = float(f"{row[metric]:.6g}")
                     records.append(
                         about(row) | {"step": row["step"], "metric": metric, "value": value}
                     )
-        for row in rows.read(run / "evals.jsonl"):
+        for row in recorded_evaluations(run):
             for metric in ("accuracy", "length", "truncated"):
                 value = float(f"{row[metric]:.6g}")
                 name = f"eval/{metric}"

@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from diagnostics.errors import InvalidInput
 from figures import style
 from figures.paired import accuracy, difference, holm, last, outcomes
 from figures.steps import EVALUATION_COLUMNS, evaluations
@@ -134,6 +135,12 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
             some.insert(0, "table", name)
             some.insert(1, "task", task)
             parts.append(some)
+    if not parts or all(part.empty for part in parts):
+        known = sorted({f"{group}/{m}" for _, group, ms in TABLES.values() for m in ms})
+        raise InvalidInput(
+            "no run of a group and a method of the tables; a run folder is GROUP/METHOD-SEED, as "
+            f"`opd paper` makes them: {', '.join(known)}"
+        )
     return pd.concat(parts, ignore_index=True)
 
 

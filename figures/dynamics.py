@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from figures import style
-from figures.steps import STEP_COLUMNS, over_seeds, steps
+from figures.steps import STEP_COLUMNS, chosen, over_seeds, steps
 
 COLUMNS = STEP_COLUMNS
 CAPTION = (
@@ -42,7 +42,7 @@ COLUMNS_OF_PANELS = 4
 def draw(table: pd.DataFrame) -> Figure:
     """PANELS of the group "single"."""
     figure, axes = style.panels(2, COLUMNS_OF_PANELS, 3.7)
-    all_panels(axes, table[table["group"] == "single"])
+    all_panels(axes, chosen(table, "single", METHODS))
     finish(figure, axes)
     return figure
 

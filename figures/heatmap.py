@@ -98,11 +98,10 @@ def collect(runs: list[Path]) -> pd.DataFrame:
 
 def of_rows(runs: list[Path]) -> pd.DataFrame:
     """Means of the bins over runs, weighted by their tokens."""
-    from diagnostics import rows
-    from figures.runs import bins, short
+    from figures.runs import bins, recorded_rows, short
 
     records = []
-    for steps in zip(*(rows.read(run / "rows.jsonl") for run in runs), strict=False):
+    for steps in zip(*(recorded_rows(run) for run in runs), strict=False):
         counts = [bins(row, "drift/tokens") for row in steps]
         for quantity, (name, _, _) in QUANTITIES.items():
             found = [bins(row, name) for row in steps] if name else []

@@ -7,8 +7,8 @@ from matplotlib.figure import Figure
 
 from figures import style
 from figures.dynamics import COLUMNS as COLUMNS
-from figures.dynamics import COLUMNS_OF_PANELS, PANELS, all_panels, finish
-from figures.steps import steps
+from figures.dynamics import COLUMNS_OF_PANELS, METHODS, PANELS, all_panels, finish
+from figures.steps import chosen, steps
 
 CAPTION = (
     "Two tasks that take turns, each with its own teacher: chain, whose teacher writes tags and "
@@ -19,7 +19,7 @@ CAPTION = (
 
 def draw(table: pd.DataFrame) -> Figure:
     """PANELS of each task of the group "multi"."""
-    table = table[table["group"] == "multi"]
+    table = chosen(table, "multi", METHODS)
     tasks = sorted(table["task"].unique())
     figure, axes = style.panels(2 * len(tasks), COLUMNS_OF_PANELS, 1.75 * 2 * len(tasks))
     for i, task in enumerate(tasks):

@@ -98,11 +98,12 @@ def collect(runs: list[Path]) -> pd.DataFrame:
     Raises:
       ValueError: none of the runs has a probe that knows the interval of its cost.
     """
-    from diagnostics import rows
+
+    from figures.runs import recorded_rows
 
     found = []
     for run in runs:
-        for row in rows.read(run / "rows.jsonl"):
+        for row in recorded_rows(run):
             if row.get("gradient/cost_of_response_low") is None:
                 continue
             members = {

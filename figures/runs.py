@@ -12,6 +12,7 @@ import numpy as np
 
 from diagnostics import rows
 from diagnostics.errors import InvalidInput, MissingFile
+from diagnostics.files import read_object
 from diagnostics.rows import Row
 
 BIN = re.compile(r"@(\d+)-(\d+)$")
@@ -25,6 +26,34 @@ NOT_OF_THE_METHOD = frozenset(
     )
 )
 """Settings in which seeds of one method may differ: noise, place, machine, how often one looks."""
+
+
+class RecordedRow(dict[str, Any]):
+    """A row of a record; a column that it lacks is the record's fault, and is named.
+
+    run: the folder that it comes from.
+    """
+
+    def __init__(self, row: Row, run: Path) -> None:
+        super().__init__(row)
+        self.run = run
+
+    def __missing__(self, name: str) -> Any:
+        raise InvalidInput(
+            f"{self.run}: the row of step {self.get('step')} has no {name!r}, which the figure is "
+            "made of; leave the run out"
+        )
+
+
+def recorded_rows(run: Path) -> list[RecordedRow]:
+    """The rows of a run, a step or a task of a step each."""
+    return [RecordedRow(row, run) for row in rows.read(run / "rows.jsonl", {"step": int})]
+
+
+def recorded_evaluations(run: Path) -> list[RecordedRow]:
+    """The evaluations of a run, with their accuracies and outcomes."""
+    needed = {"step": int, "accuracy": float, "outcomes": str}
+    return [RecordedRow(row, run) for row in rows.read(run / "evals.jsonl", needed)]
 
 
 def methods(runs: list[Path]) -> dict[str, list[Path]]:
@@ -47,11 +76,11 @@ def settings(run: Path) -> dict[str, Any]:
     """A run's config.json.
 
     Raises:
-      FileNotFoundError: the folder is not a run folder.
+      MissingFile: the folder is not a run folder. InvalidInput: no JSON, or a setting lacks.
     """
     if not (run / "config.json").exists():
         raise MissingFile(f"{run} is no run folder: it has no config.json")
-    return json.loads((run / "config.json").read_text("utf-8"))
+    return read_object(run / "config.json", {"objective": str, "seed": int})
 
 
 def differing(runs: list[Path]) -> dict[str, list[str]]:
@@ -100,7 +129,7 @@ def labels(folders: list[Path]) -> list[str]:
 def identities(run: Path) -> dict[str, str]:
     """What a run recorded of the contents of its models and tasks; empty for older runs."""
     path = run / "identities.json"
-    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return read_object(path) if path.exists() else {}
 
 
 def judged(run: Path) -> dict[str, str]:

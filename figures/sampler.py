@@ -72,15 +72,14 @@ def joined(z: np.ndarray, variance: np.ndarray) -> float:
 
 def collect(runs: list[Path]) -> pd.DataFrame:
     """z by position bin at every step of every run, and by kind of prefix at every saved step."""
-    from diagnostics import rows
-    from figures.runs import bins, methods, saved, short
+    from figures.runs import bins, methods, recorded_rows, saved, short
     from figures.tokens import tokens
 
     records = []
     for method, mine in methods(runs).items():
         about = {"method": method, "runs": len(mine)}
         for run in mine:
-            for row in rows.read(run / "rows.jsonl"):
+            for row in recorded_rows(run):
                 for (low, high), value in bins(row, "validity/z_H").items():
                     here = {"label": f"{low}–{high}", "order": low, "step": row["step"]}
                     records.append(about | {"panel": "position", **here, "value": short(value)})

@@ -79,13 +79,12 @@ def collect(runs: list[Path]) -> pd.DataFrame:
     Raises:
       ValueError: none of the runs has one.
     """
-    from diagnostics import rows
-    from figures.runs import methods, short
+    from figures.runs import methods, recorded_rows, short
 
     records = []
     for method, mine in methods(runs).items():
         for run in mine:
-            for row in rows.read(run / "rows.jsonl"):
+            for row in recorded_rows(run):
                 if row.get("gradient/signal") is None:
                     continue
                 loss, signal = row["drift/reverse_kl"], row["gradient/signal"]

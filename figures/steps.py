@@ -3,15 +3,15 @@
 A run folder is GROUP/METHOD-SEED. `opd paper` makes such folders, and so may anybody.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from diagnostics import rows
 from diagnostics.errors import InvalidInput
-from figures.runs import refuse_unlike, settings
+from figures.runs import recorded_evaluations, recorded_rows, refuse_unlike, settings
 
 KEPT = {
     "reward": "collapse/reward",
@@ -60,10 +60,10 @@ def steps(runs: list[Path]) -> pd.DataFrame:
     found: list[dict[str, Any]] = []
     for run, about_it in zip(runs, about(runs), strict=True):
         mine: dict[tuple[int, str], dict[str, Any]] = {}
-        for row in rows.read(run / "rows.jsonl"):
+        for row in recorded_rows(run):
             of = mine.setdefault((row["step"], row.get("task", "")), {})
             of.update({name: rounded(row.get(column)) for name, column in KEPT.items()})
-        for row in rows.read(run / "evals.jsonl"):
+        for row in recorded_evaluations(run):
             of = mine.setdefault((row["step"], row.get("task", "")), {})
             of["accuracy"] = rounded(row["accuracy"])
         found += [about_it | {"step": s, "task": t} | x for (s, t), x in sorted(mine.items())]
@@ -79,7 +79,7 @@ def evaluations(runs: list[Path]) -> pd.DataFrame:
     found: list[dict[str, Any]] = []
     judged: dict[tuple[str, str], str] = {}
     for run, about_it in zip(runs, about(runs), strict=True):
-        for row in rows.read(run / "evals.jsonl"):
+        for row in recorded_evaluations(run):
             task, problems = row.get("task", ""), row.get("problem_set", "")
             if judged.setdefault((about_it["group"], task), problems) != problems:
                 raise InvalidInput(
@@ -90,6 +90,22 @@ def evaluations(runs: list[Path]) -> pd.DataFrame:
             of |= {name: rounded(row[name]) for name in ("accuracy", "length", "truncated")}
             found.append(about_it | of)
     return pd.DataFrame(found, columns=list(EVALUATION_COLUMNS))
+
+
+def chosen(table: pd.DataFrame, group: str, methods: Iterable[str]) -> pd.DataFrame:
+    """The rows of a group that are of one of the methods.
+
+    Raises:
+      InvalidInput: there are none; names what the table has instead.
+    """
+    mine = table[(table["group"] == group) & table["method"].isin(list(methods))]
+    if mine.empty:
+        names = sorted({f"{g}/{m}" for g, m in zip(table["group"], table["method"], strict=True)})
+        raise InvalidInput(
+            f"no run of the group {group!r} with a method of {', '.join(methods)}; a run folder is "
+            f"GROUP/METHOD-SEED, as `opd paper` makes them, and these are {', '.join(names)}"
+        )
+    return mine
 
 
 def rounded(value: float | None) -> float:

@@ -11,6 +11,8 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from diagnostics.errors import InvalidInput
+
 WIDTH = 7.0
 """Inches; two columns of a paper."""
 
@@ -48,7 +50,13 @@ def look() -> Any:
 
 
 def panels(rows: int, columns: int, height: float) -> tuple[Figure, list[Any]]:
-    """A figure of WIDTH x height inches and its axes, row by row."""
+    """A figure of WIDTH x height inches and its axes, row by row.
+
+    Raises:
+      InvalidInput: no rows or columns, because the table holds nothing that is drawn.
+    """
+    if not rows or not columns:
+        raise InvalidInput("the table holds nothing that this figure draws")
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 

@@ -1,10 +1,11 @@
 """What the ids of a run mean, read from its tokenizer.json: text, and which are special."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from diagnostics.errors import InvalidInput, MissingFile
+from diagnostics.files import check_fields, has_type, read_json, read_object, short
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ def read(run: Path) -> Vocabulary:
     places = [run / "final", model(run, "student")]
     for place in places:
         if (place / "tokenizer.json").exists():
-            return parse(json.loads((place / "tokenizer.json").read_text()))
+            return parse(read_json(place / "tokenizer.json"), str(place / "tokenizer.json"))
     raise MissingFile(
         f"no tokenizer.json in {places[0]} or {places[1]}: finish the run, or put the student "
         "where its config.json says"
@@ -36,7 +37,7 @@ def read(run: Path) -> Vocabulary:
 
 def model(run: Path, role: str) -> Path:
     """The folder of the run's student or teacher; see `located`."""
-    return located(run, json.loads((run / "config.json").read_text())[role])
+    return located(run, read_object(run / "config.json", {role: str})[role])
 
 
 def located(run: Path, name: str) -> Path:
@@ -52,26 +53,51 @@ def end(folder: Path, vocabulary: Vocabulary) -> int:
       FileNotFoundError: the folder names none. ValueError: the vocabulary does not have it.
     """
     settings = folder / "tokenizer_config.json"
-    token = json.loads(settings.read_text()).get("eos_token") if settings.exists() else None
+    token = read_object(settings).get("eos_token") if settings.exists() else None
     if token is None:
         raise MissingFile(f"no eos_token in {settings}, and without it no ends to show")
-    text = token["content"] if isinstance(token, dict) else token
+    text = token.get("content") if isinstance(token, dict) else token
     ids = [i for i, name in vocabulary.names.items() if name == text]
     if not ids:
         raise InvalidInput(f"{folder} ends with {text!r}, which the run's vocabulary does not have")
     return ids[0]
 
 
-def parse(tokenizer: dict) -> Vocabulary:
+def parse(tokenizer: Any, source: str = "tokenizer.json") -> Vocabulary:
     """Of the contents of a tokenizer.json; byte-level pieces become text, odd bytes stay hex."""
-    pieces = tokenizer["model"]["vocab"]
-    if isinstance(pieces, list):  # a unigram model: [piece, score] by id
-        pieces = {piece: i for i, (piece, _) in enumerate(pieces)}
-    added = tokenizer["added_tokens"]
+    pieces, added = entries(tokenizer, source)
     letters = byte_letters()
     names = {i: shown(piece, letters) for piece, i in pieces.items()}
     names |= {token["id"]: token["content"] for token in added}
-    return Vocabulary(frozenset(t["id"] for t in added if t["special"]), names)
+    return Vocabulary(frozenset(t["id"] for t in added if t.get("special")), names)
+
+
+def entries(tokenizer: Any, source: str) -> tuple[dict[str, int], list[dict[str, Any]]]:
+    """The pieces of a tokenizer's model by their ids, and the tokens added to them.
+
+    Raises:
+      InvalidInput: not the contents of a tokenizer.json; names `source`, the field and the value.
+    """
+    if not isinstance(tokenizer, dict) or not isinstance(tokenizer.get("model"), dict):
+        raise InvalidInput(f"{source}: {short(tokenizer)} has no object 'model' of a tokenizer")
+    pieces, added = tokenizer["model"].get("vocab"), tokenizer.get("added_tokens") or []
+    if isinstance(pieces, list):  # a unigram model: [piece, score] by id
+        for i, pair in enumerate(pieces):
+            if not isinstance(pair, list) or not pair or not isinstance(pair[0], str):
+                raise InvalidInput(f"{source}, model.vocab[{i}]: {short(pair)}, not [text, score]")
+        pieces = {pair[0]: i for i, pair in enumerate(pieces)}
+    if not isinstance(pieces, dict):
+        raise InvalidInput(f"{source}, model.vocab: {short(pieces)} holds no pieces by their ids")
+    for piece, i in pieces.items():
+        if not has_type(i, int):
+            raise InvalidInput(f"{source}, model.vocab: {short(piece)} has the id {short(i)}")
+    if not isinstance(added, list):
+        raise InvalidInput(f"{source}, added_tokens: {short(added)} is not a list")
+    for i, token in enumerate(added):
+        if not isinstance(token, dict):
+            raise InvalidInput(f"{source}, added_tokens[{i}]: {short(token)} is not an object")
+        check_fields(token, {"id": int, "content": str}, f"{source}, added_tokens[{i}]")
+    return pieces, added
 
 
 def byte_letters() -> dict[str, int]:

@@ -1,5 +1,6 @@
 """The early-warning timeline: which indicators left the healthy range before the collapse."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,14 +107,13 @@ def collect(runs: list[Path]) -> pd.DataFrame:
     Raises:
       ValueError: fewer than 2 runs are healthy, or none collapses.
     """
-    from diagnostics import rows
     from diagnostics.alarms import replay
-    from figures.runs import methods
+    from figures.runs import methods, recorded_rows
 
     records = []
     for method, mine in methods(runs).items():
         for run in mine:
-            record = rows.read(run / "rows.jsonl")
+            record = recorded_rows(run)
             end = collapse(record)
             raised = {(alarm.rule.metric, alarm.step) for alarm in replay(record)}
             seed = run.name.rsplit("-", 1)[-1]
@@ -152,7 +152,7 @@ def standardised(table: pd.DataFrame, healthy: pd.DataFrame) -> pd.Series:
     return found
 
 
-def collapse(rows: list[dict[str, Any]]) -> float | None:
+def collapse(rows: Sequence[dict[str, Any]]) -> float | None:
     """The step of the collapse, or None; see COLLAPSED."""
     start = np.mean([row["collapse/reward"] for row in rows[:ROW]])
     bad = [

@@ -8,7 +8,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from diagnostics.errors import UserError
+from diagnostics.command import run_command
+from diagnostics.errors import InvalidInput
+from diagnostics.files import parse_json, read_object
 from diagnostics.terminal import protect_terminal
 
 COMMANDS = {
@@ -37,17 +39,16 @@ def main() -> None:
     protect_terminal()
     argv = sys.argv[1:]
     if not argv or argv[0] in ("-h", "--help"):
-        print(usage())
+        run_command("opd", lambda: print(usage()))
         return
     if argv[0] not in COMMANDS:
         raise SystemExit(f"opd: unknown command {argv[0]!r}\n\n{usage()}")
-    try:
+
+    def command() -> None:
         module, _, name = COMMANDS[argv[0]][0].partition(":")
         getattr(import_module(module), name or "main")(argv[1:])
-    except UserError as error:
-        raise SystemExit(f"opd {argv[0]}: {error}") from error
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+
+    run_command(f"opd {argv[0]}", command)
 
 
 def train(argv: list[str]) -> None:
@@ -76,7 +77,8 @@ def evaluate(argv: list[str]) -> None:
     out, responses, against = (options.pop(name) for name in ("out", "responses", "against"))
     names = [options.pop(f"{name}_column") for name in ("prompt", "answer", "task")]
     # a file of other problems, or a folder that does not exist, is refused before the work
-    other = None if against is None else json.loads(against.read_text())
+    needed = {"outcomes": str, "accuracy": float}
+    other = None if against is None else read_object(against, needed)
     for path in filter(None, (out, responses)):
         path.parent.mkdir(parents=True, exist_ok=True)
     from opd.evaluate import records, respond_folder, result
@@ -135,7 +137,7 @@ def evaluation_options(argv: list[str]) -> dict[str, Any]:
     add("--max-turns", type=int, default=30, help="of games: actions of an episode")
     add("--history", type=int, default=2, help="of games: turns told again in layout turns")
     add("--system", default="", help="a system message before every prompt")
-    add("--template", type=json.loads, default={}, help='JSON, such as {"enable_thinking": false}')
+    add("--template", type=template, default={}, help='JSON, such as {"enable_thinking": false}')
     for name in ("prompt", "answer", "task"):
         add(f"--{name}-column", default=name)
     add("--seed", type=int, default=0)
@@ -146,6 +148,17 @@ def evaluation_options(argv: list[str]) -> dict[str, Any]:
     add("--responses", type=Path, help="JSONL file: a line a problem, with what was said")
     add("--against", type=Path, help="an earlier --out of the same problems, to compare in pairs")
     return vars(parser.parse_args(argv))
+
+
+def template(text: str) -> dict[str, Any]:
+    """The words of --template as arguments of a chat template."""
+    try:
+        values = parse_json(text, "--template")
+    except InvalidInput as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if not isinstance(values, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return values
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 
 from diagnostics import rows
 from diagnostics.errors import InvalidInput
+from diagnostics.packages import load_package
 from diagnostics.rows import Row
 
 Log = Callable[[int, Row], None]
@@ -83,22 +84,21 @@ def evaluation(row: Row) -> Row:
 
 def recorded(folder: Path) -> Iterator[tuple[int, Row]]:
     """(step, numbers) of every row and evaluation in the record, in the order of steps."""
-    found = [(row["step"], numbers(row)) for row in rows.read(folder / "rows.jsonl")]
-    evals = rows.read(folder / "evals.jsonl")
+    found = [(row["step"], numbers(row)) for row in rows.read(folder / "rows.jsonl", {"step": int})]
+    evals = rows.read(folder / "evals.jsonl", {"step": int})
     found += [(row["step"], numbers(evaluation(row))) for row in evals]
     yield from sorted(found, key=lambda pair: pair[0])
 
 
 def tensorboard(folder: Path, config: dict[str, Any]) -> Opened:
     """Event files in `folder`/tensorboard, written anew from the record, so no step is twice."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise missing("tensorboard") from None
+    library = load_package(
+        "torch.utils.tensorboard", "the logger tensorboard", "tensorboard", "tensorboard"
+    )
     where = folder / "tensorboard"
     for old in where.glob("events.out.tfevents.*"):
         old.unlink()
-    writer = SummaryWriter(str(where))
+    writer = library.SummaryWriter(str(where))
     writer.add_text("config", "\n".join(f"    {name}: {value}" for name, value in config.items()))
 
     def log(step: int, row: Row) -> None:
@@ -117,10 +117,7 @@ def wandb(folder: Path, config: dict[str, Any]) -> Opened:
     A step that is there already, sent before the run was killed, is not sent again. WANDB_MODE and
     the other variables of wandb have their way.
     """
-    try:
-        import wandb as library
-    except ImportError:
-        raise missing("wandb") from None
+    library = load_package("wandb", "the logger wandb", "wandb")
     run = library.init(
         project=os.environ.get("WANDB_PROJECT", "opdlab"),
         id=identity(folder / "wandb_id.txt"),
@@ -143,10 +140,7 @@ def trackio(folder: Path, config: dict[str, Any]) -> Opened:
 
     Where TRACKIO_SPACE_ID sends it to a Space instead, a resumed run's record is there twice.
     """
-    try:
-        import trackio as library
-    except ImportError:
-        raise missing("trackio") from None
+    library = load_package("trackio", "the logger trackio", "trackio")
     name = f"{folder.name}-{identity(folder / 'trackio_id.txt')[:8]}"
     project = os.environ.get("TRACKIO_PROJECT", "opdlab")
     with suppress(ValueError):  # no such project yet
@@ -168,10 +162,6 @@ def identity(path: Path) -> str:
     if not path.exists():
         path.write_text(uuid.uuid4().hex)
     return path.read_text()
-
-
-def missing(name: str) -> ImportError:
-    return ImportError(f"the logger {name} is not installed: pip install 'opdlab[{name}]'")
 
 
 LOGGERS: Mapping[str, Callable[[Path, dict[str, Any]], Opened]] = {

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import Rollouts
-from diagnostics.errors import InvalidInput, MissingFile, MissingPackage
+from diagnostics.errors import InvalidInput, MissingFile
+from diagnostics.packages import load_package
 from opd.addresses import is_url, without_secrets
 from opd.data import Prompts
 from opd.head import Head, cooled, find_head, full_logits
@@ -227,13 +227,8 @@ def quantised(weights: str, dtype: torch.dtype, device: str) -> dict[str, Any]:
     Raises:
       ImportError: bitsandbytes is not installed.
     """
-    try:
-        import_module("bitsandbytes")
-    except ImportError as error:
-        raise MissingPackage(
-            f"teacher_weights {weights} needs bitsandbytes: pip install 'opdlab[quantised]', or "
-            "set teacher_weights saved"
-        ) from error
+    purpose, otherwise = f"teacher_weights {weights}", "set teacher_weights saved"
+    load_package("bitsandbytes", purpose, "quantised", otherwise=otherwise)
     from transformers import BitsAndBytesConfig
 
     how = {
@@ -246,8 +241,19 @@ def quantised(weights: str, dtype: torch.dtype, device: str) -> dict[str, Any]:
 
 
 def resolve_device(device: str) -> str:
+    """The device of that name; of "auto", cuda where there is one.
+
+    Raises:
+      InvalidInput: no device has this name, or this machine has none of the kind.
+    """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise InvalidInput(f"unknown device {device!r}; write auto, cpu, cuda or cuda:N") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InvalidInput(f"device is {device!r}, and this machine has no CUDA device; write cpu")
     return device
 
 

@@ -147,10 +147,10 @@ def gym_words(source: str) -> tuple[str, int, int]:
     task, *numbers = source.removeprefix(GYM).split(":")
     try:
         size, seed = map(int, [*numbers, *[str(SIZE), "0"][len(numbers) :]])
-    except ValueError:
+    except ValueError as error:
         raise InvalidInput(
             f"cannot read {source!r}; write gym:TASK, gym:TASK:SIZE or gym:TASK:SIZE:SEED"
-        ) from None
+        ) from error
     return task, size, seed
 
 

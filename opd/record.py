@@ -14,6 +14,7 @@ from typing import Any
 from diagnostics import rows
 from diagnostics.alarms import Alarms
 from diagnostics.errors import MissingFile
+from diagnostics.files import read_object
 from diagnostics.rows import Row
 from opd.starts import history
 from opd.verdict import verdict
@@ -58,11 +59,21 @@ def read_run(folder: Path) -> Run:
     written = code.read_text("utf-8", "replace") if code.exists() else "unknown: no code.txt"
     return Run(
         folder=folder,
-        config=json.loads(config.read_text("utf-8")) if config.exists() else {},
+        config=run_settings(config),
         code="\n".join([*history(folder), written]),
-        rows=latest(rows.read(file)),
-        evals=rows.read(folder / "evals.jsonl"),
+        rows=latest(rows.read(file, {"step": int})),
+        evals=rows.read(folder / "evals.jsonl", {"step": int}),
     )
+
+
+def run_settings(path: Path) -> dict[str, Any]:
+    """A run's config.json; empty where there is none, or where it is another program's.
+
+    A trainer may keep the configuration of its model under the same name beside a monitor's rows.
+    """
+    config = read_object(path) if path.exists() else {}
+    ours = all(isinstance(config.get(name), str) for name in ("student", "teacher"))
+    return config if ours else {}
 
 
 def rows_file(folder: Path) -> Path:

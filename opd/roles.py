@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diagnostics.errors import InvalidInput, MissingPackage
+from diagnostics.errors import InvalidInput
+from diagnostics.packages import load_package
 from opd.addresses import is_url
 from opd.config import Config
 from opd.head import Head
@@ -154,13 +155,8 @@ def adapted(network: Any, config: Config) -> Any:
     Raises:
       ImportError: peft is not installed.
     """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise MissingPackage(
-            "lora_rank needs peft: pip install 'opdlab[lora]', or set lora_rank to 0"
-        ) from error
-    how = LoraConfig(
+    peft = load_package("peft", "lora_rank", "lora", otherwise="set lora_rank to 0")
+    how = peft.LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=0.0,
@@ -169,7 +165,7 @@ def adapted(network: Any, config: Config) -> Any:
     )
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        return get_peft_model(network, how).eval()
+        return peft.get_peft_model(network, how).eval()
 
 
 def with_sharded_student(pairs: Sequence[Pair]) -> list[Pair]:

@@ -68,8 +68,8 @@ def open_run(config: Config, anew: bool = False) -> Iterator[tuple[Path, Start]]
     with open(folder / "run.lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OperationFailed(f"another process is writing to {folder}") from None
+        except BlockingIOError as error:
+            raise OperationFailed(f"another process is writing to {folder}") from error
         if anew:
             set_aside(folder)
         refuse_other_settings(folder, config)

@@ -3,11 +3,12 @@
 r = log student - log teacher of a sampled token. Shapes: B responses, T positions.
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diagnostics.errors import InvalidInput
+from diagnostics.files import read_object, short
 from figures.vocabulary import located
 from opd.spelling import Spelling, read_spelling
 
@@ -147,7 +148,7 @@ def end_ids(folder: Path, known: Spelling) -> list[int]:
         ids.update(i for i, piece in known.pieces.items() if piece == text.encode())
     for name in ("generation_config.json", "config.json"):
         if (folder / name).exists():
-            named = json.loads((folder / name).read_text("utf-8")).get("eos_token_id")
+            named = read_object(folder / name).get("eos_token_id")
             if named is not None:
                 return sorted(ids | ({named} if isinstance(named, int) else set(named)))
     return sorted(ids)
@@ -156,8 +157,8 @@ def end_ids(folder: Path, known: Spelling) -> list[int]:
 def own_end(folder: Path) -> str | None:
     """The end token of tokenizer_config.json, if it names one."""
     settings = folder / "tokenizer_config.json"
-    token = json.loads(settings.read_text("utf-8")).get("eos_token") if settings.exists() else None
-    return token["content"] if isinstance(token, dict) else token
+    token = read_object(settings).get("eos_token") if settings.exists() else None
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def doctor(folder: Path) -> dict[str, Any] | None:
@@ -165,7 +166,10 @@ def doctor(folder: Path) -> dict[str, Any] | None:
     path = folder / "doctor.json"
     if not path.exists():
         return None
-    found = json.loads(path.read_text("utf-8"))
+    found = read_object(path, {"verdict": str, "items": list})
+    for i, item in enumerate(found["items"]):
+        if not isinstance(item, dict):
+            raise InvalidInput(f"{path}, items[{i}]: {short(item)} is not an object")
     kept = ("item", "verdict", "found", "advice")
     return {
         "verdict": found["verdict"],

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from figures.vocabulary import byte_letters, model
+from diagnostics.files import read_json, read_object
+from figures.vocabulary import byte_letters, entries, located
 
 
 @dataclass(frozen=True)
@@ -35,25 +36,23 @@ def read_run_spelling(run: Path) -> Spelling:
     A run folder without a config.json has a tokenizer only in its final/.
     """
     places = [run / "final"]
-    if (run / "config.json").exists():
-        places.append(model(run, "student"))
+    config = read_object(run / "config.json") if (run / "config.json").exists() else {}
+    if isinstance(config.get("student"), str):  # not the configuration of another program
+        places.append(located(run, config["student"]))
     return next((known for place in places if (known := read_spelling(place)).pieces), Spelling())
 
 
 def read_spelling(folder: Path) -> Spelling:
     """Of a model's folder; empty where it holds no tokenizer.json."""
     path = folder / "tokenizer.json"
-    return parse(json.loads(path.read_text("utf-8"))) if path.exists() else Spelling()
+    return parse(read_json(path), str(path)) if path.exists() else Spelling()
 
 
-def parse(tokenizer: dict[str, Any]) -> Spelling:
+def parse(tokenizer: Any, source: str = "tokenizer.json") -> Spelling:
     """Of the contents of a tokenizer.json: byte-level, SentencePiece-like or plain pieces."""
-    known = tokenizer["model"]["vocab"]
-    if isinstance(known, list):  # a unigram model: [piece, score] by id
-        known = {piece: i for i, (piece, _) in enumerate(known)}
+    known, added = entries(tokenizer, source)
     letters = byte_letters() if '"ByteLevel"' in json.dumps(tokenizer.get("decoder")) else {}
     pieces = {i: spelled(piece, letters) for piece, i in known.items()}
-    added = tokenizer.get("added_tokens") or []
     pieces |= {token["id"]: encoded(token["content"]) for token in added}
     return Spelling(pieces, frozenset(token["id"] for token in added if token.get("special")))
 

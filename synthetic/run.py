@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from diagnostics.atomic import write_text
+from diagnostics.command import run_command
 from diagnostics.errors import InvalidInput, OperationFailed
 from diagnostics.provenance import code_state
 
@@ -274,4 +275,4 @@ def _key(name: str, setting: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_command("opd study", lambda: main(sys.argv[1:]))

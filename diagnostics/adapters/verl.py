@@ -28,7 +28,7 @@ from diagnostics.adapters.partial import lacking
 from diagnostics.adapters.writing import rows_of, write
 from diagnostics.batch import Scored, Support
 from diagnostics.drift import in_support, sampled_divergence
-from diagnostics.errors import InvalidInput, MissingPackage
+from diagnostics.errors import BrokenPackage, InvalidInput, MissingPackage
 from diagnostics.monitor import Metric, Monitor
 from diagnostics.repetition import repetition
 from diagnostics.supervision import sign_shares
@@ -70,9 +70,8 @@ def install(base: str, records: str | Path | None = None, every: int = 1) -> Non
             get_distillation_loss_fn,
         )
     except ImportError as error:
-        raise MissingPackage(
-            f"verl with distillation losses (0.9) is needed here: {error}"
-        ) from error
+        kind = MissingPackage if getattr(error, "name", None) == "verl" else BrokenPackage
+        raise kind(f"verl with distillation losses (0.9) is needed here: {error}") from error
     loss = get_distillation_loss_fn(base)
     if not hasattr(loss, "unobserved"):
         DISTILLATION_LOSS_REGISTRY[base] = observed(loss, records, every)

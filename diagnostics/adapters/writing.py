@@ -17,7 +17,8 @@ from diagnostics.adapters.columns import CONSTANTS
 from diagnostics.adapters.partial import absent
 from diagnostics.atomic import atomic_write
 from diagnostics.batch import Rollouts
-from diagnostics.errors import InvalidInput, MissingPackage
+from diagnostics.errors import InvalidInput
+from diagnostics.packages import load_package
 
 SUFFIXES = (".jsonl", ".parquet")
 
@@ -100,11 +101,7 @@ def _dense(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def pyarrow_installed() -> Any:
-    try:
-        import pyarrow
-    except ImportError as error:
-        raise MissingPackage("parquet needs pyarrow: pip install 'opdlab[data]'") from error
-    return pyarrow
+    return load_package("pyarrow", "parquet", "data")
 
 
 def _plain(value: Any) -> Any:
