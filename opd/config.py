@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from diagnostics.errors import InvalidInput
-from diagnostics.files import read_object, short
+from diagnostics.files import check_fields, read_object, short
 from opd.addresses import address_problem, is_url
 from opd.rules import parse
 from opd.validation import wrong_fields
@@ -335,10 +335,11 @@ def from_json(path: str | Path) -> Config:
     Raises:
       InvalidInput: an unknown field, or a value that no setting has; names the file.
     """
-    raw = read_object(path, {"student": str, "teacher": str, "out": str})
+    raw = read_object(path)
     known = {f.name for f in dataclasses.fields(Config)}
     if unknown := sorted(set(raw) - known):
         raise InvalidInput(f"{path} has unknown settings {unknown}; it comes from another version")
+    check_fields(raw, {"student": str, "teacher": str, "out": str}, str(path))
     tasks = raw.get("tasks", [])
     try:
         if not isinstance(tasks, list):
