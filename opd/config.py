@@ -274,7 +274,8 @@ RANGES = {name: words for words, names in _NAMES_BY_RANGE.items() for name in na
 
 def address_problems(config: Config) -> Iterator[str]:
     """A message for every address of a server that cannot be used, without its secrets."""
-    teachers = [config.teacher, *(getattr(task, "teacher", None) for task in config.tasks)]
+    tasks = config.tasks if isinstance(config.tasks, tuple) else ()
+    teachers = [config.teacher, *(getattr(task, "teacher", None) for task in tasks)]
     servers = config.rollout_servers if isinstance(config.rollout_servers, tuple) else ()
     for role, names in (("teacher", teachers), ("rollout", servers)):
         for name in names:
