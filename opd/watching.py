@@ -7,6 +7,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from diagnostics.errors import UserError
 from opd.record import rows_file
 
 HOST = "127.0.0.1"
@@ -52,8 +53,14 @@ def make_server(folders: list[Path], tokens: int, port: int) -> ThreadingHTTPSer
                 self.send_error(HTTPStatus.NOT_FOUND)
                 return
             kind, answer = known
-            body = answer().encode()
-            self.send_response(HTTPStatus.OK)
+            status = HTTPStatus.OK
+            try:
+                body = answer().encode()
+            except UserError as error:  # a record that is damaged since, or is being written
+                kind, status = "text/plain", HTTPStatus.SERVICE_UNAVAILABLE
+                body = str(error).encode()
+                print(error, file=sys.stderr)
+            self.send_response(status)
             self.send_header("Content-Type", f"{kind}; charset=utf-8")
             self.send_header("Content-Length", str(len(body)))
             self.send_header("Cache-Control", "no-store")

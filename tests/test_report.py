@@ -545,3 +545,14 @@ def test_the_server_tells_what_is_new_and_only_to_this_machine(server: tuple[str
     for path, headers in (("/../config.json", {}), ("/data", {"Host": "evil.example"})):
         with pytest.raises(urllib.error.HTTPError, match="404"):
             get(address + path, **headers)
+
+
+def test_the_server_says_which_record_it_cannot_read_and_goes_on(server: tuple[str, Path]) -> None:
+    address, folder = server
+    whole = (folder / "rows.jsonl").read_text()
+    (folder / "rows.jsonl").write_text("{broken\n" + whole)
+    with pytest.raises(urllib.error.HTTPError, match="503") as raised:
+        get(address + "/data")
+    assert "rows.jsonl line 1 is not JSON" in raised.value.read().decode()
+    (folder / "rows.jsonl").write_text(whole)
+    assert json.loads(get(address + "/data"))["runs"][0]["done"] == 3

@@ -85,17 +85,22 @@ if (document.documentElement.dataset.watch === "watch") {
   let version = null;
   const look = async () => {
     const start = performance.now();
+    let failure = "the server does not answer";
     try {
       if (document.hidden) return;
       const now = await (await fetch("/version")).text();
       if (now !== version) {
-        if (version !== null) renew(await (await fetch("/data")).json());
+        if (version !== null) {
+          const answer = await fetch("/data");
+          if (!answer.ok) throw new Error((failure = await answer.text()));
+          renew(await answer.json());
+        }
         version = now;
       }
       $("made").textContent = `live, ${data.made}`;
       $("made").classList.remove("lost");
     } catch {
-      $("made").textContent = `${data.made}; the server does not answer`;
+      $("made").textContent = `${data.made}; ${failure}`;
       $("made").classList.add("lost");
     } finally {
       // making the page anew takes the machine's time, so a long record is read less often
