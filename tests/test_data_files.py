@@ -237,13 +237,13 @@ def test_what_no_grader_reads_is_said_in_the_first_step(tiny_pair, tmp_path: Pat
         GenerationConfig(eos_token_id=every).save_pretrained(pair[-1])
     labelled = [{**row, "task": "ab"[i % 2]} for i, row in enumerate(PLAIN)]
     source = written(tmp_path / "p.jsonl", labelled)
-    more = {"task": source, "grader": "numeric", "steps": 2, "eval_every": 2, "eval_problems": 4}
+    more = {"task": source, "grader": "exact", "steps": 2, "eval_every": 2, "eval_problems": 4}
     folder = train(settings(tuple(pair), tmp_path / "run", **more))
     assert [row["grading/readable_share"] for row in rows(folder)] == [0, 0]
     evaluations = [json.loads(x) for x in (folder / "evals.jsonl").read_text().splitlines()]
     assert [row["unparsed"] for row in evaluations] == [1, 1]
     said = capsys.readouterr().err
-    words = "the grader numeric could read no answer in any of the responses"
+    words = "the grader exact could read no answer in any of the responses"
     assert said.count(f"step 0: {words}:") == 1
     assert f"step 1: {words}:" not in said
     assert said.count(f"{words} to the held-out problems") == 2
