@@ -211,7 +211,7 @@ def test_a_run_goes_on_in_another_number_of_processes(made: Path, tiny_pair) -> 
 def test_parts_of_masters_and_moments_are_read_whole(made: Path, tiny_pair) -> None:
     """bfloat16: what two processes wrote in parts is what one reads, and the masters are exact."""
     config = settings(tiny_pair, made / "begun in two, bfloat16", dtype="bfloat16", **FOUR)
-    (last,) = (made / "begun in two, bfloat16" / "checkpoints").iterdir()
+    last = max((made / "begun in two, bfloat16" / "checkpoints").iterdir())
     halves = [load_file(part) for part in sorted((last / "optimizer").iterdir())]
     assert len(halves) == 2
     network = make_pair(config).student.network
