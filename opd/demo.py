@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
         command("figures", "training", "--out", pictures, "--run", *runs)
         table = study / "bias_variance" / preset / "summary.csv"
         command("figures", "bias_variance", "--out", pictures, "--table", table)
-        command("report", *runs, "--out", report)
+        command("report", *runs, "--models", "--out", report)
     print(summary(runs))
     print(f"\npair      {lab}\nruns      {given.out / 'runs'}\nfigures   {pictures}")
     print(f"report    {report}\nseconds   {time.perf_counter() - begin:.0f}")

@@ -13,7 +13,7 @@ from typing import Any
 
 from diagnostics import rows
 from diagnostics.alarms import Alarms
-from diagnostics.errors import MissingFile
+from diagnostics.errors import InvalidInput, MissingFile
 from diagnostics.files import read_object
 from diagnostics.rows import Row
 from opd.starts import history
@@ -38,16 +38,32 @@ class Run:
     code: str
     rows: list[Row]
     evals: list[Row]
+    notes: tuple[str, ...] = ()
+    """What of the record was left out."""
+    models: bool = False
+    """Whether folders outside the run's own may be read because its record names them."""
 
     @property
     def name(self) -> str:
         return self.folder.resolve().name
 
 
-def read_run(folder: Path) -> Run:
+def may_read(run: Run, path: Path) -> bool:
+    """Whether a file or folder lies within the run folder, links followed, or `models` allows it.
+
+    A record may come from elsewhere: what it names or links to outside is not read for it.
+    """
+    return run.models or path.resolve().is_relative_to(run.folder.resolve())
+
+
+def read_run(folder: Path, models: bool = False) -> Run:
     """The record of a run folder, finished or not; a stranger's may be a file of rows alone.
 
+    Args:
+      models: see `Run.models`.
+
     Raises:
+      ValueError: a file of the record is a link that leads out of the folder, or is damaged.
       FileNotFoundError: it has neither config.json nor a file of rows.
     """
     config, code, file = folder / "config.json", folder / "code.txt", rows_file(folder)
@@ -56,6 +72,12 @@ def read_run(folder: Path) -> Run:
             f"{folder} is no run folder: it has neither config.json nor rows.jsonl, nor one single "
             "other .jsonl file with the rows of a monitor"
         )
+    for path in (config, code, file, folder / "evals.jsonl", folder / "starts.jsonl"):
+        if not models and not path.resolve().is_relative_to(folder.resolve()):
+            raise InvalidInput(
+                f"{path} is a link to {path.resolve()}, outside the run folder: put the file "
+                "itself there, or allow it by --models"
+            )
     written = code.read_text("utf-8", "replace") if code.exists() else "unknown: no code.txt"
     return Run(
         folder=folder,
@@ -63,6 +85,8 @@ def read_run(folder: Path) -> Run:
         code="\n".join([*history(folder), written]),
         rows=latest(rows.read(file, {"step": int})),
         evals=rows.read(folder / "evals.jsonl", {"step": int}),
+        notes=tuple(note for path in (file, folder / "evals.jsonl") for note in cut_short(path)),
+        models=models,
     )
 
 
@@ -74,6 +98,17 @@ def run_settings(path: Path) -> dict[str, Any]:
     config = read_object(path) if path.exists() else {}
     ours = all(isinstance(config.get(name), str) for name in ("student", "teacher"))
     return config if ours else {}
+
+
+def cut_short(path: Path) -> list[str]:
+    """A note where the last line of a file of rows is half-written: `rows.read` leaves it out."""
+    text = path.read_text("utf-8", "replace") if path.exists() else ""
+    lines = text.removesuffix("\n").split("\n")
+    try:
+        json.loads(lines[-1] or "{}")
+    except ValueError:
+        return [f"{path.name} line {len(lines)} is cut short and left out"]
+    return []
 
 
 def rows_file(folder: Path) -> Path:
@@ -107,6 +142,7 @@ def recorded(run: Run, runs: int = 1) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "evals": [evaluated(row) for row in run.evals],
         "verdict": verdict(run.rows, run.evals),
+        "notes": list(run.notes),
         "tasks": [
             part(task, [row for row in run.rows if row.get("task", "") == task], runs)
             for task in tasks

@@ -33,7 +33,7 @@ LIMIT = 10_000_000
 
 
 def main(argv: list[str]) -> None:
-    """`opd report RUN [RUN ...] [--out FILE] [--watch [--port N]]`."""
+    """`opd report RUN [RUN ...] [--out FILE] [--models] [--watch [--port N]]`."""
     parser = argparse.ArgumentParser(prog="opd report", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
     parser.add_argument("--out", type=Path, default=Path("report.html"))
@@ -42,15 +42,21 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--watch", action="store_true", help="serve the page, with what is new")
     parser.add_argument("--port", type=int, default=8000, help="of --watch; 0 takes a free one")
+    parser.add_argument(
+        "--models",
+        action="store_true",
+        help="also read the tokenizers of the models that the runs name, outside their folders; "
+        "for runs of your own",
+    )
     given = parser.parse_args(argv)
     if given.tokens < 0:
         raise InvalidInput(f"--tokens is {given.tokens}; 0 shows one rollout of each batch")
     if given.watch:
         from opd.watching import serve
 
-        serve(given.runs, given.tokens, given.port)
+        serve(given.runs, given.tokens, given.port, given.models)
         return
-    text = page(contents(given.runs, given.tokens))
+    text = page(contents(given.runs, given.tokens, given.models))
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(text, encoding="utf-8")
     size = len(text.encode())
@@ -61,13 +67,13 @@ def main(argv: list[str]) -> None:
     print(given.out)
 
 
-def contents(folders: list[Path], tokens: int = 20000) -> dict[str, Any]:
+def contents(folders: list[Path], tokens: int = 20000, models: bool = False) -> dict[str, Any]:
     """Everything that the page shows, as plain data whose strings hide nothing (`visible`).
 
     Raises:
       FileNotFoundError: a folder is not a run folder.
     """
-    runs = [read_run(folder) for folder in folders]
+    runs = [read_run(folder, models) for folder in folders]
     share = max(1, tokens // len(runs))
     found = {
         "made": datetime.now().astimezone().isoformat(sep=" ", timespec="minutes"),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from diagnostics.errors import InvalidInput
 from diagnostics.files import read_object, short
 from figures.vocabulary import located
+from opd.record import may_read
 from opd.spelling import Spelling, read_spelling
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ def sheet(run: "Run", spelling: Spelling, batch: "Scored | None", seen: set[int]
     """What goes wrong between two vocabularies: `impossible_ids`, `specials`, `ends`, `doctor`."""
     made: dict[str, Any] = {
         "ends": ends(run),
-        "doctor": doctor(run.folder),
+        "unread": unread(run),
+        "doctor": doctor(run.folder) if may_read(run, run.folder / "doctor.json") else None,
         "impossible": None,
         "special": [],
     }
@@ -123,21 +125,36 @@ def ends(run: "Run") -> list[dict[str, Any]]:
 
     Folders that are not there, such as models of a hub, are left out.
     """
-    if not run.config:
-        return []
-    config = run.config
-    tasks = config.get("tasks") or ()
-    named = {f"teacher of {task['name']}": task["teacher"] or config["teacher"] for task in tasks}
-    named = {"student": config["student"], **(named or {"teacher": config["teacher"]})}
     made = []
-    for role, name in named.items():
-        folder = located(run.folder, name)
-        if (folder / "tokenizer.json").exists():
+    for role, folder in model_folders(run).items():
+        names = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json")
+        allowed = all(may_read(run, folder / name) for name in names)
+        if allowed and (folder / "tokenizer.json").exists():
             known = read_spelling(folder)
             ids = end_ids(folder, known)
             texts = [known.text(i) for i in ids]
             made.append({"role": role, "ids": ids, "texts": texts, "own": own_end(folder)})
     return made
+
+
+def model_folders(run: "Run") -> dict[str, Path]:
+    """Role to the folder of each model that the run's settings name."""
+    config = run.config
+    tasks = config.get("tasks") or ()
+    names = {
+        f"teacher of {task['name']}": task.get("teacher") or config.get("teacher") for task in tasks
+    }
+    names = {"student": config.get("student"), **(names or {"teacher": config.get("teacher")})}
+    return {role: located(run.folder, name) for role, name in names.items() if name}
+
+
+def unread(run: "Run") -> list[str]:
+    """The models that were not looked at, because the record alone names their folders."""
+    return [
+        f"{role}: {folder}"
+        for role, folder in model_folders(run).items()
+        if not may_read(run, folder)
+    ]
 
 
 def end_ids(folder: Path, known: Spelling) -> list[int]:

@@ -3,13 +3,19 @@
 Shapes: B responses, T positions, K support ids.
 """
 
+import json
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diagnostics.errors import InvalidInput
+from figures.vocabulary import located
+from opd.record import may_read
 from opd.sheet import blame, sheet
 from opd.spelling import Spelling, read_run_spelling
 
+PROMPT = 4000
+"""Most characters shown of a prompt."""
 if TYPE_CHECKING:
     from diagnostics.batch import Scored
     from opd.record import Run
@@ -25,7 +31,8 @@ def specimens(run: "Run", tokens: int) -> dict[str, Any]:
     Of a batch the responses with the largest mean |r| and as many of the others, in their order, so
     that the worst are there and the ordinary beside them. A run without batches has empty parts.
     """
-    files, spelling = chosen_files(run.folder), read_run_spelling(run.folder)
+    files = [(step, file) for step, file in chosen_files(run.folder) if may_read(run, file)]
+    spelling = read_run_spelling(tokenizer_places(run))
     labels = [task["name"] for task in run.config.get("tasks") or ()]
     found: dict[str, Any] = {"rollouts": [], "blame": None, "saved": []}
     seen: set[int] = set()
@@ -36,13 +43,23 @@ def specimens(run: "Run", tokens: int) -> dict[str, Any]:
             continue
         last = batch
         found["saved"].append({"step": step, "responses": len(batch)})
-        found["rollouts"] += rollouts(batch, step, labels, spelling, tokens // len(files), seen)
+        shown = rollouts(batch, step, labels, spelling, tokens // len(files), seen)
+        prompts = read_prompts(run, file, len(batch))
+        found["rollouts"] += [roll | {"asked": prompts.get(roll["row"])} for roll in shown]
     if last is not None:
         found["blame"] = blame(last, seen)
     found["sheet"] = sheet(run, spelling, last, seen)
     found["texts"] = {str(i): spelling.text(i) for i in sorted(seen)}
     found["special"] = sorted(spelling.special & seen)
     return found
+
+
+def tokenizer_places(run: "Run") -> list[Path]:
+    """Where the tokenizer of a run's ids may be read: its model, its copy, the student's folder."""
+    places = [run.folder / "final", run.folder / "tokenizer"]
+    if "student" in run.config:
+        places.append(located(run.folder, str(run.config["student"])))
+    return [place for place in places if may_read(run, place / "tokenizer.json")]
 
 
 def chosen_files(folder: Path) -> list[tuple[int, Path]]:
@@ -57,6 +74,19 @@ def chosen_files(folder: Path) -> list[tuple[int, Path]]:
     if len(steps) > BATCHES:
         steps = [steps[round(i * (len(steps) - 1) / (BATCHES - 1))] for i in range(BATCHES)]
     return [(step, files[step]) for step in steps]
+
+
+def read_prompts(run: "Run", file: Path, rows: int) -> dict[int, str]:
+    """Row to the text of its prompt, from beside a saved batch; empty where there is none."""
+    path = file.with_suffix(".prompts.json")
+    if not path.exists() or not may_read(run, path):
+        return {}
+    texts = json.loads(path.read_text("utf-8"))
+    if not isinstance(texts, list) or len(texts) != rows:
+        raise InvalidInput(
+            f"{path} must be a JSON list of {rows} prompts, one a row of {file.name}"
+        )
+    return {i: str(text)[:PROMPT] for i, text in enumerate(texts)}
 
 
 def read_batch(file: Path) -> "Scored | None":

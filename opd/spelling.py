@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diagnostics.files import read_json, read_object
-from figures.vocabulary import byte_letters, entries, located
+from diagnostics.files import read_json
+from figures.vocabulary import byte_letters, entries
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,8 @@ class Spelling:
         return told([self.pieces.get(token, f"#{token}".encode()) for token in tokens])
 
 
-def read_run_spelling(run: Path) -> Spelling:
-    """Of the model that a run trained, or of the student it began with; empty if neither is there.
-
-    A run folder without a config.json has a tokenizer only in its final/.
-    """
-    places = [run / "final"]
-    config = read_object(run / "config.json") if (run / "config.json").exists() else {}
-    if isinstance(config.get("student"), str):  # not the configuration of another program
-        places.append(located(run, config["student"]))
+def read_run_spelling(places: Sequence[Path]) -> Spelling:
+    """Of the first of these folders that holds a tokenizer; empty if none does."""
     return next((known for place in places if (known := read_spelling(place)).pieces), Spelling())
 
 

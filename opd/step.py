@@ -9,6 +9,7 @@ gradients and of metrics are added.
 Shapes: B responses of this process, T response positions.
 """
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -35,6 +36,7 @@ from opd.problems import Problem
 from opd.roles import awake
 from opd.rollout import Share
 from opd.run import Part, Run
+from opd.runlog import write_text
 from opd.scoring import score, score_support, score_told
 from opd.seeds import PROBE, ROLLOUT, derive
 from opd.sharding import whole
@@ -106,6 +108,16 @@ def save_batch(parts: Sequence[Part], path: Path) -> None:
         batches = [other for batch in batches for other in batches_of_ranks(batch)]
     if processes.rank() == 0:
         (batches[0] if len(batches) == 1 else concatenate(batches)).save(path)
+    if processes.size() == 1:  # one process has only its own prompts
+        texts = [text for part in parts for text in asked_texts(part)]
+        write_text(path.with_suffix(".prompts.json"), json.dumps(texts))
+
+
+def asked_texts(part: Part) -> list[str]:
+    """The prompt of each row of a part, as the student read it."""
+    prompts, decode = part.prompts, part.run.pair.tokenizer.decode
+    rows = zip(prompts.tokens.cpu(), prompts.mask.cpu().bool(), strict=True)
+    return [decode(tokens[mask].tolist()) for tokens, mask in rows]
 
 
 def recorded(parts: list[Part], step: int, numbers: dict[str, Tensor | float]) -> Row:

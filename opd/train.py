@@ -104,6 +104,8 @@ def train(config: Config, anew: bool = False) -> Path:
         keep_probes(folder / "teachers.json", pairs, first)
         if processes.rank() == 0:
             record_identities(folder, to_json(config))
+            if not (folder / "tokenizer").exists():  # what the ids of the record spell
+                pairs[0].tokenizer.save_pretrained(folder / "tokenizer")
         engine = sampler(config, student)
         runs = make_runs(config, folder, pairs, engine, optimizer)
         runs[0].ahead.load(folder, first, student.device)

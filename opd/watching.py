@@ -14,9 +14,9 @@ HOST = "127.0.0.1"
 WATCHED = ("config.json", "evals.jsonl", "batches", "dumps", "doctor.json")
 
 
-def serve(folders: list[Path], tokens: int, port: int) -> None:
+def serve(folders: list[Path], tokens: int, port: int, models: bool = False) -> None:
     """Serve until Ctrl-C."""
-    server = make_server(folders, tokens, port)
+    server = make_server(folders, tokens, port, models)
     print(f"http://{HOST}:{server.server_address[1]}/  (Ctrl-C ends it)", file=sys.stderr)
     try:
         server.serve_forever()
@@ -26,7 +26,9 @@ def serve(folders: list[Path], tokens: int, port: int) -> None:
         server.server_close()
 
 
-def make_server(folders: list[Path], tokens: int, port: int) -> ThreadingHTTPServer:
+def make_server(
+    folders: list[Path], tokens: int, port: int, models: bool = False
+) -> ThreadingHTTPServer:
     """A server of "/", the page, "/version", a word that changes with the runs, and "/data".
 
     Raises:
@@ -34,13 +36,13 @@ def make_server(folders: list[Path], tokens: int, port: int) -> ThreadingHTTPSer
     """
     from opd.report import contents, embedded, page
 
-    contents(folders, tokens)  # refuse at once what cannot be shown
+    contents(folders, tokens, models)  # refuse at once what cannot be shown
 
     def now() -> str:
-        return embedded(contents(folders, tokens))
+        return embedded(contents(folders, tokens, models))
 
     answers: dict[str, tuple[str, Callable[[], str]]] = {
-        "/": ("text/html", lambda: page(contents(folders, tokens), watch=True)),
+        "/": ("text/html", lambda: page(contents(folders, tokens, models), watch=True)),
         "/data": ("application/json", now),
         "/version": ("text/plain", lambda: version(folders)),
     }

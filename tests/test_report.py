@@ -392,7 +392,8 @@ def test_a_dump_is_shown_as_the_batch_that_it_was_made_of(run: Path, tmp_path: P
     save_dump(folder / "dumps" / "step_00000001.parquet", batch, 1)
     ours = specimens.specimens(record.read_run(folder), 10_000)
     theirs = specimens.specimens(record.read_run(run), 10_000)
-    assert ours["rollouts"] == [roll for roll in theirs["rollouts"] if roll["step"] == 1]
+    mine = [roll | {"asked": None} for roll in theirs["rollouts"] if roll["step"] == 1]
+    assert ours["rollouts"] == mine  # a dump has no prompts
     assert report.contents([folder])["runs"][0]["config"] == {}
 
 
@@ -456,7 +457,11 @@ def test_ends_and_the_doctor_are_told(run: Path, tmp_path: Path) -> None:
     item = {"item": "eos", "verdict": "fail", "found": "1 is not 2", "advice": "mend"}
     findings = {"verdict": "fail", "items": [item | {"numbers": {}}]}
     (folder / "doctor.json").write_text(json.dumps(findings))
-    made = sheet.sheet(record.read_run(folder), spelling.Spelling(), None, set())
+    alone = sheet.sheet(record.read_run(folder), spelling.Spelling(), None, set())
+    assert [end["role"] for end in alone["ends"]] == ["student"]
+    assert alone["unread"] == [f"teacher: {teacher}"]
+    made = sheet.sheet(record.read_run(folder, models=True), spelling.Spelling(), None, set())
+    assert made["unread"] == []
     own = {"own": tokenizer.eos_token}
     assert made["ends"] == [
         {"role": "student", "ids": [1, 2], "texts": tokenizer.convert_ids_to_tokens([1, 2]), **own},
@@ -465,7 +470,7 @@ def test_ends_and_the_doctor_are_told(run: Path, tmp_path: Path) -> None:
     assert made["doctor"] == {"verdict": "fail", "items": [item]}
     tasks = [{"name": "a", "teacher": None}, {"name": "b", "teacher": str(student)}]
     (folder / "config.json").write_text(json.dumps(changed | {"tasks": tasks}))
-    told = sheet.ends(record.read_run(folder))
+    told = sheet.ends(record.read_run(folder, models=True))
     assert [(x["role"], x["ids"]) for x in told] == [
         ("student", [1, 2]),
         ("teacher of a", [tokenizer.eos_token_id]),
@@ -556,3 +561,62 @@ def test_the_server_says_which_record_it_cannot_read_and_goes_on(server: tuple[s
     assert "rows.jsonl line 1 is not JSON" in raised.value.read().decode()
     (folder / "rows.jsonl").write_text(whole)
     assert json.loads(get(address + "/data"))["runs"][0]["done"] == 3
+
+
+def test_a_record_leads_nowhere_outside_its_folder(run: Path, tmp_path: Path) -> None:
+    """Folders by name, by .., by links; batches that are links: only --models follows them."""
+    secret = tmp_path / "secret"
+    shutil.copytree(run / "final", secret)
+    tokenizer = json.loads((secret / "tokenizer.json").read_text())
+    tokenizer["added_tokens"][0]["content"] = "THE SECRET"
+    (secret / "tokenizer.json").write_text(json.dumps(tokenizer))
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    shutil.rmtree(folder / "final")
+    shutil.rmtree(folder / "tokenizer")
+    config = json.loads((folder / "config.json").read_text())
+    for name in (str(secret), "../secret", "link"):
+        (folder / "config.json").write_text(json.dumps(config | {"student": name, "teacher": name}))
+        if name == "link":
+            (folder / "link").symlink_to(secret)
+        made = report.contents([folder])
+        assert "THE SECRET" not in json.dumps(made)
+        assert [text.split(":")[0] for text in made["runs"][0]["sheet"]["unread"]] == [
+            "student",
+            "teacher",
+        ]
+    (folder / "config.json").write_text(json.dumps(config | {"student": str(secret)}))
+    assert "THE SECRET" in json.dumps(report.contents([folder], models=True))
+    saved = sorted((folder / "batches").glob("*.safetensors"))
+    saved[0].rename(tmp_path / "elsewhere.safetensors")
+    saved[0].symlink_to(tmp_path / "elsewhere.safetensors")
+    steps = [x["step"] for x in report.contents([folder])["runs"][0]["saved"]]
+    assert (
+        steps == [x["step"] for x in report.contents([folder], models=True)["runs"][0]["saved"]][1:]
+    )
+    (folder / "code.txt").unlink()
+    (folder / "code.txt").symlink_to(secret / "tokenizer.json")
+    with pytest.raises(ValueError, match=r"code.txt is a link to .*secret.tokenizer.json, outside"):
+        report.contents([folder])
+
+
+def test_the_page_says_what_of_a_record_cannot_be_read(server: tuple[str, Path]) -> None:
+    """A row that is half-written is named."""
+    address, folder = server
+    with open(folder / "rows.jsonl", "a") as file:
+        file.write('{"step": 3, "lo')
+    assert json.loads(get(address + "/data"))["runs"][0]["notes"] == [
+        "rows.jsonl line 4 is cut short and left out"
+    ]
+
+
+def test_rollouts_show_their_prompts(run: Path) -> None:
+    made = specimens.specimens(record.read_run(run), tokens=10_000)
+    tokenizer = AutoTokenizer.from_pretrained(run / "final")
+    file = run / "batches" / "step_000001.prompts.json"
+    texts = json.loads(file.read_text())
+    assert len(texts) == len(load(run / "batches" / "step_000001.safetensors"))
+    for roll in made["rollouts"]:
+        if roll["step"] == 1:
+            assert roll["asked"] == texts[roll["row"]]
+            assert tokenizer.eos_token in roll["asked"] or "user" in roll["asked"]

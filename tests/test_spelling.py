@@ -7,6 +7,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from opd import spelling
+from opd.record import read_run
+from opd.specimens import tokenizer_places
 from opd.spelling import told
 
 TEXT = "Grüße, 漢字 🙂🙂 a\n\tb"
@@ -82,14 +84,19 @@ def test_a_run_finds_its_tokenizer(bytewise: tuple[Tokenizer, Path], tmp_path: P
     _, folder = bytewise
     run = tmp_path / "runs" / "one"
     run.mkdir(parents=True)
-    assert spelling.read_run_spelling(run) == spelling.Spelling()
+    (run / "rows.jsonl").touch()
+
+    def found_by(run: Path) -> spelling.Spelling:
+        return spelling.read_run_spelling(tokenizer_places(read_run(run, models=True)))
+
+    assert found_by(run) == spelling.Spelling()
     (tmp_path / "pair").mkdir()
-    (run / "config.json").write_text(json.dumps({"student": "pair"}))
-    assert spelling.read_run_spelling(run).pieces == {}
+    (run / "config.json").write_text(json.dumps({"student": "pair", "teacher": "pair"}))
+    assert found_by(run).pieces == {}
     (folder / "tokenizer.json").rename(tmp_path / "pair" / "tokenizer.json")
-    found = spelling.read_run_spelling(run)
+    found = found_by(run)
     assert found.pieces[256] == b"Gr"
     (run / "final").mkdir()
     other = {"model": {"vocab": {"x": 0}}}
     (run / "final" / "tokenizer.json").write_text(json.dumps(other))
-    assert spelling.read_run_spelling(run).pieces == {0: b"x"}
+    assert found_by(run).pieces == {0: b"x"}

@@ -23,7 +23,7 @@ function card(run) {
     make("div", { class: "head" }, make("h3", { textContent: run.name }), make("span", { class: "pill", textContent: verdict })),
     small([steps, ...about.filter(Boolean)].join(" · ")),
     make("dl", { class: "tiles" }, run.verdict.changes.map(changeTile)),
-    on.map(alarmItem), past(alarms.filter((alarm) => !alarm.on)), unwatched(run));
+    on.map(alarmItem), past(alarms.filter((alarm) => !alarm.on)), unwatched(run), run.notes.map(small));
 }
 const past = (alarms) => !alarms.length ? null : make("details", { class: "small past" }, make("summary", { textContent: `${plural(alarms.length, "alarm")} over` }), alarms.map(alarmItem));
 
