@@ -146,6 +146,7 @@ class Prefix(_Rows):
     teacher_rank: Tensor  # 1 + number of ids that q prefers to y (float, exact integer)
     square_ratio: Tensor | None = None  # sum p^2 l; None in batches saved before it was kept
     square_ratio_square: Tensor | None = None  # sum p^2 l^2; the same
+    forward_kl: Tensor | None = None  # sum q (log q - log p); the same
     student_end: Tensor | None = None  # log of p's mass on the student's end ids; None if unknown
     teacher_end: Tensor | None = None  # log of q's mass on the teacher's own end ids; the same
     ending: Tensor | None = None  # 1 where y is one of the student's end ids; None if unknown

@@ -17,6 +17,7 @@ from diagnostics.blame import (
     token_table,
 )
 from diagnostics.collapse import length, length_incentive, length_quantiles, reward
+from diagnostics.consistency import support_consistency
 from diagnostics.control import own_prefix_gap
 from diagnostics.diversity import branching, distinct, second_try
 from diagnostics.drift import (
@@ -127,6 +128,7 @@ CATALOGUE: tuple[Entry, ...] = (
     Entry(gradient_noise, "L2"),
     Entry(baseline_noise, "L2"),
     Entry(martingales, "L2", "sampled", version=2),
+    Entry(support_consistency, "L1", "sampled"),
     Entry(sampler_ratio, "L0", "sampled", version=2),
     Entry(sampler_weights, "L0", "sampled", version=2, wide=True),
     Entry(staleness, "L0", "sampled", wide=True),
@@ -204,6 +206,7 @@ CODES: tuple[tuple[str, str], ...] = (
     ("F-2 sampler and learner", "validity.sampler_ratio, validity.sampler_weights"),
     ("F-3 staleness", "validity.staleness"),
     ("F-4 teacher's determinism", "validity.rescoring"),
+    ("F-5 support and sampled tokens", "consistency.support_consistency"),
 )
 """Every quantity that the codes in the descriptions stand for, and what measures it."""
 

@@ -18,10 +18,10 @@ def functionals(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor) -> d
     With p = exp student_logp, q = exp teacher_logp, l = log p - log q and y the sampled token:
     reverse_kl = sum p l, ratio_square = sum p l^2, entropies -sum p log p and -sum q log q,
     surprise_square = sum p (log p)^2, collision = sum p^2, square_ratio = sum p^2 l,
-    square_ratio_square = sum p^2 l^2, overrated = sum p 1[p > q], teacher_max = max q,
-    teacher_rank = 1 + #{v: q(v) > q(y)}. An id with p = 0 contributes 0 to every sum over p, one
-    with q = 0 to the teacher's entropy; p > 0 = q makes the divergence infinite, as it is.
-    Nothing here is differentiable.
+    square_ratio_square = sum p^2 l^2, forward_kl = -sum q l, overrated = sum p 1[p > q],
+    teacher_max = max q, teacher_rank = 1 + #{v: q(v) > q(y)}. An id with p = 0 contributes 0 to
+    every sum over p, one with q = 0 to the teacher's entropy; p > 0 = q makes the divergence
+    infinite, as it is. forward_kl ends at 1e30. Nothing here is differentiable.
 
     Args:
       student_logp, teacher_logp: (..., V) normalised.
@@ -45,8 +45,10 @@ def _block(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor) -> dict[s
     theirs = teacher_logp.to(ours.dtype).clamp(min=lowest)
     sampled = theirs.gather(-1, tokens[:, None])
     q, p = theirs.exp(), ours.exp()
+    teacher_entropy = -q.mul(theirs).sum(-1)
     found = {
-        "teacher_entropy": -q.mul(theirs).sum(-1),
+        "teacher_entropy": teacher_entropy,
+        "forward_kl": (-q.mul(ours).sum(-1) - teacher_entropy).clamp(max=1e30),
         "teacher_max": q.amax(-1),
         "teacher_rank": 1 + torch.sub(theirs, sampled, out=q).sign_().clamp_(min=0).sum(-1),
     }

@@ -217,6 +217,12 @@ class Config:
     """Steps between checkpoints; a killed run repeats at most this many."""
     batch_every: int = 50
     """Steps between saved batches (batches/*.safetensors)."""
+    start_checks: bool = True
+    """Before the first step, ask both models and the data what `opd doctor` can ask cheaply, and
+    refuse to train on what is wrong (opd.start_checks)."""
+    rescore_every: int = 50
+    """Steps between checks that score a few responses again, alone and without padding, and in the
+    first three steps; 0 for none."""
 
     # --- machine --------------------------------------------------------------------------------
     micro_tokens: int = 16384
@@ -260,7 +266,7 @@ _NAMES_BY_RANGE = {
     "updates rows_at_once max_turns teacher_requests rollout_requests eval_problems eval_samples "
     "micro_tokens chunk_elements",
     "not negative": "steps warmup eval_every save_every batch_every weight_decay lora_rank history "
-    "ahead probe_every eval_temperature outcome seed",
+    "ahead probe_every rescore_every eval_temperature outcome seed",
     "positive": "lr clip temperature lora_alpha teacher_patience rollout_patience ratio_clip "
     "weight ppo_clip.1",
     "in [0, 1]": "gamma ema_decay beta",

@@ -94,11 +94,13 @@ def examine(
     Items that need a sample are left out, and one finding says why, where none can be drawn.
     """
     from opd import pair_checks, sample_checks
+    from opd.config import Config
     from opd.data import encode, load_task
     from opd.games import is_games, load_games
     from opd.pair_checks import Finding, read_side
     from opd.problems import Problem
     from opd.sources import DEFAULT_COLUMNS, question
+    from opd.start_checks import examined
 
     for name, value in (("prompts", prompts), ("group", group), ("max_response", max_response)):
         if value < 1:
@@ -125,6 +127,8 @@ def examine(
     try:
         if length < 1:
             raise InvalidInput("the prompts leave no position for a response")
+        config = Config(student=student, teacher=teacher, out="doctor", dtype=dtype)  # type: ignore[arg-type]
+        found += examined([config], [sample_checks.make_pair(*sides)], sides[1].tokenizer)
         evidence = sample_checks.gather(
             *sides, problems, group=group, max_response=length, seed=seed
         )

@@ -1,7 +1,7 @@
 """What the steps of a run share, and what one of them rolled out."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -26,7 +26,7 @@ class Run:
 
     The tasks of a run have one student, optimizer, engine and what it samples ahead between them.
     name, place, weight: of the task among several; its loss counts by weight where they share a
-    step.
+    step. frozen: some weights of the teacher and their numbers as they were, if it must not move.
     """
 
     config: Config
@@ -42,6 +42,7 @@ class Run:
     name: str = ""
     place: int = 0
     weight: float = 1.0
+    frozen: tuple[list[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,7 +51,8 @@ class Part:
 
     scored: with the mask of the loss; teacher_hidden (N, D'): the teacher's states at all N sampled
     tokens, for objectives on the whole vocabulary; played: what became of episodes, nothing where
-    prompts are answered once.
+    prompts are answered once; checks: what the rows say of the run's health (opd.step_checks,
+    opd.rescoring).
     """
 
     run: Run
@@ -58,3 +60,4 @@ class Part:
     scored: Scored
     teacher_hidden: Tensor | None
     played: Mapping[str, Total]
+    checks: Mapping[str, Tensor] = field(default_factory=dict)

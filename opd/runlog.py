@@ -26,6 +26,7 @@ FREE_TO_CHANGE = (
     *("micro_tokens", "chunk_elements", "rows_at_once", "checkpointing", "offload_teacher"),
     *("teacher_patience", "teacher_requests", "rollout_patience", "rollout_requests"),
     *("rollout_servers", "weights_folder", "sharding", "trust_remote_code"),
+    *("start_checks", "rescore_every"),
 )
 """Settings that say how far, how often, where or what is allowed, and not what is computed."""
 EARLIER = "earlier"

@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from opd.games import Games
 from opd.objectives import Objective
 from opd.probing import probe
 from opd.problems import Problem
+from opd.rescoring import is_due, rescored
 from opd.roles import awake
 from opd.rollout import Share
 from opd.run import Part, Run
@@ -41,9 +43,11 @@ from opd.scoring import score, score_support, score_told
 from opd.seeds import PROBE, ROLLOUT, derive
 from opd.sharding import whole
 from opd.special import audit, masked
+from opd.step_checks import grader_numbers, prompt_numbers, sampler_numbers
 from opd.told import asked
 from opd.unread_answers import READABLE
 from opd.update import probed_loss, update
+from opd.update_checks import changed_share
 
 
 def one_step(chosen: Sequence[tuple[Run, int]], step: int) -> Row:
@@ -86,12 +90,14 @@ def scored_parts(
             scored, hidden = scored_by_both(one, nth, prompts, rollouts)
             if any(other.pair.remote is not None for other, _ in chosen):
                 scored = replace(scored, prefix=None)  # what one of a shared step cannot tell
+            checks = checked(one, nth, prompts, scored)
             part = Part(
                 run=one,
                 prompts=prompts,
                 scored=masked(scored, one.masks),
                 teacher_hidden=hidden,
                 played=played,
+                checks=checks,
             )
             if due(nth, one.config.probe_every):
                 one.ahead.settle()  # tokenizers serve one thread at a time
@@ -99,6 +105,47 @@ def scored_parts(
                 probed |= headed(one, found) if len(chosen) > 1 else found
         parts.append(part)
     return parts, probed
+
+
+def checked(run: Run, nth: int, prompts: Prompts, scored: Scored) -> dict[str, Tensor]:
+    """Numbers that say whether prompts, grader, sampler and scores are what they should be."""
+    config, tokenizer = run.config, run.pair.tokenizer
+    columns = prompt_numbers(config, prompts, tokenizer.bos_token_id)
+    if student_measured(run, nth, scored):
+        columns |= sampler_numbers(config, scored)
+    if not isinstance(run.task, Games):
+        columns |= grader_numbers(prompts.answers, scored.reward, partial(grade_texts, run))
+    if is_due(nth, config.rescore_every):
+        run.ahead.settle()  # a server of a teacher is asked by one thread at a time
+        found = rescored(config, run.pair, prompts, scored)
+        columns |= {name: scored.student_logp.new_tensor(x).double() for name, x in found.items()}
+    if run.frozen is not None:
+        columns["validity/teacher_moved"] = changed_share(run.frozen).to(scored.tokens.device)
+    return columns
+
+
+def grade_texts(run: Run, texts: list[str], answer: str) -> list[float]:
+    """Rewards of texts as responses to one problem, graded in the way of a step's responses."""
+    assert not isinstance(run.task, Games)
+    tokenizer = run.pair.tokenizer
+    ids = [tokenizer.encode(text, add_special_tokens=False) + run.pair.eos[:1] for text in texts]
+    tokens = torch.zeros(len(ids), max(map(len, ids)), dtype=torch.long)
+    mask = torch.zeros(tokens.shape, dtype=torch.bool)
+    for row, some in enumerate(ids):
+        tokens[row, : len(some)] = torch.tensor(some)
+        mask[row, : len(some)] = True
+    problems = [Problem(prompt="", answer=answer)] * len(texts)
+    graded = verdicts(tokenizer, tokens, mask, problems, run.task.grade, run.pair.eos)
+    return [verdict.reward for verdict in graded]
+
+
+def largest(parts: Sequence[Part]) -> dict[str, Tensor]:
+    """The checks of all tasks that share the step, of each the largest."""
+    columns: dict[str, Tensor] = {}
+    for part in parts:
+        for name, value in part.checks.items():
+            columns[name] = torch.maximum(columns[name], value) if name in columns else value
+    return columns
 
 
 def save_batch(parts: Sequence[Part], path: Path) -> None:
@@ -130,7 +177,8 @@ def recorded(parts: list[Part], step: int, numbers: dict[str, Tensor | float]) -
         if part.run.masks:
             found = read(processes.added(audit(part.scored, part.run.masks)))
             removed |= headed(part.run, found) if len(parts) > 1 else found
-    row |= run.monitor(step, [part.scored for part in parts], **numbers, **removed)
+    known = {**numbers, **removed, **largest(parts)}
+    row |= run.monitor(step, [part.scored for part in parts], **known)
     for part in parts:
         found = read(processes.added(part.played)) if part.played else {}
         row |= headed(part.run, found) if len(parts) > 1 else found
@@ -202,14 +250,20 @@ def scored_by_both(
     """
     config, remote = run.config, run.pair.remote
     told = None if remote is None else asked(remote, prompts, rollouts, config.support_k)
-    measured = due(nth, config.exact_every) or due(nth, config.probe_every)
-    if not measured and spared(run, rollouts):
+    if not student_measured(run, nth, rollouts):
         return score_support(run.pair, prompts, rollouts, told=told, **scoring(config)), None
     if told is None:
         return exact(run, prompts, rollouts)
     sizes = {"micro_tokens": config.micro_tokens, "chunk_elements": config.chunk_elements}
     source = source_of(run.objective)
     return score_told(run.pair, prompts, rollouts, told, source=source, **sizes), None
+
+
+def student_measured(run: Run, nth: int, rollouts: Rollouts) -> bool:
+    """Whether the student scores the step itself, and is not taken from its sampler."""
+    config = run.config
+    due_now = due(nth, config.exact_every) or due(nth, config.probe_every)
+    return due_now or not spared(run, rollouts)
 
 
 def exact(run: Run, prompts: Prompts, rollouts: Rollouts) -> tuple[Scored, Tensor | None]:

@@ -47,10 +47,12 @@ from opd.settings_check import objective_problems, unused_settings
 from opd.sharding import plain, whole
 from opd.sources import Columns
 from opd.special import resolve
+from opd.start_checks import check_start
 from opd.step import draw, due, one_step
 from opd.tasks import settings_of, shares, turns
 from opd.told import check_tellable, keep_probes
 from opd.unread_answers import unread_evaluation, unread_steps
+from opd.update_checks import frozen_teacher
 
 
 def train(config: Config, anew: bool = False) -> Path:
@@ -88,8 +90,11 @@ def train(config: Config, anew: bool = False) -> Path:
         if start.finished:
             print(f"{folder} is finished after {start.step} steps", file=sys.stderr)
             return folder
-        pairs = make_pairs([replace(own, device=device) for own in settings_of(config)])
-        refuse_same_weights(settings_of(config), pairs)
+        settings = [replace(own, device=device) for own in settings_of(config)]
+        pairs = make_pairs(settings)
+        refuse_same_weights(settings, pairs)
+        if config.start_checks:
+            check_start(settings, pairs)
         first, saved = start.step, Path(start.checkpoint) if start.checkpoint else None
         if saved is not None:
             checkpoint.load(saved, pairs[0], config.teacher == "ema")
@@ -165,6 +170,7 @@ def make_runs(
             name=name,
             place=i,
             weight=config.tasks[i].weight if mixed else 1.0,
+            frozen=frozen_teacher(own, pair),
         )
         runs.append(run)
     return runs

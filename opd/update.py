@@ -14,6 +14,7 @@ from diagnostics.errors import InvalidInput
 from diagnostics.ranks import among
 from opd import processes
 from opd.data import Prompts
+from opd.expected_loss import credit_of, expected_loss, loss_numbers, ratio_of
 from opd.loss import loss_from_hidden
 from opd.model import micro_batches, response_hidden
 from opd.objectives import DENOMINATORS
@@ -23,6 +24,7 @@ from opd.roles import awake, follow, recomputing
 from opd.run import Part, Run
 from opd.selection import most_uncertain
 from opd.sharding import whole
+from opd.update_checks import after_step, before_step, kept_gradients, leftover, lost_share
 
 
 def update(parts: Sequence[Part], step: int) -> dict[str, Tensor | float]:
@@ -39,13 +41,22 @@ def update(parts: Sequence[Part], step: int) -> dict[str, Tensor | float]:
     weights = [part.run.weight / sum(part.run.weight for part in parts) for part in parts]
     ready = [shared_out(part) for part in parts]
     losses, norms, skipped = [], [], 0
+    checks: dict[str, Tensor | float] = {}
     for u in range(config.updates):
         optimizer.zero_grad()
-        loss = torch.zeros((), device=run.pair.student.device)
+        left = leftover(optimizer)
+        loss, gradients = torch.zeros((), device=run.pair.student.device), None
         for part, weight, work in zip(parts, weights, ready, strict=True):
-            loss = loss + backward(part, work[u], weight)
+            some, first = backward(part, work[u], weight)
+            loss, gradients = loss + some, gradients or first
+        lost = lost_share(gradients or [])
         optimizer.gather()
+        before = before_step(optimizer) if u == 0 else None
         norm, taken = optimizer.step(rate, config.clip)
+        if before is not None:
+            checks |= after_step(optimizer, before, taken)
+            checks |= {"update/leftover_gradient": left, "update/lost_gradient": lost}
+            checks |= loss_columns(parts, weights, ready, processes.summed(loss.clone()))
         if taken and config.teacher == "ema":
             with whole(run.pair.student):
                 follow(run.pair.teacher, run.pair.student, config.ema_decay)
@@ -53,7 +64,7 @@ def update(parts: Sequence[Part], step: int) -> dict[str, Tensor | float]:
         norms.append(norm)
         skipped += not taken
     means = {"loss": torch.stack(losses).mean(), "grad_norm": torch.stack(norms).mean()}
-    return {**means, "lr": rate, "skipped": float(skipped)}
+    return {**means, **checks, "lr": rate, "skipped": float(skipped)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +72,9 @@ class Work:
     """What an update does with a part: rows, and for all rows of the part what the loss needs.
 
     kept: the tokens that the loss is taken over; credit, ratio (B, T): of every token; denominator
-    (B,): of every response, right on `rows` alone.
+    (B,): of every response, right on `rows` alone. counted: the rows of the update of all
+    processes; places: of `rows` among them; expected_credit, expected_ratio (B, T): by the
+    settings, not by the run's objective.
     """
 
     rows: list[int]
@@ -69,11 +82,44 @@ class Work:
     credit: Tensor
     ratio: Tensor
     denominator: Tensor
+    counted: Scored
+    places: list[int]
+    expected_credit: Tensor
+    expected_ratio: Tensor
 
     @property
     def weight(self) -> Tensor:
         """(B, T) of a token's loss."""
         return self.ratio / self.denominator[:, None]
+
+
+def loss_columns(
+    parts: Sequence[Part], weights: Sequence[float], ready: Sequence[list[Work]], loss: Tensor
+) -> dict[str, Tensor]:
+    """The first update's loss against what the scored batches say it is (opd.expected_loss).
+
+    weights: of the parts; loss: of all processes.
+    """
+    vectors = []
+    for part, weight, work in zip(parts, weights, ready, strict=True):
+        first = work[0]
+        groups = [rows for rows, counts in in_step(part.run, part.prompts, first) if counts]
+        vector = expected_loss(
+            part.run.config,
+            first.kept,
+            first.expected_credit,
+            first.expected_ratio,
+            rows=first.rows,
+            micro_batches=groups,
+            counted=first.counted,
+            places=first.places,
+        )
+        if vector is None:
+            return {}
+        scale = torch.full_like(vector, weight)
+        scale[-2] = weight**2  # a variance
+        vectors.append(vector * scale)
+    return loss_numbers(loss, processes.summed(torch.stack(vectors).sum(0)))
 
 
 def shared_out(part: Part) -> list[Work]:
@@ -83,6 +129,7 @@ def shared_out(part: Part) -> list[Work]:
     batch, mine = (part.scored, slice(None)) if alone else among(part.scored)
     here = (mine, slice(part.scored.mask.shape[1]))
     credit, ratio = objective.credit(batch)[here], objective.ratio(batch)[here]
+    expected_credit, expected_ratio = credit_of(config, batch)[here], ratio_of(config, batch)[here]
     kept = part.scored
     if config.keep_uncertain < 1:
         chosen = most_uncertain(batch, config.keep_uncertain)
@@ -91,10 +138,23 @@ def shared_out(part: Part) -> list[Work]:
     found, place = [], torch.arange(len(batch))[mine].tolist()
     for rows in shares(batch.prompt.tolist(), config.updates):
         below = batch.student_logp.new_ones(len(batch))
-        below[rows] = DENOMINATORS[config.denominator](counted.rows(rows))
-        chosen_rows = set(rows)
-        own = [i for i, row in enumerate(place) if row in chosen_rows]
-        found.append(Work(own, kept, credit, ratio, below[mine]))
+        some = counted.rows(rows)
+        below[rows] = DENOMINATORS[config.denominator](some)
+        position = {row: i for i, row in enumerate(rows)}
+        own = [i for i, row in enumerate(place) if row in position]
+        found.append(
+            Work(
+                rows=own,
+                kept=kept,
+                credit=credit,
+                ratio=ratio,
+                denominator=below[mine],
+                counted=some,
+                places=[position[place[i]] for i in own],
+                expected_credit=expected_credit,
+                expected_ratio=expected_ratio,
+            )
+        )
     return found
 
 
@@ -126,10 +186,15 @@ def probed_loss(part: Part) -> TrainedLoss:
     )
 
 
-def backward(part: Part, work: Work, share: float) -> Tensor:
-    """Add the gradient of `share` times the loss of these rows; returns that loss, detached."""
+def backward(
+    part: Part, work: Work, share: float
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]] | None]:
+    """Add the gradient of `share` times the loss of these rows.
+
+    Returns that loss, detached, and some gradients as they were after the first micro-batch.
+    """
     run, config, slot = part.run, part.run.config, slots(part.scored.sampled)
-    loss = torch.zeros((), device=part.scored.tokens.device)
+    loss, first = torch.zeros((), device=part.scored.tokens.device), None
     asleep = config.offload_teacher and run.objective.support == "full"
     with awake(run.pair.teacher, run.pair.student.device, asleep):
         for some, counts in in_step(run, part.prompts, work):
@@ -151,7 +216,8 @@ def backward(part: Part, work: Work, share: float) -> Tensor:
                 )
                 partial.backward()
             loss = loss + partial.detach()
-    return loss
+            first = first or kept_gradients(run.optimizer)
+    return loss, first
 
 
 def in_step(run: Run, prompts: Prompts, work: Work) -> list[tuple[list[int], float]]:

@@ -39,6 +39,9 @@ def by_loop(p: list[float], q: list[float], y: int) -> dict[str, float]:
         "teacher_rank": 1.0 + sum(b > q[y] for b in q),
         "square_ratio": sum(x * x * (a - b) for x, a, b in live),
         "square_ratio_square": sum((x * (a - b)) ** 2 for x, a, b in live),
+        "forward_kl": min(
+            1e30, sum(math.exp(b) * (b - a) for a, b in zip(p, q, strict=True) if math.exp(b) > 0)
+        ),
     }
 
 

@@ -97,12 +97,13 @@ def test_a_restart_in_the_middle_changes_nothing(
 def test_a_run_whose_server_stays_away_stops_whole_and_resumes(
     tiny_pair: tuple[Path, Path], teacher: Teacher, tmp_path: Path
 ) -> None:
+    how = SHORT | {"rescore_every": 0}  # every step asks as often as the others
     with serving(teacher) as url:
-        whole = train(served(tiny_pair, tmp_path / "whole", url, **SHORT))
+        whole = train(served(tiny_pair, tmp_path / "whole", url, **how))
         each = (len(teacher.asked) - 3) // 4
         # two steps and a part of the third
         teacher.faults = [lambda body: (200, {}, body)] * (3 + 2 * each + 1) + [dropped] * 1000
-        cut = served(tiny_pair, tmp_path / "cut", url, teacher_patience=5.0, **SHORT)
+        cut = served(tiny_pair, tmp_path / "cut", url, teacher_patience=5.0, **how)
         with pytest.raises(RuntimeError, match="goes on from the last checkpoint"):
             train(cut)
         assert [row["step"] for row in rows(tmp_path / "cut")] == [0, 1]

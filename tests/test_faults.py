@@ -1,0 +1,142 @@
+"""Every silent fault in a real run of a tiny pair: refused, or named within five steps."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.faults import make_models, outcome, run_settings
+from benchmarks.injected import Fault
+from benchmarks.silent import SILENT_FAULTS
+from diagnostics import rows
+from diagnostics.alarms import replay
+
+REFUSED = {
+    "teacher scores with dropout": "teacher mode: 2 modules are in training mode",
+    "student and teacher share a head": "1 of the teacher's tensors are the student's own",
+    "student and teacher exchanged": "student weights: .* are not those of the files",
+    "teacher in bfloat16": "teacher mode: 100% of the weights are in another precision",
+    "teacher rounded to bfloat16": "not those of the files, rounded to fewer digits",
+    "tokenizer not as in its file": "as loaded and .* by tokenizer.json",
+    "teacher ignores the mask": "teacher forward pass: ids that the attention mask hides",
+}
+"""Fault to what the refusal says."""
+ALARMS = {
+    "teacher drops out, from step 1": ("teacher_dropout", 2),
+    "student drops out, from step 1": ("student_dropout", 2),
+    "sampler's head not synced": ("sampler_unsynced", 3),
+    "one prompt fills the data": ("repeated_prompts", 2),
+    "grader constant at 1": ("grader_constant", 5),
+    "grader constant at 0": ("grader_constant", 5),
+    "rewards are NaN": ("reward_missing", 1),
+    "learning rate 0": ("learning_rate_zero", 2),
+    "clip at 0": ("weights_stuck", 2),
+    "optimizer step not taken": ("weights_stuck", 2),
+    "bfloat16 without masters": ("weights_stuck", 2),
+    "weights not published": ("weights_unpublished", 1),
+    "decoder detached": ("gradient_partial", 2),
+    "gradient not zeroed": ("gradient_leftover", 2),
+    "gradient not accumulated": ("gradient_lost", 1),
+    "teacher moves": ("teacher_moved", 2),
+    "mean of micro-batch means": ("loss_denominator", 2),
+    "loss twice as large": ("loss_value", 2),
+    "forward KL for reverse": ("loss_direction", 2),
+    "reverse KL for forward": ("loss_direction", 2),
+    "k3 for k2": ("loss_value", 2),
+    "top-K ids a position late": ("support_ids", 2),
+    "top-K ids a rank late": ("support_ids", 2),
+    "support renormalised twice": ("support_values", 2),
+    "support's mass a fifth": ("support_values", 2),
+    "support's mass above 1": ("support_mass", 1),
+    "two BOS": ("doubled_bos", 1),
+    "teacher's positions not shifted": ("teacher_padding", 2),
+    "teacher in bfloat16, unchecked start": ("teacher_precision", 1),
+    "teacher ignores the mask, unchecked start": ("teacher_mask", 2),
+    "teacher's scores of the step before": ("teacher_rescored", 2),
+    "teacher's scores of another row": ("teacher_exchanged", 1),
+    "scored at another temperature": ("teacher_rescored", 1),
+}
+"""Fault to the rule that names it, and how many steps it takes."""
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]:
+    folder = tmp_path_factory.mktemp("pairs")
+    kinds = {fault.architecture for fault in SILENT_FAULTS.values()}
+    return {kind: make_models(folder / kind, architecture=kind) for kind in sorted(kinds)}
+
+
+def test_every_fault_is_expected_to_be_caught() -> None:
+    assert REFUSED.keys() | ALARMS.keys() == SILENT_FAULTS.keys()
+    assert all(steps <= 5 for _, steps in ALARMS.values())
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_fault_is_refused_before_training(pairs, tmp_path: Path, name: str) -> None:
+    fault = SILENT_FAULTS[name]
+    found = outcome(pairs[fault.architecture], tmp_path / "run", 1, fault)
+    assert re.search(REFUSED[name], found["refused"]), found
+    assert "start_checks off" in found["refused"]
+    assert rows.read(tmp_path / "run" / "rows.jsonl") == []
+
+
+@pytest.mark.parametrize("name", ALARMS)
+def test_a_fault_is_named(pairs, tmp_path: Path, name: str) -> None:
+    fault, (rule, steps) = SILENT_FAULTS[name], ALARMS[name]
+    found = outcome(pairs[fault.architecture], tmp_path / "run", steps, fault)
+    assert not found["refused"]
+    assert found["alarms"].get(rule) == steps - 1, found
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"micro_tokens": 256, "objective": "teacher_topk", "mask": ("role:eos",), "top_p": 0.9},
+        {"dtype": "bfloat16", "denominator": "group_mean", "rescore_every": 1},
+        {"lora_rank": 2, "updates": 2, "objective": "sampled_token_clipped", "temperature": 0.9},
+    ],
+    ids=["masked top-p", "bfloat16", "adapters"],
+)
+def test_a_healthy_run_is_silent(pairs, tmp_path: Path, changes: dict[str, object]) -> None:
+    found = outcome(pairs["qwen2"], tmp_path / "run", 4, Fault(settings=changes))
+    assert found == {"refused": "", "alarms": {}}
+
+
+TWO = """
+import sys
+from opd import processes
+from opd.config import Config
+from opd.train import train
+settings = eval(sys.argv[1])
+if sys.argv[2] == "faulty":
+    processes.own = lambda count, updates=1: list(range(count // 2))
+with processes.joined("cpu"):
+    train(Config(**settings))
+"""
+
+
+def test_two_ranks_with_the_same_prompts_are_named(pairs, tmp_path: Path) -> None:
+    (tmp_path / "two.py").write_text(TWO)
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
+    found = {}
+    for kind in ("faulty", "healthy"):
+        settings = run_settings(pairs["qwen2"], tmp_path / kind, 0, 2)
+        done = subprocess.run(
+            [sys.executable, *launch, str(tmp_path / "two.py"), repr(settings), kind],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=150,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        record = rows.read(tmp_path / kind / "rows.jsonl")
+        found[kind] = {alarm.rule.name: alarm.step for alarm in replay(record)}
+        share = 0.5 if kind == "faulty" else 0.0
+        assert [row["data/prompts_on_several_ranks"] for row in record] == [share, share]
+        assert [row["data/repeated_prompts"] for row in record] == [0, 0]
+    assert found == {"faulty": {"prompts_on_several_ranks": 1}, "healthy": {}}
