@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from diagnostics.alarm_rules import table as alarm_table
 from diagnostics.anatomy import agreement, kl_anatomy
 from diagnostics.batch import Scored
 from diagnostics.blame import (
@@ -37,7 +38,9 @@ from diagnostics.ends import endings
 from diagnostics.groups import by, without
 from diagnostics.lists import nested_outside, overlap, tail_share, top_uncertainty
 from diagnostics.noise import baseline_noise, gradient_noise
+from diagnostics.probe import gradient_row
 from diagnostics.repetition import compression, repetition
+from diagnostics.row_columns import COLUMNS
 from diagnostics.supervision import (
     action_dependence,
     energy_concentration,
@@ -232,6 +235,23 @@ matters, take it from saved batches with `diagnostics.intervals.bootstrap_interv
 as the figures `gap` and `lorenz` do.
 """
 
+OTHER = """## Other columns of a row
+
+The rows of `opd train`, and of an observed TRL run, hold more than metrics of the batch. Of a step
+that several tasks share, columns of one task begin with `task=NAME/`.
+
+| columns | what they hold |
+|---|---|"""
+
+ALARMS = """## Alarms
+
+A rule speaks when what is tested leaves its healthy range by more than z of its standard errors,
+in as many of its last readings as "persistence" says. A column that a row lacks is no reading: a
+rule without readings is *not watched*, and the report says so. A run's card there is green only
+where an improvement is shown and no alarm is on, amber where nothing is shown, red where an alarm
+is on or a change for the worse is shown.
+"""
+
 
 def page() -> str:
     """The page in Markdown: a table of all metrics, then each one's description."""
@@ -258,6 +278,9 @@ def page() -> str:
     lines += ["## Of two batches", ""]
     for function in (rescoring, own_prefix_gap):
         lines += _section(function.__name__, function)
+    lines += [OTHER, *(f"| {names} | {text} |" for names, text in COLUMNS)]
+    lines += ["", *_section("gradient_row", gradient_row)]
+    lines += [ALARMS, alarm_table()]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -17,6 +17,8 @@ from diagnostics.alarms import Alarms
 from diagnostics.monitor import Monitor
 from diagnostics.sinks import to_file
 
+if len(sys.argv) != 3:
+    sys.exit("usage: python examples/attach_trl.py STUDENT TEACHER")
 trainer = DistillationTrainer(
     model=sys.argv[1],
     teacher_model=sys.argv[2],

@@ -115,9 +115,9 @@ def evaluation_options(argv: list[str]) -> dict[str, Any]:
     add(
         "--task",
         default="lab",
-        help='"lab", a .jsonl or .parquet file, hf:NAME[:CONFIG][:SPLIT], a set by name (math-500, '
-        "aime24, aime25, amc23, minerva, olympiad, gsm8k; NAME:PATH from a file), gym:TASK, or "
-        "games, env:NAME",
+        help='"lab", a .jsonl, .json or .parquet file, a folder, hf:NAME[:CONFIG][:SPLIT], a set '
+        "by name (math-500, aime24, aime25, amc23, minerva, olympiad, gsm8k; NAME:PATH from a "
+        "file), gym:TASK, or games, env:NAME",
     )
     add("--problems", type=int, default=256, help="at most so many of the task")
     add("--whole", action="store_true", help="all problems of the file, not the held-out tenth")

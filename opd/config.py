@@ -67,7 +67,7 @@ class Config:
 
     # --- data -----------------------------------------------------------------------------------
     task: str = "lab"
-    """Where prompts come from: "lab", a .jsonl or .parquet file, a dataset, hf:NAME:SPLIT
+    """Where prompts come from: "lab", a .jsonl, .json or .parquet file, a folder, hf:NAME:SPLIT
     (opd.sources), one by name, such as dapo-math, math-500, aime24, gsm8k:PATH or gym:TASK
     (opd.named), or games played in text: env:rooms, env:alfworld, env:MODULE:FUNCTION
     (opd.games)."""

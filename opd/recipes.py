@@ -189,9 +189,10 @@ RECIPES: dict[str, Callable[[], Config]] = {
 def parse(argv: list[str]) -> Config:
     """`RECIPE [--field value ...]`; `--show` prints the settings and ends."""
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: opd train RECIPE [--show] [--anew] [--field value ...]\n")
+        print("usage: opd train RECIPE [--show] [--anew] [--tasks FILE.toml] [--field value ...]\n")
         print("--show prints the settings; --anew begins at step 0 and moves what the run folder")
         print("holds to earlier/ in it; without it, a run goes on from its last checkpoint.")
+        print("--tasks names a file of several tasks, each with its own teacher (opd/tasks.py).")
         print("\nrecipes:")
         for name, recipe in RECIPES.items():
             print(f"  {name:11} {(recipe.__doc__ or '').splitlines()[0]}")

@@ -99,7 +99,10 @@ def refuse_other_settings(folder: Path, config: Config) -> None:
     path = folder / "config.json"
     if not recorded(folder):  # a run that never began, such as one whose task was not found
         return
-    remedy = "choose another --out, or add --anew, which moves the record to earlier/ and begins"
+    remedy = (
+        f"choose another --out, or add --anew, which moves the record to {folder / EARLIER} and "
+        "begins at step 0"
+    )
     if not path.exists():
         raise InvalidInput(f"{folder} has a record but no config.json; {remedy}")
     try:

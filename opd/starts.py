@@ -173,7 +173,7 @@ def messages(
     dropped: Path,
 ) -> list[str]:
     """What a user should know about this start, a line each."""
-    told = []
+    told = [f"{folder} goes on at step {start.step}"] if start.checkpoint else []
     for path, problem in start.damaged.items():
         told.append(
             f"{path} is damaged ({problem}) and was moved to {dropped}; the run goes on from "

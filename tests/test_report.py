@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from diagnostics.alarm_rules import RULES
 from diagnostics.alarms import replay
 from diagnostics.batch import Scored, load
 from diagnostics.dumps import save_dump
+from diagnostics.monitor import Monitor
+from diagnostics.row_columns import COLUMNS
 from diagnostics.terminal import visible
 from opd import record, report, sheet, specimens, spelling
 from opd.train import train
@@ -123,6 +126,19 @@ def test_the_page_stands_alone_and_holds_its_data_unharmed(run: Path) -> None:
     assert policy(report.page(data, watch=True)) == allowed | {"connect-src": "'self'"}
     assert not {"src", "href", "action", "style"} & (attributes(page) - {"href"})
     assert all(link.startswith("#") for link in links(page))
+
+
+def test_every_column_of_a_row_is_described(run: Path) -> None:
+    batch = load(run / "batches" / "step_000002.safetensors")
+    assert isinstance(batch, Scored)
+    panel = Monitor()(2, [batch])
+    patterns = [name for names, _ in COLUMNS for name in names.split(", ")]
+    row = rows.read(run / "rows.jsonl")[-1]
+    others = {name.removesuffix("_se") for name in row if name not in panel}
+    assert {"loss", "validity/loss_error", "grading/readable_share"} <= others
+    others |= {rule.metric for rule in RULES} - panel.keys()
+    for name in others:
+        assert any(fnmatch(name, pattern) for pattern in patterns), name
 
 
 def test_hostile_text_cannot_leave_its_place() -> None:

@@ -248,3 +248,33 @@ def test_a_run_that_has_only_begun_is_shown(browser: Any, run: Path, tmp_path: P
     page.locator("#f-run").select_option("1")
     assert page.locator("#list .row").count() > 0
     assert wrong == []
+
+
+def test_a_card_has_the_colour_of_what_its_run_has_shown(
+    browser: Any, run: Path, tmp_path: Path
+) -> None:
+    falling = [1.0 - 0.05 * i for i in range(12)]
+    histories = {"shrinks": falling, "stays": [1.0] * 12, "grows": falling[::-1]}
+    for name, costs in histories.items():
+        (tmp_path / name).mkdir()
+        shutil.copy(run / "config.json", tmp_path / name)
+        for step, cost in enumerate(costs):
+            rows.append(tmp_path / name / "rows.jsonl", {"step": step, "drift/k1": cost})
+    folders = [tmp_path / name for name in histories]
+    page, wrong = opened(browser, saved(report.contents(folders), tmp_path))
+    colours = {}
+    for i, name in enumerate(histories):
+        card = page.locator("#cards .card").nth(i)
+        border = card.evaluate("card => getComputedStyle(card).borderTopColor")
+        label = card.locator(".pill")
+        assert label.evaluate("label => getComputedStyle(label).color") == border
+        red, green, blue = map(int, re.findall(r"\d+", border)[:3])
+        colours[name] = (label.inner_text(), red, green, blue)
+    assert [text for text, *_ in colours.values()] == ["better", "nothing shown", "1 alarm on"]
+    _, red, green, blue = colours["shrinks"]
+    assert green > max(red, blue)
+    _, red, green, blue = colours["stays"]  # amber
+    assert 2 * blue < 0.6 * red < green < red
+    _, red, green, blue = colours["grows"]
+    assert red > 2 * max(green, blue)
+    assert wrong == []

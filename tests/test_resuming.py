@@ -303,7 +303,9 @@ def test_starts_record_code_and_versions_and_say_what_changed(
     assert first["commit"] == state.commit
     assert {"torch", "transformers"} <= first["libraries"].keys()
     again(tiny_pair, run, steps=5)
-    assert "instead of" not in capfd.readouterr().err
+    error = capfd.readouterr().err
+    assert f"{run} goes on at step 4\n" in error
+    assert "instead of" not in error
     changed = replace(state, source="0123456789abcdef", difference="+x = 1\n")
     honest = starts.package_version
     monkeypatch.setattr(starts, "code_state", lambda: changed)

@@ -27,7 +27,7 @@ function tokenSheet(run, i) {
   }
   if (run.sheet.special.length) block("Special tokens, last saved batch", table([["token"], ["id", 1], ["supervised", 1], ["|signal|", 1], ["mean cost", 1]],
     run.sheet.special.map((row) => [name(row.id), count(row.id), count(row.count), share(row.signal), plain(row.cost)]), "Special tokens"));
-  if (run.sheet.unread.length) blocks.push(make("div", { class: "panel" }, make("h3", { textContent: "Not read" }), small(`Outside the run folder, and named by its record alone: ${run.sheet.unread.join("; ")}. opd report --models reads their tokenizers, for runs of your own.`)));
+  if (run.sheet.unread.length) blocks.push(make("div", { class: "panel" }, make("h3", { textContent: "Not read" }), small(`The record names models outside the run folder, whose tokenizers were not read: ${run.sheet.unread.join("; ")}. For a run of your own, opd report with the option --models reads them.`)));
   if (!blocks.length) blocks.push(small("No saved batch and no tokenizer to speak of."));
   return data.runs.length > 1 ? make("details", { class: "sheet", open: i === 0 }, make("summary", {}, make("b", { textContent: run.name })), make("div", { class: "panels" }, blocks)) : make("div", { class: "panels" }, blocks);
 }

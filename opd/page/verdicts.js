@@ -25,7 +25,7 @@ function card(run) {
     make("dl", { class: "tiles" }, run.verdict.changes.map(changeTile)),
     on.map(alarmItem), past(alarms.filter((alarm) => !alarm.on)), unwatched(run), run.notes.map(small));
 }
-const past = (alarms) => !alarms.length ? null : make("details", { class: "small past" }, make("summary", { textContent: `${plural(alarms.length, "alarm")} over` }), alarms.map(alarmItem));
+const past = (alarms) => !alarms.length ? null : make("details", { class: "small past" }, make("summary", { textContent: `${plural(alarms.length, "alarm")}, no longer on` }), alarms.map(alarmItem));
 
 // A quantity before and after, the change with its 95 % interval, and what that shows.
 function changeTile(change) {
@@ -38,7 +38,7 @@ function changeTile(change) {
 function alarmItem(alarm) {
   const error = alarm.error ? ` ± ${show(alarm.error, 2)}` : "";
   return make("div", { class: alarm.on ? "alarm on" : "alarm" },
-    make("p", {}, make("b", { textContent: words(alarm.rule) }), ` ${alarm.task ? `in ${alarm.task} ` : ""}since step ${alarm.step}${alarm.on ? "" : ", over now"}: ${alarm.means}.`),
+    make("p", {}, make("b", { textContent: words(alarm.rule) }), ` ${alarm.task ? `in ${alarm.task} ` : ""}since step ${alarm.step}${alarm.on ? "" : ", no longer on"}: ${alarm.means}.`),
     make("p", {}, make("b", { class: "do", textContent: "Do: " }), `${alarm.remedy}.`),
     make("p", { class: "small" }, `${alarm.tested} was ${show(alarm.value)}${error}; healthy: ${alarm.range}. `,
       make("button", { type: "button", class: "link", textContent: "curve", "aria-label": `Show the curve of ${alarm.metric}`, onclick: () => showColumn(alarm.metric) })));
