@@ -65,7 +65,7 @@ COLUMNS: tuple[tuple[str, str], ...] = (
     (
         "gradient/*",
         "of a step with a gradient probe (`--probe-every`), see `gradient_row` below; of layers "
-        "below the head (`--probe-blocks`) with the layer in the name",
+        "below the head (`--probe-blocks`) as gradient/blocks/PATTERN/*",
     ),
     (
         "trl/*",

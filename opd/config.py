@@ -244,7 +244,8 @@ class Config:
     """Keep the teacher in host memory except while it scores."""
     teacher_weights: Literal["saved", "int8", "nf4"] = "saved"
     """Of teachers in this process: as they were saved, or layers quantised while they load to 8 or
-    4 bits a weight, by bitsandbytes; head and embeddings never are."""
+    4 bits a weight, by bitsandbytes; head and embeddings never are. On a CPU nf4 wants layers whose
+    inputs are multiples of 64."""
     teacher_patience: float = 900.0
     """Of a teacher on a server: seconds to wait while it does not answer; then the run stops, and
     the same command resumes it."""
