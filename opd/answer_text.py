@@ -10,11 +10,17 @@ from opd.exact_numbers import LONGEST, Number, TooLarge, read_number
 BOX = re.compile(r"\\boxed\s*\{|[{}]")
 ANSWER = re.compile(r"\banswer\s{0,3}[*_]{0,3}\s{0,3}[:：]", re.I)
 EXPONENT = r"\s?(?:\^|\*\*)\s?(?:\{\s?[-+−]?[0-9]++\s?\}|[-+−]?[0-9]++)"
-PART = r"\{[-+−0-9., ]{1,60}\}"
+PART = r"(?:\{[-+−0-9., ]{1,60}\}|[0-9])"
+FRACTION = rf"\\[dtc]?frac\s?{PART}\s?{PART}"
+VULGAR = "[¼-¾⅐-⅞]"
+GROUPED = r"[0-9]{1,3}(?:(?:\\,|\{,\}|[ \u00a0\u202f])[0-9]{3})++(?!,?[0-9])"
+"""Thousands apart by a space or by LaTeX."""
+MIXED = rf"[0-9]{{1,6}}+(?: ?(?P<part>{FRACTION}|{VULGAR})| (?P<ratio>[0-9]{{1,6}}+/[0-9]++))"
 NUMBER = re.compile(
-    rf"(?:(?<![0-9A-Za-z)}}\]])[-−])?"
-    rf"(?:\\[dtc]?frac\s?{PART}\s?{PART}"
-    r"|(?:[0-9]++(?:,[0-9]++)*+(?:\.[0-9]++)?|\.[0-9]++)(?:[eE][-+]?[0-9]++)?(?:/[0-9]++)?"
+    r"(?:(?<![0-9A-Za-z)}\]])[-−])?"
+    rf"(?:{FRACTION}|{VULGAR}|(?<![0-9.,/])(?:{MIXED})"
+    rf"|(?:(?<![0-9.,]){GROUPED}|[0-9]++(?:,[0-9]++)*+|(?=\.[0-9]))(?:\.[0-9]++)?"
+    r"(?:[eE][-+]?[0-9]++)?(?:/[0-9]++)?"
     rf"(?:{EXPONENT}|\s{{0,2}}(?:\\times|\\cdot|×|·|\*)\s{{0,2}}10{EXPONENT})?)"
     r"(?:\s?\\?%)?"
 )
@@ -73,9 +79,13 @@ def last_number(text: str) -> Number | None:
     if last is None:
         return None
     try:
-        return read_number(without_list(last[0]))
+        number = read_number(without_list(last[0]))
+        fraction = last["part"] or last["ratio"]
+        if number is None and fraction:  # 12 7/3 is no mixed number
+            number = read_number(fraction)
     except TooLarge:
         return None
+    return number
 
 
 def without_list(number: str) -> str:

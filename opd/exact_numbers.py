@@ -27,8 +27,13 @@ TOKEN = re.compile(
 INNER_SCIENTIFIC = re.compile(
     r"(?<![\w.\\])(\d+(?:\.\d*)?|\.\d+)[eE]([+-]?\d{1,6})(?![\w.])", re.ASCII
 )
+PLAIN_NAME = re.compile(r"(?<![\\A-Za-z])(pi|ln|sin|cos|tan)(?![A-Za-z])")
+ROOT = re.compile(r"√\s*(?:([0-9]+|[A-Za-z])|\(([^()]*)\)|\{([^{}]*)\})")
+RAISED = re.compile("[⁰¹²³⁴-⁹⁺⁻]+")
+VULGAR = re.compile("[¼-¾⅐-⅞]")
+SYMBOLS = str.maketrans({"∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "°": r"^\circ "})
 MIXED = re.compile(r"(?<![\d.,/])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.,/])", re.ASCII)
-RECURRING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*\{(\d+)\}", re.ASCII)
+RECURRING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))", re.ASCII)
 UNIT = re.compile(
     r"\s*\\(?:text|textrm|textbf|textit|mathrm|mbox|operatorname|rm)\s*\{([^{}]*)\}"
     r"(?:\s*\^\s*(?:\{-?\d\}|\d))?\s*$"
@@ -106,8 +111,9 @@ def read_number(text: str) -> Number | None:
 
 
 def latex_of(text: str) -> str:
-    """The text as a reader of LaTeX understands it: Python functions by their names there, and
-    numbers such as 3e8 as powers of ten; unchanged where there is none of them."""
+    """The text as a reader of LaTeX understands it: Python functions and plain names (pi, ln, sin)
+    by their names there, Unicode's roots, powers, fractions and signs as LaTeX writes them, numbers
+    such as 3e8 as powers of ten; unchanged where there is none of them."""
     term = None
     if re.search(r"\b(?:np|numpy|math)\.|\*\*|(?<![\\A-Za-z])[a-z]+[0-9]*\(", text):
         try:
@@ -116,12 +122,14 @@ def latex_of(text: str) -> str:
             return text
     if term is not None:
         return term.latex
+    text = PLAIN_NAME.sub(r"\\\1 ", ROOT.sub(root, text)).translate(SYMBOLS)
+    text = VULGAR.sub(vulgar, RAISED.sub(exponent, text))
     return INNER_SCIENTIFIC.sub(r"\\left(\1 \\cdot 10^{\2}\\right)", text)
 
 
 def normalised(text: str) -> str:
     """One spelling of signs, spaces, products and fractions, without dollars, units, degrees."""
-    text = re.sub("[⁰¹²³⁴-⁹⁺⁻]+", lambda match: f"^{{{match[0].translate(SUPERSCRIPTS)}}}", text)
+    text = RAISED.sub(exponent, text)
     text = re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞])", " ", text)
     text = unicodedata.normalize("NFKC", text).translate(SIGNS)
     text = re.sub(r"\\\$|\$|\\[()\[\]!]|\\(?:left|right|displaystyle)(?![a-zA-Z])|[€£]", "", text)
@@ -138,6 +146,22 @@ def normalised(text: str) -> str:
     return re.sub(r"(?<=[\d)}%])[.,]$", "", text).strip()
 
 
+def exponent(match: re.Match[str]) -> str:
+    """Superscripts as an exponent of LaTeX."""
+    return f"^{{{match[0].translate(SUPERSCRIPTS)}}}"
+
+
+def root(match: re.Match[str]) -> str:
+    """√2, √(x + 1) as LaTeX."""
+    return rf"\sqrt{{{match[1] or match[2] or match[3] or ''}}}"
+
+
+def vulgar(match: re.Match[str]) -> str:
+    """½ as LaTeX."""
+    above, _, below = unicodedata.normalize("NFKC", match[0]).partition("⁄")
+    return rf"\frac{{{above}}}{{{below}}}"
+
+
 def sum_of_mixed(match: re.Match[str]) -> str:
     """2 1/3 as a sum; an improper fraction behind a space is left as it stands."""
     whole, above, below = match.groups()
@@ -147,7 +171,7 @@ def sum_of_mixed(match: re.Match[str]) -> str:
 
 def fraction_of_recurring(match: re.Match[str]) -> str:
     """0.1\\overline{6} as a fraction."""
-    whole, start, period = match[1] or "0", match[2], match[3]
+    whole, start, period = match[1] or "0", match[2], match[3] or match[4]
     below = 10 ** len(start) * (10 ** len(period) - 1)
     return f"({int(whole + start + period) - int(whole + start)}/{below})"
 
