@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from diagnostics.adapters.columns import read_row
 from diagnostics.adapters.records import Records
 from diagnostics.adapters.writing import write
 from diagnostics.errors import InvalidInput
+from diagnostics.lists import top_list
 from diagnostics.monitor import Monitor
 
 STUDENT, TEACHER = [-1.0, -2.0, -4.0], [-0.5, -3.0, -1.0]
@@ -164,6 +166,9 @@ REFUSED = {
         {"prompt_tokens": [8, 9], "trained": [0, 0, 1, 1, 0]},
         "column 'trained' holds 0 and 1 alone",
     ),
+    "labels": ({"labels": [-100, 6, 7]}, "column 'labels' holds -100, which marks"),
+    "weights": ({"token_weights": [1.0, 0.5, 0]}, "'token_weights' is named as weights"),
+    "digits": ({"generation_mask": "101"}, "column 'generation_mask' is named as a mask"),
     "two loss masks": ({"mask": [1, 1, 1], "loss_mask": [1, 0, 1]}, "both mean mask"),
     "short": ({"response_mask": [1, 0]}, "field response_mask: 2 values, tokens has 3"),
     "attention": ({"attention_mask": [1] * 4}, "field attention_mask: 4 values, tokens has 3"),
@@ -206,7 +211,7 @@ def test_a_mask_that_only_a_later_row_has_is_refused(tmp_path: Path) -> None:
         list(Records(lines(tmp_path / "r.jsonl", rows)))
 
 
-@pytest.mark.parametrize("sign", [-9999, -9999.0, -1e30, -1e9, -3.4e38])
+@pytest.mark.parametrize("sign", [-999.0, -9999, -9999.0, -1e30, -1e9, -3.4e38])
 @pytest.mark.parametrize("name", ["student_logp", "teacher_logp", "sampler_logp"])
 def test_a_sign_for_no_log_probability_is_no_cost(sign: float, name: str, tmp_path: Path) -> None:
     values = [-1.0, sign, -2.0]
@@ -226,6 +231,9 @@ WRONG = {
     "twice": ({"topk_ids": [[5, 1], [6, 6], [7, 3]]}, "the id 6 stands twice at position 1"),
     "negative": ({"topk_ids": [[5, 1], [6, -1], [7, 3]]}, "support.ids: -1 at position 1 is no id"),
     "large": ({"topk_ids": [[5, 1], [6, 2], [7, 2**40]]}, "ids: 1099511627776 at position 2 is no"),
+    "no id": ({"topk_ids": [[]] * 3, "topk_teacher_logp": [[]] * 3}, "ids: no id at any position"),
+    "text": ({"student_logp": ["-1.0", "-2", "-4"]}, "student_logp: .* does not hold numbers alone"),
+    "nested": ({"student_logp": [[-1.0], [-2.0], [-4.0]]}, "student_logp: .* nested more deeply"),
     "sign": ({"topk_teacher_logp": [[-0.5, -9999.0]] * 3}, "-9999.0 at position 0 is no log-prob"),
     "false in it": ({"topk_teacher_logp": [[-0.5, False]] * 3}, "true or false among the values"),
     "false id": ({"topk_ids": [[5, False], [6, 2], [7, 3]]}, "ids: true or false among the values"),
@@ -270,6 +278,34 @@ def test_a_rounded_mass_and_slots_that_do_not_count_are_read(tmp_path: Path) -> 
     (batch,) = Records(lines(tmp_path / "r.jsonl", [record(**absent)]))
     expected = [math.exp(-0.5), math.exp(-0.5), math.exp(-0.5) + math.exp(-1)]
     assert batch.support.masses()[1][0].tolist() == pytest.approx(expected)
+
+
+def test_lists_out_of_order_are_read_as_sorted_ones(tmp_path: Path) -> None:
+    """vLLM writes the sampled token first; the first ids are the most probable for the measures."""
+    in_order = {
+        "topk_ids": [[9, 5, 1], [6, 2, 3], [4, 7, 3]],
+        "topk_teacher_logp": [[-0.5, -1.0, -4.0], [-0.6, -2.0, -3.0], [-0.7, -1.5, -5.0]],
+        "topk_student_logp": [[-1.0, -0.6, -3.0], [-0.9, -1.0, -2.0], [-0.8, -0.9, -4.0]],
+    }
+    token_first = {
+        "topk_ids": [[5, 9, 1], [6, 2, 3], [7, 4, 3]],
+        "topk_teacher_logp": [[-1.0, -0.5, -4.0], [-0.6, -2.0, -3.0], [-1.5, -0.7, -5.0]],
+        "topk_student_logp": [[-0.6, -1.0, -3.0], [-0.9, -1.0, -2.0], [-0.9, -0.8, -4.0]],
+    }
+    for columns in (in_order, token_first):
+        (batch,) = Records(lines(tmp_path / "r.jsonl", [record(**columns)]))
+        assert top_list(batch, "teacher").place(batch.tokens).tolist() == [[1, 0, 1]]
+        expected = torch.tensor([in_order["topk_student_logp"]])
+        torch.testing.assert_close(batch.support.student_logp, expected)
+    by_student = token_first | {"support.source": "student"}
+    (batch,) = Records(lines(tmp_path / "r.jsonl", [record(**by_student)]))
+    assert batch.support.ids.tolist() == [[[5, 9, 1], [6, 2, 3], [4, 7, 3]]]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path) -> None:
+    path = lines(tmp_path / "r.jsonl", [record()])
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(list(Records(path))) == 1
 
 
 def test_reasons_of_servers_are_read(tmp_path: Path) -> None:

@@ -49,7 +49,15 @@ from typing import Any
 import numpy as np
 
 from diagnostics.adapters.masks import SAMPLED, read_masks, refuse_unknown_masks, split
-from diagnostics.adapters.values import bools, check_support, floats, ids, number, wide_rows
+from diagnostics.adapters.values import (
+    bools,
+    check_support,
+    floats,
+    ids,
+    number,
+    order_support,
+    wide_rows,
+)
 from diagnostics.batch import Prefix
 from diagnostics.errors import InvalidInput
 from diagnostics.files import short
@@ -145,6 +153,7 @@ def read_row(raw: Any, where: str, rename: Mapping[str, str]) -> Record:
         raise InvalidInput(f"{where}: the support's fields have shapes {sorted(wide)}")
     if "support.ids" in row:
         check_support(row, mask, where)
+        order_support(row, mask)
     return row
 
 
@@ -214,7 +223,8 @@ def _value(name: str, value: Any, row: Record, mask: np.ndarray, where: str) -> 
         rows = wide_rows(value, where, mask, 0.0)
         counted = row.get("support.present")
         same = counted is not None and len(rows) and counted.shape[1] == len(rows[0])
-        return floats(rows, where, counted & mask[:, None] if same else mask, logp=True)
+        places = counted & mask[:, None] if same else mask
+        return floats(rows, where, places, logp=True, wide=True)
     if name == "support.ids":
         return ids(wide_rows(value, where, mask, 0), where, 2)
     if name == "prompt_tokens":

@@ -27,6 +27,8 @@ NUMBERS_BY_TOKEN = {
     *("position_ids", "token_type_ids", "multi_modal_data", "images"),
 }
 """Columns of other trainers that may hold 0 and 1 alone and are no masks."""
+IGNORED = -100
+"""What transformers and TRL write in labels where a token is not in the loss."""
 
 
 def split(given: dict[str, Any], where: str) -> None:
@@ -150,16 +152,26 @@ def refuse_unknown_masks(unused: Mapping[str, Any], lengths: set[int], where: st
       unused: the columns that are not understood. lengths: of prompt, response and both.
 
     Raises:
-      InvalidInput: numbers named as a mask, or 0 and 1 alone in a list of one of these lengths.
+      InvalidInput: numbers or digits named as a mask; in a list of one of these lengths 0 and 1
+        alone, labels of which IGNORED says "not in the loss", or numbers named as weights.
     """
     for name, value in unused.items():
         several = isinstance(value, list | tuple | np.ndarray)
-        if name in NUMBERS_BY_TOKEN or not (several or isinstance(value, int | float)):
+        digits = isinstance(value, str) and set(value) <= {"0", "1"} and value != ""
+        if name in NUMBERS_BY_TOKEN or not (several or digits or isinstance(value, int | float)):
             continue
-        named = "mask" in name.lower()
-        binary = several and len(value) in lengths and _is_binary(value)
-        if named or binary:
-            looks = "is named as a mask" if named else "holds 0 and 1 alone, one a token, as a mask"
+        by_token = several and len(value) in lengths
+        words = {
+            "is named as a mask": "mask" in name.lower(),
+            "holds 0 and 1 alone, one a token, as a mask": by_token and _is_binary(value),
+            f"holds {IGNORED}, which marks labels that are not in the loss": (
+                by_token and IGNORED in _plain(value)
+            ),
+            "is named as weights of the tokens": (
+                by_token and any(part in name.lower() for part in ("weight", "loss_scale"))
+            ),
+        }
+        if looks := next((text for text, holds in words.items() if holds), ""):
             raise InvalidInput(
                 f"{where}: the column {name!r} {looks}, and is not known here; if it says which "
                 "tokens count, rename it to mask, response_mask, prompt_mask or attention_mask, "
@@ -167,6 +179,10 @@ def refuse_unknown_masks(unused: Mapping[str, Any], lengths: set[int], where: st
             )
 
 
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
 def _is_binary(value: Any) -> bool:
-    plain = value.tolist() if isinstance(value, np.ndarray) else value
+    plain = _plain(value)
     return set(map(type, plain)) <= {bool, int, float} and set(plain) <= {0, 1}

@@ -259,7 +259,7 @@ def _raw(path: Path) -> Iterator[tuple[str, Any]]:
         for i, line in enumerate(file, 1):
             where = f"{path} row {i}"
             try:
-                text = line.decode("utf-8")
+                text = line.decode("utf-8-sig" if i == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise InvalidInput(f"{where} is not UTF-8 text ({error.reason})") from error
             if text.strip():

@@ -12,8 +12,11 @@ from diagnostics.errors import InvalidInput
 from diagnostics.files import short
 from diagnostics.saved import ID_LIMIT, MOST_MASS
 
-LOWEST_LOGP = -1000.0
-"""What is lower is no log-probability but a sign that there is none: servers write -9999, -1e30."""
+LOWEST_LOGP = -998.0
+"""What is lower is no log-probability but a sign that there is none: -999, -9999, -1e30."""
+
+ROUNDING = 1e-3
+"""Nats by which neighbours of a list may be out of order."""
 
 
 def listed(value: Any, where: str) -> list[Any]:
@@ -39,8 +42,10 @@ def wide_rows(value: Any, where: str, mask: np.ndarray, fill: Any) -> list[list[
     return [[fill] * k if row is None else listed(row, where) for row in rows]
 
 
-def floats(value: Any, where: str, mask: np.ndarray, *, logp: bool) -> np.ndarray:
-    """(T,) or (T, K) numbers, 0 where the mask, (T,) or (T, K), is False.
+def floats(
+    value: Any, where: str, mask: np.ndarray, *, logp: bool, wide: bool = False
+) -> np.ndarray:
+    """(T,) or, with `wide`, (T, K) numbers, 0 where the mask, (T,) or (T, K), is False.
 
     Raises:
       InvalidInput: where the mask is True: true or false, no number, no finite number; of
@@ -48,11 +53,13 @@ def floats(value: Any, where: str, mask: np.ndarray, *, logp: bool) -> np.ndarra
     """
     rows = listed(value, where)
     same_length(len(rows), len(mask), where)
-    refuse_bools(rows, where)
+    refuse_other_types(rows, where)
     try:
         x = np.asarray(rows, dtype=np.float64)
     except (TypeError, ValueError, OverflowError) as error:
         raise InvalidInput(f"{where}: {short(rows)} does not hold numbers alone") from error
+    if x.ndim > 1 + wide:
+        raise InvalidInput(f"{where}: {short(rows)} is nested more deeply than expected")
     if x.ndim > mask.ndim:
         mask = mask[:, None]
     x = np.where(np.broadcast_to(mask, x.shape), x, 0.0)
@@ -77,7 +84,7 @@ def ids(value: Any, where: str, ndim: int = 1) -> np.ndarray:
       InvalidInput: another value than a whole number in [0, ID_LIMIT).
     """
     rows = listed(value, where)
-    refuse_bools(rows, where)
+    refuse_other_types(rows, where)
     empty = not rows or (ndim == 2 and not rows[0])
     try:
         x = np.zeros((len(rows), 0)[:ndim], dtype=np.int64) if empty else np.asarray(rows)
@@ -125,6 +132,8 @@ def check_support(row: dict[str, np.ndarray], mask: np.ndarray, where: str) -> N
         `support.teacher_logp`. mask: (T,); other positions are not looked at.
     """
     chosen = row["support.ids"]
+    if len(chosen) and not chosen.shape[1]:
+        raise InvalidInput(f"{where}, field support.ids: no id at any position; leave it out")
     counted = row.get("support.present", np.ones(chosen.shape, dtype=bool)) & mask[:, None]
     distinct = np.where(counted, chosen, -1 - np.arange(chosen.shape[1]))
     ordered = np.sort(distinct, axis=1)
@@ -147,14 +156,38 @@ def check_support(row: dict[str, np.ndarray], mask: np.ndarray, where: str) -> N
                 )
 
 
-def refuse_bools(rows: Iterable[Any], where: str) -> None:
-    """Refuse true and false among numbers, at either depth."""
+def order_support(row: dict[str, Any], mask: np.ndarray) -> None:
+    """Put the ids of a teacher's or student's list in descending order of its model, in place.
+
+    Some servers write the sampled token first, others sort by id; measures of shallower lists read
+    the first ids. Ids that do not count go last. Lists in order, up to rounding, stay as they are.
+
+    Args:
+      row, mask: as of `check_support`.
+    """
+    logp = row.get(f"support.{row.get('support.source', 'teacher')}_logp")
+    if logp is None or not logp.size:
+        return
+    counted = row.get("support.present", np.ones(logp.shape, dtype=bool)) & mask[:, None]
+    least = np.minimum.accumulate(np.where(counted, logp, np.inf), axis=1)
+    rising = (np.where(counted, logp, -np.inf)[:, 1:] > least[:, :-1] + ROUNDING).any(1)
+    order = np.argsort(np.where(counted, -logp, np.inf), axis=1, kind="stable")
+    order[~rising] = np.arange(logp.shape[1])
+    names = ("support.ids", "support.present", "support.student_logp", "support.teacher_logp")
+    for name in (name for name in names if name in row):
+        row[name] = np.take_along_axis(row[name], order, axis=1)
+
+
+def refuse_other_types(rows: Iterable[Any], where: str) -> None:
+    """Refuse true, false and text among numbers, at either depth."""
     kinds = set(map(type, rows))
     for row in rows if list in kinds else ():
         if isinstance(row, list):
             kinds |= set(map(type, row))
     if bool in kinds:
         raise InvalidInput(f"{where}: true or false among the values, expected numbers")
+    if str in kinds:
+        raise InvalidInput(f"{where}: {short(rows)} does not hold numbers alone")
 
 
 def same_length(size: int, expected: int, where: str) -> None:
