@@ -1,6 +1,7 @@
 """Read the files that a user names; every failure is one line with the file and the remedy."""
 
 import json
+import re
 import reprlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from diagnostics.errors import InvalidInput, MissingFile, OperationFailed
 
 LONGEST_VALUE = 60
 """Characters of a value in a message."""
+
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 KINDS: dict[type, str] = {
     str: "text",
@@ -69,10 +72,19 @@ def parse_json(text: str, source: str) -> Any:
     """JSON text as plain data; `source`, the file and the row, opens every message.
 
     Raises:
-      InvalidInput: no JSON, a key twice in one object, or nested too deeply.
+      InvalidInput: no JSON, a key twice in one object, half a surrogate pair (which no file can
+        hold as UTF-8), or nested too deeply.
     """
     try:
-        return json.loads(text, object_pairs_hook=_without_doubled_keys)
+        value = json.loads(text, object_pairs_hook=_without_doubled_keys)
+        if SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise InvalidInput(
+            f"{source} holds {half!r}, half of a character of UTF-16; write whole characters"
+        ) from error
     except _DoubledKey as error:
         raise InvalidInput(f"{source} has the field {error} twice; keep one of them") from error
     except RecursionError as error:
@@ -116,8 +128,11 @@ def check_fields(data: Mapping[str, Any], required: Mapping[str, type], source: 
 
 
 def has_type(value: Any, kind: type) -> bool:
-    """Whether plain data is of a type: true is no number, and a whole number is a float."""
+    """Whether plain data is of a type: true is no number, and a whole number is a float, unless it
+    is larger than any of them."""
     if kind in (int, float) and isinstance(value, bool):
+        return False
+    if kind is float and isinstance(value, int) and value.bit_length() > 1023:
         return False
     return isinstance(value, int | float if kind is float else kind)
 

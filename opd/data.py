@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.errors import InvalidInput
+from diagnostics.files import short
 from opd.chat_template import render_chat
 from opd.golds import check_golds
 from opd.grading import GRADERS, Grader, Verdict, is_own, make_grader
@@ -147,7 +148,10 @@ def load_task(
         held = distinct(everything if test == source else read(test, test_columns or columns))
         training = without(everything, held, None if test == source else f"{source} that {test}")
     else:
-        training, held = split(everything)
+        try:
+            training, held = split(everything)
+        except InvalidInput as error:
+            raise InvalidInput(f"{source}: {error}") from error
     answered = everything if any(problem.answer for problem in everything) else held
     name = grader or named_grader(source, answered) or "exact"
     grade = make_grader(name)
@@ -200,6 +204,11 @@ def named_grader(source: str, rows: list[Problem]) -> str:
         raise InvalidInput(
             f"{source} names the function {functions[0]!r} as grader; data may name "
             f"{', '.join(GRADERS)} alone. If you wrote the function, name it with --grader"
+        )
+    if unknown := sorted(names - {"", *GRADERS}):
+        raise InvalidInput(
+            f"{source} names the grader {short(unknown[0])}; known: {', '.join(GRADERS)}. Mend its "
+            "column grader, or choose one with --grader"
         )
     if len(names) > 1:
         raise InvalidInput(

@@ -38,7 +38,10 @@ def read_rows(source: str) -> list[Row]:
     if path.suffix == ".parquet":
         return read_parquet(path)
     if path.suffix not in (".jsonl", ".json"):
-        raise InvalidInput(f"{path} is neither a .jsonl nor a .parquet file, nor .json")
+        raise InvalidInput(
+            f"{path} is neither a .jsonl nor a .parquet file, nor .json; convert it first, a table "
+            "of text to one JSON object a line, and unpack what is compressed"
+        )
     return read_json_rows(path)
 
 

@@ -22,6 +22,10 @@ Template = tuple[tuple[str, Any], ...]
 MISSING = object()
 MOST_COMPLAINTS = 5
 CHAT_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](?:role|content)['\"]\s*:")
+WHOLE_CHATS = (
+    "; of a chat that ends with the assistant's message, write the messages before it as prompt "
+    "and the text to compare with as answer"
+)
 WORKED = re.compile(r"####[ \t]*([^\s#][^\n#]*?)\s*\Z")
 """The end of a worked solution as GSM8K has them: #### and the final answer."""
 
@@ -166,7 +170,8 @@ def question(
         del wanted[columns.answer]
     if lacking := [name for name, value in wanted.items() if value is MISSING]:
         raise InvalidInput(
-            f"lacks {lacking}; has {sorted(row)}; name the columns that hold prompt and answer"
+            f"lacks {lacking}; has {sorted(row)}; name the columns that hold prompt and answer "
+            f"(--prompt-column, --answer-column){WHOLE_CHATS * any(map(is_chat, row.values()))}"
         )
     answer = "" if unanswered else answer_text(wanted[columns.answer], columns.answer)
     chat = messages(wanted[columns.prompt], columns.prompt)
@@ -185,6 +190,11 @@ def question(
         chat=() if plain else chat,
         template=template,
     )
+
+
+def is_chat(value: Any) -> bool:
+    """Whether a column holds a list of objects, as messages are."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
 def is_missing(value: Any) -> bool:
@@ -233,7 +243,9 @@ def messages(prompt: Any, name: str) -> Chat:
         raise InvalidInput(f"has {what}: {short(prompt)}")
     chat = tuple((x["role"], x["content"]) for x in prompt)
     if chat[-1][0] != "user":
-        raise InvalidInput(f"has a {name!r} whose last message is by {chat[-1][0]!r}, not the user")
+        raise InvalidInput(
+            f"has a {name!r} whose last message is by {chat[-1][0]!r}, not the user{WHOLE_CHATS}"
+        )
     if not chat[-1][1].strip():
         raise InvalidInput(f"has an empty {name!r}")
     return chat

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from transformers import GenerationConfig
 
+from diagnostics.errors import InvalidInput
 from opd.data import encode_one, load_task
 from opd.evaluate import evaluate_folder
 from opd.lab import make_tokenizer
@@ -46,12 +47,49 @@ def test_files_that_cannot_be_read_say_why(tmp_path: Path) -> None:
         ("d.jsonl", "\ufeff{}".encode("utf-16"), "is not UTF-8 text: byte 0xff at offset 0"),
         ("e.jsonl", b"[" * 100_000, "line 1 is nested too deeply"),
         ("f.jsonl", b'{"a": 1, "a": 2}', "line 1 has the field 'a' twice"),
+        (
+            "g.jsonl",
+            b'{"a": "\\ud83d\\ude00"}\n{"a": "\\ud83d"}',
+            r"line 2 holds '\\ud83d', half of",
+        ),
+        (
+            "h.csv",
+            b"prompt,answer\n1+1,2\n",
+            "convert it first, a table of text to one JSON object",
+        ),
+        ("i.jsonl.gz", b"\x1f\x8b", "unpack what is compressed"),
     ):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(ValueError, match=words) as caught:
             read_rows(str(tmp_path / name))
         assert str(tmp_path / name) in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_rows_of_another_kind_are_refused_with_the_file(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for name, data, words in (
+        (
+            "chats",
+            [{"messages": chat}] * 3,
+            "--prompt-column.*write the messages before it as prom",
+        ),
+        (
+            "prompts",
+            [{"prompt": chat, "answer": "b"}] * 3,
+            "by 'assistant', not the user; of a chat",
+        ),
+        ("copies", [{"prompt": "a", "answer": "b"}] * 3, "3 rows hold 1 different prompts"),
+        (
+            "grader",
+            [{**row, "grader": ["math"]} for row in PLAIN],
+            "names the grader .*'math'.*known",
+        ),
+    ):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in data))
+        with pytest.raises(InvalidInput, match=f"{name}.jsonl.*{words}"):
+            load_task(str(path), 0)
 
 
 def test_tables_that_cannot_be_read_say_why(tmp_path: Path) -> None:

@@ -83,6 +83,7 @@ def test_every_number_has_a_range_and_keeps_to_it() -> None:
     [
         ({"max_response": 1.5}, "max_response is 1.5; it must be a whole number"),
         ({"betas": [2, 3]}, "betas is [2, 3]; it must be a list of 2, each a number"),
+        ({"lr": 10**400}, "lr is 1000"),
         ({"layout": "both"}, "layout is 'both'; it must be one of turns, trajectory"),
         ({"dtype": "half"}, "dtype is 'half'; it must be one of float32, bfloat16"),
         ({"mask": ("paper", "x")}, "mask rule 'x' is not known"),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from diagnostics.errors import InvalidInput
-from diagnostics.files import short
+from diagnostics.files import has_type, short
 from diagnostics.saved import ID_LIMIT, MOST_MASS
 
 LOWEST_LOGP = -998.0
@@ -118,7 +118,7 @@ def bools(value: Any, where: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def number(value: Any, where: str) -> float:
     """A finite number; true and false are none."""
-    wrong = isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.number)
+    wrong = not has_type(value, float) and not isinstance(value, np.number)
     if wrong or not np.isfinite(float(value)):
         raise InvalidInput(f"{where}: {short(value)} is not a number")
     return float(value)
