@@ -1,10 +1,11 @@
-"""The README's example runs as printed, and the files that it names exist."""
+"""What the README names exists, its example runs as printed, and recorded values are right."""
 
 import re
 from pathlib import Path
 
 import pytest
 
+from benchmarks.estimates import family_table
 from tests.test_diagnostics import batch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,3 +35,15 @@ def test_the_files_it_names_exist() -> None:
                 assert path.exists(), name
     for name in re.findall(r"\((figures/[^)]+)\)", README):
         assert (ROOT / name).exists(), name
+
+
+def test_the_estimates_are_held_against_the_exact_values_on_record(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """benchmarks/README.md names each quantity beside its exact value."""
+    record = (ROOT / "benchmarks" / "README.md").read_text()
+    family_table(batches=2, sequences=6)
+    printed = re.findall(r"^(\S.*?) {2,}(\d\.\d{3}) ", capsys.readouterr().out, re.M)
+    assert len(printed) == 20
+    for name, value in printed:
+        assert f"| {name} | {value} |" in record, name
