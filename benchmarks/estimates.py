@@ -30,7 +30,7 @@ from synthetic.sample import sample
 GAMMAS = (0.0, 0.5, 1.0)
 NAMES = ("plain", "position_mean", "local_kl", "rb_immediate", "rb_future", "rb_all")
 EXACT = [name.replace("position_mean", "position_value") for name in NAMES]
-"""Their names in the exact study: the mean over other prompts tends to the value at the position."""
+"""Their names in the exact study: the mean over other prompts tends to the value at a position."""
 SHARES = 20
 World = tuple[TabularMDP, Tensor, Tensor]
 
