@@ -128,6 +128,11 @@ def load(
         how = [option for folder, option in made.items() if name.startswith(folder)]
         hint = f"; build it with `opd lab{how[0]}`" if how else ""
         raise MissingFile(f"model folder {name!r} does not exist{hint}")
+    if (Path(name) / "rows.jsonl").exists():
+        raise MissingFile(
+            f"{name} is a run folder and no model; the trained model of a finished run is "
+            f"{Path(name) / 'final'}"
+        )
     disable_progress_bar()
     kind = getattr(torch, dtype)
     place = resolve_device(device)

@@ -200,7 +200,7 @@ def parse(argv: list[str]) -> Config:
         raise SystemExit(0)
     name, rest = argv[0], argv[1:]
     if name not in RECIPES:
-        raise SystemExit(f"unknown recipe {name!r}; known: {', '.join(RECIPES)}")
+        raise SystemExit(f"opd train: unknown recipe {name!r}; known: {', '.join(RECIPES)}")
     import tyro
 
     given, tasks = with_tasks([word for word in rest if word != "--show"])

@@ -70,7 +70,7 @@ def read_run(folder: Path, models: bool = False) -> Run:
     if not config.exists() and not file.exists():
         raise MissingFile(
             f"{folder} is no run folder: it has neither config.json nor rows.jsonl, nor one single "
-            "other .jsonl file with the rows of a monitor"
+            f"other .jsonl file with the rows of a monitor{remedy(folder)}"
         )
     for path in (config, code, file, folder / "evals.jsonl", folder / "starts.jsonl"):
         if not models and not path.resolve().is_relative_to(folder.resolve()):
@@ -88,6 +88,14 @@ def read_run(folder: Path, models: bool = False) -> Run:
         notes=tuple(note for path in (file, folder / "evals.jsonl") for note in cut_short(path)),
         models=models,
     )
+
+
+def remedy(path: Path) -> str:
+    """What to name instead of a path that is no run folder, as the end of a sentence, or ""."""
+    if path.is_file():
+        return f"; it is a file: name its folder, {path.parent}"
+    inside = sorted(str(file.parent) for file in path.glob("*/rows.jsonl"))
+    return f"; run folders in it: {' '.join(inside[:8])}" if inside else ""
 
 
 def run_settings(path: Path) -> dict[str, Any]:

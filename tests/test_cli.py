@@ -1,6 +1,7 @@
 """The sub-commands as a user calls them, on the tiny pair."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,8 @@ def test_a_task_file_trains_and_evaluates(tiny_pair, tmp_path: Path) -> None:
     changes = {"task": str(tmp_path / "task.jsonl"), "steps": 2}
     folder = train(settings(tiny_pair, tmp_path / "run", **changes))
     assert len(rows(folder)) == 2
+    with pytest.raises(FileNotFoundError, match=re.escape(f"run is {folder / 'final'}")):
+        cli.evaluate([str(folder)])
     assert json.loads((folder / "evals.jsonl").read_text().splitlines()[-1])["problems"] == 2
 
 

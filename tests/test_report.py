@@ -3,6 +3,7 @@
 import html.parser
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -234,6 +235,13 @@ def test_rows_of_a_strangers_monitor_may_have_any_name(tmp_path: Path) -> None:
     assert version([tmp_path]) != before
     (tmp_path / "other.jsonl").write_text('{"step": 9}\n')
     with pytest.raises(FileNotFoundError, match="is no run folder"):
+        record.read_run(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"name its folder, {re.escape(str(tmp_path))}$"):
+        record.read_run(panel)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "rows.jsonl").write_text('{"step": 0}\n')
+    run = re.escape(str(tmp_path / "run"))
+    with pytest.raises(FileNotFoundError, match=f"a monitor; run folders in it: {run}$"):
         record.read_run(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"step": 7}\n')
     assert record.read_run(tmp_path).rows == [{"step": 7}]
