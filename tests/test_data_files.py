@@ -6,6 +6,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy
+import pandas
+import pyarrow
+import pyarrow.parquet
 import pytest
 from transformers import GenerationConfig
 
@@ -93,8 +97,6 @@ def test_rows_of_another_kind_are_refused_with_the_file(tmp_path: Path) -> None:
 
 
 def test_tables_that_cannot_be_read_say_why(tmp_path: Path) -> None:
-    pandas = pytest.importorskip("pandas")
-    pytest.importorskip("datasets")
     path = tmp_path / "p.parquet"
     pandas.DataFrame(PLAIN).to_parquet(path)
     whole = path.read_bytes()
@@ -108,15 +110,14 @@ def test_tables_that_cannot_be_read_say_why(tmp_path: Path) -> None:
 
 
 def test_what_tables_call_missing_is_missing(tmp_path: Path) -> None:
-    pandas = pytest.importorskip("pandas")
-    arrow = pytest.importorskip("pyarrow")
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     values = [math.nan if i % 3 == 0 else float(i) for i in range(12)]
     holes = [{"prompt": f"q{i}", "answer": x} for i, x in enumerate(values)]
     sources = [written(tmp_path / "p.jsonl", holes)]
     pandas.DataFrame(holes).to_parquet(tmp_path / "null.parquet")
-    table = arrow.table({"prompt": [r["prompt"] for r in holes], "answer": arrow.array(values)})
-    arrow.parquet.write_table(table, tmp_path / "nan.parquet")
+    table = pyarrow.table({"prompt": [r["prompt"] for r in holes], "answer": pyarrow.array(values)})
+    pyarrow.parquet.write_table(table, tmp_path / "nan.parquet")
     datasets.Dataset.from_list(holes).save_to_disk(tmp_path / "saved")
     sources += [f"{tmp_path}/{name}" for name in ("null.parquet", "nan.parquet", "saved")]
     for source in sources:
@@ -137,7 +138,6 @@ def test_what_tables_call_missing_is_missing(tmp_path: Path) -> None:
 def test_numbers_are_answers_without_the_decimals_of_a_table(tmp_path: Path) -> None:
     from decimal import Decimal
 
-    pandas = pytest.importorskip("pandas")
     numbers = [7.0, -3.0, 2.5, 1e22, 1e-7]
     source = written(tmp_path / "n.jsonl", [{"prompt": "a", "answer": x} for x in numbers])
     assert [p.answer for p in read_problems(source)] == ["7", "-3", "2.5", "1e+22", "1e-07"]
@@ -150,7 +150,6 @@ def test_numbers_are_answers_without_the_decimals_of_a_table(tmp_path: Path) -> 
 
 
 def test_chats_come_as_lists_arrays_or_json(tmp_path: Path) -> None:
-    numpy = pytest.importorskip("numpy")
     talk = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
     chats = [talk, json.dumps(talk)]
     source = written(tmp_path / "p.jsonl", [{"prompt": c, "answer": "1"} for c in chats])
@@ -222,15 +221,14 @@ def test_answers_are_graded_when_they_are_read(tmp_path: Path) -> None:
     refused("12 or 13", "numeric", "is not a number")
     refused(" 5 ", "lab", "is not right where a response gives it itself, by the grader lab")
     refused("a</think>b", "exact", "is not right where a response gives it itself")
-    if pytest.importorskip("math_verify"):
-        refused(r"\frac{1}{2", "math", "is not right where a response gives it itself")
-        refused(r"\text{}}{", "math", "is not right")
-        data = [*PLAIN, {"prompt": "odd", "answer": r"\frac{}"}]
-        with pytest.warns(UserWarning, match=r"row 12, answer .*cannot be read as mathematics"):
-            load_task(written(tmp_path / "w.jsonl", data), 0, grader="math")
-        every = [{"prompt": x, "answer": rf"\frac{{}}{x}"} for x in "ab"]
-        with pytest.raises(ValueError, match=r"rows 0, 1, answers .* No answer can be read"):
-            load_task(written(tmp_path / "n.jsonl", every), 0, grader="math")
+    refused(r"\frac{1}{2", "math", "is not right where a response gives it itself")
+    refused(r"\text{}}{", "math", "is not right")
+    data = [*PLAIN, {"prompt": "odd", "answer": r"\frac{}"}]
+    with pytest.warns(UserWarning, match=r"row 12, answer .*cannot be read as mathematics"):
+        load_task(written(tmp_path / "w.jsonl", data), 0, grader="math")
+    every = [{"prompt": x, "answer": rf"\frac{{}}{x}"} for x in "ab"]
+    with pytest.raises(ValueError, match=r"rows 0, 1, answers .* No answer can be read"):
+        load_task(written(tmp_path / "n.jsonl", every), 0, grader="math")
     test = written(tmp_path / "test.jsonl", [{"prompt": "odd", "answer": "n/a"}, *PLAIN])
     with pytest.raises(ValueError, match=r"test\.jsonl: row 0, answer 'n/a'"):
         load_task(written(tmp_path / "p.jsonl", PLAIN), 0, grader="numeric", test=test)

@@ -12,7 +12,7 @@ from torch import Tensor
 from diagnostics.adapters.verl import sampled_tokens
 from opd.compositions import local
 from opd.objectives import OBJECTIVES, make
-from opd.surrogates import forward_kl, pair
+from opd.surrogates import Form, forward_kl, pair
 from opd.verl_logits import TOPK
 from opd.verl_losses import check_settings, unsupplied
 from tests.test_verl_logits import TOP, VOCABULARY, scattered
@@ -323,7 +323,7 @@ def test_forward_kl_on_the_support_is_verls(losses: Any, monkeypatch: pytest.Mon
     monkeypatch.setitem(
         TOPK,
         "opdlab_teacher_topk",
-        local("teacher", lambda at: forward_kl(*pair(at))),
+        local("teacher", Form(surrogate=lambda at: forward_kl(*pair(at)))),
     )
     made, logits = rows(4, topk=True), student(4)
     ours, mine = through_verl(losses, "opdlab_teacher_topk", made, logits)
