@@ -31,10 +31,10 @@ def read(path: str | Path, required: Mapping[str, type] | None = None) -> list[R
       InvalidInput: another line is not UTF-8, no JSON object, or lacks a field; names the line.
       OperationFailed: the file cannot be read.
     """
-    if not Path(path).exists():
-        return []
-    rows = []
+    rows: list[Row] = []
     with reading(path):
+        if not Path(path).exists():
+            return rows
         lines = Path(path).read_bytes().split(b"\n")  # a row's text may hold other ends of lines
     if not lines[-1]:
         lines.pop()
