@@ -14,14 +14,17 @@ from typing import Any
 from diagnostics import rows
 from diagnostics.alarms import Alarms
 from diagnostics.errors import InvalidInput, MissingFile
-from diagnostics.files import read_object
+from diagnostics.files import check_fields, has_type, read_object, short
 from diagnostics.rows import Row
 from opd.starts import history
 from opd.verdict import verdict
 
+OUTCOMES = re.compile(r"[01]+(?: [01]+)*")
 POINTS, COLUMNS = 1600, 480
 """Most points of a column and most steps of a heat map, over all the runs of a page."""
 BIN = re.compile(r"^(.*)@(\d+)-(\d+)$")
+LONGEST_NAME = 1000
+"""Most characters of the name of a model; file systems hold fewer."""
 CODE = 40_000
 """Most characters of code.txt that are shown."""
 ANATOMY = ("drift/kl_binary", "drift/kl_head", "drift/kl_tail")
@@ -83,8 +86,10 @@ def read_run(folder: Path, models: bool = False) -> Run:
         folder=folder,
         config=run_settings(config),
         code="\n".join([*history(folder), written]),
-        rows=latest(rows.read(file, {"step": int})),
-        evals=rows.read(folder / "evals.jsonl", {"step": int}),
+        rows=latest(checked_values(rows.read(file, {"step": int}), file)),
+        evals=checked_evaluations(
+            rows.read(folder / "evals.jsonl", {"step": int}), folder / "evals.jsonl"
+        ),
         notes=tuple(note for path in (file, folder / "evals.jsonl") for note in cut_short(path)),
         models=models,
     )
@@ -104,8 +109,71 @@ def run_settings(path: Path) -> dict[str, Any]:
     A trainer may keep the configuration of its model under the same name beside a monitor's rows.
     """
     config = read_object(path) if path.exists() else {}
-    ours = all(isinstance(config.get(name), str) for name in ("student", "teacher"))
-    return config if ours else {}
+    if not all(isinstance(config.get(name), str) for name in ("student", "teacher")):
+        return {}
+    tasks = config.get("tasks") or []
+    check_fields({"tasks": tasks}, {"tasks": list}, str(path))
+    for i, task in enumerate(tasks):
+        where = f"{path}, tasks[{i}]"
+        if not isinstance(task, dict):
+            raise InvalidInput(f"{where}: {short(task)} is not an object")
+        check_fields({"teacher": "", **without_null(task)}, {"name": str, "teacher": str}, where)
+    models = [config["student"], config["teacher"], *(task.get("teacher") for task in tasks)]
+    for name in models:
+        if name is not None and ("\0" in name or len(name) > LONGEST_NAME):
+            raise InvalidInput(f"{path}: {short(name)} is no folder or name of a model")
+    return config
+
+
+def without_null(data: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in data.items() if value is not None}
+
+
+def checked_evaluations(found: list[Row], path: Path) -> list[Row]:
+    """`checked_values` of evaluations, whose outcomes are those of their problems besides.
+
+    Raises:
+      ValueError: names the row, the field and the value.
+    """
+    for i, row in enumerate(checked_values(found, path), 1):
+        outcomes = row.get("outcomes", "0")
+        possible = {
+            "accuracy": lambda x: x is None or has_type(x, float),
+            "length": lambda x: x is None or has_type(x, float),
+            "problems": lambda x: has_type(x, int) and x >= 1,
+            "outcomes": lambda x: isinstance(x, str) and OUTCOMES.fullmatch(x) is not None,
+        }
+        for name, allows in possible.items():
+            if name in row and not allows(row[name]):
+                raise InvalidInput(
+                    f"{path} row {i}, field {name}: {short(row[name])} is impossible"
+                )
+        count = len(outcomes.split()) if " " in outcomes else row.get("problems", 1)
+        if "outcomes" in row and len(outcomes.replace(" ", "")) % count:
+            raise InvalidInput(
+                f"{path} row {i}, field outcomes: {short(outcomes)} is not of {count} problems"
+            )
+    return found
+
+
+def checked_values(found: list[Row], path: Path) -> list[Row]:
+    """The rows, whose metrics are numbers or null and whose task is text.
+
+    Raises:
+      ValueError: names the row, the field and the value.
+    """
+    watched = {rule.metric for rule in Alarms().rules.values()}
+    for i, row in enumerate(found, 1):
+        for name, value in row.items():
+            is_metric = "/" in name or name.removesuffix("_se") in watched
+            plain = value is None or isinstance(value, bool) or has_type(value, float)
+            if (is_metric and not plain) or (name == "task" and not isinstance(value, str)):
+                expected = "a number or null" if is_metric else "text"
+                raise InvalidInput(
+                    f"{path} row {i}, field {name}: {short(value)} is not {expected}; mend or drop "
+                    "the row"
+                )
+    return found
 
 
 def cut_short(path: Path) -> list[str]:

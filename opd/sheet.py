@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diagnostics.errors import InvalidInput
-from diagnostics.files import read_object, short
+from diagnostics.files import has_type, read_object, short
 from figures.vocabulary import located
 from opd.record import may_read
 from opd.spelling import Spelling, read_spelling
@@ -159,16 +159,38 @@ def unread(run: "Run") -> list[str]:
 
 def end_ids(folder: Path, known: Spelling) -> list[int]:
     """The ids that end a generation, as `opd.model.end_ids`: the tokenizer's own end token, and
-    those of generation_config.json, else of config.json."""
+    those of generation_config.json, else of config.json.
+
+    Raises:
+      ValueError: a file names something else than ids.
+    """
     text, ids = own_end(folder), set[int]()
     if text is not None:
         ids.update(i for i, piece in known.pieces.items() if piece == text.encode())
     for name in ("generation_config.json", "config.json"):
-        if (folder / name).exists():
-            named = read_object(folder / name).get("eos_token_id")
-            if named is not None:
-                return sorted(ids | ({named} if isinstance(named, int) else set(named)))
+        named = configured_ends(folder / name) if (folder / name).exists() else None
+        if named is not None:
+            return sorted(ids | named)
     return sorted(ids)
+
+
+def configured_ends(path: Path) -> set[int] | None:
+    """The end ids of a model's settings, also of a text model inside another; None if it has none.
+
+    Raises:
+      ValueError: names the file and the value.
+    """
+    settings = read_object(path)
+    inner = settings.get("text_config")
+    named = settings.get("eos_token_id")
+    if named is None and isinstance(inner, dict):
+        named = inner.get("eos_token_id")
+    if named is None:
+        return None
+    ids = named if isinstance(named, list) else [named]
+    if not all(has_type(i, int) for i in ids):
+        raise InvalidInput(f"{path}, field eos_token_id: {short(named)} is no id or list of ids")
+    return set(ids)
 
 
 def own_end(folder: Path) -> str | None:

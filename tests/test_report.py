@@ -25,10 +25,12 @@ from diagnostics.alarm_rules import RULES
 from diagnostics.alarms import replay
 from diagnostics.batch import Scored, load
 from diagnostics.dumps import save_dump
+from diagnostics.errors import InvalidInput
 from diagnostics.monitor import Monitor
 from diagnostics.row_columns import COLUMNS
 from diagnostics.terminal import visible
 from opd import record, report, sheet, specimens, spelling
+from opd.lab import make_tokenizer
 from opd.train import train
 from opd.watching import HOST, make_server, version
 from tests.test_train import settings
@@ -245,6 +247,52 @@ def test_rows_of_a_strangers_monitor_may_have_any_name(tmp_path: Path) -> None:
         record.read_run(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"step": 7}\n')
     assert record.read_run(tmp_path).rows == [{"step": 7}]
+
+
+GRADED = {"step": 0, "accuracy": 0.5, "problems": 2, "outcomes": "01"}
+IMPOSSIBLE: dict[str, tuple[str, Any, str]] = {
+    "text as a metric": ("rows.jsonl", {"step": 0, "drift/k1": "x"}, "row 1, field drift/k1: 'x'"),
+    "list as a loss": (
+        "rows.jsonl",
+        {"step": 0, "loss": [1]},
+        "row 1, field loss: .1. is not a nu",
+    ),
+    "beyond floats": ("rows.jsonl", {"step": 0, "loss": 10**400}, "row 1, field loss: 1000"),
+    "list as a task": (
+        "rows.jsonl",
+        {"step": 0, "task": [1]},
+        "row 1, field task: .1. is not text",
+    ),
+    "outcomes of another kind": (
+        "evals.jsonl",
+        GRADED | {"outcomes": "0x"},
+        "field outcomes: '0x'",
+    ),
+    "outcomes of others": (
+        "evals.jsonl",
+        GRADED | {"outcomes": "011"},
+        "'011' is not of 2 problems",
+    ),
+    "no problems": ("evals.jsonl", GRADED | {"problems": 0}, "row 1, field problems: 0"),
+    "length": ("evals.jsonl", GRADED | {"length": [1]}, "row 1, field length: .1."),
+    "tasks": ("config.json", {"tasks": 3}, "field tasks: 3 is not a list"),
+    "task": ("config.json", {"tasks": [1]}, r"tasks\[0\]: 1 is not an object"),
+    "nameless": ("config.json", {"tasks": [{}]}, r"tasks\[0\] lacks the field 'name'"),
+    "no path": ("config.json", {"student": "a\0"}, "is no folder or name of a model"),
+    "too long": ("config.json", {"teacher": "a" * 5000}, "is no folder or name of a model"),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_impossible_values_of_a_record_are_named(name: str, tmp_path: Path) -> None:
+    settings = {"student": "s", "teacher": "t", "objective": "k3", "seed": 0}
+    made = {"config.json": settings, "rows.jsonl": {"step": 0, "loss": None}, "evals.jsonl": GRADED}
+    file, changes, words = IMPOSSIBLE[name]
+    for path, value in (made | {file: made[file] | changes}).items():
+        (tmp_path / path).write_text(json.dumps(value) + "\n")
+    with pytest.raises(InvalidInput, match=f"{file}.*{words}") as raised:
+        record.read_run(tmp_path)
+    assert len(str(raised.value)) < 400
 
 
 def test_alarms_are_those_that_a_replay_raises(run: Path) -> None:
@@ -500,6 +548,19 @@ def test_ends_and_the_doctor_are_told(run: Path, tmp_path: Path) -> None:
         ("teacher of a", [tokenizer.eos_token_id]),
         ("teacher of b", [1, 2]),
     ]
+
+
+def test_ends_are_read_where_a_text_model_lies_in_another(tmp_path: Path) -> None:
+    make_tokenizer().save_pretrained(tmp_path)
+    known = spelling.read_spelling(tmp_path)
+    settings = tmp_path / "config.json"
+    own = sheet.end_ids(tmp_path, known)
+    settings.write_text('{"text_config": {"eos_token_id": [5, 6]}}')
+    assert sheet.end_ids(tmp_path, known) == sorted({*own, 5, 6})
+    for value in ('"5"', "true", "[[1]]", "[1, null]", "1.0"):
+        settings.write_text(f'{{"eos_token_id": {value}}}')
+        with pytest.raises(InvalidInput, match=r"config\.json, field eos_token_id: .* is no id"):
+            sheet.end_ids(tmp_path, known)
 
 
 def test_few_tokens_show_the_worst_responses(run: Path) -> None:
