@@ -84,7 +84,7 @@ RULES: tuple[Rule, ...] = (
         start=3,
         against=growth,
         means="the sampled cost has grown by half",
-        remedy="as for drift_kl; k1 is its sampled estimate",
+        remedy="lower the learning rate; check the sign and the stop-gradients of the objective",
     ),
     Rule(
         name="repetition",
@@ -92,7 +92,8 @@ RULES: tuple[Rule, ...] = (
         null="near 0",
         high=0.2,
         means="tokens repeat an earlier 8-gram of their response",
-        remedy="compare repeated_cost with regular_cost: does the teacher reward loops?",
+        remedy="compare supervision/repeated_cost with regular_cost: where it is lower the teacher "
+        "rewards loops; shorten the responses or change the teacher",
     ),
     Rule(
         name="truncation",

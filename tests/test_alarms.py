@@ -143,6 +143,14 @@ def test_lead_times_count_from_the_first_alarm() -> None:
     assert lead_times(alarms, 9) == {"a": 6, "b": 1}
 
 
+def test_a_rule_is_one_sentence_and_stands_alone() -> None:
+    """A full stop follows `means` and `remedy` wherever they are shown."""
+    for rule in RULES:
+        for text in (rule.means, rule.remedy):
+            assert text[-1].isalnum() or text[-1] in ")`", rule.name
+            assert not text.startswith("as for "), f"{rule.name}: {text}"
+
+
 def test_an_alarm_says_what_and_what_to_do() -> None:
     (alarm,) = replay(rows([0.9] * 3, "tokens/one_id_signal"))
     text = str(alarm)

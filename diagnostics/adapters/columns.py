@@ -170,7 +170,10 @@ def _remedy(raw: Mapping[str, Any]) -> str:
         return "a dump of a row a token is read by diagnostics.dumps.load_dump"
     if "step" in raw:
         return "rows of a monitor or a run, one a step, are shown by `opd report`"
-    return "ids of the response are needed, under this or another known name (or give rename=)"
+    return (
+        "ids of the response are needed, under this or another known name (README.md, "
+        "diagnostics.adapters.columns)"
+    )
 
 
 def number_of(value: Any) -> int:

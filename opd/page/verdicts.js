@@ -18,7 +18,7 @@ function card(run) {
   const alarms = alarmsOf(run), on = alarms.filter((alarm) => alarm.on), config = run.config;
   const verdict = on.length ? `${plural(on.length, "alarm")} on` : { good: "better", open: run.done ? "nothing shown" : "not begun", bad: "worse" }[run.verdict.state];
   const about = [config.objective && words(config.objective), known(config.seed) && `seed ${config.seed}`, run.seconds > 0 && (run.seconds < 90 ? `${show(run.seconds, 2)} s` : `${show(run.seconds / 60, 2)} min`)];
-  const steps = known(config.steps) ? `step ${run.done} of ${config.steps}${run.done < config.steps ? ", unfinished" : ""}` : `step ${run.done}`;
+  const steps = known(config.steps) ? `step ${run.done} of ${config.steps}${run.done < config.steps ? ", unfinished" : ""}` : `last row: step ${run.done - 1}`;
   return make("article", { class: `card ${{ good: "good", open: "over", bad: "bad" }[run.verdict.state]}` },
     make("div", { class: "head" }, make("h3", { textContent: run.name }), make("span", { class: "pill", textContent: verdict })),
     small([steps, ...about.filter(Boolean)].join(" · ")),
