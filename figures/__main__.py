@@ -87,7 +87,9 @@ def main(argv: list[str]) -> None:
     known = f"{', '.join(figures())}; paper, all, claims, or gallery"
     parser.add_argument("name", nargs="?", default="all", help=known)
     parser.add_argument("--table", type=Path, help="draw this table instead of the recorded one")
-    parser.add_argument("--run", type=Path, nargs="+", help=f"run folders to draw, for {FROM_RUNS}")
+    parser.add_argument(
+        "--run", type=Path, nargs="+", help="run folders to draw, for " + ", ".join(FROM_RUNS)
+    )
     parser.add_argument("--out", type=Path, default=Path("results/figures"))
     parser.add_argument(
         "--update-data", action="store_true", help="also record the runs' table in figures/data"

@@ -14,7 +14,7 @@ from diagnostics.files import parse_json, read_object
 from diagnostics.terminal import protect_terminal
 
 COMMANDS = {
-    "demo": ("opd.demo", "the whole house: study, lab pair, two objectives, figures"),
+    "demo": ("opd.demo", "everything in one command: study, lab pair, two objectives, figures"),
     "study": ("synthetic.run", "exact synthetic studies: list, run NAME|all"),
     "lab": ("opd.lab", "build the lab pair, a teacher and a weaker student, from nothing"),
     "paper": ("opd.paper", "train every method of the paper's comparisons, several seeds each"),
@@ -109,9 +109,13 @@ def differing(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any
 
 def evaluation_options(argv: list[str]) -> dict[str, Any]:
     """The words of `opd eval` as settings of `opd.evaluate.respond_folder`, and where to write."""
-    parser = argparse.ArgumentParser(prog="opd eval", description="accuracy of a saved model")
+    parser = argparse.ArgumentParser(
+        prog="opd eval",
+        description="accuracy of a saved model",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     add = parser.add_argument
-    add("model", help="folder or hub name")
+    add("model", help="folder, such as RUN/final, or hub name")
     add(
         "--task",
         default="lab",
@@ -123,15 +127,15 @@ def evaluation_options(argv: list[str]) -> dict[str, Any]:
     add("--whole", action="store_true", help="all problems of the file, not the held-out tenth")
     add("--samples", type=int, default=1, help="responses to each problem")
     add("--temperature", type=float, default=1.0, help="0 is greedy")
-    add("--top-p", type=float, default=1.0)
-    add("--max-prompt", type=int, default=512)
+    add("--top-p", type=float, default=1.0, help="1 samples from the whole distribution")
+    add("--max-prompt", type=int, default=512, help="longest prompt, in tokens")
     add("--drop", action="store_true", help="leave out longer prompts instead of refusing them")
-    add("--max-response", type=int, default=512)
+    add("--max-response", type=int, default=512, help="longest response, in tokens")
     add(
         "--grader",
         default="",
         help="exact, numeric, math (extra math), gym, lab, or a function of (response, answer) of "
-        "your own: MODULE:FUNCTION or FILE.py:FUNCTION",
+        "your own: MODULE:FUNCTION or FILE.py:FUNCTION; empty: the task's, or exact",
     )
     add("--layout", default="turns", choices=("turns", "trajectory"), help="of games")
     add("--max-turns", type=int, default=30, help="of games: actions of an episode")
@@ -139,10 +143,10 @@ def evaluation_options(argv: list[str]) -> dict[str, Any]:
     add("--system", default="", help="a system message before every prompt")
     add("--template", type=template, default={}, help='JSON, such as {"enable_thinking": false}')
     for name in ("prompt", "answer", "task"):
-        add(f"--{name}-column", default=name)
-    add("--seed", type=int, default=0)
-    add("--device", default="auto")
-    add("--dtype", default="float32", choices=("float32", "bfloat16"))
+        add(f"--{name}-column", default=name, help="of a data file")
+    add("--seed", type=int, default=0, help="of the sampling")
+    add("--device", default="auto", help='"cpu", "cuda", or "auto": cuda where there is one')
+    add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the weights")
     add("--trust-remote-code", action="store_true", help="run the code beside the weights")
     add("--out", type=Path, help="JSON file: the numbers, the outcomes and these settings")
     add("--responses", type=Path, help="JSONL file: a line a problem, with what was said")

@@ -102,8 +102,8 @@ class Config:
     weights_folder: str = ""
     """Folder in which those servers find the weights; empty: weights/ in the run folder."""
     ahead: int = 0
-    """Steps that the engine servers samples ahead of the update, while it is made: rollouts are so
-    many updates old, and never older. 0 is on-policy; 1 overlaps sampling with everything else."""
+    """Steps by which the engine servers samples ahead, while the update is made: rollouts are that
+    many steps old, and never older. 0 is on-policy; 1 overlaps sampling with everything else."""
     temperature: float = 1.0
     """Temperature of rollouts and of both models in the loss."""
     top_p: float = 1.0

@@ -1,4 +1,4 @@
-"""`opd demo`: the whole house in one command: study, lab pair, two objectives, figures, a table."""
+"""`opd demo`: everything in one command: study, lab pair, two objectives, figures, a table."""
 
 import argparse
 import concurrent.futures

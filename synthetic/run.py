@@ -235,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
     showing.add_argument("name", nargs="?", default="all", help="an experiment, or all")
     running = commands.add_parser("run", help="measure, summarise, write tables")
     running.add_argument("name", help="an experiment, or all")
-    running.add_argument("--preset", default="quick", help="a key of SETTINGS: quick, paper, ...")
+    running.add_argument("--preset", default="quick", help="smoke, quick (minutes) or paper")
     running.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     running.add_argument("--backend", default="loky", help="loky, or a cluster: ray, dask")
     running.add_argument("--address", help="of a running cluster; else a local one is started")
