@@ -3,6 +3,7 @@
 Free of torch. Shapes: n positions of a sequence, K ids a position.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diagnostics.errors import InvalidInput
+from diagnostics.files import has_type, short
 
+ID = re.compile(r"0|[1-9][0-9]{0,8}")
 CLAMPED = -9999.0
 """What vLLM writes for a log-probability of minus infinity."""
 
@@ -82,6 +85,12 @@ def read_position(
             f"position {place}: {len(told)} log-probabilities where {k} or {k + 1} were asked; "
             f"start the server with --max-logprobs {k} or more"
         )
+    for v, entry in told.items():
+        value = entry.get("logprob") if isinstance(entry, dict) else None
+        if ID.fullmatch(v) is None:
+            raise InvalidInput(f"position {place}: {short(v)} is no token id")
+        if not has_type(value, float):
+            raise InvalidInput(f"position {place}, id {v}: {short(value)} is no log-probability")
     best = sorted(told.items(), key=_place)[:k]
     logp = [at["logprob"] for _, at in best]
     return [int(v) for v, _ in best], logp, told[str(token)]["logprob"]

@@ -23,6 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from diagnostics.errors import InvalidInput, OperationFailed
+from diagnostics.files import has_type, short
 from opd.answers import CLAMPED, read_row
 from opd.endpoint import PASSING, Endpoint
 from opd.remote import ENTRY_BYTES, SPARE_BYTES, chosen, described, field
@@ -320,6 +321,6 @@ def read_response(
     if not all(0 <= v < vocabulary for v in ids):
         raise InvalidInput(f"ids up to {max(ids)}, the vocabulary has {vocabulary}")
     for v, x in zip(ids, logp, strict=True):
-        if not isinstance(x, float | int) or math.isnan(x) or not CLAMPED < x < 1e-3:
-            raise InvalidInput(f"the id {v} has the log-probability {x}")
+        if not has_type(x, float) or math.isnan(x) or not CLAMPED < x < 1e-3:
+            raise InvalidInput(f"the id {v} has the log-probability {short(x)}")
     return ids, logp

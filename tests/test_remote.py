@@ -310,6 +310,14 @@ def alien(entries: dict[str, Any]) -> None:
         del entries[next(v for v in entries if entries[v]["rank"] == K)]
 
 
+def huge_id(entries: dict[str, Any]) -> None:
+    entries["9" * 30] = entries.popitem()[1]
+
+
+def padded_id(entries: dict[str, Any]) -> None:
+    entries["0" + next(iter(entries))] = entries.popitem()[1]
+
+
 LASTING = {
     "another model": (changed(renamed), "model 'other' answers"),
     "another row's numbers": (changed(another_row), "has no log-probability|positions for"),
@@ -321,7 +329,12 @@ LASTING = {
     "minus infinity": (changed(at_end(every(-math.inf))), "a probability of 0"),
     "clamped": (changed(at_end(every(-9999.0))), "a probability of 0"),
     "nan": (changed(at_end(every(math.nan))), "not a number"),
-    "null": (changed(at_end(every(None))), "the answer is not the one"),
+    "null": (changed(at_end(every(None))), r"the answer is not the one .* None is no log-prob"),
+    "true": (changed(at_end(every(True))), "True is no log-probability"),
+    "text": (changed(at_end(every("-1"))), "'-1' is no log-probability"),
+    "beyond floats": (changed(at_end(every(-(10**400)))), "-1000.* is no log-probability"),
+    "beyond 64 bits": (changed(at_end(huge_id)), "'999.*999' is no token id"),
+    "an id written twice": (changed(at_end(padded_id)), "is no token id"),
     "logits": (changed(at_end(every(3.0))), "raw_logits"),
     "mass beyond 1": (changed(at_end(every(-0.1))), "raw_logits"),
     "an id of no student": (changed(at_end(alien)), "999999"),
