@@ -193,6 +193,8 @@ def load_dump(path: str | Path) -> Scored:
         table = file.read()
     except (pyarrow.ArrowException, OSError) as error:
         raise InvalidInput(f"{path} cannot be read ({error})") from error
+    if len(set(table.column_names)) < len(table.column_names):
+        raise InvalidInput(f"{path} has a column twice: {', '.join(sorted(table.column_names))}")
     columns = {
         name: _tensor(table[column], f"{path}, column {column}")
         for column in table.column_names
@@ -208,10 +210,22 @@ def load_dump(path: str | Path) -> Scored:
     for name, x in columns.items():
         if name in PER_RESPONSE:
             values[name] = x[start][row[start].argsort()]
+            _require_constant(x, values[name][row], f"{path}, column {name}")
         else:
             values[name] = x.new_zeros((*shape, *x.shape[1:]))
             values[name][row, position] = x
     return assembled(Scored, values, str(path))
+
+
+def _require_constant(x: Tensor, first: Tensor, where: str) -> None:
+    """Refuse a column of responses, (N,), that is not on all tokens what it is on the first."""
+    wrong = (x != first) & ~(x.isnan() & first.isnan())
+    if bool(wrong.any()):
+        i = int(wrong.nonzero()[0])
+        raise InvalidInput(
+            f"{where}: {x[i].item()} in token row {i}, {first[i].item()} at the first token of the "
+            "same response"
+        )
 
 
 def _checked_shape(
@@ -276,6 +290,11 @@ def _tensor(column: Any, where: str) -> Tensor:
         raise InvalidInput(f"{where} has type {column.type}, expected numbers or lists of them")
     if flat.null_count:
         raise InvalidInput(f"{where}: {flat.null_count} values are null")
+    if types.is_unsigned_integer(kind):
+        try:
+            flat = flat.cast(pyarrow.int64())
+        except pyarrow.ArrowException as error:
+            raise InvalidInput(f"{where}: a number beyond 64 bits with sign ({error})") from error
     x = torch.from_numpy(flat.to_numpy(zero_copy_only=False).copy())
     return x.reshape(len(column), width) if width else x
 

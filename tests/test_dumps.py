@@ -12,6 +12,7 @@ from pyarrow import parquet
 
 from diagnostics.batch import Scored
 from diagnostics.dumps import Dumps, load_dump, sampled, save_dump
+from diagnostics.errors import InvalidInput
 from diagnostics.monitor import Monitor
 from tests.test_diagnostics import batch
 
@@ -127,6 +128,32 @@ def test_broken_files_are_refused(tmp_path: Path) -> None:
     parquet.write_table(table.replace_schema_metadata({}), tmp_path / "b.parquet")
     with pytest.raises(ValueError, match="format None, expected 'opdlab-dump-1'"):
         load_dump(tmp_path / "b.parquet")
+
+
+def test_columns_that_contradict_themselves_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "d.parquet"
+    save_dump(path, batch(0))
+    table = parquet.read_table(path)
+    count, names = len(table), table.column_names
+
+    def written(name: str, values: pyarrow.Array) -> None:
+        parquet.write_table(table.set_column(names.index(name), name, values), path)
+
+    written("prompt", pyarrow.array(range(count)))
+    with pytest.raises(
+        InvalidInput, match=r"column prompt: .* at the first token of the same resp"
+    ):
+        load_dump(path)
+    written("id", pyarrow.array([2**64 - 1] * count, pyarrow.uint64()))
+    with pytest.raises(InvalidInput, match="column id: a number beyond 64 bits with sign"):
+        load_dump(path)
+    written("id", table["id"].cast(pyarrow.uint64()))
+    assert torch.equal(
+        load_dump(path).tokens * batch(0).sampled, batch(0).tokens * batch(0).sampled
+    )
+    parquet.write_table(table.append_column("id", table["id"]), path)
+    with pytest.raises(InvalidInput, match="has a column twice"):
+        load_dump(path)
 
 
 def test_bfloat16_is_widened(tmp_path: Path) -> None:
