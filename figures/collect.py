@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from diagnostics.errors import InvalidInput
+from diagnostics.files import check_fields
 from diagnostics.intervals import gain_interval, unpaired_interval
 from figures.runs import (
     distinct_names,
@@ -43,6 +44,8 @@ def training_table(runs: list[Path]) -> pd.DataFrame:
     """
     records: list[dict[str, Any]] = []
     configs = [settings(run) for run in runs]
+    for run, config in zip(runs, configs, strict=True):
+        check_fields(config, {"objective": str}, str(run / "config.json"))
     names = distinct_names(runs, [config["objective"] for config in configs])
     for run, config, objective, label in zip(runs, configs, names, labels(runs), strict=True):
 

@@ -80,7 +80,7 @@ def settings(run: Path) -> dict[str, Any]:
     """
     if not (run / "config.json").exists():
         raise MissingFile(f"{run} is no run folder: it has no config.json")
-    return read_object(run / "config.json", {"objective": str, "seed": int})
+    return read_object(run / "config.json", {"seed": int})
 
 
 def differing(runs: list[Path]) -> dict[str, list[str]]:

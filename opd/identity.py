@@ -6,9 +6,11 @@ of one method by what was read, not by what it was called.
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+from diagnostics.atomic import replace_folder
 from opd.runlog import write_text
 
 WEIGHTS = (".safetensors", ".bin", ".pt")
@@ -31,6 +33,16 @@ def record_identities(folder: Path, config: dict[str, Any]) -> None:
         if not config.get("tasks") and (digest := fingerprint(Path(str(config.get(name) or ""))))
     }
     write_text(path, json.dumps(found))
+
+
+def record_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """Save the tokenizer into a run folder that has none: what the ids of the record spell."""
+    target = folder / "tokenizer"
+    if not target.exists():
+        part = folder / "tokenizer.part"
+        shutil.rmtree(part, ignore_errors=True)
+        tokenizer.save_pretrained(part)
+        replace_folder(part, target)
 
 
 def fingerprint(path: Path) -> str:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from diagnostics import rows
-from diagnostics.atomic import DISK_FULL, sync, write_text
+from diagnostics.atomic import is_disk_full, sync, write_text
 from diagnostics.errors import InvalidInput, OperationFailed
 from opd import processes
 from opd.config import Config, to_json
@@ -198,8 +198,8 @@ def explained(config: Config) -> Iterator[None]:
             f"chunk_elements ({config.chunk_elements}) or rows_at_once ({config.rows_at_once}), "
             f"or set checkpointing or offload_teacher; the same command resumes ({error})"
         ) from error
-    except OSError as error:
-        if error.errno not in DISK_FULL:
+    except Exception as error:
+        if not is_disk_full(error):
             raise
         raise OperationFailed(
             f"could not write below {config.out}: is the disk full? What was saved before is "

@@ -125,10 +125,16 @@ def checked(run: Run, nth: int, prompts: Prompts, scored: Scored) -> dict[str, T
 
 
 def grade_texts(run: Run, texts: list[str], answer: str) -> list[float]:
-    """Rewards of texts as responses to one problem, graded in the way of a step's responses."""
+    """Rewards of texts as responses to one problem, graded in the way of a step's responses.
+
+    No rewards where a text holds an id that ends a response, so that no response can say it.
+    """
     assert not isinstance(run.task, Games)
     tokenizer = run.pair.tokenizer
-    ids = [tokenizer.encode(text, add_special_tokens=False) + run.pair.eos[:1] for text in texts]
+    ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    if any(set(text) & set(run.pair.eos) for text in ids):
+        return []
+    ids = [text + run.pair.eos[:1] for text in ids]
     tokens = torch.zeros(len(ids), max(map(len, ids)), dtype=torch.long)
     mask = torch.zeros(tokens.shape, dtype=torch.bool)
     for row, some in enumerate(ids):

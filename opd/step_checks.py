@@ -90,7 +90,8 @@ def grader_numbers(
     no answer at all; else 0. grader_missing: share of responses without a reward.
 
     Args:
-      grade: texts of responses and the answer to compare with -> rewards, in the way of the step.
+      grade: texts of responses and the answer to compare with -> rewards, in the way of the step;
+        none if it cannot tell.
     """
     missing = reward.isnan()
     columns = {"validity/grader_missing": missing.double().mean()}

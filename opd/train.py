@@ -34,7 +34,7 @@ from opd.engines import Engine, make_engine
 from opd.evaluate import evaluate
 from opd.folders import whole_folder
 from opd.games import Games, is_games, load_games
-from opd.identity import record_identities
+from opd.identity import record_identities, record_tokenizer
 from opd.loggers import Log, evaluation, open_loggers
 from opd.model import Model, Pair, resolve_device
 from opd.objectives import DENOMINATORS, Objective, make
@@ -109,8 +109,7 @@ def train(config: Config, anew: bool = False) -> Path:
         keep_probes(folder / "teachers.json", pairs, first)
         if processes.rank() == 0:
             record_identities(folder, to_json(config))
-            if not (folder / "tokenizer").exists():  # what the ids of the record spell
-                pairs[0].tokenizer.save_pretrained(folder / "tokenizer")
+            record_tokenizer(folder, pairs[0].tokenizer)
         engine = sampler(config, student)
         runs = make_runs(config, folder, pairs, engine, optimizer)
         runs[0].ahead.load(folder, first, student.device)

@@ -346,5 +346,5 @@ def test_bad_sources_are_refused(source: str, settings: dict[str, Any], wrong: s
 
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "textworld", None)
-    with pytest.raises(ImportError, match=r"needs alfworld, .*pip install 'opdlab\[alfworld\]'"):
+    with pytest.raises(ImportError, match=r"needs .*textworld.*: pip install 'opdlab\[alfworld\]'"):
         load_games("env:alfworld", 0)

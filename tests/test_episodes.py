@@ -286,7 +286,7 @@ def test_turns_and_trajectories_have_one_gradient(
         whole, hidden = scored(pair, prompts, rollouts)
         part = made_part(config, pair, prompts, whole, hidden)
         network.zero_grad()
-        loss = backward(part, shared_out(part)[0], 1.0)
+        loss, _ = backward(part, shared_out(part)[0], 1.0)
         found.append([p.grad.clone() for p in network.parameters()] + [loss])
     turns = [turn for episode in episodes for turn in episode.turns]
     count = sum(len(turn.response) for turn in turns)
@@ -319,9 +319,7 @@ def made_part(
         optimizer=adamw(pair.student.network.parameters(), (0.9, 0.999), 0.0),
         monitor=Monitor({}),
     )
-    return Part(
-        run=run, prompts=prompts, whole=whole, scored=whole, teacher_hidden=hidden, played={}
-    )
+    return Part(run=run, prompts=prompts, scored=whole, teacher_hidden=hidden, played={})
 
 
 def by_hand(pair: Any, turn: Turn, objective: str) -> Tensor:
