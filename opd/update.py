@@ -136,7 +136,13 @@ def shared_out(part: Part) -> list[Work]:
         kept, batch = kept.supervise(chosen[here]), batch.supervise(chosen)
     counted = replace(batch, support=None, prefix=None)
     found, place = [], torch.arange(len(batch))[mine].tolist()
-    for rows in shares(batch.prompt.tolist(), config.updates):
+    for number, rows in enumerate(shares(batch.prompt.tolist(), config.updates), 1):
+        if bool(batch.mask.any()) and not bool(batch.mask[rows].any()):
+            raise InvalidInput(
+                f"update {number} of {config.updates} has no supervised token, of "
+                f"{int(batch.mask.sum())} in the step; lower updates, raise keep_uncertain "
+                f"({config.keep_uncertain:g}), or look at the mask rule"
+            )
         below = batch.student_logp.new_ones(len(batch))
         some = counted.rows(rows)
         below[rows] = DENOMINATORS[config.denominator](some)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from diagnostics.batch import load
+from diagnostics.errors import InvalidInput
 from opd import step as steps
 from opd import update as updates
 from opd.optimizer import Optimizer
@@ -117,6 +118,15 @@ def test_an_update_divides_by_what_it_trains_on(
         assert work.denominator[work.rows].tolist() == want
         whole = torch.tensor(want)[:, None].expand(work.weight[work.rows].shape)
         torch.testing.assert_close(work.weight[work.rows], 1 / whole)
+
+
+def test_an_update_without_tokens_is_named(tiny_pair, tmp_path: Path) -> None:
+    """One token of the whole step is kept, so that three of four updates have none."""
+    config = settings(
+        tiny_pair, tmp_path / "run", steps=1, prompts_per_step=4, updates=4, keep_uncertain=1e-9
+    )
+    with pytest.raises(InvalidInput, match=r"update \d of 4 has no supervised token, of 1 in the"):
+        train(config)
 
 
 def test_a_moving_average_does_not_follow_a_refused_step(
