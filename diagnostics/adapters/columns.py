@@ -37,7 +37,9 @@ A row is one response. Shapes: T response positions, K support ids.
 
 `support` and `prefix` may also be objects. A list may hold null where the mask is false. A token
 counts where every mask is true. Several of the masks in the row of sampled_mask may stand in one
-file. A list of 0 and 1 with a name that is not in this table, one a token, is refused.
+file. A list of 0 and 1 with a name that is not in this table, one a token, is refused, and so
+are labels with -100 and weights by token. A teacher's or student's list is read in descending order
+of its model, whatever order it has in the file.
 """
 
 import hashlib
