@@ -88,17 +88,30 @@ def _made(kind: Any, values: Mapping[str, Any], prefix: str) -> Any:
     return kind(**values)
 
 
+LOWEST_LOGP = -998.0
+"""What is lower is no log-probability but a sign that there is none: -999, -9999, -1e30."""
+
+
 def check_saved(batch: Rollouts) -> None:
     """Refuse values that no run writes.
 
     Raises:
       InvalidInput: no response or position; an id that no vocabulary has; a support with an id
-        twice or a mass above 1; what `Rollouts.checked` refuses. Names the field and the place.
+        twice or a mass above 1; a sampled token's log-probability below LOWEST_LOGP; what
+        `Rollouts.checked` refuses. Names the field and the place.
     """
     if 0 in batch.tokens.shape:
         raise InvalidInput(f"tokens has shape {tuple(batch.tokens.shape)}: it holds no token")
     _check_ids("tokens", batch.tokens)
     batch.checked()
+    for name in ("student_logp", "teacher_logp", "sampler_logp", "softmax_logp"):
+        logp = getattr(batch, name, None)
+        if logp is not None and bool((logp < LOWEST_LOGP).any()):
+            place = tuple((logp < LOWEST_LOGP).nonzero()[0].tolist())
+            raise InvalidInput(
+                f"{name}: {float(logp[place]):g} at {place} marks a missing log-probability; leave "
+                "the token out of the mask, or the response out of the file"
+            )
     for name in ("support", "student_support"):
         support = getattr(batch, name, None)
         if support is not None:

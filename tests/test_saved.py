@@ -74,6 +74,10 @@ BATCHES = {
         rf"support.teacher_logp: probabilities of \d\.\d+ in sum at {WORDS}, expected at most 1",
     ),
     "nan": (put("teacher_logp", (0, 0), float("nan")), "teacher_logp: 1 of .* not finite"),
+    "sentinel": (
+        put("teacher_logp", PLACE, -9999.0),
+        rf"teacher_logp: -9999 at {WORDS} marks a missing log-probability",
+    ),
     "positive": (put("student_logp", PLACE, 0.5), "student_logp: 1 of .* positive log-prob"),
     "lacks": (lambda t, _: t.pop("student_logp"), "it lacks the fields student_logp"),
     "lacks in a part": (lambda t, _: t.pop("support.ids"), "it lacks the fields support.ids"),
@@ -161,6 +165,7 @@ DUMPS = {
     "id": ({"id": lambda x: [-7, *x[1:]]}, r"tokens: -7 at \(0, 0\) is no token id"),
     "ids": ({"id": lambda x: [2**50, *x[1:]]}, r"tokens: 1125899906842624 at \(0, 0\)"),
     "mask": ({"mask": lambda x: pyarrow.array([2.0] * len(x))}, "mask has dtype torch.float64"),
+    "sentinel": ({"teacher_logp": last(-9999.0)}, "-9999 at .* marks a missing log-prob"),
     "support null": ({"support.ids": lambda x: [None, *x[1:]]}, "support.ids: .* null"),
     "mass": (
         {"support.student_logp": lambda x: [[0.0] * 4 for _ in x]},

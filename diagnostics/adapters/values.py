@@ -10,10 +10,7 @@ import numpy as np
 
 from diagnostics.errors import InvalidInput
 from diagnostics.files import has_type, short
-from diagnostics.saved import ID_LIMIT, MOST_MASS
-
-LOWEST_LOGP = -998.0
-"""What is lower is no log-probability but a sign that there is none: -999, -9999, -1e30."""
+from diagnostics.saved import ID_LIMIT, LOWEST_LOGP, MOST_MASS
 
 ROUNDING = 1e-3
 """Nats by which neighbours of a list may be out of order."""
