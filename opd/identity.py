@@ -41,8 +41,11 @@ def record_tokenizer(folder: Path, tokenizer: Any) -> None:
     if not target.exists():
         part = folder / "tokenizer.part"
         shutil.rmtree(part, ignore_errors=True)
-        tokenizer.save_pretrained(part)
-        replace_folder(part, target)
+        try:
+            tokenizer.save_pretrained(part)
+            replace_folder(part, target)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def fingerprint(path: Path) -> str:

@@ -278,6 +278,9 @@ def forward(role: str, model: Model, tokenizer: Any, config: Config) -> Finding:
         "later": largest_gap(first[:, :-1], later[:, :-1]) / unit,
         "padding": largest_gap(first[:1], alone) / unit,
     }
+    if not bool(plain.isfinite().all()):
+        advice = "its weights are damaged or diverged: load an earlier checkpoint"
+        return Finding(item, "fail", "log-probabilities are not finite", advice, numbers)
     for name, found, advice in FORWARD:
         if not numbers[name] <= LIMIT:
             said = f"{found}, by {numbers[name] * unit:.2g} nats, {LIMIT * unit:.1g} is rounding"

@@ -127,21 +127,22 @@ def checked(run: Run, nth: int, prompts: Prompts, scored: Scored) -> dict[str, T
 def grade_texts(run: Run, texts: list[str], answer: str) -> list[float]:
     """Rewards of texts as responses to one problem, graded in the way of a step's responses.
 
-    No rewards where a text holds an id that ends a response, so that no response can say it.
+    Where a text holds an id that ends a response, nothing is cut from the texts.
     """
     assert not isinstance(run.task, Games)
     tokenizer = run.pair.tokenizer
     ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-    if any(set(text) & set(run.pair.eos) for text in ids):
-        return []
-    ids = [text + run.pair.eos[:1] for text in ids]
+    ends = run.pair.eos
+    if any(set(text) & set(ends) for text in ids):
+        ends = []
+    ids = [text + ends[:1] for text in ids]
     tokens = torch.zeros(len(ids), max(map(len, ids)), dtype=torch.long)
     mask = torch.zeros(tokens.shape, dtype=torch.bool)
     for row, some in enumerate(ids):
         tokens[row, : len(some)] = torch.tensor(some)
         mask[row, : len(some)] = True
     problems = [Problem(prompt="", answer=answer)] * len(texts)
-    graded = verdicts(tokenizer, tokens, mask, problems, run.task.grade, run.pair.eos)
+    graded = verdicts(tokenizer, tokens, mask, problems, run.task.grade, ends)
     return [verdict.reward for verdict in graded]
 
 

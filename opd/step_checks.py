@@ -90,8 +90,7 @@ def grader_numbers(
     no answer at all; else 0. grader_missing: share of responses without a reward.
 
     Args:
-      grade: texts of responses and the answer to compare with -> rewards, in the way of the step;
-        none if it cannot tell.
+      grade: texts of responses and the answer to compare with -> rewards, in the way of the step.
     """
     missing = reward.isnan()
     columns = {"validity/grader_missing": missing.double().mean()}

@@ -73,8 +73,11 @@ def test_weights_that_diverged_are_refused_and_leave_the_run_whole(tiny_pair, tm
             top_p=1.0,
             generator=torch.Generator().manual_seed(0),
         )
-    with pytest.raises(ValueError, match="not finite"):
-        train(settings((student, tiny_pair[1]), tmp_path / "run"))
+    with pytest.raises(ValueError, match=r"student forward pass: .*not finite.*earlier checkpoint"):
+        train(settings((student, tiny_pair[1]), tmp_path / "refused"))
+    unchecked = settings((student, tiny_pair[1]), tmp_path / "run", start_checks=False)
+    with pytest.raises(ValueError, match="not finite from response token 0 on"):
+        train(unchecked)
     assert not (tmp_path / "run" / "rows.jsonl").read_text()
 
 

@@ -30,7 +30,7 @@ def test_union_and_intersection_are_those_of_sets(k: int) -> None:
 def supported(width: int, seed: int) -> Scored:
     mask = torch.rand(3, width, generator=seeded(seed)) > 0.3
     mask[:, -1] = False
-    ours, theirs = -torch.rand(2, 3, width, 4, generator=seeded(seed + 1)) * mask[..., None]
+    ours, theirs = (-2 - torch.rand(2, 3, width, 4, generator=seeded(seed + 1))) * mask[..., None]
     tokens = torch.randint(V, (3, width), generator=seeded(seed + 2))
     return Scored(
         tokens=tokens,
@@ -41,7 +41,7 @@ def supported(width: int, seed: int) -> Scored:
         student_logp=torch.zeros(3, width),
         teacher_logp=torch.zeros(3, width),
         support=Support(
-            ids=torch.randint(V, (3, width, 4), generator=seeded(seed + 3)),
+            ids=torch.rand(3, width, V, generator=seeded(seed + 3)).argsort(-1)[..., :4],
             student_logp=ours.clone(),
             teacher_logp=theirs.clone(),
             source="union",

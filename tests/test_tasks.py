@@ -41,11 +41,19 @@ def sources(tiny_pair, tmp_path_factory) -> tuple[Path, Path, Path]:
 
 
 def several(tiny_pair, sources, out: Path, **changes: object) -> Config:
-    """Two tasks: the first has the run's teacher, the second another, a length and a weight."""
+    """Two tasks: the first has the run's teacher, the second another, a length and a weight.
+
+    In turns, where weights have no effect and are refused, both weigh 1.
+    """
+    weight = 1.0 if changes.get("task_order", "alternate") == "alternate" else 3.0
     tasks = (
         TaskSettings(name="sums", task=str(sources[0])),
         TaskSettings(
-            name="words", task=str(sources[1]), teacher=str(sources[2]), max_response=8, weight=3.0
+            name="words",
+            task=str(sources[1]),
+            teacher=str(sources[2]),
+            max_response=8,
+            weight=weight,
         ),
     )
     return settings(tiny_pair, out, **({"tasks": tasks} | changes))
@@ -123,7 +131,7 @@ def test_alternating_steps_are_steps_of_the_tasks_own_runs(
     assert [(x["step"], x["task"]) for x in evals] == [
         (step, name) for step in (0, 1, 2) for name in ("sums", "words")
     ]
-    saved = [load(path) for path in sorted((tmp_path / "both" / "batches").iterdir())]
+    saved = [load(path) for path in sorted((tmp_path / "both" / "batches").glob("*.safetensors"))]
     assert [batch.task.unique().tolist() for batch in saved] == [[0], [1]]
     assert saved[1].tokens.shape[1] <= 8
 
@@ -163,7 +171,7 @@ def test_a_tasks_step_counts_its_own_steps(tiny_pair, sources, tmp_path: Path) -
     config = several(tiny_pair, sources, tmp_path)
     assert [turns(config, s)[0] for s in range(5)] == [(0, 0), (1, 0), (0, 1), (1, 1), (0, 2)]
     assert turns(replace(config, task_order="mixed"), 7) == [(0, 7), (1, 7)]
-    weighted = replace(config, task_order="weighted")
+    weighted = several(tiny_pair, sources, tmp_path, task_order="weighted")
     found = [turns(weighted, s) for s in range(2000)]
     seen: Counter[int] = Counter()
     for [(task, nth)] in found:
@@ -175,7 +183,7 @@ def test_a_tasks_step_counts_its_own_steps(tiny_pair, sources, tmp_path: Path) -
 
 
 def test_prompts_of_a_mixed_step_are_shared_by_weight(tiny_pair, sources, tmp_path: Path) -> None:
-    config = several(tiny_pair, sources, tmp_path, prompts_per_step=10)
+    config = several(tiny_pair, sources, tmp_path, prompts_per_step=10, task_order="mixed")
     assert shares(config) == [3, 7]
     for total in range(2, 30):
         parts = shares(replace(config, prompts_per_step=total))
