@@ -40,7 +40,7 @@ test-vllm: $(VENV)-vllm/ready
 		tests/test_rollout.py tests/test_remote_vllm.py tests/test_servers_vllm.py
 
 test-verl: $(VENV)-verl/ready
-	$(call PYTEST,$(VENV)-verl) -m verl \
+	$(call PYTEST,$(VENV)-verl) -m "verl and not slow" \
 		tests/test_verl_losses.py tests/test_verl_workers.py tests/test_adapters_verl.py
 
 # The builds of torchvision, torchaudio and torchcodec for GPUs do not load beside a torch for CPUs.

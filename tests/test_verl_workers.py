@@ -161,7 +161,9 @@ STANDS_IN = """
 
 
 @pytest.mark.verl
-@pytest.mark.parametrize("name", ["teacher_topk", "sampled_token"])
+@pytest.mark.parametrize(
+    "name", ["teacher_topk", pytest.param("sampled_token", marks=pytest.mark.slow)]
+)
 def test_verls_trainer_runs_the_script_with_two_teachers(
     tiny_pair: tuple[Path, Path], tmp_path: Path, name: str
 ) -> None:
