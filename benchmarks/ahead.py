@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from diagnostics import rows
 from diagnostics.batch import Scored, load
-from diagnostics.totals import read
-from diagnostics.validity import sampler_weights
+from diagnostics.core.totals import read
+from diagnostics.metrics.consistency import sampler_weights
+from diagnostics.records import rows
 from opd.config import Config
 from opd.train import train
 

@@ -16,12 +16,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from diagnostics.family import Weights, weights
-from diagnostics.gradients import Pairs, pairs, signal_and_noise
-from diagnostics.jackknife import Estimate, quantile, squared
-from diagnostics.proxies import adam_noise, scalar_advantage_variance, token_advantage_variance
-from diagnostics.sketch import no_projection, sequence_sketches, token_sketches
-from diagnostics.tradeoff import squared_bias
+from diagnostics.gradients.bias import squared_bias
+from diagnostics.gradients.estimators import Weights, weights
+from diagnostics.gradients.jackknife import Estimate, quantile, squared
+from diagnostics.gradients.proxies import (
+    adam_noise,
+    scalar_advantage_variance,
+    token_advantage_variance,
+)
+from diagnostics.gradients.signal_noise import Pairs, pairs, signal_and_noise
+from diagnostics.gradients.sketch import no_projection, sequence_sketches, token_sketches
 from opd.credit import to_go
 from synthetic import exact
 from synthetic.mdp import TabularMDP, ending, random_chain, random_pair, token_chain

@@ -2,7 +2,7 @@
 
     python -m benchmarks.faults [--steps 5 --folder DIR --only WORD]
 
-Prints which refusal or rule of `diagnostics.alarms` caught which fault and when, and how often the
+Prints which refusal or rule of `diagnostics.alarms.alarms` caught which fault and when, and how often the
 rules spoke in sixty healthy runs of twelve architectures. Each run's outcome is kept in
 DIR/results.jsonl when it is done; the same command goes on from there. The pairs are random; a
 student is a copy of the teacher with noise on it, so that training has something to do and
@@ -22,11 +22,11 @@ import torch
 from benchmarks.healthy import healthy_runs
 from benchmarks.injected import SAMPLING_FAULTS, Fault
 from benchmarks.silent import SILENT_FAULTS
-from diagnostics import rows
-from diagnostics.alarm_rules import RULES
-from diagnostics.alarms import Alarm, replay
+from diagnostics.alarms.alarms import Alarm, replay
+from diagnostics.alarms.rules import RULES
 from diagnostics.errors import InvalidInput
-from diagnostics.rows import Row
+from diagnostics.records import rows
+from diagnostics.records.rows import Row
 from opd import train
 from opd.config import Config
 from opd.lab import make_tokenizer

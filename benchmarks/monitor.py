@@ -21,12 +21,12 @@ from typing import Any
 import torch
 
 from benchmarks.step import make_models
-from diagnostics import rows
-from diagnostics.access import Missing
 from diagnostics.batch import Scored, load
+from diagnostics.core.optional_fields import Missing
+from diagnostics.core.totals import pack
 from diagnostics.monitor import PANEL, Metric
-from diagnostics.rows import Row
-from diagnostics.totals import pack
+from diagnostics.records import rows
+from diagnostics.records.rows import Row
 from opd import train
 from opd.config import Config
 

@@ -22,12 +22,17 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import Prefix, Scored
-from diagnostics.blocks import block
-from diagnostics.family import available, weights
-from diagnostics.prefix import functionals
-from diagnostics.probe import Measured, gradient_row
-from diagnostics.sketch import random_signs, sequence_sketches, token_energies, token_sketches
-from diagnostics.tradeoff import cost_of_response
+from diagnostics.core.distribution_stats import functionals
+from diagnostics.gradients.bias import cost_of_response
+from diagnostics.gradients.estimators import available, weights
+from diagnostics.gradients.layers import block
+from diagnostics.gradients.probe import Measured, gradient_row
+from diagnostics.gradients.sketch import (
+    random_signs,
+    sequence_sketches,
+    token_energies,
+    token_sketches,
+)
 from opd.data import Prompts
 from opd.model import Model, Pair, log_probabilities, response_hidden, split
 from opd.probing import below_head, hidden_slopes

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from diagnostics import rows
 from diagnostics.batch import Prefix, Scored, Support, load
+from diagnostics.records import rows
 from opd import report
 
 HOVER = """() => { const spans = [...document.querySelectorAll("#text .t")], times = [];

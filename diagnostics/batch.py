@@ -24,8 +24,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diagnostics.atomic import atomic_write
 from diagnostics.errors import InvalidInput
+from diagnostics.io.atomic import atomic_write
 
 FORMAT = "opdlab-batch-1"
 _UNSET = torch.empty(0)
@@ -132,7 +132,7 @@ class Support(_Rows):
 class Prefix(_Rows):
     """Exact functionals of student p and teacher q at each student prefix, (B, T) each.
 
-    With l(v) = log p(v) - log q(v) and y the sampled token; computed by `diagnostics.prefix`.
+    With l(v) = log p(v) - log q(v) and y the sampled token; computed by `diagnostics.core.distribution_stats`.
     """
 
     reverse_kl: Tensor  # K = sum p l
@@ -334,9 +334,9 @@ def load(path: str | Path) -> Rollouts:
 
     Raises:
       InvalidInput: not such a file, or one whose fields, shapes, types or values are wrong.
-      MissingFile, OperationFailed: see `diagnostics.files.reading`.
+      MissingFile, OperationFailed: see `diagnostics.io.files.reading`.
     """
-    from diagnostics.saved import read_batch  # which imports this module
+    from diagnostics.records.batch_files import read_batch  # which imports this module
 
     return read_batch(path)
 

@@ -7,21 +7,18 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from diagnostics.alarm_rules import table as alarm_table
-from diagnostics.anatomy import agreement, kl_anatomy
+from diagnostics.alarms.rules import table as alarm_table
 from diagnostics.batch import Scored
-from diagnostics.blame import (
-    confident_impossible,
-    coverage,
-    impossible_table,
-    one_id,
-    token_table,
+from diagnostics.core.totals import Total
+from diagnostics.gradients.probe import gradient_row
+from diagnostics.metrics.consistency import (
+    martingales,
+    rescoring,
+    sampler_ratio,
+    sampler_weights,
+    staleness,
 )
-from diagnostics.collapse import length, length_incentive, length_quantiles, reward
-from diagnostics.consistency import support_consistency
-from diagnostics.control import own_prefix_gap
-from diagnostics.diversity import branching, distinct, second_try
-from diagnostics.drift import (
+from diagnostics.metrics.divergence import (
     cost_by_tenth,
     entropy_by_tenth,
     exact_divergence,
@@ -34,14 +31,15 @@ from diagnostics.drift import (
     tokens_by_position,
     uncertainty,
 )
-from diagnostics.ends import endings
-from diagnostics.groups import by, without
-from diagnostics.lists import nested_outside, overlap, tail_share, top_uncertainty
-from diagnostics.noise import baseline_noise, gradient_noise
-from diagnostics.probe import gradient_row
-from diagnostics.repetition import compression, repetition
-from diagnostics.row_columns import COLUMNS
-from diagnostics.supervision import (
+from diagnostics.metrics.diversity import branching, distinct, second_try
+from diagnostics.metrics.eos import endings
+from diagnostics.metrics.gradient_noise import baseline_noise, gradient_noise
+from diagnostics.metrics.groupby import by, without
+from diagnostics.metrics.kl_decomposition import agreement, kl_anatomy
+from diagnostics.metrics.length import length, length_incentive, length_quantiles, reward
+from diagnostics.metrics.own_prefix import own_prefix_gap
+from diagnostics.metrics.repetition import compression, repetition
+from diagnostics.metrics.signal import (
     action_dependence,
     energy_concentration,
     sign_null,
@@ -49,15 +47,17 @@ from diagnostics.supervision import (
     signal_concentration,
     signed_concentration,
 )
-from diagnostics.teachability import compatibility, quadrants, teachability
-from diagnostics.totals import Total
-from diagnostics.validity import (
-    martingales,
-    rescoring,
-    sampler_ratio,
-    sampler_weights,
-    staleness,
+from diagnostics.metrics.support_consistency import support_consistency
+from diagnostics.metrics.teachability import compatibility, quadrants, teachability
+from diagnostics.metrics.token_attribution import (
+    confident_impossible,
+    coverage,
+    impossible_table,
+    one_id,
+    token_table,
 )
+from diagnostics.metrics.topk import nested_outside, overlap, tail_share, top_uncertainty
+from diagnostics.records.row_columns import COLUMNS
 
 Metric = Callable[[Scored], dict[str, Total]]
 
@@ -231,7 +231,7 @@ positions, `%lo-hi` a tenth of the response. The *default* panel is `diagnostics
 
 Means, shares and ratios have standard errors. Quantiles, concentrations (Gini, effective numbers),
 correlations and effective sample sizes have none: theirs are not sums that merge. Where one
-matters, take it from saved batches with `diagnostics.intervals.bootstrap_interval` over prompts,
+matters, take it from saved batches with `diagnostics.stats.bootstrap_interval` over prompts,
 as the figures `gap` and `lorenz` do.
 """
 

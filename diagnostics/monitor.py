@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diagnostics.access import Missing
-from diagnostics.alarms import Alarm, Alarms
+from diagnostics.alarms.alarms import Alarm, Alarms
 from diagnostics.batch import Scored
 from diagnostics.catalogue import PANEL, Metric
+from diagnostics.core.optional_fields import Missing
+from diagnostics.core.totals import Mean, Total, merge, pack, read, unpack
 from diagnostics.errors import InvalidInput
-from diagnostics.sinks import Rewindable, Sink
-from diagnostics.totals import Mean, Total, merge, pack, read, unpack
+from diagnostics.records.sinks import Rewindable, Sink
 
 Combine = Callable[[Mapping[str, Total]], Mapping[str, Total]]
 
@@ -29,8 +29,8 @@ class Monitor:
 
     panel: metric name to metric; every: steps between its readings, one number for all or one a
       metric name (1 where a name is absent).
-    sinks: each is called with (step, row) after the row was read out (`diagnostics.sinks`).
-    alarms: rules that see every row (`diagnostics.alarms`); what a row raised is in `raised`.
+    sinks: each is called with (step, row) after the row was read out (`diagnostics.records.sinks`).
+    alarms: rules that see every row (`diagnostics.alarms.alarms`); what a row raised is in `raised`.
     combine: what is done to a step's totals before they are read out: `across_ranks` under
       torch.distributed, nothing by default.
 
@@ -160,7 +160,7 @@ def across_ranks(totals: Mapping[str, Total]) -> dict[str, Total]:
     """The totals of all ranks of torch.distributed's default group: one all-reduce of sums.
 
     Values are those of one process that saw every rank's micro-batches. So are standard errors if
-    all rollouts of a prompt are on one rank (`diagnostics.totals`). Every rank gets the result, and
+    all rollouts of a prompt are on one rank (`diagnostics.core.totals`). Every rank gets the result, and
     every rank has to call. The vector is padded to a multiple of 2^17 sums (1 MiB): so ranks that
     measured different things still meet in one all-reduce, and `read` can say so, without a sync.
     What it says is a ValueError.

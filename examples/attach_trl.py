@@ -13,9 +13,9 @@ from datasets import Dataset
 from trl import DistillationConfig, DistillationTrainer
 
 from diagnostics.adapters.trl import observe
-from diagnostics.alarms import Alarms
+from diagnostics.alarms.alarms import Alarms
 from diagnostics.monitor import Monitor
-from diagnostics.sinks import to_file
+from diagnostics.records.sinks import to_file
 
 if len(sys.argv) != 3:
     sys.exit("usage: python examples/attach_trl.py STUDENT TEACHER")

@@ -5,7 +5,7 @@ import copy
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from diagnostics.adapters.dense import from_logits  # |
+from diagnostics.adapters.from_logits import from_logits  # |
 from diagnostics.monitor import Monitor  # |
 
 EOS, BUDGET, GROUP = 0, 16, 4

@@ -17,10 +17,10 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diagnostics.command import run_command
 from diagnostics.errors import InvalidInput, MissingFile, OperationFailed
-from diagnostics.files import read_object, read_text, reading
-from diagnostics.provenance import code_state
+from diagnostics.io.command import run_command
+from diagnostics.io.files import read_object, read_text, reading
+from diagnostics.io.provenance import code_state
 from diagnostics.terminal import protect_terminal
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def refresh(name: str) -> None:
 def collected(name: str, runs: list[Path]) -> "pd.DataFrame":
     """The table of a figure made from run folders."""
     if name == "training":
-        from figures.collect import training_table
+        from diagnostics.records.run_tables import training_table
 
         return training_table(runs)
     table = import_module(f"figures.{name}").collect(runs)
@@ -232,7 +232,7 @@ def record(name: str, table: "pd.DataFrame", runs: list[Path]) -> None:
 
 def settings(run: Path) -> dict[str, Any]:
     """A run's config.json, but for its own place; folders beside it by relative paths."""
-    from figures.runs import settings as recorded_settings
+    from diagnostics.records.run_folders import settings as recorded_settings
 
     config = recorded_settings(run)
     config.pop("out", None)
@@ -270,7 +270,7 @@ def label(run: Path) -> str:
 
 def seconds(run: Path) -> float:
     """What a run's steps took together, by its own clock."""
-    from figures.runs import recorded_rows
+    from diagnostics.records.run_folders import recorded_rows
 
     found = recorded_rows(run)
     return sum(x for row in found for k, x in row.items() if k.startswith("seconds/") and x)

@@ -8,9 +8,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from diagnostics.errors import InvalidInput
+from diagnostics.records.run_folders import recorded_evaluations, recorded_rows
 from figures import style
 from figures.paired import accuracy, difference, last, outcomes
-from figures.runs import recorded_evaluations, recorded_rows
 from figures.steps import about, over_seeds, rounded
 
 COLUMNS = (

@@ -76,7 +76,7 @@ def stack(axes: Any, rows: pd.DataFrame, x: Any, by: str) -> None:
 
 def collect(runs: list[Path]) -> pd.DataFrame:
     """Parts and their sum at every step, and by position at the first and the last one."""
-    from figures.runs import bins, methods, pooled, recorded_rows, short
+    from diagnostics.records.run_folders import bins, methods, pooled, recorded_rows, short
 
     records = []
     for method, mine in methods(runs).items():

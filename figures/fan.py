@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from diagnostics.errors import MissingFile
-from diagnostics.intervals import bootstrap_interval
+from diagnostics.stats import bootstrap_interval
 from figures import style
 
 COLUMNS = (
@@ -85,7 +85,7 @@ def fan(axes: Any, rows: pd.DataFrame, label: str, colour: str) -> None:
 
 def collect(runs: list[Path]) -> pd.DataFrame:
     """The three sources by position bin, all runs of a method together."""
-    from figures.runs import methods
+    from diagnostics.records.run_folders import methods
 
     records, generator = [], np.random.default_rng(0)
     for method, mine in methods(runs).items():
@@ -108,7 +108,7 @@ def certainty(runs: list[Path], source: str) -> pd.DataFrame:
     Raises:
       FileNotFoundError: a run has no control/; says what makes it.
     """
-    from diagnostics.bins import numbers
+    from diagnostics.core.position_bins import numbers
     from figures.tokens import scored
 
     frames = []
@@ -130,7 +130,7 @@ def certainty(runs: list[Path], source: str) -> pd.DataFrame:
 
 
 def edges(number: int) -> dict[str, int]:
-    """First and last position of a bin of `diagnostics.bins`."""
+    """First and last position of a bin of `diagnostics.core.position_bins`."""
     return {"first": 2**number if number else 0, "last": 2 ** (number + 1) - 1}
 
 
@@ -138,7 +138,7 @@ def summary(
     data: pd.DataFrame, quantity: str, generator: np.random.Generator
 ) -> dict[str, float | int]:
     """Number of tokens, their mean with a 95 % interval over prompts, and three quantiles."""
-    from figures.runs import short
+    from diagnostics.records.run_folders import short
 
     sums = data.groupby("prompt")[quantity].agg(["sum", "size"]).to_numpy(float)
     found = {"value": data[quantity].mean()}
@@ -161,7 +161,7 @@ def gaps(
 
     The interval resamples prompts, which both answered, so it is paired.
     """
-    from figures.runs import short
+    from diagnostics.records.run_folders import short
 
     found = []
     for number in sorted(set(own["bin"]) & set(other["bin"])):

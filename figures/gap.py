@@ -57,8 +57,8 @@ def boxes(axes: Any, table: pd.DataFrame) -> None:
 
 def collect(runs: list[Path]) -> pd.DataFrame:
     """Quantiles by bins of WIDTH positions that hold at least FEWEST tokens."""
-    from diagnostics.intervals import bootstrap_interval
-    from figures.runs import methods, saved, short
+    from diagnostics.records.run_folders import methods, saved, short
+    from diagnostics.stats import bootstrap_interval
     from figures.tokens import tokens
 
     found, generator = [], np.random.default_rng(0)
@@ -89,7 +89,7 @@ def collect(runs: list[Path]) -> pd.DataFrame:
 
 def plain(data: pd.DataFrame, run: Path) -> pd.DataFrame:
     """Without special tokens and the bytes of spelled think tags."""
-    from figures.vocabulary import read
+    from diagnostics.records.vocabulary import read
 
     vocabulary = read(run)
     text = data["id"].map(vocabulary.name)

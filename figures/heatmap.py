@@ -85,7 +85,7 @@ def tiles(axes: Any, rows: pd.DataFrame, norm: Any) -> Any:
 
 def collect(runs: list[Path]) -> pd.DataFrame:
     """Every step that all runs of a method have, and of two quantities every saved one."""
-    from figures.runs import methods
+    from diagnostics.records.run_folders import methods
 
     parts = []
     for method, mine in methods(runs).items():
@@ -98,7 +98,7 @@ def collect(runs: list[Path]) -> pd.DataFrame:
 
 def of_rows(runs: list[Path]) -> pd.DataFrame:
     """Means of the bins over runs, weighted by their tokens."""
-    from figures.runs import bins, recorded_rows, short
+    from diagnostics.records.run_folders import bins, recorded_rows, short
 
     records = []
     for steps in zip(*(recorded_rows(run) for run in runs), strict=False):
@@ -127,7 +127,7 @@ def of_rows(runs: list[Path]) -> pd.DataFrame:
 
 def of_batches(runs: list[Path]) -> pd.DataFrame:
     """The cost's 95th percentile and the share of cut responses' tokens, at saved steps."""
-    from figures.runs import saved, short
+    from diagnostics.records.run_folders import saved, short
     from figures.tokens import tokens
 
     records = []

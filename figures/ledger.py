@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from diagnostics.intervals import bootstrap_interval
+from diagnostics.stats import bootstrap_interval
 from figures import style
 
 COLUMNS = ("method", "runs", "step", "kind", "quantity", "value", "low", "high")
@@ -85,9 +85,9 @@ def effective(axes: Any, rows: pd.DataFrame) -> None:
 
 def collect(runs: list[Path]) -> pd.DataFrame:
     """Shares of energy and tokens by kind at every step that all runs of a method saved."""
-    from figures.runs import methods, saved
+    from diagnostics.records.run_folders import methods, saved
+    from diagnostics.records.vocabulary import read
     from figures.tokens import shares, tokens
-    from figures.vocabulary import read
 
     rows, generator = [], np.random.default_rng(0)
     for method, mine in methods(runs).items():
@@ -108,7 +108,7 @@ def collect(runs: list[Path]) -> pd.DataFrame:
 
 
 def entry(kind: str, quantity: str, band: tuple[float, float, float]) -> dict[str, Any]:
-    from figures.runs import short
+    from diagnostics.records.run_folders import short
 
     value, low, high = map(short, band)
     return {"kind": kind, "quantity": quantity, "value": value, "low": low, "high": high}

@@ -47,9 +47,9 @@ def draw(table: pd.DataFrame) -> Figure:
 
 def collect(runs: list[Path]) -> pd.DataFrame:
     """Of the responses in all batches that every run saved, the one with most repeated tokens."""
-    from figures.runs import saved
+    from diagnostics.records.run_folders import saved
+    from diagnostics.records.vocabulary import read
     from figures.tokens import tokens
-    from figures.vocabulary import read
 
     data = pd.concat([tokens(runs, step).assign(step=step) for step in saved(runs)])
     chosen = data.groupby(["step", "response"])["repeated"].sum().idxmax()

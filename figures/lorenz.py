@@ -57,7 +57,7 @@ def curves(axes: Any, rows: pd.DataFrame, method: str, colour: str) -> None:
 
 def collect(runs: list[Path]) -> pd.DataFrame:
     """Curves at the first and the last step that all runs of a method saved."""
-    from figures.runs import methods, saved, short
+    from diagnostics.records.run_folders import methods, saved, short
     from figures.tokens import tokens
 
     rows, generator = [], np.random.default_rng(0)

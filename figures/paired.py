@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from diagnostics.intervals import gain_interval, share_interval
-from figures.collect import digits
+from diagnostics.records.run_tables import digits
+from diagnostics.stats import gain_interval, share_interval
 
 
 def last(table: pd.DataFrame) -> pd.DataFrame:

@@ -94,9 +94,9 @@ PANELS: dict[str, tuple[Any, str, str]] = {
 
 def collect(runs: list[Path]) -> pd.DataFrame:
     """All panels of each run; a pair is named after its run folder."""
+    from diagnostics.records.run_folders import methods, saved, short
     from figures import anatomy as parts
     from figures.lorenz import curve
-    from figures.runs import methods, saved, short
     from figures.tokens import tokens
 
     frames, generator = [], np.random.default_rng(0)
@@ -132,8 +132,8 @@ def sampled(data: pd.DataFrame, generator: np.random.Generator) -> list[dict[str
 
 def by_position(data: pd.DataFrame, generator: np.random.Generator) -> list[dict[str, Any]]:
     """Median and middle 90 % of log q - log p by position bin; its mean with an interval."""
-    from diagnostics.intervals import bootstrap_interval
-    from figures.runs import short
+    from diagnostics.records.run_folders import short
+    from diagnostics.stats import bootstrap_interval
 
     records = []
     number = np.floor(np.log2(data["position"].clip(lower=1))).astype(int)

@@ -99,7 +99,7 @@ def collect(runs: list[Path]) -> pd.DataFrame:
       ValueError: none of the runs has a probe that knows the interval of its cost.
     """
 
-    from figures.runs import recorded_rows
+    from diagnostics.records.run_folders import recorded_rows
 
     found = []
     for run in runs:

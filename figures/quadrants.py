@@ -86,7 +86,7 @@ PLACES = {
 
 def collect(runs: list[Path]) -> pd.DataFrame:
     """Grid counts and quadrants at the first and the last step that all runs of a method saved."""
-    from figures.runs import methods, saved, short
+    from diagnostics.records.run_folders import methods, saved, short
     from figures.tokens import shares, tokens
 
     records, generator = [], np.random.default_rng(0)

@@ -72,7 +72,7 @@ def joined(z: np.ndarray, variance: np.ndarray) -> float:
 
 def collect(runs: list[Path]) -> pd.DataFrame:
     """z by position bin at every step of every run, and by kind of prefix at every saved step."""
-    from figures.runs import bins, methods, recorded_rows, saved, short
+    from diagnostics.records.run_folders import bins, methods, recorded_rows, saved, short
     from figures.tokens import tokens
 
     records = []

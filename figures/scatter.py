@@ -54,7 +54,7 @@ def shares(table: pd.DataFrame) -> list[Any]:
 
 def collect(runs: list[Path]) -> pd.DataFrame:
     """A sample of the tokens of the runs' first batch, and shares over all of them."""
-    from figures.runs import saved
+    from diagnostics.records.run_folders import saved
     from figures.tokens import tokens
 
     generator = np.random.default_rng(0)
@@ -92,7 +92,7 @@ def ratio(
     data: pd.DataFrame, above: pd.Series, below: pd.Series | None, generator: np.random.Generator
 ) -> tuple[float, ...]:
     """sum above / sum below (or the count), with a bootstrap interval over prompts."""
-    from diagnostics.intervals import bootstrap_interval
+    from diagnostics.stats import bootstrap_interval
 
     whole = pd.Series(1.0, index=data.index) if below is None else below
     sums = pd.DataFrame({"a": above, "b": whole}).groupby(data["cluster"]).sum().to_numpy(float)

@@ -45,9 +45,9 @@ def draw(table: pd.DataFrame) -> Figure:
 
 def collect(runs: list[Path]) -> pd.DataFrame:
     """The first response of the first run's first batch that ends and has both tags in bytes."""
-    from figures.runs import saved
+    from diagnostics.records.run_folders import saved
+    from diagnostics.records.vocabulary import read
     from figures.tokens import tokens
-    from figures.vocabulary import read
 
     data, names = tokens(runs[:1], saved(runs[:1])[0]), read(runs[0])
     data["text"] = [names.name(int(i)) for i in data["id"]]

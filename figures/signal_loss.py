@@ -79,7 +79,7 @@ def collect(runs: list[Path]) -> pd.DataFrame:
     Raises:
       ValueError: none of the runs has one.
     """
-    from figures.runs import methods, recorded_rows, short
+    from diagnostics.records.run_folders import methods, recorded_rows, short
 
     records = []
     for method, mine in methods(runs).items():

@@ -11,7 +11,12 @@ import numpy as np
 import pandas as pd
 
 from diagnostics.errors import InvalidInput
-from figures.runs import recorded_evaluations, recorded_rows, refuse_unlike, settings
+from diagnostics.records.run_folders import (
+    recorded_evaluations,
+    recorded_rows,
+    refuse_unlike,
+    settings,
+)
 
 KEPT = {
     "reward": "collapse/reward",
@@ -38,7 +43,7 @@ def about(runs: list[Path]) -> list[dict[str, Any]]:
 
     Raises:
       FileNotFoundError: one is not a run folder.
-      ValueError: runs of one group and method are no seeds of it (`figures.runs.differing`).
+      ValueError: runs of one group and method are no seeds of it (`diagnostics.records.run_folders.differing`).
     """
     found, alike = [], dict[tuple[str, str], list[Path]]()
     for run in runs:

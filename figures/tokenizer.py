@@ -89,9 +89,9 @@ def ends(axes: Any, rows: pd.DataFrame) -> None:
 
 def collect(runs: list[Path]) -> pd.DataFrame:
     """The excluded ids at the first saved step, and hazards at the first and the last."""
-    from figures.runs import methods, saved
+    from diagnostics.records.run_folders import methods, saved
+    from diagnostics.records.vocabulary import read
     from figures.tokens import tokens
-    from figures.vocabulary import read
 
     records, generator = [], np.random.default_rng(0)
     for method, mine in methods(runs).items():
@@ -109,7 +109,7 @@ def collect(runs: list[Path]) -> pd.DataFrame:
 
 
 def entry(kind: str, band: tuple[float, float, float]) -> dict[str, Any]:
-    from figures.runs import short
+    from diagnostics.records.run_folders import short
 
     value, low, high = map(short, band)
     return {"kind": kind, "value": value, "low": low, "high": high}
@@ -131,11 +131,11 @@ def impossible(
 
 def hazards(runs: list[Path], step: int, generator: np.random.Generator) -> list[dict[str, Any]]:
     """Mean probability of an end by position bin over the prefixes, of the kinds in ENDS."""
-    from diagnostics.bins import numbers
-    from diagnostics.intervals import bootstrap_interval
-    from figures.runs import batch_path
+    from diagnostics.core.position_bins import numbers
+    from diagnostics.records.run_folders import batch_path
+    from diagnostics.records.vocabulary import end, model, read
+    from diagnostics.stats import bootstrap_interval
     from figures.tokens import scored
-    from figures.vocabulary import end, model, read
 
     ours, theirs = (end(model(runs[0], role), read(runs[0])) for role in ("student", "teacher"))
     frames = []
@@ -174,7 +174,7 @@ def ending(batch: "Scored", token: int, role: str) -> "Tensor":
     """
     import torch
 
-    from diagnostics.access import support_of
+    from diagnostics.core.optional_fields import support_of
 
     support = support_of(batch)
     here = support.ids == token

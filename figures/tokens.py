@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 
 from diagnostics.batch import Scored, load
-from diagnostics.blame import impossible
 from diagnostics.errors import InvalidInput
-from diagnostics.repetition import repeated
-from diagnostics.supervision import score_norm
-from figures.runs import batch_path
+from diagnostics.metrics.repetition import repeated
+from diagnostics.metrics.signal import score_norm
+from diagnostics.metrics.token_attribution import impossible
+from diagnostics.records.run_folders import batch_path
 
 PREFIX = (
     "reverse_kl",
@@ -81,7 +81,7 @@ def shares(
 
     sum_t w_t 1[kind] / sum_t w_t, with a 95 % bootstrap interval over clusters.
     """
-    from diagnostics.intervals import bootstrap_interval
+    from diagnostics.stats import bootstrap_interval
 
     sums = weight.groupby([data["cluster"], kinds]).sum().unstack(fill_value=0.0)
     values = sums.to_numpy(dtype=float)

@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from diagnostics.intervals import share_interval
+from diagnostics.records.run_tables import digits
+from diagnostics.stats import share_interval
 from figures import style
-from figures.collect import digits
 
 COLUMNS = ("run", "objective", "seed", "step", "metric", "value", "outcomes")
 SMOOTH = 5

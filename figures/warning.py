@@ -107,8 +107,8 @@ def collect(runs: list[Path]) -> pd.DataFrame:
     Raises:
       ValueError: fewer than 2 runs are healthy, or none collapses.
     """
-    from diagnostics.alarms import replay
-    from figures.runs import methods, recorded_rows
+    from diagnostics.alarms.alarms import replay
+    from diagnostics.records.run_folders import methods, recorded_rows
 
     records = []
     for method, mine in methods(runs).items():

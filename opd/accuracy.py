@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diagnostics.errors import InvalidInput
-from diagnostics.intervals import gain_interval, share_interval
+from diagnostics.stats import gain_interval, share_interval
 
 Array = NDArray[Any]
 
@@ -93,7 +93,7 @@ def summary(right: Array, answers: Sequence[Sequence[str | None]]) -> dict[str, 
     """Accuracy, pass@k and majority@k with their 95 % intervals over problems.
 
     `accuracy` (= avg@S = pass@1), `pass@k` for k = 2, 4, 8, ... and S, and `majority@S`; each with
-    `/low` and `/high`, plain `low` and `high` for the accuracy (`diagnostics.intervals`). With one
+    `/low` and `/high`, plain `low` and `high` for the accuracy (`diagnostics.stats`). With one
     sample a problem there is only the accuracy, and its interval is Wilson's.
 
     Args:
@@ -121,7 +121,7 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, float]:
     """How much better `b` is than `a` on the same problems, problem by problem.
 
     `gain`, the difference of the accuracies, with its paired 95 % interval over problems (`low`,
-    `high`, of `diagnostics.intervals.gain_interval`); it speaks of these two models, not of their
+    `high`, of `diagnostics.stats.gain_interval`); it speaks of these two models, not of their
     seeds. With one sample of each problem also `lost` and `won`, the problems that only `a` or
     only `b` got right, and `p`, the exact two-sided McNemar test of equally many.
 

@@ -18,8 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from diagnostics.batch import Rollouts, load
+from diagnostics.core.totals import Mean, Total
 from diagnostics.errors import InvalidInput, OperationFailed
-from diagnostics.totals import Mean, Total
 from opd import processes
 from opd.data import Prompts
 from opd.folders import checkpoints, remove, whole_folder

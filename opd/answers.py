@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diagnostics.errors import InvalidInput
-from diagnostics.files import has_type, short
+from diagnostics.io.files import has_type, short
 
 ID = re.compile(r"0|[1-9][0-9]{0,8}")
 CLAMPED = -9999.0

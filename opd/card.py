@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from diagnostics import rows
+from diagnostics.records import rows
 from diagnostics.terminal import visible
 from opd.verdict import verdict
 

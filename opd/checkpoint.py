@@ -21,9 +21,9 @@ from torch.distributed.checkpoint import (
 from torch.distributed.checkpoint import load as load_shards
 from torch.distributed.checkpoint import save as save_shards
 
-from diagnostics import rows
-from diagnostics.atomic import sync, write_text
 from diagnostics.errors import OperationFailed
+from diagnostics.io.atomic import sync, write_text
+from diagnostics.records import rows
 from opd import processes
 from opd.folders import checkpoints, remove, whole_folder
 from opd.manifest import write_manifest

@@ -8,9 +8,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from diagnostics.command import run_command
 from diagnostics.errors import InvalidInput
-from diagnostics.files import parse_json, read_object
+from diagnostics.io.command import run_command
+from diagnostics.io.files import parse_json, read_object
 from diagnostics.terminal import protect_terminal
 
 COMMANDS = {
@@ -61,7 +61,7 @@ def train(argv: list[str]) -> None:
 
     folder = run(config, anew)
     if os.environ.get("RANK", "0") == "0":  # of several processes one tells
-        from diagnostics.rows import read
+        from diagnostics.records.rows import read
         from opd.verdict import verdict
 
         judged = verdict(read(folder / "rows.jsonl"), read(folder / "evals.jsonl"))

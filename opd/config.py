@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from diagnostics.errors import InvalidInput
-from diagnostics.files import check_fields, read_object, short
+from diagnostics.io.files import check_fields, read_object, short
 from opd.addresses import address_problem, is_url
 from opd.rules import parse
 from opd.validation import wrong_fields

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from diagnostics.atomic import write_text
 from diagnostics.batch import Rollouts
 from diagnostics.errors import InvalidInput
-from diagnostics.intervals import gain_interval
+from diagnostics.io.atomic import write_text
+from diagnostics.stats import gain_interval
 from opd.addresses import is_url
 from opd.config import TRUST, from_json
 from opd.data import Prompts, Task, encode

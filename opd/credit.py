@@ -2,7 +2,7 @@
 
 Everything here is computed over the whole batch of an optimizer step and carries no gradient:
 discounted costs to go and the baselines that are subtracted from them (those that the gradient
-probe knows too are in `diagnostics.credit`), advantages of an outcome reward, and the importance
+probe knows too are in `diagnostics.gradients.credit`), advantages of an outcome reward, and the importance
 ratios for tokens that were not sampled from the student itself.
 
 Shapes: B responses, T positions, G rollouts a prompt.
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import Scored
-from diagnostics.credit import check_gamma as check_gamma
-from diagnostics.credit import discounted as discounted
-from diagnostics.credit import group_totals, groups, leave_one_out, position_mean
-from diagnostics.credit import immediate as immediate
-from diagnostics.credit import to_go as to_go
 from diagnostics.errors import InvalidInput
+from diagnostics.gradients.credit import check_gamma as check_gamma
+from diagnostics.gradients.credit import discounted as discounted
+from diagnostics.gradients.credit import group_totals, groups, leave_one_out, position_mean
+from diagnostics.gradients.credit import immediate as immediate
+from diagnostics.gradients.credit import to_go as to_go
 
 MASK_SCOPES: dict[str, str] = {
     "cost": "a masked token's cost is 0, for itself and in the credit of earlier tokens",
@@ -157,7 +157,7 @@ def mean_cost(batch: Scored) -> Tensor:
     if batch.prefix is None:
         raise InvalidInput(
             "the local KL needs whole next-token distributions; score the batch with prefix "
-            "functionals (diagnostics.prefix)"
+            "functionals (diagnostics.core.distribution_stats)"
         )
     return batch.prefix.reverse_kl.detach()
 

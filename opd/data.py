@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.errors import InvalidInput
-from diagnostics.files import short
+from diagnostics.io.files import short
 from opd.chat_template import render_chat
 from opd.golds import check_golds
 from opd.grading import GRADERS, Grader, Verdict, is_own, make_grader

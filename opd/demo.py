@@ -87,7 +87,7 @@ def train_all(out: Path, recipe: str, lab: Path, jobs: int, fresh: bool) -> list
 
 def summary(runs: list[Path]) -> str:
     """Accuracy before and after by objective, with the paired gain over problems and seeds."""
-    from figures.collect import gains, training_table
+    from diagnostics.records.run_tables import gains, training_table
 
     lines = [f"{'objective':16}{'seeds':>6}{'before':>9}{'after':>9}   gain [95 % interval]"]
     for row in gains(training_table(runs)).to_dict("records"):

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diagnostics.errors import InvalidInput, MissingFile
-from diagnostics.files import short
+from diagnostics.io.files import short
 
 if TYPE_CHECKING:
-    from diagnostics.adapters.columns import Record
-    from diagnostics.adapters.records import Records
     from diagnostics.batch import Scored
+    from diagnostics.records.columns import Record
+    from diagnostics.records.reader import Records
     from opd.data import Prompts
     from opd.model import Pair
 
@@ -114,7 +114,7 @@ def panel(batches: Iterable["Scored"], notes: dict[str, str]) -> Found:
 
 def levels(batch: "Scored") -> dict[str, int]:
     """The least of `LEVELS` at which each total of the panel can be had from such a batch."""
-    from diagnostics.adapters.partial import absent, changed, lacking
+    from diagnostics.core.partial import absent, changed, lacking
     from diagnostics.monitor import Monitor
 
     whole = batch.rows([0])
@@ -129,7 +129,7 @@ def levels(batch: "Scored") -> dict[str, int]:
 
 
 def _of_records(path: Path, pair: "Pair | None", given: argparse.Namespace) -> Found:
-    from diagnostics.adapters.records import Records
+    from diagnostics.records.reader import Records
 
     records = Records(path, task=given.task)
     batches: Iterable[Scored] = records
@@ -156,8 +156,8 @@ def rescored(
     Raises:
       ValueError: the records have no prompt_tokens, or an id is not in the shared vocabulary.
     """
-    from diagnostics.adapters.partial import absent, lacking
     from diagnostics.batch import Rollouts
+    from diagnostics.core.partial import absent, lacking
     from opd.scoring import score
 
     if "prompt_tokens" not in records.columns:

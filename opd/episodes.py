@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from diagnostics.batch import Rollouts
+from diagnostics.core.totals import Mean, Total
 from diagnostics.errors import InvalidInput, OperationFailed
-from diagnostics.totals import Mean, Total
 from opd.data import Prompts, encode_one, response_text
 from opd.engines import Engine
 from opd.environments.scene import Environment, Scene

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from diagnostics.batch import Rollouts
+from diagnostics.core.totals import read
 from diagnostics.errors import InvalidInput
-from diagnostics.totals import read
 from opd import processes
 from opd.accuracy import Array, summary, written
 from opd.data import (

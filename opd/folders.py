@@ -8,8 +8,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from diagnostics.atomic import is_disk_full, replace_folder
 from diagnostics.errors import OperationFailed
+from diagnostics.io.atomic import is_disk_full, replace_folder
 from opd import processes
 
 

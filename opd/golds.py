@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Sequence
 
 from diagnostics.errors import InvalidInput
-from diagnostics.files import short
+from diagnostics.io.files import short
 from opd.answer_text import stated
 from opd.exact_numbers import LONGEST
 from opd.grading import GYM_PROBLEM, Grader, gold_text, is_number, readable

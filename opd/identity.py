@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from diagnostics.atomic import replace_folder
+from diagnostics.io.atomic import replace_folder
 from opd.runlog import write_text
 
 WEIGHTS = (".safetensors", ".bin", ".pt")

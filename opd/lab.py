@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diagnostics.atomic import write_text
 from diagnostics.errors import InvalidInput
+from diagnostics.io.atomic import write_text
 from opd import chores, problems, sorting
 from opd.folders import whole_folder
 from opd.habits import PLAIN, UNLABELLED, Habit, written

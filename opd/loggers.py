@@ -14,10 +14,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from diagnostics import rows
 from diagnostics.errors import InvalidInput
-from diagnostics.packages import load_package
-from diagnostics.rows import Row
+from diagnostics.io.packages import load_package
+from diagnostics.records import rows
+from diagnostics.records.rows import Row
 
 Log = Callable[[int, Row], None]
 Opened = tuple[Log, Callable[[], None]]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from diagnostics.atomic import write_text
+from diagnostics.io.atomic import write_text
 
 NAME = "files.json"
 BLOCK = 1 << 22

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diagnostics.batch import Rollouts
 from diagnostics.errors import InvalidInput, MissingFile
-from diagnostics.packages import load_package
+from diagnostics.io.packages import load_package
 from opd.addresses import is_url, without_secrets
 from opd.data import Prompts
 from opd.head import Head, cooled, find_head, full_logits

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from diagnostics.errors import InvalidInput
-from diagnostics.files import short
-from diagnostics.packages import load_package
+from diagnostics.io.files import short
+from diagnostics.io.packages import load_package
 from opd.row_files import Row, read_rows
 from opd.sources import is_missing, messages
 

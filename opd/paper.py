@@ -16,8 +16,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from diagnostics.atomic import write_text
 from diagnostics.errors import OperationFailed
+from diagnostics.io.atomic import write_text
 from opd.demo import command
 
 MASK = ("--mask", "string:<think>", "string:</think>", "token:<|im_end|>")

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diagnostics.access import Missing
 from diagnostics.batch import Scored
-from diagnostics.blocks import Block, block, sequence_gradients
+from diagnostics.core.optional_fields import Missing
 from diagnostics.errors import InvalidInput
-from diagnostics.family import GAMMAS, available, weights
-from diagnostics.probe import LossGradients, Measured, gradient_row, measured, on_policy
-from diagnostics.ranks import across_ranks, among, loss_across_ranks
-from diagnostics.rows import Row
-from diagnostics.sketch import Projection, outer_sketches, random_signs
-from diagnostics.tradeoff import REFERENCES, cost_of_response
+from diagnostics.gradients.bias import REFERENCES, cost_of_response
+from diagnostics.gradients.distributed import across_ranks, among, loss_across_ranks
+from diagnostics.gradients.estimators import GAMMAS, available, weights
+from diagnostics.gradients.layers import Block, block, sequence_gradients
+from diagnostics.gradients.probe import LossGradients, Measured, gradient_row, measured, on_policy
+from diagnostics.gradients.sketch import Projection, outer_sketches, random_signs
+from diagnostics.records.rows import Row
 from opd import processes
 from opd.data import Prompts
 from opd.head import Head, chunks, cooled, full_logits, logit_slopes, products, shaped
@@ -56,13 +56,13 @@ def probe(
     chunk_elements: int,
     blocks: Sequence[str] = (),
 ) -> Row:
-    """`diagnostics.probe.gradient_row` of a batch; empty where it has too few prompts for one.
+    """`diagnostics.gradients.probe.gradient_row` of a batch; empty where it has too few prompts for one.
 
     Signal, variance, their ratio and the noise scale are those of the loss that trains, with its
     objective, credit, mask, ratio and denominator; every member of the family has its own name. The
     family's batch is one that the student sampled with top_p 1 at the temperature of the scores.
     gamma is that of the objective, if the probe's grid has it, else the nearest one. The head's
-    numbers begin with "gradient/", those of a block (`diagnostics.blocks`) with
+    numbers begin with "gradient/", those of a block (`diagnostics.gradients.layers`) with
     "gradient/blocks/PATTERN/". Of several processes every one gets the row of all sequences.
 
     Raises:

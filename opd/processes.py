@@ -16,7 +16,7 @@ from diagnostics.errors import InvalidInput
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from diagnostics.totals import Total
+    from diagnostics.core.totals import Total
 
 SPARE = 1800.0
 """Seconds that a rank waits for the others beyond its own patience with a server."""
@@ -154,7 +154,7 @@ def told(x: Any) -> list[Any]:
         return [x]
     import torch
 
-    from diagnostics.ranks import rows_of_ranks
+    from diagnostics.gradients.distributed import rows_of_ranks
 
     raw = torch.frombuffer(bytearray(json.dumps(x).encode()), dtype=torch.uint8).to(wire())
     return [json.loads(bytes(y.cpu().tolist())) for y in rows_of_ranks(raw)]

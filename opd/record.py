@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diagnostics import rows
-from diagnostics.alarms import Alarms
+from diagnostics.alarms.alarms import Alarms
 from diagnostics.errors import InvalidInput, MissingFile
-from diagnostics.files import check_fields, has_type, read_object, short
-from diagnostics.rows import Row
+from diagnostics.io.files import check_fields, has_type, read_object, short
+from diagnostics.records import rows
+from diagnostics.records.rows import Row
 from opd.starts import history
 from opd.verdict import verdict
 

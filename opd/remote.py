@@ -24,9 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from diagnostics.atomic import write_text
 from diagnostics.errors import InvalidInput, OperationFailed
-from diagnostics.files import KINDS, short
+from diagnostics.io.atomic import write_text
+from diagnostics.io.files import KINDS, short
 from opd.answers import Answer, read_row
 from opd.endpoint import Endpoint
 

@@ -18,10 +18,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from diagnostics.alarm_rules import RULES
+from diagnostics.alarms.rules import RULES
 from diagnostics.errors import InvalidInput
+from diagnostics.records.run_folders import labels
 from diagnostics.terminal import visible
-from figures.runs import labels
 from opd.record import Run, differences, number, read_run, recorded
 from opd.specimens import specimens
 
@@ -115,8 +115,8 @@ def versions() -> dict[str, str]:
 
 
 def gained(runs: list[Run]) -> list[dict[str, Any]]:
-    """Held-out accuracy before and after by objective, paired; see `figures.collect.gains`."""
-    from figures.collect import gains, training_table
+    """Held-out accuracy before and after by objective, paired; see `diagnostics.records.run_tables.gains`."""
+    from diagnostics.records.run_tables import gains, training_table
 
     begun = [run.folder for run in runs if run.config and len(run.evals) > 1]
     if not begun:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.errors import InvalidInput
-from diagnostics.packages import load_package
+from diagnostics.io.packages import load_package
 from opd.addresses import is_url
 from opd.config import Config
 from opd.head import Head

@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from diagnostics.errors import InvalidInput, OperationFailed
-from diagnostics.files import has_type, short
+from diagnostics.io.files import has_type, short
 from opd.answers import CLAMPED, read_row
 from opd.endpoint import PASSING, Endpoint
 from opd.remote import ENTRY_BYTES, SPARE_BYTES, chosen, described, field

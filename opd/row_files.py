@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from diagnostics.errors import InvalidInput, MissingFile, OperationFailed, UserError
-from diagnostics.files import parse_json, read_text, short
-from diagnostics.packages import load_package
-from diagnostics.parquet import open_parquet
+from diagnostics.io.files import parse_json, read_text, short
+from diagnostics.io.packages import load_package
+from diagnostics.io.parquet import open_parquet
 
 Row = dict[str, Any]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from torch import Tensor
 
 from diagnostics.batch import Scored
+from diagnostics.core.totals import Total
 from diagnostics.monitor import Monitor
-from diagnostics.totals import Total
 from opd.ahead import Ahead
 from opd.config import Config
 from opd.data import Prompts, Task

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from diagnostics import rows
-from diagnostics.atomic import is_disk_full, sync, write_text
 from diagnostics.errors import InvalidInput, OperationFailed
+from diagnostics.io.atomic import is_disk_full, sync, write_text
+from diagnostics.records import rows
 from opd import processes
 from opd.config import Config, to_json
 from opd.folders import checkpoints, step_of

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import Prefix, Rollouts, Scored, Support
+from diagnostics.core.distribution_stats import functionals
 from diagnostics.errors import InvalidInput
-from diagnostics.prefix import functionals
 from opd.data import Prompts
 from opd.head import chunks, cooled, full_logits, gathered_logits, two_stage_topk
 from opd.model import Pair, log_probabilities, micro_batches, response_hidden, spread

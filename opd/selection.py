@@ -35,7 +35,7 @@ def most_uncertain(batch: Scored, fraction: float) -> Tensor:
     if batch.prefix is None:
         raise InvalidInput(
             "selection by entropy needs whole next-token distributions; score the batch with "
-            "prefix functionals (diagnostics.prefix)"
+            "prefix functionals (diagnostics.core.distribution_stats)"
         )
     entropy = batch.prefix.student_entropy.masked_fill(~batch.mask, -torch.inf).flatten()
     count = max(1, round(fraction * int(batch.mask.sum())))

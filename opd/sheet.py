@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diagnostics.errors import InvalidInput
-from diagnostics.files import has_type, read_object, short
-from figures.vocabulary import located
+from diagnostics.io.files import has_type, read_object, short
+from diagnostics.records.token_text import Spelling, read_spelling
+from diagnostics.records.vocabulary import located
 from opd.record import may_read
-from opd.spelling import Spelling, read_spelling
 
 if TYPE_CHECKING:
     from diagnostics.batch import Scored
@@ -45,7 +45,7 @@ def blame(batch: "Scored", seen: set[int]) -> list[dict[str, Any]]:
 
 def table(batch: "Scored") -> tuple[Any, list[int]]:
     """`TokenTable` sums of the ids that occur, (N, 5), and the ids."""
-    from diagnostics.blame import TokenTable
+    from diagnostics.metrics.token_attribution import TokenTable
 
     ids, place = batch.tokens.unique(return_inverse=True)
     sums = TokenTable.of(replace(batch, tokens=place), batch.mask, len(ids)).sums
@@ -73,7 +73,7 @@ def sheet(run: "Run", spelling: Spelling, batch: "Scored | None", seen: set[int]
 
 def impossible_ids(batch: "Scored", seen: set[int]) -> dict[str, Any]:
     """Tokens of which the student is sure and that the teacher holds impossible, by id."""
-    from diagnostics.blame import impossible
+    from diagnostics.metrics.token_attribution import impossible
 
     found, size = impossible(batch), batch.log_ratio.abs()
     rows = []

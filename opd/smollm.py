@@ -13,8 +13,8 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diagnostics.atomic import write_text
 from diagnostics.errors import InvalidInput, MissingPackage
+from diagnostics.io.atomic import write_text
 from opd.folders import whole_folder
 
 if TYPE_CHECKING:

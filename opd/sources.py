@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from diagnostics.errors import InvalidInput
-from diagnostics.files import short
+from diagnostics.io.files import short
 from opd.problems import Problem
 from opd.row_files import Row, read_rows
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import Rollouts, Scored
+from diagnostics.core.totals import Mean, Total
 from diagnostics.errors import InvalidInput
-from diagnostics.totals import Mean, Total
 from opd.pieces import Pieces, pieces, token_bytes
 from opd.rules import Rule, parse
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diagnostics.errors import InvalidInput
-from figures.vocabulary import located
+from diagnostics.records.token_text import Spelling, read_run_spelling
+from diagnostics.records.vocabulary import located
 from opd.record import may_read
 from opd.sheet import blame, sheet
-from opd.spelling import Spelling, read_run_spelling
 
 PROMPT = 4000
 """Most characters shown of a prompt."""
@@ -92,7 +92,7 @@ def read_prompts(run: "Run", file: Path, rows: int) -> dict[int, str]:
 def read_batch(file: Path) -> "Scored | None":
     """A saved batch or dump; None where nothing was scored."""
     from diagnostics.batch import Scored, load
-    from diagnostics.dumps import load_dump
+    from diagnostics.records.token_dumps import load_dump
 
     batch = load(file) if file.suffix == ".safetensors" else load_dump(file)
     return batch if isinstance(batch, Scored) else None

@@ -15,11 +15,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from diagnostics import rows
-from diagnostics.atomic import write_text
 from diagnostics.errors import InvalidInput
-from diagnostics.provenance import CodeState, code_state, package_version
-from diagnostics.rows import Row
+from diagnostics.io.atomic import write_text
+from diagnostics.io.provenance import CodeState, code_state, package_version
+from diagnostics.records import rows
+from diagnostics.records.rows import Row
 from opd import processes
 from opd.folders import step_of
 from opd.runlog import Start

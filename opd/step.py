@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import Rollouts, Scored, concatenate
-from diagnostics.ranks import batches_of_ranks
-from diagnostics.rows import Row
-from diagnostics.totals import Mean, Total, read
+from diagnostics.core.totals import Mean, Total, read
+from diagnostics.gradients.distributed import batches_of_ranks
+from diagnostics.records.rows import Row
 from opd import processes
 from opd.ahead import Drawn
 from opd.config import Config
@@ -193,7 +193,7 @@ def recorded(parts: list[Part], step: int, numbers: dict[str, Tensor | float]) -
 
 
 def headed(run: Run, row: Row) -> Row:
-    """The columns under the task's name, as `diagnostics.groups.by` heads them."""
+    """The columns under the task's name, as `diagnostics.metrics.groupby.by` heads them."""
     return {f"task={run.name}/{name}": x for name, x in row.items()}
 
 

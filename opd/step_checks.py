@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import Scored
-from diagnostics.ranks import rows_of_ranks
+from diagnostics.gradients.distributed import rows_of_ranks
 from opd import processes
 from opd.config import Config
 from opd.data import Prompts

@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 
 from diagnostics.errors import InvalidInput
-from diagnostics.files import read_text
+from diagnostics.io.files import read_text
 from opd.config import Config, TaskSettings, task_settings
 from opd.seeds import ORDER, derive
 

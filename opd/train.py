@@ -10,20 +10,20 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from diagnostics import rows
-from diagnostics.alarms import Alarm, Alarms
+from diagnostics.alarms.alarms import Alarm, Alarms
 from diagnostics.batch import Scored
 from diagnostics.catalogue import PANEL, Metric
-from diagnostics.collapse import length, reward
-from diagnostics.drift import sampled_divergence
+from diagnostics.core.totals import Mean, Total
 from diagnostics.errors import InvalidInput
-from diagnostics.groups import by
+from diagnostics.metrics.consistency import staleness
+from diagnostics.metrics.divergence import sampled_divergence
+from diagnostics.metrics.groupby import by
+from diagnostics.metrics.length import length, reward
+from diagnostics.metrics.signal import sign_shares, signal_concentration
 from diagnostics.monitor import Monitor
-from diagnostics.rows import Row, append
-from diagnostics.supervision import sign_shares, signal_concentration
+from diagnostics.records import rows
+from diagnostics.records.rows import Row, append
 from diagnostics.terminal import visible
-from diagnostics.totals import Mean, Total
-from diagnostics.validity import staleness
 from opd import checkpoint, processes, runlog, starts
 from opd.addresses import is_url
 from opd.ahead import Ahead

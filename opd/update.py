@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diagnostics.batch import Scored
 from diagnostics.errors import InvalidInput
-from diagnostics.ranks import among
+from diagnostics.gradients.distributed import among
 from opd import processes
 from opd.data import Prompts
 from opd.expected_loss import credit_of, expected_loss, loss_numbers, ratio_of

@@ -11,7 +11,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from diagnostics.files import KINDS, has_type, short
+from diagnostics.io.files import KINDS, has_type, short
 
 WITHIN = {
     "at least 1": lambda x: x >= 1,

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from diagnostics.alarms import Alarms
-from diagnostics.intervals import gain_interval, unpaired_interval
-from diagnostics.rows import Row
+from diagnostics.alarms.alarms import Alarms
+from diagnostics.records.rows import Row
+from diagnostics.stats import gain_interval, unpaired_interval
 
 LEAST_PROBLEMS = 16
 """Held-out problems below which a change of accuracy is not called shown."""

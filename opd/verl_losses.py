@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diagnostics.adapters.partial import changed
 from diagnostics.adapters.verl import Loss, batch_of, observed
+from diagnostics.core.partial import changed
 from diagnostics.errors import BrokenPackage, InvalidInput, MissingPackage
 from opd.objectives import Objective, make
 from opd.verl_logits import TOPK, compute_topk_loss, held

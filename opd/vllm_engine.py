@@ -22,7 +22,7 @@ from torch import Tensor
 
 from diagnostics.batch import Rollouts
 from diagnostics.errors import InvalidInput, OperationFailed
-from diagnostics.packages import load_package
+from diagnostics.io.packages import load_package
 from opd.data import Prompts
 from opd.model import Model
 from opd.rollout import Share, evaluating

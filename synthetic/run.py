@@ -18,10 +18,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from diagnostics.atomic import write_text
-from diagnostics.command import run_command
 from diagnostics.errors import InvalidInput, OperationFailed
-from diagnostics.provenance import code_state
+from diagnostics.io.atomic import write_text
+from diagnostics.io.command import run_command
+from diagnostics.io.provenance import code_state
 
 if TYPE_CHECKING:
     import pandas as pd

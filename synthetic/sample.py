@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import Prefix, Scored, Support
+from diagnostics.core.distribution_stats import functionals
 from diagnostics.errors import InvalidInput
-from diagnostics.prefix import functionals
 from opd.supports import JOINED
 from synthetic.mdp import TabularMDP
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from diagnostics.errors import InvalidInput
-from diagnostics.intervals import bootstrap_interval
+from diagnostics.stats import bootstrap_interval
 
 SEED = 2603
 """Of the bootstrap's generator; a summary depends on its rows alone."""

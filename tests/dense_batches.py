@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from diagnostics.batch import Prefix, Scored, Support
-from diagnostics.prefix import functionals
+from diagnostics.core.distribution_stats import functionals
 
 V, B, T = 24, 10, 40
 STUDENT_ENDS, TEACHER_ENDS = (0, 1), (1, 2, 3)

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from diagnostics.adapters.columns import read_row
-from diagnostics.adapters.records import Records
-from diagnostics.adapters.writing import write
 from diagnostics.errors import InvalidInput
-from diagnostics.lists import top_list
+from diagnostics.metrics.topk import top_list
 from diagnostics.monitor import Monitor
+from diagnostics.records.columns import read_row
+from diagnostics.records.reader import Records
+from diagnostics.records.writer import write
 
 STUDENT, TEACHER = [-1.0, -2.0, -4.0], [-0.5, -3.0, -1.0]
 """Costs -0.5, 1, -3."""

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from diagnostics.access import Missing
-from diagnostics.adapters.columns import NAMES, PREFIX, number_of
-from diagnostics.adapters.partial import absent, lacking
-from diagnostics.adapters.records import Records
-from diagnostics.adapters.writing import rows_of, write
 from diagnostics.batch import Prefix, Scored, concatenate
+from diagnostics.core.optional_fields import Missing
+from diagnostics.core.partial import absent, lacking
 from diagnostics.monitor import Monitor
+from diagnostics.records.columns import NAMES, PREFIX, number_of
+from diagnostics.records.reader import Records
+from diagnostics.records.writer import rows_of, write
 from tests.test_diagnostics import batch
 
 SUFFIXES = (".jsonl", ".parquet")
@@ -185,7 +185,7 @@ def test_columns_of_others_are_understood(tmp_path: Path) -> None:
 
 
 def test_the_table_of_names_is_the_one_that_is_read() -> None:
-    from diagnostics.adapters import columns
+    from diagnostics.records import columns
 
     shown = {
         word.strip(" ,|")

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from diagnostics.adapters.records import Records
 from diagnostics.adapters.verl import install, rollout_rows
-from diagnostics.adapters.writing import write
 from diagnostics.batch import Scored
 from diagnostics.monitor import Monitor
+from diagnostics.records.reader import Records
+from diagnostics.records.writer import write
 
 DP_SIZE = 2
 MASKS = ([1, 1, 1], [1, 0, 1, 1, 1], [1, 1], [1, 1, 1, 0])

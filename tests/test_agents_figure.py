@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diagnostics import rows
+from diagnostics.records import rows
 from figures import agents, style
 
 WON = {

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import Rollouts, Scored, load
-from diagnostics.totals import Mean, Total, read
+from diagnostics.core.totals import Mean, Total, read
 from opd import endpoint
 from opd.ahead import Ahead, Drawn
 from opd.config import Config

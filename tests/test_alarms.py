@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from benchmarks.faults import FAULTS, Fault, caught, make_models, record
-from diagnostics.alarm_rules import RULES, Rule, average, growth, joined_z, rise, table
-from diagnostics.alarms import Alarm, Alarms, lead_times, replay
-from diagnostics.rows import Row
+from diagnostics.alarms.alarms import Alarm, Alarms, lead_times, replay
+from diagnostics.alarms.rules import RULES, Rule, average, growth, joined_z, rise, table
+from diagnostics.records.rows import Row
 
 NAMED = {rule.name: rule for rule in RULES}
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from diagnostics.adapters.writing import write
-from diagnostics.atomic import atomic_write, is_disk_full, replace_folder, write_text
 from diagnostics.batch import Scored
-from diagnostics.dumps import Dumps
 from diagnostics.errors import OperationFailed
+from diagnostics.io.atomic import atomic_write, is_disk_full, replace_folder, write_text
+from diagnostics.records.token_dumps import Dumps
+from diagnostics.records.writer import write
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import Scored
-from diagnostics.family import member_index, weights
+from diagnostics.gradients.estimators import member_index, weights
 from opd import objectives as o
 
 V, T, END = 3, 3, 0

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diagnostics.batch import Prefix, Scored
-from diagnostics.prefix import functionals
+from diagnostics.core.distribution_stats import functionals
 from opd import credit
 from opd import objectives as o
 from opd.selection import most_uncertain

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from diagnostics import files
-from diagnostics.command import CLOSED_PIPE, INTERRUPTED, run_command
 from diagnostics.errors import BrokenPackage, InvalidInput, MissingFile, MissingPackage
-from diagnostics.packages import load_package
-from diagnostics.rows import read
+from diagnostics.io import files
+from diagnostics.io.command import CLOSED_PIPE, INTERRUPTED, run_command
+from diagnostics.io.packages import load_package
+from diagnostics.records.rows import read
 
 ROOT = Path(__file__).resolve().parents[1]
 

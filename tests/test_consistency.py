@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diagnostics.alarm_rules import RULES
-from diagnostics.alarms import replay
+from diagnostics.alarms.alarms import replay
+from diagnostics.alarms.rules import RULES
 from diagnostics.batch import Scored, Support
-from diagnostics.consistency import OVER, TIE, support_consistency
-from diagnostics.totals import read
+from diagnostics.core.totals import read
+from diagnostics.metrics.support_consistency import OVER, TIE, support_consistency
 from tests.dense_batches import Dense, dense
 
 COLUMNS = ("gap", "order_share", "twice_share", "mass_over_share")

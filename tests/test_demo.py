@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from figures.collect import gains, training_table
+from diagnostics.records.run_tables import gains, training_table
 
 
 def demo(out: Path) -> str:

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from diagnostics.adapters.columns import PREFIX
-from diagnostics.adapters.writing import rows_of, write
 from diagnostics.monitor import Monitor
+from diagnostics.records.columns import PREFIX
+from diagnostics.records.writer import rows_of, write
 from opd import diagnose
 from opd.model import load_pair
 from tests.test_diagnostics import batch

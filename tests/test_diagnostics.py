@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from diagnostics.batch import Prefix, Scored, Support, load
+from diagnostics.core.distribution_stats import functionals
 from diagnostics.monitor import Monitor
-from diagnostics.prefix import functionals
 
 
 def batch(seed: int = 0, top_p: float = 1.0, size: int = 12, width: int = 40) -> Scored:

@@ -11,9 +11,9 @@ import torch
 from pyarrow import parquet
 
 from diagnostics.batch import Scored
-from diagnostics.dumps import Dumps, load_dump, sampled, save_dump
 from diagnostics.errors import InvalidInput
 from diagnostics.monitor import Monitor
+from diagnostics.records.token_dumps import Dumps, load_dump, sampled, save_dump
 from tests.test_diagnostics import batch
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import Rollouts, Scored, load
+from diagnostics.core.totals import read
 from diagnostics.monitor import Monitor
-from diagnostics.totals import read
 from opd import doctor
 from opd.config import Config, TaskSettings
 from opd.data import Prompts, encode_one

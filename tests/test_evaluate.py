@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from diagnostics.intervals import gain_interval, share_interval, wilson_interval
+from diagnostics.stats import gain_interval, share_interval, wilson_interval
 from opd import cli
 from opd.accuracy import (
     compare,

@@ -11,8 +11,8 @@ import pytest
 from benchmarks.faults import make_models, outcome, run_settings
 from benchmarks.injected import Fault
 from benchmarks.silent import SILENT_FAULTS
-from diagnostics import rows
-from diagnostics.alarms import replay
+from diagnostics.alarms.alarms import replay
+from diagnostics.records import rows
 
 REFUSED = {
     "teacher scores with dropout": "teacher mode: 2 modules are in training mode",

@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from diagnostics import rows
-from diagnostics.intervals import bootstrap_interval, gain_interval
+from diagnostics.records import rows
+from diagnostics.records.run_tables import gains, training_table
+from diagnostics.stats import bootstrap_interval, gain_interval
 from figures import __main__ as cli
 from figures import bias_variance, style, training
-from figures.collect import gains, training_table
 from opd import report
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from diagnostics.batch import Prefix, Scored
-from diagnostics.blocks import block, linear_sketch, linear_squares, sequence_gradients
-from diagnostics.family import weights
-from diagnostics.gradients import signal_and_noise
-from diagnostics.prefix import functionals
-from diagnostics.probe import Measured
-from diagnostics.sketch import matrix_sketch, no_projection, random_signs
-from diagnostics.tradeoff import without_each
+from diagnostics.core.distribution_stats import functionals
+from diagnostics.gradients.bias import without_each
+from diagnostics.gradients.estimators import weights
+from diagnostics.gradients.layers import block, linear_sketch, linear_squares, sequence_gradients
+from diagnostics.gradients.probe import Measured
+from diagnostics.gradients.signal_noise import signal_and_noise
+from diagnostics.gradients.sketch import matrix_sketch, no_projection, random_signs
 from opd.config import Config
 from opd.data import Prompts
 from opd.head import Head

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from diagnostics.access import Missing
 from diagnostics.batch import Prefix, Scored
-from diagnostics.family import FAMILY, GAMMAS, Member, member_index, weights
-from diagnostics.gradients import pairs
-from diagnostics.prefix import functionals
-from diagnostics.probe import Measured, gradient_row, joined, measured
-from diagnostics.sketch import (
+from diagnostics.core.distribution_stats import functionals
+from diagnostics.core.optional_fields import Missing
+from diagnostics.gradients.estimators import FAMILY, GAMMAS, Member, member_index, weights
+from diagnostics.gradients.probe import Measured, gradient_row, joined, measured
+from diagnostics.gradients.signal_noise import pairs
+from diagnostics.gradients.sketch import (
     TokenSketches,
     matrix_sketch,
     no_projection,

@@ -13,14 +13,29 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from diagnostics.access import Missing
 from diagnostics.batch import Scored, concatenate
-from diagnostics.family import FAMILY, available, member_index, weights
-from diagnostics.gradients import from_batches, from_norms, pairs, signal_and_noise
-from diagnostics.jackknife import degrees, estimate, positive, quantile, ratio, squared
-from diagnostics.proxies import adam_noise, scalar_advantage_variance, token_advantage_variance
-from diagnostics.sketch import no_projection, sequence_sketches, token_energies, token_sketches
-from diagnostics.tradeoff import coherence, cost_of_response, occupancy, recommend, squared_bias
+from diagnostics.core.optional_fields import Missing
+from diagnostics.gradients.bias import (
+    coherence,
+    cost_of_response,
+    occupancy,
+    recommend,
+    squared_bias,
+)
+from diagnostics.gradients.estimators import FAMILY, available, member_index, weights
+from diagnostics.gradients.jackknife import degrees, estimate, positive, quantile, ratio, squared
+from diagnostics.gradients.proxies import (
+    adam_noise,
+    scalar_advantage_variance,
+    token_advantage_variance,
+)
+from diagnostics.gradients.signal_noise import from_batches, from_norms, pairs, signal_and_noise
+from diagnostics.gradients.sketch import (
+    no_projection,
+    sequence_sketches,
+    token_energies,
+    token_sketches,
+)
 from opd.objectives import full_reverse_kl
 from synthetic import exact
 from synthetic.estimators import ESTIMATORS, Estimator

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from diagnostics.batch import Scored, concatenate
-from diagnostics.probe import Measured, gradient_row, measured
-from diagnostics.ranks import across_ranks, among, rows_of_ranks
-from diagnostics.sketch import no_projection
+from diagnostics.gradients.distributed import across_ranks, among, rows_of_ranks
+from diagnostics.gradients.probe import Measured, gradient_row, measured
+from diagnostics.gradients.sketch import no_projection
 from tests.test_gradient_probes import drawn, world
 
 

@@ -68,11 +68,11 @@ def loaded_by(statement: str) -> set[str]:
         ("import opd.objectives, diagnostics.monitor", {"transformers", "pandas", "matplotlib"}),
         (
             "import diagnostics.adapters.trl, diagnostics.adapters.verl, "
-            "diagnostics.adapters.records, diagnostics.adapters.writing",
+            "diagnostics.records.reader, diagnostics.records.writer",
             {"transformers", "trl", "verl", "pyarrow", "pandas"},
         ),
         ("import synthetic.exact, synthetic.sample", {"transformers", "matplotlib"}),
-        ("import diagnostics.intervals, figures.collect", {"torch", "transformers"}),
+        ("import diagnostics.stats, diagnostics.records.run_tables", {"torch", "transformers"}),
     ],
 )
 def test_heavy_packages_are_loaded_only_where_used(statement: str, without: set[str]) -> None:

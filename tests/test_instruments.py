@@ -9,11 +9,12 @@ import pandas as pd
 import pytest
 import torch
 
-from diagnostics import rows
 from diagnostics.batch import Prefix, Scored, Support
 from diagnostics.catalogue import FULL
+from diagnostics.core.distribution_stats import functionals
 from diagnostics.monitor import Monitor
-from diagnostics.prefix import functionals
+from diagnostics.records import rows, vocabulary
+from diagnostics.records import run_folders as folders
 from figures import (
     anatomy,
     fan,
@@ -25,10 +26,8 @@ from figures import (
     sampler,
     signal_loss,
     tokenizer,
-    vocabulary,
     warning,
 )
-from figures import runs as folders
 from figures.tokens import tokens
 from opd.lab import make_tokenizer
 from tests.dense_batches import Dense, dense

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diagnostics.intervals import (
+from diagnostics.stats import (
     bootstrap_interval,
     gain_interval,
     share_interval,

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from diagnostics.rows import Row, append, read
+from diagnostics.records.rows import Row, append, read
 from opd import loggers
 from opd.loggers import evaluation, numbers, open_loggers
 

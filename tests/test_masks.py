@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from diagnostics.anatomy import kl_anatomy
 from diagnostics.batch import Prefix, Scored, Support, concatenate, load
-from diagnostics.drift import support_mass
-from diagnostics.dumps import load_dump, save_dump
-from diagnostics.groups import without
-from diagnostics.prefix import functionals
-from diagnostics.supervision import sign_null, sign_shares
-from diagnostics.totals import Mean, read
-from diagnostics.validity import martingales, sampler_weights
+from diagnostics.core.distribution_stats import functionals
+from diagnostics.core.totals import Mean, read
+from diagnostics.metrics.consistency import martingales, sampler_weights
+from diagnostics.metrics.divergence import support_mass
+from diagnostics.metrics.groupby import without
+from diagnostics.metrics.kl_decomposition import kl_anatomy
+from diagnostics.metrics.signal import sign_null, sign_shares
+from diagnostics.records.token_dumps import load_dump, save_dump
 from opd import objectives as o
 from opd.pieces import pieces
 from opd.special import Mask, masked

@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from diagnostics.access import Missing
 from diagnostics.batch import Scored
-from diagnostics.blame import coverage, impossible_table, token_table
 from diagnostics.catalogue import CATALOGUE, CODES, FULL, MAKERS, PANEL, Metric, page
-from diagnostics.collapse import length
-from diagnostics.drift import sampled_divergence
-from diagnostics.groups import by, without
+from diagnostics.core.optional_fields import Missing
+from diagnostics.core.totals import Total, merge, read
+from diagnostics.metrics.divergence import sampled_divergence
+from diagnostics.metrics.groupby import by, without
+from diagnostics.metrics.length import length
+from diagnostics.metrics.repetition import compression, repeated, repetition
+from diagnostics.metrics.signal import sign_shares
+from diagnostics.metrics.token_attribution import coverage, impossible_table, token_table
 from diagnostics.monitor import Monitor
-from diagnostics.repetition import compression, repeated, repetition
-from diagnostics.supervision import sign_shares
-from diagnostics.totals import Total, merge, read
 from tests.dense_batches import B, V, dense
 
 EVERY: dict[str, Metric] = {

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from diagnostics import drift, lists
-from diagnostics.access import Missing
-from diagnostics.anatomy import agreement, kl_anatomy, split_divergence
-from diagnostics.bins import LABELS
-from diagnostics.collapse import length_quantiles
-from diagnostics.control import own_prefix_gap
-from diagnostics.repetition import repeated
-from diagnostics.totals import read
+from diagnostics.core.optional_fields import Missing
+from diagnostics.core.position_bins import LABELS
+from diagnostics.core.totals import read
+from diagnostics.metrics import divergence, topk
+from diagnostics.metrics.kl_decomposition import agreement, kl_anatomy, split_divergence
+from diagnostics.metrics.length import length_quantiles
+from diagnostics.metrics.own_prefix import own_prefix_gap
+from diagnostics.metrics.repetition import repeated
 from tests.dense_batches import B, Dense, dense, mean
 
 BINS = {"": (0, 10**9), "@0-1": (0, 2), "@2-3": (2, 4), "@16-31": (16, 32), "@32-63": (32, 64)}
@@ -32,7 +32,7 @@ def places(d: Dense, label: str) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("source", ["teacher", "union", "full"])
 def test_nested_lists(source: str) -> None:
     d = dense(1, source)
-    row = read(lists.nested_outside(d.batch) | lists.tail_share(d.batch))
+    row = read(topk.nested_outside(d.batch) | topk.tail_share(d.batch))
     for k in (1, 8) + ((16,) if source == "full" else ()):
         for label in BINS:
             out, rest = [], []
@@ -56,15 +56,15 @@ def test_nested_lists(source: str) -> None:
 def test_lists_that_a_support_does_not_hold_are_missing() -> None:
     for source in ("student", "intersection"):
         with pytest.raises(Missing, match=f"support is the {source}'s"):
-            lists.nested_outside(dense(1, source).batch)
+            topk.nested_outside(dense(1, source).batch)
     with pytest.raises(Missing, match="the student's top ids"):
-        lists.overlap(dense(1, "teacher").batch)
+        topk.overlap(dense(1, "teacher").batch)
 
 
 @pytest.mark.parametrize(("source", "k"), [("union", 3), ("union", 10), ("full", 16)])
 def test_overlap_in_both_definitions(source: str, k: int) -> None:
     d = dense(2, source, k, gap=4.0)
-    row = read(lists.overlap(d.batch))
+    row = read(topk.overlap(d.batch))
     for label in BINS:
         found: dict[str, list[float]] = {}
         for i, t in places(d, label):
@@ -89,7 +89,7 @@ def test_overlap_in_both_definitions(source: str, k: int) -> None:
 
 def test_bounds_from_a_list() -> None:
     d = dense(3)
-    row = read(lists.top_uncertainty(d.batch))
+    row = read(topk.top_uncertainty(d.batch))
     bound = []
     for i, t in d.tokens():
         q = d.q[i, t].exp().tolist()
@@ -99,7 +99,7 @@ def test_bounds_from_a_list() -> None:
         entropy = float(d.batch.prefix.teacher_entropy[i, t])
         assert bound[-1] <= entropy <= bound[-1] + rest * math.log(24 - 10) + 1e-9
     assert row["drift/top_teacher_entropy_least"] == pytest.approx(mean(bound))
-    exact = read(drift.uncertainty(d.batch))
+    exact = read(divergence.uncertainty(d.batch))
     assert row["drift/top_teacher_max"] == pytest.approx(exact["drift/teacher_max"])
     over = mean([float(d.batch.prefix.teacher_entropy[i, t] > 1) for i, t in d.tokens()])
     assert exact["drift/teacher_entropy_over_1"] == pytest.approx(over)
@@ -152,7 +152,7 @@ def test_the_sampled_tail_has_no_bias() -> None:
 
 def test_quantiles_by_position() -> None:
     d = dense(6)
-    row = read(drift.ratio_quantiles(d.batch) | drift.rank_quantiles(d.batch))
+    row = read(divergence.ratio_quantiles(d.batch) | divergence.rank_quantiles(d.batch))
     for label in BINS:
         r = [float(d.batch.log_ratio[i, t]) for i, t in places(d, label)]
         rank = [float(d.batch.prefix.teacher_rank[i, t]) for i, t in places(d, label)]
@@ -173,7 +173,7 @@ def test_quantiles_by_position() -> None:
 
 def test_effective_size_of_prefixes() -> None:
     d = dense(7)
-    row = read(drift.prefix_weights(d.batch))
+    row = read(divergence.prefix_weights(d.batch))
     for name, of in (("prefix_ess", lambda x: x), ("prefix_abs_ess", abs)):
         for label in LABELS[1:7]:
             stop = int(label.split("-")[1]) + 1
@@ -199,7 +199,7 @@ def test_effective_size_of_prefixes() -> None:
 
 def test_tenths_of_the_response() -> None:
     d = dense(8)
-    row = read(drift.cost_by_tenth(d.batch) | drift.entropy_by_tenth(d.batch))
+    row = read(divergence.cost_by_tenth(d.batch) | divergence.entropy_by_tenth(d.batch))
     found: dict[int, list[tuple[float, float, int]]] = {}
     for i, t in d.tokens():
         extent = 1 + max(u for j, u in d.tokens() if j == i)
@@ -267,7 +267,8 @@ def test_own_prefix_control() -> None:
         )
         assert row[f"drift/own_prefix_teacher_max{label}"] == pytest.approx(mean(a) - mean(b))
         errors = [
-            read(drift.uncertainty(x.batch))[f"drift/teacher_entropy{label}_se"] for x in (own, d)
+            read(divergence.uncertainty(x.batch))[f"drift/teacher_entropy{label}_se"]
+            for x in (own, d)
         ]
         error = row[f"drift/own_prefix_teacher_entropy{label}_se"]
         assert error == pytest.approx(math.sqrt(errors[0] ** 2 + errors[1] ** 2))
@@ -283,7 +284,7 @@ def test_an_id_that_is_not_present_is_not_on_the_list() -> None:
     first = torch.arange(10) == 0
     absent = replace(support, present=~first.expand(support.ids.shape))
     batch = replace(d.batch, support=absent)
-    row = read(lists.nested_outside(batch) | lists.top_uncertainty(batch))
+    row = read(topk.nested_outside(batch) | topk.top_uncertainty(batch))
     assert row["drift/outside_top1"] == row["drift/outside_top1_expected"] == 1
     out, second = [], []
     for i, t in d.tokens():

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diagnostics.access import Missing
-from diagnostics.noise import baseline_noise, gradient_noise, prefix_noise
-from diagnostics.totals import read
+from diagnostics.core.optional_fields import Missing
+from diagnostics.core.totals import read
+from diagnostics.metrics.gradient_noise import baseline_noise, gradient_noise, prefix_noise
 from tests.dense_batches import Dense, dense, mean
 
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diagnostics import prefix
 from diagnostics.batch import Prefix, load
-from diagnostics.prefix import functionals
+from diagnostics.core import distribution_stats
+from diagnostics.core.distribution_stats import functionals
 from tests.test_diagnostics import batch as make_batch
 
 Pair = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -51,7 +51,7 @@ def by_loop(p: list[float], q: list[float], y: int) -> dict[str, float]:
 def test_functionals_equal_loops(
     dtype: torch.dtype, near: float, dead: bool, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prefix, "_BLOCK", block)
+    monkeypatch.setattr(distribution_stats, "_BLOCK", block)
     p, q, y = pair(dtype, dead)
     found = functionals(p, q, y)
     for i in range(5):

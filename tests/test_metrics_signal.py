@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from diagnostics import blame, collapse, supervision, validity
-from diagnostics.blame import TokenTable
-from diagnostics.drift import prefix_weights
-from diagnostics.repetition import compressible, compression
-from diagnostics.totals import read
+from diagnostics.core.totals import read
+from diagnostics.metrics import consistency, length, signal, token_attribution
+from diagnostics.metrics.divergence import prefix_weights
+from diagnostics.metrics.repetition import compressible, compression
+from diagnostics.metrics.token_attribution import TokenTable
 from tests.dense_batches import B, Dense, V, dense, mean
 
 
@@ -29,7 +29,7 @@ def effective(x: list[float]) -> tuple[float, float]:
 def test_concentration_by_entropy_and_by_sign() -> None:
     d = dense(1)
     b = d.batch
-    row = read(supervision.signal_concentration(b) | supervision.signed_concentration(b))
+    row = read(signal.signal_concentration(b) | signal.signed_concentration(b))
     for name, x in {
         "signal": [abs(r) for r in costs(d)],
         "negative_signal": [r for r in costs(d) if r > 0],
@@ -47,7 +47,7 @@ def test_concentration_by_entropy_and_by_sign() -> None:
 
 def test_lorenz_curve_lies_on_the_sorted_sums() -> None:
     d = dense(1)
-    (total,) = supervision.signal_concentration(d.batch).values()
+    (total,) = signal.signal_concentration(d.batch).values()
     tokens, held = total.lorenz()
     x = np.sort(np.abs(costs(d)))
     exact = np.concatenate([[0], np.cumsum(x)]) / x.sum()
@@ -62,7 +62,7 @@ def test_action_dependence() -> None:
     for i, t in d.tokens():
         p, l = d.p[i, t].exp(), d.p[i, t] - d.q[i, t]
         within.append(float((p * (l - (p * l).sum()) ** 2).sum()))
-    row = read(supervision.action_dependence(d.batch))
+    row = read(signal.action_dependence(d.batch))
     want = mean(within) / float(np.var(costs(d)))
     assert row["supervision/action_dependence"] == pytest.approx(want)
 
@@ -73,7 +73,7 @@ def test_a_cost_of_the_prefix_alone_depends_on_no_action() -> None:
     cost = torch.where(d.batch.mask, torch.linspace(0, 1, 40).double(), 0.0)
     only = replace(flat, reverse_kl=cost, ratio_square=cost.square())
     batch = replace(d.batch, teacher_logp=d.batch.student_logp - cost, prefix=only)
-    row = read(supervision.action_dependence(batch))
+    row = read(signal.action_dependence(batch))
     assert row["supervision/action_dependence"] == pytest.approx(0.0, abs=1e-12)
 
 
@@ -84,12 +84,12 @@ def test_the_share_of_one_id_by_a_count() -> None:
     for i, t in d.tokens():
         y = int(big.tokens[i, t]) % 4096
         sums[y] = sums.get(y, 0.0) + abs(float(big.log_ratio[i, t]))
-    row = read(blame.one_id(big))
+    row = read(token_attribution.one_id(big))
     assert row["tokens/one_id_signal"] == pytest.approx(max(sums.values()) / sum(sums.values()))
     signs = sum(float(big.log_ratio[i, t]) for i, t in d.tokens())
     assert abs(signs) < 0.9 * sum(sums.values()), "a sum without the bars would not differ"
     nothing = replace(big, teacher_logp=big.student_logp)
-    assert math.isnan(read(blame.one_id(nothing))["tokens/one_id_signal"])
+    assert math.isnan(read(token_attribution.one_id(nothing))["tokens/one_id_signal"])
 
 
 def poisoned() -> Dense:
@@ -112,8 +112,8 @@ def poisoned() -> Dense:
 def test_blame_by_token() -> None:
     d = poisoned()
     b = d.batch
-    every = blame.token_table(V)(b)["tokens/all"]
-    bad = blame.impossible_table(V)(b)["tokens/impossible"]
+    every = token_attribution.token_table(V)(b)["tokens/all"]
+    bad = token_attribution.impossible_table(V)(b)["tokens/impossible"]
     want, wrong = np.zeros((V, 5)), np.zeros((V, 5))
     for i, t in d.tokens():
         r, y = float(b.log_ratio[i, t]), int(b.tokens[i, t])
@@ -126,7 +126,7 @@ def test_blame_by_token() -> None:
     np.testing.assert_allclose(every.sums.numpy(), want, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(bad.sums.numpy(), wrong, rtol=1e-9, atol=1e-12)
     assert wrong[:, 0].sum() == 2
-    row = read({"tokens/all": every} | blame.confident_impossible(b))
+    row = read({"tokens/all": every} | token_attribution.confident_impossible(b))
     signal = np.sort(want[:, 2])[::-1]
     assert row["tokens/all_top1"] == pytest.approx(signal[0] / signal.sum())
     assert row["tokens/all_top10"] == pytest.approx(signal[:10].sum() / signal.sum())
@@ -140,14 +140,14 @@ def test_blame_by_token() -> None:
 
 def test_the_printed_table_names_the_largest_first() -> None:
     b = poisoned().batch
-    bad = blame.impossible_table(V)(b)["tokens/impossible"]
+    bad = token_attribution.impossible_table(V)(b)["tokens/impossible"]
     lines = bad.lines(lambda i: f"<{i}>", special=[int(b.tokens[9, 3])])
     assert len(lines) == 1 + len({int(b.tokens[9, 3]), int(b.tokens[8, 7])})
     first = lines[1].split()
     assert first[:2] == [str(int(b.tokens[9, 3])), f"'<{int(b.tokens[9, 3])}>'*"]
     assert float(first[3]) == pytest.approx(12 - 0.05, abs=1e-3)
     assert sum(float(x.split()[5]) for x in lines[1:]) == pytest.approx(100, abs=0.02)
-    assert len(blame.token_table(V)(b)["tokens/all"].lines(str, top=3)) == 4
+    assert len(token_attribution.token_table(V)(b)["tokens/all"].lines(str, top=3)) == 4
     with pytest.raises(ValueError, match="no column 'loss'; there are count, cost"):
         bad.lines(str, by="loss")
     bare = TokenTable.of(replace(b, prefix=None), b.mask, V)
@@ -158,7 +158,7 @@ def test_the_printed_table_names_the_largest_first() -> None:
 def test_coverage_of_ids() -> None:
     d = dense(4)
     b = d.batch
-    row = read(blame.coverage([3, 5, 7], "special")(b))
+    row = read(token_attribution.coverage([3, 5, 7], "special")(b))
     sums = np.zeros((2, 3))
     for i, t in d.tokens():
         r = float(b.log_ratio[i, t])
@@ -168,8 +168,10 @@ def test_coverage_of_ids() -> None:
         sums[1] += line * (int(b.tokens[i, t]) in (3, 5, 7))
     for j, name in enumerate(("share", "signal", "energy")):
         assert row[f"tokens/special_{name}"] == pytest.approx(sums[1, j] / sums[0, j])
-    assert read(blame.coverage([], "none")(b))["tokens/none_share"] == 0
-    assert "tokens/x_energy" not in read(blame.coverage([1], "x")(replace(b, prefix=None)))
+    assert read(token_attribution.coverage([], "none")(b))["tokens/none_share"] == 0
+    assert "tokens/x_energy" not in read(
+        token_attribution.coverage([1], "x")(replace(b, prefix=None))
+    )
 
 
 def test_what_length_pays() -> None:
@@ -180,12 +182,12 @@ def test_what_length_pays() -> None:
         if own:
             x.append(len(own))
             y.append(-mean(own))
-    row = read(collapse.length_incentive(d.batch))
+    row = read(length.length_incentive(d.batch))
     assert row["collapse/length_advantage_cov"] == pytest.approx(np.cov(x, y)[0, 1])
     assert row["collapse/length_advantage_corr"] == pytest.approx(np.corrcoef(x, y)[0, 1])
     equal = replace(d.batch, mask=torch.ones_like(d.batch.mask))
-    assert math.isnan(read(collapse.length_incentive(equal))["collapse/length_advantage_corr"])
-    one = read(collapse.length_incentive(d.batch.rows([9])))
+    assert math.isnan(read(length.length_incentive(equal))["collapse/length_advantage_corr"])
+    one = read(length.length_incentive(d.batch.rows([9])))
     assert math.isnan(one["collapse/length_advantage_cov"])
 
 
@@ -211,7 +213,7 @@ def test_compressible_tails() -> None:
 
 def test_martingales_by_position() -> None:
     d = dense(7)
-    row = read(validity.martingales(d.batch))
+    row = read(consistency.martingales(d.batch))
     for label, (low, high) in {"": (0, 99), "@0-1": (0, 2), "@8-15": (8, 16)}.items():
         sums = np.zeros(4)
         for i, t in d.tokens():
@@ -225,13 +227,13 @@ def test_martingales_by_position() -> None:
         assert row[f"validity/z_K{label}"] == pytest.approx(sums[2] / sums[3] ** 0.5)
     age = torch.arange(len(d.batch)) % 2  # declared to be of older weights
     aged, fresh = replace(d.batch, age=age), d.batch.rows((age == 0).nonzero()[:, 0])
-    assert read(validity.martingales(aged)) == read(validity.martingales(fresh))
+    assert read(consistency.martingales(aged)) == read(consistency.martingales(fresh))
 
 
 def test_weights_of_a_sampler_that_is_off() -> None:
     d = dense(8)
     b = d.batch
-    row = read(validity.sampler_weights(b))
+    row = read(consistency.sampler_weights(b))
     off = {(i, t): float(b.student_logp[i, t] - b.sampler_logp[i, t]) for i, t in d.tokens()}
     w = [math.exp(x) for x in off.values()]
     want = sum(w) ** 2 / len(w) / sum(x * x for x in w)
@@ -243,7 +245,7 @@ def test_weights_of_a_sampler_that_is_off() -> None:
     want = sum(whole) ** 2 / len(whole) / sum(x * x for x in whole)
     assert row["validity/sampler_prefix_ess"] == pytest.approx(want)
     soft = replace(b, softmax_logp=b.student_logp)
-    assert read(validity.sampler_weights(soft))["validity/sampler_ess"] == pytest.approx(1)
+    assert read(consistency.sampler_weights(soft))["validity/sampler_ess"] == pytest.approx(1)
 
 
 def test_weights_far_beyond_floating_point() -> None:
@@ -259,13 +261,13 @@ def test_teacher_noise_between_two_scorings() -> None:
     d = dense(3)
     b = d.batch
     noise = torch.where(b.mask, 0.01 * torch.randn(b.mask.shape).double(), 0.0)
-    row = read(validity.rescoring(b, replace(b, teacher_logp=b.teacher_logp + noise)))
+    row = read(consistency.rescoring(b, replace(b, teacher_logp=b.teacher_logp + noise)))
     x = [abs(float(noise[i, t])) for i, t in d.tokens()]
     assert row["validity/teacher_noise"] == pytest.approx(mean(x))
     assert row["validity/teacher_noise_square"] == pytest.approx(mean([v * v for v in x]))
     share = sum(x) / sum(abs(r) for r in costs(d))
     assert row["validity/teacher_noise_share"] == pytest.approx(share)
     with pytest.raises(ValueError, match="different tokens"):
-        validity.rescoring(b, replace(b, tokens=(b.tokens + 1) * b.mask))
+        consistency.rescoring(b, replace(b, tokens=(b.tokens + 1) * b.mask))
     with pytest.raises(ValueError, match="different responses"):
-        validity.rescoring(b, b.rows([1, 2]))
+        consistency.rescoring(b, b.rows([1, 2]))

@@ -8,9 +8,9 @@ from itertools import combinations
 import pytest
 import torch
 
-from diagnostics import diversity, ends, spans, teachability, validity
-from diagnostics.access import Missing
-from diagnostics.totals import read
+from diagnostics.core.optional_fields import Missing
+from diagnostics.core.totals import read
+from diagnostics.metrics import consistency, diversity, eos, retokenization, teachability
 from tests.dense_batches import STUDENT_ENDS, TEACHER_ENDS, B, Dense, V, dense, mean
 
 
@@ -130,7 +130,7 @@ def test_compatibility_and_acceptance() -> None:
 
 def test_ends_by_a_loop() -> None:
     d = dense(15)
-    row = read(ends.endings(d.batch))
+    row = read(eos.endings(d.batch))
     wish, name, before, push = [], [], [], []
 
     def masses(i: int, t: int) -> tuple[float, float]:
@@ -160,12 +160,12 @@ def test_ends_by_a_loop() -> None:
     hazard = mean([sum(math.exp(d.q[i, t, v]) for v in TEACHER_ENDS) for i, t in d.tokens()])
     assert row["drift/teacher_hazard"] == pytest.approx(hazard)
     masked = replace(d.batch, mask=d.batch.mask & (d.batch.prefix.ending == 0))
-    row = read(ends.endings(masked))
+    row = read(eos.endings(masked))
     assert math.isnan(row["drift/end_name"])
     assert math.isnan(row["drift/end_wish_before"])
     bare = replace(d.batch.prefix, student_end=None)
     with pytest.raises(Missing, match="end ids"):
-        ends.endings(replace(d.batch, prefix=bare))
+        eos.endings(replace(d.batch, prefix=bare))
 
 
 def test_distinct_grams_by_sets() -> None:
@@ -208,7 +208,7 @@ def test_early_entropy_and_staleness() -> None:
     assert len(entropy) < int(wide.mask.sum())
     assert row["collapse/early_entropy"] == pytest.approx(mean(entropy))
     aged = replace(d.batch, age=torch.tensor([0, 0, 3, 0, 1, 0, 0, 0, 0, 2]))
-    row = read(validity.staleness(aged))
+    row = read(consistency.staleness(aged))
     assert row["validity/age"] == pytest.approx(0.6)
     assert row["validity/stale_share"] == pytest.approx(0.3)
 
@@ -227,17 +227,17 @@ def test_spans_by_brute_force() -> None:
             for _ in range(2)
         ]
         ours, theirs = split(text, cuts[0]), split(text, cuts[1])
-        found = spans.common_spans(ours, theirs)
+        found = retokenization.common_spans(ours, theirs)
         shared = [0, *sorted(set(cuts[0]) & set(cuts[1])), size]
         assert len(found) == len(shared) - 1
         logp = [torch.rand(len(x), generator=g).tolist() for x in (ours, theirs)]
-        ratios = spans.span_ratios(found, *logp)
+        ratios = retokenization.span_ratios(found, *logp)
         for span, a, b, ratio in zip(found, shared, shared[1:], ratios, strict=False):
             assert b"".join(ours[slice(*span.ours)]) == text[a:b]
             assert b"".join(theirs[slice(*span.theirs)]) == text[a:b]
             want = sum(logp[0][slice(*span.ours)]) - sum(logp[1][slice(*span.theirs)])
             assert ratio == pytest.approx(want)
-        measured = spans.agreement(ours, theirs)
+        measured = retokenization.agreement(ours, theirs)
         inner = set(cuts[0])
         if inner:
             assert measured["boundaries"] == pytest.approx(len(inner & set(cuts[1])) / len(inner))
@@ -249,13 +249,13 @@ def test_spans_by_brute_force() -> None:
 
 def test_a_spelled_tag_is_one_span_and_hardly_a_cost() -> None:
     ours, theirs = [b"<", b"think", b">", b"7"], [b"<think>", b"7"]
-    found = spans.common_spans(ours, theirs)
-    assert found == [spans.Span((0, 3), (0, 1)), spans.Span((3, 4), (1, 2))]
-    assert spans.span_ratios(found, [-0.1, 0.0, 0.0, -0.2], [-0.1, -0.2]) == [0.0, 0.0]
+    found = retokenization.common_spans(ours, theirs)
+    assert found == [retokenization.Span((0, 3), (0, 1)), retokenization.Span((3, 4), (1, 2))]
+    assert retokenization.span_ratios(found, [-0.1, 0.0, 0.0, -0.2], [-0.1, -0.2]) == [0.0, 0.0]
     with pytest.raises(ValueError, match="different texts"):
-        spans.common_spans([b"a"], [b"b"])
+        retokenization.common_spans([b"a"], [b"b"])
     with pytest.raises(ValueError, match="without bytes"):
-        spans.common_spans([b"a", b""], [b"a"])
+        retokenization.common_spans([b"a", b""], [b"a"])
 
 
 def test_responses_that_the_tokenizer_would_not_make() -> None:
@@ -269,5 +269,5 @@ def test_responses_that_the_tokenizer_would_not_make() -> None:
             left = left[2:] if ids[-1] == 2 else left[1:]
         return ids
 
-    assert spans.uncanonical([[2, 0], [0, 1], [1, 1], [0, 1, 2]], decode, encode) == 0.5
-    assert math.isnan(spans.uncanonical([], decode, encode))
+    assert retokenization.uncanonical([[2, 0], [0, 1], [1, 1], [0, 1, 2]], decode, encode) == 0.5
+    assert math.isnan(retokenization.uncanonical([], decode, encode))

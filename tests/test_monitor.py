@@ -10,13 +10,13 @@ import torch
 import torch.distributed as distributed
 import torch.multiprocessing as multiprocessing
 
-from diagnostics.alarm_rules import Rule
-from diagnostics.alarms import Alarms
+from diagnostics.alarms.alarms import Alarms
+from diagnostics.alarms.rules import Rule
 from diagnostics.batch import Scored
+from diagnostics.core.totals import counts, pack, position_counts
 from diagnostics.monitor import PANEL, Monitor, across_ranks
-from diagnostics.rows import read
-from diagnostics.sinks import to_console, to_file
-from diagnostics.totals import counts, pack, position_counts
+from diagnostics.records.rows import read
+from diagnostics.records.sinks import to_console, to_file
 from tests.test_diagnostics import batch
 
 LIMIT = Rule(name="k1", metric="drift/k1", null="", means="", remedy="", high=-1, need=2, last=3)

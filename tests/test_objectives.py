@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import Prefix, Scored, Support
-from diagnostics.prefix import functionals
+from diagnostics.core.distribution_stats import functionals
 from opd import credit
 from opd import objectives as o
 from opd.supports import JOINED

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from diagnostics import rows
+from diagnostics.records import rows
 from figures import (
     claims,
     comparison,

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from diagnostics import rows
+from diagnostics.records import rows
 from figures import __main__ as cli
 from figures import phase as figure
 from synthetic import exact

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diagnostics import rows
-from diagnostics.intervals import gain_interval, unpaired_interval
+from diagnostics.records import rows
+from diagnostics.records.run_folders import distinct_names, methods
+from diagnostics.records.run_tables import gains, training_table
+from diagnostics.stats import gain_interval, unpaired_interval
 from figures import agents, steps
-from figures.collect import gains, training_table
-from figures.runs import distinct_names, methods
 
 
 def make_run(folder: Path, outcomes: tuple[str, str], problem_set: str = "p", **own: Any) -> Path:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import Scored, load
-from diagnostics.sketch import no_projection
+from diagnostics.gradients.sketch import no_projection
 from opd import probing
 from opd.config import Config
 from opd.data import encode

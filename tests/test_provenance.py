@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from diagnostics.provenance import PACKAGES, ROOT, code_state, source_hash
+from diagnostics.io.provenance import PACKAGES, ROOT, code_state, source_hash
 
 
 def git(folder: Path, *words: str) -> str:

@@ -20,16 +20,16 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from diagnostics import rows
-from diagnostics.alarm_rules import RULES
-from diagnostics.alarms import replay
+from diagnostics.alarms.alarms import replay
+from diagnostics.alarms.rules import RULES
 from diagnostics.batch import Scored, load
-from diagnostics.dumps import save_dump
 from diagnostics.errors import InvalidInput
 from diagnostics.monitor import Monitor
-from diagnostics.row_columns import COLUMNS
+from diagnostics.records import rows, token_text
+from diagnostics.records.row_columns import COLUMNS
+from diagnostics.records.token_dumps import save_dump
 from diagnostics.terminal import visible
-from opd import record, report, sheet, specimens, spelling
+from opd import record, report, sheet, specimens
 from opd.lab import make_tokenizer
 from opd.train import train
 from opd.watching import HOST, make_server, version
@@ -432,8 +432,8 @@ def test_ids_that_are_absent_or_masked_are_not_shown_as_likely(run: Path) -> Non
     hole = batch.mask.clone()
     hole[:, 1] = False
     changed = replace(batch, support=absent, mask=hole)
-    roll = specimens.one(changed, 0, 0, 3, [], spelling.Spelling(), set())
-    assert specimens.one(batch, 0, 0, 3, ["math"], spelling.Spelling(), set())["task"] == "math"
+    roll = specimens.one(changed, 0, 0, 3, [], token_text.Spelling(), set())
+    assert specimens.one(batch, 0, 0, 3, ["math"], token_text.Spelling(), set())["task"] == "math"
     first = int(batch.support.ids[0, 0, 0])
     assert first not in roll["tops"][0][::3]
     assert roll["off"] == [1]
@@ -529,10 +529,10 @@ def test_ends_and_the_doctor_are_told(run: Path, tmp_path: Path) -> None:
     item = {"item": "eos", "verdict": "fail", "found": "1 is not 2", "advice": "mend"}
     findings = {"verdict": "fail", "items": [item | {"numbers": {}}]}
     (folder / "doctor.json").write_text(json.dumps(findings))
-    alone = sheet.sheet(record.read_run(folder), spelling.Spelling(), None, set())
+    alone = sheet.sheet(record.read_run(folder), token_text.Spelling(), None, set())
     assert [end["role"] for end in alone["ends"]] == ["student"]
     assert alone["unread"] == [f"teacher: {teacher}"]
-    made = sheet.sheet(record.read_run(folder, models=True), spelling.Spelling(), None, set())
+    made = sheet.sheet(record.read_run(folder, models=True), token_text.Spelling(), None, set())
     assert made["unread"] == []
     own = {"own": tokenizer.eos_token}
     assert made["ends"] == [
@@ -552,7 +552,7 @@ def test_ends_and_the_doctor_are_told(run: Path, tmp_path: Path) -> None:
 
 def test_ends_are_read_where_a_text_model_lies_in_another(tmp_path: Path) -> None:
     make_tokenizer().save_pretrained(tmp_path)
-    known = spelling.read_spelling(tmp_path)
+    known = token_text.read_spelling(tmp_path)
     settings = tmp_path / "config.json"
     own = sheet.end_ids(tmp_path, known)
     settings.write_text('{"text_config": {"eos_token_id": [5, 6]}}')

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from diagnostics import rows
 from diagnostics.batch import Scored, load
+from diagnostics.records import rows
 from opd import report
 from tests.test_report import HOSTILE, run, server
 

@@ -8,6 +8,7 @@ import torch
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from diagnostics.records.token_text import read_spelling
 from opd import continuation, sheet
 from opd.continuation import graded
 from opd.data import Task, response_text
@@ -20,7 +21,6 @@ from opd.lab import make_tokenizer
 from opd.model import Pair, end_ids, load
 from opd.problems import Problem
 from opd.special import Endings
-from opd.spelling import read_spelling
 from tests.test_episodes import Script
 
 ADDED = ["<|end_of_text|>", "<end_of_turn>"]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from diagnostics import rows as records
 from diagnostics.errors import InvalidInput
+from diagnostics.records import rows as records
 from opd import starts
 from opd.config import to_json
 from opd.manifest import damage, write_manifest

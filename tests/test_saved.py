@@ -17,11 +17,11 @@ from pyarrow import parquet
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from diagnostics.adapters.records import Records
 from diagnostics.batch import load
-from diagnostics.dumps import load_dump, save_dump
 from diagnostics.errors import InvalidInput, MissingFile, OperationFailed
-from diagnostics.rows import read
+from diagnostics.records.reader import Records
+from diagnostics.records.rows import read
+from diagnostics.records.token_dumps import load_dump, save_dump
 from tests.test_dumps import full
 
 

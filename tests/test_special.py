@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diagnostics.batch import Prefix, Rollouts, Scored, Support, flatten
-from diagnostics.totals import merge
+from diagnostics.core.totals import merge
 from opd.lab import make_tokenizer
 from opd.pieces import alphabet, pieces, token_bytes
 from opd.rules import Rule, parse

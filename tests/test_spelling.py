@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from opd import spelling
+from diagnostics.records import token_text
+from diagnostics.records.token_text import told
 from opd.record import read_run
 from opd.specimens import tokenizer_places
-from opd.spelling import told
 
 TEXT = "Grüße, 漢字 🙂🙂 a\n\tb"
 
@@ -30,7 +30,7 @@ def bytewise(tmp_path: Path) -> tuple[Tokenizer, Path]:
 
 def test_bytes_of_several_ids_are_one_character(bytewise: tuple[Tokenizer, Path]) -> None:
     tokenizer, folder = bytewise
-    known = spelling.read_spelling(folder)
+    known = token_text.read_spelling(folder)
     ids = tokenizer.encode(TEXT + "<|ende|>").ids
     assert b"".join(known.pieces[i] for i in ids) == (TEXT + "<|ende|>").encode()
     texts = known.texts(ids)
@@ -61,7 +61,7 @@ def test_broken_text_shows_its_bytes(pieces: list[bytes], texts: list[str]) -> N
 
 def test_other_kinds_of_pieces() -> None:
     added = [{"id": 4, "content": "</s>", "special": True}, {"id": 5, "content": "<think>"}]
-    known = spelling.parse(
+    known = token_text.parse(
         {
             "model": {"vocab": [["▁the", 0.0], ["<0xF0>", 0.0], ["a", 0.0], ["\ud800", 0.0]]},
             "decoder": None,
@@ -86,10 +86,10 @@ def test_a_run_finds_its_tokenizer(bytewise: tuple[Tokenizer, Path], tmp_path: P
     run.mkdir(parents=True)
     (run / "rows.jsonl").touch()
 
-    def found_by(run: Path) -> spelling.Spelling:
-        return spelling.read_run_spelling(tokenizer_places(read_run(run, models=True)))
+    def found_by(run: Path) -> token_text.Spelling:
+        return token_text.read_run_spelling(tokenizer_places(read_run(run, models=True)))
 
-    assert found_by(run) == spelling.Spelling()
+    assert found_by(run) == token_text.Spelling()
     (tmp_path / "pair").mkdir()
     (run / "config.json").write_text(json.dumps({"student": "pair", "teacher": "pair"}))
     assert found_by(run).pieces == {}

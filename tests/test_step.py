@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from diagnostics.access import Missing
 from diagnostics.batch import Scored, load
 from diagnostics.catalogue import CATALOGUE, PANEL, Metric
-from diagnostics.totals import read
+from diagnostics.core.optional_fields import Missing
+from diagnostics.core.totals import read
 from opd import update as updates
 from opd.config import Config
 from opd.data import encode

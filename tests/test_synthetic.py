@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import Prefix, Scored
-from diagnostics.prefix import functionals
+from diagnostics.core.distribution_stats import functionals
 from opd import objectives
 from synthetic import exact
 from synthetic.estimators import FAMILY

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diagnostics.alarms import replay
+from diagnostics.alarms.alarms import replay
 from diagnostics.batch import Scored, load
 from opd import doctor
 from opd.config import Config, TaskSettings, from_json

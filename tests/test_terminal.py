@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from tqdm import tqdm
 
-from diagnostics import errors, sinks
+from diagnostics import errors
+from diagnostics.records import sinks
 from diagnostics.terminal import protect_terminal, visible
 from opd import cli
 

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from diagnostics import rows as files
 from diagnostics.adapters.trl import observe
-from diagnostics.alarm_rules import Rule
-from diagnostics.alarms import Alarms
+from diagnostics.alarms.alarms import Alarms
+from diagnostics.alarms.rules import Rule
 from diagnostics.catalogue import PANEL
 from diagnostics.monitor import Monitor
-from diagnostics.sinks import to_file
+from diagnostics.records import rows as files
+from diagnostics.records.sinks import to_file
 from tests.trl_trainers import Spy, by_hand, distillation, gkd, load_pair
 
 RULE = Rule(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from diagnostics.intervals import gain_interval, unpaired_interval
+from diagnostics.stats import gain_interval, unpaired_interval
 from opd import cli, recipes, verdict
 from opd.verdict import BETTER, NOTHING, WORSE, accuracy_change, divergence_change
 

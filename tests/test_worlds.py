@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diagnostics.prefix import functionals
+from diagnostics.core.distribution_stats import functionals
 from synthetic import exact
 from synthetic.mdp import TabularMDP, ending, random_chain, random_pair, tree
 from synthetic.sample import sample, with_support

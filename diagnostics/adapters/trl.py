@@ -35,7 +35,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from diagnostics.adapters.trl_seams import distillation, gkd, gold, grpo, iw_opd, self_distillation
+from diagnostics.adapters.trl_hooks import distillation, gkd, gold, grpo, iw_opd, self_distillation
 from diagnostics.adapters.trl_watch import Row, Watch, called_back, replaced
 from diagnostics.errors import InvalidInput
 from diagnostics.monitor import Monitor

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diagnostics.adapters.columns import number_of
-from diagnostics.adapters.dense import scored
-from diagnostics.adapters.partial import lacking
+from diagnostics.adapters.from_logits import scored
 from diagnostics.adapters.trl_watch import Watch, replaced
 from diagnostics.batch import Scored
+from diagnostics.core.partial import lacking
+from diagnostics.records.columns import number_of
 
 STEP, REWARD = "opdlab_step", "opdlab_reward"
 """What `stamp_rollouts` adds to a batch of rollouts, (B,) each."""

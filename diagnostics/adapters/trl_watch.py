@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diagnostics.adapters.dense import measured
-from diagnostics.adapters.partial import absent, lacking
+from diagnostics.adapters.from_logits import measured
 from diagnostics.batch import Scored, concatenate
+from diagnostics.core.partial import absent, lacking
+from diagnostics.core.totals import Counts, Total, read
 from diagnostics.errors import InvalidInput, OperationFailed
 from diagnostics.monitor import Monitor
-from diagnostics.totals import Counts, Total, read
 
 Row = dict[str, float]
 

@@ -23,17 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diagnostics.adapters.columns import number_of
-from diagnostics.adapters.partial import lacking
-from diagnostics.adapters.writing import rows_of, write
 from diagnostics.batch import Scored, Support
-from diagnostics.drift import in_support, sampled_divergence
+from diagnostics.core.partial import lacking
+from diagnostics.core.totals import Mean, Profile, Total
 from diagnostics.errors import BrokenPackage, InvalidInput, MissingPackage
+from diagnostics.metrics.consistency import sampler_ratio
+from diagnostics.metrics.divergence import in_support, sampled_divergence
+from diagnostics.metrics.repetition import repetition
+from diagnostics.metrics.signal import sign_shares
 from diagnostics.monitor import Metric, Monitor
-from diagnostics.repetition import repetition
-from diagnostics.supervision import sign_shares
-from diagnostics.totals import Mean, Profile, Total
-from diagnostics.validity import sampler_ratio
+from diagnostics.records.columns import number_of
+from diagnostics.records.writer import rows_of, write
 
 Loss = Callable[..., tuple[Tensor, dict[str, Any]]]
 """verl's distillation loss: (config, distillation_config, model_output, data)."""
