@@ -19,72 +19,30 @@ from typing import TYPE_CHECKING, Any
 
 from diagnostics.errors import InvalidInput, MissingFile, OperationFailed
 from diagnostics.io.command import run_command
-from diagnostics.io.files import read_object, read_text, reading
+from diagnostics.io.files import read_text, reading
 from diagnostics.io.provenance import code_state
 from diagnostics.terminal import protect_terminal
+from figures.registry import (
+    DATA,
+    FROM_RUNS,
+    PAPER,
+    figure_module,
+    figure_names,
+    made_by,
+    recorded,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
-FOLDER = Path(__file__).resolve().parent
-DATA = FOLDER / "data"
-NOT_FIGURES = (
-    *("__init__", "__main__", "collect", "style", "tables"),
-    *("runs", "tokens", "vocabulary", "steps", "paired", "measures", "claims", "gallery"),
-)
-PAPER = (
-    *("toy", "scatter", "loop", "gap", "segmentation", "dynamics", "multitask", "ablations"),
-    *("comparison", "agents"),
-)
-"""What stands for the paper's own figures and tables."""
-FROM_RUNS = (
-    *PAPER[1:],
-    *("training", "anatomy", "fan", "heatmap", "ledger", "lorenz", "pairs", "quadrants"),
-    *("sampler", "signal_loss", "tokenizer", "warning"),
-)
-"""Figures of run folders: all but the first make their table by `collect(runs)`."""
-RECORDED_AS = {
-    "frontier": "bias_variance",
-    "warning": "early_warning",
-    **dict.fromkeys(("dynamics", "ablations", "multitask"), "paper_steps"),
-    "comparison": "paper_evaluations",
-}
-"""Figures whose table has another name than theirs."""
 TEXTS = {"claims": "claims.md", "gallery": "README.md"}
 """What is written about the recorded tables, and the file's name."""
-
-
-def figures() -> list[str]:
-    """Names of the figures: the modules of this folder that draw."""
-    return sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in NOT_FIGURES)
-
-
-def made_by(name: str, runs: list[str] | None = None) -> list[str]:
-    """The commands that make a figure's table, each a line; of its recorded runs if not of `runs`.
-
-    runs: GROUP/METHOD-SEED of each.
-    """
-    update = f"opd figures {name} --run {{runs}} --update-data"
-    if name == "training":
-        return ["opd demo", update.format(runs="results/demo/runs/*")]
-    if name == "agents":
-        runs = ["results/paper/games/*", "results/paper/agents/*"]
-        return ["opd paper --groups games agents", update.format(runs=" ".join(runs))]
-    if name in FROM_RUNS:
-        about = recorded(name).with_suffix(".json")
-        if runs is None and about.exists():
-            runs = list(read_object(about).get("runs", {}))
-        methods = dict.fromkeys(run.rpartition("-")[0] or run for run in runs or [])
-        whole = not methods or (name in RECORDED_AS and name != "warning")
-        folders = ["single/*", "multi/*"] if whole else [f"{method}-*" for method in methods]
-        return ["opd paper", update.format(runs=" ".join(f"results/paper/{x}" for x in folders))]
-    return [f"opd study run {RECORDED_AS.get(name, name)} --update-figures"]
 
 
 def main(argv: list[str]) -> None:
     """`opd figures [NAME|paper|all|claims|gallery] [--run DIR ...] [--table CSV] [--refresh]`."""
     parser = argparse.ArgumentParser(prog="opd figures", description=__doc__)
-    known = f"{', '.join(figures())}; paper, all, claims, or gallery"
+    known = f"{', '.join(figure_names())}; paper, all, claims, or gallery"
     parser.add_argument("name", nargs="?", default="all", help=known)
     parser.add_argument("--table", type=Path, help="draw this table instead of the recorded one")
     parser.add_argument(
@@ -101,10 +59,10 @@ def main(argv: list[str]) -> None:
     if given.name in TEXTS:
         given.out.mkdir(parents=True, exist_ok=True)
         path = given.out / TEXTS[given.name]
-        path.write_text(import_module(f"figures.{given.name}").written(DATA))
+        path.write_text(import_module(f"figures.claims.{given.name}").written(DATA))
         print(path)
         return
-    names = {"all": figures(), "paper": list(PAPER)}.get(given.name, [given.name])
+    names = {"all": figure_names(), "paper": list(PAPER)}.get(given.name, [given.name])
     if given.table and len(names) > 1:
         raise InvalidInput(
             f"--table {given.table} needs the name of its figure: {', '.join(names)}"
@@ -154,18 +112,13 @@ def collected(name: str, runs: list[Path]) -> "pd.DataFrame":
         from diagnostics.records.run_tables import training_table
 
         return training_table(runs)
-    table = import_module(f"figures.{name}").collect(runs)
+    table = figure_module(name).collect(runs)
     if table.empty:
         raise InvalidInput(
             f"{name} finds nothing to draw in {', '.join(map(str, runs))}: too few tokens or "
             "steps, or runs of another kind than the recorded ones"
         )
     return table
-
-
-def recorded(name: str) -> Path:
-    """Where the table of a figure is kept."""
-    return DATA / f"{RECORDED_AS.get(name, name)}.csv"
 
 
 def read(name: str, path: Path) -> "pd.DataFrame":
@@ -177,8 +130,7 @@ def read(name: str, path: Path) -> "pd.DataFrame":
     """
     import pandas as pd
 
-    if name not in figures():
-        raise InvalidInput(f"unknown figure {name!r}; known: {', '.join(figures())}, all")
+    module = figure_module(name)
     if not path.exists():
         raise MissingFile(f"{path} does not exist; make it with `{' && '.join(made_by(name))}`")
     with reading(path):
@@ -186,7 +138,7 @@ def read(name: str, path: Path) -> "pd.DataFrame":
             table = pd.read_csv(path, dtype={"outcomes": str})
         except (ValueError, pd.errors.ParserError) as error:  # of bytes, columns or an empty file
             raise InvalidInput(f"{path} is not a CSV table ({error})") from error
-    lacking = [c for c in import_module(f"figures.{name}").COLUMNS if c not in table]
+    lacking = [c for c in module.COLUMNS if c not in table]
     if lacking:
         raise InvalidInput(f"{path} lacks the columns {', '.join(lacking)}")
     return table
@@ -196,7 +148,7 @@ def render(name: str, table: "pd.DataFrame", out: Path) -> list[Path]:
     """Draw one figure and write its files; a figure of tables also writes them."""
     from figures import style
 
-    module = import_module(f"figures.{name}")
+    module = figure_module(name)
     with style.look():
         paths = style.save(module.draw(table), out, name)
     if hasattr(module, "markdown"):

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from diagnostics.records import rows
-from figures import agents, style
+from figures import style
+from figures.paper import agents
 
 WON = {
     ("games", "sampled", 0): ("0100", "0111"),

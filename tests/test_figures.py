@@ -13,7 +13,10 @@ from diagnostics.records import rows
 from diagnostics.records.run_tables import gains, training_table
 from diagnostics.stats import bootstrap_interval, gain_interval
 from figures import __main__ as cli
-from figures import bias_variance, style, training
+from figures import style
+from figures.registry import DATA, figure_names
+from figures.runs import training
+from figures.study import bias_variance
 from opd import report
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,16 +66,16 @@ def test_the_recorded_tables_draw_in_seconds_without_torch(tmp_path: Path) -> No
         [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert {"training", "toy", "horizon"} < set(cli.figures())
+    assert {"training", "toy", "horizon"} < set(figure_names())
     names = {Path(line).name for line in done.stdout.split()}
-    pictures = {f"{n}.{s}" for n in cli.figures() for s in ("png", "pdf")}
+    pictures = {f"{n}.{s}" for n in figure_names() for s in ("png", "pdf")}
     tables = {f"{n}.{s}" for n in ("comparison", "agents") for s in ("md", "csv")}
     assert names == pictures | tables
     assert all((tmp_path / name).stat().st_size > 10_000 for name in pictures)
 
 
 def test_study_lines_are_the_tables_numbers() -> None:
-    table = cli.read("bias_variance", cli.DATA / "bias_variance.csv")
+    table = cli.read("bias_variance", DATA / "bias_variance.csv")
     figure = bias_variance.draw(table)
     want = table[(table["quantity"] == "bias2") & (table["estimator"] == "plain")]
     for line, (_, part) in zip(lines(figure.axes[1]), want.groupby("horizon"), strict=True):

@@ -15,7 +15,8 @@ from diagnostics.core.distribution_stats import functionals
 from diagnostics.monitor import Monitor
 from diagnostics.records import rows, vocabulary
 from diagnostics.records import run_folders as folders
-from figures import (
+from figures.collect.tokens import tokens
+from figures.runs import (
     anatomy,
     fan,
     heatmap,
@@ -28,7 +29,6 @@ from figures import (
     tokenizer,
     warning,
 )
-from figures.tokens import tokens
 from opd.lab import make_tokenizer
 from tests.dense_batches import Dense, dense
 

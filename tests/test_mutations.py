@@ -7,7 +7,7 @@ from types import FunctionType, ModuleType
 import pytest
 
 from diagnostics import batch as batches
-from diagnostics.gradients.signal_noise import credit as shared_credit
+from diagnostics.gradients import credit as shared_credit
 from opd import compositions, credit, objectives, reduction, selection, supports, surrogates
 from synthetic import baselines, estimators, exact, gradients, recursion
 from synthetic import sample as sampling

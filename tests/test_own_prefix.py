@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diagnostics.batch import load
-from figures import fan
+from figures.runs import fan
 from opd.config import Config
 from opd.own_prefix import SOURCES, control
 from opd.train import train

@@ -10,20 +10,12 @@ import pandas as pd
 import pytest
 
 from diagnostics.records import rows
-from figures import (
-    claims,
-    comparison,
-    gallery,
-    gap,
-    loop,
-    measures,
-    paired,
-    scatter,
-    segmentation,
-    steps,
-    style,
-)
-from figures.__main__ import DATA, PAPER, by_line, made_by, portable, read, recorded, render
+from figures import style
+from figures.__main__ import by_line, portable, read, render
+from figures.claims import claims, gallery, measures
+from figures.collect import paired, steps
+from figures.paper import comparison, gap, loop, scatter, segmentation
+from figures.registry import DATA, PAPER, figure_module, made_by, recorded
 from tests.test_instruments import everything
 from tests.test_instruments import made as made
 
@@ -402,9 +394,7 @@ def test_commands_name_methods() -> None:
 
 @pytest.mark.parametrize("name", PAPER)
 def test_every_figure_of_the_paper_has_a_caption_and_draws(name: str, tmp_path: Path) -> None:
-    from importlib import import_module
-
-    module = import_module(f"figures.{name}")
+    module = figure_module(name)
     if name != "toy":
         assert len(module.CAPTION) > 100
     made = render(name, read(name, recorded(name)), tmp_path)

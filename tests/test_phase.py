@@ -10,13 +10,14 @@ import torch
 
 from diagnostics.records import rows
 from figures import __main__ as cli
-from figures import phase as figure
+from figures.registry import DATA
+from figures.study import phase as figure
 from synthetic import exact
 from synthetic.experiments import phase
 from synthetic.mdp import random_chain, random_pair
 from tests.test_figures import lines
 
-TABLE = cli.read("phase", cli.DATA / "phase.csv")
+TABLE = cli.read("phase", DATA / "phase.csv")
 
 
 def test_a_teacher_is_moved_to_the_wanted_kl() -> None:

@@ -11,7 +11,8 @@ from diagnostics.records import rows
 from diagnostics.records.run_folders import distinct_names, methods
 from diagnostics.records.run_tables import gains, training_table
 from diagnostics.stats import gain_interval, unpaired_interval
-from figures import agents, steps
+from figures.collect import steps
+from figures.paper import agents
 
 
 def make_run(folder: Path, outcomes: tuple[str, str], problem_set: str = "p", **own: Any) -> Path:

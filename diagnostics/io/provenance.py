@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 """Folder that holds the packages: the checkout, or the folder that packages are installed in."""
 PACKAGES = ("diagnostics", "figures", "opd", "synthetic")
 DISTRIBUTION = "opdlab"
