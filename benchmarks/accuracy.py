@@ -5,9 +5,9 @@ python -m benchmarks.accuracy
 
 import torch
 
-from synthetic import exact
 from synthetic.estimators import ESTIMATORS
-from synthetic.mdp import TabularMDP
+from synthetic.exact import moments
+from synthetic.worlds.mdp import TabularMDP
 from tests import enumerate_mdp as by_hand
 from tests.test_synthetic import GAMMAS, pair, worlds
 
@@ -19,7 +19,7 @@ def deviations(name: str) -> tuple[float, float]:
         student, teacher = pair(mdp)
         for gamma in GAMMAS if ESTIMATORS[name].family else (0.0,):
             k = 1 if "topk" in name else None
-            mean, variance = exact.moments(mdp, student, teacher, name, gamma, k=k)
+            mean, variance = moments.moments(mdp, student, teacher, name, gamma, k=k)
             want = by_hand.mean_and_variance(mdp, student, teacher, name, gamma, 1)
             away = max(away, float((mean - want[0]).abs().max()))
             if want[1] > 1e-20:
@@ -30,7 +30,7 @@ def deviations(name: str) -> tuple[float, float]:
 def finite_difference(mdp: TabularMDP, step: float = 1e-3) -> float:
     """Largest |gradient at gamma = 1 - fourth-order central difference of the sequence KL|."""
     student, teacher = pair(mdp)
-    gradient = exact.expected_gradient(mdp, student, teacher, 1.0)
+    gradient = moments.expected_gradient(mdp, student, teacher, 1.0)
     largest = 0.0
     for state in range(mdp.num_states):
         for token in range(mdp.num_actions):
@@ -38,8 +38,8 @@ def finite_difference(mdp: TabularMDP, step: float = 1e-3) -> float:
             unit[state, token] = step
             near, far = (
                 float(
-                    exact.sequence_kl(mdp, student + x * unit, teacher).total
-                    - exact.sequence_kl(mdp, student - x * unit, teacher).total
+                    moments.sequence_kl(mdp, student + x * unit, teacher).total
+                    - moments.sequence_kl(mdp, student - x * unit, teacher).total
                 )
                 for x in (1, 2)
             )

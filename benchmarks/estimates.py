@@ -27,9 +27,9 @@ from diagnostics.gradients.proxies import (
 from diagnostics.gradients.signal_noise import Pairs, pairs, signal_and_noise
 from diagnostics.gradients.sketch import no_projection, sequence_sketches, token_sketches
 from opd.credit import to_go
-from synthetic import exact
-from synthetic.mdp import TabularMDP, ending, random_chain, random_pair, token_chain
-from synthetic.sample import sample
+from synthetic.exact import moments
+from synthetic.sampling.trajectories import sample
+from synthetic.worlds.mdp import TabularMDP, ending, random_chain, random_pair, token_chain
 
 GAMMAS = (0.0, 0.5, 1.0)
 NAMES = ("plain", "position_mean", "local_kl", "rb_immediate", "rb_future", "rb_all")
@@ -65,7 +65,7 @@ def gradients(
 def family_table(batches: int, sequences: int) -> None:
     mdp = ending(token_chain(3, 8), torch.tensor(0.1))
     world = (mdp, *random_pair(mdp, seeded(8), distance=1.0, heterogeneity=0.5))
-    means, noise = exact.moments(*world, EXACT, GAMMAS)
+    means, noise = moments.moments(*world, EXACT, GAMMAS)
     bias = (means[0] - means[0, -1]).square().sum((-1, -2))
     found: list[tuple[Pairs, Weights]] = []
     for seed in range(batches):
@@ -98,7 +98,7 @@ def proxy_table(count: int) -> None:
         for horizon in (8, 96):
             mdp = random_chain(3, 3, horizon, seeded(0), mixing=mixing)
             world = (mdp, *random_pair(mdp, seeded(2), distance=1.0, heterogeneity=0.5))
-            _, true = exact.moments(*world, "plain", (0.0, 1.0))
+            _, true = moments.moments(*world, "plain", (0.0, 1.0))
             print(f"{title}, T = {horizon}: exact {true[0]:.3g} at 0, {true[1]:.3g} at 1")
             for name, values, unit in proxies(world, count, true):
                 ratio = torch.tensor(values, dtype=torch.float64) / unit

@@ -20,11 +20,11 @@ from collections.abc import Callable
 
 import torch
 
-from synthetic import exact
 from synthetic.estimators import ESTIMATORS
-from synthetic.gradients import monte_carlo, trajectory_gradients
-from synthetic.mdp import TabularMDP, random_chain, random_pair
-from synthetic.sample import sample
+from synthetic.exact import moments
+from synthetic.sampling.monte_carlo import monte_carlo, trajectory_gradients
+from synthetic.sampling.trajectories import sample
+from synthetic.worlds.mdp import TabularMDP, random_chain, random_pair
 
 GAMMAS = (0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 1.0)
 NAMES = ("plain", "value", "rb_immediate", "rb_future", "rb_all", "rb_all_value")
@@ -54,15 +54,15 @@ def exact_against_sampling(states: int, actions: int, horizon: int, count: int) 
 
     family = {f"{n} {g}": ESTIMATORS[n].sampled(g) for n in NAMES for g in GAMMAS}
     tables = {
-        f"{n} {g}": exact.baseline(mdp, student, teacher, n, g) for n in NAMES for g in GAMMAS
+        f"{n} {g}": moments.baseline(mdp, student, teacher, n, g) for n in NAMES for g in GAMMAS
     }
-    ours = seconds(lambda: exact.moments(mdp, student, teacher, NAMES, GAMMAS), 5)
+    ours = seconds(lambda: moments.moments(mdp, student, teacher, NAMES, GAMMAS), 5)
     begin = time.perf_counter()
     drawn = monte_carlo(
         mdp, student, teacher, family, count, seeded(2), baselines=tables, chunk=1000
     )
     sampled = time.perf_counter() - begin
-    mean, variance = exact.moments(mdp, student, teacher, NAMES, GAMMAS)
+    mean, variance = moments.moments(mdp, student, teacher, NAMES, GAMMAS)
     noise = float((drawn.variance_se / drawn.variance).max())
     away = float((variance / mean.square().sum((-1, -2)) / count).sqrt().max())
     print(
@@ -111,7 +111,7 @@ def vectorised_against_loop(states: int, actions: int, horizon: int) -> None:
 
 def long_horizon(states: int, names: tuple[str, ...]) -> None:
     mdp, student, teacher = world(states, 16, 512)
-    spent = seconds(lambda: exact.moments(mdp, student, teacher, names, GAMMAS), 1)
+    spent = seconds(lambda: moments.moments(mdp, student, teacher, names, GAMMAS), 1)
     print(f"S={states} A=16 T=512, 8 discounts, {len(names)} estimators: {spent:.1f} s")
 
 

@@ -15,7 +15,7 @@ from diagnostics.terminal import protect_terminal
 
 COMMANDS = {
     "demo": ("opd.demo", "everything in one command: study, lab pair, two objectives, figures"),
-    "study": ("synthetic.run", "exact synthetic studies: list, run NAME|all"),
+    "study": ("synthetic.runner.run", "exact synthetic studies: list, run NAME|all"),
     "lab": ("opd.lab", "build the lab pair, a teacher and a weaker student, from nothing"),
     "paper": ("opd.paper", "train every method of the paper's comparisons, several seeds each"),
     "doctor": ("opd.doctor", "pre-flight: what about a student and a teacher would go wrong"),

@@ -29,9 +29,9 @@ from opd.objectives import (
     sampled_token,
 )
 from opd.supports import JOINED
-from synthetic.gradients import visit_gradients
-from synthetic.mdp import TabularMDP
-from synthetic.sample import scored, with_support
+from synthetic.sampling.monte_carlo import visit_gradients
+from synthetic.sampling.trajectories import scored, with_support
+from synthetic.worlds.mdp import TabularMDP
 
 
 @dataclass(frozen=True, kw_only=True)

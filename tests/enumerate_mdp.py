@@ -1,4 +1,4 @@
-"""Every trajectory of a small tabular world, one by one, independently of `synthetic.exact`.
+"""Every trajectory of a small tabular world, one by one, independently of `synthetic.exact.moments`.
 
 Shapes: N paths, T steps, S states, A actions.
 """

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from synthetic import cluster
-from synthetic import run as study
+from synthetic.runner import backends
+from synthetic.runner import run as study
 
 NAME = "bias_variance"
 FILES = ("rows.csv", "summary.csv")
@@ -59,7 +59,7 @@ def test_a_running_ray_cluster_is_found_by_its_address(serial: list[bytes], tmp_
 
 
 def test_a_killed_sweep_keeps_its_finished_cells(serial: list[bytes], tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "synthetic.run", "run", NAME, "--preset", "smoke"]
+    words = [sys.executable, "-m", "synthetic.runner.run", "run", NAME, "--preset", "smoke"]
     words += ["--jobs", "1", "--out", str(tmp_path)]
     cells = tmp_path / NAME / "cells"
     with subprocess.Popen(words, stderr=subprocess.DEVNULL) as sweep:
@@ -84,7 +84,7 @@ def test_a_failing_cell_names_itself_and_loses_no_other(
 ) -> None:
     found = []
     with pytest.raises(ValueError, match="x is 2"):
-        found.extend(cluster.compute(fail_on_two, [(0,), (1,), (2,), (3,)], jobs=1))
+        found.extend(backends.compute(fail_on_two, [(0,), (1,), (2,), (3,)], jobs=1))
     experiment = study.load(NAME)
     broken = dict(experiment.SETTINGS["smoke"][1], mixing=2.0)
     settings = [experiment.SETTINGS["smoke"][0], broken]
@@ -96,8 +96,8 @@ def test_a_failing_cell_names_itself_and_loses_no_other(
 
 def test_unknown_places_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown backend 'slurm'; known: loky, ray, dask"):
-        list(cluster.compute(fail_on_two, [(0,)], 1, "slurm"))
+        list(backends.compute(fail_on_two, [(0,)], 1, "slurm"))
     with pytest.raises(ValueError, match="address here needs"):
-        list(cluster.compute(fail_on_two, [(0,)], 1, "loky", "here"))
+        list(backends.compute(fail_on_two, [(0,)], 1, "loky", "here"))
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'opdlab\[ray\]'"):
-        cluster._extra("no_such_module", "ray")
+        backends._extra("no_such_module", "ray")

@@ -56,7 +56,7 @@ def environment() -> dict[str, str]:
         ("-m", "opd.cli", "--help"),
         ("-m", "opd.cli", "train", "smoke", "--show"),
         ("-m", "opd.cli", "study", "list"),
-        ("-m", "synthetic.run", "list"),
+        ("-m", "synthetic.runner.run", "list"),
     ],
 )
 def test_a_reader_that_stops_reading_is_no_error(words: tuple[str, ...]) -> None:
@@ -79,7 +79,10 @@ def test_a_reader_that_stops_reading_is_no_error(words: tuple[str, ...]) -> None
     ("words", "said"),
     [
         (("-m", "figures", "pie"), "opd figures: unknown figure 'pie'; known: "),
-        (("-m", "synthetic.run", "run", "magic"), "opd study: unknown experiment 'magic'; known: "),
+        (
+            ("-m", "synthetic.runner.run", "run", "magic"),
+            "opd study: unknown experiment 'magic'; known: ",
+        ),
         (("-m", "opd.cli", "figures", "pie"), "opd figures: unknown figure 'pie'; known: "),
         (("-m", "opd.cli", "diagnose", "none.jsonl"), "opd diagnose: none.jsonl "),
         (("-m", "opd.cli", "eval", "m", "--against", "none"), "opd eval: none does not exist"),

@@ -5,11 +5,11 @@ import pandas as pd
 import pytest
 import torch
 
-from synthetic import curvature, exact
+from synthetic.analysis.tradeoff import best_improvement
+from synthetic.analysis.tradeoff import improvement as predicted
+from synthetic.exact import curvature, moments
 from synthetic.experiments import improvement
-from synthetic.mdp import TabularMDP, random_chain, random_pair
-from synthetic.tradeoff import best_improvement
-from synthetic.tradeoff import improvement as predicted
+from synthetic.worlds.mdp import TabularMDP, random_chain, random_pair
 from tests import enumerate_mdp as by_hand
 from tests.test_synthetic import pair, seeded, worlds
 
@@ -34,7 +34,7 @@ def test_the_hessian_is_that_of_finite_differences_of_the_exact_gradient() -> No
         away = torch.zeros(student.numel(), dtype=torch.float64)
         away[i] = eps
         ends = [
-            exact.expected_gradient(mdp, student + sign * away.view_as(student), teacher, 1.0)
+            moments.expected_gradient(mdp, student + sign * away.view_as(student), teacher, 1.0)
             for sign in (1, -1)
         ]
         column = (ends[0] - ends[1]).flatten() / (2 * eps)
@@ -48,7 +48,7 @@ def test_slope_curvature_and_noise_equal_the_sum_over_all_paths(name: str) -> No
     teacher = -2 * teacher  # far away, where J also curves down
     bend = curvature.hessian(mdp, student, teacher)
     assert bool((torch.linalg.eigvalsh(bend) < -1e-3).any())  # both signs take part
-    downhill = exact.expected_gradient(mdp, student, teacher, 1.0).flatten()
+    downhill = moments.expected_gradient(mdp, student, teacher, 1.0).flatten()
     found = curvature.step(mdp, student, teacher, NAMES, GAMMAS)
     for i, estimator in enumerate(NAMES):
         for j, gamma in enumerate(GAMMAS):
@@ -68,11 +68,11 @@ def test_the_prediction_is_right_to_third_order_in_the_step_size() -> None:
     found = curvature.step(mdp, student, teacher, ["plain"], [0.5])
     parts = [float(x[0, 0]) for x in vars(found).values()]
     weight, sample = enumerated(mdp, student, teacher, "plain", 0.5)
-    start = exact.sequence_kl(mdp, student, teacher).total
+    start = moments.sequence_kl(mdp, student, teacher).total
     errors = []
     for rate in (4e-3, 2e-3):
         after = [
-            exact.sequence_kl(mdp, student - rate * g.view_as(student), teacher).total
+            moments.sequence_kl(mdp, student - rate * g.view_as(student), teacher).total
             for g in sample
         ]
         gain = float(start - weight @ torch.stack(after))

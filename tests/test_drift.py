@@ -9,11 +9,12 @@ from torch import Tensor
 
 from diagnostics.monitor import Monitor
 from opd import objectives
-from synthetic import exact
-from synthetic.drift import DriftChain, Knobs, drift_chain, masked_moments, quantiles, token_weights
+from synthetic.exact import moments
+from synthetic.exact.token_weights import masked_moments, quantiles, token_weights
 from synthetic.experiments import drift as experiment
-from synthetic.gradients import trajectory_gradients
-from synthetic.sample import Trajectories, sample
+from synthetic.sampling.monte_carlo import trajectory_gradients
+from synthetic.sampling.trajectories import Trajectories, sample
+from synthetic.worlds.drift_chain import DriftChain, Knobs, drift_chain
 from tests import enumerate_mdp as by_hand
 
 COUNT = 4000
@@ -48,7 +49,7 @@ def test_the_uninformed_teacher_is_flat_or_copies(uninformed: str) -> None:
     """Local KL by hand: log-ratios of the loop token and the tag, and those of ordinary tokens."""
     knobs = Knobs(uninformed=uninformed, **UNTAGGED)
     chain = drift_chain(knobs, seeded(7))
-    at = exact.sequence_kl(chain.mdp, chain.student, chain.teacher)
+    at = moments.sequence_kl(chain.mdp, chain.student, chain.teacher)
     p = chain.student.softmax(-1)[chain.uninformed, : knobs.ordinary]
     rest = 1 - knobs.enter - knobs.special
     theirs = 1 - knobs.teacher_enter - knobs.special
@@ -63,7 +64,7 @@ def test_the_uninformed_teacher_is_flat_or_copies(uninformed: str) -> None:
 def test_an_excursion_to_the_uninformed_block_ends_only_through_the_loop() -> None:
     knobs = Knobs(drift=0.1, enter=0.05, stay=0.6)
     chain = drift_chain(knobs, seeded(8))
-    at = exact.sequence_kl(chain.mdp, chain.student, chain.teacher)
+    at = moments.sequence_kl(chain.mdp, chain.student, chain.teacher)
     informed, lost, looping = 1.0, 0.0, 0.0
     for here in at.occupancy:
         assert here[chain.uninformed].sum().item() == pytest.approx(lost, abs=1e-12)
@@ -95,7 +96,7 @@ def test_the_slope_of_entering_is_that_of_the_enumerated_cost(frozen: bool) -> N
         return float(weight @ ((p.exp() * (p - q)).sum(-1)[paths.states] * paths.mask).sum(1))
 
     want = (cost(step) - cost(-step)) / (2 * step)
-    gradient = exact.expected_gradient(
+    gradient = moments.expected_gradient(
         chain.mdp, chain.student, chain.teacher, 0.0 if frozen else 1.0
     )
     got = gradient[chain.informed, chain.loop_token].sum().item()
@@ -123,16 +124,16 @@ def test_entering_is_worth_what_the_loop_saves(gamma: float) -> None:
         mean = outside + gamma * ((1 - enter) * ahead + enter * looping)
         slope += share * enter * (entry + gamma * looping - mean)
         to_go = (mean, inside + gamma * (stay * looping + (1 - stay) * ahead))
-    gradient = exact.expected_gradient(chain.mdp, chain.student, chain.teacher, gamma)
+    gradient = moments.expected_gradient(chain.mdp, chain.student, chain.teacher, gamma)
     assert gradient[0, chain.loop_token].item() == pytest.approx(slope, abs=1e-12)
 
 
 def test_sequence_level_buys_the_loop_that_token_level_refuses() -> None:
     """Entering costs more than an ordinary token, and every later token in the loop nothing."""
     chain = drift_chain(Knobs(**UNTAGGED), seeded(3))
-    at = exact.sequence_kl(chain.mdp, chain.student, chain.teacher)
+    at = moments.sequence_kl(chain.mdp, chain.student, chain.teacher)
     assert at.local[chain.loop].item() == pytest.approx(0, abs=1e-12)
-    slopes = exact.expected_gradient(chain.mdp, chain.student, chain.teacher, [0.0, 1.0])
+    slopes = moments.expected_gradient(chain.mdp, chain.student, chain.teacher, [0.0, 1.0])
     token, sequence = slopes[:, chain.informed, chain.loop_token].sum(-1).tolist()
     assert sequence < 0 < token
 
@@ -142,9 +143,9 @@ def test_a_forbidden_tag_drives_even_token_level_into_the_loop() -> None:
     slopes = []
     for knobs in (Knobs(**UNTAGGED), Knobs()):
         chain = drift_chain(knobs, seeded(3))
-        gradient = exact.expected_gradient(chain.mdp, chain.student, chain.teacher, 0.0)
+        gradient = moments.expected_gradient(chain.mdp, chain.student, chain.teacher, 0.0)
         slopes.append(gradient[chain.informed, chain.loop_token].sum().item())
-    visits = exact.sequence_kl(chain.mdp, chain.student, chain.teacher).occupancy
+    visits = moments.sequence_kl(chain.mdp, chain.student, chain.teacher).occupancy
     tag = Knobs().special * (math.log(Knobs().special) + 20)
     # all ordinary tokens gain the small share of the tag's teacher mass that is freed
     freed = -math.log((1 - 0.015 - math.exp(-20)) / (1 - 0.015 - 0.02)) * (1 - 0.04)
@@ -179,7 +180,7 @@ def test_the_teachers_top_tokens_do_not_move_with_the_tag() -> None:
     other.teacher[:, chain.special_token] -= 5  # still rarer
     for k, same in ((2, True), (6, True), (7, True), (8, False)):
         found = [
-            exact.moments(x.mdp, x.student, x.teacher, "teacher_topk", k=k)[0]
+            moments.moments(x.mdp, x.student, x.teacher, "teacher_topk", k=k)[0]
             for x in (chain, other)
         ]
         assert torch.allclose(*found, atol=1e-12) == same

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from opd import objectives
 from opd.credit import RATIOS
-from synthetic import exact
 from synthetic.estimators import ESTIMATORS, FAMILY
-from synthetic.gradients import monte_carlo, trajectory_gradients
-from synthetic.mdp import TabularMDP, nucleus
-from synthetic.sample import sample, with_baseline, with_support
+from synthetic.exact import moments
+from synthetic.sampling.monte_carlo import monte_carlo, trajectory_gradients
+from synthetic.sampling.trajectories import sample, with_baseline, with_support
+from synthetic.worlds.mdp import TabularMDP, nucleus
 from tests import enumerate_mdp as by_hand
 from tests.test_synthetic import GAMMAS, pair, seeded, worlds
 
@@ -23,7 +23,7 @@ REST = [name for name in ESTIMATORS if name not in SUPPORTED and name != "leave_
 
 def check(mdp: TabularMDP, name: str, gamma: float, k: int | None = None) -> None:
     student, teacher = pair(mdp)
-    mean, variance = exact.moments(mdp, student, teacher, name, gamma, k=k)
+    mean, variance = moments.moments(mdp, student, teacher, name, gamma, k=k)
     want = by_hand.mean_and_variance(mdp, student, teacher, name, gamma, k or 1)
     torch.testing.assert_close(mean, want[0], atol=1e-12, rtol=1e-10)
     torch.testing.assert_close(variance, want[1], atol=1e-12, rtol=1e-9)
@@ -49,9 +49,9 @@ def test_supports_of_every_size_equal_the_sum_over_all_paths(estimator: str) -> 
 def test_the_family_has_one_mean(estimator: str) -> None:
     mdp = worlds()["ending"]
     student, teacher = pair(mdp)
-    family = exact.expected_gradient(mdp, student, teacher, GAMMAS)
+    family = moments.expected_gradient(mdp, student, teacher, GAMMAS)
     group = 4 if estimator == "leave_one_out" else None
-    mean, _ = exact.moments(mdp, student, teacher, estimator, GAMMAS, group=group)
+    mean, _ = moments.moments(mdp, student, teacher, estimator, GAMMAS, group=group)
     torch.testing.assert_close(mean, family, atol=1e-12, rtol=1e-10)
 
 
@@ -59,21 +59,21 @@ def test_what_the_differentiated_estimates_are_for() -> None:
     """k1 for nothing, k2 for the reverse KL, k3 for the forward KL, all with frozen prefixes."""
     mdp = worlds()["ending"]
     student, teacher = pair(mdp)
-    visits = exact.sequence_kl(mdp, student, teacher).occupancy.sum(0) * mdp.active
+    visits = moments.sequence_kl(mdp, student, teacher).occupancy.sum(0) * mdp.active
     live = student.clone().requires_grad_()
     q, forward = teacher.softmax(-1), live.log_softmax(-1)
     forward_kl = (visits * (q * (q.log() - forward)).sum(-1)).sum()
     want = {
         "k1": torch.zeros_like(student),
-        "k2": exact.expected_gradient(mdp, student, teacher, 0.0),
+        "k2": moments.expected_gradient(mdp, student, teacher, 0.0),
         "k3": torch.autograd.grad(forward_kl, live)[0],
         "kl_advantage": torch.zeros_like(student),
-        "teacher_topk_sampled_tail": exact.expected_gradient(mdp, student, teacher, 0.0),
-        "student_topk_sampled_tail": exact.expected_gradient(mdp, student, teacher, 0.0),
+        "teacher_topk_sampled_tail": moments.expected_gradient(mdp, student, teacher, 0.0),
+        "student_topk_sampled_tail": moments.expected_gradient(mdp, student, teacher, 0.0),
     }
     for name, gradient in want.items():
         k = 1 if "topk" in name else None
-        mean, _ = exact.moments(mdp, student, teacher, name, k=k)
+        mean, _ = moments.moments(mdp, student, teacher, name, k=k)
         torch.testing.assert_close(mean, gradient, atol=1e-12, rtol=0)
 
 
@@ -87,7 +87,7 @@ def test_another_sampler_with_and_without_correction(kind: str, estimator: str, 
     assert (sampler == 0).any() == (kind == "top_p")
     gamma = 0.7 if ESTIMATORS[estimator].family else 0.0
     k = 1 if "topk" in estimator else None
-    mean, variance = exact.moments(
+    mean, variance = moments.moments(
         mdp, student, teacher, estimator, gamma, k=k, sampler=sampler, ratio=ratio
     )
     at = by_hand.paths(mdp)
@@ -115,7 +115,7 @@ def test_another_sampler_with_and_without_correction(kind: str, estimator: str, 
     want = by_hand.moments(acting, result)
     torch.testing.assert_close(mean, want[0], atol=1e-12, rtol=1e-10)
     torch.testing.assert_close(variance, want[1], atol=1e-12, rtol=1e-9)
-    truth = exact.expected_gradient(mdp, student, teacher, gamma)
+    truth = moments.expected_gradient(mdp, student, teacher, gamma)
     repaired = ratio == "sequence" and kind == "temperature"
     if estimator in ("plain", "rb_all") and repaired:
         torch.testing.assert_close(mean, truth, atol=1e-12, rtol=0)
@@ -128,7 +128,7 @@ def test_each_response_divided_by_its_own_length(estimator: str) -> None:
     mdp = worlds()["ending"]
     student, teacher = pair(mdp)
     gamma = 0.5 if ESTIMATORS[estimator].family else 0.0
-    found = exact.moments(mdp, student, teacher, estimator, gamma, length="sequence_mean")
+    found = moments.moments(mdp, student, teacher, estimator, gamma, length="sequence_mean")
     at = by_hand.paths(mdp)
     whole = by_hand.estimates(mdp, at, student, teacher, estimator, gamma)
     lengths = at.mask.sum(1)
@@ -144,15 +144,15 @@ def test_shared_parameters_add_up_over_states(estimator: str) -> None:
     student, teacher = pair(mdp)
     gamma = 0.5 if ESTIMATORS[estimator].family else 0.0
     k = 1 if "topk" in estimator else None
-    table = exact.moments(mdp, student, teacher, estimator, gamma, k=k)
+    table = moments.moments(mdp, student, teacher, estimator, gamma, k=k)
     identity = torch.eye(student.numel(), dtype=torch.float64).view(*student.shape, -1)
-    same = exact.moments(mdp, student, teacher, estimator, gamma, k=k, jacobian=identity)
+    same = moments.moments(mdp, student, teacher, estimator, gamma, k=k, jacobian=identity)
     torch.testing.assert_close(same[0].view_as(student), table[0], atol=1e-13, rtol=0)
     torch.testing.assert_close(same[1], table[1], atol=1e-13, rtol=1e-12)
     if estimator == "optimal":
         return  # its baseline depends on the parameters; see the next test
     jacobian = torch.randn(*student.shape, 3, generator=seeded(8), dtype=torch.float64)
-    found = exact.moments(mdp, student, teacher, estimator, gamma, k=k, jacobian=jacobian)
+    found = moments.moments(mdp, student, teacher, estimator, gamma, k=k, jacobian=jacobian)
     at = by_hand.paths(mdp)
     whole = by_hand.estimates(mdp, at, student, teacher, estimator, gamma, 1)
     shared = torch.einsum("nsa,sad->nd", whole, jacobian)
@@ -174,16 +174,16 @@ def test_no_baseline_has_less_variance_than_the_optimal_one() -> None:
         credit = r - table[torch.arange(mdp.horizon), at.states] * at.mask
         return float(by_hand.moments(weight, torch.einsum("nt,ntd->nd", credit, shared))[1])
 
-    best = exact.baseline(mdp, student, teacher, "optimal", 0.7, jacobian)
+    best = moments.baseline(mdp, student, teacher, "optimal", 0.7, jacobian)
     least = variance(best)
-    found = exact.moments(mdp, student, teacher, "optimal", 0.7, jacobian=jacobian)[1]
+    found = moments.moments(mdp, student, teacher, "optimal", 0.7, jacobian=jacobian)[1]
     assert float(found) == pytest.approx(least, rel=1e-10)
     for seed in range(20):
         noise = torch.randn(best.shape, generator=seeded(seed), dtype=torch.float64)
         up, down = variance(best + 1e-3 * noise), variance(best - 1e-3 * noise)
         assert up > least < down
         assert up == pytest.approx(down, rel=1e-6), "the minimum is flat in every direction"
-    assert least < variance(exact.baseline(mdp, student, teacher, "value", 0.7))
+    assert least < variance(moments.baseline(mdp, student, teacher, "value", 0.7))
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -201,7 +201,7 @@ def test_a_leave_one_out_group_equals_the_sum_over_all_groups(size: int) -> None
             centred = credit[group[:, i]] - sum(others) / (size - 1) * at.mask[group[:, i]]
             mean += torch.einsum("nt,ntsa->nsa", centred, score[group[:, i]]) / size
         want = by_hand.moments(weight[group].prod(1), mean)
-        found = exact.moments(mdp, student, teacher, "leave_one_out", gamma, group=size)
+        found = moments.moments(mdp, student, teacher, "leave_one_out", gamma, group=size)
         torch.testing.assert_close(found[0], want[0], atol=1e-12, rtol=1e-10)
         torch.testing.assert_close(found[1], size * want[1], atol=1e-12, rtol=1e-9)
 
@@ -221,7 +221,7 @@ def test_monte_carlo_agrees_for_other_samplers_and_given_baselines() -> None:
     for i, (name, estimator) in enumerate(names.items()):
         ratio = name if name in RATIOS else "none"
         gamma = 0.0 if name == "k3" else 0.9
-        mean, variance = exact.moments(
+        mean, variance = moments.moments(
             mdp, student, teacher, estimator, gamma, sampler=sampler, ratio=ratio
         )
         error = drawn.mean_se[i].clamp(min=1e-12)
@@ -230,10 +230,10 @@ def test_monte_carlo_agrees_for_other_samplers_and_given_baselines() -> None:
         spread = 2 * (variance / 20_000) ** 0.5 * mean.norm() + variance / 20_000
         assert abs(drawn.norm2[i] - mean.square().sum()) < 4 * spread
     chosen = {name: ESTIMATORS[name].sampled(0.9) for name in ("value", "optimal", "rb_all_value")}
-    given = {name: exact.baseline(mdp, student, teacher, name, 0.9) for name in chosen}
+    given = {name: moments.baseline(mdp, student, teacher, name, 0.9) for name in chosen}
     drawn = monte_carlo(mdp, student, teacher, chosen, 20_000, seeded(6), baselines=given)
     for i, name in enumerate(chosen):
-        mean, variance = exact.moments(mdp, student, teacher, name, 0.9)
+        mean, variance = moments.moments(mdp, student, teacher, name, 0.9)
         assert abs(drawn.variance[i] - variance) / drawn.variance_se[i] < 4
 
 
@@ -247,7 +247,7 @@ def test_a_sampled_leave_one_out_group_has_the_exact_variance() -> None:
     objective = objectives.make("sampled_token", 1.0, baseline="leave_one_out")
     means = trajectory_gradients(at, student, objective).view(groups, size, -1).mean(1)
     away = (means - means.mean(0)).square().sum(1) * size
-    _, variance = exact.moments(mdp, student, teacher, "leave_one_out", 1.0, group=size)
+    _, variance = moments.moments(mdp, student, teacher, "leave_one_out", 1.0, group=size)
     error = away.std() / groups**0.5
     assert abs(away.sum() / (groups - 1) - variance) / error < 4
     assert error / variance < 0.05
@@ -257,16 +257,16 @@ def test_a_grid_of_discounts_equals_one_at_a_time() -> None:
     mdp = worlds()["ending"]
     student, teacher = pair(mdp)
     for name, group in (("rb_all_value", None), ("optimal", None), ("leave_one_out", 3)):
-        grid = exact.moments(mdp, student, teacher, name, GAMMAS, group=group)
+        grid = moments.moments(mdp, student, teacher, name, GAMMAS, group=group)
         for i, gamma in enumerate(GAMMAS):
-            alone = exact.moments(mdp, student, teacher, name, gamma, group=group)
+            alone = moments.moments(mdp, student, teacher, name, gamma, group=group)
             torch.testing.assert_close(grid[0][i], alone[0], atol=1e-14, rtol=0)
             torch.testing.assert_close(grid[1][i], alone[1], atol=1e-14, rtol=1e-12)
     names = ("plain", "leave_one_out", "rb_all_value")
-    both = exact.moments(mdp, student, teacher, names, GAMMAS, group=3)
+    both = moments.moments(mdp, student, teacher, names, GAMMAS, group=3)
     for i, name in enumerate(names):
         group = 3 if name == "leave_one_out" else None
-        alone = exact.moments(mdp, student, teacher, name, GAMMAS, group=group)
+        alone = moments.moments(mdp, student, teacher, name, GAMMAS, group=group)
         torch.testing.assert_close(both[0][i], alone[0], atol=1e-14, rtol=0)
         torch.testing.assert_close(both[1][i], alone[1], atol=1e-14, rtol=1e-12)
 
@@ -295,7 +295,7 @@ def test_arguments_without_effect_or_sense_are_refused() -> None:
         ("jacobian has shape", {"jacobian": student}),
     ):
         with pytest.raises(ValueError, match=words):
-            exact.moments(mdp, student, teacher, **given)
+            moments.moments(mdp, student, teacher, **given)
     at = sample(mdp, student, teacher, 2, seeded(0))
     with pytest.raises(ValueError, match="unknown support 'best'"):
         with_support(at, student, teacher, "best", 1)

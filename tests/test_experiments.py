@@ -10,13 +10,16 @@ import pytest
 import torch
 
 from opd import objectives
-from synthetic import drift, exact, learn, shared, worst
-from synthetic import run as study
+from synthetic.analysis.summary import interval, slopes
+from synthetic.analysis.tradeoff import mse, optimal_gamma, overtaking_batch
+from synthetic.exact import moments
+from synthetic.exact.token_weights import masked_moments, quantiles, token_weights, top_share
 from synthetic.experiments import batch_size, collapse, estimators, horizon, support
-from synthetic.prefixes import expected
-from synthetic.sample import sample
-from synthetic.summary import interval, slopes
-from synthetic.tradeoff import mse, optimal_gamma, overtaking_batch
+from synthetic.learning import descent, students
+from synthetic.runner import run as study
+from synthetic.sampling.free_logits import expected
+from synthetic.sampling.trajectories import sample
+from synthetic.worlds import drift_chain, worst_case
 from tests import enumerate_mdp as by_hand
 from tests.test_synthetic import pair, seeded, worlds
 
@@ -91,12 +94,12 @@ def test_errors_are_bias_plus_a_share_of_the_variance() -> None:
 
 def test_constant_costs_attain_the_cubic_order() -> None:
     for t in (1, 2, 7, 64):
-        _, variance = exact.moments(*worst.constant_cost(t, 0.7), "plain", 1.0)
-        assert variance.item() == pytest.approx(worst.constant_cost_variance(t, 0.7), rel=1e-6)
+        _, variance = moments.moments(*worst_case.constant_cost(t, 0.7), "plain", 1.0)
+        assert variance.item() == pytest.approx(worst_case.constant_cost_variance(t, 0.7), rel=1e-6)
         tight = 0.7**2 * 0.5 * t**2 * (t + 1) / 2
         assert 2 / 3 - 1e-6 <= variance.item() / tight <= 1 + 1e-6
     with pytest.raises(ValueError, match="cost is 0"):
-        worst.constant_cost(3, 0.0)
+        worst_case.constant_cost(3, 0.0)
 
 
 @pytest.mark.parametrize("name", worlds())
@@ -104,14 +107,14 @@ def test_no_world_exceeds_the_bounds(name: str) -> None:
     mdp = worlds()[name]
     student, teacher = pair(mdp)
     for gamma in (0.0, 0.5, 0.9, 1.0):
-        mean, variance = exact.moments(mdp, student, teacher, "plain", gamma)
-        tight, published = worst.bounds(mdp, student, teacher, gamma)
+        mean, variance = moments.moments(mdp, student, teacher, "plain", gamma)
+        tight, published = worst_case.bounds(mdp, student, teacher, gamma)
         assert variance + mean.square().sum() <= tight <= published
 
 
 def test_the_predicted_coefficients_are_those_of_one_state() -> None:
     """Without a state to remember: cubic kappa^2 s2 / 3, square as predicted up to E[r s]."""
-    mdp, student, teacher = worst.constant_cost(512)
+    mdp, student, teacher = worst_case.constant_cost(512)
     found = horizon.coefficients(mdp, student, teacher)
     assert found["cubic_ratio"] == pytest.approx(1, rel=1e-6)
     assert found["cost"] == pytest.approx(1, rel=1e-6)
@@ -196,17 +199,17 @@ def test_batch_sizes_of_two_worlds_made_by_hand() -> None:
 # --- drift --------------------------------------------------------------------------------------
 
 
-def chain(**knobs: float) -> drift.DriftChain:
-    return drift.drift_chain(
-        replace(drift.Knobs(horizon=8, informed=2, ordinary=3), **knobs), seeded(5)
+def chain(**knobs: float) -> drift_chain.DriftChain:
+    return drift_chain.drift_chain(
+        replace(drift_chain.Knobs(horizon=8, informed=2, ordinary=3), **knobs), seeded(5)
     )
 
 
 def test_the_loop_fills_geometrically() -> None:
     """m' = (1 - m) enter + m stay, whatever the ordinary tokens do."""
     at = chain()
-    mass, knobs = 0.0, drift.Knobs()
-    for here in exact.sequence_kl(at.mdp, at.student, at.teacher).occupancy[:, at.loop]:
+    mass, knobs = 0.0, drift_chain.Knobs()
+    for here in moments.sequence_kl(at.mdp, at.student, at.teacher).occupancy[:, at.loop]:
         assert here.item() == pytest.approx(mass, abs=1e-12)
         mass = (1 - mass) * knobs.enter + mass * knobs.stay
     p = at.student.softmax(-1)
@@ -234,23 +237,23 @@ def test_a_masked_token_is_as_if_its_terms_were_never_added() -> None:
     for gamma in (0.0, 0.7):
         credit = by_hand.to_go(r, gamma) * kept
         want = by_hand.moments(weight, torch.einsum("nt,ntsa->nsa", credit, score))
-        found = drift.masked_moments(at, "plain", gamma, at.special_token)
+        found = masked_moments(at, "plain", gamma, at.special_token)
         torch.testing.assert_close(found[0], want[0], atol=1e-13, rtol=0)
         torch.testing.assert_close(found[1], want[1], atol=1e-12, rtol=1e-9)
 
 
 def test_weighted_quantiles_and_shares() -> None:
     weight, x = torch.tensor([1.0, 1.0, 2.0]), torch.tensor([5.0, 1.0, 3.0])
-    assert drift.quantiles(weight, x, (0.1, 0.5, 0.76)) == [1, 3, 5]
-    assert drift.top_share(weight, x, 0.25) == pytest.approx(5 / 12)
-    assert drift.top_share(weight, x, 0.5) == pytest.approx(8 / 12)
-    assert drift.top_share(weight, x, 1.0) == pytest.approx(1)
+    assert quantiles(weight, x, (0.1, 0.5, 0.76)) == [1, 3, 5]
+    assert top_share(weight, x, 0.25) == pytest.approx(5 / 12)
+    assert top_share(weight, x, 0.5) == pytest.approx(8 / 12)
+    assert top_share(weight, x, 1.0) == pytest.approx(1)
 
 
 def test_the_panel_sees_the_lopsided_signal(summaries: dict[str, pd.DataFrame]) -> None:
     at = chain(horizon=16)
     drawn = sample(at.mdp, at.student, at.teacher, 4000, seeded(6)).batch
-    weight, cost = drift.token_weights(at)
+    weight, cost = token_weights(at)
     share = float((weight.sum(0) * (cost > 0)).sum() / weight.sum())
     each = (drawn.log_ratio > 0).double().mean(1)
     assert abs(each.mean() - share) < 4 * each.std() / 4000**0.5
@@ -265,46 +268,46 @@ def test_the_panel_sees_the_lopsided_signal(summaries: dict[str, pd.DataFrame]) 
 
 @pytest.mark.parametrize("hidden", [0, 3])
 def test_shared_parameters_have_the_gradient_of_the_enumerated_kl(hidden: int) -> None:
-    task = shared.capacity_limited((4, 3, 4), 2, hidden, 0.5, seeded(7))
+    task = students.capacity_limited((4, 3, 4), 2, hidden, 0.5, seeded(7))
     live = task.student.start(1, seeded(8)).requires_grad_()
     logits = task.student.logits(live)[0]
     total = by_hand.sequence_kl(by_hand.paths(task.mdp), logits, task.teacher)
     (gradient,) = torch.autograd.grad(total, live)
     jacobian = task.student.jacobian(live[0])
-    mean, _ = exact.moments(
+    mean, _ = moments.moments(
         task.mdp, logits.detach(), task.teacher, "rb_all_value", 1.0, jacobian=jacobian
     )
     torch.testing.assert_close(mean, gradient[0], atol=1e-12, rtol=0)
-    now = shared.progress(task, live.detach())
+    now = students.progress(task, live.detach())
     assert now.sequence_kl.item() == pytest.approx(total.item())
-    visits = exact.sequence_kl(task.mdp, logits.detach(), task.teacher).occupancy.sum(0)
+    visits = moments.sequence_kl(task.mdp, logits.detach(), task.teacher).occupancy.sum(0)
     assert now.reward.item() == pytest.approx((visits @ task.reward).item() / 4)
-    swapped = exact.sequence_kl(task.mdp, task.teacher, logits.detach()).occupancy.sum(0)
-    local = exact.sequence_kl(task.mdp, logits.detach(), task.teacher).local
+    swapped = moments.sequence_kl(task.mdp, task.teacher, logits.detach()).occupancy.sum(0)
+    local = moments.sequence_kl(task.mdp, logits.detach(), task.teacher).local
     assert now.teacher_kl.item() == pytest.approx((swapped @ local).item() / 4)
 
 
 def test_both_optima_are_where_their_gradients_vanish() -> None:
-    task = shared.capacity_limited((6, 4, 6), 2, 0, 0.1, seeded(9))
+    task = students.capacity_limited((6, 4, 6), 2, 0, 0.1, seeded(9))
     start = task.student.start(2, seeded(10))
-    token = shared.token_optimum(task, start[0])
-    least = shared.optimum(task, torch.stack([start[0], token]))
+    token = students.token_optimum(task, start[0])
+    least = students.optimum(task, torch.stack([start[0], token]))
     for parameters, gamma in ((token, 0.0), (least, 1.0)):
         logits = task.student.logits(parameters[None])[0]
-        field = exact.expected_gradient(task.mdp, logits, task.teacher, gamma)
+        field = moments.expected_gradient(task.mdp, logits, task.teacher, gamma)
         jacobian = task.student.jacobian(parameters)
         assert torch.einsum("sa,sad->d", field, jacobian).norm() < 1e-4
-    ends = shared.progress(task, torch.stack([least, token])).sequence_kl
+    ends = students.progress(task, torch.stack([least, token])).sequence_kl
     assert ends[0] < ends[1] - 1e-4
 
 
 def test_runs_side_by_side_do_not_interact() -> None:
-    task = shared.capacity_limited((4, 3, 5), 2, 0, 0.5, seeded(11))
+    task = students.capacity_limited((4, 3, 5), 2, 0, 0.5, seeded(11))
     parameters = torch.randn(3, task.student.size, generator=seeded(12), dtype=torch.float64)
     objective = objectives.make("full_reverse_kl", 1.0, "leave_one_out")
-    together = learn.sampled_gradient(task, parameters, objective, 8, seeded(13))
+    together = descent.sampled_gradient(task, parameters, objective, 8, seeded(13))
     table = task.student.logits(parameters).detach()
-    at = learn.drawn(task, table, 8, seeded(13))
+    at = descent.drawn(task, table, 8, seeded(13))
     assert at.batch.prompt.tolist() == [i for i in range(3) for _ in range(8)]
     local = at.states - 4 * at.batch.prompt[:, None]
     for run in range(3):
@@ -323,7 +326,7 @@ def test_runs_side_by_side_do_not_interact() -> None:
 
 def test_adam_is_torchs_and_clipping_keeps_the_direction() -> None:
     live = torch.randn(2, 5, generator=seeded(14), dtype=torch.float64).requires_grad_()
-    ours, mine = live.detach().clone(), learn.adam(torch.full((2,), 0.1, dtype=torch.float64), 5)
+    ours, mine = live.detach().clone(), descent.adam(torch.full((2,), 0.1, dtype=torch.float64), 5)
     theirs = torch.optim.Adam([live], lr=0.1)
     for step in range(4):
         live.grad = torch.randn(2, 5, generator=seeded(20 + step), dtype=torch.float64)
@@ -331,7 +334,7 @@ def test_adam_is_torchs_and_clipping_keeps_the_direction() -> None:
         theirs.step()
     torch.testing.assert_close(ours, live.detach(), atol=1e-12, rtol=0)
     long = torch.tensor([[3.0, 4.0], [0.3, 0.4]])
-    torch.testing.assert_close(learn.clipped(long, 1.0), torch.tensor([[0.6, 0.8], [0.3, 0.4]]))
+    torch.testing.assert_close(descent.clipped(long, 1.0), torch.tensor([[0.6, 0.8], [0.3, 0.4]]))
     torch.testing.assert_close(
-        learn.sgd(torch.tensor([2.0, 1.0]))(long)[0], torch.tensor([-6.0, -8.0])
+        descent.sgd(torch.tensor([2.0, 1.0]))(long)[0], torch.tensor([-6.0, -8.0])
     )

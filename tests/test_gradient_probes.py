@@ -37,10 +37,10 @@ from diagnostics.gradients.sketch import (
     token_sketches,
 )
 from opd.objectives import full_reverse_kl
-from synthetic import exact
 from synthetic.estimators import ESTIMATORS, Estimator
-from synthetic.mdp import TabularMDP, ending, random_chain, random_pair, token_chain
-from synthetic.sample import Trajectories, sample
+from synthetic.exact import moments
+from synthetic.sampling.trajectories import Trajectories, sample
+from synthetic.worlds.mdp import TabularMDP, ending, random_chain, random_pair, token_chain
 
 GAMMAS = (0.0, 0.5, 1.0)
 N, REPETITIONS = 48, 200
@@ -214,7 +214,7 @@ def truth() -> tuple[dict[str, Tensor], Tensor]:
     )
     try:
         parts = {
-            name: exact.moments(mdp, student, teacher, exact_name, GAMMAS)
+            name: moments.moments(mdp, student, teacher, exact_name, GAMMAS)
             for name, exact_name in exact_names.items()
         }
     finally:
@@ -294,7 +294,7 @@ def test_rollouts_of_a_prompt_are_told_from_prompts() -> None:
     """Prompts are the random start states: within and between by the exact engine from each."""
     mdp, student, teacher = world()
     worlds = [replace(mdp, start=torch.eye(4, dtype=torch.float64)[s]) for s in range(3)]
-    each = [exact.moments(world, student, teacher, "plain", 1.0) for world in worlds]
+    each = [moments.moments(world, student, teacher, "plain", 1.0) for world in worlds]
     means = torch.stack([m for m, _ in each])
     away = (means - means.mean(0)).square().sum((1, 2)).mean()
     within = torch.stack([v for _, v in each]).mean()
@@ -321,7 +321,7 @@ def test_rollouts_of_a_prompt_are_told_from_prompts() -> None:
 
 def test_a_leave_one_out_group_has_its_exact_noise() -> None:
     mdp, student, teacher = world()
-    _, true = exact.moments(mdp, student, teacher, "leave_one_out", GAMMAS, group=4)
+    _, true = moments.moments(mdp, student, teacher, "leave_one_out", GAMMAS, group=4)
     found = []
     for seed in range(REPETITIONS):
         at = drawn(mdp, seed, group=4)
@@ -412,7 +412,7 @@ def test_a_scalar_advantage_misses_the_noise_of_distillation() -> None:
     """At gamma = 0 verl's proxy reads a small part of the variance, the token version most."""
     mdp = random_chain(3, 3, 24, seeded(0), mixing=0.3)
     student, teacher = random_pair(mdp, seeded(2), distance=1.0, heterogeneity=0.5)
-    _, true = exact.moments(mdp, student, teacher, "plain", 0.0)
+    _, true = moments.moments(mdp, student, teacher, "plain", 0.0)
     at = sample(mdp, student, teacher, 20_000, seeded(3))
     batch: Scored = at.batch
     w = 1 - 2 * batch.student_logp.exp() + batch.prefix.collision
@@ -428,7 +428,7 @@ def test_a_scalar_advantage_misses_the_noise_of_distillation() -> None:
     assert scalar_advantage_variance(a, s, mask) == pytest.approx(1.5)
     assert token_advantage_variance(a, s, mask) == pytest.approx(9.5)
     assert float(cost_of_response(batch).mean()) == pytest.approx(
-        float(exact.sequence_kl(mdp, student, teacher).total), rel=0.05
+        float(moments.sequence_kl(mdp, student, teacher).total), rel=0.05
     )
 
 

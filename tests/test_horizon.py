@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from synthetic import worst
 from synthetic.experiments import horizon
-from synthetic.mdp import TabularMDP, random_chain, random_pair
+from synthetic.worlds import worst_case
+from synthetic.worlds.mdp import TabularMDP, random_chain, random_pair
 from tests.test_synthetic import seeded
 
 STUDENT = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64).log()
@@ -72,10 +72,10 @@ def test_the_square_is_as_predicted_near_the_teacher() -> None:
 
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 0.9, 1.0])
 def test_the_tight_bound_counts_every_age_of_a_score(gamma: float) -> None:
-    mdp, student, teacher = worst.constant_cost(6, cost=0.7, spare=1e-3)
+    mdp, student, teacher = worst_case.constant_cost(6, cost=0.7, spare=1e-3)
     p, r = student.exp()[0], (student - teacher)[0]
     unit = float(r.abs().max() ** 2 * (torch.eye(3) - p).square().sum(-1).max())
-    tight, published = worst.bounds(mdp, student, teacher, gamma)
+    tight, published = worst_case.bounds(mdp, student, teacher, gamma)
     ages = sum(gamma ** (2 * j) for u in range(1, 7) for j in range(u)) / 6
     limit = 3.5 if gamma == 1 else min(3.5, 1 / (1 - gamma**2))
     assert tight == pytest.approx(unit * 36 * limit)

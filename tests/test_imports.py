@@ -71,7 +71,10 @@ def loaded_by(statement: str) -> set[str]:
             "diagnostics.records.reader, diagnostics.records.writer",
             {"transformers", "trl", "verl", "pyarrow", "pandas"},
         ),
-        ("import synthetic.exact, synthetic.sample", {"transformers", "matplotlib"}),
+        (
+            "import synthetic.exact.moments, synthetic.sampling.trajectories",
+            {"transformers", "matplotlib"},
+        ),
         ("import diagnostics.stats, diagnostics.records.run_tables", {"torch", "transformers"}),
     ],
 )

@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 from opd import objectives
-from synthetic import exact, learn, shared
+from synthetic.exact import moments
 from synthetic.experiments import learning
-from synthetic.run import derive
+from synthetic.learning import descent, students
+from synthetic.seeds import derive
 from tests.test_synthetic import seeded
 
 BATCH, RUNS = 4, 4000
 
 
-def small(seed: int = 0, hidden: int = 0) -> shared.Task:
-    return shared.capacity_limited((4, 3, 4), 2, hidden, 0.5, seeded(seed))
+def small(seed: int = 0, hidden: int = 0) -> students.Task:
+    return students.capacity_limited((4, 3, 4), 2, hidden, 0.5, seeded(seed))
 
 
 def rates(*each: float) -> Tensor:
@@ -46,8 +47,8 @@ def test_a_runs_gradient_has_the_exact_mean_and_variance(
     task = small(hidden=2)
     parameters = task.student.start(RUNS, seeded(1))
     objective = objectives.make(name, gamma, baseline, collapse_accepted=True)
-    drawn = learn.sampled_gradient(task, parameters, objective, BATCH, seeded(2), k)
-    mean, variance = exact.moments(
+    drawn = descent.sampled_gradient(task, parameters, objective, BATCH, seeded(2), k)
+    mean, variance = moments.moments(
         task.mdp,
         task.student.logits(parameters[:1])[0],
         task.teacher,
@@ -70,8 +71,8 @@ def test_a_run_does_not_notice_its_neighbours() -> None:
     starts = torch.randn(3, task.student.size, generator=seeded(3), dtype=torch.float64)
 
     def ends(begin: Tensor, by: Tensor) -> Tensor:
-        step = learn.adam(by, task.student.size)
-        return learn.train(task, begin, objective, step, 3, 5, 0.2, [3], seeded(4))[3]
+        step = descent.adam(by, task.student.size)
+        return descent.train(task, begin, objective, step, 3, 5, 0.2, [3], seeded(4))[3]
 
     first = ends(starts, rates(0.1, 0.2, 0.3))
     second = ends(starts * rates(-1.0, 1.0, 2.0)[:, None], rates(0.7, 0.2, 0.01))
@@ -82,12 +83,12 @@ def test_a_run_does_not_notice_its_neighbours() -> None:
 def test_a_marked_path_is_one_of_single_steps() -> None:
     task, objective = small(), objectives.make("full_reverse_kl", 1.0, "leave_one_out")
     begin, rate, clip = task.student.start(2, seeded(5)), rates(0.5, 2.0), 0.3
-    path = learn.train(
-        task, begin, objective, learn.sgd(rate), 3, 4, clip, [0, 2, 3], seeded(6), None
+    path = descent.train(
+        task, begin, objective, descent.sgd(rate), 3, 4, clip, [0, 2, 3], seeded(6), None
     )
     now, generator, steps = begin, seeded(6), [begin]
     for _ in range(3):
-        gradient = learn.sampled_gradient(task, now, objective, 4, generator)
+        gradient = descent.sampled_gradient(task, now, objective, 4, generator)
         size = gradient.norm(dim=1, keepdim=True)
         now = now - rate[:, None] * torch.where(size > clip, gradient / size * clip, gradient)
         steps.append(now)
@@ -99,7 +100,7 @@ def test_a_marked_path_is_one_of_single_steps() -> None:
 # --- where training goes ------------------------------------------------------------------------
 
 
-def at_its_teacher(task: shared.Task) -> tuple[shared.Task, Tensor]:
+def at_its_teacher(task: students.Task) -> tuple[students.Task, Tensor]:
     """The same task with the starting student as its teacher."""
     begin = task.student.start(2, seeded(7))
     return replace(task, teacher=task.student.logits(begin)[0]), begin
@@ -111,9 +112,9 @@ def test_only_the_unnormalised_support_leaves_its_teacher(name: str) -> None:
     kind, gamma, baseline = learning.OBJECTIVES[name]
     objective = objectives.make(kind, gamma, baseline, collapse_accepted=True)
     k = 2 if "topk" in kind else None
-    step = learn.sgd(rates(0.3, 1.0))
-    end = learn.train(task, begin, objective, step, 20, 8, math.inf, [20], seeded(8), k)[20]
-    away = shared.progress(task, end).sequence_kl
+    step = descent.sgd(rates(0.3, 1.0))
+    end = descent.train(task, begin, objective, step, 20, 8, math.inf, [20], seeded(8), k)[20]
+    away = students.progress(task, end).sequence_kl
     if kind != "teacher_topk_unnormalised":
         torch.testing.assert_close(end, begin, atol=1e-12, rtol=0)
         assert away.max() < 1e-12
@@ -128,22 +129,22 @@ def test_only_the_unnormalised_support_leaves_its_teacher(name: str) -> None:
 @pytest.mark.parametrize(("gamma", "other"), [(0.0, 1.0), (1.0, 0.0)])
 def test_exact_descent_of_each_level_ends_at_its_own_optimum(gamma: float, other: float) -> None:
     """Plain descent along the exact mean gradient, in place of L-BFGS."""
-    task = shared.capacity_limited((6, 4, 6), 2, 0, 0.1, seeded(9))
+    task = students.capacity_limited((6, 4, 6), 2, 0, 0.1, seeded(9))
     start = task.student.start(1, seeded(10))[0]
-    token = shared.token_optimum(task, start)
-    optima = {0.0: token, 1.0: shared.optimum(task, token[None])}
+    token = students.token_optimum(task, start)
+    optima = {0.0: token, 1.0: students.optimum(task, token[None])}
     parameters = token.clone()
     for _ in range(3000):
         logits = task.student.logits(parameters[None])[0]
-        field = exact.expected_gradient(task.mdp, logits, task.teacher, gamma)
+        field = moments.expected_gradient(task.mdp, logits, task.teacher, gamma)
         parameters = (
             parameters - 0.1 * torch.einsum("sa,sf->fa", field, task.student.features).flatten()
         )
-    assert shared.progress(task, parameters[None]).sequence_kl.item() == pytest.approx(
-        shared.progress(task, optima[gamma][None]).sequence_kl.item(), rel=1e-5
+    assert students.progress(task, parameters[None]).sequence_kl.item() == pytest.approx(
+        students.progress(task, optima[gamma][None]).sequence_kl.item(), rel=1e-5
     )
-    assert shared.progress(task, optima[0.0][None]).sequence_kl > (
-        shared.progress(task, optima[1.0][None]).sequence_kl + 1e-3
+    assert students.progress(task, optima[0.0][None]).sequence_kl > (
+        students.progress(task, optima[1.0][None]).sequence_kl + 1e-3
     )
 
 
@@ -152,22 +153,22 @@ def test_a_run_whose_gradient_is_not_finite_stops_and_counts_as_diverged() -> No
     begin = task.student.start(2, seeded(11))
     broken = begin.clone()
     broken[0] = 1e308
-    step = learn.sgd(rates(0.1, 0.1))
+    step = descent.sgd(rates(0.1, 0.1))
     ends = [
-        learn.train(task, x, objective, step, 3, 4, math.inf, [3], seeded(12))[3]
+        descent.train(task, x, objective, step, 3, 4, math.inf, [3], seeded(12))[3]
         for x in (begin, broken)
     ]
     torch.testing.assert_close(ends[1][0], broken[0], atol=0, rtol=0)
     torch.testing.assert_close(ends[1][1], ends[0][1], atol=1e-12, rtol=0)
-    now, first = (shared.progress(task, x).sequence_kl for x in (ends[1], begin))
+    now, first = (students.progress(task, x).sequence_kl for x in (ends[1], begin))
     assert learning.diverged(now, first[:1]) == 0.5
 
 
 def test_a_student_that_can_be_its_teacher_is_refused() -> None:
     with pytest.raises(ValueError, match="4 features and 0 hidden units tell all 4 states apart"):
-        shared.capacity_limited((4, 3, 4), 4, 0, 0.5, seeded(0))
+        students.capacity_limited((4, 3, 4), 4, 0, 0.5, seeded(0))
     with pytest.raises(ValueError, match="fewer than 4"):
-        shared.capacity_limited((4, 3, 4), 2, 4, 0.5, seeded(0))
+        students.capacity_limited((4, 3, 4), 2, 4, 0.5, seeded(0))
 
 
 # --- the experiment -----------------------------------------------------------------------------

@@ -9,11 +9,13 @@ import pytest
 from diagnostics import batch as batches
 from diagnostics.gradients import credit as shared_credit
 from opd import compositions, credit, objectives, reduction, selection, supports, surrogates
-from synthetic import baselines, estimators, exact, gradients, recursion
-from synthetic import sample as sampling
+from synthetic import estimators
+from synthetic.exact import baselines, moments, recursion
+from synthetic.sampling import monte_carlo
+from synthetic.sampling import trajectories as sampling
 from tests import test_baselines as pairs
 from tests import test_choices as choices
-from tests import test_exact as moments
+from tests import test_exact as moment_tests
 from tests import test_masks as masks
 from tests import test_objectives as oracle
 from tests import test_supports as lists
@@ -270,10 +272,10 @@ MUTATIONS = [
         (selection, SELECTION),
         (batches, BATCH),
         (recursion, RECURSION),
-        (exact, EXACT),
+        (moments, EXACT),
         (estimators, ESTIMATORS),
         (baselines, BASELINES),
-        (gradients, GRADIENTS),
+        (monte_carlo, GRADIENTS),
         (sampling, SAMPLE),
     )
     for name, line in lines.items()
@@ -319,18 +321,18 @@ def check() -> None:
     choices.test_what_is_not_refused_is_built_as_asked()
     choices.test_the_most_uncertain_tokens_of_the_step_are_kept()
     study.test_the_gradient_is_that_of_the_enumerated_sequence_kl("ending")
-    for estimator in moments.REST:
-        moments.test_moments_equal_the_sum_over_all_paths("ending", estimator)
-    for estimator in moments.SUPPORTED:
-        moments.test_supports_of_every_size_equal_the_sum_over_all_paths(estimator)
+    for estimator in moment_tests.REST:
+        moment_tests.test_moments_equal_the_sum_over_all_paths("ending", estimator)
+    for estimator in moment_tests.SUPPORTED:
+        moment_tests.test_supports_of_every_size_equal_the_sum_over_all_paths(estimator)
     for ratio in ("token", "sequence"):
-        moments.test_another_sampler_with_and_without_correction("temperature", "plain", ratio)
-    moments.test_each_response_divided_by_its_own_length("plain")
-    moments.test_shared_parameters_add_up_over_states("plain")
-    moments.test_no_baseline_has_less_variance_than_the_optimal_one()
-    moments.test_a_leave_one_out_group_equals_the_sum_over_all_groups(2)
-    moments.test_a_sampled_leave_one_out_group_has_the_exact_variance()
-    moments.test_monte_carlo_agrees_for_other_samplers_and_given_baselines()
+        moment_tests.test_another_sampler_with_and_without_correction("temperature", "plain", ratio)
+    moment_tests.test_each_response_divided_by_its_own_length("plain")
+    moment_tests.test_shared_parameters_add_up_over_states("plain")
+    moment_tests.test_no_baseline_has_less_variance_than_the_optimal_one()
+    moment_tests.test_a_leave_one_out_group_equals_the_sum_over_all_groups(2)
+    moment_tests.test_a_sampled_leave_one_out_group_has_the_exact_variance()
+    moment_tests.test_monte_carlo_agrees_for_other_samplers_and_given_baselines()
 
 
 def functions(module: ModuleType) -> dict[str, FunctionType]:

@@ -14,7 +14,7 @@ from opd import credit
 from opd import objectives as o
 from opd.supports import JOINED
 from synthetic.estimators import terms
-from synthetic.mdp import random_pair, token_chain
+from synthetic.worlds.mdp import random_pair, token_chain
 
 V, T = 3, 3
 SEQUENCES = torch.tensor(list(itertools.product(range(V), repeat=T)))

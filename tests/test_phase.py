@@ -12,9 +12,9 @@ from diagnostics.records import rows
 from figures import __main__ as cli
 from figures.registry import DATA
 from figures.study import phase as figure
-from synthetic import exact
+from synthetic.exact import moments
 from synthetic.experiments import phase
-from synthetic.mdp import random_chain, random_pair
+from synthetic.worlds.mdp import random_chain, random_pair
 from tests.test_figures import lines
 
 TABLE = cli.read("phase", DATA / "phase.csv")
@@ -28,7 +28,9 @@ def test_a_teacher_is_moved_to_the_wanted_kl() -> None:
     for cost in (0.03, 1.0, 10.0):
         x = phase.distance(mdp, student, teacher - student, cost)
         there = student + x * (teacher - student)
-        assert float(exact.sequence_kl(mdp, student, there).total) == pytest.approx(cost, rel=1e-9)
+        assert float(moments.sequence_kl(mdp, student, there).total) == pytest.approx(
+            cost, rel=1e-9
+        )
         found.append(x)
     assert found == sorted(found)
     with pytest.raises(ValueError, match="no teacher along this offset"):

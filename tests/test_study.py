@@ -7,9 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from synthetic import run as study
 from synthetic.experiments import bias_variance
-from synthetic.mdp import random_chain, random_pair
+from synthetic.runner import run as study
+from synthetic.seeds import derive
+from synthetic.worlds.mdp import random_chain, random_pair
 
 NAME = "bias_variance"
 
@@ -100,7 +101,7 @@ def test_bounds_hold_and_come_from_the_largest_cost_and_score(folder: Path) -> N
     rows = pd.read_csv(folder / "smoke" / "rows.csv").dropna(subset=["bound_tight"])
     assert (rows["variance"] <= rows["bound_tight"]).all()
     for setting in bias_variance.SETTINGS["smoke"]:
-        generator = study.derive(NAME, setting)
+        generator = derive(NAME, setting)
         mdp = random_chain(3, 2, 8, generator, setting["mixing"])
         pair = random_pair(mdp, generator, setting["distance"], setting["heterogeneity"])
         student, teacher = (x.log_softmax(-1) for x in pair)
@@ -179,9 +180,9 @@ def test_every_headline_is_one_row_of_the_recorded_table(name: str) -> None:
 
 def test_a_setting_decides_its_numbers_alone() -> None:
     settings = bias_variance.SETTINGS["smoke"]
-    draws = [study.derive(NAME, s).initial_seed() for s in settings]
+    draws = [derive(NAME, s).initial_seed() for s in settings]
     assert len(set(draws)) == len(settings)
-    assert draws[0] == study.derive(NAME, dict(reversed(settings[0].items()))).initial_seed()
+    assert draws[0] == derive(NAME, dict(reversed(settings[0].items()))).initial_seed()
 
 
 def test_the_command_line_lists_runs_and_updates_figures(

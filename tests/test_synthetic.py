@@ -9,11 +9,11 @@ from torch import Tensor
 from diagnostics.batch import Prefix, Scored
 from diagnostics.core.distribution_stats import functionals
 from opd import objectives
-from synthetic import exact
 from synthetic.estimators import FAMILY
-from synthetic.gradients import monte_carlo, trajectory_gradients
-from synthetic.mdp import TabularMDP, ending, random_chain, random_pair, token_chain, tree
-from synthetic.sample import Trajectories, sample, with_support
+from synthetic.exact import moments
+from synthetic.sampling.monte_carlo import monte_carlo, trajectory_gradients
+from synthetic.sampling.trajectories import Trajectories, sample, with_support
+from synthetic.worlds.mdp import TabularMDP, ending, random_chain, random_pair, token_chain, tree
 from tests import enumerate_mdp as by_hand
 
 GAMMAS = (0.0, 0.5, 1.0)
@@ -47,14 +47,14 @@ def test_the_gradient_is_that_of_the_enumerated_sequence_kl(name: str) -> None:
     paths = by_hand.paths(mdp)
     live = student.clone().requires_grad_()
     total = by_hand.sequence_kl(paths, live, teacher)
-    torch.testing.assert_close(exact.sequence_kl(mdp, student, teacher).total, total.detach())
+    torch.testing.assert_close(moments.sequence_kl(mdp, student, teacher).total, total.detach())
     (true,) = torch.autograd.grad(total, live)
     (frozen,) = torch.autograd.grad(by_hand.frozen_kl(paths, live, teacher), live)
-    at_ends = exact.expected_gradient(mdp, student, teacher, [0.0, 1.0])
+    at_ends = moments.expected_gradient(mdp, student, teacher, [0.0, 1.0])
     torch.testing.assert_close(at_ends[0], frozen, atol=1e-12, rtol=0)
     torch.testing.assert_close(at_ends[1], true, atol=1e-12, rtol=0)
     assert (true - frozen).norm() > 0.001
-    assert exact.expected_gradient(mdp, student, student, 1.0).abs().max() < 1e-15
+    assert moments.expected_gradient(mdp, student, student, 1.0).abs().max() < 1e-15
 
 
 @pytest.mark.parametrize("name", worlds())
@@ -64,7 +64,7 @@ def test_sequence_kl_and_its_parts_are_the_enumerated_ones(name: str) -> None:
     paths = by_hand.paths(mdp)
     live = student.clone().requires_grad_()
     target = teacher.clone().requires_grad_()
-    parts = exact.sequence_kl(mdp, live, target)
+    parts = moments.sequence_kl(mdp, live, target)
     weight = by_hand.probability(paths, student)
     cost = by_hand.logp(paths, student) - by_hand.logp(paths, teacher)
     value = by_hand.mean_by_state(paths, weight, by_hand.to_go(cost, 1.0), mdp.num_states)
@@ -80,10 +80,10 @@ def test_sequence_kl_and_its_parts_are_the_enumerated_ones(name: str) -> None:
     frozen = (parts.occupancy.detach() @ parts.local).sum()
     for loss, gamma in ((parts.total, 1.0), (frozen, 0.0)):
         (found,) = torch.autograd.grad(loss, live, retain_graph=True)
-        family = exact.expected_gradient(mdp, student, teacher, gamma)
+        family = moments.expected_gradient(mdp, student, teacher, gamma)
         torch.testing.assert_close(found, family, atol=1e-13, rtol=0)
     assert torch.autograd.grad(parts.total, target, allow_unused=True, retain_graph=True) == (None,)
-    gradient = exact.expected_gradient(mdp, student, teacher, 1.0)
+    gradient = moments.expected_gradient(mdp, student, teacher, 1.0)
     for state in range(mdp.num_states):
         for token in range(mdp.num_actions):
             step = torch.zeros_like(student)
@@ -129,7 +129,7 @@ def test_moments_of_a_long_horizon_have_a_closed_form_in_one_state(gamma: float)
         "rb_all_value": torch.zeros((), dtype=torch.float64),
     }
     for name, expected in want.items():
-        found, variance = exact.moments(mdp, student, teacher, name, gamma)
+        found, variance = moments.moments(mdp, student, teacher, name, gamma)
         torch.testing.assert_close(found[0], horizon * mean, atol=0, rtol=1e-10)
         torch.testing.assert_close(variance, expected, atol=1e-8, rtol=1e-10)
 
@@ -139,7 +139,7 @@ def test_at_the_teacher_every_sampled_gradient_is_zero(estimator: str) -> None:
     mdp = worlds()["ending"]
     student, _ = pair(mdp)
     group = 2 if estimator == "leave_one_out" else None
-    mean, variance = exact.moments(mdp, student, student + 3.0, estimator, GAMMAS, group=group)
+    mean, variance = moments.moments(mdp, student, student + 3.0, estimator, GAMMAS, group=group)
     assert mean.abs().max() < 1e-14
     assert variance.max() < 1e-28
 
@@ -173,7 +173,7 @@ def test_the_trainers_objectives_have_the_exact_expected_gradients(name: str) ->
         gradients = trajectory_gradients(batch, student, objective)
         return (weight[:, None, None] * gradients).sum(0)
 
-    family = exact.expected_gradient(mdp, student, teacher, GAMMAS)
+    family = moments.expected_gradient(mdp, student, teacher, GAMMAS)
     for i, gamma in enumerate(GAMMAS):
         found = expected(at, objectives.sampled_token(gamma))
         torch.testing.assert_close(found, family[i], atol=1e-12, rtol=0)
@@ -189,7 +189,7 @@ def test_the_trainers_objectives_have_the_exact_expected_gradients(name: str) ->
     ours, theirs = (x.scatter(-1, rest, -torch.inf).log_softmax(-1) for x in (student, teacher))
     ratio = (ours - theirs).nan_to_num(0)
     local = ours.exp() * (ratio - (ours.exp() * ratio).sum(-1, keepdim=True))
-    visits = exact.sequence_kl(mdp, student, teacher).occupancy.sum(0) * mdp.active
+    visits = moments.sequence_kl(mdp, student, teacher).occupancy.sum(0) * mdp.active
     found = expected(part, objectives.make("teacher_topk"))
     torch.testing.assert_close(found, visits[:, None] * local, atol=1e-12, rtol=0)
     assert (found - family[0]).norm() > 0.01
@@ -234,7 +234,7 @@ def test_samples_visit_states_as_often_as_they_should(name: str) -> None:
     count = 40_000
     at = sample(mdp, student, teacher, count, seeded(4))
     at.batch.checked()
-    occupancy = exact.sequence_kl(mdp, student, teacher).occupancy
+    occupancy = moments.sequence_kl(mdp, student, teacher).occupancy
     for t in range(mdp.horizon):
         share = torch.bincount(at.states[:, t], minlength=mdp.num_states) / count
         error = (occupancy[t] * (1 - occupancy[t]) / count).sqrt().clamp(min=1 / count)
@@ -249,7 +249,7 @@ def test_samples_visit_states_as_often_as_they_should(name: str) -> None:
     assert at.batch.mask.equal(mdp.active[at.states] > 0)
     assert bool(at.batch.ended.any())
     assert at.batch.log_ratio.sum(1).mean().item() == pytest.approx(
-        exact.sequence_kl(mdp, student, teacher).total.item(), abs=0.05
+        moments.sequence_kl(mdp, student, teacher).total.item(), abs=0.05
     )
 
 
@@ -258,7 +258,7 @@ def test_monte_carlo_agrees_with_the_exact_moments() -> None:
     student, teacher = pair(mdp)
     family = {str(g): objectives.sampled_token(g) for g in GAMMAS}
     drawn = monte_carlo(mdp, student, teacher, family, 20_000, seeded(5), chunk=3_000)
-    mean, variance = exact.moments(mdp, student, teacher, "plain", GAMMAS)
+    mean, variance = moments.moments(mdp, student, teacher, "plain", GAMMAS)
     z = (drawn.mean - mean) / drawn.mean_se.clamp(min=1e-12)
     assert z[drawn.mean_se > 0].abs().max() < 4.5
     assert ((drawn.variance - variance) / drawn.variance_se).abs().max() < 4
@@ -270,7 +270,7 @@ def test_monte_carlo_covers_objectives_on_a_support() -> None:
     student, teacher = pair(mdp)
     family = {"full": objectives.full_reverse_kl(), "top": objectives.make("teacher_topk")}
     drawn = monte_carlo(mdp, student, teacher, family, 5_000, seeded(6), k=2)
-    mean, variance = exact.moments(mdp, student, teacher, "rb_immediate", 0.0)
+    mean, variance = moments.moments(mdp, student, teacher, "rb_immediate", 0.0)
     error = drawn.mean_se[0].clamp(min=1e-12)
     assert ((drawn.mean[0] - mean).abs() / error).max() < 4.5
     assert abs(drawn.variance[0] - variance) / drawn.variance_se[0] < 4
@@ -306,7 +306,7 @@ def test_standard_errors_of_variances_are_calibrated() -> None:
     mdp = worlds()["tokens"]
     student, teacher = pair(mdp)
     family = {str(g): objectives.sampled_token(g) for g in (0.0, 1.0)}
-    _, truth = exact.moments(mdp, student, teacher, "plain", (0.0, 1.0))
+    _, truth = moments.moments(mdp, student, teacher, "plain", (0.0, 1.0))
     single, paired = [], []
     for seed in range(120):
         drawn = monte_carlo(mdp, student, teacher, family, 400, seeded(seed))
@@ -337,12 +337,12 @@ def test_bad_worlds_and_arguments_are_refused_with_their_numbers() -> None:
         (lambda: ending(worlds()["ending"], torch.tensor(0.1)), "already has an end state, 3"),
         (lambda: random_chain(3, 2, 4, seeded(0), mixing=1.5), r"mixing is 1\.5"),
         (lambda: random_chain(3, 2, 4, seeded(0), blocks=4), "blocks is 4"),
-        (lambda: exact.expected_gradient(mdp, student, teacher, -0.1), r"-0\.1"),
-        (lambda: exact.moments(mdp, student, teacher, "plain", [0.5, 1.1]), r"1\.1"),
-        (lambda: exact.moments(mdp, student, teacher, "magic"), "unknown estimator 'magic'"),
-        (lambda: exact.moments(mdp, student, teacher, "plain", []), "empty"),
-        (lambda: exact.moments(mdp, student[:2], teacher, "plain"), r"student_logits has shape"),
-        (lambda: exact.moments(mdp, student / 0, teacher, "plain"), "not finite"),
+        (lambda: moments.expected_gradient(mdp, student, teacher, -0.1), r"-0\.1"),
+        (lambda: moments.moments(mdp, student, teacher, "plain", [0.5, 1.1]), r"1\.1"),
+        (lambda: moments.moments(mdp, student, teacher, "magic"), "unknown estimator 'magic'"),
+        (lambda: moments.moments(mdp, student, teacher, "plain", []), "empty"),
+        (lambda: moments.moments(mdp, student[:2], teacher, "plain"), r"student_logits has shape"),
+        (lambda: moments.moments(mdp, student / 0, teacher, "plain"), "not finite"),
         (lambda: sample(mdp, student, teacher, 0, seeded(0)), "count is 0"),
         (lambda: sample(mdp, student, teacher * torch.nan, 2, seeded(0)), "teacher.*6 of 6 values"),
         (lambda: monte_carlo(mdp, student, teacher, {}, 1, seeded(0)), "count is 1"),

@@ -6,9 +6,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from synthetic import distil, gaussian
 from synthetic.experiments import toy
-from synthetic.gaussian import HORIZON, STARTS, TARGETS, Choices, Networks
+from synthetic.toy import control, distillation
+from synthetic.toy.control import HORIZON, STARTS, TARGETS, Choices, Networks
 
 CHOICES = Choices(hidden=5)
 
@@ -18,7 +18,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def networks(count: int, seed: int, floor: float = 0.3) -> Networks:
-    made = gaussian.fresh(count, 3, 5, floor, seeded(seed))
+    made = control.fresh(count, 3, 5, floor, seeded(seed))
     noise = [0.3 * torch.randn(w.shape, generator=seeded(seed + 1)).double() for w in made.weights]
     return made.stepped(noise)
 
@@ -62,12 +62,12 @@ def by_hand(students: Networks, teacher: Networks, run: int, task: int, gamma: f
 
 def test_densities_and_divergences_are_the_known_ones() -> None:
     x, mean, sigma = (torch.tensor(v).double() for v in (0.3, -1.2, 0.7))
-    assert gaussian.log_density(x, mean, sigma).item() == pytest.approx(
+    assert control.log_density(x, mean, sigma).item() == pytest.approx(
         stats.norm.logpdf(0.3, -1.2, 0.7)
     )
     p, q = torch.distributions.Normal(mean, sigma), torch.distributions.Normal(0.5, 2.0)
     want = torch.distributions.kl_divergence(p, q).item()
-    found = gaussian.gaussian_kl(mean, sigma, torch.tensor(0.5), torch.tensor(2.0))
+    found = control.gaussian_kl(mean, sigma, torch.tensor(0.5), torch.tensor(2.0))
     assert found.item() == pytest.approx(want)
 
 
@@ -75,7 +75,7 @@ def test_densities_and_divergences_are_the_known_ones() -> None:
 def test_gradients_are_those_of_a_loop_over_trajectories(task: int) -> None:
     students, teacher, eps = networks(2, 4), networks(1, 6), noise(16)
     gammas = (0.5, 1.0)
-    found = distil.gradient(students, teacher, task, gammas, eps, CHOICES)
+    found = distillation.gradient(students, teacher, task, gammas, eps, CHOICES)
     for run, gamma in enumerate(gammas):
         each = by_hand(students, teacher, run, task, gamma, eps)
         for layer, want in zip(found.weights, each, strict=True):
@@ -84,7 +84,7 @@ def test_gradients_are_those_of_a_loop_over_trajectories(task: int) -> None:
         metric = (micro - micro.mean(0)).square().sum((1, 2)).mean()
         assert found.micro[run].item() == pytest.approx(metric.item())
     student = students.of(0, 1)
-    single = distil.trajectory_gradients(student, teacher, task, gammas, eps, CHOICES)
+    single = distillation.trajectory_gradients(student, teacher, task, gammas, eps, CHOICES)
     for gamma, layers in zip(gammas, single, strict=True):
         want = by_hand(student, teacher, 0, task, gamma, eps)
         for layer, reference in zip(layers, want, strict=True):
@@ -94,15 +94,15 @@ def test_gradients_are_those_of_a_loop_over_trajectories(task: int) -> None:
 def test_variance_and_squared_mean_are_unbiased_forms() -> None:
     g = torch.randn(6, 2, 3, generator=seeded(7), dtype=torch.float64)
     pairs = [(g[i] * g[j]).sum() for i in range(6) for j in range(6) if i != j]
-    assert distil.squared_mean(g).item() == pytest.approx(float(sum(pairs)) / 30)
+    assert distillation.squared_mean(g).item() == pytest.approx(float(sum(pairs)) / 30)
     gaps = [(g[i] - g[j]).square().sum() / 2 for i in range(6) for j in range(6) if i != j]
-    assert distil.total_variance(g).item() == pytest.approx(float(sum(gaps)) / 30)
+    assert distillation.total_variance(g).item() == pytest.approx(float(sum(gaps)) / 30)
 
 
 def test_positions_add_up_actions_from_the_right_start() -> None:
     students = networks(2, 8)
     for task in (0, 1):
-        positions, actions = gaussian.rollouts(students, task, noise(4), CHOICES)
+        positions, actions = control.rollouts(students, task, noise(4), CHOICES)
         assert positions[..., 0].unique().tolist() == [STARTS[task]]
         torch.testing.assert_close(positions[..., 1:], STARTS[task] + actions.cumsum(-1))
         mean, sigma = policy([w[1] for w in students.weights], task, positions[1, 2, 5], 5)
@@ -116,7 +116,9 @@ def test_odd_iterations_are_of_the_left_task_and_divergence_stops_a_run() -> Non
     far[-1][0, -1, 0] = 1e6
     teachers = teachers[0], teachers[1].stepped(far)  # the right teacher is unreachable
     choices = Choices(hidden=5, sigma_floor=0.3)
-    done = distil.distil(students, teachers, (0.0, 1.0), 4, (0, 1, 2, 4), 8, choices, seeded(13))
+    done = distillation.distil(
+        students, teachers, (0.0, 1.0), 4, (0, 1, 2, 4), 8, choices, seeded(13)
+    )
     assert done.diverged.tolist() == [1, 1]
     assert done.metric[0].isfinite().all()
     assert done.metric[1:].isinf().all()
@@ -128,7 +130,9 @@ def test_odd_iterations_are_of_the_left_task_and_divergence_stops_a_run() -> Non
 def test_clipping_bounds_the_step_of_plain_descent() -> None:
     students, teacher = networks(2, 14), networks(1, 16)
     choices = Choices(hidden=5, optimizer="sgd", rate=0.5, clip=1e-3)
-    done = distil.distil(students, (teacher, teacher), (0.0, 1.0), 1, (), 8, choices, seeded(17))
+    done = distillation.distil(
+        students, (teacher, teacher), (0.0, 1.0), 1, (), 8, choices, seeded(17)
+    )
     moved = [b - a for a, b in zip(students.weights, done.students.weights, strict=True)]
     sizes = torch.stack([x.square().sum((1, 2)) for x in moved]).sum(0).sqrt()
     assert sizes.tolist() == pytest.approx([0.5e-3, 0.5e-3])
@@ -136,8 +140,8 @@ def test_clipping_bounds_the_step_of_plain_descent() -> None:
 
 def test_teachers_reach_their_targets() -> None:
     choices = Choices(teacher_iterations=150, hidden=32)
-    for task, teacher in enumerate(gaussian.train_teachers(choices, seeded(18))):
-        positions, _ = gaussian.rollouts(teacher, task, noise(200), choices)
+    for task, teacher in enumerate(control.train_teachers(choices, seeded(18))):
+        positions, _ = control.rollouts(teacher, task, noise(200), choices)
         assert abs(positions[0, :, -1].mean().item() - TARGETS[task]) < 0.5
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from diagnostics.core.distribution_stats import functionals
-from synthetic import exact
-from synthetic.mdp import TabularMDP, ending, random_chain, random_pair, tree
-from synthetic.sample import sample, with_support
+from synthetic.exact import moments
+from synthetic.sampling.trajectories import sample, with_support
+from synthetic.worlds.mdp import TabularMDP, ending, random_chain, random_pair, tree
 from tests import enumerate_mdp as by_hand
 from tests.test_synthetic import pair, seeded, worlds
 
@@ -76,7 +76,7 @@ def test_a_sampled_batch_records_where_it_was(name: str) -> None:
         assert bool(batch.ended.all())
         return
     assert bool(batch.ended[batch.lengths < mdp.horizon].all())
-    after = exact.sequence_kl(replace(mdp, horizon=mdp.horizon + 1), student, teacher).occupancy
+    after = moments.sequence_kl(replace(mdp, horizon=mdp.horizon + 1), student, teacher).occupancy
     share = after[-1, mdp.end].item()
     error = (share * (1 - share) / len(batch)) ** 0.5
     assert abs(batch.ended.double().mean().item() - share) < 4 * error

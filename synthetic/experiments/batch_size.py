@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from synthetic import exact
-from synthetic.mdp import random_chain, random_pair
-from synthetic.summary import interval
-from synthetic.tradeoff import mse, optimal_gamma, overtaking_batch
+from synthetic.analysis.summary import interval
+from synthetic.analysis.tradeoff import mse, optimal_gamma, overtaking_batch
+from synthetic.exact import moments
+from synthetic.worlds.mdp import random_chain, random_pair
 
 CLAIM = (
     "That gamma = 0 is best is a statement about batch size and missing variance reduction, not a "
@@ -84,8 +84,8 @@ def measure(setting: dict[str, Any], generator: torch.Generator) -> list[Row]:
     shape = (setting["states"], setting["actions"], setting["horizon"])
     mdp = random_chain(*shape, generator, setting["mixing"])
     student, teacher = random_pair(mdp, generator, setting["distance"], setting["heterogeneity"])
-    truth = exact.expected_gradient(mdp, student, teacher, 1.0)
-    means, variances = exact.moments(mdp, student, teacher, NAMES, GAMMAS, group=GROUP)
+    truth = moments.expected_gradient(mdp, student, teacher, 1.0)
+    means, variances = moments.moments(mdp, student, teacher, NAMES, GAMMAS, group=GROUP)
     bias2 = (means - truth).square().sum((-1, -2)) / truth.square().sum()
     variances = variances / truth.square().sum()
     about = {"seed": setting["seed"], "distance": setting["distance"]}

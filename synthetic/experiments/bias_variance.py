@@ -8,12 +8,12 @@ import pandas as pd
 import torch
 
 from opd import objectives
-from synthetic import exact
-from synthetic.gradients import monte_carlo
-from synthetic.mdp import TabularMDP, random_chain, random_pair
-from synthetic.summary import interval, slopes
-from synthetic.tradeoff import mse, overtaking_batch
-from synthetic.worst import bounds
+from synthetic.analysis.summary import interval, slopes
+from synthetic.analysis.tradeoff import mse, overtaking_batch
+from synthetic.exact import moments
+from synthetic.sampling.monte_carlo import monte_carlo
+from synthetic.worlds.mdp import TabularMDP, random_chain, random_pair
+from synthetic.worlds.worst_case import bounds
 
 CLAIM = (
     "Cutting the future (gamma < 1) buys variance with bias and pays only for small batches; value "
@@ -93,19 +93,19 @@ def measure(setting: dict[str, Any], generator: torch.Generator) -> list[Row]:
     rows: list[Row] = []
     for horizon in horizons:
         mdp = replace(longest, horizon=horizon)
-        truth = exact.expected_gradient(mdp, student, teacher, 1.0)
+        truth = moments.expected_gradient(mdp, student, teacher, 1.0)
         shared = {
             "seed": setting["seed"],
             "horizon": horizon,
             "gradient2": float(truth.square().sum()),
-            "kl_per_token": float(exact.sequence_kl(mdp, student, teacher).total) / horizon,
+            "kl_per_token": float(moments.sequence_kl(mdp, student, teacher).total) / horizon,
         }
         sampled = (
             _sampled(mdp, student, teacher, setting["samples"], generator)
             if horizon == checked
             else {}
         )
-        means, variances = exact.moments(mdp, student, teacher, NAMES, GAMMAS)
+        means, variances = moments.moments(mdp, student, teacher, NAMES, GAMMAS)
         for name, mean, variance in zip(NAMES, means, variances, strict=True):
             bias2 = (mean - truth).square().sum((-1, -2))
             for i, gamma in enumerate(GAMMAS):

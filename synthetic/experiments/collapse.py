@@ -8,8 +8,8 @@ import pandas as pd
 import torch
 
 from opd import objectives
-from synthetic.prefixes import expected
-from synthetic.summary import interval
+from synthetic.analysis.summary import interval
+from synthetic.sampling.free_logits import expected
 
 CLAIM = (
     "Un-normalised top-K descends to p(S) = q(S)/e, even from a student that equals its teacher: "

@@ -7,17 +7,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from synthetic import exact
-from synthetic.drift import (
-    DriftChain,
-    Knobs,
-    drift_chain,
-    masked_moments,
-    quantiles,
-    token_weights,
-    top_share,
-)
-from synthetic.summary import interval
+from synthetic.analysis.summary import interval
+from synthetic.exact import moments
+from synthetic.exact.token_weights import masked_moments, quantiles, token_weights, top_share
+from synthetic.worlds.drift_chain import DriftChain, Knobs, drift_chain
 
 CLAIM = (
     "A rare forbidden tag carries a large part of the signal and most of the gradient's noise; "
@@ -171,11 +164,11 @@ def positions(chain: DriftChain) -> list[Row]:
 def gradients(chain: DriftChain) -> list[Row]:
     """What entering the loop is worth, and what the special tag does to gradient and noise."""
     mdp, student, teacher = chain.mdp, chain.student, chain.teacher
-    means, variances = exact.moments(mdp, student, teacher, "plain", GAMMAS)
+    means, variances = moments.moments(mdp, student, teacher, "plain", GAMMAS)
     spared = teacher.clone()
     spared[:, chain.special_token] = student[:, chain.special_token]
     # the tag's cost would be charged to staying out of the loop, where the tag is drawn
-    untagged = exact.expected_gradient(mdp, student, spared, GAMMAS)
+    untagged = moments.expected_gradient(mdp, student, spared, GAMMAS)
     rows: list[Row] = []
     for gamma, mean, variance, alone in zip(GAMMAS, means, variances, untagged, strict=True):
         clean, quiet = masked_moments(chain, "plain", gamma, chain.special_token)
@@ -190,7 +183,7 @@ def gradients(chain: DriftChain) -> list[Row]:
             }
         )
     for k in (2, 4, 6, 8):
-        pair = [exact.moments(mdp, student, x, "teacher_topk", k=k)[0] for x in (teacher, spared)]
+        pair = [moments.moments(mdp, student, x, "teacher_topk", k=k)[0] for x in (teacher, spared)]
         rows.append({"k": k, "topk_tag_cosine": cosine(*pair)})
     return rows
 
@@ -212,7 +205,7 @@ def training(chain: DriftChain, iterations: int, rate: float) -> list[Row]:
         now = replace(chain, teacher=spared)
         for iteration in range(iterations + 1):
             if iteration in marks:
-                at = exact.sequence_kl(now.mdp, now.student, now.teacher)
+                at = moments.sequence_kl(now.mdp, now.student, now.teacher)
                 mass = float(at.occupancy[-1, chain.loop])
                 row = {"gamma": gamma, "iteration": iteration, "sequence_kl": float(at.total)}
                 rows.append(row | {"loop_path": mass})
@@ -220,7 +213,7 @@ def training(chain: DriftChain, iterations: int, rate: float) -> list[Row]:
                     rows.append({"loop_start": mass})
                 if iteration == iterations:
                     rows.append({"gamma": gamma, "loop_end": mass})
-            step = exact.expected_gradient(now.mdp, now.student, now.teacher, gamma)
+            step = moments.expected_gradient(now.mdp, now.student, now.teacher, gamma)
             scale = rate * now.mdp.horizon / step.norm().clamp(min=now.mdp.horizon)
             now = replace(now, student=now.student - scale * step)
     return rows

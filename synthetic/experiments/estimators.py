@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from synthetic import exact
+from synthetic.analysis.summary import interval
 from synthetic.estimators import FAMILY, LOCAL
-from synthetic.mdp import ending, nucleus, random_chain, random_pair
-from synthetic.summary import interval
+from synthetic.exact import moments
+from synthetic.worlds.mdp import ending, nucleus, random_chain, random_pair
 
 CLAIM = (
     "Of all estimators in use, only sequence-level ones are unbiased for the sequence KL. Local "
@@ -67,14 +67,14 @@ def measure(setting: dict[str, Any], generator: torch.Generator) -> list[Row]:
     chain = random_chain(*shape, generator, mixing=0.1)
     mdp = ending(chain, torch.tensor(setting["stop"]))
     student, teacher = random_pair(mdp, generator, 1.0, 0.5)
-    truth = exact.expected_gradient(mdp, student, teacher, 1.0)
+    truth = moments.expected_gradient(mdp, student, teacher, 1.0)
     rows: list[Row] = []
 
     samplers = {"top_p 0.9": nucleus(student, 0.9), "temperature 0.7": nucleus(student, 1.0, 0.7)}
 
     def add(name: str, gamma: float, **how: str) -> None:
         how = PLAIN | how
-        found = exact.moments(
+        found = moments.moments(
             mdp,
             student,
             teacher,

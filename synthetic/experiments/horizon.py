@@ -8,10 +8,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from synthetic import exact
-from synthetic.mdp import TabularMDP, random_chain, random_pair
-from synthetic.summary import interval, slopes
-from synthetic.worst import bounds, constant_cost
+from synthetic.analysis.summary import interval, slopes
+from synthetic.exact import moments
+from synthetic.worlds.mdp import TabularMDP, random_chain, random_pair
+from synthetic.worlds.worst_case import bounds, constant_cost
 
 CLAIM = (
     "In mixing chains the variance of one trajectory's gradient grows linearly at gamma = 0 and "
@@ -95,13 +95,13 @@ def measure(setting: dict[str, Any], generator: torch.Generator) -> list[Row]:
         mdp = replace(longest, horizon=horizon)
         for name in dict.fromkeys(name for name, _ in CURVES):
             gammas = [gamma for other, gamma in CURVES if other == name]
-            _, variance = exact.moments(mdp, student, teacher, name, gammas)
+            _, variance = moments.moments(mdp, student, teacher, name, gammas)
             rows += [
                 {**about, "estimator": name, "gamma": g, "horizon": horizon, "variance": float(v)}
                 for g, v in zip(gammas, variance, strict=True)
             ]
         tight, published = bounds(mdp, student, teacher, 1.0)
-        worst = exact.moments(*constant_cost(horizon), "plain", 1.0)[1]
+        worst = moments.moments(*constant_cost(horizon), "plain", 1.0)[1]
         rows.append(
             {**about, "horizon": horizon, "tight": tight, "published": published}
             | {"attained": float(worst) / (0.5 * horizon**3)}
@@ -138,7 +138,7 @@ def coefficients(mdp: TabularMDP, student: Tensor, teacher: Tensor) -> Row:
     score2 = float(stationary @ (1 - p.square().sum(-1)))
     horizons = np.array([mdp.horizon // 16 * i for i in (4, 6, 8, 12, 16)], dtype=np.float64)
     values = [
-        float(exact.moments(replace(mdp, horizon=int(t)), student, teacher, "plain", 1.0)[1])
+        float(moments.moments(replace(mdp, horizon=int(t)), student, teacher, "plain", 1.0)[1])
         for t in horizons
     ]
     columns = np.stack([horizons**i for i in (3, 2, 1, 0)], 1) / np.array(values)[:, None]

@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from synthetic import curvature
-from synthetic.mdp import random_chain, random_pair
-from synthetic.summary import interval
-from synthetic.tradeoff import best_improvement
+from synthetic.analysis.summary import interval
+from synthetic.analysis.tradeoff import best_improvement
+from synthetic.exact import curvature
+from synthetic.worlds.mdp import random_chain, random_pair
 
 CLAIM = (
     "Judged by how much one step of descent lowers the sequence KL, not by squared error, "

@@ -9,9 +9,9 @@ import pandas as pd
 import torch
 
 from opd import objectives
-from synthetic import learn, shared
-from synthetic.run import derive
-from synthetic.summary import interval
+from synthetic.analysis.summary import interval
+from synthetic.learning import descent, students
+from synthetic.seeds import derive
 
 CLAIM = (
     "With a student that cannot represent its teacher the optima of token and sequence level "
@@ -103,20 +103,20 @@ def measure(setting: dict[str, Any], generator: torch.Generator) -> list[Row]:
     sizes = {key: setting[key] for key in ("shape", "features", "hidden", "world")}
     draw = derive("learning world", sizes)
     shape = tuple(setting["shape"])
-    task = shared.capacity_limited(shape, setting["features"], setting["hidden"], 0.05, draw)
+    task = students.capacity_limited(shape, setting["features"], setting["hidden"], 0.05, draw)
     start = task.student.start(1, draw)
     rates, end = RATES[setting["optimizer"]], setting["iterations"]
     tried = [rate for rate in rates for _ in range(TUNING)]
-    ends = shared.progress(task, _trained(task, start, setting, tried, [end], generator)[end])
+    ends = students.progress(task, _trained(task, start, setting, tried, [end], generator)[end])
     best = best_rate(rates, ends.sequence_kl.view(len(rates), TUNING))
     marks = sorted({round(end * i / 10) for i in range(11)})
     path = _trained(task, start, setting, [best] * setting["seeds"], marks, generator)
     about = {"seed": setting["world"]}
     about |= {key: setting[key] for key in ("objective", "optimizer", "clip")}
-    first = shared.progress(task, start).sequence_kl
+    first = students.progress(task, start).sequence_kl
     rows: list[Row] = []
     for iteration, parameters in path.items():
-        now = shared.progress(task, parameters)
+        now = students.progress(task, parameters)
         row = {metric: float(getattr(now, metric).mean()) for metric in METRICS}
         row["worst_kl"] = float(now.sequence_kl.max())
         row["diverged"] = diverged(now.sequence_kl, first)
@@ -128,7 +128,7 @@ def measure(setting: dict[str, Any], generator: torch.Generator) -> list[Row]:
 
 
 def _trained(
-    task: shared.Task,
+    task: students.Task,
     start: torch.Tensor,
     setting: dict[str, Any],
     rates: list[float],
@@ -138,8 +138,8 @@ def _trained(
     """{iteration: parameters (R, D)} of one run a rate, all from the same start (1, D)."""
     name, gamma, baseline = OBJECTIVES[setting["objective"]]
     each = torch.tensor(rates, dtype=torch.float64)
-    by = learn.sgd(each) if setting["optimizer"] == "sgd" else learn.adam(each, start.shape[1])
-    return learn.train(
+    by = descent.sgd(each) if setting["optimizer"] == "sgd" else descent.adam(each, start.shape[1])
+    return descent.train(
         task,
         start.expand(len(rates), -1).clone(),
         objectives.make(name, gamma, baseline, collapse_accepted=True),
@@ -165,13 +165,13 @@ def diverged(sequence_kl: torch.Tensor, first: torch.Tensor) -> float:
     return float((~(sequence_kl <= DIVERGED * first)).double().mean())
 
 
-def _optima(task: shared.Task, start: torch.Tensor, draw: torch.Generator) -> Row:
+def _optima(task: students.Task, start: torch.Tensor, draw: torch.Generator) -> Row:
     """The token-level fixed point, the sequence-level optimum beside it, and the best one found."""
-    token = shared.token_optimum(task, start[0])
-    beside = shared.optimum(task, token[None])
+    token = students.token_optimum(task, start[0])
+    beside = students.optimum(task, token[None])
     others = torch.cat([start, beside[None], *(task.student.start(1, draw) for _ in range(3))])
-    found = torch.stack([token, beside, shared.optimum(task, others)])
-    at = shared.progress(task, found)
+    found = torch.stack([token, beside, students.optimum(task, others)])
+    at = students.progress(task, found)
     fixed, near, least = at.sequence_kl.tolist()
     return {
         "least_kl": least,

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from diagnostics.errors import InvalidInput
-from synthetic import exact
-from synthetic.mdp import TabularMDP, random_chain, random_pair
-from synthetic.summary import interval
-from synthetic.tradeoff import optimal_gamma, overtaking_batch
+from synthetic.analysis.summary import interval
+from synthetic.analysis.tradeoff import optimal_gamma, overtaking_batch
+from synthetic.exact import moments
+from synthetic.worlds.mdp import TabularMDP, random_chain, random_pair
 
 CLAIM = (
     "Where a run stands on the plane of batch size and KL of a response says most of what its best "
@@ -73,8 +73,8 @@ def measure(setting: dict[str, Any], generator: torch.Generator) -> list[Row]:
     rows = []
     for cost in COSTS:
         there = student + distance(mdp, student, teacher - student, cost) * (teacher - student)
-        truth = exact.expected_gradient(mdp, student, there, 1.0)
-        means, variances = exact.moments(mdp, student, there, NAMES, GAMMAS)
+        truth = moments.expected_gradient(mdp, student, there, 1.0)
+        means, variances = moments.moments(mdp, student, there, NAMES, GAMMAS)
         unit = truth.square().sum()
         bias2 = (means - truth).square().sum((-1, -2)) / unit
         rows += [
@@ -94,11 +94,11 @@ def distance(mdp: TabularMDP, student: Tensor, offset: Tensor, cost: float) -> f
       ValueError: there is none below 1000.
     """
     low, high = 0.0, 1000.0
-    if float(exact.sequence_kl(mdp, student, student + high * offset).total) < cost:
+    if float(moments.sequence_kl(mdp, student, student + high * offset).total) < cost:
         raise InvalidInput(f"no teacher along this offset is {cost} nats a response away")
     for _ in range(60):
         middle = (low + high) / 2
-        near = float(exact.sequence_kl(mdp, student, student + middle * offset).total) < cost
+        near = float(moments.sequence_kl(mdp, student, student + middle * offset).total) < cost
         low, high = (middle, high) if near else (low, middle)
     return high
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from opd import objectives
-from synthetic.prefixes import expected
-from synthetic.summary import interval
+from synthetic.analysis.summary import interval
+from synthetic.sampling.free_logits import expected
 
 CLAIM = (
     "A small support hides most of the gradient. Un-normalised top-K points away from the full "

@@ -8,9 +8,9 @@ import pandas as pd
 import torch
 from scipy import stats
 
-from synthetic import distil, gaussian
-from synthetic.gaussian import BATCH, GAMMAS, TARGETS, Choices
-from synthetic.summary import interval
+from synthetic.analysis.summary import interval
+from synthetic.toy import control, distillation
+from synthetic.toy.control import BATCH, GAMMAS, TARGETS, Choices
 
 CLAIM = (
     "The published metric mixes the estimator's variance with where its own training path went. At "
@@ -116,10 +116,10 @@ def measure(setting: dict[str, Any], generator: torch.Generator) -> list[Row]:
     """
     how = {"teacher_iterations": setting["teacher_iterations"], **VARIANTS[setting["variant"]]}
     choices, last = Choices(**how), setting["iterations"]
-    teachers = gaussian.train_teachers(choices, generator)
-    students = gaussian.fresh(len(GAMMAS), 3, choices.hidden, choices.sigma_floor, generator)
+    teachers = control.train_teachers(choices, generator)
+    students = control.fresh(len(GAMMAS), 3, choices.hidden, choices.sigma_floor, generator)
     kept = sorted({0, last, *(i for i in (30, 100, 300, 1000) if i < last)})
-    done = distil.distil(students, teachers, GAMMAS, last, kept, BATCH, choices, generator)
+    done = distillation.distil(students, teachers, GAMMAS, last, kept, BATCH, choices, generator)
     about = {"seed": setting["seed"], "variant": setting["variant"]}
     rows: list[Row] = []
     for iteration in range(0, last, 10 if last > 100 else 2):
@@ -146,9 +146,9 @@ def _pairs(values: list[float]) -> list[tuple[float, float]]:
 
 
 def _equal(
-    networks: gaussian.Networks,
+    networks: control.Networks,
     path: float,
-    teachers: tuple[gaussian.Networks, gaussian.Networks],
+    teachers: tuple[control.Networks, control.Networks],
     count: int,
     choices: Choices,
     generator: torch.Generator,
@@ -156,15 +156,15 @@ def _equal(
     """Unbiased variances of all discounts at one policy, of all layers and of the last."""
     student, rows = networks.of(GAMMAS.index(path), 1), []
     for task, teacher in enumerate(teachers):
-        noise = torch.randn(count, gaussian.HORIZON, generator=generator, dtype=torch.float64)
-        each = distil.trajectory_gradients(student, teacher, task, GAMMAS, noise, choices)
+        noise = torch.randn(count, control.HORIZON, generator=generator, dtype=torch.float64)
+        each = distillation.trajectory_gradients(student, teacher, task, GAMMAS, noise, choices)
         flat = [torch.cat([x.flatten(1) for x in layers], 1) for layers in each]
-        norm2 = float(distil.squared_mean(flat[-1]))
+        norm2 = float(distillation.squared_mean(flat[-1]))
         for gamma, layers, whole in zip(GAMMAS, each, flat, strict=True):
             numbers = {
-                "variance": float(distil.total_variance(whole)),
-                "output_variance": float(distil.total_variance(layers[-1])),
-                "bias2": float(distil.squared_mean(whole - flat[-1])),
+                "variance": float(distillation.total_variance(whole)),
+                "output_variance": float(distillation.total_variance(layers[-1])),
+                "bias2": float(distillation.squared_mean(whole - flat[-1])),
                 "norm2": norm2,
             }
             rows.append({"gamma": gamma, "task": TASKS[task], **numbers})
@@ -172,8 +172,8 @@ def _equal(
 
 
 def _final(
-    done: distil.Distilled,
-    teachers: tuple[gaussian.Networks, gaussian.Networks],
+    done: distillation.Distilled,
+    teachers: tuple[control.Networks, control.Networks],
     count: int,
     choices: Choices,
     generator: torch.Generator,
@@ -181,8 +181,8 @@ def _final(
     rows: list[Row] = []
     edges = np.arange(-8.0, 8.01, 0.25)
     for task, teacher in enumerate(teachers):
-        noise = torch.randn(count, gaussian.HORIZON, generator=generator, dtype=torch.float64)
-        found = distil.outcome(done.students, teacher, task, noise, choices)
+        noise = torch.randn(count, control.HORIZON, generator=generator, dtype=torch.float64)
+        found = distillation.outcome(done.students, teacher, task, noise, choices)
         away = (found[0][..., -1] - TARGETS[task]).abs().mean(1)
         columns = [x.nan_to_num(INFINITE, INFINITE).tolist() for x in (away, *found[1:])]
         for i, gamma in enumerate(GAMMAS):
@@ -195,7 +195,7 @@ def _final(
             )
             if gamma not in (0.0, 0.5, 1.0):
                 continue
-            for step in range(gaussian.HORIZON + 1):
+            for step in range(control.HORIZON + 1):
                 counts, _ = np.histogram(found[0][i, :, step].numpy(), edges)
                 rows += [
                     {"kind": "visits", **at, "step": step}

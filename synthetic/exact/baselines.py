@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diagnostics.errors import InvalidInput
 from synthetic.estimators import Terms
-from synthetic.recursion import Shared, Table, carry, products
+from synthetic.exact.recursion import Shared, Table, carry, products
 
 _TINY = torch.finfo(torch.float64).tiny
 

@@ -12,7 +12,7 @@ from diagnostics.batch import Prefix, Scored, Support
 from diagnostics.core.distribution_stats import functionals
 from diagnostics.errors import InvalidInput
 from opd.supports import JOINED
-from synthetic.mdp import TabularMDP
+from synthetic.worlds.mdp import TabularMDP
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from opd.objectives import Objective
-from synthetic.gradients import visit_gradients
-from synthetic.mdp import TabularMDP
-from synthetic.sample import scored, with_support
+from synthetic.sampling.monte_carlo import visit_gradients
+from synthetic.sampling.trajectories import scored, with_support
+from synthetic.worlds.mdp import TabularMDP
 
 
 def prefixes(count: int, actions: int) -> TabularMDP:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.errors import InvalidInput
-from synthetic.mdp import TabularMDP
+from synthetic.worlds.mdp import TabularMDP
 
 
 def bounds(

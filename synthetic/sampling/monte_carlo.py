@@ -1,6 +1,6 @@
 """Sampled gradients, through the very objectives that train a language model.
 
-Monte Carlo here validates `synthetic.exact` and trains the study's students.
+Monte Carlo here validates `synthetic.exact.moments` and trains the study's students.
 
 Shapes: B trajectories, T steps, S states, A actions, E objectives compared on common trajectories.
 """
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from diagnostics.errors import InvalidInput
 from opd.objectives import Objective, reduce
-from synthetic.mdp import TabularMDP
-from synthetic.sample import Trajectories, sample, with_baseline, with_support
+from synthetic.sampling.trajectories import Trajectories, sample, with_baseline, with_support
+from synthetic.worlds.mdp import TabularMDP
 
 
 def visit_gradients(

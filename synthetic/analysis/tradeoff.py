@@ -33,7 +33,7 @@ def overtaking_batch(bias2: Array, variance: Array, unbiased_variance: Array) ->
 def improvement(slope: Array, curvature: Array, noise: Array, n: float, rate: float) -> Array:
     """Second-order decrease of J by a step of size `rate` along the mean of n estimates.
 
-    rate slope - rate^2 / 2 (curvature + noise / n), of the parts in `synthetic.curvature.Step`.
+    rate slope - rate^2 / 2 (curvature + noise / n), of the parts in `synthetic.exact.curvature.Step`.
     """
     return rate * np.asarray(slope) - rate**2 / 2 * (np.asarray(curvature) + np.asarray(noise) / n)
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from synthetic.estimators import Terms
-from synthetic.mdp import TabularMDP
+from synthetic.worlds.mdp import TabularMDP
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from opd import objectives
-from synthetic.gaussian import (
+from synthetic.toy.control import (
     HORIZON,
     MICRO,
     Adam,

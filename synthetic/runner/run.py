@@ -25,9 +25,9 @@ from diagnostics.io.provenance import code_state
 
 if TYPE_CHECKING:
     import pandas as pd
-    import torch
+from synthetic.seeds import canonical_json, derive
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ROOT / "figures" / "data"
 PACKAGES = ("synthetic", "diagnostics", "opd")
 
@@ -44,14 +44,6 @@ def load(name: str) -> ModuleType:
     if name not in list_experiments():
         raise InvalidInput(f"unknown experiment {name!r}; known: {', '.join(list_experiments())}")
     return import_module(f"synthetic.experiments.{name}")
-
-
-def derive(name: str, setting: dict[str, Any]) -> "torch.Generator":
-    """A generator that depends on the experiment and the setting alone, on every machine."""
-    import torch
-
-    digest = hashlib.sha256(f"{name} {_canonical(setting)}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def run(
@@ -75,7 +67,7 @@ def run(
     import pandas as pd
     from tqdm import tqdm
 
-    from synthetic.cluster import compute
+    from synthetic.runner.backends import compute
 
     experiment = load(name)
     if preset not in experiment.SETTINGS:
@@ -126,7 +118,7 @@ def measure_cell(name: str, setting: dict[str, Any], key: str) -> tuple[str, dic
         rows = load(name).measure(setting, derive(name, setting))
         seconds = time.process_time() - begin
     except (ValueError, ArithmeticError, LookupError, RuntimeError) as error:
-        raise OperationFailed(f"{name}: {error} in the cell {_canonical(setting)}") from error
+        raise OperationFailed(f"{name}: {error} in the cell {canonical_json(setting)}") from error
     finally:
         torch.set_num_threads(threads)
     return key, {"setting": setting, "seconds": seconds, "rows": rows}
@@ -265,12 +257,8 @@ def main(argv: list[str] | None = None) -> None:
             update_figures(name, given.preset, given.out)
 
 
-def _canonical(setting: dict[str, Any]) -> str:
-    return json.dumps(setting, sort_keys=True)
-
-
 def _key(name: str, setting: dict[str, Any]) -> str:
-    text = f"{name} {_canonical(setting)} {fingerprint(name)}"
+    text = f"{name} {canonical_json(setting)} {fingerprint(name)}"
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 

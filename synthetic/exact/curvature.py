@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from synthetic import exact
-from synthetic.mdp import TabularMDP
+from synthetic.exact import moments
+from synthetic.worlds.mdp import TabularMDP
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,7 +33,7 @@ def hessian(mdp: TabularMDP, student_logits: Tensor, teacher_logits: Tensor) -> 
     """(D, D) second derivatives of the sequence KL with respect to the student's logits."""
 
     def total(flat: Tensor) -> Tensor:
-        return exact.sequence_kl(mdp, flat.view_as(student_logits), teacher_logits).total
+        return moments.sequence_kl(mdp, flat.view_as(student_logits), teacher_logits).total
 
     start = student_logits.detach().to(torch.float64).flatten()
     return torch.autograd.functional.hessian(total, start)
@@ -50,12 +50,12 @@ def step(
     positive curvature less that of the negative ones.
     """
     pair = student_logits, teacher_logits
-    mean, _ = exact.moments(mdp, *pair, estimators, gammas)
+    mean, _ = moments.moments(mdp, *pair, estimators, gammas)
     mean, curved = mean.flatten(2), hessian(mdp, *pair)
     bend, along = torch.linalg.eigh(curved)
     noise = torch.zeros(mean.shape[:2], dtype=torch.float64)
     for sign in (1, -1):
         scaled = (along * (sign * bend).clamp(min=0).sqrt()).view(*student_logits.shape, -1)
-        noise += sign * exact.moments(mdp, *pair, estimators, gammas, jacobian=scaled)[1]
-    slope = mean @ exact.expected_gradient(mdp, *pair, 1.0).flatten()
+        noise += sign * moments.moments(mdp, *pair, estimators, gammas, jacobian=scaled)[1]
+    slope = mean @ moments.expected_gradient(mdp, *pair, 1.0).flatten()
     return Step(slope=slope, curvature=((mean @ curved) * mean).sum(-1), noise=noise)

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from diagnostics.errors import InvalidInput
 from opd.credit import RATIOS, check_gamma
-from synthetic import baselines
 from synthetic.estimators import ESTIMATORS, Estimator, terms
-from synthetic.mdp import TabularMDP
-from synthetic.recursion import Rows, Shared, Table, propagate
+from synthetic.exact import baselines
+from synthetic.exact.recursion import Rows, Shared, Table, propagate
+from synthetic.worlds.mdp import TabularMDP
 
 __all__ = ["ESTIMATORS", "SequenceKL", "baseline", "expected_gradient", "moments", "sequence_kl"]
 

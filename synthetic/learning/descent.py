@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from opd.objectives import Objective
-from synthetic.gradients import batch_gradient
-from synthetic.sample import Trajectories, looked_up, walk, with_support
-from synthetic.shared import Task
+from synthetic.learning.students import Task
+from synthetic.sampling.monte_carlo import batch_gradient
+from synthetic.sampling.trajectories import Trajectories, looked_up, walk, with_support
 
 Optimizer = Callable[[Tensor], Tensor]
 """Gradients (R, D) -> changes (R, D)."""

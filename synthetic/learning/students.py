@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from diagnostics.errors import InvalidInput
-from synthetic import exact
-from synthetic.mdp import TabularMDP, random_chain
+from synthetic.exact import moments
+from synthetic.worlds.mdp import TabularMDP, random_chain
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +107,7 @@ def token_optimum(task: Task, start: Tensor, rounds: int = 30) -> Tensor:
     parameters = start.clone()
     for _ in range(rounds):
         logits = task.student.logits(parameters[None])[0]
-        visits = exact.sequence_kl(task.mdp, logits, task.teacher).occupancy.detach()
+        visits = moments.sequence_kl(task.mdp, logits, task.teacher).occupancy.detach()
         parameters = _minimised(task, parameters, visits)
     return parameters
 
@@ -124,7 +124,7 @@ def _minimised(task: Task, parameters: Tensor, visits: Tensor | None) -> Tensor:
 
     def loss() -> Tensor:
         search.zero_grad()
-        parts = exact.sequence_kl(task.mdp, task.student.logits(live[None])[0], task.teacher)
+        parts = moments.sequence_kl(task.mdp, task.student.logits(live[None])[0], task.teacher)
         value = parts.total if visits is None else (visits @ parts.local).sum()
         value.backward()
         return value
