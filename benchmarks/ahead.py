@@ -22,8 +22,8 @@ from diagnostics.batch import Scored, load
 from diagnostics.core.totals import read
 from diagnostics.metrics.consistency import sampler_weights
 from diagnostics.records import rows
-from opd.config import Config
-from opd.train import train
+from opd.config.settings import Config
+from opd.training.train import train
 
 PARTS = ("rollout", "score", "update", "record")
 

@@ -26,7 +26,7 @@ from diagnostics.gradients.proxies import (
 )
 from diagnostics.gradients.signal_noise import Pairs, pairs, signal_and_noise
 from diagnostics.gradients.sketch import no_projection, sequence_sketches, token_sketches
-from opd.credit import to_go
+from opd.objectives.credit import to_go
 from synthetic.exact import moments
 from synthetic.sampling.trajectories import sample
 from synthetic.worlds.mdp import TabularMDP, ending, random_chain, random_pair, token_chain

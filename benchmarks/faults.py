@@ -27,9 +27,9 @@ from diagnostics.alarms.rules import RULES
 from diagnostics.errors import InvalidInput
 from diagnostics.records import rows
 from diagnostics.records.rows import Row
-from opd import train
-from opd.config import Config
-from opd.lab import make_tokenizer
+from opd.config.settings import Config
+from opd.lab.build import make_tokenizer
+from opd.training import train
 
 FAULTS: dict[str, Fault] = {**SAMPLING_FAULTS, **SILENT_FAULTS}
 HEALTHY_STEPS = 8

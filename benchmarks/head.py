@@ -28,11 +28,11 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.study import cpu
 from diagnostics.batch import Scored, Support
-from opd.head import Head, full_logits, two_stage_topk
-from opd.loss import loss_from_hidden
-from opd.model import Model, Pair
-from opd.objectives import OBJECTIVES
-from opd.surrogates import renormalise, reverse_kl
+from opd.models.lm_head import Head, full_logits, two_stage_topk
+from opd.models.model import Model, Pair
+from opd.objectives.factory import OBJECTIVES
+from opd.objectives.surrogates import renormalise, reverse_kl
+from opd.scoring.loss import loss_from_hidden
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import Rollouts
-from opd import scoring, train
-from opd.compositions import ERRORS
-from opd.config import Config
-from opd.engines import Engine, InProcess
-from opd.model import Model, Pair, response_hidden, split, spread
-from opd.objectives import Objective, make
-from opd.roles import make_pair, make_pairs
+from opd.config.settings import Config
+from opd.models.model import Model, Pair, response_hidden, split, spread
+from opd.objectives.catalogue import ERRORS
+from opd.objectives.factory import Objective, make
+from opd.rollouts.factory import Engine, InProcess
+from opd.scoring import score
+from opd.teachers.factory import make_pair, make_pairs
+from opd.training import train
 
 Change = Callable[[Engine, Any, Any, dict[str, Any]], Rollouts]
 
@@ -180,7 +181,7 @@ SAMPLING_FAULTS: dict[str, Fault] = {
     "mask shifted by one": Fault(lambda: sampled_by(shifted_mask)),
     "padding counted": Fault(lambda: sampled_by(padding)),
     "stale weights": Fault(lambda: sampled_by(whole, frozen=True)),
-    "scored one token late": Fault(lambda: patch.object(scoring, "response_hidden", late)),
+    "scored one token late": Fault(lambda: patch.object(score, "response_hidden", late)),
     "k1 differentiated": Fault(lambda: patch.object(train, "make_objective", k1)),
     "wrong sign": Fault(lambda: patch.object(train, "make_objective", upside_down)),
     "un-normalised top-K": Fault(

@@ -27,8 +27,8 @@ from diagnostics.core.totals import pack
 from diagnostics.monitor import PANEL, Metric
 from diagnostics.records import rows
 from diagnostics.records.rows import Row
-from opd import train
-from opd.config import Config
+from opd.config.settings import Config
+from opd.training import train
 
 PAIRS = {
     "smallest": (268, 32, 2, 8, 64),

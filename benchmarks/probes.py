@@ -33,9 +33,9 @@ from diagnostics.gradients.sketch import (
     token_energies,
     token_sketches,
 )
-from opd.data import Prompts
-from opd.model import Model, Pair, log_probabilities, response_hidden, split
-from opd.probing import below_head, hidden_slopes
+from opd.data.tasks import Prompts
+from opd.models.model import Model, Pair, log_probabilities, response_hidden, split
+from opd.training.gradient_probe import below_head, hidden_slopes
 
 CHUNK = 512
 

@@ -23,13 +23,13 @@ from urllib.parse import urlsplit
 
 import torch
 
-from opd.data import encode
-from opd.model import Pair, load_pair
-from opd.problems import problems
-from opd.remote import Remote, connect
-from opd.rollout import sample
-from opd.scoring import score_support
-from opd.told import asked
+from opd.data.chain_task import problems
+from opd.data.tasks import encode
+from opd.models.model import Pair, load_pair
+from opd.rollouts.hf_engine import sample
+from opd.scoring.score import score_support
+from opd.teachers.client import Remote, connect
+from opd.teachers.remote_scores import asked
 
 MICRO_TOKENS, CHUNK_ELEMENTS = 4096, 1 << 24
 

@@ -21,7 +21,7 @@ import torch
 
 from diagnostics.batch import Prefix, Scored, Support, load
 from diagnostics.records import rows
-from opd import report
+from opd.report import build
 
 HOVER = """() => { const spans = [...document.querySelectorAll("#text .t")], times = [];
   const every = Math.max(1, Math.floor(spans.length / 200));
@@ -120,7 +120,7 @@ def main() -> None:
             for i in range(given.runs)
         ]
         start = time.process_time()
-        text = report.page(report.contents(many, 10 * given.response))
+        text = build.page(build.contents(many, 10 * given.response))
         seconds = time.process_time() - start
         page = folder / "page.html"
         page.write_text(text)

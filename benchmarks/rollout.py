@@ -18,10 +18,10 @@ from tempfile import TemporaryDirectory
 import torch
 import transformers
 
-from opd.data import Prompts
-from opd.engines import make_engine
-from opd.lab import make_tokenizer
-from opd.model import Model, load_pair
+from opd.data.tasks import Prompts
+from opd.lab.build import make_tokenizer
+from opd.models.model import Model, load_pair
+from opd.rollouts.factory import make_engine
 
 TEMPERATURE, TOP_P = 1.0, 0.9
 # name: (layers, width, vocabulary, rows, longest prompt, response)

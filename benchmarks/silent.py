@@ -18,13 +18,15 @@ from torch import Tensor
 
 from benchmarks.injected import Fault, Faulty, whole
 from diagnostics.batch import Scored, Support
-from opd import data, scoring, step, train, update
-from opd.config import Config
-from opd.grading import Verdict
-from opd.model import Model, Pair, response_hidden, split
-from opd.objectives import make
-from opd.optimizer import Optimizer
-from opd.roles import make_pairs
+from opd.config.settings import Config
+from opd.data import tasks
+from opd.data.grading.graders import Verdict
+from opd.models.model import Model, Pair, response_hidden, split
+from opd.objectives.factory import make
+from opd.scoring import score
+from opd.teachers.factory import make_pairs
+from opd.training import step, train, update
+from opd.training.optimizer import Optimizer
 
 LATE: dict[str, Any] = {"start_checks": False}
 """Without the checks before the first step, as if the fault came later."""
@@ -84,7 +86,7 @@ def one_network(pair: Pair) -> Pair:
 
 def score_then(change: Callable[[Scored, list[Scored]], Scored]) -> AbstractContextManager[Any]:
     """Scored batches that were changed; `change` also sees the right ones of earlier steps."""
-    plain, earlier = scoring.score, list[Scored]()
+    plain, earlier = score.score, list[Scored]()
 
     def scored(*given: Any, **settings: Any) -> tuple[Scored, Any]:
         batch, states = plain(*given, **settings)
@@ -167,18 +169,18 @@ def positions_from_zero(model: Model, prompts: Any, batch: Any, mask: Tensor) ->
 
 def at_temperature(factor: float) -> AbstractContextManager[Any]:
     """Both models are scored at another temperature than configured."""
-    plain = scoring.log_probabilities
+    plain = score.log_probabilities
 
     def scored(model: Model, hidden: Tensor, temperature: float) -> Tensor:
         return plain(model, hidden, factor * temperature)
 
-    return patch.object(scoring, "log_probabilities", scored)
+    return patch.object(score, "log_probabilities", scored)
 
 
 @contextmanager
 def dropout_later(role: str) -> Iterator[None]:
     """From the second step on, the model is in training mode."""
-    plain, calls = scoring.score, list[int]()
+    plain, calls = score.score, list[int]()
 
     def scored(pair: Pair, *given: Any, **settings: Any) -> Any:
         calls.append(1)
@@ -337,7 +339,7 @@ def graded(reward: float) -> AbstractContextManager[Any]:
 @contextmanager
 def two_bos() -> Iterator[None]:
     """A tokenizer that adds the BOS that its template wrote."""
-    plain = data.encode_one
+    plain = tasks.encode_one
 
     def encode(tokenizer: Any, problem: Any) -> list[int]:
         ids = plain(tokenizer, problem)
@@ -346,7 +348,7 @@ def two_bos() -> Iterator[None]:
     def name_it(pair: Pair) -> None:
         pair.tokenizer.bos_token = "<|im_start|>"
 
-    with patch.object(data, "encode_one", encode), with_pairs(name_it):
+    with patch.object(tasks, "encode_one", encode), with_pairs(name_it):
         yield
 
 
@@ -397,13 +399,13 @@ SILENT_FAULTS: dict[str, Fault] = {
     ),
     "k3 for k2": Fault(lambda: objective_instead("k3"), {"objective": "k2"}),
     "top-K ids a position late": Fault(lambda: support_changed(shift_ids)),
-    "top-K ids a rank late": Fault(lambda: patch.object(scoring, "two_stage_topk", ranks_from_two)),
+    "top-K ids a rank late": Fault(lambda: patch.object(score, "two_stage_topk", ranks_from_two)),
     "support renormalised twice": Fault(lambda: support_changed(renormalise)),
     "support's mass a fifth": Fault(lambda: support_changed(fewer)),
     "support's mass above 1": Fault(lambda: support_changed(double_first)),
     "two BOS": Fault(two_bos),
     "teacher's positions not shifted": Fault(
-        lambda: patch.object(scoring, "response_hidden", positions_from_zero), architecture="gpt2"
+        lambda: patch.object(score, "response_hidden", positions_from_zero), architecture="gpt2"
     ),
     "teacher in bfloat16": Fault(lambda: with_pairs(cast)),
     "teacher in bfloat16, unchecked start": Fault(lambda: with_pairs(cast), LATE),

@@ -68,7 +68,7 @@ def command(pair: Path, out: Path, steps: int, processes: int) -> list[str]:
         "teacher_patience": 120,
     }
     options = [str(x) for name, value in words.items() for x in (f"--{name}", value)]
-    run = ["-m", "opd.cli", "train", "smoke", *options]
+    run = ["-m", "opd.cli.main", "train", "smoke", *options]
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return [sys.executable, *(several if processes > 1 else []), *run]
 
@@ -197,7 +197,7 @@ def main(argv: list[str]) -> None:
     given = parser.parse_args(argv)
     folder, steps, processes = given.folder, given.steps, given.processes
     pair = folder / "pair"
-    lab = [sys.executable, "-m", "opd.cli", "lab", "--tiny", "--out", str(pair)]
+    lab = [sys.executable, "-m", "opd.cli.main", "lab", "--tiny", "--out", str(pair)]
     subprocess.run(lab, check=True)
     with open(folder / "log.txt", "w") as log:
         teacher = server(pair)

@@ -73,7 +73,7 @@ def make_models(folder: Path, given: Any) -> None:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from opd.lab import make_tokenizer
+    from opd.lab.build import make_tokenizer
 
     for seed, name in enumerate(("student", "teacher")):
         torch.manual_seed(seed)
@@ -115,8 +115,8 @@ def summary(ends: list[float], before: float) -> dict[str, float]:
 
 def ours(given: Any) -> dict[str, float]:
     """Our step, with its diagnostics, without the evaluations around it."""
-    from opd import train as trainer
-    from opd.config import Config
+    from opd.config.settings import Config
+    from opd.training import train as trainer
 
     config = Config(
         student=str(given.folder / "student"),

@@ -99,7 +99,7 @@ def refresh(name: str) -> None:
     for line in made_by(name):
         print(f"-- {line}", file=sys.stderr)
         words = [x for word in line.split()[1:] for x in sorted(glob(word)) or [word]]
-        done = subprocess.run([sys.executable, "-m", "opd.cli", *words], check=False)
+        done = subprocess.run([sys.executable, "-m", "opd.cli.main", *words], check=False)
         if done.returncode:
             raise OperationFailed(
                 f"`{line}` ended with {done.returncode}; the same command goes on"

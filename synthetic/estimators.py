@@ -1,4 +1,4 @@
-"""What is compared: names of estimators, each an objective of `opd.objectives` and a baseline.
+"""What is compared: names of estimators, each an objective of `opd.objectives.factory` and a baseline.
 
 The exact engine knows an estimator by its effect on a single token. `terms` finds that by running
 the objective itself on a batch of one-token responses, one for every state and token, so that what
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from diagnostics.errors import InvalidInput
-from opd.credit import BASELINES, RATIOS, given
-from opd.objectives import (
+from opd.objectives.credit import BASELINES, RATIOS, given
+from opd.objectives.factory import (
     OBJECTIVES,
     SUPPORTS,
     Objective,
@@ -28,7 +28,7 @@ from opd.objectives import (
     mean_future,
     sampled_token,
 )
-from opd.supports import JOINED
+from opd.objectives.support import JOINED
 from synthetic.sampling.monte_carlo import visit_gradients
 from synthetic.sampling.trajectories import scored, with_support
 from synthetic.worlds.mdp import TabularMDP
@@ -164,7 +164,7 @@ def terms(
     """What the objective does with each token, found by running it.
 
     Args:
-      ratio: importance weight of `opd.credit.RATIOS`, in place of the objective's own. That of the
+      ratio: importance weight of `opd.objectives.credit.RATIOS`, in place of the objective's own. That of the
         whole sequence is returned as `ratio`, the factor of a token.
 
     Raises:

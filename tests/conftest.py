@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from opd.lab import make_tokenizer
+from opd.lab.build import make_tokenizer
 
 pytest_plugins = ["pytester"]
 

@@ -14,16 +14,16 @@ from torch import Tensor
 
 from diagnostics.batch import Rollouts, Scored, load
 from diagnostics.core.totals import Mean, Total, read
-from opd import endpoint
-from opd.ahead import Ahead, Drawn
-from opd.config import Config
-from opd.data import Prompts, encode
-from opd.loss import loss_from_hidden
-from opd.model import load as load_model
-from opd.model import load_pair, response_hidden
-from opd.objectives import make
-from opd.problems import problems
-from opd.train import train
+from opd.config.settings import Config
+from opd.data.chain_task import problems
+from opd.data.tasks import Prompts, encode
+from opd.models.model import load as load_model
+from opd.models.model import load_pair, response_hidden
+from opd.objectives.factory import make
+from opd.scoring.loss import loss_from_hidden
+from opd.serving import json_endpoint
+from opd.training.prefetch import Ahead, Drawn
+from opd.training.train import train
 from tests.sampling_server import SamplingServer
 from tests.teacher_server import serving
 from tests.test_roles import interrupted_after
@@ -185,7 +185,7 @@ HOW = {
 def servers(
     tiny_pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[list[SamplingServer], tuple[str, ...]]]:
-    monkeypatch.setattr(endpoint, "FIRST_WAIT", 0.02)
+    monkeypatch.setattr(json_endpoint, "FIRST_WAIT", 0.02)
     two = [SamplingServer(tiny_pair[1]) for _ in range(2)]
     with ExitStack() as stack:
         yield two, tuple(stack.enter_context(serving(one)) for one in two)
@@ -203,7 +203,7 @@ def saved(folder: Path, step: int) -> Scored:
 
 def asked_of(folder: Path, config: Config, step: int) -> Prompts:
     """The prompts of a step of the lab's task."""
-    from opd.train import load as load_task
+    from opd.training.train import load as load_task
 
     pair = load_pair(config.student, config.teacher, "cpu", "float32")
     task = load_task(config, pair)

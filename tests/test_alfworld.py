@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from opd.environments.alfred import TASKS, goal_of, household
-from opd.environments.alfworld import Alfworld
-from opd.environments.scene import Scene
-from opd.games import load_games
+from opd.envs.alfworld import Alfworld
+from opd.envs.alfworld_games import TASKS, goal_of, household
+from opd.envs.base import Scene
+from opd.envs.task import load_games
 from tests.test_episodes import Script, played, rows, settings
 from tests.test_episodes import train as train_run
 

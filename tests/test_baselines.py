@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diagnostics.batch import Scored
 from diagnostics.gradients.estimators import member_index, weights
-from opd import objectives as o
+from opd.objectives import factory as o
 
 V, T, END = 3, 3, 0
 PREFIXES = [p for n in range(T) for p in itertools.product((1, 2), repeat=n)]

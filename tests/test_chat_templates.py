@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from opd.data import encode_one
-from opd.doctor import examine
-from opd.lab import make_tokenizer
-from opd.sources import Question
-from opd.train import train
+from opd.analysis.doctor import examine
+from opd.data.sources import Question
+from opd.data.tasks import encode_one
+from opd.lab.build import make_tokenizer
+from opd.training.train import train
 from tests.test_train import settings
 
 STRICT = (

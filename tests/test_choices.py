@@ -8,9 +8,9 @@ import torch
 
 from diagnostics.batch import Prefix, Scored
 from diagnostics.core.distribution_stats import functionals
-from opd import credit
-from opd import objectives as o
-from opd.selection import most_uncertain
+from opd.objectives import credit
+from opd.objectives import factory as o
+from opd.objectives.token_selection import most_uncertain
 from tests.test_objectives import (
     SEQUENCES,
     T,

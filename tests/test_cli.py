@@ -8,10 +8,11 @@ import pytest
 
 from diagnostics.batch import Rollouts, load
 from diagnostics.monitor import Monitor
-from opd import cli, diagnose
-from opd.config import from_json
-from opd.recipes import RECIPES, parse
-from opd.train import train
+from opd.analysis import diagnose
+from opd.cli import main
+from opd.config.recipes import RECIPES, parse
+from opd.config.settings import from_json
+from opd.training.train import train
 from tests.test_train import rows, settings
 
 
@@ -58,9 +59,9 @@ def test_a_strangers_batch_without_optional_parts_says_what_is_missing(run: Path
 
 def test_eval_prints_one_json_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [str(run / "final"), "--problems", "6", "--max-response", "8", "--device", "cpu"]
-    cli.evaluate(words)
+    main.evaluate(words)
     first = capsys.readouterr().out
-    cli.evaluate(words)
+    main.evaluate(words)
     assert capsys.readouterr().out == first
     found = json.loads(first)
     assert found["problems"] == 6
@@ -74,7 +75,7 @@ def test_a_task_file_trains_and_evaluates(tiny_pair, tmp_path: Path) -> None:
     folder = train(settings(tiny_pair, tmp_path / "run", **changes))
     assert len(rows(folder)) == 2
     with pytest.raises(FileNotFoundError, match=re.escape(f"run is {folder / 'final'}")):
-        cli.evaluate([str(folder)])
+        main.evaluate([str(folder)])
     assert json.loads((folder / "evals.jsonl").read_text().splitlines()[-1])["problems"] == 2
 
 

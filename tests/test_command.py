@@ -53,9 +53,9 @@ def environment() -> dict[str, str]:
 @pytest.mark.parametrize(
     "words",
     [
-        ("-m", "opd.cli", "--help"),
-        ("-m", "opd.cli", "train", "smoke", "--show"),
-        ("-m", "opd.cli", "study", "list"),
+        ("-m", "opd.cli.main", "--help"),
+        ("-m", "opd.cli.main", "train", "smoke", "--show"),
+        ("-m", "opd.cli.main", "study", "list"),
         ("-m", "synthetic.runner.run", "list"),
     ],
 )
@@ -83,11 +83,11 @@ def test_a_reader_that_stops_reading_is_no_error(words: tuple[str, ...]) -> None
             ("-m", "synthetic.runner.run", "run", "magic"),
             "opd study: unknown experiment 'magic'; known: ",
         ),
-        (("-m", "opd.cli", "figures", "pie"), "opd figures: unknown figure 'pie'; known: "),
-        (("-m", "opd.cli", "diagnose", "none.jsonl"), "opd diagnose: none.jsonl "),
-        (("-m", "opd.cli", "eval", "m", "--against", "none"), "opd eval: none does not exist"),
-        (("-m", "opd.cli", "eval", "m", "--template", "{"), "--template is not JSON"),
-        (("-m", "opd.cli", "report", "none"), "opd report: none is no run folder"),
+        (("-m", "opd.cli.main", "figures", "pie"), "opd figures: unknown figure 'pie'; known: "),
+        (("-m", "opd.cli.main", "diagnose", "none.jsonl"), "opd diagnose: none.jsonl "),
+        (("-m", "opd.cli.main", "eval", "m", "--against", "none"), "opd eval: none does not exist"),
+        (("-m", "opd.cli.main", "eval", "m", "--template", "{"), "--template is not JSON"),
+        (("-m", "opd.cli.main", "report", "none"), "opd report: none is no run folder"),
     ],
 )
 def test_every_entry_point_answers_in_one_line(words: tuple[str, ...], said: str) -> None:
@@ -131,7 +131,7 @@ def test_a_package_that_is_missing_and_one_that_is_broken_are_told_apart(
 def test_a_logger_says_why_it_cannot_be_imported(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from opd.loggers import open_loggers
+    from opd.training.trackers import open_loggers
 
     (tmp_path / f"{name}.py").write_text("raise ImportError('built for another numpy')")
     monkeypatch.syspath_prepend(str(tmp_path))

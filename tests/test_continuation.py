@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from opd import continuation
-from opd.data import encode
-from opd.model import load_pair, response_hidden
-from opd.problems import Problem
-from opd.rollout import sample
-from opd.train import train
+from opd.analysis import continuation
+from opd.data.chain_task import Problem
+from opd.data.tasks import encode
+from opd.models.model import load_pair, response_hidden
+from opd.rollouts.hf_engine import sample
+from opd.training.train import train
 from tests.test_train import settings
 
 

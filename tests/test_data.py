@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from opd.data import (
+from opd.data.chain_task import Problem
+from opd.data.grading.graders import grade_exact, grade_math, grade_numeric
+from opd.data.sources import Columns, Question, read_problems, read_rows
+from opd.data.tasks import (
     drop_long,
     encode,
     encode_one,
@@ -17,10 +20,7 @@ from opd.data import (
     refuse_long,
     split,
 )
-from opd.grading import grade_exact, grade_math, grade_numeric
-from opd.lab import make_tokenizer
-from opd.problems import Problem
-from opd.sources import Columns, Question, read_problems, read_rows
+from opd.lab.build import make_tokenizer
 
 ROWS = [{"prompt": f"{i}+1?", "answer": i + 1, "task": "ab"[i % 2]} for i in range(30)]
 

@@ -14,12 +14,12 @@ import pytest
 from transformers import GenerationConfig
 
 from diagnostics.errors import InvalidInput
-from opd.data import encode_one, load_task
-from opd.evaluate import evaluate_folder
-from opd.lab import make_tokenizer
-from opd.named import BOXED
-from opd.sources import Columns, Question, read_problems, read_rows
-from opd.train import train
+from opd.data.benchmarks import BOXED
+from opd.data.sources import Columns, Question, read_problems, read_rows
+from opd.data.tasks import encode_one, load_task
+from opd.evaluation.evaluate import evaluate_folder
+from opd.lab.build import make_tokenizer
+from opd.training.train import train
 from tests.test_train import rows, settings
 
 PLAIN: list[dict] = [{"prompt": f"{i}+1?", "answer": str(i + 1)} for i in range(12)]
@@ -155,7 +155,7 @@ def test_chats_come_as_lists_arrays_or_json(tmp_path: Path) -> None:
     source = written(tmp_path / "p.jsonl", [{"prompt": c, "answer": "1"} for c in chats])
     for problem in read_problems(source):
         assert problem.chat == (("system", "s"), ("user", "q"))  # type: ignore[attr-defined]
-    from opd.sources import messages
+    from opd.data.sources import messages
 
     assert messages(numpy.array(talk), "prompt") == (("system", "s"), ("user", "q"))
     text = written(tmp_path / "t.jsonl", [{"prompt": str(talk), "answer": "1"}] * 2)

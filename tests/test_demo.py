@@ -9,7 +9,7 @@ from diagnostics.records.run_tables import gains, training_table
 
 
 def demo(out: Path) -> str:
-    line = [sys.executable, "-m", "opd.cli", "demo", "--smoke", "--out", str(out)]
+    line = [sys.executable, "-m", "opd.cli.main", "demo", "--smoke", "--out", str(out)]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout

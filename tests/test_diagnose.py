@@ -10,8 +10,8 @@ import torch
 from diagnostics.monitor import Monitor
 from diagnostics.records.columns import PREFIX
 from diagnostics.records.writer import rows_of, write
-from opd import diagnose
-from opd.model import load_pair
+from opd.analysis import diagnose
+from opd.models.model import load_pair
 from tests.test_diagnostics import batch
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from opd import doctor, sample_checks
-from opd.lab import TEMPLATE, Recipe, make_tokenizer, teach
-from opd.pair_checks import bos, read_side
-from opd.problems import problems
-from opd.sample_checks import Evidence
+from opd.analysis import doctor, sample_checks
+from opd.analysis.pair_checks import bos, read_side
+from opd.analysis.sample_checks import Evidence
+from opd.data.chain_task import problems
+from opd.lab.build import TEMPLATE, Recipe, make_tokenizer, teach
 
 END, OTHER, THINK = 1, 2, 3
 DIGIT = make_tokenizer().convert_tokens_to_ids("2")

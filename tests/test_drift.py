@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.monitor import Monitor
-from opd import objectives
+from opd.objectives import factory
 from synthetic.exact import moments
 from synthetic.exact.token_weights import masked_moments, quantiles, token_weights
 from synthetic.experiments import drift as experiment
@@ -162,7 +162,7 @@ def test_a_masked_tag_is_a_masked_position_of_the_batch(gamma: float) -> None:
     chain = drift_chain(Knobs(horizon=12, special=0.05), seeded(4))
     at = sample(chain.mdp, chain.student, chain.teacher, 20_000, seeded(5))
     at = replace(at, batch=at.batch.supervise(at.batch.tokens != chain.special_token))
-    objective = objectives.make("sampled_token", gamma)
+    objective = factory.make("sampled_token", gamma)
     gradients = trajectory_gradients(at, chain.student, objective)
     mean, variance = masked_moments(chain, "plain", gamma, chain.special_token)
     error = gradients.std(0) / len(gradients) ** 0.5

@@ -16,9 +16,9 @@ from urllib.parse import quote
 import pytest
 
 from diagnostics.errors import InvalidInput, OperationFailed
-from opd import endpoint
-from opd.endpoint import Endpoint
-from opd.remote import check_same_text, chosen
+from opd.serving import json_endpoint
+from opd.serving.json_endpoint import Endpoint
+from opd.teachers.client import check_same_text, chosen
 from tests.test_train import settings
 
 SECRET = "sk-SECRET/0123456789+?=x"
@@ -26,8 +26,8 @@ SECRET = "sk-SECRET/0123456789+?=x"
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "FIRST_WAIT", 0.02)
-    monkeypatch.delenv(endpoint.KEY, raising=False)
+    monkeypatch.setattr(json_endpoint, "FIRST_WAIT", 0.02)
+    monkeypatch.delenv(json_endpoint.KEY, raising=False)
 
 
 @contextmanager
@@ -103,7 +103,7 @@ ECHOES = {
 def test_a_key_that_comes_back_is_in_no_error_and_no_log(
     how: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv(endpoint.KEY, SECRET)
+    monkeypatch.setenv(json_endpoint.KEY, SECRET)
     caplog.set_level(logging.DEBUG)
     with raw_server(ECHOES[how]) as url:
         error = error_of(url)
@@ -122,8 +122,10 @@ def test_a_key_that_no_header_can_hold_is_refused_unseen(
     end: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if end != "\x00":  # no environment holds one
-        monkeypatch.setenv(endpoint.KEY, f"{SECRET}{end}")
-        with pytest.raises(InvalidInput, match=f"{endpoint.KEY} has .* number 25 of") as caught:
+        monkeypatch.setenv(json_endpoint.KEY, f"{SECRET}{end}")
+        with pytest.raises(
+            InvalidInput, match=f"{json_endpoint.KEY} has .* number 25 of"
+        ) as caught:
             Endpoint("https://somewhere/v1", patience=1.0)
         assert SECRET not in str(caught.value)
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from opd import chores
-from opd.environments.foreign import Gymnasium
-from opd.environments.rooms import OPEN, SHUT, THINGS, Rooms
-from opd.environments.scene import Scene
-from opd.games import action_of, load_games, now, told
+from opd.envs.base import Scene
+from opd.envs.gymnasium_wrapper import Gymnasium
+from opd.envs.household import OPEN, SHUT, THINGS, Rooms
+from opd.envs.task import action_of, load_games, now, told
+from opd.lab import household_demos
 
 
 def begun(seed: int) -> tuple[Rooms, Scene]:
@@ -123,9 +123,9 @@ def won_by(rate: float, count: int = 150) -> tuple[float, list[int]]:
     for seed in range(0, 2 * count, 2):
         rooms, scene = begun(seed)
         goal, past = scene.goal, list[tuple[str, str]]()
-        while not scene.over and len(past) < chores.MAX_TURNS:
-            prompt = told(goal, tuple(past), scene, chores.HISTORY)
-            action, admitted = action_of(chores.careless(prompt, rate, generator), scene)
+        while not scene.over and len(past) < household_demos.MAX_TURNS:
+            prompt = told(goal, tuple(past), scene, household_demos.HISTORY)
+            action, admitted = action_of(household_demos.careless(prompt, rate, generator), scene)
             assert admitted
             past.append((scene.text, action))
             scene = rooms.act(action)
@@ -165,9 +165,9 @@ JUDGED = [
 def test_a_player_says_what_it_does(actions: str, done: str, thought: str) -> None:
     scene = Scene("You see.", actions=tuple(actions.split(", ")))
     past = (("You see a bed.", done),) if done else ()
-    prompt = told("put the CUP and the MUG in the BOX.", past, scene, chores.HISTORY)
+    prompt = told("put the CUP and the MUG in the BOX.", past, scene, household_demos.HISTORY)
     action = thought.rsplit(", ", 1)[1].removesuffix(" yes")
-    said = chores.careless(prompt, 0.0, random.Random(0))
+    said = household_demos.careless(prompt, 0.0, random.Random(0))
     assert said == f"<think>{thought}</think>{action}"
 
 
@@ -175,12 +175,14 @@ def test_a_player_does_not_go_back_and_misjudges_at_its_rate() -> None:
     scene = Scene("Here.", actions=tuple(f"go to {x}" for x in ("bed", "BOX", "desk", "sink")))
     past = (("", "go to bed"), ("", "go to shelf"))
     prompt, generator = told("put the CUP in the BOX.", past, scene, 2), random.Random(0)
-    taken = [chores.careless(prompt, 0.0, generator).split("</think>")[1] for _ in range(400)]
+    taken = [
+        household_demos.careless(prompt, 0.0, generator).split("</think>")[1] for _ in range(400)
+    ]
     assert set(taken) == {"go to desk", "go to sink"}
     assert abs(taken.count("go to desk") - 200) < 50
     scene = Scene("", actions=("put CUP in SINK", "go to bed"))
     sure = told("put the CUP in the SINK.", (), scene, 2)
-    said = [chores.careless(sure, 0.2, generator) for _ in range(2000)]
+    said = [household_demos.careless(sure, 0.2, generator) for _ in range(2000)]
     assert abs(sum("SINK no" in x for x in said) - 400) < 90
     misled = [x for x in said if "SINK no" in x]
     assert {x.split("</think>")[1] for x in misled} == {"go to bed"}
@@ -189,8 +191,12 @@ def test_a_player_does_not_go_back_and_misjudges_at_its_rate() -> None:
 
 
 def test_turns_of_games_are_problems_for_the_lab() -> None:
-    some = chores.problems("train", 200, 4)
-    assert some == chores.problems("train", 200, 4) != chores.problems("train", 200, 5)
+    some = household_demos.problems("train", 200, 4)
+    assert (
+        some
+        == household_demos.problems("train", 200, 4)
+        != household_demos.problems("train", 200, 5)
+    )
     mistaken = 0
     for problem in some:
         listed = problem.prompt.rsplit("Actions: ", 1)[1].split(", ")
@@ -199,7 +205,7 @@ def test_turns_of_games_are_problems_for_the_lab() -> None:
         mistaken += "Nothing happens." in problem.prompt
     assert 5 < mistaken < 80, "inadmissible actions are met too"
     with pytest.raises(ValueError, match="split is 'dev'"):
-        chores.problems("dev", 1, 0)
+        household_demos.problems("dev", 1, 0)
 
 
 def test_the_labs_games_are_not_those_of_the_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +218,7 @@ def test_the_labs_games_are_not_those_of_the_evaluation(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Rooms, "begin", noted)
     for split in seen:
-        chores.problems(split, 50, 0)
+        household_demos.problems(split, 50, 0)
     assert {seed % 2 for seed in seen["train"]} == {1}
     assert {seed % 2 for seed in seen["test"]} == {0}
 

@@ -14,24 +14,24 @@ from torch import Tensor
 from diagnostics.batch import Rollouts, Scored, load
 from diagnostics.core.totals import read
 from diagnostics.monitor import Monitor
-from opd import doctor
-from opd.config import Config, TaskSettings
-from opd.data import Prompts, encode_one
-from opd.engines import InProcess
-from opd.environments.rooms import Rooms
-from opd.environments.scene import Scene
-from opd.episodes import Episode, Turn, as_one, by_turn, play, rows_of, totals
-from opd.evaluate import evaluate_folder
-from opd.games import Games
-from opd.lab import make_tokenizer
-from opd.model import load as load_model
-from opd.model import load_pair, log_probabilities, response_hidden
-from opd.optimizer import adamw
-from opd.problems import Problem
-from opd.run import Part
-from opd.scoring import score
-from opd.train import make_objective, train
-from opd.update import backward, shared_out
+from opd.analysis import doctor
+from opd.config.settings import Config, TaskSettings
+from opd.data.chain_task import Problem
+from opd.data.tasks import Prompts, encode_one
+from opd.envs.base import Scene
+from opd.envs.household import Rooms
+from opd.envs.rollout import Episode, Turn, as_one, by_turn, play, rows_of, totals
+from opd.envs.task import Games
+from opd.evaluation.evaluate import evaluate_folder
+from opd.lab.build import make_tokenizer
+from opd.models.model import load as load_model
+from opd.models.model import load_pair, log_probabilities, response_hidden
+from opd.rollouts.factory import InProcess
+from opd.scoring.score import score
+from opd.training.optimizer import adamw
+from opd.training.state import Part
+from opd.training.train import make_objective, train
+from opd.training.update import backward, shared_out
 from tests.test_train import rows, settings
 
 
@@ -304,8 +304,8 @@ def test_turns_and_trajectories_have_one_gradient(
 def made_part(
     config: Config, pair: Any, prompts: Prompts, whole: Scored, hidden: Tensor | None
 ) -> Part:
-    from opd.ahead import Ahead
-    from opd.run import Run
+    from opd.training.prefetch import Ahead
+    from opd.training.state import Run
 
     run = Run(
         config=config,

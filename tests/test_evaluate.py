@@ -11,20 +11,9 @@ import pytest
 import torch
 
 from diagnostics.stats import gain_interval, share_interval, wilson_interval
-from opd import cli
-from opd.accuracy import (
-    compare,
-    majority_at_k,
-    mcnemar,
-    pass_at_k,
-    rights,
-    summary,
-    written,
-)
-from opd.data import Task, load_task, response_text
-from opd.engines import InProcess
-from opd.evaluate import GREEDY, Graded, evaluate, respond, result
-from opd.grading import (
+from opd.cli import main
+from opd.data.chain_task import Problem, problems
+from opd.data.grading.graders import (
     Judge,
     Verdict,
     grade_exact,
@@ -34,10 +23,21 @@ from opd.grading import (
     last_box,
     make_grader,
 )
-from opd.lab import make_tokenizer
-from opd.model import end_ids, head_rows, load, split
-from opd.problems import Problem, problems
-from opd.sources import Question
+from opd.data.sources import Question
+from opd.data.tasks import Task, load_task, response_text
+from opd.evaluation.evaluate import GREEDY, Graded, evaluate, respond, result
+from opd.evaluation.statistics import (
+    compare,
+    majority_at_k,
+    mcnemar,
+    pass_at_k,
+    rights,
+    summary,
+    written,
+)
+from opd.lab.build import make_tokenizer
+from opd.models.model import end_ids, head_rows, load, split
+from opd.rollouts.factory import InProcess
 
 
 def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_sample() -> None:
@@ -348,7 +348,7 @@ def test_samples_stay_with_their_problem(loaded, monkeypatch: pytest.MonkeyPatch
         return Verdict(float(len(response) % 2), f"{answer}:{response}")
 
     task = Task(train=lambda step, count: [], test=lambda count: asked[:count], grade=grade)
-    monkeypatch.setattr("opd.evaluate.ROWS_AT_ONCE", 6)  # two problems a call
+    monkeypatch.setattr("opd.evaluation.evaluate.ROWS_AT_ONCE", 6)  # two problems a call
     found = measure(loaded, task, problems=7, samples=3)
     assert [a for _, a in seen] == [str(n) for n in range(7) for _ in range(3)]
     assert found.reward.shape == (7, 3)
@@ -398,7 +398,7 @@ def test_the_command_writes_what_it_found(
     words += ["--prompt-column", "q", "--answer-column", "a", "--grader", "numeric"]
     words += ["--device", "cpu", "--top-p", "0.9"]
     out, said = tmp_path / "deep" / "evals.json", tmp_path / "said.jsonl"
-    cli.evaluate([*words, "--whole", "--out", str(out), "--responses", str(said)])
+    main.evaluate([*words, "--whole", "--out", str(out), "--responses", str(said)])
     shown = json.loads(capsys.readouterr().out)
     assert shown["problems"] == 20
     assert {"accuracy", "pass@2", "pass@3", "majority@3", "task/a/accuracy"} <= shown.keys()
@@ -409,11 +409,11 @@ def test_the_command_writes_what_it_found(
     assert {(row["prompt"], row["answer"]) for row in rows} == {
         (x["q"], str(x["a"])) for x in lines
     }
-    cli.evaluate([*words, "--whole", "--against", str(out)])
+    main.evaluate([*words, "--whole", "--against", str(out)])
     again = json.loads(capsys.readouterr().out)
     assert again["against/gain"] == 0
     assert (again["against/low"], again["against/high"]) == gain_interval(np.zeros(20))
-    cli.evaluate(words)
+    main.evaluate(words)
     assert json.loads(capsys.readouterr().out)["problems"] == 2
     with pytest.raises(ValueError, match="different problems"):
-        cli.evaluate([*words, "--against", str(out)])
+        main.evaluate([*words, "--against", str(out)])

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from opd import objectives
-from opd.credit import RATIOS
+from opd.objectives import factory
+from opd.objectives.credit import RATIOS
 from synthetic.estimators import ESTIMATORS, FAMILY
 from synthetic.exact import moments
 from synthetic.sampling.monte_carlo import monte_carlo, trajectory_gradients
@@ -211,10 +211,10 @@ def test_monte_carlo_agrees_for_other_samplers_and_given_baselines() -> None:
     student, teacher = pair(mdp)
     sampler = nucleus(student, 1.0, 0.7)
     family = {
-        "rb_all": objectives.make("full_reverse_kl", 0.9),
-        "token": objectives.make("sampled_token", 0.9, ratio="token"),
-        "sequence": objectives.make("sampled_token", 0.9, ratio="sequence"),
-        "k3": objectives.make("k3"),
+        "rb_all": factory.make("full_reverse_kl", 0.9),
+        "token": factory.make("sampled_token", 0.9, ratio="token"),
+        "sequence": factory.make("sampled_token", 0.9, ratio="sequence"),
+        "k3": factory.make("k3"),
     }
     drawn = monte_carlo(mdp, student, teacher, family, 20_000, seeded(5), sampler=sampler)
     names = {"rb_all": "rb_all", "token": "plain", "sequence": "plain", "k3": "k3"}
@@ -244,7 +244,7 @@ def test_a_sampled_leave_one_out_group_has_the_exact_variance() -> None:
     at = sample(mdp, student, teacher, size * groups, seeded(7))
     prompt = torch.arange(groups).repeat_interleave(size)
     at = replace(at, batch=replace(at.batch, prompt=prompt))
-    objective = objectives.make("sampled_token", 1.0, baseline="leave_one_out")
+    objective = factory.make("sampled_token", 1.0, baseline="leave_one_out")
     means = trajectory_gradients(at, student, objective).view(groups, size, -1).mean(1)
     away = (means - means.mean(0)).square().sum(1) * size
     _, variance = moments.moments(mdp, student, teacher, "leave_one_out", 1.0, group=size)
@@ -300,8 +300,8 @@ def test_arguments_without_effect_or_sense_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown support 'best'"):
         with_support(at, student, teacher, "best", 1)
     with pytest.raises(ValueError, match="baseline column"):
-        objectives.make("sampled_token", baseline="given").credit(at.batch)
+        factory.make("sampled_token", baseline="given").credit(at.batch)
     single = with_baseline(at, torch.zeros(mdp.horizon, mdp.num_states, dtype=torch.float64))
     single = replace(single.batch, prompt=torch.arange(2))
     with pytest.raises(ValueError, match="2 of 2 prompts have a single rollout"):
-        objectives.make("sampled_token", baseline="leave_one_out").credit(single)
+        factory.make("sampled_token", baseline="leave_one_out").credit(single)

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from diagnostics.batch import Scored
-from opd.config import Config
-from opd.expected_loss import (
+from opd.config.settings import Config
+from opd.objectives.factory import COLLAPSING, DENOMINATORS, OBJECTIVES, make, reduce
+from opd.training.checks.expected_loss import (
     ROUNDING,
     credit_of,
     expected_loss,
@@ -17,7 +18,6 @@ from opd.expected_loss import (
     ratio_of,
     row_weights,
 )
-from opd.objectives import COLLAPSING, DENOMINATORS, OBJECTIVES, make, reduce
 from tests.dense_batches import B, dense
 
 
@@ -37,7 +37,7 @@ def batch_for(name: str, seed: int = 0, sharpness: float = 2.0) -> tuple[Scored,
 
 
 def trained_loss(own: Config, batch: Scored) -> float:
-    """The loss as `opd.objectives` and `opd.reduction` make it, at the weights that scored."""
+    """The loss as `opd.objectives.factory` and `opd.objectives.reduction` make it, at the weights that scored."""
     objective = make(
         own.objective,
         own.gamma,

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from opd import objectives
+from opd.objectives import factory
 from synthetic.analysis.summary import interval, slopes
 from synthetic.analysis.tradeoff import mse, optimal_gamma, overtaking_batch
 from synthetic.exact import moments
@@ -123,13 +123,13 @@ def test_the_predicted_coefficients_are_those_of_one_state() -> None:
 # --- supports -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [n for n in objectives.OBJECTIVES if "topk" in n])
+@pytest.mark.parametrize("name", [n for n in factory.OBJECTIVES if "topk" in n])
 def test_a_prefix_has_the_gradient_worked_out_by_hand(name: str) -> None:
     student, teacher = torch.randn(2, 5, 7, generator=seeded(1), dtype=torch.float64)
     for k in (1, 3):
         vectors = by_hand.local_vectors(name, student, teacher, k)
         want = (student.softmax(-1)[..., None] * vectors).sum(1)
-        found = expected(student, teacher, objectives.OBJECTIVES[name](), k)
+        found = expected(student, teacher, factory.OBJECTIVES[name](), k)
         torch.testing.assert_close(found, want, atol=1e-13, rtol=0)
 
 
@@ -142,7 +142,7 @@ def test_un_normalised_support_rests_at_a_share_of_one_over_e() -> None:
     head = q * inside / math.e
     p = p * (1 - inside)
     p = head + p / p.sum(-1, keepdim=True) * (1 - head.sum(-1, keepdim=True))
-    objective = objectives.make("teacher_topk_unnormalised", collapse_accepted=True)
+    objective = factory.make("teacher_topk_unnormalised", collapse_accepted=True)
     assert expected(p.log(), teacher, objective, 3).abs().max() < 1e-15
     assert expected(teacher, teacher, objective, 3).norm() > 0.1
     for row, mass in zip(collapse.observed(p.log(), teacher, 3), head.sum(-1), strict=True):
@@ -304,7 +304,7 @@ def test_both_optima_are_where_their_gradients_vanish() -> None:
 def test_runs_side_by_side_do_not_interact() -> None:
     task = students.capacity_limited((4, 3, 5), 2, 0, 0.5, seeded(11))
     parameters = torch.randn(3, task.student.size, generator=seeded(12), dtype=torch.float64)
-    objective = objectives.make("full_reverse_kl", 1.0, "leave_one_out")
+    objective = factory.make("full_reverse_kl", 1.0, "leave_one_out")
     together = descent.sampled_gradient(task, parameters, objective, 8, seeded(13))
     table = task.student.logits(parameters).detach()
     at = descent.drawn(task, table, 8, seeded(13))

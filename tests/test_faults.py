@@ -108,8 +108,8 @@ def test_a_healthy_run_is_silent(pairs, tmp_path: Path, changes: dict[str, objec
 TWO = """
 import sys
 from opd import processes
-from opd.config import Config
-from opd.train import train
+from opd.config.settings import Config
+from opd.training.train import train
 settings = eval(sys.argv[1])
 if sys.argv[2] == "faulty":
     processes.own = lambda count, updates=1: list(range(count // 2))

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import Scored, Support
-from opd import objectives as o
-from opd.config import Config
-from opd.credit import RATIOS
-from opd.objectives import Objective
-from opd.supports import JOINED
-from opd.surrogates import plain_score
-from opd.train import make_objective
+from opd.config.settings import Config
+from opd.objectives import factory as o
+from opd.objectives.credit import RATIOS
+from opd.objectives.factory import Objective
+from opd.objectives.support import JOINED
+from opd.objectives.surrogates import plain_score
+from opd.training.train import make_objective
 
 V, K = 8, 3
 EXACT = 1e-9

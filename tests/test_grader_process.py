@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from opd import grading
-from opd.config import Config, to_json
-from opd.continuation import continuation
-from opd.data import load_task
-from opd.grader_process import Judge
-from opd.grading import Verdict, make_grader
-from opd.own_prefix import control
+from opd.analysis.continuation import continuation
+from opd.analysis.own_prefix import control
+from opd.config.settings import Config, to_json
+from opd.data.grading import graders
+from opd.data.grading.graders import Verdict, make_grader
+from opd.data.grading.worker_process import Judge
+from opd.data.tasks import load_task
 
 MODULE = """
 import os, signal, time
@@ -48,7 +48,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "own_grader_of_a_test.py"
     path.write_text(MODULE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
-    grading.judge.cache_clear()
+    graders.judge.cache_clear()
     return path
 
 
@@ -103,8 +103,8 @@ def test_users_functions_that_fail_are_named(module: Path) -> None:
 def test_users_functions_that_hang_or_die_cost_their_response(
     module: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grading, "OWN_SECONDS", 0.5)
-    monkeypatch.setattr("opd.grader_process.GRACE", 0.5)
+    monkeypatch.setattr(graders, "OWN_SECONDS", 0.5)
+    monkeypatch.setattr("opd.data.grading.worker_process.GRACE", 0.5)
     grade = make_grader(f"{module}:slow")
     for response in ("wait", "deaf, wait", "die"):
         start = time.perf_counter()

@@ -15,13 +15,13 @@ from diagnostics.gradients.layers import block, linear_sketch, linear_squares, s
 from diagnostics.gradients.probe import Measured
 from diagnostics.gradients.signal_noise import signal_and_noise
 from diagnostics.gradients.sketch import matrix_sketch, no_projection, random_signs
-from opd.config import Config
-from opd.data import Prompts
-from opd.head import Head
-from opd.model import Pair, log_probabilities, response_hidden, split, spread
-from opd.objectives import make
-from opd.probing import TrainedLoss, below_head, hidden_slopes, probe, states
-from opd.roles import recomputing
+from opd.config.settings import Config
+from opd.data.tasks import Prompts
+from opd.models.lm_head import Head
+from opd.models.model import Pair, log_probabilities, response_hidden, split, spread
+from opd.objectives.factory import make
+from opd.teachers.factory import recomputing
+from opd.training.gradient_probe import TrainedLoss, below_head, hidden_slopes, probe, states
 from tests.test_gradient_probes import seeded
 
 V, B, T = 11, 6, 7

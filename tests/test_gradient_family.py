@@ -23,8 +23,8 @@ from diagnostics.gradients.sketch import (
     token_energies,
     token_sketches,
 )
-from opd.credit import BASELINES
-from opd.objectives import (
+from opd.objectives.credit import BASELINES
+from opd.objectives.factory import (
     Objective,
     full_reverse_kl,
     full_sampled_future,
@@ -230,11 +230,11 @@ OBJECTIVE = {
 @pytest.fixture(scope="module")
 def language(tiny_pair: tuple[Path, Path]):
     """Four prompts with two rollouts each, scored by the trainer's own code at temperature 0.8."""
-    from opd.data import encode
-    from opd.model import load_pair, response_hidden
-    from opd.problems import Problem
-    from opd.rollout import sample
-    from opd.scoring import score
+    from opd.data.chain_task import Problem
+    from opd.data.tasks import encode
+    from opd.models.model import load_pair, response_hidden
+    from opd.rollouts.hf_engine import sample
+    from opd.scoring.score import score
 
     pair = load_pair(str(tiny_pair[0]), str(tiny_pair[1]), "cpu", "float32")
     problems = [Problem(prompt=f"{i} + {i + 1} =", answer="1") for i in range(4)]
@@ -258,7 +258,7 @@ def language(tiny_pair: tuple[Path, Path]):
 
 def head_gradients(pair, objective: Objective, batch: Scored, hidden: Tensor, theirs: Tensor):
     """(B, V D) autograd through the trainer's loss of one response at a time, sequence sums."""
-    from opd.loss import loss_from_hidden
+    from opd.scoring.loss import loss_from_hidden
 
     weight, credit = pair.student.head.weight, objective.credit(batch)
     ends, rows = batch.lengths.cumsum(0).tolist(), []
@@ -275,7 +275,7 @@ def head_gradients(pair, objective: Objective, batch: Scored, hidden: Tensor, th
 @pytest.mark.parametrize("name", OBJECTIVE)
 def test_the_sketch_of_a_models_head_is_that_of_autograd(language, name: str) -> None:
     pair, batch, hidden, theirs = language
-    from opd.model import log_probabilities
+    from opd.models.model import log_probabilities
 
     gammas = (0.0, 0.7, 1.0)
     size, width = pair.student.head.weight.shape
@@ -312,7 +312,7 @@ def test_the_sketch_of_a_models_head_is_that_of_autograd(language, name: str) ->
             one = replace(batch.rows([0]), mask=only)
             at = slice(int(batch.mask[0, :t].sum()), int(batch.mask[0, : t + 1].sum()))
             fixed = replace(objective, own=lambda b: b.log_ratio * 0)
-            from opd.loss import loss_from_hidden
+            from opd.scoring.loss import loss_from_hidden
 
             loss = loss_from_hidden(
                 pair, fixed, hidden[at], theirs[at], one, credit[:1], torch.ones(1),
@@ -323,7 +323,7 @@ def test_the_sketch_of_a_models_head_is_that_of_autograd(language, name: str) ->
 
 
 def test_a_row_of_a_language_model(language) -> None:
-    from opd.model import log_probabilities
+    from opd.models.model import log_probabilities
 
     pair, batch, hidden, theirs = language
     size, width = pair.student.head.weight.shape

@@ -36,7 +36,7 @@ from diagnostics.gradients.sketch import (
     token_energies,
     token_sketches,
 )
-from opd.objectives import full_reverse_kl
+from opd.objectives.factory import full_reverse_kl
 from synthetic.estimators import ESTIMATORS, Estimator
 from synthetic.exact import moments
 from synthetic.sampling.trajectories import Trajectories, sample

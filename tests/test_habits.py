@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from opd.habits import MOST_REPEATS, UNLABELLED, Habit, looping, written
-from opd.lab import Recipe, examples, make_tokenizer, new_model, strangers_config
-from opd.sorting import careless, problems
+from opd.data.sort_task import careless, problems
+from opd.lab.build import Recipe, examples, make_tokenizer, new_model, strangers_config
+from opd.lab.writing_style import MOST_REPEATS, UNLABELLED, Habit, looping, written
 
 SOLUTION = "<think>7 27 279</think>279"
 

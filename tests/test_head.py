@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from opd.gathered import gathered_product
-from opd.head import full_logits, gathered_logits, two_stage_topk
-from opd.loss import chunked_loss
-from opd.model import Model, split
+from opd.models.gathered_head import gathered_product
+from opd.models.lm_head import full_logits, gathered_logits, two_stage_topk
+from opd.models.model import Model, split
+from opd.scoring.loss import chunked_loss
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -97,7 +97,7 @@ def test_triton_kernels_agree_with_torch() -> None:
 
 def compare() -> None:
     """Triton's products against torch's: rare and frequent ids, segments whole and in pieces."""
-    from opd import gathered, gathered_triton
+    from opd.models import gathered_head, gathered_head_triton
 
     hidden, weight = normal(11, 300, dtype=torch.float32), normal(60, 300, dtype=torch.float32)
     dz = normal(11, 17, dtype=torch.float32)
@@ -105,19 +105,19 @@ def compare() -> None:
     for top in (1, 4, 60):
         ids = torch.randint(top, (11, 17), generator=seeded())
         torch.testing.assert_close(
-            gathered_triton.product(hidden, weight, ids),
-            gathered.torch_product(hidden, weight, ids),
+            gathered_head_triton.product(hidden, weight, ids),
+            gathered_head.torch_product(hidden, weight, ids),
             **near,
         )
         torch.testing.assert_close(
-            gathered_triton.hidden_gradient(dz, weight, ids),
-            gathered.torch_hidden_gradient(dz, weight, ids),
+            gathered_head_triton.hidden_gradient(dz, weight, ids),
+            gathered_head.torch_hidden_gradient(dz, weight, ids),
             **near,
         )
-        summed = gathered.torch_weight_gradient(dz, hidden, ids, 60)
+        summed = gathered_head.torch_weight_gradient(dz, hidden, ids, 60)
         for piece in (1, 3, 256):
-            assert gathered_triton.cut(ids.flatten(), 60, piece).begin.diff().max() <= piece
-            ours = gathered_triton.weight_gradient(dz, hidden, ids, 60, piece)
+            assert gathered_head_triton.cut(ids.flatten(), 60, piece).begin.diff().max() <= piece
+            ours = gathered_head_triton.weight_gradient(dz, hidden, ids, 60, piece)
             torch.testing.assert_close(ours, summed, **near)
 
 

@@ -44,7 +44,12 @@ def test_packages_depend_in_one_direction(package: str) -> None:
 def test_the_study_uses_nothing_of_the_trainer_but_its_objectives() -> None:
     for file in sorted((ROOT / "synthetic").rglob("*.py")):
         used = {name for name in imported(file) if name.split(".")[0] == "opd"}
-        allowed = {"opd", "opd.objectives", "opd.credit", "opd.supports"}
+        allowed = {
+            "opd",
+            "opd.objectives.factory",
+            "opd.objectives.credit",
+            "opd.objectives.support",
+        }
         assert used <= allowed, f"{file.name} imports {used}"
 
 
@@ -61,11 +66,14 @@ def loaded_by(statement: str) -> set[str]:
     ("statement", "without"),
     [
         (
-            "import opd.cli, opd.config, opd.recipes, opd.runlog, opd.problems, opd.rules; "
-            "import opd.doctor",
+            "import opd.cli.main, opd.config.settings, opd.config.recipes, opd.runs.run_folder, opd.data.chain_task, opd.tokens.mask_rules; "
+            "import opd.analysis.doctor",
             {"torch", "pandas"},
         ),
-        ("import opd.objectives, diagnostics.monitor", {"transformers", "pandas", "matplotlib"}),
+        (
+            "import opd.objectives.factory, diagnostics.monitor",
+            {"transformers", "pandas", "matplotlib"},
+        ),
         (
             "import diagnostics.adapters.trl, diagnostics.adapters.verl, "
             "diagnostics.records.reader, diagnostics.records.writer",
@@ -94,14 +102,14 @@ def test_heavy_packages_are_loaded_only_where_used(statement: str, without: set[
     ],
 )
 def test_help_loads_no_torch(words: list[str]) -> None:
-    program = f"import sys; sys.argv = ['opd', *{words!r}]\nfrom opd.cli import main\n"
+    program = f"import sys; sys.argv = ['opd', *{words!r}]\nfrom opd.cli.main import main\n"
     program += "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code"
     assert "torch" not in loaded_by(program)
 
 
 def test_an_unknown_command_says_what_there_is() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "opd.cli", "trian"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "opd.cli.main", "trian"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
     assert "unknown command 'trian'" in done.stderr

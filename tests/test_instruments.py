@@ -29,7 +29,7 @@ from figures.runs import (
     tokenizer,
     warning,
 )
-from opd.lab import make_tokenizer
+from opd.lab.build import make_tokenizer
 from tests.dense_batches import Dense, dense
 
 STEPS = (0, 3)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from opd.data import encode
-from opd.lab import (
+from opd.data.chain_task import Problem, careless, problems, solve
+from opd.data.tasks import encode
+from opd.lab.build import (
     WORDS,
     build,
     examples,
@@ -17,7 +18,6 @@ from opd.lab import (
     rooms_config,
     tiny_config,
 )
-from opd.problems import Problem, careless, problems, solve
 
 
 def test_the_pair_is_deterministic_cached_and_keyed_by_its_settings(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_reading_is_the_loss_of_the_prompts() -> None:
 
 @pytest.mark.parametrize("kind", ["tiny", "rooms", "strangers"])
 def test_a_lab_that_is_not_there_is_said_to_be_built(kind: str) -> None:
-    from opd.model import load
+    from opd.models.model import load
 
     with pytest.raises(FileNotFoundError, match=f"opd lab --{kind}"):
         load(f"lab-{kind}/student", "cpu", "float32")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opd import objectives
+from opd.objectives import factory
 from synthetic.exact import moments
 from synthetic.experiments import learning
 from synthetic.learning import descent, students
@@ -46,7 +46,7 @@ def test_a_runs_gradient_has_the_exact_mean_and_variance(
     """Many runs of one student: the spread between them is that of a batch of its trajectories."""
     task = small(hidden=2)
     parameters = task.student.start(RUNS, seeded(1))
-    objective = objectives.make(name, gamma, baseline, collapse_accepted=True)
+    objective = factory.make(name, gamma, baseline, collapse_accepted=True)
     drawn = descent.sampled_gradient(task, parameters, objective, BATCH, seeded(2), k)
     mean, variance = moments.moments(
         task.mdp,
@@ -67,7 +67,7 @@ def test_a_runs_gradient_has_the_exact_mean_and_variance(
 
 def test_a_run_does_not_notice_its_neighbours() -> None:
     """Other rates and starts beside it leave three steps of Adam and clipping as they were."""
-    task, objective = small(), objectives.make("sampled_token", 1.0, "leave_one_out")
+    task, objective = small(), factory.make("sampled_token", 1.0, "leave_one_out")
     starts = torch.randn(3, task.student.size, generator=seeded(3), dtype=torch.float64)
 
     def ends(begin: Tensor, by: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def test_a_run_does_not_notice_its_neighbours() -> None:
 
 
 def test_a_marked_path_is_one_of_single_steps() -> None:
-    task, objective = small(), objectives.make("full_reverse_kl", 1.0, "leave_one_out")
+    task, objective = small(), factory.make("full_reverse_kl", 1.0, "leave_one_out")
     begin, rate, clip = task.student.start(2, seeded(5)), rates(0.5, 2.0), 0.3
     path = descent.train(
         task, begin, objective, descent.sgd(rate), 3, 4, clip, [0, 2, 3], seeded(6), None
@@ -110,7 +110,7 @@ def at_its_teacher(task: students.Task) -> tuple[students.Task, Tensor]:
 def test_only_the_unnormalised_support_leaves_its_teacher(name: str) -> None:
     task, begin = at_its_teacher(small())
     kind, gamma, baseline = learning.OBJECTIVES[name]
-    objective = objectives.make(kind, gamma, baseline, collapse_accepted=True)
+    objective = factory.make(kind, gamma, baseline, collapse_accepted=True)
     k = 2 if "topk" in kind else None
     step = descent.sgd(rates(0.3, 1.0))
     end = descent.train(task, begin, objective, step, 20, 8, math.inf, [20], seeded(8), k)[20]
@@ -149,7 +149,7 @@ def test_exact_descent_of_each_level_ends_at_its_own_optimum(gamma: float, other
 
 
 def test_a_run_whose_gradient_is_not_finite_stops_and_counts_as_diverged() -> None:
-    task, objective = small(), objectives.make("sampled_token", 0.0)
+    task, objective = small(), factory.make("sampled_token", 0.0)
     begin = task.student.start(2, seeded(11))
     broken = begin.clone()
     broken[0] = 1e308

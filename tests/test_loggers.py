@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from diagnostics.records.rows import Row, append, read
-from opd import loggers
-from opd.loggers import evaluation, numbers, open_loggers
+from opd.training import trackers
+from opd.training.trackers import evaluation, numbers, open_loggers
 
 CONFIG = {"lr": 1e-3, "betas": (0.9, 0.99), "task": "lab"}
 EVALUATION = {"step": 2, "accuracy": 0.5, "outcomes": "01", "problem_set": "abc"}
@@ -167,7 +167,7 @@ def test_a_logger_that_fails_is_left_and_the_run_goes_on(
 ) -> None:
     calls: list[int] = []
 
-    def broken(folder: Path, config: dict[str, Any]) -> loggers.Opened:
+    def broken(folder: Path, config: dict[str, Any]) -> trackers.Opened:
         def log(step: int, row: Row) -> None:
             calls.append(step)
             if step == 1:
@@ -178,8 +178,8 @@ def test_a_logger_that_fails_is_left_and_the_run_goes_on(
 
         return log, close
 
-    known = {**loggers.LOGGERS, "broken": broken}
-    monkeypatch.setattr(loggers, "LOGGERS", known)
+    known = {**trackers.LOGGERS, "broken": broken}
+    monkeypatch.setattr(trackers, "LOGGERS", known)
     run(tmp_path, ("broken", "tensorboard"), 0, 4)
     assert calls == [0, 1], "no row after the failure"
     assert [step for step, _ in scalars(tmp_path)["loss"]] == [0, 1, 2, 3]

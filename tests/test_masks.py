@@ -19,9 +19,9 @@ from diagnostics.metrics.groupby import without
 from diagnostics.metrics.kl_decomposition import kl_anatomy
 from diagnostics.metrics.signal import sign_null, sign_shares
 from diagnostics.records.token_dumps import load_dump, save_dump
-from opd import objectives as o
-from opd.pieces import pieces
-from opd.special import Mask, masked
+from opd.objectives import factory as o
+from opd.tokens.masking import Mask, masked
+from opd.tokens.token_bytes import pieces
 from tests.dense_batches import dense
 from tests.test_objectives import SEQUENCES, every_sequence, seeded, states, tables
 

@@ -8,7 +8,15 @@ import pytest
 
 from diagnostics import batch as batches
 from diagnostics.gradients import credit as shared_credit
-from opd import compositions, credit, objectives, reduction, selection, supports, surrogates
+from opd.objectives import (
+    catalogue,
+    credit,
+    factory,
+    reduction,
+    support,
+    surrogates,
+    token_selection,
+)
 from synthetic import estimators
 from synthetic.exact import baselines, moments, recursion
 from synthetic.sampling import monte_carlo
@@ -267,9 +275,9 @@ MUTATIONS = [
         (shared_credit, SHARED_CREDIT),
         (surrogates, SURROGATES),
         (reduction, REDUCTION),
-        (compositions, COMPOSITIONS),
-        (supports, SUPPORTS),
-        (selection, SELECTION),
+        (catalogue, COMPOSITIONS),
+        (support, SUPPORTS),
+        (token_selection, SELECTION),
         (batches, BATCH),
         (recursion, RECURSION),
         (moments, EXACT),
@@ -288,12 +296,12 @@ def check() -> None:
     oracle.test_immediate_credit_is_unbiased_for_the_frozen_kl_only()
     oracle.test_full_kl_and_whole_support_have_the_token_level_mean()
     oracle.test_local_support_matching_is_biased_and_blind_outside_its_support()
-    for name in objectives.OBJECTIVES:
+    for name in factory.OBJECTIVES:
         oracle.test_no_gradient_reaches_the_teacher(name)
     oracle.test_discount_lies_between_and_skips_masked_positions()
     oracle.test_baselines_average_the_responses_they_say()
     pairs.test_a_baseline_leaves_the_mean_gradient("position_mean", (0, 1), False, "cost")
-    for name in objectives.DENOMINATORS:
+    for name in factory.DENOMINATORS:
         oracle.test_micro_batches_do_not_change_the_loss(name)
     for name in oracle.FAMILY:
         oracle.test_the_gamma_family_has_the_mean_of_its_definition(name, 0.7)
@@ -309,7 +317,7 @@ def check() -> None:
     for beta in (0.0, 0.1, 1.0):
         dense.test_jensen_shannon_is_that_of_the_definition(beta)
     for source in ("union", "intersection"):
-        for form in objectives.FORMS:
+        for form in factory.FORMS:
             dense.test_every_form_on_every_support_is_the_dense_one(source, form)
     lists.test_union_and_intersection_are_those_of_sets(3)
     for advantage in choices.SHARES:

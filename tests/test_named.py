@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from opd.data import load_task
-from opd.grading import make_grader
-from opd.named import BOXED, NAMED, final, named_rows
+from opd.data.benchmarks import BOXED, NAMED, final, named_rows
+from opd.data.grading.graders import make_grader
+from opd.data.tasks import load_task
 
 ROWS = {
     "math-500": {"problem": "1+1?", "answer": "2", "solution": "so 2", "level": 1},
@@ -48,7 +48,7 @@ def test_rows_of_another_set_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_set_on_the_hub_that_has_grown_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opd.named.read_rows", lambda source: [ROWS["aime24"]] * 31)
+    monkeypatch.setattr("opd.data.benchmarks.read_rows", lambda source: [ROWS["aime24"]] * 31)
     with pytest.raises(ValueError, match="has 31 rows, aime24 had 30"):
         named_rows("aime24")
 

@@ -5,10 +5,10 @@ from fractions import Fraction
 
 import pytest
 
-from opd.environments.scene import Scene
-from opd.exact_numbers import TooLarge, latex_of, read_number
-from opd.games import action_of
-from opd.grading import GRADERS, grade_math, grade_numeric, last_box
+from opd.data.grading.exact_numbers import TooLarge, latex_of, read_number
+from opd.data.grading.graders import GRADERS, grade_math, grade_numeric, last_box
+from opd.envs.base import Scene
+from opd.envs.task import action_of
 
 SPELLINGS = {
     "12e33": ["1.2e34", r"1.2 \times 10^{34}", r"1.2\cdot10^{34}", "1.2*10**34", "1.2E+34"],

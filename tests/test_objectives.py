@@ -10,9 +10,9 @@ from torch import Tensor
 
 from diagnostics.batch import Prefix, Scored, Support
 from diagnostics.core.distribution_stats import functionals
-from opd import credit
-from opd import objectives as o
-from opd.supports import JOINED
+from opd.objectives import credit
+from opd.objectives import factory as o
+from opd.objectives.support import JOINED
 from synthetic.estimators import terms
 from synthetic.worlds.mdp import random_pair, token_chain
 

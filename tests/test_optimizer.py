@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from opd.optimizer import Optimizer, adamw, learning_rate
+from opd.training.optimizer import Optimizer, adamw, learning_rate
 
 BETAS = (0.9, 0.999)
 

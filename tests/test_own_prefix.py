@@ -8,9 +8,9 @@ import torch
 
 from diagnostics.batch import load
 from figures.runs import fan
-from opd.config import Config
-from opd.own_prefix import SOURCES, control
-from opd.train import train
+from opd.analysis.own_prefix import SOURCES, control
+from opd.config.settings import Config
+from opd.training.train import train
 
 
 @pytest.fixture(scope="module")

@@ -207,7 +207,7 @@ def test_the_gaps_quantiles_are_those_of_plain_tokens(
 
 
 def test_special_tokens_and_spelled_tags_are_not_plain(made: list[Path]) -> None:
-    from opd.lab import make_tokenizer
+    from opd.lab.build import make_tokenizer
 
     tokenizer = make_tokenizer()
     ids = tokenizer.encode("<think>7 2</think>9<|im_end|>") + tokenizer.encode("<") + [200]

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from diagnostics.batch import Scored, load
 from diagnostics.gradients.sketch import no_projection
-from opd import probing
-from opd.config import Config
-from opd.data import encode
-from opd.lab import make_tokenizer
-from opd.model import load as load_model
-from opd.problems import problems
-from opd.train import train
+from opd.config.settings import Config
+from opd.data.chain_task import problems
+from opd.data.tasks import encode
+from opd.lab.build import make_tokenizer
+from opd.models.model import load as load_model
+from opd.training import gradient_probe
+from opd.training.train import train
 
 PROMPTS, GROUP = 5, 3
 
@@ -206,7 +206,7 @@ CASES: dict[str, tuple[dict[str, object], Loss]] = {
 def test_the_headline_is_that_of_the_loss_that_trains(
     tiny_pair, capped_pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, capped: bool
 ) -> None:
-    monkeypatch.setattr(probing, "random_signs", lambda v, d, seed: no_projection(v, d))
+    monkeypatch.setattr(gradient_probe, "random_signs", lambda v, d, seed: no_projection(v, d))
     changes, loss = CASES[case]
     pair = capped_pair if capped else tiny_pair
     config, row, batch = probed(pair, tmp_path / "run", **changes)
@@ -223,7 +223,7 @@ def test_the_headline_is_that_of_the_loss_that_trains(
 def test_the_family_of_a_capped_head_is_that_of_its_own_gradients(
     capped_pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probing, "random_signs", lambda v, d, seed: no_projection(v, d))
+    monkeypatch.setattr(gradient_probe, "random_signs", lambda v, d, seed: no_projection(v, d))
     config, row, batch = probed(
         capped_pair, tmp_path / "run", objective="sampled_token", temperature=0.8
     )

@@ -18,22 +18,22 @@ from transformers import AutoModelForCausalLM
 
 from diagnostics import batch as batches
 from diagnostics.batch import Rollouts
-from opd import processes
-from opd.checkpoint import load_optimizer
-from opd.config import Config, TaskSettings, to_json
-from opd.optimizer import adamw
-from opd.roles import make_pair
-from opd.train import train
+from opd.config.settings import Config, TaskSettings, to_json
+from opd.runtime import distributed
+from opd.teachers.factory import make_pair
+from opd.training.checkpoint import load_optimizer
+from opd.training.optimizer import adamw
+from opd.training.train import train
 from tests.test_train import rows, settings
 
 PROGRAM = """
 import sys
 import time
-from opd.config import from_json
-from opd.processes import joined
-from opd.optimizer import adamw
-from opd.roles import make_pair
-from opd.train import train
+from opd.config.settings import from_json
+from opd.runtime.distributed import joined
+from opd.training.optimizer import adamw
+from opd.teachers.factory import make_pair
+from opd.training.train import train
 with joined("cpu"):
     for name in sys.argv[1:]:
         train(from_json(name))
@@ -280,13 +280,13 @@ def test_accelerate_starts_the_same_run(made: Path, tiny_pair, kinds, tmp_path: 
 
 
 def test_prompts_that_cannot_be_shared_equally_are_refused(monkeypatch) -> None:
-    monkeypatch.setattr(processes, "size", lambda: 3)
+    monkeypatch.setattr(distributed, "size", lambda: 3)
     with pytest.raises(ValueError, match="8 prompts a step cannot be shared equally by 3 proc"):
-        processes.own(8)
+        distributed.own(8)
     found = []
     for rank in range(3):
-        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
-        found.append(processes.own(12, updates=2))
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        found.append(distributed.own(12, updates=2))
     assert found == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11]]
 
 

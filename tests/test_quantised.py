@@ -11,11 +11,11 @@ import torch
 
 from diagnostics.batch import Scored
 from diagnostics.batch import load as load_batch
-from opd.config import TaskSettings
-from opd.lab import make_tokenizer
-from opd.model import load
-from opd.problems import problems
-from opd.train import train
+from opd.config.settings import TaskSettings
+from opd.data.chain_task import problems
+from opd.lab.build import make_tokenizer
+from opd.models.model import load
+from opd.training.train import train
 from tests.test_ahead import asked_of, row_by_row
 from tests.test_train import settings
 from tests.vllm_server import wide_pair

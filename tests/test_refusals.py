@@ -16,15 +16,15 @@ from safetensors.torch import load_file
 from transformers import dynamic_module_utils
 
 from diagnostics.errors import InvalidInput
-from opd.config import from_json, to_json
-from opd.continuation import continuation
-from opd.data import encode
-from opd.model import load_pair
-from opd.own_prefix import control
-from opd.problems import problems
-from opd.rollout import sample
-from opd.runlog import open_run
-from opd.train import train
+from opd.analysis.continuation import continuation
+from opd.analysis.own_prefix import control
+from opd.config.settings import from_json, to_json
+from opd.data.chain_task import problems
+from opd.data.tasks import encode
+from opd.models.model import load_pair
+from opd.rollouts.hf_engine import sample
+from opd.runs.run_folder import open_run
+from opd.training.train import train
 from tests.test_train import rows, settings
 
 
@@ -121,7 +121,7 @@ def test_a_killed_run_continues_as_if_it_never_was(tiny_pair, tmp_path: Path) ->
     config = settings(tiny_pair, tmp_path / "killed", steps=8, save_every=1)
     (tmp_path / "config.json").write_text(json.dumps(to_json(config)))
     program = (
-        "import sys; from opd.config import from_json; from opd.train import train; "
+        "import sys; from opd.config.settings import from_json; from opd.training.train import train; "
         "train(from_json(sys.argv[1]))"
     )
     line = [sys.executable, "-c", program, str(tmp_path / "config.json")]
@@ -154,7 +154,7 @@ def test_a_full_disk_is_named_and_loses_nothing(tiny_pair, tmp_path: Path, limit
     config = settings(tiny_pair, tmp_path / "full", steps=6, save_every=1)
     (tmp_path / "config.json").write_text(json.dumps(to_json(config)))
     program = (
-        "import resource, sys; from opd.config import from_json; from opd.train import train; "
+        "import resource, sys; from opd.config.settings import from_json; from opd.training.train import train; "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), -1)); "
         "train(from_json(sys.argv[1]))"
     )
@@ -174,7 +174,7 @@ def test_a_full_disk_is_named_and_loses_nothing(tiny_pair, tmp_path: Path, limit
 def test_running_out_of_memory_names_the_settings_to_lower(
     tiny_pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from opd import train as trainer
+    from opd.training import train as trainer
 
     honest = trainer.one_step
 

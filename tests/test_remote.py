@@ -12,18 +12,18 @@ import pytest
 import torch
 
 from diagnostics.batch import Rollouts, Scored
-from opd import endpoint
-from opd.answers import read_position
-from opd.data import Prompts, encode
-from opd.loss import loss_from_hidden
-from opd.model import Pair, load_pair, response_hidden
-from opd.objectives import make
-from opd.problems import Problem
-from opd.remote import Remote, connect, grouped
-from opd.rollout import sample
-from opd.scoring import score, score_support, score_told
-from opd.supports import JOINED
-from opd.told import asked
+from opd.data.chain_task import Problem
+from opd.data.tasks import Prompts, encode
+from opd.models.model import Pair, load_pair, response_hidden
+from opd.objectives.factory import make
+from opd.objectives.support import JOINED
+from opd.rollouts.hf_engine import sample
+from opd.scoring.loss import loss_from_hidden
+from opd.scoring.score import score, score_support, score_told
+from opd.serving import json_endpoint
+from opd.serving.vllm_protocol import read_position
+from opd.teachers.client import Remote, connect, grouped
+from opd.teachers.remote_scores import asked
 from tests.teacher_server import (
     Teacher,
     changed,
@@ -66,8 +66,8 @@ def masked_by(batch: Rollouts, mask: torch.Tensor) -> Rollouts:
 
 @pytest.fixture
 def teacher(tiny_pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> Teacher:
-    monkeypatch.setattr(endpoint, "FIRST_WAIT", 0.02)
-    monkeypatch.delenv(endpoint.KEY, raising=False)
+    monkeypatch.setattr(json_endpoint, "FIRST_WAIT", 0.02)
+    monkeypatch.delenv(json_endpoint.KEY, raising=False)
     return Teacher(tiny_pair[1])
 
 
@@ -256,7 +256,7 @@ def test_trickling_answers_end(url: str, teacher: Teacher) -> None:
 
     thread = threading.Thread(target=trickle, daemon=True)
     thread.start()
-    side = endpoint.Endpoint(f"http://127.0.0.1:{listener.getsockname()[1]}", patience=2.0)
+    side = json_endpoint.Endpoint(f"http://127.0.0.1:{listener.getsockname()[1]}", patience=2.0)
     began = time.monotonic()
     with pytest.raises(RuntimeError, match=r"no answer for .* s \(TimeoutError"):
         side.ask("/models", most=2000)
@@ -452,7 +452,7 @@ def test_other_tokens_are_refused(
 )
 def test_addresses(address: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        endpoint.Endpoint(address, patience=1.0)
+        json_endpoint.Endpoint(address, patience=1.0)
     assert "secret" not in str(caught.value)
 
 
@@ -463,7 +463,7 @@ def test_the_key_is_sent_and_never_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pair, prompts, batch = rolled
-    monkeypatch.setenv(endpoint.KEY, "hush-hush")
+    monkeypatch.setenv(json_endpoint.KEY, "hush-hush")
     remote = connected(url, pair)
     assert set(teacher.keys) == {"Bearer hush-hush"}
     teacher.faults = [lambda body: (403, {}, b'{"message": "bad key hush-hush"}')]

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from opd import endpoint
-from opd.config import Config, TaskSettings
-from opd.continuation import continuation
-from opd.model import load
-from opd.own_prefix import control
-from opd.train import train
+from opd.analysis.continuation import continuation
+from opd.analysis.own_prefix import control
+from opd.config.settings import Config, TaskSettings
+from opd.models.model import load
+from opd.serving import json_endpoint
+from opd.training.train import train
 from tests.teacher_server import Teacher, dropped, serving
 from tests.test_train import rows, settings
 
@@ -23,8 +23,8 @@ SHORT = {"steps": 4, "exact_every": 2, "eval_every": 0, "save_every": 1, "batch_
 
 @pytest.fixture
 def teacher(tiny_pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> Teacher:
-    monkeypatch.setattr(endpoint, "FIRST_WAIT", 0.02)
-    monkeypatch.setenv(endpoint.KEY, "hush-hush")
+    monkeypatch.setattr(json_endpoint, "FIRST_WAIT", 0.02)
+    monkeypatch.setenv(json_endpoint.KEY, "hush-hush")
     return Teacher(tiny_pair[1])
 
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from opd.data import encode
-from opd.model import load_pair
-from opd.problems import Problem
-from opd.remote import connect
-from opd.rollout import sample
-from opd.scoring import score, score_support
-from opd.told import asked
-from opd.train import train
+from opd.data.chain_task import Problem
+from opd.data.tasks import encode
+from opd.models.model import load_pair
+from opd.rollouts.hf_engine import sample
+from opd.scoring.score import score, score_support
+from opd.teachers.client import connect
+from opd.teachers.remote_scores import asked
+from opd.training.train import train
 from tests.test_remote import loss_and_gradients
 from tests.test_remote_train import SHORT, close, served
 from tests.test_train import rows, settings

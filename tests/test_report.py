@@ -29,10 +29,10 @@ from diagnostics.records import rows, token_text
 from diagnostics.records.row_columns import COLUMNS
 from diagnostics.records.token_dumps import save_dump
 from diagnostics.terminal import visible
-from opd import record, report, sheet, specimens
-from opd.lab import make_tokenizer
-from opd.train import train
-from opd.watching import HOST, make_server, version
+from opd.lab.build import make_tokenizer
+from opd.report import build, rollout_viewer, run_data, tokenizer_panel
+from opd.report.server import HOST, make_server, version
+from opd.training.train import train
 from tests.test_train import settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,22 +111,22 @@ def run(tiny_pair, tmp_path_factory) -> Path:
 
 
 def test_the_page_stands_alone_and_holds_its_data_unharmed(run: Path) -> None:
-    data = report.contents([run])
-    page = report.page(data)
+    data = build.contents([run])
+    page = build.page(data)
     found = scripts(page)
     assert [kind for kind, _ in found] == ["application/json", "", ""]
     assert json.loads(found[0][1]) == json.loads(json.dumps(data))
     style = page.split("<style>")[1].split("</style>")[0]
-    known = " ".join(f"'sha256-{report.digest(text)}'" for _, text in found[1:])
+    known = " ".join(f"'sha256-{build.digest(text)}'" for _, text in found[1:])
     allowed = {
         "default-src": "'none'",
         "script-src": known,
-        "style-src": f"'sha256-{report.digest(style)}'",
+        "style-src": f"'sha256-{build.digest(style)}'",
         "base-uri": "'none'",
         "form-action": "'none'",
     }
     assert policy(page) == allowed
-    assert policy(report.page(data, watch=True)) == allowed | {"connect-src": "'self'"}
+    assert policy(build.page(data, watch=True)) == allowed | {"connect-src": "'self'"}
     assert not {"src", "href", "action", "style"} & (attributes(page) - {"href"})
     assert all(link.startswith("#") for link in links(page))
 
@@ -146,14 +146,14 @@ def test_every_column_of_a_row_is_described(run: Path) -> None:
 
 def test_hostile_text_cannot_leave_its_place() -> None:
     data = {"words": list(HOSTILE), "runs": []}
-    page = report.page(data)
+    page = build.page(data)
     found = scripts(page)
     assert len(found) == 3
     assert json.loads(found[0][1]) == data
     assert not set("<>&\u2028\u2029") & set(found[0][1])
     page.encode()  # a lone surrogate must not stop the file from being written
     with pytest.raises(ValueError, match="JSON compliant"):
-        report.embedded({"x": float("nan")})
+        build.embedded({"x": float("nan")})
 
 
 def test_what_cannot_be_seen_is_spelled_out() -> None:
@@ -162,7 +162,7 @@ def test_what_cannot_be_seen_is_spelled_out() -> None:
     assert visible("é漢 a\n\tb") == "é漢 a\n\tb"
     assert visible("\u202e\x00\ud800\U000e0001") == "\\u202e\\u0000\\ud800\\U000e0001"
     wild = {"\u202e": ["\x00", (1, float("nan"), float("-inf"), True, None)]}
-    assert report.disarmed(wild) == {"\\u202e": ["\\u0000", [1, None, None, True, None]]}
+    assert build.disarmed(wild) == {"\\u202e": ["\\u0000", [1, None, None, True, None]]}
 
 
 def test_a_hostile_run_folder_is_read_and_told_safely(tmp_path: Path) -> None:
@@ -177,8 +177,8 @@ def test_a_hostile_run_folder_is_read_and_told_safely(tmp_path: Path) -> None:
         json.dumps({"step": 2, "task": "a\u2028b", "loss": 2, "drift/k1": 1, HOSTILE[1]: 3.0}),
     ]
     (folder / "rows.jsonl").write_text("\n".join(lines) + '\n{"step": 3, "lo', "utf-8")
-    data = report.contents([folder])
-    page = report.page(data)
+    data = build.contents([folder])
+    page = build.page(data)
     assert json.loads(scripts(page)[0][1]) == data
     (one,) = data["runs"]
     assert one["name"] == "run\\u202e"
@@ -194,7 +194,7 @@ def test_a_hostile_run_folder_is_read_and_told_safely(tmp_path: Path) -> None:
 
 
 def test_curves_alarms_and_accuracy_are_those_of_the_record(run: Path) -> None:
-    made = record.recorded(record.read_run(run))
+    made = run_data.recorded(run_data.read_run(run))
     written = rows.read(run / "rows.jsonl")
     part = made["tasks"][0]
     where, values, errors = part["curves"]["drift/k1"]
@@ -217,7 +217,7 @@ def test_curves_alarms_and_accuracy_are_those_of_the_record(run: Path) -> None:
 def test_of_rows_with_one_step_the_last_counts(tmp_path: Path) -> None:
     written = [{"step": s, "loss": float(i)} for i, s in enumerate((0, 2, 3, 2, 1))]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))
-    made = record.recorded(record.read_run(tmp_path))
+    made = run_data.recorded(run_data.read_run(tmp_path))
     part = made["tasks"][0]
     assert part["steps"] == [[0, 1, 2, 3]]
     assert part["curves"]["loss"] == [0, [0.0, 4.0, 3.0, 2.0], None]
@@ -228,25 +228,25 @@ def test_rows_of_a_strangers_monitor_may_have_any_name(tmp_path: Path) -> None:
     panel = tmp_path / "panel.jsonl"
     (tmp_path / "evals.jsonl").write_text("")
     with pytest.raises(FileNotFoundError, match="nor one single other"):
-        record.read_run(tmp_path)
+        run_data.read_run(tmp_path)
     panel.write_text('{"step": 3, "loss": 1.5}\n')
-    assert record.read_run(tmp_path).rows == [{"step": 3, "loss": 1.5}]
+    assert run_data.read_run(tmp_path).rows == [{"step": 3, "loss": 1.5}]
     before = version([tmp_path])
     with open(panel, "a") as file:
         file.write('{"step": 4, "loss": 1.0}\n')
     assert version([tmp_path]) != before
     (tmp_path / "other.jsonl").write_text('{"step": 9}\n')
     with pytest.raises(FileNotFoundError, match="is no run folder"):
-        record.read_run(tmp_path)
+        run_data.read_run(tmp_path)
     with pytest.raises(FileNotFoundError, match=f"name its folder, {re.escape(str(tmp_path))}$"):
-        record.read_run(panel)
+        run_data.read_run(panel)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "rows.jsonl").write_text('{"step": 0}\n')
     run = re.escape(str(tmp_path / "run"))
     with pytest.raises(FileNotFoundError, match=f"a monitor; run folders in it: {run}$"):
-        record.read_run(tmp_path)
+        run_data.read_run(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"step": 7}\n')
-    assert record.read_run(tmp_path).rows == [{"step": 7}]
+    assert run_data.read_run(tmp_path).rows == [{"step": 7}]
 
 
 GRADED = {"step": 0, "accuracy": 0.5, "problems": 2, "outcomes": "01"}
@@ -291,13 +291,13 @@ def test_impossible_values_of_a_record_are_named(name: str, tmp_path: Path) -> N
     for path, value in (made | {file: made[file] | changes}).items():
         (tmp_path / path).write_text(json.dumps(value) + "\n")
     with pytest.raises(InvalidInput, match=f"{file}.*{words}") as raised:
-        record.read_run(tmp_path)
+        run_data.read_run(tmp_path)
     assert len(str(raised.value)) < 400
 
 
 def test_alarms_are_those_that_a_replay_raises(run: Path) -> None:
     bad = [{"step": s, "loss": None, "collapse/repeated_share": 0.9} for s in range(9)]
-    made = record.part("", bad)
+    made = run_data.part("", bad)
     told, raised = made["alarms"], replay(bad)
     assert [(a["rule"], a["step"]) for a in told] == [(a.rule.name, a.step) for a in raised]
     assert [(a["means"], a["remedy"]) for a in told] == [
@@ -308,13 +308,13 @@ def test_alarms_are_those_that_a_replay_raises(run: Path) -> None:
     watched = {rule.name for rule in RULES if rule.metric in ("loss", "collapse/repeated_share")}
     assert set(made["unwatched"]) == {rule.name for rule in RULES} - watched
     over = [*bad, *({"step": s, "loss": 1.0, "collapse/repeated_share": 0.0} for s in range(9, 20))]
-    assert not any(a["on"] for a in record.part("", over)["alarms"])
+    assert not any(a["on"] for a in run_data.part("", over)["alarms"])
 
 
 def test_tasks_that_take_turns_have_curves_of_their_own(run: Path) -> None:
-    found = record.read_run(run)
+    found = run_data.read_run(run)
     turns = [row | {"task": "ab"[i % 2]} for i, row in enumerate(found.rows)]
-    made = record.recorded(replace(found, rows=turns))
+    made = run_data.recorded(replace(found, rows=turns))
     assert [part["task"] for part in made["tasks"]] == ["a", "b"]
     assert [part["steps"][part["curves"]["loss"][0]] for part in made["tasks"]] == [[0, 2], [1]]
 
@@ -324,22 +324,22 @@ def test_long_curves_keep_their_ends_extremes_gaps_and_alarms() -> None:
     points[12_345] = (12_345, 1e6, None)
     points[777] = (777, None, None)
     points[9_999] = (9_999, -1e6, None)
-    kept = record.thinned(points, 400, {4_321})
+    kept = run_data.thinned(points, 400, {4_321})
     assert len(kept) <= 404
     assert (kept[0], kept[-1]) == (points[0], points[-1])
     for step in (12_345, 9_999, 777, 4_321):
         assert points[step] in kept
     assert kept == sorted(kept)
-    assert record.thinned(points[:100], 100) == points[:100]
+    assert run_data.thinned(points[:100], 100) == points[:100]
     rising = [{"step": s, "loss": 1.0, "collapse/repeated_share": s / 4000} for s in range(2000)]
-    made = record.part("", rising)
+    made = run_data.part("", rising)
     (alarm,) = made["alarms"]
     assert alarm["step"] in made["steps"][made["curves"]["collapse/repeated_share"][0]]
 
 
 def test_maps_and_anatomy_are_the_columns_by_position(run: Path) -> None:
     written = rows.read(run / "rows.jsonl")
-    made = record.part("", written)
+    made = run_data.part("", written)
     assert {"drift/k1", "drift/reverse_kl", "validity/z_H"} <= set(made["maps"])
     for name in ("drift/k1", "validity/z_H"):
         shown = made["maps"][name]
@@ -352,19 +352,19 @@ def test_maps_and_anatomy_are_the_columns_by_position(run: Path) -> None:
                 )
                 assert shown["tokens"][i][j] == count
     last = made["anatomy"]["rows"][-1]
-    for k, name in enumerate(record.ANATOMY):
+    for k, name in enumerate(run_data.ANATOMY):
         for j, (low, high) in enumerate(made["anatomy"]["bins"]):
             value = written[-1][f"{name}@{low}-{high}"]
             if value is not None:
                 assert last["parts"][k][j] == pytest.approx(value, rel=1e-4, abs=1e-9)
-    assert record.part("", [*written, {"step": 3}])["maps"] == made["maps"]
+    assert run_data.part("", [*written, {"step": 3}])["maps"] == made["maps"]
     long = [written[i % 3] | {"step": i} for i in range(500)]
-    thin = record.maps(long, record.binned(long), 50)["drift/k1"]["steps"]
+    thin = run_data.maps(long, run_data.binned(long), 50)["drift/k1"]["steps"]
     assert (len(thin), thin[0], thin[-1]) == (50, 0, 499)
 
 
 def test_specimens_are_the_batchs_numbers(run: Path) -> None:
-    made = specimens.specimens(record.read_run(run), tokens=10_000)
+    made = rollout_viewer.specimens(run_data.read_run(run), tokens=10_000)
     batch = load(run / "batches" / "step_000001.safetensors")
     assert isinstance(batch, Scored)
     assert batch.support is not None
@@ -412,8 +412,8 @@ def check_tops(batch: Scored, i: int, k: int, told: list[int]) -> None:
     wanted = {
         row[0]
         for place in (1, 2)
-        for row in sorted(table, key=lambda row: -row[place])[: specimens.TOP]
-        if math.exp(row[place]) >= specimens.LEAST
+        for row in sorted(table, key=lambda row: -row[place])[: rollout_viewer.TOP]
+        if math.exp(row[place]) >= rollout_viewer.LEAST
     }
     shown = [told[j : j + 3] for j in range(0, len(told), 3)]
     assert {row[0] for row in shown} == wanted
@@ -432,8 +432,10 @@ def test_ids_that_are_absent_or_masked_are_not_shown_as_likely(run: Path) -> Non
     hole = batch.mask.clone()
     hole[:, 1] = False
     changed = replace(batch, support=absent, mask=hole)
-    roll = specimens.one(changed, 0, 0, 3, [], token_text.Spelling(), set())
-    assert specimens.one(batch, 0, 0, 3, ["math"], token_text.Spelling(), set())["task"] == "math"
+    roll = rollout_viewer.one(changed, 0, 0, 3, [], token_text.Spelling(), set())
+    assert (
+        rollout_viewer.one(batch, 0, 0, 3, ["math"], token_text.Spelling(), set())["task"] == "math"
+    )
     first = int(batch.support.ids[0, 0, 0])
     assert first not in roll["tops"][0][::3]
     assert roll["off"] == [1]
@@ -451,7 +453,7 @@ def test_likely_ids_do_not_depend_on_the_order_of_the_support(run: Path) -> None
     }
     changed = replace(batch, support=replace(batch.support, **mixed))
     for i in range(len(batch)):
-        assert specimens.tops(changed, i, 3) == specimens.tops(batch, i, 3)
+        assert rollout_viewer.tops(changed, i, 3) == rollout_viewer.tops(batch, i, 3)
 
 
 def test_a_dump_is_shown_as_the_batch_that_it_was_made_of(run: Path, tmp_path: Path) -> None:
@@ -462,15 +464,15 @@ def test_a_dump_is_shown_as_the_batch_that_it_was_made_of(run: Path, tmp_path: P
     batch = load(run / "batches" / "step_000001.safetensors")
     assert isinstance(batch, Scored)
     save_dump(folder / "dumps" / "step_00000001.parquet", batch, 1)
-    ours = specimens.specimens(record.read_run(folder), 10_000)
-    theirs = specimens.specimens(record.read_run(run), 10_000)
+    ours = rollout_viewer.specimens(run_data.read_run(folder), 10_000)
+    theirs = rollout_viewer.specimens(run_data.read_run(run), 10_000)
     mine = [roll | {"asked": None} for roll in theirs["rollouts"] if roll["step"] == 1]
     assert ours["rollouts"] == mine  # a dump has no prompts
-    assert report.contents([folder])["runs"][0]["config"] == {}
+    assert build.contents([folder])["runs"][0]["config"] == {}
 
 
 def test_blame_is_a_plain_count(run: Path) -> None:
-    made = specimens.specimens(record.read_run(run), tokens=10_000)
+    made = rollout_viewer.specimens(run_data.read_run(run), tokens=10_000)
     batch = load(run / "batches" / "step_000002.safetensors")
     assert isinstance(batch, Scored)
     r, whole = batch.log_ratio, float(batch.log_ratio.abs()[batch.mask].sum())
@@ -501,7 +503,7 @@ def test_impossible_tokens_are_named(run: Path) -> None:
     ours[0, 0], theirs[0, 0] = -0.01, -12.0
     theirs[1, 0] = 0.0  # a negative cost, which the signal counts by its size
     changed = replace(batch, student_logp=ours, teacher_logp=theirs)
-    told = sheet.impossible_ids(changed, set())
+    told = tokenizer_panel.impossible_ids(changed, set())
     assert {"id": int(batch.tokens[0, 0]), "count": 1, "student": -0.01, "teacher": -12.0} in told[
         "rows"
     ]
@@ -529,10 +531,12 @@ def test_ends_and_the_doctor_are_told(run: Path, tmp_path: Path) -> None:
     item = {"item": "eos", "verdict": "fail", "found": "1 is not 2", "advice": "mend"}
     findings = {"verdict": "fail", "items": [item | {"numbers": {}}]}
     (folder / "doctor.json").write_text(json.dumps(findings))
-    alone = sheet.sheet(record.read_run(folder), token_text.Spelling(), None, set())
+    alone = tokenizer_panel.sheet(run_data.read_run(folder), token_text.Spelling(), None, set())
     assert [end["role"] for end in alone["ends"]] == ["student"]
     assert alone["unread"] == [f"teacher: {teacher}"]
-    made = sheet.sheet(record.read_run(folder, models=True), token_text.Spelling(), None, set())
+    made = tokenizer_panel.sheet(
+        run_data.read_run(folder, models=True), token_text.Spelling(), None, set()
+    )
     assert made["unread"] == []
     own = {"own": tokenizer.eos_token}
     assert made["ends"] == [
@@ -542,7 +546,7 @@ def test_ends_and_the_doctor_are_told(run: Path, tmp_path: Path) -> None:
     assert made["doctor"] == {"verdict": "fail", "items": [item]}
     tasks = [{"name": "a", "teacher": None}, {"name": "b", "teacher": str(student)}]
     (folder / "config.json").write_text(json.dumps(changed | {"tasks": tasks}))
-    told = sheet.ends(record.read_run(folder, models=True))
+    told = tokenizer_panel.ends(run_data.read_run(folder, models=True))
     assert [(x["role"], x["ids"]) for x in told] == [
         ("student", [1, 2]),
         ("teacher of a", [tokenizer.eos_token_id]),
@@ -554,13 +558,13 @@ def test_ends_are_read_where_a_text_model_lies_in_another(tmp_path: Path) -> Non
     make_tokenizer().save_pretrained(tmp_path)
     known = token_text.read_spelling(tmp_path)
     settings = tmp_path / "config.json"
-    own = sheet.end_ids(tmp_path, known)
+    own = tokenizer_panel.end_ids(tmp_path, known)
     settings.write_text('{"text_config": {"eos_token_id": [5, 6]}}')
-    assert sheet.end_ids(tmp_path, known) == sorted({*own, 5, 6})
+    assert tokenizer_panel.end_ids(tmp_path, known) == sorted({*own, 5, 6})
     for value in ('"5"', "true", "[[1]]", "[1, null]", "1.0"):
         settings.write_text(f'{{"eos_token_id": {value}}}')
         with pytest.raises(InvalidInput, match=r"config\.json, field eos_token_id: .* is no id"):
-            sheet.end_ids(tmp_path, known)
+            tokenizer_panel.end_ids(tmp_path, known)
 
 
 def test_few_tokens_show_the_worst_responses(run: Path) -> None:
@@ -569,7 +573,7 @@ def test_few_tokens_show_the_worst_responses(run: Path) -> None:
     mean = batch.log_ratio.abs().sum(1) / batch.mask.sum(1)
     worst = int(mean.argmax())
     budget = 3 * int(batch.mask.sum(1)[worst])  # three batches share it
-    made = specimens.specimens(record.read_run(run), budget)
+    made = rollout_viewer.specimens(run_data.read_run(run), budget)
     assert worst in [roll["row"] for roll in made["rollouts"] if roll["step"] == 0]
     for step in range(3):
         assert sum(len(r["ids"]) for r in made["rollouts"] if r["step"] == step) <= budget // 3
@@ -579,18 +583,18 @@ def test_runs_without_batches_or_rows_are_shown_all_the_same(run: Path, tmp_path
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(run / "config.json", bare)
-    data = report.contents([bare, run], 120)
+    data = build.contents([bare, run], 120)
     shown = sum(len(roll["ids"]) for one in data["runs"] for roll in one["rollouts"])
     assert shown <= 60  # its half
     assert [(one["done"], len(one["rollouts"]) > 0) for one in data["runs"]] == [
         (0, False),
         (3, True),
     ]
-    report.page(data)
+    build.page(data)
     with pytest.raises(FileNotFoundError, match=r"neither config\.json nor rows\.jsonl"):
-        report.contents([tmp_path])
-    assert report.labels([tmp_path / "a" / "x", tmp_path / "b" / "x"]) == ["a/x", "b/x"]
-    assert report.labels([tmp_path / "a" / "x", tmp_path / "a" / "y"]) == ["x", "y"]
+        build.contents([tmp_path])
+    assert build.labels([tmp_path / "a" / "x", tmp_path / "b" / "x"]) == ["a/x", "b/x"]
+    assert build.labels([tmp_path / "a" / "x", tmp_path / "a" / "y"]) == ["x", "y"]
 
 
 def test_rows_alone_are_reported_without_torch(run: Path, tmp_path: Path) -> None:
@@ -664,25 +668,25 @@ def test_a_record_leads_nowhere_outside_its_folder(run: Path, tmp_path: Path) ->
         (folder / "config.json").write_text(json.dumps(config | {"student": name, "teacher": name}))
         if name == "link":
             (folder / "link").symlink_to(secret)
-        made = report.contents([folder])
+        made = build.contents([folder])
         assert "THE SECRET" not in json.dumps(made)
         assert [text.split(":")[0] for text in made["runs"][0]["sheet"]["unread"]] == [
             "student",
             "teacher",
         ]
     (folder / "config.json").write_text(json.dumps(config | {"student": str(secret)}))
-    assert "THE SECRET" in json.dumps(report.contents([folder], models=True))
+    assert "THE SECRET" in json.dumps(build.contents([folder], models=True))
     saved = sorted((folder / "batches").glob("*.safetensors"))
     saved[0].rename(tmp_path / "elsewhere.safetensors")
     saved[0].symlink_to(tmp_path / "elsewhere.safetensors")
-    steps = [x["step"] for x in report.contents([folder])["runs"][0]["saved"]]
+    steps = [x["step"] for x in build.contents([folder])["runs"][0]["saved"]]
     assert (
-        steps == [x["step"] for x in report.contents([folder], models=True)["runs"][0]["saved"]][1:]
+        steps == [x["step"] for x in build.contents([folder], models=True)["runs"][0]["saved"]][1:]
     )
     (folder / "code.txt").unlink()
     (folder / "code.txt").symlink_to(secret / "tokenizer.json")
     with pytest.raises(ValueError, match=r"code.txt is a link to .*secret.tokenizer.json, outside"):
-        report.contents([folder])
+        build.contents([folder])
 
 
 def test_the_page_says_what_of_a_record_cannot_be_read(server: tuple[str, Path]) -> None:
@@ -696,7 +700,7 @@ def test_the_page_says_what_of_a_record_cannot_be_read(server: tuple[str, Path])
 
 
 def test_rollouts_show_their_prompts(run: Path) -> None:
-    made = specimens.specimens(record.read_run(run), tokens=10_000)
+    made = rollout_viewer.specimens(run_data.read_run(run), tokens=10_000)
     tokenizer = AutoTokenizer.from_pretrained(run / "final")
     file = run / "batches" / "step_000001.prompts.json"
     texts = json.loads(file.read_text())

@@ -12,7 +12,7 @@ import pytest
 
 from diagnostics.batch import Scored, load
 from diagnostics.records import rows
-from opd import report
+from opd.report import build
 from tests.test_report import HOSTILE, run, server
 
 __all__ = ["run", "server"]  # fixtures
@@ -47,12 +47,12 @@ def opened(browser: Any, address: str, **how: Any) -> tuple[Any, list[str]]:
 
 def saved(data: dict[str, Any], folder: Path) -> str:
     file = folder / "page.html"
-    file.write_text(report.page(data), encoding="utf-8")
+    file.write_text(build.page(data), encoding="utf-8")
     return file.as_uri()
 
 
 def test_hostile_text_is_only_ever_text(browser: Any, run: Path, tmp_path: Path) -> None:
-    data = report.contents([run])
+    data = build.contents([run])
     first = data["runs"][0]
     for i, key in enumerate(list(first["texts"])[: len(HOSTILE)]):
         first["texts"][key] = HOSTILE[i]
@@ -60,7 +60,7 @@ def test_hostile_text_is_only_ever_text(browser: Any, run: Path, tmp_path: Path)
     first["rollouts"][0]["task"] = first["tasks"][0]["task"] = HOSTILE[1]
     item = dict.fromkeys(("item", "verdict", "found", "advice"), HOSTILE[1])
     first["sheet"]["doctor"] = {"verdict": HOSTILE[0], "items": [item]}
-    page, wrong = opened(browser, saved(report.disarmed(data), tmp_path))
+    page, wrong = opened(browser, saved(build.disarmed(data), tmp_path))
     page.wait_for_timeout(100)
     assert page.evaluate("window.owned") is None
     assert page.locator("img, iframe, main script").count() == 0
@@ -70,7 +70,7 @@ def test_hostile_text_is_only_ever_text(browser: Any, run: Path, tmp_path: Path)
 
 
 def test_every_token_shows_its_numbers(browser: Any, run: Path, tmp_path: Path) -> None:
-    data = report.contents([run])
+    data = build.contents([run])
     page, wrong = opened(browser, saved(data, tmp_path))
     roll = data["runs"][0]["rollouts"][0]
     batch = load(run / "batches" / f"step_{roll['step']:06d}.safetensors")
@@ -111,7 +111,7 @@ def test_every_token_shows_its_numbers(browser: Any, run: Path, tmp_path: Path) 
 
 
 def test_keys_walk_through_tokens_and_rollouts(browser: Any, run: Path, tmp_path: Path) -> None:
-    data = report.contents([run])
+    data = build.contents([run])
     page, wrong = opened(browser, saved(data, tmp_path))
     rolls = data["runs"][0]["rollouts"]
     size = [abs(a - b) for a, b in zip(rolls[0]["s"], rolls[0]["t"], strict=True)]
@@ -159,7 +159,7 @@ def test_keys_walk_through_tokens_and_rollouts(browser: Any, run: Path, tmp_path
 
 
 def test_filters_choose_rollouts(browser: Any, run: Path, tmp_path: Path) -> None:
-    data = report.contents([run])
+    data = build.contents([run])
     rolls = data["runs"][0]["rollouts"]
     for i, roll in enumerate(rolls):
         roll.update(reward=float(i % 2), ended=i % 3 > 0, task="ab"[i % 2])
@@ -187,7 +187,7 @@ def test_filters_choose_rollouts(browser: Any, run: Path, tmp_path: Path) -> Non
 def test_any_column_may_be_drawn_and_the_theme_changed(
     browser: Any, run: Path, tmp_path: Path
 ) -> None:
-    page, wrong = opened(browser, saved(report.contents([run]), tmp_path), color_scheme="dark")
+    page, wrong = opened(browser, saved(build.contents([run]), tmp_path), color_scheme="dark")
     back = "getComputedStyle(document.body).backgroundColor"
     first = page.evaluate(back)
     page.locator("#theme").click()
@@ -210,7 +210,7 @@ def test_any_column_may_be_drawn_and_the_theme_changed(
 def test_a_phone_needs_no_sideways_scrolling(browser: Any, run: Path, tmp_path: Path) -> None:
     long = tmp_path / ("a-very-long-name-of-a-run-" * 4)
     shutil.copytree(run, long)
-    data = report.contents([run, long])
+    data = build.contents([run, long])
     page, wrong = opened(browser, saved(data, tmp_path), viewport={"width": 360, "height": 780})
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     assert wrong == []
@@ -243,7 +243,7 @@ def test_a_run_that_has_only_begun_is_shown(browser: Any, run: Path, tmp_path: P
     bare.mkdir()
     shutil.copy(run / "config.json", bare)
     (bare / "rows.jsonl").write_text(json.dumps({"step": 0, "loss": 1.0}) + "\n")
-    page, wrong = opened(browser, saved(report.contents([bare, run]), tmp_path))
+    page, wrong = opened(browser, saved(build.contents([bare, run]), tmp_path))
     assert "saved no batches" in page.locator("#list").inner_text()
     page.locator("#f-run").select_option("1")
     assert page.locator("#list .row").count() > 0
@@ -261,7 +261,7 @@ def test_a_card_has_the_colour_of_what_its_run_has_shown(
         for step, cost in enumerate(costs):
             rows.append(tmp_path / name / "rows.jsonl", {"step": step, "drift/k1": cost})
     folders = [tmp_path / name for name in histories]
-    page, wrong = opened(browser, saved(report.contents(folders), tmp_path))
+    page, wrong = opened(browser, saved(build.contents(folders), tmp_path))
     colours = {}
     for i, name in enumerate(histories):
         card = page.locator("#cards .card").nth(i)

@@ -9,18 +9,19 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from diagnostics.records.token_text import read_spelling
-from opd import continuation, sheet
-from opd.continuation import graded
-from opd.data import Task, response_text
-from opd.environments.scene import Scene
-from opd.episodes import play
-from opd.evaluate import grade_responses, respond
-from opd.games import Games
-from opd.grading import GRADERS, grade_exact
-from opd.lab import make_tokenizer
-from opd.model import Pair, end_ids, load
-from opd.problems import Problem
-from opd.special import Endings
+from opd.analysis import continuation
+from opd.analysis.continuation import graded
+from opd.data.chain_task import Problem
+from opd.data.grading.graders import GRADERS, grade_exact
+from opd.data.tasks import Task, response_text
+from opd.envs.base import Scene
+from opd.envs.rollout import play
+from opd.envs.task import Games
+from opd.evaluation.evaluate import grade_responses, respond
+from opd.lab.build import make_tokenizer
+from opd.models.model import Pair, end_ids, load
+from opd.report import tokenizer_panel
+from opd.tokens.masking import Endings
 from tests.test_episodes import Script
 
 ADDED = ["<|end_of_text|>", "<end_of_turn>"]
@@ -131,7 +132,7 @@ def test_the_report_names_the_same_ends_as_the_model(tokenizer: Any, tmp_path: P
     network.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(ADDED)
     network.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    shown = sheet.end_ids(tmp_path, read_spelling(tmp_path))
+    shown = tokenizer_panel.end_ids(tmp_path, read_spelling(tmp_path))
     assert shown == end_ids(*load(str(tmp_path), "cpu", "float32"))
     assert tokenizer.eos_token_id in shown
     assert len(shown) == 3

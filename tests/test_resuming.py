@@ -12,12 +12,12 @@ import pytest
 
 from diagnostics.errors import InvalidInput
 from diagnostics.records import rows as records
-from opd import starts
-from opd.config import to_json
-from opd.manifest import damage, write_manifest
-from opd.model import load
-from opd.record import read_run
-from opd.train import train
+from opd.config.settings import to_json
+from opd.models.model import load
+from opd.report.run_data import read_run
+from opd.runs import restart
+from opd.runtime.manifest import damage, write_manifest
+from opd.training.train import train
 from tests.test_train import rows, settings
 
 
@@ -298,7 +298,7 @@ def test_starts_record_code_and_versions_and_say_what_changed(
     tiny_pair, run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (first,) = records.read(run / "starts.jsonl")
-    state = starts.code_state()
+    state = restart.code_state()
     assert (first["step"], first["source"]) == (0, state.source)
     assert first["commit"] == state.commit
     assert {"torch", "transformers"} <= first["libraries"].keys()
@@ -307,10 +307,10 @@ def test_starts_record_code_and_versions_and_say_what_changed(
     assert f"{run} goes on at step 4\n" in error
     assert "instead of" not in error
     changed = replace(state, source="0123456789abcdef", difference="+x = 1\n")
-    honest = starts.package_version
-    monkeypatch.setattr(starts, "code_state", lambda: changed)
+    honest = restart.package_version
+    monkeypatch.setattr(restart, "code_state", lambda: changed)
     monkeypatch.setattr(
-        starts, "package_version", lambda name: "9.9" if name == "torch" else honest(name)
+        restart, "package_version", lambda name: "9.9" if name == "torch" else honest(name)
     )
     again(tiny_pair, run)
     error = capfd.readouterr().err
@@ -325,7 +325,7 @@ def test_starts_record_code_and_versions_and_say_what_changed(
 KILLS = """
 import json, os, random, signal, sys, time
 from pathlib import Path
-from opd.config import from_json
+from opd.config.settings import from_json
 from opd import train as trainer
 import transformers.models.qwen2.modeling_qwen2
 

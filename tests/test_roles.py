@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opd.model import load as load_model
-from opd.roles import average, follow, make_pair, ordinary, without_adapters
-from opd.train import train
+from opd.models.model import load as load_model
+from opd.teachers.factory import average, follow, make_pair, ordinary, without_adapters
+from opd.training.train import train
 from tests.test_train import rows, settings
 
 PUSHED = {"outcome": 1.0, "weight_decay": 1.0}  # the tiny student earns no reward: decay moves it
@@ -50,7 +50,7 @@ class interrupted_after:
         self.steps = steps
 
     def __enter__(self) -> None:
-        from opd import train as module
+        from opd.training import train as module
 
         self.module, self.honest = module, module.one_step
 

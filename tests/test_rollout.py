@@ -11,11 +11,11 @@ from torch import Tensor
 
 from diagnostics.batch import Rollouts, Scored, load
 from diagnostics.monitor import Monitor
-from opd.data import Prompts, encode
-from opd.engines import make_engine
-from opd.model import Model, load_pair
-from opd.problems import Problem
-from opd.rollout import Sampler, batches, draw, nucleus, sample, until_end
+from opd.data.chain_task import Problem
+from opd.data.tasks import Prompts, encode
+from opd.models.model import Model, load_pair
+from opd.rollouts.factory import make_engine
+from opd.rollouts.hf_engine import Sampler, batches, draw, nucleus, sample, until_end
 
 TEMPERATURE, TOP_P = 0.7, 0.8
 
@@ -446,12 +446,12 @@ def test_vllm_merges_adapters(engine, networks, prompts) -> None:
 
 @pytest.mark.vllm
 def test_weights_that_vllm_did_not_load_are_refused(engine, networks, monkeypatch) -> None:
-    import opd.vllm_engine
+    import opd.rollouts.vllm_engine
 
     engine.sync(networks[0])
-    real = opd.vllm_engine.export
+    real = opd.rollouts.vllm_engine.export
     stale = networks[0].network
-    monkeypatch.setattr(opd.vllm_engine, "export", lambda _, path: real(stale, path))
+    monkeypatch.setattr(opd.rollouts.vllm_engine, "export", lambda _, path: real(stale, path))
     with pytest.raises(RuntimeError, match="vLLM samples from another model"):
         engine.sync(networks[1])
 

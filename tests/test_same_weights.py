@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from opd.config import Config
-from opd.roles import make_pair
-from opd.same_weights import refuse_same_weights
-from opd.train import train
+from opd.config.settings import Config
+from opd.teachers.factory import make_pair
+from opd.training.checks.same_weights import refuse_same_weights
+from opd.training.train import train
 from tests.test_train import settings
 
 

@@ -9,13 +9,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diagnostics.batch import Rollouts
-from opd.data import Prompts, encode
-from opd.model import Pair, load_pair, log_probabilities, response_hidden
-from opd.problems import Problem
-from opd.rollout import sample
-from opd.scoring import score, score_support
-from opd.special import Endings
-from opd.supports import JOINED
+from opd.data.chain_task import Problem
+from opd.data.tasks import Prompts, encode
+from opd.models.model import Pair, load_pair, log_probabilities, response_hidden
+from opd.objectives.support import JOINED
+from opd.rollouts.hf_engine import sample
+from opd.scoring.score import score, score_support
+from opd.tokens.masking import Endings
 
 HOW = {"micro_tokens": 90, "chunk_elements": 700}
 

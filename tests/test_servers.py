@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from diagnostics.batch import Rollouts
-from opd import endpoint
-from opd.data import Prompts
-from opd.engines import make_engine
-from opd.model import Model
-from opd.rollout import Share, until_end
-from opd.servers import Servers, halved
+from opd.data.tasks import Prompts
+from opd.models.model import Model
+from opd.rollouts.factory import make_engine
+from opd.rollouts.hf_engine import Share, until_end
+from opd.rollouts.vllm_server_engine import Servers, halved
+from opd.serving import json_endpoint
 from tests.sampling_server import SamplingServer
 from tests.teacher_server import changed, cut, dropped, serving, short, slow, status
 from tests.test_rollout import (
@@ -37,7 +37,7 @@ END = list(range(0, 120, 8))
 @pytest.fixture
 def two(tiny_pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> list[SamplingServer]:
     """Servers that hold the teacher, so that a student comes from synchronising alone."""
-    monkeypatch.setattr(endpoint, "FIRST_WAIT", 0.02)
+    monkeypatch.setattr(json_endpoint, "FIRST_WAIT", 0.02)
     return [SamplingServer(tiny_pair[1]) for _ in range(2)]
 
 

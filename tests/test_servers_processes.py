@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from opd.config import Config
-from opd.train import train
+from opd.config.settings import Config
+from opd.training.train import train
 from tests.sampling_server import SamplingServer
 from tests.test_ahead import served, servers
 from tests.test_processes import assert_same_rows, evaluations, launched, run_in_two, weights

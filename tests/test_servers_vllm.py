@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from opd.data import encode
-from opd.model import load_pair
-from opd.problems import Problem
-from opd.rollout import until_end
-from opd.servers import Servers
-from opd.train import train
+from opd.data.chain_task import Problem
+from opd.data.tasks import encode
+from opd.models.model import load_pair
+from opd.rollouts.hf_engine import until_end
+from opd.rollouts.vllm_server_engine import Servers
+from opd.training.train import train
 from tests.test_ahead import HOW
 from tests.test_processes import run_in_two
 from tests.test_rollout import TEMPERATURE, TOP_P, agrees_with_a_forward_pass, seeded
@@ -136,7 +136,7 @@ def test_a_tied_server_takes_a_head_of_its_own_and_one_without_is_refused(
     pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a CPU a tied head keeps its weights where a checkpoint leaves it out, as tied ones do."""
-    import opd.servers
+    import opd.rollouts.vllm_server_engine
 
     with sampling(pair[0], free_port(), tmp_path / "tied.log", *PROCESSED) as tied:
         models, engine = made(pair, tied, tmp_path)
@@ -150,7 +150,9 @@ def test_a_tied_server_takes_a_head_of_its_own_and_one_without_is_refused(
         how = {"max_response": 24, "temperature": TEMPERATURE, "top_p": 1.0}
         batch = engine.sample(prompts, [1], **how, generator=seeded(0))
         agrees_with_a_forward_pass(batch, network, prompts, models.student.vocabulary, 1.0)
-        monkeypatch.setattr(opd.servers, "export", lambda net, path: net.save_pretrained(path))
+        monkeypatch.setattr(
+            opd.rollouts.vllm_server_engine, "export", lambda net, path: net.save_pretrained(path)
+        )
         with pytest.raises(RuntimeError, match="did not become the student"):
             made(pair, tied, tmp_path)
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from opd.config import Config, TaskSettings
-from opd.settings_check import NEEDS, unused_settings
-from opd.train import train
+from opd.config.settings import Config, TaskSettings
+from opd.training.checks.settings import NEEDS, unused_settings
+from opd.training.train import train
 
 GAMES = {"task": "env:rooms"}
 OUTCOME: dict[str, Any] = {"outcome": 1.0, "teacher": "ema"}

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from opd import smollm
-from opd.model import load_pair
+from opd.lab import smollm
+from opd.models.model import load_pair
 
 
 def llama(layers: int = 5):
@@ -72,7 +72,7 @@ def test_problems_have_their_answers() -> None:
 
 def test_healing_takes_the_forward_kl_down(tiny_pair: tuple[Path, Path]) -> None:
     pair = load_pair(*map(str, tiny_pair), "cpu", "float32")
-    from opd.problems import Problem
+    from opd.data.chain_task import Problem
 
     chat = [Problem(prompt=row["prompt"], answer=row["answer"]) for row in smollm.problems(6, 0)]
     loss = smollm.divergence(pair, chat, torch.Generator().manual_seed(0))

@@ -8,10 +8,9 @@ import torch
 
 from diagnostics.batch import Prefix, Rollouts, Scored, Support, flatten
 from diagnostics.core.totals import merge
-from opd.lab import make_tokenizer
-from opd.pieces import alphabet, pieces, token_bytes
-from opd.rules import Rule, parse
-from opd.special import (
+from opd.lab.build import make_tokenizer
+from opd.tokens.mask_rules import Rule, parse
+from opd.tokens.masking import (
     Endings,
     Mask,
     audit,
@@ -23,6 +22,7 @@ from opd.special import (
     supervised,
     teacher_tokens,
 )
+from opd.tokens.token_bytes import alphabet, pieces, token_bytes
 
 TABLE = [b"", b"<", b"think", b">", b"<th", b"ink>", b" <", b"a<", b"<think>", b"nk", b"thi", b"<<"]
 TEXTS = [

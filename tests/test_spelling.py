@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from diagnostics.records import token_text
 from diagnostics.records.token_text import told
-from opd.record import read_run
-from opd.specimens import tokenizer_places
+from opd.report.rollout_viewer import tokenizer_places
+from opd.report.run_data import read_run
 
 TEXT = "Grüße, 漢字 🙂🙂 a\n\tb"
 

@@ -8,13 +8,12 @@ import pytest
 import torch
 
 from diagnostics.batch import Scored
-from opd.config import Config
-from opd.data import Prompts
-from opd.grading import GRADERS, grade_exact
-from opd.optimizer import adamw
-from opd.start_checks import largest_gap
-from opd.step_checks import grader_numbers, prompt_hashes, prompt_numbers, sampler_numbers
-from opd.update_checks import (
+from opd.config.settings import Config
+from opd.data.grading.graders import GRADERS, grade_exact
+from opd.data.tasks import Prompts
+from opd.training.checks.start import largest_gap
+from opd.training.checks.step import grader_numbers, prompt_hashes, prompt_numbers, sampler_numbers
+from opd.training.checks.update import (
     ELEMENTS,
     TENSORS,
     after_step,
@@ -24,6 +23,7 @@ from opd.update_checks import (
     leftover,
     lost_share,
 )
+from opd.training.optimizer import adamw
 from tests.dense_batches import dense
 
 BOS = 7

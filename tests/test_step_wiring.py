@@ -10,14 +10,14 @@ import torch
 
 from diagnostics.batch import load
 from diagnostics.errors import InvalidInput
-from opd import step as steps
-from opd import update as updates
-from opd.optimizer import Optimizer
-from opd.reduction import DENOMINATORS
-from opd.run import Run
-from opd.seeds import PROBE, ROLLOUT
-from opd.step import roll_out
-from opd.train import train
+from opd.objectives.reduction import DENOMINATORS
+from opd.runtime.seeds import PROBE, ROLLOUT
+from opd.training import step as steps
+from opd.training import update as updates
+from opd.training.optimizer import Optimizer
+from opd.training.state import Run
+from opd.training.step import roll_out
+from opd.training.train import train
 from tests.test_train import rows, settings
 
 

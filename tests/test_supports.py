@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diagnostics.batch import Scored, Support, concatenate, load
-from opd import supports
+from opd.objectives import support
 from tests.test_surrogates import N, V, seeded
 
 
@@ -16,7 +16,7 @@ from tests.test_surrogates import N, V, seeded
 def test_union_and_intersection_are_those_of_sets(k: int) -> None:
     lists = torch.rand(2, 4, N, V, generator=seeded(1)).argsort(-1)[..., :k]
     for name, joined in (("union", set.union), ("intersection", set.intersection)):
-        ids, present = supports.JOINED[name](*lists)
+        ids, present = support.JOINED[name](*lists)
         sizes = set()
         for i in range(4):
             for n in range(N):

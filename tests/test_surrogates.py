@@ -8,9 +8,15 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import Scored, Support
-from opd import objectives as o
-from opd import supports
-from opd.surrogates import Visited, clipped_score, jensen_shannon, plain_score, weighted_score
+from opd.objectives import factory as o
+from opd.objectives import support
+from opd.objectives.surrogates import (
+    Visited,
+    clipped_score,
+    jensen_shannon,
+    plain_score,
+    weighted_score,
+)
 
 V, N = 9, 40
 
@@ -36,8 +42,8 @@ def chosen(source: str, k: int) -> tuple[Tensor, Tensor | None]:
     """ids and present of a named support."""
     student, teacher = logits()
     theirs, ours = teacher.topk(k, -1).indices, student.topk(k, -1).indices
-    if source in supports.JOINED:
-        return supports.JOINED[source](theirs, ours)
+    if source in support.JOINED:
+        return support.JOINED[source](theirs, ours)
     return (theirs if source == "teacher" else ours), None
 
 

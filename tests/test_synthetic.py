@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diagnostics.batch import Prefix, Scored
 from diagnostics.core.distribution_stats import functionals
-from opd import objectives
+from opd.objectives import factory
 from synthetic.estimators import FAMILY
 from synthetic.exact import moments
 from synthetic.sampling.monte_carlo import monte_carlo, trajectory_gradients
@@ -169,19 +169,19 @@ def test_the_trainers_objectives_have_the_exact_expected_gradients(name: str) ->
     student, teacher = pair(mdp)
     at, weight = all_paths(mdp, student, teacher)
 
-    def expected(batch: Trajectories, objective: objectives.Objective) -> Tensor:
+    def expected(batch: Trajectories, objective: factory.Objective) -> Tensor:
         gradients = trajectory_gradients(batch, student, objective)
         return (weight[:, None, None] * gradients).sum(0)
 
     family = moments.expected_gradient(mdp, student, teacher, GAMMAS)
     for i, gamma in enumerate(GAMMAS):
-        found = expected(at, objectives.sampled_token(gamma))
+        found = expected(at, factory.sampled_token(gamma))
         torch.testing.assert_close(found, family[i], atol=1e-12, rtol=0)
-    full = expected(with_support(at, student, teacher, "full"), objectives.full_reverse_kl())
+    full = expected(with_support(at, student, teacher, "full"), factory.full_reverse_kl())
     torch.testing.assert_close(full, family[0], atol=1e-12, rtol=0)
     whole = with_support(at, student, teacher, "teacher", mdp.num_actions)
     torch.testing.assert_close(
-        expected(whole, objectives.make("teacher_topk")), family[0], atol=1e-12, rtol=0
+        expected(whole, factory.make("teacher_topk")), family[0], atol=1e-12, rtol=0
     )
     # fewer tokens: p' (log p'/q' - KL(p' || q')) of both sides renormalised, at every visit
     part = with_support(at, student, teacher, "teacher", mdp.num_actions - 1)
@@ -190,7 +190,7 @@ def test_the_trainers_objectives_have_the_exact_expected_gradients(name: str) ->
     ratio = (ours - theirs).nan_to_num(0)
     local = ours.exp() * (ratio - (ours.exp() * ratio).sum(-1, keepdim=True))
     visits = moments.sequence_kl(mdp, student, teacher).occupancy.sum(0) * mdp.active
-    found = expected(part, objectives.make("teacher_topk"))
+    found = expected(part, factory.make("teacher_topk"))
     torch.testing.assert_close(found, visits[:, None] * local, atol=1e-12, rtol=0)
     assert (found - family[0]).norm() > 0.01
 
@@ -203,9 +203,9 @@ def test_each_trajectorys_gradient_is_that_of_its_own_loss() -> None:
     full = with_support(at, student, teacher, "full")
     top = with_support(at, student, teacher, "teacher", 2)
     for objective, drawn in (
-        (objectives.sampled_token(0.7), at),
-        (objectives.full_reverse_kl(), full),
-        (objectives.make("teacher_topk"), top),
+        (factory.sampled_token(0.7), at),
+        (factory.full_reverse_kl(), full),
+        (factory.make("teacher_topk"), top),
     ):
         drawn.batch.checked()
         together = trajectory_gradients(drawn, student, objective)
@@ -256,7 +256,7 @@ def test_samples_visit_states_as_often_as_they_should(name: str) -> None:
 def test_monte_carlo_agrees_with_the_exact_moments() -> None:
     mdp = worlds()["ending"]
     student, teacher = pair(mdp)
-    family = {str(g): objectives.sampled_token(g) for g in GAMMAS}
+    family = {str(g): factory.sampled_token(g) for g in GAMMAS}
     drawn = monte_carlo(mdp, student, teacher, family, 20_000, seeded(5), chunk=3_000)
     mean, variance = moments.moments(mdp, student, teacher, "plain", GAMMAS)
     z = (drawn.mean - mean) / drawn.mean_se.clamp(min=1e-12)
@@ -268,7 +268,7 @@ def test_monte_carlo_agrees_with_the_exact_moments() -> None:
 def test_monte_carlo_covers_objectives_on_a_support() -> None:
     mdp = worlds()["ending"]
     student, teacher = pair(mdp)
-    family = {"full": objectives.full_reverse_kl(), "top": objectives.make("teacher_topk")}
+    family = {"full": factory.full_reverse_kl(), "top": factory.make("teacher_topk")}
     drawn = monte_carlo(mdp, student, teacher, family, 5_000, seeded(6), k=2)
     mean, variance = moments.moments(mdp, student, teacher, "rb_immediate", 0.0)
     error = drawn.mean_se[0].clamp(min=1e-12)
@@ -285,7 +285,7 @@ def test_monte_carlo_covers_objectives_on_a_support() -> None:
 def test_running_sums_are_those_of_the_whole_sample(chunk: int) -> None:
     mdp = worlds()["tokens"]
     student, teacher = pair(mdp)
-    family = {"a": objectives.sampled_token(0.0), "b": objectives.sampled_token(0.9)}
+    family = {"a": factory.sampled_token(0.0), "b": factory.sampled_token(0.9)}
     drawn = monte_carlo(mdp, student, teacher, family, 60, seeded(7), chunk=chunk)
     generator, sizes = seeded(7), [min(chunk, 60 - begin) for begin in range(0, 60, chunk)]
     batches = [sample(mdp, student, teacher, size, generator) for size in sizes]
@@ -305,7 +305,7 @@ def test_standard_errors_of_variances_are_calibrated() -> None:
     """z over independent replicates has unit spread, also for a paired difference."""
     mdp = worlds()["tokens"]
     student, teacher = pair(mdp)
-    family = {str(g): objectives.sampled_token(g) for g in (0.0, 1.0)}
+    family = {str(g): factory.sampled_token(g) for g in (0.0, 1.0)}
     _, truth = moments.moments(mdp, student, teacher, "plain", (0.0, 1.0))
     single, paired = [], []
     for seed in range(120):

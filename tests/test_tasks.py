@@ -11,14 +11,14 @@ from torch import Tensor
 
 from diagnostics.alarms.alarms import replay
 from diagnostics.batch import Scored, load
-from opd import doctor
-from opd.config import Config, TaskSettings, from_json
-from opd.data import encode, load_task
-from opd.model import load as load_model
-from opd.recipes import parse
-from opd.roles import make_pairs
-from opd.tasks import read_tasks, settings_of, shares, turns
-from opd.train import train
+from opd.analysis import doctor
+from opd.config.recipes import parse
+from opd.config.settings import Config, TaskSettings, from_json
+from opd.data.tasks import encode, load_task
+from opd.models.model import load as load_model
+from opd.teachers.factory import make_pairs
+from opd.training.multitask import read_tasks, settings_of, shares, turns
+from opd.training.train import train
 from tests.test_step import adamw_by_hand, final
 from tests.test_train import rows, settings
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from diagnostics import errors
 from diagnostics.records import sinks
 from diagnostics.terminal import protect_terminal, visible
-from opd import cli
+from opd.cli import main
 
 CLEAR = "\x1b[2J\x1b[31mALL OK"
 HIDDEN = ("\x1b", "\x9b", "\x07", "\x08", "\r", "\x7f", "\u202e", "\u2066", "\u200b", "\ufeff")
@@ -31,7 +31,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> str:
     """A command in this process: the message that it ends with, as Python prints it."""
     monkeypatch.setattr(sys, "argv", ["opd", *map(str, words)])
     with pytest.raises(SystemExit) as end:
-        cli.main()
+        main.main()
     return "" if end.value.code is None else str(end.value.code)
 
 
@@ -116,7 +116,7 @@ def test_names_from_anywhere_are_spelled_out_by_every_command(
         run(monkeypatch, "train", CLEAR),
     ]
     monkeypatch.setattr(sys, "argv", ["opd", "diagnose", str(rows)])
-    cli.main()
+    main.main()
     printed = capsys.readouterr()
     everything = "".join((*said, printed.out, printed.err))
     assert "\x1b" not in everything
@@ -126,10 +126,10 @@ def test_names_from_anywhere_are_spelled_out_by_every_command(
 def test_warnings_and_the_tracebacks_of_other_exceptions_are_visible() -> None:
     """A traceback is printed after the command has ended."""
     code = (
-        "import sys, warnings, opd.cli as cli\n"
+        "import sys, warnings, opd.cli.main as cli\n"
         f"def fail(argv): warnings.warn({CLEAR!r}); raise RuntimeError({CLEAR!r})\n"
-        "cli.fail = fail; cli.COMMANDS['fail'] = ('opd.cli:fail', '')\n"
-        "sys.modules['opd.cli'] = cli; sys.argv = ['opd', 'fail']; cli.main()\n"
+        "cli.fail = fail; cli.COMMANDS['fail'] = ('opd.cli.main:fail', '')\n"
+        "sys.modules['opd.cli.main'] = cli; sys.argv = ['opd', 'fail']; cli.main()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from opd.config import Config
-from opd.data import encode
-from opd.model import load_pair, micro_batches
-from opd.problems import Problem, grade, problems
-from opd.rollout import nucleus, sample
-from opd.scoring import score
-from opd.train import train
+from opd.config.settings import Config
+from opd.data.chain_task import Problem, grade, problems
+from opd.data.tasks import encode
+from opd.models.model import load_pair, micro_batches
+from opd.rollouts.hf_engine import nucleus, sample
+from opd.scoring.score import score
+from opd.training.train import train
 
 
 def settings(pair: tuple[Path, Path], out: Path, **changes: object) -> Config:

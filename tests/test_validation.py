@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from diagnostics.errors import InvalidInput
-from opd.config import RANGES, Config, TaskSettings, from_json, to_json
-from opd.tasks import read_tasks
-from opd.validation import annotations
+from opd.config.settings import RANGES, Config, TaskSettings, from_json, to_json
+from opd.config.validation import annotations
+from opd.training.multitask import read_tasks
 
 GOOD = {"student": "s", "teacher": "t", "out": "o"}
 NUMBERS = [

@@ -8,8 +8,10 @@ import pytest
 from scipy import stats
 
 from diagnostics.stats import gain_interval, unpaired_interval
-from opd import cli, recipes, verdict
-from opd.verdict import BETTER, NOTHING, WORSE, accuracy_change, divergence_change
+from opd.cli import main
+from opd.config import recipes
+from opd.runs import result
+from opd.runs.result import BETTER, NOTHING, WORSE, accuracy_change, divergence_change
 
 
 def evaluated(step: int, right: int, problems: int, problem_set: str = "p") -> dict[str, Any]:
@@ -48,7 +50,7 @@ def falling(
 def test_the_state_is_what_was_shown(
     rows: list[Any], evaluations: list[Any], state: str, text: str
 ) -> None:
-    found = verdict.verdict(rows, evaluations)
+    found = result.verdict(rows, evaluations)
     assert found["state"] == state
     assert text in found["text"]
     assert found["alarms"] == (["drift_k1"] if "cost up" in text else [])
@@ -58,11 +60,11 @@ def test_an_alarm_that_is_on_outweighs_what_was_shown() -> None:
     rows = falling(1, 0.2)
     better = [evaluated(0, 10, 64), evaluated(20, 40, 64)]
     ill = [row | {"collapse/repeated_share": 0.9} for row in rows]
-    found = verdict.verdict(ill, better)
+    found = result.verdict(ill, better)
     assert (found["state"], found["alarms"]) == ("bad", ["repetition"])
     assert found["text"].startswith("alarms on: repetition; shown: held-out accuracy up by 0.469 [")
     over = ill[:10] + [row | {"collapse/repeated_share": 0.0} for row in rows[10:]]
-    assert verdict.verdict(over, better)["state"] == "good"
+    assert result.verdict(over, better)["state"] == "good"
 
 
 def test_the_change_of_accuracy_is_paired_by_problem() -> None:
@@ -75,7 +77,7 @@ def test_the_change_of_accuracy_is_paired_by_problem() -> None:
     assert (apart.low, apart.high) == unpaired_interval(np.arange(64) < 10, np.arange(64) < 40)
     assert "not paired" in apart.basis
     several = {"outcomes": "11 01 00", "problem_set": "p"}
-    assert verdict.shares(several["outcomes"]).tolist() == [1, 0.5, 0]
+    assert result.shares(several["outcomes"]).tolist() == [1, 0.5, 0]
 
 
 def test_the_change_of_divergence_has_welchs_interval() -> None:
@@ -104,7 +106,7 @@ def test_tasks_are_judged_apart() -> None:
     rows = [row | {"task": "ab"[i % 2]} for i, row in enumerate(falling(1, 0.2, 40))]
     for row in rows[1::2]:
         row["drift/reverse_kl"] = 1.2 - row["drift/reverse_kl"]
-    found = verdict.verdict(rows, [])
+    found = result.verdict(rows, [])
     shown = {c["task"]: c["shown"] for c in found["changes"] if c["quantity"] == "reverse KL"}
     assert shown == {"a": BETTER, "b": WORSE}
     assert found["state"] == "bad"
@@ -117,7 +119,7 @@ def test_a_run_ends_with_what_it_has_shown(
     student, teacher = tiny_pair
     words = ["smoke", "--student", str(student), "--teacher", str(teacher), "--steps", "1"]
     assert recipes.parse(words).steps == 1
-    cli.train([*words, "--eval-problems", "4", "--out", str(tmp_path / "run"), "--device", "cpu"])
+    main.train([*words, "--eval-problems", "4", "--out", str(tmp_path / "run"), "--device", "cpu"])
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("held-out accuracy: 0.")
     assert "4 problems, paired; fewer than 16 show nothing" in said[0]

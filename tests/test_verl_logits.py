@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import Scored, Support
-from opd.objectives import make
-from opd.shards import Shard, log_normaliser, picked
-from opd.verl_logits import logit_losses
+from opd.integrations.verl.topk_loss import logit_losses
+from opd.integrations.verl.vocab_parallel import Shard, log_normaliser, picked
+from opd.objectives.factory import make
 from tests.vllm_server import free_port
 
 VOCABULARY, TOP = 23, 4
@@ -31,7 +31,9 @@ def known(seed: int, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def test_losses_of_packed_logits_are_the_dense_objective(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("opd.verl_logits.ELEMENTS", 3 * VOCABULARY)  # several chunks
+    monkeypatch.setattr(
+        "opd.integrations.verl.topk_loss.ELEMENTS", 3 * VOCABULARY
+    )  # several chunks
     logits, ids, theirs, tokens = known(0, 8)
     found = logit_losses(make(name), logits, ids, theirs, tokens)
     dense = logits.detach().double().requires_grad_()
@@ -72,7 +74,7 @@ def test_losses_of_packed_logits_are_the_dense_objective(
 def test_nothing_as_wide_as_the_vocabulary_is_kept_for_the_backward_pass(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("opd.verl_logits.ELEMENTS", 2 * VOCABULARY)
+    monkeypatch.setattr("opd.integrations.verl.topk_loss.ELEMENTS", 2 * VOCABULARY)
     logits, ids, theirs, tokens = known(0, 8)
     kept: list[Tensor] = []
     held = logits.half()

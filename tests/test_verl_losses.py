@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from diagnostics.adapters.verl import sampled_tokens
-from opd.compositions import local
-from opd.objectives import OBJECTIVES, make
-from opd.surrogates import Form, forward_kl, pair
-from opd.verl_logits import TOPK
-from opd.verl_losses import check_settings, unsupplied
+from opd.integrations.verl.losses import check_settings, unsupplied
+from opd.integrations.verl.topk_loss import TOPK
+from opd.objectives.catalogue import local
+from opd.objectives.factory import OBJECTIVES, make
+from opd.objectives.surrogates import Form, forward_kl, pair
 from tests.test_verl_logits import TOP, VOCABULARY, scattered
 
 PROMPTS = ([7, 8], [7, 8], [5, 6, 7], [9])
@@ -71,7 +71,7 @@ def test_settings_that_would_make_another_objective_are_refused(
 def losses() -> Any:
     from verl.trainer.distillation import losses
 
-    import opd.verl_modes  # noqa: F401
+    import opd.integrations.verl.register  # noqa: F401
 
     return losses
 
@@ -230,7 +230,7 @@ def sampled_logp(made: list[dict[str, Tensor]], logits: list[Tensor], i: int) ->
 def test_sampled_token_modes_spread_the_credit_and_leave_masks_out(
     losses: Any, gamma: float
 ) -> None:
-    from opd.verl_losses import register
+    from opd.integrations.verl.losses import register
 
     made, logits = rows(2, topk=False), student(2)
     mode = "opdlab_sampled_token"
@@ -261,7 +261,7 @@ def test_sampled_token_modes_spread_the_credit_and_leave_masks_out(
 
 @pytest.mark.verl
 def test_a_ratio_reads_what_the_sampler_said(losses: Any) -> None:
-    from opd.verl_losses import register
+    from opd.integrations.verl.losses import register
 
     made, logits = rows(2, topk=False), student(2)
     if "reweighted" not in losses.DISTILLATION_LOSS_REGISTRY:
@@ -278,7 +278,7 @@ def test_a_ratio_reads_what_the_sampler_said(losses: Any) -> None:
 @pytest.mark.verl
 def test_a_sequence_ratio_counts_what_a_rule_took_out(losses: Any) -> None:
     """But not a tool's text, whose log-probability verl writes as 0."""
-    from opd.verl_losses import register
+    from opd.integrations.verl.losses import register
 
     made, logits = rows(2, topk=False), student(2)
     made[1]["rollout_log_probs"][1] = 0.0
@@ -353,7 +353,7 @@ def test_the_clipped_objective_is_verls_k1_under_its_policy_gradient(losses: Any
 def test_what_would_be_wrong_in_verl_is_refused(losses: Any) -> None:
     from verl.workers.config import DistillationLossConfig
 
-    from opd.verl_losses import register
+    from opd.integrations.verl.losses import register
 
     made, logits = rows(6, topk=False), student(6)
     mode = "opdlab_sampled_token"

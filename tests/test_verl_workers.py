@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import Scored, Support
-from opd.objectives import make, reduce, token_mean
+from opd.objectives.factory import make, reduce, token_mean
 from tests.test_verl_logits import VOCABULARY
 from tests.test_verl_losses import MASKS, at_responses, rows, sampled_logp
 from tests.vllm_server import free_port
@@ -209,7 +209,7 @@ def test_verls_trainer_runs_the_script_with_two_teachers(
         "OMP_NUM_THREADS": "1",
         "VERL_PLATFORM": "cpu",
         "VERL_ENGINE_DEVICE": "cuda",
-        "VERL_USE_EXTERNAL_MODULES": "tests.verl_cpu,opd.verl_modes",
+        "VERL_USE_EXTERNAL_MODULES": "tests.verl_cpu,opd.integrations.verl.register",
         "VERL_CPU_WEIGHTS": str(tmp_path / "weights.pt"),
     }
     done = subprocess.run(
@@ -288,7 +288,7 @@ def test_verl_composes_the_scripts_settings_and_both_teachers(tmp_path: Path) ->
     from hydra import compose, initialize_config_module
     from verl.utils.config import omega_conf_to_dataclass
 
-    import opd.verl_modes  # noqa: F401
+    import opd.integrations.verl.register  # noqa: F401
 
     words = script(tmp_path)
     with initialize_config_module("verl.trainer.config", version_base=None):
@@ -354,7 +354,7 @@ def test_rollouts_are_masked_and_as_long_as_their_task_allows(
     from verl.experimental.agent_loop import agent_loop
     from verl.utils.dataset.rl_dataset import RLHFDataset
 
-    from opd.lab import make_tokenizer
+    from opd.lab.build import make_tokenizer
 
     tokenizer = make_tokenizer()
     (settings,) = OmegaConf.load(ROOT / "examples/verl/rollouts.yaml")

@@ -82,7 +82,7 @@ def main() -> None:
     os.environ |= {"VERL_PLATFORM": "cpu", "VERL_ENGINE_DEVICE": "cuda", "LOCAL_RANK": str(rank)}
     from verl.workers.engine_workers import ActorRolloutRefWorker
 
-    import opd.verl_modes  # noqa: F401
+    import opd.integrations.verl.register  # noqa: F401
     import tests.verl_cpu  # noqa: F401
 
     config = configured(model, mode, overrides)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from opd.lab import make_tokenizer
+from opd.lab.build import make_tokenizer
 
 
 def wide_pair(folder: Path, *, tied: bool) -> tuple[Path, Path]:

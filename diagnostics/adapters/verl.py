@@ -132,7 +132,7 @@ def sampled_tokens(mask: Tensor, rollout_logp: Tensor | None) -> Tensor:
 
     Where response_mask is 0 an agent loop writes a log-probability of exactly 0 for the text of
     tools and environments; any other number is a token of the student that a rule takes out of the
-    loss (`opd.verl_rollouts`). Without rollout_log_probs the mask alone is known.
+    loss (`opd.integrations.verl.agent_loop`). Without rollout_log_probs the mask alone is known.
 
     Args:
       mask: (B, T) bool, verl's response_mask. rollout_logp: (B, T), 0 behind each response.

@@ -1,7 +1,7 @@
 """Rules of exact checks: what they watch is 0, or within rounding, in every healthy run.
 
-The columns come from `diagnostics.metrics.support_consistency` and from the trainer (`opd.expected_loss`,
-`opd.rescoring`, `opd.step_checks`, `opd.update_checks`). A threshold is 0, a number of units of
+The columns come from `diagnostics.metrics.support_consistency` and from the trainer (`opd.training.checks.expected_loss`,
+`opd.training.checks.rescoring`, `opd.training.checks.step`, `opd.training.checks.update`). A threshold is 0, a number of units of
 rounding, or lies far between what is healthy and what the fault gives; none is fitted to runs. So
 the false-alarm rate is that of arithmetic worse than the unit of rounding, and of data with copies.
 """

@@ -89,7 +89,7 @@ def differing(runs: list[Path]) -> dict[str, list[str]]:
     The settings but NOT_OF_THE_METHOD; the problems on which each task was judged; and "run", its
     name, where two runs have the same seed, so that they are no independent repetitions. Models
     and tasks are compared by what they hold where all the runs recorded it (identities.json, see
-    `opd.identity`), else by name.
+    `opd.runs.identity`), else by name.
     """
     configs = [settings(run) for run in runs]
     shown: dict[str, list[str]] = {}

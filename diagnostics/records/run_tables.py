@@ -108,6 +108,6 @@ def gains(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def digits(outcomes: str) -> np.ndarray:
-    """(M,) share of right responses to each problem: see `opd.accuracy.written`."""
+    """(M,) share of right responses to each problem: see `opd.evaluation.statistics.written`."""
     problems = outcomes.split() if " " in outcomes else outcomes
     return np.array([np.mean([float(x) for x in samples]) for samples in problems])

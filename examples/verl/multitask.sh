@@ -26,7 +26,7 @@ MATH_TEACHER=${MATH_TEACHER:-open-thoughts/OpenThinker3-7B}
 ALFWORLD_TEACHER=${ALFWORLD_TEACHER:-langfeng01/GiGPO-Qwen2.5-7B-Instruct-ALFWorld}
 PROMPT=${PROMPT:-2048}
 RESPONSE=${RESPONSE:-16384}              # ALFWorld's 512 are in rollouts.yaml
-modules=${VERL_USE_EXTERNAL_MODULES:-opd.verl_modes}
+modules=${VERL_USE_EXTERNAL_MODULES:-opd.integrations.verl.register}
 
 actor=actor_rollout_ref.actor
 rollout=actor_rollout_ref.rollout

@@ -5,7 +5,7 @@ A distillation with use_task_rewards=False trains on no reward.
 
 from typing import Any
 
-from opd.grading import make_grader
+from opd.data.grading.graders import make_grader
 
 
 def compute_score(data_source: str, solution_str: str, ground_truth: str, **_: Any) -> float:

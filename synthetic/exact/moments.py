@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.errors import InvalidInput
-from opd.credit import RATIOS, check_gamma
+from opd.objectives.credit import RATIOS, check_gamma
 from synthetic.estimators import ESTIMATORS, Estimator, terms
 from synthetic.exact import baselines
 from synthetic.exact.recursion import Rows, Shared, Table, propagate
@@ -19,7 +19,7 @@ from synthetic.worlds.mdp import TabularMDP
 __all__ = ["ESTIMATORS", "SequenceKL", "baseline", "expected_gradient", "moments", "sequence_kl"]
 
 LENGTHS = ("sequence_sum", "sequence_mean")
-"""Denominators of `opd.objectives` under which trajectories stay independent."""
+"""Denominators of `opd.objectives.factory` under which trajectories stay independent."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -114,7 +114,7 @@ def moments(
       k: size of the support, for top-K objectives.
       group: rollouts a group, for leave_one_out; its variance is `group` times that of the mean.
       sampler: (S, A) probabilities of the policy that acts, if it is not the student.
-      ratio: importance weight of `opd.credit.RATIOS`: none, token or sequence.
+      ratio: importance weight of `opd.objectives.credit.RATIOS`: none, token or sequence.
       length: "sequence_sum", or "sequence_mean" to divide each trajectory by its own length.
       jacobian: (S, A, D) of the logits with respect to shared parameters.
 

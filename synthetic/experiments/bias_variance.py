@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from opd import objectives
+from opd.objectives import factory
 from synthetic.analysis.summary import interval, slopes
 from synthetic.analysis.tradeoff import mse, overtaking_batch
 from synthetic.exact import moments
@@ -126,7 +126,7 @@ def _sampled(
     count: int,
     generator: torch.Generator,
 ) -> dict[float, Row]:
-    family = {str(g): objectives.make("sampled_token", g) for g in GAMMAS}
+    family = {str(g): factory.make("sampled_token", g) for g in GAMMAS}
     drawn = monte_carlo(mdp, student, teacher, family, count, generator)
     return {
         gamma: {

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from opd import objectives
+from opd.objectives import factory
 from synthetic.analysis.summary import interval
 from synthetic.sampling.free_logits import expected
 
@@ -82,7 +82,7 @@ def measure(setting: dict[str, Any], generator: torch.Generator) -> list[Row]:
     rows: list[Row] = []
     about = {key: setting[key] for key in ("start", "k")}
     for name in NAMES:
-        objective = objectives.make(name, collapse_accepted=True)
+        objective = factory.make(name, collapse_accepted=True)
         student = start.clone()
         for iteration in range(setting["iterations"] + 1):
             if iteration in marks:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from opd import objectives
+from opd.objectives import factory
 from synthetic.analysis.summary import interval
 from synthetic.learning import descent, students
 from synthetic.seeds import derive
@@ -32,7 +32,7 @@ OBJECTIVES: dict[str, tuple[str, float, str]] = {
     "top 2, un-normalised": ("teacher_topk_unnormalised", 0.0, "none"),
     "top 2, sampled tail": ("teacher_topk_sampled_tail", 0.0, "none"),
 }
-"""Name in `opd.objectives`, discount, baseline."""
+"""Name in `opd.objectives.factory`, discount, baseline."""
 RATES = {"sgd": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0), "adam": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)}
 TUNING = 4
 """Seeds a rate is tried on."""
@@ -142,7 +142,7 @@ def _trained(
     return descent.train(
         task,
         start.expand(len(rates), -1).clone(),
-        objectives.make(name, gamma, baseline, collapse_accepted=True),
+        factory.make(name, gamma, baseline, collapse_accepted=True),
         by,
         setting["iterations"],
         setting["batch"],

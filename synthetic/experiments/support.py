@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from opd import objectives
+from opd.objectives import factory
 from synthetic.analysis.summary import interval
 from synthetic.sampling.free_logits import expected
 
@@ -75,7 +75,7 @@ def measure(setting: dict[str, Any], generator: torch.Generator) -> list[Row]:
     student = setting["sharpness"] * torch.randn(s, a, generator=generator, dtype=torch.float64)
     offset = torch.randn(s, a, generator=generator, dtype=torch.float64)
     teacher = student + setting["distance"] * setting["sharpness"] * offset
-    p, full = student.softmax(-1), expected(student, teacher, objectives.full_reverse_kl(), None)
+    p, full = student.softmax(-1), expected(student, teacher, factory.full_reverse_kl(), None)
     rows: list[Row] = []
     for source, table in (("teacher", teacher), ("student", student)):
         for k in KS:
@@ -84,7 +84,7 @@ def measure(setting: dict[str, Any], generator: torch.Generator) -> list[Row]:
             grad_mass = p * (inside - mass[:, None])
             for form, ending in FORMS.items():
                 name = f"{source}_topk{ending}"
-                objective = objectives.make(name, collapse_accepted=True)
+                objective = factory.make(name, collapse_accepted=True)
                 found = expected(student, teacher, objective, k)
                 norms = found.norm(dim=-1) * full.norm(dim=-1)
                 unit = full.norm(dim=-1)

@@ -1,6 +1,6 @@
 """Training many shared-parameter students at once on sampled trajectories.
 
-The gradients come from the objectives of `opd.objectives`, all runs in one batch and one backward
+The gradients come from the objectives of `opd.objectives.factory`, all runs in one batch and one backward
 pass; runs share nothing but the time.
 
 Shapes: R runs, D parameters, B trajectories a run, S states, A actions.
@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from opd.objectives import Objective
+from opd.objectives.factory import Objective
 from synthetic.learning.students import Task
 from synthetic.sampling.monte_carlo import batch_gradient
 from synthetic.sampling.trajectories import Trajectories, looked_up, walk, with_support

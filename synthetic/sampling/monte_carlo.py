@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.errors import InvalidInput
-from opd.objectives import Objective, reduce
+from opd.objectives.factory import Objective, reduce
 from synthetic.sampling.trajectories import Trajectories, sample, with_baseline, with_support
 from synthetic.worlds.mdp import TabularMDP
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from diagnostics.batch import Prefix, Scored, Support
 from diagnostics.core.distribution_stats import functionals
 from diagnostics.errors import InvalidInput
-from opd.supports import JOINED
+from opd.objectives.support import JOINED
 from synthetic.worlds.mdp import TabularMDP
 
 

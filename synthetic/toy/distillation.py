@@ -1,6 +1,6 @@
 """Distilling the toy's two teachers into one student, and measuring its gradients.
 
-The loss is `opd.objectives.sampled_token(gamma)`, the one that trains the language model.
+The loss is `opd.objectives.factory.sampled_token(gamma)`, the one that trains the language model.
 
 Shapes: R runs (one a discount), B trajectories, T steps. float64.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opd import objectives
+from opd.objectives import factory
 from synthetic.toy.control import (
     HORIZON,
     MICRO,
@@ -61,8 +61,8 @@ def gradient(
     losses = []
     for i, gamma in enumerate(gammas):
         batch = as_batch(logp[i], theirs[i])
-        loss = objectives.sampled_token(gamma).loss(logp[i], None, batch)
-        losses.append(objectives.reduce(loss, batch.mask, objectives.sequence_sum(batch)))
+        loss = factory.sampled_token(gamma).loss(logp[i], None, batch)
+        losses.append(factory.reduce(loss, batch.mask, factory.sequence_sum(batch)))
     total = torch.stack(losses).sum()
     slope, *weights = torch.autograd.grad(total, [out, *live.weights])
     ratio = (logp - theirs).detach()
@@ -119,7 +119,7 @@ def trajectory_gradients(
             leaf = out.detach().requires_grad_()
             logp = log_density(actions, *student.gaussian(leaf.view(*actions.shape, 2)))[0]
             batch = as_batch(logp, theirs)
-            loss = objectives.sampled_token(gamma).loss(logp, None, batch)
+            loss = factory.sampled_token(gamma).loss(logp, None, batch)
             (slope,) = torch.autograd.grad(loss.sum(), leaf)
         gradients = []
         for i in reversed(range(len(layers))):

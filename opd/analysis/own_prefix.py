@@ -1,0 +1,94 @@
+"""The own-prefix control (B-8): is the teacher lost on the student's text, or is text merely hard?
+
+Three models answer the same problems: the teacher, the student as it was before the run, and the
+student after it. The same pair, teacher and first student, scores all three, so that the teacher's
+certainty on its own prefixes stands beside that on the students' at the same positions.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from diagnostics.batch import Scored
+from diagnostics.errors import InvalidInput, MissingFile
+from opd.config.settings import TRUST, Config, from_json
+from opd.data.grading.graders import refuse_own_of_record
+from opd.data.tasks import Prompts, encode
+from opd.models.model import Model, Pair
+from opd.rollouts.hf_engine import sample
+from opd.runtime.seeds import CONTROL, derive
+from opd.scoring.score import score
+from opd.serving.addresses import is_url
+from opd.teachers.factory import make_pair
+from opd.training.step import scoring
+from opd.training.train import load
+
+SOURCES = ("teacher", "student", "trained")
+
+
+def main(argv: list[str]) -> None:
+    """`opd control RUN [--problems N] [--trust-remote-code]`."""
+    parser = argparse.ArgumentParser(
+        prog="opd control", description="the teacher on its own prefixes and on the student's"
+    )
+    parser.add_argument("run", type=Path, help="a finished run folder")
+    parser.add_argument("--problems", type=int, default=64, help="held-out problems to answer")
+    parser.add_argument("--trust-remote-code", action="store_true", help=TRUST)
+    given = parser.parse_args(argv)
+    for path in control(given.run, given.problems, given.trust_remote_code):
+        print(path)
+
+
+def control(run: Path, count: int = 64, trust: bool = False) -> list[Path]:
+    """Write RUN/control/{teacher,student,trained}.safetensors: one response a held-out problem.
+
+    trust: run Python code that lies beside the weights of the models that the record names; what
+    the record itself says of it counts for nothing, since the folder may be a stranger's.
+
+    Prompts, their order and the noise of every row are the same for the three. Sampled at the
+    run's temperature, from the whole softmax.
+
+    Raises:
+      FileNotFoundError: the run has no final/. ValueError: its teacher is no model of its own, or
+        it has several.
+    """
+    config = dataclasses.replace(from_json(run / "config.json"), trust_remote_code=trust)
+    refuse_own_of_record(config.grader, run / "config.json", trust)
+    if config.tasks:
+        raise InvalidInput(f"{run} has {len(config.tasks)} tasks; the control compares one teacher")
+    if config.teacher in ("base", "ema") or is_url(config.teacher):
+        raise InvalidInput(
+            f"teacher is {config.teacher!r}, which has no text of its own to compare, or writes "
+            "none here"
+        )
+    if not (run / "final").exists():
+        raise MissingFile(f"{run / 'final'} does not exist; finish the run first")
+    pair = make_pair(config)
+    after = make_pair(dataclasses.replace(config, student=str(run / "final"), lora_rank=0))
+    prompts = encode(pair.tokenizer, load(config, pair).test(count), 1, config.max_prompt).to(
+        pair.student.device
+    )
+    models = dict(zip(SOURCES, (pair.teacher, pair.student, after.student), strict=True))
+    found = []
+    for name, model in models.items():
+        path = run / "control" / f"{name}.safetensors"
+        answered(config, pair, model, prompts).save(path)
+        found.append(path)
+    return found
+
+
+def answered(config: Config, pair: Pair, model: Model, prompts: Prompts) -> Scored:
+    """One response of `model` to every prompt, scored by the pair."""
+    rollouts = sample(
+        model,
+        prompts,
+        pair.eos,
+        max_response=config.max_response,
+        temperature=config.temperature,
+        top_p=1.0,
+        generator=torch.Generator().manual_seed(derive(config.seed, 0, CONTROL)),
+        rows_at_once=config.rows_at_once,
+    )
+    return score(pair, prompts, rollouts, keep_teacher=False, **scoring(config))[0]
