@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
-from diagnostics.batch import Scored, load
+from diagnostics.batch import Scored
 from diagnostics.core.totals import read
 from diagnostics.metrics.consistency import sampler_weights
 from diagnostics.records import rows
+from diagnostics.records.batch_files import load
 from opd.config.settings import Config
 from opd.training.train import train
 

@@ -20,9 +20,11 @@ from typing import Any
 import torch
 
 from diagnostics.batch import Scored, Support
-from opd.models.model import Model, Pair, response_hidden, split
+from opd.models.forward import response_hidden
+from opd.models.model import Model, split
 from opd.objectives.factory import OBJECTIVES
 from opd.scoring.loss import loss_from_hidden
+from opd.teachers.pair import Pair
 
 WAYS = ("rows", "chunks", "logits")
 WIDTH, K, PROMPT = 64, 32, 16
@@ -112,7 +114,7 @@ def given_batch(tokens: torch.Tensor, vocabulary: int) -> Scored:
 
 
 def lean(way: str, student: Model, teacher: Model, ids: torch.Tensor, batch: Scored) -> None:
-    from opd.data.tasks import Prompts
+    from opd.data.prompts import Prompts
 
     prompts = Prompts(
         tokens=ids[:, :PROMPT],

@@ -29,10 +29,11 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.study import cpu
 from diagnostics.batch import Scored, Support
 from opd.models.lm_head import Head, full_logits, two_stage_topk
-from opd.models.model import Model, Pair
+from opd.models.model import Model
+from opd.objectives.divergences import renormalise, reverse_kl
 from opd.objectives.factory import OBJECTIVES
-from opd.objectives.surrogates import renormalise, reverse_kl
 from opd.scoring.loss import loss_from_hidden
+from opd.teachers.pair import Pair
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,12 +17,15 @@ from torch import Tensor
 
 from diagnostics.batch import Rollouts
 from opd.config.settings import Config
-from opd.models.model import Model, Pair, response_hidden, split, spread
+from opd.models.forward import response_hidden, spread
+from opd.models.model import Model, split
 from opd.objectives.catalogue import ERRORS
 from opd.objectives.factory import Objective, make
-from opd.rollouts.factory import Engine, InProcess
+from opd.rollouts.base import Engine
+from opd.rollouts.hf_engine import InProcess
 from opd.scoring import score
 from opd.teachers.factory import make_pair, make_pairs
+from opd.teachers.pair import Pair
 from opd.training import train
 
 Change = Callable[[Engine, Any, Any, dict[str, Any]], Rollouts]

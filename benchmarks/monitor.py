@@ -21,11 +21,12 @@ from typing import Any
 import torch
 
 from benchmarks.step import make_models
-from diagnostics.batch import Scored, load
+from diagnostics.batch import Scored
 from diagnostics.core.optional_fields import Missing
 from diagnostics.core.totals import pack
 from diagnostics.monitor import PANEL, Metric
 from diagnostics.records import rows
+from diagnostics.records.batch_files import load
 from diagnostics.records.rows import Row
 from opd.config.settings import Config
 from opd.training import train

@@ -33,8 +33,10 @@ from diagnostics.gradients.sketch import (
     token_energies,
     token_sketches,
 )
-from opd.data.tasks import Prompts
-from opd.models.model import Model, Pair, log_probabilities, response_hidden, split
+from opd.data.prompts import Prompts
+from opd.models.forward import log_probabilities, response_hidden
+from opd.models.model import Model, split
+from opd.teachers.pair import Pair
 from opd.training.gradient_probe import below_head, hidden_slopes
 
 CHUNK = 512

@@ -24,11 +24,11 @@ from urllib.parse import urlsplit
 import torch
 
 from opd.data.chain_task import problems
-from opd.data.tasks import encode
-from opd.models.model import Pair, load_pair
+from opd.data.prompts import encode
 from opd.rollouts.hf_engine import sample
 from opd.scoring.score import score_support
 from opd.teachers.client import Remote, connect
+from opd.teachers.pair import Pair, load_pair
 from opd.teachers.remote_scores import asked
 
 MICRO_TOKENS, CHUNK_ELEMENTS = 4096, 1 << 24

@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
-from diagnostics.batch import Prefix, Scored, Support, load
+from diagnostics.batch import Prefix, Scored, Support
 from diagnostics.records import rows
+from diagnostics.records.batch_files import load
 from opd.report import build
 
 HOVER = """() => { const spans = [...document.querySelectorAll("#text .t")], times = [];

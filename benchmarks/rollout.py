@@ -18,10 +18,11 @@ from tempfile import TemporaryDirectory
 import torch
 import transformers
 
-from opd.data.tasks import Prompts
+from opd.data.prompts import Prompts
 from opd.lab.build import make_tokenizer
-from opd.models.model import Model, load_pair
+from opd.models.model import Model
 from opd.rollouts.factory import make_engine
+from opd.teachers.pair import load_pair
 
 TEMPERATURE, TOP_P = 1.0, 0.9
 # name: (layers, width, vocabulary, rows, longest prompt, response)

@@ -21,10 +21,13 @@ from diagnostics.batch import Scored, Support
 from opd.config.settings import Config
 from opd.data import tasks
 from opd.data.grading.graders import Verdict
-from opd.models.model import Model, Pair, response_hidden, split
+from opd.data.prompts import encode_one
+from opd.models.forward import response_hidden
+from opd.models.model import Model, split
 from opd.objectives.factory import make
 from opd.scoring import score
 from opd.teachers.factory import make_pairs
+from opd.teachers.pair import Pair
 from opd.training import step, train, update
 from opd.training.optimizer import Optimizer
 
@@ -339,7 +342,7 @@ def graded(reward: float) -> AbstractContextManager[Any]:
 @contextmanager
 def two_bos() -> Iterator[None]:
     """A tokenizer that adds the BOS that its template wrote."""
-    plain = tasks.encode_one
+    plain = encode_one
 
     def encode(tokenizer: Any, problem: Any) -> list[int]:
         ids = plain(tokenizer, problem)

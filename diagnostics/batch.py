@@ -329,18 +329,6 @@ class Scored(Rollouts):
         return (self.student_logp - self.teacher_logp).detach()
 
 
-def load(path: str | Path) -> Rollouts:
-    """Read a batch that `save` wrote: `Scored` if it was scored, else `Rollouts`.
-
-    Raises:
-      InvalidInput: not such a file, or one whose fields, shapes, types or values are wrong.
-      MissingFile, OperationFailed: see `diagnostics.io.files.reading`.
-    """
-    from diagnostics.records.batch_files import read_batch  # which imports this module
-
-    return read_batch(path)
-
-
 def concatenate(batches: Sequence[Scored]) -> Scored:
     """One batch of all rows, padded on the right with masked zeros to the longest."""
     if not batches:

@@ -12,16 +12,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Rollouts, Scored, load
+from diagnostics.batch import Rollouts, Scored
 from diagnostics.core.totals import Mean, Total, read
+from diagnostics.records.batch_files import load
 from opd.config.settings import Config
 from opd.data.chain_task import problems
-from opd.data.tasks import Prompts, encode
-from opd.models.model import load as load_model
-from opd.models.model import load_pair, response_hidden
+from opd.data.prompts import Prompts, encode
+from opd.models.forward import response_hidden
+from opd.models.loading import load as load_model
 from opd.objectives.factory import make
 from opd.scoring.loss import loss_from_hidden
 from opd.serving import json_endpoint
+from opd.teachers.pair import load_pair
 from opd.training.prefetch import Ahead, Drawn
 from opd.training.train import train
 from tests.sampling_server import SamplingServer
@@ -203,7 +205,7 @@ def saved(folder: Path, step: int) -> Scored:
 
 def asked_of(folder: Path, config: Config, step: int) -> Prompts:
     """The prompts of a step of the lab's task."""
-    from opd.training.train import load as load_task
+    from opd.training.setup import load as load_task
 
     pair = load_pair(config.student, config.teacher, "cpu", "float32")
     task = load_task(config, pair)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from opd.analysis.doctor import examine
+from opd.data.prompts import encode_one
 from opd.data.sources import Question
-from opd.data.tasks import encode_one
 from opd.lab.build import make_tokenizer
 from opd.training.train import train
 from tests.test_train import settings

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from diagnostics.batch import Rollouts, load
+from diagnostics.batch import Rollouts
 from diagnostics.monitor import Monitor
-from opd.analysis import diagnose
-from opd.cli import main
-from opd.config.recipes import RECIPES, parse
+from diagnostics.records.batch_files import load
+from opd.cli import evaluate
+from opd.cli.diagnose import main
+from opd.cli.train import parse
+from opd.config.recipes import RECIPES
 from opd.config.settings import from_json
 from opd.training.train import train
 from tests.test_train import rows, settings
@@ -22,7 +24,7 @@ def run(tiny_pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_diagnose_repeats_the_row_of_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    diagnose.main([str(run), "--json"])
+    main([str(run), "--json"])
     again = json.loads(capsys.readouterr().out)
     recorded = rows(run)[2]
     assert again.pop("batch").endswith("batches/step_000002.safetensors")
@@ -30,7 +32,7 @@ def test_diagnose_repeats_the_row_of_the_run(run: Path, capsys: pytest.CaptureFi
     for name, value in again.items():
         expected = recorded[name]
         assert value == (None if expected is None else pytest.approx(expected, rel=1e-9)), name
-    diagnose.main([str(run), "--all"])
+    main([str(run), "--all"])
     shown = capsys.readouterr().out
     assert "step_000000" in shown
     assert f"{recorded['drift/k1']:.4g}" in shown
@@ -38,12 +40,12 @@ def test_diagnose_repeats_the_row_of_the_run(run: Path, capsys: pytest.CaptureFi
 
 def test_diagnose_refuses_what_it_cannot_read(run: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="neither a batch file nor a run folder"):
-        diagnose.main([str(tmp_path)])
+        main([str(tmp_path)])
     scored = load(next((run / "batches").iterdir()))
     names = {"tokens", "mask", "sampler_logp", "prompt", "ended"}
     Rollouts(**{name: getattr(scored, name) for name in names}).save(tmp_path / "r.safetensors")
     with pytest.raises(ValueError, match="without teacher log-probabilities"):
-        diagnose.main([str(tmp_path / "r.safetensors")])
+        main([str(tmp_path / "r.safetensors")])
 
 
 def test_a_strangers_batch_without_optional_parts_says_what_is_missing(run: Path) -> None:
@@ -59,9 +61,9 @@ def test_a_strangers_batch_without_optional_parts_says_what_is_missing(run: Path
 
 def test_eval_prints_one_json_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [str(run / "final"), "--problems", "6", "--max-response", "8", "--device", "cpu"]
-    main.evaluate(words)
+    evaluate.main(words)
     first = capsys.readouterr().out
-    main.evaluate(words)
+    evaluate.main(words)
     assert capsys.readouterr().out == first
     found = json.loads(first)
     assert found["problems"] == 6
@@ -75,7 +77,7 @@ def test_a_task_file_trains_and_evaluates(tiny_pair, tmp_path: Path) -> None:
     folder = train(settings(tiny_pair, tmp_path / "run", **changes))
     assert len(rows(folder)) == 2
     with pytest.raises(FileNotFoundError, match=re.escape(f"run is {folder / 'final'}")):
-        main.evaluate([str(folder)])
+        evaluate.main([str(folder)])
     assert json.loads((folder / "evals.jsonl").read_text().splitlines()[-1])["problems"] == 2
 
 

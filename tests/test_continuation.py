@@ -9,9 +9,10 @@ import torch
 
 from opd.analysis import continuation
 from opd.data.chain_task import Problem
-from opd.data.tasks import encode
-from opd.models.model import load_pair, response_hidden
+from opd.data.prompts import encode
+from opd.models.forward import response_hidden
 from opd.rollouts.hf_engine import sample
+from opd.teachers.pair import load_pair
 from opd.training.train import train
 from tests.test_train import settings
 

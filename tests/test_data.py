@@ -10,16 +10,9 @@ import pytest
 
 from opd.data.chain_task import Problem
 from opd.data.grading.graders import grade_exact, grade_math, grade_numeric
+from opd.data.prompts import encode, encode_one
 from opd.data.sources import Columns, Question, read_problems, read_rows
-from opd.data.tasks import (
-    drop_long,
-    encode,
-    encode_one,
-    epoch_indices,
-    load_task,
-    refuse_long,
-    split,
-)
+from opd.data.tasks import drop_long, epoch_indices, load_task, refuse_long, split
 from opd.lab.build import make_tokenizer
 
 ROWS = [{"prompt": f"{i}+1?", "answer": i + 1, "task": "ab"[i % 2]} for i in range(30)]

@@ -15,8 +15,9 @@ from transformers import GenerationConfig
 
 from diagnostics.errors import InvalidInput
 from opd.data.benchmarks import BOXED
+from opd.data.prompts import encode_one
 from opd.data.sources import Columns, Question, read_problems, read_rows
-from opd.data.tasks import encode_one, load_task
+from opd.data.tasks import load_task
 from opd.evaluation.evaluate import evaluate_folder
 from opd.lab.build import make_tokenizer
 from opd.training.train import train

@@ -11,7 +11,8 @@ from diagnostics.monitor import Monitor
 from diagnostics.records.columns import PREFIX
 from diagnostics.records.writer import rows_of, write
 from opd.analysis import diagnose
-from opd.models.model import load_pair
+from opd.cli.diagnose import grouped, main
+from opd.teachers.pair import load_pair
 from tests.test_diagnostics import batch
 
 
@@ -51,7 +52,7 @@ def plain(row: dict) -> dict:
 
 
 def said(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[dict, str]:
-    diagnose.main([*map(str, words), "--json"])
+    main([*map(str, words), "--json"])
     out = capsys.readouterr()
     return json.loads(out.out), out.err
 
@@ -110,7 +111,7 @@ def test_what_the_file_says_of_the_student_is_compared(sampled, tmp_path, capsys
 def test_a_table_by_level(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     b = batch()
     write(tmp_path / "r.jsonl", [b])
-    diagnose.main([str(tmp_path / "r.jsonl")])
+    main([str(tmp_path / "r.jsonl")])
     shown = capsys.readouterr().out
     places = [shown.index(f"\n from {level}\n") for level in diagnose.LEVELS]
     assert places == sorted(places)
@@ -123,7 +124,7 @@ def test_a_table_by_level(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert f"{row['drift/k1']:.4g}  ± {row['drift/k1_se']:.2g}" in shown
     rows = [{k: v for k, v in r.items() if k not in PREFIX} for r in rows_of(b)]
     write(tmp_path / "p.jsonl", rows)
-    diagnose.main([str(tmp_path / "p.jsonl")])
+    main([str(tmp_path / "p.jsonl")])
     shown = capsys.readouterr().out
     assert diagnose.LEVELS[2] in shown
     assert diagnose.LEVELS[3] not in shown
@@ -132,7 +133,7 @@ def test_a_table_by_level(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_a_column_belongs_to_the_longest_name_that_begins_it() -> None:
     row = {"a": 1.0, "a_se": 2.0, "a_b": 3.0, "a_b@0-1_se": 4.0}
-    assert diagnose.grouped(row, {"a": 1, "a_b": 0}) == {
+    assert grouped(row, {"a": 1, "a_b": 0}) == {
         0: {"a_b": 3.0, "a_b@0-1_se": 4.0},
         1: {"a": 1.0, "a_se": 2.0},
     }
@@ -142,7 +143,7 @@ def test_refusals(sampled, tmp_path: Path) -> None:
     models = ["--student", str(sampled.pair[0]), "--teacher", str(sampled.pair[1])]
     batch().save(tmp_path / "b.safetensors")
     with pytest.raises(ValueError, match=r"b.safetensors is no records file; --student"):
-        diagnose.main([str(tmp_path / "b.safetensors"), *models])
+        main([str(tmp_path / "b.safetensors"), *models])
     path = tmp_path / "r.jsonl"
     for change, words in (
         ({"prompt_tokens": None}, "has no prompt_tokens"),
@@ -152,12 +153,12 @@ def test_refusals(sampled, tmp_path: Path) -> None:
     ):
         write(path, [plain(sampled.rows[0]) | change])
         with pytest.raises(ValueError, match=words):
-            diagnose.main([str(path), *models, "--device", "cpu"])
+            main([str(path), *models, "--device", "cpu"])
     write(path, [plain(sampled.rows[0])])
     with pytest.raises(ValueError, match="holds no rows of task 'chess'"):
-        diagnose.main([str(path), "--task", "chess"])
+        main([str(path), "--task", "chess"])
     with pytest.raises(ValueError, match="no model given"):
-        diagnose.main([str(path), "--student", str(sampled.pair[0])])
+        main([str(path), "--student", str(sampled.pair[0])])
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -181,7 +182,7 @@ def test_padding_is_no_text(sampled, tmp_path, capsys, masked: bool) -> None:
     models = ("--student", sampled.pair[0], "--teacher", sampled.pair[1], "--device", "cpu")
     if not masked:
         with pytest.raises(ValueError, match=f"begins with the padding id {padding}; add prompt_m"):
-            diagnose.main([*map(str, (tmp_path / "r.jsonl", *models))])
+            main([*map(str, (tmp_path / "r.jsonl", *models))])
         unpadded = [
             row | {"prompt_ids": r["prompt_tokens"]}
             for row, r in zip(rows, sampled.rows, strict=True)
@@ -190,7 +191,7 @@ def test_padding_is_no_text(sampled, tmp_path, capsys, masked: bool) -> None:
         with pytest.raises(
             ValueError, match=f"ends with the id {padding} more than once.*response"
         ):
-            diagnose.main([*map(str, (tmp_path / "r.jsonl", *models))])
+            main([*map(str, (tmp_path / "r.jsonl", *models))])
         return
     row, _ = said(capsys, tmp_path / "r.jsonl", *models, "--k", 4)
     r, kl, _ = by_hand(sampled.rows, k=4)

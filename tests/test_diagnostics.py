@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diagnostics.batch import Prefix, Scored, Support, load
+from diagnostics.batch import Prefix, Scored, Support
 from diagnostics.core.distribution_stats import functionals
 from diagnostics.monitor import Monitor
+from diagnostics.records.batch_files import load
 
 
 def batch(seed: int = 0, top_p: float = 1.0, size: int = 12, width: int = 40) -> Scored:

@@ -12,6 +12,7 @@ import torch
 from opd.analysis import doctor, sample_checks
 from opd.analysis.pair_checks import bos, read_side
 from opd.analysis.sample_checks import Evidence
+from opd.cli.doctor import main
 from opd.data.chain_task import problems
 from opd.lab.build import TEMPLATE, Recipe, make_tokenizer, teach
 
@@ -88,11 +89,11 @@ def test_a_healthy_pair_is_green_and_exits_with_0(
     healthy: Pair, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [*map(str, healthy), "--task", "lab", "--device", "cpu", "--max-response", "96"]
-    doctor.main(words)
+    main(words)
     shown = capsys.readouterr().out
     assert "23 ok  0 warn  0 fail" in shown
     assert "->" not in shown
-    doctor.main([*words, "--json"])
+    main([*words, "--json"])
     found = json.loads(capsys.readouterr().out)
     assert found["verdict"] == "ok"
     assert [item["item"] for item in found["items"]] == list(examine(healthy))
@@ -100,7 +101,7 @@ def test_a_healthy_pair_is_green_and_exits_with_0(
     assert numbers["endings"]["ended"] > 0
     assert numbers["impossible tokens"]["of"] > 500
     assert numbers["teacher noise"]["signal_rms"] > 0.01
-    doctor.main([*map(str, healthy), "--device", "cpu", "--prompts", "2", "--max-response", "8"])
+    main([*map(str, healthy), "--device", "cpu", "--prompts", "2", "--max-response", "8"])
 
 
 def swap_two_ids(pair: Pair) -> None:
@@ -355,7 +356,7 @@ def test_bos_is_counted(
 def test_a_failing_pair_exits_with_1(pair: Pair, capsys: pytest.CaptureFixture[str]) -> None:
     swap_two_ids(pair)
     with pytest.raises(SystemExit) as end:
-        doctor.main([*map(str, pair), "--task", "lab", "--device", "cpu", "--max-response", "8"])
+        main([*map(str, pair), "--task", "lab", "--device", "cpu", "--max-response", "8"])
     assert end.value.code == 1
     shown = capsys.readouterr().out
     assert "1 fail" in shown

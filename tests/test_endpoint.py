@@ -18,7 +18,8 @@ import pytest
 from diagnostics.errors import InvalidInput, OperationFailed
 from opd.serving import json_endpoint
 from opd.serving.json_endpoint import Endpoint
-from opd.teachers.client import check_same_text, chosen
+from opd.serving.vllm_protocol import chosen
+from opd.teachers.client import check_same_text
 from tests.test_train import settings
 
 SECRET = "sk-SECRET/0123456789+?=x"

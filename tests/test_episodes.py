@@ -11,26 +11,30 @@ import pytest
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Rollouts, Scored, load
+from diagnostics.batch import Rollouts, Scored
 from diagnostics.core.totals import read
 from diagnostics.monitor import Monitor
+from diagnostics.records.batch_files import load
 from opd.analysis import doctor
 from opd.config.settings import Config, TaskSettings
 from opd.data.chain_task import Problem
-from opd.data.tasks import Prompts, encode_one
+from opd.data.prompts import Prompts, encode_one
 from opd.envs.base import Scene
 from opd.envs.household import Rooms
-from opd.envs.rollout import Episode, Turn, as_one, by_turn, play, rows_of, totals
+from opd.envs.packing import as_one, by_turn, rows_of, totals
+from opd.envs.rollout import Episode, Turn, play
 from opd.envs.task import Games
 from opd.evaluation.evaluate import evaluate_folder
 from opd.lab.build import make_tokenizer
-from opd.models.model import load as load_model
-from opd.models.model import load_pair, log_probabilities, response_hidden
-from opd.rollouts.factory import InProcess
+from opd.models.forward import log_probabilities, response_hidden
+from opd.models.loading import load as load_model
+from opd.rollouts.hf_engine import InProcess
 from opd.scoring.score import score
+from opd.teachers.pair import load_pair
 from opd.training.optimizer import adamw
+from opd.training.setup import make_objective
 from opd.training.state import Part
-from opd.training.train import make_objective, train
+from opd.training.train import train
 from opd.training.update import backward, shared_out
 from tests.test_train import rows, settings
 

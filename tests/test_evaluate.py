@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from diagnostics.stats import gain_interval, share_interval, wilson_interval
-from opd.cli import main
+from opd.cli import evaluate as command
 from opd.data.chain_task import Problem, problems
 from opd.data.grading.graders import (
     Judge,
@@ -23,8 +23,9 @@ from opd.data.grading.graders import (
     last_box,
     make_grader,
 )
+from opd.data.prompts import response_text
 from opd.data.sources import Question
-from opd.data.tasks import Task, load_task, response_text
+from opd.data.tasks import Task, load_task
 from opd.evaluation.evaluate import GREEDY, Graded, evaluate, respond, result
 from opd.evaluation.statistics import (
     compare,
@@ -36,8 +37,9 @@ from opd.evaluation.statistics import (
     written,
 )
 from opd.lab.build import make_tokenizer
-from opd.models.model import end_ids, head_rows, load, split
-from opd.rollouts.factory import InProcess
+from opd.models.loading import end_ids, head_rows, load
+from opd.models.model import split
+from opd.rollouts.hf_engine import InProcess
 
 
 def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_sample() -> None:
@@ -398,7 +400,7 @@ def test_the_command_writes_what_it_found(
     words += ["--prompt-column", "q", "--answer-column", "a", "--grader", "numeric"]
     words += ["--device", "cpu", "--top-p", "0.9"]
     out, said = tmp_path / "deep" / "evals.json", tmp_path / "said.jsonl"
-    main.evaluate([*words, "--whole", "--out", str(out), "--responses", str(said)])
+    command.main([*words, "--whole", "--out", str(out), "--responses", str(said)])
     shown = json.loads(capsys.readouterr().out)
     assert shown["problems"] == 20
     assert {"accuracy", "pass@2", "pass@3", "majority@3", "task/a/accuracy"} <= shown.keys()
@@ -409,11 +411,11 @@ def test_the_command_writes_what_it_found(
     assert {(row["prompt"], row["answer"]) for row in rows} == {
         (x["q"], str(x["a"])) for x in lines
     }
-    main.evaluate([*words, "--whole", "--against", str(out)])
+    command.main([*words, "--whole", "--against", str(out)])
     again = json.loads(capsys.readouterr().out)
     assert again["against/gain"] == 0
     assert (again["against/low"], again["against/high"]) == gain_interval(np.zeros(20))
-    main.evaluate(words)
+    command.main(words)
     assert json.loads(capsys.readouterr().out)["problems"] == 2
     with pytest.raises(ValueError, match="different problems"):
-        main.evaluate([*words, "--against", str(out)])
+        command.main([*words, "--against", str(out)])

@@ -17,7 +17,7 @@ from figures import style
 from figures.registry import DATA, figure_names
 from figures.runs import training
 from figures.study import bias_variance
-from opd.report import build
+from opd.cli.report import main
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -145,7 +145,7 @@ def test_wrong_requests_name_the_value(tmp_path: Path, runs: list[Path]) -> None
         with pytest.raises(error, match=message):
             cli.main([*words, "--out", str(tmp_path / "out")])
     with pytest.raises(FileNotFoundError, match="is no run folder"):
-        build.main([str(tmp_path)])
+        main([str(tmp_path)])
 
 
 def test_intervals_cover_at_their_level() -> None:

@@ -19,7 +19,7 @@ from opd.objectives.credit import RATIOS
 from opd.objectives.factory import Objective
 from opd.objectives.support import JOINED
 from opd.objectives.surrogates import plain_score
-from opd.training.train import make_objective
+from opd.training.setup import make_objective
 
 V, K = 8, 3
 EXACT = 1e-9

@@ -16,11 +16,13 @@ from diagnostics.gradients.probe import Measured
 from diagnostics.gradients.signal_noise import signal_and_noise
 from diagnostics.gradients.sketch import matrix_sketch, no_projection, random_signs
 from opd.config.settings import Config
-from opd.data.tasks import Prompts
+from opd.data.prompts import Prompts
+from opd.models.contexts import recomputing
+from opd.models.forward import log_probabilities, response_hidden, spread
 from opd.models.lm_head import Head
-from opd.models.model import Pair, log_probabilities, response_hidden, split, spread
+from opd.models.model import split
 from opd.objectives.factory import make
-from opd.teachers.factory import recomputing
+from opd.teachers.pair import Pair
 from opd.training.gradient_probe import TrainedLoss, below_head, hidden_slopes, probe, states
 from tests.test_gradient_probes import seeded
 

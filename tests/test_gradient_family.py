@@ -231,10 +231,11 @@ OBJECTIVE = {
 def language(tiny_pair: tuple[Path, Path]):
     """Four prompts with two rollouts each, scored by the trainer's own code at temperature 0.8."""
     from opd.data.chain_task import Problem
-    from opd.data.tasks import encode
-    from opd.models.model import load_pair, response_hidden
+    from opd.data.prompts import encode
+    from opd.models.forward import response_hidden
     from opd.rollouts.hf_engine import sample
     from opd.scoring.score import score
+    from opd.teachers.pair import load_pair
 
     pair = load_pair(str(tiny_pair[0]), str(tiny_pair[1]), "cpu", "float32")
     problems = [Problem(prompt=f"{i} + {i + 1} =", answer="1") for i in range(4)]
@@ -275,7 +276,7 @@ def head_gradients(pair, objective: Objective, batch: Scored, hidden: Tensor, th
 @pytest.mark.parametrize("name", OBJECTIVE)
 def test_the_sketch_of_a_models_head_is_that_of_autograd(language, name: str) -> None:
     pair, batch, hidden, theirs = language
-    from opd.models.model import log_probabilities
+    from opd.models.forward import log_probabilities
 
     gammas = (0.0, 0.7, 1.0)
     size, width = pair.student.head.weight.shape
@@ -323,7 +324,7 @@ def test_the_sketch_of_a_models_head_is_that_of_autograd(language, name: str) ->
 
 
 def test_a_row_of_a_language_model(language) -> None:
-    from opd.models.model import log_probabilities
+    from opd.models.forward import log_probabilities
 
     pair, batch, hidden, theirs = language
     size, width = pair.student.head.weight.shape

@@ -410,7 +410,7 @@ def test_a_collapse_is_told_from_outcomes_and_the_lead_from_it(tmp_path: Path) -
 
 def test_the_control_is_paired_by_prompt(made: list[Path]) -> None:
     run = made[0]
-    with pytest.raises(FileNotFoundError, match="opd control"):
+    with pytest.raises(FileNotFoundError, match="opd probe-own-prefix"):
         fan.collect([run])
     all_batches = {"teacher": dense(5), "student": dense(6), "trained": dense(7)}
     for name, some in all_batches.items():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from opd.data.chain_task import Problem, careless, problems, solve
-from opd.data.tasks import encode
+from opd.data.prompts import encode
 from opd.lab.build import (
     WORDS,
     build,
@@ -127,7 +127,7 @@ def test_reading_is_the_loss_of_the_prompts() -> None:
 
 @pytest.mark.parametrize("kind", ["tiny", "rooms", "strangers"])
 def test_a_lab_that_is_not_there_is_said_to_be_built(kind: str) -> None:
-    from opd.models.model import load
+    from opd.models.loading import load
 
     with pytest.raises(FileNotFoundError, match=f"opd lab --{kind}"):
         load(f"lab-{kind}/student", "cpu", "float32")

@@ -14,10 +14,11 @@ from torch.utils._pytree import tree_leaves
 
 from diagnostics.batch import Scored, Support
 from opd.models.lm_head import Head, gathered_logits
-from opd.models.model import Model, Pair
+from opd.models.model import Model
 from opd.objectives.factory import OBJECTIVES, Objective
 from opd.objectives.support import JOINED
 from opd.scoring.loss import chunked_loss, loss_from_hidden
+from opd.teachers.pair import Pair
 from tests.test_head import largest, normal, seeded
 
 B, T, D, V, K = 3, 5, 6, 23, 4

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Prefix, Scored, Support, concatenate, load
+from diagnostics.batch import Prefix, Scored, Support, concatenate
 from diagnostics.core.distribution_stats import functionals
 from diagnostics.core.totals import Mean, read
 from diagnostics.metrics.consistency import martingales, sampler_weights
@@ -18,6 +18,7 @@ from diagnostics.metrics.divergence import support_mass
 from diagnostics.metrics.groupby import without
 from diagnostics.metrics.kl_decomposition import kl_anatomy
 from diagnostics.metrics.signal import sign_null, sign_shares
+from diagnostics.records.batch_files import load
 from diagnostics.records.token_dumps import load_dump, save_dump
 from opd.objectives import factory as o
 from opd.tokens.masking import Mask, masked

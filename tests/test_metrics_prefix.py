@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diagnostics.batch import Prefix, load
+from diagnostics.batch import Prefix
 from diagnostics.core import distribution_stats
 from diagnostics.core.distribution_stats import functionals
+from diagnostics.records.batch_files import load
 from tests.test_diagnostics import batch as make_batch
 
 Pair = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diagnostics.batch import load
+from diagnostics.records.batch_files import load
 from figures.runs import fan
 from opd.analysis.own_prefix import SOURCES, control
 from opd.config.settings import Config

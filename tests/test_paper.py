@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from opd.config.recipes import parse
+from opd.cli.train import parse
 from opd.config.settings import Config
 from opd.experiments.paper import GROUPS, METHODS, SHARED, TASKS, TEACHER, settings
 from opd.training.multitask import settings_of
-from opd.training.train import make_objective
+from opd.training.setup import make_objective
 
 
 @pytest.mark.parametrize("method", METHODS)

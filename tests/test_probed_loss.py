@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Scored, load
+from diagnostics.batch import Scored
 from diagnostics.gradients.sketch import no_projection
+from diagnostics.records.batch_files import load
 from opd.config.settings import Config
 from opd.data.chain_task import problems
-from opd.data.tasks import encode
+from opd.data.prompts import encode
 from opd.lab.build import make_tokenizer
-from opd.models.model import load as load_model
+from opd.models.loading import load as load_model
 from opd.training import gradient_probe
 from opd.training.train import train
 

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from diagnostics import batch as batches
 from diagnostics.batch import Rollouts
+from diagnostics.records.batch_files import load
 from opd.config.settings import Config, TaskSettings, to_json
 from opd.runtime import distributed
 from opd.teachers.factory import make_pair
@@ -180,7 +180,7 @@ def test_two_processes_write_the_rows_of_one(
     apart = max(float((ours[k] - theirs[k]).abs().max()) for k in ours)
     assert moved > 1e-3
     assert apart < 0.02 * moved
-    saved = [batches.load(d / "batches" / "step_000000.safetensors") for d in (one, two)]
+    saved = [load(d / "batches" / "step_000000.safetensors") for d in (one, two)]
     assert sorted(responses(saved[0])) == sorted(responses(saved[1]))
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from diagnostics.batch import Scored
-from diagnostics.batch import load as load_batch
+from diagnostics.records.batch_files import load as load_batch
 from opd.config.settings import TaskSettings
 from opd.data.chain_task import problems
 from opd.lab.build import make_tokenizer
-from opd.models.model import load
+from opd.models.loading import load
 from opd.training.train import train
 from tests.test_ahead import asked_of, row_by_row
 from tests.test_train import settings

@@ -20,10 +20,10 @@ from opd.analysis.continuation import continuation
 from opd.analysis.own_prefix import control
 from opd.config.settings import from_json, to_json
 from opd.data.chain_task import problems
-from opd.data.tasks import encode
-from opd.models.model import load_pair
+from opd.data.prompts import encode
 from opd.rollouts.hf_engine import sample
 from opd.runs.run_folder import open_run
+from opd.teachers.pair import load_pair
 from opd.training.train import train
 from tests.test_train import rows, settings
 

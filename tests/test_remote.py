@@ -13,8 +13,8 @@ import torch
 
 from diagnostics.batch import Rollouts, Scored
 from opd.data.chain_task import Problem
-from opd.data.tasks import Prompts, encode
-from opd.models.model import Pair, load_pair, response_hidden
+from opd.data.prompts import Prompts, encode
+from opd.models.forward import response_hidden
 from opd.objectives.factory import make
 from opd.objectives.support import JOINED
 from opd.rollouts.hf_engine import sample
@@ -23,6 +23,7 @@ from opd.scoring.score import score, score_support, score_told
 from opd.serving import json_endpoint
 from opd.serving.vllm_protocol import read_position
 from opd.teachers.client import Remote, connect, grouped
+from opd.teachers.pair import Pair, load_pair
 from opd.teachers.remote_scores import asked
 from tests.teacher_server import (
     Teacher,

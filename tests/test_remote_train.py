@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from opd.analysis.continuation import continuation
 from opd.analysis.own_prefix import control
 from opd.config.settings import Config, TaskSettings
-from opd.models.model import load
+from opd.models.loading import load
 from opd.serving import json_endpoint
 from opd.training.train import train
 from tests.teacher_server import Teacher, dropped, serving

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from opd.data.chain_task import Problem
-from opd.data.tasks import encode
-from opd.models.model import load_pair
+from opd.data.prompts import encode
 from opd.rollouts.hf_engine import sample
 from opd.scoring.score import score, score_support
 from opd.teachers.client import connect
+from opd.teachers.pair import load_pair
 from opd.teachers.remote_scores import asked
 from opd.training.train import train
 from tests.test_remote import loss_and_gradients

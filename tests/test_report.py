@@ -22,10 +22,11 @@ from transformers import AutoTokenizer
 
 from diagnostics.alarms.alarms import replay
 from diagnostics.alarms.rules import RULES
-from diagnostics.batch import Scored, load
+from diagnostics.batch import Scored
 from diagnostics.errors import InvalidInput
 from diagnostics.monitor import Monitor
 from diagnostics.records import rows, token_text
+from diagnostics.records.batch_files import load
 from diagnostics.records.row_columns import COLUMNS
 from diagnostics.records.token_dumps import save_dump
 from diagnostics.terminal import visible

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from diagnostics.batch import Scored, load
+from diagnostics.batch import Scored
 from diagnostics.records import rows
+from diagnostics.records.batch_files import load
 from opd.report import build
 from tests.test_report import HOSTILE, run, server
 

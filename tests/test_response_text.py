@@ -12,16 +12,18 @@ from diagnostics.records.token_text import read_spelling
 from opd.analysis import continuation
 from opd.analysis.continuation import graded
 from opd.data.chain_task import Problem
-from opd.data.grading.graders import GRADERS, grade_exact
-from opd.data.tasks import Task, response_text
+from opd.data.grading.graders import GRADERS, grade_exact, grade_responses
+from opd.data.prompts import response_text
+from opd.data.tasks import Task
 from opd.envs.base import Scene
 from opd.envs.rollout import play
 from opd.envs.task import Games
-from opd.evaluation.evaluate import grade_responses, respond
+from opd.evaluation.evaluate import respond
 from opd.lab.build import make_tokenizer
-from opd.models.model import Pair, end_ids, load
+from opd.models.loading import end_ids, load
 from opd.report import tokenizer_panel
-from opd.tokens.masking import Endings
+from opd.teachers.pair import Pair
+from opd.tokens.eos import Endings
 from tests.test_episodes import Script
 
 ADDED = ["<|end_of_text|>", "<end_of_turn>"]

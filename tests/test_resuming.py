@@ -13,7 +13,7 @@ import pytest
 from diagnostics.errors import InvalidInput
 from diagnostics.records import rows as records
 from opd.config.settings import to_json
-from opd.models.model import load
+from opd.models.loading import load
 from opd.report.run_data import read_run
 from opd.runs import restart
 from opd.runtime.manifest import damage, write_manifest

@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from opd.models.model import load as load_model
-from opd.teachers.factory import average, follow, make_pair, ordinary, without_adapters
+from opd.models.loading import load as load_model
+from opd.models.lora import ordinary, without_adapters
+from opd.teachers.factory import average, follow, make_pair
 from opd.training.train import train
 from tests.test_train import rows, settings
 

@@ -9,13 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Rollouts, Scored, load
+from diagnostics.batch import Rollouts, Scored
 from diagnostics.monitor import Monitor
+from diagnostics.records.batch_files import load
 from opd.data.chain_task import Problem
-from opd.data.tasks import Prompts, encode
-from opd.models.model import Model, load_pair
+from opd.data.prompts import Prompts, encode
+from opd.models.model import Model
 from opd.rollouts.factory import make_engine
-from opd.rollouts.hf_engine import Sampler, batches, draw, nucleus, sample, until_end
+from opd.rollouts.hf_engine import batches, sample, until_end
+from opd.rollouts.sampler import Sampler, draw, nucleus
+from opd.teachers.pair import load_pair
 
 TEMPERATURE, TOP_P = 0.7, 0.8
 

@@ -17,8 +17,8 @@ from pyarrow import parquet
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from diagnostics.batch import load
 from diagnostics.errors import InvalidInput, MissingFile, OperationFailed
+from diagnostics.records.batch_files import load
 from diagnostics.records.reader import Records
 from diagnostics.records.rows import read
 from diagnostics.records.token_dumps import load_dump, save_dump

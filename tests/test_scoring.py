@@ -10,12 +10,13 @@ from torch.utils._pytree import tree_leaves
 
 from diagnostics.batch import Rollouts
 from opd.data.chain_task import Problem
-from opd.data.tasks import Prompts, encode
-from opd.models.model import Pair, load_pair, log_probabilities, response_hidden
+from opd.data.prompts import Prompts, encode
+from opd.models.forward import log_probabilities, response_hidden
 from opd.objectives.support import JOINED
 from opd.rollouts.hf_engine import sample
 from opd.scoring.score import score, score_support
-from opd.tokens.masking import Endings
+from opd.teachers.pair import Pair, load_pair
+from opd.tokens.eos import Endings
 
 HOW = {"micro_tokens": 90, "chunk_elements": 700}
 

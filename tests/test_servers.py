@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from diagnostics.batch import Rollouts
-from opd.data.tasks import Prompts
+from opd.data.prompts import Prompts
 from opd.models.model import Model
+from opd.rollouts.base import Share
 from opd.rollouts.factory import make_engine
-from opd.rollouts.hf_engine import Share, until_end
+from opd.rollouts.hf_engine import until_end
 from opd.rollouts.vllm_server_engine import Servers, halved
 from opd.serving import json_endpoint
 from tests.sampling_server import SamplingServer

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from opd.data.chain_task import Problem
-from opd.data.tasks import encode
-from opd.models.model import load_pair
+from opd.data.prompts import encode
 from opd.rollouts.hf_engine import until_end
 from opd.rollouts.vllm_server_engine import Servers
+from opd.teachers.pair import load_pair
 from opd.training.train import train
 from tests.test_ahead import HOW
 from tests.test_processes import run_in_two

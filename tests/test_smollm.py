@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from opd.lab import smollm
-from opd.models.model import load_pair
+from opd.teachers.pair import load_pair
 
 
 def llama(layers: int = 5):

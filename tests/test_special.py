@@ -9,19 +9,9 @@ import torch
 from diagnostics.batch import Prefix, Rollouts, Scored, Support, flatten
 from diagnostics.core.totals import merge
 from opd.lab.build import make_tokenizer
+from opd.tokens.eos import Endings, student_support, teacher_tokens
 from opd.tokens.mask_rules import Rule, parse
-from opd.tokens.masking import (
-    Endings,
-    Mask,
-    audit,
-    hits,
-    masked,
-    removed_by_id,
-    resolve,
-    student_support,
-    supervised,
-    teacher_tokens,
-)
+from opd.tokens.masking import Mask, audit, hits, masked, removed_by_id, resolve, supervised
 from opd.tokens.token_bytes import alphabet, pieces, token_bytes
 
 TABLE = [b"", b"<", b"think", b">", b"<th", b"ink>", b" <", b"a<", b"<think>", b"nk", b"thi", b"<<"]

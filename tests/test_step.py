@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Scored, load
+from diagnostics.batch import Scored
 from diagnostics.catalogue import CATALOGUE, PANEL, Metric
 from diagnostics.core.optional_fields import Missing
 from diagnostics.core.totals import read
+from diagnostics.records.batch_files import load
 from opd.config.settings import Config
 from opd.data.chain_task import problems
-from opd.data.tasks import encode
-from opd.models.model import load as load_model
+from opd.data.prompts import encode
+from opd.models.loading import load as load_model
 from opd.training import update as updates
 from opd.training.train import train
 from tests.test_train import rows, settings
@@ -185,7 +186,7 @@ def test_recomputed_layers_give_the_same_bits(tiny_pair, tmp_path: Path) -> None
 
 
 def test_layers_are_recomputed_in_an_update_and_nowhere_else(tiny_pair, tmp_path: Path) -> None:
-    from opd.teachers.factory import recomputing
+    from opd.models.contexts import recomputing
 
     network = load_model(str(tiny_pair[0]), "cpu", "float32")[1]
     calls = []

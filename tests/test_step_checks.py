@@ -10,7 +10,7 @@ import torch
 from diagnostics.batch import Scored
 from opd.config.settings import Config
 from opd.data.grading.graders import GRADERS, grade_exact
-from opd.data.tasks import Prompts
+from opd.data.prompts import Prompts
 from opd.training.checks.start import largest_gap
 from opd.training.checks.step import grader_numbers, prompt_hashes, prompt_numbers, sampler_numbers
 from opd.training.checks.update import (

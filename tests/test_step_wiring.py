@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from diagnostics.batch import load
 from diagnostics.errors import InvalidInput
+from diagnostics.records.batch_files import load
 from opd.objectives.reduction import DENOMINATORS
 from opd.runtime.seeds import PROBE, ROLLOUT
 from opd.training import step as steps

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from diagnostics.batch import Scored, Support, concatenate, load
+from diagnostics.batch import Scored, Support, concatenate
+from diagnostics.records.batch_files import load
 from opd.objectives import support
 from tests.test_surrogates import N, V, seeded
 

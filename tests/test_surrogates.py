@@ -10,13 +10,8 @@ from torch import Tensor
 from diagnostics.batch import Scored, Support
 from opd.objectives import factory as o
 from opd.objectives import support
-from opd.objectives.surrogates import (
-    Visited,
-    clipped_score,
-    jensen_shannon,
-    plain_score,
-    weighted_score,
-)
+from opd.objectives.divergences import jensen_shannon
+from opd.objectives.surrogates import Visited, clipped_score, plain_score, weighted_score
 
 V, N = 9, 40
 

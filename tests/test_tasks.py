@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from diagnostics.alarms.alarms import replay
-from diagnostics.batch import Scored, load
+from diagnostics.batch import Scored
+from diagnostics.records.batch_files import load
 from opd.analysis import doctor
-from opd.config.recipes import parse
+from opd.cli.doctor import main
+from opd.cli.train import parse
 from opd.config.settings import Config, TaskSettings, from_json
-from opd.data.tasks import encode, load_task
-from opd.models.model import load as load_model
+from opd.data.prompts import encode
+from opd.data.tasks import load_task
+from opd.models.loading import load as load_model
 from opd.teachers.factory import make_pairs
 from opd.training.multitask import read_tasks, settings_of, shares, turns
 from opd.training.train import train
@@ -263,10 +266,10 @@ def test_the_doctor_examines_each_tasks_pair(tiny_pair, sources, tmp_path: Path,
     for option in ([], ["--json"]):
         if failed:
             with pytest.raises(SystemExit):
-                doctor.main([*words, *option])
+                main([*words, *option])
         else:
-            doctor.main([*words, *option])
+            main([*words, *option])
         shown = capsys.readouterr().out
         assert shown.count("task ") == 2 if not option else list(json.loads(shown)) == list(found)
     with pytest.raises(ValueError, match="either --task or --tasks"):
-        doctor.main([*words, "--task", "lab"])
+        main([*words, "--task", "lab"])

@@ -126,10 +126,10 @@ def test_names_from_anywhere_are_spelled_out_by_every_command(
 def test_warnings_and_the_tracebacks_of_other_exceptions_are_visible() -> None:
     """A traceback is printed after the command has ended."""
     code = (
-        "import sys, warnings, opd.cli.main as cli\n"
+        "import sys, types, warnings, opd.cli.main as cli\n"
         f"def fail(argv): warnings.warn({CLEAR!r}); raise RuntimeError({CLEAR!r})\n"
-        "cli.fail = fail; cli.COMMANDS['fail'] = ('opd.cli.main:fail', '')\n"
-        "sys.modules['opd.cli.main'] = cli; sys.argv = ['opd', 'fail']; cli.main()\n"
+        "cli.COMMANDS['fail'] = ('failing', '')\n"
+        "sys.modules['failing'] = types.SimpleNamespace(main=fail); sys.argv = ['opd', 'fail']; cli.main()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1

@@ -9,10 +9,12 @@ import torch
 
 from opd.config.settings import Config
 from opd.data.chain_task import Problem, grade, problems
-from opd.data.tasks import encode
-from opd.models.model import load_pair, micro_batches
-from opd.rollouts.hf_engine import nucleus, sample
+from opd.data.prompts import encode
+from opd.models.forward import micro_batches
+from opd.rollouts.hf_engine import sample
+from opd.rollouts.sampler import nucleus
 from opd.scoring.score import score
+from opd.teachers.pair import load_pair
 from opd.training.train import train
 
 

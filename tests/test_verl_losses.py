@@ -13,8 +13,9 @@ from diagnostics.adapters.verl import sampled_tokens
 from opd.integrations.verl.losses import check_settings, unsupplied
 from opd.integrations.verl.topk_loss import TOPK
 from opd.objectives.catalogue import local
+from opd.objectives.divergences import forward_kl
 from opd.objectives.factory import OBJECTIVES, make
-from opd.objectives.surrogates import Form, forward_kl, pair
+from opd.objectives.surrogates import Form, pair
 from tests.test_verl_logits import TOP, VOCABULARY, scattered
 
 PROMPTS = ([7, 8], [7, 8], [5, 6, 7], [9])

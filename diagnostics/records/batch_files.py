@@ -23,8 +23,13 @@ MOST_MASS = 1.01
 """Largest sum of a support's probabilities; bfloat16 rounds true ones to a little above 1."""
 
 
-def read_batch(path: str | Path) -> Rollouts:
-    """A batch file; see `diagnostics.batch.load`."""
+def load(path: str | Path) -> Rollouts:
+    """Read a batch that `save` wrote: `Scored` if it was scored, else `Rollouts`.
+
+    Raises:
+      InvalidInput: not such a file, or one whose fields, shapes, types or values are wrong.
+      MissingFile, OperationFailed: see `diagnostics.io.files.reading`.
+    """
     with reading(path), Path(path).open("rb"):  # in our words, before safetensors has its own
         pass
     try:

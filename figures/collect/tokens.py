@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from diagnostics.batch import Scored, load
+from diagnostics.batch import Scored
 from diagnostics.errors import InvalidInput
 from diagnostics.metrics.repetition import repeated
 from diagnostics.metrics.signal import score_norm
 from diagnostics.metrics.token_attribution import impossible
+from diagnostics.records.batch_files import load
 from diagnostics.records.run_folders import batch_path
 
 PREFIX = (

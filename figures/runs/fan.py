@@ -22,7 +22,7 @@ CAPTION = (
     "intervals over prompts; fans: the middle half of the tokens, dotted: nine tenths of them are "
     "below. Right: how much more sure it is on its own text, paired by prompt. A gap that grows "
     "while its own line stays flat is the student's drift; both rising alike is length. Made by "
-    "`opd control RUN`."
+    "`opd probe-own-prefix RUN`."
 )
 QUANTITIES = {
     "teacher_entropy": "Teacher's entropy, nats",
@@ -115,7 +115,7 @@ def certainty(runs: list[Path], source: str) -> pd.DataFrame:
     for run in runs:
         path = run / "control" / f"{source}.safetensors"
         if not path.exists():
-            raise MissingFile(f"{path} does not exist; make it with `opd control {run}`")
+            raise MissingFile(f"{path} does not exist; make it with `opd probe-own-prefix {run}`")
         batch = scored(path)
         mask, prefix = batch.sampled, batch.prefix
         assert prefix is not None  # `scored` refuses others

@@ -5,7 +5,6 @@ and both outcomes are graded. The gain is the teacher's accuracy from there minu
 on the same problems: the ground truth of what prefix drift costs, and the dearest diagnostic.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,37 +18,18 @@ from diagnostics.batch import Rollouts
 from diagnostics.errors import InvalidInput
 from diagnostics.io.atomic import write_text
 from diagnostics.stats import gain_interval
-from opd.config.settings import TRUST, from_json
+from opd.config.settings import from_json
 from opd.data.chain_task import Problem
-from opd.data.grading.graders import refuse_own_of_record
-from opd.data.tasks import Prompts, Task, encode
-from opd.evaluation.evaluate import grade_responses
-from opd.models.model import Model, Pair
+from opd.data.grading.graders import grade_responses, refuse_own_of_record
+from opd.data.prompts import Prompts, encode
+from opd.data.tasks import Task
+from opd.models.model import Model
 from opd.rollouts.hf_engine import sample
 from opd.runtime.seeds import CONTINUATION, derive
 from opd.serving.addresses import is_url
 from opd.teachers.factory import make_pair
-from opd.training.train import load
-
-
-def main(argv: list[str]) -> None:
-    """`opd continue RUN [--lengths L ...] [--problems N] [--trained]`."""
-    parser = argparse.ArgumentParser(
-        prog="opd continue", description="the teacher goes on where the student has got to"
-    )
-    parser.add_argument("run", type=Path, help="a run folder")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[0, 16, 32, 64, 128])
-    parser.add_argument("--problems", type=int, default=128, help="held-out problems")
-    parser.add_argument("--trained", action="store_true", help="the student as it was trained")
-    parser.add_argument("--trust-remote-code", action="store_true", help=TRUST)
-    given = parser.parse_args(argv)
-    found = continuation(
-        given.run, given.lengths, given.problems, given.trained, given.trust_remote_code
-    )
-    print("prefix  problems  teacher goes on  student  gain [95 %]")
-    for row in found:
-        line = "{length:6}  {problems:8}  {teacher:15.3f}  {student:7.3f}  "
-        print((line + "{gain:+.3f} [{low:+.3f}, {high:+.3f}]").format(**row))
+from opd.teachers.pair import Pair
+from opd.training.setup import load
 
 
 def continuation(

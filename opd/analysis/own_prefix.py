@@ -5,7 +5,6 @@ student after it. The same pair, teacher and first student, scores all three, so
 certainty on its own prefixes stands beside that on the students' at the same positions.
 """
 
-import argparse
 import dataclasses
 from pathlib import Path
 
@@ -13,32 +12,20 @@ import torch
 
 from diagnostics.batch import Scored
 from diagnostics.errors import InvalidInput, MissingFile
-from opd.config.settings import TRUST, Config, from_json
+from opd.config.settings import Config, from_json
 from opd.data.grading.graders import refuse_own_of_record
-from opd.data.tasks import Prompts, encode
-from opd.models.model import Model, Pair
+from opd.data.prompts import Prompts, encode
+from opd.models.model import Model
 from opd.rollouts.hf_engine import sample
 from opd.runtime.seeds import CONTROL, derive
 from opd.scoring.score import score
 from opd.serving.addresses import is_url
 from opd.teachers.factory import make_pair
+from opd.teachers.pair import Pair
+from opd.training.setup import load
 from opd.training.step import scoring
-from opd.training.train import load
 
 SOURCES = ("teacher", "student", "trained")
-
-
-def main(argv: list[str]) -> None:
-    """`opd control RUN [--problems N] [--trust-remote-code]`."""
-    parser = argparse.ArgumentParser(
-        prog="opd control", description="the teacher on its own prefixes and on the student's"
-    )
-    parser.add_argument("run", type=Path, help="a finished run folder")
-    parser.add_argument("--problems", type=int, default=64, help="held-out problems to answer")
-    parser.add_argument("--trust-remote-code", action="store_true", help=TRUST)
-    given = parser.parse_args(argv)
-    for path in control(given.run, given.problems, given.trust_remote_code):
-        print(path)
 
 
 def control(run: Path, count: int = 64, trust: bool = False) -> list[Path]:

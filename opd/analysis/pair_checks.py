@@ -5,36 +5,19 @@ would be wrong), with what was found and what to do.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
-from opd.models.model import head_rows, load
+from opd.models.loading import head_rows, load
 from opd.tokens.masking import THINK, special_ids
 from opd.tokens.token_bytes import shown, token_bytes
+from opd.training.checks.check_result import TEXTS, Finding, Numbers, Verdict
 
-Verdict = Literal["ok", "warn", "fail"]
-Numbers = dict[str, Any]
 CHATS = {
     "one turn": [("user", "What is 12+34?")],
     "system": [("system", "Be brief."), ("user", "What is 12+34?")],
     "several turns": [("user", "Hi."), ("assistant", "Hello."), ("user", "What is 12+34?")],
 }
-TEXTS = (
-    "<think> Okay, let's see: 12 + 34 = 46.</think>",
-    "The final answer is \\boxed{7}.\n\n    return x\t# 3.14\n",
-    " naïve café, 漢字, 🙂",
-)
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One item's verdict; numbers are what `--json` adds."""
-
-    item: str
-    verdict: Verdict
-    found: str
-    advice: str = ""
-    numbers: Numbers = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

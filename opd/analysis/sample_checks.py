@@ -14,12 +14,16 @@ from torch import Tensor
 
 from diagnostics.batch import Rollouts, Scored
 from diagnostics.errors import InvalidInput
-from opd.analysis.pair_checks import Finding, Side, same_from_start
+from opd.analysis.pair_checks import Side, same_from_start
 from opd.data.chain_task import Problem
-from opd.data.tasks import Prompts, encode
-from opd.models.model import Pair, head_rows, log_probabilities, response_hidden, split
+from opd.data.prompts import Prompts, encode
+from opd.models.forward import log_probabilities, response_hidden
+from opd.models.loading import head_rows
+from opd.models.model import split
 from opd.rollouts.hf_engine import sample
 from opd.scoring.score import score
+from opd.teachers.pair import Pair
+from opd.training.checks.check_result import Finding
 
 PROMPTS = (
     "What is 12+34?",

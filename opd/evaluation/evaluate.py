@@ -5,7 +5,6 @@ Shapes: M problems, S samples of each, B responses, T response positions.
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,24 +17,17 @@ from diagnostics.batch import Rollouts
 from diagnostics.core.totals import read
 from diagnostics.errors import InvalidInput
 from opd.data.chain_task import Problem
-from opd.data.grading.graders import Verdict
+from opd.data.prompts import encode, response_text, response_texts
 from opd.data.sources import Question
-from opd.data.tasks import (
-    Grader,
-    Task,
-    drop_long,
-    encode,
-    load_task,
-    refuse_long,
-    response_text,
-    response_texts,
-)
-from opd.envs.rollout import Episode, play, totals
+from opd.data.tasks import Grader, Task, drop_long, load_task, refuse_long
+from opd.envs.packing import totals
+from opd.envs.rollout import Episode, play
 from opd.envs.task import Games, is_games, load_games
 from opd.evaluation.statistics import Array, summary, written
-from opd.models.model import Model, end_ids, head_rows, load, split
-from opd.rollouts.factory import Engine, InProcess
-from opd.rollouts.hf_engine import Share
+from opd.models.loading import end_ids, head_rows, load
+from opd.models.model import Model, split
+from opd.rollouts.base import Engine, Share
+from opd.rollouts.hf_engine import InProcess
 from opd.runtime import distributed
 
 ROWS_AT_ONCE = 1024
@@ -293,41 +285,6 @@ def records(graded: Graded) -> list[dict[str, Any]]:
             "responses": graded.texts[i],
         }
         for i, problem in enumerate(graded.problems)
-    ]
-
-
-def grade_responses(
-    tokenizer: Any,
-    tokens: torch.Tensor,
-    mask: torch.Tensor,
-    problems: Sequence[Problem],
-    grade: Grader,
-    ends: Sequence[int] = (),
-) -> list[float]:
-    """The reward of each response: see `verdicts`."""
-    found = verdicts(tokenizer, tokens, mask, problems, grade, ends)
-    return [verdict.reward for verdict in found]
-
-
-def verdicts(
-    tokenizer: Any,
-    tokens: torch.Tensor,
-    mask: torch.Tensor,
-    problems: Sequence[Problem],
-    grade: Grader,
-    ends: Sequence[int] = (),
-) -> list[Verdict]:
-    """The verdict on each response; the grader sees special tokens, but not the one that ends it.
-
-    A response to a problem without an answer has the reward NaN.
-
-    Args:
-      tokens, mask: (B, T). ends: ids that end a response, besides the tokenizer's own end token.
-    """
-    texts = response_texts(tokenizer, tokens, mask, ends)
-    return [
-        grade(text, problem.answer) if problem.answer else Verdict(math.nan, None)
-        for text, problem in zip(texts, problems, strict=True)
     ]
 
 

@@ -3,16 +3,14 @@
 import argparse
 import concurrent.futures
 import itertools
-import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from diagnostics.errors import OperationFailed
+from opd.experiments.subcommand import command
 
 OBJECTIVES = ("sampled_token", "teacher_topk")
 SEEDS = (0, 1, 2)
@@ -55,17 +53,6 @@ def stage(name: str) -> Iterator[None]:
     print(f"-- {name}", file=sys.stderr, flush=True)
     yield
     print(f"-- {name}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
-
-
-def command(*words: object, threads: int | None = None) -> None:
-    """Run `opd WORDS` in a process of its own, as a user would; what it says goes to stderr."""
-    environment = dict(os.environ)
-    if threads is not None:
-        environment["OMP_NUM_THREADS"] = str(threads)
-    line = [sys.executable, "-m", "opd.cli.main", *map(str, words)]
-    done = subprocess.run(line, env=environment, stdout=sys.stderr, check=False)
-    if done.returncode:
-        raise OperationFailed(f"`opd {' '.join(map(str, words))}` ended with {done.returncode}")
 
 
 def train_all(out: Path, recipe: str, lab: Path, jobs: int, fresh: bool) -> list[Path]:

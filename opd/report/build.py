@@ -5,13 +5,11 @@ disk, and asks no network for anything. With --watch it is served on this machin
 for news while a run goes on.
 """
 
-import argparse
 import base64
 import hashlib
 import json
 import platform
 import re
-import sys
 from collections.abc import Mapping
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from diagnostics.alarms.rules import RULES
-from diagnostics.errors import InvalidInput
 from diagnostics.records.run_folders import labels
 from diagnostics.terminal import visible
 from opd.report.rollout_viewer import specimens
@@ -30,41 +27,6 @@ SCRIPTS = ("dom", "verdicts", "curves", "positions", "rollouts", "tokens", "page
 UNSAFE = re.compile("[<>&\u2028\u2029]")
 LIMIT = 10_000_000
 """Bytes beyond which a page is slow to open and to send."""
-
-
-def main(argv: list[str]) -> None:
-    """`opd report RUN [RUN ...] [--out FILE] [--models] [--watch [--port N]]`."""
-    parser = argparse.ArgumentParser(prog="opd report", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders")
-    parser.add_argument("--out", type=Path, default=Path("report.html"))
-    parser.add_argument(
-        "--tokens", type=int, default=20000, help="most tokens shown one by one, over all runs"
-    )
-    parser.add_argument("--watch", action="store_true", help="serve the page, with what is new")
-    parser.add_argument("--port", type=int, default=8000, help="of --watch; 0 takes a free one")
-    parser.add_argument(
-        "--models",
-        action="store_true",
-        help="also read the tokenizers of the models that the runs name, outside their folders; "
-        "for runs of your own",
-    )
-    given = parser.parse_args(argv)
-    if given.tokens < 0:
-        raise InvalidInput(f"--tokens is {given.tokens}; 0 shows one rollout of each batch")
-    if given.watch:
-        from opd.report.server import serve
-
-        serve(given.runs, given.tokens, given.port, given.models)
-        return
-    text = page(contents(given.runs, given.tokens, given.models))
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(text, encoding="utf-8")
-    size = len(text.encode())
-    print(f"{given.out}  {size / 1e6:.1f} MB", file=sys.stderr)
-    if size > LIMIT:
-        advice = "it opens slowly; give fewer runs, or fewer --tokens"
-        print(f"{given.out} is larger than {LIMIT / 1e6:.0f} MB: {advice}", file=sys.stderr)
-    print(given.out)
 
 
 def contents(folders: list[Path], tokens: int = 20000, models: bool = False) -> dict[str, Any]:

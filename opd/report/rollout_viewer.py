@@ -91,7 +91,8 @@ def read_prompts(run: "Run", file: Path, rows: int) -> dict[int, str]:
 
 def read_batch(file: Path) -> "Scored | None":
     """A saved batch or dump; None where nothing was scored."""
-    from diagnostics.batch import Scored, load
+    from diagnostics.batch import Scored
+    from diagnostics.records.batch_files import load
     from diagnostics.records.token_dumps import load_dump
 
     batch = load(file) if file.suffix == ".safetensors" else load_dump(file)

@@ -5,63 +5,12 @@ each update and `sample` before the next.
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
-import torch
-
-from diagnostics.batch import Rollouts
 from diagnostics.errors import InvalidInput
-from opd.data.tasks import Prompts
 from opd.models.model import Model
-from opd.rollouts.hf_engine import ROWS_AT_ONCE, Share, sample
-
-
-class Engine(Protocol):
-    """Samples one response to each prompt row, in order; several rows may share a prompt."""
-
-    def sample(
-        self,
-        prompts: Prompts,
-        eos: list[int],
-        *,
-        max_response: int,
-        temperature: float,
-        top_p: float,
-        generator: torch.Generator,
-        share: Share | None = None,
-    ) -> Rollouts:
-        """Rollouts that depend on the prompts, the weights and `generator` alone.
-
-        share: these rows of a larger batch, each as it is there.
-        """
-        ...
-
-    def sync(self, model: Model) -> None:
-        """Sample from this model's present weights from now on."""
-        ...
-
-    def close(self) -> None:
-        """Free what the engine holds beside the student; it samples no more."""
-        ...
-
-
-class InProcess:
-    """`opd.rollouts.hf_engine.sample` as an engine; it samples from the student itself, nothing is copied.
-
-    rows_at_once: rows of one `generate` call; their key-value cache has to fit.
-    """
-
-    def __init__(self, model: Model, *, rows_at_once: int = ROWS_AT_ONCE) -> None:
-        self.model, self.rows_at_once = model, rows_at_once
-
-    def sample(self, prompts: Prompts, eos: list[int], **settings: Any) -> Rollouts:
-        return sample(self.model, prompts, eos, rows_at_once=self.rows_at_once, **settings)
-
-    def sync(self, model: Model) -> None:
-        self.model = model
-
-    def close(self) -> None:
-        pass
+from opd.rollouts.base import Engine
+from opd.rollouts.hf_engine import InProcess
 
 
 def _vllm(model: Model, **settings: Any) -> Engine:

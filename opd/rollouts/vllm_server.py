@@ -25,8 +25,15 @@ from torch import Tensor
 from diagnostics.errors import InvalidInput, OperationFailed
 from diagnostics.io.files import has_type, short
 from opd.serving.json_endpoint import PASSING, Endpoint
-from opd.serving.vllm_protocol import CLAMPED, read_row
-from opd.teachers.client import ENTRY_BYTES, SPARE_BYTES, chosen, described, field
+from opd.serving.vllm_protocol import (
+    CLAMPED,
+    ENTRY_BYTES,
+    SPARE_BYTES,
+    chosen,
+    described,
+    field,
+    read_row,
+)
 
 PROBE_TEMPERATURE = 2.0
 """At which tokens are drawn in a check: a server that tells log-probabilities before temperature

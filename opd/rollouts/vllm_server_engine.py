@@ -22,11 +22,12 @@ import torch
 
 from diagnostics.batch import Rollouts
 from diagnostics.errors import InvalidInput, OperationFailed
-from opd.data.tasks import Prompts
+from opd.data.prompts import Prompts
+from opd.models.contexts import evaluating
 from opd.models.fsdp import plain, whole
 from opd.models.model import Model
-from opd.rollouts.hf_engine import Share, evaluating
-from opd.rollouts.vllm_engine import (
+from opd.rollouts.base import Share
+from opd.rollouts.vllm_common import (
     PROBE_TOKENS,
     TOLERANCE,
     columns_of,

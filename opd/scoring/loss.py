@@ -18,10 +18,11 @@ from torch.autograd.function import once_differentiable
 
 from diagnostics.batch import Scored
 from diagnostics.errors import InvalidInput, OperationFailed
+from opd.models.forward import log_probabilities
 from opd.models.lm_head import Head, chunks, cooled, gathered_logits, half_on_gpu, products, shaped
-from opd.models.model import Pair, log_probabilities
 from opd.objectives.factory import Objective
 from opd.objectives.surrogates import Visited
+from opd.teachers.pair import Pair
 
 ChunkLoss = Callable[[Tensor, slice], Tensor]
 """(n, R) products of a chunk, its slice of the tokens -> scalar."""

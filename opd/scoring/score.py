@@ -12,12 +12,13 @@ from torch import Tensor
 from diagnostics.batch import Prefix, Rollouts, Scored, Support
 from diagnostics.core.distribution_stats import functionals
 from diagnostics.errors import InvalidInput
-from opd.data.tasks import Prompts
+from opd.data.prompts import Prompts
+from opd.models.forward import log_probabilities, micro_batches, response_hidden, spread
 from opd.models.lm_head import chunks, cooled, full_logits, gathered_logits, two_stage_topk
-from opd.models.model import Pair, log_probabilities, micro_batches, response_hidden, spread
 from opd.objectives.support import JOINED
+from opd.teachers.pair import Pair
 from opd.teachers.remote_scores import Told
-from opd.tokens.masking import Endings, student_support, teacher_tokens
+from opd.tokens.eos import Endings, student_support, teacher_tokens
 
 Measure = Callable[[Tensor, Tensor, Tensor, Tensor], dict[str, Tensor]]
 """(n, D) student and (n, D') teacher states, (n,) tokens and their places -> (n, ...) columns."""

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diagnostics.errors import InvalidInput
-from diagnostics.io.files import has_type, short
+from diagnostics.io.files import KINDS, has_type, short
+from opd.serving.json_endpoint import Endpoint
 
 ID = re.compile(r"0|[1-9][0-9]{0,8}")
 CLAMPED = -9999.0
@@ -122,3 +123,66 @@ def _check_numbers(
     ):
         if wrong.any():
             raise InvalidInput(f"position {places[int(wrong.argmax())]}: {what}")
+
+
+ENTRY_BYTES, SPARE_BYTES = 512, 1 << 20
+"""Most bytes of one id's log-probability in an answer, and of what stands around them."""
+
+
+def chosen(endpoint: Endpoint, name: str) -> dict[str, Any]:
+    """The server's entry of the model of that name, or of its only one."""
+    listed = endpoint.ask("/models", most=SPARE_BYTES)
+    models = field(endpoint, listed, "data", list, "/models")
+    for entry in models:
+        field(endpoint, entry, "id", str, "/models")
+        if not isinstance(entry.get("max_model_len"), int | None):
+            raise InvalidInput(
+                endpoint.redacted(
+                    f"{endpoint.url}/models: max_model_len is {short(entry['max_model_len'])}, "
+                    "expected a whole number"
+                )
+            )
+    entries = {entry["id"]: entry for entry in models}
+    if not name and len(entries) == 1:
+        (name,) = entries
+    if name not in entries:
+        known = ", ".join(sorted(entries)) or "none"
+        raise InvalidInput(
+            endpoint.redacted(
+                f"{endpoint.url} has no model {name!r}; name one of its own behind the address, "
+                f"{endpoint.url}#MODEL: {known[:300]}"
+            )
+        )
+    return entries[name]
+
+
+def field(endpoint: Endpoint, answer: Any, name: str, kind: type, path: str) -> Any:
+    """A field of a server's answer, of the type that vLLM's has.
+
+    Raises:
+      InvalidInput: it lacks, or is of another type: another kind of server answers; says which
+        where that can be told.
+    """
+    value = answer.get(name) if isinstance(answer, dict) else None
+    if isinstance(value, kind):
+        return value
+    raise InvalidInput(
+        endpoint.redacted(
+            f"{endpoint.url}{path}: the answer has no {name!r}, {KINDS[kind]}, as vLLM's has, but "
+            f"is {described(answer)}; the {endpoint.role} must be a server of vLLM's, which tells "
+            "the log-probabilities of given ids (prompt_logprobs)"
+        )
+    )
+
+
+def described(answer: Any) -> str:
+    """What kind of answer came, and of which kind of server, if that can be told."""
+    if not isinstance(answer, dict):
+        return short(answer)
+    known = [server for name, server in SERVERS.items() if name in answer]
+    likely = f" (as of {known[0]})" if known else ""
+    return f"an object with the fields {', '.join(map(str, answer))}"[:200] + likely
+
+
+SERVERS = {"content": "llama.cpp", "text": "SGLang", "timings": "llama.cpp"}
+"""Which server's answers to /detokenize, or to a question, have a field that vLLM's have not."""

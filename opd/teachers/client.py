@@ -26,9 +26,17 @@ from tqdm import tqdm
 
 from diagnostics.errors import InvalidInput, OperationFailed
 from diagnostics.io.atomic import write_text
-from diagnostics.io.files import KINDS, short
+from diagnostics.io.files import short
 from opd.serving.json_endpoint import Endpoint
-from opd.serving.vllm_protocol import Answer, read_row
+from opd.serving.vllm_protocol import (
+    ENTRY_BYTES,
+    SPARE_BYTES,
+    Answer,
+    chosen,
+    described,
+    field,
+    read_row,
+)
 
 PROBE_TOKENS = 32
 ALIKE = 0.25
@@ -36,10 +44,6 @@ ALIKE = 0.25
 of other sizes differs by a few hundredths, another model by several nats."""
 ROWS, TOKENS = 4, 8192
 """Most sequences of one question, and most ids of one with several; an answer is read in memory."""
-ENTRY_BYTES, SPARE_BYTES = 512, 1 << 20
-"""Most bytes of one id's log-probability in an answer, and of what stands around them."""
-SERVERS = {"content": "llama.cpp", "text": "SGLang", "timings": "llama.cpp"}
-"""Which server's answers to /detokenize, or to a question, have a field that vLLM's have not."""
 PIECE = 512
 """Ids whose text is compared at once."""
 SCRIPTS = " ".join(
@@ -264,61 +268,6 @@ def connect(
         ) from error
     remote.check_same()
     return remote
-
-
-def chosen(endpoint: Endpoint, name: str) -> dict[str, Any]:
-    """The server's entry of the model of that name, or of its only one."""
-    listed = endpoint.ask("/models", most=SPARE_BYTES)
-    models = field(endpoint, listed, "data", list, "/models")
-    for entry in models:
-        field(endpoint, entry, "id", str, "/models")
-        if not isinstance(entry.get("max_model_len"), int | None):
-            raise InvalidInput(
-                endpoint.redacted(
-                    f"{endpoint.url}/models: max_model_len is {short(entry['max_model_len'])}, "
-                    "expected a whole number"
-                )
-            )
-    entries = {entry["id"]: entry for entry in models}
-    if not name and len(entries) == 1:
-        (name,) = entries
-    if name not in entries:
-        known = ", ".join(sorted(entries)) or "none"
-        raise InvalidInput(
-            endpoint.redacted(
-                f"{endpoint.url} has no model {name!r}; name one of its own behind the address, "
-                f"{endpoint.url}#MODEL: {known[:300]}"
-            )
-        )
-    return entries[name]
-
-
-def field(endpoint: Endpoint, answer: Any, name: str, kind: type, path: str) -> Any:
-    """A field of a server's answer, of the type that vLLM's has.
-
-    Raises:
-      InvalidInput: it lacks, or is of another type: another kind of server answers; says which
-        where that can be told.
-    """
-    value = answer.get(name) if isinstance(answer, dict) else None
-    if isinstance(value, kind):
-        return value
-    raise InvalidInput(
-        endpoint.redacted(
-            f"{endpoint.url}{path}: the answer has no {name!r}, {KINDS[kind]}, as vLLM's has, but "
-            f"is {described(answer)}; the {endpoint.role} must be a server of vLLM's, which tells "
-            "the log-probabilities of given ids (prompt_logprobs)"
-        )
-    )
-
-
-def described(answer: Any) -> str:
-    """What kind of answer came, and of which kind of server, if that can be told."""
-    if not isinstance(answer, dict):
-        return short(answer)
-    known = [server for name, server in SERVERS.items() if name in answer]
-    likely = f" (as of {known[0]})" if known else ""
-    return f"an object with the fields {', '.join(map(str, answer))}"[:200] + likely
 
 
 def check_same_text(endpoint: Endpoint, model: str, tokenizer: Any) -> None:

@@ -7,33 +7,29 @@ backward pass.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from diagnostics.errors import InvalidInput
-from diagnostics.io.packages import load_package
 from opd.config.settings import Config
 from opd.models.lm_head import Head
-from opd.models.model import (
-    Model,
-    Pair,
+from opd.models.loading import (
     check_same_vocabulary,
     end_ids,
     head_rows,
     load,
-    load_pair,
     own_first,
     resolve_device,
-    split,
 )
+from opd.models.lora import adapted, without_adapters
+from opd.models.model import Model, split
 from opd.serving.addresses import is_url
 from opd.teachers.client import connect
-from opd.tokens.masking import Endings
+from opd.teachers.pair import Pair, load_pair
+from opd.tokens.eos import Endings
 
 
 def make_pairs(settings: Sequence[Config]) -> list[Pair]:
@@ -147,27 +143,6 @@ def with_server(pair: Pair, config: Config) -> Pair:
     return replace(pair, teacher=teacher, endings=None, remote=remote)
 
 
-def adapted(network: Any, config: Config) -> Any:
-    """The network with LoRA adapters on all linear layers but the head; nothing else trains.
-
-    The adapters' starting values depend on the seed alone.
-
-    Raises:
-      ImportError: peft is not installed.
-    """
-    peft = load_package("peft", "lora_rank", "lora", otherwise="set lora_rank to 0")
-    how = peft.LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=0.0,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        return peft.get_peft_model(network, how).eval()
-
-
 def with_sharded_student(pairs: Sequence[Pair]) -> list[Pair]:
     """The pairs with their one student shared out among all processes (opd.models.fsdp)."""
     from opd.models.fsdp import sharded
@@ -182,16 +157,6 @@ def with_sharded_student(pairs: Sequence[Pair]) -> list[Pair]:
     return made
 
 
-def without_adapters(student: Model) -> Model:
-    """The same network with its adapters off, as a frozen teacher; costs no memory."""
-
-    def hidden(ids: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
-        with torch.no_grad(), student.network.disable_adapter():
-            return student.hidden(ids, attention, positions)
-
-    return replace(student, hidden=hidden)
-
-
 def average(student: Model) -> Model:
     """A float32 copy of the student, to be moved by `follow`."""
     network = copy.deepcopy(student.network).float().requires_grad_(False)
@@ -204,54 +169,3 @@ def follow(teacher: Model, student: Model, decay: float) -> None:
     pairs = zip(teacher.network.parameters(), student.network.parameters(), strict=True)
     for slow, fast in pairs:
         slow.lerp_(fast.to(slow), 1 - decay)
-
-
-@contextmanager
-def awake(teacher: Model, device: torch.device, offload: bool) -> Iterator[None]:
-    """With `offload`, the teacher is on the device inside the block and in host memory outside."""
-    if not offload:
-        yield
-        return
-    teacher.network.to(device)
-    try:
-        yield
-    finally:
-        teacher.network.to("cpu")
-
-
-@contextmanager
-def recomputing(network: Any, wanted: bool) -> Iterator[None]:
-    """With `wanted`, layers keep their inputs only and run again in the backward pass.
-
-    Layers alone are set to train, which is what turns this on; what they are made of stays in
-    evaluation mode, so that nothing is dropped out.
-    """
-    if not wanted:
-        yield
-        return
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    # transformers 5.17 has the old names alone, 5.23 warns of them
-    new = hasattr(network, "activation_checkpointing_enable")
-    kind = "activation" if new else "gradient"
-    getattr(network, f"{kind}_checkpointing_enable")({"use_reentrant": False})
-    layers = [m for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
-    if not layers:
-        raise InvalidInput(
-            f"{type(network).__name__} has no layer that can be recomputed; set checkpointing off"
-        )
-    try:
-        for layer in layers:
-            layer.training = True
-        yield
-    finally:
-        for layer in layers:
-            layer.training = False
-        getattr(network, f"{kind}_checkpointing_disable")()
-
-
-def ordinary(network: Any) -> Any:
-    """The network as an ordinary Hugging Face model: adapters, if any, merged into a copy."""
-    if not hasattr(network, "merge_and_unload"):
-        return network
-    return copy.deepcopy(network).merge_and_unload()

@@ -13,10 +13,11 @@ from torch import Tensor
 from diagnostics.batch import Rollouts
 from diagnostics.errors import InvalidInput
 from opd.config.settings import Config
-from opd.data.tasks import Prompts
-from opd.models.model import Pair, response_real
+from opd.data.prompts import Prompts
+from opd.models.forward import response_real
 from opd.objectives.factory import Objective
 from opd.teachers.client import Remote
+from opd.teachers.pair import Pair
 
 
 @dataclass(frozen=True, eq=False)

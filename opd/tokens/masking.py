@@ -15,6 +15,7 @@ from torch import Tensor
 from diagnostics.batch import Rollouts, Scored
 from diagnostics.core.totals import Mean, Total
 from diagnostics.errors import InvalidInput
+from opd.tokens.eos import first_of_each
 from opd.tokens.mask_rules import Rule, parse
 from opd.tokens.token_bytes import Pieces, pieces, token_bytes
 
@@ -107,14 +108,6 @@ def hits(tokens: Tensor, mask: Tensor, rule: Mask) -> Tensor:
     return found
 
 
-def first_of_each(ids: Tensor, among: Tensor) -> Tensor:
-    """(..., T) bool: where an id occurs for the first time in its row, of positions in `among`."""
-    ordered, order = torch.where(among, ids, -1).sort(stable=True, dim=-1)
-    fresh = torch.ones_like(among)
-    fresh[..., 1:] = ordered[..., 1:] != ordered[..., :-1]
-    return torch.empty_like(among).scatter(-1, order, fresh) & among
-
-
 def string_hits(
     tokens: Tensor, mask: Tensor, string: bytes, laid: Pieces, *, first: bool
 ) -> Tensor:
@@ -189,37 +182,3 @@ def removed_by_id(batch: Scored, after: Tensor, size: int) -> Tensor:
     size_of = torch.stack([torch.ones_like(r), r.abs(), r.square()], 1)
     sums = torch.zeros(size, 3, dtype=torch.float64, device=r.device)
     return sums.index_add(0, batch.tokens[gone], size_of)
-
-
-@dataclass(frozen=True)
-class Endings:
-    """Ids that end a response for each model, the one to read for a foreign end first."""
-
-    student: tuple[int, ...]
-    teacher: tuple[int, ...]
-
-
-def teacher_tokens(tokens: Tensor, endings: Endings) -> Tensor:
-    """The ids at which the teacher is read: its own end where the student used a foreign one.
-
-    tokens: any shape. An end that both models know keeps its id. Only the score of the last token
-    changes, as nothing follows it. Without this a response that ends in the student's way costs
-    tens of nats, though the teacher would have ended it too (2603.25562, figure 5).
-    """
-    return _swap(tokens, endings.student, endings.teacher)
-
-
-def student_support(ids: Tensor, endings: Endings) -> tuple[Tensor, Tensor]:
-    """The ids at which the student is read on the teacher's top-K, and which of them count.
-
-    ids: (..., K) in descending order of the teacher. The teacher's foreign end is read at the
-    student's own end, as in the published code of 2603.25562. Where that id then stands twice, the
-    more probable one counts: the second result, (..., K) bool, is False at the other.
-    """
-    read = _swap(ids, endings.teacher, endings.student)
-    return read, first_of_each(read, torch.ones_like(read, dtype=torch.bool))
-
-
-def _swap(ids: Tensor, own: tuple[int, ...], theirs: tuple[int, ...]) -> Tensor:
-    foreign = torch.tensor(sorted(set(own) - set(theirs)), dtype=torch.long, device=ids.device)
-    return torch.where(torch.isin(ids, foreign), theirs[0], ids)

@@ -25,10 +25,10 @@ from diagnostics.errors import OperationFailed
 from diagnostics.io.atomic import sync, write_text
 from diagnostics.records import rows
 from opd.models.fsdp import plain
-from opd.models.model import Pair
 from opd.runtime import distributed
 from opd.runtime.manifest import write_manifest
 from opd.runtime.staged_folders import checkpoints, remove, whole_folder
+from opd.teachers.pair import Pair
 from opd.training.optimizer import Optimizer
 
 KEPT = 2

@@ -19,12 +19,14 @@ from diagnostics.gradients.layers import Block, block, sequence_gradients
 from diagnostics.gradients.probe import LossGradients, Measured, gradient_row, measured, on_policy
 from diagnostics.gradients.sketch import Projection, outer_sketches, random_signs
 from diagnostics.records.rows import Row
-from opd.data.tasks import Prompts
+from opd.data.prompts import Prompts
+from opd.models.forward import log_probabilities, micro_batches, response_hidden, spread
 from opd.models.lm_head import Head, chunks, cooled, full_logits, logit_slopes, products, shaped
-from opd.models.model import Model, Pair, log_probabilities, micro_batches, response_hidden, spread
+from opd.models.model import Model
 from opd.objectives.factory import Objective
 from opd.runtime import distributed
 from opd.scoring.loss import product_gradients
+from opd.teachers.pair import Pair
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

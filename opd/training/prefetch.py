@@ -17,10 +17,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from diagnostics.batch import Rollouts, load
+from diagnostics.batch import Rollouts
 from diagnostics.core.totals import Mean, Total
 from diagnostics.errors import InvalidInput, OperationFailed
-from opd.data.tasks import Prompts
+from diagnostics.records.batch_files import load
+from opd.data.prompts import Prompts
 from opd.runtime import distributed
 from opd.runtime.manifest import damage, write_manifest
 from opd.runtime.staged_folders import checkpoints, remove, whole_folder

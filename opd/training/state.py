@@ -10,11 +10,12 @@ from diagnostics.batch import Scored
 from diagnostics.core.totals import Total
 from diagnostics.monitor import Monitor
 from opd.config.settings import Config
-from opd.data.tasks import Prompts, Task
+from opd.data.prompts import Prompts
+from opd.data.tasks import Task
 from opd.envs.task import Games
-from opd.models.model import Pair
 from opd.objectives.factory import Objective
-from opd.rollouts.factory import Engine
+from opd.rollouts.base import Engine
+from opd.teachers.pair import Pair
 from opd.tokens.masking import Mask
 from opd.training.optimizer import Optimizer
 from opd.training.prefetch import Ahead

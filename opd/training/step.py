@@ -26,19 +26,20 @@ from diagnostics.gradients.distributed import batches_of_ranks
 from diagnostics.records.rows import Row
 from opd.config.settings import Config
 from opd.data.chain_task import Problem
+from opd.data.grading.graders import verdicts
 from opd.data.grading.unread_answers import READABLE
-from opd.data.tasks import Prompts, encode
-from opd.envs.rollout import play, rows_of, totals
+from opd.data.prompts import Prompts, encode
+from opd.envs.packing import rows_of, totals
+from opd.envs.rollout import play
 from opd.envs.task import Games
-from opd.evaluation.evaluate import verdicts
+from opd.models.contexts import awake
 from opd.models.fsdp import whole
 from opd.objectives.factory import Objective
-from opd.rollouts.hf_engine import Share
+from opd.rollouts.base import Share
 from opd.runs.run_folder import write_text
 from opd.runtime import distributed
 from opd.runtime.seeds import PROBE, ROLLOUT, derive
 from opd.scoring.score import score, score_support, score_told
-from opd.teachers.factory import awake
 from opd.teachers.remote_scores import asked
 from opd.tokens.masking import audit, masked
 from opd.training.checks.rescoring import is_due, rescored

@@ -12,14 +12,15 @@ from torch import Tensor
 from diagnostics.batch import Scored
 from diagnostics.errors import InvalidInput
 from diagnostics.gradients.distributed import among
-from opd.data.tasks import Prompts
+from opd.data.prompts import Prompts
+from opd.models.contexts import awake, recomputing
+from opd.models.forward import micro_batches, response_hidden
 from opd.models.fsdp import whole
-from opd.models.model import micro_batches, response_hidden
 from opd.objectives.factory import DENOMINATORS
 from opd.objectives.token_selection import most_uncertain
 from opd.runtime import distributed
 from opd.scoring.loss import loss_from_hidden
-from opd.teachers.factory import awake, follow, recomputing
+from opd.teachers.factory import follow
 from opd.training.checks.expected_loss import credit_of, expected_loss, loss_numbers, ratio_of
 from opd.training.checks.update import after_step, before_step, kept_gradients, leftover, lost_share
 from opd.training.gradient_probe import TrainedLoss

@@ -6,18 +6,24 @@ in proportion to the length of the response; what could hang has a time limit (o
 """
 
 import importlib.util
+import math
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from diagnostics.errors import InvalidInput, MissingFile, MissingPackage, OperationFailed
 from opd.data import chain_task
+from opd.data.chain_task import Problem
 from opd.data.grading.answer_text import behind_thoughts, last_box, last_number, stated
 from opd.data.grading.exact_numbers import LONGEST, Number, TooLarge, latex_of, read_number
 from opd.data.grading.worker_process import SECONDS, Judge
+from opd.data.prompts import response_texts
 
 OWN_SECONDS = 60.0
 GYM_PROBLEM = re.compile(r" \[(\w+:\d+:\d+#\d+)\]$")
@@ -275,3 +281,38 @@ def make_grader(name: str) -> Grader:
     if name == "math":  # before hours of work, not at the first response
         require_math_verify()
     return GRADERS[name]
+
+
+def grade_responses(
+    tokenizer: Any,
+    tokens: torch.Tensor,
+    mask: torch.Tensor,
+    problems: Sequence[Problem],
+    grade: Grader,
+    ends: Sequence[int] = (),
+) -> list[float]:
+    """The reward of each response: see `verdicts`."""
+    found = verdicts(tokenizer, tokens, mask, problems, grade, ends)
+    return [verdict.reward for verdict in found]
+
+
+def verdicts(
+    tokenizer: Any,
+    tokens: torch.Tensor,
+    mask: torch.Tensor,
+    problems: Sequence[Problem],
+    grade: Grader,
+    ends: Sequence[int] = (),
+) -> list[Verdict]:
+    """The verdict on each response; the grader sees special tokens, but not the one that ends it.
+
+    A response to a problem without an answer has the reward NaN.
+
+    Args:
+      tokens, mask: (B, T). ends: ids that end a response, besides the tokenizer's own end token.
+    """
+    texts = response_texts(tokenizer, tokens, mask, ends)
+    return [
+        grade(text, problem.answer) if problem.answer else Verdict(math.nan, None)
+        for text, problem in zip(texts, problems, strict=True)
+    ]

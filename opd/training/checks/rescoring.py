@@ -17,11 +17,13 @@ from torch import Tensor
 
 from diagnostics.batch import Scored
 from opd.config.settings import Config
-from opd.data.tasks import Prompts
-from opd.models.model import Model, Pair, log_probabilities, micro_batches, response_hidden
-from opd.rollouts.hf_engine import evaluating
+from opd.data.prompts import Prompts
+from opd.models.contexts import evaluating
+from opd.models.forward import log_probabilities, micro_batches, response_hidden
+from opd.models.model import Model
+from opd.teachers.pair import Pair
 from opd.teachers.remote_scores import asked
-from opd.tokens.masking import teacher_tokens
+from opd.tokens.eos import teacher_tokens
 from opd.training.checks.expected_loss import ROUNDING, rounding
 
 ROWS, MOST_ROWS = 4, 64

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from diagnostics.errors import InvalidInput
 from opd.config.settings import Config
-from opd.models.model import Pair
 from opd.serving.addresses import is_url
+from opd.teachers.pair import Pair
 
 
 def refuse_same_weights(settings: Sequence[Config], pairs: Sequence[Pair]) -> None:

@@ -18,12 +18,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diagnostics.errors import InvalidInput
-from opd.analysis.pair_checks import TEXTS, Finding
 from opd.config.settings import Config
+from opd.models.contexts import evaluating
 from opd.models.lm_head import full_logits
-from opd.models.model import Model, Pair, bare
-from opd.rollouts.hf_engine import evaluating
+from opd.models.model import Model, bare
 from opd.runtime import distributed
+from opd.teachers.pair import Pair
+from opd.training.checks.check_result import TEXTS, Finding
 from opd.training.checks.expected_loss import rounding
 from opd.training.checks.rescoring import LIMIT, model_state
 from opd.training.checks.update import chosen

@@ -12,7 +12,7 @@ from diagnostics.batch import Scored
 from diagnostics.gradients.distributed import rows_of_ranks
 from opd.config.settings import Config
 from opd.data.grading.graders import GYM_PROBLEM
-from opd.data.tasks import Prompts
+from opd.data.prompts import Prompts
 from opd.envs.task import is_games
 from opd.runtime import distributed
 from opd.training.checks.expected_loss import rounding

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from opd.config.settings import Config
-from opd.models.model import Pair
 from opd.runtime import distributed
+from opd.teachers.pair import Pair
 from opd.training.optimizer import Optimizer
 
 TENSORS, ELEMENTS = 16, 256

@@ -1,0 +1,48 @@
+"""The `opd lab` command."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+from opd.lab.build import LabConfig, build, rooms_config, strangers_config, tiny_config
+
+
+def main(argv: list[str]) -> None:
+    """`opd lab [--out DIR] [--seed N] [--tiny | --strangers | --rooms | --smollm]`."""
+    parser = argparse.ArgumentParser(prog="opd lab", description=__doc__)
+    parser.add_argument(
+        "--out", help="folder (default: lab, lab-tiny, lab-strangers, lab-rooms, smollm)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--tiny", action="store_true", help="seconds instead of minutes")
+    which.add_argument(
+        "--strangers", action="store_true", help="models that write in different ways, two tasks"
+    )
+    which.add_argument(
+        "--rooms", action="store_true", help="an agent and its teachers: env:rooms, and problems"
+    )
+    which.add_argument(
+        "--smollm", action="store_true", help="a small pretrained model and a thinned one"
+    )
+    parser.add_argument("--jobs", type=int, default=2, help="1 builds one after the other")
+    given = parser.parse_args(argv)
+    if given.smollm:
+        from opd.lab.smollm import build as build_smollm
+
+        student, teacher = build_smollm(Path(given.out or "smollm"), given.seed)
+        print(f"student: {student}\nteacher: {teacher}")
+        return
+    config, name = LabConfig(), "lab"
+    if given.tiny:
+        config, name = tiny_config(), "lab-tiny"
+    if given.strangers:
+        config, name = strangers_config(), "lab-strangers"
+    if given.rooms:
+        config, name = rooms_config(), "lab-rooms"
+    config, folder = dataclasses.replace(config, seed=given.seed), Path(given.out or name)
+    student, teacher = build(folder, config, given.jobs)
+    print(f"student: {student}\nteacher: {teacher}")
