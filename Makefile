@@ -33,15 +33,15 @@ test-engines: test-alfworld test-vllm test-verl
 
 test-alfworld: setup
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev,alfworld]'
-	$(call PYTEST,$(VENV)) -n 2 -m alfworld tests/test_alfworld.py
+	$(call PYTEST,$(VENV)) -n 2 -m alfworld tests/opd/envs/test_alfworld.py
 
 test-vllm: $(VENV)-vllm/ready
 	$(call PYTEST,$(VENV)-vllm) -m vllm \
-		tests/test_rollout.py tests/test_remote_vllm.py tests/test_servers_vllm.py
+		tests/opd/rollouts/test_hf_engine.py tests/opd/teachers/test_client_vllm.py tests/opd/rollouts/test_vllm_servers_real.py
 
 test-verl: $(VENV)-verl/ready
 	$(call PYTEST,$(VENV)-verl) -m "verl and not slow" \
-		tests/test_verl_losses.py tests/test_verl_workers.py tests/test_adapters_verl.py
+		tests/opd/integrations/verl/test_losses.py tests/opd/integrations/verl/test_workers.py tests/diagnostics/adapters/test_verl.py
 
 # The builds of torchvision, torchaudio and torchcodec for GPUs do not load beside a torch for CPUs.
 # vLLM for CPUs and verl pin versions of transformers that differ from ours; opdlab runs on them all

@@ -8,8 +8,8 @@ import torch
 from synthetic.estimators import ESTIMATORS
 from synthetic.exact import moments
 from synthetic.worlds.mdp import TabularMDP
-from tests import enumerate_mdp as by_hand
-from tests.test_synthetic import GAMMAS, pair, worlds
+from tests.helpers import mdp_enumeration as by_hand
+from tests.synthetic.exact.test_against_enumeration import GAMMAS, pair, worlds
 
 
 def deviations(name: str) -> tuple[float, float]:

@@ -42,7 +42,7 @@ def serve(folder: str, port: str) -> None:
     """Answer as the teacher until killed."""
     import torch
 
-    from tests.teacher_server import Teacher, serving
+    from tests.helpers.fake_teacher_server import Teacher, serving
 
     torch.set_num_threads(1)
     with serving(Teacher(Path(folder)), int(port)):

@@ -562,7 +562,7 @@ VARIANTS = (
         "",
         lambda _: Finding(
             "not their gradient, which does not vanish at the teacher: `pytest "
-            "tests/test_surrogates.py -k published_tail`",
+            "tests/opd/objectives/test_surrogates.py -k published_tail`",
             DIFFERS,
         ),
     ),

@@ -10,7 +10,8 @@ from opd.config.settings import TRUST
 def main(argv: list[str]) -> None:
     """`opd probe-continuation RUN [--lengths L ...] [--problems N] [--trained]`."""
     parser = argparse.ArgumentParser(
-        prog="opd probe-continuation", description="the teacher goes on where the student has got to"
+        prog="opd probe-continuation",
+        description="the teacher goes on where the student has got to",
     )
     parser.add_argument("run", type=Path, help="a run folder")
     parser.add_argument("--lengths", type=int, nargs="+", default=[0, 16, 32, 64, 128])

@@ -10,7 +10,8 @@ from opd.config.settings import TRUST
 def main(argv: list[str]) -> None:
     """`opd probe-own-prefix RUN [--problems N] [--trust-remote-code]`."""
     parser = argparse.ArgumentParser(
-        prog="opd probe-own-prefix", description="the teacher on its own prefixes and on the student's"
+        prog="opd probe-own-prefix",
+        description="the teacher on its own prefixes and on the student's",
     )
     parser.add_argument("run", type=Path, help="a finished run folder")
     parser.add_argument("--problems", type=int, default=64, help="held-out problems to answer")

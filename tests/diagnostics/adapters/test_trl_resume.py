@@ -1,0 +1,218 @@
+"""An observed TRL run that is killed and resumed: rows, alarms, and what a failure may cost."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diagnostics.adapters.trl import observe
+from diagnostics.alarms.alarms import Alarms
+from diagnostics.alarms.rules import Rule
+from diagnostics.catalogue import PANEL
+from diagnostics.monitor import Monitor
+from diagnostics.records import rows as files
+from diagnostics.records.sinks import to_file
+from tests.helpers.trl_trainers import Spy, by_hand, distillation, gkd, load_pair
+
+RULE = Rule(
+    name="long",
+    metric="collapse/length",
+    null="0",
+    means="any response at all",
+    remedy="none",
+    high=0.5,
+    z=0,
+    need=1,
+    last=1,
+)
+SOME = {name: PANEL[name] for name in ("length", "exact_divergence", "tokens_by_position")}
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_pair) -> tuple[Any, Any, Any]:
+    return load_pair(tiny_pair)
+
+
+def checkpointed(pair: Any, folder: Path, **changes: Any) -> Any:
+    changes = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2} | changes
+    return distillation(pair, folder, **changes)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from transformers import TrainerCallback
+from tests.diagnostics.adapters.test_trl_resume import checkpointed, monitor_of
+from tests.helpers.trl_trainers import load_pair
+from diagnostics.adapters.trl import observe
+
+student, teacher, folder = map(Path, sys.argv[1:])
+
+class Kill(TrainerCallback):
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+trainer = checkpointed(load_pair((student, teacher)), folder)
+trainer.add_callback(Kill())
+with observe(trainer, monitor_of(folder)):
+    trainer.train()
+"""
+
+
+def monitor_of(folder: Path) -> Monitor:
+    return Monitor(SOME, sinks=[to_file(folder / "panel.jsonl")], alarms=Alarms([RULE]))
+
+
+def test_a_killed_run_goes_on_with_its_rows_and_its_alarms(
+    pair: Any, tiny_pair: Any, tmp_path: Path
+) -> None:
+    whole = checkpointed(pair, tmp_path / "whole")
+    with observe(whole, monitor_of(tmp_path / "whole")) as expected:
+        whole.train()
+    folder = tmp_path / "killed"
+    command = [sys.executable, "-c", KILLED, *map(str, tiny_pair), str(folder)]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == -9, ended.stderr
+    panel = folder / "panel.jsonl"
+    assert [row["step"] for row in files.read(panel)] == [1, 2, 3]
+    with open(panel, "a") as file:
+        file.write('{"step": 4, "colla')  # the kill came while a row was written
+    monitor = monitor_of(folder)
+    trainer = checkpointed(pair, folder)
+    raised: list[Any] = []
+    monitor.sinks.append(lambda step, row: raised.append(monitor.raised))
+    with observe(trainer, monitor) as rows:
+        trainer.train(resume_from_checkpoint=True)
+    assert [row["step"] for row in rows] == [3, 4]
+    written = files.read(panel)
+    assert [row["step"] for row in written] == [1, 2, 3, 4]
+    numbers = [{k: math.nan if x is None else x for k, x in row.items()} for row in written]
+    for row, same in zip(numbers, [*expected[:2], *rows], strict=True):
+        assert row == pytest.approx(same, nan_ok=True)
+    assert raised == [[], []]  # it was on, and is told once
+    assert monitor.alarms is not None
+    assert monitor.alarms.active["long"].step == 1
+    assert not list(folder.glob("panel.jsonl.*"))
+
+
+def test_an_earlier_runs_rows_are_set_aside_where_another_begins(pair: Any, tmp_path: Path) -> None:
+    panel = tmp_path / "panel.jsonl"
+    panel.write_text('{"step": 9, "loss": 1.5}\n')
+    trainer = distillation(pair, tmp_path, max_steps=1)
+    with (
+        pytest.warns(UserWarning, match=r"panel.jsonl held the rows of an earlier run"),
+        observe(trainer, monitor_of(tmp_path)),
+    ):
+        trainer.train()
+    assert files.read(tmp_path / "panel.jsonl.1") == [{"step": 9, "loss": 1.5}]
+    assert [row["step"] for row in files.read(panel)] == [1]
+
+
+def test_a_run_that_was_not_observed_can_be_resumed_observed(pair: Any, tmp_path: Path) -> None:
+    checkpointed(pair, tmp_path, max_steps=2).train()
+    trainer = checkpointed(pair, tmp_path, max_steps=4)
+    with observe(trainer, monitor_of(tmp_path)) as rows:
+        trainer.train(resume_from_checkpoint=True)  # and saves a checkpoint at its end
+    assert [row["step"] for row in rows] == [3, 4]
+    state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    saved = state["stateful_callbacks"]["OpdlabMonitor"]["attributes"]["saved"]
+    assert saved["alarms"]["active"]["long"][0] == 3
+    checkpointed(pair, tmp_path, max_steps=5).train(resume_from_checkpoint=True)  # unobserved again
+    restored = {"restore_callback_states_from_checkpoint": True, "max_steps": 6}
+    again = checkpointed(pair, tmp_path, **restored)
+    monitor = monitor_of(tmp_path)
+    with observe(again, monitor) as rows:
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert [row["step"] for row in rows] == [5, 6]
+    assert monitor.alarms is not None
+    assert monitor.alarms.active["long"].step == 3
+    assert not [x for x in again.callback_handler.callbacks if type(x).__name__ == "OpdlabMonitor"]
+
+
+def test_the_log_is_over_all_tokens_of_its_window(pair: Any, tmp_path: Path) -> None:
+    trainer = distillation(pair, tmp_path, max_steps=5, logging_steps=2)
+    spy = Spy(trainer, pair[0])
+    with observe(trainer, Monitor(every={"length": 2}), k=5, log_columns=None) as rows:
+        trainer.train()
+    log = [x for x in trainer.state.log_history if "loss" in x]
+    assert [x["step"] for x in log] == [2, 4]
+    for line in log:
+        steps = (line["step"] - 1, line["step"])
+        dense = [list(spy.dense(step, pair[1], 0.8)) for step in steps]
+        expected = by_hand([*dense[0], *dense[1]])
+        for name in ("drift/k1", "drift/reverse_kl", "drift/outside_topk", "drift/overlap_ratio"):
+            assert line[name] == pytest.approx(expected[name], rel=2e-4), name
+        assert line["drift/tokens"] == pytest.approx(expected["drift/tokens"] / 2)
+        late = by_hand(dense[1])  # due at every other step only
+        assert line["collapse/length"] == pytest.approx(late["collapse/length"])
+        both = [row for row in rows if row["step"] in steps]
+        sums = [sum(row[f"drift/tokens{b}"] for row in both) for b in ("@0-1", "@2-3")]
+        assert [line["drift/tokens@0-1"], line["drift/tokens@2-3"]] == [x / 2 for x in sums]
+        assert line["trl/observed_steps"] == 2
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+
+
+def test_a_failing_sink_or_a_loss_without_numbers_costs_rows_and_not_the_training(
+    pair: Any, tmp_path: Path
+) -> None:
+    def full(step: int, row: Any) -> None:
+        if step == 2:
+            raise OSError("No space left on device")
+
+    trainer = distillation(pair, tmp_path, max_steps=3, logging_steps=3)
+    divergence = trainer._compute_loss
+
+    def diverged(*args: Any, **kwargs: Any) -> Any:
+        if trainer.state.global_step == 2:
+            with torch.no_grad():
+                trainer.model.lm_head.weight.fill_(torch.nan)
+        return divergence(*args, **kwargs)
+
+    trainer._compute_loss = diverged
+    with (
+        pytest.warns(RuntimeWarning) as told,
+        observe(trainer, Monitor(SOME, sinks=[full])) as rows,
+    ):
+        trainer.train()
+    assert trainer.state.global_step == 3
+    assert [row["step"] for row in rows] == [1]
+    texts = [str(w.message) for w in told if "has no row" in str(w.message)]
+    assert texts[0] == "step 2 has no row: OSError: No space left on device (training goes on)"
+    assert texts[1].startswith("step 3 has no row: InvalidInput: ")
+    assert trainer.state.log_history[0]["trl/observed_steps"] == 1
+
+
+def test_a_loss_that_is_computed_elsewhere_is_an_error(pair: Any, tmp_path: Path) -> None:
+    trainer = distillation(pair, tmp_path)
+    loss = trainer._compute_loss
+
+    def elsewhere(model: Any, inputs: Any, *_: Any, **kwargs: Any) -> Any:
+        return loss(model, inputs, kwargs.get("num_items_in_batch"))[0]
+
+    trainer.compute_loss = elsewhere
+    with (
+        pytest.raises(RuntimeError, match="step 1: no loss of DistillationTrainer passed"),
+        observe(trainer, Monitor(SOME)),
+    ):
+        trainer.train()
+
+
+def test_losses_without_gradients_are_not_of_the_training(pair: Any, tmp_path: Path) -> None:
+    trainer = gkd(pair, tmp_path, max_steps=1)
+    step = trainer.training_step
+
+    def training_step(model: Any, inputs: Any, *args: Any) -> Any:
+        with torch.no_grad():
+            trainer.compute_loss(model, inputs)
+        return step(model, inputs, *args)
+
+    trainer.training_step = training_step
+    with observe(trainer, Monitor(SOME)) as rows:
+        trainer.train()
+    assert rows[0]["drift/tokens"] / rows[0]["collapse/length"] == pytest.approx(4)

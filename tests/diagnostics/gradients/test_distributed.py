@@ -1,0 +1,78 @@
+"""The gradient probe over two processes equals one process that saw all sequences."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as distributed
+import torch.multiprocessing as multiprocessing
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from diagnostics.batch import Scored, concatenate
+from diagnostics.gradients.distributed import across_ranks, among, rows_of_ranks
+from diagnostics.gradients.probe import Measured, gradient_row, measured
+from diagnostics.gradients.sketch import no_projection
+from tests.diagnostics.gradients.test_probe import drawn, world
+
+
+def tabular(batch: Scored, states_: Tensor, whole: tuple[Scored, slice] | None) -> Measured:
+    _, student, teacher = world()
+    flat = states_[:, : batch.mask.shape[1]][batch.mask]
+    tables = student.log_softmax(-1), teacher.log_softmax(-1)
+    return measured(
+        batch,
+        one_hot(flat, 4).double(),
+        lambda c: (tables[0][flat[c]], tables[1][flat[c]]),
+        no_projection(3, 4),
+        among=whole,
+    )
+
+
+def shares() -> list[tuple[Scored, Tensor]]:
+    """20 sequences of 5 prompts in two shares, one of them trimmed, that cut a prompt in two."""
+    at = drawn(world()[0], 4, count=20, group=4)
+    order = at.batch.lengths.argsort()
+    batch, states_ = at.batch.rows(order), at.states[order]
+    parts = [
+        (batch.rows(slice(9)).trimmed(), states_[:9]),
+        (batch.rows(slice(9, 20)), states_[9:]),
+    ]
+    assert parts[0][0].mask.shape[1] < parts[1][0].mask.shape[1], at.batch.lengths
+    return parts
+
+
+def work(rank: int, folder: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
+    batch, states_ = shares()[rank]
+    row = gradient_row(across_ranks(tabular(batch, states_, among(batch))))
+    try:
+        rows_of_ranks(torch.zeros(2, 3, 4 + rank))
+        told = "nothing"
+    except ValueError as error:
+        told = str(error)
+    Path(folder, f"{rank}.json").write_text(json.dumps([row, told]))
+    distributed.destroy_process_group()
+
+
+def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
+    multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
+    parts = shares()
+    batch, states_ = concatenate([b for b, _ in parts]), torch.cat([s for _, s in parts])
+    want = gradient_row(tabular(batch, states_, None))
+    assert "gradient/noise/position_mean@1" in want
+    for rank in (0, 1):
+        row, told = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert row.keys() == want.keys()
+        for name, value in want.items():
+            assert row[name] == pytest.approx(value, rel=1e-9, abs=1e-12, nan_ok=True), name
+        assert "only rows and positions may differ" in told
+    # without the other rank, the baselines of other prompts are others
+    alone = gradient_row(tabular(*parts[1], None))
+    assert alone["gradient/noise/position_mean@1"] != want["gradient/noise/position_mean@1"]

@@ -1,0 +1,175 @@
+"""How a command ends: one line for the user's errors, a traceback for ours, silence for a pipe."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from diagnostics.errors import BrokenPackage, InvalidInput, MissingFile, MissingPackage
+from diagnostics.io import files
+from diagnostics.io.command import CLOSED_PIPE, INTERRUPTED, run_command
+from diagnostics.io.packages import load_package
+from diagnostics.records.rows import read
+from tests.helpers.paths import ROOT
+
+
+def ended(error: BaseException) -> BaseException:
+    def command() -> None:
+        raise error
+
+    with pytest.raises(BaseException) as raised:  # noqa: PT011
+        run_command("opd x", command)
+    return raised.value
+
+
+def test_errors_for_the_user_are_one_line_and_ours_keep_their_traceback() -> None:
+    for error in (InvalidInput("a is 1"), MissingFile("b"), PermissionError(13, "denied", "c")):
+        said = ended(error)
+        assert isinstance(said, SystemExit)
+        assert said.__cause__ is error
+        assert str(said.code).startswith("opd x: ")
+        assert "\n" not in str(said.code)
+    assert str(ended(IsADirectoryError(21, "Is a directory", "out")).code) == (  # type: ignore[attr-defined]
+        "opd x: out: Is a directory; name a file, not a folder"
+    )
+    ours = [ValueError("a"), KeyError("b"), RuntimeError("c"), OSError("d"), TypeError("e")]
+    for error in [
+        *ours,
+        FileNotFoundError(2, "no such file", "own/data"),
+        PermissionError(13, "x"),
+    ]:
+        assert ended(error) is error
+    assert ended(KeyboardInterrupt()).code == INTERRUPTED  # type: ignore[attr-defined]
+    assert ended(SystemExit(3)).code == 3  # type: ignore[attr-defined]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT)}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("-m", "opd.cli.main", "--help"),
+        ("-m", "opd.cli.main", "train", "smoke", "--show"),
+        ("-m", "opd.cli.main", "study", "list"),
+        ("-m", "synthetic.runner.run", "list"),
+    ],
+)
+def test_a_reader_that_stops_reading_is_no_error(words: tuple[str, ...]) -> None:
+    """As `opd ... | head -0`: the pipe is closed before anything is written."""
+    here, there = os.pipe()
+    os.close(here)
+    done = subprocess.run(
+        [sys.executable, *words],
+        stdout=there,
+        stderr=subprocess.PIPE,
+        env=environment(),
+        check=False,
+    )
+    os.close(there)
+    assert done.stderr == b""
+    assert done.returncode == CLOSED_PIPE
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("-m", "figures", "pie"), "opd figures: unknown figure 'pie'; known: "),
+        (
+            ("-m", "synthetic.runner.run", "run", "magic"),
+            "opd study: unknown experiment 'magic'; known: ",
+        ),
+        (("-m", "opd.cli.main", "figures", "pie"), "opd figures: unknown figure 'pie'; known: "),
+        (("-m", "opd.cli.main", "diagnose", "none.jsonl"), "opd diagnose: none.jsonl "),
+        (("-m", "opd.cli.main", "eval", "m", "--against", "none"), "opd eval: none does not exist"),
+        (("-m", "opd.cli.main", "eval", "m", "--template", "{"), "--template is not JSON"),
+        (("-m", "opd.cli.main", "report", "none"), "opd report: none is no run folder"),
+    ],
+)
+def test_every_entry_point_answers_in_one_line(words: tuple[str, ...], said: str) -> None:
+    done = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, env=environment(), check=False
+    )
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert said in done.stderr.strip().splitlines()[-1]
+
+
+def test_a_package_that_is_missing_and_one_that_is_broken_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    broken = {
+        "one_broken": "raise ImportError('libfoo.so.3: cannot open')",
+        "one_alone": "import a_dependency_of_it",
+        "one_wrong": "1 / 0",
+    }
+    for name, text in broken.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    (tmp_path / "one_whole.py").write_text("value = 3")
+    with pytest.raises(
+        MissingPackage, match=r"a list needs one_none: pip install 'opdlab\[few\]', or wait"
+    ):
+        load_package("one_none.part", "a list", "few", otherwise="wait")
+    causes = (
+        "libfoo.so.3: cannot open",
+        "No module named 'a_dependency_of_it'",
+        "division by zero",
+    )
+    for name, cause in zip(broken, causes, strict=True):
+        with pytest.raises(BrokenPackage, match=f"{name}, which is installed .*{cause}") as raised:
+            load_package(name, "a list", "few")
+        assert raised.value.__cause__ is not None
+    assert load_package("one_whole", "a list", "few").value == 3
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
+def test_a_logger_says_why_it_cannot_be_imported(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from opd.training.trackers import open_loggers
+
+    (tmp_path / f"{name}.py").write_text("raise ImportError('built for another numpy')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for module in [m for m in sys.modules if m.split(".")[0] == name or "utils.tensorboard" in m]:
+        monkeypatch.delitem(sys.modules, module)
+    with (
+        pytest.raises(BrokenPackage, match=f"the logger {name} .*built for another numpy"),
+        open_loggers((name,), tmp_path, {}),
+    ):
+        pass
+    monkeypatch.setitem(sys.modules, name, None)
+    with (
+        pytest.raises(MissingPackage, match=rf"needs {name}: pip install 'opdlab\[{name}\]'"),
+        open_loggers((name,), tmp_path, {}),
+    ):
+        pass
+
+
+def test_rows_are_refused_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2, "lo')
+    assert read(str(path), {"step": int}) == read(path) == [{"step": 0}, {"step": 1}]
+    for line, words in (
+        ("[1]", r"line 1 is not a JSON object: \[1\]"),
+        ('{"a": 1}', "line 1 lacks the field 'step', a whole number"),
+        ('{"step": "0"}', "line 1, field step: '0' is not a whole number"),
+        ('{"step": true}', "line 1, field step: True is not a whole number"),
+        ('{"step": 0, "step": 1}', "line 1 has the field 'step' twice"),
+        ("[" * 100_000, "line 1 is nested too deeply"),
+        ("step: 0", "line 1 is not JSON"),
+        ("\xff", "line 1 is not UTF-8: .* byte 0xff"),
+    ):
+        path.write_bytes(f'{line}\n{{"step": 2}}\n'.encode("latin-1"))
+        with pytest.raises(InvalidInput, match=f"rows.jsonl.*{words}") as raised:
+            read(path, {"step": int})
+        assert len(str(raised.value)) < 400
+    assert read(tmp_path / "none.jsonl") == []
+
+
+def test_the_text_of_a_large_value_is_not_made() -> None:
+    assert len(files.short(["x" * 10**6] * 10**5)) <= files.LONGEST_VALUE
+    assert files.short([1, "a", None]) == "[1, 'a', None]"

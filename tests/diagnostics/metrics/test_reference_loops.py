@@ -1,0 +1,208 @@
+"""Every number of the panel against a reference in plain Python loops, with its standard error."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from diagnostics.batch import Scored
+from diagnostics.monitor import Monitor
+from tests.diagnostics.test_panel import batch as make_batch
+
+Token = tuple[int, int]
+BINS = {"": (0, 10**9), "@0-1": (0, 2), "@2-3": (2, 4), "@4-7": (4, 8), "@8-15": (8, 16)}
+BINS |= {"@16-31": (16, 32), "@32-63": (32, 64)}
+
+
+@pytest.fixture(scope="module")
+def batch() -> Scored:
+    """With a loop in two responses, a graded half and a sampler a little off the scorer."""
+    from dataclasses import replace
+
+    import torch
+
+    b = make_batch(seed=3)
+    tokens = b.tokens.clone()
+    tokens[[0, 5], :30] = torch.tensor([1, 2, 3]).repeat(10)
+    reward = torch.tensor([1.0, 0.0, float("nan"), 1.0] * 3)
+    return replace(b, tokens=tokens, reward=reward, sampler_logp=b.sampler_logp * 1.01)
+
+
+@pytest.fixture(scope="module")
+def row(batch: Scored) -> dict[str, float]:
+    return Monitor()(0, [batch])
+
+
+def supervised(batch: Scored) -> list[Token]:
+    b, t = batch.mask.shape
+    return [(i, j) for i in range(b) for j in range(t) if batch.mask[i, j]]
+
+
+def ratio(pairs: list[tuple[int, float, float]]) -> tuple[float, float]:
+    """sum x / sum y of (cluster, x, y) and its linearised standard error over clusters."""
+    n: dict[int, float] = {}
+    d: dict[int, float] = {}
+    for cluster, x, y in pairs:
+        n[cluster] = n.get(cluster, 0.0) + x
+        d[cluster] = d.get(cluster, 0.0) + y
+    value = sum(n.values()) / sum(d.values())
+    spread = sum((n[c] - value * d[c]) ** 2 for c in n)
+    count = sum(x != 0 for x in d.values())
+    return value, math.sqrt(count / (count - 1) * spread) / sum(d.values())
+
+
+def token_metrics(b: Scored) -> dict[str, Callable[[int, int], float]]:
+    """Name to value at one token, by the definition in words."""
+    p, s = b.prefix, b.support
+
+    def r(i: int, t: int) -> float:
+        return float(b.student_logp[i, t]) - float(b.teacher_logp[i, t])
+
+    def off(i: int, t: int) -> float:
+        return float(b.student_logp[i, t] - b.sampler_logp[i, t])
+
+    def out(i: int, t: int) -> float:
+        return float(int(b.tokens[i, t]) not in s.ids[i, t].tolist())
+
+    def mass(x, i: int, t: int) -> float:
+        return sum(math.exp(v) for v in x[i, t].tolist())
+
+    def field(name: str) -> Callable[[int, int], float]:
+        return lambda i, t: float(getattr(p, name)[i, t])
+
+    return {
+        "supervision/negative_share": lambda i, t: float(r(i, t) > 0),
+        "supervision/positive_share": lambda i, t: float(r(i, t) < 0),
+        "supervision/negative_mass": lambda i, t: max(r(i, t), 0),
+        "supervision/positive_mass": lambda i, t: max(-r(i, t), 0),
+        "supervision/negative_share_null": field("overrated"),
+        "supervision/negative_share_excess": lambda i, t: (r(i, t) > 0) - float(p.overrated[i, t]),
+        "drift/k1": r,
+        "drift/abs_ratio": lambda i, t: abs(r(i, t)),
+        "drift/teacher_prob": lambda i, t: math.exp(float(b.teacher_logp[i, t])),
+        "drift/reverse_kl": field("reverse_kl"),
+        "drift/teacher_rank_1": lambda i, t: float(p.teacher_rank[i, t] == 1),
+        "drift/teacher_rank_over_8": lambda i, t: float(p.teacher_rank[i, t] > 8),
+        "drift/outside_topk": out,
+        "drift/outside_topk_expected": lambda i, t: 1 - mass(s.student_logp, i, t),
+        "drift/outside_topk_excess": lambda i, t: out(i, t) - 1 + mass(s.student_logp, i, t),
+        "drift/topk_teacher_mass": lambda i, t: mass(s.teacher_logp, i, t),
+        "drift/topk_student_mass": lambda i, t: mass(s.student_logp, i, t),
+        "drift/teacher_entropy": field("teacher_entropy"),
+        "drift/student_entropy": field("student_entropy"),
+        "drift/entropy_gap": lambda i, t: float(p.teacher_entropy[i, t] - p.student_entropy[i, t]),
+        "drift/teacher_max": field("teacher_max"),
+        "validity/sampler_log_ratio": lambda i, t: float(
+            b.student_logp[i, t] - b.sampler_logp[i, t]
+        ),
+        "validity/sampler_log_ratio_square": lambda i, t: (
+            float(b.student_logp[i, t] - b.sampler_logp[i, t]) ** 2
+        ),
+        "collapse/repeated_share": lambda i, t: float((i, t) in repeated(b)),
+    }
+
+
+def repeated(b: Scored) -> set[Token]:
+    """Tokens that close an 8-gram of the response's own tokens seen before, by a set of tuples."""
+    found = set()
+    for i in range(len(b)):
+        where = [t for j, t in supervised(b) if j == i]
+        own = [int(b.tokens[i, t]) for t in where]
+        seen = set()
+        for end in range(8, len(own) + 1):
+            gram = tuple(own[end - 8 : end])
+            if gram in seen:
+                found.add((i, where[end - 1]))
+            seen.add(gram)
+    return found
+
+
+def test_every_token_metric_equals_its_definition(batch: Scored, row: dict[str, float]) -> None:
+    again = repeated(batch)
+    assert len(again) > 10
+    checked = 0
+    for name, of in token_metrics(batch).items():
+        for label, (low, high) in BINS.items():
+            if label and f"{name}{label}" not in row:
+                continue
+            use = {(i, t): of(i, t) for i, t in supervised(batch) if low <= t < high}
+            pairs = [(int(batch.prompt[i]), x, 1.0) for (i, _), x in use.items()]
+            value, error = ratio(pairs)
+            assert row[f"{name}{label}"] == pytest.approx(value, rel=2e-5, abs=1e-7), name
+            assert row[f"{name}{label}_se"] == pytest.approx(error, rel=1e-3, abs=1e-6), name
+            checked += 1
+    assert checked > 80
+
+
+def test_ratios_of_sums(batch: Scored, row: dict[str, float]) -> None:
+    again, r = repeated(batch), batch.log_ratio.double()
+    for name, above, below in (
+        ("supervision/signed_balance", lambda x, _: max(-x, 0), lambda x, _: abs(x)),
+        ("supervision/repeated_cost", lambda x, rep: x * rep, lambda _, rep: float(rep)),
+        ("supervision/regular_cost", lambda x, rep: x * (1 - rep), lambda _, rep: 1.0 - rep),
+        ("supervision/repeated_signal_share", lambda x, rep: abs(x) * rep, lambda x, _: abs(x)),
+    ):
+        pairs = []
+        for i, t in supervised(batch):
+            x, rep = float(r[i, t]), (i, t) in again
+            pairs.append((int(batch.prompt[i]), above(x, rep), below(x, rep)))
+        value, error = ratio(pairs)
+        assert row[name] == pytest.approx(value, rel=1e-5), name
+        assert row[f"{name}_se"] == pytest.approx(error, rel=1e-4), name
+
+
+def test_numbers_by_response(batch: Scored, row: dict[str, float]) -> None:
+    b = batch
+    lengths = [sum(1 for j, _ in supervised(b) if j == i) for i in range(len(b))]
+    prompt = [int(x) for x in b.prompt]
+    ended = [bool(x) for x in b.ended]
+    costs = [sum(float(b.log_ratio[j, t]) for j, t in supervised(b) if j == i) for i in range(12)]
+    graded = [not math.isnan(float(x)) for x in b.reward]
+    every = range(len(b))
+    for name, pairs in {
+        "collapse/length": [(prompt[i], lengths[i], 1) for i in every],
+        "collapse/length_ended": [(prompt[i], lengths[i] * ended[i], ended[i]) for i in every],
+        "collapse/truncated_share": [(prompt[i], not ended[i], 1) for i in every],
+        "collapse/graded_share": [(prompt[i], graded[i], 1) for i in every],
+        "drift/k1_per_response": [(prompt[i], costs[i], 1) for i in every],
+        "drift/k1_response_mean": [(prompt[i], costs[i] / lengths[i], 1) for i in every],
+    }.items():
+        value, error = ratio(pairs)
+        assert row[name] == pytest.approx(value, rel=1e-5), name
+        assert row[f"{name}_se"] == pytest.approx(error, rel=1e-4), name
+    rewards = [float(b.reward[i]) for i in every if graded[i]]
+    assert row["collapse/reward"] == pytest.approx(np.mean(rewards))
+
+
+def test_concentration_by_sorting(batch: Scored, row: dict[str, float]) -> None:
+    p = batch.prefix
+    signal, energy = [], []
+    for i, t in supervised(batch):
+        r, y = abs(float(batch.log_ratio[i, t])), math.exp(float(batch.student_logp[i, t]))
+        signal.append(r)
+        energy.append(r * math.sqrt(max(1 - 2 * y + float(p.collision[i, t]), 0)))
+    for name, values in (("signal", signal), ("energy", energy)):
+        x = np.sort(np.array(values))
+        n, total = len(x), x.sum()
+        eff = total**2 / (x**2).sum()
+        assert row[f"supervision/{name}_n_eff"] == pytest.approx(eff, rel=1e-5)
+        assert row[f"supervision/{name}_n_eff_share"] == pytest.approx(eff / n, rel=1e-5)
+        whole = int(n / 100)
+        top = x[n - whole :].sum() + (n / 100 - whole) * x[n - whole - 1]
+        assert row[f"supervision/{name}_top1_share"] == pytest.approx(top / total, rel=0.09)
+        gini = ((2 * np.arange(1, n + 1) - n - 1) * x).sum() / (n * total)
+        assert gini - 0.022 < row[f"supervision/{name}_gini"] <= gini + 1e-9
+
+
+def test_martingales_by_hand(batch: Scored, row: dict[str, float]) -> None:
+    p = batch.prefix
+    h = hv = k = kv = 0.0
+    for i, t in supervised(batch):
+        entropy, kl = float(p.student_entropy[i, t]), float(p.reverse_kl[i, t])
+        h += -float(batch.student_logp[i, t]) - entropy
+        hv += max(float(p.surprise_square[i, t]) - entropy**2, 0)
+        k += float(batch.log_ratio[i, t]) - kl
+        kv += max(float(p.ratio_square[i, t]) - kl**2, 0)
+    assert row["validity/z_H"] == pytest.approx(h / math.sqrt(hv), rel=1e-4)
+    assert row["validity/z_K"] == pytest.approx(k / math.sqrt(kv), rel=1e-4)

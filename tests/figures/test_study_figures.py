@@ -1,0 +1,171 @@
+"""Figures draw what the tables say, and the report repeats what the record holds."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from diagnostics.records import rows
+from diagnostics.records.run_tables import gains, training_table
+from diagnostics.stats import bootstrap_interval, gain_interval
+from figures import __main__ as cli
+from figures import style
+from figures.registry import DATA, figure_names
+from figures.runs import training
+from figures.study import bias_variance
+from opd.cli.report import main
+
+
+def write_run(folder: Path, objective: str, seed: int, steps: int = 12) -> Path:
+    """A run folder as the trainer leaves it, with made-up numbers."""
+    g = np.random.default_rng(seed)
+    folder.mkdir(parents=True)
+    config = {"objective": objective, "seed": seed, "steps": 12, "out": str(folder), "top_p": 1.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.txt").write_text("commit abc <think>\n")
+    with open(folder / "rows.jsonl", "w") as file:
+        for step in range(steps):
+            row = {"step": step, "grad_norm": 1 / (step + 1), "drift/reverse_kl": 0.5**step}
+            row |= {"collapse/truncated_share": 0.4, "validity/z_H": float(g.normal())}
+            file.write(json.dumps(row | {"seconds/rollout": 6.0, "loss": None}) + "\n")
+        file.write('{"step": 99, "gr')  # a kill in mid-write
+    with open(folder / "evals.jsonl", "w") as file:
+        for step in (0, steps):
+            right = g.random(40) < (0.3 if step == 0 else 0.8)
+            share = float(right.mean())
+            found = {"step": step, "accuracy": share, "low": share - 0.1, "high": share + 0.1}
+            found |= {"length": 50.0, "truncated": 0.1, "problems": 40}
+            found["outcomes"] = "".join("01"[int(x)] for x in right)
+            file.write(json.dumps(found) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    cells = [(o, s) for o in ("sampled_token", "teacher_topk") for s in (0, 1)]
+    return [write_run(folder / f"{o}-{s}", o, s) for o, s in cells]
+
+
+def lines(axes) -> list[tuple[list[float], list[float]]]:
+    return [([*map(float, x.get_xdata())], [*map(float, x.get_ydata())]) for x in axes.lines]
+
+
+def test_the_recorded_tables_draw_in_seconds_without_torch(tmp_path: Path) -> None:
+    program = (
+        "import sys; from figures.__main__ import main; main(['all', '--out', sys.argv[1]])\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert {"training", "toy", "horizon"} < set(figure_names())
+    names = {Path(line).name for line in done.stdout.split()}
+    pictures = {f"{n}.{s}" for n in figure_names() for s in ("png", "pdf")}
+    tables = {f"{n}.{s}" for n in ("comparison", "agents") for s in ("md", "csv")}
+    assert names == pictures | tables
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in pictures)
+
+
+def test_study_lines_are_the_tables_numbers() -> None:
+    table = cli.read("bias_variance", DATA / "bias_variance.csv")
+    figure = bias_variance.draw(table)
+    want = table[(table["quantity"] == "bias2") & (table["estimator"] == "plain")]
+    for line, (_, part) in zip(lines(figure.axes[1]), want.groupby("horizon"), strict=True):
+        part = part.sort_values("gamma")
+        assert line == (part["gamma"].tolist(), part["value"].tolist())
+    bands = [c.get_datalim(figure.axes[1].transData) for c in figure.axes[1].collections]
+    assert max(b.y1 for b in bands) == pytest.approx(want["high"].max())
+    cross = table[(table["quantity"] == "overtaking_batch") & (table["estimator"] == "plain")]
+    assert f"{cross['value'].iloc[0]:,.0f}" in figure.axes[2].texts[0].get_text()
+
+
+def test_training_lines_are_the_runs_numbers(runs: list[Path]) -> None:
+    table = training_table(runs)
+    figure = training.draw(table)
+    drawn = lines(figure.axes[0])
+    for line, objective in zip(drawn, ("sampled_token", "teacher_topk"), strict=True):
+        mine = [x for r in runs if objective in r.name for x in rows.read(r / "evals.jsonl")]
+        for step, y in zip(*line, strict=True):
+            assert y == pytest.approx(
+                np.mean([m["accuracy"] for m in mine if m["step"] == step]), abs=1e-9
+            )
+    kl = lines(figure.axes[1])
+    assert ([*map(float, range(12))], [float(f"{0.5**i:.6g}") for i in range(12)]) in kl
+    assert "not recorded" in figure.axes[3].texts[0].get_text()
+    with style.look():
+        assert len(training.draw(table[table["run"] == runs[0].name]).axes) == 6
+
+
+def test_the_same_table_gives_the_same_files(runs: list[Path], tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        cli.main(["training", "--run", *map(str, runs), "--out", str(tmp_path / name)])
+    for suffix in ("png", "pdf"):
+        files = [(tmp_path / name / f"training.{suffix}").read_bytes() for name in ("a", "b")]
+        assert files[0] == files[1]
+
+
+def test_gains_are_paired(runs: list[Path]) -> None:
+    found = gains(training_table(runs)).set_index("objective")
+    for objective in ("sampled_token", "teacher_topk"):
+        differences = []
+        for run in runs:
+            if objective in run.name:
+                first, last = (x["outcomes"] for x in rows.read(run / "evals.jsonl"))
+                differences += [int(b) - int(a) for a, b in zip(first, last, strict=True)]
+        row = found.loc[objective]
+        assert row["gain"] == pytest.approx(np.mean(differences))
+        assert row["low"] < row["gain"] < row["high"]
+        assert (row["seeds"], row["problems"]) == (2, 40)
+
+
+def test_wrong_requests_name_the_value(tmp_path: Path, runs: list[Path]) -> None:
+    table = tmp_path / "t.csv"
+    pd.DataFrame({"quantity": ["mse"]}).to_csv(table, index=False)
+    for words, error, message in (
+        (
+            ["pie"],
+            ValueError,
+            "unknown figure 'pie'; known: ablations, agents, anatomy, batch_size",
+        ),
+        (["training", "--table", str(tmp_path / "no.csv")], FileNotFoundError, "make it with"),
+        (["bias_variance", "--table", str(table)], ValueError, "lacks the columns estimator"),
+        (["all", "--table", str(table)], ValueError, "needs the name of its figure"),
+        (["bias_variance", "--run", str(runs[0])], ValueError, "--run is for"),
+        (["training", "--update-data"], ValueError, "no run is given"),
+        (["training", "--run", str(tmp_path)], FileNotFoundError, "no config.json"),
+    ):
+        with pytest.raises(error, match=message):
+            cli.main([*words, "--out", str(tmp_path / "out")])
+    with pytest.raises(FileNotFoundError, match="is no run folder"):
+        main([str(tmp_path)])
+
+
+def test_intervals_cover_at_their_level() -> None:
+    """95 % intervals of a mean cover it about 95 % of the time; crossed ones at least that."""
+    g = np.random.default_rng(0)
+    plain = crossed = 0
+    for _ in range(300):
+        values = g.normal(size=30)
+        low, high = bootstrap_interval(values, lambda x: x.mean(0), g, resamples=400)
+        plain += low < 0 < high
+        table = g.normal(size=(6, 1)) + g.normal(size=(1, 40)) + g.normal(size=(6, 40))
+        low, high = gain_interval(table / 16)
+        crossed += low < 0 < high
+    assert 0.89 < plain / 300 < 0.98
+    assert 0.9 < crossed / 300 <= 1
+    pair = g.normal(size=(20, 1)) * 5 + np.array([0.0, 1.0])
+    low, high = bootstrap_interval(pair, lambda x: (x[:, 1] - x[:, 0]).mean(0), g)
+    assert (low, high) == pytest.approx((1, 1)), "a paired difference without noise"
+    for bad, words in (
+        (lambda: bootstrap_interval(np.ones(1), np.mean, g), "1 repetitions"),
+        (lambda: bootstrap_interval(np.ones(3), np.mean, g, level=1.5), r"level is 1\.5"),
+        (lambda: bootstrap_interval(np.ones(3), np.mean, g, strata=np.ones(2)), "strata has"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            bad()

@@ -1,0 +1,94 @@
+"""The sub-commands as a user calls them, on the tiny pair."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from diagnostics.batch import Rollouts
+from diagnostics.monitor import Monitor
+from diagnostics.records.batch_files import load
+from opd.cli import evaluate
+from opd.cli.diagnose import main
+from opd.cli.train import parse
+from opd.config.recipes import RECIPES
+from opd.config.settings import from_json
+from opd.training.train import train
+from tests.opd.training.test_train import rows, settings
+
+
+@pytest.fixture(scope="module")
+def run(tiny_pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(settings(tiny_pair, tmp_path_factory.mktemp("cli") / "run"))
+
+
+def test_diagnose_repeats_the_row_of_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([str(run), "--json"])
+    again = json.loads(capsys.readouterr().out)
+    recorded = rows(run)[2]
+    assert again.pop("batch").endswith("batches/step_000002.safetensors")
+    assert len(again) > 100
+    for name, value in again.items():
+        expected = recorded[name]
+        assert value == (None if expected is None else pytest.approx(expected, rel=1e-9)), name
+    main([str(run), "--all"])
+    shown = capsys.readouterr().out
+    assert "step_000000" in shown
+    assert f"{recorded['drift/k1']:.4g}" in shown
+
+
+def test_diagnose_refuses_what_it_cannot_read(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="neither a batch file nor a run folder"):
+        main([str(tmp_path)])
+    scored = load(next((run / "batches").iterdir()))
+    names = {"tokens", "mask", "sampler_logp", "prompt", "ended"}
+    Rollouts(**{name: getattr(scored, name) for name in names}).save(tmp_path / "r.safetensors")
+    with pytest.raises(ValueError, match="without teacher log-probabilities"):
+        main([str(tmp_path / "r.safetensors")])
+
+
+def test_a_strangers_batch_without_optional_parts_says_what_is_missing(run: Path) -> None:
+    from dataclasses import replace
+
+    scored = load(next((run / "batches").iterdir()))
+    monitor = Monitor()
+    row = monitor(0, [replace(scored, support=None, prefix=None)])
+    assert "drift/k1" in row
+    assert "drift/reverse_kl" not in row
+    assert set(monitor.missing) >= {"sign_null", "exact_divergence", "support_mass", "martingales"}
+
+
+def test_eval_prints_one_json_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(run / "final"), "--problems", "6", "--max-response", "8", "--device", "cpu"]
+    evaluate.main(words)
+    first = capsys.readouterr().out
+    evaluate.main(words)
+    assert capsys.readouterr().out == first
+    found = json.loads(first)
+    assert found["problems"] == 6
+    assert 0 <= found["low"] <= found["accuracy"] <= found["high"] <= 1
+
+
+def test_a_task_file_trains_and_evaluates(tiny_pair, tmp_path: Path) -> None:
+    lines = [json.dumps({"prompt": f"{i}+1", "answer": str(i + 1)}) for i in range(20)]
+    (tmp_path / "task.jsonl").write_text("\n".join(lines) + "\n")
+    changes = {"task": str(tmp_path / "task.jsonl"), "steps": 2}
+    folder = train(settings(tiny_pair, tmp_path / "run", **changes))
+    assert len(rows(folder)) == 2
+    with pytest.raises(FileNotFoundError, match=re.escape(f"run is {folder / 'final'}")):
+        evaluate.main([str(folder)])
+    assert json.loads((folder / "evals.jsonl").read_text().splitlines()[-1])["problems"] == 2
+
+
+def test_recipes_take_overrides_and_survive_the_disk(tmp_path: Path) -> None:
+    for name in RECIPES:
+        config = parse([name, "--lr", "0.5", "--objective", "sampled_token", "--gamma", "1.0"])
+        assert (config.lr, config.gamma) == (0.5, 1.0)
+    with pytest.raises(SystemExit, match="unknown recipe 'nope'; known: smoke, lab, pair"):
+        parse(["nope"])
+    with pytest.raises(FileNotFoundError, match="build it with `opd lab --tiny`"):
+        train(parse(["smoke", "--out", str(tmp_path / "run"), "--student", "lab-tiny/none"]))
+    (tmp_path / "c.json").write_text(json.dumps({"student": "a", "speed": 3}))
+    with pytest.raises(ValueError, match=r"unknown settings \['speed'\]"):
+        from_json(tmp_path / "c.json")

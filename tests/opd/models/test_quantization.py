@@ -1,0 +1,185 @@
+"""Quantised teachers: the model that they are, what they cost, and that a run learns from it."""
+
+import copy
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diagnostics.batch import Scored
+from diagnostics.records.batch_files import load as load_batch
+from opd.config.settings import TaskSettings
+from opd.data.chain_task import problems
+from opd.lab.build import make_tokenizer
+from opd.models.loading import load
+from opd.training.train import train
+from tests.helpers.vllm_process import wide_pair
+from tests.opd.training.test_prefetch import asked_of, row_by_row
+from tests.opd.training.test_train import settings
+
+LEVELS = (
+    *(-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0),
+    *(0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0),
+)
+SLACK = {"int8": 0.8, "nf4": 1e-4}
+"""How much nearer the same weights have to be than others: LLM.int8() rounds activations too, and
+which ones depends on the batch."""
+
+
+def unpacked(quantised: Any, plain: Any) -> Any:
+    """The plain network with the weights that a quantised one stands for."""
+    from bitsandbytes import functional
+
+    network = copy.deepcopy(plain)
+    for name, module in quantised.named_modules():
+        weight, kind = getattr(module, "weight", None), type(module).__name__
+        if kind == "Linear4bit":
+            found = functional.dequantize_4bit(weight.data, weight.quant_state)
+        elif kind == "Linear8bitLt":
+            found = functional.int8_vectorwise_dequant(weight.data, weight.SCB)
+        else:
+            continue
+        network.get_submodule(name).weight.data = found.reshape(
+            network.get_submodule(name).weight.shape
+        ).float()
+    return network
+
+
+def nearest_levels(weight: torch.Tensor) -> torch.Tensor:
+    """Each block of 64 in units of its largest, at the nearest NF4 level (QLoRA, appendix E)."""
+    blocks = weight.flatten().reshape(-1, 64)
+    scale = blocks.abs().amax(1, keepdim=True)
+    place = (blocks[..., None] / scale[..., None] - torch.tensor(LEVELS)).abs().argmin(-1)
+    return (torch.tensor(LEVELS)[place] * scale).reshape(weight.shape)
+
+
+def by_rows(weight: torch.Tensor) -> torch.Tensor:
+    """Each row in 127ths of its largest, rounded; LLM.int8() takes halves."""
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    return (weight / scale).round() * scale
+
+
+def layers(network: Any) -> list[torch.Tensor]:
+    return [m.weight for m in network.model.layers.modules() if hasattr(m, "in_features")]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Models whose layers have whole blocks of 64 weights in each row."""
+    return wide_pair(tmp_path_factory.mktemp("pair"), tied=False)
+
+
+@pytest.fixture(params=[True, False], ids=["AVX512-BF16", "no AVX512-BF16"])
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have bitsandbytes take the processor for one that multiplies bfloat16, and for another."""
+    from bitsandbytes.nn import modules
+
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: request.param)
+
+
+@pytest.mark.usefixtures("processor")
+@pytest.mark.parametrize(("layer", "outputs"), [("q_proj", 64), ("k_proj", 16)])
+def test_four_bit_layers_compute_the_same_on_every_processor(
+    tmp_path: Path, layer: str, outputs: int
+) -> None:
+    """Against the published levels multiplied in float64; 16 outputs do not fit a packed tile."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(make_tokenizer()),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    _, network = load(str(tmp_path), "cpu", "float32", weights="nf4")
+    _, unquantised = load(str(tmp_path), "cpu", "float32")
+    name = f"model.layers.0.self_attn.{layer}"
+    assert network.get_submodule(name).out_features == outputs
+    inputs = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    expected = inputs.double() @ nearest_levels(unquantised.get_submodule(name).weight).double().T
+    with torch.no_grad():
+        for rows in (inputs, inputs[:1]):  # bitsandbytes has another path for a single row
+            result = network.get_submodule(name)(rows)
+            torch.testing.assert_close(result, expected[: len(rows)].float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("processor")
+@pytest.mark.parametrize("weights", SLACK)
+def test_layers_are_quantised_and_the_head_is_not(pair, weights: str) -> None:
+    tokenizer, network = load(str(pair[1]), "cpu", "float32", weights=weights)
+    _, plain = load(str(pair[1]), "cpu", "float32")
+    meant = unpacked(network, plain)
+    for ours, theirs in zip(layers(meant), layers(plain), strict=True):
+        want = nearest_levels(theirs) if weights == "nf4" else by_rows(theirs.half().float())
+        slack = {"int8": 1e-3, "nf4": 1e-6}[weights] * theirs.abs().max()
+        assert float(((ours - want).abs() <= slack).float().mean()) > 0.99  # ties fall either way
+        assert not torch.equal(ours, theirs)
+    assert torch.equal(network.get_output_embeddings().weight, plain.get_output_embeddings().weight)
+    bits = sum(x.numel() * x.element_size() for x in layers(network)) * 8
+    assert bits == sum(x.numel() for x in layers(plain)) * {"int8": 8, "nf4": 4}[weights]
+    ids = tokenizer.encode(problems("train", 1, 0)[0].solution, return_tensors="pt")
+    with torch.no_grad():
+        logp = [m(ids).logits.log_softmax(-1) for m in (network, meant, plain)]
+    apart = float((logp[0] - logp[1]).abs().mean())
+    other = float((logp[0] - logp[2]).abs().mean())
+    assert apart < other * SLACK[weights]
+
+
+@pytest.mark.usefixtures("processor")
+@pytest.mark.parametrize("weights", SLACK)
+def test_a_run_learns_from_the_quantised_teacher(pair, tmp_path: Path, weights: str) -> None:
+    changes: dict[str, Any] = {"steps": 2, "batch_every": 1, "eval_every": 0}
+    config = settings(pair, tmp_path / "run", teacher_weights=weights, **changes)
+    two = tuple(
+        TaskSettings(name=name, task="lab", teacher=str(teacher))
+        for name, teacher in zip("ab", reversed(pair), strict=True)
+    )
+    tasks = replace(config, out=str(tmp_path / "tasks"), tasks=two, lr=1e-30)
+    batch = scored(train(config), 0)
+    prompts = asked_of(Path(config.out), config, 0)
+    apart = {}
+    for kind in (weights, "saved"):
+        _, network = load(config.teacher, "cpu", "float32", weights=kind)
+        gap = (row_by_row(network, prompts, batch) - batch.teacher_logp)[batch.mask]
+        apart[kind] = float(gap.abs().mean())
+    assert apart[weights] < apart["saved"] * SLACK[weights]
+    second = scored(train(tasks), 1)  # its teacher is the student, which has not moved
+    gap = (second.teacher_logp - second.student_logp)[second.mask]
+    assert float(gap.abs().mean()) > 1e-3
+
+
+def scored(folder: Path, step: int) -> Scored:
+    batch = load_batch(folder / "batches" / f"step_{step:06d}.safetensors")
+    assert isinstance(batch, Scored)
+    return batch
+
+
+def test_rows_that_end_within_a_block_are_refused_on_a_cpu(tiny_pair) -> None:
+    """Their scales would be wrong on processors with AVX-512, by as much as the weights."""
+    with pytest.raises(ValueError, match=r"q_proj has 32 inputs, expected a multiple of 64.*int8"):
+        load(str(tiny_pair[1]), "cpu", "float32", weights="nf4")
+
+
+def test_what_cannot_be_quantised_is_refused(tiny_pair, tmp_path: Path, monkeypatch) -> None:
+    for changes, words in (
+        ({"offload_teacher": True}, "saved where offload_teacher moves them"),
+        ({"teacher": "ema", "outcome": 1.0}, r"made of the student \(ema\)"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            replace(settings(tiny_pair, tmp_path), teacher_weights="nf4", **changes)
+    with pytest.raises(ValueError, match="no teacher is in this process"):
+        train(
+            settings(
+                (tiny_pair[0], "http://127.0.0.1:9/v1"), tmp_path / "far", teacher_weights="nf4"
+            )
+        )
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ImportError, match=r"pip install 'opdlab\[quantised\]'"):
+        train(settings(tiny_pair, tmp_path / "run", teacher_weights="int8"))

@@ -1,0 +1,712 @@
+"""The HTML report: what it says of a record, what it embeds, and how it is served."""
+
+import html.parser
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from diagnostics.alarms.alarms import replay
+from diagnostics.alarms.rules import RULES
+from diagnostics.batch import Scored
+from diagnostics.errors import InvalidInput
+from diagnostics.monitor import Monitor
+from diagnostics.records import rows, token_text
+from diagnostics.records.batch_files import load
+from diagnostics.records.row_columns import COLUMNS
+from diagnostics.records.token_dumps import save_dump
+from diagnostics.terminal import visible
+from opd.lab.build import make_tokenizer
+from opd.report import build, rollout_viewer, run_data, tokenizer_panel
+from opd.report.server import HOST, make_server, version
+from opd.training.train import train
+from tests.helpers.paths import ROOT
+from tests.opd.training.test_train import settings
+
+HOSTILE = (
+    "</script><script>window.owned=1</script>",
+    "<img src=x onerror=window.owned=1>",
+    "\u202egnp.exe\u202c",
+    "a\u2028b\u2029c",
+    "\x00\x1b[31m\x7f\u200b\ufeff",
+    "\ud800 lone",
+    "{{data}} {{scripts}}",
+)
+
+
+class Scripts(html.parser.HTMLParser):
+    """The text of every script of a page, by its type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, str]] = []
+        self.inside = False
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        if tag == "script":
+            self.inside = True
+            self.found.append((dict(attrs).get("type", ""), ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = self.inside and tag != "script"
+
+    def handle_data(self, data: str) -> None:
+        if self.inside:
+            self.found[-1] = (self.found[-1][0], self.found[-1][1] + data)
+
+
+class Attributes(html.parser.HTMLParser):
+    """Every attribute of a page with its value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, str]] = []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.found += attrs
+
+
+def attributes(page: str) -> set[str]:
+    parser = Attributes()
+    parser.feed(page)
+    return {name for name, _ in parser.found}
+
+
+def links(page: str) -> list[str]:
+    parser = Attributes()
+    parser.feed(page)
+    return [value for name, value in parser.found if name == "href"]
+
+
+def policy(page: str) -> dict[str, str]:
+    """The content security policy, directive by directive."""
+    text = page.split('http-equiv="Content-Security-Policy" content="')[1].split('"')[0]
+    return dict(directive.strip().split(" ", 1) for directive in text.split(";"))
+
+
+def scripts(page: str) -> list[tuple[str, str]]:
+    parser = Scripts()
+    parser.feed(page)
+    return parser.found
+
+
+@pytest.fixture(scope="module")
+def run(tiny_pair, tmp_path_factory) -> Path:
+    """A short real run with a batch of every step."""
+    folder = tmp_path_factory.mktemp("report") / "run"
+    return train(settings(tiny_pair, folder, steps=3, batch_every=1, eval_every=1))
+
+
+def test_the_page_stands_alone_and_holds_its_data_unharmed(run: Path) -> None:
+    data = build.contents([run])
+    page = build.page(data)
+    found = scripts(page)
+    assert [kind for kind, _ in found] == ["application/json", "", ""]
+    assert json.loads(found[0][1]) == json.loads(json.dumps(data))
+    style = page.split("<style>")[1].split("</style>")[0]
+    known = " ".join(f"'sha256-{build.digest(text)}'" for _, text in found[1:])
+    allowed = {
+        "default-src": "'none'",
+        "script-src": known,
+        "style-src": f"'sha256-{build.digest(style)}'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
+    assert policy(page) == allowed
+    assert policy(build.page(data, watch=True)) == allowed | {"connect-src": "'self'"}
+    assert not {"src", "href", "action", "style"} & (attributes(page) - {"href"})
+    assert all(link.startswith("#") for link in links(page))
+
+
+def test_every_column_of_a_row_is_described(run: Path) -> None:
+    batch = load(run / "batches" / "step_000002.safetensors")
+    assert isinstance(batch, Scored)
+    panel = Monitor()(2, [batch])
+    patterns = [name for names, _ in COLUMNS for name in names.split(", ")]
+    row = rows.read(run / "rows.jsonl")[-1]
+    others = {name.removesuffix("_se") for name in row if name not in panel}
+    assert {"loss", "validity/loss_error", "grading/readable_share"} <= others
+    others |= {rule.metric for rule in RULES} - panel.keys()
+    for name in others:
+        assert any(fnmatch(name, pattern) for pattern in patterns), name
+
+
+def test_hostile_text_cannot_leave_its_place() -> None:
+    data = {"words": list(HOSTILE), "runs": []}
+    page = build.page(data)
+    found = scripts(page)
+    assert len(found) == 3
+    assert json.loads(found[0][1]) == data
+    assert not set("<>&\u2028\u2029") & set(found[0][1])
+    page.encode()  # a lone surrogate must not stop the file from being written
+    with pytest.raises(ValueError, match="JSON compliant"):
+        build.embedded({"x": float("nan")})
+
+
+def test_what_cannot_be_seen_is_spelled_out() -> None:
+    for text in HOSTILE:
+        assert visible(text).isprintable()
+    assert visible("é漢 a\n\tb") == "é漢 a\n\tb"
+    assert visible("\u202e\x00\ud800\U000e0001") == "\\u202e\\u0000\\ud800\\U000e0001"
+    wild = {"\u202e": ["\x00", (1, float("nan"), float("-inf"), True, None)]}
+    assert build.disarmed(wild) == {"\\u202e": ["\\u0000", [1, None, None, True, None]]}
+
+
+def test_a_hostile_run_folder_is_read_and_told_safely(tmp_path: Path) -> None:
+    folder = tmp_path / "run\u202e"
+    folder.mkdir()
+    config = {"objective": HOSTILE[0], "seed": 0, "steps": 3, "student": HOSTILE[2], "teacher": "t"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.txt").write_bytes(b"commit \xff\x00\nline")
+    lines = [
+        '{"step": 0, "task": "a\u2028b", "loss": NaN, "drift/k1": Infinity}',
+        '{"step": 1, "task": "a\u2028b", "loss": -Infinity, "drift/k1": 1.5, "drift/k1_se": NaN}',
+        json.dumps({"step": 2, "task": "a\u2028b", "loss": 2, "drift/k1": 1, HOSTILE[1]: 3.0}),
+    ]
+    (folder / "rows.jsonl").write_text("\n".join(lines) + '\n{"step": 3, "lo', "utf-8")
+    data = build.contents([folder])
+    page = build.page(data)
+    assert json.loads(scripts(page)[0][1]) == data
+    (one,) = data["runs"]
+    assert one["name"] == "run\\u202e"
+    assert one["config"]["student"] == visible(HOSTILE[2])
+    assert one["code"] == "commit \ufffd\\u0000\nline"
+    (part,) = one["tasks"]
+    assert part["task"] == "a\\u2028b"
+    steps, curves = part["steps"], part["curves"]
+    assert (steps[curves["loss"][0]], curves["loss"][1]) == ([0, 1, 2], [None, None, 2.0])
+    assert curves["drift/k1"][1:] == [[None, 1.5, 1.0], None]
+    assert curves[HOSTILE[1]][1] == [3.0]
+    assert {alarm["rule"] for alarm in part["alarms"]} >= {"not_finite"}
+
+
+def test_curves_alarms_and_accuracy_are_those_of_the_record(run: Path) -> None:
+    made = run_data.recorded(run_data.read_run(run))
+    written = rows.read(run / "rows.jsonl")
+    part = made["tasks"][0]
+    where, values, errors = part["curves"]["drift/k1"]
+    assert part["steps"][where] == [0, 1, 2]
+    for row, value, error in zip(written, values, errors, strict=True):
+        assert value == pytest.approx(row["drift/k1"], rel=1e-4)
+        assert error == pytest.approx(row["drift/k1_se"], rel=1e-4)
+    plain = {k for row in written for k in row if not set("@%") & set(k) and not k.endswith("_se")}
+    assert plain - {"step"} - set(part["curves"]) == {
+        k
+        for k in plain - {"step"}
+        if not any(isinstance(row.get(k), int | float) for row in written)
+    }
+    assert made["done"] == 3
+    assert [x["accuracy"] for x in made["evals"]] == [
+        x["accuracy"] for x in rows.read(run / "evals.jsonl")
+    ]
+
+
+def test_of_rows_with_one_step_the_last_counts(tmp_path: Path) -> None:
+    written = [{"step": s, "loss": float(i)} for i, s in enumerate((0, 2, 3, 2, 1))]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))
+    made = run_data.recorded(run_data.read_run(tmp_path))
+    part = made["tasks"][0]
+    assert part["steps"] == [[0, 1, 2, 3]]
+    assert part["curves"]["loss"] == [0, [0.0, 4.0, 3.0, 2.0], None]
+    assert made["done"] == 4
+
+
+def test_rows_of_a_strangers_monitor_may_have_any_name(tmp_path: Path) -> None:
+    panel = tmp_path / "panel.jsonl"
+    (tmp_path / "evals.jsonl").write_text("")
+    with pytest.raises(FileNotFoundError, match="nor one single other"):
+        run_data.read_run(tmp_path)
+    panel.write_text('{"step": 3, "loss": 1.5}\n')
+    assert run_data.read_run(tmp_path).rows == [{"step": 3, "loss": 1.5}]
+    before = version([tmp_path])
+    with open(panel, "a") as file:
+        file.write('{"step": 4, "loss": 1.0}\n')
+    assert version([tmp_path]) != before
+    (tmp_path / "other.jsonl").write_text('{"step": 9}\n')
+    with pytest.raises(FileNotFoundError, match="is no run folder"):
+        run_data.read_run(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"name its folder, {re.escape(str(tmp_path))}$"):
+        run_data.read_run(panel)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "rows.jsonl").write_text('{"step": 0}\n')
+    run = re.escape(str(tmp_path / "run"))
+    with pytest.raises(FileNotFoundError, match=f"a monitor; run folders in it: {run}$"):
+        run_data.read_run(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"step": 7}\n')
+    assert run_data.read_run(tmp_path).rows == [{"step": 7}]
+
+
+GRADED = {"step": 0, "accuracy": 0.5, "problems": 2, "outcomes": "01"}
+IMPOSSIBLE: dict[str, tuple[str, Any, str]] = {
+    "text as a metric": ("rows.jsonl", {"step": 0, "drift/k1": "x"}, "row 1, field drift/k1: 'x'"),
+    "list as a loss": (
+        "rows.jsonl",
+        {"step": 0, "loss": [1]},
+        "row 1, field loss: .1. is not a nu",
+    ),
+    "beyond floats": ("rows.jsonl", {"step": 0, "loss": 10**400}, "row 1, field loss: 1000"),
+    "list as a task": (
+        "rows.jsonl",
+        {"step": 0, "task": [1]},
+        "row 1, field task: .1. is not text",
+    ),
+    "outcomes of another kind": (
+        "evals.jsonl",
+        GRADED | {"outcomes": "0x"},
+        "field outcomes: '0x'",
+    ),
+    "outcomes of others": (
+        "evals.jsonl",
+        GRADED | {"outcomes": "011"},
+        "'011' is not of 2 problems",
+    ),
+    "no problems": ("evals.jsonl", GRADED | {"problems": 0}, "row 1, field problems: 0"),
+    "length": ("evals.jsonl", GRADED | {"length": [1]}, "row 1, field length: .1."),
+    "tasks": ("config.json", {"tasks": 3}, "field tasks: 3 is not a list"),
+    "task": ("config.json", {"tasks": [1]}, r"tasks\[0\]: 1 is not an object"),
+    "nameless": ("config.json", {"tasks": [{}]}, r"tasks\[0\] lacks the field 'name'"),
+    "no path": ("config.json", {"student": "a\0"}, "is no folder or name of a model"),
+    "too long": ("config.json", {"teacher": "a" * 5000}, "is no folder or name of a model"),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_impossible_values_of_a_record_are_named(name: str, tmp_path: Path) -> None:
+    settings = {"student": "s", "teacher": "t", "objective": "k3", "seed": 0}
+    made = {"config.json": settings, "rows.jsonl": {"step": 0, "loss": None}, "evals.jsonl": GRADED}
+    file, changes, words = IMPOSSIBLE[name]
+    for path, value in (made | {file: made[file] | changes}).items():
+        (tmp_path / path).write_text(json.dumps(value) + "\n")
+    with pytest.raises(InvalidInput, match=f"{file}.*{words}") as raised:
+        run_data.read_run(tmp_path)
+    assert len(str(raised.value)) < 400
+
+
+def test_alarms_are_those_that_a_replay_raises(run: Path) -> None:
+    bad = [{"step": s, "loss": None, "collapse/repeated_share": 0.9} for s in range(9)]
+    made = run_data.part("", bad)
+    told, raised = made["alarms"], replay(bad)
+    assert [(a["rule"], a["step"]) for a in told] == [(a.rule.name, a.step) for a in raised]
+    assert [(a["means"], a["remedy"]) for a in told] == [
+        (a.rule.means, a.rule.remedy) for a in raised
+    ]
+    assert {a["rule"] for a in told} == {"not_finite", "repetition"}
+    assert all(a["on"] for a in told)
+    watched = {rule.name for rule in RULES if rule.metric in ("loss", "collapse/repeated_share")}
+    assert set(made["unwatched"]) == {rule.name for rule in RULES} - watched
+    over = [*bad, *({"step": s, "loss": 1.0, "collapse/repeated_share": 0.0} for s in range(9, 20))]
+    assert not any(a["on"] for a in run_data.part("", over)["alarms"])
+
+
+def test_tasks_that_take_turns_have_curves_of_their_own(run: Path) -> None:
+    found = run_data.read_run(run)
+    turns = [row | {"task": "ab"[i % 2]} for i, row in enumerate(found.rows)]
+    made = run_data.recorded(replace(found, rows=turns))
+    assert [part["task"] for part in made["tasks"]] == ["a", "b"]
+    assert [part["steps"][part["curves"]["loss"][0]] for part in made["tasks"]] == [[0, 2], [1]]
+
+
+def test_long_curves_keep_their_ends_extremes_gaps_and_alarms() -> None:
+    points = [(i, float((i * 7919) % 2003), None) for i in range(20_000)]
+    points[12_345] = (12_345, 1e6, None)
+    points[777] = (777, None, None)
+    points[9_999] = (9_999, -1e6, None)
+    kept = run_data.thinned(points, 400, {4_321})
+    assert len(kept) <= 404
+    assert (kept[0], kept[-1]) == (points[0], points[-1])
+    for step in (12_345, 9_999, 777, 4_321):
+        assert points[step] in kept
+    assert kept == sorted(kept)
+    assert run_data.thinned(points[:100], 100) == points[:100]
+    rising = [{"step": s, "loss": 1.0, "collapse/repeated_share": s / 4000} for s in range(2000)]
+    made = run_data.part("", rising)
+    (alarm,) = made["alarms"]
+    assert alarm["step"] in made["steps"][made["curves"]["collapse/repeated_share"][0]]
+
+
+def test_maps_and_anatomy_are_the_columns_by_position(run: Path) -> None:
+    written = rows.read(run / "rows.jsonl")
+    made = run_data.part("", written)
+    assert {"drift/k1", "drift/reverse_kl", "validity/z_H"} <= set(made["maps"])
+    for name in ("drift/k1", "validity/z_H"):
+        shown = made["maps"][name]
+        assert shown["steps"] == [0, 1, 2]
+        for i, row in enumerate(written):
+            for j, (low, high) in enumerate(shown["bins"]):
+                value, count = row[f"{name}@{low}-{high}"], row[f"drift/tokens@{low}-{high}"]
+                assert shown["values"][i][j] == (
+                    None if value is None else pytest.approx(value, 1e-4)
+                )
+                assert shown["tokens"][i][j] == count
+    last = made["anatomy"]["rows"][-1]
+    for k, name in enumerate(run_data.ANATOMY):
+        for j, (low, high) in enumerate(made["anatomy"]["bins"]):
+            value = written[-1][f"{name}@{low}-{high}"]
+            if value is not None:
+                assert last["parts"][k][j] == pytest.approx(value, rel=1e-4, abs=1e-9)
+    assert run_data.part("", [*written, {"step": 3}])["maps"] == made["maps"]
+    long = [written[i % 3] | {"step": i} for i in range(500)]
+    thin = run_data.maps(long, run_data.binned(long), 50)["drift/k1"]["steps"]
+    assert (len(thin), thin[0], thin[-1]) == (50, 0, 499)
+
+
+def test_specimens_are_the_batchs_numbers(run: Path) -> None:
+    made = rollout_viewer.specimens(run_data.read_run(run), tokens=10_000)
+    batch = load(run / "batches" / "step_000001.safetensors")
+    assert isinstance(batch, Scored)
+    assert batch.support is not None
+    assert batch.prefix is not None
+    mine = [roll for roll in made["rollouts"] if roll["step"] == 1]
+    assert [roll["row"] for roll in mine] == list(range(len(batch)))
+    for roll in mine:
+        i, n = roll["row"], len(roll["ids"])
+        at = batch.mask[i]
+        assert (roll["prompt"], roll["turn"]) == (int(batch.prompt[i]), int(batch.turn[i]))
+        assert n == int(at.nonzero()[-1]) + 1
+        assert roll["ids"] == batch.tokens[i, :n].tolist()
+        assert roll["off"] == [k for k in range(n) if not at[k]]
+        assert [x / 100 for x in roll["s"]] == close(batch.student_logp[i, :n])
+        assert [x / 100 for x in roll["t"]] == close(batch.teacher_logp[i, :n])
+        inside = batch.support.contains(batch.tokens)[i, :n]
+        assert roll["in"] == "".join("1" if x else "0" for x in inside)
+        assert roll["rank"] == batch.prefix.teacher_rank[i, :n].tolist()
+        p = batch.student_logp[i, :n].exp()
+        energy = batch.log_ratio[i, :n] ** 2 * (1 - 2 * p + batch.prefix.collision[i, :n])
+        assert [x / 100 for x in roll["e"]] == close(energy.sqrt())
+        for ours, masses in zip(roll["mass"], batch.support.masses(), strict=True):
+            assert [x / 1e4 for x in ours] == pytest.approx(masses[i, :n].tolist(), abs=6e-5)
+        assert (roll["source"], roll["k"]) == (batch.support.source, batch.support.k)
+        for k in range(n):
+            check_tops(batch, i, k, roll["tops"][k])
+    assert all(str(i) in made["texts"] for roll in mine for i in roll["ids"])
+    assert [saved["step"] for saved in made["saved"]] == [0, 1, 2]
+
+
+def close(x: torch.Tensor) -> Any:
+    return pytest.approx(x.tolist(), abs=0.0051)
+
+
+def check_tops(batch: Scored, i: int, k: int, told: list[int]) -> None:
+    """A plain loop: the five likeliest of either model, those of 0.1 % at least, by the teacher."""
+    support = batch.support
+    assert support is not None
+    table = [
+        (int(v), float(s), float(t))
+        for v, s, t in zip(
+            support.ids[i, k], support.student_logp[i, k], support.teacher_logp[i, k], strict=True
+        )
+    ]
+    wanted = {
+        row[0]
+        for place in (1, 2)
+        for row in sorted(table, key=lambda row: -row[place])[: rollout_viewer.TOP]
+        if math.exp(row[place]) >= rollout_viewer.LEAST
+    }
+    shown = [told[j : j + 3] for j in range(0, len(told), 3)]
+    assert {row[0] for row in shown} == wanted
+    assert [row[2] for row in shown] == sorted((row[2] for row in shown), reverse=True)
+    exact = {v: (s, t) for v, s, t in table}
+    for v, s, t in shown:
+        assert (s / 100, t / 100) == pytest.approx(exact[v], abs=0.0051)
+
+
+def test_ids_that_are_absent_or_masked_are_not_shown_as_likely(run: Path) -> None:
+    batch = load(run / "batches" / "step_000001.safetensors")
+    assert isinstance(batch, Scored)
+    assert batch.support is not None
+    present = (torch.arange(batch.support.k) > 0).expand(batch.support.ids.shape)
+    absent = replace(batch.support, present=present)
+    hole = batch.mask.clone()
+    hole[:, 1] = False
+    changed = replace(batch, support=absent, mask=hole)
+    roll = rollout_viewer.one(changed, 0, 0, 3, [], token_text.Spelling(), set())
+    assert (
+        rollout_viewer.one(batch, 0, 0, 3, ["math"], token_text.Spelling(), set())["task"] == "math"
+    )
+    first = int(batch.support.ids[0, 0, 0])
+    assert first not in roll["tops"][0][::3]
+    assert roll["off"] == [1]
+    assert roll["tops"][1] == []
+
+
+def test_likely_ids_do_not_depend_on_the_order_of_the_support(run: Path) -> None:
+    batch = load(run / "batches" / "step_000001.safetensors")
+    assert isinstance(batch, Scored)
+    assert batch.support is not None
+    order = torch.randperm(batch.support.k, generator=torch.Generator().manual_seed(0))
+    mixed = {
+        name: getattr(batch.support, name)[..., order]
+        for name in ("ids", "student_logp", "teacher_logp")
+    }
+    changed = replace(batch, support=replace(batch.support, **mixed))
+    for i in range(len(batch)):
+        assert rollout_viewer.tops(changed, i, 3) == rollout_viewer.tops(batch, i, 3)
+
+
+def test_a_dump_is_shown_as_the_batch_that_it_was_made_of(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "stranger"
+    (folder / "dumps").mkdir(parents=True)
+    shutil.copy(run / "rows.jsonl", folder)
+    shutil.copytree(run / "final", folder / "final")
+    batch = load(run / "batches" / "step_000001.safetensors")
+    assert isinstance(batch, Scored)
+    save_dump(folder / "dumps" / "step_00000001.parquet", batch, 1)
+    ours = rollout_viewer.specimens(run_data.read_run(folder), 10_000)
+    theirs = rollout_viewer.specimens(run_data.read_run(run), 10_000)
+    mine = [roll | {"asked": None} for roll in theirs["rollouts"] if roll["step"] == 1]
+    assert ours["rollouts"] == mine  # a dump has no prompts
+    assert build.contents([folder])["runs"][0]["config"] == {}
+
+
+def test_blame_is_a_plain_count(run: Path) -> None:
+    made = rollout_viewer.specimens(run_data.read_run(run), tokens=10_000)
+    batch = load(run / "batches" / "step_000002.safetensors")
+    assert isinstance(batch, Scored)
+    r, whole = batch.log_ratio, float(batch.log_ratio.abs()[batch.mask].sum())
+    for row in made["blame"]:
+        mine = batch.mask & (batch.tokens == row["id"])
+        assert row["count"] == int(mine.sum())
+        assert row["signal"] == pytest.approx(float(r.abs()[mine].sum()) / whole, abs=1e-5)
+        assert row["cost"] == pytest.approx(float(r[mine].mean()), abs=1e-3)
+    shares = [row["signal"] for row in made["blame"]]
+    assert shares == sorted(shares, reverse=True)
+    told = made["sheet"]["impossible"]
+    found = batch.mask & (batch.student_logp.exp() > 0.9) & (batch.teacher_logp.exp() < 1e-4)
+    assert told["share"] == pytest.approx(float(found.sum() / batch.mask.sum()), abs=1e-5)
+    assert sum(row["count"] for row in told["rows"]) == int(found.sum())
+    tokenizer = AutoTokenizer.from_pretrained(run / "final")
+    special = {row["id"]: row for row in made["sheet"]["special"]}
+    assert set(special) == {i for i, x in tokenizer.added_tokens_decoder.items() if x.special}
+    for i, row in special.items():
+        mine = batch.mask & (batch.tokens == i)
+        assert row["count"] == int(mine.sum())
+        assert row["signal"] == pytest.approx(float(r.abs()[mine].sum()) / whole, abs=1e-5)
+
+
+def test_impossible_tokens_are_named(run: Path) -> None:
+    batch = load(run / "batches" / "step_000002.safetensors")
+    assert isinstance(batch, Scored)
+    ours, theirs = batch.student_logp.clone(), batch.teacher_logp.clone()
+    ours[0, 0], theirs[0, 0] = -0.01, -12.0
+    theirs[1, 0] = 0.0  # a negative cost, which the signal counts by its size
+    changed = replace(batch, student_logp=ours, teacher_logp=theirs)
+    told = tokenizer_panel.impossible_ids(changed, set())
+    assert {"id": int(batch.tokens[0, 0]), "count": 1, "student": -0.01, "teacher": -12.0} in told[
+        "rows"
+    ]
+    found = (ours.exp() > 0.9) & (theirs.exp() < 1e-4) & batch.mask
+    size = (ours - theirs).abs()
+    signal = float(size[found].sum() / size[batch.mask].sum())
+    assert told["signal"] == pytest.approx(signal, abs=1e-5)
+    assert told["share"] == pytest.approx(float(found.sum() / batch.mask.sum()), abs=1e-5)
+    assert told["ended"] == pytest.approx(float(batch.ended.float().mean()), abs=1e-4)
+
+
+def test_ends_and_the_doctor_are_told(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    student, teacher = folder / "final", tmp_path / "teacher"
+    shutil.copytree(student, teacher)
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    for name in ("generation_config.json", "config.json"):
+        written = json.loads((student / name).read_text()) if (student / name).exists() else {}
+        (student / name).write_text(json.dumps(written | {"eos_token_id": [2, 1]}))
+        (teacher / name).write_text(json.dumps(written | {"eos_token_id": None}))
+    config = json.loads((folder / "config.json").read_text())
+    changed = config | {"student": str(student), "teacher": "teacher"}
+    (folder / "config.json").write_text(json.dumps(changed))
+    item = {"item": "eos", "verdict": "fail", "found": "1 is not 2", "advice": "mend"}
+    findings = {"verdict": "fail", "items": [item | {"numbers": {}}]}
+    (folder / "doctor.json").write_text(json.dumps(findings))
+    alone = tokenizer_panel.sheet(run_data.read_run(folder), token_text.Spelling(), None, set())
+    assert [end["role"] for end in alone["ends"]] == ["student"]
+    assert alone["unread"] == [f"teacher: {teacher}"]
+    made = tokenizer_panel.sheet(
+        run_data.read_run(folder, models=True), token_text.Spelling(), None, set()
+    )
+    assert made["unread"] == []
+    own = {"own": tokenizer.eos_token}
+    assert made["ends"] == [
+        {"role": "student", "ids": [1, 2], "texts": tokenizer.convert_ids_to_tokens([1, 2]), **own},
+        {"role": "teacher", "ids": [tokenizer.eos_token_id], "texts": [tokenizer.eos_token], **own},
+    ]
+    assert made["doctor"] == {"verdict": "fail", "items": [item]}
+    tasks = [{"name": "a", "teacher": None}, {"name": "b", "teacher": str(student)}]
+    (folder / "config.json").write_text(json.dumps(changed | {"tasks": tasks}))
+    told = tokenizer_panel.ends(run_data.read_run(folder, models=True))
+    assert [(x["role"], x["ids"]) for x in told] == [
+        ("student", [1, 2]),
+        ("teacher of a", [tokenizer.eos_token_id]),
+        ("teacher of b", [1, 2]),
+    ]
+
+
+def test_ends_are_read_where_a_text_model_lies_in_another(tmp_path: Path) -> None:
+    make_tokenizer().save_pretrained(tmp_path)
+    known = token_text.read_spelling(tmp_path)
+    settings = tmp_path / "config.json"
+    own = tokenizer_panel.end_ids(tmp_path, known)
+    settings.write_text('{"text_config": {"eos_token_id": [5, 6]}}')
+    assert tokenizer_panel.end_ids(tmp_path, known) == sorted({*own, 5, 6})
+    for value in ('"5"', "true", "[[1]]", "[1, null]", "1.0"):
+        settings.write_text(f'{{"eos_token_id": {value}}}')
+        with pytest.raises(InvalidInput, match=r"config\.json, field eos_token_id: .* is no id"):
+            tokenizer_panel.end_ids(tmp_path, known)
+
+
+def test_few_tokens_show_the_worst_responses(run: Path) -> None:
+    batch = load(run / "batches" / "step_000000.safetensors")
+    assert isinstance(batch, Scored)
+    mean = batch.log_ratio.abs().sum(1) / batch.mask.sum(1)
+    worst = int(mean.argmax())
+    budget = 3 * int(batch.mask.sum(1)[worst])  # three batches share it
+    made = rollout_viewer.specimens(run_data.read_run(run), budget)
+    assert worst in [roll["row"] for roll in made["rollouts"] if roll["step"] == 0]
+    for step in range(3):
+        assert sum(len(r["ids"]) for r in made["rollouts"] if r["step"] == step) <= budget // 3
+
+
+def test_runs_without_batches_or_rows_are_shown_all_the_same(run: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(run / "config.json", bare)
+    data = build.contents([bare, run], 120)
+    shown = sum(len(roll["ids"]) for one in data["runs"] for roll in one["rollouts"])
+    assert shown <= 60  # its half
+    assert [(one["done"], len(one["rollouts"]) > 0) for one in data["runs"]] == [
+        (0, False),
+        (3, True),
+    ]
+    build.page(data)
+    with pytest.raises(FileNotFoundError, match=r"neither config\.json nor rows\.jsonl"):
+        build.contents([tmp_path])
+    assert build.labels([tmp_path / "a" / "x", tmp_path / "b" / "x"]) == ["a/x", "b/x"]
+    assert build.labels([tmp_path / "a" / "x", tmp_path / "a" / "y"]) == ["x", "y"]
+
+
+def test_rows_alone_are_reported_without_torch(run: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "rows.jsonl", "evals.jsonl"):
+        shutil.copy(run / name, tmp_path)
+    program = (
+        "import sys; from pathlib import Path; from opd import report; "
+        "report.page(report.contents([Path(sys.argv[1])])); "
+        "sys.exit(1 if {'torch', 'transformers'} & set(sys.modules) else 0)"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, cwd=ROOT)
+
+
+@pytest.fixture
+def server(run: Path, tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    folder = tmp_path / "live"
+    shutil.copytree(run, folder)
+    made = make_server([folder], 1000, port=0)
+    thread = threading.Thread(target=made.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://{HOST}:{made.server_address[1]}", folder
+    made.shutdown()
+    made.server_close()
+
+
+def get(address: str, **headers: str) -> str:
+    with urllib.request.urlopen(urllib.request.Request(address, headers=headers)) as answer:
+        return answer.read().decode()
+
+
+def test_the_server_tells_what_is_new_and_only_to_this_machine(server: tuple[str, Path]) -> None:
+    address, folder = server
+    assert address.startswith("http://127.0.0.1:")
+    before, data = get(address + "/version"), json.loads(get(address + "/data"))
+    assert data["runs"][0]["done"] == 3
+    assert get(address + "/version") == before
+    row = rows.read(folder / "rows.jsonl")[-1]
+    rows.append(folder / "rows.jsonl", row | {"step": 3})
+    assert get(address + "/version") != before
+    assert json.loads(get(address + "/data"))["runs"][0]["done"] == 4
+    assert "connect-src 'self'" in get(address + "/")
+    for path, headers in (("/../config.json", {}), ("/data", {"Host": "evil.example"})):
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            get(address + path, **headers)
+
+
+def test_the_server_says_which_record_it_cannot_read_and_goes_on(server: tuple[str, Path]) -> None:
+    address, folder = server
+    whole = (folder / "rows.jsonl").read_text()
+    (folder / "rows.jsonl").write_text("{broken\n" + whole)
+    with pytest.raises(urllib.error.HTTPError, match="503") as raised:
+        get(address + "/data")
+    assert "rows.jsonl line 1 is not JSON" in raised.value.read().decode()
+    (folder / "rows.jsonl").write_text(whole)
+    assert json.loads(get(address + "/data"))["runs"][0]["done"] == 3
+
+
+def test_a_record_leads_nowhere_outside_its_folder(run: Path, tmp_path: Path) -> None:
+    """Folders by name, by .., by links; batches that are links: only --models follows them."""
+    secret = tmp_path / "secret"
+    shutil.copytree(run / "final", secret)
+    tokenizer = json.loads((secret / "tokenizer.json").read_text())
+    tokenizer["added_tokens"][0]["content"] = "THE SECRET"
+    (secret / "tokenizer.json").write_text(json.dumps(tokenizer))
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    shutil.rmtree(folder / "final")
+    shutil.rmtree(folder / "tokenizer")
+    config = json.loads((folder / "config.json").read_text())
+    for name in (str(secret), "../secret", "link"):
+        (folder / "config.json").write_text(json.dumps(config | {"student": name, "teacher": name}))
+        if name == "link":
+            (folder / "link").symlink_to(secret)
+        made = build.contents([folder])
+        assert "THE SECRET" not in json.dumps(made)
+        assert [text.split(":")[0] for text in made["runs"][0]["sheet"]["unread"]] == [
+            "student",
+            "teacher",
+        ]
+    (folder / "config.json").write_text(json.dumps(config | {"student": str(secret)}))
+    assert "THE SECRET" in json.dumps(build.contents([folder], models=True))
+    saved = sorted((folder / "batches").glob("*.safetensors"))
+    saved[0].rename(tmp_path / "elsewhere.safetensors")
+    saved[0].symlink_to(tmp_path / "elsewhere.safetensors")
+    steps = [x["step"] for x in build.contents([folder])["runs"][0]["saved"]]
+    assert (
+        steps == [x["step"] for x in build.contents([folder], models=True)["runs"][0]["saved"]][1:]
+    )
+    (folder / "code.txt").unlink()
+    (folder / "code.txt").symlink_to(secret / "tokenizer.json")
+    with pytest.raises(ValueError, match=r"code.txt is a link to .*secret.tokenizer.json, outside"):
+        build.contents([folder])
+
+
+def test_the_page_says_what_of_a_record_cannot_be_read(server: tuple[str, Path]) -> None:
+    """A row that is half-written is named."""
+    address, folder = server
+    with open(folder / "rows.jsonl", "a") as file:
+        file.write('{"step": 3, "lo')
+    assert json.loads(get(address + "/data"))["runs"][0]["notes"] == [
+        "rows.jsonl line 4 is cut short and left out"
+    ]
+
+
+def test_rollouts_show_their_prompts(run: Path) -> None:
+    made = rollout_viewer.specimens(run_data.read_run(run), tokens=10_000)
+    tokenizer = AutoTokenizer.from_pretrained(run / "final")
+    file = run / "batches" / "step_000001.prompts.json"
+    texts = json.loads(file.read_text())
+    assert len(texts) == len(load(run / "batches" / "step_000001.safetensors"))
+    for roll in made["rollouts"]:
+        if roll["step"] == 1:
+            assert roll["asked"] == texts[roll["row"]]
+            assert tokenizer.eos_token in roll["asked"] or "user" in roll["asked"]

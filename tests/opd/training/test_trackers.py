@@ -1,0 +1,222 @@
+"""The loggers that are installed, run for real, with their own files read back."""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diagnostics.records.rows import Row, append, read
+from opd.training import trackers
+from opd.training.trackers import evaluation, numbers, open_loggers
+
+CONFIG = {"lr": 1e-3, "betas": (0.9, 0.99), "task": "lab"}
+EVALUATION = {"step": 2, "accuracy": 0.5, "outcomes": "01", "problem_set": "abc"}
+
+
+def run(folder: Path, names: tuple[str, ...], first: int, last: int) -> None:
+    """Steps `first` to `last` as the trainer does them: rewind the record, then row by row."""
+    folder.mkdir(exist_ok=True)
+    for name in ("rows.jsonl", "evals.jsonl"):
+        kept = [row for row in read(folder / name) if row["step"] < first + (name[0] == "e")]
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in kept))
+    with open_loggers(names, folder, CONFIG) as log:
+        for step in range(first, last):
+            row: Row = {"step": step, "loss": step / 4, "supervision/n": 7, "none": None}
+            append(folder / "rows.jsonl", row)
+            log(step, row)
+            if step + 1 == EVALUATION["step"]:
+                append(folder / "evals.jsonl", EVALUATION)
+                log(2, evaluation(EVALUATION))
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Every scalar of every event file, without the purging that TensorBoard does on display."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    found: dict[str, list[tuple[int, float]]] = {}
+    for file in sorted((folder / "tensorboard").glob("events.out.tfevents.*")):
+        for event in EventFileLoader(str(file)).Load():
+            for value in event.summary.value:
+                if value.tensor.float_val:
+                    found.setdefault(value.tag, []).append((event.step, value.tensor.float_val[0]))
+    return found
+
+
+def test_tensorboard_holds_each_step_once_after_a_kill(tmp_path: Path) -> None:
+    run(tmp_path, ("tensorboard",), 0, 4)
+    assert [step for step, _ in scalars(tmp_path)["loss"]] == [0, 1, 2, 3]
+    run(tmp_path, ("tensorboard",), 2, 6)  # the last checkpoint was at step 2
+    found = scalars(tmp_path)
+    assert found["loss"] == [(i, i / 4) for i in range(6)]
+    assert found["eval/accuracy"] == [(2, 0.5)]
+    assert set(found) == {"loss", "supervision/n", "eval/accuracy"}
+
+
+def test_a_logger_that_is_named_late_gets_the_whole_record(tmp_path: Path) -> None:
+    run(tmp_path, (), 0, 3)
+    assert not (tmp_path / "tensorboard").exists()
+    run(tmp_path, ("tensorboard",), 3, 4)
+    assert [step for step, _ in scalars(tmp_path)["loss"]] == [0, 1, 2, 3]
+    assert scalars(tmp_path)["eval/accuracy"] == [(2, 0.5)]
+
+
+def finished(file: Path) -> list[Any]:
+    """The records of a finished run; wandb's own process writes the last ones a moment later."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        found = wandb_records(file)
+        if any(record.WhichOneof("record_type") == "exit" for record in found):
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"{file} holds no end of the run")
+
+
+def wandb_records(file: Path) -> list[Any]:
+    """Records of a .wandb file: LevelDB's log format, blocks of 32 KiB, 7 bytes a header."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, at, part, found = file.read_bytes(), 7, b"", []
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        if at + 7 + length > len(data):
+            break  # still being written
+        part += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last of several
+            found.append(wandb_internal_pb2.Record.FromString(part))
+            part = b""
+    return found
+
+
+def test_wandb_runs_offline_and_keeps_its_identity(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    folder = tmp_path / "first"
+    run(folder, ("wandb",), 0, 4)
+    time.sleep(1.1)  # wandb names an offline folder by the second, and would write over the first
+    run(folder, ("wandb",), 2, 6)
+    identity = (folder / "wandb_id.txt").read_text()
+    files = sorted((folder / "wandb").glob(f"offline-run-*-{identity}/*.wandb"))
+    assert len(files) == 2, "two processes' worth of one run"
+    steps: list[list[int]] = []
+    for file in files:
+        kept: dict[int, dict[str, float]] = {}
+        for record in finished(file):
+            if record.WhichOneof("record_type") == "run":
+                about = record.run
+                assert (about.run_id, about.project) == (identity, "opdlab")
+                assert about.display_name == "first"
+                settings = {item.key: item.value_json for item in about.config.update}
+                assert settings["lr"] == "0.001"
+            if record.WhichOneof("record_type") == "history":
+                items = record.history.item
+                values = {
+                    item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                    for item in items
+                }
+                kept.setdefault(record.history.step.num, {}).update(values)
+        steps.append(sorted(kept))
+        for step, values in kept.items():
+            assert values["loss"] == step / 4
+            assert values["supervision/n"] == 7
+            assert ("eval/accuracy" in values) == (step == 2 and file == files[0])
+            assert "none" not in values
+    assert steps == [[0, 1, 2, 3], [2, 3, 4, 5]]
+
+
+def test_trackio_holds_each_step_once_after_a_kill(tmp_path: Path) -> None:
+    """In a process of its own: trackio reads TRACKIO_DIR when it is imported."""
+    program = (
+        "import json, sys\n"
+        "from pathlib import Path\n"
+        "from tests.opd.training.test_trackers import run\n"
+        "folder = Path(sys.argv[1]) / 'run'\n"
+        "run(folder, ('trackio',), 0, 4)\n"
+        "run(folder, ('trackio',), 2, 6)\n"
+        "import trackio\n"
+        "(one,) = trackio.Api().runs('opdlab')\n"
+        "logs = trackio.SQLiteStorage.get_logs('opdlab', one.name, run_id=one.id)\n"
+        "print('FOUND' + json.dumps([one.config, logs]))\n"
+    )
+    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "store"), "PYTHONPATH": os.getcwd()}
+    environment.pop("TRACKIO_PROJECT", None)
+    line = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (found,) = [x for x in done.stdout.splitlines() if x.startswith("FOUND")]
+    config, logs = json.loads(found.removeprefix("FOUND"))
+    assert config["lr"] == 1e-3
+    assert [(x["step"], x["loss"]) for x in logs if "loss" in x] == [(i, i / 4) for i in range(6)]
+    assert [(x["step"], x["eval/accuracy"]) for x in logs if "eval/accuracy" in x] == [(2, 0.5)]
+
+
+def test_a_logger_that_fails_is_left_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    calls: list[int] = []
+
+    def broken(folder: Path, config: dict[str, Any]) -> trackers.Opened:
+        def log(step: int, row: Row) -> None:
+            calls.append(step)
+            if step == 1:
+                raise OSError("No space left on device")
+
+        def close() -> None:
+            raise OSError("still none")
+
+        return log, close
+
+    known = {**trackers.LOGGERS, "broken": broken}
+    monkeypatch.setattr(trackers, "LOGGERS", known)
+    run(tmp_path, ("broken", "tensorboard"), 0, 4)
+    assert calls == [0, 1], "no row after the failure"
+    assert [step for step, _ in scalars(tmp_path)["loss"]] == [0, 1, 2, 3]
+    assert len(read(tmp_path / "rows.jsonl")) == 4
+    said = [str(w.message) for w in recwarn if "logger broken" in str(w.message)]
+    assert len(said) == 1
+    assert "OSError: No space left on device" in said[0]
+
+
+def test_an_error_of_the_run_is_not_swallowed(tmp_path: Path) -> None:
+    def fails() -> None:
+        with open_loggers(("tensorboard",), tmp_path, CONFIG) as log:
+            log(0, {"step": 0, "loss": 1.0})
+            raise KeyError("ours")
+
+    with pytest.raises(KeyError, match="ours"):
+        fails()
+    assert scalars(tmp_path)["loss"] == [(0, 1.0)]
+
+
+def test_unknown_and_missing_loggers_are_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = r"unknown loggers \['mlflow'\]; known: tensorboard, wandb, trackio"
+    with pytest.raises(ValueError, match=words), open_loggers(("mlflow",), tmp_path, CONFIG):
+        pass
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with (
+        pytest.raises(ImportError, match=r"pip install 'opdlab\[trackio\]'"),
+        open_loggers(("trackio",), tmp_path, CONFIG),
+    ):
+        pass
+
+
+def test_only_numbers_are_sent() -> None:
+    row = {"step": 3, "a": 1, "b": None, "c": "x", "d": [1], "e": True, "f": float("nan")}
+    kept = numbers(row)
+    assert kept.pop("f") != 0
+    assert kept == {"a": 1.0, "e": 1.0}
+    assert evaluation({"step": 3, "accuracy": 1}) == {"step": 3, "eval/accuracy": 1}

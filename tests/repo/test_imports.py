@@ -1,0 +1,118 @@
+"""The architecture: who may import whom, and what the command line costs before it works."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.paths import ROOT
+
+MAY_IMPORT = {
+    "diagnostics": set(),
+    "figures": {"diagnostics"},
+    "opd": {"diagnostics", "figures"},
+    "synthetic": {"diagnostics", "opd"},
+}
+
+
+def imported(file: Path) -> set[str]:
+    """Full names of the modules that a file imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} has a relative import"
+            found.add(node.module or "")
+    return found
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_packages_depend_in_one_direction(package: str) -> None:
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert files
+    for file in files:
+        roots = {name.split(".")[0] for name in imported(file)}
+        foreign = roots & set(MAY_IMPORT) - {package}
+        assert foreign <= MAY_IMPORT[package], f"{file.name} imports {foreign}"
+        if package != "opd":
+            assert "transformers" not in roots, f"{file.name} imports transformers"
+    assert not (ROOT / package / "__init__.py").read_text(), "__init__ stays empty"
+
+
+def test_the_study_uses_nothing_of_the_trainer_but_its_objectives() -> None:
+    for file in sorted((ROOT / "synthetic").rglob("*.py")):
+        used = {name for name in imported(file) if name.split(".")[0] == "opd"}
+        allowed = {
+            "opd",
+            "opd.objectives.factory",
+            "opd.objectives.credit",
+            "opd.objectives.support",
+        }
+        assert used <= allowed, f"{file.name} imports {used}"
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Top-level modules in a fresh interpreter after a statement."""
+    program = f"{statement}\nimport sys; print(*{{m.split('.')[0] for m in sys.modules}})"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    return set(done.stdout.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize(
+    ("statement", "without"),
+    [
+        (
+            "import opd.cli.main, opd.config.settings, opd.config.recipes, opd.runs.run_folder, opd.data.chain_task, opd.tokens.mask_rules; "
+            "import opd.analysis.doctor",
+            {"torch", "pandas"},
+        ),
+        (
+            "import opd.objectives.factory, diagnostics.monitor",
+            {"transformers", "pandas", "matplotlib"},
+        ),
+        (
+            "import diagnostics.adapters.trl, diagnostics.adapters.verl, "
+            "diagnostics.records.reader, diagnostics.records.writer",
+            {"transformers", "trl", "verl", "pyarrow", "pandas"},
+        ),
+        (
+            "import synthetic.exact.moments, synthetic.sampling.trajectories",
+            {"transformers", "matplotlib"},
+        ),
+        ("import diagnostics.stats, diagnostics.records.run_tables", {"torch", "transformers"}),
+    ],
+)
+def test_heavy_packages_are_loaded_only_where_used(statement: str, without: set[str]) -> None:
+    assert not loaded_by(statement) & without
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--help"],
+        ["train", "--help"],
+        ["eval", "--help"],
+        ["study", "--help"],
+        ["diagnose", "--help"],
+    ],
+)
+def test_help_loads_no_torch(words: list[str]) -> None:
+    program = f"import sys; sys.argv = ['opd', *{words!r}]\nfrom opd.cli.main import main\n"
+    program += "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code"
+    assert "torch" not in loaded_by(program)
+
+
+def test_an_unknown_command_says_what_there_is() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "opd.cli.main", "trian"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "unknown command 'trian'" in done.stderr
+    assert "train" in done.stderr
+    assert "Traceback" not in done.stderr

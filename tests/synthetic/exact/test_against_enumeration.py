@@ -1,0 +1,356 @@
+"""The exact engine against enumeration and autograd; the sampler against the exact engine."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from diagnostics.batch import Prefix, Scored
+from diagnostics.core.distribution_stats import functionals
+from opd.objectives import factory
+from synthetic.estimators import FAMILY
+from synthetic.exact import moments
+from synthetic.sampling.monte_carlo import monte_carlo, trajectory_gradients
+from synthetic.sampling.trajectories import Trajectories, sample, with_support
+from synthetic.worlds.mdp import TabularMDP, ending, random_chain, random_pair, token_chain, tree
+from tests.helpers import mdp_enumeration as by_hand
+
+GAMMAS = (0.0, 0.5, 1.0)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def worlds() -> dict[str, TabularMDP]:
+    """Small enough to enumerate; the last ends at random times, and may start in a rare state."""
+    chain = random_chain(3, 2, 4, seeded(0), mixing=0.3)
+    stop = 0.4 * torch.rand(3, 2, generator=seeded(1), dtype=torch.float64)
+    rare = replace(chain, start=torch.tensor([0.9, 0.0999, 0.0001], dtype=torch.float64))
+    return {
+        "chain": chain,
+        "tokens": token_chain(3, 4),
+        "tree": tree(2, 4),
+        "ending": ending(rare, stop),
+    }
+
+
+def pair(mdp: TabularMDP, seed: int = 2) -> tuple[Tensor, Tensor]:
+    return random_pair(mdp, seeded(seed), distance=1.0, heterogeneity=0.5)
+
+
+@pytest.mark.parametrize("name", worlds())
+def test_the_gradient_is_that_of_the_enumerated_sequence_kl(name: str) -> None:
+    mdp = worlds()[name]
+    student, teacher = pair(mdp)
+    paths = by_hand.paths(mdp)
+    live = student.clone().requires_grad_()
+    total = by_hand.sequence_kl(paths, live, teacher)
+    torch.testing.assert_close(moments.sequence_kl(mdp, student, teacher).total, total.detach())
+    (true,) = torch.autograd.grad(total, live)
+    (frozen,) = torch.autograd.grad(by_hand.frozen_kl(paths, live, teacher), live)
+    at_ends = moments.expected_gradient(mdp, student, teacher, [0.0, 1.0])
+    torch.testing.assert_close(at_ends[0], frozen, atol=1e-12, rtol=0)
+    torch.testing.assert_close(at_ends[1], true, atol=1e-12, rtol=0)
+    assert (true - frozen).norm() > 0.001
+    assert moments.expected_gradient(mdp, student, student, 1.0).abs().max() < 1e-15
+
+
+@pytest.mark.parametrize("name", worlds())
+def test_sequence_kl_and_its_parts_are_the_enumerated_ones(name: str) -> None:
+    mdp = worlds()[name]
+    student, teacher = pair(mdp)
+    paths = by_hand.paths(mdp)
+    live = student.clone().requires_grad_()
+    target = teacher.clone().requires_grad_()
+    parts = moments.sequence_kl(mdp, live, target)
+    weight = by_hand.probability(paths, student)
+    cost = by_hand.logp(paths, student) - by_hand.logp(paths, teacher)
+    value = by_hand.mean_by_state(paths, weight, by_hand.to_go(cost, 1.0), mdp.num_states)
+    for t in range(mdp.horizon):
+        for state in range(mdp.num_states):
+            there = (paths.states[:, t] == state) & paths.mask[:, t]
+            if mdp.active[state]:
+                share = weight[there].sum().item()
+                assert parts.occupancy[t, state].item() == pytest.approx(share, abs=1e-14)
+            if bool(there.any()):
+                assert parts.value[t, state].item() == pytest.approx(value[t, state].item())
+    # the two gradients once more, through the engine's own graph and by finite differences
+    frozen = (parts.occupancy.detach() @ parts.local).sum()
+    for loss, gamma in ((parts.total, 1.0), (frozen, 0.0)):
+        (found,) = torch.autograd.grad(loss, live, retain_graph=True)
+        family = moments.expected_gradient(mdp, student, teacher, gamma)
+        torch.testing.assert_close(found, family, atol=1e-13, rtol=0)
+    assert torch.autograd.grad(parts.total, target, allow_unused=True, retain_graph=True) == (None,)
+    gradient = moments.expected_gradient(mdp, student, teacher, 1.0)
+    for state in range(mdp.num_states):
+        for token in range(mdp.num_actions):
+            step = torch.zeros_like(student)
+            step[state, token] = 1e-3
+            near, far = (
+                by_hand.sequence_kl(paths, student + x * step, teacher)
+                - by_hand.sequence_kl(paths, student - x * step, teacher)
+                for x in (1, 2)
+            )
+            difference = (8 * near - far).item() / 12e-3  # of fourth order
+            assert difference == pytest.approx(gradient[state, token].item(), abs=1e-9)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.9, 1.0])
+def test_moments_of_a_long_horizon_have_a_closed_form_in_one_state(gamma: float) -> None:
+    """Without a state to remember, steps are independent and the variance is a sum over n later
+    ones; undiscounted, it grows as |s|^2 K^2 T^3 / 3 unless a baseline is subtracted.
+    """
+    horizon = 300
+    mdp = TabularMDP(torch.ones(1, 3, 1), torch.ones(1), horizon)
+    student, teacher = pair(mdp)
+    p, r = student[0].softmax(-1), (student.log_softmax(-1) - teacher.log_softmax(-1))[0]
+    score2 = 1 - 2 * p + p.square().sum()
+    mean, local = p * (r - p @ r), p @ r
+    spread, s2 = p @ (r - local).square(), p @ score2
+    powers = gamma ** torch.arange(1, horizon, dtype=torch.float64)
+    later = torch.cat([torch.zeros(1), powers.cumsum(0)])
+    later2 = torch.cat([torch.zeros(1), powers.square().cumsum(0)])
+
+    def closed(noise: Tensor, b: Tensor) -> Tensor:
+        cost = r - b[:, None]
+        own = (cost.square() + 2 * (later * local)[:, None] * cost) @ (p * score2)
+        return (own + s2 * (later2 * noise + (later * local) ** 2) - mean.square().sum()).sum()
+
+    zero = torch.zeros(horizon, dtype=torch.float64)
+    value = (1 + later) * local
+    want = {
+        "plain": closed(spread, zero),
+        "rb_future": closed(0 * spread, zero),
+        "value": closed(spread, value),
+        "position_value": closed(spread, value),
+        "rb_all": s2 * (later * local).square().sum(),
+        "rb_all_value": torch.zeros((), dtype=torch.float64),
+    }
+    for name, expected in want.items():
+        found, variance = moments.moments(mdp, student, teacher, name, gamma)
+        torch.testing.assert_close(found[0], horizon * mean, atol=0, rtol=1e-10)
+        torch.testing.assert_close(variance, expected, atol=1e-8, rtol=1e-10)
+
+
+@pytest.mark.parametrize("estimator", FAMILY)
+def test_at_the_teacher_every_sampled_gradient_is_zero(estimator: str) -> None:
+    mdp = worlds()["ending"]
+    student, _ = pair(mdp)
+    group = 2 if estimator == "leave_one_out" else None
+    mean, variance = moments.moments(mdp, student, student + 3.0, estimator, GAMMAS, group=group)
+    assert mean.abs().max() < 1e-14
+    assert variance.max() < 1e-28
+
+
+def all_paths(mdp: TabularMDP, student: Tensor, teacher: Tensor) -> tuple[Trajectories, Tensor]:
+    """Every trajectory as a batch, and its probability."""
+    paths = by_hand.paths(mdp)
+    ours, theirs = by_hand.logp(paths, student), by_hand.logp(paths, teacher)
+    every = [x.log_softmax(-1)[paths.states] for x in (student, teacher)]
+    parts = functionals(*every, paths.tokens)
+    batch = Scored(
+        tokens=paths.tokens,
+        mask=paths.mask,
+        sampler_logp=ours,
+        prompt=paths.states[:, 0],
+        ended=torch.ones(len(ours), dtype=torch.bool),
+        student_logp=ours,
+        teacher_logp=theirs,
+        prefix=Prefix(**{k: x * paths.mask for k, x in parts.items()}),
+    )
+    return Trajectories(batch, paths.states), by_hand.probability(paths, student)
+
+
+@pytest.mark.parametrize("name", worlds())
+def test_the_trainers_objectives_have_the_exact_expected_gradients(name: str) -> None:
+    mdp = worlds()[name]
+    student, teacher = pair(mdp)
+    at, weight = all_paths(mdp, student, teacher)
+
+    def expected(batch: Trajectories, objective: factory.Objective) -> Tensor:
+        gradients = trajectory_gradients(batch, student, objective)
+        return (weight[:, None, None] * gradients).sum(0)
+
+    family = moments.expected_gradient(mdp, student, teacher, GAMMAS)
+    for i, gamma in enumerate(GAMMAS):
+        found = expected(at, factory.sampled_token(gamma))
+        torch.testing.assert_close(found, family[i], atol=1e-12, rtol=0)
+    full = expected(with_support(at, student, teacher, "full"), factory.full_reverse_kl())
+    torch.testing.assert_close(full, family[0], atol=1e-12, rtol=0)
+    whole = with_support(at, student, teacher, "teacher", mdp.num_actions)
+    torch.testing.assert_close(
+        expected(whole, factory.make("teacher_topk")), family[0], atol=1e-12, rtol=0
+    )
+    # fewer tokens: p' (log p'/q' - KL(p' || q')) of both sides renormalised, at every visit
+    part = with_support(at, student, teacher, "teacher", mdp.num_actions - 1)
+    rest = teacher.argmin(-1, keepdim=True)
+    ours, theirs = (x.scatter(-1, rest, -torch.inf).log_softmax(-1) for x in (student, teacher))
+    ratio = (ours - theirs).nan_to_num(0)
+    local = ours.exp() * (ratio - (ours.exp() * ratio).sum(-1, keepdim=True))
+    visits = moments.sequence_kl(mdp, student, teacher).occupancy.sum(0) * mdp.active
+    found = expected(part, factory.make("teacher_topk"))
+    torch.testing.assert_close(found, visits[:, None] * local, atol=1e-12, rtol=0)
+    assert (found - family[0]).norm() > 0.01
+
+
+def test_each_trajectorys_gradient_is_that_of_its_own_loss() -> None:
+    mdp = ending(token_chain(3, 5), torch.tensor(0.3))
+    student, teacher = pair(mdp)
+    at = sample(mdp, student, teacher, 6, seeded(3))
+    assert at.batch.mask.sum(1).unique().numel() > 1
+    full = with_support(at, student, teacher, "full")
+    top = with_support(at, student, teacher, "teacher", 2)
+    for objective, drawn in (
+        (factory.sampled_token(0.7), at),
+        (factory.full_reverse_kl(), full),
+        (factory.make("teacher_topk"), top),
+    ):
+        drawn.batch.checked()
+        together = trajectory_gradients(drawn, student, objective)
+        for i in range(6):
+            live = student.clone().requires_grad_()
+            row, loss = drawn.batch.rows([i]), torch.zeros((), dtype=torch.float64)
+            for t in range(int(row.mask.sum())):
+                every = live[drawn.states[i, t]].log_softmax(-1)
+                if objective.support == "none":
+                    credit = by_hand.to_go(row.log_ratio, 0.7)[0, t]
+                    loss = loss + credit * every[row.tokens[0, t]]
+                else:
+                    k = 3 if objective.support == "full" else 2
+                    ids = teacher[drawn.states[i, t]].argsort(descending=True)[:k]
+                    ours = every[ids].log_softmax(-1)
+                    theirs = teacher[drawn.states[i, t]][ids].log_softmax(-1)
+                    loss = loss + (ours.exp() * (ours - theirs)).sum()
+            (alone,) = torch.autograd.grad(loss, live)
+            torch.testing.assert_close(together[i], alone, atol=1e-13, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["chain", "ending"])
+def test_samples_visit_states_as_often_as_they_should(name: str) -> None:
+    mdp = worlds()[name]
+    student, teacher = pair(mdp)
+    count = 40_000
+    at = sample(mdp, student, teacher, count, seeded(4))
+    at.batch.checked()
+    occupancy = moments.sequence_kl(mdp, student, teacher).occupancy
+    for t in range(mdp.horizon):
+        share = torch.bincount(at.states[:, t], minlength=mdp.num_states) / count
+        error = (occupancy[t] * (1 - occupancy[t]) / count).sqrt().clamp(min=1 / count)
+        assert ((share - occupancy[t]).abs() / error).max() < 4.5
+    p = student.softmax(-1)
+    for s in range(mdp.num_states):
+        chosen = at.batch.tokens[(at.states == s) & at.batch.mask]
+        if len(chosen) > 100:
+            share = torch.bincount(chosen, minlength=mdp.num_actions) / len(chosen)
+            error = (p[s] * (1 - p[s]) / len(chosen)).sqrt()
+            assert ((share - p[s]).abs() / error).max() < 4.5
+    assert at.batch.mask.equal(mdp.active[at.states] > 0)
+    assert bool(at.batch.ended.any())
+    assert at.batch.log_ratio.sum(1).mean().item() == pytest.approx(
+        moments.sequence_kl(mdp, student, teacher).total.item(), abs=0.05
+    )
+
+
+def test_monte_carlo_agrees_with_the_exact_moments() -> None:
+    mdp = worlds()["ending"]
+    student, teacher = pair(mdp)
+    family = {str(g): factory.sampled_token(g) for g in GAMMAS}
+    drawn = monte_carlo(mdp, student, teacher, family, 20_000, seeded(5), chunk=3_000)
+    mean, variance = moments.moments(mdp, student, teacher, "plain", GAMMAS)
+    z = (drawn.mean - mean) / drawn.mean_se.clamp(min=1e-12)
+    assert z[drawn.mean_se > 0].abs().max() < 4.5
+    assert ((drawn.variance - variance) / drawn.variance_se).abs().max() < 4
+    assert (drawn.variance_se / variance).max() < 0.2
+
+
+def test_monte_carlo_covers_objectives_on_a_support() -> None:
+    mdp = worlds()["ending"]
+    student, teacher = pair(mdp)
+    family = {"full": factory.full_reverse_kl(), "top": factory.make("teacher_topk")}
+    drawn = monte_carlo(mdp, student, teacher, family, 5_000, seeded(6), k=2)
+    mean, variance = moments.moments(mdp, student, teacher, "rb_immediate", 0.0)
+    error = drawn.mean_se[0].clamp(min=1e-12)
+    assert ((drawn.mean[0] - mean).abs() / error).max() < 4.5
+    assert abs(drawn.variance[0] - variance) / drawn.variance_se[0] < 4
+    # all tokens in the support: the same numbers on the same draws; one token: none at all
+    torch.testing.assert_close(drawn.mean[0], drawn.mean[1], atol=1e-14, rtol=0)
+    torch.testing.assert_close(drawn.variance[0], drawn.variance[1], atol=0, rtol=1e-12)
+    single = monte_carlo(mdp, student, teacher, family, 100, seeded(6), k=1)
+    assert single.variance[1] < 1e-30 < single.variance[0]
+
+
+@pytest.mark.parametrize("chunk", [60, 7])
+def test_running_sums_are_those_of_the_whole_sample(chunk: int) -> None:
+    mdp = worlds()["tokens"]
+    student, teacher = pair(mdp)
+    family = {"a": factory.sampled_token(0.0), "b": factory.sampled_token(0.9)}
+    drawn = monte_carlo(mdp, student, teacher, family, 60, seeded(7), chunk=chunk)
+    generator, sizes = seeded(7), [min(chunk, 60 - begin) for begin in range(0, 60, chunk)]
+    batches = [sample(mdp, student, teacher, size, generator) for size in sizes]
+    squares = []
+    for i, objective in enumerate(family.values()):
+        g = torch.cat([trajectory_gradients(at, student, objective) for at in batches])
+        torch.testing.assert_close(drawn.mean[i], g.mean(0), atol=1e-13, rtol=0)
+        torch.testing.assert_close(drawn.mean_se[i], g.std(0) / 60**0.5, atol=1e-13, rtol=0)
+        torch.testing.assert_close(drawn.variance[i], g.var(0).sum(), atol=0, rtol=1e-12)
+        squares.append((g - g.mean(0)).square().sum((1, 2)))
+    if chunk == 60:
+        covariance = torch.stack(squares).cov(correction=0) / 59
+        torch.testing.assert_close(drawn.variance_covariance, covariance, atol=0, rtol=1e-10)
+
+
+def test_standard_errors_of_variances_are_calibrated() -> None:
+    """z over independent replicates has unit spread, also for a paired difference."""
+    mdp = worlds()["tokens"]
+    student, teacher = pair(mdp)
+    family = {str(g): factory.sampled_token(g) for g in (0.0, 1.0)}
+    _, truth = moments.moments(mdp, student, teacher, "plain", (0.0, 1.0))
+    single, paired = [], []
+    for seed in range(120):
+        drawn = monte_carlo(mdp, student, teacher, family, 400, seeded(seed))
+        cov = drawn.variance_covariance
+        single.append((drawn.variance[0] - truth[0]) / cov[0, 0].sqrt())
+        gap = drawn.variance[1] - drawn.variance[0] - (truth[1] - truth[0])
+        paired.append(gap / (cov[0, 0] + cov[1, 1] - 2 * cov[0, 1]).sqrt())
+    for z in (torch.stack(single), torch.stack(paired)):
+        assert 0.8 < z.std().item() < 1.3
+        assert abs(z.mean().item()) < 0.5
+
+
+def test_bad_worlds_and_arguments_are_refused_with_their_numbers() -> None:
+    mdp = worlds()["chain"]
+    student, teacher = pair(mdp)
+    start, moves = mdp.start, mdp.transition
+    for make, words in (
+        (lambda: TabularMDP(moves, start, 0), "horizon is 0"),
+        (lambda: TabularMDP(2 * moves, start, 3), "a row sums to 2"),
+        (lambda: TabularMDP(-moves, start, 3), "transition holds -"),
+        (lambda: TabularMDP(moves / 0, start, 3), "transition holds inf"),
+        (lambda: TabularMDP(moves, start * torch.nan, 3), "start holds nan"),
+        (lambda: TabularMDP(moves[:2], start, 3), r"\(2, 2, 3\), expected"),
+        (lambda: TabularMDP(moves, start[:2], 3), r"start has shape \(2,\)"),
+        (lambda: TabularMDP(moves, start, 3, 2), "end state 2 is not absorbing"),
+        (lambda: TabularMDP(moves, start, 3, 7), "end is 7"),
+        (lambda: ending(mdp, torch.tensor(1.2)), "transition holds -"),
+        (lambda: ending(worlds()["ending"], torch.tensor(0.1)), "already has an end state, 3"),
+        (lambda: random_chain(3, 2, 4, seeded(0), mixing=1.5), r"mixing is 1\.5"),
+        (lambda: random_chain(3, 2, 4, seeded(0), blocks=4), "blocks is 4"),
+        (lambda: moments.expected_gradient(mdp, student, teacher, -0.1), r"-0\.1"),
+        (lambda: moments.moments(mdp, student, teacher, "plain", [0.5, 1.1]), r"1\.1"),
+        (lambda: moments.moments(mdp, student, teacher, "magic"), "unknown estimator 'magic'"),
+        (lambda: moments.moments(mdp, student, teacher, "plain", []), "empty"),
+        (lambda: moments.moments(mdp, student[:2], teacher, "plain"), r"student_logits has shape"),
+        (lambda: moments.moments(mdp, student / 0, teacher, "plain"), "not finite"),
+        (lambda: sample(mdp, student, teacher, 0, seeded(0)), "count is 0"),
+        (lambda: sample(mdp, student, teacher * torch.nan, 2, seeded(0)), "teacher.*6 of 6 values"),
+        (lambda: monte_carlo(mdp, student, teacher, {}, 1, seeded(0)), "count is 1"),
+        (lambda: monte_carlo(mdp, student, teacher, {}, 2, seeded(0), chunk=0), "chunk is 0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            make()
+    at = sample(mdp, student, teacher, 2, seeded(0))
+    for k in (0, 3):
+        with pytest.raises(ValueError, match=f"k is {k}, expected 1 to 2"):
+            with_support(at, student, teacher, "teacher", k)

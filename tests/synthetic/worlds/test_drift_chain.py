@@ -1,0 +1,301 @@
+"""The drift chain against finite differences, hand calculation and the sampled panel."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from diagnostics.monitor import Monitor
+from opd.objectives import factory
+from synthetic.exact import moments
+from synthetic.exact.token_weights import masked_moments, quantiles, token_weights
+from synthetic.experiments import drift as experiment
+from synthetic.sampling.monte_carlo import trajectory_gradients
+from synthetic.sampling.trajectories import Trajectories, sample
+from synthetic.worlds.drift_chain import DriftChain, Knobs, drift_chain
+from tests.helpers import mdp_enumeration as by_hand
+
+COUNT = 4000
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def small(**knobs: float) -> DriftChain:
+    return drift_chain(replace(Knobs(horizon=4, informed=1, ordinary=2), **knobs), seeded(0))
+
+
+UNTAGGED = {"teacher_special": Knobs().special}
+"""The teacher gives the tag the student's probability: the loop alone is at work."""
+
+
+@pytest.fixture(scope="module")
+def drawn() -> tuple[DriftChain, Trajectories, dict[str, float]]:
+    """A long chain, its trajectories, and one row of the panel; every trajectory is a cluster."""
+    chain = drift_chain(Knobs(horizon=64), seeded(1))
+    at = sample(chain.mdp, chain.student, chain.teacher, COUNT, seeded(2))
+    batch = replace(at.batch, prompt=torch.arange(COUNT))
+    return chain, at, Monitor()(0, [batch])
+
+
+# --- the world ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("uninformed", ["flat", "copies"])
+def test_the_uninformed_teacher_is_flat_or_copies(uninformed: str) -> None:
+    """Local KL by hand: log-ratios of the loop token and the tag, and those of ordinary tokens."""
+    knobs = Knobs(uninformed=uninformed, **UNTAGGED)
+    chain = drift_chain(knobs, seeded(7))
+    at = moments.sequence_kl(chain.mdp, chain.student, chain.teacher)
+    p = chain.student.softmax(-1)[chain.uninformed, : knobs.ordinary]
+    rest = 1 - knobs.enter - knobs.special
+    theirs = 1 - knobs.teacher_enter - knobs.special
+    entry = knobs.enter * math.log(knobs.enter / knobs.teacher_enter)
+    flat = math.log(knobs.ordinary) + (p / rest * (p / rest).log()).sum(-1)
+    want = entry + rest * (
+        math.log(rest / theirs) + (torch.zeros_like(flat) if uninformed == "copies" else flat)
+    )
+    torch.testing.assert_close(at.local[chain.uninformed], want, atol=1e-12, rtol=0)
+
+
+def test_an_excursion_to_the_uninformed_block_ends_only_through_the_loop() -> None:
+    knobs = Knobs(drift=0.1, enter=0.05, stay=0.6)
+    chain = drift_chain(knobs, seeded(8))
+    at = moments.sequence_kl(chain.mdp, chain.student, chain.teacher)
+    informed, lost, looping = 1.0, 0.0, 0.0
+    for here in at.occupancy:
+        assert here[chain.uninformed].sum().item() == pytest.approx(lost, abs=1e-12)
+        assert here[chain.loop].item() == pytest.approx(looping, abs=1e-12)
+        onward = informed * (1 - knobs.enter)
+        informed, lost, looping = (
+            onward * (1 - knobs.drift) + looping * (1 - knobs.stay),
+            onward * knobs.drift + lost * (1 - knobs.enter),
+            (informed + lost) * knobs.enter + looping * knobs.stay,
+        )
+
+
+# --- entering the loop --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_slope_of_entering_is_that_of_the_enumerated_cost(frozen: bool) -> None:
+    """Central differences in the loop token's logits of the informed states, all moved at once."""
+    chain, step = small(), 1e-5
+    paths = by_hand.paths(chain.mdp)
+    weight = by_hand.probability(paths, chain.student)
+
+    def cost(shift: float) -> float:
+        student = chain.student.clone()
+        student[chain.informed, chain.loop_token] += shift
+        if not frozen:
+            return float(by_hand.sequence_kl(paths, student, chain.teacher))
+        p, q = student.log_softmax(-1), chain.teacher.log_softmax(-1)
+        return float(weight @ ((p.exp() * (p - q)).sum(-1)[paths.states] * paths.mask).sum(1))
+
+    want = (cost(step) - cost(-step)) / (2 * step)
+    gradient = moments.expected_gradient(
+        chain.mdp, chain.student, chain.teacher, 0.0 if frozen else 1.0
+    )
+    got = gradient[chain.informed, chain.loop_token].sum().item()
+    assert got == pytest.approx(want, rel=1e-7)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.6, 1.0])
+def test_entering_is_worth_what_the_loop_saves(gamma: float) -> None:
+    """One informed state and no drift: costs to go of two states follow a recursion by hand.
+
+    The slope is sum_t d_t p (A - mean of A), A = own cost + gamma times the cost to go after it.
+    """
+    chain = small(drift=0.0, horizon=6, **UNTAGGED)
+    p, q = (x.log_softmax(-1) for x in (chain.student, chain.teacher))
+    local = (p.exp() * (p - q)).sum(-1)
+    enter, stay = (p[s, chain.loop_token].exp().item() for s in (0, chain.loop))
+    entry = (p - q)[0, chain.loop_token].item()
+    outside, inside = local[0].item(), local[chain.loop].item()
+    there = [1.0]  # probability of the informed state by step
+    for _ in range(5):
+        there.append(there[-1] * (1 - enter) + (1 - there[-1]) * (1 - stay))
+    to_go, slope = (0.0, 0.0), 0.0
+    for share in reversed(there):
+        ahead, looping = to_go
+        mean = outside + gamma * ((1 - enter) * ahead + enter * looping)
+        slope += share * enter * (entry + gamma * looping - mean)
+        to_go = (mean, inside + gamma * (stay * looping + (1 - stay) * ahead))
+    gradient = moments.expected_gradient(chain.mdp, chain.student, chain.teacher, gamma)
+    assert gradient[0, chain.loop_token].item() == pytest.approx(slope, abs=1e-12)
+
+
+def test_sequence_level_buys_the_loop_that_token_level_refuses() -> None:
+    """Entering costs more than an ordinary token, and every later token in the loop nothing."""
+    chain = drift_chain(Knobs(**UNTAGGED), seeded(3))
+    at = moments.sequence_kl(chain.mdp, chain.student, chain.teacher)
+    assert at.local[chain.loop].item() == pytest.approx(0, abs=1e-12)
+    slopes = moments.expected_gradient(chain.mdp, chain.student, chain.teacher, [0.0, 1.0])
+    token, sequence = slopes[:, chain.informed, chain.loop_token].sum(-1).tolist()
+    assert sequence < 0 < token
+
+
+def test_a_forbidden_tag_drives_even_token_level_into_the_loop() -> None:
+    """Outside the loop the tag raises the mean cost that entering has to beat, by a sum by hand."""
+    slopes = []
+    for knobs in (Knobs(**UNTAGGED), Knobs()):
+        chain = drift_chain(knobs, seeded(3))
+        gradient = moments.expected_gradient(chain.mdp, chain.student, chain.teacher, 0.0)
+        slopes.append(gradient[chain.informed, chain.loop_token].sum().item())
+    visits = moments.sequence_kl(chain.mdp, chain.student, chain.teacher).occupancy
+    tag = Knobs().special * (math.log(Knobs().special) + 20)
+    # all ordinary tokens gain the small share of the tag's teacher mass that is freed
+    freed = -math.log((1 - 0.015 - math.exp(-20)) / (1 - 0.015 - 0.02)) * (1 - 0.04)
+    want = -visits[:, chain.informed].sum().item() * Knobs().enter * (tag + freed)
+    assert slopes[1] - slopes[0] == pytest.approx(want, rel=1e-9)
+
+
+# --- the special tag ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.7, 1.0])
+def test_a_masked_tag_is_a_masked_position_of_the_batch(gamma: float) -> None:
+    """The exact study and the loss that trains mask alike: no cost, no loss, gamma advanced."""
+    chain = drift_chain(Knobs(horizon=12, special=0.05), seeded(4))
+    at = sample(chain.mdp, chain.student, chain.teacher, 20_000, seeded(5))
+    at = replace(at, batch=at.batch.supervise(at.batch.tokens != chain.special_token))
+    objective = factory.make("sampled_token", gamma)
+    gradients = trajectory_gradients(at, chain.student, objective)
+    mean, variance = masked_moments(chain, "plain", gamma, chain.special_token)
+    error = gradients.std(0) / len(gradients) ** 0.5
+    reached = error > 0
+    z = (gradients.mean(0) - mean)[reached] / error[reached]
+    assert z.abs().max() < 4.5  # the largest of about a hundred entries
+    away = (gradients - mean).square().sum((1, 2))
+    assert abs(away.mean() - variance) < 4 * away.std() / len(away) ** 0.5
+
+
+def test_the_teachers_top_tokens_do_not_move_with_the_tag() -> None:
+    """The tag ranks last for the teacher, so that only K = A compares it."""
+    chain = drift_chain(Knobs(), seeded(6))
+    other = replace(chain, teacher=chain.teacher.clone())
+    other.teacher[:, chain.special_token] -= 5  # still rarer
+    for k, same in ((2, True), (6, True), (7, True), (8, False)):
+        found = [
+            moments.moments(x.mdp, x.student, x.teacher, "teacher_topk", k=k)[0]
+            for x in (chain, other)
+        ]
+        assert torch.allclose(*found, atol=1e-12) == same
+
+
+# --- what the panel sees of it ------------------------------------------------------------------
+
+Drawn = tuple[DriftChain, Trajectories, dict[str, float]]
+
+
+def per_token(weight: Tensor, x: Tensor) -> float:
+    return float((weight * x).sum() / weight.sum())
+
+
+def test_the_panel_measures_the_exact_shares_and_costs(drawn: Drawn) -> None:
+    chain, _, row = drawn
+    weight, cost = token_weights(chain)
+    q = chain.teacher.log_softmax(-1)
+    entropy = -(q.exp() * q).sum(-1, keepdim=True)
+    for name, x in (
+        ("supervision/negative_share", (cost > 0).double()),
+        ("supervision/negative_share_null", (cost > 0).double()),
+        ("supervision/positive_mass", (-cost).clamp(min=0)),
+        ("drift/k1", cost),
+        ("drift/reverse_kl", cost),
+        ("drift/teacher_entropy", entropy.expand_as(cost)),
+        ("drift/teacher_prob", q.exp()),
+    ):
+        assert row[f"{name}_se"] > 0
+        assert abs(row[name] - per_token(weight, x)) < 4 * row[f"{name}_se"], name
+    for first, last in ((0, 1), (8, 15), (32, 63)):
+        part = weight[first : last + 1]
+        for name, x in (("k1", cost), ("teacher_entropy", entropy.expand_as(cost))):
+            found, error = (row[f"drift/{name}@{first}-{last}{end}"] for end in ("", "_se"))
+            assert abs(found - per_token(part, x)) < 4 * error, (name, first)
+    assert abs(row["supervision/negative_share_excess"]) < (
+        4 * row["supervision/negative_share_excess_se"]
+    )
+
+
+def test_repeated_tokens_are_the_loops_and_cost_next_to_nothing(drawn: Drawn) -> None:
+    chain, at, row = drawn
+    looping = (at.batch.tokens == chain.loop_token).unfold(1, 9, 1).all(-1)
+    # nine loop tokens in a row hold two equal 8-grams; ordinary tokens hardly ever repeat eight
+    least = looping.double().sum() / at.batch.mask.sum()
+    assert least <= row["collapse/repeated_share"] < least + 0.01
+    assert row["supervision/repeated_cost"] < 0.1 * row["supervision/regular_cost"]
+    assert row["drift/teacher_rank_1"] < 1
+
+
+def test_position_quantiles_are_those_of_the_samples(drawn: Drawn) -> None:
+    """The share below the exact quantile is the level, up to ties and four standard errors."""
+    chain, at, _ = drawn
+    weight, cost = token_weights(chain)
+    signal = -at.batch.log_ratio
+    for t in (0, 20, 63):
+        for level in (0.05, 0.5, 0.95):
+            (cut,) = quantiles(weight[t], -cost, (level,))
+            error = 4 * (level * (1 - level) / COUNT) ** 0.5
+            below = (signal[:, t] < cut - 1e-9).double().mean().item()
+            upto = (signal[:, t] <= cut + 1e-9).double().mean().item()
+            assert below - error < level < upto + error
+
+
+# --- random lengths and a sure teacher ----------------------------------------------------------
+
+
+def test_responses_end_geometrically_but_not_in_the_loop() -> None:
+    """Two lumped classes: outside, m enters and the rest ends with `stop`; inside, 1 - stay leaves
+    and of those the rest ends too.
+    """
+    knobs = Knobs(horizon=24, stop=0.1, enter=0.05, stay=0.9)
+    weight, cost = token_weights(drift_chain(knobs, seeded(2)))
+    outside, loop = 1.0, 0.0
+    for here in weight:
+        assert here[:-2].sum().item() == pytest.approx(outside, abs=1e-12)
+        assert here[-2].sum().item() == pytest.approx(loop, abs=1e-12)
+        assert here[-1].sum().item() == 0  # nothing is emitted at the end
+        left = outside * (1 - knobs.enter) + loop * (1 - knobs.stay)
+        outside, loop = left * (1 - knobs.stop), outside * knobs.enter + loop * knobs.stay
+    assert cost.isfinite().all()
+
+
+def test_the_late_tokens_of_random_lengths_are_loops() -> None:
+    """The share of the survivors in the loop, from samples."""
+    chain = drift_chain(Knobs(horizon=48, stop=0.05), seeded(2))
+    batch = sample(chain.mdp, chain.student, chain.teacher, 8000, seeded(3)).batch
+    want = float(experiment.signal(chain)["late_loop"])
+    going = batch.mask[:, -1]
+    # only loops are full of loop tokens; what precedes the last token decides where it was drawn
+    looping = batch.tokens[going, -2] == chain.loop_token
+    share = looping.double().mean().item()
+    assert abs(share - want) < 4 * (want * (1 - want) / int(going.sum())) ** 0.5
+    assert want > 2 * float(experiment.positions(chain)[5]["loop_mass"])
+
+
+def test_a_sure_teacher_widens_the_signal_and_a_flat_one_narrows_it() -> None:
+    growth = {
+        kind: experiment.signal(drift_chain(Knobs(uninformed=kind), seeded(4)))["band_growth"]
+        for kind in ("flat", "sure")
+    }
+    assert growth["sure"] > 1.2 > growth["flat"]
+
+
+def test_positive_and_total_signal_concentrate_differently() -> None:
+    chain = drift_chain(Knobs(), seeded(5))
+    weight, cost = token_weights(chain)
+    each, size = weight.sum(0).flatten(), (-cost).flatten()
+    rows = sorted(zip(size.tolist(), each.tolist(), strict=True), reverse=True)
+    rows = [row for row in rows if row[0] > 0]
+    left = 0.01 * sum(mass for _, mass in rows)
+    top, total = 0.0, sum(value * mass for value, mass in rows)
+    for value, mass in rows:
+        top += value * min(mass, left)
+        left -= min(mass, left)
+    found = experiment.signal(chain)
+    assert found["positive_top1_share"] == pytest.approx(top / total, rel=1e-9)
+    assert found["top1_share"] > 2 * top / total  # the tag is among the negative ones
