@@ -8,7 +8,8 @@ import pytest
 from scipy import stats
 
 from diagnostics.stats import gain_interval, unpaired_interval
-from opd.cli.train import parse, train
+from opd.cli.train import main as train_command
+from opd.cli.train import parse
 from opd.runs import result
 from opd.runs.result import BETTER, NOTHING, WORSE, accuracy_change, divergence_change
 
@@ -118,7 +119,7 @@ def test_a_run_ends_with_what_it_has_shown(
     student, teacher = tiny_pair
     words = ["smoke", "--student", str(student), "--teacher", str(teacher), "--steps", "1"]
     assert parse(words).steps == 1
-    train([*words, "--eval-problems", "4", "--out", str(tmp_path / "run"), "--device", "cpu"])
+    train_command([*words, "--eval-problems", "4", "--out", str(tmp_path / "run"), "--device", "cpu"])
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("held-out accuracy: 0.")
     assert "4 problems, paired; fewer than 16 show nothing" in said[0]
