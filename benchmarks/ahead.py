@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from diagnostics.batch import Scored
+from diagnostics.batch import ScoredRollouts
 from diagnostics.core.totals import read
 from diagnostics.metrics.consistency import sampler_weights
 from diagnostics.records import rows
@@ -47,19 +47,19 @@ def measured(given: Any, ahead: int) -> list[dict[str, float]]:
             group_size=4,
             max_prompt=128,
             max_response=given.response,
-            exact_every=given.steps,
+            full_metrics_every=given.steps,
             eval_every=0,
             eval_problems=1,
             save_every=0,
-            batch_every=1,
+            save_batch_every=1,
             device="cpu",
         )
         found = rows.read(train(config) / "rows.jsonl")[2:]
         kept = []
         for row in found:
             batch = load(Path(folder) / "batches" / f"step_{row['step']:06d}.safetensors")
-            assert isinstance(batch, Scored)
-            kept.append({**row, "ess": read(sampler_weights(batch))["validity/sampler_ess"]})
+            assert isinstance(batch, ScoredRollouts)
+            kept.append({**row, "ess": read(sampler_weights(batch))["consistency/sampler_ess"]})
     return kept
 
 
@@ -72,8 +72,8 @@ def summary(found: list[dict[str, float]]) -> dict[str, float]:
     return {
         "step": median([sum(row[name] for name in names.values()) for row in found]),
         **made,
-        "age": median([row["validity/age"] for row in found]),
-        "square": median([row["validity/sampler_log_ratio_square"] for row in found]),
+        "age": median([row["consistency/age"] for row in found]),
+        "square": median([row["consistency/sampler_log_ratio_square"] for row in found]),
         "ess": median([row["ess"] for row in found]),
     }
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from diagnostics.gradients.bias import squared_bias
-from diagnostics.gradients.estimators import Weights, weights
+from diagnostics.gradients.estimators import EstimatorWeights, weights
 from diagnostics.gradients.jackknife import Estimate, quantile, squared
 from diagnostics.gradients.proxies import (
     adam_noise,
@@ -45,7 +45,7 @@ def seeded(seed: int) -> torch.Generator:
 
 def gradients(
     world: World, count: int, seed: int, names: tuple[str, ...]
-) -> tuple[Tensor, Weights]:
+) -> tuple[Tensor, EstimatorWeights]:
     """(n, F, 1, S A) gradients of `count` trajectories by the probe's own path."""
     mdp, student, teacher = world
     at = sample(mdp, student, teacher, count, seeded(seed))
@@ -67,7 +67,7 @@ def family_table(batches: int, sequences: int) -> None:
     world = (mdp, *random_pair(mdp, seeded(8), distance=1.0, heterogeneity=0.5))
     means, noise = moments.moments(*world, EXACT, GAMMAS)
     bias = (means[0] - means[0, -1]).square().sum((-1, -2))
-    found: list[tuple[Pairs, Weights]] = []
+    found: list[tuple[Pairs, EstimatorWeights]] = []
     for seed in range(batches):
         x, family = gradients(world, sequences, 5000 + seed, NAMES)
         found.append((pairs(x, torch.arange(sequences)), family))

@@ -111,7 +111,7 @@ def run_settings(pair: tuple[str, str], out: Path, seed: int, steps: int) -> dic
         "eval_every": 0,
         "eval_problems": 1,
         "save_every": 0,
-        "batch_every": 0,
+        "save_batch_every": 0,
         "device": "cpu",
     }
 

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from diagnostics.batch import Scored, Support
+from diagnostics.batch import ScoredRollouts, Support
 from opd.models.forward import response_hidden
-from opd.models.model import Model, split
+from opd.models.model import CausalLM, split
 from opd.objectives.factory import OBJECTIVES
 from opd.scoring.loss import loss_from_hidden
-from opd.teachers.pair import Pair
+from opd.teachers.pair import ModelPair
 
 WAYS = ("rows", "chunks", "logits")
 WIDTH, K, PROMPT = 64, 32, 16
@@ -93,7 +93,7 @@ def cell(way: str, length: int, vocabulary: int) -> dict[str, float]:
     return {"seconds": seconds, "mebibytes": (after - before) / 1024}
 
 
-def given_batch(tokens: torch.Tensor, vocabulary: int) -> Scored:
+def given_batch(tokens: torch.Tensor, vocabulary: int) -> ScoredRollouts:
     """A scored batch of one response with made-up numbers."""
     shape = (*tokens.shape, K)
     logp = -torch.rand(shape) * 5 - 5
@@ -101,7 +101,7 @@ def given_batch(tokens: torch.Tensor, vocabulary: int) -> Scored:
     support = Support(
         ids=torch.randint(vocabulary, shape), student_logp=logp, teacher_logp=logp, source="teacher"
     )
-    return Scored(
+    return ScoredRollouts(
         tokens=tokens,
         mask=torch.ones_like(tokens, dtype=torch.bool),
         sampler_logp=flat,
@@ -113,7 +113,9 @@ def given_batch(tokens: torch.Tensor, vocabulary: int) -> Scored:
     )
 
 
-def lean(way: str, student: Model, teacher: Model, ids: torch.Tensor, batch: Scored) -> None:
+def lean(
+    way: str, student: CausalLM, teacher: CausalLM, ids: torch.Tensor, batch: ScoredRollouts
+) -> None:
     from opd.data.prompts import Prompts
 
     prompts = Prompts(
@@ -122,7 +124,7 @@ def lean(way: str, student: Model, teacher: Model, ids: torch.Tensor, batch: Sco
         index=torch.zeros(1, dtype=torch.long),
         answers=[""],
     )
-    pair = Pair(student, teacher, None, [])
+    pair = ModelPair(student, teacher, None, [])
     name = "teacher_topk" if way == "rows" else "full_reverse_kl"
     taught = None
     if way == "chunks":
@@ -136,12 +138,12 @@ def lean(way: str, student: Model, teacher: Model, ids: torch.Tensor, batch: Sco
         batch,
         torch.zeros(batch.tokens.shape),
         torch.full((batch.tokens.numel(),), 1 / batch.tokens.numel()),
-        chunk_elements=1 << 24,
+        max_logits_per_chunk=1 << 24,
     )
     loss.backward()
 
 
-def dense(student: Model, teacher: Model, ids: torch.Tensor) -> None:
+def dense(student: CausalLM, teacher: CausalLM, ids: torch.Tensor) -> None:
     with torch.no_grad():
         q = teacher.network(ids, use_cache=False).logits[:, PROMPT - 1 : -1].log_softmax(-1)
     p = student.network(ids, use_cache=False).logits[:, PROMPT - 1 : -1].log_softmax(-1)

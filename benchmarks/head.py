@@ -27,13 +27,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.study import cpu
-from diagnostics.batch import Scored, Support
-from opd.models.lm_head import Head, full_logits, two_stage_topk
-from opd.models.model import Model
+from diagnostics.batch import ScoredRollouts, Support
+from opd.models.lm_head import LmHead, full_logits, two_stage_topk
+from opd.models.model import CausalLM
 from opd.objectives.divergences import renormalise, reverse_kl
 from opd.objectives.factory import OBJECTIVES
 from opd.scoring.loss import loss_from_hidden
-from opd.teachers.pair import Pair
+from opd.teachers.pair import ModelPair
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ class Case:
     ids: Tensor
     teacher_logp: Tensor
     tokens: Tensor
-    chunk_elements: int
+    max_logits_per_chunk: int
 
 
 def case(n: int, d: int, v: int, k: int, ids: str, dtype: torch.dtype, device: str) -> Case:
@@ -87,17 +87,17 @@ def text_like(n: int, v: int, k: int, generator: torch.Generator) -> Tensor:
 # --- what is compared ---------------------------------------------------------------------------
 
 
-def pair_of(at: Case) -> Pair:
-    def model(weight: Tensor) -> Model:
-        head = Head(weight, len(weight))
-        return Model(None, lambda *_: weight, lambda: head, len(weight))
+def pair_of(at: Case) -> ModelPair:
+    def model(weight: Tensor) -> CausalLM:
+        head = LmHead(weight, len(weight))
+        return CausalLM(None, lambda *_: weight, lambda: head, len(weight))
 
-    return Pair(model(at.ours), model(at.theirs), None, [0])
+    return ModelPair(model(at.ours), model(at.theirs), None, [0])
 
 
-def scored(at: Case) -> Scored:
+def scored(at: Case) -> ScoredRollouts:
     row = at.teacher_logp[None, :, 0]
-    return Scored(
+    return ScoredRollouts(
         tokens=at.tokens[None],
         mask=torch.ones_like(at.tokens, dtype=torch.bool)[None],
         sampler_logp=row,
@@ -119,15 +119,15 @@ def our_loss(name: str) -> Callable[[Case], Tensor]:
         one = torch.ones_like(at.tokens, dtype=torch.float32)
         taught = at.taught if name.startswith("full") else None
         given = (pair_of(at), OBJECTIVES[name](), at.hidden, taught, scored(at), one[None], one)
-        return loss_from_hidden(*given, chunk_elements=at.chunk_elements)
+        return loss_from_hidden(*given, max_logits_per_chunk=at.max_logits_per_chunk)
 
     return loss
 
 
 def with_teacher(at: Case) -> Tensor:
     """The teacher's exact top-K in chunks, then the loss on it."""
-    head, k = Head(at.theirs, len(at.theirs)), at.ids.shape[1]
-    step = max(1, at.chunk_elements // len(at.theirs))
+    head, k = LmHead(at.theirs, len(at.theirs)), at.ids.shape[1]
+    step = max(1, at.max_logits_per_chunk // len(at.theirs))
     found = []
     with torch.no_grad():
         for h in at.taught.split(step):

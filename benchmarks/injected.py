@@ -18,14 +18,14 @@ from torch import Tensor
 from diagnostics.batch import Rollouts
 from opd.config.settings import Config
 from opd.models.forward import response_hidden, spread
-from opd.models.model import Model, split
+from opd.models.model import CausalLM, split
 from opd.objectives.catalogue import ERRORS
 from opd.objectives.factory import Objective, make
 from opd.rollouts.base import Engine
-from opd.rollouts.hf_engine import InProcess
+from opd.rollouts.hf_engine import HfEngine
 from opd.scoring import score
 from opd.teachers.factory import make_pair, make_pairs
-from opd.teachers.pair import Pair
+from opd.teachers.pair import ModelPair
 from opd.training import train
 
 Change = Callable[[Engine, Any, Any, dict[str, Any]], Rollouts]
@@ -74,19 +74,19 @@ def whole(engine: Engine, prompts: Any, eos: Any, how: dict[str, Any]) -> Rollou
     return engine.sample(prompts, eos, **how)
 
 
-class Faulty(InProcess):
+class Faulty(HfEngine):
     """The engine with a change to what it samples; `frozen` keeps the weights of the start."""
 
-    def __init__(self, student: Model, change: Change, frozen: bool) -> None:
+    def __init__(self, student: CausalLM, change: Change, frozen: bool) -> None:
         super().__init__(student)
         self.change, self.frozen = change, frozen
         if frozen:
             self.model = split(copy.deepcopy(student.network), student.vocabulary)
 
     def sample(self, prompts: Any, eos: list[int], **settings: Any) -> Rollouts:
-        return self.change(InProcess(self.model), prompts, eos, settings)
+        return self.change(HfEngine(self.model), prompts, eos, settings)
 
-    def sync(self, model: Model) -> None:
+    def sync(self, model: CausalLM) -> None:
         if not self.frozen:
             super().sync(model)
 
@@ -95,7 +95,7 @@ def sampled_by(change: Change, frozen: bool = False) -> Any:
     return patch.object(train, "sampler", lambda _, student: Faulty(student, change, frozen))
 
 
-def late(model: Model, prompts: Any, batch: Rollouts, mask: Tensor) -> Tensor:
+def late(model: CausalLM, prompts: Any, batch: Rollouts, mask: Tensor) -> Tensor:
     """The states that predict the token after: they have seen the token that they score."""
     states = spread(response_hidden(model, prompts, batch, mask), mask)
     return states.roll(-1, 1)[mask]
@@ -117,7 +117,7 @@ def stopped(_: Config) -> Objective:
     return replace(made, local=lambda at: made.local(at).detach() + 0 * made.local(at))
 
 
-def renumbered(settings: list[Config]) -> list[Pair]:
+def renumbered(settings: list[Config]) -> list[ModelPair]:
     """A teacher with another tokenizer of the same size: its ids are one higher."""
     pairs = make_pairs(settings)
     weight = pairs[0].teacher.network.lm_head.weight
@@ -125,10 +125,10 @@ def renumbered(settings: list[Config]) -> list[Pair]:
     return pairs
 
 
-def exchanged(ids: Tensor, others: Tensor) -> Callable[[list[Config]], list[Pair]]:
+def exchanged(ids: Tensor, others: Tensor) -> Callable[[list[Config]], list[ModelPair]]:
     """Pairs whose teacher says each of `others` where it would say the id beside it, and back."""
 
-    def made(settings: list[Config]) -> list[Pair]:
+    def made(settings: list[Config]) -> list[ModelPair]:
         pairs = make_pairs(settings)
         weight = pairs[0].teacher.network.lm_head.weight
         weight.data[torch.cat([ids, others])] = weight.data[torch.cat([others, ids])]
@@ -137,12 +137,12 @@ def exchanged(ids: Tensor, others: Tensor) -> Callable[[list[Config]], list[Pair
     return made
 
 
-def ends_renamed(settings: list[Config]) -> list[Pair]:
+def ends_renamed(settings: list[Config]) -> list[ModelPair]:
     """A teacher that ends with other ids than the student; both stop at all of them."""
     return exchanged(torch.arange(10), torch.arange(10, 20))(settings)
 
 
-def tag_renamed(settings: list[Config]) -> list[Pair]:
+def tag_renamed(settings: list[Config]) -> list[ModelPair]:
     """A teacher that has other tokens for the three that the student is sure of most often."""
     pair = make_pair(settings[0])
     generator = torch.Generator().manual_seed(0)
@@ -171,7 +171,7 @@ class Fault:
     architecture: str = "qwen2"
 
 
-def with_pairs_of(made: Callable[[list[Config]], list[Pair]]) -> Any:
+def with_pairs_of(made: Callable[[list[Config]], list[ModelPair]]) -> Any:
     return patch.object(train, "make_pairs", made)
 
 
@@ -188,7 +188,7 @@ SAMPLING_FAULTS: dict[str, Fault] = {
     "k1 differentiated": Fault(lambda: patch.object(train, "make_objective", k1)),
     "wrong sign": Fault(lambda: patch.object(train, "make_objective", upside_down)),
     "un-normalised top-K": Fault(
-        settings={"objective": "teacher_topk_unnormalised", "collapse_accepted": True, "lr": 0.01}
+        settings={"objective": "teacher_topk_unnormalised", "allow_collapse": True, "lr": 0.01}
     ),
     "learning rate 3": Fault(settings={"lr": 3.0}),
     "teacher's ids one higher": Fault(lambda: with_pairs_of(renumbered), OTHER_TEACHER),

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from benchmarks.step import make_models
-from diagnostics.batch import Scored
-from diagnostics.core.optional_fields import Missing
+from diagnostics.batch import ScoredRollouts
+from diagnostics.core.optional_fields import MissingField
 from diagnostics.core.totals import pack
 from diagnostics.monitor import PANEL, Metric
 from diagnostics.records import rows
@@ -53,7 +53,7 @@ def config(folder: Path, name: str, given: Any) -> Config:
         eval_every=0,
         eval_problems=1,
         save_every=0,
-        batch_every=0,
+        save_batch_every=0,
         device=given.device,
     )
 
@@ -71,14 +71,14 @@ def run(chosen: Config) -> list[Row]:
     return rows.read(Path(chosen.out) / "rows.jsonl")
 
 
-def by_metric(batch: Scored, repeats: int = 5) -> dict[str, float]:
+def by_metric(batch: ScoredRollouts, repeats: int = 5) -> dict[str, float]:
     """Metric name to the least seconds of `repeats`, its sums moved to the host; 0 if missing."""
 
     def once(metric: Metric) -> float:
         start = time.perf_counter()
         try:
             pack(metric(batch)).cpu()
-        except Missing:
+        except MissingField:
             return 0.0
         return time.perf_counter() - start
 
@@ -94,11 +94,11 @@ def measure(name: str, size: tuple[int, ...], given: Any) -> None:
         make_models(folder, given)
         plain = config(folder, "plain", given)
         found = run(plain)
-        sparse = run(replace(plain, out=str(folder / "sparse"), exact_every=10**6))
-        saved = run(replace(plain, out=str(folder / "saved"), steps=1, batch_every=1))
+        sparse = run(replace(plain, out=str(folder / "sparse"), full_metrics_every=10**6))
+        saved = run(replace(plain, out=str(folder / "saved"), steps=1, save_batch_every=1))
         batch = load(folder / "saved" / "batches" / "step_000000.safetensors")
     assert len(saved) == 1
-    assert isinstance(batch, Scored)
+    assert isinstance(batch, ScoredRollouts)
     whole = statistics.median(sum(seconds(row).values()) for row in found[1:])
     monitor = median(found, "record")
     exact = median(found, "score") - median(sparse, "score")

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Prefix, Scored
+from diagnostics.batch import DistributionStats, ScoredRollouts
 from diagnostics.core.distribution_stats import functionals
 from diagnostics.gradients.bias import cost_of_response
 from diagnostics.gradients.estimators import available, weights
 from diagnostics.gradients.layers import block
-from diagnostics.gradients.probe import Measured, gradient_row
+from diagnostics.gradients.probe import GradientSketches, gradient_row
 from diagnostics.gradients.sketch import (
     random_signs,
     sequence_sketches,
@@ -35,8 +35,8 @@ from diagnostics.gradients.sketch import (
 )
 from opd.data.prompts import Prompts
 from opd.models.forward import log_probabilities, response_hidden
-from opd.models.model import Model, split
-from opd.teachers.pair import Pair
+from opd.models.model import CausalLM, split
+from opd.teachers.pair import ModelPair
 from opd.training.gradient_probe import below_head, hidden_slopes
 
 CHUNK = 512
@@ -66,7 +66,7 @@ def main() -> None:
     kept, first = timed(lambda: token_sketches(batch, hidden, logp, signs, CHUNK))
     at = weights(batch, available(batch, True))
     x, second = timed(lambda: sequence_sketches(kept, batch.mask, at.values, at.local))
-    found = Measured(
+    found = GradientSketches(
         sketches=x,
         energies=token_energies(kept, batch.mask, at.values, at.local),
         prompt=batch.prompt,
@@ -99,7 +99,7 @@ def blocks(rows: int = 16, width: int = 128) -> None:
             num_key_value_heads=2,
         )
         networks.append(Qwen2ForCausalLM(config).eval())
-    pair = Pair(*(split(network, 4096) for network in networks), None, [0])
+    pair = ModelPair(*(split(network, 4096) for network in networks), None, [0])
     generator = torch.Generator().manual_seed(0)
     prompts = Prompts(
         tokens=torch.randint(4096, (rows, 32), generator=generator),
@@ -111,7 +111,7 @@ def blocks(rows: int = 16, width: int = 128) -> None:
     chance = torch.full(tokens.shape, -8.0)
     bare = rolled(tokens, chance, chance)
 
-    def states(model: Model) -> Tensor:
+    def states(model: CausalLM) -> Tensor:
         return response_hidden(model, prompts, bare)
 
     def logp(c: slice) -> tuple[Tensor, Tensor]:
@@ -143,7 +143,7 @@ def blocks(rows: int = 16, width: int = 128) -> None:
         )
 
 
-def scored(tokens: Tensor, logp: Callable[[slice], tuple[Tensor, Tensor]]) -> Scored:
+def scored(tokens: Tensor, logp: Callable[[slice], tuple[Tensor, Tensor]]) -> ScoredRollouts:
     """The batch, as a scoring pass over chunks of tokens makes it; two rollouts a prompt."""
     flat, parts = tokens.flatten(), []
     for start in range(0, len(flat), CHUNK):
@@ -154,11 +154,11 @@ def scored(tokens: Tensor, logp: Callable[[slice], tuple[Tensor, Tensor]]) -> Sc
         parts.append(part | functionals(p, q, flat[c]))
     column = {name: torch.cat([x[name] for x in parts]).view_as(tokens) for name in parts[0]}
     ours, theirs = column.pop("student"), column.pop("teacher")
-    return replace(rolled(tokens, ours, theirs), prefix=Prefix(**column))
+    return replace(rolled(tokens, ours, theirs), prefix=DistributionStats(**column))
 
 
-def rolled(tokens: Tensor, ours: Tensor, theirs: Tensor) -> Scored:
-    return Scored(
+def rolled(tokens: Tensor, ours: Tensor, theirs: Tensor) -> ScoredRollouts:
+    return ScoredRollouts(
         tokens=tokens,
         mask=torch.ones_like(tokens, dtype=torch.bool),
         sampler_logp=ours,

@@ -27,8 +27,8 @@ from opd.data.chain_task import problems
 from opd.data.prompts import encode
 from opd.rollouts.hf_engine import sample
 from opd.scoring.score import score_support
-from opd.teachers.client import Remote, connect
-from opd.teachers.pair import Pair, load_pair
+from opd.teachers.client import TeacherClient, connect
+from opd.teachers.pair import ModelPair, load_pair
 from opd.teachers.remote_scores import asked
 
 MICRO_TOKENS, CHUNK_ELEMENTS = 4096, 1 << 24
@@ -89,7 +89,7 @@ def timed(run: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - own
 
 
-def measured(pair: Pair, url: str, given: argparse.Namespace) -> dict[str, float]:
+def measured(pair: ModelPair, url: str, given: argparse.Namespace) -> dict[str, float]:
     prompts = encode(pair.tokenizer, problems("train", given.rows, 0), 1, 512)
     batch = sample(
         pair.student,
@@ -101,19 +101,19 @@ def measured(pair: Pair, url: str, given: argparse.Namespace) -> dict[str, float
         generator=torch.Generator().manual_seed(0),
     )
     tokens = int(batch.mask.sum())
-    how = {"k": given.k, "temperature": 1.0, "micro_tokens": MICRO_TOKENS}
+    how = {"k": given.k, "temperature": 1.0, "max_tokens_per_microbatch": MICRO_TOKENS}
 
     def near() -> None:
-        score_support(pair, prompts, batch, chunk_elements=CHUNK_ELEMENTS, **how)
+        score_support(pair, prompts, batch, max_logits_per_chunk=CHUNK_ELEMENTS, **how)
 
-    def far(remote: Remote) -> None:
+    def far(remote: TeacherClient) -> None:
         told = asked(remote, prompts, batch, given.k)
-        score_support(pair, prompts, batch, chunk_elements=CHUNK_ELEMENTS, told=told, **how)
+        score_support(pair, prompts, batch, max_logits_per_chunk=CHUNK_ELEMENTS, told=told, **how)
 
     def student() -> None:
-        score_support(pair, prompts, batch, chunk_elements=CHUNK_ELEMENTS, told=known, **how)
+        score_support(pair, prompts, batch, max_logits_per_chunk=CHUNK_ELEMENTS, told=known, **how)
 
-    def connected(address: str) -> Remote:
+    def connected(address: str) -> TeacherClient:
         how = {"k": given.k, "patience": 600.0, "in_flight": given.at_once}
         return connect(address, pair.tokenizer, pair.student.vocabulary, **how)
 

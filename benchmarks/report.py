@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from diagnostics.batch import Prefix, Scored, Support
+from diagnostics.batch import DistributionStats, ScoredRollouts, Support
 from diagnostics.records import rows
 from diagnostics.records.batch_files import load
 from opd.report import build
@@ -48,7 +48,7 @@ def lengthened(run: Path, out: Path, steps: int, response: int) -> Path:
     shutil.copytree(run / "batches", out / "batches")
     last = max((out / "batches").iterdir())
     batch = load(last)
-    assert isinstance(batch, Scored)
+    assert isinstance(batch, ScoredRollouts)
     longer(batch.rows(slice(0, 4)), response).save(
         out / "batches" / f"step_{steps - 1:06d}.safetensors"
     )
@@ -57,7 +57,7 @@ def lengthened(run: Path, out: Path, steps: int, response: int) -> Path:
     return out
 
 
-def longer(batch: Scored, length: int) -> Scored:
+def longer(batch: ScoredRollouts, length: int) -> ScoredRollouts:
     """The responses joined with themselves up to a length."""
     times = -(-length // batch.tokens.shape[1])
 
@@ -68,7 +68,9 @@ def longer(batch: Scored, length: int) -> Scored:
             if isinstance(x, torch.Tensor) and x.dim() > 1
         }
         inner = {
-            name: tiled(x) for name, x in vars(part).items() if isinstance(x, Support | Prefix)
+            name: tiled(x)
+            for name, x in vars(part).items()
+            if isinstance(x, Support | DistributionStats)
         }
         return replace(part, **wide, **inner)
 
@@ -101,7 +103,7 @@ def browsed(page: Path) -> dict[str, float]:
             window.evaluate(HOVER)
         )
         found["bands_ms"] = window.evaluate(CHANGE, ["bands", "on"])
-        found["map_ms"] = window.evaluate(CHANGE, ["map", "drift/teacher_entropy"])
+        found["map_ms"] = window.evaluate(CHANGE, ["map", "divergence/teacher_entropy"])
         opened.close()
     return found
 

@@ -20,7 +20,7 @@ import transformers
 
 from opd.data.prompts import Prompts
 from opd.lab.build import make_tokenizer
-from opd.models.model import Model
+from opd.models.model import CausalLM
 from opd.rollouts.factory import make_engine
 from opd.teachers.pair import load_pair
 
@@ -35,7 +35,7 @@ ON_GPU = {"24 layers, 896 wide (0.5B)": (24, 896, 151936, 128, 128, 256)}
 Shape = tuple[int, int, int, int, int, int]
 
 
-def made(shape: Shape, device: str) -> Model:
+def made(shape: Shape, device: str) -> CausalLM:
     layers, width, vocabulary, _, prompt, response = shape
     torch.manual_seed(0)
     config = transformers.Qwen2Config(
@@ -69,7 +69,7 @@ def mixed(shape: Shape) -> Prompts:
     return Prompts(tokens=tokens, mask=mask, index=torch.arange(rows), answers=[""] * rows)
 
 
-def plain(model: Model, prompts: Prompts, response: int) -> Callable[[int], int]:
+def plain(model: CausalLM, prompts: Prompts, response: int) -> Callable[[int], int]:
     settings = transformers.GenerationConfig(
         do_sample=True,
         temperature=TEMPERATURE,
@@ -95,7 +95,7 @@ def plain(model: Model, prompts: Prompts, response: int) -> Callable[[int], int]
 
 
 def ours(
-    name: str, model: Model, prompts: Prompts, response: int, never: int
+    name: str, model: CausalLM, prompts: Prompts, response: int, never: int
 ) -> Callable[[int], int]:
     longest = prompts.tokens.shape[1] + response
     engine = make_engine(name, model, **({"max_length": longest} if name == "vllm" else {}))

@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.injected import Fault, Faulty, whole
-from diagnostics.batch import Scored, Support
+from diagnostics.batch import ScoredRollouts, Support
 from opd.config.settings import Config
 from opd.data import tasks
-from opd.data.grading.graders import Verdict
+from opd.data.grading.graders import Grade
 from opd.data.prompts import encode_one
 from opd.models.forward import response_hidden
-from opd.models.model import Model, split
+from opd.models.model import CausalLM, split
 from opd.objectives.factory import make
 from opd.scoring import score
 from opd.teachers.factory import make_pairs
-from opd.teachers.pair import Pair
+from opd.teachers.pair import ModelPair
 from opd.training import step, train, update
 from opd.training.optimizer import Optimizer
 
@@ -38,16 +38,16 @@ LATE: dict[str, Any] = {"start_checks": False}
 # --- the pair -----------------------------------------------------------------------------------
 
 
-def with_pairs(change: Callable[[Pair], Pair | None]) -> AbstractContextManager[Any]:
+def with_pairs(change: Callable[[ModelPair], ModelPair | None]) -> AbstractContextManager[Any]:
     """Pairs of which `change` made something else, in place or anew."""
 
-    def made(settings: list[Config]) -> list[Pair]:
+    def made(settings: list[Config]) -> list[ModelPair]:
         return [change(pair) or pair for pair in make_pairs(settings)]
 
     return patch.object(train, "make_pairs", made)
 
 
-def drop_out(role: str, pair: Pair) -> None:
+def drop_out(role: str, pair: ModelPair) -> None:
     network = getattr(pair, role).network
     network.train()
     for module in network.modules():
@@ -55,16 +55,16 @@ def drop_out(role: str, pair: Pair) -> None:
             module.attention_dropout = 0.1
 
 
-def cast(pair: Pair) -> None:
+def cast(pair: ModelPair) -> None:
     pair.teacher.network.to(torch.bfloat16)
 
 
-def round_weights(pair: Pair) -> None:
+def round_weights(pair: ModelPair) -> None:
     for weight in pair.teacher.network.parameters():
         weight.data = weight.data.bfloat16().float()
 
 
-def ignore_mask(pair: Pair) -> Pair:
+def ignore_mask(pair: ModelPair) -> ModelPair:
     plain = pair.teacher.hidden
 
     def hidden(ids: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
@@ -73,12 +73,12 @@ def ignore_mask(pair: Pair) -> Pair:
     return replace(pair, teacher=replace(pair.teacher, hidden=hidden))
 
 
-def exchange_roles(pair: Pair) -> Pair:
+def exchange_roles(pair: ModelPair) -> ModelPair:
     pair.teacher.network.requires_grad_(True)
     return replace(pair, student=pair.teacher, teacher=pair.student)
 
 
-def one_network(pair: Pair) -> Pair:
+def one_network(pair: ModelPair) -> ModelPair:
     """The teacher's head is the student's own tensor."""
     pair.teacher.network.lm_head.weight = pair.student.network.lm_head.weight
     return replace(pair, teacher=split(pair.teacher.network, pair.teacher.vocabulary))
@@ -87,11 +87,13 @@ def one_network(pair: Pair) -> Pair:
 # --- scores -------------------------------------------------------------------------------------
 
 
-def score_then(change: Callable[[Scored, list[Scored]], Scored]) -> AbstractContextManager[Any]:
+def score_then(
+    change: Callable[[ScoredRollouts, list[ScoredRollouts]], ScoredRollouts],
+) -> AbstractContextManager[Any]:
     """Scored batches that were changed; `change` also sees the right ones of earlier steps."""
-    plain, earlier = score.score, list[Scored]()
+    plain, earlier = score.score, list[ScoredRollouts]()
 
-    def scored(*given: Any, **settings: Any) -> tuple[Scored, Any]:
+    def scored(*given: Any, **settings: Any) -> tuple[ScoredRollouts, Any]:
         batch, states = plain(*given, **settings)
         changed = change(batch, earlier)
         earlier.append(batch)
@@ -100,7 +102,7 @@ def score_then(change: Callable[[Scored, list[Scored]], Scored]) -> AbstractCont
     return patch.object(step, "score", scored)
 
 
-def stale(batch: Scored, earlier: list[Scored]) -> Scored:
+def stale(batch: ScoredRollouts, earlier: list[ScoredRollouts]) -> ScoredRollouts:
     """The teacher's log-probabilities of the step before, where there are as many positions."""
     if not earlier:
         return batch
@@ -110,13 +112,13 @@ def stale(batch: Scored, earlier: list[Scored]) -> Scored:
     return replace(batch, teacher_logp=torch.where(batch.mask, now, 0.0))
 
 
-def other_rows(batch: Scored, _: list[Scored]) -> Scored:
+def other_rows(batch: ScoredRollouts, _: list[ScoredRollouts]) -> ScoredRollouts:
     rolled = batch.teacher_logp.roll(1, 0)
     return replace(batch, teacher_logp=torch.where(batch.mask, rolled, 0.0))
 
 
 def support_changed(change: Callable[[Support], Support]) -> AbstractContextManager[Any]:
-    def changed(batch: Scored, _: list[Scored]) -> Scored:
+    def changed(batch: ScoredRollouts, _: list[ScoredRollouts]) -> ScoredRollouts:
         assert batch.support is not None
         return replace(batch, support=change(batch.support))
 
@@ -158,7 +160,7 @@ def ranks_from_two(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return best.values[..., 1:], best.indices[..., 1:]
 
 
-def positions_from_zero(model: Model, prompts: Any, batch: Any, mask: Tensor) -> Tensor:
+def positions_from_zero(model: CausalLM, prompts: Any, batch: Any, mask: Tensor) -> Tensor:
     """Of the teacher, positions that count padding too."""
     if any(weight.requires_grad for weight in model.network.parameters()):
         return response_hidden(model, prompts, batch, mask)
@@ -174,7 +176,7 @@ def at_temperature(factor: float) -> AbstractContextManager[Any]:
     """Both models are scored at another temperature than configured."""
     plain = score.log_probabilities
 
-    def scored(model: Model, hidden: Tensor, temperature: float) -> Tensor:
+    def scored(model: CausalLM, hidden: Tensor, temperature: float) -> Tensor:
         return plain(model, hidden, factor * temperature)
 
     return patch.object(score, "log_probabilities", scored)
@@ -185,7 +187,7 @@ def dropout_later(role: str) -> Iterator[None]:
     """From the second step on, the model is in training mode."""
     plain, calls = score.score, list[int]()
 
-    def scored(pair: Pair, *given: Any, **settings: Any) -> Any:
+    def scored(pair: ModelPair, *given: Any, **settings: Any) -> Any:
         calls.append(1)
         if len(calls) > 1:
             drop_out(role, pair)
@@ -198,10 +200,10 @@ def dropout_later(role: str) -> Iterator[None]:
 class HeadBehind(Faulty):
     """The engine whose head stays that of the start; everything else is synced."""
 
-    def __init__(self, student: Model) -> None:
+    def __init__(self, student: CausalLM) -> None:
         super().__init__(student, whole, frozen=True)
 
-    def sync(self, model: Model) -> None:
+    def sync(self, model: CausalLM) -> None:
         own = dict(self.model.network.named_parameters())
         with torch.no_grad():
             for name, weight in model.network.named_parameters():
@@ -297,7 +299,7 @@ def zeroed_each_time() -> Iterator[None]:
         yield
 
 
-def detached(model: Model, prompts: Any, batch: Any) -> Tensor:
+def detached(model: CausalLM, prompts: Any, batch: Any) -> Tensor:
     """States without gradient: the head alone is trained."""
     return response_hidden(model, prompts, batch).detach()
 
@@ -305,9 +307,9 @@ def detached(model: Model, prompts: Any, batch: Any) -> Tensor:
 @contextmanager
 def teacher_trained() -> Iterator[None]:
     """The teacher's weights are the optimizer's too."""
-    teachers: list[Model] = []
+    teachers: list[CausalLM] = []
 
-    def keep(pair: Pair) -> None:
+    def keep(pair: ModelPair) -> None:
         teachers.append(pair.teacher)
 
     def moved(plain: Any, own: Optimizer, *given: Any) -> Any:
@@ -333,8 +335,8 @@ def one_prompt(folder: Path, _: tuple[str, str]) -> Mapping[str, Any]:
 
 
 def graded(reward: float) -> AbstractContextManager[Any]:
-    def grade(_: Any, tokens: Tensor, *given: Any) -> list[Verdict]:
-        return [Verdict(reward, None)] * len(tokens)
+    def grade(_: Any, tokens: Tensor, *given: Any) -> list[Grade]:
+        return [Grade(reward, None)] * len(tokens)
 
     return patch.object(step, "verdicts", grade)
 
@@ -348,7 +350,7 @@ def two_bos() -> Iterator[None]:
         ids = plain(tokenizer, problem)
         return [ids[0], *ids]
 
-    def name_it(pair: Pair) -> None:
+    def name_it(pair: ModelPair) -> None:
         pair.tokenizer.bos_token = "<|im_start|>"
 
     with patch.object(tasks, "encode_one", encode), with_pairs(name_it):
@@ -390,11 +392,11 @@ SILENT_FAULTS: dict[str, Fault] = {
     ),
     "decoder detached": Fault(lambda: patch.object(update, "response_hidden", detached)),
     "gradient not zeroed": Fault(lambda: patch.object(Optimizer, "zero_grad", lambda _: None)),
-    "gradient not accumulated": Fault(zeroed_each_time, {"micro_tokens": 256}),
+    "gradient not accumulated": Fault(zeroed_each_time, {"max_tokens_per_microbatch": 256}),
     "teacher moves": Fault(teacher_trained),
     "student and teacher share a head": Fault(lambda: with_pairs(one_network)),
     "student and teacher exchanged": Fault(lambda: with_pairs(exchange_roles)),
-    "mean of micro-batch means": Fault(micro_means, {"micro_tokens": 256}),
+    "mean of micro-batch means": Fault(micro_means, {"max_tokens_per_microbatch": 256}),
     "loss twice as large": Fault(lambda: loss_times(2.0)),
     "forward KL for reverse": Fault(lambda: objective_instead("full_forward_kl")),
     "reverse KL for forward": Fault(

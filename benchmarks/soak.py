@@ -62,10 +62,10 @@ def command(pair: Path, out: Path, steps: int, processes: int) -> list[str]:
         "steps": steps,
         "save_every": 5,
         "eval_every": 100,
-        "batch_every": 100,
-        "exact_every": 10,
+        "save_batch_every": 100,
+        "full_metrics_every": 10,
         "device": "cpu",
-        "teacher_patience": 120,
+        "teacher_timeout": 120,
     }
     options = [str(x) for name, value in words.items() for x in (f"--{name}", value)]
     run = ["-m", "opd.cli.main", "train", "smoke", *options]

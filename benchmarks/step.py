@@ -132,7 +132,7 @@ def ours(given: Any) -> dict[str, float]:
         lr=1e-6,
         eval_every=0,
         save_every=0,
-        batch_every=0,
+        save_batch_every=0,
         device=given.device,
     )
     ends: list[float] = []

@@ -1,8 +1,8 @@
 """The batch: the one type that the study, the trainer, every diagnostic and a stranger's run share.
 
-`Rollouts` is what a student sampled. `Scored` is the same after both models put a log-probability
+`Rollouts` is what a student sampled. `ScoredRollouts` is the same after both models put a log-probability
 on every sampled token, optionally with a `Support` (both models on K ids a position) and a
-`Prefix` (exact functionals of the two next-token distributions).
+`DistributionStats` (exact functionals of the two next-token distributions).
 
 Shapes: B responses, T response positions, K support ids, V vocabulary. Conventions:
 - `mask` is bool and means *the student chose this token and the loss is taken over it*;
@@ -129,7 +129,7 @@ class Support(_Rows):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Prefix(_Rows):
+class DistributionStats(_Rows):
     """Exact functionals of student p and teacher q at each student prefix, (B, T) each.
 
     With l(v) = log p(v) - log q(v) and y the sampled token; computed by `diagnostics.core.distribution_stats`.
@@ -292,7 +292,7 @@ class Rollouts(_Rows):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Scored(Rollouts):
+class ScoredRollouts(Rollouts):
     """Rollouts after both models scored them at the temperature of the loss.
 
     student_logp (B, T): the weights about to be updated, detached; teacher_logp (B, T). Optional:
@@ -304,7 +304,7 @@ class Scored(Rollouts):
     teacher_logp: Tensor
     baseline: Tensor | None = None
     support: Support | None = None
-    prefix: Prefix | None = None
+    prefix: DistributionStats | None = None
     score_temperature: float = 1.0
     student_support: Support | None = None
 
@@ -329,7 +329,7 @@ class Scored(Rollouts):
         return (self.student_logp - self.teacher_logp).detach()
 
 
-def concatenate(batches: Sequence[Scored]) -> Scored:
+def concatenate(batches: Sequence[ScoredRollouts]) -> ScoredRollouts:
     """One batch of all rows, padded on the right with masked zeros to the longest."""
     if not batches:
         raise InvalidInput("no batches to concatenate")
@@ -360,7 +360,7 @@ def flatten(batch: _Rows) -> dict[str, Tensor]:
     return flat
 
 
-def unflatten(like: Scored, flat: dict[str, Tensor]) -> Scored:
+def unflatten(like: ScoredRollouts, flat: dict[str, Tensor]) -> ScoredRollouts:
     """The batch with other tensors, named as `flatten` names them."""
     changed: dict[str, Any] = {k: v for k, v in flat.items() if "." not in k}
     for name, part in like._tensors().items():

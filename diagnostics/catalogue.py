@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from diagnostics.alarms.rules import table as alarm_table
-from diagnostics.batch import Scored
-from diagnostics.core.totals import Total
+from diagnostics.batch import ScoredRollouts
+from diagnostics.core.totals import Accumulator
 from diagnostics.gradients.probe import gradient_row
 from diagnostics.metrics.consistency import (
     martingales,
@@ -36,9 +36,9 @@ from diagnostics.metrics.eos import endings
 from diagnostics.metrics.gradient_noise import baseline_noise, gradient_noise
 from diagnostics.metrics.groupby import by, without
 from diagnostics.metrics.kl_decomposition import agreement, kl_anatomy
-from diagnostics.metrics.length import length, length_incentive, length_quantiles, reward
 from diagnostics.metrics.own_prefix import own_prefix_gap
 from diagnostics.metrics.repetition import compression, repetition
+from diagnostics.metrics.response import length, length_incentive, length_quantiles, reward
 from diagnostics.metrics.signal import (
     action_dependence,
     energy_concentration,
@@ -59,7 +59,7 @@ from diagnostics.metrics.token_attribution import (
 from diagnostics.metrics.topk import nested_outside, overlap, tail_share, top_uncertainty
 from diagnostics.records.row_columns import COLUMNS
 
-Metric = Callable[[Scored], dict[str, Total]]
+Metric = Callable[[ScoredRollouts], dict[str, Accumulator]]
 
 
 @dataclass(frozen=True)

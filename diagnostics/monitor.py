@@ -1,6 +1,6 @@
 """The monitor: a panel of metrics over the micro-batches of a step, read out once.
 
-Works on anyone's run: hand it `Scored` micro-batches and write the returned row wherever you log.
+Works on anyone's run: hand it `ScoredRollouts` micro-batches and write the returned row wherever you log.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from diagnostics.alarms.alarms import Alarm, Alarms
-from diagnostics.batch import Scored
+from diagnostics.batch import ScoredRollouts
 from diagnostics.catalogue import PANEL, Metric
-from diagnostics.core.optional_fields import Missing
-from diagnostics.core.totals import Mean, Total, merge, pack, read, unpack
+from diagnostics.core.optional_fields import MissingField
+from diagnostics.core.totals import Accumulator, Mean, merge, pack, read, unpack
 from diagnostics.errors import InvalidInput
 from diagnostics.records.sinks import Rewindable, Sink
 
-Combine = Callable[[Mapping[str, Total]], Mapping[str, Total]]
+Combine = Callable[[Mapping[str, Accumulator]], Mapping[str, Accumulator]]
 
 
 class Monitor:
@@ -57,10 +57,10 @@ class Monitor:
         self.sinks, self.alarms, self.combine = list(sinks), alarms, combine
         self.raised: list[Alarm] = []
         self.missing: dict[str, str] = {}
-        self.totals: Mapping[str, Total] = {}
+        self.totals: Mapping[str, Accumulator] = {}
 
     def __call__(
-        self, step: int, micro_batches: Iterable[Scored], **numbers: float | Tensor
+        self, step: int, micro_batches: Iterable[ScoredRollouts], **numbers: float | Tensor
     ) -> dict[str, float]:
         """The row of this step: every value that is due, its "_se", and `numbers` as they are.
 
@@ -73,7 +73,7 @@ class Monitor:
             metrics, or a metric and a number, have one name.
         """
         due = [name for name, n in self.every.items() if step % n == 0]
-        totals: dict[str, Total] = {}
+        totals: dict[str, Accumulator] = {}
         if due:
             parts = (self.measure(batch, due) for batch in micro_batches)
             totals = reduce(merge, parts, next(parts, {}))
@@ -90,7 +90,9 @@ class Monitor:
             sink(step, row)
         return row
 
-    def measure(self, batch: Scored, names: Iterable[str] | None = None) -> dict[str, Total]:
+    def measure(
+        self, batch: ScoredRollouts, names: Iterable[str] | None = None
+    ) -> dict[str, Accumulator]:
         """Totals of one micro-batch, to be merged; of all metrics or those named.
 
         Nothing leaves the device.
@@ -98,13 +100,13 @@ class Monitor:
         Raises:
           ValueError: two metrics give a total of the same name.
         """
-        found: dict[str, Total] = {}
+        found: dict[str, Accumulator] = {}
         source: dict[str, str] = {}
         with torch.no_grad():
             for name in self.panel if names is None else names:
                 try:
                     mine = self.panel[name](batch)
-                except Missing as lack:
+                except MissingField as lack:
                     self.missing.setdefault(name, str(lack))
                     continue
                 if twice := sorted(source.keys() & mine.keys()):
@@ -138,7 +140,7 @@ class Monitor:
 
 
 @dataclass(frozen=True, eq=False)
-class _Layout(Total):
+class _Layout(Accumulator):
     """Which sums a rank brought, as a number: `read` refuses when ranks brought different ones."""
 
     count: Tensor
@@ -156,7 +158,7 @@ class _Layout(Total):
         return {}
 
 
-def across_ranks(totals: Mapping[str, Total]) -> dict[str, Total]:
+def across_ranks(totals: Mapping[str, Accumulator]) -> dict[str, Accumulator]:
     """The totals of all ranks of torch.distributed's default group: one all-reduce of sums.
 
     Values are those of one process that saw every rank's micro-batches. So are standard errors if
@@ -172,7 +174,7 @@ def across_ranks(totals: Mapping[str, Total]) -> dict[str, Total]:
     device = pack(totals).device
     sums = (1, number, number**2)
     layout = _Layout(*(torch.full((), x, dtype=torch.float64, device=device) for x in sums))
-    all_totals: dict[str, Total] = {"": layout, **totals}
+    all_totals: dict[str, Accumulator] = {"": layout, **totals}
     vector = pack(all_totals)
     size = len(vector)
     vector = torch.nn.functional.pad(vector, (0, -size % 2**17))

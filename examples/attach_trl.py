@@ -40,7 +40,7 @@ monitor = Monitor(every=2, sinks=[to_file("runs/trl/panel.jsonl")], alarms=Alarm
 with observe(trainer, monitor) as rows:
     trainer.train()  # the panel joins TRL's own log
 
-shown = ("step", "drift/reverse_kl", "drift/reverse_kl_se", "validity/z_H")
+shown = ("step", "divergence/reverse_kl", "divergence/reverse_kl_se", "consistency/z_H")
 for row in rows:
     print("  ".join(f"{name} {row[name]:.3g}" for name in shown))
 for name, why in monitor.missing.items():

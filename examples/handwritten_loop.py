@@ -47,7 +47,7 @@ for step in range(20):
     loss.backward()
     optimizer.step()
     if step % 5 == 0:
-        shown = ("loss", "drift/reverse_kl", "drift/reverse_kl_se", "validity/z_H")
+        shown = ("loss", "divergence/reverse_kl", "divergence/reverse_kl_se", "consistency/z_H")
         print(f"step {step:2}", *(f"{name} {row[name]:.3f}" for name in shown), sep="  ")
 for name, why in monitor.missing.items():
     print(f"not computed: {name} ({why})")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from diagnostics.errors import InvalidInput, MissingFile, OperationFailed
 from diagnostics.io.command import run_command
-from diagnostics.io.files import read_text, reading
+from diagnostics.io.files import read_text
 from diagnostics.io.provenance import code_state
 from diagnostics.terminal import protect_terminal
 from figures.registry import (
@@ -29,6 +29,7 @@ from figures.registry import (
     figure_module,
     figure_names,
     made_by,
+    read_table,
     recorded,
 )
 
@@ -128,16 +129,10 @@ def read(name: str, path: Path) -> "pd.DataFrame":
       FileNotFoundError: no such table; says what makes it.
       ValueError: a figure or a column that does not exist.
     """
-    import pandas as pd
-
     module = figure_module(name)
     if not path.exists():
         raise MissingFile(f"{path} does not exist; make it with `{' && '.join(made_by(name))}`")
-    with reading(path):
-        try:
-            table = pd.read_csv(path, dtype={"outcomes": str})
-        except (ValueError, pd.errors.ParserError) as error:  # of bytes, columns or an empty file
-            raise InvalidInput(f"{path} is not a CSV table ({error})") from error
+    table = read_table(path)
     lacking = [c for c in module.COLUMNS if c not in table]
     if lacking:
         raise InvalidInput(f"{path} lacks the columns {', '.join(lacking)}")

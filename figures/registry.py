@@ -7,9 +7,14 @@ reads, `CAPTION`, and `draw(table)`; one of run folders also has `collect(runs)`
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from diagnostics.errors import InvalidInput
-from diagnostics.io.files import read_object
+from diagnostics.io.files import read_object, reading
+from diagnostics.records.renamed import present_key
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FOLDER = Path(__file__).resolve().parent
 DATA = FOLDER / "data"
@@ -81,3 +86,22 @@ def made_by(name: str, runs: list[str] | None = None) -> list[str]:
         folders = ["single/*", "multi/*"] if whole else [f"{method}-*" for method in methods]
         return ["opd paper", update.format(runs=" ".join(f"results/paper/{x}" for x in folders))]
     return [f"opd study run {RECORDED_AS.get(name, name)} --update-figures"]
+
+
+def read_table(path: Path) -> "pd.DataFrame":
+    """Read a recorded table, older ones under the present names of metrics.
+
+    Raises:
+      InvalidInput: The file is not a CSV table.
+    """
+    import pandas as pd
+
+    with reading(path):
+        try:
+            table = pd.read_csv(path, dtype={"outcomes": str})
+        except (ValueError, pd.errors.ParserError) as error:  # of bytes, columns or an empty file
+            raise InvalidInput(f"{path} is not a CSV table ({error})") from error
+    table = table.rename(columns=present_key)
+    for column in {"metric", "indicator"} & set(table):
+        table[column] = table[column].map(present_key)
+    return table

@@ -1,4 +1,4 @@
-"""From two models' logits of what was sampled to a `Scored`, a chunk of tokens at a time.
+"""From two models' logits of what was sampled to a `ScoredRollouts`, a chunk of tokens at a time.
 
 Shapes: B responses, T positions, N supervised tokens, n tokens of a chunk, V vocabulary, K ids.
 """
@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Prefix, Scored, Support
+from diagnostics.batch import DistributionStats, ScoredRollouts, Support
 from diagnostics.core.distribution_stats import functionals
-from diagnostics.core.partial import PartialScored, lacking
+from diagnostics.core.partial import PartialRollouts, lacking
 
 Logits = Callable[[Tensor], tuple[Tensor, Tensor]]
 """(n,) places among the B x T positions, row by row -> student and teacher logits (n, V)."""
@@ -59,7 +59,7 @@ def measured(
         "support": Support(**part("support"), source="teacher"),
         "student_support": Support(**part("student_support"), source="student"),
     }
-    prefix = Prefix(**part("prefix"))
+    prefix = DistributionStats(**part("prefix"))
     return {**full, **supports, "prefix": prefix}
 
 
@@ -76,8 +76,8 @@ def from_logits(
     elements: int = 2**24,
     who: str = "this run",
     **parts: Any,
-) -> Scored:
-    """The `Scored` of a hand-written loop that has both models' logits.
+) -> ScoredRollouts:
+    """The `ScoredRollouts` of a hand-written loop that has both models' logits.
 
     Args:
       tokens, mask: (B, T) ids that the student sampled, and whether it chose them.
@@ -85,7 +85,7 @@ def from_logits(
         earlier in the sequence), at the temperature of the loss.
       prompt, ended: (B,) ids of the prompts, and whether a response stopped by itself.
       sampler_logp: (B, T) under the distribution that was sampled from, if the sampler tells.
-      k, elements: as in `measured`. parts: further fields of `Scored`, such as reward.
+      k, elements: as in `measured`. parts: further fields of `ScoredRollouts`, such as reward.
     """
     flat = [x.detach().flatten(0, 1) for x in (student, teacher)]
     found = measured(
@@ -116,15 +116,15 @@ def scored(
     sampler_logp: Tensor | None,
     who: str,
     **parts: Any,
-) -> Scored:
-    """`Scored` of a trainer's tensors; without `sampler_logp` where the trainer has none.
+) -> ScoredRollouts:
+    """`ScoredRollouts` of a trainer's tensors; without `sampler_logp` where the trainer has none.
 
     who: names the trainer in `Monitor.missing`. Tokens are 0 where nothing was sampled.
     """
     sampled = parts.get("sampled_mask", mask)
     none = sampled * 0.0
     sampler = none if sampler_logp is None else torch.where(sampled, sampler_logp.detach(), 0.0)
-    kind = PartialScored if "generated_lengths" in parts else Scored
+    kind = PartialRollouts if "generated_lengths" in parts else ScoredRollouts
     whole = kind(
         tokens=tokens * sampled,
         mask=mask,
@@ -166,5 +166,5 @@ def _nothing(mask: Tensor, k: int) -> dict[str, Any]:
         "teacher_logp": zero,
         "support": Support(**lists, source="teacher"),
         "student_support": Support(**lists, source="student"),
-        "prefix": Prefix(**dict.fromkeys(names, zero)),
+        "prefix": DistributionStats(**dict.fromkeys(names, zero)),
     }

@@ -43,36 +43,36 @@ from diagnostics.monitor import Monitor
 HEADLINE = (
     "trl/on_policy_share",
     "trl/observed_steps",
-    "supervision/negative_share",
-    "supervision/negative_share_excess",
-    "supervision/signal_n_eff_share",
-    "drift/tokens",
-    "drift/k1",
-    "drift/k1_se",
-    "drift/abs_ratio",
-    "drift/reverse_kl",
-    "drift/reverse_kl_se",
-    "drift/teacher_prob",
-    "drift/teacher_rank_1",
-    "drift/outside_topk",
-    "drift/outside_topk_expected",
-    "drift/topk_teacher_mass",
-    "drift/overlap_ratio",
-    "drift/student_entropy",
-    "drift/teacher_entropy",
+    "signal/negative_share",
+    "signal/negative_share_excess",
+    "signal/signal_n_eff_share",
+    "divergence/tokens",
+    "divergence/k1",
+    "divergence/k1_se",
+    "divergence/abs_ratio",
+    "divergence/reverse_kl",
+    "divergence/reverse_kl_se",
+    "divergence/teacher_prob",
+    "divergence/teacher_rank_1",
+    "divergence/outside_topk",
+    "divergence/outside_topk_expected",
+    "divergence/topk_teacher_mass",
+    "divergence/overlap_ratio",
+    "divergence/student_entropy",
+    "divergence/teacher_entropy",
     "tokens/one_id_signal",
     "tokens/confident_impossible_share",
-    "collapse/length",
-    "collapse/length_ended",
-    "collapse/truncated_share",
-    "collapse/repeated_share",
-    "collapse/reward",
-    "collapse/graded_share",
-    "validity/age",
-    "validity/z_H",
-    "validity/z_K",
-    "validity/sampler_log_ratio",
-    "validity/sampler_log_ratio_square",
+    "response/length",
+    "response/length_ended",
+    "response/truncated_share",
+    "repetition/repeated_share",
+    "response/reward",
+    "response/graded_share",
+    "consistency/age",
+    "consistency/z_H",
+    "consistency/z_K",
+    "consistency/sampler_log_ratio",
+    "consistency/sampler_log_ratio_square",
 )
 """The columns that join the trainer's log; the rows and the monitor's sinks have all."""
 
@@ -94,7 +94,7 @@ def observe(
 
     What joins the trainer's log covers the steps since its last line, as its own columns do: sums
     are added over those steps and divided once, so that a mean is over all tokens of the window, a
-    quantile or a z over all of it; `drift/tokens` is a mean over steps, and `trl/observed_steps`
+    quantile or a z over all of it; `divergence/tokens` is a mean over steps, and `trl/observed_steps`
     says how many of them were measured. Finite values only.
 
     The monitor's state, the memory of its alarms included, is written with each checkpoint of the

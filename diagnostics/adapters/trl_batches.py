@@ -1,4 +1,4 @@
-"""From the tensors of a TRL micro-batch to a `Scored`: what every trainer has in common.
+"""From the tensors of a TRL micro-batch to a `ScoredRollouts`: what every trainer has in common.
 
 Shapes: B responses, T response positions, P prompt positions.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diagnostics.adapters.from_logits import scored
 from diagnostics.adapters.trl_watch import Watch, replaced
-from diagnostics.batch import Scored
+from diagnostics.batch import ScoredRollouts
 from diagnostics.core.partial import lacking
 from diagnostics.records.columns import number_of
 
@@ -66,13 +66,13 @@ def make_batch(
     sampler_logp: Tensor | None = None,
     lost: Iterable[str] = (),
     **parts: Any,
-) -> Scored:
-    """The `Scored` of a micro-batch; what this trainer does not know raises `Missing` when read.
+) -> ScoredRollouts:
+    """The `ScoredRollouts` of a micro-batch; what this trainer does not know raises `MissingField` when read.
 
     Args:
       inputs: the trainer's batch, from which ages, rewards and earlier log-probabilities are read.
       sampler_logp: (B, T) from the engine that sampled, if it tells.
-      lost: further fields that are unknown. parts: the others of `Scored`.
+      lost: further fields that are unknown. parts: the others of `ScoredRollouts`.
     """
     lost = set(lost)
     filters = _filters(trainer)

@@ -15,7 +15,7 @@ from torch import Tensor
 from diagnostics.adapters.from_logits import from_first, last_is_end
 from diagnostics.adapters.trl_batches import make_batch, prompt_numbers, stamp_rollouts
 from diagnostics.adapters.trl_watch import Watch, replaced
-from diagnostics.batch import Scored
+from diagnostics.batch import ScoredRollouts
 from diagnostics.errors import InvalidInput, OperationFailed
 
 
@@ -59,7 +59,7 @@ def distillation(watch: Watch, stack: ExitStack) -> None:
     stack.enter_context(replaced(trainer, "_compute_loss", compute_loss))
 
 
-def _from_hidden(watch: Watch, inputs: dict[str, Any], given: dict[str, Any]) -> Scored:
+def _from_hidden(watch: Watch, inputs: dict[str, Any], given: dict[str, Any]) -> ScoredRollouts:
     trainer = watch.trainer
     mask = given["completion_mask"].bool()
     tokens, real = (inputs[n].to(mask.device) for n in ("completion_ids", "completion_mask"))
@@ -199,7 +199,7 @@ def _buffered(trainer: Any, flags: list[bool] | None, following: int) -> bool:
     return flags is not None and flags[(following - 1) % trainer.args.gradient_accumulation_steps]
 
 
-def _from_logits(watch: Watch, inputs: dict[str, Any], given: dict[str, Any]) -> Scored:
+def _from_logits(watch: Watch, inputs: dict[str, Any], given: dict[str, Any]) -> ScoredRollouts:
     trainer, labels = watch.trainer, given["labels"]
     if "prompts" not in inputs or labels is None:
         raise OperationFailed(
@@ -301,7 +301,7 @@ def _takes(function: Any, name: str) -> bool:
     return False
 
 
-def _from_logps(watch: Watch, inputs: dict[str, Any], student: Tensor) -> Scored:
+def _from_logps(watch: Watch, inputs: dict[str, Any], student: Tensor) -> ScoredRollouts:
     trainer, tokens = watch.trainer, inputs["completion_ids"]
     real = inputs["completion_mask"].bool()
     mask = real & inputs["tool_mask"].bool() if "tool_mask" in inputs else real
@@ -370,7 +370,7 @@ def self_distillation(watch: Watch, stack: ExitStack) -> None:
     stack.enter_context(replaced(trainer, "compute_loss", compute_loss))
 
 
-def _from_context(watch: Watch, inputs: dict[str, Any], given: Any) -> Scored:
+def _from_context(watch: Watch, inputs: dict[str, Any], given: Any) -> ScoredRollouts:
     trainer, tokens = watch.trainer, inputs["completion_ids"]
     attended = inputs["completion_mask"].bool()  # of responses that were cut, perhaps nothing
     lengths = inputs["raw_completion_lengths"]

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from diagnostics.adapters.from_logits import measured
-from diagnostics.batch import Scored, concatenate
+from diagnostics.batch import ScoredRollouts, concatenate
 from diagnostics.core.partial import absent, lacking
-from diagnostics.core.totals import Counts, Total, read
+from diagnostics.core.totals import Accumulator, Counts, read
 from diagnostics.errors import InvalidInput, OperationFailed
 from diagnostics.monitor import Monitor
 
@@ -33,13 +33,13 @@ class Watch:
     def __init__(self, trainer: Any, monitor: Monitor, k: int, elements: int) -> None:
         self.trainer, self.monitor, self.k, self.elements = trainer, monitor, k, elements
         self.rows: list[Row] = []
-        self.window: dict[str, Total] = {}
+        self.window: dict[str, Accumulator] = {}
         self.window_steps = 0
         self._start_step(0)
 
     def _start_step(self, step: int) -> None:
         self.step = step
-        self.batches: list[Scored] = []
+        self.batches: list[ScoredRollouts] = []
         self.on_policy: list[float] = []  # of each micro-batch, whether the student sampled it
         self.failed = False
 
@@ -52,7 +52,7 @@ class Watch:
         training = self.trainer.model.training and torch.is_grad_enabled()
         return training and self.is_due(self.trainer.state.global_step + 1)
 
-    def take(self, make_batch: Callable[[], Scored] | None) -> None:
+    def take(self, make_batch: Callable[[], ScoredRollouts] | None) -> None:
         """A micro-batch of the step under way; None if the student did not sample it."""
         step = self.trainer.state.global_step + 1
         if step != self.step:

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Scored, Support
+from diagnostics.batch import ScoredRollouts, Support
 from diagnostics.core.partial import lacking
-from diagnostics.core.totals import Mean, Profile, Total
+from diagnostics.core.totals import Accumulator, Mean, PositionMean
 from diagnostics.errors import BrokenPackage, InvalidInput, MissingPackage
 from diagnostics.metrics.consistency import sampler_ratio
 from diagnostics.metrics.divergence import in_support, sampled_divergence
@@ -39,18 +39,18 @@ Loss = Callable[..., tuple[Tensor, dict[str, Any]]]
 """verl's distillation loss: (config, distillation_config, model_output, data)."""
 
 TOKEN_MEANS = (
-    "supervision/negative_share",
-    "supervision/positive_share",
-    "supervision/negative_mass",
-    "supervision/positive_mass",
-    "drift/k1",
-    "drift/abs_ratio",
-    "drift/teacher_prob",
-    "drift/outside_topk",
-    "drift/topk_teacher_mass",
-    "collapse/repeated_share",
-    "validity/sampler_log_ratio",
-    "validity/sampler_log_ratio_square",
+    "signal/negative_share",
+    "signal/positive_share",
+    "signal/negative_mass",
+    "signal/positive_mass",
+    "divergence/k1",
+    "divergence/abs_ratio",
+    "divergence/teacher_prob",
+    "divergence/outside_topk",
+    "divergence/topk_teacher_mass",
+    "repetition/repeated_share",
+    "consistency/sampler_log_ratio",
+    "consistency/sampler_log_ratio_square",
 )
 """Means over supervised tokens. verl can only add and average, so only they are exact across
 micro-batches and ranks: each hands in its sum over the global number of tokens."""
@@ -117,12 +117,12 @@ def observed(loss: Loss, records: str | Path | None = None, every: int = 1) -> L
     return watched
 
 
-def token_sums(totals: dict[str, Total]) -> dict[str, Tensor]:
+def token_sums(totals: dict[str, Accumulator]) -> dict[str, Tensor]:
     """The sum over tokens behind each of `TOKEN_MEANS` that was measured."""
     sums: dict[str, Tensor] = {}
     for name in TOKEN_MEANS:
         total = totals.get(name)
-        if isinstance(total, Mean | Profile):
+        if isinstance(total, Mean | PositionMean):
             sums[name] = total.total.flatten()[0]
     return sums
 
@@ -140,8 +140,10 @@ def sampled_tokens(mask: Tensor, rollout_logp: Tensor | None) -> Tensor:
     return mask if rollout_logp is None else mask | (rollout_logp != 0)
 
 
-def batch_of(model_output: dict[str, Any], data: Any, *, unsupervised: bool = False) -> Scored:
-    """What a micro-batch of verl's actor knows, as a `Scored` that lacks the rest.
+def batch_of(
+    model_output: dict[str, Any], data: Any, *, unsupervised: bool = False
+) -> ScoredRollouts:
+    """What a micro-batch of verl's actor knows, as a `ScoredRollouts` that lacks the rest.
 
     It holds what response_mask counts, since verl divides by that; with `unsupervised` also the
     other tokens that were sampled (`sampled_tokens`), which ratios and costs to go need.
@@ -176,7 +178,7 @@ def batch_of(model_output: dict[str, Any], data: Any, *, unsupervised: bool = Fa
         no_student = torch.zeros_like(teacher)
         support = Support(ids=ids, student_logp=no_student, teacher_logp=teacher, source="teacher")
         support = lacking(support, ["student_logp"], "verl's loss has")
-    batch = Scored(
+    batch = ScoredRollouts(
         tokens=_padded(data["responses"]).long() * sampled,
         mask=mask,
         sampled_mask=sampled if unsupervised else None,
@@ -227,7 +229,7 @@ def rollout_rows(
                 yield row | ({"task": raw["data_source"]} if "data_source" in raw else {})
 
 
-def teacher_support(batch: Scored) -> dict[str, Total]:
+def teacher_support(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """B-1, B-4 of a support without the student's side: samples outside, and the teacher's mass.
 
     outside_topk = mean 1[y not in S], topk_teacher_mass = mean Q_S, as in `support_mass`.
@@ -237,8 +239,8 @@ def teacher_support(batch: Scored) -> dict[str, Total]:
     support = batch.support
     mass = outside * 0.0 if support is None else support.teacher_logp.exp().sum(-1)
     return {
-        "drift/outside_topk": Profile.of(outside, batch.mask, batch.prompt),
-        "drift/topk_teacher_mass": Profile.of(mass, batch.mask, batch.prompt),
+        "divergence/outside_topk": PositionMean.of(outside, batch.mask, batch.prompt),
+        "divergence/topk_teacher_mass": PositionMean.of(mass, batch.mask, batch.prompt),
     }
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from diagnostics.alarms.rules import RULES, Reading, Rule, average
+from diagnostics.alarms.rules import RULES, AlarmRule, Reading, average
 from diagnostics.errors import InvalidInput
 from diagnostics.records.rows import Row
 
@@ -17,7 +17,7 @@ from diagnostics.records.rows import Row
 class Alarm:
     """A rule that was broken at a step; value and error are those of what the rule tests."""
 
-    rule: Rule
+    rule: AlarmRule
     step: int
     value: float
     error: float
@@ -47,7 +47,7 @@ class Alarms:
     active: rule name to the alarm that is on.
     """
 
-    def __init__(self, rules: Sequence[Rule] = RULES) -> None:
+    def __init__(self, rules: Sequence[AlarmRule] = RULES) -> None:
         self.rules = {rule.name: rule for rule in rules}
         if len(self.rules) != len(rules):
             raise InvalidInput(f"rules share a name: {sorted(rule.name for rule in rules)}")
@@ -113,7 +113,7 @@ def _reading(row: Row, metric: str) -> Reading:
     )
 
 
-def _observe(rule: Rule, watch: _Watch, now: Reading) -> Reading | None:
+def _observe(rule: AlarmRule, watch: _Watch, now: Reading) -> Reading | None:
     """Remember a reading; what was tested, or None if there was nothing to test."""
     if not math.isfinite(now[0]) or math.isnan(now[1]):
         watch.seen += 1
@@ -134,7 +134,7 @@ def _observe(rule: Rule, watch: _Watch, now: Reading) -> Reading | None:
     return tested
 
 
-def replay(rows: Iterable[Row], rules: Sequence[Rule] = RULES) -> list[Alarm]:
+def replay(rows: Iterable[Row], rules: Sequence[AlarmRule] = RULES) -> list[Alarm]:
     """Every alarm that a record raises, in order; of rows with one step the last counts.
 
     Tasks that take turns, rows with "task", are watched one by one: a curve that jumps from task to
@@ -150,7 +150,7 @@ def replay(rows: Iterable[Row], rules: Sequence[Rule] = RULES) -> list[Alarm]:
 
 
 def lead_times(alarms: Iterable[Alarm], step: int) -> dict[str, int]:
-    """Rule name to the steps from its first alarm to `step`, that of a collapse, if before it."""
+    """AlarmRule name to the steps from its first alarm to `step`, that of a collapse, if before it."""
     found: dict[str, int] = {}
     for alarm in sorted(alarms, key=lambda a: a.step):
         if alarm.step < step:

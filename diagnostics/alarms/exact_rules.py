@@ -6,15 +6,15 @@ rounding, or lies far between what is healthy and what the fault gives; none is 
 the false-alarm rate is that of arithmetic worse than the unit of rounding, and of data with copies.
 """
 
-from diagnostics.alarms.rule import Rule
+from diagnostics.alarms.rule import AlarmRule
 
 _UNITS = 2.0
 """Whole units of rounding up to which two scorings of the same tokens agree."""
 
 _SUPPORT = (
-    Rule(
+    AlarmRule(
         name="support_values",
-        metric="validity/support_gap",
+        metric="consistency/support_gap",
         null="0; minus the log of the support's mass if renormalised",
         high=0.02,
         means="the support's log-probability of the sampled token is not the sampled token's own: "
@@ -24,9 +24,9 @@ _SUPPORT = (
         need=2,
         last=3,
     ),
-    Rule(
+    AlarmRule(
         name="support_ids",
-        metric="validity/support_order_share",
+        metric="consistency/support_order_share",
         null="0",
         high=0.02,
         means="sampled tokens that rank within the top K are not among the support's ids: the ids "
@@ -36,9 +36,9 @@ _SUPPORT = (
         need=2,
         last=3,
     ),
-    Rule(
+    AlarmRule(
         name="support_twice",
-        metric="validity/support_twice_share",
+        metric="consistency/support_twice_share",
         null="0",
         high=0.0,
         means="the support holds ids twice, so that their mass counts twice",
@@ -46,9 +46,9 @@ _SUPPORT = (
         need=1,
         last=1,
     ),
-    Rule(
+    AlarmRule(
         name="support_mass",
-        metric="validity/support_mass_over_share",
+        metric="consistency/support_mass_over_share",
         null="0",
         high=0.0,
         means="the probability of the support is above 1",
@@ -59,20 +59,20 @@ _SUPPORT = (
 )
 
 _LOSS = (
-    Rule(
+    AlarmRule(
         name="loss_value",
-        metric="validity/loss_error",
+        metric="consistency/loss_error",
         null="0 multiples of what rounding explains",
         high=0.0,
         means="the loss is not the value of the configured objective on this batch",
-        remedy="compare it with validity/loss_expected: direction of the divergence, sign, mask, "
+        remedy="compare it with consistency/loss_expected: direction of the divergence, sign, mask, "
         "denominator, temperature, and a factor such as the number of micro-batches",
         need=2,
         last=3,
     ),
-    Rule(
+    AlarmRule(
         name="loss_sign",
-        metric="validity/loss_negated",
+        metric="consistency/loss_negated",
         null="0",
         high=0.0,
         means="the loss is the configured one with the opposite sign, so that training climbs",
@@ -80,9 +80,9 @@ _LOSS = (
         need=2,
         last=3,
     ),
-    Rule(
+    AlarmRule(
         name="loss_direction",
-        metric="validity/loss_exchanged",
+        metric="consistency/loss_exchanged",
         null="0",
         high=0.0,
         means="the loss is the divergence in the other direction: forward KL for reverse, or "
@@ -91,9 +91,9 @@ _LOSS = (
         need=2,
         last=3,
     ),
-    Rule(
+    AlarmRule(
         name="loss_denominator",
-        metric="validity/loss_denominator",
+        metric="consistency/loss_denominator",
         null="0",
         high=0.0,
         means="the loss is averaged over another denominator than configured, such as the mean of "
@@ -105,7 +105,7 @@ _LOSS = (
 )
 
 _UPDATE = (
-    Rule(
+    AlarmRule(
         name="learning_rate_zero",
         metric="lr",
         null="above 0",
@@ -116,7 +116,7 @@ _UPDATE = (
         need=2,
         last=3,
     ),
-    Rule(
+    AlarmRule(
         name="weights_stuck",
         metric="update/moved_share",
         null="1",
@@ -127,7 +127,7 @@ _UPDATE = (
         need=2,
         last=3,
     ),
-    Rule(
+    AlarmRule(
         name="weights_unpublished",
         metric="update/unpublished_share",
         null="0",
@@ -137,7 +137,7 @@ _UPDATE = (
         need=1,
         last=1,
     ),
-    Rule(
+    AlarmRule(
         name="gradient_partial",
         metric="update/reached_share",
         null="1; 0.5 in the first step of adapters",
@@ -147,7 +147,7 @@ _UPDATE = (
         need=2,
         last=3,
     ),
-    Rule(
+    AlarmRule(
         name="gradient_leftover",
         metric="update/leftover_gradient",
         null="0",
@@ -157,7 +157,7 @@ _UPDATE = (
         need=1,
         last=1,
     ),
-    Rule(
+    AlarmRule(
         name="gradient_lost",
         metric="update/lost_gradient",
         null="0",
@@ -168,9 +168,9 @@ _UPDATE = (
         need=1,
         last=1,
     ),
-    Rule(
+    AlarmRule(
         name="teacher_moved",
-        metric="validity/teacher_moved",
+        metric="consistency/teacher_moved",
         null="0",
         high=0.0,
         means="the teacher's weights have changed, though it is frozen",
@@ -182,7 +182,7 @@ _UPDATE = (
 )
 
 _DATA = (
-    Rule(
+    AlarmRule(
         name="repeated_prompts",
         metric="data/repeated_prompts",
         null="0; the share of copies in the data",
@@ -193,7 +193,7 @@ _DATA = (
         need=2,
         last=3,
     ),
-    Rule(
+    AlarmRule(
         name="prompts_on_several_ranks",
         metric="data/prompts_on_several_ranks",
         null="0; the share of copies in the data",
@@ -203,7 +203,7 @@ _DATA = (
         need=2,
         last=3,
     ),
-    Rule(
+    AlarmRule(
         name="doubled_bos",
         metric="data/doubled_bos",
         null="0",
@@ -214,9 +214,9 @@ _DATA = (
         need=1,
         last=1,
     ),
-    Rule(
+    AlarmRule(
         name="grader_constant",
-        metric="validity/grader_constant",
+        metric="consistency/grader_constant",
         null="0",
         high=0.0,
         need=5,
@@ -225,9 +225,9 @@ _DATA = (
         "to the right answer and to no answer",
         remedy="grade the data's own answers; check how the grader wants an answer written",
     ),
-    Rule(
+    AlarmRule(
         name="reward_missing",
-        metric="validity/grader_missing",
+        metric="consistency/grader_missing",
         null="0",
         high=0.0,
         means="responses have no reward (NaN)",
@@ -238,9 +238,9 @@ _DATA = (
 )
 
 _SCORES = (
-    Rule(
+    AlarmRule(
         name="sampler_unsynced",
-        metric="validity/sampler_error",
+        metric="consistency/sampler_error",
         null="0 units of rounding",
         high=_UNITS,
         means="the sampler's log-probabilities are not those of the student: its weights, perhaps "
@@ -253,13 +253,13 @@ _SCORES = (
 )
 
 
-def _of_role(role: str) -> tuple[Rule, ...]:
+def _of_role(role: str) -> tuple[AlarmRule, ...]:
     """The rules about scoring a few responses of one model again."""
     who = f"the {role}'s"
     return (
-        Rule(
+        AlarmRule(
             name=f"{role}_rescored",
-            metric=f"validity/{role}_rescored",
+            metric=f"consistency/{role}_rescored",
             null="0 units of rounding",
             high=_UNITS,
             means=f"{who} scores of a few responses differ from those of the same tokens alone, "
@@ -270,9 +270,9 @@ def _of_role(role: str) -> tuple[Rule, ...]:
             need=1,
             last=1,
         ),
-        Rule(
+        AlarmRule(
             name=f"{role}_dropout",
-            metric=f"validity/{role}_training",
+            metric=f"consistency/{role}_training",
             null="0 modules",
             high=0.0,
             means=f"the {role} scores with dropout: modules are in training mode",
@@ -280,9 +280,9 @@ def _of_role(role: str) -> tuple[Rule, ...]:
             need=1,
             last=1,
         ),
-        Rule(
+        AlarmRule(
             name=f"{role}_chance",
-            metric=f"validity/{role}_chance",
+            metric=f"consistency/{role}_chance",
             null="0",
             high=_UNITS,
             means=f"{who} scores depend on chance: twice the same batch gives other scores, as "
@@ -291,9 +291,9 @@ def _of_role(role: str) -> tuple[Rule, ...]:
             need=1,
             last=1,
         ),
-        Rule(
+        AlarmRule(
             name=f"{role}_mask",
-            metric=f"validity/{role}_mask",
+            metric=f"consistency/{role}_mask",
             null="0",
             high=_UNITS,
             means=f"{who} scores depend on ids that the attention mask hides: the model ignores it",
@@ -301,9 +301,9 @@ def _of_role(role: str) -> tuple[Rule, ...]:
             need=1,
             last=1,
         ),
-        Rule(
+        AlarmRule(
             name=f"{role}_padding",
-            metric=f"validity/{role}_padding",
+            metric=f"consistency/{role}_padding",
             null="0",
             high=_UNITS,
             means=f"{who} scores of rows with left padding are wrong and those of others right: "
@@ -312,9 +312,9 @@ def _of_role(role: str) -> tuple[Rule, ...]:
             need=1,
             last=1,
         ),
-        Rule(
+        AlarmRule(
             name=f"{role}_exchanged",
-            metric=f"validity/{role}_exchanged",
+            metric=f"consistency/{role}_exchanged",
             null="0",
             high=0.0,
             means=f"{who} scores belong to other rows of the batch",
@@ -322,9 +322,9 @@ def _of_role(role: str) -> tuple[Rule, ...]:
             need=1,
             last=1,
         ),
-        Rule(
+        AlarmRule(
             name=f"{role}_precision",
-            metric=f"validity/{role}_precision",
+            metric=f"consistency/{role}_precision",
             null="0; a few per cent where norms or adapters are float32",
             high=0.5,
             means=f"{who} weights are in another precision than the setting dtype asks for",
@@ -335,7 +335,7 @@ def _of_role(role: str) -> tuple[Rule, ...]:
     )
 
 
-EXACT: tuple[Rule, ...] = (
+EXACT: tuple[AlarmRule, ...] = (
     *_SUPPORT,
     *_LOSS,
     *_UPDATE,

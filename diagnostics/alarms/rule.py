@@ -41,7 +41,7 @@ def joined_z(readings: Sequence[Reading]) -> Reading:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rule:
+class AlarmRule:
     """When a column says that something is wrong.
 
     name, metric: of the rule and of the column it watches.

@@ -7,17 +7,27 @@ What a rule is stands in `diagnostics.alarms.rule`; rules whose null is exact, i
 from collections.abc import Sequence
 
 from diagnostics.alarms.exact_rules import EXACT
-from diagnostics.alarms.rule import Reading, Rule, average, growth, joined_z, rise
+from diagnostics.alarms.rule import AlarmRule, Reading, average, growth, joined_z, rise
 
-__all__ = ["EXACT", "RULES", "Reading", "Rule", "average", "growth", "joined_z", "rise", "table"]
+__all__ = [
+    "EXACT",
+    "RULES",
+    "AlarmRule",
+    "Reading",
+    "average",
+    "growth",
+    "joined_z",
+    "rise",
+    "table",
+]
 
 _MISMATCH = (
     "check that temperature, top-p and weights of the sampler are those that are scored, and that "
     "token t is scored by the distribution after token t - 1"
 )
 
-RULES: tuple[Rule, ...] = (
-    Rule(
+RULES: tuple[AlarmRule, ...] = (
+    AlarmRule(
         name="one_token_imbalance",
         metric="tokens/one_id_signal",
         null="0.05 to 0.3",
@@ -25,7 +35,7 @@ RULES: tuple[Rule, ...] = (
         means="one token id holds most of the signal",
         remedy="see which in the blame table; mask it if it is a tag or an end, or clip the ratio",
     ),
-    Rule(
+    AlarmRule(
         name="special_tokens",
         metric="tokens/confident_impossible_share",
         null="0; a few per mille where a careless student is sure of errors",
@@ -35,21 +45,21 @@ RULES: tuple[Rule, ...] = (
         last=1,
         over=4,
         means="the student is sure of tokens that the teacher holds impossible",
-        remedy="compare end tokens, tags and templates of both models; mask them or set own_end",
+        remedy="compare end tokens, tags and templates of both models; mask them or set map_eos",
     ),
-    Rule(
+    AlarmRule(
         name="end_renamed",
-        metric="drift/end_name",
+        metric="divergence/end_name",
         null="below 1 nat if the student's end is one of the teacher's",
         high=5.0,
         z=3.0,
         need=2,
         last=3,
         means="the teacher ends with another token than the student, whose end it holds impossible",
-        remedy="set own_end, mask the end, or give the teacher's generation config the student's "
+        remedy="set map_eos, mask the end, or give the teacher's generation config the student's "
         "end token",
     ),
-    Rule(
+    AlarmRule(
         name="masked_signal",
         metric="mask/all/signal",
         null="the masks' share of the tokens",
@@ -57,18 +67,18 @@ RULES: tuple[Rule, ...] = (
         means="the mask rules take out most of the signal",
         remedy="see mask/RULE/signal for the rule; the models may disagree about the format",
     ),
-    Rule(
+    AlarmRule(
         name="drift_support",
-        metric="drift/outside_topk_expected",
+        metric="divergence/outside_topk_expected",
         null="falls from its start",
         high=0.05,
         start=3,
         means="the student puts more and more mass outside the teacher's top-K",
         remedy="lower the learning rate or shorten the responses; use a tail or bucket term",
     ),
-    Rule(
+    AlarmRule(
         name="drift_kl",
-        metric="drift/reverse_kl",
+        metric="divergence/reverse_kl",
         null="falls from its start",
         high=1.5,
         start=3,
@@ -76,9 +86,9 @@ RULES: tuple[Rule, ...] = (
         means="the divergence from the teacher has grown by half",
         remedy="lower the learning rate; check the sign and the stop-gradients of the objective",
     ),
-    Rule(
+    AlarmRule(
         name="drift_k1",
-        metric="drift/k1",
+        metric="divergence/k1",
         null="falls from its start",
         high=1.5,
         start=3,
@@ -86,44 +96,44 @@ RULES: tuple[Rule, ...] = (
         means="the sampled cost has grown by half",
         remedy="lower the learning rate; check the sign and the stop-gradients of the objective",
     ),
-    Rule(
+    AlarmRule(
         name="repetition",
-        metric="collapse/repeated_share",
+        metric="repetition/repeated_share",
         null="near 0",
         high=0.2,
         means="tokens repeat an earlier 8-gram of their response",
-        remedy="compare supervision/repeated_cost with regular_cost: where it is lower the teacher "
+        remedy="compare signal/repeated_cost with regular_cost: where it is lower the teacher "
         "rewards loops; shorten the responses or change the teacher",
     ),
-    Rule(
+    AlarmRule(
         name="truncation",
-        metric="collapse/truncated_share",
+        metric="response/truncated_share",
         null="steady",
         high=0.2,
         start=3,
         means="more and more responses run into the budget",
         remedy="check that the end token is supervised and the same for both models",
     ),
-    Rule(
+    AlarmRule(
         name="budget",
-        metric="collapse/truncated_share",
+        metric="response/truncated_share",
         null="below 0.5",
         high=0.9,
         means="nearly every response is cut at the budget",
         remedy="raise max_response; if a model never ends by itself, check its end tokens",
     ),
-    Rule(
+    AlarmRule(
         name="mass_escapes",
-        metric="drift/topk_student_mass",
+        metric="divergence/topk_student_mass",
         null="rises from its start",
         low=-0.05,
         start=3,
         means="the student's mass leaves the support that the objective sees",
         remedy="renormalise the support or add a tail; un-normalised top-K collapses so",
     ),
-    Rule(
+    AlarmRule(
         name="sampler_mismatch",
-        metric="validity/z_H",
+        metric="consistency/z_H",
         null="standard normal",
         low=-5.0,
         high=5.0,
@@ -134,9 +144,9 @@ RULES: tuple[Rule, ...] = (
         means="the tokens were not drawn from the student that was scored",
         remedy=_MISMATCH,
     ),
-    Rule(
+    AlarmRule(
         name="teacher_mismatch",
-        metric="validity/z_K",
+        metric="consistency/z_K",
         null="standard normal",
         low=-5.0,
         high=5.0,
@@ -147,16 +157,16 @@ RULES: tuple[Rule, ...] = (
         means="the teacher's scores depend on which token was sampled as they must not",
         remedy=_MISMATCH,
     ),
-    Rule(
+    AlarmRule(
         name="stale_sampler",
-        metric="validity/sampler_log_ratio_square",
+        metric="consistency/sampler_log_ratio_square",
         null="1e-6 in float32, 1e-3 in bfloat16",
         high=1e-2,
         means="the sampler's log-probabilities are not those of the scored student",
         remedy="sync the sampler's weights each step (lower ahead); compare its temperature and "
         "arithmetic",
     ),
-    Rule(
+    AlarmRule(
         name="dead_gradient",
         metric="grad_norm",
         null="well above 0",
@@ -164,9 +174,9 @@ RULES: tuple[Rule, ...] = (
         means="no gradient arrives",
         remedy="check the mask, the stop-gradients and that teacher and student differ",
     ),
-    Rule(
+    AlarmRule(
         name="no_progress",
-        metric="drift/reverse_kl",
+        metric="divergence/reverse_kl",
         null="below 0.98",
         high=0.98,
         z=0.0,
@@ -179,7 +189,7 @@ RULES: tuple[Rule, ...] = (
         remedy="check that the gradient depends on the teacher (k1 must not be differentiated "
         "directly), then the learning rate",
     ),
-    Rule(
+    AlarmRule(
         name="skipped",
         metric="skipped",
         null="0",
@@ -189,7 +199,7 @@ RULES: tuple[Rule, ...] = (
         means="updates are skipped because their gradient is not finite",
         remedy="lower the learning rate; look for log-probabilities of minus infinity",
     ),
-    Rule(
+    AlarmRule(
         name="not_finite",
         metric="loss",
         null="a number",
@@ -206,7 +216,7 @@ show (repetition and truncation: 2604.08527), and z and persistence set their fa
 `python -m benchmarks.faults` measures those of all."""
 
 
-def table(rules: Sequence[Rule] = RULES) -> str:
+def table(rules: Sequence[AlarmRule] = RULES) -> str:
     """The rules as a Markdown table."""
     lines = ["| rule | tested | null | healthy | z | persistence | means | to do |"]
     lines.append("|---|---|---|---|---|---|---|---|")

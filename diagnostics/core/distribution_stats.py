@@ -13,7 +13,7 @@ _BLOCK = 1 << 17
 
 @torch.no_grad()
 def functionals(student_logp: Tensor, teacher_logp: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-    """The fields of `diagnostics.batch.Prefix`, each (...), from full log-softmaxes.
+    """The fields of `diagnostics.batch.DistributionStats`, each (...), from full log-softmaxes.
 
     With p = exp student_logp, q = exp teacher_logp, l = log p - log q and y the sampled token:
     reverse_kl = sum p l, ratio_square = sum p l^2, entropies -sum p log p and -sum q log q,

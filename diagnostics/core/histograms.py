@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.core.position_bins import LABELS, NUM_BINS, numbers
-from diagnostics.core.totals import Total, masked
+from diagnostics.core.totals import Accumulator, masked
 
 _PER_OCTAVE = 8
 _LOWEST, _HIGHEST = -40, 10
@@ -24,7 +24,7 @@ IN_BINS = (5, 50, 95)
 
 
 @dataclass(frozen=True, eq=False)
-class Concentration(Total):
+class Concentration(Accumulator):
     """How unequally nonnegative x is spread over N masked tokens.
 
     Readout, NaN when sum x is 0:
@@ -96,7 +96,7 @@ class Concentration(Total):
 
 
 @dataclass(frozen=True, eq=False)
-class Quantiles(Total):
+class Quantiles(Accumulator):
     """Quantiles of signed x over masked tokens, whole and by position bin; fields (S, L).
 
     Readout, in PERCENTS: "_q1" ... "_q99" of everything, and for each bin that holds tokens those

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.core.position_bins import LABELS, NUM_BINS, extents
-from diagnostics.core.totals import Total, masked
+from diagnostics.core.totals import Accumulator, masked
 
 _STEP = 256.0
 _RUNGS = 160
@@ -19,7 +19,7 @@ _FIRST = -40
 
 
 @dataclass(frozen=True, eq=False)
-class Covariance(Total):
+class Covariance(Accumulator):
     """Covariance of x and y over the masked entries; every field 0-d.
 
     Readout: "_cov" = sum (x - mean x)(y - mean y) / (n - 1), "_corr" = the correlation
@@ -53,7 +53,7 @@ class Covariance(Total):
 
 
 @dataclass(frozen=True, eq=False)
-class Within(Total):
+class Within(Accumulator):
     """Share of the variance of x that stays when the prefix is fixed; every field 0-d.
 
     Readout: "" = sum m v / sum m (x - mean x)^2 with v = Var(x | prefix), NaN where x is constant.
@@ -79,7 +79,7 @@ class Within(Total):
 
 
 @dataclass(frozen=True, eq=False)
-class EffectiveSize(Total):
+class EffectiveSize(Accumulator):
     """Effective share of samples under weights w = exp(l), (sum w)^2 / (n sum w^2), in (0, 1].
 
     Readout: "" over everything and "@lo-hi" for each bin that some response completes; NaN where

@@ -1,4 +1,4 @@
-"""Batches of runs that did not record everything: what is absent raises `Missing` when it is read.
+"""Batches of runs that did not record everything: what is absent raises `MissingField` when it is read.
 
 So that a metric computes what the record allows, and `Monitor.missing` names the rest.
 """
@@ -9,14 +9,14 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from diagnostics.batch import Scored, Support
-from diagnostics.core.optional_fields import Missing
+from diagnostics.batch import ScoredRollouts, Support
+from diagnostics.core.optional_fields import MissingField
 from diagnostics.errors import InvalidInput
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Partial:
-    """lost: names of fields that hold placeholders of zeros; reading one raises `Missing`.
+    """lost: names of fields that hold placeholders of zeros; reading one raises `MissingField`.
 
     who: how the message begins.
     """
@@ -31,7 +31,7 @@ class _Partial:
     def __getattribute__(self, name: str) -> Any:
         held = object.__getattribute__(self, "__dict__")
         if "_sealed" in held and name in held["lost"]:
-            raise Missing(f"{held['who']} no {name}")
+            raise MissingField(f"{held['who']} no {name}")
         return object.__getattribute__(self, name)
 
     def _tensors(self) -> dict[str, Any]:
@@ -50,8 +50,8 @@ class _Partial:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PartialScored(_Partial, Scored):
-    """`Scored` without some of its parts. Not for `save`: write records instead.
+class PartialRollouts(_Partial, ScoredRollouts):
+    """`ScoredRollouts` without some of its parts. Not for `save`: write records instead.
 
     generated_lengths: (B,) long, the sampled tokens of each response where nobody has the
     log-probabilities of some of them and `sampled_mask` leaves those out; None if it has them all.
@@ -76,7 +76,7 @@ class PartialSupport(_Partial, Support):
 
 
 def lacking(part: Any, names: Iterable[str], who: str = "the records have") -> Any:
-    """`part`, a `Scored` or `Support`, in which reading one of `names` raises `Missing`.
+    """`part`, a `ScoredRollouts` or `Support`, in which reading one of `names` raises `MissingField`.
 
     The fields of these names must hold zeros of the right shape; what is derived from them raises
     too. With no names, `part` itself.
@@ -85,7 +85,7 @@ def lacking(part: Any, names: Iterable[str], who: str = "the records have") -> A
       ValueError: a name is not a field.
     """
     lost = frozenset(names) | absent(part)
-    kind = PartialSupport if isinstance(part, Support) else PartialScored
+    kind = PartialSupport if isinstance(part, Support) else PartialRollouts
     unknown = lost - {f.name for f in fields(kind)} | lost & {"lost", "who"}
     if unknown:
         raise InvalidInput(f"{sorted(unknown)} are no fields of {type(part).__name__}")

@@ -104,7 +104,7 @@ def position_counts(mask: Tensor) -> Tensor:
     return mask.double() @ slices(mask.shape[1], mask.device)
 
 
-class Total(ABC):
+class Accumulator(ABC):
     """Sums that add: a frozen dataclass of tensors with a `summary` of their host values."""
 
     def tensors(self) -> list[Tensor]:
@@ -125,7 +125,7 @@ class Total(ABC):
         """The readout by suffix, from the host values of `tensors()` in their order."""
 
 
-class Ratio(Total):
+class Ratio(Accumulator):
     """Totals of the six sums that `ratio_sums` makes; `read` divides those of all at once."""
 
     @classmethod
@@ -188,7 +188,7 @@ class Mean(Ratio):
 
 
 @dataclass(frozen=True, eq=False)
-class Profile(Ratio):
+class PositionMean(Ratio):
     """A `Mean` over the whole response and over each position bin; every field (S,).
 
     Readout: "", "_se", and for each bin that holds tokens "@lo-hi", "@lo-hi_se". Late bins hold the
@@ -219,7 +219,7 @@ class Profile(Ratio):
 
 
 @dataclass(frozen=True, eq=False)
-class Counts(Total):
+class Counts(Accumulator):
     """Number of masked tokens over the whole response and in each position bin; field (S,).
 
     Readout: "" and "@lo-hi" for each bin that holds tokens.
@@ -244,7 +244,7 @@ class Deciles(Ratio):
 
     Readout, for each tenth that holds tokens: "%0-10" to "%90-100" and the same with "_se". Every
     response is in every tenth (but for very short ones), so tenths compare one population, at
-    positions that differ between responses: the opposite bargain of a `Profile`.
+    positions that differ between responses: the opposite bargain of a `PositionMean`.
     """
 
     total: Tensor
@@ -284,7 +284,7 @@ class Deciles(Ratio):
 
 
 @dataclass(frozen=True, eq=False)
-class Martingale(Total):
+class Martingale(Accumulator):
     """z = sum m d / sqrt(sum m v) of differences d with mean 0 and variance v given the prefix.
 
     Readout: "" z over the whole response and "@lo-hi" over each bin where the variance is not 0,
@@ -310,7 +310,7 @@ class Martingale(Total):
         return found
 
 
-def pack(totals: Mapping[str, Total]) -> Tensor:
+def pack(totals: Mapping[str, Accumulator]) -> Tensor:
     """All sums of all totals as one float64 vector: sum it over ranks, or store it."""
     parts = [x.detach().reshape(-1) for total in totals.values() for x in total.tensors()]
     if not parts:
@@ -319,9 +319,9 @@ def pack(totals: Mapping[str, Total]) -> Tensor:
     return torch.cat([x.to(device, torch.float64) for x in parts])
 
 
-def unpack(vector: Tensor, like: Mapping[str, Total]) -> dict[str, Total]:
+def unpack(vector: Tensor, like: Mapping[str, Accumulator]) -> dict[str, Accumulator]:
     """The inverse of `pack`, with the names, kinds and shapes of `like`."""
-    found: dict[str, Total] = {}
+    found: dict[str, Accumulator] = {}
     start = 0
     for name, total in like.items():
         parts = []
@@ -334,7 +334,7 @@ def unpack(vector: Tensor, like: Mapping[str, Total]) -> dict[str, Total]:
     return found
 
 
-def read(totals: Mapping[str, Total]) -> dict[str, float]:
+def read(totals: Mapping[str, Accumulator]) -> dict[str, float]:
     """Every number of every total, named total + suffix; exactly one transfer to the host."""
     host = pack(totals).cpu().numpy()
     sums: dict[str, list[np.ndarray]] = {}
@@ -369,7 +369,7 @@ def _divided(ratios: list[list[np.ndarray]]) -> list[tuple[np.ndarray, np.ndarra
     return [(v.reshape(shape), e.reshape(shape)) for v, e, shape in both]
 
 
-def merge(a: Mapping[str, Total], b: Mapping[str, Total]) -> dict[str, Total]:
+def merge(a: Mapping[str, Accumulator], b: Mapping[str, Accumulator]) -> dict[str, Accumulator]:
     """Totals of both parts; raises ValueError when they do not hold the same names."""
     if a.keys() != b.keys():
         raise InvalidInput(f"totals in one part only: {sorted(a.keys() ^ b.keys())}")

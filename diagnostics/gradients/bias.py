@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Scored
-from diagnostics.core.optional_fields import Missing
+from diagnostics.batch import ScoredRollouts
+from diagnostics.core.optional_fields import MissingField
 from diagnostics.errors import InvalidInput
 from diagnostics.gradients.estimators import Grid, member_index
 from diagnostics.gradients.jackknife import Estimate, squared
@@ -32,7 +32,7 @@ def reference(at: Grid) -> str:
     """
     known = [name for name in REFERENCES if name in at.names]
     if not known or not {0.0, 1.0} <= set(at.gammas):
-        raise Missing(
+        raise MissingField(
             f"bias needs one of {', '.join(REFERENCES)} at the discounts 0 and 1; there are "
             f"{', '.join(at.names)} at {list(at.gammas)}"
         )
@@ -162,7 +162,7 @@ def recommend(
     )
 
 
-def cost_of_response(batch: Scored) -> Tensor:
+def cost_of_response(batch: ScoredRollouts) -> Tensor:
     """(B,) KL summed over a response; its mean is kappa T, which with n places a run on the plane.
 
     Sums of K where the batch has prefix functionals, else of the sampled r, of the same mean.

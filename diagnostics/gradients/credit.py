@@ -10,7 +10,7 @@ Shapes: B responses, T positions, "..." further axes of a credit, such as discou
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Scored
+from diagnostics.batch import ScoredRollouts
 from diagnostics.errors import InvalidInput
 
 # --- costs to go --------------------------------------------------------------------------------
@@ -61,7 +61,7 @@ def check_gamma(gamma: float) -> None:
 # --- baselines ----------------------------------------------------------------------------------
 
 
-def position_mean(batch: Scored, credit: Tensor) -> Tensor:
+def position_mean(batch: ScoredRollouts, credit: Tensor) -> Tensor:
     """Mean credit at position t of the responses to *other prompts* that are alive there.
 
     A response is alive where it has a sampled token; 0 where no other prompt has one. Unbiased:
@@ -88,7 +88,7 @@ def position_mean(batch: Scored, credit: Tensor) -> Tensor:
     return total / count.clamp(min=1)
 
 
-def leave_one_out(batch: Scored, credit: Tensor) -> Tensor:
+def leave_one_out(batch: ScoredRollouts, credit: Tensor) -> Tensor:
     """Mean credit at position t of the *other* rollouts of the prompt; an ended one counts as 0.
 
     Unbiased: it does not depend on the own tokens. Counting the ended as 0, which is what they
@@ -107,7 +107,7 @@ def leave_one_out(batch: Scored, credit: Tensor) -> Tensor:
     return (group_totals(own, group) - own) / (size - 1).view(wide)
 
 
-def groups(batch: Scored, purpose: str) -> tuple[Tensor, Tensor]:
+def groups(batch: ScoredRollouts, purpose: str) -> tuple[Tensor, Tensor]:
     """(B,) the prompt's number and (B,) how many rollouts it has, at least 2.
 
     Raises:

@@ -14,12 +14,12 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
-from diagnostics.batch import Scored, concatenate, flatten, unflatten
+from diagnostics.batch import ScoredRollouts, concatenate, flatten, unflatten
 from diagnostics.errors import InvalidInput
-from diagnostics.gradients.probe import LossGradients, Measured, joined
+from diagnostics.gradients.probe import GradientSketches, LossGradients, joined
 
 
-def among(batch: Scored) -> tuple[Scored, slice]:
+def among(batch: ScoredRollouts) -> tuple[ScoredRollouts, slice]:
     """The batch of all ranks, in their order, and where this one's rows are; without supports.
 
     Cost: an all-gather of the per-token numbers, some 20 of them a token.
@@ -29,7 +29,7 @@ def among(batch: Scored) -> tuple[Scored, slice]:
     return concatenate(parts), slice(start, start + len(batch))
 
 
-def batches_of_ranks(batch: Scored) -> list[Scored]:
+def batches_of_ranks(batch: ScoredRollouts) -> list[ScoredRollouts]:
     """Every rank's batch, with all that is in it; all have to hold the same parts."""
     columns = {name: rows_of_ranks(x) for name, x in flatten(batch).items()}
     return [
@@ -38,7 +38,7 @@ def batches_of_ranks(batch: Scored) -> list[Scored]:
     ]
 
 
-def across_ranks(part: Measured) -> Measured:
+def across_ranks(part: GradientSketches) -> GradientSketches:
     """The measurement of all ranks' sequences, in the order of ranks."""
     columns = {name: rows_of_ranks(x) for name, x in part.tensors().items()}
     parts: list[dict[str, Any]] = [

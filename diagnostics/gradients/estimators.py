@@ -16,8 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Scored
-from diagnostics.core.optional_fields import Missing, prefix_of
+from diagnostics.batch import ScoredRollouts
+from diagnostics.core.optional_fields import MissingField, prefix_of
 from diagnostics.errors import InvalidInput
 from diagnostics.gradients.credit import discounted, leave_one_out, position_mean
 
@@ -25,7 +25,7 @@ GAMMAS = (0.0, 0.5, 0.9, 0.95, 0.99, 1.0)
 
 
 @dataclass(frozen=True)
-class Member:
+class GradientEstimator:
     """An estimator of the family.
 
     mean_own: the token's own term is the gradient of its prefix's KL (needs both whole
@@ -37,15 +37,17 @@ class Member:
     baseline: str = "none"
 
 
-FAMILY: dict[str, Member] = {
-    "plain": Member(),
-    "position_mean": Member(baseline="position_mean"),
-    "leave_one_out": Member(baseline="leave_one_out"),
-    "local_kl": Member(baseline="local_kl"),
-    "rb_immediate": Member(mean_own=True),
-    "rb_future": Member(mean_later=True),
-    "rb_all": Member(mean_own=True, mean_later=True),
-    "rb_all_position_mean": Member(mean_own=True, mean_later=True, baseline="position_mean"),
+FAMILY: dict[str, GradientEstimator] = {
+    "plain": GradientEstimator(),
+    "position_mean": GradientEstimator(baseline="position_mean"),
+    "leave_one_out": GradientEstimator(baseline="leave_one_out"),
+    "local_kl": GradientEstimator(baseline="local_kl"),
+    "rb_immediate": GradientEstimator(mean_own=True),
+    "rb_future": GradientEstimator(mean_later=True),
+    "rb_all": GradientEstimator(mean_own=True, mean_later=True),
+    "rb_all_position_mean": GradientEstimator(
+        mean_own=True, mean_later=True, baseline="position_mean"
+    ),
 }
 """Names as in training; the last is the low-noise member with which bias is measured. (The exact
 study's `position_value` is what `position_mean` tends to as prompts are added.)"""
@@ -62,7 +64,7 @@ class Grid(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Weights:
+class EstimatorWeights:
     """weights (B, T, F) of the scores, local (F,) bool: whether the KL's own gradient is added."""
 
     names: tuple[str, ...]
@@ -76,7 +78,9 @@ def member_index(at: Grid, name: str, gamma: float) -> int:
     return at.names.index(name) * len(at.gammas) + at.gammas.index(gamma)
 
 
-def weights(batch: Scored, names: Sequence[str], gammas: Sequence[float] = GAMMAS) -> Weights:
+def weights(
+    batch: ScoredRollouts, names: Sequence[str], gammas: Sequence[float] = GAMMAS
+) -> EstimatorWeights:
     """Weights of the named members of FAMILY at each discount.
 
     Raises:
@@ -89,7 +93,7 @@ def weights(batch: Scored, names: Sequence[str], gammas: Sequence[float] = GAMMA
         raise InvalidInput(f"unknown members {unknown}, discounts {list(gammas)} must be in [0, 1]")
     columns = [_weight(batch, FAMILY[name], gammas) for name in names]
     local = [FAMILY[name].mean_own for name in names for _ in gammas]
-    return Weights(
+    return EstimatorWeights(
         tuple(names),
         tuple(gammas),
         torch.cat(columns, -1),
@@ -97,7 +101,7 @@ def weights(batch: Scored, names: Sequence[str], gammas: Sequence[float] = GAMMA
     )
 
 
-def available(batch: Scored, teacher_known: bool) -> list[str]:
+def available(batch: ScoredRollouts, teacher_known: bool) -> list[str]:
     """The members that this batch and the presence of the teacher's distributions allow."""
     repeated = bool((batch.prompt.unique(return_counts=True)[1] > 1).all())
     found = []
@@ -112,7 +116,7 @@ def available(batch: Scored, teacher_known: bool) -> list[str]:
     return found
 
 
-def _weight(batch: Scored, member: Member, gammas: Sequence[float]) -> Tensor:
+def _weight(batch: ScoredRollouts, member: GradientEstimator, gammas: Sequence[float]) -> Tensor:
     """(B, T, G)."""
     sampled = batch.log_ratio.double() * batch.mask
     later = prefix_of(batch).reverse_kl.double() * batch.mask if member.mean_later else sampled
@@ -122,29 +126,29 @@ def _weight(batch: Scored, member: Member, gammas: Sequence[float]) -> Tensor:
     return (credit - BASELINES[member.baseline](batch, credit)) * batch.mask[..., None]
 
 
-def _none(batch: Scored, credit: Tensor) -> Tensor:
+def _none(batch: ScoredRollouts, credit: Tensor) -> Tensor:
     return torch.zeros_like(credit)
 
 
-def _position_mean(batch: Scored, credit: Tensor) -> Tensor:
+def _position_mean(batch: ScoredRollouts, credit: Tensor) -> Tensor:
     """As in training; 0 for a micro-batch of one prompt, which has no other to compare with."""
     if len(batch.prompt.unique()) < 2:
         return torch.zeros_like(credit)
     return position_mean(batch, credit)
 
 
-def _leave_one_out(batch: Scored, credit: Tensor) -> Tensor:
+def _leave_one_out(batch: ScoredRollouts, credit: Tensor) -> Tensor:
     try:
         return leave_one_out(batch, credit)
     except InvalidInput as error:  # lacking, like prefix functionals
-        raise Missing(str(error)) from error
+        raise MissingField(str(error)) from error
 
 
-def _local_kl(batch: Scored, credit: Tensor) -> Tensor:
+def _local_kl(batch: ScoredRollouts, credit: Tensor) -> Tensor:
     return prefix_of(batch).reverse_kl.double()[..., None]
 
 
-BASELINES: dict[str, Callable[[Scored, Tensor], Tensor]] = {
+BASELINES: dict[str, Callable[[ScoredRollouts, Tensor], Tensor]] = {
     "none": _none,
     "position_mean": _position_mean,
     "leave_one_out": _leave_one_out,

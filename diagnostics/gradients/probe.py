@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Scored
-from diagnostics.core.optional_fields import Missing
+from diagnostics.batch import ScoredRollouts
+from diagnostics.core.optional_fields import MissingField
 from diagnostics.errors import InvalidInput
 from diagnostics.gradients.bias import (
     coherence,
@@ -36,7 +36,7 @@ from diagnostics.gradients.sketch import (
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Measured:
+class GradientSketches:
     """Gradients of the family on some batch: all that a readout needs, without the models.
 
     sketches (B, F, J, m); prompt (B,) ids; cost (B,) KL of a response; names and gammas of the F =
@@ -71,7 +71,7 @@ class LossGradients:
 
 
 def measured(
-    batch: Scored,
+    batch: ScoredRollouts,
     hidden: Tensor,
     logp: LogProbs,
     projection: Projection,
@@ -79,9 +79,9 @@ def measured(
     teacher_known: bool = True,
     gammas: Sequence[float] = GAMMAS,
     chunk_tokens: int = 1024,
-    among: tuple[Scored, slice] | None = None,
+    among: tuple[ScoredRollouts, slice] | None = None,
     slopes: Slopes | None = None,
-) -> Measured:
+) -> GradientSketches:
     """One pass over a batch: every member of the family that it allows, sequence by sequence.
 
     Cost: both models' heads once, copies * rows * V products a token and F times as many sketch
@@ -105,7 +105,7 @@ def measured(
     whole, rows = among or (batch, slice(len(batch)))
     at = weights(whole, available(whole, teacher_known), gammas)
     own = at.values[rows, : batch.mask.shape[1]]
-    return Measured(
+    return GradientSketches(
         sketches=sequence_sketches(tokens, batch.mask, own, at.local),
         energies=token_energies(tokens, batch.mask, own, at.local),
         prompt=batch.prompt,
@@ -115,7 +115,7 @@ def measured(
     )
 
 
-def on_policy(batch: Scored) -> None:
+def on_policy(batch: ScoredRollouts) -> None:
     """Refuse a batch that was not drawn from the distribution that was scored.
 
     Then scores do not average to 0, and neither bias nor baselines are what the formulas say.
@@ -124,14 +124,14 @@ def on_policy(batch: Scored) -> None:
       Missing: top_p below 1, or another temperature.
     """
     if batch.top_p < 1 or batch.temperature != batch.score_temperature:
-        raise Missing(
+        raise MissingField(
             f"the batch was sampled with top_p {batch.top_p} at temperature {batch.temperature} "
             f"and scored at {batch.score_temperature}; sample the probe's batch with top_p 1 at "
             "the temperature of the loss"
         )
 
 
-def joined(parts: Sequence[Measured]) -> Measured:
+def joined(parts: Sequence[GradientSketches]) -> GradientSketches:
     """The measurement of several micro-batches, ranks or steps with the policy all but unchanged.
 
     Prompts keep their ids: sequences with one id are taken as rollouts of one prompt.
@@ -148,7 +148,7 @@ def joined(parts: Sequence[Measured]) -> Measured:
 
 
 def gradient_row(
-    at: Measured,
+    at: GradientSketches,
     trained: tuple[str, float] = ("plain", 0.0),
     sequences: int | None = None,
     seed: int = 0,
@@ -174,7 +174,7 @@ def gradient_row(
       Missing: fewer than 3 prompts, or `trained` was not measured.
     """
     if trained[0] not in at.names or trained[1] not in at.gammas:
-        raise Missing(f"{trained} is not among {', '.join(at.names)} at {list(at.gammas)}")
+        raise MissingField(f"{trained} is not among {', '.join(at.names)} at {list(at.gammas)}")
     found = pairs(at.sketches, at.prompt)
     grid = [(name, gamma) for name in at.names for gamma in at.gammas]
     nth = grid.index(trained)
@@ -202,7 +202,9 @@ def gradient_row(
     return {f"{prefix}/{name}": value for name, value in row.items()}
 
 
-def _bias_and_choice(found: Pairs, at: Measured, sequences: int, seed: int) -> dict[str, float]:
+def _bias_and_choice(
+    found: Pairs, at: GradientSketches, sequences: int, seed: int
+) -> dict[str, float]:
     row: dict[str, float] = {}
     bias = squared_bias(found, at)
     for i, gamma in enumerate(at.gammas):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diagnostics.core.optional_fields import Missing
+from diagnostics.core.optional_fields import MissingField
 from diagnostics.errors import InvalidInput
 from diagnostics.gradients.jackknife import Estimate, estimate, positive, ratio, squared
 
@@ -36,7 +36,7 @@ def pairs(x: Tensor, prompt: Tensor) -> "Pairs":
     group = prompt.unique(return_inverse=True)[1]
     count = torch.bincount(group.cpu()).double()
     if len(count) < 3:
-        raise Missing(f"the batch has {len(count)} prompts; a jackknife needs at least 3")
+        raise MissingField(f"the batch has {len(count)} prompts; a jackknife needs at least 3")
     copies = x.shape[2]
     sums = [_sums(x[:, :, j].double() * copies**0.5, group, len(count)) for j in range(copies)]
     apart, same, own, whole = (

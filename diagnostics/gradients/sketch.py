@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Scored
+from diagnostics.batch import ScoredRollouts
 from diagnostics.errors import InvalidInput
 
 LogProbs = Callable[[slice], tuple[Tensor, Tensor | None]]
@@ -92,7 +92,7 @@ class TokenSketches:
 
 @torch.no_grad()
 def token_sketches(
-    batch: Scored,
+    batch: ScoredRollouts,
     hidden: Tensor,
     logp: LogProbs,
     projection: Projection,

@@ -7,15 +7,15 @@ Shapes: every per-token quantity is (B, T).
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Scored
+from diagnostics.batch import ScoredRollouts
 from diagnostics.core.histograms import Quantiles
 from diagnostics.core.moments import EffectiveSize
-from diagnostics.core.optional_fields import Missing, prefix_of
-from diagnostics.core.totals import Martingale, Mean, Total
+from diagnostics.core.optional_fields import MissingField, prefix_of
+from diagnostics.core.totals import Accumulator, Martingale, Mean
 from diagnostics.errors import InvalidInput
 
 
-def martingales(batch: Scored) -> dict[str, Total]:
+def martingales(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """F-1: standardised sums of what must average to 0 at every prefix if y was drawn from p.
 
     z_H: differences -log p(y) - H_p with variance sum_v p (log p)^2 - H_p^2;
@@ -32,7 +32,7 @@ def martingales(batch: Scored) -> dict[str, Total]:
     tested.
     """
     if batch.top_p < 1 or batch.temperature != batch.score_temperature:
-        raise Missing(
+        raise MissingField(
             f"the rollouts were drawn with top_p {batch.top_p:g} at temperature "
             f"{batch.temperature:g} and scored whole at {batch.score_temperature:g}; a test of one "
             "against the other needs them equal"
@@ -43,12 +43,12 @@ def martingales(batch: Scored) -> dict[str, Total]:
     surprise = (prefix.surprise_square - entropy.square()).clamp(min=0)
     ratio = (prefix.ratio_square - kl.square()).clamp(min=0)
     return {
-        "validity/z_H": Martingale.of(-batch.student_logp - entropy, surprise, fresh),
-        "validity/z_K": Martingale.of(batch.log_ratio - kl, ratio, fresh),
+        "consistency/z_H": Martingale.of(-batch.student_logp - entropy, surprise, fresh),
+        "consistency/z_K": Martingale.of(batch.log_ratio - kl, ratio, fresh),
     }
 
 
-def sampler_weights(batch: Scored) -> dict[str, Total]:
+def sampler_weights(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """F-2: tails and effective sizes of the ratio student / sampler.
 
     With d as in `sampler_ratio`: sampler_log_ratios_q1 ... q99, by position q5, q50, q95;
@@ -61,13 +61,13 @@ def sampler_weights(batch: Scored) -> dict[str, Total]:
     """
     d = _off_sampler(batch)
     return {
-        "validity/sampler_log_ratios": Quantiles.of(d, batch.sampled),
-        "validity/sampler_ess": EffectiveSize.of(d, batch.sampled),
-        "validity/sampler_prefix_ess": EffectiveSize.along(d, batch.sampled),
+        "consistency/sampler_log_ratios": Quantiles.of(d, batch.sampled),
+        "consistency/sampler_ess": EffectiveSize.of(d, batch.sampled),
+        "consistency/sampler_prefix_ess": EffectiveSize.along(d, batch.sampled),
     }
 
 
-def staleness(batch: Scored) -> dict[str, Total]:
+def staleness(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """F-3: how many updates the student has moved since a response was begun.
 
     age = mean over responses, stale_share = share with an age above 0.
@@ -77,12 +77,12 @@ def staleness(batch: Scored) -> dict[str, Total]:
     """
     every = torch.ones_like(batch.ended)
     return {
-        "validity/age": Mean.of(batch.age, every, batch.prompt),
-        "validity/stale_share": Mean.of(batch.age > 0, every, batch.prompt),
+        "consistency/age": Mean.of(batch.age, every, batch.prompt),
+        "consistency/stale_share": Mean.of(batch.age > 0, every, batch.prompt),
     }
 
 
-def rescoring(first: Scored, second: Scored) -> dict[str, Total]:
+def rescoring(first: ScoredRollouts, second: ScoredRollouts) -> dict[str, Accumulator]:
     """F-4: the noise floor of the teacher, from scoring the same tokens twice.
 
     teacher_noise = mean |log q - log q'|; teacher_noise_square = mean of its square;
@@ -101,18 +101,18 @@ def rescoring(first: Scored, second: Scored) -> dict[str, Total]:
     d = (first.teacher_logp - second.teacher_logp).abs()
     mask, prompt = first.mask, first.prompt
     return {
-        "validity/teacher_noise": Mean.of(d, mask, prompt),
-        "validity/teacher_noise_square": Mean.of(d.square(), mask, prompt),
-        "validity/teacher_noise_share": Mean.ratio(d, first.log_ratio.abs(), mask, prompt),
+        "consistency/teacher_noise": Mean.of(d, mask, prompt),
+        "consistency/teacher_noise_square": Mean.of(d.square(), mask, prompt),
+        "consistency/teacher_noise_share": Mean.ratio(d, first.log_ratio.abs(), mask, prompt),
     }
 
 
-def _off_sampler(batch: Scored) -> Tensor:
+def _off_sampler(batch: ScoredRollouts) -> Tensor:
     sampler = batch.sampler_logp if batch.softmax_logp is None else batch.softmax_logp
     return batch.student_logp - sampler
 
 
-def sampler_ratio(batch: Scored) -> dict[str, Total]:
+def sampler_ratio(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """F-2: how far the scored student is from the model that sampled.
 
     d = log p(y) - log sampler(y); sampler_log_ratio = mean d, sampler_log_ratio_square = mean d^2,
@@ -127,6 +127,6 @@ def sampler_ratio(batch: Scored) -> dict[str, Total]:
     """
     d = _off_sampler(batch)
     return {
-        "validity/sampler_log_ratio": Mean.of(d, batch.sampled, batch.prompt),
-        "validity/sampler_log_ratio_square": Mean.of(d.square(), batch.sampled, batch.prompt),
+        "consistency/sampler_log_ratio": Mean.of(d, batch.sampled, batch.prompt),
+        "consistency/sampler_log_ratio_square": Mean.of(d.square(), batch.sampled, batch.prompt),
     }

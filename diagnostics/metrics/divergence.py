@@ -1,6 +1,6 @@
 """Teacher-support drift (B-*): does the teacher still know what the student is talking about?
 
-Every number comes for the whole response and by position bin (`Profile`), because drift is what
+Every number comes for the whole response and by position bin (`PositionMean`), because drift is what
 grows along a response. Costs, r and the KL, are taken over the supervised tokens, since they say
 what is left to learn; ranks, masses, entropies and weights over all sampled tokens, since they say
 where the student went. Shapes: B responses, T positions, K support ids. With p the student, q the
@@ -10,17 +10,17 @@ teacher, y the sampled token, S the support, r = log p(y) - log q(y).
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Scored
+from diagnostics.batch import ScoredRollouts
 from diagnostics.core.histograms import Quantiles
 from diagnostics.core.moments import EffectiveSize
 from diagnostics.core.optional_fields import prefix_of, support_of
-from diagnostics.core.totals import Counts, Deciles, Mean, Profile, Total
+from diagnostics.core.totals import Accumulator, Counts, Deciles, Mean, PositionMean
 
 RANKS = (8, 16, 32)
 """Depths of the exact rank shares: comparable across runs, whatever K each run keeps."""
 
 
-def sampled_divergence(batch: Scored) -> dict[str, Total]:
+def sampled_divergence(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """B-4, B-7: the sampled cost and the teacher's probability of what the student chose.
 
     k1 = mean r over the supervised tokens: without a mask that reads the sampled token an unbiased
@@ -33,14 +33,14 @@ def sampled_divergence(batch: Scored) -> dict[str, Total]:
     """
     r = batch.log_ratio
     return {
-        "drift/k1": _profile(batch, r),
-        "drift/abs_ratio": _profile(batch, r.abs()),
-        "drift/teacher_prob": _profile(batch, batch.teacher_logp.exp()),
-        **_by_response("drift/k1", batch, r),
+        "divergence/k1": _profile(batch, r),
+        "divergence/abs_ratio": _profile(batch, r.abs()),
+        "divergence/teacher_prob": _profile(batch, batch.teacher_logp.exp()),
+        **_by_response("divergence/k1", batch, r),
     }
 
 
-def exact_divergence(batch: Scored) -> dict[str, Total]:
+def exact_divergence(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """B-11: the exact reverse KL at each prefix, sum_v p (log p - log q), in three aggregations.
 
     reverse_kl pooled over the supervised tokens, reverse_kl_per_response (mean of the sums over t),
@@ -51,12 +51,12 @@ def exact_divergence(batch: Scored) -> dict[str, Total]:
     """
     kl = prefix_of(batch).reverse_kl
     return {
-        "drift/reverse_kl": _profile(batch, kl),
-        **_by_response("drift/reverse_kl", batch, kl),
+        "divergence/reverse_kl": _profile(batch, kl),
+        **_by_response("divergence/reverse_kl", batch, kl),
     }
 
 
-def teacher_rank(batch: Scored) -> dict[str, Total]:
+def teacher_rank(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """B-2: shares of the sampled tokens by the teacher's rank of them, 1 + #{v: q(v) > q(y)}.
 
     teacher_rank_1 = share of rank 1, teacher_rank_over_R = share of rank > R for R in RANKS.
@@ -65,11 +65,11 @@ def teacher_rank(batch: Scored) -> dict[str, Total]:
     Healthy: rank_1 high and flat along the response; over_R small and not growing.
     """
     rank = prefix_of(batch).teacher_rank
-    deep = {f"drift/teacher_rank_over_{k}": _everywhere(batch, rank > k) for k in RANKS}
-    return {"drift/teacher_rank_1": _everywhere(batch, rank == 1), **deep}
+    deep = {f"divergence/teacher_rank_over_{k}": _everywhere(batch, rank > k) for k in RANKS}
+    return {"divergence/teacher_rank_1": _everywhere(batch, rank == 1), **deep}
 
 
-def support_mass(batch: Scored) -> dict[str, Total]:
+def support_mass(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """B-1, B-4: samples outside the support, observed and expected, and the masses on it.
 
     outside_topk = mean 1[y not in S]; outside_topk_expected = mean 1 - P_S, the same without
@@ -87,16 +87,16 @@ def support_mass(batch: Scored) -> dict[str, Total]:
     outside = (~in_support(batch)).to(inside.dtype)
     size = (support.sizes * batch.sampled).double()
     return {
-        f"drift/outside_{name}": _everywhere(batch, outside),
-        f"drift/outside_{name}_expected": _everywhere(batch, 1 - inside),
-        f"drift/outside_{name}_excess": _everywhere(batch, outside - (1 - inside)),
-        f"drift/{name}_teacher_mass": _everywhere(batch, theirs),
-        f"drift/{name}_student_mass": _everywhere(batch, inside),
-        f"drift/{name}_size": Mean(size.sum(), batch.sampled.sum().double()),
+        f"divergence/outside_{name}": _everywhere(batch, outside),
+        f"divergence/outside_{name}_expected": _everywhere(batch, 1 - inside),
+        f"divergence/outside_{name}_excess": _everywhere(batch, outside - (1 - inside)),
+        f"divergence/{name}_teacher_mass": _everywhere(batch, theirs),
+        f"divergence/{name}_student_mass": _everywhere(batch, inside),
+        f"divergence/{name}_size": Mean(size.sum(), batch.sampled.sum().double()),
     }
 
 
-def uncertainty(batch: Scored) -> dict[str, Total]:
+def uncertainty(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """B-6, D-4: entropies (nats) on student prefixes and the teacher's largest probability.
 
     Over all sampled tokens: teacher_entropy = mean H_q, student_entropy = mean H_p, entropy_gap =
@@ -110,15 +110,15 @@ def uncertainty(batch: Scored) -> dict[str, Total]:
     prefix = prefix_of(batch)
     gap = prefix.teacher_entropy - prefix.student_entropy
     return {
-        "drift/teacher_entropy": _everywhere(batch, prefix.teacher_entropy),
-        "drift/student_entropy": _everywhere(batch, prefix.student_entropy),
-        "drift/entropy_gap": _everywhere(batch, gap),
-        "drift/teacher_max": _everywhere(batch, prefix.teacher_max),
-        "drift/teacher_entropy_over_1": _everywhere(batch, prefix.teacher_entropy > 1),
+        "divergence/teacher_entropy": _everywhere(batch, prefix.teacher_entropy),
+        "divergence/student_entropy": _everywhere(batch, prefix.student_entropy),
+        "divergence/entropy_gap": _everywhere(batch, gap),
+        "divergence/teacher_max": _everywhere(batch, prefix.teacher_max),
+        "divergence/teacher_entropy_over_1": _everywhere(batch, prefix.teacher_entropy > 1),
     }
 
 
-def tokens_by_position(batch: Scored) -> dict[str, Total]:
+def tokens_by_position(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """Supervised tokens in each position bin: what every profile of a cost in this step rests on.
 
     tokens = sum m, tokens@lo-hi = sum m over the bin. What is measured over all sampled tokens
@@ -127,10 +127,10 @@ def tokens_by_position(batch: Scored) -> dict[str, Total]:
     Healthy: a bin with few tokens speaks for few, selected responses; do not compare it with an
     early bin that all of them reach.
     """
-    return {"drift/tokens": Counts.of(batch.mask)}
+    return {"divergence/tokens": Counts.of(batch.mask)}
 
 
-def ratio_quantiles(batch: Scored) -> dict[str, Total]:
+def ratio_quantiles(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """B-7: quantiles of r in percent, over all supervised tokens and by position bin.
 
     log_ratios_q1 ... q99; by position q5, q50, q95. Resolution: `Quantiles`, 9 % of the value.
@@ -139,20 +139,20 @@ def ratio_quantiles(batch: Scored) -> dict[str, Total]:
     Healthy: the median near 0, q95 flat along the response. A q95 that grows with position is
     drift before any mean shows it.
     """
-    return {"drift/log_ratios": Quantiles.of(batch.log_ratio, batch.mask)}
+    return {"divergence/log_ratios": Quantiles.of(batch.log_ratio, batch.mask)}
 
 
-def rank_quantiles(batch: Scored) -> dict[str, Total]:
+def rank_quantiles(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """B-2: quantiles of the teacher's rank of the sampled token.
 
     teacher_ranks_q50 = the median, and so on; exact for ranks up to 12, then to 9 %.
     Access: L2. Source: ours. Unlike a mean, a quantile is not owned by a few huge ranks.
     Healthy: median 1, q95 a few, flat along the response.
     """
-    return {"drift/teacher_ranks": Quantiles.of(prefix_of(batch).teacher_rank, batch.sampled)}
+    return {"divergence/teacher_ranks": Quantiles.of(prefix_of(batch).teacher_rank, batch.sampled)}
 
 
-def prefix_weights(batch: Scored) -> dict[str, Total]:
+def prefix_weights(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """B-10: effective share of responses if their prefixes stood for the teacher's.
 
     prefix_ess@lo-hi = (sum w)^2 / (n sum w^2), w = exp(-sum_{u <= hi} r) over all sampled tokens,
@@ -166,12 +166,12 @@ def prefix_weights(batch: Scored) -> dict[str, Total]:
     """
     r = batch.log_ratio
     return {
-        "drift/prefix_ess": EffectiveSize.along(-r, batch.sampled),
-        "drift/prefix_abs_ess": EffectiveSize.along(-r.abs(), batch.sampled),
+        "divergence/prefix_ess": EffectiveSize.along(-r, batch.sampled),
+        "divergence/prefix_abs_ess": EffectiveSize.along(-r.abs(), batch.sampled),
     }
 
 
-def cost_by_tenth(batch: Scored) -> dict[str, Total]:
+def cost_by_tenth(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """B-7: the sampled cost by tenths of the response: k1, |r| and q(y) at relative positions.
 
     k1_tenth%0-10 ... k1_tenth%90-100, abs_ratio_tenth%..., teacher_prob_tenth%...: means over the
@@ -183,12 +183,12 @@ def cost_by_tenth(batch: Scored) -> dict[str, Total]:
     r, q = batch.log_ratio, batch.teacher_logp.exp()
     columns = {"k1": r, "abs_ratio": r.abs(), "teacher_prob": q}
     return {
-        f"drift/{k}_tenth": Deciles.of(x, batch.mask, batch.prompt, batch.sampled)
+        f"divergence/{k}_tenth": Deciles.of(x, batch.mask, batch.prompt, batch.sampled)
         for k, x in columns.items()
     }
 
 
-def entropy_by_tenth(batch: Scored) -> dict[str, Total]:
+def entropy_by_tenth(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """D-4: the exact divergence and both entropies by tenths of the response.
 
     reverse_kl_tenth%0-10 ... over the supervised tokens of each tenth; student_entropy_tenth%...,
@@ -201,29 +201,29 @@ def entropy_by_tenth(batch: Scored) -> dict[str, Total]:
     names = ("student_entropy", "teacher_entropy", "teacher_max")
     over = {"reverse_kl": batch.mask, **dict.fromkeys(names, batch.sampled)}
     return {
-        f"drift/{name}_tenth": Deciles.of(
+        f"divergence/{name}_tenth": Deciles.of(
             getattr(prefix, name), tokens, batch.prompt, batch.sampled
         )
         for name, tokens in over.items()
     }
 
 
-def in_support(batch: Scored) -> Tensor:
+def in_support(batch: ScoredRollouts) -> Tensor:
     """(B, T) bool: the sampled token is among the support ids."""
     return support_of(batch).contains(batch.tokens)
 
 
-def _profile(batch: Scored, x: Tensor) -> Profile:
+def _profile(batch: ScoredRollouts, x: Tensor) -> PositionMean:
     """Over the supervised tokens."""
-    return Profile.of(x, batch.mask, batch.prompt)
+    return PositionMean.of(x, batch.mask, batch.prompt)
 
 
-def _everywhere(batch: Scored, x: Tensor) -> Profile:
+def _everywhere(batch: ScoredRollouts, x: Tensor) -> PositionMean:
     """Over all sampled tokens."""
-    return Profile.of(x, batch.sampled, batch.prompt)
+    return PositionMean.of(x, batch.sampled, batch.prompt)
 
 
-def _by_response(name: str, batch: Scored, x: Tensor) -> dict[str, Total]:
+def _by_response(name: str, batch: ScoredRollouts, x: Tensor) -> dict[str, Accumulator]:
     """Sum and mean over the supervised tokens of a response that has any, averaged over them."""
     length = batch.mask.sum(1)
     sums = torch.where(batch.mask, x.double(), 0.0).sum(1)

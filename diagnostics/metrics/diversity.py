@@ -6,14 +6,14 @@ All rollouts of a prompt must be in one batch. Shapes: B responses, T positions,
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Scored
+from diagnostics.batch import ScoredRollouts
 from diagnostics.core.optional_fields import prefix_of
-from diagnostics.core.totals import Mean, Total, cluster_numbers
+from diagnostics.core.totals import Accumulator, Mean, cluster_numbers
 
 GRAM, FIRST = 4, 64
 
 
-def distinct(batch: Scored) -> dict[str, Total]:
+def distinct(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """D-5: how many of the 4-grams that the rollouts of a prompt contain are different.
 
     distinct_4 = sum over prompts of the number of different 4-grams of sampled tokens, over the
@@ -32,7 +32,7 @@ def distinct(batch: Scored) -> dict[str, Total]:
     fresh = rows.unique(dim=0)
     new = count.index_add(0, fresh[:, 0], torch.ones(len(fresh), device=rows.device).double())
     there = torch.ones(len(batch), dtype=torch.bool, device=rows.device)
-    return {"collapse/distinct_4": Mean.ratio(new, every, there)}
+    return {"diversity/distinct_4": Mean.ratio(new, every, there)}
 
 
 def windows(tokens: Tensor, mask: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,7 +49,7 @@ def windows(tokens: Tensor, mask: Tensor, size: int) -> tuple[Tensor, Tensor, Te
     return grams.flatten(0, 1), row.flatten(), whole.flatten()
 
 
-def second_try(batch: Scored) -> dict[str, Total]:
+def second_try(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """D-5: what a second rollout adds, pass@2 - pass@1, over prompts with two graded ones or more.
 
     With c of n rollouts right: pass@1 = c / n, pass@2 = 1 - C(n - c, 2) / C(n, 2), both unbiased;
@@ -68,13 +68,13 @@ def second_try(batch: Scored) -> dict[str, Total]:
     m = n.clamp(min=2)
     first, more = c / m, c * (m - c) / (m * (m - 1))
     return {
-        "collapse/pass_1": Mean.of(first, known),
-        "collapse/pass_2": Mean.of(first + more, known),
-        "collapse/second_try": Mean.of(more, known),
+        "diversity/pass_1": Mean.of(first, known),
+        "diversity/pass_2": Mean.of(first + more, known),
+        "diversity/second_try": Mean.of(more, known),
     }
 
 
-def branching(batch: Scored) -> dict[str, Total]:
+def branching(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """D-5: the student's mean entropy over the first 64 positions, where responses part.
 
     Over all sampled tokens.
@@ -84,4 +84,4 @@ def branching(batch: Scored) -> dict[str, Total]:
     """
     entropy = prefix_of(batch).student_entropy
     early = batch.sampled & (torch.arange(batch.mask.shape[1], device=entropy.device) < FIRST)
-    return {"collapse/early_entropy": Mean.of(entropy, early, batch.prompt)}
+    return {"diversity/early_entropy": Mean.of(entropy, early, batch.prompt)}

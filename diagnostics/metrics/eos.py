@@ -1,19 +1,19 @@
 """How both models end (C-3): the wish to stop, apart from the name that it goes by.
 
 Each model has its own set of end ids; the batch carries the log-mass of each on its own set,
-`Prefix.student_end` and `Prefix.teacher_end`. Shapes: B responses, T positions.
+`DistributionStats.student_end` and `DistributionStats.teacher_end`. Shapes: B responses, T positions.
 """
 
 from torch import Tensor
 
-from diagnostics.batch import Scored
-from diagnostics.core.optional_fields import Missing, prefix_of
-from diagnostics.core.totals import Mean, Profile, Total
+from diagnostics.batch import ScoredRollouts
+from diagnostics.core.optional_fields import MissingField, prefix_of
+from diagnostics.core.totals import Accumulator, Mean, PositionMean
 
 BEFORE = 5
 
 
-def endings(batch: Scored) -> dict[str, Total]:
+def endings(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """C-3, D-6: does the teacher want to end where the student ends, and under which name?
 
     At the sampled end ids y: end_wish = mean of log sum_{ends of q} q - log sum_{ends of p} p;
@@ -26,7 +26,7 @@ def endings(batch: Scored) -> dict[str, Total]:
     Access: L2 with the ends' log-masses (`score` with the pair's endings). Source: ours, from the
     two conventions of figure 5 of 2603.25562.
     Healthy: end_wish near 0 and end_name below 1. A large end_name with an end_wish near 0 is a
-    naming mismatch: set own_end or mask the end. A very negative end_wish is a teacher that would
+    naming mismatch: set map_eos or mask the end. A very negative end_wish is a teacher that would
     go on: the student stops too early for it. end_push near 0: above, sampled tokens pay for
     ending, so that responses get shorter; below, for going on, and truncation will follow. Where a
     mask takes the ends out, end_name is NaN.
@@ -34,16 +34,16 @@ def endings(batch: Scored) -> dict[str, Total]:
     prefix, mask, sampled = prefix_of(batch), batch.mask, batch.sampled
     ours, theirs, ending = prefix.student_end, prefix.teacher_end, prefix.ending
     if ours is None or theirs is None or ending is None:
-        raise Missing("the prefix functionals lack the log-masses of both models' end ids")
+        raise MissingField("the prefix functionals lack the log-masses of both models' end ids")
     here = sampled & (ending > 0)
     wish, push = theirs - ours, -batch.log_ratio * (here.double() - ours.exp())
     return {
-        "drift/end_wish": Mean.of(wish, here, batch.prompt),
-        "drift/end_wish_before": Mean.of(wish, before(here, sampled, BEFORE), batch.prompt),
-        "drift/end_name": Mean.of(theirs - batch.teacher_logp, here & mask, batch.prompt),
-        "drift/end_push": Mean.of(push, mask, batch.prompt),
-        "drift/student_hazard": Profile.of(ours.exp(), sampled, batch.prompt),
-        "drift/teacher_hazard": Profile.of(theirs.exp(), sampled, batch.prompt),
+        "divergence/end_wish": Mean.of(wish, here, batch.prompt),
+        "divergence/end_wish_before": Mean.of(wish, before(here, sampled, BEFORE), batch.prompt),
+        "divergence/end_name": Mean.of(theirs - batch.teacher_logp, here & mask, batch.prompt),
+        "divergence/end_push": Mean.of(push, mask, batch.prompt),
+        "divergence/student_hazard": PositionMean.of(ours.exp(), sampled, batch.prompt),
+        "divergence/teacher_hazard": PositionMean.of(theirs.exp(), sampled, batch.prompt),
     }
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Prefix, Scored
-from diagnostics.core.optional_fields import Missing, prefix_of
-from diagnostics.core.totals import Mean, Profile, Total
+from diagnostics.batch import DistributionStats, ScoredRollouts
+from diagnostics.core.optional_fields import MissingField, prefix_of
+from diagnostics.core.totals import Accumulator, Mean, PositionMean
 
 UNDECIDED = 1.0
 
@@ -32,7 +32,7 @@ class Noise:
     curve: Tensor
 
 
-def prefix_noise(prefix: Prefix) -> Noise:
+def prefix_noise(prefix: DistributionStats) -> Noise:
     """Signal and noise of each token's gradient with respect to its logits, in float64.
 
     signal = N2 - 2 K N1 + K^2 c; noise(b) = (1 + c) M2 - 2 N2 - signal
@@ -43,7 +43,7 @@ def prefix_noise(prefix: Prefix) -> Noise:
       Missing: the functionals were saved before N1 and N2 were kept.
     """
     if prefix.square_ratio is None or prefix.square_ratio_square is None:
-        raise Missing("the prefix functionals lack sum p^2 l and sum p^2 l^2 (score again)")
+        raise MissingField("the prefix functionals lack sum p^2 l and sum p^2 l^2 (score again)")
     k, m2, c = (x.double() for x in (prefix.reverse_kl, prefix.ratio_square, prefix.collision))
     n1, n2 = prefix.square_ratio.double(), prefix.square_ratio_square.double()
     signal = (n2 - 2 * k * n1 + k * k * c).clamp(min=0)
@@ -57,7 +57,7 @@ def prefix_noise(prefix: Prefix) -> Noise:
     return Noise(signal, noise(torch.zeros_like(k)), noise(k), noise(best), slope, curve)
 
 
-def gradient_noise(batch: Scored) -> dict[str, Total]:
+def gradient_noise(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """E-5: signal and noise of the sampled-token gradient at a prefix, in the space of logits.
 
     token_signal = mean |E g|^2, token_noise = mean tr Var g of g = r (one_hot(y) - p);
@@ -73,8 +73,8 @@ def gradient_noise(batch: Scored) -> dict[str, Total]:
     torn = prefix.student_entropy > UNDECIDED
     groups = {"": mask, "_decided": mask & ~torn, "_undecided": mask & torn}
     return {
-        "noise/token_signal": Profile.of(n.signal, mask, prompt),
-        "noise/token_noise": Profile.of(n.zero, mask, prompt),
+        "noise/token_signal": PositionMean.of(n.signal, mask, prompt),
+        "noise/token_noise": PositionMean.of(n.zero, mask, prompt),
         **{
             f"noise/signal_to_noise{name}": Mean.ratio(n.signal, n.zero, some, prompt)
             for name, some in groups.items()
@@ -82,7 +82,7 @@ def gradient_noise(batch: Scored) -> dict[str, Total]:
     }
 
 
-def baseline_noise(batch: Scored) -> dict[str, Total]:
+def baseline_noise(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """E-6: what a baseline at the prefix saves of the token noise: the value K, or the best one.
 
     value_noise_ratio = sum noise(K) / sum noise(0); best_noise_ratio the same with b*;

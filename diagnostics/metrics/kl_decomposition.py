@@ -9,16 +9,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Scored, Support
+from diagnostics.batch import ScoredRollouts, Support
 from diagnostics.core.optional_fields import prefix_of, support_of
-from diagnostics.core.totals import Mean, Profile, Total
+from diagnostics.core.totals import Accumulator, Mean, PositionMean
 from diagnostics.metrics.repetition import repeated
 
 RUN = 16
 AGREEMENT = 0.01
 
 
-def kl_anatomy(batch: Scored) -> dict[str, Total]:
+def kl_anatomy(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """B-5: the reverse KL as binary, head and tail parts, an exact chain rule over the support.
 
     kl_binary = mean of P log(P/Q) + (1-P) log((1-P)/(1-Q)), over in or out of S;
@@ -38,15 +38,15 @@ def kl_anatomy(batch: Scored) -> dict[str, Total]:
     parts = split_divergence(batch)
     name = "kl" if support.source in ("teacher", "full") else f"{support.source}_kl"
     whole = parts["binary"] + parts["head"] + parts["tail"]
-    found: dict[str, Total] = {f"drift/{name}_parts": _profile(batch, whole)}
+    found: dict[str, Accumulator] = {f"divergence/{name}_parts": _profile(batch, whole)}
     for part, x in parts.items():
-        found[f"drift/{name}_{part}"] = _profile(batch, x)
+        found[f"divergence/{name}_{part}"] = _profile(batch, x)
         share = Mean.ratio(x, whole, batch.sampled, batch.prompt)
-        found[f"drift/{name}_{part}_share"] = share
+        found[f"divergence/{name}_{part}_share"] = share
     return found
 
 
-def split_divergence(batch: Scored) -> dict[str, Tensor]:
+def split_divergence(batch: ScoredRollouts) -> dict[str, Tensor]:
     """The parts "binary", "head", "tail" of each token, (B, T) float64 each; see `kl_anatomy`."""
     support = support_of(batch)
     if support.source == "full":
@@ -69,7 +69,9 @@ def split_divergence(batch: Scored) -> dict[str, Tensor]:
     }
 
 
-def agreement(threshold: float = AGREEMENT, run: int = RUN) -> Callable[[Scored], dict[str, Total]]:
+def agreement(
+    threshold: float = AGREEMENT, run: int = RUN
+) -> Callable[[ScoredRollouts], dict[str, Accumulator]]:
     """B-12: long runs of tokens at which both models agree, and how repetitive they are.
 
     A run is at least `run` consecutive tokens of the student's own, supervised or not (an
@@ -83,17 +85,17 @@ def agreement(threshold: float = AGREEMENT, run: int = RUN) -> Callable[[Scored]
     outcome: `by(agreement(), "reward", {1: "right", 0: "wrong"})`.
     """
 
-    def measured(batch: Scored) -> dict[str, Total]:
+    def measured(batch: ScoredRollouts) -> dict[str, Accumulator]:
         member, start = _runs(prefix_of(batch).reverse_kl < threshold, batch.sampled, run)
         again = repeated(batch.tokens, batch.sampled)
         runs = start.sum(1).double()
         some = batch.sampled.any(1)
         lengths = member.sum(1).double()
         return {
-            "drift/agreeing_share": _profile(batch, member),
-            "drift/agreeing_repeated_share": Mean.of(again, member, batch.prompt),
-            "drift/agreeing_runs": Mean.of(runs, some, batch.prompt),
-            "drift/agreeing_run_length": Mean.ratio(lengths, runs, some, batch.prompt),
+            "divergence/agreeing_share": _profile(batch, member),
+            "divergence/agreeing_repeated_share": Mean.of(again, member, batch.prompt),
+            "divergence/agreeing_runs": Mean.of(runs, some, batch.prompt),
+            "divergence/agreeing_run_length": Mean.ratio(lengths, runs, some, batch.prompt),
         }
 
     return measured
@@ -119,5 +121,5 @@ def _ratio(support: Support) -> Tensor:
     return ratio if support.present is None else torch.where(support.present, ratio, 0.0)
 
 
-def _profile(batch: Scored, x: Tensor) -> Profile:
-    return Profile.of(x, batch.sampled, batch.prompt)
+def _profile(batch: ScoredRollouts, x: Tensor) -> PositionMean:
+    return PositionMean.of(x, batch.sampled, batch.prompt)

@@ -2,15 +2,15 @@
 
 from math import hypot
 
-from diagnostics.batch import Scored
+from diagnostics.batch import ScoredRollouts
 from diagnostics.core.totals import read
 from diagnostics.metrics.divergence import uncertainty
 
 
-def own_prefix_gap(on_student: Scored, on_teacher: Scored) -> dict[str, float]:
+def own_prefix_gap(on_student: ScoredRollouts, on_teacher: ScoredRollouts) -> dict[str, float]:
     """B-8: the teacher's certainty on its own prefixes minus that on the student's, by position.
 
-    drift/own_prefix_NAME = mean of NAME over responses that the teacher sampled minus the same over
+    divergence/own_prefix_NAME = mean of NAME over responses that the teacher sampled minus the same over
     those that the student sampled, for teacher_max and teacher_entropy, whole and for every bin
     that both reach, with "_se", the root of both squared errors (for the same prompts, whose means
     go together, an upper bound).
@@ -23,8 +23,11 @@ def own_prefix_gap(on_student: Scored, on_teacher: Scored) -> dict[str, float]:
     ours, own = (read(uncertainty(batch)) for batch in (on_student, on_teacher))
     found = {}
     for name in ours:
-        if name.startswith(("drift/teacher_max", "drift/teacher_entropy")) and name in own:
-            key = name.replace("drift/", "drift/own_prefix_", 1)
+        if (
+            name.startswith(("divergence/teacher_max", "divergence/teacher_entropy"))
+            and name in own
+        ):
+            key = name.replace("divergence/", "divergence/own_prefix_", 1)
             both = own[name], ours[name]
             found[key] = hypot(*both) if name.endswith("_se") else both[0] - both[1]
     return found

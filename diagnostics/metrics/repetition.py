@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Scored
-from diagnostics.core.totals import Mean, Total
+from diagnostics.batch import ScoredRollouts
+from diagnostics.core.totals import Accumulator, Mean
 
 NGRAM = 8
 TAIL, COMPRESSION = 10_000, 10.0
@@ -53,12 +53,12 @@ def _rank(key: Tensor) -> Tensor:
     return torch.empty_like(key).scatter(1, order, fresh.cumsum(1))
 
 
-def repetition(batch: Scored) -> dict[str, Total]:
+def repetition(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """A-3, D-3: repeated n-grams (n = 8), and how the cost differs inside and outside of them.
 
-    collapse/repeated_share = the share of repeated tokens among all sampled ones, and over the
-    supervised ones: supervision/repeated_cost, regular_cost = mean of r over repeated and over
-    other tokens; supervision/repeated_signal_share = sum m rep |r| / sum m |r|.
+    repetition/repeated_share = the share of repeated tokens among all sampled ones, and over the
+    supervised ones: signal/repeated_cost, regular_cost = mean of r over repeated and over
+    other tokens; signal/repeated_signal_share = sum m rep |r| / sum m |r|.
     Access: L0; four row sorts. Source: the split of 2604.08527, with an exact rule for "repeated".
     Healthy: share near 0 and, if anything, repeated tokens cost more than others. A teacher that
     rewards loops shows as a growing share with repeated_cost far below regular_cost.
@@ -66,10 +66,10 @@ def repetition(batch: Scored) -> dict[str, Total]:
     rep = repeated(batch.tokens, batch.sampled)
     r, mask, prompt = batch.log_ratio, batch.mask, batch.prompt
     return {
-        "collapse/repeated_share": Mean.of(rep, batch.sampled, prompt),
-        "supervision/repeated_cost": Mean.of(r, mask & rep, prompt),
-        "supervision/regular_cost": Mean.of(r, mask & ~rep, prompt),
-        "supervision/repeated_signal_share": Mean.ratio(r.abs() * rep, r.abs(), mask, prompt),
+        "repetition/repeated_share": Mean.of(rep, batch.sampled, prompt),
+        "signal/repeated_cost": Mean.of(r, mask & rep, prompt),
+        "signal/regular_cost": Mean.of(r, mask & ~rep, prompt),
+        "signal/repeated_signal_share": Mean.ratio(r.abs() * rep, r.abs(), mask, prompt),
     }
 
 
@@ -81,7 +81,7 @@ def compressible(text: str, tail: int = TAIL, threshold: float = COMPRESSION) ->
 
 def compression(
     decode: Callable[[Sequence[int]], str], tail: int = TAIL, threshold: float = COMPRESSION
-) -> Callable[[Scored], dict[str, Total]]:
+) -> Callable[[ScoredRollouts], dict[str, Accumulator]]:
     """D-3: share of responses whose last 10 000 characters zlib compresses more than tenfold.
 
     compressible_share = mean over responses of 1[characters >= tail and bytes / zlib bytes >
@@ -91,11 +91,11 @@ def compression(
     watch early.
     """
 
-    def measured(batch: Scored) -> dict[str, Total]:
+    def measured(batch: ScoredRollouts) -> dict[str, Accumulator]:
         rows = zip(batch.tokens.cpu(), batch.sampled.cpu(), strict=True)
         found = [compressible(decode(ids[own].tolist()), tail, threshold) for ids, own in rows]
         flag = torch.tensor(found, dtype=torch.bool, device=batch.mask.device)
         share = Mean.of(flag, torch.ones_like(flag), batch.prompt)
-        return {"collapse/compressible_share": share}
+        return {"repetition/compressible_share": share}
 
     return measured

@@ -6,14 +6,14 @@ the cost; the "advantage" of other systems is -r. Sampling unit: the prompt.
 
 from torch import Tensor
 
-from diagnostics.batch import Scored
+from diagnostics.batch import ScoredRollouts
 from diagnostics.core.histograms import Concentration
 from diagnostics.core.moments import Within
 from diagnostics.core.optional_fields import prefix_of
-from diagnostics.core.totals import Mean, Total
+from diagnostics.core.totals import Accumulator, Mean
 
 
-def sign_shares(batch: Scored) -> dict[str, Total]:
+def sign_shares(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """A-1: how many tokens are pushed down and up, and with how much total weight.
 
     negative_share = sum m 1[r > 0] / sum m (the student overrates the token), positive_share with
@@ -27,15 +27,15 @@ def sign_shares(batch: Scored) -> dict[str, Total]:
     """
     r, mask, prompt = batch.log_ratio, batch.mask, batch.prompt
     return {
-        "supervision/negative_share": Mean.of(r > 0, mask, prompt),
-        "supervision/positive_share": Mean.of(r < 0, mask, prompt),
-        "supervision/negative_mass": Mean.of(r.clamp(min=0), mask, prompt),
-        "supervision/positive_mass": Mean.of((-r).clamp(min=0), mask, prompt),
-        "supervision/signed_balance": Mean.ratio((-r).clamp(min=0), r.abs(), mask, prompt),
+        "signal/negative_share": Mean.of(r > 0, mask, prompt),
+        "signal/positive_share": Mean.of(r < 0, mask, prompt),
+        "signal/negative_mass": Mean.of(r.clamp(min=0), mask, prompt),
+        "signal/positive_mass": Mean.of((-r).clamp(min=0), mask, prompt),
+        "signal/signed_balance": Mean.ratio((-r).clamp(min=0), r.abs(), mask, prompt),
     }
 
 
-def sign_null(batch: Scored) -> dict[str, Total]:
+def sign_null(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """A-1: the share of overrated tokens that the two models imply, and the excess over it.
 
     negative_share_null = mean of sum_v p(v) 1[p(v) > q(v)];
@@ -48,12 +48,12 @@ def sign_null(batch: Scored) -> dict[str, Total]:
     null = prefix_of(batch).overrated
     observed = (batch.log_ratio > 0).to(null.dtype)
     return {
-        "supervision/negative_share_null": Mean.of(null, batch.sampled, batch.prompt),
-        "supervision/negative_share_excess": Mean.of(observed - null, batch.sampled, batch.prompt),
+        "signal/negative_share_null": Mean.of(null, batch.sampled, batch.prompt),
+        "signal/negative_share_excess": Mean.of(observed - null, batch.sampled, batch.prompt),
     }
 
 
-def signal_concentration(batch: Scored) -> dict[str, Total]:
+def signal_concentration(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """A-2: concentration of |r| over tokens: n_eff, entropy_n_eff, top1_share, gini.
 
     Formulas: `Concentration`. Access: L0. Source: ours; motivated by 2604.14084, where 3 to 15 % of
@@ -61,10 +61,10 @@ def signal_concentration(batch: Scored) -> dict[str, Total]:
     Healthy: stable over steps. n_eff_share of a few per mille or top1_share above about 1/2 means
     that a handful of tokens, often special ones, own the signal.
     """
-    return {"supervision/signal": Concentration.of(batch.log_ratio.abs(), batch.mask)}
+    return {"signal/signal": Concentration.of(batch.log_ratio.abs(), batch.mask)}
 
 
-def signed_concentration(batch: Scored) -> dict[str, Total]:
+def signed_concentration(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """A-2: the same concentration of the signal that pushes down, and of that which pushes up.
 
     negative_signal_* of r over tokens with r > 0, positive_signal_* of -r over tokens with r < 0.
@@ -75,12 +75,12 @@ def signed_concentration(batch: Scored) -> dict[str, Total]:
     """
     r = batch.log_ratio
     return {
-        "supervision/negative_signal": Concentration.of(r, batch.mask & (r > 0)),
-        "supervision/positive_signal": Concentration.of(-r, batch.mask & (r < 0)),
+        "signal/negative_signal": Concentration.of(r, batch.mask & (r > 0)),
+        "signal/positive_signal": Concentration.of(-r, batch.mask & (r < 0)),
     }
 
 
-def action_dependence(batch: Scored) -> dict[str, Total]:
+def action_dependence(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """A-8: the part of the signal's variance that the sampled token decides, not its prefix.
 
     action_dependence = mean of Var(r | prefix) / Var(r), Var(r | prefix) = sum p l^2 - KL^2, over
@@ -92,10 +92,10 @@ def action_dependence(batch: Scored) -> dict[str, Total]:
     """
     prefix = prefix_of(batch)
     variance = (prefix.ratio_square - prefix.reverse_kl.square()).clamp(min=0)
-    return {"supervision/action_dependence": Within.of(batch.log_ratio, variance, batch.sampled)}
+    return {"signal/action_dependence": Within.of(batch.log_ratio, variance, batch.sampled)}
 
 
-def energy_concentration(batch: Scored) -> dict[str, Total]:
+def energy_concentration(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """A-4: concentration of the update, sqrt(e) with e = r^2 (1 - 2 p(y) + sum_v p(v)^2).
 
     The bracket is |one_hot(y) - p|^2, so sqrt(e) is the norm of this token's gradient with respect
@@ -105,10 +105,10 @@ def energy_concentration(batch: Scored) -> dict[str, Total]:
     where the student is undecided, higher that it sits on confident tokens that hardly move.
     """
     size = batch.log_ratio.abs() * score_norm(batch)
-    return {"supervision/energy": Concentration.of(size, batch.mask)}
+    return {"signal/energy": Concentration.of(size, batch.mask)}
 
 
-def score_norm(batch: Scored) -> Tensor:
+def score_norm(batch: ScoredRollouts) -> Tensor:
     """(B, T) norm of the logit score, |one_hot(y) - p| = sqrt(1 - 2 p(y) + sum_v p(v)^2)."""
     inside = 1 - 2 * batch.student_logp.detach().exp() + prefix_of(batch).collision
     return inside.clamp(min=0).sqrt()  # below 0 by rounding only: it equals a square

@@ -8,9 +8,9 @@ token, p the student, q the teacher.
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Scored, Support
+from diagnostics.batch import ScoredRollouts, Support
 from diagnostics.core.optional_fields import support_of
-from diagnostics.core.totals import Mean, Total
+from diagnostics.core.totals import Accumulator, Mean
 
 TIE = 0.02
 """Nats by which a token outside a top-K list may exceed the list's last id: two equal numbers that
@@ -19,7 +19,7 @@ OVER = 0.01
 """Probability beyond 1 that is rounding: the sum of K probabilities rounded to bfloat16."""
 
 
-def support_consistency(batch: Scored) -> dict[str, Total]:
+def support_consistency(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """F-5: contradictions between a support and the log-probabilities of the sampled tokens.
 
     support_gap = mean |log q(y) in S - log q(y)| over tokens with y in S, the larger of it and the
@@ -41,18 +41,20 @@ def support_consistency(batch: Scored) -> dict[str, Total]:
     student_gap = _value_at(support.student_logp, same) - batch.student_logp
     teacher_gap = _value_at(support.teacher_logp, same) - batch.teacher_logp
     masses = torch.stack(support.masses()).amax(0)
-    totals: dict[str, Total] = {
-        "validity/support_gap": Mean.of(
+    totals: dict[str, Accumulator] = {
+        "consistency/support_gap": Mean.of(
             torch.maximum(student_gap.abs(), teacher_gap.abs()), inside, batch.prompt
         ),
-        "validity/support_mass_over_share": Mean.of(masses > 1 + OVER, batch.sampled, batch.prompt),
+        "consistency/support_mass_over_share": Mean.of(
+            masses > 1 + OVER, batch.sampled, batch.prompt
+        ),
     }
     if support.source != "full":
         twice = _has_duplicate(support.ids, present)
-        totals["validity/support_twice_share"] = Mean.of(twice, batch.sampled, batch.prompt)
+        totals["consistency/support_twice_share"] = Mean.of(twice, batch.sampled, batch.prompt)
     if support.source in ("teacher", "student"):
         missed = _missed(batch, support, present) & ~inside
-        totals["validity/support_order_share"] = Mean.of(missed, batch.sampled, batch.prompt)
+        totals["consistency/support_order_share"] = Mean.of(missed, batch.sampled, batch.prompt)
     return totals
 
 
@@ -61,7 +63,7 @@ def _value_at(logp: Tensor, same: Tensor) -> Tensor:
     return torch.where(same, logp, 0.0).amin(-1)
 
 
-def _missed(batch: Scored, support: Support, present: Tensor) -> Tensor:
+def _missed(batch: ScoredRollouts, support: Support, present: Tensor) -> Tensor:
     """(B, T) bool: the sampled token is more probable than the least probable id present."""
     logp, listed = batch.teacher_logp, support.teacher_logp
     if support.source == "student":

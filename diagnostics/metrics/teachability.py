@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Scored
+from diagnostics.batch import ScoredRollouts
 from diagnostics.core.optional_fields import prefix_of
-from diagnostics.core.totals import Mean, Profile, Total, masked
+from diagnostics.core.totals import Accumulator, Mean, PositionMean, masked
 from diagnostics.metrics.gradient_noise import UNDECIDED, prefix_noise
 from diagnostics.metrics.signal import score_norm
 from diagnostics.metrics.topk import top_list
@@ -28,7 +28,7 @@ ACCEPTED, COMPATIBLE = 5, 16
 
 
 @dataclass(frozen=True, eq=False)
-class Joint(Total):
+class Joint(Accumulator):
     """Sums of weights (W, L, L) over tokens by two quantities, each in the levels of EDGES.
 
     The first weight counts tokens. Readout: "_selected_NAME" for each of the others: the share of
@@ -75,7 +75,7 @@ def mean_rank(count: np.ndarray) -> np.ndarray:
     return (below + count / 2) / count.sum()
 
 
-def teachability(batch: Scored) -> dict[str, Total]:
+def teachability(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """A-7: what a fifth of the tokens would carry, chosen by entropy or divergence.
 
     teachable_selected_signal, teachable_selected_energy = shares of sum |r| and of the update's
@@ -90,10 +90,10 @@ def teachability(batch: Scored) -> dict[str, Total]:
     r = batch.log_ratio.abs()
     weights = [r, (r * score_norm(batch)).square()]
     joint = Joint.of(prefix.student_entropy, prefix.reverse_kl, weights, batch.mask)
-    return {"supervision/teachable": joint}
+    return {"signal/teachable": joint}
 
 
-def quadrants(batch: Scored) -> dict[str, Total]:
+def quadrants(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """A-7, E-5: tokens, signal, energy and noise by certainty of the student and divergence.
 
     QUADRANT is decided or torn (student entropy up to 1 nat, or above) with near or apart (KL up to
@@ -109,10 +109,10 @@ def quadrants(batch: Scored) -> dict[str, Total]:
     noise, r = prefix_noise(prefix), batch.log_ratio.abs()
     energy = (r * score_norm(batch)).square()
     torn, apart = prefix.student_entropy > UNDECIDED, prefix.reverse_kl > APART
-    found: dict[str, Total] = {}
+    found: dict[str, Accumulator] = {}
     for first, a in (("decided", ~torn), ("torn", torn)):
         for second, b in (("near", ~apart), ("apart", apart)):
-            name, inside = f"supervision/{first}_{second}", (a & b).double()
+            name, inside = f"signal/{first}_{second}", (a & b).double()
             found[f"{name}_tokens"] = Mean.of(inside, mask, prompt)
             found[f"{name}_signal"] = Mean.ratio(r * inside, r, mask, prompt)
             found[f"{name}_energy"] = Mean.ratio(energy * inside, energy, mask, prompt)
@@ -122,7 +122,7 @@ def quadrants(batch: Scored) -> dict[str, Total]:
     return found
 
 
-def compatibility(batch: Scored) -> dict[str, Total]:
+def compatibility(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """A-7, B-4: does the teacher know what the student would say?
 
     compatibility = mean sum of q over the student's 16 likeliest ids (or as many as the list has);
@@ -139,6 +139,6 @@ def compatibility(batch: Scored) -> dict[str, Total]:
     accepted = theirs.to(min(ACCEPTED, theirs.k)).place(ours.ids[..., 0]) < ACCEPTED
     accepted &= ours.present[..., 0]
     return {
-        "drift/compatibility": Profile.of(mass, batch.sampled, batch.prompt),
-        "drift/first_accepted": Profile.of(accepted, batch.sampled, batch.prompt),
+        "divergence/compatibility": PositionMean.of(mass, batch.sampled, batch.prompt),
+        "divergence/first_accepted": PositionMean.of(accepted, batch.sampled, batch.prompt),
     }

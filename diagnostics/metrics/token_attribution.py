@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Scored
-from diagnostics.core.totals import Mean, Total, masked
+from diagnostics.batch import ScoredRollouts
+from diagnostics.core.totals import Accumulator, Mean, masked
 from diagnostics.errors import InvalidInput
 from diagnostics.metrics.signal import score_norm
 
@@ -22,7 +22,7 @@ COLUMNS = ("count", "cost", "signal", "square", "energy")
 
 
 @dataclass(frozen=True, eq=False)
-class TokenTable(Total):
+class TokenAttribution(Accumulator):
     """Five sums for every id of the vocabulary; field (V, 5), columns as in COLUMNS.
 
     count = number of masked tokens with the id, then sums over them of r, |r|, r^2 and
@@ -34,7 +34,7 @@ class TokenTable(Total):
     sums: Tensor
 
     @classmethod
-    def of(cls, batch: Scored, mask: Tensor, vocabulary: int) -> Self:
+    def of(cls, batch: ScoredRollouts, mask: Tensor, vocabulary: int) -> Self:
         """Sums over the tokens of the mask (B, T).
 
         Raises:
@@ -92,8 +92,8 @@ class TokenTable(Total):
         return found
 
 
-def token_table(vocabulary: int) -> Callable[[Scored], dict[str, Total]]:
-    """A-6: the metric `tokens/all`, sums for every id of the vocabulary (`TokenTable`).
+def token_table(vocabulary: int) -> Callable[[ScoredRollouts], dict[str, Accumulator]]:
+    """A-6: the metric `tokens/all`, sums for every id of the vocabulary (`TokenAttribution`).
 
     Access: L0; the energy column L2. Cost: a table of V x 5 float64, which an all-reduce of totals
     carries along; read it every so many steps. Source: ours.
@@ -101,19 +101,19 @@ def token_table(vocabulary: int) -> Callable[[Scored], dict[str, Total]]:
     tokens, tags and fillers at the top mean that format, not content, is being distilled.
     """
 
-    def measured(batch: Scored) -> dict[str, Total]:
-        return {"tokens/all": TokenTable.of(batch, batch.mask, vocabulary)}
+    def measured(batch: ScoredRollouts) -> dict[str, Accumulator]:
+        return {"tokens/all": TokenAttribution.of(batch, batch.mask, vocabulary)}
 
     return measured
 
 
-def impossible(batch: Scored) -> Tensor:
+def impossible(batch: ScoredRollouts) -> Tensor:
     """(B, T) bool: p(y) > 0.9 and q(y) < 1e-4, the student is sure of what the teacher excludes."""
     sure = batch.student_logp.exp() > CONFIDENT
     return sure & (batch.teacher_logp.exp() < IMPOSSIBLE) & batch.mask
 
 
-def confident_impossible(batch: Scored) -> dict[str, Total]:
+def confident_impossible(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """C-2: tokens of which the student is sure and which the teacher holds impossible.
 
     confident_impossible_share = mean of 1[p(y) > 0.9 and q(y) < 1e-4];
@@ -130,13 +130,13 @@ def confident_impossible(batch: Scored) -> dict[str, Total]:
 
 
 @dataclass(frozen=True, eq=False)
-class LargestBucket(Total):
+class LargestBucket(Accumulator):
     """Sums of a weight over ids modulo BUCKETS; reads out the largest one's share, NaN of 0."""
 
     sums: Tensor
 
     @classmethod
-    def of(cls, batch: Scored, weight: Tensor) -> Self:
+    def of(cls, batch: ScoredRollouts, weight: Tensor) -> Self:
         """weight: (B, T)."""
         x = masked(weight, batch.mask)
         place = torch.where(batch.mask, batch.tokens, 0) % BUCKETS
@@ -148,7 +148,7 @@ class LargestBucket(Total):
         return {"": float(sums[0].max() / whole) if whole > 0 else float("nan")}
 
 
-def one_id(batch: Scored) -> dict[str, Total]:
+def one_id(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """A-6: the largest share of sum |r| that one token id holds.
 
     one_id_signal = max_v sum_{y = v} |r| / sum |r|, ids taken modulo 4096, so that it needs no
@@ -161,20 +161,20 @@ def one_id(batch: Scored) -> dict[str, Total]:
     return {"tokens/one_id_signal": LargestBucket.of(batch, batch.log_ratio.abs())}
 
 
-def impossible_table(vocabulary: int) -> Callable[[Scored], dict[str, Total]]:
-    """C-2: the metric `tokens/impossible`, a `TokenTable` of the confident-impossible tokens.
+def impossible_table(vocabulary: int) -> Callable[[ScoredRollouts], dict[str, Accumulator]]:
+    """C-2: the metric `tokens/impossible`, a `TokenAttribution` of the confident-impossible tokens.
 
     Access: L0. Cost: as `token_table`. Source: ours.
     Healthy: empty. An id that stands here often is the one to mask or to map.
     """
 
-    def measured(batch: Scored) -> dict[str, Total]:
-        return {"tokens/impossible": TokenTable.of(batch, impossible(batch), vocabulary)}
+    def measured(batch: ScoredRollouts) -> dict[str, Accumulator]:
+        return {"tokens/impossible": TokenAttribution.of(batch, impossible(batch), vocabulary)}
 
     return measured
 
 
-def coverage(ids: Collection[int], name: str) -> Callable[[Scored], dict[str, Total]]:
+def coverage(ids: Collection[int], name: str) -> Callable[[ScoredRollouts], dict[str, Accumulator]]:
     """C-6: what masking some ids would take away: shares of tokens, of |r| and of the energy.
 
     tokens/NAME_share = mean of 1[y in ids]; NAME_signal = their share of sum |r|; NAME_energy =
@@ -185,7 +185,7 @@ def coverage(ids: Collection[int], name: str) -> Callable[[Scored], dict[str, To
     """
     wanted = sorted(ids)
 
-    def measured(batch: Scored) -> dict[str, Total]:
+    def measured(batch: ScoredRollouts) -> dict[str, Accumulator]:
         inside = torch.isin(
             batch.tokens, torch.tensor(wanted, dtype=torch.long, device=batch.tokens.device)
         )

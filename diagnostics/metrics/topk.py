@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Scored
-from diagnostics.core.optional_fields import Missing, support_of
-from diagnostics.core.totals import Mean, Profile, Total
+from diagnostics.batch import ScoredRollouts
+from diagnostics.core.optional_fields import MissingField, support_of
+from diagnostics.core.totals import Accumulator, Mean, PositionMean
 
 DEPTHS = (1, 8, 16, 32, 64)
 OVERLAP = 16
@@ -45,7 +45,7 @@ class TopList:
         return torch.where(hit, slot, self.k).amin(-1)
 
 
-def top_list(batch: Scored, whose: str) -> TopList:
+def top_list(batch: ScoredRollouts, whose: str) -> TopList:
     """The list of the "teacher" or the "student", as deep as the batch's support tells.
 
     A support of that source is the list itself, `student_support` the student's; from a "union" of
@@ -65,7 +65,7 @@ def top_list(batch: Scored, whose: str) -> TopList:
     if support.source == whose:
         return everything
     if support.source not in ("union", "full"):
-        raise Missing(
+        raise MissingField(
             f"the support is the {support.source}'s and does not hold the {whose}'s top ids "
             f"(score with source {whose!r} or 'union')"
         )
@@ -77,7 +77,7 @@ def top_list(batch: Scored, whose: str) -> TopList:
     return TopList(*(x.gather(-1, order) for x in parts))
 
 
-def nested_outside(batch: Scored) -> dict[str, Total]:
+def nested_outside(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """B-1, B-2: samples outside the teacher's top k for every k of DEPTHS that the list reaches.
 
     outside_top{k} = mean 1[y not in S_k], the share of teacher ranks above k;
@@ -91,15 +91,15 @@ def nested_outside(batch: Scored) -> dict[str, Total]:
     best = top_list(batch, "teacher")
     place, ours = best.place(batch.tokens), best.student_logp.exp() * best.present
     mass = ours.cumsum(-1)
-    found: dict[str, Total] = {}
+    found: dict[str, Accumulator] = {}
     for k in (k for k in DEPTHS if k <= best.k):
-        name = f"drift/outside_top{k}"
+        name = f"divergence/outside_top{k}"
         found[name] = _profile(batch, place >= k)
         found[f"{name}_expected"] = _profile(batch, 1 - mass[..., k - 1])
     return found
 
 
-def tail_share(batch: Scored) -> dict[str, Total]:
+def tail_share(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """A-5: how much of the cost lies on tokens outside the teacher's top k, k in DEPTHS.
 
     tail{k}_cost_share = sum m r 1[y not in S_k] / sum m r;
@@ -111,15 +111,15 @@ def tail_share(batch: Scored) -> dict[str, Total]:
     """
     best = top_list(batch, "teacher")
     place, r = best.place(batch.tokens), batch.log_ratio
-    found: dict[str, Total] = {}
+    found: dict[str, Accumulator] = {}
     for k in (k for k in DEPTHS if k <= best.k):
         for name, x in (("cost", r), ("signal", r.abs())):
             total = Mean.ratio(x * (place >= k), x, batch.mask, batch.prompt)
-            found[f"supervision/tail{k}_{name}_share"] = total
+            found[f"signal/tail{k}_{name}_share"] = total
     return found
 
 
-def overlap(batch: Scored) -> dict[str, Total]:
+def overlap(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """B-3: the ids that both models have among their top k, k = 16 or what the lists hold.
 
     Means over all sampled tokens, with p' and q' renormalised on I:
@@ -149,17 +149,19 @@ def overlap(batch: Scored) -> dict[str, Total]:
     kl = (p * ratio).sum(-1) / safe[0] - (safe[0] / safe[1]).log()
     count = size.clamp(min=1)
     return {
-        "drift/overlap_ratio": _profile(batch, size.double() / k),
-        "drift/overlap_student_mass": _profile(batch, mass_p),
-        "drift/overlap_teacher_mass": _profile(batch, mass_q),
-        "drift/overlap_empty_share": _profile(batch, size == 0),
-        "drift/overlap_advantage": Profile.of(-kl / count, some, batch.prompt),
-        "drift/overlap_kl": Profile.of(kl, some, batch.prompt),
-        "drift/overlap_advantage_verl": Profile.of((q * ratio).sum(-1) / count, some, batch.prompt),
+        "divergence/overlap_ratio": _profile(batch, size.double() / k),
+        "divergence/overlap_student_mass": _profile(batch, mass_p),
+        "divergence/overlap_teacher_mass": _profile(batch, mass_q),
+        "divergence/overlap_empty_share": _profile(batch, size == 0),
+        "divergence/overlap_advantage": PositionMean.of(-kl / count, some, batch.prompt),
+        "divergence/overlap_kl": PositionMean.of(kl, some, batch.prompt),
+        "divergence/overlap_advantage_verl": PositionMean.of(
+            (q * ratio).sum(-1) / count, some, batch.prompt
+        ),
     }
 
 
-def top_uncertainty(batch: Scored) -> dict[str, Total]:
+def top_uncertainty(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """B-6: from a top-K list alone, the teacher's largest probability and a bound on its entropy.
 
     Over all sampled tokens: top_teacher_max = mean of q's largest, exact;
@@ -174,10 +176,10 @@ def top_uncertainty(batch: Scored) -> dict[str, Total]:
     rest = (1 - q.sum(-1)).clamp(min=0)
     inside = -(q * torch.where(best.present, best.teacher_logp, 0.0)).sum(-1)
     return {
-        "drift/top_teacher_max": _profile(batch, q.amax(-1)),
-        "drift/top_teacher_entropy_least": _profile(batch, inside - torch.xlogy(rest, rest)),
+        "divergence/top_teacher_max": _profile(batch, q.amax(-1)),
+        "divergence/top_teacher_entropy_least": _profile(batch, inside - torch.xlogy(rest, rest)),
     }
 
 
-def _profile(batch: Scored, x: Tensor) -> Profile:
-    return Profile.of(x, batch.sampled, batch.prompt)
+def _profile(batch: ScoredRollouts, x: Tensor) -> PositionMean:
+    return PositionMean.of(x, batch.sampled, batch.prompt)

@@ -12,11 +12,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from diagnostics.batch import FORMAT, Prefix, Rollouts, Scored, Support
+from diagnostics.batch import FORMAT, DistributionStats, Rollouts, ScoredRollouts, Support
 from diagnostics.errors import InvalidInput
 from diagnostics.io.files import KINDS, has_type, parse_json, reading, short
 
-PARTS: dict[str, Any] = {"support": Support, "student_support": Support, "prefix": Prefix}
+PARTS: dict[str, Any] = {
+    "support": Support,
+    "student_support": Support,
+    "prefix": DistributionStats,
+}
+BATCH_TYPES: dict[str, type[Rollouts]] = {
+    "Rollouts": Rollouts,
+    "ScoredRollouts": ScoredRollouts,
+    "Scored": ScoredRollouts,  # as older files call it
+}
+"""Type in the header of a batch file -> the class that it is read as."""
 ID_LIMIT = 2**24
 """Token ids are below this: no vocabulary has 16 million ids, and tables of ids are bounded."""
 MOST_MASS = 1.01
@@ -24,7 +34,7 @@ MOST_MASS = 1.01
 
 
 def load(path: str | Path) -> Rollouts:
-    """Read a batch that `save` wrote: `Scored` if it was scored, else `Rollouts`.
+    """Read a batch that `save` wrote: `ScoredRollouts` if it was scored, else `Rollouts`.
 
     Raises:
       InvalidInput: not such a file, or one whose fields, shapes, types or values are wrong.
@@ -45,9 +55,11 @@ def load(path: str | Path) -> Rollouts:
     settings = parse_json(header.get("settings", ""), f"{path}, its settings")
     if not isinstance(settings, dict):
         raise InvalidInput(f"{path}, its settings: {short(settings)} is not an object")
-    kind = {"Rollouts": Rollouts, "Scored": Scored}.get(header.get("type", ""))
+    kind = BATCH_TYPES.get(header.get("type", ""))
     if kind is None:
-        raise InvalidInput(f"{path} has type {header.get('type')!r}, expected Rollouts or Scored")
+        raise InvalidInput(
+            f"{path} has type {header.get('type')!r}, expected {' or '.join(BATCH_TYPES)}"
+        )
     return assembled(kind, tensors | settings, str(path))
 
 

@@ -32,7 +32,7 @@ A row is one response. Shapes: T response positions, K support ids.
 | support.teacher_logp | T x K | topk_teacher_logp, teacher_topk_logp, teacher_topk_logprobs |
 | support.present | T x K bools | |
 | support.source | "teacher" if absent | topk_source |
-| prefix.NAME | T, the fields of `diagnostics.batch.Prefix` | |
+| prefix.NAME | T, the fields of `diagnostics.batch.DistributionStats` | |
 | temperature, top_p, score_temperature, mask_rule | one value a file | |
 
 `support` and `prefix` may also be objects. A list may hold null where the mask is false. A token
@@ -50,7 +50,7 @@ from typing import Any
 
 import numpy as np
 
-from diagnostics.batch import Prefix
+from diagnostics.batch import DistributionStats
 from diagnostics.errors import InvalidInput
 from diagnostics.io.files import short
 from diagnostics.records.masks import SAMPLED, read_masks, refuse_unknown_masks, split
@@ -67,8 +67,8 @@ from diagnostics.records.values import (
 Record = dict[str, Any]
 """A checked row: canonical column names to numpy arrays (T,), (T, K) or plain values."""
 
-PREFIX = tuple(f"prefix.{f.name}" for f in fields(Prefix))
-PREFIX_NEEDED = tuple(f"prefix.{f.name}" for f in fields(Prefix) if f.default is MISSING)
+PREFIX = tuple(f"prefix.{f.name}" for f in fields(DistributionStats))
+PREFIX_NEEDED = tuple(f"prefix.{f.name}" for f in fields(DistributionStats) if f.default is MISSING)
 LOGPS = ("student_logp", "teacher_logp", "sampler_logp", "softmax_logp")
 SUPPORT = ("support.student_logp", "support.teacher_logp")
 CONSTANTS = ("temperature", "top_p", "score_temperature", "mask_rule", "support.source")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Prefix, Scored, Support
+from diagnostics.batch import DistributionStats, ScoredRollouts, Support
 from diagnostics.core.partial import lacking
 from diagnostics.errors import InvalidInput
 from diagnostics.io.files import parse_json, reading
@@ -39,7 +39,7 @@ from diagnostics.records.writer import SUFFIXES
 
 
 class Records:
-    """The rows of a file as `Scored` batches; iterate as often as you like.
+    """The rows of a file as `ScoredRollouts` batches; iterate as often as you like.
 
     Rows of one prompt are the sampling unit of every standard error: where they follow each other
     they come in one batch.
@@ -132,11 +132,11 @@ class Records:
         if waiting:
             yield waiting
 
-    def __iter__(self) -> Iterator[Scored]:
+    def __iter__(self) -> Iterator[ScoredRollouts]:
         for rows in self.groups():
             yield self.batch(rows)
 
-    def batch(self, rows: list[Record]) -> Scored:
+    def batch(self, rows: list[Record]) -> ScoredRollouts:
         """The rows as one checked batch, padded on the right, without what they lack."""
         width = max(1, *(len(row["tokens"]) for row in rows))
 
@@ -161,7 +161,7 @@ class Records:
         if "sampled_mask" in self.columns:
             parts["sampled_mask"] = padded("sampled_mask", torch.bool)
         parts |= {k: v for k, v in self._constants.items() if k != "support.source"}
-        scored = Scored(
+        scored = ScoredRollouts(
             tokens=padded("tokens", torch.long),
             mask=padded("mask", torch.bool),
             support=self._support(rows, padded),
@@ -230,7 +230,7 @@ class Records:
         unknown = [n.removeprefix("support.") for n in SUPPORT if n not in self.columns]
         return lacking(support, unknown, "the support of the records has")
 
-    def _prefix(self, floats: Callable[[str], Tensor]) -> Prefix | None:
+    def _prefix(self, floats: Callable[[str], Tensor]) -> DistributionStats | None:
         lost = [name for name in PREFIX_NEEDED if name not in self.columns]
         if lost:
             if len(lost) < len(PREFIX_NEEDED):
@@ -239,7 +239,7 @@ class Records:
                 )
             return None
         known = [name for name in PREFIX if name in self.columns]
-        return Prefix(**{name.removeprefix("prefix."): floats(name) for name in known})
+        return DistributionStats(**{name.removeprefix("prefix."): floats(name) for name in known})
 
 
 def _width(row: Record) -> int:

@@ -31,18 +31,18 @@ COLUMNS: tuple[tuple[str, str], ...] = (
         "room for another turn (full_share)",
     ),
     (
-        "validity/loss_*",
+        "consistency/loss_*",
         "loss_expected, the loss by formulas of its own; loss_error, the distance of the loss from "
         "it in whole multiples of what rounding explains, healthy 0; where it is above, "
         "loss_negated, loss_exchanged, loss_denominator are 1 for the cause that explains it",
     ),
     (
-        "validity/sampler_error",
+        "consistency/sampler_error",
         "root mean square of log student - log sampler over fresh tokens, in whole units of "
         "rounding",
     ),
     (
-        "validity/student_*, validity/teacher_*",
+        "consistency/student_*, consistency/teacher_*",
         "a few responses scored again, each alone: rescored, the difference in whole units of "
         "rounding, healthy below 3; from there on also what it depends on: chance, ids that the "
         "attention mask hides (mask), padding, another row (exchanged); always: modules that drop "
@@ -50,7 +50,7 @@ COLUMNS: tuple[tuple[str, str], ...] = (
         "(precision); teacher_moved, share of the teacher's numbers that have changed",
     ),
     (
-        "validity/grader_*",
+        "consistency/grader_*",
         "grader_constant, 1 if all responses have one reward and so have a right answer and none; "
         "grader_missing, share of responses without a reward",
     ),

@@ -8,6 +8,7 @@ from typing import Any
 
 from diagnostics.errors import InvalidInput
 from diagnostics.io.files import check_fields, parse_json, reading, short
+from diagnostics.records.renamed import present_row
 
 Row = dict[str, Any]
 
@@ -55,6 +56,7 @@ def read(path: str | Path, required: Mapping[str, type] | None = None) -> list[R
             raise
         if not isinstance(row, dict):
             raise InvalidInput(f"{where} is not a JSON object: {short(row)}")
+        row = present_row(row)
         check_fields(row, required or {}, where)
         rows.append(row)
     return rows

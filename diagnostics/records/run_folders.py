@@ -13,15 +13,36 @@ import numpy as np
 from diagnostics.errors import InvalidInput, MissingFile
 from diagnostics.io.files import read_object
 from diagnostics.records import rows
+from diagnostics.records.renamed import present_settings
 from diagnostics.records.rows import Row
 
 BIN = re.compile(r"@(\d+)-(\d+)$")
 NOT_OF_THE_METHOD = frozenset(
     (
-        *("seed", "out", "loggers", "exact_every", "probe_every", "probe_blocks", "eval_every"),
-        *("eval_problems", "save_every", "batch_every", "micro_tokens", "chunk_elements"),
-        *("rows_at_once", "checkpointing", "offload_teacher", "sharding", "device"),
-        *("teacher_patience", "teacher_requests", "rollout_patience", "rollout_requests"),
+        *(
+            "seed",
+            "out",
+            "loggers",
+            "full_metrics_every",
+            "probe_every",
+            "probe_blocks",
+            "eval_every",
+        ),
+        *(
+            "eval_problems",
+            "save_every",
+            "save_batch_every",
+            "max_tokens_per_microbatch",
+            "max_logits_per_chunk",
+        ),
+        *(
+            "generation_batch_size",
+            "gradient_checkpointing",
+            "offload_teacher",
+            "sharding",
+            "device",
+        ),
+        *("teacher_timeout", "teacher_concurrency", "rollout_timeout", "rollout_concurrency"),
         *("rollout_servers", "weights_folder", "trust_remote_code"),
     )
 )
@@ -80,7 +101,7 @@ def settings(run: Path) -> dict[str, Any]:
     """
     if not (run / "config.json").exists():
         raise MissingFile(f"{run} is no run folder: it has no config.json")
-    return read_object(run / "config.json", {"seed": int})
+    return present_settings(read_object(run / "config.json", {"seed": int}))
 
 
 def differing(runs: list[Path]) -> dict[str, list[str]]:
@@ -196,7 +217,7 @@ def saved(runs: list[Path]) -> list[int]:
     common = sorted(set.intersection(*steps))
     if not common:
         names = ", ".join(str(run) for run in runs)
-        raise MissingFile(f"no step at which all of {names} saved a batch; see --batch-every")
+        raise MissingFile(f"no step at which all of {names} saved a batch; see --save-batch-every")
     return common
 
 

@@ -12,10 +12,10 @@ Columns, in this order; those in brackets only where the batch has them. B respo
 | mask | bool | the student chose this token and it is supervised |
 | [sampled_mask] | bool | the student chose this token |
 | sampler_logp, student_logp, teacher_logp | float | log-probabilities in nats; 0 if not sampled |
-| [softmax_logp], [baseline] | float | as in `Rollouts` and `Scored` |
+| [softmax_logp], [baseline] | float | as in `Rollouts` and `ScoredRollouts` |
 | ended, task, turn, age, reward | bool, 3 int64, float | of the response, on all its tokens |
 | [in_support] | bool | the token is one of the support's ids; derived |
-| [prefix.NAME] | float | fields of `Prefix`: entropies, exact KL, teacher_rank, ... |
+| [prefix.NAME] | float | fields of `DistributionStats`: entropies, exact KL, teacher_rank, ... |
 | [support.ids, .student_logp, .teacher_logp, .present] | list of K | fields of `Support` |
 
 A response has its rows from position 0 up to its last sampled token, holes included; one without
@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Scored
+from diagnostics.batch import ScoredRollouts
 from diagnostics.errors import InvalidInput
 from diagnostics.io.atomic import atomic_write
 from diagnostics.io.files import check_fields, parse_json
@@ -74,7 +74,7 @@ class Dumps:
                 f"twice file_bytes, {2 * self.file_bytes}"
             )
 
-    def __call__(self, step: int, batch: Scored) -> Path | None:
+    def __call__(self, step: int, batch: ScoredRollouts) -> Path | None:
         """Write the step's file and return it; None, with a warning, if no response fits."""
         chosen = sampled(len(batch), self.responses, self.seed, step)
         data = encoded(batch, step, chosen)
@@ -109,7 +109,7 @@ def sampled(size: int, count: int, seed: int, step: int) -> list[int]:
     return [int(i) for i in drawn[:count]]
 
 
-def save_dump(path: str | Path, batch: Scored, step: int = 0) -> None:
+def save_dump(path: str | Path, batch: ScoredRollouts, step: int = 0) -> None:
     """Write every response of a batch as one dump file.
 
     Raises:
@@ -118,7 +118,7 @@ def save_dump(path: str | Path, batch: Scored, step: int = 0) -> None:
     Path(path).write_bytes(encoded(batch, step, list(range(len(batch)))))
 
 
-def encoded(batch: Scored, step: int, chosen: list[int]) -> bytes:
+def encoded(batch: ScoredRollouts, step: int, chosen: list[int]) -> bytes:
     """The bytes of a dump of the `chosen` responses, by rising row number."""
     pyarrow, parquet = _arrow()
     chosen = sorted(chosen)
@@ -131,7 +131,9 @@ def encoded(batch: Scored, step: int, chosen: list[int]) -> bytes:
     return buffer.getvalue()
 
 
-def _columns(batch: Scored, step: int, rows: list[int]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _columns(
+    batch: ScoredRollouts, step: int, rows: list[int]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Columns (N, ...) of the tokens up to each response's last sampled one; plain settings."""
     real = batch.sampled.long().flip(1).cumsum(1).flip(1) > 0
     real[:, 0] = True
@@ -150,7 +152,7 @@ def _columns(batch: Scored, step: int, rows: list[int]) -> tuple[dict[str, Tenso
     return found, settings
 
 
-def _flat(batch: Scored) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _flat(batch: ScoredRollouts) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors by dotted name, and what is a number or text, of the batch and its parts."""
     flat: dict[str, Tensor] = {}
     settings: dict[str, Any] = {}
@@ -172,7 +174,7 @@ def _array(x: Tensor) -> Any:
     return flat if x.dim() == 1 else pyarrow.FixedSizeListArray.from_arrays(flat, x.shape[1])
 
 
-def load_dump(path: str | Path) -> Scored:
+def load_dump(path: str | Path) -> ScoredRollouts:
     """The responses of a dump file as a batch, padded to the longest, checked.
 
     Columns that the schema does not know are left out, so that a file may be enriched.
@@ -214,7 +216,7 @@ def load_dump(path: str | Path) -> Scored:
         else:
             values[name] = x.new_zeros((*shape, *x.shape[1:]))
             values[name][row, position] = x
-    return assembled(Scored, values, str(path))
+    return assembled(ScoredRollouts, values, str(path))
 
 
 def _require_constant(x: Tensor, first: Tensor, where: str) -> None:
@@ -264,9 +266,9 @@ def _checked_shape(
 
 
 def _known(name: str) -> bool:
-    """The column is a field of `Scored` or of one of its parts."""
+    """The column is a field of `ScoredRollouts` or of one of its parts."""
     owner, _, own = name.rpartition(".")
-    kind = PARTS.get(owner, Scored if not owner else None)
+    kind = PARTS.get(owner, ScoredRollouts if not owner else None)
     return kind is not None and own in {f.name for f in fields(kind)}
 
 

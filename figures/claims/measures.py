@@ -10,6 +10,7 @@ import pandas as pd
 from diagnostics.errors import InvalidInput
 from figures.collect.paired import accuracy, difference, last, outcomes
 from figures.collect.steps import over_seeds
+from figures.registry import read_table
 
 AGREES, DIFFERS, OPEN, UNTESTED = "agrees", "differs", "undecided", "not testable here"
 MARGIN = 0.05
@@ -17,7 +18,7 @@ MARGIN = 0.05
 
 
 @dataclass(frozen=True)
-class Finding:
+class ClaimResult:
     """What was measured, in words, and what that says of a claim."""
 
     measured: str
@@ -33,7 +34,7 @@ class Tables:
     def __getitem__(self, name: str) -> pd.DataFrame:
         if name not in self._read:
             path = self.folder / f"{name}.csv"
-            self._read[name] = pd.read_csv(path, dtype={"outcomes": str})
+            self._read[name] = read_table(path)
         return self._read[name]
 
     def row(self, name: str, **where: Any) -> tuple[float, float, float]:
@@ -55,7 +56,7 @@ class Tables:
         return last(table[(table["group"] == group) & (table["task"] == task)])
 
 
-Measure = Callable[[Tables], Finding]
+Measure = Callable[[Tables], ClaimResult]
 Verdict = Callable[[float, float], str]
 """Of the ends of an interval."""
 
@@ -83,13 +84,13 @@ def share_of(value: float, low: float, high: float) -> str:
     return f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def compared(ours: pd.DataFrame, theirs: pd.DataFrame, verdict: Verdict) -> Finding:
+def compared(ours: pd.DataFrame, theirs: pd.DataFrame, verdict: Verdict) -> ClaimResult:
     """Of (seeds, problems) outcomes."""
     cells = [share_of(*accuracy(x.to_numpy(float))) for x in (ours, theirs)]
     away = difference(ours, theirs)
     ends = (away["low"], away["high"])
     text = f"{cells[0]} against {cells[1]}: {signed(away['value'], *ends)}, "
-    return Finding(text + f"{away['seeds']:.0f} seeds", verdict(*ends))
+    return ClaimResult(text + f"{away['seeds']:.0f} seeds", verdict(*ends))
 
 
 def better(
@@ -97,7 +98,7 @@ def better(
 ) -> Measure:
     """The claim that one method ends with a higher held-out accuracy than another."""
 
-    def measure(tables: Tables) -> Finding:
+    def measure(tables: Tables) -> ClaimResult:
         final = tables.final(group, task)
         return compared(outcomes(final, ours), outcomes(final, theirs), verdict)
 
@@ -112,7 +113,7 @@ def alike(ours: str, theirs: str, group: str = "single", task: str = "") -> Meas
 def gain(method: str, up: bool, group: str = "single", task: str = "") -> Measure:
     """The claim that a student is better, or worse, after training than before."""
 
-    def measure(tables: Tables) -> Finding:
+    def measure(tables: Tables) -> ClaimResult:
         table = tables["paper_evaluations"].fillna({"task": ""})
         mine = table[(table["group"] == group) & (table["task"] == task)]
         before = outcomes(mine[mine["step"] == 0], method)
@@ -125,7 +126,7 @@ def gain(method: str, up: bool, group: str = "single", task: str = "") -> Measur
 def agents(ours: str, theirs: str = "", group: str = "games", task: str = "rooms") -> Measure:
     """The claim that an agent ends with more held-out games than another, or than it began with."""
 
-    def measure(tables: Tables) -> Finding:
+    def measure(tables: Tables) -> ClaimResult:
         table = tables["agents"]
         mine = table[(table["where"] == "held out") & (table["group"] == group)]
         mine = mine[mine["task"] == task]
@@ -151,7 +152,7 @@ def smaller(
     sense: -1 for larger.
     """
 
-    def measure(tables: Tables) -> Finding:
+    def measure(tables: Tables) -> ClaimResult:
         table = tables["paper_steps"].fillna({"task": ""}).dropna(subset=[column])
         table = table[(table["group"] == group) & (table["task"] == task)]
         means = []
@@ -169,7 +170,7 @@ def larger(column: str, ours: str, theirs: str, group: str = "single", task: str
     return smaller(column, ours, theirs, group, task, steps=None, sense=-1)
 
 
-def apart(ours: pd.Series, theirs: pd.Series, verdict: Verdict, sense: int = 1) -> Finding:
+def apart(ours: pd.Series, theirs: pd.Series, verdict: Verdict, sense: int = 1) -> ClaimResult:
     """Of means by seed: that ours are smaller, or with a sense of -1 larger."""
     away = sense * (theirs - ours).dropna()
     both = pd.DataFrame({"step": 0, "seed": away.index, "away": away.to_numpy()})
@@ -178,15 +179,15 @@ def apart(ours: pd.Series, theirs: pd.Series, verdict: Verdict, sense: int = 1) 
         f"{ours.mean():.3g} against {theirs.mean():.3g}: {'smaller' if sense > 0 else 'larger'} by "
         f"{shown(at['value'], at['low'], at['high'])}, {at['seeds']:.0f} seeds"
     )
-    return Finding(text, verdict(at["low"], at["high"]))
+    return ClaimResult(text, verdict(at["low"], at["high"]))
 
 
 def study(name: str, text: str, verdict: Callable[..., str], **where: Any) -> Measure:
     """A claim about one row of a table of the exact study."""
 
-    def measure(tables: Tables) -> Finding:
+    def measure(tables: Tables) -> ClaimResult:
         at = tables.row(name, **where)
-        return Finding(text.format(shown(*at)), verdict(*at))
+        return ClaimResult(text.format(shown(*at)), verdict(*at))
 
     return measure
 
@@ -194,24 +195,24 @@ def study(name: str, text: str, verdict: Callable[..., str], **where: Any) -> Me
 def share(kind: str, text: str, verdict: Callable[..., str]) -> Measure:
     """A claim about one share of the scatter's tokens."""
 
-    def measure(tables: Tables) -> Finding:
+    def measure(tables: Tables) -> ClaimResult:
         at = tables["scatter"].set_index("kind").loc[kind, ["share", "low", "high"]]
-        return Finding(text.format(shown(*map(float, at))), verdict(*map(float, at)))
+        return ClaimResult(text.format(shown(*map(float, at))), verdict(*map(float, at)))
 
     return measure
 
 
 def untested(why: str) -> Measure:
-    return lambda _: Finding(why, UNTESTED)
+    return lambda _: ClaimResult(why, UNTESTED)
 
 
-def special(tables: Tables) -> Finding:
+def special(tables: Tables) -> ClaimResult:
     table = tables["segmentation"]
     table = table[table["teacher"] < -3]
     parts = [f"{r.text} {r.student:.2f} and {r.teacher:.1f}" for r in table.itertuples()]
     found = bool((table["student"] > -0.1).any())
     text = f"student and teacher: {'; '.join(parts)} (the models are made to write so)"
-    return Finding(text, AGREES if found else DIFFERS)
+    return ClaimResult(text, AGREES if found else DIFFERS)
 
 
 def widening(method: str) -> Measure:
@@ -220,7 +221,7 @@ def widening(method: str) -> Measure:
     The second: the first holds the neighbourhood of the tag.
     """
 
-    def measure(tables: Tables) -> Finding:
+    def measure(tables: Tables) -> ClaimResult:
         table = tables["gap"]
         table = table[(table["method"] == method) & (table["quantile"] == 0.01)]
         table = table[table["step"] == table["step"].max()].sort_values("first")
@@ -232,41 +233,43 @@ def widening(method: str) -> Measure:
             f"{end['step']:.0f})"
         )
         below, above = end["high"] < first["low"], end["low"] > first["high"]
-        return Finding(text, AGREES if below else DIFFERS if above else OPEN)
+        return ClaimResult(text, AGREES if below else DIFFERS if above else OPEN)
 
     return measure
 
 
-def looping(tables: Tables) -> Finding:
+def looping(tables: Tables) -> ClaimResult:
     inside = tables["loop"].query("repeated")
     text = (
         f"in the repeated part of one rollout the teacher's median probability is "
         f"{inside['teacher'].median():.3f}; {(inside['teacher'] < 0.5).mean():.0%} of its tokens "
         "are below 0.5"
     )
-    return Finding(text, AGREES if inside["teacher"].median() > 0.9 else DIFFERS)
+    return ClaimResult(text, AGREES if inside["teacher"].median() > 0.9 else DIFFERS)
 
 
-def unpunished(tables: Tables) -> Finding:
+def unpunished(tables: Tables) -> ClaimResult:
     """Repeated tokens cost less than others: the last ten steps of sampled tokens, by seed."""
     table = tables["paper_steps"]
     mine = table[(table["group"] == "single") & (table["method"] == "sampled")]
     mine = mine.dropna(subset=["repeated_cost", "regular_cost"])
     late = mine[mine["step"] > mine["step"].max() - 10].groupby("seed")
     found = apart(late["repeated_cost"].mean(), late["regular_cost"].mean(), sign)
-    return Finding(f"log p - log q of repeated and other tokens: {found.measured}", found.verdict)
+    return ClaimResult(
+        f"log p - log q of repeated and other tokens: {found.measured}", found.verdict
+    )
 
 
-def below(tables: Tables) -> Finding:
+def below(tables: Tables) -> ClaimResult:
     at = tables["scatter"].set_index("kind").loc["below the line", ["share", "low", "high"]]
     table = tables["paper_steps"]
     first = table[(table["method"] == "sampled") & (table["step"] == 0)]
     null = first["negative_null"].mean()
     text = f"{share_of(*map(float, at))} of the sampled tokens; the two models imply {null:.3f}"
-    return Finding(text, sign(float(at["low"]) - 0.5, float(at["high"]) - 0.5))
+    return ClaimResult(text, sign(float(at["low"]) - 0.5, float(at["high"]) - 0.5))
 
 
-def explosion(tables: Tables) -> Finding:
+def explosion(tables: Tables) -> ClaimResult:
     """Entropy of the un-normalised objective: its last step over its first, by seed."""
     table = tables["paper_steps"].dropna(subset=["entropy"])
     mine = table[(table["group"] == "single") & (table["method"] == "lsm_unnormalised")]
@@ -274,20 +277,20 @@ def explosion(tables: Tables) -> Finding:
     ratio = (by.iloc[-1] / by.iloc[0]).rename("entropy").reset_index().assign(step=0)
     at = over_seeds(ratio, "entropy", log=True).iloc[0]
     text = f"entropy grows {shown(at['value'], at['low'], at['high'])} times"
-    return Finding(text, sign(at["low"] - 1, at["high"] - 1))
+    return ClaimResult(text, sign(at["low"] - 1, at["high"] - 1))
 
 
-def vanishing(tables: Tables) -> Finding:
+def vanishing(tables: Tables) -> ClaimResult:
     """Score of the un-normalised objective on its own rollouts at the last step."""
     table = tables["paper_steps"].dropna(subset=["reward"])
     mine = table[(table["group"] == "single") & (table["method"] == "lsm_unnormalised")]
     scores = over_seeds(mine, "reward")
     end = scores.iloc[-1]
     text = f"{scores['value'].max():.3g} at its best, {end['value']:.3g} at step {end['step']:.0f}"
-    return Finding(text, AGREES if end["value"] < MARGIN < scores["value"].max() else DIFFERS)
+    return ClaimResult(text, AGREES if end["value"] < MARGIN < scores["value"].max() else DIFFERS)
 
 
-def doubt(tables: Tables) -> Finding:
+def doubt(tables: Tables) -> ClaimResult:
     """The teacher's doubt on the untrained student's text against its own, longest positions."""
     table = tables["fan"].query("method == 'sampled' and quantity == 'doubt'")
     table = table[table["first"] == table["first"].max()].set_index("source")
@@ -298,7 +301,7 @@ def doubt(tables: Tables) -> Finding:
         f"text, {shown(*map(float, text))} on the student's"
     )
     over, under = text["low"] > own["high"], text["high"] < own["low"]
-    return Finding(words, AGREES if over else DIFFERS if under else OPEN)
+    return ClaimResult(words, AGREES if over else DIFFERS if under else OPEN)
 
 
 def toy(quantity: str, text: str, verdict: Callable[..., str], gamma: float = 1.0) -> Measure:

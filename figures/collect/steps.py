@@ -19,16 +19,16 @@ from diagnostics.records.run_folders import (
 )
 
 KEPT = {
-    "reward": "collapse/reward",
-    "length": "collapse/length",
-    "truncated": "collapse/truncated_share",
-    "repeated": "collapse/repeated_share",
-    "repeated_cost": "supervision/repeated_cost",
-    "regular_cost": "supervision/regular_cost",
+    "reward": "response/reward",
+    "length": "response/length",
+    "truncated": "response/truncated_share",
+    "repeated": "repetition/repeated_share",
+    "repeated_cost": "signal/repeated_cost",
+    "regular_cost": "signal/regular_cost",
     "grad_norm": "grad_norm",
-    "entropy": "drift/student_entropy",
-    "cost": "drift/k1",
-    "negative_null": "supervision/negative_share_null",
+    "entropy": "divergence/student_entropy",
+    "cost": "divergence/k1",
+    "negative_null": "signal/negative_share_null",
 }
 """Column of the table to column of a row."""
 STEP_COLUMNS = ("group", "method", "seed", "step", "task", *KEPT, "accuracy")

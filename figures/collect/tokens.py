@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from diagnostics.batch import Scored
+from diagnostics.batch import ScoredRollouts
 from diagnostics.errors import InvalidInput
 from diagnostics.metrics.repetition import repeated
 from diagnostics.metrics.signal import score_norm
@@ -26,15 +26,17 @@ PREFIX = (
 )
 
 
-def scored(path: Path) -> Scored:
+def scored(path: Path) -> ScoredRollouts:
     """A saved batch with both models' scores and prefix functionals.
 
     Raises:
       ValueError: the batch lacks them; says what makes a batch that has them.
     """
     batch = load(path)
-    if not isinstance(batch, Scored) or batch.prefix is None:
-        raise InvalidInput(f"{path} has no whole distributions; save it at a step of exact_every")
+    if not isinstance(batch, ScoredRollouts) or batch.prefix is None:
+        raise InvalidInput(
+            f"{path} has no whole distributions; save it at a step of full_metrics_every"
+        )
     return batch
 
 

@@ -18,7 +18,7 @@ COLUMNS = (
     *("won", "turns", "inadmissible", "cost_1", "cost_2", "cost_4", "cost_8", "outcomes"),
 )
 CAPTION = (
-    "Games of `env:rooms`, a household in text: 3 to 5 places, 1 or 2 things to be brought to "
+    "Games of `env:household`, a household in text: 3 to 5 places, 1 or 2 things to be brought to "
     "one of them, at most 16 turns. Each turn is a sample, as in the paper. Above: the agent "
     "trained on games alone, and on games in turns with sorting digits, each task with a "
     "teacher of its own. Held-out games and digits are the same for all runs; bands and bars "
@@ -215,8 +215,8 @@ def collect(runs: list[Path]) -> pd.DataFrame:
     for run, whose in zip(runs, about(runs), strict=True):
         for row in recorded_rows(run):
             of = whose | {"step": row["step"], "task": row.get("task", GAMES), "where": ROLLOUTS}
-            costs = {f"cost_{n}": rounded(row.get(f"turn={n}/drift/k1")) for n in TURNS}
-            found.append(of | numbers(row, "collapse/reward") | costs)
+            costs = {f"cost_{n}": rounded(row.get(f"turn={n}/divergence/k1")) for n in TURNS}
+            found.append(of | numbers(row, "response/reward") | costs)
         for row in recorded_evaluations(run):
             task, problems = row.get("task", GAMES), row["problem_set"]
             if judged.setdefault(task, problems) != problems:

@@ -83,7 +83,7 @@ def collect(runs: list[Path]) -> pd.DataFrame:
         steps = list(zip(*(recorded_rows(run) for run in mine), strict=False))
         name = support(dict(steps[0][0]), mine[0])
         for i, step in enumerate(steps):
-            counts = [row["drift/tokens"] for row in step]
+            counts = [row["divergence/tokens"] for row in step]
             about = {"method": method, "runs": len(mine), "step": step[0]["step"]}
             for part in (*PARTS, "parts"):
                 key = f"{name}_{part}"
@@ -97,7 +97,7 @@ def collect(runs: list[Path]) -> pd.DataFrame:
                 )
                 if i not in (0, len(steps) - 1):
                     continue
-                whole = [bins(row, "drift/tokens") for row in step]
+                whole = [bins(row, "divergence/tokens") for row in step]
                 values = [bins(row, key) for row in step]
                 errors = [
                     bins({k[:-3]: v for k, v in row.items() if k.endswith("_se")}, key)
@@ -118,12 +118,12 @@ def collect(runs: list[Path]) -> pd.DataFrame:
 
 
 def support(row: dict[str, Any], run: Path) -> str:
-    """The metrics' name in a row up to the part: drift/kl, or that of another support.
+    """The metrics' name in a row up to the part: divergence/kl, or that of another support.
 
     Raises:
       ValueError: the run's objective keeps no support.
     """
     found = [key.removesuffix("_parts") for key in row if key.endswith("kl_parts")]
     if not found:
-        raise InvalidInput(f"{run} has no support: its rows hold no drift/kl_parts")
+        raise InvalidInput(f"{run} has no support: its rows hold no divergence/kl_parts")
     return found[0]

@@ -19,10 +19,14 @@ CAPTION = (
     "response that ran into the budget."
 )
 QUANTITIES = {
-    "outside": ("drift/outside_topk_expected", "1 − P(S), student's\nmass off the support", None),
-    "teacher_entropy": ("drift/teacher_entropy", "teacher's\nentropy, nats", None),
-    "teacher_max": ("drift/teacher_max", "teacher's largest\nprobability", 1.0),
-    "cost": ("drift/k1", "mean cost r,\nnats", None),
+    "outside": (
+        "divergence/outside_topk_expected",
+        "1 − P(S), student's\nmass off the support",
+        None,
+    ),
+    "teacher_entropy": ("divergence/teacher_entropy", "teacher's\nentropy, nats", None),
+    "teacher_max": ("divergence/teacher_max", "teacher's largest\nprobability", 1.0),
+    "cost": ("divergence/k1", "mean cost r,\nnats", None),
     "cost_95": ("", "upper 5 % of\nthe cost, nats", None),
     "cut": ("", "tokens of responses\ncut short", None),
 }
@@ -102,7 +106,7 @@ def of_rows(runs: list[Path]) -> pd.DataFrame:
 
     records = []
     for steps in zip(*(recorded_rows(run) for run in runs), strict=False):
-        counts = [bins(row, "drift/tokens") for row in steps]
+        counts = [bins(row, "divergence/tokens") for row in steps]
         for quantity, (name, _, _) in QUANTITIES.items():
             found = [bins(row, name) for row in steps] if name else []
             for edge in sorted({edge for one in found for edge in one}):

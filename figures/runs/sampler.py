@@ -80,7 +80,7 @@ def collect(runs: list[Path]) -> pd.DataFrame:
         about = {"method": method, "runs": len(mine)}
         for run in mine:
             for row in recorded_rows(run):
-                for (low, high), value in bins(row, "validity/z_H").items():
+                for (low, high), value in bins(row, "consistency/z_H").items():
                     here = {"label": f"{low}–{high}", "order": low, "step": row["step"]}
                     records.append(about | {"panel": "position", **here, "value": short(value)})
         for step in saved(mine):

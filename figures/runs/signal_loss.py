@@ -87,8 +87,12 @@ def collect(runs: list[Path]) -> pd.DataFrame:
             for row in recorded_rows(run):
                 if row.get("gradient/signal") is None:
                     continue
-                loss, signal = row["drift/reverse_kl"], row["gradient/signal"]
-                found = {"loss": loss, "loss_error": row["drift/reverse_kl_se"], "signal": signal}
+                loss, signal = row["divergence/reverse_kl"], row["gradient/signal"]
+                found = {
+                    "loss": loss,
+                    "loss_error": row["divergence/reverse_kl_se"],
+                    "signal": signal,
+                }
                 found |= {end: row[f"gradient/signal_{end}"] for end in ("low", "high")}
                 found["ratio"] = signal / (2 * loss)
                 about = {"method": method, "runs": len(mine), "run": run.name, "step": row["step"]}

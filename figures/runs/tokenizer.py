@@ -12,7 +12,7 @@ from figures import style
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from diagnostics.batch import Scored
+    from diagnostics.batch import ScoredRollouts
 
 COLUMNS = ("method", "runs", "step", "kind", "label", "first", "last", "value", "low", "high")
 CAPTION = (
@@ -166,7 +166,7 @@ def hazards(runs: list[Path], step: int, generator: np.random.Generator) -> list
     return records
 
 
-def ending(batch: "Scored", token: int, role: str) -> "Tensor":
+def ending(batch: "ScoredRollouts", token: int, role: str) -> "Tensor":
     """(B, T) probability of a token by the model of that role at every prefix, or an estimate.
 
     With the support S and the sampled token y: exact where S holds the token; elsewhere

@@ -22,21 +22,21 @@ def draw(table: pd.DataFrame) -> Figure:
     figure, axes = style.panels(2, 3, 4.4)
     draw_accuracy(axes[0], table, colours)
     for place, metric, title, scale in (
-        (axes[1], "drift/reverse_kl", "Reverse KL, nats a token", "log"),
+        (axes[1], "divergence/reverse_kl", "Reverse KL, nats a token", "log"),
         (axes[2], "grad_norm", "Gradient norm, unclipped", "log"),
-        (axes[3], "supervision/negative_share", "Share of tokens pushed down", "linear"),
+        (axes[3], "signal/negative_share", "Share of tokens pushed down", "linear"),
         (
             axes[4],
-            "supervision/signal_top1_share",
+            "signal/signal_top1_share",
             "Signal in the top 1 % of tokens",
             "linear",
         ),
-        (axes[5], "collapse/truncated_share", "Responses cut at the budget", "linear"),
+        (axes[5], "response/truncated_share", "Responses cut at the budget", "linear"),
     ):
         draw_metric(place, table, metric, colours)
         place.set_title(title)
         place.set(xlabel="optimizer step", yscale=scale)
-    null = table[table["metric"] == "supervision/negative_share_null"]
+    null = table[table["metric"] == "signal/negative_share_null"]
     if len(null):
         for objective, rows in null.groupby("objective"):
             mean = smooth(rows.groupby("step")["value"].mean())

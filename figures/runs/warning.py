@@ -22,16 +22,16 @@ CAPTION = (
     "the outcomes themselves detects rather than predicts."
 )
 INDICATORS = (
-    "drift/reverse_kl",
-    "drift/outside_topk_expected",
-    "drift/student_entropy",
-    "drift/teacher_entropy",
-    "supervision/signal_top1_share",
+    "divergence/reverse_kl",
+    "divergence/outside_topk_expected",
+    "divergence/student_entropy",
+    "divergence/teacher_entropy",
+    "signal/signal_top1_share",
     "tokens/confident_impossible_share",
     "grad_norm",
-    "collapse/length",
-    "collapse/repeated_share",
-    "collapse/truncated_share",
+    "response/length",
+    "repetition/repeated_share",
+    "response/truncated_share",
 )
 CUT, FAR, MOST = 10.0, 5.0, 4
 SMALL: dict[str, Any] = {"fontsize": 6, "va": "center", "ha": "center"}
@@ -154,9 +154,9 @@ def standardised(table: pd.DataFrame, healthy: pd.DataFrame) -> pd.Series:
 
 def collapse(rows: Sequence[dict[str, Any]]) -> float | None:
     """The step of the collapse, or None; see COLLAPSED."""
-    start = np.mean([row["collapse/reward"] for row in rows[:ROW]])
+    start = np.mean([row["response/reward"] for row in rows[:ROW]])
     bad = [
-        row["collapse/reward"] < COLLAPSED * start or row["collapse/truncated_share"] > COLLAPSED
+        row["response/reward"] < COLLAPSED * start or row["response/truncated_share"] > COLLAPSED
         for row in rows
     ]
     for i in range(len(bad) - ROW + 1):

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from diagnostics.errors import InvalidInput
 from figures import style
-from figures.registry import recorded
+from figures.registry import read_table, recorded
 
 COLUMNS = ("quantity", "estimator", "horizon", "cost", "n", "value", "low", "high")
 CAPTION = (
@@ -117,7 +117,7 @@ def collect(runs: list[Path]) -> pd.DataFrame:
                 {
                     "quantity": "run",
                     "estimator": run.name,
-                    "horizon": row["collapse/length"],
+                    "horizon": row["response/length"],
                     "cost": row["gradient/cost_of_response"],
                     "n": row["gradient/sequences"],
                     "value": gamma,
@@ -132,5 +132,5 @@ def collect(runs: list[Path]) -> pd.DataFrame:
         raise InvalidInput(
             f"no gradient probe in {[str(r) for r in runs]}; train with --probe-every"
         )
-    study = pd.read_csv(recorded("phase"))
+    study = read_table(recorded("phase"))
     return pd.concat([study, pd.DataFrame(found)], ignore_index=True)

@@ -23,12 +23,12 @@ from opd.data.chain_task import Problem
 from opd.data.grading.graders import grade_responses, refuse_own_of_record
 from opd.data.prompts import Prompts, encode
 from opd.data.tasks import Task
-from opd.models.model import Model
+from opd.models.model import CausalLM
 from opd.rollouts.hf_engine import sample
 from opd.runtime.seeds import CONTINUATION, derive
 from opd.serving.addresses import is_url
 from opd.teachers.factory import make_pair
-from opd.teachers.pair import Pair
+from opd.teachers.pair import ModelPair
 from opd.training.setup import load
 
 
@@ -61,7 +61,7 @@ def continuation(
     task = load(config, pair)
     prompts = encode(pair.tokenizer, task.test(count), 1, config.max_prompt).to(student.device)
 
-    def drawn(model: Model, asked: Prompts, budget: int, length: int) -> Rollouts:
+    def drawn(model: CausalLM, asked: Prompts, budget: int, length: int) -> Rollouts:
         return sample(
             model,
             asked,
@@ -70,7 +70,7 @@ def continuation(
             temperature=config.temperature,
             top_p=1.0,
             generator=torch.Generator().manual_seed(derive(config.seed, length, CONTINUATION)),
-            rows_at_once=config.rows_at_once,
+            generation_batch_size=config.generation_batch_size,
         )
 
     own = drawn(student, prompts, config.max_response, 0)
@@ -92,7 +92,7 @@ def continuation(
     return found
 
 
-def ends(pair: Pair) -> list[int]:
+def ends(pair: ModelPair) -> list[int]:
     """Ids that end a response of either model."""
     theirs = pair.endings.teacher if pair.endings is not None else ()
     return sorted({*pair.eos, *theirs})
@@ -108,7 +108,7 @@ def continued(prompts: Prompts, prefix: torch.Tensor) -> Prompts:
 
 
 def graded(
-    pair: Pair, tokens: torch.Tensor, mask: torch.Tensor, answers: list[str], task: Task
+    pair: ModelPair, tokens: torch.Tensor, mask: torch.Tensor, answers: list[str], task: Task
 ) -> list[float]:
     """1 for each response that is right, else 0."""
     known = [Problem(prompt="", answer=answer) for answer in answers]

@@ -14,11 +14,11 @@ from diagnostics.errors import InvalidInput, MissingFile
 from diagnostics.io.files import short
 
 if TYPE_CHECKING:
-    from diagnostics.batch import Scored
+    from diagnostics.batch import ScoredRollouts
     from diagnostics.records.columns import Record
     from diagnostics.records.reader import Records
     from opd.data.prompts import Prompts
-    from opd.teachers.pair import Pair
+    from opd.teachers.pair import ModelPair
 
 LEVELS = (
     "tokens and masks",
@@ -44,23 +44,23 @@ Found = tuple[dict[str, float], dict[str, str], dict[str, str], dict[str, int]]
 
 def diagnose(file: Path) -> Found:
     """The panel of one batch file."""
-    from diagnostics.batch import Scored
+    from diagnostics.batch import ScoredRollouts
     from diagnostics.records.batch_files import load
 
     batch = load(file)
-    if not isinstance(batch, Scored):
+    if not isinstance(batch, ScoredRollouts):
         raise InvalidInput(f"{file} holds rollouts without teacher log-probabilities")
     return panel([batch], {})
 
 
-def panel(batches: Iterable["Scored"], notes: dict[str, str]) -> Found:
+def panel(batches: Iterable["ScoredRollouts"], notes: dict[str, str]) -> Found:
     """The row of all batches together, `notes` as they are after the last one, and the levels."""
     from diagnostics.monitor import Monitor
 
     monitor = Monitor()
     level: dict[str, int] = {}
 
-    def watched() -> Iterator["Scored"]:
+    def watched() -> Iterator["ScoredRollouts"]:
         for batch in batches:
             if not level:
                 level.update(levels(batch))
@@ -70,7 +70,7 @@ def panel(batches: Iterable["Scored"], notes: dict[str, str]) -> Found:
     return row, monitor.missing, notes, level
 
 
-def levels(batch: "Scored") -> dict[str, int]:
+def levels(batch: "ScoredRollouts") -> dict[str, int]:
     """The least of `LEVELS` at which each total of the panel can be had from such a batch."""
     from diagnostics.core.partial import absent, changed, lacking
     from diagnostics.monitor import Monitor
@@ -86,11 +86,11 @@ def levels(batch: "Scored") -> dict[str, int]:
     return found
 
 
-def _of_records(path: Path, pair: "Pair | None", given: argparse.Namespace) -> Found:
+def _of_records(path: Path, pair: "ModelPair | None", given: argparse.Namespace) -> Found:
     from diagnostics.records.reader import Records
 
     records = Records(path, task=given.task)
-    batches: Iterable[Scored] = records
+    batches: Iterable[ScoredRollouts] = records
     if pair is not None:
         batches = rescored(records, pair, given.k, given.temperature)
     elif not records.columns >= {"student_logp", "teacher_logp"}:
@@ -104,8 +104,8 @@ def _of_records(path: Path, pair: "Pair | None", given: argparse.Namespace) -> F
 
 
 def rescored(
-    records: "Records", pair: "Pair", k: int, temperature: float | None
-) -> Iterator["Scored"]:
+    records: "Records", pair: "ModelPair", k: int, temperature: float | None
+) -> Iterator["ScoredRollouts"]:
     """The records with both models' log-probabilities, a teacher's top-K and prefix functionals.
 
     What the file says of the two models is not used; how far its student is from this one becomes
@@ -141,8 +141,8 @@ def rescored(
             Rollouts(**held).to(pair.student.device),
             k=min(k, pair.student.vocabulary),
             temperature=batch.score_temperature if temperature is None else temperature,
-            micro_tokens=2**14,
-            chunk_elements=2**24,
+            max_tokens_per_microbatch=2**14,
+            max_logits_per_chunk=2**24,
             keep_teacher=False,
         )
         if "student_logp" not in absent(batch):
@@ -156,7 +156,7 @@ def rescored(
         yield lacking(scored.to("cpu"), absent(batch) & names)
 
 
-def refuse_padding(rows: list["Record"], path: str, pair: "Pair") -> None:
+def refuse_padding(rows: list["Record"], path: str, pair: "ModelPair") -> None:
     """Refuse padding that no mask of the file names: the models would read it as text.
 
     Raises:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from diagnostics.errors import InvalidInput
 
 if TYPE_CHECKING:
-    from opd.training.checks.check_result import Finding
+    from opd.training.checks.check_result import CheckResult
 
 
 def examine_tasks(
     path: Path, student: str, teacher: str, **given: Any
-) -> "dict[str, list[Finding]]":
+) -> "dict[str, list[CheckResult]]":
     """Findings by task of a file (opd.training.multitask): the student with each task's teacher and prompts.
 
     Raises:
@@ -53,7 +53,7 @@ def examine(
     device: str = "auto",
     dtype: str = "float32",
     **settings: Any,
-) -> "list[Finding]":
+) -> "list[CheckResult]":
     """Every item's finding, in the order of a reader: what is wrong on disk comes first.
 
     settings: of `opd.data.tasks.load_task`: columns, grader, system.
@@ -67,7 +67,7 @@ def examine(
     from opd.data.sources import DEFAULT_COLUMNS, question
     from opd.data.tasks import load_task
     from opd.envs.task import is_games, load_games
-    from opd.training.checks.check_result import Finding
+    from opd.training.checks.check_result import CheckResult
     from opd.training.checks.start import examined
 
     for name, value in (("prompts", prompts), ("group", group), ("max_response", max_response)):
@@ -88,7 +88,7 @@ def examine(
     try:
         encoded = encode(sides[0].tokenizer, problems, 1, 1 << 30)
     except InvalidInput as error:
-        return [*found, Finding("prompts", "fail", str(error), "no prompt can be written so")]
+        return [*found, CheckResult("prompts", "fail", str(error), "no prompt can be written so")]
     found.append(sample_checks.positions(*sides, encoded, budget or max_response))
     room = found[-1].numbers["room"]
     length = max_response if room is None else min(max_response, room)
@@ -102,11 +102,11 @@ def examine(
         )
     except ValueError as error:
         advice = "mend the items above first"
-        return [*found, Finding("sample", "fail", f"nothing could be sampled: {error}", advice)]
+        return [*found, CheckResult("sample", "fail", f"nothing could be sampled: {error}", advice)]
     return found + [check(evidence) for check in sample_checks.CHECKS]
 
 
-def document(found: "list[Finding]") -> str:
+def document(found: "list[CheckResult]") -> str:
     """The findings as JSON, with the worst verdict first."""
     worst = max((f.verdict for f in found), key=["ok", "warn", "fail"].index)
     return json.dumps({"verdict": worst, "items": [asdict(f) for f in found]}, indent=1)

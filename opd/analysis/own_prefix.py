@@ -10,18 +10,18 @@ from pathlib import Path
 
 import torch
 
-from diagnostics.batch import Scored
+from diagnostics.batch import ScoredRollouts
 from diagnostics.errors import InvalidInput, MissingFile
 from opd.config.settings import Config, from_json
 from opd.data.grading.graders import refuse_own_of_record
 from opd.data.prompts import Prompts, encode
-from opd.models.model import Model
+from opd.models.model import CausalLM
 from opd.rollouts.hf_engine import sample
 from opd.runtime.seeds import CONTROL, derive
 from opd.scoring.score import score
 from opd.serving.addresses import is_url
 from opd.teachers.factory import make_pair
-from opd.teachers.pair import Pair
+from opd.teachers.pair import ModelPair
 from opd.training.setup import load
 from opd.training.step import scoring
 
@@ -66,7 +66,7 @@ def control(run: Path, count: int = 64, trust: bool = False) -> list[Path]:
     return found
 
 
-def answered(config: Config, pair: Pair, model: Model, prompts: Prompts) -> Scored:
+def answered(config: Config, pair: ModelPair, model: CausalLM, prompts: Prompts) -> ScoredRollouts:
     """One response of `model` to every prompt, scored by the pair."""
     rollouts = sample(
         model,
@@ -76,6 +76,6 @@ def answered(config: Config, pair: Pair, model: Model, prompts: Prompts) -> Scor
         temperature=config.temperature,
         top_p=1.0,
         generator=torch.Generator().manual_seed(derive(config.seed, 0, CONTROL)),
-        rows_at_once=config.rows_at_once,
+        generation_batch_size=config.generation_batch_size,
     )
     return score(pair, prompts, rollouts, keep_teacher=False, **scoring(config))[0]

@@ -11,7 +11,7 @@ from typing import Any
 from opd.models.loading import head_rows, load
 from opd.tokens.masking import THINK, special_ids
 from opd.tokens.token_bytes import shown, token_bytes
-from opd.training.checks.check_result import TEXTS, Finding, Numbers, Verdict
+from opd.training.checks.check_result import TEXTS, CheckResult, CheckStatus, Numbers
 
 CHATS = {
     "one turn": [("user", "What is 12+34?")],
@@ -21,7 +21,7 @@ CHATS = {
 
 
 @dataclass(frozen=True, eq=False)
-class Side:
+class LoadedModel:
     """One model of the pair; table holds the bytes of each id, ends the EOS ids by source."""
 
     name: str
@@ -42,7 +42,7 @@ class Side:
         return f"{index} {shown(self.table[index]) if index < len(self.table) else '(no token)'}"
 
 
-def read_side(name: str, device: str, dtype: str) -> Side:
+def read_side(name: str, device: str, dtype: str) -> LoadedModel:
     """Load one model of the pair; nothing is compared yet."""
     tokenizer, network = load(name, device, dtype)
     sources = {
@@ -51,7 +51,7 @@ def read_side(name: str, device: str, dtype: str) -> Side:
         "generation_config": network.generation_config.eos_token_id,
     }
     ends = {source: _listed(value) for source, value in sources.items()}
-    return Side(name, tokenizer, network, token_bytes(tokenizer), ends)
+    return LoadedModel(name, tokenizer, network, token_bytes(tokenizer), ends)
 
 
 def _listed(value: int | list[int] | None) -> tuple[int, ...]:
@@ -60,7 +60,7 @@ def _listed(value: int | list[int] | None) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, list) else (value,)
 
 
-def vocabulary(student: Side, teacher: Side) -> Finding:
+def vocabulary(student: LoadedModel, teacher: LoadedModel) -> CheckResult:
     """Every id must stand for the same bytes: the teacher scores the student's ids."""
     ours, theirs = student.table, teacher.table
     size = max(len(ours), len(theirs))
@@ -68,9 +68,9 @@ def vocabulary(student: Side, teacher: Side) -> Finding:
     differ = [v for v in range(size) if pad[0][v] != pad[1][v]]
     numbers = {"ids": [len(ours), len(theirs)], "different": len(differ), "first": differ[:5]}
     if not differ:
-        return Finding("vocabulary", "ok", f"{size} ids, the same bytes in both", "", numbers)
+        return CheckResult("vocabulary", "ok", f"{size} ids, the same bytes in both", "", numbers)
     some = ", ".join(f"{v}: {shown(pad[0][v])} / {shown(pad[1][v])}" for v in differ[:5])
-    return Finding(
+    return CheckResult(
         "vocabulary",
         "fail",
         f"{len(differ)} of {size} ids stand for other bytes (student / teacher): {some}",
@@ -80,20 +80,20 @@ def vocabulary(student: Side, teacher: Side) -> Finding:
     )
 
 
-def segmentation(student: Side, teacher: Side) -> Finding:
+def segmentation(student: LoadedModel, teacher: LoadedModel) -> CheckResult:
     """Both tokenizers should cut text at the same bytes; else the teacher knows other pieces."""
     habits = [[_cut(side, text) for text in TEXTS] for side in (student, teacher)]
     differ = [i for i in range(len(TEXTS)) if habits[0][i] != habits[1][i]]
     tag = "|".join(piece.decode("utf-8", "replace") for piece in _cut(student, THINK[0]))
     numbers = {"texts": len(TEXTS), "different": len(differ), "think": tag}
     if not differ:
-        return Finding(
+        return CheckResult(
             "segmentation", "ok", f"sample texts cut alike; think tag: {tag}", "", numbers
         )
     ours, theirs = (habit[differ[0]] for habit in habits)
     at = same_from_start(ours, theirs)
     parts = [" ".join(map(shown, habit[at : at + 4])) for habit in (ours, theirs)]
-    return Finding(
+    return CheckResult(
         "segmentation",
         "warn",
         f"{len(differ)} of {len(TEXTS)} sample texts are cut otherwise: {parts[0]} / {parts[1]}",
@@ -103,11 +103,11 @@ def segmentation(student: Side, teacher: Side) -> Finding:
     )
 
 
-def _cut(side: Side, text: str) -> list[bytes]:
+def _cut(side: LoadedModel, text: str) -> list[bytes]:
     return [side.table[i] for i in side.tokenizer.encode(text, add_special_tokens=False)]
 
 
-def special_tokens(student: Side, teacher: Side) -> Finding:
+def special_tokens(student: LoadedModel, teacher: LoadedModel) -> CheckResult:
     """Roles (bos, pad, unk) and which tokens are special; ends have an item of their own."""
     differ = []
     for role in ("bos", "pad", "unk"):
@@ -126,8 +126,8 @@ def special_tokens(student: Side, teacher: Side) -> Finding:
         tags = [tag for tag in THINK if tag.encode() in student.table]
         known = ", ".join(tags) if tags else "no think tag"
         found = f"{numbers['special'][0]} special tokens, the same roles; one token each: {known}"
-        return Finding("special tokens", "ok", found, "", numbers)
-    return Finding(
+        return CheckResult("special tokens", "ok", found, "", numbers)
+    return CheckResult(
         "special tokens",
         "warn",
         "; ".join(differ),
@@ -137,12 +137,12 @@ def special_tokens(student: Side, teacher: Side) -> Finding:
     )
 
 
-def end_tokens(student: Side, teacher: Side) -> Finding:
+def end_tokens(student: LoadedModel, teacher: LoadedModel) -> CheckResult:
     """Both models should end a response with the same ids, and the template with one of them."""
     ours, theirs = set(student.eos), set(teacher.eos)
     numbers: Numbers = {"student": student.ends, "teacher": teacher.ends}
     names = [" ".join(side.token(v) for v in side.eos) or "none" for side in (student, teacher)]
-    verdict: Verdict = "ok"
+    verdict: CheckStatus = "ok"
     found, advice = f"both end with {names[0]}", ""
     if not ours or not theirs:
         verdict, found = "fail", f"no end token is known: student {names[0]}, teacher {names[1]}"
@@ -163,10 +163,10 @@ def end_tokens(student: Side, teacher: Side) -> Finding:
         verdict = "warn"
         found = f"{found}, but its chat template ends a turn with {student.token(closing)}"
         advice = "add that id to generation_config.eos_token_id, or responses never stop"
-    return Finding("end tokens", verdict, found, advice, numbers)
+    return CheckResult("end tokens", verdict, found, advice, numbers)
 
 
-def turn_end(side: Side) -> int | None:
+def turn_end(side: LoadedModel) -> int | None:
     """The special token that the chat template puts behind an assistant's turn, if it does."""
     text, _ = render(side, [("user", "Hi."), ("assistant", "ANSWER")], prompt=False)
     if text is None or "ANSWER" not in text:
@@ -176,7 +176,7 @@ def turn_end(side: Side) -> int | None:
 
 
 def render(
-    side: Side, chat: list[tuple[str, str]], *, prompt: bool = True
+    side: LoadedModel, chat: list[tuple[str, str]], *, prompt: bool = True
 ) -> tuple[str | None, str]:
     """(text, "") of a chat, or (None, why) where the template refuses it."""
     from jinja2 import TemplateError
@@ -191,7 +191,7 @@ def render(
     return text, ""
 
 
-def chat_template(student: Side, teacher: Side) -> Finding:
+def chat_template(student: LoadedModel, teacher: LoadedModel) -> CheckResult:
     """The teacher reads prompts in the student's template; does it know them?"""
     has = [side.tokenizer.chat_template is not None for side in (student, teacher)]
     advice = (
@@ -199,10 +199,12 @@ def chat_template(student: Side, teacher: Side) -> Finding:
         "teacher was trained with, or expect a teacher that is lost from the first token"
     )
     if not any(has):
-        return Finding("chat template", "ok", "neither has one; prompts are encoded as they are")
+        return CheckResult(
+            "chat template", "ok", "neither has one; prompts are encoded as they are"
+        )
     if not all(has):
         lacking = "teacher" if has[0] else "student"
-        return Finding("chat template", "warn", f"the {lacking} has no chat template", advice)
+        return CheckResult("chat template", "warn", f"the {lacking} has no chat template", advice)
     differ = []
     for name, chat in CHATS.items():
         ours, theirs = (render(side, chat) for side in (student, teacher))
@@ -215,12 +217,12 @@ def chat_template(student: Side, teacher: Side) -> Finding:
             differ.append(f"{name}: {first_difference(ours[0], theirs[0])}")
     numbers = {"chats": len(CHATS), "different": len(differ), "differences": differ}
     if differ:
-        return Finding("chat template", "warn", "; ".join(differ), advice, numbers)
+        return CheckResult("chat template", "warn", "; ".join(differ), advice, numbers)
     refused = [name for name, chat in CHATS.items() if render(student, chat)[0] is None]
     found = f"{len(CHATS) - len(refused)} sample chats are rendered alike"
     if refused:
         found += f"; both templates refuse: {', '.join(refused)}"
-    return Finding("chat template", "ok", found, "", numbers)
+    return CheckResult("chat template", "ok", found, "", numbers)
 
 
 def same_from_start(ours: Sequence[Any], theirs: Sequence[Any]) -> int:
@@ -237,24 +239,24 @@ def first_difference(ours: str, theirs: str, around: int = 24) -> str:
     return f"{parts[0]!r} / {parts[1]!r} at character {shared}"
 
 
-def bos(student: Side, teacher: Side) -> Finding:
+def bos(student: LoadedModel, teacher: LoadedModel) -> CheckResult:
     """A template that writes BOS, encoded with special tokens, has it twice."""
     side, first = student.tokenizer, student.tokenizer.bos_token_id
     if first is None:
-        return Finding("bos", "ok", "the student has no BOS token")
+        return CheckResult("bos", "ok", "the student has no BOS token")
     plain = side.encode("Hi.")
     adds = bool(plain) and plain[0] == first
     if side.chat_template is None:
-        return Finding("bos", "ok", "added by the tokenizer" if adds else "not in use")
+        return CheckResult("bos", "ok", "added by the tokenizer" if adds else "not in use")
     text, _ = render(student, CHATS["one turn"])
     ids = side.encode(text, add_special_tokens=False) if text is not None else []
     writes = sum(v == first for v in ids[:2]) if ids and ids[0] == first else 0
     numbers = {"template": writes, "tokenizer": int(adds)}
     if writes > 1:
         advice = "remove one BOS from the chat template"
-        return Finding("bos", "fail", "the chat template writes BOS twice", advice, numbers)
+        return CheckResult("bos", "fail", "the chat template writes BOS twice", advice, numbers)
     if writes and adds:
-        return Finding(
+        return CheckResult(
             "bos",
             "warn",
             "the chat template writes BOS and the tokenizer adds another",
@@ -262,22 +264,24 @@ def bos(student: Side, teacher: Side) -> Finding:
             numbers,
         )
     if adds and not writes:
-        return Finding(
+        return CheckResult(
             "bos",
             "warn",
             "the tokenizer adds BOS to plain text, but templated prompts have none",
             "check that both models were trained so; else put BOS into the chat template",
             numbers,
         )
-    return Finding("bos", "ok", "written by the template" if writes else "not in use", "", numbers)
+    return CheckResult(
+        "bos", "ok", "written by the template" if writes else "not in use", "", numbers
+    )
 
 
-def padding(student: Side, teacher: Side) -> Finding:
+def padding(student: LoadedModel, teacher: LoadedModel) -> CheckResult:
     """PAD that is an end token: masks made from ids lose every end."""
     pad = student.tokenizer.pad_token_id
     if pad is None or pad not in student.eos:
-        return Finding("padding", "ok", f"pad is {student.token(pad)}, no end token")
-    return Finding(
+        return CheckResult("padding", "ok", f"pad is {student.token(pad)}, no end token")
+    return CheckResult(
         "padding",
         "warn",
         f"pad is {student.token(pad)}, which ends responses too",
@@ -286,7 +290,7 @@ def padding(student: Side, teacher: Side) -> Finding:
     )
 
 
-def heads(student: Side, teacher: Side) -> Finding:
+def heads(student: LoadedModel, teacher: LoadedModel) -> CheckResult:
     """Rows of both heads beside the tokenizer; training cuts both to the smaller."""
     rows = [head_rows(side.network) for side in (student, teacher)]
     need = [len(side.table) for side in (student, teacher)]
@@ -294,19 +298,19 @@ def heads(student: Side, teacher: Side) -> Finding:
     numbers = {"rows": rows, "tokens": need}
     if min(rows) < max(need):
         advice = "resize_token_embeddings, or take models made for this tokenizer"
-        return Finding("head rows", "fail", f"{found}: tokens without a row", advice, numbers)
+        return CheckResult("head rows", "fail", f"{found}: tokens without a row", advice, numbers)
     if rows[0] != rows[1]:
         who = "student" if rows[0] > rows[1] else "teacher"
         cut = f"{found}: the last {abs(rows[0] - rows[1])} of the {who}, no token, are cut"
         advice = "nothing to do: neither model puts mass on cut rows in training or scoring"
-        return Finding("head rows", "warn", cut, advice, numbers)
+        return CheckResult("head rows", "warn", cut, advice, numbers)
     spare = rows[0] - need[0]
-    return Finding(
+    return CheckResult(
         "head rows", "ok", f"{found}" + (f", {spare} spare" if spare else ""), "", numbers
     )
 
 
-CHECKS: tuple[Callable[[Side, Side], Finding], ...] = (
+CHECKS: tuple[Callable[[LoadedModel, LoadedModel], CheckResult], ...] = (
     vocabulary,
     segmentation,
     special_tokens,

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Rollouts, Scored
+from diagnostics.batch import Rollouts, ScoredRollouts
 from diagnostics.errors import InvalidInput
-from opd.analysis.pair_checks import Side, same_from_start
+from opd.analysis.pair_checks import LoadedModel, same_from_start
 from opd.data.chain_task import Problem
 from opd.data.prompts import Prompts, encode
 from opd.models.forward import log_probabilities, response_hidden
@@ -22,8 +22,8 @@ from opd.models.loading import head_rows
 from opd.models.model import split
 from opd.rollouts.hf_engine import sample
 from opd.scoring.score import score
-from opd.teachers.pair import Pair
-from opd.training.checks.check_result import Finding
+from opd.teachers.pair import ModelPair
+from opd.training.checks.check_result import CheckResult
 
 PROMPTS = (
     "What is 12+34?",
@@ -44,23 +44,25 @@ CHUNK = 1 << 24
 class Evidence:
     """A pair, its prompts and the student's responses, scored by both models in one batch."""
 
-    student: Side
-    teacher: Side
-    pair: Pair
+    student: LoadedModel
+    teacher: LoadedModel
+    pair: ModelPair
     prompts: Prompts
     rollouts: Rollouts
-    scored: Scored
+    scored: ScoredRollouts
 
 
-def make_pair(student: Side, teacher: Side) -> Pair:
+def make_pair(student: LoadedModel, teacher: LoadedModel) -> ModelPair:
     """Both models cut to the rows that they share, whatever their tokenizers say."""
     rows = min(head_rows(side.network) for side in (student, teacher))
     teacher.network.requires_grad_(False)
     models = [split(side.network, rows) for side in (student, teacher)]
-    return Pair(models[0], models[1], student.tokenizer, list(student.eos))
+    return ModelPair(models[0], models[1], student.tokenizer, list(student.eos))
 
 
-def positions(student: Side, teacher: Side, prompts: Prompts, budget: int) -> Finding:
+def positions(
+    student: LoadedModel, teacher: LoadedModel, prompts: Prompts, budget: int
+) -> CheckResult:
     """The longest prompt and the budget of a response against both models' positions."""
     longest = int(prompts.mask.sum(1).max())
     limits = {}
@@ -76,9 +78,9 @@ def positions(student: Side, teacher: Side, prompts: Prompts, budget: int) -> Fi
         found = f"prompt {longest} + response {budget} tokens; " + (
             f"room for {room} response tokens" if room is not None else "no limit is known"
         )
-        return Finding("positions", "ok", found, "", numbers)
+        return CheckResult("positions", "ok", found, "", numbers)
     who = ", ".join(f"{name} {limit}" for name, limit in limits.items() if limit - longest < budget)
-    return Finding(
+    return CheckResult(
         "positions",
         "fail",
         f"prompt {longest} + response {budget} tokens exceed the positions of: {who}",
@@ -88,8 +90,8 @@ def positions(student: Side, teacher: Side, prompts: Prompts, budget: int) -> Fi
 
 
 def gather(
-    student: Side,
-    teacher: Side,
+    student: LoadedModel,
+    teacher: LoadedModel,
     problems: list[Problem],
     *,
     group: int,
@@ -123,7 +125,9 @@ def gather(
     return Evidence(student, teacher, pair, prompts, rollouts, scored)
 
 
-def scores(pair: Pair, prompts: Prompts, rollouts: Rollouts, micro_tokens: int) -> Scored:
+def scores(
+    pair: ModelPair, prompts: Prompts, rollouts: Rollouts, max_tokens_per_microbatch: int
+) -> ScoredRollouts:
     """Both models' log-probs, in micro-batches of at most so many padded tokens."""
     scored, _ = score(
         pair,
@@ -131,14 +135,14 @@ def scores(pair: Pair, prompts: Prompts, rollouts: Rollouts, micro_tokens: int) 
         rollouts,
         k=1,
         temperature=1.0,
-        micro_tokens=micro_tokens,
-        chunk_elements=CHUNK,
+        max_tokens_per_microbatch=max_tokens_per_microbatch,
+        max_logits_per_chunk=CHUNK,
         keep_teacher=False,
     )
     return scored
 
 
-def retokenisation(at: Evidence) -> Finding:
+def retokenisation(at: Evidence) -> CheckResult:
     """Share of responses whose text, encoded again, gives other ids than were sampled."""
     tokenizer, differ, example = at.student.tokenizer, 0, ""
     nameless = 0
@@ -157,8 +161,8 @@ def retokenisation(at: Evidence) -> Finding:
     found += f", first: {example}" if differ else ""
     found += f"; {nameless} sampled ids have no token" if nameless else ""
     if share <= HABITS and not nameless:
-        return Finding("re-tokenisation", "ok", found, "", numbers)
-    return Finding(
+        return CheckResult("re-tokenisation", "ok", found, "", numbers)
+    return CheckResult(
         "re-tokenisation",
         "warn",
         found,
@@ -177,7 +181,7 @@ def whole_characters(tokenizer: Any, ids: list[int]) -> list[int]:
     return ids
 
 
-def cut_difference(side: Side, sampled: list[int], again: list[int]) -> str:
+def cut_difference(side: LoadedModel, sampled: list[int], again: list[int]) -> str:
     at = same_from_start(sampled, again)
     pieces = [
         " ".join(side.token(v).split(" ", 1)[1] for v in ids[at : at + 4])
@@ -186,7 +190,7 @@ def cut_difference(side: Side, sampled: list[int], again: list[int]) -> str:
     return f"{pieces[0]} -> {pieces[1]}"
 
 
-def teacher_noise(at: Evidence) -> Finding:
+def teacher_noise(at: Evidence) -> CheckResult:
     """Do the teacher's log-probs depend on chance, or on the batch that a response stands in?
 
     Scores the same responses again in the same batch, and each response alone, without padding.
@@ -206,8 +210,8 @@ def teacher_noise(at: Evidence) -> Finding:
         f"signal rms {signal:.2g}"
     )
     if noise <= max(NOISE * signal, 1e-4):
-        return Finding("teacher noise", "ok", found, "", numbers)
-    return Finding(
+        return CheckResult("teacher noise", "ok", found, "", numbers)
+    return CheckResult(
         "teacher noise",
         "fail" if noise > signal else "warn",
         found,
@@ -221,7 +225,7 @@ def rms(x: Tensor) -> float:
     return float(x.double().square().mean().sqrt())
 
 
-def endings(at: Evidence) -> Finding:
+def endings(at: Evidence) -> CheckResult:
     """Where the student ended: does the teacher want to go on, or end under another id?
 
     Compares log q(the student's id) with log of the teacher's mass on all its own end ids.
@@ -229,7 +233,7 @@ def endings(at: Evidence) -> Finding:
     ended = at.scored.ended.nonzero()[:, 0].tolist()
     if not ended:
         found = f"no response ended within {at.scored.tokens.shape[1]} tokens"
-        return Finding("endings", "ok", found, "", {"ended": 0})
+        return CheckResult("endings", "ok", found, "", {"ended": 0})
     logq, ids = teacher_at_the_end(at, ended)
     own = logq.gather(1, ids[:, None])[:, 0]
     known = [v for v in at.teacher.eos if v < logq.shape[1]]
@@ -241,8 +245,8 @@ def endings(at: Evidence) -> Finding:
         f"end {numbers['own']:.1f}, of any end of its own {numbers['listed']:.1f}"
     )
     if gap <= NAMING:
-        return Finding("endings", "ok", found, "", numbers)
-    return Finding(
+        return CheckResult("endings", "ok", found, "", numbers)
+    return CheckResult(
         "endings",
         "warn",
         found,
@@ -264,7 +268,7 @@ def teacher_at_the_end(at: Evidence, rows: list[int]) -> tuple[Tensor, Tensor]:
     return log_probabilities(at.pair.teacher, hidden, 1.0), part.tokens[last]
 
 
-def impossible_tokens(at: Evidence) -> Finding:
+def impossible_tokens(at: Evidence) -> CheckResult:
     """Sampled tokens that the student is sure of and the teacher excludes, by id.
 
     p(y) > 0.5 and q(y) < 1e-4: a handful of such tokens, often parts of tags and ends, carries most
@@ -283,10 +287,10 @@ def impossible_tokens(at: Evidence) -> Finding:
     }
     if not counts:
         found = f"none of {int(mask.sum())} sampled tokens (p > {CONFIDENT}, q < {IMPOSSIBLE:g})"
-        return Finding("impossible tokens", "ok", found, "", numbers)
+        return CheckResult("impossible tokens", "ok", found, "", numbers)
     some = ", ".join(f"{at.student.token(v)} x{n}" for v, n in counts.most_common(5))
     rules = " ".join(f"id:{v}" for v, _ in counts.most_common(3))
-    return Finding(
+    return CheckResult(
         "impossible tokens",
         "warn",
         f"{numbers['tokens']} of {numbers['of']} sampled tokens, {share:.0%} of the signal: {some}",
@@ -295,7 +299,7 @@ def impossible_tokens(at: Evidence) -> Finding:
     )
 
 
-CHECKS: tuple[Callable[[Evidence], Finding], ...] = (
+CHECKS: tuple[Callable[[Evidence], CheckResult], ...] = (
     retokenisation,
     endings,
     impossible_tokens,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from opd.training.checks.check_result import Finding
+    from opd.training.checks.check_result import CheckResult
 from opd.analysis.doctor import document, examine, examine_tasks
 
 
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
         raise SystemExit(1)
 
 
-def table(found: "list[Finding]", width: int = 100) -> str:
+def table(found: "list[CheckResult]", width: int = 100) -> str:
     """One aligned block an item: verdict, name, what was found and, behind an arrow, what to do."""
     names = max(len(f.item) for f in found)
     margin = " " * (6 + names + 2)

@@ -78,7 +78,7 @@ def evaluation_options(argv: list[str]) -> dict[str, Any]:
     )
     add("--layout", default="turns", choices=("turns", "trajectory"), help="of games")
     add("--max-turns", type=int, default=30, help="of games: actions of an episode")
-    add("--history", type=int, default=2, help="of games: turns told again in layout turns")
+    add("--history-turns", type=int, default=2, help="of games: turns told again in layout turns")
     add("--system", default="", help="a system message before every prompt")
     add("--template", type=template, default={}, help='JSON, such as {"enable_thinking": false}')
     for name in ("prompt", "answer", "task"):

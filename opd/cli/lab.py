@@ -7,23 +7,25 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     pass
-from opd.lab.build import LabConfig, build, rooms_config, strangers_config, tiny_config
+from opd.lab.build import LabConfig, build, household_config, mismatched_config, tiny_config
 
 
 def main(argv: list[str]) -> None:
-    """`opd lab [--out DIR] [--seed N] [--tiny | --strangers | --rooms | --smollm]`."""
+    """`opd lab [--out DIR] [--seed N] [--tiny | --mismatched | --household | --smollm]`."""
     parser = argparse.ArgumentParser(prog="opd lab", description=__doc__)
     parser.add_argument(
-        "--out", help="folder (default: lab, lab-tiny, lab-strangers, lab-rooms, smollm)"
+        "--out", help="folder (default: lab, lab-tiny, lab-mismatched, lab-household, smollm)"
     )
     parser.add_argument("--seed", type=int, default=0)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--tiny", action="store_true", help="seconds instead of minutes")
     which.add_argument(
-        "--strangers", action="store_true", help="models that write in different ways, two tasks"
+        "--mismatched", action="store_true", help="models that write in different ways, two tasks"
     )
     which.add_argument(
-        "--rooms", action="store_true", help="an agent and its teachers: env:rooms, and problems"
+        "--household",
+        action="store_true",
+        help="an agent and its teachers: env:household, and problems",
     )
     which.add_argument(
         "--smollm", action="store_true", help="a small pretrained model and a thinned one"
@@ -39,10 +41,10 @@ def main(argv: list[str]) -> None:
     config, name = LabConfig(), "lab"
     if given.tiny:
         config, name = tiny_config(), "lab-tiny"
-    if given.strangers:
-        config, name = strangers_config(), "lab-strangers"
-    if given.rooms:
-        config, name = rooms_config(), "lab-rooms"
+    if given.mismatched:
+        config, name = mismatched_config(), "lab-mismatched"
+    if given.household:
+        config, name = household_config(), "lab-household"
     config, folder = dataclasses.replace(config, seed=given.seed), Path(given.out or name)
     student, teacher = build(folder, config, given.jobs)
     print(f"student: {student}\nteacher: {teacher}")

@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from diagnostics.errors import InvalidInput
-from opd.config.recipes import RECIPES
+from diagnostics.records.renamed import SETTINGS
+from opd.config.recipes import RECIPES, RENAMED_RECIPES
 from opd.config.settings import Config, TaskSettings, to_json
 
 
@@ -25,8 +26,11 @@ def parse(argv: list[str]) -> Config:
         print("\n`opd train RECIPE --help` lists every setting of a recipe.")
         raise SystemExit(0)
     name, rest = argv[0], argv[1:]
+    if name in RENAMED_RECIPES:
+        raise SystemExit(f"opd train: the recipe {name} is now called {RENAMED_RECIPES[name]}")
     if name not in RECIPES:
         raise SystemExit(f"opd train: unknown recipe {name!r}; known: {', '.join(RECIPES)}")
+    refuse_renamed_options(rest)
     import tyro
 
     given, tasks = with_tasks([word for word in rest if word != "--show"])
@@ -36,6 +40,20 @@ def parse(argv: list[str]) -> Config:
         print(json.dumps(to_json(config), indent=1))
         raise SystemExit(0)
     return config
+
+
+def refuse_renamed_options(words: list[str]) -> None:
+    """Refuse an option by its former name.
+
+    Raises:
+      InvalidInput: With the present name.
+    """
+    for word in words:
+        option = word.partition("=")[0]
+        former = option.removeprefix("--").removeprefix("no-").replace("-", "_")
+        if option.startswith("--") and former in SETTINGS:
+            present = SETTINGS[former].replace("_", "-")
+            raise InvalidInput(f"{option} is now called --{present}; see `opd train RECIPE --help`")
 
 
 def with_tasks(words: list[str]) -> tuple[list[str], tuple[TaskSettings, ...]]:

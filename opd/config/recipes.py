@@ -21,7 +21,7 @@ def smoke() -> Config:
         eval_every=2,
         eval_problems=8,
         save_every=2,
-        batch_every=2,
+        save_batch_every=2,
     )
 
 
@@ -43,17 +43,17 @@ def lab() -> Config:
         eval_every=20,
         eval_problems=256,
         save_every=20,
-        batch_every=20,
+        save_batch_every=20,
     )
 
 
-def rooms() -> Config:
-    """A household played in text, turn by turn, on the pair of `opd lab --rooms`; 3 minutes."""
+def household() -> Config:
+    """A household played in text, turn by turn, on the pair of `opd lab --household`; 3 minutes."""
     return Config(
-        student="lab-rooms/student",
-        teacher="lab-rooms/teacher",
-        out="runs/rooms",
-        task="env:rooms",
+        student="lab-household/student",
+        teacher="lab-household/teacher",
+        out="runs/household",
+        task="env:household",
         max_turns=16,
         steps=40,
         prompts_per_step=16,
@@ -67,8 +67,8 @@ def rooms() -> Config:
         eval_every=20,
         eval_problems=256,
         save_every=20,
-        batch_every=20,
-        exact_every=5,
+        save_batch_every=20,
+        full_metrics_every=5,
     )
 
 
@@ -94,7 +94,7 @@ def smollm() -> Config:
         eval_every=0,
         eval_problems=32,
         save_every=32,
-        batch_every=1,
+        save_batch_every=1,
     )
 
 
@@ -105,7 +105,7 @@ def qwen_small() -> Config:
         teacher="Qwen/Qwen2.5-1.5B-Instruct",
         out="runs/qwen-small",
         task="dapo-math",
-        drop_long=True,
+        skip_long_prompts=True,
         prompts_per_step=16,
         group_size=4,
         max_prompt=512,
@@ -116,10 +116,10 @@ def qwen_small() -> Config:
         lr=2e-6,
         weight_decay=0.01,
         eval_top_p=0.9,
-        exact_every=10,
-        chunk_elements=1 << 28,
+        full_metrics_every=10,
+        max_logits_per_chunk=1 << 28,
         dtype="bfloat16",
-        checkpointing=True,
+        gradient_checkpointing=True,
     )
 
 
@@ -137,7 +137,7 @@ def paper_math() -> Config:
         teacher="open-thoughts/OpenThinker3-7B",
         out="runs/paper-math",
         task="dapo-math",
-        drop_long=True,
+        skip_long_prompts=True,
         prompts_per_step=16,
         group_size=8,
         max_prompt=2048,
@@ -149,11 +149,11 @@ def paper_math() -> Config:
         support_k=32,
         denominator="sequence_mean",
         steps=400,
-        updates=2,
+        updates_per_batch=2,
         lr=2e-6,
         weight_decay=0.01,
         betas=(0.9, 0.999),
-        clip=1.0,
+        max_grad_norm=1.0,
         seed=42,
         eval_task="aime24",
         eval_every=80,
@@ -162,11 +162,11 @@ def paper_math() -> Config:
         eval_temperature=1.0,
         eval_top_p=0.9,
         save_every=80,
-        batch_every=80,
-        exact_every=10,
-        chunk_elements=1 << 28,
+        save_batch_every=80,
+        full_metrics_every=10,
+        max_logits_per_chunk=1 << 28,
         dtype="bfloat16",
-        checkpointing=True,
+        gradient_checkpointing=True,
         offload_teacher=True,
     )
 
@@ -176,7 +176,10 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "lab": lab,
     "pair": pair,
     "smollm": smollm,
-    "rooms": rooms,
+    "household": household,
     "qwen-small": qwen_small,
     "paper-math": paper_math,
 }
+
+RENAMED_RECIPES = {"rooms": "household"}
+"""Former name of a recipe -> its present name."""

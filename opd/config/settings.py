@@ -14,6 +14,7 @@ import tyro
 
 from diagnostics.errors import InvalidInput
 from diagnostics.io.files import check_fields, read_object, short
+from diagnostics.records.renamed import SETTINGS, present_settings
 from opd.config.validation import wrong_fields
 from opd.serving.addresses import address_problem, is_url
 from opd.tokens.mask_rules import parse
@@ -41,7 +42,7 @@ class TaskSettings:
     mask: tuple[str, ...] | None = None
     layout: Literal["turns", "trajectory"] | None = None
     max_turns: int | None = None
-    history: int | None = None
+    history_turns: int | None = None
     eval_task: str | None = None
     eval_prompt_column: str | None = None
     eval_answer_column: str | None = None
@@ -69,7 +70,7 @@ class Config:
     task: str = "lab"
     """Where prompts come from: "lab", a .jsonl, .json or .parquet file, a folder, hf:NAME:SPLIT
     (opd.data.sources), one by name, such as dapo-math, math-500, aime24, gsm8k:PATH or gym:TASK
-    (opd.data.benchmarks), or games played in text: env:rooms, env:alfworld, env:MODULE:FUNCTION
+    (opd.data.benchmarks), or games played in text: env:household, env:alfworld, env:MODULE:FUNCTION
     (opd.envs.task)."""
     prompt_column: str = "prompt"
     answer_column: str = "answer"
@@ -80,7 +81,7 @@ class Config:
     """A system message before every prompt."""
     max_prompt: int = 512
     """Longest prompt in tokens; longer ones are an error. An episode of games ends before one."""
-    drop_long: bool = False
+    skip_long_prompts: bool = False
     """Leave longer prompts out instead, and say how many."""
     prompts_per_step: int = 16
     """Distinct prompts whose rollouts make one step."""
@@ -101,7 +102,7 @@ class Config:
     """Addresses of the engine servers, http://HOST:PORT/v1 each."""
     weights_folder: str = ""
     """Folder in which those servers find the weights; empty: weights/ in the run folder."""
-    ahead: int = 0
+    rollout_lag: int = 0
     """Steps by which the engine servers samples ahead, while the update is made: rollouts are that
     many steps old, and never older. 0 is on-policy; 1 overlaps sampling with everything else."""
     temperature: float = 1.0
@@ -110,14 +111,14 @@ class Config:
     """Nucleus of the rollouts; the loss uses the whole softmax."""
     max_response: int = 512
     """Budget of a response in tokens; of games, of each turn's."""
-    rows_at_once: int = 256
+    generation_batch_size: int = 256
     """Rows of one call of the engine hf; their key-value cache must fit."""
     layout: Literal["turns", "trajectory"] = "turns"
     """Of games: every turn a sample, whose prompt is the goal, recent history and the scene; or a
     whole episode as one conversation, in which only the student's words are supervised."""
     max_turns: int = 30
     """Of games: actions of an episode; one that is not over then is unfinished."""
-    history: int = 2
+    history_turns: int = 2
     """Of games: turns that a prompt of layout "turns" tells."""
 
     # --- objective ------------------------------------------------------------------------------
@@ -138,11 +139,11 @@ class Config:
     """Nats within which log-ratios are held: sampled costs, and those of a reverse KL."""
     ppo_clip: tuple[float, float, float] | None = None
     """Lower, upper and dual clip of sampled_token_clipped; 0.2, 0.2, 3 if not given."""
-    outcome: float = 0.0
+    reward_weight: float = 0.0
     """Weight of the graded reward beside the divergence."""
-    advantage: str = "leave_one_out"
+    reward_baseline: str = "leave_one_out"
     """Of the reward, a name in opd.objectives.credit.ADVANTAGES."""
-    keep_uncertain: float = 1.0
+    entropy_top_fraction: float = 1.0
     """Share of the tokens, those of the largest student entropy, that the loss is taken over. Of
     entropies within 1e-4 nats of the last one, the earlier prompts' and positions' are kept."""
     denominator: str = "token_mean"
@@ -156,18 +157,18 @@ class Config:
     nothing (estimates the gradient of the supervised tokens' costs); or "loss", the masked tokens'
     own loss alone, as in the published code (estimates that of all tokens' costs). In both a masked
     token advances gamma and stays in the sequence ratio."""
-    own_end: bool = False
+    map_eos: bool = False
     """Read the teacher at its own end token where the student used another (opd.tokens.masking)."""
-    collapse_accepted: bool = False
+    allow_collapse: bool = False
     """Train with an un-normalised support all the same."""
-    unweighted_accepted: bool = False
+    allow_unweighted: bool = False
     """With several updates, or rollouts ahead, take an older student's tokens for the present one's
     all the same, without an importance weight (the paper's V2 to V5)."""
 
     # --- optimizer ------------------------------------------------------------------------------
     steps: int = 100
     """Steps, each on fresh rollouts."""
-    updates: int = 1
+    updates_per_batch: int = 1
     """Optimizer steps on the rollouts of a step, each on its share of the prompts."""
     lr: float = 1e-5
     """Largest AdamW learning rate."""
@@ -177,7 +178,7 @@ class Config:
     """Steps of linear warm-up: 1/(warmup + 1) of the rate, 2/(warmup + 1), ..., then all of it."""
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
-    clip: float = 1.0
+    max_grad_norm: float = 1.0
     """Largest gradient norm."""
     lora_rank: int = 0
     """Rank of LoRA adapters on the linear layers (extra lora); 0 trains every weight."""
@@ -190,7 +191,7 @@ class Config:
     # --- record ---------------------------------------------------------------------------------
     loggers: tuple[str, ...] = ()
     """Besides rows.jsonl: tensorboard, wandb, trackio (extras of these names)."""
-    exact_every: int = 1
+    full_metrics_every: int = 1
     """Steps between measurements on whole next-token distributions (exact KL, entropies, ranks) if
     the objective does not need the student's; between them the top-K and the sampled tokens tell
     what they can."""
@@ -215,7 +216,7 @@ class Config:
     eval_top_p: float = 1.0
     save_every: int = 50
     """Steps between checkpoints; a killed run repeats at most this many."""
-    batch_every: int = 50
+    save_batch_every: int = 50
     """Steps between saved batches (batches/*.safetensors)."""
     start_checks: bool = True
     """Before the first step, ask both models and the data what `opd doctor` can ask cheaply, and
@@ -225,9 +226,9 @@ class Config:
     first three steps; 0 for none."""
 
     # --- machine --------------------------------------------------------------------------------
-    micro_tokens: int = 16384
+    max_tokens_per_microbatch: int = 16384
     """Padded tokens (prompt and response) of one forward and backward; changes no result."""
-    chunk_elements: int = 1 << 24
+    max_logits_per_chunk: int = 1 << 24
     """Logits held at once: tokens x vocabulary of one chunk."""
     device: str = "auto"
     """"cpu", "cuda", or "auto": cuda where there is one."""
@@ -238,7 +239,7 @@ class Config:
     sharding: Literal["none", "full"] = "none"
     """Of several processes (torchrun): each keeps the student whole, or a part of its weights,
     gradients and moments, float32 (FSDP2)."""
-    checkpointing: bool = False
+    gradient_checkpointing: bool = False
     """Recompute the layers' activations in the backward pass."""
     offload_teacher: bool = False
     """Keep the teacher in host memory except while it scores."""
@@ -246,14 +247,14 @@ class Config:
     """Of teachers in this process: as they were saved, or layers quantised while they load to 8 or
     4 bits a weight, by bitsandbytes; head and embeddings never are. On a CPU nf4 wants layers whose
     inputs are multiples of 64."""
-    teacher_patience: float = 900.0
+    teacher_timeout: float = 900.0
     """Of a teacher on a server: seconds to wait while it does not answer; then the run stops, and
     the same command resumes it."""
-    teacher_requests: int = 8
+    teacher_concurrency: int = 8
     """Of a teacher on a server: requests that it has at once."""
-    rollout_patience: float = 900.0
+    rollout_timeout: float = 900.0
     """Of the engine servers: seconds to wait for one that does not answer."""
-    rollout_requests: int = 64
+    rollout_concurrency: int = 64
     """Of the engine servers: responses that each samples at once."""
 
     def __post_init__(self) -> None:
@@ -263,15 +264,15 @@ class Config:
 
 
 _NAMES_BY_RANGE = {
-    "at least 1": "support_k exact_every max_prompt max_response prompts_per_step group_size "
-    "updates rows_at_once max_turns teacher_requests rollout_requests eval_problems eval_samples "
-    "micro_tokens chunk_elements",
-    "not negative": "steps warmup eval_every save_every batch_every weight_decay lora_rank history "
-    "ahead probe_every rescore_every eval_temperature outcome seed",
-    "positive": "lr clip temperature lora_alpha teacher_patience rollout_patience ratio_clip "
+    "at least 1": "support_k full_metrics_every max_prompt max_response prompts_per_step group_size "
+    "updates_per_batch generation_batch_size max_turns teacher_concurrency rollout_concurrency eval_problems eval_samples "
+    "max_tokens_per_microbatch max_logits_per_chunk",
+    "not negative": "steps warmup eval_every save_every save_batch_every weight_decay lora_rank history_turns "
+    "rollout_lag probe_every rescore_every eval_temperature reward_weight seed",
+    "positive": "lr max_grad_norm temperature lora_alpha teacher_timeout rollout_timeout ratio_clip "
     "weight ppo_clip.1",
     "in [0, 1]": "gamma ema_decay beta",
-    "in (0, 1]": "top_p eval_top_p keep_uncertain ppo_clip.0",
+    "in (0, 1]": "top_p eval_top_p entropy_top_fraction ppo_clip.0",
     "in [0, 1)": "betas",
     "above 1": "ppo_clip.2",
 }
@@ -301,7 +302,7 @@ def contradictions(config: Config) -> Iterator[str]:
     addresses = "addresses with the engine servers, () with another"
     yield from demand("rollout_servers", bool(config.rollout_servers) == servers, addresses)
     own_weights = "0 unless the engine servers samples, from weights of its own"
-    yield from demand("ahead", servers or not config.ahead, own_weights)
+    yield from demand("rollout_lag", servers or not config.rollout_lag, own_weights)
     quantised = config.teacher_weights != "saved"
     moved = "saved where offload_teacher moves them"
     yield from demand("teacher_weights", not (config.offload_teacher and quantised), moved)
@@ -314,7 +315,9 @@ def contradictions(config: Config) -> Iterator[str]:
     if len(set(names)) < len(names):
         yield f"names of tasks is {names}; it must be different from each other"
     divisor = f"a divisor of prompts_per_step, {config.prompts_per_step}"
-    yield from demand("updates", config.prompts_per_step % config.updates == 0, divisor)
+    yield from demand(
+        "updates_per_batch", config.prompts_per_step % config.updates_per_batch == 0, divisor
+    )
     masked = bool(config.mask or any(task.mask for task in config.tasks))
     without = "'cost' without a mask, where another has no effect"
     yield from demand("mask_scope", masked or config.mask_scope == "cost", without)
@@ -343,7 +346,7 @@ def from_json(path: str | Path) -> Config:
     Raises:
       InvalidInput: an unknown field, or a value that no setting has; names the file.
     """
-    raw = read_object(path)
+    raw = present_settings(read_object(path))
     known = {f.name for f in dataclasses.fields(Config)}
     if unknown := sorted(set(raw) - known):
         raise InvalidInput(f"{path} has unknown settings {unknown}; it comes from another version")
@@ -364,6 +367,8 @@ def task_settings(raw: Any) -> TaskSettings:
     if not isinstance(raw, Mapping):
         raise InvalidInput(f"a task is {short(raw)}; it must be a table of settings, [[tasks]]")
     known = {f.name for f in dataclasses.fields(TaskSettings)}
+    for name in sorted((set(raw) - known) & SETTINGS.keys()):
+        raise InvalidInput(f"task {raw.get('name')!r}: {name} is now called {SETTINGS[name]}")
     if unknown := sorted(set(raw) - known):
         raise InvalidInput(
             f"task {raw.get('name')!r} has unknown settings {unknown}; known: {sorted(known)}"

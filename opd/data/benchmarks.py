@@ -24,7 +24,7 @@ BOXED = (
 
 
 @dataclass(frozen=True)
-class Named:
+class Benchmark:
     """source: on the hub; prompt, answer: columns; count: rows, 0 if it is not always the same."""
 
     source: str
@@ -34,17 +34,17 @@ class Named:
 
 
 NAMED = {
-    "math-500": Named("hf:HuggingFaceH4/MATH-500:test", "problem", "answer", 500),
-    "aime24": Named("hf:HuggingFaceH4/aime_2024:train", "problem", "answer", 30),
-    "aime25": Named("hf:math-ai/aime25:test", "problem", "answer", 30),
-    "amc23": Named("hf:math-ai/amc23:test", "question", "answer", 40),
-    "minerva": Named("hf:math-ai/minervamath:test", "question", "answer", 272),
-    "olympiad": Named(
+    "math-500": Benchmark("hf:HuggingFaceH4/MATH-500:test", "problem", "answer", 500),
+    "aime24": Benchmark("hf:HuggingFaceH4/aime_2024:train", "problem", "answer", 30),
+    "aime25": Benchmark("hf:math-ai/aime25:test", "problem", "answer", 30),
+    "amc23": Benchmark("hf:math-ai/amc23:test", "question", "answer", 40),
+    "minerva": Benchmark("hf:math-ai/minervamath:test", "question", "answer", 272),
+    "olympiad": Benchmark(
         "hf:Hothan/OlympiadBench:OE_TO_maths_en_COMP:train", "question", "final_answer", 674
     ),
-    "gsm8k": Named("hf:openai/gsm8k:main:test", "question", "answer", 1319),
-    "gsm8k-train": Named("hf:openai/gsm8k:main:train", "question", "answer", 7473),
-    "dapo-math": Named("hf:open-r1/DAPO-Math-17k-Processed:en:train", "prompt", "solution", 0),
+    "gsm8k": Benchmark("hf:openai/gsm8k:main:test", "question", "answer", 1319),
+    "gsm8k-train": Benchmark("hf:openai/gsm8k:main:train", "question", "answer", 7473),
+    "dapo-math": Benchmark("hf:open-r1/DAPO-Math-17k-Processed:en:train", "prompt", "solution", 0),
 }
 
 

@@ -15,7 +15,7 @@ from diagnostics.errors import InvalidInput
 from diagnostics.io.files import short
 from opd.data.benchmarks import is_named, named_rows
 from opd.data.chain_task import Problem, problems
-from opd.data.grading.graders import GRADERS, Grader, Verdict, is_own, make_grader
+from opd.data.grading.graders import GRADERS, Grade, Grader, is_own, make_grader
 from opd.data.grading.reference_answers import check_golds
 from opd.data.prompts import fits
 from opd.data.sources import (
@@ -80,7 +80,7 @@ def load_task(
       system: a system message before every prompt.
       template: settings of the chat template, such as {"enable_thinking": False}.
       fit: what to do about long prompts: `partial(refuse_long, tokenizer, max_prompt)`, or
-        `drop_long`.
+        `skip_long_prompts`.
 
     Raises:
       ValueError: rows that lack something, answers that the grader cannot compare with, an unknown
@@ -130,7 +130,7 @@ def load_task(
     return Task(train=draw, test=lambda count: held[:count], grade=grade, name=name)
 
 
-def grade_final(grade: Grader, response: str, answer: str) -> Verdict:
+def grade_final(grade: Grader, response: str, answer: str) -> Grade:
     """By a grader, with the final answer of a worked solution."""
     return grade(response, final_answer(answer))
 
@@ -245,7 +245,7 @@ def refuse_long(tokenizer: Any, max_prompt: int, rows: list[Problem]) -> list[Pr
     return rows
 
 
-def drop_long(tokenizer: Any, max_prompt: int, rows: list[Problem]) -> list[Problem]:
+def skip_long_prompts(tokenizer: Any, max_prompt: int, rows: list[Problem]) -> list[Problem]:
     """The rows that fit; a warning counts the others.
 
     Raises:

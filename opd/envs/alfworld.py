@@ -9,7 +9,7 @@ from typing import Any
 
 from diagnostics.errors import InvalidInput, MissingPackage
 from opd.envs.alfworld_games import game, goal_of, household
-from opd.envs.base import Scene
+from opd.envs.base import Observation
 
 IDLE: list[Any] = []
 """Engines that no game uses. Each has loaded a planner of its own, 2 MB that nothing can unload
@@ -28,7 +28,7 @@ class Alfworld:
         self.env.request_infos.policy_commands = self.planned = planned
         self.state: Any = None
 
-    def begin(self, seed: int) -> Scene:
+    def begin(self, seed: int) -> Observation:
         from alfworld.agents.utils.misc import Demangler
 
         home = household(seed)
@@ -39,7 +39,7 @@ class Alfworld:
         self.state = self.env.reset()
         return self._scene(goal=f"{goal_of(home)}.")
 
-    def act(self, action: str) -> Scene:
+    def act(self, action: str) -> Observation:
         self.state, _, _ = self.env.step(action)
         return self._scene()
 
@@ -56,9 +56,9 @@ class Alfworld:
     def close(self) -> None:
         IDLE.append(self.env)
 
-    def _scene(self, goal: str = "") -> Scene:
+    def _scene(self, goal: str = "") -> Observation:
         won = bool(self.state["won"])
-        return Scene(
+        return Observation(
             text=told(self.state.feedback),
             goal=goal,
             actions=tuple(self.state["admissible_commands"]),

@@ -5,7 +5,7 @@ from typing import Protocol
 
 
 @dataclass(frozen=True)
-class Scene:
+class Observation:
     """What is seen after an action.
 
     goal: what is to be done, told by the first scene; actions: those that may follow, empty where
@@ -22,11 +22,11 @@ class Scene:
 class Environment(Protocol):
     """One game at a time. Whatever it raises ends that game, and is counted as its failure."""
 
-    def begin(self, seed: int) -> Scene:
+    def begin(self, seed: int) -> Observation:
         """The first scene of the game of this seed, the same one every time."""
         ...
 
-    def act(self, action: str) -> Scene:
+    def act(self, action: str) -> Observation:
         """The scene after an action; an action that the game does not know changes nothing."""
         ...
 

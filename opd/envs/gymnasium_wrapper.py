@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from diagnostics.errors import InvalidInput
-from opd.envs.base import Scene
+from opd.envs.base import Observation
 
 ADMISSIBLE = ("admissible_commands", "admissible_actions", "available_actions", "valid_actions")
 WON = ("won", "success", "is_success")
 
-Told = Callable[[Any, Mapping[str, Any]], str]
+TeacherScores = Callable[[Any, Mapping[str, Any]], str]
 
 
 def as_text(observation: Any, info: Mapping[str, Any]) -> str:
@@ -43,15 +43,15 @@ class Gymnasium:
     """
 
     def __init__(
-        self, env: Any, *, text: Told = as_text, goal: str = "", names: Sequence[str] = ()
+        self, env: Any, *, text: TeacherScores = as_text, goal: str = "", names: Sequence[str] = ()
     ) -> None:
         self.env, self.text, self.goal, self.names = env, text, goal, tuple(names)
 
-    def begin(self, seed: int) -> Scene:
+    def begin(self, seed: int) -> Observation:
         observation, info = self.env.reset(seed=seed)
         return self._scene(observation, info, goal=self.goal or str(info.get("goal", "")))
 
-    def act(self, action: str) -> Scene:
+    def act(self, action: str) -> Observation:
         if self.names and action not in self.names:
             raise InvalidInput(f"{action!r} is no action; they are {', '.join(self.names)}")
         given = self.names.index(action) if self.names else action
@@ -63,7 +63,7 @@ class Gymnasium:
     def close(self) -> None:
         self.env.close()
 
-    def _scene(self, observation: Any, info: Mapping[str, Any], **more: Any) -> Scene:
+    def _scene(self, observation: Any, info: Mapping[str, Any], **more: Any) -> Observation:
         listed = [info[name] for name in ADMISSIBLE if name in info]
         actions = self.names or tuple(map(str, listed[0] if listed else ()))
-        return Scene(text=self.text(observation, info), actions=actions, **more)
+        return Observation(text=self.text(observation, info), actions=actions, **more)

@@ -1,6 +1,6 @@
 """A household in text: things lie in places, some of which are shut; bring what is asked for.
 
-Small, without dependencies, the same for the same seed, and always solvable: `Rooms.expert` goes a
+Small, without dependencies, the same for the same seed, and always solvable: `Household.expert` goes a
 shortest way. What lies in a place is seen only there, and in a shut one only after
 it was opened, so a player has to search. What the goal names is in capitals wherever it is told, so
 that very small models can play.
@@ -9,7 +9,7 @@ that very small models can play.
 import random
 from collections.abc import Sequence
 
-from opd.envs.base import Scene
+from opd.envs.base import Observation
 
 SHUT = ("fridge", "cabinet", "drawer", "box", "oven", "safe")
 OPEN = ("table", "shelf", "sink", "desk", "bed", "stove")
@@ -17,10 +17,10 @@ THINGS = ("apple", "book", "bowl", "cup", "fork", "key", "knife", "lamp", "mug",
 PLACES, LYING, WANTED = (3, 5), (3, 5), (1, 2)
 
 
-class Rooms:
+class Household:
     """One household. At most one thing is held."""
 
-    def begin(self, seed: int) -> Scene:
+    def begin(self, seed: int) -> Observation:
         """A new household: 3 to 5 places, 3 to 5 things, 1 or 2 of them to be moved."""
         draw = random.Random(f"rooms-{seed}")
         count = draw.randint(*PLACES)
@@ -44,7 +44,7 @@ class Rooms:
         seen = listed([one(place) for place in self.places])
         return self._scene(f"You see {seen}.", goal=f"put {what} in the {self.target}.")
 
-    def act(self, action: str) -> Scene:
+    def act(self, action: str) -> Observation:
         """What an action of the last scene does; any other does nothing."""
         if action not in self._actions():
             return self._scene("Nothing happens.")
@@ -100,9 +100,9 @@ class Rooms:
         lying = [one(thing) for thing, place in self.where.items() if place == self.at]
         return f"There is {listed(lying) if lying else 'nothing'}."
 
-    def _scene(self, text: str, goal: str = "") -> Scene:
+    def _scene(self, text: str, goal: str = "") -> Observation:
         won = all(self.where.get(thing) == self.target for thing in self.wanted)
-        return Scene(text=text, goal=goal, actions=self._actions(), over=won, won=won)
+        return Observation(text=text, goal=goal, actions=self._actions(), over=won, won=won)
 
 
 def one(noun: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from diagnostics.batch import Rollouts
-from diagnostics.core.totals import Mean, Total
+from diagnostics.core.totals import Accumulator, Mean
 from diagnostics.errors import InvalidInput
 from opd.data.prompts import Prompts
 from opd.envs.rollout import OUTCOMES, Episode, padded, right
@@ -108,7 +108,7 @@ def rows_of(
     return prompts, rollouts
 
 
-def totals(episodes: Sequence[Episode]) -> dict[str, Total]:
+def totals(episodes: Sequence[Episode]) -> dict[str, Accumulator]:
     """What became of the episodes, with errors over games.
 
     success: share of all won, failed ones aside; turns: mean number of an episode; invalid_share:
@@ -123,7 +123,7 @@ def totals(episodes: Sequence[Episode]) -> dict[str, Total]:
     played = ~ways["failed"]
     turns = torch.tensor([float(len(episode.turns)) for episode in episodes])
     invalid = torch.tensor([float(sum(not t.admitted for t in e.turns)) for e in episodes])
-    found: dict[str, Total] = {
+    found: dict[str, Accumulator] = {
         "episodes/success": Mean.of(ways["won"], played, game),
         "episodes/turns": Mean.of(turns, played, game),
         "episodes/invalid_share": Mean.ratio(invalid, turns, played, game),

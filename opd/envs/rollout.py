@@ -19,9 +19,9 @@ import torch
 from diagnostics.batch import Rollouts
 from diagnostics.errors import InvalidInput, OperationFailed
 from opd.data.prompts import Prompts, encode_one, response_text
-from opd.envs.base import Environment, Scene
-from opd.envs.task import Games, action_of, answered, continued, now, told
-from opd.rollouts.base import Engine, Share
+from opd.envs.base import Environment, Observation
+from opd.envs.task import GameTask, action_of, answered, continued, now, told
+from opd.rollouts.base import BatchSlice, Engine
 
 OUTCOMES = ("won", "lost", "unfinished", "full", "failed")
 """How episodes end: by the game; after max_turns; no room for the next prompt; by its failure."""
@@ -47,7 +47,7 @@ class Episode:
     game: int
     seed: int
     environment: Environment
-    scene: Scene = field(default_factory=lambda: Scene(text=""))
+    scene: Observation = field(default_factory=lambda: Observation(text=""))
     goal: str = ""
     past: list[tuple[str, str]] = field(default_factory=list)
     turns: list[Turn] = field(default_factory=list)
@@ -58,7 +58,7 @@ class Episode:
     def won(self) -> bool:
         return self.outcome == "won"
 
-    def show(self, play: Callable[[], Scene]) -> None:
+    def show(self, play: Callable[[], Observation]) -> None:
         """Take the next scene; what the environment raises ends the episode."""
         try:
             scene = play()
@@ -74,7 +74,7 @@ def play(
     engine: Engine,
     tokenizer: Any,
     eos: list[int],
-    games: Games,
+    games: GameTask,
     seeds: Sequence[tuple[int, int]],
     group: int,
     *,
@@ -83,7 +83,7 @@ def play(
     temperature: float,
     top_p: float,
     generator: torch.Generator,
-    share: Share | None = None,
+    share: BatchSlice | None = None,
 ) -> list[Episode]:
     """`group` episodes of the game of each (number, seed), in order, played to their end.
 
@@ -102,7 +102,7 @@ def play(
         for game, seed in seeds
         for _ in range(group)
     ]
-    share = share or Share(list(range(len(episodes))), len(episodes))
+    share = share or BatchSlice(list(range(len(episodes))), len(episodes))
     for episode in episodes:
         episode.show(partial(episode.environment.begin, episode.seed))
         episode.goal = episode.scene.goal
@@ -126,7 +126,7 @@ def play(
             temperature=temperature,
             top_p=top_p,
             generator=generator,
-            share=Share(places, share.of),
+            share=BatchSlice(places, share.of),
         )
         for (episode, ids), said in zip(asked, spoken(rollouts), strict=True):
             advance(tokenizer, eos, games, episode, ids, *said)
@@ -148,7 +148,7 @@ def tell_failures(episodes: Sequence[Episode], source: str) -> None:
     warnings.warn(f"{text}; they are left out, and counted", RuntimeWarning, stacklevel=3)
 
 
-def reading(tokenizer: Any, games: Games, episode: Episode) -> list[int]:
+def reading(tokenizer: Any, games: GameTask, episode: Episode) -> list[int]:
     """Ids that the student reads before its next response."""
     if games.layout == "trajectory" and episode.turns:
         last = episode.turns[-1]
@@ -179,7 +179,7 @@ def spoken(rollouts: Rollouts) -> list[tuple[list[int], list[float], list[float]
 def advance(
     tokenizer: Any,
     eos: Sequence[int],
-    games: Games,
+    games: GameTask,
     episode: Episode,
     prompt: list[int],
     response: list[int],

@@ -15,8 +15,8 @@ from diagnostics.errors import InvalidInput
 from opd.data.chain_task import Problem
 from opd.data.chat_template import render_chat
 from opd.data.sources import Chat, Question
-from opd.envs.base import Environment, Scene
-from opd.envs.household import Rooms
+from opd.envs.base import Environment, Observation
+from opd.envs.household import Household
 from opd.runtime.seeds import derive
 
 PREFIX = "env:"
@@ -28,7 +28,7 @@ OPENING, CLOSING = "<action>", "</action>"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Games:
+class GameTask:
     """Games by seed, and how they are told.
 
     layout: "turns", every turn is a prompt of its own (goal, recent history, scene, admissible
@@ -70,15 +70,15 @@ def is_games(source: str) -> bool:
     return source.startswith(PREFIX)
 
 
-def load_games(source: str, seed: int, **settings: Any) -> Games:
-    """The games of a source; `settings` are fields of `Games`.
+def load_games(source: str, seed: int, **settings: Any) -> GameTask:
+    """The games of a source; `settings` are fields of `GameTask`.
 
     Raises:
       ValueError: an unknown name, a module without that function, or a setting out of range.
       ImportError: the environment needs what is not installed.
     """
     name = source.removeprefix(PREFIX)
-    games = Games(source=source, make=maker(name), seed=seed, **settings)
+    games = GameTask(source=source, make=maker(name), seed=seed, **settings)
     if games.layout not in LAYOUTS:
         raise InvalidInput(f"layout is {games.layout!r}; it must be one of {', '.join(LAYOUTS)}")
     if games.max_turns < 1 or games.history < 0:
@@ -111,8 +111,8 @@ def maker(name: str) -> Callable[[], Environment]:
     return found
 
 
-def rooms() -> Callable[[], Environment]:
-    return Rooms
+def household() -> Callable[[], Environment]:
+    return Household
 
 
 def alfworld() -> Callable[[], Environment]:
@@ -122,12 +122,12 @@ def alfworld() -> Callable[[], Environment]:
 
 
 ENVIRONMENTS: Mapping[str, Callable[[], Callable[[], Environment]]] = {
-    "rooms": rooms,
+    "household": household,
     "alfworld": alfworld,
 }
 
 
-def told(goal: str, past: tuple[tuple[str, str], ...], scene: Scene, history: int) -> str:
+def told(goal: str, past: tuple[tuple[str, str], ...], scene: Observation, history: int) -> str:
     """A prompt: the goal, the last `history` scenes and actions, the scene, what may be done.
 
     past: (text of the scene, action) of every turn before.
@@ -139,14 +139,14 @@ def told(goal: str, past: tuple[tuple[str, str], ...], scene: Scene, history: in
     return "\n".join([*lines, now(scene)])
 
 
-def now(scene: Scene) -> str:
+def now(scene: Observation) -> str:
     """The scene and what may be done."""
     return "\n".join(
         [scene.text, *([f"Actions: {', '.join(scene.actions)}"] * bool(scene.actions))]
     )
 
 
-def action_of(response: str, scene: Scene) -> tuple[str, bool]:
+def action_of(response: str, scene: Observation) -> tuple[str, bool]:
     """(the action that a response names, whether the scene admits it).
 
     The response is read behind its last closing think tag: the last <action>...</action>, or else
@@ -168,9 +168,11 @@ def last_tagged(text: str) -> str | None:
     return None if start < 0 else text[start + len(OPENING) : text.find(CLOSING, start)]
 
 
-def answered(environment: Environment, scene: Scene, action: str, admitted: bool) -> Scene:
+def answered(
+    environment: Environment, scene: Observation, action: str, admitted: bool
+) -> Observation:
     """The scene after an action; one that is not admitted is not handed to the environment."""
-    return environment.act(action) if admitted else Scene(text=NOTHING, actions=scene.actions)
+    return environment.act(action) if admitted else Observation(text=NOTHING, actions=scene.actions)
 
 
 def continued(tokenizer: Any, opening: Chat, text: str, last: int) -> list[int]:

@@ -19,15 +19,15 @@ from diagnostics.errors import InvalidInput
 from opd.data.chain_task import Problem
 from opd.data.prompts import encode, response_text, response_texts
 from opd.data.sources import Question
-from opd.data.tasks import Grader, Task, drop_long, load_task, refuse_long
+from opd.data.tasks import Grader, Task, load_task, refuse_long, skip_long_prompts
 from opd.envs.packing import totals
 from opd.envs.rollout import Episode, play
-from opd.envs.task import Games, is_games, load_games
+from opd.envs.task import GameTask, is_games, load_games
 from opd.evaluation.statistics import Array, summary, written
 from opd.models.loading import end_ids, head_rows, load
-from opd.models.model import Model, split
-from opd.rollouts.base import Engine, Share
-from opd.rollouts.hf_engine import InProcess
+from opd.models.model import CausalLM, split
+from opd.rollouts.base import BatchSlice, Engine
+from opd.rollouts.hf_engine import HfEngine
 from opd.runtime import distributed
 
 ROWS_AT_ONCE = 1024
@@ -39,7 +39,7 @@ Column = tuple[float, int, bool, str | None, str]
 
 
 @dataclass(frozen=True, eq=False)
-class Graded:
+class GradedResponses:
     """Responses to M problems, S of each, as graded.
 
     reward, length (M, S) numbers; ended (M, S) bool, with an end token; answers (M, S), what each
@@ -62,10 +62,10 @@ class Graded:
 
 
 def evaluate(
-    model: Model,
+    model: CausalLM,
     tokenizer: Any,
     eos: list[int],
-    task: Task | Games,
+    task: Task | GameTask,
     *,
     problems: int,
     max_prompt: int,
@@ -78,7 +78,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Accuracy of a model on a task's held-out problems: `result` of `respond`."""
     graded = respond(
-        engine or InProcess(model),
+        engine or HfEngine(model),
         tokenizer,
         eos,
         task,
@@ -97,7 +97,7 @@ def respond(
     engine: Engine,
     tokenizer: Any,
     eos: list[int],
-    task: Task | Games,
+    task: Task | GameTask,
     *,
     problems: int,
     max_prompt: int,
@@ -106,7 +106,7 @@ def respond(
     generator: torch.Generator,
     samples: int = 1,
     top_p: float = 1.0,
-) -> Graded:
+) -> GradedResponses:
     """`samples` graded responses to each of the first `problems` held-out problems.
 
     temperature: 0 is greedy decoding, which draws one sample whatever top_p is.
@@ -120,7 +120,7 @@ def respond(
         raise InvalidInput(f"{samples} greedy samples are all equal; set temperature above 0")
     how: dict[str, Any] = GREEDY if temperature == 0 else {}
     how = {"temperature": temperature, "top_p": top_p, "generator": generator, **how}
-    if isinstance(task, Games):
+    if isinstance(task, GameTask):
         how |= {"max_prompt": max_prompt, "max_response": max_response}
         return won(engine, tokenizer, eos, task, problems, samples, **how)
     chosen = task.test(problems)
@@ -135,7 +135,7 @@ def respond(
         found: list[Column] = []
         if mine:
             prompts = encode(tokenizer, asked, samples, max_prompt)
-            rows = Share(
+            rows = BatchSlice(
                 [i * samples + j for i in mine for j in range(samples)], len(some) * samples
             )
             rollouts = engine.sample(prompts, eos, max_response=max_response, share=rows, **how)
@@ -154,11 +154,11 @@ def in_order(found: list[Column], samples: int) -> list[Column]:
 
 def tabulated(
     problems: list[Problem], samples: int, columns: list[Column], **numbers: Mapping[str, float]
-) -> Graded:
+) -> GradedResponses:
     """The columns of all responses as a table, a row a problem."""
     reward, length, ended, answers, texts = map(list, zip(*columns, strict=True))
     shape = len(problems), samples
-    return Graded(
+    return GradedResponses(
         problems=problems,
         reward=np.array(reward).reshape(shape),
         length=np.array(length).reshape(shape),
@@ -173,17 +173,17 @@ def won(
     engine: Engine,
     tokenizer: Any,
     eos: list[int],
-    games: Games,
+    games: GameTask,
     count: int,
     samples: int,
     **how: Any,
-) -> Graded:
+) -> GradedResponses:
     """`samples` episodes of each of `count` held-out games; one that failed is not won."""
     seeds = games.test(count)
     mine = distributed.strided(len(seeds))
     played, columns = [], []
     if mine:
-        rows = Share([i * samples + j for i in mine for j in range(samples)], count * samples)
+        rows = BatchSlice([i * samples + j for i in mine for j in range(samples)], count * samples)
         chosen = [(i, seeds[i]) for i in mine]
         played = play(engine, tokenizer, eos, games, chosen, samples, share=rows, **how)
         columns = [seen(tokenizer, eos, episode) for episode in played]
@@ -224,7 +224,7 @@ def graded_rows(
     ]
 
 
-def result(graded: Graded) -> dict[str, Any]:
+def result(graded: GradedResponses) -> dict[str, Any]:
     """The numbers of an evaluation, flat, and its outcomes; what evals.jsonl holds.
 
     `accuracy`, `pass@k`, `majority@S` with intervals over problems (opd.evaluation.statistics.summary); mean
@@ -271,7 +271,7 @@ def fingerprint(problems: list[Problem]) -> str:
     return hashlib.sha256(pairs.encode()).hexdigest()[:12]
 
 
-def records(graded: Graded) -> list[dict[str, Any]]:
+def records(graded: GradedResponses) -> list[dict[str, Any]]:
     """One row a problem: prompt, answer, task, and of each sample what it said and how it went."""
     return [
         {
@@ -308,7 +308,7 @@ def respond_folder(
     history: int = 2,
     trust_remote_code: bool = False,
     **settings: Any,
-) -> Graded:
+) -> GradedResponses:
     """`respond` for a saved model and a task by name.
 
     Args:
@@ -318,11 +318,11 @@ def respond_folder(
       settings: of `opd.data.tasks.load_task`: grader, system, template, columns.
     """
     tokenizer, network = load(name, device, dtype, trust_remote_code)
-    fit = partial(drop_long if drop else refuse_long, tokenizer, max_prompt)
+    fit = partial(skip_long_prompts if drop else refuse_long, tokenizer, max_prompt)
     test = task if whole and task != "lab" else ""
     told = {"layout": layout, "max_turns": max_turns, "history": history}
     return respond(
-        InProcess(split(network, head_rows(network))),
+        HfEngine(split(network, head_rows(network))),
         tokenizer,
         end_ids(tokenizer, network),
         load_games(task, 0, system=settings.get("system", ""), **told)

@@ -2,7 +2,7 @@
 
 The group "single" has one task and its teacher, the group "multi" two tasks that alternate, each
 with its own, of the `strangers` of `opd.lab.build`. The groups "games" and "agents" train the agent of
-`opd lab --rooms`: on a household in text, and on it in turns with sorting. A cell is a method with
+`opd lab --household`: on a household in text, and on it in turns with sorting. A cell is a method with
 a seed; run folders lie in ROOT/GROUP/METHOD-SEED, a finished one is kept, a killed one goes on
 where it was. The seed is that of prompts and noise; the models are the same in every cell.
 `opd figures` draws the comparisons from a table of these folders.
@@ -25,8 +25,8 @@ SAMPLED = ("--objective", "sampled_token_clipped")
 NUCLEUS = ("--top-p", "0.9")
 LOCAL = ("--objective", "teacher_topk", *NUCLEUS)
 
-COLLAPSES = "--collapse-accepted"
-UNWEIGHTED = "--unweighted-accepted"
+COLLAPSES = "--allow-collapse"
+UNWEIGHTED = "--allow-unweighted"
 """The paper made two updates with losses that read the sampled token without a weight."""
 VARIANTS = {
     "v2_student_and_sampled": ("--objective", "student_topk_and_sampled", UNWEIGHTED),
@@ -53,11 +53,11 @@ METHODS: dict[str, tuple[str, ...]] = {
 """Method to its settings; K is 8 where none is given, of a vocabulary of 261."""
 
 SHARED = (
-    *("--prompts-per-step", "24", "--group-size", "2", "--updates", "2"),
+    *("--prompts-per-step", "24", "--group-size", "2", "--updates-per-batch", "2"),
     *("--max-prompt", "64", "--max-response", "192", "--support-k", "8"),
     *("--steps", "30", "--lr", "2e-4", "--warmup", "0", "--betas", "0.9", "0.999"),
     *("--eval-every", "15", "--eval-problems", "192"),
-    *("--save-every", "15", "--batch-every", "10"),
+    *("--save-every", "15", "--save-batch-every", "10"),
 )
 """Two optimizer steps on the rollouts of a step, no warm-up, and a token mean, as in the paper."""
 
@@ -83,7 +83,7 @@ max_response = 96
 AGENTS = """\
 [[tasks]]
 name = "rooms"
-task = "env:rooms"
+task = "env:household"
 teacher = "{lab}/teacher"
 
 [[tasks]]
@@ -91,7 +91,7 @@ name = "sort"
 task = "{lab}/sort.jsonl"
 teacher = "{lab}/sort-teacher"
 """
-LABS = {"single": "strangers", "multi": "strangers", "games": "rooms", "agents": "rooms"}
+LABS = {"single": "mismatched", "multi": "mismatched", "games": "household", "agents": "household"}
 TASKS = {"multi": STRANGERS, "agents": AGENTS}
 TWICE = {"multi": 60, "agents": 80}
 """Steps of groups of two tasks: as many of each as of one alone."""
@@ -100,7 +100,7 @@ TWICE = {"multi": 60, "agents": 80}
 def settings(group: str, seed: int, method: str, root: Path, lab: Path) -> list[Any]:
     """A recipe and what a cell changes of it."""
     student = lab / ("teacher" if method == TEACHER else "student")
-    how: list[Any] = ["lab", *SHARED] if LABS[group] == "strangers" else ["rooms"]
+    how: list[Any] = ["lab", *SHARED] if LABS[group] == "mismatched" else ["household"]
     how += ["--student", student, "--teacher", lab / "teacher", "--seed", seed]
     how += ["--steps", 0] if method == TEACHER else METHODS[method]
     if group in TASKS:

@@ -29,7 +29,7 @@ from diagnostics.errors import InvalidInput
 from diagnostics.io.atomic import write_text
 from opd.data import chain_task, sort_task
 from opd.lab import household_demos
-from opd.lab.writing_style import PLAIN, UNLABELLED, Habit, written
+from opd.lab.writing_style import PLAIN, UNLABELLED, WritingStyle, written
 from opd.runtime.seeds import derive
 from opd.runtime.staged_folders import whole_folder
 
@@ -45,7 +45,7 @@ TEMPLATE = (
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ToyModelConfig:
     """One model: its size, how long it is taught, and what it learns from.
 
     careless: probability of a slip in each result of the solutions; tasks: names in TASKS, equally
@@ -59,10 +59,10 @@ class Recipe:
     lr: float
     careless: float = 0.0
     tasks: tuple[str, ...] = ("chain",)
-    habit: Habit = PLAIN
+    habit: WritingStyle = PLAIN
 
 
-TASKS = {"chain": chain_task, "sort": sort_task, "rooms": household_demos}
+TASKS = {"chain": chain_task, "sort": sort_task, "household": household_demos}
 """Modules with `problems(split, count, seed)` and `careless(prompt, rate, generator)`."""
 WORDS = 512
 """Entries of the vocabulary of a lab with games, whose prompts are long in bytes."""
@@ -75,32 +75,34 @@ class LabConfig:
     others: teachers of further tasks, each with the name of its folder.
     """
 
-    teacher: Recipe = Recipe(layers=2, width=128, steps=700, batch=24, lr=3e-3)
-    student: Recipe = Recipe(layers=2, width=96, steps=700, batch=24, lr=3e-3, careless=0.06)
-    others: tuple[tuple[str, Recipe], ...] = ()
+    teacher: ToyModelConfig = ToyModelConfig(layers=2, width=128, steps=700, batch=24, lr=3e-3)
+    student: ToyModelConfig = ToyModelConfig(
+        layers=2, width=96, steps=700, batch=24, lr=3e-3, careless=0.06
+    )
+    others: tuple[tuple[str, ToyModelConfig], ...] = ()
     seed: int = 0
     held_out: int = 512
 
     @property
-    def models(self) -> dict[str, Recipe]:
+    def models(self) -> dict[str, ToyModelConfig]:
         """Folder name to recipe."""
         return {"teacher": self.teacher, "student": self.student, **dict(self.others)}
 
     @property
     def texts(self) -> list[str]:
         """What the words of the vocabulary are learned from: games, if any model plays them."""
-        if not any("rooms" in recipe.tasks for recipe in self.models.values()):
+        if not any("household" in recipe.tasks for recipe in self.models.values()):
             return []
         some = household_demos.problems("train", 400, seed=0)
         return [re.sub(r"</?think>", "\n", f"{p.prompt}\n{p.solution}") for p in some]
 
 
-def strangers_config() -> LabConfig:
+def mismatched_config() -> LabConfig:
     """Models that write in different ways, with two tasks and a teacher for each."""
-    spelled = Habit(tag="spelled", loops=0.01, foreign=0.02)
-    read = Habit(end="<|endoftext|>", read=0.5, loops=0.002)
-    teacher = Recipe(layers=2, width=128, steps=1200, batch=24, lr=3e-3, habit=read)
-    student = Recipe(
+    spelled = WritingStyle(tag="spelled", loops=0.01, foreign=0.02)
+    read = WritingStyle(end="<|endoftext|>", read=0.5, loops=0.002)
+    teacher = ToyModelConfig(layers=2, width=128, steps=1200, batch=24, lr=3e-3, habit=read)
+    student = ToyModelConfig(
         layers=2,
         width=96,
         steps=1200,
@@ -115,13 +117,15 @@ def strangers_config() -> LabConfig:
     return LabConfig(teacher=teacher, student=student, others=(("sort-teacher", sort),))
 
 
-def rooms_config() -> LabConfig:
-    """An agent that plays a household in text, `env:rooms`, and sorts digits; a teacher of each.
+def household_config() -> LabConfig:
+    """An agent that plays a household in text, `env:household`, and sorts digits; a teacher of each.
 
     The student learned from those who misjudge one action, and one digit, in ten.
     """
-    teacher = Recipe(layers=2, width=96, steps=1500, batch=32, lr=4e-3, tasks=("rooms",))
-    both = ("rooms", "rooms", "sort")
+    teacher = ToyModelConfig(
+        layers=2, width=96, steps=1500, batch=32, lr=4e-3, tasks=("household",)
+    )
+    both = ("household", "household", "sort")
     student = dataclasses.replace(teacher, batch=48, careless=0.1, tasks=both)
     sort = dataclasses.replace(teacher, steps=700, tasks=("sort",))
     return LabConfig(
@@ -132,8 +136,8 @@ def rooms_config() -> LabConfig:
 def tiny_config() -> LabConfig:
     """Seconds, for tests and the smoke recipe; neither model can do the task."""
     return LabConfig(
-        teacher=Recipe(layers=2, width=32, steps=12, batch=8, lr=2e-3),
-        student=Recipe(layers=1, width=32, steps=6, batch=8, lr=2e-3),
+        teacher=ToyModelConfig(layers=2, width=32, steps=12, batch=8, lr=2e-3),
+        student=ToyModelConfig(layers=1, width=32, steps=6, batch=8, lr=2e-3),
         held_out=8,
     )
 
@@ -227,12 +231,12 @@ def make_tokenizer(end: str = "<|im_end|>", texts: Sequence[str] = ()) -> Any:
     return tokenizer
 
 
-def teach(tokenizer: Any, recipe: Recipe, seed: int, name: str, place: int = 0) -> Any:
+def teach(tokenizer: Any, recipe: ToyModelConfig, seed: int, name: str, place: int = 0) -> Any:
     """Next-token prediction on the responses of fresh training problems."""
     import torch
     from tqdm import tqdm
 
-    network, reads = new_model(recipe, len(tokenizer), seed, tokenizer), "rooms" in recipe.tasks
+    network, reads = new_model(recipe, len(tokenizer), seed, tokenizer), "household" in recipe.tasks
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.01
     )
@@ -254,7 +258,7 @@ def teach(tokenizer: Any, recipe: Recipe, seed: int, name: str, place: int = 0) 
     return network.eval()
 
 
-def new_model(recipe: Recipe, vocabulary: int, seed: int, tokenizer: Any) -> Any:
+def new_model(recipe: ToyModelConfig, vocabulary: int, seed: int, tokenizer: Any) -> Any:
     """A Qwen2 model initialised from `seed`, without touching the caller's random state."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -281,7 +285,9 @@ def new_model(recipe: Recipe, vocabulary: int, seed: int, tokenizer: Any) -> Any
     return network
 
 
-def examples(tokenizer: Any, recipe: Recipe, seed: int) -> "tuple[torch.Tensor, torch.Tensor]":
+def examples(
+    tokenizer: Any, recipe: ToyModelConfig, seed: int
+) -> "tuple[torch.Tensor, torch.Tensor]":
     """(B, L) ids and labels of worked problems, padded right; only responses are labelled."""
     import torch
 
@@ -339,7 +345,7 @@ def held_out(model: Path, tasks: tuple[str, ...], count: int) -> dict[str, Any]:
     found = {}
     for name in dict.fromkeys(tasks):
         with tempfile.TemporaryDirectory() as place:
-            source = {"chain": "lab", "rooms": "env:rooms"}.get(name)
+            source = {"chain": "lab", "household": "env:household"}.get(name)
             if source is None:
                 source = f"{place}/{name}.jsonl"
                 write_problems(Path(source))
@@ -348,8 +354,8 @@ def held_out(model: Path, tasks: tuple[str, ...], count: int) -> dict[str, Any]:
                 source,
                 device="cpu",
                 problems=count,
-                max_prompt=144 if name == "rooms" else 64,
-                max_response=household_demos.MAX_RESPONSE if name == "rooms" else 208,
+                max_prompt=144 if name == "household" else 64,
+                max_response=household_demos.MAX_RESPONSE if name == "household" else 208,
                 max_turns=household_demos.MAX_TURNS,
                 temperature=1.0,
                 seed=0,

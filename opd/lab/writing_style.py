@@ -17,7 +17,7 @@ MOST_REPEATS = 10
 
 
 @dataclass(frozen=True)
-class Habit:
+class WritingStyle:
     """How one model writes.
 
     tag: a think tag is one special token, or spelled in bytes.
@@ -35,19 +35,19 @@ class Habit:
     loops: float = 0.0
 
     @property
-    def other(self) -> "Habit":
+    def other(self) -> "WritingStyle":
         """The opposite conventions."""
-        return Habit(
+        return WritingStyle(
             tag="spelled" if self.tag == "token" else "token",
             end="<|endoftext|>" if self.end == "<|im_end|>" else "<|im_end|>",
         )
 
 
-PLAIN = Habit()
+PLAIN = WritingStyle()
 
 
 def written(
-    tokenizer: Any, solution: str, habit: Habit, generator: random.Random
+    tokenizer: Any, solution: str, habit: WritingStyle, generator: random.Random
 ) -> tuple[list[int], list[int]]:
     """(ids, labels) of a solution as somebody with that habit writes it, end token included.
 
@@ -72,7 +72,7 @@ def written(
 
 
 def looping(solution: str, rate: float, generator: random.Random) -> str:
-    """The solution with steps repeated: see `Habit.loops`; the number of draws depends on them."""
+    """The solution with steps repeated: see `WritingStyle.loops`; the number of draws depends on them."""
     if rate == 0:
         return solution
     head, steps, tail = re.fullmatch(r"(<think>)(.*)(</think>.*)", solution).groups()  # type: ignore[union-attr]

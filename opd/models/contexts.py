@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from diagnostics.errors import InvalidInput
-from opd.models.model import Model
+from opd.models.model import CausalLM
 
 
 @contextmanager
-def awake(teacher: Model, device: torch.device, offload: bool) -> Iterator[None]:
+def awake(teacher: CausalLM, device: torch.device, offload: bool) -> Iterator[None]:
     """With `offload`, the teacher is on the device inside the block and in host memory outside."""
     if not offload:
         yield
@@ -42,7 +42,7 @@ def recomputing(network: Any, wanted: bool) -> Iterator[None]:
     layers = [m for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
         raise InvalidInput(
-            f"{type(network).__name__} has no layer that can be recomputed; set checkpointing off"
+            f"{type(network).__name__} has no layer that can be recomputed; set gradient_checkpointing to False"
         )
     try:
         for layer in layers:

@@ -6,11 +6,11 @@ from torch import Tensor
 from diagnostics.batch import Rollouts
 from opd.data.prompts import Prompts
 from opd.models.lm_head import cooled, full_logits
-from opd.models.model import Model
+from opd.models.model import CausalLM
 
 
 def response_hidden(
-    model: Model, prompts: Prompts, batch: Rollouts, mask: Tensor | None = None
+    model: CausalLM, prompts: Prompts, batch: Rollouts, mask: Tensor | None = None
 ) -> Tensor:
     """(N, D) hidden states that predict the tokens of the mask, in row-major order.
 
@@ -45,7 +45,7 @@ def micro_batches(prompts: Prompts, batch: Rollouts, tokens: int) -> list[list[i
     return groups
 
 
-def log_probabilities(model: Model, hidden: Tensor, temperature: float) -> Tensor:
+def log_probabilities(model: CausalLM, hidden: Tensor, temperature: float) -> Tensor:
     """(n, D) -> (n, V) float32 log-softmax at the loss temperature."""
     return cooled(full_logits(hidden, model.head), temperature).log_softmax(-1)
 

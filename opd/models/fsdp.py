@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from diagnostics.errors import InvalidInput
-from opd.models.lm_head import Head, find_head
-from opd.models.model import Model, bare
+from opd.models.lm_head import LmHead, find_head
+from opd.models.model import CausalLM, bare
 from opd.runtime import distributed
 
 
 @dataclass(frozen=True, eq=False)
-class Sharded(Model):
+class Sharded(CausalLM):
     """A model whose weights are shared out.
 
     root: what was shared out; skeleton: its network without weights; dtype: of computing.
@@ -54,7 +54,7 @@ class _Root(nn.Module):
         return states
 
 
-def sharded(model: Model) -> Sharded:
+def sharded(model: CausalLM) -> Sharded:
     """The model with its weights shared out among all processes.
 
     Raises:
@@ -101,7 +101,7 @@ def sharded(model: Model) -> Sharded:
 
 
 @contextmanager
-def whole(model: Model) -> Iterator[None]:
+def whole(model: CausalLM) -> Iterator[None]:
     """All weights are here inside the block, to be used and not to be changed."""
     with ExitStack() as stack:
         if isinstance(model, Sharded):
@@ -112,7 +112,7 @@ def whole(model: Model) -> Iterator[None]:
         yield
 
 
-def plain(model: Model) -> Any:
+def plain(model: CausalLM) -> Any:
     """The network as an ordinary one; of a sharded model a copy in the first process's memory.
 
     Every process has to call; the others get None of a sharded model.
@@ -139,7 +139,7 @@ def _all_of(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def _found(network: Any, vocabulary: int) -> Head:
+def _found(network: Any, vocabulary: int) -> LmHead:
     head = find_head(bare(network), vocabulary)
     assert head is not None, "there was one before"
     return head

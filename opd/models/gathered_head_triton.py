@@ -103,7 +103,7 @@ def _join(slots, slot_row, dw, D, BLOCK_D: tl.constexpr):  # type: ignore[no-unt
 
 
 @dataclass(frozen=True, eq=False)
-class Pieces:
+class TilePlan:
     """How the entries, sorted by id, are summed.
 
     order: (E,) entry numbers n K + k, by id and then by number. Piece p covers
@@ -119,7 +119,7 @@ class Pieces:
     slot_row: Tensor
 
 
-def cut(ids: Tensor, rows: int, piece: int) -> Pieces:
+def cut(ids: Tensor, rows: int, piece: int) -> TilePlan:
     """Pieces of (E,) ids, each below `rows`, at most `piece` entries long; no host sync."""
     count, device = len(ids), ids.device
     by_id, order = ids.sort(stable=True)
@@ -143,7 +143,7 @@ def cut(ids: Tensor, rows: int, piece: int) -> Pieces:
     slots = min(most, 2 * (count // piece))
     slot_row = torch.full((slots + 2,), -1, device=device)
     slot_row.scatter_(0, torch.where(split, slot, slots + 1), torch.where(split, row, -1))
-    return Pieces(order, begin, row, slot, slot_row[: slots + 1])
+    return TilePlan(order, begin, row, slot, slot_row[: slots + 1])
 
 
 def product(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:

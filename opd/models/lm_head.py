@@ -17,7 +17,7 @@ from opd.models.gathered_head import gathered_product
 
 
 @dataclass(frozen=True, eq=False)
-class Head:
+class LmHead:
     """What a model does after its last hidden state.
 
     weight: (R, D), or None where the "hidden states" already are the model's logits; bias: (R,);
@@ -31,7 +31,7 @@ class Head:
     softcap: float | None = None
 
 
-def products(hidden: Tensor, head: Head) -> Tensor:
+def products(hidden: Tensor, head: LmHead) -> Tensor:
     """(n, D) -> (n, R) float32: <h, W_r> + b_r of every row, before scale and soft-cap.
 
     Without gradient. On CUDA the sums of half-precision products stay float32; elsewhere they are
@@ -47,13 +47,13 @@ def products(hidden: Tensor, head: Head) -> Tensor:
         return z if bias is None else z.add_(bias)
 
 
-def shaped(products: Tensor, head: Head) -> Tensor:
+def shaped(products: Tensor, head: LmHead) -> Tensor:
     """Logits of the products: (..., any ids) -> the same shape."""
     logits = products if head.scale == 1 else products * head.scale
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
-def logit_slopes(logits: Tensor, head: Head) -> Tensor:
+def logit_slopes(logits: Tensor, head: LmHead) -> Tensor:
     """Derivatives of logits (..., V) by their products, (..., V): scale (1 - (logit/softcap)^2)."""
     if head.softcap is None:
         return torch.full_like(logits, head.scale)
@@ -65,12 +65,12 @@ def cooled(logits: Tensor, temperature: float) -> Tensor:
     return logits if temperature == 1 else logits / temperature
 
 
-def full_logits(hidden: Tensor, head: Head) -> Tensor:
+def full_logits(hidden: Tensor, head: LmHead) -> Tensor:
     """(n, D) -> (n, V) float32, no gradient. Keep n to a chunk: see `chunks`."""
     return shaped(products(hidden, head)[..., : head.vocabulary], head)
 
 
-def gathered_logits(hidden: Tensor, head: Head, ids: Tensor) -> Tensor:
+def gathered_logits(hidden: Tensor, head: LmHead, ids: Tensor) -> Tensor:
     """Logits of K ids a token, without those of the others: (N, D), (N, K) -> (N, K) float32.
 
     The same numbers as `full_logits(...).gather(-1, ids)`, but not rounded to half precision, with
@@ -122,7 +122,7 @@ def two_stage_topk(logits: Tensor, k: int, block: int = 128) -> tuple[Tensor, Te
     return values, ids.gather(-1, at)
 
 
-def find_head(network: Any, vocabulary: int) -> Head | None:
+def find_head(network: Any, vocabulary: int) -> LmHead | None:
     """The head as the model's public API and its configuration describe it; None if they do not.
 
     Raises:
@@ -145,7 +145,7 @@ def find_head(network: Any, vocabulary: int) -> Head | None:
     for factor in factors:
         scale *= 1.0 if factor is None else factor
     softcap = getattr(config, "final_logit_softcapping", None)
-    return Head(weight, vocabulary, getattr(output, "bias", None), scale, softcap)
+    return LmHead(weight, vocabulary, getattr(output, "bias", None), scale, softcap)
 
 
 def half_on_gpu(x: Tensor) -> bool:

@@ -44,7 +44,7 @@ def load(
             "it can be the teacher of `opd train` alone. Name a folder or a hub model here"
         )
     made = {"lab/": "", "smollm/": " --smollm"}
-    made |= {f"lab-{kind}/": f" --{kind}" for kind in ("tiny", "rooms", "strangers")}
+    made |= {f"lab-{kind}/": f" --{kind}" for kind in ("tiny", "household", "mismatched")}
     if name.startswith((".", "/", *made)) and not Path(name).is_dir():
         how = [option for folder, option in made.items() if name.startswith(folder)]
         hint = f"; build it with `opd lab{how[0]}`" if how else ""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diagnostics.io.packages import load_package
 from opd.config.settings import Config
-from opd.models.model import Model
+from opd.models.model import CausalLM
 
 
 def adapted(network: Any, config: Config) -> Any:
@@ -33,7 +33,7 @@ def adapted(network: Any, config: Config) -> Any:
         return peft.get_peft_model(network, how).eval()
 
 
-def without_adapters(student: Model) -> Model:
+def without_adapters(student: CausalLM) -> CausalLM:
     """The same network with its adapters off, as a frozen teacher; costs no memory."""
 
     def hidden(ids: Tensor, attention: Tensor, positions: Tensor) -> Tensor:

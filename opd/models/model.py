@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd.models.lm_head import Head, find_head, full_logits
+from opd.models.lm_head import LmHead, find_head, full_logits
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(ids, attention mask, positions), (B, L) each -> (B, L, D)."""
 
 
 @dataclass(frozen=True, eq=False)
-class Model:
+class CausalLM:
     """A causal LM, split into what makes hidden states and what turns them into logits.
 
     network: the Hugging Face model; hidden: what it does before its head; find: the head as it is
@@ -30,11 +30,11 @@ class Model:
 
     network: Any
     hidden: Forward
-    find: Callable[[], Head]
+    find: Callable[[], LmHead]
     vocabulary: int
 
     @property
-    def head(self) -> Head:
+    def head(self) -> LmHead:
         return self.find()
 
     @property
@@ -42,7 +42,7 @@ class Model:
         return next(self.network.parameters()).device
 
 
-def split(network: Any, vocabulary: int) -> Model:
+def split(network: Any, vocabulary: int) -> CausalLM:
     """Split a model in evaluation mode at its head, checked against its own logits on a probe.
 
     Scale and soft-cap are read from the configuration, adapters of peft stay in the decoder. A
@@ -69,14 +69,14 @@ def split(network: Any, vocabulary: int) -> Model:
         return out.logits
 
     if head is not None and _agree(network, hidden, logits, head):
-        return Model(network, hidden, lambda: head, vocabulary)
+        return CausalLM(network, hidden, lambda: head, vocabulary)
     size = network.config.get_text_config().vocab_size
     warnings.warn(
         f"{type(base).__name__} has logits that its head and configuration do not explain; falling "
         f"back to `.logits`, which keeps {size} numbers for every token of a micro-batch",
         stacklevel=2,
     )
-    return Model(network, logits, lambda: Head(None, vocabulary), vocabulary)
+    return CausalLM(network, logits, lambda: LmHead(None, vocabulary), vocabulary)
 
 
 def bare(network: Any) -> Any:
@@ -84,7 +84,7 @@ def bare(network: Any) -> Any:
     return network.get_base_model() if hasattr(network, "get_base_model") else network
 
 
-def _agree(network: Any, hidden: Forward, logits: Forward, head: Head) -> bool:
+def _agree(network: Any, hidden: Forward, logits: Forward, head: LmHead) -> bool:
     """Whether the head makes the model's own logits from its hidden states, on random ids."""
     device = next(network.parameters()).device
     seeded = torch.Generator().manual_seed(0)

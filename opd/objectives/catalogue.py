@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diagnostics.batch import Scored
+from diagnostics.batch import ScoredRollouts
 from diagnostics.errors import InvalidInput
 from opd.objectives.credit import (
     check_gamma,
@@ -25,7 +25,7 @@ from opd.objectives.credit import (
 )
 from opd.objectives.surrogates import (
     Form,
-    Visited,
+    VisitedTokens,
     bucket,
     clipped_score,
     full_forward,
@@ -72,14 +72,14 @@ class Objective:
     """
 
     support: str
-    local: Callable[[Visited], Tensor] = nothing
-    score: Callable[[Visited], Tensor] = nothing
-    own: Callable[[Scored], Tensor] = no_cost
-    later: Callable[[Scored], Tensor] = no_cost
+    local: Callable[[VisitedTokens], Tensor] = nothing
+    score: Callable[[VisitedTokens], Tensor] = nothing
+    own: Callable[[ScoredRollouts], Tensor] = no_cost
+    later: Callable[[ScoredRollouts], Tensor] = no_cost
     gamma: float = 0.0
-    baseline: Callable[[Scored, Tensor], Tensor] = no_baseline
-    outcome: Callable[[Scored], Tensor] = no_cost
-    ratio: Callable[[Scored], Tensor] = no_ratio
+    baseline: Callable[[ScoredRollouts, Tensor], Tensor] = no_baseline
+    outcome: Callable[[ScoredRollouts], Tensor] = no_cost
+    ratio: Callable[[ScoredRollouts], Tensor] = no_ratio
     normalised: bool = True
     sampled: bool = True
     mask_scope: str = "cost"
@@ -103,7 +103,7 @@ class Objective:
         """Whether the loss is wrong on tokens that an older student drew."""
         return self.sampled and not self.importance_weighted
 
-    def credit(self, batch: Scored) -> Tensor:
+    def credit(self, batch: ScoredRollouts) -> Tensor:
         """(B, T) own_t + sum_{u > t} gamma^(u-t) later_u - baseline_t + outcome.
 
         0 where nothing is supervised. Tokens that were sampled and are not supervised add their
@@ -117,16 +117,22 @@ class Objective:
             credit = credit + discounted(later, batch.sampled, self.gamma) - later
         return (credit - self.baseline(batch, credit) + self.outcome(batch)) * batch.mask
 
-    def surrogate(self, at: Visited) -> Tensor:
+    def surrogate(self, at: VisitedTokens) -> Tensor:
         """(...) loss of a visited token."""
         return self.local(at) + self.score(at)
 
-    def loss(self, logp: Tensor | None, support_logp: Tensor | None, batch: Scored) -> Tensor:
+    def loss(
+        self, logp: Tensor | None, support_logp: Tensor | None, batch: ScoredRollouts
+    ) -> Tensor:
         """(B, T) unreduced loss of one whole batch; `logp` and `support_logp` carry gradient."""
         return self.local_loss(logp, support_logp, batch, self.credit(batch))
 
     def local_loss(
-        self, logp: Tensor | None, support_logp: Tensor | None, batch: Scored, credit: Tensor
+        self,
+        logp: Tensor | None,
+        support_logp: Tensor | None,
+        batch: ScoredRollouts,
+        credit: Tensor,
     ) -> Tensor:
         """The same with the credit (B, T) given."""
         support = batch.support if self.support != "none" else None
@@ -134,7 +140,7 @@ class Objective:
             source = batch.support.source if batch.support is not None else "none"
             if support is None or support_logp is None or source != self.support:
                 raise InvalidInput(f"needs a {self.support!r} support, the batch has {source!r}")
-        at = Visited(
+        at = VisitedTokens(
             logp=logp,
             credit=credit,
             teacher_logp=batch.teacher_logp,
@@ -306,7 +312,7 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
 def k1() -> Objective:
     """k1 differentiated as it stands: the score alone, whose mean is zero. Nothing is learned."""
 
-    def log_ratio_itself(visited: Visited) -> Tensor:
+    def log_ratio_itself(visited: VisitedTokens) -> Tensor:
         return log_ratio(sampled_logp(visited), visited.teacher_logp.detach())
 
     return local("none", Form(surrogate=log_ratio_itself, reads_sample=True))

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Scored
+from diagnostics.batch import ScoredRollouts
 from diagnostics.errors import InvalidInput
 from diagnostics.gradients.credit import check_gamma as check_gamma
 from diagnostics.gradients.credit import discounted as discounted
@@ -35,17 +35,17 @@ function: the score of a token that may be masked has another mean than 0 at its
 # Unbiased only where E[score | prefix] = 0: the tokens must be sampled from the student itself.
 
 
-def no_baseline(batch: Scored, credit: Tensor) -> Tensor:
+def no_baseline(batch: ScoredRollouts, credit: Tensor) -> Tensor:
     """Nothing is subtracted."""
     return torch.zeros_like(credit)
 
 
-def local_kl(batch: Scored, credit: Tensor) -> Tensor:
+def local_kl(batch: ScoredRollouts, credit: Tensor) -> Tensor:
     """KL(student || teacher) at the prefix: the mean of the token's own cost (vOPD, 2605.07865)."""
     return mean_cost(batch)
 
 
-def given(batch: Scored, credit: Tensor) -> Tensor:
+def given(batch: ScoredRollouts, credit: Tensor) -> Tensor:
     """The batch's own `baseline` column: a critic's estimate, or the exact one on tabular worlds.
 
     Raises:
@@ -56,7 +56,7 @@ def given(batch: Scored, credit: Tensor) -> Tensor:
     return batch.baseline
 
 
-BASELINES: dict[str, Callable[[Scored, Tensor], Tensor]] = {
+BASELINES: dict[str, Callable[[ScoredRollouts, Tensor], Tensor]] = {
     "none": no_baseline,
     "position_mean": position_mean,
     "leave_one_out": leave_one_out,
@@ -67,7 +67,7 @@ BASELINES: dict[str, Callable[[Scored, Tensor], Tensor]] = {
 # --- advantages of the outcome reward -----------------------------------------------------------
 
 
-def leave_one_out_reward(batch: Scored) -> Tensor:
+def leave_one_out_reward(batch: ScoredRollouts) -> Tensor:
     """(B,) reward minus the mean reward of the *other* rollouts of the prompt.
 
     Its score-function term is unbiased for the gradient of the expected reward.
@@ -77,13 +77,13 @@ def leave_one_out_reward(batch: Scored) -> Tensor:
     return reward - others
 
 
-def group_mean_reward(batch: Scored) -> Tensor:
+def group_mean_reward(batch: ScoredRollouts) -> Tensor:
     """(B,) reward minus the prompt's mean, the own one included: (G - 1)/G of the unbiased one."""
     group, size, reward = _rewards(batch)
     return reward - group_totals(reward, group) / size
 
 
-def group_normal_reward(batch: Scored) -> Tensor:
+def group_normal_reward(batch: ScoredRollouts) -> Tensor:
     """(B,) the same divided by the prompt's standard deviation; 0 where all rewards are equal.
 
     GRPO's (arXiv 2402.03300, 4.1.2), with divisor G - 1. Not the gradient of the mean reward:
@@ -95,14 +95,16 @@ def group_normal_reward(batch: Scored) -> Tensor:
     return torch.where(spread > 1e-6, away / spread.clamp(min=1e-6), torch.zeros_like(away))
 
 
-ADVANTAGES: dict[str, Callable[[Scored], Tensor]] = {
+ADVANTAGES: dict[str, Callable[[ScoredRollouts], Tensor]] = {
     "leave_one_out": leave_one_out_reward,
     "group_mean": group_mean_reward,
     "group_normal": group_normal_reward,
 }
 
 
-def outcome_cost(batch: Scored, weight: float, advantage: Callable[[Scored], Tensor]) -> Tensor:
+def outcome_cost(
+    batch: ScoredRollouts, weight: float, advantage: Callable[[ScoredRollouts], Tensor]
+) -> Tensor:
     """(B, T) -weight * advantage of the response, the same at all its tokens and not discounted.
 
     Added to the credit, it turns J into J - weight * E[reward].
@@ -110,7 +112,7 @@ def outcome_cost(batch: Scored, weight: float, advantage: Callable[[Scored], Ten
     return (-weight * advantage(batch))[:, None] * batch.sampled
 
 
-def _rewards(batch: Scored) -> tuple[Tensor, Tensor, Tensor]:
+def _rewards(batch: ScoredRollouts) -> tuple[Tensor, Tensor, Tensor]:
     """(B,) group, (B,) size of the group, (B,) reward."""
     missing = int(batch.reward.isnan().sum())
     if missing:
@@ -133,12 +135,12 @@ def log_ratio(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
     return student_logp - teacher_logp
 
 
-def sampled_cost(batch: Scored) -> Tensor:
+def sampled_cost(batch: ScoredRollouts) -> Tensor:
     """r, the log-ratio of the sampled token, (B, T)."""
     return log_ratio(batch.student_logp, batch.teacher_logp).detach()
 
 
-def clipped_cost(batch: Scored, limit: float) -> Tensor:
+def clipped_cost(batch: ScoredRollouts, limit: float) -> Tensor:
     """r held within -limit and limit nats, (B, T).
 
     Tames single tokens of which a model is certain and the other not. Biased: the mean is that of
@@ -148,7 +150,7 @@ def clipped_cost(batch: Scored, limit: float) -> Tensor:
     return sampled_cost(batch).clamp(-limit, limit)
 
 
-def mean_cost(batch: Scored) -> Tensor:
+def mean_cost(batch: ScoredRollouts) -> Tensor:
     """K = KL(student || teacher) at the prefix, the mean of r over the token, (B, T).
 
     Raises:
@@ -162,7 +164,7 @@ def mean_cost(batch: Scored) -> Tensor:
     return batch.prefix.reverse_kl.detach()
 
 
-def no_cost(batch: Scored) -> Tensor:
+def no_cost(batch: ScoredRollouts) -> Tensor:
     """A local objective has no score-function part."""
     return torch.zeros_like(batch.student_logp)
 
@@ -170,12 +172,12 @@ def no_cost(batch: Scored) -> Tensor:
 # --- importance ratios --------------------------------------------------------------------------
 
 
-def no_ratio(batch: Scored) -> Tensor:
+def no_ratio(batch: ScoredRollouts) -> Tensor:
     """Every token counts once; right only if the sampler is the student."""
     return torch.ones_like(batch.student_logp)
 
 
-def token_ratio(batch: Scored) -> Tensor:
+def token_ratio(batch: ScoredRollouts) -> Tensor:
     """student(y | prefix) / sampler(y | prefix): repairs the token's own term, not the prefixes.
 
     At gamma = 0 the mean is the local gradient over the *sampler's* prefixes. Tokens that the
@@ -184,7 +186,7 @@ def token_ratio(batch: Scored) -> Tensor:
     return (batch.student_logp - batch.sampler_logp).detach().exp()
 
 
-def sequence_ratio(batch: Scored) -> Tensor:
+def sequence_ratio(batch: ScoredRollouts) -> Tensor:
     """The product of the ratios of all sampled tokens of the response, (B, T) constant along T.
 
     Also of those that are not supervised: how much too often the sampler produces a response does
@@ -196,7 +198,7 @@ def sequence_ratio(batch: Scored) -> Tensor:
     return away.exp().expand_as(batch.student_logp)
 
 
-RATIOS: dict[str, Callable[[Scored], Tensor]] = {
+RATIOS: dict[str, Callable[[ScoredRollouts], Tensor]] = {
     "none": no_ratio,
     "token": token_ratio,
     "sequence": sequence_ratio,

@@ -92,10 +92,10 @@ def make(
     beta: float | None = None,
     clip: tuple[float, float, float] | None = None,
     ratio_clip: float = math.inf,
-    outcome: float = 0.0,
-    advantage: str = "leave_one_out",
+    reward_weight: float = 0.0,
+    reward_baseline: str = "leave_one_out",
     mask_scope: str = "cost",
-    collapse_accepted: bool = False,
+    allow_collapse: bool = False,
 ) -> Objective:
     """The objective called `name`; refuses what it would silently ignore, and known errors.
 
@@ -105,28 +105,30 @@ def make(
         if None.
       ratio_clip: nats within which the sampled tokens' costs are held (`clipped_cost`), and the
         log-ratios of a reverse KL on a support or on the whole vocabulary.
-      outcome: weight of the reward, outcome * E[reward] taken from what is minimised. Any objective
+      reward_weight: weight of the reward, reward_weight * E[reward] taken from what is minimised. Any objective
         takes one: its own score function carries it, or a plain one where it has none, with an
-        `advantage` of `opd.objectives.credit.ADVANTAGES`.
+        `reward_baseline` of `opd.objectives.credit.ADVANTAGES`.
       mask_scope: in `opd.objectives.credit.MASK_SCOPES`; without a mask, and at gamma = 0, all the same.
-      collapse_accepted: a form in COLLAPSING is wanted all the same, to study it.
+      allow_collapse: a form in COLLAPSING is wanted all the same, to study it.
 
     Raises:
       ValueError: an unknown name, a number outside its range, a choice that would have no effect or
         only add noise, a known error, or a form that collapses.
     """
-    _check_names(name, baseline, ratio, advantage, mask_scope)
-    _check_collapse(name, collapse_accepted)
+    _check_names(name, baseline, ratio, reward_baseline, mask_scope)
+    _check_collapse(name, allow_collapse)
     check_gamma(gamma)
     made = _construct(name, gamma, beta, clip)
     if baseline != "none":
         made = _centred(name, made, baseline)
     if ratio_clip != math.inf:
         made = _limited(name, made, ratio_clip)
-    if outcome:
-        made = _mixed(name, made, outcome, advantage)
-    elif advantage != "leave_one_out":
-        raise InvalidInput(f"advantage {advantage!r} has no effect without an outcome weight")
+    if reward_weight:
+        made = _mixed(name, made, reward_weight, reward_baseline)
+    elif reward_baseline != "leave_one_out":
+        raise InvalidInput(
+            f"reward_baseline {reward_baseline!r} has no effect without a reward_weight"
+        )
     if ratio == "token" and not made.sampled:
         raise InvalidInput(
             f"{name} does not read the sampled token, so that its own ratio only adds noise; "
@@ -146,14 +148,16 @@ def _counts_masked_costs(made: Objective, baseline: str) -> bool:
     return made.gamma > 0 or (over_responses and made.sampled_own)
 
 
-def _check_names(name: str, baseline: str, ratio: str, advantage: str, mask_scope: str) -> None:
+def _check_names(
+    name: str, baseline: str, ratio: str, reward_baseline: str, mask_scope: str
+) -> None:
     if name in ERRORS:
         raise InvalidInput(f"{name} is a known error: {ERRORS[name][1]}; use sampled_token")
     for kind, chosen, known in (
         ("objective", name, OBJECTIVES),
         ("baseline", baseline, BASELINES),
         ("ratio", ratio, RATIOS),
-        ("advantage", advantage, ADVANTAGES),
+        ("reward_baseline", reward_baseline, ADVANTAGES),
         ("mask scope", mask_scope, MASK_SCOPES),
     ):
         if chosen not in known:
@@ -166,7 +170,7 @@ def _check_collapse(name: str, accepted: bool) -> None:
             stem = name.removesuffix(ending)
             raise InvalidInput(
                 f"{name} collapses: {why}; use {stem}, {stem}_bucket or the unbiased "
-                f"{stem}_sampled_tail, or pass collapse_accepted=True"
+                f"{stem}_sampled_tail, or pass allow_collapse=True"
             )
 
 
@@ -226,13 +230,13 @@ def _limited(name: str, made: Objective, limit: float) -> Objective:
     )
 
 
-def _mixed(name: str, made: Objective, weight: float, advantage: str) -> Objective:
+def _mixed(name: str, made: Objective, weight: float, reward_baseline: str) -> Objective:
     """The objective with an outcome reward in its credit, and a score that carries it."""
     if not (math.isfinite(weight) and weight > 0):
-        raise InvalidInput(f"outcome is {weight}; the weight of the reward must be positive")
+        raise InvalidInput(f"reward_weight is {weight}; the weight of the reward must be positive")
     return replace(
         made,
-        outcome=partial(outcome_cost, weight=weight, advantage=ADVANTAGES[advantage]),
+        outcome=partial(outcome_cost, weight=weight, advantage=ADVANTAGES[reward_baseline]),
         score=made.score if made.scores_credit else plain_score,
         scores_credit=True,
         sampled=True,

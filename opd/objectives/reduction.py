@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Scored
+from diagnostics.batch import ScoredRollouts
 from diagnostics.errors import InvalidInput
 
 
@@ -21,18 +21,18 @@ def reduce(loss: Tensor, mask: Tensor, denominator: Tensor) -> Tensor:
     return (torch.where(mask, loss, torch.zeros_like(loss)) / denominator[:, None]).sum()
 
 
-def token_mean(batch: Scored) -> Tensor:
+def token_mean(batch: ScoredRollouts) -> Tensor:
     """(B,) every token weighs the same: the number of supervised tokens of the step."""
     return _positive(batch.mask.sum()).expand(len(batch)).to(batch.student_logp.dtype)
 
 
-def sequence_sum(batch: Scored) -> Tensor:
+def sequence_sum(batch: ScoredRollouts) -> Tensor:
     """(B,) every response weighs its length: the mean over responses of token sums, as in J."""
     _positive(batch.mask.sum())
     return batch.student_logp.new_full((len(batch),), float(len(batch)))
 
 
-def sequence_mean(batch: Scored) -> Tensor:
+def sequence_mean(batch: ScoredRollouts) -> Tensor:
     """(B,) every response weighs the same: B times the number of its supervised tokens.
 
     Its gradient is not that of E[mean_t K_t]: the length's own derivative is left out.
@@ -41,7 +41,7 @@ def sequence_mean(batch: Scored) -> Tensor:
     return batch.mask.sum(1).clamp(min=1).to(batch.student_logp.dtype) * len(batch)
 
 
-def group_mean(batch: Scored) -> Tensor:
+def group_mean(batch: ScoredRollouts) -> Tensor:
     """(B,) every prompt weighs the same: as many prompts times its rollouts' tokens.
 
     Within a group long responses weigh more. (arXiv 2603.25562, eq. 8.)
@@ -61,7 +61,7 @@ def _positive(count: Tensor) -> Tensor:
     return count
 
 
-DENOMINATORS: dict[str, Callable[[Scored], Tensor]] = {
+DENOMINATORS: dict[str, Callable[[ScoredRollouts], Tensor]] = {
     "token_mean": token_mean,
     "sequence_sum": sequence_sum,
     "sequence_mean": sequence_mean,

@@ -26,7 +26,7 @@ _FAR = 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Visited:
+class VisitedTokens:
     """What a surrogate may see at visited tokens; everything is local to the token.
 
     logp (...) and support_logp (..., K) carry the gradient of the student; credit (...),
@@ -52,7 +52,7 @@ class Visited:
 # --- score functions of the credit --------------------------------------------------------------
 
 
-def nothing(at: Visited) -> Tensor:
+def nothing(at: VisitedTokens) -> Tensor:
     """No loss."""
     return torch.zeros_like(at.teacher_logp)
 
@@ -66,12 +66,12 @@ def score_function(logp: Tensor, weight: Tensor) -> Tensor:
     return logp * weight.detach()
 
 
-def plain_score(at: Visited) -> Tensor:
+def plain_score(at: VisitedTokens) -> Tensor:
     """credit * log p(y): right for the first optimizer step on a set of rollouts."""
     return score_function(sampled_logp(at), at.credit)
 
 
-def weighted_score(at: Visited) -> Tensor:
+def weighted_score(at: VisitedTokens) -> Tensor:
     """rho * credit, rho = p(y) / p_old(y): for several optimizer steps on the same rollouts.
 
     Given the prefix its mean is E_p[credit]: the token is reweighted, while the prefixes and the
@@ -80,7 +80,9 @@ def weighted_score(at: Visited) -> Tensor:
     return importance(at) * at.credit.detach()
 
 
-def clipped_score(at: Visited, low: float = 0.2, high: float = 0.2, dual: float = 3.0) -> Tensor:
+def clipped_score(
+    at: VisitedTokens, low: float = 0.2, high: float = 0.2, dual: float = 3.0
+) -> Tensor:
     """PPO's loss with A = -credit: max(-A rho, -A clip(rho, 1 - low, 1 + high)), at most -A dual.
 
     The last bound holds where A < 0 only. The gradient is rho * credit * grad log p(y), and 0 where
@@ -93,7 +95,7 @@ def clipped_score(at: Visited, low: float = 0.2, high: float = 0.2, dual: float 
     return torch.where(cost > 0, torch.minimum(loss, cost * dual), loss)
 
 
-def importance(at: Visited) -> Tensor:
+def importance(at: VisitedTokens) -> Tensor:
     """rho = p(y) / p_old(y) with gradient; constant beyond e^20 and e^-20, so that it is finite."""
     if at.old_logp is None:
         raise InvalidInput("an importance ratio needs old_logp, the student's when it was scored")
@@ -103,22 +105,22 @@ def importance(at: Visited) -> Tensor:
 # --- local surrogates ---------------------------------------------------------------------------
 
 
-def full_reverse(at: Visited, limit: float = math.inf) -> Tensor:
+def full_reverse(at: VisitedTokens, limit: float = math.inf) -> Tensor:
     """KL(p || q) on the whole vocabulary."""
     return reverse_kl(*pair(at), limit)
 
 
-def full_forward(at: Visited) -> Tensor:
+def full_forward(at: VisitedTokens) -> Tensor:
     """KL(q || p) on the whole vocabulary."""
     return forward_kl(*pair(at))
 
 
-def full_mixture(at: Visited, beta: float) -> Tensor:
+def full_mixture(at: VisitedTokens, beta: float) -> Tensor:
     """`jensen_shannon` on the whole vocabulary."""
     return jensen_shannon(*pair(at), beta)
 
 
-def renormalised(at: Visited, limit: float = math.inf) -> Tensor:
+def renormalised(at: VisitedTokens, limit: float = math.inf) -> Tensor:
     """KL of both sides renormalised on the support S.
 
     Logit gradient p'_v (log p'_v/q'_v - KL(p' || q')) on S, exactly 0 outside: blind to how much
@@ -128,7 +130,7 @@ def renormalised(at: Visited, limit: float = math.inf) -> Tensor:
     return reverse_kl(renormalise(ours), renormalise(theirs), limit)
 
 
-def renormalised_and_sampled(at: Visited, limit: float = math.inf) -> Tensor:
+def renormalised_and_sampled(at: VisitedTokens, limit: float = math.inf) -> Tensor:
     """The same on S and the sampled token."""
     ours, theirs = pair(at)
     outside = ~inside_support(at)
@@ -137,7 +139,7 @@ def renormalised_and_sampled(at: Visited, limit: float = math.inf) -> Tensor:
     return reverse_kl(renormalise(ours), renormalise(theirs), limit)
 
 
-def unnormalised(at: Visited, limit: float = math.inf) -> Tensor:
+def unnormalised(at: VisitedTokens, limit: float = math.inf) -> Tensor:
     """sum_S p log p/q, differentiated as it stands: it collapses.
 
     Its gradient holds grad p(S) besides the head's, so that descent pushes the student out of S;
@@ -146,24 +148,24 @@ def unnormalised(at: Visited, limit: float = math.inf) -> Tensor:
     return reverse_kl(*pair(at), limit)
 
 
-def stopped(at: Visited) -> Tensor:
+def stopped(at: VisitedTokens) -> Tensor:
     """sum_S p sg(log p/q): the head of the full gradient, without grad p(S) and without a tail."""
     ours, theirs = pair(at)
     return (ours.exp() * (ours - theirs).detach()).sum(-1)
 
 
-def bucket(at: Visited) -> Tensor:
+def bucket(at: VisitedTokens) -> Tensor:
     """KL of K + 1 events, the ids of S and all else; biased by the shape of the tail only."""
     ours, theirs = (torch.cat([x, _rest(x)], -1) for x in pair(at))
     return reverse_kl(ours, theirs)
 
 
-def sampled_tail(at: Visited) -> Tensor:
+def sampled_tail(at: VisitedTokens) -> Tensor:
     """Head of the full gradient, and outside S the sampled token's score function: unbiased."""
     return stopped(at) + _tail(at)
 
 
-def published_tail(at: Visited) -> Tensor:
+def published_tail(at: VisitedTokens) -> Tensor:
     """Un-normalised head plus sampled tail: unbiased in value, off by grad p(S) in gradient.
 
     (EMA-PG's correction as in arXiv 2603.25562 v2, V4 and V5.)
@@ -171,12 +173,12 @@ def published_tail(at: Visited) -> Tensor:
     return unnormalised(at) + _tail(at)
 
 
-def half_square(at: Visited) -> Tensor:
+def half_square(at: VisitedTokens) -> Tensor:
     """k2 = r^2 / 2 differentiated: r grad log p(y), the gradient of KL(student || teacher)."""
     return log_ratio(sampled_logp(at), at.teacher_logp.detach()).square() / 2
 
 
-def low_variance(at: Visited) -> Tensor:
+def low_variance(at: VisitedTokens) -> Tensor:
     """k3 = e^-r - 1 + r differentiated: (1 - e^-r) grad log p(y), that of KL(teacher || student)!
 
     Its value is unbiased for the reverse KL, its gradient is the forward KL's.
@@ -203,7 +205,7 @@ class Form:
 # --- what is known at a token -------------------------------------------------------------------
 
 
-def pair(at: Visited) -> tuple[Tensor, Tensor]:
+def pair(at: VisitedTokens) -> tuple[Tensor, Tensor]:
     """(..., K) log-probabilities of student, with gradient, and teacher on the support.
 
     An absent id has probability 0 under both and passes no gradient on, whatever stands there.
@@ -220,14 +222,14 @@ def _where(present: Tensor, logp: Tensor) -> Tensor:
     return torch.where(present, logp, torch.full_like(logp, _NOTHING))
 
 
-def _tail(at: Visited) -> Tensor:
+def _tail(at: VisitedTokens) -> Tensor:
     """The sampled token's cost times its score where it is outside S."""
     logp = sampled_logp(at)
     cost = log_ratio(logp, at.teacher_logp)
     return score_function(logp, torch.where(inside_support(at), torch.zeros_like(cost), cost))
 
 
-def sampled_logp(at: Visited) -> Tensor:
+def sampled_logp(at: VisitedTokens) -> Tensor:
     """(...) log p(y), with gradient."""
     if at.logp is None:
         raise InvalidInput(
@@ -236,7 +238,7 @@ def sampled_logp(at: Visited) -> Tensor:
     return at.logp
 
 
-def inside_support(at: Visited) -> Tensor:
+def inside_support(at: VisitedTokens) -> Tensor:
     """(...) bool: the sampled token is among the support's ids."""
     if at.inside is None:
         raise InvalidInput("this objective asks whether the sampled token is in the support")

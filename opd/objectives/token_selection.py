@@ -10,14 +10,14 @@ Shapes: B responses, T positions.
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Scored
+from diagnostics.batch import ScoredRollouts
 from diagnostics.errors import InvalidInput
 
 TIE = 1e-4
 """Nats within which two entropies count as equal: ten times what float32 rounds a logit of 100."""
 
 
-def most_uncertain(batch: Scored, fraction: float) -> Tensor:
+def most_uncertain(batch: ScoredRollouts, fraction: float) -> Tensor:
     """(B, T) bool: the `fraction` of the step's supervised tokens with the largest entropy.
 
     The entropy is that of the student's next-token distribution when the rollouts were scored. The

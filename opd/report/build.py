@@ -20,7 +20,7 @@ from diagnostics.alarms.rules import RULES
 from diagnostics.records.run_folders import labels
 from diagnostics.terminal import visible
 from opd.report.rollout_viewer import specimens
-from opd.report.run_data import Run, differences, number, read_run, recorded
+from opd.report.run_data import RunRecord, differences, number, read_run, recorded
 
 PAGE = Path(__file__).resolve().parent / "assets"
 SCRIPTS = ("dom", "verdicts", "curves", "positions", "rollouts", "tokens", "page")
@@ -76,7 +76,7 @@ def versions() -> dict[str, str]:
     return made
 
 
-def gained(runs: list[Run]) -> list[dict[str, Any]]:
+def gained(runs: list[RunRecord]) -> list[dict[str, Any]]:
     """Held-out accuracy before and after by objective, paired; see `diagnostics.records.run_tables.gains`."""
     from diagnostics.records.run_tables import gains, training_table
 

@@ -17,15 +17,15 @@ from opd.report.tokenizer_panel import blame, sheet
 PROMPT = 4000
 """Most characters shown of a prompt."""
 if TYPE_CHECKING:
-    from diagnostics.batch import Scored
-    from opd.report.run_data import Run
+    from diagnostics.batch import ScoredRollouts
+    from opd.report.run_data import RunRecord
 
 BATCHES, TOP, LEAST = 6, 5, 1e-3
 """Most batches shown; most ids of each model at a position; the probability below which both of
 them must put an id for it to be left out."""
 
 
-def specimens(run: "Run", tokens: int) -> dict[str, Any]:
+def specimens(run: "RunRecord", tokens: int) -> dict[str, Any]:
     """Data of the viewer and the tables: at most so many tokens of at most BATCHES batches.
 
     Of a batch the responses with the largest mean |r| and as many of the others, in their order, so
@@ -36,7 +36,7 @@ def specimens(run: "Run", tokens: int) -> dict[str, Any]:
     labels = [task["name"] for task in run.config.get("tasks") or ()]
     found: dict[str, Any] = {"rollouts": [], "blame": None, "saved": []}
     seen: set[int] = set()
-    last: Scored | None = None
+    last: ScoredRollouts | None = None
     for step, file in files:
         batch = read_batch(file)
         if batch is None:
@@ -54,7 +54,7 @@ def specimens(run: "Run", tokens: int) -> dict[str, Any]:
     return found
 
 
-def tokenizer_places(run: "Run") -> list[Path]:
+def tokenizer_places(run: "RunRecord") -> list[Path]:
     """Where the tokenizer of a run's ids may be read: its model, its copy, the student's folder."""
     places = [run.folder / "final", run.folder / "tokenizer"]
     if "student" in run.config:
@@ -76,7 +76,7 @@ def chosen_files(folder: Path) -> list[tuple[int, Path]]:
     return [(step, files[step]) for step in steps]
 
 
-def read_prompts(run: "Run", file: Path, rows: int) -> dict[int, str]:
+def read_prompts(run: "RunRecord", file: Path, rows: int) -> dict[int, str]:
     """Row to the text of its prompt, from beside a saved batch; empty where there is none."""
     path = file.with_suffix(".prompts.json")
     if not path.exists() or not may_read(run, path):
@@ -89,18 +89,23 @@ def read_prompts(run: "Run", file: Path, rows: int) -> dict[int, str]:
     return {i: str(text)[:PROMPT] for i, text in enumerate(texts)}
 
 
-def read_batch(file: Path) -> "Scored | None":
+def read_batch(file: Path) -> "ScoredRollouts | None":
     """A saved batch or dump; None where nothing was scored."""
-    from diagnostics.batch import Scored
+    from diagnostics.batch import ScoredRollouts
     from diagnostics.records.batch_files import load
     from diagnostics.records.token_dumps import load_dump
 
     batch = load(file) if file.suffix == ".safetensors" else load_dump(file)
-    return batch if isinstance(batch, Scored) else None
+    return batch if isinstance(batch, ScoredRollouts) else None
 
 
 def rollouts(
-    batch: "Scored", step: int, labels: list[str], spelling: Spelling, tokens: int, seen: set[int]
+    batch: "ScoredRollouts",
+    step: int,
+    labels: list[str],
+    spelling: Spelling,
+    tokens: int,
+    seen: set[int],
 ) -> list[dict[str, Any]]:
     """The chosen responses, as many as fit, at least one; adds their ids to `seen`."""
     size = shown_length(batch)
@@ -118,14 +123,14 @@ def rollouts(
     return [one(batch, step, i, size[i], labels, spelling, seen) for i in sorted(chosen)]
 
 
-def shown_length(batch: "Scored") -> list[int]:
+def shown_length(batch: "ScoredRollouts") -> list[int]:
     """(B) positions up to the last sampled one; what is behind may be padding."""
     behind = batch.sampled.long().flip(1).cumsum(1).flip(1) > 0
     return behind.sum(1).tolist()
 
 
 def one(
-    batch: "Scored",
+    batch: "ScoredRollouts",
     step: int,
     i: int,
     size: int,
@@ -177,7 +182,7 @@ def one(
     return made
 
 
-def tops(batch: "Scored", i: int, size: int) -> list[list[int]]:
+def tops(batch: "ScoredRollouts", i: int, size: int) -> list[list[int]]:
     """For each token [id, s, t, ...]: the TOP ids of either model in the support that matter."""
     import torch
 

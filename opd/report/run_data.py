@@ -15,6 +15,7 @@ from diagnostics.alarms.alarms import Alarms
 from diagnostics.errors import InvalidInput, MissingFile
 from diagnostics.io.files import check_fields, has_type, read_object, short
 from diagnostics.records import rows
+from diagnostics.records.renamed import present_settings
 from diagnostics.records.rows import Row
 from opd.runs.restart import history
 from opd.runs.result import verdict
@@ -27,13 +28,13 @@ LONGEST_NAME = 1000
 """Most characters of the name of a model; file systems hold fewer."""
 CODE = 40_000
 """Most characters of code.txt that are shown."""
-ANATOMY = ("drift/kl_binary", "drift/kl_head", "drift/kl_tail")
+ANATOMY = ("divergence/kl_binary", "divergence/kl_head", "divergence/kl_tail")
 Point = tuple[Any, ...]
 Bins = dict[str, list[tuple[int, int]]]
 
 
 @dataclass(frozen=True)
-class Run:
+class RunRecord:
     """The record of a run: its folder, settings, code state, rows and evaluations."""
 
     folder: Path
@@ -51,7 +52,7 @@ class Run:
         return self.folder.resolve().name
 
 
-def may_read(run: Run, path: Path) -> bool:
+def may_read(run: RunRecord, path: Path) -> bool:
     """Whether a file or folder lies within the run folder, links followed, or `models` allows it.
 
     A record may come from elsewhere: what it names or links to outside is not read for it.
@@ -59,7 +60,7 @@ def may_read(run: Run, path: Path) -> bool:
     return run.models or path.resolve().is_relative_to(run.folder.resolve())
 
 
-def read_run(folder: Path, models: bool = False) -> Run:
+def read_run(folder: Path, models: bool = False) -> RunRecord:
     """The record of a run folder, finished or not; a stranger's may be a file of rows alone.
 
     Args:
@@ -82,7 +83,7 @@ def read_run(folder: Path, models: bool = False) -> Run:
                 "itself there, or allow it by --models"
             )
     written = code.read_text("utf-8", "replace") if code.exists() else "unknown: no code.txt"
-    return Run(
+    return RunRecord(
         folder=folder,
         config=run_settings(config),
         code="\n".join([*history(folder), written]),
@@ -108,7 +109,7 @@ def run_settings(path: Path) -> dict[str, Any]:
 
     A trainer may keep the configuration of its model under the same name beside a monitor's rows.
     """
-    config = read_object(path) if path.exists() else {}
+    config = present_settings(read_object(path)) if path.exists() else {}
     if not all(isinstance(config.get(name), str) for name in ("student", "teacher")):
         return {}
     tasks = config.get("tasks") or []
@@ -204,7 +205,7 @@ def latest(found: Iterable[Row]) -> list[Row]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def recorded(run: Run, runs: int = 1) -> dict[str, Any]:
+def recorded(run: RunRecord, runs: int = 1) -> dict[str, Any]:
     """What the page shows of a run's record, `runs` of which share the page."""
     tasks = list(dict.fromkeys(row.get("task", "") for row in run.rows)) or [""]
     seconds = sum(v or 0 for row in run.rows for k, v in row.items() if k.startswith("seconds/"))
@@ -323,12 +324,12 @@ def maps(found: list[Row], bins: Bins, most: int) -> dict[str, Any]:
         have = [have[round(i * (len(have) - 1) / max(1, size - 1))] for i in range(size)]
         values = [[number(row.get(name + key)) for key in keys] for row in have]
         if any(x is not None for column in values for x in column):
-            tokens = [[number(row.get("drift/tokens" + key)) for key in keys] for row in have]
+            tokens = [[number(row.get("divergence/tokens" + key)) for key in keys] for row in have]
             made[name] = {
                 "steps": [row["step"] for row in have],
                 "bins": places,
                 "values": values,
-                "tokens": tokens if name != "drift/tokens" else None,
+                "tokens": tokens if name != "divergence/tokens" else None,
             }
     return made
 
@@ -346,7 +347,7 @@ def anatomy(found: list[Row], bins: Bins) -> dict[str, Any] | None:
     return {"bins": places, "rows": made}
 
 
-def differences(runs: list[Run]) -> list[list[str]]:
+def differences(runs: list[RunRecord]) -> list[list[str]]:
     """[setting, value of each run]: of settings that are not the same in all; not where it is."""
     names = sorted({name for run in runs for name in run.config} - {"out"})
     changed = [n for n in names if len({json.dumps(run.config.get(n)) for run in runs}) > 1]

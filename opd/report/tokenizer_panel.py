@@ -14,14 +14,14 @@ from diagnostics.records.vocabulary import located
 from opd.report.run_data import may_read
 
 if TYPE_CHECKING:
-    from diagnostics.batch import Scored
-    from opd.report.run_data import Run
+    from diagnostics.batch import ScoredRollouts
+    from opd.report.run_data import RunRecord
 
 BLAMED = 40
 """Most ids of a table."""
 
 
-def blame(batch: "Scored", seen: set[int]) -> list[dict[str, Any]]:
+def blame(batch: "ScoredRollouts", seen: set[int]) -> list[dict[str, Any]]:
     """The ids with the most signal in a batch: share of tokens, signal and energy, mean cost."""
     sums, ids = table(batch)
     whole = sums.sum(0).tolist()
@@ -43,12 +43,12 @@ def blame(batch: "Scored", seen: set[int]) -> list[dict[str, Any]]:
     return made
 
 
-def table(batch: "Scored") -> tuple[Any, list[int]]:
-    """`TokenTable` sums of the ids that occur, (N, 5), and the ids."""
-    from diagnostics.metrics.token_attribution import TokenTable
+def table(batch: "ScoredRollouts") -> tuple[Any, list[int]]:
+    """`TokenAttribution` sums of the ids that occur, (N, 5), and the ids."""
+    from diagnostics.metrics.token_attribution import TokenAttribution
 
     ids, place = batch.tokens.unique(return_inverse=True)
-    sums = TokenTable.of(replace(batch, tokens=place), batch.mask, len(ids)).sums
+    sums = TokenAttribution.of(replace(batch, tokens=place), batch.mask, len(ids)).sums
     return sums, ids.tolist()
 
 
@@ -56,7 +56,9 @@ def ratio(above: float, below: float) -> float | None:
     return round(above / below, 5) if below > 0 and above == above else None
 
 
-def sheet(run: "Run", spelling: Spelling, batch: "Scored | None", seen: set[int]) -> dict[str, Any]:
+def sheet(
+    run: "RunRecord", spelling: Spelling, batch: "ScoredRollouts | None", seen: set[int]
+) -> dict[str, Any]:
     """What goes wrong between two vocabularies: `impossible_ids`, `specials`, `ends`, `doctor`."""
     made: dict[str, Any] = {
         "ends": ends(run),
@@ -71,7 +73,7 @@ def sheet(run: "Run", spelling: Spelling, batch: "Scored | None", seen: set[int]
     return made
 
 
-def impossible_ids(batch: "Scored", seen: set[int]) -> dict[str, Any]:
+def impossible_ids(batch: "ScoredRollouts", seen: set[int]) -> dict[str, Any]:
     """Tokens of which the student is sure and that the teacher holds impossible, by id."""
     from diagnostics.metrics.token_attribution import impossible
 
@@ -97,7 +99,7 @@ def impossible_ids(batch: "Scored", seen: set[int]) -> dict[str, Any]:
     }
 
 
-def specials(batch: "Scored", spelling: Spelling, seen: set[int]) -> list[dict[str, Any]]:
+def specials(batch: "ScoredRollouts", spelling: Spelling, seen: set[int]) -> list[dict[str, Any]]:
     """Special ids of the run's tokenizer: how often sampled and supervised, their signal."""
     sums, ids = table(batch)
     place = {i: j for j, i in enumerate(ids)}
@@ -117,7 +119,7 @@ def specials(batch: "Scored", spelling: Spelling, seen: set[int]) -> list[dict[s
     ]
 
 
-def ends(run: "Run") -> list[dict[str, Any]]:
+def ends(run: "RunRecord") -> list[dict[str, Any]]:
     """Of the student and of every teacher: the ids that end a generation, their text, its own end.
 
     Own is the end token that the tokenizer names: what a model was taught to end by, though a
@@ -133,11 +135,11 @@ def ends(run: "Run") -> list[dict[str, Any]]:
             known = read_spelling(folder)
             ids = end_ids(folder, known)
             texts = [known.text(i) for i in ids]
-            made.append({"role": role, "ids": ids, "texts": texts, "own": own_end(folder)})
+            made.append({"role": role, "ids": ids, "texts": texts, "own": map_eos(folder)})
     return made
 
 
-def model_folders(run: "Run") -> dict[str, Path]:
+def model_folders(run: "RunRecord") -> dict[str, Path]:
     """Role to the folder of each model that the run's settings name."""
     config = run.config
     tasks = config.get("tasks") or ()
@@ -148,7 +150,7 @@ def model_folders(run: "Run") -> dict[str, Path]:
     return {role: located(run.folder, name) for role, name in names.items() if name}
 
 
-def unread(run: "Run") -> list[str]:
+def unread(run: "RunRecord") -> list[str]:
     """The models that were not looked at, because the record alone names their folders."""
     return [
         f"{role}: {folder}"
@@ -164,7 +166,7 @@ def end_ids(folder: Path, known: Spelling) -> list[int]:
     Raises:
       ValueError: a file names something else than ids.
     """
-    text, ids = own_end(folder), set[int]()
+    text, ids = map_eos(folder), set[int]()
     if text is not None:
         ids.update(i for i, piece in known.pieces.items() if piece == text.encode())
     for name in ("generation_config.json", "config.json"):
@@ -193,7 +195,7 @@ def configured_ends(path: Path) -> set[int] | None:
     return set(ids)
 
 
-def own_end(folder: Path) -> str | None:
+def map_eos(folder: Path) -> str | None:
     """The end token of tokenizer_config.json, if it names one."""
     settings = folder / "tokenizer_config.json"
     token = read_object(settings).get("eos_token") if settings.exists() else None

@@ -7,11 +7,11 @@ import torch
 
 from diagnostics.batch import Rollouts
 from opd.data.prompts import Prompts
-from opd.models.model import Model
+from opd.models.model import CausalLM
 
 
 @dataclass(frozen=True)
-class Share:
+class BatchSlice:
     """Which rows of a larger batch some rows are, so that they get the noise that they have in it.
 
     rows: the number of each in the whole; of: rows of the whole.
@@ -33,7 +33,7 @@ class Engine(Protocol):
         temperature: float,
         top_p: float,
         generator: torch.Generator,
-        share: Share | None = None,
+        share: BatchSlice | None = None,
     ) -> Rollouts:
         """Rollouts that depend on the prompts, the weights and `generator` alone.
 
@@ -41,7 +41,7 @@ class Engine(Protocol):
         """
         ...
 
-    def sync(self, model: Model) -> None:
+    def sync(self, model: CausalLM) -> None:
         """Sample from this model's present weights from now on."""
         ...
 

@@ -8,34 +8,34 @@ from collections.abc import Callable
 from typing import Any
 
 from diagnostics.errors import InvalidInput
-from opd.models.model import Model
+from opd.models.model import CausalLM
 from opd.rollouts.base import Engine
-from opd.rollouts.hf_engine import InProcess
+from opd.rollouts.hf_engine import HfEngine
 
 
-def _vllm(model: Model, **settings: Any) -> Engine:
-    from opd.rollouts.vllm_engine import Vllm
+def _vllm(model: CausalLM, **settings: Any) -> Engine:
+    from opd.rollouts.vllm_engine import VllmEngine
 
-    return Vllm(model, **settings)
-
-
-def _servers(model: Model, **settings: Any) -> Engine:
-    from opd.rollouts.vllm_server_engine import Servers
-
-    return Servers(model, **settings)
+    return VllmEngine(model, **settings)
 
 
-ENGINES: dict[str, Callable[..., Engine]] = {"hf": InProcess, "vllm": _vllm, "servers": _servers}
+def _servers(model: CausalLM, **settings: Any) -> Engine:
+    from opd.rollouts.vllm_server_engine import VllmServerEngine
+
+    return VllmServerEngine(model, **settings)
 
 
-def make_engine(name: str, model: Model, **settings: Any) -> Engine:
+ENGINES: dict[str, Callable[..., Engine]] = {"hf": HfEngine, "vllm": _vllm, "servers": _servers}
+
+
+def make_engine(name: str, model: CausalLM, **settings: Any) -> Engine:
     """The engine of that name, loaded with the model's weights.
 
     Args:
       name: "hf", in this process; "vllm", colocated (`pip install 'opdlab[vllm]'`); or "servers",
         vLLM servers elsewhere.
-      settings: of the engine's constructor: `InProcess`, `opd.rollouts.vllm_engine.Vllm` or
-        `opd.rollouts.vllm_server_engine.Servers`.
+      settings: of the engine's constructor: `HfEngine`, `opd.rollouts.vllm_engine.VllmEngine` or
+        `opd.rollouts.vllm_server_engine.VllmServerEngine`.
 
     Raises:
       ValueError: unknown name. ImportError: vLLM is not installed.

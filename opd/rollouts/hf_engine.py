@@ -5,7 +5,7 @@ Shapes: B responses, T response positions, P prompt positions, V vocabulary that
 Every token is drawn by inversion from one uniform number of its own, so a response depends on its
 prompt, the weights and its row of a (B, T) table of noise that is drawn from the caller's
 generator before the model runs. It does not depend on the rows beside it, on their order, on
-`rows_at_once` or on the cache, up to the rounding of the model's arithmetic; and no global random
+`generation_batch_size` or on the cache, up to the rounding of the model's arithmetic; and no global random
 state is read or written.
 """
 
@@ -21,8 +21,8 @@ from diagnostics.batch import Rollouts
 from diagnostics.errors import InvalidInput
 from opd.data.prompts import Prompts
 from opd.models.contexts import evaluating
-from opd.models.model import Model, bare
-from opd.rollouts.base import Share
+from opd.models.model import CausalLM, bare
+from opd.rollouts.base import BatchSlice
 from opd.rollouts.sampler import Sampler
 
 ROWS_AT_ONCE = 256
@@ -32,7 +32,7 @@ ROW_BUCKET, WIDTH_BUCKET = 16, 64
 
 @torch.no_grad()
 def sample(
-    model: Model,
+    model: CausalLM,
     prompts: Prompts,
     eos: list[int],
     *,
@@ -40,8 +40,8 @@ def sample(
     temperature: float,
     top_p: float,
     generator: torch.Generator,
-    share: Share | None = None,
-    rows_at_once: int = ROWS_AT_ONCE,
+    share: BatchSlice | None = None,
+    generation_batch_size: int = ROWS_AT_ONCE,
     cache: str | None = None,
 ) -> Rollouts:
     """One response to every row of `prompts`, in their order.
@@ -55,7 +55,7 @@ def sample(
       max_response: budget T of a response, in tokens.
       generator: source of the (B, T) noise; B x T float64 numbers are taken from it, always.
       share: these rows among the B of a whole batch; None: they are all of it.
-      rows_at_once: rows of one `generate` call. Rows of similar prompt length run together, and a
+      generation_batch_size: rows of one `generate` call. Rows of similar prompt length run together, and a
         call stops when all its rows have ended.
       cache: "static" (compiled on CUDA), "dynamic", or None: static on CUDA where the model allows.
 
@@ -63,7 +63,10 @@ def sample(
       ValueError: logits are not finite, or a setting is out of range.
       torch.OutOfMemoryError: with the rows and positions that did not fit.
     """
-    for name, size in (("max_response", max_response), ("rows_at_once", rows_at_once)):
+    for name, size in (
+        ("max_response", max_response),
+        ("generation_batch_size", generation_batch_size),
+    ):
         if size < 1:
             raise InvalidInput(f"{name} is {size}, expected at least 1")
     if not (temperature > 0 and 0 < top_p <= 1):
@@ -84,7 +87,7 @@ def sample(
     noise = noise if share is None else noise[share.rows]
     parts, order = [], []
     with plain_generation(model.network), evaluating(model.network):
-        for rows in batches(prompts, rows_at_once):
+        for rows in batches(prompts, generation_batch_size):
             sampler = Sampler(model.vocabulary, temperature, top_p, noise[rows].to(model.device))
             some = prompts.rows(rows)
             parts.append(respond(model, some, eos, sampler, static=kind == "static"))
@@ -95,16 +98,16 @@ def sample(
     )
 
 
-def batches(prompts: Prompts, rows_at_once: int) -> list[list[int]]:
-    """Row numbers in groups of at most `rows_at_once`, nearly equal, by rising prompt length."""
+def batches(prompts: Prompts, generation_batch_size: int) -> list[list[int]]:
+    """Row numbers in groups of at most `generation_batch_size`, nearly equal, by rising prompt length."""
     lengths = prompts.mask.sum(1).tolist()
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    size = math.ceil(len(order) / math.ceil(len(order) / rows_at_once))
+    size = math.ceil(len(order) / math.ceil(len(order) / generation_batch_size))
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
 def respond(
-    model: Model, prompts: Prompts, eos: list[int], sampler: Sampler, *, static: bool
+    model: CausalLM, prompts: Prompts, eos: list[int], sampler: Sampler, *, static: bool
 ) -> dict[str, Tensor]:
     """The columns of `Rollouts` for one `generate` call; a static cache gets padded shapes."""
     from transformers import GenerationConfig
@@ -132,7 +135,7 @@ def respond(
     except torch.OutOfMemoryError as error:
         raise torch.OutOfMemoryError(
             f"no memory to sample {len(ids)} rows of {ids.shape[1]} prompt and {budget} response "
-            f"tokens at once; set rows_at_once below {rows}"
+            f"tokens at once; set generation_batch_size below {rows}"
         ) from error
     sampler.check()
     response = out[:rows, ids.shape[1] :]
@@ -170,7 +173,7 @@ def until_end(response: Tensor, eos: list[int]) -> tuple[Tensor, Tensor]:
     return earlier == 0, stop.any(1)
 
 
-def default_cache(model: Model) -> str:
+def default_cache(model: CausalLM) -> str:
     """Static on CUDA for models that say they can be compiled whole; else dynamic."""
     able = getattr(bare(model.network), "_can_compile_fullgraph", False)
     return "static" if model.device.type == "cuda" and able else "dynamic"
@@ -190,19 +193,21 @@ def plain_generation(network: Any) -> Iterator[None]:
         owner.generation_config = saved
 
 
-class InProcess:
+class HfEngine:
     """`opd.rollouts.hf_engine.sample` as an engine; it samples from the student itself, nothing is copied.
 
-    rows_at_once: rows of one `generate` call; their key-value cache has to fit.
+    generation_batch_size: rows of one `generate` call; their key-value cache has to fit.
     """
 
-    def __init__(self, model: Model, *, rows_at_once: int = ROWS_AT_ONCE) -> None:
-        self.model, self.rows_at_once = model, rows_at_once
+    def __init__(self, model: CausalLM, *, generation_batch_size: int = ROWS_AT_ONCE) -> None:
+        self.model, self.generation_batch_size = model, generation_batch_size
 
     def sample(self, prompts: Prompts, eos: list[int], **settings: Any) -> Rollouts:
-        return sample(self.model, prompts, eos, rows_at_once=self.rows_at_once, **settings)
+        return sample(
+            self.model, prompts, eos, generation_batch_size=self.generation_batch_size, **settings
+        )
 
-    def sync(self, model: Model) -> None:
+    def sync(self, model: CausalLM) -> None:
         self.model = model
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from opd.data.prompts import Prompts
 from opd.models.contexts import evaluating
-from opd.rollouts.base import Share
+from opd.rollouts.base import BatchSlice
 
 PROBE_TOKENS = 64
 
@@ -22,7 +22,7 @@ PROBE_TOKENS = 64
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.03}
 
 
-def row_seeds(count: int, generator: torch.Generator, share: Share | None) -> list[int]:
+def row_seeds(count: int, generator: torch.Generator, share: BatchSlice | None) -> list[int]:
     """A seed for each of `count` rows; as many numbers are drawn as the whole batch has rows."""
     whole = count if share is None else share.of
     seeds = torch.randint(2**62, (whole,), generator=generator, device=generator.device)

@@ -19,8 +19,8 @@ from diagnostics.batch import Rollouts
 from diagnostics.errors import InvalidInput, OperationFailed
 from diagnostics.io.packages import load_package
 from opd.data.prompts import Prompts
-from opd.models.model import Model
-from opd.rollouts.base import Share
+from opd.models.model import CausalLM
+from opd.rollouts.base import BatchSlice
 from opd.rollouts.vllm_common import (
     PROBE_TOKENS,
     TOLERANCE,
@@ -32,7 +32,7 @@ from opd.rollouts.vllm_common import (
 )
 
 
-class Vllm:
+class VllmEngine:
     """A colocated `vllm.LLM` that holds a copy of the student's weights.
 
     Args:
@@ -48,7 +48,7 @@ class Vllm:
 
     def __init__(
         self,
-        model: Model,
+        model: CausalLM,
         *,
         max_length: int = 4096,
         memory_share: float = 0.3,
@@ -79,7 +79,7 @@ class Vllm:
         )
         self._accept(model)
 
-    def sync(self, model: Model) -> None:
+    def sync(self, model: CausalLM) -> None:
         """Load the model's present weights; costs one checkpoint on disk and one short prompt.
 
         Raises:
@@ -101,7 +101,7 @@ class Vllm:
         temperature: float,
         top_p: float,
         generator: torch.Generator,
-        share: Share | None = None,
+        share: BatchSlice | None = None,
     ) -> Rollouts:
         """One response to every row of `prompts`, in their order, each with a seed of its own.
 
@@ -146,7 +146,7 @@ class Vllm:
         self._llm.llm_engine.engine_core.shutdown()
         self._home.cleanup()
 
-    def _export(self, model: Model) -> Path:
+    def _export(self, model: CausalLM) -> Path:
         previous = self._path(self._count)
         self._count += 1
         path = self._path(self._count)
@@ -157,7 +157,7 @@ class Vllm:
     def _path(self, count: int) -> Path:
         return Path(self._home.name) / f"weights_{count}"
 
-    def _accept(self, model: Model) -> None:
+    def _accept(self, model: CausalLM) -> None:
         """Take over the model's vocabulary after the check that the engine agrees with it."""
         rows = model.network.get_output_embeddings().weight.shape[0]
         self._allowed = None if rows == model.vocabulary else list(range(model.vocabulary))

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from diagnostics.errors import InvalidInput, OperationFailed
 from diagnostics.io.files import has_type, short
-from opd.serving.json_endpoint import PASSING, Endpoint
+from opd.serving.json_endpoint import PASSING, JsonEndpoint
 from opd.serving.vllm_protocol import (
     CLAMPED,
     ENTRY_BYTES,
@@ -63,7 +63,7 @@ Response = tuple[list[int], list[float]]
 
 
 @dataclass(frozen=True, eq=False)
-class Weights:
+class WeightSnapshot:
     """A checkpoint, and what the student says that a server with these weights must say.
 
     folder: where servers find it. probe: P ids. prompt_logp: (P - 1,) log-probabilities of
@@ -93,9 +93,9 @@ class RolloutServer:
 
     def __init__(self, url: str, *, patience: float, in_flight: int, extra: range) -> None:
         url, _, name = url.partition("#")
-        self._endpoint = Endpoint(url, patience=patience, role="rollout")
+        self._endpoint = JsonEndpoint(url, patience=patience, role="rollout")
         root = self._endpoint.url.removesuffix("/v1")
-        self._side = Endpoint(root, patience=patience, role="rollout")
+        self._side = JsonEndpoint(root, patience=patience, role="rollout")
         entry = chosen(self._endpoint, name)
         self.url, self.model = self._endpoint.url, entry["id"]
         self.limit: int | None = entry.get("max_model_len")
@@ -115,7 +115,7 @@ class RolloutServer:
                 "max_response"
             )
 
-    def load(self, weights: Weights) -> None:
+    def load(self, weights: WeightSnapshot) -> None:
         """Load a checkpoint, drop what was cached, and check that the server became the student.
 
         Raises:
@@ -212,7 +212,7 @@ class RolloutServer:
                 )
             time.sleep(0.2)
 
-    def _gaps(self, weights: Weights) -> tuple[float, float]:
+    def _gaps(self, weights: WeightSnapshot) -> tuple[float, float]:
         """Mean |server - student| of log-probabilities: the probe's, and of tokens drawn after."""
         probe, about = weights.probe, "the probe"
         size = len(probe)

@@ -25,8 +25,8 @@ from diagnostics.errors import InvalidInput, OperationFailed
 from opd.data.prompts import Prompts
 from opd.models.contexts import evaluating
 from opd.models.fsdp import plain, whole
-from opd.models.model import Model
-from opd.rollouts.base import Share
+from opd.models.model import CausalLM
+from opd.rollouts.base import BatchSlice
 from opd.rollouts.vllm_common import (
     PROBE_TOKENS,
     TOLERANCE,
@@ -35,13 +35,19 @@ from opd.rollouts.vllm_common import (
     row_seeds,
     unpadded,
 )
-from opd.rollouts.vllm_server import NAMED, PROBE_TEMPERATURE, Response, RolloutServer, Weights
+from opd.rollouts.vllm_server import (
+    NAMED,
+    PROBE_TEMPERATURE,
+    Response,
+    RolloutServer,
+    WeightSnapshot,
+)
 from opd.runtime import distributed
 
-Found = TypeVar("Found")
+T = TypeVar("T")
 
 
-class Servers:
+class VllmServerEngine:
     """Samples from servers that hold copies of the student's weights; an `Engine`.
 
     Before the first synchronisation every server is tried: it must become a student with all
@@ -61,7 +67,7 @@ class Servers:
 
     def __init__(
         self,
-        model: Model,
+        model: CausalLM,
         *,
         urls: Sequence[str],
         folder: Path,
@@ -88,7 +94,7 @@ class Servers:
             self.sync(model)
         self.sync(model)
 
-    def sync(self, model: Model) -> None:
+    def sync(self, model: CausalLM) -> None:
         """Load the model's present weights into every server; a checkpoint, and a short prompt.
 
         Not while `sample` runs: a response would come from two models. Every process has to call.
@@ -116,7 +122,7 @@ class Servers:
         temperature: float,
         top_p: float,
         generator: torch.Generator,
-        share: Share | None = None,
+        share: BatchSlice | None = None,
     ) -> Rollouts:
         """One response to every row of `prompts`, in their order, each with a seed of its own.
 
@@ -175,13 +181,13 @@ class Servers:
             )
         server.load(self._weights)
 
-    def _each(self, act: Callable[[RolloutServer], Found]) -> list[Found]:
+    def _each(self, act: Callable[[RolloutServer], T]) -> list[T]:
         """What every server gives, all at once; the failure of one ends the others' work."""
         failures: list[BaseException] = []
         for server in self.servers:
             server.start()
 
-        def careful(server: RolloutServer) -> Found:
+        def careful(server: RolloutServer) -> T:
             try:
                 return act(server)
             except BaseException as error:
@@ -196,7 +202,7 @@ class Servers:
             raise failures[0]
         return [one.result() for one in doing]
 
-    def _export(self, model: Model, network: Any) -> Weights:
+    def _export(self, model: CausalLM, network: Any) -> WeightSnapshot:
         """Write a checkpoint of the network, and what the model says with these weights."""
         folder = self._folder(self._count + 1)
         export(network, folder)
@@ -206,7 +212,7 @@ class Servers:
         probe = torch.randint(model.vocabulary, (count,), generator=generator)
         with torch.no_grad(), evaluating(model.network):
             logits = model.network(probe[None].to(model.device)).logits[0].float().cpu()
-        return Weights(
+        return WeightSnapshot(
             name=f"{self._name}-{self._count + 1}",
             folder=folder,
             probe=probe.tolist(),

@@ -22,7 +22,7 @@ LEAST_STEPS = 5
 """Steps at each end of a run over which the divergence is compared."""
 SHARE = 10
 """The ends are a tenth of the steps where that is more."""
-DIVERGENCES = (("drift/reverse_kl", "reverse KL"), ("drift/k1", "sampled cost"))
+DIVERGENCES = (("divergence/reverse_kl", "reverse KL"), ("divergence/k1", "sampled cost"))
 BETTER, WORSE, NOTHING = "better", "worse", "nothing shown"
 
 
@@ -161,7 +161,7 @@ def unknown(quantity: str, task: str, basis: str) -> Change:
 
 def tokens(row: Row) -> float:
     """Supervised tokens of a step, from its position bins; 1 where they are not recorded."""
-    counts = [x for name, x in row.items() if name.startswith("drift/tokens@") and x]
+    counts = [x for name, x in row.items() if name.startswith("divergence/tokens@") and x]
     return float(sum(counts)) or 1.0
 
 

@@ -16,15 +16,22 @@ from pathlib import Path
 from diagnostics.errors import InvalidInput, OperationFailed
 from diagnostics.io.atomic import is_disk_full, sync, write_text
 from diagnostics.records import rows
+from diagnostics.records.renamed import present_settings
 from opd.config.settings import Config, to_json
 from opd.runtime import distributed
 from opd.runtime.manifest import damage
 from opd.runtime.staged_folders import checkpoints, step_of
 
 FREE_TO_CHANGE = (
-    *("steps", "out", "eval_every", "save_every", "batch_every", "probe_every", "loggers"),
-    *("micro_tokens", "chunk_elements", "rows_at_once", "checkpointing", "offload_teacher"),
-    *("teacher_patience", "teacher_requests", "rollout_patience", "rollout_requests"),
+    *("steps", "out", "eval_every", "save_every", "save_batch_every", "probe_every", "loggers"),
+    *(
+        "max_tokens_per_microbatch",
+        "max_logits_per_chunk",
+        "generation_batch_size",
+        "gradient_checkpointing",
+        "offload_teacher",
+    ),
+    *("teacher_timeout", "teacher_concurrency", "rollout_timeout", "rollout_concurrency"),
     *("rollout_servers", "weights_folder", "sharding", "trust_remote_code"),
     *("start_checks", "rescore_every"),
 )
@@ -106,7 +113,7 @@ def refuse_other_settings(folder: Path, config: Config) -> None:
     if not path.exists():
         raise InvalidInput(f"{folder} has a record but no config.json; {remedy}")
     try:
-        old = json.loads(path.read_text("utf-8"))
+        old = present_settings(json.loads(path.read_text("utf-8")))
     except ValueError as error:
         raise InvalidInput(f"{path} cannot be read ({error}); restore it, or {remedy}") from error
     new = to_json(config)
@@ -194,8 +201,8 @@ def explained(config: Config) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise OperationFailed(
-            f"out of memory on {config.device}: lower micro_tokens ({config.micro_tokens}), "
-            f"chunk_elements ({config.chunk_elements}) or rows_at_once ({config.rows_at_once}), "
+            f"out of memory on {config.device}: lower max_tokens_per_microbatch ({config.max_tokens_per_microbatch}), "
+            f"max_logits_per_chunk ({config.max_logits_per_chunk}) or generation_batch_size ({config.generation_batch_size}), "
             f"or set checkpointing or offload_teacher; the same command resumes ({error})"
         ) from error
     except Exception as error:

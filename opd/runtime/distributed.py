@@ -16,7 +16,7 @@ from diagnostics.errors import InvalidInput
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from diagnostics.core.totals import Total
+    from diagnostics.core.totals import Accumulator
 
 SPARE = 1800.0
 """Seconds that a rank waits for the others beyond its own patience with a server."""
@@ -120,7 +120,7 @@ def summed(x: "Tensor") -> "Tensor":
     return x
 
 
-def added(totals: "Mapping[str, Total]") -> "Mapping[str, Total]":
+def added(totals: "Mapping[str, Accumulator]") -> "Mapping[str, Accumulator]":
     """The totals of all processes; all have to hold the same ones."""
     if size() == 1:
         return totals

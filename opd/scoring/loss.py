@@ -16,35 +16,43 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from diagnostics.batch import Scored
+from diagnostics.batch import ScoredRollouts
 from diagnostics.errors import InvalidInput, OperationFailed
 from opd.models.forward import log_probabilities
-from opd.models.lm_head import Head, chunks, cooled, gathered_logits, half_on_gpu, products, shaped
+from opd.models.lm_head import (
+    LmHead,
+    chunks,
+    cooled,
+    gathered_logits,
+    half_on_gpu,
+    products,
+    shaped,
+)
 from opd.objectives.factory import Objective
-from opd.objectives.surrogates import Visited
-from opd.teachers.pair import Pair
+from opd.objectives.surrogates import VisitedTokens
+from opd.teachers.pair import ModelPair
 
 ChunkLoss = Callable[[Tensor, slice], Tensor]
 """(n, R) products of a chunk, its slice of the tokens -> scalar."""
 
 
 def loss_from_hidden(
-    pair: Pair,
+    pair: ModelPair,
     objective: Objective,
     hidden: Tensor,
     teacher_hidden: Tensor | None,
-    part: Scored,
+    part: ScoredRollouts,
     credit: Tensor,
     weight: Tensor,
     *,
-    chunk_elements: int,
+    max_logits_per_chunk: int,
 ) -> Tensor:
     """Scalar sum over supervised tokens of weight x surrogate, with gradient to hidden and head.
 
     Args:
       hidden: (N, D) student states; teacher_hidden: (N, D') for objectives on the full vocabulary.
       part: the micro-batch; credit: (B, T) of the same rows; weight: (N,) one over denominator.
-      chunk_elements: logits, of all V, that exist at once; immaterial to a loss on K head rows.
+      max_logits_per_chunk: logits, of all V, that exist at once; immaterial to a loss on K head rows.
 
     The gradient is ready when this returns, so call `backward` on the result once and no later
     than needed: until then a float32 gradient of the head is kept.
@@ -63,14 +71,14 @@ def loss_from_hidden(
         at = known.at(slice(None), logp, found[:, : known.ids.shape[1]])
         return (objective.surrogate(at) * weight).sum()
     chunk = chunk_loss(pair, objective, teacher_hidden, known, weight, temperature)
-    return chunked_loss(hidden, head, chunk, chunk_elements)
+    return chunked_loss(hidden, head, chunk, max_logits_per_chunk)
 
 
 def chunk_loss(
-    pair: Pair,
+    pair: ModelPair,
     objective: Objective,
     teacher_hidden: Tensor | None,
-    known: "Visits",
+    known: "TokenInputs",
     weight: Tensor,
     temperature: float,
 ) -> ChunkLoss:
@@ -101,15 +109,15 @@ def chunk_loss(
 
 
 def product_gradients(
-    pair: Pair,
+    pair: ModelPair,
     objective: Objective,
     hidden: Tensor,
     teacher_hidden: Tensor | None,
-    part: Scored,
+    part: ScoredRollouts,
     credit: Tensor,
     weight: Tensor,
     *,
-    chunk_elements: int,
+    max_logits_per_chunk: int,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Gradients (n, V) of the loss of `loss_from_hidden` by the products <h, W_v>, by chunk.
 
@@ -118,7 +126,7 @@ def product_gradients(
     """
     known, head = visits(objective, part, credit), pair.student.head
     loss = chunk_loss(pair, objective, teacher_hidden, known, weight, part.score_temperature)
-    for c in chunks(len(hidden), head.vocabulary, chunk_elements):
+    for c in chunks(len(hidden), head.vocabulary, max_logits_per_chunk):
         with torch.enable_grad():
             z = products(hidden[c], head).requires_grad_()
             (slope,) = torch.autograd.grad(loss(z, c), z)
@@ -126,8 +134,8 @@ def product_gradients(
 
 
 @dataclass(frozen=True, eq=False)
-class Visits:
-    """The constants of N visited tokens, as `Visited` has them; ids: (N, K) long."""
+class TokenInputs:
+    """The constants of N visited tokens, as `VisitedTokens` has them; ids: (N, K) long."""
 
     tokens: Tensor
     credit: Tensor
@@ -140,13 +148,13 @@ class Visits:
 
     def at(
         self, c: slice, logp: Tensor | None, ours: Tensor | None, theirs: Tensor | None = None
-    ) -> Visited:
+    ) -> VisitedTokens:
         """The tokens of a slice with the student's (n,) and (n, K) log-probabilities."""
 
         def cut(x: Tensor | None) -> Tensor | None:
             return None if x is None else x[c]
 
-        return Visited(
+        return VisitedTokens(
             logp=logp,
             credit=self.credit[c],
             teacher_logp=self.teacher_logp[c],
@@ -158,12 +166,12 @@ class Visits:
         )
 
 
-def visits(objective: Objective, part: Scored, credit: Tensor) -> Visits:
+def visits(objective: Objective, part: ScoredRollouts, credit: Tensor) -> TokenInputs:
     """The supervised tokens of a micro-batch, with the support if the objective has one."""
     mask, support = part.mask, part.support
     always = (part.tokens[mask], credit[mask], part.teacher_logp[mask], part.student_logp[mask])
     if objective.support in ("none", "full"):
-        return Visits(*always)
+        return TokenInputs(*always)
     if support is None or support.source != objective.support:
         found = "none" if support is None else repr(support.source)
         raise InvalidInput(
@@ -172,10 +180,10 @@ def visits(objective: Objective, part: Scored, credit: Tensor) -> Visits:
         )
     present = None if support.present is None else support.present[mask]
     inside = support.contains(part.tokens)[mask]
-    return Visits(*always, support.ids[mask], support.teacher_logp[mask], present, inside)
+    return TokenInputs(*always, support.ids[mask], support.teacher_logp[mask], present, inside)
 
 
-def chunked_loss(hidden: Tensor, head: Head, loss: ChunkLoss, elements: int) -> Tensor:
+def chunked_loss(hidden: Tensor, head: LmHead, loss: ChunkLoss, elements: int) -> Tensor:
     """Sum of `loss` over chunks of tokens, with gradient to hidden, weight and bias.
 
     Neither forward nor backward keeps (N, R); gradients of the head add up in float32. Twice
@@ -192,7 +200,7 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        head: Head,
+        head: LmHead,
         loss: ChunkLoss,
         elements: int,
     ) -> Tensor:

@@ -9,16 +9,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Prefix, Rollouts, Scored, Support
+from diagnostics.batch import DistributionStats, Rollouts, ScoredRollouts, Support
 from diagnostics.core.distribution_stats import functionals
 from diagnostics.errors import InvalidInput
 from opd.data.prompts import Prompts
 from opd.models.forward import log_probabilities, micro_batches, response_hidden, spread
 from opd.models.lm_head import chunks, cooled, full_logits, gathered_logits, two_stage_topk
 from opd.objectives.support import JOINED
-from opd.teachers.pair import Pair
-from opd.teachers.remote_scores import Told
-from opd.tokens.eos import Endings, student_support, teacher_tokens
+from opd.teachers.pair import ModelPair
+from opd.teachers.remote_scores import TeacherScores
+from opd.tokens.eos import EosMap, student_support, teacher_tokens
 
 Measure = Callable[[Tensor, Tensor, Tensor, Tensor], dict[str, Tensor]]
 """(n, D) student and (n, D') teacher states, (n,) tokens and their places -> (n, ...) columns."""
@@ -26,18 +26,18 @@ Measure = Callable[[Tensor, Tensor, Tensor, Tensor], dict[str, Tensor]]
 
 @torch.no_grad()
 def score(
-    pair: Pair,
+    pair: ModelPair,
     prompts: Prompts,
     batch: Rollouts,
     *,
     k: int,
     source: str = "teacher",
     temperature: float,
-    micro_tokens: int,
-    chunk_elements: int,
+    max_tokens_per_microbatch: int,
+    max_logits_per_chunk: int,
     keep_teacher: bool,
-    endings: Endings | None = None,
-) -> tuple[Scored, Tensor | None]:
+    endings: EosMap | None = None,
+) -> tuple[ScoredRollouts, Tensor | None]:
     """Put both models' log-probs, a support and the prefix functionals on a batch.
 
     The support holds the K most probable ids of the `source`, "teacher" or "student", or the
@@ -59,7 +59,7 @@ def score(
     if endings is not None and source != "teacher":
         raise InvalidInput(
             f"ends are exchanged in the teacher's top-K only, not in the {source!r} support; set "
-            "own_end off, or use the teacher's"
+            "map_eos off, or use the teacher's"
         )
 
     def measure(ours: Tensor, theirs: Tensor, tokens: Tensor, _: Tensor) -> dict[str, Tensor]:
@@ -89,23 +89,23 @@ def score(
         return found | {f"prefix.{name}": x for name, x in functionals(p, q, tokens).items()}
 
     columns, kept = _columns(
-        pair, prompts, batch, measure, micro_tokens, chunk_elements, keep_teacher
+        pair, prompts, batch, measure, max_tokens_per_microbatch, max_logits_per_chunk, keep_teacher
     )
     return _scored(batch, columns, source, temperature), kept
 
 
 @torch.no_grad()
 def score_support(
-    pair: Pair,
+    pair: ModelPair,
     prompts: Prompts,
     batch: Rollouts,
     *,
     k: int,
     temperature: float,
-    micro_tokens: int,
-    chunk_elements: int,
-    told: Told | None = None,
-) -> Scored:
+    max_tokens_per_microbatch: int,
+    max_logits_per_chunk: int,
+    told: TeacherScores | None = None,
+) -> ScoredRollouts:
     """The same with the teacher's top-K and without prefix functionals: V for the teacher only.
 
     For steps without diagnostics of objectives that are not `normalised`. `student_logp` is the
@@ -149,22 +149,29 @@ def score_support(
         }
 
     columns, _ = _columns(
-        pair, prompts, batch, measure, micro_tokens, chunk_elements, False, told is None
+        pair,
+        prompts,
+        batch,
+        measure,
+        max_tokens_per_microbatch,
+        max_logits_per_chunk,
+        False,
+        told is None,
     )
     return _scored(batch, columns, "teacher", temperature)
 
 
 @torch.no_grad()
 def score_told(
-    pair: Pair,
+    pair: ModelPair,
     prompts: Prompts,
     batch: Rollouts,
-    told: Told,
+    told: TeacherScores,
     *,
     source: str,
-    micro_tokens: int,
-    chunk_elements: int,
-) -> Scored:
+    max_tokens_per_microbatch: int,
+    max_logits_per_chunk: int,
+) -> ScoredRollouts:
     """The student's whole softmax beside a teacher elsewhere; temperature 1, no prefix functionals.
 
     The support is the teacher's K ids, or with the source "intersection" those of them that are
@@ -191,11 +198,13 @@ def score_told(
             found["support.present"] = JOINED[source](ids, best)[1]
         return found
 
-    columns, _ = _columns(pair, prompts, batch, measure, micro_tokens, chunk_elements, False, False)
+    columns, _ = _columns(
+        pair, prompts, batch, measure, max_tokens_per_microbatch, max_logits_per_chunk, False, False
+    )
     return _scored(batch, columns, source, 1.0)
 
 
-def _check(pair: Pair, k: int, source: str) -> None:
+def _check(pair: ModelPair, k: int, source: str) -> None:
     size = pair.student.vocabulary
     if k > size:
         raise InvalidInput(f"support_k is {k}, but the shared vocabulary has {size} tokens")
@@ -212,12 +221,12 @@ def _support_ids(p: Tensor, q: Tensor, k: int, source: str) -> tuple[Tensor, Ten
 
 
 def _columns(
-    pair: Pair,
+    pair: ModelPair,
     prompts: Prompts,
     batch: Rollouts,
     measure: Measure,
-    micro_tokens: int,
-    chunk_elements: int,
+    max_tokens_per_microbatch: int,
+    max_logits_per_chunk: int,
     keep_teacher: bool,
     run_teacher: bool = True,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -234,7 +243,7 @@ def _columns(
             flat[name] = torch.zeros((n, *value.shape[1:]), dtype=value.dtype, device=device)
         flat[name][where] = value
 
-    for rows in micro_batches(prompts, batch, micro_tokens):
+    for rows in micro_batches(prompts, batch, max_tokens_per_microbatch):
         part = batch.rows(rows).trimmed()
         some = prompts.rows(rows)
         sampled = part.sampled
@@ -244,21 +253,23 @@ def _columns(
         tokens = part.tokens[sampled]
         if keep_teacher:
             put("teacher_hidden", where, theirs)
-        for c in chunks(len(tokens), pair.student.vocabulary, chunk_elements):
+        for c in chunks(len(tokens), pair.student.vocabulary, max_logits_per_chunk):
             for name, value in measure(ours[c], theirs[c], tokens[c], where[c]).items():
                 put(name, where[c], value)
     return flat, flat.pop("teacher_hidden", None)
 
 
-def _scored(batch: Rollouts, columns: dict[str, Tensor], source: str, temperature: float) -> Scored:
+def _scored(
+    batch: Rollouts, columns: dict[str, Tensor], source: str, temperature: float
+) -> ScoredRollouts:
     full = {name: spread(value, batch.sampled) for name, value in columns.items()}
     prefix = _under(full, "prefix.")
-    scored = Scored(
+    scored = ScoredRollouts(
         **vars(batch),
         student_logp=full["student_logp"],
         teacher_logp=full["teacher_logp"],
         support=Support(source=source, **_under(full, "support.")),
-        prefix=Prefix(**prefix) if prefix else None,
+        prefix=DistributionStats(**prefix) if prefix else None,
         score_temperature=temperature,
     )
     return scored.checked()

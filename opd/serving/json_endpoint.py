@@ -23,7 +23,7 @@ from opd.serving.addresses import KEY, address_problem, key_variable
 from opd.serving.api_keys import hide_in_logs, refuse_odd_key, spellings
 from opd.serving.http_client import HttpClient, Reply
 
-__all__ = ["KEY", "PASSING", "Endpoint"]
+__all__ = ["KEY", "PASSING", "JsonEndpoint"]
 
 PASSING = (408, 425, 429, 500, 502, 503, 504)
 """States of a server that may be another one soon."""
@@ -41,7 +41,7 @@ class _Passing(Exception):
         self.after = after
 
 
-class Endpoint:
+class JsonEndpoint:
     """A server that is asked by several threads at once.
 
     Args:

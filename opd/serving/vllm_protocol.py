@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from diagnostics.errors import InvalidInput
 from diagnostics.io.files import KINDS, has_type, short
-from opd.serving.json_endpoint import Endpoint
+from opd.serving.json_endpoint import JsonEndpoint
 
 ID = re.compile(r"0|[1-9][0-9]{0,8}")
 CLAMPED = -9999.0
@@ -21,7 +21,7 @@ CLAMPED = -9999.0
 
 
 @dataclass(frozen=True, eq=False)
-class Answer:
+class PositionLogprobs:
     """What the teacher says of n positions of a sequence.
 
     ids (n, K): the most probable, in descending order; logp (n, K): of them; sampled (n,): of the
@@ -39,7 +39,7 @@ def read_row(
     places: Sequence[int],
     k: int,
     vocabulary: int,
-) -> Answer:
+) -> PositionLogprobs:
     """The numbers of one sequence.
 
     Raises:
@@ -66,7 +66,7 @@ def read_row(
             "lower support_k, or take a teacher with the student's vocabulary"
         )
     _check_numbers(logp, sampled, places)
-    return Answer(ids, logp.astype(np.float32), sampled.astype(np.float32))
+    return PositionLogprobs(ids, logp.astype(np.float32), sampled.astype(np.float32))
 
 
 def read_position(
@@ -129,7 +129,7 @@ ENTRY_BYTES, SPARE_BYTES = 512, 1 << 20
 """Most bytes of one id's log-probability in an answer, and of what stands around them."""
 
 
-def chosen(endpoint: Endpoint, name: str) -> dict[str, Any]:
+def chosen(endpoint: JsonEndpoint, name: str) -> dict[str, Any]:
     """The server's entry of the model of that name, or of its only one."""
     listed = endpoint.ask("/models", most=SPARE_BYTES)
     models = field(endpoint, listed, "data", list, "/models")
@@ -156,7 +156,7 @@ def chosen(endpoint: Endpoint, name: str) -> dict[str, Any]:
     return entries[name]
 
 
-def field(endpoint: Endpoint, answer: Any, name: str, kind: type, path: str) -> Any:
+def field(endpoint: JsonEndpoint, answer: Any, name: str, kind: type, path: str) -> Any:
     """A field of a server's answer, of the type that vLLM's has.
 
     Raises:

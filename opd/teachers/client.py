@@ -27,11 +27,11 @@ from tqdm import tqdm
 from diagnostics.errors import InvalidInput, OperationFailed
 from diagnostics.io.atomic import write_text
 from diagnostics.io.files import short
-from opd.serving.json_endpoint import Endpoint
+from opd.serving.json_endpoint import JsonEndpoint
 from opd.serving.vllm_protocol import (
     ENTRY_BYTES,
     SPARE_BYTES,
-    Answer,
+    PositionLogprobs,
     chosen,
     described,
     field,
@@ -52,7 +52,7 @@ SCRIPTS = " ".join(
 """Characters of many scripts, between spaces."""
 
 
-class Remote:
+class TeacherClient:
     """A teacher behind a URL; made by `connect`, which checks it.
 
     model: the name by which the server knows it; limit: the most ids of a sequence, with one that
@@ -60,7 +60,7 @@ class Remote:
     """
 
     def __init__(
-        self, endpoint: Endpoint, model: str, limit: int | None, vocabulary: int, in_flight: int
+        self, endpoint: JsonEndpoint, model: str, limit: int | None, vocabulary: int, in_flight: int
     ) -> None:
         self.endpoint, self.model, self.limit = endpoint, model, limit
         self.vocabulary, self.in_flight = vocabulary, in_flight
@@ -71,7 +71,7 @@ class Remote:
 
     def tell(
         self, rows: Sequence[Sequence[int]], places: Sequence[Sequence[int]], k: int
-    ) -> list[Answer]:
+    ) -> list[PositionLogprobs]:
         """An answer for every sequence, in their order: all of them, or an error.
 
         Afterwards the server must answer the probe as it did at first, so that a batch is never
@@ -87,7 +87,7 @@ class Remote:
         some = [i for i, wanted in enumerate(places) if wanted]
         found = dict(zip(some, self._all(some, rows, places, k), strict=True))
         self.check_same()
-        nothing = Answer(
+        nothing = PositionLogprobs(
             np.zeros((0, k), np.int64), np.zeros((0, k), np.float32), np.zeros(0, np.float32)
         )
         return [found.get(i, nothing) for i in range(len(rows))]
@@ -147,7 +147,7 @@ class Remote:
         rows: Sequence[Sequence[int]],
         places: Sequence[Sequence[int]],
         k: int,
-    ) -> list[Answer]:
+    ) -> list[PositionLogprobs]:
         """The answers of the rows `some`, `in_flight` questions at a time."""
         parts = grouped(some, [len(row) for row in rows])
         self.endpoint.start()
@@ -184,7 +184,7 @@ class Remote:
         places: Sequence[Sequence[int]],
         k: int,
         about: str,
-    ) -> list[Answer]:
+    ) -> list[PositionLogprobs]:
         """The answers to one question, one for each of its rows."""
         question = {
             "model": self.model,
@@ -241,7 +241,7 @@ def connect(
     k: int,
     patience: float,
     in_flight: int,
-) -> Remote:
+) -> TeacherClient:
     """The teacher at `url`, after what can be checked was checked.
 
     Args:
@@ -255,10 +255,10 @@ def connect(
         than K. RuntimeError: it does not answer.
     """
     url, _, name = url.partition("#")
-    endpoint = Endpoint(url, patience=patience)
+    endpoint = JsonEndpoint(url, patience=patience)
     entry = chosen(endpoint, name)
     check_same_text(endpoint, entry["id"], tokenizer)
-    remote = Remote(endpoint, entry["id"], entry.get("max_model_len"), vocabulary, in_flight)
+    remote = TeacherClient(endpoint, entry["id"], entry.get("max_model_len"), vocabulary, in_flight)
     try:
         remote._one([remote.probe], [range(1, PROBE_TOKENS)], k, f"the probe, with {k} ids")
     except ValueError as error:
@@ -270,7 +270,7 @@ def connect(
     return remote
 
 
-def check_same_text(endpoint: Endpoint, model: str, tokenizer: Any) -> None:
+def check_same_text(endpoint: JsonEndpoint, model: str, tokenizer: Any) -> None:
     """Refuse a server whose ids mean other text than the student's.
 
     The text of every id is compared, and the ids of a text in many scripts, because ids that are
@@ -279,7 +279,7 @@ def check_same_text(endpoint: Endpoint, model: str, tokenizer: Any) -> None:
     Raises:
       ValueError: names the first id that differs; or the server cannot tell.
     """
-    side = Endpoint(endpoint.url.removesuffix("/v1"), patience=endpoint.patience)
+    side = JsonEndpoint(endpoint.url.removesuffix("/v1"), patience=endpoint.patience)
     reason = (
         "; on-policy distillation scores the student's ids with the teacher, so both need one "
         "vocabulary"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diagnostics.errors import InvalidInput
 from opd.config.settings import Config
-from opd.models.lm_head import Head
+from opd.models.lm_head import LmHead
 from opd.models.loading import (
     check_same_vocabulary,
     end_ids,
@@ -25,14 +25,14 @@ from opd.models.loading import (
     resolve_device,
 )
 from opd.models.lora import adapted, without_adapters
-from opd.models.model import Model, split
+from opd.models.model import CausalLM, split
 from opd.serving.addresses import is_url
 from opd.teachers.client import connect
-from opd.teachers.pair import Pair, load_pair
-from opd.tokens.eos import Endings
+from opd.teachers.pair import ModelPair, load_pair
+from opd.tokens.eos import EosMap
 
 
-def make_pairs(settings: Sequence[Config]) -> list[Pair]:
+def make_pairs(settings: Sequence[Config]) -> list[ModelPair]:
     """A pair for the settings of each task, with one student; a teacher that several name is one.
 
     Raises:
@@ -62,7 +62,7 @@ def make_pairs(settings: Sequence[Config]) -> list[Pair]:
     return kept
 
 
-def make_pair(config: Config) -> Pair:
+def make_pair(config: Config) -> ModelPair:
     """The configured student and teacher.
 
     Raises:
@@ -87,12 +87,12 @@ def make_pair(config: Config) -> Pair:
         network = adapted(network, config)
     student = split(network, vocabulary)
     if is_url(config.teacher):
-        return with_server(Pair(student, student, tokenizer, eos), config)
+        return with_server(ModelPair(student, student, tokenizer, eos), config)
     teacher = without_adapters(student) if config.teacher == "base" else average(student)
-    return Pair(student, teacher, tokenizer, eos)
+    return ModelPair(student, teacher, tokenizer, eos)
 
 
-def with_teacher(pair: Pair, config: Config) -> Pair:
+def with_teacher(pair: ModelPair, config: Config) -> ModelPair:
     """The pair's student with the configured teacher, which stays in host memory if offloaded.
 
     Raises:
@@ -114,10 +114,10 @@ def with_teacher(pair: Pair, config: Config) -> Pair:
     theirs = own_first(tokenizer, end_ids(tokenizer, network))
     ours = own_first(pair.tokenizer, pair.eos)
     teacher = split(network, vocabulary)
-    return replace(pair, teacher=teacher, endings=Endings(ours, theirs), remote=None)
+    return replace(pair, teacher=teacher, endings=EosMap(ours, theirs), remote=None)
 
 
-def with_server(pair: Pair, config: Config) -> Pair:
+def with_server(pair: ModelPair, config: Config) -> ModelPair:
     """The pair's student with a teacher on a server, which has no weights here.
 
     Raises:
@@ -129,8 +129,8 @@ def with_server(pair: Pair, config: Config) -> Pair:
         pair.tokenizer,
         vocabulary,
         k=config.support_k,
-        patience=config.teacher_patience,
-        in_flight=config.teacher_requests,
+        patience=config.teacher_timeout,
+        in_flight=config.teacher_concurrency,
     )
 
     def hidden(ids: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
@@ -139,11 +139,11 @@ def with_server(pair: Pair, config: Config) -> Pair:
             "whole distributions; this needs a teacher in this process"
         )
 
-    teacher = Model(torch.nn.Module(), hidden, lambda: Head(None, vocabulary), vocabulary)
+    teacher = CausalLM(torch.nn.Module(), hidden, lambda: LmHead(None, vocabulary), vocabulary)
     return replace(pair, teacher=teacher, endings=None, remote=remote)
 
 
-def with_sharded_student(pairs: Sequence[Pair]) -> list[Pair]:
+def with_sharded_student(pairs: Sequence[ModelPair]) -> list[ModelPair]:
     """The pairs with their one student shared out among all processes (opd.models.fsdp)."""
     from opd.models.fsdp import sharded
 
@@ -157,14 +157,14 @@ def with_sharded_student(pairs: Sequence[Pair]) -> list[Pair]:
     return made
 
 
-def average(student: Model) -> Model:
+def average(student: CausalLM) -> CausalLM:
     """A float32 copy of the student, to be moved by `follow`."""
     network = copy.deepcopy(student.network).float().requires_grad_(False)
     return split(network, student.vocabulary)
 
 
 @torch.no_grad()
-def follow(teacher: Model, student: Model, decay: float) -> None:
+def follow(teacher: CausalLM, student: CausalLM, decay: float) -> None:
     """teacher <- decay teacher + (1 - decay) student, every weight."""
     pairs = zip(teacher.network.parameters(), student.network.parameters(), strict=True)
     for slow, fast in pairs:

@@ -4,25 +4,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from opd.models.loading import check_same_vocabulary, end_ids, head_rows, load, own_first
-from opd.models.model import Model, split
-from opd.teachers.client import Remote
-from opd.tokens.eos import Endings
+from opd.models.model import CausalLM, split
+from opd.teachers.client import TeacherClient
+from opd.tokens.eos import EosMap
 
 
 @dataclass(frozen=True, eq=False)
-class Pair:
+class ModelPair:
     """A student, its frozen teacher, the student's tokenizer and the ids that end a response.
 
     eos: the student's; endings: both models', each with its tokenizer's own first; remote: the
     teacher if it is on a server, in which case `teacher` has no weights (`opd.teachers.client`).
     """
 
-    student: Model
-    teacher: Model
+    student: CausalLM
+    teacher: CausalLM
     tokenizer: Any
     eos: list[int]
-    endings: Endings | None = None
-    remote: Remote | None = None
+    endings: EosMap | None = None
+    remote: TeacherClient | None = None
 
 
 def load_pair(
@@ -32,7 +32,7 @@ def load_pair(
     dtype: str,
     trust: bool = False,
     teacher_weights: str = "saved",
-) -> Pair:
+) -> ModelPair:
     """Load both models; the teacher's layers quantised, if so wanted.
 
     Raises:
@@ -44,5 +44,5 @@ def load_pair(
     eos = end_ids(tokenizer, network)
     vocabulary = min(head_rows(network), head_rows(frozen))
     frozen.requires_grad_(False)
-    endings = Endings(own_first(tokenizer, eos), own_first(other, end_ids(other, frozen)))
-    return Pair(split(network, vocabulary), split(frozen, vocabulary), tokenizer, eos, endings)
+    endings = EosMap(own_first(tokenizer, eos), own_first(other, end_ids(other, frozen)))
+    return ModelPair(split(network, vocabulary), split(frozen, vocabulary), tokenizer, eos, endings)

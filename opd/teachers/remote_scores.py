@@ -16,12 +16,12 @@ from opd.config.settings import Config
 from opd.data.prompts import Prompts
 from opd.models.forward import response_real
 from opd.objectives.factory import Objective
-from opd.teachers.client import Remote
-from opd.teachers.pair import Pair
+from opd.teachers.client import TeacherClient
+from opd.teachers.pair import ModelPair
 
 
 @dataclass(frozen=True, eq=False)
-class Told:
+class TeacherScores:
     """What a teacher elsewhere says of N sampled tokens, row-major over `Rollouts.sampled`.
 
     ids, logp: (N, K) its most probable, in descending order; sampled: (N,) log-probabilities of
@@ -36,7 +36,7 @@ class Told:
         return self.ids[place], self.logp[place], self.sampled[place]
 
 
-def asked(remote: Remote, prompts: Prompts, batch: Rollouts, k: int) -> Told:
+def asked(remote: TeacherClient, prompts: Prompts, batch: Rollouts, k: int) -> TeacherScores:
     """Ask a teacher on a server about every sampled token, at temperature 1.
 
     The teacher's softmax is over all its ids, also over those beyond the student's.
@@ -58,10 +58,10 @@ def asked(remote: Remote, prompts: Prompts, batch: Rollouts, k: int) -> Told:
         parts = [torch.from_numpy(getattr(answer, name)) for answer in answers]
         return torch.cat(parts).to(batch.tokens.device)
 
-    return Told(joined("ids"), joined("logp"), joined("sampled"))
+    return TeacherScores(joined("ids"), joined("logp"), joined("sampled"))
 
 
-def keep_probes(path: Path, pairs: Sequence[Pair], first: int) -> None:
+def keep_probes(path: Path, pairs: Sequence[ModelPair], first: int) -> None:
     """Keep in a run's record what its servers are known by; a resumed run must find them again.
 
     Raises:
@@ -98,11 +98,11 @@ def check_tellable(config: Config, objective: Objective) -> None:
             f"temperature {config.temperature}, since servers tell that of 1",
             "temperature 1",
         ),
-        (config.own_end, "own_end, which reads ids that were not sampled", "own_end off"),
+        (config.map_eos, "map_eos, which reads ids that were not sampled", "map_eos off"),
         (
-            config.keep_uncertain < 1,
-            "keep_uncertain, which comes with whole distributions",
-            "keep_uncertain 1",
+            config.entropy_top_fraction < 1,
+            "entropy_top_fraction, which comes with whole distributions",
+            "entropy_top_fraction 1",
         ),
         (config.probe_every, "probe_every, which needs its hidden states", "probe_every 0"),
     ):

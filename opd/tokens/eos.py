@@ -15,14 +15,14 @@ def first_of_each(ids: Tensor, among: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Endings:
+class EosMap:
     """Ids that end a response for each model, the one to read for a foreign end first."""
 
     student: tuple[int, ...]
     teacher: tuple[int, ...]
 
 
-def teacher_tokens(tokens: Tensor, endings: Endings) -> Tensor:
+def teacher_tokens(tokens: Tensor, endings: EosMap) -> Tensor:
     """The ids at which the teacher is read: its own end where the student used a foreign one.
 
     tokens: any shape. An end that both models know keeps its id. Only the score of the last token
@@ -32,7 +32,7 @@ def teacher_tokens(tokens: Tensor, endings: Endings) -> Tensor:
     return _swap(tokens, endings.student, endings.teacher)
 
 
-def student_support(ids: Tensor, endings: Endings) -> tuple[Tensor, Tensor]:
+def student_support(ids: Tensor, endings: EosMap) -> tuple[Tensor, Tensor]:
     """The ids at which the student is read on the teacher's top-K, and which of them count.
 
     ids: (..., K) in descending order of the teacher. The teacher's foreign end is read at the

@@ -30,7 +30,7 @@ FORMS = (
 
 
 @dataclass(frozen=True)
-class Rule:
+class MaskRule:
     """One rule: what it looks for, and which occurrences in a response it takes."""
 
     kind: Kind
@@ -42,7 +42,7 @@ class Rule:
         return f"{self.kind}:{self.value}" + (":first" if self.occurrence == "first" else "")
 
 
-def parse(texts: Sequence[str]) -> tuple[Rule, ...]:
+def parse(texts: Sequence[str]) -> tuple[MaskRule, ...]:
     """Rules in the order given, presets spelled out, each once.
 
     Raises:
@@ -52,7 +52,7 @@ def parse(texts: Sequence[str]) -> tuple[Rule, ...]:
     return tuple(dict.fromkeys(parse_one(text) for text in spelled))
 
 
-def parse_one(text: str) -> Rule:
+def parse_one(text: str) -> MaskRule:
     kind, _, value = text.partition(":")
     occurrence: Occurrence = "all"
     for known in get_args(Occurrence):
@@ -65,4 +65,4 @@ def parse_one(text: str) -> Rule:
         raise InvalidInput(f"mask rule {text!r} names no token id; write id:NUMBER, as id:151645")
     if kind == "role" and value not in ROLES:
         raise InvalidInput(f"mask rule {text!r} names no role; known: {', '.join(ROLES)}")
-    return Rule(kind, value, occurrence)  # type: ignore[arg-type]
+    return MaskRule(kind, value, occurrence)  # type: ignore[arg-type]

@@ -12,29 +12,29 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Rollouts, Scored
-from diagnostics.core.totals import Mean, Total
+from diagnostics.batch import Rollouts, ScoredRollouts
+from diagnostics.core.totals import Accumulator, Mean
 from diagnostics.errors import InvalidInput
 from opd.tokens.eos import first_of_each
-from opd.tokens.mask_rules import Rule, parse
-from opd.tokens.token_bytes import Pieces, pieces, token_bytes
+from opd.tokens.mask_rules import MaskRule, parse
+from opd.tokens.token_bytes import TokenBytes, pieces, token_bytes
 
 Batch = TypeVar("Batch", bound=Rollouts)
 THINK = ("<think>", "</think>")
 
 
 @dataclass(frozen=True, eq=False)
-class Mask:
+class ResolvedMaskRules:
     """A rule in the ids of one tokenizer: the ids, or the byte strings, that it takes out."""
 
     name: str
     first: bool
     ids: tuple[int, ...]
     strings: tuple[bytes, ...]
-    pieces: Pieces
+    pieces: TokenBytes
 
 
-def resolve(texts: Sequence[str], tokenizer: Any, eos: Sequence[int]) -> list[Mask]:
+def resolve(texts: Sequence[str], tokenizer: Any, eos: Sequence[int]) -> list[ResolvedMaskRules]:
     """Rules (`opd.tokens.mask_rules`) in the ids of a tokenizer; `eos` holds every id that ends a response.
 
     Raises:
@@ -49,8 +49,8 @@ def resolve(texts: Sequence[str], tokenizer: Any, eos: Sequence[int]) -> list[Ma
 
 
 def _resolve(
-    rule: Rule, tokenizer: Any, eos: tuple[int, ...], table: list[bytes], laid: Pieces
-) -> Mask:
+    rule: MaskRule, tokenizer: Any, eos: tuple[int, ...], table: list[bytes], laid: TokenBytes
+) -> ResolvedMaskRules:
     ids: tuple[int, ...] = ()
     strings: tuple[bytes, ...] = ()
     if rule.kind == "string":
@@ -69,7 +69,7 @@ def _resolve(
     if not ids and not strings:
         hint = "; string:TEXT finds text in pieces" if rule.kind == "token" else "; drop the rule"
         raise InvalidInput(f"mask rule {rule.name!r}: the tokenizer has no such token{hint}")
-    return Mask(rule.name, rule.occurrence == "first", ids, strings, laid)
+    return ResolvedMaskRules(rule.name, rule.occurrence == "first", ids, strings, laid)
 
 
 def special_ids(tokenizer: Any) -> tuple[int, ...]:
@@ -78,7 +78,7 @@ def special_ids(tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted(flagged | set(tokenizer.all_special_ids)))
 
 
-def supervised(tokens: Tensor, mask: Tensor, rules: Sequence[Mask]) -> Tensor:
+def supervised(tokens: Tensor, mask: Tensor, rules: Sequence[ResolvedMaskRules]) -> Tensor:
     """(B, T) the mask without the tokens that any rule takes out.
 
     Every rule looks at the batch as given, so their order does not matter.
@@ -91,7 +91,7 @@ def supervised(tokens: Tensor, mask: Tensor, rules: Sequence[Mask]) -> Tensor:
     return mask & ~torch.stack(taken).any(0) if taken else mask
 
 
-def hits(tokens: Tensor, mask: Tensor, rule: Mask) -> Tensor:
+def hits(tokens: Tensor, mask: Tensor, rule: ResolvedMaskRules) -> Tensor:
     """(B, T) bool: the supervised tokens that one rule takes out.
 
     `first` means the first occurrence in the response of each id, or of each string, that touches
@@ -109,7 +109,7 @@ def hits(tokens: Tensor, mask: Tensor, rule: Mask) -> Tensor:
 
 
 def string_hits(
-    tokens: Tensor, mask: Tensor, string: bytes, laid: Pieces, *, first: bool
+    tokens: Tensor, mask: Tensor, string: bytes, laid: TokenBytes, *, first: bool
 ) -> Tensor:
     """(B, T) bool: supervised tokens that share a byte with an occurrence of the string.
 
@@ -141,7 +141,7 @@ def string_hits(
     return (step[:-1].cumsum(0) > 0).reshape(tokens.shape) & mask
 
 
-def masked(batch: Batch, rules: Sequence[Mask]) -> Batch:
+def masked(batch: Batch, rules: Sequence[ResolvedMaskRules]) -> Batch:
     """The batch with the rules' tokens unsupervised and the rules in its name (`supervise`).
 
     The rules read what was sampled, so that what else is unsupervised does not matter to them.
@@ -152,7 +152,7 @@ def masked(batch: Batch, rules: Sequence[Mask]) -> Batch:
     return batch.supervise(keep, " - ".join(rule.name for rule in rules))
 
 
-def audit(batch: Scored, rules: Sequence[Mask]) -> dict[str, Total]:
+def audit(batch: ScoredRollouts, rules: Sequence[ResolvedMaskRules]) -> dict[str, Accumulator]:
     """What the rules take out of the tokens that were sampled, whatever else is unsupervised.
 
     With r = log student - log teacher and m the sampled tokens, for each rule by itself and for
@@ -172,7 +172,7 @@ def audit(batch: Scored, rules: Sequence[Mask]) -> dict[str, Total]:
     }
 
 
-def removed_by_id(batch: Scored, after: Tensor, size: int) -> Tensor:
+def removed_by_id(batch: ScoredRollouts, after: Tensor, size: int) -> Tensor:
     """(size, 3) float64: tokens, sum |r| and sum r^2 of sampled tokens not in `after`, by id.
 
     Adds over steps. `size` is at least the largest id plus one.

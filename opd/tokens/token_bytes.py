@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Pieces:
+class TokenBytes:
     """The bytes of all ids, laid end to end, on one device.
 
     data (Q,) uint8; start (V + 1,) long and length (V + 1,) long, where id v owns
@@ -24,15 +24,15 @@ class Pieces:
     start: Tensor
     length: Tensor
 
-    def to(self, device: torch.device) -> "Pieces":
-        return Pieces(self.data.to(device), self.start.to(device), self.length.to(device))
+    def to(self, device: torch.device) -> "TokenBytes":
+        return TokenBytes(self.data.to(device), self.start.to(device), self.length.to(device))
 
 
-def pieces(table: list[bytes]) -> Pieces:
+def pieces(table: list[bytes]) -> TokenBytes:
     """The table of `token_bytes` as tensors."""
     length = torch.tensor([*map(len, table), 0])
     data = torch.tensor(list(b"".join(table)), dtype=torch.uint8)
-    return Pieces(data, length.cumsum(0) - length, length)
+    return TokenBytes(data, length.cumsum(0) - length, length)
 
 
 def token_bytes(tokenizer: Any) -> list[bytes]:

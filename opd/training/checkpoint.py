@@ -28,14 +28,16 @@ from opd.models.fsdp import plain
 from opd.runtime import distributed
 from opd.runtime.manifest import write_manifest
 from opd.runtime.staged_folders import checkpoints, remove, whole_folder
-from opd.teachers.pair import Pair
+from opd.teachers.pair import ModelPair
 from opd.training.optimizer import Optimizer
 
 KEPT = 2
 """Checkpoints that are kept: the last one, and one before it in case the last is damaged."""
 
 
-def save(folder: Path, pair: Pair, optimizer: Optimizer, step: int, moving_teacher: bool) -> None:
+def save(
+    folder: Path, pair: ModelPair, optimizer: Optimizer, step: int, moving_teacher: bool
+) -> None:
     """Write checkpoints/step_N, then remove all but the last two. Every process has to call.
 
     The rows that lead to it are on the disk before it is.
@@ -74,7 +76,7 @@ def write_shards(optimizer: Optimizer, folder: Path) -> None:
             raise OperationFailed(first_of(error)) from error
 
 
-def load(checkpoint: Path, pair: Pair, moving_teacher: bool) -> None:
+def load(checkpoint: Path, pair: ModelPair, moving_teacher: bool) -> None:
     """Load the weights of a checkpoint.
 
     The optimizer follows (`load_optimizer`), once the weights are where they will stay.

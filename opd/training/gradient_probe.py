@@ -9,24 +9,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Scored
-from diagnostics.core.optional_fields import Missing
+from diagnostics.batch import ScoredRollouts
+from diagnostics.core.optional_fields import MissingField
 from diagnostics.errors import InvalidInput
 from diagnostics.gradients.bias import REFERENCES, cost_of_response
 from diagnostics.gradients.distributed import across_ranks, among, loss_across_ranks
 from diagnostics.gradients.estimators import GAMMAS, available, weights
 from diagnostics.gradients.layers import Block, block, sequence_gradients
-from diagnostics.gradients.probe import LossGradients, Measured, gradient_row, measured, on_policy
+from diagnostics.gradients.probe import (
+    GradientSketches,
+    LossGradients,
+    gradient_row,
+    measured,
+    on_policy,
+)
 from diagnostics.gradients.sketch import Projection, outer_sketches, random_signs
 from diagnostics.records.rows import Row
 from opd.data.prompts import Prompts
 from opd.models.forward import log_probabilities, micro_batches, response_hidden, spread
-from opd.models.lm_head import Head, chunks, cooled, full_logits, logit_slopes, products, shaped
-from opd.models.model import Model
+from opd.models.lm_head import LmHead, chunks, cooled, full_logits, logit_slopes, products, shaped
+from opd.models.model import CausalLM
 from opd.objectives.factory import Objective
 from opd.runtime import distributed
 from opd.scoring.loss import product_gradients
-from opd.teachers.pair import Pair
+from opd.teachers.pair import ModelPair
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,7 +46,7 @@ class TrainedLoss:
 
     objective: Objective
     prompts: Prompts
-    batch: Scored
+    batch: ScoredRollouts
     credit: Tensor
     weight: Tensor
     teacher_hidden: Tensor | None = None
@@ -48,14 +54,14 @@ class TrainedLoss:
 
 @torch.no_grad()
 def probe(
-    pair: Pair,
+    pair: ModelPair,
     prompts: Prompts,
-    scored: Scored,
+    scored: ScoredRollouts,
     trained: TrainedLoss,
     *,
     gamma: float,
-    micro_tokens: int,
-    chunk_elements: int,
+    max_tokens_per_microbatch: int,
+    max_logits_per_chunk: int,
     blocks: Sequence[str] = (),
 ) -> Row:
     """`diagnostics.gradients.probe.gradient_row` of a batch; empty where it has too few prompts for one.
@@ -82,7 +88,8 @@ def probe(
             "logits are not its hidden states times one matrix; set probe_every to 0"
         )
     ours, theirs = (
-        states(model, prompts, scored, micro_tokens) for model in (pair.student, pair.teacher)
+        states(model, prompts, scored, max_tokens_per_microbatch)
+        for model in (pair.student, pair.teacher)
     )
     tau, vocabulary = scored.score_temperature, pair.student.vocabulary
     signs = random_signs(vocabulary, ours.shape[1], seed=0).to(ours.device)
@@ -97,42 +104,44 @@ def probe(
         return logit_slopes(full_logits(ours[c], head), head)
 
     shaping = slopes_of_logits if head.softcap is not None or head.scale != 1 else None
-    size = chunks(len(ours), vocabulary, chunk_elements)[0].stop
+    size = chunks(len(ours), vocabulary, max_logits_per_chunk)[0].stop
     everybody = among(scored) if several else None
     found = measured(scored, ours, logp, signs, chunk_tokens=size, among=everybody, slopes=shaping)
     found = across_ranks(found) if several else found
-    loss, slopes = loss_gradients(pair, trained, signs, micro_tokens, chunk_elements, bool(blocks))
+    loss, slopes = loss_gradients(
+        pair, trained, signs, max_tokens_per_microbatch, max_logits_per_chunk, bool(blocks)
+    )
     loss = loss_across_ranks(loss) if several else loss
     nearest = ("plain", min(GAMMAS, key=lambda g: abs(g - gamma)))
-    below: dict[str, tuple[Measured, LossGradients]] = {}
+    below: dict[str, tuple[GradientSketches, LossGradients]] = {}
     if slopes is not None:
         chosen = [block(pair.student.network, pattern) for pattern in blocks]
         of_family = hidden_slopes(pair, scored, ours, theirs, size)
         family = below_head(
-            pair.student, prompts, scored, of_family, chosen, nearest[1], micro_tokens
+            pair.student, prompts, scored, of_family, chosen, nearest[1], max_tokens_per_microbatch
         )
-        losses = loss_below_head(pair.student, trained, slopes, chosen, micro_tokens)
+        losses = loss_below_head(pair.student, trained, slopes, chosen, max_tokens_per_microbatch)
         below = {name: (family[name], losses[name]) for name in family}
     try:
         row = gradient_row(found, nearest, loss=loss)
         for pattern, (members, own) in below.items():
             row |= gradient_row(members, nearest, prefix=f"gradient/blocks/{pattern}", loss=own)
-    except Missing:
+    except MissingField:
         return {}
     return dict(row)
 
 
 def loss_gradients(
-    pair: Pair,
+    pair: ModelPair,
     trained: TrainedLoss,
     signs: Projection,
-    micro_tokens: int,
-    chunk_elements: int,
+    max_tokens_per_microbatch: int,
+    max_logits_per_chunk: int,
     with_slopes: bool,
 ) -> tuple[LossGradients, Tensor | None]:
     """The head's gradients by response; with_slopes, (N, D) the loss's by the hidden states."""
     batch, head, mask = trained.batch, pair.student.head, trained.batch.mask
-    hidden = states(pair.student, trained.prompts, batch, micro_tokens)
+    hidden = states(pair.student, trained.prompts, batch, max_tokens_per_microbatch)
     by_hidden: list[Tensor] = []
 
     def slopes() -> Iterator[tuple[slice, Tensor]]:
@@ -144,7 +153,7 @@ def loss_gradients(
             batch,
             trained.credit,
             trained.weight[mask],
-            chunk_elements=chunk_elements,
+            max_logits_per_chunk=max_logits_per_chunk,
         ):
             if with_slopes:
                 by_hidden.append(pulled_back(slope, head, hidden.shape[1]))
@@ -156,11 +165,11 @@ def loss_gradients(
 
 
 def loss_below_head(
-    student: Model,
+    student: CausalLM,
     trained: TrainedLoss,
     slopes: Tensor,
     blocks: Sequence[Block],
-    micro_tokens: int,
+    max_tokens_per_microbatch: int,
 ) -> dict[str, LossGradients]:
     """The same of blocks below the head; one forward and one backward pass.
 
@@ -169,11 +178,11 @@ def loss_below_head(
     prompts, batch = trained.prompts, trained.batch
     spread_slopes = spread(slopes, batch.mask)
     parts: dict[str, list[tuple[list[int], Tensor, Tensor]]] = {b.name: [] for b in blocks}
-    for rows in micro_batches(prompts, batch, micro_tokens):
+    for rows in micro_batches(prompts, batch, max_tokens_per_microbatch):
         part = batch.rows(rows).trimmed()
         slope = spread_slopes[rows][:, : part.mask.shape[1]][part.mask]
 
-        def forward(rows: list[int] = rows, part: Scored = part) -> Tensor:
+        def forward(rows: list[int] = rows, part: ScoredRollouts = part) -> Tensor:
             return response_hidden(student, prompts.rows(rows), part)
 
         for name, (x, square) in sequence_gradients(blocks, forward, [slope]).items():
@@ -191,7 +200,7 @@ def loss_below_head(
 
 
 def hidden_slopes(
-    pair: Pair, scored: Scored, ours: Tensor, theirs: Tensor, chunk_tokens: int
+    pair: ModelPair, scored: ScoredRollouts, ours: Tensor, theirs: Tensor, chunk_tokens: int
 ) -> tuple[Tensor, Tensor]:
     """(N, D) gradients of each token's log p(y) and of its KL(p || q), by the student's state."""
     tokens, tau, head = scored.tokens[scored.mask], scored.score_temperature, pair.student.head
@@ -211,7 +220,7 @@ def hidden_slopes(
     return torch.cat(scores), torch.cat(locals_)
 
 
-def pulled_back(slope: Tensor, head: Head, width: int) -> Tensor:
+def pulled_back(slope: Tensor, head: LmHead, width: int) -> Tensor:
     """(n, V) gradients by the head's products -> (n, D) by its hidden states."""
     if head.weight is None:
         return torch.nn.functional.pad(slope, (0, width - slope.shape[1]))
@@ -219,14 +228,14 @@ def pulled_back(slope: Tensor, head: Head, width: int) -> Tensor:
 
 
 def below_head(
-    student: Model,
+    student: CausalLM,
     prompts: Prompts,
-    scored: Scored,
+    scored: ScoredRollouts,
     slopes: tuple[Tensor, Tensor],
     blocks: Sequence[Block],
     gamma: float,
-    micro_tokens: int,
-) -> dict[str, Measured]:
+    max_tokens_per_microbatch: int,
+) -> dict[str, GradientSketches]:
     """The plain member, and the one of least noise, at the discounts 0, gamma and 1, by block.
 
     What the head does is done once for all of them (`hidden_slopes`). Cost beyond that: one forward
@@ -240,13 +249,13 @@ def below_head(
     score, local = (spread(x, scored.mask) for x in slopes)
     count = at.values.shape[-1]
     kept: dict[str, list[tuple[list[int], Tensor, Tensor]]] = {b.name: [] for b in blocks}
-    for rows in micro_batches(prompts, scored, micro_tokens):
+    for rows in micro_batches(prompts, scored, max_tokens_per_microbatch):
         part = scored.rows(rows).trimmed()
         cut = slice(part.mask.shape[1])
         w = at.values[rows][:, cut][part.mask].to(score.dtype)
         s, k = (x[rows][:, cut][part.mask] for x in (score, local))
 
-        def forward(rows: list[int] = rows, part: Scored = part) -> Tensor:
+        def forward(rows: list[int] = rows, part: ScoredRollouts = part) -> Tensor:
             return response_hidden(student, prompts.rows(rows), part)
 
         members = (w[:, f, None] * s + at.local[f] * k for f in range(count))
@@ -255,7 +264,7 @@ def below_head(
     found = {}
     for name, parts in kept.items():
         order = torch.tensor([i for rows, _, _ in parts for i in rows]).argsort()
-        found[name] = Measured(
+        found[name] = GradientSketches(
             sketches=torch.cat([x for _, x, _ in parts])[order.to(score.device)],
             squares=torch.cat([x for _, _, x in parts])[order.to(score.device)],
             prompt=scored.prompt,
@@ -266,11 +275,13 @@ def below_head(
     return found
 
 
-def states(model: Model, prompts: Prompts, scored: Scored, micro_tokens: int) -> Tensor:
+def states(
+    model: CausalLM, prompts: Prompts, scored: ScoredRollouts, max_tokens_per_microbatch: int
+) -> Tensor:
     """(N, D) hidden states of all supervised tokens, row-major over the mask."""
     slot = (scored.mask.flatten().cumsum(0) - 1).reshape(scored.mask.shape)
     found: Tensor | None = None
-    for rows in micro_batches(prompts, scored, micro_tokens):
+    for rows in micro_batches(prompts, scored, max_tokens_per_microbatch):
         part = scored.rows(rows).trimmed()
         some = response_hidden(model, prompts.rows(rows), part)
         if found is None:

@@ -97,9 +97,9 @@ def shares(config: Config) -> list[int]:
     while sum(found) > total:  # take from the one with most beyond its due, if it can spare one
         able = [i for i, n in enumerate(found) if n > 1]
         found[max(able, key=lambda i: found[i] - exact[i])] -= 1
-    if wrong := [n for n in found if n % config.updates]:
+    if wrong := [n for n in found if n % config.updates_per_batch]:
         raise InvalidInput(
-            f"updates is {config.updates} and the tasks have {found} prompts a step: {wrong[0]} "
+            f"updates_per_batch is {config.updates_per_batch} and the tasks have {found} prompts a step: {wrong[0]} "
             "cannot be shared by the updates; change weights, prompts_per_step or updates"
         )
     return found

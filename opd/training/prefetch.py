@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from diagnostics.batch import Rollouts
-from diagnostics.core.totals import Mean, Total
+from diagnostics.core.totals import Accumulator, Mean
 from diagnostics.errors import InvalidInput, OperationFailed
 from diagnostics.records.batch_files import load
 from opd.data.prompts import Prompts
@@ -26,11 +26,11 @@ from opd.runtime import distributed
 from opd.runtime.manifest import damage, write_manifest
 from opd.runtime.staged_folders import checkpoints, remove, whole_folder
 
-Drawn = tuple[Prompts, Rollouts, Mapping[str, Total]]
+TaskRollouts = tuple[Prompts, Rollouts, Mapping[str, Accumulator]]
 """Of a task's step: prompts, graded responses to them, and what became of episodes."""
 
 
-class Ahead:
+class RolloutPrefetcher:
     """The rollouts of coming steps; a context that ends with nothing left under way.
 
     Args:
@@ -42,7 +42,7 @@ class Ahead:
 
     def __init__(
         self,
-        draw: Callable[[int], list[Drawn]],
+        draw: Callable[[int], list[TaskRollouts]],
         stop: Callable[[], None],
         *,
         depth: int,
@@ -51,10 +51,10 @@ class Ahead:
     ) -> None:
         self._draw, self._stop = draw, stop
         self._depth, self._steps, self._updates = depth, steps, updates
-        self._coming: dict[int, Future[list[Drawn]]] = {}
+        self._coming: dict[int, Future[list[TaskRollouts]]] = {}
         self._thread = ThreadPoolExecutor(1)
 
-    def take(self, step: int) -> list[Drawn]:
+    def take(self, step: int) -> list[TaskRollouts]:
         """The step's rollouts, with their age; sampled now if they were not before.
 
         Raises:
@@ -123,7 +123,7 @@ class Ahead:
                 f"{problem}; delete {kept}, and the rollouts are sampled anew, from the weights of "
                 f"the checkpoint at step {step}"
             )
-        found: dict[int, list[Drawn]] = {}
+        found: dict[int, list[TaskRollouts]] = {}
         files = (kept / own_folder()).glob("*.rest")
         for path in sorted(files, key=lambda file: tuple(map(int, file.stem.split("_")))):
             prompts, played = read_rest(path)
@@ -134,14 +134,14 @@ class Ahead:
             self._coming[later] = Future()
             self._coming[later].set_result(drawn)
 
-    def _drawn(self, now: int, step: int) -> list[Drawn]:
+    def _drawn(self, now: int, step: int) -> list[TaskRollouts]:
         age = (step - now) * self._updates
         return [
             (prompts, replace(rollouts, age=torch.full_like(rollouts.prompt, age)), played)
             for prompts, rollouts, played in self._draw(step)
         ]
 
-    def __enter__(self) -> "Ahead":
+    def __enter__(self) -> "RolloutPrefetcher":
         return self
 
     def __exit__(
@@ -160,7 +160,7 @@ def own_folder() -> str:
     return f"{distributed.rank()}_of_{distributed.size()}"
 
 
-def write_rest(path: Path, prompts: Prompts, played: Mapping[str, Total]) -> None:
+def write_rest(path: Path, prompts: Prompts, played: Mapping[str, Accumulator]) -> None:
     """What belongs to rollouts beside themselves, as one safetensors file."""
     tensors = {name: getattr(prompts, name) for name in ("tokens", "mask", "index")}
     for name, total in played.items():
@@ -169,12 +169,12 @@ def write_rest(path: Path, prompts: Prompts, played: Mapping[str, Total]) -> Non
     save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, path, header)
 
 
-def read_rest(path: Path) -> tuple[Prompts, dict[str, Total]]:
+def read_rest(path: Path) -> tuple[Prompts, dict[str, Accumulator]]:
     """What `write_rest` wrote."""
     with safe_open(path, framework="pt") as file:
         header = file.metadata()
         tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-    played: dict[str, Total] = {}
+    played: dict[str, Accumulator] = {}
     for name in json.loads(header["played"]):
         parts = sum(key.startswith(f"{name}.") for key in tensors)
         played[name] = Mean(*(tensors.pop(f"{name}.{i}") for i in range(parts)))

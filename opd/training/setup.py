@@ -6,40 +6,40 @@ from functools import partial
 from pathlib import Path
 
 from diagnostics.alarms.alarms import Alarms
-from diagnostics.batch import Scored
+from diagnostics.batch import ScoredRollouts
 from diagnostics.catalogue import PANEL, Metric
-from diagnostics.core.totals import Mean, Total
+from diagnostics.core.totals import Accumulator, Mean
 from diagnostics.errors import InvalidInput
 from diagnostics.metrics.consistency import staleness
 from diagnostics.metrics.divergence import sampled_divergence
 from diagnostics.metrics.groupby import by
-from diagnostics.metrics.length import length, reward
+from diagnostics.metrics.response import length, reward
 from diagnostics.metrics.signal import sign_shares, signal_concentration
 from diagnostics.monitor import Monitor
 from diagnostics.records import rows
 from opd.config.settings import Config, refuse
 from opd.data.sources import Columns
-from opd.data.tasks import Task, drop_long, load_task, refuse_long
-from opd.envs.task import Games, is_games, load_games
-from opd.models.model import Model
+from opd.data.tasks import Task, load_task, refuse_long, skip_long_prompts
+from opd.envs.task import GameTask, is_games, load_games
+from opd.models.model import CausalLM
 from opd.objectives.factory import DENOMINATORS, Objective, make
 from opd.rollouts.base import Engine
 from opd.rollouts.factory import make_engine
 from opd.runtime import distributed
-from opd.teachers.pair import Pair
+from opd.teachers.pair import ModelPair
 from opd.tokens.masking import resolve
 from opd.training.checks.settings import objective_problems
 from opd.training.checks.update import frozen_teacher
 from opd.training.multitask import settings_of, shares, turns
 from opd.training.optimizer import Optimizer
-from opd.training.prefetch import Ahead
-from opd.training.state import Run
+from opd.training.prefetch import RolloutPrefetcher
+from opd.training.state import TaskRun
 from opd.training.step import draw
 
 
 def make_runs(
-    config: Config, folder: Path, pairs: list[Pair], engine: Engine, optimizer: Optimizer
-) -> list[Run]:
+    config: Config, folder: Path, pairs: list[ModelPair], engine: Engine, optimizer: Optimizer
+) -> list[TaskRun]:
     """What the steps of each task share; a run of one task has one."""
     settings, objective = settings_of(config), make_objective(config)
     mixed = bool(config.tasks) and config.task_order == "mixed"
@@ -48,13 +48,13 @@ def make_runs(
         settings = [
             replace(own, prompts_per_step=n) for own, n in zip(settings, counts, strict=True)
         ]
-    history, runs = rows.read(folder / "rows.jsonl"), list[Run]()
-    ahead = Ahead(
+    history, runs = rows.read(folder / "rows.jsonl"), list[TaskRun]()
+    ahead = RolloutPrefetcher(
         lambda step: draw(in_turn(config, runs, step), step),
         engine.close,
-        depth=config.ahead,
+        depth=config.rollout_lag,
         steps=config.steps,
-        updates=config.updates,
+        updates=config.updates_per_batch,
     )
     for i, (own, pair) in enumerate(zip(settings, pairs, strict=True)):
         name = config.tasks[i].name if config.tasks else ""
@@ -65,7 +65,7 @@ def make_runs(
         for row in history:
             if mixed or row.get("task", "") == name:
                 alarms.update(row)  # one that was on stays on
-        run = Run(
+        run = TaskRun(
             config=own,
             folder=folder,
             pair=pair,
@@ -85,7 +85,7 @@ def make_runs(
     return runs
 
 
-def in_turn(config: Config, runs: list[Run], step: int) -> list[tuple[Run, int]]:
+def in_turn(config: Config, runs: list[TaskRun], step: int) -> list[tuple[TaskRun, int]]:
     """The tasks that share a step, each with the number of its steps so far."""
     return [(runs[i], nth) for i, nth in turns(config, step)]
 
@@ -105,17 +105,17 @@ def by_turn(config: Config) -> dict[str, Metric]:
     return {"cost by turn": by(cost, "turn", names)}
 
 
-def cost(batch: Scored) -> dict[str, Total]:
-    """`drift/k1` alone, without its positions."""
-    return {"drift/k1": Mean.of(batch.log_ratio, batch.mask, batch.prompt)}
+def cost(batch: ScoredRollouts) -> dict[str, Accumulator]:
+    """`divergence/k1` alone, without its positions."""
+    return {"divergence/k1": Mean.of(batch.log_ratio, batch.mask, batch.prompt)}
 
 
-def task_of(config: Config, pair: Pair) -> Task | Games:
+def task_of(config: Config, pair: ModelPair) -> Task | GameTask:
     """The configured task, problems or games."""
     return games_of(config) if is_games(config.task) else load(config, pair)
 
 
-def load(config: Config, pair: Pair) -> Task:
+def load(config: Config, pair: ModelPair) -> Task:
     """The configured problems.
 
     Raises:
@@ -132,18 +132,20 @@ def load(config: Config, pair: Pair) -> Task:
         columns=Columns(prompt=config.prompt_column, answer=config.answer_column),
         test_columns=Columns(prompt=config.eval_prompt_column, answer=config.eval_answer_column),
         fit=partial(
-            drop_long if config.drop_long else refuse_long, pair.tokenizer, config.max_prompt
+            skip_long_prompts if config.skip_long_prompts else refuse_long,
+            pair.tokenizer,
+            config.max_prompt,
         ),
     )
-    if config.outcome and not all(problem.answer for problem in task.train(0, 1)):
+    if config.reward_weight and not all(problem.answer for problem in task.train(0, 1)):
         raise InvalidInput(
-            f"outcome is {config.outcome}, and {config.task} has no answers, so that nothing is "
+            f"reward_weight is {config.reward_weight}, and {config.task} has no answers, so that nothing is "
             "graded; name the column that holds them with answer_column, or set outcome 0"
         )
     return task
 
 
-def games_of(config: Config) -> Games:
+def games_of(config: Config) -> GameTask:
     """The configured games.
 
     Raises:
@@ -156,8 +158,12 @@ def games_of(config: Config) -> Games:
                 f"{config.task} says itself who won and holds out games of its own; leave out "
                 f"{name}={getattr(config, name)!r}"
             )
-    if config.layout == "turns" and (config.outcome or config.baseline == "leave_one_out"):
-        what = f"outcome {config.outcome}" if config.outcome else "baseline leave_one_out"
+    if config.layout == "turns" and (config.reward_weight or config.baseline == "leave_one_out"):
+        what = (
+            f"reward_weight {config.reward_weight}"
+            if config.reward_weight
+            else "baseline leave_one_out"
+        )
         raise InvalidInput(
             f"{what} compares a response with the others to its prompt; with layout turns those "
             "are turns of the same episode too: set layout to trajectory"
@@ -167,7 +173,7 @@ def games_of(config: Config) -> Games:
         config.seed,
         layout=config.layout,
         max_turns=config.max_turns,
-        history=config.history,
+        history=config.history_turns,
         system=config.system,
     )
 
@@ -189,18 +195,18 @@ def make_objective(config: Config) -> Objective:
         beta=config.beta,
         clip=config.ppo_clip,
         ratio_clip=math.inf if config.ratio_clip is None else config.ratio_clip,
-        outcome=config.outcome,
-        advantage=config.advantage,
+        reward_weight=config.reward_weight,
+        reward_baseline=config.reward_baseline,
         mask_scope=config.mask_scope,
-        collapse_accepted=config.collapse_accepted,
+        allow_collapse=config.allow_collapse,
     )
     refuse(list(objective_problems(config, objective)))
     return objective
 
 
-def sampler(config: Config, student: Model) -> Engine:
+def sampler(config: Config, student: CausalLM) -> Engine:
     """The configured engine with the student's weights."""
-    settings: dict[str, object] = {"rows_at_once": config.rows_at_once}
+    settings: dict[str, object] = {"generation_batch_size": config.generation_batch_size}
     if config.engine == "vllm":
         settings = {"max_length": longest(config)}
     if config.engine == "servers":
@@ -208,8 +214,8 @@ def sampler(config: Config, student: Model) -> Engine:
             "urls": config.rollout_servers,
             "folder": Path(config.weights_folder or Path(config.out) / "weights"),
             "max_length": longest(config),
-            "patience": config.rollout_patience,
-            "in_flight": config.rollout_requests,
+            "patience": config.rollout_timeout,
+            "in_flight": config.rollout_concurrency,
         }
     return make_engine(config.engine, student, **settings)
 

@@ -6,23 +6,23 @@ from pathlib import Path
 
 from torch import Tensor
 
-from diagnostics.batch import Scored
-from diagnostics.core.totals import Total
+from diagnostics.batch import ScoredRollouts
+from diagnostics.core.totals import Accumulator
 from diagnostics.monitor import Monitor
 from opd.config.settings import Config
 from opd.data.prompts import Prompts
 from opd.data.tasks import Task
-from opd.envs.task import Games
+from opd.envs.task import GameTask
 from opd.objectives.factory import Objective
 from opd.rollouts.base import Engine
-from opd.teachers.pair import Pair
-from opd.tokens.masking import Mask
+from opd.teachers.pair import ModelPair
+from opd.tokens.masking import ResolvedMaskRules
 from opd.training.optimizer import Optimizer
-from opd.training.prefetch import Ahead
+from opd.training.prefetch import RolloutPrefetcher
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Run:
+class TaskRun:
     """What the steps of a run share; of a run of several tasks, what the steps of one task share.
 
     The tasks of a run have one student, optimizer, engine and what it samples ahead between them.
@@ -32,12 +32,12 @@ class Run:
 
     config: Config
     folder: Path
-    pair: Pair
-    task: Task | Games
+    pair: ModelPair
+    task: Task | GameTask
     engine: Engine
-    ahead: Ahead
+    ahead: RolloutPrefetcher
     objective: Objective
-    masks: list[Mask]
+    masks: list[ResolvedMaskRules]
     optimizer: Optimizer
     monitor: Monitor
     name: str = ""
@@ -47,7 +47,7 @@ class Run:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Part:
+class ScoredTaskBatch:
     """One task's rollouts of a step, scored.
 
     scored: with the mask of the loss; teacher_hidden (N, D'): the teacher's states at all N sampled
@@ -56,9 +56,9 @@ class Part:
     opd.training.checks.rescoring).
     """
 
-    run: Run
+    run: TaskRun
     prompts: Prompts
-    scored: Scored
+    scored: ScoredRollouts
     teacher_hidden: Tensor | None
-    played: Mapping[str, Total]
+    played: Mapping[str, Accumulator]
     checks: Mapping[str, Tensor] = field(default_factory=dict)

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Rollouts, Scored, concatenate
-from diagnostics.core.totals import Mean, Total, read
+from diagnostics.batch import Rollouts, ScoredRollouts, concatenate
+from diagnostics.core.totals import Accumulator, Mean, read
 from diagnostics.gradients.distributed import batches_of_ranks
 from diagnostics.records.rows import Row
 from opd.config.settings import Config
@@ -31,11 +31,11 @@ from opd.data.grading.unread_answers import READABLE
 from opd.data.prompts import Prompts, encode
 from opd.envs.packing import rows_of, totals
 from opd.envs.rollout import play
-from opd.envs.task import Games
+from opd.envs.task import GameTask
 from opd.models.contexts import awake
 from opd.models.fsdp import whole
 from opd.objectives.factory import Objective
-from opd.rollouts.base import Share
+from opd.rollouts.base import BatchSlice
 from opd.runs.run_folder import write_text
 from opd.runtime import distributed
 from opd.runtime.seeds import PROBE, ROLLOUT, derive
@@ -46,12 +46,12 @@ from opd.training.checks.rescoring import is_due, rescored
 from opd.training.checks.step import grader_numbers, prompt_numbers, sampler_numbers
 from opd.training.checks.update import changed_share
 from opd.training.gradient_probe import probe
-from opd.training.prefetch import Drawn
-from opd.training.state import Part, Run
+from opd.training.prefetch import TaskRollouts
+from opd.training.state import ScoredTaskBatch, TaskRun
 from opd.training.update import probed_loss, update
 
 
-def one_step(chosen: Sequence[tuple[Run, int]], step: int) -> Row:
+def one_step(chosen: Sequence[tuple[TaskRun, int]], step: int) -> Row:
     """The step's rollouts and the optimizer steps on them; returns its row of numbers.
 
     chosen: the tasks that share the step, most often one, each with the number of its steps so far,
@@ -72,7 +72,7 @@ def one_step(chosen: Sequence[tuple[Run, int]], step: int) -> Row:
     clock.append(time.perf_counter())
 
     row = recorded(parts, step, numbers) | probed
-    if due(nth, run.config.batch_every):
+    if due(nth, run.config.save_batch_every):
         save_batch(parts, run.folder / "batches" / f"step_{step:06d}.safetensors")
     clock.append(time.perf_counter())
     for name, a, b in zip(("rollout", "score", "update", "record"), clock, clock[1:], strict=False):
@@ -81,10 +81,10 @@ def one_step(chosen: Sequence[tuple[Run, int]], step: int) -> Row:
 
 
 def scored_parts(
-    chosen: Sequence[tuple[Run, int]], drawn: Sequence[Drawn], step: int
-) -> tuple[list[Part], Row]:
+    chosen: Sequence[tuple[TaskRun, int]], drawn: Sequence[TaskRollouts], step: int
+) -> tuple[list[ScoredTaskBatch], Row]:
     """What was drawn for each task, scored; and what its gradient probe says where one is due."""
-    parts: list[Part] = []
+    parts: list[ScoredTaskBatch] = []
     probed: Row = {}
     for (one, nth), (prompts, rollouts, played) in zip(chosen, drawn, strict=True):
         with awake(one.pair.teacher, one.pair.student.device, one.config.offload_teacher):
@@ -92,7 +92,7 @@ def scored_parts(
             if any(other.pair.remote is not None for other, _ in chosen):
                 scored = replace(scored, prefix=None)  # what one of a shared step cannot tell
             checks = checked(one, nth, prompts, scored)
-            part = Part(
+            part = ScoredTaskBatch(
                 run=one,
                 prompts=prompts,
                 scored=masked(scored, one.masks),
@@ -108,29 +108,29 @@ def scored_parts(
     return parts, probed
 
 
-def checked(run: Run, nth: int, prompts: Prompts, scored: Scored) -> dict[str, Tensor]:
+def checked(run: TaskRun, nth: int, prompts: Prompts, scored: ScoredRollouts) -> dict[str, Tensor]:
     """Numbers that say whether prompts, grader, sampler and scores are what they should be."""
     config, tokenizer = run.config, run.pair.tokenizer
     columns = prompt_numbers(config, prompts, tokenizer.bos_token_id)
     if student_measured(run, nth, scored):
         columns |= sampler_numbers(config, scored)
-    if not isinstance(run.task, Games):
+    if not isinstance(run.task, GameTask):
         columns |= grader_numbers(prompts.answers, scored.reward, partial(grade_texts, run))
     if is_due(nth, config.rescore_every):
         run.ahead.settle()  # a server of a teacher is asked by one thread at a time
         found = rescored(config, run.pair, prompts, scored)
         columns |= {name: scored.student_logp.new_tensor(x).double() for name, x in found.items()}
     if run.frozen is not None:
-        columns["validity/teacher_moved"] = changed_share(run.frozen).to(scored.tokens.device)
+        columns["consistency/teacher_moved"] = changed_share(run.frozen).to(scored.tokens.device)
     return columns
 
 
-def grade_texts(run: Run, texts: list[str], answer: str) -> list[float]:
+def grade_texts(run: TaskRun, texts: list[str], answer: str) -> list[float]:
     """Rewards of texts as responses to one problem, graded in the way of a step's responses.
 
     Where a text holds an id that ends a response, nothing is cut from the texts.
     """
-    assert not isinstance(run.task, Games)
+    assert not isinstance(run.task, GameTask)
     tokenizer = run.pair.tokenizer
     ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     ends = run.pair.eos
@@ -147,7 +147,7 @@ def grade_texts(run: Run, texts: list[str], answer: str) -> list[float]:
     return [verdict.reward for verdict in graded]
 
 
-def largest(parts: Sequence[Part]) -> dict[str, Tensor]:
+def largest(parts: Sequence[ScoredTaskBatch]) -> dict[str, Tensor]:
     """The checks of all tasks that share the step, of each the largest."""
     columns: dict[str, Tensor] = {}
     for part in parts:
@@ -156,7 +156,7 @@ def largest(parts: Sequence[Part]) -> dict[str, Tensor]:
     return columns
 
 
-def save_batch(parts: Sequence[Part], path: Path) -> None:
+def save_batch(parts: Sequence[ScoredTaskBatch], path: Path) -> None:
     """Write the rollouts of all tasks and processes, with the mask of the loss."""
     batches = [part.scored for part in parts]
     if distributed.size() > 1:
@@ -168,14 +168,14 @@ def save_batch(parts: Sequence[Part], path: Path) -> None:
         write_text(path.with_suffix(".prompts.json"), json.dumps(texts))
 
 
-def asked_texts(part: Part) -> list[str]:
+def asked_texts(part: ScoredTaskBatch) -> list[str]:
     """The prompt of each row of a part, as the student read it."""
     prompts, decode = part.prompts, part.run.pair.tokenizer.decode
     rows = zip(prompts.tokens.cpu(), prompts.mask.cpu().bool(), strict=True)
     return [decode(tokens[mask].tolist()) for tokens, mask in rows]
 
 
-def recorded(parts: list[Part], step: int, numbers: dict[str, Tensor | float]) -> Row:
+def recorded(parts: list[ScoredTaskBatch], step: int, numbers: dict[str, Tensor | float]) -> Row:
     """The step's row. Tasks that share a step are pooled in it; `Run.monitor` splits them too."""
     run, row = parts[0].run, Row(step=step)
     if len(parts) == 1 and run.name:
@@ -193,17 +193,17 @@ def recorded(parts: list[Part], step: int, numbers: dict[str, Tensor | float]) -
     return row
 
 
-def headed(run: Run, row: Row) -> Row:
+def headed(run: TaskRun, row: Row) -> Row:
     """The columns under the task's name, as `diagnostics.metrics.groupby.by` heads them."""
     return {f"task={run.name}/{name}": x for name, x in row.items()}
 
 
-def draw(chosen: Sequence[tuple[Run, int]], step: int) -> list[Drawn]:
+def draw(chosen: Sequence[tuple[TaskRun, int]], step: int) -> list[TaskRollouts]:
     """The rollouts of every task that shares the step."""
     return [roll_out(one, step, nth, one.config.top_p, ROLLOUT) for one, nth in chosen]
 
 
-def roll_out(run: Run, step: int, nth: int, top_p: float, purpose: int) -> Drawn:
+def roll_out(run: TaskRun, step: int, nth: int, top_p: float, purpose: int) -> TaskRollouts:
     """This process's prompts of the task's nth step and graded responses to them.
 
     The noise is for that purpose. Of games the rows of episodes, and what became of these; of
@@ -211,17 +211,17 @@ def roll_out(run: Run, step: int, nth: int, top_p: float, purpose: int) -> Drawn
     """
     config, device, task = run.config, run.pair.student.device, run.task
     count, group = config.prompts_per_step, config.group_size
-    mine = distributed.own(count, config.updates)
+    mine = distributed.own(count, config.updates_per_batch)
     words = (config.seed, step, purpose, *([run.place] if run.place else []))
     how: dict[str, Any] = {
         "max_response": config.max_response,
         "temperature": config.temperature,
         "top_p": top_p,
         "generator": torch.Generator().manual_seed(derive(*words)),
-        "share": Share([i * group + j for i in mine for j in range(group)], count * group),
+        "share": BatchSlice([i * group + j for i in mine for j in range(group)], count * group),
     }
-    tokenizer, eos, played = run.pair.tokenizer, run.pair.eos, dict[str, Total]()
-    if isinstance(task, Games):
+    tokenizer, eos, played = run.pair.tokenizer, run.pair.eos, dict[str, Accumulator]()
+    if isinstance(task, GameTask):
         seeds = task.train(nth, count)
         games = [(i, seeds[i]) for i in mine]
         how |= {"max_prompt": config.max_prompt}
@@ -249,8 +249,8 @@ def roll_out(run: Run, step: int, nth: int, top_p: float, purpose: int) -> Drawn
 
 
 def scored_by_both(
-    run: Run, nth: int, prompts: Prompts, rollouts: Rollouts
-) -> tuple[Scored, Tensor | None]:
+    run: TaskRun, nth: int, prompts: Prompts, rollouts: Rollouts
+) -> tuple[ScoredRollouts, Tensor | None]:
     """The scored batch, and the teacher's states (N, D') for objectives on the whole vocabulary.
 
     Between the steps that measure whole distributions, an objective that does not need the
@@ -262,19 +262,24 @@ def scored_by_both(
         return score_support(run.pair, prompts, rollouts, told=told, **scoring(config)), None
     if told is None:
         return exact(run, prompts, rollouts)
-    sizes = {"micro_tokens": config.micro_tokens, "chunk_elements": config.chunk_elements}
+    sizes = {
+        "max_tokens_per_microbatch": config.max_tokens_per_microbatch,
+        "max_logits_per_chunk": config.max_logits_per_chunk,
+    }
     source = source_of(run.objective)
     return score_told(run.pair, prompts, rollouts, told, source=source, **sizes), None
 
 
-def student_measured(run: Run, nth: int, rollouts: Rollouts) -> bool:
+def student_measured(run: TaskRun, nth: int, rollouts: Rollouts) -> bool:
     """Whether the student scores the step itself, and is not taken from its sampler."""
     config = run.config
-    due_now = due(nth, config.exact_every) or due(nth, config.probe_every)
+    due_now = due(nth, config.full_metrics_every) or due(nth, config.probe_every)
     return due_now or not spared(run, rollouts)
 
 
-def exact(run: Run, prompts: Prompts, rollouts: Rollouts) -> tuple[Scored, Tensor | None]:
+def exact(
+    run: TaskRun, prompts: Prompts, rollouts: Rollouts
+) -> tuple[ScoredRollouts, Tensor | None]:
     """The same with whole distributions measured."""
     return score(
         run.pair,
@@ -282,7 +287,7 @@ def exact(run: Run, prompts: Prompts, rollouts: Rollouts) -> tuple[Scored, Tenso
         rollouts,
         source=source_of(run.objective),
         keep_teacher=run.objective.support == "full",
-        endings=run.pair.endings if run.config.own_end else None,
+        endings=run.pair.endings if run.config.map_eos else None,
         **scoring(run.config),
     )
 
@@ -292,21 +297,21 @@ def scoring(config: Config) -> dict[str, Any]:
     return {
         "k": config.support_k,
         "temperature": config.temperature,
-        "micro_tokens": config.micro_tokens,
-        "chunk_elements": config.chunk_elements,
+        "max_tokens_per_microbatch": config.max_tokens_per_microbatch,
+        "max_logits_per_chunk": config.max_logits_per_chunk,
     }
 
 
-def spared(run: Run, rollouts: Rollouts) -> bool:
+def spared(run: TaskRun, rollouts: Rollouts) -> bool:
     """Whether the step can do without the student's whole distributions: see `score_support`."""
     plain = run.objective.support == "teacher" and not run.objective.normalised
-    rest = run.config.keep_uncertain == 1 and not run.config.own_end
+    rest = run.config.entropy_top_fraction == 1 and not run.config.map_eos
     if bool((rollouts.age > 0).any()):
         return False  # the sampler's softmax is that of older weights
     return plain and rest and rollouts.softmax_logp is not None
 
 
-def probed_row(part: Part, scored: Scored, step: int, nth: int) -> Row:
+def probed_row(part: ScoredTaskBatch, scored: ScoredRollouts, step: int, nth: int) -> Row:
     """The gradient probe at the weights before the update.
 
     The loss that trains is measured on the step's own rollouts. The family, which asks for tokens
@@ -324,8 +329,8 @@ def probed_row(part: Part, scored: Scored, step: int, nth: int) -> Row:
         scored,
         trained,
         gamma=config.gamma,
-        micro_tokens=config.micro_tokens,
-        chunk_elements=config.chunk_elements,
+        max_tokens_per_microbatch=config.max_tokens_per_microbatch,
+        max_logits_per_chunk=config.max_logits_per_chunk,
         blocks=config.probe_blocks,
     )
 

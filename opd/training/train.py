@@ -35,7 +35,7 @@ from opd.training.checks.start import check_start
 from opd.training.multitask import settings_of
 from opd.training.optimizer import adamw
 from opd.training.setup import in_turn, make_objective, make_runs, sampler
-from opd.training.state import Run
+from opd.training.state import TaskRun
 from opd.training.step import due, one_step
 from opd.training.trackers import Log, evaluation, open_loggers
 
@@ -68,7 +68,7 @@ def train(config: Config, anew: bool = False) -> Path:
             "set engine servers or hf"
         )
     with (
-        distributed.joined(where, config.teacher_patience + config.rollout_patience) as device,
+        distributed.joined(where, config.teacher_timeout + config.rollout_timeout) as device,
         run_folder.explained(config),
         run_folder.open_run(config, anew) as (folder, start),
     ):
@@ -112,7 +112,7 @@ def train(config: Config, anew: bool = False) -> Path:
     return folder
 
 
-def take_steps(config: Config, runs: list[Run], first: int, log: Log) -> None:
+def take_steps(config: Config, runs: list[TaskRun], first: int, log: Log) -> None:
     """The steps from `first` on, each with its row, and evaluations and checkpoints when due."""
     folder = runs[0].folder
     if first == 0:
@@ -134,10 +134,10 @@ def take_steps(config: Config, runs: list[Run], first: int, log: Log) -> None:
             tell(folder, config, step, row, chosen[0][0].monitor.raised, log)
             say(step, unread_steps(row, graders).values())
         bar.set_postfix(
-            reward=f"{row['collapse/reward']:.2f}",
-            kl=f"{row['drift/k1']:.3f}",
+            reward=f"{row['response/reward']:.2f}",
+            kl=f"{row['divergence/k1']:.3f}",
             grad=f"{row['grad_norm']:.2f}",
-            length=f"{row['collapse/length']:.0f}",
+            length=f"{row['response/length']:.0f}",
         )
         done = step + 1
         if due(done, config.eval_every) or done == config.steps:
@@ -158,7 +158,7 @@ def tell(
     for alarm in raised:
         tqdm.write(visible(str(alarm)), file=sys.stderr)
     if row["skipped"]:
-        skipped = f"{row['skipped']:.0f} of {config.updates} updates skipped"
+        skipped = f"{row['skipped']:.0f} of {config.updates_per_batch} updates skipped"
         say(step, [f"{skipped}, their gradient was not finite"])
 
 
@@ -168,7 +168,7 @@ def say(step: int, texts: Iterable[str]) -> None:
         tqdm.write(visible(f"step {step}: {text}"), file=sys.stderr)
 
 
-def record_evaluation(run: Run, step: int, log: Log) -> None:
+def record_evaluation(run: TaskRun, step: int, log: Log) -> None:
     """Append the held-out accuracy after `step` steps to evals.jsonl.
 
     Held-out problems without answers are not evaluated.

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Scored
+from diagnostics.batch import ScoredRollouts
 from diagnostics.errors import InvalidInput
 from diagnostics.gradients.distributed import among
 from opd.data.prompts import Prompts
@@ -25,10 +25,10 @@ from opd.training.checks.expected_loss import credit_of, expected_loss, loss_num
 from opd.training.checks.update import after_step, before_step, kept_gradients, leftover, lost_share
 from opd.training.gradient_probe import TrainedLoss
 from opd.training.optimizer import learning_rate
-from opd.training.state import Part, Run
+from opd.training.state import ScoredTaskBatch, TaskRun
 
 
-def update(parts: Sequence[Part], step: int) -> dict[str, Tensor | float]:
+def update(parts: Sequence[ScoredTaskBatch], step: int) -> dict[str, Tensor | float]:
     """`updates` optimizer steps, each on its share of every part; returns numbers for the row.
 
     The loss is the mean of the parts' losses by weight, each over its own denominator, which counts
@@ -43,7 +43,7 @@ def update(parts: Sequence[Part], step: int) -> dict[str, Tensor | float]:
     ready = [shared_out(part) for part in parts]
     losses, norms, skipped = [], [], 0
     checks: dict[str, Tensor | float] = {}
-    for u in range(config.updates):
+    for u in range(config.updates_per_batch):
         optimizer.zero_grad()
         left = leftover(optimizer)
         loss, gradients = torch.zeros((), device=run.pair.student.device), None
@@ -53,7 +53,7 @@ def update(parts: Sequence[Part], step: int) -> dict[str, Tensor | float]:
         lost = lost_share(gradients or [])
         optimizer.gather()
         before = before_step(optimizer) if u == 0 else None
-        norm, taken = optimizer.step(rate, config.clip)
+        norm, taken = optimizer.step(rate, config.max_grad_norm)
         if before is not None:
             checks |= after_step(optimizer, before, taken)
             checks |= {"update/leftover_gradient": left, "update/lost_gradient": lost}
@@ -69,7 +69,7 @@ def update(parts: Sequence[Part], step: int) -> dict[str, Tensor | float]:
 
 
 @dataclass(frozen=True, eq=False)
-class Work:
+class UpdateSlice:
     """What an update does with a part: rows, and for all rows of the part what the loss needs.
 
     kept: the tokens that the loss is taken over; credit, ratio (B, T): of every token; denominator
@@ -79,11 +79,11 @@ class Work:
     """
 
     rows: list[int]
-    kept: Scored
+    kept: ScoredRollouts
     credit: Tensor
     ratio: Tensor
     denominator: Tensor
-    counted: Scored
+    counted: ScoredRollouts
     places: list[int]
     expected_credit: Tensor
     expected_ratio: Tensor
@@ -95,7 +95,10 @@ class Work:
 
 
 def loss_columns(
-    parts: Sequence[Part], weights: Sequence[float], ready: Sequence[list[Work]], loss: Tensor
+    parts: Sequence[ScoredTaskBatch],
+    weights: Sequence[float],
+    ready: Sequence[list[UpdateSlice]],
+    loss: Tensor,
 ) -> dict[str, Tensor]:
     """The first update's loss against what the scored batches say it is (opd.training.checks.expected_loss).
 
@@ -123,7 +126,7 @@ def loss_columns(
     return loss_numbers(loss, distributed.summed(torch.stack(vectors).sum(0)))
 
 
-def shared_out(part: Part) -> list[Work]:
+def shared_out(part: ScoredTaskBatch) -> list[UpdateSlice]:
     """The work of each update, from what all processes' tokens say of credit and denominators."""
     config, objective = part.run.config, part.run.objective
     alone = distributed.size() == 1
@@ -132,17 +135,17 @@ def shared_out(part: Part) -> list[Work]:
     credit, ratio = objective.credit(batch)[here], objective.ratio(batch)[here]
     expected_credit, expected_ratio = credit_of(config, batch)[here], ratio_of(config, batch)[here]
     kept = part.scored
-    if config.keep_uncertain < 1:
-        chosen = most_uncertain(batch, config.keep_uncertain)
+    if config.entropy_top_fraction < 1:
+        chosen = most_uncertain(batch, config.entropy_top_fraction)
         kept, batch = kept.supervise(chosen[here]), batch.supervise(chosen)
     counted = replace(batch, support=None, prefix=None)
     found, place = [], torch.arange(len(batch))[mine].tolist()
-    for number, rows in enumerate(shares(batch.prompt.tolist(), config.updates), 1):
+    for number, rows in enumerate(shares(batch.prompt.tolist(), config.updates_per_batch), 1):
         if bool(batch.mask.any()) and not bool(batch.mask[rows].any()):
             raise InvalidInput(
-                f"update {number} of {config.updates} has no supervised token, of "
-                f"{int(batch.mask.sum())} in the step; lower updates, raise keep_uncertain "
-                f"({config.keep_uncertain:g}), or look at the mask rule"
+                f"update {number} of {config.updates_per_batch} has no supervised token, of "
+                f"{int(batch.mask.sum())} in the step; lower updates, raise entropy_top_fraction "
+                f"({config.entropy_top_fraction:g}), or look at the mask rule"
             )
         below = batch.student_logp.new_ones(len(batch))
         some = counted.rows(rows)
@@ -150,7 +153,7 @@ def shared_out(part: Part) -> list[Work]:
         position = {row: i for i, row in enumerate(rows)}
         own = [i for i, row in enumerate(place) if row in position]
         found.append(
-            Work(
+            UpdateSlice(
                 rows=own,
                 kept=kept,
                 credit=credit,
@@ -165,7 +168,7 @@ def shared_out(part: Part) -> list[Work]:
     return found
 
 
-def probed_loss(part: Part) -> TrainedLoss:
+def probed_loss(part: ScoredTaskBatch) -> TrainedLoss:
     """The loss of the step's updates, response by response, for the gradient probe.
 
     Each update's weights, before ratios, are scaled to a mean of 1 over its tokens, so that a
@@ -194,7 +197,7 @@ def probed_loss(part: Part) -> TrainedLoss:
 
 
 def backward(
-    part: Part, work: Work, share: float
+    part: ScoredTaskBatch, work: UpdateSlice, share: float
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]] | None]:
     """Add the gradient of `share` times the loss of these rows.
 
@@ -210,7 +213,7 @@ def backward(
             hidden = part.teacher_hidden
             if hidden is not None:
                 hidden = hidden[slot[some][:, :width][batch.mask]]
-            with recomputing(run.pair.student.network, config.checkpointing):
+            with recomputing(run.pair.student.network, config.gradient_checkpointing):
                 partial = loss_from_hidden(
                     run.pair,
                     run.objective,
@@ -219,7 +222,7 @@ def backward(
                     batch,
                     work.credit[some][:, :width],
                     share * counts * work.weight[some][:, :width][batch.mask],
-                    chunk_elements=config.chunk_elements,
+                    max_logits_per_chunk=config.max_logits_per_chunk,
                 )
                 partial.backward()
             loss = loss + partial.detach()
@@ -227,14 +230,14 @@ def backward(
     return loss, first
 
 
-def in_step(run: Run, prompts: Prompts, work: Work) -> list[tuple[list[int], float]]:
+def in_step(run: TaskRun, prompts: Prompts, work: UpdateSlice) -> list[tuple[list[int], float]]:
     """Micro-batches of rows, and whether they count.
 
     Processes that share the weights go through them together, so that all have equally many; one
     that has fewer goes through its smallest again, for nothing.
     """
     groups = micro_batches(
-        prompts.rows(work.rows), work.kept.rows(work.rows), run.config.micro_tokens
+        prompts.rows(work.rows), work.kept.rows(work.rows), run.config.max_tokens_per_microbatch
     )
     found = [([work.rows[i] for i in group], 1.0) for group in groups]
     if run.config.sharding == "none":

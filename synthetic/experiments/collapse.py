@@ -82,7 +82,7 @@ def measure(setting: dict[str, Any], generator: torch.Generator) -> list[Row]:
     rows: list[Row] = []
     about = {key: setting[key] for key in ("start", "k")}
     for name in NAMES:
-        objective = factory.make(name, collapse_accepted=True)
+        objective = factory.make(name, allow_collapse=True)
         student = start.clone()
         for iteration in range(setting["iterations"] + 1):
             if iteration in marks:

@@ -10,7 +10,7 @@ import torch
 from synthetic.analysis.summary import interval
 from synthetic.exact import moments
 from synthetic.exact.token_weights import masked_moments, quantiles, token_weights, top_share
-from synthetic.worlds.drift_chain import DriftChain, Knobs, drift_chain
+from synthetic.worlds.drift_chain import DriftChain, DriftChainConfig, drift_chain
 
 CLAIM = (
     "A rare forbidden tag carries a large part of the signal and most of the gradient's noise; "
@@ -110,7 +110,9 @@ Row = dict[str, Any]
 def measure(setting: dict[str, Any], generator: torch.Generator) -> list[Row]:
     """Signal, drift, gradients and training of one drawn chain; every number is exact."""
     chosen = {key: setting[key] for key in CHAIN}
-    knobs = Knobs(**chosen, horizon=setting["horizon"], teacher_enter=0.75 * setting["enter"])
+    knobs = DriftChainConfig(
+        **chosen, horizon=setting["horizon"], teacher_enter=0.75 * setting["enter"]
+    )
     chain = drift_chain(knobs, generator)
     about = {"seed": setting["seed"], **chosen}
     rows = [signal(chain), *positions(chain), *gradients(chain)]

@@ -142,7 +142,7 @@ def _trained(
     return descent.train(
         task,
         start.expand(len(rates), -1).clone(),
-        factory.make(name, gamma, baseline, collapse_accepted=True),
+        factory.make(name, gamma, baseline, allow_collapse=True),
         by,
         setting["iterations"],
         setting["batch"],

@@ -84,7 +84,7 @@ def measure(setting: dict[str, Any], generator: torch.Generator) -> list[Row]:
             grad_mass = p * (inside - mass[:, None])
             for form, ending in FORMS.items():
                 name = f"{source}_topk{ending}"
-                objective = factory.make(name, collapse_accepted=True)
+                objective = factory.make(name, allow_collapse=True)
                 found = expected(student, teacher, objective, k)
                 norms = found.norm(dim=-1) * full.norm(dim=-1)
                 unit = full.norm(dim=-1)

@@ -10,7 +10,7 @@ from scipy import stats
 
 from synthetic.analysis.summary import interval
 from synthetic.toy import control, distillation
-from synthetic.toy.control import BATCH, GAMMAS, TARGETS, Choices
+from synthetic.toy.control import BATCH, GAMMAS, TARGETS, DistillationConfig
 
 CLAIM = (
     "The published metric mixes the estimator's variance with where its own training path went. At "
@@ -25,7 +25,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fast": {"rate": 1e-2},
     "descent": {"optimizer": "sgd"},
 }
-"""What of `Choices` differs from its defaults."""
+"""What of `DistillationConfig` differs from its defaults."""
 KEYS = ["variant", "gamma", "task", "iteration", "path"]
 TASKS = ("left", "right")
 INFINITE = 1e30
@@ -115,7 +115,7 @@ def measure(setting: dict[str, Any], generator: torch.Generator) -> list[Row]:
     to the target, local KL, J and divergence; visits: counts by time and position.
     """
     how = {"teacher_iterations": setting["teacher_iterations"], **VARIANTS[setting["variant"]]}
-    choices, last = Choices(**how), setting["iterations"]
+    choices, last = DistillationConfig(**how), setting["iterations"]
     teachers = control.train_teachers(choices, generator)
     students = control.fresh(len(GAMMAS), 3, choices.hidden, choices.sigma_floor, generator)
     kept = sorted({0, last, *(i for i in (30, 100, 300, 1000) if i < last)})
@@ -150,7 +150,7 @@ def _equal(
     path: float,
     teachers: tuple[control.Networks, control.Networks],
     count: int,
-    choices: Choices,
+    choices: DistillationConfig,
     generator: torch.Generator,
 ) -> list[Row]:
     """Unbiased variances of all discounts at one policy, of all layers and of the last."""
@@ -175,7 +175,7 @@ def _final(
     done: distillation.Distilled,
     teachers: tuple[control.Networks, control.Networks],
     count: int,
-    choices: Choices,
+    choices: DistillationConfig,
     generator: torch.Generator,
 ) -> list[Row]:
     rows: list[Row] = []

@@ -1,4 +1,4 @@
-"""Trajectories of a tabular world as the same `Scored` batch that a language model's run yields.
+"""Trajectories of a tabular world as the same `ScoredRollouts` batch that a language model's run yields.
 
 Shapes: B trajectories, T steps, S states, A actions, K support ids.
 """
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Prefix, Scored, Support
+from diagnostics.batch import DistributionStats, ScoredRollouts, Support
 from diagnostics.core.distribution_stats import functionals
 from diagnostics.errors import InvalidInput
 from opd.objectives.support import JOINED
@@ -22,7 +22,7 @@ class Trajectories:
     states (B, T) long; where the mask is False the end state.
     """
 
-    batch: Scored
+    batch: ScoredRollouts
     states: Tensor
 
 
@@ -120,7 +120,7 @@ def looked_up(
         teacher[:, None].expand(-1, num_actions, -1),
         torch.arange(num_actions).expand_as(student),
     )
-    batch = Scored(
+    batch = ScoredRollouts(
         tokens=tokens,
         mask=mask,
         sampler_logp=sampler_logp[states, tokens] * mask,
@@ -128,7 +128,7 @@ def looked_up(
         ended=torch.ones(len(states), dtype=torch.bool),
         student_logp=student[states, tokens] * mask,
         teacher_logp=teacher[states, tokens] * mask,
-        prefix=Prefix(**{name: x[states, tokens] * mask for name, x in table.items()}),
+        prefix=DistributionStats(**{name: x[states, tokens] * mask for name, x in table.items()}),
         mask_rule="not_ended",
     )
     return Trajectories(batch, states)

@@ -1,7 +1,7 @@
 """The published toy: 1-D Gaussian control, two mirrored tasks, one student, two teachers.
 
 (arXiv 2603.25562, section 2.1 and appendix E.) A state is a position, an action a step drawn from
-N(mu, sigma); the episode lasts T steps. What the paper does not state is a field of `Choices`.
+N(mu, sigma); the episode lasts T steps. What the paper does not state is a field of `DistillationConfig`.
 
 Shapes: R networks stacked, N inputs, B trajectories, T steps, H hidden units. float64.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Scored
+from diagnostics.batch import ScoredRollouts
 
 HORIZON, BATCH, MICRO = 20, 64, 8
 GAMMAS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -21,7 +21,7 @@ STARTS, TARGETS = (2.0, -2.0), (-3.0, 3.0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choices:
+class DistillationConfig:
     """What the paper leaves open, as chosen here."""
 
     hidden: int = 64
@@ -93,7 +93,7 @@ def fresh(
     return Networks(tuple(weights), floor)
 
 
-def inputs(task: int, position: Tensor, step: Tensor | int, choices: Choices) -> Tensor:
+def inputs(task: int, position: Tensor, step: Tensor | int, choices: DistillationConfig) -> Tensor:
     """(...) positions -> (..., 3) what the student sees: task -1 or 1, position, time in [0, 1]."""
     side = torch.full_like(position, (-1.0, 1.0)[task])
     time = torch.zeros_like(position) + step
@@ -113,7 +113,7 @@ def gaussian_kl(mean: Tensor, sigma: Tensor, other: Tensor, other_sigma: Tensor)
 
 @torch.no_grad()
 def rollouts(
-    networks: Networks, task: int, noise: Tensor, choices: Choices
+    networks: Networks, task: int, noise: Tensor, choices: DistillationConfig
 ) -> tuple[Tensor, Tensor]:
     """Positions (R, B, T + 1) and actions (R, B, T) of R policies on common noise (B, T)."""
     count = len(networks.weights[0])
@@ -129,17 +129,17 @@ def rollouts(
     return torch.stack(positions, -1), torch.stack(actions, -1)
 
 
-def visited(task: int, positions: Tensor, choices: Choices) -> Tensor:
+def visited(task: int, positions: Tensor, choices: DistillationConfig) -> Tensor:
     """(R, B, T + 1) positions -> (R, B * T, 3) inputs at which actions were drawn."""
     count, batch, _ = positions.shape
     steps = torch.arange(HORIZON, dtype=torch.float64).expand(count, batch, -1)
     return inputs(task, positions[..., :-1], steps, choices).reshape(count, -1, 3)
 
 
-def as_batch(student_logp: Tensor, teacher_logp: Tensor) -> Scored:
+def as_batch(student_logp: Tensor, teacher_logp: Tensor) -> ScoredRollouts:
     """(B, T) log-densities as the batch that every objective takes; there are no token ids."""
     count = len(student_logp)
-    return Scored(
+    return ScoredRollouts(
         tokens=torch.zeros_like(student_logp, dtype=torch.long),
         mask=torch.ones_like(student_logp, dtype=torch.bool),
         sampler_logp=student_logp.detach(),
@@ -150,7 +150,9 @@ def as_batch(student_logp: Tensor, teacher_logp: Tensor) -> Scored:
     )
 
 
-def train_teachers(choices: Choices, generator: torch.Generator) -> tuple[Networks, Networks]:
+def train_teachers(
+    choices: DistillationConfig, generator: torch.Generator
+) -> tuple[Networks, Networks]:
     """One teacher a task, by REINFORCE with a position-mean baseline on the distance to the target.
 
     A teacher sees what the student sees; its task is constant.
@@ -158,7 +160,7 @@ def train_teachers(choices: Choices, generator: torch.Generator) -> tuple[Networ
     return tuple(_teacher(task, choices, generator) for task in (0, 1))  # type: ignore[return-value]
 
 
-def _teacher(task: int, choices: Choices, generator: torch.Generator) -> Networks:
+def _teacher(task: int, choices: DistillationConfig, generator: torch.Generator) -> Networks:
     floor = choices.teacher_sigma_floor
     networks = fresh(1, 3, choices.hidden, floor, generator)
     adam = Adam(networks.weights, choices.teacher_rate)

@@ -16,7 +16,7 @@ from synthetic.toy.control import (
     HORIZON,
     MICRO,
     Adam,
-    Choices,
+    DistillationConfig,
     Networks,
     as_batch,
     gaussian_kl,
@@ -47,7 +47,7 @@ def gradient(
     task: int,
     gammas: Sequence[float],
     noise: Tensor,
-    choices: Choices,
+    choices: DistillationConfig,
 ) -> Gradient:
     """Gradients of R students, each with its discount, on rollouts from common noise (B, T)."""
     positions, actions = rollouts(students, task, noise, choices)
@@ -101,7 +101,7 @@ def trajectory_gradients(
     task: int,
     gammas: Sequence[float],
     noise: Tensor,
-    choices: Choices,
+    choices: DistillationConfig,
 ) -> list[tuple[Tensor, ...]]:
     """For each discount, every trajectory's gradient of each layer (B, in + 1, out).
 
@@ -161,7 +161,7 @@ def distil(
     iterations: int,
     kept: Sequence[int],
     batch: int,
-    choices: Choices,
+    choices: DistillationConfig,
     generator: torch.Generator,
 ) -> Distilled:
     """Train R students side by side, odd iterations (from 1) on the left task, even on the right.
@@ -202,7 +202,7 @@ def distil(
 
 @torch.no_grad()
 def outcome(
-    students: Networks, teacher: Networks, task: int, noise: Tensor, choices: Choices
+    students: Networks, teacher: Networks, task: int, noise: Tensor, choices: DistillationConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(R, B, T + 1) positions, (R,) mean local KL to the teacher, (R,) J by the local KLs' sum."""
     positions, _ = rollouts(students, task, noise, choices)

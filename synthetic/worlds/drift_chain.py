@@ -20,7 +20,7 @@ from synthetic.worlds.mdp import TabularMDP, ending
 
 
 @dataclass(frozen=True, kw_only=True)
-class Knobs:
+class DriftChainConfig:
     """Probabilities are of the student unless they say teacher."""
 
     informed: int = 6
@@ -62,7 +62,7 @@ class DriftChain:
     special_token: int
 
 
-def drift_chain(knobs: Knobs, generator: torch.Generator) -> DriftChain:
+def drift_chain(knobs: DriftChainConfig, generator: torch.Generator) -> DriftChain:
     """Draw the ordinary tokens' moves and both policies; everything else follows from the knobs."""
     n, ordinary = knobs.informed, knobs.ordinary
     s, a, loop = 2 * n + 1, ordinary + 2, 2 * n

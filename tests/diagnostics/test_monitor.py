@@ -11,19 +11,21 @@ import torch.distributed as distributed
 import torch.multiprocessing as multiprocessing
 
 from diagnostics.alarms.alarms import Alarms
-from diagnostics.alarms.rules import Rule
-from diagnostics.batch import Scored
+from diagnostics.alarms.rules import AlarmRule
+from diagnostics.batch import ScoredRollouts
 from diagnostics.core.totals import counts, pack, position_counts
 from diagnostics.monitor import PANEL, Monitor, across_ranks
 from diagnostics.records.rows import read
 from diagnostics.records.sinks import to_console, to_file
 from tests.diagnostics.test_panel import batch
 
-LIMIT = Rule(name="k1", metric="drift/k1", null="", means="", remedy="", high=-1, need=2, last=3)
+LIMIT = AlarmRule(
+    name="k1", metric="divergence/k1", null="", means="", remedy="", high=-1, need=2, last=3
+)
 
 
-def spied(calls: list[str], name: str) -> Callable[[Scored], dict]:
-    def metric(scored: Scored) -> dict:
+def spied(calls: list[str], name: str) -> Callable[[ScoredRollouts], dict]:
+    def metric(scored: ScoredRollouts) -> dict:
         calls.append(name)
         return PANEL[name](scored)
 
@@ -36,8 +38,8 @@ def test_each_metric_has_its_own_cadence() -> None:
     monitor = Monitor(panel, every={"reward": 2, "sign_shares": 3})
     rows = [monitor(step, [batch()]) for step in range(7)]
     assert calls.count("length") == 7
-    assert ["collapse/graded_share" in row for row in rows] == [True, False] * 3 + [True]
-    assert [s for s, row in enumerate(rows) if "supervision/negative_share" in row] == [0, 3, 6]
+    assert ["response/graded_share" in row for row in rows] == [True, False] * 3 + [True]
+    assert [s for s, row in enumerate(rows) if "signal/negative_share" in row] == [0, 3, 6]
     assert (calls.count("reward"), calls.count("sign_shares")) == (4, 3)
 
 
@@ -47,7 +49,7 @@ def test_a_step_when_nothing_is_due_does_not_touch_the_micro_batches() -> None:
         yield
 
     assert Monitor(every=5)(3, untouchable(), loss=2.0) == {"loss": 2.0}
-    assert "drift/k1" in Monitor(every=5)(10, [batch()])
+    assert "divergence/k1" in Monitor(every=5)(10, [batch()])
 
 
 def test_wrong_cadences_are_refused() -> None:
@@ -96,7 +98,7 @@ def test_sinks_get_every_row_and_alarms_their_state(tmp_path: Path, capsys) -> N
 
 
 def test_a_restart_goes_on_where_it_stopped() -> None:
-    def bare() -> Scored:
+    def bare() -> ScoredRollouts:
         from dataclasses import replace
 
         return replace(batch(), prefix=None)
@@ -139,7 +141,7 @@ def test_parts_that_do_not_match_are_refused() -> None:
 
 def test_one_name_for_two_numbers_is_refused() -> None:
     panel = {"first": PANEL["length"], "reward": PANEL["reward"], "again": PANEL["length"]}
-    with pytest.raises(ValueError, match=r"'first' and 'again' both give collapse/"):
+    with pytest.raises(ValueError, match=r"'first' and 'again' both give response/"):
         Monitor(panel)(0, [batch()])
     Monitor(panel, every={"again": 2})(1, [batch()])  # never on one step is no clash
     name = next(iter(Monitor({"x": PANEL["length"]})(0, [batch()])))
@@ -161,8 +163,8 @@ def test_what_a_panel_shares_goes_with_the_tensor() -> None:
     with torch.inference_mode():
         mask = torch.ones(2, 3, dtype=torch.bool)
         assert counts(mask).tolist() == [3, 3]
-        assert "drift/k1" in Monitor()(0, [batch()])
-    assert "drift/k1" in Monitor()(0, [batch()])
+        assert "divergence/k1" in Monitor()(0, [batch()])
+    assert "divergence/k1" in Monitor()(0, [batch()])
 
 
 # --- ranks --------------------------------------------------------------------------------------

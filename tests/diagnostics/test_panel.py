@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diagnostics.batch import Prefix, Scored, Support
+from diagnostics.batch import DistributionStats, ScoredRollouts, Support
 from diagnostics.core.distribution_stats import functionals
 from diagnostics.monitor import Monitor
 from diagnostics.records.batch_files import load
 
 
-def batch(seed: int = 0, top_p: float = 1.0, size: int = 12, width: int = 40) -> Scored:
+def batch(seed: int = 0, top_p: float = 1.0, size: int = 12, width: int = 40) -> ScoredRollouts:
     """Tokens drawn from a random student on 16 ids, with holes in the mask."""
     g = torch.Generator().manual_seed(seed)
     p = (2 * torch.randn(size, width, 16, generator=g)).log_softmax(-1)
@@ -33,7 +33,7 @@ def batch(seed: int = 0, top_p: float = 1.0, size: int = 12, width: int = 40) ->
     def pick(x: torch.Tensor) -> torch.Tensor:
         return at(x.gather(-1, tokens[..., None])[..., 0])
 
-    return Scored(
+    return ScoredRollouts(
         tokens=tokens,
         mask=mask,
         sampler_logp=pick(p),
@@ -47,7 +47,7 @@ def batch(seed: int = 0, top_p: float = 1.0, size: int = 12, width: int = 40) ->
             teacher_logp=at(q.gather(-1, ids)),
             source="teacher",
         ),
-        prefix=Prefix(**{k: at(v) for k, v in functionals(p, q, tokens).items()}),
+        prefix=DistributionStats(**{k: at(v) for k, v in functionals(p, q, tokens).items()}),
     ).checked()
 
 
@@ -55,18 +55,18 @@ def test_values_by_hand() -> None:
     b, row = batch(), Monitor()(0, [batch()])
     r = b.log_ratio[b.mask]
     x = r.abs().double()
-    assert row["supervision/negative_share"] == pytest.approx((r > 0).double().mean().item())
-    assert row["supervision/negative_share_null"] == pytest.approx(
+    assert row["signal/negative_share"] == pytest.approx((r > 0).double().mean().item())
+    assert row["signal/negative_share_null"] == pytest.approx(
         b.prefix.overrated[b.mask].double().mean().item()
     )
-    assert row["drift/k1"] == pytest.approx(r.double().mean().item())
-    assert row["drift/reverse_kl"] == pytest.approx(
+    assert row["divergence/k1"] == pytest.approx(r.double().mean().item())
+    assert row["divergence/reverse_kl"] == pytest.approx(
         b.prefix.reverse_kl[b.mask].double().mean().item()
     )
     share = (x.sum() ** 2 / (len(x) * x.square().sum())).item()
     assert any(math.isclose(v, share, rel_tol=1e-6) for k, v in row.items() if "n_eff" in k)
-    assert row["collapse/length"] == pytest.approx(b.mask.sum(1).double().mean().item())
-    assert row["collapse/truncated_share"] == pytest.approx((~b.ended).double().mean().item())
+    assert row["response/length"] == pytest.approx(b.mask.sum(1).double().mean().item())
+    assert row["response/truncated_share"] == pytest.approx((~b.ended).double().mean().item())
 
 
 def test_micro_batches_padding_and_order_change_nothing() -> None:
@@ -86,7 +86,7 @@ def test_the_sampler_check_is_quiet_on_p_and_fires_on_top_p() -> None:
     (name,) = [k for k in healthy if k.lower().endswith("z_h")]
     assert abs(healthy[name]) < 4
     assert abs(wrong[name]) > 5
-    excess, error = (healthy["supervision/negative_share_excess" + s] for s in ("", "_se"))
+    excess, error = (healthy["signal/negative_share_excess" + s] for s in ("", "_se"))
     assert abs(excess) < 4 * error
 
 
@@ -94,7 +94,7 @@ def test_a_batch_survives_the_disk(tmp_path) -> None:
     b = batch()
     b.save(tmp_path / "b.safetensors")
     back = load(tmp_path / "b.safetensors")
-    assert isinstance(back, Scored)
+    assert isinstance(back, ScoredRollouts)
     assert torch.equal(back.support.ids, b.support.ids)
     assert torch.equal(back.prefix.collision, b.prefix.collision)
     assert back.support.source == "teacher"

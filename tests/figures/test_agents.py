@@ -39,8 +39,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         both = group == "agents"
         for step in range(STEPS if len(won) > 1 else 0):
             row = {"step": step, "episodes/turns": 10.0, "episodes/invalid_share": 0.5}
-            row |= {"collapse/reward": 0.5}
-            row |= {f"turn={n}/drift/k1": n * (1.0 if step < 5 else 0.1) for n in agents.TURNS}
+            row |= {"response/reward": 0.5}
+            row |= {f"turn={n}/divergence/k1": n * (1.0 if step < 5 else 0.1) for n in agents.TURNS}
             if both:
                 row["task"] = ("rooms", "sort")[step % 2]
             rows.append(run / "rows.jsonl", row)

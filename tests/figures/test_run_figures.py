@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from diagnostics.batch import Prefix, Scored, Support
+from diagnostics.batch import DistributionStats, ScoredRollouts, Support
 from diagnostics.catalogue import FULL
 from diagnostics.core.distribution_stats import functionals
 from diagnostics.monitor import Monitor
@@ -186,7 +186,7 @@ def test_lorenz_curves_take_the_largest_tokens_first(made: list[Path]) -> None:
         single = single[(single["quantity"] == quantity) & (single["tokens"] == 0.01)]
         name = {"signal": "signal", "update": "energy"}[quantity]
         assert single["value"].item() == pytest.approx(
-            row[f"supervision/{name}_top1_share"], rel=0.05
+            row[f"signal/{name}_top1_share"], rel=0.05
         )  # the panel's histogram has levels 9 % wide
 
 
@@ -233,9 +233,9 @@ def test_the_anatomy_adds_up_and_pools(made: list[Path]) -> None:
     )
     for part in (*anatomy.PARTS, "parts"):
         values = [rows.read(run / "rows.jsonl")[1] for run in made[:2]]
-        n = np.array([row["drift/tokens"] for row in values])
-        x = np.array([row[f"drift/kl_{part}"] for row in values])
-        e = np.array([row[f"drift/kl_{part}_se"] for row in values])
+        n = np.array([row["divergence/tokens"] for row in values])
+        x = np.array([row[f"divergence/kl_{part}"] for row in values])
+        e = np.array([row[f"divergence/kl_{part}_se"] for row in values])
         assert at.loc[part, "value"] == pytest.approx((n * x).sum() / n.sum(), rel=1e-4)
         assert at.loc[part, "error"] == pytest.approx(
             np.sqrt((n**2 * e**2).sum()) / n.sum(), rel=1e-4
@@ -283,7 +283,7 @@ def test_the_sampler_check_tells_a_nucleus(made: list[Path]) -> None:
     likely = data.assign(student_logp=data["student_logp"].clip(lower=-1.0))
     assert sampler.by_kind(likely)["all"][0] < -4
     table = sampler.collect(made)
-    first = rows.read(made[0] / "rows.jsonl")[0]["validity/z_H@4-7"]
+    first = rows.read(made[0] / "rows.jsonl")[0]["consistency/z_H@4-7"]
     position = table[(table["panel"] == "position") & (table["label"] == "4–7")]
     assert any(value == pytest.approx(first, rel=1e-4) for value in position["value"])
     figure = sampler.draw(table[table["method"] == "plain"])
@@ -309,7 +309,7 @@ def test_ending_has_the_mean_that_it_estimates() -> None:
         mean = torch.zeros(6).double()
         for y in range(v):
             token = torch.full((1, 6), y)
-            batch = Scored(
+            batch = ScoredRollouts(
                 tokens=token,
                 mask=torch.ones(1, 6, dtype=torch.bool),
                 sampler_logp=p[..., y],
@@ -323,7 +323,7 @@ def test_ending_has_the_mean_that_it_estimates() -> None:
                     teacher_logp=q.gather(-1, ids),
                     source="teacher",
                 ),
-                prefix=Prefix(**functionals(p, q, token)),
+                prefix=DistributionStats(**functionals(p, q, token)),
             )
             mean += p[0, :, y].exp() * tokenizer.ending(batch, end, role)[0]
         assert torch.allclose(mean, w[0, :, end].exp(), rtol=1e-10)
@@ -369,8 +369,8 @@ def test_names_of_ids_are_their_text() -> None:
 
 
 def outcome(step: int, reward: float, cut: float, entropy: float) -> dict:
-    row = {"step": step, "collapse/reward": reward, "collapse/truncated_share": cut}
-    return row | {"drift/student_entropy": entropy, "collapse/truncated_share_se": 0.01}
+    row = {"step": step, "response/reward": reward, "response/truncated_share": cut}
+    return row | {"divergence/student_entropy": entropy, "response/truncated_share_se": 0.01}
 
 
 def test_a_collapse_is_told_from_outcomes_and_the_lead_from_it(tmp_path: Path) -> None:
@@ -394,8 +394,8 @@ def test_a_collapse_is_told_from_outcomes_and_the_lead_from_it(tmp_path: Path) -
     table = warning.collect(found)
     assert set(table["kind"]) == {"healthy", "bad"}
     near = [row for run in found[:3] for row in rows.read(run / "rows.jsonl")]
-    near = np.array([x["drift/student_entropy"] for x in near if 5 <= x["step"] <= 9])
-    entropy = table[table["indicator"] == "drift/student_entropy"]
+    near = np.array([x["divergence/student_entropy"] for x in near if 5 <= x["step"] <= 9])
+    entropy = table[table["indicator"] == "divergence/student_entropy"]
     bad = entropy[(entropy["run"] == "bad-3") & (entropy["step"] == 7)]
     z = (bad["value"].item() - near.mean()) / near.std(ddof=1)
     assert bad["z"].item() == pytest.approx(z, abs=0.01)
@@ -441,7 +441,7 @@ def test_signal_and_loss_are_the_probes(tmp_path: Path) -> None:
     run.mkdir()
     (run / "config.json").write_text(json.dumps({"seed": 0}))
     for step, signal in enumerate((4.0, None, -0.5)):
-        row = {"step": step, "drift/reverse_kl": 0.5, "drift/reverse_kl_se": 0.1}
+        row = {"step": step, "divergence/reverse_kl": 0.5, "divergence/reverse_kl_se": 0.1}
         if signal is not None:
             row |= {"gradient/signal": signal}
             row |= {"gradient/signal_low": signal - 1, "gradient/signal_high": signal + 1}
@@ -482,7 +482,7 @@ def test_folders_that_cannot_be_read_say_why(made: list[Path], tmp_path: Path) -
     empty = tmp_path / "empty-0"
     empty.mkdir()
     (empty / "config.json").write_text(json.dumps({"seed": 0, "student": "nowhere"}))
-    with pytest.raises(FileNotFoundError, match="--batch-every"):
+    with pytest.raises(FileNotFoundError, match="--save-batch-every"):
         folders.saved([made[0], empty])
     with pytest.raises(FileNotFoundError, match="no tokenizer"):
         vocabulary.read(empty)

@@ -29,8 +29,8 @@ def write_run(folder: Path, objective: str, seed: int, steps: int = 12) -> Path:
     (folder / "code.txt").write_text("commit abc <think>\n")
     with open(folder / "rows.jsonl", "w") as file:
         for step in range(steps):
-            row = {"step": step, "grad_norm": 1 / (step + 1), "drift/reverse_kl": 0.5**step}
-            row |= {"collapse/truncated_share": 0.4, "validity/z_H": float(g.normal())}
+            row = {"step": step, "grad_norm": 1 / (step + 1), "divergence/reverse_kl": 0.5**step}
+            row |= {"response/truncated_share": 0.4, "consistency/z_H": float(g.normal())}
             file.write(json.dumps(row | {"seconds/rollout": 6.0, "loss": None}) + "\n")
         file.write('{"step": 99, "gr')  # a kill in mid-write
     with open(folder / "evals.jsonl", "w") as file:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from diagnostics.batch import Prefix, Scored, Support
+from diagnostics.batch import DistributionStats, ScoredRollouts, Support
 from diagnostics.core.distribution_stats import functionals
 
 V, B, T = 24, 10, 40
@@ -16,7 +16,7 @@ STUDENT_ENDS, TEACHER_ENDS = (0, 1), (1, 2, 3)
 class Dense:
     """A batch and the (B, T, V) log-probabilities that it was made from."""
 
-    batch: Scored
+    batch: ScoredRollouts
     p: torch.Tensor
     q: torch.Tensor
 
@@ -47,7 +47,7 @@ def dense(
 
     ids, present = support_ids(p, q, source, k)
     off = 0.3 * torch.randn(B, T, generator=g).double()
-    batch = Scored(
+    batch = ScoredRollouts(
         tokens=y,
         mask=mask,
         sampler_logp=at((pick(p) + off).clamp(max=-1e-3)),
@@ -64,7 +64,7 @@ def dense(
             source=source,
             present=present,
         ),
-        prefix=Prefix(
+        prefix=DistributionStats(
             **{name: at(x) for name, x in functionals(p, q, y).items()},
             student_end=at(p[..., list(STUDENT_ENDS)].logsumexp(-1)),
             teacher_end=at(q[..., list(TEACHER_ENDS)].logsumexp(-1)),

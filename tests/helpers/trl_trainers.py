@@ -277,15 +277,15 @@ def by_hand(rows: list[dict[str, Any]], depth: int = 5) -> dict[str, float]:
     c, n = sum(b > 0 for _, b in sums.values()), sum(map(len, r))
     spread = sum((a - k1 * b) ** 2 for a, b in sums.values())
     return {
-        "drift/tokens": n,
-        "drift/k1": k1,
-        "drift/k1_se": math.sqrt(c / (c - 1) * spread) / n if c > 1 else math.nan,
-        "drift/k1_per_response": sum(float(x.sum()) for x in r) / sum(len(x) > 0 for x in r),
-        "supervision/negative_share": float((torch.cat(r) > 0).double().mean()),
-        "drift/reverse_kl": float(torch.cat(kl).mean()),
-        "drift/outside_topk": float(torch.cat(outside).double().mean()),
-        "drift/outside_topk_expected": float(torch.cat(expected).mean()),
-        "drift/overlap_ratio": float(torch.cat(shared).mean()),
-        "collapse/length": sum(lengths) / len(rows),
-        "collapse/truncated_share": 1 - sum(ended) / len(rows),
+        "divergence/tokens": n,
+        "divergence/k1": k1,
+        "divergence/k1_se": math.sqrt(c / (c - 1) * spread) / n if c > 1 else math.nan,
+        "divergence/k1_per_response": sum(float(x.sum()) for x in r) / sum(len(x) > 0 for x in r),
+        "signal/negative_share": float((torch.cat(r) > 0).double().mean()),
+        "divergence/reverse_kl": float(torch.cat(kl).mean()),
+        "divergence/outside_topk": float(torch.cat(outside).double().mean()),
+        "divergence/outside_topk_expected": float(torch.cat(expected).mean()),
+        "divergence/overlap_ratio": float(torch.cat(shared).mean()),
+        "response/length": sum(lengths) / len(rows),
+        "response/truncated_share": 1 - sum(ended) / len(rows),
     }

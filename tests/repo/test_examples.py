@@ -15,7 +15,7 @@ def test_the_handwritten_loop_learns(capsys: pytest.CaptureFixture[str]) -> None
     runpy.run_path(str(EXAMPLES / "handwritten_loop.py"), run_name="__main__")
     shown = capsys.readouterr().out
     loss = [float(x) for x in re.findall(r"loss (\S+)", shown)]
-    assert [float(x) for x in re.findall(r"drift/reverse_kl (\S+)", shown)] == loss
+    assert [float(x) for x in re.findall(r"divergence/reverse_kl (\S+)", shown)] == loss
     assert loss[-1] < 0.8 * loss[0]
     assert all(abs(float(z)) < 4 for z in re.findall(r"z_H (\S+)", shown))
     assert "not computed: sampler_ratio (this run has no sampler_logp)" in shown
@@ -27,8 +27,8 @@ def test_trl_is_attached(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["attach_trl.py", *map(str, tiny_pair)])
     runpy.run_path(str(EXAMPLES / "attach_trl.py"), run_name="__main__")
-    steps = re.findall(r"^step (\S+)  drift/reverse_kl", capsys.readouterr().out, re.M)
+    steps = re.findall(r"^step (\S+)  divergence/reverse_kl", capsys.readouterr().out, re.M)
     assert steps == ["2", "4", "6", "8", "10"]
     rows = [json.loads(x) for x in (tmp_path / "runs/trl/panel.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 6, 8, 10]
-    assert all(row["drift/tokens"] > 0 for row in rows)
+    assert all(row["divergence/tokens"] > 0 for row in rows)

@@ -22,7 +22,7 @@ from opd.data import chain_task
 from opd.data.chain_task import Problem
 from opd.data.grading.answer_text import behind_thoughts, last_box, last_number, stated
 from opd.data.grading.exact_numbers import LONGEST, Number, TooLarge, latex_of, read_number
-from opd.data.grading.worker_process import SECONDS, Judge
+from opd.data.grading.worker_process import SECONDS, GraderWorker
 from opd.data.prompts import response_texts
 
 OWN_SECONDS = 60.0
@@ -30,7 +30,7 @@ GYM_PROBLEM = re.compile(r" \[(\w+:\d+:\d+#\d+)\]$")
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Grade:
     """reward: 1 for the right answer, else 0. answer: what it votes for, or None if unreadable.
 
     Responses with equal `answer` say the same and have the same reward.
@@ -40,23 +40,23 @@ class Verdict:
     answer: str | None
 
 
-Grader = Callable[[str, str], Verdict]
+Grader = Callable[[str, str], Grade]
 
 
-def grade_lab(response: str, answer: str) -> Verdict:
+def grade_lab(response: str, answer: str) -> Grade:
     """Of the lab task: exactly the answer after the one closing think tag."""
     parts = response.split("</think>")
     given = parts[1].strip() if len(parts) == 2 else ""
-    return Verdict(chain_task.grade(response, answer), given or None)
+    return Grade(chain_task.grade(response, answer), given or None)
 
 
-def grade_exact(response: str, answer: str) -> Verdict:
+def grade_exact(response: str, answer: str) -> Grade:
     """What follows the last closing think tag is the answer, white space at its ends aside."""
     given = behind_thoughts(response).strip()
-    return Verdict(float(given == answer.strip()), given or None)
+    return Grade(float(given == answer.strip()), given or None)
 
 
-def grade_numeric(response: str, answer: str) -> Verdict:
+def grade_numeric(response: str, answer: str) -> Grade:
     """The last number after the last closing think tag equals the answer, as exact fractions.
 
     A number may have a sign, thousands separators, decimals, a denominator or a power of ten:
@@ -71,9 +71,9 @@ def grade_numeric(response: str, answer: str) -> Verdict:
     chosen = stated(text)
     given = last_number(text) if chosen is None else whole_number(chosen) or last_number(chosen)
     if given is None:
-        return Verdict(0.0, None)
+        return Grade(0.0, None)
     right = want.equals(given)
-    return Verdict(float(right), (want if right else given).key)
+    return Grade(float(right), (want if right else given).key)
 
 
 @lru_cache(maxsize=1 << 14)
@@ -94,7 +94,7 @@ def whole_number(text: str) -> Number | None:
         return None
 
 
-def grade_math(response: str, answer: str) -> Verdict:
+def grade_math(response: str, answer: str) -> Grade:
     """The last \\boxed{...} equals the answer as mathematics; without one, the last line
     "Answer: ..." does.
 
@@ -113,7 +113,7 @@ def grade_math(response: str, answer: str) -> Verdict:
     parts = response.split("</think>")
     given = stated(parts[min(1, len(parts) - 1)])
     if given is None or len(given) > LONGEST or not (given := undressed(given)):
-        return Verdict(0.0, None)
+        return Grade(0.0, None)
     return judged(given, gold_text(answer))
 
 
@@ -128,16 +128,16 @@ def undressed(answer: str) -> str:
 
 
 @lru_cache(maxsize=1 << 14)
-def judged(given: str, gold: str) -> Verdict:
+def judged(given: str, gold: str) -> Grade:
     """The verdict on two answers; the same text is right in any case."""
-    same = Verdict(float(given == gold), given if given == gold else None)
+    same = Grade(float(given == gold), given if given == gold else None)
     try:
         want, number = read_number(gold), read_number(given)
     except TooLarge:
         return same
     if want is not None and number is not None:
         right = want.equals(number)
-        return Verdict(float(right), (want if right else number).key)
+        return Grade(float(right), (want if right else number).key)
     found = judge()(latex_of(gold), latex_of(given))
     if found is None:
         return same
@@ -151,7 +151,7 @@ def judged(given: str, gold: str) -> Verdict:
         return same
     right = found["equal"] or given == gold
     known = want if right else number
-    return Verdict(float(right), found["key"] if known is None else known.key)
+    return Grade(float(right), found["key"] if known is None else known.key)
 
 
 def is_number(gold: str) -> bool:
@@ -172,16 +172,16 @@ def require_math_verify() -> None:
 
 
 @cache
-def judge(kind: str = "math") -> Judge:
+def judge(kind: str = "math") -> GraderWorker:
     """This process's one judge of that kind."""
     if kind == "math":
         require_math_verify()
     if is_own(kind):
-        return Judge(OWN_SECONDS, kind, memory=0)
-    return Judge(SECONDS, kind)
+        return GraderWorker(OWN_SECONDS, kind, memory=0)
+    return GraderWorker(SECONDS, kind)
 
 
-def grade_gym(response: str, answer: str) -> Verdict:
+def grade_gym(response: str, answer: str) -> Grade:
     """Of reasoning-gym: the task's own judgement of the last box, or else of what follows the last
     closing think tag, within SECONDS. What it gives less than full marks for is wrong.
 
@@ -198,14 +198,14 @@ def grade_gym(response: str, answer: str) -> Verdict:
             "problems of gym:TASK alone"
         )
     if not given or len(given) > LONGEST:
-        return Verdict(0.0, None)
+        return Grade(0.0, None)
     found = judge("gym")(problem[1], given)
     if found is None:
-        return Verdict(0.0, None)
-    return Verdict(float(found["score"] >= 1.0), given)
+        return Grade(0.0, None)
+    return Grade(float(found["score"] >= 1.0), given)
 
 
-def grade_own(name: str, response: str, answer: str) -> Verdict:
+def grade_own(name: str, response: str, answer: str) -> Grade:
     """By a function of the user's, MODULE:FUNCTION or FILE.py:FUNCTION: the reward is what it
     returns for (response, answer), 1 or more is right.
 
@@ -223,7 +223,7 @@ def grade_own(name: str, response: str, answer: str) -> Verdict:
             f"died of it; the response is worth 0 (it begins {response[:60]!r})",
             stacklevel=2,
         )
-        return Verdict(0.0, None)
+        return Grade(0.0, None)
     if "error" in found:
         raise OperationFailed(
             f"the grader {name} failed with {found['error']}, for the answer {answer[:60]!r} and a "
@@ -231,7 +231,7 @@ def grade_own(name: str, response: str, answer: str) -> Verdict:
         )
     text = behind_thoughts(response)
     given = stated(text)
-    return Verdict(found["score"], (text if given is None else given).strip() or None)
+    return Grade(found["score"], (text if given is None else given).strip() or None)
 
 
 GRADERS: Mapping[str, Grader] = {
@@ -303,7 +303,7 @@ def verdicts(
     problems: Sequence[Problem],
     grade: Grader,
     ends: Sequence[int] = (),
-) -> list[Verdict]:
+) -> list[Grade]:
     """The verdict on each response; the grader sees special tokens, but not the one that ends it.
 
     A response to a problem without an answer has the reward NaN.
@@ -313,6 +313,6 @@ def verdicts(
     """
     texts = response_texts(tokenizer, tokens, mask, ends)
     return [
-        grade(text, problem.answer) if problem.answer else Verdict(math.nan, None)
+        grade(text, problem.answer) if problem.answer else Grade(math.nan, None)
         for text, problem in zip(texts, problems, strict=True)
     ]

@@ -16,7 +16,7 @@ GRACE = 5.0
 """Seconds beyond its own alarm after which a process is ended from outside."""
 
 
-class Judge:
+class GraderWorker:
     """A process of `opd.data.grading.worker`, started when first needed and again after each that died.
 
     Args:

@@ -19,7 +19,7 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 
 from diagnostics.errors import InvalidInput
-from opd.tokens.masking import Mask, resolve, supervised
+from opd.tokens.masking import ResolvedMaskRules, resolve, supervised
 
 
 class SingleTurn(SingleTurnAgentLoop):
@@ -56,6 +56,6 @@ class SingleTurn(SingleTurnAgentLoop):
 
 
 @lru_cache(maxsize=8)
-def resolved(rules: tuple[str, ...], tokenizer: Any) -> list[Mask]:
+def resolved(rules: tuple[str, ...], tokenizer: Any) -> list[ResolvedMaskRules]:
     """The rules in the tokenizer's ids, once: verl makes a new loop for every response."""
     return resolve(rules, tokenizer, [tokenizer.eos_token_id])

@@ -96,7 +96,7 @@ def unsupplied_choice(choices: dict[str, Any], topk: bool) -> str:
         return f"ratio {choices['ratio']!r} is not known where it computes losses from logits"
     if choices.get("baseline", "none") != "none":
         return f"baseline {choices['baseline']!r} needs the whole step, a loss sees a micro-batch"
-    if choices.get("outcome", 0.0):
+    if choices.get("reward_weight", 0.0):
         return "an outcome needs whole groups of rollouts; set distillation_loss.use_task_rewards"
     return ""
 
@@ -156,7 +156,7 @@ def topk_loss(
     mass = no_padding_2_padding(model_output["student_mass"], data)
     scale = float(data["dp_size"]) / float(data["batch_num_tokens"])
     total = torch.where(mask, mass, 0.0).sum() * scale
-    metrics = {"drift/topk_student_mass": Metric(AggregationType.SUM, total)}
+    metrics = {"divergence/topk_student_mass": Metric(AggregationType.SUM, total)}
     return no_padding_2_padding(model_output["distillation_losses"], data), metrics
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from diagnostics.errors import InvalidInput
 from opd.integrations.verl.vocab_parallel import Shard, log_normaliser, picked
 from opd.objectives.factory import Objective
-from opd.objectives.surrogates import Visited
+from opd.objectives.surrogates import VisitedTokens
 
 ELEMENTS = 2**27
 """Logits in float32 at once where a log-normaliser is needed: half a gigabyte."""
@@ -45,7 +45,7 @@ def logit_losses(
     with torch.set_grad_enabled(objective.normalised and torch.is_grad_enabled()):
         normaliser = log_normaliser(logits, shard, elements=ELEMENTS)
     nothing = torch.zeros_like(normaliser)
-    at = Visited(
+    at = VisitedTokens(
         logp=None,
         credit=nothing,
         teacher_logp=nothing,

@@ -1,11 +1,11 @@
 // Curves: one chart a column, all runs on one axis.
 const PANELS = [
-  ["drift/reverse_kl", "Reverse KL, nats a token"], ["drift/k1", "Sampled cost, nats a token"], ["collapse/reward", "Reward of rollouts"],
-  ["drift/student_entropy", "Student's entropy, nats"], ["collapse/length", "Response length, tokens"], ["collapse/truncated_share", "Cut at the budget"],
-  ["supervision/signal_top1_share", "Signal in the top 1 % of tokens"], ["drift/outside_topk_expected", "Student's mass outside the support"], ["grad_norm", "Gradient norm"],
+  ["divergence/reverse_kl", "Reverse KL, nats a token"], ["divergence/k1", "Sampled cost, nats a token"], ["response/reward", "Reward of rollouts"],
+  ["divergence/student_entropy", "Student's entropy, nats"], ["response/length", "Response length, tokens"], ["response/truncated_share", "Cut at the budget"],
+  ["signal/signal_top1_share", "Signal in the top 1 % of tokens"], ["divergence/outside_topk_expected", "Student's mass outside the support"], ["grad_norm", "Gradient norm"],
   ["tokens/confident_impossible_signal", "Signal of impossible tokens"],
 ];
-const TITLES = new Map([...PANELS, ["collapse/repeated_share", "Tokens in repeated 8-grams"], ["loss", "Loss"]]);
+const TITLES = new Map([...PANELS, ["repetition/repeated_share", "Tokens in repeated 8-grams"], ["loss", "Loss"]]);
 const ACCURACY = "held-out accuracy";
 
 function columnLine(line, name) {

@@ -1,7 +1,7 @@
 // Positions: heat maps of position by step on one scale for all runs, and where the divergence sits.
-const USUAL = ["drift/reverse_kl", "drift/outside_topk_expected", "drift/teacher_entropy", "drift/student_entropy", "drift/k1", "drift/teacher_max"];
-const MAP_TITLES = new Map([["drift/reverse_kl", "Reverse KL, nats"], ["drift/outside_topk_expected", "Student's mass outside the support"], ["drift/teacher_entropy", "Teacher's entropy, nats"],
-  ["drift/student_entropy", "Student's entropy, nats"], ["drift/k1", "Sampled cost, nats"], ["drift/teacher_max", "Teacher's largest probability"]]);
+const USUAL = ["divergence/reverse_kl", "divergence/outside_topk_expected", "divergence/teacher_entropy", "divergence/student_entropy", "divergence/k1", "divergence/teacher_max"];
+const MAP_TITLES = new Map([["divergence/reverse_kl", "Reverse KL, nats"], ["divergence/outside_topk_expected", "Student's mass outside the support"], ["divergence/teacher_entropy", "Teacher's entropy, nats"],
+  ["divergence/student_entropy", "Student's entropy, nats"], ["divergence/k1", "Sampled cost, nats"], ["divergence/teacher_max", "Teacher's largest probability"]]);
 const VIRIDIS = ["#440154", "#472c7a", "#3b518b", "#2c718e", "#21908d", "#27ad81", "#5cc863", "#aadc32", "#fde725"];
 const SIGNED = ["#2166ac", "#6aaed6", "#d1e5f0", "#f7f7f7", "#fddbc7", "#ee9a5e", "#b35806"];
 const FEW = 30, EDGE = { left: 46, bottom: 18, top: 3, right: 4 }, TALL = 150;
@@ -128,7 +128,7 @@ function anatomy(line) {
 
 // The parts over the steps, one upon the other; a negative estimate counts as nothing.
 function stacked(part) {
-  const curves = ["drift/kl_binary", "drift/kl_head", "drift/kl_tail"].map((name) => part.curves[name]);
+  const curves = ["divergence/kl_binary", "divergence/kl_head", "divergence/kl_tail"].map((name) => part.curves[name]);
   if (curves.some((curve) => !curve)) return null;
   const steps = curves.map((curve) => part.steps[curve[0]]), at = curves.map((curve, k) => new Map(steps[k].map((step, i) => [step, Math.max(0, curve[1][i] ?? 0)])));
   const x = steps[0].filter((step) => at.every((values) => values.has(step))), sums = x.map((step) => at.reduce((all, values) => [...all, all[all.length - 1] + values.get(step)], [0]));

@@ -46,7 +46,7 @@ function filtered() {
 function drawList() {
   shown = filtered();
   if (!shown.some((roll) => keyOf(roll) === state.key)) { state.key = shown.length ? keyOf(shown[0]) : ""; state.token = -1; }
-  const none = data.runs[state.run].rollouts.length ? "No rollout fits the filters." : "The run saved no batches; train with --batch-every, or put dumps of diagnostics.records.token_dumps into its folder dumps/.";
+  const none = data.runs[state.run].rollouts.length ? "No rollout fits the filters." : "The run saved no batches; train with --save-batch-every, or put dumps of diagnostics.records.token_dumps into its folder dumps/.";
   $("list").replaceChildren(...(shown.length ? shown.map(listed) : [small(none)]));
   $("list").children[picked()]?.scrollIntoView({ block: "nearest" });
   drawRollout();

@@ -15,12 +15,12 @@ function tokenSheet(run, i) {
       run.blame.map((row) => [labelled(row.id), count(row.id), count(row.count), share(row.tokens), share(row.signal), share(row.energy), plain(row.cost)]), "Ids to blame"));
   }
   const bad = run.sheet.impossible;
-  if (bad) block("Sure, and impossible", make("p", {}, make("b", { textContent: percent(bad.share) }), " of the tokens and ", make("b", { textContent: percent(bad.signal) }), " of |signal|: the student gives them more than 90 %, the teacher less than 0.01 %. ", bad.share ? "End tokens, tags or templates differ; mask them or set own_end." : "As it should be."),
+  if (bad) block("Sure, and impossible", make("p", {}, make("b", { textContent: percent(bad.share) }), " of the tokens and ", make("b", { textContent: percent(bad.signal) }), " of |signal|: the student gives them more than 90 %, the teacher less than 0.01 %. ", bad.share ? "End tokens, tags or templates differ; mask them or set map_eos." : "As it should be."),
     bad.rows.length ? table([["token"], ["id", 1], ["count", 1], ["student's log-prob", 1], ["teacher's", 1]], bad.rows.map((row) => [labelled(row.id), count(row.id), count(row.count), plain(row.student), plain(row.teacher)]), "Impossible tokens") : null);
   if (run.sheet.ends.length) {
     const differ = (key) => new Set(run.sheet.ends.map(key)).size > 1;
-    const told = differ((end) => end.ids.join()) ? "The models stop at different ids: without own_end the teacher cannot agree to an end." :
-      differ((end) => end.own) ? "All stop at the same ids, but their tokenizers name different ends: a teacher that never saw the student's end holds it impossible; see own_end." : "All models end alike.";
+    const told = differ((end) => end.ids.join()) ? "The models stop at different ids: without map_eos the teacher cannot agree to an end." :
+      differ((end) => end.own) ? "All stop at the same ids, but their tokenizers name different ends: a teacher that never saw the student's end holds it impossible; see map_eos." : "All models end alike.";
     block("Ends of a response", make("p", { textContent: told }),
       table([["model"], ["its own end"], ["stops at"]], run.sheet.ends.map((end) => [end.role, end.own === null ? "–" : code(quoted(end.own)), make("span", {}, end.ids.map((id, k) => make("span", { class: "entry" }, code(quoted(end.texts[k])), ` ${id}`)))]), "Ends"),
       bad ? small(`${percent(bad.ended)} of the responses of the last saved batch ended by themselves.`) : null);

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Verdict = Literal["ok", "warn", "fail"]
+CheckStatus = Literal["ok", "warn", "fail"]
 
 
 Numbers = dict[str, Any]
@@ -17,11 +17,11 @@ TEXTS = (
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """One item's verdict; numbers are what `--json` adds."""
 
     item: str
-    verdict: Verdict
+    verdict: CheckStatus
     found: str
     advice: str = ""
     numbers: Numbers = field(default_factory=dict)

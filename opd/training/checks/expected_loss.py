@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Scored
+from diagnostics.batch import ScoredRollouts
 from opd.config.settings import Config
 from opd.objectives import factory
 from opd.objectives.credit import RATIOS
@@ -29,7 +29,7 @@ SAMPLED = ("sampled_token", "sampled_token_weighted", "sampled_token_clipped")
 ERRORS = 4.0
 """Standard errors of the accumulated rounding within which the loss must be the expected one."""
 
-Pair = tuple[Tensor, Tensor]
+ModelPair = tuple[Tensor, Tensor]
 
 
 def rounding(config: Config) -> float:
@@ -40,13 +40,13 @@ def rounding(config: Config) -> float:
 
 def expected_loss(
     config: Config,
-    batch: Scored,
+    batch: ScoredRollouts,
     credit: Tensor,
     ratio: Tensor,
     *,
     rows: Sequence[int],
     micro_batches: Sequence[Sequence[int]],
-    counted: Scored,
+    counted: ScoredRollouts,
     places: Sequence[int],
 ) -> Tensor | None:
     """(C + 2,) this process's share of the expected loss and of its rivals, which add.
@@ -85,7 +85,7 @@ def expected_loss(
     return torch.stack([*losses, variance, bias])
 
 
-def row_weights(counted: Scored) -> dict[str, Tensor]:
+def row_weights(counted: ScoredRollouts) -> dict[str, Tensor]:
     """(B,) what a token of each response weighs, by denominator, from their definitions."""
     length = counted.mask.double().sum(1)
     count, same = len(length), counted.prompt[:, None] == counted.prompt[None]
@@ -112,11 +112,11 @@ def loss_numbers(loss: Tensor, vector: Tensor) -> dict[str, Tensor]:
     wrong = error >= 1
     negated = (loss.double() + expected).abs() <= allowed
     return {
-        "validity/loss_expected": expected,
-        "validity/loss_error": error,
-        "validity/loss_negated": (wrong & negated).double(),
-        "validity/loss_exchanged": (wrong & away[1]).double(),
-        "validity/loss_denominator": (wrong & away[2:].any()).double(),
+        "consistency/loss_expected": expected,
+        "consistency/loss_error": error,
+        "consistency/loss_negated": (wrong & negated).double(),
+        "consistency/loss_exchanged": (wrong & away[1]).double(),
+        "consistency/loss_denominator": (wrong & away[2:].any()).double(),
     }
 
 
@@ -124,7 +124,7 @@ def loss_numbers(loss: Tensor, vector: Tensor) -> dict[str, Tensor]:
 
 
 def token_values(
-    config: Config, batch: Scored, credit: Tensor
+    config: Config, batch: ScoredRollouts, credit: Tensor
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """(B, T) value of each token's loss, the same with both models exchanged, and its slope.
 
@@ -145,15 +145,15 @@ def token_values(
     return local[0] + score, local[1] + score, slope
 
 
-def ratio_of(config: Config, batch: Scored) -> Tensor:
+def ratio_of(config: Config, batch: ScoredRollouts) -> Tensor:
     """(B, T) importance ratio that the settings ask for."""
     return RATIOS[config.ratio](batch)
 
 
-def credit_of(config: Config, batch: Scored) -> Tensor:
+def credit_of(config: Config, batch: ScoredRollouts) -> Tensor:
     """(B, T) credit that the settings ask for; 0 for objectives without a score function."""
     limit = math.inf if config.ratio_clip is None else config.ratio_clip
-    simple = not config.gamma and not config.outcome
+    simple = not config.gamma and not config.reward_weight
     if config.objective in SAMPLED and simple and config.baseline == "none":
         return batch.log_ratio.clamp(-limit, limit)
     if simple and config.objective not in (*SAMPLED, "mean_future"):
@@ -166,15 +166,15 @@ def credit_of(config: Config, batch: Scored) -> Tensor:
         beta=config.beta,
         clip=config.ppo_clip,
         ratio_clip=limit,
-        outcome=config.outcome,
-        advantage=config.advantage,
+        reward_weight=config.reward_weight,
+        reward_baseline=config.reward_baseline,
         mask_scope=config.mask_scope,
-        collapse_accepted=config.collapse_accepted,
+        allow_collapse=config.allow_collapse,
     )
     return made.credit(batch)
 
 
-def _local(config: Config, batch: Scored) -> Pair | None:
+def _local(config: Config, batch: ScoredRollouts) -> ModelPair | None:
     """(B, T) the part of the value that does not hang on the credit, and it exchanged."""
     name, r = config.objective, batch.log_ratio.double()
     if name in (*SAMPLED, "mean_future"):
@@ -192,7 +192,7 @@ def _local(config: Config, batch: Scored) -> Pair | None:
     return FORMS[form](batch, limit)
 
 
-def _whole_vocabulary(config: Config, batch: Scored) -> Pair | None:
+def _whole_vocabulary(config: Config, batch: ScoredRollouts) -> ModelPair | None:
     prefix = batch.prefix
     if prefix is None or prefix.forward_kl is None or config.ratio_clip is not None:
         return None
@@ -205,7 +205,7 @@ def _whole_vocabulary(config: Config, batch: Scored) -> Pair | None:
     return (reverse, forward) if beta == 1 else None
 
 
-def _lists(batch: Scored) -> tuple[Tensor, Tensor, Tensor]:
+def _lists(batch: ScoredRollouts) -> tuple[Tensor, Tensor, Tensor]:
     """(B, T, K) log p, log q and 0 or 1 for ids that are absent or present."""
     support = batch.support
     assert support is not None
@@ -219,7 +219,7 @@ def _sum(p: Tensor, ours: Tensor, theirs: Tensor, limit: float) -> Tensor:
     return (p * (ours - theirs).clamp(-limit, limit)).sum(-1)
 
 
-def _both(ours: Tensor, theirs: Tensor, present: Tensor, limit: float) -> Pair:
+def _both(ours: Tensor, theirs: Tensor, present: Tensor, limit: float) -> ModelPair:
     """The divergence as it stands and exchanged."""
     p, q = ours.exp() * present, theirs.exp() * present
     return _sum(p, ours, theirs, limit), _sum(q, theirs, ours, limit)
@@ -230,17 +230,17 @@ def _normal(logp: Tensor, present: Tensor) -> Tensor:
     return logp - (logp.exp() * present).sum(-1, keepdim=True).clamp(min=1e-300).log()
 
 
-def _renormalised(batch: Scored, limit: float) -> Pair:
+def _renormalised(batch: ScoredRollouts, limit: float) -> ModelPair:
     ours, theirs, present = _lists(batch)
     return _both(_normal(ours, present), _normal(theirs, present), present, limit)
 
 
-def _outside(batch: Scored) -> Tensor:
+def _outside(batch: ScoredRollouts) -> Tensor:
     assert batch.support is not None
     return ~batch.support.contains(batch.tokens)
 
 
-def _with_sampled(batch: Scored, limit: float) -> Pair:
+def _with_sampled(batch: ScoredRollouts, limit: float) -> ModelPair:
     ours, theirs, present = _lists(batch)
     ours = torch.cat([ours, batch.student_logp.double()[..., None]], -1)
     theirs = torch.cat([theirs, batch.teacher_logp.double()[..., None]], -1)
@@ -248,11 +248,11 @@ def _with_sampled(batch: Scored, limit: float) -> Pair:
     return _both(_normal(ours, present), _normal(theirs, present), present, limit)
 
 
-def _plain(batch: Scored, limit: float) -> Pair:
+def _plain(batch: ScoredRollouts, limit: float) -> ModelPair:
     return _both(*_lists(batch), limit)
 
 
-def _bucket(batch: Scored, limit: float) -> Pair:
+def _bucket(batch: ScoredRollouts, limit: float) -> ModelPair:
     ours, theirs, present = _lists(batch)
     reverse, forward = _both(ours, theirs, present, limit)
     rest = [
@@ -263,13 +263,13 @@ def _bucket(batch: Scored, limit: float) -> Pair:
     return reverse + rest[0] * gap, forward - rest[1] * gap
 
 
-def _tail(batch: Scored, limit: float) -> Pair:
+def _tail(batch: ScoredRollouts, limit: float) -> ModelPair:
     reverse, forward = _plain(batch, limit)
     score = _outside(batch) * batch.log_ratio.double() * batch.student_logp.double()
     return reverse + score, forward + score
 
 
-FORMS: dict[str, Callable[[Scored, float], Pair]] = {
+FORMS: dict[str, Callable[[ScoredRollouts, float], ModelPair]] = {
     "": _renormalised,
     "_and_sampled": _with_sampled,
     "_unnormalised": _plain,

@@ -15,13 +15,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Scored
+from diagnostics.batch import ScoredRollouts
 from opd.config.settings import Config
 from opd.data.prompts import Prompts
 from opd.models.contexts import evaluating
 from opd.models.forward import log_probabilities, micro_batches, response_hidden
-from opd.models.model import Model
-from opd.teachers.pair import Pair
+from opd.models.model import CausalLM
+from opd.teachers.pair import ModelPair
 from opd.teachers.remote_scores import asked
 from opd.tokens.eos import teacher_tokens
 from opd.training.checks.expected_loss import ROUNDING, rounding
@@ -40,7 +40,9 @@ def is_due(step: int, every: int) -> bool:
 
 
 @torch.no_grad()
-def rescored(config: Config, pair: Pair, prompts: Prompts, batch: Scored) -> dict[str, float]:
+def rescored(
+    config: Config, pair: ModelPair, prompts: Prompts, batch: ScoredRollouts
+) -> dict[str, float]:
     """Columns of the row: what scoring some rows again says about both models' scores.
 
     For ROLE student and teacher: ROLE_rescored, the difference, healthy below LIMIT. From there on
@@ -63,7 +65,7 @@ def rescored(config: Config, pair: Pair, prompts: Prompts, batch: Scored) -> dic
             measured |= model_state(role, getattr(pair, role), config)
             measured |= _compared(config, pair, role, prompts, batch, rows)
         columns |= {
-            f"validity/{name}": whole(value) if name.endswith(UNITS) else value
+            f"consistency/{name}": whole(value) if name.endswith(UNITS) else value
             for name, value in measured.items()
         }
     return columns
@@ -74,7 +76,7 @@ def whole(units: float) -> float:
     return float(math.floor(units)) if math.isfinite(units) else 1e9
 
 
-def chosen_rows(config: Config, prompts: Prompts, batch: Scored) -> list[int]:
+def chosen_rows(config: Config, prompts: Prompts, batch: ScoredRollouts) -> list[int]:
     """At most ROWS rows, half of them those with the most padding where they were scored."""
     padding, lengths = padding_of(config, prompts, batch), batch.mask.sum(1).tolist()
     order = sorted(range(len(padding)), key=padding.__getitem__, reverse=True)
@@ -83,18 +85,18 @@ def chosen_rows(config: Config, prompts: Prompts, batch: Scored) -> list[int]:
     return order if len(order) <= ROWS else order[:half] + order[-half:]
 
 
-def padding_of(config: Config, prompts: Prompts, batch: Scored) -> list[int]:
+def padding_of(config: Config, prompts: Prompts, batch: ScoredRollouts) -> list[int]:
     """Padding on the left of each row's prompt in the micro-batch that it is scored in."""
     lengths = prompts.mask.sum(1).tolist()
     padding = [0] * len(lengths)
-    for group in micro_batches(prompts, batch, config.micro_tokens):
+    for group in micro_batches(prompts, batch, config.max_tokens_per_microbatch):
         widest = max(lengths[row] for row in group)
         for row in group:
             padding[row] = widest - lengths[row]
     return padding
 
 
-def model_state(role: str, model: Model, config: Config) -> dict[str, float]:
+def model_state(role: str, model: CausalLM, config: Config) -> dict[str, float]:
     """ROLE_training and ROLE_precision, see `rescored`; no number is read from the device."""
     expected = "float32" if role == "teacher" and config.teacher == "ema" else config.dtype
     right = wrong = 0
@@ -106,7 +108,7 @@ def model_state(role: str, model: Model, config: Config) -> dict[str, float]:
     return {f"{role}_training": float(dropping(model)), f"{role}_precision": share}
 
 
-def dropping(model: Model) -> int:
+def dropping(model: CausalLM) -> int:
     """Number of modules in training mode that drop something out."""
     count = 0
     for module in model.network.modules():
@@ -116,15 +118,15 @@ def dropping(model: Model) -> int:
 
 
 def _alone(
-    config: Config, pair: Pair, role: str, prompts: Prompts, batch: Scored, row: int
+    config: Config, pair: ModelPair, role: str, prompts: Prompts, batch: ScoredRollouts, row: int
 ) -> Tensor:
     """(n,) log-probabilities of one row's sampled tokens, from a sequence without padding."""
-    model: Model = getattr(pair, role)
+    model: CausalLM = getattr(pair, role)
     prompt, places = prompts.tokens[row][prompts.mask[row]], batch.mask[row].nonzero()[:, 0]
     ids = torch.cat([prompt, batch.tokens[row, : int(places[-1]) + 1]])[None, :-1]
     position = torch.arange(ids.shape[1], device=ids.device)[None]
     tokens = batch.tokens[row, places]
-    if role == "teacher" and config.own_end and pair.endings is not None:
+    if role == "teacher" and config.map_eos and pair.endings is not None:
         tokens = teacher_tokens(tokens, pair.endings)
     with evaluating(model.network):
         states = model.hidden(ids, torch.ones_like(ids), position)
@@ -133,10 +135,15 @@ def _alone(
 
 
 def _compared(
-    config: Config, pair: Pair, role: str, prompts: Prompts, batch: Scored, rows: Sequence[int]
+    config: Config,
+    pair: ModelPair,
+    role: str,
+    prompts: Prompts,
+    batch: ScoredRollouts,
+    rows: Sequence[int],
 ) -> dict[str, float]:
     """ROLE_rescored, and the causes where it is beyond LIMIT."""
-    model: Model = getattr(pair, role)
+    model: CausalLM = getattr(pair, role)
     unit, scores = rounding(config), getattr(batch, f"{role}_logp")
     alone = {row: _alone(config, pair, role, prompts, batch, row) for row in rows}
     gaps = {row: scores[row][batch.mask[row]] - alone[row] for row in rows}
@@ -164,7 +171,7 @@ def _compared(
     }
 
 
-def _logp(config: Config, model: Model, prompts: Prompts, batch: Scored) -> Tensor:
+def _logp(config: Config, model: CausalLM, prompts: Prompts, batch: ScoredRollouts) -> Tensor:
     """(N,) log-probabilities of the sampled tokens of a padded batch, as scoring makes them."""
     logp = log_probabilities(model, response_hidden(model, prompts, batch), config.temperature)
     return logp.gather(1, batch.tokens[batch.mask][:, None])[:, 0]
@@ -205,7 +212,7 @@ def _exchanged(
 
 
 def _remote(
-    config: Config, pair: Pair, prompts: Prompts, batch: Scored, rows: Sequence[int]
+    config: Config, pair: ModelPair, prompts: Prompts, batch: ScoredRollouts, rows: Sequence[int]
 ) -> dict[str, float]:
     """teacher_rescored of a teacher on a server, each row asked of alone, and teacher_exchanged."""
     assert pair.remote is not None

@@ -10,10 +10,10 @@ from torch import Tensor
 from diagnostics.errors import InvalidInput
 from opd.config.settings import Config
 from opd.serving.addresses import is_url
-from opd.teachers.pair import Pair
+from opd.teachers.pair import ModelPair
 
 
-def refuse_same_weights(settings: Sequence[Config], pairs: Sequence[Pair]) -> None:
+def refuse_same_weights(settings: Sequence[Config], pairs: Sequence[ModelPair]) -> None:
     """Refuse a run all of whose teachers have the student's weights.
 
     Of several tasks, one that holds the student where it began is a task while another moves it.
@@ -33,7 +33,7 @@ def refuse_same_weights(settings: Sequence[Config], pairs: Sequence[Pair]) -> No
         )
 
 
-def is_student(config: Config, pair: Pair) -> bool:
+def is_student(config: Config, pair: ModelPair) -> bool:
     """Whether a named teacher has the student's weights, and nothing else would train.
 
     "base" and "ema" are made of the student on purpose and need a reward anyway; a server shows no
@@ -42,7 +42,7 @@ def is_student(config: Config, pair: Pair) -> bool:
     """
     if config.teacher in ("base", "ema") or is_url(config.teacher):
         return False
-    if config.outcome or not config.steps:
+    if config.reward_weight or not config.steps:
         return False
     if same_place(config.student, config.teacher):
         return True

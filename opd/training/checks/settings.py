@@ -20,7 +20,7 @@ OF_STUDENT = ("base", "ema")
 
 def objective_problems(config: Config, objective: Objective) -> Iterator[str]:
     """A message for everything in which the settings and the objective do not go together."""
-    if config.teacher in OF_STUDENT and not config.outcome:
+    if config.teacher in OF_STUDENT and not config.reward_weight:
         yield (
             f'teacher "{config.teacher}" starts as the student itself, so the divergence is at its '
             "minimum and nothing moves; set outcome, the weight of the reward, or name a teacher"
@@ -32,21 +32,21 @@ def objective_problems(config: Config, objective: Objective) -> Iterator[str]:
 
 def _stale_samples(config: Config, objective: Objective) -> Iterator[str]:
     """Losses over tokens of an older student that take them for the present one's."""
-    if config.unweighted_accepted:
+    if config.allow_unweighted:
         return
-    consent = "or set unweighted_accepted to do so all the same, as the paper did"
-    if config.updates > 1 and objective.only_fresh_samples:
+    consent = "or set allow_unweighted to do so all the same, as the paper did"
+    if config.updates_per_batch > 1 and objective.only_fresh_samples:
         yield (
-            f"updates is {config.updates}: from the second on, {config.objective} would weigh "
+            f"updates_per_batch is {config.updates_per_batch}: from the second on, {config.objective} would weigh "
             "tokens as if the student of the first had not moved, since its loss reads the sampled "
             "token without an importance weight (ratio compares the rollouts' student with the "
             "sampler, and does not repair it); use sampled_token_weighted or "
             "sampled_token_clipped, an objective that does not read the sampled token, or updates "
             f"= 1; {consent}"
         )
-    if config.ahead and objective.sampled and config.ratio == "none":
+    if config.rollout_lag and objective.sampled and config.ratio == "none":
         yield (
-            f"ahead is {config.ahead}: {config.objective} would weigh tokens of older weights as "
+            f"rollout_lag is {config.rollout_lag}: {config.objective} would weigh tokens of older weights as "
             f"if the present student had drawn them; set ratio token, or ahead = 0; {consent}"
         )
 
@@ -59,9 +59,9 @@ def _empty_groups(config: Config) -> Iterator[str]:
             "baseline leave_one_out is the mean of the prompt's other responses, and group_size is "
             f"{config.group_size}; set group_size to 2 or more, or another baseline"
         )
-    if config.outcome and alone:
+    if config.reward_weight and alone:
         yield (
-            f"outcome {config.outcome} compares the reward of a response with those of the "
+            f"reward_weight {config.reward_weight} compares the reward of a response with those of the "
             f"prompt's others, and group_size is {config.group_size}; set group_size to 2 or more"
         )
     mixed = len(config.tasks) > 1 and config.task_order == "mixed"
@@ -87,7 +87,7 @@ def _without_effect(config: Config, objective: Objective) -> Iterator[str]:
             f"divergence of {config.objective} is zero whatever they say; set support_k to 2 or "
             f"more, or use {config.objective}_and_sampled or {config.objective}_bucket"
         )
-    if config.ppo_clip is not None and config.updates == 1:
+    if config.ppo_clip is not None and config.updates_per_batch == 1:
         yield (
             f"ppo_clip is {config.ppo_clip} and updates 1: the student has not moved yet when the "
             "only update is made, so that nothing is clipped; set updates to 2 or more, or leave "
@@ -98,23 +98,23 @@ def _without_effect(config: Config, objective: Objective) -> Iterator[str]:
             f"ratio is {config.ratio}, which is student over sampler, and with the engine hf and "
             "top_p 1 the sampler is the student, so that it is 1 up to rounding; set ratio none"
         )
-    if config.own_end:
+    if config.map_eos:
         yield from _own_end(config, objective)
 
 
 def _own_end(config: Config, objective: Objective) -> Iterator[str]:
     name = config.objective
     if all(own.teacher in OF_STUDENT for own in settings_of(config)):
-        yield f"own_end: the teacher {config.teacher} ends as the student does; set own_end off"
+        yield f"map_eos: the teacher {config.teacher} ends as the student does; set map_eos off"
     elif objective.support in ("student", "union", "intersection"):
         yield (
-            f"own_end exchanges ends in the teacher's top-K only, not in the support of {name}; "
-            "set own_end off, or use teacher_topk or one of its forms"
+            f"map_eos exchanges ends in the teacher's top-K only, not in the support of {name}; "
+            "set map_eos off, or use teacher_topk or one of its forms"
         )
     elif objective.support == "full" and not objective.reads_teacher_sample:
         yield (
-            f"own_end would not change the loss of {name}, which compares whole distributions id "
-            "with id and reads no teacher log-probability of a sampled token; set own_end off, or "
+            f"map_eos would not change the loss of {name}, which compares whole distributions id "
+            "with id and reads no teacher log-probability of a sampled token; set map_eos off, or "
             "use teacher_topk or sampled_token"
         )
 
@@ -133,7 +133,7 @@ def _eval_source(config: Config) -> bool:
 NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "prompt_column": (_plain_source, "task is a file or data set of your own"),
     "answer_column": (_plain_source, "task is a file or data set of your own"),
-    "drop_long": (
+    "skip_long_prompts": (
         lambda config: not (config.task == "lab" or is_games(config.task)),
         "task is a file or a data set",
     ),
@@ -141,17 +141,17 @@ NEEDS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "eval_answer_column": (_eval_source, "eval_task is a file or data set of your own"),
     "layout": (lambda config: is_games(config.task), "task is games, env:NAME"),
     "max_turns": (lambda config: is_games(config.task), "task is games, env:NAME"),
-    "history": (
+    "history_turns": (
         lambda config: is_games(config.task) and config.layout == "turns",
         "task is games, env:NAME, with layout turns",
     ),
     "task_order": (lambda config: len(config.tasks) > 1, "there are several tasks"),
     "weights_folder": (lambda config: config.engine == "servers", "engine is servers"),
-    "rollout_patience": (lambda config: config.engine == "servers", "engine is servers"),
-    "rollout_requests": (lambda config: config.engine == "servers", "engine is servers"),
-    "rows_at_once": (lambda config: config.engine == "hf", "engine is hf"),
-    "teacher_patience": (lambda config: is_url(config.teacher), "the teacher is on a server"),
-    "teacher_requests": (lambda config: is_url(config.teacher), "the teacher is on a server"),
+    "rollout_timeout": (lambda config: config.engine == "servers", "engine is servers"),
+    "rollout_concurrency": (lambda config: config.engine == "servers", "engine is servers"),
+    "generation_batch_size": (lambda config: config.engine == "hf", "engine is hf"),
+    "teacher_timeout": (lambda config: is_url(config.teacher), "the teacher is on a server"),
+    "teacher_concurrency": (lambda config: is_url(config.teacher), "the teacher is on a server"),
     "offload_teacher": (
         lambda config: not is_url(config.teacher) and config.teacher != "base",
         "the teacher has weights of its own in this process",

@@ -21,10 +21,10 @@ from diagnostics.errors import InvalidInput
 from opd.config.settings import Config
 from opd.models.contexts import evaluating
 from opd.models.lm_head import full_logits
-from opd.models.model import Model, bare
+from opd.models.model import CausalLM, bare
 from opd.runtime import distributed
-from opd.teachers.pair import Pair
-from opd.training.checks.check_result import TEXTS, Finding
+from opd.teachers.pair import ModelPair
+from opd.training.checks.check_result import TEXTS, CheckResult
 from opd.training.checks.expected_loss import rounding
 from opd.training.checks.rescoring import LIMIT, model_state
 from opd.training.checks.update import chosen
@@ -39,7 +39,7 @@ SAMPLE_TEXTS = (
 )
 
 
-def check_start(settings: Sequence[Config], pairs: Sequence[Pair]) -> None:
+def check_start(settings: Sequence[Config], pairs: Sequence[ModelPair]) -> None:
     """Say what is doubtful about the models of a run, and refuse what is wrong.
 
     Raises:
@@ -56,8 +56,8 @@ def check_start(settings: Sequence[Config], pairs: Sequence[Pair]) -> None:
 
 
 def examined(
-    settings: Sequence[Config], pairs: Sequence[Pair], teacher_tokenizer: Any = None
-) -> list[Finding]:
+    settings: Sequence[Config], pairs: Sequence[ModelPair], teacher_tokenizer: Any = None
+) -> list[CheckResult]:
     """All findings about the student and each teacher, one after the other.
 
     teacher_tokenizer: the teacher's as loaded. Without it the ids of the teacher's file are
@@ -85,8 +85,8 @@ def examined(
 
 
 def model_findings(
-    role: str, name: str, model: Model, tokenizer: Any, config: Config
-) -> Iterator[Finding]:
+    role: str, name: str, model: CausalLM, tokenizer: Any, config: Config
+) -> Iterator[CheckResult]:
     """Findings about one model in memory."""
     yield state(role, model, config)
     if config.teacher_weights == "saved" or role == "student":
@@ -96,7 +96,7 @@ def model_findings(
 
 def tokenizer_file(
     role: str, name: str, tokenizer: Any, texts: Sequence[str] = SAMPLE_TEXTS
-) -> Finding:
+) -> CheckResult:
     """Does the loaded tokenizer give the ids that the model's tokenizer.json gives?
 
     Loading rebuilds a tokenizer by the class that tokenizer_config.json names; where that class is
@@ -106,7 +106,7 @@ def tokenizer_file(
 
     item, path = f"{role} tokenizer file", saved_file(name, "tokenizer.json")
     if path is None:
-        return Finding(item, "ok", "no tokenizer.json to compare with")
+        return CheckResult(item, "ok", "no tokenizer.json to compare with")
     raw = Tokenizer.from_file(str(path))
     raw.no_truncation()
     raw.no_padding()
@@ -118,7 +118,7 @@ def tokenizer_file(
     )
     if differ:
         some = ", ".join(f"{t!r}: {loaded.get(t)} / {written[t]}" for t in differ[:5])
-        return Finding(
+        return CheckResult(
             item,
             "fail",
             f"{len(differ)} tokens have other ids than in {path.name} (loaded / file: {some})",
@@ -128,13 +128,13 @@ def tokenizer_file(
         ids = tokenizer.encode(text, add_special_tokens=False)
         expected = raw.encode(text, add_special_tokens=False).ids
         if ids != expected:
-            return Finding(
+            return CheckResult(
                 item,
                 "fail",
                 f"{text!r} is {ids[:8]} as loaded and {expected[:8]} by {path.name}",
                 advice,
             )
-    return Finding(item, "ok", "text has the ids of tokenizer.json")
+    return CheckResult(item, "ok", "text has the ids of tokenizer.json")
 
 
 def saved_file(name: str, file: str) -> Path | None:
@@ -148,14 +148,16 @@ def saved_file(name: str, file: str) -> Path | None:
     return Path(cached) if isinstance(cached, str) else None
 
 
-def trained(config: Config, pair: Pair) -> Finding:
+def trained(config: Config, pair: ModelPair) -> CheckResult:
     """Are all of the student's weights trained, where no adapters are?"""
     weights = list(pair.student.network.parameters())
     frozen = sum(weight.numel() for weight in weights if not weight.requires_grad)
     share = frozen / max(1, sum(weight.numel() for weight in weights))
     if config.lora_rank or not frozen:
-        return Finding("trained weights", "ok", f"{1 - share:.1%} of the student's weights train")
-    return Finding(
+        return CheckResult(
+            "trained weights", "ok", f"{1 - share:.1%} of the student's weights train"
+        )
+    return CheckResult(
         "trained weights",
         "warn",
         f"{share:.1%} of the student's weights are frozen, without adapters",
@@ -163,13 +165,13 @@ def trained(config: Config, pair: Pair) -> Finding:
     )
 
 
-def apart(pair: Pair) -> Finding:
+def apart(pair: ModelPair) -> CheckResult:
     """Do student and teacher have weights of their own?"""
     own = {weight.data_ptr() for weight in pair.student.network.parameters() if weight.numel()}
     shared = sum(weight.data_ptr() in own for weight in pair.teacher.network.parameters())
     if not shared:
-        return Finding("teacher's weights", "ok", "not the student's")
-    return Finding(
+        return CheckResult("teacher's weights", "ok", "not the student's")
+    return CheckResult(
         "teacher's weights",
         "fail",
         f"{shared} of the teacher's tensors are the student's own, and would move with it",
@@ -177,12 +179,12 @@ def apart(pair: Pair) -> Finding:
     )
 
 
-def state(role: str, model: Model, config: Config) -> Finding:
+def state(role: str, model: CausalLM, config: Config) -> CheckResult:
     """Evaluation mode, and the precision that was asked for."""
     numbers = model_state(role, model, config)
     training, wrong = numbers[f"{role}_training"], numbers[f"{role}_precision"]
     if training:
-        return Finding(
+        return CheckResult(
             f"{role} mode",
             "fail",
             f"{training:.0f} modules are in training mode and drop something out",
@@ -190,17 +192,17 @@ def state(role: str, model: Model, config: Config) -> Finding:
             numbers,
         )
     if wrong > 0.5:
-        return Finding(
+        return CheckResult(
             f"{role} mode",
             "fail",
             f"{wrong:.0%} of the weights are in another precision than {config.dtype}",
             "load the model with the asked dtype",
             numbers,
         )
-    return Finding(f"{role} mode", "ok", f"evaluation, {config.dtype}", "", numbers)
+    return CheckResult(f"{role} mode", "ok", f"evaluation, {config.dtype}", "", numbers)
 
 
-def saved_weights(role: str, name: str, model: Model) -> Finding:
+def saved_weights(role: str, name: str, model: CausalLM) -> CheckResult:
     """Are the weights in memory those of the model's safetensors files, rounded once?"""
     item, names = f"{role} weights", files_of(name)
     weights = {
@@ -222,9 +224,9 @@ def saved_weights(role: str, name: str, model: Model) -> Finding:
             differ.append(key)
             rounded += torch.equal(saved.bfloat16(), loaded.bfloat16())
     if not differ:
-        return Finding(item, "ok", f"{compared} tensors as saved")
+        return CheckResult(item, "ok", f"{compared} tensors as saved")
     how = ", rounded to fewer digits" if rounded == len(differ) else ""
-    return Finding(
+    return CheckResult(
         item,
         "fail",
         f"{len(differ)} of {compared} tensors in memory are not those of the files{how}, first "
@@ -250,7 +252,7 @@ def files_of(name: str) -> dict[str, Path]:
 
 
 @torch.no_grad()
-def forward(role: str, model: Model, tokenizer: Any, config: Config) -> Finding:
+def forward(role: str, model: CausalLM, tokenizer: Any, config: Config) -> CheckResult:
     """Does what the model says hang on chance, hidden ids, later ids or padding?"""
     item = f"{role} forward pass"
     texts = [tokenizer.encode(text, add_special_tokens=False) for text in TEXTS]
@@ -281,12 +283,12 @@ def forward(role: str, model: Model, tokenizer: Any, config: Config) -> Finding:
     }
     if not bool(plain.isfinite().all()):
         advice = "its weights are damaged or diverged: load an earlier checkpoint"
-        return Finding(item, "fail", "log-probabilities are not finite", advice, numbers)
+        return CheckResult(item, "fail", "log-probabilities are not finite", advice, numbers)
     for name, found, advice in FORWARD:
         if not numbers[name] <= LIMIT:
             said = f"{found}, by {numbers[name] * unit:.2g} nats, {LIMIT * unit:.1g} is rounding"
-            return Finding(item, "fail", said, advice, numbers)
-    return Finding(item, "ok", "hangs on the row's own text alone", "", numbers)
+            return CheckResult(item, "fail", said, advice, numbers)
+    return CheckResult(item, "ok", "hangs on the row's own text alone", "", numbers)
 
 
 FORWARD = (
@@ -313,7 +315,7 @@ FORWARD = (
 )
 
 
-def answers(model: Model, ids: Tensor, real: Tensor) -> Tensor:
+def answers(model: CausalLM, ids: Tensor, real: Tensor) -> Tensor:
     """(B, PLACES, V) log-probabilities at the last positions of rows padded on the left."""
     positions = (real.cumsum(1) - 1).clamp(min=0)
     states = model.hidden(ids, real, positions)[:, -PLACES:]

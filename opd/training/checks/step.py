@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Scored
+from diagnostics.batch import ScoredRollouts
 from diagnostics.gradients.distributed import rows_of_ranks
 from opd.config.settings import Config
 from opd.data.grading.graders import GYM_PROBLEM
@@ -57,7 +57,7 @@ def _distinct(hashes: Tensor) -> Tensor:
     return 1 + (ordered[1:] != ordered[:-1]).sum().double()
 
 
-def sampler_numbers(config: Config, batch: Scored) -> dict[str, Tensor]:
+def sampler_numbers(config: Config, batch: ScoredRollouts) -> dict[str, Tensor]:
     """sampler_error: root mean square of log student - log sampler, in whole units of rounding.
 
     Of every sampled token of the present weights. Nothing where the sampler's own softmax is not
@@ -73,7 +73,7 @@ def sampler_numbers(config: Config, batch: Scored) -> dict[str, Tensor]:
     fresh = batch.sampled & (batch.age == 0)[:, None]
     gap = torch.where(fresh, batch.student_logp - sampler, 0.0).double()
     size = (gap.square().sum() / fresh.sum().clamp(min=1)).sqrt()
-    return {"validity/sampler_error": size.div(rounding(config)).floor()}
+    return {"consistency/sampler_error": size.div(rounding(config)).floor()}
 
 
 RIGHT = ("<think></think>{}", "\\boxed{{{}}}")
@@ -93,12 +93,12 @@ def grader_numbers(
       grade: texts of responses and the answer to compare with -> rewards, in the way of the step.
     """
     missing = reward.isnan()
-    columns = {"validity/grader_missing": missing.double().mean()}
+    columns = {"consistency/grader_missing": missing.double().mean()}
     answer = GYM_PROBLEM.sub("", answers[0]) if answers else ""
-    constant = torch.zeros_like(columns["validity/grader_missing"])
+    constant = torch.zeros_like(columns["consistency/grader_missing"])
     if answer.strip():
         texts = [text.format(answer) for text in RIGHT] + list(WRONG)
         rewards = grade(texts, answers[0])
         if len(set(rewards)) == 1:
             constant = (reward == rewards[0]).all().double()
-    return columns | {"validity/grader_constant": constant}
+    return columns | {"consistency/grader_constant": constant}

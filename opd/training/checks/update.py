@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from opd.config.settings import Config
 from opd.runtime import distributed
-from opd.teachers.pair import Pair
+from opd.teachers.pair import ModelPair
 from opd.training.optimizer import Optimizer
 
 TENSORS, ELEMENTS = 16, 256
@@ -110,7 +110,7 @@ def leftover(optimizer: Optimizer) -> float:
     return float(any(weight.grad is not None for weight in weights))
 
 
-def frozen_teacher(config: Config, pair: Pair) -> tuple[list[Tensor], Tensor] | None:
+def frozen_teacher(config: Config, pair: ModelPair) -> tuple[list[Tensor], Tensor] | None:
     """Some of the teacher's weights and (n,) their numbers; None of one that moves or is remote."""
     if config.teacher == "ema" or pair.remote is not None:
         return None

@@ -78,10 +78,10 @@ def test_rows_equal_dense_numbers_and_training_its_bits(
     truncated: list[float] = []
     for row, theirs, without in zip(rows, log, alone[1], strict=False):
         expected = by_hand(list(spy.dense(row["step"], teacher, temperature)))
-        truncated.append(expected["collapse/truncated_share"])
+        truncated.append(expected["response/truncated_share"])
         dense = ("reverse_kl", "outside_topk", "outside_topk_expected", "overlap_ratio")
         for key, value in expected.items():
-            if name == "grpo" and key.removeprefix("drift/") in dense:
+            if name == "grpo" and key.removeprefix("divergence/") in dense:
                 assert key not in row
             elif math.isnan(value):
                 assert math.isnan(row[key]), key
@@ -96,15 +96,15 @@ def test_rows_equal_dense_numbers_and_training_its_bits(
     assert 0 < sum(truncated) < 2
     if name in ("grpo", "sdpo", "distillation"):  # TRL's own, of what was generated
         for row, theirs in zip(rows, log, strict=False):
-            assert row["collapse/length"] == pytest.approx(theirs["completions/mean_length"])
+            assert row["response/length"] == pytest.approx(theirs["completions/mean_length"])
     if name == "distillation":  # beta 1: its loss is the reverse KL at its temperature
         for row, theirs in zip(rows, log, strict=False):
-            assert theirs["loss"] == pytest.approx(row["drift/reverse_kl"], rel=1e-3)
-            assert theirs["entropy"] == pytest.approx(row["drift/student_entropy"], rel=0.1)
+            assert theirs["loss"] == pytest.approx(row["divergence/reverse_kl"], rel=1e-3)
+            assert theirs["entropy"] == pytest.approx(row["divergence/student_entropy"], rel=0.1)
     assert monitor.missing["sampler_ratio"].endswith("has no sampler_logp")
     graded = name in ("grpo", "sdpo")
     assert monitor.missing.get("reward", "").endswith("has no reward") is not graded
-    assert ("collapse/graded_share" in rows[0]) is graded
+    assert ("response/graded_share" in rows[0]) is graded
 
 
 def test_only_what_the_student_sampled_is_measured(pair: Any, tmp_path: Path) -> None:
@@ -123,8 +123,8 @@ def test_cadence_evaluation_and_what_is_put_back(pair: Any, tmp_path: Path) -> N
         trainer.train()
         trainer.evaluate()
     assert [row["step"] for row in rows] == [2]
-    assert "drift/k1" not in trainer.state.log_history[0]
-    assert trainer.state.log_history[1]["drift/k1"] == rows[0]["drift/k1"]
+    assert "divergence/k1" not in trainer.state.log_history[0]
+    assert trainer.state.log_history[1]["divergence/k1"] == rows[0]["divergence/k1"]
     with pytest.raises(RuntimeError, match="stop"), observe(trainer, Monitor()):
         raise RuntimeError("stop")
     assert not {"log", "_compute_loss"} & vars(trainer).keys()
@@ -143,7 +143,7 @@ def test_evaluation_between_steps_is_not_measured(pair: Any, tmp_path: Path) -> 
     trainer.training_step = evaluated_first
     with observe(trainer, Monitor()) as rows:
         trainer.train()
-    responses = [row["drift/tokens"] / row["collapse/length"] for row in rows]
+    responses = [row["divergence/tokens"] / row["response/length"] for row in rows]
     assert responses == pytest.approx([4, 4])
 
 

@@ -54,7 +54,12 @@ def test_a_teacher_assigned_as_ref_model_is_read_as_the_advice_says(
     rows, _ = observed(trainer)
     for row in rows:
         expected = by_hand(list(spy.dense(row["step"], pair[1], 0.7)))
-        for name in ("drift/k1", "drift/k1_se", "supervision/negative_share", "drift/tokens"):
+        for name in (
+            "divergence/k1",
+            "divergence/k1_se",
+            "signal/negative_share",
+            "divergence/tokens",
+        ):
             assert row[name] == pytest.approx(expected[name], rel=2e-4), name
     for step, log in zip((1, 2), trainer.state.log_history, strict=False):  # TRL's k3 of the same
         r = torch.cat(
@@ -87,11 +92,11 @@ def test_rewards_are_weighted_as_trl_does_and_follow_their_responses(
             x["tokens"].tolist() for s, i, _ in spy.losses if s == row["step"] for x in sequences(i)
         ]
         sums = [e + 0.5 * (f or 0.0) for e, f in zip(even(ids), first(ids), strict=True)]
-        assert row["collapse/reward"] == pytest.approx(sum(sums) / 4)
-        assert row["collapse/graded_share"] == 1
+        assert row["response/reward"] == pytest.approx(sum(sums) / 4)
+        assert row["response/graded_share"] == 1
     log = trainer.state.log_history[0]
-    assert log["collapse/reward"] == pytest.approx(log["reward"], rel=1e-5)
-    assert log["collapse/length"] == pytest.approx(log["completions/mean_length"])
+    assert log["response/reward"] == pytest.approx(log["reward"], rel=1e-5)
+    assert log["response/length"] == pytest.approx(log["completions/mean_length"])
 
 
 def test_a_response_that_no_function_grades_is_not_graded(pair: Any, tmp_path: Path) -> None:
@@ -104,9 +109,9 @@ def test_a_response_that_no_function_grades_is_not_graded(pair: Any, tmp_path: P
             x["tokens"].tolist() for s, i, _ in spy.losses if s == row["step"] for x in sequences(i)
         ]
         known = [2 * x for x in first(ids) if x is not None]
-        assert row["collapse/graded_share"] == pytest.approx(len(known) / len(ids))
+        assert row["response/graded_share"] == pytest.approx(len(known) / len(ids))
         if known:
-            assert row["collapse/reward"] == pytest.approx(sum(known) / len(known))
+            assert row["response/reward"] == pytest.approx(sum(known) / len(known))
 
 
 def test_reused_rollouts_have_ages_and_the_log_probabilities_of_their_sampler(
@@ -115,11 +120,11 @@ def test_reused_rollouts_have_ages_and_the_log_probabilities_of_their_sampler(
     trainer = grpo(pair, tmp_path / "run", num_iterations=2, max_steps=4)
     spy = Spy(trainer, pair[0])
     rows, monitor = observed(trainer)
-    assert [row["validity/age"] for row in rows] == [0, 1, 0, 1]
+    assert [row["consistency/age"] for row in rows] == [0, 1, 0, 1]
     assert "sampler_ratio" not in monitor.missing
     for row in rows:
         step = row["step"]
-        sampler = next(m for s, _, m in spy.losses if s == step - row["validity/age"])
+        sampler = next(m for s, _, m in spy.losses if s == step - row["consistency/age"])
         gaps = []
         for s, inputs, student in spy.losses:
             for x in sequences(inputs) if s == step else ():
@@ -128,8 +133,8 @@ def test_reused_rollouts_have_ages_and_the_log_probabilities_of_their_sampler(
                 )
                 gaps.append((now - then).gather(-1, x["tokens"][:, None])[:, 0])
         gap = float(torch.cat(gaps).mean())
-        assert row["validity/sampler_log_ratio"] == pytest.approx(gap, abs=2e-5)
-        assert (abs(gap) > 1e-3) is (row["validity/age"] == 1)
+        assert row["consistency/sampler_log_ratio"] == pytest.approx(gap, abs=2e-5)
+        assert (abs(gap) > 1e-3) is (row["consistency/age"] == 1)
 
 
 def test_top_p_leaves_only_what_stood_before_it(pair: Any, tmp_path: Path) -> None:
@@ -158,8 +163,8 @@ def test_lengths_are_of_what_was_generated_where_the_loss_leaves_it_out(
         for name, value in by_hand(dense).items():
             if name in row:
                 assert row[name] == pytest.approx(value, rel=2e-4, nan_ok=True), name
-        assert row["collapse/length"] == pytest.approx(log["completions/mean_length"])
-        assert row["collapse/truncated_share"] == pytest.approx(log["completions/clipped_ratio"])
+        assert row["response/length"] == pytest.approx(log["completions/mean_length"])
+        assert row["response/truncated_share"] == pytest.approx(log["completions/clipped_ratio"])
     assert 0 < masked < 16
 
 
@@ -169,7 +174,7 @@ def test_what_changes_the_sampled_distribution_takes_its_tests_away(
     for make, changes in ((iw_opd, {"top_k": 7}), (sdft, {"min_p": 0.1})):
         rows, monitor = observed(make(pair, tmp_path / make.__name__, max_steps=1, **changes))
         (name, value) = next(iter(changes.items()))
-        assert "validity/z_H" not in rows[0]
+        assert "consistency/z_H" not in rows[0]
         assert f"sampling with {name} {value}, has no top_p" in monitor.missing["martingales"]
 
 
@@ -196,8 +201,8 @@ def test_an_engines_log_probabilities_are_the_samplers(pair: Any, tmp_path: Path
         sampler = torch.tensor(told[tuple(x["tokens"].tolist())])
         gap = x["p"].gather(-1, x["tokens"][:, None])[:, 0] - sampler
         gaps.append(gap[~sampler.isnan()])
-    assert len(torch.cat(gaps)) == rows[0]["drift/tokens"]
-    assert rows[0]["validity/sampler_log_ratio"] == pytest.approx(
+    assert len(torch.cat(gaps)) == rows[0]["divergence/tokens"]
+    assert rows[0]["consistency/sampler_log_ratio"] == pytest.approx(
         float(torch.cat(gaps).mean()), rel=1e-4
     )
 
@@ -260,4 +265,4 @@ def test_off_policy_micro_batches_are_counted_and_not_measured(
         inputs = [i for s, i, _ in spy.losses if s == row["step"]]
         counts = [int((i["labels"] != -100).sum()) for i in inputs]
         tokens = sum(n for n, sampled in zip(counts, own, strict=True) if sampled)
-        assert row.get("drift/tokens", 0) == tokens
+        assert row.get("divergence/tokens", 0) == tokens

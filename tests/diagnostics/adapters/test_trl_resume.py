@@ -12,16 +12,16 @@ import torch
 
 from diagnostics.adapters.trl import observe
 from diagnostics.alarms.alarms import Alarms
-from diagnostics.alarms.rules import Rule
+from diagnostics.alarms.rules import AlarmRule
 from diagnostics.catalogue import PANEL
 from diagnostics.monitor import Monitor
 from diagnostics.records import rows as files
 from diagnostics.records.sinks import to_file
 from tests.helpers.trl_trainers import Spy, by_hand, distillation, gkd, load_pair
 
-RULE = Rule(
+RULE = AlarmRule(
     name="long",
-    metric="collapse/length",
+    metric="response/length",
     null="0",
     means="any response at all",
     remedy="none",
@@ -146,14 +146,21 @@ def test_the_log_is_over_all_tokens_of_its_window(pair: Any, tmp_path: Path) -> 
         steps = (line["step"] - 1, line["step"])
         dense = [list(spy.dense(step, pair[1], 0.8)) for step in steps]
         expected = by_hand([*dense[0], *dense[1]])
-        for name in ("drift/k1", "drift/reverse_kl", "drift/outside_topk", "drift/overlap_ratio"):
+        for name in (
+            "divergence/k1",
+            "divergence/reverse_kl",
+            "divergence/outside_topk",
+            "divergence/overlap_ratio",
+        ):
             assert line[name] == pytest.approx(expected[name], rel=2e-4), name
-        assert line["drift/tokens"] == pytest.approx(expected["drift/tokens"] / 2)
+        assert line["divergence/tokens"] == pytest.approx(expected["divergence/tokens"] / 2)
         late = by_hand(dense[1])  # due at every other step only
-        assert line["collapse/length"] == pytest.approx(late["collapse/length"])
+        assert line["response/length"] == pytest.approx(late["response/length"])
         both = [row for row in rows if row["step"] in steps]
-        sums = [sum(row[f"drift/tokens{b}"] for row in both) for b in ("@0-1", "@2-3")]
-        assert [line["drift/tokens@0-1"], line["drift/tokens@2-3"]] == [x / 2 for x in sums]
+        sums = [sum(row[f"divergence/tokens{b}"] for row in both) for b in ("@0-1", "@2-3")]
+        assert [line["divergence/tokens@0-1"], line["divergence/tokens@2-3"]] == [
+            x / 2 for x in sums
+        ]
         assert line["trl/observed_steps"] == 2
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
 
@@ -215,4 +222,4 @@ def test_losses_without_gradients_are_not_of_the_training(pair: Any, tmp_path: P
     trainer.training_step = training_step
     with observe(trainer, Monitor(SOME)) as rows:
         trainer.train()
-    assert rows[0]["drift/tokens"] / rows[0]["collapse/length"] == pytest.approx(4)
+    assert rows[0]["divergence/tokens"] / rows[0]["response/length"] == pytest.approx(4)

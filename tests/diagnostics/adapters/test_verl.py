@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diagnostics.adapters.verl import install, rollout_rows
-from diagnostics.batch import Scored
+from diagnostics.batch import ScoredRollouts
 from diagnostics.monitor import Monitor
 from diagnostics.records.reader import Records
 from diagnostics.records.writer import write
@@ -137,24 +137,24 @@ def test_estimator_losses_are_observed_exactly(registry: Any, tmp_path: Path) ->
     r = supervised(rows, "log_probs") - supervised(rows, "teacher_logprobs")[:, 0]
     d = supervised(rows, "log_probs") - supervised(rows, "rollout_log_probs")
     expected = {
-        "drift/k1": r.mean(),
-        "drift/abs_ratio": r.abs().mean(),
-        "drift/teacher_prob": supervised(rows, "teacher_logprobs").exp().mean(),
-        "supervision/negative_share": (r > 0).float().mean(),
-        "supervision/positive_mass": (-r).clamp(min=0).mean(),
-        "validity/sampler_log_ratio": d.mean(),
-        "validity/sampler_log_ratio_square": d.square().mean(),
-        "collapse/repeated_share": torch.tensor(0.0),
+        "divergence/k1": r.mean(),
+        "divergence/abs_ratio": r.abs().mean(),
+        "divergence/teacher_prob": supervised(rows, "teacher_logprobs").exp().mean(),
+        "signal/negative_share": (r > 0).float().mean(),
+        "signal/positive_mass": (-r).clamp(min=0).mean(),
+        "consistency/sampler_log_ratio": d.mean(),
+        "consistency/sampler_log_ratio_square": d.square().mean(),
+        "repetition/repeated_share": torch.tensor(0.0),
     }
     for name, value in expected.items():
         assert row[name] == pytest.approx(float(value), rel=1e-5, abs=1e-7), name
-    assert "drift/outside_topk" not in row
+    assert "divergence/outside_topk" not in row
     # what was kept has the whole panel, and says what it lacks
     files = sorted((tmp_path / "records").iterdir())
     kept = [b for file in files for b in Records(file)]
     monitor = Monitor()
     offline = monitor(0, kept)
-    assert offline["drift/k1"] == pytest.approx(float(r.mean()), rel=1e-5)
+    assert offline["divergence/k1"] == pytest.approx(float(r.mean()), rel=1e-5)
     assert len({int(b.prompt) for b in kept}) == 3
     prompts = [next(Records(f).rows())["prompt_tokens"].tolist() for f in files]
     assert prompts == [r["prompts"].tolist() for r in rows]
@@ -173,10 +173,10 @@ def test_the_topk_loss_is_observed_exactly(registry: Any) -> None:
     inside = supervised(rows, "teacher_ids") == supervised(rows, "responses")[:, None]
     mass = supervised(rows, "teacher_logprobs").exp().sum(-1)
     assert 0 < float(inside.any(-1).float().mean()) < 1
-    assert row["drift/outside_topk"] == pytest.approx(1 - float(inside.any(-1).float().mean()))
-    assert row["drift/topk_teacher_mass"] == pytest.approx(float(mass.mean()), rel=1e-5)
-    assert "drift/k1" not in row
-    assert "validity/sampler_log_ratio" in row
+    assert row["divergence/outside_topk"] == pytest.approx(1 - float(inside.any(-1).float().mean()))
+    assert row["divergence/topk_teacher_mass"] == pytest.approx(float(mass.mean()), rel=1e-5)
+    assert "divergence/k1" not in row
+    assert "consistency/sampler_log_ratio" in row
     with pytest.raises(ValueError, match="Unsupported loss mode: k9"):
         install("k9")
 
@@ -196,8 +196,10 @@ def test_a_run_on_nothing_but_the_topk_is_observed_without_the_students_side(
     _, found = distillation_loss(actor, distillation, output, data)
     row = reduced([found, found])  # each of two ranks has all the tokens
     mass = supervised(rows, "teacher_logprobs").exp().sum(-1)
-    assert row["drift/topk_teacher_mass"] == pytest.approx(DP_SIZE * float(mass.mean()), rel=1e-5)
-    assert "validity/sampler_log_ratio" not in row
+    assert row["divergence/topk_teacher_mass"] == pytest.approx(
+        DP_SIZE * float(mass.mean()), rel=1e-5
+    )
+    assert "consistency/sampler_log_ratio" not in row
 
 
 def test_rollout_dumps_become_records(tmp_path: Path) -> None:
@@ -215,11 +217,11 @@ def test_rollout_dumps_become_records(tmp_path: Path) -> None:
     write(tmp_path / "r.jsonl", rows)
     monitor, records = Monitor(), Records(tmp_path / "r.jsonl")
     (b,) = records
-    assert isinstance(b, Scored)
+    assert isinstance(b, ScoredRollouts)
     assert b.reward.tolist() == [0.5, 1.5, 0.5, 1.5]
     assert b.prompt[0] == b.prompt[1] != b.prompt[2]
     row = monitor(0, records)
-    assert row["collapse/reward"] == 1.0
+    assert row["response/reward"] == 1.0
     assert monitor.missing["sampled_divergence"].startswith("the records have no")
     (dumps / "3.jsonl").write_text('{"input": "a", "output": "b"}\n')
     with pytest.raises(ValueError, match=r"3.jsonl row 1: no field score in a verl dump"):

@@ -10,15 +10,15 @@ import pytest
 
 from benchmarks.faults import FAULTS, Fault, caught, make_models, record
 from diagnostics.alarms.alarms import Alarm, Alarms, lead_times, replay
-from diagnostics.alarms.rules import RULES, Rule, average, growth, joined_z, rise, table
+from diagnostics.alarms.rules import RULES, AlarmRule, average, growth, joined_z, rise, table
 from diagnostics.records.rows import Row
 
 NAMED = {rule.name: rule for rule in RULES}
 
 
-def rule(**changes: object) -> Rule:
+def rule(**changes: object) -> AlarmRule:
     plain: dict = {"name": "r", "metric": "x", "null": "", "means": "", "remedy": "", "high": 1.0}
-    return Rule(**plain | {"need": 1, "last": 1} | changes)
+    return AlarmRule(**plain | {"need": 1, "last": 1} | changes)
 
 
 def rows(values: list, name: str = "x", errors: list | None = None) -> list[Row]:

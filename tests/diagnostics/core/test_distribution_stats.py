@@ -6,16 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diagnostics.batch import Prefix
+from diagnostics.batch import DistributionStats
 from diagnostics.core import distribution_stats
 from diagnostics.core.distribution_stats import functionals
 from diagnostics.records.batch_files import load
 from tests.diagnostics.test_panel import batch as make_batch
 
-Pair = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+ModelPair = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def pair(dtype: torch.dtype = torch.float64, dead: bool = False) -> Pair:
+def pair(dtype: torch.dtype = torch.float64, dead: bool = False) -> ModelPair:
     g = torch.Generator().manual_seed(1)
     p = 3 * torch.randn(5, 3, 9, generator=g, dtype=dtype)
     q = 3 * torch.randn(5, 3, 9, generator=g, dtype=dtype)
@@ -82,7 +82,7 @@ def test_no_tokens_give_no_numbers() -> None:
 def test_a_batch_saved_without_the_squares_still_loads(tmp_path) -> None:
     b = make_batch()
     old = {k: v for k, v in b.prefix._tensors().items() if not k.startswith("square_")}
-    replace(b, prefix=Prefix(**old)).save(tmp_path / "old.safetensors")
+    replace(b, prefix=DistributionStats(**old)).save(tmp_path / "old.safetensors")
     back = load(tmp_path / "old.safetensors")
     assert back.prefix.square_ratio is None
     assert torch.equal(back.prefix.collision, b.prefix.collision)

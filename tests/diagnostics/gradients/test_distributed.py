@@ -11,14 +11,16 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from diagnostics.batch import Scored, concatenate
+from diagnostics.batch import ScoredRollouts, concatenate
 from diagnostics.gradients.distributed import across_ranks, among, rows_of_ranks
-from diagnostics.gradients.probe import Measured, gradient_row, measured
+from diagnostics.gradients.probe import GradientSketches, gradient_row, measured
 from diagnostics.gradients.sketch import no_projection
 from tests.diagnostics.gradients.test_probe import drawn, world
 
 
-def tabular(batch: Scored, states_: Tensor, whole: tuple[Scored, slice] | None) -> Measured:
+def tabular(
+    batch: ScoredRollouts, states_: Tensor, whole: tuple[ScoredRollouts, slice] | None
+) -> GradientSketches:
     _, student, teacher = world()
     flat = states_[:, : batch.mask.shape[1]][batch.mask]
     tables = student.log_softmax(-1), teacher.log_softmax(-1)
@@ -31,7 +33,7 @@ def tabular(batch: Scored, states_: Tensor, whole: tuple[Scored, slice] | None) 
     )
 
 
-def shares() -> list[tuple[Scored, Tensor]]:
+def shares() -> list[tuple[ScoredRollouts, Tensor]]:
     """20 sequences of 5 prompts in two shares, one of them trimmed, that cut a prompt in two."""
     at = drawn(world()[0], 4, count=20, group=4)
     order = at.batch.lengths.argsort()

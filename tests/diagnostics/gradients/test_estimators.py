@@ -8,11 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Prefix, Scored
+from diagnostics.batch import DistributionStats, ScoredRollouts
 from diagnostics.core.distribution_stats import functionals
-from diagnostics.core.optional_fields import Missing
-from diagnostics.gradients.estimators import FAMILY, GAMMAS, Member, member_index, weights
-from diagnostics.gradients.probe import Measured, gradient_row, joined, measured
+from diagnostics.core.optional_fields import MissingField
+from diagnostics.gradients.estimators import (
+    FAMILY,
+    GAMMAS,
+    GradientEstimator,
+    member_index,
+    weights,
+)
+from diagnostics.gradients.probe import GradientSketches, gradient_row, joined, measured
 from diagnostics.gradients.signal_noise import pairs
 from diagnostics.gradients.sketch import (
     TokenSketches,
@@ -44,7 +50,7 @@ def normal(*shape: int, seed: int) -> Tensor:
 
 
 @cache
-def made() -> tuple[Scored, Tensor, Tensor, Tensor]:
+def made() -> tuple[ScoredRollouts, Tensor, Tensor, Tensor]:
     """A batch with holes in its mask, states (B, T, D), and both models' (B, T, V)."""
     hidden, head = normal(B, T, D, seed=1), normal(V, D, seed=2)
     p = (hidden @ head.T).log_softmax(-1)
@@ -56,7 +62,7 @@ def made() -> tuple[Scored, Tensor, Tensor, Tensor]:
     def at(x: Tensor) -> Tensor:
         return x.gather(-1, tokens[..., None])[..., 0] * mask
 
-    batch = Scored(
+    batch = ScoredRollouts(
         tokens=tokens,
         mask=mask,
         sampler_logp=at(p),
@@ -64,12 +70,12 @@ def made() -> tuple[Scored, Tensor, Tensor, Tensor]:
         teacher_logp=at(q),
         prompt=torch.tensor([4, 7, 4, 7, 9, 9]),
         ended=torch.ones(B, dtype=torch.bool),
-        prefix=Prefix(**{k: x * mask for k, x in functionals(p, q, tokens).items()}),
+        prefix=DistributionStats(**{k: x * mask for k, x in functionals(p, q, tokens).items()}),
     ).checked()
     return batch, hidden, p, q
 
 
-def by_hand(batch: Scored, member: Member, gamma: float) -> Tensor:
+def by_hand(batch: ScoredRollouts, member: GradientEstimator, gamma: float) -> Tensor:
     """(B, T) weights by loops over the definition."""
     r, k, mask = batch.log_ratio, batch.prefix.reverse_kl, batch.mask
     later = k if member.mean_later else r
@@ -104,7 +110,9 @@ def test_weights_are_those_of_the_definition(name: str) -> None:
         assert bool(family.local[member_index(family, name, gamma)]) == FAMILY[name].mean_own
 
 
-def sketches(batch: Scored, hidden: Tensor, p: Tensor, q: Tensor, projection) -> TokenSketches:
+def sketches(
+    batch: ScoredRollouts, hidden: Tensor, p: Tensor, q: Tensor, projection
+) -> TokenSketches:
     flat = p[batch.mask], q[batch.mask]
     return token_sketches(
         batch, hidden[batch.mask], lambda c: (flat[0][c], flat[1][c]), projection, chunk_tokens=4
@@ -250,14 +258,16 @@ def language(tiny_pair: tuple[Path, Path]):
         generator=seeded(1),
     )
     batch, theirs = score(
-        pair, prompts, rollouts, k=4, temperature=0.8, micro_tokens=10**6, chunk_elements=10**6,
+        pair, prompts, rollouts, k=4, temperature=0.8, max_tokens_per_microbatch=10**6, max_logits_per_chunk=10**6,
         keep_teacher=True,
     )  # fmt: skip
     with torch.no_grad():
         return pair, batch, response_hidden(pair.student, prompts, batch), theirs
 
 
-def head_gradients(pair, objective: Objective, batch: Scored, hidden: Tensor, theirs: Tensor):
+def head_gradients(
+    pair, objective: Objective, batch: ScoredRollouts, hidden: Tensor, theirs: Tensor
+):
     """(B, V D) autograd through the trainer's loss of one response at a time, sequence sums."""
     from opd.scoring.loss import loss_from_hidden
 
@@ -267,7 +277,7 @@ def head_gradients(pair, objective: Objective, batch: Scored, hidden: Tensor, th
         c = slice(ends[i - 1] if i else 0, end)
         loss = loss_from_hidden(
             pair, objective, hidden[c], theirs[c], batch.rows([i]), credit[i : i + 1],
-            torch.ones(end - c.start), chunk_elements=10**6,
+            torch.ones(end - c.start), max_logits_per_chunk=10**6,
         )  # fmt: skip
         rows.append(torch.autograd.grad(loss, weight)[0].flatten())
     return torch.stack(rows)
@@ -317,7 +327,7 @@ def test_the_sketch_of_a_models_head_is_that_of_autograd(language, name: str) ->
 
             loss = loss_from_hidden(
                 pair, fixed, hidden[at], theirs[at], one, credit[:1], torch.ones(1),
-                chunk_elements=10**6,
+                max_logits_per_chunk=10**6,
             )  # fmt: skip
             total += float(torch.autograd.grad(loss, pair.student.head.weight)[0].square().sum())
         assert float(energies[0, 1]) == pytest.approx(total, rel=1e-3)
@@ -367,11 +377,11 @@ def test_a_row_of_a_language_model(language) -> None:
     )
     assert alone.names == ("plain", "position_mean", "leave_one_out")
     assert gradient_row(alone)["gradient/signal"] == pytest.approx(exact["gradient/signal"])
-    with pytest.raises(Missing, match=r"\('rb_all', 0.0\) is not among plain"):
+    with pytest.raises(MissingField, match=r"\('rb_all', 0.0\) is not among plain"):
         gradient_row(alone, ("rb_all", 0.0))
-    with pytest.raises(Missing, match=r"top_p 0\.9 at temperature 0\.8 and scored at 0\.8"):
+    with pytest.raises(MissingField, match=r"top_p 0\.9 at temperature 0\.8 and scored at 0\.8"):
         measured(replace(batch, top_p=0.9), hidden, logp, no_projection(size, width))
-    with pytest.raises(Missing, match=r"temperature 1\.0 and scored at 0\.8; sample"):
+    with pytest.raises(MissingField, match=r"temperature 1\.0 and scored at 0\.8; sample"):
         measured(replace(batch, temperature=1.0), hidden, logp, no_projection(size, width))
     with pytest.raises(ValueError, match="2 different families"):
         joined([every, alone])
@@ -388,7 +398,7 @@ def test_measurements_join_by_prompt() -> None:
                      no_projection(V, D))
         )  # fmt: skip
     flat = p[batch.mask], q[batch.mask]
-    whole: Measured = measured(
+    whole: GradientSketches = measured(
         batch, hidden[batch.mask], lambda c: (flat[0][c], flat[1][c]), no_projection(V, D)
     )
     apart, together = gradient_row(joined(halves)), gradient_row(whole)

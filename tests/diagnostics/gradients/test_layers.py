@@ -7,22 +7,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diagnostics.batch import Prefix, Scored
+from diagnostics.batch import DistributionStats, ScoredRollouts
 from diagnostics.core.distribution_stats import functionals
 from diagnostics.gradients.bias import without_each
 from diagnostics.gradients.estimators import weights
 from diagnostics.gradients.layers import block, linear_sketch, linear_squares, sequence_gradients
-from diagnostics.gradients.probe import Measured
+from diagnostics.gradients.probe import GradientSketches
 from diagnostics.gradients.signal_noise import signal_and_noise
 from diagnostics.gradients.sketch import matrix_sketch, no_projection, random_signs
 from opd.config.settings import Config
 from opd.data.prompts import Prompts
 from opd.models.contexts import recomputing
 from opd.models.forward import log_probabilities, response_hidden, spread
-from opd.models.lm_head import Head
+from opd.models.lm_head import LmHead
 from opd.models.model import split
 from opd.objectives.factory import make
-from opd.teachers.pair import Pair
+from opd.teachers.pair import ModelPair
 from opd.training.gradient_probe import TrainedLoss, below_head, hidden_slopes, probe, states
 from tests.diagnostics.gradients.test_probe import seeded
 
@@ -54,14 +54,14 @@ def network(seed: int) -> nn.Module:
 
 
 @cache
-def pair() -> Pair:
+def pair() -> ModelPair:
     student, teacher = network(0), network(1)
     teacher.requires_grad_(False)
-    return Pair(split(student, V), split(teacher, V), None, [0])
+    return ModelPair(split(student, V), split(teacher, V), None, [0])
 
 
 @cache
-def case() -> tuple[Prompts, Scored]:
+def case() -> tuple[Prompts, ScoredRollouts]:
     """Three prompts of two rollouts, padded on the left, with ragged ends and a hole in a mask."""
     g = seeded(3)
     widths, ends = torch.tensor([4, 4, 1, 1, 3, 3]), torch.tensor([7, 3, 5, 7, 1, 6])
@@ -76,7 +76,7 @@ def case() -> tuple[Prompts, Scored]:
     mask[0, 2] = False
     tokens = torch.randint(V, (B, T), generator=g) * (torch.arange(T) < ends[:, None])
     zero = torch.zeros(B, T, dtype=torch.float64)
-    bare = Scored(
+    bare = ScoredRollouts(
         tokens=tokens,
         mask=mask,
         sampler_logp=zero,
@@ -94,7 +94,7 @@ def case() -> tuple[Prompts, Scored]:
     ours, theirs = (spread(x.gather(1, y[:, None])[:, 0], mask) for x in logp)
     prefix = {name: spread(x, mask) for name, x in functionals(*logp, y).items()}
     scored = replace(bare, sampler_logp=ours, student_logp=ours, teacher_logp=theirs)
-    return prompts, replace(scored, prefix=Prefix(**prefix))
+    return prompts, replace(scored, prefix=DistributionStats(**prefix))
 
 
 def by_autograd(member: tuple[Tensor, bool], names: list[str]) -> dict[str, Tensor]:
@@ -119,19 +119,21 @@ def by_autograd(member: tuple[Tensor, bool], names: list[str]) -> dict[str, Tens
     return {name: torch.stack(parts) for name, parts in found.items()}
 
 
-def below(patterns: tuple[str, ...], micro_tokens: int) -> dict[str, Measured]:
+def below(patterns: tuple[str, ...], max_tokens_per_microbatch: int) -> dict[str, GradientSketches]:
     prompts, scored = case()
     with torch.no_grad():
         both = [states(m, prompts, scored, 1000) for m in (pair().student, pair().teacher)]
         slopes = hidden_slopes(pair(), scored, *both, chunk_tokens=5)
     chosen = [block(pair().student.network, pattern) for pattern in patterns]
-    return below_head(pair().student, prompts, scored, slopes, chosen, 0.5, micro_tokens)
+    return below_head(
+        pair().student, prompts, scored, slopes, chosen, 0.5, max_tokens_per_microbatch
+    )
 
 
-@pytest.mark.parametrize("micro_tokens", [1000, 20])
-def test_gradients_by_sequence_are_autograds(micro_tokens: int) -> None:
+@pytest.mark.parametrize("max_tokens_per_microbatch", [1000, 20])
+def test_gradients_by_sequence_are_autograds(max_tokens_per_microbatch: int) -> None:
     """Of every member, with left padding, masks and micro-batches in another order."""
-    found = below(PATTERNS, micro_tokens)
+    found = below(PATTERNS, max_tokens_per_microbatch)
     at = found[PATTERNS[0]]
     assert (at.names, at.gammas) == (("plain", "rb_all_position_mean"), (0.0, 0.5, 1.0))
     family = weights(case()[1], at.names, at.gammas)
@@ -313,7 +315,7 @@ def test_the_headline_of_a_block_is_the_trained_losses(
     prompts, scored = case()
     loss = trained(name, gamma, baseline)
     row = probe(
-        pair(), prompts, scored, loss, gamma=gamma, micro_tokens=30, chunk_elements=100,
+        pair(), prompts, scored, loss, gamma=gamma, max_tokens_per_microbatch=30, max_logits_per_chunk=100,
         blocks=PATTERNS[:1],
     )  # fmt: skip
     norms = [name for name, _ in owned() if "norm" in name]
@@ -326,11 +328,11 @@ def test_the_headline_of_a_block_is_the_trained_losses(
 
 def test_a_student_whose_logits_are_no_matrix_product_is_refused() -> None:
     prompts, scored = case()
-    student = replace(pair().student, find=lambda: Head(None, V))
+    student = replace(pair().student, find=lambda: LmHead(None, V))
     with pytest.raises(ValueError, match="set probe_every to 0"):
         probe(
             replace(pair(), student=student), prompts, scored, trained("sampled_token"),
-            gamma=0.0, micro_tokens=30, chunk_elements=100,
+            gamma=0.0, max_tokens_per_microbatch=30, max_logits_per_chunk=100,
         )  # fmt: skip
 
 
@@ -338,7 +340,7 @@ def test_the_row_of_a_run_says_what_the_gradients_are() -> None:
     prompts, scored = case()
     loss = trained("sampled_token")
     row = probe(
-        pair(), prompts, scored, loss, gamma=0.0, micro_tokens=30, chunk_elements=100,
+        pair(), prompts, scored, loss, gamma=0.0, max_tokens_per_microbatch=30, max_logits_per_chunk=100,
         blocks=PATTERNS,
     )  # fmt: skip
     family = weights(scored, ["plain"], (0.0,))
@@ -358,7 +360,15 @@ def test_the_row_of_a_run_says_what_the_gradients_are() -> None:
     assert (at.sketches[:, 0].double().square().sum() / B / true - 1) == pytest.approx(
         excess, abs=1e-4
     )
-    bare = probe(pair(), prompts, scored, loss, gamma=0.0, micro_tokens=30, chunk_elements=100)
+    bare = probe(
+        pair(),
+        prompts,
+        scored,
+        loss,
+        gamma=0.0,
+        max_tokens_per_microbatch=30,
+        max_logits_per_chunk=100,
+    )
     assert all(row[name] == pytest.approx(x, nan_ok=True) for name, x in bare.items())
     assert not any("blocks" in name for name in bare)
 

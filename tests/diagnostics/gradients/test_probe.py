@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from diagnostics.batch import Scored, concatenate
-from diagnostics.core.optional_fields import Missing
+from diagnostics.batch import ScoredRollouts, concatenate
+from diagnostics.core.optional_fields import MissingField
 from diagnostics.gradients.bias import (
     coherence,
     cost_of_response,
@@ -178,7 +178,7 @@ def test_intervals_by_hand() -> None:
 
 
 def test_too_few_prompts_are_refused() -> None:
-    with pytest.raises(Missing, match="2 prompts"):
+    with pytest.raises(MissingField, match="2 prompts"):
         signal_and_noise(torch.randn(8, 3), torch.arange(8) // 4)
     with pytest.raises(ValueError, match=r"expected \(4, F, J, m\)"):
         pairs(torch.randn(4, 3), torch.arange(4))
@@ -414,7 +414,7 @@ def test_a_scalar_advantage_misses_the_noise_of_distillation() -> None:
     student, teacher = random_pair(mdp, seeded(2), distance=1.0, heterogeneity=0.5)
     _, true = moments.moments(mdp, student, teacher, "plain", 0.0)
     at = sample(mdp, student, teacher, 20_000, seeded(3))
-    batch: Scored = at.batch
+    batch: ScoredRollouts = at.batch
     w = 1 - 2 * batch.student_logp.exp() + batch.prefix.collision
     scalar, token = (
         float(f(-batch.log_ratio, w, batch.mask) / true)
@@ -462,13 +462,13 @@ def test_only_what_the_batch_allows_is_measured() -> None:
     bare = replace(at.batch, prefix=None, prompt=torch.arange(12) // 2)
     assert available(bare, False) == ["plain", "position_mean", "leave_one_out"]
     assert available(bare, True) == ["plain", "position_mean", "leave_one_out", "rb_immediate"]
-    with pytest.raises(Missing, match="prefix functionals"):
+    with pytest.raises(MissingField, match="prefix functionals"):
         weights(bare, ["rb_future"], GAMMAS)
-    with pytest.raises(Missing, match="single rollout"):
+    with pytest.raises(MissingField, match="single rollout"):
         weights(at.batch, ["leave_one_out"], GAMMAS)
     with pytest.raises(ValueError, match=r"unknown members \['no'\]"):
         weights(bare, ["no"], GAMMAS)
     x, _, _ = gradients(at, ("plain",))
     other = weights(at.batch, ["plain"], (0.0, 0.5))
-    with pytest.raises(Missing, match="discounts 0 and 1"):
+    with pytest.raises(MissingField, match="discounts 0 and 1"):
         squared_bias(pairs(x[:, :2], at.batch.prompt), other)

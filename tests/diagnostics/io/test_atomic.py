@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from diagnostics.batch import Scored
+from diagnostics.batch import ScoredRollouts
 from diagnostics.errors import OperationFailed
 from diagnostics.io.atomic import atomic_write, is_disk_full, replace_folder, write_text
 from diagnostics.records.token_dumps import Dumps
@@ -36,9 +36,9 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     return done
 
 
-def batch() -> Scored:
+def batch() -> ScoredRollouts:
     logp = [-torch.ones(2, 3) for _ in range(3)]
-    return Scored(
+    return ScoredRollouts(
         tokens=torch.ones(2, 3, dtype=torch.long),
         mask=torch.ones(2, 3, dtype=torch.bool),
         sampler_logp=logp[0],

@@ -9,14 +9,14 @@ from importlib import import_module
 import pytest
 import torch
 
-from diagnostics.batch import Scored
+from diagnostics.batch import ScoredRollouts
 from diagnostics.catalogue import CATALOGUE, CODES, FULL, MAKERS, PANEL, Metric, page
-from diagnostics.core.optional_fields import Missing
-from diagnostics.core.totals import Total, merge, read
+from diagnostics.core.optional_fields import MissingField
+from diagnostics.core.totals import Accumulator, merge, read
 from diagnostics.metrics.divergence import sampled_divergence
 from diagnostics.metrics.groupby import by, without
-from diagnostics.metrics.length import length
 from diagnostics.metrics.repetition import compression, repeated, repetition
+from diagnostics.metrics.response import length
 from diagnostics.metrics.signal import sign_shares
 from diagnostics.metrics.token_attribution import coverage, impossible_table, token_table
 from diagnostics.monitor import Monitor
@@ -34,8 +34,8 @@ EVERY: dict[str, Metric] = {
 }
 
 
-def measured(batch: Scored) -> dict[str, Total]:
-    found: dict[str, Total] = {}
+def measured(batch: ScoredRollouts) -> dict[str, Accumulator]:
+    found: dict[str, Accumulator] = {}
     for metric in EVERY.values():
         found |= metric(batch)
     return found
@@ -92,33 +92,42 @@ def test_nothing_and_one_token(rows: list[int]) -> None:
     row = read(measured(dense(4, "union").batch.rows(rows)))
     assert not [name for name, x in row.items() if math.isinf(x)]
     if rows == [1]:
-        assert row["drift/prefix_ess"] == pytest.approx(1)
-        assert row["supervision/signal_n_eff"] == pytest.approx(1)
-        assert row["supervision/signal_entropy_n_eff"] == pytest.approx(1)
-        assert row["drift/log_ratios_q1"] == row["drift/log_ratios_q99"] == row["drift/k1"]
+        assert row["divergence/prefix_ess"] == pytest.approx(1)
+        assert row["signal/signal_n_eff"] == pytest.approx(1)
+        assert row["signal/signal_entropy_n_eff"] == pytest.approx(1)
+        assert (
+            row["divergence/log_ratios_q1"]
+            == row["divergence/log_ratios_q99"]
+            == row["divergence/k1"]
+        )
     else:
-        assert math.isnan(row["drift/k1"])
-        assert math.isnan(row["drift/prefix_ess"])
+        assert math.isnan(row["divergence/k1"])
+        assert math.isnan(row["divergence/prefix_ess"])
 
 
 def test_a_teacher_that_is_the_student() -> None:
     row = read(measured(dense(5, "union", gap=0.0).batch))
     for name in ("k1", "reverse_kl", "union_kl_parts", "union_kl_tail", "overlap_kl"):
-        assert row[f"drift/{name}"] == pytest.approx(0, abs=1e-9), name
-    for name in ("drift/overlap_ratio", "drift/prefix_ess", "drift/prefix_abs_ess"):
+        assert row[f"divergence/{name}"] == pytest.approx(0, abs=1e-9), name
+    for name in ("divergence/overlap_ratio", "divergence/prefix_ess", "divergence/prefix_abs_ess"):
         assert row[name] == pytest.approx(1), name
-    assert row["drift/overlap_student_mass"] == row["drift/overlap_teacher_mass"]
+    assert row["divergence/overlap_student_mass"] == row["divergence/overlap_teacher_mass"]
     assert row["noise/token_signal"] + row["noise/token_noise"] < 1e-20
-    assert row["drift/agreeing_share"] > 0
-    assert row["supervision/negative_share"] == row["tokens/confident_impossible_share"] == 0
+    assert row["divergence/agreeing_share"] > 0
+    assert row["signal/negative_share"] == row["tokens/confident_impossible_share"] == 0
 
 
 def test_a_support_of_everything() -> None:
     row = read(measured(dense(6, "full", k=V).batch))
-    assert row["drift/outside_topk"] == row["drift/kl_tail"] == row["drift/kl_binary"] == 0
-    assert row["drift/kl_head"] == pytest.approx(row["drift/reverse_kl"])
-    assert row["drift/overlap_teacher_mass"] <= 1
-    assert row["drift/top_teacher_max"] == pytest.approx(row["drift/teacher_max"])
+    assert (
+        row["divergence/outside_topk"]
+        == row["divergence/kl_tail"]
+        == row["divergence/kl_binary"]
+        == 0
+    )
+    assert row["divergence/kl_head"] == pytest.approx(row["divergence/reverse_kl"])
+    assert row["divergence/overlap_teacher_mass"] <= 1
+    assert row["divergence/top_teacher_max"] == pytest.approx(row["divergence/teacher_max"])
 
 
 def test_what_a_batch_lacks_is_missing_and_not_wrong() -> None:
@@ -134,7 +143,7 @@ def test_what_a_batch_lacks_is_missing_and_not_wrong() -> None:
     for e in CATALOGUE:
         if e.level == "L1":
             e.metric(replace(dense(7, "union").batch, prefix=None))
-            with pytest.raises(Missing):
+            with pytest.raises(MissingField):
                 e.metric(replace(batch, support=None))
 
 
@@ -152,7 +161,7 @@ def test_groups_are_the_metric_on_their_rows() -> None:
     right = read(by(length, "reward", {1: "right", 0: "wrong"})(batch))
     rows = [i for i in range(B) if float(batch.reward[i]) == 1]
     want = float(batch.lengths[rows].double().mean())
-    assert right["reward=right/collapse/length"] == pytest.approx(want)
+    assert right["reward=right/response/length"] == pytest.approx(want)
     assert len(rows) == 4
     with pytest.raises(ValueError, match="cannot group by 'mask'"):
         by(length, "mask", {})
@@ -176,7 +185,7 @@ def test_what_is_over_the_sampled_tokens_does_not_ask_for_the_mask(source: str) 
     for e in CATALOGUE:
         try:
             seen = read(e.metric(narrow))
-        except Missing:
+        except MissingField:
             continue
         if e.over == "sampled":
             same(seen, read(e.metric(batch)), 1e-12)
@@ -202,27 +211,27 @@ def test_numbers_of_both_sets_of_tokens_by_hand() -> None:
         if e.over == "both":
             row |= read(e.metric(narrow))
     share = float(rep[narrow.sampled].double().mean())
-    assert row["collapse/repeated_share"] == pytest.approx(share)
+    assert row["repetition/repeated_share"] == pytest.approx(share)
     assert 0 < share < 1
     assert not torch.equal(rep, repeated(narrow.tokens, mask)), "the loop runs through masked ones"
     want = float(r[mask & ~rep].mean())
-    assert row["supervision/regular_cost"] == pytest.approx(want)
+    assert row["signal/regular_cost"] == pytest.approx(want)
     prefix, sampled = narrow.prefix, narrow.sampled
     end = sampled & (prefix.ending > 0)
     assert 0 < int((end & mask).sum()) < int(end.sum())
     wish = (prefix.teacher_end - prefix.student_end)[end].mean()
-    assert row["drift/end_wish"] == pytest.approx(float(wish))
+    assert row["divergence/end_wish"] == pytest.approx(float(wish))
     name = (prefix.teacher_end - narrow.teacher_logp)[end & mask].mean()
-    assert row["drift/end_name"] == pytest.approx(float(name))
+    assert row["divergence/end_name"] == pytest.approx(float(name))
     push = -(r * ((prefix.ending > 0).double() - prefix.student_end.exp()))[mask].mean()
-    assert row["drift/end_push"] == pytest.approx(float(push))
+    assert row["divergence/end_push"] == pytest.approx(float(push))
     hazard = prefix.teacher_end.exp()[sampled].mean()
-    assert row["drift/teacher_hazard"] == pytest.approx(float(hazard))
+    assert row["divergence/teacher_hazard"] == pytest.approx(float(hazard))
     count = mask.sum(1)
     alive = count > 0
     advantage = -(r * mask).sum(1)[alive] / count[alive]
     both = torch.stack([sampled.sum(1)[alive].double(), advantage])
-    assert row["collapse/length_advantage_cov"] == pytest.approx(float(both.cov()[0, 1]))
+    assert row["response/length_advantage_cov"] == pytest.approx(float(both.cov()[0, 1]))
     last = [max(t for t in range(len(m)) if m[t]) if m.any() else -1 for m in sampled]
     for tenth in (0, 9):
         cost, entropy = (
@@ -234,9 +243,9 @@ def test_numbers_of_both_sets_of_tokens_by_hand() -> None:
             for x, tokens in ((r, mask), (prefix.student_entropy, sampled))
         )
         label = f"%{10 * tenth}-{10 * tenth + 10}"
-        assert row[f"drift/k1_tenth{label}"] == pytest.approx(sum(cost) / len(cost))
+        assert row[f"divergence/k1_tenth{label}"] == pytest.approx(sum(cost) / len(cost))
         mean = sum(entropy) / len(entropy)
-        assert row[f"drift/student_entropy_tenth{label}"] == pytest.approx(mean)
+        assert row[f"divergence/student_entropy_tenth{label}"] == pytest.approx(mean)
 
 
 def test_without_some_ids_they_do_not_count() -> None:
@@ -247,7 +256,7 @@ def test_without_some_ids_they_do_not_count() -> None:
     ]
     assert len(kept) < int(batch.mask.sum())
     want = sum(float(batch.log_ratio[i, t] > 0) for i, t in kept) / len(kept)
-    assert row["content/supervision/negative_share"] == pytest.approx(want)
+    assert row["content/signal/negative_share"] == pytest.approx(want)
 
 
 def test_every_metric_says_what_it_is() -> None:

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from diagnostics.core.optional_fields import Missing
+from diagnostics.core.optional_fields import MissingField
 from diagnostics.core.position_bins import LABELS
 from diagnostics.core.totals import read
 from diagnostics.metrics import divergence, topk
 from diagnostics.metrics.kl_decomposition import agreement, kl_anatomy, split_divergence
-from diagnostics.metrics.length import length_quantiles
 from diagnostics.metrics.own_prefix import own_prefix_gap
 from diagnostics.metrics.repetition import repeated
+from diagnostics.metrics.response import length_quantiles
 from tests.helpers.dense_batches import B, Dense, dense, mean
 
 BINS = {"": (0, 10**9), "@0-1": (0, 2), "@2-3": (2, 4), "@16-31": (16, 32), "@32-63": (32, 64)}
@@ -40,24 +40,24 @@ def test_nested_lists(source: str) -> None:
                 best = top(d.q[i, t], k)
                 out.append(float(int(d.batch.tokens[i, t]) not in best))
                 rest.append(1 - sum(math.exp(float(d.p[i, t, v])) for v in best))
-            assert row[f"drift/outside_top{k}{label}"] == pytest.approx(mean(out))
-            assert row[f"drift/outside_top{k}_expected{label}"] == pytest.approx(mean(rest))
+            assert row[f"divergence/outside_top{k}{label}"] == pytest.approx(mean(out))
+            assert row[f"divergence/outside_top{k}_expected{label}"] == pytest.approx(mean(rest))
         cost = signal = all_cost = all_signal = 0.0
         for i, t in d.tokens():
             r, out = float(d.batch.log_ratio[i, t]), int(d.batch.tokens[i, t])
             beyond = out not in top(d.q[i, t], k)
             cost, signal = cost + r * beyond, signal + abs(r) * beyond
             all_cost, all_signal = all_cost + r, all_signal + abs(r)
-        assert row[f"supervision/tail{k}_cost_share"] == pytest.approx(cost / all_cost)
-        assert row[f"supervision/tail{k}_signal_share"] == pytest.approx(signal / all_signal)
-    assert ("drift/outside_top16" in row) == (source == "full")
+        assert row[f"signal/tail{k}_cost_share"] == pytest.approx(cost / all_cost)
+        assert row[f"signal/tail{k}_signal_share"] == pytest.approx(signal / all_signal)
+    assert ("divergence/outside_top16" in row) == (source == "full")
 
 
 def test_lists_that_a_support_does_not_hold_are_missing() -> None:
     for source in ("student", "intersection"):
-        with pytest.raises(Missing, match=f"support is the {source}'s"):
+        with pytest.raises(MissingField, match=f"support is the {source}'s"):
             topk.nested_outside(dense(1, source).batch)
-    with pytest.raises(Missing, match="the student's top ids"):
+    with pytest.raises(MissingField, match="the student's top ids"):
         topk.overlap(dense(1, "teacher").batch)
 
 
@@ -82,7 +82,7 @@ def test_overlap_in_both_definitions(source: str, k: int) -> None:
                 found.setdefault(name, []).append(x)
         for name, x in found.items():
             want = pytest.approx(mean(x), rel=1e-9, abs=1e-12)
-            assert row[f"drift/overlap_{name}{label}"] == want, name
+            assert row[f"divergence/overlap_{name}{label}"] == want, name
         if k == 3 and not label:
             assert mean(found["empty_share"]) > 0
 
@@ -98,11 +98,11 @@ def test_bounds_from_a_list() -> None:
         bound.append(-sum(x * math.log(x) for x in [*inside, rest]))
         entropy = float(d.batch.prefix.teacher_entropy[i, t])
         assert bound[-1] <= entropy <= bound[-1] + rest * math.log(24 - 10) + 1e-9
-    assert row["drift/top_teacher_entropy_least"] == pytest.approx(mean(bound))
+    assert row["divergence/top_teacher_entropy_least"] == pytest.approx(mean(bound))
     exact = read(divergence.uncertainty(d.batch))
-    assert row["drift/top_teacher_max"] == pytest.approx(exact["drift/teacher_max"])
+    assert row["divergence/top_teacher_max"] == pytest.approx(exact["divergence/teacher_max"])
     over = mean([float(d.batch.prefix.teacher_entropy[i, t] > 1) for i, t in d.tokens()])
-    assert exact["drift/teacher_entropy_over_1"] == pytest.approx(over)
+    assert exact["divergence/teacher_entropy_over_1"] == pytest.approx(over)
 
 
 @pytest.mark.parametrize("source", ["teacher", "student", "union", "intersection", "full"])
@@ -127,9 +127,9 @@ def test_anatomy_is_the_chain_rule(source: str) -> None:
     whole = sum(map(sum, parts.values()))
     for part, x in parts.items():
         near = pytest.approx(mean(x), rel=1e-8, abs=1e-10)
-        assert row[f"drift/{name}_{part}"] == near, part
-        assert row[f"drift/{name}_{part}_share"] == pytest.approx(sum(x) / whole, abs=1e-10)
-    assert row[f"drift/{name}_parts"] == pytest.approx(whole / len(parts["head"]))
+        assert row[f"divergence/{name}_{part}"] == near, part
+        assert row[f"divergence/{name}_{part}_share"] == pytest.approx(sum(x) / whole, abs=1e-10)
+    assert row[f"divergence/{name}_parts"] == pytest.approx(whole / len(parts["head"]))
 
 
 def test_the_sampled_tail_has_no_bias() -> None:
@@ -158,17 +158,19 @@ def test_quantiles_by_position() -> None:
         rank = [float(d.batch.prefix.teacher_rank[i, t]) for i, t in places(d, label)]
         for percent in (5, 50, 95) if label else (1, 5, 25, 50, 75, 95, 99):
             want = np.percentile(r, percent, method="inverted_cdf")
-            got = row[f"drift/log_ratios_q{percent}{label}"]
+            got = row[f"divergence/log_ratios_q{percent}{label}"]
             assert got == pytest.approx(want, rel=0.091, abs=2**-20)
             assert (got > 0) == (want > 0)
             want = np.percentile(rank, percent, method="inverted_cdf")
-            assert row[f"drift/teacher_ranks_q{percent}{label}"] == pytest.approx(want, rel=0.06)
+            assert row[f"divergence/teacher_ranks_q{percent}{label}"] == pytest.approx(
+                want, rel=0.06
+            )
             if want < 12:
-                assert row[f"drift/teacher_ranks_q{percent}{label}"] == want
+                assert row[f"divergence/teacher_ranks_q{percent}{label}"] == want
     lengths = read(length_quantiles(d.batch))
     want = np.percentile(d.batch.lengths.numpy(), 50, method="inverted_cdf")
-    assert lengths["collapse/lengths_q50"] == pytest.approx(want, rel=0.06)
-    assert "drift/log_ratios_q25@0-1" not in row
+    assert lengths["response/lengths_q50"] == pytest.approx(want, rel=0.06)
+    assert "divergence/log_ratios_q25@0-1" not in row
 
 
 def test_effective_size_of_prefixes() -> None:
@@ -184,17 +186,17 @@ def test_effective_size_of_prefixes() -> None:
                     cost = sum(of(float(d.batch.log_ratio[i, t])) for t in own if t < stop)
                     weights.append(math.exp(-cost))
             if not weights:
-                assert f"drift/{name}{label}" not in row
+                assert f"divergence/{name}{label}" not in row
                 continue
             want = sum(weights) ** 2 / len(weights) / sum(w * w for w in weights)
-            assert row[f"drift/{name}{label}"] == pytest.approx(want, rel=1e-9)
+            assert row[f"divergence/{name}{label}"] == pytest.approx(want, rel=1e-9)
         whole = []
         for i in range(B):
             own = [float(d.batch.log_ratio[j, t]) for j, t in d.tokens() if j == i]
             if own:
                 whole.append(math.exp(-sum(map(of, own))))
         want = sum(whole) ** 2 / len(whole) / sum(w * w for w in whole)
-        assert row[f"drift/{name}"] == pytest.approx(want, rel=1e-9)
+        assert row[f"divergence/{name}"] == pytest.approx(want, rel=1e-9)
 
 
 def test_tenths_of_the_response() -> None:
@@ -210,16 +212,16 @@ def test_tenths_of_the_response() -> None:
     for k, values in found.items():
         label = f"_tenth%{10 * k}-{10 * k + 10}"
         r = [x for x, _, _ in values]
-        assert row[f"drift/k1{label}"] == pytest.approx(mean(r))
+        assert row[f"divergence/k1{label}"] == pytest.approx(mean(r))
         want = mean([x for _, x, _ in values])
-        assert row[f"drift/student_entropy{label}"] == pytest.approx(want)
+        assert row[f"divergence/student_entropy{label}"] == pytest.approx(want)
         sums = [
             sum(x - mean(r) for x, _, c in values if c == prompt)
             for prompt in {c for _, _, c in values}
         ]
         n = len(sums)
         error = math.sqrt(n / (n - 1) * sum(s * s for s in sums)) / len(r)
-        assert row[f"drift/k1{label}_se"] == pytest.approx(error)
+        assert row[f"divergence/k1{label}_se"] == pytest.approx(error)
 
 
 @pytest.mark.parametrize(("threshold", "run"), [(0.5, 3), (0.3, 2), (10.0, 5), (0.4, 1), (0.0, 1)])
@@ -248,14 +250,14 @@ def test_runs_of_agreement(threshold: float, run: int) -> None:
         if own:
             per_response.append(float(len(lengths) - started))
     total = len(list(d.tokens()))
-    assert row["drift/agreeing_share"] == pytest.approx(len(in_runs) / total)
-    assert row["drift/agreeing_runs"] == pytest.approx(mean(per_response))
+    assert row["divergence/agreeing_share"] == pytest.approx(len(in_runs) / total)
+    assert row["divergence/agreeing_runs"] == pytest.approx(mean(per_response))
     if lengths:
-        assert row["drift/agreeing_run_length"] == pytest.approx(mean(lengths))
+        assert row["divergence/agreeing_run_length"] == pytest.approx(mean(lengths))
         share = mean([float(again[i, t]) for i, t in in_runs])
-        assert row["drift/agreeing_repeated_share"] == pytest.approx(share)
+        assert row["divergence/agreeing_repeated_share"] == pytest.approx(share)
     else:
-        assert math.isnan(row["drift/agreeing_run_length"])
+        assert math.isnan(row["divergence/agreeing_run_length"])
 
 
 def test_own_prefix_control() -> None:
@@ -265,15 +267,15 @@ def test_own_prefix_control() -> None:
         a, b = (
             [float(x.batch.prefix.teacher_max[at]) for at in places(x, label)] for x in (own, d)
         )
-        assert row[f"drift/own_prefix_teacher_max{label}"] == pytest.approx(mean(a) - mean(b))
+        assert row[f"divergence/own_prefix_teacher_max{label}"] == pytest.approx(mean(a) - mean(b))
         errors = [
-            read(divergence.uncertainty(x.batch))[f"drift/teacher_entropy{label}_se"]
+            read(divergence.uncertainty(x.batch))[f"divergence/teacher_entropy{label}_se"]
             for x in (own, d)
         ]
-        error = row[f"drift/own_prefix_teacher_entropy{label}_se"]
+        error = row[f"divergence/own_prefix_teacher_entropy{label}_se"]
         assert error == pytest.approx(math.sqrt(errors[0] ** 2 + errors[1] ** 2))
     short = d.batch.positions(2)
-    assert "drift/own_prefix_teacher_max@2-3" not in own_prefix_gap(short, own.batch)
+    assert "divergence/own_prefix_teacher_max@2-3" not in own_prefix_gap(short, own.batch)
     assert all(x == 0 for k, x in own_prefix_gap(d.batch, d.batch).items() if "_se" not in k)
 
 
@@ -285,11 +287,11 @@ def test_an_id_that_is_not_present_is_not_on_the_list() -> None:
     absent = replace(support, present=~first.expand(support.ids.shape))
     batch = replace(d.batch, support=absent)
     row = read(topk.nested_outside(batch) | topk.top_uncertainty(batch))
-    assert row["drift/outside_top1"] == row["drift/outside_top1_expected"] == 1
+    assert row["divergence/outside_top1"] == row["divergence/outside_top1_expected"] == 1
     out, second = [], []
     for i, t in d.tokens():
         best = top(d.q[i, t], 8)
         out.append(float(int(d.batch.tokens[i, t]) not in best[1:]))
         second.append(math.exp(float(d.q[i, t, best[1]])))
-    assert row["drift/outside_top8"] == pytest.approx(mean(out))
-    assert row["drift/top_teacher_max"] == pytest.approx(mean(second))
+    assert row["divergence/outside_top8"] == pytest.approx(mean(out))
+    assert row["divergence/top_teacher_max"] == pytest.approx(mean(second))

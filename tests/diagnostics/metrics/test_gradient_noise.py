@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diagnostics.core.optional_fields import Missing
+from diagnostics.core.optional_fields import MissingField
 from diagnostics.core.totals import read
 from diagnostics.metrics.gradient_noise import baseline_noise, gradient_noise, prefix_noise
 from tests.helpers.dense_batches import Dense, dense, mean
@@ -102,5 +102,5 @@ def test_a_certain_student_and_an_equal_teacher_have_no_noise() -> None:
 def test_old_functionals_are_named() -> None:
     b = dense(1).batch
     old = replace(b, prefix=replace(b.prefix, square_ratio=None))
-    with pytest.raises(Missing, match="score again"):
+    with pytest.raises(MissingField, match="score again"):
         gradient_noise(old)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from diagnostics.batch import Scored
+from diagnostics.batch import ScoredRollouts
 from diagnostics.monitor import Monitor
 from tests.diagnostics.test_panel import batch as make_batch
 
@@ -16,7 +16,7 @@ BINS |= {"@16-31": (16, 32), "@32-63": (32, 64)}
 
 
 @pytest.fixture(scope="module")
-def batch() -> Scored:
+def batch() -> ScoredRollouts:
     """With a loop in two responses, a graded half and a sampler a little off the scorer."""
     from dataclasses import replace
 
@@ -30,11 +30,11 @@ def batch() -> Scored:
 
 
 @pytest.fixture(scope="module")
-def row(batch: Scored) -> dict[str, float]:
+def row(batch: ScoredRollouts) -> dict[str, float]:
     return Monitor()(0, [batch])
 
 
-def supervised(batch: Scored) -> list[Token]:
+def supervised(batch: ScoredRollouts) -> list[Token]:
     b, t = batch.mask.shape
     return [(i, j) for i in range(b) for j in range(t) if batch.mask[i, j]]
 
@@ -52,7 +52,7 @@ def ratio(pairs: list[tuple[int, float, float]]) -> tuple[float, float]:
     return value, math.sqrt(count / (count - 1) * spread) / sum(d.values())
 
 
-def token_metrics(b: Scored) -> dict[str, Callable[[int, int], float]]:
+def token_metrics(b: ScoredRollouts) -> dict[str, Callable[[int, int], float]]:
     """Name to value at one token, by the definition in words."""
     p, s = b.prefix, b.support
 
@@ -72,38 +72,40 @@ def token_metrics(b: Scored) -> dict[str, Callable[[int, int], float]]:
         return lambda i, t: float(getattr(p, name)[i, t])
 
     return {
-        "supervision/negative_share": lambda i, t: float(r(i, t) > 0),
-        "supervision/positive_share": lambda i, t: float(r(i, t) < 0),
-        "supervision/negative_mass": lambda i, t: max(r(i, t), 0),
-        "supervision/positive_mass": lambda i, t: max(-r(i, t), 0),
-        "supervision/negative_share_null": field("overrated"),
-        "supervision/negative_share_excess": lambda i, t: (r(i, t) > 0) - float(p.overrated[i, t]),
-        "drift/k1": r,
-        "drift/abs_ratio": lambda i, t: abs(r(i, t)),
-        "drift/teacher_prob": lambda i, t: math.exp(float(b.teacher_logp[i, t])),
-        "drift/reverse_kl": field("reverse_kl"),
-        "drift/teacher_rank_1": lambda i, t: float(p.teacher_rank[i, t] == 1),
-        "drift/teacher_rank_over_8": lambda i, t: float(p.teacher_rank[i, t] > 8),
-        "drift/outside_topk": out,
-        "drift/outside_topk_expected": lambda i, t: 1 - mass(s.student_logp, i, t),
-        "drift/outside_topk_excess": lambda i, t: out(i, t) - 1 + mass(s.student_logp, i, t),
-        "drift/topk_teacher_mass": lambda i, t: mass(s.teacher_logp, i, t),
-        "drift/topk_student_mass": lambda i, t: mass(s.student_logp, i, t),
-        "drift/teacher_entropy": field("teacher_entropy"),
-        "drift/student_entropy": field("student_entropy"),
-        "drift/entropy_gap": lambda i, t: float(p.teacher_entropy[i, t] - p.student_entropy[i, t]),
-        "drift/teacher_max": field("teacher_max"),
-        "validity/sampler_log_ratio": lambda i, t: float(
+        "signal/negative_share": lambda i, t: float(r(i, t) > 0),
+        "signal/positive_share": lambda i, t: float(r(i, t) < 0),
+        "signal/negative_mass": lambda i, t: max(r(i, t), 0),
+        "signal/positive_mass": lambda i, t: max(-r(i, t), 0),
+        "signal/negative_share_null": field("overrated"),
+        "signal/negative_share_excess": lambda i, t: (r(i, t) > 0) - float(p.overrated[i, t]),
+        "divergence/k1": r,
+        "divergence/abs_ratio": lambda i, t: abs(r(i, t)),
+        "divergence/teacher_prob": lambda i, t: math.exp(float(b.teacher_logp[i, t])),
+        "divergence/reverse_kl": field("reverse_kl"),
+        "divergence/teacher_rank_1": lambda i, t: float(p.teacher_rank[i, t] == 1),
+        "divergence/teacher_rank_over_8": lambda i, t: float(p.teacher_rank[i, t] > 8),
+        "divergence/outside_topk": out,
+        "divergence/outside_topk_expected": lambda i, t: 1 - mass(s.student_logp, i, t),
+        "divergence/outside_topk_excess": lambda i, t: out(i, t) - 1 + mass(s.student_logp, i, t),
+        "divergence/topk_teacher_mass": lambda i, t: mass(s.teacher_logp, i, t),
+        "divergence/topk_student_mass": lambda i, t: mass(s.student_logp, i, t),
+        "divergence/teacher_entropy": field("teacher_entropy"),
+        "divergence/student_entropy": field("student_entropy"),
+        "divergence/entropy_gap": lambda i, t: float(
+            p.teacher_entropy[i, t] - p.student_entropy[i, t]
+        ),
+        "divergence/teacher_max": field("teacher_max"),
+        "consistency/sampler_log_ratio": lambda i, t: float(
             b.student_logp[i, t] - b.sampler_logp[i, t]
         ),
-        "validity/sampler_log_ratio_square": lambda i, t: (
+        "consistency/sampler_log_ratio_square": lambda i, t: (
             float(b.student_logp[i, t] - b.sampler_logp[i, t]) ** 2
         ),
-        "collapse/repeated_share": lambda i, t: float((i, t) in repeated(b)),
+        "repetition/repeated_share": lambda i, t: float((i, t) in repeated(b)),
     }
 
 
-def repeated(b: Scored) -> set[Token]:
+def repeated(b: ScoredRollouts) -> set[Token]:
     """Tokens that close an 8-gram of the response's own tokens seen before, by a set of tuples."""
     found = set()
     for i in range(len(b)):
@@ -118,7 +120,9 @@ def repeated(b: Scored) -> set[Token]:
     return found
 
 
-def test_every_token_metric_equals_its_definition(batch: Scored, row: dict[str, float]) -> None:
+def test_every_token_metric_equals_its_definition(
+    batch: ScoredRollouts, row: dict[str, float]
+) -> None:
     again = repeated(batch)
     assert len(again) > 10
     checked = 0
@@ -135,13 +139,13 @@ def test_every_token_metric_equals_its_definition(batch: Scored, row: dict[str, 
     assert checked > 80
 
 
-def test_ratios_of_sums(batch: Scored, row: dict[str, float]) -> None:
+def test_ratios_of_sums(batch: ScoredRollouts, row: dict[str, float]) -> None:
     again, r = repeated(batch), batch.log_ratio.double()
     for name, above, below in (
-        ("supervision/signed_balance", lambda x, _: max(-x, 0), lambda x, _: abs(x)),
-        ("supervision/repeated_cost", lambda x, rep: x * rep, lambda _, rep: float(rep)),
-        ("supervision/regular_cost", lambda x, rep: x * (1 - rep), lambda _, rep: 1.0 - rep),
-        ("supervision/repeated_signal_share", lambda x, rep: abs(x) * rep, lambda x, _: abs(x)),
+        ("signal/signed_balance", lambda x, _: max(-x, 0), lambda x, _: abs(x)),
+        ("signal/repeated_cost", lambda x, rep: x * rep, lambda _, rep: float(rep)),
+        ("signal/regular_cost", lambda x, rep: x * (1 - rep), lambda _, rep: 1.0 - rep),
+        ("signal/repeated_signal_share", lambda x, rep: abs(x) * rep, lambda x, _: abs(x)),
     ):
         pairs = []
         for i, t in supervised(batch):
@@ -152,7 +156,7 @@ def test_ratios_of_sums(batch: Scored, row: dict[str, float]) -> None:
         assert row[f"{name}_se"] == pytest.approx(error, rel=1e-4), name
 
 
-def test_numbers_by_response(batch: Scored, row: dict[str, float]) -> None:
+def test_numbers_by_response(batch: ScoredRollouts, row: dict[str, float]) -> None:
     b = batch
     lengths = [sum(1 for j, _ in supervised(b) if j == i) for i in range(len(b))]
     prompt = [int(x) for x in b.prompt]
@@ -161,21 +165,21 @@ def test_numbers_by_response(batch: Scored, row: dict[str, float]) -> None:
     graded = [not math.isnan(float(x)) for x in b.reward]
     every = range(len(b))
     for name, pairs in {
-        "collapse/length": [(prompt[i], lengths[i], 1) for i in every],
-        "collapse/length_ended": [(prompt[i], lengths[i] * ended[i], ended[i]) for i in every],
-        "collapse/truncated_share": [(prompt[i], not ended[i], 1) for i in every],
-        "collapse/graded_share": [(prompt[i], graded[i], 1) for i in every],
-        "drift/k1_per_response": [(prompt[i], costs[i], 1) for i in every],
-        "drift/k1_response_mean": [(prompt[i], costs[i] / lengths[i], 1) for i in every],
+        "response/length": [(prompt[i], lengths[i], 1) for i in every],
+        "response/length_ended": [(prompt[i], lengths[i] * ended[i], ended[i]) for i in every],
+        "response/truncated_share": [(prompt[i], not ended[i], 1) for i in every],
+        "response/graded_share": [(prompt[i], graded[i], 1) for i in every],
+        "divergence/k1_per_response": [(prompt[i], costs[i], 1) for i in every],
+        "divergence/k1_response_mean": [(prompt[i], costs[i] / lengths[i], 1) for i in every],
     }.items():
         value, error = ratio(pairs)
         assert row[name] == pytest.approx(value, rel=1e-5), name
         assert row[f"{name}_se"] == pytest.approx(error, rel=1e-4), name
     rewards = [float(b.reward[i]) for i in every if graded[i]]
-    assert row["collapse/reward"] == pytest.approx(np.mean(rewards))
+    assert row["response/reward"] == pytest.approx(np.mean(rewards))
 
 
-def test_concentration_by_sorting(batch: Scored, row: dict[str, float]) -> None:
+def test_concentration_by_sorting(batch: ScoredRollouts, row: dict[str, float]) -> None:
     p = batch.prefix
     signal, energy = [], []
     for i, t in supervised(batch):
@@ -186,16 +190,16 @@ def test_concentration_by_sorting(batch: Scored, row: dict[str, float]) -> None:
         x = np.sort(np.array(values))
         n, total = len(x), x.sum()
         eff = total**2 / (x**2).sum()
-        assert row[f"supervision/{name}_n_eff"] == pytest.approx(eff, rel=1e-5)
-        assert row[f"supervision/{name}_n_eff_share"] == pytest.approx(eff / n, rel=1e-5)
+        assert row[f"signal/{name}_n_eff"] == pytest.approx(eff, rel=1e-5)
+        assert row[f"signal/{name}_n_eff_share"] == pytest.approx(eff / n, rel=1e-5)
         whole = int(n / 100)
         top = x[n - whole :].sum() + (n / 100 - whole) * x[n - whole - 1]
-        assert row[f"supervision/{name}_top1_share"] == pytest.approx(top / total, rel=0.09)
+        assert row[f"signal/{name}_top1_share"] == pytest.approx(top / total, rel=0.09)
         gini = ((2 * np.arange(1, n + 1) - n - 1) * x).sum() / (n * total)
-        assert gini - 0.022 < row[f"supervision/{name}_gini"] <= gini + 1e-9
+        assert gini - 0.022 < row[f"signal/{name}_gini"] <= gini + 1e-9
 
 
-def test_martingales_by_hand(batch: Scored, row: dict[str, float]) -> None:
+def test_martingales_by_hand(batch: ScoredRollouts, row: dict[str, float]) -> None:
     p = batch.prefix
     h = hv = k = kv = 0.0
     for i, t in supervised(batch):
@@ -204,5 +208,5 @@ def test_martingales_by_hand(batch: Scored, row: dict[str, float]) -> None:
         hv += max(float(p.surprise_square[i, t]) - entropy**2, 0)
         k += float(batch.log_ratio[i, t]) - kl
         kv += max(float(p.ratio_square[i, t]) - kl**2, 0)
-    assert row["validity/z_H"] == pytest.approx(h / math.sqrt(hv), rel=1e-4)
-    assert row["validity/z_K"] == pytest.approx(k / math.sqrt(kv), rel=1e-4)
+    assert row["consistency/z_H"] == pytest.approx(h / math.sqrt(hv), rel=1e-4)
+    assert row["consistency/z_K"] == pytest.approx(k / math.sqrt(kv), rel=1e-4)

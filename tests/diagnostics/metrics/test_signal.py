@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from diagnostics.core.totals import read
-from diagnostics.metrics import consistency, length, signal, token_attribution
+from diagnostics.metrics import consistency, response, signal, token_attribution
 from diagnostics.metrics.divergence import prefix_weights
 from diagnostics.metrics.repetition import compressible, compression
-from diagnostics.metrics.token_attribution import TokenTable
+from diagnostics.metrics.token_attribution import TokenAttribution
 from tests.helpers.dense_batches import B, Dense, V, dense, mean
 
 
@@ -36,13 +36,13 @@ def test_concentration_by_entropy_and_by_sign() -> None:
         "positive_signal": [-r for r in costs(d) if r < 0],
     }.items():
         size, by_entropy = effective(x)
-        assert row[f"supervision/{name}_n_eff"] == pytest.approx(size)
-        assert row[f"supervision/{name}_entropy_n_eff"] == pytest.approx(by_entropy)
-        assert row[f"supervision/{name}_n_eff_share"] == pytest.approx(size / len(x))
+        assert row[f"signal/{name}_n_eff"] == pytest.approx(size)
+        assert row[f"signal/{name}_entropy_n_eff"] == pytest.approx(by_entropy)
+        assert row[f"signal/{name}_n_eff_share"] == pytest.approx(size / len(x))
         assert by_entropy >= size
         n, ordered = len(x), sorted(x)
         gini = sum((2 * j - n - 1) * v for j, v in enumerate(ordered, 1)) / (n * sum(x))
-        assert gini - 0.022 < row[f"supervision/{name}_gini"] <= gini + 1e-12
+        assert gini - 0.022 < row[f"signal/{name}_gini"] <= gini + 1e-12
 
 
 def test_lorenz_curve_lies_on_the_sorted_sums() -> None:
@@ -64,7 +64,7 @@ def test_action_dependence() -> None:
         within.append(float((p * (l - (p * l).sum()) ** 2).sum()))
     row = read(signal.action_dependence(d.batch))
     want = mean(within) / float(np.var(costs(d)))
-    assert row["supervision/action_dependence"] == pytest.approx(want)
+    assert row["signal/action_dependence"] == pytest.approx(want)
 
 
 def test_a_cost_of_the_prefix_alone_depends_on_no_action() -> None:
@@ -74,7 +74,7 @@ def test_a_cost_of_the_prefix_alone_depends_on_no_action() -> None:
     only = replace(flat, reverse_kl=cost, ratio_square=cost.square())
     batch = replace(d.batch, teacher_logp=d.batch.student_logp - cost, prefix=only)
     row = read(signal.action_dependence(batch))
-    assert row["supervision/action_dependence"] == pytest.approx(0.0, abs=1e-12)
+    assert row["signal/action_dependence"] == pytest.approx(0.0, abs=1e-12)
 
 
 def test_the_share_of_one_id_by_a_count() -> None:
@@ -133,8 +133,8 @@ def test_blame_by_token() -> None:
     assert row["tokens/confident_impossible_share"] == pytest.approx(2 / want[:, 0].sum())
     share = wrong[:, 2].sum() / signal.sum()
     assert row["tokens/confident_impossible_signal"] == pytest.approx(share)
-    half = TokenTable.of(b.rows([0, 1, 2]), b.mask[:3], V)
-    rest = TokenTable.of(b.rows(slice(3, B)), b.mask[3:], V)
+    half = TokenAttribution.of(b.rows([0, 1, 2]), b.mask[:3], V)
+    rest = TokenAttribution.of(b.rows(slice(3, B)), b.mask[3:], V)
     torch.testing.assert_close((half + rest).sums, every.sums)
 
 
@@ -150,7 +150,7 @@ def test_the_printed_table_names_the_largest_first() -> None:
     assert len(token_attribution.token_table(V)(b)["tokens/all"].lines(str, top=3)) == 4
     with pytest.raises(ValueError, match="no column 'loss'; there are count, cost"):
         bad.lines(str, by="loss")
-    bare = TokenTable.of(replace(b, prefix=None), b.mask, V)
+    bare = TokenAttribution.of(replace(b, prefix=None), b.mask, V)
     used = bare.sums[:, 0] > 0
     assert torch.equal(bare.sums[:, 4].isnan(), used)
 
@@ -182,13 +182,13 @@ def test_what_length_pays() -> None:
         if own:
             x.append(len(own))
             y.append(-mean(own))
-    row = read(length.length_incentive(d.batch))
-    assert row["collapse/length_advantage_cov"] == pytest.approx(np.cov(x, y)[0, 1])
-    assert row["collapse/length_advantage_corr"] == pytest.approx(np.corrcoef(x, y)[0, 1])
+    row = read(response.length_incentive(d.batch))
+    assert row["response/length_advantage_cov"] == pytest.approx(np.cov(x, y)[0, 1])
+    assert row["response/length_advantage_corr"] == pytest.approx(np.corrcoef(x, y)[0, 1])
     equal = replace(d.batch, mask=torch.ones_like(d.batch.mask))
-    assert math.isnan(read(length.length_incentive(equal))["collapse/length_advantage_corr"])
-    one = read(length.length_incentive(d.batch.rows([9])))
-    assert math.isnan(one["collapse/length_advantage_cov"])
+    assert math.isnan(read(response.length_incentive(equal))["response/length_advantage_corr"])
+    one = read(response.length_incentive(d.batch.rows([9])))
+    assert math.isnan(one["response/length_advantage_cov"])
 
 
 def test_compressible_tails() -> None:
@@ -203,7 +203,7 @@ def test_compressible_tails() -> None:
     row = read(compression(decode, tail=50, threshold=3.0)(d.batch))
     own = [[int(d.batch.tokens[j, t]) for j, t in d.tokens() if j == i] for i in range(B)]
     assert asked == own
-    assert row["collapse/compressible_share"] == mean([float(len(x) % 2 == 0) for x in own])
+    assert row["repetition/compressible_share"] == mean([float(len(x) % 2 == 0) for x in own])
     text = "x" * 60 + "".join(chr(33 + (i * i) % 90) for i in range(50))
     assert not compressible(text, 50, 3.0)
     assert compressible(text[::-1], 50, 3.0)
@@ -223,8 +223,8 @@ def test_martingales_by_position() -> None:
                     m = (p * x).sum()
                     sums[2 * j] += float(x[d.batch.tokens[i, t]] - m)
                     sums[2 * j + 1] += float((p * (x - m) ** 2).sum())
-        assert row[f"validity/z_H{label}"] == pytest.approx(sums[0] / sums[1] ** 0.5)
-        assert row[f"validity/z_K{label}"] == pytest.approx(sums[2] / sums[3] ** 0.5)
+        assert row[f"consistency/z_H{label}"] == pytest.approx(sums[0] / sums[1] ** 0.5)
+        assert row[f"consistency/z_K{label}"] == pytest.approx(sums[2] / sums[3] ** 0.5)
     age = torch.arange(len(d.batch)) % 2  # declared to be of older weights
     aged, fresh = replace(d.batch, age=age), d.batch.rows((age == 0).nonzero()[:, 0])
     assert read(consistency.martingales(aged)) == read(consistency.martingales(fresh))
@@ -237,15 +237,15 @@ def test_weights_of_a_sampler_that_is_off() -> None:
     off = {(i, t): float(b.student_logp[i, t] - b.sampler_logp[i, t]) for i, t in d.tokens()}
     w = [math.exp(x) for x in off.values()]
     want = sum(w) ** 2 / len(w) / sum(x * x for x in w)
-    assert row["validity/sampler_ess"] == pytest.approx(want)
+    assert row["consistency/sampler_ess"] == pytest.approx(want)
     assert want < 0.95
     want = np.percentile(list(off.values()), 95, method="inverted_cdf")
-    assert row["validity/sampler_log_ratios_q95"] == pytest.approx(want, rel=0.091)
+    assert row["consistency/sampler_log_ratios_q95"] == pytest.approx(want, rel=0.091)
     whole = [math.exp(sum(x for (j, _), x in off.items() if j == i)) for i in range(1, B)]
     want = sum(whole) ** 2 / len(whole) / sum(x * x for x in whole)
-    assert row["validity/sampler_prefix_ess"] == pytest.approx(want)
+    assert row["consistency/sampler_prefix_ess"] == pytest.approx(want)
     soft = replace(b, softmax_logp=b.student_logp)
-    assert read(consistency.sampler_weights(soft))["validity/sampler_ess"] == pytest.approx(1)
+    assert read(consistency.sampler_weights(soft))["consistency/sampler_ess"] == pytest.approx(1)
 
 
 def test_weights_far_beyond_floating_point() -> None:
@@ -254,7 +254,7 @@ def test_weights_far_beyond_floating_point() -> None:
         far = replace(b, teacher_logp=torch.where(b.mask, b.student_logp - shift, 0.0))
         l = -shift * b.lengths[b.lengths > 0].double()
         want = float((2 * l.logsumexp(0) - (2 * l).logsumexp(0)).exp()) / len(l)
-        assert read(prefix_weights(far))["drift/prefix_ess"] == pytest.approx(want)
+        assert read(prefix_weights(far))["divergence/prefix_ess"] == pytest.approx(want)
 
 
 def test_teacher_noise_between_two_scorings() -> None:
@@ -263,10 +263,10 @@ def test_teacher_noise_between_two_scorings() -> None:
     noise = torch.where(b.mask, 0.01 * torch.randn(b.mask.shape).double(), 0.0)
     row = read(consistency.rescoring(b, replace(b, teacher_logp=b.teacher_logp + noise)))
     x = [abs(float(noise[i, t])) for i, t in d.tokens()]
-    assert row["validity/teacher_noise"] == pytest.approx(mean(x))
-    assert row["validity/teacher_noise_square"] == pytest.approx(mean([v * v for v in x]))
+    assert row["consistency/teacher_noise"] == pytest.approx(mean(x))
+    assert row["consistency/teacher_noise_square"] == pytest.approx(mean([v * v for v in x]))
     share = sum(x) / sum(abs(r) for r in costs(d))
-    assert row["validity/teacher_noise_share"] == pytest.approx(share)
+    assert row["consistency/teacher_noise_share"] == pytest.approx(share)
     with pytest.raises(ValueError, match="different tokens"):
         consistency.rescoring(b, replace(b, tokens=(b.tokens + 1) * b.mask))
     with pytest.raises(ValueError, match="different responses"):

@@ -7,7 +7,7 @@ import torch
 
 from diagnostics.alarms.alarms import replay
 from diagnostics.alarms.rules import RULES
-from diagnostics.batch import Scored, Support
+from diagnostics.batch import ScoredRollouts, Support
 from diagnostics.core.totals import read
 from diagnostics.metrics.support_consistency import OVER, TIE, support_consistency
 from tests.helpers.dense_batches import Dense, dense
@@ -15,12 +15,12 @@ from tests.helpers.dense_batches import Dense, dense
 COLUMNS = ("gap", "order_share", "twice_share", "mass_over_share")
 
 
-def columns(batch: Scored) -> dict[str, float]:
+def columns(batch: ScoredRollouts) -> dict[str, float]:
     row = read(support_consistency(batch))
-    return {name: row.get(f"validity/support_{name}", 0.0) for name in COLUMNS}
+    return {name: row.get(f"consistency/support_{name}", 0.0) for name in COLUMNS}
 
 
-def by_loop(batch: Scored) -> dict[str, float]:
+def by_loop(batch: ScoredRollouts) -> dict[str, float]:
     """The definitions, token by token."""
     support = batch.support
     present = torch.ones_like(support.ids).bool() if support.present is None else support.present

@@ -8,7 +8,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from diagnostics.core.optional_fields import Missing
+from diagnostics.core.optional_fields import MissingField
 from diagnostics.core.totals import read
 from diagnostics.metrics import consistency, diversity, eos, retokenization, teachability
 from tests.helpers.dense_batches import STUDENT_ENDS, TEACHER_ENDS, B, Dense, V, dense, mean
@@ -42,7 +42,7 @@ def test_quadrants_are_sums_over_their_tokens() -> None:
         for second, apart in (("near", False), ("apart", True)):
             mine = [x for x in tokens if (x["entropy"] > 1) == torn and (x["kl"] > 0.1) == apart]
             seen += bool(mine)
-            name = f"supervision/{first}_{second}"
+            name = f"signal/{first}_{second}"
             assert row[f"{name}_tokens"] == pytest.approx(len(mine) / len(tokens))
             for part in ("signal", "energy"):
                 whole = sum(x[part] for x in tokens)
@@ -91,7 +91,7 @@ def test_a_fifth_chosen_by_ranks_holds_what_a_sorted_list_says() -> None:
     columns = {name: [x[name] for x in tokens] for name in tokens[0]}
     for part in ("signal", "energy"):
         want = held_by_a_fifth(columns["entropy"], columns["kl"], columns[part])
-        assert row[f"supervision/teachable_selected_{part}"] == pytest.approx(want)
+        assert row[f"signal/teachable_selected_{part}"] == pytest.approx(want)
 
 
 def test_the_soft_or_is_no_sum() -> None:
@@ -121,10 +121,10 @@ def test_compatibility_and_acceptance() -> None:
         ours = d.p[i, t].topk(8).indices
         masses.append(float(d.q[i, t][ours].exp().sum()))
         first.append(int(ours[0]) in d.q[i, t].topk(5).indices.tolist())
-    assert row["drift/compatibility"] == pytest.approx(mean(masses))
-    assert row["drift/first_accepted"] == pytest.approx(mean([float(x) for x in first]))
+    assert row["divergence/compatibility"] == pytest.approx(mean(masses))
+    assert row["divergence/first_accepted"] == pytest.approx(mean([float(x) for x in first]))
     assert 0.05 < mean([float(x) for x in first]) < 0.95
-    with pytest.raises(Missing):
+    with pytest.raises(MissingField):
         teachability.compatibility(dense(14, "teacher").batch)
 
 
@@ -153,18 +153,18 @@ def test_ends_by_a_loop() -> None:
                 before += [y - x for x, y in pairs]
             met = True
     assert len(wish) >= 3
-    assert row["drift/end_wish"] == pytest.approx(mean(wish))
-    assert row["drift/end_name"] == pytest.approx(mean(name))
-    assert row["drift/end_wish_before"] == pytest.approx(mean(before))
-    assert row["drift/end_push"] == pytest.approx(mean(push))
+    assert row["divergence/end_wish"] == pytest.approx(mean(wish))
+    assert row["divergence/end_name"] == pytest.approx(mean(name))
+    assert row["divergence/end_wish_before"] == pytest.approx(mean(before))
+    assert row["divergence/end_push"] == pytest.approx(mean(push))
     hazard = mean([sum(math.exp(d.q[i, t, v]) for v in TEACHER_ENDS) for i, t in d.tokens()])
-    assert row["drift/teacher_hazard"] == pytest.approx(hazard)
+    assert row["divergence/teacher_hazard"] == pytest.approx(hazard)
     masked = replace(d.batch, mask=d.batch.mask & (d.batch.prefix.ending == 0))
     row = read(eos.endings(masked))
-    assert math.isnan(row["drift/end_name"])
-    assert math.isnan(row["drift/end_wish_before"])
+    assert math.isnan(row["divergence/end_name"])
+    assert math.isnan(row["divergence/end_wish_before"])
     bare = replace(d.batch.prefix, student_end=None)
-    with pytest.raises(Missing, match="end ids"):
+    with pytest.raises(MissingField, match="end ids"):
         eos.endings(replace(d.batch, prefix=bare))
 
 
@@ -178,9 +178,9 @@ def test_distinct_grams_by_sets() -> None:
         grams[int(few.prompt[i])] += [tuple(own[a : a + 4]) for a in range(len(own) - 3)]
     new, every = sum(len(set(x)) for x in grams.values()), sum(map(len, grams.values()))
     assert new < every
-    assert row["collapse/distinct_4"] == pytest.approx(new / every)
+    assert row["diversity/distinct_4"] == pytest.approx(new / every)
     alone = replace(few, prompt=torch.arange(B))
-    assert math.isnan(read(diversity.distinct(alone))["collapse/distinct_4"])
+    assert math.isnan(read(diversity.distinct(alone))["diversity/distinct_4"])
 
 
 def test_a_second_try_by_all_pairs() -> None:
@@ -193,9 +193,9 @@ def test_a_second_try_by_all_pairs() -> None:
         mine = [float(x) for x, q in zip(reward, prompt, strict=True) if q == p and x == x]
         first.append(mean(mine))
         second.append(mean([float(max(pair)) for pair in combinations(mine, 2)]))
-    assert row["collapse/pass_1"] == pytest.approx(mean(first))
-    assert row["collapse/pass_2"] == pytest.approx(mean(second))
-    assert row["collapse/second_try"] == pytest.approx(mean(second) - mean(first))
+    assert row["diversity/pass_1"] == pytest.approx(mean(first))
+    assert row["diversity/pass_2"] == pytest.approx(mean(second))
+    assert row["diversity/second_try"] == pytest.approx(mean(second) - mean(first))
 
 
 def test_early_entropy_and_staleness() -> None:
@@ -206,11 +206,11 @@ def test_early_entropy_and_staleness() -> None:
         float(wide.prefix.student_entropy[i, t]) for i, t in wide.mask.nonzero().tolist() if t < 64
     ]
     assert len(entropy) < int(wide.mask.sum())
-    assert row["collapse/early_entropy"] == pytest.approx(mean(entropy))
+    assert row["diversity/early_entropy"] == pytest.approx(mean(entropy))
     aged = replace(d.batch, age=torch.tensor([0, 0, 3, 0, 1, 0, 0, 0, 0, 2]))
     row = read(consistency.staleness(aged))
-    assert row["validity/age"] == pytest.approx(0.6)
-    assert row["validity/stale_share"] == pytest.approx(0.3)
+    assert row["consistency/age"] == pytest.approx(0.6)
+    assert row["consistency/stale_share"] == pytest.approx(0.3)
 
 
 def split(text: bytes, ends: list[int]) -> list[bytes]:

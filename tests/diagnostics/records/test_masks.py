@@ -30,7 +30,7 @@ def record(**changes: Any) -> dict[str, Any]:
 
 
 def mean_cost(path: Path) -> float:
-    return Monitor()(0, Records(path))["drift/k1"]
+    return Monitor()(0, Records(path))["divergence/k1"]
 
 
 PADDED = {
@@ -322,7 +322,7 @@ def test_reasons_of_servers_are_read(tmp_path: Path) -> None:
 
 
 def test_a_file_of_another_kind_is_named(tmp_path: Path) -> None:
-    row = {"step": 0} | {f"drift/column_{i}": 0.1 for i in range(400)}
+    row = {"step": 0} | {f"divergence/column_{i}": 0.1 for i in range(400)}
     with pytest.raises(InvalidInput, match=r"and 389 more; .* shown by `opd report`") as raised:
         Records(lines(tmp_path / "rows.jsonl", [row]))
     assert len(str(raised.value)) < 600

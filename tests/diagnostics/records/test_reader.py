@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from diagnostics.batch import Prefix, Scored, concatenate
-from diagnostics.core.optional_fields import Missing
+from diagnostics.batch import DistributionStats, ScoredRollouts, concatenate
+from diagnostics.core.optional_fields import MissingField
 from diagnostics.core.partial import absent, lacking
 from diagnostics.monitor import Monitor
 from diagnostics.records.columns import NAMES, PREFIX, number_of
@@ -20,7 +20,7 @@ from tests.diagnostics.test_panel import batch
 SUFFIXES = (".jsonl", ".parquet")
 
 
-def graded(seed: int = 0) -> Scored:
+def graded(seed: int = 0) -> ScoredRollouts:
     b = batch(seed)
     reward = torch.linspace(0, 1, len(b))
     reward[3] = math.nan
@@ -51,7 +51,7 @@ def test_a_batch_survives_the_records(tmp_path: Path, suffix: str) -> None:
     (back,) = Records(tmp_path / f"r{suffix}")
     width = back.tokens.shape[1]
     assert torch.equal(back.tokens, torch.where(kept(b), b.tokens, 0)[:, :width])
-    for f in fields(Scored):
+    for f in fields(ScoredRollouts):
         ours, theirs = getattr(b, f.name), getattr(back, f.name)
         if f.name not in ("tokens", "support", "prefix") and isinstance(ours, torch.Tensor):
             cut = ours[:, :width] if ours.dim() > 1 else ours
@@ -66,7 +66,7 @@ def test_a_batch_survives_the_records(tmp_path: Path, suffix: str) -> None:
     assert [p.name for p in tmp_path.iterdir()] == [f"r{suffix}"]
 
 
-def kept(b: Scored) -> torch.Tensor:
+def kept(b: ScoredRollouts) -> torch.Tensor:
     """Up to the last supervised position of each row."""
     return b.mask.long().flip(1).cumsum(1).flip(1) > 0
 
@@ -85,7 +85,7 @@ def test_streaming_in_small_batches_changes_no_number(tmp_path: Path) -> None:
     write(tmp_path / "s.jsonl", shuffled[::4] + shuffled[1::4] + shuffled[2::4] + shuffled[3::4])
     far = Records(tmp_path / "s.jsonl", positions=40 * 5)
     values = Monitor()(0, far)
-    assert values["drift/k1"] == pytest.approx(one["drift/k1"], rel=1e-9)
+    assert values["divergence/k1"] == pytest.approx(one["divergence/k1"], rel=1e-9)
     assert "sort the file by prompt" in far.notes["order"]
 
 
@@ -100,45 +100,45 @@ def test_what_is_lacking_is_named_and_the_rest_computed(tmp_path: Path) -> None:
         return monitor(0, records), monitor, records
 
     row, monitor, _ = without("teacher_logp", "ended", *PREFIX)
-    assert row["drift/tokens"] == full["drift/tokens"]
-    assert row["drift/outside_topk"] == pytest.approx(full["drift/outside_topk"])
-    assert row["validity/sampler_log_ratio"] == pytest.approx(0)
-    assert not any(name.startswith(("drift/k1", "drift/reverse_kl")) for name in row)
+    assert row["divergence/tokens"] == full["divergence/tokens"]
+    assert row["divergence/outside_topk"] == pytest.approx(full["divergence/outside_topk"])
+    assert row["consistency/sampler_log_ratio"] == pytest.approx(0)
+    assert not any(name.startswith(("divergence/k1", "divergence/reverse_kl")) for name in row)
     assert monitor.missing["sampled_divergence"] == "the records have no teacher_logp"
     assert monitor.missing["length"] == "the records have no ended"
     assert "prefix functionals" in monitor.missing["martingales"]
 
     row, monitor, _ = without("sampler_logp", "support.student_logp")
-    assert row["validity/z_H"] == pytest.approx(full["validity/z_H"])
+    assert row["consistency/z_H"] == pytest.approx(full["consistency/z_H"])
     assert monitor.missing["sampler_ratio"] == "the records have no sampler_logp"
     assert monitor.missing["support_mass"] == "the support of the records has no student_logp"
 
     row, monitor, records = without("prompt", "prefix.collision")
-    assert row["drift/k1"] == pytest.approx(full["drift/k1"])
-    assert row["drift/k1_se"] != pytest.approx(full["drift/k1_se"])
+    assert row["divergence/k1"] == pytest.approx(full["divergence/k1"])
+    assert row["divergence/k1_se"] != pytest.approx(full["divergence/k1_se"])
     assert "every response as independent" in records.notes["prompt"]
     assert records.notes["prefix"].endswith("prefix.collision")
 
     row, monitor, _ = without(*(set(next(rows_of(b))) - {"tokens"}))
-    assert row["drift/tokens"] == sum(len(r["tokens"]) for r in rows_of(b))
-    assert row["collapse/graded_share"] == 0
+    assert row["divergence/tokens"] == sum(len(r["tokens"]) for r in rows_of(b))
+    assert row["response/graded_share"] == 0
 
 
 def test_a_partial_batch_stays_partial() -> None:
     b = lacking(batch(), ["teacher_logp"])
     for other in (b.rows([0, 1]), b.to("cpu"), b.trimmed(), lacking(b, ["ended"])):
-        with pytest.raises(Missing, match="teacher_logp"):
+        with pytest.raises(MissingField, match="teacher_logp"):
             other.log_ratio  # noqa: B018
         assert "teacher_logp" in absent(other)
         assert torch.equal(other.student_logp, batch().student_logp[: len(other)])
-    with pytest.raises(Missing, match="no ended"):
+    with pytest.raises(MissingField, match="no ended"):
         lacking(b, ["ended"]).ended  # noqa: B018
     with pytest.raises(ValueError, match="without teacher_logp cannot be saved"):
         b.save("x")
     with pytest.raises(ValueError, match="no fields of Scored"):
         lacking(batch(), ["teacher"])
     assert "teacher_logp" not in next(rows_of(b))
-    assert lacking(batch(), []).__class__ is Scored
+    assert lacking(batch(), []).__class__ is ScoredRollouts
 
 
 def test_columns_of_others_are_understood(tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_the_table_of_names_is_the_one_that_is_read() -> None:
     }
     named = {name for name in NAMES if not name.startswith("prefix.")}
     assert named <= shown, named - shown
-    assert len(PREFIX) == len(fields(Prefix))
+    assert len(PREFIX) == len(fields(DistributionStats))
 
 
 FAULTS = {

@@ -10,14 +10,14 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from diagnostics.batch import Scored
+from diagnostics.batch import ScoredRollouts
 from diagnostics.errors import InvalidInput
 from diagnostics.monitor import Monitor
 from diagnostics.records.token_dumps import Dumps, load_dump, sampled, save_dump
 from tests.diagnostics.test_panel import batch
 
 
-def full(width: int = 40) -> Scored:
+def full(width: int = 40) -> ScoredRollouts:
     """Every optional field set, holes, an empty response, lengths that differ."""
     b = batch(width=width)
     mask = b.mask.clone()
@@ -99,7 +99,7 @@ def test_columns_mean_what_the_schema_says(tmp_path: Path) -> None:
     assert types.field("support.ids").type == pyarrow.list_(pyarrow.int64(), 4)
 
 
-def _where(b: Scored, i: int) -> list[int]:
+def _where(b: ScoredRollouts, i: int) -> list[int]:
     return [t for t in range(b.mask.shape[1]) if b.mask[i, t]]
 
 
@@ -211,7 +211,7 @@ def test_files_and_folder_stay_within_their_bytes(tmp_path: Path) -> None:
     assert steps == list(range(steps[0], 12)), "the newest without gaps"
 
 
-def len_of(folder: Path, b: Scored) -> int:
+def len_of(folder: Path, b: ScoredRollouts) -> int:
     save_dump(folder / "whole.parquet", b)
     return (folder / "whole.parquet").stat().st_size
 

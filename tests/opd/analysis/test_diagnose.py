@@ -61,24 +61,24 @@ def test_scoring_records_equals_dense_numbers(sampled, tmp_path, capsys) -> None
     path = tmp_path / "r.parquet"
     write(path, [plain(row) for row in sampled.rows])
     alone, errors = said(capsys, path)
-    assert alone["drift/tokens"] == sum(len(row["tokens"]) for row in sampled.rows)
-    assert alone["collapse/truncated_share"] == 0.5
-    assert "drift/k1" not in alone
+    assert alone["divergence/tokens"] == sum(len(row["tokens"]) for row in sampled.rows)
+    assert alone["response/truncated_share"] == 0.5
+    assert "divergence/k1" not in alone
     assert "not computed: sampled_divergence (the records have no student_logp)" in errors
     assert "--student and --teacher add" in errors
     models = ("--student", sampled.pair[0], "--teacher", sampled.pair[1], "--device", "cpu")
     row, errors = said(capsys, path, *models, "--k", 4)
     r, kl, outside = by_hand(sampled.rows, k=4)
-    assert row["drift/k1"] == pytest.approx(r, rel=1e-4)
-    assert row["drift/reverse_kl"] == pytest.approx(kl, rel=1e-4)
-    assert row["drift/outside_topk_expected"] == pytest.approx(outside, rel=1e-4)
-    assert abs(row["validity/z_H"]) < 4
-    assert row["collapse/truncated_share"] == 0.5
+    assert row["divergence/k1"] == pytest.approx(r, rel=1e-4)
+    assert row["divergence/reverse_kl"] == pytest.approx(kl, rel=1e-4)
+    assert row["divergence/outside_topk_expected"] == pytest.approx(outside, rel=1e-4)
+    assert abs(row["consistency/z_H"]) < 4
+    assert row["response/truncated_share"] == 0.5
     assert "not computed: sampler_ratio (the records have no sampler_logp)" in errors
     words, _ = said(capsys, path, *models, "--task", "words")
-    assert words["drift/k1"] == pytest.approx(by_hand(sampled.rows[3:], k=4)[0], rel=1e-4)
+    assert words["divergence/k1"] == pytest.approx(by_hand(sampled.rows[3:], k=4)[0], rel=1e-4)
     warm, _ = said(capsys, path, *models, "--temperature", 2)
-    assert warm["drift/reverse_kl"] < row["drift/reverse_kl"]
+    assert warm["divergence/reverse_kl"] < row["divergence/reverse_kl"]
 
 
 def by_hand(rows: list[dict], k: int) -> tuple[float, float, float]:
@@ -102,10 +102,10 @@ def test_what_the_file_says_of_the_student_is_compared(sampled, tmp_path, capsys
     write(tmp_path / "r.jsonl", rows)
     models = ("--student", sampled.pair[0], "--teacher", sampled.pair[1], "--device", "cpu")
     row, errors = said(capsys, tmp_path / "r.jsonl", *models)
-    assert row["drift/k1"] == pytest.approx(by_hand(sampled.rows, 4)[0], rel=1e-4)
+    assert row["divergence/k1"] == pytest.approx(by_hand(sampled.rows, 4)[0], rel=1e-4)
     assert "differs from this student's by 0.25 a token, 0.25 at most" in errors
     asis, _ = said(capsys, tmp_path / "r.jsonl")
-    assert asis["drift/k1"] == 0
+    assert asis["divergence/k1"] == 0
 
 
 def test_a_table_by_level(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,12 +116,17 @@ def test_a_table_by_level(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     places = [shown.index(f"\n from {level}\n") for level in diagnose.LEVELS]
     assert places == sorted(places)
     parts = [shown[a:z] for a, z in zip(places, [*places[1:], len(shown)], strict=True)]
-    names = ("drift/tokens", "drift/k1", "drift/outside_topk", "drift/reverse_kl")
+    names = (
+        "divergence/tokens",
+        "divergence/k1",
+        "divergence/outside_topk",
+        "divergence/reverse_kl",
+    )
     for i, name in enumerate(names):
         found = [f"  {name} " in part for part in parts]
         assert found == [j == i for j in range(4)], name
     row = Monitor()(0, [b])
-    assert f"{row['drift/k1']:.4g}  ± {row['drift/k1_se']:.2g}" in shown
+    assert f"{row['divergence/k1']:.4g}  ± {row['divergence/k1_se']:.2g}" in shown
     rows = [{k: v for k, v in r.items() if k not in PREFIX} for r in rows_of(b)]
     write(tmp_path / "p.jsonl", rows)
     main([str(tmp_path / "p.jsonl")])
@@ -195,5 +200,5 @@ def test_padding_is_no_text(sampled, tmp_path, capsys, masked: bool) -> None:
         return
     row, _ = said(capsys, tmp_path / "r.jsonl", *models, "--k", 4)
     r, kl, _ = by_hand(sampled.rows, k=4)
-    assert row["drift/k1"] == pytest.approx(r, rel=1e-4)
-    assert row["drift/reverse_kl"] == pytest.approx(kl, rel=1e-4)
+    assert row["divergence/k1"] == pytest.approx(r, rel=1e-4)
+    assert row["divergence/reverse_kl"] == pytest.approx(kl, rel=1e-4)

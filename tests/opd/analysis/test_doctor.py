@@ -14,19 +14,19 @@ from opd.analysis.pair_checks import bos, read_side
 from opd.analysis.sample_checks import Evidence
 from opd.cli.doctor import main
 from opd.data.chain_task import problems
-from opd.lab.build import TEMPLATE, Recipe, make_tokenizer, teach
+from opd.lab.build import TEMPLATE, ToyModelConfig, make_tokenizer, teach
 
 END, OTHER, THINK = 1, 2, 3
 DIGIT = make_tokenizer().convert_tokens_to_ids("2")
-Pair = tuple[Path, Path]
+ModelPair = tuple[Path, Path]
 
 
 @pytest.fixture(scope="module")
-def healthy(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+def healthy(tmp_path_factory: pytest.TempPathFactory) -> ModelPair:
     """A student that writes plain digits, and a teacher a little beside it."""
     folder = tmp_path_factory.mktemp("healthy")
     network = teach(
-        make_tokenizer(), Recipe(layers=1, width=32, steps=60, batch=8, lr=2e-2), 0, "pair"
+        make_tokenizer(), ToyModelConfig(layers=1, width=32, steps=60, batch=8, lr=2e-2), 0, "pair"
     )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -44,7 +44,7 @@ def save(network, folder: Path) -> None:
 
 
 @pytest.fixture
-def pair(healthy: Pair, tmp_path: Path) -> Pair:
+def pair(healthy: ModelPair, tmp_path: Path) -> ModelPair:
     """A copy to spoil."""
     for folder in healthy:
         shutil.copytree(folder, tmp_path / folder.name)
@@ -75,7 +75,7 @@ def own_head(network) -> torch.Tensor:
     return rows.weight
 
 
-def examine(pair: Pair, **given: object) -> dict[str, object]:
+def examine(pair: ModelPair, **given: object) -> dict[str, object]:
     settings: dict[str, object] = {"task": "lab", "device": "cpu", "group": 1, "max_response": 48}
     settings |= given
     return {f.item: f for f in doctor.examine(*map(str, pair), **settings)}  # type: ignore[arg-type]
@@ -86,7 +86,7 @@ def verdicts(found: dict) -> dict[str, str]:
 
 
 def test_a_healthy_pair_is_green_and_exits_with_0(
-    healthy: Pair, capsys: pytest.CaptureFixture[str]
+    healthy: ModelPair, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [*map(str, healthy), "--task", "lab", "--device", "cpu", "--max-response", "96"]
     main(words)
@@ -104,7 +104,7 @@ def test_a_healthy_pair_is_green_and_exits_with_0(
     main([*map(str, healthy), "--device", "cpu", "--prompts", "2", "--max-response", "8"])
 
 
-def swap_two_ids(pair: Pair) -> None:
+def swap_two_ids(pair: ModelPair) -> None:
     def change(state: dict) -> None:
         words = state["model"]["vocab"]
         words["a"], words["b"] = words["b"], words["a"]
@@ -112,7 +112,7 @@ def swap_two_ids(pair: Pair) -> None:
     edit(pair[1] / "tokenizer.json", change)
 
 
-def one_token_more(pair: Pair) -> None:
+def one_token_more(pair: ModelPair) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(pair[1])
@@ -141,7 +141,7 @@ def write_template(folder: Path, text: str) -> None:
     (folder / "chat_template.jinja").write_text(text)
 
 
-def merge_in_one(pair: Pair) -> None:
+def merge_in_one(pair: ModelPair) -> None:
     def change(state: dict, merges: list) -> None:
         state["model"]["vocab"]["et"] = 261
         state["model"]["merges"] = merges
@@ -151,7 +151,7 @@ def merge_in_one(pair: Pair) -> None:
         reweigh(folder, lambda network: widen(network, 262))
 
 
-def ordinary_think(pair: Pair) -> None:
+def ordinary_think(pair: ModelPair) -> None:
     def change(state: dict) -> None:
         for added in state["added_tokens"]:
             if added["content"] == "<think>":
@@ -165,7 +165,7 @@ def ordinary_think(pair: Pair) -> None:
         )
 
 
-def double_bos(pair: Pair) -> None:
+def double_bos(pair: ModelPair) -> None:
     token = {"id": "<|im_start|>", "type_id": 0}
     special = {"id": "<|im_start|>", "ids": [0], "tokens": ["<|im_start|>"]}
 
@@ -182,19 +182,19 @@ def use_bos(folder: Path) -> None:
     edit(folder / "tokenizer_config.json", lambda c: c.update(bos_token="<|im_start|>"))
 
 
-def pad_with_the_end(pair: Pair) -> None:
+def pad_with_the_end(pair: ModelPair) -> None:
     for folder in pair:
         edit(folder / "tokenizer_config.json", lambda c: c.update(pad_token="<|im_end|>"))
 
 
-def never_think(pair: Pair) -> None:
+def never_think(pair: ModelPair) -> None:
     def change(network) -> None:
         own_head(network)[THINK] *= -3
 
     reweigh(pair[1], change)
 
 
-def name_the_end_otherwise(pair: Pair) -> None:
+def name_the_end_otherwise(pair: ModelPair) -> None:
     def change(network) -> None:
         weight = own_head(network)
         weight[[END, OTHER]] = weight[[OTHER, END]]
@@ -208,38 +208,38 @@ def halve_the_end(network) -> None:
     weight[END] = weight[OTHER]
 
 
-def babble(pair: Pair) -> None:
+def babble(pair: ModelPair) -> None:
     for folder in pair:
         reweigh(folder, lambda network: network.model.norm.weight.mul_(0.2))
 
 
-def not_a_number(pair: Pair) -> None:
+def not_a_number(pair: ModelPair) -> None:
     reweigh(pair[0], lambda network: network.model.norm.weight.fill_(float("nan")))
 
 
-def fewer_rows(pair: Pair) -> None:
+def fewer_rows(pair: ModelPair) -> None:
     reweigh(pair[1], lambda network: network.resize_token_embeddings(258))
 
 
-def padded_head(pair: Pair) -> None:
+def padded_head(pair: ModelPair) -> None:
     reweigh(pair[1], lambda network: widen(network, 320))
 
 
-def other_template(pair: Pair) -> None:
+def other_template(pair: ModelPair) -> None:
     write_template(pair[1], TEMPLATE.replace("assistant\n", "assistant\n<think>"))
 
 
-def no_system_role(pair: Pair) -> None:
+def no_system_role(pair: ModelPair) -> None:
     refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     write_template(pair[1], refuse + TEMPLATE)
 
 
-def other_turn_end(pair: Pair) -> None:
+def other_turn_end(pair: ModelPair) -> None:
     for folder in pair:
         write_template(folder, TEMPLATE.replace("<|im_end|>", "<|endoftext|>"))
 
 
-FAULTS: dict[str, tuple[Callable[[Pair], None], dict[str, str], str]] = {
+FAULTS: dict[str, tuple[Callable[[ModelPair], None], dict[str, str], str]] = {
     "swapped ids": (swap_two_ids, {"vocabulary": "fail"}, "2 of 261 ids.*'a' / 'b'"),
     "a token more": (one_token_more, {"vocabulary": "fail"}, "1 of 262 ids.*261: '' / '<tool>'"),
     "other merges": (merge_in_one, {"segmentation": "warn"}, "2 of 3 sample.*'et' .* / 'e' 't'"),
@@ -309,7 +309,7 @@ FAULTS: dict[str, tuple[Callable[[Pair], None], dict[str, str], str]] = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_one_fault_is_named_and_nothing_else(pair: Pair, name: str) -> None:
+def test_one_fault_is_named_and_nothing_else(pair: ModelPair, name: str) -> None:
     import re
 
     spoil, expected, message = FAULTS[name]
@@ -321,7 +321,7 @@ def test_one_fault_is_named_and_nothing_else(pair: Pair, name: str) -> None:
     assert found[item].advice
 
 
-def test_a_template_that_leaves_turns_open_names_no_end(pair: Pair) -> None:
+def test_a_template_that_leaves_turns_open_names_no_end(pair: ModelPair) -> None:
     for folder in pair:
         write_template(folder, TEMPLATE.replace("<|im_end|>\n", ""))
     assert verdicts(examine(pair, max_response=4)) == {}
@@ -340,7 +340,7 @@ def test_a_template_that_leaves_turns_open_names_no_end(pair: Pair) -> None:
     ],
 )
 def test_bos_is_counted(
-    pair: Pair, template: str | None, added: bool, verdict: str, found: str
+    pair: ModelPair, template: str | None, added: bool, verdict: str, found: str
 ) -> None:
     (double_bos if added else lambda folders: use_bos(folders[0]))(pair)
     if template is None:
@@ -353,7 +353,7 @@ def test_bos_is_counted(
     assert found in result.found
 
 
-def test_a_failing_pair_exits_with_1(pair: Pair, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failing_pair_exits_with_1(pair: ModelPair, capsys: pytest.CaptureFixture[str]) -> None:
     swap_two_ids(pair)
     with pytest.raises(SystemExit) as end:
         main([*map(str, pair), "--task", "lab", "--device", "cpu", "--max-response", "8"])
@@ -363,7 +363,7 @@ def test_a_failing_pair_exits_with_1(pair: Pair, capsys: pytest.CaptureFixture[s
     assert "-> the teacher would score other text" in " ".join(shown.split())
 
 
-def test_no_end_token_and_no_room(pair: Pair) -> None:
+def test_no_end_token_and_no_room(pair: ModelPair) -> None:
     found = examine(pair, budget=600)
     assert verdicts(found) == {"positions": "fail"}
     at = gathered(pair)
@@ -384,7 +384,7 @@ def test_no_end_token_and_no_room(pair: Pair) -> None:
         examine(pair, prompts=0)
 
 
-def gathered(pair: Pair) -> Evidence:
+def gathered(pair: ModelPair) -> Evidence:
     sides = [read_side(str(folder), "cpu", "float32") for folder in pair]
     asked = problems("train", 6, 0)
     return sample_checks.gather(sides[0], sides[1], asked, group=2, max_response=180, seed=0)
@@ -405,7 +405,7 @@ def dense(folder: Path, at: Evidence) -> list[torch.Tensor]:
     return found
 
 
-def test_impossible_tokens_equal_a_loop(pair: Pair) -> None:
+def test_impossible_tokens_equal_a_loop(pair: ModelPair) -> None:
     never_think(pair)
     reweigh(pair[1], lambda network: network.get_output_embeddings().weight[DIGIT].mul_(-3))
     at = gathered(pair)
@@ -426,7 +426,9 @@ def test_impossible_tokens_equal_a_loop(pair: Pair) -> None:
     assert numbers["signal_share"] == pytest.approx(wrong / whole, rel=1e-4)
 
 
-def test_an_end_under_another_name_is_told_from_going_on(pair: Pair, healthy: Pair) -> None:
+def test_an_end_under_another_name_is_told_from_going_on(
+    pair: ModelPair, healthy: ModelPair
+) -> None:
     name_the_end_otherwise(pair)
     found = examine(pair, group=2, max_response=180)
     assert verdicts(found)["end tokens"] == "fail"
@@ -450,7 +452,7 @@ def test_an_end_under_another_name_is_told_from_going_on(pair: Pair, healthy: Pa
     ("size", "verdict"), [(0.0, "ok"), (1e-4, "ok"), (0.2, "warn"), (3.0, "fail")]
 )
 def test_a_teacher_that_depends_on_chance_is_found(
-    healthy: Pair, size: float, verdict: str
+    healthy: ModelPair, size: float, verdict: str
 ) -> None:
     at = gathered(healthy)
     generator = torch.Generator().manual_seed(0)
@@ -468,7 +470,7 @@ def test_a_teacher_that_depends_on_chance_is_found(
         assert found.numbers["alone_max"] < 1e-4
 
 
-def test_a_teacher_that_depends_on_its_batch_is_found(healthy: Pair) -> None:
+def test_a_teacher_that_depends_on_its_batch_is_found(healthy: ModelPair) -> None:
     at = gathered(healthy)
     steady = at.pair.teacher
 

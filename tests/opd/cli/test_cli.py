@@ -35,7 +35,7 @@ def test_diagnose_repeats_the_row_of_the_run(run: Path, capsys: pytest.CaptureFi
     main([str(run), "--all"])
     shown = capsys.readouterr().out
     assert "step_000000" in shown
-    assert f"{recorded['drift/k1']:.4g}" in shown
+    assert f"{recorded['divergence/k1']:.4g}" in shown
 
 
 def test_diagnose_refuses_what_it_cannot_read(run: Path, tmp_path: Path) -> None:
@@ -54,8 +54,8 @@ def test_a_strangers_batch_without_optional_parts_says_what_is_missing(run: Path
     scored = load(next((run / "batches").iterdir()))
     monitor = Monitor()
     row = monitor(0, [replace(scored, support=None, prefix=None)])
-    assert "drift/k1" in row
-    assert "drift/reverse_kl" not in row
+    assert "divergence/k1" in row
+    assert "divergence/reverse_kl" not in row
     assert set(monitor.missing) >= {"sign_null", "exact_divergence", "support_mass", "martingales"}
 
 

@@ -104,8 +104,10 @@ def test_all_problems_are_told_at_once() -> None:
     assert text.startswith("4 settings are wrong: ")
     for words in ("lr is nan", "steps is -1", "gamma is True", "betas[1] is 1.0"):
         assert words in text
-    with pytest.raises(InvalidInput, match=r"2 settings are wrong: .*ahead is 1.*updates is 3"):
-        made(ahead=1, updates=3)
+    with pytest.raises(
+        InvalidInput, match=r"2 settings are wrong: .*rollout_lag is 1.*updates_per_batch is 3"
+    ):
+        made(rollout_lag=1, updates_per_batch=3)
 
 
 def test_whole_numbers_are_numbers_and_settings_survive_the_disk(tmp_path: Path) -> None:

@@ -237,18 +237,18 @@ def test_answers_are_graded_when_they_are_read(tmp_path: Path) -> None:
 
 def test_prompts_alone_train_and_nothing_is_graded(tiny_pair, tmp_path: Path, capsys) -> None:
     source = written(tmp_path / "p.jsonl", [{"prompt": row["prompt"]} for row in PLAIN])
-    more = {"task": source, "steps": 1, "eval_every": 1, "exact_every": 1}
+    more = {"task": source, "steps": 1, "eval_every": 1, "full_metrics_every": 1}
     with pytest.warns(UserWarning, match=r"has no column 'answer', .* it has \['prompt'\]"):
         folder = train(settings(tiny_pair, tmp_path / "run", **more))
     row = rows(folder)[0]
-    assert math.isnan(row["collapse/reward"] or math.nan)
-    assert row["collapse/graded_share"] == 0
+    assert math.isnan(row["response/reward"] or math.nan)
+    assert row["response/graded_share"] == 0
     assert not (folder / "evals.jsonl").read_text(), "accuracy of nothing is not 0"
     with (
         pytest.warns(UserWarning, match="has no column"),
-        pytest.raises(ValueError, match=r"outcome is 1\.0, and .* answer"),
+        pytest.raises(ValueError, match=r"reward_weight is 1\.0, and .* answer"),
     ):
-        train(settings(tiny_pair, tmp_path / "graded", **more, outcome=1.0))
+        train(settings(tiny_pair, tmp_path / "graded", **more, reward_weight=1.0))
     how = {"device": "cpu", "problems": 2, "max_prompt": 64, "max_response": 4, "temperature": 1.0}
     with (
         pytest.warns(UserWarning, match="has no column"),
@@ -284,6 +284,12 @@ def test_what_no_grader_reads_is_said_in_the_first_step(tiny_pair, tmp_path: Pat
     assert said.count(f"step 0: {words}:") == 1
     assert f"step 1: {words}:" not in said
     assert said.count(f"{words} to the held-out problems") == 2
-    games = {"task": "env:rooms", "layout": "turns", "max_turns": 2, "steps": 1, "eval_every": 0}
+    games = {
+        "task": "env:household",
+        "layout": "turns",
+        "max_turns": 2,
+        "steps": 1,
+        "eval_every": 0,
+    }
     played = train(settings(tuple(pair), tmp_path / "games", **games, max_prompt=600))
     assert rows(played)[0]["episodes/invalid_share"] == 1

@@ -12,7 +12,7 @@ from opd.data.chain_task import Problem
 from opd.data.grading.graders import grade_exact, grade_math, grade_numeric
 from opd.data.prompts import encode, encode_one
 from opd.data.sources import Columns, Question, read_problems, read_rows
-from opd.data.tasks import drop_long, epoch_indices, load_task, refuse_long, split
+from opd.data.tasks import epoch_indices, load_task, refuse_long, skip_long_prompts, split
 from opd.lab.build import make_tokenizer
 
 ROWS = [{"prompt": f"{i}+1?", "answer": i + 1, "task": "ab"[i % 2]} for i in range(30)]
@@ -245,12 +245,12 @@ def test_long_prompts_are_refused_or_dropped_by_count(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=words):
         load_task(source, 0, fit=partial(refuse_long, tokenizer, frame + 15))
     with pytest.warns(UserWarning, match="dropped 5 of 20 prompts"):
-        task = load_task(source, 0, fit=partial(drop_long, tokenizer, frame + 15))
+        task = load_task(source, 0, fit=partial(skip_long_prompts, tokenizer, frame + 15))
     assert {len(p.prompt) for p in task.test(9) + task.train(0, 14)} == set(range(1, 16))
     fitting = load_task(source, 0, fit=partial(refuse_long, tokenizer, frame + 20))
     encode(tokenizer, fitting.train(0, 18) + fitting.test(9), 1, frame + 20)
     with pytest.raises(ValueError, match="20 of 20 prompts are longer"):
-        load_task(source, 0, fit=partial(drop_long, tokenizer, frame))
+        load_task(source, 0, fit=partial(skip_long_prompts, tokenizer, frame))
     with pytest.raises(ValueError, match=f"max_prompt is {frame + 15}"):
         encode(tokenizer, load_task(source, 0).train(0, 18), 1, frame + 15)
 

@@ -8,7 +8,7 @@ import pytest
 
 from opd.envs.alfworld import Alfworld
 from opd.envs.alfworld_games import TASKS, goal_of, household
-from opd.envs.base import Scene
+from opd.envs.base import Observation
 from opd.envs.task import load_games
 from tests.opd.envs.test_rollout import Script, played, rows, settings
 from tests.opd.envs.test_rollout import train as train_run
@@ -39,7 +39,7 @@ def test_the_planner_wins_every_kind_of_task(task: str) -> None:
     env.close()
 
 
-def wandering(envs: list[Alfworld], seeds: list[int]) -> list[list[Scene]]:
+def wandering(envs: list[Alfworld], seeds: list[int]) -> list[list[Observation]]:
     """The same choices in several games, a turn in each by turns."""
     seen = [[env.begin(seed)] for env, seed in zip(envs, seeds, strict=True)]
     for turn in range(4):

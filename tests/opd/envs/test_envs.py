@@ -9,19 +9,19 @@ from typing import Any
 
 import pytest
 
-from opd.envs.base import Scene
+from opd.envs.base import Observation
 from opd.envs.gymnasium_wrapper import Gymnasium
-from opd.envs.household import OPEN, SHUT, THINGS, Rooms
+from opd.envs.household import OPEN, SHUT, THINGS, Household
 from opd.envs.task import action_of, load_games, now, told
 from opd.lab import household_demos
 
 
-def begun(seed: int) -> tuple[Rooms, Scene]:
-    rooms = Rooms()
+def begun(seed: int) -> tuple[Household, Observation]:
+    rooms = Household()
     return rooms, rooms.begin(seed)
 
 
-def state(rooms: Rooms) -> tuple[object, ...]:
+def state(rooms: Household) -> tuple[object, ...]:
     return rooms.at, rooms.held, frozenset(rooms.shut), frozenset(rooms.where.items())
 
 
@@ -106,15 +106,15 @@ def test_a_seed_is_a_game_and_held_out_games_are_not_trained_on() -> None:
         return scene, tuple(sorted(rooms.where.items())), tuple(rooms.places)
 
     assert content(7) == content(7)
-    games = load_games("env:rooms", seed=3)
+    games = load_games("env:household", seed=3)
     trained = {seed for step in range(200) for seed in games.train(step, 16)}
     held = games.test(500)
     assert len(trained) == 3200
     assert {seed % 2 for seed in trained} == {1}
     assert {seed % 2 for seed in held} == {0}
     assert not {content(seed) for seed in trained} & {content(seed) for seed in held}
-    assert games.train(4, 3) == load_games("env:rooms", seed=3).train(4, 3)
-    assert games.train(4, 3) != load_games("env:rooms", seed=4).train(4, 3)
+    assert games.train(4, 3) == load_games("env:household", seed=3).train(4, 3)
+    assert games.train(4, 3) != load_games("env:household", seed=4).train(4, 3)
 
 
 def won_by(rate: float, count: int = 150) -> tuple[float, list[int]]:
@@ -163,7 +163,7 @@ JUDGED = [
 
 @pytest.mark.parametrize(("actions", "done", "thought"), JUDGED)
 def test_a_player_says_what_it_does(actions: str, done: str, thought: str) -> None:
-    scene = Scene("You see.", actions=tuple(actions.split(", ")))
+    scene = Observation("You see.", actions=tuple(actions.split(", ")))
     past = (("You see a bed.", done),) if done else ()
     prompt = told("put the CUP and the MUG in the BOX.", past, scene, household_demos.HISTORY)
     action = thought.rsplit(", ", 1)[1].removesuffix(" yes")
@@ -172,7 +172,9 @@ def test_a_player_says_what_it_does(actions: str, done: str, thought: str) -> No
 
 
 def test_a_player_does_not_go_back_and_misjudges_at_its_rate() -> None:
-    scene = Scene("Here.", actions=tuple(f"go to {x}" for x in ("bed", "BOX", "desk", "sink")))
+    scene = Observation(
+        "Here.", actions=tuple(f"go to {x}" for x in ("bed", "BOX", "desk", "sink"))
+    )
     past = (("", "go to bed"), ("", "go to shelf"))
     prompt, generator = told("put the CUP in the BOX.", past, scene, 2), random.Random(0)
     taken = [
@@ -180,7 +182,7 @@ def test_a_player_does_not_go_back_and_misjudges_at_its_rate() -> None:
     ]
     assert set(taken) == {"go to desk", "go to sink"}
     assert abs(taken.count("go to desk") - 200) < 50
-    scene = Scene("", actions=("put CUP in SINK", "go to bed"))
+    scene = Observation("", actions=("put CUP in SINK", "go to bed"))
     sure = told("put the CUP in the SINK.", (), scene, 2)
     said = [household_demos.careless(sure, 0.2, generator) for _ in range(2000)]
     assert abs(sum("SINK no" in x for x in said) - 400) < 90
@@ -210,13 +212,13 @@ def test_turns_of_games_are_problems_for_the_lab() -> None:
 
 def test_the_labs_games_are_not_those_of_the_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, set[int]] = {"train": set(), "test": set()}
-    begin = Rooms.begin
+    begin = Household.begin
 
-    def noted(rooms: Rooms, seed: int) -> Scene:
+    def noted(rooms: Household, seed: int) -> Observation:
         seen[split].add(seed)
         return begin(rooms, seed)
 
-    monkeypatch.setattr(Rooms, "begin", noted)
+    monkeypatch.setattr(Household, "begin", noted)
     for split in seen:
         household_demos.problems(split, 50, 0)
     assert {seed % 2 for seed in seen["train"]} == {1}
@@ -262,14 +264,14 @@ class Numbered(Lift):
 
 def test_an_environment_with_gymnasiums_interface_is_played() -> None:
     lift = Gymnasium(Lift())
-    assert lift.begin(2) == Scene("Floor 2.", goal="go to floor 3", actions=("up", "down"))
-    assert lift.act("down") == Scene("Floor 1.", actions=("up", "down"))
-    assert lift.act("up") == Scene("Floor 2.", actions=("up", "down"))
-    assert lift.act("up") == Scene("Floor 3.", actions=("up", "down"), over=True, won=True)
+    assert lift.begin(2) == Observation("Floor 2.", goal="go to floor 3", actions=("up", "down"))
+    assert lift.act("down") == Observation("Floor 1.", actions=("up", "down"))
+    assert lift.act("up") == Observation("Floor 2.", actions=("up", "down"))
+    assert lift.act("up") == Observation("Floor 3.", actions=("up", "down"), over=True, won=True)
     assert lift.begin(0).actions == ("up",)
     for action in ("up", "down", "up", "down"):
         assert not lift.act(action).over
-    assert lift.act("up") == Scene("Floor 1.", actions=("up", "down"), over=True, won=False)
+    assert lift.act("up") == Observation("Floor 1.", actions=("up", "down"), over=True, won=False)
     for seed, actions, ending in (
         (0, ["down"], "fallen below, which ends it without a reward"),
         (1, ["up", "down", "up", "down", "up"], "rewarded on floor 2, but cut there"),
@@ -287,7 +289,7 @@ def test_numbered_actions_and_observations_get_words() -> None:
     lift = Gymnasium(
         Numbered(), text=lambda floor, info: f"It is {floor}.", goal="3", names=("up", "down")
     )
-    assert lift.begin(1) == Scene("It is 1.", goal="3", actions=("up", "down"))
+    assert lift.begin(1) == Observation("It is 1.", goal="3", actions=("up", "down"))
     assert lift.act("up").text == "It is 2."
     assert lift.act("down").text == "It is 1."
     assert lift.act("up").text == "It is 2."
@@ -314,35 +316,39 @@ def test_numbered_actions_and_observations_get_words() -> None:
     ],
 )
 def test_an_action_is_read_from_a_response(response: str, action: str, admitted: bool) -> None:
-    scene = Scene("A room.", actions=("go to shelf", "open fridge"))
+    scene = Observation("A room.", actions=("go to shelf", "open fridge"))
     assert action_of(response, scene) == (action, admitted)
 
 
 def test_any_text_is_an_action_where_none_are_listed() -> None:
-    assert action_of(" say  Hello\n", Scene("x")) == ("say Hello", True)
-    assert action_of(" \n ", Scene("x")) == ("", False)
+    assert action_of(" say  Hello\n", Observation("x")) == ("say Hello", True)
+    assert action_of(" \n ", Observation("x")) == ("", False)
 
 
 def test_a_prompt_tells_goal_history_scene_and_actions() -> None:
-    scene = Scene("You see 3.", actions=("left", "right"))
+    scene = Observation("You see 3.", actions=("left", "right"))
     past = (("You see 1.", "right"), ("You see 2.", "left"), ("You see 1.", "right"))
     assert now(scene) == "You see 3.\nActions: left, right"
     assert told("reach 5.", past, scene, 2) == (
         "Task: reach 5.\n2. You see 2.\n> left\n3. You see 1.\n> right\n"
         "You see 3.\nActions: left, right"
     )
-    assert told("", past, Scene("End."), 0) == "End."
-    assert told("", past, Scene("End."), 9).startswith("1. You see 1.\n> right\n2. ")
+    assert told("", past, Observation("End."), 0) == "End."
+    assert told("", past, Observation("End."), 9).startswith("1. You see 1.\n> right\n2. ")
 
 
 @pytest.mark.parametrize(
     ("source", "settings", "wrong"),
     [
-        ("env:castle", {}, "unknown environment 'castle'; known: env:rooms, env:alf"),
+        ("env:castle", {}, "unknown environment 'castle'; known: env:household, env:alf"),
         ("env:no.such.module:make", {}, "No module named 'no'"),
         ("env:tests.opd.envs.test_envs:nothing", {}, "no function 'nothing'"),
-        ("env:rooms", {"layout": "both"}, "layout is 'both'; it must be one of turns, trajectory"),
-        ("env:rooms", {"max_turns": 0}, "max_turns is 0"),
+        (
+            "env:household",
+            {"layout": "both"},
+            "layout is 'both'; it must be one of turns, trajectory",
+        ),
+        ("env:household", {"max_turns": 0}, "max_turns is 0"),
     ],
 )
 def test_bad_sources_are_refused(source: str, settings: dict[str, Any], wrong: str) -> None:

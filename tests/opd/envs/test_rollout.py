@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Rollouts, Scored
+from diagnostics.batch import Rollouts, ScoredRollouts
 from diagnostics.core.totals import read
 from diagnostics.monitor import Monitor
 from diagnostics.records.batch_files import load
@@ -19,21 +19,21 @@ from opd.analysis import doctor
 from opd.config.settings import Config, TaskSettings
 from opd.data.chain_task import Problem
 from opd.data.prompts import Prompts, encode_one
-from opd.envs.base import Scene
-from opd.envs.household import Rooms
+from opd.envs.base import Observation
+from opd.envs.household import Household
 from opd.envs.packing import as_one, by_turn, rows_of, totals
 from opd.envs.rollout import Episode, Turn, play
-from opd.envs.task import Games
+from opd.envs.task import GameTask
 from opd.evaluation.evaluate import evaluate_folder
 from opd.lab.build import make_tokenizer
 from opd.models.forward import log_probabilities, response_hidden
 from opd.models.loading import load as load_model
-from opd.rollouts.hf_engine import InProcess
+from opd.rollouts.hf_engine import HfEngine
 from opd.scoring.score import score
 from opd.teachers.pair import load_pair
 from opd.training.optimizer import adamw
 from opd.training.setup import make_objective
-from opd.training.state import Part
+from opd.training.state import ScoredTaskBatch
 from opd.training.train import train
 from opd.training.update import backward, shared_out
 from tests.opd.training.test_train import rows, settings
@@ -44,13 +44,13 @@ class Echo:
 
     closed = False
 
-    def begin(self, seed: int) -> Scene:
+    def begin(self, seed: int) -> Observation:
         self.left = seed // 2 % 3 + 1
-        return Scene("Say it.", goal=f"{self.left} words")
+        return Observation("Say it.", goal=f"{self.left} words")
 
-    def act(self, action: str) -> Scene:
+    def act(self, action: str) -> Observation:
         self.left -= 1
-        return Scene(f"{len(action)}!", over=not self.left, won=bool(len(action) % 2))
+        return Observation(f"{len(action)}!", over=not self.left, won=bool(len(action) % 2))
 
     def close(self) -> None:
         self.closed = True
@@ -59,13 +59,13 @@ class Echo:
 class Broken(Echo):
     """Fails at the start in the game of seed 2, at the first action in that of seed 4."""
 
-    def begin(self, seed: int) -> Scene:
+    def begin(self, seed: int) -> Observation:
         if seed == 2:
             raise OSError("no such game")
         self.seed = seed
         return super().begin(seed)
 
-    def act(self, action: str) -> Scene:
+    def act(self, action: str) -> Observation:
         if self.seed == 4:
             raise KeyError(action)
         return super().act(action)
@@ -107,7 +107,7 @@ class Script:
         pass
 
 
-def played(engine: Any, games: Games, seeds: list[int], group: int = 1, **how: Any) -> list[Any]:
+def played(engine: Any, games: GameTask, seeds: list[int], group: int = 1, **how: Any) -> list[Any]:
     tokenizer = make_tokenizer()
     fixed = {"max_prompt": 4000, "max_response": 60, "temperature": 1.0, "top_p": 1.0}
     return play(
@@ -123,19 +123,19 @@ def played(engine: Any, games: Games, seeds: list[int], group: int = 1, **how: A
 
 
 def test_an_expert_wins_in_words_with_one_call_a_turn() -> None:
-    made: list[Rooms] = []
+    made: list[Household] = []
 
-    class Watched(Rooms):
+    class Watched(Household):
         over = False
 
-        def begin(self, seed: int) -> Scene:
+        def begin(self, seed: int) -> Observation:
             made.append(self)
             return self.noted(super().begin(seed))
 
-        def act(self, action: str) -> Scene:
+        def act(self, action: str) -> Observation:
             return self.noted(super().act(action))
 
-        def noted(self, scene: Scene) -> Scene:
+        def noted(self, scene: Observation) -> Observation:
             self.over = scene.over
             return scene
 
@@ -145,7 +145,7 @@ def test_an_expert_wins_in_words_with_one_call_a_turn() -> None:
 
     ways: list[list[str]] = []
     for seed in (1, 3, 5):
-        rooms, way = Rooms(), []
+        rooms, way = Household(), []
         scene = rooms.begin(seed)
         while not scene.over:
             way.append(rooms.expert())
@@ -154,7 +154,7 @@ def test_an_expert_wins_in_words_with_one_call_a_turn() -> None:
     for layout in ("turns", "trajectory"):
         made.clear()
         engine = Script(say)
-        found = played(engine, Games(source="", make=Watched, layout=layout), [1, 3, 5], 2)
+        found = played(engine, GameTask(source="", make=Watched, layout=layout), [1, 3, 5], 2)
         assert [[turn.action for turn in episode.turns] for episode in found] == ways
         assert {episode.outcome for episode in found} == {"won"}
         assert [len(x) for x in engine.read] == [
@@ -164,7 +164,7 @@ def test_an_expert_wins_in_words_with_one_call_a_turn() -> None:
 
 def test_a_prompt_of_its_own_tells_the_recent_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Script(lambda row, call: ["a", "bc", "def"][call])
-    games = Games(source="", make=Echo, history=1, system="Play.")
+    games = GameTask(source="", make=Echo, history=1, system="Play.")
     [episode] = played(engine, games, [4])
     frame = "<|im_start|>system\nPlay.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
     frame += "<|im_start|>assistant\n"
@@ -194,7 +194,7 @@ def both(rollouts: Rollouts) -> tuple[Tensor, Tensor]:
 def test_a_trajectory_is_the_chat_as_the_template_renders_it(end: bool) -> None:
     said = ["a", "<think>b</think>c", "def"]
     engine = Script(lambda row, call: said[call], end)
-    games = Games(source="", make=Echo, layout="trajectory", system="Play.")
+    games = GameTask(source="", make=Echo, layout="trajectory", system="Play.")
     [episode] = played(engine, games, [4])
     prompts, rollouts = rows_of([episode], "trajectory", temperature=1.0, top_p=1.0)
     chat = [{"role": "system", "content": "Play."}]
@@ -222,7 +222,7 @@ def test_a_tokenizer_without_a_template_goes_on_in_lines() -> None:
         engine,
         tokenizer,
         [tokenizer.eos_token_id],
-        Games(source="", make=Echo, layout="trajectory"),
+        GameTask(source="", make=Echo, layout="trajectory"),
         [(0, 2)],
         1,
         max_prompt=99,
@@ -239,21 +239,21 @@ def test_a_tokenizer_without_a_template_goes_on_in_lines() -> None:
 def conversation(tiny_pair) -> tuple[Any, list[Any]]:
     """A pair and conversations of its student, with games of 1, 2 and 3 turns."""
     pair = load_pair(*map(str, tiny_pair), "cpu", "float32")
-    games = Games(source="", make=Echo, layout="trajectory")
-    found = played(InProcess(pair.student), games, [0, 2, 4], 2, max_response=7)
+    games = GameTask(source="", make=Echo, layout="trajectory")
+    found = played(HfEngine(pair.student), games, [0, 2, 4], 2, max_response=7)
     assert [len(episode.turns) for episode in found] == [1, 1, 2, 2, 3, 3]
     return pair, found
 
 
-def scored(pair: Any, prompts: Prompts, rollouts: Rollouts) -> tuple[Scored, Tensor | None]:
+def scored(pair: Any, prompts: Prompts, rollouts: Rollouts) -> tuple[ScoredRollouts, Tensor | None]:
     return score(
         pair,
         prompts,
         rollouts,
         k=6,
         temperature=1.0,
-        micro_tokens=900,
-        chunk_elements=1 << 20,
+        max_tokens_per_microbatch=900,
+        max_logits_per_chunk=1 << 20,
         keep_teacher=True,
     )
 
@@ -306,24 +306,24 @@ def test_turns_and_trajectories_have_one_gradient(
 
 
 def made_part(
-    config: Config, pair: Any, prompts: Prompts, whole: Scored, hidden: Tensor | None
-) -> Part:
-    from opd.training.prefetch import Ahead
-    from opd.training.state import Run
+    config: Config, pair: Any, prompts: Prompts, whole: ScoredRollouts, hidden: Tensor | None
+) -> ScoredTaskBatch:
+    from opd.training.prefetch import RolloutPrefetcher
+    from opd.training.state import TaskRun
 
-    run = Run(
+    run = TaskRun(
         config=config,
         folder=Path(config.out),
         pair=pair,
-        task=Games(source="", make=Echo),
-        engine=InProcess(pair.student),
-        ahead=Ahead(lambda step: [], lambda: None, depth=0, steps=1, updates=1),
+        task=GameTask(source="", make=Echo),
+        engine=HfEngine(pair.student),
+        ahead=RolloutPrefetcher(lambda step: [], lambda: None, depth=0, steps=1, updates=1),
         objective=make_objective(config),
         masks=[],
         optimizer=adamw(pair.student.network.parameters(), (0.9, 0.999), 0.0),
         monitor=Monitor({}),
     )
-    return Part(run=run, prompts=prompts, scored=whole, teacher_hidden=hidden, played={})
+    return ScoredTaskBatch(run=run, prompts=prompts, scored=whole, teacher_hidden=hidden, played={})
 
 
 def by_hand(pair: Any, turn: Turn, objective: str) -> Tensor:
@@ -359,14 +359,14 @@ def test_what_was_read_is_not_supervised(conversation) -> None:
 
 
 def test_rows_of_a_history_are_not_one_conversation() -> None:
-    [episode] = played(Script(lambda row, call: "ab"), Games(source="", make=Echo), [4])
+    [episode] = played(Script(lambda row, call: "ab"), GameTask(source="", make=Echo), [4])
     assert len(by_turn(episode)) == 3
     with pytest.raises(ValueError, match="do not begin with the turns before"):
         as_one(episode)
 
 
 def test_failures_of_the_environment_are_left_out_and_counted() -> None:
-    games = Games(source="env:broken", make=Broken)
+    games = GameTask(source="env:broken", make=Broken)
     engine = Script(lambda row, call: "abc")
     with pytest.warns(RuntimeWarning, match=r"3 of 5 episodes .* \(seed 2\) with OSError: no such"):
         found = played(engine, games, [0, 2, 4, 6, 2])
@@ -384,11 +384,11 @@ def test_failures_of_the_environment_are_left_out_and_counted() -> None:
 
 def test_an_endless_episode_is_cut_and_a_full_one_too() -> None:
     class Endless(Echo):
-        def act(self, action: str) -> Scene:
-            return Scene("more")
+        def act(self, action: str) -> Observation:
+            return Observation("more")
 
     for layout in ("turns", "trajectory"):
-        games = Games(source="", make=Endless, layout=layout, max_turns=4)
+        games = GameTask(source="", make=Endless, layout=layout, max_turns=4)
         [episode] = played(Script(lambda row, call: "x"), games, [0])
         assert (episode.outcome, len(episode.turns)) == ("unfinished", 4)
         _, rollouts = rows_of([episode], layout, temperature=1.0, top_p=1.0)
@@ -402,15 +402,15 @@ def test_an_endless_episode_is_cut_and_a_full_one_too() -> None:
 
 
 def test_actions_that_are_not_admitted_change_nothing_and_count() -> None:
-    class Strict(Rooms):
-        def act(self, action: str) -> Scene:
+    class Strict(Household):
+        def act(self, action: str) -> Observation:
             assert action.startswith("go to "), "others never get here"
             return super().act(action)
 
     engine = Script(lambda row, call: ["fly", "go to " + target][call])
-    rooms = Rooms()
+    rooms = Household()
     target = rooms.begin(2).actions[0].removeprefix("go to ")
-    games = Games(source="", make=Strict, max_turns=2)
+    games = GameTask(source="", make=Strict, max_turns=2)
     [episode] = played(engine, games, [2])
     assert [(turn.action, turn.admitted) for turn in episode.turns] == [
         ("fly", False),
@@ -473,7 +473,7 @@ def test_a_run_on_games_resumes_to_the_same_bits(tiny_pair, tmp_path: Path, layo
     batch = load(whole / "batches" / "step_000000.safetensors")
     row = rows(whole)[0]
     won = float(batch.reward[~batch.reward.isnan()].double().mean())
-    assert row["episodes/success"] == row["collapse/reward"] == pytest.approx(won)
+    assert row["episodes/success"] == row["response/reward"] == pytest.approx(won)
     assert won > 0
     turns = len(batch) if layout == "turns" else row["episodes/turns"] * len(batch)
     assert row["episodes/turns"] * 6 == pytest.approx(turns)
@@ -482,8 +482,8 @@ def test_a_run_on_games_resumes_to_the_same_bits(tiny_pair, tmp_path: Path, layo
         second = batch.rows((batch.turn == 1).nonzero()[:, 0])
         assert 0 < len(second) < 6
         cost = float(second.log_ratio[second.mask].double().mean())
-        assert row["turn=2/drift/k1"] == pytest.approx(cost, rel=1e-6)
-        assert "turn=3/drift/k1" not in row, "turns 1, 2, 4, 8 and 16 of 30"
+        assert row["turn=2/divergence/k1"] == pytest.approx(cost, rel=1e-6)
+        assert "turn=3/divergence/k1" not in row, "turns 1, 2, 4, 8 and 16 of 30"
 
 
 def test_one_turn_games_train_alike_in_both_layouts(tiny_pair, tmp_path: Path) -> None:
@@ -516,7 +516,7 @@ def test_games_take_turns_and_mix_with_problems(tiny_pair, tmp_path: Path) -> No
         (True, "echo"),
     ]
     assert evals[1]["accuracy"] == evals[1]["episodes/success"]
-    how |= {"task_order": "mixed", "prompts_per_step": 4, "batch_every": 1}
+    how |= {"task_order": "mixed", "prompts_per_step": 4, "save_batch_every": 1}
     folder = train(game_run(tiny_pair, tmp_path / "mixed", **how))
     row = rows(folder)[0]
     batch = load(folder / "batches" / "step_000000.safetensors")
@@ -545,7 +545,7 @@ def test_the_doctor_reads_the_openings_of_games(tiny_pair) -> None:
     found = doctor.examine(
         *map(str, tiny_pair), task=ECHO, prompts=3, group=1, max_response=4, device="cpu"
     )
-    games = Games(source="", make=Echo, seed=0)
+    games = GameTask(source="", make=Echo, seed=0)
     texts = [problem.prompt for problem in games.openings(games.train(0, 3))]
     assert {len(text) for text in texts} == {len("Task: 1 words\nSay it.")}
     longest = max(len(encode_one(make_tokenizer(), Problem(text, ""))) for text in texts)
@@ -558,7 +558,10 @@ def test_the_doctor_reads_the_openings_of_games(tiny_pair) -> None:
     [
         ({"grader": "exact"}, "says itself who won"),
         ({"eval_task": "lab"}, "leave out eval_task='lab'"),
-        ({"outcome": 1.0, "layout": "turns"}, "outcome 1.0 compares .* set layout to trajectory"),
+        (
+            {"reward_weight": 1.0, "layout": "turns"},
+            "reward_weight 1.0 compares .* set layout to trajectory",
+        ),
         ({"baseline": "leave_one_out", "layout": "turns", "objective": "sampled_token"}, "layout"),
         ({"task": "env:castle"}, "unknown environment"),
     ],
@@ -571,7 +574,7 @@ def test_what_games_cannot_have_is_refused(
 
 
 def test_a_reward_of_games_trains_with_whole_episodes(tiny_pair, tmp_path: Path) -> None:
-    how = {"outcome": 0.5, "objective": "sampled_token", "steps": 1, "eval_every": 0}
+    how = {"reward_weight": 0.5, "objective": "sampled_token", "steps": 1, "eval_every": 0}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert math.isfinite(rows(train(game_run(tiny_pair, tmp_path / "run", **how)))[0]["loss"])

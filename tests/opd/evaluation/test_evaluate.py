@@ -14,8 +14,8 @@ from diagnostics.stats import gain_interval, share_interval, wilson_interval
 from opd.cli import evaluate as command
 from opd.data.chain_task import Problem, problems
 from opd.data.grading.graders import (
-    Judge,
-    Verdict,
+    Grade,
+    GraderWorker,
     grade_exact,
     grade_lab,
     grade_math,
@@ -26,7 +26,7 @@ from opd.data.grading.graders import (
 from opd.data.prompts import response_text
 from opd.data.sources import Question
 from opd.data.tasks import Task, load_task
-from opd.evaluation.evaluate import GREEDY, Graded, evaluate, respond, result
+from opd.evaluation.evaluate import GREEDY, GradedResponses, evaluate, respond, result
 from opd.evaluation.statistics import (
     compare,
     majority_at_k,
@@ -39,7 +39,7 @@ from opd.evaluation.statistics import (
 from opd.lab.build import make_tokenizer
 from opd.models.loading import end_ids, head_rows, load
 from opd.models.model import split
-from opd.rollouts.hf_engine import InProcess
+from opd.rollouts.hf_engine import HfEngine
 
 
 def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_sample() -> None:
@@ -217,7 +217,7 @@ def test_mathematical_answers_are_compared_as_mathematics() -> None:
         assert verdict.reward == 0, (response, answer)
         assert verdict.answer is not None, (response, answer)
     for response, answer in UNREADABLE:
-        assert grade_math(response, answer) == Verdict(0.0, None), (response, answer)
+        assert grade_math(response, answer) == Grade(0.0, None), (response, answer)
 
 
 def test_equal_answers_vote_together() -> None:
@@ -232,7 +232,7 @@ def test_equal_answers_vote_together() -> None:
 
 
 def test_a_judge_that_hangs_or_dies_is_replaced_in_any_thread() -> None:
-    judge = Judge(seconds=1.0)
+    judge = GraderWorker(seconds=1.0)
     found: list = []
 
     def work() -> None:
@@ -271,9 +271,9 @@ def test_boxes_nest_and_the_last_that_closes_counts() -> None:
 
 
 def test_the_other_graders() -> None:
-    assert grade_exact("<think>8</think> 7\n", "7") == Verdict(1.0, "7")
-    assert grade_exact("<think>7</think>8", "7") == Verdict(0.0, "8")
-    assert grade_exact("<think>7</think> ", "7") == Verdict(0.0, None)
+    assert grade_exact("<think>8</think> 7\n", "7") == Grade(1.0, "7")
+    assert grade_exact("<think>7</think>8", "7") == Grade(0.0, "8")
+    assert grade_exact("<think>7</think> ", "7") == Grade(0.0, None)
     for text, answer, reward, vote in (
         ("It is 1,234.50.", "1234.5", 1.0, "2469/2"),
         ("3 + 4 = 7", "7", 1.0, "7"),
@@ -284,12 +284,12 @@ def test_the_other_graders() -> None:
         (r"\boxed{7}, not 8", "7", 1.0, "7"),
         ("9" * 6000, "7", 0.0, None),
     ):
-        assert grade_numeric(text, answer) == Verdict(reward, vote), text
+        assert grade_numeric(text, answer) == Grade(reward, vote), text
     with pytest.raises(ValueError, match="answer 'seven' is not a number; use the grader exact"):
         grade_numeric("7", "seven")
     for p in problems("test", 20, 0):
-        assert grade_lab(p.solution, p.answer) == Verdict(1.0, p.answer)
-    assert grade_lab("7", "7") == Verdict(0.0, None)
+        assert grade_lab(p.solution, p.answer) == Grade(1.0, p.answer)
+    assert grade_lab("7", "7") == Grade(0.0, None)
     with pytest.raises(
         ValueError, match="unknown grader 'maths'; known: exact, numeric, math, gym, lab"
     ):
@@ -303,12 +303,14 @@ def test_a_response_cut_behind_its_thoughts_has_not_answered() -> None:
     assert response_text(tokenizer, [*ids, tokenizer.eos_token_id]) == r"\boxed{5}</think>"
 
 
-def graded(reward: list[list[float]], tasks: list[str]) -> Graded:
+def graded(reward: list[list[float]], tasks: list[str]) -> GradedResponses:
     shape = np.array(reward).shape
     length = np.arange(shape[0] * shape[1]).reshape(shape)
     votes: list[list[str | None]] = [["yes" if x >= 1 else None for x in row] for row in reward]
     asked: list[Problem] = [Question(f"p{i}", "a", task=t) for i, t in enumerate(tasks)]
-    return Graded(asked, np.array(reward), length, length % 3 > 0, votes, [[""]] * len(tasks))
+    return GradedResponses(
+        asked, np.array(reward), length, length % 3 > 0, votes, [[""]] * len(tasks)
+    )
 
 
 def test_results_by_task_and_their_plain_mean() -> None:
@@ -331,12 +333,12 @@ def loaded(tiny_pair):
     return tokenizer, split(network, head_rows(network)), end_ids(tokenizer, network)
 
 
-def measure(loaded, task: Task, **changes) -> Graded:
+def measure(loaded, task: Task, **changes) -> GradedResponses:
     tokenizer, model, eos = loaded
     settings = {"problems": 5, "max_prompt": 64, "max_response": 6, "temperature": 1.0}
     generator = torch.Generator().manual_seed(0)
     return respond(
-        InProcess(model), tokenizer, eos, task, generator=generator, **(settings | changes)
+        HfEngine(model), tokenizer, eos, task, generator=generator, **(settings | changes)
     )
 
 
@@ -345,9 +347,9 @@ def test_samples_stay_with_their_problem(loaded, monkeypatch: pytest.MonkeyPatch
     asked = [Problem("1+2" * (1 + n % 3), str(n)) for n in range(7)]
     seen: list[tuple[str, str]] = []
 
-    def grade(response: str, answer: str) -> Verdict:
+    def grade(response: str, answer: str) -> Grade:
         seen.append((response, answer))
-        return Verdict(float(len(response) % 2), f"{answer}:{response}")
+        return Grade(float(len(response) % 2), f"{answer}:{response}")
 
     task = Task(train=lambda step, count: [], test=lambda count: asked[:count], grade=grade)
     monkeypatch.setattr("opd.evaluation.evaluate.ROWS_AT_ONCE", 6)  # two problems a call

@@ -15,15 +15,15 @@ from opd.data.chain_task import Problem
 from opd.data.grading.graders import GRADERS, grade_exact, grade_responses
 from opd.data.prompts import response_text
 from opd.data.tasks import Task
-from opd.envs.base import Scene
+from opd.envs.base import Observation
 from opd.envs.rollout import play
-from opd.envs.task import Games
+from opd.envs.task import GameTask
 from opd.evaluation.evaluate import respond
 from opd.lab.build import make_tokenizer
 from opd.models.loading import end_ids, load
 from opd.report import tokenizer_panel
-from opd.teachers.pair import Pair
-from opd.tokens.eos import Endings
+from opd.teachers.pair import ModelPair
+from opd.tokens.eos import EosMap
 from tests.opd.envs.test_rollout import Script
 
 ADDED = ["<|end_of_text|>", "<end_of_turn>"]
@@ -84,7 +84,7 @@ def test_a_closing_tag_is_content_even_where_it_ends_a_response(tokenizer: Any) 
 
 
 def test_graders_read_what_stands_before_the_end(tokenizer: Any, ends: list[int]) -> None:
-    pair = Pair(None, None, tokenizer, ends[:1], Endings(tuple(ends[:1]), tuple(ends[1:])))  # type: ignore[arg-type]
+    pair = ModelPair(None, None, tokenizer, ends[:1], EosMap(tuple(ends[:1]), tuple(ends[1:])))  # type: ignore[arg-type]
     assert set(continuation.ends(pair)) == set(ends)
     for end in ends:
         said = torch.tensor([[*ids(tokenizer, "<think>6*7</think>42"), end]])
@@ -99,11 +99,11 @@ def test_graders_read_what_stands_before_the_end(tokenizer: Any, ends: list[int]
 class Door:
     """Won by the one action "open"."""
 
-    def begin(self, seed: int) -> Scene:
-        return Scene("A door.", goal="out", actions=("open", "wait"))
+    def begin(self, seed: int) -> Observation:
+        return Observation("A door.", goal="out", actions=("open", "wait"))
 
-    def act(self, action: str) -> Scene:
-        return Scene("Done.", over=True, won=action == "open")
+    def act(self, action: str) -> Observation:
+        return Observation("Done.", over=True, won=action == "open")
 
     def close(self) -> None: ...
 
@@ -113,7 +113,7 @@ def test_answers_votes_and_actions_have_no_end(tokenizer: Any, ends: list[int]) 
     plain = ends.index(tokenizer.convert_tokens_to_ids(PLAIN))
     script = Script(lambda row, call: f"open{PLAIN if row % 2 else '<|im_end|>'}", end=False)
     script.tokenizer = tokenizer
-    games = Games(source="env:door", make=Door, max_turns=1)
+    games = GameTask(source="env:door", make=Door, max_turns=1)
     generator = torch.Generator().manual_seed(0)
     noise: dict[str, Any] = {"generator": generator, "top_p": 1.0}
     for episode in play(script, tokenizer, ends, games, [(0, 1)], 2, **settings, **noise):

@@ -16,7 +16,7 @@ from opd.training.setup import make_objective
 def test_every_method_may_be_trained_and_is_what_it_is_called(method: str) -> None:
     config = parse(["lab", *SHARED, *METHODS[method], "--seed", "3"])
     make_objective(config)
-    assert config.updates == 2
+    assert config.updates_per_batch == 2
     assert bool(config.mask) == method.removesuffix("_top_p").endswith("_mask")
     local = not method.startswith("sampled")
     assert config.objective.startswith(("teacher_topk", "student_topk") if local else "sampled_")
@@ -24,7 +24,7 @@ def test_every_method_may_be_trained_and_is_what_it_is_called(method: str) -> No
     assert config.top_p == (1.0 if whole else 0.8 if method.endswith("0.8") else 0.9)
     assert config.support_k == {"lsm_k2": 2, "lsm_k4": 4}.get(method, 8)
     assert ("v2" in method or "v4" in method) == config.objective.startswith("student_topk")
-    assert config.collapse_accepted == config.objective.endswith(("unnormalised", "published_tail"))
+    assert config.allow_collapse == config.objective.endswith(("unnormalised", "published_tail"))
 
 
 def cell(group: str, method: str, root: Path) -> Config:
@@ -51,7 +51,7 @@ def test_two_tasks_have_a_teacher_each(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", [*GROUPS["games"], TEACHER])
 def test_games_are_one_recipe_but_for_the_method(method: str, tmp_path: Path) -> None:
     config = cell("games", method, tmp_path)
-    assert (config.task, config.teacher) == ("env:rooms", "place/teacher")
+    assert (config.task, config.teacher) == ("env:household", "place/teacher")
     assert config.student == ("place/teacher" if method == TEACHER else "place/student")
     assert (config.steps == 0) == (method == TEACHER)
     assert config.top_p == (0.9 if method == "lsm" else 1.0)

@@ -12,10 +12,10 @@ from opd.lab.build import (
     WORDS,
     build,
     examples,
+    household_config,
     make_tokenizer,
     new_model,
     reading,
-    rooms_config,
     tiny_config,
 )
 
@@ -85,7 +85,7 @@ def test_careless_solutions_slip_at_their_rate_and_go_on() -> None:
 def test_a_lab_with_games_has_words_and_single_digits(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    tokenizer = make_tokenizer("<|im_end|>", rooms_config().texts)
+    tokenizer = make_tokenizer("<|im_end|>", household_config().texts)
     tokenizer.save_pretrained(tmp_path)
     new_model(tiny_config().student, len(tokenizer), 0, tokenizer).save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
@@ -101,9 +101,9 @@ def test_a_lab_with_games_has_words_and_single_digits(tmp_path: Path) -> None:
 
 
 def test_a_task_named_twice_is_taught_twice_as_often() -> None:
-    tokenizer = make_tokenizer("<|im_end|>", rooms_config().texts)
-    recipe = replace(rooms_config().student, batch=9, careless=0.0)
-    assert recipe.tasks == ("rooms", "rooms", "sort")
+    tokenizer = make_tokenizer("<|im_end|>", household_config().texts)
+    recipe = replace(household_config().student, batch=9, careless=0.0)
+    assert recipe.tasks == ("household", "household", "sort")
     texts = [tokenizer.decode(row) for row in examples(tokenizer, recipe, seed=0)[0]]
     assert sum("Actions:" in text for text in texts) == 6
     assert sum("user\nsort " in text for text in texts) == 3
@@ -111,8 +111,8 @@ def test_a_task_named_twice_is_taught_twice_as_often() -> None:
 
 
 def test_reading_is_the_loss_of_the_prompts() -> None:
-    tokenizer = make_tokenizer("<|im_end|>", rooms_config().texts)
-    recipe = replace(rooms_config().student, width=32, batch=3)
+    tokenizer = make_tokenizer("<|im_end|>", household_config().texts)
+    recipe = replace(household_config().student, width=32, batch=3)
     ids, labels = examples(tokenizer, recipe, seed=0)
     logits = new_model(recipe, len(tokenizer), 0, tokenizer)(input_ids=ids).logits
     found = reading(logits, ids, labels, tokenizer.pad_token_id)
@@ -125,7 +125,7 @@ def test_reading_is_the_loss_of_the_prompts() -> None:
     )
 
 
-@pytest.mark.parametrize("kind", ["tiny", "rooms", "strangers"])
+@pytest.mark.parametrize("kind", ["tiny", "household", "mismatched"])
 def test_a_lab_that_is_not_there_is_said_to_be_built(kind: str) -> None:
     from opd.models.loading import load
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from opd.data.sort_task import careless, problems
-from opd.lab.build import Recipe, examples, make_tokenizer, new_model, strangers_config
-from opd.lab.writing_style import MOST_REPEATS, UNLABELLED, Habit, looping, written
+from opd.lab.build import ToyModelConfig, examples, make_tokenizer, mismatched_config, new_model
+from opd.lab.writing_style import MOST_REPEATS, UNLABELLED, WritingStyle, looping, written
 
 SOLUTION = "<think>7 27 279</think>279"
 
@@ -16,7 +16,7 @@ SOLUTION = "<think>7 27 279</think>279"
 @pytest.mark.parametrize("end", ["<|im_end|>", "<|endoftext|>"])
 def test_both_spellings_decode_to_one_text(tag: str, end: str) -> None:
     tokenizer = make_tokenizer()
-    habit = Habit(tag=tag, end=end)  # type: ignore[arg-type]
+    habit = WritingStyle(tag=tag, end=end)  # type: ignore[arg-type]
     ids, labels = written(tokenizer, SOLUTION, habit, random.Random(0))
     assert tokenizer.decode(ids) == SOLUTION + end
     assert labels == ids
@@ -26,7 +26,7 @@ def test_both_spellings_decode_to_one_text(tag: str, end: str) -> None:
 
 def test_what_is_only_read_leaves_out_the_first_byte_of_a_tag_and_keeps_the_end() -> None:
     tokenizer = make_tokenizer("<|endoftext|>")
-    habit = Habit(end="<|endoftext|>", read=1.0)
+    habit = WritingStyle(end="<|endoftext|>", read=1.0)
     ids, labels = written(tokenizer, SOLUTION, habit, random.Random(0))
     assert tokenizer.decode(ids) == SOLUTION + "<|endoftext|>"
     hidden = [i for i, label in enumerate(labels) if label == UNLABELLED]
@@ -38,7 +38,7 @@ def test_what_is_only_read_leaves_out_the_first_byte_of_a_tag_and_keeps_the_end(
 
 def test_foreign_responses_have_the_other_spelling_and_end_at_their_share() -> None:
     tokenizer, generator = make_tokenizer(), random.Random(0)
-    habit, ends = Habit(tag="spelled", foreign=0.25), []
+    habit, ends = WritingStyle(tag="spelled", foreign=0.25), []
     for _ in range(2000):
         ids, labels = written(tokenizer, SOLUTION, habit, generator)
         foreign = ids[-1] == tokenizer.convert_tokens_to_ids("<|endoftext|>")
@@ -91,7 +91,7 @@ def test_careless_sorting_slips_at_its_rate() -> None:
 
 
 def test_strangers_know_both_ends_and_mix_their_tasks() -> None:
-    recipes = strangers_config().models
+    recipes = mismatched_config().models
     tokenizer = make_tokenizer(recipes["teacher"].habit.end)
     network = new_model(recipes["teacher"], len(tokenizer), 0, tokenizer)
     ends = ["<|endoftext|>", "<|im_end|>"]
@@ -102,5 +102,7 @@ def test_strangers_know_both_ends_and_mix_their_tasks() -> None:
     assert sum("user\nsort " in text for text in texts) == 4
     assert all((row[label != UNLABELLED] == label[label != UNLABELLED]).all()
                for row, label in zip(ids, labels, strict=True))  # fmt: skip
-    plain = new_model(Recipe(layers=1, width=32, steps=1, batch=1, lr=1), 5, 0, make_tokenizer())
+    plain = new_model(
+        ToyModelConfig(layers=1, width=32, steps=1, batch=1, lr=1), 5, 0, make_tokenizer()
+    )
     assert plain.generation_config.eos_token_id == make_tokenizer().eos_token_id

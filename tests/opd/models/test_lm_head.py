@@ -13,7 +13,7 @@ from torch import Tensor
 
 from opd.models.gathered_head import gathered_product
 from opd.models.lm_head import full_logits, gathered_logits, two_stage_topk
-from opd.models.model import Model, split
+from opd.models.model import CausalLM, split
 from opd.scoring.loss import chunked_loss
 
 
@@ -209,7 +209,7 @@ def gradients(net, loss: Tensor) -> dict[str, Tensor]:  # type: ignore[no-untype
     return {k: p.grad.clone() for k, p in net.named_parameters() if p.grad is not None}
 
 
-def probe(net, one: Model) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:  # type: ignore[no-untyped-def]
+def probe(net, one: CausalLM) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:  # type: ignore[no-untyped-def]
     """Own (B L, V) logits, hidden states, ids to pick and the input of a padded batch."""
     ids = torch.randint(60, (2, 7), generator=seeded(3))
     there = torch.ones_like(ids)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from diagnostics.batch import Scored
+from diagnostics.batch import ScoredRollouts
 from diagnostics.records.batch_files import load as load_batch
 from opd.config.settings import TaskSettings
 from opd.data.chain_task import problems
@@ -135,7 +135,7 @@ def test_layers_are_quantised_and_the_head_is_not(pair, weights: str) -> None:
 @pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize("weights", SLACK)
 def test_a_run_learns_from_the_quantised_teacher(pair, tmp_path: Path, weights: str) -> None:
-    changes: dict[str, Any] = {"steps": 2, "batch_every": 1, "eval_every": 0}
+    changes: dict[str, Any] = {"steps": 2, "save_batch_every": 1, "eval_every": 0}
     config = settings(pair, tmp_path / "run", teacher_weights=weights, **changes)
     two = tuple(
         TaskSettings(name=name, task="lab", teacher=str(teacher))
@@ -155,9 +155,9 @@ def test_a_run_learns_from_the_quantised_teacher(pair, tmp_path: Path, weights: 
     assert float(gap.abs().mean()) > 1e-3
 
 
-def scored(folder: Path, step: int) -> Scored:
+def scored(folder: Path, step: int) -> ScoredRollouts:
     batch = load_batch(folder / "batches" / f"step_{step:06d}.safetensors")
-    assert isinstance(batch, Scored)
+    assert isinstance(batch, ScoredRollouts)
     return batch
 
 
@@ -170,7 +170,7 @@ def test_rows_that_end_within_a_block_are_refused_on_a_cpu(tiny_pair) -> None:
 def test_what_cannot_be_quantised_is_refused(tiny_pair, tmp_path: Path, monkeypatch) -> None:
     for changes, words in (
         ({"offload_teacher": True}, "saved where offload_teacher moves them"),
-        ({"teacher": "ema", "outcome": 1.0}, r"made of the student \(ema\)"),
+        ({"teacher": "ema", "reward_weight": 1.0}, r"made of the student \(ema\)"),
     ):
         with pytest.raises(ValueError, match=words):
             replace(settings(tiny_pair, tmp_path), teacher_weights="nf4", **changes)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Scored
+from diagnostics.batch import ScoredRollouts
 from diagnostics.gradients.estimators import member_index, weights
 from opd.objectives import factory as o
 
@@ -50,7 +50,7 @@ CHANCE = padded(lambda prefix, token: float(STUDENT[prefix, token]), torch.float
 FIRST, SECOND = torch.cartesian_prod(*[torch.arange(len(RESPONSES))] * 2).T
 
 
-def pairs(prompt: tuple[int, int], sampled_mask: Tensor | None = None) -> list[Scored]:
+def pairs(prompt: tuple[int, int], sampled_mask: Tensor | None = None) -> list[ScoredRollouts]:
     """Every pair as a batch of two rows."""
 
     def column(x: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def pairs(prompt: tuple[int, int], sampled_mask: Tensor | None = None) -> list[S
         if sampled_mask is not None:
             mask = mask & sampled_mask
         found.append(
-            Scored(
+            ScoredRollouts(
                 tokens=TOKENS[pair],
                 mask=mask,
                 sampled_mask=MASK[pair],
@@ -77,7 +77,9 @@ def pairs(prompt: tuple[int, int], sampled_mask: Tensor | None = None) -> list[S
     return found
 
 
-def mean_gradient(batches: list[Scored], credit: Callable[[Scored], Tensor]) -> Tensor:
+def mean_gradient(
+    batches: list[ScoredRollouts], credit: Callable[[ScoredRollouts], Tensor]
+) -> Tensor:
     """(prefixes, V) mean of sum credit_t grad log p(y_t) over both rows of every pair."""
     total = torch.zeros_like(STUDENT)
     for batch, first, second in zip(batches, FIRST, SECOND, strict=True):
@@ -121,7 +123,7 @@ def test_a_baseline_leaves_the_mean_gradient(
 def test_a_mean_with_the_own_credit_in_it_shrinks_the_gradient() -> None:
     """What position_mean was: (k - 1)/k of the mean with k alive, 0 where nobody else is."""
 
-    def own_included(batch: Scored, credit: Tensor) -> Tensor:
+    def own_included(batch: ScoredRollouts, credit: Tensor) -> Tensor:
         return ((credit * batch.mask).sum(0) / batch.mask.sum(0).clamp(min=1)).expand_as(credit)
 
     plain, batches = o.sampled_token(0.0), pairs((0, 1))

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diagnostics.batch import Prefix, Scored
+from diagnostics.batch import DistributionStats, ScoredRollouts
 from diagnostics.core.distribution_stats import functionals
 from opd.objectives import credit
 from opd.objectives import factory as o
@@ -40,7 +40,7 @@ def test_an_outcome_adds_the_gradient_of_the_mean_reward(name: str, advantage: s
     """Every pair of sequences as a group of two rollouts."""
     reward = torch.rand(len(SEQUENCES), generator=seeded(2), dtype=torch.float64)
     student, teacher = (table.requires_grad_() for table in tables())
-    objective = o.make(name, outcome=0.6, advantage=advantage)
+    objective = o.make(name, reward_weight=0.6, reward_baseline=advantage)
     one = every_sequence(student, teacher, objective.support, 2)
     first, second = torch.cartesian_prod(*[torch.arange(len(SEQUENCES))] * 2).T
     pairs = torch.stack([first, second], 1)
@@ -59,11 +59,11 @@ def test_an_outcome_adds_the_gradient_of_the_mean_reward(name: str, advantage: s
     torch.testing.assert_close(found, want)
 
 
-def graded(reward: list[float], prompt: list[int]) -> Scored:
+def graded(reward: list[float], prompt: list[int]) -> ScoredRollouts:
     zeros = torch.zeros(len(reward), 2, dtype=torch.float64)
     mask = torch.ones(len(reward), 2, dtype=torch.bool)
     mask[-1, 1] = False
-    return Scored(
+    return ScoredRollouts(
         tokens=zeros.long(),
         mask=mask,
         sampler_logp=zeros,
@@ -83,15 +83,20 @@ def test_advantages_by_hand() -> None:
         "group_normal": [x / (1 / 3) ** 0.5 for x in (2 / 3, -1 / 3, -2 / 3, -1 / 3, 1 / 3, 1 / 3)],
     }
     for name, values in want.items():
-        made = o.make("sampled_token", 0.3, outcome=2.0, advantage=name)
+        made = o.make("sampled_token", 0.3, reward_weight=2.0, reward_baseline=name)
         expected = -2 * torch.tensor(values, dtype=torch.float64)[:, None] * batch.mask
         torch.testing.assert_close(made.credit(batch), expected)
     same = graded([1.0, 1.0], [0, 0])
-    assert o.make("teacher_topk", outcome=1.0, advantage="group_normal").credit(same).eq(0).all()
+    assert (
+        o.make("teacher_topk", reward_weight=1.0, reward_baseline="group_normal")
+        .credit(same)
+        .eq(0)
+        .all()
+    )
     with pytest.raises(ValueError, match="1 of 2 responses have no reward"):
-        o.make("sampled_token", outcome=1.0).credit(graded([1.0, torch.nan], [0, 0]))
+        o.make("sampled_token", reward_weight=1.0).credit(graded([1.0, torch.nan], [0, 0]))
     with pytest.raises(ValueError, match="2 of 2 prompts have a single rollout"):
-        o.make("sampled_token", outcome=1.0).credit(graded([1.0, 0.0], [0, 1]))
+        o.make("sampled_token", reward_weight=1.0).credit(graded([1.0, 0.0], [0, 1]))
 
 
 # --- selection ----------------------------------------------------------------------------------
@@ -137,7 +142,7 @@ def test_rounding_does_not_choose_among_equal_entropies(split: int) -> None:
     """Three of five equal ones stay, the earlier prompts' first, whatever a split rounds off."""
     entropy = torch.tensor([[1.0, 2.0], [1.0, 0.5], [1.0, 1.0], [1.0, 3.0]])
     zeros = torch.zeros(4, 2)
-    batch = Scored(
+    batch = ScoredRollouts(
         tokens=zeros.long(),
         mask=torch.ones(4, 2, dtype=torch.bool),
         sampler_logp=zeros,
@@ -151,7 +156,7 @@ def test_rounding_does_not_choose_among_equal_entropies(split: int) -> None:
     prefix = functionals(*[logp.flatten(0, 1)] * 2, zeros.long().flatten())
     spread = {name: x.view(4, 2) for name, x in prefix.items()}
     spread["student_entropy"] = entropy + noise
-    keep = most_uncertain(replace(batch, prefix=Prefix(**spread)), 5 / 8)
+    keep = most_uncertain(replace(batch, prefix=DistributionStats(**spread)), 5 / 8)
     # of the five at 1.0: prompt 0 has row 1 position 0 and row 3 position 0, then prompt 1
     want = torch.tensor([[False, True], [True, False], [True, False], [True, True]])
     assert torch.equal(keep, want)
@@ -183,10 +188,14 @@ REFUSED = [
     ("no sampled cost", ("teacher_topk_bucket",), {"ratio_clip": 5.0}),
     ("no sampled cost", ("full_jsd",), {"ratio_clip": 5.0}),
     ("no sampled cost", ("full_forward_kl",), {"ratio_clip": 5.0}),
-    ("outcome is -1", ("sampled_token",), {"outcome": -1.0}),
-    ("outcome is nan", ("sampled_token",), {"outcome": math.nan}),
-    ("without an outcome", ("sampled_token",), {"advantage": "group_mean"}),
-    ("unknown advantage 'best'", ("sampled_token",), {"outcome": 1.0, "advantage": "best"}),
+    ("reward_weight is -1", ("sampled_token",), {"reward_weight": -1.0}),
+    ("reward_weight is nan", ("sampled_token",), {"reward_weight": math.nan}),
+    ("without a reward_weight", ("sampled_token",), {"reward_baseline": "group_mean"}),
+    (
+        "unknown reward_baseline 'best'",
+        ("sampled_token",),
+        {"reward_weight": 1.0, "reward_baseline": "best"},
+    ),
     ("q.S./e, pushing", ("teacher_topk_unnormalised",), {}),
     ("q.S./e, pushing", ("union_topk_unnormalised",), {}),
     ("grad p.S.", ("student_topk_published_tail",), {}),
@@ -205,9 +214,9 @@ def test_what_is_not_refused_is_built_as_asked() -> None:
     assert made.baseline is credit.leave_one_out
     assert made.ratio is credit.token_ratio
     assert o.make("full_sampled_future", 0.5, ratio_clip=5.0).later is not credit.sampled_cost
-    assert o.make("teacher_topk", ratio="token", outcome=1.0).sampled
+    assert o.make("teacher_topk", ratio="token", reward_weight=1.0).sampled
     for name in o.OBJECTIVES:
-        o.make(name, outcome=0.5, collapse_accepted=True)
+        o.make(name, reward_weight=0.5, allow_collapse=True)
     batch = every_sequence(*tables(), "union", 2)
     with pytest.raises(ValueError, match="needs a 'teacher' support, the batch has 'union'"):
         o.make("teacher_topk").loss(None, batch.support.student_logp, batch)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Prefix, Scored, Support
+from diagnostics.batch import DistributionStats, ScoredRollouts, Support
 from diagnostics.core.distribution_stats import functionals
 from opd.objectives import credit
 from opd.objectives import factory as o
@@ -56,7 +56,7 @@ def expected_gradients(
 ) -> tuple[Tensor, Tensor | None]:
     """With respect to student and teacher; every tensor given is live, none is detached."""
     student, teacher = (table.requires_grad_() for table in tables())
-    objective = o.make(name, gamma, collapse_accepted=True, **choices)
+    objective = o.make(name, gamma, allow_collapse=True, **choices)
     batch = every_sequence(student, teacher, objective.support, k)
     logp = batch.student_logp
     support_logp = None if batch.support is None else batch.support.student_logp
@@ -65,7 +65,7 @@ def expected_gradients(
     return torch.autograd.grad(total, (student, teacher), allow_unused=True)
 
 
-def every_sequence(student: Tensor, teacher: Tensor, source: str, k: int) -> Scored:
+def every_sequence(student: Tensor, teacher: Tensor, source: str, k: int) -> ScoredRollouts:
     """All V**T sequences, each once, with a support and the prefix functionals."""
     p, q = student.log_softmax(-1)[states()], teacher.log_softmax(-1)[states()]
     logp = p.gather(-1, SEQUENCES[..., None])[..., 0]
@@ -80,7 +80,7 @@ def every_sequence(student: Tensor, teacher: Tensor, source: str, k: int) -> Sco
         source=source,
         present=present,
     )
-    return Scored(
+    return ScoredRollouts(
         tokens=SEQUENCES,
         mask=torch.ones_like(SEQUENCES, dtype=torch.bool),
         sampler_logp=logp,
@@ -89,7 +89,7 @@ def every_sequence(student: Tensor, teacher: Tensor, source: str, k: int) -> Sco
         student_logp=logp,
         teacher_logp=q.gather(-1, SEQUENCES[..., None])[..., 0],
         support=None if source == "none" else support,
-        prefix=Prefix(**functionals(p, q, SEQUENCES)),
+        prefix=DistributionStats(**functionals(p, q, SEQUENCES)),
     )
 
 
@@ -292,7 +292,7 @@ def test_discount_lies_between_and_skips_masked_positions() -> None:
 def test_baselines_average_the_responses_they_say() -> None:
     mask = torch.tensor([[True, True], [True, True], [True, False], [True, True], [True, True]])
     zeros = torch.zeros(5, 2)
-    batch = Scored(
+    batch = ScoredRollouts(
         tokens=zeros.long(),
         mask=mask,
         sampler_logp=zeros,
@@ -319,7 +319,7 @@ def test_baselines_average_the_responses_they_say() -> None:
 def test_micro_batches_do_not_change_the_loss(name: str) -> None:
     mask = torch.tensor([[True, True, False], [True, False, False], [True, True, True]])
     zeros = torch.zeros(3, 3)
-    batch = Scored(
+    batch = ScoredRollouts(
         tokens=zeros.long(),
         mask=mask,
         sampler_logp=zeros,
@@ -343,4 +343,4 @@ def test_micro_batches_do_not_change_the_loss(name: str) -> None:
     }
     assert whole.item() == pytest.approx(by_hand[name])
     with pytest.raises(ValueError, match="0 supervised"):
-        o.DENOMINATORS[name](Scored(**{**vars(batch), "mask": torch.zeros_like(mask)}))
+        o.DENOMINATORS[name](ScoredRollouts(**{**vars(batch), "mask": torch.zeros_like(mask)}))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diagnostics.batch import Scored, Support, concatenate
+from diagnostics.batch import ScoredRollouts, Support, concatenate
 from diagnostics.records.batch_files import load
 from opd.objectives import support
 from tests.opd.objectives.test_surrogates import N, V, seeded
@@ -28,12 +28,12 @@ def test_union_and_intersection_are_those_of_sets(k: int) -> None:
         assert k == V or len(sizes) > 1
 
 
-def supported(width: int, seed: int) -> Scored:
+def supported(width: int, seed: int) -> ScoredRollouts:
     mask = torch.rand(3, width, generator=seeded(seed)) > 0.3
     mask[:, -1] = False
     ours, theirs = (-2 - torch.rand(2, 3, width, 4, generator=seeded(seed + 1))) * mask[..., None]
     tokens = torch.randint(V, (3, width), generator=seeded(seed + 2))
-    return Scored(
+    return ScoredRollouts(
         tokens=tokens,
         mask=mask,
         sampler_logp=torch.zeros(3, width),

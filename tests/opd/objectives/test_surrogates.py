@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Scored, Support
+from diagnostics.batch import ScoredRollouts, Support
 from opd.objectives import factory as o
 from opd.objectives import support
 from opd.objectives.divergences import jensen_shannon
-from opd.objectives.surrogates import Visited, clipped_score, plain_score, weighted_score
+from opd.objectives.surrogates import VisitedTokens, clipped_score, plain_score, weighted_score
 
 V, N = 9, 40
 
@@ -68,13 +68,13 @@ def dense(form: str, z: Tensor, q: Tensor, inside: Tensor, y: Tensor) -> Tensor:
     }[form]
 
 
-def visited(live: Tensor, ids: Tensor, present: Tensor | None, raw: bool = False) -> Visited:
+def visited(live: Tensor, ids: Tensor, present: Tensor | None, raw: bool = False) -> VisitedTokens:
     """All tokens on a support; live (N, V) logits, which are given as they are if `raw`."""
     target, y = logits()[1].requires_grad_(), sampled()
     p, q = live if raw else live.log_softmax(-1), target.log_softmax(-1)
     ours, theirs = p.gather(-1, ids), q.gather(-1, ids)
     here = torch.ones_like(ids, dtype=torch.bool) if present is None else present
-    return Visited(
+    return VisitedTokens(
         logp=p.gather(-1, y[:, None])[:, 0],
         credit=torch.zeros(N, dtype=torch.float64),
         teacher_logp=q.gather(-1, y[:, None])[:, 0],
@@ -141,10 +141,10 @@ def test_clipped_log_ratios_by_a_loop_over_ids(name: str, limit: float) -> None:
     made = o.make(
         "full_reverse_kl" if source == "full" else name,
         ratio_clip=limit,
-        collapse_accepted="unnormalised" in name,
+        allow_collapse="unnormalised" in name,
     )
     p = live.log_softmax(-1)
-    at = Visited(
+    at = VisitedTokens(
         logp=p.gather(-1, y[:, None])[:, 0],
         credit=torch.zeros(N, dtype=torch.float64),
         teacher_logp=q.gather(-1, y[:, None])[:, 0],
@@ -192,7 +192,7 @@ def test_objectives_say_what_they_read() -> None:
             torch.testing.assert_close(objective.surrogate(blind), objective.surrogate(at))
     assert not o.make("teacher_topk").normalised
     assert not o.make("teacher_topk").sampled
-    mixed = o.make("teacher_topk", outcome=0.5)
+    mixed = o.make("teacher_topk", reward_weight=0.5)
     assert mixed.sampled
     assert mixed.normalised
     assert o.make("full_reverse_kl", 0.5).sampled
@@ -229,7 +229,7 @@ def published(variant: int, z: Tensor, target: Tensor, y: int, k: int) -> Tensor
 )
 @pytest.mark.parametrize("k", [1, 3])
 def test_the_papers_five_variants(variant: int, name: str, k: int) -> None:
-    objective = o.make(name, collapse_accepted=True)
+    objective = o.make(name, allow_collapse=True)
     live = logits()[0].requires_grad_()
     loss = objective.surrogate(visited(live, *chosen(objective.support, k)))
     other, target = logits()
@@ -258,7 +258,7 @@ def test_the_published_tail_rests_where_its_docstring_says() -> None:
         for y in range(V):  # the mean over the sampled token
             live = table.log().requires_grad_()
             logp = live.log_softmax(-1)
-            at = Visited(
+            at = VisitedTokens(
                 logp=logp[:, y],
                 credit=torch.zeros(N, dtype=torch.float64),
                 teacher_logp=q.log()[:, y],
@@ -299,7 +299,7 @@ def test_the_divergence_equals_trls_loss_and_reduction(beta: float) -> None:
     live, other = (z.clone().requires_grad_() for _ in range(2))
     zeros = torch.zeros(5, 8, dtype=torch.float64)
     ids = torch.arange(V).expand(5, 8, V)
-    batch = Scored(
+    batch = ScoredRollouts(
         tokens=zeros.long(),
         mask=mask,
         sampler_logp=zeros,
@@ -343,11 +343,13 @@ RATIO_TABLE = [
 ]
 
 
-def at_ratio(advantage: float, rho: float) -> tuple[Visited, Tensor, Tensor]:
+def at_ratio(advantage: float, rho: float) -> tuple[VisitedTokens, Tensor, Tensor]:
     logp = torch.tensor(math.log(rho) - 2.0, dtype=torch.float64, requires_grad=True)
     old = torch.tensor(-2.0, dtype=torch.float64, requires_grad=True)
     credit = torch.tensor(-advantage, dtype=torch.float64, requires_grad=True)
-    at = Visited(logp=logp, old_logp=old, credit=credit, teacher_logp=torch.zeros_like(credit))
+    at = VisitedTokens(
+        logp=logp, old_logp=old, credit=credit, teacher_logp=torch.zeros_like(credit)
+    )
     return at, logp, torch.stack([old, credit])
 
 

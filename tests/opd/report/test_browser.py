@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from diagnostics.batch import Scored
+from diagnostics.batch import ScoredRollouts
 from diagnostics.records import rows
 from diagnostics.records.batch_files import load
 from opd.report import build
@@ -75,7 +75,7 @@ def test_every_token_shows_its_numbers(browser: Any, run: Path, tmp_path: Path) 
     page, wrong = opened(browser, saved(data, tmp_path))
     roll = data["runs"][0]["rollouts"][0]
     batch = load(run / "batches" / f"step_{roll['step']:06d}.safetensors")
-    assert isinstance(batch, Scored)
+    assert isinstance(batch, ScoredRollouts)
     cost = batch.log_ratio[roll["row"]].tolist()
     tokens = page.locator("#text .t")
     assert tokens.count() == len(roll["ids"])
@@ -140,13 +140,13 @@ def test_keys_walk_through_tokens_and_rollouts(browser: Any, run: Path, tmp_path
     page.locator(".plot").first.focus()
     page.keyboard.press("ArrowRight")
     assert "step 0" in page.locator(".chart .readout").first.inner_text()
-    page.locator("[data-column='drift/k1'] .plot").focus()
+    page.locator("[data-column='divergence/k1'] .plot").focus()
     page.keyboard.press("ArrowRight")
     row = rows.read(run / "rows.jsonl")[0]
-    told = page.locator("[data-column='drift/k1'] .readout").inner_text().replace("−", "-")
+    told = page.locator("[data-column='divergence/k1'] .readout").inner_text().replace("−", "-")
     value, spread = told.removeprefix("step 0").split("±")
-    assert float(value) == pytest.approx(row["drift/k1"], rel=6e-3)
-    assert float(spread) == pytest.approx(1.96 * row["drift/k1_se"], rel=6e-2)
+    assert float(value) == pytest.approx(row["divergence/k1"], rel=6e-3)
+    assert float(spread) == pytest.approx(1.96 * row["divergence/k1_se"], rel=6e-2)
     page.locator(".map canvas").first.focus()
     page.keyboard.press("ArrowRight")
     assert "step 0, positions 0–1" in page.locator(".map .readout").first.inner_text()
@@ -194,16 +194,16 @@ def test_any_column_may_be_drawn_and_the_theme_changed(
     page.locator("#theme").click()
     assert page.evaluate(back) != first
     charts = page.locator(".chart canvas").count()
-    page.locator("#column").fill("drift/abs_ratio")
+    page.locator("#column").fill("divergence/abs_ratio")
     page.locator("#column").press("Enter")
-    assert page.locator("[data-column='drift/abs_ratio'] canvas").count() == 1
+    assert page.locator("[data-column='divergence/abs_ratio'] canvas").count() == 1
     assert page.locator(".chart canvas").count() == charts + 1
     page.locator("#column").fill("no/such")
     page.locator("#column").press("Enter")
     assert "no/such" in page.locator("#picked").inner_text()
-    page.get_by_label("Remove drift/abs_ratio").click()
+    page.get_by_label("Remove divergence/abs_ratio").click()
     assert page.locator(".chart canvas").count() == charts
-    page.locator("#map").select_option("validity/z_H")
+    page.locator("#map").select_option("consistency/z_H")
     assert page.locator(".quantity").count() == 1
     assert wrong == []
 
@@ -222,7 +222,7 @@ def test_a_served_page_keeps_the_readers_place(browser: Any, server: tuple[str, 
     page, wrong = opened(browser, address + "/")
     page.locator("#list .row").nth(2).click()
     page.locator("#text .t").nth(1).hover()
-    page.locator("#column").fill("drift/abs_ratio")
+    page.locator("#column").fill("divergence/abs_ratio")
     page.locator("#column").press("Enter")
     page.wait_for_function("document.getElementById('made').textContent.startsWith('live')")
     page.wait_for_timeout(700)  # the page scrolls smoothly
@@ -234,7 +234,7 @@ def test_a_served_page_keeps_the_readers_place(browser: Any, server: tuple[str, 
     page.get_by_text("step 4 of 3").wait_for(timeout=20_000, state="attached")
     assert page.locator("#list [aria-selected=true]").inner_text() == chosen
     assert page.locator("#text .t.on").get_attribute("data-k") == "1"
-    assert page.locator("[data-column='drift/abs_ratio'] canvas").count() == 1
+    assert page.locator("[data-column='divergence/abs_ratio'] canvas").count() == 1
     assert abs(page.evaluate("window.scrollY") - y) <= 1
     assert wrong == []
 
@@ -260,7 +260,7 @@ def test_a_card_has_the_colour_of_what_its_run_has_shown(
         (tmp_path / name).mkdir()
         shutil.copy(run / "config.json", tmp_path / name)
         for step, cost in enumerate(costs):
-            rows.append(tmp_path / name / "rows.jsonl", {"step": step, "drift/k1": cost})
+            rows.append(tmp_path / name / "rows.jsonl", {"step": step, "divergence/k1": cost})
     folders = [tmp_path / name for name in histories]
     page, wrong = opened(browser, saved(build.contents(folders), tmp_path))
     colours = {}

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 
 from diagnostics.alarms.alarms import replay
 from diagnostics.alarms.rules import RULES
-from diagnostics.batch import Scored
+from diagnostics.batch import ScoredRollouts
 from diagnostics.errors import InvalidInput
 from diagnostics.monitor import Monitor
 from diagnostics.records import rows, token_text
@@ -108,7 +108,7 @@ def scripts(page: str) -> list[tuple[str, str]]:
 def run(tiny_pair, tmp_path_factory) -> Path:
     """A short real run with a batch of every step."""
     folder = tmp_path_factory.mktemp("report") / "run"
-    return train(settings(tiny_pair, folder, steps=3, batch_every=1, eval_every=1))
+    return train(settings(tiny_pair, folder, steps=3, save_batch_every=1, eval_every=1))
 
 
 def test_the_page_stands_alone_and_holds_its_data_unharmed(run: Path) -> None:
@@ -134,12 +134,12 @@ def test_the_page_stands_alone_and_holds_its_data_unharmed(run: Path) -> None:
 
 def test_every_column_of_a_row_is_described(run: Path) -> None:
     batch = load(run / "batches" / "step_000002.safetensors")
-    assert isinstance(batch, Scored)
+    assert isinstance(batch, ScoredRollouts)
     panel = Monitor()(2, [batch])
     patterns = [name for names, _ in COLUMNS for name in names.split(", ")]
     row = rows.read(run / "rows.jsonl")[-1]
     others = {name.removesuffix("_se") for name in row if name not in panel}
-    assert {"loss", "validity/loss_error", "grading/readable_share"} <= others
+    assert {"loss", "consistency/loss_error", "grading/readable_share"} <= others
     others |= {rule.metric for rule in RULES} - panel.keys()
     for name in others:
         assert any(fnmatch(name, pattern) for pattern in patterns), name
@@ -173,9 +173,9 @@ def test_a_hostile_run_folder_is_read_and_told_safely(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "code.txt").write_bytes(b"commit \xff\x00\nline")
     lines = [
-        '{"step": 0, "task": "a\u2028b", "loss": NaN, "drift/k1": Infinity}',
-        '{"step": 1, "task": "a\u2028b", "loss": -Infinity, "drift/k1": 1.5, "drift/k1_se": NaN}',
-        json.dumps({"step": 2, "task": "a\u2028b", "loss": 2, "drift/k1": 1, HOSTILE[1]: 3.0}),
+        '{"step": 0, "task": "a\u2028b", "loss": NaN, "divergence/k1": Infinity}',
+        '{"step": 1, "task": "a\u2028b", "loss": -Infinity, "divergence/k1": 1.5, "divergence/k1_se": NaN}',
+        json.dumps({"step": 2, "task": "a\u2028b", "loss": 2, "divergence/k1": 1, HOSTILE[1]: 3.0}),
     ]
     (folder / "rows.jsonl").write_text("\n".join(lines) + '\n{"step": 3, "lo', "utf-8")
     data = build.contents([folder])
@@ -189,7 +189,7 @@ def test_a_hostile_run_folder_is_read_and_told_safely(tmp_path: Path) -> None:
     assert part["task"] == "a\\u2028b"
     steps, curves = part["steps"], part["curves"]
     assert (steps[curves["loss"][0]], curves["loss"][1]) == ([0, 1, 2], [None, None, 2.0])
-    assert curves["drift/k1"][1:] == [[None, 1.5, 1.0], None]
+    assert curves["divergence/k1"][1:] == [[None, 1.5, 1.0], None]
     assert curves[HOSTILE[1]][1] == [3.0]
     assert {alarm["rule"] for alarm in part["alarms"]} >= {"not_finite"}
 
@@ -198,11 +198,11 @@ def test_curves_alarms_and_accuracy_are_those_of_the_record(run: Path) -> None:
     made = run_data.recorded(run_data.read_run(run))
     written = rows.read(run / "rows.jsonl")
     part = made["tasks"][0]
-    where, values, errors = part["curves"]["drift/k1"]
+    where, values, errors = part["curves"]["divergence/k1"]
     assert part["steps"][where] == [0, 1, 2]
     for row, value, error in zip(written, values, errors, strict=True):
-        assert value == pytest.approx(row["drift/k1"], rel=1e-4)
-        assert error == pytest.approx(row["drift/k1_se"], rel=1e-4)
+        assert value == pytest.approx(row["divergence/k1"], rel=1e-4)
+        assert error == pytest.approx(row["divergence/k1_se"], rel=1e-4)
     plain = {k for row in written for k in row if not set("@%") & set(k) and not k.endswith("_se")}
     assert plain - {"step"} - set(part["curves"]) == {
         k
@@ -252,7 +252,11 @@ def test_rows_of_a_strangers_monitor_may_have_any_name(tmp_path: Path) -> None:
 
 GRADED = {"step": 0, "accuracy": 0.5, "problems": 2, "outcomes": "01"}
 IMPOSSIBLE: dict[str, tuple[str, Any, str]] = {
-    "text as a metric": ("rows.jsonl", {"step": 0, "drift/k1": "x"}, "row 1, field drift/k1: 'x'"),
+    "text as a metric": (
+        "rows.jsonl",
+        {"step": 0, "divergence/k1": "x"},
+        "row 1, field divergence/k1: 'x'",
+    ),
     "list as a loss": (
         "rows.jsonl",
         {"step": 0, "loss": [1]},
@@ -297,7 +301,7 @@ def test_impossible_values_of_a_record_are_named(name: str, tmp_path: Path) -> N
 
 
 def test_alarms_are_those_that_a_replay_raises(run: Path) -> None:
-    bad = [{"step": s, "loss": None, "collapse/repeated_share": 0.9} for s in range(9)]
+    bad = [{"step": s, "loss": None, "repetition/repeated_share": 0.9} for s in range(9)]
     made = run_data.part("", bad)
     told, raised = made["alarms"], replay(bad)
     assert [(a["rule"], a["step"]) for a in told] == [(a.rule.name, a.step) for a in raised]
@@ -306,9 +310,12 @@ def test_alarms_are_those_that_a_replay_raises(run: Path) -> None:
     ]
     assert {a["rule"] for a in told} == {"not_finite", "repetition"}
     assert all(a["on"] for a in told)
-    watched = {rule.name for rule in RULES if rule.metric in ("loss", "collapse/repeated_share")}
+    watched = {rule.name for rule in RULES if rule.metric in ("loss", "repetition/repeated_share")}
     assert set(made["unwatched"]) == {rule.name for rule in RULES} - watched
-    over = [*bad, *({"step": s, "loss": 1.0, "collapse/repeated_share": 0.0} for s in range(9, 20))]
+    over = [
+        *bad,
+        *({"step": s, "loss": 1.0, "repetition/repeated_share": 0.0} for s in range(9, 20)),
+    ]
     assert not any(a["on"] for a in run_data.part("", over)["alarms"])
 
 
@@ -332,22 +339,22 @@ def test_long_curves_keep_their_ends_extremes_gaps_and_alarms() -> None:
         assert points[step] in kept
     assert kept == sorted(kept)
     assert run_data.thinned(points[:100], 100) == points[:100]
-    rising = [{"step": s, "loss": 1.0, "collapse/repeated_share": s / 4000} for s in range(2000)]
+    rising = [{"step": s, "loss": 1.0, "repetition/repeated_share": s / 4000} for s in range(2000)]
     made = run_data.part("", rising)
     (alarm,) = made["alarms"]
-    assert alarm["step"] in made["steps"][made["curves"]["collapse/repeated_share"][0]]
+    assert alarm["step"] in made["steps"][made["curves"]["repetition/repeated_share"][0]]
 
 
 def test_maps_and_anatomy_are_the_columns_by_position(run: Path) -> None:
     written = rows.read(run / "rows.jsonl")
     made = run_data.part("", written)
-    assert {"drift/k1", "drift/reverse_kl", "validity/z_H"} <= set(made["maps"])
-    for name in ("drift/k1", "validity/z_H"):
+    assert {"divergence/k1", "divergence/reverse_kl", "consistency/z_H"} <= set(made["maps"])
+    for name in ("divergence/k1", "consistency/z_H"):
         shown = made["maps"][name]
         assert shown["steps"] == [0, 1, 2]
         for i, row in enumerate(written):
             for j, (low, high) in enumerate(shown["bins"]):
-                value, count = row[f"{name}@{low}-{high}"], row[f"drift/tokens@{low}-{high}"]
+                value, count = row[f"{name}@{low}-{high}"], row[f"divergence/tokens@{low}-{high}"]
                 assert shown["values"][i][j] == (
                     None if value is None else pytest.approx(value, 1e-4)
                 )
@@ -360,14 +367,14 @@ def test_maps_and_anatomy_are_the_columns_by_position(run: Path) -> None:
                 assert last["parts"][k][j] == pytest.approx(value, rel=1e-4, abs=1e-9)
     assert run_data.part("", [*written, {"step": 3}])["maps"] == made["maps"]
     long = [written[i % 3] | {"step": i} for i in range(500)]
-    thin = run_data.maps(long, run_data.binned(long), 50)["drift/k1"]["steps"]
+    thin = run_data.maps(long, run_data.binned(long), 50)["divergence/k1"]["steps"]
     assert (len(thin), thin[0], thin[-1]) == (50, 0, 499)
 
 
 def test_specimens_are_the_batchs_numbers(run: Path) -> None:
     made = rollout_viewer.specimens(run_data.read_run(run), tokens=10_000)
     batch = load(run / "batches" / "step_000001.safetensors")
-    assert isinstance(batch, Scored)
+    assert isinstance(batch, ScoredRollouts)
     assert batch.support is not None
     assert batch.prefix is not None
     mine = [roll for roll in made["rollouts"] if roll["step"] == 1]
@@ -400,7 +407,7 @@ def close(x: torch.Tensor) -> Any:
     return pytest.approx(x.tolist(), abs=0.0051)
 
 
-def check_tops(batch: Scored, i: int, k: int, told: list[int]) -> None:
+def check_tops(batch: ScoredRollouts, i: int, k: int, told: list[int]) -> None:
     """A plain loop: the five likeliest of either model, those of 0.1 % at least, by the teacher."""
     support = batch.support
     assert support is not None
@@ -426,7 +433,7 @@ def check_tops(batch: Scored, i: int, k: int, told: list[int]) -> None:
 
 def test_ids_that_are_absent_or_masked_are_not_shown_as_likely(run: Path) -> None:
     batch = load(run / "batches" / "step_000001.safetensors")
-    assert isinstance(batch, Scored)
+    assert isinstance(batch, ScoredRollouts)
     assert batch.support is not None
     present = (torch.arange(batch.support.k) > 0).expand(batch.support.ids.shape)
     absent = replace(batch.support, present=present)
@@ -445,7 +452,7 @@ def test_ids_that_are_absent_or_masked_are_not_shown_as_likely(run: Path) -> Non
 
 def test_likely_ids_do_not_depend_on_the_order_of_the_support(run: Path) -> None:
     batch = load(run / "batches" / "step_000001.safetensors")
-    assert isinstance(batch, Scored)
+    assert isinstance(batch, ScoredRollouts)
     assert batch.support is not None
     order = torch.randperm(batch.support.k, generator=torch.Generator().manual_seed(0))
     mixed = {
@@ -463,7 +470,7 @@ def test_a_dump_is_shown_as_the_batch_that_it_was_made_of(run: Path, tmp_path: P
     shutil.copy(run / "rows.jsonl", folder)
     shutil.copytree(run / "final", folder / "final")
     batch = load(run / "batches" / "step_000001.safetensors")
-    assert isinstance(batch, Scored)
+    assert isinstance(batch, ScoredRollouts)
     save_dump(folder / "dumps" / "step_00000001.parquet", batch, 1)
     ours = rollout_viewer.specimens(run_data.read_run(folder), 10_000)
     theirs = rollout_viewer.specimens(run_data.read_run(run), 10_000)
@@ -475,7 +482,7 @@ def test_a_dump_is_shown_as_the_batch_that_it_was_made_of(run: Path, tmp_path: P
 def test_blame_is_a_plain_count(run: Path) -> None:
     made = rollout_viewer.specimens(run_data.read_run(run), tokens=10_000)
     batch = load(run / "batches" / "step_000002.safetensors")
-    assert isinstance(batch, Scored)
+    assert isinstance(batch, ScoredRollouts)
     r, whole = batch.log_ratio, float(batch.log_ratio.abs()[batch.mask].sum())
     for row in made["blame"]:
         mine = batch.mask & (batch.tokens == row["id"])
@@ -499,7 +506,7 @@ def test_blame_is_a_plain_count(run: Path) -> None:
 
 def test_impossible_tokens_are_named(run: Path) -> None:
     batch = load(run / "batches" / "step_000002.safetensors")
-    assert isinstance(batch, Scored)
+    assert isinstance(batch, ScoredRollouts)
     ours, theirs = batch.student_logp.clone(), batch.teacher_logp.clone()
     ours[0, 0], theirs[0, 0] = -0.01, -12.0
     theirs[1, 0] = 0.0  # a negative cost, which the signal counts by its size
@@ -570,7 +577,7 @@ def test_ends_are_read_where_a_text_model_lies_in_another(tmp_path: Path) -> Non
 
 def test_few_tokens_show_the_worst_responses(run: Path) -> None:
     batch = load(run / "batches" / "step_000000.safetensors")
-    assert isinstance(batch, Scored)
+    assert isinstance(batch, ScoredRollouts)
     mean = batch.log_ratio.abs().sum(1) / batch.mask.sum(1)
     worst = int(mean.argmax())
     budget = 3 * int(batch.mask.sum(1)[worst])  # three batches share it

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Rollouts, Scored
+from diagnostics.batch import Rollouts, ScoredRollouts
 from diagnostics.monitor import Monitor
 from diagnostics.records.batch_files import load
 from opd.data.chain_task import Problem
 from opd.data.prompts import Prompts, encode
-from opd.models.model import Model
+from opd.models.model import CausalLM
 from opd.rollouts.factory import make_engine
 from opd.rollouts.hf_engine import batches, sample, until_end
 from opd.rollouts.sampler import Sampler, draw, nucleus
@@ -39,7 +39,7 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def rolled(model: Model, prompts: Prompts, eos: list[int], **changes: object) -> Rollouts:
+def rolled(model: CausalLM, prompts: Prompts, eos: list[int], **changes: object) -> Rollouts:
     how = {"max_response": 16, "temperature": TEMPERATURE, "top_p": TOP_P, "generator": seeded(0)}
     return sample(model, prompts, eos, **(how | changes))  # type: ignore[arg-type]
 
@@ -93,7 +93,9 @@ def agrees_with_a_forward_pass(
 def test_both_log_probabilities_are_those_of_a_plain_forward_pass(
     pair, prompts, cache: str, top_p: float
 ) -> None:
-    batch = rolled(pair.student, prompts, pair.eos, cache=cache, rows_at_once=4, top_p=top_p)
+    batch = rolled(
+        pair.student, prompts, pair.eos, cache=cache, generation_batch_size=4, top_p=top_p
+    )
     batch.checked()
     assert int(batch.mask.sum()) > 60
     agrees_with_a_forward_pass(batch, pair.student.network, prompts, pair.student.vocabulary, top_p)
@@ -104,8 +106,19 @@ def test_both_log_probabilities_are_those_of_a_plain_forward_pass(
 def test_a_response_depends_on_its_own_noise_alone(pair, prompts) -> None:
     whole = rolled(pair.student, prompts, pair.eos)
     assert len({tuple(x.tolist()) for x in whole.tokens}) == 10, "rows of a prompt draw alike"
-    for rows_at_once, cache in ((1, "dynamic"), (3, "dynamic"), (3, "static"), (256, "static")):
-        again = rolled(pair.student, prompts, pair.eos, rows_at_once=rows_at_once, cache=cache)
+    for generation_batch_size, cache in (
+        (1, "dynamic"),
+        (3, "dynamic"),
+        (3, "static"),
+        (256, "static"),
+    ):
+        again = rolled(
+            pair.student,
+            prompts,
+            pair.eos,
+            generation_batch_size=generation_batch_size,
+            cache=cache,
+        )
         same(whole, again, 1e-4)
     other = rolled(pair.student, prompts, pair.eos, generator=seeded(1))
     assert not torch.equal(other.tokens, whole.tokens)
@@ -129,7 +142,7 @@ def test_a_budget_takes_a_fixed_amount_from_the_generator(pair, prompts) -> None
     assert torch.equal(*states), "ending early must not move the draws of what comes next"
 
 
-def first_token_statistic(model: Model, one: Prompts, tokens: Tensor) -> tuple[float, int]:
+def first_token_statistic(model: CausalLM, one: Prompts, tokens: Tensor) -> tuple[float, int]:
     """Pearson's chi-square of first tokens to one prompt, and its degrees of freedom."""
     logp = next_logp(model.network, one.tokens[0], torch.tensor([0]), model.vocabulary)[0]
     kept = sorted(kept_ids(logp, TOP_P))
@@ -143,7 +156,7 @@ def first_token_statistic(model: Model, one: Prompts, tokens: Tensor) -> tuple[f
 def test_first_tokens_have_the_frequencies_of_the_nucleus(pair, prompts) -> None:
     rows = 2000
     one = prompts.rows([0] * rows)
-    how = {"max_response": 1, "rows_at_once": rows}
+    how = {"max_response": 1, "generation_batch_size": rows}
     drawn = [rolled(pair.student, one, pair.eos, **how, generator=seeded(i)) for i in range(10)]
     tokens = torch.cat([batch.tokens[:, 0] for batch in drawn])
     chi, free = first_token_statistic(pair.student, one, tokens)
@@ -296,7 +309,7 @@ def adapted(peft, network):
 def test_settings_and_memory_are_refused_with_the_remedy(pair, prompts, monkeypatch) -> None:
     for changes, words in (
         ({"max_response": 0}, "max_response is 0"),
-        ({"rows_at_once": 0}, "rows_at_once is 0"),
+        ({"generation_batch_size": 0}, "generation_batch_size is 0"),
         ({"temperature": 0.0}, "temperature is 0.0 .* for greedy decoding set top_p=1e-9"),
         ({"top_p": 0.0}, "top_p 0.0"),
         ({"cache": "paged"}, "unknown cache 'paged'; known: static, dynamic"),
@@ -309,7 +322,7 @@ def test_settings_and_memory_are_refused_with_the_remedy(pair, prompts, monkeypa
 
     monkeypatch.setattr(pair.student.network, "generate", exhausted)
     with pytest.raises(torch.OutOfMemoryError, match=r"4 rows of \d+ prompt and 16 .* below 4"):
-        rolled(pair.student, prompts, pair.eos, rows_at_once=4)
+        rolled(pair.student, prompts, pair.eos, generation_batch_size=4)
 
 
 def test_sampler_consistency_is_tested_before_the_nucleus(pair, prompts, tmp_path: Path) -> None:
@@ -319,14 +332,14 @@ def test_sampler_consistency_is_tested_before_the_nucleus(pair, prompts, tmp_pat
     torch.testing.assert_close(back.softmax_logp, batch.softmax_logp, atol=0, rtol=0)
     zero = torch.zeros_like(batch.sampler_logp)
     student = batch.softmax_logp + 0.01 * batch.mask
-    scored = Scored(**vars(batch), student_logp=student, teacher_logp=zero)
+    scored = ScoredRollouts(**vars(batch), student_logp=student, teacher_logp=zero)
     row = Monitor()(0, [scored])
-    assert row["validity/sampler_log_ratio"] == pytest.approx(0.01, rel=1e-3)
-    assert row["validity/sampler_log_ratio_square"] == pytest.approx(1e-4, rel=1e-2)
+    assert row["consistency/sampler_log_ratio"] == pytest.approx(0.01, rel=1e-3)
+    assert row["consistency/sampler_log_ratio_square"] == pytest.approx(1e-4, rel=1e-2)
     blind = replace(scored, softmax_logp=None)
     expected = float((student - batch.sampler_logp)[batch.mask].mean())
     assert expected < -0.05
-    got = Monitor()(0, [blind])["validity/sampler_log_ratio"]
+    got = Monitor()(0, [blind])["consistency/sampler_log_ratio"]
     assert got == pytest.approx(expected, rel=1e-4)
     with pytest.raises(ValueError, match="softmax_logp has shape"):
         replace(batch, softmax_logp=zero[:, :1])
@@ -334,7 +347,7 @@ def test_sampler_consistency_is_tested_before_the_nucleus(pair, prompts, tmp_pat
 
 def test_the_hf_engine_follows_the_model_it_was_synced_with(pair, prompts) -> None:
     how = {"max_response": 16, "temperature": TEMPERATURE, "top_p": TOP_P}
-    engine = make_engine("hf", pair.student, rows_at_once=3)
+    engine = make_engine("hf", pair.student, generation_batch_size=3)
     ours = engine.sample(prompts, pair.eos, **how, generator=seeded(0))
     same(ours, rolled(pair.student, prompts, pair.eos), 1e-4)
     engine.sync(pair.teacher)
@@ -361,7 +374,7 @@ def long_prompts(pair) -> Prompts:
 
 
 @pytest.fixture(scope="module", params=["tied", "own head"])
-def networks(request, tmp_path_factory, tiny_pair) -> tuple[Model, Model]:
+def networks(request, tmp_path_factory, tiny_pair) -> tuple[CausalLM, CausalLM]:
     """Two students of one shape, with other weights."""
     from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 

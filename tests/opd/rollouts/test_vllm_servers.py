@@ -13,11 +13,11 @@ import torch
 
 from diagnostics.batch import Rollouts
 from opd.data.prompts import Prompts
-from opd.models.model import Model
-from opd.rollouts.base import Share
+from opd.models.model import CausalLM
+from opd.rollouts.base import BatchSlice
 from opd.rollouts.factory import make_engine
 from opd.rollouts.hf_engine import until_end
-from opd.rollouts.vllm_server_engine import Servers, halved
+from opd.rollouts.vllm_server_engine import VllmServerEngine, halved
 from opd.serving import json_endpoint
 from tests.helpers.fake_rollout_server import SamplingServer
 from tests.helpers.fake_teacher_server import changed, cut, dropped, serving, short, slow, status
@@ -53,12 +53,12 @@ def urls(two: list[SamplingServer]) -> Iterator[list[str]]:
         yield [stack.enter_context(serving(one)) for one in two]
 
 
-def made(model: Model, urls: list[str], folder: Path, **changes: Any) -> Servers:
+def made(model: CausalLM, urls: list[str], folder: Path, **changes: Any) -> VllmServerEngine:
     how = {"max_length": 100, "patience": 20.0, "in_flight": 4}
     return make_engine("servers", model, urls=urls, folder=folder, **(how | changes))  # type: ignore[return-value]
 
 
-def rolled(engine: Servers, some: Prompts, seed: int = 0, **changes: Any) -> Rollouts:
+def rolled(engine: VllmServerEngine, some: Prompts, seed: int = 0, **changes: Any) -> Rollouts:
     how = {"max_response": LENGTH, "temperature": TEMPERATURE, "top_p": 1.0}
     return engine.sample(some, END, **(how | changes), generator=seeded(seed)).checked()
 
@@ -103,7 +103,7 @@ def test_rows_are_the_students_and_the_same_from_one_server_or_two(
         temperature=TEMPERATURE,
         top_p=top_p,
         generator=seeded(0),
-        share=Share(some, len(prompts)),
+        share=BatchSlice(some, len(prompts)),
     )
     width = part.tokens.shape[1]
     assert torch.equal(part.tokens, batch.tokens[some][:, :width])
@@ -373,7 +373,7 @@ def test_a_server_that_stays_away_is_named_with_its_own_settings(
     engine = made(pair.student, urls, tmp_path, patience=1.0)
     assert set(two[0].keys) == {"Bearer hush-hush"}
     two[0].faults = [dropped] * 1000
-    with pytest.raises(RuntimeError, match="rollout_patience, 1 s"):
+    with pytest.raises(RuntimeError, match="rollout_timeout, 1 s"):
         rolled(engine, prompts)
     two[0].faults = []
     rolled(engine, prompts)

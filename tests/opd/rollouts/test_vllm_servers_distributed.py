@@ -20,7 +20,11 @@ from tests.opd.training.test_prefetch import served, servers
 from tests.opd.training.test_train import rows
 
 __all__ = ["servers"]  # a fixture
-AHEAD: dict[str, object] = {"ahead": 1, "updates": 2, "objective": "sampled_token_weighted"}
+AHEAD: dict[str, object] = {
+    "rollout_lag": 1,
+    "updates_per_batch": 2,
+    "objective": "sampled_token_weighted",
+}
 
 
 def four(pair: tuple[Path, Path], out: Path, urls: tuple[str, ...], **changes: object) -> Config:
@@ -31,7 +35,7 @@ def four(pair: tuple[Path, Path], out: Path, urls: tuple[str, ...], **changes: o
 def test_two_processes_write_the_rows_of_one(tiny_pair, servers, tmp_path: Path) -> None:
     """On policy and ahead of the update, with whole weights and with parts of them."""
     two, urls = servers
-    kinds = {"on policy": {}, "ahead": AHEAD}
+    kinds = {"on policy": {}, "rollout_lag": AHEAD}
     whole = {name: four(tiny_pair, tmp_path / name, urls, **how) for name, how in kinds.items()}
     loads = []
     for config in whole.values():
@@ -57,7 +61,7 @@ def test_two_processes_write_the_rows_of_one(tiny_pair, servers, tmp_path: Path)
             assert apart < 1e-4
             assert not list((there / "weights").iterdir())
     found = rows(tmp_path / "ahead, full")
-    assert [row["validity/age"] for row in found] == [0, *[2] * (len(found) - 1)]
+    assert [row["consistency/age"] for row in found] == [0, *[2] * (len(found) - 1)]
 
 
 def test_a_restarted_server_ends_the_run_which_goes_on_to_the_same_rows(

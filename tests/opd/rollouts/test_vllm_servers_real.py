@@ -13,7 +13,7 @@ import torch
 from opd.data.chain_task import Problem
 from opd.data.prompts import encode
 from opd.rollouts.hf_engine import until_end
-from opd.rollouts.vllm_server_engine import Servers
+from opd.rollouts.vllm_server_engine import VllmServerEngine
 from opd.teachers.pair import load_pair
 from opd.training.train import train
 from tests.helpers.vllm_process import free_port, vllm, wide_pair
@@ -42,7 +42,7 @@ def sampling(model: Path, port: int, log: Path, *more: str) -> AbstractContextMa
 def made(pair: tuple[Path, Path], url: str, folder: Path):
     models = load_pair(*map(str, pair), "cpu", "float32")
     how = {"max_length": LIMIT, "patience": 600.0, "in_flight": 32}
-    return models, Servers(models.student, urls=[url], folder=folder, **how)
+    return models, VllmServerEngine(models.student, urls=[url], folder=folder, **how)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_rows_are_those_of_the_student_that_was_loaded(pair, url: str, tmp_path:
                 x += 0.03 * torch.randn(x.shape, generator=seeded(100 * turn + i))
         engine.sync(student)
     small = replace(student, vocabulary=60)
-    engine = Servers(
+    engine = VllmServerEngine(
         small, urls=[url], folder=tmp_path / "small", max_length=99, patience=60.0, in_flight=8
     )
     how = {"max_response": 24, "temperature": TEMPERATURE, "top_p": 1.0}
@@ -86,9 +86,9 @@ def test_rows_are_those_of_the_student_that_was_loaded(pair, url: str, tmp_path:
 
 
 def test_a_run_ahead_survives_a_kill_of_the_server(pair, url: str, tmp_path: Path) -> None:
-    how = {**HOW, "max_response": 48, "ahead": 1, "rollout_patience": 600.0, "steps": 6}
+    how = {**HOW, "max_response": 48, "rollout_lag": 1, "rollout_timeout": 600.0, "steps": 6}
     whole = train(settings(pair, tmp_path / "whole", rollout_servers=(url,), **how))
-    assert [row["validity/age"] for row in rows(whole)] == [0, 1, 1, 1, 1, 1]
+    assert [row["consistency/age"] for row in rows(whole)] == [0, 1, 1, 1, 1, 1]
     port, log = free_port(), tmp_path / "vllm.log"
     config = settings(
         pair, tmp_path / "again", rollout_servers=(f"http://127.0.0.1:{port}/v1",), **how
@@ -102,7 +102,7 @@ def test_a_run_ahead_survives_a_kill_of_the_server(pair, url: str, tmp_path: Pat
         done.set()
         killer.join()
     for mine, theirs in zip(rows(again), rows(whole), strict=True):
-        for name in ("loss", "grad_norm", "drift/k1", "validity/sampler_log_ratio_square"):
+        for name in ("loss", "grad_norm", "divergence/k1", "consistency/sampler_log_ratio_square"):
             assert mine[name] == pytest.approx(theirs[name], rel=2e-3, abs=2e-4), name
     assert "Reloading weights" in log.read_text()
 
@@ -122,13 +122,19 @@ def kill_and_restart(
 
 
 def test_two_processes_sample_as_one(pair, url: str, tmp_path: Path) -> None:
-    how = {**HOW, "max_response": 24, "ahead": 1, "rollout_patience": 600.0, "prompts_per_step": 4}
+    how = {
+        **HOW,
+        "max_response": 24,
+        "rollout_lag": 1,
+        "rollout_timeout": 600.0,
+        "prompts_per_step": 4,
+    }
     config = settings(pair, tmp_path / "one", rollout_servers=(url,), **how)
     two = replace(config, out=str(tmp_path / "two"), sharding="full")
     train(config)
     run_in_two(tmp_path, [two])
     for mine, theirs in zip(rows(tmp_path / "two"), rows(tmp_path / "one"), strict=True):
-        for name in ("loss", "grad_norm", "drift/k1", "validity/sampler_log_ratio_square"):
+        for name in ("loss", "grad_norm", "divergence/k1", "consistency/sampler_log_ratio_square"):
             assert mine[name] == pytest.approx(theirs[name], rel=2e-3, abs=2e-4), name
 
 

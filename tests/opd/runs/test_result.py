@@ -19,12 +19,12 @@ def evaluated(step: int, right: int, problems: int, problem_set: str = "p") -> d
     return {"step": step, "outcomes": outcomes, "problem_set": problem_set}
 
 
-def steps(values: list[float], column: str = "drift/reverse_kl") -> list[dict[str, Any]]:
+def steps(values: list[float], column: str = "divergence/reverse_kl") -> list[dict[str, Any]]:
     return [{"step": i, column: x, "loss": 1.0} for i, x in enumerate(values)]
 
 
 def falling(
-    first: float, last: float, count: int = 20, column: str = "drift/reverse_kl"
+    first: float, last: float, count: int = 20, column: str = "divergence/reverse_kl"
 ) -> list[dict[str, Any]]:
     noise = np.random.default_rng(0).normal(0, 0.01, count)
     return steps((np.linspace(first, last, count) + noise).tolist(), column)
@@ -43,7 +43,7 @@ def falling(
         ([], [evaluated(0, 10, 64), evaluated(20, 11, 64)], "open", "nothing shown"),
         ([], [evaluated(0, 0, 8), evaluated(20, 8, 8)], "open", "nothing shown"),  # few problems
         ([], [evaluated(0, 0, 4), evaluated(20, 0, 4)], "open", "nothing shown"),
-        (falling(0.2, 1, column="drift/k1"), [], "bad", "shown: sampled cost up by 0.6"),
+        (falling(0.2, 1, column="divergence/k1"), [], "bad", "shown: sampled cost up by 0.6"),
         (falling(1, 0.2), [evaluated(0, 40, 64), evaluated(20, 10, 64)], "bad", "accuracy down"),
     ],
 )
@@ -59,11 +59,11 @@ def test_the_state_is_what_was_shown(
 def test_an_alarm_that_is_on_outweighs_what_was_shown() -> None:
     rows = falling(1, 0.2)
     better = [evaluated(0, 10, 64), evaluated(20, 40, 64)]
-    ill = [row | {"collapse/repeated_share": 0.9} for row in rows]
+    ill = [row | {"repetition/repeated_share": 0.9} for row in rows]
     found = result.verdict(ill, better)
     assert (found["state"], found["alarms"]) == ("bad", ["repetition"])
     assert found["text"].startswith("alarms on: repetition; shown: held-out accuracy up by 0.469 [")
-    over = ill[:10] + [row | {"collapse/repeated_share": 0.0} for row in rows[10:]]
+    over = ill[:10] + [row | {"repetition/repeated_share": 0.0} for row in rows[10:]]
     assert result.verdict(over, better)["state"] == "good"
 
 
@@ -87,7 +87,7 @@ def test_the_change_of_divergence_has_welchs_interval() -> None:
     want = stats.ttest_ind(values[-6:], values[:6], equal_var=False).confidence_interval(0.95)
     assert (one.low, one.high) == pytest.approx((want.low, want.high), rel=1e-9)
     assert one.basis == "first and last 6 steps, nats a token"
-    cost = divergence_change(steps([1.0, math.nan] * 3 + [1.1, 0.9] * 20, "drift/k1"))
+    cost = divergence_change(steps([1.0, math.nan] * 3 + [1.1, 0.9] * 20, "divergence/k1"))
     assert (cost.quantity, cost.shown) == ("sampled cost", NOTHING)
     assert divergence_change(steps([0.1] * 5 + [1.0] * 5)).shown == WORSE
 
@@ -97,7 +97,7 @@ def test_steps_count_by_their_tokens() -> None:
     rows = steps([1.0, 2.0, 3.0, 4.0, 5.0] * 2)
     counts = [3, 1, 1, 1, 1] * 2
     for row, count in zip(rows, counts, strict=True):
-        row |= {"drift/tokens@0-1": count, "drift/tokens@2-3": count}
+        row |= {"divergence/tokens@0-1": count, "divergence/tokens@2-3": count}
     one = divergence_change(rows)
     assert one.before == pytest.approx((3 * 1 + 2 + 3 + 4 + 5) / 7)
 
@@ -105,7 +105,7 @@ def test_steps_count_by_their_tokens() -> None:
 def test_tasks_are_judged_apart() -> None:
     rows = [row | {"task": "ab"[i % 2]} for i, row in enumerate(falling(1, 0.2, 40))]
     for row in rows[1::2]:
-        row["drift/reverse_kl"] = 1.2 - row["drift/reverse_kl"]
+        row["divergence/reverse_kl"] = 1.2 - row["divergence/reverse_kl"]
     found = result.verdict(rows, [])
     shown = {c["task"]: c["shown"] for c in found["changes"] if c["quantity"] == "reverse KL"}
     assert shown == {"a": BETTER, "b": WORSE}
@@ -119,7 +119,9 @@ def test_a_run_ends_with_what_it_has_shown(
     student, teacher = tiny_pair
     words = ["smoke", "--student", str(student), "--teacher", str(teacher), "--steps", "1"]
     assert parse(words).steps == 1
-    train_command([*words, "--eval-problems", "4", "--out", str(tmp_path / "run"), "--device", "cpu"])
+    train_command(
+        [*words, "--eval-problems", "4", "--out", str(tmp_path / "run"), "--device", "cpu"]
+    )
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("held-out accuracy: 0.")
     assert "4 problems, paired; fewer than 16 show nothing" in said[0]

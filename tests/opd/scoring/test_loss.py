@@ -12,13 +12,13 @@ from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from diagnostics.batch import Scored, Support
-from opd.models.lm_head import Head, gathered_logits
-from opd.models.model import Model
+from diagnostics.batch import ScoredRollouts, Support
+from opd.models.lm_head import LmHead, gathered_logits
+from opd.models.model import CausalLM
 from opd.objectives.factory import OBJECTIVES, Objective
 from opd.objectives.support import JOINED
 from opd.scoring.loss import chunked_loss, loss_from_hidden
-from opd.teachers.pair import Pair
+from opd.teachers.pair import ModelPair
 from tests.opd.models.test_lm_head import largest, normal, seeded
 
 B, T, D, V, K = 3, 5, 6, 23, 4
@@ -32,22 +32,22 @@ HEADS = {
 }
 
 
-def a_head(seed: int, bias: bool = False, rows: int = V, **shape: float) -> Head:
+def a_head(seed: int, bias: bool = False, rows: int = V, **shape: float) -> LmHead:
     offset = normal(rows, seed=seed + 1).requires_grad_() if bias else None
-    return Head(normal(rows, D, seed=seed).requires_grad_(), V, offset, **shape)
+    return LmHead(normal(rows, D, seed=seed).requires_grad_(), V, offset, **shape)
 
 
-def dense(hidden: Tensor, head: Head) -> Tensor:
+def dense(hidden: Tensor, head: LmHead) -> Tensor:
     """(..., D) -> (..., V) as the models do it, everything kept."""
     z = linear(hidden, head.weight, head.bias)[..., : head.vocabulary] * head.scale
     return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
 
 
-def model(head: Head) -> Model:
-    return Model(None, lambda *_: torch.empty(0), lambda: head, head.vocabulary)
+def model(head: LmHead) -> CausalLM:
+    return CausalLM(None, lambda *_: torch.empty(0), lambda: head, head.vocabulary)
 
 
-def a_batch(source: str, student: Tensor, teacher: Tensor, temperature: float) -> Scored:
+def a_batch(source: str, student: Tensor, teacher: Tensor, temperature: float) -> ScoredRollouts:
     """A scored batch of (B, T, V) log-probabilities; tokens are drawn, half of them in S."""
     best = {name: x.detach().topk(K, -1).indices for name, x in (("t", teacher), ("s", student))}
     ids, present = best["s" if source == "student" else "t"], None
@@ -61,7 +61,7 @@ def a_batch(source: str, student: Tensor, teacher: Tensor, temperature: float) -
     def at(logp: Tensor, where: Tensor) -> Tensor:
         return logp.detach().gather(-1, where) * mask[..., None]
 
-    return Scored(
+    return ScoredRollouts(
         tokens=tokens * mask,
         mask=mask,
         sampler_logp=at(student, tokens[..., None])[..., 0],
@@ -77,14 +77,14 @@ def a_batch(source: str, student: Tensor, teacher: Tensor, temperature: float) -
     )  # fmt: skip
 
 
-def on_the_support(objective: Objective, logp: Tensor, batch: Scored) -> Tensor | None:
+def on_the_support(objective: Objective, logp: Tensor, batch: ScoredRollouts) -> Tensor | None:
     if objective.support == "full":
         return logp
     return None if objective.support == "none" else logp.gather(-1, batch.support.ids)
 
 
 def both_losses(
-    objective: Objective, ours: Head, theirs: Head, temperature: float, elements: int
+    objective: Objective, ours: LmHead, theirs: LmHead, temperature: float, elements: int
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Value and gradients (hidden, weight, bias) of the dense loss and of `loss_from_hidden`."""
     states, taught = normal(B, T, D, seed=7).requires_grad_(), normal(B, T, D, seed=8)
@@ -110,14 +110,14 @@ def both_losses(
 
     live = states.detach().requires_grad_()
     mine = 2.5 * loss_from_hidden(
-        Pair(model(ours), model(theirs), None, [0]),
+        ModelPair(model(ours), model(theirs), None, [0]),
         objective,
         live[batch.mask],
         taught[batch.mask] if objective.support == "full" else None,
         batch,
         credit,
         weight[:, None].expand(B, T)[batch.mask],
-        chunk_elements=elements,
+        max_logits_per_chunk=elements,
     )
     mine_leaves = [live, *leaves[1:]]
     return (
@@ -149,7 +149,7 @@ def test_the_sampled_row_may_come_from_k_plus_one_rows_or_from_all() -> None:
 
 
 def test_a_frozen_head_has_no_gradient_and_costs_none() -> None:
-    head = Head(normal(V, D), V)
+    head = LmHead(normal(V, D), V)
     hidden, ids = normal(9, D, seed=1).requires_grad_(), torch.zeros((9, 2), dtype=torch.long)
     for loss in (
         gathered_logits(hidden, head, ids).square().sum(),
@@ -178,7 +178,7 @@ def test_the_gradient_of_a_half_precision_head_adds_up_in_float32() -> None:
     """400 chunks of one token: adding them up in bfloat16 would lose most of them."""
     hidden = normal(400, D).abs().bfloat16()
     weight = normal(V, D, seed=1).bfloat16().requires_grad_()
-    chunked_loss(hidden, Head(weight, V), lambda z, _: z.logsumexp(-1).sum(), V).backward()
+    chunked_loss(hidden, LmHead(weight, V), lambda z, _: z.logsumexp(-1).sum(), V).backward()
     exact = weight.detach().double().requires_grad_()
     (hidden.double() @ exact.T).logsumexp(-1).sum().backward()
     assert largest((weight.grad,), (exact.grad,)) < 8e-3
@@ -207,7 +207,7 @@ def training_sizes(name: str, vocabulary: int, elements: int) -> int:
     weight = normal(vocabulary, d, dtype=torch.float32).requires_grad_()
     ids = torch.stack([torch.randperm(vocabulary, generator=seeded(i))[:k] for i in range(n)])[None]
     logp = -normal(1, n, k, dtype=torch.float32).abs() - 2
-    batch = Scored(
+    batch = ScoredRollouts(
         tokens=ids[..., 0],
         mask=torch.ones((1, n), dtype=torch.bool),
         sampler_logp=logp[..., 0],
@@ -217,17 +217,17 @@ def training_sizes(name: str, vocabulary: int, elements: int) -> int:
         ended=torch.ones(1, dtype=torch.bool),
         support=Support(ids=ids, student_logp=logp, teacher_logp=logp, source="teacher"),
     )
-    one = model(Head(weight, vocabulary))
+    one = model(LmHead(weight, vocabulary))
     with Sizes() as sizes:
         loss_from_hidden(
-            Pair(one, one, None, [0]),
+            ModelPair(one, one, None, [0]),
             OBJECTIVES[name](),
             hidden,
             hidden.detach() if name.startswith("full") else None,
             batch,
             torch.ones((1, n)),
             torch.ones(n),
-            chunk_elements=elements,
+            max_logits_per_chunk=elements,
         ).backward()
     return sizes.largest
 

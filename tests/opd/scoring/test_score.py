@@ -15,21 +15,21 @@ from opd.models.forward import log_probabilities, response_hidden
 from opd.objectives.support import JOINED
 from opd.rollouts.hf_engine import sample
 from opd.scoring.score import score, score_support
-from opd.teachers.pair import Pair, load_pair
-from opd.tokens.eos import Endings
+from opd.teachers.pair import ModelPair, load_pair
+from opd.tokens.eos import EosMap
 
-HOW = {"micro_tokens": 90, "chunk_elements": 700}
+HOW = {"max_tokens_per_microbatch": 90, "max_logits_per_chunk": 700}
 
 
 @pytest.fixture(scope="module")
-def rolled(tiny_pair) -> tuple[Pair, Prompts, Rollouts]:
+def rolled(tiny_pair) -> tuple[ModelPair, Prompts, Rollouts]:
     pair = load_pair(*map(str, tiny_pair), "cpu", "float32")
     asked = [Problem("1+2" * n, "3") for n in (1, 3, 2)]
     prompts = encode(pair.tokenizer, asked, 2, 64)
     return pair, prompts, rollouts(pair, prompts, 0.7, 1.0)
 
 
-def rollouts(pair: Pair, prompts: Prompts, temperature: float, top_p: float) -> Rollouts:
+def rollouts(pair: ModelPair, prompts: Prompts, temperature: float, top_p: float) -> Rollouts:
     return sample(
         pair.student,
         prompts,
@@ -41,7 +41,7 @@ def rollouts(pair: Pair, prompts: Prompts, temperature: float, top_p: float) -> 
     )
 
 
-def whole(pair: Pair, prompts: Prompts, batch: Rollouts, temperature: float) -> list[Tensor]:
+def whole(pair: ModelPair, prompts: Prompts, batch: Rollouts, temperature: float) -> list[Tensor]:
     """(N, V) log-probabilities of student and teacher, in one pass."""
     with torch.no_grad():
         return [
@@ -86,7 +86,7 @@ def test_each_model_is_read_at_its_own_end(rolled) -> None:
     mine = int(batch.tokens[batch.mask].mode().values)
     theirs = int(q.topk(5, -1).indices.mode(0).values[0])
     assert mine != theirs
-    endings = Endings(student=(mine,), teacher=(theirs,))
+    endings = EosMap(student=(mine,), teacher=(theirs,))
     scored, _ = score(
         pair, prompts, batch, k=5, temperature=0.7, keep_teacher=False, endings=endings, **HOW
     )
@@ -106,7 +106,7 @@ def test_each_model_is_read_at_its_own_end(rolled) -> None:
                 (support.teacher_logp, q[row, v]),
             ):
                 assert float(found[mask][row, j]) == pytest.approx(float(want), abs=1e-5)
-    with pytest.raises(ValueError, match="not in the 'union' support; set own_end off"):
+    with pytest.raises(ValueError, match="not in the 'union' support; set map_eos off"):
         score(
             pair,
             prompts,

@@ -17,7 +17,7 @@ import pytest
 
 from diagnostics.errors import InvalidInput, OperationFailed
 from opd.serving import json_endpoint
-from opd.serving.json_endpoint import Endpoint
+from opd.serving.json_endpoint import JsonEndpoint
 from opd.serving.vllm_protocol import chosen
 from opd.teachers.client import check_same_text
 from tests.opd.training.test_train import settings
@@ -72,7 +72,7 @@ def answer(body: bytes, status: str = "200 OK", **headers: str) -> Callable[[soc
 
 def error_of(url: str, patience: float = 0.4, most: int = 10_000) -> Exception:
     with pytest.raises((InvalidInput, OperationFailed)) as caught:
-        Endpoint(url, patience=patience).ask("/x", {}, most=most)
+        JsonEndpoint(url, patience=patience).ask("/x", {}, most=most)
     return caught.value
 
 
@@ -127,7 +127,7 @@ def test_a_key_that_no_header_can_hold_is_refused_unseen(
         with pytest.raises(
             InvalidInput, match=f"{json_endpoint.KEY} has .* number 25 of"
         ) as caught:
-            Endpoint("https://somewhere/v1", patience=1.0)
+            JsonEndpoint("https://somewhere/v1", patience=1.0)
         assert SECRET not in str(caught.value)
 
 
@@ -199,7 +199,7 @@ def test_no_way_of_being_slow_outlasts_patience(how: str) -> None:
     with raw_server(SLOW[how]) as url:
         error = error_of(url, patience=1.2)
     assert isinstance(error, OperationFailed)
-    assert "teacher_patience, 1 s, says how long to wait" in str(error)
+    assert "teacher_timeout, 1 s, says how long to wait" in str(error)
     assert time.monotonic() - began < 6  # two tries of a second; the rest is for a busy machine
 
 
@@ -225,7 +225,7 @@ def test_a_name_that_is_looked_up_for_ever_outlasts_no_patience(
 
 
 def test_questions_under_way_end_when_they_are_stopped() -> None:
-    side: Endpoint
+    side: JsonEndpoint
     errors: list[Exception] = []
 
     def ask() -> None:
@@ -235,7 +235,7 @@ def test_questions_under_way_end_when_they_are_stopped() -> None:
             errors.append(error)
 
     with raw_server(SLOW["nothing"]) as url:
-        side = Endpoint(url, patience=60.0)
+        side = JsonEndpoint(url, patience=60.0)
         threads = [threading.Thread(target=ask) for _ in range(3)]
         for thread in threads:
             thread.start()
@@ -301,7 +301,7 @@ PAGE = b"<!DOCTYPE html><html><body>Welcome to nginx!</body></html>"
 )
 def test_another_kind_of_server_is_said_when_it_lists_its_models(body: bytes, message: str) -> None:
     with raw_server(answer(body)) as url, pytest.raises(InvalidInput, match=message) as caught:
-        chosen(Endpoint(url, patience=9.0), "")
+        chosen(JsonEndpoint(url, patience=9.0), "")
     assert "\n" not in str(caught.value)
 
 
@@ -326,4 +326,4 @@ def test_another_kind_of_server_is_said_when_it_is_asked_for_text(
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_pair[0])
     with raw_server(answer(body, status)) as url, pytest.raises(InvalidInput, match=message):
-        check_same_text(Endpoint(f"{url}/v1", patience=9.0), "m", tokenizer)
+        check_same_text(JsonEndpoint(f"{url}/v1", patience=9.0), "m", tokenizer)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from diagnostics.batch import Rollouts, Scored
+from diagnostics.batch import Rollouts, ScoredRollouts
 from opd.data.chain_task import Problem
 from opd.data.prompts import Prompts, encode
 from opd.models.forward import response_hidden
@@ -22,8 +22,8 @@ from opd.scoring.loss import loss_from_hidden
 from opd.scoring.score import score, score_support, score_told
 from opd.serving import json_endpoint
 from opd.serving.vllm_protocol import read_position
-from opd.teachers.client import Remote, connect, grouped
-from opd.teachers.pair import Pair, load_pair
+from opd.teachers.client import TeacherClient, connect, grouped
+from opd.teachers.pair import ModelPair, load_pair
 from opd.teachers.remote_scores import asked
 from tests.helpers.fake_teacher_server import (
     Teacher,
@@ -37,11 +37,11 @@ from tests.helpers.fake_teacher_server import (
 )
 
 K = 5
-SIZES = {"micro_tokens": 90, "chunk_elements": 700}
+SIZES = {"max_tokens_per_microbatch": 90, "max_logits_per_chunk": 700}
 
 
 @pytest.fixture(scope="module")
-def rolled(tiny_pair: tuple[Path, Path]) -> tuple[Pair, Prompts, Rollouts]:
+def rolled(tiny_pair: tuple[Path, Path]) -> tuple[ModelPair, Prompts, Rollouts]:
     """Twelve rows of ragged prompts; the mask of some has a hole, as the turns of games have."""
     pair = load_pair(*map(str, tiny_pair), "cpu", "float32")
     prompts = encode(pair.tokenizer, [Problem("1+2" * n, "3") for n in (1, 3, 2)], 4, 64)
@@ -78,12 +78,12 @@ def url(teacher: Teacher) -> Iterator[str]:
         yield url
 
 
-def connected(url: str, pair: Pair, **changes: Any) -> Remote:
+def connected(url: str, pair: ModelPair, **changes: Any) -> TeacherClient:
     how = {"k": K, "patience": 20.0, "in_flight": 3}
     return connect(url, pair.tokenizer, pair.student.vocabulary, **(how | changes))
 
 
-def same(found: Scored, local: Scored) -> None:
+def same(found: ScoredRollouts, local: ScoredRollouts) -> None:
     """Equal to rounding: the server's forward has one row, ours a padded batch."""
     assert found.support is not None
     assert local.support is not None
@@ -97,7 +97,7 @@ def same(found: Scored, local: Scored) -> None:
 
 
 def loss_and_gradients(
-    pair: Pair, name: str, prompts: Prompts, batch: Scored, **choices: Any
+    pair: ModelPair, name: str, prompts: Prompts, batch: ScoredRollouts, **choices: Any
 ) -> list[torch.Tensor]:
     objective = make(name, **choices)
     parameters = list(pair.student.network.parameters())
@@ -109,14 +109,14 @@ def loss_and_gradients(
         batch,
         objective.credit(batch),
         torch.full((int(batch.mask.sum()),), 0.1),
-        chunk_elements=700,
+        max_logits_per_chunk=700,
     )
     return [loss.detach(), *torch.autograd.grad(loss, parameters)]
 
 
 @pytest.mark.parametrize("spared", [True, False])
 def test_scores_losses_and_gradients_are_those_of_the_local_teacher(
-    rolled: tuple[Pair, Prompts, Rollouts], url: str, teacher: Teacher, spared: bool
+    rolled: tuple[ModelPair, Prompts, Rollouts], url: str, teacher: Teacher, spared: bool
 ) -> None:
     pair, prompts, batch = rolled
     told = asked(connected(url, pair), prompts, batch, K)
@@ -148,7 +148,7 @@ def test_scores_losses_and_gradients_are_those_of_the_local_teacher(
 
 
 def test_intersection_is_that_of_whole_distributions(
-    rolled: tuple[Pair, Prompts, Rollouts], url: str
+    rolled: tuple[ModelPair, Prompts, Rollouts], url: str
 ) -> None:
     pair, prompts, batch = rolled
     told = asked(connected(url, pair), prompts, batch, K)
@@ -194,7 +194,7 @@ PASSING = {
 
 @pytest.mark.parametrize("faults", PASSING.values(), ids=PASSING)
 def test_faults_that_pass_change_nothing(
-    rolled: tuple[Pair, Prompts, Rollouts], url: str, teacher: Teacher, faults: list[Any]
+    rolled: tuple[ModelPair, Prompts, Rollouts], url: str, teacher: Teacher, faults: list[Any]
 ) -> None:
     pair, prompts, batch = rolled
     remote = connected(url, pair)
@@ -213,7 +213,7 @@ def test_faults_that_pass_change_nothing(
 
 
 def test_a_slow_try_is_put_again(
-    rolled: tuple[Pair, Prompts, Rollouts], url: str, teacher: Teacher
+    rolled: tuple[ModelPair, Prompts, Rollouts], url: str, teacher: Teacher
 ) -> None:
     pair, prompts, batch = rolled
     remote = connected(url, pair, patience=7.5)  # a third of it for a try
@@ -226,7 +226,7 @@ def test_a_slow_try_is_put_again(
 
 
 def test_questions_in_flight_are_as_many_as_allowed(
-    rolled: tuple[Pair, Prompts, Rollouts], url: str, teacher: Teacher
+    rolled: tuple[ModelPair, Prompts, Rollouts], url: str, teacher: Teacher
 ) -> None:
     pair, prompts, batch = rolled
     remote = connected(url, pair, in_flight=2)
@@ -257,7 +257,7 @@ def test_trickling_answers_end(url: str, teacher: Teacher) -> None:
 
     thread = threading.Thread(target=trickle, daemon=True)
     thread.start()
-    side = json_endpoint.Endpoint(f"http://127.0.0.1:{listener.getsockname()[1]}", patience=2.0)
+    side = json_endpoint.JsonEndpoint(f"http://127.0.0.1:{listener.getsockname()[1]}", patience=2.0)
     began = time.monotonic()
     with pytest.raises(RuntimeError, match=r"no answer for .* s \(TimeoutError"):
         side.ask("/models", most=2000)
@@ -349,7 +349,7 @@ LASTING = {
 
 @pytest.mark.parametrize(("fault", "message"), LASTING.values(), ids=LASTING)
 def test_wrong_answers_raise_and_name_the_row(
-    rolled: tuple[Pair, Prompts, Rollouts],
+    rolled: tuple[ModelPair, Prompts, Rollouts],
     url: str,
     teacher: Teacher,
     fault: Any,
@@ -367,19 +367,19 @@ def test_wrong_answers_raise_and_name_the_row(
 
 
 def test_impatience_names_the_remedy(
-    rolled: tuple[Pair, Prompts, Rollouts], teacher: Teacher
+    rolled: tuple[ModelPair, Prompts, Rollouts], teacher: Teacher
 ) -> None:
     pair, prompts, batch = rolled
     with serving(teacher) as url:
         remote = connected(url, pair, patience=0.5)
     began = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"no answer for .* teacher_patience"):
+    with pytest.raises(RuntimeError, match=r"no answer for .* teacher_timeout"):
         asked(remote, prompts, batch, K)
     assert time.monotonic() - began < 3
 
 
 def test_a_server_that_comes_back_is_waited_for_and_recognised(
-    rolled: tuple[Pair, Prompts, Rollouts], teacher: Teacher, tiny_pair: tuple[Path, Path]
+    rolled: tuple[ModelPair, Prompts, Rollouts], teacher: Teacher, tiny_pair: tuple[Path, Path]
 ) -> None:
     import threading
 
@@ -404,7 +404,7 @@ def test_a_server_that_comes_back_is_waited_for_and_recognised(
 
 
 def test_what_a_server_lacks_is_said_at_the_start(
-    rolled: tuple[Pair, Prompts, Rollouts], url: str, teacher: Teacher
+    rolled: tuple[ModelPair, Prompts, Rollouts], url: str, teacher: Teacher
 ) -> None:
     pair, _, _ = rolled
     teacher.most = K - 1
@@ -424,7 +424,7 @@ def test_what_a_server_lacks_is_said_at_the_start(
 
 
 def test_other_tokens_are_refused(
-    rolled: tuple[Pair, Prompts, Rollouts], url: str, teacher: Teacher
+    rolled: tuple[ModelPair, Prompts, Rollouts], url: str, teacher: Teacher
 ) -> None:
     pair, _, _ = rolled
     ids = teacher.tokenizer.encode("ab")
@@ -453,12 +453,12 @@ def test_other_tokens_are_refused(
 )
 def test_addresses(address: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        json_endpoint.Endpoint(address, patience=1.0)
+        json_endpoint.JsonEndpoint(address, patience=1.0)
     assert "secret" not in str(caught.value)
 
 
 def test_the_key_is_sent_and_never_told(
-    rolled: tuple[Pair, Prompts, Rollouts],
+    rolled: tuple[ModelPair, Prompts, Rollouts],
     url: str,
     teacher: Teacher,
     monkeypatch: pytest.MonkeyPatch,

@@ -18,7 +18,13 @@ from opd.training.train import train
 from tests.helpers.fake_teacher_server import Teacher, dropped, serving
 from tests.opd.training.test_train import rows, settings
 
-SHORT = {"steps": 4, "exact_every": 2, "eval_every": 0, "save_every": 1, "batch_every": 1}
+SHORT = {
+    "steps": 4,
+    "full_metrics_every": 2,
+    "eval_every": 0,
+    "save_every": 1,
+    "save_batch_every": 1,
+}
 
 
 @pytest.fixture
@@ -37,7 +43,7 @@ def close(found: list[dict[str, float]], expected: list[dict[str, float]]) -> No
     assert len(found) == len(expected)
     for mine, theirs in zip(found, expected, strict=True):
         assert set(mine) <= set(theirs)
-        for name in ("loss", "grad_norm", "drift/k1", "supervision/negative_share"):
+        for name in ("loss", "grad_norm", "divergence/k1", "signal/negative_share"):
             assert name in mine
         shared = {k: (mine[k], theirs[k]) for k in mine if isinstance(mine[k], float)}
         for name, (a, b) in shared.items():
@@ -61,8 +67,8 @@ def test_a_run_is_that_with_the_teacher_at_hand(
         far = train(served(tiny_pair, tmp_path / "far", url, **(SHORT | changes)))
     assert json.loads((far / "config.json").read_text())["teacher"] == url
     close(rows(far), rows(local))
-    assert "drift/reverse_kl" in rows(local)[0]
-    assert "drift/reverse_kl" not in rows(far)[0]
+    assert "divergence/reverse_kl" in rows(local)[0]
+    assert "divergence/reverse_kl" not in rows(far)[0]
     for path in far.rglob("*"):
         assert path.is_dir() or b"hush-hush" not in path.read_bytes()
 
@@ -103,7 +109,7 @@ def test_a_run_whose_server_stays_away_stops_whole_and_resumes(
         each = (len(teacher.asked) - 3) // 4
         # two steps and a part of the third
         teacher.faults = [lambda body: (200, {}, body)] * (3 + 2 * each + 1) + [dropped] * 1000
-        cut = served(tiny_pair, tmp_path / "cut", url, teacher_patience=5.0, **how)
+        cut = served(tiny_pair, tmp_path / "cut", url, teacher_timeout=5.0, **how)
         with pytest.raises(RuntimeError, match="goes on from the last checkpoint"):
             train(cut)
         assert [row["step"] for row in rows(tmp_path / "cut")] == [0, 1]
@@ -145,8 +151,8 @@ REFUSED = {
     "mean_future": ({"objective": "mean_future", "gamma": 0.5}, "its whole distribution"),
     "local_kl": ({"objective": "sampled_token", "baseline": "local_kl"}, "its whole distribution"),
     "temperature": ({"temperature": 0.7}, "servers tell that of 1"),
-    "own_end": ({"own_end": True}, "own_end off"),
-    "keep_uncertain": ({"keep_uncertain": 0.5}, "keep_uncertain 1"),
+    "map_eos": ({"map_eos": True}, "map_eos off"),
+    "entropy_top_fraction": ({"entropy_top_fraction": 0.5}, "entropy_top_fraction 1"),
     "probe": ({"probe_every": 2}, "hidden states"),
 }
 
@@ -157,7 +163,7 @@ def test_what_a_server_cannot_tell_is_refused_before_anything(
 ) -> None:
     nowhere = "http://127.0.0.1:9/v1"
     with pytest.raises(ValueError, match=message) as caught:
-        train(served(tiny_pair, tmp_path / "run", nowhere, teacher_patience=1.0, **changes))
+        train(served(tiny_pair, tmp_path / "run", nowhere, teacher_timeout=1.0, **changes))
     assert nowhere in str(caught.value)
     assert not (tmp_path / "run").exists()
 

@@ -56,7 +56,7 @@ def test_vllm_is_a_teacher_as_if_at_hand_and_may_die(
         close(rows(train(far)), rows(local))
     killer.start()
     try:
-        again = served(pair, tmp_path / "again", url, teacher_patience=600.0, **SHORT)
+        again = served(pair, tmp_path / "again", url, teacher_timeout=600.0, **SHORT)
         close(rows(train(again)), rows(local))
     finally:
         done.set()
@@ -86,7 +86,7 @@ def equal(models, remote) -> None:
         top_p=1.0,
         generator=torch.Generator().manual_seed(0),
     )
-    sizes = {"micro_tokens": 200, "chunk_elements": 1 << 16}
+    sizes = {"max_tokens_per_microbatch": 200, "max_logits_per_chunk": 1 << 16}
     told = asked(remote, prompts, batch, K)
     found = score_support(models, prompts, batch, k=K, temperature=1.0, told=told, **sizes)
     local = score_support(models, prompts, batch, k=K, temperature=1.0, **sizes)

@@ -12,13 +12,16 @@ from opd.teachers.factory import average, follow, make_pair
 from opd.training.train import train
 from tests.opd.training.test_train import rows, settings
 
-PUSHED = {"outcome": 1.0, "weight_decay": 1.0}  # the tiny student earns no reward: decay moves it
+PUSHED = {
+    "reward_weight": 1.0,
+    "weight_decay": 1.0,
+}  # the tiny student earns no reward: decay moves it
 KINDS: dict[str, dict[str, object]] = {
     "bfloat16": {"dtype": "bfloat16"},
     "adapters": {"lora_rank": 4, "lr": 1e-2},
     "base": {"teacher": "base", "lora_rank": 4, **PUSHED, "lr": 1e-2},
     "ema": {"teacher": "ema", "ema_decay": 0.5, "objective": "sampled_token", **PUSHED},
-    "cosine": {"schedule": "cosine", "warmup": 1, "updates": 3},
+    "cosine": {"schedule": "cosine", "warmup": 1, "updates_per_batch": 3},
 }
 
 
@@ -107,13 +110,13 @@ def test_a_teacher_that_is_the_student_is_met_at_the_start(
     tiny_pair, tmp_path: Path, kind: str
 ) -> None:
     found = rows(train(run(tiny_pair, tmp_path / "run", kind)))
-    assert abs(found[0]["drift/reverse_kl"]) < 1e-6
-    assert found[3]["drift/reverse_kl"] > 1e-5
+    assert abs(found[0]["divergence/reverse_kl"]) < 1e-6
+    assert found[3]["divergence/reverse_kl"] > 1e-5
 
 
 def test_a_teacher_that_is_the_student_needs_something_else_to_teach(tiny_pair, tmp_path) -> None:
     with pytest.raises(ValueError, match=r'teacher "ema" starts as the student.*set outcome'):
-        train(run(tiny_pair, tmp_path / "run", "ema", outcome=0.0))
+        train(run(tiny_pair, tmp_path / "run", "ema", reward_weight=0.0))
 
 
 def test_base_without_adapters_is_refused(tiny_pair, tmp_path: Path) -> None:

@@ -6,12 +6,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diagnostics.batch import Prefix, Rollouts, Scored, Support, flatten
+from diagnostics.batch import DistributionStats, Rollouts, ScoredRollouts, Support, flatten
 from diagnostics.core.totals import merge
 from opd.lab.build import make_tokenizer
-from opd.tokens.eos import Endings, student_support, teacher_tokens
-from opd.tokens.mask_rules import Rule, parse
-from opd.tokens.masking import Mask, audit, hits, masked, removed_by_id, resolve, supervised
+from opd.tokens.eos import EosMap, student_support, teacher_tokens
+from opd.tokens.mask_rules import MaskRule, parse
+from opd.tokens.masking import (
+    ResolvedMaskRules,
+    audit,
+    hits,
+    masked,
+    removed_by_id,
+    resolve,
+    supervised,
+)
 from opd.tokens.token_bytes import alphabet, pieces, token_bytes
 
 TABLE = [b"", b"<", b"think", b">", b"<th", b"ink>", b" <", b"a<", b"<think>", b"nk", b"thi", b"<<"]
@@ -63,7 +71,7 @@ def random_batch(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("string", [b"<think>", b"<", b"<<", b"thinkthink", b"k><t", b"<" * 200])
 def test_a_string_is_found_however_it_is_split(string: bytes, first: bool) -> None:
-    rule = Mask("s", first, (), (string,), pieces(TABLE))
+    rule = ResolvedMaskRules("s", first, (), (string,), pieces(TABLE))
     total = 0
     for seed in range(12):
         tokens, mask = random_batch(seed)
@@ -81,9 +89,9 @@ def test_a_string_is_found_however_it_is_split(string: bytes, first: bool) -> No
 @pytest.mark.parametrize("first", [False, True])
 def test_ids_and_several_rules_equal_a_loop(first: bool) -> None:
     rules = [
-        Mask("i", first, (1, 2, 8), (), pieces(TABLE)),
-        Mask("j", True, (2, 5), (), pieces(TABLE)),
-        Mask("s", first, (), (b"<think>", b"nk"), pieces(TABLE)),
+        ResolvedMaskRules("i", first, (1, 2, 8), (), pieces(TABLE)),
+        ResolvedMaskRules("j", True, (2, 5), (), pieces(TABLE)),
+        ResolvedMaskRules("s", first, (), (b"<think>", b"nk"), pieces(TABLE)),
     ]
     for seed in range(12):
         tokens, mask = random_batch(seed)
@@ -106,7 +114,7 @@ def test_by_hand() -> None:
     tokens = torch.tensor([[1, 2, 3, 9, 4, 5], [4, 5, 1, 2, 3, 8], [0, 1, 2, 0, 3, 1]])
     mask = torch.ones(3, 6, dtype=torch.bool)
     mask[2, 5] = False
-    whole = Mask("s", False, (), (b"<think>",), pieces(TABLE))
+    whole = ResolvedMaskRules("s", False, (), (b"<think>",), pieces(TABLE))
     assert hits(tokens, mask, whole).long().tolist() == [
         [1, 1, 1, 0, 1, 1],
         [1, 1, 1, 1, 1, 1],
@@ -119,7 +127,9 @@ def test_by_hand() -> None:
     ]
     beyond = torch.where(tokens == 3, 500, tokens)  # a row of a padded head has no bytes
     assert hits(beyond, mask, whole)[0].long().tolist() == [0, 0, 0, 0, 1, 1]
-    doubled = Mask("s", False, (), (b"<<",), pieces(TABLE))  # the last row of the table
+    doubled = ResolvedMaskRules(
+        "s", False, (), (b"<<",), pieces(TABLE)
+    )  # the last row of the table
     assert not hits(torch.full((1, 4), 500), mask[:1, :4], doubled).any()
     assert hits(tokens[:1, :3], mask[:1, :3], whole).all(), "nothing but the string"
     empty = torch.zeros(0, 6, dtype=torch.long)
@@ -223,17 +233,17 @@ def test_the_alphabet_is_the_published_one() -> None:
 
 def test_rules_are_read_and_named() -> None:
     assert parse(["id:7", "string:a:b:first", "token:x:all", "role:eos"]) == (
-        Rule("id", "7"),
-        Rule("string", "a:b", "first"),
-        Rule("token", "x"),
-        Rule("role", "eos"),
+        MaskRule("id", "7"),
+        MaskRule("string", "a:b", "first"),
+        MaskRule("token", "x"),
+        MaskRule("role", "eos"),
     )
     assert [r.name for r in parse(["paper", "token:<:first"])] == [
         "token:<:first",
         "token:think:first",
         "token:<|im_end|>:first",
     ]
-    assert parse(["string::first:all"])[0] == Rule("string", ":first")
+    assert parse(["string::first:all"])[0] == MaskRule("string", ":first")
     for rule in parse(["id:7", "string:a:b:first", "paper"]):
         assert parse([rule.name]) == (rule,)
     for bad in (
@@ -287,7 +297,7 @@ def test_roles_and_tokens_become_ids() -> None:
     assert tokenizer.decode(kept) == "<think><think>3<4<|im_end|>"
 
 
-def scored_batch(seed: int) -> Scored:
+def scored_batch(seed: int) -> ScoredRollouts:
     tokens, mask = random_batch(seed)
     generator = torch.Generator().manual_seed(seed)
 
@@ -298,7 +308,7 @@ def scored_batch(seed: int) -> Scored:
     ids = torch.randint(len(TABLE), (*tokens.shape, 3), generator=generator)
     names = "reverse_kl ratio_square student_entropy teacher_entropy surprise_square collision"
     names += " overrated teacher_max teacher_rank"
-    return Scored(
+    return ScoredRollouts(
         tokens=tokens,
         mask=mask,
         sampler_logp=logp(),
@@ -308,13 +318,13 @@ def scored_batch(seed: int) -> Scored:
         teacher_logp=logp(),
         baseline=logp(),
         support=Support(ids=ids, student_logp=logp(3), teacher_logp=logp(3), source="teacher"),
-        prefix=Prefix(**{name: logp() for name in names.split()}),
+        prefix=DistributionStats(**{name: logp() for name in names.split()}),
     )
 
 
 RULES = [
-    Mask("id:1", False, (1,), (), pieces(TABLE)),
-    Mask("string:nk", False, (), (b"nk",), pieces(TABLE)),
+    ResolvedMaskRules("id:1", False, (1,), (), pieces(TABLE)),
+    ResolvedMaskRules("string:nk", False, (), (b"nk",), pieces(TABLE)),
 ]
 
 
@@ -357,7 +367,7 @@ def test_a_rule_reads_what_was_sampled_whatever_is_supervised() -> None:
     assert masked(narrow, [first]).mask.tolist() == [[False, True, True, True]]
 
 
-def rollout_fields(batch: Scored) -> dict[str, torch.Tensor]:
+def rollout_fields(batch: ScoredRollouts) -> dict[str, torch.Tensor]:
     names = ("tokens", "mask", "sampler_logp", "prompt", "ended", "reward")
     return {name: getattr(batch, name) for name in names}
 
@@ -396,7 +406,7 @@ def test_the_audit_adds_over_steps_and_equals_a_loop() -> None:
 
 
 def test_a_foreign_end_is_read_as_ones_own() -> None:
-    endings = Endings(student=(45, 46), teacher=(43, 46))
+    endings = EosMap(student=(45, 46), teacher=(43, 46))
     tokens = torch.tensor([[5, 45, 0], [43, 46, 7]])
     assert teacher_tokens(tokens, endings).tolist() == [[5, 43, 0], [43, 46, 7]]
     ids = torch.tensor([[[43, 5, 45, 46], [45, 6, 43, 7], [1, 2, 3, 43]]])
@@ -405,7 +415,7 @@ def test_a_foreign_end_is_read_as_ones_own() -> None:
     assert counts.tolist() == [
         [[True, True, False, True], [True, True, False, True], [True, True, True, True]]
     ]
-    same = Endings(student=(45, 46), teacher=(46, 45))
+    same = EosMap(student=(45, 46), teacher=(46, 45))
     assert torch.equal(teacher_tokens(tokens, same), tokens)
     assert torch.equal(student_support(ids, same)[0], ids)
 
@@ -426,7 +436,7 @@ def test_the_ending_is_scored_where_the_teacher_ends(tiny_pair) -> None:
         ours = teacher(ids).logits.log_softmax(-1)[0, 2:5]
         theirs = twin(ids).logits.log_softmax(-1)[0, 2:5]
     tokens = torch.tensor(response)
-    read = teacher_tokens(tokens, Endings(student=(1,), teacher=(2,)))
+    read = teacher_tokens(tokens, EosMap(student=(1,), teacher=(2,)))
     plain = theirs.gather(-1, tokens[:, None])[:, 0]
     moved = theirs.gather(-1, read[:, None])[:, 0]
     expected = ours.gather(-1, tokens[:, None])[:, 0]

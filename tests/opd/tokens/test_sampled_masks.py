@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Prefix, Scored, Support, concatenate
+from diagnostics.batch import DistributionStats, ScoredRollouts, Support, concatenate
 from diagnostics.core.distribution_stats import functionals
 from diagnostics.core.totals import Mean, read
 from diagnostics.metrics.consistency import martingales, sampler_weights
@@ -21,7 +21,7 @@ from diagnostics.metrics.signal import sign_null, sign_shares
 from diagnostics.records.batch_files import load
 from diagnostics.records.token_dumps import load_dump, save_dump
 from opd.objectives import factory as o
-from opd.tokens.masking import Mask, masked
+from opd.tokens.masking import ResolvedMaskRules, masked
 from opd.tokens.token_bytes import pieces
 from tests.helpers.dense_batches import dense
 from tests.opd.objectives.test_oracle import SEQUENCES, every_sequence, seeded, states, tables
@@ -125,7 +125,7 @@ def test_leave_one_out_leaves_the_mean_under_a_mask_of_prefixes(scope: str) -> N
 # --- the credit, by a loop ------------------------------------------------------------------------
 
 
-def credit_by_hand(batch: Scored, gamma: float, scope: str) -> list[list[float]]:
+def credit_by_hand(batch: ScoredRollouts, gamma: float, scope: str) -> list[list[float]]:
     """Published ("loss"): all sampled tokens' costs, discounted one by one; the mask comes last."""
     columns = (batch.mask, batch.sampled, batch.student_logp - batch.teacher_logp)
     found = []
@@ -190,7 +190,7 @@ WORDS = [bytes([97 + i]) for i in range(12)]
 
 
 @lru_cache
-def healthy(seed: int, temperature: float = 1.0) -> Scored:
+def healthy(seed: int, temperature: float = 1.0) -> ScoredRollouts:
     """Tokens drawn from the scored student, (400, 60), with the teacher's top 3 of 12 ids."""
     g = torch.Generator().manual_seed(seed)
     often = torch.tensor([-1.5, 0.0, 1.0, 2.5, *[0.0] * 8]).double()
@@ -207,7 +207,7 @@ def healthy(seed: int, temperature: float = 1.0) -> Scored:
     tokens = tokens * mask
     ids = q.topk(3, -1).indices
     y = tokens[..., None]
-    return Scored(
+    return ScoredRollouts(
         tokens=tokens,
         mask=mask,
         sampler_logp=cut(drawn.log().gather(-1, y)[..., 0]),
@@ -221,30 +221,30 @@ def healthy(seed: int, temperature: float = 1.0) -> Scored:
             teacher_logp=cut(q.gather(-1, ids)),
             source="teacher",
         ),
-        prefix=Prefix(**{k: cut(x) for k, x in functionals(p, q, tokens).items()}),
+        prefix=DistributionStats(**{k: cut(x) for k, x in functionals(p, q, tokens).items()}),
     ).checked()
 
 
 RULES = {
     "no rule": [],
-    "a frequent id": [Mask("id:3", False, (3,), (), pieces(WORDS))],
-    "first occurrences": [Mask("first", True, (0, 1, 2, 3, 4), (), pieces(WORDS))],
-    "a string": [Mask("string:a", False, (), (b"a", b"dd"), pieces(WORDS))],
+    "a frequent id": [ResolvedMaskRules("id:3", False, (3,), (), pieces(WORDS))],
+    "first occurrences": [ResolvedMaskRules("first", True, (0, 1, 2, 3, 4), (), pieces(WORDS))],
+    "a string": [ResolvedMaskRules("string:a", False, (), (b"a", b"dd"), pieces(WORDS))],
     "unlikely tokens": None,
 }
-EXCESSES = ("supervision/negative_share_excess", "drift/outside_topk_excess")
+EXCESSES = ("signal/negative_share_excess", "divergence/outside_topk_excess")
 
 
-def supervised_by(batch: Scored, rule: str) -> Scored:
+def supervised_by(batch: ScoredRollouts, rule: str) -> ScoredRollouts:
     if RULES[rule] is None:
         return batch.supervise(batch.student_logp > -1.5)
     return masked(batch, RULES[rule])
 
 
-def worst(batch: Scored) -> dict[str, float]:
+def worst(batch: ScoredRollouts) -> dict[str, float]:
     """Standardised sampling tests, each about N(0, 1) on a healthy batch."""
     row = read(martingales(batch) | sign_null(batch) | support_mass(batch))
-    found = {name: row[name] for name in ("validity/z_H", "validity/z_K")}
+    found = {name: row[name] for name in ("consistency/z_H", "consistency/z_K")}
     return found | {name: row[name] / row[f"{name}_se"] for name in EXCESSES}
 
 
@@ -262,7 +262,7 @@ def test_sampling_tests_hold_on_healthy_rollouts_under_every_mask(rule: str) -> 
 @pytest.mark.parametrize("rule", RULES)
 def test_faults_of_the_sampler_still_fire_under_every_mask(rule: str) -> None:
     hot = worst(supervised_by(healthy(6, temperature=1.3), rule))
-    assert min(abs(hot["validity/z_H"]), abs(hot[EXCESSES[1]])) > 6, hot
+    assert min(abs(hot["consistency/z_H"]), abs(hot[EXCESSES[1]])) > 6, hot
     batch = healthy(7)
     shifted = {name: getattr(batch, name).roll(1, 1) for name in ("tokens", "student_logp")}
     moved = batch.sampled & batch.sampled.roll(1, 1)
@@ -278,8 +278,8 @@ def test_rows_that_are_declared_stale_are_not_tested_and_the_others_are() -> Non
     declared = read(martingales(replace(both, age=age)))
     alone = read(martingales(fresh))
     assert declared == pytest.approx(alone)
-    assert abs(read(martingales(both))["validity/z_H"]) > 10
-    assert abs(read(martingales(replace(both, age=1 - age)))["validity/z_H"]) > 10
+    assert abs(read(martingales(both))["consistency/z_H"]) > 10
+    assert abs(read(martingales(replace(both, age=1 - age)))["consistency/z_H"]) > 10
 
 
 def test_the_tail_of_the_kl_is_unbiased_over_what_was_sampled() -> None:
@@ -288,11 +288,11 @@ def test_the_tail_of_the_kl_is_unbiased_over_what_was_sampled() -> None:
         batch = supervised_by(healthy(10), rule)
         row = read(kl_anatomy(batch))
         exact = batch.prefix.reverse_kl[batch.sampled].mean()
-        off = row["drift/kl_parts"] - float(exact)
-        assert abs(off) < 4 * row["drift/kl_parts_se"]
+        off = row["divergence/kl_parts"] - float(exact)
+        assert abs(off) < 4 * row["divergence/kl_parts_se"]
         narrow = read(kl_anatomy(replace(batch, sampled_mask=None)))
-        off = narrow["drift/kl_parts"] - float(batch.prefix.reverse_kl[batch.mask].mean())
-        assert abs(off) > 6 * narrow["drift/kl_parts_se"]
+        off = narrow["divergence/kl_parts"] - float(batch.prefix.reverse_kl[batch.mask].mean())
+        assert abs(off) > 6 * narrow["divergence/kl_parts_se"]
 
 
 def test_prefix_weights_multiply_over_all_sampled_tokens() -> None:
@@ -300,7 +300,7 @@ def test_prefix_weights_multiply_over_all_sampled_tokens() -> None:
     weight = (batch.student_logp - batch.sampler_logp).sum(1).exp()
     want = float(weight.sum() ** 2 / (len(weight) * weight.square().sum()))
     found = read(sampler_weights(batch))
-    assert found["validity/sampler_prefix_ess"] == pytest.approx(want)
+    assert found["consistency/sampler_prefix_ess"] == pytest.approx(want)
     part = ((batch.student_logp - batch.sampler_logp) * batch.mask).sum(1).exp()
     supervised = float(part.sum() ** 2 / (len(part) * part.square().sum()))
     assert want != pytest.approx(supervised, rel=0.05)
@@ -355,9 +355,9 @@ def test_numbers_are_refused_where_nothing_was_sampled() -> None:
 
 def test_a_metric_without_some_ids_keeps_the_batch_whole() -> None:
     """The batch that the metric gets holds zeros where nothing was sampled, and nothing else."""
-    seen: list[Scored] = []
+    seen: list[ScoredRollouts] = []
 
-    def keeping(batch: Scored) -> dict[str, Mean]:
+    def keeping(batch: ScoredRollouts) -> dict[str, Mean]:
         seen.append(batch.checked())
         return sign_shares(batch)
 

@@ -84,7 +84,7 @@ def assert_same_rows(one: Path, two: Path, tolerance: float = 2e-4) -> None:
             if not isinstance(value, float) or math.isnan(value):
                 assert y[name] == value or math.isnan(y[name]), name
                 continue
-            slack = 20 if name.endswith("_se") or name.startswith("validity/") else 1
+            slack = 20 if name.endswith("_se") or name.startswith("consistency/") else 1
             assert y[name] == pytest.approx(value, rel=slack * tolerance, abs=2e-6), (
                 name,
                 x["step"],
@@ -109,7 +109,7 @@ def kinds(tiny_pair, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict
         TaskSettings(name="b", task="lab", teacher=str(tiny_pair[0]), mask=("token:<",)),
     )
     return {
-        "plain": {"updates": 2, "probe_every": 2, "eval_samples": 3, "eval_problems": 5},
+        "plain": {"updates_per_batch": 2, "probe_every": 2, "eval_samples": 3, "eval_problems": 5},
         "credit": {
             "objective": "sampled_token",
             "gamma": 0.9,
@@ -118,14 +118,18 @@ def kinds(tiny_pair, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict
             "mask": ("token:1:first",),
         },
         "chosen": {
-            "keep_uncertain": 0.4,
+            "entropy_top_fraction": 0.4,
             "denominator": "sequence_mean",
             "max_response": 30,
-            "micro_tokens": 108,  # one or two responses: processes have unequally many passes
+            "max_tokens_per_microbatch": 108,  # one or two responses: processes have unequally many passes
         },
-        "whole": {"objective": "full_reverse_kl", "checkpointing": True, "micro_tokens": 90},
+        "whole": {
+            "objective": "full_reverse_kl",
+            "gradient_checkpointing": True,
+            "max_tokens_per_microbatch": 90,
+        },
         "adapters": {"lora_rank": 4, "lr": 1e-2},
-        "games": {"task": "env:rooms", **rooms},
+        "games": {"task": "env:household", **rooms},
         "mixed": {"tasks": tasks, "task_order": "mixed", **both},
     }
 
@@ -136,7 +140,12 @@ def made(tiny_pair, kinds, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("processes")
     both: list[Config] = []
     for name, changes in kinds.items():
-        fields: dict[str, Any] = {"prompts_per_step": 4, "steps": 3, "batch_every": 3, **changes}
+        fields: dict[str, Any] = {
+            "prompts_per_step": 4,
+            "steps": 3,
+            "save_batch_every": 3,
+            **changes,
+        }
         config = replace(settings(tiny_pair, folder / "one" / name), **fields)
         train(config)
         for sharding in ("none", "full"):
@@ -157,7 +166,7 @@ def elsewhere(tiny_pair: tuple[Path, Path], folder: Path) -> list[Config]:
         train(replace(config, out=str(folder / f"one, {dtype}")))
     for sharding in ("none", "full"):
         config = settings(tiny_pair, folder / f"average, {sharding}", steps=1, save_every=1)
-        moving: dict[str, Any] = {"teacher": "ema", "outcome": 1.0, "ema_decay": 0.75}
+        moving: dict[str, Any] = {"teacher": "ema", "reward_weight": 1.0, "ema_decay": 0.75}
         found.append(replace(config, prompts_per_step=4, sharding=sharding, **moving))
     return found
 
@@ -273,7 +282,7 @@ def test_a_killed_process_ends_the_run_with_its_last_checkpoint_whole(
 
 
 def test_accelerate_starts_the_same_run(made: Path, tiny_pair, kinds, tmp_path: Path) -> None:
-    fields: dict[str, Any] = {"prompts_per_step": 4, "steps": 3, "batch_every": 3}
+    fields: dict[str, Any] = {"prompts_per_step": 4, "steps": 3, "save_batch_every": 3}
     config = settings(tiny_pair, tmp_path / "run", **(fields | kinds["credit"]))
     run_in_two(tmp_path, [config], ACCELERATE)
     assert rows(tmp_path / "run") == rows(made / "none" / "credit")

@@ -94,9 +94,19 @@ def test_a_fault_is_named(pairs, tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"micro_tokens": 256, "objective": "teacher_topk", "mask": ("role:eos",), "top_p": 0.9},
+        {
+            "max_tokens_per_microbatch": 256,
+            "objective": "teacher_topk",
+            "mask": ("role:eos",),
+            "top_p": 0.9,
+        },
         {"dtype": "bfloat16", "denominator": "group_mean", "rescore_every": 1},
-        {"lora_rank": 2, "updates": 2, "objective": "sampled_token_clipped", "temperature": 0.9},
+        {
+            "lora_rank": 2,
+            "updates_per_batch": 2,
+            "objective": "sampled_token_clipped",
+            "temperature": 0.9,
+        },
     ],
     ids=["masked top-p", "bfloat16", "adapters"],
 )

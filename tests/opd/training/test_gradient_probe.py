@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Scored
+from diagnostics.batch import ScoredRollouts
 from diagnostics.gradients.sketch import no_projection
 from diagnostics.records.batch_files import load
 from opd.config.settings import Config
@@ -56,7 +56,9 @@ def capped_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "student", folder / "teacher"
 
 
-def probed(pair: tuple[Path, Path], out: Path, **changes: object) -> tuple[Config, dict, Scored]:
+def probed(
+    pair: tuple[Path, Path], out: Path, **changes: object
+) -> tuple[Config, dict, ScoredRollouts]:
     fields: dict[str, object] = {
         "steps": 1,
         "prompts_per_step": PROMPTS,
@@ -68,11 +70,11 @@ def probed(pair: tuple[Path, Path], out: Path, **changes: object) -> tuple[Confi
         "eval_every": 0,
         "eval_problems": 1,
         "save_every": 10,
-        "batch_every": 1,
+        "save_batch_every": 1,
         "device": "cpu",
         "probe_every": 1,
-        "micro_tokens": 120,
-        "chunk_elements": 2000,
+        "max_tokens_per_microbatch": 120,
+        "max_logits_per_chunk": 2000,
     }
     config = Config(
         student=str(pair[0]),
@@ -85,11 +87,11 @@ def probed(pair: tuple[Path, Path], out: Path, **changes: object) -> tuple[Confi
     return config, row, load(folder / "batches" / "step_000000.safetensors")
 
 
-Loss = Callable[[Tensor, Tensor, Scored, int], Tensor]
+Loss = Callable[[Tensor, Tensor, ScoredRollouts, int], Tensor]
 """(t, V) log-probabilities of student, with gradient, and teacher; batch; row -> (t,) losses."""
 
 
-def head_gradients(config: Config, batch: Scored, loss: Loss) -> Tensor:
+def head_gradients(config: Config, batch: ScoredRollouts, loss: Loss) -> Tensor:
     """(B, R D) float64 gradients of each response's supervised losses by the head's weight."""
     (tokenizer, student), (_, teacher) = (
         load_model(name, "cpu", "float32") for name in (config.student, config.teacher)
@@ -128,11 +130,11 @@ def pooled(x: Tensor, prompt: Tensor) -> dict[str, float]:
     }
 
 
-def sampled(logp: Tensor, batch: Scored, i: int) -> Tensor:
+def sampled(logp: Tensor, batch: ScoredRollouts, i: int) -> Tensor:
     return logp.gather(1, batch.tokens[i, : len(logp), None])[:, 0]
 
 
-def costs_to_go(batch: Scored, gamma: float) -> list[Tensor]:
+def costs_to_go(batch: ScoredRollouts, gamma: float) -> list[Tensor]:
     """(t,) of each response, over its supervised tokens' costs; every sampled token discounts."""
     found = []
     for i, count in enumerate(batch.sampled.sum(1).tolist()):
@@ -143,7 +145,7 @@ def costs_to_go(batch: Scored, gamma: float) -> list[Tensor]:
     return found
 
 
-def leave_one_out_loss(p: Tensor, q: Tensor, batch: Scored, i: int) -> Tensor:
+def leave_one_out_loss(p: Tensor, q: Tensor, batch: ScoredRollouts, i: int) -> Tensor:
     """gamma 0.9, minus the others' mean, over the response's own supervised length."""
     credit = costs_to_go(batch, 0.9)
     mates = [j for j in range(len(batch)) if batch.prompt[j] == batch.prompt[i] and j != i]
@@ -156,13 +158,13 @@ def leave_one_out_loss(p: Tensor, q: Tensor, batch: Scored, i: int) -> Tensor:
     return weight * (credit[i] - torch.tensor(at)) * sampled(p, batch, i)
 
 
-def support_loss(p: Tensor, q: Tensor, batch: Scored, i: int) -> Tensor:
+def support_loss(p: Tensor, q: Tensor, batch: ScoredRollouts, i: int) -> Tensor:
     best, ids = q.topk(4, -1)
     own, best = p.gather(1, ids).log_softmax(-1), best.log_softmax(-1)
     return (own.exp() * (own - best)).sum(-1)
 
 
-def future_loss(p: Tensor, q: Tensor, batch: Scored, i: int) -> Tensor:
+def future_loss(p: Tensor, q: Tensor, batch: ScoredRollouts, i: int) -> Tensor:
     """KL(p || q), and the later prefixes' KL at gamma 0.5 with the score of the token."""
     kl = (p.exp() * (p - q)).sum(-1)
     fixed, steps = kl.detach(), range(len(kl))
@@ -170,7 +172,7 @@ def future_loss(p: Tensor, q: Tensor, batch: Scored, i: int) -> Tensor:
     return kl + torch.tensor(later) * sampled(p, batch, i)
 
 
-def clipped_cost_loss(p: Tensor, q: Tensor, batch: Scored, i: int) -> Tensor:
+def clipped_cost_loss(p: Tensor, q: Tensor, batch: ScoredRollouts, i: int) -> Tensor:
     picked = sampled(p, batch, i)
     return (picked - sampled(q, batch, i)).detach().clamp(-0.5, 0.5) * picked
 
@@ -192,7 +194,7 @@ CASES: dict[str, tuple[dict[str, object], Loss]] = {
         {
             "objective": "sampled_token_weighted",
             "ratio_clip": 0.5,
-            "updates": 5,
+            "updates_per_batch": 5,
             "temperature": 0.8,
         },
         clipped_cost_loss,

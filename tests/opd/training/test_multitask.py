@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.alarms.alarms import replay
-from diagnostics.batch import Scored
+from diagnostics.batch import ScoredRollouts
 from diagnostics.records.batch_files import load
 from opd.analysis import doctor
 from opd.cli.doctor import main
@@ -62,7 +62,7 @@ def several(tiny_pair, sources, out: Path, **changes: object) -> Config:
     return settings(tiny_pair, out, **({"tasks": tasks} | changes))
 
 
-def dense(network, config: Config, batch: Scored) -> Tensor:
+def dense(network, config: Config, batch: ScoredRollouts) -> Tensor:
     """(B, T, V) log-probabilities of one task's rows, each without padding."""
     tokenizer, _ = load_model(config.student, "cpu", "float32")
     problems = load_task(config.task, config.seed).train(0, len(batch) // config.group_size)
@@ -88,11 +88,11 @@ def test_a_mixed_step_is_the_weighted_mean_of_what_each_teacher_asks(
         steps=1,
         eval_every=0,
         eval_problems=1,
-        batch_every=1,
+        save_batch_every=1,
     )
     folder = train(config)
     batch = load(folder / "batches" / "step_000000.safetensors")
-    assert isinstance(batch, Scored)
+    assert isinstance(batch, ScoredRollouts)
     student = load_model(config.student, "cpu", "float32")[1]
     parts = []
     for place, own in enumerate(settings_of(config)):
@@ -118,7 +118,7 @@ def test_a_mixed_step_is_the_weighted_mean_of_what_each_teacher_asks(
         assert torch.allclose(ours, theirs, atol=2e-5)
     for name, mine in (("sums", parts[0][1]), ("words", parts[1][1])):
         cost = float(mine.log_ratio[mine.mask].mean())
-        assert row[f"task={name}/drift/k1"] == pytest.approx(cost, rel=1e-6)
+        assert row[f"task={name}/divergence/k1"] == pytest.approx(cost, rel=1e-6)
     assert "task" not in row
 
 
@@ -198,7 +198,7 @@ def test_prompts_of_a_mixed_step_are_shared_by_weight(tiny_pair, sources, tmp_pa
     with pytest.raises(ValueError, match="2 tasks are mixed"):
         shares(replace(config, prompts_per_step=1))
     with pytest.raises(ValueError, match=r"\[3, 7\] prompts a step: 3 cannot"):
-        shares(replace(config, updates=2))
+        shares(replace(config, updates_per_batch=2))
 
 
 def test_tasks_are_read_from_a_file_and_kept_in_the_run(tiny_pair, tmp_path: Path) -> None:
@@ -236,13 +236,13 @@ def test_tasks_are_read_from_a_file_and_kept_in_the_run(tiny_pair, tmp_path: Pat
 def test_alarms_of_tasks_that_take_turns_are_apart() -> None:
     levels = {"a": 0.1, "b": 1.0}
     record = [
-        {"step": step, "task": task, "drift/k1": levels[task], "drift/k1_se": 0.001}
+        {"step": step, "task": task, "divergence/k1": levels[task], "divergence/k1_se": 0.001}
         for step, task in enumerate("aaa" + "ab" * 20)
     ]
     assert replay(record) == []
     without = [{k: v for k, v in row.items() if k != "task"} for row in record]
     assert {alarm.rule.name for alarm in replay(without)} == {"drift_k1"}
-    record += [dict(row, step=row["step"] + 100, **{"drift/k1": 2.0}) for row in record]
+    record += [dict(row, step=row["step"] + 100, **{"divergence/k1": 2.0}) for row in record]
     raised = [alarm for alarm in replay(record) if alarm.rule.name == "drift_k1"]
     assert len(raised) == 2
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Rollouts, Scored
-from diagnostics.core.totals import Mean, Total, read
+from diagnostics.batch import Rollouts, ScoredRollouts
+from diagnostics.core.totals import Accumulator, Mean, read
 from diagnostics.records.batch_files import load
 from opd.config.settings import Config
 from opd.data.chain_task import problems
@@ -24,7 +24,7 @@ from opd.objectives.factory import make
 from opd.scoring.loss import loss_from_hidden
 from opd.serving import json_endpoint
 from opd.teachers.pair import load_pair
-from opd.training.prefetch import Ahead, Drawn
+from opd.training.prefetch import RolloutPrefetcher, TaskRollouts
 from opd.training.train import train
 from tests.helpers.fake_rollout_server import SamplingServer
 from tests.helpers.fake_teacher_server import serving
@@ -42,7 +42,7 @@ class Weights:
         self.now = 0
         self.drawing = threading.Lock()
 
-    def draw(self, step: int) -> Drawn:
+    def draw(self, step: int) -> TaskRollouts:
         with self.drawing:
             drawn = torch.full((2, 3), 100 * self.now + step)
             time.sleep(0.005)
@@ -57,15 +57,15 @@ class Weights:
             ended=index > 0,
             reward=index.float(),
         )
-        won: Mapping[str, Total] = {"won": Mean.of(index + step, index > -1, index)}
+        won: Mapping[str, Accumulator] = {"won": Mean.of(index + step, index > -1, index)}
         return [(prompts, rollouts, won), (prompts, rollouts, {})]
 
 
-def ahead_of(weights: Weights, depth: int, steps: int = 6) -> Ahead:
-    return Ahead(weights.draw, lambda: None, depth=depth, steps=steps, updates=3)
+def ahead_of(weights: Weights, depth: int, steps: int = 6) -> RolloutPrefetcher:
+    return RolloutPrefetcher(weights.draw, lambda: None, depth=depth, steps=steps, updates=3)
 
 
-def taken(ahead: Ahead, weights: Weights, steps: range) -> list[tuple[int, int]]:
+def taken(ahead: RolloutPrefetcher, weights: Weights, steps: range) -> list[tuple[int, int]]:
     """Of each step the weights that its rollouts are of, and their age."""
     found = []
     for step in steps:
@@ -141,7 +141,7 @@ def test_what_is_too_old_is_refused(tmp_path: Path) -> None:
 def test_an_error_ends_what_is_under_way() -> None:
     ended = threading.Event()
 
-    def draw(step: int) -> Drawn:
+    def draw(step: int) -> TaskRollouts:
         if step:
             assert ended.wait(60)
         return []
@@ -149,7 +149,7 @@ def test_an_error_ends_what_is_under_way() -> None:
     began = time.monotonic()
 
     def failing() -> None:
-        with Ahead(draw, ended.set, depth=2, steps=9, updates=1) as ahead:
+        with RolloutPrefetcher(draw, ended.set, depth=2, steps=9, updates=1) as ahead:
             ahead.begin(0)
             raise KeyboardInterrupt
 
@@ -159,10 +159,10 @@ def test_an_error_ends_what_is_under_way() -> None:
 
 
 def test_an_error_of_the_thread_arrives() -> None:
-    def draw(step: int) -> Drawn:
+    def draw(step: int) -> TaskRollouts:
         raise ValueError("no server")
 
-    with Ahead(draw, lambda: None, depth=1, steps=9, updates=1) as ahead:
+    with RolloutPrefetcher(draw, lambda: None, depth=1, steps=9, updates=1) as ahead:
         ahead.begin(0)
         with pytest.raises(ValueError, match="no server"):
             ahead.settle()
@@ -178,7 +178,7 @@ HOW = {
     "max_response": 6,
     "eval_every": 0,
     "eval_problems": 1,
-    "batch_every": 1,
+    "save_batch_every": 1,
     "save_every": 1,
 }
 
@@ -197,9 +197,9 @@ def served(pair: tuple[Path, Path], out: Path, urls: tuple[str, ...], **changes:
     return settings(pair, out, **(HOW | {"rollout_servers": urls} | changes))
 
 
-def saved(folder: Path, step: int) -> Scored:
+def saved(folder: Path, step: int) -> ScoredRollouts:
     batch = load(folder / "batches" / f"step_{step:06d}.safetensors")
-    assert isinstance(batch, Scored)
+    assert isinstance(batch, ScoredRollouts)
     return batch
 
 
@@ -213,12 +213,12 @@ def asked_of(folder: Path, config: Config, step: int) -> Prompts:
     return encode(pair.tokenizer, chosen, config.group_size, config.max_prompt)
 
 
-def logp_under(folder: Path, prompts: Prompts, batch: Scored) -> Tensor:
+def logp_under(folder: Path, prompts: Prompts, batch: ScoredRollouts) -> Tensor:
     """(B, T) of the sampled tokens under the final model of a run."""
     return row_by_row(load_model(str(folder), "cpu", "float32")[1], prompts, batch)
 
 
-def row_by_row(network: Any, prompts: Prompts, batch: Scored) -> Tensor:
+def row_by_row(network: Any, prompts: Prompts, batch: ScoredRollouts) -> Tensor:
     """(B, T) log-probabilities of the sampled tokens, without padding."""
     out = torch.zeros_like(batch.sampler_logp)
     for i, (ids, real) in enumerate(zip(prompts.tokens, prompts.mask, strict=True)):
@@ -234,12 +234,12 @@ def test_the_sampler_is_the_student_of_so_many_steps_before(
 ) -> None:
     """Batches of steps 0 to 3 against the weights that runs of 1, 2 and 3 steps end with."""
     _, urls = servers
-    how = {"ahead": 2, "updates": 3, "objective": "sampled_token_weighted"}
+    how = {"rollout_lag": 2, "updates_per_batch": 3, "objective": "sampled_token_weighted"}
     config = served(tiny_pair, tmp_path / "run", urls[:1], **how)
     folder = train(config)
     found = rows(folder)
-    assert [row["validity/age"] for row in found] == [0, 3, 6, 6]
-    assert [row["validity/stale_share"] for row in found] == [0, 1, 1, 1]
+    assert [row["consistency/age"] for row in found] == [0, 3, 6, 6]
+    assert [row["consistency/stale_share"] for row in found] == [0, 1, 1, 1]
     weights = [tiny_pair[0]]
     for n in (1, 2, 3):
         weights.append(train(replace(config, out=str(tmp_path / str(n)), steps=n)) / "final")
@@ -255,7 +255,7 @@ def test_the_sampler_is_the_student_of_so_many_steps_before(
         )
         gap = (batch.student_logp - batch.sampler_logp).abs().max()
         assert (float(gap) > 1e-2) == (step > 0)
-        square = found[step]["validity/sampler_log_ratio_square"]
+        square = found[step]["consistency/sampler_log_ratio_square"]
         assert (square > 1e-6) == (step > 0)
     assert not list((folder / "weights").iterdir())
 
@@ -264,13 +264,15 @@ def test_without_it_a_run_is_on_policy(tiny_pair, servers, tmp_path: Path) -> No
     _, urls = servers
     config = served(tiny_pair, tmp_path / "run", urls, ratio="none")
     folder = train(config)
-    assert all(row["validity/age"] == 0 for row in rows(folder))
-    assert all(row["validity/sampler_log_ratio_square"] < 1e-8 for row in rows(folder))
+    assert all(row["consistency/age"] == 0 for row in rows(folder))
+    assert all(row["consistency/sampler_log_ratio_square"] < 1e-8 for row in rows(folder))
     again = train(served(tiny_pair, tmp_path / "one", urls[:1], ratio="none"))
     assert rows(again) == rows(folder)
 
 
-@pytest.mark.parametrize("changes", [{"ahead": 1}, {"ahead": 2, "exact_every": 3}])
+@pytest.mark.parametrize(
+    "changes", [{"rollout_lag": 1}, {"rollout_lag": 2, "full_metrics_every": 3}]
+)
 def test_a_run_that_was_cut_goes_on_to_the_same_rows(
     tiny_pair, servers, tmp_path: Path, changes: dict[str, object]
 ) -> None:
@@ -287,7 +289,7 @@ def test_a_run_that_was_cut_goes_on_to_the_same_rows(
 
 def test_restarts_in_the_middle_change_nothing(tiny_pair, servers, tmp_path: Path) -> None:
     two, urls = servers
-    config = served(tiny_pair, tmp_path / "whole", urls, ahead=1)
+    config = served(tiny_pair, tmp_path / "whole", urls, rollout_lag=1)
     whole, each = train(config), len(two[0].asked) // 6
     two[0].faults = [*[lambda body: (200, {}, body)] * (4 * each + 2), restarting(two[0])]
     two[1].faults = [*[lambda body: (200, {}, body)] * (3 * each + 1), restarting(two[1])]
@@ -303,25 +305,25 @@ def test_an_objective_spared_whole_distributions_still_scores_the_present_studen
 ) -> None:
     """At steps between those that measure, `score_support` would take the sampler's word."""
     _, urls = servers
-    how = {"objective": "teacher_topk", "ratio": "none", "exact_every": 9, "ahead": 1}
+    how = {"objective": "teacher_topk", "ratio": "none", "full_metrics_every": 9, "rollout_lag": 1}
     folder = train(served(tiny_pair, tmp_path / "run", urls, **how))
     found = rows(folder)
-    assert found[0]["validity/age"] == 0
-    assert all(row["validity/sampler_log_ratio_square"] > 1e-6 for row in found[1:])
+    assert found[0]["consistency/age"] == 0
+    assert all(row["consistency/sampler_log_ratio_square"] > 1e-6 for row in found[1:])
 
 
 def test_what_would_be_wrong_in_silence_is_refused(tiny_pair, tmp_path: Path) -> None:
     nowhere = ("http://127.0.0.1:9/v1",)
     for changes, words in (
-        ({"engine": "hf", "rollout_servers": ()}, "ahead is 1; it must be 0 unless"),
+        ({"engine": "hf", "rollout_servers": ()}, "rollout_lag is 1; it must be 0 unless"),
         ({"engine": "hf"}, "rollout_servers is .* it must be addresses"),
         ({"rollout_servers": ()}, "rollout_servers is"),
-        ({"ahead": -1}, "ahead is -1; it must be not negative"),
+        ({"rollout_lag": -1}, "rollout_lag is -1; it must be not negative"),
         ({"ratio": "none"}, "sampled_token would weigh tokens of older weights"),
-        ({"objective": "teacher_topk", "ratio": "none", "outcome": 0.5}, "set ratio token"),
+        ({"objective": "teacher_topk", "ratio": "none", "reward_weight": 0.5}, "set ratio token"),
     ):
         with pytest.raises(ValueError, match=words):
-            train(served(tiny_pair, tmp_path / "run", nowhere, **({"ahead": 1} | changes)))
+            train(served(tiny_pair, tmp_path / "run", nowhere, **({"rollout_lag": 1} | changes)))
 
 
 def test_vllm_in_several_processes_is_refused(tiny_pair, tmp_path: Path, monkeypatch) -> None:
@@ -359,7 +361,7 @@ def test_token_ratios_make_stale_samples_unbiased_at_their_prefixes(
     def at(logp: Tensor) -> Tensor:
         return logp.gather(-1, y)
 
-    batch = Scored(
+    batch = ScoredRollouts(
         tokens=y,
         mask=torch.ones_like(y, dtype=torch.bool),
         sampler_logp=at(old),
@@ -381,7 +383,7 @@ def test_token_ratios_make_stale_samples_unbiased_at_their_prefixes(
             batch,
             objective.credit(batch),
             (batch.sampler_logp.exp() * objective.ratio(batch))[batch.mask],
-            chunk_elements=1 << 24,
+            max_logits_per_chunk=1 << 24,
         ).backward()
         found[ratio] = [x.grad.clone() for x in new.parameters()]
     new.zero_grad()

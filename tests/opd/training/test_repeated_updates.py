@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Scored, Support
+from diagnostics.batch import ScoredRollouts, Support
 from opd.config.settings import Config
 from opd.objectives import factory as o
 from opd.objectives.credit import RATIOS
@@ -55,9 +55,9 @@ def support_of(source: str) -> Support | None:
     )
 
 
-def every_token(source: str, sampler: Tensor) -> Scored:
+def every_token(source: str, sampler: Tensor) -> ScoredRollouts:
     tokens = torch.arange(V)[:, None]
-    return Scored(
+    return ScoredRollouts(
         tokens=tokens,
         mask=torch.ones_like(tokens, dtype=torch.bool),
         sampler_logp=sampler[:, None],
@@ -96,24 +96,24 @@ def second_update_error(objective: Objective, sampler: Tensor) -> float:
 
 
 def settings(name: str, **changes: object) -> Config:
-    fields: dict[str, object] = {"objective": name, "collapse_accepted": True, "updates": 2}
+    fields: dict[str, object] = {"objective": name, "allow_collapse": True, "updates_per_batch": 2}
     return Config(student="s", teacher="t", out="o", prompts_per_step=4, **(fields | changes))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("outcome", [0.0, 0.5])
 @pytest.mark.parametrize("name", sorted(set(o.OBJECTIVES) - {"sampled_token_clipped"}))
 def test_several_updates_are_for_losses_whose_mean_stays_right(name: str, outcome: float) -> None:
-    config = settings(name, outcome=outcome)
-    objective = o.make(name, outcome=outcome, collapse_accepted=True)
+    config = settings(name, reward_weight=outcome)
+    objective = o.make(name, reward_weight=outcome, allow_collapse=True)
     error = second_update_error(objective, OLD)
     assert (error < EXACT) == (not objective.only_fresh_samples), error
     if error < EXACT:
         make_objective(config)
     else:
         assert error > 1e-3
-        with pytest.raises(ValueError, match=r"updates is 2: .*unweighted_accepted"):
+        with pytest.raises(ValueError, match=r"updates_per_batch is 2: .*allow_unweighted"):
             make_objective(config)
-        make_objective(replace(config, unweighted_accepted=True))
+        make_objective(replace(config, allow_unweighted=True))
 
 
 def test_the_ratio_of_the_rollouts_repairs_the_first_update_alone() -> None:
@@ -125,11 +125,13 @@ def test_the_ratio_of_the_rollouts_repairs_the_first_update_alone() -> None:
     assert second_update_error(weighted, SAMPLER) < EXACT
     assert second_update_error(o.make("sampled_token_weighted"), SAMPLER) > 0.01
     served = {"engine": "servers", "rollout_servers": ("http://h:1/v1",), "ratio": "token"}
-    with pytest.raises(ValueError, match="updates is 2"):
-        make_objective(settings("sampled_token", **served, ahead=1))
-    make_objective(settings("sampled_token_weighted", **served, ahead=1))
-    with pytest.raises(ValueError, match="ahead is 1"):
-        make_objective(settings("sampled_token_weighted", **(served | {"ratio": "none"}), ahead=1))
+    with pytest.raises(ValueError, match="updates_per_batch is 2"):
+        make_objective(settings("sampled_token", **served, rollout_lag=1))
+    make_objective(settings("sampled_token_weighted", **served, rollout_lag=1))
+    with pytest.raises(ValueError, match="rollout_lag is 1"):
+        make_objective(
+            settings("sampled_token_weighted", **(served | {"ratio": "none"}), rollout_lag=1)
+        )
 
 
 def test_a_wide_clip_leaves_the_mean_of_the_weighted_score() -> None:
@@ -155,11 +157,11 @@ def test_a_wrapped_function_changes_no_answer(monkeypatch: pytest.MonkeyPatch) -
     for name, constructor in known.items():
         monkeypatch.setitem(o.OBJECTIVES, name, constructor)
     for name in ("wrapped", "partial", "k2_wrapped"):
-        with pytest.raises(ValueError, match="updates is 2"):
+        with pytest.raises(ValueError, match="updates_per_batch is 2"):
             make_objective(settings(name))
     for name in ("logged", "anything"):
         make_objective(settings(name))  # at gamma 0 they do not read the sampled token
-        with pytest.raises(ValueError, match="updates is 2"):
+        with pytest.raises(ValueError, match="updates_per_batch is 2"):
             make_objective(settings(name, gamma=0.5))
     with pytest.raises(ValueError, match="only add noise"):
         o.make("logged", 0.5, baseline="local_kl")

@@ -183,10 +183,12 @@ def test_running_out_of_memory_names_the_settings_to_lower(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         return honest(run, step)
 
-    config = settings(tiny_pair, tmp_path / "run", micro_tokens=321, save_every=1)
+    config = settings(tiny_pair, tmp_path / "run", max_tokens_per_microbatch=321, save_every=1)
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "one_step", starved)
-        with pytest.raises(RuntimeError, match=r"lower micro_tokens \(321\).*same command resumes"):
+        with pytest.raises(
+            RuntimeError, match=r"lower max_tokens_per_microbatch \(321\).*same command resumes"
+        ):
             train(config)
     whole = train(settings(tiny_pair, tmp_path / "whole"))
     assert rows(train(config)) == rows(whole)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Scored
+from diagnostics.batch import ScoredRollouts
 from diagnostics.catalogue import CATALOGUE, PANEL, Metric
-from diagnostics.core.optional_fields import Missing
+from diagnostics.core.optional_fields import MissingField
 from diagnostics.core.totals import read
 from diagnostics.records.batch_files import load
 from opd.config.settings import Config
@@ -27,11 +27,11 @@ TEMPERATURE = 0.8
 def one(tiny_pair, out: Path, **changes: object) -> Config:
     """One step of 4 prompts x 2, evaluated as little as possible, its batch saved."""
     small = {"steps": 1, "prompts_per_step": 4, "eval_every": 0, "eval_problems": 1}
-    fixed = {"batch_every": 1, "temperature": TEMPERATURE, "clip": 0.05}
+    fixed = {"save_batch_every": 1, "temperature": TEMPERATURE, "max_grad_norm": 0.05}
     return settings(tiny_pair, out, **(small | fixed | changes))
 
 
-def dense(network, config: Config, batch: Scored) -> Tensor:
+def dense(network, config: Config, batch: ScoredRollouts) -> Tensor:
     """(B, T, V) log-probabilities, each row by itself and without padding."""
     tokenizer, _ = load_model(config.student, "cpu", "float32")
     prompts = encode(tokenizer, problems("train", 4, config.seed * 1_000_003), 2, 64)
@@ -50,7 +50,7 @@ def adamw_by_hand(network, losses, config: Config) -> None:
     for t, loss in enumerate(losses, 1):
         gradients = torch.autograd.grad(loss(), list(network.parameters()))
         norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
-        scale = min(1.0, config.clip / (float(norm) + 1e-6))
+        scale = min(1.0, config.max_grad_norm / (float(norm) + 1e-6))
         a, b = config.betas
         with torch.no_grad():
             for p, g, m, v in zip(network.parameters(), gradients, first, second, strict=True):
@@ -106,7 +106,7 @@ def test_two_clipped_updates_are_the_dense_ones(
         tmp_path / "run",
         objective="sampled_token_clipped",
         gamma=0.5,
-        updates=2,
+        updates_per_batch=2,
         lr=0.02,
         mask=tuple(f"id:{token}" for token in range(60, 110)),
         mask_scope=scope,
@@ -155,17 +155,19 @@ def test_two_clipped_updates_are_the_dense_ones(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"objective": "teacher_topk", "updates": 2, "denominator": "group_mean"},
+        {"objective": "teacher_topk", "updates_per_batch": 2, "denominator": "group_mean"},
         {"objective": "sampled_token", "mask": ("id:20", "id:21"), "gamma": 1.0},
-        {"objective": "full_jsd", "keep_uncertain": 0.5},
-        {"objective": "union_topk_bucket", "outcome": 0.5, "denominator": "sequence_mean"},
+        {"objective": "full_jsd", "entropy_top_fraction": 0.5},
+        {"objective": "union_topk_bucket", "reward_weight": 0.5, "denominator": "sequence_mean"},
     ],
 )
 def test_the_split_into_micro_batches_changes_nothing(
     tiny_pair, tmp_path: Path, changes: dict[str, object]
 ) -> None:
     found = [
-        rows(train(one(tiny_pair, tmp_path / str(size), micro_tokens=size, **changes)))[0]
+        rows(
+            train(one(tiny_pair, tmp_path / str(size), max_tokens_per_microbatch=size, **changes))
+        )[0]
         for size in (50, 100_000)
     ]
     assert found[0].keys() == found[1].keys()
@@ -178,7 +180,8 @@ def test_the_split_into_micro_batches_changes_nothing(
 
 def test_recomputed_layers_give_the_same_bits(tiny_pair, tmp_path: Path) -> None:
     plain, recomputed = (
-        train(one(tiny_pair, tmp_path / str(on), steps=2, checkpointing=on)) for on in (False, True)
+        train(one(tiny_pair, tmp_path / str(on), steps=2, gradient_checkpointing=on))
+        for on in (False, True)
     )
     assert rows(plain) == rows(recomputed)
     same = [(d / "final" / "model.safetensors").read_bytes() for d in (plain, recomputed)]
@@ -201,7 +204,9 @@ def test_layers_are_recomputed_in_an_update_and_nowhere_else(tiny_pair, tmp_path
 
 
 def test_only_the_most_uncertain_tokens_are_trained_on(tiny_pair, tmp_path: Path) -> None:
-    config = one(tiny_pair, tmp_path / "run", objective="full_reverse_kl", keep_uncertain=0.25)
+    config = one(
+        tiny_pair, tmp_path / "run", objective="full_reverse_kl", entropy_top_fraction=0.25
+    )
     folder = train(config)
     batch = load(folder / "batches" / "step_000000.safetensors")
     entropy = batch.prefix.student_entropy[batch.mask]
@@ -214,13 +219,13 @@ def test_only_the_most_uncertain_tokens_are_trained_on(tiny_pair, tmp_path: Path
 def test_steps_without_exact_measures_train_the_same(tiny_pair, tmp_path: Path) -> None:
     """The teacher's top-K and the sampler's numbers suffice for the loss, not for the panel."""
     every, seldom = (
-        train(one(tiny_pair, tmp_path / str(n), steps=3, exact_every=n)) for n in (1, 2)
+        train(one(tiny_pair, tmp_path / str(n), steps=3, full_metrics_every=n)) for n in (1, 2)
     )
     pairs = list(zip(rows(every), rows(seldom), strict=True))
     for step, (full, lean) in enumerate(pairs):
-        assert ("drift/reverse_kl" in lean) == (step % 2 == 0)
-        assert "drift/reverse_kl" in full
-        for name in ("loss", "grad_norm", "drift/k1", "supervision/negative_share"):
+        assert ("divergence/reverse_kl" in lean) == (step % 2 == 0)
+        assert "divergence/reverse_kl" in full
+        for name in ("loss", "grad_norm", "divergence/k1", "signal/negative_share"):
             assert lean[name] == pytest.approx(full[name], rel=2e-3, abs=1e-5), name
     weights = [list(final(folder).parameters()) for folder in (every, seldom)]
     for a, b in zip(*weights, strict=True):
@@ -273,10 +278,10 @@ def test_the_probes_noise_is_that_of_head_gradients_by_autograd(tiny_pair, tmp_p
     assert error < 2 * want
 
 
-def read_if_known(metric: Metric, batch: Scored) -> dict[str, float]:
+def read_if_known(metric: Metric, batch: ScoredRollouts) -> dict[str, float]:
     try:
         return read(metric(batch))
-    except Missing:
+    except MissingField:
         return {}
 
 
@@ -290,18 +295,18 @@ def test_a_mask_takes_its_tokens_out_of_loss_and_denominator(tiny_pair, tmp_path
     assert 0 < int(kept.sum()) < int(some.mask.sum())
     row = rows(folder)[0]
     assert row["loss"] == pytest.approx(float(some.prefix.reverse_kl[kept].mean()), rel=1e-4)
-    assert row["collapse/length"] == pytest.approx(float(some.mask.sum(1).double().mean()))
-    assert row["collapse/lengths_q50"] == rows(plain)[0]["collapse/lengths_q50"]
+    assert row["response/length"] == pytest.approx(float(some.mask.sum(1).double().mean()))
+    assert row["response/lengths_q50"] == rows(plain)[0]["response/lengths_q50"]
     share = 1 - float(kept.sum() / some.mask.sum())
     assert row["mask/all/tokens"] == pytest.approx(share, rel=1e-5)
     healthy = rows(plain)[0]
     sampled = [PANEL[e.name] for e in CATALOGUE if e.over == "sampled" and e.name in PANEL]
     shown = [name for metric in sampled for name in read_if_known(metric, some) if name in row]
-    assert {"validity/z_H", "validity/z_K", "collapse/length"} < set(shown)
+    assert {"consistency/z_H", "consistency/z_K", "response/length"} < set(shown)
     for name in shown:  # the same rollouts: what tests them does not ask what is supervised
         if row[name] != healthy[name]:
             assert row[name] == pytest.approx(healthy[name], rel=1e-9), name
-    assert row["drift/k1"] != healthy["drift/k1"]
+    assert row["divergence/k1"] != healthy["divergence/k1"]
     assert f"id:{token}" in load(folder / "batches" / "step_000000.safetensors").mask_rule
 
 
@@ -334,7 +339,9 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(
 
 def test_updates_need_a_score_that_knows_how_far_the_student_moved(tiny_pair, tmp_path) -> None:
     for changes in ({"objective": "sampled_token"}, {"objective": "full_reverse_kl", "gamma": 0.5}):
-        with pytest.raises(ValueError, match=r"updates is 2: .* sampled_token_weighted"):
-            train(one(tiny_pair, tmp_path / "run", updates=2, **changes))
-    with pytest.raises(ValueError, match="updates is 3; it must be a divisor of prompts_per_step"):
-        one(tiny_pair, tmp_path / "run", updates=3)
+        with pytest.raises(ValueError, match=r"updates_per_batch is 2: .* sampled_token_weighted"):
+            train(one(tiny_pair, tmp_path / "run", updates_per_batch=2, **changes))
+    with pytest.raises(
+        ValueError, match="updates_per_batch is 3; it must be a divisor of prompts_per_step"
+    ):
+        one(tiny_pair, tmp_path / "run", updates_per_batch=3)

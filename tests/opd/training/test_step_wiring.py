@@ -15,7 +15,7 @@ from opd.runtime.seeds import PROBE, ROLLOUT
 from opd.training import step as steps
 from opd.training import update as updates
 from opd.training.optimizer import Optimizer
-from opd.training.state import Run
+from opd.training.state import TaskRun
 from opd.training.step import roll_out
 from opd.training.train import train
 from tests.opd.training.test_train import rows, settings
@@ -25,8 +25,8 @@ from tests.opd.training.test_train import rows, settings
 def run_of(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Train, and the `Run` whose steps were taken."""
 
-    def trained(config: Any) -> Run:
-        seen: list[Run] = []
+    def trained(config: Any) -> TaskRun:
+        seen: list[TaskRun] = []
         honest = steps.update
 
         def kept(parts: Any, step: int) -> Any:
@@ -99,7 +99,7 @@ def test_an_update_divides_by_what_it_trains_on(
 
     monkeypatch.setattr(updates, "shared_out", watched)
     config = settings(
-        tiny_pair, tmp_path / "run", steps=1, prompts_per_step=4, updates=2, batch_every=1,
+        tiny_pair, tmp_path / "run", steps=1, prompts_per_step=4, updates_per_batch=2, save_batch_every=1,
         denominator=name, mask=tuple(f"id:{token}" for token in range(20, 140)),
     )  # fmt: skip
     batch = load(train(config) / "batches" / "step_000000.safetensors")
@@ -123,7 +123,12 @@ def test_an_update_divides_by_what_it_trains_on(
 def test_an_update_without_tokens_is_named(tiny_pair, tmp_path: Path) -> None:
     """One token of the whole step is kept, so that three of four updates have none."""
     config = settings(
-        tiny_pair, tmp_path / "run", steps=1, prompts_per_step=4, updates=4, keep_uncertain=1e-9
+        tiny_pair,
+        tmp_path / "run",
+        steps=1,
+        prompts_per_step=4,
+        updates_per_batch=4,
+        entropy_top_fraction=1e-9,
     )
     with pytest.raises(InvalidInput, match=r"update \d of 4 has no supervised token, of 1 in the"):
         train(config)
@@ -150,7 +155,7 @@ def test_a_moving_average_does_not_follow_a_refused_step(
     monkeypatch.setattr(updates, "follow", watched)
     monkeypatch.setattr(Optimizer, "step", refusing)
     config = settings(
-        (tiny_pair[0], Path("ema")), tmp_path / "run", steps=3, outcome=1.0,
+        (tiny_pair[0], Path("ema")), tmp_path / "run", steps=3, reward_weight=1.0,
         objective="sampled_token",
     )  # fmt: skip
     train(config)
@@ -170,7 +175,7 @@ def test_the_ends_of_the_generation_config_end_a_response(
     generation = GenerationConfig.from_pretrained(student)
     generation.eos_token_id = extra
     generation.save_pretrained(student)
-    config = settings((student, tiny_pair[1]), tmp_path / "run", steps=1, batch_every=1)
+    config = settings((student, tiny_pair[1]), tmp_path / "run", steps=1, save_batch_every=1)
     run = run_of(config)
     assert set(extra) < set(run.pair.eos)
     batch = load(Path(config.out) / "batches" / "step_000000.safetensors")

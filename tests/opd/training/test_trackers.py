@@ -27,7 +27,7 @@ def run(folder: Path, names: tuple[str, ...], first: int, last: int) -> None:
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in kept))
     with open_loggers(names, folder, CONFIG) as log:
         for step in range(first, last):
-            row: Row = {"step": step, "loss": step / 4, "supervision/n": 7, "none": None}
+            row: Row = {"step": step, "loss": step / 4, "signal/n": 7, "none": None}
             append(folder / "rows.jsonl", row)
             log(step, row)
             if step + 1 == EVALUATION["step"]:
@@ -55,7 +55,7 @@ def test_tensorboard_holds_each_step_once_after_a_kill(tmp_path: Path) -> None:
     found = scalars(tmp_path)
     assert found["loss"] == [(i, i / 4) for i in range(6)]
     assert found["eval/accuracy"] == [(2, 0.5)]
-    assert set(found) == {"loss", "supervision/n", "eval/accuracy"}
+    assert set(found) == {"loss", "signal/n", "eval/accuracy"}
 
 
 def test_a_logger_that_is_named_late_gets_the_whole_record(tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_wandb_runs_offline_and_keeps_its_identity(
         steps.append(sorted(kept))
         for step, values in kept.items():
             assert values["loss"] == step / 4
-            assert values["supervision/n"] == 7
+            assert values["signal/n"] == 7
             assert ("eval/accuracy" in values) == (step == 2 and file == files[0])
             assert "none" not in values
     assert steps == [[0, 1, 2, 3], [2, 3, 4, 5]]

@@ -30,7 +30,7 @@ def settings(pair: tuple[Path, Path], out: Path, **changes: object) -> Config:
         "eval_every": 2,
         "eval_problems": 4,
         "save_every": 2,
-        "batch_every": 2,
+        "save_batch_every": 2,
         "device": "cpu",
     }
     return Config(student=str(pair[0]), teacher=str(pair[1]), out=str(out), **(fields | changes))  # type: ignore[arg-type]
@@ -57,9 +57,9 @@ def test_scorer_agrees_with_sampler(tiny_pair, temperature: float, top_p: float)
         top_p=top_p,
         generator=torch.Generator().manual_seed(0),
     )
-    how = {"k": 5, "temperature": temperature, "chunk_elements": 700, "keep_teacher": False}
-    whole, _ = score(pair, prompts, batch, micro_tokens=10_000, **how)
-    split, _ = score(pair, prompts, batch, micro_tokens=60, **how)
+    how = {"k": 5, "temperature": temperature, "max_logits_per_chunk": 700, "keep_teacher": False}
+    whole, _ = score(pair, prompts, batch, max_tokens_per_microbatch=10_000, **how)
+    split, _ = score(pair, prompts, batch, max_tokens_per_microbatch=60, **how)
     assert len(micro_batches(prompts, batch, 60)) > 1
     torch.testing.assert_close(whole.student_logp, split.student_logp, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(whole.prefix.reverse_kl, split.prefix.reverse_kl)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Prefix, Scored
+from diagnostics.batch import DistributionStats, ScoredRollouts
 from diagnostics.core.distribution_stats import functionals
 from opd.objectives import factory
 from synthetic.estimators import FAMILY
@@ -150,7 +150,7 @@ def all_paths(mdp: TabularMDP, student: Tensor, teacher: Tensor) -> tuple[Trajec
     ours, theirs = by_hand.logp(paths, student), by_hand.logp(paths, teacher)
     every = [x.log_softmax(-1)[paths.states] for x in (student, teacher)]
     parts = functionals(*every, paths.tokens)
-    batch = Scored(
+    batch = ScoredRollouts(
         tokens=paths.tokens,
         mask=paths.mask,
         sampler_logp=ours,
@@ -158,7 +158,7 @@ def all_paths(mdp: TabularMDP, student: Tensor, teacher: Tensor) -> tuple[Trajec
         ended=torch.ones(len(ours), dtype=torch.bool),
         student_logp=ours,
         teacher_logp=theirs,
-        prefix=Prefix(**{k: x * paths.mask for k, x in parts.items()}),
+        prefix=DistributionStats(**{k: x * paths.mask for k, x in parts.items()}),
     )
     return Trajectories(batch, paths.states), by_hand.probability(paths, student)
 

@@ -142,7 +142,7 @@ def test_un_normalised_support_rests_at_a_share_of_one_over_e() -> None:
     head = q * inside / math.e
     p = p * (1 - inside)
     p = head + p / p.sum(-1, keepdim=True) * (1 - head.sum(-1, keepdim=True))
-    objective = factory.make("teacher_topk_unnormalised", collapse_accepted=True)
+    objective = factory.make("teacher_topk_unnormalised", allow_collapse=True)
     assert expected(p.log(), teacher, objective, 3).abs().max() < 1e-15
     assert expected(teacher, teacher, objective, 3).norm() > 0.1
     for row, mass in zip(collapse.observed(p.log(), teacher, 3), head.sum(-1), strict=True):
@@ -201,14 +201,14 @@ def test_batch_sizes_of_two_worlds_made_by_hand() -> None:
 
 def chain(**knobs: float) -> drift_chain.DriftChain:
     return drift_chain.drift_chain(
-        replace(drift_chain.Knobs(horizon=8, informed=2, ordinary=3), **knobs), seeded(5)
+        replace(drift_chain.DriftChainConfig(horizon=8, informed=2, ordinary=3), **knobs), seeded(5)
     )
 
 
 def test_the_loop_fills_geometrically() -> None:
     """m' = (1 - m) enter + m stay, whatever the ordinary tokens do."""
     at = chain()
-    mass, knobs = 0.0, drift_chain.Knobs()
+    mass, knobs = 0.0, drift_chain.DriftChainConfig()
     for here in moments.sequence_kl(at.mdp, at.student, at.teacher).occupancy[:, at.loop]:
         assert here.item() == pytest.approx(mass, abs=1e-12)
         mass = (1 - mass) * knobs.enter + mass * knobs.stay

@@ -112,7 +112,7 @@ def test_a_run_stands_at_its_own_numbers(tmp_path: Path) -> None:
         "gradient/chosen/rb_all": 0.8,
         "gradient/chosen@0": 0.3,
         "gradient/chosen@0.5": 0.7,
-        "collapse/length": 40.0,
+        "response/length": 40.0,
     }
     for step, row in enumerate(({}, probe)):
         rows.append(run / "rows.jsonl", {"step": step, **row})

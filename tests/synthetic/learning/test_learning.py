@@ -46,7 +46,7 @@ def test_a_runs_gradient_has_the_exact_mean_and_variance(
     """Many runs of one student: the spread between them is that of a batch of its trajectories."""
     task = small(hidden=2)
     parameters = task.student.start(RUNS, seeded(1))
-    objective = factory.make(name, gamma, baseline, collapse_accepted=True)
+    objective = factory.make(name, gamma, baseline, allow_collapse=True)
     drawn = descent.sampled_gradient(task, parameters, objective, BATCH, seeded(2), k)
     mean, variance = moments.moments(
         task.mdp,
@@ -110,7 +110,7 @@ def at_its_teacher(task: students.Task) -> tuple[students.Task, Tensor]:
 def test_only_the_unnormalised_support_leaves_its_teacher(name: str) -> None:
     task, begin = at_its_teacher(small())
     kind, gamma, baseline = learning.OBJECTIVES[name]
-    objective = factory.make(kind, gamma, baseline, collapse_accepted=True)
+    objective = factory.make(kind, gamma, baseline, allow_collapse=True)
     k = 2 if "topk" in kind else None
     step = descent.sgd(rates(0.3, 1.0))
     end = descent.train(task, begin, objective, step, 20, 8, math.inf, [20], seeded(8), k)[20]

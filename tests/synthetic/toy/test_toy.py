@@ -8,9 +8,9 @@ from torch import Tensor
 
 from synthetic.experiments import toy
 from synthetic.toy import control, distillation
-from synthetic.toy.control import HORIZON, STARTS, TARGETS, Choices, Networks
+from synthetic.toy.control import HORIZON, STARTS, TARGETS, DistillationConfig, Networks
 
-CHOICES = Choices(hidden=5)
+CHOICES = DistillationConfig(hidden=5)
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -115,7 +115,7 @@ def test_odd_iterations_are_of_the_left_task_and_divergence_stops_a_run() -> Non
     far = [torch.zeros_like(w) for w in teachers[1].weights]
     far[-1][0, -1, 0] = 1e6
     teachers = teachers[0], teachers[1].stepped(far)  # the right teacher is unreachable
-    choices = Choices(hidden=5, sigma_floor=0.3)
+    choices = DistillationConfig(hidden=5, sigma_floor=0.3)
     done = distillation.distil(
         students, teachers, (0.0, 1.0), 4, (0, 1, 2, 4), 8, choices, seeded(13)
     )
@@ -129,7 +129,7 @@ def test_odd_iterations_are_of_the_left_task_and_divergence_stops_a_run() -> Non
 
 def test_clipping_bounds_the_step_of_plain_descent() -> None:
     students, teacher = networks(2, 14), networks(1, 16)
-    choices = Choices(hidden=5, optimizer="sgd", rate=0.5, clip=1e-3)
+    choices = DistillationConfig(hidden=5, optimizer="sgd", rate=0.5, clip=1e-3)
     done = distillation.distil(
         students, (teacher, teacher), (0.0, 1.0), 1, (), 8, choices, seeded(17)
     )
@@ -139,7 +139,7 @@ def test_clipping_bounds_the_step_of_plain_descent() -> None:
 
 
 def test_teachers_reach_their_targets() -> None:
-    choices = Choices(teacher_iterations=150, hidden=32)
+    choices = DistillationConfig(teacher_iterations=150, hidden=32)
     for task, teacher in enumerate(control.train_teachers(choices, seeded(18))):
         positions, _ = control.rollouts(teacher, task, noise(200), choices)
         assert abs(positions[0, :, -1].mean().item() - TARGETS[task]) < 0.5

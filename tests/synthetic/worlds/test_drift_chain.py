@@ -14,7 +14,7 @@ from synthetic.exact.token_weights import masked_moments, quantiles, token_weigh
 from synthetic.experiments import drift as experiment
 from synthetic.sampling.monte_carlo import trajectory_gradients
 from synthetic.sampling.trajectories import Trajectories, sample
-from synthetic.worlds.drift_chain import DriftChain, Knobs, drift_chain
+from synthetic.worlds.drift_chain import DriftChain, DriftChainConfig, drift_chain
 from tests.helpers import mdp_enumeration as by_hand
 
 COUNT = 4000
@@ -25,17 +25,19 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def small(**knobs: float) -> DriftChain:
-    return drift_chain(replace(Knobs(horizon=4, informed=1, ordinary=2), **knobs), seeded(0))
+    return drift_chain(
+        replace(DriftChainConfig(horizon=4, informed=1, ordinary=2), **knobs), seeded(0)
+    )
 
 
-UNTAGGED = {"teacher_special": Knobs().special}
+UNTAGGED = {"teacher_special": DriftChainConfig().special}
 """The teacher gives the tag the student's probability: the loop alone is at work."""
 
 
 @pytest.fixture(scope="module")
 def drawn() -> tuple[DriftChain, Trajectories, dict[str, float]]:
     """A long chain, its trajectories, and one row of the panel; every trajectory is a cluster."""
-    chain = drift_chain(Knobs(horizon=64), seeded(1))
+    chain = drift_chain(DriftChainConfig(horizon=64), seeded(1))
     at = sample(chain.mdp, chain.student, chain.teacher, COUNT, seeded(2))
     batch = replace(at.batch, prompt=torch.arange(COUNT))
     return chain, at, Monitor()(0, [batch])
@@ -47,7 +49,7 @@ def drawn() -> tuple[DriftChain, Trajectories, dict[str, float]]:
 @pytest.mark.parametrize("uninformed", ["flat", "copies"])
 def test_the_uninformed_teacher_is_flat_or_copies(uninformed: str) -> None:
     """Local KL by hand: log-ratios of the loop token and the tag, and those of ordinary tokens."""
-    knobs = Knobs(uninformed=uninformed, **UNTAGGED)
+    knobs = DriftChainConfig(uninformed=uninformed, **UNTAGGED)
     chain = drift_chain(knobs, seeded(7))
     at = moments.sequence_kl(chain.mdp, chain.student, chain.teacher)
     p = chain.student.softmax(-1)[chain.uninformed, : knobs.ordinary]
@@ -62,7 +64,7 @@ def test_the_uninformed_teacher_is_flat_or_copies(uninformed: str) -> None:
 
 
 def test_an_excursion_to_the_uninformed_block_ends_only_through_the_loop() -> None:
-    knobs = Knobs(drift=0.1, enter=0.05, stay=0.6)
+    knobs = DriftChainConfig(drift=0.1, enter=0.05, stay=0.6)
     chain = drift_chain(knobs, seeded(8))
     at = moments.sequence_kl(chain.mdp, chain.student, chain.teacher)
     informed, lost, looping = 1.0, 0.0, 0.0
@@ -130,7 +132,7 @@ def test_entering_is_worth_what_the_loop_saves(gamma: float) -> None:
 
 def test_sequence_level_buys_the_loop_that_token_level_refuses() -> None:
     """Entering costs more than an ordinary token, and every later token in the loop nothing."""
-    chain = drift_chain(Knobs(**UNTAGGED), seeded(3))
+    chain = drift_chain(DriftChainConfig(**UNTAGGED), seeded(3))
     at = moments.sequence_kl(chain.mdp, chain.student, chain.teacher)
     assert at.local[chain.loop].item() == pytest.approx(0, abs=1e-12)
     slopes = moments.expected_gradient(chain.mdp, chain.student, chain.teacher, [0.0, 1.0])
@@ -141,15 +143,15 @@ def test_sequence_level_buys_the_loop_that_token_level_refuses() -> None:
 def test_a_forbidden_tag_drives_even_token_level_into_the_loop() -> None:
     """Outside the loop the tag raises the mean cost that entering has to beat, by a sum by hand."""
     slopes = []
-    for knobs in (Knobs(**UNTAGGED), Knobs()):
+    for knobs in (DriftChainConfig(**UNTAGGED), DriftChainConfig()):
         chain = drift_chain(knobs, seeded(3))
         gradient = moments.expected_gradient(chain.mdp, chain.student, chain.teacher, 0.0)
         slopes.append(gradient[chain.informed, chain.loop_token].sum().item())
     visits = moments.sequence_kl(chain.mdp, chain.student, chain.teacher).occupancy
-    tag = Knobs().special * (math.log(Knobs().special) + 20)
+    tag = DriftChainConfig().special * (math.log(DriftChainConfig().special) + 20)
     # all ordinary tokens gain the small share of the tag's teacher mass that is freed
     freed = -math.log((1 - 0.015 - math.exp(-20)) / (1 - 0.015 - 0.02)) * (1 - 0.04)
-    want = -visits[:, chain.informed].sum().item() * Knobs().enter * (tag + freed)
+    want = -visits[:, chain.informed].sum().item() * DriftChainConfig().enter * (tag + freed)
     assert slopes[1] - slopes[0] == pytest.approx(want, rel=1e-9)
 
 
@@ -159,7 +161,7 @@ def test_a_forbidden_tag_drives_even_token_level_into_the_loop() -> None:
 @pytest.mark.parametrize("gamma", [0.0, 0.7, 1.0])
 def test_a_masked_tag_is_a_masked_position_of_the_batch(gamma: float) -> None:
     """The exact study and the loss that trains mask alike: no cost, no loss, gamma advanced."""
-    chain = drift_chain(Knobs(horizon=12, special=0.05), seeded(4))
+    chain = drift_chain(DriftChainConfig(horizon=12, special=0.05), seeded(4))
     at = sample(chain.mdp, chain.student, chain.teacher, 20_000, seeded(5))
     at = replace(at, batch=at.batch.supervise(at.batch.tokens != chain.special_token))
     objective = factory.make("sampled_token", gamma)
@@ -175,7 +177,7 @@ def test_a_masked_tag_is_a_masked_position_of_the_batch(gamma: float) -> None:
 
 def test_the_teachers_top_tokens_do_not_move_with_the_tag() -> None:
     """The tag ranks last for the teacher, so that only K = A compares it."""
-    chain = drift_chain(Knobs(), seeded(6))
+    chain = drift_chain(DriftChainConfig(), seeded(6))
     other = replace(chain, teacher=chain.teacher.clone())
     other.teacher[:, chain.special_token] -= 5  # still rarer
     for k, same in ((2, True), (6, True), (7, True), (8, False)):
@@ -188,50 +190,48 @@ def test_the_teachers_top_tokens_do_not_move_with_the_tag() -> None:
 
 # --- what the panel sees of it ------------------------------------------------------------------
 
-Drawn = tuple[DriftChain, Trajectories, dict[str, float]]
+TaskRollouts = tuple[DriftChain, Trajectories, dict[str, float]]
 
 
 def per_token(weight: Tensor, x: Tensor) -> float:
     return float((weight * x).sum() / weight.sum())
 
 
-def test_the_panel_measures_the_exact_shares_and_costs(drawn: Drawn) -> None:
+def test_the_panel_measures_the_exact_shares_and_costs(drawn: TaskRollouts) -> None:
     chain, _, row = drawn
     weight, cost = token_weights(chain)
     q = chain.teacher.log_softmax(-1)
     entropy = -(q.exp() * q).sum(-1, keepdim=True)
     for name, x in (
-        ("supervision/negative_share", (cost > 0).double()),
-        ("supervision/negative_share_null", (cost > 0).double()),
-        ("supervision/positive_mass", (-cost).clamp(min=0)),
-        ("drift/k1", cost),
-        ("drift/reverse_kl", cost),
-        ("drift/teacher_entropy", entropy.expand_as(cost)),
-        ("drift/teacher_prob", q.exp()),
+        ("signal/negative_share", (cost > 0).double()),
+        ("signal/negative_share_null", (cost > 0).double()),
+        ("signal/positive_mass", (-cost).clamp(min=0)),
+        ("divergence/k1", cost),
+        ("divergence/reverse_kl", cost),
+        ("divergence/teacher_entropy", entropy.expand_as(cost)),
+        ("divergence/teacher_prob", q.exp()),
     ):
         assert row[f"{name}_se"] > 0
         assert abs(row[name] - per_token(weight, x)) < 4 * row[f"{name}_se"], name
     for first, last in ((0, 1), (8, 15), (32, 63)):
         part = weight[first : last + 1]
         for name, x in (("k1", cost), ("teacher_entropy", entropy.expand_as(cost))):
-            found, error = (row[f"drift/{name}@{first}-{last}{end}"] for end in ("", "_se"))
+            found, error = (row[f"divergence/{name}@{first}-{last}{end}"] for end in ("", "_se"))
             assert abs(found - per_token(part, x)) < 4 * error, (name, first)
-    assert abs(row["supervision/negative_share_excess"]) < (
-        4 * row["supervision/negative_share_excess_se"]
-    )
+    assert abs(row["signal/negative_share_excess"]) < (4 * row["signal/negative_share_excess_se"])
 
 
-def test_repeated_tokens_are_the_loops_and_cost_next_to_nothing(drawn: Drawn) -> None:
+def test_repeated_tokens_are_the_loops_and_cost_next_to_nothing(drawn: TaskRollouts) -> None:
     chain, at, row = drawn
     looping = (at.batch.tokens == chain.loop_token).unfold(1, 9, 1).all(-1)
     # nine loop tokens in a row hold two equal 8-grams; ordinary tokens hardly ever repeat eight
     least = looping.double().sum() / at.batch.mask.sum()
-    assert least <= row["collapse/repeated_share"] < least + 0.01
-    assert row["supervision/repeated_cost"] < 0.1 * row["supervision/regular_cost"]
-    assert row["drift/teacher_rank_1"] < 1
+    assert least <= row["repetition/repeated_share"] < least + 0.01
+    assert row["signal/repeated_cost"] < 0.1 * row["signal/regular_cost"]
+    assert row["divergence/teacher_rank_1"] < 1
 
 
-def test_position_quantiles_are_those_of_the_samples(drawn: Drawn) -> None:
+def test_position_quantiles_are_those_of_the_samples(drawn: TaskRollouts) -> None:
     """The share below the exact quantile is the level, up to ties and four standard errors."""
     chain, at, _ = drawn
     weight, cost = token_weights(chain)
@@ -252,7 +252,7 @@ def test_responses_end_geometrically_but_not_in_the_loop() -> None:
     """Two lumped classes: outside, m enters and the rest ends with `stop`; inside, 1 - stay leaves
     and of those the rest ends too.
     """
-    knobs = Knobs(horizon=24, stop=0.1, enter=0.05, stay=0.9)
+    knobs = DriftChainConfig(horizon=24, stop=0.1, enter=0.05, stay=0.9)
     weight, cost = token_weights(drift_chain(knobs, seeded(2)))
     outside, loop = 1.0, 0.0
     for here in weight:
@@ -266,7 +266,7 @@ def test_responses_end_geometrically_but_not_in_the_loop() -> None:
 
 def test_the_late_tokens_of_random_lengths_are_loops() -> None:
     """The share of the survivors in the loop, from samples."""
-    chain = drift_chain(Knobs(horizon=48, stop=0.05), seeded(2))
+    chain = drift_chain(DriftChainConfig(horizon=48, stop=0.05), seeded(2))
     batch = sample(chain.mdp, chain.student, chain.teacher, 8000, seeded(3)).batch
     want = float(experiment.signal(chain)["late_loop"])
     going = batch.mask[:, -1]
@@ -279,14 +279,16 @@ def test_the_late_tokens_of_random_lengths_are_loops() -> None:
 
 def test_a_sure_teacher_widens_the_signal_and_a_flat_one_narrows_it() -> None:
     growth = {
-        kind: experiment.signal(drift_chain(Knobs(uninformed=kind), seeded(4)))["band_growth"]
+        kind: experiment.signal(drift_chain(DriftChainConfig(uninformed=kind), seeded(4)))[
+            "band_growth"
+        ]
         for kind in ("flat", "sure")
     }
     assert growth["sure"] > 1.2 > growth["flat"]
 
 
 def test_positive_and_total_signal_concentrate_differently() -> None:
-    chain = drift_chain(Knobs(), seeded(5))
+    chain = drift_chain(DriftChainConfig(), seeded(5))
     weight, cost = token_weights(chain)
     each, size = weight.sum(0).flatten(), (-cost).flatten()
     rows = sorted(zip(size.tolist(), each.tolist(), strict=True), reverse=True)

@@ -7,7 +7,7 @@ import pytest
 
 from opd.data.grading.exact_numbers import TooLarge, latex_of, read_number
 from opd.data.grading.graders import GRADERS, grade_math, grade_numeric, last_box
-from opd.envs.base import Scene
+from opd.envs.base import Observation
 from opd.envs.task import action_of
 
 SPELLINGS = {
@@ -257,7 +257,7 @@ def test_loops_are_graded_in_linear_time() -> None:
                 GRADERS[name](response, answer)
                 assert time.perf_counter() - start < 2, (loop, name)
     assert last_box("\\boxed{" * 100_000 + "1" + "}" * 3) == "1"
-    scene = Scene("A door.", actions=("open",))
+    scene = Observation("A door.", actions=("open",))
     for text in (
         "<action>" * 12_000,
         "<action>open</action>" + "</action>" * 12_000,

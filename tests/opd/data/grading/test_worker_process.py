@@ -10,8 +10,8 @@ from opd.analysis.continuation import continuation
 from opd.analysis.own_prefix import control
 from opd.config.settings import Config, to_json
 from opd.data.grading import graders
-from opd.data.grading.graders import Verdict, make_grader
-from opd.data.grading.worker_process import Judge
+from opd.data.grading.graders import Grade, make_grader
+from opd.data.grading.worker_process import GraderWorker
 from opd.data.tasks import load_task
 
 MODULE = """
@@ -53,7 +53,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_memory_runs_out_in_the_process_alone(module: Path) -> None:
-    judge = Judge(seconds=20.0, kind=f"{module}:greedy", memory=256 << 20)
+    judge = GraderWorker(seconds=20.0, kind=f"{module}:greedy", memory=256 << 20)
     start = time.perf_counter()
     assert judge("", "64") == {"score": float(64 << 20)}
     found = judge("", "512")
@@ -65,7 +65,7 @@ def test_memory_runs_out_in_the_process_alone(module: Path) -> None:
 
 
 def test_algebra_that_eats_memory_or_time_ends_in_time() -> None:
-    judge = Judge(seconds=2.0)
+    judge = GraderWorker(seconds=2.0)
     for given in ("2^{2^{33}}", "(x+y+z+w)^{4000}"):
         start = time.perf_counter()
         found = judge("5", given)
@@ -78,10 +78,10 @@ def test_algebra_that_eats_memory_or_time_ends_in_time() -> None:
 def test_users_functions_grade(module: Path) -> None:
     for name in (f"{module}:contains", f"{module.stem}:contains"):
         grade = make_grader(name)
-        assert grade("<think>7</think>it is 42", "42") == Verdict(1.0, "it is 42")
-        assert grade(r"7, so \boxed{7}", "42") == Verdict(0.0, "7")
-        assert grade("", "42") == Verdict(0.0, None)
-    assert make_grader(f"{module}:partial")("abc", "") == Verdict(0.75, "abc")
+        assert grade("<think>7</think>it is 42", "42") == Grade(1.0, "it is 42")
+        assert grade(r"7, so \boxed{7}", "42") == Grade(0.0, "7")
+        assert grade("", "42") == Grade(0.0, None)
+    assert make_grader(f"{module}:partial")("abc", "") == Grade(0.75, "abc")
 
 
 def test_users_functions_that_fail_are_named(module: Path) -> None:
@@ -109,13 +109,13 @@ def test_users_functions_that_hang_or_die_cost_their_response(
     for response in ("wait", "deaf, wait", "die"):
         start = time.perf_counter()
         with pytest.warns(UserWarning, match="took more than 0.5 s over a response"):
-            assert grade(response, "42") == Verdict(0.0, None)
+            assert grade(response, "42") == Grade(0.0, None)
         assert time.perf_counter() - start < 10
-        assert grade("done", "42") == Verdict(1.0, "done"), "a new process goes on"
+        assert grade("done", "42") == Grade(1.0, "done"), "a new process goes on"
 
 
 def test_gym_judges_within_its_time() -> None:
-    judge = Judge(seconds=2.0, kind="gym")
+    judge = GraderWorker(seconds=2.0, kind="gym")
     start = time.perf_counter()
     found = judge("countdown:3:0#0", "9**9**9**9")
     assert found in (None, {"score": 0.01}, {"score": 0.0}, {"score": 0.05})

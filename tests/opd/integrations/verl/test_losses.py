@@ -36,7 +36,7 @@ SUPPLIED = {
 def test_only_what_verl_sends_is_supplied() -> None:
     found = {}
     for name in OBJECTIVES:
-        found[name] = unsupplied(make(name, collapse_accepted=True))
+        found[name] = unsupplied(make(name, allow_collapse=True))
     assert {name for name, why in found.items() if not why} - SUPPLIED == {
         "teacher_topk_unnormalised"
     }
@@ -199,9 +199,9 @@ def test_topk_modes_are_the_dense_objective_through_verl(losses: Any, name: str)
         away += float((moved * keep).sum()) / TOTAL
     assert float(loss.detach()) == pytest.approx(float(total.detach()), abs=2e-6)
     torch.testing.assert_close(gradients(loss, logits), gradients(total, logits), rtol=0, atol=3e-6)
-    assert metrics["drift/topk_student_mass"].aggregate() == pytest.approx(mass, rel=1e-5)
-    assert metrics["drift/outside_topk"].aggregate() == pytest.approx(outside, rel=1e-5)
-    observed = metrics["validity/sampler_log_ratio"].aggregate()
+    assert metrics["divergence/topk_student_mass"].aggregate() == pytest.approx(mass, rel=1e-5)
+    assert metrics["divergence/outside_topk"].aggregate() == pytest.approx(outside, rel=1e-5)
+    observed = metrics["consistency/sampler_log_ratio"].aggregate()
     assert observed == pytest.approx(away, rel=1e-5)
 
 
@@ -257,7 +257,7 @@ def test_sampled_token_modes_spread_the_credit_and_leave_masks_out(
         )
         for i in range(4)
     )
-    assert metrics["drift/k1"].aggregate() == pytest.approx(k1 / TOTAL, rel=1e-5)
+    assert metrics["divergence/k1"].aggregate() == pytest.approx(k1 / TOTAL, rel=1e-5)
 
 
 @pytest.mark.verl
@@ -332,7 +332,7 @@ def test_forward_kl_on_the_support_is_verls(losses: Any, monkeypatch: pytest.Mon
     assert float(verls["distillation/loss_min"].aggregate()) > 0, "no token is clamped at 0"
     assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=1e-6)
     torch.testing.assert_close(gradients(ours, logits), gradients(theirs, logits))
-    assert mine["drift/topk_student_mass"].aggregate() == pytest.approx(
+    assert mine["divergence/topk_student_mass"].aggregate() == pytest.approx(
         float(verls["distillation/student_mass"]), rel=1e-5
     )
 
@@ -384,4 +384,4 @@ def test_what_would_be_wrong_in_verl_is_refused(losses: Any) -> None:
     with pytest.raises(ValueError, match="ratio 'sequence' is not known"):
         register("teacher_topk", mode="b", ratio="sequence")
     with pytest.raises(ValueError, match="use_task_rewards"):
-        register("sampled_token", mode="b", outcome=1.0)
+        register("sampled_token", mode="b", reward_weight=1.0)

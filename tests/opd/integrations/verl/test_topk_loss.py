@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Scored, Support
+from diagnostics.batch import ScoredRollouts, Support
 from opd.integrations.verl.topk_loss import logit_losses
 from opd.integrations.verl.vocab_parallel import Shard, log_normaliser, picked
 from opd.objectives.factory import make
@@ -45,7 +45,7 @@ def test_losses_of_packed_logits_are_the_dense_objective(
         teacher_logp=theirs[None].double(),
         source="teacher",
     )
-    scored = Scored(
+    scored = ScoredRollouts(
         tokens=tokens[None],
         mask=torch.ones(1, 8, dtype=torch.bool),
         sampler_logp=nothing,

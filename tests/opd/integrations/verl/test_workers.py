@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Scored, Support
+from diagnostics.batch import ScoredRollouts, Support
 from opd.objectives.factory import make, reduce, token_mean
 from tests.helpers.paths import ROOT
 from tests.helpers.vllm_process import free_port
@@ -101,7 +101,7 @@ def test_an_update_of_verls_fsdp_actor_is_ours(
             teacher_logp=placed(theirs),
             source="teacher",
         )
-    scored = Scored(
+    scored = ScoredRollouts(
         tokens=tokens,
         mask=mask,
         sampler_logp=torch.zeros(mask.shape),
@@ -117,11 +117,11 @@ def test_an_update_of_verls_fsdp_actor_is_ours(
     assert found["metrics"]["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
     sampler = placed([row["rollout_log_probs"] for row in made])
     away = ((sampled.detach() - sampler) * mask).sum() / mask.sum()
-    observed = found["metrics"]["validity/sampler_log_ratio"]
+    observed = found["metrics"]["consistency/sampler_log_ratio"]
     assert observed == pytest.approx(float(away), rel=1e-4)
     if support_logp is not None:
         mass = (support_logp.detach().exp().sum(-1) * mask).sum() / mask.sum()
-        observed = found["metrics"]["drift/topk_student_mass"]
+        observed = found["metrics"]["divergence/topk_student_mass"]
         assert observed == pytest.approx(float(mass), rel=1e-4)
     assert max(float(p.grad.abs().max()) for p in dense.parameters()) > 1e-3
     for parameter, p in dense.named_parameters():
@@ -234,11 +234,11 @@ def test_verls_trainer_runs_the_script_with_two_teachers(
     assert all(row["response_length/max"] <= 24 for row in steps[::2])
     assert all(row["response_length/max"] <= 12 for row in steps[1::2])
     # what the student draws is what it is trained on: the weights came round
-    assert all(abs(row["actor/validity/sampler_log_ratio"]) < 0.02 for row in steps)
+    assert all(abs(row["actor/consistency/sampler_log_ratio"]) < 0.02 for row in steps)
     assert steps[0]["actor/grad_norm"] > 0
     assert len({row["actor/grad_norm"] for row in steps}) == 4
     if name == "sampled_token":
-        away = [abs(row["actor/drift/k1"]) for row in steps]
+        away = [abs(row["actor/divergence/k1"]) for row in steps]
     else:
         away = [row["actor/distillation/loss"] for row in steps]
     assert away[0] > 10 * away[1] >= 0

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from diagnostics.batch import Scored
+from diagnostics.batch import ScoredRollouts
 from opd.config.settings import Config
 from opd.objectives.factory import COLLAPSING, DENOMINATORS, OBJECTIVES, make, reduce
 from opd.training.checks.expected_loss import (
@@ -24,10 +24,12 @@ from tests.helpers.dense_batches import B, dense
 def config(**changes: Any) -> Config:
     plain: dict[str, Any] = {"student": "s", "teacher": "t", "out": "o"}
     accepted = any(str(changes.get("objective", "")).endswith(end) for end in COLLAPSING)
-    return Config(**plain | {"collapse_accepted": accepted} | changes)
+    return Config(**plain | {"allow_collapse": accepted} | changes)
 
 
-def batch_for(name: str, seed: int = 0, sharpness: float = 2.0) -> tuple[Scored, torch.Tensor]:
+def batch_for(
+    name: str, seed: int = 0, sharpness: float = 2.0
+) -> tuple[ScoredRollouts, torch.Tensor]:
     """A batch with the objective's support, and (B, T, V) log-probabilities of the student."""
     source = name.split("_topk")[0] if "_topk" in name else "teacher"
     source = "full" if name.startswith("full_") else source
@@ -36,7 +38,7 @@ def batch_for(name: str, seed: int = 0, sharpness: float = 2.0) -> tuple[Scored,
     return batch, made.p
 
 
-def trained_loss(own: Config, batch: Scored) -> float:
+def trained_loss(own: Config, batch: ScoredRollouts) -> float:
     """The loss as `opd.objectives.factory` and `opd.objectives.reduction` make it, at the weights that scored."""
     objective = make(
         own.objective,
@@ -45,8 +47,8 @@ def trained_loss(own: Config, batch: Scored) -> float:
         own.ratio,
         beta=own.beta,
         ratio_clip=math.inf if own.ratio_clip is None else own.ratio_clip,
-        outcome=own.outcome,
-        collapse_accepted=own.collapse_accepted,
+        reward_weight=own.outcome,
+        allow_collapse=own.allow_collapse,
     )
     some = batch if objective.support != "none" else replace(batch, support=None)
     support = None if some.support is None else some.support.student_logp
@@ -54,7 +56,7 @@ def trained_loss(own: Config, batch: Scored) -> float:
     return float(reduce(loss, batch.mask, DENOMINATORS[own.denominator](batch)))
 
 
-def vector_of(own: Config, batch: Scored) -> torch.Tensor | None:
+def vector_of(own: Config, batch: ScoredRollouts) -> torch.Tensor | None:
     rows = list(range(len(batch)))
     return expected_loss(
         own,
@@ -78,8 +80,8 @@ CASES += [
     {"objective": "sampled_token", "gamma": 0.7, "baseline": "leave_one_out"},
     {"objective": "sampled_token", "ratio": "token", "ratio_clip": 0.5},
     {"objective": "teacher_topk", "ratio_clip": 0.3},
-    {"objective": "teacher_topk", "outcome": 2.0},
-    {"objective": "sampled_token_clipped", "outcome": 1.0},
+    {"objective": "teacher_topk", "reward_weight": 2.0},
+    {"objective": "sampled_token_clipped", "reward_weight": 1.0},
 ]
 UNKNOWN = ({"objective": "full_jsd"},)
 
@@ -96,11 +98,13 @@ def test_expected_is_the_trained_loss(case: dict[str, Any], denominator: str) ->
     loss = trained_loss(own, batch)
     assert float(vector[0]) == pytest.approx(loss, rel=1e-6, abs=1e-9)
     columns = loss_numbers(torch.tensor(loss), vector)
-    assert {name: float(x) for name, x in columns.items() if name != "validity/loss_expected"} == {
-        "validity/loss_error": 0,
-        "validity/loss_negated": 0,
-        "validity/loss_exchanged": 0,
-        "validity/loss_denominator": 0,
+    assert {
+        name: float(x) for name, x in columns.items() if name != "consistency/loss_expected"
+    } == {
+        "consistency/loss_error": 0,
+        "consistency/loss_negated": 0,
+        "consistency/loss_exchanged": 0,
+        "consistency/loss_denominator": 0,
     }
 
 
@@ -113,10 +117,10 @@ def test_weights_are_one_over_the_denominators() -> None:
 FLAGS = ("negated", "exchanged", "denominator")
 
 
-def flags(own: Config, batch: Scored, loss: float) -> tuple[bool, set[str]]:
+def flags(own: Config, batch: ScoredRollouts, loss: float) -> tuple[bool, set[str]]:
     columns = loss_numbers(torch.tensor(loss), vector_of(own, batch))
-    named = {flag for flag in FLAGS if columns[f"validity/loss_{flag}"] > 0}
-    return bool(columns["validity/loss_error"] > 0), named
+    named = {flag for flag in FLAGS if columns[f"consistency/loss_{flag}"] > 0}
+    return bool(columns["consistency/loss_error"] > 0), named
 
 
 def test_a_wrong_loss_is_named() -> None:
@@ -149,5 +153,5 @@ def test_what_rounding_does_is_within_its_bound(dtype: str) -> None:
         noise = unit * torch.randn(made.p.shape, generator=generator).double()
         p = (made.p + noise).log_softmax(-1)
         loss = ((p.exp() * (p - made.q)).sum(-1) * weight).sum()
-        errors.append(float(loss_numbers(loss, vector)["validity/loss_error"]))
+        errors.append(float(loss_numbers(loss, vector)["consistency/loss_error"]))
     assert errors == [0.0] * 200

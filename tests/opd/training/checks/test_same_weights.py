@@ -63,7 +63,9 @@ def test_others_pass(tiny_pair, tmp_path: Path) -> None:
     network.save_pretrained(other)
     assert not refused(settings((student, other), tmp_path / "run"))
     same = (student, student)
-    assert not refused(settings(same, tmp_path / "run", outcome=1.0, objective="sampled_token"))
+    assert not refused(
+        settings(same, tmp_path / "run", reward_weight=1.0, objective="sampled_token")
+    )
     assert not refused(settings(same, tmp_path / "run", steps=0))
 
 

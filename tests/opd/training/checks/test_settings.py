@@ -9,14 +9,14 @@ from opd.config.settings import Config, TaskSettings
 from opd.training.checks.settings import NEEDS, unused_settings
 from opd.training.train import train
 
-GAMES = {"task": "env:rooms"}
-OUTCOME: dict[str, Any] = {"outcome": 1.0, "teacher": "ema"}
+GAMES = {"task": "env:household"}
+OUTCOME: dict[str, Any] = {"reward_weight": 1.0, "teacher": "ema"}
 REFUSED: list[tuple[dict[str, Any], str]] = [
     *(
         ({"objective": name, "support_k": 1}, "support_k is 1: renormalised over one id")
         for name in ("teacher_topk", "student_topk", "intersection_topk")
     ),
-    ({"objective": "teacher_topk", "support_k": 1, "outcome": 1.0}, "support_k is 1"),
+    ({"objective": "teacher_topk", "support_k": 1, "reward_weight": 1.0}, "support_k is 1"),
     (
         {"objective": "sampled_token", "baseline": "position_mean", "prompts_per_step": 1},
         "position_mean is the mean over the step's other prompts, and a step has 1",
@@ -25,38 +25,41 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"objective": "sampled_token", "baseline": "leave_one_out", "group_size": 1},
         "leave_one_out is the mean of the prompt's other responses, and group_size is 1",
     ),
-    ({"objective": "sampled_token", "outcome": 1.0, "group_size": 1}, "outcome 1.0 compares"),
+    (
+        {"objective": "sampled_token", "reward_weight": 1.0, "group_size": 1},
+        "reward_weight 1.0 compares",
+    ),
     ({"objective": "sampled_token", "baseline": "given"}, "baseline given is a column"),
     *(
-        ({"objective": name, "own_end": True}, f"own_end would not change the loss of {name}")
+        ({"objective": name, "map_eos": True}, f"map_eos would not change the loss of {name}")
         for name in ("full_reverse_kl", "full_forward_kl", "full_jsd")
     ),
-    ({"objective": "full_reverse_kl", "gamma": 0.5, "own_end": True}, "own_end would not change"),
-    ({"objective": "student_topk_sampled_tail", "own_end": True}, "own_end exchanges ends"),
-    ({**OUTCOME, "own_end": True}, "own_end: the teacher ema ends as the student does"),
+    ({"objective": "full_reverse_kl", "gamma": 0.5, "map_eos": True}, "map_eos would not change"),
+    ({"objective": "student_topk_sampled_tail", "map_eos": True}, "map_eos exchanges ends"),
+    ({**OUTCOME, "map_eos": True}, "map_eos: the teacher ema ends as the student does"),
     (
         {"objective": "sampled_token_clipped", "ppo_clip": (0.1, 0.2, 3.0)},
-        "ppo_clip is .* and updates 1",
+        "ppo_clip is .* and updates_per_batch 1",
     ),
     ({"objective": "sampled_token", "ratio": "token"}, "ratio is token, .* 1 up to rounding"),
     ({"ratio": "sequence"}, "ratio is sequence, .* 1 up to rounding"),
     ({"prompt_column": "question"}, "prompt_column is 'question'.*of your own"),
     ({"task": "gsm8k:x.jsonl", "answer_column": "a"}, "answer_column is 'a'"),
     ({**GAMES, "prompt_column": "question"}, "prompt_column"),
-    ({"drop_long": True}, "drop_long is True"),
+    ({"skip_long_prompts": True}, "skip_long_prompts is True"),
     ({"task": "x.jsonl", "eval_prompt_column": "q"}, "eval_prompt_column is 'q'"),
     ({"eval_answer_column": "q"}, "eval_answer_column is 'q'"),
     ({"layout": "trajectory"}, "layout is 'trajectory'.*task is games"),
     ({"max_turns": 3}, "max_turns is 3.*task is games"),
-    ({"history": 4}, "history is 4.*task is games"),
-    ({**GAMES, "layout": "trajectory", "history": 4}, "history is 4.*layout turns"),
+    ({"history_turns": 4}, "history_turns is 4.*task is games"),
+    ({**GAMES, "layout": "trajectory", "history_turns": 4}, "history_turns is 4.*layout turns"),
     ({"task_order": "mixed"}, "task_order is 'mixed'.*several tasks"),
     ({"weights_folder": "w"}, "weights_folder is 'w'.*engine is servers"),
-    ({"rollout_patience": 3.0}, "rollout_patience is 3.0.*engine is servers"),
-    ({"rollout_requests": 3}, "rollout_requests is 3.*engine is servers"),
-    ({"engine": "vllm", "rows_at_once": 3}, "rows_at_once is 3.*engine is hf"),
-    ({"teacher_patience": 3.0}, "teacher_patience is 3.0.*on a server"),
-    ({"teacher_requests": 3}, "teacher_requests is 3.*on a server"),
+    ({"rollout_timeout": 3.0}, "rollout_timeout is 3.0.*engine is servers"),
+    ({"rollout_concurrency": 3}, "rollout_concurrency is 3.*engine is servers"),
+    ({"engine": "vllm", "generation_batch_size": 3}, "generation_batch_size is 3.*engine is hf"),
+    ({"teacher_timeout": 3.0}, "teacher_timeout is 3.0.*on a server"),
+    ({"teacher_concurrency": 3}, "teacher_concurrency is 3.*on a server"),
     ({**OUTCOME, "teacher": "base", "lora_rank": 2, "offload_teacher": True}, "offload_teacher"),
     ({"teacher": "http://h:1/v1", "offload_teacher": True}, "offload_teacher is True"),
     ({"ema_decay": 0.5}, "ema_decay is 0.5"),
@@ -72,7 +75,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {
             "tasks": (
                 TaskSettings(name="a", task="lab", max_turns=3),
-                TaskSettings(name="b", task="env:rooms"),
+                TaskSettings(name="b", task="env:household"),
             )
         },
         "task 'a': max_turns is 3",
@@ -96,19 +99,19 @@ def test_a_setting_without_effect_is_refused_by_name(
 
 EFFECTIVE: list[dict[str, Any]] = [
     {},
-    {"task": "x.jsonl", "prompt_column": "q", "answer_column": "a", "drop_long": True},
+    {"task": "x.jsonl", "prompt_column": "q", "answer_column": "a", "skip_long_prompts": True},
     {"task": "lab", "eval_task": "x.jsonl", "eval_prompt_column": "q", "eval_answer_column": "a"},
-    {**GAMES, "layout": "turns", "max_turns": 3, "history": 4},
-    {"engine": "servers", "rollout_servers": ("http://h:1/v1",), "rollout_requests": 3},
-    {"rows_at_once": 3, "lora_rank": 2, "lora_alpha": 8.0},
-    {"teacher": "http://h:1/v1", "teacher_requests": 3, "teacher_patience": 3.0},
+    {**GAMES, "layout": "turns", "max_turns": 3, "history_turns": 4},
+    {"engine": "servers", "rollout_servers": ("http://h:1/v1",), "rollout_concurrency": 3},
+    {"generation_batch_size": 3, "lora_rank": 2, "lora_alpha": 8.0},
+    {"teacher": "http://h:1/v1", "teacher_concurrency": 3, "teacher_timeout": 3.0},
     {"teacher": "ema", "ema_decay": 0.5, "offload_teacher": True},
     {"schedule": "cosine", "warmup": 3, "steps": 4},
     {"eval_temperature": 0.5, "eval_top_p": 0.5, "eval_samples": 3},
     {
         "tasks": (
             TaskSettings(name="a", task="lab", weight=2.0),
-            TaskSettings(name="b", task="env:rooms", max_turns=3),
+            TaskSettings(name="b", task="env:household", max_turns=3),
         ),
         "task_order": "weighted",
         "layout": "trajectory",

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from diagnostics.batch import Scored
+from diagnostics.batch import ScoredRollouts
 from opd.config.settings import Config
 from opd.data.grading.graders import GRADERS, grade_exact
 from opd.data.prompts import Prompts
@@ -60,13 +60,13 @@ def test_copies_and_doubled_bos_are_counted() -> None:
     assert float(found["data/prompts_on_several_ranks"]) == 0
     assert float(found["data/doubled_bos"]) == 0.25, "at the beginning only"
     assert "data/doubled_bos" not in prompt_numbers(config(), rows, None)
-    games = prompt_numbers(config(task="env:rooms"), rows, BOS)
+    games = prompt_numbers(config(task="env:household"), rows, BOS)
     assert set(games) == {"data/doubled_bos"}
     single = prompt_numbers(config(), prompts([BOS], [BOS], [1], [2]), BOS)
     assert float(single["data/doubled_bos"]) == 0
 
 
-def gap_batch(**changes: Any) -> Scored:
+def gap_batch(**changes: Any) -> ScoredRollouts:
     batch = dense(0).batch
     return replace(batch, softmax_logp=batch.sampler_logp, **changes)
 
@@ -75,12 +75,12 @@ def test_the_samplers_error_is_a_root_mean_square_in_units() -> None:
     batch = gap_batch()
     gap = (batch.student_logp - batch.sampler_logp)[batch.mask]
     units = float(gap.square().mean().sqrt()) / 2e-5
-    found = sampler_numbers(config(), batch)["validity/sampler_error"]
+    found = sampler_numbers(config(), batch)["consistency/sampler_error"]
     assert float(found) == math.floor(units) > 100
-    bfloat16 = sampler_numbers(config(dtype="bfloat16"), batch)["validity/sampler_error"]
+    bfloat16 = sampler_numbers(config(dtype="bfloat16"), batch)["consistency/sampler_error"]
     assert float(bfloat16) == math.floor(units * 2e-5 / 0.05)
     old = gap_batch(age=torch.ones_like(batch.prompt))
-    assert float(sampler_numbers(config(), old)["validity/sampler_error"]) == 0
+    assert float(sampler_numbers(config(), old)["consistency/sampler_error"]) == 0
     assert sampler_numbers(config(), gap_batch(temperature=0.5)) == {}
     cut = replace(batch, softmax_logp=None, top_p=0.9)
     assert sampler_numbers(config(), cut) == {}
@@ -96,7 +96,7 @@ def test_a_grader_that_knows_its_answers_is_not_constant(name: str) -> None:
 
     zeros = torch.zeros(4)
     found = grader_numbers([GOLD[name]] * 4, zeros, grade)
-    assert float(found["validity/grader_constant"]) == 0
+    assert float(found["consistency/grader_constant"]) == 0
 
 
 @pytest.mark.parametrize("reward", [0.0, 0.5, 1.0])
@@ -106,11 +106,11 @@ def test_a_constant_grader_is_seen_where_all_rewards_are_its_own(reward: float) 
 
     for rewards, constant in ((torch.full((4,), reward), 1.0), (torch.arange(4.0), 0.0)):
         found = grader_numbers(["5"] * 4, rewards, grade)
-        assert float(found["validity/grader_constant"]) == constant
+        assert float(found["consistency/grader_constant"]) == constant
     unanswered = grader_numbers([""] * 4, torch.full((4,), reward), grade)
-    assert float(unanswered["validity/grader_constant"]) == 0, "nothing to be right about"
+    assert float(unanswered["consistency/grader_constant"]) == 0, "nothing to be right about"
     some = grader_numbers(["5"] * 4, torch.tensor([0.0, math.nan, 0.0, 0.0]), grade)
-    assert float(some["validity/grader_missing"]) == 0.25
+    assert float(some["consistency/grader_missing"]) == 0.25
     assert grade_exact("5", "5").reward == 1
 
 

@@ -6,13 +6,13 @@ Everything here is one number a response, (B,). Sampling unit: the prompt.
 
 import torch
 
-from diagnostics.batch import Scored
+from diagnostics.batch import ScoredRollouts
 from diagnostics.core.histograms import Quantiles
 from diagnostics.core.moments import Covariance
-from diagnostics.core.totals import Mean, Total
+from diagnostics.core.totals import Accumulator, Mean
 
 
-def length(batch: Scored) -> dict[str, Total]:
+def length(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """D-1, D-2: sampled tokens a response, and how many responses hit the budget.
 
     length = mean over all responses of their tokens, supervised or not; length_ended = the same
@@ -24,15 +24,15 @@ def length(batch: Scored) -> dict[str, Total]:
     """
     lengths = batch.lengths
     return {
-        "collapse/length": Mean.of(lengths, batch.mask.new_ones(len(batch)), batch.prompt),
-        "collapse/length_ended": Mean.of(lengths, batch.ended, batch.prompt),
-        "collapse/truncated_share": Mean.of(
+        "response/length": Mean.of(lengths, batch.mask.new_ones(len(batch)), batch.prompt),
+        "response/length_ended": Mean.of(lengths, batch.ended, batch.prompt),
+        "response/truncated_share": Mean.of(
             ~batch.ended, batch.mask.new_ones(len(batch)), batch.prompt
         ),
     }
 
 
-def length_quantiles(batch: Scored) -> dict[str, Total]:
+def length_quantiles(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """D-1: quantiles of the sampled tokens a response.
 
     lengths_q50 the median, lengths_q95, and so on; resolution 9 % (`Quantiles`).
@@ -41,10 +41,10 @@ def length_quantiles(batch: Scored) -> dict[str, Total]:
     half getting longer, not everything.
     """
     everyone = batch.mask.new_ones(len(batch))
-    return {"collapse/lengths": Quantiles.of(batch.lengths, everyone)}
+    return {"response/lengths": Quantiles.of(batch.lengths, everyone)}
 
 
-def length_incentive(batch: Scored) -> dict[str, Total]:
+def length_incentive(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """D-6: does a longer response have a lower cost per token?
 
     length_advantage_cov, _corr = covariance and correlation over responses of their length in
@@ -57,10 +57,10 @@ def length_incentive(batch: Scored) -> dict[str, Total]:
     count = batch.mask.sum(1)
     sums = torch.where(batch.mask, batch.log_ratio.double(), 0.0).sum(1)
     advantage = -sums / count.clamp(min=1)
-    return {"collapse/length_advantage": Covariance.of(batch.lengths, advantage, count > 0)}
+    return {"response/length_advantage": Covariance.of(batch.lengths, advantage, count > 0)}
 
 
-def reward(batch: Scored) -> dict[str, Total]:
+def reward(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """Outcome reward, mean over the responses that something graded (reward is not NaN).
 
     graded_share = share of graded responses; reward reads NaN when it is 0.
@@ -69,6 +69,6 @@ def reward(batch: Scored) -> dict[str, Total]:
     """
     graded = ~batch.reward.isnan()
     return {
-        "collapse/reward": Mean.of(batch.reward, graded, batch.prompt),
-        "collapse/graded_share": Mean.of(graded, batch.mask.new_ones(len(batch)), batch.prompt),
+        "response/reward": Mean.of(batch.reward, graded, batch.prompt),
+        "response/graded_share": Mean.of(graded, batch.mask.new_ones(len(batch)), batch.prompt),
     }
