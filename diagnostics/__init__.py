@@ -1,0 +1,1 @@
+"""Diagnostics of on-policy distillation for any trainer: metrics, alarms, probes, records."""

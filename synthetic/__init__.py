@@ -1,0 +1,1 @@
+"""Synthetic MDPs on which bias and variance of distillation gradients are known exactly."""

@@ -1,0 +1,1 @@
+"""Alarms: rules over the rows of a run that say what went wrong, and when."""

@@ -1,0 +1,1 @@
+"""Building blocks of metrics: mergeable accumulators, position bins, distribution statistics."""

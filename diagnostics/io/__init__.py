@@ -1,0 +1,1 @@
+"""Reading and writing files safely, optional packages, provenance, and how commands end."""

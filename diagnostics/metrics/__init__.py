@@ -1,0 +1,1 @@
+"""Metrics of scored rollouts; each returns accumulators that merge over batches and ranks."""

@@ -1,0 +1,1 @@
+"""Figures of the synthetic study, one a file."""

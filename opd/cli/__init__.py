@@ -1,0 +1,1 @@
+"""The `opd` command, one sub-command a file."""

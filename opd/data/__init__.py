@@ -1,0 +1,1 @@
+"""Problems and prompts: data files, benchmarks by name, toy tasks."""

@@ -1,0 +1,1 @@
+"""Text games: environments, multi-turn rollouts, and their packing into batches."""

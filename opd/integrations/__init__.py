@@ -1,0 +1,1 @@
+"""Our objectives inside other trainers."""

@@ -1,0 +1,1 @@
+"""Toy models built from nothing: a teacher and a weaker student."""

@@ -1,0 +1,1 @@
+"""Causal language models: loading, forward passes, the LM head, LoRA, sharding."""

@@ -1,0 +1,1 @@
+"""Objectives: credit, surrogate and reduction, shared by the study and the trainer."""

@@ -1,0 +1,1 @@
+"""The HTML report of runs: data, pages, and a local live server."""

@@ -1,0 +1,1 @@
+"""Rollout engines: Hugging Face generate, vLLM in this process, vLLM servers."""

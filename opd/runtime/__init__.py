@@ -1,0 +1,1 @@
+"""Seeds, processes, and folders that appear whole or not at all."""

@@ -1,0 +1,1 @@
+"""Clients of servers: HTTP with retries, the vLLM protocol, addresses and keys."""

@@ -1,0 +1,1 @@
+"""The training loop: setup, steps, updates, checkpoints, prefetched rollouts."""

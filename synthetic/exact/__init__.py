@@ -1,0 +1,1 @@
+"""Exact moments of gradient estimators by dynamic programming, without sampling."""

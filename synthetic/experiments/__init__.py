@@ -1,0 +1,1 @@
+"""One experiment a file: settings, measurement, summary and claim."""

@@ -1,0 +1,1 @@
+"""Students with shared parameters, and their training by exact or sampled gradients."""

@@ -1,0 +1,1 @@
+"""The command `opd study`: runs experiments, resumes them, records their tables."""

@@ -1,0 +1,1 @@
+"""Sampled trajectories as batches, and Monte Carlo estimates of gradients."""

@@ -1,0 +1,1 @@
+"""The published continuous toy problem and the distillation of its teachers."""

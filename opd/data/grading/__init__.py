@@ -1,0 +1,1 @@
+"""Graders: whether a response gives the right answer."""

@@ -1,0 +1,1 @@
+"""Checks of settings, models and steps that catch silent failures of a run."""
