@@ -1,17 +1,18 @@
-"""The batch: the one type that the study, the trainer, every diagnostic and a stranger's run share.
+"""The batch type that trainer, diagnostics, exact study and external runs share.
 
-`Rollouts` is what a student sampled. `ScoredRollouts` is the same after both models put a log-probability
-on every sampled token, optionally with a `Support` (both models on K ids a position) and a
-`DistributionStats` (exact functionals of the two next-token distributions).
+`Rollouts` is what a student sampled. `ScoredRollouts` adds a log-probability of both models for
+every sampled token, and optionally a `Support` (both models on K ids per position) and
+`DistributionStats` (exact statistics of the two next-token distributions).
 
 Shapes: B responses, T response positions, K support ids, V vocabulary. Conventions:
-- `mask` is bool and means *the student chose this token and the loss is taken over it*;
-  `sampled` is every token that the student chose, of which `mask` is a subset. A test of sampling,
-  a ratio along the response and a length go over `sampled`, a measure of the loss over `mask`;
+- `mask` is bool: *the student sampled this token and the loss includes it*; `sampled` is every
+  token that the student sampled, a superset of `mask`. Tests of sampling, ratios along the response
+  and lengths use `sampled`, measures of the loss use `mask`;
 - every per-token float is 0 where `sampled` is False, never NaN. It is *not* 0 at a token that was
-  sampled and is not supervised: whoever sums over the mask multiplies by it;
+  sampled and is not supervised: multiply by the mask before summing over it;
 - log-probabilities are natural, stored per role, and true (not renormalised on the support);
-- the cost of a token is log student - log teacher; other systems' "advantage" is its negative.
+- the cost of a token is log student - log teacher; the "advantage" of other systems is its
+negative.
 """
 
 import json
@@ -32,93 +33,104 @@ _UNSET = torch.empty(0)
 
 
 class _Rows:
-    """Row selection, device moves and flattening for the frozen tensor records below."""
+    """Row selection, device moves and flattening for the frozen tensor dataclasses below."""
 
     def _tensors(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
         return {k: v for k, v in values.items() if isinstance(v, Tensor | _Rows)}
 
     def _map(self, function: Any) -> Self:
-        changed = {
+        mapped = {
             k: v._map(function) if isinstance(v, _Rows) else function(v)
             for k, v in self._tensors().items()
         }
-        return self._with(**changed)
+        return self._with(**mapped)
 
     def _with(self, **values: Any) -> Self:
-        """A copy with other fields."""
+        """Return a copy with other fields."""
         return replace(self, **values)  # type: ignore[type-var]
 
     def rows(self, index: slice | Tensor | Sequence[int]) -> Self:
-        """The responses at `index` (slice, list or long tensor), every field alike."""
+        """Select responses, in every field.
+
+        Args:
+            index: Slice, list or long tensor of row numbers.
+
+        Returns:
+            The selected rows.
+        """
         if isinstance(index, Sequence):
             index = torch.as_tensor(index, dtype=None if len(index) else torch.long)
         return self._map(lambda x: x[index])
 
     def to(self, device: str | torch.device) -> Self:
+        """Move every tensor to a device."""
         return self._map(lambda x: x.to(device))
 
     def positions(self, stop: int) -> Self:
-        """The first `stop` response positions."""
+        """Keep the first `stop` response positions."""
         return self._map(lambda x: x[:, :stop] if x.dim() > 1 else x)
 
 
-def _require(name: str, x: Tensor, shape: tuple[int, ...], kind: str) -> None:
+def _check_tensor(name: str, x: Tensor, shape: tuple[int, ...], kind: str) -> None:
     if tuple(x.shape) != shape:
         raise InvalidInput(f"{name} has shape {tuple(x.shape)}, expected {shape}")
-    ok = {
+    is_expected_kind = {
         "float": x.dtype.is_floating_point,
         "long": x.dtype == torch.long,
         "bool": x.dtype == torch.bool,
     }
-    if not ok[kind]:
+    if not is_expected_kind[kind]:
         raise TypeError(f"{name} has dtype {x.dtype}, expected {kind}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Support(_Rows):
-    """K vocabulary ids a position and both models' true log-probabilities of them.
-
-    ids, student_logp, teacher_logp: (B, T, K). `source` says whose ids they are: "teacher" or
-    "student" (its K most probable, in descending order), "union" or "intersection" of the two,
-    "full" (K = V), or another name. present: (B, T, K) bool, the ids that count, each of them
-    once; all of them if None. Where it is False the id is any valid one and is to be ignored.
-    """
+    """K vocabulary ids per position and both models' true log-probabilities of them."""
 
     ids: Tensor
+    """(B, T, K) long."""
     student_logp: Tensor
+    """(B, T, K)."""
     teacher_logp: Tensor
+    """(B, T, K)."""
     source: str
+    """How the ids were chosen: "teacher" or "student" (its K most probable, in descending order),
+    "union" or "intersection" of the two, "full" (K = V), or another name.
+    """
     present: Tensor | None = None
+    """(B, T, K) bool, the ids that count, each of them once; None if all do. Where it is False the
+    id is a placeholder to be ignored.
+    """
 
     def __post_init__(self) -> None:
         if self.ids.dim() != 3:
             raise InvalidInput(f"support.ids must be (B, T, K), got {tuple(self.ids.shape)}")
         shape = tuple(self.ids.shape)
-        _require("support.ids", self.ids, shape, "long")
-        _require("support.student_logp", self.student_logp, shape, "float")
-        _require("support.teacher_logp", self.teacher_logp, shape, "float")
+        _check_tensor("support.ids", self.ids, shape, "long")
+        _check_tensor("support.student_logp", self.student_logp, shape, "float")
+        _check_tensor("support.teacher_logp", self.teacher_logp, shape, "float")
         if self.present is not None:
-            _require("support.present", self.present, shape, "bool")
+            _check_tensor("support.present", self.present, shape, "bool")
 
     @property
     def k(self) -> int:
-        """Slots a position; the ids present may be fewer."""
+        """Slots per position; the number of ids present may be smaller."""
         return self.ids.shape[-1]
 
     def contains(self, tokens: Tensor) -> Tensor:
-        """(B, T) bool: the token (B, T) is one of the ids present."""
-        if self.source == "full":  # by definition; spares a (B, T, V) comparison
+        """Return (B, T) bool: whether the token (B, T) is one of the ids present."""
+        if self.source == "full":  # by definition; avoids a (B, T, V) comparison
             return torch.ones_like(tokens, dtype=torch.bool)
-        same = self.ids == tokens[..., None]
-        return (same if self.present is None else same & self.present).any(-1)
+        matches = self.ids == tokens[..., None]
+        return (matches if self.present is None else matches & self.present).any(-1)
 
     def masses(self) -> tuple[Tensor, Tensor]:
-        """(B, T) p(S) and q(S), the student's and the teacher's probability of the ids present."""
-        ours, theirs = self.student_logp.exp(), self.teacher_logp.exp()
+        """Return p(S) and q(S), (B, T) each, both models' probability of the ids present."""
+        student_prob, teacher_prob = self.student_logp.exp(), self.teacher_logp.exp()
         if self.present is not None:
-            ours, theirs = ours * self.present, theirs * self.present
-        return ours.sum(-1), theirs.sum(-1)
+            student_prob, teacher_prob = student_prob * self.present, teacher_prob * self.present
+        return student_prob.sum(-1), teacher_prob.sum(-1)
 
     @property
     def sizes(self) -> Tensor:
@@ -130,62 +142,87 @@ class Support(_Rows):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DistributionStats(_Rows):
-    """Exact functionals of student p and teacher q at each student prefix, (B, T) each.
+    """Exact statistics of student p and teacher q at each student prefix, (B, T) each.
 
-    With l(v) = log p(v) - log q(v) and y the sampled token; computed by `diagnostics.core.distribution_stats`.
+    With l(v) = log p(v) - log q(v) and y the sampled token; computed by
+    `diagnostics.core.distribution_stats`.
     """
 
-    reverse_kl: Tensor  # K = sum p l
-    ratio_square: Tensor  # sum p l^2, so Var(r | prefix) = ratio_square - K^2
-    student_entropy: Tensor  # H_p
-    teacher_entropy: Tensor  # H_q
-    surprise_square: Tensor  # sum p (log p)^2, so Var(-log p) = surprise_square - H_p^2
-    collision: Tensor  # sum p^2
-    overrated: Tensor  # sum p 1[p > q], the null of the negative share
-    teacher_max: Tensor  # max q
-    teacher_rank: Tensor  # 1 + number of ids that q prefers to y (float, exact integer)
-    square_ratio: Tensor | None = None  # sum p^2 l; None in batches saved before it was kept
-    square_ratio_square: Tensor | None = None  # sum p^2 l^2; the same
-    forward_kl: Tensor | None = None  # sum q (log q - log p); the same
-    student_end: Tensor | None = None  # log of p's mass on the student's end ids; None if unknown
-    teacher_end: Tensor | None = None  # log of q's mass on the teacher's own end ids; the same
-    ending: Tensor | None = None  # 1 where y is one of the student's end ids; None if unknown
+    reverse_kl: Tensor
+    """K = sum p l."""
+    ratio_square: Tensor
+    """sum p l^2, so Var(r | prefix) = ratio_square - K^2."""
+    student_entropy: Tensor
+    """H_p."""
+    teacher_entropy: Tensor
+    """H_q."""
+    surprise_square: Tensor
+    """sum p (log p)^2, so Var(-log p) = surprise_square - H_p^2."""
+    collision: Tensor
+    """sum p^2."""
+    overrated: Tensor
+    """sum p 1[p > q], the expected negative share under p."""
+    teacher_max: Tensor
+    """max q."""
+    teacher_rank: Tensor
+    """1 + number of ids that q prefers to y (float, exact integer)."""
+    square_ratio: Tensor | None = None
+    """sum p^2 l; None in older batch files."""
+    square_ratio_square: Tensor | None = None
+    """sum p^2 l^2; None in older batch files."""
+    forward_kl: Tensor | None = None
+    """sum q (log q - log p); None in older batch files."""
+    student_end: Tensor | None = None
+    """log of p's mass on the student's EOS ids; None if unknown."""
+    teacher_end: Tensor | None = None
+    """log of q's mass on the teacher's EOS ids; None if unknown."""
+    ending: Tensor | None = None
+    """1 where y is one of the student's EOS ids; None if unknown."""
 
     def __post_init__(self) -> None:
         shape = tuple(self.reverse_kl.shape)
         for name, x in self._tensors().items():
-            _require(f"prefix.{name}", x, shape, "float")
+            _check_tensor(f"prefix.{name}", x, shape, "float")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Rollouts(_Rows):
-    """What a student sampled.
-
-    tokens (B, T) long; mask (B, T) bool; sampler_logp (B, T), the log-probability under the
-    distribution that was really sampled from (temperature and top-p included); prompt (B,) long,
-    equal for rollouts of one prompt; ended (B,) bool, the response stopped by itself and was not
-    cut at the budget. Optional: softmax_logp (B, T), the same tokens under the sampler's whole
-    softmax at its temperature, before top-p (None where the engine cannot tell); task and turn
-    (B,) long (default 0); age (B,) long, updates of the student since the response was begun
-    (default 0); reward (B,) float (NaN where nothing graded it), temperature and top_p of the
-    sampler, the name of the mask's rule; sampled_mask (B, T) bool, every token that the student
-    chose, whether it is supervised or not (None if that is `mask`; read it as `sampled`).
-    """
+    """Responses that a student sampled."""
 
     tokens: Tensor
+    """(B, T) long."""
     mask: Tensor
+    """(B, T) bool, tokens in the loss."""
     sampler_logp: Tensor
+    """(B, T), log-probability under the distribution that was really sampled from (temperature and
+    top-p included).
+    """
     prompt: Tensor
+    """(B,) long, equal for rollouts of one prompt."""
     ended: Tensor
+    """(B,) bool: the response ended with EOS and was not truncated."""
     softmax_logp: Tensor | None = None
+    """(B, T), the same tokens under the sampler's full softmax at its temperature, before top-p;
+    None if the engine does not report it.
+    """
     task: Tensor = _UNSET
+    """(B,) long, default 0."""
     turn: Tensor = _UNSET
+    """(B,) long, default 0."""
     age: Tensor = _UNSET
+    """(B,) long, updates of the student since the response was begun, default 0."""
     reward: Tensor = _UNSET
+    """(B,) float, NaN where nothing graded the response."""
     temperature: float = 1.0
+    """Temperature of the sampler."""
     top_p: float = 1.0
+    """Top-p of the sampler."""
     mask_rule: str = "response"
+    """Name of the rule that made the mask."""
     sampled_mask: Tensor | None = None
+    """(B, T) bool, every token that the student sampled, supervised or not; None if that is `mask`.
+    Read it as `sampled`.
+    """
 
     def __post_init__(self) -> None:
         if self.tokens.dim() != 2:
@@ -193,21 +230,21 @@ class Rollouts(_Rows):
         b = self.tokens.shape[0]
         for name, fill in (("task", 0), ("turn", 0), ("age", 0), ("reward", float("nan"))):
             if getattr(self, name) is _UNSET:
-                filled = torch.full((b,), fill, device=self.tokens.device)
-                object.__setattr__(self, name, filled)
+                default = torch.full((b,), fill, device=self.tokens.device)
+                object.__setattr__(self, name, default)
         shape = tuple(self.tokens.shape)
-        _require("tokens", self.tokens, shape, "long")
-        _require("mask", self.mask, shape, "bool")
-        _require("sampler_logp", self.sampler_logp, shape, "float")
+        _check_tensor("tokens", self.tokens, shape, "long")
+        _check_tensor("mask", self.mask, shape, "bool")
+        _check_tensor("sampler_logp", self.sampler_logp, shape, "float")
         if self.sampled_mask is not None:
-            _require("sampled_mask", self.sampled_mask, shape, "bool")
+            _check_tensor("sampled_mask", self.sampled_mask, shape, "bool")
         if self.softmax_logp is not None:
-            _require("softmax_logp", self.softmax_logp, shape, "float")
+            _check_tensor("softmax_logp", self.softmax_logp, shape, "float")
         for name, kind in (("prompt", "long"), ("ended", "bool"), ("task", "long")):
-            _require(name, getattr(self, name), (b,), kind)
-        _require("turn", self.turn, (b,), "long")
-        _require("age", self.age, (b,), "long")
-        _require("reward", self.reward, (b,), "float")
+            _check_tensor(name, getattr(self, name), (b,), kind)
+        _check_tensor("turn", self.turn, (b,), "long")
+        _check_tensor("age", self.age, (b,), "long")
+        _check_tensor("reward", self.reward, (b,), "float")
         if not 0 < self.top_p <= 1:
             raise InvalidInput(f"top_p is {self.top_p}, expected a number in (0, 1]")
         if not self.temperature > 0:
@@ -218,50 +255,60 @@ class Rollouts(_Rows):
 
     @property
     def sampled(self) -> Tensor:
-        """(B, T) bool: every token that the student chose, whether it is supervised or not."""
+        """(B, T) bool: every token that the student sampled, supervised or not."""
         return self.mask if self.sampled_mask is None else self.sampled_mask
 
     @property
     def lengths(self) -> Tensor:
-        """(B,) sampled tokens of each response, whether they are supervised or not."""
+        """(B,) number of sampled tokens in each response, supervised or not."""
         return self.sampled.sum(1)
 
-    def supervise(self, keep: Tensor, rule: str | None = None) -> Self:
-        """The batch with only those of its supervised tokens in the loss that are in `keep`.
+    def restrict_mask(self, keep: Tensor, rule: str | None = None) -> Self:
+        """Remove the tokens outside `keep` from the loss.
 
         Nothing else changes: a token that is no longer supervised is still sampled and keeps its
-        log-probabilities, so that ratios, costs to go and tests of sampling still see it.
+        log-probabilities, so that ratios, costs to go and tests of sampling include it.
 
         Args:
-          keep: (B, T) bool. rule: the name of what took the others out, added to `mask_rule`.
-        """
-        changed: dict[str, Any] = {"mask": self.mask & keep, "sampled_mask": self.sampled}
-        if rule is not None:
-            changed["mask_rule"] = f"{self.mask_rule} - {rule}"
-        return self._with(**changed)
+            keep: (B, T) bool.
+            rule: Name of the rule that removed the others, added to `mask_rule`.
 
-    def trimmed(self) -> Self:
-        """Without the trailing positions at which no response has a sampled token."""
+        Returns:
+            The batch with the smaller mask.
+        """
+        changes: dict[str, Any] = {"mask": self.mask & keep, "sampled_mask": self.sampled}
+        if rule is not None:
+            changes["mask_rule"] = f"{self.mask_rule} - {rule}"
+        return self._with(**changes)
+
+    def trim(self) -> Self:
+        """Remove the trailing positions at which no response has a sampled token."""
         used = self.sampled.any(0).nonzero()
         return self.positions(int(used[-1]) + 1 if len(used) else 1)
 
-    def checked(self) -> Self:
-        """Self, after one pass over the values; raises with counts and the first offender.
+    def validate(self) -> Self:
+        """Check all values in one pass and return the batch itself.
 
-        Raises ValueError where a supervised token was not sampled, or a per-token float is not
-        finite, is a positive log-probability, or is not 0 where nothing was sampled. Costs a host
-        sync: call it once, where data enters.
+        Costs a host sync: call it once, where data enters.
+
+        Returns:
+            The batch.
+
+        Raises:
+            InvalidInput: A supervised token was not sampled, or a per-token float is not finite, is
+                a positive log-probability, or is not 0 where nothing was sampled; with the number
+                of such values and the first one.
         """
         unsampled = self.mask & ~self.sampled
-        wrong = [("mask", self.mask, unsampled, "supervised where sampled_mask is False")]
-        wrong += [
-            (name, x, bad, what)
+        checks = [("mask", self.mask, unsampled, "supervised where sampled_mask is False")]
+        checks += [
+            (name, x, is_invalid, message)
             for name, x in self._floats()
-            for bad, what in self._faults(name, x)
+            for is_invalid, message in self._faults(name, x)
         ]
-        if bool(torch.stack([bad.any() for _, _, bad, _ in wrong]).any()):
-            for name, x, bad, what in wrong:
-                _refuse(name, x, bad, what)
+        if bool(torch.stack([is_invalid.any() for _, _, is_invalid, _ in checks]).any()):
+            for name, x, is_invalid, message in checks:
+                _raise_invalid(name, x, is_invalid, message)
         return self
 
     def _faults(self, name: str, x: Tensor) -> list[tuple[Tensor, str]]:
@@ -280,7 +327,7 @@ class Rollouts(_Rows):
         return [(k, x) for k, x in flat.items() if x.dim() > 1 and x.dtype.is_floating_point]
 
     def save(self, path: str | Path) -> None:
-        """Write one self-describing safetensors file (whole or not at all)."""
+        """Write one self-describing safetensors file, atomically."""
         plain = {k: v for k, v in vars(self).items() if isinstance(v, float | str)}
         for name in ("support", "student_support"):
             if (support := getattr(self, name, None)) is not None:
@@ -293,34 +340,34 @@ class Rollouts(_Rows):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ScoredRollouts(Rollouts):
-    """Rollouts after both models scored them at the temperature of the loss.
-
-    student_logp (B, T): the weights about to be updated, detached; teacher_logp (B, T). Optional:
-    baseline (B, T), what is expected of the discounted cost to go given the prefix;
-    student_support, the student's top-K beside a `support` that is the teacher's.
-    """
+    """Rollouts after both models scored them at the temperature of the loss."""
 
     student_logp: Tensor
+    """(B, T), under the weights that are about to be updated, detached."""
     teacher_logp: Tensor
+    """(B, T)."""
     baseline: Tensor | None = None
+    """(B, T), expected discounted cost to go given the prefix."""
     support: Support | None = None
     prefix: DistributionStats | None = None
+    """Exact statistics of the next-token distribution at each prefix."""
     score_temperature: float = 1.0
     student_support: Support | None = None
+    """The student's top-K, next to a `support` that holds the teacher's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         shape = tuple(self.tokens.shape)
-        _require("student_logp", self.student_logp, shape, "float")
-        _require("teacher_logp", self.teacher_logp, shape, "float")
+        _check_tensor("student_logp", self.student_logp, shape, "float")
+        _check_tensor("teacher_logp", self.teacher_logp, shape, "float")
         if self.baseline is not None:
-            _require("baseline", self.baseline, shape, "float")
+            _check_tensor("baseline", self.baseline, shape, "float")
         for part in (self.support, self.student_support):
             if part is not None and tuple(part.ids.shape[:2]) != shape:
-                raise InvalidInput(f"support is {tuple(part.ids.shape)}, tokens are {shape}")
+                raise InvalidInput(f"support.ids has shape {tuple(part.ids.shape)}, tokens {shape}")
         if self.prefix is not None and tuple(self.prefix.reverse_kl.shape) != shape:
             raise InvalidInput(
-                f"prefix is {tuple(self.prefix.reverse_kl.shape)}, tokens are {shape}"
+                f"prefix has shape {tuple(self.prefix.reverse_kl.shape)}, tokens {shape}"
             )
 
     @property
@@ -330,7 +377,7 @@ class ScoredRollouts(Rollouts):
 
 
 def concatenate(batches: Sequence[ScoredRollouts]) -> ScoredRollouts:
-    """One batch of all rows, padded on the right with masked zeros to the longest."""
+    """Concatenate the rows of batches, padded on the right with masked zeros to the longest."""
     if not batches:
         raise InvalidInput("no batches to concatenate")
     width = max(b.tokens.shape[1] for b in batches)
@@ -350,7 +397,7 @@ def concatenate(batches: Sequence[ScoredRollouts]) -> ScoredRollouts:
 
 
 def flatten(batch: _Rows) -> dict[str, Tensor]:
-    """Every tensor of a batch by its name; those of its parts as "part.name"."""
+    """Return every tensor of a batch by its name; those of its parts as "part.name"."""
     flat: dict[str, Tensor] = {}
     for name, value in batch._tensors().items():
         if isinstance(value, _Rows):
@@ -360,20 +407,28 @@ def flatten(batch: _Rows) -> dict[str, Tensor]:
     return flat
 
 
-def unflatten(like: ScoredRollouts, flat: dict[str, Tensor]) -> ScoredRollouts:
-    """The batch with other tensors, named as `flatten` names them."""
-    changed: dict[str, Any] = {k: v for k, v in flat.items() if "." not in k}
-    for name, part in like._tensors().items():
+def unflatten(template: ScoredRollouts, flat: dict[str, Tensor]) -> ScoredRollouts:
+    """Return a batch with other tensors.
+
+    Args:
+        template: The batch that gives all other fields.
+        flat: Tensors by name, as `flatten` names them.
+
+    Returns:
+        The new batch.
+    """
+    changes: dict[str, Any] = {k: v for k, v in flat.items() if "." not in k}
+    for name, part in template._tensors().items():
         if isinstance(part, _Rows):
-            inside = {k: flat[f"{name}.{k}"] for k in part._tensors()}
-            changed[name] = part._with(**inside)
-    return like._with(**changed)
+            part_fields = {k: flat[f"{name}.{k}"] for k in part._tensors()}
+            changes[name] = part._with(**part_fields)
+    return template._with(**changes)
 
 
-def _refuse(name: str, x: Tensor, bad: Tensor, what: str) -> None:
-    if bool(bad.any()):
-        where = tuple(int(i) for i in bad.nonzero()[0])
-        count, value = int(bad.sum()), float(x[where])
+def _raise_invalid(name: str, x: Tensor, is_invalid: Tensor, message: str) -> None:
+    if bool(is_invalid.any()):
+        index = tuple(int(i) for i in is_invalid.nonzero()[0])
+        count, value = int(is_invalid.sum()), float(x[index])
         raise InvalidInput(
-            f"{name}: {count} of {x.numel()} values {what}; first {value} at {where}"
+            f"{name}: {count} of {x.numel()} values {message}; first {value} at {index}"
         )

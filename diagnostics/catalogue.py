@@ -1,13 +1,13 @@
-"""Every metric there is, with its version, and the page that describes them.
+"""The catalogue of all metrics with their versions, and the reference page that describes them.
 
-`python -m diagnostics.catalogue > docs/metrics.md` writes the page anew.
+`python -m diagnostics.catalogue > docs/metrics.md` writes the page.
 """
 
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from diagnostics.alarms.rules import table as alarm_table
+from diagnostics.alarms.rules import rules_table as alarm_table
 from diagnostics.batch import ScoredRollouts
 from diagnostics.core.totals import Accumulator
 from diagnostics.gradients.probe import gradient_row
@@ -64,28 +64,28 @@ Metric = Callable[[ScoredRollouts], dict[str, Accumulator]]
 
 @dataclass(frozen=True)
 class Entry:
-    """A metric, the version of its definition, and what it needs at least.
-
-    over: the tokens that it is taken over: "sampled", all that the student chose, whatever the mask
-      takes out; "supervised", those that the loss is taken over; "both", some numbers over the one
-      and some over the other. version: rises when a number of the same name changes its meaning;
-      numbers of different versions are not to be compared. level: L0 sampled log-probabilities, L1
-      a top-K support, L2 exact functionals (some of a metric's numbers may need more; then it is
-      the least). wide: many numbers or much work, so it is left out of the default panel.
-    """
+    """A metric of the catalogue, the version of its definition, and its requirements."""
 
     metric: Metric
     level: str
-    over: str = "supervised"
+    """Lowest access level: L0 sampled log-probabilities, L1 a top-K support, L2 exact distribution
+    stats. Some of a metric's numbers may need a higher level."""
+    token_set: str = "supervised"
+    """Tokens of the averages: "sampled", all tokens that the student sampled, whatever the mask;
+    "supervised", the tokens of the loss; "both", some numbers over each."""
     version: int = 1
+    """Increases when a number of the same name changes its meaning; numbers of different versions
+    are not comparable."""
     wide: bool = False
+    """Many numbers or much work: not part of the default panel."""
 
     @property
     def name(self) -> str:
+        """Name of the metric."""
         return self.metric.__name__
 
 
-def _named(metric: Metric, name: str) -> Metric:
+def _with_name(metric: Metric, name: str) -> Metric:
     metric.__name__ = name
     return metric
 
@@ -116,7 +116,7 @@ CATALOGUE: tuple[Entry, ...] = (
     Entry(prefix_weights, "L0", "sampled", version=2, wide=True),
     Entry(cost_by_tenth, "L0", "both", version=2, wide=True),
     Entry(entropy_by_tenth, "L2", "both", version=2, wide=True),
-    Entry(_named(agreement(), "agreement"), "L2", "sampled", version=2, wide=True),
+    Entry(_with_name(agreement(), "agreement"), "L2", "sampled", version=2, wide=True),
     Entry(tokens_by_position, "L0"),
     Entry(one_id, "L0"),
     Entry(confident_impossible, "L0"),
@@ -136,162 +136,218 @@ CATALOGUE: tuple[Entry, ...] = (
     Entry(sampler_weights, "L0", "sampled", version=2, wide=True),
     Entry(staleness, "L0", "sampled", wide=True),
 )
-"""Everything that needs no argument, at its default where it takes some."""
+"""All metrics without arguments; metrics with optional arguments at their defaults."""
 
 MAKERS = (token_table, impossible_table, coverage, agreement, compression, by, without)
-"""What makes a metric from arguments: a vocabulary, ids, a decoder, a threshold, groups."""
+"""Functions that build a metric from a vocabulary size, ids, a decoder, a threshold or groups."""
 
 FULL: Mapping[str, Metric] = {e.name: e.metric for e in CATALOGUE}
 PANEL: Mapping[str, Metric] = {e.name: e.metric for e in CATALOGUE if not e.wide}
 
 CODES: tuple[tuple[str, str], ...] = (
-    ("A-1 sign shares and their null", "supervision.sign_shares, supervision.sign_null"),
-    ("A-2 concentration", "supervision.signal_concentration, supervision.signed_concentration"),
-    ("A-3 repetition split", "repetition.repetition"),
-    ("A-4 energy weights", "supervision.energy_concentration"),
-    ("A-5 tail share of the cost", "lists.tail_share"),
-    ("A-6 blame by token id", "blame.token_table, blame.one_id"),
+    ("A-1 sign shares and their null", "metrics.signal.sign_shares, metrics.signal.sign_null"),
+    (
+        "A-2 concentration",
+        "metrics.signal.signal_concentration, metrics.signal.signed_concentration",
+    ),
+    ("A-3 repetition split", "metrics.repetition.repetition"),
+    ("A-4 energy weights", "metrics.signal.energy_concentration"),
+    ("A-5 tail share of the cost", "metrics.topk.tail_share"),
+    (
+        "A-6 attribution to token ids",
+        "metrics.token_attribution.token_table, metrics.token_attribution.one_id",
+    ),
     (
         "A-7 teachability",
-        "teachability.teachability, teachability.quadrants, teachability.compatibility",
+        "metrics.teachability.teachability, metrics.teachability.quadrants, "
+        "metrics.teachability.compatibility",
     ),
-    ("A-8 action dependence", "supervision.action_dependence"),
-    ("B-1 outside the top-K", "drift.support_mass, lists.nested_outside"),
-    ("B-2 teacher's rank", "drift.teacher_rank, drift.rank_quantiles"),
-    ("B-3 overlap", "lists.overlap"),
+    ("A-8 action dependence", "metrics.signal.action_dependence"),
+    ("B-1 outside the top-K", "metrics.divergence.support_mass, metrics.topk.nested_outside"),
+    ("B-2 teacher's rank", "metrics.divergence.teacher_rank, metrics.divergence.rank_quantiles"),
+    ("B-3 overlap", "metrics.topk.overlap"),
     (
         "B-4 teacher's mass on the student's choices",
-        "drift.sampled_divergence, teachability.compatibility",
+        "metrics.divergence.sampled_divergence, metrics.teachability.compatibility",
     ),
-    ("B-5 exact split of the KL", "anatomy.kl_anatomy"),
-    ("B-6 uncertainty by position", "drift.uncertainty, lists.top_uncertainty"),
-    ("B-7 tails of the log-ratio", "drift.ratio_quantiles, drift.cost_by_tenth"),
-    ("B-8 own-prefix control", "control.own_prefix_gap; the protocol is `opd probe-own-prefix`"),
-    ("B-9 continuation gain", "the protocol and its intervals are `opd probe-continuation`"),
-    ("B-10 prefix weights", "drift.prefix_weights"),
-    ("B-11 residual gap", "drift.exact_divergence, last step over first"),
-    ("B-12 low-KL agreement", "anatomy.agreement"),
-    ("C-1 vocabularies", "before training, `opd doctor`"),
-    ("C-2 confident-impossible tokens", "blame.confident_impossible, blame.impossible_table"),
-    ("C-3 ends", "ends.endings"),
-    ("C-4 re-tokenisation", "spans.agreement, spans.uncanonical"),
-    ("C-5 span log-ratio", "spans.span_ratios"),
-    ("C-6 what masks remove", "blame.coverage"),
-    ("D-1, D-2 length and truncation", "collapse.length, collapse.length_quantiles"),
-    ("D-3 repetition", "repetition.repetition, repetition.compression"),
-    ("D-4 entropy", "drift.uncertainty, drift.entropy_by_tenth"),
-    ("D-5 diversity", "diversity.distinct, diversity.second_try, diversity.branching"),
-    ("D-6 termination drift", "collapse.length_incentive, ends.endings (end_push)"),
+    ("B-5 exact decomposition of the KL", "metrics.kl_decomposition.kl_anatomy"),
+    ("B-6 uncertainty by position", "metrics.divergence.uncertainty, metrics.topk.top_uncertainty"),
+    (
+        "B-7 tails of the log-ratio",
+        "metrics.divergence.ratio_quantiles, metrics.divergence.cost_by_tenth",
+    ),
+    (
+        "B-8 own-prefix baseline",
+        "metrics.own_prefix.own_prefix_gap; protocol: `opd probe-own-prefix`",
+    ),
+    ("B-9 continuation gain", "`opd probe-continuation` (protocol and intervals)"),
+    ("B-10 prefix weights", "metrics.divergence.prefix_weights"),
+    ("B-11 residual gap", "metrics.divergence.exact_divergence, last step over first"),
+    ("B-12 low-KL agreement", "metrics.kl_decomposition.agreement"),
+    ("C-1 vocabularies", "`opd doctor`, before training"),
+    (
+        "C-2 confident-impossible tokens",
+        "metrics.token_attribution.confident_impossible, "
+        "metrics.token_attribution.impossible_table",
+    ),
+    ("C-3 EOS tokens", "metrics.eos.endings"),
+    (
+        "C-4 retokenization",
+        "metrics.retokenization.boundary_agreement, metrics.retokenization.noncanonical_share",
+    ),
+    ("C-5 span log-ratio", "metrics.retokenization.span_ratios"),
+    ("C-6 signal removed by masks", "metrics.token_attribution.coverage"),
+    (
+        "D-1, D-2 length and truncation",
+        "metrics.response.length, metrics.response.length_quantiles",
+    ),
+    ("D-3 repetition", "metrics.repetition.repetition, metrics.repetition.compression"),
+    ("D-4 entropy", "metrics.divergence.uncertainty, metrics.divergence.entropy_by_tenth"),
+    (
+        "D-5 diversity",
+        "metrics.diversity.distinct, metrics.diversity.second_try, metrics.diversity.branching",
+    ),
+    ("D-6 termination drift", "metrics.response.length_incentive, metrics.eos.endings (end_push)"),
     (
         "D-7 KL to the initial student",
-        "drift.exact_divergence of a batch scored with the initial student in the teacher's place, "
-        "`opd diagnose RECORDS --student NOW --teacher THEN`",
+        "metrics.divergence.exact_divergence of a batch scored with the initial student as the "
+        "teacher, `opd diagnose RECORDS --student NOW --teacher THEN`",
     ),
-    ("D-8 lead time", "alarms.lead_times; the figure `warning`"),
-    ("E-1 signal, noise, noise scale", "gradients.signal_and_noise"),
-    ("E-2 norms by sequence", "blocks.sequence_gradients, blocks.linear_squares"),
-    ("E-3 the gamma family", "family.weights, probe.gradient_row"),
+    ("D-8 lead time", "alarms.alarms.lead_times; the figure `warning`"),
+    ("E-1 signal, noise, noise scale", "gradients.signal_noise.signal_and_noise"),
+    (
+        "E-2 norms by sequence",
+        "gradients.layers.sequence_gradients, gradients.layers.linear_squares",
+    ),
+    (
+        "E-3 the gamma family",
+        "gradients.estimators.estimator_weights, gradients.probe.gradient_row",
+    ),
     (
         "E-4 bias",
-        "tradeoff.occupancy; its covariances by token class are not offered, since they need the "
-        "student's probability of every class at every token",
+        "gradients.bias.occupancy; its covariances by token class are not available, since they "
+        "need the student's probability of every class at every token",
     ),
-    ("E-5 noise at a prefix", "noise.gradient_noise, teachability.quadrants"),
-    ("E-6 baselines", "noise.baseline_noise"),
+    (
+        "E-5 noise at a prefix",
+        "metrics.gradient_noise.gradient_noise, metrics.teachability.quadrants",
+    ),
+    ("E-6 baselines", "metrics.gradient_noise.baseline_noise"),
     (
         "E-7 learning-signal ratio",
-        "gradients.signal_and_noise over the KL; `signal_loss`, a figure",
+        "gradients.signal_noise.signal_and_noise over the KL; the figure `signal_loss`",
     ),
-    ("E-8 alignment with the task", "not offered: it needs rollouts with forced tokens"),
-    ("E-9 coherence", "tradeoff.coherence"),
-    ("E-10 others' proxies", "proxies.scalar_advantage_variance, proxies.adam_noise"),
-    ("F-1 sampler consistency", "validity.martingales"),
-    ("F-2 sampler and learner", "validity.sampler_ratio, validity.sampler_weights"),
-    ("F-3 staleness", "validity.staleness"),
-    ("F-4 teacher's determinism", "validity.rescoring"),
-    ("F-5 support and sampled tokens", "consistency.support_consistency"),
+    ("E-8 alignment with the task", "not available: it needs rollouts with forced tokens"),
+    ("E-9 coherence", "gradients.bias.coherence"),
+    (
+        "E-10 proxies of other systems",
+        "gradients.proxies.scalar_advantage_variance, gradients.proxies.adam_noise",
+    ),
+    ("F-1 sampler consistency", "metrics.consistency.martingales"),
+    (
+        "F-2 sampler and learner",
+        "metrics.consistency.sampler_ratio, metrics.consistency.sampler_weights",
+    ),
+    ("F-3 staleness", "metrics.consistency.staleness"),
+    ("F-4 determinism of the teacher", "metrics.consistency.rescoring"),
+    ("F-5 support and sampled tokens", "metrics.support_consistency.support_consistency"),
 )
-"""Every quantity that the codes in the descriptions stand for, and what measures it."""
+"""The quantity of each code in the descriptions, and the functions below `diagnostics` for it."""
 
 HEADER = """# Metrics
 
-*Written by `python -m diagnostics.catalogue > docs/metrics.md` from the docstrings.*
+*Generated from the docstrings by `python -m diagnostics.catalogue > docs/metrics.md`.*
 
-p is the student, q the teacher, y the sampled token, r = log p(y) - log q(y) its cost, m the mask,
-which holds the *supervised* tokens, those that the loss is taken over. The *sampled* tokens are all
-that the student chose: without a mask rule the same. What tests the sampler, multiplies along the
-response or says where the student went is taken over the sampled tokens, what is about the signal
-over the supervised ones; the column "over" says which. All logarithms are natural, all
-distributions at the temperature of the loss. Access levels: L0 log-probabilities of the sampled
-tokens, L1 a top-K support as well, L2 exact functionals of both whole distributions. Cost:
-O(tokens) at L0, O(tokens K) at L1; at L2 the functionals are made where the logits are, O(tokens V)
-once for all metrics. Suffixes: `_se` a standard error over prompts, `@lo-hi` a bin of response
-positions, `%lo-hi` a tenth of the response. The *default* panel is `diagnostics.monitor.PANEL`;
-`diagnostics.catalogue.FULL` holds all.
+p is the student, q the teacher, y the sampled token, r = log p(y) - log q(y) its cost, m the mask
+of the *supervised* tokens, which the loss is taken over. The *sampled* tokens are all tokens that
+the student sampled; without a mask rule both sets are the same. Metrics that test the sampler,
+multiply along the response or describe where the student went are taken over the sampled tokens,
+metrics of the training signal over the supervised tokens; see the column "tokens". All logarithms
+are natural, all distributions at the temperature of the loss.
+
+Access levels: L0 log-probabilities of the sampled tokens; L1 also a top-K support; L2 exact
+distribution stats of both full distributions. Cost: O(tokens) at L0, O(tokens K) at L1; at L2 the
+stats are computed together with the logits, O(tokens V) once for all metrics. Suffixes: `_se` a
+standard error over prompts, `@lo-hi` a bin of response positions, `%lo-hi` a tenth of the response.
+The *default* panel is `diagnostics.monitor.PANEL`; `diagnostics.catalogue.FULL` contains all
+metrics.
 
 Means, shares and ratios have standard errors. Quantiles, concentrations (Gini, effective numbers),
-correlations and effective sample sizes have none: theirs are not sums that merge. Where one
-matters, take it from saved batches with `diagnostics.stats.bootstrap_interval` over prompts,
-as the figures `gap` and `lorenz` do.
+correlations and effective sample sizes have none, because their errors are not sums that can be
+merged. To estimate one, use `diagnostics.stats.bootstrap_interval` over the prompts of saved
+batches, as the figures `gap` and `lorenz` do.
 """
 
 OTHER = """## Other columns of a row
 
-The rows of `opd train`, and of an observed TRL run, hold more than metrics of the batch. Of a step
-that several tasks share, columns of one task begin with `task=NAME/`.
+Rows of `opd train` and of an observed TRL run also contain columns that are not metrics of a batch.
+In a step shared by several tasks, columns of one task begin with `task=NAME/`.
 
-| columns | what they hold |
+| columns | description |
 |---|---|"""
 
 ALARMS = """## Alarms
 
-A rule speaks when what is tested leaves its healthy range by more than z of its standard errors,
-in as many of its last readings as "persistence" says. A column that a row lacks is no reading: a
-rule without readings is *not watched*, and the report says so. A run's card there is green only
-where an improvement is shown and no alarm is on, amber where nothing is shown, red where an alarm
-is on or a change for the worse is shown.
+A rule raises an alarm when the tested value was outside its healthy range by more than z of its
+standard errors, in as many of the last readings as "persistence" says. A row that lacks the column
+is not a reading: a rule without readings is *not watched*, and the report says so. In the report,
+the card of a run is green only if an improvement is significant and no alarm is active, amber if
+no change is significant, red if an alarm is active or a deterioration is significant.
 """
 
 
+_BATCH_ONLY = "Args:\n    batch: Scored rollouts.\n\n"
+"""The argument section of every metric, which the page leaves out."""
+
+
 def page() -> str:
-    """The page in Markdown: a table of all metrics, then each one's description."""
+    """Return the page in Markdown: a table of all metrics, then the description of each."""
     lines = [
         HEADER,
-        "| metric | codes | needs | over | version | panel |",
+        "| metric | codes | access | tokens | version | panel |",
         "|---|---|---|---|---|---|",
     ]
-    for e in CATALOGUE:
-        panel = "full" if e.wide else "default"
-        text = inspect.getdoc(_described(e)) or ""
-        code = text.split(":")[0] if text[1:2] == "-" else ""
+    for entry in CATALOGUE:
+        panel = "full" if entry.wide else "default"
+        description = inspect.getdoc(_documented_function(entry)) or ""
+        code = description.split(":")[0] if description[1:2] == "-" else ""
         lines.append(
-            f"| [`{e.name}`](#{e.name}) | {code} | {e.level} | {e.over} | {e.version} | {panel} |"
+            f"| [`{entry.name}`](#{entry.name}) | {code} | {entry.level} | {entry.token_set} "
+            f"| {entry.version} | {panel} |"
         )
-    lines += ["", "## By code", "", "| quantity | measured by |", "|---|---|"]
-    lines += [f"| {quantity} | {where} |" for quantity, where in CODES]
+    lines += [
+        "",
+        "## By code",
+        "",
+        "| quantity | function in `diagnostics` or command |",
+        "|---|---|",
+    ]
+    lines += [f"| {quantity} | {sources} |" for quantity, sources in CODES]
     lines += ["", "## Metrics of a batch", ""]
-    for e in CATALOGUE:
-        lines += _section(e.name, _described(e))
+    for entry in CATALOGUE:
+        lines += _section(entry.name, _documented_function(entry))
     lines += ["## Metrics with arguments", ""]
     for maker in MAKERS:
         lines += _section(maker.__name__, maker)
-    lines += ["## Of two batches", ""]
+    lines += ["## Metrics of two batches", ""]
     for function in (rescoring, own_prefix_gap):
         lines += _section(function.__name__, function)
-    lines += [OTHER, *(f"| {names} | {text} |" for names, text in COLUMNS)]
+    lines += [OTHER, *(f"| {names} | {description} |" for names, description in COLUMNS)]
     lines += ["", *_section("gradient_row", gradient_row)]
     lines += [ALARMS, alarm_table()]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _described(entry: Entry) -> Callable[..., object]:
+def _documented_function(entry: Entry) -> Callable[..., object]:
     makers = {maker.__name__: maker for maker in MAKERS}
     return makers.get(entry.name, entry.metric)
 
 
 def _section(name: str, function: Callable[..., object]) -> list[str]:
-    where = f"`{function.__module__}.{name}({', '.join(inspect.signature(function).parameters)})`"
-    return [f"### {name}", "", where, "", "```text", inspect.getdoc(function) or "", "```", ""]
+    parameters = ", ".join(inspect.signature(function).parameters)
+    signature = f"`{function.__module__}.{name}({parameters})`"
+    description = (inspect.getdoc(function) or "").replace(_BATCH_ONLY, "")
+    return [f"### {name}", "", signature, "", "```text", description, "```", ""]
 
 
 if __name__ == "__main__":

@@ -1,21 +1,22 @@
 """Errors whose message is written for the user.
 
 A command prints the message of a `UserError` in one line, without a traceback. Every other
-exception, those of libraries and of our own faults included, keeps its traceback. Each class below
-is also the built-in exception that callers of the library expect.
+exception, from libraries or from bugs of this package, keeps its traceback. Each class below is
+also the built-in exception that callers of the library expect.
 """
 
-from diagnostics.terminal import visible
+from diagnostics.terminal import escape_control_chars
 
 
 class UserError(Exception):
     """An error whose message names the offending value and the remedy.
 
-    What a message quotes may come from anywhere: it is shown as `visible` text.
+    Quoted values may come from untrusted sources, so control characters in the message are escaped
+    (`escape_control_chars`).
     """
 
     def __str__(self) -> str:
-        return visible(Exception.__str__(self))
+        return escape_control_chars(Exception.__str__(self))
 
 
 class InvalidInput(UserError, ValueError):
@@ -27,7 +28,7 @@ class OperationFailed(UserError, RuntimeError):
 
 
 class MissingFile(UserError, FileNotFoundError):
-    """A file or folder that was named does not exist."""
+    """A named file or folder does not exist."""
 
 
 class MissingPackage(UserError, ImportError):
@@ -35,4 +36,4 @@ class MissingPackage(UserError, ImportError):
 
 
 class BrokenPackage(UserError, ImportError):
-    """An optional package is installed and cannot be imported; the message says why."""
+    """An optional package is installed but cannot be imported; the message says why."""

@@ -1,7 +1,7 @@
-"""Intervals over independent repetitions (seeds, draws of a world, prompts, problems).
+"""Confidence intervals over independent repetitions (seeds, sampled worlds, prompts, problems).
 
-Accuracies and their differences have intervals of closed form, which keep a width where all
-problems agree and for few of them; other statistics have the bootstrap.
+Accuracies and their differences have closed-form intervals, which keep a positive width where all
+problems agree and for few problems; other statistics use the bootstrap.
 """
 
 import math
@@ -15,7 +15,7 @@ from diagnostics.errors import InvalidInput
 
 Array = NDArray[Any]
 Z = 1.959964
-"""Of 95 % of a normal distribution."""
+"""97.5 % quantile of the standard normal distribution."""
 
 
 def bootstrap_interval(
@@ -26,7 +26,7 @@ def bootstrap_interval(
     resamples: int = 2000,
     strata: Array | None = None,
 ) -> tuple[Array, Array]:
-    """Percentile bootstrap interval of a statistic of repetitions.
+    """Compute a percentile bootstrap interval of a statistic of repetitions.
 
     Whole repetitions are resampled, so everything measured on one stays together and intervals of
     differences or ratios are paired. With `strata`, each label keeps its number of repetitions.
@@ -34,15 +34,18 @@ def bootstrap_interval(
     as in arXiv 2108.13264.)
 
     Args:
-      values: (N, ...) one entry a repetition.
-      statistic: (N, ...) -> any shape; must not depend on the order of repetitions.
-      strata: (N,) labels, or None for one stratum.
+        values: (N, ...), one entry per repetition.
+        statistic: (N, ...) -> any shape; must not depend on the order of repetitions.
+        generator: Random generator of the resamples.
+        level: Coverage, in (0, 1).
+        resamples: Number of bootstrap samples.
+        strata: (N,) labels, or None for one stratum.
 
     Returns:
-      (low, high), each of the statistic's shape.
+        (low, high), each of the statistic's shape.
 
     Raises:
-      ValueError: fewer than 2 repetitions in a stratum, or a level outside (0, 1).
+        InvalidInput: Fewer than 2 repetitions in a stratum, or a level outside (0, 1).
     """
     values = np.asarray(values, dtype=np.float64)
     if not 0 < level < 1:
@@ -50,37 +53,41 @@ def bootstrap_interval(
     labels = np.zeros(len(values), dtype=np.int64) if strata is None else np.asarray(strata)
     if labels.shape != values.shape[:1]:
         raise InvalidInput(
-            f"strata has shape {labels.shape}, values hold {len(values)} repetitions"
+            f"strata has shape {labels.shape}, but values holds {len(values)} repetitions"
         )
     groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     smallest = min(map(len, groups), default=0)
     if smallest < 2:
         raise InvalidInput(f"a stratum holds {smallest} repetitions; an interval needs at least 2")
-    drawn = [
+    resampled = [
         statistic(values[np.concatenate([generator.choice(g, size=len(g)) for g in groups])])
         for _ in range(resamples)
     ]
     tail = (1 - level) / 2
-    low, high = np.quantile(np.stack(drawn), [tail, 1 - tail], axis=0)
+    low, high = np.quantile(np.stack(resampled), [tail, 1 - tail], axis=0)
     return low, high
 
 
 def share_interval(values: Array) -> tuple[float, float]:
-    """95 % interval of a mean accuracy over problems, or over runs and problems; never degenerate.
+    """Compute a 95 % interval of a mean accuracy over problems, or over runs and problems.
 
-    Wilson's score interval for as many independent problems as have the variance of the mean that
-    the values show. Problems are the sampling unit: to their squares are added two of the largest
-    variance that a share of this mean can have, p (1 - p), which also bounds the result, so that
-    few problems that agree by chance do not claim certainty. With one answer to each of M problems
-    it is Wilson's interval for M; where all are right or all wrong, that of M problems, however
-    many samples and runs there are. Runs add the variance of their means, with Student's t for
-    their number (Satterthwaite). (Wilson 1927; effective sample sizes: Korn and Graubard 1998.)
+    Never degenerate. Wilson's score interval for the number of independent problems that has the
+    observed variance of the mean. Problems are the sampling unit: two squared deviations of the
+    largest variance that a share of this mean can have, p (1 - p), are added to the observed ones,
+    and that variance also bounds the result, so that few problems that agree by chance do not claim
+    certainty. With one answer per problem it is Wilson's interval for M problems; where all are
+    right or all wrong, that of M problems, however many samples and runs there are. Runs add the
+    variance of their means, with Student's t for their number (Satterthwaite). (Wilson 1927;
+    effective sample sizes: Korn and Graubard 1998.)
 
     Args:
-      values: (M,) or (N, M), shares in [0, 1] of M problems, by N runs on the same problems.
+        values: (M,) or (N, M), shares in [0, 1] of M problems, by N runs on the same problems.
+
+    Returns:
+        (low, high).
 
     Raises:
-      ValueError: no value, or one outside [0, 1].
+        InvalidInput: No value, or one outside [0, 1].
     """
     table = _table(values, 0.0)
     runs, problems = table.shape
@@ -96,7 +103,7 @@ def share_interval(values: Array) -> tuple[float, float]:
 
 
 def wilson_interval(share: float, count: float, critical: float = Z) -> tuple[float, float]:
-    """Score interval of a share of `count` independent problems, which need not be whole."""
+    """Compute the score interval of a share of `count` independent problems, any real number."""
     square = critical * critical / count
     centre = share + square / 2
     half = math.sqrt(square * (share * (1 - share) + square / 4))
@@ -104,27 +111,31 @@ def wilson_interval(share: float, count: float, critical: float = Z) -> tuple[fl
 
 
 def gain_interval(values: Array) -> tuple[float, float]:
-    """95 % interval of a mean paired difference of shares; never degenerate.
+    """Compute a 95 % interval of a mean paired difference of shares; never degenerate.
 
-    Wald's interval after adding two problems, one gained and one lost. With one answer to each
-    problem they are 1 and -1, and the interval is that of Bonett and Price (2012, J. Educ. Behav.
-    Stat. 37); where the differences are finer (several samples or runs) they are as large as the
-    root mean square of the changes seen and one whole problem more. Runs add the variance of their
-    means, with Student's t for their number (Satterthwaite).
+    Wald's interval after adding two problems, one gained and one lost. With one answer per problem
+    they are 1 and -1, and the interval is that of Bonett and Price (2012, J. Educ. Behav. Stat.
+    37); where the differences are finer (several samples or runs) they are as large as the root
+    mean square of the observed changes and one whole problem. Runs add the variance of their means,
+    with Student's t for their number (Satterthwaite).
 
     Args:
-      values: (M,) or (N, M), differences in [-1, 1] on M problems, by N runs on the same problems.
+        values: (M,) or (N, M), differences in [-1, 1] on M problems, by N runs on the same
+            problems.
+
+    Returns:
+        (low, high).
 
     Raises:
-      ValueError: no value, or one outside [-1, 1].
+        InvalidInput: No value, or one outside [-1, 1].
     """
     table = _table(values, -1.0)
     runs, problems = table.shape
     difference = table.mean(0)
     squares = float(np.square(difference).sum())
-    added = (squares + 1) / (np.count_nonzero(difference) + 1)
+    added_square = (squares + 1) / (np.count_nonzero(difference) + 1)
     centre = float(difference.sum()) / (problems + 2)
-    variance = ((squares + 2 * added) / (problems + 2) - centre**2) / (problems + 2)
+    variance = ((squares + 2 * added_square) / (problems + 2) - centre**2) / (problems + 2)
     between = _between_runs(table)
     total = variance + between
     half = _critical(total, between, runs) * math.sqrt(total)
@@ -132,40 +143,49 @@ def gain_interval(values: Array) -> tuple[float, float]:
     return max(-1.0, min(centre - half, mean)), min(1.0, max(centre + half, mean))
 
 
-def unpaired_interval(before: Array, after: Array) -> tuple[float, float]:
-    """95 % interval of mean(after) - mean(before) for accuracies on different problems.
+def unpaired_interval(before_accuracies: Array, after_accuracies: Array) -> tuple[float, float]:
+    """Compute a 95 % interval of the difference of mean accuracies on different problems.
 
-    Of the two `share_interval`s, by Newcombe's square-and-add (1998, Statist. Med. 17, method 10).
+    Combines two `share_interval`s by Newcombe's square-and-add (1998, Statist. Med. 17, method 10).
+
+    Args:
+        before_accuracies: (M,) or (N, M) shares.
+        after_accuracies: (M',) or (N', M') shares.
+
+    Returns:
+        (low, high) of mean(after) - mean(before).
     """
-    (low_before, high_before), (low_after, high_after) = map(share_interval, (before, after))
-    was, now = float(np.mean(before)), float(np.mean(after))
-    low = now - was - math.hypot(now - low_after, high_before - was)
-    high = now - was + math.hypot(high_after - now, was - low_before)
+    (low_before, high_before), (low_after, high_after) = map(
+        share_interval, (before_accuracies, after_accuracies)
+    )
+    before_mean, after_mean = float(np.mean(before_accuracies)), float(np.mean(after_accuracies))
+    low = after_mean - before_mean - math.hypot(after_mean - low_after, high_before - before_mean)
+    high = after_mean - before_mean + math.hypot(high_after - after_mean, before_mean - low_before)
     return low, high
 
 
-def _table(values: Array, least: float) -> Array:
-    """(N, M) float64 of (M,) or (N, M) values in [least, 1]."""
+def _table(values: Array, minimum: float) -> Array:
+    """Return (N, M) float64 of (M,) or (N, M) values in [minimum, 1]."""
     table = np.asarray(values, dtype=np.float64)
     table = table[None] if table.ndim == 1 else table
     if table.ndim != 2 or not table.size:
         raise InvalidInput(f"values have shape {np.shape(values)}, expected (runs, problems)")
-    wrong = ~((table >= least) & (table <= 1))
-    if wrong.any():
+    is_outside = ~((table >= minimum) & (table <= 1))
+    if is_outside.any():
         raise InvalidInput(
-            f"{wrong.sum()} of {table.size} values lie outside [{least:g}, 1], the first is "
-            f"{table[wrong][0]:g}"
+            f"{is_outside.sum()} of {table.size} values are outside [{minimum:g}, 1]; the first is "
+            f"{table[is_outside][0]:g}"
         )
     return table
 
 
 def _between_runs(table: Array) -> float:
-    """Variance of the mean of runs, from the means of (N, M) values; 0 for one run."""
+    """Return the variance of the mean of runs, from the means of (N, M) values; 0 for one run."""
     return float(table.mean(1).var(ddof=1)) / len(table) if len(table) > 1 else 0.0
 
 
 def _critical(total: float, between: float, runs: int) -> float:
-    """Student's t for a variance of which the part between runs is estimated from their number."""
+    """Return Student's t for a variance that is partly estimated between runs."""
     if between <= 1e-9 * total:
         return Z
     from scipy.special import stdtrit

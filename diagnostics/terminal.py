@@ -1,7 +1,8 @@
-"""Text that is safe to show: escape sequences from names, templates, records and servers are inert.
+"""Escaping of control characters in terminal output.
 
-`visible` spells out what a terminal would obey or hide. `protect_terminal` applies it to everything
-that a command writes; `diagnostics.errors` applies it to every message written for the user.
+`escape_control_chars` shows what a terminal would interpret or hide. `protect_terminal` applies it
+to everything that a command writes; `diagnostics.errors` applies it to every message for the user.
+Names, templates, records and server answers may contain escape sequences.
 """
 
 import os
@@ -12,15 +13,23 @@ from typing import Any, TextIO
 _CURSOR_UP = re.compile("(?:\x1b\\[A)+")
 
 
-def visible(text: str) -> str:
-    """The text with every control, mark of direction, invisible character and lone surrogate as
-    its escape: \\u001b, \\u202e, \\u200b, \\ud800, \\U000e0001.
+def escape_control_chars(text: str) -> str:
+    r"""Replace control, bidirectional, invisible characters and lone surrogates by their escapes.
 
-    Line ends and tabs stay.
+    Line ends and tabs stay. Examples of escapes: \u001b, \u202e, \u200b, \ud800, \U000e0001.
+
+    Args:
+        text: Any text.
+
+    Returns:
+        Text that is safe to print.
     """
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() or c in "\n\t" else _escape(c) for c in text)
+    return "".join(
+        character if character.isprintable() or character in "\n\t" else _escape(character)
+        for character in text
+    )
 
 
 def _escape(character: str) -> str:
@@ -28,12 +37,15 @@ def _escape(character: str) -> str:
     return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
 
 
-class _Protected:
-    """A text stream that writes `visible` text.
+class _EscapingStream:
+    """A text stream that escapes control characters.
 
-    Progress bars stay: the carriage return that begins a bar's text, and a write that only moves
-    the cursor up. With `colours` False the stream says that it is no terminal, so that libraries
-    write no colours of their own.
+    Progress bars keep working: a carriage return at the start of a bar's text and a write that only
+    moves the cursor up pass through.
+
+    Args:
+        stream: The wrapped stream.
+        colours: Whether `isatty` may be True; with False, libraries write no colours.
     """
 
     def __init__(self, stream: TextIO, colours: bool) -> None:
@@ -43,7 +55,7 @@ class _Protected:
         if _CURSOR_UP.fullmatch(text):
             return self._stream.write(text)
         start = "\r" if text.startswith("\r") else ""
-        return self._stream.write(start + visible(text[len(start) :]))
+        return self._stream.write(start + escape_control_chars(text[len(start) :]))
 
     def writelines(self, lines: list[str]) -> None:
         for line in lines:
@@ -57,12 +69,12 @@ class _Protected:
 
 
 def protect_terminal() -> None:
-    """Make stdout and stderr write `visible` text from here on, tracebacks and warnings included.
+    """Make stdout and stderr escape control characters, in tracebacks and warnings too.
 
-    For the entry point of a command, which ends with the process.
+    For the entry point of a command: the streams are not restored.
     """
     os.environ.setdefault("PYTHON_COLORS", "0")  # tracebacks of Python 3.13 and later
-    if not isinstance(sys.stdout, _Protected):
-        sys.stdout = _Protected(sys.stdout, colours=False)
-    if not isinstance(sys.stderr, _Protected):
-        sys.stderr = _Protected(sys.stderr, colours=True)
+    if not isinstance(sys.stdout, _EscapingStream):
+        sys.stdout = _EscapingStream(sys.stdout, colours=False)
+    if not isinstance(sys.stderr, _EscapingStream):
+        sys.stderr = _EscapingStream(sys.stderr, colours=True)

@@ -1,4 +1,4 @@
-"""From two models' logits of what was sampled to a `ScoredRollouts`, a chunk of tokens at a time.
+"""Building `ScoredRollouts` from both models' logits, one chunk of tokens at a time.
 
 Shapes: B responses, T positions, N supervised tokens, n tokens of a chunk, V vocabulary, K ids.
 """
@@ -10,56 +10,72 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import DistributionStats, ScoredRollouts, Support
-from diagnostics.core.distribution_stats import functionals
-from diagnostics.core.partial import PartialRollouts, lacking
+from diagnostics.core.distribution_stats import compute_distribution_stats
+from diagnostics.core.partial import PartialRollouts, without_fields
 
 Logits = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""(n,) places among the B x T positions, row by row -> student and teacher logits (n, V)."""
+"""(n,) indices into the B x T positions, row by row -> student and teacher logits (n, V)."""
 
 
 @torch.no_grad()
-def measured(
-    tokens: Tensor, mask: Tensor, logits: Logits, vocabulary: int, k: int, elements: int
+def score_logits(
+    tokens: Tensor, mask: Tensor, logits: Logits, vocabulary: int, k: int, max_logits_per_chunk: int
 ) -> dict[str, Any]:
-    """student_logp, teacher_logp, both models' top-K and `prefix` of the tokens of the mask.
+    """Compute log-probabilities, both models' top-K and distribution statistics of masked tokens.
 
-    The teacher's K are the `support`, the student's the `student_support`.
-    Logits are at the temperature of the loss; log-softmaxes are at least float32. At most
-    `elements` numbers of a (n, V) tensor exist at a time.
+    The teacher's top-K is the `support`, the student's the `student_support`. Logits are at the
+    temperature of the loss; log-softmaxes are at least float32.
+
+    Args:
+        tokens: (B, T) sampled ids.
+        mask: (B, T) bool, tokens to score.
+        logits: Returns the logits of a chunk of positions.
+        vocabulary: V.
+        k: K.
+        max_logits_per_chunk: Elements of an (n, V) tensor that exist at a time.
+
+    Returns:
+        Fields of `ScoredRollouts`.
     """
-    places = mask.flatten().nonzero()[:, 0]
+    positions = mask.flatten().nonzero()[:, 0]
     flat = tokens.flatten()
     parts: list[dict[str, Tensor]] = []
-    for some in places.split(max(1, elements // vocabulary)):
-        p, q = (log_softmax(x) for x in logits(some))
-        y = flat[some]
-        best, own = (x.topk(min(k, vocabulary), -1) for x in (q, p))
+    for chunk in positions.split(max(1, max_logits_per_chunk // vocabulary)):
+        p, q = (log_softmax(x) for x in logits(chunk))
+        sampled_ids = flat[chunk]
+        teacher_topk, student_topk = (x.topk(min(k, vocabulary), -1) for x in (q, p))
         parts.append(
             {
-                "student_logp": p.gather(-1, y[:, None])[:, 0],
-                "teacher_logp": q.gather(-1, y[:, None])[:, 0],
-                "support.ids": best.indices,
-                "support.student_logp": p.gather(-1, best.indices),
-                "support.teacher_logp": best.values,
-                "student_support.ids": own.indices,
-                "student_support.student_logp": own.values,
-                "student_support.teacher_logp": q.gather(-1, own.indices),
-                **{f"prefix.{name}": x for name, x in functionals(p, q, y).items()},
+                "student_logp": p.gather(-1, sampled_ids[:, None])[:, 0],
+                "teacher_logp": q.gather(-1, sampled_ids[:, None])[:, 0],
+                "support.ids": teacher_topk.indices,
+                "support.student_logp": p.gather(-1, teacher_topk.indices),
+                "support.teacher_logp": teacher_topk.values,
+                "student_support.ids": student_topk.indices,
+                "student_support.student_logp": student_topk.values,
+                "student_support.teacher_logp": q.gather(-1, student_topk.indices),
+                **{
+                    f"prefix.{name}": x
+                    for name, x in compute_distribution_stats(p, q, sampled_ids).items()
+                },
             }
         )
     names = parts[0] if parts else {}
-    full = {name: _spread(torch.cat([part[name] for part in parts]), mask) for name in names}
-    if not full:  # nothing is supervised: the same parts, all zeros
-        return _nothing(mask, min(k, vocabulary))
+    full = {
+        name: _scatter_to_mask(torch.cat([chunk_scores[name] for chunk_scores in parts]), mask)
+        for name in names
+    }
+    if not full:  # nothing is supervised: the same fields, all zeros
+        return _empty_scores(mask, min(k, vocabulary))
 
-    def part(name: str) -> dict[str, Tensor]:
+    def split_part(name: str) -> dict[str, Tensor]:
         return {n.partition(".")[2]: full.pop(n) for n in [*full] if n.startswith(name + ".")}
 
     supports = {
-        "support": Support(**part("support"), source="teacher"),
-        "student_support": Support(**part("student_support"), source="student"),
+        "support": Support(**split_part("support"), source="teacher"),
+        "student_support": Support(**split_part("student_support"), source="student"),
     }
-    prefix = DistributionStats(**part("prefix"))
+    prefix = DistributionStats(**split_part("prefix"))
     return {**full, **supports, "prefix": prefix}
 
 
@@ -73,98 +89,127 @@ def from_logits(
     ended: Tensor,
     sampler_logp: Tensor | None = None,
     k: int = 16,
-    elements: int = 2**24,
-    who: str = "this run",
-    **parts: Any,
+    max_logits_per_chunk: int = 2**24,
+    trainer_name: str = "this run",
+    **fields: Any,
 ) -> ScoredRollouts:
-    """The `ScoredRollouts` of a hand-written loop that has both models' logits.
+    """Build the `ScoredRollouts` of a training loop that has both models' logits.
 
     Args:
-      tokens, mask: (B, T) ids that the student sampled, and whether it chose them.
-      student, teacher: (B, T, V) logits of the distributions that predict them (from one position
-        earlier in the sequence), at the temperature of the loss.
-      prompt, ended: (B,) ids of the prompts, and whether a response stopped by itself.
-      sampler_logp: (B, T) under the distribution that was sampled from, if the sampler tells.
-      k, elements: as in `measured`. parts: further fields of `ScoredRollouts`, such as reward.
+        tokens: (B, T) ids that the student sampled.
+        mask: (B, T) bool, whether the student sampled them.
+        student: (B, T, V) logits that predict the tokens (from one position earlier in the
+            sequence), at the temperature of the loss.
+        teacher: (B, T, V), likewise.
+        prompt: (B,) ids of the prompts.
+        ended: (B,) bool, whether the response ended with EOS.
+        sampler_logp: (B, T) under the distribution that was sampled from, if known.
+        k: See `score_logits`.
+        max_logits_per_chunk: See `score_logits`.
+        trainer_name: Beginning of the message about a missing field.
+        **fields: Further fields of `ScoredRollouts`, such as reward.
+
+    Returns:
+        The batch.
     """
     flat = [x.detach().flatten(0, 1) for x in (student, teacher)]
-    found = measured(
-        tokens, mask, lambda i: (flat[0][i], flat[1][i]), student.shape[-1], k, elements
+    scores = score_logits(
+        tokens, mask, lambda i: (flat[0][i], flat[1][i]), student.shape[-1], k, max_logits_per_chunk
     )
-    return scored(
+    return build_scored_rollouts(
         tokens,
         mask,
         prompt=prompt,
         ended=ended,
         sampler_logp=sampler_logp,
-        who=who,
-        **found | parts,
+        trainer_name=trainer_name,
+        **scores | fields,
     )
 
 
 def log_softmax(logits: Tensor) -> Tensor:
-    """(n, V), computed in float32, or float64 if the logits are."""
+    """Compute (n, V) log-softmax in float32, or in float64 if the logits are."""
     return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
 
 
-def scored(
+def build_scored_rollouts(
     tokens: Tensor,
     mask: Tensor,
     *,
     prompt: Tensor,
     ended: Tensor,
     sampler_logp: Tensor | None,
-    who: str,
-    **parts: Any,
+    trainer_name: str,
+    **fields: Any,
 ) -> ScoredRollouts:
-    """`ScoredRollouts` of a trainer's tensors; without `sampler_logp` where the trainer has none.
+    """Build `ScoredRollouts` from a trainer's tensors.
 
-    who: names the trainer in `Monitor.missing`. Tokens are 0 where nothing was sampled.
+    `sampler_logp` is a missing field if None. Tokens are set to 0 where nothing was sampled.
+
+    Args:
+        tokens: (B, T) ids.
+        mask: (B, T) bool.
+        prompt: (B,) ids of the prompts.
+        ended: (B,) bool.
+        sampler_logp: (B, T), or None if the trainer has none.
+        trainer_name: Name of the trainer in `Monitor.missing`.
+        **fields: Further fields of `ScoredRollouts`.
+
+    Returns:
+        The batch.
     """
-    sampled = parts.get("sampled_mask", mask)
-    none = sampled * 0.0
-    sampler = none if sampler_logp is None else torch.where(sampled, sampler_logp.detach(), 0.0)
-    kind = PartialRollouts if "generated_lengths" in parts else ScoredRollouts
-    whole = kind(
+    sampled = fields.get("sampled_mask", mask)
+    zeros = sampled * 0.0
+    sampler_values = (
+        zeros if sampler_logp is None else torch.where(sampled, sampler_logp.detach(), 0.0)
+    )
+    batch_type = PartialRollouts if "generated_lengths" in fields else ScoredRollouts
+    rollouts = batch_type(
         tokens=tokens * sampled,
         mask=mask,
         prompt=prompt,
         ended=ended,
-        sampler_logp=sampler,
-        **parts,
+        sampler_logp=sampler_values,
+        **fields,
     )
-    return lacking(whole, ["sampler_logp"] if sampler_logp is None else [], f"{who} has")
+    return without_fields(
+        rollouts, ["sampler_logp"] if sampler_logp is None else [], f"{trainer_name} has"
+    )
 
 
-def last_is_end(tokens: Tensor, real: Tensor, ends: Iterable[int]) -> Tensor:
-    """(B,) bool: the last real token of each row is one of the end ids."""
-    last = real.long().cumsum(1).argmax(1)
-    known = torch.tensor([*ends], dtype=tokens.dtype, device=tokens.device)
-    return torch.isin(tokens.gather(1, last[:, None])[:, 0], known) & real.any(1)
+def ends_with_eos(tokens: Tensor, not_padding: Tensor, eos_ids: Iterable[int]) -> Tensor:
+    """Return (B,) bool: whether the last non-padding token of each row is an EOS id."""
+    last_index = not_padding.long().cumsum(1).argmax(1)
+    eos_ids_tensor = torch.tensor([*eos_ids], dtype=tokens.dtype, device=tokens.device)
+    return torch.isin(
+        tokens.gather(1, last_index[:, None])[:, 0], eos_ids_tensor
+    ) & not_padding.any(1)
 
 
-def from_first(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Places (B, T) that move each row's first True to position 0, and which of them exist."""
+def shift_to_first(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (B, T) indices that move each row's first True to position 0, and their validity."""
     width = mask.shape[1]
-    place = mask.long().argmax(1, keepdim=True) + torch.arange(width, device=mask.device)
-    return place.clamp(max=width - 1), place < width
+    positions = mask.long().argmax(1, keepdim=True) + torch.arange(width, device=mask.device)
+    return positions.clamp(max=width - 1), positions < width
 
 
-def _spread(flat: Tensor, mask: Tensor) -> Tensor:
+def _scatter_to_mask(flat: Tensor, mask: Tensor) -> Tensor:
     out = flat.new_zeros((*mask.shape, *flat.shape[1:]))
     out[mask] = flat
     return out
 
 
-def _nothing(mask: Tensor, k: int) -> dict[str, Any]:
-    zero = torch.zeros(mask.shape, device=mask.device)
-    wide = zero[..., None].expand(*mask.shape, k).contiguous()
-    names = functionals(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, dtype=torch.long))
-    lists = {"ids": wide.long(), "student_logp": wide, "teacher_logp": wide}
+def _empty_scores(mask: Tensor, k: int) -> dict[str, Any]:
+    zeros = torch.zeros(mask.shape, device=mask.device)
+    topk_zeros = zeros[..., None].expand(*mask.shape, k).contiguous()
+    names = compute_distribution_stats(
+        torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, dtype=torch.long)
+    )
+    topk_fields = {"ids": topk_zeros.long(), "student_logp": topk_zeros, "teacher_logp": topk_zeros}
     return {
-        "student_logp": zero,
-        "teacher_logp": zero,
-        "support": Support(**lists, source="teacher"),
-        "student_support": Support(**lists, source="student"),
-        "prefix": DistributionStats(**dict.fromkeys(names, zero)),
+        "student_logp": zeros,
+        "teacher_logp": zeros,
+        "support": Support(**topk_fields, source="teacher"),
+        "student_support": Support(**topk_fields, source="student"),
+        "prefix": DistributionStats(**dict.fromkeys(names, zeros)),
     }

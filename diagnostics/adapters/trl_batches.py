@@ -1,4 +1,4 @@
-"""From the tensors of a TRL micro-batch to a `ScoredRollouts`: what every trainer has in common.
+"""Building `ScoredRollouts` from the tensors of a TRL micro-batch: what all trainers share.
 
 Shapes: B responses, T response positions, P prompt positions.
 """
@@ -10,23 +10,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diagnostics.adapters.from_logits import scored
-from diagnostics.adapters.trl_watch import Watch, replaced
+from diagnostics.adapters.from_logits import build_scored_rollouts
+from diagnostics.adapters.trl_watch import TrainerObserver, replace_attribute
 from diagnostics.batch import ScoredRollouts
-from diagnostics.core.partial import lacking
-from diagnostics.records.columns import number_of
+from diagnostics.core.partial import without_fields
+from diagnostics.records.columns import integer_id
 
 STEP, REWARD = "opdlab_step", "opdlab_reward"
-"""What `stamp_rollouts` adds to a batch of rollouts, (B,) each."""
+"""Keys that `record_rollout_step` adds to a batch of rollouts, (B,) each."""
 
 
-def stamp_rollouts(watch: Watch, stack: ExitStack, name: str) -> None:
-    """Let rollouts carry the step before which they were made and what their rewards sum to.
+def record_rollout_step(observer: TrainerObserver, stack: ExitStack, name: str) -> None:
+    """Add the current step and the reward sums to the rollouts that a trainer generates.
 
-    A trainer shuffles them, cuts them into micro-batches and may use them for several steps.
-    name: the trainer's method that returns a batch of rollouts as a dictionary.
+    A trainer shuffles rollouts, splits them into micro-batches and may use them for several steps.
+
+    Args:
+        observer: The observer of the trainer.
+        stack: Restores the wrapped functions.
+        name: The trainer's method that returns a batch of rollouts as a dictionary.
     """
-    trainer = watch.trainer
+    trainer = observer.trainer
     generate, rewards = getattr(trainer, name), list[Tensor]()
 
     def generate_rollouts(*args: Any, **kwargs: Any) -> Any:
@@ -37,10 +41,12 @@ def stamp_rollouts(watch: Watch, stack: ExitStack, name: str) -> None:
         batch[STEP] = torch.full((size,), step, device=device)
         if rewards:
             first = trainer.accelerator.process_index * size
-            batch[REWARD] = _weighted(rewards[-1], trainer.reward_weights)[first : first + size]
+            batch[REWARD] = _weighted_rewards(rewards[-1], trainer.reward_weights)[
+                first : first + size
+            ]
         return batch
 
-    stack.enter_context(replaced(trainer, name, generate_rollouts))
+    stack.enter_context(replace_attribute(trainer, name, generate_rollouts))
     if hasattr(trainer, "_calculate_rewards"):
         calculate = trainer._calculate_rewards
 
@@ -48,11 +54,11 @@ def stamp_rollouts(watch: Watch, stack: ExitStack, name: str) -> None:
             rewards.append(calculate(*args, **kwargs))
             return rewards[-1]
 
-        stack.enter_context(replaced(trainer, "_calculate_rewards", calculate_rewards))
+        stack.enter_context(replace_attribute(trainer, "_calculate_rewards", calculate_rewards))
 
 
-def _weighted(rewards: Tensor, weights: Tensor) -> Tensor:
-    """(B,) weighted sum over reward functions (B, F) without the NaNs; NaN where all are."""
+def _weighted_rewards(rewards: Tensor, weights: Tensor) -> Tensor:
+    """Return (B,) weighted sums over reward functions (B, F) without NaN; NaN if all are NaN."""
     total = (rewards * weights.to(rewards.device)).nansum(1)
     return torch.where(rewards.isnan().all(1), torch.nan, total)
 
@@ -64,63 +70,73 @@ def make_batch(
     mask: Tensor,
     *,
     sampler_logp: Tensor | None = None,
-    lost: Iterable[str] = (),
-    **parts: Any,
+    missing_names: Iterable[str] = (),
+    **fields: Any,
 ) -> ScoredRollouts:
-    """The `ScoredRollouts` of a micro-batch; what this trainer does not know raises `MissingField` when read.
+    """Build the `ScoredRollouts` of a micro-batch, with the fields that this trainer lacks missing.
 
     Args:
-      inputs: the trainer's batch, from which ages, rewards and earlier log-probabilities are read.
-      sampler_logp: (B, T) from the engine that sampled, if it tells.
-      lost: further fields that are unknown. parts: the others of `ScoredRollouts`.
+        trainer: The TRL trainer.
+        inputs: The trainer's batch, which holds ages, rewards and earlier log-probabilities.
+        tokens: (B, T) ids.
+        mask: (B, T) bool.
+        sampler_logp: (B, T) from the engine that sampled, if known.
+        missing_names: Further fields that are missing.
+        **fields: The other fields of `ScoredRollouts`.
+
+    Returns:
+        The batch.
     """
-    lost = set(lost)
-    filters = _filters(trainer)
+    missing_names = set(missing_names)
+    filters = _sampling_filters(trainer)
     if filters:
-        lost.add("top_p")  # no number describes the distribution
-    earlier, softmax = inputs.get("old_per_token_logps"), None
-    if sampler_logp is None and earlier is not None:
-        # The model's own at the time of sampling: before top-p and the like.
-        known = parts.get("sampled_mask", mask)
-        softmax = torch.where(known, earlier.detach(), 0.0)
+        # with other sampling filters top_p does not describe the distribution
+        missing_names.add("top_p")
+    old_logps, softmax_logp = inputs.get("old_per_token_logps"), None
+    if sampler_logp is None and old_logps is not None:
+        # the model's own at sampling time, before top-p and other filters
+        is_sampled = fields.get("sampled_mask", mask)
+        softmax_logp = torch.where(is_sampled, old_logps.detach(), 0.0)
         if not filters and trainer.args.top_p == 1:
-            sampler_logp = earlier
+            sampler_logp = old_logps
     reward = inputs.get(REWARD)
     if reward is None:
-        lost.add("reward")
+        missing_names.add("reward")
         reward = torch.full((len(tokens),), torch.nan, device=tokens.device)
-    if "completion_ids" in inputs and STEP not in inputs:  # sampled before the context was opened
-        lost.add("age")
-    told = ", ".join(f"{name} {value}" for name, value in filters.items())
-    who = type(trainer).__name__ + (f", sampling with {told}," if told else "") + " has"
-    batch = scored(
+    if "completion_ids" in inputs and STEP not in inputs:  # sampled before `observe` was entered
+        missing_names.add("age")
+    filter_text = ", ".join(f"{name} {value}" for name, value in filters.items())
+    trainer_name = (
+        type(trainer).__name__ + (f", sampling with {filter_text}," if filter_text else "") + " has"
+    )
+    batch = build_scored_rollouts(
         tokens,
         mask,
         sampler_logp=sampler_logp,
-        softmax_logp=softmax,
-        who=who,
+        softmax_logp=softmax_logp,
+        trainer_name=trainer_name,
         temperature=float(trainer.temperature),
         top_p=float(getattr(trainer.args, "top_p", 1.0)),
         reward=reward.to(tokens.device).float(),
-        age=_age(trainer, inputs, tokens),
-        **parts,
+        age=_rollout_age(trainer, inputs, tokens),
+        **fields,
     )
-    return lacking(batch, lost, who)
+    return without_fields(batch, missing_names, trainer_name)
 
 
-def _age(trainer: Any, inputs: dict[str, Any], tokens: Tensor) -> Tensor:
-    """(B,) updates between the weights that sampled and those of now."""
-    now = trainer.state.global_step
+def _rollout_age(trainer: Any, inputs: dict[str, Any], tokens: Tensor) -> Tensor:
+    """Return (B,) updates between the weights that sampled and the present ones."""
+    current_step = trainer.state.global_step
     if STEP in inputs:
-        return now - inputs[STEP].to(tokens.device)
-    synced = now  # these sample within the step, with vLLM from weights that may be older
+        return current_step - inputs[STEP].to(tokens.device)
+    synced_step = current_step  # sampled in this step; with vLLM, possibly from older weights
     if getattr(trainer, "use_vllm", False):
-        synced = max(0, getattr(trainer, "_last_vllm_sync_step", now))
-    return torch.full((len(tokens),), now - synced, device=tokens.device)
+        synced_step = max(0, getattr(trainer, "_last_vllm_sync_step", current_step))
+    return torch.full((len(tokens),), current_step - synced_step, device=tokens.device)
 
 
-def _filters(trainer: Any) -> dict[str, Any]:
-    """Settings of sampling, besides temperature and top-p, that change the distribution."""
+def _sampling_filters(trainer: Any) -> dict[str, Any]:
+    """Return the sampling settings, besides temperature and top-p, that change the distribution."""
     neutral: dict[str, tuple[Any, ...]] = {
         "top_k": (None, 0, -1),
         "min_p": (None, 0.0),
@@ -131,9 +147,11 @@ def _filters(trainer: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value not in neutral[name]}
 
 
-def prompt_numbers(tokens: Tensor, mask: Tensor) -> Tensor:
-    """(B,) numbers, equal where the prompts (B, P) are, whatever their padding."""
-    kept = mask.bool().cpu()
+def prompt_ids(tokens: Tensor, mask: Tensor) -> Tensor:
+    """Return (B,) ids, equal where the prompts (B, P) are equal, whatever their padding."""
+    not_padding = mask.bool().cpu()
     ids = tokens.cpu()
-    numbers = [number_of(row[own].tolist()) for row, own in zip(ids, kept, strict=True)]
-    return torch.tensor(numbers, device=tokens.device)
+    row_ids = [
+        integer_id(row[row_mask].tolist()) for row, row_mask in zip(ids, not_padding, strict=True)
+    ]
+    return torch.tensor(row_ids, device=tokens.device)

@@ -1,6 +1,6 @@
-"""The state of an observed TRL run: the step under way, the window of the log, the checkpoint.
+"""State of an observed TRL run: the current step, the log window, and the checkpoint.
 
-`diagnostics.adapters.trl` is what to call.
+`diagnostics.adapters.trl` is the public interface.
 """
 
 import math
@@ -12,26 +12,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diagnostics.adapters.from_logits import measured
+from diagnostics.adapters.from_logits import score_logits
 from diagnostics.batch import ScoredRollouts, concatenate
-from diagnostics.core.partial import absent, lacking
-from diagnostics.core.totals import Accumulator, Counts, read
+from diagnostics.core.partial import missing_fields, without_fields
+from diagnostics.core.totals import Accumulator, Counts, compute
 from diagnostics.errors import InvalidInput, OperationFailed
 from diagnostics.monitor import Monitor
 
 Row = dict[str, float]
 
 
-class Watch:
-    """The micro-batches of the current step, the rows so far, and the totals since the last log.
+class TrainerObserver:
+    """The micro-batches of the current step, the rows so far, and the sums since the last log line.
 
-    An error of a measurement, a metric or a sink costs the row of its step and is a warning: the
-    training goes on. It is raised where several processes train, since the others would wait for
-    this one, and where the loss does not pass through what is wrapped (`OperationFailed`).
+    An exception in a measurement, a metric or a sink costs the row of its step and is a warning:
+    training continues. It is raised if several processes train, since the others would wait for
+    this one, and if the loss does not call the wrapped functions (`OperationFailed`).
+
+    Args:
+        trainer: The TRL trainer.
+        monitor: The monitor to run.
+        k: Size of both models' top-K.
+        max_logits_per_chunk: Elements of a (tokens, V) tensor that exist at a time.
     """
 
-    def __init__(self, trainer: Any, monitor: Monitor, k: int, elements: int) -> None:
-        self.trainer, self.monitor, self.k, self.elements = trainer, monitor, k, elements
+    def __init__(self, trainer: Any, monitor: Monitor, k: int, max_logits_per_chunk: int) -> None:
+        self.trainer, self.monitor, self.k, self.max_logits_per_chunk = (
+            trainer,
+            monitor,
+            k,
+            max_logits_per_chunk,
+        )
         self.rows: list[Row] = []
         self.window: dict[str, Accumulator] = {}
         self.window_steps = 0
@@ -40,99 +51,121 @@ class Watch:
     def _start_step(self, step: int) -> None:
         self.step = step
         self.batches: list[ScoredRollouts] = []
-        self.on_policy: list[float] = []  # of each micro-batch, whether the student sampled it
+        self.on_policy: list[float] = []  # per micro-batch: whether the student sampled it
         self.failed = False
 
     def is_due(self, step: int) -> bool:
-        return any(step % n == 0 for n in self.monitor.every.values())
+        """Return whether a metric is due at this step."""
+        return any(step % n == 0 for n in self.monitor.interval.values())
 
     @property
-    def due(self) -> bool:
-        """A loss that is computed now is one of a training step at which a metric is due."""
+    def is_measured(self) -> bool:
+        """Whether a loss computed now belongs to a training step at which a metric is due."""
         training = self.trainer.model.training and torch.is_grad_enabled()
         return training and self.is_due(self.trainer.state.global_step + 1)
 
-    def take(self, make_batch: Callable[[], ScoredRollouts] | None) -> None:
-        """A micro-batch of the step under way; None if the student did not sample it."""
+    def add_micro_batch(self, make_batch: Callable[[], ScoredRollouts] | None) -> None:
+        """Add a micro-batch to the current step.
+
+        Args:
+            make_batch: Builds the batch; None if the student did not sample it.
+        """
         step = self.trainer.state.global_step + 1
         if step != self.step:
             self._start_step(step)
         self.on_policy.append(float(make_batch is not None))
         if make_batch is not None and not self.failed:
             try:
-                self.batches.append(make_batch().trimmed().checked())
+                self.batches.append(make_batch().trim().validate())
             except OperationFailed:
                 raise
             except Exception as error:
-                self._lose_row(error)
+                self._drop_row(error)
 
-    def close(self, done: int) -> None:
-        """Read out the step `done`, which has just ended."""
-        if not self.is_due(done):
+    def finish_step(self, step: int) -> None:
+        """Compute the row of a step that has just ended.
+
+        Args:
+            step: Its number.
+
+        Raises:
+            OperationFailed: No loss of the step called the wrapped functions.
+        """
+        if not self.is_due(step):
             return
-        if self.step != done:
+        if self.step != step:
             raise OperationFailed(
-                f"step {done}: no loss of {type(self.trainer).__name__} passed through what is "
-                "observed: a subclass or a setting computes it elsewhere; do not observe this run"
+                f"step {step}: the loss of {type(self.trainer).__name__} did not call the observed "
+                "functions; a subclass or a setting computes it elsewhere; do not observe this run"
             )
         if not self.failed:
             try:
-                self._read_out()
+                self._compute_row()
             except Exception as error:
-                self._lose_row(error)
+                self._drop_row(error)
         self._start_step(0)
 
-    def _read_out(self) -> None:
+    def _compute_row(self) -> None:
         share = torch.tensor(self.on_policy, dtype=torch.float64).mean()
-        together = []
+        step_batches = []
         if self.batches:
-            lost = frozenset().union(*map(absent, self.batches))
-            who = vars(self.batches[0]).get("who", "")
-            together = [lacking(concatenate(self.batches), lost, who)]
-        row = self.monitor(self.step, together, **{"trl/on_policy_share": share})
+            missing_names = frozenset().union(*map(missing_fields, self.batches))
+            subject = vars(self.batches[0]).get("subject", "")
+            step_batches = [without_fields(concatenate(self.batches), missing_names, subject)]
+        row = self.monitor(self.step, step_batches, **{"trl/on_policy_share": share})
         self.rows.append({"step": self.step, **row})
         for name, total in self.monitor.totals.items():
             self.window[name] = self.window[name] + total if name in self.window else total
         self.window_steps += 1
 
-    def _lose_row(self, error: Exception) -> None:
+    def _drop_row(self, error: Exception) -> None:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             raise error
         self.failed = True
         warnings.warn(
-            f"step {self.step} has no row: {type(error).__name__}: {error} (training goes on)",
+            f"step {self.step} has no row: {type(error).__name__}: {error} (training continues)",
             RuntimeWarning,
             stacklevel=2,
         )
 
-    def logged(self, columns: Collection[str] | None) -> Row:
-        """The values over all steps since the last log, and a new window; {} if none was measured.
+    def log_values(self, columns: Collection[str] | None) -> Row:
+        """Return the values over all steps since the last log line, and start a new window.
 
         Sums are added over the steps and divided once, as for micro-batches, so that a mean is over
-        all tokens of the window; counts are means over its steps. Finite values of `columns` only,
-        all if None.
+        all tokens of the window; counts are means over its steps.
+
+        Args:
+            columns: Names of the values to return; all if None.
+
+        Returns:
+            The finite values; {} if no step was measured.
         """
         if not self.window_steps:
             return {}
-        row = read(self.window)
+        row = compute(self.window)
         for name, total in self.window.items():
             if isinstance(total, Counts):
-                row |= {key: row[key] / self.window_steps for key in read({name: total})}
+                row |= {key: row[key] / self.window_steps for key in compute({name: total})}
         row["trl/observed_steps"] = float(self.window_steps)
         self.window, self.window_steps = {}, 0
-        shown = row if columns is None else {name: row[name] for name in columns if name in row}
-        return {name: x for name, x in shown.items() if math.isfinite(x)}
+        selected = row if columns is None else {name: row[name] for name in columns if name in row}
+        return {name: x for name, x in selected.items() if math.isfinite(x)}
 
-    def measured(
+    def score_logits(
         self, tokens: Tensor, mask: Tensor, logits: Any, vocabulary: int
     ) -> dict[str, Any]:
-        return measured(tokens, mask, logits, vocabulary, self.k, self.elements)
+        """Score a micro-batch with this observer's settings; see `from_logits.score_logits`."""
+        return score_logits(tokens, mask, logits, vocabulary, self.k, self.max_logits_per_chunk)
 
-    def begin(self, step: int, saved: dict[str, Any] | None) -> None:
-        """Training starts after `step`, 0 or that of a checkpoint, where `saved` is the monitor's.
+    def start_training(self, step: int, saved: dict[str, Any] | None) -> None:
+        """Prepare for training that starts after `step`.
 
-        Rows after the step are about to come again and are dropped. The window of the log starts
-        anew, as the trainer's own does.
+        Rows after the step will be repeated and are dropped. The window of the log is reset, as the
+        trainer's own is.
+
+        Args:
+            step: 0, or the step of a checkpoint.
+            saved: The monitor's state in that checkpoint.
         """
         self._start_step(0)
         self.window, self.window_steps = {}, 0
@@ -144,58 +177,71 @@ class Watch:
 
 
 @contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """owner.name is `value` while the context is open."""
+def replace_attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Set owner.name to `value` while the context is open."""
     if not hasattr(owner, name):
-        raise InvalidInput(f"{type(owner).__name__} has no {name}; this TRL is not known here")
-    mine, before = name in vars(owner), getattr(owner, name)
+        raise InvalidInput(
+            f"{type(owner).__name__} has no {name}; this TRL version is not supported"
+        )
+    is_instance_attribute, original = name in vars(owner), getattr(owner, name)
     setattr(owner, name, value)
     try:
         yield
     finally:
-        if mine:
-            setattr(owner, name, before)
+        if is_instance_attribute:
+            setattr(owner, name, original)
         else:
             delattr(owner, name)
 
 
 @contextmanager
-def called_back(watch: Watch) -> Iterator[None]:
-    """The trainer tells the watch of steps and checkpoints while the context is open.
+def register_callback(observer: TrainerObserver) -> Iterator[None]:
+    """Register a trainer callback that reports steps and checkpoints while the context is open.
 
-    The monitor's state is written into the checkpoint's trainer_state.json, with the rest of it or
-    not at all, and is read from there whatever `restore_callback_states_from_checkpoint` says.
+    The monitor's state is written into the checkpoint's trainer_state.json, atomically with the
+    rest, and is restored from there whatever `restore_callback_states_from_checkpoint` says.
+
+    Args:
+        observer: The observer to notify.
+
+    Yields:
+        Nothing.
     """
-    trainer, name = watch.trainer, "OpdlabMonitor"
+    trainer, name = observer.trainer, "OpdlabMonitor"
 
     def state(self: Any) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"saved": watch.monitor.state_dict()}}
+        return {"args": {}, "attributes": {"saved": observer.monitor.state_dict()}}
 
     def on_train_begin(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
-        known = state.stateful_callbacks.get(name)
-        known = known[-1] if isinstance(known, list) else known
-        watch.begin(state.global_step, known and known["attributes"]["saved"])
-        state.stateful_callbacks[name] = self.state()  # saving expects an entry
+        saved_state = state.stateful_callbacks.get(name)
+        saved_state = saved_state[-1] if isinstance(saved_state, list) else saved_state
+        observer.start_training(
+            state.global_step, saved_state and saved_state["attributes"]["saved"]
+        )
+        state.stateful_callbacks[name] = self.state()  # saving a checkpoint expects an entry
 
     def on_step_end(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
-        watch.close(state.global_step)
+        observer.finish_step(state.global_step)
 
     bases = (
-        _parent(trainer.callback_handler, "TrainerCallback"),
-        _parent(trainer.control, "ExportableState"),
+        _base_class(trainer.callback_handler, "TrainerCallback"),
+        _base_class(trainer.control, "ExportableState"),
     )
     methods = {"state": state, "on_train_begin": on_train_begin, "on_step_end": on_step_end}
-    kind = type(name, bases, methods)  # its instances a trainer may make anew from a checkpoint
-    trainer.add_callback(kind())
+    # a class of its own: the trainer may rebuild instances from a checkpoint
+    callback_class = type(name, bases, methods)
+    trainer.add_callback(callback_class())
     try:
         yield
     finally:
-        trainer.remove_callback(kind)
+        trainer.remove_callback(callback_class)
 
 
-def _parent(instance: Any, name: str) -> type:
-    """The class of this name that the instance's class derives from, without importing it."""
+def _base_class(instance: Any, name: str) -> type:
+    """Return the base class of this name of an instance's class, without importing it."""
     for kind in type(instance).__mro__:
         if kind.__name__ == name:
             return kind
-    raise InvalidInput(f"{type(instance).__name__} is no {name}; these transformers are not known")
+    raise InvalidInput(
+        f"{type(instance).__name__} is no {name}; this transformers version is not supported"
+    )

@@ -1,4 +1,4 @@
-"""Alarms: rules over the rows of a run, live or from its record, and how early they spoke.
+"""Alarms: rules over the rows of a run, live or from its record, and their lead times.
 
 Free of torch: `replay` reads the rows of any run folder.
 """
@@ -15,12 +15,16 @@ from diagnostics.records.rows import Row
 
 @dataclass(frozen=True)
 class Alarm:
-    """A rule that was broken at a step; value and error are those of what the rule tests."""
+    """An alarm that was raised at a step."""
 
     rule: AlarmRule
+    """The rule."""
     step: int
+    """Step of the row."""
     value: float
+    """The tested value."""
     error: float
+    """Standard error of the tested value."""
 
     def __str__(self) -> str:
         rule, error = self.rule, f" ± {self.error:.2g}" if self.error > 0 else ""
@@ -31,72 +35,85 @@ class Alarm:
 
 
 @dataclass
-class _Watch:
-    """What a rule remembers; plain lists and numbers."""
+class _RuleState:
+    """Readings of a rule; plain lists and numbers."""
 
-    seen: int = 0
-    first: list[Reading] = field(default_factory=list)
+    num_readings: int = 0
+    reference: list[Reading] = field(default_factory=list)
     recent: list[Reading] = field(default_factory=list)
     outside: list[bool] = field(default_factory=list)
-    on: bool = False
+    active: bool = False
 
 
 class Alarms:
-    """The rules with their memory. `update` is the same whether rows come live or from a file.
-
-    active: rule name to the alarm that is on.
-    """
+    """The rules and their state; `update` is the same for live rows and rows of a file."""
 
     def __init__(self, rules: Sequence[AlarmRule] = RULES) -> None:
         self.rules = {rule.name: rule for rule in rules}
         if len(self.rules) != len(rules):
-            raise InvalidInput(f"rules share a name: {sorted(rule.name for rule in rules)}")
+            raise InvalidInput(f"rule names must be unique: {sorted(rule.name for rule in rules)}")
         self.active: dict[str, Alarm] = {}
-        self._watches = {name: _Watch() for name in self.rules}
+        """Rule name to the active alarm."""
+        self._states = {name: _RuleState() for name in self.rules}
 
     def update(self, row: Row) -> list[Alarm]:
-        """Alarms that this row raises; it holds "step" and any columns.
+        """Return the alarms that a row raises.
+
+        Args:
+            row: "step" and any columns.
+
+        Returns:
+            The alarms that this row raises.
 
         Raises:
-          ValueError: the row has no "step".
+            InvalidInput: The row has no "step".
         """
         if "step" not in row:
-            raise InvalidInput('the row has no "step"; alarms are told by step')
+            raise InvalidInput('the row has no column "step", which alarms require')
         raised = []
         for name, rule in self.rules.items():
             if rule.metric not in row:
                 continue
-            watch = self._watches[name]
-            found = _observe(rule, watch, _reading(row, rule.metric))
-            was, watch.on = watch.on, sum(watch.outside) >= rule.need
-            if watch.on and not was and found is not None:
-                self.active[name] = Alarm(rule, int(row["step"]), *found)
+            state = self._states[name]
+            tested = _evaluate(rule, state, _reading(row, rule.metric))
+            was_active, state.active = state.active, sum(state.outside) >= rule.min_outside
+            if state.active and not was_active and tested is not None:
+                self.active[name] = Alarm(rule, int(row["step"]), *tested)
                 raised.append(self.active[name])
-            if not watch.on:
+            if not state.active:
                 self.active.pop(name, None)
         return raised
 
     @property
     def unwatched(self) -> list[str]:
-        """Names of the rules whose column no row has held: their silence says nothing."""
-        return [name for name, watch in self._watches.items() if not watch.seen]
+        """Names of the rules whose column was in no row; they cannot raise an alarm."""
+        return [name for name, state in self._states.items() if not state.num_readings]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything remembered, fit for JSON."""
-        watches = {name: vars(watch).copy() for name, watch in self._watches.items()}
+        """Return the state of all rules, as JSON-serialisable values."""
+        watches = {
+            name: {
+                "seen": state.num_readings,
+                "first": state.reference,
+                "recent": state.recent,
+                "outside": state.outside,
+                "on": state.active,
+            }
+            for name, state in self._states.items()
+        }
         active = {name: [a.step, a.value, a.error] for name, a in self.active.items()}
         return {"watches": watches, "active": active}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`; rules that it does not know start afresh."""
+        """Restore `state_dict`; rules that are not in it start without readings."""
         for name, saved in state["watches"].items():
             if name in self.rules:
-                self._watches[name] = _Watch(
-                    seen=saved["seen"],
-                    first=[(x, error) for x, error in saved["first"]],
+                self._states[name] = _RuleState(
+                    num_readings=saved["seen"],
+                    reference=[(x, error) for x, error in saved["first"]],
                     recent=[(x, error) for x, error in saved["recent"]],
                     outside=list(saved["outside"]),
-                    on=saved["on"],
+                    active=saved["on"],
                 )
         self.active = {
             name: Alarm(self.rules[name], *saved)
@@ -106,53 +123,68 @@ class Alarms:
 
 
 def _reading(row: Row, metric: str) -> Reading:
-    """The column and its error; null, as files have it, is NaN."""
+    """Return the column and its error; null, as in files, is NaN."""
     value, error = row[metric], row.get(metric + "_se", 0.0)
     return (math.nan if value is None else float(value)), (
         math.nan if error is None else float(error)
     )
 
 
-def _observe(rule: AlarmRule, watch: _Watch, now: Reading) -> Reading | None:
-    """Remember a reading; what was tested, or None if there was nothing to test."""
-    if not math.isfinite(now[0]) or math.isnan(now[1]):
-        watch.seen += 1
-        if rule.undefined and not math.isfinite(now[0]):
-            watch.outside = [*watch.outside, True][-rule.last :]
-            return now[0], 0.0
+def _evaluate(rule: AlarmRule, state: _RuleState, reading: Reading) -> Reading | None:
+    """Add a reading to the state; return the tested value, or None if there is none."""
+    if not math.isfinite(reading[0]) or math.isnan(reading[1]):
+        state.num_readings += 1
+        if rule.nan_is_outside and not math.isfinite(reading[0]):
+            state.outside = [*state.outside, True][-rule.window :]
+            return reading[0], 0.0
         return None
-    watch.seen += 1
-    if len(watch.first) < rule.start:
-        watch.first = [*watch.first, now]
+    state.num_readings += 1
+    if len(state.reference) < rule.num_reference:
+        state.reference = [*state.reference, reading]
         return None
-    watch.recent = [*watch.recent, now][-rule.over :]
-    tested = rule.pool(watch.recent)
-    if rule.start:
-        tested = rule.against(tested, average(watch.first))
-    if watch.seen > rule.after:
-        watch.outside = [*watch.outside, rule.outside(tested)][-rule.last :]
+    state.recent = [*state.recent, reading][-rule.num_pooled :]
+    tested = rule.pool(state.recent)
+    if rule.num_reference:
+        tested = rule.compare(tested, average(state.reference))
+    if state.num_readings > rule.min_readings:
+        state.outside = [*state.outside, rule.outside(tested)][-rule.window :]
     return tested
 
 
 def replay(rows: Iterable[Row], rules: Sequence[AlarmRule] = RULES) -> list[Alarm]:
-    """Every alarm that a record raises, in order; of rows with one step the last counts.
+    """Return every alarm that a record raises, in order.
 
-    Tasks that take turns, rows with "task", are watched one by one: a curve that jumps from task to
-    task is no drift.
+    If several rows have the same step, the last one counts. Alternating tasks (rows with "task")
+    are watched separately: a curve that jumps from task to task is not a drift.
+
+    Args:
+        rows: Rows of a run.
+        rules: Rules to apply.
+
+    Returns:
+        The alarms by step.
     """
     by_step = {row["step"]: row for row in rows}
-    watching: dict[str, Alarms] = {}
+    task_alarms: dict[str, Alarms] = {}
     raised: list[Alarm] = []
     for step in sorted(by_step):
         row = by_step[step]
-        raised += watching.setdefault(row.get("task", ""), Alarms(rules)).update(row)
+        raised += task_alarms.setdefault(row.get("task", ""), Alarms(rules)).update(row)
     return raised
 
 
 def lead_times(alarms: Iterable[Alarm], step: int) -> dict[str, int]:
-    """AlarmRule name to the steps from its first alarm to `step`, that of a collapse, if before it."""
-    found: dict[str, int] = {}
+    """Return the steps from each rule's first alarm to a later collapse.
+
+    Args:
+        alarms: Alarms of a run.
+        step: Step of the collapse.
+
+    Returns:
+        Rule name to the number of steps, for rules that raised an alarm before `step`.
+    """
+    steps: dict[str, int] = {}
     for alarm in sorted(alarms, key=lambda a: a.step):
         if alarm.step < step:
-            found.setdefault(alarm.rule.name, step - alarm.step)
-    return found
+            steps.setdefault(alarm.rule.name, step - alarm.step)
+    return steps

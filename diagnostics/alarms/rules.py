@@ -1,13 +1,13 @@
-"""The default rules of the alarms, as `print(table())` shows them.
+"""The default alarm rules, as `print(rules_table())` shows them.
 
-What a rule is stands in `diagnostics.alarms.rule`; rules whose null is exact, in
-`diagnostics.alarms.exact_rules`. Change one with `dataclasses.replace`.
+Rules are defined in `diagnostics.alarms.rule`; rules whose null is exact are in
+`diagnostics.alarms.exact_rules`. Change a rule with `dataclasses.replace`.
 """
 
 from collections.abc import Sequence
 
 from diagnostics.alarms.exact_rules import EXACT
-from diagnostics.alarms.rule import AlarmRule, Reading, average, growth, joined_z, rise
+from diagnostics.alarms.rule import AlarmRule, Reading, average, combined_z, growth, rise
 
 __all__ = [
     "EXACT",
@@ -15,15 +15,15 @@ __all__ = [
     "AlarmRule",
     "Reading",
     "average",
+    "combined_z",
     "growth",
-    "joined_z",
     "rise",
-    "table",
+    "rules_table",
 ]
 
 _MISMATCH = (
-    "check that temperature, top-p and weights of the sampler are those that are scored, and that "
-    "token t is scored by the distribution after token t - 1"
+    "check that sampling and scoring use the same temperature, top-p and weights, and that token t "
+    "is scored by the distribution after token t - 1"
 )
 
 RULES: tuple[AlarmRule, ...] = (
@@ -33,67 +33,69 @@ RULES: tuple[AlarmRule, ...] = (
         null="0.05 to 0.3",
         high=0.5,
         means="one token id holds most of the signal",
-        remedy="see which in the blame table; mask it if it is a tag or an end, or clip the ratio",
+        remedy="find the id in the token table; mask it if it is a tag or an EOS token, or clip "
+        "the ratio",
     ),
     AlarmRule(
         name="special_tokens",
         metric="tokens/confident_impossible_share",
-        null="0; a few per mille where a careless student is sure of errors",
+        null="0; a few per mille for a student that is confident about wrong tokens",
         high=0.005,
         z=3.0,
-        need=1,
-        last=1,
-        over=4,
-        means="the student is sure of tokens that the teacher holds impossible",
-        remedy="compare end tokens, tags and templates of both models; mask them or set map_eos",
+        min_outside=1,
+        window=1,
+        num_pooled=4,
+        means="the student is confident about tokens to which the teacher gives almost no "
+        "probability",
+        remedy="compare EOS tokens, tags and templates of both models; mask them or set map_eos",
     ),
     AlarmRule(
         name="end_renamed",
         metric="divergence/end_name",
-        null="below 1 nat if the student's end is one of the teacher's",
+        null="below 1 nat if the student's EOS id is one of the teacher's",
         high=5.0,
         z=3.0,
-        need=2,
-        last=3,
-        means="the teacher ends with another token than the student, whose end it holds impossible",
-        remedy="set map_eos, mask the end, or give the teacher's generation config the student's "
-        "end token",
+        min_outside=2,
+        window=3,
+        means="the teacher uses another EOS token and gives almost no probability to the student's",
+        remedy="set map_eos, mask the EOS token, or add the student's EOS id to the teacher's "
+        "generation config",
     ),
     AlarmRule(
         name="masked_signal",
         metric="mask/all/signal",
-        null="the masks' share of the tokens",
+        null="the share of the tokens that is masked",
         high=0.5,
-        means="the mask rules take out most of the signal",
-        remedy="see mask/RULE/signal for the rule; the models may disagree about the format",
+        means="the mask rules remove most of the signal",
+        remedy="find the rule in mask/RULE/signal; the models may disagree about the format",
     ),
     AlarmRule(
         name="drift_support",
         metric="divergence/outside_topk_expected",
-        null="falls from its start",
+        null="decreases from its initial value",
         high=0.05,
-        start=3,
-        means="the student puts more and more mass outside the teacher's top-K",
+        num_reference=3,
+        means="the student's probability mass outside the teacher's top-K is growing",
         remedy="lower the learning rate or shorten the responses; use a tail or bucket term",
     ),
     AlarmRule(
         name="drift_kl",
         metric="divergence/reverse_kl",
-        null="falls from its start",
+        null="decreases from its initial value",
         high=1.5,
-        start=3,
-        against=growth,
-        means="the divergence from the teacher has grown by half",
+        num_reference=3,
+        compare=growth,
+        means="the divergence from the teacher is 1.5 times its initial value",
         remedy="lower the learning rate; check the sign and the stop-gradients of the objective",
     ),
     AlarmRule(
         name="drift_k1",
         metric="divergence/k1",
-        null="falls from its start",
+        null="decreases from its initial value",
         high=1.5,
-        start=3,
-        against=growth,
-        means="the sampled cost has grown by half",
+        num_reference=3,
+        compare=growth,
+        means="the sampled cost is 1.5 times its initial value",
         remedy="lower the learning rate; check the sign and the stop-gradients of the objective",
     ),
     AlarmRule(
@@ -101,8 +103,8 @@ RULES: tuple[AlarmRule, ...] = (
         metric="repetition/repeated_share",
         null="near 0",
         high=0.2,
-        means="tokens repeat an earlier 8-gram of their response",
-        remedy="compare signal/repeated_cost with regular_cost: where it is lower the teacher "
+        means="many tokens repeat an earlier 8-gram of the response",
+        remedy="compare signal/repeated_cost with signal/regular_cost: if it is lower, the teacher "
         "rewards loops; shorten the responses or change the teacher",
     ),
     AlarmRule(
@@ -110,26 +112,27 @@ RULES: tuple[AlarmRule, ...] = (
         metric="response/truncated_share",
         null="steady",
         high=0.2,
-        start=3,
-        means="more and more responses run into the budget",
-        remedy="check that the end token is supervised and the same for both models",
+        num_reference=3,
+        means="the share of responses that reach max_response is growing",
+        remedy="check that the EOS token is supervised and the same for both models",
     ),
     AlarmRule(
         name="budget",
         metric="response/truncated_share",
         null="below 0.5",
         high=0.9,
-        means="nearly every response is cut at the budget",
-        remedy="raise max_response; if a model never ends by itself, check its end tokens",
+        means="nearly all responses are truncated at max_response",
+        remedy="increase max_response; if a model never emits an EOS token, check its EOS ids",
     ),
     AlarmRule(
         name="mass_escapes",
         metric="divergence/topk_student_mass",
-        null="rises from its start",
+        null="increases from its initial value",
         low=-0.05,
-        start=3,
-        means="the student's mass leaves the support that the objective sees",
-        remedy="renormalise the support or add a tail; un-normalised top-K collapses so",
+        num_reference=3,
+        means="the student's probability mass on the support of the objective is shrinking",
+        remedy="renormalise the support or add a tail term; unnormalised top-K objectives collapse "
+        "like this",
     ),
     AlarmRule(
         name="sampler_mismatch",
@@ -137,11 +140,11 @@ RULES: tuple[AlarmRule, ...] = (
         null="standard normal",
         low=-5.0,
         high=5.0,
-        need=1,
-        last=1,
-        over=16,
-        pool=joined_z,
-        means="the tokens were not drawn from the student that was scored",
+        min_outside=1,
+        window=1,
+        num_pooled=16,
+        pool=combined_z,
+        means="the tokens were not sampled from the scored student",
         remedy=_MISMATCH,
     ),
     AlarmRule(
@@ -150,11 +153,11 @@ RULES: tuple[AlarmRule, ...] = (
         null="standard normal",
         low=-5.0,
         high=5.0,
-        need=1,
-        last=1,
-        over=16,
-        pool=joined_z,
-        means="the teacher's scores depend on which token was sampled as they must not",
+        min_outside=1,
+        window=1,
+        num_pooled=16,
+        pool=combined_z,
+        means="the teacher's scores are inconsistent with the sampled tokens",
         remedy=_MISMATCH,
     ),
     AlarmRule(
@@ -163,16 +166,16 @@ RULES: tuple[AlarmRule, ...] = (
         null="1e-6 in float32, 1e-3 in bfloat16",
         high=1e-2,
         means="the sampler's log-probabilities are not those of the scored student",
-        remedy="sync the sampler's weights each step (lower ahead); compare its temperature and "
-        "arithmetic",
+        remedy="sync the sampler's weights every step (lower rollout_lag); compare its temperature "
+        "and precision",
     ),
     AlarmRule(
         name="dead_gradient",
         metric="grad_norm",
         null="well above 0",
         low=1e-7,
-        means="no gradient arrives",
-        remedy="check the mask, the stop-gradients and that teacher and student differ",
+        means="the gradient is zero",
+        remedy="check the mask and the stop-gradients, and that teacher and student differ",
     ),
     AlarmRule(
         name="no_progress",
@@ -180,12 +183,12 @@ RULES: tuple[AlarmRule, ...] = (
         null="below 0.98",
         high=0.98,
         z=0.0,
-        need=5,
-        over=10,
-        start=3,
-        against=growth,
-        after=30,
-        means="the divergence is no lower than at the start, though the student is trained",
+        min_outside=5,
+        num_pooled=10,
+        num_reference=3,
+        compare=growth,
+        min_readings=30,
+        means="the divergence has not decreased although the student is trained",
         remedy="check that the gradient depends on the teacher (k1 must not be differentiated "
         "directly), then the learning rate",
     ),
@@ -194,33 +197,42 @@ RULES: tuple[AlarmRule, ...] = (
         metric="skipped",
         null="0",
         high=0.0,
-        need=3,
-        last=20,
-        means="updates are skipped because their gradient is not finite",
-        remedy="lower the learning rate; look for log-probabilities of minus infinity",
+        min_outside=3,
+        window=20,
+        means="updates are skipped because the gradient is not finite",
+        remedy="lower the learning rate; look for log-probabilities of -inf",
     ),
     AlarmRule(
         name="not_finite",
         metric="loss",
         null="a number",
-        need=1,
-        last=1,
-        undefined=True,
+        min_outside=1,
+        window=1,
+        nan_is_outside=True,
         means="the loss is not a number",
-        remedy="go back to a checkpoint; look for log-probabilities of minus infinity",
+        remedy="resume from a checkpoint; look for log-probabilities of -inf",
     ),
     *EXACT,
 )
-"""The default rules. Thresholds of trends are conventions at the edge of what published runs
-show (repetition and truncation: 2604.08527), and z and persistence set their false alarms;
-`python -m benchmarks.faults` measures those of all."""
+"""The default rules.
+
+Thresholds of trends are conventions at the edge of what published runs show (repetition and
+truncation: 2604.08527), and z and persistence determine their false-alarm rates; `python -m
+benchmarks.faults` measures those of all rules."""
 
 
-def table(rules: Sequence[AlarmRule] = RULES) -> str:
-    """The rules as a Markdown table."""
+def rules_table(rules: Sequence[AlarmRule] = RULES) -> str:
+    """Return the rules as a Markdown table."""
     lines = ["| rule | tested | null | healthy | z | persistence | means | to do |"]
     lines.append("|---|---|---|---|---|---|---|---|")
-    for r in rules:
-        cells = (r.name, r.tested, r.null, r.range, f"{r.z:g}", f"{r.need} of {r.last}")
-        lines.append(f"| {' | '.join((*cells, r.means, r.remedy))} |")
+    for rule in rules:
+        cells = (
+            rule.name,
+            rule.tested,
+            rule.null,
+            rule.range,
+            f"{rule.z:g}",
+            f"{rule.min_outside} of {rule.window}",
+        )
+        lines.append(f"| {' | '.join((*cells, rule.means, rule.remedy))} |")
     return "\n".join(lines)

@@ -1,25 +1,27 @@
-"""What a batch may lack: the two optional parts, asked for by name.
+"""Access to the two optional parts of a batch, with an error that names a missing part.
 
-A metric that needs more than sampled-token log-probabilities gets its part here. `Monitor` turns
-`MissingField` into a note, anyone else sees the error.
+A metric that needs more than the log-probabilities of sampled tokens gets its part here. `Monitor`
+records `MissingField` in `Monitor.missing`; other callers see the error.
 """
 
 from diagnostics.batch import DistributionStats, ScoredRollouts, Support
 
 
 class MissingField(LookupError):
-    """A part that this metric needs is not in the batch."""
+    """The batch does not have a field that the metric needs."""
 
 
-def prefix_of(batch: ScoredRollouts) -> DistributionStats:
-    """The exact functionals (both full distributions were at hand)."""
+def require_distribution_stats(batch: ScoredRollouts) -> DistributionStats:
+    """Return the exact distribution statistics (which need both full distributions)."""
     if batch.prefix is None:
-        raise MissingField("the batch has no prefix functionals (needs both full distributions)")
+        raise MissingField(
+            "the batch has no distribution statistics (they need both full distributions)"
+        )
     return batch.prefix
 
 
-def support_of(batch: ScoredRollouts) -> Support:
-    """The K ids a position with both models' log-probabilities."""
+def require_support(batch: ScoredRollouts) -> Support:
+    """Return the K ids at each position with both models' log-probabilities."""
     if batch.support is None:
-        raise MissingField("the batch has no support (needs top-K log-probabilities)")
+        raise MissingField("the batch has no support (it needs top-K log-probabilities)")
     return batch.support

@@ -1,7 +1,7 @@
-"""Position bins: 0-1, 2-3, 4-7, ... in powers of two, the same for every batch.
+"""Position bins 0-1, 2-3, 4-7, ... in powers of two, the same for every batch.
 
-A position is the index on the response axis: it counts everything after the prompt, also what the
-mask leaves out, because that is the length of the prefix that the models condition on.
+A position is the index on the response axis: it counts everything after the prompt, including
+tokens outside the mask, because that is the length of the prefix that the models condition on.
 Shapes: T response positions, S slices: the whole response and then NUM_BINS bins.
 """
 
@@ -17,31 +17,40 @@ LABELS = ("", "@0-1", *(f"@{2**i}-{2 ** (i + 1) - 1}" for i in range(1, NUM_BINS
 
 
 @lru_cache(maxsize=8)
-def slices(num_positions: int, device: torch.device) -> Tensor:
-    """(T, S) float64 membership: column 0 is all ones, column 1 + i is 1 in bin i.
+def bin_membership(num_positions: int, device: torch.device) -> Tensor:
+    """Return the membership matrix of positions in bins.
 
-    A product with it sums a (B, T) tensor by position without indexing, hence without a host sync.
-    Kept for the next call, like `numbers`: not to be written to.
+    Multiplying a (B, T) tensor by it sums over positions without indexing, hence without a host
+    sync. The result is cached, as that of `bin_indices`: do not modify it.
+
+    Args:
+        num_positions: T.
+        device: Device of the result.
+
+    Returns:
+        (T, S) float64: column 0 is all ones, column 1 + i is 1 in bin i.
     """
-    member = numbers(num_positions, device)[:, None] == torch.arange(NUM_BINS, device=device)
-    everything = torch.ones((num_positions, 1), dtype=torch.bool, device=device)
-    return torch.cat([everything, member], 1).double()
+    membership = bin_indices(num_positions, device)[:, None] == torch.arange(
+        NUM_BINS, device=device
+    )
+    all_positions = torch.ones((num_positions, 1), dtype=torch.bool, device=device)
+    return torch.cat([all_positions, membership], 1).double()
 
 
 @lru_cache(maxsize=8)
-def numbers(num_positions: int, device: torch.device) -> Tensor:
-    """(T,) long: the bin of each position, below NUM_BINS."""
+def bin_indices(num_positions: int, device: torch.device) -> Tensor:
+    """Return (T,) long: the bin of each position, below NUM_BINS."""
     starts = 2 ** torch.arange(1, NUM_BINS, device=device)
     return (torch.arange(num_positions, device=device)[:, None] >= starts).sum(1)
 
 
 def extents(mask: Tensor) -> Tensor:
-    """(B,) long: positions up to and with the last one of the mask, 0 where there is none."""
-    place = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-    return (place * mask).amax(1)
+    """Return (B,) long: number of positions up to the last True of the mask, 0 if none."""
+    positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    return (positions * mask).amax(1)
 
 
-def tenths(mask: Tensor) -> Tensor:
-    """(B, T) long: the tenth of the response's extent that a position is in, 9 beyond its end."""
-    place = torch.arange(mask.shape[1], device=mask.device)
-    return (10 * place // extents(mask).clamp(min=1)[:, None]).clamp(max=9)
+def decile_indices(mask: Tensor) -> Tensor:
+    """Return (B, T) long: the tenth of the response extent of each position, 9 beyond its end."""
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    return (10 * positions // extents(mask).clamp(min=1)[:, None]).clamp(max=9)

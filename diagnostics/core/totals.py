@@ -1,16 +1,16 @@
-"""Mergeable totals: what a diagnostic returns instead of a number.
+"""Mergeable accumulators: what a metric returns instead of a number.
 
-A total holds nothing but sums, so `a + b` is exact over micro-batches, ranks and steps, and the
-division happens once, at readout. The sums stay on their device as float64 tensors; `read` moves
-all of them to the host in a single transfer.
+An accumulator holds only sums, so `a + b` is exact over micro-batches, ranks and steps, and the
+division happens once, in `compute`. The sums stay on their device as float64 tensors; `compute`
+moves all of them to the host in a single transfer.
 
-Shapes: B responses, T response positions, S slices of position (`diagnostics.core.position_bins`).
+Shapes: B responses, T response positions, S position slices (`diagnostics.core.position_bins`).
 
 The sampling unit is the *cluster*: the prompt where `cluster` ids are given, else the response.
-Clusters are summed inside the batch that a total is made from. Put all rollouts of one prompt into
-one micro-batch: for a cluster cut in two, (z_a + z_b)^2 becomes z_a^2 + z_b^2, which drops
-2 z_a z_b. Rollouts of one prompt usually err in the same direction, so the standard error comes out
-too small (never below what treating the parts as independent prompts gives); where they err in
+Clusters are summed inside the batch that an accumulator is built from. Put all rollouts of a prompt
+into one micro-batch: for a cluster that is split in two, (z_a + z_b)^2 becomes z_a^2 + z_b^2, which
+drops 2 z_a z_b. Rollouts of a prompt usually err in the same direction, so the standard error comes
+out too small (never below that of treating the parts as independent prompts); where they err in
 opposite directions it comes out too large. Values are exact either way.
 """
 
@@ -25,89 +25,127 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diagnostics.core.position_bins import LABELS, slices, tenths
+from diagnostics.core.position_bins import LABELS, bin_membership, decile_indices
 from diagnostics.errors import InvalidInput
 
 _UNSET = torch.empty(0)
 
 
-def remembered(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The function, with its last result kept: a panel asks for the same of one mask many times.
+def cache_last_result(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Wrap a function of one tensor so that its last result is reused.
 
-    Goes by the argument's identity and its version, which in-place changes raise; keeps no argument
-    alive. Inference tensors have no version; theirs is not kept.
+    A panel calls the same function on one mask many times. The cache compares the identity of the
+    argument and its version, which in-place changes increment, and does not keep the argument
+    alive. Inference tensors have no version, so their results are not cached.
+
+    Args:
+        function: Function of one tensor.
+
+    Returns:
+        The caching function.
     """
-    kept: list[tuple[ref[Tensor], int, Tensor]] = []
+    cache: list[tuple[ref[Tensor], int, Tensor]] = []
 
     @wraps(function)
-    def remembering(x: Tensor) -> Tensor:
+    def cached_function(x: Tensor) -> Tensor:
         if x.is_inference():
             return function(x)
-        if not (kept and kept[0][0]() is x and kept[0][1] == x._version):
-            kept[:] = [(ref(x), x._version, function(x))]
-        return kept[0][2]
+        if not (cache and cache[0][0]() is x and cache[0][1] == x._version):
+            cache[:] = [(ref(x), x._version, function(x))]
+        return cache[0][2]
 
-    return remembering
-
-
-@remembered
-def cluster_numbers(ids: Tensor) -> Tensor:
-    """(B,) ids to (B,) numbers below B, equal where ids are; unlike `unique` it never syncs."""
-    ordered, order = ids.sort()
-    fresh = torch.zeros_like(ids)
-    fresh[1:] = ordered[1:] != ordered[:-1]
-    return torch.empty_like(ids).scatter(0, order, fresh.cumsum(0))
+    return cached_function
 
 
-def ratio_sums(above: Tensor, below: Tensor, cluster: Tensor | None) -> tuple[Tensor, ...]:
-    """Six sums over clusters that a ratio and its standard error need.
+@cache_last_result
+def cluster_indices(ids: Tensor) -> Tensor:
+    """Renumber (B,) ids from 0 to B - 1, equal where the ids are equal; `unique` would sync."""
+    sorted_ids, order = ids.sort()
+    is_new_id = torch.zeros_like(ids)
+    is_new_id[1:] = sorted_ids[1:] != sorted_ids[:-1]
+    return torch.empty_like(ids).scatter(0, order, is_new_id.cumsum(0))
 
-    With N_c, D_c the sums of `above`, `below` (B, ...) over the rows of cluster c: sum N, sum D,
-    number of clusters with D != 0, sum N^2, sum N D, sum D^2; each (...).
+
+def ratio_sums(
+    numerator: Tensor, denominator: Tensor, cluster: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Compute the six sums over clusters that a ratio and its standard error need.
+
+    With N_c, D_c the sums of numerator and denominator over the rows of cluster c: sum N, sum D,
+    number of clusters with D != 0, sum N^2, sum N D, sum D^2.
+
+    Args:
+        numerator: (B, ...).
+        denominator: (B, ...).
+        cluster: (B,) cluster ids, or None if each row is a cluster.
+
+    Returns:
+        The six sums, each (...).
     """
-    x = torch.stack([above.double(), below.double()])
+    x = torch.stack([numerator.double(), denominator.double()])
     if cluster is not None:
-        x = torch.zeros_like(x).index_add_(1, cluster_numbers(cluster), x)
+        x = torch.zeros_like(x).index_add_(1, cluster_indices(cluster), x)
     total, square = x.sum(1), x.square().sum(1)
     used, cross = (x[1] != 0).sum(0).double(), (x[0] * x[1]).sum(0)
     return total[0], total[1], used, square[0], cross, square[1]
 
 
 def ratio_and_error(
-    n: np.ndarray, d: np.ndarray, c: np.ndarray, nn: np.ndarray, nd: np.ndarray, dd: np.ndarray
+    numerator: np.ndarray,
+    denominator: np.ndarray,
+    num_clusters: np.ndarray,
+    square: np.ndarray,
+    cross: np.ndarray,
+    count_square: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """R = N/D and its linearised standard error sqrt(c/(c-1) sum_c (N_c - R D_c)^2) / D.
+    """Compute R = N/D and its standard error sqrt(c/(c-1) sum_c (N_c - R D_c)^2) / D (linearised).
 
     NaN where D is 0; the error is NaN with fewer than two clusters or unknown cluster sums.
+
+    Args:
+        numerator: Sum N.
+        denominator: Sum D.
+        num_clusters: Number c of clusters with D != 0.
+        square: Sum over clusters of N_c^2.
+        cross: Sum over clusters of N_c D_c.
+        count_square: Sum over clusters of D_c^2.
+
+    Returns:
+        Ratio and standard error.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
-        value = np.where(d != 0, n / d, np.nan)
-        spread = np.maximum(nn - 2 * value * nd + value**2 * dd, 0)
-        error = np.where(c > 1, np.sqrt(c / (c - 1) * spread) / np.abs(d), np.nan)
+        value = np.where(denominator != 0, numerator / denominator, np.nan)
+        spread = np.maximum(square - 2 * value * cross + value**2 * count_square, 0)
+        error = np.where(
+            num_clusters > 1,
+            np.sqrt(num_clusters / (num_clusters - 1) * spread) / np.abs(denominator),
+            np.nan,
+        )
     return value, error
 
 
-def masked(x: Tensor, mask: Tensor) -> Tensor:
-    """x in float64, detached, 0 where the mask is False whatever stood there."""
+def apply_mask(x: Tensor, mask: Tensor) -> Tensor:
+    """Return x in float64, detached, and 0 where the mask is False, even if x is NaN there."""
     return torch.where(mask, x.detach().double(), 0.0)
 
 
-@remembered
-def counts(mask: Tensor) -> Tensor:
-    """(B,) float64 of a mask (B,) or (B, T): entries of each row."""
+@cache_last_result
+def row_counts(mask: Tensor) -> Tensor:
+    """Return (B,) float64: number of True entries in each row of a mask (B,) or (B, T)."""
     return mask.double() if mask.dim() == 1 else mask.double().sum(1)
 
 
-@remembered
+@cache_last_result
 def position_counts(mask: Tensor) -> Tensor:
-    """(B, S) float64 of a mask (B, T): entries of each row, whole and by position bin."""
-    return mask.double() @ slices(mask.shape[1], mask.device)
+    """Return (B, S) float64: entries of each row of a mask (B, T), overall and by position bin."""
+    return mask.double() @ bin_membership(mask.shape[1], mask.device)
 
 
 class Accumulator(ABC):
-    """Sums that add: a frozen dataclass of tensors with a `summary` of their host values."""
+    """Sums that can be added: a frozen dataclass of tensors with a `summary` of host values."""
 
     def tensors(self) -> list[Tensor]:
+        """Return the sums in field order."""
         return list(vars(self).values())
 
     def __add__(self, other: Self) -> Self:
@@ -116,34 +154,35 @@ class Accumulator(ABC):
         return type(self)(*(a + b for a, b in zip(self.tensors(), other.tensors(), strict=True)))
 
     def values(self) -> dict[str, float]:
-        """Every number of this total by its suffix ("" is the value itself); one host sync."""
-        return read({"": self})
+        """Compute every value by its suffix ("" is the value itself); one host sync."""
+        return compute({"": self})
 
     @staticmethod
     @abstractmethod
     def summary(*sums: np.ndarray) -> dict[str, float]:
-        """The readout by suffix, from the host values of `tensors()` in their order."""
+        """Compute the values by suffix from the host values of `tensors()`, in their order."""
 
 
 class Ratio(Accumulator):
-    """Totals of the six sums that `ratio_sums` makes; `read` divides those of all at once."""
+    """Accumulator of the six sums of `ratio_sums`; `compute` divides all ratios at once."""
 
     @classmethod
     def summary(cls, *sums: np.ndarray) -> dict[str, float]:
-        return cls.labelled(*ratio_and_error(*sums), *sums)
+        """Compute ratio and standard error from the host sums, by suffix."""
+        return cls.label_values(*ratio_and_error(*sums), *sums)
 
     @staticmethod
     @abstractmethod
-    def labelled(value: np.ndarray, error: np.ndarray, *sums: np.ndarray) -> dict[str, float]:
-        """The readout by suffix, from `ratio_and_error` of the sums."""
+    def label_values(value: np.ndarray, error: np.ndarray, *sums: np.ndarray) -> dict[str, float]:
+        """Return the values by suffix, given `ratio_and_error` of the sums."""
 
 
 @dataclass(frozen=True, eq=False)
 class Mean(Ratio):
     """A ratio of sums total / count, with the cluster sums of its standard error.
 
-    Readout: "" the ratio (NaN when count is 0) and "_se" its standard error. `Mean(total, count)`
-    alone knows no clusters: it reads out without "_se", and so does everything merged with it.
+    Computed values: "" the ratio (NaN when count is 0) and "_se" its standard error. `Mean(total,
+    count)` without cluster sums has no "_se", nor has anything merged with it.
     """
 
     total: Tensor
@@ -160,39 +199,61 @@ class Mean(Ratio):
                 object.__setattr__(self, f.name, unknown)
 
     @classmethod
-    def of(cls, x: Tensor, mask: Tensor, cluster: Tensor | None = None) -> Self:
-        """Mean of x over the mask, pooled: sum m x / sum m. x, mask (B, T) or (B,)."""
-        n = masked(x, mask)
-        return cls(*ratio_sums(n.sum(1) if mask.dim() > 1 else n, counts(mask), cluster))
+    def from_values(cls, x: Tensor, mask: Tensor, cluster: Tensor | None = None) -> Self:
+        """Accumulate the pooled mean of x over the mask: sum m x / sum m.
+
+        Args:
+            x: (B, T) or (B,) values.
+            mask: Bool, of the same shape.
+            cluster: (B,) cluster ids; each row is a cluster if None.
+
+        Returns:
+            The accumulator.
+        """
+        n = apply_mask(x, mask)
+        return cls(*ratio_sums(n.sum(1) if mask.dim() > 1 else n, row_counts(mask), cluster))
 
     @classmethod
     def ratio(
-        cls, above: Tensor, below: Tensor, mask: Tensor, cluster: Tensor | None = None
+        cls, numerator: Tensor, denominator: Tensor, mask: Tensor, cluster: Tensor | None = None
     ) -> Self:
-        """sum m above / sum m below. above, below, mask (B, T) or (B,); cluster (B,) ids."""
-        n, d = masked(above, mask), masked(below, mask)
+        """Accumulate sum m numerator / sum m denominator.
+
+        Args:
+            numerator: (B, T) or (B,).
+            denominator: Of the same shape.
+            mask: Bool, of the same shape.
+            cluster: (B,) cluster ids; each row is a cluster if None.
+
+        Returns:
+            The accumulator.
+        """
+        n, d = apply_mask(numerator, mask), apply_mask(denominator, mask)
         if mask.dim() > 1:
             n, d = n.sum(1), d.sum(1)
         return cls(*ratio_sums(n, d, cluster))
 
     def value(self) -> float:
+        """Compute the ratio; one host sync."""
         return self.values()[""]
 
     def stderr(self) -> float:
+        """Compute the standard error, NaN if unknown; one host sync."""
         return self.values().get("_se", float("nan"))
 
     @staticmethod
-    def labelled(value: np.ndarray, error: np.ndarray, *sums: np.ndarray) -> dict[str, float]:
-        known = {} if np.isnan(sums[2]) else {"_se": float(error)}
-        return {"": float(value)} | known
+    def label_values(value: np.ndarray, error: np.ndarray, *sums: np.ndarray) -> dict[str, float]:
+        """Return the ratio as "" and, if known, its standard error as "_se"."""
+        stderr_entry = {} if np.isnan(sums[2]) else {"_se": float(error)}
+        return {"": float(value)} | stderr_entry
 
 
 @dataclass(frozen=True, eq=False)
 class PositionMean(Ratio):
-    """A `Mean` over the whole response and over each position bin; every field (S,).
+    """A `Mean` over the whole response and over each position bin; every field is (S,).
 
-    Readout: "", "_se", and for each bin that holds tokens "@lo-hi", "@lo-hi_se". Late bins hold the
-    responses that got there, a selected population, not the same ones as early bins.
+    Computed values: "", "_se", and for each non-empty bin "@lo-hi", "@lo-hi_se". Late bins hold
+    only the responses that are long enough, a selected population, not the same ones as early bins.
     """
 
     total: Tensor
@@ -203,48 +264,60 @@ class PositionMean(Ratio):
     count_square: Tensor
 
     @classmethod
-    def of(cls, x: Tensor, mask: Tensor, cluster: Tensor | None = None) -> Self:
-        """Mean of x (B, T) over the mask, by the response position of the token."""
-        member = slices(mask.shape[1], mask.device)
-        return cls(*ratio_sums(masked(x, mask) @ member, position_counts(mask), cluster))
+    def from_values(cls, x: Tensor, mask: Tensor, cluster: Tensor | None = None) -> Self:
+        """Accumulate the mean of x over the mask, by response position.
+
+        Args:
+            x: (B, T) values.
+            mask: (B, T) bool.
+            cluster: (B,) cluster ids; each row is a cluster if None.
+
+        Returns:
+            The accumulator.
+        """
+        membership = bin_membership(mask.shape[1], mask.device)
+        return cls(*ratio_sums(apply_mask(x, mask) @ membership, position_counts(mask), cluster))
 
     @staticmethod
-    def labelled(value: np.ndarray, error: np.ndarray, *sums: np.ndarray) -> dict[str, float]:
-        found = {}
+    def label_values(value: np.ndarray, error: np.ndarray, *sums: np.ndarray) -> dict[str, float]:
+        """Return values and standard errors of the response and of the non-empty bins."""
+        entries = {}
         for i, label in enumerate(LABELS):
             if i == 0 or sums[1][i] > 0:
-                found[label] = float(value[i])
-                found[f"{label}_se"] = float(error[i])
-        return found
+                entries[label] = float(value[i])
+                entries[f"{label}_se"] = float(error[i])
+        return entries
 
 
 @dataclass(frozen=True, eq=False)
 class Counts(Accumulator):
-    """Number of masked tokens over the whole response and in each position bin; field (S,).
+    """Number of masked tokens in the whole response and in each position bin; field (S,).
 
-    Readout: "" and "@lo-hi" for each bin that holds tokens.
+    Computed values: "" and "@lo-hi" for each non-empty bin.
     """
 
     count: Tensor
 
     @classmethod
-    def of(cls, mask: Tensor) -> Self:
-        """mask: (B, T)."""
-        return cls(mask.double().sum(0) @ slices(mask.shape[1], mask.device))
+    def from_values(cls, mask: Tensor) -> Self:
+        """Accumulate the number of True entries of a mask (B, T)."""
+        return cls(mask.double().sum(0) @ bin_membership(mask.shape[1], mask.device))
 
     @staticmethod
     def summary(*sums: np.ndarray) -> dict[str, float]:
+        """Return the counts of the response and of the non-empty bins."""
         pairs = zip(LABELS, sums[0].tolist(), strict=True)
         return {label: n for label, n in pairs if n > 0 or not label}
 
 
 @dataclass(frozen=True, eq=False)
 class Deciles(Ratio):
-    """A `Mean` in each tenth of the response, by relative position; every field (10,).
+    """A `Mean` in each tenth of the response, by relative position; every field is (10,).
 
-    Readout, for each tenth that holds tokens: "%0-10" to "%90-100" and the same with "_se". Every
-    response is in every tenth (but for very short ones), so tenths compare one population, at
-    positions that differ between responses: the opposite bargain of a `PositionMean`.
+    Computed values, for each non-empty tenth: "%0-10" to "%90-100" and the same with "_se". Every
+    response is in every tenth (except for very short ones), so tenths compare one population at
+    positions that differ between responses; a `PositionMean` compares equal positions of different
+    populations.
     """
 
     total: Tensor
@@ -255,63 +328,84 @@ class Deciles(Ratio):
     count_square: Tensor
 
     @classmethod
-    def of(
+    def from_values(
         cls,
         x: Tensor,
         mask: Tensor,
         cluster: Tensor | None = None,
         response: Tensor | None = None,
     ) -> Self:
-        """Mean of x (B, T) over the mask, by the tenth of its response that the token is in.
+        """Accumulate the mean of x over the mask, by tenth of the response.
 
-        response: (B, T) bool, the tokens that the response consists of; the mask if None.
+        Args:
+            x: (B, T) values.
+            mask: (B, T) bool.
+            cluster: (B,) cluster ids; each row is a cluster if None.
+            response: (B, T) bool, the tokens that the response consists of; the mask if None.
+
+        Returns:
+            The accumulator.
         """
-        tenth = tenths(mask if response is None else response)
+        tenth = decile_indices(mask if response is None else response)
 
-        def spread(values: Tensor) -> Tensor:
+        def sum_by_tenth(values: Tensor) -> Tensor:
             return values.new_zeros(len(values), 10).scatter_add(1, tenth, values)
 
-        return cls(*ratio_sums(spread(masked(x, mask)), spread(mask.double()), cluster))
+        return cls(
+            *ratio_sums(sum_by_tenth(apply_mask(x, mask)), sum_by_tenth(mask.double()), cluster)
+        )
 
     @staticmethod
-    def labelled(value: np.ndarray, error: np.ndarray, *sums: np.ndarray) -> dict[str, float]:
-        found = {}
+    def label_values(value: np.ndarray, error: np.ndarray, *sums: np.ndarray) -> dict[str, float]:
+        """Return values and standard errors of the non-empty tenths."""
+        entries = {}
         for i in range(10):
             if sums[1][i] > 0:
-                found[f"%{10 * i}-{10 * i + 10}"] = float(value[i])
-                found[f"%{10 * i}-{10 * i + 10}_se"] = float(error[i])
-        return found
+                entries[f"%{10 * i}-{10 * i + 10}"] = float(value[i])
+                entries[f"%{10 * i}-{10 * i + 10}_se"] = float(error[i])
+        return entries
 
 
 @dataclass(frozen=True, eq=False)
 class Martingale(Accumulator):
-    """z = sum m d / sqrt(sum m v) of differences d with mean 0 and variance v given the prefix.
+    """z = sum m d / sqrt(sum m v) for differences d with mean 0 and variance v given the prefix.
 
-    Readout: "" z over the whole response and "@lo-hi" over each bin where the variance is not 0,
-    each about standard normal if the differences really have that mean (martingale central limit
-    theorem); a fixed fault makes it grow like the square root of the tokens. Both fields (S,).
+    Computed values: "" z over the whole response and "@lo-hi" over each bin with nonzero variance,
+    each approximately standard normal if the differences really have mean 0 (martingale central
+    limit theorem); under a fixed bias it grows like the square root of the number of tokens. Both
+    fields are (S,).
     """
 
     difference: Tensor
     variance: Tensor
 
     @classmethod
-    def of(cls, difference: Tensor, variance: Tensor, mask: Tensor) -> Self:
-        """difference, variance, mask: (B, T)."""
-        member = slices(mask.shape[1], mask.device)
-        return cls(*(masked(x, mask).sum(0) @ member for x in (difference, variance)))
+    def from_values(cls, difference: Tensor, variance: Tensor, mask: Tensor) -> Self:
+        """Accumulate one batch.
+
+        Args:
+            difference: (B, T) martingale differences.
+            variance: (B, T) their conditional variances.
+            mask: (B, T) bool.
+
+        Returns:
+            The accumulator.
+        """
+        membership = bin_membership(mask.shape[1], mask.device)
+        return cls(*(apply_mask(x, mask).sum(0) @ membership for x in (difference, variance)))
 
     @staticmethod
     def summary(*sums: np.ndarray) -> dict[str, float]:
-        found = {"": float("nan")}
+        """Compute z from the host sums."""
+        z_scores = {"": float("nan")}
         for label, difference, variance in zip(LABELS, *(x.tolist() for x in sums), strict=True):
             if variance > 0:
-                found[label] = difference / variance**0.5
-        return found
+                z_scores[label] = difference / variance**0.5
+        return z_scores
 
 
 def pack(totals: Mapping[str, Accumulator]) -> Tensor:
-    """All sums of all totals as one float64 vector: sum it over ranks, or store it."""
+    """Concatenate all sums of all accumulators to one float64 vector, to reduce or store it."""
     parts = [x.detach().reshape(-1) for total in totals.values() for x in total.tensors()]
     if not parts:
         return torch.zeros(0, dtype=torch.float64)
@@ -319,23 +413,34 @@ def pack(totals: Mapping[str, Accumulator]) -> Tensor:
     return torch.cat([x.to(device, torch.float64) for x in parts])
 
 
-def unpack(vector: Tensor, like: Mapping[str, Accumulator]) -> dict[str, Accumulator]:
-    """The inverse of `pack`, with the names, kinds and shapes of `like`."""
-    found: dict[str, Accumulator] = {}
+def unpack(vector: Tensor, template: Mapping[str, Accumulator]) -> dict[str, Accumulator]:
+    """Split a vector from `pack` into accumulators.
+
+    Args:
+        vector: (n,) sums.
+        template: Accumulators with the names, classes and shapes of the result.
+
+    Returns:
+        Accumulators by name.
+
+    Raises:
+        InvalidInput: The vector has another number of sums than the template.
+    """
+    unpacked: dict[str, Accumulator] = {}
     start = 0
-    for name, total in like.items():
+    for name, total in template.items():
         parts = []
         for x in total.tensors():
             parts.append(vector[start : start + x.numel()].reshape(x.shape))
             start += x.numel()
-        found[name] = type(total)(*parts)
+        unpacked[name] = type(total)(*parts)
     if start != vector.numel():
-        raise InvalidInput(f"vector holds {vector.numel()} sums, the totals have {start}")
-    return found
+        raise InvalidInput(f"the vector holds {vector.numel()} sums, the accumulators need {start}")
+    return unpacked
 
 
-def read(totals: Mapping[str, Accumulator]) -> dict[str, float]:
-    """Every number of every total, named total + suffix; exactly one transfer to the host."""
+def compute(totals: Mapping[str, Accumulator]) -> dict[str, float]:
+    """Compute every value of every accumulator, named total + suffix; one transfer to the host."""
     host = pack(totals).cpu().numpy()
     sums: dict[str, list[np.ndarray]] = {}
     start = 0
@@ -345,32 +450,43 @@ def read(totals: Mapping[str, Accumulator]) -> dict[str, float]:
             sums[name].append(host[start : start + x.numel()].reshape(x.shape))
             start += x.numel()
     ratios = [name for name, total in totals.items() if isinstance(total, Ratio)]
-    divided = iter(_divided([sums[name] for name in ratios]))
+    divided = iter(_divide_all([sums[name] for name in ratios]))
     row: dict[str, float] = {}
     for name, total in totals.items():
-        mine = sums[name]
+        host_sums = sums[name]
         if isinstance(total, Ratio):
-            found = total.labelled(*next(divided), *mine)
+            entries = total.label_values(*next(divided), *host_sums)
         else:
-            found = total.summary(*mine)
-        row |= {name + suffix: value for suffix, value in found.items()}
+            entries = total.summary(*host_sums)
+        row |= {name + suffix: value for suffix, value in entries.items()}
     return row
 
 
-def _divided(ratios: list[list[np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """`ratio_and_error` of each one's six sums, computed on all of them at once."""
+def _divide_all(ratios: list[list[np.ndarray]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Compute `ratio_and_error` for the six sums of each ratio, on all of them at once."""
     if not ratios:
         return []
     flat = [np.concatenate([x.ravel() for x in column]) for column in zip(*ratios, strict=True)]
     ends = np.cumsum([sums[0].size for sums in ratios])[:-1]
     shapes = [sums[0].shape for sums in ratios]
     value, error = (np.split(x, ends) for x in ratio_and_error(*flat))
-    both = zip(value, error, shapes, strict=True)
-    return [(v.reshape(shape), e.reshape(shape)) for v, e, shape in both]
+    results = zip(value, error, shapes, strict=True)
+    return [(v.reshape(shape), e.reshape(shape)) for v, e, shape in results]
 
 
 def merge(a: Mapping[str, Accumulator], b: Mapping[str, Accumulator]) -> dict[str, Accumulator]:
-    """Totals of both parts; raises ValueError when they do not hold the same names."""
+    """Add two sets of accumulators by name.
+
+    Args:
+        a: Accumulators by name.
+        b: Accumulators with the same names.
+
+    Returns:
+        The sums by name.
+
+    Raises:
+        InvalidInput: The two do not hold the same names.
+    """
     if a.keys() != b.keys():
-        raise InvalidInput(f"totals in one part only: {sorted(a.keys() ^ b.keys())}")
+        raise InvalidInput(f"accumulators in one of two parts only: {sorted(a.keys() ^ b.keys())}")
     return {name: a[name] + b[name] for name in a}

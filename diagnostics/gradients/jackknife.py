@@ -1,10 +1,10 @@
 """Estimates with 95 % intervals from replicates that leave out one prompt, or one copy of a sketch.
 
 Replicates (R,): the statistic on everything, then without each of C prompts, then without each of J
-copies of a sketch if there are several. The jackknife's variance is (C - 1)/C times the sum of the
+copies of a sketch if there are several. The jackknife variance is (C - 1)/C times the sum of the
 squared deviations. The intervals cover 90 to 98 % on tabular worlds with 48 sequences, and 80 to 90
-% for variances of costs to go without a baseline, whose tails are heavy: a few sequences make them,
-and a batch without one of those cannot know.
+% for variances of costs to go without a baseline, whose tails are heavy: a few sequences dominate
+them, and a batch without such a sequence gives no sign of it.
 """
 
 import math
@@ -19,108 +19,156 @@ NORMAL_95 = 1.959964
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A value, a 95 % interval over prompts, its standard error, and that of the sketch.
-
-    `sketch` is 0 for exact gradients; the interval does not contain it.
-    """
+    """A value, its 95 % interval over prompts, and its standard errors."""
 
     value: float
+    """The value."""
     low: float
+    """Lower end of the interval."""
     high: float
+    """Upper end of the interval."""
     error: float
+    """Standard error over prompts."""
     sketch: float
+    """Standard error of the sketch, 0 for exact gradients; not part of the interval."""
 
-    def row(self, name: str) -> dict[str, float]:
-        found = {"": self.value, "_low": self.low, "_high": self.high, "_se": self.error}
-        return {name + end: x for end, x in (found | {"_sketch_se": self.sketch}).items()}
+    def columns(self, name: str) -> dict[str, float]:
+        """Return the columns NAME, NAME_low, NAME_high, NAME_se and NAME_sketch_se of a row."""
+        fields = {"": self.value, "_low": self.low, "_high": self.high, "_se": self.error}
+        return {
+            name + suffix: value for suffix, value in (fields | {"_sketch_se": self.sketch}).items()
+        }
 
 
-def positive(replicates: Tensor, num_prompts: int) -> Estimate:
-    """`estimate` of a variance: value e^(+-t error / value), which allows for its long upper tail.
+def positive_estimate(replicates: Tensor, num_prompts: int) -> Estimate:
+    """Return `mean_estimate` of a variance with the interval value e^(+-t error / value).
 
-    Where the error is larger than 3/t of the value, as for a small part of a variance or one below
-    0, the plain interval.
+    The interval allows for the long upper tail. Where the error is larger than 3/t of the value, as
+    for a small part of a variance or one below 0, the symmetric interval.
+
+    Args:
+        replicates: (R,).
+        num_prompts: Number of prompts C.
+
+    Returns:
+        The estimate.
     """
-    plain = estimate(replicates, num_prompts)
-    reach = plain.high - plain.value
-    if not 3 * plain.value > reach:
-        return plain
-    factor = math.exp(reach / plain.value)
-    return replace(plain, low=plain.value / factor, high=plain.value * factor)
+    symmetric = mean_estimate(replicates, num_prompts)
+    half_width = symmetric.high - symmetric.value
+    if not 3 * symmetric.value > half_width:
+        return symmetric
+    factor = math.exp(half_width / symmetric.value)
+    return replace(symmetric, low=symmetric.value / factor, high=symmetric.value * factor)
 
 
-def squared(plain: Estimate) -> Estimate:
-    """The interval of a squared length, whose error grows with it, extended upwards.
+def squared_length_estimate(symmetric: Estimate) -> Estimate:
+    """Extend the interval of a squared length upwards, because its error grows with its value.
 
-    U = |x|^2 of a noisy x has Var(U) in proportion to |x|^2, so that an estimate that came out low
-    also has too small an error. The upper end solves (theta - U)^2 = reach^2 theta / U to second
-    order, U + reach + reach^2 / (4 U), U not taken below half of the reach.
+    U = |x|^2 of a noisy x has Var(U) in proportion to |x|^2, so an estimate that came out low also
+    has too small an error. The upper end solves (theta - U)^2 = reach^2 theta / U to second order,
+    U + reach + reach^2 / (4 U), with U at least half of the reach (the half-width).
+
+    Args:
+        symmetric: Estimate with a symmetric interval.
+
+    Returns:
+        The estimate with the extended interval.
     """
-    reach = plain.high - plain.value
-    more = reach**2 / (4 * max(plain.value, reach / 2)) if reach > 0 else 0.0
-    return replace(plain, high=plain.high + more)
+    half_width = symmetric.high - symmetric.value
+    extension = (
+        half_width**2 / (4 * max(symmetric.value, half_width / 2)) if half_width > 0 else 0.0
+    )
+    return replace(symmetric, high=symmetric.high + extension)
 
 
-def estimate(replicates: Tensor, num_prompts: int) -> Estimate:
-    """The first of replicates (R,), with value +- t standard errors."""
-    value, (error, sketch) = float(replicates[0]), _errors(replicates, num_prompts)
-    away = replicates[1 : 1 + num_prompts] - replicates[1 : 1 + num_prompts].mean()
-    reach = quantile(degrees(away)) * error
-    return Estimate(value=value, low=value - reach, high=value + reach, error=error, sketch=sketch)
+def mean_estimate(replicates: Tensor, num_prompts: int) -> Estimate:
+    """Return the first of replicates (R,) with the interval value +- t standard errors."""
+    value, (error, sketch) = float(replicates[0]), _jackknife_errors(replicates, num_prompts)
+    deviations = replicates[1 : 1 + num_prompts] - replicates[1 : 1 + num_prompts].mean()
+    half_width = student_t_quantile(degrees_of_freedom(deviations)) * error
+    return Estimate(
+        value=value, low=value - half_width, high=value + half_width, error=error, sketch=sketch
+    )
 
 
-def degrees(away: Tensor) -> float:
-    """Degrees of freedom of the jackknife's variance, 2 (sum d^2)^2 / (sum d^4 - (sum d^2)^2 / C).
+def degrees_of_freedom(deviations: Tensor) -> float:
+    """Return the degrees of freedom of the jackknife variance.
 
-    C - 1 at most, and about that for normal deviations d (C,); few where a few prompts make most of
-    the error. (Satterthwaite 1946.)
+    2 (sum d^2)^2 / (sum d^4 - (sum d^2)^2 / C): at most C - 1, and about that for normal deviations
+    d (C,); few where a few prompts cause most of the error. (Satterthwaite 1946.)
+
+    Args:
+        deviations: (C,) d.
+
+    Returns:
+        Degrees of freedom, at least 2 where the deviations differ.
     """
-    square = away / away.abs().max().clamp(min=torch.finfo(away.dtype).tiny)
+    square = deviations / deviations.abs().max().clamp(min=torch.finfo(deviations.dtype).tiny)
     square = square.square()
     spread = float((square - square.mean()).square().sum())
-    limit = len(away) - 1
+    limit = len(deviations) - 1
     return max(2.0, min(limit, 2 * float(square.sum()) ** 2 / spread)) if spread > 0 else limit
 
 
-def ratio(above: Tensor, below: Tensor, num_prompts: int) -> Estimate:
-    """above / below of replicates (R,), with Fieller's interval; refused where that is unbounded.
+def ratio_estimate(numerator: Tensor, denominator: Tensor, num_prompts: int) -> Estimate:
+    """Return numerator / denominator of replicates (R,), with Fieller's interval.
 
     The interval is the set of rho with (N - rho D)^2 <= t^2 Var(N - rho D). It is bounded only if D
-    is more than t standard errors away from 0. If D is not above that, dividing by it means nothing
-    and all fields are NaN. (Fieller 1954; variances by the jackknife.)
+    is more than t standard errors away from 0. If D is not above that, the ratio is undefined and
+    all fields are NaN. (Fieller 1954; variances by the jackknife.)
+
+    Args:
+        numerator: (R,) N.
+        denominator: (R,) D.
+        num_prompts: Number of prompts C.
+
+    Returns:
+        The estimate, or NaN.
     """
-    c, (n, d) = num_prompts, (float(x[0]) for x in (above, below))
-    away = torch.stack([x[1 : 1 + c] - x[1 : 1 + c].mean() for x in (above, below)])
-    t = quantile(degrees(away[0] - n / d * away[1] if d else away[1]))
-    (nn, nd), (_, dd) = ((c - 1) / c * away @ away.T * t**2).tolist()
+    num_clusters, (n, d) = num_prompts, (float(x[0]) for x in (numerator, denominator))
+    deviations = torch.stack(
+        [x[1 : 1 + num_clusters] - x[1 : 1 + num_clusters].mean() for x in (numerator, denominator)]
+    )
+    t = student_t_quantile(
+        degrees_of_freedom(deviations[0] - n / d * deviations[1] if d else deviations[1])
+    )
+    (nn, nd), (_, dd) = (
+        (num_clusters - 1) / num_clusters * deviations @ deviations.T * t**2
+    ).tolist()
     if not d > math.sqrt(max(dd, 0.0)):
         return Estimate(**dict.fromkeys(("value", "low", "high", "error", "sketch"), math.nan))
-    middle, bend = n * d - nd, d * d - dd
-    root = math.sqrt(max(middle**2 - bend * (n * n - nn), 0.0))
-    error, sketch = _errors(above / below, c)
+    center, curvature = n * d - nd, d * d - dd
+    half_width = math.sqrt(max(center**2 - curvature * (n * n - nn), 0.0))
+    error, sketch = _jackknife_errors(numerator / denominator, num_clusters)
     return Estimate(
         value=n / d,
-        low=(middle - root) / bend,
-        high=(middle + root) / bend,
+        low=(center - half_width) / curvature,
+        high=(center + half_width) / curvature,
         error=error,
         sketch=sketch,
     )
 
 
-def _errors(replicates: Tensor, num_prompts: int) -> tuple[float, float]:
-    """Jackknife standard errors over prompts and over copies of a sketch."""
-    over = replicates[1 : 1 + num_prompts], replicates[1 + num_prompts :]
+def _jackknife_errors(replicates: Tensor, num_prompts: int) -> tuple[float, float]:
+    """Return the jackknife standard errors over prompts and over copies of a sketch."""
+    groups = replicates[1 : 1 + num_prompts], replicates[1 + num_prompts :]
     prompts, copies = (
         float((x - x.mean()).square().sum() * (len(x) - 1) / len(x)) ** 0.5 if len(x) else 0.0
-        for x in over
+        for x in groups
     )
     return prompts, copies
 
 
-def quantile(degrees: float) -> float:
-    """97.5 % quantile of Student's t, by its expansion about the normal one.
+def student_t_quantile(degrees: float) -> float:
+    """Return the 97.5 % quantile of Student's t, by its expansion about the normal quantile.
 
     Four terms in 1/degrees (Abramowitz and Stegun 26.7.5): within 2 % from 2 degrees on.
+
+    Args:
+        degrees: Degrees of freedom.
+
+    Returns:
+        The quantile.
     """
     z, n = NORMAL_95, degrees
     terms = (

@@ -1,17 +1,17 @@
-"""Gradients of the head, sequence by sequence, kept as small random sketches (E-3).
+"""Gradients of the LM head, sequence by sequence, stored as small random sketches (E-3).
 
-The gradient of log p(y_t) with respect to the head's weight (V, D) is the outer product of
-delta_t = one_hot(y_t) - p and the hidden state h_t; that of the local KL(p || q) is the outer
-product of p (l - KL), l = log p - log q, and h_t. A sketch keeps (R1 delta)(R2 h)^T for independent
-random signs R1 and R2: inner products of sketches have those of the gradients as their mean. The
-outer product is not formed until tokens are summed, so that a token costs J (m1 + m2) numbers, and
-every weighted sum over tokens can be had later without the models.
+The gradient of log p(y_t) with respect to the head's weight (V, D) is the outer product of delta_t
+= one_hot(y_t) - p and the hidden state h_t; that of the local KL(p || q) is the outer product of p
+(l - KL), l = log p - log q, and h_t. A sketch keeps (R1 delta)(R2 h)^T for independent random signs
+R1 and R2: inner products of sketches have those of the gradients as their mean. The outer product
+is not formed until tokens are summed, so that a token costs J (m1 + m2) numbers, and every weighted
+sum over tokens can be computed later without the models.
 
-Its error: an outer product of two vectors has a squared length with relative variance
-((1 + 2/m1)(1 + 2/m2) - 1)/J, about 2/J (1/m1 + 1/m2), *not* 1/(J m1 m2). So copies J help more than
-long rows. Sums over many different tokens do better.
+Error: an outer product of two vectors has a squared length with relative variance ((1 + 2/m1)(1 +
+2/m2) - 1)/J, about 2/J (1/m1 + 1/m2), *not* 1/(J m1 m2). So more copies J help more than long rows.
+Sums over many different tokens have a smaller error.
 
-The head with tied embeddings also receives gradient from the input side; that part is not here.
+A head with tied embeddings also receives gradient from the input side, which is not included.
 
 Shapes: B responses, T positions, N flat supervised tokens (row-major over the mask), n of a chunk,
 V vocabulary, D hidden size, J copies, m1 and m2 rows, F weights a token.
@@ -27,37 +27,57 @@ from diagnostics.batch import ScoredRollouts
 from diagnostics.errors import InvalidInput
 
 LogProbs = Callable[[slice], tuple[Tensor, Tensor | None]]
-"""A slice of the flat tokens -> (n, V) student's and teacher's log-probabilities there, at the
-temperature of the loss; None for a teacher whose whole distributions are not at hand."""
+"""A slice of the flat tokens -> (n, V) student's and teacher's log-probabilities.
 
-Slopes = Callable[[slice], Tensor]
-"""A slice of the flat tokens -> (n, V) derivatives of the logits there, before the temperature, by
-the products of the hidden state with the head's rows: what a soft-cap or a scale does."""
+At the loss temperature; None for a teacher without full distributions."""
 
-_BLOCK = 16384
+LogitDerivatives = Callable[[slice], Tensor]
+"""A slice of the flat tokens -> (n, V) derivatives of the logits, before the temperature.
+
+With respect to the products of the hidden state and the head's rows: the effect of a soft-cap or a
+scale."""
+
+_BLOCK_SIZE = 16384
 
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """R1 as (V, J, m1) and R2 as (D, J, m2): signs as int8 (or whatever numbers), and a scale."""
+    """Random projections R1 and R2 of the two factors of a gradient."""
 
     vocabulary: Tensor
+    """R1 as (V, J, m1): signs as int8, or other numbers."""
     hidden: Tensor
+    """R2 as (D, J, m2)."""
     scale: float
+    """Factor of each sketch."""
 
     def to(self, device: str | torch.device) -> "Projection":
+        """Return the projection on a device."""
         return Projection(self.vocabulary.to(device), self.hidden.to(device), self.scale)
 
 
-def random_signs(
+def random_projection(
     vocabulary: int, hidden: int, seed: int, rows: int = 16, copies: int = 8
 ) -> Projection:
-    """Independent signs, the same on every machine for one seed; m = copies * rows^2 numbers.
+    """Sample independent signs, the same on every machine for one seed.
 
     Memory: copies * rows * (V + D) bytes, 19 MB at the default for V = 150 000.
+
+    Args:
+        vocabulary: V.
+        hidden: D.
+        seed: Seed.
+        rows: Rows of R1 and R2.
+        copies: Independent copies J.
+
+    Returns:
+        The projection; a sketch has m = copies * rows^2 numbers.
+
+    Raises:
+        InvalidInput: rows is below 1 or copies below 2.
     """
     if rows < 1 or copies < 2:
-        raise InvalidInput(f"rows is {rows} and copies {copies}; need rows >= 1 and copies >= 2")
+        raise InvalidInput(f"rows={rows}, copies={copies}; rows >= 1 and copies >= 2 are required")
     generator = torch.Generator().manual_seed(seed)
 
     def signs(size: int) -> Tensor:
@@ -67,27 +87,33 @@ def random_signs(
     return Projection(signs(vocabulary), signs(hidden), (rows * copies**0.5) ** -1)
 
 
-def no_projection(vocabulary: int, hidden: int) -> Projection:
-    """Identities: the gradients themselves, V * D numbers a sequence. For small models."""
-    one, two = (torch.eye(size, dtype=torch.int8)[:, None] for size in (vocabulary, hidden))
-    return Projection(one, two, 1.0)
+def identity_projection(vocabulary: int, hidden: int) -> Projection:
+    """Return identities: the gradients themselves, V * D numbers a sequence. For small models."""
+    vocabulary_identity, hidden_identity = (
+        torch.eye(size, dtype=torch.int8)[:, None] for size in (vocabulary, hidden)
+    )
+    return Projection(vocabulary_identity, hidden_identity, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokenSketches:
-    """What is kept of each token's two logit gradients and hidden state, and exact lengths.
+    """Sketches of each token's two logit gradients and hidden state, and exact lengths.
 
-    score, local: (N, J, m1) of delta and p (l - KL); hidden: (N, J, m2). score_square, cross,
-    local_square: (N,) exact <delta, delta>, <delta, local>, <local, local> times |h|^2. The three
-    fields of the local KL are None if the teacher's distributions were not at hand.
+    The three fields of the local KL are None if the teacher's distributions are not available.
     """
 
     score: Tensor
+    """(N, J, m1) of delta."""
     hidden: Tensor
+    """(N, J, m2) of h."""
     score_square: Tensor
+    """(N,) exact <delta, delta> |h|^2."""
     local: Tensor | None = None
+    """(N, J, m1) of p (l - KL)."""
     cross: Tensor | None = None
+    """(N,) exact <delta, local> |h|^2."""
     local_square: Tensor | None = None
+    """(N,) exact <local, local> |h|^2."""
 
 
 @torch.no_grad()
@@ -97,102 +123,148 @@ def token_sketches(
     logp: LogProbs,
     projection: Projection,
     chunk_tokens: int = 1024,
-    slopes: Slopes | None = None,
+    logit_derivatives: LogitDerivatives | None = None,
 ) -> TokenSketches:
-    """One pass over the batch's supervised tokens; (n, V) exists for a chunk of them at a time.
+    """Sketch the batch's supervised tokens, with (n, V) tensors of one chunk at a time.
 
     Args:
-      hidden: (N, D) the student's states that predict the supervised tokens, row-major.
-      slopes: of a head with a soft-cap or a scale; all 1 if None.
+        batch: Scored rollouts.
+        hidden: (N, D) student states that predict the supervised tokens, row-major.
+        logp: Both models' full log-probabilities of a slice of these tokens.
+        projection: Projection of the head.
+        chunk_tokens: Tokens of a chunk.
+        logit_derivatives: Of a head with a soft-cap or a scale; all 1 if None.
+
+    Returns:
+        The sketches.
 
     Raises:
-      ValueError: hidden or the projection does not fit the batch.
+        InvalidInput: hidden or the projection does not fit the batch.
     """
-    tokens, count = batch.tokens[batch.mask], int(batch.mask.sum())
-    if hidden.dim() != 2 or len(hidden) != count:
-        raise InvalidInput(f"hidden is {tuple(hidden.shape)}, the mask has {count} tokens: (N, D)")
+    tokens, num_tokens = batch.tokens[batch.mask], int(batch.mask.sum())
+    if hidden.dim() != 2 or len(hidden) != num_tokens:
+        raise InvalidInput(
+            f"hidden is {tuple(hidden.shape)}, the mask has {num_tokens} tokens: (N, D)"
+        )
     columns: dict[str, list[Tensor]] = {}
-    for start in range(0, count, chunk_tokens):
-        c = slice(start, min(start + chunk_tokens, count))
-        h = _wide(hidden[c]) / batch.score_temperature
-        ours, theirs = logp(c)
-        slope = None if slopes is None else slopes(c)
-        found = _of_chunk(tokens[c], h, _wide(ours), theirs, projection, slope)
-        for name, x in found.items():
+    for start in range(0, num_tokens, chunk_tokens):
+        chunk = slice(start, min(start + chunk_tokens, num_tokens))
+        h = _at_least_float32(hidden[chunk]) / batch.score_temperature
+        student_logp, teacher_logp = logp(chunk)
+        derivative = None if logit_derivatives is None else logit_derivatives(chunk)
+        chunk_sketches = _sketch_chunk(
+            tokens[chunk], h, _at_least_float32(student_logp), teacher_logp, projection, derivative
+        )
+        for name, x in chunk_sketches.items():
             columns.setdefault(name, []).append(x)
     return TokenSketches(**{name: torch.cat(parts) for name, parts in columns.items()})
 
 
-def _of_chunk(
+def _sketch_chunk(
     tokens: Tensor,
     h: Tensor,
-    logp: Tensor,
-    theirs: Tensor | None,
+    student_logp: Tensor,
+    teacher_logp: Tensor | None,
     projection: Projection,
-    slope: Tensor | None,
+    logit_derivative: Tensor | None,
 ) -> dict[str, Tensor]:
-    if logp.shape[-1] != len(projection.vocabulary) or h.shape[-1] != len(projection.hidden):
+    if student_logp.shape[-1] != len(projection.vocabulary) or h.shape[-1] != len(
+        projection.hidden
+    ):
         raise InvalidInput(
-            f"logits of {logp.shape[-1]} ids and states of size {h.shape[-1]}; the projection is "
-            f"for {len(projection.vocabulary)} and {len(projection.hidden)}"
+            f"got log-probabilities of {student_logp.shape[-1]} ids and states of size "
+            f"{h.shape[-1]}; the projection is for {len(projection.vocabulary)} and "
+            f"{len(projection.hidden)}"
         )
-    p = logp.exp()
+    p = student_logp.exp()
     score = -p
     score.scatter_add_(1, tokens[:, None], torch.ones_like(p[:, :1]))
-    if slope is not None:
-        score = score * slope.to(score.dtype)
-    length = h.square().sum(-1)
-    found = {
-        "score": projected(score, projection.vocabulary),
-        "hidden": projected(h, projection.hidden) * projection.scale,
-        "score_square": score.square().sum(-1) * length,
+    if logit_derivative is not None:
+        score = score * logit_derivative.to(score.dtype)
+    hidden_square = h.square().sum(-1)
+    sketches = {
+        "score": project(score, projection.vocabulary),
+        "hidden": project(h, projection.hidden) * projection.scale,
+        "score_square": score.square().sum(-1) * hidden_square,
     }
-    if theirs is not None:
-        away = torch.where(p > 0, logp - theirs.to(logp.dtype), torch.zeros_like(p))
-        local = p * (away - (p * away).sum(-1, keepdim=True))
-        if slope is not None:
-            local = local * slope.to(local.dtype)
-        found["local"] = projected(local, projection.vocabulary)
-        found["cross"] = (local * score).sum(-1) * length
-        found["local_square"] = local.square().sum(-1) * length
-    return found
+    if teacher_logp is not None:
+        log_ratio = torch.where(
+            p > 0, student_logp - teacher_logp.to(student_logp.dtype), torch.zeros_like(p)
+        )
+        local = p * (log_ratio - (p * log_ratio).sum(-1, keepdim=True))
+        if logit_derivative is not None:
+            local = local * logit_derivative.to(local.dtype)
+        sketches["local"] = project(local, projection.vocabulary)
+        sketches["cross"] = (local * score).sum(-1) * hidden_square
+        sketches["local_square"] = local.square().sum(-1) * hidden_square
+    return sketches
 
 
-def projected(x: Tensor, matrix: Tensor) -> Tensor:
-    """x (n, S), matrix (S, J, m) -> (n, J, m), widening int8 a block of S at a time."""
-    flat, out = matrix.flatten(1), x.new_zeros(len(x), matrix[0].numel())
-    for start in range(0, len(flat), _BLOCK):
-        block = flat[start : start + _BLOCK].to(x.device, x.dtype)
-        out.addmm_(x[:, start : start + _BLOCK], block)
-    return out.view(len(x), *matrix.shape[1:])
+def project(x: Tensor, matrix: Tensor) -> Tensor:
+    """Multiply x by the projection, widening int8 a block of S at a time.
+
+    Args:
+        x: (n, S).
+        matrix: (S, J, m).
+
+    Returns:
+        (n, J, m).
+    """
+    flat, products = matrix.flatten(1), x.new_zeros(len(x), matrix[0].numel())
+    for start in range(0, len(flat), _BLOCK_SIZE):
+        block = flat[start : start + _BLOCK_SIZE].to(x.device, x.dtype)
+        products.addmm_(x[:, start : start + _BLOCK_SIZE], block)
+    return products.view(len(x), *matrix.shape[1:])
 
 
 @torch.no_grad()
 def matrix_sketch(gradient: Tensor, projection: Projection) -> Tensor:
-    """(V, D) -> (J, m1 m2): the sketch of any one matrix's gradient, as autograd left it.
+    """Sketch the gradient of a matrix, as autograd computed it: (V, D) -> (J, m1 m2).
 
-    For blocks other than the head: take the gradient of a sequence's loss, sketch it, and stack the
-    sequences for `diagnostics.gradients.signal_noise.signal_and_noise`.
+    For blocks other than the head: compute the gradient of a sequence's loss, sketch it, and stack
+    the sequences for `diagnostics.gradients.signal_noise.signal_and_noise`.
+
+    Args:
+        gradient: (V, D).
+        projection: Projection of the matrix.
+
+    Returns:
+        (J, m1 m2).
     """
-    half = projected(gradient.T, projection.vocabulary)  # (D, J, m1)
+    half = project(gradient.T, projection.vocabulary)  # (D, J, m1)
     right = projection.hidden.to(half)
     return torch.einsum("dja,djb->jab", half, right).flatten(1) * projection.scale
 
 
 @torch.no_grad()
 def outer_sketches(
-    slopes: Iterable[tuple[slice, Tensor]], hidden: Tensor, mask: Tensor, projection: Projection
+    logit_gradients: Iterable[tuple[slice, Tensor]],
+    hidden: Tensor,
+    mask: Tensor,
+    projection: Projection,
 ) -> Tensor:
-    """(B, J, m1 m2) sketches of sum_t slope_t h_t^T by sequence: the gradient of any loss.
+    """Sketch sum_t d_t h_t^T of each sequence: the head gradient of any loss.
 
     Args:
-      slopes: chunks of the flat tokens in order, and the loss's gradients (n, V) by the products of
-        the hidden states with the head's rows. hidden: (N, D); mask: (B, T) of the N tokens.
+        logit_gradients: Chunks of the flat tokens in order, and the loss's gradients d (n, V) with
+            respect to the products of the hidden states and the head's rows.
+        hidden: (N, D) h.
+        mask: (B, T) of the N tokens.
+        projection: Projection of the head.
+
+    Returns:
+        (B, J, m1 m2).
     """
-    parts = [projected(_wide(slope), projection.vocabulary) for _, slope in slopes]
-    left, lengths = torch.cat(parts), mask.sum(1).tolist()
-    right = projected(_wide(hidden), projection.hidden).to(left.dtype) * projection.scale
-    pairs = zip(left.split(lengths), right.split(lengths), strict=True)
+    projected_chunks = [
+        project(_at_least_float32(gradient), projection.vocabulary)
+        for _, gradient in logit_gradients
+    ]
+    logit_sketches, lengths = torch.cat(projected_chunks), mask.sum(1).tolist()
+    hidden_sketches = (
+        project(_at_least_float32(hidden), projection.hidden).to(logit_sketches.dtype)
+        * projection.scale
+    )
+    pairs = zip(logit_sketches.split(lengths), hidden_sketches.split(lengths), strict=True)
     return torch.stack([torch.einsum("tja,tjb->jab", x, h).flatten(1) for x, h in pairs])
 
 
@@ -200,20 +272,29 @@ def outer_sketches(
 def sequence_sketches(
     tokens: TokenSketches, mask: Tensor, weights: Tensor, local: Tensor
 ) -> Tensor:
-    """(B, F, J, m1 m2) sketches of sum_t [w_tf grad log p(y_t) + local_f grad KL_t] by sequence.
+    """Sketch sum_t [w_tf grad log p(y_t) + local_f grad KL_t] of each sequence.
 
-    The one formula behind every estimator: with w_t = sum_{u >= t} gamma^(u-t) r_u it is what the
-    eligibility trace Z <- gamma Z + grad log p(y_t), G <- G + r_t Z accumulates.
+    The common formula of all estimators: with w_t = sum_{u >= t} gamma^(u-t) r_u it is the result
+    of the eligibility trace Z <- gamma Z + grad log p(y_t), G <- G + r_t Z.
 
     Args:
-      mask: (B, T) of the batch; weights: (B, T, F); local: (F,) bool.
+        tokens: Sketches of the tokens.
+        mask: (B, T) of the batch.
+        weights: (B, T, F).
+        local: (F,) bool.
+
+    Returns:
+        (B, F, J, m1 m2).
+
+    Raises:
+        InvalidInput: local is requested without the teacher's distributions.
     """
     if bool(local.any()) and tokens.local is None:
-        raise InvalidInput("the local KL's gradient needs the teacher's whole distributions")
+        raise InvalidInput("the gradient of the local KL requires the teacher's full distributions")
     lengths = mask.sum(1).tolist()
     flat = weights[mask].to(tokens.score)
     rows = []
-    for score, h, w, mine in zip(
+    for score, h, w, local_sketch in zip(
         tokens.score.split(lengths),
         tokens.hidden.split(lengths),
         flat.split(lengths),
@@ -222,20 +303,24 @@ def sequence_sketches(
     ):
         row = torch.einsum("tf,tja,tjb->fjab", w, score, h)
         if bool(local.any()):
-            row += local.to(row)[:, None, None, None] * torch.einsum("tja,tjb->jab", mine, h)
+            row += local.to(row)[:, None, None, None] * torch.einsum(
+                "tja,tjb->jab", local_sketch, h
+            )
         rows.append(row.flatten(2))
     return torch.stack(rows)
 
 
 def token_energies(tokens: TokenSketches, mask: Tensor, weights: Tensor, local: Tensor) -> Tensor:
-    """(B, F) sum over a sequence's tokens of the squared length of each one's part, exact."""
+    """Return (B, F) sums over tokens of the squared length of each token's part, exact."""
     flat = weights[mask].double()
     energy = flat.square() * tokens.score_square.double()[:, None]
     if tokens.cross is not None and tokens.local_square is not None:
-        also = 2 * flat * tokens.cross.double()[:, None] + tokens.local_square.double()[:, None]
-        energy = energy + local.to(also) * also
+        local_energy = (
+            2 * flat * tokens.cross.double()[:, None] + tokens.local_square.double()[:, None]
+        )
+        energy = energy + local.to(local_energy) * local_energy
     return torch.stack([x.sum(0) for x in energy.split(mask.sum(1).tolist())])
 
 
-def _wide(x: Tensor) -> Tensor:
+def _at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()

@@ -1,1 +1,1 @@
-"""Reading and writing files safely, optional packages, provenance, and how commands end."""
+"""File input and output, optional packages, code provenance, and command exit codes."""

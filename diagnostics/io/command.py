@@ -1,4 +1,4 @@
-"""How a command ends: errors for the user in one line, a closed pipe and Ctrl-C in silence."""
+"""How a command ends: user errors in one line; a closed pipe and Ctrl-C without output."""
 
 import errno
 import os
@@ -7,40 +7,44 @@ from collections.abc import Callable
 
 from diagnostics.errors import UserError
 
-CLOSED_PIPE, INTERRUPTED = 141, 130
-"""Exit codes: 128 and the number of the signal, as a shell reports them."""
+EXIT_CLOSED_PIPE, EXIT_INTERRUPTED = 141, 130
+"""Exit codes: 128 plus the number of the signal, as a shell reports them."""
 REMEDIES = {
-    errno.EACCES: "change its mode, or name another place",
-    errno.EPERM: "change its mode, or name another place",
-    errno.EISDIR: "name a file, not a folder",
-    errno.ENOTDIR: "a file stands where a folder is expected; name another place",
-    errno.EEXIST: "a file stands where a folder is expected; name another place",
-    errno.EROFS: "name a place that can be written",
-    errno.ENOSPC: "free some space; the same command goes on",
-    errno.EDQUOT: "free some space; the same command goes on",
+    errno.EACCES: "change its permissions, or choose another path",
+    errno.EPERM: "change its permissions, or choose another path",
+    errno.EISDIR: "give a file, not a folder",
+    errno.ENOTDIR: "a file exists where a folder is expected; choose another path",
+    errno.EEXIST: "a file exists where a folder is expected; choose another path",
+    errno.EROFS: "choose a path on a writable file system",
+    errno.ENOSPC: "free some space; the same command resumes",
+    errno.EDQUOT: "free some space; the same command resumes",
     errno.ENAMETOOLONG: "choose a shorter name",
 }
-"""Errors of the operating system that are the user's to mend, not faults of the program."""
+"""Operating-system errors that the user can fix, and how; they are no bugs of the program."""
 
 
 def run_command(program: str, command: Callable[[], object]) -> None:
-    """Call `command` as the whole of a process.
+    """Run `command` as the main function of a process.
+
+    Args:
+        program: Name that starts the error messages.
+        command: The function to run.
 
     Raises:
-      SystemExit: with the message of a `UserError` or of an error of the operating system on a
-        named file; CLOSED_PIPE where nobody reads the output any more; INTERRUPTED after Ctrl-C.
-        All other exceptions pass, with their traceback.
+        SystemExit: With the message of a `UserError` or of an operating-system error on a named
+            file; EXIT_CLOSED_PIPE if nobody reads the output any more; EXIT_INTERRUPTED after
+            Ctrl-C. All other exceptions pass through with their traceback.
     """
     try:
         try:
             command()
         finally:
-            sys.stdout.flush()  # a pipe that was closed shows here, and not while Python ends
+            sys.stdout.flush()  # raises for a closed pipe here instead of at interpreter exit
     except BrokenPipeError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(CLOSED_PIPE) from error
+        raise SystemExit(EXIT_CLOSED_PIPE) from error
     except KeyboardInterrupt as error:
-        raise SystemExit(INTERRUPTED) from error
+        raise SystemExit(EXIT_INTERRUPTED) from error
     except UserError as error:
         raise SystemExit(f"{program}: {error}") from error
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Read the files that a user names; every failure is one line with the file and the remedy."""
+"""Checked reading of user files; every failure is a one-line error with the file and the remedy."""
 
 import json
 import re
@@ -10,126 +10,169 @@ from typing import Any
 
 from diagnostics.errors import InvalidInput, MissingFile, OperationFailed
 
-LONGEST_VALUE = 60
+MAX_VALUE_LENGTH = 60
 """Characters of a value in a message."""
 
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
-KINDS: dict[type, str] = {
+TYPE_NAMES: dict[type, str] = {
     str: "text",
     bool: "true or false",
-    int: "a whole number",
+    int: "an integer",
     float: "a number",
     list: "a list",
     dict: "an object",
 }
-"""What a field of each type is called in a message."""
+"""Name of each field type in a message."""
 
 
 _REPR = reprlib.Repr()
-_REPR.maxlevel, _REPR.maxlist, _REPR.maxdict, _REPR.maxstring = 3, 12, 6, LONGEST_VALUE
+_REPR.maxlevel, _REPR.maxlist, _REPR.maxdict, _REPR.maxstring = 3, 12, 6, MAX_VALUE_LENGTH
 
 
 @contextmanager
-def reading(path: str | Path) -> Iterator[None]:
-    """Say in one line why the operating system does not give a file.
+def translate_read_errors(path: str | Path) -> Iterator[None]:
+    """Translate operating-system errors on a file to one-line user errors.
+
+    Args:
+        path: The file that the block reads.
+
+    Yields:
+        Nothing.
 
     Raises:
-      MissingFile: there is no such file.
-      OperationFailed: a folder, no permission, a disk that fails; the system's own words.
+        MissingFile: There is no such file.
+        OperationFailed: A folder, no permission, or a failing disk, with the system's own message.
     """
     try:
         yield
     except FileNotFoundError as error:
         raise MissingFile(f"{path} does not exist") from error
     except IsADirectoryError as error:
-        raise OperationFailed(f"{path} is a folder; give the file in it") from error
+        raise OperationFailed(f"{path} is a folder; give a file in it") from error
     except PermissionError as error:
-        raise OperationFailed(f"{path}: no permission to read it; change its mode") from error
+        raise OperationFailed(
+            f"{path}: no permission to read it; change its permissions"
+        ) from error
     except OSError as error:
         raise OperationFailed(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file.
+    """Read a UTF-8 file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its text.
 
     Raises:
-      MissingFile, OperationFailed: see `reading`.
-      InvalidInput: bytes that are no UTF-8; names the first.
+        MissingFile: See `translate_read_errors`.
+        OperationFailed: See `translate_read_errors`.
+        InvalidInput: Bytes that are not UTF-8; names the first.
     """
-    with reading(path):
+    with translate_read_errors(path):
         data = Path(path).read_bytes()
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InvalidInput(
             f"{path} is not UTF-8 text: byte {data[error.start]:#04x} at offset {error.start}; "
-            "save it as UTF-8, or name another file"
+            "save it as UTF-8, or give another file"
         ) from error
 
 
 def parse_json(text: str, source: str) -> Any:
-    """JSON text as plain data; `source`, the file and the row, opens every message.
+    """Parse JSON text.
+
+    Args:
+        text: The JSON text.
+        source: File and row, the beginning of every message.
+
+    Returns:
+        Plain data.
 
     Raises:
-      InvalidInput: no JSON, a key twice in one object, half a surrogate pair (which no file can
-        hold as UTF-8), or nested too deeply.
+        InvalidInput: Not JSON, a duplicate key in an object, an unpaired surrogate (which no file
+            can hold as UTF-8), or nested too deeply.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_without_doubled_keys)
+        value = json.loads(text, object_pairs_hook=_reject_duplicate_keys)
         if SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except UnicodeEncodeError as error:
         half = error.object[error.start]
         raise InvalidInput(
-            f"{source} holds {half!r}, half of a character of UTF-16; write whole characters"
+            f"{source} holds {half!r}, an unpaired UTF-16 surrogate; write complete characters"
         ) from error
-    except _DoubledKey as error:
-        raise InvalidInput(f"{source} has the field {error} twice; keep one of them") from error
+    except _DuplicateKey as error:
+        raise InvalidInput(f"{source} has the duplicate field {error}; keep one of them") from error
     except RecursionError as error:
-        raise InvalidInput(f"{source} is nested too deeply to be read") from error
-    except ValueError as error:  # the decoder's, or that of a number of thousands of digits
-        raise InvalidInput(f"{source} is not JSON ({error}): {short(text)}") from error
+        raise InvalidInput(f"{source} is nested too deeply to be parsed") from error
+    except ValueError as error:  # from the decoder, or for an integer with thousands of digits
+        raise InvalidInput(f"{source} is not JSON ({error}): {short_repr(text)}") from error
 
 
 def read_json(path: str | Path) -> Any:
-    """The plain data of a JSON file; raises as `read_text` and `parse_json` do."""
+    """Read the plain data of a JSON file; raises as `read_text` and `parse_json` do."""
     return parse_json(read_text(path), str(path))
 
 
 def read_object(path: str | Path, required: Mapping[str, type] | None = None) -> dict[str, Any]:
-    """The object of a JSON file, such as a run's config.json.
+    """Read the object in a JSON file, such as a run's config.json.
 
     Args:
-      required: fields that it must have, and their types; a whole number is a float too.
+        path: The file.
+        required: Fields that it must have, and their types; an integer is accepted as float.
+
+    Returns:
+        The object.
 
     Raises:
-      InvalidInput: another value, a field that lacks or has another type. Else as `read_json`.
+        InvalidInput: Not an object, or a required field is missing or has another type. Other
+            errors as in `read_json`.
     """
     data = read_json(path)
     if not isinstance(data, dict):
-        raise InvalidInput(f"{path} holds {short(data)}, expected a JSON object")
+        raise InvalidInput(f"{path} holds {short_repr(data)}, expected a JSON object")
     check_fields(data, required or {}, str(path))
     return data
 
 
 def check_fields(data: Mapping[str, Any], required: Mapping[str, type], source: str) -> None:
-    """Refuse an object in which a required field lacks or is of another type.
+    """Raise unless an object has all required fields with the right types.
+
+    Args:
+        data: The object.
+        required: Field names and their types.
+        source: Beginning of the message.
 
     Raises:
-      InvalidInput: with `source`, the field, its value and what is expected.
+        InvalidInput: Names `source`, the field, its value and what is expected.
     """
     for name, kind in required.items():
         if name not in data:
-            raise InvalidInput(f"{source} lacks the field {name!r}, {KINDS[kind]}")
+            raise InvalidInput(f"{source}: the field {name!r} ({TYPE_NAMES[kind]}) is missing")
         if not has_type(data[name], kind):
-            raise InvalidInput(f"{source}, field {name}: {short(data[name])} is not {KINDS[kind]}")
+            raise InvalidInput(
+                f"{source}, field {name}: {short_repr(data[name])} is not {TYPE_NAMES[kind]}"
+            )
 
 
 def has_type(value: Any, kind: type) -> bool:
-    """Whether plain data is of a type: true is no number, and a whole number is a float, unless it
-    is larger than any of them."""
+    """Return whether plain data has a type.
+
+    A bool is not a number. An integer is accepted as float unless it exceeds the largest float.
+
+    Args:
+        value: Plain data.
+        kind: Str, bool, int, float, list or dict.
+
+    Returns:
+        Whether the value has the type.
+    """
     if kind in (int, float) and isinstance(value, bool):
         return False
     if kind is float and isinstance(value, int) and value.bit_length() > 1023:
@@ -137,22 +180,22 @@ def has_type(value: Any, kind: type) -> bool:
     return isinstance(value, int | float if kind is float else kind)
 
 
-def short(value: Any) -> str:
-    """A value as a message shows it; the text of a large one is never made."""
+def short_repr(value: Any) -> str:
+    """Return a value as text for a message; the full text of a large value is never built."""
     text = _REPR.repr(value)
-    return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + "..."
+    return text if len(text) <= MAX_VALUE_LENGTH else text[: MAX_VALUE_LENGTH - 3] + "..."
 
 
-class _DoubledKey(Exception):
-    """The key that an object has twice."""
+class _DuplicateKey(Exception):
+    """The key that occurs twice in an object."""
 
     def __str__(self) -> str:
         return repr(self.args[0])
 
 
-def _without_doubled_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) < len(pairs):
         names = [name for name, _ in pairs]
-        raise _DoubledKey(next(name for name in names if names.count(name) > 1))
+        raise _DuplicateKey(next(name for name in names if names.count(name) > 1))
     return data

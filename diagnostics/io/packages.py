@@ -1,4 +1,4 @@
-"""Import optional packages; one that is missing and one that is broken are told apart."""
+"""Import of optional packages, with different errors for a missing and a broken package."""
 
 from importlib import import_module
 from typing import Any
@@ -7,33 +7,38 @@ from diagnostics.errors import BrokenPackage, MissingPackage
 
 
 def load_package(
-    module: str, purpose: str, extra: str, package: str = "", otherwise: str = ""
+    module: str, purpose: str, extra: str, package: str = "", alternative: str = ""
 ) -> Any:
     """Import a module of an optional package.
 
     Args:
-      module: full name. purpose: who needs it, the beginning of the message. extra: of opdlab, that
-        installs it. package: top-level name of the package, if not that of the module. otherwise:
-        what else the user may do, after "or".
+        module: Full name of the module.
+        purpose: What needs the package; the beginning of the message.
+        extra: Extra of opdlab that installs it.
+        package: Top-level package, if it is not that of the module.
+        alternative: What else the user may do, after "or".
+
+    Returns:
+        The module.
 
     Raises:
-      MissingPackage: the package is not installed; names the extra.
-      BrokenPackage: it is installed and cannot be imported; says why.
+        MissingPackage: The package is not installed; names the extra.
+        BrokenPackage: It is installed but cannot be imported; says why.
     """
     package = package or module.partition(".")[0]
-    choice = f", or {otherwise}" if otherwise else ""
+    alternative_text = f", or {alternative}" if alternative else ""
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
         if error.name == package:
             raise MissingPackage(
-                f"{purpose} needs {package}: pip install 'opdlab[{extra}]'{choice}"
+                f"{purpose} needs {package}: pip install 'opdlab[{extra}]'{alternative_text}"
             ) from error
         cause: Exception = error
-    except Exception as error:  # a package may fail in any way while it is imported
+    except Exception as error:  # importing a package may raise anything
         cause = error
     raise BrokenPackage(
-        f"{purpose} needs {package}, which is installed and cannot be imported "
-        f"({type(cause).__name__}: {cause}); install it anew: pip install --force-reinstall "
-        f"'opdlab[{extra}]'{choice}"
+        f"{purpose} needs {package}, which is installed but cannot be imported "
+        f"({type(cause).__name__}: {cause}); reinstall it: pip install --force-reinstall "
+        f"'opdlab[{extra}]'{alternative_text}"
     ) from cause

@@ -1,4 +1,4 @@
-"""Which code made a result: the commit where it is known, and a hash of the sources in any case."""
+"""Code version of a result: the git commit if known, and always a hash of the sources."""
 
 import hashlib
 import os
@@ -8,45 +8,45 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-"""Folder that holds the packages: the checkout, or the folder that packages are installed in."""
+"""Folder that contains the packages: the checkout or the installation folder."""
 PACKAGES = ("diagnostics", "figures", "opd", "synthetic")
 DISTRIBUTION = "opdlab"
 
 
 @dataclass(frozen=True)
 class CodeState:
-    """The code of the packages.
-
-    commit: "unknown" where the sources are not tracked by git, as those of an installed package,
-    wherever it was installed. version: of the installed distribution, or "unknown". source: hash
-    of all Python files. changed: files that differ from the commit; difference: in what.
-    """
+    """Version of the packages' code."""
 
     commit: str
+    """"unknown" if git does not track the sources, as for an installed package in any folder."""
     version: str
+    """Version of the installed distribution, or "unknown"."""
     source: str
-    changed: tuple[str, ...]
-    difference: str
+    """Hash of all Python files."""
+    changed_files: tuple[str, ...]
+    """Files that differ from the commit."""
+    diff: str
+    """Text of `git diff` against the commit."""
 
 
 def code_state(root: Path = ROOT) -> CodeState:
-    """The state of the packages' code below `root`."""
+    """Return the version of the packages' code below `root`."""
     commit = _git(root, "rev-parse", "HEAD") if _tracked(root) else ""
-    changed, difference = "", ""
+    changed_files, diff = "", ""
     if commit:
-        changed = _git(root, "diff", "--name-only", "HEAD", "--", *PACKAGES)
-        difference = _git(root, "diff", "HEAD", "--", *(f"{name}/*.py" for name in PACKAGES))
+        changed_files = _git(root, "diff", "--name-only", "HEAD", "--", *PACKAGES)
+        diff = _git(root, "diff", "HEAD", "--", *(f"{name}/*.py" for name in PACKAGES))
     return CodeState(
         commit=commit.strip() or "unknown",
         version=package_version(DISTRIBUTION),
         source=source_hash(root),
-        changed=tuple(changed.splitlines()),
-        difference=difference,
+        changed_files=tuple(changed_files.splitlines()),
+        diff=diff,
     )
 
 
 def package_version(name: str) -> str:
-    """The version of an installed distribution, or "unknown"."""
+    """Return the version of an installed distribution, or "unknown"."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -54,10 +54,10 @@ def package_version(name: str) -> str:
 
 
 def source_hash(root: Path = ROOT) -> str:
-    """Hash of the paths and contents of the packages' Python files; 16 hexadecimal digits."""
+    """Return a 16-digit hex hash of the paths and contents of the packages' Python files."""
     digest = hashlib.sha256()
-    for name in PACKAGES:
-        for path in sorted((root / name).rglob("*.py")):
+    for package in PACKAGES:
+        for path in sorted((root / package).rglob("*.py")):
             content = path.read_bytes()
             digest.update(f"{path.relative_to(root).as_posix()} {len(content)}\n".encode())
             digest.update(content)
@@ -65,19 +65,27 @@ def source_hash(root: Path = ROOT) -> str:
 
 
 def _tracked(root: Path) -> bool:
-    """Whether git tracks the packages themselves, and not merely a folder that they lie in."""
+    """Return whether git tracks the packages themselves, not merely a folder that contains them."""
     files = [f"{name}/__init__.py" for name in PACKAGES if (root / name).is_dir()]
     return bool(files) and bool(_git(root, "ls-files", "--error-unmatch", "--", *files))
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    """What git prints, or nothing where there is no git, no repository or no such thing.
+    """Return the output of git; empty without git, without a repository, or if the command fails.
 
-    Variables such as GIT_DIR, which git sets for its hooks, name another repository.
+    Variables such as GIT_DIR, which git sets for its hooks, would select another repository, so
+    they are removed.
+
+    Args:
+        folder: Working directory.
+        *arguments: Arguments of git.
+
+    Returns:
+        Standard output.
     """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             ["git", *arguments],
             cwd=folder,
             env=environment,
@@ -88,4 +96,4 @@ def _git(folder: Path, *arguments: str) -> str:
         )
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return done.stdout
+    return result.stdout

@@ -1,55 +1,88 @@
-"""How both models end (C-3): the wish to stop, apart from the name that it goes by.
+"""EOS metrics (C-3): how both models end a response, and under which token id.
 
-Each model has its own set of end ids; the batch carries the log-mass of each on its own set,
-`DistributionStats.student_end` and `DistributionStats.teacher_end`. Shapes: B responses, T positions.
+Each model has its own set of EOS ids; the batch carries the log-mass of each model on its own set,
+`DistributionStats.student_end` and `DistributionStats.teacher_end`. Shapes: B responses, T
+positions.
 """
 
 from torch import Tensor
 
 from diagnostics.batch import ScoredRollouts
-from diagnostics.core.optional_fields import MissingField, prefix_of
+from diagnostics.core.optional_fields import MissingField, require_distribution_stats
 from diagnostics.core.totals import Accumulator, Mean, PositionMean
 
-BEFORE = 5
+TOKENS_BEFORE_END = 5
+"""Number of tokens before the end over which `end_wish_before` is averaged."""
 
 
 def endings(batch: ScoredRollouts) -> dict[str, Accumulator]:
-    """C-3, D-6: does the teacher want to end where the student ends, and under which name?
+    """C-3, D-6: Compare the probabilities that student and teacher give to ending the response.
 
-    At the sampled end ids y: end_wish = mean of log sum_{ends of q} q - log sum_{ends of p} p;
-    end_wish_before = end_wish over the 5 tokens before; end_name, at the supervised ends alone =
-    mean of log sum_{ends of q} q - log q(y), what the loss pays because y is not one of the
-    teacher's ends. Over all supervised tokens: end_push = mean of -r (1[y is an end] - sum_{ends of
-    p} p), the descent direction of the sampled-token loss on the logits of the student's ends. Over
-    all sampled ones: student_hazard, teacher_hazard = mean of each model's mass on its own ends, by
-    position.
-    Access: L2 with the ends' log-masses (`score` with the pair's endings). Source: ours, from the
-    two conventions of figure 5 of 2603.25562.
-    Healthy: end_wish near 0 and end_name below 1. A large end_name with an end_wish near 0 is a
-    naming mismatch: set map_eos or mask the end. A very negative end_wish is a teacher that would
-    go on: the student stops too early for it. end_push near 0: above, sampled tokens pay for
-    ending, so that responses get shorter; below, for going on, and truncation will follow. Where a
-    mask takes the ends out, end_name is NaN.
+    Access: L2 with the log-masses of the EOS ids (`score` with the pair's EOS map).
+    Source: this toolkit, from the two conventions of figure 5 of 2603.25562.
+    Healthy: end_wish near 0 and end_name below 1. A large end_name with an end_wish near 0 means
+    that the models use different EOS ids: set map_eos or mask the EOS token. A very negative
+    end_wish means that the teacher would continue: the student stops too early. end_push near 0:
+    above 0, the update favours ending and responses get shorter; below 0, it favours continuing and
+    truncation follows. Where a mask removes the EOS tokens, end_name is NaN.
+
+    Args:
+        batch: Scored rollouts.
+
+    Returns:
+        divergence/end_wish: At the sampled EOS ids y, mean of log sum_{ends of q} q - log sum_{ends
+            of p} p.
+        divergence/end_wish_before: end_wish over the 5 tokens before.
+        divergence/end_name: At the supervised EOS ids, mean of log sum_{ends of q} q - log q(y),
+            the part of the loss that is due to y not being one of the teacher's EOS ids.
+        divergence/end_push: Over all supervised tokens, mean of -r (1[y is an end] - sum_{ends of
+            p} p), the descent direction of the sampled-token loss on the logits of the student's
+            EOS ids.
+        divergence/student_hazard: Over all sampled tokens, mean of the student's mass on its own
+            EOS ids, by position.
+        divergence/teacher_hazard: The same of the teacher.
+
+    Raises:
+        MissingField: The distribution stats lack the log-masses of the EOS ids.
     """
-    prefix, mask, sampled = prefix_of(batch), batch.mask, batch.sampled
-    ours, theirs, ending = prefix.student_end, prefix.teacher_end, prefix.ending
-    if ours is None or theirs is None or ending is None:
-        raise MissingField("the prefix functionals lack the log-masses of both models' end ids")
-    here = sampled & (ending > 0)
-    wish, push = theirs - ours, -batch.log_ratio * (here.double() - ours.exp())
+    prefix, mask, sampled = require_distribution_stats(batch), batch.mask, batch.sampled
+    student_end, teacher_end, ending = prefix.student_end, prefix.teacher_end, prefix.ending
+    if student_end is None or teacher_end is None or ending is None:
+        raise MissingField(
+            "the distribution stats lack the EOS log-masses of both models; score with an EOS map"
+        )
+    at_end = sampled & (ending > 0)
+    wish, push = teacher_end - student_end, -batch.log_ratio * (at_end.double() - student_end.exp())
     return {
-        "divergence/end_wish": Mean.of(wish, here, batch.prompt),
-        "divergence/end_wish_before": Mean.of(wish, before(here, sampled, BEFORE), batch.prompt),
-        "divergence/end_name": Mean.of(theirs - batch.teacher_logp, here & mask, batch.prompt),
-        "divergence/end_push": Mean.of(push, mask, batch.prompt),
-        "divergence/student_hazard": PositionMean.of(ours.exp(), sampled, batch.prompt),
-        "divergence/teacher_hazard": PositionMean.of(theirs.exp(), sampled, batch.prompt),
+        "divergence/end_wish": Mean.from_values(wish, at_end, batch.prompt),
+        "divergence/end_wish_before": Mean.from_values(
+            wish, tokens_before(at_end, sampled, TOKENS_BEFORE_END), batch.prompt
+        ),
+        "divergence/end_name": Mean.from_values(
+            teacher_end - batch.teacher_logp, at_end & mask, batch.prompt
+        ),
+        "divergence/end_push": Mean.from_values(push, mask, batch.prompt),
+        "divergence/student_hazard": PositionMean.from_values(
+            student_end.exp(), sampled, batch.prompt
+        ),
+        "divergence/teacher_hazard": PositionMean.from_values(
+            teacher_end.exp(), sampled, batch.prompt
+        ),
     }
 
 
-def before(here: Tensor, mask: Tensor, count: int) -> Tensor:
-    """(B, T) bool: the `count` tokens of the mask before the first of `here` in a response."""
-    first = here & (here.cumsum(1) == 1)
-    place = mask.cumsum(1)  # of each token of the mask, from 1 on
-    end = (place * first).amax(1, keepdim=True)  # 0 where there is none
-    return mask & (place < end) & (place >= end - count)
+def tokens_before(events: Tensor, mask: Tensor, count: int) -> Tensor:
+    """Select the `count` tokens of the mask before the first event of each response.
+
+    Args:
+        events: (B, T) bool.
+        mask: (B, T) bool.
+        count: Number of tokens.
+
+    Returns:
+        (B, T) bool; nothing in rows without an event.
+    """
+    first = events & (events.cumsum(1) == 1)
+    ordinal = mask.cumsum(1)  # 1-based index among the tokens of the mask
+    first_ordinal = (ordinal * first).amax(1, keepdim=True)  # 0 where a row has no event
+    return mask & (ordinal < first_ordinal) & (ordinal >= first_ordinal - count)

@@ -1,7 +1,8 @@
-"""Collapse indicators (D-*) that need no teacher: length, truncation, reward.
+"""Response metrics (D-*) that need no teacher: length, truncation, reward.
 
-Repetition stands in `diagnostics.metrics.repetition`, student entropy by position in `diagnostics.metrics.divergence`.
-Everything here is one number a response, (B,). Sampling unit: the prompt.
+Repetition is in `diagnostics.metrics.repetition`, student entropy by position in
+`diagnostics.metrics.divergence`. Everything here is one number a response, (B,). The sampling unit
+is the prompt.
 """
 
 import torch
@@ -13,62 +14,95 @@ from diagnostics.core.totals import Accumulator, Mean
 
 
 def length(batch: ScoredRollouts) -> dict[str, Accumulator]:
-    """D-1, D-2: sampled tokens a response, and how many responses hit the budget.
+    """D-1, D-2: Compute the response length and the share of responses that are cut at the budget.
 
-    length = mean over all responses of their tokens, supervised or not; length_ended = the same
-    over those that stopped by themselves; truncated_share = mean 1[not ended].
-    Access: what was sampled, and `ended`. Source: 2604.08527 (share 0.45-0.5 to 0.9-1.0 within 30
-    steps).
+    Access: the sampled tokens and `ended`.
+    Source: 2604.08527 (share 0.45-0.5 to 0.9-1.0 within 30 steps).
     Healthy: truncated_share small and steady. length is censored at the budget, so a run whose
     length levels off while length_ended falls is losing its ability to stop.
+
+    Args:
+        batch: Scored rollouts.
+
+    Returns:
+        response/length: Mean over all responses of their tokens, supervised or not.
+        response/length_ended: The same over responses that ended with an EOS token.
+        response/truncated_share: Mean 1[not ended].
     """
     lengths = batch.lengths
     return {
-        "response/length": Mean.of(lengths, batch.mask.new_ones(len(batch)), batch.prompt),
-        "response/length_ended": Mean.of(lengths, batch.ended, batch.prompt),
-        "response/truncated_share": Mean.of(
+        "response/length": Mean.from_values(lengths, batch.mask.new_ones(len(batch)), batch.prompt),
+        "response/length_ended": Mean.from_values(lengths, batch.ended, batch.prompt),
+        "response/truncated_share": Mean.from_values(
             ~batch.ended, batch.mask.new_ones(len(batch)), batch.prompt
         ),
     }
 
 
 def length_quantiles(batch: ScoredRollouts) -> dict[str, Accumulator]:
-    """D-1: quantiles of the sampled tokens a response.
+    """D-1: Compute quantiles of the number of sampled tokens a response.
 
-    lengths_q50 the median, lengths_q95, and so on; resolution 9 % (`Quantiles`).
-    Access: what was sampled. Source: standard.
-    Healthy: q95 below the budget. A median that rises while the lower quartile stays is the longer
-    half getting longer, not everything.
+    Access: the sampled tokens.
+    Source: standard.
+    Healthy: q95 below the budget. If the median rises while the lower quartile stays, only the
+    longer half of the responses is getting longer.
+
+    Args:
+        batch: Scored rollouts.
+
+    Returns:
+        response/lengths: lengths_q50 is the median, lengths_q95, and so on; resolution 9 %
+            (`Quantiles`).
     """
-    everyone = batch.mask.new_ones(len(batch))
-    return {"response/lengths": Quantiles.of(batch.lengths, everyone)}
+    all_responses = batch.mask.new_ones(len(batch))
+    return {"response/lengths": Quantiles.from_values(batch.lengths, all_responses)}
 
 
 def length_incentive(batch: ScoredRollouts) -> dict[str, Accumulator]:
-    """D-6: does a longer response have a lower cost per token?
+    """D-6: Compute the covariance of response length and mean advantage.
 
-    length_advantage_cov, _corr = covariance and correlation over responses of their length in
-    sampled tokens and of the mean of -r over the supervised ones, the mean advantage. Access: L0.
+    Access: L0.
     Source: derived; the dilution of 2607.13399.
-    Healthy: about 0. Clearly positive, an objective that averages over a response's tokens pays for
-    length: the student can dilute what it is punished for. Responses of one prompt depend on each
-    other, so the coefficient is noisier than their number suggests.
+    Healthy: about 0. If it is clearly positive, an objective that averages over a response's tokens
+    rewards length: the student can dilute its penalty. Responses of one prompt are dependent, so
+    the coefficient is noisier than their number suggests.
+
+    Args:
+        batch: Scored rollouts.
+
+    Returns:
+        response/length_advantage: length_advantage_cov and length_advantage_corr, covariance and
+            correlation over responses of the length in sampled tokens and the mean of -r over the
+            supervised tokens (the mean advantage).
     """
-    count = batch.mask.sum(1)
+    num_supervised = batch.mask.sum(1)
     sums = torch.where(batch.mask, batch.log_ratio.double(), 0.0).sum(1)
-    advantage = -sums / count.clamp(min=1)
-    return {"response/length_advantage": Covariance.of(batch.lengths, advantage, count > 0)}
+    advantage = -sums / num_supervised.clamp(min=1)
+    return {
+        "response/length_advantage": Covariance.from_values(
+            batch.lengths, advantage, num_supervised > 0
+        )
+    }
 
 
 def reward(batch: ScoredRollouts) -> dict[str, Accumulator]:
-    """Outcome reward, mean over the responses that something graded (reward is not NaN).
+    """Compute the mean outcome reward over the graded responses (reward is not NaN).
 
-    graded_share = share of graded responses; reward reads NaN when it is 0.
-    Access: `reward`. Source: standard.
+    Access: `reward`.
+    Source: standard.
     Healthy: rises, or stays while the divergence falls.
+
+    Args:
+        batch: Scored rollouts.
+
+    Returns:
+        response/reward: Mean reward, NaN when graded_share is 0.
+        response/graded_share: Share of graded responses.
     """
     graded = ~batch.reward.isnan()
     return {
-        "response/reward": Mean.of(batch.reward, graded, batch.prompt),
-        "response/graded_share": Mean.of(graded, batch.mask.new_ones(len(batch)), batch.prompt),
+        "response/reward": Mean.from_values(batch.reward, graded, batch.prompt),
+        "response/graded_share": Mean.from_values(
+            graded, batch.mask.new_ones(len(batch)), batch.prompt
+        ),
     }

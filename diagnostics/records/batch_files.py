@@ -1,4 +1,4 @@
-"""Batches from files: read, put together, and checked for values that no run writes.
+"""Reading of saved batches, with checks for values that no run writes.
 
 Shapes: B responses, T response positions, K support ids.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diagnostics.batch import FORMAT, DistributionStats, Rollouts, ScoredRollouts, Support
 from diagnostics.errors import InvalidInput
-from diagnostics.io.files import KINDS, has_type, parse_json, reading, short
+from diagnostics.io.files import TYPE_NAMES, has_type, parse_json, short_repr, translate_read_errors
 
 PARTS: dict[str, Any] = {
     "support": Support,
@@ -24,23 +24,31 @@ PARTS: dict[str, Any] = {
 BATCH_TYPES: dict[str, type[Rollouts]] = {
     "Rollouts": Rollouts,
     "ScoredRollouts": ScoredRollouts,
-    "Scored": ScoredRollouts,  # as older files call it
+    "Scored": ScoredRollouts,  # name in older files
 }
 """Type in the header of a batch file -> the class that it is read as."""
 ID_LIMIT = 2**24
-"""Token ids are below this: no vocabulary has 16 million ids, and tables of ids are bounded."""
-MOST_MASS = 1.01
+"""Token ids are below this, which bounds tables indexed by id; no vocabulary has 16 million ids."""
+MAX_SUPPORT_MASS = 1.01
 """Largest sum of a support's probabilities; bfloat16 rounds true ones to a little above 1."""
 
 
-def load(path: str | Path) -> Rollouts:
-    """Read a batch that `save` wrote: `ScoredRollouts` if it was scored, else `Rollouts`.
+def load_batch(path: str | Path) -> Rollouts:
+    """Read a batch that `save` wrote.
+
+    Args:
+        path: The safetensors file.
+
+    Returns:
+        `ScoredRollouts` if the batch was scored, else `Rollouts`.
 
     Raises:
-      InvalidInput: not such a file, or one whose fields, shapes, types or values are wrong.
-      MissingFile, OperationFailed: see `diagnostics.io.files.reading`.
+        InvalidInput: Not such a file, or one whose fields, shapes, types or values are wrong.
+        MissingFile: See `diagnostics.io.files.translate_read_errors`.
+        OperationFailed: See `diagnostics.io.files.translate_read_errors`.
     """
-    with reading(path), Path(path).open("rb"):  # in our words, before safetensors has its own
+    with translate_read_errors(path), Path(path).open("rb"):
+        # raise a clear error before safetensors raises its own
         pass
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -51,115 +59,132 @@ def load(path: str | Path) -> Rollouts:
                 )
             tensors = {name: file.get_tensor(name) for name in list(file.keys())}
     except SafetensorError as error:
-        raise InvalidInput(f"{path} is not a whole safetensors file ({error})") from error
+        raise InvalidInput(f"{path} is not a complete safetensors file ({error})") from error
     settings = parse_json(header.get("settings", ""), f"{path}, its settings")
     if not isinstance(settings, dict):
-        raise InvalidInput(f"{path}, its settings: {short(settings)} is not an object")
+        raise InvalidInput(f"{path}, its settings: {short_repr(settings)} is not an object")
     kind = BATCH_TYPES.get(header.get("type", ""))
     if kind is None:
         raise InvalidInput(
             f"{path} has type {header.get('type')!r}, expected {' or '.join(BATCH_TYPES)}"
         )
-    return assembled(kind, tensors | settings, str(path))
+    return build_batch(kind, tensors | settings, str(path))
 
 
-def assembled(kind: type[Rollouts], values: Mapping[str, Any], source: str) -> Any:
-    """A checked batch of tensors and settings by name; those of its parts as "part.name".
+def build_batch(kind: type[Rollouts], values: Mapping[str, Any], source: str) -> Any:
+    """Build a checked batch from tensors and settings.
+
+    Args:
+        kind: Class of the batch.
+        values: Values by field name; those of its parts as "part.name".
+        source: Beginning of every message.
+
+    Returns:
+        The batch.
 
     Raises:
-      InvalidInput: with `source`; a field that is unknown, lacks, or has another shape, type or
-        kind of value, and what `check_saved` refuses.
+        InvalidInput: A field is unknown, is missing, or has another shape, type or kind of value,
+            or `check_batch` fails.
     """
     try:
-        batch = _assembled(kind, values)
-        check_saved(batch)
-    except (InvalidInput, TypeError) as error:  # TypeError: a tensor of another dtype
+        batch = _build_batch(kind, values)
+        check_batch(batch)
+    except (InvalidInput, TypeError) as error:  # TypeError: wrong dtype
         raise InvalidInput(f"{source}: {error}") from error
     return batch
 
 
-def _assembled(kind: type[Rollouts], values: Mapping[str, Any]) -> Any:
+def _build_batch(kind: type[Rollouts], values: Mapping[str, Any]) -> Any:
     parts: dict[str, dict[str, Any]] = {name: {} for name in ("", *PARTS)}
     for name, value in values.items():
-        part, _, own = name.rpartition(".")
-        known: Any = {"": kind, **PARTS}.get(part)
-        types: dict[str, Any] = {f.name: f.type for f in fields(known)} if known else {}
-        if own not in types or own in PARTS or (part and kind is Rollouts):
+        part, _, field_name = name.rpartition(".")
+        part_type: Any = {"": kind, **PARTS}.get(part)
+        types: dict[str, Any] = {f.name: f.type for f in fields(part_type)} if part_type else {}
+        if field_name not in types or field_name in PARTS or (part and kind is Rollouts):
             raise InvalidInput(f"unknown field {name!r}")
-        expected = types[own] if types[own] in (float, str) else None
+        expected = types[field_name] if types[field_name] in (float, str) else None
         if expected is not None and not has_type(value, expected):
-            raise InvalidInput(f"{name} is {short(value)}, expected {KINDS[expected]}")
+            raise InvalidInput(f"{name} is {short_repr(value)}, expected {TYPE_NAMES[expected]}")
         if expected is None and not isinstance(value, Tensor):
-            raise InvalidInput(f"{name} is {short(value)}, expected a tensor")
-        parts[part][own] = value
-    for part, known in PARTS.items():
+            raise InvalidInput(f"{name} is {short_repr(value)}, expected a tensor")
+        parts[part][field_name] = value
+    for part, part_type in PARTS.items():
         if parts[part]:
-            parts[""][part] = _made(known, parts[part], f"{part}.")
-    return _made(kind, parts[""], "")
+            parts[""][part] = _construct(part_type, parts[part], f"{part}.")
+    return _construct(kind, parts[""], "")
 
 
-def _made(kind: Any, values: Mapping[str, Any], prefix: str) -> Any:
-    needed = [f.name for f in fields(kind) if f.default is MISSING]
-    if lacking := [prefix + name for name in needed if name not in values]:
-        raise InvalidInput(f"it lacks the fields {', '.join(lacking)}")
+def _construct(kind: Any, values: Mapping[str, Any], prefix: str) -> Any:
+    required_names = [f.name for f in fields(kind) if f.default is MISSING]
+    if missing_names := [prefix + name for name in required_names if name not in values]:
+        raise InvalidInput(f"missing fields: {', '.join(missing_names)}")
     return kind(**values)
 
 
-LOWEST_LOGP = -998.0
-"""What is lower is no log-probability but a sign that there is none: -999, -9999, -1e30."""
+MIN_LOGP = -998.0
+"""Lower values are markers of a missing log-probability: -999, -9999, -1e30."""
 
 
-def check_saved(batch: Rollouts) -> None:
-    """Refuse values that no run writes.
+def check_batch(batch: Rollouts) -> None:
+    """Raise if a batch holds values that no run writes.
+
+    Args:
+        batch: The batch.
 
     Raises:
-      InvalidInput: no response or position; an id that no vocabulary has; a support with an id
-        twice or a mass above 1; a sampled token's log-probability below LOWEST_LOGP; what
-        `Rollouts.checked` refuses. Names the field and the place.
+        InvalidInput: No response or position; a token id outside any vocabulary; a support with a
+            duplicate id or a mass above 1; a sampled token's log-probability below MIN_LOGP;
+            anything that `Rollouts.validate` rejects. Names the field and the position.
     """
     if 0 in batch.tokens.shape:
-        raise InvalidInput(f"tokens has shape {tuple(batch.tokens.shape)}: it holds no token")
+        raise InvalidInput(f"tokens has shape {tuple(batch.tokens.shape)}: it is empty")
     _check_ids("tokens", batch.tokens)
-    batch.checked()
+    batch.validate()
     for name in ("student_logp", "teacher_logp", "sampler_logp", "softmax_logp"):
         logp = getattr(batch, name, None)
-        if logp is not None and bool((logp < LOWEST_LOGP).any()):
-            place = tuple((logp < LOWEST_LOGP).nonzero()[0].tolist())
+        if logp is not None and bool((logp < MIN_LOGP).any()):
+            position = tuple((logp < MIN_LOGP).nonzero()[0].tolist())
             raise InvalidInput(
-                f"{name}: {float(logp[place]):g} at {place} marks a missing log-probability; leave "
-                "the token out of the mask, or the response out of the file"
+                f"{name}: {float(logp[position]):g} at {position} marks a missing log-probability; "
+                "remove the token from the mask, or the response from the file"
             )
     for name in ("support", "student_support"):
         support = getattr(batch, name, None)
         if support is not None:
-            counted = batch.sampled[..., None].expand_as(support.ids)
+            is_valid = batch.sampled[..., None].expand_as(support.ids)
             if support.present is not None:
-                counted = counted & support.present
+                is_valid = is_valid & support.present
             _check_ids(f"{name}.ids", support.ids)
-            _check_support(name, support, counted)
+            _check_support(name, support, is_valid)
 
 
 def _check_ids(name: str, ids: Tensor) -> None:
-    wrong = (ids < 0) | (ids >= ID_LIMIT)
-    if bool(wrong.any()):
-        place = tuple(wrong.nonzero()[0].tolist())
-        raise InvalidInput(f"{name}: {int(ids[place])} at {place} is no token id")
+    is_invalid = (ids < 0) | (ids >= ID_LIMIT)
+    if bool(is_invalid.any()):
+        position = tuple(is_invalid.nonzero()[0].tolist())
+        raise InvalidInput(f"{name}: {int(ids[position])} at {position} is not a token id")
 
 
-def _check_support(part: str, support: Support, counted: Tensor) -> None:
-    """counted: (B, T, K) bool, the ids that count at positions that were sampled."""
-    if support.source != "full":  # of a whole vocabulary each id is there once, in its order
-        apart = torch.where(counted, support.ids, -1 - torch.arange(support.k))
-        ordered = apart.sort(-1).values
-        twice = (ordered[..., 1:] == ordered[..., :-1]).any(-1)
-        if bool(twice.any()):
-            place = tuple(twice.nonzero()[0].tolist())
-            raise InvalidInput(f"{part}.ids: an id stands twice at {place}")
+def _check_support(part: str, support: Support, is_valid: Tensor) -> None:
+    """Raise on duplicate ids or a mass above 1.
+
+    Args:
+        part: Name of the support in messages.
+        support: The support.
+        is_valid: (B, T, K) bool, the ids that count at sampled positions.
+    """
+    if support.source != "full":  # "full": each id of the vocabulary once, in order
+        distinct_ids = torch.where(is_valid, support.ids, -1 - torch.arange(support.k))
+        sorted_ids = distinct_ids.sort(-1).values
+        is_duplicate = (sorted_ids[..., 1:] == sorted_ids[..., :-1]).any(-1)
+        if bool(is_duplicate.any()):
+            position = tuple(is_duplicate.nonzero()[0].tolist())
+            raise InvalidInput(f"{part}.ids: duplicate id at {position}")
     for name in ("student_logp", "teacher_logp"):
-        mass = (getattr(support, name).exp() * counted).sum(-1)
-        if bool((mass > MOST_MASS).any()):
-            place = tuple((mass > MOST_MASS).nonzero()[0].tolist())
+        mass = (getattr(support, name).exp() * is_valid).sum(-1)
+        if bool((mass > MAX_SUPPORT_MASS).any()):
+            position = tuple((mass > MAX_SUPPORT_MASS).nonzero()[0].tolist())
             raise InvalidInput(
-                f"{part}.{name}: probabilities of {float(mass[place]):.4g} in sum at {place}, "
-                "expected at most 1"
+                f"{part}.{name}: the probabilities at {position} sum to "
+                f"{float(mass[position]):.4g}, expected at most 1"
             )

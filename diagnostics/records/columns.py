@@ -1,4 +1,4 @@
-"""Columns of a record: their names, the names that others use, and the checks of one row.
+"""Columns of a record: canonical names, aliases in other frameworks, and checks of one row.
 
 A row is one response. Shapes: T response positions, K support ids.
 
@@ -6,12 +6,12 @@ A row is one response. Shapes: T response positions, K support ids.
 |---|---|---|
 | tokens | T ids | response_ids, response_tokens, completion_ids, output_ids, responses |
 | mask | T bools, part of the loss; all true if absent | loss_mask, token_loss_mask |
-| sampled_mask | T bools, written by the student | response_mask, completion_mask, |
+| sampled_mask | T bools, sampled by the student | response_mask, completion_mask, |
 | | | action_mask, tool_mask, env_mask |
 | attention_mask | T bools, or those of prompt and response; false is padding | |
 | prompt_mask | bools of prompt_tokens, false is padding | |
-| sequence | ids of prompt and response, in place of tokens or beside them | sequences, input_ids |
-| response_length | how many ids at the end of tokens or sequence are the response's | |
+| sequence | ids of prompt and response, instead of tokens or with them | sequences, input_ids |
+| response_length | number of response ids at the end of tokens or sequence | |
 | remove_sample | bool, true: no token of the row is part of the loss | |
 | student_logp | T | student_logprobs, student_log_probs, old_log_probs, old_per_token_logps, |
 | | | action_log_probs |
@@ -24,7 +24,7 @@ A row is one response. Shapes: T response positions, K support ids.
 | prompt | id or text of the prompt | prompt_id, prompt_index, uid, group_id |
 | prompt_tokens | ids, only for scoring | prompt_ids, prompt_token_ids |
 | ended | bool | finished, terminated; finish_reason (stop, length, or an object with type); |
-| | | status (completed, truncated) beside response_length; not truncated |
+| | | status (completed, truncated) with response_length; not truncated |
 | reward | number, bool or null | score |
 | task, turn | number or name; number | data_source, dataset; turn_index |
 | support.ids | T lists of K ids | topk_ids, teacher_topk_ids, teacher_ids |
@@ -33,13 +33,12 @@ A row is one response. Shapes: T response positions, K support ids.
 | support.present | T x K bools | |
 | support.source | "teacher" if absent | topk_source |
 | prefix.NAME | T, the fields of `diagnostics.batch.DistributionStats` | |
-| temperature, top_p, score_temperature, mask_rule | one value a file | |
+| temperature, top_p, score_temperature, mask_rule | one value per file | |
 
 `support` and `prefix` may also be objects. A list may hold null where the mask is false. A token
-counts where every mask is true. Several of the masks in the row of sampled_mask may stand in one
-file. A list of 0 and 1 with a name that is not in this table, one a token, is refused, and so
-are labels with -100 and weights by token. A teacher's or student's list is read in descending order
-of its model, whatever order it has in the file.
+counts where every mask is true. A file may have several of the masks in the row of sampled_mask.
+An unknown column with one 0 or 1 per token is an error, and so are labels with -100 and token
+weights. A teacher's or student's list is sorted by that model's log-probability, descending.
 """
 
 import hashlib
@@ -52,32 +51,39 @@ import numpy as np
 
 from diagnostics.batch import DistributionStats
 from diagnostics.errors import InvalidInput
-from diagnostics.io.files import short
-from diagnostics.records.masks import SAMPLED, read_masks, refuse_unknown_masks, split
+from diagnostics.io.files import short_repr
+from diagnostics.records.masks import (
+    SAMPLED_MASKS,
+    read_masks,
+    refuse_unknown_masks,
+    split_prompt_response,
+)
 from diagnostics.records.values import (
-    bools,
     check_support,
-    floats,
-    ids,
-    number,
-    order_support,
-    wide_rows,
+    parse_bools,
+    parse_floats,
+    parse_ids,
+    parse_number,
+    parse_topk_lists,
+    sort_support,
 )
 
 Record = dict[str, Any]
 """A checked row: canonical column names to numpy arrays (T,), (T, K) or plain values."""
 
-PREFIX = tuple(f"prefix.{f.name}" for f in fields(DistributionStats))
-PREFIX_NEEDED = tuple(f"prefix.{f.name}" for f in fields(DistributionStats) if f.default is MISSING)
+STATS_COLUMNS = tuple(f"prefix.{f.name}" for f in fields(DistributionStats))
+REQUIRED_STATS_COLUMNS = tuple(
+    f"prefix.{f.name}" for f in fields(DistributionStats) if f.default is MISSING
+)
 LOGPS = ("student_logp", "teacher_logp", "sampler_logp", "softmax_logp")
 SUPPORT = ("support.student_logp", "support.teacher_logp")
 CONSTANTS = ("temperature", "top_p", "score_temperature", "mask_rule", "support.source")
 """Columns that hold one value in the whole file."""
 
-_ALSO = {
+_ALIASES = {
     "tokens": "response_ids response_tokens completion_ids output_ids responses",
     "mask": "loss_mask token_loss_mask",
-    **dict.fromkeys(SAMPLED, ""),
+    **dict.fromkeys(SAMPLED_MASKS, ""),
     "prompt_mask": "",
     "attention_mask": "",
     "sequence": "sequences input_ids",
@@ -102,171 +108,188 @@ _ALSO = {
     "support.teacher_logp": "topk_teacher_logp teacher_topk_logp teacher_topk_logprobs",
     "support.present": "",
     "support.source": "topk_source",
-    **dict.fromkeys((*PREFIX, *CONSTANTS[:4]), ""),
+    **dict.fromkeys((*STATS_COLUMNS, *CONSTANTS[:4]), ""),
 }
-NAMES = {also: name for name, others in _ALSO.items() for also in (name, *others.split())}
-"""Every understood column, and what it means."""
+NAMES = {alias: name for name, aliases in _ALIASES.items() for alias in (name, *aliases.split())}
+"""Every known column name and its canonical name."""
 
-_REASONS = {
+_FINISH_REASONS = {
     **dict.fromkeys(("stop", "eos", "eos_token", "stop_sequence", "tool_calls", "completed"), True),
     **dict.fromkeys(("length", "max_tokens", "truncated"), False),
 }
-"""Words for the end of a response: whether it stopped by itself."""
+"""Finish reason -> whether the response ended by itself."""
 RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "temperature": ("above 0", lambda x: x > 0),
     "score_temperature": ("above 0", lambda x: x > 0),
     "top_p": ("in (0, 1]", lambda x: 0 < x <= 1),
 }
-SHOWN_COLUMNS = 12
+MAX_COLUMNS_SHOWN = 12
 
 
-def read_row(raw: Any, where: str, rename: Mapping[str, str]) -> Record:
-    """One row, checked; `where` (file and row) opens every message.
+def parse_record(raw: Any, location: str, rename: Mapping[str, str]) -> Record:
+    """Check one row and return it with canonical column names.
 
-    Per-token floats become 0 where the mask (or sampled_mask, where the row has both) is False,
-    whatever stood there.
+    Per-token floats are set to 0 where the mask (or sampled_mask, if the row has both) is False.
+
+    Args:
+        raw: The row as read.
+        location: File and row, the beginning of every message.
+        rename: Further column names -> canonical ones.
+
+    Returns:
+        The checked row.
 
     Raises:
-      ValueError: with `where`, the field, the value and its position.
+        InvalidInput: A wrong value; names the location, the field, the value and its position.
     """
     if not isinstance(raw, Mapping):
-        raise InvalidInput(f"{where}: {short(raw)} is not an object with columns")
-    given, unused = _named(raw, where, rename)
-    split(given, where)
-    if "tokens" not in given:
-        raise InvalidInput(f"{where}: no field tokens among {_names(raw)}; {_remedy(raw)}")
-    tokens = ids(given["tokens"], f"{where}, field tokens")
-    prompt = given.get("prompt_tokens")
-    width = len(prompt) if isinstance(prompt, list) else 0
-    mask, sampled = read_masks(given, tokens, where)
-    refuse_unknown_masks(unused, {width, len(tokens), width + len(tokens)} - {0}, where)
+        raise InvalidInput(f"{location}: {short_repr(raw)} is not an object with columns")
+    columns, unused = _canonical_columns(raw, location, rename)
+    split_prompt_response(columns, location)
+    if "tokens" not in columns:
+        raise InvalidInput(f"{location}: no column tokens among {_names(raw)}; {_remedy(raw)}")
+    tokens = parse_ids(columns["tokens"], f"{location}, field tokens")
+    prompt = columns.get("prompt_tokens")
+    prompt_length = len(prompt) if isinstance(prompt, list) else 0
+    mask, sampled = read_masks(columns, tokens, location)
+    refuse_unknown_masks(
+        unused, {prompt_length, len(tokens), prompt_length + len(tokens)} - {0}, location
+    )
     row: Record = {"tokens": tokens, "mask": mask}
     if sampled is not None:
-        row["sampled_mask"] = mask = sampled  # its tokens have log-probabilities too
-    if "support.present" in given:  # says which values of the support are looked at
-        field = f"{where}, field support.present"
-        rows = wide_rows(given["support.present"], field, mask, False)
-        row["support.present"] = bools(rows, field, (len(mask), len(rows[0]) if rows else 0))
-    for name, value in given.items():
+        row["sampled_mask"] = mask = sampled  # unsupervised tokens have log-probabilities too
+    if "support.present" in columns:  # parsed first: the other support columns depend on it
+        field_location = f"{location}, field support.present"
+        rows = parse_topk_lists(columns["support.present"], field_location, mask, False)
+        row["support.present"] = parse_bools(
+            rows, field_location, (len(mask), len(rows[0]) if rows else 0)
+        )
+    for name, value in columns.items():
         if name not in row:
-            row[name] = _value(name, value, row, mask, f"{where}, field {name}")
-    wide = {row[n].shape for n in ("support.ids", "support.present", *SUPPORT) if n in row}
-    if len(wide) > 1:
-        raise InvalidInput(f"{where}: the support's fields have shapes {sorted(wide)}")
+            row[name] = _parse_value(name, value, row, mask, f"{location}, field {name}")
+    shapes = {row[n].shape for n in ("support.ids", "support.present", *SUPPORT) if n in row}
+    if len(shapes) > 1:
+        raise InvalidInput(
+            f"{location}: the fields of the support have different shapes {sorted(shapes)}"
+        )
     if "support.ids" in row:
-        check_support(row, mask, where)
-        order_support(row, mask)
+        check_support(row, mask, location)
+        sort_support(row, mask)
     return row
 
 
 def _names(raw: Mapping[str, Any]) -> str:
-    """The columns of a row, as many as a message can show."""
+    """Return the column names of a row, shortened for a message."""
     names = [str(name) for name in raw]
-    more = f" and {len(names) - SHOWN_COLUMNS} more" if len(names) > SHOWN_COLUMNS else ""
-    return (", ".join(names[:SHOWN_COLUMNS]) or "no columns") + more
+    suffix = f" and {len(names) - MAX_COLUMNS_SHOWN} more" if len(names) > MAX_COLUMNS_SHOWN else ""
+    return (", ".join(names[:MAX_COLUMNS_SHOWN]) or "no columns") + suffix
 
 
 def _remedy(raw: Mapping[str, Any]) -> str:
-    """What a file without ids is, or needs."""
+    """Return what to do with a row that has no ids."""
     if {"response", "position", "id"} <= raw.keys():
-        return "a dump of a row a token is read by diagnostics.records.token_dumps.load_dump"
+        return "read a token-level dump with diagnostics.records.token_dumps.load_dump"
     if "step" in raw:
-        return "rows of a monitor or a run, one a step, are shown by `opd report`"
+        return "these are rows of a monitor or a run, one per step; see `opd report`"
     return (
-        "ids of the response are needed, under this or another known name (README.md, "
+        "the ids of the response are required, under this or another known name (README.md, "
         "diagnostics.records.columns)"
     )
 
 
-def number_of(value: Any) -> int:
-    """An id of 64 bits as it is, anything else by a 62-bit hash of its content."""
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if whole and -(2**63) <= value < 2**63:
+def integer_id(value: Any) -> int:
+    """Return a 64-bit id unchanged, anything else as a 62-bit hash of its content."""
+    is_integer = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if is_integer and -(2**63) <= value < 2**63:
         return int(value)
     plain = value.tolist() if isinstance(value, np.ndarray) else value
     text = json.dumps(plain, sort_keys=True, default=str)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 2
 
 
-def _named(
-    raw: Mapping[str, Any], where: str, rename: Mapping[str, str]
+def _canonical_columns(
+    raw: Mapping[str, Any], location: str, rename: Mapping[str, str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Columns by canonical name, without those that are null, and the columns not understood."""
+    """Return the non-null columns by canonical name, and the unknown columns."""
     flat: dict[str, Any] = {}
     for key, value in raw.items():
         if key in ("support", "prefix") and isinstance(value, Mapping):
             flat |= {f"{key}.{k}": v for k, v in value.items()}
         else:
             flat[str(key)] = value
-    given: dict[str, Any] = {}
+    columns: dict[str, Any] = {}
     unused: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for key, value in flat.items():
         name = rename.get(key, NAMES.get(key))
         if key == "status" and "response_length" not in flat:
-            name = None  # only slime's says how the response ended
+            name = None  # slime's status is a finish reason; others' is not
         if name is None:
             unused[key] = value
             continue
         if value is None and name != "reward":
             continue
-        if name in given:
+        if name in columns:
             raise InvalidInput(
-                f"{where}: columns {origin[name]!r} and {key!r} both mean {name}; rename one"
+                f"{location}: columns {origin[name]!r} and {key!r} both mean {name}; remove one"
             )
-        given[name], origin[name] = value, key
+        columns[name], origin[name] = value, key
         if key in ("finish_reason", "truncated", "status"):
-            given[name] = _ended(key, value, f"{where}, field {key}")
-    return given, unused
+            columns[name] = _parse_ended(key, value, f"{location}, field {key}")
+    return columns, unused
 
 
-def _value(name: str, value: Any, row: Record, mask: np.ndarray, where: str) -> Any:
-    """The checked value of a column; per-token floats are 0 where `mask`, (T,), is False."""
-    if name in LOGPS or name in PREFIX or name == "baseline":
-        return floats(value, where, mask, logp=name in LOGPS)
+def _parse_value(name: str, value: Any, row: Record, mask: np.ndarray, location: str) -> Any:
+    """Return the checked value of a column; per-token floats are 0 where `mask`, (T,), is False."""
+    if name in LOGPS or name in STATS_COLUMNS or name == "baseline":
+        return parse_floats(value, location, mask, logp=name in LOGPS)
     if name in SUPPORT:
-        rows = wide_rows(value, where, mask, 0.0)
-        counted = row.get("support.present")
-        same = counted is not None and len(rows) and counted.shape[1] == len(rows[0])
-        places = counted & mask[:, None] if same else mask
-        return floats(rows, where, places, logp=True, wide=True)
+        rows = parse_topk_lists(value, location, mask, 0.0)
+        present = row.get("support.present")
+        is_same_width = present is not None and len(rows) and present.shape[1] == len(rows[0])
+        is_valid = present & mask[:, None] if is_same_width else mask
+        return parse_floats(rows, location, is_valid, logp=True, wide=True)
     if name == "support.ids":
-        return ids(wide_rows(value, where, mask, 0), where, 2)
+        return parse_ids(parse_topk_lists(value, location, mask, 0), location, 2)
     if name == "prompt_tokens":
-        return ids(value, where)
+        return parse_ids(value, location)
     if name == "ended":
-        return bool(bools([value], where, (1,))[0])
+        return bool(parse_bools([value], location, (1,))[0])
     if name == "turn":
-        return int(ids([value], where)[0])
+        return int(parse_ids([value], location)[0])
     if name == "reward":
-        return _reward(value, where)
+        return _parse_reward(value, location)
     if name in RANGES:
-        words, allows = RANGES[name]
-        if not allows(x := number(value, where)):
-            raise InvalidInput(f"{where}: {short(value)}, expected a number {words}")
+        expected_range, is_allowed = RANGES[name]
+        if not is_allowed(x := parse_number(value, location)):
+            raise InvalidInput(
+                f"{location}: {short_repr(value)}, expected a number {expected_range}"
+            )
         return x
     if name in ("mask_rule", "support.source") and not isinstance(value, str):
-        raise InvalidInput(f"{where}: {short(value)} is not text")
+        raise InvalidInput(f"{location}: {short_repr(value)} is not text")
     if name == "task" and (isinstance(value, bool) or not isinstance(value, str | int)):
-        raise InvalidInput(f"{where}: {short(value)} is neither a name nor a number")
-    return int(ids([value], where)[0]) if name == "task" and isinstance(value, int) else value
+        raise InvalidInput(f"{location}: {short_repr(value)} is neither a name nor a number")
+    return (
+        int(parse_ids([value], location)[0]) if name == "task" and isinstance(value, int) else value
+    )
 
 
-def _reward(value: Any, where: str) -> float:
-    """A number, true or false as 1 or 0, or NaN for null: nothing graded it."""
+def _parse_reward(value: Any, location: str) -> float:
+    """Return the reward: a number, true or false as 1 or 0, or NaN for null (not graded)."""
     if value is None or value != value:
         return float("nan")
-    return float(value) if isinstance(value, bool) else number(value, where)
+    return float(value) if isinstance(value, bool) else parse_number(value, location)
 
 
-def _ended(key: str, value: Any, where: str) -> bool:
-    """Whether the response stopped by itself, from the words of servers and trainers."""
+def _parse_ended(key: str, value: Any, location: str) -> bool:
+    """Return whether the response ended by itself, from a server's or trainer's finish reason."""
     if key == "truncated":
-        return not bool(bools([value], where, (1,))[0])
+        return not bool(parse_bools([value], location, (1,))[0])
     reason = value.get("type") if isinstance(value, Mapping) else value  # SGLang's is an object
-    if not isinstance(reason, str) or reason not in _REASONS:
+    if not isinstance(reason, str) or reason not in _FINISH_REASONS:
         raise InvalidInput(
-            f"{where}: {short(value)} is none of {', '.join(_REASONS)}; leave out the rows of "
-            "responses that were never finished"
+            f"{location}: {short_repr(value)} is none of {', '.join(_FINISH_REASONS)}; remove the "
+            "rows of unfinished responses"
         )
-    return _REASONS[reason]
+    return _FINISH_REASONS[reason]

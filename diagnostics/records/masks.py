@@ -1,7 +1,7 @@
-"""Which ids of a record are the response, and which of them count: splits, padding and masks.
+"""Splitting of prompt and response, padding, and loss masks of a record.
 
-Trainers write prompt and response apart or in one list, padded or not, and up to four masks. What
-is not understood and could be a mask is refused: dropped, it would change every number in silence.
+Trainers write prompt and response separately or in one list, padded or not, with up to four masks.
+An unknown column that could be a mask is an error: ignoring it would silently change every number.
 """
 
 from collections.abc import Mapping
@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from diagnostics.errors import InvalidInput
-from diagnostics.io.files import short
+from diagnostics.io.files import short_repr
 from diagnostics.records import values
 
-SAMPLED = (
+SAMPLED_MASKS = (
     "sampled_mask",
     "response_mask",
     "completion_mask",
@@ -21,168 +21,191 @@ SAMPLED = (
     "tool_mask",
     "env_mask",
 )
-"""Masks of the tokens that the student wrote: no padding, no answers of tools."""
+"""Masks of the tokens that the student sampled: no padding, no tool outputs."""
 NUMBERS_BY_TOKEN = {
     *("advantages", "returns", "values", "rewards", "token_level_scores", "token_level_rewards"),
     *("position_ids", "token_type_ids", "multi_modal_data", "images"),
 }
-"""Columns of other trainers that may hold 0 and 1 alone and are no masks."""
-IGNORED = -100
+"""Columns of other trainers that may hold only 0 and 1 and are not masks."""
+IGNORED_LABEL = -100
 """What transformers and TRL write in labels where a token is not in the loss."""
 
 
-def split(given: dict[str, Any], where: str) -> None:
-    """Replace a list of prompt and response by `prompt_tokens` and `tokens`, in place.
+def split_prompt_response(columns: dict[str, Any], location: str) -> None:
+    """Split a list of prompt and response ids into `prompt_tokens` and `tokens`, in place.
 
-    With response_length (slime) `tokens` or `sequence` (OpenRLHF: sequences, NeMo-RL: input_ids)
-    ends with so many ids of the response. A sequence beside the response's ids (verl), or beside
-    the prompt's, gives the others.
+    With response_length (slime), `tokens` or `sequence` (OpenRLHF: sequences, NeMo-RL: input_ids)
+    ends with that many ids of the response. With a sequence and either the response's ids (verl) or
+    the prompt's, the other is derived.
+
+    Args:
+        columns: Columns by canonical name.
+        location: File and row, the beginning of every message.
 
     Raises:
-      InvalidInput: a length that does not fit, or ids that contradict each other.
+        InvalidInput: A length that does not fit, or ids that contradict each other.
     """
-    size = given.pop("response_length", None)
-    sequence = given.pop("sequence", None)
+    size = columns.pop("response_length", None)
+    sequence = columns.pop("sequence", None)
     if size is not None and sequence is None:
-        sequence = given.pop("tokens", None)
+        sequence = columns.pop("tokens", None)
     if sequence is None:
         return
-    ids = values.listed(sequence, f"{where}, field sequence")
+    ids = values.to_list(sequence, f"{location}, field sequence")
     if size is None:
-        if "tokens" in given:
-            size = len(values.listed(given["tokens"], f"{where}, field tokens"))
-        elif "prompt_tokens" in given:
-            size = len(ids) - len(values.listed(given["prompt_tokens"], f"{where}, prompt_tokens"))
+        if "tokens" in columns:
+            size = len(values.to_list(columns["tokens"], f"{location}, field tokens"))
+        elif "prompt_tokens" in columns:
+            size = len(ids) - len(
+                values.to_list(columns["prompt_tokens"], f"{location}, prompt_tokens")
+            )
         else:
             raise InvalidInput(
-                f"{where}: its ids are those of prompt and response ({len(ids)}), and no column "
-                "says where the response begins; add response_length, or the response's ids"
+                f"{location}: the {len(ids)} ids are prompt and response, and no column says where "
+                "the response begins; add response_length, or the ids of the response"
             )
     if isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= len(ids):
         raise InvalidInput(
-            f"{where}, field response_length: {short(size)}, expected a whole number from 0 to "
-            f"{len(ids)}, the ids of prompt and response"
+            f"{location}, field response_length: {short_repr(size)}, expected an integer from 0 "
+            f"to {len(ids)}, the number of ids of prompt and response"
         )
     parts = {"prompt_tokens": ids[: len(ids) - size], "tokens": ids[len(ids) - size :]}
     for name, part in parts.items():
-        own = given.setdefault(name, part)
-        if list(own) != part:
+        column_value = columns.setdefault(name, part)
+        if list(column_value) != part:
             raise InvalidInput(
-                f"{where}, field {name}: {short(own)} is not what the ids of prompt and response "
-                f"hold there, {short(part)}"
+                f"{location}, field {name}: {short_repr(column_value)} differs from that part of "
+                f"the ids of prompt and response, {short_repr(part)}"
             )
 
 
 def read_masks(
-    given: dict[str, Any], tokens: np.ndarray, where: str
+    columns: dict[str, Any], tokens: np.ndarray, location: str
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """The masks of a response, and its prompt without padding; takes their columns out of `given`.
+    """Return the masks of a response; remove the mask columns and the padding of the prompt.
 
     Args:
-      given: columns by canonical name, those of SAMPLED by their own. tokens: (T,).
+        columns: Columns by canonical name, those of SAMPLED_MASKS by their own; changed in place.
+        tokens: (T,) ids of the response.
+        location: File and row, the beginning of every message.
 
     Returns:
-      supervised (T,) bool: sampled by the student and part of the loss; sampled (T,) bool: what
-      the student wrote, supervised or not, or None where no two columns tell them apart.
+        supervised (T,) bool: sampled by the student and part of the loss; and sampled (T,) bool:
+        what the student sampled, supervised or not, or None if no two columns distinguish them.
 
     Raises:
-      InvalidInput: a mask of another length or with other values; padding inside a prompt.
+        InvalidInput: A mask of another length or with other values; padding inside a prompt.
     """
-    size = len(tokens)
-    written = [name for name in SAMPLED if name in given]
-    supervised = sampled = np.ones(size, dtype=bool)
-    prompt = given.get("prompt_tokens")
-    width = len(values.listed(prompt, f"{where}, field prompt_tokens")) if prompt is not None else 0
-    if "attention_mask" in given:
-        attended = _whole(
-            given.pop("attention_mask"), width, size, f"{where}, field attention_mask"
+    response_length = len(tokens)
+    mask_names = [name for name in SAMPLED_MASKS if name in columns]
+    supervised = sampled = np.ones(response_length, dtype=bool)
+    prompt = columns.get("prompt_tokens")
+    prompt_length = (
+        len(values.to_list(prompt, f"{location}, field prompt_tokens")) if prompt is not None else 0
+    )
+    if "attention_mask" in columns:
+        attention_mask = _parse_mask(
+            columns.pop("attention_mask"),
+            prompt_length,
+            response_length,
+            f"{location}, field attention_mask",
         )
-        sampled = sampled & attended[-size:] if size else sampled
-        if prompt is not None and len(attended) > size:
-            given.setdefault("prompt_mask", attended[: len(attended) - size].tolist())
-    for name in written:
-        sampled = sampled & values.bools(given.pop(name), f"{where}, field {name}", (size,))
-    both = bool(written) and "mask" in given
-    if "mask" in given:
-        loss = _whole(given.pop("mask"), width, size, f"{where}, field mask")
-        supervised = loss[len(loss) - size :]
-    if given.pop("remove_sample", False) is True:  # slime's: no token of it is in the loss
-        supervised = np.zeros(size, dtype=bool)
-    if "prompt_mask" in given:
-        real = given.pop("prompt_mask")
+        sampled = sampled & attention_mask[-response_length:] if response_length else sampled
+        if prompt is not None and len(attention_mask) > response_length:
+            columns.setdefault(
+                "prompt_mask", attention_mask[: len(attention_mask) - response_length].tolist()
+            )
+    for name in mask_names:
+        sampled = sampled & values.parse_bools(
+            columns.pop(name), f"{location}, field {name}", (response_length,)
+        )
+    has_both_masks = bool(mask_names) and "mask" in columns
+    if "mask" in columns:
+        loss = _parse_mask(
+            columns.pop("mask"), prompt_length, response_length, f"{location}, field mask"
+        )
+        supervised = loss[len(loss) - response_length :]
+    if columns.pop("remove_sample", False) is True:
+        # slime: the whole response is excluded from the loss
+        supervised = np.zeros(response_length, dtype=bool)
+    if "prompt_mask" in columns:
+        not_padding = columns.pop("prompt_mask")
         if prompt is not None:
-            given["prompt_tokens"] = _without_padding(prompt, real, where)
-    return supervised & sampled, sampled if both else None
+            columns["prompt_tokens"] = _without_padding(prompt, not_padding, location)
+    return supervised & sampled, sampled if has_both_masks else None
 
 
-def _whole(value: Any, width: int, size: int, where: str) -> np.ndarray:
-    """Truth values of the response (size), or of prompt and response (width + size)."""
-    rows = values.listed(value, where)
-    if width and len(rows) == width + size:
-        return values.bools(rows, where, (width + size,))
-    return values.bools(rows, where, (size,))
+def _parse_mask(value: Any, prompt_length: int, response_length: int, location: str) -> np.ndarray:
+    """Return the mask of the response, or of prompt and response."""
+    rows = values.to_list(value, location)
+    if prompt_length and len(rows) == prompt_length + response_length:
+        return values.parse_bools(rows, location, (prompt_length + response_length,))
+    return values.parse_bools(rows, location, (response_length,))
 
 
-def _without_padding(prompt: Any, mask: Any, where: str) -> list[Any]:
-    """The ids of a prompt at which its mask is True, which must follow each other."""
-    ids = values.listed(prompt, f"{where}, field prompt_tokens")
-    rows = values.listed(mask, f"{where}, field prompt_mask")
+def _without_padding(prompt: Any, mask: Any, location: str) -> list[Any]:
+    """Return the ids of a prompt at which its mask is True, which must be contiguous."""
+    ids = values.to_list(prompt, f"{location}, field prompt_tokens")
+    rows = values.to_list(mask, f"{location}, field prompt_mask")
     if len(rows) != len(ids):
         raise InvalidInput(
-            f"{where}, field prompt_mask: {len(rows)} values, prompt_tokens has {len(ids)}"
+            f"{location}, field prompt_mask: {len(rows)} values, prompt_tokens has {len(ids)}"
         )
-    real = values.bools(rows, f"{where}, field prompt_mask", (len(ids),))
-    places = np.flatnonzero(real)
-    if len(ids) and not len(places):
+    not_padding = values.parse_bools(rows, f"{location}, field prompt_mask", (len(ids),))
+    positions = np.flatnonzero(not_padding)
+    if len(ids) and not len(positions):
         raise InvalidInput(
-            f"{where}, field prompt_mask: no token of the prompt is real; where the column says "
-            "which prompt tokens are trained on, take it out of the file"
+            f"{location}, field prompt_mask: all tokens of the prompt are padding; if the column "
+            "says which prompt tokens are in the loss, remove it"
         )
-    if len(places) and places[-1] - places[0] + 1 != len(places):
+    if len(positions) and positions[-1] - positions[0] + 1 != len(positions):
         raise InvalidInput(
-            f"{where}, field prompt_mask: 0 between two 1, expected padding at one side alone"
+            f"{location}, field prompt_mask: 0 between two 1, expected padding on the sides only"
         )
-    return [ids[i] for i in places]
+    return [ids[i] for i in positions]
 
 
-def refuse_unknown_masks(unused: Mapping[str, Any], lengths: set[int], where: str) -> None:
-    """Refuse a column that is not understood and may say which tokens count.
+def refuse_unknown_masks(unused: Mapping[str, Any], lengths: set[int], location: str) -> None:
+    """Raise if an unknown column could be a mask.
 
     Args:
-      unused: the columns that are not understood. lengths: of prompt, response and both.
+        unused: The unknown columns.
+        lengths: Lengths of prompt, response and both.
+        location: File and row, the beginning of every message.
 
     Raises:
-      InvalidInput: numbers or digits named as a mask; in a list of one of these lengths 0 and 1
-        alone, labels of which IGNORED says "not in the loss", or numbers named as weights.
+        InvalidInput: Numbers or digits whose name contains "mask"; a list of one of these lengths
+            that holds only 0 and 1, labels with IGNORED_LABEL, or numbers named as weights.
     """
     for name, value in unused.items():
-        several = isinstance(value, list | tuple | np.ndarray)
+        is_sequence = isinstance(value, list | tuple | np.ndarray)
         digits = isinstance(value, str) and set(value) <= {"0", "1"} and value != ""
-        if name in NUMBERS_BY_TOKEN or not (several or digits or isinstance(value, int | float)):
+        if name in NUMBERS_BY_TOKEN or not (
+            is_sequence or digits or isinstance(value, int | float)
+        ):
             continue
-        by_token = several and len(value) in lengths
-        words = {
-            "is named as a mask": "mask" in name.lower(),
-            "holds 0 and 1 alone, one a token, as a mask": by_token and _is_binary(value),
-            f"holds {IGNORED}, which marks labels that are not in the loss": (
-                by_token and IGNORED in _plain(value)
+        is_per_token = is_sequence and len(value) in lengths
+        reasons = {
+            "has a name like a mask": "mask" in name.lower(),
+            "holds only 0 and 1, one per token, as a mask does": is_per_token and _is_binary(value),
+            f"holds {IGNORED_LABEL}, which marks labels that are not in the loss": (
+                is_per_token and IGNORED_LABEL in _to_list(value)
             ),
-            "is named as weights of the tokens": (
-                by_token and any(part in name.lower() for part in ("weight", "loss_scale"))
+            "has a name like token weights": (
+                is_per_token and any(part in name.lower() for part in ("weight", "loss_scale"))
             ),
         }
-        if looks := next((text for text, holds in words.items() if holds), ""):
+        if reason := next((text for text, applies in reasons.items() if applies), ""):
             raise InvalidInput(
-                f"{where}: the column {name!r} {looks}, and is not known here; if it says which "
-                "tokens count, rename it to mask, response_mask, prompt_mask or attention_mask, "
-                "else take it out of the file"
+                f"{location}: the unknown column {name!r} {reason}; if it says which tokens count, "
+                "rename it to mask, response_mask, prompt_mask or attention_mask, else remove it"
             )
 
 
-def _plain(value: Any) -> Any:
+def _to_list(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 def _is_binary(value: Any) -> bool:
-    plain = _plain(value)
+    plain = _to_list(value)
     return set(map(type, plain)) <= {bool, int, float} and set(plain) <= {0, 1}

@@ -1,13 +1,13 @@
-"""Records: one JSONL or parquet row a response, from any trainer, as batches.
+"""Reading of records: a JSONL or parquet file of any trainer, one row per response, as batches.
 
-The columns stand in `diagnostics.records.columns`. Only `tokens` is needed: a batch lacks what its
-file lacks, so that the panel computes what it can and `Monitor.missing` names the rest. Files
-are streamed; memory is that of one batch and of a number for each distinct prompt.
+`diagnostics.records.columns` lists the columns. Only `tokens` is required: fields that the file
+does not have are missing in the batch, so that the panel computes what it can and `Monitor.missing`
+lists the rest. Files are streamed; memory is that of one batch plus a number per distinct prompt.
 
     records = Records("dump.jsonl")
     row = monitor(0, records)
 
-`diagnostics.records.writer` writes them. Shapes: B rows of a batch, T response positions, K
+`diagnostics.records.writer` writes such files. Shapes: B rows of a batch, T response positions, K
 support ids.
 """
 
@@ -19,44 +19,47 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import DistributionStats, ScoredRollouts, Support
-from diagnostics.core.partial import lacking
+from diagnostics.core.partial import without_fields
 from diagnostics.errors import InvalidInput
-from diagnostics.io.files import parse_json, reading
+from diagnostics.io.files import parse_json, translate_read_errors
 from diagnostics.io.packages import load_package
 from diagnostics.io.parquet import open_parquet
 from diagnostics.records.columns import (
     CONSTANTS,
     LOGPS,
     NAMES,
-    PREFIX,
-    PREFIX_NEEDED,
+    REQUIRED_STATS_COLUMNS,
+    STATS_COLUMNS,
     SUPPORT,
     Record,
-    number_of,
-    read_row,
+    integer_id,
+    parse_record,
 )
 from diagnostics.records.writer import SUFFIXES
 
 
 class Records:
-    """The rows of a file as `ScoredRollouts` batches; iterate as often as you like.
+    """The rows of a file as `ScoredRollouts` batches; can be iterated repeatedly.
 
-    Rows of one prompt are the sampling unit of every standard error: where they follow each other
-    they come in one batch.
-
-    columns: what the rows hold, by canonical name. unused: columns that mean nothing here.
-    notes: what the reader should know of the numbers; complete after a whole pass.
-    tasks: names of the task numbers, in order of appearance.
+    Rows of one prompt are the sampling unit of every standard error: consecutive rows of a prompt
+    are put in one batch.
 
     Args:
-      path: .jsonl or .parquet.
-      positions: padded positions (B x T) of a batch, roughly; a batch ends at the next prompt.
-      rename: further column names, to canonical ones.
-      task: only the rows of this task.
+        path: .jsonl or .parquet.
+        positions: Approximate number of padded positions (B x T) of a batch; a batch ends at the
+            next prompt.
+        rename: Further column names, to canonical ones.
+        task: Only the rows of this task.
+
+    Attributes:
+        columns: Canonical names of the columns in the rows.
+        unused: Unknown columns.
+        notes: Warnings about the numbers; complete after a full pass.
+        tasks: Names of the task numbers, in order of appearance.
 
     Raises:
-      ValueError: the file has no rows or another kind; while iterating, a row is wrong, with file,
-        row, field and value.
+        InvalidInput: The file has no rows or another format; while iterating, a wrong row, with
+            file, row, field and value.
     """
 
     def __init__(
@@ -72,132 +75,144 @@ class Records:
         unknown = sorted(set(self.rename.values()) - set(NAMES.values()))
         if unknown:
             raise InvalidInput(
-                f"{unknown} are no columns; known: {', '.join(sorted(set(NAMES.values())))}"
+                f"rename: unknown columns {unknown}; known: "
+                f"{', '.join(sorted(set(NAMES.values())))}"
             )
         self.tasks: list[str] = []
         self.notes: dict[str, str] = {}
-        first = next(_raw(self.path), None)
+        first = next(_iter_rows(self.path), None)
         if first is None:
             raise InvalidInput(f"{path} holds no rows")
-        where, raw = first
-        row = read_row(raw, where, self.rename)
+        location, raw = first
+        row = parse_record(raw, location, self.rename)
         self._first = tuple(raw)
         self.columns = frozenset(row)
-        self.unused = tuple(key for key in raw if self._meaning(key) is None)
+        self.unused = tuple(key for key in raw if self._canonical_name(key) is None)
         self._constants = {name: row[name] for name in CONSTANTS if name in row}
         if not self.columns & {"prompt", "prompt_tokens"}:
             self.notes["prompt"] = (
-                "no column tells which rows share a prompt; standard errors treat every response "
-                "as independent, which is too small for groups"
+                "no column says which rows share a prompt; standard errors treat every response "
+                "as independent, and are too small for groups of rollouts"
             )
 
     def rows(self) -> Iterator[Record]:
-        """Checked rows, each with the columns of the first."""
-        for i, (where, raw) in enumerate(_raw(self.path)):
-            row = read_row(raw, where, self.rename)
+        """Yield checked rows, each with the columns of the first."""
+        for i, (location, raw) in enumerate(_iter_rows(self.path)):
+            row = parse_record(raw, location, self.rename)
             if row.keys() != self.columns:
-                raise InvalidInput(f"{where}: {self._difference(raw, row)}")
+                raise InvalidInput(f"{location}: {self._describe_difference(raw, row)}")
             for name, value in self._constants.items():
                 if row[name] != value:
                     raise InvalidInput(
-                        f"{where}, field {name}: {row[name]!r}, the first row has {value!r}; use "
-                        "one file for each"
+                        f"{location}, field {name}: {row[name]!r}, but the first row has "
+                        f"{value!r}; split the file"
                     )
             if self.task is None or str(row.get("task")) == str(self.task):
                 origin = row.get("prompt", row.get("prompt_tokens"))
-                yield row | {"prompt": i if origin is None else number_of(origin)}
+                yield row | {"prompt": i if origin is None else integer_id(origin)}
 
     def groups(self) -> Iterator[list[Record]]:
-        """Rows of one batch each."""
-        waiting: list[Record] = []
-        seen: set[int] = set()
-        width = 0  # of the rows that wait, in positions
+        """Yield the rows of one batch each."""
+        pending: list[Record] = []
+        finished_prompts: set[int] = set()
+        width = 0  # positions of the longest pending row
         for row in self.rows():
-            wide = width * len(waiting)
-            changed = bool(waiting) and row["prompt"] != waiting[-1]["prompt"]
-            full = wide >= self.positions and (changed or wide >= 8 * self.positions)
-            longer = max(width, _width(row))
-            # a long row beside many short ones would be padded to far more than the file holds
-            if full or (waiting and longer * (len(waiting) + 1) >= 16 * self.positions):
-                yield waiting
-                seen |= {r["prompt"] for r in waiting}
-                waiting, longer = [], _width(row)
-            if row["prompt"] in seen:
+            padded_size = width * len(pending)
+            is_new_prompt = bool(pending) and row["prompt"] != pending[-1]["prompt"]
+            is_full = padded_size >= self.positions and (
+                is_new_prompt or padded_size >= 8 * self.positions
+            )
+            new_width = max(width, _width(row))
+            # one long row would pad many short ones to far more than the file holds
+            if is_full or (pending and new_width * (len(pending) + 1) >= 16 * self.positions):
+                yield pending
+                finished_prompts |= {r["prompt"] for r in pending}
+                pending, new_width = [], _width(row)
+            if row["prompt"] in finished_prompts:
                 self.notes["order"] = (
-                    "rows of one prompt are far apart; sort the file by prompt, or standard errors "
-                    "come out too small"
+                    "rows of one prompt are not adjacent, so standard errors are too small; sort "
+                    "the file by prompt"
                 )
-            waiting.append(row)
-            width = longer
-        if waiting:
-            yield waiting
+            pending.append(row)
+            width = new_width
+        if pending:
+            yield pending
 
     def __iter__(self) -> Iterator[ScoredRollouts]:
         for rows in self.groups():
             yield self.batch(rows)
 
     def batch(self, rows: list[Record]) -> ScoredRollouts:
-        """The rows as one checked batch, padded on the right, without what they lack."""
+        """Build a checked batch, padded on the right, with missing fields marked.
+
+        Args:
+            rows: Checked rows.
+
+        Returns:
+            The batch.
+        """
         width = max(1, *(len(row["tokens"]) for row in rows))
 
-        def padded(name: str, dtype: torch.dtype) -> Tensor:
+        def pad_rows(name: str, dtype: torch.dtype) -> Tensor:
             inner = rows[0][name].shape[1:]
             out = torch.zeros((len(rows), width, *inner), dtype=dtype)
             for i, row in enumerate(rows):
                 if row[name].shape[1:] != inner:
                     raise InvalidInput(
                         f"{self.path}: rows of one batch have {inner[0]} and "
-                        f"{row[name].shape[1]} ids a position in {name}"
+                        f"{row[name].shape[1]} ids per position in {name}"
                     )
                 out[i, : len(row[name])] = torch.from_numpy(row[name]).to(dtype)
             return out
 
         def floats(name: str) -> Tensor:
-            known = name in self.columns
-            return padded(name, torch.float32) if known else torch.zeros(len(rows), width)
+            is_recorded = name in self.columns
+            return pad_rows(name, torch.float32) if is_recorded else torch.zeros(len(rows), width)
 
         parts: dict[str, Any] = {name: floats(name) for name in LOGPS if name != "softmax_logp"}
         parts |= {n: floats(n) for n in ("softmax_logp", "baseline") if n in self.columns}
         if "sampled_mask" in self.columns:
-            parts["sampled_mask"] = padded("sampled_mask", torch.bool)
+            parts["sampled_mask"] = pad_rows("sampled_mask", torch.bool)
         parts |= {k: v for k, v in self._constants.items() if k != "support.source"}
         scored = ScoredRollouts(
-            tokens=padded("tokens", torch.long),
-            mask=padded("mask", torch.bool),
-            support=self._support(rows, padded),
+            tokens=pad_rows("tokens", torch.long),
+            mask=pad_rows("mask", torch.bool),
+            support=self._support(rows, pad_rows),
             prefix=self._prefix(floats),
             **parts | self._by_response(rows),
         )
-        needed = {"student_logp", "teacher_logp", "sampler_logp", "ended"}
-        return lacking(scored.checked(), needed - self.columns)
+        required_fields = {"student_logp", "teacher_logp", "sampler_logp", "ended"}
+        return without_fields(scored.validate(), required_fields - self.columns)
 
-    def _difference(self, raw: Mapping[str, Any], row: Record) -> str:
-        """The fields that this row has and the first has not, or the other way round."""
+    def _describe_difference(self, raw: Mapping[str, Any], row: Record) -> str:
+        """Describe the fields that only one of this row and the first has."""
         names = sorted(self.columns ^ row.keys())
         keys = [*raw, *self._first]
-        told = {n: next((k for k in keys if self._meaning(k) == n and k != n), "") for n in names}
-        odd = ", ".join(f"{n} (column {k})" if k else n for n, k in told.items())
+        aliases = {
+            n: next((k for k in keys if self._canonical_name(k) == n and k != n), "") for n in names
+        }
+        field_list = ", ".join(f"{n} (column {k})" if k else n for n, k in aliases.items())
         return (
-            f"field {odd} is here or in the first row, not in both; write it in every row, or in "
-            "none"
+            f"field {field_list} is only in this or only in the first row; write it in every row, "
+            "or in none"
         )
 
-    def _meaning(self, key: str) -> str | None:
+    def _canonical_name(self, key: str) -> str | None:
         grouped = "prefix" if key in ("support", "prefix") else None
         return self.rename.get(key, NAMES.get(key, grouped))
 
     def _by_response(self, rows: list[Record]) -> dict[str, Tensor]:
-        found = {
+        tensors = {
             "prompt": torch.tensor([row["prompt"] for row in rows]),
             "ended": torch.tensor([row.get("ended", False) for row in rows]),
         }
         if "reward" in self.columns:
-            found["reward"] = torch.tensor([row["reward"] for row in rows], dtype=torch.float32)
+            tensors["reward"] = torch.tensor([row["reward"] for row in rows], dtype=torch.float32)
         if "turn" in self.columns:
-            found["turn"] = torch.tensor([row["turn"] for row in rows])
+            tensors["turn"] = torch.tensor([row["turn"] for row in rows])
         if "task" in self.columns:
-            found["task"] = torch.tensor([self._task_number(row["task"]) for row in rows])
-        return found
+            tensors["task"] = torch.tensor([self._task_number(row["task"]) for row in rows])
+        return tensors
 
     def _task_number(self, task: Any) -> int:
         if isinstance(task, int):
@@ -207,63 +222,66 @@ class Records:
         return self.tasks.index(str(task))
 
     def _support(
-        self, rows: list[Record], padded: Callable[[str, torch.dtype], Tensor]
+        self, rows: list[Record], pad_rows: Callable[[str, torch.dtype], Tensor]
     ) -> Support | None:
         if "support.ids" not in self.columns:
             return None
-        ids = padded("support.ids", torch.long)
+        ids = pad_rows("support.ids", torch.long)
         scope = "sampled_mask" if "sampled_mask" in self.columns else "mask"
-        mask = padded(scope, torch.bool)[..., None]
-        both = {
+        mask = pad_rows(scope, torch.bool)[..., None]
+        logps = {
             name.removeprefix("support."): (
-                padded(name, torch.float32) if name in self.columns else torch.zeros(ids.shape)
+                pad_rows(name, torch.float32) if name in self.columns else torch.zeros(ids.shape)
             )
             for name in SUPPORT
         }
-        known = "support.present" in self.columns
+        has_present = "support.present" in self.columns
         support = Support(
             ids=ids * mask,
-            present=padded("support.present", torch.bool) if known else None,
+            present=pad_rows("support.present", torch.bool) if has_present else None,
             source=self._constants.get("support.source", "teacher"),
-            **both,
+            **logps,
         )
         unknown = [n.removeprefix("support.") for n in SUPPORT if n not in self.columns]
-        return lacking(support, unknown, "the support of the records has")
+        return without_fields(support, unknown, "the support of the records has")
 
     def _prefix(self, floats: Callable[[str], Tensor]) -> DistributionStats | None:
-        lost = [name for name in PREFIX_NEEDED if name not in self.columns]
-        if lost:
-            if len(lost) < len(PREFIX_NEEDED):
+        missing_columns = [name for name in REQUIRED_STATS_COLUMNS if name not in self.columns]
+        if missing_columns:
+            if len(missing_columns) < len(REQUIRED_STATS_COLUMNS):
                 self.notes["prefix"] = (
-                    f"prefix functionals need all of their columns; missing: {', '.join(lost)}"
+                    "distribution statistics need all of their columns; missing: "
+                    f"{', '.join(missing_columns)}"
                 )
             return None
-        known = [name for name in PREFIX if name in self.columns]
-        return DistributionStats(**{name.removeprefix("prefix."): floats(name) for name in known})
+        available_columns = [name for name in STATS_COLUMNS if name in self.columns]
+        return DistributionStats(
+            **{name.removeprefix("prefix."): floats(name) for name in available_columns}
+        )
 
 
 def _width(row: Record) -> int:
-    """Positions that a row takes in a batch; with a support of more than 64 ids, several times."""
+    """Return the positions that a row takes in a batch; several times more if K exceeds 64."""
     k = row["support.ids"].shape[1] if "support.ids" in row else 0
     return len(row["tokens"]) * max(1, k // 64)
 
 
-def _raw(path: Path) -> Iterator[tuple[str, Any]]:
-    """(where, row) of every row of the file."""
+def _iter_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield (location, row) of every row of the file."""
     if path.suffix == ".parquet":
         yield from _parquet_rows(path)
         return
     if path.suffix != ".jsonl":
         raise InvalidInput(f"{path} is none of {', '.join(SUFFIXES)}")
-    with reading(path), path.open("rb") as file:
+    with translate_read_errors(path), path.open("rb") as file:
         for i, line in enumerate(file, 1):
-            where = f"{path} row {i}"
+            location = f"{path} row {i}"
             try:
                 text = line.decode("utf-8-sig" if i == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise InvalidInput(f"{where} is not UTF-8 text ({error.reason})") from error
+                raise InvalidInput(f"{location} is not UTF-8 text ({error.reason})") from error
             if text.strip():
-                yield where, parse_json(text, where)
+                yield location, parse_json(text, location)
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:

@@ -49,7 +49,7 @@ KEYS = {
         for name in ("repeated_share", "compressible_share")
     },
 }
-"""Former beginning of a row key -> its present one, where the first part does not decide."""
+"""Former beginning of a row key -> its present one, where the first part alone is ambiguous."""
 
 _FORMER = re.compile(
     rf"(?P<group>^|.*/)(?:(?P<prefix>{'|'.join(PREFIXES)})(?=/)"
@@ -58,9 +58,15 @@ _FORMER = re.compile(
 
 
 def present_key(key: str) -> str:
-    """Return the present name of a row key; a key that was never renamed stays as it is.
+    """Return the present name of a row key; a key that was never renamed is unchanged.
 
     Keys of a group keep the group: "task=math/drift/k1" is "task=math/divergence/k1".
+
+    Args:
+        key: Present or former name.
+
+    Returns:
+        The present name.
     """
     match = _FORMER.match(key)
     if match is None:

@@ -1,4 +1,4 @@
-"""Rows on disk: one JSON object a line, as every trainer can write and every tool can read."""
+"""Rows on disk: one JSON object per line."""
 
 import json
 import math
@@ -7,56 +7,64 @@ from pathlib import Path
 from typing import Any
 
 from diagnostics.errors import InvalidInput
-from diagnostics.io.files import check_fields, parse_json, reading, short
+from diagnostics.io.files import check_fields, parse_json, short_repr, translate_read_errors
 from diagnostics.records.renamed import present_row
 
 Row = dict[str, Any]
 
 
-def append(path: Path, row: Row) -> None:
-    """Add one JSON line; NaN and infinities become null, so that every reader can read it."""
-    clean = {
+def append_row(path: Path, row: Row) -> None:
+    """Append one JSON line; NaN and infinities become null, which every JSON parser can read."""
+    finite_row = {
         k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
     }
     with open(path, "a") as file:
-        file.write(json.dumps(clean) + "\n")
+        file.write(json.dumps(finite_row) + "\n")
 
 
-def read(path: str | Path, required: Mapping[str, type] | None = None) -> list[Row]:
-    """All whole rows; a last line that a kill cut short is left out, and a missing file is empty.
+def read_rows(path: str | Path, required: Mapping[str, type] | None = None) -> list[Row]:
+    """Read all complete rows of a file.
+
+    A last line that was truncated by a killed process is skipped; a missing file has no rows.
 
     Args:
-      required: fields that every row must have, and their types, such as {"step": int}.
+        path: The JSONL file.
+        required: Fields that every row must have, and their types, such as {"step": int}.
+
+    Returns:
+        The rows.
 
     Raises:
-      InvalidInput: another line is not UTF-8, no JSON object, or lacks a field; names the line.
-      OperationFailed: the file cannot be read.
+        InvalidInput: Another line is not UTF-8, is no JSON object, or misses a field; names the
+            line.
+        OperationFailed: The file cannot be read.
     """
     rows: list[Row] = []
-    with reading(path):
+    with translate_read_errors(path):
         if not Path(path).exists():
             return rows
-        lines = Path(path).read_bytes().split(b"\n")  # a row's text may hold other ends of lines
+        # not splitlines: text in a row may contain other line separators
+        lines = Path(path).read_bytes().split(b"\n")
     if not lines[-1]:
         lines.pop()
-        cut_short = -1
+        truncated_line = -1
     else:
-        cut_short = len(lines) - 1
+        truncated_line = len(lines) - 1
     for i, line in enumerate(lines):
-        where = f"{path} line {i + 1}"
+        location = f"{path} line {i + 1}"
         try:
-            row = parse_json(line.decode("utf-8"), where)
+            row = parse_json(line.decode("utf-8"), location)
         except UnicodeDecodeError as error:
-            if i == cut_short and error.reason == "unexpected end of data":
+            if i == truncated_line and error.reason == "unexpected end of data":
                 continue
-            raise InvalidInput(f"{where} is not UTF-8: {error}") from error
+            raise InvalidInput(f"{location} is not UTF-8: {error}") from error
         except InvalidInput:
-            if i == cut_short:
+            if i == truncated_line:
                 continue
             raise
         if not isinstance(row, dict):
-            raise InvalidInput(f"{where} is not a JSON object: {short(row)}")
+            raise InvalidInput(f"{location} is not a JSON object: {short_repr(row)}")
         row = present_row(row)
-        check_fields(row, required or {}, where)
+        check_fields(row, required or {}, location)
         rows.append(row)
     return rows

@@ -1,6 +1,6 @@
-"""Run folders by method, their saved batches, their rows by position; needs no torch.
+"""Run folders: grouping by method, settings, saved batches, and values by position. Needs no torch.
 
-Runs are pooled, as seeds of one method, only where nothing else about them differs.
+Runs are pooled, as seeds of one method, only if nothing else about them differs.
 """
 
 import json
@@ -16,8 +16,8 @@ from diagnostics.records import rows
 from diagnostics.records.renamed import present_settings
 from diagnostics.records.rows import Row
 
-BIN = re.compile(r"@(\d+)-(\d+)$")
-NOT_OF_THE_METHOD = frozenset(
+POSITION_BIN = re.compile(r"@(\d+)-(\d+)$")
+NON_METHOD_SETTINGS = frozenset(
     (
         *(
             "seed",
@@ -46,13 +46,15 @@ NOT_OF_THE_METHOD = frozenset(
         *("rollout_servers", "weights_folder", "trust_remote_code"),
     )
 )
-"""Settings in which seeds of one method may differ: noise, place, machine, how often one looks."""
+"""Settings that may differ between seeds of a method: noise, paths, hardware, log intervals."""
 
 
 class RecordedRow(dict[str, Any]):
-    """A row of a record; a column that it lacks is the record's fault, and is named.
+    """A row of a run; reading an absent column raises an error that names the run.
 
-    run: the folder that it comes from.
+    Args:
+        row: The row.
+        run: The folder that it comes from.
     """
 
     def __init__(self, row: Row, run: Path) -> None:
@@ -61,154 +63,194 @@ class RecordedRow(dict[str, Any]):
 
     def __missing__(self, name: str) -> Any:
         raise InvalidInput(
-            f"{self.run}: the row of step {self.get('step')} has no {name!r}, which the figure is "
-            "made of; leave the run out"
+            f"{self.run}: the row of step {self.get('step')} has no {name!r}, which the figure "
+            "needs; leave the run out"
         )
 
 
-def recorded_rows(run: Path) -> list[RecordedRow]:
-    """The rows of a run, a step or a task of a step each."""
-    return [RecordedRow(row, run) for row in rows.read(run / "rows.jsonl", {"step": int})]
+def load_rows(run: Path) -> list[RecordedRow]:
+    """Read the rows of a run, one per step or per task of a step."""
+    return [RecordedRow(row, run) for row in rows.read_rows(run / "rows.jsonl", {"step": int})]
 
 
-def recorded_evaluations(run: Path) -> list[RecordedRow]:
-    """The evaluations of a run, with their accuracies and outcomes."""
-    needed = {"step": int, "accuracy": float, "outcomes": str}
-    return [RecordedRow(row, run) for row in rows.read(run / "evals.jsonl", needed)]
+def load_evaluations(run: Path) -> list[RecordedRow]:
+    """Read the evaluations of a run, with their accuracies and outcomes."""
+    required = {"step": int, "accuracy": float, "outcomes": str}
+    return [RecordedRow(row, run) for row in rows.read_rows(run / "evals.jsonl", required)]
 
 
-def methods(runs: list[Path]) -> dict[str, list[Path]]:
-    """Run folders by method: the name of a folder METHOD-SEED, or all of another name.
+def group_by_method(runs: list[Path]) -> dict[str, list[Path]]:
+    """Group run folders by method.
+
+    The method is METHOD of a folder METHOD-SEED, or else the whole name.
+
+    Args:
+        runs: Run folders.
+
+    Returns:
+        Folders by method.
 
     Raises:
-      FileNotFoundError: a folder is not a run folder.
-      ValueError: runs of one method differ in more than their seed, or not even in that.
+        MissingFile: A folder is not a run folder.
+        InvalidInput: Runs of one method differ in more than their seed, or have the same seed.
     """
-    found: dict[str, list[Path]] = {}
+    groups: dict[str, list[Path]] = {}
     for run in runs:
-        seed = settings(run)["seed"]
-        found.setdefault(run.name.removesuffix(f"-{seed}"), []).append(run)
-    for method, folders in found.items():
-        refuse_unlike(method, folders)
-    return found
+        seed = load_settings(run)["seed"]
+        groups.setdefault(run.name.removesuffix(f"-{seed}"), []).append(run)
+    for method, folders in groups.items():
+        check_same_method(method, folders)
+    return groups
 
 
-def settings(run: Path) -> dict[str, Any]:
-    """A run's config.json.
+def load_settings(run: Path) -> dict[str, Any]:
+    """Read a run's config.json, under the present names of settings.
+
+    Args:
+        run: The run folder.
+
+    Returns:
+        The settings.
 
     Raises:
-      MissingFile: the folder is not a run folder. InvalidInput: no JSON, or a setting lacks.
+        MissingFile: The folder is not a run folder.
+        InvalidInput: Not JSON, or a setting is missing.
     """
     if not (run / "config.json").exists():
-        raise MissingFile(f"{run} is no run folder: it has no config.json")
+        raise MissingFile(f"{run} is not a run folder: it has no config.json")
     return present_settings(read_object(run / "config.json", {"seed": int}))
 
 
-def differing(runs: list[Path]) -> dict[str, list[str]]:
-    """What differs between runs of which each may be another seed: name to its text in each run.
+def differing_settings(runs: list[Path]) -> dict[str, list[str]]:
+    """Return the differences between runs that may be seeds of one method.
 
-    The settings but NOT_OF_THE_METHOD; the problems on which each task was judged; and "run", its
-    name, where two runs have the same seed, so that they are no independent repetitions. Models
-    and tasks are compared by what they hold where all the runs recorded it (identities.json, see
-    `opd.runs.identity`), else by name.
+    Compared are the settings outside NON_METHOD_SETTINGS; the problems on which each task was
+    evaluated; and "run", the folder name, if two runs have the same seed and so are no independent
+    repetitions. Models and tasks are compared by content if all runs recorded it (identities.json,
+    see `opd.runs.identity`), else by name.
+
+    Args:
+        runs: Run folders.
+
+    Returns:
+        Name to its text in each run, for the names that differ.
     """
-    configs = [settings(run) for run in runs]
-    shown: dict[str, list[str]] = {}
-    for name in sorted({name for config in configs for name in config} - NOT_OF_THE_METHOD):
-        shown[name] = [short_text(config.get(name)) for config in configs]
-    held = [identities(run) for run in runs]
-    for name in sorted(set.intersection(*map(set, held)) if held else ()):
-        names = [short_text(config.get(name)) for config in configs]
-        values = [identity[name] for identity in held]
-        shown[name] = [
+    configs = [load_settings(run) for run in runs]
+    texts_by_name: dict[str, list[str]] = {}
+    for name in sorted({name for config in configs for name in config} - NON_METHOD_SETTINGS):
+        texts_by_name[name] = [setting_text(config.get(name)) for config in configs]
+    identities = [load_identities(run) for run in runs]
+    for name in sorted(set.intersection(*map(set, identities)) if identities else ()):
+        names = [setting_text(config.get(name)) for config in configs]
+        values = [identity[name] for identity in identities]
+        texts_by_name[name] = [
             f"{text} {value}" if len(set(values)) > 1 else value
             for text, value in zip(names, values, strict=True)
         ]
-    for task in sorted({task for run in runs for task in judged(run)}):
-        shown[f"judged on{' ' + task if task else ''}"] = [
-            judged(run).get(task, "nothing") for run in runs
+    for task in sorted({task for run in runs for task in evaluated_problems(run)}):
+        texts_by_name[f"evaluated on{' ' + task if task else ''}"] = [
+            evaluated_problems(run).get(task, "nothing") for run in runs
         ]
     seeds = [config.get("seed") for config in configs]
     if len(set(seeds)) < len(seeds):
-        shown["run"] = [run.resolve().name for run in runs]
-        if len(set(shown["run"])) < len(runs):
-            shown["run"] = [str(run) for run in runs]
-    return {name: texts for name, texts in shown.items() if len(set(texts)) > 1}
+        texts_by_name["run"] = [run.resolve().name for run in runs]
+        if len(set(texts_by_name["run"])) < len(runs):
+            texts_by_name["run"] = [str(run) for run in runs]
+    return {name: texts for name, texts in texts_by_name.items() if len(set(texts)) > 1}
 
 
-def labels(folders: list[Path]) -> list[str]:
-    """Names of run folders, with as many of the folders above them as tell them apart."""
+def folder_labels(folders: list[Path]) -> list[str]:
+    """Return names of folders, with as many parent folders as needed to make them distinct."""
     parts = [folder.resolve().parts for folder in folders]
-    deepest = max(map(len, parts))
-    for depth in range(1, deepest + 1):
+    max_depth = max(map(len, parts))
+    for depth in range(1, max_depth + 1):
         names = ["/".join(x[-depth:]) for x in parts]
         if len(set(names)) == len(set(parts)):
             break
     return names
 
 
-def identities(run: Path) -> dict[str, str]:
-    """What a run recorded of the contents of its models and tasks; empty for older runs."""
+def load_identities(run: Path) -> dict[str, str]:
+    """Read the recorded content hashes of a run's models and tasks; empty for older runs."""
     path = run / "identities.json"
     return read_object(path) if path.exists() else {}
 
 
-def judged(run: Path) -> dict[str, str]:
-    """Task to the problems of its last evaluation: how many, and their fingerprint."""
-    found: dict[str, str] = {}
-    for row in rows.read(run / "evals.jsonl"):
+def evaluated_problems(run: Path) -> dict[str, str]:
+    """Return task to the problems of its last evaluation: their number and fingerprint."""
+    problems_by_task: dict[str, str] = {}
+    for row in rows.read_rows(run / "evals.jsonl"):
         count, problems = row.get("problems", ""), row.get("problem_set", "")
-        found[row.get("task", "")] = f"{count} problems {problems}".strip()
-    return found
+        problems_by_task[row.get("task", "")] = f"{count} problems {problems}".strip()
+    return problems_by_task
 
 
-def short_text(value: Any) -> str:
-    """A setting as part of a name: a string as it is, else JSON."""
+def setting_text(value: Any) -> str:
+    """Return a setting as part of a name: a string unchanged, else JSON."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def distinct_names(runs: list[Path], names: list[str]) -> list[str]:
-    """A name for each run, equal for two runs only where they are seeds of one method.
+    """Return a name for each run, equal for two runs only if they are seeds of one method.
 
-    names: what each would be called; where runs of one name differ, what differs is added.
+    Args:
+        runs: Run folders.
+        names: Preferred name of each; where runs of one name differ, the differences are appended.
+
+    Returns:
+        The names.
     """
-    made = list(names)
+    unique_names = list(names)
     for name in dict.fromkeys(names):
-        places = [i for i, one in enumerate(names) if one == name]
-        away = {k: x for k, x in differing([runs[i] for i in places]).items() if k != "run"}
-        for k, i in enumerate(places):
-            if away:
-                made[i] = f"{name} ({', '.join(f'{key} {x[k]}' for key, x in away.items())})"
-    for name in dict.fromkeys(made):
-        places = [i for i, one in enumerate(made) if one == name]
-        if again := differing([runs[i] for i in places]).get("run"):
-            for i, label in zip(places, again, strict=True):
-                made[i] = f"{name}, run {label}"
-    return made
+        positions = [i for i, other_name in enumerate(names) if other_name == name]
+        differences = {
+            k: x for k, x in differing_settings([runs[i] for i in positions]).items() if k != "run"
+        }
+        for k, i in enumerate(positions):
+            if differences:
+                unique_names[i] = (
+                    f"{name} ({', '.join(f'{key} {x[k]}' for key, x in differences.items())})"
+                )
+    for name in dict.fromkeys(unique_names):
+        positions = [i for i, other_name in enumerate(unique_names) if other_name == name]
+        if run_labels := differing_settings([runs[i] for i in positions]).get("run"):
+            for i, label in zip(positions, run_labels, strict=True):
+                unique_names[i] = f"{name}, run {label}"
+    return unique_names
 
 
-def refuse_unlike(method: str, runs: list[Path]) -> None:
-    """Refuse to pool runs that are no seeds of one method.
+def check_same_method(method: str, runs: list[Path]) -> None:
+    """Raise unless the runs are seeds of one method.
+
+    Args:
+        method: Its name in messages.
+        runs: Run folders.
 
     Raises:
-      ValueError: they differ in more than their seed, or two have the same one.
+        InvalidInput: They differ in more than their seed, or two have the same seed.
     """
-    for name, texts in differing(runs).items():
+    for name, texts in differing_settings(runs).items():
         i = next(i for i, text in enumerate(texts) if text != texts[0])
-        what = f"{name} is {texts[0]!r} in {runs[0]} and {texts[i]!r} in {runs[i]}"
+        reason = f"{name} is {texts[0]!r} in {runs[0]} and {texts[i]!r} in {runs[i]}"
         if name == "run":
-            what = f"two of {', '.join(map(str, runs))} have the same seed"
+            reason = f"two of {', '.join(map(str, runs))} have the same seed"
         raise InvalidInput(
-            f"the runs of {method} are not seeds of one method: {what}; give them folders of "
-            "different names, or leave one out"
+            f"the runs of {method} are not seeds of one method: {reason}; rename a folder, or "
+            "leave one out"
         )
 
 
-def saved(runs: list[Path]) -> list[int]:
-    """Steps at which every one of these runs saved a batch, rising.
+def common_saved_steps(runs: list[Path]) -> list[int]:
+    """Return the steps at which all of these runs saved a batch, ascending.
+
+    Args:
+        runs: Run folders.
+
+    Returns:
+        The steps.
 
     Raises:
-      FileNotFoundError: there is none.
+        MissingFile: There is none.
     """
     steps = [
         {int(p.stem.split("_")[1]) for p in (run / "batches").glob("step_*.safetensors")}
@@ -217,31 +259,36 @@ def saved(runs: list[Path]) -> list[int]:
     common = sorted(set.intersection(*steps))
     if not common:
         names = ", ".join(str(run) for run in runs)
-        raise MissingFile(f"no step at which all of {names} saved a batch; see --save-batch-every")
+        raise MissingFile(
+            f"there is no step at which all of {names} saved a batch; see --save-batch-every"
+        )
     return common
 
 
 def batch_path(run: Path, step: int) -> Path:
+    """Return the path of a run's saved batch of a step."""
     return run / "batches" / f"step_{step:06d}.safetensors"
 
 
-def bins(row: Row, name: str) -> dict[tuple[int, int], float]:
-    """{(first, last position): value} of a metric in the position bins of a row; nulls are NaN."""
-    found = {}
+def position_bin_values(row: Row, name: str) -> dict[tuple[int, int], float]:
+    """Return {(first, last position): value} of a metric by position bin; nulls are NaN."""
+    values = {}
     for key, value in row.items():
-        match = BIN.search(key)
-        if match and key[: match.start()] == name:
-            low, high = map(int, match.groups())
-            found[low, high] = float("nan") if value is None else float(value)
-    return dict(sorted(found.items()))
+        bin_match = POSITION_BIN.search(key)
+        if bin_match and key[: bin_match.start()] == name:
+            low, high = map(int, bin_match.groups())
+            values[low, high] = float("nan") if value is None else float(value)
+    return dict(sorted(values.items()))
 
 
-def pooled(values: list[float], errors: list[float], weights: list[float]) -> tuple[float, float]:
-    """Weighted mean of independent values and its standard error, from theirs."""
+def pool_means(
+    values: list[float], errors: list[float], weights: list[float]
+) -> tuple[float, float]:
+    """Return the weighted mean of independent values and its standard error, from theirs."""
     w = np.array(weights) / np.sum(weights)
     return float((w * values).sum()), float(np.sqrt((w**2 * np.square(errors)).sum()))
 
 
-def short(x: float) -> float:
-    """x to five significant digits, as tables keep it."""
+def round_significant(x: float) -> float:
+    """Round to five significant digits, as in tables."""
     return float(f"{x:.5g}")

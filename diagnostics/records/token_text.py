@@ -1,6 +1,6 @@
-"""What token ids spell: the bytes of a run's ids, from its tokenizer.json alone, and their text.
+"""Text of token ids, from a run's tokenizer.json alone.
 
-Free of torch and transformers. Shapes: none; ids are plain integers.
+Needs neither torch nor transformers. Ids are plain integers.
 """
 
 import json
@@ -11,81 +11,112 @@ from pathlib import Path
 from typing import Any
 
 from diagnostics.io.files import read_json
-from diagnostics.records.vocabulary import byte_letters, entries
+from diagnostics.records.vocabulary import byte_alphabet, tokenizer_entries
 
 
 @dataclass(frozen=True)
-class Spelling:
-    """pieces: the bytes of every id that a tokenizer names; special: ids with that flag."""
+class TokenDecoder:
+    """Bytes of the ids of a tokenizer, decoded to text."""
 
-    pieces: dict[int, bytes] = field(default_factory=dict)
+    token_bytes: dict[int, bytes] = field(default_factory=dict)
+    """Bytes of every id of the tokenizer."""
     special: frozenset[int] = frozenset()
+    """Ids of special tokens."""
 
     def text(self, token: int) -> str:
-        """An id by itself; bytes that are no text as \\xNN, an unknown id by its number."""
-        return told([self.pieces[token]])[0] if token in self.pieces else f"#{token}"
+        r"""Return the text of one id; invalid UTF-8 bytes as \xNN, an unknown id by its number."""
+        return (
+            decode_pieces([self.token_bytes[token]])[0]
+            if token in self.token_bytes
+            else f"#{token}"
+        )
 
     def texts(self, tokens: Sequence[int]) -> list[str]:
-        """Ids in their order; a character whose bytes several ids share stands at the first."""
-        return told([self.pieces.get(token, f"#{token}".encode()) for token in tokens])
+        """Return the text of each id; a character split over several ids is at the first."""
+        return decode_pieces(
+            [self.token_bytes.get(token, f"#{token}".encode()) for token in tokens]
+        )
 
 
-def read_run_spelling(places: Sequence[Path]) -> Spelling:
-    """Of the first of these folders that holds a tokenizer; empty if none does."""
-    return next((known for place in places if (known := read_spelling(place)).pieces), Spelling())
+def load_first_token_decoder(folders: Sequence[Path]) -> TokenDecoder:
+    """Load the tokenizer of the first folder that has one; empty if none does."""
+    return next(
+        (decoder for folder in folders if (decoder := load_token_decoder(folder)).token_bytes),
+        TokenDecoder(),
+    )
 
 
-def read_spelling(folder: Path) -> Spelling:
-    """Of a model's folder; empty where it holds no tokenizer.json."""
+def load_token_decoder(folder: Path) -> TokenDecoder:
+    """Load the tokenizer of a model folder; empty if it has no tokenizer.json."""
     path = folder / "tokenizer.json"
-    return parse(read_json(path), str(path)) if path.exists() else Spelling()
+    return parse_tokenizer(read_json(path), str(path)) if path.exists() else TokenDecoder()
 
 
-def parse(tokenizer: Any, source: str = "tokenizer.json") -> Spelling:
-    """Of the contents of a tokenizer.json: byte-level, SentencePiece-like or plain pieces."""
-    known, added = entries(tokenizer, source)
-    letters = byte_letters() if '"ByteLevel"' in json.dumps(tokenizer.get("decoder")) else {}
-    pieces = {i: spelled(piece, letters) for piece, i in known.items()}
-    pieces |= {token["id"]: encoded(token["content"]) for token in added}
-    return Spelling(pieces, frozenset(token["id"] for token in added if token.get("special")))
+def parse_tokenizer(tokenizer: Any, source: str = "tokenizer.json") -> TokenDecoder:
+    """Parse the content of a tokenizer.json with byte-level, SentencePiece or plain entries."""
+    piece_ids, added_tokens = tokenizer_entries(tokenizer, source)
+    byte_by_letter = (
+        byte_alphabet() if '"ByteLevel"' in json.dumps(tokenizer.get("decoder")) else {}
+    )
+    pieces = {i: piece_bytes(piece, byte_by_letter) for piece, i in piece_ids.items()}
+    pieces |= {token["id"]: encode_text(token["content"]) for token in added_tokens}
+    return TokenDecoder(
+        pieces, frozenset(token["id"] for token in added_tokens if token.get("special"))
+    )
 
 
-def spelled(piece: str, letters: dict[str, int]) -> bytes:
-    """The bytes of a piece; `letters` is the alphabet of bytes, empty if the pieces are text."""
-    if letters:
-        return b"".join(bytes([letters[c]]) if c in letters else encoded(c) for c in piece)
+def piece_bytes(piece: str, byte_by_letter: dict[str, int]) -> bytes:
+    """Return the bytes of a vocabulary entry.
+
+    Args:
+        piece: Text of the entry.
+        byte_by_letter: Byte alphabet; empty if entries are plain text.
+
+    Returns:
+        Its bytes.
+    """
+    if byte_by_letter:
+        return b"".join(
+            bytes([byte_by_letter[c]]) if c in byte_by_letter else encode_text(c) for c in piece
+        )
     if byte := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece):
         return bytes.fromhex(byte[1])
-    return encoded(piece.replace("\u2581", " "))
+    return encode_text(piece.replace("\u2581", " "))
 
 
-def encoded(text: str) -> bytes:
-    """UTF-8; a lone surrogate, which JSON can hold, as its three bytes, which are no text."""
+def encode_text(text: str) -> bytes:
+    """Encode to UTF-8; a lone surrogate, which JSON can hold, becomes three invalid bytes."""
     return text.encode("utf-8", "surrogatepass")
 
 
-def told(pieces: Sequence[bytes]) -> list[str]:
-    """Text of each of some consecutive pieces.
+def decode_pieces(pieces: Sequence[bytes]) -> list[str]:
+    r"""Decode consecutive token bytes to one text each.
 
-    A character goes to the piece with its first byte, so later ones may be empty; bytes that begin
-    no character are shown as \\xNN where they are.
+    A character belongs to the token with its first byte, so later ones may be empty; bytes that
+    begin no character are shown as \xNN in place.
+
+    Args:
+        pieces: Bytes of consecutive tokens.
+
+    Returns:
+        The text of each.
     """
     try:
         return [piece.decode() for piece in pieces]
     except UnicodeDecodeError:
         pass
     data = b"".join(pieces)
-    owner = [k for k, piece in enumerate(pieces) for _ in piece]
-    made, at = [""] * len(pieces), 0
-    while at < len(data):
-        text, size = first_character(data[at : at + 4])
-        made[owner[at]] += text
-        at += size
-    return made
+    piece_index = [k for k, piece in enumerate(pieces) for _ in piece]
+    texts, offset = [""] * len(pieces), 0
+    while offset < len(data):
+        text, size = first_character(data[offset : offset + 4])
+        texts[piece_index[offset]] += text
+        offset += size
+    return texts
 
 
 def first_character(data: bytes) -> tuple[str, int]:
-    """The character that some bytes begin with and its size, or \\xNN of the first one."""
+    r"""Return the first character of some bytes and its size, or \xNN of the first byte and 1."""
     for size in range(1, len(data) + 1):
         try:
             return data[:size].decode(), size

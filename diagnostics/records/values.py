@@ -1,6 +1,6 @@
-"""Checks of the values of one record; each message names the row, the field, the value, the place.
+"""Checks of the values of a record; each message names row, field, value and position.
 
-Shapes: T response positions, K support ids. `where` (file, row and field) opens every message.
+Shapes: T response positions, K support ids. `location` (file, row and field) begins every message.
 """
 
 from collections.abc import Iterable
@@ -9,188 +9,218 @@ from typing import Any
 import numpy as np
 
 from diagnostics.errors import InvalidInput
-from diagnostics.io.files import has_type, short
-from diagnostics.records.batch_files import ID_LIMIT, LOWEST_LOGP, MOST_MASS
+from diagnostics.io.files import has_type, short_repr
+from diagnostics.records.batch_files import ID_LIMIT, MAX_SUPPORT_MASS, MIN_LOGP
 
 ROUNDING = 1e-3
-"""Nats by which neighbours of a list may be out of order."""
+"""Nats by which neighbours in a sorted list may be out of order."""
 
 
-def listed(value: Any, where: str) -> list[Any]:
-    """The value as a list."""
+def to_list(value: Any, location: str) -> list[Any]:
+    """Return the value as a list."""
     if isinstance(value, np.ndarray):
         return value.tolist()
     if not isinstance(value, list | tuple):
-        raise InvalidInput(f"{where}: {short(value)} is not a list")
+        raise InvalidInput(f"{location}: {short_repr(value)} is not a list")
     return list(value)
 
 
-def wide_rows(value: Any, where: str, mask: np.ndarray, fill: Any) -> list[list[Any]]:
-    """T lists of K values; a null where the mask is False becomes a list of `fill`."""
-    rows = listed(value, where)
-    same_length(len(rows), len(mask), where)
-    sizes = [None if row is None else len(listed(row, where)) for row in rows]
+def parse_topk_lists(value: Any, location: str, mask: np.ndarray, fill: Any) -> list[list[Any]]:
+    """Return T lists of K values; null where the mask is False becomes a list of `fill`."""
+    rows = to_list(value, location)
+    check_length(len(rows), len(mask), location)
+    sizes = [None if row is None else len(to_list(row, location)) for row in rows]
     k = next((size for size in sizes if size is not None), 0)
     for t, size in enumerate(sizes):
         if size is None and mask[t]:
-            raise InvalidInput(f"{where}: null at position {t}, which the mask holds supervised")
+            raise InvalidInput(f"{location}: null at position {t}, where the mask is true")
         if size is not None and size != k:
-            raise InvalidInput(f"{where}: {size} values at position {t}, {k} before it")
-    return [[fill] * k if row is None else listed(row, where) for row in rows]
+            raise InvalidInput(f"{location}: {size} values at position {t}, but {k} before it")
+    return [[fill] * k if row is None else to_list(row, location) for row in rows]
 
 
-def floats(
-    value: Any, where: str, mask: np.ndarray, *, logp: bool, wide: bool = False
+def parse_floats(
+    value: Any, location: str, mask: np.ndarray, *, logp: bool, wide: bool = False
 ) -> np.ndarray:
-    """(T,) or, with `wide`, (T, K) numbers, 0 where the mask, (T,) or (T, K), is False.
+    """Return numbers (T,) or, with `wide`, (T, K), that are 0 where the mask is False.
+
+    Args:
+        value: List of numbers.
+        location: Beginning of every message.
+        mask: (T,) or (T, K) bool.
+        logp: The numbers are log-probabilities.
+        wide: Accept (T, K).
+
+    Returns:
+        float64 array.
 
     Raises:
-      InvalidInput: where the mask is True: true or false, no number, no finite number; of
-        log-probabilities a positive one or one below LOWEST_LOGP.
+        InvalidInput: Where the mask is True: a bool, not a number, not finite; for
+            log-probabilities a positive one or one below MIN_LOGP.
     """
-    rows = listed(value, where)
-    same_length(len(rows), len(mask), where)
-    refuse_other_types(rows, where)
+    rows = to_list(value, location)
+    check_length(len(rows), len(mask), location)
+    check_number_types(rows, location)
     try:
         x = np.asarray(rows, dtype=np.float64)
     except (TypeError, ValueError, OverflowError) as error:
-        raise InvalidInput(f"{where}: {short(rows)} does not hold numbers alone") from error
+        raise InvalidInput(f"{location}: {short_repr(rows)} does not hold numbers only") from error
     if x.ndim > 1 + wide:
-        raise InvalidInput(f"{where}: {short(rows)} is nested more deeply than expected")
+        raise InvalidInput(f"{location}: {short_repr(rows)} is nested more deeply than expected")
     if x.ndim > mask.ndim:
         mask = mask[:, None]
     x = np.where(np.broadcast_to(mask, x.shape), x, 0.0)
     faults = [(~np.isfinite(x), "not finite (or null)")]
     if logp:
         faults.append((x > 1e-3, "a positive log-probability"))
-        absent = "no log-probability but a server's sign that it has none; mask its token"
-        faults.append((x < LOWEST_LOGP, absent))
-    for bad, words in faults:
-        if bad.any():
-            place = tuple(int(i[0]) for i in np.nonzero(bad))
+        missing_logp_message = "a server's marker of a missing log-probability; mask its token"
+        faults.append((x < MIN_LOGP, missing_logp_message))
+    for is_invalid, message in faults:
+        if is_invalid.any():
+            position = tuple(int(i[0]) for i in np.nonzero(is_invalid))
             raise InvalidInput(
-                f"{where}: {x[place]} at position {place[0]} is {words}; {bad.sum()} such values"
+                f"{location}: {x[position]} at position {position[0]} is {message}; "
+                f"{is_invalid.sum()} such values"
             )
     return x
 
 
-def ids(value: Any, where: str, ndim: int = 1) -> np.ndarray:
-    """(T,) or (T, K) token ids, int64.
+def parse_ids(value: Any, location: str, ndim: int = 1) -> np.ndarray:
+    """Return non-negative token ids, (T,) or (T, K).
+
+    Args:
+        value: List of ids.
+        location: Beginning of every message.
+        ndim: 1 or 2.
+
+    Returns:
+        int64 array.
 
     Raises:
-      InvalidInput: another value than a whole number in [0, ID_LIMIT).
+        InvalidInput: Not integers, another depth, a negative id, or one of at least ID_LIMIT.
     """
-    rows = listed(value, where)
-    refuse_other_types(rows, where)
-    empty = not rows or (ndim == 2 and not rows[0])
+    rows = to_list(value, location)
+    check_number_types(rows, location)
+    is_empty = not rows or (ndim == 2 and not rows[0])
     try:
-        x = np.zeros((len(rows), 0)[:ndim], dtype=np.int64) if empty else np.asarray(rows)
+        x = np.zeros((len(rows), 0)[:ndim], dtype=np.int64) if is_empty else np.asarray(rows)
     except ValueError as error:
-        raise InvalidInput(f"{where}: {short(rows)} has parts of different sizes") from error
-    huge = x.dtype.kind == "O" and all(type(v) is int for v in x.flat)  # beyond 64 bits
-    if (x.dtype.kind not in "iu" and not huge) or x.ndim != ndim:
-        raise InvalidInput(f"{where}: {short(rows)} does not hold whole numbers alone")
-    for bad, words in (
-        (x < 0, "is no id; say in mask what is not supervised"),
-        (x >= ID_LIMIT, f"is no token id: no vocabulary has more than {ID_LIMIT} ids"),
+        raise InvalidInput(
+            f"{location}: {short_repr(rows)} has lists of different lengths"
+        ) from error
+    is_beyond_int64 = x.dtype.kind == "O" and all(type(v) is int for v in x.flat)
+    if (x.dtype.kind not in "iu" and not is_beyond_int64) or x.ndim != ndim:
+        raise InvalidInput(f"{location}: {short_repr(rows)} does not hold integers only")
+    for is_invalid, message in (
+        (x < 0, "is not an id; use mask for tokens outside the loss"),
+        (x >= ID_LIMIT, f"is not a token id: no vocabulary has more than {ID_LIMIT} ids"),
     ):
-        if bad.any():
-            place = tuple(int(i[0]) for i in np.nonzero(bad))
-            raise InvalidInput(f"{where}: {short(int(x[place]))} at position {place[0]} {words}")
+        if is_invalid.any():
+            position = tuple(int(i[0]) for i in np.nonzero(is_invalid))
+            raise InvalidInput(
+                f"{location}: {short_repr(int(x[position]))} at position {position[0]} {message}"
+            )
     return x.astype(np.int64)
 
 
-def bools(value: Any, where: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Truth values of that shape, of true, false, 0 and 1."""
-    rows = listed(value, where)
-    same_length(len(rows), shape[0], where)
+def parse_bools(value: Any, location: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Return booleans of that shape, from true, false, 0 and 1."""
+    rows = to_list(value, location)
+    check_length(len(rows), shape[0], location)
     try:
         x = np.asarray(rows).reshape(shape) if rows else np.zeros(shape, dtype=bool)
     except ValueError as error:
-        raise InvalidInput(f"{where}: {short(rows)} is not {shape} truth values") from error
+        raise InvalidInput(f"{location}: {short_repr(rows)} is not {shape} booleans") from error
     if x.dtype.kind not in "biuf" or not np.isin(x, (0, 1)).all():
-        raise InvalidInput(f"{where}: {short(rows)} holds other values than true, false, 0 and 1")
+        raise InvalidInput(
+            f"{location}: {short_repr(rows)} holds values other than true, false, 0 and 1"
+        )
     return x.astype(bool)
 
 
-def number(value: Any, where: str) -> float:
-    """A finite number; true and false are none."""
-    wrong = not has_type(value, float) and not isinstance(value, np.number)
-    if wrong or not np.isfinite(float(value)):
-        raise InvalidInput(f"{where}: {short(value)} is not a number")
+def parse_number(value: Any, location: str) -> float:
+    """Return a finite number; bools are rejected."""
+    is_invalid = not has_type(value, float) and not isinstance(value, np.number)
+    if is_invalid or not np.isfinite(float(value)):
+        raise InvalidInput(f"{location}: {short_repr(value)} is not a number")
     return float(value)
 
 
-def check_support(row: dict[str, np.ndarray], mask: np.ndarray, where: str) -> None:
-    """Refuse a support that no two softmaxes have: an id twice, or more probability than 1.
+def check_support(row: dict[str, np.ndarray], mask: np.ndarray, location: str) -> None:
+    """Raise on a support that no two softmaxes have: a duplicate id, or a probability sum above 1.
 
     Args:
-      row: `support.ids` (T, K), optionally `support.present`, `support.student_logp` and
-        `support.teacher_logp`. mask: (T,); other positions are not looked at.
+        row: `support.ids` (T, K), optionally `support.present`, `support.student_logp` and
+            `support.teacher_logp`.
+        mask: (T,); other positions are not checked.
+        location: Beginning of every message.
     """
-    chosen = row["support.ids"]
-    if len(chosen) and not chosen.shape[1]:
-        raise InvalidInput(f"{where}, field support.ids: no id at any position; leave it out")
-    counted = row.get("support.present", np.ones(chosen.shape, dtype=bool)) & mask[:, None]
-    distinct = np.where(counted, chosen, -1 - np.arange(chosen.shape[1]))
-    ordered = np.sort(distinct, axis=1)
-    twice = (ordered[:, 1:] == ordered[:, :-1]).any(1)
-    if twice.any():
-        t = int(twice.argmax())
-        double = next(v for v in chosen[t][counted[t]] if (chosen[t][counted[t]] == v).sum() > 1)
+    ids = row["support.ids"]
+    if len(ids) and not ids.shape[1]:
         raise InvalidInput(
-            f"{where}, field support.ids: the id {double} stands twice at position {t}; a support "
-            "holds every id once"
+            f"{location}, field support.ids: no id at any position; remove the field"
+        )
+    is_valid = row.get("support.present", np.ones(ids.shape, dtype=bool)) & mask[:, None]
+    distinct_ids = np.where(is_valid, ids, -1 - np.arange(ids.shape[1]))
+    sorted_ids = np.sort(distinct_ids, axis=1)
+    is_duplicate = (sorted_ids[:, 1:] == sorted_ids[:, :-1]).any(1)
+    if is_duplicate.any():
+        t = int(is_duplicate.argmax())
+        duplicate_id = next(v for v in ids[t][is_valid[t]] if (ids[t][is_valid[t]] == v).sum() > 1)
+        raise InvalidInput(
+            f"{location}, field support.ids: duplicate id {duplicate_id} at position {t}; a "
+            "support holds every id once"
         )
     for name in ("support.student_logp", "support.teacher_logp"):
         if name in row:
-            mass = np.where(counted, np.exp(np.minimum(row[name], 1.0)), 0.0).sum(1)
-            if (mass > MOST_MASS).any():
-                t = int((mass > MOST_MASS).argmax())
+            mass = np.where(is_valid, np.exp(np.minimum(row[name], 1.0)), 0.0).sum(1)
+            if (mass > MAX_SUPPORT_MASS).any():
+                t = int((mass > MAX_SUPPORT_MASS).argmax())
                 raise InvalidInput(
-                    f"{where}, field {name}: the probabilities at position {t} sum to "
+                    f"{location}, field {name}: the probabilities at position {t} sum to "
                     f"{mass[t]:.4g}, expected at most 1; are they logits, or renormalised?"
                 )
 
 
-def order_support(row: dict[str, Any], mask: np.ndarray) -> None:
-    """Put the ids of a teacher's or student's list in descending order of its model, in place.
+def sort_support(row: dict[str, Any], mask: np.ndarray) -> None:
+    """Sort the ids of a teacher's or student's list by descending log-probability, in place.
 
-    Some servers write the sampled token first, others sort by id; measures of shallower lists read
-    the first ids. Ids that do not count go last. Lists in order, up to rounding, stay as they are.
+    Some servers put the sampled token first, others sort by id; metrics of smaller K read the first
+    ids. Ids that do not count go last. Lists that are sorted up to rounding are unchanged.
 
     Args:
-      row, mask: as of `check_support`.
+        row: As in `check_support`.
+        mask: (T,) bool.
     """
     logp = row.get(f"support.{row.get('support.source', 'teacher')}_logp")
     if logp is None or not logp.size:
         return
-    counted = row.get("support.present", np.ones(logp.shape, dtype=bool)) & mask[:, None]
-    least = np.minimum.accumulate(np.where(counted, logp, np.inf), axis=1)
-    rising = (np.where(counted, logp, -np.inf)[:, 1:] > least[:, :-1] + ROUNDING).any(1)
-    order = np.argsort(np.where(counted, -logp, np.inf), axis=1, kind="stable")
-    order[~rising] = np.arange(logp.shape[1])
+    is_valid = row.get("support.present", np.ones(logp.shape, dtype=bool)) & mask[:, None]
+    running_min = np.minimum.accumulate(np.where(is_valid, logp, np.inf), axis=1)
+    is_unsorted = (np.where(is_valid, logp, -np.inf)[:, 1:] > running_min[:, :-1] + ROUNDING).any(1)
+    order = np.argsort(np.where(is_valid, -logp, np.inf), axis=1, kind="stable")
+    order[~is_unsorted] = np.arange(logp.shape[1])
     names = ("support.ids", "support.present", "support.student_logp", "support.teacher_logp")
     for name in (name for name in names if name in row):
         row[name] = np.take_along_axis(row[name], order, axis=1)
 
 
-def refuse_other_types(rows: Iterable[Any], where: str) -> None:
-    """Refuse true, false and text among numbers, at either depth."""
+def check_number_types(rows: Iterable[Any], location: str) -> None:
+    """Raise on bools and text among numbers, at either depth."""
     kinds = set(map(type, rows))
     for row in rows if list in kinds else ():
         if isinstance(row, list):
             kinds |= set(map(type, row))
     if bool in kinds:
-        raise InvalidInput(f"{where}: true or false among the values, expected numbers")
+        raise InvalidInput(f"{location}: true or false among the values, expected numbers only")
     if str in kinds:
-        raise InvalidInput(f"{where}: {short(rows)} does not hold numbers alone")
+        raise InvalidInput(f"{location}: {short_repr(rows)} does not hold numbers only")
 
 
-def same_length(size: int, expected: int, where: str) -> None:
-    """Refuse a list that has not a value for every token."""
+def check_length(size: int, expected: int, location: str) -> None:
+    """Raise unless a list has one value per token."""
     if size != expected:
         raise InvalidInput(
-            f"{where}: {size} values, tokens has {expected} (where tokens is prompt and response, "
-            "response_length says how many are the response's)"
+            f"{location}: {size} values, tokens has {expected} (if tokens holds prompt and "
+            "response, add response_length, the number of response tokens)"
         )

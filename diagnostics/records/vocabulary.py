@@ -1,118 +1,153 @@
-"""What the ids of a run mean, read from its tokenizer.json: text, and which are special."""
+"""Display text and special tokens of a run's vocabulary, from its tokenizer.json."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diagnostics.errors import InvalidInput, MissingFile
-from diagnostics.io.files import check_fields, has_type, read_json, read_object, short
+from diagnostics.io.files import check_fields, has_type, read_json, read_object, short_repr
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """special: ids of added tokens with that flag; names: text of every id as shown in a figure."""
+    """Vocabulary of a run as figures show it."""
 
     special: frozenset[int]
+    """Ids of added tokens with the special flag."""
     names: dict[int, str]
+    """Display text of every id."""
 
     def name(self, token: int) -> str:
+        """Return the display text of an id, or its number if unknown."""
         return self.names.get(token, f"#{token}")
 
 
-def read(run: Path) -> Vocabulary:
-    """The vocabulary of a run: of the model it trained, or of the student it began with.
+def load_vocabulary(run: Path) -> Vocabulary:
+    """Load the vocabulary of a run: of the trained model, or of the initial student.
+
+    Args:
+        run: The run folder.
+
+    Returns:
+        The vocabulary.
 
     Raises:
-      FileNotFoundError: neither folder has a tokenizer.json.
+        MissingFile: Neither folder has a tokenizer.json.
     """
-    places = [run / "final", model(run, "student")]
-    for place in places:
-        if (place / "tokenizer.json").exists():
-            return parse(read_json(place / "tokenizer.json"), str(place / "tokenizer.json"))
+    folders = [run / "final", model_folder(run, "student")]
+    for folder in folders:
+        if (folder / "tokenizer.json").exists():
+            return parse_vocabulary(
+                read_json(folder / "tokenizer.json"), str(folder / "tokenizer.json")
+            )
     raise MissingFile(
-        f"no tokenizer.json in {places[0]} or {places[1]}: finish the run, or put the student "
-        "where its config.json says"
+        f"no tokenizer.json in {folders[0]} or {folders[1]}: finish the run, or restore the "
+        "student at the path in its config.json"
     )
 
 
-def model(run: Path, role: str) -> Path:
-    """The folder of the run's student or teacher; see `located`."""
-    return located(run, read_object(run / "config.json", {role: str})[role])
+def model_folder(run: Path, role: str) -> Path:
+    """Return the folder of the run's student or teacher; see `resolve_folder`."""
+    return resolve_folder(run, read_object(run / "config.json", {role: str})[role])
 
 
-def located(run: Path, name: str) -> Path:
-    """A folder that a run's config.json names; a relative one also from the run's parents."""
-    found = [up / name for up in run.resolve().parents if (up / name).is_dir()]
-    return Path(name) if Path(name).is_dir() or not found else found[0]
+def resolve_folder(run: Path, name: str) -> Path:
+    """Find a folder named in a run's config.json; a relative one also from the run's parents."""
+    candidates = [parent / name for parent in run.resolve().parents if (parent / name).is_dir()]
+    return Path(name) if Path(name).is_dir() or not candidates else candidates[0]
 
 
-def end(folder: Path, vocabulary: Vocabulary) -> int:
-    """The id by which a model ends in its own way: its tokenizer's end token.
+def eos_id(folder: Path, vocabulary: Vocabulary) -> int:
+    """Return the id of the EOS token of a model's tokenizer.
+
+    Args:
+        folder: The model folder.
+        vocabulary: The run's vocabulary.
+
+    Returns:
+        The id.
 
     Raises:
-      FileNotFoundError: the folder names none. ValueError: the vocabulary does not have it.
+        MissingFile: The folder names no EOS token.
+        InvalidInput: The vocabulary does not have it.
     """
     settings = folder / "tokenizer_config.json"
     token = read_object(settings).get("eos_token") if settings.exists() else None
     if token is None:
-        raise MissingFile(f"no eos_token in {settings}, and without it no ends to show")
+        raise MissingFile(f"no eos_token in {settings}, which the figure needs")
     text = token.get("content") if isinstance(token, dict) else token
     ids = [i for i, name in vocabulary.names.items() if name == text]
     if not ids:
-        raise InvalidInput(f"{folder} ends with {text!r}, which the run's vocabulary does not have")
+        raise InvalidInput(f"the eos_token {text!r} of {folder} is not in the run's vocabulary")
     return ids[0]
 
 
-def parse(tokenizer: Any, source: str = "tokenizer.json") -> Vocabulary:
-    """Of the contents of a tokenizer.json; byte-level pieces become text, odd bytes stay hex."""
-    pieces, added = entries(tokenizer, source)
-    letters = byte_letters()
-    names = {i: shown(piece, letters) for piece, i in pieces.items()}
-    names |= {token["id"]: token["content"] for token in added}
-    return Vocabulary(frozenset(t["id"] for t in added if t.get("special")), names)
+def parse_vocabulary(tokenizer: Any, source: str = "tokenizer.json") -> Vocabulary:
+    """Parse the content of a tokenizer.json; byte-level entries become text, invalid bytes hex."""
+    pieces, added_tokens = tokenizer_entries(tokenizer, source)
+    byte_by_letter = byte_alphabet()
+    names = {i: display_text(piece, byte_by_letter) for piece, i in pieces.items()}
+    names |= {token["id"]: token["content"] for token in added_tokens}
+    return Vocabulary(frozenset(t["id"] for t in added_tokens if t.get("special")), names)
 
 
-def entries(tokenizer: Any, source: str) -> tuple[dict[str, int], list[dict[str, Any]]]:
-    """The pieces of a tokenizer's model by their ids, and the tokens added to them.
+def tokenizer_entries(tokenizer: Any, source: str) -> tuple[dict[str, int], list[dict[str, Any]]]:
+    """Return the vocabulary entries of a tokenizer's model by id, and its added tokens.
+
+    Args:
+        tokenizer: Content of a tokenizer.json.
+        source: File name for messages.
+
+    Returns:
+        Text to id, and the added tokens.
 
     Raises:
-      InvalidInput: not the contents of a tokenizer.json; names `source`, the field and the value.
+        InvalidInput: Not the content of a tokenizer.json; names `source`, the field and the value.
     """
     if not isinstance(tokenizer, dict) or not isinstance(tokenizer.get("model"), dict):
-        raise InvalidInput(f"{source}: {short(tokenizer)} has no object 'model' of a tokenizer")
-    pieces, added = tokenizer["model"].get("vocab"), tokenizer.get("added_tokens") or []
+        raise InvalidInput(f"{source}: {short_repr(tokenizer)} has no object 'model'")
+    pieces, added_tokens = tokenizer["model"].get("vocab"), tokenizer.get("added_tokens") or []
     if isinstance(pieces, list):  # a unigram model: [piece, score] by id
         for i, pair in enumerate(pieces):
             if not isinstance(pair, list) or not pair or not isinstance(pair[0], str):
-                raise InvalidInput(f"{source}, model.vocab[{i}]: {short(pair)}, not [text, score]")
+                raise InvalidInput(
+                    f"{source}, model.vocab[{i}]: {short_repr(pair)}, not [text, score]"
+                )
         pieces = {pair[0]: i for i, pair in enumerate(pieces)}
     if not isinstance(pieces, dict):
-        raise InvalidInput(f"{source}, model.vocab: {short(pieces)} holds no pieces by their ids")
+        raise InvalidInput(f"{source}, model.vocab: {short_repr(pieces)} is not an object of ids")
     for piece, i in pieces.items():
         if not has_type(i, int):
-            raise InvalidInput(f"{source}, model.vocab: {short(piece)} has the id {short(i)}")
-    if not isinstance(added, list):
-        raise InvalidInput(f"{source}, added_tokens: {short(added)} is not a list")
-    for i, token in enumerate(added):
+            raise InvalidInput(
+                f"{source}, model.vocab: {short_repr(piece)} has the id {short_repr(i)}"
+            )
+    if not isinstance(added_tokens, list):
+        raise InvalidInput(f"{source}, added_tokens: {short_repr(added_tokens)} is not a list")
+    for i, token in enumerate(added_tokens):
         if not isinstance(token, dict):
-            raise InvalidInput(f"{source}, added_tokens[{i}]: {short(token)} is not an object")
+            raise InvalidInput(f"{source}, added_tokens[{i}]: {short_repr(token)} is not an object")
         check_fields(token, {"id": int, "content": str}, f"{source}, added_tokens[{i}]")
-    return pieces, added
+    return pieces, added_tokens
 
 
-def byte_letters() -> dict[str, int]:
-    """The letter that stands for each byte in byte-level pieces (of GPT-2) to that byte.
+def byte_alphabet() -> dict[str, int]:
+    """Return the byte for each letter of byte-level entries (GPT-2).
 
-    Printable bytes stand for themselves; the others, in order, are the code points from 256 on.
+    Printable bytes are themselves; the others, in order, are the code points from 256 on.
+
+    Returns:
+        Letter to byte.
     """
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in plain]
-    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
+    printable_bytes = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    other_bytes = [b for b in range(256) if b not in printable_bytes]
+    return {chr(b): b for b in printable_bytes} | {
+        chr(256 + i): b for i, b in enumerate(other_bytes)
+    }
 
 
-def shown(piece: str, letters: dict[str, int]) -> str:
-    """A piece as text, with visible spaces and line ends; bytes that are no text as \\xNN."""
-    if all(letter in letters for letter in piece):
-        data = bytes(letters[letter] for letter in piece)
+def display_text(piece: str, byte_by_letter: dict[str, int]) -> str:
+    r"""Return an entry as text with visible spaces and line ends; invalid UTF-8 bytes as \xNN."""
+    if all(letter in byte_by_letter for letter in piece):
+        data = bytes(byte_by_letter[letter] for letter in piece)
         piece = data.decode("utf-8", errors="backslashreplace")
     return piece.replace("▁", "␣").replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")

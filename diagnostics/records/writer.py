@@ -1,6 +1,6 @@
-"""Writing records: batches, or rows of one's own, as JSONL or parquet.
+"""Writing of records: batches or plain rows, as JSONL or parquet.
 
-`diagnostics.records.columns` says what the columns mean. Shapes: T response positions, K ids.
+`diagnostics.records.columns` describes the columns. Shapes: T response positions, K ids.
 """
 
 import json
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import Rollouts
-from diagnostics.core.partial import absent
+from diagnostics.core.partial import missing_fields
 from diagnostics.errors import InvalidInput
 from diagnostics.io.atomic import atomic_write
 from diagnostics.io.packages import load_package
@@ -23,21 +23,27 @@ from diagnostics.records.columns import CONSTANTS
 SUFFIXES = (".jsonl", ".parquet")
 
 
-def rows_of(batch: Rollouts) -> Iterator[dict[str, Any]]:
-    """The rows of a batch as plain values, each cut after its last sampled position.
+def batch_rows(batch: Rollouts) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a batch as plain values, each cut after its last sampled position.
 
-    Settings (temperature and so on) are repeated in every row. Read back, per-token floats are
+    Settings (temperature and so on) are repeated in every row. When read back, per-token floats are
     float32, and ids of a support are 0 where nothing was sampled.
+
+    Args:
+        batch: The batch; missing fields are left out.
+
+    Yields:
+        One row per response.
     """
-    lost = absent(batch)
-    held = {k: v for k, v in batch._tensors().items() if k not in lost}
+    missing_names = missing_fields(batch)
+    present_values = {k: v for k, v in batch._tensors().items() if k not in missing_names}
     flat: dict[str, Tensor] = {}
-    for name, value in held.items():
+    for name, value in present_values.items():
         if isinstance(value, Tensor):
             flat[name] = value
         else:
             inner = value._tensors().items()
-            flat |= {f"{name}.{k}": v for k, v in inner if k not in absent(value)}
+            flat |= {f"{name}.{k}": v for k, v in inner if k not in missing_fields(value)}
     host = {name: x.detach().cpu() for name, x in flat.items()}
     settings = {name: vars(batch)[name] for name in CONSTANTS[:4] if name in vars(batch)}
     support = getattr(batch, "support", None)
@@ -53,17 +59,25 @@ def rows_of(batch: Rollouts) -> Iterator[dict[str, Any]]:
         yield row | settings
 
 
-def write(path: str | Path, rows: Iterable[Rollouts | Mapping[str, Any]]) -> int:
-    """Write batches, or rows of one's own, to .jsonl or .parquet (whole or not at all); how many.
+def write_records(path: str | Path, rows: Iterable[Rollouts | Mapping[str, Any]]) -> int:
+    """Write batches or plain rows to .jsonl or .parquet, atomically.
+
+    Args:
+        path: The file.
+        rows: Batches, or rows as mappings.
+
+    Returns:
+        Number of rows.
 
     Raises:
-      ValueError: another suffix. ImportError: parquet without pyarrow.
+        InvalidInput: Another suffix, or no rows for parquet.
+        MissingPackage: Parquet without pyarrow.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
-        raise InvalidInput(f"{path} is neither .jsonl nor .parquet")
+        raise InvalidInput(f"{path} has neither suffix .jsonl nor .parquet")
     plain = (
-        row for x in rows for row in (rows_of(x) if isinstance(x, Rollouts) else iter([dict(x)]))
+        row for x in rows for row in (batch_rows(x) if isinstance(x, Rollouts) else iter([dict(x)]))
     )
     write_rows = _write_parquet if path.suffix == ".parquet" else _write_jsonl
     with atomic_write(path) as temporary:
@@ -74,35 +88,36 @@ def _write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
     count = 0
     with open(path, "w") as file:
         for row in rows:
-            file.write(json.dumps(row, default=_plain) + "\n")
+            file.write(json.dumps(row, default=_to_json_type) + "\n")
             count += 1
     return count
 
 
-def _write_parquet(path: Path, rows: Iterable[Mapping[str, Any]], at_once: int = 64) -> int:
-    arrow = pyarrow_installed()
+def _write_parquet(path: Path, rows: Iterable[Mapping[str, Any]], chunk_size: int = 64) -> int:
+    arrow = load_pyarrow()
     from pyarrow import parquet
 
     rows, count, writer = iter(rows), 0, None
-    while some := [_dense(row) for row in islice(rows, at_once)]:
-        table = arrow.Table.from_pylist(some, schema=None if writer is None else writer.schema)
+    while chunk := [_fill_nulls(row) for row in islice(rows, chunk_size)]:
+        table = arrow.Table.from_pylist(chunk, schema=None if writer is None else writer.schema)
         writer = writer or parquet.ParquetWriter(path, table.schema)
         writer.write_table(table)
-        count += len(some)
+        count += len(chunk)
     if writer is None:
         raise InvalidInput("no rows to write")
     writer.close()
     return count
 
 
-def _dense(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Without nulls that would leave a column without a type."""
+def _fill_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace nulls that would leave a column without a type."""
     return {k: float("nan") if v is None and k == "reward" else v for k, v in row.items()}
 
 
-def pyarrow_installed() -> Any:
+def load_pyarrow() -> Any:
+    """Import pyarrow."""
     return load_package("pyarrow", "parquet", "data")
 
 
-def _plain(value: Any) -> Any:
+def _to_json_type(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.ndarray | np.generic | Tensor) else str(value)

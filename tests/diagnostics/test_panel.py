@@ -1,4 +1,4 @@
-"""The panel by hand, under splits and padding; the sampler check on real and wrong samples."""
+"""Panel values recomputed, under splits and padding; the sampler check on good and bad samples."""
 
 import math
 from dataclasses import replace
@@ -7,31 +7,31 @@ import pytest
 import torch
 
 from diagnostics.batch import DistributionStats, ScoredRollouts, Support
-from diagnostics.core.distribution_stats import functionals
+from diagnostics.core.distribution_stats import compute_distribution_stats
 from diagnostics.monitor import Monitor
-from diagnostics.records.batch_files import load
+from diagnostics.records.batch_files import load_batch
 
 
 def batch(seed: int = 0, top_p: float = 1.0, size: int = 12, width: int = 40) -> ScoredRollouts:
-    """Tokens drawn from a random student on 16 ids, with holes in the mask."""
+    """Sample tokens from a random student on 16 ids, with gaps in the mask."""
     g = torch.Generator().manual_seed(seed)
     p = (2 * torch.randn(size, width, 16, generator=g)).log_softmax(-1)
     q = (p + torch.randn(p.shape, generator=g)).log_softmax(-1)
-    drawn = p.exp()
+    sampling_prob = p.exp()
     if top_p < 1:
-        ordered, order = drawn.sort(-1, descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= top_p
-        out = torch.zeros_like(beyond).scatter(-1, order, beyond)
-        drawn = drawn.masked_fill(out, 0)
-    tokens = torch.multinomial(drawn.reshape(-1, 16), 1, generator=g).reshape(size, width)
+        sorted_prob, order = sampling_prob.sort(-1, descending=True)
+        is_outside = sorted_prob.cumsum(-1) - sorted_prob >= top_p
+        removed_ids = torch.zeros_like(is_outside).scatter(-1, order, is_outside)
+        sampling_prob = sampling_prob.masked_fill(removed_ids, 0)
+    tokens = torch.multinomial(sampling_prob.reshape(-1, 16), 1, generator=g).reshape(size, width)
     mask = torch.rand(size, width, generator=g) > 0.2
     ids = q.topk(4, -1).indices
 
-    def at(x: torch.Tensor) -> torch.Tensor:
+    def apply_mask(x: torch.Tensor) -> torch.Tensor:
         return x * (mask if x.dim() == 2 else mask[..., None])
 
     def pick(x: torch.Tensor) -> torch.Tensor:
-        return at(x.gather(-1, tokens[..., None])[..., 0])
+        return apply_mask(x.gather(-1, tokens[..., None])[..., 0])
 
     return ScoredRollouts(
         tokens=tokens,
@@ -43,12 +43,14 @@ def batch(seed: int = 0, top_p: float = 1.0, size: int = 12, width: int = 40) ->
         teacher_logp=pick(q),
         support=Support(
             ids=ids,
-            student_logp=at(p.gather(-1, ids)),
-            teacher_logp=at(q.gather(-1, ids)),
+            student_logp=apply_mask(p.gather(-1, ids)),
+            teacher_logp=apply_mask(q.gather(-1, ids)),
             source="teacher",
         ),
-        prefix=DistributionStats(**{k: at(v) for k, v in functionals(p, q, tokens).items()}),
-    ).checked()
+        prefix=DistributionStats(
+            **{k: apply_mask(v) for k, v in compute_distribution_stats(p, q, tokens).items()}
+        ),
+    ).validate()
 
 
 def test_values_by_hand() -> None:
@@ -71,13 +73,13 @@ def test_values_by_hand() -> None:
 
 def test_micro_batches_padding_and_order_change_nothing() -> None:
     b = batch()
-    whole = Monitor()(0, [b])
+    expected = Monitor()(0, [b])
     split = Monitor()(0, [b.rows([4, 5, 0, 1]), b.rows([2, 3]), b.rows(slice(6, 12))])
-    wide = b._map(lambda x: torch.cat([x, torch.zeros_like(x)], 1) if x.dim() > 1 else x)
-    for other in (split, Monitor()(0, [wide])):
-        assert other.keys() == whole.keys()
-        for name, value in whole.items():
-            assert other[name] == pytest.approx(value, rel=1e-6, abs=1e-9, nan_ok=True), name
+    padded = b._map(lambda x: torch.cat([x, torch.zeros_like(x)], 1) if x.dim() > 1 else x)
+    for row in (split, Monitor()(0, [padded])):
+        assert row.keys() == expected.keys()
+        for name, value in expected.items():
+            assert row[name] == pytest.approx(value, rel=1e-6, abs=1e-9, nan_ok=True), name
 
 
 def test_the_sampler_check_is_quiet_on_p_and_fires_on_top_p() -> None:
@@ -93,26 +95,26 @@ def test_the_sampler_check_is_quiet_on_p_and_fires_on_top_p() -> None:
 def test_a_batch_survives_the_disk(tmp_path) -> None:
     b = batch()
     b.save(tmp_path / "b.safetensors")
-    back = load(tmp_path / "b.safetensors")
-    assert isinstance(back, ScoredRollouts)
-    assert torch.equal(back.support.ids, b.support.ids)
-    assert torch.equal(back.prefix.collision, b.prefix.collision)
-    assert back.support.source == "teacher"
+    loaded = load_batch(tmp_path / "b.safetensors")
+    assert isinstance(loaded, ScoredRollouts)
+    assert torch.equal(loaded.support.ids, b.support.ids)
+    assert torch.equal(loaded.prefix.collision, b.prefix.collision)
+    assert loaded.support.source == "teacher"
     assert [p.name for p in tmp_path.iterdir()] == ["b.safetensors"]
 
 
 def test_bad_values_are_refused_with_their_place() -> None:
     b = batch()
     i, t = (int(x) for x in b.mask.nonzero()[3])
-    for value, words in ((math.nan, "1 of 480 .* not finite"), (0.5, "positive")):
+    for value, pattern in ((math.nan, "1 of 480 .* not finite"), (0.5, "positive")):
         x = b.teacher_logp.clone()
         x[i, t] = value
-        with pytest.raises(ValueError, match=f"teacher_logp: .*{words}|teacher_logp: {words}"):
-            replace(b, teacher_logp=x).checked()
+        with pytest.raises(ValueError, match=f"teacher_logp: .*{pattern}|teacher_logp: {pattern}"):
+            replace(b, teacher_logp=x).validate()
     x = b.teacher_logp.clone()
     i, t = (int(v) for v in (~b.mask).nonzero()[0])
     x[i, t] = -1.0
     with pytest.raises(ValueError, match="not 0 where the mask is False"):
-        replace(b, teacher_logp=x).checked()
+        replace(b, teacher_logp=x).validate()
     with pytest.raises(ValueError, match=r"\(12, 39\), expected \(12, 40\)"):
         replace(b, mask=b.mask[:, 1:])

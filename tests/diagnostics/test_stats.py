@@ -1,4 +1,4 @@
-"""Intervals against distributions that can be written out, published values and simulation."""
+"""Confidence intervals against enumerated distributions, published values and simulations."""
 
 import math
 from itertools import product
@@ -25,13 +25,13 @@ def mean(x: np.ndarray) -> np.ndarray:
 
 
 def test_quantiles_are_those_of_all_resamples() -> None:
-    """Four values have 256 resamples; their quantiles are enumerated instead of drawn."""
+    """Four values have 256 resamples, so their quantiles can be enumerated."""
     values = np.array([0.0, 1.0, 3.0, 10.0])
-    every = [np.mean(drawn) for drawn in product(values, repeat=4)]
+    resample_means = [np.mean(resample) for resample in product(values, repeat=4)]
     for level in (0.5, 0.8):
-        want = np.quantile(every, [(1 - level) / 2, (1 + level) / 2])
-        found = bootstrap_interval(values, mean, seeded(0), level=level, resamples=20_000)
-        assert np.allclose(found, want, atol=0.26), "one step of the enumerated distribution"
+        expected = np.quantile(resample_means, [(1 - level) / 2, (1 + level) / 2])
+        interval = bootstrap_interval(values, mean, seeded(0), level=level, resamples=20_000)
+        assert np.allclose(interval, expected, atol=0.26), "one step of the enumerated distribution"
 
 
 def test_strata_keep_their_sizes_and_whole_repetitions_are_drawn() -> None:
@@ -40,7 +40,7 @@ def test_strata_keep_their_sizes_and_whole_repetitions_are_drawn() -> None:
     assert (low, high) == pytest.approx((2.4, 2.4)), "nothing varies within a stratum"
     low, high = bootstrap_interval(values, mean, seeded(1))
     assert low < 2.4 < high
-    # two columns that differ by a constant: their difference has no spread, each alone has
+    # two columns that differ by a constant: only their difference has no variance
     pair = seeded(2).normal(size=(12, 1)) + np.array([0.0, 1.0])
     low, high = bootstrap_interval(pair, mean, seeded(3))
     assert np.allclose(high[1] - high[0], 1)
@@ -57,7 +57,7 @@ def test_one_generator_one_interval() -> None:
 
 
 def test_one_answer_a_problem_has_the_published_intervals() -> None:
-    """Wilson inverts the score test; Newcombe (1998) and Bonett and Price (2012) by hand."""
+    """Wilson inverts the score test; Newcombe (1998), Bonett and Price (2012) recomputed."""
     for right, n in ((0, 9), (3, 10), (128, 128), (70, 256)):
         answers = np.arange(n) < right
         assert share_interval(answers) == pytest.approx(wilson_interval(right / n, n), abs=1e-12)
@@ -78,15 +78,15 @@ def test_one_answer_a_problem_has_the_published_intervals() -> None:
 def test_agreement_is_no_certainty(problems: int) -> None:
     """More samples and runs on the same problems are not more problems."""
     for right in (0.0, 1.0):
-        once = share_interval(np.full(problems, right))
-        assert once == pytest.approx(wilson_interval(right, problems))
-        assert share_interval(np.full((3, problems), right)) == once
-    still = gain_interval(np.zeros(problems))
-    assert gain_interval(np.zeros((3, problems))) == still
-    assert still[0] == -still[1] != 0
-    for gained in (1.0, -1.0):
-        low, high = gain_interval(np.full(problems, gained))
-        assert gained in (low, high)
+        single_run = share_interval(np.full(problems, right))
+        assert single_run == pytest.approx(wilson_interval(right, problems))
+        assert share_interval(np.full((3, problems), right)) == single_run
+    no_change = gain_interval(np.zeros(problems))
+    assert gain_interval(np.zeros((3, problems))) == no_change
+    assert no_change[0] == -no_change[1] != 0
+    for gain in (1.0, -1.0):
+        low, high = gain_interval(np.full(problems, gain))
+        assert gain in (low, high)
         assert high - low > 0.5 / problems
     low, high = unpaired_interval(np.zeros(problems), np.zeros(problems))
     assert low < 0 < high
@@ -103,21 +103,21 @@ def test_intervals_of_many_problems_and_runs_are_those_of_normal_theory() -> Non
             low, high = interval(table)
             assert low < table.mean() < high
             assert (high - low) / (2 * critical) == pytest.approx(spread**0.5, rel=0.05)
-    both = 0.2 + runs + problems
+    varying_table = 0.2 + runs + problems
     parts = np.array([np.var(runs, ddof=1) / 8, np.var(problems) / 2000])
-    low, high = gain_interval(both)
+    low, high = gain_interval(varying_table)
     assert 2 * 1.96 < (high - low) / parts.sum() ** 0.5 < 2 * t * 1.01
 
 
-def chances(p: float, spread: float, size: tuple[int, ...], generator: Any) -> np.ndarray:
-    """Chances of problems with mean p: all alike (0), of a beta distribution, all 0 or 1 (1)."""
+def sample_chances(p: float, spread: float, size: tuple[int, ...], generator: Any) -> np.ndarray:
+    """Sample success rates with mean p: equal (spread 0), beta, or all 0 or 1 (spread 1)."""
     if spread in (0.0, 1.0) or p in (0.0, 1.0):
         return np.full(size, p) if spread == 0 else (generator.random(size) < p).astype(float)
     return generator.beta(p * (1 / spread - 1), (1 - p) * (1 / spread - 1), size)
 
 
 def covered_by_wilson(p: float, n: int) -> float:
-    """Exact coverage of Wilson's interval for n independent problems, by enumeration."""
+    """Return the exact coverage of Wilson's interval for n independent problems, by enumeration."""
     ends = [wilson_interval(k / n, n) for k in range(n + 1)]
     ways = [math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)]
     return sum(way for way, (low, high) in zip(ways, ends, strict=True) if low <= p <= high)
@@ -131,31 +131,42 @@ def test_intervals_cover_what_is_true(problems: int) -> None:
     of clustered answers do not fall below it.
     """
     generator, repetitions = seeded(problems), 150
-    shares, gained = [], []
+    share_coverages, gain_coverages = [], []
     for samples, runs, spread in ((1, 1, 0.0), (8, 1, 0.0), (8, 1, 0.5), (4, 3, 0.5), (8, 1, 1.0)):
-        for before, after in ((0, 0), (0.02, 0.1), (0.1, 0.1), (0.5, 0.5), (0.2, 0.8), (1, 1)):
-            inside = np.zeros(2)
+        for before_mean, after_mean in (
+            (0, 0),
+            (0.02, 0.1),
+            (0.1, 0.1),
+            (0.5, 0.5),
+            (0.2, 0.8),
+            (1, 1),
+        ):
+            num_covered = np.zeros(2)
             for _ in range(repetitions):
-                first = chances(before, spread, (problems,), generator)
-                second = chances(after, spread, (problems,), generator)
-                was = generator.binomial(samples, np.tile(first, (runs, 1))) / samples
-                now = generator.binomial(samples, np.tile(second, (runs, 1))) / samples
+                before_chances = sample_chances(before_mean, spread, (problems,), generator)
+                after_chances = sample_chances(after_mean, spread, (problems,), generator)
+                before_table = (
+                    generator.binomial(samples, np.tile(before_chances, (runs, 1))) / samples
+                )
+                after_table = (
+                    generator.binomial(samples, np.tile(after_chances, (runs, 1))) / samples
+                )
                 for i, (low, high), true in (
-                    (0, share_interval(now), after),
-                    (1, gain_interval(now - was), after - before),
+                    (0, share_interval(after_table), after_mean),
+                    (1, gain_interval(after_table - before_table), after_mean - before_mean),
                 ):
-                    inside[i] += low - 1e-9 <= true <= high + 1e-9
-            shares.append(inside[0] / repetitions)
-            gained.append(inside[1] / repetitions)
+                    num_covered[i] += low - 1e-9 <= true <= high + 1e-9
+            share_coverages.append(num_covered[0] / repetitions)
+            gain_coverages.append(num_covered[1] / repetitions)
     lowest = min(covered_by_wilson(p, problems) for p in np.linspace(0.001, 0.999, 999))
-    assert min(shares) > lowest - 0.1, "three standard errors of the simulation"
-    assert min(gained) > 0.87
-    assert np.mean(shares) > 0.93
-    assert np.mean(gained) > 0.945
+    assert min(share_coverages) > lowest - 0.1, "three standard errors of the simulation"
+    assert min(gain_coverages) > 0.87
+    assert np.mean(share_coverages) > 0.93
+    assert np.mean(gain_coverages) > 0.945
 
 
 def test_intervals_of_runs_that_differ_cover_the_mean_of_runs() -> None:
-    """Three runs whose own mean gains vary by 0.1: what is true is the mean over all runs."""
+    """Three runs whose mean gains vary by 0.1; the true value is the mean over all runs."""
     generator, inside = seeded(11), 0
     for _ in range(400):
         chance = np.clip(0.5 + generator.normal(0, 0.1, (3, 1)) + np.zeros((3, 200)), 0, 1)
@@ -165,7 +176,7 @@ def test_intervals_of_runs_that_differ_cover_the_mean_of_runs() -> None:
 
 
 def test_wrong_requests_name_the_number() -> None:
-    for make, words in (
+    for make, pattern in (
         (lambda: bootstrap_interval(np.ones(1), mean, seeded(0)), "holds 1 repetitions"),
         (lambda: bootstrap_interval(np.ones(0), mean, seeded(0)), "holds 0 repetitions"),
         (lambda: bootstrap_interval(np.ones(3), mean, seeded(0), level=1.0), r"level is 1\.0"),
@@ -175,13 +186,13 @@ def test_wrong_requests_name_the_number() -> None:
         ),
         (
             lambda: bootstrap_interval(np.ones(3), mean, seeded(0), strata=np.ones(2)),
-            r"shape \(2,\), values hold 3",
+            r"shape \(2,\), but values holds 3",
         ),
         (lambda: share_interval(np.ones((0, 4))), r"shape \(0, 4\)"),
         (lambda: gain_interval(np.ones((2, 2, 4))), r"shape \(2, 2, 4\)"),
-        (lambda: share_interval([0.5, -0.25]), r"1 of 2 values lie outside \[0, 1\].* -0\.25"),
+        (lambda: share_interval([0.5, -0.25]), r"1 of 2 values are outside \[0, 1\].* -0\.25"),
         (lambda: gain_interval([[0.5, -1.5]]), r"outside \[-1, 1\].* -1\.5"),
         (lambda: share_interval([0.5, float("nan")]), "the first is nan"),
     ):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=pattern):
             make()

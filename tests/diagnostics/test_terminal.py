@@ -1,4 +1,4 @@
-"""What reaches a terminal: text from names, records, templates and errors obeys nothing there."""
+"""Control characters in names, records, templates and errors are escaped for the terminal."""
 
 import io
 import json
@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from diagnostics import errors
 from diagnostics.records import sinks
-from diagnostics.terminal import protect_terminal, visible
+from diagnostics.terminal import escape_control_chars, protect_terminal
 from opd.cli import main
 
 CLEAR = "\x1b[2J\x1b[31mALL OK"
@@ -19,7 +19,7 @@ HIDDEN = ("\x1b", "\x9b", "\x07", "\x08", "\r", "\x7f", "\u202e", "\u2066", "\u2
 
 
 def streams(monkeypatch: pytest.MonkeyPatch) -> tuple[io.StringIO, io.StringIO]:
-    """stdout and stderr as a command has them, above plain buffers."""
+    """Return stdout and stderr as a command has them, on top of plain buffers."""
     out, err = io.StringIO(), io.StringIO()
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", err)
@@ -27,19 +27,19 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> tuple[io.StringIO, io.StringIO]:
     return out, err
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> str:
-    """A command in this process: the message that it ends with, as Python prints it."""
-    monkeypatch.setattr(sys, "argv", ["opd", *map(str, words)])
-    with pytest.raises(SystemExit) as end:
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> str:
+    """Run a command in this process; return its final message as Python prints it."""
+    monkeypatch.setattr(sys, "argv", ["opd", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_info:
         main.main()
-    return "" if end.value.code is None else str(end.value.code)
+    return "" if exit_info.value.code is None else str(exit_info.value.code)
 
 
 def test_each_hidden_character_is_spelled_out() -> None:
     for character in HIDDEN:
-        assert visible(f"a{character}b") == f"a\\u{ord(character):04x}b"
-    assert visible("\ud800\U000e0001") == "\\ud800\\U000e0001"
-    assert visible("é漢 a\n\tb") == "é漢 a\n\tb"
+        assert escape_control_chars(f"a{character}b") == f"a\\u{ord(character):04x}b"
+    assert escape_control_chars("\ud800\U000e0001") == "\\ud800\\U000e0001"
+    assert escape_control_chars("é漢 a\n\tb") == "é漢 a\n\tb"
 
 
 def test_both_streams_of_a_command_write_visible_text(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +51,7 @@ def test_both_streams_of_a_command_write_visible_text(monkeypatch: pytest.Monkey
     assert "one\\u000dtwo" in out.getvalue()
     assert err.getvalue().count("\\u001b[2J") == 1
     assert "\x1b" not in out.getvalue() + err.getvalue()
-    protect_terminal()  # a second call does not spell out the escapes again
+    protect_terminal()  # a second call does not escape twice
     print("\x1b")
     assert out.getvalue().endswith("\\u001b\n")
 
@@ -78,7 +78,7 @@ def test_a_terminal_for_bars_is_none_for_colours(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_message_for_the_user_is_visible_without_a_command() -> None:
-    """A script that catches the error prints what a command would."""
+    """A script that catches the error prints the same text as a command."""
     for kind in (
         errors.InvalidInput,
         errors.OperationFailed,
@@ -98,12 +98,12 @@ def test_names_from_anywhere_are_spelled_out_by_every_command(
 ) -> None:
     folder = tmp_path / f"run{CLEAR}"
     folder.mkdir()
-    column = {"tokens": [1, 2], "student_logp": [-1.0, -1.0], "teacher_logp": [-1.0, -1.0]}
+    record = {"tokens": [1, 2], "student_logp": [-1.0, -1.0], "teacher_logp": [-1.0, -1.0]}
     rows = tmp_path / "rows.jsonl"
-    rows.write_text((json.dumps(column | {CLEAR: 1}) + "\n") * 2)
+    rows.write_text((json.dumps(record | {CLEAR: 1}) + "\n") * 2)
     tasks = tmp_path / "tasks.toml"
     tasks.write_text('[[tasks]]\nname = "a\\u001b[2J"\n')
-    said = [
+    messages = [
         run(monkeypatch, "report", folder),
         run(monkeypatch, "diagnose", tmp_path / f"{CLEAR}.jsonl"),
         run(monkeypatch, "eval", tmp_path / f"model{CLEAR}", "--out", tmp_path / "x.json"),
@@ -118,9 +118,9 @@ def test_names_from_anywhere_are_spelled_out_by_every_command(
     monkeypatch.setattr(sys, "argv", ["opd", "diagnose", str(rows)])
     main.main()
     printed = capsys.readouterr()
-    everything = "".join((*said, printed.out, printed.err))
-    assert "\x1b" not in everything
-    assert everything.count("\\u001b[2J") + everything.count("\\x1b[2J") >= len(said)
+    all_output = "".join((*messages, printed.out, printed.err))
+    assert "\x1b" not in all_output
+    assert all_output.count("\\u001b[2J") + all_output.count("\\x1b[2J") >= len(messages)
 
 
 def test_warnings_and_the_tracebacks_of_other_exceptions_are_visible() -> None:
@@ -129,16 +129,19 @@ def test_warnings_and_the_tracebacks_of_other_exceptions_are_visible() -> None:
         "import sys, types, warnings, opd.cli.main as cli\n"
         f"def fail(argv): warnings.warn({CLEAR!r}); raise RuntimeError({CLEAR!r})\n"
         "cli.COMMANDS['fail'] = ('failing', '')\n"
-        "sys.modules['failing'] = types.SimpleNamespace(main=fail); sys.argv = ['opd', 'fail']; cli.main()\n"
+        "sys.modules['failing'] = types.SimpleNamespace(main=fail)\n"
+        "sys.argv = ['opd', 'fail']; cli.main()\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "RuntimeError: \\u001b[2J" in done.stderr
-    assert "UserWarning: \\u001b[2J" in done.stderr
-    assert "\x1b" not in done.stderr
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 1
+    assert "RuntimeError: \\u001b[2J" in process.stderr
+    assert "UserWarning: \\u001b[2J" in process.stderr
+    assert "\x1b" not in process.stderr
 
 
 def test_no_text_is_lost_or_changed_that_is_safe() -> None:
     text = "held-out accuracy 0.25 [0.10, 0.49] ± é漢\n"
-    assert visible(text) == text
-    assert visible("") == ""
+    assert escape_control_chars(text) == text
+    assert escape_control_chars("") == ""

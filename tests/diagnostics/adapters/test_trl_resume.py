@@ -1,4 +1,4 @@
-"""An observed TRL run that is killed and resumed: rows, alarms, and what a failure may cost."""
+"""An observed TRL run that is killed and resumed: rows, alarms, and the cost of a failing sink."""
 
 import json
 import math
@@ -15,11 +15,11 @@ from diagnostics.alarms.alarms import Alarms
 from diagnostics.alarms.rules import AlarmRule
 from diagnostics.catalogue import PANEL
 from diagnostics.monitor import Monitor
-from diagnostics.records import rows as files
+from diagnostics.records import rows as row_files
 from diagnostics.records.sinks import to_file
 from tests.helpers.trl_trainers import Spy, by_hand, distillation, gkd, load_pair
 
-RULE = AlarmRule(
+LENGTH_RULE = AlarmRule(
     name="long",
     metric="response/length",
     null="0",
@@ -27,10 +27,10 @@ RULE = AlarmRule(
     remedy="none",
     high=0.5,
     z=0,
-    need=1,
-    last=1,
+    min_outside=1,
+    window=1,
 )
-SOME = {name: PANEL[name] for name in ("length", "exact_divergence", "tokens_by_position")}
+SMALL_PANEL = {name: PANEL[name] for name in ("length", "exact_divergence", "tokens_by_position")}
 
 
 @pytest.fixture(scope="module")
@@ -66,23 +66,25 @@ with observe(trainer, monitor_of(folder)):
 
 
 def monitor_of(folder: Path) -> Monitor:
-    return Monitor(SOME, sinks=[to_file(folder / "panel.jsonl")], alarms=Alarms([RULE]))
+    return Monitor(
+        SMALL_PANEL, sinks=[to_file(folder / "panel.jsonl")], alarms=Alarms([LENGTH_RULE])
+    )
 
 
 def test_a_killed_run_goes_on_with_its_rows_and_its_alarms(
     pair: Any, tiny_pair: Any, tmp_path: Path
 ) -> None:
-    whole = checkpointed(pair, tmp_path / "whole")
-    with observe(whole, monitor_of(tmp_path / "whole")) as expected:
-        whole.train()
+    uninterrupted = checkpointed(pair, tmp_path / "whole")
+    with observe(uninterrupted, monitor_of(tmp_path / "whole")) as expected:
+        uninterrupted.train()
     folder = tmp_path / "killed"
     command = [sys.executable, "-c", KILLED, *map(str, tiny_pair), str(folder)]
-    ended = subprocess.run(command, capture_output=True, text=True)
-    assert ended.returncode == -9, ended.stderr
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == -9, process.stderr
     panel = folder / "panel.jsonl"
-    assert [row["step"] for row in files.read(panel)] == [1, 2, 3]
+    assert [row["step"] for row in row_files.read_rows(panel)] == [1, 2, 3]
     with open(panel, "a") as file:
-        file.write('{"step": 4, "colla')  # the kill came while a row was written
+        file.write('{"step": 4, "colla')  # as if killed while writing a row
     monitor = monitor_of(folder)
     trainer = checkpointed(pair, folder)
     raised: list[Any] = []
@@ -90,12 +92,12 @@ def test_a_killed_run_goes_on_with_its_rows_and_its_alarms(
     with observe(trainer, monitor) as rows:
         trainer.train(resume_from_checkpoint=True)
     assert [row["step"] for row in rows] == [3, 4]
-    written = files.read(panel)
-    assert [row["step"] for row in written] == [1, 2, 3, 4]
-    numbers = [{k: math.nan if x is None else x for k, x in row.items()} for row in written]
-    for row, same in zip(numbers, [*expected[:2], *rows], strict=True):
-        assert row == pytest.approx(same, nan_ok=True)
-    assert raised == [[], []]  # it was on, and is told once
+    file_rows = row_files.read_rows(panel)
+    assert [row["step"] for row in file_rows] == [1, 2, 3, 4]
+    numbers = [{k: math.nan if x is None else x for k, x in row.items()} for row in file_rows]
+    for row, expected_row in zip(numbers, [*expected[:2], *rows], strict=True):
+        assert row == pytest.approx(expected_row, nan_ok=True)
+    assert raised == [[], []]  # the alarm was already active and is not raised again
     assert monitor.alarms is not None
     assert monitor.alarms.active["long"].step == 1
     assert not list(folder.glob("panel.jsonl.*"))
@@ -110,35 +112,37 @@ def test_an_earlier_runs_rows_are_set_aside_where_another_begins(pair: Any, tmp_
         observe(trainer, monitor_of(tmp_path)),
     ):
         trainer.train()
-    assert files.read(tmp_path / "panel.jsonl.1") == [{"step": 9, "loss": 1.5}]
-    assert [row["step"] for row in files.read(panel)] == [1]
+    assert row_files.read_rows(tmp_path / "panel.jsonl.1") == [{"step": 9, "loss": 1.5}]
+    assert [row["step"] for row in row_files.read_rows(panel)] == [1]
 
 
 def test_a_run_that_was_not_observed_can_be_resumed_observed(pair: Any, tmp_path: Path) -> None:
     checkpointed(pair, tmp_path, max_steps=2).train()
     trainer = checkpointed(pair, tmp_path, max_steps=4)
     with observe(trainer, monitor_of(tmp_path)) as rows:
-        trainer.train(resume_from_checkpoint=True)  # and saves a checkpoint at its end
+        trainer.train(resume_from_checkpoint=True)  # saves a checkpoint at the end
     assert [row["step"] for row in rows] == [3, 4]
     state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
     saved = state["stateful_callbacks"]["OpdlabMonitor"]["attributes"]["saved"]
     assert saved["alarms"]["active"]["long"][0] == 3
-    checkpointed(pair, tmp_path, max_steps=5).train(resume_from_checkpoint=True)  # unobserved again
+    checkpointed(pair, tmp_path, max_steps=5).train(resume_from_checkpoint=True)  # not observed
     restored = {"restore_callback_states_from_checkpoint": True, "max_steps": 6}
-    again = checkpointed(pair, tmp_path, **restored)
+    resumed = checkpointed(pair, tmp_path, **restored)
     monitor = monitor_of(tmp_path)
-    with observe(again, monitor) as rows:
-        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    with observe(resumed, monitor) as rows:
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert [row["step"] for row in rows] == [5, 6]
     assert monitor.alarms is not None
     assert monitor.alarms.active["long"].step == 3
-    assert not [x for x in again.callback_handler.callbacks if type(x).__name__ == "OpdlabMonitor"]
+    assert not [
+        x for x in resumed.callback_handler.callbacks if type(x).__name__ == "OpdlabMonitor"
+    ]
 
 
 def test_the_log_is_over_all_tokens_of_its_window(pair: Any, tmp_path: Path) -> None:
     trainer = distillation(pair, tmp_path, max_steps=5, logging_steps=2)
     spy = Spy(trainer, pair[0])
-    with observe(trainer, Monitor(every={"length": 2}), k=5, log_columns=None) as rows:
+    with observe(trainer, Monitor(interval={"length": 2}), k=5, log_columns=None) as rows:
         trainer.train()
     log = [x for x in trainer.state.log_history if "loss" in x]
     assert [x["step"] for x in log] == [2, 4]
@@ -154,10 +158,10 @@ def test_the_log_is_over_all_tokens_of_its_window(pair: Any, tmp_path: Path) -> 
         ):
             assert line[name] == pytest.approx(expected[name], rel=2e-4), name
         assert line["divergence/tokens"] == pytest.approx(expected["divergence/tokens"] / 2)
-        late = by_hand(dense[1])  # due at every other step only
-        assert line["response/length"] == pytest.approx(late["response/length"])
-        both = [row for row in rows if row["step"] in steps]
-        sums = [sum(row[f"divergence/tokens{b}"] for row in both) for b in ("@0-1", "@2-3")]
+        second_step = by_hand(dense[1])  # due only at every second step
+        assert line["response/length"] == pytest.approx(second_step["response/length"])
+        window_rows = [row for row in rows if row["step"] in steps]
+        sums = [sum(row[f"divergence/tokens{b}"] for row in window_rows) for b in ("@0-1", "@2-3")]
         assert [line["divergence/tokens@0-1"], line["divergence/tokens@2-3"]] == [
             x / 2 for x in sums
         ]
@@ -168,29 +172,29 @@ def test_the_log_is_over_all_tokens_of_its_window(pair: Any, tmp_path: Path) -> 
 def test_a_failing_sink_or_a_loss_without_numbers_costs_rows_and_not_the_training(
     pair: Any, tmp_path: Path
 ) -> None:
-    def full(step: int, row: Any) -> None:
+    def failing_sink(step: int, row: Any) -> None:
         if step == 2:
             raise OSError("No space left on device")
 
     trainer = distillation(pair, tmp_path, max_steps=3, logging_steps=3)
     divergence = trainer._compute_loss
 
-    def diverged(*args: Any, **kwargs: Any) -> Any:
+    def diverging_loss(*args: Any, **kwargs: Any) -> Any:
         if trainer.state.global_step == 2:
             with torch.no_grad():
                 trainer.model.lm_head.weight.fill_(torch.nan)
         return divergence(*args, **kwargs)
 
-    trainer._compute_loss = diverged
+    trainer._compute_loss = diverging_loss
     with (
-        pytest.warns(RuntimeWarning) as told,
-        observe(trainer, Monitor(SOME, sinks=[full])) as rows,
+        pytest.warns(RuntimeWarning) as warnings,
+        observe(trainer, Monitor(SMALL_PANEL, sinks=[failing_sink])) as rows,
     ):
         trainer.train()
     assert trainer.state.global_step == 3
     assert [row["step"] for row in rows] == [1]
-    texts = [str(w.message) for w in told if "has no row" in str(w.message)]
-    assert texts[0] == "step 2 has no row: OSError: No space left on device (training goes on)"
+    texts = [str(w.message) for w in warnings if "has no row" in str(w.message)]
+    assert texts[0] == "step 2 has no row: OSError: No space left on device (training continues)"
     assert texts[1].startswith("step 3 has no row: InvalidInput: ")
     assert trainer.state.log_history[0]["trl/observed_steps"] == 1
 
@@ -199,13 +203,13 @@ def test_a_loss_that_is_computed_elsewhere_is_an_error(pair: Any, tmp_path: Path
     trainer = distillation(pair, tmp_path)
     loss = trainer._compute_loss
 
-    def elsewhere(model: Any, inputs: Any, *_: Any, **kwargs: Any) -> Any:
+    def separate_loss(model: Any, inputs: Any, *_: Any, **kwargs: Any) -> Any:
         return loss(model, inputs, kwargs.get("num_items_in_batch"))[0]
 
-    trainer.compute_loss = elsewhere
+    trainer.compute_loss = separate_loss
     with (
-        pytest.raises(RuntimeError, match="step 1: no loss of DistillationTrainer passed"),
-        observe(trainer, Monitor(SOME)),
+        pytest.raises(RuntimeError, match="step 1: the loss of DistillationTrainer did not call"),
+        observe(trainer, Monitor(SMALL_PANEL)),
     ):
         trainer.train()
 
@@ -220,6 +224,6 @@ def test_losses_without_gradients_are_not_of_the_training(pair: Any, tmp_path: P
         return step(model, inputs, *args)
 
     trainer.training_step = training_step
-    with observe(trainer, Monitor(SOME)) as rows:
+    with observe(trainer, Monitor(SMALL_PANEL)) as rows:
         trainer.train()
     assert rows[0]["divergence/tokens"] / rows[0]["response/length"] == pytest.approx(4)

@@ -1,4 +1,4 @@
-"""verl's own losses with the observer installed; its rollout dumps as records."""
+"""verl's losses with the observer installed; its rollout dumps as records."""
 
 import json
 import math
@@ -12,20 +12,20 @@ from diagnostics.adapters.verl import install, rollout_rows
 from diagnostics.batch import ScoredRollouts
 from diagnostics.monitor import Monitor
 from diagnostics.records.reader import Records
-from diagnostics.records.writer import write
+from diagnostics.records.writer import write_records
 
 DP_SIZE = 2
 MASKS = ([1, 1, 1], [1, 0, 1, 1, 1], [1, 1], [1, 1, 1, 0])
 
 
-def made(seed: int, top: int) -> list[dict[str, Any]]:
-    """Four responses: prompts (two of them equal), tokens, masks and log-probabilities."""
+def make_rows(seed: int, num_topk: int) -> list[dict[str, Any]]:
+    """Build four responses: prompts (two of them equal), tokens, masks and log-probabilities."""
     g = torch.Generator().manual_seed(seed)
     rows = []
     for i, mask in enumerate(MASKS):
         prompt = torch.tensor([[7, 8], [7, 8], [5, 6, 7], [9]][i])
         n, size = len(mask), len(prompt) + len(mask)
-        ids = torch.stack([torch.randperm(20, generator=g)[:top] for _ in range(size)])
+        ids = torch.stack([torch.randperm(20, generator=g)[:num_topk] for _ in range(size)])
         rows.append(
             {
                 "prompts": prompt,
@@ -33,7 +33,8 @@ def made(seed: int, top: int) -> list[dict[str, Any]]:
                 "response_mask": torch.tensor(mask),
                 "rollout_log_probs": -torch.rand(n, generator=g),
                 "log_probs": -torch.rand(size, generator=g),
-                "teacher_logprobs": -1.5 * torch.rand(size, top, generator=g) - math.log(top),
+                "teacher_logprobs": -1.5 * torch.rand(size, num_topk, generator=g)
+                - math.log(num_topk),
                 "teacher_ids": ids,
                 "distillation_losses": torch.rand(size, generator=g),
                 "student_mass": torch.rand(size, generator=g),
@@ -44,7 +45,7 @@ def made(seed: int, top: int) -> list[dict[str, Any]]:
 
 
 def micro_batch(rows: list[dict[str, Any]]) -> tuple[Any, dict[str, Any]]:
-    """(data, model_output) in verl's layout without padding."""
+    """Return (data, model_output) in verl's layout without padding."""
     from tensordict import TensorDict
 
     def nested(name: str) -> Any:
@@ -60,11 +61,11 @@ def micro_batch(rows: list[dict[str, Any]]) -> tuple[Any, dict[str, Any]]:
     return data, {name: nested(name) for name in outputs}
 
 
-def settings(mode: str, top: int) -> tuple[Any, Any]:
+def settings(mode: str, num_topk: int) -> tuple[Any, Any]:
     from verl.workers.config import ActorConfig, DistillationConfig, DistillationLossConfig
 
     loss = DistillationLossConfig(
-        loss_mode=mode, topk=top, use_task_rewards=False, use_policy_gradient=False
+        loss_mode=mode, topk=num_topk, use_task_rewards=False, use_policy_gradient=False
     )
     distillation = DistillationConfig.__new__(DistillationConfig)
     object.__setattr__(distillation, "distillation_loss", loss)
@@ -72,74 +73,74 @@ def settings(mode: str, top: int) -> tuple[Any, Any]:
     return actor, distillation
 
 
-def run(mode: str, top: int, parts: list[list[dict[str, Any]]]) -> tuple[list, list[dict]]:
+def run(mode: str, num_topk: int, parts: list[list[dict[str, Any]]]) -> tuple[list, list[dict]]:
     from verl.trainer.distillation.losses import distillation_loss
 
-    actor, distillation = settings(mode, top)
+    actor, distillation = settings(mode, num_topk)
     losses, metrics = [], []
     for rows in parts:
         data, output = micro_batch(rows)
-        loss, found = distillation_loss(actor, distillation, output, data)
+        loss, step_metrics = distillation_loss(actor, distillation, output, data)
         losses.append(float(loss))
-        metrics.append(found)
+        metrics.append(step_metrics)
     return losses, metrics
 
 
-def reduced(metrics: list[dict]) -> dict[str, float]:
-    """As verl's workers do it: two ranks, each with as many micro-batches."""
+def reduce_metrics(metrics: list[dict]) -> dict[str, float]:
+    """Reduce metrics as verl's workers do: two ranks with equally many micro-batches."""
     from verl.utils.metric import Metric
 
     ranks = [metrics[: len(metrics) // 2], metrics[len(metrics) // 2 :]]
-    found = {}
+    reduced = {}
     for name, x in metrics[0].items():
         if isinstance(x, Metric):
-            lists = [x.init_list() for _ in ranks]
-            for one, part in zip(lists, ranks, strict=True):
+            rank_lists = [x.init_list() for _ in ranks]
+            for values_of_rank, part in zip(rank_lists, ranks, strict=True):
                 for values in part:
-                    one.append(values[name])
-            found[name] = Metric.aggregate_dp(lists)
-    return found
+                    values_of_rank.append(values[name])
+            reduced[name] = Metric.aggregate_dp(rank_lists)
+    return reduced
 
 
 @pytest.fixture
 def registry() -> Any:
     from verl.trainer.distillation.losses import DISTILLATION_LOSS_REGISTRY
 
-    before = dict(DISTILLATION_LOSS_REGISTRY)
+    original = dict(DISTILLATION_LOSS_REGISTRY)
     yield DISTILLATION_LOSS_REGISTRY
-    DISTILLATION_LOSS_REGISTRY.update(before)
+    DISTILLATION_LOSS_REGISTRY.update(original)
 
 
-def supervised(rows: list[dict[str, Any]], name: str) -> torch.Tensor:
-    """All supervised tokens' values, by hand: response token t is predicted one place earlier."""
-    found = []
+def supervised_values(rows: list[dict[str, Any]], name: str) -> torch.Tensor:
+    """Return the values of supervised tokens; token t is predicted one position earlier."""
+    parts = []
     for r in rows:
         x, start = r[name], len(r["prompts"])
         if len(x) > len(r["responses"]):
             x = x[start - 1 : start - 1 + len(r["responses"])]
-        found.append(x[r["response_mask"].bool()])
-    return torch.cat(found)
+        parts.append(x[r["response_mask"].bool()])
+    return torch.cat(parts)
 
 
 @pytest.mark.verl
 def test_estimator_losses_are_observed_exactly(registry: Any, tmp_path: Path) -> None:
-    rows = made(0, 1)
+    rows = make_rows(0, 1)
     parts = [rows[:1], rows[1:2], rows[2:3], rows[3:]]  # two ranks of two micro-batches
     plain = run("k3", 1, parts)
     install("k3", tmp_path / "records")
-    once = registry["k3"]
+    observed_loss = registry["k3"]
     install("k3")
-    assert registry["k3"] is once
+    assert registry["k3"] is observed_loss
     losses, metrics = run("k3", 1, parts)
     assert losses == plain[0]
-    row, without = reduced(metrics), reduced(plain[1])
-    assert without.items() <= row.items()
-    r = supervised(rows, "log_probs") - supervised(rows, "teacher_logprobs")[:, 0]
-    d = supervised(rows, "log_probs") - supervised(rows, "rollout_log_probs")
+    row, unobserved_row = reduce_metrics(metrics), reduce_metrics(plain[1])
+    assert unobserved_row.items() <= row.items()
+    r = supervised_values(rows, "log_probs") - supervised_values(rows, "teacher_logprobs")[:, 0]
+    d = supervised_values(rows, "log_probs") - supervised_values(rows, "rollout_log_probs")
     expected = {
         "divergence/k1": r.mean(),
         "divergence/abs_ratio": r.abs().mean(),
-        "divergence/teacher_prob": supervised(rows, "teacher_logprobs").exp().mean(),
+        "divergence/teacher_prob": supervised_values(rows, "teacher_logprobs").exp().mean(),
         "signal/negative_share": (r > 0).float().mean(),
         "signal/positive_mass": (-r).clamp(min=0).mean(),
         "consistency/sampler_log_ratio": d.mean(),
@@ -149,13 +150,13 @@ def test_estimator_losses_are_observed_exactly(registry: Any, tmp_path: Path) ->
     for name, value in expected.items():
         assert row[name] == pytest.approx(float(value), rel=1e-5, abs=1e-7), name
     assert "divergence/outside_topk" not in row
-    # what was kept has the whole panel, and says what it lacks
+    # the recorded files give the full panel and list missing fields
     files = sorted((tmp_path / "records").iterdir())
-    kept = [b for file in files for b in Records(file)]
+    recorded_batches = [b for file in files for b in Records(file)]
     monitor = Monitor()
-    offline = monitor(0, kept)
+    offline = monitor(0, recorded_batches)
     assert offline["divergence/k1"] == pytest.approx(float(r.mean()), rel=1e-5)
-    assert len({int(b.prompt) for b in kept}) == 3
+    assert len({int(b.prompt) for b in recorded_batches}) == 3
     prompts = [next(Records(f).rows())["prompt_tokens"].tolist() for f in files]
     assert prompts == [r["prompts"].tolist() for r in rows]
     assert monitor.missing["length"] == "the records have no ended"
@@ -163,15 +164,15 @@ def test_estimator_losses_are_observed_exactly(registry: Any, tmp_path: Path) ->
 
 @pytest.mark.verl
 def test_the_topk_loss_is_observed_exactly(registry: Any) -> None:
-    rows = made(1, 4)
+    rows = make_rows(1, 4)
     parts = [rows[:1], rows[1:2], rows[2:3], rows[3:]]
     plain = run("forward_kl_topk", 4, parts)
     install("forward_kl_topk")
     losses, metrics = run("forward_kl_topk", 4, parts)
     assert losses == plain[0]
-    row = reduced(metrics)
-    inside = supervised(rows, "teacher_ids") == supervised(rows, "responses")[:, None]
-    mass = supervised(rows, "teacher_logprobs").exp().sum(-1)
+    row = reduce_metrics(metrics)
+    inside = supervised_values(rows, "teacher_ids") == supervised_values(rows, "responses")[:, None]
+    mass = supervised_values(rows, "teacher_logprobs").exp().sum(-1)
     assert 0 < float(inside.any(-1).float().mean()) < 1
     assert row["divergence/outside_topk"] == pytest.approx(1 - float(inside.any(-1).float().mean()))
     assert row["divergence/topk_teacher_mass"] == pytest.approx(float(mass.mean()), rel=1e-5)
@@ -185,17 +186,17 @@ def test_the_topk_loss_is_observed_exactly(registry: Any) -> None:
 def test_a_run_on_nothing_but_the_topk_is_observed_without_the_students_side(
     registry: Any,
 ) -> None:
-    """verl then spares itself the sampled tokens' log_probs."""
+    """In this mode verl does not compute the log_probs of sampled tokens."""
     from verl.trainer.distillation.losses import distillation_loss
 
-    rows = made(2, 4)
+    rows = make_rows(2, 4)
     install("forward_kl_topk")
     actor, distillation = settings("forward_kl_topk", 4)
     data, output = micro_batch(rows)
     del output["log_probs"]
-    _, found = distillation_loss(actor, distillation, output, data)
-    row = reduced([found, found])  # each of two ranks has all the tokens
-    mass = supervised(rows, "teacher_logprobs").exp().sum(-1)
+    _, metrics = distillation_loss(actor, distillation, output, data)
+    row = reduce_metrics([metrics, metrics])  # each of the two ranks has all tokens
+    mass = supervised_values(rows, "teacher_logprobs").exp().sum(-1)
     assert row["divergence/topk_teacher_mass"] == pytest.approx(
         DP_SIZE * float(mass.mean()), rel=1e-5
     )
@@ -214,7 +215,7 @@ def test_rollout_dumps_become_records(tmp_path: Path) -> None:
     rows = list(rollout_rows(dumps, lambda text: [ord(c) for c in text]))
     assert [row["step"] for row in rows] == [2, 2, 10, 10]
     assert rows[1]["tokens"] == [99, 100, 101]
-    write(tmp_path / "r.jsonl", rows)
+    write_records(tmp_path / "r.jsonl", rows)
     monitor, records = Monitor(), Records(tmp_path / "r.jsonl")
     (b,) = records
     assert isinstance(b, ScoredRollouts)
@@ -224,7 +225,7 @@ def test_rollout_dumps_become_records(tmp_path: Path) -> None:
     assert row["response/reward"] == 1.0
     assert monitor.missing["sampled_divergence"].startswith("the records have no")
     (dumps / "3.jsonl").write_text('{"input": "a", "output": "b"}\n')
-    with pytest.raises(ValueError, match=r"3.jsonl row 1: no field score in a verl dump"):
+    with pytest.raises(ValueError, match=r"3.jsonl row 1: missing fields of a verl dump: score"):
         list(rollout_rows(dumps / "3.jsonl", lambda text: []))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"holds no \.jsonl files"):

@@ -1,4 +1,4 @@
-"""Rules by hand, and alarms on real runs: each fault is caught, healthy runs stay quiet."""
+"""Rules on synthetic rows; alarms of real runs: faults are detected, healthy runs raise none."""
 
 import json
 import math
@@ -8,24 +8,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.faults import FAULTS, Fault, caught, make_models, record
+from benchmarks.faults import FAULTS, Fault, format_alarms, make_models, record_rows
 from diagnostics.alarms.alarms import Alarm, Alarms, lead_times, replay
-from diagnostics.alarms.rules import RULES, AlarmRule, average, growth, joined_z, rise, table
+from diagnostics.alarms.rules import (
+    RULES,
+    AlarmRule,
+    average,
+    combined_z,
+    growth,
+    rise,
+    rules_table,
+)
 from diagnostics.records.rows import Row
 
-NAMED = {rule.name: rule for rule in RULES}
+RULES_BY_NAME = {rule.name: rule for rule in RULES}
 
 
 def rule(**changes: object) -> AlarmRule:
     plain: dict = {"name": "r", "metric": "x", "null": "", "means": "", "remedy": "", "high": 1.0}
-    return AlarmRule(**plain | {"need": 1, "last": 1} | changes)
+    return AlarmRule(**plain | {"min_outside": 1, "window": 1} | changes)
 
 
 def rows(values: list, name: str = "x", errors: list | None = None) -> list[Row]:
-    found: list[Row] = [{"step": i, name: x} for i, x in enumerate(values)]
-    for row, error in zip(found, errors or [], strict=False):
+    table: list[Row] = [{"step": i, name: x} for i, x in enumerate(values)]
+    for row, error in zip(table, errors or [], strict=False):
         row[name + "_se"] = error
-    return found
+    return table
 
 
 def steps(values: list, errors: list | None = None, **changes: object) -> list[int]:
@@ -39,38 +47,38 @@ def test_an_alarm_needs_z_standard_errors_beyond_the_range() -> None:
     assert steps([-0.5], [0.1], **low) == [0]
     assert steps([-0.5], [0.13], **low) == []
     assert steps([1.01]) == [0], "without an error the value alone counts"
-    assert steps([9.0], [None]) == [], "an error that is not known gives no verdict"
+    assert steps([9.0], [None]) == [], "an unknown error is not a reading"
 
 
 def test_persistence_counts_the_last_readings_and_speaks_once() -> None:
-    two = {"need": 2, "last": 3}
+    two = {"min_outside": 2, "window": 3}
     assert steps([2, 0, 0, 2], **two) == []
     assert steps([2, 0, 2], **two) == [2]
     assert steps([0, 2, 2, 2, 2], **two) == [2]
-    assert steps([2, 2, 0, 0, 0, 2, 2], **two) == [1, 6], "again after it fell silent"
+    assert steps([2, 2, 0, 0, 0, 2, 2], **two) == [1, 6], "raised again after it became inactive"
 
 
 def test_rows_without_the_column_are_no_readings() -> None:
-    some = rows([2, 0, 2])
-    some.insert(1, {"step": 0.5, "other": 1})
-    found = Alarms([rule(need=2, last=2), rule(name="o", metric="no")])
-    assert [found.update(row) for row in some] == [[], [], [], []]
-    assert found.unwatched == ["o"]
-    with pytest.raises(ValueError, match='no "step"'):
-        found.update({"x": 1})
+    record = rows([2, 0, 2])
+    record.insert(1, {"step": 0.5, "other": 1})
+    alarms = Alarms([rule(min_outside=2, window=2), rule(name="o", metric="no")])
+    assert [alarms.update(row) for row in record] == [[], [], [], []]
+    assert alarms.unwatched == ["o"]
+    with pytest.raises(ValueError, match='no column "step"'):
+        alarms.update({"x": 1})
 
 
 def test_null_is_no_reading_unless_the_rule_says_it_is_a_fault() -> None:
-    two = {"need": 2, "last": 2}
+    two = {"min_outside": 2, "window": 2}
     for undefined in (None, math.nan):
         assert steps([2, undefined, 2], **two) == [2]
-        assert steps([0, undefined], undefined=True) == [1]
-    assert steps([math.inf], undefined=True) == [0]
-    assert steps([0, 1], undefined=True) == []
+        assert steps([0, undefined], nan_is_outside=True) == [1]
+    assert steps([math.inf], nan_is_outside=True) == [0]
+    assert steps([0, 1], nan_is_outside=True) == []
 
 
 def test_a_reference_is_the_average_of_the_first_readings() -> None:
-    start = {"start": 2, "high": 0.5, "z": 1.0}
+    start = {"num_reference": 2, "high": 0.5, "z": 1.0}
     # reference 2 with error hypot(0.3, 0.4) / 2 = 0.25
     assert steps([1, 3, 2.9], [0.3, 0.4, 0.6], **start) == []  # 0.9 - hypot(0.6, 0.25) = 0.25
     assert steps([1, 3, 3.2], [0.3, 0.4, 0.6], **start) == [2]  # 1.2 - 0.65 > 0.5
@@ -85,30 +93,30 @@ def test_growth_has_the_linearised_error_of_a_ratio() -> None:
     assert value == 3
     assert error == pytest.approx((a / b).std(), rel=0.01)
     assert all(math.isnan(x) for x in growth((1.0, 0.1), (0.0, 0.1)))
-    assert steps([0, 9, 9], start=1, against=growth) == []
+    assert steps([0, 9, 9], num_reference=1, compare=growth) == []
 
 
 def test_z_of_several_steps_is_one_z() -> None:
-    drawn = np.random.default_rng(1).normal(size=(20_000, 16))
-    joined = [joined_z([(float(x), 0.0) for x in row])[0] for row in drawn]
-    assert np.std(joined) == pytest.approx(1, rel=0.02)
-    mild = {"over": 16, "pool": joined_z, "low": -5.0, "high": 5.0}
+    samples = np.random.default_rng(1).normal(size=(20_000, 16))
+    combined = [combined_z([(float(x), 0.0) for x in row])[0] for row in samples]
+    assert np.std(combined) == pytest.approx(1, rel=0.02)
+    mild = {"num_pooled": 16, "pool": combined_z, "low": -5.0, "high": 5.0}
     assert steps([1.3] * 14, **mild) == []
     assert steps([1.3] * 16, **mild) == [14]  # 1.3 sqrt(15) > 5
     assert steps([-1.3] * 16, **mild) == [14]
 
 
 def test_a_rule_that_waits() -> None:
-    assert steps([2] * 6, after=4) == [4]
-    assert steps([2] * 9, over=3, start=2, high=-0.5, after=6) == [6]
+    assert steps([2] * 6, min_readings=4) == [4]
+    assert steps([2] * 9, num_pooled=3, num_reference=2, high=-0.5, min_readings=6) == [6]
 
 
 def test_nonsense_is_refused() -> None:
-    with pytest.raises(ValueError, match="need is 3, expected 1 to last, 2"):
-        rule(need=3, last=2)
-    with pytest.raises(ValueError, match="over >= 1"):
-        rule(over=0)
-    with pytest.raises(ValueError, match="share a name"):
+    with pytest.raises(ValueError, match="min_outside is 3; it must be between 1 and window=2"):
+        rule(min_outside=3, window=2)
+    with pytest.raises(ValueError, match="num_pooled >= 1"):
+        rule(num_pooled=0)
+    with pytest.raises(ValueError, match="must be unique"):
         Alarms([rule(), rule()])
 
 
@@ -119,23 +127,23 @@ def test_a_restart_anywhere_gives_the_same_alarms() -> None:
         {"step": i} | {name: float(generator.normal(0, 4)) for name in names} for i in range(60)
     ]
     record[30]["loss"] = None
-    whole = Alarms()
-    expected = [whole.update(row) for row in record]
-    assert len({a.rule.name for some in expected for a in some}) > 8
-    for cut in (1, 17, 33, 59):
+    uninterrupted = Alarms()
+    expected = [uninterrupted.update(row) for row in record]
+    assert len({a.rule.name for raised in expected for a in raised}) > 8
+    for num_rows in (1, 17, 33, 59):
         first, second = Alarms(), Alarms()
-        got = [first.update(row) for row in record[:cut]]
+        actual = [first.update(row) for row in record[:num_rows]]
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
         assert second.active == first.active
-        got += [second.update(row) for row in record[cut:]]
-        assert got == expected
-        assert second.state_dict() == whole.state_dict()
+        actual += [second.update(row) for row in record[num_rows:]]
+        assert actual == expected
+        assert second.state_dict() == uninterrupted.state_dict()
 
 
 def test_replay_takes_the_last_of_rows_that_a_restart_repeated() -> None:
     assert steps([0, 2]) == [1]
-    again = [*rows([0, 2]), {"step": 1, "x": 0}, {"step": 2, "x": 0}]
-    assert replay(again, [rule()]) == []
+    repeated_rows = [*rows([0, 2]), {"step": 1, "x": 0}, {"step": 2, "x": 0}]
+    assert replay(repeated_rows, [rule()]) == []
 
 
 def test_lead_times_count_from_the_first_alarm() -> None:
@@ -144,7 +152,7 @@ def test_lead_times_count_from_the_first_alarm() -> None:
 
 
 def test_a_rule_is_one_sentence_and_stands_alone() -> None:
-    """A full stop follows `means` and `remedy` wherever they are shown."""
+    """`means` and `remedy` are printed with a full stop appended."""
     for rule in RULES:
         for text in (rule.means, rule.remedy):
             assert text[-1].isalnum() or text[-1] in ")`", rule.name
@@ -156,9 +164,9 @@ def test_an_alarm_says_what_and_what_to_do() -> None:
     text = str(alarm)
     assert text.startswith("step 2, one_token_imbalance: one token id holds most")
     assert "tokens/one_id_signal is 0.9, healthy up to 0.5" in text
-    assert "To do: see which in the blame" in text
+    assert "To do: find the id in the token table" in text
     for r in RULES:
-        assert f"| {r.name} | {r.tested} |" in table()
+        assert f"| {r.name} | {r.tested} |" in rules_table()
 
 
 @pytest.mark.parametrize(
@@ -179,12 +187,12 @@ def test_an_alarm_says_what_and_what_to_do() -> None:
     ],
 )
 def test_levels(name: str, healthy: float, faulty: float | None) -> None:
-    """From step 10 on; rules of one reading speak at once, the others at the third."""
-    r = NAMED[name]
-    found = replay(rows([healthy] * 10 + [faulty] * 20, r.metric), [r])
-    pooled = r.pool is joined_z
-    assert [a.step for a in found] == ([found[0].step] if pooled else [10 + r.need - 1])
-    assert 10 <= found[0].step < 26
+    """A fault from step 10: rules with one reading alarm at once, others at the third reading."""
+    r = RULES_BY_NAME[name]
+    alarms = replay(rows([healthy] * 10 + [faulty] * 20, r.metric), [r])
+    pooled = r.pool is combined_z
+    assert [a.step for a in alarms] == ([alarms[0].step] if pooled else [10 + r.min_outside - 1])
+    assert 10 <= alarms[0].step < 26
     assert replay(rows([healthy] * (3 if pooled else 40), r.metric), [r]) == []
 
 
@@ -200,12 +208,10 @@ def test_levels(name: str, healthy: float, faulty: float | None) -> None:
     ],
 )
 def test_trends(name: str, start: float, healthy: float, faulty: float) -> None:
-    r = NAMED[name]
+    r = RULES_BY_NAME[name]
     assert replay(rows([start] * 3 + [healthy] * 60, r.metric), [r]) == []
     assert len(replay(rows([start] * 3 + [faulty] * 60, r.metric), [r])) == 1
 
-
-# --- real runs ----------------------------------------------------------------------------------
 
 SHORT = {
     "top-p 0.9, undeclared": {"sampler_mismatch"},
@@ -227,30 +233,30 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 def test_faults_of_real_runs_are_caught_and_healthy_ones_are_not(pair, tmp_path: Path) -> None:
-    found = {
-        name: replay(record(pair, tmp_path / f"fault {i}", 0, 8, FAULTS[name]))
+    raised = {
+        name: replay(record_rows(pair, tmp_path / f"fault {i}", 0, 8, FAULTS[name]))
         for i, name in enumerate(SHORT)
     }
     healthy = {
-        f"healthy {s}": replay(record(pair, tmp_path / f"{s}", s, 12, Fault())) for s in (0, 1)
+        f"healthy {s}": replay(record_rows(pair, tmp_path / f"{s}", s, 12, Fault())) for s in (0, 1)
     }
-    print(caught(found | healthy))
+    print(format_alarms(raised | healthy))
     for name, expected in SHORT.items():
-        assert expected <= {alarm.rule.name for alarm in found[name]}, name
+        assert expected <= {alarm.rule.name for alarm in raised[name]}, name
     assert not any(healthy.values())
 
 
 def test_stale_weights_are_caught_by_both_rules(pair, tmp_path: Path) -> None:
-    found = replay(record(pair, tmp_path / "run", 0, 20, FAULTS["stale weights"]))
-    first = {alarm.rule.name: alarm.step for alarm in reversed(found)}
+    alarms = replay(record_rows(pair, tmp_path / "run", 0, 20, FAULTS["stale weights"]))
+    first = {alarm.rule.name: alarm.step for alarm in reversed(alarms)}
     assert first["sampler_mismatch"] < 20
     assert first["stale_sampler"] < 20
 
 
 def test_a_gradient_that_does_not_know_the_teacher_is_caught(pair, tmp_path: Path) -> None:
-    quick = [replace(NAMED["no_progress"], after=15)]
+    quick = [replace(RULES_BY_NAME["no_progress"], min_readings=15)]
     rows_of = {
-        name: record(pair, tmp_path / name, 0, 24, fault)
+        name: record_rows(pair, tmp_path / name, 0, 24, fault)
         for name, fault in (("k1", FAULTS["k1 differentiated"]), ("healthy", Fault()))
     }
     assert [a.rule.name for a in replay(rows_of["k1"], quick)] == ["no_progress"]

@@ -1,4 +1,4 @@
-"""The family's weights by plain loops, sketches against whole gradients, and a real tiny model."""
+"""Estimator weights against loops, sketches against full gradients, and a tiny language model."""
 
 from dataclasses import replace
 from functools import cache
@@ -9,22 +9,27 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import DistributionStats, ScoredRollouts
-from diagnostics.core.distribution_stats import functionals
+from diagnostics.core.distribution_stats import compute_distribution_stats
 from diagnostics.core.optional_fields import MissingField
 from diagnostics.gradients.estimators import (
     FAMILY,
     GAMMAS,
     GradientEstimator,
-    member_index,
-    weights,
+    estimator_index,
+    estimator_weights,
 )
-from diagnostics.gradients.probe import GradientSketches, gradient_row, joined, measured
-from diagnostics.gradients.signal_noise import pairs
+from diagnostics.gradients.probe import (
+    GradientSketches,
+    concatenate_sketches,
+    gradient_row,
+    sketch_gradients,
+)
+from diagnostics.gradients.signal_noise import pair_products
 from diagnostics.gradients.sketch import (
     TokenSketches,
+    identity_projection,
     matrix_sketch,
-    no_projection,
-    random_signs,
+    random_projection,
     sequence_sketches,
     token_energies,
     token_sketches,
@@ -50,8 +55,8 @@ def normal(*shape: int, seed: int) -> Tensor:
 
 
 @cache
-def made() -> tuple[ScoredRollouts, Tensor, Tensor, Tensor]:
-    """A batch with holes in its mask, states (B, T, D), and both models' (B, T, V)."""
+def make_batch() -> tuple[ScoredRollouts, Tensor, Tensor, Tensor]:
+    """Return a batch with gaps in its mask, states (B, T, D), and both models' (B, T, V) logps."""
     hidden, head = normal(B, T, D, seed=1), normal(V, D, seed=2)
     p = (hidden @ head.T).log_softmax(-1)
     q = (p + normal(B, T, V, seed=3)).log_softmax(-1)
@@ -59,55 +64,59 @@ def made() -> tuple[ScoredRollouts, Tensor, Tensor, Tensor]:
     mask = torch.rand(B, T, generator=seeded(5)) > 0.25
     mask[1, 4:], mask[:, 0] = False, True
 
-    def at(x: Tensor) -> Tensor:
+    def sampled_logp(x: Tensor) -> Tensor:
         return x.gather(-1, tokens[..., None])[..., 0] * mask
 
     batch = ScoredRollouts(
         tokens=tokens,
         mask=mask,
-        sampler_logp=at(p),
-        student_logp=at(p),
-        teacher_logp=at(q),
+        sampler_logp=sampled_logp(p),
+        student_logp=sampled_logp(p),
+        teacher_logp=sampled_logp(q),
         prompt=torch.tensor([4, 7, 4, 7, 9, 9]),
         ended=torch.ones(B, dtype=torch.bool),
-        prefix=DistributionStats(**{k: x * mask for k, x in functionals(p, q, tokens).items()}),
-    ).checked()
+        prefix=DistributionStats(
+            **{k: x * mask for k, x in compute_distribution_stats(p, q, tokens).items()}
+        ),
+    ).validate()
     return batch, hidden, p, q
 
 
 def by_hand(batch: ScoredRollouts, member: GradientEstimator, gamma: float) -> Tensor:
-    """(B, T) weights by loops over the definition."""
+    """Compute the (B, T) weights by loops over the definition."""
     r, k, mask = batch.log_ratio, batch.prefix.reverse_kl, batch.mask
     later = k if member.mean_later else r
     credit = torch.zeros(B, T, dtype=torch.float64)
     for i in range(B):
         for t in range(T):
             if mask[i, t]:
-                ahead = [u for u in range(t + 1, T) if mask[i, u]]
-                credit[i, t] = sum(gamma ** (j + 1) * later[i, u] for j, u in enumerate(ahead))
+                later_positions = [u for u in range(t + 1, T) if mask[i, u]]
+                credit[i, t] = sum(
+                    gamma ** (j + 1) * later[i, u] for j, u in enumerate(later_positions)
+                )
                 credit[i, t] += 0 if member.mean_own else r[i, t]
-    found = credit.clone()
+    weight = credit.clone()
     for i in range(B):
         for t in range(T):
             mates = [j for j in range(B) if batch.prompt[j] == batch.prompt[i] and j != i]
-            others = [j for j in range(B) if batch.prompt[j] != batch.prompt[i] and mask[j, t]]
+            other_rows = [j for j in range(B) if batch.prompt[j] != batch.prompt[i] and mask[j, t]]
             if member.baseline == "local_kl":
-                found[i, t] -= k[i, t]
+                weight[i, t] -= k[i, t]
             elif member.baseline == "leave_one_out":
-                found[i, t] -= credit[mates, t].mean()
-            elif member.baseline == "position_mean" and others:
-                found[i, t] -= credit[others, t].mean()
-    return found * mask
+                weight[i, t] -= credit[mates, t].mean()
+            elif member.baseline == "position_mean" and other_rows:
+                weight[i, t] -= credit[other_rows, t].mean()
+    return weight * mask
 
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_weights_are_those_of_the_definition(name: str) -> None:
-    batch = made()[0]
-    family = weights(batch, ["plain", name], GAMMAS)
+    batch = make_batch()[0]
+    family = estimator_weights(batch, ["plain", name], GAMMAS)
     for gamma in GAMMAS:
-        found = family.values[..., member_index(family, name, gamma)]
-        torch.testing.assert_close(found, by_hand(batch, FAMILY[name], gamma), atol=1e-13, rtol=0)
-        assert bool(family.local[member_index(family, name, gamma)]) == FAMILY[name].mean_own
+        weight = family.values[..., estimator_index(family, name, gamma)]
+        torch.testing.assert_close(weight, by_hand(batch, FAMILY[name], gamma), atol=1e-13, rtol=0)
+        assert bool(family.local[estimator_index(family, name, gamma)]) == FAMILY[name].mean_own
 
 
 def sketches(
@@ -120,11 +129,11 @@ def sketches(
 
 
 def test_the_eligibility_trace_is_the_same_sum() -> None:
-    """Z <- gamma Z + s_t, G <- G + r_t Z, token by token, on whole outer products."""
-    batch, hidden, p, q = made()
-    family = weights(batch, ["plain"], GAMMAS)
-    tokens = sketches(batch, hidden, p, q, no_projection(V, D))
-    found = sequence_sketches(tokens, batch.mask, family.values, family.local)
+    """Z <- gamma Z + s_t, G <- G + r_t Z, token by token, on full outer products."""
+    batch, hidden, p, q = make_batch()
+    family = estimator_weights(batch, ["plain"], GAMMAS)
+    tokens = sketches(batch, hidden, p, q, identity_projection(V, D))
+    gradients = sequence_sketches(tokens, batch.mask, family.values, family.local)
     for f, gamma in enumerate(GAMMAS):
         for i in range(B):
             trace, total = torch.zeros(V, D).double(), torch.zeros(V, D).double()
@@ -133,23 +142,23 @@ def test_the_eligibility_trace_is_the_same_sum() -> None:
                 delta[batch.tokens[i, t]] += 1
                 trace = gamma * trace + torch.outer(delta, hidden[i, t])
                 total = total + batch.log_ratio[i, t] * trace
-            torch.testing.assert_close(found[i, f, 0], total.flatten(), atol=1e-12, rtol=0)
+            torch.testing.assert_close(gradients[i, f, 0], total.flatten(), atol=1e-12, rtol=0)
 
 
 def test_a_random_sketch_is_the_projection_of_the_whole_gradient() -> None:
-    batch, hidden, p, q = made()
-    family = weights(batch, ["plain", "rb_all"], (0.0, 0.9))
-    projection = random_signs(V, D, seed=3, rows=2, copies=5)
-    whole, small = (
+    batch, hidden, p, q = make_batch()
+    family = estimator_weights(batch, ["plain", "rb_all"], (0.0, 0.9))
+    projection = random_projection(V, D, seed=3, rows=2, copies=5)
+    full, small = (
         sequence_sketches(sketches(batch, hidden, p, q, x), batch.mask, family.values, family.local)
-        for x in (no_projection(V, D), projection)
+        for x in (identity_projection(V, D), projection)
     )
     r1, r2 = (x.double() for x in (projection.vocabulary, projection.hidden))
-    expected = torch.einsum("vja,bfvd,djc->bfjac", r1, whole.view(B, 4, V, D), r2)
+    expected = torch.einsum("vja,bfvd,djc->bfjac", r1, full.view(B, 4, V, D), r2)
     torch.testing.assert_close(small, expected.flatten(3) / 2 / 5**0.5)
-    again = random_signs(V, D, seed=3, rows=2, copies=5)
-    assert torch.equal(again.vocabulary, projection.vocabulary)
-    assert not torch.equal(random_signs(V, D, 4, 2, 5).hidden, projection.hidden)
+    same_seed = random_projection(V, D, seed=3, rows=2, copies=5)
+    assert torch.equal(same_seed.vocabulary, projection.vocabulary)
+    assert not torch.equal(random_projection(V, D, 4, 2, 5).hidden, projection.hidden)
 
 
 def test_inner_products_of_sketches_are_unbiased_with_the_stated_error() -> None:
@@ -157,14 +166,14 @@ def test_inner_products_of_sketches_are_unbiased_with_the_stated_error() -> None
     y = y / y.norm() * x.norm() / 2 + x
 
     def squares(rows: int, copies: int) -> tuple[Tensor, Tensor]:
-        found = []
+        values = []
         for seed in range(400):
-            a = random_signs(40, 30, seed, rows, copies)
+            a = random_projection(40, 30, seed, rows, copies)
             r1, r2 = (m.double().permute(1, 2, 0) for m in (a.vocabulary, a.hidden))
             sx, sy = (a.scale * (r1 @ m @ r2.mT).flatten() for m in (x, y))
-            found.append(torch.stack([sx @ sx / x.square().sum(), sx @ sy / (x * y).sum()]))
-        both = torch.stack(found)
-        return both.mean(0), both.std(0)
+            values.append(torch.stack([sx @ sx / x.square().sum(), sx @ sy / (x * y).sum()]))
+        stacked = torch.stack(values)
+        return stacked.mean(0), stacked.std(0)
 
     for rows, copies in ((4, 2), (4, 8), (16, 2)):
         mean, spread = squares(rows, copies)
@@ -172,58 +181,59 @@ def test_inner_products_of_sketches_are_unbiased_with_the_stated_error() -> None
         # one outer product: ((1 + 2/m)^2 - 1)/J for normal entries, slightly less for signs
         predicted = (((1 + 2 / rows) ** 2 - 1) / copies) ** 0.5
         assert 0.75 * predicted < float(spread[0]) < 1.1 * predicted
-    # what the error is not: sixteen times the numbers in rows only halve it at fixed copies
+    # at fixed copies, sixteen times the numbers in rows only halve the error
     assert squares(4, 2)[1][0] / squares(16, 2)[1][0] < 2.7
 
 
 def test_the_copies_tell_the_sketch_error() -> None:
-    """Over 100 seeds: the stated error is the spread, and the mean is the exact signal."""
-    batch, hidden, p, q = made()
-    family = weights(batch, ["plain"], (0.0, 1.0))
-    whole = sequence_sketches(
-        sketches(batch, hidden, p, q, no_projection(V, D)), batch.mask, family.values, family.local
+    """Over 100 seeds, the error is the standard deviation and the mean is the exact signal."""
+    batch, hidden, p, q = make_batch()
+    family = estimator_weights(batch, ["plain"], (0.0, 1.0))
+    full = sequence_sketches(
+        sketches(batch, hidden, p, q, identity_projection(V, D)),
+        batch.mask,
+        family.values,
+        family.local,
     )
-    exact = pairs(whole, batch.prompt)
-    assert exact.estimate(exact.signal[:, 1]).sketch == 0
+    exact = pair_products(full, batch.prompt)
+    assert exact.mean_estimate(exact.signal[:, 1]).sketch == 0
     values, stated = [], []
     for seed in range(100):
-        a = random_signs(V, D, seed, rows=3, copies=6)
-        found = pairs(
+        a = random_projection(V, D, seed, rows=3, copies=6)
+        products = pair_products(
             sequence_sketches(
                 sketches(batch, hidden, p, q, a), batch.mask, family.values, family.local
             ),
             batch.prompt,
         )
-        one = found.estimate(found.noise[:, 1])
-        values.append(one.value)
-        stated.append(one.sketch**2)
+        estimate = products.mean_estimate(products.noise[:, 1])
+        values.append(estimate.value)
+        stated.append(estimate.sketch**2)
     x = torch.tensor(values)
     assert abs(float(x.mean() - exact.noise[0, 1])) < 4 * float(x.std()) / 10
     assert float(torch.tensor(stated).mean() ** 0.5 / x.std()) == pytest.approx(1, abs=0.25)
 
 
 def test_masked_positions_chunks_and_padding_change_nothing() -> None:
-    batch, hidden, p, q = made()
-    family = weights(batch, ["rb_all"], GAMMAS)
-    tokens = sketches(batch, hidden, p, q, no_projection(V, D))
+    batch, hidden, p, q = make_batch()
+    family = estimator_weights(batch, ["rb_all"], GAMMAS)
+    tokens = sketches(batch, hidden, p, q, identity_projection(V, D))
     flat = p[batch.mask], q[batch.mask]
     at_once = token_sketches(
-        batch, hidden[batch.mask], lambda c: (flat[0][c], flat[1][c]), no_projection(V, D)
+        batch, hidden[batch.mask], lambda c: (flat[0][c], flat[1][c]), identity_projection(V, D)
     )
     torch.testing.assert_close(tokens.local, at_once.local)
     wide = batch._map(lambda x: torch.cat([x, torch.zeros_like(x)], 1) if x.dim() > 1 else x)
-    padded = weights(wide, ["rb_all"], GAMMAS)
+    padded = estimator_weights(wide, ["rb_all"], GAMMAS)
     torch.testing.assert_close(
         sequence_sketches(tokens, wide.mask, padded.values, padded.local),
         sequence_sketches(tokens, batch.mask, family.values, family.local),
     )
     with pytest.raises(ValueError, match="the mask has"):
-        token_sketches(batch, hidden[0], lambda c: (flat[0][c], None), no_projection(V, D))
+        token_sketches(batch, hidden[0], lambda c: (flat[0][c], None), identity_projection(V, D))
     with pytest.raises(ValueError, match="the projection is for 11 and 4"):
-        sketches(batch, hidden, p, q, no_projection(V, 4))
+        sketches(batch, hidden, p, q, identity_projection(V, 4))
 
-
-# --- a tiny language model ------------------------------------------------------------------------
 
 OBJECTIVE = {
     "plain": sampled_token,
@@ -237,17 +247,17 @@ OBJECTIVE = {
 
 @pytest.fixture(scope="module")
 def language(tiny_pair: tuple[Path, Path]):
-    """Four prompts with two rollouts each, scored by the trainer's own code at temperature 0.8."""
+    """Score four prompts with two rollouts each by the trainer's code at temperature 0.8."""
     from opd.data.chain_task import Problem
-    from opd.data.prompts import encode
-    from opd.models.forward import response_hidden
+    from opd.data.prompts import encode_prompts
+    from opd.models.forward import response_hidden_states
     from opd.rollouts.hf_engine import sample
     from opd.scoring.score import score
     from opd.teachers.pair import load_pair
 
     pair = load_pair(str(tiny_pair[0]), str(tiny_pair[1]), "cpu", "float32")
     problems = [Problem(prompt=f"{i} + {i + 1} =", answer="1") for i in range(4)]
-    prompts = encode(pair.tokenizer, problems, 2, 64)
+    prompts = encode_prompts(pair.tokenizer, problems, 2, 64)
     rollouts = sample(
         pair.student,
         prompts,
@@ -257,18 +267,18 @@ def language(tiny_pair: tuple[Path, Path]):
         top_p=1.0,
         generator=seeded(1),
     )
-    batch, theirs = score(
-        pair, prompts, rollouts, k=4, temperature=0.8, max_tokens_per_microbatch=10**6, max_logits_per_chunk=10**6,
-        keep_teacher=True,
+    batch, distributions = score(
+        pair, prompts, rollouts, k=4, temperature=0.8, max_tokens_per_microbatch=10**6,
+        max_logits_per_chunk=10**6, keep_teacher=True,
     )  # fmt: skip
     with torch.no_grad():
-        return pair, batch, response_hidden(pair.student, prompts, batch), theirs
+        return pair, batch, response_hidden_states(pair.student, prompts, batch), distributions
 
 
 def head_gradients(
-    pair, objective: Objective, batch: ScoredRollouts, hidden: Tensor, theirs: Tensor
+    pair, objective: Objective, batch: ScoredRollouts, hidden: Tensor, distributions: Tensor
 ):
-    """(B, V D) autograd through the trainer's loss of one response at a time, sequence sums."""
+    """Return (B, V D) gradients by autograd through the trainer's loss, one response at a time."""
     from opd.scoring.loss import loss_from_hidden
 
     weight, credit = pair.student.head.weight, objective.credit(batch)
@@ -276,7 +286,7 @@ def head_gradients(
     for i, end in enumerate(ends):
         c = slice(ends[i - 1] if i else 0, end)
         loss = loss_from_hidden(
-            pair, objective, hidden[c], theirs[c], batch.rows([i]), credit[i : i + 1],
+            pair, objective, hidden[c], distributions[c], batch.rows([i]), credit[i : i + 1],
             torch.ones(end - c.start), max_logits_per_chunk=10**6,
         )  # fmt: skip
         rows.append(torch.autograd.grad(loss, weight)[0].flatten())
@@ -285,34 +295,38 @@ def head_gradients(
 
 @pytest.mark.parametrize("name", OBJECTIVE)
 def test_the_sketch_of_a_models_head_is_that_of_autograd(language, name: str) -> None:
-    pair, batch, hidden, theirs = language
+    pair, batch, hidden, distributions = language
     from opd.models.forward import log_probabilities
 
     gammas = (0.0, 0.7, 1.0)
     size, width = pair.student.head.weight.shape
-    projection = random_signs(size, width, seed=0, rows=4, copies=3)
+    projection = random_projection(size, width, seed=0, rows=4, copies=3)
     tokens = token_sketches(
         batch,
         hidden,
         lambda c: (
             log_probabilities(pair.student, hidden[c], 0.8),
-            log_probabilities(pair.teacher, theirs[c], 0.8),
+            log_probabilities(pair.teacher, distributions[c], 0.8),
         ),
         projection,
         chunk_tokens=5,
     )
-    family = weights(batch, [name], gammas)
-    found = sequence_sketches(tokens, batch.mask, family.values, family.local)
+    family = estimator_weights(batch, [name], gammas)
+    sketches = sequence_sketches(tokens, batch.mask, family.values, family.local)
     r1, r2 = projection.vocabulary.float(), projection.hidden.float()
     for f, gamma in enumerate(gammas):
         objective = OBJECTIVE[name](gamma)
         if FAMILY[name].baseline != "none":
             objective = replace(objective, baseline=BASELINES[FAMILY[name].baseline])
-        whole = head_gradients(pair, objective, batch, hidden, theirs).view(-1, size, width)
-        expected = torch.einsum("vja,bvd,djc->bjac", r1, whole, r2).flatten(2) * projection.scale
-        torch.testing.assert_close(found[:, f], expected, atol=2e-4, rtol=1e-4)
-    assert found.abs().max() > 0.1
-    # energies: the trainer's loss again, one token at a time
+        full_gradients = head_gradients(pair, objective, batch, hidden, distributions).view(
+            -1, size, width
+        )
+        expected = (
+            torch.einsum("vja,bvd,djc->bjac", r1, full_gradients, r2).flatten(2) * projection.scale
+        )
+        torch.testing.assert_close(sketches[:, f], expected, atol=2e-4, rtol=1e-4)
+    assert sketches.abs().max() > 0.1
+    # energies: the trainer's loss of one token at a time
     if name in ("plain", "rb_all"):
         energies = token_energies(tokens, batch.mask, family.values, family.local)
         total, objective = 0.0, OBJECTIVE[name](0.7)
@@ -320,14 +334,14 @@ def test_the_sketch_of_a_models_head_is_that_of_autograd(language, name: str) ->
         for t in batch.mask[0].nonzero()[:, 0].tolist():
             only = torch.zeros_like(batch.mask[:1])
             only[0, t] = True
-            one = replace(batch.rows([0]), mask=only)
-            at = slice(int(batch.mask[0, :t].sum()), int(batch.mask[0, : t + 1].sum()))
-            fixed = replace(objective, own=lambda b: b.log_ratio * 0)
+            single = replace(batch.rows([0]), mask=only)
+            tokens_slice = slice(int(batch.mask[0, :t].sum()), int(batch.mask[0, : t + 1].sum()))
+            fixed = replace(objective, own_cost=lambda b: b.log_ratio * 0)
             from opd.scoring.loss import loss_from_hidden
 
             loss = loss_from_hidden(
-                pair, fixed, hidden[at], theirs[at], one, credit[:1], torch.ones(1),
-                max_logits_per_chunk=10**6,
+                pair, fixed, hidden[tokens_slice], distributions[tokens_slice], single, credit[:1],
+                torch.ones(1), max_logits_per_chunk=10**6,
             )  # fmt: skip
             total += float(torch.autograd.grad(loss, pair.student.head.weight)[0].square().sum())
         assert float(energies[0, 1]) == pytest.approx(total, rel=1e-3)
@@ -336,33 +350,35 @@ def test_the_sketch_of_a_models_head_is_that_of_autograd(language, name: str) ->
 def test_a_row_of_a_language_model(language) -> None:
     from opd.models.forward import log_probabilities
 
-    pair, batch, hidden, theirs = language
+    pair, batch, hidden, distributions = language
     size, width = pair.student.head.weight.shape
 
     def logp(c: slice) -> tuple[Tensor, Tensor]:
         return (
             log_probabilities(pair.student, hidden[c], 0.8),
-            log_probabilities(pair.teacher, theirs[c], 0.8),
+            log_probabilities(pair.teacher, distributions[c], 0.8),
         )
 
-    every = measured(batch, hidden, logp, no_projection(size, width))
-    exact = gradient_row(every)
-    row = gradient_row(measured(batch, hidden, logp, random_signs(size, width, seed=1)))
+    sketches = sketch_gradients(batch, hidden, logp, identity_projection(size, width))
+    exact = gradient_row(sketches)
+    row = gradient_row(
+        sketch_gradients(batch, hidden, logp, random_projection(size, width, seed=1))
+    )
     assert row.keys() == exact.keys()
-    whole = head_gradients(pair, sampled_token(0.0), batch, hidden, theirs).double()
-    part = whole.view(4, 2, -1).sum(1)
-    everything = part.sum(0).square().sum()
-    signal = (everything - part.square().sum()) / (8**2 - 4 * 2**2)
+    head = head_gradients(pair, sampled_token(0.0), batch, hidden, distributions).double()
+    part = head.view(4, 2, -1).sum(1)
+    total_square = part.sum(0).square().sum()
+    signal = (total_square - part.square().sum()) / (8**2 - 4 * 2**2)
     assert exact["gradient/signal"] == pytest.approx(float(signal), rel=1e-4)
-    noise = 8 * (float(everything) / 64 - float(signal))
+    noise = 8 * (float(total_square) / 64 - float(signal))
     assert exact["gradient/noise/plain@0"] == pytest.approx(noise, rel=1e-4)
     assert exact["gradient/noise/plain@0_sketch_se"] == 0
-    other = gradient_row(every, ("leave_one_out", 0.5), sequences=77)
-    i = member_index(every, "leave_one_out", 0.5)
-    truth = float(pairs(every.sketches[:, i : i + 1], every.prompt).signal[0, 0])
-    assert other["gradient/signal"] == pytest.approx(truth)
+    other_row = gradient_row(sketches, ("leave_one_out", 0.5), num_sequences=77)
+    i = estimator_index(sketches, "leave_one_out", 0.5)
+    truth = float(pair_products(sketches.sketches[:, i : i + 1], sketches.prompt).signal[0, 0])
+    assert other_row["gradient/signal"] == pytest.approx(truth)
     assert truth != pytest.approx(float(signal), rel=0.01)
-    assert other["gradient/sequences"] == 77
+    assert other_row["gradient/sequences"] == 77
     far = row["gradient/noise/plain@1"] - exact["gradient/noise/plain@1"]
     assert abs(far) < 5 * row["gradient/noise/plain@1_sketch_se"]
     assert row["gradient/bias2@1"] == 0
@@ -372,56 +388,66 @@ def test_a_row_of_a_language_model(language) -> None:
     cost = batch.prefix.reverse_kl.sum(1).mean()
     assert row["gradient/cost_of_response"] == pytest.approx(float(cost))
     bare = replace(batch, prefix=None)
-    alone = measured(
-        bare, hidden, lambda c: (logp(c)[0], None), no_projection(size, width), teacher_known=False
+    alone = sketch_gradients(
+        bare,
+        hidden,
+        lambda c: (logp(c)[0], None),
+        identity_projection(size, width),
+        has_teacher=False,
     )
     assert alone.names == ("plain", "position_mean", "leave_one_out")
     assert gradient_row(alone)["gradient/signal"] == pytest.approx(exact["gradient/signal"])
     with pytest.raises(MissingField, match=r"\('rb_all', 0.0\) is not among plain"):
         gradient_row(alone, ("rb_all", 0.0))
-    with pytest.raises(MissingField, match=r"top_p 0\.9 at temperature 0\.8 and scored at 0\.8"):
-        measured(replace(batch, top_p=0.9), hidden, logp, no_projection(size, width))
-    with pytest.raises(MissingField, match=r"temperature 1\.0 and scored at 0\.8; sample"):
-        measured(replace(batch, temperature=1.0), hidden, logp, no_projection(size, width))
+    with pytest.raises(
+        MissingField, match=r"top_p=0\.9 at temperature 0\.8 but scored at temperature 0\.8"
+    ):
+        sketch_gradients(replace(batch, top_p=0.9), hidden, logp, identity_projection(size, width))
+    with pytest.raises(
+        MissingField, match=r"temperature 1\.0 but scored at temperature 0\.8; sample"
+    ):
+        sketch_gradients(
+            replace(batch, temperature=1.0), hidden, logp, identity_projection(size, width)
+        )
     with pytest.raises(ValueError, match="2 different families"):
-        joined([every, alone])
+        concatenate_sketches([sketches, alone])
 
 
 def test_measurements_join_by_prompt() -> None:
-    batch, hidden, p, q = made()
+    batch, hidden, p, q = make_batch()
     halves = []
     for rows in ([0, 2], [1, 3, 4, 5]):
         part = batch.rows(rows)
         flat = p[rows][part.mask], q[rows][part.mask]
         halves.append(
-            measured(part, hidden[rows][part.mask], lambda c, f=flat: (f[0][c], f[1][c]),
-                     no_projection(V, D))
+            sketch_gradients(part, hidden[rows][part.mask], lambda c, f=flat: (f[0][c], f[1][c]),
+                     identity_projection(V, D))
         )  # fmt: skip
     flat = p[batch.mask], q[batch.mask]
-    whole: GradientSketches = measured(
-        batch, hidden[batch.mask], lambda c: (flat[0][c], flat[1][c]), no_projection(V, D)
+    full: GradientSketches = sketch_gradients(
+        batch, hidden[batch.mask], lambda c: (flat[0][c], flat[1][c]), identity_projection(V, D)
     )
-    apart, together = gradient_row(joined(halves)), gradient_row(whole)
-    assert apart.keys() == together.keys()
+    concatenated, together = gradient_row(concatenate_sketches(halves)), gradient_row(full)
+    assert concatenated.keys() == together.keys()
     for name, value in together.items():
-        # a position mean is that of the part's own prompts
+        # a position mean averages over the prompts of its part only
         if not any(word in name for word in ("position_mean", "bias", "alpha", "occ", "cos", "ch")):
-            assert apart[name] == pytest.approx(value, nan_ok=True), name
+            assert concatenated[name] == pytest.approx(value, nan_ok=True), name
 
 
 def test_gram_matrices_agree() -> None:
-    """|g|^2 = W' K W with K_tu = <delta_t, delta_u><h_t, h_u>, and a matrix sketched whole."""
-    batch, hidden, p, q = made()
-    family = weights(batch, ["leave_one_out"], GAMMAS)
-    tokens = sketches(batch, hidden, p, q, no_projection(V, D))
-    found = sequence_sketches(tokens, batch.mask, family.values, family.local)
+    """|g|^2 = W' K W with K_tu = <delta_t, delta_u><h_t, h_u>, and the sketch of a full matrix."""
+    batch, hidden, p, q = make_batch()
+    family = estimator_weights(batch, ["leave_one_out"], GAMMAS)
+    tokens = sketches(batch, hidden, p, q, identity_projection(V, D))
+    gradients = sequence_sketches(tokens, batch.mask, family.values, family.local)
     delta = torch.nn.functional.one_hot(batch.tokens, V) - p.exp()
     for i, j in ((0, 0), (2, 5)):
         gram = (delta[i] @ delta[j].T) * (hidden[i] @ hidden[j].T)
         product = (family.values[i].T @ gram @ family.values[j]).diagonal()
-        torch.testing.assert_close((found[i] * found[j]).flatten(1).sum(1), product)
-    a = random_signs(V, D, seed=2, rows=2, copies=3)
+        torch.testing.assert_close((gradients[i] * gradients[j]).flatten(1).sum(1), product)
+    a = random_projection(V, D, seed=2, rows=2, copies=3)
     small = sequence_sketches(
         sketches(batch, hidden, p, q, a), batch.mask, family.values, family.local
     )
-    torch.testing.assert_close(small[3, 2], matrix_sketch(found[3, 2].view(V, D), a))
+    torch.testing.assert_close(small[3, 2], matrix_sketch(gradients[3, 2].view(V, D), a))

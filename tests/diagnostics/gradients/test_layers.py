@@ -1,4 +1,4 @@
-"""Gradients of blocks below the head, by sequence, against one autograd call a sequence."""
+"""Gradients of blocks below the LM head, by sequence, against one autograd call a sequence."""
 
 from dataclasses import replace
 from functools import cache
@@ -8,22 +8,33 @@ import torch
 from torch import Tensor, nn
 
 from diagnostics.batch import DistributionStats, ScoredRollouts
-from diagnostics.core.distribution_stats import functionals
-from diagnostics.gradients.bias import without_each
-from diagnostics.gradients.estimators import weights
-from diagnostics.gradients.layers import block, linear_sketch, linear_squares, sequence_gradients
+from diagnostics.core.distribution_stats import compute_distribution_stats
+from diagnostics.gradients.bias import prompt_jackknife_means
+from diagnostics.gradients.estimators import estimator_weights
+from diagnostics.gradients.layers import (
+    linear_sketch,
+    linear_squares,
+    make_block,
+    sequence_gradients,
+)
 from diagnostics.gradients.probe import GradientSketches
 from diagnostics.gradients.signal_noise import signal_and_noise
-from diagnostics.gradients.sketch import matrix_sketch, no_projection, random_signs
+from diagnostics.gradients.sketch import identity_projection, matrix_sketch, random_projection
 from opd.config.settings import Config
 from opd.data.prompts import Prompts
-from opd.models.contexts import recomputing
-from opd.models.forward import log_probabilities, response_hidden, spread
+from opd.models.contexts import activation_checkpointing
+from opd.models.forward import log_probabilities, response_hidden_states, scatter_to_mask
 from opd.models.lm_head import LmHead
-from opd.models.model import split
-from opd.objectives.factory import make
+from opd.models.model import split_head
+from opd.objectives.factory import build_objective
 from opd.teachers.pair import ModelPair
-from opd.training.gradient_probe import TrainedLoss, below_head, hidden_slopes, probe, states
+from opd.training.gradient_probe import (
+    TrainedLoss,
+    block_gradient_sketches,
+    hidden_state_gradients,
+    probe_gradients,
+    supervised_hidden_states,
+)
 from tests.diagnostics.gradients.test_probe import seeded
 
 V, B, T = 11, 6, 7
@@ -31,7 +42,7 @@ PATTERNS = ("*norm", "model.layers.1.mlp.down_proj", "*.0.self_attn.[qk]_proj")
 
 
 def network(seed: int) -> nn.Module:
-    """Two layers with biased query and key, grouped heads and a final norm, in float64."""
+    """Build two layers with biased query and key, grouped heads and a final norm, in float64."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     with torch.random.fork_rng(devices=[]):
@@ -46,23 +57,23 @@ def network(seed: int) -> nn.Module:
             initializer_range=0.4,
             tie_word_embeddings=False,
         )
-        made = Qwen2ForCausalLM(config).double().eval()
-        for name, p in made.named_parameters():
+        model = Qwen2ForCausalLM(config).double().eval()
+        for name, p in model.named_parameters():
             if name.endswith("bias") or "norm" in name:
                 nn.init.normal_(p, mean=float("norm" in name), std=0.3)
-    return made
+    return model
 
 
 @cache
 def pair() -> ModelPair:
     student, teacher = network(0), network(1)
     teacher.requires_grad_(False)
-    return ModelPair(split(student, V), split(teacher, V), None, [0])
+    return ModelPair(split_head(student, V), split_head(teacher, V), None, [0])
 
 
 @cache
 def case() -> tuple[Prompts, ScoredRollouts]:
-    """Three prompts of two rollouts, padded on the left, with ragged ends and a hole in a mask."""
+    """Build three prompts of two rollouts: left padding, different lengths, a gap in a mask."""
     g = seeded(3)
     widths, ends = torch.tensor([4, 4, 1, 1, 3, 3]), torch.tensor([7, 3, 5, 7, 1, 6])
     real = torch.arange(4) >= 4 - widths[:, None]
@@ -87,21 +98,27 @@ def case() -> tuple[Prompts, ScoredRollouts]:
     )
     with torch.no_grad():
         logp = [
-            log_probabilities(m, response_hidden(m, prompts, bare), 1.0).double()
+            log_probabilities(m, response_hidden_states(m, prompts, bare), 1.0).double()
             for m in (pair().student, pair().teacher)
         ]
     y = tokens[mask]
-    ours, theirs = (spread(x.gather(1, y[:, None])[:, 0], mask) for x in logp)
-    prefix = {name: spread(x, mask) for name, x in functionals(*logp, y).items()}
-    scored = replace(bare, sampler_logp=ours, student_logp=ours, teacher_logp=theirs)
+    student_logp, teacher_logp = (
+        scatter_to_mask(x.gather(1, y[:, None])[:, 0], mask) for x in logp
+    )
+    prefix = {
+        name: scatter_to_mask(x, mask) for name, x in compute_distribution_stats(*logp, y).items()
+    }
+    scored = replace(
+        bare, sampler_logp=student_logp, student_logp=student_logp, teacher_logp=teacher_logp
+    )
     return prompts, replace(scored, prefix=DistributionStats(**prefix))
 
 
 def by_autograd(member: tuple[Tensor, bool], names: list[str]) -> dict[str, Tensor]:
-    """name -> (B, ...) gradients of sum_t [w_t log p(y_t) + K_t], from `.logits`, row by row."""
+    """Return name -> (B, ...) gradients of sum_t [w_t log p(y_t) + K_t], from `.logits`, by row."""
     prompts, scored = case()
     w, local = member
-    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    gradients: dict[str, list[Tensor]] = {name: [] for name in names}
     for i in range(B):
         p, t = prompts.tokens[i][prompts.mask[i]], int(scored.mask[i].nonzero()[-1]) + 1
         ids = torch.cat([p, scored.tokens[i, :t]])[None]
@@ -112,57 +129,68 @@ def by_autograd(member: tuple[Tensor, bool], names: list[str]) -> dict[str, Tens
         kl = (student.exp() * (student - teacher)).sum(-1)
         picked = student.gather(1, scored.tokens[i, :t, None])[:, 0]
         loss = ((w[i, :t] * picked + local * kl) * scored.mask[i, :t]).sum()
-        own = dict(pair().student.network.named_parameters())
-        grads = torch.autograd.grad(loss, [own[name] for name in names])
+        parameters = dict(pair().student.network.named_parameters())
+        grads = torch.autograd.grad(loss, [parameters[name] for name in names])
         for name, grad in zip(names, grads, strict=True):
-            found[name].append(grad)
-    return {name: torch.stack(parts) for name, parts in found.items()}
+            gradients[name].append(grad)
+    return {name: torch.stack(parts) for name, parts in gradients.items()}
 
 
-def below(patterns: tuple[str, ...], max_tokens_per_microbatch: int) -> dict[str, GradientSketches]:
+def gradients_below_head(
+    patterns: tuple[str, ...], max_tokens_per_microbatch: int
+) -> dict[str, GradientSketches]:
     prompts, scored = case()
     with torch.no_grad():
-        both = [states(m, prompts, scored, 1000) for m in (pair().student, pair().teacher)]
-        slopes = hidden_slopes(pair(), scored, *both, chunk_tokens=5)
-    chosen = [block(pair().student.network, pattern) for pattern in patterns]
-    return below_head(
-        pair().student, prompts, scored, slopes, chosen, 0.5, max_tokens_per_microbatch
+        output_gradients = [
+            supervised_hidden_states(m, prompts, scored, 1000)
+            for m in (pair().student, pair().teacher)
+        ]
+        slopes = hidden_state_gradients(pair(), scored, *output_gradients, chunk_tokens=5)
+    blocks = [make_block(pair().student.network, pattern) for pattern in patterns]
+    return block_gradient_sketches(
+        pair().student, prompts, scored, slopes, blocks, 0.5, max_tokens_per_microbatch
     )
 
 
 @pytest.mark.parametrize("max_tokens_per_microbatch", [1000, 20])
 def test_gradients_by_sequence_are_autograds(max_tokens_per_microbatch: int) -> None:
-    """Of every member, with left padding, masks and micro-batches in another order."""
-    found = below(PATTERNS, max_tokens_per_microbatch)
-    at = found[PATTERNS[0]]
-    assert (at.names, at.gammas) == (("plain", "rb_all_position_mean"), (0.0, 0.5, 1.0))
-    family = weights(case()[1], at.names, at.gammas)
+    """For every estimator, with left padding, masks and reordered micro-batches."""
+    gradients = gradients_below_head(PATTERNS, max_tokens_per_microbatch)
+    block_gradients = gradients[PATTERNS[0]]
+    assert (block_gradients.names, block_gradients.gammas) == (
+        ("plain", "rb_all_position_mean"),
+        (0.0, 0.5, 1.0),
+    )
+    family = estimator_weights(case()[1], block_gradients.names, block_gradients.gammas)
     for f in range(6):
         member = (family.values[..., f], bool(family.local[f]))
         for pattern in PATTERNS:
-            chosen = block(pair().student.network, pattern)
-            names = [f"{layer}.{p}" for layer, m in chosen.layers.items() for p in m._parameters]
+            block = make_block(pair().student.network, pattern)
+            names = [f"{layer}.{p}" for layer, m in block.layers.items() for p in m._parameters]
             names = [name for name in names if name in dict(owned())]
             grads = by_autograd(member, names)
             squares = sum(x.flatten(1).square().sum(1) for x in grads.values())
-            at = found[pattern]
-            torch.testing.assert_close(at.squares[:, f], squares, rtol=1e-4, atol=1e-9)
-            if not chosen.projections:
-                assert list(chosen.layers)[-1] == "model.norm"
-                whole = torch.cat([grads[f"{layer}.weight"] for layer in chosen.layers], 1)
+            block_gradients = gradients[pattern]
+            torch.testing.assert_close(block_gradients.squares[:, f], squares, rtol=1e-4, atol=1e-9)
+            if not block.projections:
+                assert list(block.layers)[-1] == "model.norm"
+                full = torch.cat([grads[f"{layer}.weight"] for layer in block.layers], 1)
                 torch.testing.assert_close(
-                    at.sketches[:, f, 0].double(), whole, rtol=1e-3, atol=1e-5
+                    block_gradients.sketches[:, f, 0].double(), full, rtol=1e-3, atol=1e-5
                 )
                 continue
             total = 0
-            for layer, projection in chosen.projections.items():
+            for layer, projection in block.projections.items():
                 parts = [grads[f"{layer}.weight"]]
                 if f"{layer}.bias" in grads:
                     parts.append(grads[f"{layer}.bias"][..., None])
                 matrix = torch.cat(parts, 2)
                 total = total + torch.stack([matrix_sketch(x, projection) for x in matrix])
             torch.testing.assert_close(
-                at.sketches[:, f], total.to(at.sketches), rtol=1e-3, atol=1e-5
+                block_gradients.sketches[:, f],
+                total.to(block_gradients.sketches),
+                rtol=1e-3,
+                atol=1e-5,
             )
 
 
@@ -171,26 +199,26 @@ def owned() -> list[tuple[str, Tensor]]:
 
 
 def test_nothing_is_left_behind() -> None:
-    before = [p.clone() for _, p in owned()]
-    below(PATTERNS, 1000)
+    initial = [p.clone() for _, p in owned()]
+    gradients_below_head(PATTERNS, 1000)
     assert all(p.grad is None for _, p in owned())
-    assert all(torch.equal(p, x) for (_, p), x in zip(owned(), before, strict=True))
+    assert all(torch.equal(p, x) for (_, p), x in zip(owned(), initial, strict=True))
     modules = pair().student.network.modules()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
 
 
 def test_recomputed_activations_give_the_same() -> None:
     prompts, scored = case()
-    chosen = [block(pair().student.network, "*down_proj")]
+    blocks = [make_block(pair().student.network, "*down_proj")]
 
     def forward() -> Tensor:
-        return response_hidden(pair().student, prompts, scored)
+        return response_hidden_states(pair().student, prompts, scored)
 
     g = torch.randn(int(scored.mask.sum()), 16, generator=seeded(0), dtype=torch.float64)
-    plain = sequence_gradients(chosen, forward, [g, 2 * g])["*down_proj"]
-    with recomputing(pair().student.network, wanted=True):
-        again = sequence_gradients(chosen, forward, [g, 2 * g])["*down_proj"]
-    torch.testing.assert_close(again, plain)
+    plain = sequence_gradients(blocks, forward, [g, 2 * g])["*down_proj"]
+    with activation_checkpointing(pair().student.network, enabled=True):
+        recomputed = sequence_gradients(blocks, forward, [g, 2 * g])["*down_proj"]
+    torch.testing.assert_close(recomputed, plain)
     torch.testing.assert_close(plain[1][:, 1], 4 * plain[1][:, 0])
 
 
@@ -200,10 +228,10 @@ def test_squared_lengths_are_exact_either_way(length: int) -> None:
     b = torch.randn(3, length, 7, generator=seeded(2), dtype=torch.float64)
     matrix = torch.einsum("nto,nti->noi", b, a)
     torch.testing.assert_close(linear_squares(a, b), matrix.square().sum((1, 2)))
-    whole = linear_sketch(a, b, no_projection(7, 5))
-    torch.testing.assert_close(whole[:, 0], matrix.flatten(1))
-    # independent signs: inner products without bias, with the error that was promised
-    signs = [random_signs(7, 5, seed, rows=4, copies=2) for seed in range(400)]
+    full = linear_sketch(a, b, identity_projection(7, 5))
+    torch.testing.assert_close(full[:, 0], matrix.flatten(1))
+    # independent signs: unbiased inner products with the documented error
+    signs = [random_projection(7, 5, seed, rows=4, copies=2) for seed in range(400)]
     inner = torch.stack(
         [torch.einsum("njm,kjm->nk", s, s) for s in (linear_sketch(a, b, p) for p in signs)]
     )
@@ -238,8 +266,8 @@ def test_layers_of_other_norms_and_adapters() -> None:
             nn.init.normal_(p)
     x = torch.randn(4, 5, 6, generator=seeded(1), dtype=torch.float64)
     g = torch.randn(4, 5, 6, generator=seeded(2), dtype=torch.float64)
-    found = sequence_gradients(
-        [block(net, n) for n in ("shifted", "lora_[AB]", "norm")],
+    gradients = sequence_gradients(
+        [make_block(net, n) for n in ("shifted", "lora_[AB]", "norm")],
         lambda: net(x),
         [g],
     )
@@ -248,52 +276,57 @@ def test_layers_of_other_norms_and_adapters() -> None:
         ("shifted", ["shifted.weight"]),
         ("lora_[AB]", ["lora_A.weight", "lora_B.weight"]),
     ):
-        own = [dict(net.named_parameters())[name] for name in names]
+        parameters = [dict(net.named_parameters())[name] for name in names]
         rows = [
             torch.cat(
-                [y.flatten() for y in torch.autograd.grad((net(x[i : i + 1]) * g[i]).sum(), own)]
+                [
+                    y.flatten()
+                    for y in torch.autograd.grad((net(x[i : i + 1]) * g[i]).sum(), parameters)
+                ]
             )
             for i in range(4)
         ]
-        whole = torch.stack(rows)
-        sketch, square = found[pattern]
-        torch.testing.assert_close(square[:, 0], whole.square().sum(1))
+        expected = torch.stack(rows)
+        sketch, square = gradients[pattern]
+        torch.testing.assert_close(square[:, 0], expected.square().sum(1))
         if "lora" not in pattern:
-            torch.testing.assert_close(sketch[:, 0, 0], whole)
+            torch.testing.assert_close(sketch[:, 0, 0], expected)
 
 
 def test_wrong_blocks_are_refused() -> None:
     net = pair().student.network
-    with pytest.raises(ValueError, match=r"is named .head.; there are model\.embed"):
-        block(net, "head")
-    with pytest.raises(ValueError, match=r"names linear layers .* and others"):
-        block(net, "model.layers.0.*")
+    with pytest.raises(ValueError, match=r"matches .head.; trained layers: model\.embed"):
+        make_block(net, "head")
+    with pytest.raises(ValueError, match=r"matches linear layers .* and others"):
+        make_block(net, "model.layers.0.*")
     with pytest.raises(ValueError, match="Embedding with a matrix"):
-        block(net, "*embed_tokens")
+        make_block(net, "*embed_tokens")
     layer = nn.Linear(3, 3)
-    twice = block(nn.Sequential(layer), "0")
+    twice = make_block(nn.Sequential(layer), "0")
     x = torch.ones(2, 4, 3)
-    with pytest.raises(ValueError, match=r"run once in a forward pass, by times: \{'0': 2\}"):
+    with pytest.raises(
+        ValueError, match=r"exactly once in a forward pass; number of calls: \{'0': 2\}"
+    ):
         sequence_gradients([twice], lambda: layer(layer(x)), [x])
     with pytest.raises(ValueError, match=r"0 ran on \(4, 3\), expected"):
         sequence_gradients([twice], lambda: layer(x[0]), [x[0]])
     assert not layer._forward_hooks
 
 
-def config(*blocks: str, every: int) -> Config:
-    return Config(student="s", teacher="t", out="o", probe_blocks=blocks, probe_every=every)
+def config(*blocks: str, interval: int) -> Config:
+    return Config(student="s", teacher="t", out="o", probe_blocks=blocks, probe_every=interval)
 
 
 def test_blocks_without_a_probe_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"probe_blocks is \('\*norm',\); it must be \(\) while"):
-        config("*norm", every=0)
-    assert config("*norm", every=5).probe_blocks == ("*norm",)
+    with pytest.raises(ValueError, match=r"probe_blocks is \('\*norm',\); it must be \(\) if"):
+        config("*norm", interval=0)
+    assert config("*norm", interval=5).probe_blocks == ("*norm",)
 
 
 def trained(name: str, gamma: float = 0.0, baseline: str = "none") -> TrainedLoss:
-    """A loss whose responses count by their number."""
+    """Build a loss that averages over responses."""
     prompts, scored = case()
-    objective = make(name, gamma, baseline)
+    objective = build_objective(name, gamma, baseline)
     weight = 1 + torch.arange(B, dtype=torch.float64)[:, None].expand(B, T)
     return TrainedLoss(
         objective=objective,
@@ -301,7 +334,7 @@ def trained(name: str, gamma: float = 0.0, baseline: str = "none") -> TrainedLos
         batch=scored,
         credit=objective.credit(scored),
         weight=weight if baseline != "none" else torch.ones_like(weight),
-        teacher_hidden=states(pair().teacher, prompts, scored, 1000).detach(),
+        teacher_hidden=supervised_hidden_states(pair().teacher, prompts, scored, 1000).detach(),
     )
 
 
@@ -314,23 +347,23 @@ def test_the_headline_of_a_block_is_the_trained_losses(
 ) -> None:
     prompts, scored = case()
     loss = trained(name, gamma, baseline)
-    row = probe(
-        pair(), prompts, scored, loss, gamma=gamma, max_tokens_per_microbatch=30, max_logits_per_chunk=100,
-        blocks=PATTERNS[:1],
+    row = probe_gradients(
+        pair(), prompts, scored, loss, gamma=gamma, max_tokens_per_microbatch=30,
+        max_logits_per_chunk=100, blocks=PATTERNS[:1],
     )  # fmt: skip
     norms = [name for name, _ in owned() if "norm" in name]
     member = (loss.credit * loss.weight, False)
-    whole = torch.cat(list(by_autograd(member, norms).values()), 1)
-    for measure, want in signal_and_noise(whole, scored.prompt).items():
-        got = row[f"gradient/blocks/*norm/{measure}"]
-        assert got == pytest.approx(want.value, rel=1e-3, abs=1e-5, nan_ok=True), measure
+    full = torch.cat(list(by_autograd(member, norms).values()), 1)
+    for measure, want in signal_and_noise(full, scored.prompt).items():
+        actual = row[f"gradient/blocks/*norm/{measure}"]
+        assert actual == pytest.approx(want.value, rel=1e-3, abs=1e-5, nan_ok=True), measure
 
 
 def test_a_student_whose_logits_are_no_matrix_product_is_refused() -> None:
     prompts, scored = case()
-    student = replace(pair().student, find=lambda: LmHead(None, V))
+    student = replace(pair().student, get_head=lambda: LmHead(None, V))
     with pytest.raises(ValueError, match="set probe_every to 0"):
-        probe(
+        probe_gradients(
             replace(pair(), student=student), prompts, scored, trained("sampled_token"),
             gamma=0.0, max_tokens_per_microbatch=30, max_logits_per_chunk=100,
         )  # fmt: skip
@@ -339,28 +372,28 @@ def test_a_student_whose_logits_are_no_matrix_product_is_refused() -> None:
 def test_the_row_of_a_run_says_what_the_gradients_are() -> None:
     prompts, scored = case()
     loss = trained("sampled_token")
-    row = probe(
-        pair(), prompts, scored, loss, gamma=0.0, max_tokens_per_microbatch=30, max_logits_per_chunk=100,
-        blocks=PATTERNS,
+    row = probe_gradients(
+        pair(), prompts, scored, loss, gamma=0.0, max_tokens_per_microbatch=30,
+        max_logits_per_chunk=100, blocks=PATTERNS,
     )  # fmt: skip
-    family = weights(scored, ["plain"], (0.0,))
+    family = estimator_weights(scored, ["plain"], (0.0,))
     member = (family.values[..., 0], False)
     norms = [name for name, _ in owned() if "norm" in name]
-    whole = torch.cat(list(by_autograd(member, norms).values()), 1)
-    for name, want in signal_and_noise(whole, scored.prompt).items():
-        for end, value in want.row(name).items():
-            got = row[f"gradient/blocks/*norm/{end}"]
-            assert got == pytest.approx(value, rel=1e-3, abs=1e-5, nan_ok=True), end
-    down = by_autograd(member, ["model.layers.1.mlp.down_proj.weight"])
-    true = float(next(iter(down.values())).flatten(1).square().sum(1).mean())
+    full = torch.cat(list(by_autograd(member, norms).values()), 1)
+    for name, want in signal_and_noise(full, scored.prompt).items():
+        for end, value in want.columns(name).items():
+            actual = row[f"gradient/blocks/*norm/{end}"]
+            assert actual == pytest.approx(value, rel=1e-3, abs=1e-5, nan_ok=True), end
+    down_proj = by_autograd(member, ["model.layers.1.mlp.down_proj.weight"])
+    true = float(next(iter(down_proj.values())).flatten(1).square().sum(1).mean())
     excess = row[f"gradient/blocks/{PATTERNS[1]}/sketch_excess"]
     assert abs(excess) < 0.3
     assert row["gradient/blocks/*norm/sketch_excess"] == pytest.approx(0, abs=1e-6)
-    at = below(PATTERNS[1:2], 1000)[PATTERNS[1]]
-    assert (at.sketches[:, 0].double().square().sum() / B / true - 1) == pytest.approx(
+    block_gradients = gradients_below_head(PATTERNS[1:2], 1000)[PATTERNS[1]]
+    assert (block_gradients.sketches[:, 0].double().square().sum() / B / true - 1) == pytest.approx(
         excess, abs=1e-4
     )
-    bare = probe(
+    bare = probe_gradients(
         pair(),
         prompts,
         scored,
@@ -375,4 +408,4 @@ def test_the_row_of_a_run_says_what_the_gradients_are() -> None:
 
 def test_means_without_each_prompt() -> None:
     x, prompt = torch.tensor([1.0, 5.0, 3.0, 11.0]), torch.tensor([7, 2, 7, 9])
-    assert without_each(x, prompt).tolist() == [5, 5, 8, 3]
+    assert prompt_jackknife_means(x, prompt).tolist() == [5, 5, 8, 3]

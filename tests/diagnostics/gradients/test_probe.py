@@ -1,7 +1,7 @@
 """Signal, noise and bias of gradients from one batch, against the exact engine on tabular worlds.
 
-A tabular policy is a head on one-hot states, so that the whole probe runs on it. Seeds are fixed;
-means of repetitions must lie within 4 of their standard errors of the truth.
+A tabular policy is a head on one-hot states, so the full probe can run on it. Seeds are fixed; the
+means of repetitions must be within 4 standard errors of the exact value.
 """
 
 import math
@@ -17,21 +17,38 @@ from diagnostics.batch import ScoredRollouts, concatenate
 from diagnostics.core.optional_fields import MissingField
 from diagnostics.gradients.bias import (
     coherence,
-    cost_of_response,
     occupancy,
-    recommend,
+    recommend_estimator,
+    response_cost,
     squared_bias,
 )
-from diagnostics.gradients.estimators import FAMILY, available, member_index, weights
-from diagnostics.gradients.jackknife import degrees, estimate, positive, quantile, ratio, squared
+from diagnostics.gradients.estimators import (
+    FAMILY,
+    available_estimators,
+    estimator_index,
+    estimator_weights,
+)
+from diagnostics.gradients.jackknife import (
+    degrees_of_freedom,
+    mean_estimate,
+    positive_estimate,
+    ratio_estimate,
+    squared_length_estimate,
+    student_t_quantile,
+)
 from diagnostics.gradients.proxies import (
     adam_noise,
     scalar_advantage_variance,
     token_advantage_variance,
 )
-from diagnostics.gradients.signal_noise import from_batches, from_norms, pairs, signal_and_noise
+from diagnostics.gradients.signal_noise import (
+    pair_products,
+    signal_and_noise,
+    signal_noise_from_batches,
+    signal_noise_from_norms,
+)
 from diagnostics.gradients.sketch import (
-    no_projection,
+    identity_projection,
     sequence_sketches,
     token_energies,
     token_sketches,
@@ -40,7 +57,7 @@ from opd.objectives.factory import full_reverse_kl
 from synthetic.estimators import ESTIMATORS, Estimator
 from synthetic.exact import moments
 from synthetic.sampling.trajectories import Trajectories, sample
-from synthetic.worlds.mdp import TabularMDP, ending, random_chain, random_pair, token_chain
+from synthetic.worlds.mdp import TabularMDP, random_chain, random_pair, token_chain, with_end_state
 
 GAMMAS = (0.0, 0.5, 1.0)
 N, REPETITIONS = 48, 200
@@ -52,30 +69,32 @@ def seeded(seed: int) -> torch.Generator:
 
 @cache
 def world(horizon: int = 8) -> tuple[TabularMDP, Tensor, Tensor]:
-    """Three states, which are the last token, and an end: lengths are random."""
-    mdp = ending(token_chain(3, horizon), torch.tensor(0.1))
+    """Build a world of three states (the last token) and an end, so that lengths are random."""
+    mdp = with_end_state(token_chain(3, horizon), torch.tensor(0.1))
     return mdp, *random_pair(mdp, seeded(8), distance=1.0, heterogeneity=0.5)
 
 
-def drawn(mdp: TabularMDP, seed: int, count: int = N, group: int = 1) -> Trajectories:
+def sample_batch(mdp: TabularMDP, seed: int, count: int = N, group: int = 1) -> Trajectories:
     _, student, teacher = world()
-    at = sample(mdp, student, teacher, count, seeded(seed))
-    return replace(at, batch=replace(at.batch, prompt=torch.arange(count) // group))
+    trajectories = sample(mdp, student, teacher, count, seeded(seed))
+    return replace(
+        trajectories, batch=replace(trajectories.batch, prompt=torch.arange(count) // group)
+    )
 
 
-def gradients(at: Trajectories, names: tuple[str, ...]) -> tuple[Tensor, Tensor, object]:
-    """(n, F, 1, S A) exact gradients of the tables by the probe's own path, energies, weights."""
+def gradients(trajectories: Trajectories, names: tuple[str, ...]) -> tuple[Tensor, Tensor, object]:
+    """Return (n, F, 1, S A) exact table gradients by the code of the probe, energies, weights."""
     _, student, teacher = world()
-    batch, flat = at.batch, at.states[at.batch.mask]
+    batch, flat = trajectories.batch, trajectories.states[trajectories.batch.mask]
     tables = student.log_softmax(-1), teacher.log_softmax(-1)
     tokens = token_sketches(
         batch,
         one_hot(flat, 4).double(),
         lambda c: (tables[0][flat[c]], tables[1][flat[c]]),
-        no_projection(3, 4),
+        identity_projection(3, 4),
         chunk_tokens=100,
     )
-    family = weights(batch, names, GAMMAS)
+    family = estimator_weights(batch, names, GAMMAS)
     x = sequence_sketches(tokens, batch.mask, family.values, family.local)
     return x, token_energies(tokens, batch.mask, family.values, family.local), family
 
@@ -86,124 +105,128 @@ def near(values: list[float], true: float, sigmas: float = 4) -> None:
     assert abs(float(x.mean()) - true) < sigmas * error, (float(x.mean()), true, error)
 
 
-# --- the formulas ---------------------------------------------------------------------------------
-
-
 def test_inner_products_are_means_over_pairs_and_their_replicates_leave_out_prompts() -> None:
     x = torch.randn(7, 2, 1, 4, generator=seeded(1), dtype=torch.float64)
     prompt = torch.tensor([5, 9, 5, 2, 2, 2, 0])
-    found = pairs(x, prompt)
+    products = pair_products(x, prompt)
     left_out = [None, 0, 2, 5, 9]
-    assert len(found.apart) == len(left_out)
+    assert len(products.different_prompts) == len(left_out)
     for r, out in enumerate(left_out):
         rows = [i for i in range(7) if out is None or prompt[i] != out]
         v = x[:, :, 0]
-        apart = [v[i] @ v[j].T for i in rows for j in rows if prompt[i] != prompt[j]]
-        same = [
+        different_prompts = [v[i] @ v[j].T for i in rows for j in rows if prompt[i] != prompt[j]]
+        same_prompt = [
             (v[i] * v[j]).sum(1) for i in rows for j in rows if i != j and prompt[i] == prompt[j]
         ]
-        own = torch.stack([v[i].square().sum(1) for i in rows]).mean(0)
+        self_products = torch.stack([v[i].square().sum(1) for i in rows]).mean(0)
         mean = v[rows].mean(0)
-        torch.testing.assert_close(found.apart[r], torch.stack(apart).mean(0))
-        torch.testing.assert_close(found.same[r], torch.stack(same).mean(0))
-        torch.testing.assert_close(found.own[r], own)
         torch.testing.assert_close(
-            found.noise[r],
-            len(rows) * (mean.square().sum(1) - torch.stack(apart).mean(0).diagonal()),
+            products.different_prompts[r], torch.stack(different_prompts).mean(0)
+        )
+        torch.testing.assert_close(products.same_prompt[r], torch.stack(same_prompt).mean(0))
+        torch.testing.assert_close(products.self_products[r], self_products)
+        torch.testing.assert_close(
+            products.noise[r],
+            len(rows) * (mean.square().sum(1) - torch.stack(different_prompts).mean(0).diagonal()),
         )
 
 
 def test_copies_are_averaged_and_left_out_one_by_one() -> None:
     x = torch.randn(6, 2, 3, 4, generator=seeded(1), dtype=torch.float64)
-    found = pairs(x, torch.arange(6))
-    parts = [pairs(x[:, :, j : j + 1] * 3**0.5, torch.arange(6)) for j in range(3)]
-    torch.testing.assert_close(found.own[:7], sum(p.own for p in parts) / 3)
-    torch.testing.assert_close(found.apart[8], (parts[0].apart[0] + parts[2].apart[0]) / 2)
+    products = pair_products(x, torch.arange(6))
+    parts = [pair_products(x[:, :, j : j + 1] * 3**0.5, torch.arange(6)) for j in range(3)]
+    torch.testing.assert_close(products.self_products[:7], sum(p.self_products for p in parts) / 3)
+    torch.testing.assert_close(
+        products.different_prompts[8],
+        (parts[0].different_prompts[0] + parts[2].different_prompts[0]) / 2,
+    )
     signal = torch.stack([p.signal[0, 0] for p in parts])
-    spread = found.estimate(found.signal[:, 0])
+    spread = products.mean_estimate(products.signal[:, 0])
     assert spread.sketch == pytest.approx(float(signal.std() / 3**0.5))
 
 
 def test_norms_alone_give_the_same_signal_and_noise() -> None:
     x = torch.randn(9, 5, generator=seeded(3), dtype=torch.float64) + 0.4
-    found = signal_and_noise(x, torch.arange(9))
-    signal, noise = from_norms(float(x.sum(0).square().sum()), x.square().sum(1))
-    assert signal == pytest.approx(found["signal"].value)
-    assert noise == pytest.approx(found["variance"].value)
-    assert found["snr"].value == pytest.approx(9 * signal / noise)
+    estimates = signal_and_noise(x, torch.arange(9))
+    signal, noise = signal_noise_from_norms(float(x.sum(0).square().sum()), x.square().sum(1))
+    assert signal == pytest.approx(estimates["signal"].value)
+    assert noise == pytest.approx(estimates["variance"].value)
+    assert estimates["snr"].value == pytest.approx(9 * signal / noise)
     # batches of 1 and 9: |G_1|^2 averaged over its nine batches
-    one = float(x.square().sum(1).mean())
-    both = from_batches(float(x.mean(0).square().sum()), 9, one, 1)
-    assert both == pytest.approx((signal, noise))
-    with pytest.raises(ValueError, match="need large > small"):
-        from_batches(1.0, 4, 1.0, 4)
+    mean_square = float(x.square().sum(1).mean())
+    from_two_sizes = signal_noise_from_batches(float(x.mean(0).square().sum()), 9, mean_square, 1)
+    assert from_two_sizes == pytest.approx((signal, noise))
+    with pytest.raises(ValueError, match="large > small > 0 is required"):
+        signal_noise_from_batches(1.0, 4, 1.0, 4)
 
 
-@pytest.mark.parametrize(("degrees", "known"), [(2, 4.30265), (5, 2.57058), (30, 2.04227)])
-def test_the_quantile_is_students(degrees: int, known: float) -> None:
-    assert quantile(degrees) == pytest.approx(known, rel=0.02 if degrees < 5 else 1e-3)
+@pytest.mark.parametrize(("degrees", "expected"), [(2, 4.30265), (5, 2.57058), (30, 2.04227)])
+def test_the_quantile_is_students(degrees: int, expected: float) -> None:
+    assert student_t_quantile(degrees) == pytest.approx(expected, rel=0.02 if degrees < 5 else 1e-3)
 
 
 def test_intervals_by_hand() -> None:
     x = torch.tensor([10.0, 9.0, 11.0, 10.0, 8.0, 12.0], dtype=torch.float64)
-    away = torch.tensor([-1.0, 1.0, 0.0, -2.0, 2.0])  # leaves 5 prompts, sum of squares 10
-    plain, t = estimate(x, 5), quantile(4)
+    deviations = torch.tensor([-1.0, 1.0, 0.0, -2.0, 2.0])  # 5 prompts, sum of squares 10
+    plain, t = mean_estimate(x, 5), student_t_quantile(4)
     assert (plain.value, plain.sketch) == (10, 0)
     assert plain.error == pytest.approx((4 / 5 * 10) ** 0.5)
-    spread = float((away.square() - 2).square().sum())
-    assert degrees(away) == min(4, 2 * 100 / spread) == 4
+    spread = float((deviations.square() - 2).square().sum())
+    assert degrees_of_freedom(deviations) == min(4, 2 * 100 / spread) == 4
     assert plain.high == pytest.approx(10 + t * 8**0.5)
-    long = positive(x, 5)
+    long = positive_estimate(x, 5)
     assert long.low * long.high == pytest.approx(100)
     assert long.high == pytest.approx(10 * math.exp(t * 8**0.5 / 10))
     reach = t * 8**0.5
-    assert squared(plain).high == pytest.approx(10 + reach + reach**2 / 40)
-    low = estimate(x - 10, 5)
-    assert squared(low).high == pytest.approx(reach + reach / 2)
-    assert positive(x - 10, 5) == low
-    # one prompt makes all of the error
-    assert degrees(torch.tensor([9.0] + [0.0] * 99)) == pytest.approx(200 / 99)
-    two = torch.cat([x, torch.tensor([9.0, 11.0])])  # and two copies of a sketch
-    assert estimate(two, 5).sketch == pytest.approx((1 / 2 * 2) ** 0.5)
-    # Fieller: the ends are where (N - rho D)^2 = t^2 Var(N - rho D), by the jackknife of that
-    below = torch.tensor([20.0, 20.5, 19.0, 20.0, 21.0, 19.5], dtype=torch.float64)
-    found = ratio(x, below, 5)
-    assert found.value == 0.5
-    assert found.low < 0.5 < found.high
-    t = quantile(degrees((x - 0.5 * below)[1:] - (x - 0.5 * below)[1:].mean()))
-    for rho in (found.low, found.high):
-        ends = estimate(x - rho * below, 5)
+    assert squared_length_estimate(plain).high == pytest.approx(10 + reach + reach**2 / 40)
+    low = mean_estimate(x - 10, 5)
+    assert squared_length_estimate(low).high == pytest.approx(reach + reach / 2)
+    assert positive_estimate(x - 10, 5) == low
+    # one prompt causes the entire error
+    assert degrees_of_freedom(torch.tensor([9.0] + [0.0] * 99)) == pytest.approx(200 / 99)
+    two = torch.cat([x, torch.tensor([9.0, 11.0])])  # two copies of a sketch
+    assert mean_estimate(two, 5).sketch == pytest.approx((1 / 2 * 2) ** 0.5)
+    # Fieller: at the ends (N - rho D)^2 = t^2 Var(N - rho D), with the jackknife variance
+    denominator = torch.tensor([20.0, 20.5, 19.0, 20.0, 21.0, 19.5], dtype=torch.float64)
+    estimate = ratio_estimate(x, denominator, 5)
+    assert estimate.value == 0.5
+    assert estimate.low < 0.5 < estimate.high
+    t = student_t_quantile(
+        degrees_of_freedom((x - 0.5 * denominator)[1:] - (x - 0.5 * denominator)[1:].mean())
+    )
+    for rho in (estimate.low, estimate.high):
+        ends = mean_estimate(x - rho * denominator, 5)
         assert ends.value**2 == pytest.approx((t * ends.error) ** 2)
-    assert math.isnan(ratio(x, below - 20, 5).low)
+    assert math.isnan(ratio_estimate(x, denominator - 20, 5).low)
 
 
 def test_too_few_prompts_are_refused() -> None:
     with pytest.raises(MissingField, match="2 prompts"):
         signal_and_noise(torch.randn(8, 3), torch.arange(8) // 4)
     with pytest.raises(ValueError, match=r"expected \(4, F, J, m\)"):
-        pairs(torch.randn(4, 3), torch.arange(4))
+        pair_products(torch.randn(4, 3), torch.arange(4))
 
-
-# --- against the exact engine ---------------------------------------------------------------------
 
 NAMES = tuple(name for name in FAMILY if name != "leave_one_out")
 
 
 @cache
-def repeated() -> list[dict[str, object]]:
-    """The whole family on 200 independent batches of 48 trajectories."""
-    found = []
+def repeated_probes() -> list[dict[str, object]]:
+    """Measure all estimators on 200 independent batches of 48 trajectories."""
+    results = []
     for seed in range(REPETITIONS):
-        at = drawn(world()[0], 1000 + seed)
-        x, energies, family = gradients(at, NAMES)
-        p = pairs(x, at.batch.prompt)
-        found.append({"pairs": p, "family": family, "energies": energies, "at": at, "x": x})
-    return found
+        trajectories = sample_batch(world()[0], 1000 + seed)
+        x, energies, family = gradients(trajectories, NAMES)
+        p = pair_products(x, trajectories.batch.prompt)
+        results.append(
+            {"pairs": p, "family": family, "energies": energies, "at": trajectories, "x": x}
+        )
+    return results
 
 
 @cache
 def truth() -> tuple[dict[str, Tensor], Tensor]:
-    """name -> (G,) exact noise of a trajectory, and (G, S, A) means.
+    """Return name -> (G,) exact noise of a trajectory, and (G, S, A) means.
 
     The position mean of many prompts is the exact mean at the position, `position_value`.
     """
@@ -227,9 +250,9 @@ def test_signal_and_noise_of_every_member_are_the_exact_ones(name: str) -> None:
     noise, mean = truth()
     signal = mean.square().sum((1, 2))
     for g, gamma in enumerate(GAMMAS):
-        i = member_index(repeated()[0]["family"], name, gamma)
-        near([float(r["pairs"].signal[0, i]) for r in repeated()], float(signal[g]))
-        near([float(r["pairs"].noise[0, i]) for r in repeated()], float(noise[name][g]))
+        i = estimator_index(repeated_probes()[0]["family"], name, gamma)
+        near([float(r["pairs"].signal[0, i]) for r in repeated_probes()], float(signal[g]))
+        near([float(r["pairs"].noise[0, i]) for r in repeated_probes()], float(noise[name][g]))
 
 
 def covered(estimates: list, true: float) -> float:
@@ -237,20 +260,23 @@ def covered(estimates: list, true: float) -> float:
 
 
 def test_intervals_cover_what_they_say() -> None:
-    """95 % nominal, 200 repetitions: 90 to 99 % (the binomial's 99.9 % range is about that)."""
+    """Nominal 95 %, 200 repetitions: 90 to 99 %, about the 99.9 % range of the binomial."""
     noise, mean = truth()
     signal = mean.square().sum((1, 2))
     for name, gamma in (("plain", 0.0), ("rb_all", 0.0), ("rb_all_position_mean", 1.0)):
         g = GAMMAS.index(gamma)
-        i = member_index(repeated()[0]["family"], name, gamma)
-        found = [r["pairs"] for r in repeated()]
+        i = estimator_index(repeated_probes()[0]["family"], name, gamma)
+        products = [r["pairs"] for r in repeated_probes()]
         shares = {
             "signal": covered(
-                [squared(p.estimate(p.signal[:, i])) for p in found], float(signal[g])
+                [squared_length_estimate(p.mean_estimate(p.signal[:, i])) for p in products],
+                float(signal[g]),
             ),
-            "noise": covered([p.positive(p.noise[:, i]) for p in found], float(noise[name][g])),
+            "noise": covered(
+                [p.positive_estimate(p.noise[:, i]) for p in products], float(noise[name][g])
+            ),
             "snr": covered(
-                [p.ratio(p.signal[:, i] * N, p.noise[:, i]) for p in found],
+                [p.ratio_estimate(p.signal[:, i] * N, p.noise[:, i]) for p in products],
                 float(N * signal[g] / noise[name][g]),
             ),
         }
@@ -261,15 +287,16 @@ def test_bias_is_unbiased_and_a_plug_in_is_far_off() -> None:
     _, mean = truth()
     true = (mean - mean[-1]).square().sum((1, 2))
     for g in range(len(GAMMAS)):
-        values = [float(squared_bias(r["pairs"], r["family"])[0, g]) for r in repeated()]
+        values = [float(squared_bias(r["pairs"], r["family"])[0, g]) for r in repeated_probes()]
         if GAMMAS[g] < 1:
             near(values, float(true[g]))
         else:
             assert set(values) == {0.0}
-    family = repeated()[0]["family"]
-    whole, local = (member_index(family, "plain", gamma) for gamma in (1.0, 0.0))
+    family = repeated_probes()[0]["family"]
+    full, local = (estimator_index(family, "plain", gamma) for gamma in (1.0, 0.0))
     plug_in = [
-        float((r["x"][:, whole] - r["x"][:, local]).mean(0).square().sum()) for r in repeated()
+        float((r["x"][:, full] - r["x"][:, local]).mean(0).square().sum())
+        for r in repeated_probes()
     ]
     assert sum(plug_in) / len(plug_in) > 2 * float(true[0])
 
@@ -283,22 +310,22 @@ def test_alpha_and_the_cosine_are_the_exact_ones() -> None:
         "cosine": float(g @ (g + h) / g.norm() / (g + h).norm()),
         "occupancy_square": float(h.square().sum()),
     }
-    found = [occupancy(r["pairs"], r["family"]) for r in repeated()]
+    estimates = [occupancy(r["pairs"], r["family"]) for r in repeated_probes()]
     for name, value in true.items():
-        known = [f[name] for f in found if not math.isnan(f[name].value)]
-        assert len(known) > 0.9 * REPETITIONS
-        assert 0.9 <= covered(known, value) <= 0.995, (name, value)
+        defined = [f[name] for f in estimates if not math.isnan(f[name].value)]
+        assert len(defined) > 0.9 * REPETITIONS
+        assert 0.9 <= covered(defined, value) <= 0.995, (name, value)
 
 
 def test_rollouts_of_a_prompt_are_told_from_prompts() -> None:
-    """Prompts are the random start states: within and between by the exact engine from each."""
+    """Prompts are the random start states; exact within and between from each start state."""
     mdp, student, teacher = world()
     worlds = [replace(mdp, start=torch.eye(4, dtype=torch.float64)[s]) for s in range(3)]
-    each = [moments.moments(world, student, teacher, "plain", 1.0) for world in worlds]
-    means = torch.stack([m for m, _ in each])
-    away = (means - means.mean(0)).square().sum((1, 2)).mean()
-    within = torch.stack([v for _, v in each]).mean()
-    found = []
+    world_moments = [moments.moments(world, student, teacher, "plain", 1.0) for world in worlds]
+    means = torch.stack([m for m, _ in world_moments])
+    between = (means - means.mean(0)).square().sum((1, 2)).mean()
+    within = torch.stack([v for _, v in world_moments]).mean()
+    results = []
     for seed in range(REPETITIONS):
         drawn_from = torch.bincount(torch.randint(3, (16,), generator=seeded(seed)), minlength=3)
         parts = [
@@ -307,37 +334,37 @@ def test_rollouts_of_a_prompt_are_told_from_prompts() -> None:
             if count
         ]
         batch = concatenate([p.batch for p in parts])
-        at = Trajectories(
+        trajectories = Trajectories(
             replace(batch, prompt=torch.arange(48) // 3), torch.cat([p.states for p in parts])
         )
-        x, _, family = gradients(at, ("plain",))
-        found.append(pairs(x, at.batch.prompt))
-    i = member_index(family, "plain", 1.0)
-    near([float(p.within[0, i]) for p in found], float(within))
-    near([float(p.between[0, i]) for p in found], float(away))
-    near([float(p.noise[0, i]) for p in found], float(3 * away + within))
-    assert float(away) > 0.05
+        x, _, family = gradients(trajectories, ("plain",))
+        results.append(pair_products(x, trajectories.batch.prompt))
+    i = estimator_index(family, "plain", 1.0)
+    near([float(p.within[0, i]) for p in results], float(within))
+    near([float(p.between[0, i]) for p in results], float(between))
+    near([float(p.noise[0, i]) for p in results], float(3 * between + within))
+    assert float(between) > 0.05
 
 
 def test_a_leave_one_out_group_has_its_exact_noise() -> None:
     mdp, student, teacher = world()
     _, true = moments.moments(mdp, student, teacher, "leave_one_out", GAMMAS, group=4)
-    found = []
+    results = []
     for seed in range(REPETITIONS):
-        at = drawn(mdp, seed, group=4)
-        x, _, _ = gradients(at, ("leave_one_out",))
-        found.append(pairs(x, at.batch.prompt))
+        trajectories = sample_batch(mdp, seed, group=4)
+        x, _, _ = gradients(trajectories, ("leave_one_out",))
+        results.append(pair_products(x, trajectories.batch.prompt))
     for g in range(len(GAMMAS)):
-        near([float(p.noise[0, g]) for p in found], float(true[g]))
+        near([float(p.noise[0, g]) for p in results], float(true[g]))
 
 
 def test_a_ratio_to_no_signal_is_refused() -> None:
     refused = unresolved = 0
     for seed in range(200):
         x = torch.randn(30, 8, generator=seeded(seed), dtype=torch.float64)
-        found = signal_and_noise(x, torch.arange(30))
-        refused += math.isnan(found["noise_scale"].value)
-        unresolved += found["snr"].low < 0
+        estimates = signal_and_noise(x, torch.arange(30))
+        refused += math.isnan(estimates["noise_scale"].value)
+        unresolved += estimates["snr"].low < 0
     assert refused >= 190
     assert unresolved == refused
     clear = signal_and_noise(x + 3, torch.arange(30))
@@ -348,73 +375,83 @@ def test_a_ratio_to_no_signal_is_refused() -> None:
 def test_the_recommendation_is_the_exact_one_where_that_is_clear() -> None:
     noise, mean = truth()
     bias = (mean - mean[-1]).square().sum((1, 2))
-    at = drawn(world()[0], 7, count=3000)
+    trajectories = sample_batch(world()[0], 7, count=3000)
     names = ("plain", "position_mean", "rb_all_position_mean")
-    x, _, family = gradients(at, names)
-    found = pairs(x, at.batch.prompt)
+    x, _, family = gradients(trajectories, names)
+    products = pair_products(x, trajectories.batch.prompt)
     for sequences in (1, 10**5):
         error = torch.stack([bias + noise[n] / sequences for n in names])
-        choice = recommend(found, family, sequences, seeded(0))
+        choice = recommend_estimator(products, family, sequences, seeded(0))
         best = int(error.argmin())
         assert (choice.name, choice.gamma) == (names[best // 3], GAMMAS[best % 3])
         torch.testing.assert_close(choice.error, error.flatten(), rtol=0.2, atol=1e-3)
         assert choice.share.sum() == pytest.approx(1)
         assert choice.share[best] > 0.8
-    assert recommend(found, family, 1, seeded(0)).gamma < 1
-    assert recommend(found, family, 10**5, seeded(0)).gamma == 1
-    # equal members do not split the vote
-    x, _, family = gradients(at, ("rb_immediate", "rb_all"))
-    choice = recommend(pairs(x, at.batch.prompt), family, 1, seeded(0))
+    assert recommend_estimator(products, family, 1, seeded(0)).gamma < 1
+    assert recommend_estimator(products, family, 10**5, seeded(0)).gamma == 1
+    # equal estimators do not split the share
+    x, _, family = gradients(trajectories, ("rb_immediate", "rb_all"))
+    choice = recommend_estimator(pair_products(x, trajectories.batch.prompt), family, 1, seeded(0))
     assert (choice.name, choice.share[0]) == ("rb_immediate", 1)
-    few = drawn(world()[0], 8, count=12)
-    x, _, family = gradients(few, names)
-    assert recommend(pairs(x, few.batch.prompt), family, 30, seeded(0)).share.max() < 1
+    small_batch = sample_batch(world()[0], 8, count=12)
+    x, _, family = gradients(small_batch, names)
+    assert (
+        recommend_estimator(
+            pair_products(x, small_batch.batch.prompt), family, 30, seeded(0)
+        ).share.max()
+        < 1
+    )
 
 
 def test_coherence_is_the_ratio_of_norms_and_constant_costs_have_one() -> None:
-    at = drawn(world()[0], 5, count=20)
-    x, energies, family = gradients(at, ("plain", "rb_all"))
-    found = pairs(x, at.batch.prompt)
-    i = member_index(family, "plain", 0.0)
+    trajectories = sample_batch(world()[0], 5, count=20)
+    x, energies, family = gradients(trajectories, ("plain", "rb_all"))
+    products = pair_products(x, trajectories.batch.prompt)
+    i = estimator_index(family, "plain", 0.0)
     _, student, _ = world()
-    p = student.log_softmax(-1).exp()[at.states]
-    delta = one_hot(at.batch.tokens, 3).double() - p
-    part = ((at.batch.log_ratio * at.batch.mask)[..., None] * delta)[..., None, :] * one_hot(
-        at.states, 4
-    )[..., None]
+    p = student.log_softmax(-1).exp()[trajectories.states]
+    delta = one_hot(trajectories.batch.tokens, 3).double() - p
+    part = ((trajectories.batch.log_ratio * trajectories.batch.mask)[..., None] * delta)[
+        ..., None, :
+    ] * one_hot(trajectories.states, 4)[..., None]
     value = part.sum(1).square().sum() / part.square().sum()
-    assert coherence(found, energies, at.batch.prompt, i).value == pytest.approx(float(value))
-    # the local KL's own gradient: p (l - K), no sampled token in it
-    k = member_index(family, "rb_all", 0.0)
+    assert coherence(products, energies, trajectories.batch.prompt, i).value == pytest.approx(
+        float(value)
+    )
+    # the gradient of the local KL, p (l - K), does not depend on the sampled token
+    k = estimator_index(family, "rb_all", 0.0)
     _, student, teacher = world()
     ratio = student.log_softmax(-1) - teacher.log_softmax(-1)
     table = student.softmax(-1) * (ratio - (student.softmax(-1) * ratio).sum(-1, keepdim=True))
     torch.testing.assert_close(
-        energies[:, k], (table.square().sum(-1)[at.states] * at.batch.mask).sum(1)
+        energies[:, k],
+        (table.square().sum(-1)[trajectories.states] * trajectories.batch.mask).sum(1),
     )
-    many = drawn(world()[0], 6, count=3000)
-    flat, log_p = many.states[many.batch.mask], student.log_softmax(-1)
+    large_batch = sample_batch(world()[0], 6, count=3000)
+    flat, log_p = large_batch.states[large_batch.batch.mask], student.log_softmax(-1)
     tokens = token_sketches(
-        many.batch, one_hot(flat, 4).double(), lambda c: (log_p[flat[c]], None), no_projection(3, 4)
+        large_batch.batch,
+        one_hot(flat, 4).double(),
+        lambda c: (log_p[flat[c]], None),
+        identity_projection(3, 4),
     )
-    ones, none = torch.ones(*many.batch.mask.shape, 1), torch.tensor([False])
-    x = sequence_sketches(tokens, many.batch.mask, ones, none)
-    energy = token_energies(tokens, many.batch.mask, ones, none)
-    together = coherence(pairs(x, many.batch.prompt), energy, many.batch.prompt, 0)
+    unit_weights, no_local = torch.ones(*large_batch.batch.mask.shape, 1), torch.tensor([False])
+    x = sequence_sketches(tokens, large_batch.batch.mask, unit_weights, no_local)
+    energy = token_energies(tokens, large_batch.batch.mask, unit_weights, no_local)
+    together = coherence(
+        pair_products(x, large_batch.batch.prompt), energy, large_batch.batch.prompt, 0
+    )
     assert together.error < 0.02
     assert abs(together.value - 1) < 3 * together.error
 
 
-# --- what others report ---------------------------------------------------------------------------
-
-
 def test_a_scalar_advantage_misses_the_noise_of_distillation() -> None:
-    """At gamma = 0 verl's proxy reads a small part of the variance, the token version most."""
+    """At gamma = 0 verl's proxy gives a small part of the variance, the token version most."""
     mdp = random_chain(3, 3, 24, seeded(0), mixing=0.3)
     student, teacher = random_pair(mdp, seeded(2), distance=1.0, heterogeneity=0.5)
     _, true = moments.moments(mdp, student, teacher, "plain", 0.0)
-    at = sample(mdp, student, teacher, 20_000, seeded(3))
-    batch: ScoredRollouts = at.batch
+    trajectories = sample(mdp, student, teacher, 20_000, seeded(3))
+    batch: ScoredRollouts = trajectories.batch
     w = 1 - 2 * batch.student_logp.exp() + batch.prefix.collision
     scalar, token = (
         float(f(-batch.log_ratio, w, batch.mask) / true)
@@ -427,7 +464,7 @@ def test_a_scalar_advantage_misses_the_noise_of_distillation() -> None:
     mask = torch.tensor(m, dtype=torch.bool)
     assert scalar_advantage_variance(a, s, mask) == pytest.approx(1.5)
     assert token_advantage_variance(a, s, mask) == pytest.approx(9.5)
-    assert float(cost_of_response(batch).mean()) == pytest.approx(
+    assert float(response_cost(batch).mean()) == pytest.approx(
         float(moments.sequence_kl(mdp, student, teacher).total), rel=0.05
     )
 
@@ -448,7 +485,9 @@ def test_adams_moments_mix_noise_with_drift() -> None:
     assert proxy(still) == pytest.approx(2 * 0.9 / 1.9 * true, rel=0.02)
     drift = torch.linspace(6, 0, steps, dtype=torch.float64)[:, None, None] * still
     assert proxy(drift) > 1.5 * true
-    g = torch.tensor([3.0, -2.0])  # after one update both corrected moments are the gradient's own
+    g = torch.tensor(
+        [3.0, -2.0]
+    )  # after one update both corrected moments equal those of the gradient
     assert float(adam_noise([(0.1 * g, 0.001 * g.square())], 1, betas)) == pytest.approx(
         0, abs=1e-5
     )
@@ -457,18 +496,23 @@ def test_adams_moments_mix_noise_with_drift() -> None:
 
 
 def test_only_what_the_batch_allows_is_measured() -> None:
-    at = drawn(world()[0], 1, count=12)
-    assert "leave_one_out" not in available(at.batch, True)
-    bare = replace(at.batch, prefix=None, prompt=torch.arange(12) // 2)
-    assert available(bare, False) == ["plain", "position_mean", "leave_one_out"]
-    assert available(bare, True) == ["plain", "position_mean", "leave_one_out", "rb_immediate"]
-    with pytest.raises(MissingField, match="prefix functionals"):
-        weights(bare, ["rb_future"], GAMMAS)
+    trajectories = sample_batch(world()[0], 1, count=12)
+    assert "leave_one_out" not in available_estimators(trajectories.batch, True)
+    bare = replace(trajectories.batch, prefix=None, prompt=torch.arange(12) // 2)
+    assert available_estimators(bare, False) == ["plain", "position_mean", "leave_one_out"]
+    assert available_estimators(bare, True) == [
+        "plain",
+        "position_mean",
+        "leave_one_out",
+        "rb_immediate",
+    ]
+    with pytest.raises(MissingField, match="distribution statistics"):
+        estimator_weights(bare, ["rb_future"], GAMMAS)
     with pytest.raises(MissingField, match="single rollout"):
-        weights(at.batch, ["leave_one_out"], GAMMAS)
-    with pytest.raises(ValueError, match=r"unknown members \['no'\]"):
-        weights(bare, ["no"], GAMMAS)
-    x, _, _ = gradients(at, ("plain",))
-    other = weights(at.batch, ["plain"], (0.0, 0.5))
+        estimator_weights(trajectories.batch, ["leave_one_out"], GAMMAS)
+    with pytest.raises(ValueError, match=r"unknown estimators \['no'\]"):
+        estimator_weights(bare, ["no"], GAMMAS)
+    x, _, _ = gradients(trajectories, ("plain",))
+    other_weights = estimator_weights(trajectories.batch, ["plain"], (0.0, 0.5))
     with pytest.raises(MissingField, match="discounts 0 and 1"):
-        squared_bias(pairs(x[:, :2], at.batch.prompt), other)
+        squared_bias(pair_products(x[:, :2], trajectories.batch.prompt), other_weights)

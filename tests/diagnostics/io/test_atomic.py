@@ -1,4 +1,4 @@
-"""What is renamed into place is on the disk before its name is, and a failure changes nothing."""
+"""Atomic writes: content reaches the disk before its final name, and a failure changes nothing."""
 
 import errno
 import os
@@ -13,27 +13,27 @@ import torch
 from diagnostics.batch import ScoredRollouts
 from diagnostics.errors import OperationFailed
 from diagnostics.io.atomic import atomic_write, is_disk_full, replace_folder, write_text
-from diagnostics.records.token_dumps import Dumps
-from diagnostics.records.writer import write
+from diagnostics.records.token_dumps import DumpWriter
+from diagnostics.records.writer import write_records
 
 
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """What the system is asked, in order: ("sync", path) and ("rename", new path)."""
-    done: list[tuple[str, str]] = []
+    """Record system calls in order: ("sync", path) and ("rename", new path)."""
+    calls: list[tuple[str, str]] = []
     sync, rename = os.fsync, os.replace
 
     def record_sync(descriptor: int) -> None:
-        done.append(("sync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        calls.append(("sync", os.readlink(f"/proc/self/fd/{descriptor}")))
         sync(descriptor)
 
     def record_rename(source: Any, target: Any) -> None:
-        done.append(("rename", str(target)))
+        calls.append(("rename", str(target)))
         rename(source, target)
 
     monkeypatch.setattr(os, "fsync", record_sync)
     monkeypatch.setattr(os, "replace", record_rename)
-    return done
+    return calls
 
 
 def batch() -> ScoredRollouts:
@@ -53,8 +53,11 @@ WRITERS = {
     "text": (lambda folder: write_text(folder / "x", "text"), "x"),
     "text of several": (lambda folder: write_text(folder / "x", "text", concurrent=True), "x"),
     "batch": (lambda folder: batch().save(folder / "x.safetensors"), "x.safetensors"),
-    "dump": (lambda folder: Dumps(folder=folder, responses=1)(3, batch()), "step_00000003.parquet"),
-    "records": (lambda folder: write(folder / "x.jsonl", [batch()]), "x.jsonl"),
+    "dump": (
+        lambda folder: DumpWriter(folder=folder, responses=1)(3, batch()),
+        "step_00000003.parquet",
+    ),
+    "records": (lambda folder: write_records(folder / "x.jsonl", [batch()]), "x.jsonl"),
 }
 
 
@@ -82,8 +85,10 @@ def test_every_file_and_folder_is_on_the_disk_before_a_folder_gets_its_name(
     target.mkdir()
     (target / "old").touch()
     replace_folder(source, target)
-    before = {Path(path).name for kind, path in events[: events.index(("rename", str(target)))]}
-    assert before == {"a", "b", "inner", "x.part", "x.old"}
+    synced_names = {
+        Path(path).name for kind, path in events[: events.index(("rename", str(target)))]
+    }
+    assert synced_names == {"a", "b", "inner", "x.part", "x.old"}
     assert events[-1] == ("sync", str(tmp_path))
     assert {path.name for path in tmp_path.rglob("*")} == {"x", "a", "inner", "b"}
 
@@ -105,18 +110,19 @@ def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["text", "batch", "records", "dump"])
 def test_a_full_disk_is_said_and_the_old_file_stays(name: str, tmp_path: Path) -> None:
-    """In a process that may write no file beyond 2 bytes."""
+    """Runs in a process whose files are limited to 2 bytes."""
     final = tmp_path / WRITERS[name][1]
     final.write_text("old")
     program = (
-        "import resource, sys; from pathlib import Path; from tests.diagnostics.io.test_atomic import WRITERS\n"
+        "import resource, sys; from pathlib import Path\n"
+        "from tests.diagnostics.io.test_atomic import WRITERS\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2, -1))\n"
         f"WRITERS[{name!r}][0](Path(sys.argv[1]))"
     )
-    line = [sys.executable, "-c", program, str(tmp_path)]
-    done = subprocess.run(line, capture_output=True, text=True, check=False)
-    last = done.stderr.strip().splitlines()[-1]
-    assert f"OperationFailed: could not write {final}: is the disk full?" in last
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    last_line = process.stderr.strip().splitlines()[-1]
+    assert f"OperationFailed: could not write {final}: is the disk full?" in last_line
     assert final.read_text() == "old"
 
 

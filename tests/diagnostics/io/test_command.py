@@ -1,4 +1,4 @@
-"""How a command ends: one line for the user's errors, a traceback for ours, silence for a pipe."""
+"""Exit of commands: one line for user errors, a traceback for bugs, no output for a closed pipe."""
 
 import os
 import subprocess
@@ -9,13 +9,13 @@ import pytest
 
 from diagnostics.errors import BrokenPackage, InvalidInput, MissingFile, MissingPackage
 from diagnostics.io import files
-from diagnostics.io.command import CLOSED_PIPE, INTERRUPTED, run_command
+from diagnostics.io.command import EXIT_CLOSED_PIPE, EXIT_INTERRUPTED, run_command
 from diagnostics.io.packages import load_package
-from diagnostics.records.rows import read
+from diagnostics.records.rows import read_rows
 from tests.helpers.paths import ROOT
 
 
-def ended(error: BaseException) -> BaseException:
+def raised_by_command(error: BaseException) -> BaseException:
     def command() -> None:
         raise error
 
@@ -26,23 +26,29 @@ def ended(error: BaseException) -> BaseException:
 
 def test_errors_for_the_user_are_one_line_and_ours_keep_their_traceback() -> None:
     for error in (InvalidInput("a is 1"), MissingFile("b"), PermissionError(13, "denied", "c")):
-        said = ended(error)
-        assert isinstance(said, SystemExit)
-        assert said.__cause__ is error
-        assert str(said.code).startswith("opd x: ")
-        assert "\n" not in str(said.code)
-    assert str(ended(IsADirectoryError(21, "Is a directory", "out")).code) == (  # type: ignore[attr-defined]
-        "opd x: out: Is a directory; name a file, not a folder"
+        exit_error = raised_by_command(error)
+        assert isinstance(exit_error, SystemExit)
+        assert exit_error.__cause__ is error
+        assert str(exit_error.code).startswith("opd x: ")
+        assert "\n" not in str(exit_error.code)
+    assert str(raised_by_command(IsADirectoryError(21, "Is a directory", "out")).code) == (  # type: ignore[attr-defined]
+        "opd x: out: Is a directory; give a file, not a folder"
     )
-    ours = [ValueError("a"), KeyError("b"), RuntimeError("c"), OSError("d"), TypeError("e")]
+    program_errors = [
+        ValueError("a"),
+        KeyError("b"),
+        RuntimeError("c"),
+        OSError("d"),
+        TypeError("e"),
+    ]
     for error in [
-        *ours,
+        *program_errors,
         FileNotFoundError(2, "no such file", "own/data"),
         PermissionError(13, "x"),
     ]:
-        assert ended(error) is error
-    assert ended(KeyboardInterrupt()).code == INTERRUPTED  # type: ignore[attr-defined]
-    assert ended(SystemExit(3)).code == 3  # type: ignore[attr-defined]
+        assert raised_by_command(error) is error
+    assert raised_by_command(KeyboardInterrupt()).code == EXIT_INTERRUPTED  # type: ignore[attr-defined]
+    assert raised_by_command(SystemExit(3)).code == 3  # type: ignore[attr-defined]
 
 
 def environment() -> dict[str, str]:
@@ -50,7 +56,7 @@ def environment() -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "words",
+    "arguments",
     [
         ("-m", "opd.cli.main", "--help"),
         ("-m", "opd.cli.main", "train", "smoke", "--show"),
@@ -58,24 +64,24 @@ def environment() -> dict[str, str]:
         ("-m", "synthetic.runner.run", "list"),
     ],
 )
-def test_a_reader_that_stops_reading_is_no_error(words: tuple[str, ...]) -> None:
-    """As `opd ... | head -0`: the pipe is closed before anything is written."""
-    here, there = os.pipe()
-    os.close(here)
-    done = subprocess.run(
-        [sys.executable, *words],
-        stdout=there,
+def test_a_reader_that_stops_reading_is_no_error(arguments: tuple[str, ...]) -> None:
+    """Like `opd ... | head -0`: the pipe is closed before anything is written."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    process = subprocess.run(
+        [sys.executable, *arguments],
+        stdout=write_end,
         stderr=subprocess.PIPE,
         env=environment(),
         check=False,
     )
-    os.close(there)
-    assert done.stderr == b""
-    assert done.returncode == CLOSED_PIPE
+    os.close(write_end)
+    assert process.stderr == b""
+    assert process.returncode == EXIT_CLOSED_PIPE
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "message"),
     [
         (("-m", "figures", "pie"), "opd figures: unknown figure 'pie'; known: "),
         (
@@ -86,16 +92,16 @@ def test_a_reader_that_stops_reading_is_no_error(words: tuple[str, ...]) -> None
         (("-m", "opd.cli.main", "diagnose", "none.jsonl"), "opd diagnose: none.jsonl "),
         (("-m", "opd.cli.main", "eval", "m", "--against", "none"), "opd eval: none does not exist"),
         (("-m", "opd.cli.main", "eval", "m", "--template", "{"), "--template is not JSON"),
-        (("-m", "opd.cli.main", "report", "none"), "opd report: none is no run folder"),
+        (("-m", "opd.cli.main", "report", "none"), "opd report: none is not a run folder"),
     ],
 )
-def test_every_entry_point_answers_in_one_line(words: tuple[str, ...], said: str) -> None:
-    done = subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, env=environment(), check=False
+def test_every_entry_point_answers_in_one_line(arguments: tuple[str, ...], message: str) -> None:
+    process = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=environment(), check=False
     )
-    assert done.returncode != 0
-    assert "Traceback" not in done.stderr
-    assert said in done.stderr.strip().splitlines()[-1]
+    assert process.returncode != 0
+    assert "Traceback" not in process.stderr
+    assert message in process.stderr.strip().splitlines()[-1]
 
 
 def test_a_package_that_is_missing_and_one_that_is_broken_are_told_apart(
@@ -113,7 +119,7 @@ def test_a_package_that_is_missing_and_one_that_is_broken_are_told_apart(
     with pytest.raises(
         MissingPackage, match=r"a list needs one_none: pip install 'opdlab\[few\]', or wait"
     ):
-        load_package("one_none.part", "a list", "few", otherwise="wait")
+        load_package("one_none.part", "a list", "few", alternative="wait")
     causes = (
         "libfoo.so.3: cannot open",
         "No module named 'a_dependency_of_it'",
@@ -152,24 +158,24 @@ def test_a_logger_says_why_it_cannot_be_imported(
 def test_rows_are_refused_by_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2, "lo')
-    assert read(str(path), {"step": int}) == read(path) == [{"step": 0}, {"step": 1}]
-    for line, words in (
+    assert read_rows(str(path), {"step": int}) == read_rows(path) == [{"step": 0}, {"step": 1}]
+    for line, pattern in (
         ("[1]", r"line 1 is not a JSON object: \[1\]"),
-        ('{"a": 1}', "line 1 lacks the field 'step', a whole number"),
-        ('{"step": "0"}', "line 1, field step: '0' is not a whole number"),
-        ('{"step": true}', "line 1, field step: True is not a whole number"),
-        ('{"step": 0, "step": 1}', "line 1 has the field 'step' twice"),
+        ('{"a": 1}', "line 1: the field 'step' .an integer. is missing"),
+        ('{"step": "0"}', "line 1, field step: '0' is not an integer"),
+        ('{"step": true}', "line 1, field step: True is not an integer"),
+        ('{"step": 0, "step": 1}', "line 1 has the duplicate field 'step'"),
         ("[" * 100_000, "line 1 is nested too deeply"),
         ("step: 0", "line 1 is not JSON"),
         ("\xff", "line 1 is not UTF-8: .* byte 0xff"),
     ):
         path.write_bytes(f'{line}\n{{"step": 2}}\n'.encode("latin-1"))
-        with pytest.raises(InvalidInput, match=f"rows.jsonl.*{words}") as raised:
-            read(path, {"step": int})
+        with pytest.raises(InvalidInput, match=f"rows.jsonl.*{pattern}") as raised:
+            read_rows(path, {"step": int})
         assert len(str(raised.value)) < 400
-    assert read(tmp_path / "none.jsonl") == []
+    assert read_rows(tmp_path / "none.jsonl") == []
 
 
 def test_the_text_of_a_large_value_is_not_made() -> None:
-    assert len(files.short(["x" * 10**6] * 10**5)) <= files.LONGEST_VALUE
-    assert files.short([1, "a", None]) == "[1, 'a', None]"
+    assert len(files.short_repr(["x" * 10**6] * 10**5)) <= files.MAX_VALUE_LENGTH
+    assert files.short_repr([1, "a", None]) == "[1, 'a', None]"

@@ -1,4 +1,4 @@
-"""What holds for every metric there is: merging, padding, limits, groups, names and the page."""
+"""Properties of every metric: merging, padding, edge cases, groups, names and the page."""
 
 import math
 import re
@@ -12,18 +12,18 @@ import torch
 from diagnostics.batch import ScoredRollouts
 from diagnostics.catalogue import CATALOGUE, CODES, FULL, MAKERS, PANEL, Metric, page
 from diagnostics.core.optional_fields import MissingField
-from diagnostics.core.totals import Accumulator, merge, read
+from diagnostics.core.totals import Accumulator, compute, merge
 from diagnostics.metrics.divergence import sampled_divergence
 from diagnostics.metrics.groupby import by, without
-from diagnostics.metrics.repetition import compression, repeated, repetition
+from diagnostics.metrics.repetition import compression, repeated_ngram_mask, repetition
 from diagnostics.metrics.response import length
 from diagnostics.metrics.signal import sign_shares
 from diagnostics.metrics.token_attribution import coverage, impossible_table, token_table
 from diagnostics.monitor import Monitor
-from tests.helpers.dense_batches import B, V, dense
+from tests.helpers.dense_batches import B, V, make_dense_batch
 from tests.helpers.paths import ROOT
 
-EVERY: dict[str, Metric] = {
+ALL_METRICS: dict[str, Metric] = {
     **FULL,
     "token_table": token_table(V),
     "impossible_table": impossible_table(V),
@@ -34,44 +34,44 @@ EVERY: dict[str, Metric] = {
 }
 
 
-def measured(batch: ScoredRollouts) -> dict[str, Accumulator]:
-    found: dict[str, Accumulator] = {}
-    for metric in EVERY.values():
-        found |= metric(batch)
-    return found
+def compute_all(batch: ScoredRollouts) -> dict[str, Accumulator]:
+    accumulators: dict[str, Accumulator] = {}
+    for metric in ALL_METRICS.values():
+        accumulators |= metric(batch)
+    return accumulators
 
 
-def same(a: dict[str, float], b: dict[str, float], near: float = 1e-6) -> None:
+def assert_same_row(a: dict[str, float], b: dict[str, float], near: float = 1e-6) -> None:
     assert a.keys() == b.keys()
     for name, value in a.items():
         assert b[name] == pytest.approx(value, rel=near, abs=1e-9, nan_ok=True), name
 
 
 def test_no_two_metrics_share_a_name() -> None:
-    batch = dense(1, "union").batch
-    names = [name for metric in EVERY.values() for name in metric(batch)]
+    batch = make_dense_batch(1, "union").batch
+    names = [name for metric in ALL_METRICS.values() for name in metric(batch)]
     assert len(names) == len(set(names))
-    row = read(measured(batch))
+    row = compute(compute_all(batch))
     assert len(row) > 900
     assert all(name.split("/")[0] and "/" in name for name in row)
 
 
 @pytest.mark.parametrize("source", ["union", "full"])
 def test_parts_merge_to_the_whole(source: str) -> None:
-    batch = dense(2, source).batch
-    whole = read(measured(batch))
-    parts = [measured(batch.rows(some)) for some in ([4, 5, 0, 1], [2, 3], slice(6, B))]
-    same(whole, read(reduce(merge, parts)))
+    batch = make_dense_batch(2, source).batch
+    expected = compute(compute_all(batch))
+    parts = [compute_all(batch.rows(selected)) for selected in ([4, 5, 0, 1], [2, 3], slice(6, B))]
+    assert_same_row(expected, compute(reduce(merge, parts)))
 
 
 def test_padding_and_what_the_mask_hides_change_nothing() -> None:
-    batch = dense(3, "union").batch
+    batch = make_dense_batch(3, "union").batch
 
     def pad(x: torch.Tensor) -> torch.Tensor:
         return x if x.dim() < 2 else torch.cat([x, torch.zeros_like(x[:, :7])], 1)
 
-    whole = read(measured(batch))
-    same(whole, read(measured(batch._map(pad))), 1e-12)
+    expected = compute(compute_all(batch))
+    assert_same_row(expected, compute(compute_all(batch._map(pad))), 1e-12)
     g = torch.Generator().manual_seed(0)
     wild = torch.randn(batch.mask.shape, generator=g).double()
     prefix = {k: torch.where(batch.mask, x, wild) for k, x in batch.prefix._tensors().items()}
@@ -83,13 +83,13 @@ def test_padding_and_what_the_mask_hides_change_nothing() -> None:
         sampler_logp=torch.where(batch.mask, batch.sampler_logp, -3.0),
         prefix=replace(batch.prefix, **prefix),
     )
-    same(whole, read(measured(dirty)), 1e-12)
+    assert_same_row(expected, compute(compute_all(dirty)), 1e-12)
 
 
 @pytest.mark.parametrize("rows", [[], [0], [1]])
 def test_nothing_and_one_token(rows: list[int]) -> None:
-    """No response, one without a token, one with one token: nothing fails, nothing is infinite."""
-    row = read(measured(dense(4, "union").batch.rows(rows)))
+    """No response, a response without tokens, a response with one token: no error, no inf."""
+    row = compute(compute_all(make_dense_batch(4, "union").batch.rows(rows)))
     assert not [name for name, x in row.items() if math.isinf(x)]
     if rows == [1]:
         assert row["divergence/prefix_ess"] == pytest.approx(1)
@@ -106,7 +106,7 @@ def test_nothing_and_one_token(rows: list[int]) -> None:
 
 
 def test_a_teacher_that_is_the_student() -> None:
-    row = read(measured(dense(5, "union", gap=0.0).batch))
+    row = compute(compute_all(make_dense_batch(5, "union", gap=0.0).batch))
     for name in ("k1", "reverse_kl", "union_kl_parts", "union_kl_tail", "overlap_kl"):
         assert row[f"divergence/{name}"] == pytest.approx(0, abs=1e-9), name
     for name in ("divergence/overlap_ratio", "divergence/prefix_ess", "divergence/prefix_abs_ess"):
@@ -118,7 +118,7 @@ def test_a_teacher_that_is_the_student() -> None:
 
 
 def test_a_support_of_everything() -> None:
-    row = read(measured(dense(6, "full", k=V).batch))
+    row = compute(compute_all(make_dense_batch(6, "full", k=V).batch))
     assert (
         row["divergence/outside_topk"]
         == row["divergence/kl_tail"]
@@ -131,7 +131,7 @@ def test_a_support_of_everything() -> None:
 
 
 def test_what_a_batch_lacks_is_missing_and_not_wrong() -> None:
-    batch = dense(7).batch
+    batch = make_dense_batch(7).batch
     bare = replace(batch, support=None, prefix=None)
     monitor = Monitor(FULL)
     row = monitor(0, [bare])
@@ -139,26 +139,26 @@ def test_what_a_batch_lacks_is_missing_and_not_wrong() -> None:
     assert monitor.missing.keys() == need
     full = Monitor(FULL)(0, [batch])
     assert row.keys() < full.keys()
-    same(row, {k: full[k] for k in row}, 1e-12)
+    assert_same_row(row, {k: full[k] for k in row}, 1e-12)
     for e in CATALOGUE:
         if e.level == "L1":
-            e.metric(replace(dense(7, "union").batch, prefix=None))
+            e.metric(replace(make_dense_batch(7, "union").batch, prefix=None))
             with pytest.raises(MissingField):
                 e.metric(replace(batch, support=None))
 
 
 def test_groups_are_the_metric_on_their_rows() -> None:
-    batch = dense(8).batch
+    batch = make_dense_batch(8).batch
     parts = {0: "a", 1: "b", 7: "nobody"}
-    row = read(by(length, "task", parts)(batch))
+    row = compute(by(length, "task", parts)(batch))
     for value, label in parts.items():
         rows = [i for i in range(B) if int(batch.task[i]) == value]
-        alone = read(length(batch.rows(rows)))
-        same(
+        alone = compute(length(batch.rows(rows)))
+        assert_same_row(
             {f"task={label}/{k}": x for k, x in alone.items()},
             {k: x for k, x in row.items() if k.startswith(f"task={label}/")},
         )
-    right = read(by(length, "reward", {1: "right", 0: "wrong"})(batch))
+    right = compute(by(length, "reward", {1: "right", 0: "wrong"})(batch))
     rows = [i for i in range(B) if float(batch.reward[i]) == 1]
     want = float(batch.lengths[rows].double().mean())
     assert right["reward=right/response/length"] == pytest.approx(want)
@@ -169,10 +169,10 @@ def test_groups_are_the_metric_on_their_rows() -> None:
 
 @pytest.mark.parametrize("source", ["union", "teacher"])
 def test_what_is_over_the_sampled_tokens_does_not_ask_for_the_mask(source: str) -> None:
-    """And what is over the supervised ones does not see the numbers of the others."""
-    batch = dense(11, source, sharpness=1.0).batch
+    """Metrics over the supervised tokens do not depend on values at other tokens."""
+    batch = make_dense_batch(11, source, sharpness=1.0).batch
     g = torch.Generator().manual_seed(1)
-    narrow = batch.supervise(batch.tokens % 3 != 1)
+    narrow = batch.restrict_mask(batch.tokens % 3 != 1)
     assert 20 < int(narrow.mask.sum()) < int(batch.mask.sum()) - 20
     assert torch.equal(narrow.lengths, batch.lengths)
     scrambled = {
@@ -180,40 +180,44 @@ def test_what_is_over_the_sampled_tokens_does_not_ask_for_the_mask(source: str) 
         for name in ("student_logp", "teacher_logp", "sampler_logp")
         for noise in [torch.rand(narrow.mask.shape, generator=g).double()]
     }
-    other = replace(narrow, **scrambled)
-    changed = set()
-    for e in CATALOGUE:
+    scrambled_batch = replace(narrow, **scrambled)
+    changed_names = set()
+    for entry in CATALOGUE:
         try:
-            seen = read(e.metric(narrow))
+            row = compute(entry.metric(narrow))
         except MissingField:
             continue
-        if e.over == "sampled":
-            same(seen, read(e.metric(batch)), 1e-12)
-        if e.over == "supervised":
-            same(seen, read(e.metric(other)), 1e-12)
-        if seen != pytest.approx(read(e.metric(batch)), rel=1e-9, nan_ok=True):
-            changed.add(e.name)
-    supervised = {e.name for e in CATALOGUE if e.over == "supervised"}
-    assert supervised - changed <= {"confident_impossible"}
-    assert changed - supervised == {e.name for e in CATALOGUE if e.over == "both"}
-    assert {e.over for e in CATALOGUE} == {"sampled", "supervised", "both"}
+        if entry.token_set == "sampled":
+            assert_same_row(row, compute(entry.metric(batch)), 1e-12)
+        if entry.token_set == "supervised":
+            assert_same_row(row, compute(entry.metric(scrambled_batch)), 1e-12)
+        if row != pytest.approx(compute(entry.metric(batch)), rel=1e-9, nan_ok=True):
+            changed_names.add(entry.name)
+    supervised = {entry.name for entry in CATALOGUE if entry.token_set == "supervised"}
+    assert supervised - changed_names <= {"confident_impossible"}
+    assert changed_names - supervised == {
+        entry.name for entry in CATALOGUE if entry.token_set == "both"
+    }
+    assert {entry.token_set for entry in CATALOGUE} == {"sampled", "supervised", "both"}
 
 
 def test_numbers_of_both_sets_of_tokens_by_hand() -> None:
-    """Repetition, ends, lengths and tenths: what was written of all tokens, costs of the loss's."""
-    batch = dense(12).batch
+    """Repetition, EOS, lengths and tenths: text over the sampled tokens, costs over supervised."""
+    batch = make_dense_batch(12).batch
     loop = (torch.arange(batch.mask.shape[1]) % 5 + 2).expand_as(batch.mask)
     batch = replace(batch, tokens=torch.where(batch.mask, loop, 0))
-    narrow = batch.supervise(batch.tokens % 4 != 1)
-    rep = repeated(narrow.tokens, narrow.sampled)
+    narrow = batch.restrict_mask(batch.tokens % 4 != 1)
+    rep = repeated_ngram_mask(narrow.tokens, narrow.sampled)
     row, r, mask = {}, narrow.log_ratio, narrow.mask
     for e in CATALOGUE:
-        if e.over == "both":
-            row |= read(e.metric(narrow))
+        if e.token_set == "both":
+            row |= compute(e.metric(narrow))
     share = float(rep[narrow.sampled].double().mean())
     assert row["repetition/repeated_share"] == pytest.approx(share)
     assert 0 < share < 1
-    assert not torch.equal(rep, repeated(narrow.tokens, mask)), "the loop runs through masked ones"
+    assert not torch.equal(rep, repeated_ngram_mask(narrow.tokens, mask)), (
+        "the loop runs through masked ones"
+    )
     want = float(r[mask & ~rep].mean())
     assert row["signal/regular_cost"] == pytest.approx(want)
     prefix, sampled = narrow.prefix, narrow.sampled
@@ -230,8 +234,8 @@ def test_numbers_of_both_sets_of_tokens_by_hand() -> None:
     count = mask.sum(1)
     alive = count > 0
     advantage = -(r * mask).sum(1)[alive] / count[alive]
-    both = torch.stack([sampled.sum(1)[alive].double(), advantage])
-    assert row["response/length_advantage_cov"] == pytest.approx(float(both.cov()[0, 1]))
+    columns = torch.stack([sampled.sum(1)[alive].double(), advantage])
+    assert row["response/length_advantage_cov"] == pytest.approx(float(columns.cov()[0, 1]))
     last = [max(t for t in range(len(m)) if m[t]) if m.any() else -1 for m in sampled]
     for tenth in (0, 9):
         cost, entropy = (
@@ -249,13 +253,13 @@ def test_numbers_of_both_sets_of_tokens_by_hand() -> None:
 
 
 def test_without_some_ids_they_do_not_count() -> None:
-    batch = dense(9).batch
-    row = read(without(sign_shares, [3, 4])(batch))
-    kept = [
+    batch = make_dense_batch(9).batch
+    row = compute(without(sign_shares, [3, 4])(batch))
+    remaining = [
         (i, t) for i, t in batch.mask.nonzero().tolist() if int(batch.tokens[i, t]) not in (3, 4)
     ]
-    assert len(kept) < int(batch.mask.sum())
-    want = sum(float(batch.log_ratio[i, t] > 0) for i, t in kept) / len(kept)
+    assert len(remaining) < int(batch.mask.sum())
+    want = sum(float(batch.log_ratio[i, t] > 0) for i, t in remaining) / len(remaining)
     assert row["content/signal/negative_share"] == pytest.approx(want)
 
 
@@ -273,10 +277,11 @@ def test_every_metric_says_what_it_is() -> None:
 
 
 def test_every_code_names_what_exists() -> None:
-    named = [name for _, where in CODES for name in re.findall(r"\b([a-z]+\.[A-Za-z_]+)", where)]
-    assert len(named) > 50
-    for name in named:
-        module, _, function = name.partition(".")
+    pattern = r"\b(?:metrics|gradients|alarms)\.[a-z_]+\.[A-Za-z_]+"
+    paths = [path for _, sources in CODES for path in re.findall(pattern, sources)]
+    assert len(paths) > 50
+    for name in paths:
+        module, _, function = name.rpartition(".")
         assert hasattr(import_module(f"diagnostics.{module}"), function), name
     codes = {code for quantity, _ in CODES for code in re.findall(r"[A-F]-\d+", quantity)}
     last = {"A": 8, "B": 12, "C": 6, "D": 8, "E": 10, "F": 5}
@@ -284,17 +289,17 @@ def test_every_code_names_what_exists() -> None:
 
 
 def test_the_page_is_up_to_date() -> None:
-    written = (ROOT / "docs" / "metrics.md").read_text()
-    assert written == page(), "python -m diagnostics.catalogue > docs/metrics.md"
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    assert text == page(), "python -m diagnostics.catalogue > docs/metrics.md"
 
 
 @pytest.mark.parametrize("peaked", [1.0, 8.0])
 def test_single_precision_is_enough(peaked: float) -> None:
-    """Batches come in float32; with peaked distributions most tokens have all mass on the list."""
-    batch = dense(10, "union", k=6, sharpness=peaked).batch
+    """Batches are float32; for peaked distributions the list holds all mass at most tokens."""
+    batch = make_dense_batch(10, "union", k=6, sharpness=peaked).batch
     single = batch._map(lambda x: x.float() if x.is_floating_point() else x)
-    exact = read(measured(batch))
-    for name, value in read(measured(single)).items():
+    exact = compute(compute_all(batch))
+    for name, value in compute(compute_all(single)).items():
         if "_gini" in name or "_top1_share" in name or "_q" in name:
-            continue  # a value next to the edge of a level may fall into the other one
+            continue  # a value near a bin edge may fall into the neighbouring bin
         assert value == pytest.approx(exact[name], rel=2e-3, abs=2e-5, nan_ok=True), name

@@ -1,4 +1,4 @@
-"""Every number of the panel against a reference in plain Python loops, with its standard error."""
+"""Every number of the panel, with its standard error, against loops in plain Python."""
 
 import math
 from collections.abc import Callable
@@ -17,7 +17,7 @@ BINS |= {"@16-31": (16, 32), "@32-63": (32, 64)}
 
 @pytest.fixture(scope="module")
 def batch() -> ScoredRollouts:
-    """With a loop in two responses, a graded half and a sampler a little off the scorer."""
+    """Build a batch with a loop in two responses, one graded half and a slightly wrong sampler."""
     from dataclasses import replace
 
     import torch
@@ -40,7 +40,7 @@ def supervised(batch: ScoredRollouts) -> list[Token]:
 
 
 def ratio(pairs: list[tuple[int, float, float]]) -> tuple[float, float]:
-    """sum x / sum y of (cluster, x, y) and its linearised standard error over clusters."""
+    """Return sum x / sum y of (cluster, x, y) and its linearised standard error over clusters."""
     n: dict[int, float] = {}
     d: dict[int, float] = {}
     for cluster, x, y in pairs:
@@ -53,13 +53,13 @@ def ratio(pairs: list[tuple[int, float, float]]) -> tuple[float, float]:
 
 
 def token_metrics(b: ScoredRollouts) -> dict[str, Callable[[int, int], float]]:
-    """Name to value at one token, by the definition in words."""
+    """Return name to a function of the value at one token, by definition."""
     p, s = b.prefix, b.support
 
     def r(i: int, t: int) -> float:
         return float(b.student_logp[i, t]) - float(b.teacher_logp[i, t])
 
-    def off(i: int, t: int) -> float:
+    def sampler_log_ratio(i: int, t: int) -> float:
         return float(b.student_logp[i, t] - b.sampler_logp[i, t])
 
     def out(i: int, t: int) -> float:
@@ -101,36 +101,36 @@ def token_metrics(b: ScoredRollouts) -> dict[str, Callable[[int, int], float]]:
         "consistency/sampler_log_ratio_square": lambda i, t: (
             float(b.student_logp[i, t] - b.sampler_logp[i, t]) ** 2
         ),
-        "repetition/repeated_share": lambda i, t: float((i, t) in repeated(b)),
+        "repetition/repeated_share": lambda i, t: float((i, t) in repeated_tokens(b)),
     }
 
 
-def repeated(b: ScoredRollouts) -> set[Token]:
-    """Tokens that close an 8-gram of the response's own tokens seen before, by a set of tuples."""
-    found = set()
+def repeated_tokens(b: ScoredRollouts) -> set[Token]:
+    """Return the tokens that end a repeated 8-gram of sampled tokens, by a set of tuples."""
+    repeated = set()
     for i in range(len(b)):
-        where = [t for j, t in supervised(b) if j == i]
-        own = [int(b.tokens[i, t]) for t in where]
-        seen = set()
-        for end in range(8, len(own) + 1):
-            gram = tuple(own[end - 8 : end])
-            if gram in seen:
-                found.add((i, where[end - 1]))
-            seen.add(gram)
-    return found
+        positions = [t for j, t in supervised(b) if j == i]
+        ids = [int(b.tokens[i, t]) for t in positions]
+        ngrams = set()
+        for end in range(8, len(ids) + 1):
+            gram = tuple(ids[end - 8 : end])
+            if gram in ngrams:
+                repeated.add((i, positions[end - 1]))
+            ngrams.add(gram)
+    return repeated
 
 
 def test_every_token_metric_equals_its_definition(
     batch: ScoredRollouts, row: dict[str, float]
 ) -> None:
-    again = repeated(batch)
-    assert len(again) > 10
+    repeated = repeated_tokens(batch)
+    assert len(repeated) > 10
     checked = 0
-    for name, of in token_metrics(batch).items():
+    for name, value_of in token_metrics(batch).items():
         for label, (low, high) in BINS.items():
             if label and f"{name}{label}" not in row:
                 continue
-            use = {(i, t): of(i, t) for i, t in supervised(batch) if low <= t < high}
+            use = {(i, t): value_of(i, t) for i, t in supervised(batch) if low <= t < high}
             pairs = [(int(batch.prompt[i]), x, 1.0) for (i, _), x in use.items()]
             value, error = ratio(pairs)
             assert row[f"{name}{label}"] == pytest.approx(value, rel=2e-5, abs=1e-7), name
@@ -140,8 +140,8 @@ def test_every_token_metric_equals_its_definition(
 
 
 def test_ratios_of_sums(batch: ScoredRollouts, row: dict[str, float]) -> None:
-    again, r = repeated(batch), batch.log_ratio.double()
-    for name, above, below in (
+    repeated, r = repeated_tokens(batch), batch.log_ratio.double()
+    for name, numerator, denominator in (
         ("signal/signed_balance", lambda x, _: max(-x, 0), lambda x, _: abs(x)),
         ("signal/repeated_cost", lambda x, rep: x * rep, lambda _, rep: float(rep)),
         ("signal/regular_cost", lambda x, rep: x * (1 - rep), lambda _, rep: 1.0 - rep),
@@ -149,8 +149,8 @@ def test_ratios_of_sums(batch: ScoredRollouts, row: dict[str, float]) -> None:
     ):
         pairs = []
         for i, t in supervised(batch):
-            x, rep = float(r[i, t]), (i, t) in again
-            pairs.append((int(batch.prompt[i]), above(x, rep), below(x, rep)))
+            x, rep = float(r[i, t]), (i, t) in repeated
+            pairs.append((int(batch.prompt[i]), numerator(x, rep), denominator(x, rep)))
         value, error = ratio(pairs)
         assert row[name] == pytest.approx(value, rel=1e-5), name
         assert row[f"{name}_se"] == pytest.approx(error, rel=1e-4), name
@@ -163,19 +163,19 @@ def test_numbers_by_response(batch: ScoredRollouts, row: dict[str, float]) -> No
     ended = [bool(x) for x in b.ended]
     costs = [sum(float(b.log_ratio[j, t]) for j, t in supervised(b) if j == i) for i in range(12)]
     graded = [not math.isnan(float(x)) for x in b.reward]
-    every = range(len(b))
+    all_rows = range(len(b))
     for name, pairs in {
-        "response/length": [(prompt[i], lengths[i], 1) for i in every],
-        "response/length_ended": [(prompt[i], lengths[i] * ended[i], ended[i]) for i in every],
-        "response/truncated_share": [(prompt[i], not ended[i], 1) for i in every],
-        "response/graded_share": [(prompt[i], graded[i], 1) for i in every],
-        "divergence/k1_per_response": [(prompt[i], costs[i], 1) for i in every],
-        "divergence/k1_response_mean": [(prompt[i], costs[i] / lengths[i], 1) for i in every],
+        "response/length": [(prompt[i], lengths[i], 1) for i in all_rows],
+        "response/length_ended": [(prompt[i], lengths[i] * ended[i], ended[i]) for i in all_rows],
+        "response/truncated_share": [(prompt[i], not ended[i], 1) for i in all_rows],
+        "response/graded_share": [(prompt[i], graded[i], 1) for i in all_rows],
+        "divergence/k1_per_response": [(prompt[i], costs[i], 1) for i in all_rows],
+        "divergence/k1_response_mean": [(prompt[i], costs[i] / lengths[i], 1) for i in all_rows],
     }.items():
         value, error = ratio(pairs)
         assert row[name] == pytest.approx(value, rel=1e-5), name
         assert row[f"{name}_se"] == pytest.approx(error, rel=1e-4), name
-    rewards = [float(b.reward[i]) for i in every if graded[i]]
+    rewards = [float(b.reward[i]) for i in all_rows if graded[i]]
     assert row["response/reward"] == pytest.approx(np.mean(rewards))
 
 
@@ -192,8 +192,8 @@ def test_concentration_by_sorting(batch: ScoredRollouts, row: dict[str, float]) 
         eff = total**2 / (x**2).sum()
         assert row[f"signal/{name}_n_eff"] == pytest.approx(eff, rel=1e-5)
         assert row[f"signal/{name}_n_eff_share"] == pytest.approx(eff / n, rel=1e-5)
-        whole = int(n / 100)
-        top = x[n - whole :].sum() + (n / 100 - whole) * x[n - whole - 1]
+        num_full = int(n / 100)
+        top = x[n - num_full :].sum() + (n / 100 - num_full) * x[n - num_full - 1]
         assert row[f"signal/{name}_top1_share"] == pytest.approx(top / total, rel=0.09)
         gini = ((2 * np.arange(1, n + 1) - n - 1) * x).sum() / (n * total)
         assert gini - 0.022 < row[f"signal/{name}_gini"] <= gini + 1e-9

@@ -1,4 +1,4 @@
-"""A support against its sampled tokens: 0 on true lists; corrupted ones equal loops."""
+"""Support consistency: 0 for correct lists, equal to loops for corrupted ones."""
 
 from dataclasses import replace
 
@@ -8,24 +8,28 @@ import torch
 from diagnostics.alarms.alarms import replay
 from diagnostics.alarms.rules import RULES
 from diagnostics.batch import ScoredRollouts, Support
-from diagnostics.core.totals import read
-from diagnostics.metrics.support_consistency import OVER, TIE, support_consistency
-from tests.helpers.dense_batches import Dense, dense
+from diagnostics.core.totals import compute
+from diagnostics.metrics.support_consistency import (
+    MASS_TOLERANCE,
+    TIE_TOLERANCE,
+    support_consistency,
+)
+from tests.helpers.dense_batches import DenseBatch, make_dense_batch
 
 COLUMNS = ("gap", "order_share", "twice_share", "mass_over_share")
 
 
 def columns(batch: ScoredRollouts) -> dict[str, float]:
-    row = read(support_consistency(batch))
+    row = compute(support_consistency(batch))
     return {name: row.get(f"consistency/support_{name}", 0.0) for name in COLUMNS}
 
 
 def by_loop(batch: ScoredRollouts) -> dict[str, float]:
-    """The definitions, token by token."""
+    """Compute the definitions token by token."""
     support = batch.support
     present = torch.ones_like(support.ids).bool() if support.present is None else support.present
     gaps, order, twice, over = [], [], [], []
-    ours = support.source == "student"
+    is_student = support.source == "student"
     for i, t in batch.mask.nonzero().tolist():
         y = int(batch.tokens[i, t])
         logp = {}
@@ -33,17 +37,17 @@ def by_loop(batch: ScoredRollouts) -> dict[str, float]:
         for k, v in enumerate(support.ids[i, t].tolist()):
             if present[i, t, k]:
                 logp[v] = float(support.student_logp[i, t, k]), float(support.teacher_logp[i, t, k])
-        own = float(batch.student_logp[i, t]), float(batch.teacher_logp[i, t])
+        scores = float(batch.student_logp[i, t]), float(batch.teacher_logp[i, t])
         if y in logp:
-            gaps.append(max(abs(a - b) for a, b in zip(logp[y], own, strict=True)))
-        last = min((pair[1 - ours] for pair in logp.values()), default=float("inf"))
-        order.append(y not in logp and own[1 - ours] > last + TIE)
+            gaps.append(max(abs(a - b) for a, b in zip(logp[y], scores, strict=True)))
+        last = min((pair[1 - is_student] for pair in logp.values()), default=float("inf"))
+        order.append(y not in logp and scores[1 - is_student] > last + TIE_TOLERANCE)
         twice.append(len(ids) > len(set(ids)))
         mass = [sum(float(support.student_logp[i, t, k].exp()) for k in range(support.k)
                     if present[i, t, k]),
                 sum(float(support.teacher_logp[i, t, k].exp()) for k in range(support.k)
                     if present[i, t, k])]  # fmt: skip
-        over.append(max(mass) > 1 + OVER)
+        over.append(max(mass) > 1 + MASS_TOLERANCE)
 
     def mean(x: list) -> float:
         return sum(x) / len(x) if x else float("nan")
@@ -58,45 +62,45 @@ def by_loop(batch: ScoredRollouts) -> dict[str, float]:
 
 @pytest.mark.parametrize("source", ["teacher", "student", "union", "intersection", "full"])
 def test_true_supports_contradict_nothing(source: str) -> None:
-    batch = dense(1, source).batch
+    batch = make_dense_batch(1, source).batch
     assert columns(batch) == pytest.approx(by_loop(batch), abs=1e-12)
     assert columns(batch) == pytest.approx(dict.fromkeys(COLUMNS, 0.0), abs=1e-12)
 
 
-def changed(support: Support, **new: torch.Tensor) -> Support:
+def corrupted(support: Support, **new: torch.Tensor) -> Support:
     return replace(support, **new)
 
 
-def late(made: Dense) -> Support:
-    """Everything of the position before."""
-    support = made.batch.support
+def late(dense_batch: DenseBatch) -> Support:
+    """Return the support of the previous position."""
+    support = dense_batch.batch.support
     names = ("ids", "student_logp", "teacher_logp")
-    return changed(support, **{n: getattr(support, n).roll(1, 1) for n in names})
+    return corrupted(support, **{n: getattr(support, n).roll(1, 1) for n in names})
 
 
-def ids_late(made: Dense) -> Support:
-    return changed(made.batch.support, ids=made.batch.support.ids.roll(1, 1))
+def ids_late(dense_batch: DenseBatch) -> Support:
+    return corrupted(dense_batch.batch.support, ids=dense_batch.batch.support.ids.roll(1, 1))
 
 
-def rank_late(made: Dense) -> Support:
-    """Ranks 2 to K for ranks 1 to K."""
-    support = made.batch.support
+def rank_late(dense_batch: DenseBatch) -> Support:
+    """Replace ranks 1 to K by ranks 2 to K."""
+    support = dense_batch.batch.support
     names = ("ids", "student_logp", "teacher_logp")
-    return changed(support, **{n: getattr(support, n)[..., 1:] for n in names})
+    return corrupted(support, **{n: getattr(support, n)[..., 1:] for n in names})
 
 
-def renormalised(made: Dense) -> Support:
-    support = made.batch.support
-    return changed(support, teacher_logp=support.teacher_logp.log_softmax(-1))
+def renormalised(dense_batch: DenseBatch) -> Support:
+    support = dense_batch.batch.support
+    return corrupted(support, teacher_logp=support.teacher_logp.log_softmax(-1))
 
 
-def doubled(made: Dense) -> Support:
-    """The last id is the first once more."""
-    support, new = made.batch.support, {}
+def doubled(dense_batch: DenseBatch) -> Support:
+    """Duplicate the first id in the last slot."""
+    support, new = dense_batch.batch.support, {}
     for name in ("ids", "student_logp", "teacher_logp"):
         new[name] = getattr(support, name).clone()
         new[name][..., -1] = new[name][..., 0]
-    return changed(support, **new)
+    return corrupted(support, **new)
 
 
 EXPECTED = {
@@ -110,20 +114,20 @@ EXPECTED = {
 
 @pytest.mark.parametrize("corrupt", EXPECTED, ids=lambda function: function.__name__)
 def test_corrupted_supports_equal_loops_and_raise_their_alarms(corrupt) -> None:
-    # sharp, so that the first id holds most and the sampled token is often it
-    made = dense(2, "teacher", k=4, sharpness=3.0)
-    batch = replace(made.batch, support=corrupt(made))
+    # sharp, so that the sampled token is often the first id
+    dense_batch = make_dense_batch(2, "teacher", k=4, sharpness=3.0)
+    batch = replace(dense_batch.batch, support=corrupt(dense_batch))
     assert columns(batch) == pytest.approx(by_loop(batch), abs=1e-9)
-    alarms = replay([{"step": i, **read(support_consistency(batch))} for i in range(3)], RULES)
+    alarms = replay([{"step": i, **compute(support_consistency(batch))} for i in range(3)], RULES)
     assert {alarm.rule.name for alarm in alarms} >= EXPECTED[corrupt]
-    healthy = [{"step": i, **read(support_consistency(made.batch))} for i in range(3)]
+    healthy = [{"step": i, **compute(support_consistency(dense_batch.batch))} for i in range(3)]
     assert replay(healthy, RULES) == []
 
 
 def test_absent_ids_are_never_doubled() -> None:
-    batch = dense(3, "union").batch
+    batch = make_dense_batch(3, "union").batch
     support = batch.support
     assert not bool(support.present.all())
     first = support.ids[..., :1].expand_as(support.ids)
-    same = replace(support, ids=torch.where(support.present, support.ids, first))
-    assert columns(replace(batch, support=same))["twice_share"] == 0
+    duplicated = replace(support, ids=torch.where(support.present, support.ids, first))
+    assert columns(replace(batch, support=duplicated))["twice_share"] == 0
