@@ -1,8 +1,9 @@
-"""The continuation probe (B-9): is the teacher still useful where the student has got to?
+"""The continuation probe (B-9): teacher accuracy when continuing from student prefixes.
 
-The student answers held-out problems; the teacher goes on from its first L tokens, for several L,
-and both outcomes are graded. The gain is the teacher's accuracy from there minus the student's own,
-on the same problems: the ground truth of what prefix drift costs, and the dearest diagnostic.
+The student answers held-out problems; the teacher continues from the first L tokens of its
+response, for several L, and both are graded. The gain is the teacher's accuracy minus the student's
+own on the same problems: it measures directly what prefix drift costs, and is the most expensive
+diagnostic.
 """
 
 import json
@@ -20,86 +21,112 @@ from diagnostics.io.atomic import write_text
 from diagnostics.stats import gain_interval
 from opd.config.settings import from_json
 from opd.data.chain_task import Problem
-from opd.data.grading.graders import grade_responses, refuse_own_of_record
-from opd.data.prompts import Prompts, encode
+from opd.data.grading.graders import require_trusted_grader, reward_responses
+from opd.data.prompts import Prompts, encode_prompts
 from opd.data.tasks import Task
 from opd.models.model import CausalLM
 from opd.rollouts.hf_engine import sample
-from opd.runtime.seeds import CONTINUATION, derive
+from opd.runtime.seeds import CONTINUATION, derive_seed
 from opd.serving.addresses import is_url
 from opd.teachers.factory import make_pair
 from opd.teachers.pair import ModelPair
-from opd.training.setup import load
+from opd.training.setup import load_problem_task
 
 
-def continuation(
-    run: Path, lengths: Sequence[int], count: int, trained: bool = False, trust: bool = False
+def probe_continuation(
+    run: Path,
+    lengths: Sequence[int],
+    count: int,
+    trained: bool = False,
+    trust_remote_code: bool = False,
 ) -> list[dict[str, Any]]:
-    """A row for each length, also written to RUN/control/continuation.json.
+    """Measure the teacher's accuracy from student prefixes; write RUN/control/continuation.json.
 
     Args:
-      trust: run Python code that lies beside the weights of the models that the record names; what
-        the record itself says of it counts for nothing, since the folder may be a stranger's.
+        run: A run folder.
+        lengths: Prefix lengths in tokens.
+        count: Number of held-out problems.
+        trained: Use the trained student instead of the initial one.
+        trust_remote_code: Run Python code stored with the models that the run's config names. The
+            config's own setting is ignored, since the folder may come from somebody else.
+
+    Returns:
+        One row per length that some responses reach: the length and the values of `paired_gain`.
 
     Raises:
-      ValueError: a negative length, or the run has several tasks or a teacher of its student.
+        InvalidInput: A negative length, several tasks, or a teacher that cannot be sampled
+            independently of the student.
     """
     if min(lengths) < 0:
-        raise InvalidInput(f"lengths are {list(lengths)}; a prefix has 0 tokens or more")
-    config = replace(from_json(run / "config.json"), trust_remote_code=trust)
-    refuse_own_of_record(config.grader, run / "config.json", trust)
+        raise InvalidInput(f"lengths are {list(lengths)}; each must be 0 tokens or more")
+    config = replace(from_json(run / "config.json"), trust_remote_code=trust_remote_code)
+    require_trusted_grader(config.grader, run / "config.json", trust_remote_code)
     if config.tasks or config.teacher in ("base", "ema") or is_url(config.teacher):
         raise InvalidInput(
-            f"{run} has no teacher of its own, several, or one on a server; the probe samples from "
-            "one"
+            f"{run} has several tasks, a teacher derived from its student, or a remote teacher; "
+            f"the "
+            "probe needs one local teacher model"
         )
     pair = make_pair(config)
     student = pair.student
     if trained:
-        whole = replace(config, student=str(run / "final"), lora_rank=0)
-        student = make_pair(whole).student
-    task = load(config, pair)
-    prompts = encode(pair.tokenizer, task.test(count), 1, config.max_prompt).to(student.device)
+        trained_config = replace(config, student=str(run / "final"), lora_rank=0)
+        student = make_pair(trained_config).student
+    task = load_problem_task(config, pair)
+    prompts = encode_prompts(pair.tokenizer, task.test(count), 1, config.max_prompt).to(
+        student.device
+    )
 
-    def drawn(model: CausalLM, asked: Prompts, budget: int, length: int) -> Rollouts:
+    def sample_responses(model: CausalLM, inputs: Prompts, budget: int, length: int) -> Rollouts:
         return sample(
             model,
-            asked,
-            ends(pair),
+            inputs,
+            response_end_ids(pair),
             max_response=budget,
             temperature=config.temperature,
             top_p=1.0,
-            generator=torch.Generator().manual_seed(derive(config.seed, length, CONTINUATION)),
+            generator=torch.Generator().manual_seed(derive_seed(config.seed, length, CONTINUATION)),
             generation_batch_size=config.generation_batch_size,
         )
 
-    own = drawn(student, prompts, config.max_response, 0)
-    right = graded(pair, own.tokens, own.mask, prompts.answers, task)
-    found = []
+    student_rollouts = sample_responses(student, prompts, config.max_response, 0)
+    student_correct = grade_correct(
+        pair, student_rollouts.tokens, student_rollouts.mask, prompts.answers, task
+    )
+    result_rows = []
     for length in sorted(set(lengths)):
-        rows = (own.mask.sum(1) > length).nonzero()[:, 0].tolist()
-        if not rows or length >= config.max_response:
+        row_indices = (student_rollouts.mask.sum(1) > length).nonzero()[:, 0].tolist()
+        if not row_indices or length >= config.max_response:
             continue
-        asked = continued(prompts.rows(rows), own.tokens[rows, :length])
-        more = drawn(pair.teacher, asked, config.max_response - length, 1 + length)
-        tokens = torch.cat([own.tokens[rows, :length], more.tokens], 1)
-        mask = torch.cat([own.mask[rows, :length], more.mask], 1)
-        answers = [prompts.answers[i] for i in rows]
-        both = np.array([graded(pair, tokens, mask, answers, task), [right[i] for i in rows]])
-        found.append({"length": length, **gain(both[0], both[1])})
+        prefix_prompts = append_prefix(
+            prompts.rows(row_indices), student_rollouts.tokens[row_indices, :length]
+        )
+        continuation = sample_responses(
+            pair.teacher, prefix_prompts, config.max_response - length, 1 + length
+        )
+        tokens = torch.cat([student_rollouts.tokens[row_indices, :length], continuation.tokens], 1)
+        mask = torch.cat([student_rollouts.mask[row_indices, :length], continuation.mask], 1)
+        reference_answers = [prompts.answers[i] for i in row_indices]
+        correct = np.array(
+            [
+                grade_correct(pair, tokens, mask, reference_answers, task),
+                [student_correct[i] for i in row_indices],
+            ]
+        )
+        result_rows.append({"length": length, **paired_gain(correct[0], correct[1])})
     (run / "control").mkdir(exist_ok=True)
-    write_text(run / "control" / "continuation.json", json.dumps(found, indent=1))
-    return found
+    write_text(run / "control" / "continuation.json", json.dumps(result_rows, indent=1))
+    return result_rows
 
 
-def ends(pair: ModelPair) -> list[int]:
-    """Ids that end a response of either model."""
-    theirs = pair.endings.teacher if pair.endings is not None else ()
-    return sorted({*pair.eos, *theirs})
+def response_end_ids(pair: ModelPair) -> list[int]:
+    """Return the ids that end a response of either model."""
+    teacher_end_ids = pair.eos_map.teacher if pair.eos_map is not None else ()
+    return sorted({*pair.eos, *teacher_end_ids})
 
 
-def continued(prompts: Prompts, prefix: torch.Tensor) -> Prompts:
-    """The prompts with (B, L) tokens of a response behind them, all of them real."""
+def append_prefix(prompts: Prompts, prefix: torch.Tensor) -> Prompts:
+    """Append (B, L) response tokens to the prompts, all of them unmasked."""
     return replace(
         prompts,
         tokens=torch.cat([prompts.tokens, prefix], 1),
@@ -107,24 +134,34 @@ def continued(prompts: Prompts, prefix: torch.Tensor) -> Prompts:
     )
 
 
-def graded(
+def grade_correct(
     pair: ModelPair, tokens: torch.Tensor, mask: torch.Tensor, answers: list[str], task: Task
 ) -> list[float]:
-    """1 for each response that is right, else 0."""
-    known = [Problem(prompt="", answer=answer) for answer in answers]
-    rewards = grade_responses(pair.tokenizer, tokens, mask, known, task.grade, ends(pair))
+    """Return 1 for each correct response, else 0."""
+    problems = [Problem(prompt="", answer=answer) for answer in answers]
+    rewards = reward_responses(
+        pair.tokenizer, tokens, mask, problems, task.grade, response_end_ids(pair)
+    )
     return [float(reward >= 1) for reward in rewards]
 
 
-def gain(teacher: np.ndarray, student: np.ndarray) -> dict[str, float]:
-    """Accuracies of both on the same problems and their paired difference, with its interval."""
-    away = teacher - student
-    low, high = gain_interval(away)
+def paired_gain(teacher: np.ndarray, student: np.ndarray) -> dict[str, float]:
+    """Compute both accuracies on the same problems and their paired difference with its interval.
+
+    Args:
+        teacher: 1 or 0 for each problem.
+        student: 1 or 0 for each problem.
+
+    Returns:
+        Number of problems, both accuracies, the gain and the ends of its interval.
+    """
+    differences = teacher - student
+    low, high = gain_interval(differences)
     return {
-        "problems": len(away),
+        "problems": len(differences),
         "teacher": float(teacher.mean()),
         "student": float(student.mean()),
-        "gain": float(away.mean()),
+        "gain": float(differences.mean()),
         "low": low,
         "high": high,
     }

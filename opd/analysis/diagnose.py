@@ -1,8 +1,8 @@
-"""`opd diagnose`: the panel offline, on saved batches or records of our runs or anybody's.
+"""Offline metrics of saved batches or records (`opd diagnose`).
 
-What a file lacks is named, and the rest computed. With both models given, records that hold only
-tokens and prompt_tokens are scored first, so that the whole panel is there. Shapes: B responses,
-T response positions, P prompt positions.
+Fields that a file does not have are reported, and all other metrics computed. With both models
+given, records that hold only tokens and prompt_tokens are scored first, so that all metrics are
+available. Shapes: B responses, T response positions, P prompt positions.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diagnostics.errors import InvalidInput, MissingFile
-from diagnostics.io.files import short
+from diagnostics.io.files import short_repr
 
 if TYPE_CHECKING:
     from diagnostics.batch import ScoredRollouts
@@ -24,163 +24,203 @@ LEVELS = (
     "tokens and masks",
     "log-probabilities of the sampled tokens",
     "top-K log-probabilities",
-    "whole next-token distributions",
+    "full next-token distributions",
 )
 
 
-def batch_files(path: Path, every: bool) -> list[Path]:
-    """The file itself, or the batches that a run folder saved."""
+def batch_files(path: Path, all_batches: bool) -> list[Path]:
+    """Return the file itself, or the saved batches of a run folder.
+
+    Args:
+        path: A batch file or a run folder.
+        all_batches: Return all batches instead of the last one.
+
+    Returns:
+        The files.
+
+    Raises:
+        MissingFile: The path is neither.
+    """
     if path.is_file():
         return [path]
-    found = sorted((path / "batches").glob("*.safetensors"))
-    if not found:
+    files = sorted((path / "batches").glob("*.safetensors"))
+    if not files:
         raise MissingFile(f"{path} is neither a batch file nor a run folder with batches/")
-    return found if every else found[-1:]
+    return files if all_batches else files[-1:]
 
 
-Found = tuple[dict[str, float], dict[str, str], dict[str, str], dict[str, int]]
-"""A row; what could not be computed and why; notes; the level of each total."""
+PanelResult = tuple[dict[str, float], dict[str, str], dict[str, str], dict[str, int]]
+"""The row; reasons of metrics that could not be computed; notes; access level by metric."""
 
 
-def diagnose(file: Path) -> Found:
-    """The panel of one batch file."""
+def diagnose(file: Path) -> PanelResult:
+    """Compute the metrics of one batch file."""
     from diagnostics.batch import ScoredRollouts
-    from diagnostics.records.batch_files import load
+    from diagnostics.records.batch_files import load_batch
 
-    batch = load(file)
+    batch = load_batch(file)
     if not isinstance(batch, ScoredRollouts):
-        raise InvalidInput(f"{file} holds rollouts without teacher log-probabilities")
-    return panel([batch], {})
+        raise InvalidInput(f"{file} contains rollouts without teacher log-probabilities")
+    return compute_panel([batch], {})
 
 
-def panel(batches: Iterable["ScoredRollouts"], notes: dict[str, str]) -> Found:
-    """The row of all batches together, `notes` as they are after the last one, and the levels."""
+def compute_panel(batches: Iterable["ScoredRollouts"], notes: dict[str, str]) -> PanelResult:
+    """Compute the metrics of several batches together.
+
+    Args:
+        batches: The batches.
+        notes: Notes that reading the batches may add to.
+
+    Returns:
+        The row, the metrics that could not be computed, the notes, and the access level by metric.
+    """
     from diagnostics.monitor import Monitor
 
     monitor = Monitor()
-    level: dict[str, int] = {}
+    level_by_metric: dict[str, int] = {}
 
-    def watched() -> Iterator["ScoredRollouts"]:
+    def record_levels() -> Iterator["ScoredRollouts"]:
         for batch in batches:
-            if not level:
-                level.update(levels(batch))
+            if not level_by_metric:
+                level_by_metric.update(access_levels(batch))
             yield batch
 
-    row = monitor(0, watched())
-    return row, monitor.missing, notes, level
+    row = monitor(0, record_levels())
+    return row, monitor.missing, notes, level_by_metric
 
 
-def levels(batch: "ScoredRollouts") -> dict[str, int]:
-    """The least of `LEVELS` at which each total of the panel can be had from such a batch."""
-    from diagnostics.core.partial import absent, changed, lacking
+def access_levels(batch: "ScoredRollouts") -> dict[str, int]:
+    """Return the lowest of `LEVELS` at which each metric can be computed from such a batch."""
+    from diagnostics.core.partial import missing_fields, replace_fields, without_fields
     from diagnostics.monitor import Monitor
 
-    whole = batch.rows([0])
-    bare = changed(whole, support=None, prefix=None)
-    logps = {"student_logp", "teacher_logp", "sampler_logp"} - absent(batch)
-    stages = (lacking(bare, logps), bare, changed(whole, prefix=None), whole)
-    found: dict[str, int] = {}
+    full_batch = batch.rows([0])
+    sampled_batch = replace_fields(full_batch, support=None, prefix=None)
+    logp_fields = {"student_logp", "teacher_logp", "sampler_logp"} - missing_fields(batch)
+    stages = (
+        without_fields(sampled_batch, logp_fields),
+        sampled_batch,
+        replace_fields(full_batch, prefix=None),
+        full_batch,
+    )
+    level_by_metric: dict[str, int] = {}
     for level, stage in enumerate(stages):
         for name in Monitor().measure(stage):
-            found.setdefault(name, level)
-    return found
+            level_by_metric.setdefault(name, level)
+    return level_by_metric
 
 
-def _of_records(path: Path, pair: "ModelPair | None", given: argparse.Namespace) -> Found:
+def diagnose_records(path: Path, pair: "ModelPair | None", args: argparse.Namespace) -> PanelResult:
+    """Compute the metrics of a records file, scored by `pair` if one is given."""
     from diagnostics.records.reader import Records
 
-    records = Records(path, task=given.task)
+    records = Records(path, task=args.task)
     batches: Iterable[ScoredRollouts] = records
     if pair is not None:
-        batches = rescored(records, pair, given.k, given.temperature)
+        batches = rescore_records(records, pair, args.k, args.temperature)
     elif not records.columns >= {"student_logp", "teacher_logp"}:
-        records.notes["scores"] = "--student and --teacher add the log-probabilities that lack"
-    found = panel(batches, records.notes)
-    if not found[0]:
-        raise InvalidInput(f"{path} holds no rows of task {given.task!r}")
+        records.notes["scores"] = "--student and --teacher add the missing log-probabilities"
+    result = compute_panel(batches, records.notes)
+    if not result[0]:
+        raise InvalidInput(f"{path} has no rows of task {args.task!r}")
     if records.unused:
-        records.notes["unused"] = f"columns that mean nothing here: {', '.join(records.unused)}"
-    return found
+        records.notes["unused"] = f"unused columns: {', '.join(records.unused)}"
+    return result
 
 
-def rescored(
+def rescore_records(
     records: "Records", pair: "ModelPair", k: int, temperature: float | None
 ) -> Iterator["ScoredRollouts"]:
-    """The records with both models' log-probabilities, a teacher's top-K and prefix functionals.
+    """Score records with both models, including the teacher's top-K and prefix functionals.
 
-    What the file says of the two models is not used; how far its student is from this one becomes
-    a note. `temperature` None is the records' score_temperature.
+    Log-probabilities in the file are not used; their distance from this student's becomes a note.
+
+    Args:
+        records: The records.
+        pair: The models.
+        k: Size of the teacher's top-K.
+        temperature: Temperature of the scores; None for the records' score_temperature.
+
+    Yields:
+        The scored batches.
 
     Raises:
-      ValueError: the records have no prompt_tokens, or an id is not in the shared vocabulary.
+        InvalidInput: The records have no prompt_tokens, or an id is not in the shared vocabulary.
     """
     from diagnostics.batch import Rollouts
-    from diagnostics.core.partial import absent, lacking
+    from diagnostics.core.partial import missing_fields, without_fields
     from opd.scoring.score import score
 
     if "prompt_tokens" not in records.columns:
         raise InvalidInput(
-            f"{records.path} has no prompt_tokens; without the ids of the prompts the models "
-            "cannot score its responses"
+            f"{records.path} has no prompt_tokens; the models need the prompt ids to score the "
+            "responses"
         )
     total, largest, tokens = 0.0, 0.0, 0
     for rows in records.groups():
         batch = records.batch(rows)
-        refuse_padding(rows, str(records.path), pair)
-        prompts = prompts_of(rows, str(records.path), pair.student.vocabulary)
+        reject_padding(rows, str(records.path), pair)
+        prompts = make_prompts(rows, str(records.path), pair.student.vocabulary)
         if int(batch.tokens.max()) >= pair.student.vocabulary:
             raise InvalidInput(
                 f"{records.path}: token {int(batch.tokens.max())} is not in the models' "
                 f"vocabulary of {pair.student.vocabulary}"
             )
-        names = set(Rollouts.__dataclass_fields__)
-        held = {name: vars(batch)[name] for name in names}
+        field_names = set(Rollouts.__dataclass_fields__)
+        fields = {name: vars(batch)[name] for name in field_names}
         scored, _ = score(
             pair,
             prompts.to(pair.student.device),
-            Rollouts(**held).to(pair.student.device),
+            Rollouts(**fields).to(pair.student.device),
             k=min(k, pair.student.vocabulary),
             temperature=batch.score_temperature if temperature is None else temperature,
             max_tokens_per_microbatch=2**14,
             max_logits_per_chunk=2**24,
             keep_teacher=False,
         )
-        if "student_logp" not in absent(batch):
-            far = (scored.student_logp.cpu() - batch.student_logp).abs()
-            total, tokens = total + float(far.sum()), tokens + int(batch.lengths.sum())
-            largest = max(largest, float(far.max()))
+        if "student_logp" not in missing_fields(batch):
+            distance = (scored.student_logp.cpu() - batch.student_logp).abs()
+            total, tokens = total + float(distance.sum()), tokens + int(batch.lengths.sum())
+            largest = max(largest, float(distance.max()))
             records.notes["student"] = (
-                f"student_logp of the file differs from this student's by {total / tokens:.2g} a "
-                f"token, {largest:.2g} at most; this student's are used"
+                f"student_logp of the file differs from this student's by {total / tokens:.2g} per "
+                f"token, {largest:.2g} at most; this student's values are used"
             )
-        yield lacking(scored.to("cpu"), absent(batch) & names)
+        yield without_fields(scored.to("cpu"), missing_fields(batch) & field_names)
 
 
-def refuse_padding(rows: list["Record"], path: str, pair: "ModelPair") -> None:
-    """Refuse padding that no mask of the file names: the models would read it as text.
+def reject_padding(rows: list["Record"], path: str, pair: "ModelPair") -> None:
+    """Reject padding that the file does not mask: the models would read it as text.
+
+    Args:
+        rows: The records.
+        path: The file, for messages.
+        pair: The models.
 
     Raises:
-      InvalidInput: a prompt begins with two padding ids, or the supervised part of a response ends
-        with the same padding or end id twice; names the ids.
+        InvalidInput: A prompt begins with two padding ids, or the supervised part of a response
+            ends with the same padding or EOS id twice.
     """
     padding = pair.tokenizer.pad_token_id
-    begins = padding is not None and padding != pair.tokenizer.bos_token_id
+    pad_differs_from_bos = padding is not None and padding != pair.tokenizer.bos_token_id
     for row in rows:
         head, tail = row["prompt_tokens"][:2].tolist(), row["tokens"][row["mask"]][-2:].tolist()
-        if begins and head == [padding, padding]:
+        if pad_differs_from_bos and head == [padding, padding]:
             raise InvalidInput(
-                f"{path}: the prompt {short(row['prompt_tokens'].tolist())} begins with the "
-                f"padding id {padding}; add prompt_mask, or take the padding out"
+                f"{path}: the prompt {short_repr(row['prompt_tokens'].tolist())} begins with the "
+                f"padding id {padding}; add prompt_mask, or remove the padding"
             )
         if len(tail) == 2 and tail[0] == tail[1] and tail[0] in {padding, *pair.eos}:
             raise InvalidInput(
-                f"{path}: the response {short(row['tokens'].tolist())} ends with the id {tail[0]} "
-                "more than once, which pads or ends; add response_mask, or take the padding out"
+                f"{path}: the response {short_repr(row['tokens'].tolist())} ends with the id "
+                f"{tail[0]} "
+                "more than once, which is a padding or EOS id; add response_mask, or remove the "
+                "padding"
             )
 
 
-def prompts_of(rows: list["Record"], path: str, vocabulary: int) -> "Prompts":
-    """The prompts (B, P) of checked rows, padded on the left."""
+def make_prompts(rows: list["Record"], path: str, vocabulary: int) -> "Prompts":
+    """Build the prompts (B, P) of checked rows, padded on the left."""
     import torch
 
     from opd.data.prompts import Prompts
@@ -188,7 +228,8 @@ def prompts_of(rows: list["Record"], path: str, vocabulary: int) -> "Prompts":
     sizes = [len(row["prompt_tokens"]) for row in rows]
     if min(sizes) == 0:
         raise InvalidInput(
-            f"{path}: a row has no prompt_tokens; the first token needs one before it"
+            f"{path}: a row has no prompt_tokens; the first response token needs at least one "
+            "before it"
         )
     tokens = torch.zeros(len(rows), max(sizes), dtype=torch.long)
     for i, row in enumerate(rows):

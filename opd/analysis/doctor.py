@@ -1,4 +1,4 @@
-"""`opd doctor`: before training, everything about a pair that makes distillation fail silently."""
+"""Checks of a pair before training, for what makes distillation fail silently (`opd doctor`)."""
 
 import json
 from dataclasses import asdict
@@ -11,36 +11,47 @@ if TYPE_CHECKING:
     from opd.training.checks.check_result import CheckResult
 
 
-def examine_tasks(
-    path: Path, student: str, teacher: str, **given: Any
+def check_tasks(
+    path: Path, student: str, teacher: str, **options: Any
 ) -> "dict[str, list[CheckResult]]":
-    """Findings by task of a file (opd.training.multitask): the student with each task's teacher and prompts.
+    """Check the student with the teacher and prompts of each task of a file.
+
+    Args:
+        path: A TOML file of tasks (opd.training.multitask).
+        student: Folder or hub name.
+        teacher: Folder or hub name, for tasks that name none.
+        **options: Arguments of `check_pair`, without `task`.
+
+    Returns:
+        Task name -> results.
 
     Raises:
-      ValueError: `task` is given too.
+        InvalidInput: `task` is given too.
     """
     from opd.data.sources import Columns
     from opd.training.multitask import read_tasks
 
-    if given.pop("task", None) is not None:
+    if options.pop("task", None) is not None:
         raise InvalidInput("give either --task or --tasks")
-    length, system = given.pop("max_response"), given.pop("system", "")
+    length, system = options.pop("max_response"), options.pop("system", "")
     return {
-        own.name: examine(
+        task_settings.name: check_pair(
             student,
-            own.teacher or teacher,
-            task=own.task,
-            max_response=min(length, own.max_response or length),
-            columns=Columns(own.prompt_column or "prompt", own.answer_column or "answer"),
-            grader=own.grader or "",
-            system=own.system or system,
-            **given,
+            task_settings.teacher or teacher,
+            task=task_settings.task,
+            max_response=min(length, task_settings.max_response or length),
+            columns=Columns(
+                task_settings.prompt_column or "prompt", task_settings.answer_column or "answer"
+            ),
+            grader=task_settings.grader or "",
+            system=task_settings.system or system,
+            **options,
         )
-        for own in read_tasks(path)
+        for task_settings in read_tasks(path)
     }
 
 
-def examine(
+def check_pair(
     student: str,
     teacher: str,
     *,
@@ -54,30 +65,49 @@ def examine(
     dtype: str = "float32",
     **settings: Any,
 ) -> "list[CheckResult]":
-    """Every item's finding, in the order of a reader: what is wrong on disk comes first.
+    """Run all checks of a pair; checks of the files on disk come first.
 
-    settings: of `opd.data.tasks.load_task`: columns, grader, system.
-    Items that need a sample are left out, and one finding says why, where none can be drawn.
+    Checks that need sampled responses are skipped where nothing can be sampled; one result then
+    says why.
+
+    Args:
+        student: Folder or hub name.
+        teacher: Folder or hub name.
+        task: A task for `opd.data.tasks.load_task` or a game; None uses built-in prompts.
+        prompts: Number of prompts.
+        group: Responses per prompt.
+        max_response: Largest number of tokens of a sampled response.
+        budget: max_response of the planned run; defaults to `max_response`.
+        seed: Seed of problems and sampling.
+        device: Device of the models.
+        dtype: Data type of the weights.
+        **settings: Arguments of `opd.data.tasks.load_task`: columns, grader, system.
+
+    Returns:
+        The results of the checks.
+
+    Raises:
+        InvalidInput: A number is less than 1.
     """
     from opd.analysis import pair_checks, sample_checks
-    from opd.analysis.pair_checks import read_side
+    from opd.analysis.pair_checks import load_side
     from opd.config.settings import Config
     from opd.data.chain_task import Problem
-    from opd.data.prompts import encode
-    from opd.data.sources import DEFAULT_COLUMNS, question
+    from opd.data.prompts import encode_prompts
+    from opd.data.sources import DEFAULT_COLUMNS, parse_row
     from opd.data.tasks import load_task
     from opd.envs.task import is_games, load_games
     from opd.training.checks.check_result import CheckResult
-    from opd.training.checks.start import examined
+    from opd.training.checks.start import check_models
 
     for name, value in (("prompts", prompts), ("group", group), ("max_response", max_response)):
         if value < 1:
             raise InvalidInput(f"{name} is {value}; it must be at least 1")
-    sides = read_side(student, device, dtype), read_side(teacher, device, dtype)
-    found = [check(*sides) for check in pair_checks.CHECKS]
+    sides = load_side(student, device, dtype), load_side(teacher, device, dtype)
+    results = [check(*sides) for check in pair_checks.CHECKS]
     system = settings.get("system", "")
     problems: list[Problem] = [
-        question({"prompt": text}, DEFAULT_COLUMNS, system, (), unanswered=True)
+        parse_row({"prompt": text}, DEFAULT_COLUMNS, system, (), no_answers=True)
         for text in sample_checks.PROMPTS[:prompts]
     ]
     if task is not None and is_games(task):
@@ -86,27 +116,33 @@ def examine(
     elif task is not None:
         problems = load_task(task, seed, **settings).train(0, prompts)
     try:
-        encoded = encode(sides[0].tokenizer, problems, 1, 1 << 30)
+        encoded = encode_prompts(sides[0].tokenizer, problems, 1, 1 << 30)
     except InvalidInput as error:
-        return [*found, CheckResult("prompts", "fail", str(error), "no prompt can be written so")]
-    found.append(sample_checks.positions(*sides, encoded, budget or max_response))
-    room = found[-1].numbers["room"]
+        return [
+            *results,
+            CheckResult("prompts", "fail", str(error), "the run would fail in the same way"),
+        ]
+    results.append(sample_checks.positions(*sides, encoded, budget or max_response))
+    room = results[-1].numbers["room"]
     length = max_response if room is None else min(max_response, room)
     try:
         if length < 1:
-            raise InvalidInput("the prompts leave no position for a response")
+            raise InvalidInput("the prompts leave no positions for a response")
         config = Config(student=student, teacher=teacher, out="doctor", dtype=dtype)  # type: ignore[arg-type]
-        found += examined([config], [sample_checks.make_pair(*sides)], sides[1].tokenizer)
-        evidence = sample_checks.gather(
+        results += check_models([config], [sample_checks.make_pair(*sides)], sides[1].tokenizer)
+        evidence = sample_checks.gather_evidence(
             *sides, problems, group=group, max_response=length, seed=seed
         )
     except ValueError as error:
-        advice = "mend the items above first"
-        return [*found, CheckResult("sample", "fail", f"nothing could be sampled: {error}", advice)]
-    return found + [check(evidence) for check in sample_checks.CHECKS]
+        advice = "fix the items above first"
+        return [
+            *results,
+            CheckResult("sample", "fail", f"nothing could be sampled: {error}", advice),
+        ]
+    return results + [check(evidence) for check in sample_checks.CHECKS]
 
 
-def document(found: "list[CheckResult]") -> str:
-    """The findings as JSON, with the worst verdict first."""
-    worst = max((f.verdict for f in found), key=["ok", "warn", "fail"].index)
-    return json.dumps({"verdict": worst, "items": [asdict(f) for f in found]}, indent=1)
+def results_to_json(results: "list[CheckResult]") -> str:
+    """Return the results as JSON, with the worst verdict first."""
+    worst = max((f.verdict for f in results), key=["ok", "warn", "fail"].index)
+    return json.dumps({"verdict": worst, "items": [asdict(f) for f in results]}, indent=1)

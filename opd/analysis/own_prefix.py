@@ -1,8 +1,9 @@
-"""The own-prefix control (B-8): is the teacher lost on the student's text, or is text merely hard?
+"""The own-prefix baseline (B-8): the teacher's certainty on its own and on the student's text.
 
-Three models answer the same problems: the teacher, the student as it was before the run, and the
-student after it. The same pair, teacher and first student, scores all three, so that the teacher's
-certainty on its own prefixes stands beside that on the students' at the same positions.
+Three models answer the same problems: the teacher, the student before the run, and the student
+after it. The same pair, teacher and initial student, scores all three. Comparing the teacher's
+certainty at the same positions tells whether the student's text is the cause of its uncertainty or
+the text is hard in general.
 """
 
 import dataclasses
@@ -13,61 +14,71 @@ import torch
 from diagnostics.batch import ScoredRollouts
 from diagnostics.errors import InvalidInput, MissingFile
 from opd.config.settings import Config, from_json
-from opd.data.grading.graders import refuse_own_of_record
-from opd.data.prompts import Prompts, encode
+from opd.data.grading.graders import require_trusted_grader
+from opd.data.prompts import Prompts, encode_prompts
 from opd.models.model import CausalLM
 from opd.rollouts.hf_engine import sample
-from opd.runtime.seeds import CONTROL, derive
+from opd.runtime.seeds import CONTROL, derive_seed
 from opd.scoring.score import score
 from opd.serving.addresses import is_url
 from opd.teachers.factory import make_pair
 from opd.teachers.pair import ModelPair
-from opd.training.setup import load
-from opd.training.step import scoring
+from opd.training.setup import load_problem_task
+from opd.training.step import scoring_options
 
 SOURCES = ("teacher", "student", "trained")
 
 
-def control(run: Path, count: int = 64, trust: bool = False) -> list[Path]:
-    """Write RUN/control/{teacher,student,trained}.safetensors: one response a held-out problem.
+def probe_own_prefix(run: Path, count: int = 64, trust_remote_code: bool = False) -> list[Path]:
+    """Write RUN/control/{teacher,student,trained}.safetensors: one response per held-out problem.
 
-    trust: run Python code that lies beside the weights of the models that the record names; what
-    the record itself says of it counts for nothing, since the folder may be a stranger's.
+    Prompts, their order and the random numbers of every row are the same for the three. Responses
+    are sampled at the run's temperature from the full softmax.
 
-    Prompts, their order and the noise of every row are the same for the three. Sampled at the
-    run's temperature, from the whole softmax.
+    Args:
+        run: A finished run folder.
+        count: Number of held-out problems.
+        trust_remote_code: Run Python code stored with the models that the run's config names. The
+            config's own setting is ignored, since the folder may come from somebody else.
+
+    Returns:
+        The three files.
 
     Raises:
-      FileNotFoundError: the run has no final/. ValueError: its teacher is no model of its own, or
-        it has several.
+        MissingFile: The run has no final/.
+        InvalidInput: The run has several tasks, or its teacher is not a separate local model.
     """
-    config = dataclasses.replace(from_json(run / "config.json"), trust_remote_code=trust)
-    refuse_own_of_record(config.grader, run / "config.json", trust)
+    config = dataclasses.replace(
+        from_json(run / "config.json"), trust_remote_code=trust_remote_code
+    )
+    require_trusted_grader(config.grader, run / "config.json", trust_remote_code)
     if config.tasks:
-        raise InvalidInput(f"{run} has {len(config.tasks)} tasks; the control compares one teacher")
+        raise InvalidInput(f"{run} has {len(config.tasks)} tasks; this probe supports one teacher")
     if config.teacher in ("base", "ema") or is_url(config.teacher):
         raise InvalidInput(
-            f"teacher is {config.teacher!r}, which has no text of its own to compare, or writes "
-            "none here"
+            f"teacher is {config.teacher!r}, which is derived from the student or remote; this "
+            "probe needs a separate local teacher"
         )
     if not (run / "final").exists():
         raise MissingFile(f"{run / 'final'} does not exist; finish the run first")
     pair = make_pair(config)
-    after = make_pair(dataclasses.replace(config, student=str(run / "final"), lora_rank=0))
-    prompts = encode(pair.tokenizer, load(config, pair).test(count), 1, config.max_prompt).to(
-        pair.student.device
-    )
-    models = dict(zip(SOURCES, (pair.teacher, pair.student, after.student), strict=True))
-    found = []
+    trained_pair = make_pair(dataclasses.replace(config, student=str(run / "final"), lora_rank=0))
+    prompts = encode_prompts(
+        pair.tokenizer, load_problem_task(config, pair).test(count), 1, config.max_prompt
+    ).to(pair.student.device)
+    models = dict(zip(SOURCES, (pair.teacher, pair.student, trained_pair.student), strict=True))
+    paths = []
     for name, model in models.items():
         path = run / "control" / f"{name}.safetensors"
-        answered(config, pair, model, prompts).save(path)
-        found.append(path)
-    return found
+        sample_and_score(config, pair, model, prompts).save(path)
+        paths.append(path)
+    return paths
 
 
-def answered(config: Config, pair: ModelPair, model: CausalLM, prompts: Prompts) -> ScoredRollouts:
-    """One response of `model` to every prompt, scored by the pair."""
+def sample_and_score(
+    config: Config, pair: ModelPair, model: CausalLM, prompts: Prompts
+) -> ScoredRollouts:
+    """Sample one response of `model` to every prompt and score it with the pair."""
     rollouts = sample(
         model,
         prompts,
@@ -75,7 +86,7 @@ def answered(config: Config, pair: ModelPair, model: CausalLM, prompts: Prompts)
         max_response=config.max_response,
         temperature=config.temperature,
         top_p=1.0,
-        generator=torch.Generator().manual_seed(derive(config.seed, 0, CONTROL)),
+        generator=torch.Generator().manual_seed(derive_seed(config.seed, 0, CONTROL)),
         generation_batch_size=config.generation_batch_size,
     )
-    return score(pair, prompts, rollouts, keep_teacher=False, **scoring(config))[0]
+    return score(pair, prompts, rollouts, keep_teacher=False, **scoring_options(config))[0]

@@ -1,7 +1,7 @@
-"""What a sample of the student's responses says about the pair: one finding an item.
+"""Checks of a pair on a sample of the student's responses: one result per check.
 
-Shapes: B responses, T response positions, N supervised tokens (flat), V shared vocabulary.
-r = log student - log teacher of a sampled token is the signal that training would use.
+Shapes: B responses, T response positions, N supervised tokens (flat), V shared vocabulary. r = log
+student - log teacher of a sampled token is the signal that training would use.
 """
 
 from collections import Counter
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from diagnostics.batch import Rollouts, ScoredRollouts
 from diagnostics.errors import InvalidInput
-from opd.analysis.pair_checks import LoadedModel, same_from_start
+from opd.analysis.pair_checks import LoadedModel, common_prefix_length
 from opd.data.chain_task import Problem
-from opd.data.prompts import Prompts, encode
-from opd.models.forward import log_probabilities, response_hidden
-from opd.models.loading import head_rows
-from opd.models.model import split
+from opd.data.prompts import Prompts, encode_prompts
+from opd.models.forward import log_probabilities, response_hidden_states
+from opd.models.loading import num_head_rows
+from opd.models.model import split_head
 from opd.rollouts.hf_engine import sample
 from opd.scoring.score import score
 from opd.teachers.pair import ModelPair
@@ -36,7 +36,7 @@ PROMPTS = (
     "Give me a short recipe for soup.",
 )
 CONFIDENT, IMPOSSIBLE = 0.5, 1e-4
-HABITS, NOISE, NAMING = 0.1, 0.1, 2.0
+MAX_RETOKENISED_SHARE, MAX_NOISE_RATIO, MAX_END_GAP = 0.1, 0.1, 2.0
 CHUNK = 1 << 24
 
 
@@ -53,17 +53,17 @@ class Evidence:
 
 
 def make_pair(student: LoadedModel, teacher: LoadedModel) -> ModelPair:
-    """Both models cut to the rows that they share, whatever their tokenizers say."""
-    rows = min(head_rows(side.network) for side in (student, teacher))
+    """Cut both models to the rows that they share, whatever their tokenizers contain."""
+    rows = min(num_head_rows(side.network) for side in (student, teacher))
     teacher.network.requires_grad_(False)
-    models = [split(side.network, rows) for side in (student, teacher)]
+    models = [split_head(side.network, rows) for side in (student, teacher)]
     return ModelPair(models[0], models[1], student.tokenizer, list(student.eos))
 
 
 def positions(
     student: LoadedModel, teacher: LoadedModel, prompts: Prompts, budget: int
 ) -> CheckResult:
-    """The longest prompt and the budget of a response against both models' positions."""
+    """Check that the longest prompt plus the response budget fits both models' positions."""
     longest = int(prompts.mask.sum(1).max())
     limits = {}
     for name, side in (("student", student), ("teacher", teacher)):
@@ -75,21 +75,23 @@ def positions(
     room = None if room is None else room - longest
     numbers = {"prompt": longest, "budget": budget, "limits": limits, "room": room}
     if room is None or budget <= room:
-        found = f"prompt {longest} + response {budget} tokens; " + (
+        message = f"prompt {longest} + response {budget} tokens; " + (
             f"room for {room} response tokens" if room is not None else "no limit is known"
         )
-        return CheckResult("positions", "ok", found, "", numbers)
-    who = ", ".join(f"{name} {limit}" for name, limit in limits.items() if limit - longest < budget)
+        return CheckResult("positions", "ok", message, "", numbers)
+    models_too_short = ", ".join(
+        f"{name} {limit}" for name, limit in limits.items() if limit - longest < budget
+    )
     return CheckResult(
         "positions",
         "fail",
-        f"prompt {longest} + response {budget} tokens exceed the positions of: {who}",
+        f"prompt {longest} + response {budget} tokens exceed the positions of: {models_too_short}",
         f"lower max_response to {max(room, 0)}, or extend the model's positions",
         numbers,
     )
 
 
-def gather(
+def gather_evidence(
     student: LoadedModel,
     teacher: LoadedModel,
     problems: list[Problem],
@@ -98,16 +100,29 @@ def gather(
     max_response: int,
     seed: int,
 ) -> Evidence:
-    """Sample `group` responses to each problem and score them with both models.
+    """Sample responses of the student and score them with both models.
+
+    Args:
+        student: The student.
+        teacher: The teacher.
+        problems: The problems.
+        group: Responses per problem.
+        max_response: Largest number of tokens of a response.
+        seed: Seed of the sampling.
+
+    Returns:
+        The sample.
 
     Raises:
-      ValueError: the student has no end token, or a prompt holds an id without a row.
+        InvalidInput: The student has no end token, or a prompt contains an id without a row.
     """
     pair = make_pair(student, teacher)
-    prompts = encode(student.tokenizer, problems, group, 1 << 30)
-    beyond = prompts.tokens[prompts.tokens >= pair.student.vocabulary]
-    if len(beyond):
-        raise InvalidInput(f"prompts hold id {int(beyond[0])}, which has no row in both heads")
+    prompts = encode_prompts(student.tokenizer, problems, group, 1 << 30)
+    ids_without_row = prompts.tokens[prompts.tokens >= pair.student.vocabulary]
+    if len(ids_without_row):
+        raise InvalidInput(
+            f"the prompts contain id {int(ids_without_row[0])}, which has no row in both heads"
+        )
     if not pair.eos:
         raise InvalidInput("the student has no end token")
     rollouts = sample(
@@ -120,15 +135,15 @@ def gather(
         generator=torch.Generator().manual_seed(seed),
     )
     prompts = prompts.to(pair.student.device)
-    everything = prompts.tokens.numel() + rollouts.tokens.numel()
-    scored = scores(pair, prompts, rollouts, everything)
+    num_tokens = prompts.tokens.numel() + rollouts.tokens.numel()
+    scored = score_with_both(pair, prompts, rollouts, num_tokens)
     return Evidence(student, teacher, pair, prompts, rollouts, scored)
 
 
-def scores(
+def score_with_both(
     pair: ModelPair, prompts: Prompts, rollouts: Rollouts, max_tokens_per_microbatch: int
 ) -> ScoredRollouts:
-    """Both models' log-probs, in micro-batches of at most so many padded tokens."""
+    """Score with both models, in micro-batches of a limited number of padded tokens."""
     scored, _ = score(
         pair,
         prompts,
@@ -142,159 +157,202 @@ def scores(
     return scored
 
 
-def retokenisation(at: Evidence) -> CheckResult:
-    """Share of responses whose text, encoded again, gives other ids than were sampled."""
-    tokenizer, differ, example = at.student.tokenizer, 0, ""
-    nameless = 0
-    rows = zip(at.scored.tokens.tolist(), at.scored.lengths.tolist(), at.scored.ended, strict=True)
+def retokenisation(evidence: Evidence) -> CheckResult:
+    """Measure the share of responses whose text is encoded to other ids than were sampled."""
+    tokenizer, num_different, example = evidence.student.tokenizer, 0, ""
+    num_nameless = 0
+    rows = zip(
+        evidence.scored.tokens.tolist(),
+        evidence.scored.lengths.tolist(),
+        evidence.scored.ended,
+        strict=True,
+    )
     for tokens, length, ended in rows:
-        ids = tokens[:length] if ended else whole_characters(tokenizer, tokens[:length])
-        nameless += sum(v >= len(at.student.table) for v in ids)
+        ids = tokens[:length] if ended else drop_partial_character(tokenizer, tokens[:length])
+        num_nameless += sum(v >= len(evidence.student.table) for v in ids)
         text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        again = tokenizer.encode(text, add_special_tokens=False)
-        if again != ids:
-            differ += 1
-            example = example or cut_difference(at.student, ids, again)
-    share = differ / len(at.scored)
-    numbers = {"responses": len(at.scored), "different": differ, "nameless": nameless}
-    found = f"{differ} of {len(at.scored)} responses come back with other ids"
-    found += f", first: {example}" if differ else ""
-    found += f"; {nameless} sampled ids have no token" if nameless else ""
-    if share <= HABITS and not nameless:
-        return CheckResult("re-tokenisation", "ok", found, "", numbers)
+        ids_again = tokenizer.encode(text, add_special_tokens=False)
+        if ids_again != ids:
+            num_different += 1
+            example = example or show_difference(evidence.student, ids, ids_again)
+    share = num_different / len(evidence.scored)
+    numbers = {
+        "responses": len(evidence.scored),
+        "different": num_different,
+        "nameless": num_nameless,
+    }
+    message = f"{num_different} of {len(evidence.scored)} responses are encoded to other ids"
+    message += f", first: {example}" if num_different else ""
+    message += f"; {num_nameless} sampled ids have no token" if num_nameless else ""
+    if share <= MAX_RETOKENISED_SHARE and not num_nameless:
+        return CheckResult("re-tokenisation", "ok", message, "", numbers)
     return CheckResult(
         "re-tokenisation",
         "warn",
-        found,
-        "the student writes text in pieces that the tokenizer would not choose, and the teacher "
+        message,
+        "the student writes token sequences that the tokenizer would not produce and the teacher "
         "has not seen; sample at a lower temperature or top-p, or mask the strings concerned",
         numbers,
     )
 
 
-def whole_characters(tokenizer: Any, ids: list[int]) -> list[int]:
-    """A response cut at its budget without the bytes of an unfinished last character."""
+def drop_partial_character(tokenizer: Any, ids: list[int]) -> list[int]:
+    """Remove the bytes of an incomplete last character of a truncated response."""
     for drop in range(4):
-        kept = ids[: len(ids) - drop]
-        if not tokenizer.decode(kept).endswith("\ufffd"):
-            return kept
+        shortened = ids[: len(ids) - drop]
+        if not tokenizer.decode(shortened).endswith("\ufffd"):
+            return shortened
     return ids
 
 
-def cut_difference(side: LoadedModel, sampled: list[int], again: list[int]) -> str:
-    at = same_from_start(sampled, again)
+def show_difference(side: LoadedModel, sampled: list[int], ids_again: list[int]) -> str:
+    """Show both tokenisations from the first difference."""
+    position = common_prefix_length(sampled, ids_again)
     pieces = [
-        " ".join(side.token(v).split(" ", 1)[1] for v in ids[at : at + 4])
-        for ids in (sampled, again)
+        " ".join(side.token(v).split(" ", 1)[1] for v in ids[position : position + 4])
+        for ids in (sampled, ids_again)
     ]
     return f"{pieces[0]} -> {pieces[1]}"
 
 
-def teacher_noise(at: Evidence) -> CheckResult:
-    """Do the teacher's log-probs depend on chance, or on the batch that a response stands in?
+def teacher_noise(evidence: Evidence) -> CheckResult:
+    """Check that the teacher's log-probabilities do not depend on chance or on the batch.
 
     Scores the same responses again in the same batch, and each response alone, without padding.
-    Reports the largest and the root mean square difference beside the signal's root mean square.
+    Reports the largest and the root mean square difference, next to the root mean square of the
+    signal.
+
+    Args:
+        evidence: The sample.
+
+    Returns:
+        The result.
     """
-    mask, first = at.scored.mask, at.scored.teacher_logp
-    everything = at.prompts.tokens.numel() + at.scored.tokens.numel()
-    numbers: dict[str, float] = {"signal_rms": rms(at.scored.log_ratio[mask])}
-    for name, size in (("again", everything), ("alone", 1)):
-        other = scores(at.pair, at.prompts, at.rollouts, size).teacher_logp
-        gap = (other - first)[mask].double()
+    mask, teacher_logp = evidence.scored.mask, evidence.scored.teacher_logp
+    num_tokens = evidence.prompts.tokens.numel() + evidence.scored.tokens.numel()
+    numbers: dict[str, float] = {"signal_rms": rms(evidence.scored.log_ratio[mask])}
+    for name, size in (("again", num_tokens), ("alone", 1)):
+        logp_again = score_with_both(
+            evidence.pair, evidence.prompts, evidence.rollouts, size
+        ).teacher_logp
+        gap = (logp_again - teacher_logp)[mask].double()
         numbers |= {f"{name}_max": float(gap.abs().max()), f"{name}_rms": rms(gap)}
     noise, signal = max(numbers["again_rms"], numbers["alone_rms"]), numbers["signal_rms"]
-    found = (
+    message = (
         f"rms {numbers['again_rms']:.1e} again (max {numbers['again_max']:.1e}), "
         f"{numbers['alone_rms']:.1e} alone (max {numbers['alone_max']:.1e}); "
         f"signal rms {signal:.2g}"
     )
-    if noise <= max(NOISE * signal, 1e-4):
-        return CheckResult("teacher noise", "ok", found, "", numbers)
+    if noise <= max(MAX_NOISE_RATIO * signal, 1e-4):
+        return CheckResult("teacher noise", "ok", message, "", numbers)
     return CheckResult(
         "teacher noise",
         "fail" if noise > signal else "warn",
-        found,
-        "the teacher's scores depend on more than the text; use float32, one batch size, or a "
-        "model without routing that depends on the batch",
+        message,
+        "the teacher's scores depend on more than the text; use float32, a fixed batch size, or a "
+        "model whose routing does not depend on the batch",
         numbers,
     )
 
 
 def rms(x: Tensor) -> float:
+    """Return the root mean square."""
     return float(x.double().square().mean().sqrt())
 
 
-def endings(at: Evidence) -> CheckResult:
-    """Where the student ended: does the teacher want to go on, or end under another id?
+def endings(evidence: Evidence) -> CheckResult:
+    """Check whether the teacher would end where the student ended, possibly with another id.
 
-    Compares log q(the student's id) with log of the teacher's mass on all its own end ids.
+    Compares log q(the student's id) with the log of the teacher's mass on all its own end ids.
+
+    Args:
+        evidence: The sample.
+
+    Returns:
+        The result.
     """
-    ended = at.scored.ended.nonzero()[:, 0].tolist()
+    ended = evidence.scored.ended.nonzero()[:, 0].tolist()
     if not ended:
-        found = f"no response ended within {at.scored.tokens.shape[1]} tokens"
-        return CheckResult("endings", "ok", found, "", {"ended": 0})
-    logq, ids = teacher_at_the_end(at, ended)
-    own = logq.gather(1, ids[:, None])[:, 0]
-    known = [v for v in at.teacher.eos if v < logq.shape[1]]
-    listed = logq[:, known].logsumexp(1) if known else own
-    gap = float((listed - own).mean())
-    numbers = {"ended": len(ended), "own": float(own.mean()), "listed": float(listed.mean())}
-    found = (
-        f"{len(ended)} of {len(at.scored)} responses ended; teacher's log-prob of the student's "
-        f"end {numbers['own']:.1f}, of any end of its own {numbers['listed']:.1f}"
+        message = f"no response ended within {evidence.scored.tokens.shape[1]} tokens"
+        return CheckResult("endings", "ok", message, "", {"ended": 0})
+    logq, ids = teacher_at_the_end(evidence, ended)
+    student_end_logp = logq.gather(1, ids[:, None])[:, 0]
+    known_ids = [v for v in evidence.teacher.eos if v < logq.shape[1]]
+    teacher_end_logp = logq[:, known_ids].logsumexp(1) if known_ids else student_end_logp
+    gap = float((teacher_end_logp - student_end_logp).mean())
+    numbers = {
+        "ended": len(ended),
+        "own": float(student_end_logp.mean()),
+        "listed": float(teacher_end_logp.mean()),
+    }
+    message = (
+        f"{len(ended)} of {len(evidence.scored)} responses ended; teacher's log-prob of the "
+        f"student's "
+        f"EOS {numbers['own']:.1f}, of any EOS of its own {numbers['listed']:.1f}"
     )
-    if gap <= NAMING:
-        return CheckResult("endings", "ok", found, "", numbers)
+    if gap <= MAX_END_GAP:
+        return CheckResult("endings", "ok", message, "", numbers)
     return CheckResult(
         "endings",
         "warn",
-        found,
-        "the teacher would end here too, under another id: read it at its own end "
-        "(opd.tokens.masking.Endings), or mask the end (role:eos)",
+        message,
+        "the teacher would end here too, with another id: map its EOS (--map-eos), or mask EOS "
+        "(role:eos)",
         numbers,
     )
 
 
 @torch.no_grad()
-def teacher_at_the_end(at: Evidence, rows: list[int]) -> tuple[Tensor, Tensor]:
-    """(n, V) teacher's log-probs of the last token of these responses, and (n,) its id."""
-    part = at.rollouts.rows(rows)
-    last = (
-        torch.arange(part.tokens.shape[1], device=part.tokens.device) == part.lengths[:, None] - 1
+def teacher_at_the_end(evidence: Evidence, rows: list[int]) -> tuple[Tensor, Tensor]:
+    """Return (n, V) teacher log-probabilities at the last token of responses, and its (n,) id."""
+    selected = evidence.rollouts.rows(rows)
+    is_last = (
+        torch.arange(selected.tokens.shape[1], device=selected.tokens.device)
+        == selected.lengths[:, None] - 1
     )
-    part = replace(part, mask=last)
-    hidden = response_hidden(at.pair.teacher, at.prompts.rows(rows), part)
-    return log_probabilities(at.pair.teacher, hidden, 1.0), part.tokens[last]
+    selected = replace(selected, mask=is_last)
+    hidden = response_hidden_states(evidence.pair.teacher, evidence.prompts.rows(rows), selected)
+    return log_probabilities(evidence.pair.teacher, hidden, 1.0), selected.tokens[is_last]
 
 
-def impossible_tokens(at: Evidence) -> CheckResult:
-    """Sampled tokens that the student is sure of and the teacher excludes, by id.
+def impossible_tokens(evidence: Evidence) -> CheckResult:
+    """Find tokens that the student is confident of and the teacher excludes, by id.
 
-    p(y) > 0.5 and q(y) < 1e-4: a handful of such tokens, often parts of tags and ends, carries most
-    of a one-token signal (2603.25562, figure 5).
+    p(y) > 0.5 and q(y) < 1e-4: a few such tokens, often parts of tags and end tokens, carry most of
+    a one-token signal (2603.25562, figure 5).
+
+    Args:
+        evidence: The sample.
+
+    Returns:
+        The result.
     """
-    p, q, mask = at.scored.student_logp.exp(), at.scored.teacher_logp.exp(), at.scored.mask
-    wrong = (p > CONFIDENT) & (q < IMPOSSIBLE) & mask
-    counts = Counter(at.scored.tokens[wrong].tolist())
-    size = at.scored.log_ratio.abs()
-    share = float(size[wrong].sum() / size[mask].sum().clamp(min=1e-30))
+    p, q, mask = (
+        evidence.scored.student_logp.exp(),
+        evidence.scored.teacher_logp.exp(),
+        evidence.scored.mask,
+    )
+    is_impossible = (p > CONFIDENT) & (q < IMPOSSIBLE) & mask
+    counts = Counter(evidence.scored.tokens[is_impossible].tolist())
+    signal = evidence.scored.log_ratio.abs()
+    share = float(signal[is_impossible].sum() / signal[mask].sum().clamp(min=1e-30))
     numbers = {
-        "tokens": int(wrong.sum()),
+        "tokens": int(is_impossible.sum()),
         "of": int(mask.sum()),
         "signal_share": share,
         "by_id": {str(v): n for v, n in counts.most_common()},
     }
     if not counts:
-        found = f"none of {int(mask.sum())} sampled tokens (p > {CONFIDENT}, q < {IMPOSSIBLE:g})"
-        return CheckResult("impossible tokens", "ok", found, "", numbers)
-    some = ", ".join(f"{at.student.token(v)} x{n}" for v, n in counts.most_common(5))
+        message = f"none of {int(mask.sum())} sampled tokens (p > {CONFIDENT}, q < {IMPOSSIBLE:g})"
+        return CheckResult("impossible tokens", "ok", message, "", numbers)
+    examples = ", ".join(f"{evidence.student.token(v)} x{n}" for v, n in counts.most_common(5))
     rules = " ".join(f"id:{v}" for v, _ in counts.most_common(3))
     return CheckResult(
         "impossible tokens",
         "warn",
-        f"{numbers['tokens']} of {numbers['of']} sampled tokens, {share:.0%} of the signal: {some}",
-        f"look whether the teacher writes the same thing in other tokens; if so mask: {rules}",
+        f"{numbers['tokens']} of {numbers['of']} sampled tokens, {share:.0%} of the signal: "
+        f"{examples}",
+        f"check whether the teacher writes the same text in other tokens; if so mask: {rules}",
         numbers,
     )
 

@@ -11,94 +11,98 @@ from diagnostics.errors import InvalidInput
 
 if TYPE_CHECKING:
     pass
-from opd.analysis.diagnose import LEVELS, _of_records, batch_files, diagnose
+from opd.analysis.diagnose import LEVELS, batch_files, diagnose, diagnose_records
 
 RECORDS = (".jsonl", ".parquet")
 
 
 def main(argv: list[str]) -> None:
-    """`opd diagnose PATH [PATH ...] [--student M --teacher M] [--task NAME] [--json]`."""
-    given = options(argv)
+    """Run `opd diagnose PATH [PATH ...] [--student M --teacher M] [--task NAME] [--json]`."""
+    args = parse_arguments(argv)
     pair = None
-    if given.student or given.teacher:
+    if args.student or args.teacher:
         from opd.teachers.pair import load_pair
 
-        pair = load_pair(given.student, given.teacher, given.device, given.dtype)
-    for path in given.paths:
+        pair = load_pair(args.student, args.teacher, args.device, args.dtype)
+    for path in args.paths:
         if path.is_file() and path.suffix in RECORDS:
-            show(str(path), *_of_records(path, pair, given), as_json=given.json)
+            print_row(str(path), *diagnose_records(path, pair, args), as_json=args.json)
             continue
-        if pair is not None or given.task is not None:
+        if pair is not None or args.task is not None:
             raise InvalidInput(
-                f"{path} is no records file; --student, --teacher and --task need records (.jsonl "
-                "or .parquet), which hold prompt_tokens and task"
+                f"{path} is not a records file; --student, --teacher and --task need records "
+                "(.jsonl or .parquet) with prompt_tokens and task"
             )
-        for file in batch_files(path, given.all):
-            show(str(file), *diagnose(file), as_json=given.json)
+        for file in batch_files(path, args.all):
+            print_row(str(file), *diagnose(file), as_json=args.json)
 
 
-def options(argv: list[str]) -> argparse.Namespace:
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
-        prog="opd diagnose", description="the panel on saved batches, records or a run folder"
+        prog="opd diagnose",
+        description="compute the metrics of saved batches, records or a run folder",
     )
     add = parser.add_argument
     add("paths", nargs="+", type=Path, help="batch file, records (.jsonl, .parquet) or run folder")
-    add("--json", action="store_true", help="one JSON object a batch or a records file")
-    add("--all", action="store_true", help="every saved batch of a run folder")
-    add("--student", default="", help="folder or hub name; with --teacher, scores records anew")
+    add("--json", action="store_true", help="print one JSON object per file")
+    add("--all", action="store_true", help="all saved batches of a run folder, not only the last")
+    add("--student", default="", help="folder or hub name; with --teacher, score the records")
     add("--teacher", default="", help="folder or hub name")
-    add("--task", help="only the records of this task")
+    add("--task", help="use only the records of this task")
     add("--k", type=int, default=16, help="size of the teacher's top-K when scoring")
-    add("--temperature", type=float, help="when scoring; default: the file's, or 1")
+    add("--temperature", type=float, help="temperature when scoring; default: the file's, or 1")
     add("--device", default="auto")
     add("--dtype", default="float32", choices=("float32", "bfloat16"))
     return parser.parse_args(argv)
 
 
-def show(
+def print_row(
     label: str,
     row: dict[str, float],
-    missing: dict[str, str],
+    missing_metrics: dict[str, str],
     notes: dict[str, str],
-    level: dict[str, int],
+    level_by_metric: dict[str, int],
     as_json: bool,
 ) -> None:
-    """Print a row: JSON on stdout and the rest on stderr, or all of it as a table."""
-    beside = sys.stderr if as_json else sys.stdout
+    """Print a row: JSON on stdout and notes on stderr, or all of it as a table."""
+    text_stream = sys.stderr if as_json else sys.stdout
     if as_json:
-        clean = {k: v if math.isfinite(v) else None for k, v in row.items()}
-        print(json.dumps({"batch": label, **clean}))
+        json_row = {k: v if math.isfinite(v) else None for k, v in row.items()}
+        print(json.dumps({"batch": label, **json_row}))
     else:
         print(f"\n{label}")
-        for number, part in grouped(row, level).items():
-            print(f"\n from {LEVELS[number]}\n{table(part)}")
+        for number, columns in group_by_level(row, level_by_metric).items():
+            print(f"\n from {LEVELS[number]}\n{format_table(columns)}")
         print()
-    for name, lack in missing.items():
-        print(f"not computed: {name} ({lack})", file=beside)
+    for name, reason in missing_metrics.items():
+        print(f"not computed: {name} ({reason})", file=text_stream)
     for note in notes.values():
-        print(f"note: {note}", file=beside)
+        print(f"note: {note}", file=text_stream)
 
 
-def grouped(row: dict[str, float], level: dict[str, int]) -> dict[int, dict[str, float]]:
-    """The columns of each level, by the total that they were read from."""
+def group_by_level(
+    row: dict[str, float], level_by_metric: dict[str, int]
+) -> dict[int, dict[str, float]]:
+    """Group the columns of a row by the access level of their metric."""
     parts: dict[int, dict[str, Any]] = {}
     for name, value in row.items():
-        # a column is its total's name and a suffix
-        total = max((t for t in level if name.startswith(t)), key=len)
-        parts.setdefault(level[total], {})[name] = value
+        # a column is named after its metric, with a suffix
+        total = max((t for t in level_by_metric if name.startswith(t)), key=len)
+        parts.setdefault(level_by_metric[total], {})[name] = value
     return dict(sorted(parts.items()))
 
 
-def table(row: dict[str, float]) -> str:
-    """Aligned lines `name value +- standard error`; metrics by position on one line."""
+def format_table(row: dict[str, float]) -> str:
+    """Format aligned lines `name value +- standard error`; metrics by position on one line."""
     lines: list[str] = []
     positions: dict[str, list[str]] = {}
     for name, value in row.items():
         if name.endswith("_se") or (name + "_se" not in row and "@" not in name and value != value):
             continue
         if "@" in name:
-            base, where = name.split("@", 1)
-            positions.setdefault(base, []).append(f"{where}: {value:.3g}")
+            base, positions_of_bin = name.split("@", 1)
+            positions.setdefault(base, []).append(f"{positions_of_bin}: {value:.3g}")
             continue
         error = row.get(name + "_se")
         lines.append(f"  {name:36} {value:10.4g}" + (f"  ± {error:.2g}" if error else ""))

@@ -11,40 +11,42 @@ from opd.lab.build import LabConfig, build, household_config, mismatched_config,
 
 
 def main(argv: list[str]) -> None:
-    """`opd lab [--out DIR] [--seed N] [--tiny | --mismatched | --household | --smollm]`."""
+    """Run `opd lab [--out DIR] [--seed N] [--tiny | --mismatched | --household | --smollm]`."""
     parser = argparse.ArgumentParser(prog="opd lab", description=__doc__)
     parser.add_argument(
         "--out", help="folder (default: lab, lab-tiny, lab-mismatched, lab-household, smollm)"
     )
     parser.add_argument("--seed", type=int, default=0)
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--tiny", action="store_true", help="seconds instead of minutes")
-    which.add_argument(
-        "--mismatched", action="store_true", help="models that write in different ways, two tasks"
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--tiny", action="store_true", help="tiny models that train in seconds")
+    kind.add_argument(
+        "--mismatched", action="store_true", help="models with different writing styles, two tasks"
     )
-    which.add_argument(
+    kind.add_argument(
         "--household",
         action="store_true",
-        help="an agent and its teachers: env:household, and problems",
+        help="a student of env:household and sorting, with two teachers",
     )
-    which.add_argument(
-        "--smollm", action="store_true", help="a small pretrained model and a thinned one"
+    kind.add_argument(
+        "--smollm",
+        action="store_true",
+        help="a small pretrained model and a copy with fewer layers",
     )
-    parser.add_argument("--jobs", type=int, default=2, help="1 builds one after the other")
-    given = parser.parse_args(argv)
-    if given.smollm:
+    parser.add_argument("--jobs", type=int, default=2, help="models trained in parallel")
+    args = parser.parse_args(argv)
+    if args.smollm:
         from opd.lab.smollm import build as build_smollm
 
-        student, teacher = build_smollm(Path(given.out or "smollm"), given.seed)
+        student, teacher = build_smollm(Path(args.out or "smollm"), args.seed)
         print(f"student: {student}\nteacher: {teacher}")
         return
     config, name = LabConfig(), "lab"
-    if given.tiny:
+    if args.tiny:
         config, name = tiny_config(), "lab-tiny"
-    if given.mismatched:
+    if args.mismatched:
         config, name = mismatched_config(), "lab-mismatched"
-    if given.household:
+    if args.household:
         config, name = household_config(), "lab-household"
-    config, folder = dataclasses.replace(config, seed=given.seed), Path(given.out or name)
-    student, teacher = build(folder, config, given.jobs)
+    config, folder = dataclasses.replace(config, seed=args.seed), Path(args.out or name)
+    student, teacher = build(folder, config, args.jobs)
     print(f"student: {student}\nteacher: {teacher}")

@@ -1,4 +1,4 @@
-"""The `opd` command: looks up the sub-command and imports only what that one needs."""
+"""The `opd` command: finds the sub-command and imports only the modules that it needs."""
 
 import sys
 from importlib import import_module
@@ -9,7 +9,7 @@ from diagnostics.terminal import protect_terminal
 COMMANDS = {
     "demo": ("opd.experiments.demo", "run everything once: study, toy pair, training, figures"),
     "study": ("synthetic.runner.run", "run exact synthetic studies: list, run NAME|all"),
-    "lab": ("opd.cli.lab", "build a toy pair: a teacher and a weaker student"),
+    "lab": ("opd.cli.lab", "train a toy pair from scratch: a teacher and a weaker student"),
     "paper": ("opd.experiments.paper", "train every method of the paper's comparisons"),
     "doctor": ("opd.cli.doctor", "check a student and a teacher before training"),
     "train": ("opd.cli.train", "distil a teacher into a student: RECIPE [--field value]"),
@@ -27,16 +27,21 @@ COMMANDS = {
     "figures": ("figures.__main__", "draw figures from recorded tables, without torch"),
 }
 RENAMED = {"control": "probe-own-prefix", "continue": "probe-continuation"}
-"""Former names of commands, refused with the present one."""
+"""Former names of commands, which are refused with the present one."""
 
 
 def usage() -> str:
-    lines = [f"  {name:18} {what}" for name, (_, what) in COMMANDS.items()]
-    return "usage: opd COMMAND [...]\n\n" + "\n".join(lines) + "\n\n`opd COMMAND --help` says more."
+    """Return the help text with all sub-commands."""
+    lines = [f"  {name:18} {description}" for name, (_, description) in COMMANDS.items()]
+    return (
+        "usage: opd COMMAND [...]\n\n"
+        + "\n".join(lines)
+        + "\n\n`opd COMMAND --help` lists its options."
+    )
 
 
 def main() -> None:
-    """Entry point: run a sub-command, or print what there is."""
+    """Run a sub-command, or print the available ones."""
     protect_terminal()
     argv = sys.argv[1:]
     if not argv or argv[0] in ("-h", "--help"):

@@ -11,44 +11,45 @@ from opd.config.recipes import RECIPES, RENAMED_RECIPES
 from opd.config.settings import Config, TaskSettings, to_json
 
 
-def parse(argv: list[str]) -> Config:
-    """`RECIPE [--field value ...]`; `--show` prints the settings and ends."""
+def parse_config(argv: list[str]) -> Config:
+    """Parse `RECIPE [--field value ...]`; `--show` prints the settings and exits."""
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: opd train RECIPE [--show] [--anew] [--tasks FILE.toml] [--field value ...]\n")
-        print("--show prints the settings; --anew begins at step 0 and moves what the run folder")
-        print("holds to earlier/ in it; without it, a run goes on from its last checkpoint.")
-        print(
-            "--tasks names a file of several tasks, each with its own teacher (opd/training/multitask.py)."
-        )
+        print("--show prints the settings; --anew restarts at step 0 and moves the contents of the")
+        print("run folder to its folder earlier/; without it, a run resumes from its checkpoint.")
+        print("--tasks reads several tasks, each with its own teacher, from a TOML file.")
         print("\nrecipes:")
         for name, recipe in RECIPES.items():
             print(f"  {name:11} {(recipe.__doc__ or '').splitlines()[0]}")
         print("\n`opd train RECIPE --help` lists every setting of a recipe.")
         raise SystemExit(0)
-    name, rest = argv[0], argv[1:]
+    name, options = argv[0], argv[1:]
     if name in RENAMED_RECIPES:
         raise SystemExit(f"opd train: the recipe {name} is now called {RENAMED_RECIPES[name]}")
     if name not in RECIPES:
         raise SystemExit(f"opd train: unknown recipe {name!r}; known: {', '.join(RECIPES)}")
-    refuse_renamed_options(rest)
+    refuse_renamed_options(options)
     import tyro
 
-    given, tasks = with_tasks([word for word in rest if word != "--show"])
+    args, tasks = extract_tasks([word for word in options if word != "--show"])
     default = replace(RECIPES[name](), tasks=tasks)
-    config = tyro.cli(Config, default=default, args=given, prog=f"opd train {name}")
-    if "--show" in rest:
+    config = tyro.cli(Config, default=default, args=args, prog=f"opd train {name}")
+    if "--show" in options:
         print(json.dumps(to_json(config), indent=1))
         raise SystemExit(0)
     return config
 
 
-def refuse_renamed_options(words: list[str]) -> None:
-    """Refuse an option by its former name.
+def refuse_renamed_options(arguments: list[str]) -> None:
+    """Refuse options with a former name.
+
+    Args:
+        arguments: The command-line arguments.
 
     Raises:
-      InvalidInput: With the present name.
+        InvalidInput: An option has a former name; the message contains the present one.
     """
-    for word in words:
+    for word in arguments:
         option = word.partition("=")[0]
         former = option.removeprefix("--").removeprefix("no-").replace("-", "_")
         if option.startswith("--") and former in SETTINGS:
@@ -56,30 +57,30 @@ def refuse_renamed_options(words: list[str]) -> None:
             raise InvalidInput(f"{option} is now called --{present}; see `opd train RECIPE --help`")
 
 
-def with_tasks(words: list[str]) -> tuple[list[str], tuple[TaskSettings, ...]]:
-    """The words without `--tasks FILE`, and the tasks of that file."""
-    if "--tasks" not in words:
-        return words, ()
+def extract_tasks(arguments: list[str]) -> tuple[list[str], tuple[TaskSettings, ...]]:
+    """Split `--tasks FILE` off the arguments and read the tasks of that file."""
+    if "--tasks" not in arguments:
+        return arguments, ()
     from opd.training.multitask import read_tasks
 
-    at = words.index("--tasks")
-    if at + 1 == len(words):
+    index = arguments.index("--tasks")
+    if index + 1 == len(arguments):
         raise InvalidInput("--tasks needs a file: [[tasks]] in TOML, see opd.training.multitask")
-    return words[:at] + words[at + 2 :], read_tasks(Path(words[at + 1]))
+    return arguments[:index] + arguments[index + 2 :], read_tasks(Path(arguments[index + 1]))
 
 
 def main(argv: list[str]) -> None:
-    """`opd train RECIPE [--anew] [--field value ...]`."""
-    anew = "--anew" in argv
-    config = parse([word for word in argv if word != "--anew"])
+    """Run `opd train RECIPE [--anew] [--field value ...]`."""
+    restart = "--anew" in argv
+    config = parse_config([word for word in argv if word != "--anew"])
     from opd.training.train import train
 
-    folder = train(config, anew)
-    if os.environ.get("RANK", "0") == "0":  # of several processes one tells
-        from diagnostics.records.rows import read
+    folder = train(config, restart)
+    if os.environ.get("RANK", "0") == "0":  # print once in a distributed run
+        from diagnostics.records.rows import read_rows
         from opd.runs.result import verdict
 
-        judged = verdict(read(folder / "rows.jsonl"), read(folder / "evals.jsonl"))
-        for change in judged["changes"]:
+        outcome = verdict(read_rows(folder / "rows.jsonl"), read_rows(folder / "evals.jsonl"))
+        for change in outcome["changes"]:
             print(change["sentence"])
-        print(f"{judged['text']}\nrun folder: {folder}\ntrained model: {folder / 'final'}")
+        print(f"{outcome['text']}\nrun folder: {folder}\ntrained model: {folder / 'final'}")

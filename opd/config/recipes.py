@@ -1,4 +1,4 @@
-"""Recipes: functions that return a configuration, to be overridden on the command line."""
+"""Recipes: functions that return a configuration, whose settings the command line can override."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ from opd.config.settings import Config
 
 
 def smoke() -> Config:
-    """Seconds on a CPU, on the tiny pair of `opd lab --tiny`: does it run?"""
+    """Smoke-test an installation in seconds on a CPU, with the pair of `opd lab --tiny`."""
     return Config(
         student="lab-tiny/student",
         teacher="lab-tiny/teacher",
@@ -26,7 +26,7 @@ def smoke() -> Config:
 
 
 def lab() -> Config:
-    """A real distillation in two minutes of one CPU core, on the pair of `opd lab`."""
+    """Distil the pair of `opd lab`, two minutes on one CPU core."""
     return Config(
         student="lab/student",
         teacher="lab/teacher",
@@ -48,7 +48,7 @@ def lab() -> Config:
 
 
 def household() -> Config:
-    """A household played in text, turn by turn, on the pair of `opd lab --household`; 3 minutes."""
+    """Distil on a text game, turn by turn, the pair of `opd lab --household`; 3 minutes."""
     return Config(
         student="lab-household/student",
         teacher="lab-household/teacher",
@@ -73,12 +73,12 @@ def household() -> Config:
 
 
 def pair() -> Config:
-    """Any two models with one tokenizer: give --student, --teacher and --task FILE."""
+    """Distil any two models with the same tokenizer: set --student, --teacher and --task FILE."""
     return Config(student="", teacher="", out="runs/pair", task="")
 
 
 def smollm() -> Config:
-    """A pretrained pair on sums asked in words, on the models of `opd lab --smollm`; 8 minutes."""
+    """Distil the pretrained pair of `opd lab --smollm` on sums in words; 8 minutes."""
     return Config(
         student="smollm/student",
         teacher="smollm/teacher",
@@ -99,7 +99,7 @@ def smollm() -> Config:
 
 
 def qwen_small() -> Config:
-    """Qwen2.5-0.5B-Instruct from Qwen2.5-1.5B-Instruct on DAPO-Math: one GPU of 24 GB."""
+    """Distil Qwen2.5-1.5B-Instruct into Qwen2.5-0.5B-Instruct on DAPO-Math; one GPU of 24 GB."""
     return Config(
         student="Qwen/Qwen2.5-0.5B-Instruct",
         teacher="Qwen/Qwen2.5-1.5B-Instruct",
@@ -124,13 +124,17 @@ def qwen_small() -> Config:
 
 
 def paper_math() -> Config:
-    """Qwen2.5-7B-Instruct from OpenThinker3-7B as in arXiv 2603.25562, table A1 and its scripts.
+    """Distil OpenThinker3-7B into Qwen2.5-7B-Instruct as in arXiv 2603.25562, table A1.
 
-    Local support matching without a mask: 128 responses a step in two updates, K = 32, top-p 0.9,
-    every response weighs the same, as a micro-batch of one makes it in the published code (its
-    equation 8 is `group_mean`). The sampled-token baseline: `--objective sampled_token_clipped
-    --top-p 1`; with mask: `--mask paper`. Not ours: its prompt's wording, its 8 GPUs (this is one
-    process), its vLLM version.
+    Settings are from the table and the published scripts. Local support matching without a mask:
+    128 responses per step in two updates, K = 32, top-p 0.9. Every response has the same weight,
+    which results from the micro-batch size of one in the published code (equation 8 of the paper is
+    `group_mean`). For the sampled-token baseline use `--objective sampled_token_clipped --top-p 1`;
+    for the mask, `--mask paper`. Differences from the paper: the wording of the prompt, one process
+    instead of 8 GPUs, and the vLLM version.
+
+    Returns:
+        The configuration.
     """
     return Config(
         student="Qwen/Qwen2.5-7B-Instruct",
@@ -182,4 +186,4 @@ RECIPES: dict[str, Callable[[], Config]] = {
 }
 
 RENAMED_RECIPES = {"rooms": "household"}
-"""Former name of a recipe -> its present name."""
+"""Former name of a recipe to its current name."""

@@ -1,6 +1,7 @@
 """The settings of a training run: one frozen dataclass, saved as `config.json` in the run folder.
 
-Free of torch, so that the command line answers quickly.
+Does not import torch, so that the command line starts quickly. The attribute docstrings are the
+help of the command line.
 """
 
 import dataclasses
@@ -13,25 +14,26 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from diagnostics.errors import InvalidInput
-from diagnostics.io.files import check_fields, read_object, short
+from diagnostics.io.files import check_fields, read_object, short_repr
 from diagnostics.records.renamed import SETTINGS, present_settings
-from opd.config.validation import wrong_fields
+from opd.config.validation import field_problems
 from opd.serving.addresses import address_problem, is_url
-from opd.tokens.mask_rules import parse
+from opd.tokens.mask_rules import parse_rules
 
-TRUST = "run the Python code that lies beside the weights of a model; read it before"
+TRUST_HELP = "run Python code that comes with a model; review it first"
 """Help of the option --trust-remote-code."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSettings:
-    """One of several tasks of a run; what is None is as the run's own setting of that name."""
+    """Settings of one of several tasks; None means the run's setting of the same name."""
 
     name: str
-    """How rows and evaluations call it."""
+    """Label of the task in rows and evaluations."""
     task: str
+    """Source of its problems; see `Config.task`."""
     weight: float = 1.0
-    """Its share of the steps, or of the prompts of every step: see `Config.task_order`."""
+    """Weight of the task in `Config.task_order` "weighted" and "mixed"."""
     teacher: str | None = None
     prompt_column: str | None = None
     answer_column: str | None = None
@@ -49,239 +51,265 @@ class TaskSettings:
     eval_problems: int | None = None
 
     def __post_init__(self) -> None:
-        problems = [f"task {self.name!r}: {x}" for x in wrong_fields(self, RANGES)]
-        refuse(problems or ([] if self.name else ["name of a task is ''; it must be some text"]))
+        problems = [f"task {self.name!r}: {x}" for x in field_problems(self, RANGES)]
+        raise_problems(
+            problems or ([] if self.name else ["name of a task is ''; it must not be empty"])
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Every setting of `opd train`; a recipe is a function that returns one."""
+    """All settings of `opd train`; a recipe is a function that returns one."""
 
     student: str
-    """Hugging Face causal LM to train: a folder or a hub name."""
+    """Causal LM to train: a folder or a Hugging Face hub name."""
     teacher: str
-    """Causal LM with the same vocabulary, frozen: a folder or a hub name; or "base", the student
-    with its LoRA adapters off; or "ema", a moving average of the student; or the address of a
-    vLLM server, http://HOST:PORT/v1 (opd.teachers.client)."""
+    """Frozen causal LM with the same vocabulary: a folder or a hub name; "base": the student
+    without its LoRA adapters; "ema": an exponential moving average of the student; or the address
+    of a vLLM server, http://HOST:PORT/v1 (opd.teachers.client)."""
     out: str
-    """Run folder; an unfinished run in it is resumed."""
+    """Run folder. An unfinished run in it is resumed."""
 
     # --- data -----------------------------------------------------------------------------------
     task: str = "lab"
-    """Where prompts come from: "lab", a .jsonl, .json or .parquet file, a folder, hf:NAME:SPLIT
-    (opd.data.sources), one by name, such as dapo-math, math-500, aime24, gsm8k:PATH or gym:TASK
-    (opd.data.benchmarks), or games played in text: env:household, env:alfworld, env:MODULE:FUNCTION
+    """Source of the prompts: "lab"; a .jsonl, .json or .parquet file, a folder, or hf:NAME:SPLIT
+    (opd.data.sources); a named dataset such as dapo-math, math-500, aime24, gsm8k:PATH or gym:TASK
+    (opd.data.benchmarks); or text games, env:household, env:alfworld or env:MODULE:FUNCTION
     (opd.envs.task)."""
     prompt_column: str = "prompt"
+    """Column with the prompt."""
     answer_column: str = "answer"
+    """Column with the reference answer."""
     grader: str = ""
-    """exact, numeric, math, gym or lab (opd.data.grading.graders), or a function of (response, answer) of your
-    own that returns a number, MODULE:FUNCTION or FILE.py:FUNCTION; empty: the task's, or exact."""
+    """Grader of responses: exact, numeric, math, gym or lab (opd.data.grading.graders), or a
+    function of (response, answer) that returns a number, as MODULE:FUNCTION or FILE.py:FUNCTION.
+    Empty: the task's own grader, or exact."""
     system: str = ""
-    """A system message before every prompt."""
+    """System message of every prompt."""
     max_prompt: int = 512
-    """Longest prompt in tokens; longer ones are an error. An episode of games ends before one."""
+    """Maximum prompt length in tokens. Longer prompts are an error; a game episode ends when its
+    next prompt would be longer."""
     skip_long_prompts: bool = False
-    """Leave longer prompts out instead, and say how many."""
+    """Skip prompts longer than max_prompt and report their number, instead of an error."""
     prompts_per_step: int = 16
-    """Distinct prompts whose rollouts make one step."""
+    """Number of distinct prompts per step."""
     group_size: int = 4
-    """Responses to each prompt."""
+    """Number of responses per prompt."""
     tasks: Annotated[tuple[TaskSettings, ...], tyro.conf.Suppress] = ()
-    """Several tasks, each with a teacher of its own; on the command line a file, --tasks FILE.toml
-    (opd.training.multitask). `task` and `teacher` are then those of tasks that name none."""
+    """Several tasks, each with its own teacher; on the command line a file, --tasks FILE.toml
+    (opd.training.multitask). `task` and `teacher` are the defaults of tasks that set none."""
     task_order: Literal["alternate", "weighted", "mixed"] = "alternate"
-    """Of several tasks, --tasks FILE.toml: one after the other, a step each; one a step, drawn by
-    weight; or all in every step, which shares its prompts by weight."""
+    """Order of several tasks. "alternate": one task per step, in turn; "weighted": one task per
+    step, drawn by weight; "mixed": all tasks in every step, with prompts in proportion to their
+    weights."""
 
     # --- rollouts -------------------------------------------------------------------------------
     engine: Literal["hf", "vllm", "servers"] = "hf"
-    """Who samples: `generate`; a colocated vLLM (extra vllm) that gets the weights each step; or
-    vLLM servers that do, `rollout_servers` (docs/servers.md)."""
+    """Rollout engine. "hf": Hugging Face generate; "vllm": vLLM on the same GPU (extra vllm);
+    "servers": the vLLM servers in rollout_servers, which load the weights after every step
+    (docs/servers.md)."""
     rollout_servers: tuple[str, ...] = ()
-    """Addresses of the engine servers, http://HOST:PORT/v1 each."""
+    """Addresses of the rollout servers, each http://HOST:PORT/v1."""
     weights_folder: str = ""
-    """Folder in which those servers find the weights; empty: weights/ in the run folder."""
+    """Folder through which the servers load the weights. Empty: weights/ in the run folder."""
     rollout_lag: int = 0
-    """Steps by which the engine servers samples ahead, while the update is made: rollouts are that
-    many steps old, and never older. 0 is on-policy; 1 overlaps sampling with everything else."""
+    """Number of steps that rollout generation may run ahead of training. 0 is on-policy; 1 overlaps
+    generation with training. Requires engine=servers."""
     temperature: float = 1.0
-    """Temperature of rollouts and of both models in the loss."""
+    """Softmax temperature of rollouts, and of both models in the loss."""
     top_p: float = 1.0
-    """Nucleus of the rollouts; the loss uses the whole softmax."""
+    """Nucleus of the rollouts. The loss always uses the full softmax."""
     max_response: int = 512
-    """Budget of a response in tokens; of games, of each turn's."""
+    """Maximum response length in tokens; for games, of each turn."""
     generation_batch_size: int = 256
-    """Rows of one call of the engine hf; their key-value cache must fit."""
+    """Rows per generate call of engine hf; their key-value cache must fit in memory."""
     layout: Literal["turns", "trajectory"] = "turns"
-    """Of games: every turn a sample, whose prompt is the goal, recent history and the scene; or a
-    whole episode as one conversation, in which only the student's words are supervised."""
+    """Rows of game episodes. "turns": one row per turn, whose prompt has the goal, recent history
+    and the observation; "trajectory": one row per episode as a conversation, in which only the
+    student's responses are supervised."""
     max_turns: int = 30
-    """Of games: actions of an episode; one that is not over then is unfinished."""
+    """Maximum number of actions in a game episode."""
     history_turns: int = 2
-    """Of games: turns that a prompt of layout "turns" tells."""
+    """Number of previous turns in a game prompt of layout "turns"."""
 
     # --- objective ------------------------------------------------------------------------------
     objective: str = "teacher_topk"
-    """Name in opd.objectives.factory.OBJECTIVES."""
+    """Training objective; one of opd.objectives.factory.OBJECTIVES."""
     gamma: float = 0.0
-    """Discount of future costs, for objectives with a score-function part."""
+    """Discount factor of future costs, for objectives with a score-function term."""
     beta: float | None = None
-    """Of full_jsd: 0 forward KL, 1 reverse KL."""
+    """Interpolation of full_jsd: 0 is forward KL, 1 is reverse KL."""
     support_k: int = 16
-    """K, the number of ids a position for diagnostics and support objectives."""
+    """K, the number of token ids per position in top-K supports and diagnostics."""
     baseline: str = "none"
-    """Name in opd.objectives.credit.BASELINES: what a credit is compared with, such as leave_one_out, the mean
-    of the prompt's other responses, or position_mean, that of the other prompts' responses."""
+    """Baseline subtracted from the credit; one of opd.objectives.credit.BASELINES, such as
+    leave_one_out (mean of the prompt's other responses) or position_mean (mean over the responses
+    to other prompts)."""
     ratio: str = "none"
-    """Name in opd.objectives.credit.RATIOS: student over sampler."""
+    """Importance ratio of student to sampler; one of opd.objectives.credit.RATIOS."""
     ratio_clip: float | None = None
-    """Nats within which log-ratios are held: sampled costs, and those of a reverse KL."""
+    """Clip log-ratios to this many nats, in sampled costs and in reverse KL."""
     ppo_clip: tuple[float, float, float] | None = None
-    """Lower, upper and dual clip of sampled_token_clipped; 0.2, 0.2, 3 if not given."""
+    """Lower, upper and dual clip of sampled_token_clipped; default 0.2, 0.2, 3."""
     reward_weight: float = 0.0
-    """Weight of the graded reward beside the divergence."""
+    """Weight of the graded reward, added to the distillation objective."""
     reward_baseline: str = "leave_one_out"
-    """Of the reward, a name in opd.objectives.credit.ADVANTAGES."""
+    """Baseline of the reward; one of opd.objectives.credit.ADVANTAGES."""
     entropy_top_fraction: float = 1.0
-    """Share of the tokens, those of the largest student entropy, that the loss is taken over. Of
-    entropies within 1e-4 nats of the last one, the earlier prompts' and positions' are kept."""
+    """Fraction of tokens with the highest student entropy that enter the loss. Ties (within 1e-4
+    nats of the threshold) are resolved in favour of earlier prompts and positions."""
     denominator: str = "token_mean"
-    """Name in opd.objectives.reduction.DENOMINATORS."""
+    """Normalisation of the loss; one of opd.objectives.reduction.DENOMINATORS."""
     mask: tuple[str, ...] = ()
-    """Rules of tokens that are not supervised, such as role:eos, string:<think>:first or paper
-    (opd.tokens.mask_rules)."""
+    """Rules for tokens that are excluded from supervision, such as role:eos, string:<think>:first
+    or paper (opd.tokens.mask_rules)."""
     mask_scope: Literal["cost", "loss"] = "cost"
-    """What a mask takes away where a credit counts later costs, or a baseline those of others:
-    "cost", the masked tokens' costs from every credit, so that a tag of tens of nats teaches
-    nothing (estimates the gradient of the supervised tokens' costs); or "loss", the masked tokens'
-    own loss alone, as in the published code (estimates that of all tokens' costs). In both a masked
-    token advances gamma and stays in the sequence ratio."""
+    """Effect of the mask when credits sum later costs or baselines average other costs. "cost":
+    costs of masked tokens are removed from every credit and baseline, so that a tag with a cost of
+    tens of nats has no effect (the gradient of the supervised tokens' costs). "loss": only the loss
+    terms of masked tokens are removed, as in the published code (the gradient of all tokens'
+    costs). In both cases masked tokens count for gamma and in the sequence ratio."""
     map_eos: bool = False
-    """Read the teacher at its own end token where the student used another (opd.tokens.masking)."""
+    """Where the student ends a response with an EOS that the teacher does not use, score the
+    teacher's own EOS instead (opd.tokens.masking)."""
     allow_collapse: bool = False
-    """Train with an un-normalised support all the same."""
+    """Allow objectives with an un-normalised support, which are known to collapse."""
     allow_unweighted: bool = False
-    """With several updates, or rollouts ahead, take an older student's tokens for the present one's
-    all the same, without an importance weight (the paper's V2 to V5)."""
+    """With several updates per batch or rollout_lag, train on rollouts of an older policy without
+    importance weights (variants V2 to V5 of the paper)."""
 
     # --- optimizer ------------------------------------------------------------------------------
     steps: int = 100
-    """Steps, each on fresh rollouts."""
+    """Number of training steps, each on new rollouts."""
     updates_per_batch: int = 1
-    """Optimizer steps on the rollouts of a step, each on its share of the prompts."""
+    """Optimizer steps per batch of rollouts, each on a part of the prompts."""
     lr: float = 1e-5
-    """Largest AdamW learning rate."""
+    """Peak learning rate of AdamW."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """After the warm-up: constant, or half a cosine that is 0 in the step after the last."""
+    """Learning rate after the warm-up: constant, or half a cosine that reaches 0 one step after the
+    last."""
     warmup: int = 0
-    """Steps of linear warm-up: 1/(warmup + 1) of the rate, 2/(warmup + 1), ..., then all of it."""
+    """Steps of linear warm-up: 1/(warmup + 1) of the learning rate, 2/(warmup + 1), ..., 1."""
     weight_decay: float = 0.0
+    """Weight decay of AdamW."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Betas of AdamW."""
     max_grad_norm: float = 1.0
-    """Largest gradient norm."""
+    """Gradient norm above which gradients are clipped."""
     lora_rank: int = 0
-    """Rank of LoRA adapters on the linear layers (extra lora); 0 trains every weight."""
+    """Rank of LoRA adapters on the linear layers (extra lora); 0 trains all weights."""
     lora_alpha: float = 32.0
-    """Scale of the adapters, over the rank."""
+    """LoRA alpha; the adapters are scaled by alpha / rank."""
     ema_decay: float = 0.99
-    """Of the teacher "ema", once an optimizer step."""
+    """Decay of teacher "ema" per optimizer step."""
     seed: int = 0
+    """Random seed."""
 
     # --- record ---------------------------------------------------------------------------------
     loggers: tuple[str, ...] = ()
-    """Besides rows.jsonl: tensorboard, wandb, trackio (extras of these names)."""
+    """Loggers in addition to rows.jsonl: tensorboard, wandb, trackio (extras of these names)."""
     full_metrics_every: int = 1
-    """Steps between measurements on whole next-token distributions (exact KL, entropies, ranks) if
-    the objective does not need the student's; between them the top-K and the sampled tokens tell
-    what they can."""
+    """Steps between full-vocabulary metrics (exact KL, entropies, ranks), if the objective does not
+    need the student's full distribution. Other steps compute top-K and sampled-token metrics
+    only."""
     probe_every: int = 0
-    """Steps between gradient probes (opd.training.gradient_probe): signal, noise and bias of the head's gradient;
-    0 for none. With top_p below 1 a probe samples rollouts of its own."""
+    """Steps between gradient probes (opd.training.gradient_probe), which measure signal, noise and
+    bias of the LM head's gradient; 0 disables them. With top_p below 1 a probe samples its own
+    rollouts."""
     probe_blocks: tuple[str, ...] = ()
-    """Layers whose gradients the probe measures besides the head's, by shell patterns of their
-    names, such as "*norm" or "model.layers.3.mlp.down_proj"; 4 to 6 backward passes a probe."""
+    """Further layers whose gradients the probe measures, as shell patterns of their names, such as
+    "*norm" or "model.layers.3.mlp.down_proj"; costs 4 to 6 backward passes per probe."""
     eval_every: int = 50
-    """Steps between evaluations; 0 evaluates only at the start and the end."""
+    """Steps between evaluations; 0 evaluates only before the first and after the last step."""
     eval_task: str = ""
-    """Source of the evaluation's problems; empty: a held-out tenth of `task`."""
+    """Source of the evaluation problems. Empty: a held-out tenth of `task`."""
     eval_prompt_column: str = "prompt"
+    """Column of eval_task with the prompt."""
     eval_answer_column: str = "answer"
+    """Column of eval_task with the reference answer."""
     eval_problems: int = 256
-    """Held-out problems of an evaluation."""
+    """Number of held-out problems per evaluation."""
     eval_samples: int = 1
-    """Responses to each of them."""
+    """Number of responses per evaluation problem."""
     eval_temperature: float = 1.0
-    """0 is greedy."""
+    """Temperature of evaluation responses; 0 is greedy decoding."""
     eval_top_p: float = 1.0
+    """Nucleus of evaluation responses."""
     save_every: int = 50
-    """Steps between checkpoints; a killed run repeats at most this many."""
+    """Steps between checkpoints, and so the maximum number that a killed run repeats."""
     save_batch_every: int = 50
     """Steps between saved batches (batches/*.safetensors)."""
     start_checks: bool = True
-    """Before the first step, ask both models and the data what `opd doctor` can ask cheaply, and
-    refuse to train on what is wrong (opd.training.checks.start)."""
+    """Run the inexpensive checks of `opd doctor` before the first step and stop if one fails
+    (opd.training.checks.start)."""
     rescore_every: int = 50
-    """Steps between checks that score a few responses again, alone and without padding, and in the
-    first three steps; 0 for none."""
+    """Steps between checks that score a few responses again, alone and without padding; also in the
+    first three steps. 0 disables them."""
 
     # --- machine --------------------------------------------------------------------------------
     max_tokens_per_microbatch: int = 16384
-    """Padded tokens (prompt and response) of one forward and backward; changes no result."""
+    """Padded tokens (prompt and response) per forward and backward pass; no effect on results."""
     max_logits_per_chunk: int = 1 << 24
-    """Logits held at once: tokens x vocabulary of one chunk."""
+    """Logits (tokens x vocabulary) that are held in memory at once."""
     device: str = "auto"
-    """"cpu", "cuda", or "auto": cuda where there is one."""
+    """"cpu", "cuda", or "auto": cuda if available."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of both networks; bfloat16 weights have float32 masters."""
+    """Dtype of both networks; bfloat16 weights have float32 master weights."""
     trust_remote_code: bool = False
-    """Run the Python code that lies beside a model's weights. Never without reading it."""
+    """Run Python code that comes with a model. Review it first."""
     sharding: Literal["none", "full"] = "none"
-    """Of several processes (torchrun): each keeps the student whole, or a part of its weights,
-    gradients and moments, float32 (FSDP2)."""
+    """With several processes (torchrun). "none": every process holds the complete student; "full":
+    weights, gradients and optimizer states are sharded in float32 (FSDP2)."""
     gradient_checkpointing: bool = False
-    """Recompute the layers' activations in the backward pass."""
+    """Recompute activations in the backward pass to save memory."""
     offload_teacher: bool = False
-    """Keep the teacher in host memory except while it scores."""
+    """Keep the teacher in host memory while it does not score."""
     teacher_weights: Literal["saved", "int8", "nf4"] = "saved"
-    """Of teachers in this process: as they were saved, or layers quantised while they load to 8 or
-    4 bits a weight, by bitsandbytes; head and embeddings never are. On a CPU nf4 wants layers whose
-    inputs are multiples of 64."""
+    """Weights of teachers in this process: as saved, or with layers quantised to 8 or 4 bits by
+    bitsandbytes while loading; the LM head and the embeddings are never quantised. On a CPU nf4
+    requires layers whose input sizes are multiples of 64."""
     teacher_timeout: float = 900.0
-    """Of a teacher on a server: seconds to wait while it does not answer; then the run stops, and
-    the same command resumes it."""
+    """Seconds to wait for a teacher server that does not respond; then the run stops, and the same
+    command resumes it."""
     teacher_concurrency: int = 8
-    """Of a teacher on a server: requests that it has at once."""
+    """Concurrent requests to a teacher server."""
     rollout_timeout: float = 900.0
-    """Of the engine servers: seconds to wait for one that does not answer."""
+    """Seconds to wait for a rollout server that does not respond."""
     rollout_concurrency: int = 64
-    """Of the engine servers: responses that each samples at once."""
+    """Concurrent requests to each rollout server."""
 
     def __post_init__(self) -> None:
-        refuse(list(address_problems(self)))  # before a message or a record can show a secret
-        problems = list(wrong_fields(self, RANGES))
-        refuse(problems or list(contradictions(self)))
+        raise_problems(list(address_problems(self)))  # first: other messages may quote an address
+        problems = list(field_problems(self, RANGES))
+        raise_problems(problems or list(conflicts(self)))
 
 
 _NAMES_BY_RANGE = {
-    "at least 1": "support_k full_metrics_every max_prompt max_response prompts_per_step group_size "
-    "updates_per_batch generation_batch_size max_turns teacher_concurrency rollout_concurrency eval_problems eval_samples "
-    "max_tokens_per_microbatch max_logits_per_chunk",
-    "not negative": "steps warmup eval_every save_every save_batch_every weight_decay lora_rank history_turns "
-    "rollout_lag probe_every rescore_every eval_temperature reward_weight seed",
-    "positive": "lr max_grad_norm temperature lora_alpha teacher_timeout rollout_timeout ratio_clip "
-    "weight ppo_clip.1",
+    "at least 1": "support_k full_metrics_every max_prompt max_response prompts_per_step "
+    "group_size updates_per_batch generation_batch_size max_turns teacher_concurrency "
+    "rollout_concurrency eval_problems eval_samples max_tokens_per_microbatch max_logits_per_chunk",
+    "not negative": "steps warmup eval_every save_every save_batch_every weight_decay lora_rank "
+    "history_turns rollout_lag probe_every rescore_every eval_temperature reward_weight seed",
+    "positive": "lr max_grad_norm temperature lora_alpha teacher_timeout rollout_timeout "
+    "ratio_clip weight ppo_clip.1",
     "in [0, 1]": "gamma ema_decay beta",
     "in (0, 1]": "top_p eval_top_p entropy_top_fraction ppo_clip.0",
     "in [0, 1)": "betas",
     "above 1": "ppo_clip.2",
 }
 RANGES = {name: words for words, names in _NAMES_BY_RANGE.items() for name in names.split()}
-"""Ranges of the numbers, keys of `opd.config.validation.WITHIN`; of a task's own settings too."""
+"""Setting (of a run or a task) to its range, a key of `opd.config.validation.RANGE_CHECKS`."""
 
 
 def address_problems(config: Config) -> Iterator[str]:
-    """A message for every address of a server that cannot be used, without its secrets."""
+    """Check the server addresses of a configuration.
+
+    Args:
+        config: The configuration; its types are not checked yet.
+
+    Yields:
+        A message without secrets for every invalid address.
+    """
     tasks = config.tasks if isinstance(config.tasks, tuple) else ()
     teachers = [config.teacher, *(getattr(task, "teacher", None) for task in tasks)]
     servers = config.rollout_servers if isinstance(config.rollout_servers, tuple) else ()
@@ -291,70 +319,101 @@ def address_problems(config: Config) -> Iterator[str]:
                 yield problem
 
 
-def contradictions(config: Config) -> Iterator[str]:
-    """A message for every pair of settings, each right by itself, that exclude each other."""
+def conflicts(config: Config) -> Iterator[str]:
+    """Check combinations of settings that are each valid by themselves.
 
-    def demand(name: str, holds: bool, expected: str) -> Iterator[str]:
-        if not holds:
+    Args:
+        config: The configuration.
+
+    Yields:
+        A message for every conflict.
+    """
+
+    def require(name: str, condition: bool, expected: str) -> Iterator[str]:
+        if not condition:
             yield f"{name} is {getattr(config, name)!r}; it must be {expected}"
 
     servers = config.engine == "servers"
-    addresses = "addresses with the engine servers, () with another"
-    yield from demand("rollout_servers", bool(config.rollout_servers) == servers, addresses)
-    own_weights = "0 unless the engine servers samples, from weights of its own"
-    yield from demand("rollout_lag", servers or not config.rollout_lag, own_weights)
+    addresses_expected = "addresses if engine is servers, otherwise ()"
+    yield from require(
+        "rollout_servers", bool(config.rollout_servers) == servers, addresses_expected
+    )
+    lag_expected = "0 unless engine is servers, which sample from their own copy of the weights"
+    yield from require("rollout_lag", servers or not config.rollout_lag, lag_expected)
     quantised = config.teacher_weights != "saved"
-    moved = "saved where offload_teacher moves them"
-    yield from demand("teacher_weights", not (config.offload_teacher and quantised), moved)
-    of_student = f"saved where the teacher is made of the student ({config.teacher})"
-    own = config.teacher in ("base", "ema")
-    yield from demand("teacher_weights", not (own and quantised), of_student)
-    unused = "() while probe_every is 0"
-    yield from demand("probe_blocks", bool(config.probe_every or not config.probe_blocks), unused)
+    offload_expected = "saved if offload_teacher is set, which cannot move quantised weights"
+    yield from require(
+        "teacher_weights", not (config.offload_teacher and quantised), offload_expected
+    )
+    derived_expected = f"saved if the teacher is derived from the student ({config.teacher})"
+    derived = config.teacher in ("base", "ema")
+    yield from require("teacher_weights", not (derived and quantised), derived_expected)
+    blocks_expected = "() if probe_every is 0"
+    yield from require(
+        "probe_blocks", bool(config.probe_every or not config.probe_blocks), blocks_expected
+    )
     names = [task.name for task in config.tasks]
     if len(set(names)) < len(names):
-        yield f"names of tasks is {names}; it must be different from each other"
-    divisor = f"a divisor of prompts_per_step, {config.prompts_per_step}"
-    yield from demand(
-        "updates_per_batch", config.prompts_per_step % config.updates_per_batch == 0, divisor
+        yield f"the names of the tasks are {names}; they must be different from each other"
+    divisor_expected = f"a divisor of prompts_per_step, {config.prompts_per_step}"
+    yield from require(
+        "updates_per_batch",
+        config.prompts_per_step % config.updates_per_batch == 0,
+        divisor_expected,
     )
     masked = bool(config.mask or any(task.mask for task in config.tasks))
-    without = "'cost' without a mask, where another has no effect"
-    yield from demand("mask_scope", masked or config.mask_scope == "cost", without)
+    scope_expected = "'cost' without a mask, where 'loss' has no effect"
+    yield from require("mask_scope", masked or config.mask_scope == "cost", scope_expected)
     for mask in (config.mask, *(task.mask or () for task in config.tasks)):
         try:
-            parse(mask)
+            parse_rules(mask)
         except InvalidInput as error:
             yield str(error)
 
 
-def refuse(problems: Sequence[str]) -> None:
-    """Raise one error about all of the problems, if there are any."""
+def raise_problems(problems: Sequence[str]) -> None:
+    """Raise one error with all problems; do nothing if there are none.
+
+    Args:
+        problems: Messages.
+
+    Raises:
+        InvalidInput: There are problems.
+    """
     if len(problems) > 1:
-        raise InvalidInput(f"{len(problems)} settings are wrong: {'. '.join(problems)}")
+        raise InvalidInput(f"{len(problems)} settings are invalid: {'. '.join(problems)}")
     if problems:
         raise InvalidInput(problems[0])
 
 
 def to_json(config: Config) -> dict[str, Any]:
+    """Return a configuration as plain JSON data."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def from_json(path: str | Path) -> Config:
-    """The configuration of a run folder's `config.json`.
+    """Read the configuration of a run folder's `config.json`.
+
+    Args:
+        path: The file; settings may have their former names.
+
+    Returns:
+        The configuration.
 
     Raises:
-      InvalidInput: an unknown field, or a value that no setting has; names the file.
+        InvalidInput: An unknown field, or an invalid value; names the file.
     """
     raw = present_settings(read_object(path))
-    known = {f.name for f in dataclasses.fields(Config)}
-    if unknown := sorted(set(raw) - known):
-        raise InvalidInput(f"{path} has unknown settings {unknown}; it comes from another version")
+    known_names = {f.name for f in dataclasses.fields(Config)}
+    if unknown := sorted(set(raw) - known_names):
+        raise InvalidInput(
+            f"{path} has unknown settings {unknown}; it was written by another version"
+        )
     check_fields(raw, {"student": str, "teacher": str, "out": str}, str(path))
     tasks = raw.get("tasks", [])
     try:
         if not isinstance(tasks, list):
-            raise InvalidInput(f"tasks is {short(tasks)}; it must be a list of objects")
+            raise InvalidInput(f"tasks is {short_repr(tasks)}; it must be a list of objects")
         fields = {name: as_tuple(value) for name, value in raw.items()}
         fields["tasks"] = tuple(task_settings(task) for task in tasks)
         return Config(**fields)
@@ -363,21 +422,33 @@ def from_json(path: str | Path) -> Config:
 
 
 def task_settings(raw: Any) -> TaskSettings:
-    """One task's settings from plain data; unknown ones are an error."""
+    """Build the settings of one task from plain data.
+
+    Args:
+        raw: A mapping from TOML or JSON.
+
+    Returns:
+        The settings.
+
+    Raises:
+        InvalidInput: A field is unknown, missing or invalid.
+    """
     if not isinstance(raw, Mapping):
-        raise InvalidInput(f"a task is {short(raw)}; it must be a table of settings, [[tasks]]")
-    known = {f.name for f in dataclasses.fields(TaskSettings)}
-    for name in sorted((set(raw) - known) & SETTINGS.keys()):
-        raise InvalidInput(f"task {raw.get('name')!r}: {name} is now called {SETTINGS[name]}")
-    if unknown := sorted(set(raw) - known):
         raise InvalidInput(
-            f"task {raw.get('name')!r} has unknown settings {unknown}; known: {sorted(known)}"
+            f"a task is {short_repr(raw)}; it must be a table of settings, [[tasks]]"
         )
-    if lacking := sorted({"name", "task"} - raw.keys()):
-        raise InvalidInput(f"task {raw.get('name')!r} lacks {lacking}")
+    known_names = {f.name for f in dataclasses.fields(TaskSettings)}
+    for name in sorted((set(raw) - known_names) & SETTINGS.keys()):
+        raise InvalidInput(f"task {raw.get('name')!r}: {name} has been renamed to {SETTINGS[name]}")
+    if unknown := sorted(set(raw) - known_names):
+        raise InvalidInput(
+            f"task {raw.get('name')!r} has unknown settings {unknown}; known: {sorted(known_names)}"
+        )
+    if missing_names := sorted({"name", "task"} - raw.keys()):
+        raise InvalidInput(f"task {raw.get('name')!r} lacks the settings {missing_names}")
     return TaskSettings(**{name: as_tuple(value) for name, value in raw.items()})
 
 
 def as_tuple(value: Any) -> Any:
-    """A list of JSON or TOML as the tuple that a setting is; another value as it is."""
+    """Convert a JSON or TOML list to a tuple; return any other value unchanged."""
     return tuple(value) if isinstance(value, list) else value

@@ -1,8 +1,9 @@
-"""A verifiable task made on the spot: iterate x <- last digit of a x + b, where b rises by one.
+"""The chain task, generated on the fly: iterate x <- last digit of a x + b, where b rises by one.
 
 The prompt "4:7*3+8" asks for four steps from x = 7 with a = 3 and b = 8; its worked answer is
-"<think>4:7*3=21+8=29 3:9*3=27+9=36 2:6*3=18+0=18 1:8*3=24+1=25</think>5". Every line follows from
-the one before, so a wrong digit spoils all that comes after: long enough to drift, exact to grade.
+"<think>4:7*3=21+8=29 3:9*3=27+9=36 2:6*3=18+0=18 1:8*3=24+1=25</think>5". Every line depends on the
+previous one, so a wrong digit corrupts the rest: solutions are long enough to drift and are graded
+exactly.
 """
 
 import hashlib
@@ -20,65 +21,94 @@ STEPS, STATES, FACTORS, OFFSETS = range(4, 11), range(10), range(2, 10), range(1
 
 @dataclass(frozen=True)
 class Problem:
-    """A prompt, the answer to compare with, and a worked solution where one is known."""
+    """A prompt and its reference answer."""
 
     prompt: str
     answer: str
     solution: str = ""
+    """Worked solution, where one is known."""
 
 
 def problems(split: str, count: int, seed: int) -> list[Problem]:
-    """`count` different problems, the same for the same (split, count, seed).
+    """Return `count` distinct problems, deterministic in (split, count, seed).
 
-    "train" and "test" share no prompt; they do share lines, of which there are only 800 bodies.
+    "train" and "test" share no prompt; they do share single lines, of which there are only 800.
+
+    Args:
+        split: "train" or "test".
+        count: Number of problems.
+        seed: Seed of the sample.
+
+    Returns:
+        The problems.
 
     Raises:
-      ValueError: another split, or more problems than it has.
+        InvalidInput: An unknown split, or more problems than the split has.
     """
     if split not in ("train", "test"):
         raise InvalidInput(f'split is {split!r}; it must be "train" or "test"')
-    pool = every(split)
+    pool = all_problems(split)
     if count > len(pool):
-        raise InvalidInput(f"{count} problems wanted, the {split} split has {len(pool)}")
+        raise InvalidInput(f"{count} problems requested, the {split} split has {len(pool)}")
     return random.Random(f"{split}-{seed}").sample(pool, count)
 
 
 @cache
-def every(split: str) -> list[Problem]:
-    """All problems of a split."""
+def all_problems(split: str) -> list[Problem]:
+    """Return all problems of a split."""
     numbers = itertools.product(STEPS, STATES, FACTORS, OFFSETS)
-    prompts = ("{}:{}*{}+{}".format(*some) for some in numbers)
-    return [Problem(p, *solve(p)) for p in prompts if split_of(p) == split]
+    prompts = ("{}:{}*{}+{}".format(*values) for values in numbers)
+    return [Problem(p, *solve(p)) for p in prompts if assign_split(p) == split]
 
 
-def solve(prompt: str, slip: Callable[[], int] = lambda: 0) -> tuple[str, str]:
-    """(answer, worked solution); `slip` says how far the last digit of each result is off."""
+def solve(prompt: str, next_error: Callable[[], int] = lambda: 0) -> tuple[str, str]:
+    """Solve a problem, optionally with errors.
+
+    Args:
+        prompt: The prompt, such as "4:7*3+8".
+        next_error: Called once per intermediate result; returns the offset added to its last digit
+            (0: correct).
+
+    Returns:
+        The answer and the worked solution.
+    """
     steps, x, a, b = map(int, re.split(r"\D", prompt))
     lines = []
-    for left in range(steps, 0, -1):
-        product = shifted(x * a, slip())
-        total = shifted(product + b, slip())
-        lines.append(f"{left}:{x}*{a}={product}+{b}={total}")
+    for steps_left in range(steps, 0, -1):
+        product = shift_last_digit(x * a, next_error())
+        total = shift_last_digit(product + b, next_error())
+        lines.append(f"{steps_left}:{x}*{a}={product}+{b}={total}")
         x, b = total % 10, (b + 1) % 10
     return str(x), f"<think>{' '.join(lines)}</think>{x}"
 
 
-def shifted(value: int, by: int) -> int:
-    """The number with its last digit moved round by `by`."""
-    return value - value % 10 + (value + by) % 10
+def shift_last_digit(value: int, offset: int) -> int:
+    """Return the number with `offset` added to its last digit, modulo 10."""
+    return value - value % 10 + (value + offset) % 10
 
 
-def careless(prompt: str, rate: float, generator: random.Random) -> str:
-    """A solution by somebody who gets each result wrong with probability `rate`, and goes on."""
+def corrupted_solution(prompt: str, rate: float, generator: random.Random) -> str:
+    """Return a worked solution in which each intermediate result is wrong with probability `rate`.
+
+    Errors propagate: later steps use the wrong result.
+
+    Args:
+        prompt: The prompt.
+        rate: Error rate per intermediate result.
+        generator: Source of randomness.
+
+    Returns:
+        The worked solution.
+    """
     return solve(prompt, lambda: generator.randint(1, 9) if generator.random() < rate else 0)[1]
 
 
-def split_of(prompt: str) -> str:
-    """One problem in eight is held out, by its own hash."""
+def assign_split(prompt: str) -> str:
+    """Assign one prompt in eight to the test split, by the hash of its text."""
     return "test" if hashlib.sha256(prompt.encode()).digest()[0] < 32 else "train"
 
 
 def grade(response: str, answer: str) -> float:
-    """1 if exactly the answer follows the one closing think tag, else 0; any text is accepted."""
+    """Return 1 if exactly the answer follows the only closing think tag, else 0."""
     parts = response.split("</think>")
     return float(len(parts) == 2 and parts[1].strip() == answer)

@@ -1,4 +1,4 @@
-"""Messages as a tokenizer's chat template writes them."""
+"""Rendering of messages with a tokenizer's chat template."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,29 +7,34 @@ from diagnostics.errors import InvalidInput
 
 
 def render_chat(tokenizer: Any, chat: Sequence[tuple[str, str]], **settings: Any) -> str:
-    """The text of a chat up to where the next response begins.
+    """Render a chat up to where the next response begins.
 
     Args:
-      chat: (role, content) of each message. settings: of the template.
+        tokenizer: A Hugging Face tokenizer with a chat template.
+        chat: (role, content) of each message.
+        **settings: Keyword arguments passed to the template.
+
+    Returns:
+        The rendered text, with the header of the assistant's message at its end.
 
     Raises:
-      ValueError: the template refuses the messages, as some do a system message, or fails; names
-        the model and the template's own words.
+        InvalidInput: The template rejects the messages (some have no system role) or fails; the
+            message contains the model's name and the template's error.
     """
     messages = [{"role": role, "content": content} for role, content in chat]
     try:
         return tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=False, **settings
         )
-    except Exception as error:  # a template is a program, and fails in its own ways
+    except Exception as error:  # a template is a program and can raise anything
         roles = [role for role, _ in chat]
-        advice = "give messages that it knows, or set another tokenizer.chat_template"
+        advice = "use only roles that it supports, or set another tokenizer.chat_template"
         if "system" in roles:
             advice = (
-                "leave out the system message, --system or that of the data, write its words into "
-                "the user's message, or choose a model whose template has one"
+                "remove the system message (--system, or the one in the data), move its text into "
+                "the user message, or choose a model whose template supports system messages"
             )
         raise InvalidInput(
-            f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} refuses messages by "
-            f"{', '.join(roles)}: {error}; {advice}"
+            f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} rejects messages "
+            f"with roles {', '.join(roles)}: {error}; {advice}"
         ) from error

@@ -1,4 +1,4 @@
-"""Encoded prompts, and the text of responses."""
+"""Encoding of prompts as token ids, and decoding of responses."""
 
 import re
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from diagnostics.errors import InvalidInput
 from opd.data.chain_task import Problem
 from opd.data.chat_template import render_chat
 from opd.data.sources import (
-    Question,
-    row_of,
+    DatasetProblem,
+    row_number,
 )
 from opd.data.sources import read_problems as read_problems
 from opd.tokens.masking import special_ids
@@ -23,52 +23,85 @@ CLOSING_TAG = re.compile(r"</\w{2,}>")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prompts:
-    """Encoded prompts, padded on the left.
-
-    tokens (B, P) long; mask (B, P) bool; index (B,) long, equal for rows of one prompt; answers:
-    what the grader compares with.
-    """
+    """Encoded prompts, padded on the left; shapes: B rows, P positions."""
 
     tokens: Tensor
+    """(B, P) long."""
     mask: Tensor
+    """(B, P) bool, True where a token is real."""
     index: Tensor
+    """(B,) long, equal for rows of the same prompt."""
     answers: list[str]
+    """Reference answer of each row, for the grader."""
 
     def __len__(self) -> int:
         return len(self.answers)
 
     def to(self, device: torch.device) -> "Prompts":
-        moved = (self.tokens.to(device), self.mask.to(device), self.index.to(device))
-        return Prompts(tokens=moved[0], mask=moved[1], index=moved[2], answers=self.answers)
+        """Return the prompts on a device."""
+        tensors = (self.tokens.to(device), self.mask.to(device), self.index.to(device))
+        return Prompts(tokens=tensors[0], mask=tensors[1], index=tensors[2], answers=self.answers)
 
     def rows(self, index: list[int]) -> "Prompts":
+        """Return the selected rows, without columns that are padding in all of them."""
         answers = [self.answers[i] for i in index]
-        cut = Prompts(
+        selected = Prompts(
             tokens=self.tokens[index],
             mask=self.mask[index],
             index=self.index[index],
             answers=answers,
         )
-        first = int(cut.mask.any(0).nonzero()[0])
+        first = int(selected.mask.any(0).nonzero()[0])
         return Prompts(
-            tokens=cut.tokens[:, first:], mask=cut.mask[:, first:], index=cut.index, answers=answers
+            tokens=selected.tokens[:, first:],
+            mask=selected.mask[:, first:],
+            index=selected.index,
+            answers=answers,
         )
 
 
-def fits(tokenizer: Any, max_prompt: int, rows: list[Problem]) -> tuple[list[Problem], int]:
-    """(the rows whose prompt has at most `max_prompt` tokens, the longest length of all)."""
-    lengths = [len(encode_row(tokenizer, problem, place)) for place, problem in enumerate(rows)]
-    kept = [row for row, length in zip(rows, lengths, strict=True) if length <= max_prompt]
-    return kept, max(lengths, default=0)
+def filter_by_length(
+    tokenizer: Any, max_prompt: int, candidates: list[Problem]
+) -> tuple[list[Problem], int]:
+    """Keep the problems whose prompt is short enough.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        max_prompt: Largest allowed number of prompt tokens.
+        candidates: The problems to filter.
+
+    Returns:
+        The problems whose prompt has at most `max_prompt` tokens, and the length of the longest
+        prompt of all.
+    """
+    lengths = [
+        len(encode_numbered_prompt(tokenizer, problem, position))
+        for position, problem in enumerate(candidates)
+    ]
+    short_enough = [
+        row for row, length in zip(candidates, lengths, strict=True) if length <= max_prompt
+    ]
+    return short_enough, max(lengths, default=0)
 
 
-def encode(tokenizer: Any, chosen: list[Problem], repeats: int, max_prompt: int) -> Prompts:
-    """Chat-templated (where the tokenizer has a template) prompts, each `repeats` times.
+def encode_prompts(
+    tokenizer: Any, problems: list[Problem], group_size: int, max_prompt: int
+) -> Prompts:
+    """Encode prompts, through the chat template where the tokenizer has one.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        problems: One problem per prompt.
+        group_size: Number of consecutive rows per prompt.
+        max_prompt: Largest allowed number of prompt tokens.
+
+    Returns:
+        len(problems) * group_size rows, padded on the left.
 
     Raises:
-      ValueError: a prompt is longer than `max_prompt` tokens.
+        InvalidInput: A prompt is longer than `max_prompt` tokens.
     """
-    encoded = [encode_one(tokenizer, problem) for problem in chosen]
+    encoded = [encode_prompt(tokenizer, problem) for problem in problems]
     width = max(len(ids) for ids in encoded)
     if width > max_prompt:
         raise InvalidInput(f"a prompt has {width} tokens, max_prompt is {max_prompt}")
@@ -77,41 +110,49 @@ def encode(tokenizer: Any, chosen: list[Problem], repeats: int, max_prompt: int)
     for i, ids in enumerate(encoded):
         tokens[i, width - len(ids) :] = torch.tensor(ids)
         mask[i, width - len(ids) :] = True
-    index = torch.arange(len(encoded)).repeat_interleave(repeats)
-    answers = [problem.answer for problem in chosen for _ in range(repeats)]
+    index = torch.arange(len(encoded)).repeat_interleave(group_size)
+    answers = [problem.answer for problem in problems for _ in range(group_size)]
     return Prompts(tokens=tokens[index], mask=mask[index], index=index, answers=answers)
 
 
-def encode_row(tokenizer: Any, problem: Problem, place: int) -> list[int]:
-    """`encode_one`; an error names the row."""
+def encode_numbered_prompt(tokenizer: Any, problem: Problem, position: int) -> list[int]:
+    """Encode a prompt as `encode_prompt` does; an error names the row number."""
     try:
-        return encode_one(tokenizer, problem)
+        return encode_prompt(tokenizer, problem)
     except InvalidInput as error:
-        raise InvalidInput(f"row {row_of(problem, place)}: {error}") from error
+        raise InvalidInput(f"row {row_number(problem, position)}: {error}") from error
 
 
-def encode_one(tokenizer: Any, problem: Problem) -> list[int]:
-    """Ids of a prompt up to where the response begins, with at most one BOS.
+def encode_prompt(tokenizer: Any, problem: Problem) -> list[int]:
+    """Encode a prompt up to where the response begins, with at most one BOS.
 
-    Through the chat template, which writes its own special tokens; without one, the text with the
-    special tokens that the tokenizer adds.
+    The chat template writes its own special tokens. Without a template, the text is encoded with
+    the special tokens that the tokenizer adds.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        problem: The problem whose prompt is encoded.
+
+    Returns:
+        The token ids of the prompt.
 
     Raises:
-      ValueError: several messages or settings for a template that the tokenizer lacks, messages
-        that its template refuses, or no token.
+        InvalidInput: The prompt needs a chat template (several messages or template settings) that
+            the tokenizer does not have, the template rejects the messages, or the prompt encodes to
+            no token.
     """
     settings: dict[str, Any] = {}
     chat: tuple[tuple[str, str], ...] = (("user", problem.prompt),)
-    if isinstance(problem, Question):
+    if isinstance(problem, DatasetProblem):
         chat, settings = problem.chat or chat, dict(problem.template)
     if tokenizer.chat_template is None:
         if len(chat) > 1 or settings:
             raise InvalidInput(
                 "the tokenizer has no chat template for a system message, several messages or "
-                "template settings; give plain prompts, or set tokenizer.chat_template"
+                "template settings; use plain text prompts, or set tokenizer.chat_template"
             )
         ids = tokenizer.encode(problem.prompt)
-        if ids[:2] == [tokenizer.bos_token_id] * 2:  # the text began with one
+        if ids[:2] == [tokenizer.bos_token_id] * 2:  # the text itself begins with BOS
             ids = ids[1:]
     else:
         text = render_chat(tokenizer, chat, **settings)
@@ -121,36 +162,52 @@ def encode_one(tokenizer: Any, problem: Problem) -> list[int]:
     return ids
 
 
-def response_texts(
-    tokenizer: Any, tokens: Tensor, mask: Tensor, ends: Sequence[int] = ()
+def decode_responses(
+    tokenizer: Any, tokens: Tensor, mask: Tensor, end_ids: Sequence[int] = ()
 ) -> list[str]:
-    """(B, T) ids and mask -> the text of each response; `ends` as in `response_text`."""
-    sampled = [row[real].tolist() for row, real in zip(tokens, mask, strict=True)]
-    return [response_text(tokenizer, ids, ends) for ids in sampled]
-
-
-def response_text(tokenizer: Any, ids: Sequence[int], ends: Sequence[int] = ()) -> str:
-    """Decode a response up to its end; special tokens inside it stay visible.
-
-    The end is the first id that ends a response, by the generation config or as the tokenizer's
-    own end token, whether or not it is flagged as special. Special tokens that are left at the end
-    (padding, an end token that nobody named) are dropped too. A closing tag such as </think> is
-    content, even where it is flagged as special or ends a response: a response that was cut behind
-    it has thought, and has not answered.
+    """Decode the real tokens of each response.
 
     Args:
-      ends: ids that end a response (`opd.models.model.end_ids`); the tokenizer's own is always one.
+        tokenizer: A Hugging Face tokenizer.
+        tokens: (B, T) token ids.
+        mask: (B, T), True where a token is real.
+        end_ids: See `decode_response`.
+
+    Returns:
+        The text of each of the B responses.
     """
-    stops = {*ends, tokenizer.eos_token_id}
-    length = next((place for place, token in enumerate(ids) if token in stops), len(ids))
-    if length < len(ids) and closes_tag(tokenizer, ids[length]):
+    responses = [row[is_token].tolist() for row, is_token in zip(tokens, mask, strict=True)]
+    return [decode_response(tokenizer, ids, end_ids) for ids in responses]
+
+
+def decode_response(tokenizer: Any, ids: Sequence[int], end_ids: Sequence[int] = ()) -> str:
+    """Decode a response up to its end; special tokens inside it stay visible.
+
+    The end is the first id that ends a response, by the generation config or as the tokenizer's own
+    EOS token, whether or not it is flagged as special. Special tokens that remain at the end
+    (padding, an end token that is not configured) are dropped too. A closing tag such as </think>
+    is content, even where it is flagged as special or ends a response: a response that was
+    truncated right after it contains reasoning but no answer.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        ids: The token ids of the response.
+        end_ids: Ids that end a response (`opd.models.model.end_ids`); the tokenizer's EOS id is
+            always one.
+
+    Returns:
+        The text of the response.
+    """
+    stop_ids = {*end_ids, tokenizer.eos_token_id}
+    length = next((position for position, token in enumerate(ids) if token in stop_ids), len(ids))
+    if length < len(ids) and is_closing_tag(tokenizer, ids[length]):
         length += 1
     special = special_ids(tokenizer)
-    while length and ids[length - 1] in special and not closes_tag(tokenizer, ids[length - 1]):
+    while length and ids[length - 1] in special and not is_closing_tag(tokenizer, ids[length - 1]):
         length -= 1
     return tokenizer.decode(list(ids[:length]), skip_special_tokens=False)
 
 
-def closes_tag(tokenizer: Any, token: int) -> bool:
-    """Whether an id is a closing tag, such as </think>; </s> is an end token."""
+def is_closing_tag(tokenizer: Any, token: int) -> bool:
+    """Return whether an id is a closing tag such as </think>; </s> is an end token."""
     return CLOSING_TAG.fullmatch(tokenizer.decode([token]).strip()) is not None

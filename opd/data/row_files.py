@@ -1,6 +1,6 @@
-"""Rows of data sets from files, folders and the Hugging Face hub, as plain dictionaries.
+"""Reading of dataset rows from files, folders and the Hugging Face hub, as plain dictionaries.
 
-Rows are counted from 0 in every message, lines of a file from 1.
+Messages count rows from 0 and lines of a file from 1.
 """
 
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diagnostics.errors import InvalidInput, MissingFile, OperationFailed, UserError
-from diagnostics.io.files import parse_json, read_text, short
+from diagnostics.io.files import parse_json, read_text, short_repr
 from diagnostics.io.packages import load_package
 from diagnostics.io.parquet import open_parquet
 
@@ -16,16 +16,20 @@ Row = dict[str, Any]
 
 
 def read_rows(source: str) -> list[Row]:
-    """All rows of `source`.
+    """Read all rows of a source.
 
-    source: a .jsonl, .json or .parquet file; a folder that datasets saved or that holds data files;
-    or `hf:NAME`, `hf:NAME:SPLIT`, `hf:NAME:CONFIG:SPLIT`, where NAME is such a folder or a dataset
-    on the hub and the split is "train" if not given.
+    Args:
+        source: A .jsonl, .json or .parquet file; a folder saved by `datasets` or holding data
+            files; or `hf:NAME`, `hf:NAME:SPLIT`, `hf:NAME:CONFIG:SPLIT`, where NAME is such a
+            folder or a dataset on the hub and the split defaults to "train".
+
+    Returns:
+        The rows.
 
     Raises:
-      FileNotFoundError: no such file.
-      ValueError: a line or an element is not a JSON object, or the file is of another kind.
-      RuntimeError: the file or the data set cannot be read.
+        FileNotFoundError: The file does not exist.
+        InvalidInput: A line or an element is not a JSON object, or the file has another format.
+        OperationFailed: The file or the dataset cannot be read.
     """
     path = Path(source)
     if source.startswith("hf:") or path.is_dir():
@@ -33,23 +37,23 @@ def read_rows(source: str) -> list[Row]:
     if not path.exists():
         raise MissingFile(
             f'task {source!r} is neither "lab" nor an existing file or folder; '
-            "a dataset on the hub is written hf:NAME"
+            "for a dataset on the hub use hf:NAME"
         )
     if path.suffix == ".parquet":
         return read_parquet(path)
     if path.suffix not in (".jsonl", ".json"):
         raise InvalidInput(
-            f"{path} is neither a .jsonl nor a .parquet file, nor .json; convert it first, a table "
-            "of text to one JSON object a line, and unpack what is compressed"
+            f"{path} is not a .jsonl, .json or .parquet file; decompress it if it is compressed, "
+            "and convert other formats to one JSON object per line"
         )
     return read_json_rows(path)
 
 
 def read_json_rows(path: Path) -> list[Row]:
-    """The objects of a JSON file, one a line or in one array; a byte-order mark is skipped."""
+    """Read the objects of a JSON file, one per line or in one array; skip a byte-order mark."""
     text = read_text(path).removeprefix("\ufeff")
     if text.lstrip()[:1] == "[":
-        rows = array_rows(path, text)
+        rows = read_json_array(path, text)
         if rows is not None:
             return rows
     rows = []
@@ -59,9 +63,10 @@ def read_json_rows(path: Path) -> list[Row]:
         try:
             row = parse_json(line, f"{path} line {number}")
         except InvalidInput as error:
-            if number == 1 and is_object(text) and not is_object(line):
+            if number == 1 and is_json_object(text) and not is_json_object(line):
                 raise InvalidInput(
-                    f"{path} is one JSON object; expected an array of objects, or one object a line"
+                    f"{path} is one JSON object; expected an array of objects, or one object per "
+                    f"line"
                 ) from error
             raise
         if not isinstance(row, dict):
@@ -70,24 +75,36 @@ def read_json_rows(path: Path) -> list[Row]:
     return rows
 
 
-def array_rows(path: Path, text: str) -> list[Row] | None:
-    """The objects of a file that is one JSON array; None where it may hold one value a line."""
-    one_a_line = path.suffix == ".jsonl"
+def read_json_array(path: Path, text: str) -> list[Row] | None:
+    """Read the objects of a JSON array.
+
+    Args:
+        path: The file, for messages; .jsonl files may hold one value per line instead.
+        text: Its text.
+
+    Returns:
+        The objects, or None if a .jsonl file is not one array of objects.
+
+    Raises:
+        InvalidInput: The text is not JSON, or an element is not an object.
+    """
+    is_json_lines = path.suffix == ".jsonl"
     try:
         values = parse_json(text, str(path))
     except InvalidInput:
-        if one_a_line:
+        if is_json_lines:
             return None
         raise
     for number, value in enumerate(values):
         if not isinstance(value, dict):
-            if one_a_line:
+            if is_json_lines:
                 return None
-            raise InvalidInput(f"{path} row {number} is not a JSON object: {short(value)}")
+            raise InvalidInput(f"{path} row {number} is not a JSON object: {short_repr(value)}")
     return values
 
 
-def is_object(text: str) -> bool:
+def is_json_object(text: str) -> bool:
+    """Return whether a text is one JSON object."""
     try:
         return isinstance(json.loads(text), dict)
     except (ValueError, RecursionError):
@@ -95,38 +112,41 @@ def is_object(text: str) -> bool:
 
 
 def read_parquet(path: Path) -> list[Row]:
+    """Read the rows of a parquet file."""
     file = open_parquet(path)
     try:
         return file.read().to_pylist()
-    except Exception as error:  # what pyarrow raises of broken pages has many types
-        raise InvalidInput(f"{path} is not a whole parquet file ({error})") from error
+    except Exception as error:  # pyarrow raises many types for corrupt pages
+        raise InvalidInput(f"{path} is not a complete parquet file ({error})") from error
 
 
-def read_dataset(name: str) -> list[Row]:
-    """Rows of `NAME[:[CONFIG:]SPLIT]` through the datasets library."""
-    datasets = load_package("datasets", repr(name), "data")
-    where, *rest = name.split(":")
-    if not where or len(rest) > 2 or "" in rest:
+def read_dataset(source: str) -> list[Row]:
+    """Read the rows of `NAME[:[CONFIG:]SPLIT]` with the `datasets` library."""
+    datasets = load_package("datasets", repr(source), "data")
+    path, *parts = source.split(":")
+    if not path or len(parts) > 2 or "" in parts:
         raise InvalidInput(
-            f"cannot read {name!r}; write hf:NAME, hf:NAME:SPLIT, hf:NAME:CONFIG:SPLIT"
+            f"cannot read {source!r}; write hf:NAME, hf:NAME:SPLIT, hf:NAME:CONFIG:SPLIT"
         )
-    split = rest[-1] if rest else "train"
-    config = rest[0] if len(rest) == 2 else None
-    folder = Path(where)
+    split = parts[-1] if parts else "train"
+    config = parts[0] if len(parts) == 2 else None
+    folder = Path(path)
     try:
-        if not any((folder / mark).exists() for mark in ("state.json", "dataset_dict.json")):
-            return datasets.load_dataset(where, config, split=split).to_list()
-        saved = datasets.load_from_disk(where)
-        if isinstance(saved, datasets.DatasetDict):
-            if split not in saved:
-                raise InvalidInput(f"{where} has no split {split!r}; it has {', '.join(saved)}")
-            saved = saved[split]
-        return saved.to_list()
+        if not any(
+            (folder / file_name).exists() for file_name in ("state.json", "dataset_dict.json")
+        ):
+            return datasets.load_dataset(path, config, split=split).to_list()
+        dataset = datasets.load_from_disk(path)
+        if isinstance(dataset, datasets.DatasetDict):
+            if split not in dataset:
+                raise InvalidInput(f"{path} has no split {split!r}; it has {', '.join(dataset)}")
+            dataset = dataset[split]
+        return dataset.to_list()
     except UserError:
         raise
-    except Exception as error:  # the library's errors have no common type
+    except Exception as error:  # errors of the library have no common base class
         lines = str(error).strip().splitlines() or [""]
         raise OperationFailed(
-            f"the data set {where!r}, split {split!r}, cannot be read ({type(error).__name__}: "
+            f"the dataset {path!r}, split {split!r}, cannot be read ({type(error).__name__}: "
             f"{lines[0]}); check its name, configuration and split, and the network"
         ) from error

@@ -1,6 +1,6 @@
-"""Problems from rows of data: where a row has what, chats, answers as text (opd.data.row_files).
+"""Conversion of dataset rows to problems: columns, chats and answers as text.
 
-Rows are counted from 0 in every message.
+Messages count rows from 0. Files are read by `opd.data.row_files`.
 """
 
 import json
@@ -13,43 +13,42 @@ from pathlib import Path
 from typing import Any
 
 from diagnostics.errors import InvalidInput
-from diagnostics.io.files import short
+from diagnostics.io.files import short_repr
 from opd.data.chain_task import Problem
 from opd.data.row_files import Row, read_rows
 
 Chat = tuple[tuple[str, str], ...]
 Template = tuple[tuple[str, Any], ...]
 MISSING = object()
-MOST_COMPLAINTS = 5
+MAX_REPORTED_KINDS = 5
 CHAT_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](?:role|content)['\"]\s*:")
-WHOLE_CHATS = (
-    "; of a chat that ends with the assistant's message, write the messages before it as prompt "
-    "and the text to compare with as answer"
+CHAT_HINT = (
+    "; if a chat ends with an assistant message, store the messages before it as the prompt and "
+    "the reference text as the answer"
 )
-WORKED = re.compile(r"####[ \t]*([^\s#][^\n#]*?)\s*\Z")
-"""The end of a worked solution as GSM8K has them: #### and the final answer."""
+WORKED_SOLUTION_END = re.compile(r"####[ \t]*([^\s#][^\n#]*?)\s*\Z")
+"""The end of a worked solution in GSM8K's format: #### and the final answer."""
 
 
 @dataclass(frozen=True)
-class Question(Problem):
-    """A problem from data; `prompt` identifies it.
-
-    task: label by which results are told apart. grader: name of the one to use, or "".
-    chat: (role, content) of every message before the response; empty: `prompt`, from the user.
-    template: names and values handed to the chat template, such as ("enable_thinking", False).
-    row: its number in the data, for messages.
-    """
+class DatasetProblem(Problem):
+    """A problem from a dataset; its `prompt` identifies it."""
 
     task: str = ""
+    """Label by which results are reported separately."""
     grader: str = ""
+    """Name of the grader to use, or ""."""
     chat: Chat = ()
+    """(role, content) of every message before the response; empty if `prompt` is the only one."""
     template: Template = ()
+    """Names and values passed to the chat template, such as ("enable_thinking", False)."""
     row: int | None = field(default=None, compare=False)
+    """Row number in the dataset, for messages."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Where a row has what; a dot goes into a nested field: `reward_model.ground_truth`."""
+    """Column names of a dataset; a dot selects a nested field: `reward_model.ground_truth`."""
 
     prompt: str = "prompt"
     answer: str = "answer"
@@ -66,149 +65,191 @@ def read_problems(
     system: str = "",
     template: Template = (),
 ) -> list[Problem]:
-    """Questions of `source`, in its order, each with its answer as text.
+    """Read the problems of a source, in its order, each with its answer as text.
 
-    A prompt is text, or a list of messages {"role", "content"} that ends with the user's, also as
-    JSON text. Answers may be text or numbers; null and NaN are missing. Where no row has the
-    column `answer`, the answers are "" and nothing can be graded, with a warning.
+    A prompt is text, or a list of messages {"role", "content"} that ends with a user message, also
+    as JSON text. Answers may be text or numbers; null and NaN are missing. Where no row has the
+    column `answer`, the answers are "" and nothing can be graded; a warning says so.
 
     Args:
-      system: a system message before every prompt. template: see `Question`.
+        source: A file, folder or `hf:NAME`; see `opd.data.row_files.read_rows`.
+        columns: Names of the columns.
+        system: System message before every prompt; "" for none.
+        template: Settings of the chat template; see `DatasetProblem.template`.
+
+    Returns:
+        One problem per row.
 
     Raises:
-      ValueError: fewer than 2 rows, or rows that lack something; says which rows and what.
+        InvalidInput: Fewer than 2 rows, or rows with missing or unusable values; the message lists
+            the rows and what is wrong.
     """
-    return questions(read_rows(str(source)), str(source), columns, system, template)
+    return parse_problems(read_rows(str(source)), str(source), columns, system, template)
 
 
-def questions(
+def parse_problems(
     rows: list[Row], source: str, columns: Columns, system: str, template: Template
 ) -> list[Problem]:
-    """The rows of a source as questions; see `read_problems`."""
+    """Convert the rows of a source to problems; see `read_problems`."""
     if len(rows) < 2:
         raise InvalidInput(f"{source} has {len(rows)} problems; at least 2 are needed")
-    complaints: dict[str, list[int]] = {}
-    made: list[Question] = []
-    unanswered = has_no_answers(rows, source, columns)
+    row_numbers_by_error: dict[str, list[int]] = {}
+    problems: list[DatasetProblem] = []
+    no_answers = has_no_answers(rows, source, columns)
     for number, row in enumerate(rows):
         try:
-            made.append(replace(question(row, columns, system, template, unanswered), row=number))
+            problems.append(
+                replace(parse_row(row, columns, system, template, no_answers), row=number)
+            )
         except ValueError as error:
-            complaints.setdefault(str(error), []).append(number)
-    if complaints:
-        parts = [f"{numbered(where)} {what}" for what, where in complaints.items()]
-        more = [f"and {len(parts) - MOST_COMPLAINTS} more kinds of complaints"]
-        shown = parts[:MOST_COMPLAINTS] + more * (len(parts) > MOST_COMPLAINTS)
-        raise InvalidInput(f"{source}: {'; '.join(shown)}")
-    return list(made)
+            row_numbers_by_error.setdefault(str(error), []).append(number)
+    if row_numbers_by_error:
+        parts = [
+            f"{format_row_numbers(row_numbers)} {message}"
+            for message, row_numbers in row_numbers_by_error.items()
+        ]
+        remainder = [f"and {len(parts) - MAX_REPORTED_KINDS} more kinds of errors"]
+        reports = parts[:MAX_REPORTED_KINDS] + remainder * (len(parts) > MAX_REPORTED_KINDS)
+        raise InvalidInput(f"{source}: {'; '.join(reports)}")
+    return list(problems)
 
 
 def has_no_answers(rows: list[Row], source: str, columns: Columns) -> bool:
-    """Whether no row has the usual column of answers, which a warning then says."""
+    """Return whether no row has the default answer column; warn if so."""
     if columns.answer != DEFAULT_COLUMNS.answer or any(
-        nested(row, columns.answer) is not MISSING or nested(row, columns.prompt) is MISSING
+        get_nested(row, columns.answer) is not MISSING or get_nested(row, columns.prompt) is MISSING
         for row in rows
     ):
         return False
-    names = sorted({name for row in rows for name in row})
+    column_names = sorted({name for row in rows for name in row})
     warnings.warn(
-        f"{source} has no column {columns.answer!r}, so nothing of it is graded; it has {names}. "
-        "If one of them holds the answers, name it with answer_column",
+        f"{source} has no column {columns.answer!r}, so its responses are not graded; it has "
+        f"{column_names}. "
+        "If one of them holds the answers, set answer_column to it",
         stacklevel=3,
     )
     return True
 
 
 def final_answer(answer: str) -> str:
-    """What follows #### at the end of a worked solution; any other answer as it is."""
-    end = WORKED.search(answer)
-    return answer if end is None else end[1]
+    """Return what follows #### at the end of a worked solution, any other answer unchanged."""
+    match = WORKED_SOLUTION_END.search(answer)
+    return answer if match is None else match[1]
 
 
 def has_worked_solutions(problems: Sequence[Problem], source: str) -> bool:
-    """Whether all answers are worked solutions that end in #### N, which a warning then says.
+    """Return whether all answers are worked solutions that end in #### N; warn if so.
+
+    Args:
+        problems: The problems of a source.
+        source: Name of the source, for messages.
+
+    Returns:
+        True if every answer ends in #### N.
 
     Raises:
-      ValueError: some rows have worked solutions that end in a number, and others do not.
+        InvalidInput: Some answers are worked solutions that end in a number and others are not.
     """
-    ends = [WORKED.search(problem.answer) for problem in problems]
-    if ends and all(ends):
+    matches = [WORKED_SOLUTION_END.search(problem.answer) for problem in problems]
+    if matches and all(matches):
         warnings.warn(
             f"{source}: every answer is a worked solution that ends in '#### N'; responses are "
-            "compared with N",
+            "graded against N",
             stacklevel=3,
         )
         return True
-    mixed = [
-        row_of(problem, place)
-        for place, (problem, end) in enumerate(zip(problems, ends, strict=True))
-        if end is not None and end.start() > 0 and re.fullmatch(r"[-$]*[\d.,/]+", end[1])
+    worked_rows = [
+        row_number(problem, position)
+        for position, (problem, match) in enumerate(zip(problems, matches, strict=True))
+        if match is not None and match.start() > 0 and re.fullmatch(r"[-$]*[\d.,/]+", match[1])
     ]
-    if mixed:
+    if worked_rows:
         raise InvalidInput(
-            f"{source}: {numbered(mixed)} have worked solutions that end in '#### N' as answers, "
-            "the other rows do not; keep the final answer alone in every row"
+            f"{source}: {format_row_numbers(worked_rows)} have worked solutions that end in '#### "
+            f"N' as answers, "
+            "the other rows do not; use the same format in every row, such as the final answer "
+            "alone"
         )
     return False
 
 
-def row_of(problem: Problem, place: int) -> int:
-    """The number of a problem's row, its place where it has none."""
-    row = problem.row if isinstance(problem, Question) else None
-    return place if row is None else row
+def row_number(problem: Problem, position: int) -> int:
+    """Return the row number of a problem, or its position where it has none."""
+    row = problem.row if isinstance(problem, DatasetProblem) else None
+    return position if row is None else row
 
 
-def question(
-    row: Row, columns: Columns, system: str, template: Template, unanswered: bool = False
-) -> Question:
-    """One row as a question; a ValueError continues "row N ...".
+def parse_row(
+    row: Row, columns: Columns, system: str, template: Template, no_answers: bool = False
+) -> DatasetProblem:
+    """Convert one row to a problem.
 
-    unanswered: no row has an answer; it is "" then.
+    Args:
+        row: The row.
+        columns: Names of the columns.
+        system: System message before the prompt; "" for none.
+        template: Settings of the chat template.
+        no_answers: Whether no row of the source has an answer; the answer is "" then.
+
+    Returns:
+        The problem.
+
+    Raises:
+        InvalidInput: A column is missing or holds an unusable value; the message continues "row N
+            ...".
     """
-    wanted = {name: nested(row, name) for name in (columns.prompt, columns.answer)}
-    if unanswered:
-        del wanted[columns.answer]
-    if lacking := [name for name, value in wanted.items() if value is MISSING]:
+    values = {name: get_nested(row, name) for name in (columns.prompt, columns.answer)}
+    if no_answers:
+        del values[columns.answer]
+    if missing_columns := [name for name, value in values.items() if value is MISSING]:
         raise InvalidInput(
-            f"lacks {lacking}; has {sorted(row)}; name the columns that hold prompt and answer "
-            f"(--prompt-column, --answer-column){WHOLE_CHATS * any(map(is_chat, row.values()))}"
+            f"lacks {missing_columns}; has {sorted(row)}; set the columns that hold prompt and "
+            f"answer "
+            f"(--prompt-column, --answer-column){CHAT_HINT * any(map(is_chat, row.values()))}"
         )
-    answer = "" if unanswered else answer_text(wanted[columns.answer], columns.answer)
-    chat = messages(wanted[columns.prompt], columns.prompt)
+    answer = "" if no_answers else format_answer(values[columns.answer], columns.answer)
+    chat = parse_messages(values[columns.prompt], columns.prompt)
     if system:
         if chat[0][0] == "system":
-            raise InvalidInput("has a system message of its own; leave the setting system empty")
+            raise InvalidInput("already has a system message; remove the setting system")
         chat = (("system", system), *chat)
-    plain = len(chat) == 1
-    labels = [nested(row, name) for name in (columns.task, columns.grader)]
+    is_single_message = len(chat) == 1
+    labels = [get_nested(row, name) for name in (columns.task, columns.grader)]
     task, grader = ["" if x is MISSING or is_missing(x) else str(x) for x in labels]
-    return Question(
-        prompt=chat[0][1] if plain else json.dumps(chat, ensure_ascii=False),
+    return DatasetProblem(
+        prompt=chat[0][1] if is_single_message else json.dumps(chat, ensure_ascii=False),
         answer=answer,
         task=task,
         grader=grader,
-        chat=() if plain else chat,
+        chat=() if is_single_message else chat,
         template=template,
     )
 
 
 def is_chat(value: Any) -> bool:
-    """Whether a column holds a list of objects, as messages are."""
+    """Return whether a value is a list of objects, as messages are."""
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
 def is_missing(value: Any) -> bool:
-    """Null, or NaN, by which tables write it."""
+    """Return whether a value is null, or NaN as tables write null."""
     if isinstance(value, Decimal):
         return value.is_nan()
     return value is None or (isinstance(value, float) and value != value)
 
 
-def answer_text(answer: Any, column: str) -> str:
-    """An answer as text; a whole number has no decimals, though a table made it 7.0.
+def format_answer(answer: Any, column: str) -> str:
+    """Convert an answer to text; an integral float such as 7.0 becomes "7".
+
+    Args:
+        answer: Text or a number.
+        column: Name of the answer column, for messages.
+
+    Returns:
+        The answer as text.
 
     Raises:
-      ValueError: missing or empty, infinite, or neither text nor a number.
+        InvalidInput: The answer is missing, empty, infinite, or neither text nor a number.
     """
     if is_missing(answer) or (isinstance(answer, str) and not answer.strip()):
         raise InvalidInput(f"has an empty {column!r}")
@@ -216,46 +257,65 @@ def answer_text(answer: Any, column: str) -> str:
         return answer
     if isinstance(answer, bool) or not isinstance(answer, int | float | Decimal):
         raise InvalidInput(
-            f"has a {type(answer).__name__} as {column!r}, expected text: {short(answer)}"
+            f"has a {type(answer).__name__} as {column!r}, expected text: {short_repr(answer)}"
         )
     if isinstance(answer, int):
         return str(answer)
     if abs(answer) == float("inf"):
         raise InvalidInput(f"has {answer} as {column!r}, expected text or a finite number")
-    whole = answer == int(answer) and abs(float(answer)) < 1e15
-    return str(int(answer)) if whole else str(answer)
+    is_integer = answer == int(answer) and abs(float(answer)) < 1e15
+    return str(int(answer)) if is_integer else str(answer)
 
 
-def messages(prompt: Any, name: str) -> Chat:
-    """(role, content) pairs of a prompt that is text or a list of messages."""
+def parse_messages(prompt: Any, column: str) -> Chat:
+    """Convert a prompt to (role, content) pairs.
+
+    Args:
+        prompt: Text, or a list or array of messages.
+        column: Name of the prompt column, for messages.
+
+    Returns:
+        The messages, the last of them by the user.
+
+    Raises:
+        InvalidInput: The prompt is missing or empty, of another type, or does not end with a user
+            message.
+    """
     if isinstance(prompt, str):
-        prompt = chat_of_text(prompt, name)
-    if hasattr(prompt, "tolist"):  # an array, as tables have them
+        prompt = parse_chat_text(prompt, column)
+    if hasattr(prompt, "tolist"):  # an array, as parquet tables return
         prompt = prompt.tolist()
     prompt = list(prompt) if isinstance(prompt, tuple) else prompt
     if is_missing(prompt) or prompt == []:
-        raise InvalidInput(f"has an empty {name!r}")
+        raise InvalidInput(f"has an empty {column!r}")
     if not isinstance(prompt, list) or not all(
         isinstance(x, dict) and isinstance(x.get("role"), str) and isinstance(x.get("content"), str)
         for x in prompt
     ):
-        what = f"neither text nor a list of messages with role and content as {name!r}"
-        raise InvalidInput(f"has {what}: {short(prompt)}")
+        problem = f"neither text nor a list of messages with role and content as {column!r}"
+        raise InvalidInput(f"has {problem}: {short_repr(prompt)}")
     chat = tuple((x["role"], x["content"]) for x in prompt)
     if chat[-1][0] != "user":
         raise InvalidInput(
-            f"has a {name!r} whose last message is by {chat[-1][0]!r}, not the user{WHOLE_CHATS}"
+            f"has a {column!r} whose last message is by {chat[-1][0]!r}, not by the user{CHAT_HINT}"
         )
     if not chat[-1][1].strip():
-        raise InvalidInput(f"has an empty {name!r}")
+        raise InvalidInput(f"has an empty {column!r}")
     return chat
 
 
-def chat_of_text(prompt: str, name: str) -> list[Any]:
-    """A prompt of text as messages; the JSON of a list of messages is that list.
+def parse_chat_text(prompt: str, column: str) -> list[Any]:
+    """Convert a text prompt to messages; the JSON of a list of messages is parsed.
+
+    Args:
+        prompt: The text.
+        column: Name of the prompt column, for messages.
+
+    Returns:
+        The messages.
 
     Raises:
-      ValueError: the text of a list of messages that is no JSON, as Python prints one.
+        InvalidInput: The text is a printed Python list of messages, which is not JSON.
     """
     if not CHAT_TEXT.match(prompt):
         return [{"role": "user", "content": prompt}]
@@ -263,13 +323,13 @@ def chat_of_text(prompt: str, name: str) -> list[Any]:
         return json.loads(prompt)
     except (ValueError, RecursionError) as error:
         raise InvalidInput(
-            f"has the text of a list of messages as {name!r}, and it is no JSON: {short(prompt)}; "
+            f"has a list of messages as text in {column!r} that is not JSON: {short_repr(prompt)}; "
             "store the list itself, or its JSON"
         ) from error
 
 
-def nested(row: Row, name: str) -> Any:
-    """The value of a column, or of a field inside one (`a.b`); MISSING if it is not there."""
+def get_nested(row: Row, name: str) -> Any:
+    """Return the value of a column or of a nested field (`a.b`); MISSING if absent."""
     if name in row:
         return row[name]
     value: Any = row
@@ -280,8 +340,8 @@ def nested(row: Row, name: str) -> Any:
     return value
 
 
-def numbered(rows: list[int]) -> str:
-    """ "row 3", "rows 3, 5", or the first five and how many more."""
-    shown = ", ".join(map(str, rows[:5]))
-    more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
-    return f"row{'s' if len(rows) > 1 else ''} {shown}{more}"
+def format_row_numbers(rows: list[int]) -> str:
+    """Format row numbers: "row 3", "rows 3, 5", or the first five and a count."""
+    row_list = ", ".join(map(str, rows[:5]))
+    remainder = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
+    return f"row{'s' if len(rows) > 1 else ''} {row_list}{remainder}"

@@ -1,1 +1,1 @@
-"""Text games: environments, multi-turn rollouts, and their packing into batches."""
+"""Text games: environments, multi-turn rollouts, and packing of episodes into batches."""

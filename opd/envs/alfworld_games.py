@@ -1,8 +1,9 @@
-"""Households for ALFWorld's engine, drawn by seed: the planning problem and the task in words.
+"""Households for ALFWorld's engine, generated from seeds: the PDDL problem and the task as text.
 
-ALFWorld's own games have to be downloaded; its package brings their rules, grammar, goals, and what
-fits into what. A problem holds one room, receptacles, things in them, and one of the six tasks.
-Needs alfworld (extra alfworld); nothing is downloaded.
+ALFWorld's own games must be downloaded, but its package contains their rules, grammar, goals, and
+the table of which objects fit into which receptacles. A generated problem has one room,
+receptacles, objects in them, and one of the six tasks. Needs the extra alfworld; nothing is
+downloaded.
 """
 
 import random
@@ -70,116 +71,138 @@ TASKS = {
     "pick_cool_then_place_in_recep": ("kitchen",),
     "look_at_obj_in_light": ("bedroom", "living room"),
 }
-"""ALFWorld's tasks, and the rooms in which they can be done."""
-ABLE = {"clean": "Cleanable", "heat": "Heatable", "cool": "Coolable"}
+"""ALFWorld's task types, and the rooms in which each is possible."""
+ABILITIES = {"clean": "Cleanable", "heat": "Heatable", "cool": "Coolable"}
 LAMP, TABLES = "DeskLamp", ("Desk", "SideTable", "CoffeeTable", "Shelf")
-CLUTTER, TRIES = 8, 500
+NUM_CLUTTER, MAX_DRAWS = 8, 500
 MANGLED = {"|": "_bar_", "-": "_minus_", "+": "_plus_", ".": "_dot_", ",": "_comma_"}
 
 
 @dataclass(frozen=True)
 class Household:
-    """receptacles: (id, type); things: (id, type, place in the list of receptacles)."""
+    """A room with receptacles, objects and a task."""
 
     task: str
+    """Task type, a key of TASKS."""
     receptacles: list[tuple[str, str]]
+    """(id, type) of each receptacle."""
     things: list[tuple[str, str, int]]
-    wanted: str
+    """(id, type, index of its receptacle) of each object."""
+    goal_type: str
+    """Type of the objects that the task is about."""
     target: str
+    """Type of the receptacle that they belong in; "" for look_at_obj_in_light."""
 
 
-def household(seed: int) -> Household:
-    """The household of a seed; the wanted things are not where they shall be.
+def draw_household(seed: int) -> Household:
+    """Generate the household of a seed; the goal objects are not in their target receptacle.
+
+    Args:
+        seed: Determines the household.
+
+    Returns:
+        The household.
 
     Raises:
-      RuntimeError: none of TRIES draws has a room in which its task can be done.
+        RuntimeError: None of MAX_DRAWS draws has a room in which its task is possible.
     """
-    draw = random.Random(f"alfred-{seed}")
-    for _ in range(TRIES):
-        task = draw.choice(list(TASKS))
-        found = furnished(draw, task, draw.choice(TASKS[task]))
-        if found is not None:
-            return found
-    raise OperationFailed(f"no household for seed {seed} in {TRIES} draws")
+    generator = random.Random(f"alfred-{seed}")
+    for _ in range(MAX_DRAWS):
+        task = generator.choice(list(TASKS))
+        home = furnish_room(generator, task, generator.choice(TASKS[task]))
+        if home is not None:
+            return home
+    raise OperationFailed(f"no household for seed {seed} in {MAX_DRAWS} draws")
 
 
-def furnished(draw: random.Random, task: str, room: str) -> Household | None:
-    """A room for a task, or None where what was drawn does not allow it."""
+def furnish_room(generator: random.Random, task: str, room: str) -> Household | None:
+    """Draw a room for a task.
+
+    Args:
+        generator: Source of randomness.
+        task: Task type.
+        room: Type of the room.
+
+    Returns:
+        The household, or None if the task is not possible in the drawn room.
+    """
     from alfworld.gen.constants import VAL_ACTION_OBJECTS, VAL_RECEPTACLE_OBJECTS
 
-    def fits(kind: str, into: str) -> bool:
-        return kind in VAL_RECEPTACLE_OBJECTS.get(into, ())
+    def fits(kind: str, receptacle: str) -> bool:
+        return kind in VAL_RECEPTACLE_OBJECTS.get(receptacle, ())
 
-    kinds = [kind for kind, count in ROOMS[room].items() for _ in range(draw.randint(*count))]
-    able = next((name for verb, name in ABLE.items() if f"_{verb}_" in task), None)
-    pool = [x for x in THINGS[room] if able is None or x in VAL_ACTION_OBJECTS[able]]
-    wanted = draw.choice(pool)
+    kinds = [kind for kind, count in ROOMS[room].items() for _ in range(generator.randint(*count))]
+    ability = next((name for verb, name in ABILITIES.items() if f"_{verb}_" in task), None)
+    candidates = [x for x in THINGS[room] if ability is None or x in VAL_ACTION_OBJECTS[ability]]
+    goal_type = generator.choice(candidates)
     light = task == "look_at_obj_in_light"
-    tools = {"SinkBasin", "Microwave", "Fridge"} if able else set()
-    targets = sorted({kind for kind in kinds if fits(wanted, kind)} - tools)
-    elsewhere = [i for i, kind in enumerate(kinds) if fits(wanted, kind)]
-    target = "" if light or not targets else draw.choice(targets)
-    elsewhere = [i for i in elsewhere if kinds[i] != target]
+    tools = {"SinkBasin", "Microwave", "Fridge"} if ability else set()
+    targets = sorted({kind for kind in kinds if fits(goal_type, kind)} - tools)
+    start_places = [i for i, kind in enumerate(kinds) if fits(goal_type, kind)]
+    target = "" if light or not targets else generator.choice(targets)
+    start_places = [i for i in start_places if kinds[i] != target]
     tables = [i for i, kind in enumerate(kinds) if kind in TABLES]
-    if not elsewhere or not (tables if light else target):
+    if not start_places or not (tables if light else target):
         return None
     copies = 2 if task == "pick_two_obj_and_place" else 1
-    lying = [(wanted, draw.choice(elsewhere)) for _ in range(copies)]
+    placements = [(goal_type, generator.choice(start_places)) for _ in range(copies)]
     if light:
-        lying.append((LAMP, draw.choice(tables)))
-    for kind in draw.choices([x for x in THINGS[room] if x != wanted], k=CLUTTER):
-        places = [i for i, into in enumerate(kinds) if fits(kind, into)]
+        placements.append((LAMP, generator.choice(tables)))
+    for kind in generator.choices([x for x in THINGS[room] if x != goal_type], k=NUM_CLUTTER):
+        places = [i for i, receptacle in enumerate(kinds) if fits(kind, receptacle)]
         if places:
-            lying.append((kind, draw.choice(places)))
-    receptacles = [(identifier(draw, kind), kind) for kind in kinds]
-    things = [(identifier(draw, kind), kind, place) for kind, place in lying]
-    return Household(task, receptacles, things, wanted, target)
+            placements.append((kind, generator.choice(places)))
+    receptacles = [(object_id(generator, kind), kind) for kind in kinds]
+    things = [(object_id(generator, kind), kind, place) for kind, place in placements]
+    return Household(task, receptacles, things, goal_type, target)
 
 
-def identifier(draw: random.Random, kind: str) -> str:
-    """An id as ALFRED writes it, kind and position; a sink's basin has one more part."""
-    place = "|".join(f"{draw.uniform(-4, 4):+06.2f}" for _ in range(3))
-    return f"Sink|{place}|SinkBasin" if kind == "SinkBasin" else f"{kind}|{place}"
+def object_id(generator: random.Random, kind: str) -> str:
+    """Return an id in ALFRED's format, type and position; a sink basin has one more part."""
+    position = "|".join(f"{generator.uniform(-4, 4):+06.2f}" for _ in range(3))
+    return f"Sink|{position}|SinkBasin" if kind == "SinkBasin" else f"{kind}|{position}"
 
 
-def goal_of(home: Household) -> str:
-    """The task in words."""
+def goal_text(home: Household) -> str:
+    """Return the task as text."""
     from alfworld.gen.goal_library import gdict
 
-    words = {"obj": home.wanted.lower(), "recep": home.target.lower(), "toggle": LAMP.lower()}
+    words = {"obj": home.goal_type.lower(), "recep": home.target.lower(), "toggle": LAMP.lower()}
     return gdict[home.task]["templates"][0].format(**words)
 
 
-def game(home: Household) -> dict[str, Any]:
-    """What `textworld.envs.PddlEnv.load` takes."""
+def game_definition(home: Household) -> dict[str, Any]:
+    """Return the argument of `textworld.envs.PddlEnv.load`."""
     from alfworld.info import ALFRED_PDDL_PATH, ALFRED_TWL2_PATH
 
     with open(ALFRED_PDDL_PATH) as rules, open(ALFRED_TWL2_PATH) as grammar:
         return {
             "pddl_domain": rules.read(),
-            "grammar": grammar.read().replace("UNKNOWN GOAL", goal_of(home)),
-            "pddl_problem": problem(home),
+            "grammar": grammar.read().replace("UNKNOWN GOAL", goal_text(home)),
+            "pddl_problem": pddl_problem(home),
             "solvable": None,
             "walkthrough": None,
         }
 
 
-def problem(home: Household) -> str:
-    """The household in the planner's language. Its parser wants objects, facts, goal, in order."""
+def pddl_problem(home: Household) -> str:
+    """Return the household as a PDDL problem: objects, initial facts, goal, in this order."""
     from alfworld.gen import constants
     from alfworld.gen.goal_library import gdict
 
     spots = [f"loc_{i}" for i in range(len(home.receptacles))]
     start = f"loc_{len(spots)}"
     kinds = sorted({kind for _, kind, _ in home.things} | {"Knife", "ButterKnife", LAMP})
-    intos = sorted({kind for _, kind in home.receptacles} | {"SinkBasin", "Microwave", "Fridge"})
+    receptacle_types = sorted(
+        {kind for _, kind in home.receptacles} | {"SinkBasin", "Microwave", "Fridge"}
+    )
     pairs = zip(home.receptacles, spots, strict=True)
-    places = [(mangled(name), kind, spot) for (name, kind), spot in pairs]
-    things = [(mangled(name), kind, places[at][0], spots[at]) for name, kind, at in home.things]
+    places = [(mangle(name), kind, spot) for (name, kind), spot in pairs]
+    things = [(mangle(name), kind, places[i][0], spots[i]) for name, kind, i in home.things]
     objects = [
         "agent1 - agent",
         *(f"{kind}Type - otype" for kind in kinds),
-        *(f"{kind}Type - rtype" for kind in intos),
+        *(f"{kind}Type - rtype" for kind in receptacle_types),
         *(f"{name} - object" for name, *_ in things),
         *(f"{name} - receptacle" for name, *_ in places),
         *(f"{spot} - location" for spot in (*spots, start)),
@@ -188,17 +211,21 @@ def problem(home: Household) -> str:
     for name, kind, spot in places:
         facts += [f"(receptacleType {name} {kind}Type)", f"(receptacleAtLocation {name} {spot})"]
         facts += [f"(openable {name})"] * (kind in constants.OPENABLE_CLASS_SET)
-    for name, kind, into, spot in things:
-        facts += [f"(objectType {name} {kind}Type)", f"(inReceptacle {name} {into})"]
+    for name, kind, receptacle, spot in things:
+        facts += [f"(objectType {name} {kind}Type)", f"(inReceptacle {name} {receptacle})"]
         facts += [f"(objectAtLocation {name} {spot})"]
         facts += [f"(pickupable {name})"] * (kind != LAMP)
-        for able in (*ABLE.values(), "Toggleable", "Sliceable"):
-            facts += [f"({able.lower()} {name})"] * (kind in constants.VAL_ACTION_OBJECTS[able])
-    for into in intos:
-        holds = [kind for kind in kinds if kind in constants.VAL_RECEPTACLE_OBJECTS.get(into, ())]
-        facts += [f"(canContain {into}Type {kind}Type)" for kind in holds]
-    facts += distances([*spots, start])
-    goal = gdict[home.task]["pddl"].format(obj=home.wanted, recep=home.target, toggle=LAMP)
+        for ability in (*ABILITIES.values(), "Toggleable", "Sliceable"):
+            facts += [f"({ability.lower()} {name})"] * (
+                kind in constants.VAL_ACTION_OBJECTS[ability]
+            )
+    for receptacle in receptacle_types:
+        contents = [
+            kind for kind in kinds if kind in constants.VAL_RECEPTACLE_OBJECTS.get(receptacle, ())
+        ]
+        facts += [f"(canContain {receptacle}Type {kind}Type)" for kind in contents]
+    facts += distance_facts([*spots, start])
+    goal = gdict[home.task]["pddl"].format(obj=home.goal_type, recep=home.target, toggle=LAMP)
     return "\n".join(
         [
             "(define (problem household)",
@@ -215,7 +242,8 @@ def problem(home: Household) -> str:
     )
 
 
-def distances(spots: Sequence[str]) -> list[str]:
+def distance_facts(spots: Sequence[str]) -> list[str]:
+    """Return the PDDL distances between all pairs of locations."""
     return [
         f"(= (distance {a} {b}) {1 + abs(i - j)})"
         for i, a in enumerate(spots)
@@ -223,6 +251,6 @@ def distances(spots: Sequence[str]) -> list[str]:
     ]
 
 
-def mangled(name: str) -> str:
-    """An id as ALFWorld's names are read back from."""
+def mangle(name: str) -> str:
+    """Encode an id so that ALFWorld's `Demangler` can decode it."""
     return "".join(MANGLED.get(letter, letter) for letter in name)

@@ -1,4 +1,4 @@
-"""What a text environment is: it begins a game, and answers each action with a scene."""
+"""The interface of text environments."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -6,30 +6,32 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Observation:
-    """What is seen after an action.
-
-    goal: what is to be done, told by the first scene; actions: those that may follow, empty where
-    any text may; over: the game has ended, won or lost.
-    """
+    """What the player sees after an action."""
 
     text: str
     goal: str = ""
+    """The task; given by the first observation of a game only."""
     actions: tuple[str, ...] = ()
+    """Admissible actions; empty if any text is admissible."""
     over: bool = False
+    """Whether the game has ended, won or lost."""
     won: bool = False
 
 
 class Environment(Protocol):
-    """One game at a time. Whatever it raises ends that game, and is counted as its failure."""
+    """A text game, one episode at a time.
+
+    An exception in any method ends the episode, which is counted as failed.
+    """
 
     def begin(self, seed: int) -> Observation:
-        """The first scene of the game of this seed, the same one every time."""
+        """Start the game of this seed; return the first observation, always the same per seed."""
         ...
 
     def act(self, action: str) -> Observation:
-        """The scene after an action; an action that the game does not know changes nothing."""
+        """Take an action; an unknown action must not change the state."""
         ...
 
     def close(self) -> None:
-        """Free what the game holds; it is not played any more."""
+        """Free the resources of the game."""
         ...

@@ -1,9 +1,9 @@
-"""A household in text: things lie in places, some of which are shut; bring what is asked for.
+"""A household text game: objects are in places, some of which are closed; bring objects to a place.
 
-Small, without dependencies, the same for the same seed, and always solvable: `Household.expert` goes a
-shortest way. What lies in a place is seen only there, and in a shut one only after
-it was opened, so a player has to search. What the goal names is in capitals wherever it is told, so
-that very small models can play.
+Small, without dependencies, deterministic per seed, and always solvable: `Household.expert` takes a
+shortest path. Objects are visible only at their place, and in a closed place only after opening it,
+so a player has to search. Names from the goal are in capitals everywhere, so that very small models
+can play.
 """
 
 import random
@@ -11,104 +11,118 @@ from collections.abc import Sequence
 
 from opd.envs.base import Observation
 
-SHUT = ("fridge", "cabinet", "drawer", "box", "oven", "safe")
-OPEN = ("table", "shelf", "sink", "desk", "bed", "stove")
+CLOSABLE = ("fridge", "cabinet", "drawer", "box", "oven", "safe")
+ALWAYS_OPEN = ("table", "shelf", "sink", "desk", "bed", "stove")
 THINGS = ("apple", "book", "bowl", "cup", "fork", "key", "knife", "lamp", "mug", "pen", "plate")
-PLACES, LYING, WANTED = (3, 5), (3, 5), (1, 2)
+NUM_PLACES, NUM_THINGS, NUM_GOAL_THINGS = (3, 5), (3, 5), (1, 2)
 
 
 class Household:
-    """One household. At most one thing is held."""
+    """One household; the player holds at most one object."""
 
     def begin(self, seed: int) -> Observation:
-        """A new household: 3 to 5 places, 3 to 5 things, 1 or 2 of them to be moved."""
-        draw = random.Random(f"rooms-{seed}")
-        count = draw.randint(*PLACES)
-        shut = draw.randint(1, count - 1)
-        self.places = draw.sample(SHUT, shut) + draw.sample(OPEN, count - shut)
-        draw.shuffle(self.places)
-        things = draw.sample(THINGS, draw.randint(*LYING))
-        target = draw.choice(self.places)
-        count = draw.randint(*WANTED)
+        """Generate a household: 3 to 5 places, 3 to 5 objects, 1 or 2 of them to be moved."""
+        generator = random.Random(f"rooms-{seed}")
+        count = generator.randint(*NUM_PLACES)
+        num_closable = generator.randint(1, count - 1)
+        self.places = generator.sample(CLOSABLE, num_closable) + generator.sample(
+            ALWAYS_OPEN, count - num_closable
+        )
+        generator.shuffle(self.places)
+        things = generator.sample(THINGS, generator.randint(*NUM_THINGS))
+        target = generator.choice(self.places)
+        count = generator.randint(*NUM_GOAL_THINGS)
         things = [thing.upper() for thing in things[:count]] + things[count:]
         self.places = [place.upper() if place == target else place for place in self.places]
-        self.target, self.wanted = target.upper(), tuple(things[:count])
-        elsewhere = [place for place in self.places if place != self.target]
-        self.where: dict[str, str] = {
-            thing: draw.choice(elsewhere if thing in self.wanted else self.places)
+        self.target, self.goal_things = target.upper(), tuple(things[:count])
+        other_places = [place for place in self.places if place != self.target]
+        self.place_of: dict[str, str] = {
+            thing: generator.choice(other_places if thing in self.goal_things else self.places)
             for thing in things
         }
-        self.at = self.held = ""
-        self.shut = {place for place in self.places if place.lower() in SHUT}
-        what = listed([f"the {thing}" for thing in self.wanted])
-        seen = listed([one(place) for place in self.places])
-        return self._scene(f"You see {seen}.", goal=f"put {what} in the {self.target}.")
+        self.current_place = self.held_thing = ""
+        self.closed_places = {place for place in self.places if place.lower() in CLOSABLE}
+        goal_phrase = join_words([f"the {thing}" for thing in self.goal_things])
+        place_phrase = join_words([with_article(place) for place in self.places])
+        return self._observe(
+            f"You see {place_phrase}.", goal=f"put {goal_phrase} in the {self.target}."
+        )
 
     def act(self, action: str) -> Observation:
-        """What an action of the last scene does; any other does nothing."""
+        """Take an admissible action; any other has no effect."""
         if action not in self._actions():
-            return self._scene("Nothing happens.")
+            return self._observe("Nothing happens.")
         verb, thing = action.split()[:2]
         if verb == "go":
-            self.at = action.removeprefix("go to ")
-            return self._scene(f"You are at the {self.at}. {self._content()}")
+            self.current_place = action.removeprefix("go to ")
+            return self._observe(f"You are at the {self.current_place}. {self._content()}")
         if verb == "open":
-            self.shut.discard(self.at)
-            return self._scene(f"You open the {self.at}. {self._content()}")
+            self.closed_places.discard(self.current_place)
+            return self._observe(f"You open the {self.current_place}. {self._content()}")
         if verb == "take":
-            self.held = thing
-            del self.where[thing]
-            return self._scene(f"You take the {thing}.")
-        self.where[thing], self.held = self.at, ""
-        return self._scene(f"You put the {thing} in the {self.at}.")
+            self.held_thing = thing
+            del self.place_of[thing]
+            return self._observe(f"You take the {thing}.")
+        self.place_of[thing], self.held_thing = self.current_place, ""
+        return self._observe(f"You put the {thing} in the {self.current_place}.")
 
     def close(self) -> None:
+        """Do nothing: the game has no resources."""
         pass
 
     def expert(self) -> str:
-        """An action that leads to the goal, by one who knows where all things are.
+        """Return an action of a player that knows where all objects are.
 
-        From the start on, and for who always took it, it is one of a shortest way.
+        Followed from the start, these actions are a shortest path to the goal.
+
+        Returns:
+            The action.
         """
-        if self.held:
-            return self._towards(self.target, f"put {self.held} in {self.target}")
-        left = [thing for thing in self.wanted if self.where[thing] != self.target]
-        near = [thing for thing in left if self.where[thing] == self.at]
-        thing = (near or left)[0]
-        place = self.where[thing]
-        return self._towards(place, f"take {thing} from {place}")
+        if self.held_thing:
+            return self._approach(self.target, f"put {self.held_thing} in {self.target}")
+        remaining = [thing for thing in self.goal_things if self.place_of[thing] != self.target]
+        reachable = [thing for thing in remaining if self.place_of[thing] == self.current_place]
+        thing = (reachable or remaining)[0]
+        place = self.place_of[thing]
+        return self._approach(place, f"take {thing} from {place}")
 
-    def _towards(self, place: str, then: str) -> str:
-        if self.at != place:
+    def _approach(self, place: str, action: str) -> str:
+        """Return the next step to `place`, or `action` when the player is at the open place."""
+        if self.current_place != place:
             return f"go to {place}"
-        return f"open {place}" if place in self.shut else then
+        return f"open {place}" if place in self.closed_places else action
 
     def _actions(self) -> tuple[str, ...]:
-        found = [f"go to {place}" for place in self.places if place != self.at]
-        if not self.at:
-            return tuple(found)
-        if self.at in self.shut:
-            return (f"open {self.at}", *found)
-        if self.held:
-            return (f"put {self.held} in {self.at}", *found)
-        lying = [thing for thing, place in self.where.items() if place == self.at]
-        return (*(f"take {thing} from {self.at}" for thing in lying), *found)
+        moves = [f"go to {place}" for place in self.places if place != self.current_place]
+        if not self.current_place:
+            return tuple(moves)
+        if self.current_place in self.closed_places:
+            return (f"open {self.current_place}", *moves)
+        if self.held_thing:
+            return (f"put {self.held_thing} in {self.current_place}", *moves)
+        things = [thing for thing, place in self.place_of.items() if place == self.current_place]
+        return (*(f"take {thing} from {self.current_place}" for thing in things), *moves)
 
     def _content(self) -> str:
-        if self.at in self.shut:
+        if self.current_place in self.closed_places:
             return "It is shut."
-        lying = [one(thing) for thing, place in self.where.items() if place == self.at]
-        return f"There is {listed(lying) if lying else 'nothing'}."
+        things = [
+            with_article(thing)
+            for thing, place in self.place_of.items()
+            if place == self.current_place
+        ]
+        return f"There is {join_words(things) if things else 'nothing'}."
 
-    def _scene(self, text: str, goal: str = "") -> Observation:
-        won = all(self.where.get(thing) == self.target for thing in self.wanted)
+    def _observe(self, text: str, goal: str = "") -> Observation:
+        won = all(self.place_of.get(thing) == self.target for thing in self.goal_things)
         return Observation(text=text, goal=goal, actions=self._actions(), over=won, won=won)
 
 
-def one(noun: str) -> str:
+def with_article(noun: str) -> str:
+    """Return a noun with "a" or "an"."""
     return f"{'an' if noun[0] in 'aeiouAEIOU' else 'a'} {noun}"
 
 
-def listed(words: Sequence[str]) -> str:
-    """ "a", "a and b", "a, b and c"."""
+def join_words(words: Sequence[str]) -> str:
+    """Join words as "a", "a and b", "a, b and c"."""
     return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))

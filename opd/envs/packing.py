@@ -1,4 +1,4 @@
-"""Pack the turns of text games into rows of a batch."""
+"""Packing of episodes into rows of a batch, and their metrics."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,26 +10,29 @@ from diagnostics.batch import Rollouts
 from diagnostics.core.totals import Accumulator, Mean
 from diagnostics.errors import InvalidInput
 from opd.data.prompts import Prompts
-from opd.envs.rollout import OUTCOMES, Episode, padded, right
+from opd.envs.rollout import OUTCOMES, Episode, left_pad, right_pad
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A row before padding: ids read first, then ids with what the student said marked."""
+    """A row before padding: a prompt, and tokens of which the student's own are supervised."""
 
     episode: Episode
     prompt: list[int]
     tokens: list[int]
-    own: list[bool]
+    supervised: list[bool]
+    """Whether each of `tokens` was sampled by the student."""
     sampler_logp: list[float]
     softmax_logp: list[float] | None
     ended: bool
     turn: int = 0
+    """Index of the turn in its episode."""
     last: bool = True
+    """Whether it is the last row of its episode."""
 
 
-def by_turn(episode: Episode) -> list[Sample]:
-    """A row for each turn; the last one has the reward."""
+def samples_per_turn(episode: Episode) -> list[Sample]:
+    """Return one row per turn; the reward belongs to the last one."""
     return [
         Sample(
             episode,
@@ -46,58 +49,84 @@ def by_turn(episode: Episode) -> list[Sample]:
     ]
 
 
-def as_one(episode: Episode) -> list[Sample]:
-    """One row for the whole episode; it ended if the game did, and the last response.
+def sample_per_episode(episode: Episode) -> list[Sample]:
+    """Return one row for the whole episode.
+
+    The row counts as ended if the game is over and the last response ended.
+
+    Args:
+        episode: An episode of layout "trajectory".
+
+    Returns:
+        A list of one row.
 
     Raises:
-      ValueError: its turns are not one conversation.
+        ValueError: The turns are not one conversation.
     """
     first, last = episode.turns[0], episode.turns[-1]
     start = len(first.prompt)
     tokens: list[int] = []
-    own: list[bool] = []
+    supervised: list[bool] = []
     logp: list[float] = []
-    soft: list[float] = []
+    softmax_logp: list[float] = []
     for turn in episode.turns:
-        so_far = first.prompt + tokens
-        if turn.prompt[: len(so_far)] != so_far:
-            raise InvalidInput("turns that do not begin with the turns before cannot be one row")
-        between = turn.prompt[len(so_far) :]
+        prefix = first.prompt + tokens
+        if turn.prompt[: len(prefix)] != prefix:
+            raise InvalidInput(
+                "the prompt of a turn does not start with the previous turns, so the episode "
+                "cannot be one row; use layout turns"
+            )
+        between = turn.prompt[len(prefix) :]
         tokens = turn.prompt[start:] + turn.response
-        own += [False] * len(between) + [True] * len(turn.response)
+        supervised += [False] * len(between) + [True] * len(turn.response)
         logp += [0.0] * len(between) + turn.sampler_logp
-        soft += [0.0] * len(between) + (turn.softmax_logp or [])
+        softmax_logp += [0.0] * len(between) + (turn.softmax_logp or [])
     ended = last.ended and episode.outcome in ("won", "lost")
-    whole = None if last.softmax_logp is None else soft
-    return [Sample(episode, first.prompt, tokens, own, logp, whole, ended)]
+    row_softmax_logp = None if last.softmax_logp is None else softmax_logp
+    return [Sample(episode, first.prompt, tokens, supervised, logp, row_softmax_logp, ended)]
 
 
-PACKED: dict[str, Callable[[Episode], list[Sample]]] = {"turns": by_turn, "trajectory": as_one}
+PACKERS: dict[str, Callable[[Episode], list[Sample]]] = {
+    "turns": samples_per_turn,
+    "trajectory": sample_per_episode,
+}
 
 
-def rows_of(
+def pack_rows(
     episodes: Sequence[Episode], layout: str, *, temperature: float, top_p: float
 ) -> tuple[Prompts, Rollouts]:
-    """All rows of episodes that did not fail.
+    """Pack all episodes that did not fail into a batch.
 
-    Rows of one game share their prompt's number, the sampling unit; `turn` counts from 0. The
-    reward, 1 for a game that was won, stands in an episode's last row, NaN in others.
+    Rows of one game have the same prompt index, the sampling unit. The reward, 1 for a won game, is
+    in the last row of an episode and NaN in the others.
+
+    Args:
+        episodes: The episodes.
+        layout: "turns" or "trajectory".
+        temperature: Temperature that they were sampled at.
+        top_p: Nucleus that they were sampled from.
+
+    Returns:
+        Prompts and rollouts; `turn` counts from 0.
 
     Raises:
-      ValueError: no episode has a turn.
+        ValueError: No episode has a turn.
     """
-    played = [e for e in episodes if e.turns and e.outcome != "failed"]
-    if not played:
-        raise InvalidInput(f"none of {len(episodes)} episodes had a turn; the games begin ended")
-    samples = [sample for episode in played for sample in PACKED[layout](episode)]
+    played_episodes = [e for e in episodes if e.turns and e.outcome != "failed"]
+    if not played_episodes:
+        raise InvalidInput(
+            f"none of {len(episodes)} episodes had a turn: every game was over before its first "
+            "action"
+        )
+    samples = [sample for episode in played_episodes for sample in PACKERS[layout](episode)]
     games = [sample.episode.game for sample in samples]
-    soft = [sample.softmax_logp for sample in samples]
-    prompts = padded([sample.prompt for sample in samples], games)
+    softmax_logp = [sample.softmax_logp for sample in samples]
+    prompts = left_pad([sample.prompt for sample in samples], games)
     rollouts = Rollouts(
-        tokens=right([sample.tokens for sample in samples], torch.long),
-        mask=right([sample.own for sample in samples], torch.bool),
-        sampler_logp=right([sample.sampler_logp for sample in samples], torch.float32),
-        softmax_logp=None if None in soft else right(soft, torch.float32),
+        tokens=right_pad([sample.tokens for sample in samples], torch.long),
+        mask=right_pad([sample.supervised for sample in samples], torch.bool),
+        sampler_logp=right_pad([sample.sampler_logp for sample in samples], torch.float32),
+        softmax_logp=None if None in softmax_logp else right_pad(softmax_logp, torch.float32),
         prompt=prompts.index,
         ended=torch.tensor([sample.ended for sample in samples]),
         turn=torch.tensor([sample.turn for sample in samples]),
@@ -108,27 +137,37 @@ def rows_of(
     return prompts, rollouts
 
 
-def totals(episodes: Sequence[Episode]) -> dict[str, Accumulator]:
-    """What became of the episodes, with errors over games.
+def episode_accumulators(episodes: Sequence[Episode]) -> dict[str, Accumulator]:
+    """Compute metrics of episodes, with standard errors over games.
 
-    success: share of all won, failed ones aside; turns: mean number of an episode; invalid_share:
-    of turns, whose action the scene did not admit; unfinished_share: cut at max_turns; full_share:
-    no room for the next prompt; failed_share: of all, those that the environment failed in.
+    Args:
+        episodes: The episodes.
+
+    Returns:
+        Accumulators of, under "episodes/":
+        success, fraction of won episodes; turns, mean number of turns; invalid_share, fraction of
+        turns with an inadmissible action; unfinished_share, fraction that reached max_turns;
+        full_share, fraction whose next prompt exceeded max_prompt (all of them without failed
+        episodes); failed_share, fraction of all episodes in which the environment failed.
     """
     game = torch.tensor([episode.game for episode in episodes], dtype=torch.long)
-    ways = {
+    has_outcome = {
         name: torch.tensor([e.outcome == name for e in episodes], dtype=torch.bool)
         for name in OUTCOMES
     }
-    played = ~ways["failed"]
+    not_failed = ~has_outcome["failed"]
     turns = torch.tensor([float(len(episode.turns)) for episode in episodes])
-    invalid = torch.tensor([float(sum(not t.admitted for t in e.turns)) for e in episodes])
-    found: dict[str, Accumulator] = {
-        "episodes/success": Mean.of(ways["won"], played, game),
-        "episodes/turns": Mean.of(turns, played, game),
-        "episodes/invalid_share": Mean.ratio(invalid, turns, played, game),
-        "episodes/failed_share": Mean.of(ways["failed"], torch.ones_like(played), game),
+    invalid = torch.tensor([float(sum(not t.admissible for t in e.turns)) for e in episodes])
+    accumulators: dict[str, Accumulator] = {
+        "episodes/success": Mean.from_values(has_outcome["won"], not_failed, game),
+        "episodes/turns": Mean.from_values(turns, not_failed, game),
+        "episodes/invalid_share": Mean.ratio(invalid, turns, not_failed, game),
+        "episodes/failed_share": Mean.from_values(
+            has_outcome["failed"], torch.ones_like(not_failed), game
+        ),
     }
     for name in ("unfinished", "full"):
-        found[f"episodes/{name}_share"] = Mean.of(ways[name], played, game)
-    return found
+        accumulators[f"episodes/{name}_share"] = Mean.from_values(
+            has_outcome[name], not_failed, game
+        )
+    return accumulators

@@ -1,9 +1,10 @@
-"""Episodes: games that the student plays in text, all live ones at once, and their rows.
+"""Multi-turn rollouts: the student plays many text games at once.
 
-Every turn the live episodes ask the engine for their next response in one call. Only what the
-student said is supervised. A row is one turn, whose prompt is all that the student read then; or a
-whole episode, in which what it read in between is masked. Of an episode that is one conversation
-both have the same tokens after the same tokens, and so the same log-probabilities.
+In every turn the next responses of all running episodes are sampled in one engine call. Only the
+student's responses are supervised. A row of a batch is either one turn, whose prompt is all that
+the student read in that turn, or a whole episode, in which the text between responses is masked
+(`opd.envs.packing`). For an episode that is one conversation both have the same tokens after the
+same prefixes, and therefore the same log-probabilities.
 
 Shapes: B rows, T positions.
 """
@@ -18,59 +19,76 @@ import torch
 
 from diagnostics.batch import Rollouts
 from diagnostics.errors import InvalidInput, OperationFailed
-from opd.data.prompts import Prompts, encode_one, response_text
+from opd.data.prompts import Prompts, decode_response, encode_prompt
 from opd.envs.base import Environment, Observation
-from opd.envs.task import GameTask, action_of, answered, continued, now, told
+from opd.envs.task import (
+    GameTask,
+    continuation_ids,
+    format_observation,
+    format_prompt,
+    parse_action,
+    step_environment,
+)
 from opd.rollouts.base import BatchSlice, Engine
 
 OUTCOMES = ("won", "lost", "unfinished", "full", "failed")
-"""How episodes end: by the game; after max_turns; no room for the next prompt; by its failure."""
+"""How episodes end: the game was won or lost; max_turns was reached; the next prompt would exceed
+max_prompt; the environment raised an exception."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What the student read and said, in ids; the sampler's log-probabilities of what it said."""
+    """One prompt and response, as token ids."""
 
     prompt: list[int]
     response: list[int]
     sampler_logp: list[float]
+    """Log-probabilities of the response under the distribution that was sampled from."""
     softmax_logp: list[float] | None
+    """Log-probabilities of the response under the full softmax."""
     ended: bool
+    """Whether the response ended with an EOS."""
     action: str
-    admitted: bool
+    admissible: bool
+    """Whether the observation admits the action."""
 
 
 @dataclass(eq=False)
 class Episode:
-    """A game being played; game: its number, shared by all episodes of that game."""
+    """A game in progress."""
 
     game: int
+    """Index of the game, shared by all its episodes."""
     seed: int
     environment: Environment
-    scene: Observation = field(default_factory=lambda: Observation(text=""))
+    observation: Observation = field(default_factory=lambda: Observation(text=""))
     goal: str = ""
-    past: list[tuple[str, str]] = field(default_factory=list)
+    past_turns: list[tuple[str, str]] = field(default_factory=list)
+    """(observation text, action) of every turn."""
     turns: list[Turn] = field(default_factory=list)
     outcome: str = ""
+    """One of OUTCOMES; "" while the episode is running."""
     error: str = ""
+    """The exception of a failed episode."""
 
     @property
     def won(self) -> bool:
+        """Whether the game was won."""
         return self.outcome == "won"
 
-    def show(self, play: Callable[[], Observation]) -> None:
-        """Take the next scene; what the environment raises ends the episode."""
+    def observe(self, next_observation: Callable[[], Observation]) -> None:
+        """Receive the next observation; an exception of the environment ends the episode."""
         try:
-            scene = play()
-        except Exception as error:  # of code that is not ours: counted, and told by `play`
+            observation = next_observation()
+        except Exception as error:  # of the user's environment: counted, and reported at the end
             self.outcome, self.error = "failed", f"{type(error).__name__}: {error}"
             return
-        self.scene = scene
-        if scene.over:
-            self.outcome = "won" if scene.won else "lost"
+        self.observation = observation
+        if observation.over:
+            self.outcome = "won" if observation.won else "lost"
 
 
-def play(
+def play_episodes(
     engine: Engine,
     tokenizer: Any,
     eos: list[int],
@@ -83,61 +101,86 @@ def play(
     temperature: float,
     top_p: float,
     generator: torch.Generator,
-    share: BatchSlice | None = None,
+    batch_slice: BatchSlice | None = None,
 ) -> list[Episode]:
-    """`group` episodes of the game of each (number, seed), in order, played to their end.
+    """Play `group` episodes of each game to their end.
 
-    share: these episodes among those of a larger batch, whose noise they have; the number of each
-    episode otherwise. An episode that is over leaves the noise of its further turns unused.
+    An action that the observation does not admit is not passed to the environment; the observation
+    becomes "Nothing happens." with the same actions, and the turn counts. Failures of the
+    environment are counted, and reported in a warning.
 
-    An action that the scene does not admit is not handed to the environment; the scene stays, under
-    "Nothing happens.", and the turn counts. Failures of the environment are warned of and counted.
+    Args:
+        engine: Samples the responses.
+        tokenizer: The student's tokenizer.
+        eos: Ids that end a response.
+        games: The task.
+        seeds: (index, seed) of each game.
+        group: Number of episodes per game.
+        max_prompt: Maximum prompt length in tokens.
+        max_response: Maximum response length of one turn in tokens.
+        temperature: Softmax temperature.
+        top_p: Probability mass of the nucleus.
+        generator: Source of the noise.
+        batch_slice: Which episodes of a larger batch these are; they get the same noise as in it.
+            None: they are the whole batch. Episodes that have ended leave the noise of their
+            remaining turns unused.
+
+    Returns:
+        The episodes, in order of `seeds`.
 
     Raises:
-      ValueError: an opening has more than `max_prompt` tokens.
-      RuntimeError: every episode failed; has the first one's error.
+        ValueError: The first prompt of a game has more than `max_prompt` tokens.
+        RuntimeError: Every episode failed; quotes the first exception.
     """
     episodes = [
         Episode(game=game, seed=seed, environment=games.make())
         for game, seed in seeds
         for _ in range(group)
     ]
-    share = share or BatchSlice(list(range(len(episodes))), len(episodes))
+    batch_slice = batch_slice or BatchSlice(list(range(len(episodes))), len(episodes))
     for episode in episodes:
-        episode.show(partial(episode.environment.begin, episode.seed))
-        episode.goal = episode.scene.goal
+        episode.observe(partial(episode.environment.begin, episode.seed))
+        episode.goal = episode.observation.goal
     while True:
-        asked: list[tuple[Episode, list[int]]] = []
-        places: list[int] = []
-        for episode, place in zip(episodes, share.rows, strict=True):
+        requests: list[tuple[Episode, list[int]]] = []
+        slice_rows: list[int] = []
+        for episode, row in zip(episodes, batch_slice.rows, strict=True):
             if not episode.outcome:
-                ids = reading(tokenizer, games, episode)
+                ids = next_prompt_ids(tokenizer, games, episode)
                 if len(ids) > max_prompt:
-                    overflow(episode, len(ids), max_prompt)
+                    end_overlong_episode(episode, len(ids), max_prompt)
                 else:
-                    asked.append((episode, ids))
-                    places.append(place)
-        if not asked:
+                    requests.append((episode, ids))
+                    slice_rows.append(row)
+        if not requests:
             break
         rollouts = engine.sample(
-            padded([ids for _, ids in asked], list(range(len(asked)))),
+            left_pad([ids for _, ids in requests], list(range(len(requests)))),
             eos,
             max_response=max_response,
             temperature=temperature,
             top_p=top_p,
             generator=generator,
-            share=BatchSlice(places, share.of),
+            batch_slice=BatchSlice(slice_rows, batch_slice.total_rows),
         )
-        for (episode, ids), said in zip(asked, spoken(rollouts), strict=True):
-            advance(tokenizer, eos, games, episode, ids, *said)
+        for (episode, ids), response in zip(requests, response_rows(rollouts), strict=True):
+            advance_episode(tokenizer, eos, games, episode, ids, *response)
     for episode in episodes:
         episode.environment.close()
-    tell_failures(episodes, games.source)
+    report_failures(episodes, games.source)
     return episodes
 
 
-def tell_failures(episodes: Sequence[Episode], source: str) -> None:
-    """Warn of failed episodes; an error if all are."""
+def report_failures(episodes: Sequence[Episode], source: str) -> None:
+    """Warn about failed episodes.
+
+    Args:
+        episodes: All episodes.
+        source: The task source, for the message.
+
+    Raises:
+        RuntimeError: All episodes failed.
+    """
     failed = [episode for episode in episodes if episode.outcome == "failed"]
     if not failed:
         return
@@ -145,38 +188,61 @@ def tell_failures(episodes: Sequence[Episode], source: str) -> None:
     text += f"{failed[0].seed}) with {failed[0].error}"
     if len(failed) == len(episodes):
         raise OperationFailed(text)
-    warnings.warn(f"{text}; they are left out, and counted", RuntimeWarning, stacklevel=3)
+    warnings.warn(
+        f"{text}; they are excluded from the batch and counted in the metrics",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
-def reading(tokenizer: Any, games: GameTask, episode: Episode) -> list[int]:
-    """Ids that the student reads before its next response."""
+def next_prompt_ids(tokenizer: Any, games: GameTask, episode: Episode) -> list[int]:
+    """Return the token ids of an episode's next prompt."""
     if games.layout == "trajectory" and episode.turns:
         last = episode.turns[-1]
-        so_far, opening = last.prompt + last.response, games.chat(episode.past[0][0])
-        return so_far + continued(tokenizer, opening, now(episode.scene), so_far[-1])
-    text = told(episode.goal, tuple(episode.past), episode.scene, games.history)
-    return encode_one(tokenizer, games.question(text))
+        prefix, opening = last.prompt + last.response, games.chat(episode.past_turns[0][0])
+        return prefix + continuation_ids(
+            tokenizer, opening, format_observation(episode.observation), prefix[-1]
+        )
+    text = format_prompt(
+        episode.goal, tuple(episode.past_turns), episode.observation, games.history
+    )
+    return encode_prompt(tokenizer, games.problem(text))
 
 
-def overflow(episode: Episode, tokens: int, max_prompt: int) -> None:
+def end_overlong_episode(episode: Episode, num_tokens: int, max_prompt: int) -> None:
+    """End an episode whose next prompt is too long.
+
+    Args:
+        episode: The episode; its outcome becomes "full".
+        num_tokens: Length of the prompt.
+        max_prompt: Maximum prompt length in tokens.
+
+    Raises:
+        ValueError: It is the first prompt.
+    """
     if not episode.turns:
         raise InvalidInput(
-            f"the opening of the game of seed {episode.seed} has {tokens} tokens, max_prompt is "
-            f"{max_prompt}; raise it"
+            f"the first prompt of the game with seed {episode.seed} has {num_tokens} tokens, but "
+            f"max_prompt is {max_prompt}; increase max_prompt"
         )
     episode.outcome = "full"
 
 
-def spoken(rollouts: Rollouts) -> list[tuple[list[int], list[float], list[float] | None, bool]]:
-    """Of each row the ids, the sampler's log-probabilities (both kinds), and whether it ended."""
+def response_rows(
+    rollouts: Rollouts,
+) -> list[tuple[list[int], list[float], list[float] | None, bool]]:
+    """Return ids, sampler_logp, softmax_logp and ended of each response, without padding."""
     sizes = rollouts.lengths.tolist()
     columns = [rollouts.tokens, rollouts.sampler_logp, rollouts.softmax_logp]
-    told = [[None] * len(sizes) if x is None else x.tolist() for x in columns]
-    rows = zip(sizes, *told, rollouts.ended.tolist(), strict=True)
-    return [(ids[:n], logp[:n], soft and soft[:n], end) for n, ids, logp, soft, end in rows]
+    lists = [[None] * len(sizes) if x is None else x.tolist() for x in columns]
+    rows = zip(sizes, *lists, rollouts.ended.tolist(), strict=True)
+    return [
+        (ids[:n], logp[:n], softmax_logp and softmax_logp[:n], ended)
+        for n, ids, logp, softmax_logp, ended in rows
+    ]
 
 
-def advance(
+def advance_episode(
     tokenizer: Any,
     eos: Sequence[int],
     games: GameTask,
@@ -187,22 +253,46 @@ def advance(
     softmax_logp: list[float] | None,
     ended: bool,
 ) -> None:
-    """One turn of an episode: the action is read from the response, and taken."""
-    action, admitted = action_of(response_text(tokenizer, response, eos), episode.scene)
-    episode.turns.append(
-        Turn(prompt, response, sampler_logp, softmax_logp, ended, action, admitted)
+    """Parse the action from a response, take it, and store the turn.
+
+    Args:
+        tokenizer: The student's tokenizer.
+        eos: Ids that end a response.
+        games: The task.
+        episode: The episode.
+        prompt: Ids of the prompt.
+        response: Ids of the response.
+        sampler_logp: Log-probabilities of the response when it was sampled.
+        softmax_logp: Log-probabilities under the full softmax.
+        ended: Whether the response ended with an EOS.
+    """
+    action, admissible = parse_action(
+        decode_response(tokenizer, response, eos), episode.observation
     )
-    episode.past.append((episode.scene.text, action))
-    episode.show(partial(answered, episode.environment, episode.scene, action, admitted))
+    episode.turns.append(
+        Turn(prompt, response, sampler_logp, softmax_logp, ended, action, admissible)
+    )
+    episode.past_turns.append((episode.observation.text, action))
+    episode.observe(
+        partial(step_environment, episode.environment, episode.observation, action, admissible)
+    )
     if not episode.outcome and len(episode.turns) == games.max_turns:
         episode.outcome = "unfinished"
 
 
-# --- rows ---------------------------------------------------------------------------------------
+# --- padding ------------------------------------------------------------------------------------
 
 
-def padded(prompts: Sequence[list[int]], index: list[int]) -> Prompts:
-    """Prompts padded on the left."""
+def left_pad(prompts: Sequence[list[int]], index: list[int]) -> Prompts:
+    """Pad prompts on the left.
+
+    Args:
+        prompts: Token ids of each prompt.
+        index: Prompt index of each row.
+
+    Returns:
+        (B, P) prompts without answers.
+    """
     width = max(map(len, prompts))
     tokens = torch.zeros(len(prompts), width, dtype=torch.long)
     mask = torch.zeros(len(prompts), width, dtype=torch.bool)
@@ -212,9 +302,9 @@ def padded(prompts: Sequence[list[int]], index: list[int]) -> Prompts:
     return Prompts(tokens=tokens, mask=mask, index=torch.tensor(index), answers=[""] * len(prompts))
 
 
-def right(rows: Sequence[Any], dtype: torch.dtype) -> torch.Tensor:
-    """(B, T) of rows of numbers, padded on the right with zeros."""
-    found = torch.zeros(len(rows), max(map(len, rows)), dtype=dtype)
+def right_pad(rows: Sequence[Any], dtype: torch.dtype) -> torch.Tensor:
+    """Return rows of numbers as a (B, T) tensor, padded on the right with zeros."""
+    padded = torch.zeros(len(rows), max(map(len, rows)), dtype=dtype)
     for i, row in enumerate(rows):
-        found[i, : len(row)] = torch.tensor(row, dtype=dtype)
-    return found
+        padded[i, : len(row)] = torch.tensor(row, dtype=dtype)
+    return padded

@@ -1,7 +1,7 @@
-"""Games as a task: where they come from, how they are told to a model, what an action is in text.
+"""Games as a task: sources of environments, prompt formats, and parsing of actions.
 
-A source is `env:NAME`, of ENVIRONMENTS, or `env:MODULE:FUNCTION`, a function without arguments that
-makes an `opd.envs.base.Environment`.
+A source is `env:NAME` with a name of ENVIRONMENTS, or `env:MODULE:FUNCTION` with a function without
+arguments that returns an `opd.envs.base.Environment`.
 """
 
 import sys
@@ -14,71 +14,86 @@ from typing import Any
 from diagnostics.errors import InvalidInput
 from opd.data.chain_task import Problem
 from opd.data.chat_template import render_chat
-from opd.data.sources import Chat, Question
+from opd.data.sources import Chat, DatasetProblem
 from opd.envs.base import Environment, Observation
 from opd.envs.household import Household
-from opd.runtime.seeds import derive
+from opd.runtime.seeds import derive_seed
 
 PREFIX = "env:"
 LAYOUTS = ("turns", "trajectory")
-SEEDS = 2**30
-NOTHING = "Nothing happens."
-SAID = "WHAT-WAS-SAID"
+NUM_SEEDS = 2**30
+INVALID_ACTION_TEXT = "Nothing happens."
+PLACEHOLDER = "WHAT-WAS-SAID"
+"""Stands for an assistant message when the text after it is taken from the chat template."""
 OPENING, CLOSING = "<action>", "</action>"
 
 
 @dataclass(frozen=True, kw_only=True)
 class GameTask:
-    """Games by seed, and how they are told.
-
-    layout: "turns", every turn is a prompt of its own (goal, recent history, scene, admissible
-    actions) and a response to it; or "trajectory", one growing conversation. history: turns that a
-    prompt of layout "turns" tells.
-    """
+    """Games by seed, and the format of their prompts."""
 
     source: str
     make: Callable[[], Environment]
+    """Creates an environment."""
     seed: int = 0
     layout: str = "turns"
+    """"turns": every turn is a prompt of its own (goal, recent history, observation, admissible
+    actions) with a response; "trajectory": the episode is one growing conversation."""
     max_turns: int = 30
+    """Maximum number of actions of an episode."""
     history: int = 2
+    """Number of previous turns in a prompt of layout "turns"."""
     system: str = ""
+    """System message."""
 
     def train(self, step: int, count: int) -> list[int]:
-        """Seeds of the games of a step; odd, so that none is held out."""
-        return [derive(self.seed, step, i) % SEEDS * 2 + 1 for i in range(count)]
+        """Return the game seeds of a training step; they are odd, so none is held out."""
+        return [derive_seed(self.seed, step, i) % NUM_SEEDS * 2 + 1 for i in range(count)]
 
     def test(self, count: int) -> list[int]:
-        """Seeds of held-out games, the same in every run."""
+        """Return the seeds of held-out games, the same in every run."""
         return [2 * i for i in range(count)]
 
     def chat(self, text: str) -> Chat:
+        """Return a conversation of the system message, if any, and a user message."""
         system = (("system", self.system),) if self.system else ()
         return (*system, ("user", text))
 
-    def question(self, text: str) -> Question:
-        """The text as a problem without an answer, for `opd.data.tasks.encode`."""
-        return Question(prompt=text, answer="", chat=self.chat(text) if self.system else ())
+    def problem(self, text: str) -> DatasetProblem:
+        """Return a prompt as a problem without an answer."""
+        return DatasetProblem(prompt=text, answer="", chat=self.chat(text) if self.system else ())
 
     def openings(self, seeds: list[int]) -> list[Problem]:
-        """The first prompt of each game."""
-        scenes = [self.make().begin(seed) for seed in seeds]
-        return [self.question(told(scene.goal, (), scene, 0)) for scene in scenes]
+        """Return the first prompt of each game."""
+        observations = [self.make().begin(seed) for seed in seeds]
+        return [
+            self.problem(format_prompt(observation.goal, (), observation, 0))
+            for observation in observations
+        ]
 
 
 def is_games(source: str) -> bool:
+    """Return whether a task source names games."""
     return source.startswith(PREFIX)
 
 
 def load_games(source: str, seed: int, **settings: Any) -> GameTask:
-    """The games of a source; `settings` are fields of `GameTask`.
+    """Build the task of a game source.
+
+    Args:
+        source: "env:NAME" or "env:MODULE:FUNCTION".
+        seed: Seed of the training games.
+        **settings: Further fields of `GameTask`.
+
+    Returns:
+        The task.
 
     Raises:
-      ValueError: an unknown name, a module without that function, or a setting out of range.
-      ImportError: the environment needs what is not installed.
+        ValueError: An unknown name, a module without that function, or a setting out of range.
+        ImportError: The environment needs a package that is not installed.
     """
     name = source.removeprefix(PREFIX)
-    games = GameTask(source=source, make=maker(name), seed=seed, **settings)
+    games = GameTask(source=source, make=environment_factory(name), seed=seed, **settings)
     if games.layout not in LAYOUTS:
         raise InvalidInput(f"layout is {games.layout!r}; it must be one of {', '.join(LAYOUTS)}")
     if games.max_turns < 1 or games.history < 0:
@@ -89,110 +104,167 @@ def load_games(source: str, seed: int, **settings: Any) -> GameTask:
     return games
 
 
-def maker(name: str) -> Callable[[], Environment]:
-    """What makes an environment of that name."""
+def environment_factory(name: str) -> Callable[[], Environment]:
+    """Return the function that creates an environment.
+
+    Args:
+        name: A name of ENVIRONMENTS, or MODULE:FUNCTION.
+
+    Returns:
+        A function without arguments.
+
+    Raises:
+        ValueError: An unknown name, or a module without that function.
+    """
     module, colon, function = name.partition(":")
     if not colon:
         if name not in ENVIRONMENTS:
-            known = ", ".join(PREFIX + x for x in ENVIRONMENTS)
+            known_names = ", ".join(PREFIX + x for x in ENVIRONMENTS)
             raise InvalidInput(
-                f"unknown environment {name!r}; known: {known}, or env:MODULE:FUNCTION, a function "
-                "that makes one"
+                f"unknown environment {name!r}; known: {known_names}, or env:MODULE:FUNCTION with "
+                "a function that returns an environment"
             )
         return ENVIRONMENTS[name]()
-    if str(Path.cwd()) not in sys.path:  # a module beside the run, as with `python -m`
+    if str(Path.cwd()) not in sys.path:  # modules in the working directory, as with `python -m`
         sys.path.append(str(Path.cwd()))
     try:
-        found = getattr(import_module(module), function, None)
+        factory = getattr(import_module(module), function, None)
     except ModuleNotFoundError as error:
         raise InvalidInput(f"env:{name}: {error}") from error
-    if not callable(found):
+    if not callable(factory):
         raise InvalidInput(f"env:{name}: the module {module} has no function {function!r}")
-    return found
+    return factory
 
 
-def household() -> Callable[[], Environment]:
+def household_factory() -> Callable[[], Environment]:
+    """Return the class of the household game."""
     return Household
 
 
-def alfworld() -> Callable[[], Environment]:
-    from opd.envs.alfworld import made
+def alfworld_factory() -> Callable[[], Environment]:
+    """Return the class of ALFWorld games; raises ImportError without the extra alfworld."""
+    from opd.envs.alfworld import alfworld_class
 
-    return made()
+    return alfworld_class()
 
 
 ENVIRONMENTS: Mapping[str, Callable[[], Callable[[], Environment]]] = {
-    "household": household,
-    "alfworld": alfworld,
+    "household": household_factory,
+    "alfworld": alfworld_factory,
 }
 
 
-def told(goal: str, past: tuple[tuple[str, str], ...], scene: Observation, history: int) -> str:
-    """A prompt: the goal, the last `history` scenes and actions, the scene, what may be done.
+def format_prompt(
+    goal: str, past_turns: tuple[tuple[str, str], ...], observation: Observation, history: int
+) -> str:
+    """Format a prompt: goal, recent turns, current observation, admissible actions.
 
-    past: (text of the scene, action) of every turn before.
+    Args:
+        goal: The task of the game; may be empty.
+        past_turns: (observation text, action) of every previous turn.
+        observation: The current observation.
+        history: Number of previous turns in the prompt.
+
+    Returns:
+        The prompt.
     """
     lines = [f"Task: {goal}"] if goal else []
-    recent = past[len(past) - history :] if history else ()
-    for i, (text, action) in enumerate(recent, len(past) - len(recent) + 1):
+    recent_turns = past_turns[len(past_turns) - history :] if history else ()
+    for i, (text, action) in enumerate(recent_turns, len(past_turns) - len(recent_turns) + 1):
         lines.append(f"{i}. {text}\n> {action}")
-    return "\n".join([*lines, now(scene)])
+    return "\n".join([*lines, format_observation(observation)])
 
 
-def now(scene: Observation) -> str:
-    """The scene and what may be done."""
+def format_observation(observation: Observation) -> str:
+    """Format an observation and its admissible actions."""
     return "\n".join(
-        [scene.text, *([f"Actions: {', '.join(scene.actions)}"] * bool(scene.actions))]
+        [
+            observation.text,
+            *([f"Actions: {', '.join(observation.actions)}"] * bool(observation.actions)),
+        ]
     )
 
 
-def action_of(response: str, scene: Observation) -> tuple[str, bool]:
-    """(the action that a response names, whether the scene admits it).
+def parse_action(response: str, observation: Observation) -> tuple[str, bool]:
+    """Parse the action from a response.
 
-    The response is read behind its last closing think tag: the last <action>...</action>, or else
-    the last line that is not blank. White space and capitals do not matter for admissible actions.
+    The action is the last <action>...</action> after the last closing think tag, or else the last
+    non-blank line. White space and case are ignored for admissible actions.
+
+    Args:
+        response: Text of the response.
+        observation: The current observation, with the admissible actions.
+
+    Returns:
+        The action, and whether it is admissible.
     """
     text = response.rsplit("</think>", 1)[-1]
-    tagged = last_tagged(text)
+    tagged = last_action_tag(text)
     lines = [line for line in text.splitlines() if line.strip()] if tagged is None else [tagged]
-    said = " ".join(lines[-1].split()) if lines else ""
-    if not scene.actions:
-        return said, bool(said)
-    known = {" ".join(action.split()).casefold(): action for action in scene.actions}
-    return known.get(said.casefold(), said), said.casefold() in known
+    action_text = " ".join(lines[-1].split()) if lines else ""
+    if not observation.actions:
+        return action_text, bool(action_text)
+    known_actions = {" ".join(action.split()).casefold(): action for action in observation.actions}
+    return (
+        known_actions.get(action_text.casefold(), action_text),
+        action_text.casefold() in known_actions,
+    )
 
 
-def last_tagged(text: str) -> str | None:
-    """What stands in the last <action>...</action>; None without one. Linear in the text."""
+def last_action_tag(text: str) -> str | None:
+    """Return the content of the last <action>...</action>, or None; in linear time."""
     start = text.rfind(OPENING, 0, max(0, text.rfind(CLOSING)))
     return None if start < 0 else text[start + len(OPENING) : text.find(CLOSING, start)]
 
 
-def answered(
-    environment: Environment, scene: Observation, action: str, admitted: bool
+def step_environment(
+    environment: Environment, observation: Observation, action: str, admissible: bool
 ) -> Observation:
-    """The scene after an action; one that is not admitted is not handed to the environment."""
-    return environment.act(action) if admitted else Observation(text=NOTHING, actions=scene.actions)
+    """Take an action; an inadmissible one does not reach the environment.
+
+    Args:
+        environment: The game.
+        observation: The current observation.
+        action: The action.
+        admissible: Whether the observation admits it.
+
+    Returns:
+        The next observation; INVALID_ACTION_TEXT with the same actions for an inadmissible action.
+    """
+    return (
+        environment.act(action)
+        if admissible
+        else Observation(text=INVALID_ACTION_TEXT, actions=observation.actions)
+    )
 
 
-def continued(tokenizer: Any, opening: Chat, text: str, last: int) -> list[int]:
-    """Ids that follow a response in one conversation, up to where the next response begins.
+def continuation_ids(tokenizer: Any, opening: Chat, text: str, last_id: int) -> list[int]:
+    """Return the ids between two responses of one conversation.
 
-    What the chat template puts between an assistant's words and its next turn, when the user says
-    `text`; without its first id where the response ended with that one, `last`, itself. What was
-    sampled is never encoded again, so the student goes on from its own tokens.
+    They are what the chat template renders between an assistant message and the start of the next
+    one, with a user message in between. Sampled responses are never encoded again, so the student
+    continues from its own tokens.
+
+    Args:
+        tokenizer: The student's tokenizer.
+        opening: The conversation up to the first response.
+        text: The user message.
+        last_id: Last id of the response; the first id of the result is left out if it equals it.
+
+    Returns:
+        The ids.
 
     Raises:
-      ValueError: the template shows no assistant's words.
+        ValueError: The template does not render the assistant message.
     """
     if tokenizer.chat_template is None:
         return tokenizer.encode(f"\n{text}\n", add_special_tokens=False)
-    chat = (*opening, ("assistant", SAID), ("user", text))
-    shown = render_chat(tokenizer, chat)
-    _, found, behind = shown.partition(SAID)
-    if not found:
+    chat = (*opening, ("assistant", PLACEHOLDER), ("user", text))
+    rendered = render_chat(tokenizer, chat)
+    _, placeholder, suffix = rendered.partition(PLACEHOLDER)
+    if not placeholder:
         raise InvalidInput(
-            "the chat template does not show what the assistant said before; use layout turns"
+            "the chat template does not render previous assistant messages; use layout turns"
         )
-    ids = tokenizer.encode(behind, add_special_tokens=False)
-    return ids[1:] if ids[:1] == [last] else ids
+    ids = tokenizer.encode(suffix, add_special_tokens=False)
+    return ids[1:] if ids[:1] == [last_id] else ids

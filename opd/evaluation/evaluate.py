@@ -1,4 +1,4 @@
-"""Evaluation: sampled or greedy responses to held-out problems, graded, with intervals.
+"""Evaluate a model: sampled or greedy responses to held-out problems, graded, with intervals.
 
 Shapes: M problems, S samples of each, B responses, T response positions.
 """
@@ -14,50 +14,56 @@ import numpy as np
 import torch
 
 from diagnostics.batch import Rollouts
-from diagnostics.core.totals import read
+from diagnostics.core.totals import compute
 from diagnostics.errors import InvalidInput
 from opd.data.chain_task import Problem
-from opd.data.prompts import encode, response_text, response_texts
-from opd.data.sources import Question
-from opd.data.tasks import Grader, Task, load_task, refuse_long, skip_long_prompts
-from opd.envs.packing import totals
-from opd.envs.rollout import Episode, play
+from opd.data.prompts import decode_response, decode_responses, encode_prompts
+from opd.data.sources import DatasetProblem
+from opd.data.tasks import Grader, Task, load_task, reject_long_prompts, skip_long_prompts
+from opd.envs.packing import episode_accumulators
+from opd.envs.rollout import Episode, play_episodes
 from opd.envs.task import GameTask, is_games, load_games
-from opd.evaluation.statistics import Array, summary, written
-from opd.models.loading import end_ids, head_rows, load
-from opd.models.model import CausalLM, split
+from opd.evaluation.statistics import Array, encode_outcomes, summarize
+from opd.models.loading import eos_ids, load_model, num_head_rows
+from opd.models.model import CausalLM, split_head
 from opd.rollouts.base import BatchSlice, Engine
 from opd.rollouts.hf_engine import HfEngine
 from opd.runtime import distributed
 
 ROWS_AT_ONCE = 1024
-GREEDY = {"temperature": 1.0, "top_p": 1e-9}  # the likeliest token is its whole nucleus
+GREEDY = {"temperature": 1.0, "top_p": 1e-9}  # the nucleus contains only the likeliest token
 
 
-Column = tuple[float, int, bool, str | None, str]
-"""Of a response: reward, tokens, whether it ended, what it votes for, its text."""
+GradedResponse = tuple[float, int, bool, str | None, str]
+"""Reward, number of tokens, whether it ended, its majority-vote key, and the text of a response."""
 
 
 @dataclass(frozen=True, eq=False)
 class GradedResponses:
-    """Responses to M problems, S of each, as graded.
+    """Graded responses to M problems, S of each.
 
-    reward, length (M, S) numbers; ended (M, S) bool, with an end token; answers (M, S), what each
-    votes for, None if unreadable; texts (M, S). Of games: won, tokens of an episode, whether it was
-    played to its end, and all that was said; numbers: what else became of the episodes.
+    For games a response is an episode: the reward is 1 if it was won, the length counts all its
+    tokens, and the texts contain all its turns.
     """
 
     problems: list[Problem]
+    """The M problems."""
     reward: Array
+    """(M, S) rewards."""
     length: Array
+    """(M, S) numbers of tokens."""
     ended: Array
+    """(M, S) bool, whether a response has an EOS, or an episode was played to its end."""
     answers: list[list[str | None]]
+    """(M, S) majority-vote keys; None if unreadable."""
     texts: list[list[str]]
-    numbers: Mapping[str, float] = field(default_factory=dict)
+    """(M, S) texts."""
+    game_metrics: Mapping[str, float] = field(default_factory=dict)
+    """Metrics of the episodes; empty for problems that are not games."""
 
     @property
-    def right(self) -> Array:
-        """(M, S) bool."""
+    def correct(self) -> Array:
+        """(M, S) bool, whether the reward is at least 1."""
         return self.reward >= 1
 
 
@@ -76,7 +82,25 @@ def evaluate(
     top_p: float = 1.0,
     engine: Engine | None = None,
 ) -> dict[str, Any]:
-    """Accuracy of a model on a task's held-out problems: `result` of `respond`."""
+    """Return the metrics of a model on a task's held-out problems.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        eos: Ids that end a response.
+        task: Task or game.
+        problems: Number of held-out problems.
+        max_prompt: Maximum prompt tokens.
+        max_response: Maximum response tokens.
+        temperature: Sampling temperature; 0 for greedy decoding.
+        generator: Random generator.
+        samples: Responses per problem.
+        top_p: Nucleus of sampling.
+        engine: Generates the responses; the model itself if None.
+
+    Returns:
+        `evaluation_result` of `respond`.
+    """
     graded = respond(
         engine or HfEngine(model),
         tokenizer,
@@ -90,7 +114,7 @@ def evaluate(
         samples=samples,
         top_p=top_p,
     )
-    return result(graded)
+    return evaluation_result(graded)
 
 
 def respond(
@@ -107,55 +131,88 @@ def respond(
     samples: int = 1,
     top_p: float = 1.0,
 ) -> GradedResponses:
-    """`samples` graded responses to each of the first `problems` held-out problems.
+    """Sample and grade `samples` responses to each of the first `problems` held-out problems.
 
-    temperature: 0 is greedy decoding, which draws one sample whatever top_p is.
+    Args:
+        engine: Generates the responses.
+        tokenizer: The model's tokenizer.
+        eos: Ids that end a response.
+        task: Task or game.
+        problems: Number of held-out problems.
+        max_prompt: Maximum prompt tokens.
+        max_response: Maximum response tokens.
+        temperature: Sampling temperature; 0 for greedy decoding, which ignores top_p.
+        generator: Random generator.
+        samples: Responses per problem; 1 with greedy decoding.
+        top_p: Nucleus of sampling.
+
+    Returns:
+        The graded responses of all processes.
 
     Raises:
-      ValueError: no sample, or several greedy ones.
+        InvalidInput: samples is below 1 or several greedy samples are requested, or the problems
+            have no answers.
     """
     if samples < 1:
         raise InvalidInput(f"samples is {samples}; it must be at least 1")
     if temperature == 0 and samples > 1:
-        raise InvalidInput(f"{samples} greedy samples are all equal; set temperature above 0")
-    how: dict[str, Any] = GREEDY if temperature == 0 else {}
-    how = {"temperature": temperature, "top_p": top_p, "generator": generator, **how}
+        raise InvalidInput(f"{samples} greedy samples would all be equal; set temperature above 0")
+    sampling: dict[str, Any] = GREEDY if temperature == 0 else {}
+    sampling = {"temperature": temperature, "top_p": top_p, "generator": generator, **sampling}
     if isinstance(task, GameTask):
-        how |= {"max_prompt": max_prompt, "max_response": max_response}
-        return won(engine, tokenizer, eos, task, problems, samples, **how)
-    chosen = task.test(problems)
-    if not all(problem.answer for problem in chosen):
-        raise InvalidInput("the held-out problems have no answers, so there is nothing to evaluate")
-    columns: list[Column] = []
+        sampling |= {"max_prompt": max_prompt, "max_response": max_response}
+        return respond_to_games(engine, tokenizer, eos, task, problems, samples, **sampling)
+    test_problems = task.test(problems)
+    if not all(problem.answer for problem in test_problems):
+        raise InvalidInput("the held-out problems have no answers, so they cannot be graded")
+    columns: list[GradedResponse] = []
     step = max(1, ROWS_AT_ONCE // samples)
-    for first in range(0, len(chosen), step):
-        some = chosen[first : first + step]
-        mine = distributed.strided(len(some))
-        asked = [some[i] for i in mine]
-        found: list[Column] = []
-        if mine:
-            prompts = encode(tokenizer, asked, samples, max_prompt)
+    for first in range(0, len(test_problems), step):
+        problem_batch = test_problems[first : first + step]
+        local_indices = distributed.shard_indices(len(problem_batch))
+        local_problems = [problem_batch[i] for i in local_indices]
+        graded_responses: list[GradedResponse] = []
+        if local_indices:
+            prompts = encode_prompts(tokenizer, local_problems, samples, max_prompt)
             rows = BatchSlice(
-                [i * samples + j for i in mine for j in range(samples)], len(some) * samples
+                [i * samples + j for i in local_indices for j in range(samples)],
+                len(problem_batch) * samples,
             )
-            rollouts = engine.sample(prompts, eos, max_response=max_response, share=rows, **how)
-            found = graded_rows(tokenizer, eos, rollouts, repeated(asked, samples), task.grade)
-        columns += in_order(found, samples)
-    return tabulated(chosen, samples, columns)
+            rollouts = engine.sample(
+                prompts, eos, max_response=max_response, batch_slice=rows, **sampling
+            )
+            graded_responses = grade_rollouts(
+                tokenizer, eos, rollouts, repeat_each(local_problems, samples), task.grade
+            )
+        columns += gather_in_order(graded_responses, samples)
+    return build_table(test_problems, samples, columns)
 
 
-def in_order(found: list[Column], samples: int) -> list[Column]:
-    """The columns of all processes' problems, `samples` of each, in the order of the problems."""
-    told = distributed.told(found)
-    parts = [[rows[i : i + samples] for i in range(0, len(rows), samples)] for rows in told]
-    mixed = [part[i] for i in range(len(parts[0])) for part in parts if i < len(part)]
-    return [(row[0], row[1], row[2], row[3], row[4]) for rows in mixed for row in rows]
+def gather_in_order(local_responses: list[GradedResponse], samples: int) -> list[GradedResponse]:
+    """Gather the responses of all processes, `samples` per problem, in order of the problems."""
+    rows_by_rank = distributed.all_gather_object(local_responses)
+    parts = [[rows[i : i + samples] for i in range(0, len(rows), samples)] for rows in rows_by_rank]
+    interleaved = [part[i] for i in range(len(parts[0])) for part in parts if i < len(part)]
+    return [(row[0], row[1], row[2], row[3], row[4]) for rows in interleaved for row in rows]
 
 
-def tabulated(
-    problems: list[Problem], samples: int, columns: list[Column], **numbers: Mapping[str, float]
+def build_table(
+    problems: list[Problem],
+    samples: int,
+    columns: list[GradedResponse],
+    **game_metrics: Mapping[str, float],
 ) -> GradedResponses:
-    """The columns of all responses as a table, a row a problem."""
+    """Arrange responses as a table with one row per problem.
+
+    Args:
+        problems: The M problems.
+        samples: S, responses per problem.
+        columns: M x S responses, problem by problem.
+        **game_metrics: Metrics of games, as the keyword argument `game_metrics`.
+
+    Returns:
+        The table.
+    """
     reward, length, ended, answers, texts = map(list, zip(*columns, strict=True))
     shape = len(problems), samples
     return GradedResponses(
@@ -165,119 +222,165 @@ def tabulated(
         ended=np.array(ended).reshape(shape),
         answers=[answers[i : i + samples] for i in range(0, len(answers), samples)],
         texts=[texts[i : i + samples] for i in range(0, len(texts), samples)],
-        **numbers,
+        **game_metrics,
     )
 
 
-def won(
+def respond_to_games(
     engine: Engine,
     tokenizer: Any,
     eos: list[int],
     games: GameTask,
     count: int,
     samples: int,
-    **how: Any,
+    **sampling: Any,
 ) -> GradedResponses:
-    """`samples` episodes of each of `count` held-out games; one that failed is not won."""
+    """Play `samples` episodes of each of `count` held-out games; a failed episode is not won.
+
+    Args:
+        engine: Generates the responses.
+        tokenizer: The model's tokenizer.
+        eos: Ids that end a response.
+        games: The games.
+        count: Number of held-out games.
+        samples: Episodes per game.
+        **sampling: Sampling options of `opd.envs.rollout.play`.
+
+    Returns:
+        The graded episodes of all processes.
+    """
     seeds = games.test(count)
-    mine = distributed.strided(len(seeds))
-    played, columns = [], []
-    if mine:
-        rows = BatchSlice([i * samples + j for i in mine for j in range(samples)], count * samples)
-        chosen = [(i, seeds[i]) for i in mine]
-        played = play(engine, tokenizer, eos, games, chosen, samples, share=rows, **how)
-        columns = [seen(tokenizer, eos, episode) for episode in played]
-    goals = distributed.told([episode.goal for episode in played[::samples]])
+    local_indices = distributed.shard_indices(len(seeds))
+    episodes, columns = [], []
+    if local_indices:
+        rows = BatchSlice(
+            [i * samples + j for i in local_indices for j in range(samples)], count * samples
+        )
+        local_games = [(i, seeds[i]) for i in local_indices]
+        episodes = play_episodes(
+            engine, tokenizer, eos, games, local_games, samples, batch_slice=rows, **sampling
+        )
+        columns = [grade_episode(tokenizer, eos, episode) for episode in episodes]
+    goals = distributed.all_gather_object([episode.goal for episode in episodes[::samples]])
     problems: list[Problem] = [
-        Question(prompt=f"{games.source} {seed}", answer=goals[i % len(goals)][i // len(goals)])
+        DatasetProblem(
+            prompt=f"{games.source} {seed}", answer=goals[i % len(goals)][i // len(goals)]
+        )
         for i, seed in enumerate(seeds)
     ]
-    numbers = read(distributed.added(totals(played)))
-    return tabulated(problems, samples, in_order(columns, samples), numbers=numbers)
+    game_metrics = compute(distributed.all_reduce_accumulators(episode_accumulators(episodes)))
+    return build_table(
+        problems, samples, gather_in_order(columns, samples), game_metrics=game_metrics
+    )
 
 
-def seen(tokenizer: Any, eos: Sequence[int], episode: Episode) -> Column:
-    """(won, tokens, played to its end, how it votes, all that was said) of an episode."""
-    said = [response_text(tokenizer, turn.response, eos) for turn in episode.turns]
+def grade_episode(tokenizer: Any, eos: Sequence[int], episode: Episode) -> GradedResponse:
+    """Return won, number of tokens, played to the end, vote key and transcript of an episode."""
+    texts = [decode_response(tokenizer, turn.response, eos) for turn in episode.turns]
     length = sum(len(turn.response) for turn in episode.turns)
     vote = "won" if episode.won else "lost"
-    return float(episode.won), length, episode.outcome in ("won", "lost"), vote, "\n".join(said)
+    return float(episode.won), length, episode.outcome in ("won", "lost"), vote, "\n".join(texts)
 
 
-def repeated(problems: Sequence[Problem], samples: int) -> list[Problem]:
+def repeat_each(problems: Sequence[Problem], samples: int) -> list[Problem]:
+    """Repeat each problem `samples` times."""
     return [problem for problem in problems for _ in range(samples)]
 
 
-def graded_rows(
+def grade_rollouts(
     tokenizer: Any,
     eos: Sequence[int],
     rollouts: Rollouts,
     problems: list[Problem],
     grade: Grader,
-) -> list[Column]:
-    texts = response_texts(tokenizer, rollouts.tokens, rollouts.mask, eos)
-    found = [grade(text, problem.answer) for text, problem in zip(texts, problems, strict=True)]
+) -> list[GradedResponse]:
+    """Grade a batch of responses.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        eos: Ids that end a response.
+        rollouts: The responses.
+        problems: The problem of each response.
+        grade: Grader of the task.
+
+    Returns:
+        One tuple per response.
+    """
+    texts = decode_responses(tokenizer, rollouts.tokens, rollouts.mask, eos)
+    grades = [grade(text, problem.answer) for text, problem in zip(texts, problems, strict=True)]
     lengths, ended = rollouts.mask.sum(1).tolist(), rollouts.ended.tolist()
     return [
-        (verdict.reward, length, end, verdict.answer, text)
-        for verdict, length, end, text in zip(found, lengths, ended, texts, strict=True)
+        (grade_result.reward, length, end, grade_result.answer, text)
+        for grade_result, length, end, text in zip(grades, lengths, ended, texts, strict=True)
     ]
 
 
-def result(graded: GradedResponses) -> dict[str, Any]:
-    """The numbers of an evaluation, flat, and its outcomes; what evals.jsonl holds.
+def evaluation_result(graded: GradedResponses) -> dict[str, Any]:
+    """Return the metrics of an evaluation and its outcomes, a flat row of evals.jsonl.
 
-    `accuracy`, `pass@k`, `majority@S` with intervals over problems (opd.evaluation.statistics.summary); mean
-    `length`; shares `truncated` (no end token) and `unparsed` (no readable answer) of responses;
-    where the problems carry several task labels, `accuracy`, `low`, `high`, `unparsed` and
-    `problems` of each as `task/LABEL/...` and their plain mean as `task_mean`. `outcomes` has a
-    digit a sample, and with several samples a space between problems; `problem_set` identifies the
-    problems, so that opd.evaluation.statistics.compare can pair two evaluations. Of games `accuracy` is the
-    share won, `truncated`
-    that of episodes which were cut; `opd.envs.rollout.totals` are there too.
+    `accuracy`, `pass@k` and `majority@S` have intervals over problems
+    (opd.evaluation.statistics.summarize). `length` is a mean; `truncated` (no EOS) and `unparsed`
+    (no readable answer) are shares of responses. If the problems have several task labels,
+    `accuracy`, `low`, `high`, `unparsed` and `problems` of each are given as `task/LABEL/...` and
+    their unweighted mean as `task_mean`. `outcomes` has one digit per sample and, with several
+    samples, a space between problems; `problem_set` identifies the problems, so that
+    opd.evaluation.statistics.compare can pair two evaluations. For games `accuracy` is the share of
+    episodes won and `truncated` the share that was cut off; the metrics of
+    `opd.envs.packing.totals` are added.
+
+    Args:
+        graded: The graded responses.
+
+    Returns:
+        Metrics by name.
     """
-    right, labels = graded.right, [label(problem) for problem in graded.problems]
-    silent = [answer is None for row in graded.answers for answer in row]
-    found: dict[str, Any] = summary(right, graded.answers)
-    found |= {
-        "problems": right.shape[0],
-        "samples": right.shape[1],
+    correct, labels = graded.correct, [task_label(problem) for problem in graded.problems]
+    is_unparsed = [answer is None for row in graded.answers for answer in row]
+    metrics: dict[str, Any] = summarize(correct, graded.answers)
+    metrics |= {
+        "problems": correct.shape[0],
+        "samples": correct.shape[1],
         "length": float(graded.length.mean()),
         "truncated": 1 - float(graded.ended.mean()),
-        "unparsed": sum(silent) / len(silent),
+        "unparsed": sum(is_unparsed) / len(is_unparsed),
     }
     names = sorted(set(labels))
     for name in names if len(names) > 1 else []:
-        rows = [i for i, other in enumerate(labels) if other == name]
-        part = summary(right[rows], [graded.answers[i] for i in rows])
-        chosen = {k: part[k] for k in ("accuracy", "low", "high")} | {"problems": len(rows)}
-        unread = [answer is None for i in rows for answer in graded.answers[i]]
-        chosen["unparsed"] = sum(unread) / len(unread)
-        found |= {f"task/{name}/{k}": v for k, v in chosen.items()}
+        rows = [i for i, label in enumerate(labels) if label == name]
+        task_summary = summarize(correct[rows], [graded.answers[i] for i in rows])
+        task_metrics = {k: task_summary[k] for k in ("accuracy", "low", "high")} | {
+            "problems": len(rows)
+        }
+        task_is_unparsed = [answer is None for i in rows for answer in graded.answers[i]]
+        task_metrics["unparsed"] = sum(task_is_unparsed) / len(task_is_unparsed)
+        metrics |= {f"task/{name}/{k}": v for k, v in task_metrics.items()}
     if len(names) > 1:
-        found["task_mean"] = float(np.mean([found[f"task/{name}/accuracy"] for name in names]))
-    found |= graded.numbers
-    return found | {"outcomes": written(right), "problem_set": fingerprint(graded.problems)}
+        metrics["task_mean"] = float(np.mean([metrics[f"task/{name}/accuracy"] for name in names]))
+    metrics |= graded.game_metrics
+    return metrics | {
+        "outcomes": encode_outcomes(correct),
+        "problem_set": problem_fingerprint(graded.problems),
+    }
 
 
-def label(problem: Problem) -> str:
-    """The task that a problem belongs to; "unlabelled" if it does not say."""
-    return (problem.task if isinstance(problem, Question) else "") or "unlabelled"
+def task_label(problem: Problem) -> str:
+    """Return the task that a problem belongs to, or "unlabelled"."""
+    return (problem.task if isinstance(problem, DatasetProblem) else "") or "unlabelled"
 
 
-def fingerprint(problems: list[Problem]) -> str:
-    """12 hexadecimal digits that tell sequences of prompts and answers apart."""
+def problem_fingerprint(problems: list[Problem]) -> str:
+    """Return 12 hexadecimal digits that identify a sequence of prompts and answers."""
     pairs = json.dumps([(problem.prompt, problem.answer) for problem in problems])
     return hashlib.sha256(pairs.encode()).hexdigest()[:12]
 
 
-def records(graded: GradedResponses) -> list[dict[str, Any]]:
-    """One row a problem: prompt, answer, task, and of each sample what it said and how it went."""
+def response_records(graded: GradedResponses) -> list[dict[str, Any]]:
+    """Return one row per problem: prompt, answer, task, and the text and grade of each sample."""
     return [
         {
             "prompt": problem.prompt,
             "answer": problem.answer,
-            "task": label(problem),
+            "task": task_label(problem),
             "rewards": graded.reward[i].tolist(),
             "answers": graded.answers[i],
             "lengths": graded.length[i].tolist(),
@@ -305,29 +408,48 @@ def respond_folder(
     drop: bool = False,
     layout: str = "turns",
     max_turns: int = 30,
-    history: int = 2,
+    history_turns: int = 2,
     trust_remote_code: bool = False,
     **settings: Any,
 ) -> GradedResponses:
-    """`respond` for a saved model and a task by name.
+    """Run `respond` for a saved model and a task by name.
 
     Args:
-      whole: all problems of a file, not only those that training on it would hold out.
-      drop: leave out prompts that are too long, instead of refusing them.
-      layout, max_turns, history: of games (opd.envs.task); problems without turns have no use for them.
-      settings: of `opd.data.tasks.load_task`: grader, system, template, columns.
+        name: Folder or hub name of the model.
+        task: Name of the task.
+        device: Device.
+        problems: Number of held-out problems.
+        max_prompt: Maximum prompt tokens.
+        max_response: Maximum response tokens.
+        temperature: Sampling temperature; 0 for greedy decoding.
+        seed: Seed of the sampling.
+        samples: Responses per problem.
+        top_p: Nucleus of sampling.
+        dtype: Name of a torch dtype.
+        whole: Use all problems of a file, not only those that training on it would hold out.
+        drop: Skip prompts that are too long instead of refusing them.
+        layout: Layout of games (opd.envs.task); ignored for problems without turns.
+        max_turns: Maximum turns of games.
+        history_turns: Turns of a game that a prompt shows.
+        trust_remote_code: Run Python code that comes with the model.
+        **settings: Options of `opd.data.tasks.load_task`: grader, system, template, columns.
+
+    Returns:
+        The graded responses.
     """
-    tokenizer, network = load(name, device, dtype, trust_remote_code)
-    fit = partial(skip_long_prompts if drop else refuse_long, tokenizer, max_prompt)
+    tokenizer, network = load_model(name, device, dtype, trust_remote_code)
+    filter_prompts = partial(
+        skip_long_prompts if drop else reject_long_prompts, tokenizer, max_prompt
+    )
     test = task if whole and task != "lab" else ""
-    told = {"layout": layout, "max_turns": max_turns, "history": history}
+    game_settings = {"layout": layout, "max_turns": max_turns, "history": history_turns}
     return respond(
-        HfEngine(split(network, head_rows(network))),
+        HfEngine(split_head(network, num_head_rows(network))),
         tokenizer,
-        end_ids(tokenizer, network),
-        load_games(task, 0, system=settings.get("system", ""), **told)
+        eos_ids(tokenizer, network),
+        load_games(task, 0, system=settings.get("system", ""), **game_settings)
         if is_games(task)
-        else load_task(task, 0, test=test, fit=fit, **settings),
+        else load_task(task, 0, test=test, handle_long_prompts=filter_prompts, **settings),
         problems=problems,
         max_prompt=max_prompt,
         max_response=max_response,
@@ -339,5 +461,5 @@ def respond_folder(
 
 
 def evaluate_folder(name: str, task: str, **settings: Any) -> dict[str, Any]:
-    """`result` of `respond_folder`."""
-    return result(respond_folder(name, task, **settings))
+    """Return `evaluation_result` of `respond_folder`."""
+    return evaluation_result(respond_folder(name, task, **settings))

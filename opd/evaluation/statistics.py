@@ -1,7 +1,7 @@
-"""Accuracy of repeated samples: avg@k, pass@k, majority@k, their intervals, and paired comparisons.
+"""Statistics of repeated samples: avg@k, pass@k, majority@k, intervals, and paired comparisons.
 
 Shapes: M problems, S samples of each. Problems are the sampling unit of every interval: samples of
-one problem say nothing about other problems. `right` is (M, S) bool throughout.
+one problem say nothing about other problems. `correct` is (M, S) bool throughout.
 """
 
 import math
@@ -18,151 +18,198 @@ from diagnostics.stats import gain_interval, share_interval
 Array = NDArray[Any]
 
 
-def pass_at_k(right: int, samples: int, k: int) -> float:
-    """Probability that k of the samples, drawn without replacement, hold a right one.
+def pass_at_k(num_correct: int, num_samples: int, k: int) -> float:
+    """Return the probability that k of the samples include a correct one.
 
-    1 - C(samples - right, k) / C(samples, k): unbiased for the probability that k fresh samples
-    do. (Chen et al. 2021, arXiv 2107.03374.)
-
-    Raises:
-      ValueError: k is not in 1 .. samples.
-    """
-    refuse_k(k, samples)
-    return 1 - math.comb(samples - right, k) / math.comb(samples, k)
-
-
-def majority_at_k(answers: Sequence[str | None], right: Sequence[float], k: int) -> float:
-    """Expected correctness of the most frequent answer among k of the samples.
-
-    The mean over all subsets of k samples, and in each over a fair draw among the answers tied for
-    the most votes; so it is unbiased for majority voting on k fresh samples with random ties. An
-    unreadable answer (None) has no vote; where nobody votes the result is 0.
+    The k samples are drawn without replacement: 1 - C(samples - correct, k) / C(samples, k), which
+    is unbiased for the probability that k fresh samples include a correct one. (Chen et al. 2021,
+    arXiv 2107.03374.)
 
     Args:
-      answers: (S,) what each sample votes for.
-      right: (S,) its reward; an answer is worth the mean of its samples.
+        num_correct: Number of correct samples.
+        num_samples: Number of samples.
+        k: Number of samples drawn.
+
+    Returns:
+        A probability.
 
     Raises:
-      ValueError: k is not in 1 .. S.
+        InvalidInput: k is not in 1 .. num_samples.
     """
-    refuse_k(k, len(answers))
+    check_k(k, num_samples)
+    return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
+
+
+def majority_at_k(answers: Sequence[str | None], correct: Sequence[float], k: int) -> float:
+    """Return the expected correctness of the most frequent answer among k of the samples.
+
+    The mean over all subsets of k samples, and in each over a fair draw among the answers tied for
+    the most votes; it is therefore unbiased for majority voting on k fresh samples with random
+    ties. An unreadable answer (None) has no vote; where nobody votes the result is 0.
+
+    Args:
+        answers: (S,) vote of each sample.
+        correct: (S,) its reward; an answer is worth the mean of its samples.
+        k: Number of samples that vote.
+
+    Returns:
+        Expected correctness.
+
+    Raises:
+        InvalidInput: k is not in 1 .. S.
+    """
+    check_k(k, len(answers))
     votes = Counter(answer for answer in answers if answer is not None)
-    silent = len(answers) - votes.total()
+    num_abstaining = len(answers) - votes.total()
     worth = {
-        answer: float(np.mean([r for a, r in zip(answers, right, strict=True) if a == answer]))
+        answer: float(np.mean([r for a, r in zip(answers, correct, strict=True) if a == answer]))
         for answer in votes
     }
     groups = [(count, worth[answer]) for answer, count in votes.items()]
     top = max(votes.values(), default=0)
-    total = sum(won_with(groups, silent, k, most) for most in range(1, min(top, k) + 1))
+    total = sum(
+        majority_worth_sum(groups, num_abstaining, k, num_votes)
+        for num_votes in range(1, min(top, k) + 1)
+    )
     return total / math.comb(len(answers), k)
 
 
-def won_with(groups: list[tuple[int, float]], silent: int, k: int, most: int) -> float:
-    """Sum over the k-subsets whose winners have `most` votes, of the winners' mean worth.
+def majority_worth_sum(
+    groups: list[tuple[int, float]], num_abstaining: int, k: int, num_votes: int
+) -> float:
+    """Sum the mean worth of the winners over the k-subsets whose winners have `num_votes` votes.
 
-    groups: (samples, worth) of each answer. Adds one answer at a time; `ways[v, t]` counts the
-    choices so far with v samples and t answers that have `most` votes, `value[v, t]` is the sum
-    over them of those answers' worth.
+    Adds one answer at a time. `ways[v, t]` counts the choices so far with v samples and t answers
+    that have `num_votes` votes; `value[v, t]` is the sum over them of those answers' worth.
+
+    Args:
+        groups: (samples, worth) of each answer.
+        num_abstaining: Number of samples without a vote.
+        k: Number of samples that vote.
+        num_votes: Votes of the winners.
+
+    Returns:
+        The sum.
     """
-    ties = k // most
+    ties = k // num_votes
     ways, value = np.zeros((2, k + 1, ties + 1))
-    for chosen in range(min(silent, k) + 1):
-        ways[chosen, 0] = math.comb(silent, chosen)
+    for num_drawn in range(min(num_abstaining, k) + 1):
+        ways[num_drawn, 0] = math.comb(num_abstaining, num_drawn)
     for count, worth in groups:
         old_ways, old_value = ways, value
         ways, value = np.zeros((2, k + 1, ties + 1))
-        for chosen in range(min(count, most - 1, k) + 1):
-            weight = math.comb(count, chosen)
-            ways[chosen:] += weight * old_ways[: k + 1 - chosen]
-            value[chosen:] += weight * old_value[: k + 1 - chosen]
-        if count >= most:
-            weight = math.comb(count, most)
-            before = old_ways[: k + 1 - most, :-1]
-            ways[most:, 1:] += weight * before
-            value[most:, 1:] += weight * (old_value[: k + 1 - most, :-1] + worth * before)
+        for num_drawn in range(min(count, num_votes - 1, k) + 1):
+            weight = math.comb(count, num_drawn)
+            ways[num_drawn:] += weight * old_ways[: k + 1 - num_drawn]
+            value[num_drawn:] += weight * old_value[: k + 1 - num_drawn]
+        if count >= num_votes:
+            weight = math.comb(count, num_votes)
+            previous_ways = old_ways[: k + 1 - num_votes, :-1]
+            ways[num_votes:, 1:] += weight * previous_ways
+            value[num_votes:, 1:] += weight * (
+                old_value[: k + 1 - num_votes, :-1] + worth * previous_ways
+            )
     return float((value[k, 1:] / np.arange(1, ties + 1)).sum())
 
 
-def refuse_k(k: int, samples: int) -> None:
-    if not 1 <= k <= samples:
-        raise InvalidInput(f"k is {k}, but each problem has {samples} samples; draw at least k")
+def check_k(k: int, num_samples: int) -> None:
+    """Refuse k outside 1 .. num_samples."""
+    if not 1 <= k <= num_samples:
+        raise InvalidInput(
+            f"k is {k}, but each problem has {num_samples} samples; sample at least k"
+        )
 
 
-def summary(right: Array, answers: Sequence[Sequence[str | None]]) -> dict[str, float]:
-    """Accuracy, pass@k and majority@k with their 95 % intervals over problems.
+def summarize(correct: Array, answers: Sequence[Sequence[str | None]]) -> dict[str, float]:
+    """Return accuracy, pass@k and majority@k with their 95 % intervals over problems.
 
     `accuracy` (= avg@S = pass@1), `pass@k` for k = 2, 4, 8, ... and S, and `majority@S`; each with
     `/low` and `/high`, plain `low` and `high` for the accuracy (`diagnostics.stats`). With one
-    sample a problem there is only the accuracy, and its interval is Wilson's.
+    sample per problem there is only the accuracy, and its interval is Wilson's.
 
     Args:
-      right: (M, S) bool. answers: (M, S), see `majority_at_k`.
+        correct: (M, S) bool.
+        answers: (M, S) votes, see `majority_at_k`.
+
+    Returns:
+        Metrics by name.
     """
-    right = np.asarray(right, dtype=bool)
-    samples = right.shape[1]
-    powers = [2**i for i in range(1, samples.bit_length()) if 2**i < samples]
-    columns = {"accuracy": right.mean(1)}
-    for k in [*powers, samples] if samples > 1 else ():
-        columns[f"pass@{k}"] = np.array([pass_at_k(int(r.sum()), samples, k) for r in right])
-    if samples > 1:
-        columns[f"majority@{samples}"] = np.array(
-            [majority_at_k(a, r, samples) for a, r in zip(answers, right, strict=True)]
+    correct = np.asarray(correct, dtype=bool)
+    num_samples = correct.shape[1]
+    powers = [2**i for i in range(1, num_samples.bit_length()) if 2**i < num_samples]
+    columns = {"accuracy": correct.mean(1)}
+    for k in [*powers, num_samples] if num_samples > 1 else ():
+        columns[f"pass@{k}"] = np.array([pass_at_k(int(r.sum()), num_samples, k) for r in correct])
+    if num_samples > 1:
+        columns[f"majority@{num_samples}"] = np.array(
+            [majority_at_k(a, r, num_samples) for a, r in zip(answers, correct, strict=True)]
         )
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for name, values in columns.items():
         low, high = share_interval(values.clip(0, 1))
         prefix = "" if name == "accuracy" else f"{name}/"
-        found |= {name: float(values.mean()), f"{prefix}low": low, f"{prefix}high": high}
-    return found
+        metrics |= {name: float(values.mean()), f"{prefix}low": low, f"{prefix}high": high}
+    return metrics
 
 
 def compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, float]:
-    """How much better `b` is than `a` on the same problems, problem by problem.
+    """Return how much better `b` is than `a` on the same problems, problem by problem.
 
-    `gain`, the difference of the accuracies, with its paired 95 % interval over problems (`low`,
-    `high`, of `diagnostics.stats.gain_interval`); it speaks of these two models, not of their
-    seeds. With one sample of each problem also `lost` and `won`, the problems that only `a` or
-    only `b` got right, and `p`, the exact two-sided McNemar test of equally many.
+    `gain` is the difference of the accuracies, with its paired 95 % interval over problems (`low`,
+    `high`, of `diagnostics.stats.gain_interval`). It is about these two models, not about their
+    seeds. With one sample per problem there are also `lost` and `won`, the problems that only `a`
+    or only `b` solved, and `p`, the exact two-sided McNemar test of equal numbers.
 
     Args:
-      a, b: results of `opd.evaluation.evaluate.evaluate`, rows of evals.jsonl, or what `opd eval` writes.
+        a: Result of `opd.evaluation.evaluate.evaluate`, a row of evals.jsonl, or the output of `opd
+            eval`.
+        b: The same of the other model.
+
+    Returns:
+        Metrics by name.
 
     Raises:
-      ValueError: different problems.
+        InvalidInput: The problems differ.
     """
     if a["problem_set"] != b["problem_set"]:
         raise InvalidInput(
-            f"the evaluations are of different problems ({a['problems']}, set {a['problem_set']}; "
-            f"{b['problems']}, set {b['problem_set']}); evaluate both on one task"
+            f"the evaluations used different problems ({a['problems']}, set {a['problem_set']}; "
+            f"{b['problems']}, set {b['problem_set']}); evaluate both on the same task"
         )
-    before, after = rights(a), rights(b)
-    difference = after.mean(1) - before.mean(1)
+    correct_a, correct_b = decode_outcomes(a), decode_outcomes(b)
+    difference = correct_b.mean(1) - correct_a.mean(1)
     low, high = gain_interval(difference)
-    found = {"gain": float(difference.mean()), "low": low, "high": high}
-    if before.shape[1] == after.shape[1] == 1:
-        lost, won = int((difference < 0).sum()), int((difference > 0).sum())
-        found |= {"lost": lost, "won": won, "p": mcnemar(lost, won)}
-    return found
+    comparison = {"gain": float(difference.mean()), "low": low, "high": high}
+    if correct_a.shape[1] == correct_b.shape[1] == 1:
+        num_lost, num_won = int((difference < 0).sum()), int((difference > 0).sum())
+        comparison |= {"lost": num_lost, "won": num_won, "p": mcnemar(num_lost, num_won)}
+    return comparison
 
 
-def mcnemar(lost: int, won: int) -> float:
-    """Exact two-sided p-value of `lost` and `won` discordant pairs under a fair coin; 1 for none.
+def mcnemar(num_lost: int, num_won: int) -> float:
+    """Return the exact two-sided p-value of discordant pairs under a fair coin.
 
     (McNemar 1947, in its exact binomial form.)
+
+    Args:
+        num_lost: Pairs in favour of the first model.
+        num_won: Pairs in favour of the second model.
+
+    Returns:
+        The p-value; 1 without discordant pairs.
     """
-    n = lost + won
-    tail = sum(math.comb(n, i) for i in range(min(lost, won) + 1))
+    n = num_lost + num_won
+    tail = sum(math.comb(n, i) for i in range(min(num_lost, num_won) + 1))
     return min(1.0, 2 * tail / 2**n)
 
 
-def written(right: Array) -> str:
-    """(M, S) bool as text: a digit a sample, with a space between problems if S > 1."""
-    between = "" if right.shape[1] == 1 else " "
-    return between.join("".join("01"[int(x)] for x in row) for row in right)
+def encode_outcomes(correct: Array) -> str:
+    """Format (M, S) bool as text: one digit per sample, a space between problems if S > 1."""
+    separator = "" if correct.shape[1] == 1 else " "
+    return separator.join("".join("01"[int(x)] for x in row) for row in correct)
 
 
-def rights(result: dict[str, Any]) -> Array:
-    """(M, S) bool from the `outcomes` of an evaluation, as `written`."""
+def decode_outcomes(result: dict[str, Any]) -> Array:
+    """Parse the `outcomes` of an evaluation, as written by `encode_outcomes`, to (M, S) bool."""
     digits = result["outcomes"].replace(" ", "")
     return np.array([x == "1" for x in digits]).reshape(result["problems"], -1)

@@ -1,4 +1,4 @@
-"""`opd demo`: everything in one command: study, lab pair, two objectives, figures, a table."""
+"""The demo (`opd demo`): exact study, toy pair, training with two objectives, figures, report."""
 
 import argparse
 import concurrent.futures
@@ -10,53 +10,55 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from opd.experiments.subcommand import command
+from opd.experiments.subcommand import run_opd
 
 OBJECTIVES = ("sampled_token", "teacher_topk")
 SEEDS = (0, 1, 2)
 
 
 def main(argv: list[str]) -> None:
-    """`opd demo [--out DIR]`; run again, it continues what is unfinished and keeps what is done."""
+    """Run `opd demo [--out DIR]`; a second call resumes unfinished runs and keeps finished ones."""
     parser = argparse.ArgumentParser(prog="opd demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("results/demo"))
-    parser.add_argument("--jobs", type=int, default=2, help="training runs side by side")
-    parser.add_argument("--fresh", action="store_true", help="train again what is finished")
-    parser.add_argument("--smoke", action="store_true", help="tiny everything: does it run?")
-    given = parser.parse_args(argv)
-    lab = given.out / "lab" if given.smoke else Path("lab")
-    preset = "smoke" if given.smoke else "quick"
-    begin = time.perf_counter()
-    with stage("exact study"):
-        study = given.out / "study"
-        command("study", "run", "bias_variance", "--preset", preset, "--out", study)
-    with stage("lab pair"):
-        command("lab", "--out", lab, *(["--tiny"] if given.smoke else []))
-    with stage("training"):
-        recipe = "smoke" if given.smoke else "lab"
-        runs = train_all(given.out / "runs", recipe, lab, given.jobs, given.fresh)
-    with stage("figures"):
-        pictures, report = given.out / "figures", given.out / "report.html"
-        command("figures", "training", "--out", pictures, "--run", *runs)
+    parser.add_argument("--jobs", type=int, default=2, help="training runs in parallel")
+    parser.add_argument("--fresh", action="store_true", help="retrain finished runs")
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny sizes, to test that everything runs"
+    )
+    args = parser.parse_args(argv)
+    lab = args.out / "lab" if args.smoke else Path("lab")
+    preset = "smoke" if args.smoke else "quick"
+    start_time = time.perf_counter()
+    with timed_stage("exact study"):
+        study = args.out / "study"
+        run_opd("study", "run", "bias_variance", "--preset", preset, "--out", study)
+    with timed_stage("lab pair"):
+        run_opd("lab", "--out", lab, *(["--tiny"] if args.smoke else []))
+    with timed_stage("training"):
+        recipe = "smoke" if args.smoke else "lab"
+        runs = train_all(args.out / "runs", recipe, lab, args.jobs, args.fresh)
+    with timed_stage("figures"):
+        figures_folder, report = args.out / "figures", args.out / "report.html"
+        run_opd("figures", "training", "--out", figures_folder, "--run", *runs)
         table = study / "bias_variance" / preset / "summary.csv"
-        command("figures", "bias_variance", "--out", pictures, "--table", table)
-        command("report", *runs, "--models", "--out", report)
-    print(summary(runs))
-    print(f"\npair      {lab}\nruns      {given.out / 'runs'}\nfigures   {pictures}")
-    print(f"report    {report}\nseconds   {time.perf_counter() - begin:.0f}")
+        run_opd("figures", "bias_variance", "--out", figures_folder, "--table", table)
+        run_opd("report", *runs, "--models", "--out", report)
+    print(format_summary(runs))
+    print(f"\npair      {lab}\nruns      {args.out / 'runs'}\nfigures   {figures_folder}")
+    print(f"report    {report}\nseconds   {time.perf_counter() - start_time:.0f}")
 
 
 @contextmanager
-def stage(name: str) -> Iterator[None]:
-    """Say what is going on and how long it took."""
-    begin = time.perf_counter()
+def timed_stage(name: str) -> Iterator[None]:
+    """Print the name of a stage and its duration."""
+    start_time = time.perf_counter()
     print(f"-- {name}", file=sys.stderr, flush=True)
     yield
-    print(f"-- {name}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
+    print(f"-- {name}: {time.perf_counter() - start_time:.0f} s", file=sys.stderr, flush=True)
 
 
 def train_all(out: Path, recipe: str, lab: Path, jobs: int, fresh: bool) -> list[Path]:
-    """Every objective with every seed, `jobs` at a time with one thread each."""
+    """Train every objective with every seed, `jobs` at a time with one thread each."""
     cells = list(itertools.product(SEEDS, OBJECTIVES))
 
     def run(cell: tuple[int, str]) -> Path:
@@ -64,20 +66,20 @@ def train_all(out: Path, recipe: str, lab: Path, jobs: int, fresh: bool) -> list
         folder = out / f"{objective}-{seed}"
         if fresh:
             shutil.rmtree(folder, ignore_errors=True)
-        where = ["--out", folder, "--student", lab / "student", "--teacher", lab / "teacher"]
-        command("train", recipe, "--objective", objective, "--seed", seed, *where, threads=1)
+        paths = ["--out", folder, "--student", lab / "student", "--teacher", lab / "teacher"]
+        run_opd("train", recipe, "--objective", objective, "--seed", seed, *paths, threads=1)
         return folder
 
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         return list(pool.map(run, cells))
 
 
-def summary(runs: list[Path]) -> str:
-    """Accuracy before and after by objective, with the paired gain over problems and seeds."""
-    from diagnostics.records.run_tables import gains, training_table
+def format_summary(runs: list[Path]) -> str:
+    """Format accuracy before and after by objective, with the paired gain."""
+    from diagnostics.records.run_tables import accuracy_gains, training_table
 
     lines = [f"{'objective':16}{'seeds':>6}{'before':>9}{'after':>9}   gain [95 % interval]"]
-    for row in gains(training_table(runs)).to_dict("records"):
+    for row in accuracy_gains(training_table(runs)).to_dict("records"):
         accuracy = "{objective:16}{seeds:6}{before:9.3f}{after:9.3f}".format(**row)
         lines.append(accuracy + "   {gain:+.3f} [{low:+.3f}, {high:+.3f}]".format(**row))
     return "\n".join(lines)

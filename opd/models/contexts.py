@@ -11,8 +11,17 @@ from opd.models.model import CausalLM
 
 
 @contextmanager
-def awake(teacher: CausalLM, device: torch.device, offload: bool) -> Iterator[None]:
-    """With `offload`, the teacher is on the device inside the block and in host memory outside."""
+def on_device(teacher: CausalLM, device: torch.device, offload: bool) -> Iterator[None]:
+    """Keep the teacher on the device inside the block and, with `offload`, in host memory outside.
+
+    Args:
+        teacher: The teacher.
+        device: Device inside the block.
+        offload: Whether to move the teacher; without it nothing happens.
+
+    Yields:
+        Nothing.
+    """
     if not offload:
         yield
         return
@@ -24,25 +33,36 @@ def awake(teacher: CausalLM, device: torch.device, offload: bool) -> Iterator[No
 
 
 @contextmanager
-def recomputing(network: Any, wanted: bool) -> Iterator[None]:
-    """With `wanted`, layers keep their inputs only and run again in the backward pass.
+def activation_checkpointing(network: Any, enabled: bool) -> Iterator[None]:
+    """Keep only the inputs of each layer and recompute it in the backward pass, if `enabled`.
 
-    Layers alone are set to train, which is what turns this on; what they are made of stays in
-    evaluation mode, so that nothing is dropped out.
+    Only the layers themselves are set to train, which turns recomputation on; their submodules stay
+    in evaluation mode, so that no dropout is applied.
+
+    Args:
+        network: Hugging Face model.
+        enabled: Whether to recompute; without it nothing happens.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        InvalidInput: The model has no layer that supports recomputation.
     """
-    if not wanted:
+    if not enabled:
         yield
         return
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    # transformers 5.17 has the old names alone, 5.23 warns of them
-    new = hasattr(network, "activation_checkpointing_enable")
-    kind = "activation" if new else "gradient"
-    getattr(network, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+    # transformers 5.17 has only the old names, 5.23 warns about them
+    has_new_name = hasattr(network, "activation_checkpointing_enable")
+    prefix = "activation" if has_new_name else "gradient"
+    getattr(network, f"{prefix}_checkpointing_enable")({"use_reentrant": False})
     layers = [m for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
         raise InvalidInput(
-            f"{type(network).__name__} has no layer that can be recomputed; set gradient_checkpointing to False"
+            f"{type(network).__name__} has no layer that supports activation checkpointing; set "
+            "gradient_checkpointing to False"
         )
     try:
         for layer in layers:
@@ -51,12 +71,21 @@ def recomputing(network: Any, wanted: bool) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.training = False
-        getattr(network, f"{kind}_checkpointing_disable")()
+        getattr(network, f"{prefix}_checkpointing_disable")()
 
 
 @contextmanager
-def evaluating(network: Any) -> Iterator[None]:
-    """Evaluation mode: no dropout, and a cache in spite of checkpointing; then as it was."""
+def evaluation_mode(network: Any) -> Iterator[None]:
+    """Run the block in evaluation mode, without dropout and with a KV cache.
+
+    The mode of every module is restored afterwards.
+
+    Args:
+        network: Hugging Face model.
+
+    Yields:
+        Nothing.
+    """
     training = [module for module in network.modules() if module.training]
     network.eval()
     try:

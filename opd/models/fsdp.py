@@ -1,8 +1,9 @@
-"""Sharding: every process keeps a part of each weight, its gradient and its moments (FSDP2).
+"""Sharding with FSDP2: every process holds a shard of each weight, gradient and optimizer state.
 
-Parts are float32, the masters of what the network computes in. While the student samples and scores
-(`whole`) every process holds all of it in the computing precision, so that no two have to run
-equally often; in the update layers are gathered one after the other, forward and backward.
+Shards are float32 master weights; the network computes in its own precision. While the student
+samples and scores (`unsharded`) every process holds all weights in the compute precision, so ranks
+may run different numbers of forward passes. In the update layers are gathered one after another, in
+the forward and the backward pass.
 """
 
 import copy
@@ -17,24 +18,24 @@ from torch import Tensor, nn
 
 from diagnostics.errors import InvalidInput
 from opd.models.lm_head import LmHead, find_head
-from opd.models.model import CausalLM, bare
+from opd.models.model import CausalLM, base_model
 from opd.runtime import distributed
 
 
 @dataclass(frozen=True, eq=False)
-class Sharded(CausalLM):
-    """A model whose weights are shared out.
-
-    root: what was shared out; skeleton: its network without weights; dtype: of computing.
-    """
+class ShardedCausalLM(CausalLM):
+    """A model whose weights are sharded over all processes."""
 
     root: Any
+    """Root module of FSDP."""
     skeleton: Any
+    """The network without weights, on the meta device."""
     dtype: torch.dtype
+    """Precision of the computation."""
 
 
 class _Root(nn.Module):
-    """A network as FSDP's root, whose forward pass ends before the head.
+    """FSDP root module around a network, with a forward pass that ends before the head.
 
     The head's weights are gathered with the root's and stay until the backward pass is over.
     """
@@ -44,8 +45,9 @@ class _Root(nn.Module):
         self.network = network
 
     def forward(self, ids: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
+        """Return the (B, L, D) last hidden states."""
         states: Tensor = (
-            bare(self.network)
+            base_model(self.network)
             .get_decoder()(
                 input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False
             )
@@ -54,11 +56,17 @@ class _Root(nn.Module):
         return states
 
 
-def sharded(model: CausalLM) -> Sharded:
-    """The model with its weights shared out among all processes.
+def shard_model(model: CausalLM) -> ShardedCausalLM:
+    """Shard the weights of a model over all processes.
+
+    Args:
+        model: A model with a separate head.
+
+    Returns:
+        The sharded model.
 
     Raises:
-      ValueError: a model that is not one head on its decoder's hidden states, or without layers.
+        InvalidInput: The model has no separate head on its decoder's hidden states, or no layers.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -68,8 +76,8 @@ def sharded(model: CausalLM) -> Sharded:
     layers = [m for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
     if model.head.weight is None or not layers:
         raise InvalidInput(
-            f"{type(network).__name__} cannot be sharded: it is not known layers and a head; set "
-            "sharding none"
+            f"{type(network).__name__} cannot be sharded: its layers or its head are not "
+            "recognised; set sharding to none"
         )
     skeleton = copy.deepcopy(network).to("meta")
     network.float()
@@ -80,77 +88,96 @@ def sharded(model: CausalLM) -> Sharded:
     )
     for module in (*layers, root):
         fully_shard(module, mesh=mesh, mp_policy=policy)
-    for module in _parts(root):
-        module.set_gradient_divide_factor(1.0)  # the loss's denominators count everybody's tokens
+    for module in _fsdp_modules(root):
+        module.set_gradient_divide_factor(
+            1.0
+        )  # the loss denominators count the tokens of all ranks
         module.set_force_sum_reduction_for_comms(True)
 
-    made = Sharded(
+    sharded_model = ShardedCausalLM(
         network=network,
         hidden=root,
-        find=partial(_found, network, model.vocabulary),
+        get_head=partial(_current_head, network, model.vocabulary),
         vocabulary=model.vocabulary,
         root=root,
         skeleton=skeleton,
         dtype=dtype,
     )
-    one = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     with torch.no_grad():
-        root(one, one + 1, one)  # the first pass says which module is the root
-    root.reshard()  # which stays whole after it
-    return made
+        root(token, token + 1, token)  # FSDP determines the root module in the first pass
+    root.reshard()  # FSDP leaves the root unsharded after a forward pass
+    return sharded_model
 
 
 @contextmanager
-def whole(model: CausalLM) -> Iterator[None]:
-    """All weights are here inside the block, to be used and not to be changed."""
+def unsharded(model: CausalLM) -> Iterator[None]:
+    """Gather all weights inside the block, for reading only.
+
+    Args:
+        model: A model; nothing happens unless it is sharded.
+
+    Yields:
+        Nothing.
+    """
     with ExitStack() as stack:
-        if isinstance(model, Sharded):
-            for module in _parts(model.root):
+        if isinstance(model, ShardedCausalLM):
+            for module in _fsdp_modules(model.root):
                 module.set_reshard_after_forward(False, recurse=False)
                 module.unshard()
-                stack.callback(_share_out, module, module is not model.root)
+                stack.callback(_reshard, module, module is not model.root)
         yield
 
 
-def plain(model: CausalLM) -> Any:
-    """The network as an ordinary one; of a sharded model a copy in the first process's memory.
+def gather_network(model: CausalLM) -> Any:
+    """Return an ordinary network; of a sharded model a copy in the memory of the first process.
 
-    Every process has to call; the others get None of a sharded model.
+    Every process has to call this function.
+
+    Args:
+        model: A model.
+
+    Returns:
+        The network; None for a sharded model on processes other than the first.
     """
-    if not isinstance(model, Sharded):
+    if not isinstance(model, ShardedCausalLM):
         return model.network
-    held: dict[str, Tensor] = model.network.state_dict()
+    sharded_state: dict[str, Tensor] = model.network.state_dict()
     state: dict[str, Tensor] = {}
-    for name, x in held.items():
-        gathered = _all_of(x)
+    for name, x in sharded_state.items():
+        gathered = _full_tensor(x)
         if distributed.rank() == 0:
             state[name] = gathered.to("cpu", model.dtype)
     if distributed.rank() > 0:
         return None
     network = copy.deepcopy(model.skeleton)
     network.load_state_dict(state, assign=True)
-    bare(network).tie_weights()
+    base_model(network).tie_weights()
     return network.eval()
 
 
-def _all_of(x: Tensor) -> Tensor:
+def _full_tensor(x: Tensor) -> Tensor:
+    """Gather a sharded tensor."""
     from torch.distributed.tensor import DTensor
 
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def _found(network: Any, vocabulary: int) -> LmHead:
-    head = find_head(bare(network), vocabulary)
-    assert head is not None, "there was one before"
+def _current_head(network: Any, vocabulary: int) -> LmHead:
+    """Return the head with its present weights."""
+    head = find_head(base_model(network), vocabulary)
+    assert head is not None, "shard_model checked that there is a head"
     return head
 
 
-def _parts(root: Any) -> list[Any]:
+def _fsdp_modules(root: Any) -> list[Any]:
+    """Return the modules that FSDP manages."""
     from torch.distributed.fsdp import FSDPModule
 
     return [module for module in root.modules() if isinstance(module, FSDPModule)]
 
 
-def _share_out(module: Any, after_forward: bool) -> None:
+def _reshard(module: Any, after_forward: bool) -> None:
+    """Free the gathered weights of a module and restore its behaviour after a forward pass."""
     module.set_reshard_after_forward(after_forward, recurse=False)
     module.reshard()

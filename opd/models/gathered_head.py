@@ -1,11 +1,11 @@
-"""Products of hidden states with a few rows of a head: neither (N, V) nor (N, K, D) is ever made.
+"""Products of hidden states with a few rows of a head, without (N, V) or (N, K, D) intermediates.
 
-z[n, k] = <h[n], W[ids[n, k]]>, and for a gradient dz
-dh[n] = sum_k dz[n, k] W[ids[n, k]],  dW[v] = sum of dz[n, k] h[n] over all (n, k) with ids = v.
-Memory traffic is N K D numbers each way, whatever V is; only dW itself has V rows. The sum of dW
-runs over the entries sorted by id, segment by segment, so it has one order and no atomics.
+z[n, k] = <h[n], W[ids[n, k]]>, and for a gradient dz: dh[n] = sum_k dz[n, k] W[ids[n, k]] and dW[v]
+= sum of dz[n, k] h[n] over all (n, k) with ids = v. Memory traffic is N K D numbers each way,
+independent of V; only dW itself has V rows. The sum of dW runs over the entries sorted by id,
+segment by segment, so it has a fixed order and needs no atomics.
 
-Shapes: N tokens, K ids a token, D hidden size, V rows of the head.
+Shapes: N tokens, K ids per token, D hidden size, V rows of the head.
 """
 
 from collections.abc import Callable
@@ -19,20 +19,24 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
 _ROWS_AT_ONCE = 512
-"""Head rows that are copied and widened at once where a product of two half-precision vectors must
-not be rounded to half precision."""
+"""Head rows that are copied and widened to float32 at once, where a product of two half-precision
+vectors must not be rounded to half precision.
+"""
 
 
 def gathered_product(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-    """z[n, k] = <hidden[n], weight[ids[n, k]]>, with gradient to both.
+    """Return z[n, k] = <hidden[n], weight[ids[n, k]]>, with gradient to both.
+
+    Triton computes on CUDA where it is installed, torch elsewhere. Deterministic.
 
     Args:
-      hidden: (N, D); weight: (V, D); ids: (N, K) long, repetition allowed, constant.
+        hidden: (N, D).
+        weight: (V, D).
+        ids: (N, K) long, repetition allowed, constant.
 
     Returns:
-      (N, K), float64 for float64 input and else float32. Sums are float32 also for half-precision
-      input; the gradients have the dtypes of hidden and weight. Triton computes on CUDA where it is
-      installed, torch elsewhere. Deterministic.
+        (N, K), float64 for float64 input and else float32. Sums are float32 also for half-precision
+        input; the gradients have the dtypes of hidden and weight.
     """
     product: Tensor = _GatheredProduct.apply(hidden, weight, ids)
     return product
@@ -43,23 +47,25 @@ class _GatheredProduct(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
         hidden, weight, ids = hidden.contiguous(), weight.contiguous(), ids.contiguous()
         ctx.save_for_backward(hidden, weight, ids)
-        return kernels(hidden).product(hidden, weight, ids)
+        return select_kernels(hidden).product(hidden, weight, ids)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         hidden, weight, ids = ctx.saved_tensors
-        by, dz = kernels(hidden), dz.contiguous()
-        to_hidden, to_weight, _ = ctx.needs_input_grad
-        dh = by.hidden_gradient(dz, weight, ids).to(hidden.dtype) if to_hidden else None
+        kernels, dz = select_kernels(hidden), dz.contiguous()
+        needs_hidden, needs_weight, _ = ctx.needs_input_grad
+        dh = kernels.hidden_gradient(dz, weight, ids).to(hidden.dtype) if needs_hidden else None
         dw = (
-            by.weight_gradient(dz, hidden, ids, len(weight)).to(weight.dtype) if to_weight else None
+            kernels.weight_gradient(dz, hidden, ids, len(weight)).to(weight.dtype)
+            if needs_weight
+            else None
         )
         return dh, dw, None
 
 
 def torch_product(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-    """z of the module's docstring, in torch."""
+    """Compute z of the module's docstring with torch."""
     count, k = ids.shape
     if weight.dtype in (torch.float32, torch.float64) and hidden.dtype == weight.dtype:
         # <gradient of bag n, row of its sample (n, k)>: what a bag's weights get in its backward
@@ -75,12 +81,12 @@ def torch_product(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
 
 
 def torch_hidden_gradient(dz: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-    """dh: each token is a bag of weighted head rows."""
+    """Compute dh with torch: each token is a bag of weighted head rows."""
     return embedding_bag(ids, weight, mode="sum", per_sample_weights=dz.to(weight.dtype))
 
 
 def torch_weight_gradient(dz: Tensor, hidden: Tensor, ids: Tensor, rows: int) -> Tensor:
-    """dW: each head row is a bag of weighted hidden states, empty where nobody asked for it."""
+    """Compute dW with torch: each head row is a bag of weighted hidden states, empty if unused."""
     by_id, order = ids.flatten().sort(stable=True)
     starts = torch.searchsorted(by_id, torch.arange(rows, device=ids.device))
     token, factor = order // max(ids.shape[1], 1), dz.flatten()[order].to(hidden.dtype)
@@ -89,7 +95,7 @@ def torch_weight_gradient(dz: Tensor, hidden: Tensor, ids: Tensor, rows: int) ->
 
 @dataclass(frozen=True)
 class Kernels:
-    """Who computes z, dh and dW."""
+    """Functions that compute z, dh and dW."""
 
     product: Callable[[Tensor, Tensor, Tensor], Tensor]
     hidden_gradient: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -99,8 +105,8 @@ class Kernels:
 _TORCH = Kernels(torch_product, torch_hidden_gradient, torch_weight_gradient)
 
 
-def kernels(hidden: Tensor) -> Kernels:
-    """Triton's on CUDA where it is installed, else torch's; both take contiguous tensors."""
+def select_kernels(hidden: Tensor) -> Kernels:
+    """Return Triton's kernels on CUDA if it is installed, else torch's, for contiguous inputs."""
     if hidden.is_cuda and hidden.dtype != torch.float64 and find_spec("triton") is not None:
         from opd.models import gathered_head_triton as on_gpu
 

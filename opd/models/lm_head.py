@@ -1,4 +1,4 @@
-"""The head: from hidden states to logits, all of a chunk's or only those of a few ids.
+"""The LM head: logits from hidden states, for all ids or for a few ids per token.
 
 logit_v = cap(scale * (<h, W_v> + b_v)), cap(x) = softcap * tanh(x / softcap) where a model has one.
 
@@ -18,122 +18,155 @@ from opd.models.gathered_head import gathered_product
 
 @dataclass(frozen=True, eq=False)
 class LmHead:
-    """What a model does after its last hidden state.
-
-    weight: (R, D), or None where the "hidden states" already are the model's logits; bias: (R,);
-    scale, softcap: as in the module's docstring; vocabulary: V, the rows that count.
-    """
+    """What a model computes after its last hidden state."""
 
     weight: Tensor | None
+    """(R, D), or None where the "hidden states" already are the model's logits."""
     vocabulary: int
+    """V, the number of rows that are used."""
     bias: Tensor | None = None
+    """(R,) bias."""
     scale: float = 1.0
+    """Factor of the logits, as in the module's docstring."""
     softcap: float | None = None
+    """Soft-cap of the logits, as in the module's docstring."""
 
 
-def products(hidden: Tensor, head: LmHead) -> Tensor:
-    """(n, D) -> (n, R) float32: <h, W_r> + b_r of every row, before scale and soft-cap.
+def head_products(hidden: Tensor, head: LmHead) -> Tensor:
+    """Return <h, W_r> + b_r of every head row, before scale and soft-cap, without gradient.
 
-    Without gradient. On CUDA the sums of half-precision products stay float32; elsewhere they are
-    rounded to half precision, as the model's own logits are.
+    On CUDA the sums of half-precision products stay float32; elsewhere they are rounded to half
+    precision, as the model's own logits are.
+
+    Args:
+        hidden: (n, D) hidden states.
+        head: The head.
+
+    Returns:
+        (n, R) float32, or float64 for float64 input.
     """
     weight, bias = head.weight, head.bias
     if weight is None:
         return _wide(hidden).detach()
     with torch.no_grad():
-        if not half_on_gpu(weight):
+        if not is_half_on_cuda(weight):
             return _wide(linear(hidden.to(weight.dtype), weight, bias))
         z = torch.mm(hidden.to(weight.dtype), weight.T, out_dtype=torch.float32)
         return z if bias is None else z.add_(bias)
 
 
-def shaped(products: Tensor, head: LmHead) -> Tensor:
-    """Logits of the products: (..., any ids) -> the same shape."""
+def apply_scale_and_softcap(products: Tensor, head: LmHead) -> Tensor:
+    """Convert products (..., any ids) to logits of the same shape."""
     logits = products if head.scale == 1 else products * head.scale
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
-def logit_slopes(logits: Tensor, head: LmHead) -> Tensor:
-    """Derivatives of logits (..., V) by their products, (..., V): scale (1 - (logit/softcap)^2)."""
+def logit_derivatives(logits: Tensor, head: LmHead) -> Tensor:
+    """Return the derivatives scale (1 - (logit/softcap)^2) of logits (..., V) by their products."""
     if head.softcap is None:
         return torch.full_like(logits, head.scale)
     return head.scale * (1 - (logits / head.softcap).square())
 
 
-def cooled(logits: Tensor, temperature: float) -> Tensor:
-    """Logits over the temperature, without a copy at temperature 1."""
+def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
+    """Divide logits by the temperature, without a copy at temperature 1."""
     return logits if temperature == 1 else logits / temperature
 
 
 def full_logits(hidden: Tensor, head: LmHead) -> Tensor:
-    """(n, D) -> (n, V) float32, no gradient. Keep n to a chunk: see `chunks`."""
-    return shaped(products(hidden, head)[..., : head.vocabulary], head)
+    """Return (n, V) float32 logits of (n, D) states, without gradient; see `chunk_slices`."""
+    return apply_scale_and_softcap(head_products(hidden, head)[..., : head.vocabulary], head)
 
 
 def gathered_logits(hidden: Tensor, head: LmHead, ids: Tensor) -> Tensor:
-    """Logits of K ids a token, without those of the others: (N, D), (N, K) -> (N, K) float32.
+    """Return the logits of K ids per token without computing the others.
 
-    The same numbers as `full_logits(...).gather(-1, ids)`, but not rounded to half precision, with
-    gradient to hidden, weight and bias. Time and memory do not depend on V, save that the
-    gradient of the weight has its shape.
+    The numbers are those of `full_logits(...).gather(-1, ids)`, but not rounded to half precision
+    and with gradient to hidden, weight and bias. Time and memory do not depend on V, except that
+    the gradient of the weight has its shape.
+
+    Args:
+        hidden: (N, D) hidden states.
+        head: The head.
+        ids: (N, K) long.
+
+    Returns:
+        (N, K) float32 logits.
     """
     if head.weight is None:
-        return shaped(_wide(hidden.gather(-1, ids)), head)
-    some = gathered_product(hidden, head.weight, ids)
+        return apply_scale_and_softcap(_wide(hidden.gather(-1, ids)), head)
+    products = gathered_product(hidden, head.weight, ids)
     if head.bias is not None:
-        some = some + head.bias[ids]
-    return shaped(some, head)
+        products = products + head.bias[ids]
+    return apply_scale_and_softcap(products, head)
 
 
-def chunks(count: int, vocabulary: int, elements: int) -> list[slice]:
-    """Slices of at most elements / vocabulary tokens, but of one at least."""
-    size = max(1, elements // vocabulary)
+def chunk_slices(count: int, vocabulary: int, max_elements: int) -> list[slice]:
+    """Return slices of at most max_elements / vocabulary tokens, and of at least one."""
+    size = max(1, max_elements // vocabulary)
     return [slice(i, min(i + size, count)) for i in range(0, count, size)]
 
 
 def two_stage_topk(logits: Tensor, k: int, block: int = 128) -> tuple[Tensor, Tensor]:
-    """The k largest of each row, exactly: (..., V) -> values and ids (..., k), descending.
+    """Return the k largest logits of each row, exactly.
 
-    Maxima of blocks of ids; the k blocks with the largest maxima hold k numbers that are as large
-    as any other, so that only their k * block numbers are compared. The values are those of
-    `torch.topk`, and so are the ids unless several ids tie for the last place: which of them is
-    taken is then open here as there.
+    The maximum of every block of ids is computed first. The k blocks with the largest maxima
+    contain k numbers at least as large as any other, so only their k * block numbers are compared.
+    Values are those of `torch.topk`, and so are the ids unless several ids tie for the last place;
+    which of them is returned is then unspecified, as in torch.
+
+    Args:
+        logits: (..., V).
+        k: Number of ids per row.
+        block: Ids per block.
+
+    Returns:
+        Values and ids (..., k), in descending order.
 
     Raises:
-      ValueError: k is larger than V.
+        InvalidInput: k is larger than V.
     """
-    size = logits.shape[-1]
-    if k > size:
-        raise InvalidInput(f"{k} ids wanted of a vocabulary of {size}; choose a smaller K")
-    count = size // block
-    if count <= 4 * k:  # too few blocks to leave out: one pass is as fast
-        best = logits.topk(k, -1)
-        return best.values, best.indices
-    whole = logits[..., : count * block].unflatten(-1, (count, block))
-    chosen = whole.amax(-1).topk(k, -1, sorted=False).indices
-    inside = whole.gather(-2, chosen[..., None].expand(*chosen.shape, block)).flatten(-2)
-    within = torch.arange(block, device=logits.device)
-    ids = (chosen[..., None] * block + within).flatten(-2)
-    if count * block < size:
-        rest = torch.arange(count * block, size, device=logits.device)
-        inside = torch.cat([inside, logits[..., count * block :]], -1)
-        ids = torch.cat([ids, rest.expand(*ids.shape[:-1], len(rest))], -1)
-    values, at = inside.topk(k, -1)
-    return values, ids.gather(-1, at)
+    vocabulary = logits.shape[-1]
+    if k > vocabulary:
+        raise InvalidInput(f"k is {k}, but the vocabulary has {vocabulary} ids; choose a smaller K")
+    num_blocks = vocabulary // block
+    if num_blocks <= 4 * k:  # with so few blocks a single pass is as fast
+        topk = logits.topk(k, -1)
+        return topk.values, topk.indices
+    blocks = logits[..., : num_blocks * block].unflatten(-1, (num_blocks, block))
+    top_blocks = blocks.amax(-1).topk(k, -1, sorted=False).indices
+    candidates = blocks.gather(-2, top_blocks[..., None].expand(*top_blocks.shape, block)).flatten(
+        -2
+    )
+    offsets = torch.arange(block, device=logits.device)
+    ids = (top_blocks[..., None] * block + offsets).flatten(-2)
+    if num_blocks * block < vocabulary:
+        remaining_ids = torch.arange(num_blocks * block, vocabulary, device=logits.device)
+        candidates = torch.cat([candidates, logits[..., num_blocks * block :]], -1)
+        ids = torch.cat([ids, remaining_ids.expand(*ids.shape[:-1], len(remaining_ids))], -1)
+    values, positions = candidates.topk(k, -1)
+    return values, ids.gather(-1, positions)
 
 
 def find_head(network: Any, vocabulary: int) -> LmHead | None:
-    """The head as the model's public API and its configuration describe it; None if they do not.
+    """Read the head from a model's public API and configuration.
+
+    Args:
+        network: Hugging Face model.
+        vocabulary: V, the number of rows to use.
+
+    Returns:
+        The head, or None if the model does not describe it.
 
     Raises:
-      ValueError: an adapter sits on the head.
+        InvalidInput: An adapter is attached to the head.
     """
     output = network.get_output_embeddings()
     if any(hasattr(output, name) for name in ("base_layer", "original_module")):
         raise InvalidInput(
-            "an adapter sits on the model's head, so its logits are not those of one matrix; take "
-            "the head (lm_head, embed_out) out of target_modules and modules_to_save, or merge "
-            "the adapter first"
+            "an adapter is attached to the model's head, so its logits are not those of one "
+            "matrix; remove the head (lm_head, embed_out) from target_modules and "
+            "modules_to_save, or merge the adapter first"
         )
     weight = getattr(output, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
@@ -148,10 +181,11 @@ def find_head(network: Any, vocabulary: int) -> LmHead | None:
     return LmHead(weight, vocabulary, getattr(output, "bias", None), scale, softcap)
 
 
-def half_on_gpu(x: Tensor) -> bool:
-    """Whether a product with x can have half-precision factors and a float32 sum."""
+def is_half_on_cuda(x: Tensor) -> bool:
+    """Return whether a product with x can have half-precision factors and a float32 sum."""
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def _wide(x: Tensor) -> Tensor:
+    """Convert to float32 unless the dtype is float64."""
     return x if x.dtype == torch.float64 else x.float()

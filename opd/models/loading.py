@@ -1,4 +1,4 @@
-"""Load causal language models and tokenizers, and check that two of them fit together."""
+"""Load causal language models and tokenizers, and check that two tokenizers agree."""
 
 import json
 from collections.abc import Iterator
@@ -10,93 +10,107 @@ import torch
 
 from diagnostics.errors import InvalidInput, MissingFile
 from diagnostics.io.packages import load_package
-from opd.runtime.manifest import unreadable
-from opd.serving.addresses import is_url, without_secrets
+from opd.runtime.manifest import read_problem
+from opd.serving.addresses import is_url, redact_url
 
 FOUR_BIT_BLOCK = 64
 """Weights that share a scale in bitsandbytes' 4-bit layers."""
 
 
-def load(
-    name: str, device: str, dtype: str, trust: bool = False, weights: str = "saved"
+def load_model(
+    name: str, device: str, dtype: str, trust_remote_code: bool = False, weights: str = "saved"
 ) -> tuple[Any, Any]:
-    """Tokenizer and model of a folder or hub name, in evaluation mode.
+    """Load tokenizer and model from a folder or hub name, in evaluation mode.
 
-    trust: run Python code that lies beside the weights, if there is any. weights: "saved", or
-    "int8" or "nf4", to quantise all linear layers but the head.
+    Args:
+        name: Folder or hub name.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        dtype: Name of a torch dtype.
+        trust_remote_code: Run Python code that comes with the model.
+        weights: "saved", or "int8" or "nf4" to quantise all linear layers except the head.
+
+    Returns:
+        Tokenizer and model.
 
     Raises:
-      ValueError: no name, a server, a damaged file, or a model with code of its own that is not
-        trusted.
-      FileNotFoundError: no such folder.
-      ImportError: bitsandbytes, which quantises, is not installed.
+        InvalidInput: The name is empty or a server, a file is damaged, or the model needs code of
+            its own that is not trusted.
+        MissingFile: The folder does not exist or is a run folder.
+        ImportError: bitsandbytes, needed for quantisation, is not installed.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     if not name:
-        raise InvalidInput(
-            "no model given; name a folder or a hub model for --student and --teacher"
-        )
+        raise InvalidInput("no model given; set --student and --teacher to a folder or a hub model")
     if is_url(name):
         raise InvalidInput(
-            f"{without_secrets(name)} is a server, which shows no weights and whole distributions; "
-            "it can be the teacher of `opd train` alone. Name a folder or a hub model here"
+            f"{redact_url(name)} is a server, which provides neither weights nor full "
+            "distributions; servers can only be the teacher of `opd train`. Use a folder or a hub "
+            "model here"
         )
-    made = {"lab/": "", "smollm/": " --smollm"}
-    made |= {f"lab-{kind}/": f" --{kind}" for kind in ("tiny", "household", "mismatched")}
-    if name.startswith((".", "/", *made)) and not Path(name).is_dir():
-        how = [option for folder, option in made.items() if name.startswith(folder)]
-        hint = f"; build it with `opd lab{how[0]}`" if how else ""
+    build_options = {"lab/": "", "smollm/": " --smollm"}
+    build_options |= {f"lab-{kind}/": f" --{kind}" for kind in ("tiny", "household", "mismatched")}
+    if name.startswith((".", "/", *build_options)) and not Path(name).is_dir():
+        options = [option for folder, option in build_options.items() if name.startswith(folder)]
+        hint = f"; build it with `opd lab{options[0]}`" if options else ""
         raise MissingFile(f"model folder {name!r} does not exist{hint}")
     if (Path(name) / "rows.jsonl").exists():
         raise MissingFile(
-            f"{name} is a run folder and no model; the trained model of a finished run is "
+            f"{name} is a run folder, not a model; the trained model of a finished run is "
             f"{Path(name) / 'final'}"
         )
     disable_progress_bar()
-    kind = getattr(torch, dtype)
-    place = resolve_device(device)
-    fewer = {} if weights == "saved" else quantised(weights, kind, place)
-    with explained_loading(name):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
+    torch_dtype = getattr(torch, dtype)
+    target_device = resolve_device(device)
+    quantization = (
+        {} if weights == "saved" else quantization_options(weights, torch_dtype, target_device)
+    )
+    with explain_loading_errors(name):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=kind, trust_remote_code=trust, **fewer
+            name, dtype=torch_dtype, trust_remote_code=trust_remote_code, **quantization
         )
     check_four_bit_layers(model)
-    return tokenizer, (model if fewer else model.to(place)).eval()
+    return tokenizer, (model if quantization else model.to(target_device)).eval()
 
 
 @contextmanager
-def explained_loading(name: str) -> Iterator[None]:
-    """Name the damaged file of a model, or that it wants its own code to be run.
+def explain_loading_errors(name: str) -> Iterator[None]:
+    """Raise errors that name a model's damaged file, or its need for trust_remote_code.
 
-    Files of a folder are looked at before (transformers passes over a generation config that it
-    cannot read), those of a hub model only when it cannot be loaded.
+    Files of a folder are checked before loading, because transformers skips a generation config
+    that it cannot read; those of a hub model only after loading failed.
+
+    Args:
+        name: Folder or hub name.
+
+    Yields:
+        Nothing.
 
     Raises:
-      InvalidInput: a file is damaged or missing, or the model's code is not trusted.
+        InvalidInput: A file is damaged or missing, or the model's code is not trusted.
     """
     if Path(name).is_dir():
-        refuse_damaged(Path(name), f"copy or download the model {name} again")
+        check_model_files(Path(name), f"copy or download the model {name} again")
     try:
         yield
     except Exception as error:
-        said = str(error)
-        if isinstance(error, ValueError) and "trust_remote_code" in said:
+        message = str(error)
+        if isinstance(error, ValueError) and "trust_remote_code" in message:
             raise InvalidInput(
-                f"{name} brings Python code of its own, which is run only if you allow it: read "
-                "it, then add --trust-remote-code to the command (trust_remote_code=True in "
-                "Python); what a run folder or a file says of it counts for nothing"
+                f"{name} contains custom Python code, which runs only if you allow it: read it, "
+                "then add --trust-remote-code to the command (trust_remote_code=True in Python); "
+                "the setting is never taken from a run folder or a file"
             ) from error
-        if not Path(name).is_dir() and (cached := cached_folder(name)) is not None:
-            remedy = f"delete it, and {name} is downloaded again"
-            refuse_damaged(cached, remedy)
+        if not Path(name).is_dir() and (cache := find_cached_folder(name)) is not None:
+            remedy = f"delete it to download {name} again"
+            check_model_files(cache, remedy)
         raise
 
 
-def cached_folder(name: str) -> Path | None:
-    """The folder of a hub model's files on this machine, if there are any."""
+def find_cached_folder(name: str) -> Path | None:
+    """Return the folder of a hub model's files on this machine, or None."""
     from transformers.utils import cached_file
 
     try:
@@ -106,22 +120,26 @@ def cached_folder(name: str) -> Path | None:
     return Path(path).parent if path else None
 
 
-def refuse_damaged(folder: Path, remedy: str) -> None:
-    """Refuse a model's folder with a file that cannot be read, or lacks a part of the weights.
+def check_model_files(folder: Path, remedy: str) -> None:
+    """Refuse a model folder with an unreadable file or missing weight shards.
+
+    Args:
+        folder: Folder of the model.
+        remedy: What to do, for the message.
 
     Raises:
-      InvalidInput: names the file.
+        InvalidInput: A file is damaged or missing; the message names it.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file())
     for path in files:
-        if problem := unreadable(path):
+        if problem := read_problem(path):
             raise InvalidInput(f"{problem}; {remedy}")
         if path.name.endswith(".index.json"):
-            parts = json.loads(path.read_text("utf-8")).get("weight_map", {}).values()
-            lacking = sorted({part for part in parts if not (folder / part).is_file()})
-            if lacking:
+            listed_parts = json.loads(path.read_text("utf-8")).get("weight_map", {}).values()
+            missing_parts = sorted({part for part in listed_parts if not (folder / part).is_file()})
+            if missing_parts:
                 raise InvalidInput(
-                    f"{folder / lacking[0]}, which {path.name} lists, is missing; {remedy}"
+                    f"{folder / missing_parts[0]}, which {path.name} lists, is missing; {remedy}"
                 )
 
 
@@ -129,12 +147,15 @@ def check_four_bit_layers(model: Any) -> None:
     """Make 4-bit layers on a CPU compute the same on every processor, or refuse them.
 
     On processors with AVX512-BF16 bitsandbytes repacks such a layer in its first forward pass: it
-    rounds scales and inputs to bfloat16 and fails where the outputs are no multiple of 32. That is
-    switched off. Its AVX-512 kernel also reads the wrong scale where a row ends within a block of
-    64 weights (0.50.2; errors as large as the weights), so such layers are refused.
+    rounds scales and inputs to bfloat16 and fails where the outputs are not a multiple of 32. That
+    is switched off. Its AVX-512 kernel also reads the wrong scale where a row ends within a block
+    of 64 weights (0.50.2; errors as large as the weights), so such layers are refused.
+
+    Args:
+        model: Hugging Face model.
 
     Raises:
-      ValueError: a 4-bit layer on a CPU whose inputs are no multiple of the block of 64 weights.
+        InvalidInput: A 4-bit layer on a CPU has inputs that are not a multiple of the block size.
     """
     for name, module in model.named_modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -147,73 +168,117 @@ def check_four_bit_layers(model: Any) -> None:
                 )
 
 
-def quantised(weights: str, dtype: torch.dtype, device: str) -> dict[str, Any]:
-    """Settings of `from_pretrained` that quantise: "int8", LLM.int8(); "nf4", normal floats.
+def quantization_options(weights: str, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """Return options of `from_pretrained` that quantise with bitsandbytes.
+
+    Args:
+        weights: "int8" for LLM.int8() or "nf4" for 4-bit NormalFloat.
+        dtype: Compute dtype of 4-bit layers.
+        device: Device of the model.
+
+    Returns:
+        Keyword arguments.
 
     Raises:
-      ImportError: bitsandbytes is not installed.
+        ImportError: bitsandbytes is not installed.
     """
     purpose, otherwise = f"teacher_weights {weights}", "set teacher_weights saved"
-    load_package("bitsandbytes", purpose, "quantised", otherwise=otherwise)
+    load_package("bitsandbytes", purpose, "quantised", alternative=otherwise)
     from transformers import BitsAndBytesConfig
 
-    how = {
+    configs = {
         "int8": BitsAndBytesConfig(load_in_8bit=True),
         "nf4": BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
         ),
     }
-    return {"quantization_config": how[weights], "device_map": {"": device}}
+    return {"quantization_config": configs[weights], "device_map": {"": device}}
 
 
 def resolve_device(device: str) -> str:
-    """The device of that name; of "auto", cuda where there is one.
+    """Return the device name, with "auto" resolved to cuda if available, else cpu.
+
+    Args:
+        device: "auto", "cpu", "cuda" or "cuda:N".
+
+    Returns:
+        Name of a torch device.
 
     Raises:
-      InvalidInput: no device has this name, or this machine has none of the kind.
+        InvalidInput: The name is unknown, or this machine has no such device.
     """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
-        raise InvalidInput(f"unknown device {device!r}; write auto, cpu, cuda or cuda:N") from error
+        raise InvalidInput(f"unknown device {device!r}; use auto, cpu, cuda or cuda:N") from error
     if kind == "cuda" and not torch.cuda.is_available():
-        raise InvalidInput(f"device is {device!r}, and this machine has no CUDA device; write cpu")
+        raise InvalidInput(f"device is {device!r}, but this machine has no CUDA device; use cpu")
     return device
 
 
 def check_same_vocabulary(student: Any, teacher: Any) -> None:
-    """Refuse a pair whose token ids mean different strings."""
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    if ours == theirs:
+    """Refuse a pair of tokenizers whose ids mean different strings.
+
+    Args:
+        student: Tokenizer of the student.
+        teacher: Tokenizer of the teacher.
+
+    Raises:
+        InvalidInput: The vocabularies differ; the message lists up to five tokens.
+    """
+    student_vocab, teacher_vocab = student.get_vocab(), teacher.get_vocab()
+    if student_vocab == teacher_vocab:
         return
-    differ = sorted(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
-    shown = ", ".join(f"{t!r}: {ours.get(t)} / {theirs.get(t)}" for t in differ[:5])
+    different_tokens = sorted(
+        token
+        for token in student_vocab.keys() | teacher_vocab.keys()
+        if student_vocab.get(token) != teacher_vocab.get(token)
+    )
+    examples = ", ".join(
+        f"{token!r}: {student_vocab.get(token)} / {teacher_vocab.get(token)}"
+        for token in different_tokens[:5]
+    )
     raise InvalidInput(
-        f"student and teacher tokenizers differ in {len(differ)} of {len(ours)} / {len(theirs)} "
-        f"tokens (id of student / teacher: {shown}); on-policy distillation scores the student's "
-        "ids with the teacher, so both need one vocabulary"
+        f"student and teacher tokenizers differ in {len(different_tokens)} of "
+        f"{len(student_vocab)} / {len(teacher_vocab)} "
+        f"tokens (id of student / teacher: {examples}); on-policy distillation scores the "
+        "student's ids with the teacher, so both must have the same vocabulary"
     )
 
 
-def end_ids(tokenizer: Any, network: Any) -> list[int]:
-    """Ids that end a response: the tokenizer's and the generation config's."""
-    listed = network.generation_config.eos_token_id
-    ids = set(listed if isinstance(listed, list) else [listed]) | {tokenizer.eos_token_id}
+def eos_ids(tokenizer: Any, network: Any) -> list[int]:
+    """Return the sorted EOS ids of the tokenizer and of the generation config.
+
+    Args:
+        tokenizer: Hugging Face tokenizer.
+        network: Hugging Face model.
+
+    Returns:
+        At least one id.
+
+    Raises:
+        InvalidInput: Neither has an EOS token.
+    """
+    config_ids = network.generation_config.eos_token_id
+    ids = set(config_ids if isinstance(config_ids, list) else [config_ids]) | {
+        tokenizer.eos_token_id
+    }
     ids.discard(None)
     if not ids:
         raise InvalidInput(
-            "no end-of-sequence token: set tokenizer.eos_token or generation_config.eos_token_id; "
-            "without one every rollout runs to its budget"
+            "no EOS token: set tokenizer.eos_token or generation_config.eos_token_id; without one "
+            "every rollout runs to the maximum length"
         )
     return sorted(ids)
 
 
-def own_first(tokenizer: Any, ends: list[int]) -> tuple[int, ...]:
-    """The end ids, the tokenizer's own before those of the generation config alone."""
-    return tuple(sorted(ends, key=lambda i: i != tokenizer.eos_token_id))
+def tokenizer_eos_first(tokenizer: Any, eos_ids: list[int]) -> tuple[int, ...]:
+    """Return the EOS ids with the tokenizer's own first, before those of the generation config."""
+    return tuple(sorted(eos_ids, key=lambda i: i != tokenizer.eos_token_id))
 
 
-def head_rows(network: Any) -> int:
+def num_head_rows(network: Any) -> int:
+    """Return the number of rows of the LM head."""
     return network.get_output_embeddings().weight.shape[0]

@@ -1,4 +1,4 @@
-"""LoRA adapters: add them to a student, and switch them off."""
+"""LoRA adapters: add them to a student, disable them, merge them."""
 
 import copy
 from dataclasses import replace
@@ -12,16 +12,23 @@ from opd.config.settings import Config
 from opd.models.model import CausalLM
 
 
-def adapted(network: Any, config: Config) -> Any:
-    """The network with LoRA adapters on all linear layers but the head; nothing else trains.
+def add_lora(network: Any, config: Config) -> Any:
+    """Add LoRA adapters to all linear layers except the head; only the adapters are trained.
 
-    The adapters' starting values depend on the seed alone.
+    The initial values of the adapters depend on the seed only.
+
+    Args:
+        network: Hugging Face model.
+        config: Settings with rank, alpha and seed.
+
+    Returns:
+        The model with adapters, in evaluation mode.
 
     Raises:
-      ImportError: peft is not installed.
+        ImportError: peft is not installed.
     """
-    peft = load_package("peft", "lora_rank", "lora", otherwise="set lora_rank to 0")
-    how = peft.LoraConfig(
+    peft = load_package("peft", "lora_rank", "lora", alternative="set lora_rank to 0")
+    lora_config = peft.LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=0.0,
@@ -30,11 +37,11 @@ def adapted(network: Any, config: Config) -> Any:
     )
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        return peft.get_peft_model(network, how).eval()
+        return peft.get_peft_model(network, lora_config).eval()
 
 
 def without_adapters(student: CausalLM) -> CausalLM:
-    """The same network with its adapters off, as a frozen teacher; costs no memory."""
+    """Return the same network with its adapters off, as a frozen teacher that needs no memory."""
 
     def hidden(ids: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
         with torch.no_grad(), student.network.disable_adapter():
@@ -43,8 +50,8 @@ def without_adapters(student: CausalLM) -> CausalLM:
     return replace(student, hidden=hidden)
 
 
-def ordinary(network: Any) -> Any:
-    """The network as an ordinary Hugging Face model: adapters, if any, merged into a copy."""
+def merge_lora(network: Any) -> Any:
+    """Return an ordinary Hugging Face model: adapters, if any, are merged into a copy."""
     if not hasattr(network, "merge_and_unload"):
         return network
     return copy.deepcopy(network).merge_and_unload()

@@ -1,7 +1,6 @@
-"""Models: loading a pair, and from token ids to the hidden states that predict the responses.
+"""Causal language models split into hidden states and head.
 
-The one place that aligns hidden states with response tokens. Shapes: B responses, P prompt
-positions, T response positions, L = P + T, N supervised tokens (flat), D hidden size, V shared
+Shapes: B responses, L sequence positions, N supervised tokens (flat), D hidden size, V shared
 vocabulary.
 """
 
@@ -21,38 +20,46 @@ Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class CausalLM:
-    """A causal LM, split into what makes hidden states and what turns them into logits.
-
-    network: the Hugging Face model; hidden: what it does before its head; find: the head as it is
-    now, since the weights of a sharded model come and go (opd.models.fsdp); vocabulary: V, the ids
-    that the pair shares, to which the head is cut.
-    """
+    """A causal LM, split into the computation of hidden states and the LM head."""
 
     network: Any
+    """The Hugging Face model."""
     hidden: Forward
-    find: Callable[[], LmHead]
+    """Forward pass up to the head."""
+    get_head: Callable[[], LmHead]
+    """Returns the current LM head (FSDP re-creates its weights, see `opd.models.fsdp`)."""
     vocabulary: int
+    """V, the ids that student and teacher share, to which the head is cut."""
 
     @property
     def head(self) -> LmHead:
-        return self.find()
+        """The current LM head."""
+        return self.get_head()
 
     @property
     def device(self) -> torch.device:
+        """Device of the weights."""
         return next(self.network.parameters()).device
 
 
-def split(network: Any, vocabulary: int) -> CausalLM:
-    """Split a model in evaluation mode at its head, checked against its own logits on a probe.
+def split_head(network: Any, vocabulary: int) -> CausalLM:
+    """Split a model in evaluation mode at its head, verified against its own logits on random ids.
 
-    Scale and soft-cap are read from the configuration, adapters of peft stay in the decoder. A
-    model that is not one head on its decoder's hidden states is used through `.logits`; that costs
-    (B, L, V) memory, and a warning says so.
+    Scale and soft-cap are read from the configuration; adapters of peft stay in the decoder. A
+    model that is not a single head on its decoder's hidden states is used through `.logits`, which
+    needs (B, L, V) memory and gives a warning.
+
+    Args:
+        network: Hugging Face model.
+        vocabulary: V, the ids that student and teacher share.
+
+    Returns:
+        The split model.
 
     Raises:
-      ValueError: an adapter sits on the head.
+        InvalidInput: An adapter is attached to the head.
     """
-    base = bare(network)
+    base = base_model(network)
     decoder = base.get_decoder()
     head = find_head(base, vocabulary) if decoder is not base else None
 
@@ -68,35 +75,37 @@ def split(network: Any, vocabulary: int) -> CausalLM:
         )
         return out.logits
 
-    if head is not None and _agree(network, hidden, logits, head):
+    if head is not None and _head_matches_logits(network, hidden, logits, head):
         return CausalLM(network, hidden, lambda: head, vocabulary)
     size = network.config.get_text_config().vocab_size
     warnings.warn(
-        f"{type(base).__name__} has logits that its head and configuration do not explain; falling "
+        f"the head and configuration of {type(base).__name__} do not reproduce its logits; falling "
         f"back to `.logits`, which keeps {size} numbers for every token of a micro-batch",
         stacklevel=2,
     )
     return CausalLM(network, logits, lambda: LmHead(None, vocabulary), vocabulary)
 
 
-def bare(network: Any) -> Any:
-    """The Hugging Face model itself; adapters of peft sit inside it and stay active."""
+def base_model(network: Any) -> Any:
+    """Return the Hugging Face model itself; adapters of peft are inside it and stay active."""
     return network.get_base_model() if hasattr(network, "get_base_model") else network
 
 
-def _agree(network: Any, hidden: Forward, logits: Forward, head: LmHead) -> bool:
-    """Whether the head makes the model's own logits from its hidden states, on random ids."""
+def _head_matches_logits(network: Any, hidden: Forward, logits: Forward, head: LmHead) -> bool:
+    """Return whether head and hidden states reproduce the model's own logits on random ids."""
     device = next(network.parameters()).device
-    seeded = torch.Generator().manual_seed(0)
-    ids = torch.randint(head.vocabulary, (2, 8), generator=seeded).to(device)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(head.vocabulary, (2, 8), generator=generator).to(device)
     probe = (ids, torch.ones_like(ids), torch.arange(8, device=device).expand(2, 8))
     with torch.no_grad():
         states = hidden(*probe)
         if head.weight is None or states.shape[-1] != head.weight.shape[1]:
             return False
-        ours = full_logits(states.flatten(0, 1), head)
-        theirs = logits(*probe).flatten(0, 1)[:, : head.vocabulary]
-    rounding = max(2 * torch.finfo(theirs.dtype).eps, 1e-4)
-    far = (ours - theirs.float()).abs().nan_to_num().max()
-    same_nan = bool((ours.isnan() == theirs.isnan()).all())
-    return same_nan and float(far) <= rounding * float(theirs.float().abs().nan_to_num().max())
+        head_logits = full_logits(states.flatten(0, 1), head)
+        model_logits = logits(*probe).flatten(0, 1)[:, : head.vocabulary]
+    rounding = max(2 * torch.finfo(model_logits.dtype).eps, 1e-4)
+    max_difference = (head_logits - model_logits.float()).abs().nan_to_num().max()
+    same_nan = bool((head_logits.isnan() == model_logits.isnan()).all())
+    return same_nan and float(max_difference) <= rounding * float(
+        model_logits.float().abs().nan_to_num().max()
+    )

@@ -1,7 +1,8 @@
-"""Compositions: a credit and a surrogate under one name, and what each is the gradient of.
+"""Named objectives: which credit and surrogate each combines, and what its gradient estimates.
 
-Shapes: B responses, T positions, K support ids; "..." is (B, T) or flat tokens (N,). p student,
-q teacher. Sign: the cost r = log p - log q is minimised; J = E[sum_t r_t] is the sequence KL.
+Shapes: B responses, T positions, K support ids; "..." is (B, T) or flat tokens (N,). p is the
+student, q the teacher. Sign convention: the cost r = log p - log q is minimised; J = E[sum_t r_t]
+is the sequence KL.
 """
 
 from collections.abc import Callable
@@ -31,9 +32,9 @@ from opd.objectives.surrogates import (
     full_forward,
     full_mixture,
     full_reverse,
-    half_square,
-    low_variance,
-    nothing,
+    k2_loss,
+    k3_loss,
+    no_loss,
     plain_score,
     published_tail,
     renormalised,
@@ -48,83 +49,116 @@ from opd.objectives.surrogates import (
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """A named composition.
+    """Combination of a credit and a surrogate.
 
-    support: ids on which both models must be known: "none", "teacher" or "student" (its top-K),
-    "union" or "intersection" of the two (`opd.objectives.support`), or "full".
-    local, score: Visited -> (...), the two parts of a token's loss: what it is whatever the credit,
-    and the score function of the credit. The credit of a token is its `own` cost plus the `later`
-    costs discounted by gamma, minus the `baseline`, plus what the `outcome` costs, all Scored ->
-    (B, T) over the whole step; ratio: Scored -> (B, T) factor of a token's loss where the sampler
-    is not the student.
-    normalised: whether the student's `logp` and `support_logp` must be true log-probabilities;
-    where False, raw logits of these ids give the same loss and gradient. sampled: whether `logp` is
-    read at all. mask_scope: in MASK_SCOPES, what a mask takes away.
-
-    What follows is declared where an objective is made, and never found out by looking at its
-    functions, which may be wrapped:
-    importance_weighted: whether every part of the loss that reads `logp` is weighted by
-    p(y) / p_old(y), so that it may be taken over tokens of an older student. scores_credit: whether
-    the credit enters the loss. sampled_own, sampled_later: whether these costs are the log-ratio of
-    the sampled token. distributions: whether credit or baseline read whole next-token
-    distributions. local_reads_sample, takes_limit, renormalises: of the local part, as in
-    `opd.objectives.surrogates.Form`.
+    The credit of a token is its own cost plus the later costs discounted by gamma, minus the
+    baseline, plus the cost of the reward. All of these take ScoredRollouts and return (B, T) over
+    the whole step. The flags are declared where an objective is defined; they are not derived from
+    its functions, which may be wrapped.
     """
 
     support: str
-    local: Callable[[VisitedTokens], Tensor] = nothing
-    score: Callable[[VisitedTokens], Tensor] = nothing
-    own: Callable[[ScoredRollouts], Tensor] = no_cost
-    later: Callable[[ScoredRollouts], Tensor] = no_cost
+    """Ids on which both models are compared: "none", "teacher" or "student" (top-K of that model),
+    "union" or "intersection" of the two (`opd.objectives.support`), or "full" for the whole
+    vocabulary.
+    """
+    local: Callable[[VisitedTokens], Tensor] = no_loss
+    """Part of a token's loss that does not depend on the credit: VisitedTokens -> (...)."""
+    score: Callable[[VisitedTokens], Tensor] = no_loss
+    """Score function of the credit, the other part of a token's loss: VisitedTokens -> (...)."""
+    own_cost: Callable[[ScoredRollouts], Tensor] = no_cost
+    """(B, T) cost of the token itself."""
+    later_cost: Callable[[ScoredRollouts], Tensor] = no_cost
+    """(B, T) cost of a token as it enters the credit of earlier tokens."""
     gamma: float = 0.0
+    """Discount of later costs."""
     baseline: Callable[[ScoredRollouts, Tensor], Tensor] = no_baseline
-    outcome: Callable[[ScoredRollouts], Tensor] = no_cost
+    """(batch, credit) -> (B, T) baseline subtracted from the credit."""
+    reward_cost: Callable[[ScoredRollouts], Tensor] = no_cost
+    """(B, T) cost of the reward, added to the credit."""
     ratio: Callable[[ScoredRollouts], Tensor] = no_ratio
+    """(B, T) factor of a token's loss that corrects for a sampler other than the student."""
     normalised: bool = True
+    """Whether `logp` and `support_logp` of the student must be true log-probabilities. Where False,
+    raw logits of these ids give the same loss and gradient.
+    """
     sampled: bool = True
+    """Whether the loss reads `logp`, the sampled token's log-probability."""
     mask_scope: str = "cost"
+    """What a mask removes, one of MASK_SCOPES."""
     importance_weighted: bool = False
+    """Whether every part of the loss that reads `logp` is weighted by p(y) / p_old(y), so that
+    tokens sampled by an older student may be used.
+    """
     scores_credit: bool = False
+    """Whether the credit enters the loss."""
     sampled_own: bool = False
+    """Whether the own cost is the log-ratio of the sampled token."""
     sampled_later: bool = False
+    """Whether the later cost is the log-ratio of the sampled token."""
     distributions: bool = False
+    """Whether credit or baseline read whole next-token distributions."""
     takes_limit: bool = False
+    """Whether the local part accepts a `limit` on its log-ratios
+    (`opd.objectives.surrogates.Form`).
+    """
     renormalises: bool = False
+    """Whether adding a constant to all log-probabilities of a position leaves the local part
+    unchanged.
+    """
     local_reads_sample: bool = False
+    """Whether the local part reads the sampled token's log-probability."""
 
     @property
     def reads_teacher_sample(self) -> bool:
         """Whether the loss reads the teacher's log-probability of the sampled token."""
-        later = self.sampled_later and self.gamma > 0
-        return self.sampled_own or later or self.local_reads_sample
+        reads_later_cost = self.sampled_later and self.gamma > 0
+        return self.sampled_own or reads_later_cost or self.local_reads_sample
 
     @property
     def only_fresh_samples(self) -> bool:
-        """Whether the loss is wrong on tokens that an older student drew."""
+        """Whether the loss is wrong on tokens that were sampled by an older student."""
         return self.sampled and not self.importance_weighted
 
     def credit(self, batch: ScoredRollouts) -> Tensor:
-        """(B, T) own_t + sum_{u > t} gamma^(u-t) later_u - baseline_t + outcome.
+        """Compute own_t + sum_{u > t} gamma^(u-t) later_u - baseline_t + reward_cost per token.
 
-        0 where nothing is supervised. Tokens that were sampled and are not supervised add their
-        costs to the credit of earlier ones with the mask scope "loss", and nothing with "cost"
-        (`MASK_SCOPES`); they advance gamma in both.
+        With the mask scope "loss", costs of tokens that were sampled but are not supervised are
+        part of the credit of earlier tokens; with "cost" they count as 0 (`MASK_SCOPES`). Such
+        tokens advance gamma in both cases.
+
+        Args:
+            batch: Scored rollouts of the whole optimizer step.
+
+        Returns:
+            (B, T) credit without gradient, 0 where nothing is supervised.
         """
-        counted = batch.sampled if self.mask_scope == "loss" else batch.mask
-        credit = self.own(batch) * counted
+        cost_mask = batch.sampled if self.mask_scope == "loss" else batch.mask
+        credit = self.own_cost(batch) * cost_mask
         if self.gamma:
-            later = self.later(batch) * counted
-            credit = credit + discounted(later, batch.sampled, self.gamma) - later
-        return (credit - self.baseline(batch, credit) + self.outcome(batch)) * batch.mask
+            later_costs = self.later_cost(batch) * cost_mask
+            credit = credit + discounted(later_costs, batch.sampled, self.gamma) - later_costs
+        return (credit - self.baseline(batch, credit) + self.reward_cost(batch)) * batch.mask
 
-    def surrogate(self, at: VisitedTokens) -> Tensor:
-        """(...) loss of a visited token."""
-        return self.local(at) + self.score(at)
+    def surrogate(self, inputs: VisitedTokens) -> Tensor:
+        """Return the (...) loss of the visited tokens."""
+        return self.local(inputs) + self.score(inputs)
 
     def loss(
         self, logp: Tensor | None, support_logp: Tensor | None, batch: ScoredRollouts
     ) -> Tensor:
-        """(B, T) unreduced loss of one whole batch; `logp` and `support_logp` carry gradient."""
+        """Return the (B, T) unreduced loss of a whole batch, with the credit computed from it.
+
+        Args:
+            logp: (B, T) student log-probabilities of the sampled tokens, with gradient; None if
+                unread.
+            support_logp: (B, T, K) student log-probabilities on the support, with gradient, or
+                None.
+            batch: Scored rollouts of the whole optimizer step.
+
+        Returns:
+            (B, T) losses, not masked and not divided by a denominator.
+        """
         return self.local_loss(logp, support_logp, batch, self.credit(batch))
 
     def local_loss(
@@ -134,13 +168,31 @@ class Objective:
         batch: ScoredRollouts,
         credit: Tensor,
     ) -> Tensor:
-        """The same with the credit (B, T) given."""
+        """Return the (B, T) unreduced loss of a batch for a given credit.
+
+        Args:
+            logp: (B, T) student log-probabilities of the sampled tokens, with gradient; None if
+                unread.
+            support_logp: (B, T, K) student log-probabilities on the support, with gradient, or
+                None.
+            batch: Scored rollouts.
+            credit: (B, T) credit of every token.
+
+        Returns:
+            (B, T) losses, not masked and not divided by a denominator.
+
+        Raises:
+            InvalidInput: The batch lacks the support of the objective.
+        """
         support = batch.support if self.support != "none" else None
         if self.support != "none":
             source = batch.support.source if batch.support is not None else "none"
             if support is None or support_logp is None or source != self.support:
-                raise InvalidInput(f"needs a {self.support!r} support, the batch has {source!r}")
-        at = VisitedTokens(
+                raise InvalidInput(
+                    f"the objective needs a {self.support!r} support, but the batch has "
+                    f"{source!r}; score the batch with that support"
+                )
+        inputs = VisitedTokens(
             logp=logp,
             credit=credit,
             teacher_logp=batch.teacher_logp,
@@ -150,28 +202,40 @@ class Objective:
             present=None if support is None else support.present,
             inside=None if support is None else support.contains(batch.tokens),
         )
-        return self.surrogate(at) * self.ratio(batch)
+        return self.surrogate(inputs) * self.ratio(batch)
 
 
 def sampled_token(gamma: float = 0.0) -> Objective:
-    """The gamma family: sum_t (sum_{u >= t} gamma^(u-t) r_u) grad log p(y_t).
+    """Build the gamma family: sum_t (sum_{u >= t} gamma^(u-t) r_u) grad log p(y_t).
 
-    gamma = 0: expected gradient of sum_t E[KL(p || q at the prefix)] with the prefix distribution
-    frozen; biased for the sequence KL by the missing derivative through the visited prefixes.
-    gamma = 1: unbiased for the gradient of the sequence KL, with variance up to cubic in T.
-    (arXiv 2603.25562, eq. 1-3.)
+    gamma = 0 is the expected gradient of sum_t E[KL(p || q at the prefix)] with the prefix
+    distribution frozen. It is biased for the sequence KL: the derivative through the visited
+    prefixes is missing. gamma = 1 is unbiased for the gradient of the sequence KL, with variance up
+    to cubic in T. (arXiv 2603.25562, eq. 1-3.)
+
+    Args:
+        gamma: Discount of later costs, in [0, 1].
+
+    Returns:
+        The objective.
     """
-    return _family(
-        gamma, own=sampled_cost, later=sampled_cost, sampled_own=True, sampled_later=True
+    return _score_function_objective(
+        gamma, own_cost=sampled_cost, later_cost=sampled_cost, sampled_own=True, sampled_later=True
     )
 
 
 def sampled_token_weighted(gamma: float = 0.0) -> Objective:
-    """`sampled_token` for several optimizer steps on the same rollouts: rho_t credit_t.
+    """Build `sampled_token` for several optimizer steps on the same rollouts: rho_t credit_t.
 
-    The same gradient in the first step, where rho = 1. Later the mean over the token is right for
-    the credit of the rollouts; that credit and the prefixes stay those of the old student, so that
-    the estimate is of the first order in how far the student has moved.
+    In the first step rho = 1 and the gradient is that of `sampled_token`. In later steps the mean
+    over the token is correct for the credit of the rollouts, but credit and prefixes are those of
+    the old student: the estimate is of first order in the change of the student.
+
+    Args:
+        gamma: Discount of later costs, in [0, 1].
+
+    Returns:
+        The objective.
     """
     return replace(sampled_token(gamma), score=weighted_score, importance_weighted=True)
 
@@ -179,15 +243,22 @@ def sampled_token_weighted(gamma: float = 0.0) -> Objective:
 def sampled_token_clipped(
     gamma: float = 0.0, clip: tuple[float, float, float] = (0.2, 0.2, 3.0)
 ) -> Objective:
-    """`sampled_token_weighted` under PPO's clip (low, high, dual), as the paper's baseline ran it.
+    """Build `sampled_token_weighted` with PPO's clip, the baseline of the paper.
 
-    The same gradient in the first step, where rho = 1; with one step on each set of rollouts the
-    clip has no effect. Later the gradient of a token is 0 once it has moved by more than the clip
-    to where its credit wanted it, and where its probability has grown `dual`-fold against its
-    credit: a stopping rule, biased on purpose.
+    In the first step rho = 1 and the gradient is that of `sampled_token`; with one step per set of
+    rollouts the clip has no effect. In later steps the gradient of a token is 0 once its
+    probability has moved by more than the clip in the direction of its credit, or has grown
+    `dual`-fold against its credit. This stopping rule is deliberately biased.
+
+    Args:
+        gamma: Discount of later costs, in [0, 1].
+        clip: (low, high, dual); the ratio is clipped to [1 - low, 1 + high].
+
+    Returns:
+        The objective.
 
     Raises:
-      ValueError: low outside (0, 1), high not positive, or dual not above 1 + high.
+        InvalidInput: low is outside (0, 1), high is not positive, or dual is not above 1 + high.
     """
     low, high, dual = clip
     if not (0 < low < 1 and high > 0 and dual > 1 + high):
@@ -200,60 +271,86 @@ def sampled_token_clipped(
 
 
 def mean_future(gamma: float = 0.0) -> Objective:
-    """`sampled_token` with later costs replaced by their means at the prefix, K_u for r_u.
+    """Build `sampled_token` with later costs replaced by their means at the prefix, K_u for r_u.
 
-    The same expected gradient; the noise of the later tokens' own draws is gone.
+    The expected gradient is the same; the noise from sampling the later tokens is removed.
+
+    Args:
+        gamma: Discount of later costs, in [0, 1].
+
+    Returns:
+        The objective.
     """
-    return _family(gamma, own=sampled_cost, later=mean_cost, sampled_own=True, distributions=True)
+    return _score_function_objective(
+        gamma, own_cost=sampled_cost, later_cost=mean_cost, sampled_own=True, distributions=True
+    )
 
 
 def full_reverse_kl(gamma: float = 0.0) -> Objective:
-    """sum_t KL(p || q) over the whole vocabulary, plus the score function of later mean costs.
+    """Build sum_t KL(p || q) over the vocabulary plus the score function of later mean costs.
 
-    The same expected gradient as `sampled_token(gamma)` without the noise of the sampled token in
-    either term. gamma = 0 is the local KL with frozen prefixes.
+    The expected gradient is that of `sampled_token(gamma)`, without the noise of the sampled token
+    in either term. gamma = 0 is the local KL with frozen prefixes.
+
+    Args:
+        gamma: Discount of later costs, in [0, 1].
+
+    Returns:
+        The objective.
     """
-    return _full_and_future(gamma, later=mean_cost, distributions=True)
+    return _full_and_future(gamma, later_cost=mean_cost, distributions=True)
 
 
 def full_sampled_future(gamma: float = 0.0) -> Objective:
-    """`full_reverse_kl` with the later costs as sampled: only the immediate term is averaged."""
-    return _full_and_future(gamma, later=sampled_cost, sampled_later=True)
+    """Build `full_reverse_kl` with sampled later costs: only the immediate term is averaged."""
+    return _full_and_future(gamma, later_cost=sampled_cost, sampled_later=True)
 
 
-def _full_and_future(gamma: float, **later: Any) -> Objective:
-    """The KL on the whole vocabulary, and at gamma > 0 the score function of the later costs."""
+def _full_and_future(gamma: float, **options: Any) -> Objective:
+    """Build the full-vocabulary KL and, at gamma > 0, the score function of the later costs."""
     check_gamma(gamma)
-    made = Objective(support="full", local=full_reverse, takes_limit=True, gamma=gamma, **later)
+    objective = Objective(
+        support="full", local=full_reverse, takes_limit=True, gamma=gamma, **options
+    )
     if gamma:
-        return replace(made, score=plain_score, scores_credit=True)
-    return replace(made, sampled=False)
+        return replace(objective, score=plain_score, scores_credit=True)
+    return replace(objective, sampled=False)
 
 
-def _family(gamma: float, **parts: Any) -> Objective:
-    """A score function of a credit, without a local part."""
+def _score_function_objective(gamma: float, **options: Any) -> Objective:
+    """Build a score function of a credit without a local part."""
     check_gamma(gamma)
-    return Objective(support="none", gamma=gamma, score=plain_score, scores_credit=True, **parts)
+    return Objective(support="none", gamma=gamma, score=plain_score, scores_credit=True, **options)
 
 
 def full_forward_kl() -> Objective:
-    """sum_t KL(q || p) over the whole vocabulary on the student's prefixes, which are frozen.
+    """Build sum_t KL(q || p) over the vocabulary on the student's prefixes, which are frozen.
 
-    Logit gradient p - q: exact for that sum, mass-covering, and not the gradient of either sequence
-    KL. Its cost is not E_p[anything], so it has no discounted part.
+    The logit gradient p - q is exact for that sum. The objective is mass-covering and its gradient
+    is not that of either sequence KL. Its cost is not an expectation under p, so there is no
+    discounted part.
+
+    Returns:
+        The objective.
     """
     return local("full", Form(surrogate=full_forward))
 
 
 def full_jsd(beta: float = 0.5) -> Objective:
-    """sum_t of the generalised Jensen-Shannon divergence on the student's prefixes, frozen.
+    """Build sum_t of the generalised Jensen-Shannon divergence on frozen student prefixes.
 
-    beta KL(q || m) + (1 - beta) KL(p || m) with m = beta q + (1 - beta) p; beta = 0 is the forward
-    KL, beta = 1 the reverse, and close to them the divergence and its gradient are small: they are
-    of the order of beta and 1 - beta. (GKD, arXiv 2306.13649.)
+    beta KL(q || m) + (1 - beta) KL(p || m) with m = beta q + (1 - beta) p. beta = 0 is the forward
+    KL and beta = 1 the reverse KL. Near these ends the divergence and its gradient are small, of
+    the order of beta and 1 - beta. (GKD, arXiv 2306.13649.)
+
+    Args:
+        beta: Weight of the teacher in the mixture, in [0, 1].
+
+    Returns:
+        The objective.
 
     Raises:
-      ValueError: beta is outside [0, 1].
+        InvalidInput: beta is outside [0, 1].
     """
     if not 0 <= beta <= 1:
         raise InvalidInput(f"beta is {beta}; it must lie in [0, 1], 0 forward and 1 reverse KL")
@@ -261,7 +358,15 @@ def full_jsd(beta: float = 0.5) -> Objective:
 
 
 def local(support: str, form: Form) -> Objective:
-    """An objective of the prefix and the sampled token alone; gamma and baselines do not apply."""
+    """Build an objective of prefix and sampled token only; gamma and baselines do not apply.
+
+    Args:
+        support: Ids on which the models are compared, as in `Objective.support`.
+        form: The local surrogate and its properties.
+
+    Returns:
+        The objective.
+    """
     return Objective(
         support=support,
         local=form.surrogate,
@@ -284,11 +389,13 @@ FORMS: dict[str, Form] = {
     "_sampled_tail": Form(surrogate=sampled_tail, reads_sample=True),
     "_published_tail": Form(surrogate=published_tail, reads_sample=True),
 }
-"""What a top-K objective does with its support; the name's ending. (Paper's V1 to V5: teacher_topk,
-student_topk_and_sampled, teacher_topk_and_sampled, student_ and teacher_topk_published_tail.)"""
+"""Local surrogates of top-K objectives by the suffix of the objective's name. (V1 to V5 of the
+paper: teacher_topk, student_topk_and_sampled, teacher_topk_and_sampled,
+student_topk_published_tail and teacher_topk_published_tail.)
+"""
 
 SUPPORTS = ("teacher", "student", "union", "intersection")
-"""Whose top-K ids a top-K objective is about; the name's beginning."""
+"""Supports of top-K objectives, the prefix of the objective's name."""
 
 OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "sampled_token": sampled_token,
@@ -299,8 +406,8 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "full_sampled_future": full_sampled_future,
     "full_forward_kl": full_forward_kl,
     "full_jsd": full_jsd,
-    "k2": partial(local, "none", Form(surrogate=half_square, reads_sample=True)),
-    "k3": partial(local, "none", Form(surrogate=low_variance, reads_sample=True)),
+    "k2": partial(local, "none", Form(surrogate=k2_loss, reads_sample=True)),
+    "k3": partial(local, "none", Form(surrogate=k3_loss, reads_sample=True)),
     **{
         f"{source}_topk{end}": partial(local, source, form)
         for source in SUPPORTS
@@ -310,20 +417,29 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
 
 
 def k1() -> Objective:
-    """k1 differentiated as it stands: the score alone, whose mean is zero. Nothing is learned."""
+    """Build k1 differentiated directly: a score function of mean zero, which learns nothing."""
 
-    def log_ratio_itself(visited: VisitedTokens) -> Tensor:
-        return log_ratio(sampled_logp(visited), visited.teacher_logp.detach())
+    def log_ratio_itself(inputs: VisitedTokens) -> Tensor:
+        """Return log p(y) - log q(y) with gradient."""
+        return log_ratio(sampled_logp(inputs), inputs.teacher_logp.detach())
 
     return local("none", Form(surrogate=log_ratio_itself, reads_sample=True))
 
 
 def kl_advantage(gamma: float = 0.0) -> Objective:
-    """The local KL as the advantage of the sampled token: equal for all tokens of a prefix.
+    """Build the local KL as advantage of the sampled token: equal for all tokens at a prefix.
 
-    At gamma = 0 its mean is zero; at gamma > 0 only the later costs teach anything.
+    At gamma = 0 the mean gradient is zero; at gamma > 0 only the later costs carry a signal.
+
+    Args:
+        gamma: Discount of later costs, in [0, 1].
+
+    Returns:
+        The objective.
     """
-    return _family(gamma, own=mean_cost, later=mean_cost, distributions=True)
+    return _score_function_objective(
+        gamma, own_cost=mean_cost, later_cost=mean_cost, distributions=True
+    )
 
 
 ERRORS: dict[str, tuple[Callable[..., Objective], str]] = {
@@ -333,7 +449,7 @@ ERRORS: dict[str, tuple[Callable[..., Objective], str]] = {
         "an advantage that is the same for every token of a prefix gives a gradient of mean zero",
     ),
 }
-"""Found in real trainers and studied here; `make` refuses to train with them."""
+"""Mistakes found in published trainers, kept for study; `build_objective` refuses them."""
 
 COLLAPSING: dict[str, str] = {
     "_unnormalised": "descent ends at p(S) = q(S)/e, pushing the student out of the support S even "
@@ -341,4 +457,4 @@ COLLAPSING: dict[str, str] = {
     "_published_tail": "its gradient is off by grad p(S): descent ends at p(S) = q(S)/(q(S) + "
     "e - e q(S)), pushing the student out of the support S even where it equals the teacher",
 }
-"""Forms whose minimum is not the teacher; `make` asks for a word of consent."""
+"""Forms whose minimum is not the teacher; `build_objective` requires allow_collapse=True."""

@@ -1,11 +1,10 @@
-"""Credit: how the cost of a token is spread over the tokens that caused it, once per step.
+"""Credit: how token costs are assigned to the tokens that caused them, once per step.
 
-Everything here is computed over the whole batch of an optimizer step and carries no gradient:
-discounted costs to go and the baselines that are subtracted from them (those that the gradient
-probe knows too are in `diagnostics.gradients.credit`), advantages of an outcome reward, and the importance
-ratios for tokens that were not sampled from the student itself.
+Everything is computed over the whole batch of an optimizer step and carries no gradient: discounted
+costs to go, baselines (those shared with the gradient probe are in `diagnostics.gradients.credit`),
+advantages of a reward, and importance ratios for tokens that were not sampled from the student.
 
-Shapes: B responses, T positions, G rollouts a prompt.
+Shapes: B responses, T positions, G rollouts per prompt.
 """
 
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from diagnostics.batch import ScoredRollouts
 from diagnostics.errors import InvalidInput
 from diagnostics.gradients.credit import check_gamma as check_gamma
 from diagnostics.gradients.credit import discounted as discounted
-from diagnostics.gradients.credit import group_totals, groups, leave_one_out, position_mean
+from diagnostics.gradients.credit import group_totals, leave_one_out, position_mean, prompt_groups
 from diagnostics.gradients.credit import immediate as immediate
 from diagnostics.gradients.credit import to_go as to_go
 
@@ -25,10 +24,12 @@ MASK_SCOPES: dict[str, str] = {
     "cost": "a masked token's cost is 0, for itself and in the credit of earlier tokens",
     "loss": "a masked token's cost stays in the credit of earlier tokens; its own loss alone goes",
 }
-"""What a mask takes away. Where it reads the prefix alone, "loss" estimates the gradient of the
-costs of all sampled tokens, and "cost" that of the supervised tokens' costs, both by the student's
-choices at the supervised positions. Where it reads the sampled token, neither is the gradient of a
-function: the score of a token that may be masked has another mean than 0 at its prefix."""
+"""What a mask removes. If the mask depends on the prefix only, "loss" estimates the gradient of the
+costs of all sampled tokens and "cost" that of the supervised tokens' costs, both through the
+student's choices at supervised positions. If the mask depends on the sampled token, neither is
+the gradient of a function: the score of a token that may be masked does not have mean 0 at its
+prefix.
+"""
 
 
 # --- baselines ----------------------------------------------------------------------------------
@@ -36,23 +37,32 @@ function: the score of a token that may be masked has another mean than 0 at its
 
 
 def no_baseline(batch: ScoredRollouts, credit: Tensor) -> Tensor:
-    """Nothing is subtracted."""
+    """Return a baseline of zero."""
     return torch.zeros_like(credit)
 
 
 def local_kl(batch: ScoredRollouts, credit: Tensor) -> Tensor:
-    """KL(student || teacher) at the prefix: the mean of the token's own cost (vOPD, 2605.07865)."""
+    """Return KL(student || teacher) at the prefix, the mean of the own cost (vOPD, 2605.07865)."""
     return mean_cost(batch)
 
 
-def given(batch: ScoredRollouts, credit: Tensor) -> Tensor:
-    """The batch's own `baseline` column: a critic's estimate, or the exact one on tabular worlds.
+def batch_baseline(batch: ScoredRollouts, credit: Tensor) -> Tensor:
+    """Return the batch's `baseline` column: a critic's estimate, or the exact one on tabular MDPs.
+
+    Args:
+        batch: Scored rollouts with a baseline column.
+        credit: (B, T), unused.
+
+    Returns:
+        (B, T) baseline.
 
     Raises:
-      ValueError: the batch has none.
+        InvalidInput: The batch has no baseline column.
     """
     if batch.baseline is None:
-        raise InvalidInput("the baseline 'given' needs a batch with a baseline column; it has none")
+        raise InvalidInput(
+            "baseline 'given' needs a batch with a baseline column, but this batch has none"
+        )
     return batch.baseline
 
 
@@ -61,38 +71,50 @@ BASELINES: dict[str, Callable[[ScoredRollouts, Tensor], Tensor]] = {
     "position_mean": position_mean,
     "leave_one_out": leave_one_out,
     "local_kl": local_kl,
-    "given": given,
+    "given": batch_baseline,
 }
 
-# --- advantages of the outcome reward -----------------------------------------------------------
+# --- advantages of the reward -------------------------------------------------------------------
 
 
 def leave_one_out_reward(batch: ScoredRollouts) -> Tensor:
-    """(B,) reward minus the mean reward of the *other* rollouts of the prompt.
+    """Return (B,) the reward minus the mean reward of the *other* rollouts of the prompt.
 
     Its score-function term is unbiased for the gradient of the expected reward.
+
+    Args:
+        batch: Scored rollouts with rewards, at least two per prompt.
+
+    Returns:
+        (B,) advantages.
     """
     group, size, reward = _rewards(batch)
-    others = (group_totals(reward, group) - reward) / (size - 1)
-    return reward - others
+    mean_of_others = (group_totals(reward, group) - reward) / (size - 1)
+    return reward - mean_of_others
 
 
 def group_mean_reward(batch: ScoredRollouts) -> Tensor:
-    """(B,) reward minus the prompt's mean, the own one included: (G - 1)/G of the unbiased one."""
+    """Return (B,) the reward minus the mean of its whole group: (G - 1)/G of the unbiased one."""
     group, size, reward = _rewards(batch)
     return reward - group_totals(reward, group) / size
 
 
 def group_normal_reward(batch: ScoredRollouts) -> Tensor:
-    """(B,) the same divided by the prompt's standard deviation; 0 where all rewards are equal.
+    """Return (B,) the group-mean advantage divided by the group's standard deviation.
 
-    GRPO's (arXiv 2402.03300, 4.1.2), with divisor G - 1. Not the gradient of the mean reward:
-    prompts weigh the more the more equal their rewards are.
+    GRPO's advantage (arXiv 2402.03300, 4.1.2) with divisor G - 1. Its gradient is not that of the
+    mean reward: prompts with nearly equal rewards get a larger weight.
+
+    Args:
+        batch: Scored rollouts with rewards, at least two per prompt.
+
+    Returns:
+        (B,) advantages, 0 where all rewards of a prompt are equal.
     """
     group, size, _ = _rewards(batch)
-    away = group_mean_reward(batch)
-    spread = (group_totals(away.square(), group) / (size - 1)).sqrt()
-    return torch.where(spread > 1e-6, away / spread.clamp(min=1e-6), torch.zeros_like(away))
+    deviation = group_mean_reward(batch)
+    std = (group_totals(deviation.square(), group) / (size - 1)).sqrt()
+    return torch.where(std > 1e-6, deviation / std.clamp(min=1e-6), torch.zeros_like(deviation))
 
 
 ADVANTAGES: dict[str, Callable[[ScoredRollouts], Tensor]] = {
@@ -102,25 +124,33 @@ ADVANTAGES: dict[str, Callable[[ScoredRollouts], Tensor]] = {
 }
 
 
-def outcome_cost(
+def reward_cost(
     batch: ScoredRollouts, weight: float, advantage: Callable[[ScoredRollouts], Tensor]
 ) -> Tensor:
-    """(B, T) -weight * advantage of the response, the same at all its tokens and not discounted.
+    """Return (B, T) -weight * advantage of the response at all of its tokens, undiscounted.
 
-    Added to the credit, it turns J into J - weight * E[reward].
+    Adding it to the credit turns J into J - weight * E[reward].
+
+    Args:
+        batch: Scored rollouts with rewards.
+        weight: Weight of the reward.
+        advantage: Function of the batch, one of ADVANTAGES.
+
+    Returns:
+        (B, T) costs, 0 where nothing was sampled.
     """
     return (-weight * advantage(batch))[:, None] * batch.sampled
 
 
 def _rewards(batch: ScoredRollouts) -> tuple[Tensor, Tensor, Tensor]:
-    """(B,) group, (B,) size of the group, (B,) reward."""
-    missing = int(batch.reward.isnan().sum())
-    if missing:
+    """Return group (B,), group size (B,) and reward (B,)."""
+    num_missing = int(batch.reward.isnan().sum())
+    if num_missing:
         raise InvalidInput(
-            f"{missing} of {len(batch)} responses have no reward (NaN); an outcome term needs a "
-            "graded task, or outcome = 0"
+            f"{num_missing} of {len(batch)} responses have no reward (NaN); use a graded task, or "
+            "set reward_weight to 0"
         )
-    group, size = groups(batch, "advantage of an outcome reward")
+    group, size = prompt_groups(batch, "advantage of an outcome reward")
     return group, size, batch.reward.to(batch.student_logp.dtype)
 
 
@@ -128,44 +158,65 @@ def _rewards(batch: ScoredRollouts) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def log_ratio(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
-    """k1 = log student - log teacher of the sampled token.
+    """Return k1 = log student - log teacher of the sampled token.
 
-    Unbiased for KL(student || teacher) at the prefix, of either sign.
+    It is unbiased for KL(student || teacher) at the prefix and may have either sign.
+
+    Args:
+        student_logp: (...) log-probabilities.
+        teacher_logp: (...) log-probabilities.
+
+    Returns:
+        (...) differences in nats.
     """
     return student_logp - teacher_logp
 
 
 def sampled_cost(batch: ScoredRollouts) -> Tensor:
-    """r, the log-ratio of the sampled token, (B, T)."""
+    """Return (B, T) r, the log-ratio of the sampled token."""
     return log_ratio(batch.student_logp, batch.teacher_logp).detach()
 
 
 def clipped_cost(batch: ScoredRollouts, limit: float) -> Tensor:
-    """r held within -limit and limit nats, (B, T).
+    """Return (B, T) r clipped to [-limit, limit] nats.
 
-    Tames single tokens of which a model is certain and the other not. Biased: the mean is that of
-    the clipped ratio, sum_v p clip(log p/q) grad log p, so that rare tokens which either model all
-    but rules out pull with at most `limit`. No bias where no token goes that far.
+    This bounds the influence of single tokens on which one model is certain and the other is not.
+    It is biased: the mean is sum_v p clip(log p/q) grad log p, so that rare tokens which either
+    model practically rules out contribute at most `limit`. There is no bias where no ratio exceeds
+    the limit.
+
+    Args:
+        batch: Scored rollouts.
+        limit: Largest absolute log-ratio in nats.
+
+    Returns:
+        (B, T) costs.
     """
     return sampled_cost(batch).clamp(-limit, limit)
 
 
 def mean_cost(batch: ScoredRollouts) -> Tensor:
-    """K = KL(student || teacher) at the prefix, the mean of r over the token, (B, T).
+    """Return (B, T) K = KL(student || teacher) at the prefix, the mean of r over the token.
+
+    Args:
+        batch: Scored rollouts with next-token statistics.
+
+    Returns:
+        (B, T) costs.
 
     Raises:
-      ValueError: the batch has no prefix functionals.
+        InvalidInput: The batch has no next-token statistics.
     """
     if batch.prefix is None:
         raise InvalidInput(
-            "the local KL needs whole next-token distributions; score the batch with prefix "
-            "functionals (diagnostics.core.distribution_stats)"
+            "the local KL needs whole next-token distributions; score the batch with `score`, "
+            "which adds them (diagnostics.core.distribution_stats)"
         )
     return batch.prefix.reverse_kl.detach()
 
 
 def no_cost(batch: ScoredRollouts) -> Tensor:
-    """A local objective has no score-function part."""
+    """Return a cost of zero, that of a local objective, which has no score-function part."""
     return torch.zeros_like(batch.student_logp)
 
 
@@ -173,29 +224,41 @@ def no_cost(batch: ScoredRollouts) -> Tensor:
 
 
 def no_ratio(batch: ScoredRollouts) -> Tensor:
-    """Every token counts once; right only if the sampler is the student."""
+    """Return a ratio of 1 for every token; correct only if the sampler is the student."""
     return torch.ones_like(batch.student_logp)
 
 
 def token_ratio(batch: ScoredRollouts) -> Tensor:
-    """student(y | prefix) / sampler(y | prefix): repairs the token's own term, not the prefixes.
+    """Return student(y | prefix) / sampler(y | prefix), correcting the token, not the prefixes.
 
     At gamma = 0 the mean is the local gradient over the *sampler's* prefixes. Tokens that the
-    sampler never draws (top-p) stay missing.
+    sampler never draws (top-p) remain missing.
+
+    Args:
+        batch: Scored rollouts with the sampler's log-probabilities.
+
+    Returns:
+        (B, T) ratios.
     """
     return (batch.student_logp - batch.sampler_logp).detach().exp()
 
 
 def sequence_ratio(batch: ScoredRollouts) -> Tensor:
-    """The product of the ratios of all sampled tokens of the response, (B, T) constant along T.
+    """Return the product of the token ratios of a response, constant along T.
 
-    Also of those that are not supervised: how much too often the sampler produces a response does
-    not depend on where the loss is taken. Unbiased where the sampler draws every token that the
-    student can; its variance grows exponentially with the length.
+    The product includes tokens that are not supervised, since how often the sampler produces a
+    response does not depend on the mask. It is unbiased if the sampler can draw every token that
+    the student can; its variance grows exponentially with the length.
+
+    Args:
+        batch: Scored rollouts with the sampler's log-probabilities.
+
+    Returns:
+        (B, T) ratios.
     """
-    away = (batch.student_logp - batch.sampler_logp).detach() * batch.sampled
-    away = away.sum(1, keepdim=True)
-    return away.exp().expand_as(batch.student_logp)
+    log_weight = (batch.student_logp - batch.sampler_logp).detach() * batch.sampled
+    log_weight = log_weight.sum(1, keepdim=True)
+    return log_weight.exp().expand_as(batch.student_logp)
 
 
 RATIOS: dict[str, Callable[[ScoredRollouts], Tensor]] = {

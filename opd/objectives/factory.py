@@ -1,11 +1,14 @@
-"""Objectives of on-policy distillation: pure functions, the same for the exact study and the LLM.
+"""Build an objective by name, with its baseline, importance ratio, clip and reward.
 
-A method is three choices. The **credit** spreads the tokens' costs over the tokens that caused them
-(once per optimizer step, over the whole batch, no gradient; `opd.objectives.credit`); the **surrogate** turns
-it into a loss whose gradient is the estimate (token by token, with gradient; `opd.objectives.surrogates`); the
-**reduction** divides by an explicit denominator (`opd.objectives.reduction`). Named compositions stand in
-`OBJECTIVES` (`opd.objectives.catalogue`), reductions in `DENOMINATORS`. This module is the door to all of
-them; `make` builds what may be trained with and refuses the rest.
+An objective consists of three parts. The **credit** assigns token costs to the tokens that caused
+them (once per optimizer step, over the whole batch, no gradient; `opd.objectives.credit`). The
+**surrogate** turns the credit into a loss whose gradient is the estimate (token by token, with
+gradient; `opd.objectives.surrogates`). The **reduction** divides by an explicit denominator
+(`opd.objectives.reduction`). The functions are pure and shared by the exact study and the training
+of language models.
+
+Named objectives are in `OBJECTIVES` (`opd.objectives.catalogue`), reductions in `DENOMINATORS`.
+`build_objective` validates the combination before training.
 """
 
 import inspect
@@ -43,7 +46,7 @@ from opd.objectives.credit import (
     RATIOS,
     check_gamma,
     clipped_cost,
-    outcome_cost,
+    reward_cost,
 )
 from opd.objectives.reduction import (
     DENOMINATORS,
@@ -63,6 +66,7 @@ __all__ = [
     "OBJECTIVES",
     "SUPPORTS",
     "Objective",
+    "build_objective",
     "full_forward_kl",
     "full_jsd",
     "full_reverse_kl",
@@ -71,7 +75,6 @@ __all__ = [
     "k1",
     "kl_advantage",
     "local",
-    "make",
     "mean_future",
     "reduce",
     "sampled_token",
@@ -83,7 +86,7 @@ __all__ = [
 ]
 
 
-def make(
+def build_objective(
     name: str,
     gamma: float = 0.0,
     baseline: str = "none",
@@ -97,79 +100,89 @@ def make(
     mask_scope: str = "cost",
     allow_collapse: bool = False,
 ) -> Objective:
-    """The objective called `name`; refuses what it would silently ignore, and known errors.
+    """Build the objective called `name`; refuse options without effect and known errors.
 
     Args:
-      name: in OBJECTIVES. gamma: discount of later costs. baseline, ratio: in `opd.objectives.credit`.
-      beta: of full_jsd, 0.5 if None. clip: (low, high, dual) of sampled_token_clipped, its own
-        if None.
-      ratio_clip: nats within which the sampled tokens' costs are held (`clipped_cost`), and the
-        log-ratios of a reverse KL on a support or on the whole vocabulary.
-      reward_weight: weight of the reward, reward_weight * E[reward] taken from what is minimised. Any objective
-        takes one: its own score function carries it, or a plain one where it has none, with an
-        `reward_baseline` of `opd.objectives.credit.ADVANTAGES`.
-      mask_scope: in `opd.objectives.credit.MASK_SCOPES`; without a mask, and at gamma = 0, all the same.
-      allow_collapse: a form in COLLAPSING is wanted all the same, to study it.
+        name: One of OBJECTIVES.
+        gamma: Discount of later costs, in [0, 1].
+        baseline: One of BASELINES in `opd.objectives.credit`.
+        ratio: One of RATIOS in `opd.objectives.credit`.
+        beta: Mixture weight of full_jsd; None for 0.5.
+        clip: (low, high, dual) of sampled_token_clipped; None for its default.
+        ratio_clip: Nats within which the sampled tokens' costs are clipped (`clipped_cost`), and
+            the log-ratios of a reverse KL on a support or on the whole vocabulary.
+        reward_weight: Weight of the reward: reward_weight * E[reward] is subtracted from what is
+            minimised. Every objective accepts one: its own score function carries it, or a plain
+            score function is added.
+        reward_baseline: One of ADVANTAGES in `opd.objectives.credit`.
+        mask_scope: One of MASK_SCOPES in `opd.objectives.credit`; without a mask, or at gamma = 0,
+            all are the same.
+        allow_collapse: Accept a form in COLLAPSING, to study it.
+
+    Returns:
+        The objective.
 
     Raises:
-      ValueError: an unknown name, a number outside its range, a choice that would have no effect or
-        only add noise, a known error, or a form that collapses.
+        InvalidInput: A name is unknown, a number is out of range, an option would have no effect or
+            only add noise, the objective is a known error, or its form collapses.
     """
     _check_names(name, baseline, ratio, reward_baseline, mask_scope)
     _check_collapse(name, allow_collapse)
     check_gamma(gamma)
-    made = _construct(name, gamma, beta, clip)
+    objective = _construct(name, gamma, beta, clip)
     if baseline != "none":
-        made = _centred(name, made, baseline)
+        objective = _with_baseline(name, objective, baseline)
     if ratio_clip != math.inf:
-        made = _limited(name, made, ratio_clip)
+        objective = _with_clipped_ratios(name, objective, ratio_clip)
     if reward_weight:
-        made = _mixed(name, made, reward_weight, reward_baseline)
+        objective = _with_reward(name, objective, reward_weight, reward_baseline)
     elif reward_baseline != "leave_one_out":
         raise InvalidInput(
             f"reward_baseline {reward_baseline!r} has no effect without a reward_weight"
         )
-    if ratio == "token" and not made.sampled:
+    if ratio == "token" and not objective.sampled:
         raise InvalidInput(
-            f"{name} does not read the sampled token, so that its own ratio only adds noise; "
-            "ratio 'sequence' reweights the prefixes"
+            f"{name} does not read the sampled token, so ratio 'token' would only add noise; "
+            "use ratio 'sequence', which reweights the prefixes"
         )
-    if mask_scope == "loss" and not _counts_masked_costs(made, baseline):
+    if mask_scope == "loss" and not _counts_masked_costs(objective, baseline):
         raise InvalidInput(
-            f"{name} at gamma = {made.gamma} with baseline {baseline!r} gives no token the cost of "
-            "another; mask_scope 'loss' would have no effect, use 'cost'"
+            f"{name} at gamma = {objective.gamma} with baseline {baseline!r} does not use the "
+            "costs of other tokens, so mask_scope 'loss' would have no effect; use 'cost'"
         )
-    return replace(made, ratio=RATIOS[ratio], mask_scope=mask_scope)
+    return replace(objective, ratio=RATIOS[ratio], mask_scope=mask_scope)
 
 
-def _counts_masked_costs(made: Objective, baseline: str) -> bool:
-    """Whether a supervised token's credit may hold the cost of a token that is not."""
-    over_responses = baseline not in ("none", "local_kl", "given")
-    return made.gamma > 0 or (over_responses and made.sampled_own)
+def _counts_masked_costs(objective: Objective, baseline: str) -> bool:
+    """Return whether a supervised token's credit may contain the cost of an unsupervised token."""
+    averages_over_responses = baseline not in ("none", "local_kl", "given")
+    return objective.gamma > 0 or (averages_over_responses and objective.sampled_own)
 
 
 def _check_names(
     name: str, baseline: str, ratio: str, reward_baseline: str, mask_scope: str
 ) -> None:
+    """Refuse known errors and unknown names."""
     if name in ERRORS:
         raise InvalidInput(f"{name} is a known error: {ERRORS[name][1]}; use sampled_token")
-    for kind, chosen, known in (
+    for kind, value, known_names in (
         ("objective", name, OBJECTIVES),
         ("baseline", baseline, BASELINES),
         ("ratio", ratio, RATIOS),
         ("reward_baseline", reward_baseline, ADVANTAGES),
         ("mask scope", mask_scope, MASK_SCOPES),
     ):
-        if chosen not in known:
-            raise InvalidInput(f"unknown {kind} {chosen!r}; known: {', '.join(known)}")
+        if value not in known_names:
+            raise InvalidInput(f"unknown {kind} {value!r}; known: {', '.join(known_names)}")
 
 
-def _check_collapse(name: str, accepted: bool) -> None:
-    for ending, why in COLLAPSING.items():
-        if name.endswith(ending) and not accepted:
-            stem = name.removesuffix(ending)
+def _check_collapse(name: str, allow_collapse: bool) -> None:
+    """Refuse a form whose minimum is not the teacher, unless collapse is allowed."""
+    for suffix, reason in COLLAPSING.items():
+        if name.endswith(suffix) and not allow_collapse:
+            stem = name.removesuffix(suffix)
             raise InvalidInput(
-                f"{name} collapses: {why}; use {stem}, {stem}_bucket or the unbiased "
+                f"{name} collapses: {reason}; use {stem}, {stem}_bucket or the unbiased "
                 f"{stem}_sampled_tail, or pass allow_collapse=True"
             )
 
@@ -177,69 +190,69 @@ def _check_collapse(name: str, accepted: bool) -> None:
 def _construct(
     name: str, gamma: float, beta: float | None, clip: tuple[float, float, float] | None
 ) -> Objective:
-    """The constructor with the choices that were made, all of which it must know."""
+    """Call the objective's constructor with the options that were set; refuse unknown ones."""
     constructor = OBJECTIVES[name]
     parameters = inspect.signature(constructor).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    known = {"gamma", "beta", "clip"} if takes_any else set(parameters)
+    parameter_names = {"gamma", "beta", "clip"} if takes_any else set(parameters)
     choices = {"gamma": gamma or None, "beta": beta, "clip": clip}
-    made = {word: value for word, value in choices.items() if value is not None}
-    for word, value in made.items():
-        if word == "gamma" and word not in known:
+    options = {option: value for option, value in choices.items() if value is not None}
+    for option, value in options.items():
+        if option == "gamma" and option not in parameter_names:
             raise InvalidInput(
-                f"{name} is local, gamma = {value} would have no effect; use gamma = 0"
+                f"{name} is local, so gamma = {value} would have no effect; use gamma = 0"
             )
-        if word not in known:
-            raise InvalidInput(f"{word} = {value} would have no effect on {name}")
-    return constructor(**made)
+        if option not in parameter_names:
+            raise InvalidInput(f"{option} = {value} would have no effect on {name}")
+    return constructor(**options)
 
 
-def _centred(name: str, made: Objective, baseline: str) -> Objective:
-    """The objective with the baseline, if there is a credit that it could centre."""
-    if not made.scores_credit:
+def _with_baseline(name: str, objective: Objective, baseline: str) -> Objective:
+    """Return the objective with a baseline subtracted from its credit."""
+    if not objective.scores_credit:
         raise InvalidInput(
-            f"{name} at gamma = {made.gamma} has no credit from which to subtract the baseline "
-            f"{baseline!r}"
+            f"{name} at gamma = {objective.gamma} has no credit from which to subtract the "
+            f"baseline {baseline!r}; use baseline 'none'"
         )
-    if baseline == "local_kl" and not made.sampled_own:
+    if baseline == "local_kl" and not objective.sampled_own:
         raise InvalidInput(
-            f"{name} has the token's own cost in closed form, not in its credit; the baseline "
-            "'local_kl' is the mean of that cost and would only add noise"
+            f"{name} computes the token's own cost in closed form, not in its credit; baseline "
+            "'local_kl', the mean of that cost, would only add noise"
         )
-    distributions = made.distributions or baseline == "local_kl"
-    return replace(made, baseline=BASELINES[baseline], distributions=distributions)
+    distributions = objective.distributions or baseline == "local_kl"
+    return replace(objective, baseline=BASELINES[baseline], distributions=distributions)
 
 
-def _limited(name: str, made: Objective, limit: float) -> Objective:
-    """The objective with its sampled costs, and the log-ratios of its local part, clipped."""
+def _with_clipped_ratios(name: str, objective: Objective, limit: float) -> Objective:
+    """Return the objective with its sampled costs and the log-ratios of its local part clipped."""
     if not limit > 0:
         raise InvalidInput(f"ratio_clip is {limit}; it must be a positive number of nats")
-    later = made.sampled_later and made.gamma > 0
-    if not (made.sampled_own or later or made.takes_limit):
+    later_cost_sampled = objective.sampled_later and objective.gamma > 0
+    if not (objective.sampled_own or later_cost_sampled or objective.takes_limit):
         raise InvalidInput(
-            f"{name} at gamma = {made.gamma} has no sampled cost in its credit and no log-ratio "
-            f"that can be clipped; ratio_clip = {limit} would have no effect"
+            f"{name} at gamma = {objective.gamma} has no sampled cost in its credit and no "
+            f"log-ratio that can be clipped; ratio_clip = {limit} would have no effect"
         )
     cost = partial(clipped_cost, limit=limit)
-    surrogate: Callable[..., Tensor] = made.local
+    surrogate: Callable[..., Tensor] = objective.local
     return replace(
-        made,
-        local=partial(surrogate, limit=limit) if made.takes_limit else surrogate,
-        own=cost if made.sampled_own else made.own,
-        later=cost if made.sampled_later else made.later,
+        objective,
+        local=partial(surrogate, limit=limit) if objective.takes_limit else surrogate,
+        own_cost=cost if objective.sampled_own else objective.own_cost,
+        later_cost=cost if objective.sampled_later else objective.later_cost,
     )
 
 
-def _mixed(name: str, made: Objective, weight: float, reward_baseline: str) -> Objective:
-    """The objective with an outcome reward in its credit, and a score that carries it."""
+def _with_reward(name: str, objective: Objective, weight: float, reward_baseline: str) -> Objective:
+    """Return the objective with a reward in its credit and a score function that carries it."""
     if not (math.isfinite(weight) and weight > 0):
         raise InvalidInput(f"reward_weight is {weight}; the weight of the reward must be positive")
     return replace(
-        made,
-        outcome=partial(outcome_cost, weight=weight, advantage=ADVANTAGES[reward_baseline]),
-        score=made.score if made.scores_credit else plain_score,
+        objective,
+        reward_cost=partial(reward_cost, weight=weight, advantage=ADVANTAGES[reward_baseline]),
+        score=objective.score if objective.scores_credit else plain_score,
         scores_credit=True,
         sampled=True,
-        importance_weighted=made.importance_weighted,
+        importance_weighted=objective.importance_weighted,
         normalised=True,
     )

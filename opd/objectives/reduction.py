@@ -1,4 +1,4 @@
-"""Reduction: losses of tokens to the loss of an optimizer step, by an explicit denominator.
+"""Reduction of token losses to the loss of an optimizer step, by an explicit denominator.
 
 Shapes: B responses, T positions.
 """
@@ -13,50 +13,72 @@ from diagnostics.errors import InvalidInput
 
 
 def reduce(loss: Tensor, mask: Tensor, denominator: Tensor) -> Tensor:
-    """sum_{i,t} mask loss / denominator_i: (B, T), (B, T), (B,) -> scalar.
+    """Return sum_{i,t} mask loss / denominator_i.
 
-    The denominator is an argument: computed once over the whole optimizer step, so that the split
-    into micro-batches changes nothing.
+    The denominator is an argument because it is computed once over the whole optimizer step:
+    splitting the step into micro-batches then changes nothing.
+
+    Args:
+        loss: (B, T) token losses.
+        mask: (B, T) bool, supervised tokens.
+        denominator: (B,) one per response.
+
+    Returns:
+        Scalar loss.
     """
     return (torch.where(mask, loss, torch.zeros_like(loss)) / denominator[:, None]).sum()
 
 
 def token_mean(batch: ScoredRollouts) -> Tensor:
-    """(B,) every token weighs the same: the number of supervised tokens of the step."""
-    return _positive(batch.mask.sum()).expand(len(batch)).to(batch.student_logp.dtype)
+    """Return (B,) the number of supervised tokens of the step: every token has equal weight."""
+    return _check_not_empty(batch.mask.sum()).expand(len(batch)).to(batch.student_logp.dtype)
 
 
 def sequence_sum(batch: ScoredRollouts) -> Tensor:
-    """(B,) every response weighs its length: the mean over responses of token sums, as in J."""
-    _positive(batch.mask.sum())
+    """Return (B,) the number of responses: the mean over responses of token sums, as in J."""
+    _check_not_empty(batch.mask.sum())
     return batch.student_logp.new_full((len(batch),), float(len(batch)))
 
 
 def sequence_mean(batch: ScoredRollouts) -> Tensor:
-    """(B,) every response weighs the same: B times the number of its supervised tokens.
+    """Return (B,) B times a response's supervised tokens: every response has equal weight.
 
-    Its gradient is not that of E[mean_t K_t]: the length's own derivative is left out.
+    The gradient is not that of E[mean_t K_t]: the derivative of the length is left out.
+
+    Args:
+        batch: Scored rollouts of the whole optimizer step.
+
+    Returns:
+        (B,) denominators.
     """
-    _positive(batch.mask.sum())
+    _check_not_empty(batch.mask.sum())
     return batch.mask.sum(1).clamp(min=1).to(batch.student_logp.dtype) * len(batch)
 
 
 def group_mean(batch: ScoredRollouts) -> Tensor:
-    """(B,) every prompt weighs the same: as many prompts times its rollouts' tokens.
+    """Return (B,) the number of prompts times the tokens of a prompt's rollouts.
 
-    Within a group long responses weigh more. (arXiv 2603.25562, eq. 8.)
+    Every prompt has equal weight; within a group long responses weigh more. (arXiv 2603.25562, eq.
+    8.)
+
+    Args:
+        batch: Scored rollouts of the whole optimizer step.
+
+    Returns:
+        (B,) denominators.
     """
-    _positive(batch.mask.sum())
+    _check_not_empty(batch.mask.sum())
     prompts, group = batch.prompt.unique(return_inverse=True)
     tokens = torch.zeros_like(prompts).index_add_(0, group, batch.mask.sum(1))[group]
     return tokens.clamp(min=1).to(batch.student_logp.dtype) * len(prompts)
 
 
-def _positive(count: Tensor) -> Tensor:
+def _check_not_empty(count: Tensor) -> Tensor:
+    """Return the number of supervised tokens after checking that it is positive."""
     if int(count) == 0:
         raise InvalidInput(
-            "the mask is empty: 0 supervised tokens in the whole step; look at the mask rule and "
-            "at whether responses are empty"
+            "the mask is empty: 0 supervised tokens in the whole step; check the mask rules and "
+            "whether the responses are empty"
         )
     return count
 

@@ -1,6 +1,6 @@
-"""Supports made of two top-K lists: the ids that either model, or both, think probable.
+"""Joint supports of two top-K lists: union and intersection.
 
-Shapes: K ids a list; "..." is (B, T) or flat tokens (N,).
+Shapes: K ids per list; "..." is (B, T) or flat tokens (N,).
 """
 
 from collections.abc import Callable
@@ -10,41 +10,45 @@ from torch import Tensor
 
 
 def union(teacher_ids: Tensor, student_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The teacher's ids, then the student's; one that the teacher has too is absent there.
+    """Return the teacher's ids followed by the student's, with duplicates marked as absent.
 
     Args:
-      teacher_ids, student_ids: (..., K) long, each without repetition.
+        teacher_ids: (..., K) long, without repetition.
+        student_ids: (..., K) long, without repetition.
 
     Returns:
-      ids (..., 2K) and present (..., 2K) bool: among the present ids each stands once.
+        ids (..., 2K) and present (..., 2K) bool; every present id occurs once.
     """
-    new = ~_among(student_ids, teacher_ids)
+    new = ~_contained_in(student_ids, teacher_ids)
     present = torch.cat([torch.ones_like(teacher_ids, dtype=torch.bool), new], -1)
     return torch.cat([teacher_ids, student_ids], -1), present
 
 
 def intersection(teacher_ids: Tensor, student_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The teacher's ids; one that the student has not among its own is absent.
+    """Return the teacher's ids, with those that the student's list lacks marked as absent.
 
-    Nothing is present where the lists have nothing in common.
+    Nothing is present where the lists have no id in common.
 
     Args:
-      teacher_ids, student_ids: (..., K) long, each without repetition.
+        teacher_ids: (..., K) long, without repetition.
+        student_ids: (..., K) long, without repetition.
 
     Returns:
-      ids (..., K) and present (..., K) bool.
+        ids (..., K) and present (..., K) bool.
     """
-    return teacher_ids, _among(teacher_ids, student_ids)
+    return teacher_ids, _contained_in(teacher_ids, student_ids)
 
 
-def _among(ids: Tensor, others: Tensor) -> Tensor:
-    """(..., K) bool: the id is one of the others, without a (..., K, K) comparison."""
-    ordered = others.sort(-1).values
-    at = torch.searchsorted(ordered, ids.contiguous()).clamp(max=others.shape[-1] - 1)
-    return ordered.gather(-1, at) == ids
+def _contained_in(ids: Tensor, reference_ids: Tensor) -> Tensor:
+    """Return (..., K) bool, whether an id is a reference id, without a (..., K, K) comparison."""
+    sorted_ids = reference_ids.sort(-1).values
+    positions = torch.searchsorted(sorted_ids, ids.contiguous()).clamp(
+        max=reference_ids.shape[-1] - 1
+    )
+    return sorted_ids.gather(-1, positions) == ids
 
 
-JOINED: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+JOINT_SUPPORTS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "union": union,
     "intersection": intersection,
 }

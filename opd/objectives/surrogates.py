@@ -1,10 +1,11 @@
-"""Surrogates: the loss of a visited token, whose gradient is the estimate.
+"""Surrogate losses of visited tokens, whose gradients are the estimates.
 
-Each takes what is known at a token and returns (...) losses; nothing is reduced here, and every
-stop-gradient is visible. Local ones compare the models at the prefix; scores turn a credit into the
-score function of the sampled token.
+Each surrogate takes VisitedTokens and returns (...) losses. Nothing is reduced here, and every
+stop-gradient is explicit. Local surrogates compare the models at the prefix; score surrogates turn
+a credit into the score function of the sampled token.
 
-Shapes: K support ids; "..." is (B, T) or flat tokens (N,). p student, q teacher, S the support.
+Shapes: K support ids; "..." is (B, T) or flat tokens (N,). p is the student, q the teacher, S the
+support.
 """
 
 import math
@@ -18,234 +19,342 @@ from diagnostics.errors import InvalidInput
 from opd.objectives.credit import log_ratio
 from opd.objectives.divergences import forward_kl, jensen_shannon, renormalise, reverse_kl
 
-_NOTHING = -1e9
-"""A log-probability of an absent id: its probability underflows to 0 in float32 and bfloat16."""
+_ABSENT_LOGP = -1e9
+"""Log-probability of an absent id: its probability underflows to 0 in float32 and bfloat16."""
 
-_FAR = 20.0
-"""Nats by which the student may leave its rollout before the importance ratio stops following."""
+_MAX_LOG_RATIO = 20.0
+"""Largest log-ratio in nats between student and rollout policy that an importance ratio follows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisitedTokens:
-    """What a surrogate may see at visited tokens; everything is local to the token.
+    """Inputs of a surrogate at the visited tokens; everything is local to the token.
 
-    logp (...) and support_logp (..., K) carry the gradient of the student; credit (...),
-    teacher_logp (...), teacher_support_logp (..., K) and old_logp (...), the student's
-    log-probability when the rollouts were scored, are constants. present (..., K) bool: the ids of
-    the support that count, all if None; inside (...) bool: the sampled token is one of them. What
-    an objective does not read may be None: logp where not `sampled`, a support where it has none.
+    A field that the objective does not read may be None: `logp` where it is not `sampled`, the
+    support where it has none.
     """
 
     logp: Tensor | None
+    """(...) student log-probability of the sampled token, with gradient."""
     credit: Tensor
+    """(...) credit, constant."""
     teacher_logp: Tensor
+    """(...) teacher log-probability of the sampled token, constant."""
     old_logp: Tensor | None = None
+    """(...) student log-probability when the rollouts were scored, constant."""
     support_logp: Tensor | None = None
+    """(..., K) student log-probabilities on the support, with gradient."""
     teacher_support_logp: Tensor | None = None
+    """(..., K) teacher log-probabilities on the support, constant."""
     present: Tensor | None = None
+    """(..., K) bool, the support ids that count; all of them if None."""
     inside: Tensor | None = None
-
-
-# --- divergences --------------------------------------------------------------------------------
+    """(...) bool, whether the sampled token is one of the support ids that count."""
 
 
 # --- score functions of the credit --------------------------------------------------------------
 
 
-def nothing(at: VisitedTokens) -> Tensor:
-    """No loss."""
-    return torch.zeros_like(at.teacher_logp)
+def no_loss(inputs: VisitedTokens) -> Tensor:
+    """Return a loss of zero."""
+    return torch.zeros_like(inputs.teacher_logp)
 
 
 def score_function(logp: Tensor, weight: Tensor) -> Tensor:
-    """Loss whose gradient is weight * grad log p(y): (...), (...) -> (...).
+    """Return a loss whose gradient is weight * grad log p(y).
 
-    No gradient flows through the weight. Unbiased only if y was sampled from p itself: under
-    top-p or another temperature E[grad log p] is not zero.
+    Unbiased only if y was sampled from p itself: under top-p or another temperature E[grad log p]
+    is not zero.
+
+    Args:
+        logp: (...) student log-probability of the sampled token, with gradient.
+        weight: (...) weight; no gradient flows through it.
+
+    Returns:
+        (...) losses.
     """
     return logp * weight.detach()
 
 
-def plain_score(at: VisitedTokens) -> Tensor:
-    """credit * log p(y): right for the first optimizer step on a set of rollouts."""
-    return score_function(sampled_logp(at), at.credit)
+def plain_score(inputs: VisitedTokens) -> Tensor:
+    """Return credit * log p(y), correct for the first optimizer step on a set of rollouts."""
+    return score_function(sampled_logp(inputs), inputs.credit)
 
 
-def weighted_score(at: VisitedTokens) -> Tensor:
-    """rho * credit, rho = p(y) / p_old(y): for several optimizer steps on the same rollouts.
+def weighted_score(inputs: VisitedTokens) -> Tensor:
+    """Return rho * credit, rho = p(y) / p_old(y), for several optimizer steps on the same rollouts.
 
-    Given the prefix its mean is E_p[credit]: the token is reweighted, while the prefixes and the
-    credit stay those of the rollouts. At rho = 1 the gradient is that of `plain_score`.
+    At a given prefix its mean is E_p[credit]: the token is reweighted, but the prefixes and the
+    credit are those of the rollouts. At rho = 1 the gradient is that of `plain_score`.
+
+    Args:
+        inputs: Visited tokens with `logp`, `old_logp` and `credit`.
+
+    Returns:
+        (...) losses.
     """
-    return importance(at) * at.credit.detach()
+    return importance(inputs) * inputs.credit.detach()
 
 
 def clipped_score(
-    at: VisitedTokens, low: float = 0.2, high: float = 0.2, dual: float = 3.0
+    inputs: VisitedTokens, low: float = 0.2, high: float = 0.2, dual: float = 3.0
 ) -> Tensor:
-    """PPO's loss with A = -credit: max(-A rho, -A clip(rho, 1 - low, 1 + high)), at most -A dual.
+    """Return PPO's loss for the advantage A = -credit, with a dual bound.
 
-    The last bound holds where A < 0 only. The gradient is rho * credit * grad log p(y), and 0 where
-    A > 0 and rho > 1 + high, or A < 0 and rho is below 1 - low or above `dual`: what has moved far
-    enough, as the credit wanted, is left alone. At rho = 1 it is that of `plain_score`.
-    (arXiv 1707.06347, eq. 7; the dual bound: arXiv 1912.09729.)
+    max(-A rho, -A clip(rho, 1 - low, 1 + high)), and at most -A dual where A < 0. The gradient is
+    rho * credit * grad log p(y). It is 0 where A > 0 and rho > 1 + high, or where A < 0 and rho is
+    below 1 - low or above `dual`: the token has already moved far enough. At rho = 1 it is that of
+    `plain_score`. (arXiv 1707.06347, eq. 7; the dual bound: arXiv 1912.09729.)
+
+    Args:
+        inputs: Visited tokens with `logp`, `old_logp` and `credit`.
+        low: Clip below 1.
+        high: Clip above 1.
+        dual: Bound on the ratio of tokens with a negative advantage.
+
+    Returns:
+        (...) losses.
     """
-    rho, cost = importance(at), at.credit.detach()
+    rho, cost = importance(inputs), inputs.credit.detach()
     loss = torch.maximum(cost * rho, cost * rho.clamp(1 - low, 1 + high))
     return torch.where(cost > 0, torch.minimum(loss, cost * dual), loss)
 
 
-def importance(at: VisitedTokens) -> Tensor:
-    """rho = p(y) / p_old(y) with gradient; constant beyond e^20 and e^-20, so that it is finite."""
-    if at.old_logp is None:
-        raise InvalidInput("an importance ratio needs old_logp, the student's when it was scored")
-    return log_ratio(sampled_logp(at), at.old_logp.detach()).clamp(-_FAR, _FAR).exp()
+def importance(inputs: VisitedTokens) -> Tensor:
+    """Return rho = p(y) / p_old(y) with gradient; constant beyond e^20 and e^-20 to stay finite.
+
+    Args:
+        inputs: Visited tokens with `logp` and `old_logp`.
+
+    Returns:
+        (...) importance ratios.
+
+    Raises:
+        InvalidInput: `old_logp` is missing.
+    """
+    if inputs.old_logp is None:
+        raise InvalidInput(
+            "an importance ratio needs old_logp, the student's log-probability at scoring time"
+        )
+    return (
+        log_ratio(sampled_logp(inputs), inputs.old_logp.detach())
+        .clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+        .exp()
+    )
 
 
 # --- local surrogates ---------------------------------------------------------------------------
 
 
-def full_reverse(at: VisitedTokens, limit: float = math.inf) -> Tensor:
-    """KL(p || q) on the whole vocabulary."""
-    return reverse_kl(*pair(at), limit)
+def full_reverse(inputs: VisitedTokens, limit: float = math.inf) -> Tensor:
+    """Return KL(p || q) on the whole vocabulary."""
+    return reverse_kl(*support_log_probs(inputs), limit)
 
 
-def full_forward(at: VisitedTokens) -> Tensor:
-    """KL(q || p) on the whole vocabulary."""
-    return forward_kl(*pair(at))
+def full_forward(inputs: VisitedTokens) -> Tensor:
+    """Return KL(q || p) on the whole vocabulary."""
+    return forward_kl(*support_log_probs(inputs))
 
 
-def full_mixture(at: VisitedTokens, beta: float) -> Tensor:
-    """`jensen_shannon` on the whole vocabulary."""
-    return jensen_shannon(*pair(at), beta)
+def full_mixture(inputs: VisitedTokens, beta: float) -> Tensor:
+    """Return `jensen_shannon` on the whole vocabulary."""
+    return jensen_shannon(*support_log_probs(inputs), beta)
 
 
-def renormalised(at: VisitedTokens, limit: float = math.inf) -> Tensor:
-    """KL of both sides renormalised on the support S.
+def renormalised(inputs: VisitedTokens, limit: float = math.inf) -> Tensor:
+    """Return the KL of both models renormalised on the support S.
 
-    Logit gradient p'_v (log p'_v/q'_v - KL(p' || q')) on S, exactly 0 outside: blind to how much
-    mass either model has outside S, the more so the smaller p(S).
+    The logit gradient is p'_v (log p'_v/q'_v - KL(p' || q')) on S and exactly 0 outside. It ignores
+    how much mass either model has outside S, which matters more the smaller p(S) is.
+
+    Args:
+        inputs: Visited tokens with a support.
+        limit: Nats within which each log-ratio is clipped.
+
+    Returns:
+        (...) losses.
     """
-    ours, theirs = pair(at)
-    return reverse_kl(renormalise(ours), renormalise(theirs), limit)
+    student_logp, teacher_logp = support_log_probs(inputs)
+    return reverse_kl(renormalise(student_logp), renormalise(teacher_logp), limit)
 
 
-def renormalised_and_sampled(at: VisitedTokens, limit: float = math.inf) -> Tensor:
-    """The same on S and the sampled token."""
-    ours, theirs = pair(at)
-    outside = ~inside_support(at)
-    ours = torch.cat([ours, _where(outside, sampled_logp(at))[..., None]], -1)
-    theirs = torch.cat([theirs, _where(outside, at.teacher_logp.detach())[..., None]], -1)
-    return reverse_kl(renormalise(ours), renormalise(theirs), limit)
+def renormalised_and_sampled(inputs: VisitedTokens, limit: float = math.inf) -> Tensor:
+    """Return `renormalised` on S extended by the sampled token."""
+    student_logp, support_teacher_logp = support_log_probs(inputs)
+    outside = ~inside_support(inputs)
+    student_logp = torch.cat(
+        [student_logp, _fill_absent(outside, sampled_logp(inputs))[..., None]], -1
+    )
+    support_teacher_logp = torch.cat(
+        [support_teacher_logp, _fill_absent(outside, inputs.teacher_logp.detach())[..., None]], -1
+    )
+    return reverse_kl(renormalise(student_logp), renormalise(support_teacher_logp), limit)
 
 
-def unnormalised(at: VisitedTokens, limit: float = math.inf) -> Tensor:
-    """sum_S p log p/q, differentiated as it stands: it collapses.
+def unnormalised(inputs: VisitedTokens, limit: float = math.inf) -> Tensor:
+    """Return sum_S p log p/q, differentiated directly; it collapses.
 
-    Its gradient holds grad p(S) besides the head's, so that descent pushes the student out of S;
-    the minimum has p(S) = q(S)/e. (arXiv 2605.11182.)
+    Its gradient contains grad p(S) besides that of the head, so that descent pushes the student out
+    of S; the minimum has p(S) = q(S)/e. (arXiv 2605.11182.)
+
+    Args:
+        inputs: Visited tokens with a support.
+        limit: Nats within which each log-ratio is clipped.
+
+    Returns:
+        (...) losses.
     """
-    return reverse_kl(*pair(at), limit)
+    return reverse_kl(*support_log_probs(inputs), limit)
 
 
-def stopped(at: VisitedTokens) -> Tensor:
-    """sum_S p sg(log p/q): the head of the full gradient, without grad p(S) and without a tail."""
-    ours, theirs = pair(at)
-    return (ours.exp() * (ours - theirs).detach()).sum(-1)
+def stopped(inputs: VisitedTokens) -> Tensor:
+    """Return sum_S p sg(log p/q): the head of the full gradient without grad p(S) and tail."""
+    student_logp, teacher_logp = support_log_probs(inputs)
+    return (student_logp.exp() * (student_logp - teacher_logp).detach()).sum(-1)
 
 
-def bucket(at: VisitedTokens) -> Tensor:
-    """KL of K + 1 events, the ids of S and all else; biased by the shape of the tail only."""
-    ours, theirs = (torch.cat([x, _rest(x)], -1) for x in pair(at))
-    return reverse_kl(ours, theirs)
+def bucket(inputs: VisitedTokens) -> Tensor:
+    """Return the KL of K + 1 events, the ids of S and the rest; only the tail's shape is biased."""
+    student_logp, teacher_logp = (
+        torch.cat([logp, _log_tail_mass(logp)], -1) for logp in support_log_probs(inputs)
+    )
+    return reverse_kl(student_logp, teacher_logp)
 
 
-def sampled_tail(at: VisitedTokens) -> Tensor:
-    """Head of the full gradient, and outside S the sampled token's score function: unbiased."""
-    return stopped(at) + _tail(at)
+def sampled_tail(inputs: VisitedTokens) -> Tensor:
+    """Return the head of the full gradient plus, outside S, the sampled token's score: unbiased."""
+    return stopped(inputs) + _tail(inputs)
 
 
-def published_tail(at: VisitedTokens) -> Tensor:
-    """Un-normalised head plus sampled tail: unbiased in value, off by grad p(S) in gradient.
+def published_tail(inputs: VisitedTokens) -> Tensor:
+    """Return the un-normalised head plus the sampled tail.
 
-    (EMA-PG's correction as in arXiv 2603.25562 v2, V4 and V5.)
+    Unbiased in value, but its gradient is off by grad p(S). (EMA-PG's correction as in arXiv
+    2603.25562 v2, V4 and V5.)
+
+    Args:
+        inputs: Visited tokens with a support, `logp` and `inside`.
+
+    Returns:
+        (...) losses.
     """
-    return unnormalised(at) + _tail(at)
+    return unnormalised(inputs) + _tail(inputs)
 
 
-def half_square(at: VisitedTokens) -> Tensor:
-    """k2 = r^2 / 2 differentiated: r grad log p(y), the gradient of KL(student || teacher)."""
-    return log_ratio(sampled_logp(at), at.teacher_logp.detach()).square() / 2
+def k2_loss(inputs: VisitedTokens) -> Tensor:
+    """Return k2 = r^2 / 2: its gradient r grad log p(y) estimates that of the reverse KL."""
+    return log_ratio(sampled_logp(inputs), inputs.teacher_logp.detach()).square() / 2
 
 
-def low_variance(at: VisitedTokens) -> Tensor:
-    """k3 = e^-r - 1 + r differentiated: (1 - e^-r) grad log p(y), that of KL(teacher || student)!
+def k3_loss(inputs: VisitedTokens) -> Tensor:
+    """Return k3 = e^-r - 1 + r.
 
-    Its value is unbiased for the reverse KL, its gradient is the forward KL's.
+    Its value is unbiased for the reverse KL, but its gradient (1 - e^-r) grad log p(y) estimates
+    that of the forward KL(teacher || student).
+
+    Args:
+        inputs: Visited tokens with `logp`.
+
+    Returns:
+        (...) losses.
     """
-    r = log_ratio(sampled_logp(at), at.teacher_logp.detach())
+    r = log_ratio(sampled_logp(inputs), inputs.teacher_logp.detach())
     return torch.expm1(-r) + r
 
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """A local surrogate, and what there is to know of it without looking at the function.
-
-    reads_sample: whether it looks at the sampled token's log-probability. takes_limit: whether its
-    log-ratios can be held within a keyword argument `limit`. renormalises: whether it is the same
-    with a constant added to all log-probabilities of a position.
-    """
+    """A local surrogate and its declared properties."""
 
     surrogate: Callable[..., Tensor]
+    """Function of VisitedTokens, and of `limit` where it takes one."""
     reads_sample: bool = False
+    """Whether it reads the sampled token's log-probability."""
     takes_limit: bool = False
+    """Whether its log-ratios can be clipped with the keyword argument `limit`."""
     renormalises: bool = False
+    """Whether adding a constant to all log-probabilities of a position leaves it unchanged."""
 
 
-# --- what is known at a token -------------------------------------------------------------------
+# --- access to the inputs -----------------------------------------------------------------------
 
 
-def pair(at: VisitedTokens) -> tuple[Tensor, Tensor]:
-    """(..., K) log-probabilities of student, with gradient, and teacher on the support.
+def support_log_probs(inputs: VisitedTokens) -> tuple[Tensor, Tensor]:
+    """Return the log-probabilities of both models on the support.
 
-    An absent id has probability 0 under both and passes no gradient on, whatever stands there.
+    An absent id has probability 0 under both models and passes no gradient, whatever its entries
+    are.
+
+    Args:
+        inputs: Visited tokens with a support.
+
+    Returns:
+        (..., K) of the student, with gradient, and (..., K) of the teacher.
+
+    Raises:
+        InvalidInput: There is no support.
     """
-    if at.support_logp is None or at.teacher_support_logp is None:
-        raise InvalidInput("this objective compares both models on a support; none was given")
-    ours, theirs = at.support_logp, at.teacher_support_logp.detach()
-    if at.present is None:
-        return ours, theirs
-    return _where(at.present, ours), _where(at.present, theirs)
-
-
-def _where(present: Tensor, logp: Tensor) -> Tensor:
-    return torch.where(present, logp, torch.full_like(logp, _NOTHING))
-
-
-def _tail(at: VisitedTokens) -> Tensor:
-    """The sampled token's cost times its score where it is outside S."""
-    logp = sampled_logp(at)
-    cost = log_ratio(logp, at.teacher_logp)
-    return score_function(logp, torch.where(inside_support(at), torch.zeros_like(cost), cost))
-
-
-def sampled_logp(at: VisitedTokens) -> Tensor:
-    """(...) log p(y), with gradient."""
-    if at.logp is None:
+    if inputs.support_logp is None or inputs.teacher_support_logp is None:
         raise InvalidInput(
-            "this objective reads the sampled token's log-probability; none was given"
+            "this objective compares both models on a support, but support_logp is None"
         )
-    return at.logp
+    student_logp, teacher_logp = inputs.support_logp, inputs.teacher_support_logp.detach()
+    if inputs.present is None:
+        return student_logp, teacher_logp
+    return _fill_absent(inputs.present, student_logp), _fill_absent(inputs.present, teacher_logp)
 
 
-def inside_support(at: VisitedTokens) -> Tensor:
-    """(...) bool: the sampled token is among the support's ids."""
-    if at.inside is None:
-        raise InvalidInput("this objective asks whether the sampled token is in the support")
-    return at.inside
+def _fill_absent(present: Tensor, logp: Tensor) -> Tensor:
+    """Replace log-probabilities of absent ids by a value of probability 0."""
+    return torch.where(present, logp, torch.full_like(logp, _ABSENT_LOGP))
 
 
-def _rest(logp: Tensor) -> Tensor:
-    """(..., K) -> (..., 1) log of the mass outside, kept above that of one rounding error."""
+def _tail(inputs: VisitedTokens) -> Tensor:
+    """Return the sampled token's cost times its score where it lies outside S."""
+    logp = sampled_logp(inputs)
+    cost = log_ratio(logp, inputs.teacher_logp)
+    return score_function(logp, torch.where(inside_support(inputs), torch.zeros_like(cost), cost))
+
+
+def sampled_logp(inputs: VisitedTokens) -> Tensor:
+    """Return (...) log p(y), with gradient.
+
+    Args:
+        inputs: Visited tokens with `logp`.
+
+    Returns:
+        (...) log-probabilities of the sampled tokens.
+
+    Raises:
+        InvalidInput: `logp` is missing.
+    """
+    if inputs.logp is None:
+        raise InvalidInput(
+            "this objective reads the sampled token's log-probability, but logp is None"
+        )
+    return inputs.logp
+
+
+def inside_support(inputs: VisitedTokens) -> Tensor:
+    """Return (...) bool, whether the sampled token is one of the support ids.
+
+    Args:
+        inputs: Visited tokens with `inside`.
+
+    Returns:
+        (...) bool.
+
+    Raises:
+        InvalidInput: `inside` is missing.
+    """
+    if inputs.inside is None:
+        raise InvalidInput(
+            "this objective needs to know whether the token is in the support; inside is None"
+        )
+    return inputs.inside
+
+
+def _log_tail_mass(logp: Tensor) -> Tensor:
+    """Return the (..., 1) log of the mass outside (..., K) ids, at least one rounding error."""
     inside = logp.logsumexp(-1, keepdim=True).exp()
     return torch.log1p(-inside.clamp(max=1 - torch.finfo(logp.dtype).eps))

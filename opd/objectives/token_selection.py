@@ -1,8 +1,8 @@
-"""Selection: which supervised tokens of a step the loss is taken over, and its denominator.
+"""Selection of the supervised tokens over which the loss and its denominator are taken.
 
-The credit of a token counts all that follow it, selected or not, and a sequence ratio all of the
-response: compute both first, on the whole batch, then narrow what it supervises
-(`Rollouts.supervise`) and let loss and denominator see that alone.
+The credit of a token includes the tokens that follow it, selected or not, and a sequence ratio
+includes the whole response. Compute both first, on the whole batch; then narrow the mask
+(`Rollouts.supervise`) for loss and denominator.
 
 Shapes: B responses, T positions.
 """
@@ -14,35 +14,44 @@ from diagnostics.batch import ScoredRollouts
 from diagnostics.errors import InvalidInput
 
 TIE = 1e-4
-"""Nats within which two entropies count as equal: ten times what float32 rounds a logit of 100."""
+"""Nats within which two entropies are equal: ten times the float32 rounding of a logit of 100."""
 
 
-def most_uncertain(batch: ScoredRollouts, fraction: float) -> Tensor:
-    """(B, T) bool: the `fraction` of the step's supervised tokens with the largest entropy.
+def highest_entropy_tokens(batch: ScoredRollouts, fraction: float) -> Tensor:
+    """Return (B, T) bool, the `fraction` of the step's supervised tokens with the largest entropy.
 
     The entropy is that of the student's next-token distribution when the rollouts were scored. The
-    number kept is the nearest integer, at least 1. Entropies within TIE of the last one kept count
-    as equal to it, so that rounding, which depends on how a batch was split, does not choose among
-    equals; of these the earlier token stays, by number of the prompt, row and position. Call it
-    once a step: a fraction of each micro-batch is another set.
-    (arXiv 2506.01939 for the idea, in reinforcement learning.)
+    number of tokens kept is rounded to the nearest integer and at least 1. Entropies within TIE of
+    the last one kept count as equal to it, because rounding depends on how a batch was split; ties
+    go to the token with the smallest prompt number, row and position. Call it once per step: a
+    fraction of each micro-batch is a different set. (arXiv 2506.01939 for the idea, in
+    reinforcement learning.)
+
+    Args:
+        batch: Scored rollouts of the whole optimizer step, with next-token statistics.
+        fraction: Share of the supervised tokens to keep, in (0, 1].
+
+    Returns:
+        (B, T) bool, a subset of the mask.
 
     Raises:
-      ValueError: fraction outside (0, 1], or the batch has no prefix functionals.
+        InvalidInput: fraction is outside (0, 1], or the batch has no next-token statistics.
     """
     if not 0 < fraction <= 1:
-        raise InvalidInput(f"fraction is {fraction}; the share of tokens kept must lie in (0, 1]")
+        raise InvalidInput(
+            f"fraction is {fraction}; the share of tokens to keep must lie in (0, 1]"
+        )
     if batch.prefix is None:
         raise InvalidInput(
-            "selection by entropy needs whole next-token distributions; score the batch with "
-            "prefix functionals (diagnostics.core.distribution_stats)"
+            "selection by entropy needs next-token statistics; score the batch with `score`, which "
+            "adds them (diagnostics.core.distribution_stats)"
         )
     entropy = batch.prefix.student_entropy.masked_fill(~batch.mask, -torch.inf).flatten()
     count = max(1, round(fraction * int(batch.mask.sum())))
-    last = entropy.sort(descending=True).values[count - 1]
-    above, tied = entropy > last + TIE, (entropy - last).abs() <= TIE
+    threshold = entropy.sort(descending=True).values[count - 1]
+    clearly_above, tied = entropy > threshold + TIE, (entropy - threshold).abs() <= TIE
     by_prompt = torch.arange(entropy.numel(), device=entropy.device).view_as(batch.mask)
     by_prompt = by_prompt[batch.prompt.argsort(stable=True)].flatten()
-    first = by_prompt[tied[by_prompt]][: count - int(above.sum())]
-    keep = above.index_fill(0, first, True)
+    first_tied = by_prompt[tied[by_prompt]][: count - int(clearly_above.sum())]
+    keep = clearly_above.index_fill(0, first_tied, True)
     return keep.view_as(batch.mask) & batch.mask

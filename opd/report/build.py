@@ -1,8 +1,8 @@
-"""`opd report`: one self-contained HTML page about one or several runs, made from their record.
+"""The HTML report (`opd report`): one self-contained page about one or several runs.
 
-The page holds its data as JSON, its code and its charting library (uPlot, opd/page), opens from
-disk, and asks no network for anything. With --watch it is served on this machine alone and looks
-for news while a run goes on.
+The page contains its data as JSON, its code and its charting library (uPlot), opens from disk and
+makes no network requests. With --watch it is served on this machine only and updated while runs go
+on.
 """
 
 import base64
@@ -17,84 +17,117 @@ from pathlib import Path
 from typing import Any
 
 from diagnostics.alarms.rules import RULES
-from diagnostics.records.run_folders import labels
-from diagnostics.terminal import visible
-from opd.report.rollout_viewer import specimens
-from opd.report.run_data import RunRecord, differences, number, read_run, recorded
+from diagnostics.records.run_folders import folder_labels
+from diagnostics.terminal import escape_control_chars
+from opd.report.rollout_viewer import viewer_data
+from opd.report.run_data import (
+    RunRecord,
+    differing_settings,
+    finite_or_none,
+    read_run,
+    run_page_data,
+)
 
-PAGE = Path(__file__).resolve().parent / "assets"
+ASSETS = Path(__file__).resolve().parent / "assets"
 SCRIPTS = ("dom", "verdicts", "curves", "positions", "rollouts", "tokens", "page")
 UNSAFE = re.compile("[<>&\u2028\u2029]")
 LIMIT = 10_000_000
-"""Bytes beyond which a page is slow to open and to send."""
+"""Size in bytes above which a page is slow to open and to send."""
 
 
-def contents(folders: list[Path], tokens: int = 20000, models: bool = False) -> dict[str, Any]:
-    """Everything that the page shows, as plain data whose strings hide nothing (`visible`).
+def report_data(folders: list[Path], tokens: int = 20000, models: bool = False) -> dict[str, Any]:
+    """Collect everything that the page shows, as plain data with safe strings (`visible`).
+
+    Args:
+        folders: Run folders.
+        tokens: Largest number of tokens in the rollout viewer, over all runs.
+        models: Whether files outside the run folders may be read; see `RunRecord.models`.
+
+    Returns:
+        The data of the page.
 
     Raises:
-      FileNotFoundError: a folder is not a run folder.
+        MissingFile: A folder is not a run folder.
     """
     runs = [read_run(folder, models) for folder in folders]
-    share = max(1, tokens // len(runs))
-    found = {
+    tokens_per_run = max(1, tokens // len(runs))
+    data = {
         "made": datetime.now().astimezone().isoformat(sep=" ", timespec="minutes"),
         "versions": versions(),
         "runs": [
-            recorded(run, len(runs)) | {"name": name} | specimens(run, share)
-            for name, run in zip(labels(folders), runs, strict=True)
+            run_page_data(run, len(runs)) | {"name": name} | viewer_data(run, tokens_per_run)
+            for name, run in zip(folder_labels(folders), runs, strict=True)
         ],
         "rules": [{"name": rule.name, "metric": rule.metric, "null": rule.null} for rule in RULES],
-        "gains": gained(runs),
-        "differences": differences(runs),
+        "gains": gain_rows(runs),
+        "differences": differing_settings(runs),
     }
-    return disarmed(found)
+    return sanitize(data)
 
 
-def disarmed(data: Any) -> Any:
-    """Plain data with every string as `visible` shows it, and no number that JSON lacks."""
+def sanitize(data: Any) -> Any:
+    """Convert data to plain JSON data: strings through `visible`, non-finite numbers to None."""
     if isinstance(data, str):
-        return visible(data)
+        return escape_control_chars(data)
     if isinstance(data, dict):
-        return {visible(str(name)): disarmed(value) for name, value in data.items()}
+        return {escape_control_chars(str(name)): sanitize(value) for name, value in data.items()}
     if isinstance(data, list | tuple):
-        plain = set(map(type, data)) <= {int, bool}  # nearly all that there is
-        return list(data) if plain else [disarmed(value) for value in data]
+        is_plain = set(map(type, data)) <= {int, bool}  # the most frequent case
+        return list(data) if is_plain else [sanitize(value) for value in data]
     if isinstance(data, float) and data - data != 0:
         return None
     return data
 
 
 def versions() -> dict[str, str]:
-    """Of what made the page, without importing it."""
-    made = {"python": platform.python_version()}
+    """Return the versions of the packages that made the page, without importing them."""
+    version_by_package = {"python": platform.python_version()}
     for name in ("opdlab", "torch", "transformers", "numpy"):
         try:
-            made[name] = version(name)
+            version_by_package[name] = version(name)
         except PackageNotFoundError:
-            made[name] = "not installed"
-    return made
+            version_by_package[name] = "not installed"
+    return version_by_package
 
 
-def gained(runs: list[RunRecord]) -> list[dict[str, Any]]:
-    """Held-out accuracy before and after by objective, paired; see `diagnostics.records.run_tables.gains`."""
-    from diagnostics.records.run_tables import gains, training_table
+def gain_rows(runs: list[RunRecord]) -> list[dict[str, Any]]:
+    """Return held-out accuracy before and after by objective, with the paired gain.
 
-    begun = [run.folder for run in runs if run.config and len(run.evals) > 1]
-    if not begun:
+    See `diagnostics.records.run_tables.accuracy_gains`.
+
+    Args:
+        runs: The runs.
+
+    Returns:
+        One row per objective.
+    """
+    from diagnostics.records.run_tables import accuracy_gains, training_table
+
+    evaluated_folders = [run.folder for run in runs if run.config and len(run.evals) > 1]
+    if not evaluated_folders:
         return []
-    found = gains(training_table(begun)).to_dict("records")
-    return [{k: x if isinstance(x, str) else number(x) for k, x in row.items()} for row in found]
+    rows = accuracy_gains(training_table(evaluated_folders)).to_dict("records")
+    return [
+        {k: x if isinstance(x, str) else finite_or_none(x) for k, x in row.items()} for row in rows
+    ]
 
 
-def page(data: Mapping[str, Any], watch: bool = False) -> str:
-    """The page with its data; `watch` lets it ask its own server for news, and nobody else."""
-    own = "\n".join(asset(f"{name}.js") for name in SCRIPTS)
-    scripts = [asset("uplot.js"), f'"use strict";\n(() => {{\n{own}}})();\n']
-    style = asset("uplot.css") + asset("report.css")
-    known = " ".join(f"'sha256-{digest(text)}'" for text in scripts)
+def render_page(data: Mapping[str, Any], watch: bool = False) -> str:
+    """Render the page with its data.
+
+    Args:
+        data: The data of the page.
+        watch: Allow the page to request updates from its own server.
+
+    Returns:
+        The HTML text.
+    """
+    code = "\n".join(read_asset(f"{name}.js") for name in SCRIPTS)
+    scripts = [read_asset("uplot.js"), f'"use strict";\n(() => {{\n{code}}})();\n']
+    style = read_asset("uplot.css") + read_asset("report.css")
+    script_hashes = " ".join(f"'sha256-{csp_digest(text)}'" for text in scripts)
     policy = (
-        f"default-src 'none'; script-src {known}; style-src 'sha256-{digest(style)}'; "
+        f"default-src 'none'; script-src {script_hashes}; style-src 'sha256-{csp_digest(style)}'; "
         "base-uri 'none'; form-action 'none'"
     )
     if watch:
@@ -102,27 +135,36 @@ def page(data: Mapping[str, Any], watch: bool = False) -> str:
     parts = {
         "policy": policy,
         "style": style,
-        "data": embedded(data),
+        "data": embed_json(data),
         "scripts": "\n".join(f"<script>{text}</script>" for text in scripts),
         "watch": "watch" if watch else "",
     }
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], asset("report.html"))
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], read_asset("report.html"))
 
 
-def asset(name: str) -> str:
-    return (PAGE / name).read_text(encoding="utf-8")
+def read_asset(name: str) -> str:
+    """Read a file of the folder assets."""
+    return (ASSETS / name).read_text(encoding="utf-8")
 
 
-def embedded(data: Mapping[str, Any]) -> str:
-    """JSON that no HTML parser can read as anything else: what could end a script is escaped.
+def embed_json(data: Mapping[str, Any]) -> str:
+    """Encode data as JSON that an HTML parser cannot misread.
 
-    Lone surrogates stay the escapes that JSON makes of them. NaN and infinities are refused with a
-    ValueError: `contents` has none.
+    Characters that could end a script are escaped. Lone surrogates stay JSON escapes.
+
+    Args:
+        data: The data; `report_data` contains no NaN or infinity.
+
+    Returns:
+        The JSON text.
+
+    Raises:
+        ValueError: The data contains NaN or infinity.
     """
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     return UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
-def digest(text: str) -> str:
-    """SHA-256 as a content security policy spells it."""
+def csp_digest(text: str) -> str:
+    """Return the SHA-256 of a text in the format of a content security policy."""
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

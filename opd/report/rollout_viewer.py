@@ -1,4 +1,4 @@
-"""Specimens from a run's saved batches: rollouts token by token, ids to blame, special tokens.
+"""Data of the rollout viewer: rollouts of a run's saved batches, token by token.
 
 Shapes: B responses, T positions, K support ids.
 """
@@ -9,147 +9,188 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diagnostics.errors import InvalidInput
-from diagnostics.records.token_text import Spelling, read_run_spelling
-from diagnostics.records.vocabulary import located
+from diagnostics.records.token_text import TokenDecoder, load_first_token_decoder
+from diagnostics.records.vocabulary import resolve_folder
 from opd.report.run_data import may_read
-from opd.report.tokenizer_panel import blame, sheet
+from opd.report.tokenizer_panel import attribution_rows, tokenizer_panel
 
-PROMPT = 4000
-"""Most characters shown of a prompt."""
+MAX_PROMPT_LENGTH = 4000
+"""Largest number of characters shown of a prompt."""
 if TYPE_CHECKING:
     from diagnostics.batch import ScoredRollouts
     from opd.report.run_data import RunRecord
 
-BATCHES, TOP, LEAST = 6, 5, 1e-3
-"""Most batches shown; most ids of each model at a position; the probability below which both of
-them must put an id for it to be left out."""
+MAX_BATCHES, TOP_IDS, MIN_PROBABILITY = 6, 5, 1e-3
+"""Largest number of batches; likeliest ids of each model per position; an id with a lower
+probability in both models is left out."""
 
 
-def specimens(run: "RunRecord", tokens: int) -> dict[str, Any]:
-    """Data of the viewer and the tables: at most so many tokens of at most BATCHES batches.
+def viewer_data(run: "RunRecord", tokens: int) -> dict[str, Any]:
+    """Collect the data of the rollout viewer and of the token tables.
 
-    Of a batch the responses with the largest mean |r| and as many of the others, in their order, so
-    that the worst are there and the ordinary beside them. A run without batches has empty parts.
+    Of each batch, the responses with the largest mean |r| and equally many others, in their order,
+    so that both the worst and ordinary ones are shown. The parts of a run without batches are
+    empty.
+
+    Args:
+        run: The run.
+        tokens: Largest number of tokens, over at most MAX_BATCHES batches.
+
+    Returns:
+        The data.
     """
-    files = [(step, file) for step, file in chosen_files(run.folder) if may_read(run, file)]
-    spelling = read_run_spelling(tokenizer_places(run))
+    files = [(step, file) for step, file in choose_batch_files(run.folder) if may_read(run, file)]
+    decoder = load_first_token_decoder(tokenizer_folders(run))
     labels = [task["name"] for task in run.config.get("tasks") or ()]
-    found: dict[str, Any] = {"rollouts": [], "blame": None, "saved": []}
-    seen: set[int] = set()
-    last: ScoredRollouts | None = None
+    data: dict[str, Any] = {"rollouts": [], "blame": None, "saved": []}
+    seen_ids: set[int] = set()
+    last_batch: ScoredRollouts | None = None
     for step, file in files:
         batch = read_batch(file)
         if batch is None:
             continue
-        last = batch
-        found["saved"].append({"step": step, "responses": len(batch)})
-        shown = rollouts(batch, step, labels, spelling, tokens // len(files), seen)
+        last_batch = batch
+        data["saved"].append({"step": step, "responses": len(batch)})
+        entries = rollout_entries(batch, step, labels, decoder, tokens // len(files), seen_ids)
         prompts = read_prompts(run, file, len(batch))
-        found["rollouts"] += [roll | {"asked": prompts.get(roll["row"])} for roll in shown]
-    if last is not None:
-        found["blame"] = blame(last, seen)
-    found["sheet"] = sheet(run, spelling, last, seen)
-    found["texts"] = {str(i): spelling.text(i) for i in sorted(seen)}
-    found["special"] = sorted(spelling.special & seen)
-    return found
+        data["rollouts"] += [entry | {"asked": prompts.get(entry["row"])} for entry in entries]
+    if last_batch is not None:
+        data["blame"] = attribution_rows(last_batch, seen_ids)
+    data["sheet"] = tokenizer_panel(run, decoder, last_batch, seen_ids)
+    data["texts"] = {str(i): decoder.text(i) for i in sorted(seen_ids)}
+    data["special"] = sorted(decoder.special & seen_ids)
+    return data
 
 
-def tokenizer_places(run: "RunRecord") -> list[Path]:
-    """Where the tokenizer of a run's ids may be read: its model, its copy, the student's folder."""
+def tokenizer_folders(run: "RunRecord") -> list[Path]:
+    """Return folders that may hold the run's tokenizer: final model, tokenizer copy, student."""
     places = [run.folder / "final", run.folder / "tokenizer"]
     if "student" in run.config:
-        places.append(located(run.folder, str(run.config["student"])))
-    return [place for place in places if may_read(run, place / "tokenizer.json")]
+        places.append(resolve_folder(run.folder, str(run.config["student"])))
+    return [folder for folder in places if may_read(run, folder / "tokenizer.json")]
 
 
-def chosen_files(folder: Path) -> list[tuple[int, Path]]:
-    """(step, file) of at most BATCHES batches and, of other steps, dumps; the ends included."""
+def choose_batch_files(folder: Path) -> list[tuple[int, Path]]:
+    """Choose at most MAX_BATCHES saved batches or dumps, including the first and the last.
+
+    Args:
+        folder: The run folder.
+
+    Returns:
+        (step, file) of each; a step with both is read from its batch.
+    """
     kinds = (("dumps", "parquet"), ("batches", "safetensors"))
     files = {
         int(file.stem.split("_")[1]): file
-        for place, kind in kinds
-        for file in (folder / place).glob(f"step_*.{kind}")
+        for subfolder, kind in kinds
+        for file in (folder / subfolder).glob(f"step_*.{kind}")
     }
     steps = sorted(files)
-    if len(steps) > BATCHES:
-        steps = [steps[round(i * (len(steps) - 1) / (BATCHES - 1))] for i in range(BATCHES)]
+    if len(steps) > MAX_BATCHES:
+        steps = [steps[round(i * (len(steps) - 1) / (MAX_BATCHES - 1))] for i in range(MAX_BATCHES)]
     return [(step, files[step]) for step in steps]
 
 
 def read_prompts(run: "RunRecord", file: Path, rows: int) -> dict[int, str]:
-    """Row to the text of its prompt, from beside a saved batch; empty where there is none."""
+    """Read the prompts saved with a batch.
+
+    Args:
+        run: The run.
+        file: The batch file.
+        rows: Number of responses of the batch.
+
+    Returns:
+        Row -> text of its prompt; empty where no prompts were saved.
+
+    Raises:
+        InvalidInput: The file does not hold one prompt per row.
+    """
     path = file.with_suffix(".prompts.json")
     if not path.exists() or not may_read(run, path):
         return {}
     texts = json.loads(path.read_text("utf-8"))
     if not isinstance(texts, list) or len(texts) != rows:
         raise InvalidInput(
-            f"{path} must be a JSON list of {rows} prompts, one a row of {file.name}"
+            f"{path} must be a JSON list of {rows} prompts, one per row of {file.name}"
         )
-    return {i: str(text)[:PROMPT] for i, text in enumerate(texts)}
+    return {i: str(text)[:MAX_PROMPT_LENGTH] for i, text in enumerate(texts)}
 
 
 def read_batch(file: Path) -> "ScoredRollouts | None":
-    """A saved batch or dump; None where nothing was scored."""
+    """Read a saved batch or dump; None if it is not scored."""
     from diagnostics.batch import ScoredRollouts
-    from diagnostics.records.batch_files import load
+    from diagnostics.records.batch_files import load_batch
     from diagnostics.records.token_dumps import load_dump
 
-    batch = load(file) if file.suffix == ".safetensors" else load_dump(file)
+    batch = load_batch(file) if file.suffix == ".safetensors" else load_dump(file)
     return batch if isinstance(batch, ScoredRollouts) else None
 
 
-def rollouts(
+def rollout_entries(
     batch: "ScoredRollouts",
     step: int,
     labels: list[str],
-    spelling: Spelling,
+    decoder: TokenDecoder,
     tokens: int,
-    seen: set[int],
+    seen_ids: set[int],
 ) -> list[dict[str, Any]]:
-    """The chosen responses, as many as fit, at least one; adds their ids to `seen`."""
-    size = shown_length(batch)
-    mean = (batch.log_ratio.abs() * batch.mask).sum(1) / batch.mask.sum(1).clamp(min=1)
-    order = mean.argsort(descending=True, stable=True).tolist()
-    half = (len(order) + 1) // 2
-    pairs = zip_longest(order[:half], sorted(order[half:]))
-    mixed = [i for pair in pairs for i in pair if i is not None]
-    chosen: list[int] = []
-    left = tokens
-    for i in mixed:
-        if size[i] <= left or not chosen:
-            chosen.append(i)
-            left -= size[i]
-    return [one(batch, step, i, size[i], labels, spelling, seen) for i in sorted(chosen)]
+    """Choose responses, as many as fit but at least one; add their ids to `seen_ids`."""
+    lengths = shown_length(batch)
+    mean_signal = (batch.log_ratio.abs() * batch.mask).sum(1) / batch.mask.sum(1).clamp(min=1)
+    order = mean_signal.argsort(descending=True, stable=True).tolist()
+    num_worst = (len(order) + 1) // 2
+    pairs = zip_longest(order[:num_worst], sorted(order[num_worst:]))
+    interleaved = [i for pair in pairs for i in pair if i is not None]
+    selected: list[int] = []
+    tokens_left = tokens
+    for i in interleaved:
+        if lengths[i] <= tokens_left or not selected:
+            selected.append(i)
+            tokens_left -= lengths[i]
+    return [
+        rollout_entry(batch, step, i, lengths[i], labels, decoder, seen_ids)
+        for i in sorted(selected)
+    ]
 
 
 def shown_length(batch: "ScoredRollouts") -> list[int]:
-    """(B) positions up to the last sampled one; what is behind may be padding."""
-    behind = batch.sampled.long().flip(1).cumsum(1).flip(1) > 0
-    return behind.sum(1).tolist()
+    """Return (B) the number of positions up to the last sampled one; the rest may be padding."""
+    has_sampled_after = batch.sampled.long().flip(1).cumsum(1).flip(1) > 0
+    return has_sampled_after.sum(1).tolist()
 
 
-def one(
+def rollout_entry(
     batch: "ScoredRollouts",
     step: int,
     i: int,
-    size: int,
+    length: int,
     labels: list[str],
-    spelling: Spelling,
-    seen: set[int],
+    decoder: TokenDecoder,
+    seen_ids: set[int],
 ) -> dict[str, Any]:
-    """One response and what both models said of it; numbers in hundredths, to be short.
+    """Describe one response and both models' values; numbers in hundredths, to save space.
 
-    ids; "off", the places that are not supervised; "odd", place to text where it is not the id's
-    own; s, t log-probs; e root energy; rank; "in", a digit a token: inside the support; mass, p(S)
-    and q(S) in ten-thousandths; tops, for each token [id, student's log-prob, teacher's, ...] of
-    the ids that matter.
+    Args:
+        batch: The batch.
+        step: Its step.
+        i: The row of the response.
+        length: Number of positions shown.
+        labels: Names of the tasks.
+        decoder: The token decoder.
+        seen_ids: Set to which the ids are added.
+
+    Returns:
+        "ids"; "off": positions that are not supervised; "odd": position -> text where it differs
+        from the id's own text; "s", "t": log-probabilities of student and teacher; "e": root
+        energy; "rank": teacher's rank; "in": one digit per token, 1 inside the support; "mass":
+        p(S) and q(S) in ten-thousandths; "tops": for each token [id, student's log-probability,
+        teacher's, ...] of the most likely ids.
     """
-    ids = batch.tokens[i, :size].tolist()
-    seen.update(ids)
-    texts = spelling.texts(ids)
+    ids = batch.tokens[i, :length].tolist()
+    seen_ids.update(ids)
+    texts = decoder.texts(ids)
     reward, task = float(batch.reward[i]), int(batch.task[i])
-    made: dict[str, Any] = {
+    entry: dict[str, Any] = {
         "step": step,
         "row": i,
         "task": labels[task] if task < len(labels) else "",
@@ -158,58 +199,61 @@ def one(
         "ended": bool(batch.ended[i]),
         "reward": None if reward != reward else reward,
         "ids": ids,
-        "off": (~batch.mask[i, :size]).nonzero()[:, 0].tolist(),
-        "odd": {str(k): t for k, t in enumerate(texts) if t != spelling.text(ids[k])},
-        "s": hundredths(batch.student_logp[i, :size]),
-        "t": hundredths(batch.teacher_logp[i, :size]),
+        "off": (~batch.mask[i, :length]).nonzero()[:, 0].tolist(),
+        "odd": {str(k): t for k, t in enumerate(texts) if t != decoder.text(ids[k])},
+        "s": to_hundredths(batch.student_logp[i, :length]),
+        "t": to_hundredths(batch.teacher_logp[i, :length]),
     }
     if batch.prefix is not None:
         prefix = batch.prefix.rows([i])
         norm = (1 - 2 * batch.student_logp[i].exp() + prefix.collision[0]).clamp(min=0)
-        made["e"] = hundredths((batch.log_ratio[i].square() * norm).sqrt()[:size])
-        made["rank"] = prefix.teacher_rank[0, :size].long().tolist()
+        entry["e"] = to_hundredths((batch.log_ratio[i].square() * norm).sqrt()[:length])
+        entry["rank"] = prefix.teacher_rank[0, :length].long().tolist()
     if batch.support is not None:
         support = batch.support.rows([i])
-        inside = support.contains(batch.tokens[[i]])[0, :size].tolist()
-        made["in"] = "".join("01"[x] for x in inside)
-        ours, theirs = support.masses()
-        made["mass"] = [
-            (x[0, :size].clamp(0, 1) * 1e4).round().long().tolist() for x in (ours, theirs)
+        in_support = support.contains(batch.tokens[[i]])[0, :length].tolist()
+        entry["in"] = "".join("01"[x] for x in in_support)
+        student_mass, teacher_mass = support.masses()
+        entry["mass"] = [
+            (x[0, :length].clamp(0, 1) * 1e4).round().long().tolist()
+            for x in (student_mass, teacher_mass)
         ]
-        made["source"], made["k"] = support.source, support.k
-        made["tops"] = tops(batch, i, size)
-        seen.update(top for row in made["tops"] for top in row[::3])
-    return made
+        entry["source"], entry["k"] = support.source, support.k
+        entry["tops"] = top_tokens(batch, i, length)
+        seen_ids.update(top for row in entry["tops"] for top in row[::3])
+    return entry
 
 
-def tops(batch: "ScoredRollouts", i: int, size: int) -> list[list[int]]:
-    """For each token [id, s, t, ...]: the TOP ids of either model in the support that matter."""
+def top_tokens(batch: "ScoredRollouts", i: int, length: int) -> list[list[int]]:
+    """Return for each token [id, s, t, ...]: the TOP_IDS likeliest ids of either model."""
     import torch
 
     support = batch.support.rows([i])  # type: ignore[union-attr]
-    absent = torch.zeros_like(support.ids, dtype=torch.bool)
+    is_absent = torch.zeros_like(support.ids, dtype=torch.bool)
     if support.present is not None:
-        absent = ~support.present
-    both = [
-        x.masked_fill(absent, -torch.inf)[0, :size]
+        is_absent = ~support.present
+    logps = [
+        x.masked_fill(is_absent, -torch.inf)[0, :length]
         for x in (support.student_logp, support.teacher_logp)
     ]
-    matters = torch.zeros_like(both[0], dtype=torch.bool)
-    for x in both:
-        best = x.topk(min(TOP, x.shape[-1]), -1)
-        matters |= torch.zeros_like(matters).scatter(-1, best.indices, best.values.exp() >= LEAST)
-    matters &= batch.mask[i, :size, None]
-    order = both[1].argsort(dim=-1, descending=True, stable=True)
-    made: list[list[int]] = [[] for _ in range(size)]
-    columns = [x.gather(-1, order) for x in (support.ids[0, :size], *both)]
-    keep = matters.gather(-1, order)
-    place = keep.nonzero()[:, 0].tolist()
-    kept = [columns[0][keep].tolist(), *(hundredths(x[keep]) for x in columns[1:])]
-    for k, *entry in zip(place, *kept, strict=True):
-        made[k] += entry
-    return made
+    is_shown = torch.zeros_like(logps[0], dtype=torch.bool)
+    for x in logps:
+        largest = x.topk(min(TOP_IDS, x.shape[-1]), -1)
+        is_shown |= torch.zeros_like(is_shown).scatter(
+            -1, largest.indices, largest.values.exp() >= MIN_PROBABILITY
+        )
+    is_shown &= batch.mask[i, :length, None]
+    by_teacher = logps[1].argsort(dim=-1, descending=True, stable=True)
+    entries: list[list[int]] = [[] for _ in range(length)]
+    columns = [x.gather(-1, by_teacher) for x in (support.ids[0, :length], *logps)]
+    is_kept = is_shown.gather(-1, by_teacher)
+    token_index = is_kept.nonzero()[:, 0].tolist()
+    shown_values = [columns[0][is_kept].tolist(), *(to_hundredths(x[is_kept]) for x in columns[1:])]
+    for k, *entry in zip(token_index, *shown_values, strict=True):
+        entries[k] += entry
+    return entries
 
 
-def hundredths(x: Any) -> list[int]:
-    """Whole hundredths; what is below -99 is -99."""
+def to_hundredths(x: Any) -> list[int]:
+    """Round to integer hundredths; values below -99 become -99."""
     return (x.double().clamp(min=-99, max=999) * 100).round().long().tolist()

@@ -1,6 +1,6 @@
-"""The record of a run as plain data for a page: curves, alarms, accuracy, positions, provenance.
+"""The record of a run as plain data for the page: curves, alarms, accuracy, positions, settings.
 
-Free of torch. A run whose tasks take turns has a part for each task: their curves are apart.
+Does not import torch. A run with several tasks has one part per task, with separate curves.
 """
 
 import json
@@ -13,29 +13,29 @@ from typing import Any
 
 from diagnostics.alarms.alarms import Alarms
 from diagnostics.errors import InvalidInput, MissingFile
-from diagnostics.io.files import check_fields, has_type, read_object, short
+from diagnostics.io.files import check_fields, has_type, read_object, short_repr
 from diagnostics.records import rows
 from diagnostics.records.renamed import present_settings
 from diagnostics.records.rows import Row
-from opd.runs.restart import history
+from opd.runs.restart import start_history
 from opd.runs.result import verdict
 
 OUTCOMES = re.compile(r"[01]+(?: [01]+)*")
-POINTS, COLUMNS = 1600, 480
-"""Most points of a column and most steps of a heat map, over all the runs of a page."""
+MAX_POINTS, MAX_MAP_STEPS = 1600, 480
+"""Largest number of points of a curve and of steps of a heat map, over all runs of a page."""
 BIN = re.compile(r"^(.*)@(\d+)-(\d+)$")
-LONGEST_NAME = 1000
-"""Most characters of the name of a model; file systems hold fewer."""
-CODE = 40_000
-"""Most characters of code.txt that are shown."""
-ANATOMY = ("divergence/kl_binary", "divergence/kl_head", "divergence/kl_tail")
+MAX_NAME_LENGTH = 1000
+"""Largest number of characters of a model's name; file systems allow fewer."""
+MAX_CODE_LENGTH = 40_000
+"""Largest number of characters of code.txt that are shown."""
+BREAKDOWN_METRICS = ("divergence/kl_binary", "divergence/kl_head", "divergence/kl_tail")
 Point = tuple[Any, ...]
 Bins = dict[str, list[tuple[int, int]]]
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The record of a run: its folder, settings, code state, rows and evaluations."""
+    """The record of a run: folder, settings, code state, rows and evaluations."""
 
     folder: Path
     config: dict[str, Any]
@@ -43,71 +43,95 @@ class RunRecord:
     rows: list[Row]
     evals: list[Row]
     notes: tuple[str, ...] = ()
-    """What of the record was left out."""
+    """Notes on parts of the record that were skipped."""
     models: bool = False
-    """Whether folders outside the run's own may be read because its record names them."""
+    """Whether files outside the run folder may be read because the record refers to them."""
 
     @property
     def name(self) -> str:
+        """Name of the run folder."""
         return self.folder.resolve().name
 
 
 def may_read(run: RunRecord, path: Path) -> bool:
-    """Whether a file or folder lies within the run folder, links followed, or `models` allows it.
+    """Return whether a path may be read: it is inside the run folder, or `models` allows it.
 
-    A record may come from elsewhere: what it names or links to outside is not read for it.
+    Symbolic links are resolved. A record may come from somebody else: paths that it names or links
+    to outside are not read.
+
+    Args:
+        run: The run.
+        path: A file or folder.
+
+    Returns:
+        Whether the path may be read.
     """
     return run.models or path.resolve().is_relative_to(run.folder.resolve())
 
 
 def read_run(folder: Path, models: bool = False) -> RunRecord:
-    """The record of a run folder, finished or not; a stranger's may be a file of rows alone.
+    """Read the record of a run folder, finished or not; a single file of rows is enough.
 
     Args:
-      models: see `Run.models`.
+        folder: The run folder.
+        models: See `RunRecord.models`.
+
+    Returns:
+        The record.
 
     Raises:
-      ValueError: a file of the record is a link that leads out of the folder, or is damaged.
-      FileNotFoundError: it has neither config.json nor a file of rows.
+        InvalidInput: A file of the record is a link that leads out of the folder, or is damaged.
+        MissingFile: The folder has neither config.json nor a file of rows.
     """
-    config, code, file = folder / "config.json", folder / "code.txt", rows_file(folder)
+    config, code, file = folder / "config.json", folder / "code.txt", find_rows_file(folder)
     if not config.exists() and not file.exists():
         raise MissingFile(
-            f"{folder} is no run folder: it has neither config.json nor rows.jsonl, nor one single "
-            f"other .jsonl file with the rows of a monitor{remedy(folder)}"
+            f"{folder} is not a run folder: it has neither config.json nor rows.jsonl, nor exactly "
+            f"one other .jsonl file with the rows of a monitor{suggest_folders(folder)}"
         )
     for path in (config, code, file, folder / "evals.jsonl", folder / "starts.jsonl"):
         if not models and not path.resolve().is_relative_to(folder.resolve()):
             raise InvalidInput(
-                f"{path} is a link to {path.resolve()}, outside the run folder: put the file "
-                "itself there, or allow it by --models"
+                f"{path} is a link to {path.resolve()}, outside the run folder: copy the file "
+                "there, or allow links with --models"
             )
-    written = code.read_text("utf-8", "replace") if code.exists() else "unknown: no code.txt"
+    code_text = code.read_text("utf-8", "replace") if code.exists() else "unknown: no code.txt"
     return RunRecord(
         folder=folder,
         config=run_settings(config),
-        code="\n".join([*history(folder), written]),
-        rows=latest(checked_values(rows.read(file, {"step": int}), file)),
-        evals=checked_evaluations(
-            rows.read(folder / "evals.jsonl", {"step": int}), folder / "evals.jsonl"
+        code="\n".join([*start_history(folder), code_text]),
+        rows=deduplicate_steps(check_metric_values(rows.read_rows(file, {"step": int}), file)),
+        evals=check_evaluations(
+            rows.read_rows(folder / "evals.jsonl", {"step": int}), folder / "evals.jsonl"
         ),
-        notes=tuple(note for path in (file, folder / "evals.jsonl") for note in cut_short(path)),
+        notes=tuple(
+            note for path in (file, folder / "evals.jsonl") for note in truncation_notes(path)
+        ),
         models=models,
     )
 
 
-def remedy(path: Path) -> str:
-    """What to name instead of a path that is no run folder, as the end of a sentence, or ""."""
+def suggest_folders(path: Path) -> str:
+    """Return the end of an error message that names run folders near `path`, or ""."""
     if path.is_file():
-        return f"; it is a file: name its folder, {path.parent}"
-    inside = sorted(str(file.parent) for file in path.glob("*/rows.jsonl"))
-    return f"; run folders in it: {' '.join(inside[:8])}" if inside else ""
+        return f"; it is a file: pass its folder, {path.parent}"
+    folders = sorted(str(file.parent) for file in path.glob("*/rows.jsonl"))
+    return f"; it contains run folders: {' '.join(folders[:8])}" if folders else ""
 
 
 def run_settings(path: Path) -> dict[str, Any]:
-    """A run's config.json; empty where there is none, or where it is another program's.
+    """Read a run's config.json; empty if there is none, or it belongs to another program.
 
-    A trainer may keep the configuration of its model under the same name beside a monitor's rows.
+    A trainer may store the configuration of its model under the same name next to the rows.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The settings.
+
+    Raises:
+        InvalidInput: A field has an unusable value.
     """
     config = present_settings(read_object(path)) if path.exists() else {}
     if not all(isinstance(config.get(name), str) for name in ("student", "teacher")):
@@ -115,98 +139,131 @@ def run_settings(path: Path) -> dict[str, Any]:
     tasks = config.get("tasks") or []
     check_fields({"tasks": tasks}, {"tasks": list}, str(path))
     for i, task in enumerate(tasks):
-        where = f"{path}, tasks[{i}]"
+        location = f"{path}, tasks[{i}]"
         if not isinstance(task, dict):
-            raise InvalidInput(f"{where}: {short(task)} is not an object")
-        check_fields({"teacher": "", **without_null(task)}, {"name": str, "teacher": str}, where)
+            raise InvalidInput(f"{location}: {short_repr(task)} is not an object")
+        check_fields({"teacher": "", **drop_null(task)}, {"name": str, "teacher": str}, location)
     models = [config["student"], config["teacher"], *(task.get("teacher") for task in tasks)]
     for name in models:
-        if name is not None and ("\0" in name or len(name) > LONGEST_NAME):
-            raise InvalidInput(f"{path}: {short(name)} is no folder or name of a model")
+        if name is not None and ("\0" in name or len(name) > MAX_NAME_LENGTH):
+            raise InvalidInput(f"{path}: {short_repr(name)} is not a folder or the name of a model")
     return config
 
 
-def without_null(data: dict[str, Any]) -> dict[str, Any]:
+def drop_null(data: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries that are not None."""
     return {name: value for name, value in data.items() if value is not None}
 
 
-def checked_evaluations(found: list[Row], path: Path) -> list[Row]:
-    """`checked_values` of evaluations, whose outcomes are those of their problems besides.
+def check_evaluations(rows_to_check: list[Row], path: Path) -> list[Row]:
+    """Check the rows of evaluations: `check_metric_values`, and outcomes that fit their problems.
+
+    Args:
+        rows_to_check: The rows.
+        path: The file, for messages.
+
+    Returns:
+        The rows.
 
     Raises:
-      ValueError: names the row, the field and the value.
+        InvalidInput: The message contains the row, the field and the value.
     """
-    for i, row in enumerate(checked_values(found, path), 1):
+    for i, row in enumerate(check_metric_values(rows_to_check, path), 1):
         outcomes = row.get("outcomes", "0")
-        possible = {
+        checks = {
             "accuracy": lambda x: x is None or has_type(x, float),
             "length": lambda x: x is None or has_type(x, float),
             "problems": lambda x: has_type(x, int) and x >= 1,
             "outcomes": lambda x: isinstance(x, str) and OUTCOMES.fullmatch(x) is not None,
         }
-        for name, allows in possible.items():
-            if name in row and not allows(row[name]):
+        for name, is_valid in checks.items():
+            if name in row and not is_valid(row[name]):
                 raise InvalidInput(
-                    f"{path} row {i}, field {name}: {short(row[name])} is impossible"
+                    f"{path} row {i}, field {name}: {short_repr(row[name])} is not a valid value"
                 )
         count = len(outcomes.split()) if " " in outcomes else row.get("problems", 1)
         if "outcomes" in row and len(outcomes.replace(" ", "")) % count:
             raise InvalidInput(
-                f"{path} row {i}, field outcomes: {short(outcomes)} is not of {count} problems"
+                f"{path} row {i}, field outcomes: {short_repr(outcomes)} does not fit {count} "
+                "problems"
             )
-    return found
+    return rows_to_check
 
 
-def checked_values(found: list[Row], path: Path) -> list[Row]:
-    """The rows, whose metrics are numbers or null and whose task is text.
+def check_metric_values(rows_to_check: list[Row], path: Path) -> list[Row]:
+    """Check that metrics are numbers or null and that the task is text.
+
+    Args:
+        rows_to_check: The rows.
+        path: The file, for messages.
+
+    Returns:
+        The rows.
 
     Raises:
-      ValueError: names the row, the field and the value.
+        InvalidInput: The message contains the row, the field and the value.
     """
-    watched = {rule.metric for rule in Alarms().rules.values()}
-    for i, row in enumerate(found, 1):
+    alarm_metrics = {rule.metric for rule in Alarms().rules.values()}
+    for i, row in enumerate(rows_to_check, 1):
         for name, value in row.items():
-            is_metric = "/" in name or name.removesuffix("_se") in watched
-            plain = value is None or isinstance(value, bool) or has_type(value, float)
-            if (is_metric and not plain) or (name == "task" and not isinstance(value, str)):
+            is_metric = "/" in name or name.removesuffix("_se") in alarm_metrics
+            is_number = value is None or isinstance(value, bool) or has_type(value, float)
+            if (is_metric and not is_number) or (name == "task" and not isinstance(value, str)):
                 expected = "a number or null" if is_metric else "text"
                 raise InvalidInput(
-                    f"{path} row {i}, field {name}: {short(value)} is not {expected}; mend or drop "
-                    "the row"
+                    f"{path} row {i}, field {name}: {short_repr(value)} is not {expected}; correct "
+                    "or "
+                    "remove the row"
                 )
-    return found
+    return rows_to_check
 
 
-def cut_short(path: Path) -> list[str]:
-    """A note where the last line of a file of rows is half-written: `rows.read` leaves it out."""
+def truncation_notes(path: Path) -> list[str]:
+    """Return a note if the last line of a file of rows is truncated; such a line is skipped."""
     text = path.read_text("utf-8", "replace") if path.exists() else ""
     lines = text.removesuffix("\n").split("\n")
     try:
         json.loads(lines[-1] or "{}")
     except ValueError:
-        return [f"{path.name} line {len(lines)} is cut short and left out"]
+        return [f"{path.name} line {len(lines)} is truncated and was skipped"]
     return []
 
 
-def rows_file(folder: Path) -> Path:
-    """rows.jsonl; where there is none, the single other .jsonl file of the folder.
+def find_rows_file(folder: Path) -> Path:
+    """Return rows.jsonl, or the only other .jsonl file of the folder if it does not exist.
 
-    A monitor in a stranger's trainer writes its rows under the name that its user chose.
+    A monitor in another trainer writes its rows to a file with a name that its user chose.
+
+    Args:
+        folder: The run folder.
+
+    Returns:
+        The file, which may not exist.
     """
     path = folder / "rows.jsonl"
-    own = ("evals.jsonl", "starts.jsonl")
-    others = [file for file in sorted(folder.glob("*.jsonl")) if file.name not in own]
-    return others[0] if not path.exists() and len(others) == 1 else path
+    reserved_names = ("evals.jsonl", "starts.jsonl")
+    candidates = [
+        file for file in sorted(folder.glob("*.jsonl")) if file.name not in reserved_names
+    ]
+    return candidates[0] if not path.exists() and len(candidates) == 1 else path
 
 
-def latest(found: Iterable[Row]) -> list[Row]:
-    """Rows by rising step; of rows with one step the last counts."""
-    by_step = {row["step"]: row for row in found}
+def deduplicate_steps(rows_in_order: Iterable[Row]) -> list[Row]:
+    """Return rows by rising step; of several rows with one step the last is kept."""
+    by_step = {row["step"]: row for row in rows_in_order}
     return [by_step[step] for step in sorted(by_step)]
 
 
-def recorded(run: RunRecord, runs: int = 1) -> dict[str, Any]:
-    """What the page shows of a run's record, `runs` of which share the page."""
+def run_page_data(run: RunRecord, runs: int = 1) -> dict[str, Any]:
+    """Collect what the page shows of one run's record.
+
+    Args:
+        run: The run.
+        runs: Number of runs on the page, which limits the size of each.
+
+    Returns:
+        The data.
+    """
     tasks = list(dict.fromkeys(row.get("task", "") for row in run.rows)) or [""]
     seconds = sum(v or 0 for row in run.rows for k, v in row.items() if k.startswith("seconds/"))
     code = run.code.strip()
@@ -214,30 +271,33 @@ def recorded(run: RunRecord, runs: int = 1) -> dict[str, Any]:
         "name": run.name,
         "folder": str(run.folder),
         "config": run.config,
-        "code": code[:CODE] + ("\n… cut here" if len(code) > CODE else ""),
+        "code": code[:MAX_CODE_LENGTH] + ("\n… (truncated)" if len(code) > MAX_CODE_LENGTH else ""),
         "done": run.rows[-1]["step"] + 1 if run.rows else 0,
         "seconds": round(seconds, 1),
-        "evals": [evaluated(row) for row in run.evals],
+        "evals": [evaluation_entry(row) for row in run.evals],
         "verdict": verdict(run.rows, run.evals),
         "notes": list(run.notes),
         "tasks": [
-            part(task, [row for row in run.rows if row.get("task", "") == task], runs)
+            task_page_data(task, [row for row in run.rows if row.get("task", "") == task], runs)
             for task in tasks
         ],
     }
 
 
-def evaluated(row: Row) -> dict[str, Any]:
-    kept = ("step", "task", "accuracy", "low", "high", "problems", "length", "truncated")
-    return {name: row[name] for name in kept if name in row}
+def evaluation_entry(row: Row) -> dict[str, Any]:
+    """Return the fields of an evaluation that the page shows."""
+    fields = ("step", "task", "accuracy", "low", "high", "problems", "length", "truncated")
+    return {name: row[name] for name in fields if name in row}
 
 
-def part(task: str, found: list[Row], runs: int = 1) -> dict[str, Any]:
-    """Curves, alarms and positions of one task's rows."""
-    watching, raised, bins = Alarms(), [], binned(found)
-    for row in found:
-        raised += watching.update(row)
-    steps, drawn = curves(found, max(60, min(400, POINTS // runs)), {a.step for a in raised})
+def task_page_data(task: str, task_rows: list[Row], runs: int = 1) -> dict[str, Any]:
+    """Collect curves, alarms and positions of one task's rows."""
+    alarm_monitor, alarms, bins = Alarms(), [], position_bins(task_rows)
+    for row in task_rows:
+        alarms += alarm_monitor.update(row)
+    steps, curve_data = curves(
+        task_rows, max(60, min(400, MAX_POINTS // runs)), {a.step for a in alarms}
+    )
     return {
         "task": task,
         "alarms": [
@@ -245,117 +305,153 @@ def part(task: str, found: list[Row], runs: int = 1) -> dict[str, Any]:
                 "rule": alarm.rule.name,
                 "metric": alarm.rule.metric,
                 "step": alarm.step,
-                "on": watching.active.get(alarm.rule.name) is alarm,
+                "on": alarm_monitor.active.get(alarm.rule.name) is alarm,
                 "means": alarm.rule.means,
                 "remedy": alarm.rule.remedy,
                 "tested": alarm.rule.tested,
-                "value": number(alarm.value),
-                "error": number(alarm.error),
+                "value": finite_or_none(alarm.value),
+                "error": finite_or_none(alarm.error),
                 "range": alarm.rule.range,
             }
-            for alarm in raised
+            for alarm in alarms
         ],
-        "unwatched": watching.unwatched,
+        "unwatched": alarm_monitor.unwatched,
         "steps": steps,
-        "curves": drawn,
-        "maps": maps(found, bins, max(24, min(120, COLUMNS // runs))),
-        "anatomy": anatomy(found, bins),
+        "curves": curve_data,
+        "maps": heat_maps(task_rows, bins, max(24, min(120, MAX_MAP_STEPS // runs))),
+        "anatomy": divergence_breakdown(task_rows, bins),
     }
 
 
 def curves(
-    found: list[Row], most: int, kept: Collection[int] = ()
+    curve_rows: list[Row], max_points: int, kept_steps: Collection[int] = ()
 ) -> tuple[list[list[int]], dict[str, list[Any]]]:
-    """Lists of steps; column to [which of them, values, standard errors or None], thinned.
+    """Convert rows to thinned curves.
 
-    Columns by position or by tenth are left out. A value that is no finite number is None.
+    Columns by position or by decile are skipped. A value that is not a finite number becomes None.
+
+    Args:
+        curve_rows: The rows.
+        max_points: Approximate largest number of points of a curve.
+        kept_steps: Steps that are always kept.
+
+    Returns:
+        Lists of steps, and column -> [index of its list of steps, values, standard errors or None].
     """
     columns: dict[str, list[Point]] = {}
-    for row in found:
+    for row in curve_rows:
         for name, value in row.items():
-            plain = "@" not in name and "%" not in name and not name.endswith("_se")
-            if plain and name not in ("step", "task"):
-                point = (row["step"], number(value), number(row.get(name + "_se")))
+            is_curve = "@" not in name and "%" not in name and not name.endswith("_se")
+            if is_curve and name not in ("step", "task"):
+                point = (row["step"], finite_or_none(value), finite_or_none(row.get(name + "_se")))
                 columns.setdefault(name, []).append(point)
     steps: dict[tuple[int, ...], int] = {}
-    made = {}
+    curve_by_column = {}
     for name, points in columns.items():
         if any(value is not None for _, value, _ in points):
-            at, values, errors = zip(*thinned(points, most, kept), strict=True)
-            spread = list(errors) if any(error is not None for error in errors) else None
-            made[name] = [steps.setdefault(at, len(steps)), list(values), spread]
-    return [list(at) for at in steps], made
+            point_steps, values, errors = zip(
+                *thin_points(points, max_points, kept_steps), strict=True
+            )
+            error_values = list(errors) if any(error is not None for error in errors) else None
+            curve_by_column[name] = [
+                steps.setdefault(point_steps, len(steps)),
+                list(values),
+                error_values,
+            ]
+    return [list(point_steps) for point_steps in steps], curve_by_column
 
 
-def thinned(points: list[Point], most: int, kept: Collection[int] = ()) -> list[Point]:
-    """About `most` of the points, in order: ends, steps in `kept`, and of each stretch the extent.
+def thin_points(
+    points: list[Point], max_points: int, kept_steps: Collection[int] = ()
+) -> list[Point]:
+    """Reduce points to about `max_points`, in order.
 
-    The extent of a stretch is its lowest, its highest and its first missing value.
+    Kept are the ends, the steps in `kept_steps`, and of each interval the lowest, the highest and
+    the first missing value.
+
+    Args:
+        points: (step, value, standard error) of each point.
+        max_points: Approximate largest number of points.
+        kept_steps: Steps that are always kept.
+
+    Returns:
+        The remaining points.
     """
-    if len(points) <= most:
+    if len(points) <= max_points:
         return points
-    width = math.ceil(2 * len(points) / most)
-    chosen = {0, len(points) - 1} | {i for i, point in enumerate(points) if point[0] in kept}
+    width = math.ceil(2 * len(points) / max_points)
+    selected = {0, len(points) - 1} | {
+        i for i, point in enumerate(points) if point[0] in kept_steps
+    }
     for start in range(0, len(points), width):
         stretch = range(start, min(start + width, len(points)))
-        known = [i for i in stretch if points[i][1] is not None]
-        chosen |= set([i for i in stretch if points[i][1] is None][:1])
-        if known:
-            chosen |= {f(known, key=lambda i: points[i][1]) for f in (min, max)}
-    return [points[i] for i in sorted(chosen)]
+        present = [i for i in stretch if points[i][1] is not None]
+        selected |= set([i for i in stretch if points[i][1] is None][:1])
+        if present:
+            selected |= {f(present, key=lambda i: points[i][1]) for f in (min, max)}
+    return [points[i] for i in sorted(selected)]
 
 
-def binned(found: list[Row]) -> Bins:
-    """Column to its position bins, rising."""
+def position_bins(task_rows: list[Row]) -> Bins:
+    """Return column -> its position bins, in rising order."""
     bins: Bins = {}
-    for key in dict.fromkeys(key for row in found for key in row):
+    for key in dict.fromkeys(key for row in task_rows for key in row):
         if match := BIN.match(key):
             bins.setdefault(match[1], []).append((int(match[2]), int(match[3])))
-    return {name: sorted(known) for name, known in bins.items()}
+    return {name: sorted(column_bins) for name, column_bins in bins.items()}
 
 
-def maps(found: list[Row], bins: Bins, most: int) -> dict[str, Any]:
-    """Column to position by step: bins, steps, values and, where counted, tokens of each bin."""
-    made: dict[str, Any] = {}
-    for name, places in bins.items():
-        keys = [f"@{low}-{high}" for low, high in places]
-        have = [row for row in found if name + keys[0] in row]
-        size = min(most, len(have))
-        have = [have[round(i * (len(have) - 1) / max(1, size - 1))] for i in range(size)]
-        values = [[number(row.get(name + key)) for key in keys] for row in have]
+def heat_maps(task_rows: list[Row], bins: Bins, max_steps: int) -> dict[str, Any]:
+    """Convert columns by position to heat maps: steps, bins, values and, where counted, tokens."""
+    maps_by_column: dict[str, Any] = {}
+    for name, column_bins in bins.items():
+        keys = [f"@{low}-{high}" for low, high in column_bins]
+        rows_with_column = [row for row in task_rows if name + keys[0] in row]
+        size = min(max_steps, len(rows_with_column))
+        rows_with_column = [
+            rows_with_column[round(i * (len(rows_with_column) - 1) / max(1, size - 1))]
+            for i in range(size)
+        ]
+        values = [[finite_or_none(row.get(name + key)) for key in keys] for row in rows_with_column]
         if any(x is not None for column in values for x in column):
-            tokens = [[number(row.get("divergence/tokens" + key)) for key in keys] for row in have]
-            made[name] = {
-                "steps": [row["step"] for row in have],
-                "bins": places,
+            tokens = [
+                [finite_or_none(row.get("divergence/tokens" + key)) for key in keys]
+                for row in rows_with_column
+            ]
+            maps_by_column[name] = {
+                "steps": [row["step"] for row in rows_with_column],
+                "bins": column_bins,
                 "values": values,
                 "tokens": tokens if name != "divergence/tokens" else None,
             }
-    return made
+    return maps_by_column
 
 
-def anatomy(found: list[Row], bins: Bins) -> dict[str, Any] | None:
-    """The parts of the divergence by position, at the first and the last row that has them."""
-    have = [row for row in found if ANATOMY[0] in row]
-    places = bins.get(ANATOMY[0])
-    if not have or not places:
+def divergence_breakdown(task_rows: list[Row], bins: Bins) -> dict[str, Any] | None:
+    """Return the parts of the divergence by position, at the first and the last row with them."""
+    rows_with_column = [row for row in task_rows if BREAKDOWN_METRICS[0] in row]
+    column_bins = bins.get(BREAKDOWN_METRICS[0])
+    if not rows_with_column or not column_bins:
         return None
-    made = []
-    for row in [have[0], *have[1:][-1:]]:
-        parts = [[number(row.get(f"{n}@{low}-{high}")) for low, high in places] for n in ANATOMY]
-        made.append({"step": row["step"], "parts": parts})
-    return {"bins": places, "rows": made}
+    breakdown_rows = []
+    for row in [rows_with_column[0], *rows_with_column[1:][-1:]]:
+        parts = [
+            [finite_or_none(row.get(f"{n}@{low}-{high}")) for low, high in column_bins]
+            for n in BREAKDOWN_METRICS
+        ]
+        breakdown_rows.append({"step": row["step"], "parts": parts})
+    return {"bins": column_bins, "rows": breakdown_rows}
 
 
-def differences(runs: list[RunRecord]) -> list[list[str]]:
-    """[setting, value of each run]: of settings that are not the same in all; not where it is."""
+def differing_settings(runs: list[RunRecord]) -> list[list[str]]:
+    """Return [setting, value of each run] for settings that differ between the runs."""
     names = sorted({name for run in runs for name in run.config} - {"out"})
-    changed = [n for n in names if len({json.dumps(run.config.get(n)) for run in runs}) > 1]
-    return [[n, *(json.dumps(run.config.get(n)) for run in runs)] for n in changed]
+    differing = [n for n in names if len({json.dumps(run.config.get(n)) for run in runs}) > 1]
+    return [[n, *(json.dumps(run.config.get(n)) for run in runs)] for n in differing]
 
 
-def number(value: Any) -> float | None:
-    """Five significant digits; None for what is no finite number."""
+def finite_or_none(value: Any) -> float | None:
+    """Round to five significant digits; None for what is not a finite number."""
     if not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(f"{value:.5g}")

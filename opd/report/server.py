@@ -1,4 +1,4 @@
-"""`opd report --watch`: the page, served on this machine alone, with what is new in the runs."""
+"""Live server of the report (`opd report --watch`), on this machine only."""
 
 import json
 import sys
@@ -8,16 +8,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from diagnostics.errors import UserError
-from opd.report.run_data import rows_file
+from opd.report.run_data import find_rows_file
 
 HOST = "127.0.0.1"
-WATCHED = ("config.json", "evals.jsonl", "batches", "dumps", "doctor.json")
+WATCHED_FILES = ("config.json", "evals.jsonl", "batches", "dumps", "doctor.json")
 
 
 def serve(folders: list[Path], tokens: int, port: int, models: bool = False) -> None:
-    """Serve until Ctrl-C."""
+    """Serve the page until Ctrl-C."""
     server = make_server(folders, tokens, port, models)
-    print(f"http://{HOST}:{server.server_address[1]}/  (Ctrl-C ends it)", file=sys.stderr)
+    print(f"http://{HOST}:{server.server_address[1]}/  (Ctrl-C to stop)", file=sys.stderr)
     try:
         server.serve_forever()
     except KeyboardInterrupt:
@@ -29,36 +29,46 @@ def serve(folders: list[Path], tokens: int, port: int, models: bool = False) -> 
 def make_server(
     folders: list[Path], tokens: int, port: int, models: bool = False
 ) -> ThreadingHTTPServer:
-    """A server of "/", the page, "/version", a word that changes with the runs, and "/data".
+    """Build a server of "/" (the page), "/data" and "/version" (text that changes with the runs).
+
+    Args:
+        folders: Run folders.
+        tokens: Largest number of tokens in the rollout viewer.
+        port: Port; 0 for any free one.
+        models: Whether files outside the run folders may be read.
+
+    Returns:
+        The server, not started.
 
     Raises:
-      FileNotFoundError: a folder is not a run folder. OSError: the port is taken.
+        MissingFile: A folder is not a run folder.
+        OSError: The port is in use.
     """
-    from opd.report.build import contents, embedded, page
+    from opd.report.build import embed_json, render_page, report_data
 
-    contents(folders, tokens, models)  # refuse at once what cannot be shown
+    report_data(folders, tokens, models)  # fail before serving if the runs cannot be read
 
-    def now() -> str:
-        return embedded(contents(folders, tokens, models))
+    def current_data() -> str:
+        return embed_json(report_data(folders, tokens, models))
 
-    answers: dict[str, tuple[str, Callable[[], str]]] = {
-        "/": ("text/html", lambda: page(contents(folders, tokens, models), watch=True)),
-        "/data": ("application/json", now),
-        "/version": ("text/plain", lambda: version(folders)),
+    handlers: dict[str, tuple[str, Callable[[], str]]] = {
+        "/": ("text/html", lambda: render_page(report_data(folders, tokens, models), watch=True)),
+        "/data": ("application/json", current_data),
+        "/version": ("text/plain", lambda: data_version(folders)),
     }
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            known = answers.get(self.path.split("?")[0])
+            handler = handlers.get(self.path.split("?")[0])
             host = (self.headers.get("Host") or "").rsplit(":", 1)[0]
-            if known is None or host not in (HOST, "localhost"):  # no page of another name reads us
+            if handler is None or host not in (HOST, "localhost"):  # against DNS rebinding
                 self.send_error(HTTPStatus.NOT_FOUND)
                 return
-            kind, answer = known
+            kind, make_body = handler
             status = HTTPStatus.OK
             try:
-                body = answer().encode()
-            except UserError as error:  # a record that is damaged since, or is being written
+                body = make_body().encode()
+            except UserError as error:  # a record that is damaged or being written
                 kind, status = "text/plain", HTTPStatus.SERVICE_UNAVAILABLE
                 body = str(error).encode()
                 print(error, file=sys.stderr)
@@ -75,12 +85,12 @@ def make_server(
     return ThreadingHTTPServer((HOST, port), Handler)
 
 
-def version(folders: list[Path]) -> str:
-    """Sizes and times of what the page is made of."""
-    found = []
+def data_version(folders: list[Path]) -> str:
+    """Return sizes and modification times of the files that the page is made from."""
+    file_states = []
     for folder in folders:
-        for path in [rows_file(folder), *(folder / name for name in WATCHED)]:
+        for path in [find_rows_file(folder), *(folder / name for name in WATCHED_FILES)]:
             if path.exists():
-                at = path.stat()
-                found.append([at.st_size, at.st_mtime_ns])
-    return json.dumps(found)
+                state = path.stat()
+                file_states.append([state.st_size, state.st_mtime_ns])
+    return json.dumps(file_states)

@@ -1,4 +1,4 @@
-"""The tokenizer sheet: ids to blame, impossible and special ones, ends of both models, the doctor.
+"""The tokenizer panel: signal by id, impossible and special tokens, EOS, results of the doctor.
 
 r = log student - log teacher of a sampled token. Shapes: B responses, T positions.
 """
@@ -8,150 +8,180 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diagnostics.errors import InvalidInput
-from diagnostics.io.files import has_type, read_object, short
-from diagnostics.records.token_text import Spelling, read_spelling
-from diagnostics.records.vocabulary import located
+from diagnostics.io.files import has_type, read_object, short_repr
+from diagnostics.records.token_text import TokenDecoder, load_token_decoder
+from diagnostics.records.vocabulary import resolve_folder
 from opd.report.run_data import may_read
 
 if TYPE_CHECKING:
     from diagnostics.batch import ScoredRollouts
     from opd.report.run_data import RunRecord
 
-BLAMED = 40
-"""Most ids of a table."""
+MAX_IDS = 40
+"""Largest number of ids in a table."""
 
 
-def blame(batch: "ScoredRollouts", seen: set[int]) -> list[dict[str, Any]]:
-    """The ids with the most signal in a batch: share of tokens, signal and energy, mean cost."""
-    sums, ids = table(batch)
-    whole = sums.sum(0).tolist()
-    made = []
-    for j in sums[:, 2].argsort(descending=True, stable=True)[:BLAMED].tolist():
+def attribution_rows(batch: "ScoredRollouts", seen_ids: set[int]) -> list[dict[str, Any]]:
+    """Return the ids with the largest share of the signal in a batch.
+
+    Args:
+        batch: The batch.
+        seen_ids: Set to which the ids are added.
+
+    Returns:
+        One row per id: share of tokens, signal and energy, and mean cost.
+    """
+    sums, ids = attribution_sums(batch)
+    totals = sums.sum(0).tolist()
+    rows = []
+    for j in sums[:, 2].argsort(descending=True, stable=True)[:MAX_IDS].tolist():
         count, cost, signal, _, energy = sums[j].tolist()
         if count:
-            seen.add(ids[j])
-            made.append(
+            seen_ids.add(ids[j])
+            rows.append(
                 {
                     "id": ids[j],
                     "count": int(count),
-                    "tokens": ratio(count, whole[0]),
-                    "signal": ratio(signal, whole[2]),
-                    "energy": ratio(energy, whole[4]),
+                    "tokens": ratio(count, totals[0]),
+                    "signal": ratio(signal, totals[2]),
+                    "energy": ratio(energy, totals[4]),
                     "cost": round(cost / count, 3),
                 }
             )
-    return made
+    return rows
 
 
-def table(batch: "ScoredRollouts") -> tuple[Any, list[int]]:
-    """`TokenAttribution` sums of the ids that occur, (N, 5), and the ids."""
+def attribution_sums(batch: "ScoredRollouts") -> tuple[Any, list[int]]:
+    """Return the (N, 5) `TokenAttribution` sums of the ids that occur, and the ids."""
     from diagnostics.metrics.token_attribution import TokenAttribution
 
-    ids, place = batch.tokens.unique(return_inverse=True)
-    sums = TokenAttribution.of(replace(batch, tokens=place), batch.mask, len(ids)).sums
+    ids, index = batch.tokens.unique(return_inverse=True)
+    sums = TokenAttribution.from_batch(replace(batch, tokens=index), batch.mask, len(ids)).sums
     return sums, ids.tolist()
 
 
-def ratio(above: float, below: float) -> float | None:
-    return round(above / below, 5) if below > 0 and above == above else None
+def ratio(numerator: float, denominator: float) -> float | None:
+    """Return a rounded ratio; None if it is undefined."""
+    return round(numerator / denominator, 5) if denominator > 0 and numerator == numerator else None
 
 
-def sheet(
-    run: "RunRecord", spelling: Spelling, batch: "ScoredRollouts | None", seen: set[int]
+def tokenizer_panel(
+    run: "RunRecord", decoder: TokenDecoder, batch: "ScoredRollouts | None", seen_ids: set[int]
 ) -> dict[str, Any]:
-    """What goes wrong between two vocabularies: `impossible_ids`, `specials`, `ends`, `doctor`."""
-    made: dict[str, Any] = {
-        "ends": ends(run),
-        "unread": unread(run),
-        "doctor": doctor(run.folder) if may_read(run, run.folder / "doctor.json") else None,
+    """Collect the data of the panel.
+
+    Args:
+        run: The run.
+        decoder: The token decoder.
+        batch: The last saved batch, if there is one.
+        seen_ids: Set to which the ids are added.
+
+    Returns:
+        The data; see `impossible_ids`, `special_token_rows`, `model_end_tokens`,
+        `read_doctor_report`.
+    """
+    panel: dict[str, Any] = {
+        "ends": model_end_tokens(run),
+        "unread": unread_models(run),
+        "doctor": read_doctor_report(run.folder)
+        if may_read(run, run.folder / "doctor.json")
+        else None,
         "impossible": None,
         "special": [],
     }
     if batch is not None:
-        made["impossible"] = impossible_ids(batch, seen)
-        made["special"] = specials(batch, spelling, seen)
-    return made
+        panel["impossible"] = impossible_ids(batch, seen_ids)
+        panel["special"] = special_token_rows(batch, decoder, seen_ids)
+    return panel
 
 
-def impossible_ids(batch: "ScoredRollouts", seen: set[int]) -> dict[str, Any]:
-    """Tokens of which the student is sure and that the teacher holds impossible, by id."""
-    from diagnostics.metrics.token_attribution import impossible
+def impossible_ids(batch: "ScoredRollouts", seen_ids: set[int]) -> dict[str, Any]:
+    """Find tokens that the student is confident of and the teacher considers impossible, by id."""
+    from diagnostics.metrics.token_attribution import confident_impossible_mask
 
-    found, size = impossible(batch), batch.log_ratio.abs()
+    is_impossible, signal = confident_impossible_mask(batch), batch.log_ratio.abs()
     rows = []
-    for i in batch.tokens[found].unique().tolist():
-        mine = found & (batch.tokens == i)
+    for i in batch.tokens[is_impossible].unique().tolist():
+        is_this_id = is_impossible & (batch.tokens == i)
         rows.append(
             {
                 "id": i,
-                "count": int(mine.sum()),
-                "student": round(float(batch.student_logp[mine].mean()), 3),
-                "teacher": round(float(batch.teacher_logp[mine].mean()), 3),
+                "count": int(is_this_id.sum()),
+                "student": round(float(batch.student_logp[is_this_id].mean()), 3),
+                "teacher": round(float(batch.teacher_logp[is_this_id].mean()), 3),
             }
         )
-    rows = sorted(rows, key=lambda row: -row["count"])[:BLAMED]
-    seen.update(row["id"] for row in rows)
+    rows = sorted(rows, key=lambda row: -row["count"])[:MAX_IDS]
+    seen_ids.update(row["id"] for row in rows)
     return {
         "rows": rows,
-        "share": ratio(float(found.sum()), float(batch.mask.sum())),
-        "signal": ratio(float(size[found].sum()), float(size[batch.mask].sum())),
+        "share": ratio(float(is_impossible.sum()), float(batch.mask.sum())),
+        "signal": ratio(float(signal[is_impossible].sum()), float(signal[batch.mask].sum())),
         "ended": round(float(batch.ended.float().mean()), 4),
     }
 
 
-def specials(batch: "ScoredRollouts", spelling: Spelling, seen: set[int]) -> list[dict[str, Any]]:
-    """Special ids of the run's tokenizer: how often sampled and supervised, their signal."""
-    sums, ids = table(batch)
-    place = {i: j for j, i in enumerate(ids)}
-    chosen = sorted(spelling.special, key=lambda i: (i not in place, i))[:BLAMED]
-    seen.update(chosen)
-    whole = float(sums[:, 2].sum())
+def special_token_rows(
+    batch: "ScoredRollouts", decoder: TokenDecoder, seen_ids: set[int]
+) -> list[dict[str, Any]]:
+    """Describe the tokenizer's special ids: supervised count, share of the signal, mean cost."""
+    sums, ids = attribution_sums(batch)
+    index_by_id = {i: j for j, i in enumerate(ids)}
+    ids_to_show = sorted(decoder.special, key=lambda i: (i not in index_by_id, i))[:MAX_IDS]
+    seen_ids.update(ids_to_show)
+    total_signal = float(sums[:, 2].sum())
     zero = sums.new_zeros(5)
-    mine = {i: (sums[place[i]] if i in place else zero).tolist() for i in chosen}
+    sums_by_id = {
+        i: (sums[index_by_id[i]] if i in index_by_id else zero).tolist() for i in ids_to_show
+    }
     return [
         {
             "id": i,
-            "count": int(mine[i][0]),
-            "signal": ratio(mine[i][2], whole),
-            "cost": round(mine[i][1] / mine[i][0], 3) if mine[i][0] else None,
+            "count": int(sums_by_id[i][0]),
+            "signal": ratio(sums_by_id[i][2], total_signal),
+            "cost": round(sums_by_id[i][1] / sums_by_id[i][0], 3) if sums_by_id[i][0] else None,
         }
-        for i in chosen
+        for i in ids_to_show
     ]
 
 
-def ends(run: "RunRecord") -> list[dict[str, Any]]:
-    """Of the student and of every teacher: the ids that end a generation, their text, its own end.
+def model_end_tokens(run: "RunRecord") -> list[dict[str, Any]]:
+    """Return the ids that end a generation, their text and the EOS token of each model.
 
-    Own is the end token that the tokenizer names: what a model was taught to end by, though a
-    generation may stop at more.
+    The tokenizer's EOS token is what a model was trained to end with; a generation may stop at more
+    ids. Folders that do not exist, such as models on the hub, are skipped.
 
-    Folders that are not there, such as models of a hub, are left out.
+    Args:
+        run: The run.
+
+    Returns:
+        One row per model: role, ids, texts, and its EOS token ("own").
     """
-    made = []
+    rows = []
     for role, folder in model_folders(run).items():
         names = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json")
         allowed = all(may_read(run, folder / name) for name in names)
         if allowed and (folder / "tokenizer.json").exists():
-            known = read_spelling(folder)
-            ids = end_ids(folder, known)
-            texts = [known.text(i) for i in ids]
-            made.append({"role": role, "ids": ids, "texts": texts, "own": map_eos(folder)})
-    return made
+            decoder = load_token_decoder(folder)
+            ids = end_ids(folder, decoder)
+            texts = [decoder.text(i) for i in ids]
+            rows.append({"role": role, "ids": ids, "texts": texts, "own": read_eos_token(folder)})
+    return rows
 
 
 def model_folders(run: "RunRecord") -> dict[str, Path]:
-    """Role to the folder of each model that the run's settings name."""
+    """Return role -> folder of each model that the run's settings name."""
     config = run.config
     tasks = config.get("tasks") or ()
     names = {
         f"teacher of {task['name']}": task.get("teacher") or config.get("teacher") for task in tasks
     }
     names = {"student": config.get("student"), **(names or {"teacher": config.get("teacher")})}
-    return {role: located(run.folder, name) for role, name in names.items() if name}
+    return {role: resolve_folder(run.folder, name) for role, name in names.items() if name}
 
 
-def unread(run: "RunRecord") -> list[str]:
-    """The models that were not looked at, because the record alone names their folders."""
+def unread_models(run: "RunRecord") -> list[str]:
+    """List the models that were not read because they are outside the run folder."""
     return [
         f"{role}: {folder}"
         for role, folder in model_folders(run).items()
@@ -159,60 +189,76 @@ def unread(run: "RunRecord") -> list[str]:
     ]
 
 
-def end_ids(folder: Path, known: Spelling) -> list[int]:
-    """The ids that end a generation, as `opd.models.model.end_ids`: the tokenizer's own end token, and
-    those of generation_config.json, else of config.json.
+def end_ids(folder: Path, decoder: TokenDecoder) -> list[int]:
+    """Return the ids that end a generation, as `opd.models.model.end_ids` does.
+
+    These are the tokenizer's EOS id, and those of generation_config.json, else of config.json.
+
+    Args:
+        folder: The folder of the model.
+        decoder: Its token decoder.
+
+    Returns:
+        The ids, sorted.
 
     Raises:
-      ValueError: a file names something else than ids.
+        InvalidInput: A file holds something else than ids.
     """
-    text, ids = map_eos(folder), set[int]()
+    text, ids = read_eos_token(folder), set[int]()
     if text is not None:
-        ids.update(i for i, piece in known.pieces.items() if piece == text.encode())
+        ids.update(i for i, piece in decoder.token_bytes.items() if piece == text.encode())
     for name in ("generation_config.json", "config.json"):
-        named = configured_ends(folder / name) if (folder / name).exists() else None
-        if named is not None:
-            return sorted(ids | named)
+        configured = read_configured_ends(folder / name) if (folder / name).exists() else None
+        if configured is not None:
+            return sorted(ids | configured)
     return sorted(ids)
 
 
-def configured_ends(path: Path) -> set[int] | None:
-    """The end ids of a model's settings, also of a text model inside another; None if it has none.
+def read_configured_ends(path: Path) -> set[int] | None:
+    """Read the EOS ids of a model's config, also of a nested text config.
+
+    Args:
+        path: A config file.
+
+    Returns:
+        The ids; None if it has none.
 
     Raises:
-      ValueError: names the file and the value.
+        InvalidInput: The value is not an id or a list of ids.
     """
     settings = read_object(path)
-    inner = settings.get("text_config")
-    named = settings.get("eos_token_id")
-    if named is None and isinstance(inner, dict):
-        named = inner.get("eos_token_id")
-    if named is None:
+    text_config = settings.get("text_config")
+    configured = settings.get("eos_token_id")
+    if configured is None and isinstance(text_config, dict):
+        configured = text_config.get("eos_token_id")
+    if configured is None:
         return None
-    ids = named if isinstance(named, list) else [named]
+    ids = configured if isinstance(configured, list) else [configured]
     if not all(has_type(i, int) for i in ids):
-        raise InvalidInput(f"{path}, field eos_token_id: {short(named)} is no id or list of ids")
+        raise InvalidInput(
+            f"{path}, field eos_token_id: {short_repr(configured)} is not an id or a list of ids"
+        )
     return set(ids)
 
 
-def map_eos(folder: Path) -> str | None:
-    """The end token of tokenizer_config.json, if it names one."""
+def read_eos_token(folder: Path) -> str | None:
+    """Return the EOS token of tokenizer_config.json, if it has one."""
     settings = folder / "tokenizer_config.json"
     token = read_object(settings).get("eos_token") if settings.exists() else None
     return token.get("content") if isinstance(token, dict) else token
 
 
-def doctor(folder: Path) -> dict[str, Any] | None:
-    """What `opd doctor STUDENT TEACHER --json > RUN/doctor.json` found, if the file is there."""
+def read_doctor_report(folder: Path) -> dict[str, Any] | None:
+    """Read the output of `opd doctor STUDENT TEACHER --json > RUN/doctor.json`, if it exists."""
     path = folder / "doctor.json"
     if not path.exists():
         return None
-    found = read_object(path, {"verdict": str, "items": list})
-    for i, item in enumerate(found["items"]):
+    report = read_object(path, {"verdict": str, "items": list})
+    for i, item in enumerate(report["items"]):
         if not isinstance(item, dict):
-            raise InvalidInput(f"{path}, items[{i}]: {short(item)} is not an object")
-    kept = ("item", "verdict", "found", "advice")
+            raise InvalidInput(f"{path}, items[{i}]: {short_repr(item)} is not an object")
+    fields = ("item", "verdict", "found", "advice")
     return {
-        "verdict": found["verdict"],
-        "items": [{name: item.get(name, "") for name in kept} for item in found["items"]],
+        "verdict": report["verdict"],
+        "items": [{name: item.get(name, "") for name in fields} for item in report["items"]],
     }

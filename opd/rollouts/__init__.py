@@ -1,1 +1,1 @@
-"""Rollout engines: Hugging Face generate, vLLM in this process, vLLM servers."""
+"""Rollout engines: Hugging Face generate, vLLM in this process, and vLLM servers."""

@@ -1,4 +1,4 @@
-"""What every rollout engine shares: its protocol, and a process's slice of a batch."""
+"""The interface of rollout engines, and the slice of a batch that one process samples."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,13 +12,12 @@ from opd.models.model import CausalLM
 
 @dataclass(frozen=True)
 class BatchSlice:
-    """Which rows of a larger batch some rows are, so that they get the noise that they have in it.
-
-    rows: the number of each in the whole; of: rows of the whole.
-    """
+    """Rows of a larger batch; each row gets the same noise as when the whole batch is sampled."""
 
     rows: list[int]
-    of: int
+    """Index of each row in the whole batch."""
+    total_rows: int
+    """Number of rows of the whole batch."""
 
 
 class Engine(Protocol):
@@ -33,18 +32,29 @@ class Engine(Protocol):
         temperature: float,
         top_p: float,
         generator: torch.Generator,
-        share: BatchSlice | None = None,
+        batch_slice: BatchSlice | None = None,
     ) -> Rollouts:
-        """Rollouts that depend on the prompts, the weights and `generator` alone.
+        """Sample rollouts that depend only on the prompts, the weights and `generator`.
 
-        share: these rows of a larger batch, each as it is there.
+        Args:
+            prompts: B encoded prompts.
+            eos: Ids that end a response.
+            max_response: Maximum response length in tokens.
+            temperature: Softmax temperature.
+            top_p: Probability mass of the nucleus.
+            generator: Source of the noise.
+            batch_slice: The rows of a larger batch that `prompts` are; each is sampled as in that
+                batch. None: `prompts` are the whole batch.
+
+        Returns:
+            One response per prompt row, in order.
         """
         ...
 
     def sync(self, model: CausalLM) -> None:
-        """Sample from this model's present weights from now on."""
+        """Sample from this model's current weights from now on."""
         ...
 
     def close(self) -> None:
-        """Free what the engine holds beside the student; it samples no more."""
+        """Free the engine's own resources; `sample` must not be called afterwards."""
         ...

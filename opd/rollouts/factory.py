@@ -1,4 +1,4 @@
-"""Rollout engines: what turns prompts into rollouts of the current student.
+"""Construction of rollout engines by name.
 
 An engine holds a copy of, or a reference to, the student's weights. The trainer calls `sync` after
 each update and `sample` before the next.
@@ -19,26 +19,36 @@ def _vllm(model: CausalLM, **settings: Any) -> Engine:
     return VllmEngine(model, **settings)
 
 
-def _servers(model: CausalLM, **settings: Any) -> Engine:
+def _vllm_servers(model: CausalLM, **settings: Any) -> Engine:
     from opd.rollouts.vllm_server_engine import VllmServerEngine
 
     return VllmServerEngine(model, **settings)
 
 
-ENGINES: dict[str, Callable[..., Engine]] = {"hf": HfEngine, "vllm": _vllm, "servers": _servers}
+ENGINES: dict[str, Callable[..., Engine]] = {
+    "hf": HfEngine,
+    "vllm": _vllm,
+    "servers": _vllm_servers,
+}
 
 
 def make_engine(name: str, model: CausalLM, **settings: Any) -> Engine:
-    """The engine of that name, loaded with the model's weights.
+    """Build a rollout engine and load the model's weights into it.
 
     Args:
-      name: "hf", in this process; "vllm", colocated (`pip install 'opdlab[vllm]'`); or "servers",
-        vLLM servers elsewhere.
-      settings: of the engine's constructor: `HfEngine`, `opd.rollouts.vllm_engine.VllmEngine` or
-        `opd.rollouts.vllm_server_engine.VllmServerEngine`.
+        name: "hf", Hugging Face `generate` in this process; "vllm", vLLM on the same machine
+            (`pip install 'opdlab[vllm]'`); or "servers", vLLM servers.
+        model: The student.
+        **settings: Arguments of the engine's constructor: `HfEngine`,
+            `opd.rollouts.vllm_engine.VllmEngine` or
+            `opd.rollouts.vllm_server_engine.VllmServerEngine`.
+
+    Returns:
+        The engine.
 
     Raises:
-      ValueError: unknown name. ImportError: vLLM is not installed.
+        ValueError: The name is unknown.
+        ImportError: vLLM is not installed.
     """
     if name not in ENGINES:
         raise InvalidInput(f"unknown rollout engine {name!r}; known: {', '.join(ENGINES)}")

@@ -1,12 +1,12 @@
-"""Rollouts in process: Hugging Face `generate` runs the model, we draw the tokens.
+"""Rollouts with Hugging Face `generate`, with reproducible sampling.
 
-Shapes: B responses, T response positions, P prompt positions, V vocabulary that the pair shares.
+Shapes: B responses, T response positions, P prompt positions, V shared vocabulary.
 
-Every token is drawn by inversion from one uniform number of its own, so a response depends on its
-prompt, the weights and its row of a (B, T) table of noise that is drawn from the caller's
-generator before the model runs. It does not depend on the rows beside it, on their order, on
-`generation_batch_size` or on the cache, up to the rounding of the model's arithmetic; and no global random
-state is read or written.
+Every token is sampled by inversion from its own uniform random number. A response therefore depends
+only on its prompt, the weights and its row of a (B, T) noise table that is generated before the
+model runs. Up to the rounding of the model's arithmetic, it does not depend on the other rows of
+the batch, their order, `generation_batch_size` or the cache; and global random state is neither
+read nor written.
 """
 
 import math
@@ -20,14 +20,42 @@ from torch import Tensor
 from diagnostics.batch import Rollouts
 from diagnostics.errors import InvalidInput
 from opd.data.prompts import Prompts
-from opd.models.contexts import evaluating
-from opd.models.model import CausalLM, bare
+from opd.models.contexts import evaluation_mode
+from opd.models.model import CausalLM, base_model
 from opd.rollouts.base import BatchSlice
 from opd.rollouts.sampler import Sampler
 
-ROWS_AT_ONCE = 256
-# On CUDA every new (rows, cache length) is compiled anew: round both, so that few occur in a run.
+GENERATION_BATCH_SIZE = 256
+# On CUDA each new shape (rows, cache length) is compiled: round both up, so that few occur.
 ROW_BUCKET, WIDTH_BUCKET = 16, 64
+
+
+class HfEngine:
+    """`sample` as an `Engine`; it samples from the student's own weights without a copy.
+
+    Args:
+        model: The student.
+        generation_batch_size: Rows per `generate` call; their key-value cache must fit in memory.
+    """
+
+    def __init__(
+        self, model: CausalLM, *, generation_batch_size: int = GENERATION_BATCH_SIZE
+    ) -> None:
+        self.model, self.generation_batch_size = model, generation_batch_size
+
+    def sample(self, prompts: Prompts, eos: list[int], **settings: Any) -> Rollouts:
+        """Sample one response to every prompt row; see `sample`."""
+        return sample(
+            self.model, prompts, eos, generation_batch_size=self.generation_batch_size, **settings
+        )
+
+    def sync(self, model: CausalLM) -> None:
+        """Sample from this model from now on."""
+        self.model = model
+
+    def close(self) -> None:
+        """Do nothing: the engine has no resources of its own."""
+        pass
 
 
 @torch.no_grad()
@@ -40,28 +68,36 @@ def sample(
     temperature: float,
     top_p: float,
     generator: torch.Generator,
-    share: BatchSlice | None = None,
-    generation_batch_size: int = ROWS_AT_ONCE,
+    batch_slice: BatchSlice | None = None,
+    generation_batch_size: int = GENERATION_BATCH_SIZE,
     cache: str | None = None,
 ) -> Rollouts:
-    """One response to every row of `prompts`, in their order.
+    """Sample one response to every row of `prompts`, in order.
 
-    Tokens are drawn from softmax(logits / temperature) cut to its top-p nucleus, nothing else: the
-    model's own generation settings (top-k, repetition penalty, ...) do not take part. Greedy
-    decoding is the limit of a small nucleus: `top_p=1e-9`.
+    Tokens are sampled from softmax(logits / temperature) restricted to its top-p nucleus. The
+    model's own generation settings (top-k, repetition penalty, ...) are ignored. Greedy decoding is
+    the limit of a small nucleus: `top_p=1e-9`.
 
     Args:
-      eos: ids that end a response; the one drawn belongs to it.
-      max_response: budget T of a response, in tokens.
-      generator: source of the (B, T) noise; B x T float64 numbers are taken from it, always.
-      share: these rows among the B of a whole batch; None: they are all of it.
-      generation_batch_size: rows of one `generate` call. Rows of similar prompt length run together, and a
-        call stops when all its rows have ended.
-      cache: "static" (compiled on CUDA), "dynamic", or None: static on CUDA where the model allows.
+        model: The model to sample from.
+        prompts: B encoded prompts.
+        eos: Ids that end a response; the sampled one is part of the response.
+        max_response: Maximum response length T in tokens.
+        temperature: Softmax temperature.
+        top_p: Probability mass of the nucleus.
+        generator: Source of the (B, T) noise; always consumes B x T float64 numbers.
+        batch_slice: Which rows of a larger batch `prompts` are; None: the whole batch.
+        generation_batch_size: Rows per `generate` call. Rows of similar prompt length are grouped,
+            and a call stops when all its rows have ended.
+        cache: "static" (compiled on CUDA), "dynamic", or None: static on CUDA if the model
+            supports it.
+
+    Returns:
+        The rollouts, on the model's device.
 
     Raises:
-      ValueError: logits are not finite, or a setting is out of range.
-      torch.OutOfMemoryError: with the rows and positions that did not fit.
+        ValueError: Logits are not finite, or a setting is out of range.
+        torch.OutOfMemoryError: names the rows and positions that did not fit.
     """
     for name, size in (
         ("max_response", max_response),
@@ -71,75 +107,101 @@ def sample(
             raise InvalidInput(f"{name} is {size}, expected at least 1")
     if not (temperature > 0 and 0 < top_p <= 1):
         raise InvalidInput(
-            f"temperature is {temperature} and top_p {top_p}; expected above 0, and in (0, 1]; "
-            "for greedy decoding set top_p=1e-9"
+            f"temperature is {temperature} and top_p {top_p}; expected temperature > 0 and top_p "
+            "in (0, 1]; for greedy decoding set top_p=1e-9"
         )
-    kind = cache or default_cache(model)
-    if kind not in ("static", "dynamic"):
-        raise InvalidInput(f"unknown cache {kind!r}; known: static, dynamic")
+    cache_kind = cache or default_cache(model)
+    if cache_kind not in ("static", "dynamic"):
+        raise InvalidInput(f"unknown cache {cache_kind!r}; known: static, dynamic")
     noise = torch.rand(
-        len(prompts) if share is None else share.of,
+        len(prompts) if batch_slice is None else batch_slice.total_rows,
         max_response,
         generator=generator,
         device=generator.device,
         dtype=torch.float64,
     )
-    noise = noise if share is None else noise[share.rows]
+    noise = noise if batch_slice is None else noise[batch_slice.rows]
     parts, order = [], []
-    with plain_generation(model.network), evaluating(model.network):
-        for rows in batches(prompts, generation_batch_size):
+    with default_generation_config(model.network), evaluation_mode(model.network):
+        for rows in group_by_length(prompts, generation_batch_size):
             sampler = Sampler(model.vocabulary, temperature, top_p, noise[rows].to(model.device))
-            some = prompts.rows(rows)
-            parts.append(respond(model, some, eos, sampler, static=kind == "static"))
+            group = prompts.rows(rows)
+            parts.append(
+                generate_responses(model, group, eos, sampler, static=cache_kind == "static")
+            )
             order += rows
-    columns: dict[str, Any] = joined(parts, torch.tensor(order).argsort().to(model.device))
+    columns: dict[str, Any] = concatenate_columns(
+        parts, torch.tensor(order).argsort().to(model.device)
+    )
     return Rollouts(
         **columns, prompt=prompts.index.to(model.device), temperature=temperature, top_p=top_p
     )
 
 
-def batches(prompts: Prompts, generation_batch_size: int) -> list[list[int]]:
-    """Row numbers in groups of at most `generation_batch_size`, nearly equal, by rising prompt length."""
+def group_by_length(prompts: Prompts, generation_batch_size: int) -> list[list[int]]:
+    """Split the rows into groups of similar prompt length and nearly equal size.
+
+    Args:
+        prompts: B encoded prompts.
+        generation_batch_size: Maximum number of rows of a group.
+
+    Returns:
+        Row indices of each group, in order of prompt length.
+    """
     lengths = prompts.mask.sum(1).tolist()
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     size = math.ceil(len(order) / math.ceil(len(order) / generation_batch_size))
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
-def respond(
+def generate_responses(
     model: CausalLM, prompts: Prompts, eos: list[int], sampler: Sampler, *, static: bool
 ) -> dict[str, Tensor]:
-    """The columns of `Rollouts` for one `generate` call; a static cache gets padded shapes."""
+    """Run one `generate` call.
+
+    Args:
+        model: The model to sample from.
+        prompts: Prompts of the group.
+        eos: Ids that end a response.
+        sampler: Samples the tokens; new, with the noise of these rows.
+        static: Use a static cache, with shapes padded to bucket sizes.
+
+    Returns:
+        Columns of `Rollouts`.
+
+    Raises:
+        torch.OutOfMemoryError: names the rows and positions that did not fit.
+    """
     from transformers import GenerationConfig
 
-    rows, budget = sampler.noise.shape
-    ids, real = prompts.tokens, prompts.mask
+    num_rows, max_response = sampler.noise.shape
+    ids, mask = prompts.tokens, prompts.mask
     if static:
-        ids, real = bucketed(ids, real)
+        ids, mask = pad_to_bucket(ids, mask)
     settings = GenerationConfig(
-        do_sample=False,  # argmax of what the sampler leaves
-        max_new_tokens=budget,
+        do_sample=False,  # argmax of the sampler's one-hot scores
+        max_new_tokens=max_response,
         eos_token_id=eos,
         pad_token_id=eos[0],
         cache_implementation="static" if static else None,
     )
     try:
-        out = bare(model.network).generate(
+        output_ids = base_model(model.network).generate(
             inputs=ids.to(model.device),
-            attention_mask=real.long().to(model.device),
+            attention_mask=mask.long().to(model.device),
             generation_config=settings,
             logits_processor=[sampler],
-            stopping_criteria=[lambda x, _: torch.arange(len(x), device=x.device) >= rows],
-            synced_gpus=False,  # every process has the whole weights, and its own number of calls
+            stopping_criteria=[lambda x, _: torch.arange(len(x), device=x.device) >= num_rows],
+            synced_gpus=False,  # every rank has unsharded weights and its own number of calls
         )
     except torch.OutOfMemoryError as error:
         raise torch.OutOfMemoryError(
-            f"no memory to sample {len(ids)} rows of {ids.shape[1]} prompt and {budget} response "
-            f"tokens at once; set generation_batch_size below {rows}"
+            f"out of memory while sampling {len(ids)} rows of {ids.shape[1]} prompt and "
+            f"{max_response} response tokens; set generation_batch_size below {num_rows}"
         ) from error
     sampler.check()
-    response = out[:rows, ids.shape[1] :]
-    mask, ended = until_end(response, eos)
+    response = output_ids[:num_rows, ids.shape[1] :]
+    mask, ended = mask_until_eos(response, eos)
     columns = {"tokens": torch.where(mask, response, 0), "mask": mask, "ended": ended}
     for name in ("sampler_logp", "softmax_logp"):
         logp = torch.stack(getattr(sampler, name)[: response.shape[1]], 1)
@@ -147,17 +209,34 @@ def respond(
     return columns
 
 
-def bucketed(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, P) prompts with rows (copies of the last) and padding on the left up to full buckets."""
+def pad_to_bucket(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Pad prompts to multiples of the bucket sizes.
+
+    Args:
+        tokens: (B, P) prompt ids.
+        mask: (B, P) bool.
+
+    Returns:
+        Both, with copies of the last row appended up to a multiple of ROW_BUCKET rows, and padded
+        on the left to a multiple of WIDTH_BUCKET positions.
+    """
     count, width = tokens.shape
     rows = list(range(count)) + [count - 1] * (-count % ROW_BUCKET)
-    left = (-width % WIDTH_BUCKET, 0)
+    left_padding = (-width % WIDTH_BUCKET, 0)
     pad = torch.nn.functional.pad
-    return pad(tokens, left)[rows], pad(mask, left)[rows]
+    return pad(tokens, left_padding)[rows], pad(mask, left_padding)[rows]
 
 
-def joined(parts: list[dict[str, Tensor]], order: Tensor) -> dict[str, Tensor]:
-    """Columns of all parts, padded on the right with zeros to the longest, rows in `order`."""
+def concatenate_columns(parts: list[dict[str, Tensor]], order: Tensor) -> dict[str, Tensor]:
+    """Concatenate the columns of several `generate` calls.
+
+    Args:
+        parts: Columns of each call, (rows,) or (rows, T).
+        order: Index of each output row among the concatenated rows.
+
+    Returns:
+        The columns, padded on the right with zeros to the longest response.
+    """
     width = max(part["tokens"].shape[1] for part in parts)
 
     def pad(x: Tensor) -> Tensor:
@@ -166,49 +245,37 @@ def joined(parts: list[dict[str, Tensor]], order: Tensor) -> dict[str, Tensor]:
     return {name: torch.cat([pad(part[name]) for part in parts])[order] for name in parts[0]}
 
 
-def until_end(response: Tensor, eos: list[int]) -> tuple[Tensor, Tensor]:
-    """(B, T) mask of the tokens up to and with the first end token, and (B,) if there is one."""
-    stop = torch.isin(response, torch.tensor(eos, device=response.device))
-    earlier = stop.long().cumsum(1) - stop.long()
-    return earlier == 0, stop.any(1)
+def mask_until_eos(response: Tensor, eos: list[int]) -> tuple[Tensor, Tensor]:
+    """Find where responses end.
+
+    Args:
+        response: (B, T) sampled ids.
+        eos: Ids that end a response.
+
+    Returns:
+        A (B, T) mask of the tokens up to and including the first EOS, and (B,) whether there is
+        one.
+    """
+    is_eos = torch.isin(response, torch.tensor(eos, device=response.device))
+    num_earlier = is_eos.long().cumsum(1) - is_eos.long()
+    return num_earlier == 0, is_eos.any(1)
 
 
 def default_cache(model: CausalLM) -> str:
-    """Static on CUDA for models that say they can be compiled whole; else dynamic."""
-    able = getattr(bare(model.network), "_can_compile_fullgraph", False)
-    return "static" if model.device.type == "cuda" and able else "dynamic"
+    """Return "static" on CUDA for models that support full-graph compilation, else "dynamic"."""
+    compilable = getattr(base_model(model.network), "_can_compile_fullgraph", False)
+    return "static" if model.device.type == "cuda" and compilable else "dynamic"
 
 
 @contextmanager
-def plain_generation(network: Any) -> Iterator[None]:
-    """Set the model's generation defaults aside: `generate` fills unset options from them."""
+def default_generation_config(network: Any) -> Iterator[None]:
+    """Use an empty generation config inside the block: `generate` takes unset options from it."""
     from transformers import GenerationConfig
 
-    owner = bare(network)
+    owner = base_model(network)
     saved = owner.generation_config
     owner.generation_config = GenerationConfig()
     try:
         yield
     finally:
         owner.generation_config = saved
-
-
-class HfEngine:
-    """`opd.rollouts.hf_engine.sample` as an engine; it samples from the student itself, nothing is copied.
-
-    generation_batch_size: rows of one `generate` call; their key-value cache has to fit.
-    """
-
-    def __init__(self, model: CausalLM, *, generation_batch_size: int = ROWS_AT_ONCE) -> None:
-        self.model, self.generation_batch_size = model, generation_batch_size
-
-    def sample(self, prompts: Prompts, eos: list[int], **settings: Any) -> Rollouts:
-        return sample(
-            self.model, prompts, eos, generation_batch_size=self.generation_batch_size, **settings
-        )
-
-    def sync(self, model: CausalLM) -> None:
-        self.model = model
-
-    def close(self) -> None:
-        pass

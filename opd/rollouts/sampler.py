@@ -1,23 +1,30 @@
-"""Draw tokens from logits: temperature, top-p, and noise that belongs to a row."""
+"""Sampling tokens from logits with temperature, top-p and per-row noise."""
 
 import torch
 from torch import Tensor
 
 from diagnostics.errors import InvalidInput
 
-# A text model's nucleus is nearly always within so many ids; selecting them is cheaper than a sort.
-LIKELY_IDS = 1024
+# The nucleus of a language model nearly always fits into so many ids; topk is cheaper than a sort.
+TOP_CANDIDATES = 1024
 
 
 class Sampler:
-    """A logits processor that draws each token itself and keeps both of its log-probabilities.
+    """A logits processor that samples each token itself and stores its log-probabilities.
 
-    Cuts the logits to the shared vocabulary, applies temperature and top-p, draws, and leaves one
-    finite score a row, so that `generate`'s argmax takes the token that was drawn.
+    It restricts the logits to the shared vocabulary, applies temperature and top-p, samples, and
+    returns scores with one finite value per row, so that the argmax of `generate` selects the
+    sampled token.
 
-    `sampler_logp` is under the distribution that was drawn from; `softmax_logp` is the same
-    token's under the whole softmax(logits / temperature). They differ by the log of the nucleus's
-    mass. noise: (B, T) uniform float64 in [0, 1), one number for each token.
+    Two log-probabilities of each token are stored: `sampler_logp` under the distribution that was
+    sampled from, and `softmax_logp` under the full softmax(logits / temperature). They differ by
+    the logarithm of the nucleus mass.
+
+    Args:
+        vocabulary: Number of ids that may be sampled.
+        temperature: Softmax temperature.
+        top_p: Probability mass of the nucleus.
+        noise: (B, T) uniform float64 in [0, 1), one number per token.
     """
 
     def __init__(self, vocabulary: int, temperature: float, top_p: float, noise: Tensor) -> None:
@@ -28,56 +35,83 @@ class Sampler:
         self.finite: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        rows = len(self.noise)  # any further ones only fill a bucket
-        logits = scores[:rows, : self.vocabulary].float()
-        # NaN has no distribution: draw from anything, refuse after the rollout, without a sync here
+        """Sample the next token of every row.
+
+        Args:
+            input_ids: (B, L) ids so far; unused.
+            scores: (B, V) logits.
+
+        Returns:
+            (B, V) scores: 0 at the sampled token, -inf elsewhere.
+        """
+        num_rows = len(self.noise)  # rows beyond these only pad the batch to its bucket size
+        logits = scores[:num_rows, : self.vocabulary].float()
+        # Rows with NaN sample from zero logits and `check` raises later: no device sync per token
         finite = logits.amax(1).isfinite()
         self.finite.append(finite.all())
         logits = torch.where(finite[:, None], logits, torch.zeros_like(logits))
-        whole = (logits / self.temperature).log_softmax(-1)
-        kept = whole if self.top_p >= 1 else nucleus(whole, self.top_p)
-        token = draw(kept, self.noise[:, len(self.sampler_logp)])[:, None]
-        self.sampler_logp.append(kept.gather(1, token)[:, 0])
-        self.softmax_logp.append(whole.gather(1, token)[:, 0])
-        chosen = torch.full_like(scores, -torch.inf)
-        chosen[rows:, 0] = 0.0
-        chosen[:rows].scatter_(1, token, 0.0)
-        return chosen
+        softmax_logp = (logits / self.temperature).log_softmax(-1)
+        sampler_logp = softmax_logp if self.top_p >= 1 else nucleus(softmax_logp, self.top_p)
+        token = draw(sampler_logp, self.noise[:, len(self.sampler_logp)])[:, None]
+        self.sampler_logp.append(sampler_logp.gather(1, token)[:, 0])
+        self.softmax_logp.append(softmax_logp.gather(1, token)[:, 0])
+        one_hot_scores = torch.full_like(scores, -torch.inf)
+        one_hot_scores[num_rows:, 0] = 0.0
+        one_hot_scores[:num_rows].scatter_(1, token, 0.0)
+        return one_hot_scores
 
     def check(self) -> None:
-        """Raises ValueError: logits were NaN, or all of them infinite, at some token."""
+        """Raise an error if the logits were not finite at some token.
+
+        Raises:
+            ValueError: Logits were NaN, or all of them infinite.
+        """
         finite = torch.stack(self.finite)
         if not bool(finite.all()):
             first = int((~finite).nonzero()[0, 0])
             raise InvalidInput(
                 f"the student's logits are not finite from response token {first} on; its weights "
-                "have diverged: go back to a checkpoint and lower the learning rate"
+                "have diverged: resume from an earlier checkpoint with a lower learning rate"
             )
 
 
 def nucleus(logits: Tensor, top_p: float) -> Tensor:
-    """Log-probabilities restricted to the smallest set of ids with mass >= top_p, renormalised.
+    """Restrict a distribution to its top-p nucleus and renormalise.
 
-    (B, V) -> (B, V), -inf outside. The id that crosses the threshold is kept, so the set is never
-    empty. Sorts whole rows only where some row's most probable ids do not reach the mass.
+    The nucleus is the smallest set of ids with mass >= top_p. The id that crosses the threshold
+    belongs to it, so it is never empty. Whole rows are sorted only when the TOP_CANDIDATES most
+    probable ids of some row have less mass than top_p.
+
+    Args:
+        logits: (B, V).
+        top_p: Probability mass of the nucleus.
+
+    Returns:
+        (B, V) log-probabilities, -inf outside the nucleus.
     """
     logp = logits.log_softmax(-1)
     if top_p >= 1:
         return logp
-    ordered, order = logp.topk(min(LIKELY_IDS, logp.shape[-1]))
-    if not bool((ordered.exp().sum(-1) >= top_p).all()):
-        ordered, order = logp.sort(-1, descending=True)
-    keep = ordered.exp().cumsum(-1) - ordered.exp() < top_p
+    sorted_logp, order = logp.topk(min(TOP_CANDIDATES, logp.shape[-1]))
+    if not bool((sorted_logp.exp().sum(-1) >= top_p).all()):
+        sorted_logp, order = logp.sort(-1, descending=True)
+    keep = sorted_logp.exp().cumsum(-1) - sorted_logp.exp() < top_p
     inside = torch.zeros_like(logp, dtype=torch.bool).scatter(-1, order, keep)
     return logp.masked_fill(~inside, -torch.inf).log_softmax(-1)
 
 
 def draw(logp: Tensor, noise: Tensor) -> Tensor:
-    """(B,) ids drawn by inversion: the first id whose cumulative probability exceeds the noise.
+    """Sample ids by inversion: the first id whose cumulative probability exceeds the noise.
 
-    logp: (B, V) normalised, -inf where the probability is 0; noise: (B,) float64 in [0, 1). The
-    cumulative sums are float64, so an id's frequency errs by the float32 rounding of its own
-    probability only. An id of probability 0 is never drawn.
+    The cumulative sums are float64, so the frequency of an id deviates only by the float32 rounding
+    of its own probability. An id of probability 0 is never sampled.
+
+    Args:
+        logp: (B, V) normalised log-probabilities, -inf where the probability is 0.
+        noise: (B,) float64 in [0, 1).
+
+    Returns:
+        (B,) ids.
     """
     mass = logp.exp().cumsum(-1, dtype=torch.float64)
     # noise is at most 1 - 2^-53, so the product stays below the total, which is about 1

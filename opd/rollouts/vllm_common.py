@@ -1,4 +1,4 @@
-"""What a vLLM engine in this process and vLLM servers share: weight export, seeds, columns."""
+"""Functions that the vLLM engine and the vLLM server engine share: checkpoints, seeds, columns."""
 
 import copy
 import json
@@ -12,68 +12,99 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from opd.data.prompts import Prompts
-from opd.models.contexts import evaluating
+from opd.models.contexts import evaluation_mode
 from opd.rollouts.base import BatchSlice
 
 PROBE_TOKENS = 64
 
 
-# Largest mean of |log-prob of vLLM - log-prob of the student| on the probe that is arithmetic.
+# Tolerance for numerical noise: mean |log-prob of vLLM - log-prob of the student| on the probe.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.03}
 
 
-def row_seeds(count: int, generator: torch.Generator, share: BatchSlice | None) -> list[int]:
-    """A seed for each of `count` rows; as many numbers are drawn as the whole batch has rows."""
-    whole = count if share is None else share.of
-    seeds = torch.randint(2**62, (whole,), generator=generator, device=generator.device)
-    return (seeds if share is None else seeds[share.rows]).tolist()
+def row_seeds(count: int, generator: torch.Generator, batch_slice: BatchSlice | None) -> list[int]:
+    """Draw a seed for each row.
+
+    Args:
+        count: Number of rows.
+        generator: Source of the seeds; consumes one number per row of the whole batch.
+        batch_slice: Which rows of a larger batch these are; None: the whole batch.
+
+    Returns:
+        `count` seeds.
+    """
+    total_rows = count if batch_slice is None else batch_slice.total_rows
+    seeds = torch.randint(2**62, (total_rows,), generator=generator, device=generator.device)
+    return (seeds if batch_slice is None else seeds[batch_slice.rows]).tolist()
 
 
-def unpadded(prompts: Prompts) -> list[list[int]]:
-    """The ids of each prompt."""
+def unpad_prompts(prompts: Prompts) -> list[list[int]]:
+    """Return the ids of each prompt without padding."""
     pairs = zip(prompts.tokens, prompts.mask, strict=True)
-    return [ids[real].tolist() for ids, real in pairs]
+    return [ids[mask].tolist() for ids, mask in pairs]
 
 
-def columns_of(
+def rollout_columns(
     rows: Sequence[tuple[list[int], list[float]]], eos: list[int], top_p: float
 ) -> dict[str, Any]:
-    """Columns of `Rollouts` from the ids of each response and their log-probabilities.
+    """Build columns of `Rollouts` from vLLM's responses.
 
-    These are of the distribution drawn from, all that vLLM tells. `softmax_logp` is the same at
-    top_p = 1 and None below, where the mass of the nucleus is not told.
+    vLLM returns only log-probabilities under the distribution that was sampled from. They equal
+    `softmax_logp` at top_p = 1; below 1 the mass of the nucleus is unknown and `softmax_logp` is
+    None.
+
+    Args:
+        rows: Ids of each response and their log-probabilities.
+        eos: Ids that end a response.
+        top_p: Probability mass of the nucleus.
+
+    Returns:
+        The columns, padded on the right with zeros.
     """
     width = max(len(ids) for ids, _ in rows)
     tokens = torch.zeros(len(rows), width, dtype=torch.long)
     logp = torch.zeros(len(rows), width)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for row, (ids, told) in enumerate(rows):
+    for row, (ids, row_logp) in enumerate(rows):
         size = len(ids)
         tokens[row, :size] = torch.tensor(ids)
-        logp[row, :size] = torch.tensor(told)
+        logp[row, :size] = torch.tensor(row_logp)
         mask[row, :size] = True
     ended = torch.tensor([ids[-1] in eos for ids, _ in rows])
-    whole = logp.clone() if top_p == 1 else None  # files take no two tensors of one memory
+    softmax_logp = logp.clone() if top_p == 1 else None  # safetensors rejects shared memory
     return {
         "tokens": tokens,
         "mask": mask,
         "sampler_logp": logp,
-        "softmax_logp": whole,
+        "softmax_logp": softmax_logp,
         "ended": ended,
     }
 
 
 @torch.no_grad()
 def prompt_logp(network: Any, ids: Tensor) -> Tensor:
-    """(P - 1,) log-probabilities of ids[1:] under the network, on the CPU."""
+    """Compute the log-probabilities of a sequence under a Hugging Face model.
+
+    Args:
+        network: The model.
+        ids: (P,) token ids.
+
+    Returns:
+        (P - 1,) log-probabilities of ids[1:], on the CPU.
+    """
     device = next(network.parameters()).device
-    with evaluating(network):
+    with evaluation_mode(network):
         logits = network(ids[None].to(device)).logits[0, :-1].float()
     return logits.log_softmax(-1).gather(-1, ids[1:, None].to(device))[:, 0].cpu()
 
 
-def export(network: Any, path: Path) -> None:
-    """Save a checkpoint in which adapters are merged and the head is a tensor of its own."""
+def export_checkpoint(network: Any, path: Path) -> None:
+    """Save a checkpoint with merged LoRA adapters and an untied LM head.
+
+    Args:
+        network: The model, possibly with adapters; it is not changed.
+        path: The folder to write.
+    """
     if hasattr(network, "merge_and_unload"):
         network = copy.deepcopy(network).merge_and_unload()  # merging in place cannot be undone
     network.save_pretrained(path, max_shard_size="1TB")

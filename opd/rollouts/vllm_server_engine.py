@@ -1,12 +1,12 @@
-"""Rollouts from vLLM servers, which get the student's weights through a folder that they can read.
+"""Rollouts from vLLM servers, which load the student's weights from a shared folder.
 
-Each row is a question of its own, with its own seed, so that one server or several give the same
-rows, up to the rounding of their arithmetic. Nothing is taken from a server that does not hold the
-weights that were last synchronised, and their head and every other tensor of them
-(`opd.rollouts.vllm_server`). vLLM's development mode, in which servers take weights, obeys whoever
-reaches them: on a network of one's own only.
+Each row is a request of its own with its own seed, so that one server and several return the same
+rows, up to the rounding of their arithmetic. Responses are accepted only from servers that hold the
+weights of the last synchronisation, including the LM head and every other tensor
+(`opd.rollouts.vllm_server`). Loading weights needs vLLM's development mode, which has no access
+control: run the servers in a private network only.
 
-Of several processes the first one loads the weights, while the others wait; each samples its rows.
+With several processes, rank 0 loads the weights while the others wait; each samples its own rows.
 """
 
 import shutil
@@ -23,21 +23,21 @@ import torch
 from diagnostics.batch import Rollouts
 from diagnostics.errors import InvalidInput, OperationFailed
 from opd.data.prompts import Prompts
-from opd.models.contexts import evaluating
-from opd.models.fsdp import plain, whole
+from opd.models.contexts import evaluation_mode
+from opd.models.fsdp import gather_network, unsharded
 from opd.models.model import CausalLM
 from opd.rollouts.base import BatchSlice
 from opd.rollouts.vllm_common import (
     PROBE_TOKENS,
     TOLERANCE,
-    columns_of,
-    export,
+    export_checkpoint,
+    rollout_columns,
     row_seeds,
-    unpadded,
+    unpad_prompts,
 )
 from opd.rollouts.vllm_server import (
-    NAMED,
     PROBE_TEMPERATURE,
+    WEIGHTS_PREFIX,
     Response,
     RolloutServer,
     WeightSnapshot,
@@ -48,21 +48,24 @@ T = TypeVar("T")
 
 
 class VllmServerEngine:
-    """Samples from servers that hold copies of the student's weights; an `Engine`.
+    """An `Engine` that samples from vLLM servers with copies of the student's weights.
 
-    Before the first synchronisation every server is tried: it must become a student with all
-    weights halved. A tensor that it does not load, such as a tied head, is far from that, while a
-    step of training may move weights by less than arithmetic shows.
+    Before the first synchronisation every server is tested with a student whose weights are all
+    halved. A tensor that the server does not load, such as a tied head, then differs clearly,
+    whereas one training step may change weights by less than numerical noise.
 
     Args:
-      urls: http://HOST:PORT/v1 each. folder: for checkpoints, one at a time; servers must find it
-        under the same name. max_length: longest prompt and response together, in tokens.
-      patience: seconds to wait for a server that does not answer. in_flight: responses that each
-        samples at once, for each process of the run.
+        model: The student.
+        urls: Addresses http://HOST:PORT/v1.
+        folder: Where checkpoints are written, one at a time; servers read it under the same path.
+        max_length: Maximum length of prompt and response together, in tokens.
+        timeout: Seconds to wait for a server that does not respond.
+        concurrency: Concurrent requests to each server from each process of the run.
 
     Raises:
-      ValueError: no server, one twice, or one that cannot take weights or such long responses.
-      RuntimeError: a server does not answer, or does not become the student.
+        ValueError: No server, a repeated server, or one that cannot load weights or does not
+            support `max_length`.
+        RuntimeError: A server does not respond, or does not sample from the student's weights.
     """
 
     def __init__(
@@ -72,46 +75,53 @@ class VllmServerEngine:
         urls: Sequence[str],
         folder: Path,
         max_length: int,
-        patience: float,
-        in_flight: int,
+        timeout: float,
+        concurrency: int,
     ) -> None:
         if not urls or len(set(urls)) < len(urls):
-            raise InvalidInput(f"rollout_servers are {list(urls)}; name at least one, each once")
+            raise InvalidInput(
+                f"rollout_servers is {list(urls)}; give at least one address, each only once"
+            )
         self._model_device = model.device
-        self._home, self._count = folder.resolve(), 0
-        self._name = distributed.told(f"{NAMED}{uuid.uuid4().hex[:12]}")[0]
+        self._checkpoint_folder, self._version = folder.resolve(), 0
+        self._name = distributed.all_gather_object(f"{WEIGHTS_PREFIX}{uuid.uuid4().hex[:12]}")[0]
         if distributed.rank() == 0:
-            self._home.mkdir(parents=True, exist_ok=True)
-            remove(self._home.glob("weights_*"))  # by a run that was killed
-        rows = model.network.get_output_embeddings().weight.shape[0]
-        extra = range(model.vocabulary, rows)
+            self._checkpoint_folder.mkdir(parents=True, exist_ok=True)
+            remove_folders(self._checkpoint_folder.glob("weights_*"))  # left by a killed run
+        num_head_rows = model.network.get_output_embeddings().weight.shape[0]
+        extra = range(model.vocabulary, num_head_rows)
         self.servers = [
-            RolloutServer(url, patience=patience, in_flight=in_flight, extra=extra) for url in urls
+            RolloutServer(url, timeout=timeout, concurrency=concurrency, extra=extra)
+            for url in urls
         ]
         for server in self.servers:
             server.check_length(max_length)
-        with halved(model.network):
+        with halved_weights(model.network):
             self.sync(model)
         self.sync(model)
 
     def sync(self, model: CausalLM) -> None:
-        """Load the model's present weights into every server; a checkpoint, and a short prompt.
+        """Load the model's current weights into every server, through a checkpoint on disk.
 
-        Not while `sample` runs: a response would come from two models. Every process has to call.
+        Must be called by every process, and not while `sample` runs: a response would come from two
+        versions of the weights.
+
+        Args:
+            model: The student.
 
         Raises:
-          RuntimeError: afterwards a server is not the model.
+            RuntimeError: A server does not sample from the model's weights afterwards.
         """
-        network = plain(model)
-        distributed.barrier()  # nobody samples any more
-        with whole(model):
+        network = gather_network(model)
+        distributed.barrier()  # no process samples any more
+        with unsharded(model):
             if distributed.rank() == 0:
                 weights = self._export(model, network)
-                self._each(lambda server: server.load(weights))
-                remove([self._folder(self._count)])
+                self._for_each_server(lambda server: server.load(weights))
+                remove_folders([self._folder(self._version)])
                 self._weights = weights
-        self._count += 1
-        distributed.barrier()  # before anybody samples
+        self._version += 1
+        distributed.barrier()  # no process samples before the weights are loaded
 
     def sample(
         self,
@@ -122,14 +132,27 @@ class VllmServerEngine:
         temperature: float,
         top_p: float,
         generator: torch.Generator,
-        share: BatchSlice | None = None,
+        batch_slice: BatchSlice | None = None,
     ) -> Rollouts:
-        """One response to every row of `prompts`, in their order, each with a seed of its own.
+        """Sample one response to every row of `prompts`, in order, each with its own seed.
 
-        Reads no weights, so that it may run in another thread while the student is updated.
+        Does not read the student's weights, so it may run in another thread while the student is
+        updated.
+
+        Args:
+            prompts: B encoded prompts.
+            eos: Ids that end a response.
+            max_response: Maximum response length in tokens.
+            temperature: Softmax temperature.
+            top_p: Probability mass of the nucleus.
+            generator: Source of the seeds.
+            batch_slice: Which rows of a larger batch `prompts` are; None: the whole batch.
+
+        Returns:
+            The rollouts, on the model's device.
 
         Raises:
-          ValueError: a prompt and `max_response` are longer than a server has room for.
+            ValueError: A prompt and `max_response` together exceed a server's maximum length.
         """
         longest = int(prompts.mask.sum(1).max()) + max_response
         settings = {
@@ -138,82 +161,87 @@ class VllmServerEngine:
             "top_p": top_p,
             "stop_token_ids": list(eos),
         }
-        ids, seeds = unpadded(prompts), row_seeds(len(prompts), generator, share)
-        count = len(self.servers)
-        parts = [
-            slice(i * len(ids) // count, (i + 1) * len(ids) // count) for i in range(count)
-        ]  # rows of one prompt stay together, and share its cache
+        ids, seeds = unpad_prompts(prompts), row_seeds(len(prompts), generator, batch_slice)
+        num_servers = len(self.servers)
+        slices = [
+            slice(i * len(ids) // num_servers, (i + 1) * len(ids) // num_servers)
+            for i in range(num_servers)
+        ]  # contiguous, so that rows of one prompt share the server's prefix cache
 
-        def some(server: RolloutServer) -> list[Response]:
-            part = parts[self.servers.index(server)]
+        def sample_slice(server: RolloutServer) -> list[Response]:
+            server_slice = slices[self.servers.index(server)]
             server.check_length(longest)
-            held = f"{self._name}-{self._count}"
+            name = f"{self._name}-{self._version}"
             return server.respond(
-                ids[part], seeds[part], settings, held, partial(self._again, server)
+                ids[server_slice],
+                seeds[server_slice],
+                settings,
+                name,
+                partial(self._reload, server),
             )
 
-        rows = [row for found in self._each(some) for row in found]
+        rows = [row for responses in self._for_each_server(sample_slice) for row in responses]
         return Rollouts(
-            **columns_of(rows, eos, top_p),
+            **rollout_columns(rows, eos, top_p),
             prompt=prompts.index.cpu(),
             temperature=temperature,
             top_p=top_p,
         ).to(self._model_device)
 
     def close(self) -> None:
-        """End what is under way and remove the checkpoint; the servers stay as they are."""
+        """Cancel running requests and delete the checkpoint; the servers keep running."""
         for server in self.servers:
             server.stop()
             server.close()
         if distributed.rank() == 0:
-            remove(self._home.glob("weights_*"))
+            remove_folders(self._checkpoint_folder.glob("weights_*"))
 
-    def _again(self, server: RolloutServer) -> None:
-        """Load the present weights into a server that has lost them.
+    def _reload(self, server: RolloutServer) -> None:
+        """Load the current weights into a server that was restarted.
 
         Raises:
-          RuntimeError: other processes may be sampling from it.
+            RuntimeError: The run has several processes, which may be sampling from the server.
         """
-        if distributed.size() > 1:
+        if distributed.world_size() > 1:
             raise OperationFailed(
-                f"{server.url} was restarted and has lost the student's weights, which one of "
-                "several processes cannot load while others sample; the same command resumes"
+                f"{server.url} was restarted and has lost the student's weights. They cannot be "
+                "loaded while other processes sample from it; run the same command again to resume"
             )
         server.load(self._weights)
 
-    def _each(self, act: Callable[[RolloutServer], T]) -> list[T]:
-        """What every server gives, all at once; the failure of one ends the others' work."""
+    def _for_each_server(self, action: Callable[[RolloutServer], T]) -> list[T]:
+        """Run an action on all servers concurrently; a failure of one cancels the others."""
         failures: list[BaseException] = []
         for server in self.servers:
             server.start()
 
-        def careful(server: RolloutServer) -> T:
+        def run_or_stop_all(server: RolloutServer) -> T:
             try:
-                return act(server)
+                return action(server)
             except BaseException as error:
                 failures.append(error)
-                for other in self.servers:
-                    other.stop()
+                for running_server in self.servers:
+                    running_server.stop()
                 raise
 
         with ThreadPoolExecutor(len(self.servers)) as pool:
-            doing = [pool.submit(careful, server) for server in self.servers]
+            futures = [pool.submit(run_or_stop_all, server) for server in self.servers]
         if failures:
             raise failures[0]
-        return [one.result() for one in doing]
+        return [future.result() for future in futures]
 
     def _export(self, model: CausalLM, network: Any) -> WeightSnapshot:
-        """Write a checkpoint of the network, and what the model says with these weights."""
-        folder = self._folder(self._count + 1)
-        export(network, folder)
+        """Write a checkpoint and compute the log-probabilities that servers are checked with."""
+        folder = self._folder(self._version + 1)
+        export_checkpoint(network, folder)
         limits = [server.limit for server in self.servers if server.limit is not None]
         count = min([PROBE_TOKENS, *(limit - 1 for limit in limits)])
         generator = torch.Generator().manual_seed(0)
         probe = torch.randint(model.vocabulary, (count,), generator=generator)
-        with torch.no_grad(), evaluating(model.network):
+        with torch.no_grad(), evaluation_mode(model.network):
             logits = model.network(probe[None].to(model.device)).logits[0].float().cpu()
         return WeightSnapshot(
-            name=f"{self._name}-{self._count + 1}",
+            name=f"{self._name}-{self._version + 1}",
             folder=folder,
             probe=probe.tolist(),
             prompt_logp=logits[:-1].log_softmax(-1).gather(-1, probe[1:, None])[:, 0],
@@ -221,20 +249,28 @@ class VllmServerEngine:
             tolerance=TOLERANCE[str(model.network.dtype).removeprefix("torch.")],
         )
 
-    def _folder(self, count: int) -> Path:
-        return self._home / f"weights_{count}"
+    def _folder(self, version: int) -> Path:
+        return self._checkpoint_folder / f"weights_{version}"
 
 
-def remove(folders: Iterable[Path]) -> None:
+def remove_folders(folders: Iterable[Path]) -> None:
+    """Delete folders with their content; missing ones are ignored."""
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
-def halved(network: Any) -> Iterator[None]:
-    """Every weight times 1/2 inside the block, and bit for bit what it was afterwards.
+def halved_weights(network: Any) -> Iterator[None]:
+    """Halve all weights inside the block; afterwards they are bit-identical to before.
 
-    Halving and doubling are exact in binary floating point, subnormal numbers (below 1e-38) aside.
+    Halving and doubling are exact in binary floating point, except for subnormal numbers (below
+    1e-38).
+
+    Args:
+        network: The model.
+
+    Yields:
+        Nothing.
     """
     weights = list(network.parameters())
     with torch.no_grad():

@@ -1,1 +1,1 @@
-"""Run folders: what a run records, how it resumes, and what it has shown."""
+"""Run folders: what a run records, how it resumes, and its result."""

@@ -1,7 +1,7 @@
-"""What a run's models and tasks hold, as short fingerprints beside its settings: identities.json.
+"""Fingerprints of a run's models and tasks: identities.json beside the settings.
 
-A folder may be made anew under the same name, and a copy may have another: runs are pooled as seeds
-of one method by what was read, not by what it was called.
+A folder may be rebuilt under the same name, and a copy may have another name. Runs are therefore
+pooled as seeds of one method by the contents of their inputs, not by their names.
 """
 
 import hashlib
@@ -13,48 +13,59 @@ from typing import Any
 from diagnostics.io.atomic import replace_folder
 from opd.runs.run_folder import write_text
 
-WEIGHTS = (".safetensors", ".bin", ".pt")
-TEXTS = ("config.json", "tokenizer.json", "adapter_config.json")
-END = 1 << 20
-"""Bytes of each end of a file of weights that are read."""
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")
+TEXT_FILES = ("config.json", "tokenizer.json", "adapter_config.json")
+EDGE_BYTES = 1 << 20
+"""Number of bytes read at each end of a weight file."""
 
 
 def record_identities(folder: Path, config: dict[str, Any]) -> None:
-    """Write identities.json into a run folder that has none; names that are no local ones are out.
+    """Write identities.json into a run folder that has none.
 
-    Keys are the settings student, teacher and task.
+    Args:
+        folder: Run folder.
+        config: Settings. Fingerprints are stored under student, teacher and task; names that are
+            not local paths are left out.
     """
     path = folder / "identities.json"
     if path.exists():
         return
-    found = {
+    fingerprints = {
         name: digest
         for name in ("student", "teacher", "task")
         if not config.get("tasks") and (digest := fingerprint(Path(str(config.get(name) or ""))))
     }
-    write_text(path, json.dumps(found))
+    write_text(path, json.dumps(fingerprints))
 
 
 def record_tokenizer(folder: Path, tokenizer: Any) -> None:
-    """Save the tokenizer into a run folder that has none: what the ids of the record spell."""
+    """Save the tokenizer into a run folder that has none, so that its token ids can be decoded."""
     target = folder / "tokenizer"
     if not target.exists():
-        part = folder / "tokenizer.part"
-        shutil.rmtree(part, ignore_errors=True)
+        partial_folder = folder / "tokenizer.part"
+        shutil.rmtree(partial_folder, ignore_errors=True)
         try:
-            tokenizer.save_pretrained(part)
-            replace_folder(part, target)
+            tokenizer.save_pretrained(partial_folder)
+            replace_folder(partial_folder, target)
         finally:
-            shutil.rmtree(part, ignore_errors=True)
+            shutil.rmtree(partial_folder, ignore_errors=True)
 
 
 def fingerprint(path: Path) -> str:
-    """12 hexadecimal digits of a file, or of a model's folder; empty if it is neither.
+    """Hash a file or a model folder.
 
-    Of weights the size and both ends of each file count, so that large models take no time.
+    Of weight files, only the size and both ends are read, so that large models take no time.
+
+    Args:
+        path: File or folder.
+
+    Returns:
+        12 hexadecimal digits; empty if the path does not exist or has nothing to hash.
     """
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.name in TEXTS or p.suffix in WEIGHTS)
+        files = sorted(
+            p for p in path.iterdir() if p.name in TEXT_FILES or p.suffix in WEIGHT_SUFFIXES
+        )
     else:
         files = [path] if path.is_file() else []
     if not files:
@@ -65,8 +76,8 @@ def fingerprint(path: Path) -> str:
         name = file.name if path.is_dir() else ""
         digest.update(f"{name} {size}\n".encode())
         with open(file, "rb") as data:
-            digest.update(data.read(END))
-            if size > END:
-                data.seek(max(END, size - END))
+            digest.update(data.read(EDGE_BYTES))
+            if size > EDGE_BYTES:
+                data.seek(max(EDGE_BYTES, size - EDGE_BYTES))
                 digest.update(data.read())
     return digest.hexdigest()[:12]

@@ -1,8 +1,8 @@
-"""What a run has shown, and what not: accuracy and divergence before and after, with intervals.
+"""The result of a run: change of accuracy and divergence, with confidence intervals.
 
-Silence of the alarms is no evidence of health: a run is "good" only where an interval of a change
-for the better leaves out no change, none shows a change for the worse, and no alarm is on. Free of
-torch.
+The absence of alarms is not evidence of success: a run is "good" only if the confidence interval of
+an improvement excludes 0, no interval shows a deterioration, and no alarm is active. Does not
+import torch.
 """
 
 import math
@@ -16,157 +16,199 @@ from diagnostics.alarms.alarms import Alarms
 from diagnostics.records.rows import Row
 from diagnostics.stats import gain_interval, unpaired_interval
 
-LEAST_PROBLEMS = 16
-"""Held-out problems below which a change of accuracy is not called shown."""
-LEAST_STEPS = 5
-"""Steps at each end of a run over which the divergence is compared."""
-SHARE = 10
-"""The ends are a tenth of the steps where that is more."""
+MIN_PROBLEMS = 16
+"""Smallest number of held-out problems for a conclusion about accuracy."""
+MIN_STEPS = 5
+"""Smallest number of steps at each end of a run over which the divergence is averaged."""
+SEGMENT_DIVISOR = 10
+"""Each end is a tenth of the steps if that is more."""
 DIVERGENCES = (("divergence/reverse_kl", "reverse KL"), ("divergence/k1", "sampled cost"))
-BETTER, WORSE, NOTHING = "better", "worse", "nothing shown"
+BETTER, WORSE, INCONCLUSIVE = "better", "worse", "nothing shown"
 
 
 @dataclass(frozen=True)
 class Change:
-    """A quantity before and after, the 95 % interval of the change, and what that shows.
-
-    shown: BETTER, WORSE or NOTHING. basis: from what it was computed, or why it was not.
-    """
+    """A quantity before and after training, with the 95 % confidence interval of its change."""
 
     quantity: str
+    """Name of the quantity."""
     task: str
+    """Name of the task; empty in a run of a single task."""
     before: float | None
+    """Value at the start; None if it could not be computed."""
     after: float | None
+    """Value at the end."""
     change: float | None
     low: float | None
+    """Lower end of the interval."""
     high: float | None
+    """Upper end of the interval."""
     shown: str
+    """Conclusion: BETTER, WORSE or INCONCLUSIVE."""
     basis: str
+    """Data that the change was computed from, or why it was not computed."""
 
     def __str__(self) -> str:
         name = f"{self.quantity} of {self.task}" if self.task else self.quantity
         if self.change is None:
-            return f"{name}: nothing shown ({self.basis})"
+            return f"{name}: not measured ({self.basis})"
         return (
             f"{name}: {self.before:.3f} -> {self.after:.3f}, change {self.change:+.3f} "
             f"[{self.low:+.3f}, {self.high:+.3f}], {self.shown} ({self.basis})"
         )
 
 
-def verdict(found: Sequence[Row], evaluations: Sequence[Row]) -> dict[str, Any]:
-    """Of the rows and evaluations of a run: `state`, `text`, `changes`, `alarms`.
+def verdict(rows: Sequence[Row], evaluations: Sequence[Row]) -> dict[str, Any]:
+    """Judge a run by its rows and evaluations.
 
-    state: "good", something for the better is shown and nothing for the worse, and no alarm is on;
-    "bad", something for the worse is shown or an alarm is on; "open", nothing is shown.
+    Args:
+        rows: Rows of the run.
+        evaluations: Rows of evals.jsonl.
+
+    Returns:
+        `state`, `text`, `changes` and `alarms`. The state is "good" if there is an improvement, no
+        deterioration and no active alarm; "bad" if there is a deterioration or an active alarm;
+        "open" otherwise.
     """
-    tasks = list(dict.fromkeys(row.get("task", "") for row in [*found, *evaluations])) or [""]
+    tasks = list(dict.fromkeys(row.get("task", "") for row in [*rows, *evaluations])) or [""]
     changes = [
         change
         for task in tasks
         for change in (
             accuracy_change([row for row in evaluations if row.get("task", "") == task], task),
-            divergence_change([row for row in found if row.get("task", "") == task], task),
+            divergence_change([row for row in rows if row.get("task", "") == task], task),
         )
     ]
-    alarms = alarms_on(found)
-    shown = {change.shown for change in changes}
-    state = "bad" if alarms or WORSE in shown else "good" if BETTER in shown else "open"
+    alarms = active_alarms(rows)
+    outcomes = {change.shown for change in changes}
+    state = "bad" if alarms or WORSE in outcomes else "good" if BETTER in outcomes else "open"
     return {
         "state": state,
-        "text": text(changes, alarms),
+        "text": summary_line(changes, alarms),
         "changes": [asdict(change) | {"sentence": str(change)} for change in changes],
         "alarms": alarms,
     }
 
 
-def alarms_on(found: Sequence[Row]) -> list[str]:
-    """Names of the alarms that are on after the last row; each task is watched by itself."""
-    watching: dict[str, Alarms] = {}
-    for row in found:
-        watching.setdefault(row.get("task", ""), Alarms()).update(row)
-    return sorted({name for alarms in watching.values() for name in alarms.active})
+def active_alarms(rows: Sequence[Row]) -> list[str]:
+    """Return the alarms that are active after the last row, monitoring each task separately."""
+    alarms_by_task: dict[str, Alarms] = {}
+    for row in rows:
+        alarms_by_task.setdefault(row.get("task", ""), Alarms()).update(row)
+    return sorted({name for alarms in alarms_by_task.values() for name in alarms.active})
 
 
-def text(changes: Sequence[Change], alarms: Sequence[str]) -> str:
-    """One line: the alarms that are on, then what was shown."""
-    on = f"alarms on: {', '.join(alarms)}; " if alarms else ""
+def summary_line(changes: Sequence[Change], alarms: Sequence[str]) -> str:
+    """Format active alarms and significant changes on one line."""
+    prefix = f"active alarms: {', '.join(alarms)}; " if alarms else ""
     parts = []
     for change in changes:
-        if change.shown == NOTHING or change.change is None:
+        if change.shown == INCONCLUSIVE or change.change is None:
             continue
         name = f"{change.quantity} of {change.task}" if change.task else change.quantity
-        way = "up" if change.change > 0 else "down"
-        size, ends = abs(change.change), sorted((abs(change.low or 0), abs(change.high or 0)))
-        parts.append(f"{name} {way} by {size:.3f} [{ends[0]:.3f}, {ends[1]:.3f}]")
-    return on + ("shown: " + "; ".join(parts) if parts else "nothing shown")
+        direction = "up" if change.change > 0 else "down"
+        size, bounds = abs(change.change), sorted((abs(change.low or 0), abs(change.high or 0)))
+        parts.append(f"{name} {direction} by {size:.3f} [{bounds[0]:.3f}, {bounds[1]:.3f}]")
+    return prefix + (
+        "significant changes: " + "; ".join(parts) if parts else "no significant change"
+    )
 
 
 def accuracy_change(evaluations: Sequence[Row], task: str = "") -> Change:
-    """Held-out accuracy at the first and the last evaluation, paired by problem where it can be."""
+    """Compare held-out accuracy at the first and last evaluation, paired by problem if possible.
+
+    Args:
+        evaluations: Rows of evals.jsonl of one task.
+        task: Name of the task.
+
+    Returns:
+        The change.
+    """
     name = "held-out accuracy"
     graded = [row for row in evaluations if row.get("outcomes")]
     if len(graded) < 2:
-        return unknown(name, task, f"{len(evaluations)} evaluations; two are needed")
+        return no_change_measured(name, task, f"{len(evaluations)} evaluations; two are required")
     first, last = graded[0], graded[-1]
-    before, after = shares(first["outcomes"]), shares(last["outcomes"])
-    same = len(before) == len(after) and first.get("problem_set") == last.get("problem_set")
-    if same:
-        low, high = gain_interval(after - before)
-        basis = f"{len(after)} problems, paired"
+    first_accuracy, last_accuracy = (
+        accuracy_by_problem(first["outcomes"]),
+        accuracy_by_problem(last["outcomes"]),
+    )
+    is_paired = len(first_accuracy) == len(last_accuracy) and first.get("problem_set") == last.get(
+        "problem_set"
+    )
+    if is_paired:
+        low, high = gain_interval(last_accuracy - first_accuracy)
+        basis = f"{len(last_accuracy)} problems, paired"
     else:
-        low, high = unpaired_interval(before, after)
-        basis = f"{len(before)} and {len(after)} other problems, not paired"
-    few = min(len(before), len(after)) < LEAST_PROBLEMS
-    if few:
-        basis += f"; fewer than {LEAST_PROBLEMS} show nothing"
-    shown = NOTHING if few or low <= 0 <= high else BETTER if low > 0 else WORSE
-    was, now = float(before.mean()), float(after.mean())
-    return Change(name, task, was, now, now - was, low, high, shown, basis)
+        low, high = unpaired_interval(first_accuracy, last_accuracy)
+        basis = f"{len(first_accuracy)} and {len(last_accuracy)} different problems, not paired"
+    has_few_problems = min(len(first_accuracy), len(last_accuracy)) < MIN_PROBLEMS
+    if has_few_problems:
+        basis += f"; at least {MIN_PROBLEMS} are required"
+    outcome = INCONCLUSIVE if has_few_problems or low <= 0 <= high else BETTER if low > 0 else WORSE
+    first_mean, last_mean = float(first_accuracy.mean()), float(last_accuracy.mean())
+    return Change(
+        name, task, first_mean, last_mean, last_mean - first_mean, low, high, outcome, basis
+    )
 
 
-def shares(outcomes: str) -> np.ndarray:
-    """(M,) share of right responses to each problem; see `opd.evaluation.statistics.written`."""
+def accuracy_by_problem(outcomes: str) -> np.ndarray:
+    """Return the (M,) accuracy on each problem from an outcome string of evals.jsonl."""
     problems = outcomes.split() if " " in outcomes else list(outcomes)
     return np.array([sum(map(int, samples)) / len(samples) for samples in problems])
 
 
-def divergence_change(found: Sequence[Row], task: str = "") -> Change:
-    """The divergence from the teacher over the first and the last steps, with Welch's interval.
+def divergence_change(rows: Sequence[Row], task: str = "") -> Change:
+    """Compare the divergence in the first and last steps, with Welch's confidence interval.
 
-    The ends are of LEAST_STEPS steps, or a tenth of all. A step is the mean over its tokens and
-    counts by their number; steps are the sampling unit, with prompts of their own.
+    Each end has MIN_STEPS steps, or a tenth of all if that is more. A step's value is the mean over
+    its tokens and is weighted by their number; steps are the sampling unit, each with its own
+    prompts.
+
+    Args:
+        rows: Rows of one task.
+        task: Name of the task.
+
+    Returns:
+        The change.
     """
     for column, name in DIVERGENCES:
         points = [
-            (float(row[column]), tokens(row))
-            for row in found
+            (float(row[column]), count_tokens(row))
+            for row in rows
             if isinstance(row.get(column), int | float) and math.isfinite(row[column])
         ]
-        size = max(LEAST_STEPS, len(points) // SHARE)
+        size = max(MIN_STEPS, len(points) // SEGMENT_DIVISOR)
         if len(points) >= 2 * size:
             first, last = np.array(points[:size]), np.array(points[-size:])
-            (was, was_error), (now, now_error) = weighted(first), weighted(last)
-            half = welch(was_error, now_error, size)
-            low, high = now - was - half, now - was + half
-            shown = NOTHING if low <= 0 <= high else BETTER if high < 0 else WORSE
-            basis = f"first and last {size} steps, nats a token"
-            return Change(name, task, was, now, now - was, low, high, shown, basis)
-    basis = f"{len(found)} rows; {2 * LEAST_STEPS} with a divergence are needed"
-    return unknown("divergence from the teacher", task, basis)
+            (first_mean, first_error), (last_mean, last_error) = (
+                weighted_mean_and_error(first),
+                weighted_mean_and_error(last),
+            )
+            half_width = welch_half_width(first_error, last_error, size)
+            low, high = last_mean - first_mean - half_width, last_mean - first_mean + half_width
+            outcome = INCONCLUSIVE if low <= 0 <= high else BETTER if high < 0 else WORSE
+            basis = f"first and last {size} steps, nats per token"
+            return Change(
+                name, task, first_mean, last_mean, last_mean - first_mean, low, high, outcome, basis
+            )
+    basis = f"{len(rows)} rows; {2 * MIN_STEPS} with a divergence are required"
+    return no_change_measured("divergence from the teacher", task, basis)
 
 
-def unknown(quantity: str, task: str, basis: str) -> Change:
-    return Change(quantity, task, None, None, None, None, None, NOTHING, basis)
+def no_change_measured(quantity: str, task: str, basis: str) -> Change:
+    """Return a change without values; `basis` says why it could not be measured."""
+    return Change(quantity, task, None, None, None, None, None, INCONCLUSIVE, basis)
 
 
-def tokens(row: Row) -> float:
-    """Supervised tokens of a step, from its position bins; 1 where they are not recorded."""
+def count_tokens(row: Row) -> float:
+    """Return the supervised tokens of a step, summed over position bins; 1 if not recorded."""
     counts = [x for name, x in row.items() if name.startswith("divergence/tokens@") and x]
     return float(sum(counts)) or 1.0
 
 
-def weighted(points: np.ndarray) -> tuple[float, float]:
-    """Mean of (n, 2) values with weights, and its standard error over steps."""
+def weighted_mean_and_error(points: np.ndarray) -> tuple[float, float]:
+    """Return the weighted mean of (n, 2) values with weights, and its standard error over steps."""
     values, weights = points.T
     mean = float((values * weights).sum() / weights.sum())
     n = len(values)
@@ -174,12 +216,21 @@ def weighted(points: np.ndarray) -> tuple[float, float]:
     return mean, float(np.sqrt(squares) / weights.sum())
 
 
-def welch(first: float, second: float, size: int) -> float:
-    """Half the 95 % interval of a difference of two means of `size` values each."""
+def welch_half_width(first: float, second: float, size: int) -> float:
+    """Return half the width of the 95 % interval of a difference of two means.
+
+    Args:
+        first: Standard error of the first mean.
+        second: Standard error of the second mean.
+        size: Number of values of each mean.
+
+    Returns:
+        Half the width, from Student's t with Welch's degrees of freedom.
+    """
     from scipy.special import stdtrit
 
     variance = first**2 + second**2
     if variance == 0:
         return 0.0
-    freedom = (size - 1) * variance**2 / (first**4 + second**4)
-    return float(stdtrit(freedom, 0.975)) * math.sqrt(variance)
+    degrees_of_freedom = (size - 1) * variance**2 / (first**4 + second**4)
+    return float(stdtrit(degrees_of_freedom, 0.975)) * math.sqrt(variance)

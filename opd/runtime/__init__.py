@@ -1,1 +1,1 @@
-"""Seeds, processes, and folders that appear whole or not at all."""
+"""Process group, seeds, and folders that are written atomically."""

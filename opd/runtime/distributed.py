@@ -1,7 +1,8 @@
-"""The processes of a run: one alone, or the ranks that torchrun or `accelerate launch` started.
+"""Process group of a run: one process, or the ranks started by torchrun or `accelerate launch`.
 
-Every rank takes its share of each step's prompts and sees the numbers of all; the first one writes
-the record. With one process every function here does nothing, and torch.distributed is not used.
+Every rank processes its shard of each step's prompts; metrics are reduced over all ranks, and
+rank 0 writes the run folder. With one process all functions are no-ops and torch.distributed is not
+used.
 """
 
 import json
@@ -18,27 +19,34 @@ if TYPE_CHECKING:
 
     from diagnostics.core.totals import Accumulator
 
-SPARE = 1800.0
-"""Seconds that a rank waits for the others beyond its own patience with a server."""
+TIMEOUT_MARGIN = 1800.0
+"""Seconds that collective operations wait for other ranks, in addition to the server timeout."""
 
 
-def several() -> bool:
-    """Whether this process was started as one of several."""
-    known = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
-    return known and int(os.environ["WORLD_SIZE"]) > 1
+def is_distributed() -> bool:
+    """Return whether this process was started as one of several ranks."""
+    has_variables = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+    return has_variables and int(os.environ["WORLD_SIZE"]) > 1
 
 
 @contextmanager
-def joined(device: str, patience: float = 0.0) -> Iterator[str]:
-    """Join the other processes, if there are any; gives the device of this one.
+def process_group(device: str, timeout: float = 0.0) -> Iterator[str]:
+    """Initialise the default process group, if there are several ranks, and destroy it at the end.
 
-    Ranks on GPUs meet over NCCL, each on the GPU of its LOCAL_RANK; on CPUs over gloo. A group that
-    the caller made is used, and left as it is.
+    The backend is NCCL on GPUs, where each rank uses the GPU of its LOCAL_RANK, and gloo on CPUs.
+    A process group that exists already is used and not destroyed.
+
+    Args:
+        device: The configured device.
+        timeout: Seconds that a rank may wait for a server; added to the timeout of the group.
+
+    Yields:
+        The device of this rank.
 
     Raises:
-      ValueError: fewer GPUs than processes on this machine.
+        ValueError: Fewer GPUs than processes on this machine.
     """
-    if not several():
+    if not is_distributed():
         yield device
         return
     import torch
@@ -46,19 +54,20 @@ def joined(device: str, patience: float = 0.0) -> Iterator[str]:
 
     on_gpu = device.startswith("cuda")
     if on_gpu:
-        place = int(os.environ["LOCAL_RANK"])
-        if place >= torch.cuda.device_count():
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if local_rank >= torch.cuda.device_count():
             raise InvalidInput(
-                f"process {place} of this machine has no GPU of its own, there are "
-                f"{torch.cuda.device_count()}; start that many processes, or set device cpu"
+                f"local rank {local_rank} has no GPU, this machine has "
+                f"{torch.cuda.device_count()}; start as many processes as there are GPUs, or set "
+                "device to cpu"
             )
-        torch.cuda.set_device(place)
-        device = f"cuda:{place}"
+        torch.cuda.set_device(local_rank)
+        device = f"cuda:{local_rank}"
     if distributed.is_initialized():
         yield device
         return
     distributed.init_process_group(
-        "nccl" if on_gpu else "gloo", timeout=timedelta(seconds=patience + SPARE)
+        "nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout + TIMEOUT_MARGIN)
     )
     try:
         yield device
@@ -67,94 +76,105 @@ def joined(device: str, patience: float = 0.0) -> Iterator[str]:
         distributed.destroy_process_group()
 
 
-def size() -> int:
-    """Number of processes."""
+def world_size() -> int:
+    """Return the number of ranks."""
     import torch.distributed as distributed
 
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def rank() -> int:
-    """Number of this process, from 0 on."""
+    """Return the rank of this process, from 0 on."""
     import torch.distributed as distributed
 
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def barrier() -> None:
-    """Wait until all processes are here."""
-    if size() > 1:
+    """Wait until all ranks have reached this call."""
+    if world_size() > 1:
         import torch.distributed as distributed
 
         distributed.barrier()
 
 
-def own(count: int, updates: int = 1) -> list[int]:
-    """The prompts of a step, of `count`, that are this process's: equally many of every update's.
+def shard_prompts(count: int, updates: int = 1) -> list[int]:
+    """Return this rank's prompts of a step, equally many for each update.
+
+    Args:
+        count: Number of prompts of the step.
+        updates: Number of updates per batch.
+
+    Returns:
+        Indices of the prompts.
 
     Raises:
-      ValueError: they cannot be shared equally.
+        ValueError: The prompts cannot be divided equally.
     """
-    if count % (updates * size()):
-        each = f"{updates} updates of " if updates > 1 else ""
+    if count % (updates * world_size()):
+        updates_text = f"{updates} updates of " if updates > 1 else ""
         raise InvalidInput(
-            f"{count} prompts a step cannot be shared equally by {each}{size()} processes; set "
-            f"prompts_per_step (of each task) to a multiple of {updates * size()}, or start "
-            "another number of processes"
+            f"{count} prompts per step cannot be divided equally among {updates_text}"
+            f"{world_size()} processes; set prompts_per_step (of each task) to a multiple of "
+            f"{updates * world_size()}, or start another number of processes"
         )
-    part, some = count // updates, count // (updates * size())
-    return [u * part + rank() * some + i for u in range(updates) for i in range(some)]
+    update_size, shard_size = count // updates, count // (updates * world_size())
+    return [
+        u * update_size + rank() * shard_size + i for u in range(updates) for i in range(shard_size)
+    ]
 
 
-def strided(count: int) -> list[int]:
-    """Which of `count` things this process does, of things that need not be shared equally."""
-    return list(range(rank(), count, size()))
+def shard_indices(count: int) -> list[int]:
+    """Return this rank's indices of `count` items; ranks may have different numbers of items."""
+    return list(range(rank(), count, world_size()))
 
 
-def summed(x: "Tensor") -> "Tensor":
-    """The sum of all processes' tensors, in place."""
-    if size() > 1:
+def all_reduce_sum(x: "Tensor") -> "Tensor":
+    """Sum a tensor over all ranks, in place, and return it."""
+    if world_size() > 1:
         import torch.distributed as distributed
 
         distributed.all_reduce(x)
     return x
 
 
-def added(totals: "Mapping[str, Accumulator]") -> "Mapping[str, Accumulator]":
-    """The totals of all processes; all have to hold the same ones."""
-    if size() == 1:
+def all_reduce_accumulators(totals: "Mapping[str, Accumulator]") -> "Mapping[str, Accumulator]":
+    """Merge accumulators over all ranks; every rank must have the same names."""
+    if world_size() == 1:
         return totals
-    from diagnostics.monitor import across_ranks
+    from diagnostics.monitor import all_reduce_totals
 
-    return across_ranks(totals)
+    return all_reduce_totals(totals)
 
 
-def wire() -> str:
-    """The device of tensors that the processes exchange: NCCL takes those on GPUs alone."""
+def communication_device() -> str:
+    """Return the device of tensors in collective operations: NCCL supports only CUDA tensors."""
     import torch.distributed as distributed
 
-    return "cuda" if size() > 1 and distributed.get_backend() == "nccl" else "cpu"
+    return "cuda" if world_size() > 1 and distributed.get_backend() == "nccl" else "cpu"
 
 
-def largest(number: int) -> int:
-    """The largest of the processes' numbers."""
-    if size() == 1:
+def all_reduce_max(number: int) -> int:
+    """Return the maximum of a number over all ranks."""
+    if world_size() == 1:
         return number
     import torch
     import torch.distributed as distributed
 
-    x = torch.tensor(number, device=wire())
+    x = torch.tensor(number, device=communication_device())
     distributed.all_reduce(x, distributed.ReduceOp.MAX)
     return int(x)
 
 
-def told(x: Any) -> list[Any]:
-    """What each process says, in their order; anything that JSON can hold."""
-    if size() == 1:
+def all_gather_object(x: Any) -> list[Any]:
+    """Gather a JSON-serialisable object from every rank, in rank order."""
+    if world_size() == 1:
         return [x]
     import torch
 
-    from diagnostics.gradients.distributed import rows_of_ranks
+    from diagnostics.gradients.distributed import all_gather_rows
 
-    raw = torch.frombuffer(bytearray(json.dumps(x).encode()), dtype=torch.uint8).to(wire())
-    return [json.loads(bytes(y.cpu().tolist())) for y in rows_of_ranks(raw)]
+    raw = torch.frombuffer(bytearray(json.dumps(x).encode()), dtype=torch.uint8).to(
+        communication_device()
+    )
+    return [json.loads(bytes(y.cpu().tolist())) for y in all_gather_rows(raw)]

@@ -1,15 +1,15 @@
-"""Seeds of everything random in a run, derived from words that say what it is for."""
+"""Seeds of all random generators of a run, derived from integers that identify their purpose."""
 
 ROLLOUT, EVALUATION, PROBE, CONTROL, CONTINUATION, ORDER = range(6)
-"""What noise is for: a step's rollouts, an evaluation, the gradient probe's own rollouts, the
-own-prefix control, the continuation probe, and which task's turn it is."""
+"""Purposes of seeds: the rollouts of a step, an evaluation, the gradient probe's own rollouts, the
+own-prefix baseline, the continuation probe, and the order of tasks."""
 
 
-def derive(*words: int) -> int:
-    """A 62-bit seed from integers, different for every tuple (splitmix64 rounds)."""
+def derive_seed(*keys: int) -> int:
+    """Derive a 62-bit seed from integers, different for every tuple (splitmix64 rounds)."""
     state = 0
-    for word in words:
-        state = (state ^ word) + 0x9E3779B97F4A7C15 & (2**64 - 1)
+    for key in keys:
+        state = (state ^ key) + 0x9E3779B97F4A7C15 & (2**64 - 1)
         state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
         state = (state ^ state >> 27) * 0x94D049BB133111EB & (2**64 - 1)
         state ^= state >> 31

@@ -1,4 +1,4 @@
-"""Folders of a run that appear whole under their name, or not at all."""
+"""Run folders that are written atomically: complete under their final name, or not at all."""
 
 import re
 import shutil
@@ -14,58 +14,64 @@ from opd.runtime import distributed
 
 
 @contextmanager
-def whole_folder(final: Path) -> Iterator[Path]:
-    """Write into a temporary folder that takes the final name only when the block succeeds.
+def staged_folder(final: Path) -> Iterator[Path]:
+    """Write into a temporary folder, which is renamed when the block succeeds.
 
-    Every process of a run has to enter; all may write, and the name is taken when all have.
+    All ranks must enter the block and may write; the folder is renamed when all have finished.
+
+    Args:
+        final: The final name.
+
+    Yields:
+        The temporary folder.
 
     Raises:
-      OperationFailed: something could not be written; what was there before stays.
+        OperationFailed: A file could not be written; an existing folder stays unchanged.
     """
     import torch
 
-    part = final.with_name(final.name + ".part")
+    staging = final.with_name(final.name + ".part")
     if distributed.rank() == 0:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
     distributed.barrier()
     try:
-        yield part
+        yield staging
         distributed.barrier()
         if distributed.rank() == 0:
-            replace_folder(part, final)
+            replace_folder(staging, final)
     except torch.OutOfMemoryError:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
         raise
     except (OSError, RuntimeError, SafetensorError) as error:
-        # torch and safetensors report a full disk in words of their own
-        shutil.rmtree(part, ignore_errors=True)
-        question = ": is the disk full?" if is_disk_full(error) else "."
+        # torch and safetensors report a full disk with their own exceptions
+        shutil.rmtree(staging, ignore_errors=True)
+        hint = ": is the disk full?" if is_disk_full(error) else "."
         raise OperationFailed(
-            f"could not write {final} ({error}){question} What was saved before is whole, and the "
-            "same command resumes from it"
+            f"could not write {final} ({error}){hint} Earlier checkpoints are intact; run the same "
+            "command again to resume from the last one"
         ) from error
     distributed.barrier()
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The finished checkpoints of a run folder, oldest first."""
-    finished = [
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the complete checkpoints of a run folder, oldest first."""
+    folders = [
         path
         for path in (folder / "checkpoints").glob("step_*")
         if path.is_dir() and re.fullmatch(r"step_\d+", path.name)
     ]
-    return sorted(finished, key=step_of)
+    return sorted(folders, key=step_number)
 
 
-def step_of(path: Path) -> int:
-    """The number in the name of a checkpoint, or of a saved batch."""
+def step_number(path: Path) -> int:
+    """Return the step number in the name of a checkpoint or saved batch."""
     return int(path.stem.removeprefix("step_"))
 
 
-def remove(folder: Path) -> None:
-    """Delete a folder so that a kill midway leaves no half of it under its own name."""
-    doomed = folder.with_name(folder.name + ".part")
-    shutil.rmtree(doomed, ignore_errors=True)
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+def remove_folder(folder: Path) -> None:
+    """Rename and delete a folder, so that a kill leaves no incomplete folder of its name."""
+    renamed = folder.with_name(folder.name + ".part")
+    shutil.rmtree(renamed, ignore_errors=True)
+    folder.rename(renamed)
+    shutil.rmtree(renamed)

@@ -1,1 +1,1 @@
-"""Both models' log-probabilities of sampled responses, and the loss from hidden states."""
+"""Log-probabilities of both models on sampled responses, and the loss from hidden states."""

@@ -1,11 +1,12 @@
-"""From hidden states to the loss: a pass over K head rows a token, or over V in chunks.
+"""Loss and gradient from hidden states, on K head rows per token or on the vocabulary in chunks.
 
-An objective that needs no log-normaliser reads the head rows of its support alone, forward and
-backward. The others see all of V for one chunk of tokens at a time; the loss is a sum over tokens,
-so a chunk's gradient is taken as soon as its logits are there, and no chunk is computed twice.
+An objective that needs no log-normaliser reads only the head rows of its support, forward and
+backward. Other objectives read all V logits for one chunk of tokens at a time. The loss is a sum
+over tokens, so the gradient of a chunk is computed as soon as its logits exist and no chunk is
+computed twice.
 
-Shapes: B responses, T positions, N flat supervised tokens, n tokens of a chunk, D hidden size,
-R rows of the head, V vocabulary, K support ids.
+Shapes: B responses, T positions, N flat supervised tokens, n tokens of a chunk, D hidden size, R
+rows of the head, V vocabulary, K support ids.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,19 +22,19 @@ from diagnostics.errors import InvalidInput, OperationFailed
 from opd.models.forward import log_probabilities
 from opd.models.lm_head import (
     LmHead,
-    chunks,
-    cooled,
+    apply_scale_and_softcap,
+    apply_temperature,
+    chunk_slices,
     gathered_logits,
-    half_on_gpu,
-    products,
-    shaped,
+    head_products,
+    is_half_on_cuda,
 )
 from opd.objectives.factory import Objective
 from opd.objectives.surrogates import VisitedTokens
 from opd.teachers.pair import ModelPair
 
 ChunkLoss = Callable[[Tensor, slice], Tensor]
-"""(n, R) products of a chunk, its slice of the tokens -> scalar."""
+"""Function of the (n, R) products of a chunk and its slice of the tokens that returns a scalar."""
 
 
 def loss_from_hidden(
@@ -41,71 +42,95 @@ def loss_from_hidden(
     objective: Objective,
     hidden: Tensor,
     teacher_hidden: Tensor | None,
-    part: ScoredRollouts,
+    batch: ScoredRollouts,
     credit: Tensor,
     weight: Tensor,
     *,
     max_logits_per_chunk: int,
 ) -> Tensor:
-    """Scalar sum over supervised tokens of weight x surrogate, with gradient to hidden and head.
+    """Return the sum over supervised tokens of weight x surrogate, with gradient.
+
+    The gradient flows to hidden states and head and is computed in the forward pass. Call
+    `backward` once and soon: until then a float32 gradient of the head is held in memory.
 
     Args:
-      hidden: (N, D) student states; teacher_hidden: (N, D') for objectives on the full vocabulary.
-      part: the micro-batch; credit: (B, T) of the same rows; weight: (N,) one over denominator.
-      max_logits_per_chunk: logits, of all V, that exist at once; immaterial to a loss on K head rows.
+        pair: Student and teacher.
+        objective: The objective.
+        hidden: (N, D) student states.
+        teacher_hidden: (N, D') teacher states, for objectives on the full vocabulary; else None.
+        batch: Scored rollouts of the micro-batch.
+        credit: (B, T) credit of the same rows.
+        weight: (N,) importance ratio / loss denominator.
+        max_logits_per_chunk: Logits over all V that exist at once; ignored for a loss on K head
+            rows.
 
-    The gradient is ready when this returns, so call `backward` on the result once and no later
-    than needed: until then a float32 gradient of the head is kept.
+    Returns:
+        Scalar loss.
 
     Raises:
-      ValueError: the batch lacks the objective's support, or teacher states are missing.
+        InvalidInput: The batch lacks the objective's support, or teacher states are missing.
     """
-    known = visits(objective, part, credit)
-    head, temperature = pair.student.head, part.score_temperature
-    if not objective.normalised and known.ids is not None:
-        ids = known.ids
+    inputs = token_inputs(objective, batch, credit)
+    head, temperature = pair.student.head, batch.score_temperature
+    if not objective.normalised and inputs.ids is not None:
+        ids = inputs.ids
         if objective.sampled:
-            ids = torch.cat([ids, known.tokens[:, None]], 1)
-        found = cooled(gathered_logits(hidden, head, ids), temperature)
-        logp = found[:, -1] if objective.sampled else None
-        at = known.at(slice(None), logp, found[:, : known.ids.shape[1]])
-        return (objective.surrogate(at) * weight).sum()
-    chunk = chunk_loss(pair, objective, teacher_hidden, known, weight, temperature)
-    return chunked_loss(hidden, head, chunk, max_logits_per_chunk)
+            ids = torch.cat([ids, inputs.tokens[:, None]], 1)
+        logits = apply_temperature(gathered_logits(hidden, head, ids), temperature)
+        logp = logits[:, -1] if objective.sampled else None
+        visited = inputs.visited_tokens(slice(None), logp, logits[:, : inputs.ids.shape[1]])
+        return (objective.surrogate(visited) * weight).sum()
+    chunk_loss = make_chunk_loss(pair, objective, teacher_hidden, inputs, weight, temperature)
+    return chunked_loss(hidden, head, chunk_loss, max_logits_per_chunk)
 
 
-def chunk_loss(
+def make_chunk_loss(
     pair: ModelPair,
     objective: Objective,
     teacher_hidden: Tensor | None,
-    known: "TokenInputs",
+    inputs: "TokenInputs",
     weight: Tensor,
     temperature: float,
 ) -> ChunkLoss:
-    """The loss of a chunk of tokens, from the products of all head rows.
+    """Build the loss of a chunk of tokens as a function of the products of all head rows.
+
+    Args:
+        pair: Student and teacher.
+        objective: The objective.
+        teacher_hidden: (N, D') teacher states, for objectives on the full vocabulary; else None.
+        inputs: Constants of the N supervised tokens.
+        weight: (N,) importance ratio / loss denominator.
+        temperature: Temperature of the log-probabilities.
+
+    Returns:
+        The loss function.
 
     Raises:
-      ValueError: the objective compares whole vocabularies and teacher states are missing.
+        InvalidInput: The objective compares whole vocabularies and teacher states are missing.
     """
     head = pair.student.head
     if objective.support == "full" and teacher_hidden is None:
-        raise InvalidInput("the objective compares whole vocabularies; no teacher states")
+        raise InvalidInput("the objective compares whole vocabularies, but teacher_hidden is None")
 
-    def chunk(z: Tensor, c: slice) -> Tensor:
-        logits = cooled(shaped(z[:, : head.vocabulary], head), temperature)
-        y = known.tokens[c, None]
+    def chunk_loss(z: Tensor, c: slice) -> Tensor:
+        logits = apply_temperature(
+            apply_scale_and_softcap(z[:, : head.vocabulary], head), temperature
+        )
+        y = inputs.tokens[c, None]
         if teacher_hidden is not None and objective.support == "full":
             p = logits.log_softmax(-1)
             with torch.no_grad():
                 q = log_probabilities(pair.teacher, teacher_hidden[c], temperature)
-            at = known.at(c, p.gather(-1, y)[:, 0], p, q)
+            visited = inputs.visited_tokens(c, p.gather(-1, y)[:, 0], p, q)
         else:
-            some = y if known.ids is None else torch.cat([y, known.ids[c]], 1)
-            found = logits.gather(-1, some) - logits.logsumexp(-1, keepdim=True)
-            at = known.at(c, found[:, 0], None if known.ids is None else found[:, 1:])
-        return (objective.surrogate(at) * weight[c]).sum()
+            support_ids = y if inputs.ids is None else torch.cat([y, inputs.ids[c]], 1)
+            logp = logits.gather(-1, support_ids) - logits.logsumexp(-1, keepdim=True)
+            visited = inputs.visited_tokens(
+                c, logp[:, 0], None if inputs.ids is None else logp[:, 1:]
+            )
+        return (objective.surrogate(visited) * weight[c]).sum()
 
-    return chunk
+    return chunk_loss
 
 
 def product_gradients(
@@ -113,45 +138,72 @@ def product_gradients(
     objective: Objective,
     hidden: Tensor,
     teacher_hidden: Tensor | None,
-    part: ScoredRollouts,
+    batch: ScoredRollouts,
     credit: Tensor,
     weight: Tensor,
     *,
     max_logits_per_chunk: int,
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Gradients (n, V) of the loss of `loss_from_hidden` by the products <h, W_v>, by chunk.
+    """Yield the gradient of `loss_from_hidden` by the products <h, W_v>, chunk by chunk.
 
-    That of the head's weight is their sum over tokens of the outer products with `hidden`.
-    Arguments as there.
+    The gradient of the head's weight is the sum over tokens of their outer products with `hidden`.
+
+    Args:
+        pair: Student and teacher.
+        objective: The objective.
+        hidden: (N, D) student states.
+        teacher_hidden: (N, D') teacher states, for objectives on the full vocabulary; else None.
+        batch: Scored rollouts of the micro-batch.
+        credit: (B, T) credit of the same rows.
+        weight: (N,) importance ratio / loss denominator.
+        max_logits_per_chunk: Logits over all V that exist at once.
+
+    Yields:
+        A slice of the tokens and their (n, V) gradients.
     """
-    known, head = visits(objective, part, credit), pair.student.head
-    loss = chunk_loss(pair, objective, teacher_hidden, known, weight, part.score_temperature)
-    for c in chunks(len(hidden), head.vocabulary, max_logits_per_chunk):
+    inputs, head = token_inputs(objective, batch, credit), pair.student.head
+    loss = make_chunk_loss(pair, objective, teacher_hidden, inputs, weight, batch.score_temperature)
+    for c in chunk_slices(len(hidden), head.vocabulary, max_logits_per_chunk):
         with torch.enable_grad():
-            z = products(hidden[c], head).requires_grad_()
-            (slope,) = torch.autograd.grad(loss(z, c), z)
-        yield c, slope[:, : head.vocabulary]
+            z = head_products(hidden[c], head).requires_grad_()
+            (gradient,) = torch.autograd.grad(loss(z, c), z)
+        yield c, gradient[:, : head.vocabulary]
 
 
 @dataclass(frozen=True, eq=False)
 class TokenInputs:
-    """The constants of N visited tokens, as `VisitedTokens` has them; ids: (N, K) long."""
+    """Constants of N supervised tokens; fields as in `VisitedTokens`."""
 
     tokens: Tensor
     credit: Tensor
     teacher_logp: Tensor
     old_logp: Tensor
     ids: Tensor | None = None
-    theirs: Tensor | None = None
+    """(N, K) long, ids of the support."""
+    teacher_support_logp: Tensor | None = None
     present: Tensor | None = None
     inside: Tensor | None = None
 
-    def at(
-        self, c: slice, logp: Tensor | None, ours: Tensor | None, theirs: Tensor | None = None
+    def visited_tokens(
+        self,
+        c: slice,
+        logp: Tensor | None,
+        support_logp: Tensor | None,
+        teacher_support_logp: Tensor | None = None,
     ) -> VisitedTokens:
-        """The tokens of a slice with the student's (n,) and (n, K) log-probabilities."""
+        """Return the tokens of a slice together with the student's log-probabilities.
 
-        def cut(x: Tensor | None) -> Tensor | None:
+        Args:
+            c: Slice of the N tokens.
+            logp: (n,) student log-probabilities of the sampled tokens, with gradient.
+            support_logp: (n, K) student log-probabilities on the support, with gradient.
+            teacher_support_logp: (n, K) teacher log-probabilities; None for those of the batch.
+
+        Returns:
+            Inputs of a surrogate.
+        """
+
+        def select(x: Tensor | None) -> Tensor | None:
             return None if x is None else x[c]
 
         return VisitedTokens(
@@ -159,37 +211,67 @@ class TokenInputs:
             credit=self.credit[c],
             teacher_logp=self.teacher_logp[c],
             old_logp=self.old_logp[c],
-            support_logp=ours,
-            teacher_support_logp=cut(self.theirs) if theirs is None else theirs,
-            present=cut(self.present),
-            inside=cut(self.inside),
+            support_logp=support_logp,
+            teacher_support_logp=select(self.teacher_support_logp)
+            if teacher_support_logp is None
+            else teacher_support_logp,
+            present=select(self.present),
+            inside=select(self.inside),
         )
 
 
-def visits(objective: Objective, part: ScoredRollouts, credit: Tensor) -> TokenInputs:
-    """The supervised tokens of a micro-batch, with the support if the objective has one."""
-    mask, support = part.mask, part.support
-    always = (part.tokens[mask], credit[mask], part.teacher_logp[mask], part.student_logp[mask])
+def token_inputs(objective: Objective, batch: ScoredRollouts, credit: Tensor) -> TokenInputs:
+    """Collect the constants of a micro-batch's supervised tokens, with the support if there is one.
+
+    Args:
+        objective: The objective.
+        batch: Scored rollouts of the micro-batch.
+        credit: (B, T) credit of the same rows.
+
+    Returns:
+        Constants of the N supervised tokens.
+
+    Raises:
+        InvalidInput: The batch lacks the objective's support.
+    """
+    mask, support = batch.mask, batch.support
+    common_fields = (
+        batch.tokens[mask],
+        credit[mask],
+        batch.teacher_logp[mask],
+        batch.student_logp[mask],
+    )
     if objective.support in ("none", "full"):
-        return TokenInputs(*always)
+        return TokenInputs(*common_fields)
     if support is None or support.source != objective.support:
-        found = "none" if support is None else repr(support.source)
+        source_name = "none" if support is None else repr(support.source)
         raise InvalidInput(
-            f"the objective needs the support {objective.support!r}, the batch has {found}; give "
-            "`score` that source"
+            f"the objective needs a {objective.support!r} support, but the batch has "
+            f"{source_name}; call `score` with that source"
         )
     present = None if support.present is None else support.present[mask]
-    inside = support.contains(part.tokens)[mask]
-    return TokenInputs(*always, support.ids[mask], support.teacher_logp[mask], present, inside)
+    inside = support.contains(batch.tokens)[mask]
+    return TokenInputs(
+        *common_fields, support.ids[mask], support.teacher_logp[mask], present, inside
+    )
 
 
-def chunked_loss(hidden: Tensor, head: LmHead, loss: ChunkLoss, elements: int) -> Tensor:
-    """Sum of `loss` over chunks of tokens, with gradient to hidden, weight and bias.
+def chunked_loss(hidden: Tensor, head: LmHead, loss: ChunkLoss, max_elements: int) -> Tensor:
+    """Return the sum of `loss` over chunks of tokens, with gradient to hidden, weight and bias.
 
-    Neither forward nor backward keeps (N, R); gradients of the head add up in float32. Twice
-    differentiable it is not, and `backward` runs once.
+    Neither forward nor backward keeps (N, R) values; gradients of the head are summed in float32.
+    The result cannot be differentiated twice, and `backward` can run once only.
+
+    Args:
+        hidden: (N, D) student states.
+        head: The student's head.
+        loss: Loss of a chunk.
+        max_elements: Products that exist at once.
+
+    Returns:
+        Scalar loss.
     """
-    total: Tensor = _ChunkedLoss.apply(hidden, head.weight, head.bias, head, loss, elements)
+    total: Tensor = _ChunkedLoss.apply(hidden, head.weight, head.bias, head, loss, max_elements)
     return total
 
 
@@ -202,26 +284,28 @@ class _ChunkedLoss(torch.autograd.Function):
         bias: Tensor | None,
         head: LmHead,
         loss: ChunkLoss,
-        elements: int,
+        max_elements: int,
     ) -> Tensor:
-        wanted = ctx.needs_input_grad[:3]
-        sums = (hidden.dtype, *(None if x is None else _sum_dtype(x) for x in (weight, bias)))
+        needs_gradient = ctx.needs_input_grad[:3]
+        sum_dtypes = (hidden.dtype, *(None if x is None else _sum_dtype(x) for x in (weight, bias)))
         gradients = [
-            torch.zeros_like(x, dtype=dtype) if x is not None and wants else None
-            for x, dtype, wants in zip((hidden, weight, bias), sums, wanted, strict=True)
+            torch.zeros_like(x, dtype=dtype) if x is not None and wants_gradient else None
+            for x, dtype, wants_gradient in zip(
+                (hidden, weight, bias), sum_dtypes, needs_gradient, strict=True
+            )
         ]
         total = hidden.new_zeros((), dtype=_sum_dtype(hidden))
         width = hidden.shape[1] if weight is None else len(weight)
-        for c in chunks(len(hidden), width, elements):
-            z = products(hidden[c], head)
-            if not any(wanted):
+        for c in chunk_slices(len(hidden), width, max_elements):
+            z = head_products(hidden[c], head)
+            if not any(needs_gradient):
                 total += loss(z, c)
                 continue
             with torch.enable_grad():
                 value = loss(z.requires_grad_(), c)
             (dz,) = torch.autograd.grad(value, z)
             total += value.detach()
-            _add(gradients, dz, hidden[c], weight, c)
+            _accumulate_gradients(gradients, dz, hidden[c], weight, c)
         ctx.gradients = gradients
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         return total
@@ -231,7 +315,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise OperationFailed(
-                "the gradient of this loss was taken before; compute the loss again"
+                "backward was already called on this loss; compute the loss again"
             )
         gradients, ctx.gradients = ctx.gradients, None
         scaled = (
@@ -241,10 +325,10 @@ class _ChunkedLoss(torch.autograd.Function):
         return (*scaled, None, None, None)
 
 
-def _add(
+def _accumulate_gradients(
     gradients: list[Tensor | None], dz: Tensor, hidden: Tensor, weight: Tensor | None, c: slice
 ) -> None:
-    """Add a chunk's share to the gradients of hidden, weight and bias, given dz (n, R)."""
+    """Add a chunk's contribution to the gradients of hidden, weight and bias, given dz (n, R)."""
     dh, dw, db = gradients
     if dh is not None:
         dh[c] = dz if weight is None else dz.to(weight.dtype) @ weight
@@ -252,7 +336,7 @@ def _add(
         db += dz.sum(0)
     if dw is None:
         return
-    if half_on_gpu(hidden):
+    if is_half_on_cuda(hidden):
         torch.addmm(dw, dz.to(hidden.dtype).T, hidden, out_dtype=torch.float32, out=dw)
     else:
         dw.addmm_(dz.T, hidden.to(dz.dtype))

@@ -1,7 +1,7 @@
-"""Scoring: both models' log-probabilities of what the student sampled, without keeping (tokens, V).
+"""Score rollouts: log-probabilities of both models without storing (tokens, V) logits.
 
-Shapes: B responses, T positions, N sampled tokens, n tokens of a chunk, D and D' hidden sizes
-of student and teacher, V shared vocabulary, K support ids.
+Shapes: B responses, T positions, N sampled tokens, n tokens of a chunk, D and D' hidden sizes of
+student and teacher, V shared vocabulary, K support ids.
 """
 
 from collections.abc import Callable
@@ -10,18 +10,31 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import DistributionStats, Rollouts, ScoredRollouts, Support
-from diagnostics.core.distribution_stats import functionals
+from diagnostics.core.distribution_stats import compute_distribution_stats
 from diagnostics.errors import InvalidInput
 from opd.data.prompts import Prompts
-from opd.models.forward import log_probabilities, micro_batches, response_hidden, spread
-from opd.models.lm_head import chunks, cooled, full_logits, gathered_logits, two_stage_topk
-from opd.objectives.support import JOINED
+from opd.models.forward import (
+    log_probabilities,
+    micro_batches,
+    response_hidden_states,
+    scatter_to_mask,
+)
+from opd.models.lm_head import (
+    apply_temperature,
+    chunk_slices,
+    full_logits,
+    gathered_logits,
+    two_stage_topk,
+)
+from opd.objectives.support import JOINT_SUPPORTS
 from opd.teachers.pair import ModelPair
 from opd.teachers.remote_scores import TeacherScores
 from opd.tokens.eos import EosMap, student_support, teacher_tokens
 
 Measure = Callable[[Tensor, Tensor, Tensor, Tensor], dict[str, Tensor]]
-"""(n, D) student and (n, D') teacher states, (n,) tokens and their places -> (n, ...) columns."""
+"""Function of (n, D) student and (n, D') teacher states, (n,) tokens and their (n,) positions among
+the N sampled tokens that returns named (n, ...) columns.
+"""
 
 
 @torch.no_grad()
@@ -36,62 +49,78 @@ def score(
     max_tokens_per_microbatch: int,
     max_logits_per_chunk: int,
     keep_teacher: bool,
-    endings: EosMap | None = None,
+    eos_map: EosMap | None = None,
 ) -> tuple[ScoredRollouts, Tensor | None]:
-    """Put both models' log-probs, a support and the prefix functionals on a batch.
+    """Compute both models' log-probabilities, a support and next-token statistics of a batch.
 
-    The support holds the K most probable ids of the `source`, "teacher" or "student", or the
-    "union" or "intersection" of both lists (`opd.objectives.support`).
+    The support holds the K most probable ids of the `source`. Logits exist for one chunk of tokens
+    at a time.
 
-    Logits exist for one chunk of tokens at a time. With `keep_teacher`, the teacher's hidden
-    states (N, D'), row-major over `sampled`, are returned for losses that need its whole
-    vocabulary.
+    With `eos_map`, the teacher is read at its own EOS where the student used another one, and the
+    student at its own EOS where the teacher's top-K holds another one; the next-token statistics
+    still compare id with id. (Code of the paper at the commits of the fix of figure 5.)
 
-    With `endings`, the teacher is read at its own end where the student used a foreign one, and the
-    student at its own end where the teacher's top-K holds a foreign one; the prefix functionals
-    compare id with id all the same. (Paper's code at the commits of figure 5's fix.)
+    Args:
+        pair: Student and teacher.
+        prompts: Prompts of the batch.
+        batch: Rollouts.
+        k: Number of support ids per model.
+        source: "teacher" or "student" for the top-K of that model, "union" or "intersection" for
+            both (`opd.objectives.support`).
+        temperature: Temperature of the log-probabilities.
+        max_tokens_per_microbatch: Tokens in a forward pass.
+        max_logits_per_chunk: Logits that exist at once.
+        keep_teacher: Return the teacher's hidden states, for losses on its whole vocabulary.
+        eos_map: EOS ids of both models; None to compare id with id.
+
+    Returns:
+        The scored rollouts, and the (N, D') teacher states, row-major over `sampled`, if kept.
 
     Raises:
-      ValueError: k is larger than the vocabulary, a source is unknown, or endings are given with a
-        source other than the teacher.
+        InvalidInput: k is larger than the vocabulary, the source is unknown, or eos_map is given
+            with a source other than the teacher.
     """
     _check(pair, k, source)
-    if endings is not None and source != "teacher":
+    if eos_map is not None and source != "teacher":
         raise InvalidInput(
-            f"ends are exchanged in the teacher's top-K only, not in the {source!r} support; set "
-            "map_eos off, or use the teacher's"
+            f"EOS ids can be mapped in the teacher's top-K only, not in the {source!r} support; "
+            "set map_eos to False, or use a teacher support"
         )
 
-    def measure(ours: Tensor, theirs: Tensor, tokens: Tensor, _: Tensor) -> dict[str, Tensor]:
-        p = log_probabilities(pair.student, ours, temperature)
-        q = log_probabilities(pair.teacher, theirs, temperature)
-        theirs_on, present = _support_ids(p, q, k, source)
-        ids, y = theirs_on, tokens[:, None]
-        theirs_at = y
-        if endings is not None:
-            theirs_at = teacher_tokens(y, endings)
-            ids, present = student_support(theirs_on, endings)
-        found = {
+    def measure(
+        student_states: Tensor, teacher_states: Tensor, tokens: Tensor, _: Tensor
+    ) -> dict[str, Tensor]:
+        p = log_probabilities(pair.student, student_states, temperature)
+        q = log_probabilities(pair.teacher, teacher_states, temperature)
+        support_ids, present = _support_ids(p, q, k, source)
+        ids, y = support_ids, tokens[:, None]
+        teacher_token = y
+        if eos_map is not None:
+            teacher_token = teacher_tokens(y, eos_map)
+            ids, present = student_support(support_ids, eos_map)
+        fields = {
             "student_logp": p.gather(-1, y)[:, 0],
-            "teacher_logp": q.gather(-1, theirs_at)[:, 0],
+            "teacher_logp": q.gather(-1, teacher_token)[:, 0],
             "support.ids": ids,
             "support.student_logp": p.gather(-1, ids),
-            "support.teacher_logp": q.gather(-1, theirs_on),
+            "support.teacher_logp": q.gather(-1, support_ids),
         }
         if present is not None:
-            found["support.present"] = present
-        if pair.endings is not None:
-            ends = (pair.endings.student, pair.endings.teacher)
-            for name, logp, own in zip(("student", "teacher"), (p, q), ends, strict=True):
-                found[f"prefix.{name}_end"] = logp[:, list(own)].logsumexp(-1)
-            own_ends = torch.tensor(pair.endings.student, device=tokens.device)
-            found["prefix.ending"] = torch.isin(tokens, own_ends).to(p.dtype)
-        return found | {f"prefix.{name}": x for name, x in functionals(p, q, tokens).items()}
+            fields["support.present"] = present
+        if pair.eos_map is not None:
+            eos_pair = (pair.eos_map.student, pair.eos_map.teacher)
+            for name, logp, model_eos in zip(("student", "teacher"), (p, q), eos_pair, strict=True):
+                fields[f"prefix.{name}_end"] = logp[:, list(model_eos)].logsumexp(-1)
+            student_eos = torch.tensor(pair.eos_map.student, device=tokens.device)
+            fields["prefix.ending"] = torch.isin(tokens, student_eos).to(p.dtype)
+        return fields | {
+            f"prefix.{name}": x for name, x in compute_distribution_stats(p, q, tokens).items()
+        }
 
-    columns, kept = _columns(
+    columns, teacher_hidden = _score_in_chunks(
         pair, prompts, batch, measure, max_tokens_per_microbatch, max_logits_per_chunk, keep_teacher
     )
-    return _scored(batch, columns, source, temperature), kept
+    return _to_scored_rollouts(batch, columns, source, temperature), teacher_hidden
 
 
 @torch.no_grad()
@@ -104,51 +133,69 @@ def score_support(
     temperature: float,
     max_tokens_per_microbatch: int,
     max_logits_per_chunk: int,
-    told: TeacherScores | None = None,
+    teacher_scores: TeacherScores | None = None,
 ) -> ScoredRollouts:
-    """The same with the teacher's top-K and without prefix functionals: V for the teacher only.
+    """Score with the teacher's top-K and without next-token statistics: all V for the teacher only.
 
-    For steps without diagnostics of objectives that are not `normalised`. `student_logp` is the
-    sampler's own `softmax_logp`, and the student's log-probabilities on the support follow from it
-    and from K + 1 head rows: log p(v) = log p(y) + z_v - z_y. So they are those of the student only
-    if it sampled the batch with its present weights, and they hide what a foreign engine rounds
-    differently; `score` measures that. With `told`, the teacher is another's and not run.
+    For steps without full metrics of objectives that are not `normalised`. `student_logp` is the
+    sampler's `softmax_logp`, and the student's log-probabilities on the support follow from it and
+    from K + 1 head rows: log p(v) = log p(y) + z_v - z_y. They are therefore those of the student
+    only if it sampled the batch with its present weights, and rounding differences of another
+    inference engine stay hidden; `score` measures those.
+
+    Args:
+        pair: Student and teacher.
+        prompts: Prompts of the batch.
+        batch: Rollouts with `softmax_logp`.
+        k: Number of support ids.
+        temperature: Temperature of the log-probabilities.
+        max_tokens_per_microbatch: Tokens in a forward pass.
+        max_logits_per_chunk: Logits that exist at once.
+        teacher_scores: Scores of a remote teacher; the local teacher is then not run.
+
+    Returns:
+        The scored rollouts.
 
     Raises:
-      ValueError: k is larger than the vocabulary, or the sampler kept no whole softmax at this
-        temperature.
+        InvalidInput: k is larger than the vocabulary, the temperature of a remote teacher is not 1,
+            or the sampler kept no full softmax at this temperature.
     """
     _check(pair, k, "teacher")
-    if told is not None and temperature != 1:
-        raise InvalidInput(f"temperature is {temperature}; a teacher elsewhere tells that of 1")
+    if teacher_scores is not None and temperature != 1:
+        raise InvalidInput(f"temperature is {temperature}, but a remote teacher scores at 1; set 1")
     if batch.softmax_logp is None or batch.temperature != temperature:
         raise InvalidInput(
             f"the sampler ran at temperature {batch.temperature} and "
-            f"{'kept no' if batch.softmax_logp is None else 'kept the'} whole softmax; without the "
+            f"{'kept no' if batch.softmax_logp is None else 'kept the'} full softmax; without the "
             f"student's log-probabilities at temperature {temperature} use `score`"
         )
-    sampled = batch.softmax_logp[batch.sampled]
+    sampled_logp = batch.softmax_logp[batch.sampled]
 
-    def measure(ours: Tensor, theirs: Tensor, tokens: Tensor, place: Tensor) -> dict[str, Tensor]:
-        y, logp = tokens[:, None], sampled[place].float()
-        if told is not None:
-            ids, best, theirs_at = told.at(place)
+    def measure(
+        student_states: Tensor, teacher_states: Tensor, tokens: Tensor, positions: Tensor
+    ) -> dict[str, Tensor]:
+        y, logp = tokens[:, None], sampled_logp[positions].float()
+        if teacher_scores is not None:
+            ids, support_logp, teacher_logp = teacher_scores.select(positions)
         else:
-            logits = cooled(full_logits(theirs, pair.teacher.head), temperature)
+            logits = apply_temperature(full_logits(teacher_states, pair.teacher.head), temperature)
             normaliser = logits.logsumexp(-1, keepdim=True)
-            best, ids = two_stage_topk(logits, k)
-            best, theirs_at = best - normaliser, (logits.gather(-1, y) - normaliser)[:, 0]
-        some = gathered_logits(ours, pair.student.head, torch.cat([y, ids], 1))
-        z = cooled(some, temperature)
+            support_logp, ids = two_stage_topk(logits, k)
+            support_logp, teacher_logp = (
+                support_logp - normaliser,
+                (logits.gather(-1, y) - normaliser)[:, 0],
+            )
+        support_logits = gathered_logits(student_states, pair.student.head, torch.cat([y, ids], 1))
+        z = apply_temperature(support_logits, temperature)
         return {
             "student_logp": logp,
-            "teacher_logp": theirs_at,
+            "teacher_logp": teacher_logp,
             "support.ids": ids,
             "support.student_logp": (logp[:, None] + z[:, 1:] - z[:, :1]).clamp(max=0.0),
-            "support.teacher_logp": best,
+            "support.teacher_logp": support_logp,
         }
 
-    columns, _ = _columns(
+    columns, _ = _score_in_chunks(
         pair,
         prompts,
         batch,
@@ -156,71 +203,91 @@ def score_support(
         max_tokens_per_microbatch,
         max_logits_per_chunk,
         False,
-        told is None,
+        teacher_scores is None,
     )
-    return _scored(batch, columns, "teacher", temperature)
+    return _to_scored_rollouts(batch, columns, "teacher", temperature)
 
 
 @torch.no_grad()
-def score_told(
+def score_with_remote_teacher(
     pair: ModelPair,
     prompts: Prompts,
     batch: Rollouts,
-    told: TeacherScores,
+    teacher_scores: TeacherScores,
     *,
     source: str,
     max_tokens_per_microbatch: int,
     max_logits_per_chunk: int,
 ) -> ScoredRollouts:
-    """The student's whole softmax beside a teacher elsewhere; temperature 1, no prefix functionals.
+    """Score with the student's full softmax and a remote teacher, without next-token statistics.
 
-    The support is the teacher's K ids, or with the source "intersection" those of them that are
-    among the student's K.
+    The temperature is 1. The support is the teacher's K ids, or with the source "intersection"
+    those of them that are among the student's K.
+
+    Args:
+        pair: The student; the local teacher is not run.
+        prompts: Prompts of the batch.
+        batch: Rollouts.
+        teacher_scores: Scores of the remote teacher.
+        source: "teacher" or "intersection".
+        max_tokens_per_microbatch: Tokens in a forward pass.
+        max_logits_per_chunk: Logits that exist at once.
+
+    Returns:
+        The scored rollouts.
 
     Raises:
-      ValueError: another source, whose ids the teacher was not asked about.
+        InvalidInput: Another source, for whose ids the remote teacher has no log-probabilities.
     """
     if source not in ("teacher", "intersection"):
-        raise InvalidInput(f"a teacher elsewhere tells its own top-K, not the support {source!r}")
+        raise InvalidInput(
+            f"remote teachers return only their own top-K, not a {source!r} support; use a "
+            "teacher_topk objective or a local teacher"
+        )
 
-    def measure(ours: Tensor, _: Tensor, tokens: Tensor, place: Tensor) -> dict[str, Tensor]:
-        p = log_probabilities(pair.student, ours, 1.0)
-        ids, theirs_on, theirs_at = told.at(place)
-        found = {
+    def measure(
+        student_states: Tensor, _: Tensor, tokens: Tensor, positions: Tensor
+    ) -> dict[str, Tensor]:
+        p = log_probabilities(pair.student, student_states, 1.0)
+        ids, support_logp, teacher_logp = teacher_scores.select(positions)
+        fields = {
             "student_logp": p.gather(-1, tokens[:, None])[:, 0],
-            "teacher_logp": theirs_at,
+            "teacher_logp": teacher_logp,
             "support.ids": ids,
             "support.student_logp": p.gather(-1, ids),
-            "support.teacher_logp": theirs_on,
+            "support.teacher_logp": support_logp,
         }
         if source == "intersection":
-            best = two_stage_topk(p, ids.shape[1])[1]
-            found["support.present"] = JOINED[source](ids, best)[1]
-        return found
+            student_ids = two_stage_topk(p, ids.shape[1])[1]
+            fields["support.present"] = JOINT_SUPPORTS[source](ids, student_ids)[1]
+        return fields
 
-    columns, _ = _columns(
+    columns, _ = _score_in_chunks(
         pair, prompts, batch, measure, max_tokens_per_microbatch, max_logits_per_chunk, False, False
     )
-    return _scored(batch, columns, source, 1.0)
+    return _to_scored_rollouts(batch, columns, source, 1.0)
 
 
 def _check(pair: ModelPair, k: int, source: str) -> None:
+    """Refuse a K larger than the vocabulary and an unknown source."""
     size = pair.student.vocabulary
     if k > size:
-        raise InvalidInput(f"support_k is {k}, but the shared vocabulary has {size} tokens")
-    known = ("teacher", "student", *JOINED)
-    if source not in known:
-        raise InvalidInput(f"unknown support source {source!r}; known: {', '.join(known)}")
+        raise InvalidInput(
+            f"support_k is {k}, but the shared vocabulary has {size} tokens; lower support_k"
+        )
+    known_sources = ("teacher", "student", *JOINT_SUPPORTS)
+    if source not in known_sources:
+        raise InvalidInput(f"unknown support source {source!r}; known: {', '.join(known_sources)}")
 
 
 def _support_ids(p: Tensor, q: Tensor, k: int, source: str) -> tuple[Tensor, Tensor | None]:
-    """Ids (n, K or 2K) of the source, and which of them count (all if None)."""
-    if source in JOINED:
-        return JOINED[source](two_stage_topk(q, k)[1], two_stage_topk(p, k)[1])
+    """Return ids (n, K or 2K) of the source, and which of them count (all if None)."""
+    if source in JOINT_SUPPORTS:
+        return JOINT_SUPPORTS[source](two_stage_topk(q, k)[1], two_stage_topk(p, k)[1])
     return two_stage_topk(q if source == "teacher" else p, k)[1], None
 
 
-def _columns(
+def _score_in_chunks(
     pair: ModelPair,
     prompts: Prompts,
     batch: Rollouts,
@@ -230,50 +297,58 @@ def _columns(
     keep_teacher: bool,
     run_teacher: bool = True,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Measured columns (N, ...) of all sampled tokens, and the teacher's states if kept.
+    """Return columns (N, ...) measured on all sampled tokens, and the teacher's states if kept.
 
-    A teacher that is not run has states of no width.
+    If the teacher is not run, its states have width 0.
     """
     n, device = int(batch.sampled.sum()), batch.tokens.device
-    slot = (batch.sampled.flatten().cumsum(0) - 1).reshape(batch.mask.shape)
+    flat_index = (batch.sampled.flatten().cumsum(0) - 1).reshape(batch.mask.shape)
     flat: dict[str, Tensor] = {}
 
-    def put(name: str, where: Tensor, value: Tensor) -> None:
+    def store(name: str, positions: Tensor, value: Tensor) -> None:
         if name not in flat:
             flat[name] = torch.zeros((n, *value.shape[1:]), dtype=value.dtype, device=device)
-        flat[name][where] = value
+        flat[name][positions] = value
 
     for rows in micro_batches(prompts, batch, max_tokens_per_microbatch):
-        part = batch.rows(rows).trimmed()
-        some = prompts.rows(rows)
-        sampled = part.sampled
-        where = slot[rows][:, : sampled.shape[1]][sampled]
-        ours = response_hidden(pair.student, some, part, sampled)
-        theirs = response_hidden(pair.teacher, some, part, sampled) if run_teacher else ours[:, :0]
-        tokens = part.tokens[sampled]
+        micro_batch = batch.rows(rows).trim()
+        micro_prompts = prompts.rows(rows)
+        sampled = micro_batch.sampled
+        positions = flat_index[rows][:, : sampled.shape[1]][sampled]
+        student_states = response_hidden_states(pair.student, micro_prompts, micro_batch, sampled)
+        teacher_states = (
+            response_hidden_states(pair.teacher, micro_prompts, micro_batch, sampled)
+            if run_teacher
+            else student_states[:, :0]
+        )
+        tokens = micro_batch.tokens[sampled]
         if keep_teacher:
-            put("teacher_hidden", where, theirs)
-        for c in chunks(len(tokens), pair.student.vocabulary, max_logits_per_chunk):
-            for name, value in measure(ours[c], theirs[c], tokens[c], where[c]).items():
-                put(name, where[c], value)
+            store("teacher_hidden", positions, teacher_states)
+        for c in chunk_slices(len(tokens), pair.student.vocabulary, max_logits_per_chunk):
+            for name, value in measure(
+                student_states[c], teacher_states[c], tokens[c], positions[c]
+            ).items():
+                store(name, positions[c], value)
     return flat, flat.pop("teacher_hidden", None)
 
 
-def _scored(
+def _to_scored_rollouts(
     batch: Rollouts, columns: dict[str, Tensor], source: str, temperature: float
 ) -> ScoredRollouts:
-    full = {name: spread(value, batch.sampled) for name, value in columns.items()}
-    prefix = _under(full, "prefix.")
+    """Build ScoredRollouts from flat (N, ...) columns."""
+    tensors = {name: scatter_to_mask(value, batch.sampled) for name, value in columns.items()}
+    prefix = _select_by_prefix(tensors, "prefix.")
     scored = ScoredRollouts(
         **vars(batch),
-        student_logp=full["student_logp"],
-        teacher_logp=full["teacher_logp"],
-        support=Support(source=source, **_under(full, "support.")),
+        student_logp=tensors["student_logp"],
+        teacher_logp=tensors["teacher_logp"],
+        support=Support(source=source, **_select_by_prefix(tensors, "support.")),
         prefix=DistributionStats(**prefix) if prefix else None,
         score_temperature=temperature,
     )
-    return scored.checked()
+    return scored.validate()
 
 
-def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _select_by_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose name begins with the prefix, under the rest of their name."""
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

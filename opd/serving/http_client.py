@@ -1,11 +1,11 @@
-"""HTTP requests with one deadline for everything: name lookup, connecting, TLS, headers and body.
+"""HTTP requests with one deadline for name lookup, connection, TLS, headers and body together.
 
-The client is httpx2. Its own time limits hold for a single read, so that a server which sends a
-byte now and then is never too slow. Here every request is a task of an event loop in a thread of
-its own, and is cancelled at its deadline wherever it has got to.
+The client is httpx2. Its own timeouts apply to each read separately, so a server that sends one
+byte at a time never exceeds them. Here every request is a task of an event loop in a background
+thread and is cancelled at its deadline, whatever stage it has reached.
 
-No redirect is followed, nothing of the environment (proxies, .netrc) is used, no compressed answer
-is asked for or unpacked, and a body is read up to a bound.
+Redirects are not followed, proxies and .netrc of the environment are ignored, compressed responses
+are neither requested nor decompressed, and the size of a body is limited.
 """
 
 import asyncio
@@ -17,29 +17,32 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-IDLE = 4.0
-"""Seconds for which an unused connection is kept; vLLM's server closes it after 5."""
+KEEPALIVE_SECONDS = 4.0
+"""Seconds for which an idle connection is kept; vLLM's server closes it after 5."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A whole answer. headers: names in lower case."""
+    """A complete HTTP response."""
 
     status: int
     headers: Mapping[str, str]
+    """Header names are in lower case."""
     body: bytes
 
 
 @dataclass(frozen=True)
 class Failure:
-    """No answer. A "passing" failure may pass; "untrusted": the certificate; "long": the body."""
+    """A request without a response."""
 
-    kind: Literal["passing", "untrusted", "long", "stopped"]
+    kind: Literal["retryable", "untrusted", "too_long", "stopped"]
+    """"retryable": a network error or timeout; "untrusted": the TLS certificate; "too_long": the
+    body exceeds its limit; "stopped": the client was stopped."""
     text: str
 
 
 class HttpClient:
-    """Persistent connections for requests of several threads at once."""
+    """Persistent connections that several threads share."""
 
     def __init__(self) -> None:
         self._loop = event_loop()
@@ -55,21 +58,29 @@ class HttpClient:
         headers: Mapping[str, str],
         body: bytes | None,
         *,
-        most: int,
-        seconds: float,
+        max_bytes: int,
+        timeout: float,
     ) -> Reply | Failure:
-        """The answer, or why there is none.
+        """Send a request and wait for its response.
 
         Args:
-          most: bytes of the body. seconds: from now until the body's last byte.
+            method: The HTTP method.
+            url: The complete address.
+            headers: Request headers.
+            body: Request body, or None.
+            max_bytes: Maximum size of the response body in bytes.
+            timeout: Seconds from now until the last byte of the body.
+
+        Returns:
+            The response, or why there is none.
         """
         with self._lock:
             if self._stopped:
                 return Failure("stopped", "")
             if self._client is None:
                 self._client = make_client()
-            work = exchange(self._client, method, url, headers, body, most, seconds)
-            request = asyncio.run_coroutine_threadsafe(work, self._loop)
+            coroutine = send_request(self._client, method, url, headers, body, max_bytes, timeout)
+            request = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
             self._running.add(request)
         try:
             return request.result()
@@ -82,10 +93,11 @@ class HttpClient:
 
     @property
     def stopped(self) -> bool:
+        """Whether requests are rejected."""
         return self._stopped
 
     def stop(self) -> None:
-        """End all requests under way, in other threads, and allow no more until `start`."""
+        """Cancel the running requests of all threads and reject new ones until `start`."""
         with self._lock:
             self._stopped = True
             running = list(self._running)
@@ -93,11 +105,12 @@ class HttpClient:
             request.cancel()
 
     def start(self) -> None:
+        """Accept requests again after `stop`."""
         with self._lock:
             self._stopped = False
 
     def close(self) -> None:
-        """Give up the connections; a later request makes new ones."""
+        """Close the connections; a later request opens new ones."""
         with self._lock:
             client, self._client = self._client, None
         if client is not None:
@@ -106,18 +119,18 @@ class HttpClient:
 
 @cache
 def event_loop() -> asyncio.AbstractEventLoop:
-    """A running event loop in a thread that ends with the process."""
+    """Start an event loop in a daemon thread, once for each process."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="http", daemon=True).start()
     return loop
 
 
 def make_client() -> Any:
-    """A client that adds nothing of its own to requests."""
+    """Create an httpx2 client that adds nothing to requests and ignores the environment."""
     import httpx2
 
     limits = httpx2.Limits(
-        max_connections=None, max_keepalive_connections=None, keepalive_expiry=IDLE
+        max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEPALIVE_SECONDS
     )
     return httpx2.AsyncClient(
         verify=ssl.create_default_context(),
@@ -129,44 +142,59 @@ def make_client() -> Any:
     )
 
 
-async def exchange(
+async def send_request(
     client: Any,
     method: str,
     url: str,
     headers: Mapping[str, str],
     body: bytes | None,
-    most: int,
-    seconds: float,
+    max_bytes: int,
+    timeout: float,
 ) -> Reply | Failure:
-    """One request and its answer. Errors are returned as text: theirs may quote the server."""
+    """Send one request and read its response.
+
+    Exceptions are converted to text, because their messages may quote the server.
+
+    Args:
+        client: An `httpx2.AsyncClient`.
+        method: The HTTP method.
+        url: The complete address.
+        headers: Request headers.
+        body: Request body, or None.
+        max_bytes: Maximum size of the response body in bytes.
+        timeout: Seconds until the last byte of the body.
+
+    Returns:
+        The response, or why there is none.
+    """
     import httpx2
 
     try:
         async with (
-            asyncio.timeout(seconds),
+            asyncio.timeout(timeout),
             client.stream(method, url, headers=dict(headers), content=body) as response,
         ):
             blocks, size = [], 0
             async for block in response.aiter_raw():
                 blocks.append(block)
                 size += len(block)
-                if size > most:
-                    return Failure("long", f"the answer is longer than {most} bytes")
-            replied = {name.lower(): value for name, value in response.headers.items()}
-            return Reply(response.status_code, replied, b"".join(blocks))
+                if size > max_bytes:
+                    return Failure("too_long", f"the response is longer than {max_bytes} bytes")
+            response_headers = {name.lower(): value for name, value in response.headers.items()}
+            return Reply(response.status_code, response_headers, b"".join(blocks))
     except TimeoutError:
-        return Failure("passing", f"TimeoutError: no whole answer within {seconds:.1f} s")
+        return Failure("retryable", f"TimeoutError: no complete response within {timeout:.1f} s")
     except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
-        chain = causes(error)
+        chain = exception_chain(error)
         untrusted = [str(x) for x in chain if isinstance(x, ssl.SSLCertVerificationError)]
         if untrusted:
             return Failure("untrusted", untrusted[0])
         texts = dict.fromkeys(str(x) for x in chain if str(x))
-        return Failure("passing", f"{type(error).__name__}: {'; '.join(texts)}")
+        return Failure("retryable", f"{type(error).__name__}: {'; '.join(texts)}")
 
 
-def causes(error: BaseException) -> list[BaseException]:
-    """An error and what caused it, the last cause last."""
+def exception_chain(error: BaseException) -> list[BaseException]:
+    """Return an exception followed by its causes, the root cause last."""
     chain: list[BaseException] = []
     current: BaseException | None = error
     while current is not None and current not in chain:

@@ -1,7 +1,8 @@
-"""An HTTP address that answers JSON, with bounded answers, bounded patience and a secret key.
+"""Client of an HTTP server that returns JSON: limited response sizes, retries, and an API key.
 
-An answer is read up to a bound and parsed as JSON, never unpickled. The key is read from the
-environment and sent; no message, record or file holds it, even if the server sends it back.
+A response is read up to a maximum size and parsed as JSON, never unpickled. The API key is read
+from the environment and sent with every request; messages, run folders and files never contain it,
+even if the server sends it back.
 """
 
 import json
@@ -18,148 +19,160 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from diagnostics.errors import InvalidInput, OperationFailed
-from diagnostics.terminal import visible
-from opd.serving.addresses import KEY, address_problem, key_variable
-from opd.serving.api_keys import hide_in_logs, refuse_odd_key, spellings
+from diagnostics.terminal import escape_control_chars
+from opd.serving.addresses import KEY_VARIABLE, address_problem, key_variable
+from opd.serving.api_keys import check_key, key_pattern, redact_logs
 from opd.serving.http_client import HttpClient, Reply
 
-__all__ = ["KEY", "PASSING", "JsonEndpoint"]
+__all__ = ["KEY_VARIABLE", "RETRYABLE_STATUSES", "JsonEndpoint"]
 
-PASSING = (408, 425, 429, 500, 502, 503, 504)
-"""States of a server that may be another one soon."""
-FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
-"""Seconds before the second try, doubled at every further one, and the most."""
-SHORTEST_TRY = 1.0
-"""Seconds that a try has at least."""
+RETRYABLE_STATUSES = (408, 425, 429, 500, 502, 503, 504)
+"""HTTP status codes of temporary failures."""
+FIRST_RETRY_DELAY, MAX_RETRY_DELAY = 0.5, 30.0
+"""Seconds before the first retry, which double with each further one, and their maximum."""
+MIN_ATTEMPT_TIMEOUT = 1.0
+"""Minimum timeout of one attempt in seconds."""
 
 
-class _Passing(Exception):
-    """A try failed in a way that may pass. after: seconds that the server asks for."""
+class _RetryableError(Exception):
+    """A temporary failure. retry_after: seconds, from the Retry-After header."""
 
-    def __init__(self, reason: str, after: float = 0.0) -> None:
+    def __init__(self, reason: str, retry_after: float = 0.0) -> None:
         super().__init__(reason)
-        self.after = after
+        self.retry_after = retry_after
 
 
 class JsonEndpoint:
-    """A server that is asked by several threads at once.
+    """A server that several threads send requests to.
 
     Args:
-      url: http or https, with the path that questions are put below; no user, query or fragment.
-      patience: seconds for which a question is put again while it fails in ways that may pass; a
-        try has at most a third of it, for everything from the name's look-up to the last byte.
-      role: what the server is, "teacher" or "rollout"; messages, the setting of its patience and
-        the variable with its key are named after it.
+        url: Http or https address, with the path prefix of all requests; without user, query or
+            fragment.
+        timeout: Seconds for which a request is retried after temporary failures. One attempt takes
+            at most a third of it, from the name lookup to the last byte.
+        role: "teacher" or "rollout"; determines the name of the timeout setting in messages and
+            the environment variable of the API key.
 
     Raises:
-      InvalidInput: another kind of address, one with a password or a query in it, or a key that no
-        header can hold.
+        InvalidInput: The address has another scheme, a password or a query, or the key has
+            characters that a header cannot contain.
     """
 
-    def __init__(self, url: str, *, patience: float, role: str = "teacher") -> None:
+    def __init__(self, url: str, *, timeout: float, role: str = "teacher") -> None:
         if problem := address_problem(url, role):
             raise InvalidInput(problem)
         parts = urlsplit(url)
-        self.role, self.key, self.patience = role, key_variable(role), patience
+        self.role, self.key, self.timeout = role, key_variable(role), timeout
         self.url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
         self._key = os.environ.get(self.key, "")
-        refuse_odd_key(self.key, self._key)
+        check_key(self.key, self._key)
         if (
             self._key
             and parts.scheme == "http"
             and parts.hostname not in ("localhost", "127.0.0.1")
         ):
-            warnings.warn(f"{self.key} goes to {self.url} unencrypted; use https", stacklevel=2)
-        self._secrets = spellings(self._key)
+            warnings.warn(
+                f"{self.key} is sent to {self.url} unencrypted; use an https address", stacklevel=2
+            )
+        self._secrets = key_pattern(self._key)
         if self._secrets is not None:
-            hide_in_logs(self._secrets)
+            redact_logs(self._secrets)
         self._client = HttpClient()
         self._stopping = threading.Event()
         self._lock = threading.Lock()
         self._failing = False
-        self._random = random.Random()  # when to try again; no result depends on it
+        self._random = random.Random()  # jitter of retry delays; no result depends on it
 
-    def ask(
+    def request(
         self,
         path: str,
-        question: Any = None,
+        payload: Any = None,
         *,
-        most: int,
-        about: str = "",
-        passing: Sequence[int] = PASSING,
+        max_bytes: int,
+        description: str = "",
+        retryable_statuses: Sequence[int] = RETRYABLE_STATUSES,
     ) -> Any:
-        """The JSON answer to a GET, or to a POST of a question.
+        """Send a GET request, or a POST request with a JSON payload, and return the JSON response.
 
-        Connection errors, time-outs, the states that are `passing` and answers that are not whole
-        JSON are tried again, with exponentially growing, jittered waits, for at most `patience`
-        seconds.
+        Connection errors, timeouts, retryable status codes and incomplete JSON are retried with
+        exponentially growing, jittered delays, for at most `timeout` seconds.
 
         Args:
-          path: below the address, with its slash. most: bytes of the answer. about: what is asked
-            of, for messages. passing: states of the server that may be another one soon.
+            path: Path below the address, with its leading slash.
+            payload: The JSON body of a POST request; None sends a GET request.
+            max_bytes: Maximum size of the response in bytes.
+            description: What is requested, for messages.
+            retryable_statuses: Status codes of temporary failures.
+
+        Returns:
+            The parsed JSON.
 
         Raises:
-          OperationFailed: patience is over, or `stop` was called.
-          InvalidInput: the server refuses the question, redirects, answers at too great length, or
-            with a web page.
+            OperationFailed: The timeout has expired, or `stop` was called.
+            InvalidInput: The server rejects the request, redirects, or returns a web page or a
+                response that is too long.
         """
-        body = None if question is None else json.dumps(question).encode()
-        where = f"{self.url}{path}" + (f" ({about})" if about else "")
-        began, wait, tries = time.monotonic(), FIRST_WAIT, 0
+        body = None if payload is None else json.dumps(payload).encode()
+        location = f"{self.url}{path}" + (f" ({description})" if description else "")
+        start, delay, retries = time.monotonic(), FIRST_RETRY_DELAY, 0
         while True:
-            left = self.patience - (time.monotonic() - began)
-            seconds = max(SHORTEST_TRY, min(left, self.patience / 3))
+            remaining = self.timeout - (time.monotonic() - start)
+            attempt_timeout = max(MIN_ATTEMPT_TIMEOUT, min(remaining, self.timeout / 3))
             try:
-                answer = self._try(path, body, most, where, seconds, passing)
-            except _Passing as failure:
-                pause = max(failure.after, wait * self._random.uniform(0.5, 1.5))
-                wait = min(2 * wait, LONGEST_WAIT)
-                over = time.monotonic() - began
-                if over + pause >= self.patience:
+                answer = self._attempt(
+                    path, body, max_bytes, location, attempt_timeout, retryable_statuses
+                )
+            except _RetryableError as failure:
+                pause = max(failure.retry_after, delay * self._random.uniform(0.5, 1.5))
+                delay = min(2 * delay, MAX_RETRY_DELAY)
+                elapsed = time.monotonic() - start
+                if elapsed + pause >= self.timeout:
                     raise OperationFailed(
-                        f"{where}: no answer for {over:.0f} s ({failure}); see to the server, and "
-                        "the same command goes on from the last checkpoint; "
-                        f"{self.role}_patience, {self.patience:.0f} s, says how long to wait"
+                        f"{location}: no response for {elapsed:.0f} s ({failure}). Check the "
+                        "server and run the same command again to resume from the last "
+                        f"checkpoint. The timeout is set by {self.role}_timeout, "
+                        f"{self.timeout:.0f} s"
                     ) from failure
-                tries += 1
-                if tries > 1:  # one failure among many answers is not worth a word
-                    self._tell_once(
-                        True, f"{where}: {failure}; trying again for {self.patience:.0f} s"
+                retries += 1
+                if retries > 1:  # a single failure among many requests is not reported
+                    self._report_change(
+                        True, f"{location}: {failure}; retrying for up to {self.timeout:.0f} s"
                     )
                 self._stopping.wait(pause)
             else:
-                self._tell_once(False, f"{self.url}: answers again")
+                self._report_change(False, f"{self.url}: responds again")
                 return answer
 
     def stop(self) -> None:
-        """End all questions under way, in other threads; each raises. Until `start`."""
+        """Cancel the running requests of all threads, each of which raises, until `start`."""
         self._stopping.set()
         self._client.stop()
 
     def start(self) -> None:
+        """Accept requests again after `stop`."""
         self._stopping.clear()
         self._client.start()
 
     def close(self) -> None:
-        """Give up the connections; a later question makes new ones."""
+        """Close the connections; a later request opens new ones."""
         self._client.close()
 
     def redacted(self, text: str) -> str:
-        """A text with what the server said, without the key that it may have sent back."""
+        """Return a text that quotes the server with every form of the API key replaced."""
         return self._secrets.sub("***", text) if self._secrets is not None else text
 
-    def _try(
+    def _attempt(
         self,
         path: str,
         body: bytes | None,
-        most: int,
-        where: str,
-        seconds: float,
-        passing: Sequence[int],
+        max_bytes: int,
+        location: str,
+        timeout: float,
+        retryable_statuses: Sequence[int],
     ) -> Any:
-        """The answer of one try; raises `_Passing` if it is worth another one.
+        """Send the request once; raise `_RetryableError` for a temporary failure.
 
-        Nothing is raised from an error of the client or the decoder, which may hold the key.
+        Exceptions of the client and the decoder are not chained, because they may contain the key.
         """
         headers = {"Accept": "application/json"}
         if body is not None:
@@ -168,84 +181,96 @@ class JsonEndpoint:
             headers["Authorization"] = f"Bearer {self._key}"
         method = "GET" if body is None else "POST"
         reply = self._client.send(
-            method, f"{self.url}{path}", headers, body, most=most, seconds=seconds
+            method, f"{self.url}{path}", headers, body, max_bytes=max_bytes, timeout=timeout
         )
         if not isinstance(reply, Reply):
             text = self.redacted(reply.text)
             if reply.kind == "stopped":
-                raise OperationFailed(f"{where}: not asked any more, another question failed")
+                raise OperationFailed(f"{location}: cancelled because another request failed")
             if reply.kind == "untrusted":
-                raise InvalidInput(f"{where}: its certificate is not trusted ({text})")
-            if reply.kind == "long":
+                raise InvalidInput(f"{location}: its TLS certificate is not trusted ({text})")
+            if reply.kind == "too_long":
                 raise InvalidInput(
-                    f"{where}: {text}, more than was asked for; is this the {self.role} server?"
+                    f"{location}: {text}, the maximum for this request; is this the {self.role} "
+                    "server?"
                 )
-            raise _Passing(text)
+            raise _RetryableError(text)
         if reply.status != 200:
-            self._refuse(reply, where, passing)
-        if is_page(reply):
+            self._raise_for_status(reply, location, retryable_statuses)
+        if is_web_page(reply):
             raise InvalidInput(
-                f"{where}: the answer is a web page, not JSON; is this the address of a "
-                f"{self.role} server of vLLM, and does it end in /v1?"
+                f"{location}: the response is a web page, not JSON; check that this is the address "
+                f"of a vLLM {self.role} server and that it ends in /v1"
             )
         if (coding := reply.headers.get("content-encoding", "identity")) != "identity":
             raise InvalidInput(
-                f"{where}: the answer is compressed ({self.redacted(coding)}), which was not asked "
-                "for; is there a proxy that compresses?"
+                f"{location}: the response is compressed ({self.redacted(coding)}), although an "
+                "uncompressed one was requested; is there a proxy that compresses?"
             )
-        answer, problem = parsed(reply.body)
+        answer, problem = parse_json(reply.body)
         if problem:
-            raise _Passing(f"the answer is no JSON ({self.redacted(problem)})")
+            raise _RetryableError(f"the response is not valid JSON ({self.redacted(problem)})")
         return answer
 
-    def _refuse(self, reply: Reply, where: str, passing: Sequence[int]) -> NoReturn:
-        """Raise what a status other than 200 means."""
-        status, said = reply.status, self._quoted(reply)
-        if status in passing:
-            asked = reply.headers.get("retry-after", "")
-            digits = asked.isascii() and asked.isdigit() and len(asked) < 10
-            raise _Passing(f"status {status}: {said}", float(asked) if digits else 0.0)
+    def _raise_for_status(
+        self, reply: Reply, location: str, retryable_statuses: Sequence[int]
+    ) -> NoReturn:
+        """Raise the error for a status code other than 200."""
+        status, message = reply.status, self._error_message(reply)
+        if status in retryable_statuses:
+            retry_after = reply.headers.get("retry-after", "")
+            is_number = retry_after.isascii() and retry_after.isdigit() and len(retry_after) < 10
+            raise _RetryableError(
+                f"status {status}: {message}", float(retry_after) if is_number else 0.0
+            )
         if 300 <= status < 400:
-            aim = self.redacted(reply.headers.get("location", ""))[:300]
+            target = self.redacted(reply.headers.get("location", ""))[:300]
             raise InvalidInput(
-                f"{where}: status {status} sends to {aim!r}, and no redirect is followed; if that "
-                "is the server, give its address"
+                f"{location}: status {status} redirects to {target!r}; redirects are not followed. "
+                "If that is the server, use its address"
             )
         remedy = {
             401: f"set the environment variable {self.key}",
-            403: f"set the environment variable {self.key} to a key that may ask this",
-            404: "does the address end in /v1, and is it of vLLM's OpenAI server?",
-        }.get(status, "it refuses the question")
-        raise InvalidInput(f"{where}: status {status}: {said}; {remedy}")
+            403: f"set the environment variable {self.key} to a key with access to this server",
+            404: "check that the address ends in /v1 and is that of vLLM's OpenAI server",
+        }.get(status, "the server rejects the request")
+        raise InvalidInput(f"{location}: status {status}: {message}; {remedy}")
 
-    def _quoted(self, reply: Reply) -> str:
-        """What an error says, short, on one line and without the key."""
-        if is_page(reply):
+    def _error_message(self, reply: Reply) -> str:
+        """Return a server's error message: short, on one line and without the key."""
+        if is_web_page(reply):
             return "a web page"
         text = reply.body.decode(errors="replace")
-        answer, _ = parsed(reply.body)
+        answer, _ = parse_json(reply.body)
         if isinstance(answer, dict):
             error = answer.get("error", answer)
             text = str(error.get("message", text) if isinstance(error, dict) else error)
-        text = " ".join(self.redacted(text).split())  # before it is cut, which may leave a part
+        text = " ".join(self.redacted(text).split())  # before truncation, which may split the key
         return text if len(text) <= 300 else text[:300] + " ..."
 
-    def _tell_once(self, failing: bool, message: str) -> None:
-        """Say that the server fails when it begins to, and that it answers when it does again."""
+    def _report_change(self, failing: bool, message: str) -> None:
+        """Print a message when the server starts to fail, and when it responds again."""
         with self._lock:
-            changed, self._failing = failing != self._failing, failing
-        if changed:
-            tqdm.write(visible(message), file=sys.stderr)
+            state_changed, self._failing = failing != self._failing, failing
+        if state_changed:
+            tqdm.write(escape_control_chars(message), file=sys.stderr)
 
 
-def parsed(body: bytes) -> tuple[Any, str]:
-    """What JSON says, and "" or why it is none."""
+def parse_json(body: bytes) -> tuple[Any, str]:
+    """Parse a JSON body.
+
+    Args:
+        body: UTF-8 text.
+
+    Returns:
+        The value and ""; or None and why the body is not valid JSON.
+    """
     try:
         return json.loads(body), ""
     except (ValueError, RecursionError) as error:
         return None, f"{type(error).__name__}: {error}"
 
 
-def is_page(reply: Reply) -> bool:
-    """Whether an answer is HTML or XML."""
+def is_web_page(reply: Reply) -> bool:
+    """Return whether a response is HTML or XML."""
     return "html" in reply.headers.get("content-type", "") or reply.body.lstrip()[:1] == b"<"

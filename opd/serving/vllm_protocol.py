@@ -1,6 +1,6 @@
-"""Answers of a teacher's server, read strictly: log-probabilities of the ids that were sent.
+"""Strict parsing of vLLM server responses: models, and log-probabilities of prompt tokens.
 
-Free of torch. Shapes: n positions of a sequence, K ids a position.
+Does not import torch. Shapes: n positions of a sequence, K token ids per position.
 """
 
 import re
@@ -12,177 +12,226 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diagnostics.errors import InvalidInput
-from diagnostics.io.files import KINDS, has_type, short
+from diagnostics.io.files import TYPE_NAMES, has_type, short_repr
 from opd.serving.json_endpoint import JsonEndpoint
 
-ID = re.compile(r"0|[1-9][0-9]{0,8}")
-CLAMPED = -9999.0
-"""What vLLM writes for a log-probability of minus infinity."""
+TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,8}")
+MIN_LOGPROB = -9999.0
+"""The value that vLLM returns for a log-probability of minus infinity."""
 
 
 @dataclass(frozen=True, eq=False)
 class PositionLogprobs:
-    """What the teacher says of n positions of a sequence.
+    """The teacher's log-probabilities at n positions of a sequence.
 
-    ids (n, K): the most probable, in descending order; logp (n, K): of them; sampled (n,): of the
-    id that stands there. Natural, float32 as the server computed them.
+    Natural logarithms, float32 as the server computed them.
     """
 
     ids: NDArray[np.int64]
+    """(n, K) most probable token ids, in descending order."""
     logp: NDArray[np.float32]
+    """(n, K) log-probabilities of `ids`."""
     sampled: NDArray[np.float32]
+    """(n,) log-probability of the token at the position."""
 
 
 def read_row(
     choice: Mapping[str, Any],
     row: Sequence[int],
-    places: Sequence[int],
+    positions: Sequence[int],
     k: int,
     vocabulary: int,
 ) -> PositionLogprobs:
-    """The numbers of one sequence.
+    """Parse the log-probabilities of one sequence.
+
+    Args:
+        choice: An element of "choices" in the response.
+        row: The token ids that were sent.
+        positions: Positions of the sequence to read, from 1 on.
+        k: Number of most probable ids per position.
+        vocabulary: Vocabulary size of the student.
+
+    Returns:
+        The log-probabilities at `positions`.
 
     Raises:
-      ValueError: they are of another sequence, or too few, or no log-probabilities.
+        ValueError: The response is of another sequence, is incomplete, or has values that are not
+            log-probabilities.
     """
-    told = choice.get("prompt_logprobs")
-    if not isinstance(told, list):
+    entries = choice.get("prompt_logprobs")
+    if not isinstance(entries, list):
         raise InvalidInput(
-            "it has no prompt_logprobs, log-probabilities of the ids that were sent; the server "
-            "must be vLLM's, or answer as it does"
+            "it has no prompt_logprobs (log-probabilities of the prompt tokens); the server must "
+            "be vLLM or return the same fields"
         )
     if choice.get("prompt_token_ids") not in (None, list(row)):
-        raise InvalidInput("its token ids are not those that were sent")
-    if len(told) != len(row):
-        raise InvalidInput(f"{len(told)} positions for {len(row)} ids")
-    ids = np.empty((len(places), k), np.int64)
-    logp = np.empty((len(places), k), np.float64)
-    sampled = np.empty(len(places), np.float64)
-    for i, place in enumerate(places):
-        ids[i], logp[i], sampled[i] = read_position(told[place], row[place], place, k)
+        raise InvalidInput("its prompt_token_ids differ from the ids that were sent")
+    if len(entries) != len(row):
+        raise InvalidInput(f"{len(entries)} positions for {len(row)} ids")
+    ids = np.empty((len(positions), k), np.int64)
+    logp = np.empty((len(positions), k), np.float64)
+    sampled = np.empty(len(positions), np.float64)
+    for i, position in enumerate(positions):
+        ids[i], logp[i], sampled[i] = read_position(entries[position], row[position], position, k)
     if ids.size and not 0 <= ids.min() <= ids.max() < vocabulary:
         raise InvalidInput(
-            f"the teacher's top-K holds the id {ids.max()}, and the student has {vocabulary} ids; "
-            "lower support_k, or take a teacher with the student's vocabulary"
+            f"the teacher's top-K contains the id {ids.max()}, but the student has {vocabulary} "
+            "ids; lower support_k, or use a teacher with the student's vocabulary"
         )
-    _check_numbers(logp, sampled, places)
+    _check_numbers(logp, sampled, positions)
     return PositionLogprobs(ids, logp.astype(np.float32), sampled.astype(np.float32))
 
 
 def read_position(
-    told: Any, token: int, place: int, k: int
+    entries: Any, token: int, position: int, k: int
 ) -> tuple[list[int], list[float], float]:
-    """The K most probable ids, their log-probabilities, and that of the token which stands there.
+    """Parse the log-probabilities at one position.
 
-    The server adds the token to its K where it is not among them.
+    The server adds the entry of the prompt token when it is not among the K most probable.
+
+    Args:
+        entries: Token id (as text) to its entry with "logprob" and "rank".
+        token: The prompt token at the position.
+        position: The position, for messages.
+        k: Number of most probable ids that were requested.
+
+    Returns:
+        The K most probable ids, their log-probabilities, and the log-probability of `token`.
+
+    Raises:
+        ValueError: `token` is missing, there are not K entries, or an id or value is malformed.
     """
-    if not isinstance(told, dict) or str(token) not in told:
+    if not isinstance(entries, dict) or str(token) not in entries:
         raise InvalidInput(
-            f"position {place}: the id {token} that was sent has no log-probability; are these "
-            "another row's?"
+            f"position {position}: the prompt token {token} has no log-probability; are these "
+            "values of another row?"
         )
-    if len(told) not in (k, k + 1):
+    if len(entries) not in (k, k + 1):
         raise InvalidInput(
-            f"position {place}: {len(told)} log-probabilities where {k} or {k + 1} were asked; "
+            f"position {position}: {len(entries)} log-probabilities, expected {k} or {k + 1}; "
             f"start the server with --max-logprobs {k} or more"
         )
-    for v, entry in told.items():
+    for v, entry in entries.items():
         value = entry.get("logprob") if isinstance(entry, dict) else None
-        if ID.fullmatch(v) is None:
-            raise InvalidInput(f"position {place}: {short(v)} is no token id")
+        if TOKEN_ID.fullmatch(v) is None:
+            raise InvalidInput(f"position {position}: {short_repr(v)} is not a token id")
         if not has_type(value, float):
-            raise InvalidInput(f"position {place}, id {v}: {short(value)} is no log-probability")
-    best = sorted(told.items(), key=_place)[:k]
-    logp = [at["logprob"] for _, at in best]
-    return [int(v) for v, _ in best], logp, told[str(token)]["logprob"]
+            raise InvalidInput(
+                f"position {position}, id {v}: {short_repr(value)} is not a log-probability"
+            )
+    top_entries = sorted(entries.items(), key=_rank_key)[:k]
+    logp = [entry["logprob"] for _, entry in top_entries]
+    return [int(v) for v, _ in top_entries], logp, entries[str(token)]["logprob"]
 
 
-def _place(entry: tuple[str, Any]) -> tuple[float, int]:
-    """Descending probability, equal ones in the server's order of ranks."""
-    at = entry[1]
-    return -at["logprob"], at.get("rank") or 0
+def _rank_key(item: tuple[str, Any]) -> tuple[float, int]:
+    """Sort by descending probability, ties by the server's rank."""
+    entry = item[1]
+    return -entry["logprob"], entry.get("rank") or 0
 
 
 def _check_numbers(
-    logp: NDArray[np.float64], sampled: NDArray[np.float64], places: Sequence[int]
+    logp: NDArray[np.float64], sampled: NDArray[np.float64], positions: Sequence[int]
 ) -> None:
-    """Refuse what cannot be log-probabilities of one softmax, and impossible tokens."""
+    """Reject values that are not log-probabilities of one softmax, and probabilities of 0."""
     mass = np.exp(logp.clip(max=1.0)).sum(1)
-    for wrong, what in (
+    for invalid, reason in (
         (np.isnan(sampled) | np.isnan(logp).any(1), "not a number"),
         (
-            (sampled <= CLAMPED) | (logp <= CLAMPED).any(1),
-            "a probability of 0: the teacher excludes ids, by a mask on its logits or a head of "
-            "padding; lower support_k, or mask what it cannot say",
+            (sampled <= MIN_LOGPROB) | (logp <= MIN_LOGPROB).any(1),
+            "a probability of 0: the teacher excludes token ids, by a logits mask or a padded "
+            "head; lower support_k, or mask tokens that the teacher cannot produce",
         ),
         (
             (sampled > 1e-3) | (mass > 1.001),
-            "probabilities beyond 1 in sum: these are no log-probabilities; start the server "
-            "without --logprobs-mode raw_logits",
+            "probabilities sum to more than 1, so these are not log-probabilities; start the "
+            "server without --logprobs-mode raw_logits",
         ),
     ):
-        if wrong.any():
-            raise InvalidInput(f"position {places[int(wrong.argmax())]}: {what}")
+        if invalid.any():
+            raise InvalidInput(f"position {positions[int(invalid.argmax())]}: {reason}")
 
 
-ENTRY_BYTES, SPARE_BYTES = 512, 1 << 20
-"""Most bytes of one id's log-probability in an answer, and of what stands around them."""
+MAX_ENTRY_BYTES, OVERHEAD_BYTES = 512, 1 << 20
+"""Maximum size in a response of one id's log-probability, and of everything else."""
 
 
-def chosen(endpoint: JsonEndpoint, name: str) -> dict[str, Any]:
-    """The server's entry of the model of that name, or of its only one."""
-    listed = endpoint.ask("/models", most=SPARE_BYTES)
-    models = field(endpoint, listed, "data", list, "/models")
+def select_model(endpoint: JsonEndpoint, name: str) -> dict[str, Any]:
+    """Return a server's entry for one of its models.
+
+    Args:
+        endpoint: The server, with an address that ends in /v1.
+        name: Name of the model; "" for the only one.
+
+    Returns:
+        The entry of /v1/models, with "id" and possibly "max_model_len".
+
+    Raises:
+        InvalidInput: There is no such model, several models and no name, or the response is
+            malformed.
+    """
+    listing = endpoint.request("/models", max_bytes=OVERHEAD_BYTES)
+    models = answer_field(endpoint, listing, "data", list, "/models")
     for entry in models:
-        field(endpoint, entry, "id", str, "/models")
+        answer_field(endpoint, entry, "id", str, "/models")
         if not isinstance(entry.get("max_model_len"), int | None):
             raise InvalidInput(
                 endpoint.redacted(
-                    f"{endpoint.url}/models: max_model_len is {short(entry['max_model_len'])}, "
-                    "expected a whole number"
+                    f"{endpoint.url}/models: max_model_len is "
+                    f"{short_repr(entry['max_model_len'])}, expected an integer"
                 )
             )
     entries = {entry["id"]: entry for entry in models}
     if not name and len(entries) == 1:
         (name,) = entries
     if name not in entries:
-        known = ", ".join(sorted(entries)) or "none"
+        known_names = ", ".join(sorted(entries)) or "none"
         raise InvalidInput(
             endpoint.redacted(
-                f"{endpoint.url} has no model {name!r}; name one of its own behind the address, "
-                f"{endpoint.url}#MODEL: {known[:300]}"
+                f"{endpoint.url} has no model {name!r}; append the name of one of its models to "
+                f"the address, {endpoint.url}#MODEL: {known_names[:300]}"
             )
         )
     return entries[name]
 
 
-def field(endpoint: JsonEndpoint, answer: Any, name: str, kind: type, path: str) -> Any:
-    """A field of a server's answer, of the type that vLLM's has.
+def answer_field(endpoint: JsonEndpoint, answer: Any, name: str, kind: type, path: str) -> Any:
+    """Return a field of a server's response, checked for the type that vLLM returns.
+
+    Args:
+        endpoint: The server, for messages.
+        answer: The parsed JSON response.
+        name: Name of the field.
+        kind: Type of its value.
+        path: Path of the request, for messages.
+
+    Returns:
+        The value of the field.
 
     Raises:
-      InvalidInput: it lacks, or is of another type: another kind of server answers; says which
-        where that can be told.
+        InvalidInput: The field is missing or has another type; the server is probably not vLLM.
+            Names the kind of server where it can be recognised.
     """
     value = answer.get(name) if isinstance(answer, dict) else None
     if isinstance(value, kind):
         return value
     raise InvalidInput(
         endpoint.redacted(
-            f"{endpoint.url}{path}: the answer has no {name!r}, {KINDS[kind]}, as vLLM's has, but "
-            f"is {described(answer)}; the {endpoint.role} must be a server of vLLM's, which tells "
-            "the log-probabilities of given ids (prompt_logprobs)"
+            f"{endpoint.url}{path}: the response has no field {name!r} ({TYPE_NAMES[kind]}), which "
+            f"vLLM returns, but is {describe_answer(answer)}; the {endpoint.role} must be a vLLM "
+            "server, which returns the log-probabilities of prompt tokens (prompt_logprobs)"
         )
     )
 
 
-def described(answer: Any) -> str:
-    """What kind of answer came, and of which kind of server, if that can be told."""
+def describe_answer(answer: Any) -> str:
+    """Describe an unexpected response and the kind of server that returns it, if known."""
     if not isinstance(answer, dict):
-        return short(answer)
-    known = [server for name, server in SERVERS.items() if name in answer]
-    likely = f" (as of {known[0]})" if known else ""
-    return f"an object with the fields {', '.join(map(str, answer))}"[:200] + likely
+        return short_repr(answer)
+    servers = [server for name, server in SERVER_BY_FIELD.items() if name in answer]
+    hint = f" (as returned by {servers[0]})" if servers else ""
+    return f"an object with the fields {', '.join(map(str, answer))}"[:200] + hint
 
 
-SERVERS = {"content": "llama.cpp", "text": "SGLang", "timings": "llama.cpp"}
-"""Which server's answers to /detokenize, or to a question, have a field that vLLM's have not."""
+SERVER_BY_FIELD = {"content": "llama.cpp", "text": "SGLang", "timings": "llama.cpp"}
+"""Fields that vLLM's responses to /detokenize and /completions do not have, and whose they are."""

@@ -1,1 +1,1 @@
-"""Teachers: in this process or on a server, and the pair of student and teacher."""
+"""Teachers in this process or on a server, and the student/teacher pair."""

@@ -1,15 +1,16 @@
-"""A teacher on a server: log-probabilities of token ids over vLLM's OpenAI-compatible protocol.
+"""Client of a remote teacher: log-probabilities of token ids from a vLLM server.
 
     python -m vllm.entrypoints.openai.api_server --model TEACHER --max-logprobs 64
 
-`/v1/completions` takes token ids and returns, for every one of them, the log-probability under the
-whole softmax at temperature 1 and the K most probable ids (`prompt_logprobs`). Free of torch.
+`/v1/completions` takes token ids and returns, for every one of them, its log-probability under the
+full softmax at temperature 1 and the K most probable ids (`prompt_logprobs`). Does not import
+torch.
 
-What a server cannot tell: log-probabilities of ids that were not sampled and are not among its own
-K, and so the supports "student" and "union"; whole distributions, and so the `full_` objectives,
-the local KL, entropies and ranks; hidden states, and so the gradient probe; another temperature.
+A server cannot provide: log-probabilities of ids that were neither sampled nor among its own K
+(supports "student" and "union"); full distributions (`full_` objectives, the local KL, entropies,
+ranks); hidden states (the gradient probe); another temperature.
 
-Shapes: L ids of a sequence, n of its positions, K ids a position.
+Shapes: L ids of a sequence, n of its positions, K ids per position.
 """
 
 import json
@@ -26,167 +27,193 @@ from tqdm import tqdm
 
 from diagnostics.errors import InvalidInput, OperationFailed
 from diagnostics.io.atomic import write_text
-from diagnostics.io.files import short
+from diagnostics.io.files import short_repr
 from opd.serving.json_endpoint import JsonEndpoint
 from opd.serving.vllm_protocol import (
-    ENTRY_BYTES,
-    SPARE_BYTES,
+    MAX_ENTRY_BYTES,
+    OVERHEAD_BYTES,
     PositionLogprobs,
-    chosen,
-    described,
-    field,
+    answer_field,
+    describe_answer,
     read_row,
+    select_model,
 )
 
 PROBE_TOKENS = 32
-ALIKE = 0.25
-"""Mean nats by which the probe's answers may differ and still be of one model: bfloat16 in batches
-of other sizes differs by a few hundredths, another model by several nats."""
-ROWS, TOKENS = 4, 8192
-"""Most sequences of one question, and most ids of one with several; an answer is read in memory."""
-PIECE = 512
-"""Ids whose text is compared at once."""
-SCRIPTS = " ".join(
+FINGERPRINT_TOLERANCE = 0.25
+"""Mean difference in nats between two fingerprints of the same model: bfloat16 in batches of other
+sizes differs by a few hundredths, another model by several nats."""
+MAX_ROWS_PER_REQUEST, MAX_TOKENS_PER_REQUEST = 4, 8192
+"""Maximum number of sequences of one request, and of ids of a request with several sequences; a
+response is held in memory."""
+TEXT_CHUNK = 512
+"""Number of ids whose text is compared at once."""
+MULTISCRIPT_TEXT = " ".join(
     chr(c) for c in (*range(33, 127), *range(161, 0x2400, 11), *range(0x3041, 0xD7FF, 199))
 )
-"""Characters of many scripts, between spaces."""
+"""Characters of many scripts, separated by spaces."""
 
 
 class TeacherClient:
-    """A teacher behind a URL; made by `connect`, which checks it.
+    """A teacher behind an address; built by `connect`, which checks it.
 
-    model: the name by which the server knows it; limit: the most ids of a sequence, with one that
-    is drawn, if the server says; known: its answer to the probe.
+    Args:
+        endpoint: The server.
+        model: The name of the model in the server.
+        limit: Maximum number of ids of a sequence, including one generated token; None: unknown.
+        vocabulary: Number of ids of the student.
+        concurrency: Number of concurrent requests.
     """
 
     def __init__(
-        self, endpoint: JsonEndpoint, model: str, limit: int | None, vocabulary: int, in_flight: int
+        self,
+        endpoint: JsonEndpoint,
+        model: str,
+        limit: int | None,
+        vocabulary: int,
+        concurrency: int,
     ) -> None:
         self.endpoint, self.model, self.limit = endpoint, model, limit
-        self.vocabulary, self.in_flight = vocabulary, in_flight
-        draw = random.Random(0)
-        self.probe = [draw.randrange(vocabulary) for _ in range(PROBE_TOKENS - 1)]
-        self.probe.append(vocabulary - 1)  # a teacher with fewer ids than the student refuses it
-        self.known: NDArray[np.float32] | None = None
+        self.vocabulary, self.concurrency = vocabulary, concurrency
+        generator = random.Random(0)
+        self.probe = [generator.randrange(vocabulary) for _ in range(PROBE_TOKENS - 1)]
+        self.probe.append(vocabulary - 1)  # rejected by a teacher with a smaller vocabulary
+        self.fingerprint: NDArray[np.float32] | None = None
 
-    def tell(
-        self, rows: Sequence[Sequence[int]], places: Sequence[Sequence[int]], k: int
+    def query(
+        self, rows: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], k: int
     ) -> list[PositionLogprobs]:
-        """An answer for every sequence, in their order: all of them, or an error.
+        """Request the log-probabilities of all sequences.
 
-        Afterwards the server must answer the probe as it did at first, so that a batch is never
-        scored by a server that came back with another model.
+        Afterwards the fingerprint is checked, so that a batch is never scored by a server that was
+        restarted with another model.
 
         Args:
-          rows: token ids; places: the positions of each, from 1 on, that are asked of.
+            rows: Token ids of each sequence.
+            positions: The positions of each sequence to score, from 1 on.
+            k: Number of most probable ids per position.
+
+        Returns:
+            The log-probabilities of each sequence, in order.
 
         Raises:
-          RuntimeError: the server does not answer for too long, or is another model by now.
-          ValueError: it answers something else than was asked; names the row and the position.
+            RuntimeError: The server does not respond within the timeout, or is another model now.
+            ValueError: A response does not match its request; names the row and the position.
         """
-        some = [i for i, wanted in enumerate(places) if wanted]
-        found = dict(zip(some, self._all(some, rows, places, k), strict=True))
-        self.check_same()
-        nothing = PositionLogprobs(
+        scored_rows = [i for i, row_positions in enumerate(positions) if row_positions]
+        logprobs = dict(
+            zip(scored_rows, self._query_all(scored_rows, rows, positions, k), strict=True)
+        )
+        self.check_fingerprint()
+        empty = PositionLogprobs(
             np.zeros((0, k), np.int64), np.zeros((0, k), np.float32), np.zeros(0, np.float32)
         )
-        return [found.get(i, nothing) for i in range(len(rows))]
+        return [logprobs.get(i, empty) for i in range(len(rows))]
 
     def check_length(self, longest: int) -> None:
-        """Refuse sequences of `longest` ids before there is one, if the server cannot read them.
+        """Check that the server supports a sequence length.
+
+        Args:
+            longest: Maximum length of prompt and response together, in tokens.
 
         Raises:
-          ValueError: it cannot.
+            ValueError: The server's maximum is lower.
         """
         if self.limit is not None and self.limit < longest + 1:
             raise InvalidInput(
-                f"{self.endpoint.url} reads at most {self.limit} ids, and a prompt with its "
-                f"response may have {longest}, and one more is drawn; start it with "
+                f"{self.endpoint.url} supports at most {self.limit} tokens, but a prompt with its "
+                f"response may have {longest} and vLLM generates one more; start it with "
                 f"--max-model-len {longest + 1}, or lower max_prompt or max_response"
             )
 
-    def check_same(self) -> NDArray[np.float32]:
-        """The answer to the probe, if it is that of the first time.
+    def check_fingerprint(self) -> NDArray[np.float32]:
+        """Check that the server still is the same model.
+
+        Returns:
+            Log-probabilities of the probe tokens.
 
         Raises:
-          RuntimeError: the answer is another model's.
+            RuntimeError: They differ from those of the first call.
         """
-        (now,) = self._one([self.probe], [range(1, len(self.probe))], 0, "the probe")
-        if self.known is None:
-            self.known = now.sampled
-        self._compare(now.sampled, self.known)
-        return now.sampled
+        (answer,) = self._query_rows([self.probe], [range(1, len(self.probe))], 0, "the probe")
+        if self.fingerprint is None:
+            self.fingerprint = answer.sampled
+        self._compare(answer.sampled, self.fingerprint)
+        return answer.sampled
 
-    def remember(self, path: Path) -> None:
-        """Keep the answer to the probe in a run's record, or compare it with the one kept there.
+    def verify_fingerprint(self, path: Path) -> None:
+        """Store the fingerprint in a file of the run folder, or compare it with the stored one.
+
+        Args:
+            path: JSON file with the fingerprints of the run's servers.
 
         Raises:
-          RuntimeError: the run began with another model at this address.
+            RuntimeError: The run was started with another model at this address.
         """
-        known = self.check_same()
-        record = json.loads(path.read_text()) if path.exists() else {}
+        fingerprint = self.check_fingerprint()
+        fingerprints = json.loads(path.read_text()) if path.exists() else {}
         name = f"{self.endpoint.url}#{self.model}"
-        if name in record:
-            self._compare(np.array(record[name], np.float32), known)
+        if name in fingerprints:
+            self._compare(np.array(fingerprints[name], np.float32), fingerprint)
         else:
-            write_text(path, json.dumps(record | {name: known.tolist()}))
+            write_text(path, json.dumps(fingerprints | {name: fingerprint.tolist()}))
 
-    def _compare(self, one: NDArray[np.float32], other: NDArray[np.float32]) -> None:
-        gap = float(np.abs(one - other).mean())
-        if not gap <= ALIKE:
+    def _compare(self, actual: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
+        gap = float(np.abs(actual - expected).mean())
+        if not gap <= FINGERPRINT_TOLERANCE:
             raise OperationFailed(
-                f"{self.endpoint.url} answers as another model than at the start: log-probabilities"
-                f" of {len(one)} fixed tokens differ by {gap:.2g} on average, {ALIKE} is "
-                f"arithmetic; serve the same model as {self.model!r} again, and the same command "
-                "goes on from the last checkpoint"
+                f"{self.endpoint.url} is not the same model as at the start: log-probabilities"
+                f" of {len(actual)} fixed tokens differ by {gap:.2g} on average; the tolerance for "
+                f"numerical noise is {FINGERPRINT_TOLERANCE} nats. Serve the same model as "
+                f"{self.model!r} again and run the same command to resume from the last checkpoint"
             )
 
-    def _all(
+    def _query_all(
         self,
-        some: list[int],
+        scored_rows: list[int],
         rows: Sequence[Sequence[int]],
-        places: Sequence[Sequence[int]],
+        positions: Sequence[Sequence[int]],
         k: int,
     ) -> list[PositionLogprobs]:
-        """The answers of the rows `some`, `in_flight` questions at a time."""
-        parts = grouped(some, [len(row) for row in rows])
+        """Request the log-probabilities of the rows `scored_rows`, with concurrent requests."""
+        groups = group_rows(scored_rows, [len(row) for row in rows])
         self.endpoint.start()
-        with ThreadPoolExecutor(self.in_flight) as pool:
-            asked = [
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            futures = [
                 pool.submit(
-                    self._one,
-                    [rows[i] for i in part],
-                    [places[i] for i in part],
+                    self._query_rows,
+                    [rows[i] for i in group],
+                    [positions[i] for i in group],
                     k,
-                    f"rows {', '.join(map(str, part))} of {len(rows)}",
+                    f"rows {', '.join(map(str, group))} of {len(rows)}",
                 )
-                for part in parts
+                for group in groups
             ]
-            bar = tqdm(
-                total=len(parts), desc=f"teacher {self.model}", delay=3, leave=False, disable=None
+            progress = tqdm(
+                total=len(groups), desc=f"teacher {self.model}", delay=3, leave=False, disable=None
             )
             try:
-                for done in as_completed(asked):
-                    done.result()
-                    bar.update()
+                for future in as_completed(futures):
+                    future.result()
+                    progress.update()
             except BaseException:
-                for one in asked:
-                    one.cancel()
+                for pending in futures:
+                    pending.cancel()
                 self.endpoint.stop()
                 raise
             finally:
-                bar.close()
-        return [answer for done in asked for answer in done.result()]
+                progress.close()
+        return [answer for future in futures for answer in future.result()]
 
-    def _one(
+    def _query_rows(
         self,
         rows: Sequence[Sequence[int]],
-        places: Sequence[Sequence[int]],
+        positions: Sequence[Sequence[int]],
         k: int,
-        about: str,
+        description: str,
     ) -> list[PositionLogprobs]:
-        """The answers to one question, one for each of its rows."""
-        question = {
+        """Send one request; return the log-probabilities of each of its rows."""
+        payload = {
             "model": self.model,
             "prompt": [list(row) for row in rows],
             "prompt_logprobs": k,
@@ -194,39 +221,55 @@ class TeacherClient:
             "temperature": 1.0,
             "return_token_ids": True,
         }
-        entries = sum(len(row) for row in rows) * (k + 1)
-        said = self.endpoint.ask(
-            "/completions", question, most=entries * ENTRY_BYTES + SPARE_BYTES, about=about
+        num_entries = sum(len(row) for row in rows) * (k + 1)
+        answer = self.endpoint.request(
+            "/completions",
+            payload,
+            max_bytes=num_entries * MAX_ENTRY_BYTES + OVERHEAD_BYTES,
+            description=description,
         )
         try:
-            if lacking := sorted({"model", "choices"} - set(said)):
-                raise InvalidInput(f"it lacks {lacking[0]!r}: {described(said)}")
-            choices = {choice["index"]: choice for choice in said["choices"]}
-            if said["model"] != self.model or sorted(choices) != list(range(len(rows))):
+            if missing_fields := sorted({"model", "choices"} - set(answer)):
+                raise InvalidInput(f"it lacks {missing_fields[0]!r}: {describe_answer(answer)}")
+            choices = {choice["index"]: choice for choice in answer["choices"]}
+            if answer["model"] != self.model or sorted(choices) != list(range(len(rows))):
                 raise InvalidInput(
-                    f"model {said['model']!r} answers for rows {sorted(choices)}, asked were "
-                    f"{len(rows)} rows of {self.model!r}"
+                    f"it is of model {answer['model']!r} and rows {sorted(choices)}, requested "
+                    f"were {len(rows)} rows of {self.model!r}"
                 )
             return [
-                read_row(choices[i], row, wanted, k, self.vocabulary)
-                for i, (row, wanted) in enumerate(zip(rows, places, strict=True))
+                read_row(choices[i], row, row_positions, k, self.vocabulary)
+                for i, (row, row_positions) in enumerate(zip(rows, positions, strict=True))
             ]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            problem = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise InvalidInput(  # from nothing that may quote the server, and with it the key
+            problem = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise InvalidInput(  # not chained: the exception may quote the server, and so the API key
             self.endpoint.redacted(
-                f"{self.endpoint.url} ({about}): the answer is not the one to the question: "
+                f"{self.endpoint.url} ({description}): the response does not match the request: "
                 f"{problem}"
             )
         )
 
 
-def grouped(some: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
-    """The rows in order, in groups of at most ROWS, and of at most TOKENS ids or one row."""
+def group_rows(row_indices: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
+    """Split rows into requests.
+
+    Args:
+        row_indices: Indices of the rows to group.
+        sizes: Number of ids of every row.
+
+    Returns:
+        Groups in order, each of at most MAX_ROWS_PER_REQUEST rows, and of one row or at most
+        MAX_TOKENS_PER_REQUEST ids.
+    """
     groups: list[list[int]] = []
-    for i in some:
+    for i in row_indices:
         last = groups[-1] if groups else []
-        if last and len(last) < ROWS and sum(sizes[j] for j in last) + sizes[i] <= TOKENS:
+        if (
+            last
+            and len(last) < MAX_ROWS_PER_REQUEST
+            and sum(sizes[j] for j in last) + sizes[i] <= MAX_TOKENS_PER_REQUEST
+        ):
             last.append(i)
         else:
             groups.append([i])
@@ -239,82 +282,101 @@ def connect(
     vocabulary: int,
     *,
     k: int,
-    patience: float,
-    in_flight: int,
+    timeout: float,
+    concurrency: int,
 ) -> TeacherClient:
-    """The teacher at `url`, after what can be checked was checked.
+    """Connect to a teacher server and check that it suits the student.
 
     Args:
-      url: http://HOST:PORT/v1, with #MODEL behind it where the server has several.
-      tokenizer: the student's; the text of every one of its ids must be the server's too.
-      vocabulary: the student's ids. k: ids a position that will be asked for.
-      patience, in_flight: seconds to wait for a server that fails, and questions at once.
+        url: http://HOST:PORT/v1, followed by #MODEL if the server has several models.
+        tokenizer: The student's; every id must have the same text in the server.
+        vocabulary: Number of ids of the student.
+        k: Number of most probable ids per position that will be requested.
+        timeout: Seconds to wait for a server that fails.
+        concurrency: Number of concurrent requests.
+
+    Returns:
+        The client.
 
     Raises:
-      ValueError: the server has several models, other tokens, or tells fewer log-probabilities
-        than K. RuntimeError: it does not answer.
+        ValueError: The server has several models, another vocabulary, or returns fewer than `k`
+            log-probabilities.
+        RuntimeError: It does not respond.
     """
     url, _, name = url.partition("#")
-    endpoint = JsonEndpoint(url, patience=patience)
-    entry = chosen(endpoint, name)
+    endpoint = JsonEndpoint(url, timeout=timeout)
+    entry = select_model(endpoint, name)
     check_same_text(endpoint, entry["id"], tokenizer)
-    remote = TeacherClient(endpoint, entry["id"], entry.get("max_model_len"), vocabulary, in_flight)
+    client = TeacherClient(
+        endpoint, entry["id"], entry.get("max_model_len"), vocabulary, concurrency
+    )
     try:
-        remote._one([remote.probe], [range(1, PROBE_TOKENS)], k, f"the probe, with {k} ids")
+        client._query_rows([client.probe], [range(1, PROBE_TOKENS)], k, f"the probe, with {k} ids")
     except ValueError as error:
         raise InvalidInput(
-            f"{error}. The teacher must know ids 0 to {vocabulary - 1} and tell the {k} most "
+            f"{error}. The teacher must have the ids 0 to {vocabulary - 1} and return the {k} most "
             f"probable: start the server with --max-logprobs {k}, or lower support_k"
         ) from error
-    remote.check_same()
-    return remote
+    client.check_fingerprint()
+    return client
 
 
 def check_same_text(endpoint: JsonEndpoint, model: str, tokenizer: Any) -> None:
-    """Refuse a server whose ids mean other text than the student's.
+    """Check that the ids of a server have the same text as the student's.
 
-    The text of every id is compared, and the ids of a text in many scripts, because ids that are
-    parts of a character have no text of their own.
+    Compares the text of every id, and the ids of a text in many scripts, because ids of partial
+    characters have no text of their own.
+
+    Args:
+        endpoint: The server, with an address that ends in /v1.
+        model: Name of the model.
+        tokenizer: The student's.
 
     Raises:
-      ValueError: names the first id that differs; or the server cannot tell.
+        ValueError: Names the first id that differs; or the server cannot detokenize.
     """
-    side = JsonEndpoint(endpoint.url.removesuffix("/v1"), patience=endpoint.patience)
+    root_endpoint = JsonEndpoint(endpoint.url.removesuffix("/v1"), timeout=endpoint.timeout)
     reason = (
-        "; on-policy distillation scores the student's ids with the teacher, so both need one "
+        "; on-policy distillation scores the student's ids with the teacher, so both need the same "
         "vocabulary"
     )
 
-    def theirs(ids: Sequence[int]) -> str:
-        question = {"model": model, "tokens": list(ids)}
-        most = ENTRY_BYTES * len(ids) + SPARE_BYTES
-        answer = side.ask("/detokenize", question, most=most, about="the text of ids")
-        text: str = field(side, answer, "prompt", str, "/detokenize")
+    def server_text(ids: Sequence[int]) -> str:
+        payload = {"model": model, "tokens": list(ids)}
+        max_bytes = MAX_ENTRY_BYTES * len(ids) + OVERHEAD_BYTES
+        answer = root_endpoint.request(
+            "/detokenize", payload, max_bytes=max_bytes, description="the text of token ids"
+        )
+        text: str = answer_field(root_endpoint, answer, "prompt", str, "/detokenize")
         return text
 
-    for start in range(0, len(tokenizer), PIECE):
-        piece = list(range(start, min(start + PIECE, len(tokenizer))))
-        if theirs(piece) == tokenizer.decode(piece):
+    for start in range(0, len(tokenizer), TEXT_CHUNK):
+        chunk = list(range(start, min(start + TEXT_CHUNK, len(tokenizer))))
+        if server_text(chunk) == tokenizer.decode(chunk):
             continue
-        for v in piece:
-            ours, other = tokenizer.decode([v]), theirs([v])
-            if ours != other:
+        for v in chunk:
+            student_text, teacher_text = tokenizer.decode([v]), server_text([v])
+            if student_text != teacher_text:
                 raise InvalidInput(
                     endpoint.redacted(
-                        f"{endpoint.url} reads the id {v} as {short(other)}, the student as "
-                        f"{short(ours)}{reason}"
+                        f"{endpoint.url} decodes the id {v} as {short_repr(teacher_text)}, the "
+                        f"student as {short_repr(student_text)}{reason}"
                     )
                 )
-    question = {"model": model, "prompt": SCRIPTS, "add_special_tokens": False}
-    most = ENTRY_BYTES * len(SCRIPTS) + SPARE_BYTES
-    answer = side.ask("/tokenize", question, most=most, about="the ids of a text")
-    found = field(side, answer, "tokens", list, "/tokenize")
-    own = tokenizer.encode(SCRIPTS, add_special_tokens=False)
-    if found != own:
-        both = zip_longest(own, found)
-        at, (ours, other) = next((i, pair) for i, pair in enumerate(both) if pair[0] != pair[1])
-        raise InvalidInput(
-            f"{endpoint.url} has the id {other} where the student has {ours}, at place {at} of a "
-            f"text in many scripts{reason}"
+    payload = {"model": model, "prompt": MULTISCRIPT_TEXT, "add_special_tokens": False}
+    max_bytes = MAX_ENTRY_BYTES * len(MULTISCRIPT_TEXT) + OVERHEAD_BYTES
+    answer = root_endpoint.request(
+        "/tokenize", payload, max_bytes=max_bytes, description="the token ids of a text"
+    )
+    teacher_ids = answer_field(root_endpoint, answer, "tokens", list, "/tokenize")
+    student_ids = tokenizer.encode(MULTISCRIPT_TEXT, add_special_tokens=False)
+    if teacher_ids != student_ids:
+        id_pairs = zip_longest(student_ids, teacher_ids)
+        position, (student_id, teacher_id) = next(
+            (i, pair) for i, pair in enumerate(id_pairs) if pair[0] != pair[1]
         )
-    side.close()
+        raise InvalidInput(
+            f"{endpoint.url} has the id {teacher_id} where the student has {student_id}, at "
+            f"position {position} of a text in many scripts{reason}"
+        )
+    root_endpoint.close()

@@ -1,9 +1,8 @@
-"""Roles: who is student and who is teacher, and what each is spared.
+"""Construction of the student/teacher pairs of a run.
 
-The student may train adapters only; the teacher may be another model, the student without its
-adapters ("base"), a moving average of the student ("ema"), or a model on a server. The teacher may
-live in host memory while it does not score, and the student may recompute its activations in the
-backward pass.
+The student may train LoRA adapters only. The teacher may be another model, the student without its
+adapters ("base"), an exponential moving average of the student ("ema"), or a model on a vLLM
+server. A teacher in this process can be kept in host memory while it does not score.
 """
 
 import copy
@@ -18,14 +17,14 @@ from opd.config.settings import Config
 from opd.models.lm_head import LmHead
 from opd.models.loading import (
     check_same_vocabulary,
-    end_ids,
-    head_rows,
-    load,
-    own_first,
+    eos_ids,
+    load_model,
+    num_head_rows,
     resolve_device,
+    tokenizer_eos_first,
 )
-from opd.models.lora import adapted, without_adapters
-from opd.models.model import CausalLM, split
+from opd.models.lora import add_lora, without_adapters
+from opd.models.model import CausalLM, split_head
 from opd.serving.addresses import is_url
 from opd.teachers.client import connect
 from opd.teachers.pair import ModelPair, load_pair
@@ -33,139 +32,176 @@ from opd.tokens.eos import EosMap
 
 
 def make_pairs(settings: Sequence[Config]) -> list[ModelPair]:
-    """A pair for the settings of each task, with one student; a teacher that several name is one.
+    """Build a pair for each task, all with the same student; equal teachers are loaded once.
+
+    Args:
+        settings: The configuration of each task.
+
+    Returns:
+        A pair for each configuration, in order.
 
     Raises:
-      ValueError: several tasks and a teacher that is made of the student; nothing to quantise; or
-        what `make_pair` raises.
+        ValueError: Several tasks with a teacher derived from the student, quantisation without a
+            teacher in this process, or what `make_pair` raises.
     """
-    first, *others = settings
+    first, *remaining = settings
     if first.teacher_weights != "saved" and all(is_url(config.teacher) for config in settings):
         raise InvalidInput(
-            f"teacher_weights is {first.teacher_weights}, and no teacher is in this process; set "
-            "it to saved: a server has settings of its own"
+            f"teacher_weights is {first.teacher_weights}, but no teacher runs in this process; set "
+            "it to saved: quantisation of a server's model is configured in the server"
         )
-    pairs = {first.teacher: make_pair(first)}
-    kept = [pairs[first.teacher]]
-    for config in others:
+    pairs_by_teacher = {first.teacher: make_pair(first)}
+    pairs = [pairs_by_teacher[first.teacher]]
+    for config in remaining:
         names = (first.teacher, config.teacher)
-        if moving := sorted({"base", "ema"}.intersection(names)):
+        if derived_teachers := sorted({"base", "ema"}.intersection(names)):
             raise InvalidInput(
-                f"teacher {moving[0]!r} is of the student; tasks need named teachers"
+                f"teacher {derived_teachers[0]!r} is derived from the student and cannot be used "
+                "with several tasks; give each task a model"
             )
-        if config.teacher not in pairs:
-            pairs[config.teacher] = with_teacher(kept[0], config)
-        kept.append(pairs[config.teacher])
-    for config, pair in zip(settings, kept, strict=True):
-        if pair.remote is not None:
-            pair.remote.check_length(config.max_prompt + config.max_response)
-    return kept
+        if config.teacher not in pairs_by_teacher:
+            pairs_by_teacher[config.teacher] = with_teacher(pairs[0], config)
+        pairs.append(pairs_by_teacher[config.teacher])
+    for config, pair in zip(settings, pairs, strict=True):
+        if pair.remote_teacher is not None:
+            pair.remote_teacher.check_length(config.max_prompt + config.max_response)
+    return pairs
 
 
 def make_pair(config: Config) -> ModelPair:
-    """The configured student and teacher.
+    """Build the configured student and teacher.
+
+    Args:
+        config: Settings of the run or task.
+
+    Returns:
+        The pair.
 
     Raises:
-      ValueError: "base" without adapters, or a pair that `load_pair` refuses.
+        ValueError: Teacher "base" without LoRA adapters, or a pair that `load_pair` rejects.
     """
     device = resolve_device(config.device)
     if config.teacher not in ("base", "ema") and not is_url(config.teacher):
-        how = (device, config.dtype, config.trust_remote_code, config.teacher_weights)
-        pair = load_pair(config.student, config.teacher, *how)
+        options = (device, config.dtype, config.trust_remote_code, config.teacher_weights)
+        pair = load_pair(config.student, config.teacher, *options)
         if not config.lora_rank:
             return pair
-        network = adapted(pair.student.network, config)
-        return replace(pair, student=split(network, pair.student.vocabulary))
-    tokenizer, network = load(config.student, device, config.dtype, config.trust_remote_code)
+        network = add_lora(pair.student.network, config)
+        return replace(pair, student=split_head(network, pair.student.vocabulary))
+    tokenizer, network = load_model(config.student, device, config.dtype, config.trust_remote_code)
     if config.teacher == "base" and not config.lora_rank:
         raise InvalidInput(
-            'teacher "base" is the student with its adapters off, and there are none; set '
-            "lora_rank, or name a teacher"
+            'teacher "base" is the student without its LoRA adapters, but lora_rank is 0; set '
+            "lora_rank, or choose another teacher"
         )
-    eos, vocabulary = end_ids(tokenizer, network), head_rows(network)
+    eos, vocabulary = eos_ids(tokenizer, network), num_head_rows(network)
     if config.lora_rank:
-        network = adapted(network, config)
-    student = split(network, vocabulary)
+        network = add_lora(network, config)
+    student = split_head(network, vocabulary)
     if is_url(config.teacher):
-        return with_server(ModelPair(student, student, tokenizer, eos), config)
-    teacher = without_adapters(student) if config.teacher == "base" else average(student)
+        return with_remote_teacher(ModelPair(student, student, tokenizer, eos), config)
+    teacher = without_adapters(student) if config.teacher == "base" else make_ema_teacher(student)
     return ModelPair(student, teacher, tokenizer, eos)
 
 
 def with_teacher(pair: ModelPair, config: Config) -> ModelPair:
-    """The pair's student with the configured teacher, which stays in host memory if offloaded.
+    """Combine a pair's student with another teacher.
+
+    Args:
+        pair: The pair with the student.
+        config: Settings of the task; with offload_teacher the teacher stays in host memory.
+
+    Returns:
+        A pair with the configured teacher.
 
     Raises:
-      ValueError: the tokenizers differ, or the teacher has fewer ids than the first one.
+        ValueError: The tokenizers differ, or the teacher has fewer ids than the first teacher.
     """
     if is_url(config.teacher):
-        return with_server(pair, config)
+        return with_remote_teacher(pair, config)
     device = "cpu" if config.offload_teacher else resolve_device(config.device)
-    how = (device, config.dtype, config.trust_remote_code, config.teacher_weights)
-    tokenizer, network = load(config.teacher, *how)
+    options = (device, config.dtype, config.trust_remote_code, config.teacher_weights)
+    tokenizer, network = load_model(config.teacher, *options)
     check_same_vocabulary(pair.tokenizer, tokenizer)
     vocabulary = pair.student.vocabulary
-    if head_rows(network) < vocabulary:
+    if num_head_rows(network) < vocabulary:
         raise InvalidInput(
-            f"{config.teacher} has {head_rows(network)} ids and the student's are read to "
-            f"{vocabulary}; name the task with the fewest ids first"
+            f"{config.teacher} has {num_head_rows(network)} ids, but the first task's pair uses "
+            f"{vocabulary}; put the task whose teacher has the fewest ids first"
         )
     network.requires_grad_(False)
-    theirs = own_first(tokenizer, end_ids(tokenizer, network))
-    ours = own_first(pair.tokenizer, pair.eos)
-    teacher = split(network, vocabulary)
-    return replace(pair, teacher=teacher, endings=EosMap(ours, theirs), remote=None)
+    teacher_eos = tokenizer_eos_first(tokenizer, eos_ids(tokenizer, network))
+    student_eos = tokenizer_eos_first(pair.tokenizer, pair.eos)
+    teacher = split_head(network, vocabulary)
+    return replace(
+        pair, teacher=teacher, eos_map=EosMap(student_eos, teacher_eos), remote_teacher=None
+    )
 
 
-def with_server(pair: ModelPair, config: Config) -> ModelPair:
-    """The pair's student with a teacher on a server, which has no weights here.
+def with_remote_teacher(pair: ModelPair, config: Config) -> ModelPair:
+    """Combine a pair's student with a teacher on a server, which has no weights in this process.
+
+    Args:
+        pair: The pair with the student.
+        config: Settings of the task; `teacher` is an address.
+
+    Returns:
+        A pair whose `remote_teacher` is set.
 
     Raises:
-      ValueError, RuntimeError: what `opd.teachers.client.connect` raises.
+        ValueError: See `opd.teachers.client.connect`.
+        RuntimeError: See `opd.teachers.client.connect`.
     """
     vocabulary = pair.student.vocabulary
-    remote = connect(
+    client = connect(
         config.teacher,
         pair.tokenizer,
         vocabulary,
         k=config.support_k,
-        patience=config.teacher_timeout,
-        in_flight=config.teacher_concurrency,
+        timeout=config.teacher_timeout,
+        concurrency=config.teacher_concurrency,
     )
 
     def hidden(ids: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
         raise InvalidInput(
-            f"the teacher {config.teacher} is on a server, which tells no hidden states and no "
-            "whole distributions; this needs a teacher in this process"
+            f"the teacher {config.teacher} is a server, which provides neither hidden states nor "
+            "full distributions; use a teacher in this process"
         )
 
     teacher = CausalLM(torch.nn.Module(), hidden, lambda: LmHead(None, vocabulary), vocabulary)
-    return replace(pair, teacher=teacher, endings=None, remote=remote)
+    return replace(pair, teacher=teacher, eos_map=None, remote_teacher=client)
 
 
 def with_sharded_student(pairs: Sequence[ModelPair]) -> list[ModelPair]:
-    """The pairs with their one student shared out among all processes (opd.models.fsdp)."""
-    from opd.models.fsdp import sharded
+    """Shard the student, which all pairs share, over all processes with FSDP.
 
-    old = pairs[0].student
-    student = sharded(old)
-    made = []
+    Args:
+        pairs: Pairs with the same student.
+
+    Returns:
+        The pairs with the sharded student (`opd.models.fsdp`); teachers are not sharded.
+    """
+    from opd.models.fsdp import shard_model
+
+    unsharded_student = pairs[0].student
+    student = shard_model(unsharded_student)
+    sharded_pairs = []
     for pair in pairs:
-        own = pair.teacher.network is old.network
-        teacher = without_adapters(student) if own else pair.teacher
-        made.append(replace(pair, student=student, teacher=teacher))
-    return made
+        same_network = pair.teacher.network is unsharded_student.network
+        teacher = without_adapters(student) if same_network else pair.teacher
+        sharded_pairs.append(replace(pair, student=student, teacher=teacher))
+    return sharded_pairs
 
 
-def average(student: CausalLM) -> CausalLM:
-    """A float32 copy of the student, to be moved by `follow`."""
+def make_ema_teacher(student: CausalLM) -> CausalLM:
+    """Return a float32 copy of the student, to be updated by `update_ema_teacher`."""
     network = copy.deepcopy(student.network).float().requires_grad_(False)
-    return split(network, student.vocabulary)
+    return split_head(network, student.vocabulary)
 
 
 @torch.no_grad()
-def follow(teacher: CausalLM, student: CausalLM, decay: float) -> None:
-    """teacher <- decay teacher + (1 - decay) student, every weight."""
-    pairs = zip(teacher.network.parameters(), student.network.parameters(), strict=True)
-    for slow, fast in pairs:
-        slow.lerp_(fast.to(slow), 1 - decay)
+def update_ema_teacher(teacher: CausalLM, student: CausalLM, decay: float) -> None:
+    """Set teacher <- decay * teacher + (1 - decay) * student, for every weight."""
+    weight_pairs = zip(teacher.network.parameters(), student.network.parameters(), strict=True)
+    for teacher_weight, student_weight in weight_pairs:
+        teacher_weight.lerp_(student_weight.to(teacher_weight), 1 - decay)

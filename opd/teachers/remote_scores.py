@@ -1,4 +1,4 @@
-"""What a teacher on a server says of a batch, as tensors beside it, and what it cannot say.
+"""Scores of a remote teacher as tensors, and the settings that a remote teacher cannot support.
 
 Shapes: B responses, P prompt positions, T response positions, N sampled tokens, K ids.
 """
@@ -14,7 +14,7 @@ from diagnostics.batch import Rollouts
 from diagnostics.errors import InvalidInput
 from opd.config.settings import Config
 from opd.data.prompts import Prompts
-from opd.models.forward import response_real
+from opd.models.forward import response_attention_mask
 from opd.objectives.factory import Objective
 from opd.teachers.client import TeacherClient
 from opd.teachers.pair import ModelPair
@@ -22,92 +22,126 @@ from opd.teachers.pair import ModelPair
 
 @dataclass(frozen=True, eq=False)
 class TeacherScores:
-    """What a teacher elsewhere says of N sampled tokens, row-major over `Rollouts.sampled`.
-
-    ids, logp: (N, K) its most probable, in descending order; sampled: (N,) log-probabilities of
-    the tokens.
-    """
+    """Log-probabilities of N sampled tokens, in row-major order over `Rollouts.sampled`."""
 
     ids: Tensor
+    """(N, K) most probable token ids, in descending order."""
     logp: Tensor
+    """(N, K) log-probabilities of `ids`."""
     sampled: Tensor
+    """(N,) log-probabilities of the sampled tokens."""
 
-    def at(self, place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.ids[place], self.logp[place], self.sampled[place]
+    def select(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ids, logp and sampled of some of the tokens.
+
+        Args:
+            index: (n,) indices of tokens.
+
+        Returns:
+            (n, K) ids, (n, K) their log-probabilities, (n,) those of the sampled tokens.
+        """
+        return self.ids[index], self.logp[index], self.sampled[index]
 
 
-def asked(remote: TeacherClient, prompts: Prompts, batch: Rollouts, k: int) -> TeacherScores:
-    """Ask a teacher on a server about every sampled token, at temperature 1.
+def score_remote(client: TeacherClient, prompts: Prompts, batch: Rollouts, k: int) -> TeacherScores:
+    """Score every sampled token with a teacher on a server, at temperature 1.
 
-    The teacher's softmax is over all its ids, also over those beyond the student's.
+    The teacher's softmax is over its full vocabulary, including ids beyond the student's.
+
+    Args:
+        client: The server.
+        prompts: B prompts.
+        batch: B responses.
+        k: Number of most probable ids per position.
+
+    Returns:
+        The scores, on the batch's device.
+
+    Raises:
+        ValueError: A prompt is empty, so that the first response token has no prefix.
     """
-    rows, places = [], []
-    real, width = response_real(batch), prompts.tokens.shape[1]
-    ids, there = torch.cat([prompts.tokens, batch.tokens], 1), torch.cat([prompts.mask, real], 1)
-    wanted = torch.cat([torch.zeros_like(prompts.mask), batch.sampled], 1)
-    for row, kept, of in zip(ids.cpu(), there.cpu(), wanted.cpu(), strict=True):
-        if not kept[:width].any():
+    sequences, positions = [], []
+    response_mask, width = response_attention_mask(batch), prompts.tokens.shape[1]
+    ids, attention_mask = (
+        torch.cat([prompts.tokens, batch.tokens], 1),
+        torch.cat([prompts.mask, response_mask], 1),
+    )
+    sampled = torch.cat([torch.zeros_like(prompts.mask), batch.sampled], 1)
+    for row, row_mask, row_sampled in zip(
+        ids.cpu(), attention_mask.cpu(), sampled.cpu(), strict=True
+    ):
+        if not row_mask[:width].any():
             raise InvalidInput(
-                "a prompt has no token, and no teacher tells the first of a response"
+                "a prompt is empty, so a remote teacher cannot score the first response token; "
+                "remove empty prompts"
             )
-        rows.append(row[kept].tolist())
-        places.append(of[kept].nonzero()[:, 0].tolist())
-    answers = remote.tell(rows, places, k)
+        sequences.append(row[row_mask].tolist())
+        positions.append(row_sampled[row_mask].nonzero()[:, 0].tolist())
+    answers = client.query(sequences, positions, k)
 
-    def joined(name: str) -> Tensor:
+    def concatenate(name: str) -> Tensor:
         parts = [torch.from_numpy(getattr(answer, name)) for answer in answers]
         return torch.cat(parts).to(batch.tokens.device)
 
-    return TeacherScores(joined("ids"), joined("logp"), joined("sampled"))
+    return TeacherScores(concatenate("ids"), concatenate("logp"), concatenate("sampled"))
 
 
-def keep_probes(path: Path, pairs: Sequence[ModelPair], first: int) -> None:
-    """Keep in a run's record what its servers are known by; a resumed run must find them again.
+def verify_fingerprints(path: Path, pairs: Sequence[ModelPair], first_step: int) -> None:
+    """Store a fingerprint of each teacher server in the run folder; verify it on resume.
+
+    Args:
+        path: File with the fingerprints.
+        pairs: The pairs of the run.
+        first_step: The first step of this process; at 0 an existing file is deleted.
 
     Raises:
-      RuntimeError: another model is at an address by now.
+        RuntimeError: An address now serves another model.
     """
-    if first == 0:
+    if first_step == 0:
         path.unlink(missing_ok=True)
     for pair in pairs:
-        if pair.remote is not None:
-            pair.remote.remember(path)
+        if pair.remote_teacher is not None:
+            pair.remote_teacher.verify_fingerprint(path)
 
 
-def check_tellable(config: Config, objective: Objective) -> None:
-    """Refuse a run for which a teacher on a server would have to say what it cannot.
+def check_remote_support(config: Config, objective: Objective) -> None:
+    """Reject settings that need more than a remote teacher provides.
+
+    Args:
+        config: Settings of a run or task whose teacher is a server.
+        objective: Its objective.
 
     Raises:
-      ValueError: names the setting, and what to choose instead.
+        ValueError: Names the setting and an alternative.
     """
-    own = "teacher_topk or sampled_token, or one of their forms"
-    for wrong, what, remedy in (
+    supported_objectives = "teacher_topk, sampled_token or one of their variants"
+    for unsupported, feature, remedy in (
         (
             objective.support in ("student", "union"),
             f"objective {config.objective}, which needs its log-probabilities of the student's ids",
-            own,
+            supported_objectives,
         ),
         (
             objective.support == "full" or objective.distributions,
-            f"objective {config.objective} with baseline {config.baseline}, which needs its whole "
+            f"objective {config.objective} with baseline {config.baseline}, which needs its full "
             "distribution",
-            own,
+            supported_objectives,
         ),
         (
             config.temperature != 1,
-            f"temperature {config.temperature}, since servers tell that of 1",
+            f"temperature {config.temperature}, because servers return log-probabilities at 1",
             "temperature 1",
         ),
-        (config.map_eos, "map_eos, which reads ids that were not sampled", "map_eos off"),
+        (config.map_eos, "map_eos, which needs scores of unsampled ids", "map_eos off"),
         (
             config.entropy_top_fraction < 1,
-            "entropy_top_fraction, which comes with whole distributions",
+            "entropy_top_fraction, which needs full distributions",
             "entropy_top_fraction 1",
         ),
         (config.probe_every, "probe_every, which needs its hidden states", "probe_every 0"),
     ):
-        if wrong:
+        if unsupported:
             raise InvalidInput(
-                f"the teacher {config.teacher} is on a server and cannot serve {what}; take "
+                f"the teacher {config.teacher} is a server and does not support {feature}; use "
                 f"{remedy}, or a teacher in this process"
             )

@@ -1,1 +1,1 @@
-"""Token ids: their bytes, mask rules, and the end-of-sequence ids of two models."""
+"""Token ids: their bytes, mask rules, and the EOS ids of two models."""

@@ -1,4 +1,4 @@
-"""End-of-sequence ids of two models, and the student's end read as the teacher's."""
+"""EOS ids of two models, and their mapping from one model to the other."""
 
 from dataclasses import dataclass
 
@@ -6,43 +6,71 @@ import torch
 from torch import Tensor
 
 
-def first_of_each(ids: Tensor, among: Tensor) -> Tensor:
-    """(..., T) bool: where an id occurs for the first time in its row, of positions in `among`."""
-    ordered, order = torch.where(among, ids, -1).sort(stable=True, dim=-1)
-    fresh = torch.ones_like(among)
-    fresh[..., 1:] = ordered[..., 1:] != ordered[..., :-1]
-    return torch.empty_like(among).scatter(-1, order, fresh) & among
+def first_occurrences(ids: Tensor, mask: Tensor) -> Tensor:
+    """Return (..., T) bool, whether an id occurs for the first time in its row.
+
+    Args:
+        ids: (..., T) long.
+        mask: (..., T) bool; other positions are ignored and False in the result.
+
+    Returns:
+        (..., T) bool.
+    """
+    sorted_ids, order = torch.where(mask, ids, -1).sort(stable=True, dim=-1)
+    is_first = torch.ones_like(mask)
+    is_first[..., 1:] = sorted_ids[..., 1:] != sorted_ids[..., :-1]
+    return torch.empty_like(mask).scatter(-1, order, is_first) & mask
 
 
 @dataclass(frozen=True)
 class EosMap:
-    """Ids that end a response for each model, the one to read for a foreign end first."""
+    """EOS ids of both models; the first of each replaces EOS ids of the other model."""
 
     student: tuple[int, ...]
+    """Ids that end a response of the student."""
     teacher: tuple[int, ...]
+    """Ids that end a response of the teacher."""
 
 
-def teacher_tokens(tokens: Tensor, endings: EosMap) -> Tensor:
-    """The ids at which the teacher is read: its own end where the student used a foreign one.
+def teacher_tokens(tokens: Tensor, eos_map: EosMap) -> Tensor:
+    """Return the ids at which the teacher is read: its own EOS where the student used another one.
 
-    tokens: any shape. An end that both models know keeps its id. Only the score of the last token
-    changes, as nothing follows it. Without this a response that ends in the student's way costs
-    tens of nats, though the teacher would have ended it too (2603.25562, figure 5).
+    An EOS that both models know keeps its id. Only the score of the last token changes, as nothing
+    follows it. Without this mapping a response that ends with the student's EOS costs tens of nats
+    although the teacher would have ended it too (2603.25562, figure 5).
+
+    Args:
+        tokens: Ids of any shape.
+        eos_map: EOS ids of both models.
+
+    Returns:
+        Ids of the same shape.
     """
-    return _swap(tokens, endings.student, endings.teacher)
+    return _replace_foreign_eos(tokens, eos_map.student, eos_map.teacher)
 
 
-def student_support(ids: Tensor, endings: EosMap) -> tuple[Tensor, Tensor]:
-    """The ids at which the student is read on the teacher's top-K, and which of them count.
+def student_support(ids: Tensor, eos_map: EosMap) -> tuple[Tensor, Tensor]:
+    """Return the ids at which the student is read on the teacher's top-K, and which of them count.
 
-    ids: (..., K) in descending order of the teacher. The teacher's foreign end is read at the
-    student's own end, as in the published code of 2603.25562. Where that id then stands twice, the
-    more probable one counts: the second result, (..., K) bool, is False at the other.
+    A teacher EOS that the student does not know is read at the student's own EOS, as in the
+    published code of 2603.25562.
+
+    Args:
+        ids: (..., K) in descending order of teacher probability.
+        eos_map: EOS ids of both models.
+
+    Returns:
+        Ids (..., K), and (..., K) bool that is False at the less probable of two equal ids.
     """
-    read = _swap(ids, endings.teacher, endings.student)
-    return read, first_of_each(read, torch.ones_like(read, dtype=torch.bool))
+    mapped_ids = _replace_foreign_eos(ids, eos_map.teacher, eos_map.student)
+    return mapped_ids, first_occurrences(mapped_ids, torch.ones_like(mapped_ids, dtype=torch.bool))
 
 
-def _swap(ids: Tensor, own: tuple[int, ...], theirs: tuple[int, ...]) -> Tensor:
-    foreign = torch.tensor(sorted(set(own) - set(theirs)), dtype=torch.long, device=ids.device)
-    return torch.where(torch.isin(ids, foreign), theirs[0], ids)
+def _replace_foreign_eos(
+    ids: Tensor, source_eos: tuple[int, ...], target_eos: tuple[int, ...]
+) -> Tensor:
+    """Replace ids that are EOS ids of the source only by the first EOS id of the target."""
+    foreign_eos = torch.tensor(
+        sorted(set(source_eos) - set(target_eos)), dtype=torch.long, device=ids.device
+    )
+    return torch.where(torch.isin(ids, foreign_eos), target_eos[0], ids)

@@ -1,4 +1,4 @@
-r"""The grammar of mask rules: which sampled tokens are not supervised. Free of torch.
+"""Grammar of mask rules, which say which sampled tokens are not supervised. Does not import torch.
 
 A rule is one line of text:
 
@@ -9,7 +9,7 @@ A rule is one line of text:
                        strings)
     paper              what the published code masks: first `<`, first `think`, first `<|im_end|>`
 
-with `:first` behind it for the first occurrence in a response only, or `:all` (the default).
+A suffix `:first` restricts a rule to the first occurrence in a response; `:all` is the default.
 """
 
 from collections.abc import Sequence
@@ -25,44 +25,65 @@ PRESETS = {"paper": ("token:<:first", "token:think:first", "token:<|im_end|>:fir
 FORMS = (
     "id:NUMBER, token:TEXT, string:TEXT, "
     + ", ".join(f"role:{role}" for role in ROLES)
-    + f", each with :first or :all behind it, or {', '.join(PRESETS)}"
+    + f", each optionally followed by :first or :all, or {', '.join(PRESETS)}"
 )
 
 
 @dataclass(frozen=True)
 class MaskRule:
-    """One rule: what it looks for, and which occurrences in a response it takes."""
+    """One mask rule."""
 
     kind: Kind
+    """What the rule matches."""
     value: str
+    """Id, text or role."""
     occurrence: Occurrence = "all"
+    """Which occurrences in a response are masked."""
 
     @property
     def name(self) -> str:
+        """Text of the rule, without the default suffix."""
         return f"{self.kind}:{self.value}" + (":first" if self.occurrence == "first" else "")
 
 
-def parse(texts: Sequence[str]) -> tuple[MaskRule, ...]:
-    """Rules in the order given, presets spelled out, each once.
+def parse_rules(texts: Sequence[str]) -> tuple[MaskRule, ...]:
+    """Parse mask rules in the order given, with presets expanded and duplicates removed.
+
+    Args:
+        texts: Rules or names of presets.
+
+    Returns:
+        The rules.
 
     Raises:
-      ValueError: a text is no rule; it is named, and the known forms are listed.
+        InvalidInput: A text is not a rule; the message lists the valid forms.
     """
-    spelled = [one for text in texts for one in PRESETS.get(text, (text,))]
-    return tuple(dict.fromkeys(parse_one(text) for text in spelled))
+    rule_texts = [rule_text for text in texts for rule_text in PRESETS.get(text, (text,))]
+    return tuple(dict.fromkeys(parse_rule(text) for text in rule_texts))
 
 
-def parse_one(text: str) -> MaskRule:
+def parse_rule(text: str) -> MaskRule:
+    """Parse one rule.
+
+    Args:
+        text: The rule, such as "role:eos:first".
+
+    Returns:
+        The rule.
+
+    Raises:
+        InvalidInput: The text is not a rule; the message lists the valid forms.
+    """
     kind, _, value = text.partition(":")
     occurrence: Occurrence = "all"
-    for known in get_args(Occurrence):
-        if value.endswith(f":{known}"):
-            value, occurrence = value.removesuffix(f":{known}"), known
+    for suffix in get_args(Occurrence):
+        if value.endswith(f":{suffix}"):
+            value, occurrence = value.removesuffix(f":{suffix}"), suffix
             break
     if kind not in get_args(Kind) or not value:
-        raise InvalidInput(f"mask rule {text!r} is not known; write {FORMS}")
+        raise InvalidInput(f"unknown mask rule {text!r}; expected {FORMS}")
     if kind == "id" and not (value.isascii() and value.isdigit()):
-        raise InvalidInput(f"mask rule {text!r} names no token id; write id:NUMBER, as id:151645")
+        raise InvalidInput(f"mask rule {text!r} needs a number; write id:NUMBER, such as id:151645")
     if kind == "role" and value not in ROLES:
-        raise InvalidInput(f"mask rule {text!r} names no role; known: {', '.join(ROLES)}")
+        raise InvalidInput(f"mask rule {text!r} has an unknown role; known: {', '.join(ROLES)}")
     return MaskRule(kind, value, occurrence)  # type: ignore[arg-type]

@@ -1,8 +1,10 @@
-"""Special tokens: which sampled tokens are not supervised, what that removes, which end is scored.
+"""Apply mask rules: which sampled tokens are not supervised, and how much signal that removes.
 
 A masked token stays in the sequence, in the attention and in what was sampled; only its supervision
-goes, so a mask may have holes. Shapes: B responses, T response positions, K support, V ids that a
-tokenizer names, Q bytes of text in a batch.
+is removed, so a mask may have holes.
+
+Shapes: B responses, T response positions, K support, V ids that a tokenizer knows, Q bytes of text
+in a batch.
 """
 
 from collections.abc import Sequence
@@ -15,9 +17,9 @@ from torch import Tensor
 from diagnostics.batch import Rollouts, ScoredRollouts
 from diagnostics.core.totals import Accumulator, Mean
 from diagnostics.errors import InvalidInput
-from opd.tokens.eos import first_of_each
-from opd.tokens.mask_rules import MaskRule, parse
-from opd.tokens.token_bytes import TokenBytes, pieces, token_bytes
+from opd.tokens.eos import first_occurrences
+from opd.tokens.mask_rules import MaskRule, parse_rules
+from opd.tokens.token_bytes import TokenBytes, pack_token_bytes, token_bytes
 
 Batch = TypeVar("Batch", bound=Rollouts)
 THINK = ("<think>", "</think>")
@@ -25,32 +27,52 @@ THINK = ("<think>", "</think>")
 
 @dataclass(frozen=True, eq=False)
 class ResolvedMaskRules:
-    """A rule in the ids of one tokenizer: the ids, or the byte strings, that it takes out."""
+    """A mask rule in the ids of one tokenizer: the ids or byte strings that it masks."""
 
     name: str
+    """Text of the rule."""
     first: bool
+    """Whether only the first occurrence in a response is masked."""
     ids: tuple[int, ...]
+    """Ids to mask."""
     strings: tuple[bytes, ...]
-    pieces: TokenBytes
+    """Byte strings whose tokens are masked."""
+    token_bytes: TokenBytes
+    """Bytes of every id of the tokenizer."""
 
 
-def resolve(texts: Sequence[str], tokenizer: Any, eos: Sequence[int]) -> list[ResolvedMaskRules]:
-    """Rules (`opd.tokens.mask_rules`) in the ids of a tokenizer; `eos` holds every id that ends a response.
+def resolve_mask_rules(
+    texts: Sequence[str], tokenizer: Any, eos: Sequence[int]
+) -> list[ResolvedMaskRules]:
+    """Resolve rules (`opd.tokens.mask_rules`) to the ids of a tokenizer.
+
+    Args:
+        texts: Rules or names of presets.
+        tokenizer: Hugging Face tokenizer.
+        eos: Every id that ends a response, used by role:eos.
+
+    Returns:
+        One resolved rule per rule.
 
     Raises:
-      ValueError: a text is no rule, or the tokenizer has no token that it names.
+        InvalidInput: A text is not a rule, or the tokenizer lacks the token that it names.
     """
-    rules = parse(texts)
+    rules = parse_rules(texts)
     if not rules:
         return []
-    table = token_bytes(tokenizer)
-    laid = pieces(table)
-    return [_resolve(rule, tokenizer, tuple(eos), table, laid) for rule in rules]
+    bytes_by_id = token_bytes(tokenizer)
+    packed_bytes = pack_token_bytes(bytes_by_id)
+    return [_resolve(rule, tokenizer, tuple(eos), bytes_by_id, packed_bytes) for rule in rules]
 
 
 def _resolve(
-    rule: MaskRule, tokenizer: Any, eos: tuple[int, ...], table: list[bytes], laid: TokenBytes
+    rule: MaskRule,
+    tokenizer: Any,
+    eos: tuple[int, ...],
+    bytes_by_id: list[bytes],
+    packed_bytes: TokenBytes,
 ) -> ResolvedMaskRules:
+    """Resolve one rule."""
     ids: tuple[int, ...] = ()
     strings: tuple[bytes, ...] = ()
     if rule.kind == "string":
@@ -60,125 +82,176 @@ def _resolve(
     elif rule.kind == "id":
         ids = (int(rule.value),)
     elif rule.kind == "token":
-        ids = tuple(v for v, piece in enumerate(table) if piece == rule.value.encode())
+        ids = tuple(v for v, token in enumerate(bytes_by_id) if token == rule.value.encode())
     else:
-        one = {"bos": tokenizer.bos_token_id, "pad": tokenizer.pad_token_id}
+        single_ids = {"bos": tokenizer.bos_token_id, "pad": tokenizer.pad_token_id}
         ids = {"eos": eos, "special": special_ids(tokenizer)}.get(rule.value) or tuple(
-            v for v in [one.get(rule.value)] if v is not None
+            v for v in [single_ids.get(rule.value)] if v is not None
         )
     if not ids and not strings:
-        hint = "; string:TEXT finds text in pieces" if rule.kind == "token" else "; drop the rule"
+        hint = (
+            "; string:TEXT matches text in any split"
+            if rule.kind == "token"
+            else "; remove the rule"
+        )
         raise InvalidInput(f"mask rule {rule.name!r}: the tokenizer has no such token{hint}")
-    return ResolvedMaskRules(rule.name, rule.occurrence == "first", ids, strings, laid)
+    return ResolvedMaskRules(rule.name, rule.occurrence == "first", ids, strings, packed_bytes)
 
 
 def special_ids(tokenizer: Any) -> tuple[int, ...]:
-    """Ids that are special by name (eos, pad, ...) or by the flag of an added token."""
-    flagged = {i for i, added in tokenizer.added_tokens_decoder.items() if added.special}
+    """Return the ids that are special by name (eos, pad, ...) or by the flag of an added token."""
+    flagged = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return tuple(sorted(flagged | set(tokenizer.all_special_ids)))
 
 
-def supervised(tokens: Tensor, mask: Tensor, rules: Sequence[ResolvedMaskRules]) -> Tensor:
-    """(B, T) the mask without the tokens that any rule takes out.
+def supervised_mask(tokens: Tensor, mask: Tensor, rules: Sequence[ResolvedMaskRules]) -> Tensor:
+    """Return (B, T) the mask without the tokens that any rule removes.
 
-    Every rule looks at the batch as given, so their order does not matter.
+    Every rule reads the original batch, so their order does not matter.
 
     Args:
-      tokens: (B, T) ids; mask: (B, T) bool, what is supervised so far. Positions behind the last
-        supervised one are padding and are not read; a hole before it is text.
+        tokens: (B, T) ids.
+        mask: (B, T) bool, tokens supervised so far. Positions after the last supervised one are
+            padding and are not read; a hole before it is text.
+        rules: Resolved rules.
+
+    Returns:
+        (B, T) bool.
     """
-    taken = [hits(tokens, mask, rule) for rule in rules]
-    return mask & ~torch.stack(taken).any(0) if taken else mask
+    rule_masks = [rule_hits(tokens, mask, rule) for rule in rules]
+    return mask & ~torch.stack(rule_masks).any(0) if rule_masks else mask
 
 
-def hits(tokens: Tensor, mask: Tensor, rule: ResolvedMaskRules) -> Tensor:
-    """(B, T) bool: the supervised tokens that one rule takes out.
+def rule_hits(tokens: Tensor, mask: Tensor, rule: ResolvedMaskRules) -> Tensor:
+    """Return (B, T) bool, the supervised tokens that one rule removes.
 
-    `first` means the first occurrence in the response of each id, or of each string, that touches
-    a supervised token.
+    Args:
+        tokens: (B, T) ids.
+        mask: (B, T) bool, tokens supervised so far.
+        rule: The rule. `first` means the first occurrence in the response of each id, or of each
+            string, that touches a supervised token.
+
+    Returns:
+        (B, T) bool, a subset of the mask.
     """
-    found = torch.zeros_like(mask)
+    hits = torch.zeros_like(mask)
     if rule.ids:
-        found = torch.isin(tokens, torch.tensor(rule.ids, device=tokens.device)) & mask
+        hits = torch.isin(tokens, torch.tensor(rule.ids, device=tokens.device)) & mask
         if rule.first:
-            found = first_of_each(tokens, found)
-    laid = rule.pieces.to(tokens.device) if rule.strings else rule.pieces
+            hits = first_occurrences(tokens, hits)
+    packed_bytes = rule.token_bytes.to(tokens.device) if rule.strings else rule.token_bytes
     for string in rule.strings:
-        found = found | string_hits(tokens, mask, string, laid, first=rule.first)
-    return found
+        hits = hits | string_hits(tokens, mask, string, packed_bytes, first=rule.first)
+    return hits
 
 
 def string_hits(
-    tokens: Tensor, mask: Tensor, string: bytes, laid: TokenBytes, *, first: bool
+    tokens: Tensor, mask: Tensor, string: bytes, packed_bytes: TokenBytes, *, first: bool
 ) -> Tensor:
-    """(B, T) bool: supervised tokens that share a byte with an occurrence of the string.
+    """Return (B, T) bool, the supervised tokens that share a byte with an occurrence of the string.
 
-    The ids are spelled out in bytes (Q,), row after row; the string is compared at every byte.
-    Occurrences may overlap one another, and never run from one response into the next.
+    The ids are expanded to bytes (Q,), row after row, and the string is compared at every byte.
+    Occurrences may overlap one another and never cross a response boundary.
+
+    Args:
+        tokens: (B, T) ids.
+        mask: (B, T) bool, tokens supervised so far.
+        string: Bytes to find.
+        packed_bytes: Bytes of every id, on the device of the tokens.
+        first: Whether only the first occurrence in each response counts.
+
+    Returns:
+        (B, T) bool, a subset of the mask.
     """
-    width, flat = tokens.shape[1], tokens.flatten().clamp(max=len(laid.length) - 1)
+    width, flat = tokens.shape[1], tokens.flatten().clamp(max=len(packed_bytes.length) - 1)
     real = mask.long().flip(1).cumsum(1).flip(1) > 0
-    length = torch.where(real.flatten(), laid.length[flat], 0)
-    owner = torch.repeat_interleave(length)  # (Q,) whose byte it is
+    length = torch.where(real.flatten(), packed_bytes.length[flat], 0)
+    owner = torch.repeat_interleave(length)  # (Q,) flat token index of each byte
     if len(owner) < len(string):
         return torch.zeros_like(mask)
-    place = torch.arange(len(owner), device=tokens.device) - (length.cumsum(0) - length)[owner]
-    text = laid.data[laid.start[flat[owner]] + place]
-    wanted = torch.tensor(list(string), dtype=torch.uint8, device=tokens.device)
+    offset = torch.arange(len(owner), device=tokens.device) - (length.cumsum(0) - length)[owner]
+    text = packed_bytes.data[packed_bytes.start[flat[owner]] + offset]
+    pattern = torch.tensor(list(string), dtype=torch.uint8, device=tokens.device)
     begin, end = owner[: len(owner) - len(string) + 1], owner[len(string) - 1 :]
-    before = torch.nn.functional.pad(mask.flatten().long().cumsum(0), (1, 0))
-    found = (text.unfold(0, len(string), 1) == wanted).all(1)
-    found &= (begin // width == end // width) & (before[end + 1] > before[begin])
-    begin, end = begin[found], end[found]
+    num_supervised_before = torch.nn.functional.pad(mask.flatten().long().cumsum(0), (1, 0))
+    matches = (text.unfold(0, len(string), 1) == pattern).all(1)
+    matches &= (begin // width == end // width) & (
+        num_supervised_before[end + 1] > num_supervised_before[begin]
+    )
+    begin, end = begin[matches], end[matches]
     if first:
         row = begin // width
-        fresh = torch.ones_like(row, dtype=torch.bool)
-        fresh[1:] = row[1:] != row[:-1]
-        begin, end = begin[fresh], end[fresh]
+        is_first = torch.ones_like(row, dtype=torch.bool)
+        is_first[1:] = row[1:] != row[:-1]
+        begin, end = begin[is_first], end[is_first]
     step = torch.zeros(tokens.numel() + 1, dtype=torch.long, device=tokens.device)
     step.index_add_(0, begin, torch.ones_like(begin))
     step.index_add_(0, end + 1, -torch.ones_like(end))
     return (step[:-1].cumsum(0) > 0).reshape(tokens.shape) & mask
 
 
-def masked(batch: Batch, rules: Sequence[ResolvedMaskRules]) -> Batch:
-    """The batch with the rules' tokens unsupervised and the rules in its name (`supervise`).
+def apply_mask_rules(batch: Batch, rules: Sequence[ResolvedMaskRules]) -> Batch:
+    """Return the batch with the rules' tokens unsupervised and the rules in the mask's name.
 
-    The rules read what was sampled, so that what else is unsupervised does not matter to them.
+    The rules read the sampled tokens, so tokens that are already unsupervised do not affect them.
+
+    Args:
+        batch: Rollouts.
+        rules: Resolved rules.
+
+    Returns:
+        The batch (`Rollouts.supervise`), unchanged if there are no rules.
     """
     if not rules:
         return batch
-    keep = supervised(batch.tokens, batch.sampled, rules)
-    return batch.supervise(keep, " - ".join(rule.name for rule in rules))
+    keep = supervised_mask(batch.tokens, batch.sampled, rules)
+    return batch.restrict_mask(keep, " - ".join(rule.name for rule in rules))
 
 
-def audit(batch: ScoredRollouts, rules: Sequence[ResolvedMaskRules]) -> dict[str, Accumulator]:
-    """What the rules take out of the tokens that were sampled, whatever else is unsupervised.
+def mask_rule_metrics(
+    batch: ScoredRollouts, rules: Sequence[ResolvedMaskRules]
+) -> dict[str, Accumulator]:
+    """Return how much of the sampled tokens and of their signal each rule removes.
 
     With r = log student - log teacher and m the sampled tokens, for each rule by itself and for
-    "all" of them together: mask/RULE/tokens = sum m 1[out] / sum m; mask/RULE/signal = sum m 1[out]
-    |r| / sum m |r|; mask/RULE/energy = sum m 1[out] r^2 / sum m r^2. Totals add over steps;
-    sampling unit: prompt.
+    "all" rules together: mask/RULE/tokens = sum m 1[removed] / sum m; mask/RULE/signal = sum m
+    1[removed] |r| / sum m |r|; mask/RULE/energy = sum m 1[removed] r^2 / sum m r^2. Tokens that are
+    unsupervised for other reasons count as sampled.
+
+    Args:
+        batch: Scored rollouts.
+        rules: Resolved rules.
+
+    Returns:
+        Accumulators by metric name, which add over steps; sampling unit: prompt.
     """
     sampled = batch.sampled
-    out = {rule.name: hits(batch.tokens, sampled, rule) for rule in rules}
-    out["all"] = sampled & ~supervised(batch.tokens, sampled, rules)
-    sizes = {"tokens": torch.ones_like(batch.log_ratio), "signal": batch.log_ratio.abs()}
-    sizes["energy"] = batch.log_ratio.square()
+    removed_by_rule = {rule.name: rule_hits(batch.tokens, sampled, rule) for rule in rules}
+    removed_by_rule["all"] = sampled & ~supervised_mask(batch.tokens, sampled, rules)
+    quantities = {"tokens": torch.ones_like(batch.log_ratio), "signal": batch.log_ratio.abs()}
+    quantities["energy"] = batch.log_ratio.square()
     return {
-        f"mask/{name}/{what}": Mean.ratio(size * gone, size, sampled, batch.prompt)
-        for name, gone in out.items()
-        for what, size in sizes.items()
+        f"mask/{name}/{quantity}": Mean.ratio(value * is_removed, value, sampled, batch.prompt)
+        for name, is_removed in removed_by_rule.items()
+        for quantity, value in quantities.items()
     }
 
 
-def removed_by_id(batch: ScoredRollouts, after: Tensor, size: int) -> Tensor:
-    """(size, 3) float64: tokens, sum |r| and sum r^2 of sampled tokens not in `after`, by id.
+def removed_by_id(batch: ScoredRollouts, mask: Tensor, size: int) -> Tensor:
+    """Return token count, sum |r| and sum r^2 of the sampled tokens outside `mask`, by id.
 
-    Adds over steps. `size` is at least the largest id plus one.
+    The result adds over steps.
+
+    Args:
+        batch: Scored rollouts.
+        mask: (B, T) bool, tokens that stay supervised.
+        size: Number of rows, at least the largest id plus one.
+
+    Returns:
+        (size, 3) float64.
     """
-    gone = batch.sampled & ~after
-    r = batch.log_ratio[gone].double()
-    size_of = torch.stack([torch.ones_like(r), r.abs(), r.square()], 1)
+    is_removed = batch.sampled & ~mask
+    r = batch.log_ratio[is_removed].double()
+    values = torch.stack([torch.ones_like(r), r.abs(), r.square()], 1)
     sums = torch.zeros(size, 3, dtype=torch.float64, device=r.device)
-    return sums.index_add(0, batch.tokens[gone], size_of)
+    return sums.index_add(0, batch.tokens[is_removed], values)

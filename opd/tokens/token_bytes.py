@@ -1,6 +1,6 @@
-"""The bytes of every token id, so that text can be compared however it is split into ids.
+"""The bytes of every token id, to compare text however it is split into ids.
 
-Shapes: V ids that a tokenizer names, Q bytes.
+Shapes: V ids that a tokenizer knows, Q bytes.
 """
 
 import json
@@ -14,45 +14,55 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class TokenBytes:
-    """The bytes of all ids, laid end to end, on one device.
+    """The bytes of all ids, concatenated, on one device.
 
-    data (Q,) uint8; start (V + 1,) long and length (V + 1,) long, where id v owns
-    data[start[v] : start[v] + length[v]]. The last row is empty: it stands for any id beyond V.
+    Id v owns data[start[v] : start[v] + length[v]]. The last row is empty: it stands for any id
+    beyond V.
     """
 
     data: Tensor
+    """(Q,) uint8."""
     start: Tensor
+    """(V + 1,) long."""
     length: Tensor
+    """(V + 1,) long."""
 
     def to(self, device: torch.device) -> "TokenBytes":
+        """Return a copy on the device."""
         return TokenBytes(self.data.to(device), self.start.to(device), self.length.to(device))
 
 
-def pieces(table: list[bytes]) -> TokenBytes:
-    """The table of `token_bytes` as tensors."""
+def pack_token_bytes(table: list[bytes]) -> TokenBytes:
+    """Convert the table of `token_bytes` to tensors."""
     length = torch.tensor([*map(len, table), 0])
     data = torch.tensor(list(b"".join(table)), dtype=torch.uint8)
     return TokenBytes(data, length.cumsum(0) - length, length)
 
 
 def token_bytes(tokenizer: Any) -> list[bytes]:
-    """The bytes that each id stands for, by id; empty for ids that no token has.
+    """Return the bytes that each id stands for, by id; empty for unused ids.
 
-    Byte-level vocabularies spell a byte by a printable character, SentencePiece ones a space by
-    U+2581 and a lone byte by <0xNN>; added tokens are their own text in both.
+    Byte-level vocabularies write a byte as a printable character. SentencePiece vocabularies write
+    a space as U+2581 and a lone byte as <0xNN>. Added tokens are their own text in both.
+
+    Args:
+        tokenizer: Hugging Face tokenizer.
+
+    Returns:
+        One byte string per id.
     """
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     table = [b""] * (max(vocabulary.values()) + 1)
-    spelled = byte_level if has_byte_level(tokenizer) else sentence_piece
+    decode_token = byte_level if has_byte_level(tokenizer) else sentence_piece
     for token, index in vocabulary.items():
-        table[index] = spelled(token)
-    for index, added in tokenizer.added_tokens_decoder.items():
-        table[index] = added.content.encode()
+        table[index] = decode_token(token)
+    for index, added_token in tokenizer.added_tokens_decoder.items():
+        table[index] = added_token.content.encode()
     return table
 
 
 def has_byte_level(tokenizer: Any) -> bool:
-    """Whether tokens are spelled in the printable alphabet of byte-level vocabularies."""
+    """Return whether tokens are written in the printable alphabet of byte-level vocabularies."""
     if not tokenizer.is_fast:
         return False
     decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"]
@@ -60,7 +70,7 @@ def has_byte_level(tokenizer: Any) -> bool:
 
 
 def byte_level(token: str) -> bytes:
-    """Bytes of a token in the printable alphabet; any other character stands for itself."""
+    """Return the bytes of a byte-level token; other characters stand for themselves."""
     return b"".join(
         bytes([ALPHABET[character]]) if character in ALPHABET else character.encode()
         for character in token
@@ -68,25 +78,25 @@ def byte_level(token: str) -> bytes:
 
 
 def sentence_piece(token: str) -> bytes:
-    """Bytes of a SentencePiece token."""
+    """Return the bytes of a SentencePiece token."""
     if byte := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token):
         return bytes.fromhex(byte[1])
     return token.replace("\u2581", " ").encode()
 
 
-def alphabet() -> dict[str, int]:
-    """Printable character of each byte: itself where it can be seen, else one from U+0100 on."""
-    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in seen]
-    shifted = {chr(256 + place): byte for place, byte in enumerate(hidden)}
-    return {chr(byte): byte for byte in seen} | shifted
+def byte_alphabet() -> dict[str, int]:
+    """Return the printable character of each byte: itself if printable, else one from U+0100 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    unprintable = [byte for byte in range(256) if byte not in printable]
+    shifted = {chr(256 + position): byte for position, byte in enumerate(unprintable)}
+    return {chr(byte): byte for byte in printable} | shifted
 
 
-ALPHABET = alphabet()
+ALPHABET = byte_alphabet()
 
 
-def shown(piece: bytes) -> str:
-    """A token's bytes as a reader wants them: quoted, and escaped where they are no text."""
+def format_token(piece: bytes) -> str:
+    """Format a token's bytes for a reader: quoted, and escaped where they are not valid text."""
     try:
         return repr(piece.decode())
     except UnicodeDecodeError:

@@ -1,1 +1,1 @@
-"""The training loop: setup, steps, updates, checkpoints, prefetched rollouts."""
+"""The training loop: run setup, steps, updates, checkpoints and rollout prefetching."""

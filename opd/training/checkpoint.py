@@ -1,9 +1,10 @@
-"""Checkpoints: everything that a run needs to go on to the same bits, written whole or not at all.
+"""Save and load checkpoints, so that a resumed run is bit-identical to an uninterrupted one.
 
-A folder step_N holds the student as Hugging Face and peft save it, the optimizer with its masters,
-the teacher if it moves, the number of steps done, and a list of these files (`opd.runtime.manifest`). The
-optimizer's tensors are safetensors files of torch.distributed.checkpoint, to which every process
-writes its part; any number of processes, sharded or not, can read them. The last two are kept.
+A folder step_N holds the student in the Hugging Face (or peft) format, the optimizer state with its
+float32 master weights, the teacher if it is updated during training, the number of completed steps,
+and a manifest of these files (`opd.runtime.manifest`). The optimizer tensors are safetensors files
+of torch.distributed.checkpoint: every rank writes its shard, and any number of ranks, with or
+without FSDP, can read them. A checkpoint is written atomically; the last two are kept.
 """
 
 import json
@@ -24,89 +25,118 @@ from torch.distributed.checkpoint import save as save_shards
 from diagnostics.errors import OperationFailed
 from diagnostics.io.atomic import sync, write_text
 from diagnostics.records import rows
-from opd.models.fsdp import plain
+from opd.models.fsdp import gather_network
 from opd.runtime import distributed
 from opd.runtime.manifest import write_manifest
-from opd.runtime.staged_folders import checkpoints, remove, whole_folder
+from opd.runtime.staged_folders import list_checkpoints, remove_folder, staged_folder
 from opd.teachers.pair import ModelPair
 from opd.training.optimizer import Optimizer
 
-KEPT = 2
-"""Checkpoints that are kept: the last one, and one before it in case the last is damaged."""
+NUM_CHECKPOINTS_KEPT = 2
+"""Number of checkpoints to keep: the last one, and a fallback in case the last is damaged."""
 
 
 def save(
-    folder: Path, pair: ModelPair, optimizer: Optimizer, step: int, moving_teacher: bool
+    folder: Path, pair: ModelPair, optimizer: Optimizer, step: int, has_ema_teacher: bool
 ) -> None:
-    """Write checkpoints/step_N, then remove all but the last two. Every process has to call.
+    """Write checkpoints/step_N and remove all but the last two checkpoints.
 
-    The rows that lead to it are on the disk before it is.
+    Every rank must call this function. The rows up to this step are flushed to disk first.
+
+    Args:
+        folder: Run folder.
+        pair: Student and teacher.
+        optimizer: Optimizer whose state is saved.
+        step: Number of completed steps.
+        has_ema_teacher: Whether the teacher is updated during training and has to be saved too.
     """
-    final = folder / "checkpoints" / f"step_{step:06d}"
-    network = plain(pair.student)
+    target = folder / "checkpoints" / f"step_{step:06d}"
+    network = gather_network(pair.student)
     if distributed.rank() == 0:
-        for record in (folder / "rows.jsonl", folder / "evals.jsonl"):
-            if record.exists():
-                sync(record)
-    with whole_folder(final) as part:
+        for record_file in (folder / "rows.jsonl", folder / "evals.jsonl"):
+            if record_file.exists():
+                sync(record_file)
+    with staged_folder(target) as partial_folder:
         if distributed.rank() == 0:
-            network.save_pretrained(part)
-            pair.tokenizer.save_pretrained(part)
-            if moving_teacher:
-                save_model(pair.teacher.network, str(part / "teacher.safetensors"))
-        write_shards(optimizer, part / "optimizer")
+            network.save_pretrained(partial_folder)
+            pair.tokenizer.save_pretrained(partial_folder)
+            if has_ema_teacher:
+                save_model(pair.teacher.network, str(partial_folder / "teacher.safetensors"))
+        save_optimizer_shards(optimizer, partial_folder / "optimizer")
         distributed.barrier()
         if distributed.rank() == 0:
-            evaluations = len(rows.read(folder / "evals.jsonl"))
+            evaluations = len(rows.read_rows(folder / "evals.jsonl"))
             state = {"step": step, "evaluations": evaluations}
-            write_text(part / "state.json", json.dumps(state))
-            write_manifest(part)
+            write_text(partial_folder / "state.json", json.dumps(state))
+            write_manifest(partial_folder)
     if distributed.rank() == 0:
-        for old in checkpoints(folder)[:-KEPT]:
-            remove(old)
+        for expired in list_checkpoints(folder)[:-NUM_CHECKPOINTS_KEPT]:
+            remove_folder(expired)
 
 
-def write_shards(optimizer: Optimizer, folder: Path) -> None:
+def save_optimizer_shards(optimizer: Optimizer, folder: Path) -> None:
+    """Write this rank's shard of the optimizer state.
+
+    Args:
+        optimizer: Optimizer whose state is saved.
+        folder: Folder that receives one safetensors file per rank.
+
+    Raises:
+        OperationFailed: A rank could not write its shard.
+    """
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         try:
-            save_shards(optimizer.tensors(), storage_writer=writer)
+            save_shards(optimizer.state_tensors(), storage_writer=writer)
         except CheckpointException as error:  # derives from BaseException
-            raise OperationFailed(first_of(error)) from error
+            raise OperationFailed(describe_failure(error)) from error
 
 
-def load(checkpoint: Path, pair: ModelPair, moving_teacher: bool) -> None:
-    """Load the weights of a checkpoint.
+def load(checkpoint: Path, pair: ModelPair, has_ema_teacher: bool) -> None:
+    """Load the model weights of a checkpoint.
 
-    The optimizer follows (`load_optimizer`), once the weights are where they will stay.
+    Call `load_optimizer` afterwards, once the weights are in their final place (device, FSDP).
+
+    Args:
+        checkpoint: Folder of the checkpoint.
+        pair: Student and teacher, overwritten in place.
+        has_ema_teacher: Whether the checkpoint holds the teacher too.
     """
     load_weights(pair.student.network, checkpoint)
-    if moving_teacher:
+    if has_ema_teacher:
         load_model(pair.teacher.network, checkpoint / "teacher.safetensors")
 
 
 def load_optimizer(checkpoint: Path, optimizer: Optimizer) -> None:
-    """Load a checkpoint's optimizer into this one's tensors."""
+    """Load the optimizer state of a checkpoint into an optimizer.
+
+    Args:
+        checkpoint: Folder of the checkpoint.
+        optimizer: Optimizer whose tensors are overwritten.
+
+    Raises:
+        OperationFailed: A rank could not read the files.
+    """
     reader = HuggingFaceStorageReader(str(checkpoint / "optimizer"))
     with warnings.catch_warnings(), torch.no_grad():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         try:
-            load_shards(optimizer.tensors(), storage_reader=reader)
+            load_shards(optimizer.state_tensors(), storage_reader=reader)
         except CheckpointException as error:
             raise OperationFailed(
-                f"could not read {checkpoint / 'optimizer'}: {first_of(error)}"
+                f"could not read {checkpoint / 'optimizer'}: {describe_failure(error)}"
             ) from error
 
 
-def first_of(error: CheckpointException) -> str:
-    """What went wrong in the first process in which something did, on one line."""
+def describe_failure(error: CheckpointException) -> str:
+    """Return the error of the first rank that failed, on one line."""
     rank, (cause, _) = next(iter(error.failures.items()))
-    return f"process {rank}: {type(cause).__name__}: {cause}"
+    return f"rank {rank}: {type(cause).__name__}: {cause}"
 
 
 def load_weights(network: Any, checkpoint: Path) -> None:
-    """Copy a checkpoint's weights, or its adapters, into the network, exactly."""
+    """Copy the weights (or the LoRA adapters) of a checkpoint into a network, bit for bit."""
     if hasattr(network, "peft_config"):
         from peft import load_peft_weights, set_peft_model_state_dict
 

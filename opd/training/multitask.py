@@ -1,7 +1,8 @@
-"""Several tasks in one run: prompts, grader, teacher, lengths and mask of each, and their order.
+"""Runs with several tasks: settings per task, and which tasks a step trains on.
 
-A task's settings are those of the run with its own in their place, so that a step of one task is a
-step of an ordinary run. A file of tasks is TOML:
+A task may have its own prompts, grader, teacher, lengths and mask. The settings of a task are those
+of the run with the task's values in their place, so that a step of one task is a step of an
+ordinary run. A file of tasks is TOML:
 
     [[tasks]]
     name = "math"
@@ -23,83 +24,116 @@ from pathlib import Path
 from diagnostics.errors import InvalidInput
 from diagnostics.io.files import read_text
 from opd.config.settings import Config, TaskSettings, task_settings
-from opd.runtime.seeds import ORDER, derive
+from opd.runtime.seeds import ORDER, derive_seed
 
-OWN = tuple(f.name for f in fields(TaskSettings) if f.name not in ("name", "weight"))
+TASK_FIELDS = tuple(f.name for f in fields(TaskSettings) if f.name not in ("name", "weight"))
+"""Settings of the run that a task may override."""
 
 
 def read_tasks(path: Path) -> tuple[TaskSettings, ...]:
-    """The tasks of a TOML file.
+    """Read the tasks of a TOML file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Settings of each task.
 
     Raises:
-      ValueError: not TOML, no tasks, an unknown setting, or other tables beside them.
+        ValueError: The file is not TOML, has no tasks, has other tables, or has an unknown setting.
     """
     try:
         raw = tomllib.loads(read_text(path))
     except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise InvalidInput(f"{path} is not TOML: {error}") from error
+        raise InvalidInput(f"{path} is not valid TOML: {error}") from error
     if set(raw) != {"tasks"} or not isinstance(raw["tasks"], list):
-        raise InvalidInput(f"{path} must hold [[tasks]] and nothing else; it holds {sorted(raw)}")
+        raise InvalidInput(f"{path} must contain [[tasks]] tables only, but has {sorted(raw)}")
     try:
         return tuple(task_settings(task) for task in raw["tasks"])
     except InvalidInput as error:
         raise InvalidInput(f"{path}: {error}") from error
 
 
-def settings_of(config: Config) -> list[Config]:
-    """The settings of each task of a run as those of a run of its own; of a run of one, itself."""
+def task_configs(config: Config) -> list[Config]:
+    """Return one config per task, or the config itself for a run of a single task."""
     if not config.tasks:
         return [config]
-    found = []
+    configs = []
     for task in config.tasks:
-        own = {name: x for name in OWN if (x := getattr(task, name)) is not None}
-        found.append(replace(config, tasks=(), **own))
-    return found
+        overrides = {
+            name: value for name in TASK_FIELDS if (value := getattr(task, name)) is not None
+        }
+        configs.append(replace(config, tasks=(), **overrides))
+    return configs
 
 
-def turns(config: Config, step: int) -> list[tuple[int, int]]:
-    """The tasks of a step, each with the number of steps that it had before."""
-    count = len(config.tasks)
-    if count < 2:
+def tasks_of_step(config: Config, step: int) -> list[tuple[int, int]]:
+    """List the tasks that a step trains on.
+
+    Args:
+        config: Settings of the run.
+        step: Step of the run.
+
+    Returns:
+        Pairs of (index of the task, number of steps that the task had before).
+    """
+    num_tasks = len(config.tasks)
+    if num_tasks < 2:
         return [(0, step)]
     if config.task_order == "alternate":
-        return [(step % count, step // count)]
+        return [(step % num_tasks, step // num_tasks)]
     if config.task_order == "mixed":
-        return [(task, step) for task in range(count)]
+        return [(task, step) for task in range(num_tasks)]
     weights = tuple(task.weight for task in config.tasks)
-    task = drawn(config.seed, step, weights)
-    return [(task, sum(drawn(config.seed, s, weights) == task for s in range(step)))]
+    task = sample_task(config.seed, step, weights)
+    return [
+        (
+            task,
+            sum(
+                sample_task(config.seed, earlier_step, weights) == task
+                for earlier_step in range(step)
+            ),
+        )
+    ]
 
 
 @cache
-def drawn(seed: int, step: int, weights: tuple[float, ...]) -> int:
-    """The task of a step by weight; depends on (seed, step) alone."""
-    generator = random.Random(derive(seed, step, ORDER))
+def sample_task(seed: int, step: int, weights: tuple[float, ...]) -> int:
+    """Sample the task of a step by weight; depends on (seed, step) alone."""
+    generator = random.Random(derive_seed(seed, step, ORDER))
     return generator.choices(range(len(weights)), weights)[0]
 
 
-def shares(config: Config) -> list[int]:
-    """Prompts of each task in a mixed step: by weight, at least one.
+def prompts_per_task(config: Config) -> list[int]:
+    """Split the prompts of a mixed step among the tasks by weight, at least one each.
+
+    Args:
+        config: Settings of the run.
+
+    Returns:
+        Number of prompts of each task.
 
     Raises:
-      ValueError: fewer prompts a step than tasks, or a share that `updates` does not divide.
+        ValueError: There are fewer prompts per step than tasks, or a task's number of prompts is
+            not a multiple of updates_per_batch.
     """
     total, weights = config.prompts_per_step, [task.weight for task in config.tasks]
     if total < len(weights):
         raise InvalidInput(
-            f"prompts_per_step is {total}, and {len(weights)} tasks are mixed in every step; "
-            "give each at least one prompt"
+            f"prompts_per_step is {total}, but every step mixes {len(weights)} tasks; set "
+            "prompts_per_step to at least the number of tasks"
         )
-    exact = [total * weight / sum(weights) for weight in weights]
-    found = [max(1, int(x)) for x in exact]
-    while sum(found) < total:  # give to the one with least of its due
-        found[min(range(len(found)), key=lambda i: found[i] - exact[i])] += 1
-    while sum(found) > total:  # take from the one with most beyond its due, if it can spare one
-        able = [i for i, n in enumerate(found) if n > 1]
-        found[max(able, key=lambda i: found[i] - exact[i])] -= 1
-    if wrong := [n for n in found if n % config.updates_per_batch]:
+    quotas = [total * weight / sum(weights) for weight in weights]
+    counts = [max(1, int(quota)) for quota in quotas]
+    while sum(counts) < total:  # add to the task furthest below its quota
+        counts[min(range(len(counts)), key=lambda i: counts[i] - quotas[i])] += 1
+    while sum(counts) > total:  # remove from the task furthest above its quota
+        reducible = [i for i, n in enumerate(counts) if n > 1]
+        counts[max(reducible, key=lambda i: counts[i] - quotas[i])] -= 1
+    if indivisible := [n for n in counts if n % config.updates_per_batch]:
         raise InvalidInput(
-            f"updates_per_batch is {config.updates_per_batch} and the tasks have {found} prompts a step: {wrong[0]} "
-            "cannot be shared by the updates; change weights, prompts_per_step or updates"
+            f"updates_per_batch is {config.updates_per_batch}, but the tasks have {counts} prompts "
+            f"per step and {indivisible[0]} is not divisible by it; change the task weights, "
+            "prompts_per_step or updates_per_batch"
         )
-    return found
+    return counts

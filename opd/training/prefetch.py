@@ -1,9 +1,9 @@
-"""Rollouts ahead of the update: what later steps learn from is sampled while this one is made.
+"""Asynchronous rollouts: generate batches of future steps while the current step trains.
 
-With depth n, the rollouts of step s + n are sampled from the weights that step s begins with, so
-that they are n steps old when their turn comes: the first n steps' are younger, none is older.
-Depth 0 samples at a step's turn. What a step gets depends on (config, weights, step) and on
-nothing that is a matter of time, so a run with depth n is as reproducible as one without.
+With lag n, step s + n trains on rollouts from the policy at the start of step s. The policy lag
+never exceeds n; that of the first n steps is smaller. With lag 0 a step's rollouts are sampled at
+the start of the step. They depend on (config, weights, step) and not on timing, so a run with a lag
+is as reproducible as one without.
 """
 
 import json
@@ -20,25 +20,18 @@ from safetensors.torch import save_file
 from diagnostics.batch import Rollouts
 from diagnostics.core.totals import Accumulator, Mean
 from diagnostics.errors import InvalidInput, OperationFailed
-from diagnostics.records.batch_files import load
+from diagnostics.records.batch_files import load_batch
 from opd.data.prompts import Prompts
 from opd.runtime import distributed
-from opd.runtime.manifest import damage, write_manifest
-from opd.runtime.staged_folders import checkpoints, remove, whole_folder
+from opd.runtime.manifest import find_damage, write_manifest
+from opd.runtime.staged_folders import list_checkpoints, remove_folder, staged_folder
 
 TaskRollouts = tuple[Prompts, Rollouts, Mapping[str, Accumulator]]
-"""Of a task's step: prompts, graded responses to them, and what became of episodes."""
+"""A task's rollouts in one step: prompts, graded responses, and accumulators of episode metrics."""
 
 
 class RolloutPrefetcher:
-    """The rollouts of coming steps; a context that ends with nothing left under way.
-
-    Args:
-      draw: samples a step's rollouts with the engine's present weights; called in another thread
-        if depth is above 0, so it must read no weights that are being updated.
-      stop: makes a `draw` under way end soon, with an error; called where the block fails.
-      steps: of the whole run; none is sampled beyond. updates: of the student in a step.
-    """
+    """Prefetches rollouts of future steps; leaving its context ends all sampling."""
 
     def __init__(
         self,
@@ -49,96 +42,128 @@ class RolloutPrefetcher:
         steps: int,
         updates: int,
     ) -> None:
+        """Create a prefetcher that has sampled nothing yet.
+
+        Args:
+            draw: Samples a step's rollouts with the engine's current weights. Runs in another
+                thread if `depth` is positive, so it must not read weights that are being updated.
+            stop: Makes a running `draw` fail soon; called if the context ends with an error.
+            depth: Number of steps that sampling may run ahead of training.
+            steps: Number of steps of the run; none is sampled beyond.
+            updates: Number of student updates per step.
+        """
         self._draw, self._stop = draw, stop
         self._depth, self._steps, self._updates = depth, steps, updates
-        self._coming: dict[int, Future[list[TaskRollouts]]] = {}
+        self._pending: dict[int, Future[list[TaskRollouts]]] = {}
         self._thread = ThreadPoolExecutor(1)
 
-    def take(self, step: int) -> list[TaskRollouts]:
-        """The step's rollouts, with their age; sampled now if they were not before.
+    def get(self, step: int) -> list[TaskRollouts]:
+        """Return the rollouts of a step with their policy lag, sampling them now if not prefetched.
+
+        Args:
+            step: Step of the run.
+
+        Returns:
+            Rollouts of each task of the step.
 
         Raises:
-          RuntimeError: they are older than `depth` steps.
+            RuntimeError: The rollouts are more than `depth` steps old.
         """
-        coming = self._coming.pop(step, None)
-        drawn = self._draw(step) if coming is None else coming.result()
-        for _, rollouts, _ in drawn:
-            oldest, most = int(rollouts.age.max()), self._depth * self._updates
-            if oldest > most:
+        future = self._pending.pop(step, None)
+        task_rollouts = self._draw(step) if future is None else future.result()
+        for _, rollouts, _ in task_rollouts:
+            age, max_age = int(rollouts.age.max()), self._depth * self._updates
+            if age > max_age:
                 raise OperationFailed(
-                    f"rollouts of step {step} are {oldest} updates old, at most {most} are allowed"
+                    f"rollouts of step {step} are {age} updates old; at most {max_age} are allowed"
                 )
-        return drawn
+        return task_rollouts
 
-    def begin(self, step: int) -> None:
-        """Start sampling what the next `depth` steps lack, with the weights of this one."""
-        for later in range(step + 1, min(step + self._depth, self._steps - 1) + 1):
-            if later not in self._coming:
-                self._coming[later] = self._thread.submit(self._drawn, step, later)
+    def launch(self, step: int) -> None:
+        """Start sampling missing rollouts of the next `depth` steps with this step's weights."""
+        for future_step in range(step + 1, min(step + self._depth, self._steps - 1) + 1):
+            if future_step not in self._pending:
+                self._pending[future_step] = self._thread.submit(
+                    self._draw_with_age, step, future_step
+                )
 
-    def settle(self) -> None:
-        """Wait until nothing is being sampled: the engine's weights may change."""
-        for coming in self._coming.values():
-            coming.result()
+    def wait(self) -> None:
+        """Wait until no sampling is under way, so that the engine's weights may change."""
+        for future in self._pending.values():
+            future.result()
 
     def save(self, folder: Path, step: int) -> None:
-        """Keep in a run folder what was sampled from `step` on, beside the checkpoint to come.
+        """Write prefetched rollouts to the run folder, for the checkpoint of the same step.
 
-        Every process has to call, and keeps its own.
+        Every rank must call this method and writes its own rollouts. Those of deleted checkpoints
+        are removed.
+
+        Args:
+            folder: Run folder.
+            step: First step that is not yet trained.
         """
         if not self._depth:
             return
-        final = folder / "ahead" / f"step_{step:06d}"
-        with whole_folder(final) as folder_part:
-            part = folder_part / own_folder()
-            part.mkdir()
-            for later, coming in self._coming.items():
-                for place, (prompts, rollouts, played) in enumerate(coming.result()):
-                    name = f"{later}_{place}"
-                    rollouts.save(part / f"{name}.safetensors")
-                    write_rest(part / f"{name}.rest", prompts, played)
-            write_manifest(part)
+        target = folder / "ahead" / f"step_{step:06d}"
+        with staged_folder(target) as partial_folder:
+            process_folder = partial_folder / rank_folder()
+            process_folder.mkdir()
+            for future_step, future in self._pending.items():
+                for task_index, (prompts, rollouts, accumulators) in enumerate(future.result()):
+                    name = f"{future_step}_{task_index}"
+                    rollouts.save(process_folder / f"{name}.safetensors")
+                    write_prompts(process_folder / f"{name}.rest", prompts, accumulators)
+            write_manifest(process_folder)
         if distributed.rank() > 0:
             return
-        kept = {final.name, *(checkpoint.name for checkpoint in checkpoints(folder))}
-        for old in (folder / "ahead").glob("step_*"):
-            if old.name not in kept:
-                remove(old)
+        kept_names = {target.name, *(checkpoint.name for checkpoint in list_checkpoints(folder))}
+        for stale_folder in (folder / "ahead").glob("step_*"):
+            if stale_folder.name not in kept_names:
+                remove_folder(stale_folder)
 
     def load(self, folder: Path, step: int, device: torch.device) -> None:
-        """Take up what `save` kept; a run that ended at `step` kept nothing.
+        """Load the rollouts that `save` wrote; a run that finished at `step` has none.
+
+        Args:
+            folder: Run folder.
+            step: First step to take.
+            device: Device of the tensors.
 
         Raises:
-          ValueError: another number of processes kept it, or a file is damaged.
+            ValueError: They were written by another number of ranks, or a file is damaged.
         """
-        kept = folder / "ahead" / f"step_{step:06d}"
-        if kept.exists() and not (kept / own_folder()).exists():
-            count = next(kept.iterdir()).name.split("_")[-1]
+        saved_folder = folder / "ahead" / f"step_{step:06d}"
+        if saved_folder.exists() and not (saved_folder / rank_folder()).exists():
+            num_processes = next(saved_folder.iterdir()).name.split("_")[-1]
             raise InvalidInput(
-                f"{kept} holds rollouts ahead of {count} processes, and these are "
-                f"{distributed.size()}: start as many, or delete it, and they are sampled anew"
+                f"{saved_folder} holds prefetched rollouts of {num_processes} processes, but this "
+                f"run has {distributed.world_size()}: start as many, or delete the folder to "
+                "sample the rollouts again"
             )
-        if kept.exists() and (problem := damage(kept / own_folder())):
+        if saved_folder.exists() and (problem := find_damage(saved_folder / rank_folder())):
             raise InvalidInput(
-                f"{problem}; delete {kept}, and the rollouts are sampled anew, from the weights of "
-                f"the checkpoint at step {step}"
+                f"{problem}; delete {saved_folder} to sample the rollouts again, from the weights "
+                f"of the checkpoint at step {step}"
             )
-        found: dict[int, list[TaskRollouts]] = {}
-        files = (kept / own_folder()).glob("*.rest")
+        rollouts_by_step: dict[int, list[TaskRollouts]] = {}
+        files = (saved_folder / rank_folder()).glob("*.rest")
         for path in sorted(files, key=lambda file: tuple(map(int, file.stem.split("_")))):
-            prompts, played = read_rest(path)
-            rollouts = load(path.with_suffix(".safetensors")).to(device)
-            later = int(path.stem.split("_")[0])
-            found.setdefault(later, []).append((prompts.to(device), rollouts, played))
-        for later, drawn in found.items():
-            self._coming[later] = Future()
-            self._coming[later].set_result(drawn)
+            prompts, accumulators = read_prompts(path)
+            rollouts = load_batch(path.with_suffix(".safetensors")).to(device)
+            future_step = int(path.stem.split("_")[0])
+            rollouts_by_step.setdefault(future_step, []).append(
+                (prompts.to(device), rollouts, accumulators)
+            )
+        for future_step, task_rollouts in rollouts_by_step.items():
+            self._pending[future_step] = Future()
+            self._pending[future_step].set_result(task_rollouts)
 
-    def _drawn(self, now: int, step: int) -> list[TaskRollouts]:
-        age = (step - now) * self._updates
+    def _draw_with_age(self, current_step: int, step: int) -> list[TaskRollouts]:
+        """Sample a step's rollouts and set their age, in updates, at the time they are used."""
+        age = (step - current_step) * self._updates
         return [
-            (prompts, replace(rollouts, age=torch.full_like(rollouts.prompt, age)), played)
-            for prompts, rollouts, played in self._draw(step)
+            (prompts, replace(rollouts, age=torch.full_like(rollouts.prompt, age)), accumulators)
+            for prompts, rollouts, accumulators in self._draw(step)
         ]
 
     def __enter__(self) -> "RolloutPrefetcher":
@@ -146,36 +171,36 @@ class RolloutPrefetcher:
 
     def __exit__(
         self,
-        kind: type[BaseException] | None,
+        error_type: type[BaseException] | None,
         error: BaseException | None,
-        trace: TracebackType | None,
+        traceback: TracebackType | None,
     ) -> None:
         if error is not None:
             self._stop()
         self._thread.shutdown(cancel_futures=True)
 
 
-def own_folder() -> str:
-    """The name of this process's folder among those of as many processes."""
-    return f"{distributed.rank()}_of_{distributed.size()}"
+def rank_folder() -> str:
+    """Return the name of this rank's folder, such as "0_of_2"."""
+    return f"{distributed.rank()}_of_{distributed.world_size()}"
 
 
-def write_rest(path: Path, prompts: Prompts, played: Mapping[str, Accumulator]) -> None:
-    """What belongs to rollouts beside themselves, as one safetensors file."""
+def write_prompts(path: Path, prompts: Prompts, accumulators: Mapping[str, Accumulator]) -> None:
+    """Write the prompts and accumulators that belong to rollouts as one safetensors file."""
     tensors = {name: getattr(prompts, name) for name in ("tokens", "mask", "index")}
-    for name, total in played.items():
-        tensors |= {f"{name}.{i}": x for i, x in enumerate(total.tensors())}
-    header = {"answers": json.dumps(prompts.answers), "played": json.dumps(list(played))}
-    save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, path, header)
+    for name, accumulator in accumulators.items():
+        tensors |= {f"{name}.{i}": tensor for i, tensor in enumerate(accumulator.tensors())}
+    header = {"answers": json.dumps(prompts.answers), "played": json.dumps(list(accumulators))}
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path, header)
 
 
-def read_rest(path: Path) -> tuple[Prompts, dict[str, Accumulator]]:
-    """What `write_rest` wrote."""
+def read_prompts(path: Path) -> tuple[Prompts, dict[str, Accumulator]]:
+    """Read the prompts and accumulators that `write_prompts` wrote."""
     with safe_open(path, framework="pt") as file:
         header = file.metadata()
         tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-    played: dict[str, Accumulator] = {}
+    accumulators: dict[str, Accumulator] = {}
     for name in json.loads(header["played"]):
-        parts = sum(key.startswith(f"{name}.") for key in tensors)
-        played[name] = Mean(*(tensors.pop(f"{name}.{i}") for i in range(parts)))
-    return Prompts(**tensors, answers=json.loads(header["answers"])), played
+        num_tensors = sum(key.startswith(f"{name}.") for key in tensors)
+        accumulators[name] = Mean(*(tensors.pop(f"{name}.{i}") for i in range(num_tensors)))
+    return Prompts(**tensors, answers=json.loads(header["answers"])), accumulators

@@ -1,4 +1,4 @@
-"""Set a training run up: models, tasks, objectives, engines and optimizer."""
+"""Set up a training run: models, tasks, objectives, engines and optimizer."""
 
 import math
 from dataclasses import replace
@@ -17,112 +17,135 @@ from diagnostics.metrics.response import length, reward
 from diagnostics.metrics.signal import sign_shares, signal_concentration
 from diagnostics.monitor import Monitor
 from diagnostics.records import rows
-from opd.config.settings import Config, refuse
+from opd.config.settings import Config, raise_problems
 from opd.data.sources import Columns
-from opd.data.tasks import Task, load_task, refuse_long, skip_long_prompts
+from opd.data.tasks import Task, load_task, reject_long_prompts, skip_long_prompts
 from opd.envs.task import GameTask, is_games, load_games
 from opd.models.model import CausalLM
-from opd.objectives.factory import DENOMINATORS, Objective, make
+from opd.objectives.factory import DENOMINATORS, Objective, build_objective
 from opd.rollouts.base import Engine
 from opd.rollouts.factory import make_engine
 from opd.runtime import distributed
 from opd.teachers.pair import ModelPair
-from opd.tokens.masking import resolve
+from opd.tokens.masking import resolve_mask_rules
 from opd.training.checks.settings import objective_problems
-from opd.training.checks.update import frozen_teacher
-from opd.training.multitask import settings_of, shares, turns
+from opd.training.checks.update import sample_teacher_weights
+from opd.training.multitask import prompts_per_task, task_configs, tasks_of_step
 from opd.training.optimizer import Optimizer
 from opd.training.prefetch import RolloutPrefetcher
 from opd.training.state import TaskRun
-from opd.training.step import draw
+from opd.training.step import roll_out_tasks
 
 
-def make_runs(
+def make_task_runs(
     config: Config, folder: Path, pairs: list[ModelPair], engine: Engine, optimizer: Optimizer
 ) -> list[TaskRun]:
-    """What the steps of each task share; a run of one task has one."""
-    settings, objective = settings_of(config), make_objective(config)
+    """Build the state of each task; a run of a single task has one.
+
+    Args:
+        config: Settings of the run.
+        folder: Run folder.
+        pairs: Student and teacher of each task; the student is the same.
+        engine: Rollout engine.
+        optimizer: Optimizer of the student.
+
+    Returns:
+        One `TaskRun` per task, all with the same prefetcher.
+    """
+    settings, objective = task_configs(config), make_objective(config)
     mixed = bool(config.tasks) and config.task_order == "mixed"
     if mixed:
-        counts = shares(config)
+        counts = prompts_per_task(config)
         settings = [
-            replace(own, prompts_per_step=n) for own, n in zip(settings, counts, strict=True)
+            replace(task_config, prompts_per_step=count)
+            for task_config, count in zip(settings, counts, strict=True)
         ]
-    history, runs = rows.read(folder / "rows.jsonl"), list[TaskRun]()
-    ahead = RolloutPrefetcher(
-        lambda step: draw(in_turn(config, runs, step), step),
+    history, runs = rows.read_rows(folder / "rows.jsonl"), list[TaskRun]()
+    prefetcher = RolloutPrefetcher(
+        lambda step: roll_out_tasks(task_runs_of_step(config, runs, step), step),
         engine.close,
         depth=config.rollout_lag,
         steps=config.steps,
         updates=config.updates_per_batch,
     )
-    for i, (own, pair) in enumerate(zip(settings, pairs, strict=True)):
+    for i, (task_config, pair) in enumerate(zip(settings, pairs, strict=True)):
         name = config.tasks[i].name if config.tasks else ""
-        more = by_task(config) if mixed else by_turn(own)
+        extra_metrics = metrics_by_task(config) if mixed else metrics_by_turn(task_config)
         if config.engine == "servers":
-            more = {**more, "staleness": staleness}
+            extra_metrics = {**extra_metrics, "staleness": staleness}
         alarms = Alarms()
         for row in history:
             if mixed or row.get("task", "") == name:
-                alarms.update(row)  # one that was on stays on
+                alarms.update(row)  # an alarm that was active before the resume stays active
         run = TaskRun(
-            config=own,
+            config=task_config,
             folder=folder,
             pair=pair,
-            task=task_of(own, pair),
+            task=make_task(task_config, pair),
             engine=engine,
-            ahead=ahead,
+            prefetcher=prefetcher,
             objective=objective,
-            masks=resolve(own.mask, pair.tokenizer, pair.eos),
+            masks=resolve_mask_rules(task_config.mask, pair.tokenizer, pair.eos),
             optimizer=optimizer,
-            monitor=Monitor({**PANEL, **more}, alarms=alarms, combine=distributed.added),
+            monitor=Monitor(
+                {**PANEL, **extra_metrics},
+                alarms=alarms,
+                combine=distributed.all_reduce_accumulators,
+            ),
             name=name,
-            place=i,
+            task_index=i,
             weight=config.tasks[i].weight if mixed else 1.0,
-            frozen=frozen_teacher(own, pair),
+            teacher_sample=sample_teacher_weights(task_config, pair),
         )
         runs.append(run)
     return runs
 
 
-def in_turn(config: Config, runs: list[TaskRun], step: int) -> list[tuple[TaskRun, int]]:
-    """The tasks that share a step, each with the number of its steps so far."""
-    return [(runs[i], nth) for i, nth in turns(config, step)]
+def task_runs_of_step(config: Config, runs: list[TaskRun], step: int) -> list[tuple[TaskRun, int]]:
+    """List the tasks that a step trains on, each with the number of steps it had before."""
+    return [(runs[i], task_step) for i, task_step in tasks_of_step(config, step)]
 
 
-def by_task(config: Config) -> dict[str, Metric]:
-    """What a step that several tasks share shows of each of them."""
+def metrics_by_task(config: Config) -> dict[str, Metric]:
+    """Build the metrics that a mixed step reports for each of its tasks."""
     names = {float(i): task.name for i, task in enumerate(config.tasks)}
-    split = (sampled_divergence, sign_shares, signal_concentration, reward, length)
-    return {f"{metric.__name__} by task": by(metric, "task", names) for metric in split}
+    metrics = (sampled_divergence, sign_shares, signal_concentration, reward, length)
+    return {f"{metric.__name__} by task": by(metric, "task", names) for metric in metrics}
 
 
-def by_turn(config: Config) -> dict[str, Metric]:
-    """How far from the teacher the student is at turns 1, 2, 4, 8, ... of games, a row a turn."""
+def metrics_by_turn(config: Config) -> dict[str, Metric]:
+    """Build the sampled divergence at turns 1, 2, 4, 8, ... of games, for layout "turns"."""
     if not is_games(config.task) or config.layout != "turns":
         return {}
     names = {float(2**i - 1): str(2**i) for i in range(config.max_turns.bit_length())}
-    return {"cost by turn": by(cost, "turn", names)}
+    return {"cost by turn": by(sampled_cost, "turn", names)}
 
 
-def cost(batch: ScoredRollouts) -> dict[str, Accumulator]:
-    """`divergence/k1` alone, without its positions."""
-    return {"divergence/k1": Mean.of(batch.log_ratio, batch.mask, batch.prompt)}
+def sampled_cost(batch: ScoredRollouts) -> dict[str, Accumulator]:
+    """Compute `divergence/k1` alone, without its profile over positions."""
+    return {"divergence/k1": Mean.from_values(batch.log_ratio, batch.mask, batch.prompt)}
 
 
-def task_of(config: Config, pair: ModelPair) -> Task | GameTask:
-    """The configured task, problems or games."""
-    return games_of(config) if is_games(config.task) else load(config, pair)
+def make_task(config: Config, pair: ModelPair) -> Task | GameTask:
+    """Build the configured task, of problems or games."""
+    return load_game_task(config) if is_games(config.task) else load_problem_task(config, pair)
 
 
-def load(config: Config, pair: ModelPair) -> Task:
-    """The configured problems.
+def load_problem_task(config: Config, pair: ModelPair) -> Task:
+    """Load the configured problems.
+
+    Args:
+        config: Settings of the task.
+        pair: Student and teacher, for the tokenizer.
+
+    Returns:
+        The task.
 
     Raises:
-      ValueError: the task is games, or has no answers and the reward is to count.
+        ValueError: The task is a game, or it has no answers although reward_weight is set.
     """
     if is_games(config.task):
-        raise InvalidInput(f"{config.task} is games; problems with answers are needed here")
+        raise InvalidInput(f"task {config.task} is a game; a task of problems is required here")
     task = load_task(
         config.task,
         config.seed,
@@ -131,42 +154,50 @@ def load(config: Config, pair: ModelPair) -> Task:
         system=config.system,
         columns=Columns(prompt=config.prompt_column, answer=config.answer_column),
         test_columns=Columns(prompt=config.eval_prompt_column, answer=config.eval_answer_column),
-        fit=partial(
-            skip_long_prompts if config.skip_long_prompts else refuse_long,
+        handle_long_prompts=partial(
+            skip_long_prompts if config.skip_long_prompts else reject_long_prompts,
             pair.tokenizer,
             config.max_prompt,
         ),
     )
     if config.reward_weight and not all(problem.answer for problem in task.train(0, 1)):
         raise InvalidInput(
-            f"reward_weight is {config.reward_weight}, and {config.task} has no answers, so that nothing is "
-            "graded; name the column that holds them with answer_column, or set outcome 0"
+            f"reward_weight is {config.reward_weight}, but {config.task} has no answers to grade "
+            "responses with; set answer_column to the column with the answers, or reward_weight to "
+            "0"
         )
     return task
 
 
-def games_of(config: Config) -> GameTask:
-    """The configured games.
+def load_game_task(config: Config) -> GameTask:
+    """Load the configured games.
+
+    Args:
+        config: Settings of the task.
+
+    Returns:
+        The task.
 
     Raises:
-      ValueError: a setting that only problems with answers have; or a baseline over the other
-        responses to a prompt, which with a row a turn would be taken over an episode's own turns.
+        ValueError: A setting is given that applies to problems only, or one that compares the
+            responses to a prompt, which with layout "turns" would include turns of the same
+            episode.
     """
     for name in ("grader", "eval_task"):
         if getattr(config, name):
             raise InvalidInput(
-                f"{config.task} says itself who won and holds out games of its own; leave out "
+                f"{config.task} grades its own episodes and has its own held-out games; remove "
                 f"{name}={getattr(config, name)!r}"
             )
     if config.layout == "turns" and (config.reward_weight or config.baseline == "leave_one_out"):
-        what = (
+        setting = (
             f"reward_weight {config.reward_weight}"
             if config.reward_weight
             else "baseline leave_one_out"
         )
         raise InvalidInput(
-            f"{what} compares a response with the others to its prompt; with layout turns those "
-            "are turns of the same episode too: set layout to trajectory"
+            f"{setting} compares a response with the other responses to its prompt, which with "
+            "layout turns include turns of the same episode; set layout to trajectory"
         )
     return load_games(
         config.task,
@@ -179,15 +210,22 @@ def games_of(config: Config) -> GameTask:
 
 
 def make_objective(config: Config) -> Objective:
-    """The configured objective; refuses what `opd.objectives.factory.make` refuses, and more.
+    """Build the configured objective, and check that the settings go with it.
+
+    Args:
+        config: Settings of the run.
+
+    Returns:
+        The objective.
 
     Raises:
-      ValueError: an unknown denominator, or what `opd.training.checks.settings.objective_problems` finds.
+        ValueError: The denominator is unknown, `opd.objectives.factory.build_objective` refuses the
+            settings, or `opd.training.checks.settings.objective_problems` reports a problem.
     """
     if config.denominator not in DENOMINATORS:
-        known = ", ".join(DENOMINATORS)
-        raise InvalidInput(f"unknown denominator {config.denominator!r}; known: {known}")
-    objective = make(
+        known_names = ", ".join(DENOMINATORS)
+        raise InvalidInput(f"unknown denominator {config.denominator!r}; known: {known_names}")
+    objective = build_objective(
         config.objective,
         config.gamma,
         config.baseline,
@@ -200,26 +238,28 @@ def make_objective(config: Config) -> Objective:
         mask_scope=config.mask_scope,
         allow_collapse=config.allow_collapse,
     )
-    refuse(list(objective_problems(config, objective)))
+    raise_problems(list(objective_problems(config, objective)))
     return objective
 
 
-def sampler(config: Config, student: CausalLM) -> Engine:
-    """The configured engine with the student's weights."""
+def make_rollout_engine(config: Config, student: CausalLM) -> Engine:
+    """Build the configured rollout engine with the student's weights."""
     settings: dict[str, object] = {"generation_batch_size": config.generation_batch_size}
     if config.engine == "vllm":
-        settings = {"max_length": longest(config)}
+        settings = {"max_length": max_sequence_length(config)}
     if config.engine == "servers":
         settings = {
             "urls": config.rollout_servers,
             "folder": Path(config.weights_folder or Path(config.out) / "weights"),
-            "max_length": longest(config),
-            "patience": config.rollout_timeout,
-            "in_flight": config.rollout_concurrency,
+            "max_length": max_sequence_length(config),
+            "timeout": config.rollout_timeout,
+            "concurrency": config.rollout_concurrency,
         }
     return make_engine(config.engine, student, **settings)
 
 
-def longest(config: Config) -> int:
-    """Most ids of a prompt with its response."""
-    return max(own.max_prompt + own.max_response for own in settings_of(config))
+def max_sequence_length(config: Config) -> int:
+    """Return the largest number of tokens of a prompt with its response, over all tasks."""
+    return max(
+        task_config.max_prompt + task_config.max_response for task_config in task_configs(config)
+    )

@@ -1,4 +1,4 @@
-"""What the steps of a run share, and what one of them rolled out."""
+"""State of a training run per task, and the scored batch of a step."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,42 +23,44 @@ from opd.training.prefetch import RolloutPrefetcher
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TaskRun:
-    """What the steps of a run share; of a run of several tasks, what the steps of one task share.
+    """What the steps of one task share.
 
-    The tasks of a run have one student, optimizer, engine and what it samples ahead between them.
-    name, place, weight: of the task among several; its loss counts by weight where they share a
-    step. frozen: some weights of the teacher and their numbers as they were, if it must not move.
+    The tasks of a run have the same student, optimizer, engine and prefetcher.
     """
 
     config: Config
+    """Settings of the task."""
     folder: Path
+    """Run folder."""
     pair: ModelPair
     task: Task | GameTask
     engine: Engine
-    ahead: RolloutPrefetcher
+    prefetcher: RolloutPrefetcher
     objective: Objective
     masks: list[ResolvedMaskRules]
     optimizer: Optimizer
     monitor: Monitor
     name: str = ""
-    place: int = 0
+    """Name of the task; empty in a run of a single task."""
+    task_index: int = 0
+    """Index of the task in the run."""
     weight: float = 1.0
-    frozen: tuple[list[Tensor], Tensor] | None = None
+    """Weight of the task's loss in a mixed step."""
+    teacher_sample: tuple[list[Tensor], Tensor] | None = None
+    """Sampled weights of a frozen teacher with their initial values, to detect changes."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ScoredTaskBatch:
-    """One task's rollouts of a step, scored.
-
-    scored: with the mask of the loss; teacher_hidden (N, D'): the teacher's states at all N sampled
-    tokens, for objectives on the whole vocabulary; played: what became of episodes, nothing where
-    prompts are answered once; checks: what the rows say of the run's health (opd.training.checks.step,
-    opd.training.checks.rescoring).
-    """
+    """One task's rollouts of a step, scored by both models."""
 
     run: TaskRun
     prompts: Prompts
     scored: ScoredRollouts
+    """Scored rollouts with the loss mask."""
     teacher_hidden: Tensor | None
-    played: Mapping[str, Accumulator]
+    """(N, D') teacher hidden states at all N sampled tokens, for full-vocabulary objectives."""
+    accumulators: Mapping[str, Accumulator]
+    """Metrics of episodes, or the share of answers that the grader could parse."""
     checks: Mapping[str, Tensor] = field(default_factory=dict)
+    """Health checks of the batch (`opd.training.checks.step`, `opd.training.checks.rescoring`)."""

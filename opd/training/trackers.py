@@ -1,9 +1,9 @@
-"""Loggers: the rows of a run, sent on to TensorBoard, Weights & Biases or Trackio.
+"""Experiment trackers: send the rows of a run to TensorBoard, Weights & Biases or Trackio.
 
-`rows.jsonl` and `evals.jsonl` stay the record; a logger is a copy that may fail without harm. A
-resumed run goes on in the same place of each, under an identity kept in the run folder. What lies
-on this machine (TensorBoard, Trackio) is written anew from the record then, so it has no step of
-before a kill twice, and a logger that is named late gets the steps that it missed.
+`rows.jsonl` and `evals.jsonl` are the primary record; a tracker is a copy that may fail without
+harm to the run. A resumed run continues the same tracker run, under an id stored in the run folder.
+Local trackers (TensorBoard, Trackio) are rewritten from the record on resume, so that no step from
+before a kill appears twice and a tracker that is added later gets earlier steps too.
 """
 
 import os
@@ -20,56 +20,61 @@ from diagnostics.records import rows
 from diagnostics.records.rows import Row
 
 Log = Callable[[int, Row], None]
-Opened = tuple[Log, Callable[[], None]]
+TrackerHandles = tuple[Log, Callable[[], None]]
+"""A function (step, row) that logs a row, and one that closes the tracker."""
 
 
 @contextmanager
 def open_loggers(names: tuple[str, ...], folder: Path, config: dict[str, Any]) -> Iterator[Log]:
-    """A function (step, row) that sends a row's numbers to every named logger.
+    """Open the named trackers and yield a function (step, row) that logs a row to all of them.
 
-    Open it after the record in `folder` has been rewound to where the run goes on. Evaluations
-    go under `eval/`: see `evaluation`. An error of a logger while the run goes on is a warning,
-    once, and that logger gets no more rows; the others and the run go on.
+    Open it after the record in `folder` has been rewound to the step where the run continues.
+    Evaluations are logged under `eval/` (see `with_eval_prefix`). If a tracker fails during the
+    run, a warning is issued once and it gets no more rows; the other trackers and the run continue.
 
     Args:
-      names: of LOGGERS.
-      folder: the run folder; its name is the run's name.
-      config: the settings, shown beside the run.
+        names: Names of trackers, from LOGGERS.
+        folder: Run folder; its name is the name of the tracker run.
+        config: Settings, stored with the tracker run.
+
+    Yields:
+        The logging function.
 
     Raises:
-      ValueError: unknown name. ImportError: the logger is not installed; names the extra.
-      Whatever a logger raises at its start, such as missing credentials.
+        ValueError: A name is unknown.
+        ImportError: A tracker is not installed; the message names the extra.
+        Exception: Whatever a tracker raises when it starts, such as missing credentials.
     """
     if unknown := [name for name in names if name not in LOGGERS]:
         raise InvalidInput(f"unknown loggers {unknown}; known: {', '.join(LOGGERS)}")
-    sinks: dict[str, Log] = {}
+    log_functions: dict[str, Log] = {}
 
-    def guarded(name: str, act: Callable[[], None]) -> None:
+    def run_guarded(name: str, action: Callable[[], None]) -> None:
         try:
-            act()
+            action()
         except Exception as error:
-            if sinks.pop(name, None) is not None:
+            if log_functions.pop(name, None) is not None:
                 warnings.warn(
-                    f"the logger {name} failed and gets no more rows; rows.jsonl has them all "
+                    f"logger {name} failed and gets no more rows; rows.jsonl has all of them "
                     f"({type(error).__name__}: {error})",
                     RuntimeWarning,
                     stacklevel=3,
                 )
 
     def log(step: int, row: Row) -> None:
-        values = numbers(row)
-        for name, sink in list(sinks.items()):
-            guarded(name, lambda sink=sink: sink(step, values))  # type: ignore[misc]
+        values = numeric_values(row)
+        for name, log_function in list(log_functions.items()):
+            run_guarded(name, lambda log_function=log_function: log_function(step, values))  # type: ignore[misc]
 
     with ExitStack() as stack:
         for name in dict.fromkeys(names):
-            sinks[name], close = LOGGERS[name](folder, config)
-            stack.callback(guarded, name, close)
+            log_functions[name], close = LOGGERS[name](folder, config)
+            stack.callback(run_guarded, name, close)
         yield log
 
 
-def numbers(row: Row) -> dict[str, float]:
-    """The numbers of a row, without `step`; None, text and lists are left out."""
+def numeric_values(row: Row) -> dict[str, float]:
+    """Return the numbers of a row, without `step`, text, lists and None."""
     return {
         name: float(value)
         for name, value in row.items()
@@ -77,28 +82,31 @@ def numbers(row: Row) -> dict[str, float]:
     }
 
 
-def evaluation(row: Row) -> Row:
-    """A row of evals.jsonl with its numbers under `eval/`, as they are logged."""
+def with_eval_prefix(row: Row) -> Row:
+    """Prefix the columns of a row of evals.jsonl with `eval/`, as they are logged."""
     return {name if name == "step" else f"eval/{name}": value for name, value in row.items()}
 
 
-def recorded(folder: Path) -> Iterator[tuple[int, Row]]:
-    """(step, numbers) of every row and evaluation in the record, in the order of steps."""
-    found = [(row["step"], numbers(row)) for row in rows.read(folder / "rows.jsonl", {"step": int})]
-    evals = rows.read(folder / "evals.jsonl", {"step": int})
-    found += [(row["step"], numbers(evaluation(row))) for row in evals]
-    yield from sorted(found, key=lambda pair: pair[0])
+def recorded_rows(folder: Path) -> Iterator[tuple[int, Row]]:
+    """Yield (step, numbers) of all recorded rows and evaluations, sorted by step."""
+    step_rows = [
+        (row["step"], numeric_values(row))
+        for row in rows.read_rows(folder / "rows.jsonl", {"step": int})
+    ]
+    evaluation_rows = rows.read_rows(folder / "evals.jsonl", {"step": int})
+    step_rows += [(row["step"], numeric_values(with_eval_prefix(row))) for row in evaluation_rows]
+    yield from sorted(step_rows, key=lambda pair: pair[0])
 
 
-def tensorboard(folder: Path, config: dict[str, Any]) -> Opened:
-    """Event files in `folder`/tensorboard, written anew from the record, so no step is twice."""
+def open_tensorboard(folder: Path, config: dict[str, Any]) -> TrackerHandles:
+    """Open event files in `folder`/tensorboard, rewritten from the record (no step twice)."""
     library = load_package(
         "torch.utils.tensorboard", "the logger tensorboard", "tensorboard", "tensorboard"
     )
-    where = folder / "tensorboard"
-    for old in where.glob("events.out.tfevents.*"):
-        old.unlink()
-    writer = library.SummaryWriter(str(where))
+    log_folder = folder / "tensorboard"
+    for old_file in log_folder.glob("events.out.tfevents.*"):
+        old_file.unlink()
+    writer = library.SummaryWriter(str(log_folder))
     writer.add_text("config", "\n".join(f"    {name}: {value}" for name, value in config.items()))
 
     def log(step: int, row: Row) -> None:
@@ -106,66 +114,80 @@ def tensorboard(folder: Path, config: dict[str, Any]) -> Opened:
             writer.add_scalar(name, value, step)
         writer.flush()
 
-    for step, row in recorded(folder):
+    for step, row in recorded_rows(folder):
         log(step, row)
     return log, writer.close
 
 
-def wandb(folder: Path, config: dict[str, Any]) -> Opened:
-    """A run of the project `opdlab`, or of WANDB_PROJECT; its files are in `folder`/wandb.
+def open_wandb(folder: Path, config: dict[str, Any]) -> TrackerHandles:
+    """Open a wandb run in the project `opdlab` (or WANDB_PROJECT), with files in `folder`/wandb.
 
-    A step that is there already, sent before the run was killed, is not sent again. WANDB_MODE and
-    the other variables of wandb have their way.
+    Steps that were sent before the run was killed are not sent again. WANDB_MODE and the other
+    environment variables of wandb apply.
+
+    Args:
+        folder: Run folder.
+        config: Settings, stored with the wandb run.
+
+    Returns:
+        The functions that log and close.
     """
     library = load_package("wandb", "the logger wandb", "wandb")
     run = library.init(
         project=os.environ.get("WANDB_PROJECT", "opdlab"),
-        id=identity(folder / "wandb_id.txt"),
+        id=read_run_id(folder / "wandb_id.txt"),
         name=folder.name,
         resume="allow",
         dir=str(folder),
         config=config,
     )
-    there = run.step  # 0 for a new run, and for every offline one
+    next_step = run.step  # 0 for a new run, and for every offline run
 
     def log(step: int, row: Row) -> None:
-        if step >= there:
+        if step >= next_step:
             run.log(row, step=step)
 
     return log, run.finish
 
 
-def trackio(folder: Path, config: dict[str, Any]) -> Opened:
-    """A run of the local Trackio project `opdlab`, or TRACKIO_PROJECT, made anew from the record.
+def open_trackio(folder: Path, config: dict[str, Any]) -> TrackerHandles:
+    """Open a run in the local Trackio project `opdlab` (or TRACKIO_PROJECT), rewritten from rows.
 
-    Where TRACKIO_SPACE_ID sends it to a Space instead, a resumed run's record is there twice.
+    With TRACKIO_SPACE_ID, which sends rows to a Space, the record of a resumed run is there twice.
+
+    Args:
+        folder: Run folder.
+        config: Settings, stored with the Trackio run.
+
+    Returns:
+        The functions that log and close.
     """
     library = load_package("trackio", "the logger trackio", "trackio")
-    name = f"{folder.name}-{identity(folder / 'trackio_id.txt')[:8]}"
+    name = f"{folder.name}-{read_run_id(folder / 'trackio_id.txt')[:8]}"
     project = os.environ.get("TRACKIO_PROJECT", "opdlab")
-    with suppress(ValueError):  # no such project yet
-        for old in library.Api().runs(project):
-            if old.name == name:
-                old.delete()
+    with suppress(ValueError):  # the project does not exist yet
+        for previous_run in library.Api().runs(project):
+            if previous_run.name == name:
+                previous_run.delete()
     run = library.init(project=project, name=name, config=config, resume="allow", embed=False)
 
     def log(step: int, row: Row) -> None:
         run.log(row, step=step)
 
-    for step, row in recorded(folder):
+    for step, row in recorded_rows(folder):
         log(step, row)
     return log, run.finish
 
 
-def identity(path: Path) -> str:
-    """The identity kept in a file, made when first asked for."""
+def read_run_id(path: Path) -> str:
+    """Read the run id from a file, creating it if necessary."""
     if not path.exists():
         path.write_text(uuid.uuid4().hex)
     return path.read_text()
 
 
-LOGGERS: Mapping[str, Callable[[Path, dict[str, Any]], Opened]] = {
-    "tensorboard": tensorboard,
-    "wandb": wandb,
-    "trackio": trackio,
+LOGGERS: Mapping[str, Callable[[Path, dict[str, Any]], TrackerHandles]] = {
+    "tensorboard": open_tensorboard,
+    "wandb": open_wandb,
+    "trackio": open_trackio,
 }

@@ -1,6 +1,6 @@
-"""The optimizer steps on what was rolled out: shares, credit and weights, backward passes.
+"""Optimizer steps on the scored rollouts: update slices, credit, loss weights, backward passes.
 
-Shapes: B responses of this process, T response positions.
+Shapes: B responses of this rank, T response positions.
 """
 
 from collections.abc import Sequence
@@ -11,258 +11,366 @@ from torch import Tensor
 
 from diagnostics.batch import ScoredRollouts
 from diagnostics.errors import InvalidInput
-from diagnostics.gradients.distributed import among
+from diagnostics.gradients.distributed import gather_batch
 from opd.data.prompts import Prompts
-from opd.models.contexts import awake, recomputing
-from opd.models.forward import micro_batches, response_hidden
-from opd.models.fsdp import whole
+from opd.models.contexts import activation_checkpointing, on_device
+from opd.models.forward import micro_batches, response_hidden_states
+from opd.models.fsdp import unsharded
 from opd.objectives.factory import DENOMINATORS
-from opd.objectives.token_selection import most_uncertain
+from opd.objectives.token_selection import highest_entropy_tokens
 from opd.runtime import distributed
 from opd.scoring.loss import loss_from_hidden
-from opd.teachers.factory import follow
-from opd.training.checks.expected_loss import credit_of, expected_loss, loss_numbers, ratio_of
-from opd.training.checks.update import after_step, before_step, kept_gradients, leftover, lost_share
+from opd.teachers.factory import update_ema_teacher
+from opd.training.checks.expected_loss import credit_of, expected_loss, loss_check_columns, ratio_of
+from opd.training.checks.update import (
+    columns_after_step,
+    has_leftover_gradient,
+    lost_gradient_share,
+    sample_before_step,
+    sampled_gradients,
+)
 from opd.training.gradient_probe import TrainedLoss
 from opd.training.optimizer import learning_rate
 from opd.training.state import ScoredTaskBatch, TaskRun
 
 
-def update(parts: Sequence[ScoredTaskBatch], step: int) -> dict[str, Tensor | float]:
-    """`updates` optimizer steps, each on its share of every part; returns numbers for the row.
+def run_updates(task_batches: Sequence[ScoredTaskBatch], step: int) -> dict[str, Tensor | float]:
+    """Take `updates_per_batch` optimizer steps, each on its slice of every task batch.
 
-    The loss is the mean of the parts' losses by weight, each over its own denominator, which counts
-    the tokens of its own optimizer step. Credit, ratio and selection are made once, on all
-    rollouts. loss and grad_norm are means over the updates; skipped counts those whose gradient was
-    not finite.
+    The loss is the weighted mean of the task losses, each with its own denominator, which counts
+    the tokens of that optimizer step. Credit, ratio and token selection are computed once, on all
+    rollouts.
+
+    Args:
+        task_batches: Scored batches of the step.
+        step: Step of the run.
+
+    Returns:
+        Columns of the row. loss and grad_norm are means over the updates; skipped counts updates
+        whose gradient was not finite.
     """
-    run = parts[0].run
+    run = task_batches[0].run
     config, optimizer = run.config, run.optimizer
     rate = learning_rate(config.lr, step, config.steps, config.warmup, config.schedule)
-    weights = [part.run.weight / sum(part.run.weight for part in parts) for part in parts]
-    ready = [shared_out(part) for part in parts]
+    weights = [
+        task_batch.run.weight / sum(task_batch.run.weight for task_batch in task_batches)
+        for task_batch in task_batches
+    ]
+    slices_by_task = [make_update_slices(task_batch) for task_batch in task_batches]
     losses, norms, skipped = [], [], 0
     checks: dict[str, Tensor | float] = {}
-    for u in range(config.updates_per_batch):
+    for update_index in range(config.updates_per_batch):
         optimizer.zero_grad()
-        left = leftover(optimizer)
+        leftover_gradient = has_leftover_gradient(optimizer)
         loss, gradients = torch.zeros((), device=run.pair.student.device), None
-        for part, weight, work in zip(parts, weights, ready, strict=True):
-            some, first = backward(part, work[u], weight)
-            loss, gradients = loss + some, gradients or first
-        lost = lost_share(gradients or [])
-        optimizer.gather()
-        before = before_step(optimizer) if u == 0 else None
-        norm, taken = optimizer.step(rate, config.max_grad_norm)
-        if before is not None:
-            checks |= after_step(optimizer, before, taken)
-            checks |= {"update/leftover_gradient": left, "update/lost_gradient": lost}
-            checks |= loss_columns(parts, weights, ready, distributed.summed(loss.clone()))
-        if taken and config.teacher == "ema":
-            with whole(run.pair.student):
-                follow(run.pair.teacher, run.pair.student, config.ema_decay)
-        losses.append(distributed.summed(loss))
+        for task_batch, weight, task_slices in zip(
+            task_batches, weights, slices_by_task, strict=True
+        ):
+            task_loss, first_gradients = accumulate_gradients(
+                task_batch, task_slices[update_index], weight
+            )
+            loss, gradients = loss + task_loss, gradients or first_gradients
+        lost_gradient = lost_gradient_share(gradients or [])
+        optimizer.all_reduce_gradients()
+        weights_before = sample_before_step(optimizer) if update_index == 0 else None
+        norm, applied = optimizer.step(rate, config.max_grad_norm)
+        if weights_before is not None:
+            checks |= columns_after_step(optimizer, weights_before, applied)
+            checks |= {
+                "update/leftover_gradient": leftover_gradient,
+                "update/lost_gradient": lost_gradient,
+            }
+            checks |= expected_loss_columns(
+                task_batches, weights, slices_by_task, distributed.all_reduce_sum(loss.clone())
+            )
+        if applied and config.teacher == "ema":
+            with unsharded(run.pair.student):
+                update_ema_teacher(run.pair.teacher, run.pair.student, config.ema_decay)
+        losses.append(distributed.all_reduce_sum(loss))
         norms.append(norm)
-        skipped += not taken
+        skipped += not applied
     means = {"loss": torch.stack(losses).mean(), "grad_norm": torch.stack(norms).mean()}
     return {**means, **checks, "lr": rate, "skipped": float(skipped)}
 
 
 @dataclass(frozen=True, eq=False)
 class UpdateSlice:
-    """What an update does with a part: rows, and for all rows of the part what the loss needs.
-
-    kept: the tokens that the loss is taken over; credit, ratio (B, T): of every token; denominator
-    (B,): of every response, right on `rows` alone. counted: the rows of the update of all
-    processes; places: of `rows` among them; expected_credit, expected_ratio (B, T): by the
-    settings, not by the run's objective.
-    """
+    """One optimizer step's slice of a task batch, with the loss inputs of the whole batch."""
 
     rows: list[int]
-    kept: ScoredRollouts
+    """Rows of this rank that belong to the optimizer step."""
+    batch: ScoredRollouts
+    """The whole task batch, with the final loss mask."""
     credit: Tensor
+    """(B, T) credit per token."""
     ratio: Tensor
+    """(B, T) importance ratio per token."""
     denominator: Tensor
-    counted: ScoredRollouts
-    places: list[int]
+    """(B,) loss denominator per response, valid only for `rows`."""
+    all_ranks_batch: ScoredRollouts
+    """Rows of the optimizer step on all ranks, without support."""
+    positions: list[int]
+    """Positions of `rows` in `all_ranks_batch`."""
     expected_credit: Tensor
+    """(B, T) credit computed from the settings instead of the run's objective."""
     expected_ratio: Tensor
+    """(B, T) importance ratio computed from the settings instead of the run's objective."""
 
     @property
     def weight(self) -> Tensor:
-        """(B, T) of a token's loss."""
+        """(B, T) loss weight per token: importance ratio / loss denominator."""
         return self.ratio / self.denominator[:, None]
 
 
-def loss_columns(
-    parts: Sequence[ScoredTaskBatch],
+def expected_loss_columns(
+    task_batches: Sequence[ScoredTaskBatch],
     weights: Sequence[float],
-    ready: Sequence[list[UpdateSlice]],
+    slices_by_task: Sequence[list[UpdateSlice]],
     loss: Tensor,
 ) -> dict[str, Tensor]:
-    """The first update's loss against what the scored batches say it is (opd.training.checks.expected_loss).
+    """Compare the first update's loss with `opd.training.checks.expected_loss`.
 
-    weights: of the parts; loss: of all processes.
+    Args:
+        task_batches: Scored batches of the step.
+        weights: Weight of each task's loss.
+        slices_by_task: Update slices of each task.
+        loss: 0-d loss, summed over ranks.
+
+    Returns:
+        Columns of the row; empty if the expected loss of the objective is unknown.
     """
     vectors = []
-    for part, weight, work in zip(parts, weights, ready, strict=True):
-        first = work[0]
-        groups = [rows for rows, counts in in_step(part.run, part.prompts, first) if counts]
+    for task_batch, weight, task_slices in zip(task_batches, weights, slices_by_task, strict=True):
+        first_slice = task_slices[0]
+        groups = [
+            rows
+            for rows, is_counted in synchronized_micro_batches(
+                task_batch.run, task_batch.prompts, first_slice
+            )
+            if is_counted
+        ]
         vector = expected_loss(
-            part.run.config,
-            first.kept,
-            first.expected_credit,
-            first.expected_ratio,
-            rows=first.rows,
+            task_batch.run.config,
+            first_slice.batch,
+            first_slice.expected_credit,
+            first_slice.expected_ratio,
+            rows=first_slice.rows,
             micro_batches=groups,
-            counted=first.counted,
-            places=first.places,
+            all_ranks_batch=first_slice.all_ranks_batch,
+            positions=first_slice.positions,
         )
         if vector is None:
             return {}
         scale = torch.full_like(vector, weight)
-        scale[-2] = weight**2  # a variance
+        scale[-2] = weight**2  # the variance scales with the square of the weight
         vectors.append(vector * scale)
-    return loss_numbers(loss, distributed.summed(torch.stack(vectors).sum(0)))
+    return loss_check_columns(loss, distributed.all_reduce_sum(torch.stack(vectors).sum(0)))
 
 
-def shared_out(part: ScoredTaskBatch) -> list[UpdateSlice]:
-    """The work of each update, from what all processes' tokens say of credit and denominators."""
-    config, objective = part.run.config, part.run.objective
-    alone = distributed.size() == 1
-    batch, mine = (part.scored, slice(None)) if alone else among(part.scored)
-    here = (mine, slice(part.scored.mask.shape[1]))
-    credit, ratio = objective.credit(batch)[here], objective.ratio(batch)[here]
-    expected_credit, expected_ratio = credit_of(config, batch)[here], ratio_of(config, batch)[here]
-    kept = part.scored
+def make_update_slices(task_batch: ScoredTaskBatch) -> list[UpdateSlice]:
+    """Split a task batch into updates, with credit and denominators from the tokens of all ranks.
+
+    Args:
+        task_batch: Scored batch.
+
+    Returns:
+        One slice per update.
+
+    Raises:
+        InvalidInput: An update has no supervised token.
+    """
+    config, objective = task_batch.run.config, task_batch.run.objective
+    is_single_process = distributed.world_size() == 1
+    batch, local_rows = (
+        (task_batch.scored, slice(None)) if is_single_process else gather_batch(task_batch.scored)
+    )
+    local_index = (local_rows, slice(task_batch.scored.mask.shape[1]))
+    credit, ratio = objective.credit(batch)[local_index], objective.ratio(batch)[local_index]
+    expected_credit, expected_ratio = (
+        credit_of(config, batch)[local_index],
+        ratio_of(config, batch)[local_index],
+    )
+    loss_batch = task_batch.scored
     if config.entropy_top_fraction < 1:
-        chosen = most_uncertain(batch, config.entropy_top_fraction)
-        kept, batch = kept.supervise(chosen[here]), batch.supervise(chosen)
-    counted = replace(batch, support=None, prefix=None)
-    found, place = [], torch.arange(len(batch))[mine].tolist()
-    for number, rows in enumerate(shares(batch.prompt.tolist(), config.updates_per_batch), 1):
+        selected_tokens = highest_entropy_tokens(batch, config.entropy_top_fraction)
+        loss_batch, batch = (
+            loss_batch.restrict_mask(selected_tokens[local_index]),
+            batch.restrict_mask(selected_tokens),
+        )
+    batch_without_support = replace(batch, support=None, prefix=None)
+    slices, local_positions = [], torch.arange(len(batch))[local_rows].tolist()
+    for update_number, rows in enumerate(
+        split_rows(batch.prompt.tolist(), config.updates_per_batch), 1
+    ):
         if bool(batch.mask.any()) and not bool(batch.mask[rows].any()):
             raise InvalidInput(
-                f"update {number} of {config.updates_per_batch} has no supervised token, of "
-                f"{int(batch.mask.sum())} in the step; lower updates, raise entropy_top_fraction "
-                f"({config.entropy_top_fraction:g}), or look at the mask rule"
+                f"update {update_number} of {config.updates_per_batch} has no supervised token "
+                f"(the step has {int(batch.mask.sum())}); lower updates_per_batch, raise "
+                f"entropy_top_fraction ({config.entropy_top_fraction:g}), or check the mask rules"
             )
-        below = batch.student_logp.new_ones(len(batch))
-        some = counted.rows(rows)
-        below[rows] = DENOMINATORS[config.denominator](some)
-        position = {row: i for i, row in enumerate(rows)}
-        own = [i for i, row in enumerate(place) if row in position]
-        found.append(
+        row_denominator = batch.student_logp.new_ones(len(batch))
+        slice_batch = batch_without_support.rows(rows)
+        row_denominator[rows] = DENOMINATORS[config.denominator](slice_batch)
+        position_in_slice = {row: i for i, row in enumerate(rows)}
+        slice_rows = [i for i, row in enumerate(local_positions) if row in position_in_slice]
+        slices.append(
             UpdateSlice(
-                rows=own,
-                kept=kept,
+                rows=slice_rows,
+                batch=loss_batch,
                 credit=credit,
                 ratio=ratio,
-                denominator=below[mine],
-                counted=some,
-                places=[position[place[i]] for i in own],
+                denominator=row_denominator[local_rows],
+                all_ranks_batch=slice_batch,
+                positions=[position_in_slice[local_positions[i]] for i in slice_rows],
                 expected_credit=expected_credit,
                 expected_ratio=expected_ratio,
             )
         )
-    return found
+    return slices
 
 
-def probed_loss(part: ScoredTaskBatch) -> TrainedLoss:
-    """The loss of the step's updates, response by response, for the gradient probe.
+def make_trained_loss(task_batch: ScoredTaskBatch) -> TrainedLoss:
+    """Build the loss of the step's updates, response by response, for the gradient probe.
 
-    Each update's weights, before ratios, are scaled to a mean of 1 over its tokens, so that a
-    response is the sum over its tokens where all count alike. The scale changes neither a
-    signal-to-noise ratio nor a noise scale.
+    The weights of each update, before ratios, are scaled to a mean of 1 over its tokens: with equal
+    weights, a response's loss is the sum over its tokens. The scale changes neither the
+    signal-to-noise ratio nor the noise scale.
+
+    Args:
+        task_batch: Scored batch.
+
+    Returns:
+        The loss.
     """
-    ready = shared_out(part)
-    batch = ready[0].kept
-    weight = torch.zeros_like(ready[0].ratio)
-    for work in ready:
-        tokens = batch.mask[work.rows].sum(1).to(weight.dtype)
-        shares_of_loss = tokens / work.denominator[work.rows]
-        total, loss_total = (distributed.summed(x.sum()) for x in (tokens, shares_of_loss))
-        weight[work.rows] = work.weight[work.rows] * total / loss_total
-    hidden = part.teacher_hidden
-    if hidden is not None:
-        hidden = hidden[batch.mask[part.scored.sampled]]
+    slices = make_update_slices(task_batch)
+    batch = slices[0].batch
+    weight = torch.zeros_like(slices[0].ratio)
+    for update_slice in slices:
+        tokens = batch.mask[update_slice.rows].sum(1).to(weight.dtype)
+        shares_of_loss = tokens / update_slice.denominator[update_slice.rows]
+        total, loss_total = (distributed.all_reduce_sum(x.sum()) for x in (tokens, shares_of_loss))
+        weight[update_slice.rows] = update_slice.weight[update_slice.rows] * total / loss_total
+    teacher_hidden = task_batch.teacher_hidden
+    if teacher_hidden is not None:
+        teacher_hidden = teacher_hidden[batch.mask[task_batch.scored.sampled]]
     return TrainedLoss(
-        objective=part.run.objective,
-        prompts=part.prompts,
+        objective=task_batch.run.objective,
+        prompts=task_batch.prompts,
         batch=batch,
-        credit=ready[0].credit,
+        credit=slices[0].credit,
         weight=weight,
-        teacher_hidden=hidden,
+        teacher_hidden=teacher_hidden,
     )
 
 
-def backward(
-    part: ScoredTaskBatch, work: UpdateSlice, share: float
+def accumulate_gradients(
+    task_batch: ScoredTaskBatch, update_slice: UpdateSlice, task_weight: float
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]] | None]:
-    """Add the gradient of `share` times the loss of these rows.
+    """Add the gradient of `task_weight` times the loss of an update slice.
 
-    Returns that loss, detached, and some gradients as they were after the first micro-batch.
+    Args:
+        task_batch: Scored batch.
+        update_slice: Its slice of the update.
+        task_weight: Weight of the task's loss.
+
+    Returns:
+        The weighted loss, detached, and sampled gradients after the first micro-batch.
     """
-    run, config, slot = part.run, part.run.config, slots(part.scored.sampled)
-    loss, first = torch.zeros((), device=part.scored.tokens.device), None
-    asleep = config.offload_teacher and run.objective.support == "full"
-    with awake(run.pair.teacher, run.pair.student.device, asleep):
-        for some, counts in in_step(run, part.prompts, work):
-            batch = work.kept.rows(some).trimmed()
+    run, config, token_rows = (
+        task_batch.run,
+        task_batch.run.config,
+        token_slots(task_batch.scored.sampled),
+    )
+    loss, first_gradients = torch.zeros((), device=task_batch.scored.tokens.device), None
+    is_offloaded = config.offload_teacher and run.objective.support == "full"
+    with on_device(run.pair.teacher, run.pair.student.device, is_offloaded):
+        for rows, row_weight in synchronized_micro_batches(run, task_batch.prompts, update_slice):
+            batch = update_slice.batch.rows(rows).trim()
             width = batch.mask.shape[1]
-            hidden = part.teacher_hidden
-            if hidden is not None:
-                hidden = hidden[slot[some][:, :width][batch.mask]]
-            with recomputing(run.pair.student.network, config.gradient_checkpointing):
-                partial = loss_from_hidden(
+            teacher_hidden = task_batch.teacher_hidden
+            if teacher_hidden is not None:
+                teacher_hidden = teacher_hidden[token_rows[rows][:, :width][batch.mask]]
+            with activation_checkpointing(run.pair.student.network, config.gradient_checkpointing):
+                micro_loss = loss_from_hidden(
                     run.pair,
                     run.objective,
-                    response_hidden(run.pair.student, part.prompts.rows(some), batch),
-                    hidden,
+                    response_hidden_states(run.pair.student, task_batch.prompts.rows(rows), batch),
+                    teacher_hidden,
                     batch,
-                    work.credit[some][:, :width],
-                    share * counts * work.weight[some][:, :width][batch.mask],
+                    update_slice.credit[rows][:, :width],
+                    task_weight * row_weight * update_slice.weight[rows][:, :width][batch.mask],
                     max_logits_per_chunk=config.max_logits_per_chunk,
                 )
-                partial.backward()
-            loss = loss + partial.detach()
-            first = first or kept_gradients(run.optimizer)
-    return loss, first
+                micro_loss.backward()
+            loss = loss + micro_loss.detach()
+            first_gradients = first_gradients or sampled_gradients(run.optimizer)
+    return loss, first_gradients
 
 
-def in_step(run: TaskRun, prompts: Prompts, work: UpdateSlice) -> list[tuple[list[int], float]]:
-    """Micro-batches of rows, and whether they count.
+def synchronized_micro_batches(
+    run: TaskRun, prompts: Prompts, update_slice: UpdateSlice
+) -> list[tuple[list[int], float]]:
+    """Split an update slice into micro-batches, equally many on every rank under FSDP.
 
-    Processes that share the weights go through them together, so that all have equally many; one
-    that has fewer goes through its smallest again, for nothing.
+    Under FSDP every rank must run the same number of micro-batches. A rank with fewer repeats its
+    shortest row with loss weight 0.
+
+    Args:
+        run: The task.
+        prompts: Prompts of the batch.
+        update_slice: Slice to split.
+
+    Returns:
+        Pairs of (rows, loss weight 1 or 0).
     """
     groups = micro_batches(
-        prompts.rows(work.rows), work.kept.rows(work.rows), run.config.max_tokens_per_microbatch
+        prompts.rows(update_slice.rows),
+        update_slice.batch.rows(update_slice.rows),
+        run.config.max_tokens_per_microbatch,
     )
-    found = [([work.rows[i] for i in group], 1.0) for group in groups]
+    weighted_groups = [([update_slice.rows[i] for i in group], 1.0) for group in groups]
     if run.config.sharding == "none":
-        return found
-    lengths = work.kept.lengths.tolist()
-    idle = [min(range(len(lengths)), key=lengths.__getitem__)]
-    missing = distributed.largest(len(found)) - len(found)
-    return found + [(idle, 0.0)] * missing
+        return weighted_groups
+    lengths = update_slice.batch.lengths.tolist()
+    filler = [min(range(len(lengths)), key=lengths.__getitem__)]
+    num_missing = distributed.all_reduce_max(len(weighted_groups)) - len(weighted_groups)
+    return weighted_groups + [(filler, 0.0)] * num_missing
 
 
-def shares(prompt: list[int], updates: int) -> list[list[int]]:
-    """Rows of each update: equally many prompts, by their numbers, all rollouts of one together.
+def split_rows(prompts: list[int], updates: int) -> list[list[int]]:
+    """Split rows into updates with equally many prompts, in the order of prompt indices.
 
-    Nearly equally many where games failed.
+    All rollouts of a prompt are in the same update. Where games failed, the numbers of prompts may
+    differ by one.
+
+    Args:
+        prompts: Prompt index of each row.
+        updates: Number of updates.
+
+    Returns:
+        Rows of each update.
 
     Raises:
-      ValueError: fewer prompts than updates.
+        ValueError: There are fewer prompts than updates.
     """
-    order = sorted(set(prompt))
+    order = sorted(set(prompts))
     if len(order) < updates:
-        raise InvalidInput(f"{len(order)} games were played, too few for {updates} updates")
-    place = {number: i * updates // len(order) for i, number in enumerate(order)}
-    return [[r for r, number in enumerate(prompt) if place[number] == u] for u in range(updates)]
+        raise InvalidInput(
+            f"only {len(order)} games were played, fewer than updates_per_batch ({updates})"
+        )
+    update_of_prompt = {
+        prompt_index: i * updates // len(order) for i, prompt_index in enumerate(order)
+    }
+    return [
+        [
+            row
+            for row, prompt_index in enumerate(prompts)
+            if update_of_prompt[prompt_index] == update
+        ]
+        for update in range(updates)
+    ]
 
 
-def slots(mask: Tensor) -> Tensor:
-    """(B, T) row of each token of the mask in the flat order."""
+def token_slots(mask: Tensor) -> Tensor:
+    """Return the (B, T) index of each token of the mask in row-major order."""
     return (mask.flatten().cumsum(0) - 1).reshape(mask.shape)

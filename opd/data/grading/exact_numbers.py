@@ -1,8 +1,8 @@
-"""Numbers as people write them, read exactly: decimals, powers of ten, fractions, simple Python.
+"""Exact parsing of written numbers: decimals, powers of ten, fractions, simple Python expressions.
 
-Text is read by a small grammar and never run. What is a number has an exact fraction as its value,
-so that no tolerance makes small numbers equal; an expression of a few functions, as numpy names
-them, becomes LaTeX.
+Text is parsed by a small grammar and never executed. The value of a number is an exact fraction, so
+that no tolerance makes small numbers equal. An expression with one of a few functions, as numpy
+names them, is converted to LaTeX.
 """
 
 import re
@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 from diagnostics.errors import InvalidInput
 
-LONGEST = 500
-"""Most characters of an answer that are read."""
-MOST_BITS = 8192
-"""Most bits of a numerator or denominator; beyond, a number is compared as text."""
+MAX_LENGTH = 500
+"""Largest number of characters of an answer that is parsed."""
+MAX_BITS = 8192
+"""Largest number of bits of a numerator or denominator; larger numbers are compared as text."""
 
 DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d{1,3}(?: \d{3})+(?!\d)|\d+)(?:\.\d*)?|\.\d+"
 SCIENTIFIC = rf"(?:{DIGITS})(?:[eE][+-]?\d+(?![\d.]))?"
@@ -56,15 +56,17 @@ FUNCTIONS = {
     **{f"a{name}": rf"\arc{name}\left({{}}\right)" for name in ("sin", "cos", "tan")},
 }
 QUALIFIED = {"log": r"\ln\left({}\right)"}
-"""Functions that mean this only behind np. or math.; a bare log may have the base 10."""
+"""Functions with this meaning only after np. or math.; a bare log may have base 10."""
 CONSTANTS = {"pi": r"\pi", "e": "e"}
 
 
 class Term(NamedTuple):
-    """value: exact, None where it is no fraction; latex: the same for a reader of LaTeX."""
+    """A parsed term."""
 
     value: Fraction | None
+    """Exact value; None where it is not a fraction."""
     latex: str
+    """The term in LaTeX."""
 
 
 class Number(NamedTuple):
@@ -75,15 +77,15 @@ class Number(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Equal for equal values."""
+        """Text that is equal for equal values."""
         return f"{self.value}%" if self.percent else str(self.value)
 
-    def equals(self, other: "Number") -> bool:
-        """Exactly; of one percentage either reading counts."""
-        if self.percent == other.percent:
-            return self.value == other.value
-        part, plain = (self, other) if self.percent else (other, self)
-        return plain.value in (part.value, part.value / 100)
+    def equals(self, number: "Number") -> bool:
+        """Return whether two numbers are exactly equal; a percentage may be read either way."""
+        if self.percent == number.percent:
+            return self.value == number.value
+        percentage, plain = (self, number) if self.percent else (number, self)
+        return plain.value in (percentage.value, percentage.value / 100)
 
 
 class TooLarge(InvalidInput):
@@ -91,45 +93,59 @@ class TooLarge(InvalidInput):
 
 
 def read_number(text: str) -> Number | None:
-    """The number that all of a text states; None if it states none, or something else.
+    r"""Parse a text that is one number.
 
-    Read are signs, thousands separators, decimals, 1.2e34, fractions, mixed numbers, products with
-    powers of ten in LaTeX or plain text, percentages, simple Python (-1./3, 2**10); degree signs
-    and units in \\text{...} are dropped.
+    Accepted are signs, thousands separators, decimals, 1.2e34, fractions, mixed numbers, products
+    with powers of ten in LaTeX or plain text, percentages, and simple Python (-1./3, 2**10). Degree
+    signs and units in \text{...} are dropped.
+
+    Args:
+        text: The text.
+
+    Returns:
+        The number; None if the text is not one number.
 
     Raises:
-      TooLarge: it is a number of more than MOST_BITS bits.
+        TooLarge: The number has more than MAX_BITS bits.
     """
-    if len(text) > LONGEST:
+    if len(text) > MAX_LENGTH:
         return None
-    plain = normalised(text)
-    percent = plain.endswith("%")
-    term = parse(plain.removesuffix("%"))
+    normalised_text = normalise(text)
+    percent = normalised_text.endswith("%")
+    term = parse_term(normalised_text.removesuffix("%"))
     if term is None or term.value is None:
         return None
     return Number(term.value, percent)
 
 
-def latex_of(text: str) -> str:
-    """The text as a reader of LaTeX understands it: Python functions and plain names (pi, ln, sin)
-    by their names there, Unicode's roots, powers, fractions and signs as LaTeX writes them, numbers
-    such as 3e8 as powers of ten; unchanged where there is none of them."""
+def to_latex(text: str) -> str:
+    """Convert a text to LaTeX that a LaTeX parser understands; other text is unchanged.
+
+    Python functions and plain names (pi, ln, sin) become LaTeX commands; Unicode roots, powers,
+    fractions and signs become LaTeX; numbers such as 3e8 become powers of ten.
+
+    Args:
+        text: The text.
+
+    Returns:
+        The text in LaTeX.
+    """
     term = None
     if re.search(r"\b(?:np|numpy|math)\.|\*\*|(?<![\\A-Za-z])[a-z]+[0-9]*\(", text):
         try:
-            term = parse(normalised(text))
+            term = parse_term(normalise(text))
         except TooLarge:
             return text
     if term is not None:
         return term.latex
-    text = PLAIN_NAME.sub(r"\\\1 ", ROOT.sub(root, text)).translate(SYMBOLS)
-    text = VULGAR.sub(vulgar, RAISED.sub(exponent, text))
+    text = PLAIN_NAME.sub(r"\\\1 ", ROOT.sub(root_to_latex, text)).translate(SYMBOLS)
+    text = VULGAR.sub(vulgar_fraction_to_latex, RAISED.sub(superscript_to_latex, text))
     return INNER_SCIENTIFIC.sub(r"\\left(\1 \\cdot 10^{\2}\\right)", text)
 
 
-def normalised(text: str) -> str:
-    """One spelling of signs, spaces, products and fractions, without dollars, units, degrees."""
-    text = RAISED.sub(exponent, text)
+def normalise(text: str) -> str:
+    """Unify signs, spaces, products and fractions; remove dollars, units and degrees."""
+    text = RAISED.sub(superscript_to_latex, text)
     text = re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞])", " ", text)
     text = unicodedata.normalize("NFKC", text).translate(SIGNS)
     text = re.sub(r"\\\$|\$|\\[()\[\]!]|\\(?:left|right|displaystyle)(?![a-zA-Z])|[€£]", "", text)
@@ -139,76 +155,80 @@ def normalised(text: str) -> str:
     text = re.sub(r"\\[dtc]frac(?![a-zA-Z])", r"\\frac", text)
     text = re.sub(r"\\frac\s*(\d)(?=\s*[\d{])", r"\\frac{\1}", text)
     text = re.sub(r"\\frac\s*(\{[^{}]*\})\s*(\d)", r"\\frac\1{\2}", text)
-    if wrapped := WRAPPED.fullmatch(text.strip()):
-        text = wrapped[1]
+    if match := WRAPPED.fullmatch(text.strip()):
+        text = match[1]
     text = DEGREE.sub("", UNIT.sub("", text.strip())).strip()
-    text = MIXED.sub(sum_of_mixed, RECURRING.sub(fraction_of_recurring, text))
+    text = MIXED.sub(mixed_number_to_sum, RECURRING.sub(recurring_to_fraction, text))
     return re.sub(r"(?<=[\d)}%])[.,]$", "", text).strip()
 
 
-def exponent(match: re.Match[str]) -> str:
-    """Superscripts as an exponent of LaTeX."""
+def superscript_to_latex(match: re.Match[str]) -> str:
+    """Convert superscript digits to a LaTeX exponent."""
     return f"^{{{match[0].translate(SUPERSCRIPTS)}}}"
 
 
-def root(match: re.Match[str]) -> str:
-    """√2, √(x + 1) as LaTeX."""
+def root_to_latex(match: re.Match[str]) -> str:
+    """Convert √2 or √(x + 1) to LaTeX."""
     return rf"\sqrt{{{match[1] or match[2] or match[3] or ''}}}"
 
 
-def vulgar(match: re.Match[str]) -> str:
-    """½ as LaTeX."""
-    above, _, below = unicodedata.normalize("NFKC", match[0]).partition("⁄")
-    return rf"\frac{{{above}}}{{{below}}}"
+def vulgar_fraction_to_latex(match: re.Match[str]) -> str:
+    """Convert ½ to LaTeX."""
+    numerator, _, denominator = unicodedata.normalize("NFKC", match[0]).partition("⁄")
+    return rf"\frac{{{numerator}}}{{{denominator}}}"
 
 
-def sum_of_mixed(match: re.Match[str]) -> str:
-    """2 1/3 as a sum; an improper fraction behind a space is left as it stands."""
-    whole, above, below = match.groups()
-    proper = 0 < int(above) < int(below)
-    return f"({whole}+{above}/{below})" if proper else match[0]
+def mixed_number_to_sum(match: re.Match[str]) -> str:
+    """Convert 2 1/3 to a sum; an improper fraction after a space is unchanged."""
+    integer_part, numerator, denominator = match.groups()
+    is_proper_fraction = 0 < int(numerator) < int(denominator)
+    return f"({integer_part}+{numerator}/{denominator})" if is_proper_fraction else match[0]
 
 
-def fraction_of_recurring(match: re.Match[str]) -> str:
-    """0.1\\overline{6} as a fraction."""
-    whole, start, period = match[1] or "0", match[2], match[3] or match[4]
-    below = 10 ** len(start) * (10 ** len(period) - 1)
-    return f"({int(whole + start + period) - int(whole + start)}/{below})"
+def recurring_to_fraction(match: re.Match[str]) -> str:
+    r"""Convert 0.1\overline{6} to a fraction."""
+    integer_part, fixed_digits, period = match[1] or "0", match[2], match[3] or match[4]
+    denominator = 10 ** len(fixed_digits) * (10 ** len(period) - 1)
+    return (
+        f"({int(integer_part + fixed_digits + period) - int(integer_part + fixed_digits)}"
+        f"/{denominator})"
+    )
 
 
-def parse(text: str) -> Term | None:
-    """The term that all of a text is; None if the grammar does not know it."""
+def parse_term(text: str) -> Term | None:
+    """Parse a text that is one term; None if the grammar does not accept all of it."""
     tokens: list[tuple[str, str]] = []
-    place, text = 0, text.strip()
-    while place < len(text):
-        match = TOKEN.match(text, place)
+    position, text = 0, text.strip()
+    while position < len(text):
+        match = TOKEN.match(text, position)
         if match is None or match.lastgroup is None:
             return None
         tokens.append((match.lastgroup, match[match.lastgroup]))
-        place = match.end()
-    reader = Reader(tokens)
+        position = match.end()
+    parser = Parser(tokens)
     try:
-        term = reader.sum()
-    except (Unknown, RecursionError, ZeroDivisionError):
+        term = parser.sum()
+    except (UnknownToken, RecursionError, ZeroDivisionError):
         return None
-    return term if reader.place == len(tokens) else None
+    return term if parser.place == len(tokens) else None
 
 
-class Unknown(Exception):
+class UnknownToken(Exception):
     """The grammar has no rule for this token."""
 
 
-class Reader:
-    """Recursive descent over (kind, text) of tokens: sums, products, powers, functions."""
+class Parser:
+    """Recursive descent over (kind, text) tokens: sums, products, powers, functions."""
 
     def __init__(self, tokens: list[tuple[str, str]]) -> None:
         self.tokens, self.place = tokens, 0
 
     def peek(self) -> tuple[str, str]:
+        """Return the next token without consuming it; ("end", "") after the last one."""
         return self.tokens[self.place] if self.place < len(self.tokens) else ("end", "")
 
     def accept(self, *texts: str) -> str:
-        """The next token, if it is one of these; "" otherwise."""
+        """Consume and return the next token's text if it is one of `texts`; else return ""."""
         text = self.peek()[1]
         if text not in texts or not text:
             return ""
@@ -216,132 +236,153 @@ class Reader:
         return text
 
     def expect(self, text: str) -> None:
+        """Consume the token `text`, or raise UnknownToken."""
         if not self.accept(text):
-            raise Unknown
+            raise UnknownToken
 
     def sum(self) -> Term:
+        """Parse a sum of products with an optional sign."""
         negative = self.accept("+", "-") == "-"
         total = self.product()
         if negative:
             value = None if total.value is None else -total.value
-            total = made(value, f"-{total.latex}")
+            total = make_term(value, f"-{total.latex}")
         while sign := self.accept("+", "-"):
             term = self.product()
             value = None
             if total.value is not None and term.value is not None:
                 value = total.value + (term.value if sign == "+" else -term.value)
-            total = made(value, f"{total.latex} {sign} {term.latex}")
+            total = make_term(value, f"{total.latex} {sign} {term.latex}")
         return total
 
     def product(self) -> Term:
+        """Parse a product or quotient of powers."""
         total = self.power()
         while sign := self.accept("*", "/"):
-            term = self.negated() if self.accept("-") else self.power()
-            both = total.value is not None and term.value is not None
+            term = self.negative_power() if self.accept("-") else self.power()
+            is_exact = total.value is not None and term.value is not None
             if sign == "*":
-                value = total.value * term.value if both else None  # type: ignore[operator]
-                total = made(value, rf"{closed(total)} \cdot {closed(term)}")
+                value = total.value * term.value if is_exact else None  # type: ignore[operator]
+                total = make_term(value, rf"{add_brackets(total)} \cdot {add_brackets(term)}")
             else:
-                value = total.value / term.value if both else None  # type: ignore[operator]
-                total = made(value, rf"\frac{{{total.latex}}}{{{term.latex}}}")
+                value = total.value / term.value if is_exact else None  # type: ignore[operator]
+                total = make_term(value, rf"\frac{{{total.latex}}}{{{term.latex}}}")
         return total
 
-    def negated(self) -> Term:
+    def negative_power(self) -> Term:
+        """Parse a power and negate it."""
         term = self.power()
-        return made(None if term.value is None else -term.value, f"-{term.latex}")
+        return make_term(None if term.value is None else -term.value, f"-{term.latex}")
 
     def power(self) -> Term:
+        """Parse a base with an optional exponent."""
         base = self.base()
         if not self.accept("^", "**"):
             return base
-        exponent = self.negated() if self.accept("+", "-") == "-" else self.power()
-        latex = f"{closed(base)}^{{{exponent.latex}}}"
+        exponent = self.negative_power() if self.accept("+", "-") == "-" else self.power()
+        latex = f"{add_brackets(base)}^{{{exponent.latex}}}"
         if base.value is None or exponent.value is None or exponent.value.denominator != 1:
-            return made(None, latex)
-        return made(raised(base.value, int(exponent.value)), latex)
+            return make_term(None, latex)
+        return make_term(exact_power(base.value, int(exponent.value)), latex)
 
     def base(self) -> Term:
+        """Parse a number, a fraction, a group or a named function or constant."""
         kind, text = self.peek()
         self.place += 1
         if kind == "number":
-            number = decimal(text)
+            number = parse_decimal(text)
             if self.peek()[0] == "fraction" and text.isdigit():  # a mixed number
-                part = self.base()
-                if part.value is None or not 0 < part.value < 1:
-                    raise Unknown
-                return made(number + part.value, "")
-            return made(number, "")
+                fraction = self.base()
+                if fraction.value is None or not 0 < fraction.value < 1:
+                    raise UnknownToken
+                return make_term(number + fraction.value, "")
+            return make_term(number, "")
         if kind == "fraction":
-            above, below = self.group(), self.group()
-            both = above.value is not None and below.value is not None
-            value = above.value / below.value if both else None  # type: ignore[operator]
-            return made(value, rf"\frac{{{above.latex}}}{{{below.latex}}}")
+            numerator, denominator = self.group(), self.group()
+            is_exact = numerator.value is not None and denominator.value is not None
+            value = numerator.value / denominator.value if is_exact else None  # type: ignore[operator]
+            return make_term(value, rf"\frac{{{numerator.latex}}}{{{denominator.latex}}}")
         if text in ("(", "{"):
             inner = self.sum()
             self.expect({"(": ")", "{": "}"}[text])
             return Term(inner.value, rf"\left({inner.latex}\right)")
         if kind == "name":
-            return self.named(text)
-        raise Unknown
+            return self.function_or_constant(text)
+        raise UnknownToken
 
     def group(self) -> Term:
+        """Parse a sum in braces."""
         self.expect("{")
         inner = self.sum()
         self.expect("}")
         return inner
 
-    def named(self, text: str) -> Term:
+    def function_or_constant(self, text: str) -> Term:
+        """Parse a function call or a constant."""
         module, _, name = text.rpartition(".")
         shape = FUNCTIONS.get(name) or (QUALIFIED.get(name) if module else None)
         if shape is not None:
             self.expect("(")
             inner = self.sum()
             self.expect(")")
-            return made(None, shape.format(inner.latex))
+            return make_term(None, shape.format(inner.latex))
         if name not in CONSTANTS:
-            raise Unknown
-        return made(None, CONSTANTS[name])
+            raise UnknownToken
+        return make_term(None, CONSTANTS[name])
 
 
-def made(value: Fraction | None, latex: str) -> Term:
-    """A term; of a number the LaTeX is its fraction."""
+def make_term(value: Fraction | None, latex: str) -> Term:
+    """Build a term; the LaTeX of a number is its fraction."""
     if value is None:
         return Term(None, latex)
-    if max(value.numerator.bit_length(), value.denominator.bit_length()) > MOST_BITS:
-        raise TooLarge(f"a number of more than {MOST_BITS} bits is compared as text")
-    sign, above = "-" if value < 0 else "", abs(value.numerator)
+    if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
+        raise TooLarge(f"a number of more than {MAX_BITS} bits is compared as text")
+    sign, numerator = "-" if value < 0 else "", abs(value.numerator)
     if value.denominator == 1:
-        return Term(value, f"{sign}{above}")
-    return Term(value, rf"{sign}\frac{{{above}}}{{{value.denominator}}}")
+        return Term(value, f"{sign}{numerator}")
+    return Term(value, rf"{sign}\frac{{{numerator}}}{{{value.denominator}}}")
 
 
-def closed(term: Term) -> str:
-    """The LaTeX of a factor, in brackets where it needs them."""
-    simple = re.fullmatch(r"\d+|\\pi|e|\\left\(.*\\right\)|\\sqrt\{\d+\}", term.latex)
-    return term.latex if simple else rf"\left({term.latex}\right)"
+def add_brackets(term: Term) -> str:
+    """Return the LaTeX of a factor, in brackets where they are needed."""
+    needs_no_brackets = re.fullmatch(r"\d+|\\pi|e|\\left\(.*\\right\)|\\sqrt\{\d+\}", term.latex)
+    return term.latex if needs_no_brackets else rf"\left({term.latex}\right)"
 
 
-def decimal(text: str) -> Fraction:
-    """The exact value of a number token.
+def parse_decimal(text: str) -> Fraction:
+    """Return the exact value of a number token.
+
+    Args:
+        text: The token, such as "1,234.5e6".
+
+    Returns:
+        The value.
 
     Raises:
-      TooLarge: its power of ten is.
+        TooLarge: The power of ten is too large.
     """
     digits, _, exponent = re.sub("[, ]", "", text).lower().partition("e")
-    return Fraction(digits + "0" if digits.endswith(".") else digits) * raised(
+    return Fraction(digits + "0" if digits.endswith(".") else digits) * exact_power(
         Fraction(10), int(exponent or 0)
     )
 
 
-def raised(base: Fraction, exponent: int) -> Fraction:
-    """base to a whole power.
+def exact_power(base: Fraction, exponent: int) -> Fraction:
+    """Return base to an integer power.
+
+    Args:
+        base: The base.
+        exponent: The exponent.
+
+    Returns:
+        The exact power.
 
     Raises:
-      TooLarge: the result has more than MOST_BITS bits.
+        TooLarge: The result has more than MAX_BITS bits.
     """
     if base in (0, 1, -1) and exponent >= 0:
         return base ** (exponent % 2 + 2 * bool(exponent))
     bits = max(base.numerator.bit_length(), base.denominator.bit_length())
-    if (bits - 1) * abs(exponent) > MOST_BITS:
-        raise TooLarge(f"a number of more than {MOST_BITS} bits is compared as text")
+    if (bits - 1) * abs(exponent) > MAX_BITS:
+        raise TooLarge(f"a number of more than {MAX_BITS} bits is compared as text")
     return base**exponent

@@ -1,8 +1,8 @@
-"""Graders: the answer that a response gives, and whether it is the right one.
+"""Graders: extract the answer of a response and compare it with the reference answer.
 
-A grader takes a response and the answer to compare with, and never fails on a strange response:
-one that holds no readable answer is worth 0 and says so (`Verdict.answer` is None). It takes time
-in proportion to the length of the response; what could hang has a time limit (opd.data.grading.worker_process).
+A grader takes a response and a reference answer and never fails on malformed responses: a response
+without a readable answer has reward 0 and `Grade.answer` None. Its time is linear in the length of
+the response; comparisons that can hang have a time limit (opd.data.grading.worker_process).
 """
 
 import importlib.util
@@ -20,65 +20,84 @@ import torch
 from diagnostics.errors import InvalidInput, MissingFile, MissingPackage, OperationFailed
 from opd.data import chain_task
 from opd.data.chain_task import Problem
-from opd.data.grading.answer_text import behind_thoughts, last_box, last_number, stated
-from opd.data.grading.exact_numbers import LONGEST, Number, TooLarge, latex_of, read_number
-from opd.data.grading.worker_process import SECONDS, GraderWorker
-from opd.data.prompts import response_texts
+from opd.data.grading.answer_text import (
+    extract_answer,
+    last_boxed_content,
+    last_number,
+    text_after_thinking,
+)
+from opd.data.grading.exact_numbers import MAX_LENGTH, Number, TooLarge, read_number, to_latex
+from opd.data.grading.worker_process import TIMEOUT, GraderWorker
+from opd.data.prompts import decode_responses
 
-OWN_SECONDS = 60.0
+USER_GRADER_TIMEOUT = 60.0
 GYM_PROBLEM = re.compile(r" \[(\w+:\d+:\d+#\d+)\]$")
 
 
 @dataclass(frozen=True)
 class Grade:
-    """reward: 1 for the right answer, else 0. answer: what it votes for, or None if unreadable.
+    """The result of grading a response.
 
-    Responses with equal `answer` say the same and have the same reward.
+    Responses with equal `answer` state the same answer and have the same reward.
     """
 
     reward: float
+    """1 for a correct answer, else 0; a user's function may return other values."""
     answer: str | None
+    """Key of the answer in majority votes, or None if unreadable."""
 
 
 Grader = Callable[[str, str], Grade]
 
 
 def grade_lab(response: str, answer: str) -> Grade:
-    """Of the lab task: exactly the answer after the one closing think tag."""
+    """Grade the lab task: exactly the answer after the only closing think tag."""
     parts = response.split("</think>")
-    given = parts[1].strip() if len(parts) == 2 else ""
-    return Grade(chain_task.grade(response, answer), given or None)
+    response_answer = parts[1].strip() if len(parts) == 2 else ""
+    return Grade(chain_task.grade(response, answer), response_answer or None)
 
 
 def grade_exact(response: str, answer: str) -> Grade:
-    """What follows the last closing think tag is the answer, white space at its ends aside."""
-    given = behind_thoughts(response).strip()
-    return Grade(float(given == answer.strip()), given or None)
+    """Grade by text: what follows the last closing think tag, stripped, is the answer."""
+    response_answer = text_after_thinking(response).strip()
+    return Grade(float(response_answer == answer.strip()), response_answer or None)
 
 
 def grade_numeric(response: str, answer: str) -> Grade:
-    """The last number after the last closing think tag equals the answer, as exact fractions.
+    r"""Compare the last number after the last closing think tag with the answer, exactly.
 
     A number may have a sign, thousands separators, decimals, a denominator or a power of ten:
-    "-1,234.50", "3/4", "3e8", "3 \\times 10^8". With a box in the text, the last box is read
-    instead of all of it; without one, a last line "Answer: ..." is.
+    "-1,234.50", "3/4", "3e8", "3 \times 10^8". If the text contains a box, only the last box is
+    read; else a last line "Answer: ..." if there is one.
+
+    Args:
+        response: The response.
+        answer: The reference answer.
+
+    Returns:
+        The grade.
 
     Raises:
-      ValueError: the answer to compare with is not one number.
+        InvalidInput: The reference answer is not one number.
     """
-    want = gold_number(answer.strip())
-    text = behind_thoughts(response)
-    chosen = stated(text)
-    given = last_number(text) if chosen is None else whole_number(chosen) or last_number(chosen)
-    if given is None:
+    expected = parse_gold_number(answer.strip())
+    text = text_after_thinking(response)
+    stated_answer = extract_answer(text)
+    number = (
+        last_number(text)
+        if stated_answer is None
+        else parse_number(stated_answer) or last_number(stated_answer)
+    )
+    if number is None:
         return Grade(0.0, None)
-    right = want.equals(given)
-    return Grade(float(right), (want if right else given).key)
+    is_right = expected.equals(number)
+    return Grade(float(is_right), (expected if is_right else number).key)
 
 
 @lru_cache(maxsize=1 << 14)
-def gold_number(answer: str) -> Number:
-    number = whole_number(answer)
+def parse_gold_number(answer: str) -> Number:
+    """Parse a reference answer that must be a number."""
+    number = parse_number(answer)
     if number is None:
         raise InvalidInput(
             f"the answer {answer!r} is not a number; use the grader exact or math for this task"
@@ -86,8 +105,8 @@ def gold_number(answer: str) -> Number:
     return number
 
 
-def whole_number(text: str) -> Number | None:
-    """The number that all of a text states; None if it states none, or one too large."""
+def parse_number(text: str) -> Number | None:
+    """Parse a text that is one number; None if it is not, or the number is too large."""
     try:
         return read_number(text)
     except TooLarge:
@@ -95,143 +114,176 @@ def whole_number(text: str) -> Number | None:
 
 
 def grade_math(response: str, answer: str) -> Grade:
-    """The last \\boxed{...} equals the answer as mathematics; without one, the last line
-    "Answer: ..." does.
+    r"""Compare the last box, else the last line "Answer: ...", with the answer as mathematics.
 
-    As the paper's verifier does, a response with a closing think tag is read from its first to its
-    second one, any other as a whole; an answer without a box or a line is unreadable. Two numbers,
-    as decimals, fractions, powers of ten or simple Python, are compared exactly. All else is
-    compared by math-verify: equal means equal values, sets, intervals, expressions after
-    simplification; units and degree signs are dropped; 50\\% equals both 50 and 0.5. The answer to
-    compare with may be boxed or between dollars. A right answer votes for the answer that it
-    equals. Each comparison by math-verify runs in a process of its own that is ended after SECONDS;
-    the answer is unreadable then. Safe to call from any thread.
+    As in the paper's verifier, a response with a closing think tag is read from its first to its
+    second one, any other response completely; an answer without \boxed{...} or an answer line is
+    unreadable. Two numbers (decimals, fractions, powers of ten or simple Python) are compared
+    exactly. Everything else is compared by math-verify: equal values, sets, intervals, and
+    expressions after simplification. Units and degree signs are dropped; 50\% equals both 50 and
+    0.5. The reference answer may be boxed or between dollars. A correct answer votes for the answer
+    that it equals. Each comparison by math-verify runs in a separate process with the time limit
+    TIMEOUT; after a timeout the answer is unreadable. Thread-safe.
+
+    Args:
+        response: The response.
+        answer: The reference answer.
+
+    Returns:
+        The grade.
 
     Raises:
-      ImportError: math-verify is not installed; names the extra.
+        ImportError: math-verify is not installed; the message names the extra.
     """
     parts = response.split("</think>")
-    given = stated(parts[min(1, len(parts) - 1)])
-    if given is None or len(given) > LONGEST or not (given := undressed(given)):
+    response_answer = extract_answer(parts[min(1, len(parts) - 1)])
+    if (
+        response_answer is None
+        or len(response_answer) > MAX_LENGTH
+        or not (response_answer := strip_dollars(response_answer))
+    ):
         return Grade(0.0, None)
-    return judged(given, gold_text(answer))
+    return compare_answers(response_answer, strip_gold_answer(answer))
 
 
-def gold_text(answer: str) -> str:
-    """An answer to compare with, without its box and dollars."""
-    boxed = last_box(answer)
-    return undressed(answer if boxed is None else boxed)
+def strip_gold_answer(answer: str) -> str:
+    """Return a reference answer without its box and dollars."""
+    boxed = last_boxed_content(answer)
+    return strip_dollars(answer if boxed is None else boxed)
 
 
-def undressed(answer: str) -> str:
+def strip_dollars(answer: str) -> str:
+    """Strip white space and dollar signs."""
     return answer.strip().strip("$").strip()
 
 
 @lru_cache(maxsize=1 << 14)
-def judged(given: str, gold: str) -> Grade:
-    """The verdict on two answers; the same text is right in any case."""
-    same = Grade(float(given == gold), given if given == gold else None)
+def compare_answers(response_answer: str, gold: str) -> Grade:
+    """Grade an answer against the reference answer; identical text is always correct."""
+    same_text = Grade(
+        float(response_answer == gold), response_answer if response_answer == gold else None
+    )
     try:
-        want, number = read_number(gold), read_number(given)
+        expected, number = read_number(gold), read_number(response_answer)
     except TooLarge:
-        return same
-    if want is not None and number is not None:
-        right = want.equals(number)
-        return Grade(float(right), (want if right else number).key)
-    found = judge()(latex_of(gold), latex_of(given))
-    if found is None:
-        return same
-    if not found["gold"]:
+        return same_text
+    if expected is not None and number is not None:
+        is_right = expected.equals(number)
+        return Grade(float(is_right), (expected if is_right else number).key)
+    comparison = grader_worker()(to_latex(gold), to_latex(response_answer))
+    if comparison is None:
+        return same_text
+    if not comparison["gold"]:
         warnings.warn(
-            f"the answer {gold!r} cannot be read as mathematics; only the same text counts as "
-            "right (the grader exact suits answers in words)",
+            f"the answer {gold!r} cannot be read as mathematics; only identical text counts as "
+            "correct (use the grader exact for answers in words)",
             stacklevel=2,
         )
-    if found["key"] is None:
-        return same
-    right = found["equal"] or given == gold
-    known = want if right else number
-    return Grade(float(right), found["key"] if known is None else known.key)
+    if comparison["key"] is None:
+        return same_text
+    is_right = comparison["equal"] or response_answer == gold
+    vote = expected if is_right else number
+    return Grade(float(is_right), comparison["key"] if vote is None else vote.key)
 
 
 def is_number(gold: str) -> bool:
-    return gold.isdecimal() or whole_number(gold) is not None
+    """Return whether a reference answer is a number."""
+    return gold.isdecimal() or parse_number(gold) is not None
 
 
-def readable(gold: str) -> bool:
-    """Whether an answer to compare with is a number, words, or what math-verify reads."""
+def is_readable(gold: str) -> bool:
+    """Return whether a reference answer is a number, words, or readable by math-verify."""
     if is_number(gold):
         return True
-    found = judge()(latex_of(gold), "")
-    return found is not None and found["gold"]
+    comparison = grader_worker()(to_latex(gold), "")
+    return comparison is not None and comparison["gold"]
 
 
 def require_math_verify() -> None:
+    """Raise if math-verify is not installed."""
     if importlib.util.find_spec("math_verify") is None:
         raise MissingPackage("the grader math needs math-verify: pip install 'opdlab[math]'")
 
 
 @cache
-def judge(kind: str = "math") -> GraderWorker:
-    """This process's one judge of that kind."""
+def grader_worker(kind: str = "math") -> GraderWorker:
+    """Return this process's worker for a kind of comparison; one per kind."""
     if kind == "math":
         require_math_verify()
-    if is_own(kind):
-        return GraderWorker(OWN_SECONDS, kind, memory=0)
-    return GraderWorker(SECONDS, kind)
+    if is_user_function(kind):
+        return GraderWorker(USER_GRADER_TIMEOUT, kind, memory=0)
+    return GraderWorker(TIMEOUT, kind)
 
 
 def grade_gym(response: str, answer: str) -> Grade:
-    """Of reasoning-gym: the task's own judgement of the last box, or else of what follows the last
-    closing think tag, within SECONDS. What it gives less than full marks for is wrong.
+    """Grade with reasoning-gym's own scoring; less than full marks is wrong.
+
+    The answer is the last box, or else what follows the last closing think tag. The time limit is
+    TIMEOUT.
+
+    Args:
+        response: The response.
+        answer: The reference answer, which names its problem (opd.data.benchmarks.read_gym_rows).
+
+    Returns:
+        The grade.
 
     Raises:
-      ValueError: an answer that does not say of which problem it is (opd.data.benchmarks.gym_rows).
+        InvalidInput: The reference answer does not name its problem.
     """
-    text = behind_thoughts(response)
-    boxed = last_box(text)
-    given = (text if boxed is None else boxed).strip()
-    problem = GYM_PROBLEM.search(answer[-LONGEST:])
+    text = text_after_thinking(response)
+    boxed = last_boxed_content(text)
+    response_answer = (text if boxed is None else boxed).strip()
+    problem = GYM_PROBLEM.search(answer[-MAX_LENGTH:])
     if problem is None:
         raise InvalidInput(
-            f"the answer {answer!r} does not end in [TASK:SIZE:SEED#NUMBER]; the grader gym is for "
-            "problems of gym:TASK alone"
+            f"the answer {answer!r} does not end in [TASK:SIZE:SEED#NUMBER]; the grader gym only "
+            "works with problems of gym:TASK"
         )
-    if not given or len(given) > LONGEST:
+    if not response_answer or len(response_answer) > MAX_LENGTH:
         return Grade(0.0, None)
-    found = judge("gym")(problem[1], given)
-    if found is None:
+    comparison = grader_worker("gym")(problem[1], response_answer)
+    if comparison is None:
         return Grade(0.0, None)
-    return Grade(float(found["score"] >= 1.0), given)
+    return Grade(float(comparison["score"] >= 1.0), response_answer)
 
 
-def grade_own(name: str, response: str, answer: str) -> Grade:
-    """By a function of the user's, MODULE:FUNCTION or FILE.py:FUNCTION: the reward is what it
-    returns for (response, answer), 1 or more is right.
+def grade_with_user_function(name: str, response: str, answer: str) -> Grade:
+    """Grade with a user's function; the reward is its return value, 1 or more is correct.
 
-    It runs in a process of its own; a response that takes it longer than OWN_SECONDS is worth 0,
-    with a warning. A response votes for its box, its line "Answer: ...", or else for all that
-    follows its last closing think tag.
+    The function runs in a separate process; a response that takes longer than USER_GRADER_TIMEOUT
+    has reward 0, with a warning. A response votes for its box, its line "Answer: ...", or else for
+    everything after its last closing think tag.
+
+    Args:
+        name: MODULE:FUNCTION or FILE.py:FUNCTION; called as function(response, answer).
+        response: The response.
+        answer: The reference answer.
+
+    Returns:
+        The grade.
 
     Raises:
-      RuntimeError: the function cannot be loaded, fails, or returns no finite number.
+        OperationFailed: The function cannot be loaded, fails, or returns no finite number.
     """
-    found = judge(name)(answer, response)
-    if found is None:
+    result = grader_worker(name)(answer, response)
+    if result is None:
         warnings.warn(
-            f"the grader {name} took more than {OWN_SECONDS:g} s over a response, or its process "
-            f"died of it; the response is worth 0 (it begins {response[:60]!r})",
+            f"the grader {name} took more than {USER_GRADER_TIMEOUT:g} s for a response, or its "
+            f"process died; the response has reward 0 (it begins {response[:60]!r})",
             stacklevel=2,
         )
         return Grade(0.0, None)
-    if "error" in found:
+    if "error" in result:
         raise OperationFailed(
-            f"the grader {name} failed with {found['error']}, for the answer {answer[:60]!r} and a "
+            f"the grader {name} failed with {result['error']} for the answer {answer[:60]!r} and a "
             f"response that begins {response[:60]!r}; it must return a finite number for any text"
         )
-    text = behind_thoughts(response)
-    given = stated(text)
-    return Grade(found["score"], (text if given is None else given).strip() or None)
+    text = text_after_thinking(response)
+    response_answer = extract_answer(text)
+    return Grade(
+        result["score"], (text if response_answer is None else response_answer).strip() or None
+    )
 
 
 GRADERS: Mapping[str, Grader] = {
@@ -243,44 +295,69 @@ GRADERS: Mapping[str, Grader] = {
 }
 
 
-def is_own(name: str) -> bool:
-    """Whether a grader is a function of the user's, which is code that its name makes run."""
+def is_user_function(name: str) -> bool:
+    """Return whether a grader name refers to a user's function, whose code would run."""
     return ":" in name
 
 
-def refuse_own_of_record(name: str, record: Path, trust: bool) -> None:
-    """Refuse to run a function that a record names, unless the user trusts it.
+def require_trusted_grader(name: str, config_file: Path, trust: bool) -> None:
+    """Refuse to run a function that a run's record names, unless the user trusts it.
+
+    Args:
+        name: Name of the grader.
+        config_file: The file that names it.
+        trust: Whether the user allows code from the record.
 
     Raises:
-      ValueError: it is not trusted.
+        InvalidInput: The grader is a function and is not trusted.
     """
-    if is_own(name) and not trust:
+    if is_user_function(name) and not trust:
         raise InvalidInput(
-            f"{record} names the grader {name}, a function whose code would run; read it, and give "
-            "--trust-remote-code to run it"
+            f"{config_file} names the grader {name}, a function whose code would run; review it, "
+            "then pass --trust-remote-code to run it"
         )
 
 
 def make_grader(name: str) -> Grader:
-    """The grader of that name, or a function of the user's, MODULE:FUNCTION or FILE.py:FUNCTION.
+    """Return a grader by name, or a user's function MODULE:FUNCTION or FILE.py:FUNCTION.
+
+    Args:
+        name: The name.
+
+    Returns:
+        The grader.
 
     Raises:
-      ValueError: unknown name; lists the known ones. FileNotFoundError: no such file.
-      ImportError: math-verify is not installed.
+        InvalidInput: Unknown name; the message lists the known ones.
+        FileNotFoundError: FILE.py does not exist.
+        ImportError: math-verify is needed and not installed.
     """
-    where, colon, function = name.rpartition(":")
-    if colon and where and function:
-        if where.endswith(".py") and not Path(where).is_file():
-            raise MissingFile(f"the grader {name} names a file that does not exist: {where}")
-        return partial(grade_own, name)
+    module, colon, function = name.rpartition(":")
+    if colon and module and function:
+        if module.endswith(".py") and not Path(module).is_file():
+            raise MissingFile(f"the grader {name} names a file that does not exist: {module}")
+        return partial(grade_with_user_function, name)
     if name not in GRADERS:
         raise InvalidInput(
-            f"unknown grader {name!r}; known: {', '.join(GRADERS)}, or a function of (response, "
-            "answer) of your own: MODULE:FUNCTION or FILE.py:FUNCTION"
+            f"unknown grader {name!r}; known: {', '.join(GRADERS)}, or your own function of "
+            "(response, answer): MODULE:FUNCTION or FILE.py:FUNCTION"
         )
-    if name == "math":  # before hours of work, not at the first response
+    if name == "math":  # fail before the run starts, not at the first response
         require_math_verify()
     return GRADERS[name]
+
+
+def reward_responses(
+    tokenizer: Any,
+    tokens: torch.Tensor,
+    mask: torch.Tensor,
+    problems: Sequence[Problem],
+    grade: Grader,
+    end_ids: Sequence[int] = (),
+) -> list[float]:
+    """Return the reward of each response; see `grade_responses`."""
+    grades = grade_responses(tokenizer, tokens, mask, problems, grade, end_ids)
+    return [response_grade.reward for response_grade in grades]
 
 
 def grade_responses(
@@ -289,29 +366,24 @@ def grade_responses(
     mask: torch.Tensor,
     problems: Sequence[Problem],
     grade: Grader,
-    ends: Sequence[int] = (),
-) -> list[float]:
-    """The reward of each response: see `verdicts`."""
-    found = verdicts(tokenizer, tokens, mask, problems, grade, ends)
-    return [verdict.reward for verdict in found]
-
-
-def verdicts(
-    tokenizer: Any,
-    tokens: torch.Tensor,
-    mask: torch.Tensor,
-    problems: Sequence[Problem],
-    grade: Grader,
-    ends: Sequence[int] = (),
+    end_ids: Sequence[int] = (),
 ) -> list[Grade]:
-    """The verdict on each response; the grader sees special tokens, but not the one that ends it.
+    """Grade responses; the grader sees special tokens except the one that ends the response.
 
     A response to a problem without an answer has the reward NaN.
 
     Args:
-      tokens, mask: (B, T). ends: ids that end a response, besides the tokenizer's own end token.
+        tokenizer: A Hugging Face tokenizer.
+        tokens: (B, T) token ids.
+        mask: (B, T), True where a token is real.
+        problems: The problem of each response.
+        grade: The grader.
+        end_ids: Ids that end a response, besides the tokenizer's EOS id.
+
+    Returns:
+        One grade per response.
     """
-    texts = response_texts(tokenizer, tokens, mask, ends)
+    texts = decode_responses(tokenizer, tokens, mask, end_ids)
     return [
         grade(text, problem.answer) if problem.answer else Grade(math.nan, None)
         for text, problem in zip(texts, problems, strict=True)

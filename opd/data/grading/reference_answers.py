@@ -1,36 +1,46 @@
-"""Answers to compare with, read and graded against themselves before anything is sampled."""
+"""Checks of reference answers against their grader, before anything is sampled."""
 
 import warnings
 from collections.abc import Sequence
 
 from diagnostics.errors import InvalidInput
-from diagnostics.io.files import short
+from diagnostics.io.files import short_repr
 from opd.data.chain_task import Problem
-from opd.data.grading.answer_text import stated
-from opd.data.grading.exact_numbers import LONGEST
-from opd.data.grading.graders import GYM_PROBLEM, Grader, gold_text, is_number, readable
-from opd.data.sources import final_answer, numbered, row_of
+from opd.data.grading.answer_text import extract_answer
+from opd.data.grading.exact_numbers import MAX_LENGTH
+from opd.data.grading.graders import GYM_PROBLEM, Grader, is_number, is_readable, strip_gold_answer
+from opd.data.sources import final_answer, format_row_numbers, row_number
 
-MOST_SHOWN = 5
-MOST_PARSED = 500
-"""Answers that computer algebra reads, in hundredths of a second each; numbers do not count, and
-what it cannot read of later ones is warned of when they are graded."""
-MOST_OF_GYM = 8
-"""Problems of reasoning-gym that are asked about: their answers are the package's own."""
+MAX_SHOWN = 5
+MAX_PARSED = 500
+"""Largest number of answers that are parsed by computer algebra (some 10 ms each).
+
+Numbers are not counted; unreadable answers beyond this limit cause a warning when they are graded.
+"""
+MAX_GYM_CHECKED = 8
+"""Number of reasoning-gym problems that are checked: their answers come from the package itself."""
 
 
-def check_golds(problems: Sequence[Problem], source: str, name: str, grade: Grader) -> None:
-    """Refuse answers that the grader cannot compare with, or would not take for themselves.
+def check_reference_answers(
+    problems: Sequence[Problem], source: str, name: str, grade: Grader
+) -> None:
+    """Check that the grader accepts every reference answer as a correct response.
 
-    What mathematics cannot read, and still is right where a response has the same text, is warned
-    of; it is refused where that is so of all. Of a user's own function one answer is tried, since
-    nobody knows how its responses state them. Problems without an answer are left out.
+    Answers that cannot be read as mathematics are still correct as identical text, so they only
+    cause a warning, unless that holds for all answers. For a user's function one answer is tried,
+    since its response format is unknown. Problems without an answer are skipped.
+
+    Args:
+        problems: The problems of a source.
+        source: Name of the source, for messages.
+        name: Name of the grader.
+        grade: The grader.
 
     Raises:
-      ValueError: names the source, the rows, the values and what is expected.
+        InvalidInput: Some answers are rejected; the message contains source, rows and values.
     """
     answers = {
-        problem.answer: row_of(problem, i) for i, problem in reversed([*enumerate(problems)])
+        problem.answer: row_number(problem, i) for i, problem in reversed([*enumerate(problems)])
     }
     answers.pop("", None)
     if ":" in name:
@@ -38,55 +48,67 @@ def check_golds(problems: Sequence[Problem], source: str, name: str, grade: Grad
             grade(answer, answer)
         return
     if name == "gym":
-        answers = dict(list(answers.items())[-MOST_OF_GYM:])
-    wrong, unread, parsed = dict[str, int](), dict[str, int](), 0
-    words = f"is not right where a response gives it itself, by the grader {name}"
+        answers = dict(list(answers.items())[-MAX_GYM_CHECKED:])
+    rejected, unreadable, num_parsed = dict[str, int](), dict[str, int](), 0
+    reason = f"is graded as wrong when a response states it itself, by the grader {name}"
     for answer, row in answers.items():
         gold = final_answer(answer)
         try:
             if name == "math":
-                if not takes_itself(gold):
-                    wrong[answer] = row
-                elif not is_number(gold_text(gold)) and parsed < MOST_PARSED:
-                    parsed += 1
-                    if not readable(gold_text(gold)):
-                        unread[answer] = row
-            elif grade(response_of(gold, name), answer).reward < 1:
-                wrong[answer] = row
+                if not is_read_back(gold):
+                    rejected[answer] = row
+                elif not is_number(strip_gold_answer(gold)) and num_parsed < MAX_PARSED:
+                    num_parsed += 1
+                    if not is_readable(strip_gold_answer(gold)):
+                        unreadable[answer] = row
+            elif grade(example_response(gold, name), answer).reward < 1:
+                rejected[answer] = row
         except ValueError as error:
-            wrong[answer], words = row, f"cannot be compared with: {error}"
-    if wrong:
+            rejected[answer], reason = row, f"cannot be compared with: {error}"
+    if rejected:
         raise InvalidInput(
-            f"{source}: {listed(wrong)} {words}; mend or drop the rows, or choose another grader"
+            f"{source}: {describe_rows(rejected)} {reason}; correct or remove the rows, or choose "
+            f"another grader"
         )
-    if unread:
-        text = (
-            f"{source}: {listed(unread)} cannot be read as mathematics; only a response with the "
+    if unreadable:
+        text = f"{source}: {describe_rows(unreadable)} cannot be read as mathematics; only a "
+        text += (
+            "response with identical text is correct (use the grader exact for answers in words)"
         )
-        text += "same text is right there (the grader exact suits answers in words)"
-        if len(unread) == len(answers):
+        if len(unreadable) == len(answers):
             raise InvalidInput(f"{text}. No answer can be read: choose another grader")
         warnings.warn(text, stacklevel=3)
 
 
-def takes_itself(gold: str) -> bool:
-    """Whether a box with the answer is read as the answer; the same text is right then, so that
-    computer algebra, which takes a tenth of a second, need not be asked."""
-    text = gold_text(gold)
-    return 0 < len(text) <= LONGEST and stated(response_of(gold, "math")) == text
+def is_read_back(gold: str) -> bool:
+    """Return whether a box with the answer is read as exactly this answer.
+
+    Identical text is correct, so computer algebra, which takes 0.1 s, is not needed.
+
+    Args:
+        gold: The reference answer.
+
+    Returns:
+        Whether the same text is extracted.
+    """
+    text = strip_gold_answer(gold)
+    return 0 < len(text) <= MAX_LENGTH and extract_answer(example_response(gold, "math")) == text
 
 
-def response_of(answer: str, name: str) -> str:
-    """A response that gives the answer as the grader of that name expects it."""
+def example_response(answer: str, name: str) -> str:
+    """Return a response that states an answer in the format of a grader."""
     if name == "math":
-        return f"\\boxed{{{gold_text(answer)}}}"
+        return f"\\boxed{{{strip_gold_answer(answer)}}}"
     if name == "gym":
         return GYM_PROBLEM.sub("", answer)
     return f"<think></think>{answer}"
 
 
-def listed(answers: dict[str, int]) -> str:
-    """The rows of some answers, and the first answers."""
+def describe_rows(answers: dict[str, int]) -> str:
+    """Format the rows of some answers, and the first answers."""
     rows = sorted(answers.values())
-    first = sorted(answers, key=answers.__getitem__)[:MOST_SHOWN]
-    return f"{numbered(rows)}, answer{'s' * (len(rows) > 1)} {', '.join(map(short, first))},"
+    first_answers = sorted(answers, key=answers.__getitem__)[:MAX_SHOWN]
+    return (
+        f"{format_row_numbers(rows)}, answer{'s' * (len(rows) > 1)} "
+        f"{', '.join(map(short_repr, first_answers))},"
+    )

@@ -1,45 +1,55 @@
-"""What is said where the grader could read no answer: most often it expects another form."""
+"""Messages for graders that could read no answer: most often another format is expected."""
 
 from collections.abc import Mapping
 from typing import Any
 
-READABLE = "grading/readable_share"
-"""Of a step: share of the graded responses in which the grader could read an answer."""
+READABLE_SHARE = "grading/readable_share"
+"""Row key of a step: share of the graded responses in which the grader could read an answer."""
 
-EXPECTED = {
-    "exact": "the answer and nothing else, after </think> where there are thoughts",
-    "numeric": "a number, in \\boxed{...}, on a last line 'Answer: N', or the last of the text",
-    "math": "\\boxed{...} or a last line 'Answer: ...', after </think> where there are thoughts",
-    "gym": "the answer alone or in \\boxed{...}, after </think> where there are thoughts",
+EXPECTED_FORMATS = {
+    "exact": "the answer and nothing else, after </think> if there is reasoning",
+    "numeric": "a number, in \\boxed{...}, on a last line 'Answer: N', or the last one in the text",
+    "math": "\\boxed{...} or a last line 'Answer: ...', after </think> if there is reasoning",
+    "gym": "the answer alone or in \\boxed{...}, after </think> if there is reasoning",
     "lab": "the answer and nothing else, after exactly one </think>",
 }
 
 
-def unread_steps(row: Mapping[str, Any], graders: Mapping[str, str]) -> dict[str, str]:
-    """Of a step's row the tasks of whose responses none could be read, and what to say.
+def unread_step_messages(row: Mapping[str, Any], graders: Mapping[str, str]) -> dict[str, str]:
+    """Find the tasks of a step in which no answer could be read.
 
-    graders: the name of the grader of each task of the step; of a run of one task by "".
+    Args:
+        row: The row of the step.
+        graders: Name of the grader of each task of the step; "" is the task of a single-task run.
+
+    Returns:
+        Task name to message.
     """
-    found = {}
+    messages = {}
     for task, grader in graders.items():
-        share = row.get(READABLE, row.get(f"task={task}/{READABLE}"))
+        share = row.get(READABLE_SHARE, row.get(f"task={task}/{READABLE_SHARE}"))
         if share == 0:
-            found[task] = words(f"responses{f' of {task}' if task else ''}", grader)
-    return found
+            messages[task] = unread_message(f"responses{f' of {task}' if task else ''}", grader)
+    return messages
 
 
-def unread_evaluation(result: Mapping[str, Any], grader: str) -> list[str]:
-    """What to say of an evaluation, and of its data sets, where no answer could be read."""
+def unread_evaluation_messages(result: Mapping[str, Any], grader: str) -> list[str]:
+    """Return messages for an evaluation, or its datasets, in which no answer could be read."""
     if result.get("unparsed") == 1:
-        return [words("responses to the held-out problems", grader)]
+        return [unread_message("responses to the held-out problems", grader)]
     labels = [name.split("/")[1] for name in result if name.endswith("/unparsed")]
-    silent = [label for label in labels if result[f"task/{label}/unparsed"] == 1]
-    return [words(f"responses to the held-out problems of {label}", grader) for label in silent]
+    unread_labels = [label for label in labels if result[f"task/{label}/unparsed"] == 1]
+    return [
+        unread_message(f"responses to the held-out problems of {label}", grader)
+        for label in unread_labels
+    ]
 
 
-def words(responses: str, grader: str) -> str:
-    form = EXPECTED.get(grader, "a text that is not empty")
+def unread_message(responses: str, grader: str) -> str:
+    """Build the message that a grader could read no answer."""
+    expected_format = EXPECTED_FORMATS.get(grader, "a text that is not empty")
     return (
-        f"the grader {grader} could read no answer in any of the {responses}: it expects {form}; "
-        "ask for that in the prompt or --system, raise max_response, or choose another grader"
+        f"the grader {grader} could read no answer in any of the {responses}: it expects "
+        f"{expected_format}; ask for that in the prompt or --system, raise max_response, or choose "
+        "another grader"
     )

@@ -1,11 +1,12 @@
-"""A process that compares answers, one JSON object a line in, one out: `python -m opd.data.grading.worker`.
+"""Process that compares answers: one JSON object per line in, one per line out.
 
-Arguments: "math" (math-verify), "gym" (reasoning-gym) or a function of the user's,
-MODULE:FUNCTION or FILE.py:FUNCTION; seconds for a comparison; bytes of memory, 0 for no limit.
+Usage: `python -m opd.data.grading.worker KIND SECONDS BYTES`. KIND is "math" (math-verify), "gym"
+(reasoning-gym) or a user's function, MODULE:FUNCTION or FILE.py:FUNCTION; SECONDS is the time limit
+of a comparison; BYTES is the memory limit, 0 for none.
 
-Computer algebra can hang or eat all memory in compiled code that no Python exception reaches
-(9^{9^{9^9}}), and so can a user's function, so each comparison has an alarm that ends this process,
-and the process a limit on its memory. Started by opd.data.grading.worker_process.
+Computer algebra can hang or use all memory in compiled code that no Python exception reaches
+(9^{9^{9^9}}), and so can a user's function. Each comparison therefore has an alarm that ends this
+process, and the process has a memory limit. Started by opd.data.grading.worker_process.
 """
 
 import importlib
@@ -23,8 +24,10 @@ from pathlib import Path
 from typing import Any
 
 TOLERANCE = 1e-4
-"""Largest relative difference of two numbers that math-verify, which rounds to six decimals, may
-call equal."""
+"""Largest relative difference of two numbers that math-verify may call equal.
+
+math-verify rounds to six decimals.
+"""
 Compare = Callable[[str, str], dict[str, Any]]
 
 
@@ -32,11 +35,11 @@ def main() -> None:
     """Answer requests {"gold", "given"} until the input ends."""
     kind, seconds, memory = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what graders print is no reply
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the kernel ends us, in compiled code too
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for our owner
+    os.dup2(2, 1)  # keep what graders print out of the replies
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the kernel ends the process, even in C code
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles interrupts
     try:
-        comparison = comparer(kind)
+        compare_answers = load_comparison(kind)
     except Exception as error:
         print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=replies, flush=True)
         return
@@ -46,66 +49,73 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, seconds)
-        answer = comparison(request["gold"], request["given"])
+        answer = compare_answers(request["gold"], request["given"])
         signal.setitimer(signal.ITIMER_REAL, 0)
         print(json.dumps(answer), file=replies, flush=True)
 
 
-def comparer(kind: str) -> Compare:
-    """The comparison of that kind, loaded."""
+def load_comparison(kind: str) -> Compare:
+    """Load the comparison of a kind."""
     if kind == "math":
         logging.disable(logging.CRITICAL)
         compare("1", "1")
         return compare_safely
     if kind == "gym":
-        importlib.import_module("reasoning_gym.factory")  # takes seconds, which are no answer's
+        importlib.import_module("reasoning_gym.factory")  # slow: before the first time limit
         return score_gym
-    return own_score(load_function(kind))
+    return user_comparison(load_function(kind))
 
 
 def load_function(name: str) -> Callable[..., Any]:
-    """The function that MODULE:FUNCTION or FILE.py:FUNCTION names.
+    """Load the function that MODULE:FUNCTION or FILE.py:FUNCTION names.
+
+    Args:
+        name: The name.
+
+    Returns:
+        The function.
 
     Raises:
-      ImportError, AttributeError: there is none.
+        ImportError: The module cannot be imported.
+        AttributeError: The module has no such function.
     """
-    where, _, function = name.rpartition(":")
-    if where.endswith(".py"):
-        description = importlib.util.spec_from_file_location(Path(where).stem, where)
-        if description is None or description.loader is None:
-            raise ImportError(f"{where} is no Python file")
-        module = importlib.util.module_from_spec(description)
-        sys.modules[description.name] = module
-        description.loader.exec_module(module)
+    module_path, _, function = name.rpartition(":")
+    if module_path.endswith(".py"):
+        spec = importlib.util.spec_from_file_location(Path(module_path).stem, module_path)
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{module_path} is not a Python file")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
     else:
-        module = importlib.import_module(where)
+        module = importlib.import_module(module_path)
     return getattr(module, function)
 
 
-def own_score(function: Callable[..., Any]) -> Compare:
-    """The comparison by a user's function of (response, answer), which returns a number."""
+def user_comparison(function: Callable[..., Any]) -> Compare:
+    """Wrap a user's function of (response, answer), which returns a number, as a comparison."""
 
-    def scored(gold: str, given: str) -> dict[str, Any]:
+    def compare_with_user_function(gold: str, response_text: str) -> dict[str, Any]:
         try:
-            score = float(function(given, gold))
+            score = float(function(response_text, gold))
         except Exception as error:
             return {"error": f"{type(error).__name__}: {error}"}
         return {"score": score} if math.isfinite(score) else {"error": f"it returned {score}"}
 
-    return scored
+    return compare_with_user_function
 
 
-def score_gym(gold: str, given: str) -> dict[str, Any]:
-    """The score of reasoning-gym's own judgement; gold: TASK:SIZE:SEED#NUMBER."""
-    from opd.data.benchmarks import gym_task
+def score_gym(gold: str, response_answer: str) -> dict[str, Any]:
+    """Return reasoning-gym's score of an answer; `gold` is TASK:SIZE:SEED#NUMBER."""
+    from opd.data.benchmarks import load_gym_task
 
-    words, _, number = gold.partition("#")
-    task, size, seed = words.split(":")
-    if words not in GYM_TASKS:
-        GYM_TASKS[words] = gym_task(task, int(size), int(seed))
-    made = GYM_TASKS[words]
+    source, _, number = gold.partition("#")
+    task, size, seed = source.split(":")
+    if source not in GYM_TASKS:
+        GYM_TASKS[source] = load_gym_task(task, int(size), int(seed))
+    dataset = GYM_TASKS[source]
     try:
-        return {"score": float(made.score_answer(given, made[int(number)]))}
+        return {"score": float(dataset.score_answer(response_answer, dataset[int(number)]))}
     except (Exception, RecursionError, MemoryError):
         return {"score": 0.0}
 
@@ -113,102 +123,124 @@ def score_gym(gold: str, given: str) -> dict[str, Any]:
 GYM_TASKS: dict[str, Any] = {}
 
 
-def compare_safely(gold: str, given: str) -> dict[str, Any]:
-    """`compare`; what cannot be compared is unreadable."""
+def compare_safely(gold: str, response_answer: str) -> dict[str, Any]:
+    """Run `compare`; what cannot be compared is unreadable."""
     try:
-        return compare(gold, given)
+        return compare(gold, response_answer)
     except (Exception, RecursionError, MemoryError):
         return {"gold": True, "key": None, "equal": False}
 
 
-def compare(gold: str, given: str) -> dict[str, Any]:
-    """Whether both could be read (`gold`, `key` not None) and are `equal`.
+def compare(gold: str, response_answer: str) -> dict[str, Any]:
+    r"""Compare two answers with math-verify.
 
-    key: a canonical spelling of the given answer, that of the gold answer where they are equal;
-    numbers are written as exact rationals, or by twenty digits, so that 0.5, 1/2 and
-    \\frac{2}{4} have one key. A percentage that is wrong has its own. Words are compared as text:
-    as mathematics, "live" is a product of letters and equals "evil".
+    Words are compared as text: as mathematics, "live" is a product of letters and equals "evil".
+
+    Args:
+        gold: The reference answer.
+        response_answer: The answer of a response.
+
+    Returns:
+        "gold": whether the reference answer could be read; "equal": whether both are equal; "key":
+            a canonical text of the response's answer, that of the reference where they are equal,
+            None if unreadable. Numbers are written as exact rationals, or with twenty digits, so
+            that 0.5, 1/2 and \frac{2}{4} have one key. A wrong percentage has its own key.
     """
     from math_verify import verify
 
-    if (word := spoken(gold)) is not None:
-        key = spoken(given) or given
-        return {"gold": True, "key": key, "equal": key == word}
-    want, found = parsed(gold), parsed(given)
-    if not found:
-        return {"gold": bool(want), "key": None, "equal": False}
-    equal = bool(want) and bool(verify(want, found, timeout_seconds=None))
-    if equal and "%" not in gold + given:
-        equal = close(want[0], found[0])
-    key = canonical(want[0]) if equal else canonical(found[0]) + ("%" if "%" in given else "")
-    return {"gold": bool(want), "key": key, "equal": equal}
+    if (gold_words := normalise_words(gold)) is not None:
+        key = normalise_words(response_answer) or response_answer
+        return {"gold": True, "key": key, "equal": key == gold_words}
+    parsed_gold, parsed_answer = parse_answer(gold), parse_answer(response_answer)
+    if not parsed_answer:
+        return {"gold": bool(parsed_gold), "key": None, "equal": False}
+    equal = bool(parsed_gold) and bool(verify(parsed_gold, parsed_answer, timeout_seconds=None))
+    if equal and "%" not in gold + response_answer:
+        equal = nearly_equal(parsed_gold[0], parsed_answer[0])
+    key = (
+        canonical_text(parsed_gold[0])
+        if equal
+        else canonical_text(parsed_answer[0]) + ("%" if "%" in response_answer else "")
+    )
+    return {"gold": bool(parsed_gold), "key": key, "equal": equal}
 
 
-def spoken(answer: str) -> str | None:
-    """The answer in lower case if it is words (one of three letters or more), else None."""
-    plain = re.sub(r"\\(?:text|textbf|mathrm|mbox)\s*\{([^{}]*)\}", r"\1", answer).strip(" .")
-    words = re.fullmatch(r"[^\W\d_]+(?:[\s'-]+[^\W\d_]+)*", plain)
-    is_word = words and max(map(len, re.split(r"[\s'-]+", plain))) >= 3
-    return " ".join(plain.lower().split()) if is_word else None
+def normalise_words(answer: str) -> str | None:
+    """Return the answer in lower case if it is words (one of three letters or more), else None."""
+    text = re.sub(r"\\(?:text|textbf|mathrm|mbox)\s*\{([^{}]*)\}", r"\1", answer).strip(" .")
+    words = re.fullmatch(r"[^\W\d_]+(?:[\s'-]+[^\W\d_]+)*", text)
+    is_word = words and max(map(len, re.split(r"[\s'-]+", text))) >= 3
+    return " ".join(text.lower().split()) if is_word else None
 
 
-def parsed(answer: str) -> list[Any]:
-    """math-verify's reading of the content of a box, [] where it has none."""
+def parse_answer(answer: str) -> list[Any]:
+    """Parse the content of a box with math-verify; [] if it cannot be parsed."""
     from math_verify import parse
     from math_verify.parser import LatexExtractionConfig
 
     # 1\,234 and 1{,}234 are one number; math-verify reads the first as a product
-    plain = re.sub(r"(?<=\d)(\\[,!;: ]|\{,\}|~)(?=\d{3}(?!\d))", "", answer)
+    cleaned = re.sub(r"(?<=\d)(\\[,!;: ]|\{,\}|~)(?=\d{3}(?!\d))", "", answer)
     config = [LatexExtractionConfig(boxed_match_priority=0)]
-    boxed = f"\\boxed{{{plain}}}"
-    return parse(boxed, config, fallback_mode="no_fallback", parsing_timeout=None)
+    boxed_text = f"\\boxed{{{cleaned}}}"
+    return parse(boxed_text, config, fallback_mode="no_fallback", parsing_timeout=None)
 
 
-def close(gold: Any, given: Any) -> bool:
-    """Whether numbers that were called equal are so relative to their size; in pairs, sets and
-    intervals too. What holds no numbers is left to math-verify."""
+def nearly_equal(gold: Any, answer: Any) -> bool:
+    """Return whether numbers that math-verify called equal are equal relative to their size.
+
+    Elements of pairs, sets and intervals are compared too. Expressions without numbers are left to
+    math-verify.
+
+    Args:
+        gold: Parsed reference answer.
+        answer: Parsed answer of a response.
+
+    Returns:
+        Whether they are equal up to TOLERANCE.
+    """
     import sympy
 
-    gold, given = right_side(gold), right_side(given)
-    if gold == given:
+    gold, answer = right_side(gold), right_side(answer)
+    if gold == answer:
         return True
-    if getattr(gold, "is_number", False) and getattr(given, "is_number", False):
-        one, two = (complex(sympy.N(x.doit(), 30)) for x in (gold, given))
-        return abs(one - two) <= TOLERANCE * max(abs(one), abs(two))
-    ours, theirs = members(gold), members(given)
-    if len(ours) != len(theirs) or not all(
-        getattr(x, "is_number", False) for x in (*ours, *theirs)
+    if getattr(gold, "is_number", False) and getattr(answer, "is_number", False):
+        gold_value, answer_value = (complex(sympy.N(x.doit(), 30)) for x in (gold, answer))
+        return abs(gold_value - answer_value) <= TOLERANCE * max(abs(gold_value), abs(answer_value))
+    gold_elements, answer_elements = elements(gold), elements(answer)
+    if len(gold_elements) != len(answer_elements) or not all(
+        getattr(x, "is_number", False) for x in (*gold_elements, *answer_elements)
     ):
         return True
-    return all(close(*pair) for pair in zip(ours, theirs, strict=True))
+    return all(nearly_equal(*pair) for pair in zip(gold_elements, answer_elements, strict=True))
 
 
-def members(expression: Any) -> list[Any]:
-    """What is in a pair, the ends of an interval, a set's elements by size; nothing of others."""
+def elements(expression: Any) -> list[Any]:
+    """Return the elements of a pair or set (sorted), or the ends of an interval, else []."""
     import sympy
 
     if isinstance(expression, sympy.Interval):
         return [expression.start, expression.end]
     if isinstance(expression, sympy.FiniteSet):
         numbers = all(getattr(x, "is_number", False) for x in expression.args)
-        return sorted(expression.args, key=size) if numbers else []
+        return sorted(expression.args, key=numeric_sort_key) if numbers else []
     return list(expression.args) if isinstance(expression, sympy.Tuple) else []
 
 
-def size(number: Any) -> tuple[float, float]:
+def numeric_sort_key(number: Any) -> tuple[float, float]:
+    """Return (real part, imaginary part) of a number."""
     value = complex(number)
     return value.real, value.imag
 
 
 def right_side(expression: Any) -> Any:
-    """5 of x = 5."""
+    """Return 5 for x = 5."""
     import sympy
 
     return expression.rhs if isinstance(expression, sympy.Eq) else expression
 
 
-def canonical(expression: Any) -> str:
-    """Text that is equal for equal numbers; of anything else, the expression simplified."""
+def canonical_text(expression: Any) -> str:
+    """Return text that is equal for equal numbers, or the text of the simplified expression."""
     import sympy
 
     expression = right_side(expression)
@@ -218,15 +250,17 @@ def canonical(expression: Any) -> str:
             return str(value)
         return str(sympy.N(sympy.N(value, 40, chop=True), 20))
     if isinstance(expression, sympy.Tuple | sympy.FiniteSet):
-        parts = [canonical(part) for part in expression.args]
-        ordered = sorted(parts) if isinstance(expression, sympy.FiniteSet) else parts
-        return f"{type(expression).__name__}({', '.join(ordered)})"
+        element_texts = [canonical_text(element) for element in expression.args]
+        ordered_texts = (
+            sorted(element_texts) if isinstance(expression, sympy.FiniteSet) else element_texts
+        )
+        return f"{type(expression).__name__}({', '.join(ordered_texts)})"
     if isinstance(expression, sympy.Interval):
-        ends = f"{canonical(expression.start)}, {canonical(expression.end)}"
-        return f"Interval({ends}, {expression.left_open}, {expression.right_open})"
+        bounds = f"{canonical_text(expression.start)}, {canonical_text(expression.end)}"
+        return f"Interval({bounds}, {expression.left_open}, {expression.right_open})"
     try:
         return str(sympy.expand(sympy.cancel(expression.doit())))
-    except Exception:  # what it cannot simplify keeps its spelling
+    except Exception:  # leave what sympy cannot simplify as it is
         return str(expression)
 
 

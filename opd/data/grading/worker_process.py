@@ -1,4 +1,4 @@
-"""Comparisons that could hang or exhaust the memory, made by a process of their own (opd.data.grading.worker)."""
+"""Client of the comparison process (opd.data.grading.worker), which may hang or exhaust memory."""
 
 import json
 import select
@@ -10,39 +10,46 @@ from typing import Any
 
 from diagnostics.errors import OperationFailed
 
-SECONDS = 5.0
-MEMORY = 4 << 30
-GRACE = 5.0
-"""Seconds beyond its own alarm after which a process is ended from outside."""
+TIMEOUT = 5.0
+MEMORY_LIMIT = 4 << 30
+GRACE_SECONDS = 5.0
+"""Seconds beyond its own time limit after which a process is killed."""
 
 
 class GraderWorker:
-    """A process of `opd.data.grading.worker`, started when first needed and again after each that died.
+    """A process of `opd.data.grading.worker`, started on demand and restarted after it died.
 
     Args:
-      seconds: for one comparison. kind, memory: see `opd.data.grading.worker`; 0 bytes are no limit.
+        seconds: Time limit of one comparison.
+        kind: Kind of comparison; see `opd.data.grading.worker`.
+        memory: Memory limit in bytes, 0 for none.
     """
 
-    def __init__(self, seconds: float, kind: str = "math", memory: int = MEMORY) -> None:
+    def __init__(self, seconds: float, kind: str = "math", memory: int = MEMORY_LIMIT) -> None:
         self.seconds, self.kind, self.memory = seconds, kind, memory
         self.lock = threading.Lock()
         self.process: subprocess.Popen[str] | None = None
 
-    def __call__(self, gold: str, given: str) -> dict[str, Any] | None:
-        """What the comparison says; None if it took too long, or the process died of it.
+    def __call__(self, gold: str, response_answer: str) -> dict[str, Any] | None:
+        """Compare two answers; thread-safe.
 
-        Safe to call from any thread.
+        Args:
+            gold: The reference answer.
+            response_answer: The answer of a response.
+
+        Returns:
+            The result of the comparison; None after a timeout or if the process died.
 
         Raises:
-          RuntimeError: the process does not start; says why.
+            OperationFailed: The process does not start; the message contains the reason.
         """
         with self.lock:
             process = self.process or self.start()
             assert process.stdin is not None
             try:
-                process.stdin.write(json.dumps({"gold": gold, "given": given}) + "\n")
+                process.stdin.write(json.dumps({"gold": gold, "given": response_answer}) + "\n")
                 process.stdin.flush()
-                line = self.reply(process, self.seconds + GRACE)
+                line = self.reply(process, self.seconds + GRACE_SECONDS)
             except BrokenPipeError:
                 line = ""
             if not line:
@@ -51,7 +58,8 @@ class GraderWorker:
             return json.loads(line)
 
     def start(self) -> "subprocess.Popen[str]":
-        line = [
+        """Start the process and wait until it is ready."""
+        command_line = [
             sys.executable,
             "-m",
             "opd.data.grading.worker",
@@ -59,33 +67,35 @@ class GraderWorker:
             str(self.seconds),
             str(self.memory),
         ]
-        with tempfile.TemporaryFile("w+") as complaints:  # a pipe nobody reads may fill and block
-            own = ":" in self.kind
+        with tempfile.TemporaryFile("w+") as stderr_file:  # an unread pipe may fill up and block
+            is_user_function = ":" in self.kind
             process = subprocess.Popen(
-                line,
+                command_line,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=None if own else complaints,  # a user sees what the own function prints
+                stderr=None
+                if is_user_function
+                else stderr_file,  # show what the user's function prints
                 text=True,
             )
             self.process = process
             assert process.stdout is not None
             reply = json.loads(process.stdout.readline() or "{}")
             if "ready" not in reply:
-                complaints.seek(0)
-                why = reply.get("error") or complaints.read().strip()[-500:] or "it ended"
+                stderr_file.seek(0)
+                reason = reply.get("error") or stderr_file.read().strip()[-500:] or "it ended"
                 self.end()
-                raise OperationFailed(f"the grader {self.kind} did not start: {why}")
+                raise OperationFailed(f"the grader {self.kind} did not start: {reason}")
         return process
 
     def reply(self, process: "subprocess.Popen[str]", seconds: float) -> str:
-        """The next line of the process; "" if it ended, or says nothing for so long."""
+        """Return the next line of the process; "" if it ended or sent nothing within `seconds`."""
         assert process.stdout is not None
-        ready, _, _ = select.select([process.stdout], [], [], seconds)
-        return process.stdout.readline() if ready else ""
+        readable, _, _ = select.select([process.stdout], [], [], seconds)
+        return process.stdout.readline() if readable else ""
 
     def end(self) -> None:
-        """End the process, if there is one; the next comparison starts another."""
+        """Kill the process, if there is one; the next comparison starts another."""
         if self.process is not None:
             self.process.kill()
             self.process.communicate()  # closes the pipes

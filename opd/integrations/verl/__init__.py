@@ -1,1 +1,1 @@
-"""Our objectives as loss modes of verl, and its rollouts with our mask rules."""
+"""The objectives as loss modes of verl, and verl's rollouts with mask rules."""

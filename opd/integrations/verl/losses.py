@@ -1,14 +1,15 @@
-"""Our objectives as loss modes of verl's distillation trainer (verl 0.9).
+"""The objectives as loss modes of verl's distillation trainer (verl 0.9).
 
-verl scores rollouts with a teacher on a server, which sends one log-probability a token, or its
-top-K; the student's logits are whole. `register` puts an objective into verl's registry under a
-loss mode; `opd.integrations.verl.register` does so for all that verl can supply. The losses are those of
-`opd.objectives.catalogue`: here are only the ways from verl's tensors to them and back. Denominators, and
-the sum over micro-batches and ranks, are verl's (`actor.loss_agg_mode`).
+verl scores rollouts with a teacher server that sends one log-probability per token, or its top-K;
+the student's logits cover the vocabulary. `register` adds an objective to verl's registry under a
+loss mode; `opd.integrations.verl.register` does so for all that verl can supply. The losses are
+those of `opd.objectives.catalogue`; this module only converts verl's tensors to their inputs and
+back. Denominators, and the sum over micro-batches and ranks, are verl's (`actor.loss_agg_mode`).
 
-Top-K modes need one rebinding: verl computes every one of them by `compute_topk_loss`, which knows
-its own forward KL alone. Shapes: B responses, T response positions, N packed tokens of prompts and
-responses, K teacher ids.
+Top-K modes replace one function of verl: it computes all of them with `compute_topk_loss`, which
+implements verl's own forward KL only.
+
+Shapes: B responses, T response positions, N packed tokens of prompts and responses, K teacher ids.
 """
 
 import inspect
@@ -18,86 +19,97 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diagnostics.adapters.verl import Loss, batch_of, observed
-from diagnostics.core.partial import changed
+from diagnostics.adapters.verl import Loss, batch_from_verl, observe_loss
+from diagnostics.core.partial import replace_fields
 from diagnostics.errors import BrokenPackage, InvalidInput, MissingPackage
-from opd.integrations.verl.topk_loss import TOPK, compute_topk_loss, held
-from opd.objectives.factory import Objective, make
+from opd.integrations.verl.topk_loss import TOPK, batch_setting, compute_topk_loss
+from opd.objectives.factory import Objective, build_objective
 
 PREFIX = "opdlab_"
-"""A loss mode is this and the objective's name, unless `register` is given another."""
+"""Prefix of a loss mode, followed by the objective's name, unless `register` is given a mode."""
 
 _ARGUMENTS = ["config", "distillation_config", "data", "student_logits", "data_format"]
 
 
 def register(name: str, mode: str = "", **choices: Any) -> str:
-    """Register the objective `name` of `opd.objectives.factory.make`, observed by the panel's token means.
+    """Register the objective `name` as a loss mode, with the token-level metrics of the panel.
 
     Args:
-      mode: the loss mode, PREFIX and the name if empty. choices: gamma, ratio, clip, ratio_clip,
-        mask_scope.
+        name: Objective of `opd.objectives.factory.build_objective`.
+        mode: The loss mode; PREFIX and the name if empty.
+        **choices: Options of the objective: gamma, ratio, clip, ratio_clip, mask_scope.
 
     Returns:
-      The loss mode, for `distillation.distillation_loss.loss_mode`.
+        The loss mode, for `distillation.distillation_loss.loss_mode`.
 
     Raises:
-      ValueError: no such objective, a choice that `make` refuses, or something that verl's data
-        cannot supply. ImportError: no verl, or one that computes its losses in another way.
+        InvalidInput: The objective is unknown, an option is refused, or verl lacks data that it
+            needs.
+        ImportError: verl is missing, or computes its losses in another way.
     """
     losses = verl_losses()
-    objective, mode = make(name, **choices), mode or PREFIX + name
+    objective, mode = build_objective(name, **choices), mode or PREFIX + name
     topk = objective.support == "teacher"
-    why = unsupplied(objective) or unsupplied_choice(choices, topk)
-    if why:
-        raise InvalidInput(f"{name} in verl: {why}")
+    problem = missing_inputs(objective) or unsupported_choice(choices, topk)
+    if problem:
+        raise InvalidInput(f"{name} in verl: {problem}")
     settings = losses.DistillationLossSettings(names=mode, use_topk=topk, use_estimator=not topk)
     loss: Loss = partial(topk_loss if topk else sampled_loss, objective)
-    losses.register_distillation_loss(settings)(observed(loss))
+    losses.register_distillation_loss(settings)(observe_loss(loss))
     if topk:
         TOPK[mode] = objective
     return mode
 
 
-def refuse(name: str, why: str) -> None:
-    """Register a loss mode that no run gets past its configuration with: it says why."""
+def register_unsupported(name: str, reason: str) -> None:
+    """Register a loss mode that raises an explanation when a run is configured with it.
+
+    Args:
+        name: Objective.
+        reason: Why verl cannot supply it.
+    """
     losses = verl_losses()
-    settings = _Refused(PREFIX + name, f"{PREFIX}{name} is no loss mode: {why}")
+    settings = _UnsupportedSettings(
+        PREFIX + name, f"{PREFIX}{name} is not supported as a loss mode: {reason}"
+    )
     losses.register_distillation_loss(settings)(settings.refusal)
 
 
-class _Refused:
-    """Settings that raise when verl asks whether the mode needs a top-K, before anything starts."""
+class _UnsupportedSettings:
+    """Settings that raise when verl asks whether the mode needs a top-K, before a run starts."""
 
-    def __init__(self, mode: str, why: str) -> None:
-        self.names, self.why = [mode], why
+    def __init__(self, mode: str, reason: str) -> None:
+        self.names, self.reason = [mode], reason
 
     @property
     def use_topk(self) -> bool:
-        raise InvalidInput(self.why)
+        raise InvalidInput(self.reason)
 
     def refusal(self, *args: Any, **kwargs: Any) -> None:
-        raise InvalidInput(self.why)
+        raise InvalidInput(self.reason)
 
 
-def unsupplied(objective: Objective) -> str:
-    """What the objective reads and verl does not supply; empty if it supplies everything."""
+def missing_inputs(objective: Objective) -> str:
+    """Return what the objective reads and verl does not supply, or an empty string."""
     if objective.support == "full" or objective.distributions:
-        return "its teacher sends no whole next-token distributions, at most its top-K"
+        return "verl's teacher sends no full next-token distributions, only its top-K"
     if objective.support in ("student", "union", "intersection"):
-        return "its teacher sends its own top-K, not the log-probabilities of the student's ids"
+        return "verl's teacher sends its own top-K, not the log-probabilities of the student's ids"
     if objective.support == "teacher" and objective.sampled:
-        return "with a top-K its teacher does not send the sampled token's log-probability"
+        return "with a top-K verl's teacher does not send the sampled token's log-probability"
     return ""
 
 
-def unsupplied_choice(choices: dict[str, Any], topk: bool) -> str:
-    """The same for what `make` may add to an objective."""
+def unsupported_choice(choices: dict[str, Any], topk: bool) -> str:
+    """Return which option of an objective verl does not support, or an empty string."""
     if topk and choices.get("ratio", "none") != "none":
-        return f"ratio {choices['ratio']!r} is not known where it computes losses from logits"
+        return f"ratio {choices['ratio']!r} is not available where verl computes losses from logits"
     if choices.get("baseline", "none") != "none":
-        return f"baseline {choices['baseline']!r} needs the whole step, a loss sees a micro-batch"
+        return (
+            f"baseline {choices['baseline']!r} needs the whole step, but a loss sees a micro-batch"
+        )
     if choices.get("reward_weight", 0.0):
-        return "an outcome needs whole groups of rollouts; set distillation_loss.use_task_rewards"
+        return "a reward needs whole groups of rollouts; set distillation_loss.use_task_rewards"
     return ""
 
 
@@ -111,31 +123,41 @@ def sampled_loss(
     model_output: dict[str, Any],
     data: Any,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """(B, T) losses of an objective of the sampled tokens, with gradient to verl's log_probs.
+    """Compute (B, T) losses of an objective of the sampled tokens.
 
-    The credit is that of the student at the time of scoring, verl's old_log_probs, and constant
-    over the updates of a step. Tokens that a rule takes out of response_mask advance gamma and are
-    part of the sequence ratio, where rollout_log_probs tell them from a tool's text.
+    The credit is that of the student at scoring time, verl's old_log_probs, and constant over the
+    updates of a step. Tokens that a rule removes from response_mask advance gamma and are part of
+    the sequence ratio, where rollout_log_probs tell them apart from a tool's text.
+
+    Args:
+        objective: The objective.
+        config: Unused; verl passes its actor's configuration.
+        distillation_config: verl's distillation configuration.
+        model_output: verl's log_probs, with gradient.
+        data: verl's batch.
+
+    Returns:
+        (B, T) losses with gradient to log_probs, and no metrics.
 
     Raises:
-      ValueError: a setting of verl would change the loss, old_log_probs are missing, or the teacher
-        scored other tokens than the student's.
+        InvalidInput: A setting of verl would change the loss, old_log_probs are missing, or the
+            teacher scored other tokens than the student's.
     """
     from verl.workers.utils.padding import no_padding_2_padding
 
     check_settings(distillation_config.distillation_loss, data)
     if "old_log_probs" not in data:
-        raise InvalidInput("the batch has no old_log_probs, of which the credit is made")
-    batch = batch_of(model_output, data, unsupervised=True)
-    read = no_padding_2_padding(data["teacher_ids"], data)[..., 0].long()
-    strange = int(((read != batch.tokens) & batch.mask).sum())
-    if strange:
+        raise InvalidInput("the batch has no old_log_probs, which the credit is computed from")
+    batch = batch_from_verl(model_output, data, unsupervised=True)
+    scored_ids = no_padding_2_padding(data["teacher_ids"], data)[..., 0].long()
+    num_mismatched = int(((scored_ids != batch.tokens) & batch.mask).sum())
+    if num_mismatched:
         raise InvalidInput(
-            f"the teacher scored other ids than the student's at {strange} of "
+            f"the teacher scored ids other than the student's at {num_mismatched} of "
             f"{int(batch.mask.sum())} supervised tokens"
         )
-    old = torch.where(batch.sampled, padded(data["old_log_probs"]).float(), 0.0)
-    batch = changed(batch, student_logp=old)
+    old_logp = torch.where(batch.sampled, to_padded(data["old_log_probs"]).float(), 0.0)
+    batch = replace_fields(batch, student_logp=old_logp)
     logp = no_padding_2_padding(model_output["log_probs"], data)
     return objective.loss(logp, None, batch), {}
 
@@ -147,12 +169,23 @@ def topk_loss(
     model_output: dict[str, Any],
     data: Any,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """(B, T) losses that `logit_losses` left for the packed tokens, and the student's mass on S."""
+    """Return the (B, T) losses that `logit_losses` computed, and the student's mass on the support.
+
+    Args:
+        objective: Unused here; `logit_losses` applied it.
+        config: Unused; verl passes its actor's configuration.
+        distillation_config: verl's distillation configuration.
+        model_output: Outputs of `logit_losses` for the packed tokens.
+        data: verl's batch.
+
+    Returns:
+        (B, T) losses and a metric.
+    """
     from verl.utils.metric import AggregationType, Metric
     from verl.workers.utils.padding import no_padding_2_padding
 
     check_settings(distillation_config.distillation_loss, data)
-    mask = padded(data["response_mask"]).bool()
+    mask = to_padded(data["response_mask"]).bool()
     mass = no_padding_2_padding(model_output["student_mass"], data)
     scale = float(data["dp_size"]) / float(data["batch_num_tokens"])
     total = torch.where(mask, mass, 0.0).sum() * scale
@@ -161,12 +194,16 @@ def topk_loss(
 
 
 def check_settings(loss: Any, data: Any) -> None:
-    """Refuse settings of verl under which the objective would be another one.
+    """Refuse settings of verl that would change the objective.
+
+    Args:
+        loss: verl's distillation_loss configuration.
+        data: verl's batch.
 
     Raises:
-      ValueError: the setting, its value and what to set instead.
+        InvalidInput: Names the setting, its value and what to set instead.
     """
-    wrong = {
+    conflicts = {
         name: getattr(loss, name)
         for name, neutral in (
             ("use_policy_gradient", False),
@@ -175,16 +212,16 @@ def check_settings(loss: Any, data: Any) -> None:
         )
         if getattr(loss, name) != neutral
     }
-    for name, value in wrong.items():
+    for name, value in conflicts.items():
         neutral = "False: it has its own score function" if value is True else "null"
         raise InvalidInput(
             f"distillation_loss.{name} is {value} with an opdlab loss; set {neutral}"
         )
-    temperature = held(data, "temperature", 1.0)
+    temperature = batch_setting(data, "temperature", 1.0)
     if bool((torch.as_tensor(temperature) != 1).any()):
         raise InvalidInput(
-            f"rollout.temperature is {temperature}: verl divides the student's logits by it and "
-            "reads the teacher at 1, two different distributions; set 1"
+            f"rollout.temperature is {temperature}: verl divides the student's logits by it but "
+            "reads the teacher at 1, which compares two different distributions; set 1"
         )
 
 
@@ -192,30 +229,33 @@ def check_settings(loss: Any, data: Any) -> None:
 
 
 def verl_losses() -> Any:
-    """verl's module of distillation losses, with `compute_topk_loss` rebound once.
+    """Return verl's module of distillation losses, with `compute_topk_loss` replaced once.
+
+    Returns:
+        The module.
 
     Raises:
-      ImportError: it is missing, or not the one that this was written for.
+        ImportError: verl is missing, or is not the supported version.
     """
     try:
         import verl
         from verl.trainer.distillation import losses
     except ImportError as error:
         kind = MissingPackage if getattr(error, "name", None) == "verl" else BrokenPackage
-        raise kind(f"verl with distillation losses (0.9) is needed here: {error}") from error
-    theirs = losses.compute_topk_loss
-    if isinstance(theirs, partial):
+        raise kind(f"verl 0.9 with distillation losses is required: {error}") from error
+    original = losses.compute_topk_loss
+    if isinstance(original, partial):
         return losses
-    found = list(inspect.signature(theirs).parameters)
-    if not verl.__version__.startswith("0.9.") or found != _ARGUMENTS:
+    parameters = list(inspect.signature(original).parameters)
+    if not verl.__version__.startswith("0.9.") or parameters != _ARGUMENTS:
         raise MissingPackage(
-            f"verl is {verl.__version__}, whose compute_topk_loss takes {', '.join(found)}; this "
-            f"was written for 0.9 and {', '.join(_ARGUMENTS)}: install verl==0.9.1"
+            f"verl is {verl.__version__}, whose compute_topk_loss takes {', '.join(parameters)}; "
+            f"expected 0.9 and {', '.join(_ARGUMENTS)}: install verl==0.9.1"
         )
-    losses.compute_topk_loss = partial(compute_topk_loss, theirs)
+    losses.compute_topk_loss = partial(compute_topk_loss, original)
     return losses
 
 
-def padded(x: Tensor) -> Tensor:
-    """(B, T) with zeros behind the rows of a nested tensor."""
+def to_padded(x: Tensor) -> Tensor:
+    """Convert a nested tensor to (B, T) with zeros after each row."""
     return x.to_padded_tensor(0) if x.is_nested else x

@@ -1,8 +1,9 @@
-"""Log-probabilities from logits of which this process holds all, or a shard of the vocabulary.
+"""Log-probabilities from logits of the whole vocabulary, or of this process's shard of it.
 
 Under tensor parallelism every rank of a group has the same N tokens and R of the V logits, and
 computes the same loss from what is gathered here; the gradient of a rank is that of its own logits.
-Shapes: N tokens, R logits held here (all V without a group), K ids a token.
+
+Shapes: N tokens, R logits on this rank (all V without a group), K ids per token.
 """
 
 from dataclasses import dataclass
@@ -16,46 +17,58 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class Shard:
-    """Logits of the ids start, start + 1, ... of which the ranks of `group` hold the rest."""
+    """This rank's contiguous part of the vocabulary."""
 
     start: int
+    """First id on this rank."""
     group: Any
+    """Process group that holds the other ids."""
 
 
-def picked(logits: Tensor, ids: Tensor, shard: Shard | None = None) -> Tensor:
-    """(N, K) float32 logits at `ids` (N, K) long, with gradient; each id on exactly one rank."""
+def gather_logits(logits: Tensor, ids: Tensor, shard: Shard | None = None) -> Tensor:
+    """Return (N, K) float32 logits at `ids`, with gradient; each id is on exactly one rank."""
     if shard is None:
         return logits.gather(-1, ids).float()
-    own = ids - shard.start
-    here = (own >= 0) & (own < logits.shape[-1])
-    found = logits.gather(-1, own.clamp(0, logits.shape[-1] - 1)).float()
-    return _Sum.apply(torch.where(here, found, torch.zeros_like(found)), shard.group)
+    local_ids = ids - shard.start
+    is_local = (local_ids >= 0) & (local_ids < logits.shape[-1])
+    local_logits = logits.gather(-1, local_ids.clamp(0, logits.shape[-1] - 1)).float()
+    return _AllReduceSum.apply(
+        torch.where(is_local, local_logits, torch.zeros_like(local_logits)), shard.group
+    )
 
 
 def log_normaliser(logits: Tensor, shard: Shard | None = None, *, elements: int) -> Tensor:
-    """(N,) float32 log sum_v exp(logit), with gradient.
+    """Return (N,) float32 log sum_v exp(logit), with gradient.
 
-    elements: logits in float32 that exist at once. Chunks are computed again in the backward pass,
-    so that beside the gradient of the logits nothing of the vocabulary's width is kept.
+    Chunks are recomputed in the backward pass, so that apart from the gradient of the logits
+    nothing of the vocabulary's width is kept.
+
+    Args:
+        logits: (N, R) logits, with gradient.
+        shard: Which R of the V logits these are; None for all.
+        elements: Float32 logits that exist at once.
+
+    Returns:
+        (N,) log-normalisers.
     """
     step = max(1, elements // logits.shape[-1])
-    held = torch.cat(
+    local_normaliser = torch.cat(
         [checkpoint(_log_sum, part, use_reentrant=False) for part in logits.split(step)]
     )
     if shard is None:
-        return held
-    top = held.detach().clone()
-    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=shard.group)
-    total: Tensor = _Sum.apply((held - top).exp(), shard.group)
-    return top + total.log()
+        return local_normaliser
+    max_normaliser = local_normaliser.detach().clone()
+    dist.all_reduce(max_normaliser, op=dist.ReduceOp.MAX, group=shard.group)
+    total: Tensor = _AllReduceSum.apply((local_normaliser - max_normaliser).exp(), shard.group)
+    return max_normaliser + total.log()
 
 
 def _log_sum(logits: Tensor) -> Tensor:
     return logits.float().logsumexp(-1)
 
 
-class _Sum(torch.autograd.Function):
-    """The sum over a group's ranks; a rank's gradient is the result's, which is alike on all."""
+class _AllReduceSum(torch.autograd.Function):
+    """Sum over a group's ranks; a rank's gradient is that of the result, equal on all ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:

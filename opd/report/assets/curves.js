@@ -1,7 +1,7 @@
-// Curves: one chart a column, all runs on one axis.
+// Curves: one chart per column, with all runs on one axis.
 const PANELS = [
-  ["divergence/reverse_kl", "Reverse KL, nats a token"], ["divergence/k1", "Sampled cost, nats a token"], ["response/reward", "Reward of rollouts"],
-  ["divergence/student_entropy", "Student's entropy, nats"], ["response/length", "Response length, tokens"], ["response/truncated_share", "Cut at the budget"],
+  ["divergence/reverse_kl", "Reverse KL, nats per token"], ["divergence/k1", "Sampled log ratio (k1), nats per token"], ["response/reward", "Reward of rollouts"],
+  ["divergence/student_entropy", "Student's entropy, nats"], ["response/length", "Response length, tokens"], ["response/truncated_share", "Truncated responses"],
   ["signal/signal_top1_share", "Signal in the top 1 % of tokens"], ["divergence/outside_topk_expected", "Student's mass outside the support"], ["grad_norm", "Gradient norm"],
   ["tokens/confident_impossible_signal", "Signal of impossible tokens"],
 ];
@@ -30,7 +30,7 @@ function smooth(y, width) {
 }
 
 let charts = [];
-// A box for a column; `drawn` puts the plot in once the box has its width.
+// The box of a column; `drawn` adds the plot once the box has its width.
 function chart(name) {
   const mine = visibleLines().map((line) => name === ACCURACY ? accuracyLine(line) : columnLine(line, name)).filter(Boolean);
   const holder = make("div", { class: "chart" }), title = TITLES.get(name) ?? name;
@@ -41,7 +41,7 @@ function chart(name) {
   const note = (title === name || name === ACCURACY ? "" : name) + (rule ? `${title === name ? "" : " · "}healthy: ${rule.null}` : "");
   holder.append(make("p", { class: "small", title: note, textContent: note || "\u00a0" }));
   if (!mine.length) { holder.append(small("not recorded in the runs shown")); return { holder }; }
-  const body = make("div", { class: "plot", tabIndex: 0, role: "img", "aria-label": `${title}: ${mine.map((line) => `${line.label} from ${show(line.y.find(known))} to ${show(line.y.findLast(known))}`).join("; ")}. Arrow keys read the values.` });
+  const body = make("div", { class: "plot", tabIndex: 0, role: "img", "aria-label": `${title}: ${mine.map((line) => `${line.label} from ${show(line.y.find(known))} to ${show(line.y.findLast(known))}`).join("; ")}. Use the arrow keys to read values.` });
   const readout = make("div", { class: "readout", "aria-live": "polite" });
   holder.append(body, readout);
   return { holder, name, mine, body, readout };
@@ -101,7 +101,7 @@ function reading(u, mine) {
   return [`step ${u.data[0][k]} `, ...parts.filter(Boolean)];
 }
 
-// Alarms as dashed lines at their steps, on every chart of their column; × where a value is no number.
+// Mark alarms by dashed lines at their steps, and non-finite values by ×.
 function marks(u, name, mine) {
   const { ctx, bbox } = u, ratio = window.devicePixelRatio || 1;
   ctx.save();

@@ -1,4 +1,4 @@
-// Small parts that every section uses: nodes, numbers as text, colours, tables.
+// Helpers of all sections: nodes, number formats, colours, tables.
 const $ = (id) => document.getElementById(id);
 
 function make(tag, props = {}, ...children) {
@@ -26,22 +26,22 @@ function percent(x) {
 const plural = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
 const words = (name) => name.replaceAll("_", " ");
 
-// Okabe and Ito's colours, and lighter ones of the same hues for a dark ground.
+// The palette of Okabe and Ito, with lighter colours of the same hues for the dark theme.
 const LIGHT = ["#0072b2", "#d55e00", "#009e73", "#b5579a", "#b98500", "#3f9fd0", "#666f78", "#7a5c17"];
 const DARK = ["#56b4e9", "#f08c3c", "#4cc38a", "#e39bc4", "#f2be4b", "#9ad0f5", "#a9b1b8", "#d3b45c"];
 const dark = () => document.documentElement.dataset.theme === "dark";
 const colour = (i) => (dark() ? DARK : LIGHT)[i % LIGHT.length];
-// The second eight runs have the first eight's colours, dashed.
+// Runs 9 to 16 reuse the first eight colours with dashed lines.
 const dashed = (i) => i % (2 * LIGHT.length) >= LIGHT.length;
 const swatch = (i) => make("i", { class: dashed(i) ? "swatch again" : "swatch", colour: colour(i) });
 const faded = (hex, alpha) => hex + Math.round(alpha * 255).toString(16).padStart(2, "0");
-const tones = new Map(); // colours of the theme, read once
+const tones = new Map(); // cached colours of the theme
 function css(name) {
   if (!tones.has(name)) tones.set(name, getComputedStyle(document.documentElement).getPropertyValue(name).trim());
   return tones.get(name);
 }
 
-// A canvas of so many CSS pixels, sharp on every screen.
+// Size a canvas in CSS pixels at the screen's resolution.
 function sharpen(canvas, width, height) {
   const ratio = window.devicePixelRatio || 1;
   canvas.width = Math.round(width * ratio);
@@ -52,7 +52,7 @@ function sharpen(canvas, width, height) {
   return context;
 }
 
-// Heads are [name, numeric?]; a cell is a node, a text or [node or text, what it is sorted by].
+// Heads are [name, numeric?]; a cell is a node, a text or [node or text, sort key].
 function table(heads, rows, label) {
   const body = make("tbody");
   const lines = rows.map((row) => ({
@@ -77,7 +77,7 @@ function table(heads, rows, label) {
     make("table", {}, make("thead", {}, make("tr", {}, cells)), body));
 }
 
-// Fill a select; what was chosen stays chosen while it is there.
+// Fill a select; keep the selected value if it still exists.
 function options(select, values) {
   const old = select.value;
   select.replaceChildren(...values.map(([value, label]) => make("option", { value, textContent: label })));
@@ -87,7 +87,7 @@ function options(select, values) {
 let data = JSON.parse($("data").textContent);
 const state = { extra: [], hidden: new Set(), zoom: null, key: "", token: 0, run: 0 };
 
-// One entry for each task of each run: what the charts and maps have a line or a map for.
+// One entry per task of each run; each has a line in the charts and a map.
 const lines = () => data.runs.flatMap((run, i) => run.tasks.map((part) => ({
   part, run: i, task: part.task, label: data.runs.length > 1 || !part.task ? run.name + (part.task ? ` · ${part.task}` : "") : part.task,
 }))).map((line, i) => ({ ...line, i }));

@@ -1,4 +1,4 @@
-// The page: draws every section, wires the controls, and asks its server for news when served.
+// The page: draws every section, connects the controls, and polls its server for updates when served.
 function drawAll() {
   const title = data.runs.length > 1 ? `${data.runs.length} runs` : data.runs[0].name;
   $("title").textContent = title;
@@ -67,7 +67,7 @@ new ResizeObserver(() => {
   if (roll) drawStrip(roll);
 }).observe($("charts"));
 
-// News keep the reader's place: selections, zoom, theme and how far everything is scrolled.
+// Updates keep selections, zoom, theme and scroll positions.
 function renew(news) {
   const places = ["text", "list"].map((id) => [id, $(id).scrollTop]), y = window.scrollY, opened = [...document.querySelectorAll("details")].map((node) => node.open);
   const focus = document.activeElement?.id;
@@ -103,7 +103,7 @@ if (document.documentElement.dataset.watch === "watch") {
       $("made").textContent = `${data.made}; ${failure}`;
       $("made").classList.add("lost");
     } finally {
-      // making the page anew takes the machine's time, so a long record is read less often
+      // rebuilding the data costs time, so long runs are polled less often
       setTimeout(look, Math.max(3000, 9 * (performance.now() - start)));
     }
   };

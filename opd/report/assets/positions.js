@@ -1,7 +1,7 @@
-// Positions: heat maps of position by step on one scale for all runs, and where the divergence sits.
+// Positions: heat maps of position by step on one scale for all runs, and the parts of the divergence.
 const USUAL = ["divergence/reverse_kl", "divergence/outside_topk_expected", "divergence/teacher_entropy", "divergence/student_entropy", "divergence/k1", "divergence/teacher_max"];
 const MAP_TITLES = new Map([["divergence/reverse_kl", "Reverse KL, nats"], ["divergence/outside_topk_expected", "Student's mass outside the support"], ["divergence/teacher_entropy", "Teacher's entropy, nats"],
-  ["divergence/student_entropy", "Student's entropy, nats"], ["divergence/k1", "Sampled cost, nats"], ["divergence/teacher_max", "Teacher's largest probability"]]);
+  ["divergence/student_entropy", "Student's entropy, nats"], ["divergence/k1", "Sampled log ratio (k1), nats"], ["divergence/teacher_max", "Teacher's largest probability"]]);
 const VIRIDIS = ["#440154", "#472c7a", "#3b518b", "#2c718e", "#21908d", "#27ad81", "#5cc863", "#aadc32", "#fde725"];
 const SIGNED = ["#2166ac", "#6aaed6", "#d1e5f0", "#f7f7f7", "#fddbc7", "#ee9a5e", "#b35806"];
 const FEW = 30, EDGE = { left: 46, bottom: 18, top: 3, right: 4 }, TALL = 150;
@@ -12,13 +12,13 @@ function shade(stops, x) {
   return `rgb(${[0, 1, 2].map((k) => Math.round(channel(stops[i], k) * (1 - f) + channel(stops[i + 1], k) * f))})`;
 }
 
-// One scale for a column in all the runs shown: signed ones have white at 0.
+// One scale per column for all the runs shown; white is 0 where there are negative values.
 function scaleOf(name, shown) {
   const values = shown.flatMap((line) => line.part.maps[name].values.flat()).filter(known);
   const low = Math.min(...values), high = Math.max(...values);
   if (low < -0.05 * Math.abs(high) && high > 0) { const most = Math.max(-low, high); return { low: -most, high: most, stops: SIGNED }; }
   const middle = [...values].sort((a, b) => a - b)[values.length >> 1];
-  if (high > 30 * middle && low >= 0) { // one bin would drown the others: colours by the logarithm, over three decades
+  if (high > 30 * middle && low >= 0) { // one large bin would hide the others: logarithmic colours over three decades
     const least = Math.max(low, high / 1000);
     return { low: least, high, stops: VIRIDIS, at: (x) => Math.log(Math.max(x, least) / least) / Math.log(high / least), log: true };
   }
@@ -27,7 +27,7 @@ function scaleOf(name, shown) {
 const place = (scale, x) => scale.at ? scale.at(x) : (x - scale.low) / (scale.high - scale.low);
 
 function heatMap(line, name, scale) {
-  const map = line.part.maps[name], canvas = make("canvas", { tabIndex: 0, role: "img", "aria-label": `${name} of ${line.label} by position and step, from ${show(scale.low)} to ${show(scale.high)}. Arrow keys read the cells.` });
+  const map = line.part.maps[name], canvas = make("canvas", { tabIndex: 0, role: "img", "aria-label": `${name} of ${line.label} by position and step, from ${show(scale.low)} to ${show(scale.high)}. Use the arrow keys to read cells.` });
   const readout = make("div", { class: "readout", "aria-live": "polite" });
   const columns = map.steps.length, rows = map.bins.length;
   let at = null;
@@ -86,7 +86,7 @@ function scaleBar(scale) {
 let heat = [];
 function drawPositions() {
   const shown = visibleLines(), names = [...new Set(shown.flatMap((line) => Object.keys(line.part.maps)))].sort();
-  options($("map"), [["", shown.length > 1 ? "the usual three" : "the usual six"], ...names.map((name) => [name, MAP_TITLES.get(name) ?? name])]);
+  options($("map"), [["", shown.length > 1 ? "default (three)" : "default (six)"], ...names.map((name) => [name, MAP_TITLES.get(name) ?? name])]);
   const usual = USUAL.filter((name) => names.includes(name)).slice(0, shown.length > 1 ? 3 : 6), chosen = $("map").value ? [$("map").value] : usual.length ? usual : names.slice(0, 3);
   heat = [];
   $("maps").replaceChildren(...chosen.map((name) => {
@@ -102,7 +102,7 @@ function drawPositions() {
 }
 const redrawMaps = () => heat.forEach((map) => map.draw());
 
-const PARTS = [["in or out of the support", 1], ["within the support", 0], ["beyond it", 3]];
+const PARTS = [["mass inside or outside the support", 1], ["within the support", 0], ["outside the support", 3]];
 function anatomy(line) {
   const found = line.part.anatomy;
   if (!found) return null;
@@ -126,14 +126,14 @@ function anatomy(line) {
     make("p", { class: "small" }, PARTS.map(([name, k]) => make("span", { class: "entry" }, swatch(k), name))), grid);
 }
 
-// The parts over the steps, one upon the other; a negative estimate counts as nothing.
+// Stacked parts over the steps; negative estimates are drawn as 0.
 function stacked(part) {
   const curves = ["divergence/kl_binary", "divergence/kl_head", "divergence/kl_tail"].map((name) => part.curves[name]);
   if (curves.some((curve) => !curve)) return null;
   const steps = curves.map((curve) => part.steps[curve[0]]), at = curves.map((curve, k) => new Map(steps[k].map((step, i) => [step, Math.max(0, curve[1][i] ?? 0)])));
   const x = steps[0].filter((step) => at.every((values) => values.has(step))), sums = x.map((step) => at.reduce((all, values) => [...all, all[all.length - 1] + values.get(step)], [0]));
   if (x.length < 3) return null;
-  const most = Math.max(...sums.map((sum) => sum[3]), 1e-12), canvas = make("canvas", { class: "stacked", role: "img", "aria-label": `Parts of the divergence from step ${x[0]} to ${x[x.length - 1]}, at most ${show(most)} nats a token` });
+  const most = Math.max(...sums.map((sum) => sum[3]), 1e-12), canvas = make("canvas", { class: "stacked", role: "img", "aria-label": `Parts of the divergence from step ${x[0]} to ${x[x.length - 1]}, at most ${show(most)} nats per token` });
   heat.push({ draw: () => {
     const width = Math.max(140, canvas.clientWidth), c = sharpen(canvas, width, 96), across = (i) => 34 + (x[i] - x[0]) / (x[x.length - 1] - x[0]) * (width - 38), up = (v) => 80 - v / most * 74;
     for (const k of [2, 1, 0]) {

@@ -1,5 +1,5 @@
-// Rollouts token by token: colour is the signal, the bar below a token its energy.
-const FULL = 8; // nats at which a colour is full
+// Rollout viewer: colour is the signal, the bar below a token its root energy.
+const FULL = 8; // nats at which the colour saturates
 
 const textOf = (run, id) => data.runs[run].texts[id] ?? `#${id}`;
 const spelled = (roll, k) => roll.odd[k] ?? textOf(state.run, roll.ids[k]);
@@ -9,7 +9,7 @@ const keyOf = (roll) => `${roll.step}/${roll.row}`;
 const probability = (hundredths) => Math.exp(hundredths / 100);
 const outside = (roll, k) => known(roll.in) && roll.in[k] === "0";
 
-// What is asked of a rollout again and again, worked out once: supervised places, mean |r|, the worst first.
+// Cached per rollout: supervised positions, mean |r|, positions by decreasing |r|.
 const facts = new WeakMap();
 function about(roll) {
   if (!facts.has(roll)) {
@@ -19,7 +19,7 @@ function about(roll) {
   }
   return facts.get(roll);
 }
-const outcomeOf = (roll) => !roll.ended ? "cut" : !known(roll.reward) ? "" : roll.reward >= 1 ? "right" : "wrong";
+const outcomeOf = (roll) => !roll.ended ? "truncated" : !known(roll.reward) ? "" : roll.reward >= 1 ? "right" : "wrong";
 
 let shown = [], spans = [], lit = null, worstAt = -1;
 
@@ -31,7 +31,7 @@ function drawFilters() {
   options($("f-task"), [["", "all"], ...tasks.map((task) => [task, task])]);
   $("l-run").hidden = data.runs.length < 2;
   $("l-task").hidden = !tasks.length;
-  $("rollouts-hint").textContent = run.saved.length ? `${plural(run.rollouts.length, "response")} of the ${run.saved.reduce((sum, x) => sum + x.responses, 0)} in ${plural(run.saved.length, "saved batch").replace("batchs", "batches")}: of each batch those with the largest signal, and as many others.` : "";
+  $("rollouts-hint").textContent = run.saved.length ? `${plural(run.rollouts.length, "response")} of the ${run.saved.reduce((sum, x) => sum + x.responses, 0)} in ${plural(run.saved.length, "saved batch").replace("batchs", "batches")}: from each batch, those with the largest signal and equally many others.` : "";
   drawList();
 }
 
@@ -46,7 +46,7 @@ function filtered() {
 function drawList() {
   shown = filtered();
   if (!shown.some((roll) => keyOf(roll) === state.key)) { state.key = shown.length ? keyOf(shown[0]) : ""; state.token = -1; }
-  const none = data.runs[state.run].rollouts.length ? "No rollout fits the filters." : "The run saved no batches; train with --save-batch-every, or put dumps of diagnostics.records.token_dumps into its folder dumps/.";
+  const none = data.runs[state.run].rollouts.length ? "No rollout matches the filters." : "The run saved no batches; train with --save-batch-every, or save dumps with diagnostics.records.token_dumps in its folder dumps/.";
   $("list").replaceChildren(...(shown.length ? shown.map(listed) : [small(none)]));
   $("list").children[picked()]?.scrollIntoView({ block: "nearest" });
   drawRollout();
@@ -100,11 +100,11 @@ function drawRollout() {
   $("asking").hidden = !roll.asked;
   drawStrip(roll);
   const graded = known(roll.reward) ? `reward ${show(roll.reward)}` : "not graded";
-  $("about").textContent = [data.runs.length > 1 && data.runs[state.run].name, `step ${roll.step}`, `response ${roll.row} to prompt ${roll.prompt}`, roll.turn > 0 && `turn ${roll.turn}`, roll.task, graded, roll.ended ? "ended by itself" : "cut at the budget",
+  $("about").textContent = [data.runs.length > 1 && data.runs[state.run].name, `step ${roll.step}`, `response ${roll.row} to prompt ${roll.prompt}`, roll.turn > 0 && `turn ${roll.turn}`, roll.task, graded, roll.ended ? "ended with EOS" : "truncated",
     roll.in && `${percent(places.filter((k) => outside(roll, k)).length / Math.max(1, places.length))} outside the support`].filter(Boolean).join(" · ");
   focusToken(state.token >= 0 && state.token < spans.length ? state.token : about(roll).worst[0] ?? 0, false);
 }
-// White space as it is read: line ends and tabs with a mark, lone spaces as one, later bytes of a character as dots.
+// Make white space visible: marks for line ends, tabs and lone spaces; dots for later bytes of a character.
 function glyphs(text) {
   if (text === "") return "‥";
   if (/^ +$/.test(text)) return "␣".repeat(text.length);
@@ -127,7 +127,7 @@ function focusToken(k, scroll = true) {
   drawDetail(roll, k);
 }
 
-// The whole response as bars of its signal, on a root scale: down to the right of 0 costs, up what is encouraged.
+// Bars of the signal of the whole response on a square-root scale: below the axis pushed down, above it pushed up.
 const barWidth = () => Math.min(14, Math.max(120, $("strip").clientWidth) / spans.length);
 function drawStrip(roll) {
   const canvas = $("strip"), width = Math.max(120, canvas.clientWidth), height = 56, c = sharpen(canvas, width, height), w = barWidth();
@@ -148,8 +148,8 @@ function moveNeedle() {
 function drawDetail(roll, k) {
   const id = roll.ids[k], off = about(roll).off.has(k), r = cost(roll, k), special = data.runs[state.run].special.includes(id);
   const head = make("div", { class: "token-head" }, make("code", { class: "big", textContent: quoted(spelled(roll, k)) }), make("span", { class: "small", textContent: `id ${id} · position ${k}${special ? " · special" : ""}` }));
-  if (off) { $("detail").replaceChildren(head, make("p", { textContent: "Not supervised: a mask takes it out of the loss." })); return; }
-  const verdict = r > 0 ? "pushed down" : r < 0 ? "pushed up" : "left alone";
+  if (off) { $("detail").replaceChildren(head, make("p", { textContent: "Not supervised: masked out of the loss." })); return; }
+  const verdict = r > 0 ? "pushed down" : r < 0 ? "pushed up" : "unchanged";
   const facts = [["log q − log p", [make("b", { class: r > 0 ? "down" : "up", textContent: `${show(-r)} nats` }), ` ${verdict}`]],
     ["log p, log q", `${show(roll.s[k] / 100)}, ${show(roll.t[k] / 100)}`]];
   if (roll.rank) facts.push(["teacher's rank", String(roll.rank[k])]);
@@ -163,7 +163,7 @@ function drawDetail(roll, k) {
   const rows = entries.map(([other, s, t]) => make("tr", { class: other === id ? "own" : "" }, make("td", {}, code(quoted(other === id ? spelled(roll, k) : textOf(state.run, other)))), bar("s", s), bar("t", t)));
   $("detail").replaceChildren(head, make("table", { class: "facts" }, make("tbody", {}, facts.map(([name, value]) => make("tr", {}, make("th", { scope: "row", textContent: name }), make("td", {}, value))))),
     make("table", { class: "both" }, make("thead", {}, make("tr", {}, make("th", { scope: "col", textContent: "next token" }), make("th", { scope: "col", textContent: "student" }), make("th", { scope: "col", textContent: "teacher" }))), make("tbody", {}, rows)),
-    small(roll.tops ? "Likeliest first by the teacher; those below 0.1 % in both are left out." : "The batch has no other tokens' probabilities."));
+    small(roll.tops ? "Sorted by the teacher's probability; tokens below 0.1 % in both models are omitted." : "The batch contains no probabilities of other tokens."));
 }
 function nextWorst() {
   const roll = shown[picked()];

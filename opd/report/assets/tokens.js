@@ -1,4 +1,4 @@
-// The tokenizer sheet: who owns the signal, what is impossible, how both models end, what the doctor said.
+// The tokenizer panel: signal by id, impossible tokens, EOS of the models, results of the doctor.
 function drawTokens() { $("sheets").replaceChildren(...data.runs.map(tokenSheet)); }
 
 function tokenSheet(run, i) {
@@ -7,28 +7,28 @@ function tokenSheet(run, i) {
   const share = (x) => [percent(x), x], count = (x) => [String(x), x], plain = (x) => [show(x), x];
   const blocks = [];
   const block = (title, ...nodes) => blocks.push(make("div", { class: "panel" }, make("h3", { textContent: title }), ...nodes));
-  if (run.sheet.doctor) block(`The doctor's findings: ${run.sheet.doctor.verdict}`, table([["verdict"], ["item"], ["found"], ["advice"]],
+  if (run.sheet.doctor) block(`opd doctor: ${run.sheet.doctor.verdict}`, table([["verdict"], ["item"], ["found"], ["advice"]],
     run.sheet.doctor.items.map((item) => [make("span", { class: `tag ${item.verdict}`, textContent: item.verdict }), words(item.item), item.found, item.advice]), "Doctor"));
   if (run.blame?.length) {
     const step = run.saved[run.saved.length - 1].step;
-    block(`Ids by their share of the signal, step ${step}`, table([["token"], ["id", 1], ["count", 1], ["tokens", 1], ["|signal|", 1], ["energy", 1], ["mean cost", 1]],
-      run.blame.map((row) => [labelled(row.id), count(row.id), count(row.count), share(row.tokens), share(row.signal), share(row.energy), plain(row.cost)]), "Ids to blame"));
+    block(`Ids by share of the signal, step ${step}`, table([["token"], ["id", 1], ["count", 1], ["tokens", 1], ["|signal|", 1], ["energy", 1], ["mean cost", 1]],
+      run.blame.map((row) => [labelled(row.id), count(row.id), count(row.count), share(row.tokens), share(row.signal), share(row.energy), plain(row.cost)]), "Signal by id"));
   }
   const bad = run.sheet.impossible;
-  if (bad) block("Sure, and impossible", make("p", {}, make("b", { textContent: percent(bad.share) }), " of the tokens and ", make("b", { textContent: percent(bad.signal) }), " of |signal|: the student gives them more than 90 %, the teacher less than 0.01 %. ", bad.share ? "End tokens, tags or templates differ; mask them or set map_eos." : "As it should be."),
+  if (bad) block("Confident student, impossible for the teacher", make("p", {}, make("b", { textContent: percent(bad.share) }), " of the tokens and ", make("b", { textContent: percent(bad.signal) }), " of |signal|: probability above 90 % in the student, below 0.01 % in the teacher. ", bad.share ? "EOS tokens, tags or templates differ; mask them or set map_eos." : "This is healthy."),
     bad.rows.length ? table([["token"], ["id", 1], ["count", 1], ["student's log-prob", 1], ["teacher's", 1]], bad.rows.map((row) => [labelled(row.id), count(row.id), count(row.count), plain(row.student), plain(row.teacher)]), "Impossible tokens") : null);
   if (run.sheet.ends.length) {
     const differ = (key) => new Set(run.sheet.ends.map(key)).size > 1;
-    const told = differ((end) => end.ids.join()) ? "The models stop at different ids: without map_eos the teacher cannot agree to an end." :
-      differ((end) => end.own) ? "All stop at the same ids, but their tokenizers name different ends: a teacher that never saw the student's end holds it impossible; see map_eos." : "All models end alike.";
-    block("Ends of a response", make("p", { textContent: told }),
-      table([["model"], ["its own end"], ["stops at"]], run.sheet.ends.map((end) => [end.role, end.own === null ? "–" : code(quoted(end.own)), make("span", {}, end.ids.map((id, k) => make("span", { class: "entry" }, code(quoted(end.texts[k])), ` ${id}`)))]), "Ends"),
-      bad ? small(`${percent(bad.ended)} of the responses of the last saved batch ended by themselves.`) : null);
+    const summary = differ((end) => end.ids.join()) ? "The models stop at different ids: without map_eos the teacher rejects the student's EOS." :
+      differ((end) => end.own) ? "All models stop at the same ids, but their tokenizers have different EOS tokens: a teacher that was not trained with the student's EOS considers it impossible; see map_eos." : "All models have the same EOS.";
+    block("End of a response", make("p", { textContent: summary }),
+      table([["model"], ["EOS token"], ["stops at"]], run.sheet.ends.map((end) => [end.role, end.own === null ? "–" : code(quoted(end.own)), make("span", {}, end.ids.map((id, k) => make("span", { class: "entry" }, code(quoted(end.texts[k])), ` ${id}`)))]), "EOS tokens"),
+      bad ? small(`${percent(bad.ended)} of the responses of the last saved batch ended with EOS.`) : null);
   }
   if (run.sheet.special.length) block("Special tokens, last saved batch", table([["token"], ["id", 1], ["supervised", 1], ["|signal|", 1], ["mean cost", 1]],
     run.sheet.special.map((row) => [name(row.id), count(row.id), count(row.count), share(row.signal), plain(row.cost)]), "Special tokens"));
-  if (run.sheet.unread.length) blocks.push(make("div", { class: "panel" }, make("h3", { textContent: "Not read" }), small(`The record names models outside the run folder, whose tokenizers were not read: ${run.sheet.unread.join("; ")}. For a run of your own, opd report with the option --models reads them.`)));
-  if (!blocks.length) blocks.push(small("No saved batch and no tokenizer to speak of."));
+  if (run.sheet.unread.length) blocks.push(make("div", { class: "panel" }, make("h3", { textContent: "Not read" }), small(`The run refers to models outside its folder, whose tokenizers were not read: ${run.sheet.unread.join("; ")}. If you trust the run, use opd report with --models to read them.`)));
+  if (!blocks.length) blocks.push(small("The run has no saved batches and no readable tokenizer."));
   return data.runs.length > 1 ? make("details", { class: "sheet", open: i === 0 }, make("summary", {}, make("b", { textContent: run.name })), make("div", { class: "panels" }, blocks)) : make("div", { class: "panels" }, blocks);
 }
 
@@ -36,13 +36,13 @@ function drawSettings() {
   const many = data.runs.length > 1, text = (value) => typeof value === "string" ? value : JSON.stringify(value);
   const nodes = [];
   if (many) nodes.push(make("h3", { textContent: "Settings that differ" }), data.differences.length
-    ? table([["setting"], ...data.runs.map((run) => [run.name])], data.differences.map((row) => row.map((cell, j) => j ? code(cell) : cell)), "Settings that differ") : small("None but where the runs are."));
+    ? table([["setting"], ...data.runs.map((run) => [run.name])], data.differences.map((row) => row.map((cell, j) => j ? code(cell) : cell)), "Settings that differ") : small("None, except the run folders."));
   for (const run of data.runs) {
     const lines = run.code.split("\n"), first = lines[0], changed = lines.slice(1).join("\n").trim();
     nodes.push(make("details", { class: "sheet" }, make("summary", {}, make("b", { textContent: run.name }), ` ${first}${changed ? ", with uncommitted changes" : ""}`),
       small(run.folder), changed ? make("pre", { tabIndex: 0, textContent: changed }) : null,
       Object.keys(run.config).length ? table([["setting"], ["value"]], Object.entries(run.config).map(([key, value]) => [key, code(text(value))]), `Settings of ${run.name}`) : small("No config.json.")));
   }
-  nodes.push(small(`Page made ${data.made} with ${Object.entries(data.versions).map((pair) => pair.join(" ")).join(", ")}.`));
+  nodes.push(small(`Page generated ${data.made} with ${Object.entries(data.versions).map((pair) => pair.join(" ")).join(", ")}.`));
   $("provenance").replaceChildren(...nodes);
 }

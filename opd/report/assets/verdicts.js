@@ -1,14 +1,14 @@
-// Verdicts: what is wrong with each run and what to do, before any picture.
+// Verdicts: the result of each run, its alarms and what to do.
 const alarmsOf = (run) => run.tasks.flatMap((part) => part.alarms.map((alarm) => ({ ...alarm, task: part.task })));
 
 function drawVerdicts() {
   const n = data.runs.length, count = (state) => data.runs.filter((run) => run.verdict.state === state).length;
   const ill = data.runs.filter((run) => run.verdict.alarms.length).length, worse = data.runs.filter((run) => run.verdict.changes.some((change) => change.shown === "worse")).length;
-  const parts = n === 1 ? [{ good: "The run has shown an improvement.", open: "The run has shown nothing: neither better nor worse.", bad: "" }[data.runs[0].verdict.state]]
-    : [`An improvement shown, and no alarm on: ${count("good")} of ${n} runs.`, `Nothing shown: ${count("open")}.`];
-  if (ill) parts.push(n === 1 ? "Alarms are on." : `Alarms on: ${ill}.`);
-  if (worse) parts.push(n === 1 ? "It has shown a change for the worse." : `A change for the worse shown: ${worse}.`);
-  if (data.runs.some((run) => run.tasks.some((part) => part.unwatched.length))) parts.push("Some rules never saw their column: their silence says nothing.");
+  const parts = n === 1 ? [{ good: "The run shows a significant improvement.", open: "The run shows no significant change.", bad: "" }[data.runs[0].verdict.state]]
+    : [`Significant improvement and no active alarm: ${count("good")} of ${n} runs.`, `No significant change: ${count("open")}.`];
+  if (ill) parts.push(n === 1 ? "Alarms are active." : `Active alarms: ${ill}.`);
+  if (worse) parts.push(n === 1 ? "It shows a significant deterioration." : `Significant deterioration: ${worse}.`);
+  if (data.runs.some((run) => run.tasks.some((part) => part.unwatched.length))) parts.push("Some alarm rules were not evaluated: their columns were not recorded.");
   $("headline").textContent = parts.filter(Boolean).join(" ");
   $("cards").replaceChildren(...data.runs.map(card));
   drawGains();
@@ -16,7 +16,7 @@ function drawVerdicts() {
 
 function card(run) {
   const alarms = alarmsOf(run), on = alarms.filter((alarm) => alarm.on), config = run.config;
-  const verdict = on.length ? `${plural(on.length, "alarm")} on` : { good: "better", open: run.done ? "nothing shown" : "not begun", bad: "worse" }[run.verdict.state];
+  const verdict = on.length ? `${plural(on.length, "alarm")} on` : { good: "better", open: run.done ? "nothing shown" : "not started", bad: "worse" }[run.verdict.state];
   const about = [config.objective && words(config.objective), known(config.seed) && `seed ${config.seed}`, run.seconds > 0 && (run.seconds < 90 ? `${show(run.seconds, 2)} s` : `${show(run.seconds / 60, 2)} min`)];
   const steps = known(config.steps) ? `step ${run.done} of ${config.steps}${run.done < config.steps ? ", unfinished" : ""}` : `last row: step ${run.done - 1}`;
   return make("article", { class: `card ${{ good: "good", open: "over", bad: "bad" }[run.verdict.state]}` },
@@ -27,7 +27,7 @@ function card(run) {
 }
 const past = (alarms) => !alarms.length ? null : make("details", { class: "small past" }, make("summary", { textContent: `${plural(alarms.length, "alarm")}, no longer on` }), alarms.map(alarmItem));
 
-// A quantity before and after, the change with its 95 % interval, and what that shows.
+// A quantity before and after, the change with its 95 % interval, and the conclusion.
 function changeTile(change) {
   const signed = (x) => (x >= 0 ? "+" : "−") + show(Math.abs(x)), name = change.quantity + (change.task ? `, ${change.task}` : "");
   if (!known(change.change)) return make("div", {}, make("dt", { textContent: name }), make("dd", {}, make("b", { textContent: "nothing shown" }), make("span", { class: "small", textContent: ` ${change.basis}` })));
@@ -47,9 +47,9 @@ function alarmItem(alarm) {
 function unwatched(run) {
   const names = [...new Set(run.tasks.flatMap((part) => part.unwatched))];
   const rules = data.rules.filter((rule) => names.includes(rule.name)), all = data.rules.length;
-  if (!rules.length) return small(`All ${all} rules were watched.`);
-  return make("details", { class: "small" }, make("summary", { textContent: `${plural(rules.length, "rule")} of ${all} not watched` }),
-    make("ul", {}, rules.map((rule) => make("li", { textContent: `${words(rule.name)}: no row has ${rule.metric}` }))));
+  if (!rules.length) return small(`All ${all} alarm rules were evaluated.`);
+  return make("details", { class: "small" }, make("summary", { textContent: `${plural(rules.length, "alarm rule")} of ${all} not evaluated` }),
+    make("ul", {}, rules.map((rule) => make("li", { textContent: `${words(rule.name)}: ${rule.metric} was not recorded` }))));
 }
 
 function drawGains() {
@@ -59,5 +59,5 @@ function drawGains() {
     [row.after.toFixed(3), row.after], [`${signed(row.gain)} [${signed(row.low)}, ${signed(row.high)}]`, row.gain]]);
   $("gains").replaceChildren(make("h3", { textContent: "Held-out accuracy before and after" }),
     table([["objective"], ["runs", 1], ["problems", 1], ["before", 1], ["after", 1], ["gain [95 %]", 1]], rows, "Gains"),
-    small(`${data.gains.every((row) => row.paired) ? "Gains are paired by problem" : "Gains are paired by problem where the last problems are the first ones, else not"}; the intervals are over problems and runs. Only seeds of one method share a line: what else differs between runs is named.`));
+    small(`${data.gains.every((row) => row.paired) ? "Gains are paired by problem" : "Gains are paired by problem where the first and the last evaluation have the same problems, else unpaired"}; the intervals are over problems and runs. Each line averages over the seeds of one method; other differing settings are part of its name.`));
 }

@@ -1,1 +1,1 @@
-"""Checks of settings, models and steps that catch silent failures of a run."""
+"""Checks of settings, models and steps that detect silent failures of a run."""

@@ -1,10 +1,10 @@
-"""The loss of an optimizer step from the scored batch, by formulas of its own.
+"""The loss of an optimizer step, computed independently from the scored batch.
 
-The update computes its loss from hidden states, micro-batch by micro-batch. Before the first
-optimizer step on a set of rollouts the same number follows from the log-probabilities that were
-scored, so that a wrong divergence, sign or denominator shows as a difference, at no forward pass.
-Nothing here is used for training, and nothing here is shared with `opd.objectives.surrogates` or
-`opd.objectives.reduction`, of whose errors it is to be independent.
+The update computes its loss from hidden states, micro-batch by micro-batch. For the first optimizer
+step on a set of rollouts, the same number follows from the scored log-probabilities, so that a
+wrong divergence, sign or denominator shows as a difference, without a forward pass. Nothing here is
+used for training, and no code is shared with `opd.objectives.surrogates` or
+`opd.objectives.reduction`: this module has to be independent of their errors.
 
 Shapes: B responses, T positions, K support ids, M micro-batches. p student, q teacher, S support.
 """
@@ -21,19 +21,20 @@ from opd.objectives import factory
 from opd.objectives.credit import RATIOS
 
 ROUNDING = {"float32": 2e-5, "float16": 7e-3, "bfloat16": 5e-2}
-"""Nats by which two forward passes of the same weights may differ in a log-probability: half a unit
-in the last place of a logit near 30, and for float32 the sums of some dozens of layers."""
+"""Difference in nats that two forward passes of the same weights may show in a log-probability.
+
+Half a unit in the last place of a logit near 30; for float32, the sums of some dozens of layers."""
 FLOOR = 2e-6
-"""Nats by which float32 errs in a divergence, however small: some roundings of probabilities."""
+"""Error in nats of a divergence in float32, however small: rounding of a few probabilities."""
 SAMPLED = ("sampled_token", "sampled_token_weighted", "sampled_token_clipped")
 ERRORS = 4.0
-"""Standard errors of the accumulated rounding within which the loss must be the expected one."""
+"""Tolerance between loss and expected loss, in standard errors of the accumulated rounding."""
 
-ModelPair = tuple[Tensor, Tensor]
+ValuePair = tuple[Tensor, Tensor]
 
 
-def rounding(config: Config) -> float:
-    """Nats of `ROUNDING` for the run's precision; quantised layers round as bfloat16 does."""
+def rounding_unit(config: Config) -> float:
+    """Return `ROUNDING` for the run's precision; quantised layers round as bfloat16 does."""
     quantised = config.teacher_weights != "saved"
     return max(ROUNDING[config.dtype], ROUNDING["bfloat16"] if quantised else 0.0)
 
@@ -46,77 +47,89 @@ def expected_loss(
     *,
     rows: Sequence[int],
     micro_batches: Sequence[Sequence[int]],
-    counted: ScoredRollouts,
-    places: Sequence[int],
+    all_ranks_batch: ScoredRollouts,
+    positions: Sequence[int],
 ) -> Tensor | None:
-    """(C + 2,) this process's share of the expected loss and of its rivals, which add.
-
-    In this order: the loss; with the two models exchanged; under each other denominator; as the
-    mean and as the sum of the means of micro-batches; then the variance and the bias that rounding
-    gives the loss. None where no formula for the objective is known.
+    """Compute this rank's part of the expected loss and of likely wrong losses.
 
     Args:
-      batch: this process's responses with their support, the tokens of the loss alone.
-      credit, ratio: (B, T), `credit_of` and `ratio_of` the settings.
-      rows: of `batch`, those of the optimizer step; micro_batches: the same, split.
-      counted: the responses of the step of all processes; places: of `rows` among them.
+        config: Settings of the task.
+        batch: Responses of this rank with their support and the final loss mask.
+        credit: (B, T) result of `credit_of`.
+        ratio: (B, T) result of `ratio_of`.
+        rows: Rows of `batch` that belong to the optimizer step.
+        micro_batches: `rows`, split into micro-batches.
+        all_ranks_batch: Rows of the optimizer step on all ranks.
+        positions: Positions of `rows` in `all_ranks_batch`.
+
+    Returns:
+        (C + 2,) sums that add up over ranks, in this order: the loss; the loss with the two models
+        exchanged; the loss under each other denominator; the mean and the sum of micro-batch means;
+        the variance and the bias that rounding gives the loss. None if there is no formula for the
+        objective.
     """
     values = token_values(config, batch, credit)
     if values is None:
         return None
     device, mask = batch.mask.device, batch.mask.double()
     value, exchanged, slope = (x * ratio.double() * mask for x in values)
-    index, place = (torch.as_tensor(list(x), device=device) for x in (rows, places))
-    weights = {name: weight[place] for name, weight in row_weights(counted).items()}
+    row_index, position = (torch.as_tensor(list(x), device=device) for x in (rows, positions))
+    weights = {name: weight[position] for name, weight in row_weights(all_ranks_batch).items()}
     weight = weights.pop(config.denominator)
-    sums = value.sum(1)[index]
-    losses = [(sums * weight).sum(), (exchanged.sum(1)[index] * weight).sum()]
-    losses += [(sums * other).sum() for other in weights.values()]
+    sums = value.sum(1)[row_index]
+    losses = [(sums * weight).sum(), (exchanged.sum(1)[row_index] * weight).sum()]
+    losses += [(sums * other_weight).sum() for other_weight in weights.values()]
     means = [
         value[list(group)].sum() / mask[list(group)].sum().clamp(min=1) for group in micro_batches
     ]
     total = torch.stack(means).sum()
     losses += [total / len(means), total]
-    unit = rounding(config)
-    variance = (unit * weight[:, None] * slope[index]).square().sum()
-    size = (value.abs() + slope)[index].sum(1)
-    floor = (unit**2 + FLOOR) * mask[index].sum(1)
+    rounding_error = rounding_unit(config)
+    variance = (rounding_error * weight[:, None] * slope[row_index]).square().sum()
+    size = (value.abs() + slope)[row_index].sum(1)
+    floor = (rounding_error**2 + FLOOR) * mask[row_index].sum(1)
     bias = (weight * (floor + 1e-5 * size)).sum()
     return torch.stack([*losses, variance, bias])
 
 
-def row_weights(counted: ScoredRollouts) -> dict[str, Tensor]:
-    """(B,) what a token of each response weighs, by denominator, from their definitions."""
-    length = counted.mask.double().sum(1)
-    count, same = len(length), counted.prompt[:, None] == counted.prompt[None]
-    group = (same * length).sum(1)
-    prompts = (1 / same.double().sum(1)).sum()
+def row_weights(batch: ScoredRollouts) -> dict[str, Tensor]:
+    """Return the (B,) weight of a token of each response, by denominator, from the definitions."""
+    length = batch.mask.double().sum(1)
+    num_responses, same_prompt = len(length), batch.prompt[:, None] == batch.prompt[None]
+    group = (same_prompt * length).sum(1)
+    prompts = (1 / same_prompt.double().sum(1)).sum()
     return {
         "token_mean": torch.ones_like(length) / length.sum(),
-        "sequence_sum": torch.full_like(length, 1 / count),
-        "sequence_mean": 1 / (count * length.clamp(min=1)),
+        "sequence_sum": torch.full_like(length, 1 / num_responses),
+        "sequence_mean": 1 / (num_responses * length.clamp(min=1)),
         "group_mean": 1 / (prompts * group.clamp(min=1)),
     }
 
 
-def loss_numbers(loss: Tensor, vector: Tensor) -> dict[str, Tensor]:
-    """Columns of the row from the loss that was computed and the summed `expected_loss`.
+def loss_check_columns(loss: Tensor, expected: Tensor) -> dict[str, Tensor]:
+    """Compare the loss with the expected loss.
 
-    loss_expected; loss_error: distance in whole multiples of what rounding explains, healthy 0.
-    Where it is above, loss_negated, loss_exchanged and loss_denominator are 1 if the loss is the
-    expected one with another sign, with the models exchanged, or over another denominator; else 0.
+    Args:
+        loss: 0-d loss of the update.
+        expected: Result of `expected_loss`, summed over ranks.
+
+    Returns:
+        Columns of the row. loss_expected: expected loss. loss_error: difference in multiples of
+        what rounding explains, rounded down; healthy 0. If it is positive, loss_negated,
+        loss_exchanged and loss_denominator are 1 if the loss is the expected one with the opposite
+        sign, with the models exchanged, or with another denominator; otherwise 0.
     """
-    losses, allowed = vector[:-2], ERRORS * vector[-2].sqrt() + vector[-1]
-    expected, away = losses[0], (loss.double() - losses).abs() <= allowed
-    error = ((loss.double() - expected).abs() / allowed.clamp(min=1e-30)).floor()
-    wrong = error >= 1
-    negated = (loss.double() + expected).abs() <= allowed
+    losses, tolerance = expected[:-2], ERRORS * expected[-2].sqrt() + expected[-1]
+    expected_value, within_tolerance = losses[0], (loss.double() - losses).abs() <= tolerance
+    error = ((loss.double() - expected_value).abs() / tolerance.clamp(min=1e-30)).floor()
+    is_wrong = error >= 1
+    matches_negated = (loss.double() + expected_value).abs() <= tolerance
     return {
-        "consistency/loss_expected": expected,
+        "consistency/loss_expected": expected_value,
         "consistency/loss_error": error,
-        "consistency/loss_negated": (wrong & negated).double(),
-        "consistency/loss_exchanged": (wrong & away[1]).double(),
-        "consistency/loss_denominator": (wrong & away[2:].any()).double(),
+        "consistency/loss_negated": (is_wrong & matches_negated).double(),
+        "consistency/loss_exchanged": (is_wrong & within_tolerance[1]).double(),
+        "consistency/loss_denominator": (is_wrong & within_tolerance[2:].any()).double(),
     }
 
 
@@ -126,12 +139,18 @@ def loss_numbers(loss: Tensor, vector: Tensor) -> dict[str, Tensor]:
 def token_values(
     config: Config, batch: ScoredRollouts, credit: Tensor
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """(B, T) value of each token's loss, the same with both models exchanged, and its slope.
+    """Compute each token's loss, the same with the models exchanged, and its sensitivity.
 
-    slope: by how much a nat of error in one log-probability changes the value at most, to first
-    order. None for an objective without a formula here.
+    Args:
+        config: Settings of the task.
+        batch: Scored rollouts.
+        credit: (B, T) credit.
+
+    Returns:
+        Three (B, T) tensors, or None if there is no formula for the objective. The sensitivity is
+        the largest first-order change of the value per nat of error in one log-probability.
     """
-    local = _local(config, batch)
+    local = _direct_terms(config, batch)
     if local is None:
         return None
     score, r = credit.double(), batch.log_ratio.double()
@@ -146,19 +165,19 @@ def token_values(
 
 
 def ratio_of(config: Config, batch: ScoredRollouts) -> Tensor:
-    """(B, T) importance ratio that the settings ask for."""
+    """Return the (B, T) importance ratio that the settings ask for."""
     return RATIOS[config.ratio](batch)
 
 
 def credit_of(config: Config, batch: ScoredRollouts) -> Tensor:
-    """(B, T) credit that the settings ask for; 0 for objectives without a score function."""
+    """Return the (B, T) credit that the settings ask for; 0 without a score-function term."""
     limit = math.inf if config.ratio_clip is None else config.ratio_clip
-    simple = not config.gamma and not config.reward_weight
-    if config.objective in SAMPLED and simple and config.baseline == "none":
+    is_immediate = not config.gamma and not config.reward_weight
+    if config.objective in SAMPLED and is_immediate and config.baseline == "none":
         return batch.log_ratio.clamp(-limit, limit)
-    if simple and config.objective not in (*SAMPLED, "mean_future"):
+    if is_immediate and config.objective not in (*SAMPLED, "mean_future"):
         return torch.zeros_like(batch.student_logp)
-    made = factory.make(
+    objective = factory.build_objective(
         config.objective,
         config.gamma,
         config.baseline,
@@ -171,11 +190,11 @@ def credit_of(config: Config, batch: ScoredRollouts) -> Tensor:
         mask_scope=config.mask_scope,
         allow_collapse=config.allow_collapse,
     )
-    return made.credit(batch)
+    return objective.credit(batch)
 
 
-def _local(config: Config, batch: ScoredRollouts) -> ModelPair | None:
-    """(B, T) the part of the value that does not hang on the credit, and it exchanged."""
+def _direct_terms(config: Config, batch: ScoredRollouts) -> ValuePair | None:
+    """Return the (B, T) part of the loss that does not depend on credit, as is and exchanged."""
     name, r = config.objective, batch.log_ratio.double()
     if name in (*SAMPLED, "mean_future"):
         return torch.zeros_like(r), torch.zeros_like(r)
@@ -184,7 +203,7 @@ def _local(config: Config, batch: ScoredRollouts) -> ModelPair | None:
     if name == "k3":
         return (-r).exp() - 1 + r, r.exp() - 1 - r
     if name.startswith("full_"):
-        return _whole_vocabulary(config, batch)
+        return _full_vocabulary(config, batch)
     source, _, form = name.partition("_topk")
     if batch.support is None or batch.support.source != source or form not in FORMS:
         return None
@@ -192,7 +211,8 @@ def _local(config: Config, batch: ScoredRollouts) -> ModelPair | None:
     return FORMS[form](batch, limit)
 
 
-def _whole_vocabulary(config: Config, batch: ScoredRollouts) -> ModelPair | None:
+def _full_vocabulary(config: Config, batch: ScoredRollouts) -> ValuePair | None:
+    """Return the full-vocabulary divergence, as is and exchanged; None without a formula."""
     prefix = batch.prefix
     if prefix is None or prefix.forward_kl is None or config.ratio_clip is not None:
         return None
@@ -205,8 +225,8 @@ def _whole_vocabulary(config: Config, batch: ScoredRollouts) -> ModelPair | None
     return (reverse, forward) if beta == 1 else None
 
 
-def _lists(batch: ScoredRollouts) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, T, K) log p, log q and 0 or 1 for ids that are absent or present."""
+def _support_tensors(batch: ScoredRollouts) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (B, T, K) log p, log q and whether an id is present (1 or 0)."""
     support = batch.support
     assert support is not None
     present = torch.ones_like(support.student_logp, dtype=torch.float64)
@@ -214,67 +234,80 @@ def _lists(batch: ScoredRollouts) -> tuple[Tensor, Tensor, Tensor]:
     return support.student_logp.double(), support.teacher_logp.double(), present
 
 
-def _sum(p: Tensor, ours: Tensor, theirs: Tensor, limit: float) -> Tensor:
-    """sum over K of p (log p - log q), each log-ratio within the limit."""
-    return (p * (ours - theirs).clamp(-limit, limit)).sum(-1)
+def _sum(p: Tensor, student_logp: Tensor, teacher_logp: Tensor, limit: float) -> Tensor:
+    """Return the sum over K of p (log p - log q), each log-ratio clamped to the limit."""
+    return (p * (student_logp - teacher_logp).clamp(-limit, limit)).sum(-1)
 
 
-def _both(ours: Tensor, theirs: Tensor, present: Tensor, limit: float) -> ModelPair:
-    """The divergence as it stands and exchanged."""
-    p, q = ours.exp() * present, theirs.exp() * present
-    return _sum(p, ours, theirs, limit), _sum(q, theirs, ours, limit)
+def _forward_and_reverse(
+    student_logp: Tensor, teacher_logp: Tensor, present: Tensor, limit: float
+) -> ValuePair:
+    """Return the divergence as is and with the models exchanged."""
+    p, q = student_logp.exp() * present, teacher_logp.exp() * present
+    return _sum(p, student_logp, teacher_logp, limit), _sum(q, teacher_logp, student_logp, limit)
 
 
-def _normal(logp: Tensor, present: Tensor) -> Tensor:
-    """Log-probabilities over the ids present, divided by their sum."""
+def _renormalise(logp: Tensor, present: Tensor) -> Tensor:
+    """Renormalise log-probabilities over the ids present."""
     return logp - (logp.exp() * present).sum(-1, keepdim=True).clamp(min=1e-300).log()
 
 
-def _renormalised(batch: ScoredRollouts, limit: float) -> ModelPair:
-    ours, theirs, present = _lists(batch)
-    return _both(_normal(ours, present), _normal(theirs, present), present, limit)
+def _renormalised(batch: ScoredRollouts, limit: float) -> ValuePair:
+    """Return the divergence of the distributions renormalised over the support."""
+    student_logp, teacher_logp, present = _support_tensors(batch)
+    return _forward_and_reverse(
+        _renormalise(student_logp, present), _renormalise(teacher_logp, present), present, limit
+    )
 
 
 def _outside(batch: ScoredRollouts) -> Tensor:
+    """Return (B, T) whether the sampled token is outside the support."""
     assert batch.support is not None
     return ~batch.support.contains(batch.tokens)
 
 
-def _with_sampled(batch: ScoredRollouts, limit: float) -> ModelPair:
-    ours, theirs, present = _lists(batch)
-    ours = torch.cat([ours, batch.student_logp.double()[..., None]], -1)
-    theirs = torch.cat([theirs, batch.teacher_logp.double()[..., None]], -1)
+def _with_sampled(batch: ScoredRollouts, limit: float) -> ValuePair:
+    """Return the renormalised divergence over the support and the sampled token."""
+    student_logp, teacher_logp, present = _support_tensors(batch)
+    student_logp = torch.cat([student_logp, batch.student_logp.double()[..., None]], -1)
+    teacher_logp = torch.cat([teacher_logp, batch.teacher_logp.double()[..., None]], -1)
     present = torch.cat([present, _outside(batch).double()[..., None]], -1)
-    return _both(_normal(ours, present), _normal(theirs, present), present, limit)
+    return _forward_and_reverse(
+        _renormalise(student_logp, present), _renormalise(teacher_logp, present), present, limit
+    )
 
 
-def _plain(batch: ScoredRollouts, limit: float) -> ModelPair:
-    return _both(*_lists(batch), limit)
+def _unnormalised(batch: ScoredRollouts, limit: float) -> ValuePair:
+    """Return the divergence over the support without renormalisation."""
+    return _forward_and_reverse(*_support_tensors(batch), limit)
 
 
-def _bucket(batch: ScoredRollouts, limit: float) -> ModelPair:
-    ours, theirs, present = _lists(batch)
-    reverse, forward = _both(ours, theirs, present, limit)
-    rest = [
+def _bucket(batch: ScoredRollouts, limit: float) -> ValuePair:
+    """Return the divergence with one extra outcome for all ids outside the support."""
+    student_logp, teacher_logp, present = _support_tensors(batch)
+    reverse, forward = _forward_and_reverse(student_logp, teacher_logp, present, limit)
+    outside_mass = [
         (1 - (logp.exp() * present).sum(-1)).clamp(min=torch.finfo(torch.float32).eps)
-        for logp in (ours, theirs)
+        for logp in (student_logp, teacher_logp)
     ]
-    gap = rest[0].log() - rest[1].log()
-    return reverse + rest[0] * gap, forward - rest[1] * gap
+    log_mass_ratio = outside_mass[0].log() - outside_mass[1].log()
+    return reverse + outside_mass[0] * log_mass_ratio, forward - outside_mass[1] * log_mass_ratio
 
 
-def _tail(batch: ScoredRollouts, limit: float) -> ModelPair:
-    reverse, forward = _plain(batch, limit)
+def _tail(batch: ScoredRollouts, limit: float) -> ValuePair:
+    """Return the unnormalised divergence plus a score-function term outside the support."""
+    reverse, forward = _unnormalised(batch, limit)
     score = _outside(batch) * batch.log_ratio.double() * batch.student_logp.double()
     return reverse + score, forward + score
 
 
-FORMS: dict[str, Callable[[ScoredRollouts, float], ModelPair]] = {
+FORMS: dict[str, Callable[[ScoredRollouts, float], ValuePair]] = {
     "": _renormalised,
     "_and_sampled": _with_sampled,
-    "_unnormalised": _plain,
-    "_stopped": _plain,
+    "_unnormalised": _unnormalised,
+    "_stopped": _unnormalised,
     "_bucket": _bucket,
     "_sampled_tail": _tail,
     "_published_tail": _tail,
 }
+"""Divergence by the suffix of the objective's name, such as "_bucket" in teacher_topk_bucket."""

@@ -1,4 +1,4 @@
-"""Refuse a teacher that is the student: the divergence is 0, and what trains is rounding."""
+"""Refuse a teacher with the student's weights, since the divergence is 0 up to rounding."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,44 +14,53 @@ from opd.teachers.pair import ModelPair
 
 
 def refuse_same_weights(settings: Sequence[Config], pairs: Sequence[ModelPair]) -> None:
-    """Refuse a run all of whose teachers have the student's weights.
+    """Refuse a run in which every teacher has the student's weights.
 
-    Of several tasks, one that holds the student where it began is a task while another moves it.
+    With several tasks, one teacher may equal the initial student: it keeps the student close to its
+    start while another task moves it.
 
     Args:
-      settings, pairs: of each task of the run.
+        settings: Settings of each task.
+        pairs: Student and teacher of each task.
 
     Raises:
-      ValueError: names both models.
+        ValueError: All teachers have the student's weights; the message names both models.
     """
-    if all(is_student(config, pair) for config, pair in zip(settings, pairs, strict=True)):
+    if all(has_student_weights(config, pair) for config, pair in zip(settings, pairs, strict=True)):
         config = settings[0]
         raise InvalidInput(
-            f"the teacher {config.teacher} has the weights of the student {config.student}: the "
-            "divergence is zero up to rounding, and training on it would follow the rounding; name "
-            "another teacher, or set outcome, the weight of a reward"
+            f"the teacher {config.teacher} has the weights of the student {config.student}, so the "
+            "divergence is zero and training would follow rounding errors; use another teacher, or "
+            "set reward_weight to train on rewards"
         )
 
 
-def is_student(config: Config, pair: ModelPair) -> bool:
-    """Whether a named teacher has the student's weights, and nothing else would train.
+def has_student_weights(config: Config, pair: ModelPair) -> bool:
+    """Return whether a teacher has the student's weights, and nothing else would train.
 
-    "base" and "ema" are made of the student on purpose and need a reward anyway; a server shows no
-    weights. Quantised layers cannot be compared, so that a quantised teacher is known by its folder
-    or name alone.
+    Teachers "base" and "ema" are derived from the student on purpose and need a reward anyway;
+    weights on a server are not accessible. Quantised layers cannot be compared, so a quantised
+    teacher is recognised by its folder or name only.
+
+    Args:
+        config: Settings of the task.
+        pair: Student and teacher.
+
+    Returns:
+        Whether they have the same weights.
     """
     if config.teacher in ("base", "ema") or is_url(config.teacher):
         return False
     if config.reward_weight or not config.steps:
         return False
-    if same_place(config.student, config.teacher):
+    if is_same_source(config.student, config.teacher):
         return True
     compared = config.teacher_weights == "saved"
     return compared and same_weights(pair.student.network, pair.teacher.network)
 
 
-def same_place(student: str, teacher: str) -> bool:
-    """Whether two names are one folder, links followed, or one model of the hub."""
+def is_same_source(student: str, teacher: str) -> bool:
+    """Return whether two names are the same folder (following links) or the same hub model."""
     if student == teacher:
         return True
     folders = Path(student), Path(teacher)
@@ -59,25 +68,37 @@ def same_place(student: str, teacher: str) -> bool:
 
 
 def same_weights(student: Any, teacher: Any) -> bool:
-    """Whether two networks have the same parameters, to the precision of bfloat16.
+    """Return whether two networks have the same parameters, compared in bfloat16.
 
-    So that a copy that was saved in bfloat16 counts as one. Adapters of the student are left out.
+    A copy that was saved in bfloat16 counts as the same. LoRA adapters of the student are ignored.
+
+    Args:
+        student: Network of the student.
+        teacher: Network of the teacher.
+
+    Returns:
+        Whether all parameters are equal.
     """
-    ours = {
-        own_name(name): weight for name, weight in student.named_parameters() if "lora_" not in name
+    student_weights = {
+        base_parameter_name(name): weight
+        for name, weight in student.named_parameters()
+        if "lora_" not in name
     }
-    theirs = dict(teacher.named_parameters())
-    if ours.keys() != theirs.keys():
+    teacher_weights = dict(teacher.named_parameters())
+    if student_weights.keys() != teacher_weights.keys():
         return False
-    return all(rounded_equal(ours[name], weight) for name, weight in theirs.items())
+    return all(
+        equal_in_bfloat16(student_weights[name], weight) for name, weight in teacher_weights.items()
+    )
 
 
-def own_name(name: str) -> str:
-    """A parameter's name without what adapters put around it."""
+def base_parameter_name(name: str) -> str:
+    """Return a parameter's name without the prefixes that peft adds."""
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
-def rounded_equal(a: Tensor, b: Tensor) -> bool:
+def equal_in_bfloat16(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors have the same shape and the same values in bfloat16."""
     if a.shape != b.shape:
         return False
     first, second = (x.detach().to(b.device, torch.bfloat16) for x in (a, b))

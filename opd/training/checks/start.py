@@ -1,7 +1,7 @@
-"""What is asked of both models before the first step, cheaply: a few forward passes of short rows.
+"""Checks of both models before the first step: a few forward passes of short sequences.
 
-The findings are those of `opd doctor`. "fail" refuses to train, "warn" is said and training begins;
-`Config.start_checks` turns all of it off.
+`opd doctor` reports the same results. A "fail" stops the run, a "warn" is printed; set
+`Config.start_checks` to False to skip all of them.
 
 Shapes: B rows, L positions, V vocabulary.
 """
@@ -19,58 +19,76 @@ from tqdm import tqdm
 
 from diagnostics.errors import InvalidInput
 from opd.config.settings import Config
-from opd.models.contexts import evaluating
+from opd.models.contexts import evaluation_mode
 from opd.models.lm_head import full_logits
-from opd.models.model import CausalLM, bare
+from opd.models.model import CausalLM, base_model
 from opd.runtime import distributed
 from opd.teachers.pair import ModelPair
 from opd.training.checks.check_result import TEXTS, CheckResult
-from opd.training.checks.expected_loss import rounding
+from opd.training.checks.expected_loss import rounding_unit
 from opd.training.checks.rescoring import LIMIT, model_state
-from opd.training.checks.update import chosen
+from opd.training.checks.update import sampled_indices
 
-LONGEST, PLACES, IDS, NUMBERS = 24, 3, 16, 256
-"""Ids of a row, last positions and most probable ids that are compared, numbers of a weight."""
+MAX_IDS, NUM_POSITIONS, NUM_IDS, NUM_ELEMENTS = 24, 3, 16, 256
+"""Numbers of token ids per row, last positions, most likely ids, and elements of a weight."""
 SAMPLE_TEXTS = (
     *TEXTS,
     "12345 + 6789,00  =\t3.5e-7",
     "Hello World\n\n\n  indented",
     "don't you'll we've it's",
 )
+"""Texts that tokenizers of different types split differently."""
 
 
 def check_start(settings: Sequence[Config], pairs: Sequence[ModelPair]) -> None:
-    """Say what is doubtful about the models of a run, and refuse what is wrong.
+    """Print warnings about the models of a run, and refuse to train if a check fails.
+
+    Args:
+        settings: Settings of each task.
+        pairs: Student and teacher of each task.
 
     Raises:
-      ValueError: every check that failed, with what to do.
+        ValueError: A check failed; the message lists all failures with their remedies.
     """
-    findings = [finding for finding in examined(settings, pairs) if finding.verdict != "ok"]
-    failed = [finding for finding in findings if finding.verdict == "fail"]
+    results = [result for result in check_models(settings, pairs) if result.verdict != "ok"]
+    failed = [result for result in results if result.verdict == "fail"]
     if failed:
-        said = "; ".join(f"{x.item}: {x.found} ({x.advice})" for x in failed)
-        raise InvalidInput(f"{said}. To train all the same, set start_checks off")
-    for finding in findings:
+        details = "; ".join(f"{result.item}: {result.found} ({result.advice})" for result in failed)
+        raise InvalidInput(f"{details}. To train anyway, set start_checks to False")
+    for result in results:
         if distributed.rank() == 0:
-            tqdm.write(f"{finding.item}: {finding.found} ({finding.advice})", file=sys.stderr)
+            tqdm.write(f"{result.item}: {result.found} ({result.advice})", file=sys.stderr)
 
 
-def examined(
+def check_models(
     settings: Sequence[Config], pairs: Sequence[ModelPair], teacher_tokenizer: Any = None
 ) -> list[CheckResult]:
-    """All findings about the student and each teacher, one after the other.
+    """Run all checks of the student and of each distinct teacher.
 
-    teacher_tokenizer: the teacher's as loaded. Without it the ids of the teacher's file are
-    compared with those of the student's, which training uses; how it would cut text is not.
+    Args:
+        settings: Settings of each task.
+        pairs: Student and teacher of each task.
+        teacher_tokenizer: Tokenizer of the teacher. Without it, the teacher's tokenizer file is
+            compared with the student's tokenizer, which training uses, by vocabulary only.
+
+    Returns:
+        The results, in order.
     """
     config, pair = settings[0], pairs[0]
-    found = [tokenizer_file("student", config.student, pair.tokenizer), trained(config, pair)]
-    found += model_findings("student", config.student, pair.student, pair.tokenizer, config)
-    seen: set[str] = set()
-    for own, some in zip(settings, pairs, strict=True):
-        if some.remote is not None or own.teacher in ("base", "ema") or own.teacher in seen:
+    results = [
+        check_tokenizer_file("student", config.student, pair.tokenizer),
+        check_trainable_weights(config, pair),
+    ]
+    results += check_model("student", config.student, pair.student, pair.tokenizer, config)
+    seen_teachers: set[str] = set()
+    for task_config, task_pair in zip(settings, pairs, strict=True):
+        if (
+            task_pair.remote_teacher is not None
+            or task_config.teacher in ("base", "ema")
+            or task_config.teacher in seen_teachers
+        ):
             continue
-        seen.add(own.teacher)
+        seen_teachers.add(task_config.teacher)
         loaded, texts = (
             (pair.tokenizer, ())
             if teacher_tokenizer is None
@@ -79,49 +97,65 @@ def examined(
                 SAMPLE_TEXTS,
             )
         )
-        found += [tokenizer_file("teacher", own.teacher, loaded, texts), apart(some)]
-        found += model_findings("teacher", own.teacher, some.teacher, pair.tokenizer, own)
-    return found
+        results += [
+            check_tokenizer_file("teacher", task_config.teacher, loaded, texts),
+            check_separate_weights(task_pair),
+        ]
+        results += check_model(
+            "teacher", task_config.teacher, task_pair.teacher, pair.tokenizer, task_config
+        )
+    return results
 
 
-def model_findings(
+def check_model(
     role: str, name: str, model: CausalLM, tokenizer: Any, config: Config
 ) -> Iterator[CheckResult]:
-    """Findings about one model in memory."""
-    yield state(role, model, config)
+    """Yield the checks of one model in memory."""
+    yield check_mode_and_dtype(role, model, config)
     if config.teacher_weights == "saved" or role == "student":
-        yield saved_weights(role, name, model)
-    yield forward(role, model, tokenizer, config)
+        yield check_saved_weights(role, name, model)
+    yield check_forward_pass(role, model, tokenizer, config)
 
 
-def tokenizer_file(
+def check_tokenizer_file(
     role: str, name: str, tokenizer: Any, texts: Sequence[str] = SAMPLE_TEXTS
 ) -> CheckResult:
-    """Does the loaded tokenizer give the ids that the model's tokenizer.json gives?
+    """Check that the loaded tokenizer gives the ids of the model's tokenizer.json.
 
-    Loading rebuilds a tokenizer by the class that tokenizer_config.json names; where that class is
-    another than the file's, text is cut into other pieces.
+    Loading rebuilds a tokenizer with the class that tokenizer_config.json names; a class that does
+    not fit the file splits text differently.
+
+    Args:
+        role: "student" or "teacher".
+        name: Folder or hub name of the model.
+        tokenizer: The loaded tokenizer.
+        texts: Texts to encode.
+
+    Returns:
+        The result.
     """
     from tokenizers import Tokenizer
 
     item, path = f"{role} tokenizer file", saved_file(name, "tokenizer.json")
     if path is None:
-        return CheckResult(item, "ok", "no tokenizer.json to compare with")
+        return CheckResult(item, "ok", "the model has no tokenizer.json")
     raw = Tokenizer.from_file(str(path))
     raw.no_truncation()
     raw.no_padding()
-    written, loaded = raw.get_vocab(), tokenizer.get_vocab()
-    differ = sorted(token for token, v in written.items() if loaded.get(token) != v)
+    file_vocab, loaded_vocab = raw.get_vocab(), tokenizer.get_vocab()
+    differ = sorted(
+        token for token, token_id in file_vocab.items() if loaded_vocab.get(token) != token_id
+    )
     advice = (
         "set tokenizer_class in tokenizer_config.json to the class of the file, such as "
         "PreTrainedTokenizerFast, or use the transformers version that wrote it"
     )
     if differ:
-        some = ", ".join(f"{t!r}: {loaded.get(t)} / {written[t]}" for t in differ[:5])
+        examples = ", ".join(f"{t!r}: {loaded_vocab.get(t)} / {file_vocab[t]}" for t in differ[:5])
         return CheckResult(
             item,
             "fail",
-            f"{len(differ)} tokens have other ids than in {path.name} (loaded / file: {some})",
+            f"{len(differ)} tokens have other ids than in {path.name} (loaded / file: {examples})",
             advice,
         )
     for text in texts:
@@ -131,14 +165,14 @@ def tokenizer_file(
             return CheckResult(
                 item,
                 "fail",
-                f"{text!r} is {ids[:8]} as loaded and {expected[:8]} by {path.name}",
+                f"{text!r} is encoded as {ids[:8]}, but as {expected[:8]} by {path.name}",
                 advice,
             )
-    return CheckResult(item, "ok", "text has the ids of tokenizer.json")
+    return CheckResult(item, "ok", "texts are encoded as by tokenizer.json")
 
 
 def saved_file(name: str, file: str) -> Path | None:
-    """A file of a model folder, or of a hub model's cache; None where there is none."""
+    """Return a file of a model folder or of the hub cache; None if there is none."""
     if Path(name).is_dir():
         path = Path(name) / file
         return path if path.is_file() else None
@@ -148,46 +182,50 @@ def saved_file(name: str, file: str) -> Path | None:
     return Path(cached) if isinstance(cached, str) else None
 
 
-def trained(config: Config, pair: ModelPair) -> CheckResult:
-    """Are all of the student's weights trained, where no adapters are?"""
+def check_trainable_weights(config: Config, pair: ModelPair) -> CheckResult:
+    """Check that all of the student's weights are trainable, unless LoRA is used."""
     weights = list(pair.student.network.parameters())
     frozen = sum(weight.numel() for weight in weights if not weight.requires_grad)
     share = frozen / max(1, sum(weight.numel() for weight in weights))
     if config.lora_rank or not frozen:
         return CheckResult(
-            "trained weights", "ok", f"{1 - share:.1%} of the student's weights train"
+            "trained weights", "ok", f"{1 - share:.1%} of the student's weights are trainable"
         )
     return CheckResult(
         "trained weights",
         "warn",
         f"{share:.1%} of the student's weights are frozen, without adapters",
-        "set requires_grad on them, or set lora_rank",
+        "set requires_grad on them, or train adapters (lora_rank)",
     )
 
 
-def apart(pair: ModelPair) -> CheckResult:
-    """Do student and teacher have weights of their own?"""
-    own = {weight.data_ptr() for weight in pair.student.network.parameters() if weight.numel()}
-    shared = sum(weight.data_ptr() in own for weight in pair.teacher.network.parameters())
-    if not shared:
-        return CheckResult("teacher's weights", "ok", "not the student's")
+def check_separate_weights(pair: ModelPair) -> CheckResult:
+    """Check that student and teacher do not share tensors."""
+    student_pointers = {
+        weight.data_ptr() for weight in pair.student.network.parameters() if weight.numel()
+    }
+    num_shared = sum(
+        weight.data_ptr() in student_pointers for weight in pair.teacher.network.parameters()
+    )
+    if not num_shared:
+        return CheckResult("teacher's weights", "ok", "separate from the student's")
     return CheckResult(
         "teacher's weights",
         "fail",
-        f"{shared} of the teacher's tensors are the student's own, and would move with it",
-        'load it separately, or set the teacher "base" or "ema"',
+        f"{num_shared} of the teacher's tensors are shared with the student and would be trained",
+        'load the teacher separately, or set teacher to "base" or "ema"',
     )
 
 
-def state(role: str, model: CausalLM, config: Config) -> CheckResult:
-    """Evaluation mode, and the precision that was asked for."""
+def check_mode_and_dtype(role: str, model: CausalLM, config: Config) -> CheckResult:
+    """Check that a model is in evaluation mode and in the configured precision."""
     numbers = model_state(role, model, config)
     training, wrong = numbers[f"{role}_training"], numbers[f"{role}_precision"]
     if training:
         return CheckResult(
             f"{role} mode",
             "fail",
-            f"{training:.0f} modules are in training mode and drop something out",
+            f"{training:.0f} modules with dropout are in training mode",
             "call eval() on the network before it scores",
             numbers,
         )
@@ -195,49 +233,49 @@ def state(role: str, model: CausalLM, config: Config) -> CheckResult:
         return CheckResult(
             f"{role} mode",
             "fail",
-            f"{wrong:.0%} of the weights are in another precision than {config.dtype}",
-            "load the model with the asked dtype",
+            f"{wrong:.0%} of the weights are not in {config.dtype}",
+            "load the model with the configured dtype",
             numbers,
         )
     return CheckResult(f"{role} mode", "ok", f"evaluation, {config.dtype}", "", numbers)
 
 
-def saved_weights(role: str, name: str, model: CausalLM) -> CheckResult:
-    """Are the weights in memory those of the model's safetensors files, rounded once?"""
-    item, names = f"{role} weights", files_of(name)
+def check_saved_weights(role: str, name: str, model: CausalLM) -> CheckResult:
+    """Check that the weights in memory are those of the model's safetensors files, rounded once."""
+    item, names = f"{role} weights", tensor_files(name)
     weights = {
         key.replace(".base_layer", ""): weight
-        for key, weight in bare(model.network).named_parameters()
+        for key, weight in base_model(model.network).named_parameters()
         if weight.is_floating_point()
     }
     common = sorted(weights.keys() & names.keys())
-    compared, differ, rounded = 0, list[str](), 0
-    for key in [common[i] for i in chosen(len(common))]:
+    num_compared, differing, num_rounded = 0, list[str](), 0
+    for key in [common[i] for i in sampled_indices(len(common))]:
         with safe_open(str(names[key]), framework="pt") as file:
             part = file.get_slice(key)
             if part.get_shape() != list(weights[key].shape):
                 continue
-            saved = part[:1].flatten()[:NUMBERS].to(weights[key].dtype)
-        loaded = weights[key].detach()[:1].flatten()[:NUMBERS].cpu()
-        compared += 1
+            saved = part[:1].flatten()[:NUM_ELEMENTS].to(weights[key].dtype)
+        loaded = weights[key].detach()[:1].flatten()[:NUM_ELEMENTS].cpu()
+        num_compared += 1
         if not torch.equal(saved.nan_to_num(), loaded.nan_to_num()):
-            differ.append(key)
-            rounded += torch.equal(saved.bfloat16(), loaded.bfloat16())
-    if not differ:
-        return CheckResult(item, "ok", f"{compared} tensors as saved")
-    how = ", rounded to fewer digits" if rounded == len(differ) else ""
+            differing.append(key)
+            num_rounded += torch.equal(saved.bfloat16(), loaded.bfloat16())
+    if not differing:
+        return CheckResult(item, "ok", f"{num_compared} tensors equal the saved ones")
+    rounding_note = ", rounded to lower precision" if num_rounded == len(differing) else ""
     return CheckResult(
         item,
         "fail",
-        f"{len(differ)} of {compared} tensors in memory are not those of the files{how}, first "
-        f"{differ[0]}",
-        "look for a cast to another precision, keys that were missing and so initialised at "
-        "random, or another model",
+        f"{len(differing)} of {num_compared} tensors in memory differ from the files"
+        f"{rounding_note}; first {differing[0]}",
+        "check for a cast to another precision, missing keys that were initialised at random, or "
+        "another model",
     )
 
 
-def files_of(name: str) -> dict[str, Path]:
-    """The safetensors file of each tensor of a saved model; empty where there is none."""
+def tensor_files(name: str) -> dict[str, Path]:
+    """Return the safetensors file of each tensor of a saved model; empty if there is none."""
     single = saved_file(name, "model.safetensors")
     if single is not None:
         with safe_open(str(single), framework="pt") as file:
@@ -247,84 +285,102 @@ def files_of(name: str) -> dict[str, Path]:
         return {}
     names = json.loads(index.read_text())["weight_map"]
     paths = {file: saved_file(name, file) for file in set(names.values())}
-    found = {key: paths[file] for key, file in names.items()}
-    return {key: path for key, path in found.items() if path is not None}
+    paths_by_tensor = {key: paths[file] for key, file in names.items()}
+    return {key: path for key, path in paths_by_tensor.items() if path is not None}
 
 
 @torch.no_grad()
-def forward(role: str, model: CausalLM, tokenizer: Any, config: Config) -> CheckResult:
-    """Does what the model says hang on chance, hidden ids, later ids or padding?"""
+def check_forward_pass(role: str, model: CausalLM, tokenizer: Any, config: Config) -> CheckResult:
+    """Check that the outputs do not depend on randomness, masked ids, later ids or padding."""
     item = f"{role} forward pass"
     texts = [tokenizer.encode(text, add_special_tokens=False) for text in TEXTS]
-    rows = [[v % model.vocabulary for v in ids[:LONGEST]] for ids in texts]
-    rows[0] = rows[0][: max(PLACES + 1, len(rows[0]) // 3)]
+    rows = [[v % model.vocabulary for v in ids[:MAX_IDS]] for ids in texts]
+    rows[0] = rows[0][: max(NUM_POSITIONS + 1, len(rows[0]) // 3)]
     width = max(map(len, rows))
     ids = torch.zeros(len(rows), width, dtype=torch.long)
-    real = torch.zeros(len(rows), width, dtype=torch.long)
-    for row, some in enumerate(rows):
-        ids[row, width - len(some) :] = torch.tensor(some)
-        real[row, width - len(some) :] = 1
-    ids, real = ids.to(model.device), real.to(model.device)
-    unit = rounding(config)
-    plain = answers(model, ids, real)
-    again = answers(model, ids, real)
-    with evaluating(model.network):
-        first = answers(model, ids, real)
-        filled = answers(model, torch.where(real == 1, ids, (ids + 7) % model.vocabulary), real)
-        alone = answers(model, ids[:1, width - len(rows[0]) :], real[:1, width - len(rows[0]) :])
-        changed = ids.clone()
-        changed[:, -1] = (changed[:, -1] + 7) % model.vocabulary
-        later = answers(model, changed, real)
+    attention_mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for row, row_ids in enumerate(rows):
+        ids[row, width - len(row_ids) :] = torch.tensor(row_ids)
+        attention_mask[row, width - len(row_ids) :] = 1
+    ids, attention_mask = ids.to(model.device), attention_mask.to(model.device)
+    unit = rounding_unit(config)
+    first_pass = last_position_logp(model, ids, attention_mask)
+    repeated = last_position_logp(model, ids, attention_mask)
+    with evaluation_mode(model.network):
+        reference = last_position_logp(model, ids, attention_mask)
+        refilled = last_position_logp(
+            model,
+            torch.where(attention_mask == 1, ids, (ids + 7) % model.vocabulary),
+            attention_mask,
+        )
+        unpadded = last_position_logp(
+            model, ids[:1, width - len(rows[0]) :], attention_mask[:1, width - len(rows[0]) :]
+        )
+        changed_ids = ids.clone()
+        changed_ids[:, -1] = (changed_ids[:, -1] + 7) % model.vocabulary
+        perturbed = last_position_logp(model, changed_ids, attention_mask)
     numbers = {
-        "chance": largest_gap(plain, again) / unit,
-        "mask": largest_gap(first, filled) / unit,
-        "later": largest_gap(first[:, :-1], later[:, :-1]) / unit,
-        "padding": largest_gap(first[:1], alone) / unit,
+        "chance": largest_gap(first_pass, repeated) / unit,
+        "mask": largest_gap(reference, refilled) / unit,
+        "later": largest_gap(reference[:, :-1], perturbed[:, :-1]) / unit,
+        "padding": largest_gap(reference[:1], unpadded) / unit,
     }
-    if not bool(plain.isfinite().all()):
-        advice = "its weights are damaged or diverged: load an earlier checkpoint"
+    if not bool(first_pass.isfinite().all()):
+        advice = "the weights are corrupt or diverged: load an earlier checkpoint"
         return CheckResult(item, "fail", "log-probabilities are not finite", advice, numbers)
-    for name, found, advice in FORWARD:
+    for name, problem, advice in FORWARD_CHECKS:
         if not numbers[name] <= LIMIT:
-            said = f"{found}, by {numbers[name] * unit:.2g} nats, {LIMIT * unit:.1g} is rounding"
-            return CheckResult(item, "fail", said, advice, numbers)
-    return CheckResult(item, "ok", "hangs on the row's own text alone", "", numbers)
+            message = (
+                f"{problem}, by {numbers[name] * unit:.2g} nats "
+                f"(rounding explains {LIMIT * unit:.1g})"
+            )
+            return CheckResult(item, "fail", message, advice, numbers)
+    return CheckResult(item, "ok", "each row's output depends on its own text only", "", numbers)
 
 
-FORWARD = (
+FORWARD_CHECKS = (
     (
         "chance",
-        "the same rows twice give other log-probabilities",
-        "dropout? call eval() on the network",
+        "two identical passes give different log-probabilities",
+        "check for dropout, and call eval() on the network",
     ),
     (
         "mask",
-        "ids that the attention mask hides change the log-probabilities: it is ignored",
-        "use an attention implementation that takes a mask",
+        "masked ids change the log-probabilities: the attention mask is ignored",
+        "use an attention implementation that supports a mask",
     ),
     (
         "later",
-        "later ids change the log-probabilities of earlier ones: the model is not causal",
+        "later ids change the log-probabilities at earlier positions: the model is not causal",
         "load it as a causal language model",
     ),
     (
         "padding",
-        "a row with padding on its left has other log-probabilities than alone",
-        "the model must take position_ids and an attention mask",
+        "left padding changes the log-probabilities of a row",
+        "use a model that supports position_ids and an attention mask",
     ),
 )
+"""Checks of the forward pass: key, problem, advice."""
 
 
-def answers(model: CausalLM, ids: Tensor, real: Tensor) -> Tensor:
-    """(B, PLACES, V) log-probabilities at the last positions of rows padded on the left."""
-    positions = (real.cumsum(1) - 1).clamp(min=0)
-    states = model.hidden(ids, real, positions)[:, -PLACES:]
+def last_position_logp(model: CausalLM, ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Return (B, NUM_POSITIONS, V) log-probabilities at the last positions of left-padded rows."""
+    positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    states = model.hidden(ids, attention_mask, positions)[:, -NUM_POSITIONS:]
     flat = full_logits(states.flatten(0, 1), model.head)
     return flat.log_softmax(-1).unflatten(0, states.shape[:2])
 
 
-def largest_gap(one: Tensor, other: Tensor) -> float:
-    """Largest root mean square over a place's most probable ids; NaN where one is."""
-    ids = one.topk(min(IDS, one.shape[-1]), -1).indices
-    gap = one.gather(-1, ids) - other.gather(-1, ids)
+def largest_gap(first: Tensor, second: Tensor) -> float:
+    """Return the largest root mean square difference over the most likely ids of a position.
+
+    Args:
+        first: (B, L, V) log-probabilities; their most likely ids are compared.
+        second: (B, L, V) log-probabilities.
+
+    Returns:
+        The difference in nats; NaN if an input is NaN.
+    """
+    ids = first.topk(min(NUM_IDS, first.shape[-1]), -1).indices
+    gap = first.gather(-1, ids) - second.gather(-1, ids)
     return float(gap.double().square().mean(-1).sqrt().amax())

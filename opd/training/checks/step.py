@@ -1,6 +1,6 @@
-"""What a step's rows say about themselves, at no forward pass: prompts, sampler, grader.
+"""Checks of a step's prompts, sampler and grader, without a forward pass.
 
-Shapes: B responses of this process, P prompt positions, T response positions.
+Shapes: B responses of this rank, P prompt positions, T response positions.
 """
 
 from collections.abc import Callable
@@ -9,91 +9,106 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import ScoredRollouts
-from diagnostics.gradients.distributed import rows_of_ranks
+from diagnostics.gradients.distributed import all_gather_rows
 from opd.config.settings import Config
 from opd.data.grading.graders import GYM_PROBLEM
 from opd.data.prompts import Prompts
 from opd.envs.task import is_games
 from opd.runtime import distributed
-from opd.training.checks.expected_loss import rounding
+from opd.training.checks.expected_loss import rounding_unit
 
 MULTIPLIER = 6364136223846793005
-"""Odd, and so that its powers modulo 2^64 repeat late: of Knuth's linear congruential generator."""
+"""Knuth's linear congruential multiplier: odd, with powers that repeat late modulo 2^64."""
 
 
 def prompt_hashes(prompts: Prompts) -> Tensor:
-    """(B,) polynomial hash modulo 2^64 of each prompt's ids, whatever its padding on the left."""
+    """Return the (B,) polynomial hash modulo 2^64 of each prompt's ids, ignoring padding."""
     tokens = prompts.tokens
     powers = torch.full_like(tokens[0], MULTIPLIER).cumprod(0).flip(0)
     return torch.where(prompts.mask, (tokens + 1) * powers, 0).sum(1)
 
 
-def prompt_numbers(config: Config, prompts: Prompts, bos: int | None) -> dict[str, Tensor]:
-    """Columns of the row about the prompts of one task's step, the same on every process.
+def prompt_check_columns(config: Config, prompts: Prompts, bos: int | None) -> dict[str, Tensor]:
+    """Check the prompts of one task's step.
 
-    repeated_prompts: share of the step's prompts that are copies of another one of it;
-    prompts_on_several_ranks: share that another process has too; doubled_bos: share that begins
-    with the BOS token twice. Of games the last alone: their rows are turns.
+    Args:
+        config: Settings of the task.
+        prompts: Prompts of this rank.
+        bos: BOS token id, if the tokenizer has one.
+
+    Returns:
+        Columns of the row. repeated_prompts: share of the step's prompts that duplicate another
+        one. prompts_on_several_ranks: share of distinct prompts that another rank has too.
+        doubled_bos: share of prompts of this rank that start with two BOS tokens. Games have the
+        last one only, since their rows are turns.
     """
     columns: dict[str, Tensor] = {}
     if not is_games(config.task):
         hashes = prompt_hashes(prompts)
-        parts = rows_of_ranks(hashes) if distributed.size() > 1 else [hashes]
-        distinct = torch.stack([_distinct(part) for part in parts]).sum()
-        once = _distinct(torch.cat(parts))
+        parts = all_gather_rows(hashes) if distributed.world_size() > 1 else [hashes]
+        distinct = torch.stack([_count_distinct(part) for part in parts]).sum()
+        total_distinct = _count_distinct(torch.cat(parts))
         columns["data/repeated_prompts"] = 1 - distinct / config.prompts_per_step
-        columns["data/prompts_on_several_ranks"] = 1 - once / distinct
+        columns["data/prompts_on_several_ranks"] = 1 - total_distinct / distinct
     if bos is not None:
         first = prompts.mask.long().argmax(1)
         pair = torch.stack([first, (first + 1).clamp(max=prompts.tokens.shape[1] - 1)], 1)
-        doubled = (prompts.tokens.gather(1, pair) == bos).all(1) & (pair[:, 0] != pair[:, 1])
-        columns["data/doubled_bos"] = doubled.double().mean()
+        has_double_bos = (prompts.tokens.gather(1, pair) == bos).all(1) & (pair[:, 0] != pair[:, 1])
+        columns["data/doubled_bos"] = has_double_bos.double().mean()
     return {name: x.double() for name, x in columns.items()}
 
 
-def _distinct(hashes: Tensor) -> Tensor:
-    """0-d float64 number of different hashes, without a host sync."""
-    ordered = hashes.sort().values
-    return 1 + (ordered[1:] != ordered[:-1]).sum().double()
+def _count_distinct(hashes: Tensor) -> Tensor:
+    """Return the 0-d float64 number of distinct hashes, without a host sync."""
+    sorted_hashes = hashes.sort().values
+    return 1 + (sorted_hashes[1:] != sorted_hashes[:-1]).sum().double()
 
 
-def sampler_numbers(config: Config, batch: ScoredRollouts) -> dict[str, Tensor]:
-    """sampler_error: root mean square of log student - log sampler, in whole units of rounding.
-
-    Of every sampled token of the present weights. Nothing where the sampler's own softmax is not
-    known at the temperature that is scored.
+def sampler_check_columns(config: Config, batch: ScoredRollouts) -> dict[str, Tensor]:
+    """Compare the student's log-probabilities with the sampler's, on tokens of the current weights.
 
     Args:
-      batch: every sampled token, scored by the student itself.
+        config: Settings of the task.
+        batch: Scored rollouts before any mask, scored by the student itself.
+
+    Returns:
+        sampler_error: root mean square of log student - log sampler, in whole units of rounding.
+            Empty
+        if the sampler's full softmax is not known at the temperature of the scores.
     """
     sampler = batch.sampler_logp if batch.softmax_logp is None else batch.softmax_logp
-    known = batch.softmax_logp is not None or batch.top_p >= 1
-    if not known or batch.temperature != batch.score_temperature:
+    has_full_softmax = batch.softmax_logp is not None or batch.top_p >= 1
+    if not has_full_softmax or batch.temperature != batch.score_temperature:
         return {}
     fresh = batch.sampled & (batch.age == 0)[:, None]
-    gap = torch.where(fresh, batch.student_logp - sampler, 0.0).double()
-    size = (gap.square().sum() / fresh.sum().clamp(min=1)).sqrt()
-    return {"consistency/sampler_error": size.div(rounding(config)).floor()}
+    log_ratio = torch.where(fresh, batch.student_logp - sampler, 0.0).double()
+    root_mean_square = (log_ratio.square().sum() / fresh.sum().clamp(min=1)).sqrt()
+    return {"consistency/sampler_error": root_mean_square.div(rounding_unit(config)).floor()}
 
 
 RIGHT = ("<think></think>{}", "\\boxed{{{}}}")
-"""Responses that give an answer in the way of one grader or another."""
+"""Templates of a correct response for the different graders."""
 WRONG = ("", "I do not know.")
+"""Responses without an answer."""
 
 
-def grader_numbers(
+def grader_check_columns(
     answers: list[str], reward: Tensor, grade: Callable[[list[str], str], list[float]]
 ) -> dict[str, Tensor]:
-    """Columns of the row about the grader, from this process's rewards (B,) and one of its answers.
-
-    grader_constant: 1 if all responses of the step have one reward, and so have a right answer and
-    no answer at all; else 0. grader_missing: share of responses without a reward.
+    """Check the grader with this rank's rewards and one of its reference answers.
 
     Args:
-      grade: texts of responses and the answer to compare with -> rewards, in the way of the step.
+        answers: Reference answers of this rank.
+        reward: (B,) rewards; NaN if a response was not graded.
+        grade: Maps texts of responses and a reference answer to rewards, as the step does.
+
+    Returns:
+        Columns of the row. grader_constant: 1 if all responses have the same reward and the grader
+        gives it to correct and empty responses alike, otherwise 0. grader_missing: share of
+        responses without a reward.
     """
-    missing = reward.isnan()
-    columns = {"consistency/grader_missing": missing.double().mean()}
+    is_missing = reward.isnan()
+    columns = {"consistency/grader_missing": is_missing.double().mean()}
     answer = GYM_PROBLEM.sub("", answers[0]) if answers else ""
     constant = torch.zeros_like(columns["consistency/grader_missing"])
     if answer.strip():

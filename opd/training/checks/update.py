@@ -1,9 +1,9 @@
-"""Whether an optimizer step did what it should: numbers for the row from a sample of the weights.
+"""Checks of an optimizer step on a sample of the weights.
 
-At most `TENSORS` weights are looked at, and of each `ELEMENTS` numbers that are spread over it, so
-that the cost does not grow with the model. Everything stays on the device.
+At most `MAX_TENSORS` weights are sampled, with `MAX_ELEMENTS` evenly spaced elements each, so that
+the cost does not grow with the model. Everything stays on the device.
 
-Shapes: n sampled numbers.
+Shapes: n sampled elements.
 """
 
 import math
@@ -19,109 +19,157 @@ from opd.runtime import distributed
 from opd.teachers.pair import ModelPair
 from opd.training.optimizer import Optimizer
 
-TENSORS, ELEMENTS = 16, 256
+MAX_TENSORS, MAX_ELEMENTS = 16, 256
 
 
-def chosen(count: int) -> list[int]:
-    """At most TENSORS numbers below `count`, spread evenly, the first and the last among them."""
-    if count <= TENSORS:
+def sampled_indices(count: int) -> list[int]:
+    """Return at most MAX_TENSORS evenly spaced indices below `count`, with both ends."""
+    if count <= MAX_TENSORS:
         return list(range(count))
-    return [round(i * (count - 1) / (TENSORS - 1)) for i in range(TENSORS)]
+    return [round(i * (count - 1) / (MAX_TENSORS - 1)) for i in range(MAX_TENSORS)]
 
 
-def numbers_of(weights: Sequence[Tensor | None], like: Sequence[Tensor]) -> Tensor:
-    """(n,) float32 sample of this process's part of the weights; 0 where one is None."""
-    return torch.cat([_spread(x, y) for x, y in zip(weights, like, strict=True)]).float()
+def sample_values(weights: Sequence[Tensor | None], references: Sequence[Tensor]) -> Tensor:
+    """Return the (n,) float32 sample of this rank's shards of the weights; 0 where one is None."""
+    return torch.cat(
+        [_strided_sample(x, y) for x, y in zip(weights, references, strict=True)]
+    ).float()
 
 
-def _spread(weight: Tensor | None, like: Tensor) -> Tensor:
-    own = _local(like)
-    stride = max(1, own.numel() // ELEMENTS)
+def _strided_sample(weight: Tensor | None, reference: Tensor) -> Tensor:
+    """Return evenly spaced elements of this rank's shard; zeros if the tensor is None."""
+    local = _local_shard(reference)
+    stride = max(1, local.numel() // MAX_ELEMENTS)
     if weight is None:
-        count = min(ELEMENTS, len(range(0, own.numel(), stride)))
-        return torch.zeros(count, device=own.device)
-    return _local(weight).detach().reshape(-1)[::stride][:ELEMENTS].float()
+        count = min(MAX_ELEMENTS, len(range(0, local.numel(), stride)))
+        return torch.zeros(count, device=local.device)
+    return _local_shard(weight).detach().reshape(-1)[::stride][:MAX_ELEMENTS].float()
 
 
-def _local(weight: Tensor) -> Tensor:
+def _local_shard(weight: Tensor) -> Tensor:
+    """Return this rank's shard of a tensor."""
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 @dataclass(frozen=True, eq=False)
-class Before:
-    """What `after_step` compares with: (n,) gradient and float32 weights; reached: see there."""
+class WeightsBeforeStep:
+    """Sampled weights and gradients before an optimizer step, for `columns_after_step`."""
 
     gradient: Tensor
+    """(n,) gradients."""
     weights: Tensor
+    """(n,) float32 master weights."""
     reached: Tensor
+    """0-d share of the sampled weights with a nonzero gradient."""
 
 
-def before_step(optimizer: Optimizer) -> Before:
-    """The sample just before the optimizer step, with the step's whole gradient."""
-    masters = [optimizer.masters[i] for i in chosen(len(optimizer.masters))]
-    gradients = [x.grad for x in masters]
-    parts = [_spread(g, x) for g, x in zip(gradients, masters, strict=True)]
-    flags = distributed.summed(torch.stack([(part != 0).any() for part in parts]).float())
+def sample_before_step(optimizer: Optimizer) -> WeightsBeforeStep:
+    """Sample weights and gradients just before the optimizer step, after the all-reduce."""
+    masters = [optimizer.master_weights[i] for i in sampled_indices(len(optimizer.master_weights))]
+    gradients = [weight.grad for weight in masters]
+    parts = [_strided_sample(g, weight) for g, weight in zip(gradients, masters, strict=True)]
+    flags = distributed.all_reduce_sum(torch.stack([(part != 0).any() for part in parts]).float())
     reached = (flags > 0).double().mean()
-    return Before(torch.cat(parts), numbers_of(masters, masters), reached)
+    return WeightsBeforeStep(torch.cat(parts), sample_values(masters, masters), reached)
 
 
-def after_step(optimizer: Optimizer, before: Before, taken: bool) -> dict[str, Tensor]:
-    """Columns of the row, after an optimizer step; NaN, and so no readings, if it was not taken.
+def columns_after_step(
+    optimizer: Optimizer, snapshot: WeightsBeforeStep, applied: bool
+) -> dict[str, Tensor]:
+    """Compare sampled weights before and after an optimizer step.
 
-    moved_share: of the numbers with a gradient, those that the step changed, healthy 1.00;
-    reached_share: of the weights, those with any gradient; unpublished_share: of the numbers, those
-    in which the network is not its optimizer's rounded copy, healthy 0.
+    Args:
+        optimizer: Optimizer after the step.
+        snapshot: Sample before the step.
+        applied: Whether the step was applied.
+
+    Returns:
+        Columns of the row; NaN if the step was skipped. moved_share: share of elements with a
+        gradient that changed, healthy 1.00. reached_share: share of weights with any gradient.
+        unpublished_share: share of elements whose model weight is not the rounded master weight,
+        healthy 0.
     """
-    places = chosen(len(optimizer.masters))
-    masters = [optimizer.masters[i] for i in places]
-    live = [optimizer.live[i] for i in places]
-    now = numbers_of(masters, masters)
-    pulled = before.gradient != 0
-    moved = (now != before.weights) & pulled
-    rounded = [x.to(y.dtype) for x, y in zip(map(_local, masters), map(_local, live), strict=True)]
-    wrong = numbers_of(live, live) != numbers_of(rounded, rounded)
+    indices = sampled_indices(len(optimizer.master_weights))
+    masters = [optimizer.master_weights[i] for i in indices]
+    model_weights = [optimizer.model_weights[i] for i in indices]
+    values = sample_values(masters, masters)
+    has_gradient = snapshot.gradient != 0
+    has_moved = (values != snapshot.weights) & has_gradient
+    rounded_masters = [
+        value.to(y.dtype)
+        for value, y in zip(
+            map(_local_shard, masters), map(_local_shard, model_weights), strict=True
+        )
+    ]
+    is_unpublished = sample_values(model_weights, model_weights) != sample_values(
+        rounded_masters, rounded_masters
+    )
     columns = {
-        "update/moved_share": (moved.sum().double() / pulled.sum().double()).round(decimals=2),
-        "update/reached_share": before.reached,
-        "update/unpublished_share": wrong.double().mean(),
+        "update/moved_share": (has_moved.sum().double() / has_gradient.sum().double()).round(
+            decimals=2
+        ),
+        "update/reached_share": snapshot.reached,
+        "update/unpublished_share": is_unpublished.double().mean(),
     }
-    return columns if taken else {k: torch.full_like(x, math.nan) for k, x in columns.items()}
+    return (
+        columns
+        if applied
+        else {name: torch.full_like(value, math.nan) for name, value in columns.items()}
+    )
 
 
-def kept_gradients(optimizer: Optimizer) -> list[tuple[Tensor, Tensor]]:
-    """Some weights, each with its gradient after a micro-batch, for `lost_share`."""
-    masters = [optimizer.masters[i] for i in chosen(len(optimizer.masters))]
-    return [(x, x.grad) for x in masters if x.grad is not None and not isinstance(x, DTensor)]
+def sampled_gradients(optimizer: Optimizer) -> list[tuple[Tensor, Tensor]]:
+    """Return sampled weights and their gradients after a micro-batch (`lost_gradient_share`)."""
+    masters = [optimizer.master_weights[i] for i in sampled_indices(len(optimizer.master_weights))]
+    return [
+        (weight, weight.grad)
+        for weight in masters
+        if weight.grad is not None and not isinstance(weight, DTensor)
+    ]
 
 
-def lost_share(kept: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Share of the gradients of a first micro-batch to which the others were not added.
+def lost_gradient_share(first_gradients: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Compute the share of first-micro-batch gradients to which later ones were not added.
 
-    A later backward pass adds to the tensor that is there, so it is lost where another stands.
+    A later backward pass accumulates in place: if a weight has another gradient tensor afterwards,
+    the first gradient was lost.
+
+    Args:
+        first_gradients: Weights with their gradients after the first micro-batch.
+
+    Returns:
+        The share; 0 without gradients.
     """
-    lost = [weight.grad is not gradient for weight, gradient in kept]
-    return sum(lost) / len(lost) if lost else 0.0
+    is_lost = [weight.grad is not gradient for weight, gradient in first_gradients]
+    return sum(is_lost) / len(is_lost) if is_lost else 0.0
 
 
-def leftover(optimizer: Optimizer) -> float:
-    """1 if some weight has a gradient before the first backward pass of a step, else 0."""
-    weights = (*optimizer.live, *optimizer.masters)
+def has_leftover_gradient(optimizer: Optimizer) -> float:
+    """Return 1 if a weight has a gradient before a step's first backward pass, otherwise 0."""
+    weights = (*optimizer.model_weights, *optimizer.master_weights)
     return float(any(weight.grad is not None for weight in weights))
 
 
-def frozen_teacher(config: Config, pair: ModelPair) -> tuple[list[Tensor], Tensor] | None:
-    """Some of the teacher's weights and (n,) their numbers; None of one that moves or is remote."""
-    if config.teacher == "ema" or pair.remote is not None:
+def sample_teacher_weights(config: Config, pair: ModelPair) -> tuple[list[Tensor], Tensor] | None:
+    """Sample a frozen teacher's weights: tensors and (n,) values.
+
+    Args:
+        config: Settings of the task.
+        pair: Student and teacher.
+
+    Returns:
+        The tensors and their values; None if the teacher is updated during training or remote.
+    """
+    if config.teacher == "ema" or pair.remote_teacher is not None:
         return None
     weights = list(pair.teacher.network.parameters())
-    if config.teacher == "base":  # the student's own weights, beside its adapters
+    if config.teacher == "base":  # the student's base weights; the adapters are trained
         weights = [weight for weight in weights if not weight.requires_grad]
-    weights = [weights[i] for i in chosen(len(weights))]
-    return weights, numbers_of(weights, weights)
+    weights = [weights[i] for i in sampled_indices(len(weights))]
+    return weights, sample_values(weights, weights)
 
 
-def changed_share(sample: tuple[list[Tensor], Tensor]) -> Tensor:
-    """Share of the numbers of `frozen_teacher` that are not what they were."""
+def changed_weight_share(sample: tuple[list[Tensor], Tensor]) -> Tensor:
+    """Return the share of values from `sample_teacher_weights` that have changed."""
     weights, numbers = sample
-    return (numbers_of(weights, weights).to(numbers.device) != numbers).double().mean()
+    return (sample_values(weights, weights).to(numbers.device) != numbers).double().mean()

@@ -1,4 +1,4 @@
-"""`opd doctor` on real pairs on disk: green on a healthy one, one fault at a time by its name."""
+"""`opd doctor` on real pairs on disk: a healthy pair, and one fault at a time."""
 
 import json
 import shutil
@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from opd.analysis import doctor, sample_checks
-from opd.analysis.pair_checks import bos, read_side
+from opd.analysis.pair_checks import bos, load_side
 from opd.analysis.sample_checks import Evidence
 from opd.cli.doctor import main
 from opd.data.chain_task import problems
-from opd.lab.build import TEMPLATE, ToyModelConfig, make_tokenizer, teach
+from opd.lab.build import TEMPLATE, ToyModelConfig, make_tokenizer, train_model
 
 END, OTHER, THINK = 1, 2, 3
 DIGIT = make_tokenizer().convert_tokens_to_ids("2")
@@ -23,9 +23,9 @@ ModelPair = tuple[Path, Path]
 
 @pytest.fixture(scope="module")
 def healthy(tmp_path_factory: pytest.TempPathFactory) -> ModelPair:
-    """A student that writes plain digits, and a teacher a little beside it."""
+    """Build a student that writes digits, and a slightly different teacher."""
     folder = tmp_path_factory.mktemp("healthy")
-    network = teach(
+    network = train_model(
         make_tokenizer(), ToyModelConfig(layers=1, width=32, steps=60, batch=8, lr=2e-2), 0, "pair"
     )
     generator = torch.Generator().manual_seed(0)
@@ -45,7 +45,7 @@ def save(network, folder: Path) -> None:
 
 @pytest.fixture
 def pair(healthy: ModelPair, tmp_path: Path) -> ModelPair:
-    """A copy to spoil."""
+    """Return a copy of the pair that a test may modify."""
     for folder in healthy:
         shutil.copytree(folder, tmp_path / folder.name)
     return tmp_path / "student", tmp_path / "teacher"
@@ -57,7 +57,7 @@ def edit(file: Path, change: Callable[[dict], None]) -> None:
     file.write_text(json.dumps(content))
 
 
-def reweigh(folder: Path, change: Callable[[object], None]) -> None:
+def edit_weights(folder: Path, change: Callable[[object], None]) -> None:
     """Change the weights of a model on disk."""
     from transformers import AutoModelForCausalLM
 
@@ -67,37 +67,37 @@ def reweigh(folder: Path, change: Callable[[object], None]) -> None:
     network.save_pretrained(folder)
 
 
-def own_head(network) -> torch.Tensor:
-    """The head's weight, untied from the embeddings."""
+def untie_head(network) -> torch.Tensor:
+    """Untie the LM head from the embeddings and return its weight."""
     rows = network.get_output_embeddings()
     rows.weight = torch.nn.Parameter(rows.weight.detach().clone())
     network.config.tie_word_embeddings = False
     return rows.weight
 
 
-def examine(pair: ModelPair, **given: object) -> dict[str, object]:
+def examine(pair: ModelPair, **options: object) -> dict[str, object]:
     settings: dict[str, object] = {"task": "lab", "device": "cpu", "group": 1, "max_response": 48}
-    settings |= given
-    return {f.item: f for f in doctor.examine(*map(str, pair), **settings)}  # type: ignore[arg-type]
+    settings |= options
+    return {f.item: f for f in doctor.check_pair(*map(str, pair), **settings)}  # type: ignore[arg-type]
 
 
-def verdicts(found: dict) -> dict[str, str]:
-    return {item: f.verdict for item, f in found.items() if f.verdict != "ok"}
+def verdicts(results: dict) -> dict[str, str]:
+    return {item: f.verdict for item, f in results.items() if f.verdict != "ok"}
 
 
-def test_a_healthy_pair_is_green_and_exits_with_0(
+def test_a_healthy_pair_passes_and_exits_with_0(
     healthy: ModelPair, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [*map(str, healthy), "--task", "lab", "--device", "cpu", "--max-response", "96"]
-    main(words)
-    shown = capsys.readouterr().out
-    assert "23 ok  0 warn  0 fail" in shown
-    assert "->" not in shown
-    main([*words, "--json"])
-    found = json.loads(capsys.readouterr().out)
-    assert found["verdict"] == "ok"
-    assert [item["item"] for item in found["items"]] == list(examine(healthy))
-    numbers = {item["item"]: item["numbers"] for item in found["items"]}
+    arguments = [*map(str, healthy), "--task", "lab", "--device", "cpu", "--max-response", "96"]
+    main(arguments)
+    output = capsys.readouterr().out
+    assert "23 ok  0 warn  0 fail" in output
+    assert "->" not in output
+    main([*arguments, "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["verdict"] == "ok"
+    assert [item["item"] for item in report["items"]] == list(examine(healthy))
+    numbers = {item["item"]: item["numbers"] for item in report["items"]}
     assert numbers["endings"]["ended"] > 0
     assert numbers["impossible tokens"]["of"] > 500
     assert numbers["teacher noise"]["signal_rms"] > 0.01
@@ -119,17 +119,17 @@ def one_token_more(pair: ModelPair) -> None:
     tokenizer.add_tokens(["<tool>"])
     tokenizer.save_pretrained(pair[1])
     for folder in pair:
-        reweigh(folder, lambda network: widen(network, 262))
+        edit_weights(folder, lambda network: add_rows(network, 262))
 
 
-def widen(network, rows: int) -> None:
-    """More rows, each as improbable as a rare byte."""
+def add_rows(network, rows: int) -> None:
+    """Add vocabulary rows, each as improbable as a rare byte."""
     network.resize_token_embeddings(rows, mean_resizing=False)
     weight = network.get_input_embeddings().weight
     weight[261:] = weight[200]
 
 
-def end_otherwise(folder: Path, ids: int | list[int]) -> None:
+def change_end_ids(folder: Path, ids: int | list[int]) -> None:
     edit(folder / "generation_config.json", lambda c: c.update(eos_token_id=ids))
     if isinstance(ids, int):
         edit(folder / "config.json", lambda c: c.update(eos_token_id=ids))
@@ -148,14 +148,14 @@ def merge_in_one(pair: ModelPair) -> None:
 
     for folder, merges in zip(pair, ([["e", "t"]], []), strict=True):
         edit(folder / "tokenizer.json", lambda s, m=merges: change(s, m))
-        reweigh(folder, lambda network: widen(network, 262))
+        edit_weights(folder, lambda network: add_rows(network, 262))
 
 
 def ordinary_think(pair: ModelPair) -> None:
     def change(state: dict) -> None:
-        for added in state["added_tokens"]:
-            if added["content"] == "<think>":
-                added["special"] = False
+        for token in state["added_tokens"]:
+            if token["content"] == "<think>":
+                token["special"] = False
 
     edit(pair[1] / "tokenizer.json", change)
     for key in ("extra_special_tokens", "additional_special_tokens"):
@@ -189,18 +189,18 @@ def pad_with_the_end(pair: ModelPair) -> None:
 
 def never_think(pair: ModelPair) -> None:
     def change(network) -> None:
-        own_head(network)[THINK] *= -3
+        untie_head(network)[THINK] *= -3
 
-    reweigh(pair[1], change)
+    edit_weights(pair[1], change)
 
 
 def name_the_end_otherwise(pair: ModelPair) -> None:
     def change(network) -> None:
-        weight = own_head(network)
+        weight = untie_head(network)
         weight[[END, OTHER]] = weight[[OTHER, END]]
 
-    reweigh(pair[1], change)
-    end_otherwise(pair[1], OTHER)
+    edit_weights(pair[1], change)
+    change_end_ids(pair[1], OTHER)
 
 
 def halve_the_end(network) -> None:
@@ -208,21 +208,21 @@ def halve_the_end(network) -> None:
     weight[END] = weight[OTHER]
 
 
-def babble(pair: ModelPair) -> None:
+def flatten_logits(pair: ModelPair) -> None:
     for folder in pair:
-        reweigh(folder, lambda network: network.model.norm.weight.mul_(0.2))
+        edit_weights(folder, lambda network: network.model.norm.weight.mul_(0.2))
 
 
 def not_a_number(pair: ModelPair) -> None:
-    reweigh(pair[0], lambda network: network.model.norm.weight.fill_(float("nan")))
+    edit_weights(pair[0], lambda network: network.model.norm.weight.fill_(float("nan")))
 
 
 def fewer_rows(pair: ModelPair) -> None:
-    reweigh(pair[1], lambda network: network.resize_token_embeddings(258))
+    edit_weights(pair[1], lambda network: network.resize_token_embeddings(258))
 
 
 def padded_head(pair: ModelPair) -> None:
-    reweigh(pair[1], lambda network: widen(network, 320))
+    edit_weights(pair[1], lambda network: add_rows(network, 320))
 
 
 def other_template(pair: ModelPair) -> None:
@@ -249,12 +249,12 @@ FAULTS: dict[str, tuple[Callable[[ModelPair], None], dict[str, str], str]] = {
         "3 '<think>' is special for the student only",
     ),
     "another end": (
-        lambda pair: end_otherwise(pair[1], OTHER),
+        lambda pair: change_end_ids(pair[1], OTHER),
         {"end tokens": "fail"},
         r"student ends with 1 '<\|im_end\|>', teacher with 2 '<\|endoftext\|>'",
     ),
     "one end more": (
-        lambda pair: end_otherwise(pair[1], [END, OTHER]),
+        lambda pair: change_end_ids(pair[1], [END, OTHER]),
         {"end tokens": "warn"},
         r"teacher with 1 .* 2 ",
     ),
@@ -278,7 +278,7 @@ FAULTS: dict[str, tuple[Callable[[ModelPair], None], dict[str, str], str]] = {
     "a refusing template": (
         no_system_role,
         {"chat template": "warn"},
-        "^system: the teacher's template refuses it .no system.$",
+        "^system: the teacher's template rejects it .no system.$",
     ),
     "a template in one": (
         lambda pair: (pair[1] / "chat_template.jinja").unlink(),
@@ -288,13 +288,13 @@ FAULTS: dict[str, tuple[Callable[[ModelPair], None], dict[str, str], str]] = {
     "doubled bos": (double_bos, {"bos": "warn"}, "adds another"),
     "pad ends": (pad_with_the_end, {"padding": "warn"}, "pad is 1 "),
     "pad is another end": (
-        lambda pair: [end_otherwise(folder, [END, OTHER]) for folder in pair],
+        lambda pair: [change_end_ids(folder, [END, OTHER]) for folder in pair],
         {"padding": "warn"},
         "pad is 2 ",
     ),
     "padded head": (padded_head, {"head rows": "warn"}, "261 / 320.* last 59 of the teacher"),
     "rows missing": (fewer_rows, {"head rows": "fail"}, "261 / 258, tokens 261 / 261"),
-    "babble": (babble, {"re-tokenisation": "warn"}, r"\d+ of 8 responses.*first: '"),
+    "babble": (flatten_logits, {"re-tokenisation": "warn"}, r"\d+ of 8 responses.*first: '"),
     "never think": (
         never_think,
         {"impossible tokens": "warn"},
@@ -312,13 +312,13 @@ FAULTS: dict[str, tuple[Callable[[ModelPair], None], dict[str, str], str]] = {
 def test_one_fault_is_named_and_nothing_else(pair: ModelPair, name: str) -> None:
     import re
 
-    spoil, expected, message = FAULTS[name]
-    spoil(pair)
-    found = examine(pair)
-    assert verdicts(found) == expected
+    apply_fault, expected, message = FAULTS[name]
+    apply_fault(pair)
+    results = examine(pair)
+    assert verdicts(results) == expected
     item = next(iter(expected))
-    assert re.search(message, found[item].found), found[item].found
-    assert found[item].advice
+    assert re.search(message, results[item].found), results[item].found
+    assert results[item].advice
 
 
 def test_a_template_that_leaves_turns_open_names_no_end(pair: ModelPair) -> None:
@@ -328,7 +328,7 @@ def test_a_template_that_leaves_turns_open_names_no_end(pair: ModelPair) -> None
 
 
 @pytest.mark.parametrize(
-    ("template", "added", "verdict", "found"),
+    ("template", "adds_bos", "verdict", "message"),
     [
         ("", False, "ok", "written by the template"),
         ("", True, "warn", "adds another"),
@@ -340,41 +340,41 @@ def test_a_template_that_leaves_turns_open_names_no_end(pair: ModelPair) -> None
     ],
 )
 def test_bos_is_counted(
-    pair: ModelPair, template: str | None, added: bool, verdict: str, found: str
+    pair: ModelPair, template: str | None, adds_bos: bool, verdict: str, message: str
 ) -> None:
-    (double_bos if added else lambda folders: use_bos(folders[0]))(pair)
+    (double_bos if adds_bos else lambda folders: use_bos(folders[0]))(pair)
     if template is None:
         (pair[0] / "chat_template.jinja").unlink()
     else:
         write_template(pair[0], template + TEMPLATE)
-    side = read_side(str(pair[0]), "cpu", "float32")
+    side = load_side(str(pair[0]), "cpu", "float32")
     result = bos(side, side)
     assert result.verdict == verdict
-    assert found in result.found
+    assert message in result.found
 
 
 def test_a_failing_pair_exits_with_1(pair: ModelPair, capsys: pytest.CaptureFixture[str]) -> None:
     swap_two_ids(pair)
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit) as caught:
         main([*map(str, pair), "--task", "lab", "--device", "cpu", "--max-response", "8"])
-    assert end.value.code == 1
-    shown = capsys.readouterr().out
-    assert "1 fail" in shown
-    assert "-> the teacher would score other text" in " ".join(shown.split())
+    assert caught.value.code == 1
+    output = capsys.readouterr().out
+    assert "1 fail" in output
+    assert "-> the teacher would score other text" in " ".join(output.split())
 
 
 def test_no_end_token_and_no_room(pair: ModelPair) -> None:
-    found = examine(pair, budget=600)
-    assert verdicts(found) == {"positions": "fail"}
-    at = gathered(pair)
-    room = 512 - int(at.prompts.mask.sum(1).max())
-    assert found["positions"].numbers["room"] == room
+    results = examine(pair, budget=600)
+    assert verdicts(results) == {"positions": "fail"}
+    evidence = gather_pair_evidence(pair)
+    room = 512 - int(evidence.prompts.mask.sum(1).max())
+    assert results["positions"].numbers["room"] == room
     edit(pair[1] / "config.json", lambda c: c.update(max_position_embeddings=1024))
-    assert f"lower max_response to {room}," in found["positions"].advice
+    assert f"lower max_response to {room}," in results["positions"].advice
     assert verdicts(examine(pair, budget=room)) == {}
-    found = examine(pair, budget=room + 1)
-    assert verdicts(found) == {"positions": "fail"}
-    assert found["positions"].found.endswith("exceed the positions of: student 512")
+    results = examine(pair, budget=room + 1)
+    assert verdicts(results) == {"positions": "fail"}
+    assert results["positions"].found.endswith("exceed the positions of: student 512")
     for folder in pair:
         edit(folder / "tokenizer_config.json", lambda c: c.update(eos_token=None))
         for file in ("config.json", "generation_config.json"):
@@ -384,68 +384,76 @@ def test_no_end_token_and_no_room(pair: ModelPair) -> None:
         examine(pair, prompts=0)
 
 
-def gathered(pair: ModelPair) -> Evidence:
-    sides = [read_side(str(folder), "cpu", "float32") for folder in pair]
-    asked = problems("train", 6, 0)
-    return sample_checks.gather(sides[0], sides[1], asked, group=2, max_response=180, seed=0)
+def gather_pair_evidence(pair: ModelPair) -> Evidence:
+    sides = [load_side(str(folder), "cpu", "float32") for folder in pair]
+    chain_problems = problems("train", 6, 0)
+    return sample_checks.gather_evidence(
+        sides[0], sides[1], chain_problems, group=2, max_response=180, seed=0
+    )
 
 
-def dense(folder: Path, at: Evidence) -> list[torch.Tensor]:
-    """(length, V) log-probs of each response by the plain model, alone and without padding."""
+def dense(folder: Path, evidence: Evidence) -> list[torch.Tensor]:
+    """Return (length, V) log-probabilities of each response, computed alone and without padding."""
     from transformers import AutoModelForCausalLM
 
     network = AutoModelForCausalLM.from_pretrained(folder)
-    found = []
-    for i in range(len(at.scored)):
-        prompt = at.prompts.tokens[i][at.prompts.mask[i]]
-        response = at.scored.tokens[i][at.scored.mask[i]]
+    logps = []
+    for i in range(len(evidence.scored)):
+        prompt = evidence.prompts.tokens[i][evidence.prompts.mask[i]]
+        response = evidence.scored.tokens[i][evidence.scored.mask[i]]
         with torch.no_grad():
             logits = network(torch.cat([prompt, response])[None]).logits[0]
-        found.append(logits.log_softmax(-1)[len(prompt) - 1 : -1])
-    return found
+        logps.append(logits.log_softmax(-1)[len(prompt) - 1 : -1])
+    return logps
 
 
 def test_impossible_tokens_equal_a_loop(pair: ModelPair) -> None:
     never_think(pair)
-    reweigh(pair[1], lambda network: network.get_output_embeddings().weight[DIGIT].mul_(-3))
-    at = gathered(pair)
-    unsure = 0
+    edit_weights(pair[1], lambda network: network.get_output_embeddings().weight[DIGIT].mul_(-3))
+    evidence = gather_pair_evidence(pair)
+    num_unsure = 0
     counts: dict[int, int] = {}
-    wrong, whole = 0.0, 0.0
-    for i, (p, q) in enumerate(zip(dense(pair[0], at), dense(pair[1], at), strict=True)):
-        for t, v in enumerate(at.scored.tokens[i][at.scored.mask[i]].tolist()):
+    impossible_signal, total_signal = 0.0, 0.0
+    for i, (p, q) in enumerate(
+        zip(dense(pair[0], evidence), dense(pair[1], evidence), strict=True)
+    ):
+        for t, v in enumerate(evidence.scored.tokens[i][evidence.scored.mask[i]].tolist()):
             r = abs(float(p[t, v] - q[t, v]))
-            whole += r
-            unsure += bool(p[t, v].exp() <= 0.5 and q[t, v].exp() < 1e-4)
+            total_signal += r
+            num_unsure += bool(p[t, v].exp() <= 0.5 and q[t, v].exp() < 1e-4)
             if p[t, v].exp() > 0.5 and q[t, v].exp() < 1e-4:
-                counts[v], wrong = counts.get(v, 0) + 1, wrong + r
-    numbers = sample_checks.impossible_tokens(at).numbers
+                counts[v], impossible_signal = counts.get(v, 0) + 1, impossible_signal + r
+    numbers = sample_checks.impossible_tokens(evidence).numbers
     assert THINK in counts
-    assert unsure > 0
+    assert num_unsure > 0
     assert numbers["by_id"] == {str(v): n for v, n in counts.items()}
-    assert numbers["signal_share"] == pytest.approx(wrong / whole, rel=1e-4)
+    assert numbers["signal_share"] == pytest.approx(impossible_signal / total_signal, rel=1e-4)
 
 
-def test_an_end_under_another_name_is_told_from_going_on(
+def test_another_end_id_is_distinguished_from_continuing(
     pair: ModelPair, healthy: ModelPair
 ) -> None:
     name_the_end_otherwise(pair)
-    found = examine(pair, group=2, max_response=180)
-    assert verdicts(found)["end tokens"] == "fail"
-    assert verdicts(found)["endings"] == "warn"
-    assert "read it at its own end" in found["endings"].advice
-    for folders, known in ((pair, [OTHER]), (pair, [OTHER, END]), (healthy, [END])):
-        if len(known) > 1:
-            end_otherwise(pair[1], known)
-            reweigh(pair[1], halve_the_end)
-        at = gathered(folders)
-        last = [q[-1] for q, e in zip(dense(folders[1], at), at.scored.ended, strict=True) if e]
-        numbers = sample_checks.endings(at).numbers
-        assert numbers["ended"] == len(last) > 2
-        own = torch.stack([q[END] for q in last]).mean()
-        assert numbers["own"] == pytest.approx(float(own), rel=1e-4)
-        listed = torch.stack([q[known].logsumexp(0) for q in last]).mean()
-        assert numbers["listed"] == pytest.approx(float(listed), rel=1e-4)
+    results = examine(pair, group=2, max_response=180)
+    assert verdicts(results)["end tokens"] == "fail"
+    assert verdicts(results)["endings"] == "warn"
+    assert "map its EOS (--map-eos)" in results["endings"].advice
+    for folders, end_ids in ((pair, [OTHER]), (pair, [OTHER, END]), (healthy, [END])):
+        if len(end_ids) > 1:
+            change_end_ids(pair[1], end_ids)
+            edit_weights(pair[1], halve_the_end)
+        evidence = gather_pair_evidence(folders)
+        last_logps = [
+            q[-1]
+            for q, e in zip(dense(folders[1], evidence), evidence.scored.ended, strict=True)
+            if e
+        ]
+        numbers = sample_checks.endings(evidence).numbers
+        assert numbers["ended"] == len(last_logps) > 2
+        student_end_logp = torch.stack([q[END] for q in last_logps]).mean()
+        assert numbers["own"] == pytest.approx(float(student_end_logp), rel=1e-4)
+        teacher_end_logp = torch.stack([q[end_ids].logsumexp(0) for q in last_logps]).mean()
+        assert numbers["listed"] == pytest.approx(float(teacher_end_logp), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -454,37 +462,45 @@ def test_an_end_under_another_name_is_told_from_going_on(
 def test_a_teacher_that_depends_on_chance_is_found(
     healthy: ModelPair, size: float, verdict: str
 ) -> None:
-    at = gathered(healthy)
+    evidence = gather_pair_evidence(healthy)
     generator = torch.Generator().manual_seed(0)
-    steady = at.pair.teacher
+    exact_teacher = evidence.pair.teacher
 
-    def hidden(*given: torch.Tensor) -> torch.Tensor:
-        states = steady.hidden(*given)
+    def hidden(*inputs: torch.Tensor) -> torch.Tensor:
+        states = exact_teacher.hidden(*inputs)
         return states + size * torch.randn(states.shape, generator=generator)
 
-    noisy = replace(at, pair=replace(at.pair, teacher=replace(steady, hidden=hidden)))
-    found = sample_checks.teacher_noise(noisy)
-    assert found.verdict == verdict
+    noisy = replace(
+        evidence, pair=replace(evidence.pair, teacher=replace(exact_teacher, hidden=hidden))
+    )
+    result = sample_checks.teacher_noise(noisy)
+    assert result.verdict == verdict
     if size == 0:
-        assert found.numbers["again_max"] == 0
-        assert found.numbers["alone_max"] < 1e-4
+        assert result.numbers["again_max"] == 0
+        assert result.numbers["alone_max"] < 1e-4
 
 
 def test_a_teacher_that_depends_on_its_batch_is_found(healthy: ModelPair) -> None:
-    at = gathered(healthy)
-    steady = at.pair.teacher
+    evidence = gather_pair_evidence(healthy)
+    exact_teacher = evidence.pair.teacher
 
-    def hidden(ids: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-        return steady.hidden(ids, *rest) * (1 + 0.02 * (len(ids) > 1))
+    def hidden(ids: torch.Tensor, *arguments: torch.Tensor) -> torch.Tensor:
+        return exact_teacher.hidden(ids, *arguments) * (1 + 0.02 * (len(ids) > 1))
 
-    crowded = replace(at.pair, teacher=replace(steady, hidden=hidden))
-    everything = at.prompts.tokens.numel() + at.rollouts.tokens.numel()
-    scored = sample_checks.scores(crowded, at.prompts, at.rollouts, everything)
-    found = sample_checks.teacher_noise(replace(at, pair=crowded, scored=scored))
-    assert found.verdict == "warn"
-    assert found.numbers["again_max"] == 0
-    alone = sample_checks.scores(at.pair, at.prompts, at.rollouts, 1)
-    gap = (alone.teacher_logp - scored.teacher_logp)[scored.mask].double()
-    assert found.numbers["alone_rms"] == pytest.approx(float(gap.square().mean().sqrt()))
+    batch_dependent_pair = replace(evidence.pair, teacher=replace(exact_teacher, hidden=hidden))
+    num_tokens = evidence.prompts.tokens.numel() + evidence.rollouts.tokens.numel()
+    scored = sample_checks.score_with_both(
+        batch_dependent_pair, evidence.prompts, evidence.rollouts, num_tokens
+    )
+    result = sample_checks.teacher_noise(
+        replace(evidence, pair=batch_dependent_pair, scored=scored)
+    )
+    assert result.verdict == "warn"
+    assert result.numbers["again_max"] == 0
+    scored_alone = sample_checks.score_with_both(
+        evidence.pair, evidence.prompts, evidence.rollouts, 1
+    )
+    gap = (scored_alone.teacher_logp - scored.teacher_logp)[scored.mask].double()
+    assert result.numbers["alone_rms"] == pytest.approx(float(gap.square().mean().sqrt()))
     r = scored.log_ratio[scored.mask].double()
-    assert found.numbers["signal_rms"] == pytest.approx(float(r.square().mean().sqrt()))
+    assert result.numbers["signal_rms"] == pytest.approx(float(r.square().mean().sqrt()))

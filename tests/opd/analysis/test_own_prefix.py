@@ -1,4 +1,4 @@
-"""The own-prefix control: each source is sampled by its own model and scored by one pair."""
+"""The own-prefix probe: each source is sampled from its model and scored by the same pair."""
 
 import json
 from pathlib import Path
@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from diagnostics.records.batch_files import load
+from diagnostics.records.batch_files import load_batch
 from figures.runs import fan
-from opd.analysis.own_prefix import SOURCES, control
+from opd.analysis.own_prefix import SOURCES, probe_own_prefix
 from opd.config.settings import Config
 from opd.training.train import train
 
@@ -34,45 +34,49 @@ def run(tiny_pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) 
     )
 
 
-def test_each_source_is_its_own_models_text(run: Path) -> None:
-    found = dict(zip(SOURCES, map(load, control(run, 10)), strict=True))
-    for name, batch in found.items():
+def test_each_source_is_sampled_from_its_model(run: Path) -> None:
+    batches = dict(zip(SOURCES, map(load_batch, probe_own_prefix(run, 10)), strict=True))
+    for name, batch in batches.items():
         assert len(batch) == 10
-        assert batch.top_p == 1, "the control samples the whole softmax, whatever the run did"
-        assert batch.prompt.tolist() == found["teacher"].prompt.tolist(), name
+        assert batch.top_p == 1, "the probe samples from the full softmax"
+        assert batch.prompt.tolist() == batches["teacher"].prompt.tolist(), name
 
-    def apart(name: str, scorer: str) -> float:
-        batch = found[name]
+    def max_difference(source: str, scorer: str) -> float:
+        batch = batches[source]
         return float((getattr(batch, scorer) - batch.sampler_logp).abs().max())
 
-    assert apart("teacher", "teacher_logp") < 1e-4
-    assert apart("student", "student_logp") < 1e-4
-    assert apart("teacher", "student_logp") > 0.1
-    assert apart("student", "teacher_logp") > 0.1
-    assert apart("trained", "student_logp") > 1e-3, "scored by the first student, not the last"
+    assert max_difference("teacher", "teacher_logp") < 1e-4
+    assert max_difference("student", "student_logp") < 1e-4
+    assert max_difference("teacher", "student_logp") > 0.1
+    assert max_difference("student", "teacher_logp") > 0.1
+    assert max_difference("trained", "student_logp") > 1e-3, (
+        "scored by the initial student, not the trained one"
+    )
     table = fan.collect([run])
     assert set(table["source"]) == set(SOURCES)
     for name in SOURCES:
-        some, prefix = found[name].mask[:, 4:8], found[name].prefix
-        doubt = (1 - prefix.teacher_max[:, 4:8])[some].mean()
-        at = table[(table["source"] == name) & (table["first"] == 4)].set_index("quantity")
-        assert at.loc["doubt", "value"] == pytest.approx(float(doubt), rel=1e-4)
+        is_supervised, prefix = batches[name].mask[:, 4:8], batches[name].prefix
+        mean_doubt = (1 - prefix.teacher_max[:, 4:8])[is_supervised].mean()
+        rows = table[(table["source"] == name) & (table["first"] == 4)].set_index("quantity")
+        assert rows.loc["doubt", "value"] == pytest.approx(float(mean_doubt), rel=1e-4)
 
 
-def test_the_control_is_the_same_twice(run: Path) -> None:
-    first, second = ([load(path).tokens for path in control(run, 4)] for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+def test_the_probe_is_deterministic(run: Path) -> None:
+    first_tokens, second_tokens = (
+        [load_batch(path).tokens for path in probe_own_prefix(run, 4)] for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first_tokens, second_tokens, strict=True))
 
 
-def test_runs_without_a_teacher_to_compare_are_refused(run: Path, tmp_path: Path) -> None:
+def test_runs_without_a_separate_teacher_are_rejected(run: Path, tmp_path: Path) -> None:
     settings = json.loads((run / "config.json").read_text())
     tasks = [{"name": name, "task": "lab"} for name in ("a", "b")]
-    for name, changed, error, message in (
-        ("moving", {"teacher": "ema"}, ValueError, "'ema', which has no text of its own"),
+    for name, changes, error, message in (
+        ("moving", {"teacher": "ema"}, ValueError, "'ema', which is derived from the student"),
         ("several", {"tasks": tasks}, ValueError, "has 2 tasks"),
         ("unfinished", {}, FileNotFoundError, "finish the run first"),
     ):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps(settings | changed))
+        (tmp_path / name / "config.json").write_text(json.dumps(settings | changes))
         with pytest.raises(error, match=message):
-            control(tmp_path / name)
+            probe_own_prefix(tmp_path / name)

@@ -1,4 +1,4 @@
-"""The sub-commands as a user calls them, on the tiny pair."""
+"""The sub-commands on the tiny pair."""
 
 import json
 import re
@@ -8,10 +8,10 @@ import pytest
 
 from diagnostics.batch import Rollouts
 from diagnostics.monitor import Monitor
-from diagnostics.records.batch_files import load
+from diagnostics.records.batch_files import load_batch
 from opd.cli import evaluate
 from opd.cli.diagnose import main
-from opd.cli.train import parse
+from opd.cli.train import parse_config
 from opd.config.recipes import RECIPES
 from opd.config.settings import from_json
 from opd.training.train import train
@@ -25,33 +25,33 @@ def run(tiny_pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_diagnose_repeats_the_row_of_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([str(run), "--json"])
-    again = json.loads(capsys.readouterr().out)
-    recorded = rows(run)[2]
-    assert again.pop("batch").endswith("batches/step_000002.safetensors")
-    assert len(again) > 100
-    for name, value in again.items():
-        expected = recorded[name]
+    diagnosed = json.loads(capsys.readouterr().out)
+    run_row = rows(run)[2]
+    assert diagnosed.pop("batch").endswith("batches/step_000002.safetensors")
+    assert len(diagnosed) > 100
+    for name, value in diagnosed.items():
+        expected = run_row[name]
         assert value == (None if expected is None else pytest.approx(expected, rel=1e-9)), name
     main([str(run), "--all"])
-    shown = capsys.readouterr().out
-    assert "step_000000" in shown
-    assert f"{recorded['divergence/k1']:.4g}" in shown
+    output = capsys.readouterr().out
+    assert "step_000000" in output
+    assert f"{run_row['divergence/k1']:.4g}" in output
 
 
 def test_diagnose_refuses_what_it_cannot_read(run: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="neither a batch file nor a run folder"):
         main([str(tmp_path)])
-    scored = load(next((run / "batches").iterdir()))
+    scored = load_batch(next((run / "batches").iterdir()))
     names = {"tokens", "mask", "sampler_logp", "prompt", "ended"}
     Rollouts(**{name: getattr(scored, name) for name in names}).save(tmp_path / "r.safetensors")
     with pytest.raises(ValueError, match="without teacher log-probabilities"):
         main([str(tmp_path / "r.safetensors")])
 
 
-def test_a_strangers_batch_without_optional_parts_says_what_is_missing(run: Path) -> None:
+def test_missing_parts_of_a_batch_are_reported(run: Path) -> None:
     from dataclasses import replace
 
-    scored = load(next((run / "batches").iterdir()))
+    scored = load_batch(next((run / "batches").iterdir()))
     monitor = Monitor()
     row = monitor(0, [replace(scored, support=None, prefix=None)])
     assert "divergence/k1" in row
@@ -60,14 +60,14 @@ def test_a_strangers_batch_without_optional_parts_says_what_is_missing(run: Path
 
 
 def test_eval_prints_one_json_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [str(run / "final"), "--problems", "6", "--max-response", "8", "--device", "cpu"]
-    evaluate.main(words)
-    first = capsys.readouterr().out
-    evaluate.main(words)
-    assert capsys.readouterr().out == first
-    found = json.loads(first)
-    assert found["problems"] == 6
-    assert 0 <= found["low"] <= found["accuracy"] <= found["high"] <= 1
+    arguments = [str(run / "final"), "--problems", "6", "--max-response", "8", "--device", "cpu"]
+    evaluate.main(arguments)
+    first_output = capsys.readouterr().out
+    evaluate.main(arguments)
+    assert capsys.readouterr().out == first_output
+    result = json.loads(first_output)
+    assert result["problems"] == 6
+    assert 0 <= result["low"] <= result["accuracy"] <= result["high"] <= 1
 
 
 def test_a_task_file_trains_and_evaluates(tiny_pair, tmp_path: Path) -> None:
@@ -81,14 +81,16 @@ def test_a_task_file_trains_and_evaluates(tiny_pair, tmp_path: Path) -> None:
     assert json.loads((folder / "evals.jsonl").read_text().splitlines()[-1])["problems"] == 2
 
 
-def test_recipes_take_overrides_and_survive_the_disk(tmp_path: Path) -> None:
+def test_recipes_take_overrides_and_round_trip(tmp_path: Path) -> None:
     for name in RECIPES:
-        config = parse([name, "--lr", "0.5", "--objective", "sampled_token", "--gamma", "1.0"])
+        config = parse_config(
+            [name, "--lr", "0.5", "--objective", "sampled_token", "--gamma", "1.0"]
+        )
         assert (config.lr, config.gamma) == (0.5, 1.0)
     with pytest.raises(SystemExit, match="unknown recipe 'nope'; known: smoke, lab, pair"):
-        parse(["nope"])
+        parse_config(["nope"])
     with pytest.raises(FileNotFoundError, match="build it with `opd lab --tiny`"):
-        train(parse(["smoke", "--out", str(tmp_path / "run"), "--student", "lab-tiny/none"]))
+        train(parse_config(["smoke", "--out", str(tmp_path / "run"), "--student", "lab-tiny/none"]))
     (tmp_path / "c.json").write_text(json.dumps({"student": "a", "speed": 3}))
     with pytest.raises(ValueError, match=r"unknown settings \['speed'\]"):
         from_json(tmp_path / "c.json")

@@ -1,4 +1,4 @@
-"""Settings of the wrong type or outside their range are refused, all of them at once."""
+"""Settings with wrong types or out of range are rejected, all in one error."""
 
 import dataclasses
 import json
@@ -31,88 +31,90 @@ OUTSIDE = {
 }
 
 
-def made(**changes: Any) -> Config:
+def make_config(**changes: Any) -> Config:
     return Config(**(GOOD | changes))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Config)])
 def test_every_setting_refuses_values_of_other_types(name: str) -> None:
-    default = getattr(made(), name)
-    wrong: list[Any] = [{"a": 1}, b"x"]
+    default = getattr(make_config(), name)
+    wrong_values: list[Any] = [{"a": 1}, b"x"]
     if not isinstance(default, bool):
-        wrong += [True, False]
+        wrong_values += [True, False]
     if not isinstance(default, str):
-        wrong.append("a word")
+        wrong_values.append("a word")
     if isinstance(default, str | bool):
-        wrong += [1, 1.5]
+        wrong_values += [1, 1.5]
     if isinstance(default, tuple):
-        wrong += [(None,), (object(),), [default], 3]
+        wrong_values += [(None,), (object(),), [default], 3]
     if default is not None:
-        wrong.append(None)
+        wrong_values.append(None)
     if isinstance(default, int) and not isinstance(default, bool):
-        wrong += [1.5, 1.0]
+        wrong_values += [1.5, 1.0]
     if name in NUMBERS and not isinstance(default, int):
-        wrong += [math.nan, math.inf, -math.inf]
-    for value in wrong:
+        wrong_values += [math.nan, math.inf, -math.inf]
+    for value in wrong_values:
         with pytest.raises(InvalidInput, match=rf"\b{name} is .*; it must be "):
-            made(**{name: value})
+            make_config(**{name: value})
 
 
 def test_every_number_has_a_range_and_keeps_to_it() -> None:
     ranged = {name.partition(".")[0] for name in RANGES} - {"weight"}
     assert set(NUMBERS) | {"betas", "ppo_clip"} == ranged
     for name, words in RANGES.items():
-        own, _, place = name.partition(".")
+        setting, _, index = name.partition(".")
         for value in OUTSIDE[words]:
-            if own == "weight":
+            if setting == "weight":
                 with pytest.raises(InvalidInput, match=f"weight is {value}; it must be positive"):
                     TaskSettings(name="a", task="b", weight=value)
                 continue
-            given: Any = value
-            if own in ("betas", "ppo_clip"):
-                given = [0.5, 0.5] if own == "betas" else [0.2, 0.2, 3.0]
-                given[int(place or 1)] = value
-                given = tuple(given)
+            setting_value: Any = value
+            if setting in ("betas", "ppo_clip"):
+                setting_value = [0.5, 0.5] if setting == "betas" else [0.2, 0.2, 3.0]
+                setting_value[int(index or 1)] = value
+                setting_value = tuple(setting_value)
             with pytest.raises(InvalidInput) as raised:
-                made(**{own: given})
+                make_config(**{setting: setting_value})
             assert f" is {value}; it must be {words}" in str(raised.value), name
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"max_response": 1.5}, "max_response is 1.5; it must be a whole number"),
+        ({"max_response": 1.5}, "max_response is 1.5; it must be an integer"),
         ({"betas": [2, 3]}, "betas is [2, 3]; it must be a list of 2, each a number"),
         ({"lr": 10**400}, "lr is 1000"),
         ({"layout": "both"}, "layout is 'both'; it must be one of turns, trajectory"),
         ({"dtype": "half"}, "dtype is 'half'; it must be one of float32, bfloat16"),
-        ({"mask": ("paper", "x")}, "mask rule 'x' is not known"),
+        ({"mask": ("paper", "x")}, "unknown mask rule 'x'"),
         ({"ppo_clip": (0.2, 0.2)}, "ppo_clip is (0.2, 0.2); it must be a list of 3, each a number"),
         ({"tasks": ("math",)}, "tasks is ('math',); it must be a list of values, each a Task"),
     ],
 )
 def test_a_wrong_setting_is_told_with_what_is_expected(changes: dict, words: str) -> None:
     with pytest.raises(InvalidInput) as raised:
-        made(**changes)
+        make_config(**changes)
     assert str(raised.value).startswith(words)
 
 
 def test_all_problems_are_told_at_once() -> None:
     with pytest.raises(InvalidInput) as raised:
-        made(lr=math.nan, steps=-1, gamma=True, betas=(0.9, 1.0))
+        make_config(lr=math.nan, steps=-1, gamma=True, betas=(0.9, 1.0))
     text = str(raised.value)
-    assert text.startswith("4 settings are wrong: ")
+    assert text.startswith("4 settings are invalid: ")
     for words in ("lr is nan", "steps is -1", "gamma is True", "betas[1] is 1.0"):
         assert words in text
     with pytest.raises(
-        InvalidInput, match=r"2 settings are wrong: .*rollout_lag is 1.*updates_per_batch is 3"
+        InvalidInput, match=r"2 settings are invalid: .*rollout_lag is 1.*updates_per_batch is 3"
     ):
-        made(rollout_lag=1, updates_per_batch=3)
+        make_config(rollout_lag=1, updates_per_batch=3)
 
 
 def test_whole_numbers_are_numbers_and_settings_survive_the_disk(tmp_path: Path) -> None:
     task = TaskSettings(name="a", task="b", mask=("role:eos",))
-    config = made(lr=1, betas=(0, 0.5), ppo_clip=(0.2, 0.3, 3), tasks=(task,), mask=("paper",))
+    config = make_config(
+        lr=1, betas=(0, 0.5), ppo_clip=(0.2, 0.3, 3), tasks=(task,), mask=("paper",)
+    )
     (tmp_path / "config.json").write_text(json.dumps(to_json(config)))
     assert from_json(tmp_path / "config.json") == config
 
@@ -120,11 +122,14 @@ def test_whole_numbers_are_numbers_and_settings_survive_the_disk(tmp_path: Path)
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"student": "s", "teacher": "t"}', "lacks the field 'out', text"),
+        ('{"student": "s", "teacher": "t"}', "the field 'out' (text) is missing"),
         ('{"student": 3, "teacher": "t", "out": "o"}', "field student: 3 is not text"),
         ('{"student": "s", "teacher": "t", "out": "o", "lr": NaN}', "lr is nan; it must be a fin"),
         ('{"student": "s", "teacher": "t", "out": "o", "lr": 1e400}', "lr is inf; it must be a f"),
-        ('{"student": "s", "teacher": "t", "out": "o", "lr": 1, "lr": 2}', "field 'lr' twice"),
+        (
+            '{"student": "s", "teacher": "t", "out": "o", "lr": 1, "lr": 2}',
+            "has the duplicate field 'lr'",
+        ),
         ('{"student": "s", "teacher": "t", "out": "o", "steps": "4"}', "steps is '4'; it must be"),
         ('{"student": "s", "teacher": "t", "out": "o", "tasks": {"a": 1}}', "it must be a list of"),
         ('{"student": "s", "teacher": "t", "out": "o", "tasks": [1]}', "a task is 1; it must be"),
@@ -149,14 +154,17 @@ def test_a_config_file_is_refused_by_name(tmp_path: Path, text: str, words: str)
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("tasks = 3", "must hold [[tasks]] and nothing else"),
+        ("tasks = 3", "must contain [[tasks]] tables only"),
         ("tasks = [3]", "a task is 3; it must be a table of settings, [[tasks]]"),
         ('[[tasks]]\nname = "a"\ntask = "b"\nweight = "2"', "task 'a': weight is '2'; it must be"),
         ('[[tasks]]\nname = "a"\ntask = "b"\nweight = inf', "weight is inf; it must be a finite"),
-        ('[[tasks]]\nname = 1\ntask = "b"\nmax_turns = true', "2 settings are wrong: task 1: name"),
+        (
+            '[[tasks]]\nname = 1\ntask = "b"\nmax_turns = true',
+            "2 settings are invalid: task 1: name",
+        ),
         ('[[tasks]]\nname = "a"\ntask = "b"\nlayout = "c"', "layout is 'c'; it must be one of tu"),
         ('[[tasks]]\nname = "a"\ntask = "b"\nmask = "paper"', "mask is 'paper'; it must be a list"),
-        ("[[tasks", "is not TOML"),
+        ("[[tasks", "is not valid TOML"),
         ("\udcff", "is not UTF-8 text"),
     ],
 )

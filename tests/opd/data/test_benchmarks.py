@@ -1,11 +1,16 @@
-"""Data sets by name: what a row of each looks like, and what reasoning-gym says of answers."""
+"""Benchmarks by name: columns of each, and grading with reasoning-gym."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from opd.data.benchmarks import BOXED, NAMED, final, named_rows
+from opd.data.benchmarks import (
+    BENCHMARKS,
+    BOXED_INSTRUCTION,
+    extract_final_answer,
+    read_benchmark_rows,
+)
 from opd.data.grading.graders import make_grader
 from opd.data.tasks import load_task
 
@@ -23,44 +28,53 @@ ROWS = {
 RIGHT = ["2", "4", "6", "9", "1/3", "2\\sqrt{3}", "1234", "7", "34"]
 
 
-@pytest.mark.parametrize(("name", "right"), list(zip(ROWS, RIGHT, strict=True)))
+@pytest.mark.parametrize(("name", "expected_answer"), list(zip(ROWS, RIGHT, strict=True)))
 def test_each_set_is_read_from_a_file_with_its_own_columns(
-    tmp_path: Path, name: str, right: str
+    tmp_path: Path, name: str, expected_answer: str
 ) -> None:
-    assert ROWS.keys() == NAMED.keys()
-    other = {**ROWS[name], NAMED[name].prompt: "another?"}
+    assert ROWS.keys() == BENCHMARKS.keys()
+    second_row = {**ROWS[name], BENCHMARKS[name].prompt: "another?"}
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in (ROWS[name], other)))
+    path.write_text("".join(json.dumps(row) + "\n" for row in (ROWS[name], second_row)))
     task = load_task(f"{name}:{path}", 0, test=f"{name}:{path}")
-    first = next(p for p in task.test(2) if not p.prompt.startswith("another?"))
-    assert first.prompt == ROWS[name][NAMED[name].prompt] + BOXED
-    assert task.grade(f"<think>9</think>It is \\boxed{{{right}}}.", first.answer).reward == 1
-    assert task.grade("<think>9</think>It is \\boxed{5}.", first.answer).reward == 0
+    first_problem = next(p for p in task.test(2) if not p.prompt.startswith("another?"))
+    assert first_problem.prompt == ROWS[name][BENCHMARKS[name].prompt] + BOXED_INSTRUCTION
+    assert (
+        task.grade(
+            f"<think>9</think>It is \\boxed{{{expected_answer}}}.", first_problem.answer
+        ).reward
+        == 1
+    )
+    assert task.grade("<think>9</think>It is \\boxed{5}.", first_problem.answer).reward == 0
 
 
 def test_rows_of_another_set_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"question": "1?", "answer": "1"}\n')
     with pytest.raises(ValueError, match=r"row 0 lacks \['problem'\].*is this math-500"):
-        named_rows(f"math-500:{path}")
+        read_benchmark_rows(f"math-500:{path}")
     with pytest.raises(ValueError, match="has 2 answers, expected one"):
-        final(["1", "2"], "row 3")
+        extract_final_answer(["1", "2"], "row 3")
 
 
 def test_a_set_on_the_hub_that_has_grown_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("opd.data.benchmarks.read_rows", lambda source: [ROWS["aime24"]] * 31)
     with pytest.raises(ValueError, match="has 31 rows, aime24 had 30"):
-        named_rows("aime24")
+        read_benchmark_rows("aime24")
 
 
-def test_reasoning_gym_asks_and_judges() -> None:
-    rows = named_rows("gym:chain_sum:20:7")
-    assert rows == named_rows("gym:chain_sum:20:7") != named_rows("gym:chain_sum:20:8")
+def test_reasoning_gym_generates_and_grades() -> None:
+    rows = read_benchmark_rows("gym:chain_sum:20:7")
+    assert (
+        rows
+        == read_benchmark_rows("gym:chain_sum:20:7")
+        != read_benchmark_rows("gym:chain_sum:20:8")
+    )
     assert len(rows) == 20
     grade = make_grader("gym")
     for row in rows:
         expression = row["prompt"].split("problem: ")[1].rstrip(" =")
-        value = eval(expression)  # of our own generator: sums of whole numbers
+        value = eval(expression)  # generated here: sums of integers
         assert row["answer"].startswith(f"{value} [chain_sum:20:7#")
         assert grade(f"<think>{value + 1}</think> {value}\n", row["answer"]).reward == 1
         assert grade(f"<think></think>\\boxed{{{value}}} or {value + 1}", row["answer"]).reward == 1
@@ -71,12 +85,12 @@ def test_reasoning_gym_asks_and_judges() -> None:
     assert task.grade("no idea", task.test(1)[0].answer).reward == 0
 
 
-def test_what_reasoning_gym_cannot_do_is_named() -> None:
+def test_unsupported_gym_sources_are_explained() -> None:
     with pytest.raises(ValueError, match=r"no task 'chains'; it has .*chain_sum"):
-        named_rows("gym:chains")
+        read_benchmark_rows("gym:chains")
     with pytest.raises(ValueError, match="gym:TASK:SIZE:SEED"):
-        named_rows("gym:chain_sum:many")
+        read_benchmark_rows("gym:chain_sum:many")
     with pytest.raises(ValueError, match="no answers to compare with"):
-        named_rows("gym:propositional_logic:3")
+        read_benchmark_rows("gym:propositional_logic:3")
     with pytest.raises(ValueError, match=r"does not end in \[TASK"):
         make_grader("gym")("1", "1")

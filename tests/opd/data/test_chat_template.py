@@ -1,4 +1,4 @@
-"""Chat templates that refuse messages: said in words before anything is trained."""
+"""Chat templates that reject messages: the error is raised before training starts."""
 
 import json
 import shutil
@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from opd.analysis.doctor import examine
-from opd.data.prompts import encode_one
-from opd.data.sources import Question
+from opd.analysis.doctor import check_pair
+from opd.data.prompts import encode_prompt
+from opd.data.sources import DatasetProblem
 from opd.lab.build import make_tokenizer
 from opd.training.train import train
 from tests.opd.training.test_train import settings
@@ -32,35 +32,50 @@ def pair(tiny_pair, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pat
     return folder / "student", folder / "teacher"
 
 
-def written(path: Path, system: bool) -> str:
-    told = [{"role": "system", "content": "s"}] * system
-    chats = [[*told, {"role": "user", "content": f"{i}+1?"}] for i in range(10)]
+def write_chats(path: Path, system: bool) -> str:
+    system_messages = [{"role": "system", "content": "s"}] * system
+    chats = [[*system_messages, {"role": "user", "content": f"{i}+1?"}] for i in range(10)]
     rows = [{"prompt": chat, "answer": "1"} for chat in chats]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 
-def test_a_refusal_names_the_template_the_roles_and_the_row(pair, tmp_path: Path) -> None:
-    plain, told = (written(tmp_path / f"{x}.jsonl", x) for x in (False, True))
-    words = "the chat template of .*student refuses messages by system, user: System role not"
-    for source, system in ((plain, "be brief"), (told, "")):
-        more = {"task": source, "system": system, "steps": 1, "eval_every": 0}
-        with pytest.raises(ValueError, match=f"jsonl: row [0-9]: {words}"):
-            train(settings(pair, tmp_path / "run", **more))
+def test_a_rejected_chat_names_the_template_the_roles_and_the_row(pair, tmp_path: Path) -> None:
+    plain_source, source_with_system = (
+        write_chats(tmp_path / f"{x}.jsonl", x) for x in (False, True)
+    )
+    expected_message = (
+        "the chat template of .*student rejects messages with roles system, user: System role not"
+    )
+    for source, system in ((plain_source, "be brief"), (source_with_system, "")):
+        changes = {"task": source, "system": system, "steps": 1, "eval_every": 0}
+        with pytest.raises(ValueError, match=f"jsonl: row [0-9]: {expected_message}"):
+            train(settings(pair, tmp_path / "run", **changes))
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ messages[0]['content'] + 1 }}"
-    with pytest.raises(ValueError, match="refuses messages by user: "):
-        encode_one(tokenizer, Question("a", "b"))
+    with pytest.raises(ValueError, match="rejects messages with roles user: "):
+        encode_prompt(tokenizer, DatasetProblem("a", "b"))
 
 
-def test_the_doctor_fails_what_the_run_would_refuse(pair, tmp_path: Path) -> None:
-    plain, told = (written(tmp_path / f"{x}.jsonl", x) for x in (False, True))
-    how = {"prompts": 1, "group": 1, "max_response": 4, "device": "cpu"}
-    for more in ({"task": told}, {"task": plain, "system": "s"}, {"system": "s"}):
-        found = {item.item: item for item in examine(*map(str, pair), **how, **more)}
-        assert found["prompts"].verdict == "fail"
-        assert "System role not supported" in found["prompts"].found
-        assert "both templates refuse: system" in found["chat template"].found
-    found = {item.item: item for item in examine(*map(str, pair), **how, task=plain)}
-    assert "prompts" not in found
-    assert "sample" not in found
+def test_the_doctor_reports_what_the_run_would_reject(pair, tmp_path: Path) -> None:
+    plain_source, source_with_system = (
+        write_chats(tmp_path / f"{x}.jsonl", x) for x in (False, True)
+    )
+    sample_size = {"prompts": 1, "group": 1, "max_response": 4, "device": "cpu"}
+    for settings_with_system in (
+        {"task": source_with_system},
+        {"task": plain_source, "system": "s"},
+        {"system": "s"},
+    ):
+        results = {
+            item.item: item
+            for item in check_pair(*map(str, pair), **sample_size, **settings_with_system)
+        }
+        assert results["prompts"].verdict == "fail"
+        assert "System role not supported" in results["prompts"].found
+        assert "both templates reject: system" in results["chat template"].found
+    results = {
+        item.item: item for item in check_pair(*map(str, pair), **sample_size, task=plain_source)
+    }
+    assert "prompts" not in results
+    assert "sample" not in results

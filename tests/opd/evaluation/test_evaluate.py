@@ -1,4 +1,4 @@
-"""Accuracy of repeated samples against enumeration; graders against a table; the loop for real."""
+"""Repeated-sample accuracy against enumeration, graders against tables, and real evaluations."""
 
 import json
 import math
@@ -13,6 +13,7 @@ import torch
 from diagnostics.stats import gain_interval, share_interval, wilson_interval
 from opd.cli import evaluate as command
 from opd.data.chain_task import Problem, problems
+from opd.data.grading.answer_text import last_boxed_content
 from opd.data.grading.graders import (
     Grade,
     GraderWorker,
@@ -20,25 +21,24 @@ from opd.data.grading.graders import (
     grade_lab,
     grade_math,
     grade_numeric,
-    last_box,
     make_grader,
 )
-from opd.data.prompts import response_text
-from opd.data.sources import Question
+from opd.data.prompts import decode_response
+from opd.data.sources import DatasetProblem
 from opd.data.tasks import Task, load_task
-from opd.evaluation.evaluate import GREEDY, GradedResponses, evaluate, respond, result
+from opd.evaluation.evaluate import GREEDY, GradedResponses, evaluate, evaluation_result, respond
 from opd.evaluation.statistics import (
     compare,
+    decode_outcomes,
+    encode_outcomes,
     majority_at_k,
     mcnemar,
     pass_at_k,
-    rights,
-    summary,
-    written,
+    summarize,
 )
 from opd.lab.build import make_tokenizer
-from opd.models.loading import end_ids, head_rows, load
-from opd.models.model import split
+from opd.models.loading import eos_ids, load_model, num_head_rows
+from opd.models.model import split_head
 from opd.rollouts.hf_engine import HfEngine
 
 
@@ -46,14 +46,14 @@ def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_sample() -> None:
     for n in range(1, 7):
         for right, k in product(range(n + 1), range(1, n + 1)):
             samples = [1] * right + [0] * (n - right)
-            share = np.mean([max(some) for some in combinations(samples, k)])
+            share = np.mean([max(subset) for subset in combinations(samples, k)])
             assert pass_at_k(right, n, k) == pytest.approx(share, abs=1e-12)
     with pytest.raises(ValueError, match="k is 4, but each problem has 3 samples"):
         pass_at_k(1, 3, 4)
 
 
 def voted(answers: list[str | None], worth: dict[str, float]) -> float:
-    """Correctness of a vote with fair draws among ties."""
+    """Return the correctness of a vote with fair draws among ties."""
     votes = [a for a in answers if a is not None]
     if not votes:
         return 0.0
@@ -72,23 +72,27 @@ def test_majority_at_k_is_the_mean_over_subsets_and_ties() -> None:
             worth = {a: float(generator.random()) for a in "abcd"}
         right = [0.0 if a is None else worth[a] for a in answers]
         for k in range(1, n + 1):
-            want = np.mean([voted(list(some), worth) for some in combinations(answers, k)])
+            want = np.mean([voted(list(subset), worth) for subset in combinations(answers, k)])
             assert majority_at_k(answers, right, k) == pytest.approx(want, abs=1e-12)
-    assert majority_at_k(["a", "b", "b", "a"], [1, 0, 0, 1], 4) == 0.5, "a tie, drawn fairly"
-    assert majority_at_k([None] * 5 + ["a"], [0] * 5 + [1], 6) == 1, "silence has no vote"
+    assert majority_at_k(["a", "b", "b", "a"], [1, 0, 0, 1], 4) == 0.5, (
+        "ties are broken by a fair draw"
+    )
+    assert majority_at_k([None] * 5 + ["a"], [0] * 5 + [1], 6) == 1, (
+        "unreadable answers have no vote"
+    )
     big = majority_at_k(["a"] * 20 + ["b"] * 12, [0] * 20 + [1] * 12, 31)
     assert big == pytest.approx(0.0, abs=1e-12)
 
 
 def test_both_are_unbiased_for_fresh_samples() -> None:
-    """The mean over all draws of 4 samples equals the value of k = 2, 3 fresh ones."""
+    """The mean over all draws of 4 samples equals the value for k = 2, 3 fresh ones."""
     chances = {"x": 0.5, "y": 0.3, None: 0.2}
     worth = {"x": 0.0, "y": 1.0}
 
-    def expected(n: int, of) -> float:
+    def expected(n: int, statistic) -> float:
         return sum(
-            math.prod(chances[a] for a in drawn) * of(list(drawn))
-            for drawn in product(chances, repeat=n)
+            math.prod(chances[a] for a in samples) * statistic(list(samples))
+            for samples in product(chances, repeat=n)
         )
 
     def right(answers: list) -> list[float]:
@@ -98,55 +102,60 @@ def test_both_are_unbiased_for_fresh_samples() -> None:
         fresh = expected(k, lambda a: voted(a, worth))
         assert expected(4, lambda a: majority_at_k(a, right(a), k)) == pytest.approx(fresh)  # noqa: B023
         fresh = 1 - (1 - chances["y"]) ** k
-        got = expected(4, lambda a: pass_at_k(int(sum(right(a))), 4, k))  # noqa: B023
-        assert got == pytest.approx(fresh)
+        estimate = expected(4, lambda a: pass_at_k(int(sum(right(a))), 4, k))  # noqa: B023
+        assert estimate == pytest.approx(fresh)
 
 
 def test_the_summary_has_problems_as_its_sampling_unit() -> None:
     right = np.array([[1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 0, 1], [1, 0, 0, 0]], dtype=bool)
     answers = [["a"] * 4, ["b"] * 4, ["a", "b", "c", "a"], ["a", "b", "b", "c"]]
-    found = summary(right, answers)
-    assert found["accuracy"] == pytest.approx(7 / 16)
-    assert found["pass@2"] == pytest.approx((1 + 0 + 5 / 6 + 1 / 2) / 4)
-    assert found["pass@4"] == 0.75
-    assert found["majority@4"] == 0.5
-    assert (found["low"], found["high"]) == share_interval(right.mean(1))
-    assert (found["pass@4/low"], found["pass@4/high"]) == wilson_interval(0.75, 4)
+    metrics = summarize(right, answers)
+    assert metrics["accuracy"] == pytest.approx(7 / 16)
+    assert metrics["pass@2"] == pytest.approx((1 + 0 + 5 / 6 + 1 / 2) / 4)
+    assert metrics["pass@4"] == 0.75
+    assert metrics["majority@4"] == 0.5
+    assert (metrics["low"], metrics["high"]) == share_interval(right.mean(1))
+    assert (metrics["pass@4/low"], metrics["pass@4/high"]) == wilson_interval(0.75, 4)
     # more samples of the same problems are not more problems
-    more = summary(np.tile(right, 4), [a * 4 for a in answers])
-    assert more["high"] - more["low"] == pytest.approx(found["high"] - found["low"], abs=0.02)
-    one = summary(right[:, :1], [a[:1] for a in answers])
-    assert (one["low"], one["high"]) == wilson_interval(0.75, 4)
-    assert "pass@1" not in one
-    alone = summary(right[:1], answers[:1])
+    repeated_metrics = summarize(np.tile(right, 4), [a * 4 for a in answers])
+    assert repeated_metrics["high"] - repeated_metrics["low"] == pytest.approx(
+        metrics["high"] - metrics["low"], abs=0.02
+    )
+    single_metrics = summarize(right[:, :1], [a[:1] for a in answers])
+    assert (single_metrics["low"], single_metrics["high"]) == wilson_interval(0.75, 4)
+    assert "pass@1" not in single_metrics
+    alone = summarize(right[:1], answers[:1])
     assert (alone["low"], alone["high"]) == wilson_interval(1.0, 1)
 
 
 def evaluation(right: np.ndarray, problem_set: str = "s") -> dict:
-    return {"problems": len(right), "outcomes": written(right), "problem_set": problem_set}
+    return {"problems": len(right), "outcomes": encode_outcomes(right), "problem_set": problem_set}
 
 
 def test_comparisons_are_paired() -> None:
     generator = np.random.default_rng(1)
     hard = generator.random((200, 1))
-    before, after = (generator.random((200, 1)) < hard * x for x in (0.6, 0.9))
-    found = compare(evaluation(before), evaluation(after))
-    difference = after.mean(1) - before.mean(1)
-    assert found["gain"] == pytest.approx(difference.mean())
+    correct_a, correct_b = (generator.random((200, 1)) < hard * x for x in (0.6, 0.9))
+    comparison = compare(evaluation(correct_a), evaluation(correct_b))
+    difference = correct_b.mean(1) - correct_a.mean(1)
+    assert comparison["gain"] == pytest.approx(difference.mean())
     half = 1.96 * difference.std() / 200**0.5
-    assert found["low"] == pytest.approx(difference.mean() - half, abs=0.01)
-    assert found["high"] == pytest.approx(difference.mean() + half, abs=0.01)
-    assert (found["lost"], found["won"]) == ((difference < 0).sum(), (difference > 0).sum())
-    # the same run has no gain, and an interval for what 200 problems may have missed
-    same = compare(evaluation(before), evaluation(before))
-    assert (same["gain"], same["p"]) == (0, 1)
-    assert (same["low"], same["high"]) == gain_interval(np.zeros(200))
-    many = generator.random((50, 4)) < 0.5
-    assert "p" not in compare(evaluation(many), evaluation(many))
-    assert (rights(evaluation(many)) == many).all()
-    assert (rights(evaluation(before)) == before).all()
+    assert comparison["low"] == pytest.approx(difference.mean() - half, abs=0.01)
+    assert comparison["high"] == pytest.approx(difference.mean() + half, abs=0.01)
+    assert (comparison["lost"], comparison["won"]) == (
+        (difference < 0).sum(),
+        (difference > 0).sum(),
+    )
+    # a run has no gain over itself, and the interval shows the uncertainty of 200 problems
+    self_comparison = compare(evaluation(correct_a), evaluation(correct_a))
+    assert (self_comparison["gain"], self_comparison["p"]) == (0, 1)
+    assert (self_comparison["low"], self_comparison["high"]) == gain_interval(np.zeros(200))
+    correct_c = generator.random((50, 4)) < 0.5
+    assert "p" not in compare(evaluation(correct_c), evaluation(correct_c))
+    assert (decode_outcomes(evaluation(correct_c)) == correct_c).all()
+    assert (decode_outcomes(evaluation(correct_a)) == correct_a).all()
     with pytest.raises(ValueError, match=r"different problems \(200, set s; 200, set t\)"):
-        compare(evaluation(before), evaluation(after, "t"))
+        compare(evaluation(correct_a), evaluation(correct_b, "t"))
 
 
 def test_mcnemar_counts_coin_flips() -> None:
@@ -224,8 +233,8 @@ def test_equal_answers_vote_together() -> None:
     votes = {grade_math(rf"\boxed{{{x}}}", "3").answer for x in (r"\frac12", "0.5", "2/4", ".50")}
     assert len(votes) == 1
     assert grade_math(r"\boxed{0.6}", "3").answer not in votes
-    # 50 % equals 50 and 0.5, which differ: it votes for what it was compared with, where that is
-    # one of them, and for neither elsewhere
+    # 50 % equals both 50 and 0.5: it votes for the reference answer if that is one of the two,
+    # and for neither otherwise
     assert grade_math(r"\boxed{50\%}", "0.5").answer in votes
     assert grade_math(r"\boxed{50\%}", "50").answer == grade_math(r"\boxed{50}", "50").answer
     assert grade_math(r"\boxed{50\%}", "3").answer not in votes
@@ -233,16 +242,16 @@ def test_equal_answers_vote_together() -> None:
 
 def test_a_judge_that_hangs_or_dies_is_replaced_in_any_thread() -> None:
     judge = GraderWorker(seconds=1.0)
-    found: list = []
+    grades: list = []
 
     def work() -> None:
-        found.append(judge("5", "9^{9^{9^{9}}}"))
-        found.append(judge("5", "5"))
+        grades.append(judge("5", "9^{9^{9^{9}}}"))
+        grades.append(judge("5", "5"))
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join(60)
-    assert found == [None, {"gold": True, "key": "5", "equal": True}]
+    assert grades == [None, {"gold": True, "key": "5", "equal": True}]
     assert judge.process is not None
     judge.process.kill()
     assert judge("5", "5") is None
@@ -263,11 +272,11 @@ def test_a_missing_package_is_named_before_the_work(monkeypatch: pytest.MonkeyPa
 
 
 def test_boxes_nest_and_the_last_that_closes_counts() -> None:
-    assert last_box(r"\boxed{a{b{c}}d} }") == "a{b{c}}d"
-    assert last_box(r"\boxed {1}\boxed{2}\fbox{3}") == "2"
-    assert last_box(r"\boxed{\boxed{5}}") == "5"
-    assert last_box(r"\boxed{1} \boxed{2") == "1"
-    assert last_box("{1}") is None
+    assert last_boxed_content(r"\boxed{a{b{c}}d} }") == "a{b{c}}d"
+    assert last_boxed_content(r"\boxed {1}\boxed{2}\fbox{3}") == "2"
+    assert last_boxed_content(r"\boxed{\boxed{5}}") == "5"
+    assert last_boxed_content(r"\boxed{1} \boxed{2") == "1"
+    assert last_boxed_content("{1}") is None
 
 
 def test_the_other_graders() -> None:
@@ -299,38 +308,40 @@ def test_the_other_graders() -> None:
 def test_a_response_cut_behind_its_thoughts_has_not_answered() -> None:
     tokenizer = make_tokenizer()
     ids = tokenizer.encode(r"\boxed{5}</think>")
-    assert response_text(tokenizer, ids) == r"\boxed{5}</think>"
-    assert response_text(tokenizer, [*ids, tokenizer.eos_token_id]) == r"\boxed{5}</think>"
+    assert decode_response(tokenizer, ids) == r"\boxed{5}</think>"
+    assert decode_response(tokenizer, [*ids, tokenizer.eos_token_id]) == r"\boxed{5}</think>"
 
 
 def graded(reward: list[list[float]], tasks: list[str]) -> GradedResponses:
     shape = np.array(reward).shape
     length = np.arange(shape[0] * shape[1]).reshape(shape)
     votes: list[list[str | None]] = [["yes" if x >= 1 else None for x in row] for row in reward]
-    asked: list[Problem] = [Question(f"p{i}", "a", task=t) for i, t in enumerate(tasks)]
+    problems: list[Problem] = [DatasetProblem(f"p{i}", "a", task=t) for i, t in enumerate(tasks)]
     return GradedResponses(
-        asked, np.array(reward), length, length % 3 > 0, votes, [[""]] * len(tasks)
+        problems, np.array(reward), length, length % 3 > 0, votes, [[""]] * len(tasks)
     )
 
 
 def test_results_by_task_and_their_plain_mean() -> None:
-    found = result(graded([[1, 0], [1, 1], [0, 0], [0.9, 1]], ["x", "x", "y", "x"]))
-    assert found["accuracy"] == 0.5
-    assert found["task/x/accuracy"] == pytest.approx(2 / 3)
-    assert (found["task/x/problems"], found["task/y/problems"]) == (3, 1)
-    assert found["task_mean"] == pytest.approx(1 / 3)
-    assert found["outcomes"] == "10 11 00 01"
-    assert (found["length"], found["truncated"]) == (3.5, pytest.approx(3 / 8))
-    assert found["unparsed"] == 0.5
-    assert not [k for k in result(graded([[1], [0]], ["x", "x"])) if k.startswith("task")]
-    other = graded([[1], [0]], ["x", "x"])
-    assert result(other)["problem_set"] != found["problem_set"]
+    metrics = evaluation_result(graded([[1, 0], [1, 1], [0, 0], [0.9, 1]], ["x", "x", "y", "x"]))
+    assert metrics["accuracy"] == 0.5
+    assert metrics["task/x/accuracy"] == pytest.approx(2 / 3)
+    assert (metrics["task/x/problems"], metrics["task/y/problems"]) == (3, 1)
+    assert metrics["task_mean"] == pytest.approx(1 / 3)
+    assert metrics["outcomes"] == "10 11 00 01"
+    assert (metrics["length"], metrics["truncated"]) == (3.5, pytest.approx(3 / 8))
+    assert metrics["unparsed"] == 0.5
+    assert not [
+        k for k in evaluation_result(graded([[1], [0]], ["x", "x"])) if k.startswith("task")
+    ]
+    single_task = graded([[1], [0]], ["x", "x"])
+    assert evaluation_result(single_task)["problem_set"] != metrics["problem_set"]
 
 
 @pytest.fixture(scope="module")
 def loaded(tiny_pair):
-    tokenizer, network = load(str(tiny_pair[0]), "cpu", "float32")
-    return tokenizer, split(network, head_rows(network)), end_ids(tokenizer, network)
+    tokenizer, network = load_model(str(tiny_pair[0]), "cpu", "float32")
+    return tokenizer, split_head(network, num_head_rows(network)), eos_ids(tokenizer, network)
 
 
 def measure(loaded, task: Task, **changes) -> GradedResponses:
@@ -343,39 +354,41 @@ def measure(loaded, task: Task, **changes) -> GradedResponses:
 
 
 def test_samples_stay_with_their_problem(loaded, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graded by the length of the response: rewards, lengths and texts must belong together."""
-    asked = [Problem("1+2" * (1 + n % 3), str(n)) for n in range(7)]
-    seen: list[tuple[str, str]] = []
+    """The reward is the response's length: rewards, lengths and texts must belong together."""
+    test_problems = [Problem("1+2" * (1 + n % 3), str(n)) for n in range(7)]
+    graded_texts: list[tuple[str, str]] = []
 
     def grade(response: str, answer: str) -> Grade:
-        seen.append((response, answer))
+        graded_texts.append((response, answer))
         return Grade(float(len(response) % 2), f"{answer}:{response}")
 
-    task = Task(train=lambda step, count: [], test=lambda count: asked[:count], grade=grade)
+    task = Task(train=lambda step, count: [], test=lambda count: test_problems[:count], grade=grade)
     monkeypatch.setattr("opd.evaluation.evaluate.ROWS_AT_ONCE", 6)  # two problems a call
-    found = measure(loaded, task, problems=7, samples=3)
-    assert [a for _, a in seen] == [str(n) for n in range(7) for _ in range(3)]
-    assert found.reward.shape == (7, 3)
-    for i, row in enumerate(found.texts):
-        assert found.answers[i] == [f"{i}:{text}" for text in row]
-        assert found.reward[i].tolist() == [float(len(text) % 2) for text in row]
-    assert len({text for row in found.texts for text in row}) > 7, "samples differ"
+    measured_responses = measure(loaded, task, problems=7, samples=3)
+    assert [a for _, a in graded_texts] == [str(n) for n in range(7) for _ in range(3)]
+    assert measured_responses.reward.shape == (7, 3)
+    for i, row in enumerate(measured_responses.texts):
+        assert measured_responses.answers[i] == [f"{i}:{text}" for text in row]
+        assert measured_responses.reward[i].tolist() == [float(len(text) % 2) for text in row]
+    assert len({text for row in measured_responses.texts for text in row}) > 7, "samples differ"
 
 
 def test_greedy_is_the_argmax_and_does_not_depend_on_the_seed(loaded) -> None:
     tokenizer, model, eos = loaded
     task = load_task("lab", 0)
-    found = measure(loaded, task, temperature=0.0, top_p=0.3)
-    for problem, (text,) in zip(found.problems, found.texts, strict=True):
+    greedy = measure(loaded, task, temperature=0.0, top_p=0.3)
+    for problem, (text,) in zip(greedy.problems, greedy.texts, strict=True):
         message = [{"role": "user", "content": problem.prompt}]
         prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-        ids, said = tokenizer.encode(prompt, add_special_tokens=False), []
-        while len(said) < 6 and not set(said) & set(eos):
-            logits = model.network(torch.tensor([ids + said])).logits[0, -1, : model.vocabulary]
-            said.append(int(logits.argmax()))
-        assert text == response_text(tokenizer, said)
+        ids, response_ids = tokenizer.encode(prompt, add_special_tokens=False), []
+        while len(response_ids) < 6 and not set(response_ids) & set(eos):
+            logits = model.network(torch.tensor([ids + response_ids])).logits[
+                0, -1, : model.vocabulary
+            ]
+            response_ids.append(int(logits.argmax()))
+        assert text == decode_response(tokenizer, response_ids)
     assert GREEDY["top_p"] < 1e-6
-    with pytest.raises(ValueError, match="3 greedy samples are all equal"):
+    with pytest.raises(ValueError, match="3 greedy samples would all be equal"):
         measure(loaded, task, temperature=0.0, samples=3)
     with pytest.raises(ValueError, match="samples is 0"):
         measure(loaded, task, samples=0)
@@ -386,10 +399,10 @@ def test_evaluate_is_what_the_loop_calls(loaded) -> None:
     settings = {"problems": 4, "max_prompt": 64, "max_response": 5, "temperature": 1.0}
     generator = torch.Generator().manual_seed(3)
     task = load_task("lab", 0)
-    found = evaluate(model, tokenizer, eos, task, generator=generator, **settings)
-    assert found["problems"] == 4
-    assert len(found["outcomes"]) == 4
-    json.dumps(found)
+    metrics = evaluate(model, tokenizer, eos, task, generator=generator, **settings)
+    assert metrics["problems"] == 4
+    assert len(metrics["outcomes"]) == 4
+    json.dumps(metrics)
 
 
 def test_the_command_writes_what_it_found(
@@ -401,22 +414,24 @@ def test_the_command_writes_what_it_found(
     words = [str(tiny_pair[0]), "--task", str(file), "--samples", "3", "--max-response", "6"]
     words += ["--prompt-column", "q", "--answer-column", "a", "--grader", "numeric"]
     words += ["--device", "cpu", "--top-p", "0.9"]
-    out, said = tmp_path / "deep" / "evals.json", tmp_path / "said.jsonl"
-    command.main([*words, "--whole", "--out", str(out), "--responses", str(said)])
-    shown = json.loads(capsys.readouterr().out)
-    assert shown["problems"] == 20
-    assert {"accuracy", "pass@2", "pass@3", "majority@3", "task/a/accuracy"} <= shown.keys()
-    whole = json.loads(out.read_text())
-    assert len(whole["outcomes"].split()) == 20
-    assert whole["settings"]["top_p"] == 0.9
-    rows = [json.loads(line) for line in said.read_text().splitlines()]
+    out, records_path = tmp_path / "deep" / "evals.json", tmp_path / "said.jsonl"
+    command.main([*words, "--whole", "--out", str(out), "--responses", str(records_path)])
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["problems"] == 20
+    assert {"accuracy", "pass@2", "pass@3", "majority@3", "task/a/accuracy"} <= printed.keys()
+    written_row = json.loads(out.read_text())
+    assert len(written_row["outcomes"].split()) == 20
+    assert written_row["settings"]["top_p"] == 0.9
+    rows = [json.loads(line) for line in records_path.read_text().splitlines()]
     assert {(row["prompt"], row["answer"]) for row in rows} == {
         (x["q"], str(x["a"])) for x in lines
     }
     command.main([*words, "--whole", "--against", str(out)])
-    again = json.loads(capsys.readouterr().out)
-    assert again["against/gain"] == 0
-    assert (again["against/low"], again["against/high"]) == gain_interval(np.zeros(20))
+    printed_again = json.loads(capsys.readouterr().out)
+    assert printed_again["against/gain"] == 0
+    assert (printed_again["against/low"], printed_again["against/high"]) == gain_interval(
+        np.zeros(20)
+    )
     command.main(words)
     assert json.loads(capsys.readouterr().out)["problems"] == 2
     with pytest.raises(ValueError, match="different problems"):

@@ -1,4 +1,4 @@
-"""The lab pair at its tiny size: cached, deterministic, ordinary Hugging Face folders."""
+"""The toy pair at its tiny size: caching, determinism and Hugging Face folders."""
 
 import random
 from dataclasses import replace
@@ -6,25 +6,25 @@ from pathlib import Path
 
 import pytest
 
-from opd.data.chain_task import Problem, careless, problems, solve
-from opd.data.prompts import encode
+from opd.data.chain_task import Problem, corrupted_solution, problems, solve
+from opd.data.prompts import encode_prompts
 from opd.lab.build import (
-    WORDS,
+    VOCABULARY_SIZE,
     build,
-    examples,
     household_config,
     make_tokenizer,
+    make_training_batch,
     new_model,
-    reading,
+    prompt_loss,
     tiny_config,
 )
 
 
 def test_the_pair_is_deterministic_cached_and_keyed_by_its_settings(tmp_path: Path) -> None:
     first = build(tmp_path / "a", tiny_config())
-    again = build(tmp_path / "b", tiny_config())
-    for one, other in zip(first, again, strict=True):
-        weights = [(d / "model.safetensors").read_bytes() for d in (one, other)]
+    second_pair = build(tmp_path / "b", tiny_config())
+    for folder, second_folder in zip(first, second_pair, strict=True):
+        weights = [(d / "model.safetensors").read_bytes() for d in (folder, second_folder)]
         assert weights[0] == weights[1]
     stamp = (first[0] / "model.safetensors").stat().st_mtime_ns
     assert build(tmp_path / "a", tiny_config()) == first
@@ -38,96 +38,98 @@ def test_the_tokenizer_round_trips_from_disk(tmp_path: Path) -> None:
 
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(tmp_path)
-    # the model beside it decides which class the tokenizer comes back as
+    # the model in the same folder decides the class of the loaded tokenizer
     new_model(tiny_config().student, len(tokenizer), 0, tokenizer).save_pretrained(tmp_path)
     text = "<|im_start|>user\n3+8 <think>~!\" \té漢 12's</think>11<|im_end|>"
-    before, tokenizer = tokenizer.encode(text), AutoTokenizer.from_pretrained(tmp_path)
-    assert tokenizer.encode(text) == before
-    assert tokenizer.decode(before) == text
+    expected_ids, tokenizer = tokenizer.encode(text), AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.encode(text) == expected_ids
+    assert tokenizer.decode(expected_ids) == text
     assert tokenizer.encode("<think>") == [tokenizer.convert_tokens_to_ids("<think>")]
-    prompts = encode(tokenizer, [Problem("1+2", "3"), Problem("1+2+3", "6")], 2, 64)
-    shown = tokenizer.decode(prompts.tokens[0][prompts.mask[0]])
-    assert shown == "<|im_start|>user\n1+2<|im_end|>\n<|im_start|>assistant\n"
+    prompts = encode_prompts(tokenizer, [Problem("1+2", "3"), Problem("1+2+3", "6")], 2, 64)
+    prompt_text = tokenizer.decode(prompts.tokens[0][prompts.mask[0]])
+    assert prompt_text == "<|im_start|>user\n1+2<|im_end|>\n<|im_start|>assistant\n"
     assert prompts.index.tolist() == [0, 0, 1, 1]
     assert prompts.mask[0].tolist() == [False, False] + [True] * (prompts.mask.shape[1] - 2)
     with pytest.raises(ValueError, match="max_prompt is 10"):
-        encode(tokenizer, [Problem("1+2", "3")], 1, 10)
+        encode_prompts(tokenizer, [Problem("1+2", "3")], 1, 10)
 
 
-def test_only_the_response_is_taught() -> None:
+def test_only_the_response_is_labelled() -> None:
     tokenizer = make_tokenizer()
-    ids, labels = examples(tokenizer, replace(tiny_config().teacher, batch=3), seed=0)
+    ids, labels = make_training_batch(tokenizer, replace(tiny_config().teacher, batch=3), seed=0)
     for row, label, problem in zip(ids, labels, problems("train", 3, 0), strict=True):
-        taught = label[label != -100]
-        assert tokenizer.decode(taught) == problem.solution + "<|im_end|>"
-        assert (row[label != -100] == taught).all()
+        labelled_ids = label[label != -100]
+        assert tokenizer.decode(labelled_ids) == problem.solution + "<|im_end|>"
+        assert (row[label != -100] == labelled_ids).all()
 
 
-def test_careless_solutions_slip_at_their_rate_and_go_on() -> None:
+def test_corrupted_solutions_propagate_errors_at_their_rate() -> None:
     generator, results, slips = random.Random(0), 0, 0
     for problem in problems("train", 300, 0):
-        text = careless(problem.prompt, 0.2, generator)
+        text = corrupted_solution(problem.prompt, 0.2, generator)
         lines = text.removeprefix("<think>").split("</think>")[0].split()
         state = None
         for line in lines:
             head, middle, total = line.split(":")[1].split("=")
             x, a = map(int, head.split("*"))
             product, b = map(int, middle.split("+"))
-            assert state is None or x == state, "a line goes on from the one before, right or wrong"
+            assert state is None or x == state, (
+                "a line continues from the previous one, right or wrong"
+            )
             state = int(total) % 10
             results += 2
             slips += (product != x * a) + (int(total) != product + b)
         assert text.endswith(f"</think>{state}")
     assert abs(slips - 0.2 * results) < 4 * (results * 0.2 * 0.8) ** 0.5
-    assert careless("4:7*3+8", 0.0, generator) == solve("4:7*3+8")[1]
+    assert corrupted_solution("4:7*3+8", 0.0, generator) == solve("4:7*3+8")[1]
 
 
-def test_a_lab_with_games_has_words_and_single_digits(tmp_path: Path) -> None:
+def test_models_of_games_have_word_tokens_and_single_digits(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = make_tokenizer("<|im_end|>", household_config().texts)
     tokenizer.save_pretrained(tmp_path)
     new_model(tiny_config().student, len(tokenizer), 0, tokenizer).save_pretrained(tmp_path)
-    again = AutoTokenizer.from_pretrained(tmp_path)
-    words = [again.decode(i) for i in again.encode("<think>hold CUP</think>go to fridge")]
+    reloaded = AutoTokenizer.from_pretrained(tmp_path)
+    words = [reloaded.decode(i) for i in reloaded.encode("<think>hold CUP</think>go to fridge")]
     assert words == ["<think>", "hold", " CUP", "</think>", "go", " to", " fridge"]
-    assert [again.decode(i) for i in again.encode("27*3")] == ["2", "7", "*", "3"]
-    assert again.eos_token == "<|im_end|>"
-    prompt = again.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    assert [reloaded.decode(i) for i in reloaded.encode("27*3")] == ["2", "7", "*", "3"]
+    assert reloaded.eos_token == "<|im_end|>"
+    prompt = reloaded.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
     assert prompt == "<|im_start|>user\na<|im_end|>\n"
-    assert len(tokenizer) <= WORDS
-    assert len(make_tokenizer()) == 261, "labs without games keep one token a byte"
+    assert len(tokenizer) <= VOCABULARY_SIZE
+    assert len(make_tokenizer()) == 261, "models without games have one token per byte"
     assert not tiny_config().texts
 
 
-def test_a_task_named_twice_is_taught_twice_as_often() -> None:
+def test_a_task_named_twice_is_sampled_twice_as_often() -> None:
     tokenizer = make_tokenizer("<|im_end|>", household_config().texts)
     recipe = replace(household_config().student, batch=9, careless=0.0)
     assert recipe.tasks == ("household", "household", "sort")
-    texts = [tokenizer.decode(row) for row in examples(tokenizer, recipe, seed=0)[0]]
+    texts = [tokenizer.decode(row) for row in make_training_batch(tokenizer, recipe, seed=0)[0]]
     assert sum("Actions:" in text for text in texts) == 6
     assert sum("user\nsort " in text for text in texts) == 3
     assert len(set(texts)) == 9
 
 
-def test_reading_is_the_loss_of_the_prompts() -> None:
+def test_prompt_loss_is_the_loss_of_the_prompts() -> None:
     tokenizer = make_tokenizer("<|im_end|>", household_config().texts)
     recipe = replace(household_config().student, width=32, batch=3)
-    ids, labels = examples(tokenizer, recipe, seed=0)
+    ids, labels = make_training_batch(tokenizer, recipe, seed=0)
     logits = new_model(recipe, len(tokenizer), 0, tokenizer)(input_ids=ids).logits
-    found = reading(logits, ids, labels, tokenizer.pad_token_id)
+    loss = prompt_loss(logits, ids, labels, tokenizer.pad_token_id)
     losses = []
     for row, label, scores in zip(ids.tolist(), labels.tolist(), logits, strict=True):
-        prompt = next(i for i, known in enumerate(label) if known != -100)
+        prompt = next(i for i, label_id in enumerate(label) if label_id != -100)
         losses += [-scores[i - 1].log_softmax(-1)[row[i]] for i in range(1, prompt)]
-    assert float(found.detach()) == pytest.approx(
+    assert float(loss.detach()) == pytest.approx(
         float(sum(losses).detach() / len(losses)), rel=1e-5
     )
 
 
 @pytest.mark.parametrize("kind", ["tiny", "household", "mismatched"])
-def test_a_lab_that_is_not_there_is_said_to_be_built(kind: str) -> None:
-    from opd.models.loading import load
+def test_a_missing_model_names_the_command_that_builds_it(kind: str) -> None:
+    from opd.models.loading import load_model
 
     with pytest.raises(FileNotFoundError, match=f"opd lab --{kind}"):
-        load(f"lab-{kind}/student", "cpu", "float32")
+        load_model(f"lab-{kind}/student", "cpu", "float32")

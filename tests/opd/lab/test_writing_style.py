@@ -1,13 +1,25 @@
-"""How the lab's models write: spelled tags, foreign ends, what is read only, and loops."""
+"""Writing styles of the toy models: spelled tags, foreign end tokens, unlabelled tags and loops."""
 
 import random
 from dataclasses import replace
 
 import pytest
 
-from opd.data.sort_task import careless, problems
-from opd.lab.build import ToyModelConfig, examples, make_tokenizer, mismatched_config, new_model
-from opd.lab.writing_style import MOST_REPEATS, UNLABELLED, WritingStyle, looping, written
+from opd.data.sort_task import corrupted_solution, problems
+from opd.lab.build import (
+    ToyModelConfig,
+    make_tokenizer,
+    make_training_batch,
+    mismatched_config,
+    new_model,
+)
+from opd.lab.writing_style import (
+    MAX_REPEATS,
+    UNLABELLED,
+    WritingStyle,
+    encode_solution,
+    repeat_steps,
+)
 
 SOLUTION = "<think>7 27 279</think>279"
 
@@ -17,30 +29,30 @@ SOLUTION = "<think>7 27 279</think>279"
 def test_both_spellings_decode_to_one_text(tag: str, end: str) -> None:
     tokenizer = make_tokenizer()
     habit = WritingStyle(tag=tag, end=end)  # type: ignore[arg-type]
-    ids, labels = written(tokenizer, SOLUTION, habit, random.Random(0))
+    ids, labels = encode_solution(tokenizer, SOLUTION, habit, random.Random(0))
     assert tokenizer.decode(ids) == SOLUTION + end
     assert labels == ids
     special = {tokenizer.convert_tokens_to_ids(t) for t in ("<think>", "</think>")}
     assert special.isdisjoint(ids) == (tag == "spelled")
 
 
-def test_what_is_only_read_leaves_out_the_first_byte_of_a_tag_and_keeps_the_end() -> None:
+def test_unlabelled_tags_exclude_their_first_byte_and_keep_the_end() -> None:
     tokenizer = make_tokenizer("<|endoftext|>")
     habit = WritingStyle(end="<|endoftext|>", read=1.0)
-    ids, labels = written(tokenizer, SOLUTION, habit, random.Random(0))
+    ids, labels = encode_solution(tokenizer, SOLUTION, habit, random.Random(0))
     assert tokenizer.decode(ids) == SOLUTION + "<|endoftext|>"
-    hidden = [i for i, label in enumerate(labels) if label == UNLABELLED]
-    assert [tokenizer.decode([ids[i]]) for i in hidden] == ["<", "<"]
-    assert tokenizer.decode(ids[hidden[0] : hidden[0] + 7]) == "<think>"
-    assert tokenizer.decode(ids[hidden[1] : hidden[1] + 8]) == "</think>"
-    assert [i for i, (x, y) in enumerate(zip(ids, labels, strict=True)) if x != y] == hidden
+    unlabelled = [i for i, label in enumerate(labels) if label == UNLABELLED]
+    assert [tokenizer.decode([ids[i]]) for i in unlabelled] == ["<", "<"]
+    assert tokenizer.decode(ids[unlabelled[0] : unlabelled[0] + 7]) == "<think>"
+    assert tokenizer.decode(ids[unlabelled[1] : unlabelled[1] + 8]) == "</think>"
+    assert [i for i, (x, y) in enumerate(zip(ids, labels, strict=True)) if x != y] == unlabelled
 
 
-def test_foreign_responses_have_the_other_spelling_and_end_at_their_share() -> None:
+def test_foreign_responses_have_the_opposite_style_at_their_share() -> None:
     tokenizer, generator = make_tokenizer(), random.Random(0)
     habit, ends = WritingStyle(tag="spelled", foreign=0.25), []
     for _ in range(2000):
-        ids, labels = written(tokenizer, SOLUTION, habit, generator)
+        ids, labels = encode_solution(tokenizer, SOLUTION, habit, generator)
         foreign = ids[-1] == tokenizer.convert_tokens_to_ids("<|endoftext|>")
         assert foreign == (tokenizer.convert_tokens_to_ids("<think>") in ids)
         assert labels == ids
@@ -49,19 +61,22 @@ def test_foreign_responses_have_the_other_spelling_and_end_at_their_share() -> N
 
 
 def test_loops_repeat_steps_and_nothing_else() -> None:
-    generator, started, again = random.Random(0), 0, 0
+    generator, num_repeated, num_repeated_twice = random.Random(0), 0, 0
     for _ in range(3000):
-        text = looping(SOLUTION, 0.1, generator)
+        text = repeat_steps(SOLUTION, 0.1, generator)
         assert text.startswith("<think>")
         assert text.endswith("</think>279")
-        said = text.removeprefix("<think>").removesuffix("</think>279").split(" ")
-        assert list(dict.fromkeys(said)) == ["7", "27", "279"]
+        steps = text.removeprefix("<think>").removesuffix("</think>279").split(" ")
+        assert list(dict.fromkeys(steps)) == ["7", "27", "279"]
         for step in ("7", "27", "279"):
-            repeats = said.count(step) - 1
-            assert repeats <= MOST_REPEATS
-            started, again = started + (repeats > 0), again + (repeats > 1)
-    assert abs(started / 9000 - 0.1) < 4 * (0.09 / 9000) ** 0.5
-    assert abs(again / started - 0.9) < 4 * (0.09 / started) ** 0.5
+            repeats = steps.count(step) - 1
+            assert repeats <= MAX_REPEATS
+            num_repeated, num_repeated_twice = (
+                num_repeated + (repeats > 0),
+                num_repeated_twice + (repeats > 1),
+            )
+    assert abs(num_repeated / 9000 - 0.1) < 4 * (0.09 / 9000) ** 0.5
+    assert abs(num_repeated_twice / num_repeated - 0.9) < 4 * (0.09 / num_repeated) ** 0.5
 
 
 def test_sorting_is_solved_step_by_step_and_split_by_prompt() -> None:
@@ -76,28 +91,33 @@ def test_sorting_is_solved_step_by_step_and_split_by_prompt() -> None:
         problems("valid", 1, 0)
 
 
-def test_careless_sorting_slips_at_its_rate() -> None:
-    generator, placed, wrong = random.Random(0), 0, 0
+def test_corrupted_sorting_has_its_error_rate() -> None:
+    generator, num_placed, num_wrong = random.Random(0), 0, 0
     for problem in problems("train", 400, 0):
-        said = careless(problem.prompt, 0.3, generator)
-        entries = said.removeprefix("<think>").split("</think>")[0].split(" ")
-        for before, after, digit in zip(
+        solution = corrupted_solution(problem.prompt, 0.3, generator)
+        entries = solution.removeprefix("<think>").split("</think>")[0].split(" ")
+        for prefix_before, prefix_after, digit in zip(
             ["", *entries], entries, problem.prompt.removeprefix("sort "), strict=False
         ):
-            assert sorted(after) == sorted(before + digit)
-            if before == "".join(sorted(before)):  # a slip shows where all was right so far
-                placed, wrong = placed + 1, wrong + (after != "".join(sorted(after)))
-    assert 0.08 < wrong / placed < 0.3  # a random place is right by chance
+            assert sorted(prefix_after) == sorted(prefix_before + digit)
+            if prefix_before == "".join(
+                sorted(prefix_before)
+            ):  # an error is visible only after a correct prefix
+                num_placed, num_wrong = (
+                    num_placed + 1,
+                    num_wrong + (prefix_after != "".join(sorted(prefix_after))),
+                )
+    assert 0.08 < num_wrong / num_placed < 0.3  # a random position may be correct
 
 
-def test_strangers_know_both_ends_and_mix_their_tasks() -> None:
+def test_mismatched_models_have_both_end_tokens_and_mix_tasks() -> None:
     recipes = mismatched_config().models
     tokenizer = make_tokenizer(recipes["teacher"].habit.end)
     network = new_model(recipes["teacher"], len(tokenizer), 0, tokenizer)
     ends = ["<|endoftext|>", "<|im_end|>"]
     assert network.generation_config.eos_token_id == tokenizer.convert_tokens_to_ids(ends)
     student = replace(recipes["student"], batch=8)
-    ids, labels = examples(make_tokenizer(), student, seed=3)
+    ids, labels = make_training_batch(make_tokenizer(), student, seed=3)
     texts = [tokenizer.decode(row) for row in ids]
     assert sum("user\nsort " in text for text in texts) == 4
     assert all((row[label != UNLABELLED] == label[label != UNLABELLED]).all()

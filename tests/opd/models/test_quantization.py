@@ -1,4 +1,4 @@
-"""Quantised teachers: the model that they are, what they cost, and that a run learns from it."""
+"""Quantised teachers: their weights, their memory, and a run that learns from one."""
 
 import copy
 import sys
@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from diagnostics.batch import ScoredRollouts
-from diagnostics.records.batch_files import load as load_batch
+from diagnostics.records.batch_files import load_batch
 from opd.config.settings import TaskSettings
 from opd.data.chain_task import problems
 from opd.lab.build import make_tokenizer
-from opd.models.loading import load
+from opd.models.loading import load_model
 from opd.training.train import train
 from tests.helpers.vllm_process import wide_pair
-from tests.opd.training.test_prefetch import asked_of, row_by_row
+from tests.opd.training.test_prefetch import prompts_of_step, row_by_row
 from tests.opd.training.test_train import settings
 
 LEVELS = (
@@ -25,24 +25,25 @@ LEVELS = (
     *(0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0),
 )
 SLACK = {"int8": 0.8, "nf4": 1e-4}
-"""How much nearer the same weights have to be than others: LLM.int8() rounds activations too, and
-which ones depends on the batch."""
+"""Required distance to the unpacked weights, relative to other weights: LLM.int8() also rounds
+activations, and which ones depends on the batch.
+"""
 
 
 def unpacked(quantised: Any, plain: Any) -> Any:
-    """The plain network with the weights that a quantised one stands for."""
+    """Return the plain network with the dequantised weights of a quantised one."""
     from bitsandbytes import functional
 
     network = copy.deepcopy(plain)
     for name, module in quantised.named_modules():
         weight, kind = getattr(module, "weight", None), type(module).__name__
         if kind == "Linear4bit":
-            found = functional.dequantize_4bit(weight.data, weight.quant_state)
+            weight_values = functional.dequantize_4bit(weight.data, weight.quant_state)
         elif kind == "Linear8bitLt":
-            found = functional.int8_vectorwise_dequant(weight.data, weight.SCB)
+            weight_values = functional.int8_vectorwise_dequant(weight.data, weight.SCB)
         else:
             continue
-        network.get_submodule(name).weight.data = found.reshape(
+        network.get_submodule(name).weight.data = weight_values.reshape(
             network.get_submodule(name).weight.shape
         ).float()
     return network
@@ -68,13 +69,13 @@ def layers(network: Any) -> list[torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Models whose layers have whole blocks of 64 weights in each row."""
+    """Build models whose rows have a multiple of 64 weights."""
     return wide_pair(tmp_path_factory.mktemp("pair"), tied=False)
 
 
 @pytest.fixture(params=[True, False], ids=["AVX512-BF16", "no AVX512-BF16"])
 def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have bitsandbytes take the processor for one that multiplies bfloat16, and for another."""
+    """Make bitsandbytes believe that the processor supports AVX512-BF16, or that it does not."""
     from bitsandbytes.nn import modules
 
     monkeypatch.setattr(modules, "has_avx512bf16", lambda: request.param)
@@ -85,7 +86,7 @@ def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 def test_four_bit_layers_compute_the_same_on_every_processor(
     tmp_path: Path, layer: str, outputs: int
 ) -> None:
-    """Against the published levels multiplied in float64; 16 outputs do not fit a packed tile."""
+    """Compare with the published levels in float64; 16 outputs do not fit a packed tile."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -98,14 +99,14 @@ def test_four_bit_layers_compute_the_same_on_every_processor(
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
-    _, network = load(str(tmp_path), "cpu", "float32", weights="nf4")
-    _, unquantised = load(str(tmp_path), "cpu", "float32")
+    _, network = load_model(str(tmp_path), "cpu", "float32", weights="nf4")
+    _, unquantised = load_model(str(tmp_path), "cpu", "float32")
     name = f"model.layers.0.self_attn.{layer}"
     assert network.get_submodule(name).out_features == outputs
     inputs = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
     expected = inputs.double() @ nearest_levels(unquantised.get_submodule(name).weight).double().T
     with torch.no_grad():
-        for rows in (inputs, inputs[:1]):  # bitsandbytes has another path for a single row
+        for rows in (inputs, inputs[:1]):  # bitsandbytes uses different code for a single row
             result = network.get_submodule(name)(rows)
             torch.testing.assert_close(result, expected[: len(rows)].float(), atol=1e-5, rtol=1e-5)
 
@@ -113,23 +114,27 @@ def test_four_bit_layers_compute_the_same_on_every_processor(
 @pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize("weights", SLACK)
 def test_layers_are_quantised_and_the_head_is_not(pair, weights: str) -> None:
-    tokenizer, network = load(str(pair[1]), "cpu", "float32", weights=weights)
-    _, plain = load(str(pair[1]), "cpu", "float32")
-    meant = unpacked(network, plain)
-    for ours, theirs in zip(layers(meant), layers(plain), strict=True):
-        want = nearest_levels(theirs) if weights == "nf4" else by_rows(theirs.half().float())
-        slack = {"int8": 1e-3, "nf4": 1e-6}[weights] * theirs.abs().max()
-        assert float(((ours - want).abs() <= slack).float().mean()) > 0.99  # ties fall either way
-        assert not torch.equal(ours, theirs)
+    tokenizer, network = load_model(str(pair[1]), "cpu", "float32", weights=weights)
+    _, plain = load_model(str(pair[1]), "cpu", "float32")
+    unpacked_network = unpacked(network, plain)
+    for layer, plain_layer in zip(layers(unpacked_network), layers(plain), strict=True):
+        want = (
+            nearest_levels(plain_layer) if weights == "nf4" else by_rows(plain_layer.half().float())
+        )
+        slack = {"int8": 1e-3, "nf4": 1e-6}[weights] * plain_layer.abs().max()
+        assert (
+            float(((layer - want).abs() <= slack).float().mean()) > 0.99
+        )  # ties may round either way
+        assert not torch.equal(layer, plain_layer)
     assert torch.equal(network.get_output_embeddings().weight, plain.get_output_embeddings().weight)
     bits = sum(x.numel() * x.element_size() for x in layers(network)) * 8
     assert bits == sum(x.numel() for x in layers(plain)) * {"int8": 8, "nf4": 4}[weights]
     ids = tokenizer.encode(problems("train", 1, 0)[0].solution, return_tensors="pt")
     with torch.no_grad():
-        logp = [m(ids).logits.log_softmax(-1) for m in (network, meant, plain)]
-    apart = float((logp[0] - logp[1]).abs().mean())
-    other = float((logp[0] - logp[2]).abs().mean())
-    assert apart < other * SLACK[weights]
+        logp = [m(ids).logits.log_softmax(-1) for m in (network, unpacked_network, plain)]
+    quantization_error = float((logp[0] - logp[1]).abs().mean())
+    change = float((logp[0] - logp[2]).abs().mean())
+    assert quantization_error < change * SLACK[weights]
 
 
 @pytest.mark.usefixtures("processor")
@@ -143,14 +148,14 @@ def test_a_run_learns_from_the_quantised_teacher(pair, tmp_path: Path, weights: 
     )
     tasks = replace(config, out=str(tmp_path / "tasks"), tasks=two, lr=1e-30)
     batch = scored(train(config), 0)
-    prompts = asked_of(Path(config.out), config, 0)
-    apart = {}
+    prompts = prompts_of_step(Path(config.out), config, 0)
+    kl_by_weights = {}
     for kind in (weights, "saved"):
-        _, network = load(config.teacher, "cpu", "float32", weights=kind)
+        _, network = load_model(config.teacher, "cpu", "float32", weights=kind)
         gap = (row_by_row(network, prompts, batch) - batch.teacher_logp)[batch.mask]
-        apart[kind] = float(gap.abs().mean())
-    assert apart[weights] < apart["saved"] * SLACK[weights]
-    second = scored(train(tasks), 1)  # its teacher is the student, which has not moved
+        kl_by_weights[kind] = float(gap.abs().mean())
+    assert kl_by_weights[weights] < kl_by_weights["saved"] * SLACK[weights]
+    second = scored(train(tasks), 1)  # its teacher is the student, which is still unchanged
     gap = (second.teacher_logp - second.student_logp)[second.mask]
     assert float(gap.abs().mean()) > 1e-3
 
@@ -162,19 +167,19 @@ def scored(folder: Path, step: int) -> ScoredRollouts:
 
 
 def test_rows_that_end_within_a_block_are_refused_on_a_cpu(tiny_pair) -> None:
-    """Their scales would be wrong on processors with AVX-512, by as much as the weights."""
+    """On processors with AVX-512 wrong scales would cause errors as large as the weights."""
     with pytest.raises(ValueError, match=r"q_proj has 32 inputs, expected a multiple of 64.*int8"):
-        load(str(tiny_pair[1]), "cpu", "float32", weights="nf4")
+        load_model(str(tiny_pair[1]), "cpu", "float32", weights="nf4")
 
 
 def test_what_cannot_be_quantised_is_refused(tiny_pair, tmp_path: Path, monkeypatch) -> None:
     for changes, words in (
-        ({"offload_teacher": True}, "saved where offload_teacher moves them"),
-        ({"teacher": "ema", "reward_weight": 1.0}, r"made of the student \(ema\)"),
+        ({"offload_teacher": True}, "saved if offload_teacher is set"),
+        ({"teacher": "ema", "reward_weight": 1.0}, r"derived from the student \(ema\)"),
     ):
         with pytest.raises(ValueError, match=words):
             replace(settings(tiny_pair, tmp_path), teacher_weights="nf4", **changes)
-    with pytest.raises(ValueError, match="no teacher is in this process"):
+    with pytest.raises(ValueError, match="no teacher runs in this process"):
         train(
             settings(
                 (tiny_pair[0], "http://127.0.0.1:9/v1"), tmp_path / "far", teacher_weights="nf4"

@@ -1,7 +1,7 @@
 """Baselines over other responses, over every pair of responses of random length.
 
-An id that ends a response, two that do not, at most T tokens: 15 responses. Two of them, drawn
-independently, are a batch, as answers to two prompts or as rollouts of one.
+One id ends a response and two do not, at most T tokens: 15 responses. Two of them, drawn
+independently, form a batch, as answers to two prompts or as rollouts of one.
 """
 
 import itertools
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import ScoredRollouts
-from diagnostics.gradients.estimators import member_index, weights
+from diagnostics.gradients.estimators import estimator_index, estimator_weights
 from opd.objectives import factory as o
 
 V, T, END = 3, 3, 0
@@ -28,13 +28,13 @@ RESPONSES = [
 
 
 def table(seed: int) -> Tensor:
-    """(prefixes, V) logits."""
+    """Return (prefixes, V) random logits."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(len(PREFIXES), V, generator=generator, dtype=torch.float64)
 
 
 def padded(value: Callable[[int, int], float], dtype: torch.dtype) -> Tensor:
-    """(responses, T) of a function of the prefix and the token; 0 behind the end."""
+    """Return (responses, T) values of a function of prefix and token, 0 after the end."""
     rows = torch.zeros(len(RESPONSES), T, dtype=dtype)
     for i, response in enumerate(RESPONSES):
         for t, token in enumerate(response):
@@ -51,36 +51,36 @@ FIRST, SECOND = torch.cartesian_prod(*[torch.arange(len(RESPONSES))] * 2).T
 
 
 def pairs(prompt: tuple[int, int], sampled_mask: Tensor | None = None) -> list[ScoredRollouts]:
-    """Every pair as a batch of two rows."""
+    """Return every pair as a batch of two rows."""
 
     def column(x: Tensor) -> Tensor:
         return padded(lambda prefix, token: float(x[prefix, token]), torch.float64)
 
-    ours, theirs = column(STUDENT), column(TEACHER)
-    found = []
+    student_logp, teacher_logp = column(STUDENT), column(TEACHER)
+    batches = []
     for pair in torch.stack([FIRST, SECOND], 1):
         mask = MASK[pair]
         if sampled_mask is not None:
             mask = mask & sampled_mask
-        found.append(
+        batches.append(
             ScoredRollouts(
                 tokens=TOKENS[pair],
                 mask=mask,
                 sampled_mask=MASK[pair],
-                sampler_logp=ours[pair],
+                sampler_logp=student_logp[pair],
                 prompt=torch.tensor(prompt),
                 ended=torch.ones(2, dtype=torch.bool),
-                student_logp=ours[pair],
-                teacher_logp=theirs[pair],
+                student_logp=student_logp[pair],
+                teacher_logp=teacher_logp[pair],
             )
         )
-    return found
+    return batches
 
 
 def mean_gradient(
     batches: list[ScoredRollouts], credit: Callable[[ScoredRollouts], Tensor]
 ) -> Tensor:
-    """(prefixes, V) mean of sum credit_t grad log p(y_t) over both rows of every pair."""
+    """Return the (prefixes, V) mean of sum credit_t grad log p(y_t) over both rows of all pairs."""
     total = torch.zeros_like(STUDENT)
     for batch, first, second in zip(batches, FIRST, SECOND, strict=True):
         w = CHANCE[first] * CHANCE[second] * credit(batch) * batch.mask
@@ -104,24 +104,26 @@ def test_the_responses_are_all_there_are() -> None:
 def test_a_baseline_leaves_the_mean_gradient(
     baseline: str, prompt: tuple[int, int], masked: bool, scope: str
 ) -> None:
-    """The tail of the longest response included, where nobody else is alive.
+    """Includes the tail of the longest response, where no other response is alive.
 
-    The mask takes out the second position, whatever was sampled there.
+    The mask removes the second position, whatever was sampled there.
     """
-    where = torch.tensor([True, False, True]) if masked else None
-    batches = pairs(prompt, where)
+    sampled_mask = torch.tensor([True, False, True]) if masked else None
+    batches = pairs(prompt, sampled_mask)
     for gamma in (0.0, 0.7, 1.0):
         plain = o.sampled_token(gamma)
         if masked and gamma:
             plain = replace(plain, mask_scope=scope)
         want = mean_gradient(batches, plain.credit)
-        centred = replace(plain, baseline=o.make("sampled_token", 0.5, baseline).baseline)
-        assert any(bool((centred.credit(b) - plain.credit(b)).any()) for b in batches[-3:])
-        torch.testing.assert_close(mean_gradient(batches, centred.credit), want)
+        with_baseline = replace(
+            plain, baseline=o.build_objective("sampled_token", 0.5, baseline).baseline
+        )
+        assert any(bool((with_baseline.credit(b) - plain.credit(b)).any()) for b in batches[-3:])
+        torch.testing.assert_close(mean_gradient(batches, with_baseline.credit), want)
 
 
 def test_a_mean_with_the_own_credit_in_it_shrinks_the_gradient() -> None:
-    """What position_mean was: (k - 1)/k of the mean with k alive, 0 where nobody else is."""
+    """The former position_mean: (k - 1)/k of the mean with k alive, 0 where no other one is."""
 
     def own_included(batch: ScoredRollouts, credit: Tensor) -> Tensor:
         return ((credit * batch.mask).sum(0) / batch.mask.sum(0).clamp(min=1)).expand_as(credit)
@@ -137,8 +139,8 @@ def test_a_mean_with_the_own_credit_in_it_shrinks_the_gradient() -> None:
 def test_the_probe_measures_the_baseline_that_trains(baseline: str) -> None:
     batch = pairs((0, 1) if baseline == "position_mean" else (0, 0))[100]
     gammas = (0.0, 0.9, 1.0)
-    family = weights(batch, [baseline], gammas)
+    family = estimator_weights(batch, [baseline], gammas)
     for gamma in gammas:
-        made: Any = o.make("sampled_token", gamma, baseline)
-        found = family.values[..., member_index(family, baseline, gamma)]
-        torch.testing.assert_close(found, made.credit(batch))
+        objective: Any = o.build_objective("sampled_token", gamma, baseline)
+        probe_credit = family.values[..., estimator_index(family, baseline, gamma)]
+        torch.testing.assert_close(probe_credit, objective.credit(batch))

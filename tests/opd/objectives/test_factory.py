@@ -1,4 +1,4 @@
-"""What `make` adds to a named objective and what it refuses; selection of tokens."""
+"""Options of `build_objective`, what it refuses, and the selection of tokens."""
 
 import math
 from dataclasses import replace
@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from diagnostics.batch import DistributionStats, ScoredRollouts
-from diagnostics.core.distribution_stats import functionals
+from diagnostics.core.distribution_stats import compute_distribution_stats
 from opd.objectives import credit
 from opd.objectives import factory as o
-from opd.objectives.token_selection import most_uncertain
+from opd.objectives.token_selection import highest_entropy_tokens
 from tests.opd.objectives.test_oracle import (
     SEQUENCES,
     T,
@@ -37,26 +37,26 @@ SHARES = {"leave_one_out": 1.0, "group_mean": 0.5}
 @pytest.mark.parametrize("advantage", SHARES)
 @pytest.mark.parametrize("name", MIXED)
 def test_an_outcome_adds_the_gradient_of_the_mean_reward(name: str, advantage: str) -> None:
-    """Every pair of sequences as a group of two rollouts."""
+    """Every pair of sequences is a group of two rollouts."""
     reward = torch.rand(len(SEQUENCES), generator=seeded(2), dtype=torch.float64)
     student, teacher = (table.requires_grad_() for table in tables())
-    objective = o.make(name, reward_weight=0.6, reward_baseline=advantage)
-    one = every_sequence(student, teacher, objective.support, 2)
+    objective = o.build_objective(name, reward_weight=0.6, reward_baseline=advantage)
+    sequences = every_sequence(student, teacher, objective.support, 2)
     first, second = torch.cartesian_prod(*[torch.arange(len(SEQUENCES))] * 2).T
     pairs = torch.stack([first, second], 1)
-    batch = one.rows(pairs.flatten())
+    batch = sequences.rows(pairs.flatten())
     prompt = torch.arange(len(pairs)).repeat_interleave(2)
     batch = replace(batch, prompt=prompt, reward=reward[pairs.flatten()])
     logp = batch.student_logp
     support_logp = None if batch.support is None else batch.support.student_logp
-    weight = one.student_logp.sum(1).exp().detach()[pairs].prod(1)
-    each = objective.loss(logp, support_logp, batch).sum(1).view(-1, 2).mean(1)
-    (found,) = torch.autograd.grad((weight * each).sum(), student)
+    weight = sequences.student_logp.sum(1).exp().detach()[pairs].prod(1)
+    pair_losses = objective.loss(logp, support_logp, batch).sum(1).view(-1, 2).mean(1)
+    (gradient,) = torch.autograd.grad((weight * pair_losses).sum(), student)
     live = tables()[0].requires_grad_()
-    chosen = live.log_softmax(-1)[states()].gather(-1, SEQUENCES[..., None])[..., 0]
-    (more,) = torch.autograd.grad((chosen.sum(1).exp() * reward).sum(), live)
-    want = expected_gradient(name, k=2) - 0.6 * SHARES[advantage] * more
-    torch.testing.assert_close(found, want)
+    sampled_logp = live.log_softmax(-1)[states()].gather(-1, SEQUENCES[..., None])[..., 0]
+    (reward_gradient,) = torch.autograd.grad((sampled_logp.sum(1).exp() * reward).sum(), live)
+    want = expected_gradient(name, k=2) - 0.6 * SHARES[advantage] * reward_gradient
+    torch.testing.assert_close(gradient, want)
 
 
 def graded(reward: list[float], prompt: list[int]) -> ScoredRollouts:
@@ -83,63 +83,70 @@ def test_advantages_by_hand() -> None:
         "group_normal": [x / (1 / 3) ** 0.5 for x in (2 / 3, -1 / 3, -2 / 3, -1 / 3, 1 / 3, 1 / 3)],
     }
     for name, values in want.items():
-        made = o.make("sampled_token", 0.3, reward_weight=2.0, reward_baseline=name)
+        objective = o.build_objective("sampled_token", 0.3, reward_weight=2.0, reward_baseline=name)
         expected = -2 * torch.tensor(values, dtype=torch.float64)[:, None] * batch.mask
-        torch.testing.assert_close(made.credit(batch), expected)
-    same = graded([1.0, 1.0], [0, 0])
+        torch.testing.assert_close(objective.credit(batch), expected)
+    equal_rewards = graded([1.0, 1.0], [0, 0])
     assert (
-        o.make("teacher_topk", reward_weight=1.0, reward_baseline="group_normal")
-        .credit(same)
+        o.build_objective("teacher_topk", reward_weight=1.0, reward_baseline="group_normal")
+        .credit(equal_rewards)
         .eq(0)
         .all()
     )
     with pytest.raises(ValueError, match="1 of 2 responses have no reward"):
-        o.make("sampled_token", reward_weight=1.0).credit(graded([1.0, torch.nan], [0, 0]))
+        o.build_objective("sampled_token", reward_weight=1.0).credit(
+            graded([1.0, torch.nan], [0, 0])
+        )
     with pytest.raises(ValueError, match="2 of 2 prompts have a single rollout"):
-        o.make("sampled_token", reward_weight=1.0).credit(graded([1.0, 0.0], [0, 1]))
+        o.build_objective("sampled_token", reward_weight=1.0).credit(graded([1.0, 0.0], [0, 1]))
 
 
 # --- selection ----------------------------------------------------------------------------------
 
 
 def test_the_most_uncertain_tokens_of_the_step_are_kept() -> None:
-    """Loss and denominator over the selected tokens, credit over all of them."""
+    """Loss and denominator cover the selected tokens, the credit covers all of them."""
     student, teacher = tables()
     batch = every_sequence(student, teacher, "teacher", 2)
     hole = torch.rand(batch.mask.shape, generator=seeded(3)) > 0.2
-    batch = batch.supervise(hole).checked()
+    batch = batch.restrict_mask(hole).validate()
     entropies = batch.prefix.student_entropy
     positions = [(i, t) for i in range(len(batch)) for t in range(T) if batch.mask[i, t]]
     for fraction in (0.01, 0.25, 0.7, 1.0):
-        keep = most_uncertain(batch, fraction)
+        keep = highest_entropy_tokens(batch, fraction)
         count = max(1, round(fraction * len(positions)))
-        ranked = sorted(positions, key=lambda at: -float(entropies[at]))
+        ranked = sorted(positions, key=lambda position: -float(entropies[position]))
         want = torch.zeros_like(keep)
-        for at in ranked[:count]:
-            want[at] = True
+        for position in ranked[:count]:
+            want[position] = True
         torch.testing.assert_close(keep, want)
-        objective = o.make("sampled_token", 0.5)
+        objective = o.build_objective("sampled_token", 0.5)
         credit_of = objective.credit(batch)
-        part = batch.supervise(keep).checked()
-        assert torch.equal(part.mask, keep)
-        assert torch.equal(part.teacher_logp, batch.teacher_logp), "still sampled"
-        assert torch.equal(part.sampled, batch.sampled)
-        loss = objective.local_loss(batch.student_logp, None, part, credit_of)
+        selected = batch.restrict_mask(keep).validate()
+        assert torch.equal(selected.mask, keep)
+        assert torch.equal(selected.teacher_logp, batch.teacher_logp), (
+            "unselected tokens keep their values"
+        )
+        assert torch.equal(selected.sampled, batch.sampled)
+        loss = objective.local_loss(batch.student_logp, None, selected, credit_of)
         for name, number in (("token_mean", count), ("sequence_sum", len(batch))):
-            found = o.reduce(loss, part.mask, o.DENOMINATORS[name](part))
-            total = sum(float(credit_of[at] * batch.student_logp[at]) for at in ranked[:count])
-            assert found.item() == pytest.approx(total / number)
-    assert most_uncertain(batch, 1.0).equal(batch.mask)
+            reduced = o.reduce(loss, selected.mask, o.DENOMINATORS[name](selected))
+            total = sum(
+                float(credit_of[position] * batch.student_logp[position])
+                for position in ranked[:count]
+            )
+            assert reduced.item() == pytest.approx(total / number)
+    assert highest_entropy_tokens(batch, 1.0).equal(batch.mask)
     for fraction in (0.0, 1.5, -0.2, math.nan):
         with pytest.raises(ValueError, match=f"fraction is {fraction}"):
-            most_uncertain(batch, fraction)
-    with pytest.raises(ValueError, match="prefix functionals"):
-        most_uncertain(replace(batch, prefix=None), 0.5)
+            highest_entropy_tokens(batch, fraction)
+    with pytest.raises(ValueError, match="next-token statistics"):
+        highest_entropy_tokens(replace(batch, prefix=None), 0.5)
 
 
 @pytest.mark.parametrize("split", [1, 2])
 def test_rounding_does_not_choose_among_equal_entropies(split: int) -> None:
-    """Three of five equal ones stay, the earlier prompts' first, whatever a split rounds off."""
+    """Three of five equal ones are kept, the earlier prompts first, despite rounding noise."""
     entropy = torch.tensor([[1.0, 2.0], [1.0, 0.5], [1.0, 1.0], [1.0, 3.0]])
     zeros = torch.zeros(4, 2)
     batch = ScoredRollouts(
@@ -153,10 +160,10 @@ def test_rounding_does_not_choose_among_equal_entropies(split: int) -> None:
     )
     noise = 1e-6 * torch.randn(4, 2, generator=seeded(split))
     logp = torch.zeros(4, 2, 2).log_softmax(-1)
-    prefix = functionals(*[logp.flatten(0, 1)] * 2, zeros.long().flatten())
+    prefix = compute_distribution_stats(*[logp.flatten(0, 1)] * 2, zeros.long().flatten())
     spread = {name: x.view(4, 2) for name, x in prefix.items()}
     spread["student_entropy"] = entropy + noise
-    keep = most_uncertain(replace(batch, prefix=DistributionStats(**spread)), 5 / 8)
+    keep = highest_entropy_tokens(replace(batch, prefix=DistributionStats(**spread)), 5 / 8)
     # of the five at 1.0: prompt 0 has row 1 position 0 and row 3 position 0, then prompt 1
     want = torch.tensor([[False, True], [True, False], [True, False], [True, True]])
     assert torch.equal(keep, want)
@@ -177,7 +184,7 @@ REFUSED = [
     ("only add noise", ("full_reverse_kl", 0.5), {"baseline": "local_kl"}),
     ("unknown baseline 'mean'", ("sampled_token",), {"baseline": "mean"}),
     ("unknown ratio 'both'", ("sampled_token",), {"ratio": "both"}),
-    ("only adds noise", ("teacher_topk",), {"ratio": "token"}),
+    ("only add noise", ("teacher_topk",), {"ratio": "token"}),
     ("beta = 0.5 would have no effect", ("full_reverse_kl",), {"beta": 0.5}),
     ("beta is 1.5", ("full_jsd",), {"beta": 1.5}),
     ("clip = .* would have no effect", ("sampled_token",), {"clip": (0.2, 0.2, 3.0)}),
@@ -202,21 +209,26 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("words", "positional", "named"), REFUSED)
-def test_refusals_name_the_value(words: str, positional: tuple, named: dict) -> None:
+@pytest.mark.parametrize(("words", "args", "options"), REFUSED)
+def test_refusals_name_the_value(words: str, args: tuple, options: dict) -> None:
     with pytest.raises(ValueError, match=words):
-        o.make(*positional, **named)
+        o.build_objective(*args, **options)
 
 
 def test_what_is_not_refused_is_built_as_asked() -> None:
-    made = o.make("sampled_token_clipped", 0.5, "leave_one_out", "token", clip=(0.1, 0.3, 2.0))
-    assert made.gamma == 0.5
-    assert made.baseline is credit.leave_one_out
-    assert made.ratio is credit.token_ratio
-    assert o.make("full_sampled_future", 0.5, ratio_clip=5.0).later is not credit.sampled_cost
-    assert o.make("teacher_topk", ratio="token", reward_weight=1.0).sampled
+    objective = o.build_objective(
+        "sampled_token_clipped", 0.5, "leave_one_out", "token", clip=(0.1, 0.3, 2.0)
+    )
+    assert objective.gamma == 0.5
+    assert objective.baseline is credit.leave_one_out
+    assert objective.ratio is credit.token_ratio
+    assert (
+        o.build_objective("full_sampled_future", 0.5, ratio_clip=5.0).later_cost
+        is not credit.sampled_cost
+    )
+    assert o.build_objective("teacher_topk", ratio="token", reward_weight=1.0).sampled
     for name in o.OBJECTIVES:
-        o.make(name, reward_weight=0.5, allow_collapse=True)
+        o.build_objective(name, reward_weight=0.5, allow_collapse=True)
     batch = every_sequence(*tables(), "union", 2)
-    with pytest.raises(ValueError, match="needs a 'teacher' support, the batch has 'union'"):
-        o.make("teacher_topk").loss(None, batch.support.student_logp, batch)
+    with pytest.raises(ValueError, match="needs a 'teacher' support, but the batch has 'union'"):
+        o.build_objective("teacher_topk").loss(None, batch.support.student_logp, batch)

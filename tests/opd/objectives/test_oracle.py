@@ -1,4 +1,4 @@
-"""The objectives against the exact gradient of a tree whose every trajectory is enumerated."""
+"""Objectives against the exact gradient of a tree in which every trajectory is enumerated."""
 
 import itertools
 from collections.abc import Callable
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import DistributionStats, ScoredRollouts, Support
-from diagnostics.core.distribution_stats import functionals
+from diagnostics.core.distribution_stats import compute_distribution_stats
 from opd.objectives import credit
 from opd.objectives import factory as o
-from opd.objectives.support import JOINED
+from opd.objectives.support import JOINT_SUPPORTS
 from synthetic.estimators import terms
 from synthetic.worlds.mdp import random_pair, token_chain
 
@@ -22,7 +22,7 @@ NODES = 1 + V + V * V
 
 
 def states() -> Tensor:
-    """(B, T) tree node of each prefix of each of the V**T sequences."""
+    """Return the (B, T) tree node of each prefix of each of the V**T sequences."""
     a, b = SEQUENCES[:, 0], SEQUENCES[:, 1]
     return torch.stack([torch.zeros_like(a), 1 + a, 1 + V + V * a + b], 1)
 
@@ -36,27 +36,27 @@ def tables() -> tuple[Tensor, Tensor]:
 
 
 def sequence_kl(student: Tensor, teacher: Tensor, frozen: bool) -> Tensor:
-    """J by enumeration; with `frozen`, prefixes are weighted by a detached probability."""
+    """Return J by enumeration; with `frozen`, prefixes are weighted by a detached probability."""
     p, q = student.log_softmax(-1)[states()], teacher.log_softmax(-1)[states()]
-    chosen = p.gather(-1, SEQUENCES[..., None])[..., 0]
+    student_logp = p.gather(-1, SEQUENCES[..., None])[..., 0]
     if not frozen:
-        theirs = q.gather(-1, SEQUENCES[..., None])[..., 0]
-        return (chosen.sum(1).exp() * (chosen - theirs).sum(1)).sum()
-    weight = chosen.sum(1).exp().detach()
+        teacher_logp = q.gather(-1, SEQUENCES[..., None])[..., 0]
+        return (student_logp.sum(1).exp() * (student_logp - teacher_logp).sum(1)).sum()
+    weight = student_logp.sum(1).exp().detach()
     return (weight[:, None] * (p.exp() * (p - q)).sum(-1)).sum()
 
 
 def expected_gradient(name: str, gamma: float = 0.0, k: int = V, **choices: object) -> Tensor:
-    """Expected gradient of an objective with respect to the student."""
+    """Return the expected gradient of an objective with respect to the student."""
     return expected_gradients(name, gamma, k, **choices)[0]
 
 
 def expected_gradients(
     name: str, gamma: float, k: int, **choices: object
 ) -> tuple[Tensor, Tensor | None]:
-    """With respect to student and teacher; every tensor given is live, none is detached."""
+    """Return gradients with respect to student and teacher; no input is detached."""
     student, teacher = (table.requires_grad_() for table in tables())
-    objective = o.make(name, gamma, allow_collapse=True, **choices)
+    objective = o.build_objective(name, gamma, allow_collapse=True, **choices)
     batch = every_sequence(student, teacher, objective.support, k)
     logp = batch.student_logp
     support_logp = None if batch.support is None else batch.support.student_logp
@@ -66,13 +66,13 @@ def expected_gradients(
 
 
 def every_sequence(student: Tensor, teacher: Tensor, source: str, k: int) -> ScoredRollouts:
-    """All V**T sequences, each once, with a support and the prefix functionals."""
+    """Return all V**T sequences, each once, with a support and next-token statistics."""
     p, q = student.log_softmax(-1)[states()], teacher.log_softmax(-1)[states()]
     logp = p.gather(-1, SEQUENCES[..., None])[..., 0]
-    theirs, ours, present = q.topk(k, -1).indices, p.topk(k, -1).indices, None
-    ids = {"student": ours, "full": torch.arange(V).expand_as(p)}.get(source, theirs)
-    if source in JOINED:
-        ids, present = JOINED[source](theirs, ours)
+    teacher_ids, student_ids, present = q.topk(k, -1).indices, p.topk(k, -1).indices, None
+    ids = {"student": student_ids, "full": torch.arange(V).expand_as(p)}.get(source, teacher_ids)
+    if source in JOINT_SUPPORTS:
+        ids, present = JOINT_SUPPORTS[source](teacher_ids, student_ids)
     support = Support(
         ids=ids,
         student_logp=p.gather(-1, ids),
@@ -89,7 +89,7 @@ def every_sequence(student: Tensor, teacher: Tensor, source: str, k: int) -> Sco
         student_logp=logp,
         teacher_logp=q.gather(-1, SEQUENCES[..., None])[..., 0],
         support=None if source == "none" else support,
-        prefix=DistributionStats(**functionals(p, q, SEQUENCES)),
+        prefix=DistributionStats(**compute_distribution_stats(p, q, SEQUENCES)),
     )
 
 
@@ -124,18 +124,18 @@ FAMILY = (
 
 
 def scores(student: Tensor) -> tuple[Tensor, Tensor]:
-    """(B,) probability of each sequence and (B, T, NODES, V) score of each of its tokens."""
+    """Return (B,) probability of each sequence and (B, T, NODES, V) score of each of its tokens."""
     p = student.softmax(-1)
-    at = torch.nn.functional.one_hot(states(), NODES)[..., None]
-    away = torch.nn.functional.one_hot(SEQUENCES, V) - p[states()]
-    chosen = p[states()].gather(-1, SEQUENCES[..., None])[..., 0]
-    return chosen.prod(1), at * away[..., None, :]
+    is_node = torch.nn.functional.one_hot(states(), NODES)[..., None]
+    score = torch.nn.functional.one_hot(SEQUENCES, V) - p[states()]
+    sampled_logp = p[states()].gather(-1, SEQUENCES[..., None])[..., 0]
+    return sampled_logp.prod(1), is_node * score[..., None, :]
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 0.7, 1.0])
 @pytest.mark.parametrize("name", FAMILY)
 def test_the_gamma_family_has_the_mean_of_its_definition(name: str, gamma: float) -> None:
-    """sum_t score_t sum_{u >= t} gamma^(u-t) r_u over all sequences, written out."""
+    """Compare with sum_t score_t sum_{u >= t} gamma^(u-t) r_u over all sequences."""
     student, teacher = tables()
     weight, score = scores(student)
     ratio = (student.log_softmax(-1) - teacher.log_softmax(-1))[states()]
@@ -149,27 +149,27 @@ def test_the_gamma_family_has_the_mean_of_its_definition(name: str, gamma: float
 
 
 def test_the_exact_engine_finds_ratios_of_one_in_the_first_step() -> None:
-    """Weighted and clipped are the plain estimator there: same vectors, so the same moments."""
+    """In the first step weighted and clipped equal the plain estimator and have its moments."""
     mdp = token_chain(3, 4)
     student, teacher = random_pair(mdp, seeded(4), distance=1.0, heterogeneity=0.5)
     grid = torch.tensor([0.0, 0.5], dtype=torch.float64)
     plain = terms(mdp, student, teacher, o.sampled_token(1.0), grid)
-    for other in (o.sampled_token_weighted(1.0), o.sampled_token_clipped(1.0)):
-        found = terms(mdp, student, teacher, other, grid)
+    for objective in (o.sampled_token_weighted(1.0), o.sampled_token_clipped(1.0)):
+        objective_terms = terms(mdp, student, teacher, objective, grid)
         for name in ("own", "later", "step", "score"):
-            torch.testing.assert_close(getattr(found, name), getattr(plain, name))
+            torch.testing.assert_close(getattr(objective_terms, name), getattr(plain, name))
 
 
 def frozen(divergence: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Gradient of a divergence (p, q) -> () summed over visited prefixes that are frozen."""
+    """Return the gradient of a divergence (p, q) -> () summed over frozen visited prefixes."""
     student, teacher = tables()
     visits = torch.zeros(NODES, dtype=torch.float64)
     for node in range(NODES):
         visits[node] = (scores(student)[0][:, None] * (states() == node)).sum()
     student.requires_grad_()
     p, q = student.softmax(-1), teacher.softmax(-1)
-    each = torch.stack([divergence(p[i], q[i]) for i in range(NODES)])
-    return torch.autograd.grad((visits * each).sum(), student)[0]
+    local_divergence = torch.stack([divergence(p[i], q[i]) for i in range(NODES)])
+    return torch.autograd.grad((visits * local_divergence).sum(), student)[0]
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:
@@ -197,7 +197,7 @@ def test_the_sampled_tail_is_unbiased_on_every_support(source: str) -> None:
 
 
 def test_a_weighted_token_has_the_mean_of_the_student_that_moved() -> None:
-    """Rollouts of an old student; the new one is differentiated."""
+    """The rollouts are those of an old student; the new student is differentiated."""
     old, teacher = tables()
     new = old + 0.5 * torch.randn(NODES, V, generator=seeded(1), dtype=torch.float64)
     batch = every_sequence(old, teacher, "none", V)
@@ -206,30 +206,30 @@ def test_a_weighted_token_has_the_mean_of_the_student_that_moved() -> None:
     objective = o.sampled_token_weighted()
     weight = scores(old)[0]
     total = (weight * objective.loss(logp, None, batch).sum(1)).sum()
-    (found,) = torch.autograd.grad(total, live, retain_graph=True)
-    other = new.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(total, live, retain_graph=True)
+    reference_leaf = new.clone().requires_grad_()
     cost = old.log_softmax(-1) - teacher.log_softmax(-1)
-    mean = (other.softmax(-1) * cost).sum(-1)[states()]
-    (want,) = torch.autograd.grad((weight[:, None] * mean).sum(), other)
-    torch.testing.assert_close(found, want)
+    mean = (reference_leaf.softmax(-1) * cost).sum(-1)[states()]
+    (want,) = torch.autograd.grad((weight[:, None] * mean).sum(), reference_leaf)
+    torch.testing.assert_close(gradient, want)
     plain = (weight * o.sampled_token().loss(logp, None, batch).sum(1)).sum()
     assert (torch.autograd.grad(plain, live)[0] - want).norm() > 0.01
 
 
 def test_a_clipped_token_counts_where_it_has_not_moved_far_enough() -> None:
-    """Rollouts of an old student: the weighted loss, but for the tokens that the clip holds."""
+    """With rollouts of an old student, the weighted loss except for the clipped tokens."""
     old, teacher = tables()
     new = old + 0.5 * torch.randn(NODES, V, generator=seeded(1), dtype=torch.float64)
     batch = every_sequence(old, teacher, "none", V)
     logp = new.log_softmax(-1)[states()].gather(-1, SEQUENCES[..., None])[..., 0].requires_grad_()
     clip = (0.1, 0.4, 1.5)
-    whole = o.make("sampled_token_clipped", 0.5, clip=clip)
-    (found,) = torch.autograd.grad(whole.loss(logp, None, batch).sum(), logp)
-    free = o.make("sampled_token_weighted", 0.5).loss(logp, None, batch)
+    objective = o.build_objective("sampled_token_clipped", 0.5, clip=clip)
+    (gradient,) = torch.autograd.grad(objective.loss(logp, None, batch).sum(), logp)
+    free = o.build_objective("sampled_token_weighted", 0.5).loss(logp, None, batch)
     (slope,) = torch.autograd.grad(free.sum(), logp)
-    rho, advantage = (logp - batch.student_logp).exp(), -whole.credit(batch)
-    held = torch.where(advantage > 0, rho > 1.4, (rho < 0.9) | (rho > 1.5))
-    torch.testing.assert_close(found, torch.where(held, 0, slope))
+    rho, advantage = (logp - batch.student_logp).exp(), -objective.credit(batch)
+    is_clipped = torch.where(advantage > 0, rho > 1.4, (rho < 0.9) | (rho > 1.5))
+    torch.testing.assert_close(gradient, torch.where(is_clipped, 0, slope))
     for case in ((rho > 1.4) & (advantage > 0), (rho < 0.9) & (advantage < 0), rho > 1.5):
         assert case.any()
 
@@ -239,7 +239,7 @@ def test_credit_is_a_constant() -> None:
     batch = every_sequence(student, teacher, "none", V)
     assert batch.student_logp.requires_grad
     for name in FAMILY:
-        assert not o.make(name, 0.5).credit(batch).requires_grad
+        assert not o.build_objective(name, 0.5).credit(batch).requires_grad
 
 
 def test_clipped_costs_have_the_mean_of_the_clipped_ratio() -> None:
@@ -248,11 +248,11 @@ def test_clipped_costs_have_the_mean_of_the_clipped_ratio() -> None:
     limit = float(ratio.abs().median())
     weight, score = scores(student)
     r = ratio[states()].gather(-1, SEQUENCES[..., None])[..., 0]
-    for name, held in (("sampled_token", r.clamp(-limit, limit)), ("mean_future", None)):
+    for name, clipped_ratio in (("sampled_token", r.clamp(-limit, limit)), ("mean_future", None)):
         want = torch.zeros(NODES, V, dtype=torch.float64)
         mean = (student.softmax(-1) * ratio).sum(-1)[states()]
         for t, u in itertools.combinations_with_replacement(range(T), 2):
-            cost = r.clamp(-limit, limit) if held is not None or t == u else mean
+            cost = r.clamp(-limit, limit) if clipped_ratio is not None or t == u else mean
             want += 0.7 ** (u - t) * torch.einsum("b,bsv->sv", weight * cost[:, u], score[:, t])
         torch.testing.assert_close(expected_gradient(name, 0.7, ratio_clip=limit), want)
         assert (expected_gradient(name, 0.7) - want).norm() > 0.01
@@ -301,18 +301,18 @@ def test_baselines_average_the_responses_they_say() -> None:
         student_logp=zeros,
         teacher_logp=zeros,
     )
-    given = torch.tensor([[1.0, 2.0], [10.0, 20.0], [4.0, 0.0], [7.0, 5.0], [30.0, 50.0]])
-    others = torch.tensor([[5.5, 2.5], [30.0, 50.0], [4.0, 3.5], [2.5, 1.0], [10.0, 20.0]])
-    torch.testing.assert_close(credit.leave_one_out(batch, given), others)
+    credit_values = torch.tensor([[1.0, 2.0], [10.0, 20.0], [4.0, 0.0], [7.0, 5.0], [30.0, 50.0]])
+    other_means = torch.tensor([[5.5, 2.5], [30.0, 50.0], [4.0, 3.5], [2.5, 1.0], [10.0, 20.0]])
+    torch.testing.assert_close(credit.leave_one_out(batch, credit_values), other_means)
     # of prompt 7 the two responses of prompt 3, and the other way round those that are alive
     means = {7: [20.0, 35.0], 3: [4.0, 3.5]}
     alive = torch.tensor([means[number] for number in batch.prompt.tolist()])
-    torch.testing.assert_close(credit.position_mean(batch, given), alive)
-    wide = torch.stack([given, -given], -1)
+    torch.testing.assert_close(credit.position_mean(batch, credit_values), alive)
+    wide = torch.stack([credit_values, -credit_values], -1)
     torch.testing.assert_close(credit.position_mean(batch, wide)[..., 1], -alive)
-    torch.testing.assert_close(credit.leave_one_out(batch, wide)[..., 1], -others)
-    with pytest.raises(ValueError, match="position_mean is the mean over other prompts"):
-        credit.position_mean(replace(batch, prompt=torch.zeros(5).long()), given)
+    torch.testing.assert_close(credit.leave_one_out(batch, wide)[..., 1], -other_means)
+    with pytest.raises(ValueError, match="position_mean averages over other prompts"):
+        credit.position_mean(replace(batch, prompt=torch.zeros(5).long()), credit_values)
 
 
 @pytest.mark.parametrize("name", sorted(o.DENOMINATORS))
@@ -330,17 +330,17 @@ def test_micro_batches_do_not_change_the_loss(name: str) -> None:
     )
     loss = torch.arange(9.0).reshape(3, 3)
     denominator = o.DENOMINATORS[name](batch)
-    whole = o.reduce(loss, mask, denominator)
+    full_loss = o.reduce(loss, mask, denominator)
     parts = sum(
         o.reduce(loss[i : i + 1], mask[i : i + 1], denominator[i : i + 1]) for i in range(3)
     )
-    torch.testing.assert_close(whole, torch.as_tensor(parts))
+    torch.testing.assert_close(full_loss, torch.as_tensor(parts))
     by_hand = {
         "token_mean": 25 / 6,
         "sequence_sum": 25 / 3,
         "sequence_mean": (0.5 + 3 + 7) / 3,
         "group_mean": ((1 + 6 + 7 + 8) / 5 + 3) / 2,
     }
-    assert whole.item() == pytest.approx(by_hand[name])
+    assert full_loss.item() == pytest.approx(by_hand[name])
     with pytest.raises(ValueError, match="0 supervised"):
         o.DENOMINATORS[name](ScoredRollouts(**{**vars(batch), "mask": torch.zeros_like(mask)}))

@@ -1,4 +1,4 @@
-"""Losses of a token against dense formulas, published ones and a published function."""
+"""Token losses against dense formulas, published formulas and a published implementation."""
 
 import math
 from dataclasses import replace
@@ -21,68 +21,70 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def logits() -> tuple[Tensor, Tensor]:
-    """(N, V) of student and teacher."""
+    """Return (N, V) logits of student and teacher."""
     return tuple(1.5 * torch.randn(2, N, V, generator=seeded(0), dtype=torch.float64))
 
 
 def sampled() -> Tensor:
-    """(N,) tokens drawn from the student."""
+    """Return (N,) tokens sampled from the student."""
     return torch.multinomial(logits()[0].softmax(-1), 1, generator=seeded(3))[:, 0]
 
 
 # --- supports of variable size ------------------------------------------------------------------
 
 
-def chosen(source: str, k: int) -> tuple[Tensor, Tensor | None]:
-    """ids and present of a named support."""
+def select_support(source: str, k: int) -> tuple[Tensor, Tensor | None]:
+    """Return ids and present of a named support."""
     student, teacher = logits()
-    theirs, ours = teacher.topk(k, -1).indices, student.topk(k, -1).indices
-    if source in support.JOINED:
-        return support.JOINED[source](theirs, ours)
-    return (theirs if source == "teacher" else ours), None
+    teacher_ids, student_ids = teacher.topk(k, -1).indices, student.topk(k, -1).indices
+    if source in support.JOINT_SUPPORTS:
+        return support.JOINT_SUPPORTS[source](teacher_ids, student_ids)
+    return (teacher_ids if source == "teacher" else student_ids), None
 
 
 def dense(form: str, z: Tensor, q: Tensor, inside: Tensor, y: Tensor) -> Tensor:
-    """(N,) each form's loss written with whole distributions and a set (N, V) of ids."""
+    """Return the (N,) loss of a form, from whole distributions and a set (N, V) of ids."""
     p, hit = z.softmax(-1), inside.gather(-1, y[:, None])[:, 0]
     if form == "_and_sampled":
         inside = inside | torch.nn.functional.one_hot(y, V).bool()
     s = inside.double()
     if form in ("", "_and_sampled"):
-        ours, theirs = ((x * s) / (x * s).sum(-1, keepdim=True) for x in (p, q))
+        student_probs, teacher_mass = ((x * s) / (x * s).sum(-1, keepdim=True) for x in (p, q))
         ratio = torch.where(
             inside, (p / q).log() - ((p * s).sum(-1) / (q * s).sum(-1)).log()[:, None], 0
         )
-        return (ours * ratio).sum(-1)
+        return (student_probs * ratio).sum(-1)
     ratio = p.log() - q.log()
-    mass, theirs = (p * s).sum(-1), (q * s).sum(-1)
+    mass, teacher_mass = (p * s).sum(-1), (q * s).sum(-1)
     logp, r = (x.gather(-1, y[:, None])[:, 0] for x in (p.log(), ratio))
     tail = torch.where(hit, 0.0, r.detach() * logp)
     head, stopped = (p * s * ratio).sum(-1), (p * s * ratio.detach()).sum(-1)
     return {
         "_unnormalised": head,
         "_stopped": stopped,
-        "_bucket": head + (1 - mass) * ((1 - mass) / (1 - theirs)).log(),
+        "_bucket": head + (1 - mass) * ((1 - mass) / (1 - teacher_mass)).log(),
         "_sampled_tail": stopped + tail,
         "_published_tail": head + tail,
     }[form]
 
 
 def visited(live: Tensor, ids: Tensor, present: Tensor | None, raw: bool = False) -> VisitedTokens:
-    """All tokens on a support; live (N, V) logits, which are given as they are if `raw`."""
+    """Return all tokens on a support; live (N, V) logits are passed on unnormalised if `raw`."""
     target, y = logits()[1].requires_grad_(), sampled()
     p, q = live if raw else live.log_softmax(-1), target.log_softmax(-1)
-    ours, theirs = p.gather(-1, ids), q.gather(-1, ids)
-    here = torch.ones_like(ids, dtype=torch.bool) if present is None else present
+    student_logp, teacher_logp = p.gather(-1, ids), q.gather(-1, ids)
+    counted_ids = torch.ones_like(ids, dtype=torch.bool) if present is None else present
     return VisitedTokens(
         logp=p.gather(-1, y[:, None])[:, 0],
         credit=torch.zeros(N, dtype=torch.float64),
         teacher_logp=q.gather(-1, y[:, None])[:, 0],
-        # whatever stands at absent ids must not matter
-        support_logp=torch.where(here, ours, 7 * ours.detach()),
-        teacher_support_logp=torch.where(here, theirs, torch.full_like(theirs, torch.nan)),
+        # values at absent ids must not matter
+        support_logp=torch.where(counted_ids, student_logp, 7 * student_logp.detach()),
+        teacher_support_logp=torch.where(
+            counted_ids, teacher_logp, torch.full_like(teacher_logp, torch.nan)
+        ),
         present=present,
-        inside=((ids == y[:, None]) & here).any(-1),
+        inside=((ids == y[:, None]) & counted_ids).any(-1),
     )
 
 
@@ -92,7 +94,7 @@ def test_every_form_on_every_support_is_the_dense_one(source: str, form: str) ->
     weight = 1 + torch.rand(N, generator=seeded(4), dtype=torch.float64)
     objective, empty = o.OBJECTIVES[f"{source}_topk{form}"](), 0
     for k in (1, 4):
-        ids, present = chosen(source, k)
+        ids, present = select_support(source, k)
         inside = torch.zeros(N, V, dtype=torch.long)
         inside = inside.scatter_add(
             -1, ids, torch.ones_like(ids) if present is None else present.long()
@@ -100,20 +102,20 @@ def test_every_form_on_every_support_is_the_dense_one(source: str, form: str) ->
         assert inside.max() == 1
         live = logits()[0].requires_grad_()
         loss = objective.surrogate(visited(live, ids, present))
-        (found,) = torch.autograd.grad((loss * weight).sum(), live)
-        other = logits()[0].requires_grad_()
+        (surrogate_gradient,) = torch.autograd.grad((loss * weight).sum(), live)
+        dense_leaf = logits()[0].requires_grad_()
         # the dense formula divides by nothing where no id is present
-        some = inside.any(-1) if form == "" else torch.ones(N, dtype=torch.bool)
+        is_defined = inside.any(-1) if form == "" else torch.ones(N, dtype=torch.bool)
         parts = (logits()[1].softmax(-1), inside.bool(), sampled())
-        want = dense(form, other[some], *(x[some] for x in parts))
-        (gradient,) = torch.autograd.grad((want * weight[some]).sum(), other)
-        torch.testing.assert_close(found, gradient, atol=1e-12, rtol=0)
+        want = dense(form, dense_leaf[is_defined], *(x[is_defined] for x in parts))
+        (gradient,) = torch.autograd.grad((want * weight[is_defined]).sum(), dense_leaf)
+        torch.testing.assert_close(surrogate_gradient, gradient, atol=1e-12, rtol=0)
         # a sampled tail is the score function of a constant: only its gradient is defined
         if not form.endswith("tail"):
-            torch.testing.assert_close(loss[some], want, atol=1e-12, rtol=0)
-        assert loss[~some].eq(0).all()
+            torch.testing.assert_close(loss[is_defined], want, atol=1e-12, rtol=0)
+        assert loss[~is_defined].eq(0).all()
         empty += int((~inside.any(-1)).sum())
-    assert empty or source != "intersection", "no empty support among the cases"
+    assert empty or source != "intersection", "the cases contain no empty support"
 
 
 @pytest.mark.parametrize("limit", [0.3, 1.0, 50.0])
@@ -121,30 +123,33 @@ def test_every_form_on_every_support_is_the_dense_one(source: str, form: str) ->
     "name", ["teacher_topk", "student_topk_and_sampled", "teacher_topk_unnormalised", "full"]
 )
 def test_clipped_log_ratios_by_a_loop_over_ids(name: str, limit: float) -> None:
-    """Beyond the limit an id weighs p * limit and its log passes no gradient on."""
+    """Beyond the limit an id contributes p * limit and its log passes no gradient."""
     student, teacher = logits()
     y, live = sampled(), student.clone().requires_grad_()
     p, q = live.log_softmax(-1), teacher.log_softmax(-1)
     source = name.split("_")[0]
-    ids = torch.arange(V).expand(N, V) if source == "full" else chosen(source, 4)[0]
+    ids = torch.arange(V).expand(N, V) if source == "full" else select_support(source, 4)[0]
     total = torch.zeros((), dtype=torch.float64)
     for n in range(N):
-        some = sorted({*ids[n].tolist(), *([int(y[n])] if "sampled" in name else [])})
-        ours, theirs = p[n, some], q[n, some]
+        support_ids = sorted({*ids[n].tolist(), *([int(y[n])] if "sampled" in name else [])})
+        student_logp, teacher_logp = p[n, support_ids], q[n, support_ids]
         if "unnormalised" not in name:
-            ours, theirs = ours - ours.logsumexp(0), theirs - theirs.logsumexp(0)
-        for a, b in zip(ours, theirs, strict=True):
+            student_logp, teacher_logp = (
+                student_logp - student_logp.logsumexp(0),
+                teacher_logp - teacher_logp.logsumexp(0),
+            )
+        for a, b in zip(student_logp, teacher_logp, strict=True):
             r = a - b
             far = abs(float(r.detach())) > limit
             total = total + a.exp() * (math.copysign(limit, float(r.detach())) if far else r)
     (want,) = torch.autograd.grad(total, live)
-    made = o.make(
+    objective = o.build_objective(
         "full_reverse_kl" if source == "full" else name,
         ratio_clip=limit,
         allow_collapse="unnormalised" in name,
     )
     p = live.log_softmax(-1)
-    at = VisitedTokens(
+    inputs = VisitedTokens(
         logp=p.gather(-1, y[:, None])[:, 0],
         credit=torch.zeros(N, dtype=torch.float64),
         teacher_logp=q.gather(-1, y[:, None])[:, 0],
@@ -152,14 +157,14 @@ def test_clipped_log_ratios_by_a_loop_over_ids(name: str, limit: float) -> None:
         teacher_support_logp=q.gather(-1, ids),
         inside=(ids == y[:, None]).any(-1),
     )
-    loss = made.surrogate(at).sum()
+    loss = objective.surrogate(inputs).sum()
     torch.testing.assert_close(loss, total)
     torch.testing.assert_close(torch.autograd.grad(loss, live)[0], want)
 
 
 @pytest.mark.parametrize("form", [f for f in o.FORMS if "sampled" not in f and "tail" not in f])
 def test_no_id_at_all_gives_no_loss_and_no_gradient(form: str) -> None:
-    ids, _ = chosen("teacher", 3)
+    ids, _ = select_support("teacher", 3)
     live = logits()[0].requires_grad_()
     loss = o.FORMS[form].surrogate(visited(live, ids, torch.zeros_like(ids, dtype=torch.bool)))
     assert loss.eq(0).all()
@@ -167,51 +172,53 @@ def test_no_id_at_all_gives_no_loss_and_no_gradient(form: str) -> None:
 
 
 def test_objectives_say_what_they_read() -> None:
-    """Raw logits where `normalised` is False, nothing of the sampled token where `sampled` is."""
+    """Pass raw logits where `normalised` is False and no `logp` where `sampled` is False."""
     for name, constructor in o.OBJECTIVES.items():
         objective = constructor()
         if "_topk" not in name and not name.startswith("full"):
             assert objective.sampled
             assert objective.normalised
             continue
-        ids, present = chosen(objective.support, 4) if "_topk" in name else (None, None)
+        ids, present = select_support(objective.support, 4) if "_topk" in name else (None, None)
         ids = torch.arange(V).expand(N, V) if ids is None else ids
         results = []
         for raw in (False, True):
             live = logits()[0].requires_grad_()
-            at = visited(live, ids, present, raw)
-            loss = objective.surrogate(at)
+            inputs = visited(live, ids, present, raw)
+            loss = objective.surrogate(inputs)
             results.append((loss, torch.autograd.grad(loss.sum(), live)[0]))
-        same = all(torch.allclose(*x, atol=1e-12) for x in zip(*results, strict=True))
-        assert same != objective.normalised, name
-        blind = replace(at, logp=None)
+        is_invariant = all(torch.allclose(*x, atol=1e-12) for x in zip(*results, strict=True))
+        assert is_invariant != objective.normalised, name
+        blind = replace(inputs, logp=None)
         if objective.sampled:
             with pytest.raises(ValueError, match="sampled token's log-probability"):
                 objective.surrogate(blind)
         else:
-            torch.testing.assert_close(objective.surrogate(blind), objective.surrogate(at))
-    assert not o.make("teacher_topk").normalised
-    assert not o.make("teacher_topk").sampled
-    mixed = o.make("teacher_topk", reward_weight=0.5)
+            torch.testing.assert_close(objective.surrogate(blind), objective.surrogate(inputs))
+    assert not o.build_objective("teacher_topk").normalised
+    assert not o.build_objective("teacher_topk").sampled
+    mixed = o.build_objective("teacher_topk", reward_weight=0.5)
     assert mixed.sampled
     assert mixed.normalised
-    assert o.make("full_reverse_kl", 0.5).sampled
-    assert not o.make("full_reverse_kl").sampled
+    assert o.build_objective("full_reverse_kl", 0.5).sampled
+    assert not o.build_objective("full_reverse_kl").sampled
 
 
 # --- published formulas -------------------------------------------------------------------------
 
 
 def published(variant: int, z: Tensor, target: Tensor, y: int, k: int) -> Tensor:
-    """One token's V1 to V5 of the paper's appendix G.3.1, from logits (V,), in plain loops."""
+    """Return V1 to V5 of the paper's appendix G.3.1 for one token's logits (V,), in plain loops."""
     p, q = z.softmax(-1), target.softmax(-1)
     source = (p if variant in (2, 4) else q).tolist()
     ids = sorted(range(V), key=lambda v: -source[v])[:k]
     if variant <= 3:
         if variant > 1 and y not in ids:
             ids.append(y)
-        ours, theirs = sum(p[v] for v in ids), sum(q[v] for v in ids)
-        return sum(p[v] / ours * ((p[v] / ours) / (q[v] / theirs)).log() for v in ids)
+        student_mass, teacher_mass = sum(p[v] for v in ids), sum(q[v] for v in ids)
+        return sum(
+            p[v] / student_mass * ((p[v] / student_mass) / (q[v] / teacher_mass)).log() for v in ids
+        )
     head = sum(p[v] * (p[v] / q[v]).log() for v in ids)
     rho = p[y] / p[y].detach()
     return head + (0.0 if y in ids else rho * (p[y] / q[y]).log().detach())
@@ -229,36 +236,36 @@ def published(variant: int, z: Tensor, target: Tensor, y: int, k: int) -> Tensor
 )
 @pytest.mark.parametrize("k", [1, 3])
 def test_the_papers_five_variants(variant: int, name: str, k: int) -> None:
-    objective = o.make(name, allow_collapse=True)
+    objective = o.build_objective(name, allow_collapse=True)
     live = logits()[0].requires_grad_()
-    loss = objective.surrogate(visited(live, *chosen(objective.support, k)))
-    other, target = logits()
-    other.requires_grad_()
-    pairs = zip(other, target, sampled().tolist(), strict=True)
+    loss = objective.surrogate(visited(live, *select_support(objective.support, k)))
+    reference_leaf, target = logits()
+    reference_leaf.requires_grad_()
+    pairs = zip(reference_leaf, target, sampled().tolist(), strict=True)
     want = torch.stack([published(variant, z, q, y, k) for z, q, y in pairs])
     if variant <= 3:
         torch.testing.assert_close(loss, want, atol=1e-13, rtol=0)
-    found, gradient = (
+    surrogate_gradient, gradient = (
         torch.autograd.grad(x.sum(), z)[0] if x.requires_grad else torch.zeros_like(z)
-        for x, z in ((loss, live), (want, other))
+        for x, z in ((loss, live), (want, reference_leaf))
     )
-    torch.testing.assert_close(found, gradient, atol=1e-13, rtol=0)
+    torch.testing.assert_close(surrogate_gradient, gradient, atol=1e-13, rtol=0)
 
 
 def test_the_published_tail_rests_where_its_docstring_says() -> None:
     """p(S) = q(S)/(q(S) + e - e q(S)), p proportional to q inside and outside."""
     q = logits()[1].softmax(-1)
-    ids, _ = chosen("teacher", 3)
+    ids, _ = select_support("teacher", 3)
     inside = torch.zeros(N, V, dtype=torch.float64).scatter(-1, ids, 1.0)
     mass = (q * inside).sum(-1, keepdim=True)
-    rest = mass / (mass + math.e - math.e * mass)
-    p = torch.where(inside > 0, q * rest / mass, q * (1 - rest) / (1 - mass))
+    fixed_point = mass / (mass + math.e - math.e * mass)
+    p = torch.where(inside > 0, q * fixed_point / mass, q * (1 - fixed_point) / (1 - mass))
     for table, still in ((p, True), (q, False)):
         total = torch.zeros(N, V, dtype=torch.float64)
         for y in range(V):  # the mean over the sampled token
             live = table.log().requires_grad_()
             logp = live.log_softmax(-1)
-            at = VisitedTokens(
+            inputs = VisitedTokens(
                 logp=logp[:, y],
                 credit=torch.zeros(N, dtype=torch.float64),
                 teacher_logp=q.log()[:, y],
@@ -266,27 +273,29 @@ def test_the_published_tail_rests_where_its_docstring_says() -> None:
                 teacher_support_logp=q.log().gather(-1, ids),
                 inside=(ids == y).any(-1),
             )
-            loss = o.FORMS["_published_tail"].surrogate(at)
+            loss = o.FORMS["_published_tail"].surrogate(inputs)
             total += torch.autograd.grad((table[:, y] * loss).sum(), live)[0]
         assert (total.abs().max() < 1e-14) == still
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 1.0])
 def test_jensen_shannon_is_that_of_the_definition(beta: float) -> None:
-    live, other = (logits()[0].requires_grad_() for _ in range(2))
+    live, reference_leaf = (logits()[0].requires_grad_() for _ in range(2))
     target = logits()[1].requires_grad_()
-    found = jensen_shannon(live.log_softmax(-1), target.log_softmax(-1), beta)
-    p, q = other.softmax(-1), logits()[1].softmax(-1)
+    divergence = jensen_shannon(live.log_softmax(-1), target.log_softmax(-1), beta)
+    p, q = reference_leaf.softmax(-1), logits()[1].softmax(-1)
     m = beta * q + (1 - beta) * p
     want = beta * (q * (q / m).log()).sum(-1) + (1 - beta) * (p * (p / m).log()).sum(-1)
     if beta in (0.0, 1.0):
         over, under = (q, p) if beta == 0 else (p, q)
         want = (over * (over / under).log()).sum(-1)
-    torch.testing.assert_close(found, want)
-    gradients = [torch.autograd.grad(x.sum(), z)[0] for x, z in ((found, live), (want, other))]
+    torch.testing.assert_close(divergence, want)
+    gradients = [
+        torch.autograd.grad(x.sum(), z)[0] for x, z in ((divergence, live), (want, reference_leaf))
+    ]
     torch.testing.assert_close(*gradients)
-    again = jensen_shannon(live.log_softmax(-1), target.log_softmax(-1), beta)
-    assert torch.autograd.grad(again.sum(), target, allow_unused=True) == (None,)
+    second_divergence = jensen_shannon(live.log_softmax(-1), target.log_softmax(-1), beta)
+    assert torch.autograd.grad(second_divergence.sum(), target, allow_unused=True) == (None,)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 1.0])
@@ -296,7 +305,7 @@ def test_the_divergence_equals_trls_loss_and_reduction(beta: float) -> None:
     z, q = (x.view(5, 8, V) for x in logits())
     mask = torch.rand(5, 8, generator=seeded(5)) > 0.4
     labels = torch.where(mask, 1, -100)
-    live, other = (z.clone().requires_grad_() for _ in range(2))
+    live, trl_logits = (z.clone().requires_grad_() for _ in range(2))
     zeros = torch.zeros(5, 8, dtype=torch.float64)
     ids = torch.arange(V).expand(5, 8, V)
     batch = ScoredRollouts(
@@ -315,10 +324,10 @@ def test_the_divergence_equals_trls_loss_and_reduction(beta: float) -> None:
         ),
     )
     loss = o.full_jsd(beta).loss(None, live.log_softmax(-1), batch)
-    found = o.reduce(loss, mask, o.token_mean(batch))
-    want = gkd.GKDTrainer.generalized_jsd_loss(other, q, labels, beta=beta)
-    torch.testing.assert_close(found, want)
-    gradients = [torch.autograd.grad(x, t)[0] for x, t in ((found, live), (want, other))]
+    reduced = o.reduce(loss, mask, o.token_mean(batch))
+    want = gkd.GKDTrainer.generalized_jsd_loss(trl_logits, q, labels, beta=beta)
+    torch.testing.assert_close(reduced, want)
+    gradients = [torch.autograd.grad(x, t)[0] for x, t in ((reduced, live), (want, trl_logits))]
     torch.testing.assert_close(*gradients)
 
 
@@ -347,44 +356,44 @@ def at_ratio(advantage: float, rho: float) -> tuple[VisitedTokens, Tensor, Tenso
     logp = torch.tensor(math.log(rho) - 2.0, dtype=torch.float64, requires_grad=True)
     old = torch.tensor(-2.0, dtype=torch.float64, requires_grad=True)
     credit = torch.tensor(-advantage, dtype=torch.float64, requires_grad=True)
-    at = VisitedTokens(
+    inputs = VisitedTokens(
         logp=logp, old_logp=old, credit=credit, teacher_logp=torch.zeros_like(credit)
     )
-    return at, logp, torch.stack([old, credit])
+    return inputs, logp, torch.stack([old, credit])
 
 
 @pytest.mark.parametrize(("advantage", "rho", "loss", "slope"), RATIO_TABLE)
 def test_the_clipped_loss_by_hand(advantage: float, rho: float, loss: float, slope: float) -> None:
-    at, logp, _ = at_ratio(advantage, rho)
-    found = clipped_score(at)
-    assert found.item() == pytest.approx(loss, abs=1e-12)
-    grads = torch.autograd.grad(found, (logp, at.old_logp, at.credit), allow_unused=True)
+    inputs, logp, _ = at_ratio(advantage, rho)
+    clipped = clipped_score(inputs)
+    assert clipped.item() == pytest.approx(loss, abs=1e-12)
+    grads = torch.autograd.grad(clipped, (logp, inputs.old_logp, inputs.credit), allow_unused=True)
     assert grads[0].item() == pytest.approx(slope, abs=1e-12)
     assert grads[1:] == (None, None), "the old student and the credit are constants"
-    free = weighted_score(at)
+    free = weighted_score(inputs)
     assert free.item() == pytest.approx(-advantage * rho)
-    grads = torch.autograd.grad(free, (logp, at.old_logp, at.credit), allow_unused=True)
+    grads = torch.autograd.grad(free, (logp, inputs.old_logp, inputs.credit), allow_unused=True)
     assert grads[0].item() == pytest.approx(-advantage * rho)
     assert grads[1:] == (None, None)
     if rho == 1:
-        assert torch.autograd.grad(plain_score(at), logp)[0].item() == slope
+        assert torch.autograd.grad(plain_score(inputs), logp)[0].item() == slope
 
 
 def test_other_clips_move_the_corners_they_name() -> None:
     def loss(advantage: float, rho: float) -> float:
         return clipped_score(at_ratio(advantage, rho)[0], low=0.1, high=0.4, dual=2.0).item()
 
-    found = [loss(1.0, 1.3), loss(1.0, 1.5), loss(-1.0, 0.85), loss(-1.0, 1.9), loss(-1.0, 2.2)]
-    assert found == pytest.approx([-1.3, -1.4, 0.9, 1.9, 2.0])
+    losses = [loss(1.0, 1.3), loss(1.0, 1.5), loss(-1.0, 0.85), loss(-1.0, 1.9), loss(-1.0, 2.2)]
+    assert losses == pytest.approx([-1.3, -1.4, 0.9, 1.9, 2.0])
 
 
 def test_a_far_ratio_is_finite_and_passes_no_nan_on() -> None:
     for advantage in (1.0, -1.0):
-        at, logp, _ = at_ratio(advantage, 1.0)
-        at = replace(at, logp=logp + 1000)
+        inputs, logp, _ = at_ratio(advantage, 1.0)
+        inputs = replace(inputs, logp=logp + 1000)
         for score in (clipped_score, weighted_score):
-            loss = score(at)
+            loss = score(inputs)
             assert loss.isfinite()
             assert torch.autograd.grad(loss, logp)[0] == 0
     with pytest.raises(ValueError, match="needs old_logp"):
-        clipped_score(replace(at, old_logp=None))
+        clipped_score(replace(inputs, old_logp=None))

@@ -12,7 +12,7 @@ import pytest
 
 from diagnostics.batch import ScoredRollouts
 from diagnostics.records import rows
-from diagnostics.records.batch_files import load
+from diagnostics.records.batch_files import load_batch
 from opd.report import build
 from tests.opd.report.test_report import HOSTILE, run, server
 
@@ -27,33 +27,37 @@ def browser() -> Iterator[Any]:
     if chromium is None:
         pytest.skip("no chromium on this machine")
     with playwright.sync_playwright() as machine:
-        opened = machine.chromium.launch(
+        chromium_browser = machine.chromium.launch(
             executable_path=chromium, args=["--no-sandbox", "--disable-gpu"]
         )
-        yield opened
-        opened.close()
+        yield chromium_browser
+        chromium_browser.close()
 
 
-def opened(browser: Any, address: str, **how: Any) -> tuple[Any, list[str]]:
-    """A page, and what it complained of or asked the network for."""
-    page, wrong = browser.new_context(**how).new_page(), []
-    page.on("console", lambda m: wrong.append(m.text) if m.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    own = "file:" if address.startswith("file:") else address
-    page.on("request", lambda r: None if r.url.startswith(own) else wrong.append(r.url))
+def open_page(browser: Any, address: str, **context_options: Any) -> tuple[Any, list[str]]:
+    """Open a page; also return console messages, errors and network requests."""
+    page, problems = browser.new_context(**context_options).new_page(), []
+    page.on(
+        "console", lambda m: problems.append(m.text) if m.type in ("error", "warning") else None
+    )
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    allowed_prefix = "file:" if address.startswith("file:") else address
+    page.on(
+        "request", lambda r: None if r.url.startswith(allowed_prefix) else problems.append(r.url)
+    )
     page.goto(address)
     page.wait_for_selector(".chart canvas")
-    return page, wrong
+    return page, problems
 
 
-def saved(data: dict[str, Any], folder: Path) -> str:
+def save_page(data: dict[str, Any], folder: Path) -> str:
     file = folder / "page.html"
-    file.write_text(build.page(data), encoding="utf-8")
+    file.write_text(build.render_page(data), encoding="utf-8")
     return file.as_uri()
 
 
-def test_hostile_text_is_only_ever_text(browser: Any, run: Path, tmp_path: Path) -> None:
-    data = build.contents([run])
+def test_hostile_text_is_shown_as_text(browser: Any, run: Path, tmp_path: Path) -> None:
+    data = build.report_data([run])
     first = data["runs"][0]
     for i, key in enumerate(list(first["texts"])[: len(HOSTILE)]):
         first["texts"][key] = HOSTILE[i]
@@ -61,20 +65,20 @@ def test_hostile_text_is_only_ever_text(browser: Any, run: Path, tmp_path: Path)
     first["rollouts"][0]["task"] = first["tasks"][0]["task"] = HOSTILE[1]
     item = dict.fromkeys(("item", "verdict", "found", "advice"), HOSTILE[1])
     first["sheet"]["doctor"] = {"verdict": HOSTILE[0], "items": [item]}
-    page, wrong = opened(browser, saved(build.disarmed(data), tmp_path))
+    page, problems = open_page(browser, save_page(build.sanitize(data), tmp_path))
     page.wait_for_timeout(100)
     assert page.evaluate("window.owned") is None
     assert page.locator("img, iframe, main script").count() == 0
     assert page.locator("#cards h3").first.inner_text() == HOSTILE[0]
     assert page.locator("#title").inner_text() == HOSTILE[0]
-    assert wrong == []
+    assert problems == []
 
 
 def test_every_token_shows_its_numbers(browser: Any, run: Path, tmp_path: Path) -> None:
-    data = build.contents([run])
-    page, wrong = opened(browser, saved(data, tmp_path))
+    data = build.report_data([run])
+    page, problems = open_page(browser, save_page(data, tmp_path))
     roll = data["runs"][0]["rollouts"][0]
-    batch = load(run / "batches" / f"step_{roll['step']:06d}.safetensors")
+    batch = load_batch(run / "batches" / f"step_{roll['step']:06d}.safetensors")
     assert isinstance(batch, ScoredRollouts)
     cost = batch.log_ratio[roll["row"]].tolist()
     tokens = page.locator("#text .t")
@@ -82,22 +86,22 @@ def test_every_token_shows_its_numbers(browser: Any, run: Path, tmp_path: Path) 
     for k in range(len(roll["ids"])):
         colour = tokens.nth(k).evaluate("t => t.style.getPropertyValue('--c')")
         assert colour == ("var(--down)" if cost[k] > 0 else "var(--up)")
-        marked = tokens.nth(k).evaluate("t => t.classList.contains('out')")
-        assert marked == (roll["in"][k] == "0")
+        is_marked = tokens.nth(k).evaluate("t => t.classList.contains('out')")
+        assert is_marked == (roll["in"][k] == "0")
         tokens.nth(k).hover()
-        told = page.locator("#detail").inner_text().replace("−", "-")
-        assert f"id {roll['ids'][k]} · position {k}" in told
-        ours, theirs = roll["s"][k] / 100, roll["t"][k] / 100
-        signal = re.search(r"(\S+) nats", told)[1]
-        logps = re.search(r"log p, log q\s+(\S+), (\S+)", told).groups()
-        assert float(signal) == pytest.approx(theirs - ours, rel=6e-3)
-        assert [float(x) for x in logps] == pytest.approx([ours, theirs], rel=6e-3)
+        detail_text = page.locator("#detail").inner_text().replace("−", "-")
+        assert f"id {roll['ids'][k]} · position {k}" in detail_text
+        student_logp, teacher_logp = roll["s"][k] / 100, roll["t"][k] / 100
+        signal = re.search(r"(\S+) nats", detail_text)[1]
+        logps = re.search(r"log p, log q\s+(\S+), (\S+)", detail_text).groups()
+        assert float(signal) == pytest.approx(teacher_logp - student_logp, rel=6e-3)
+        assert [float(x) for x in logps] == pytest.approx([student_logp, teacher_logp], rel=6e-3)
         tops = [roll["tops"][k][j : j + 3] for j in range(0, len(roll["tops"][k]), 3)]
         if roll["ids"][k] not in [v for v, _, _ in tops]:
             tops.append([roll["ids"][k], roll["s"][k], roll["t"][k]])
-        shown = page.locator("#detail .both tbody tr")
-        assert shown.count() == len(tops)
-        for row, (v, *logps) in zip(shown.all(), tops, strict=True):
+        table_rows = page.locator("#detail .both tbody tr")
+        assert table_rows.count() == len(tops)
+        for row, (v, *logps) in zip(table_rows.all(), tops, strict=True):
             name, *chances = [cell.text_content() for cell in row.locator("td").all()]
             if v != roll["ids"][k]:
                 text = data["runs"][0]["texts"][str(v)].replace("\n", "\\n").replace("\t", "\\t")
@@ -108,28 +112,28 @@ def test_every_token_shows_its_numbers(browser: Any, run: Path, tmp_path: Path) 
                 assert (
                     exact < 1e-4 if "<" in chance else float(number) == pytest.approx(exact, 0.06)
                 )
-    assert wrong == []
+    assert problems == []
 
 
-def test_keys_walk_through_tokens_and_rollouts(browser: Any, run: Path, tmp_path: Path) -> None:
-    data = build.contents([run])
-    page, wrong = opened(browser, saved(data, tmp_path))
+def test_keys_move_through_tokens_and_rollouts(browser: Any, run: Path, tmp_path: Path) -> None:
+    data = build.report_data([run])
+    page, problems = open_page(browser, save_page(data, tmp_path))
     rolls = data["runs"][0]["rollouts"]
     size = [abs(a - b) for a, b in zip(rolls[0]["s"], rolls[0]["t"], strict=True)]
     order = sorted(range(len(size)), key=lambda k: -size[k])
 
-    def on() -> int:
+    def focused_token() -> int:
         return int(page.locator("#text .t.on").get_attribute("data-k"))
 
-    assert on() == order[0]
+    assert focused_token() == order[0]
     page.locator("#text").focus()
     for k in order[:3]:
         page.keyboard.press("w")
-        assert on() == k
+        assert focused_token() == k
     page.keyboard.press("Home")
-    assert on() == 0
+    assert focused_token() == 0
     page.keyboard.press("ArrowRight")
-    assert on() == 1
+    assert focused_token() == 1
     assert page.locator("#text").get_attribute("aria-activedescendant") == "t-1"
     page.keyboard.press("n")
     assert page.locator("#list [aria-selected=true]").count() == 1
@@ -142,9 +146,11 @@ def test_keys_walk_through_tokens_and_rollouts(browser: Any, run: Path, tmp_path
     assert "step 0" in page.locator(".chart .readout").first.inner_text()
     page.locator("[data-column='divergence/k1'] .plot").focus()
     page.keyboard.press("ArrowRight")
-    row = rows.read(run / "rows.jsonl")[0]
-    told = page.locator("[data-column='divergence/k1'] .readout").inner_text().replace("−", "-")
-    value, spread = told.removeprefix("step 0").split("±")
+    row = rows.read_rows(run / "rows.jsonl")[0]
+    readout_text = (
+        page.locator("[data-column='divergence/k1'] .readout").inner_text().replace("−", "-")
+    )
+    value, spread = readout_text.removeprefix("step 0").split("±")
     assert float(value) == pytest.approx(row["divergence/k1"], rel=6e-3)
     assert float(spread) == pytest.approx(1.96 * row["divergence/k1_se"], rel=6e-2)
     page.locator(".map canvas").first.focus()
@@ -156,39 +162,41 @@ def test_keys_walk_through_tokens_and_rollouts(browser: Any, run: Path, tmp_path
     assert f"step 0, positions {last}" in page.locator(".map .readout").first.inner_text()
     page.locator(".map canvas").first.hover(position={"x": 60, "y": 130})
     assert "step 0, positions 0–1" in page.locator(".map .readout").first.inner_text()
-    assert wrong == []
+    assert problems == []
 
 
 def test_filters_choose_rollouts(browser: Any, run: Path, tmp_path: Path) -> None:
-    data = build.contents([run])
+    data = build.report_data([run])
     rolls = data["runs"][0]["rollouts"]
     for i, roll in enumerate(rolls):
         roll.update(reward=float(i % 2), ended=i % 3 > 0, task="ab"[i % 2])
-    page, wrong = opened(browser, saved(data, tmp_path))
-    shown = page.locator("#list .row")
+    page, problems = open_page(browser, save_page(data, tmp_path))
+    list_rows = page.locator("#list .row")
 
     def outcome(roll: dict[str, Any]) -> str:
-        return "cut" if not roll["ended"] else "right" if roll["reward"] else "wrong"
+        return "truncated" if not roll["ended"] else "right" if roll["reward"] else "wrong"
 
-    for name in ("right", "wrong", "cut"):
+    for name in ("right", "wrong", "truncated"):
         page.locator("#f-outcome").select_option(name)
-        assert shown.count() == sum(outcome(roll) == name for roll in rolls)
+        assert list_rows.count() == sum(outcome(roll) == name for roll in rolls)
     page.locator("#f-outcome").select_option("")
     page.locator("#f-step").select_option("2")
     page.locator("#f-task").select_option("a")
-    assert shown.count() == sum(roll["step"] == 2 and roll["task"] == "a" for roll in rolls)
+    assert list_rows.count() == sum(roll["step"] == 2 and roll["task"] == "a" for roll in rolls)
     page.locator("#f-step").select_option("")
     page.locator("#f-task").select_option("")
     page.locator("#f-order").select_option("long")
     longest = max(len(roll["ids"]) for roll in rolls)
-    assert f"{longest} tokens" in shown.first.inner_text()
-    assert wrong == []
+    assert f"{longest} tokens" in list_rows.first.inner_text()
+    assert problems == []
 
 
 def test_any_column_may_be_drawn_and_the_theme_changed(
     browser: Any, run: Path, tmp_path: Path
 ) -> None:
-    page, wrong = opened(browser, saved(build.contents([run]), tmp_path), color_scheme="dark")
+    page, problems = open_page(
+        browser, save_page(build.report_data([run]), tmp_path), color_scheme="dark"
+    )
     back = "getComputedStyle(document.body).backgroundColor"
     first = page.evaluate(back)
     page.locator("#theme").click()
@@ -205,64 +213,68 @@ def test_any_column_may_be_drawn_and_the_theme_changed(
     assert page.locator(".chart canvas").count() == charts
     page.locator("#map").select_option("consistency/z_H")
     assert page.locator(".quantity").count() == 1
-    assert wrong == []
+    assert problems == []
 
 
-def test_a_phone_needs_no_sideways_scrolling(browser: Any, run: Path, tmp_path: Path) -> None:
+def test_a_narrow_page_does_not_scroll_horizontally(
+    browser: Any, run: Path, tmp_path: Path
+) -> None:
     long = tmp_path / ("a-very-long-name-of-a-run-" * 4)
     shutil.copytree(run, long)
-    data = build.contents([run, long])
-    page, wrong = opened(browser, saved(data, tmp_path), viewport={"width": 360, "height": 780})
+    data = build.report_data([run, long])
+    page, problems = open_page(
+        browser, save_page(data, tmp_path), viewport={"width": 360, "height": 780}
+    )
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
-    assert wrong == []
+    assert problems == []
 
 
-def test_a_served_page_keeps_the_readers_place(browser: Any, server: tuple[str, Path]) -> None:
+def test_an_update_keeps_selection_and_scroll_position(
+    browser: Any, server: tuple[str, Path]
+) -> None:
     address, folder = server
-    page, wrong = opened(browser, address + "/")
+    page, problems = open_page(browser, address + "/")
     page.locator("#list .row").nth(2).click()
     page.locator("#text .t").nth(1).hover()
     page.locator("#column").fill("divergence/abs_ratio")
     page.locator("#column").press("Enter")
     page.wait_for_function("document.getElementById('made').textContent.startsWith('live')")
     page.wait_for_timeout(700)  # the page scrolls smoothly
-    chosen = page.locator("#list [aria-selected=true]").inner_text()
+    selected_text = page.locator("#list [aria-selected=true]").inner_text()
     y = page.evaluate("window.scrollY")
     assert y > 100
-    last = rows.read(folder / "rows.jsonl")[-1]
-    rows.append(folder / "rows.jsonl", last | {"step": 3})
+    last_row = rows.read_rows(folder / "rows.jsonl")[-1]
+    rows.append_row(folder / "rows.jsonl", last_row | {"step": 3})
     page.get_by_text("step 4 of 3").wait_for(timeout=20_000, state="attached")
-    assert page.locator("#list [aria-selected=true]").inner_text() == chosen
+    assert page.locator("#list [aria-selected=true]").inner_text() == selected_text
     assert page.locator("#text .t.on").get_attribute("data-k") == "1"
     assert page.locator("[data-column='divergence/abs_ratio'] canvas").count() == 1
     assert abs(page.evaluate("window.scrollY") - y) <= 1
-    assert wrong == []
+    assert problems == []
 
 
-def test_a_run_that_has_only_begun_is_shown(browser: Any, run: Path, tmp_path: Path) -> None:
+def test_a_run_with_one_row_is_shown(browser: Any, run: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(run / "config.json", bare)
     (bare / "rows.jsonl").write_text(json.dumps({"step": 0, "loss": 1.0}) + "\n")
-    page, wrong = opened(browser, saved(build.contents([bare, run]), tmp_path))
+    page, problems = open_page(browser, save_page(build.report_data([bare, run]), tmp_path))
     assert "saved no batches" in page.locator("#list").inner_text()
     page.locator("#f-run").select_option("1")
     assert page.locator("#list .row").count() > 0
-    assert wrong == []
+    assert problems == []
 
 
-def test_a_card_has_the_colour_of_what_its_run_has_shown(
-    browser: Any, run: Path, tmp_path: Path
-) -> None:
+def test_a_card_has_the_colour_of_its_result(browser: Any, run: Path, tmp_path: Path) -> None:
     falling = [1.0 - 0.05 * i for i in range(12)]
     histories = {"shrinks": falling, "stays": [1.0] * 12, "grows": falling[::-1]}
     for name, costs in histories.items():
         (tmp_path / name).mkdir()
         shutil.copy(run / "config.json", tmp_path / name)
         for step, cost in enumerate(costs):
-            rows.append(tmp_path / name / "rows.jsonl", {"step": step, "divergence/k1": cost})
+            rows.append_row(tmp_path / name / "rows.jsonl", {"step": step, "divergence/k1": cost})
     folders = [tmp_path / name for name in histories]
-    page, wrong = opened(browser, saved(build.contents(folders), tmp_path))
+    page, problems = open_page(browser, save_page(build.report_data(folders), tmp_path))
     colours = {}
     for i, name in enumerate(histories):
         card = page.locator("#cards .card").nth(i)
@@ -278,4 +290,4 @@ def test_a_card_has_the_colour_of_what_its_run_has_shown(
     assert 2 * blue < 0.6 * red < green < red
     _, red, green, blue = colours["grows"]
     assert red > 2 * max(green, blue)
-    assert wrong == []
+    assert problems == []

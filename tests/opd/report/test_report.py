@@ -1,4 +1,4 @@
-"""The HTML report: what it says of a record, what it embeds, and how it is served."""
+"""The HTML report: its data, embedding and server."""
 
 import html.parser
 import json
@@ -26,13 +26,13 @@ from diagnostics.batch import ScoredRollouts
 from diagnostics.errors import InvalidInput
 from diagnostics.monitor import Monitor
 from diagnostics.records import rows, token_text
-from diagnostics.records.batch_files import load
+from diagnostics.records.batch_files import load_batch
 from diagnostics.records.row_columns import COLUMNS
 from diagnostics.records.token_dumps import save_dump
-from diagnostics.terminal import visible
+from diagnostics.terminal import escape_control_chars
 from opd.lab.build import make_tokenizer
 from opd.report import build, rollout_viewer, run_data, tokenizer_panel
-from opd.report.server import HOST, make_server, version
+from opd.report.server import HOST, data_version, make_server
 from opd.training.train import train
 from tests.helpers.paths import ROOT
 from tests.opd.training.test_train import settings
@@ -49,7 +49,7 @@ HOSTILE = (
 
 
 class Scripts(html.parser.HTMLParser):
-    """The text of every script of a page, by its type."""
+    """Collects the text of every script of a page, with its type."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class Scripts(html.parser.HTMLParser):
 
 
 class Attributes(html.parser.HTMLParser):
-    """Every attribute of a page with its value."""
+    """Collects every attribute of a page with its value."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ def links(page: str) -> list[str]:
 
 
 def policy(page: str) -> dict[str, str]:
-    """The content security policy, directive by directive."""
+    """Return the content security policy by directive."""
     text = page.split('http-equiv="Content-Security-Policy" content="')[1].split('"')[0]
     return dict(directive.strip().split(" ", 1) for directive in text.split(";"))
 
@@ -106,67 +106,69 @@ def scripts(page: str) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def run(tiny_pair, tmp_path_factory) -> Path:
-    """A short real run with a batch of every step."""
+    """Train a short run that saves the batch of every step."""
     folder = tmp_path_factory.mktemp("report") / "run"
     return train(settings(tiny_pair, folder, steps=3, save_batch_every=1, eval_every=1))
 
 
-def test_the_page_stands_alone_and_holds_its_data_unharmed(run: Path) -> None:
-    data = build.contents([run])
-    page = build.page(data)
-    found = scripts(page)
-    assert [kind for kind, _ in found] == ["application/json", "", ""]
-    assert json.loads(found[0][1]) == json.loads(json.dumps(data))
+def test_the_page_is_self_contained_and_keeps_its_data(run: Path) -> None:
+    data = build.report_data([run])
+    page = build.render_page(data)
+    page_scripts = scripts(page)
+    assert [kind for kind, _ in page_scripts] == ["application/json", "", ""]
+    assert json.loads(page_scripts[0][1]) == json.loads(json.dumps(data))
     style = page.split("<style>")[1].split("</style>")[0]
-    known = " ".join(f"'sha256-{build.digest(text)}'" for _, text in found[1:])
-    allowed = {
+    script_hashes = " ".join(f"'sha256-{build.csp_digest(text)}'" for _, text in page_scripts[1:])
+    expected_policy = {
         "default-src": "'none'",
-        "script-src": known,
-        "style-src": f"'sha256-{build.digest(style)}'",
+        "script-src": script_hashes,
+        "style-src": f"'sha256-{build.csp_digest(style)}'",
         "base-uri": "'none'",
         "form-action": "'none'",
     }
-    assert policy(page) == allowed
-    assert policy(build.page(data, watch=True)) == allowed | {"connect-src": "'self'"}
+    assert policy(page) == expected_policy
+    assert policy(build.render_page(data, watch=True)) == expected_policy | {
+        "connect-src": "'self'"
+    }
     assert not {"src", "href", "action", "style"} & (attributes(page) - {"href"})
     assert all(link.startswith("#") for link in links(page))
 
 
 def test_every_column_of_a_row_is_described(run: Path) -> None:
-    batch = load(run / "batches" / "step_000002.safetensors")
+    batch = load_batch(run / "batches" / "step_000002.safetensors")
     assert isinstance(batch, ScoredRollouts)
-    panel = Monitor()(2, [batch])
+    panel_row = Monitor()(2, [batch])
     patterns = [name for names, _ in COLUMNS for name in names.split(", ")]
-    row = rows.read(run / "rows.jsonl")[-1]
-    others = {name.removesuffix("_se") for name in row if name not in panel}
-    assert {"loss", "consistency/loss_error", "grading/readable_share"} <= others
-    others |= {rule.metric for rule in RULES} - panel.keys()
-    for name in others:
+    row = rows.read_rows(run / "rows.jsonl")[-1]
+    other_columns = {name.removesuffix("_se") for name in row if name not in panel_row}
+    assert {"loss", "consistency/loss_error", "grading/readable_share"} <= other_columns
+    other_columns |= {rule.metric for rule in RULES} - panel_row.keys()
+    for name in other_columns:
         assert any(fnmatch(name, pattern) for pattern in patterns), name
 
 
-def test_hostile_text_cannot_leave_its_place() -> None:
+def test_hostile_text_is_escaped() -> None:
     data = {"words": list(HOSTILE), "runs": []}
-    page = build.page(data)
-    found = scripts(page)
-    assert len(found) == 3
-    assert json.loads(found[0][1]) == data
-    assert not set("<>&\u2028\u2029") & set(found[0][1])
-    page.encode()  # a lone surrogate must not stop the file from being written
+    page = build.render_page(data)
+    page_scripts = scripts(page)
+    assert len(page_scripts) == 3
+    assert json.loads(page_scripts[0][1]) == data
+    assert not set("<>&\u2028\u2029") & set(page_scripts[0][1])
+    page.encode()  # a lone surrogate must not prevent writing the file
     with pytest.raises(ValueError, match="JSON compliant"):
-        build.embedded({"x": float("nan")})
+        build.embed_json({"x": float("nan")})
 
 
-def test_what_cannot_be_seen_is_spelled_out() -> None:
+def test_invisible_characters_are_escaped() -> None:
     for text in HOSTILE:
-        assert visible(text).isprintable()
-    assert visible("é漢 a\n\tb") == "é漢 a\n\tb"
-    assert visible("\u202e\x00\ud800\U000e0001") == "\\u202e\\u0000\\ud800\\U000e0001"
+        assert escape_control_chars(text).isprintable()
+    assert escape_control_chars("é漢 a\n\tb") == "é漢 a\n\tb"
+    assert escape_control_chars("\u202e\x00\ud800\U000e0001") == "\\u202e\\u0000\\ud800\\U000e0001"
     wild = {"\u202e": ["\x00", (1, float("nan"), float("-inf"), True, None)]}
-    assert build.disarmed(wild) == {"\\u202e": ["\\u0000", [1, None, None, True, None]]}
+    assert build.sanitize(wild) == {"\\u202e": ["\\u0000", [1, None, None, True, None]]}
 
 
-def test_a_hostile_run_folder_is_read_and_told_safely(tmp_path: Path) -> None:
+def test_a_hostile_run_folder_is_shown_safely(tmp_path: Path) -> None:
     folder = tmp_path / "run\u202e"
     folder.mkdir()
     config = {"objective": HOSTILE[0], "seed": 0, "steps": 3, "student": HOSTILE[2], "teacher": "t"}
@@ -174,18 +176,19 @@ def test_a_hostile_run_folder_is_read_and_told_safely(tmp_path: Path) -> None:
     (folder / "code.txt").write_bytes(b"commit \xff\x00\nline")
     lines = [
         '{"step": 0, "task": "a\u2028b", "loss": NaN, "divergence/k1": Infinity}',
-        '{"step": 1, "task": "a\u2028b", "loss": -Infinity, "divergence/k1": 1.5, "divergence/k1_se": NaN}',
+        '{"step": 1, "task": "a\u2028b", "loss": -Infinity, "divergence/k1": 1.5, '
+        '"divergence/k1_se": NaN}',
         json.dumps({"step": 2, "task": "a\u2028b", "loss": 2, "divergence/k1": 1, HOSTILE[1]: 3.0}),
     ]
     (folder / "rows.jsonl").write_text("\n".join(lines) + '\n{"step": 3, "lo', "utf-8")
-    data = build.contents([folder])
-    page = build.page(data)
+    data = build.report_data([folder])
+    page = build.render_page(data)
     assert json.loads(scripts(page)[0][1]) == data
-    (one,) = data["runs"]
-    assert one["name"] == "run\\u202e"
-    assert one["config"]["student"] == visible(HOSTILE[2])
-    assert one["code"] == "commit \ufffd\\u0000\nline"
-    (part,) = one["tasks"]
+    (run_entry,) = data["runs"]
+    assert run_entry["name"] == "run\\u202e"
+    assert run_entry["config"]["student"] == escape_control_chars(HOSTILE[2])
+    assert run_entry["code"] == "commit \ufffd\\u0000\nline"
+    (part,) = run_entry["tasks"]
     assert part["task"] == "a\\u2028b"
     steps, curves = part["steps"], part["curves"]
     assert (steps[curves["loss"][0]], curves["loss"][1]) == ([0, 1, 2], [None, None, 2.0])
@@ -195,56 +198,58 @@ def test_a_hostile_run_folder_is_read_and_told_safely(tmp_path: Path) -> None:
 
 
 def test_curves_alarms_and_accuracy_are_those_of_the_record(run: Path) -> None:
-    made = run_data.recorded(run_data.read_run(run))
-    written = rows.read(run / "rows.jsonl")
-    part = made["tasks"][0]
-    where, values, errors = part["curves"]["divergence/k1"]
-    assert part["steps"][where] == [0, 1, 2]
-    for row, value, error in zip(written, values, errors, strict=True):
+    entry = run_data.run_page_data(run_data.read_run(run))
+    run_rows = rows.read_rows(run / "rows.jsonl")
+    part = entry["tasks"][0]
+    step_list, values, errors = part["curves"]["divergence/k1"]
+    assert part["steps"][step_list] == [0, 1, 2]
+    for row, value, error in zip(run_rows, values, errors, strict=True):
         assert value == pytest.approx(row["divergence/k1"], rel=1e-4)
         assert error == pytest.approx(row["divergence/k1_se"], rel=1e-4)
-    plain = {k for row in written for k in row if not set("@%") & set(k) and not k.endswith("_se")}
-    assert plain - {"step"} - set(part["curves"]) == {
-        k
-        for k in plain - {"step"}
-        if not any(isinstance(row.get(k), int | float) for row in written)
+    curve_columns = {
+        k for row in run_rows for k in row if not set("@%") & set(k) and not k.endswith("_se")
     }
-    assert made["done"] == 3
-    assert [x["accuracy"] for x in made["evals"]] == [
-        x["accuracy"] for x in rows.read(run / "evals.jsonl")
+    assert curve_columns - {"step"} - set(part["curves"]) == {
+        k
+        for k in curve_columns - {"step"}
+        if not any(isinstance(row.get(k), int | float) for row in run_rows)
+    }
+    assert entry["done"] == 3
+    assert [x["accuracy"] for x in entry["evals"]] == [
+        x["accuracy"] for x in rows.read_rows(run / "evals.jsonl")
     ]
 
 
 def test_of_rows_with_one_step_the_last_counts(tmp_path: Path) -> None:
-    written = [{"step": s, "loss": float(i)} for i, s in enumerate((0, 2, 3, 2, 1))]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))
-    made = run_data.recorded(run_data.read_run(tmp_path))
-    part = made["tasks"][0]
+    file_rows = [{"step": s, "loss": float(i)} for i, s in enumerate((0, 2, 3, 2, 1))]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in file_rows))
+    entry = run_data.run_page_data(run_data.read_run(tmp_path))
+    part = entry["tasks"][0]
     assert part["steps"] == [[0, 1, 2, 3]]
     assert part["curves"]["loss"] == [0, [0.0, 4.0, 3.0, 2.0], None]
-    assert made["done"] == 4
+    assert entry["done"] == 4
 
 
-def test_rows_of_a_strangers_monitor_may_have_any_name(tmp_path: Path) -> None:
+def test_rows_of_another_trainer_may_have_any_file_name(tmp_path: Path) -> None:
     panel = tmp_path / "panel.jsonl"
     (tmp_path / "evals.jsonl").write_text("")
-    with pytest.raises(FileNotFoundError, match="nor one single other"):
+    with pytest.raises(FileNotFoundError, match="nor exactly one other"):
         run_data.read_run(tmp_path)
     panel.write_text('{"step": 3, "loss": 1.5}\n')
     assert run_data.read_run(tmp_path).rows == [{"step": 3, "loss": 1.5}]
-    before = version([tmp_path])
+    version_before = data_version([tmp_path])
     with open(panel, "a") as file:
         file.write('{"step": 4, "loss": 1.0}\n')
-    assert version([tmp_path]) != before
+    assert data_version([tmp_path]) != version_before
     (tmp_path / "other.jsonl").write_text('{"step": 9}\n')
-    with pytest.raises(FileNotFoundError, match="is no run folder"):
+    with pytest.raises(FileNotFoundError, match="is not a run folder"):
         run_data.read_run(tmp_path)
-    with pytest.raises(FileNotFoundError, match=f"name its folder, {re.escape(str(tmp_path))}$"):
+    with pytest.raises(FileNotFoundError, match=f"pass its folder, {re.escape(str(tmp_path))}$"):
         run_data.read_run(panel)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "rows.jsonl").write_text('{"step": 0}\n')
     run = re.escape(str(tmp_path / "run"))
-    with pytest.raises(FileNotFoundError, match=f"a monitor; run folders in it: {run}$"):
+    with pytest.raises(FileNotFoundError, match=f"a monitor; it contains run folders: {run}$"):
         run_data.read_run(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"step": 7}\n')
     assert run_data.read_run(tmp_path).rows == [{"step": 7}]
@@ -276,55 +281,61 @@ IMPOSSIBLE: dict[str, tuple[str, Any, str]] = {
     "outcomes of others": (
         "evals.jsonl",
         GRADED | {"outcomes": "011"},
-        "'011' is not of 2 problems",
+        "'011' does not fit 2 problems",
     ),
     "no problems": ("evals.jsonl", GRADED | {"problems": 0}, "row 1, field problems: 0"),
     "length": ("evals.jsonl", GRADED | {"length": [1]}, "row 1, field length: .1."),
     "tasks": ("config.json", {"tasks": 3}, "field tasks: 3 is not a list"),
     "task": ("config.json", {"tasks": [1]}, r"tasks\[0\]: 1 is not an object"),
-    "nameless": ("config.json", {"tasks": [{}]}, r"tasks\[0\] lacks the field 'name'"),
-    "no path": ("config.json", {"student": "a\0"}, "is no folder or name of a model"),
-    "too long": ("config.json", {"teacher": "a" * 5000}, "is no folder or name of a model"),
+    "nameless": ("config.json", {"tasks": [{}]}, r"tasks\[0\]: the field 'name'"),
+    "no path": ("config.json", {"student": "a\0"}, "is not a folder or the name of a model"),
+    "too long": ("config.json", {"teacher": "a" * 5000}, "is not a folder or the name of a model"),
 }
 
 
 @pytest.mark.parametrize("name", IMPOSSIBLE)
 def test_impossible_values_of_a_record_are_named(name: str, tmp_path: Path) -> None:
     settings = {"student": "s", "teacher": "t", "objective": "k3", "seed": 0}
-    made = {"config.json": settings, "rows.jsonl": {"step": 0, "loss": None}, "evals.jsonl": GRADED}
-    file, changes, words = IMPOSSIBLE[name]
-    for path, value in (made | {file: made[file] | changes}).items():
+    contents = {
+        "config.json": settings,
+        "rows.jsonl": {"step": 0, "loss": None},
+        "evals.jsonl": GRADED,
+    }
+    file, changes, message = IMPOSSIBLE[name]
+    for path, value in (contents | {file: contents[file] | changes}).items():
         (tmp_path / path).write_text(json.dumps(value) + "\n")
-    with pytest.raises(InvalidInput, match=f"{file}.*{words}") as raised:
+    with pytest.raises(InvalidInput, match=f"{file}.*{message}") as raised:
         run_data.read_run(tmp_path)
     assert len(str(raised.value)) < 400
 
 
 def test_alarms_are_those_that_a_replay_raises(run: Path) -> None:
     bad = [{"step": s, "loss": None, "repetition/repeated_share": 0.9} for s in range(9)]
-    made = run_data.part("", bad)
-    told, raised = made["alarms"], replay(bad)
-    assert [(a["rule"], a["step"]) for a in told] == [(a.rule.name, a.step) for a in raised]
-    assert [(a["means"], a["remedy"]) for a in told] == [
-        (a.rule.means, a.rule.remedy) for a in raised
+    part_entry = run_data.task_page_data("", bad)
+    alarms, replayed = part_entry["alarms"], replay(bad)
+    assert [(a["rule"], a["step"]) for a in alarms] == [(a.rule.name, a.step) for a in replayed]
+    assert [(a["means"], a["remedy"]) for a in alarms] == [
+        (a.rule.means, a.rule.remedy) for a in replayed
     ]
-    assert {a["rule"] for a in told} == {"not_finite", "repetition"}
-    assert all(a["on"] for a in told)
-    watched = {rule.name for rule in RULES if rule.metric in ("loss", "repetition/repeated_share")}
-    assert set(made["unwatched"]) == {rule.name for rule in RULES} - watched
-    over = [
+    assert {a["rule"] for a in alarms} == {"not_finite", "repetition"}
+    assert all(a["on"] for a in alarms)
+    watched_rules = {
+        rule.name for rule in RULES if rule.metric in ("loss", "repetition/repeated_share")
+    }
+    assert set(part_entry["unwatched"]) == {rule.name for rule in RULES} - watched_rules
+    longer_rows = [
         *bad,
         *({"step": s, "loss": 1.0, "repetition/repeated_share": 0.0} for s in range(9, 20)),
     ]
-    assert not any(a["on"] for a in run_data.part("", over)["alarms"])
+    assert not any(a["on"] for a in run_data.task_page_data("", longer_rows)["alarms"])
 
 
 def test_tasks_that_take_turns_have_curves_of_their_own(run: Path) -> None:
-    found = run_data.read_run(run)
-    turns = [row | {"task": "ab"[i % 2]} for i, row in enumerate(found.rows)]
-    made = run_data.recorded(replace(found, rows=turns))
-    assert [part["task"] for part in made["tasks"]] == ["a", "b"]
-    assert [part["steps"][part["curves"]["loss"][0]] for part in made["tasks"]] == [[0, 2], [1]]
+    record = run_data.read_run(run)
+    alternating_rows = [row | {"task": "ab"[i % 2]} for i, row in enumerate(record.rows)]
+    entry = run_data.run_page_data(replace(record, rows=alternating_rows))
+    assert [part["task"] for part in entry["tasks"]] == ["a", "b"]
+    assert [part["steps"][part["curves"]["loss"][0]] for part in entry["tasks"]] == [[0, 2], [1]]
 
 
 def test_long_curves_keep_their_ends_extremes_gaps_and_alarms() -> None:
@@ -332,60 +343,66 @@ def test_long_curves_keep_their_ends_extremes_gaps_and_alarms() -> None:
     points[12_345] = (12_345, 1e6, None)
     points[777] = (777, None, None)
     points[9_999] = (9_999, -1e6, None)
-    kept = run_data.thinned(points, 400, {4_321})
-    assert len(kept) <= 404
-    assert (kept[0], kept[-1]) == (points[0], points[-1])
+    thinned = run_data.thin_points(points, 400, {4_321})
+    assert len(thinned) <= 404
+    assert (thinned[0], thinned[-1]) == (points[0], points[-1])
     for step in (12_345, 9_999, 777, 4_321):
-        assert points[step] in kept
-    assert kept == sorted(kept)
-    assert run_data.thinned(points[:100], 100) == points[:100]
-    rising = [{"step": s, "loss": 1.0, "repetition/repeated_share": s / 4000} for s in range(2000)]
-    made = run_data.part("", rising)
-    (alarm,) = made["alarms"]
-    assert alarm["step"] in made["steps"][made["curves"]["repetition/repeated_share"][0]]
+        assert points[step] in thinned
+    assert thinned == sorted(thinned)
+    assert run_data.thin_points(points[:100], 100) == points[:100]
+    rising_rows = [
+        {"step": s, "loss": 1.0, "repetition/repeated_share": s / 4000} for s in range(2000)
+    ]
+    part_entry = run_data.task_page_data("", rising_rows)
+    (alarm,) = part_entry["alarms"]
+    assert (
+        alarm["step"] in part_entry["steps"][part_entry["curves"]["repetition/repeated_share"][0]]
+    )
 
 
-def test_maps_and_anatomy_are_the_columns_by_position(run: Path) -> None:
-    written = rows.read(run / "rows.jsonl")
-    made = run_data.part("", written)
-    assert {"divergence/k1", "divergence/reverse_kl", "consistency/z_H"} <= set(made["maps"])
+def test_heat_maps_and_breakdown_are_the_columns_by_position(run: Path) -> None:
+    run_rows = rows.read_rows(run / "rows.jsonl")
+    part_entry = run_data.task_page_data("", run_rows)
+    assert {"divergence/k1", "divergence/reverse_kl", "consistency/z_H"} <= set(part_entry["maps"])
     for name in ("divergence/k1", "consistency/z_H"):
-        shown = made["maps"][name]
-        assert shown["steps"] == [0, 1, 2]
-        for i, row in enumerate(written):
-            for j, (low, high) in enumerate(shown["bins"]):
+        heat_map = part_entry["maps"][name]
+        assert heat_map["steps"] == [0, 1, 2]
+        for i, row in enumerate(run_rows):
+            for j, (low, high) in enumerate(heat_map["bins"]):
                 value, count = row[f"{name}@{low}-{high}"], row[f"divergence/tokens@{low}-{high}"]
-                assert shown["values"][i][j] == (
+                assert heat_map["values"][i][j] == (
                     None if value is None else pytest.approx(value, 1e-4)
                 )
-                assert shown["tokens"][i][j] == count
-    last = made["anatomy"]["rows"][-1]
-    for k, name in enumerate(run_data.ANATOMY):
-        for j, (low, high) in enumerate(made["anatomy"]["bins"]):
-            value = written[-1][f"{name}@{low}-{high}"]
+                assert heat_map["tokens"][i][j] == count
+    last_breakdown = part_entry["anatomy"]["rows"][-1]
+    for k, name in enumerate(run_data.BREAKDOWN_METRICS):
+        for j, (low, high) in enumerate(part_entry["anatomy"]["bins"]):
+            value = run_rows[-1][f"{name}@{low}-{high}"]
             if value is not None:
-                assert last["parts"][k][j] == pytest.approx(value, rel=1e-4, abs=1e-9)
-    assert run_data.part("", [*written, {"step": 3}])["maps"] == made["maps"]
-    long = [written[i % 3] | {"step": i} for i in range(500)]
-    thin = run_data.maps(long, run_data.binned(long), 50)["divergence/k1"]["steps"]
-    assert (len(thin), thin[0], thin[-1]) == (50, 0, 499)
+                assert last_breakdown["parts"][k][j] == pytest.approx(value, rel=1e-4, abs=1e-9)
+    assert run_data.task_page_data("", [*run_rows, {"step": 3}])["maps"] == part_entry["maps"]
+    long_rows = [run_rows[i % 3] | {"step": i} for i in range(500)]
+    thinned_steps = run_data.heat_maps(long_rows, run_data.position_bins(long_rows), 50)[
+        "divergence/k1"
+    ]["steps"]
+    assert (len(thinned_steps), thinned_steps[0], thinned_steps[-1]) == (50, 0, 499)
 
 
-def test_specimens_are_the_batchs_numbers(run: Path) -> None:
-    made = rollout_viewer.specimens(run_data.read_run(run), tokens=10_000)
-    batch = load(run / "batches" / "step_000001.safetensors")
+def test_viewer_data_equals_the_batch(run: Path) -> None:
+    data = rollout_viewer.viewer_data(run_data.read_run(run), tokens=10_000)
+    batch = load_batch(run / "batches" / "step_000001.safetensors")
     assert isinstance(batch, ScoredRollouts)
     assert batch.support is not None
     assert batch.prefix is not None
-    mine = [roll for roll in made["rollouts"] if roll["step"] == 1]
-    assert [roll["row"] for roll in mine] == list(range(len(batch)))
-    for roll in mine:
+    batch_entries = [roll for roll in data["rollouts"] if roll["step"] == 1]
+    assert [roll["row"] for roll in batch_entries] == list(range(len(batch)))
+    for roll in batch_entries:
         i, n = roll["row"], len(roll["ids"])
-        at = batch.mask[i]
+        is_supervised = batch.mask[i]
         assert (roll["prompt"], roll["turn"]) == (int(batch.prompt[i]), int(batch.turn[i]))
-        assert n == int(at.nonzero()[-1]) + 1
+        assert n == int(is_supervised.nonzero()[-1]) + 1
         assert roll["ids"] == batch.tokens[i, :n].tolist()
-        assert roll["off"] == [k for k in range(n) if not at[k]]
+        assert roll["off"] == [k for k in range(n) if not is_supervised[k]]
         assert [x / 100 for x in roll["s"]] == close(batch.student_logp[i, :n])
         assert [x / 100 for x in roll["t"]] == close(batch.teacher_logp[i, :n])
         inside = batch.support.contains(batch.tokens)[i, :n]
@@ -394,21 +411,23 @@ def test_specimens_are_the_batchs_numbers(run: Path) -> None:
         p = batch.student_logp[i, :n].exp()
         energy = batch.log_ratio[i, :n] ** 2 * (1 - 2 * p + batch.prefix.collision[i, :n])
         assert [x / 100 for x in roll["e"]] == close(energy.sqrt())
-        for ours, masses in zip(roll["mass"], batch.support.masses(), strict=True):
-            assert [x / 1e4 for x in ours] == pytest.approx(masses[i, :n].tolist(), abs=6e-5)
+        for shown_masses, masses in zip(roll["mass"], batch.support.masses(), strict=True):
+            assert [x / 1e4 for x in shown_masses] == pytest.approx(
+                masses[i, :n].tolist(), abs=6e-5
+            )
         assert (roll["source"], roll["k"]) == (batch.support.source, batch.support.k)
         for k in range(n):
             check_tops(batch, i, k, roll["tops"][k])
-    assert all(str(i) in made["texts"] for roll in mine for i in roll["ids"])
-    assert [saved["step"] for saved in made["saved"]] == [0, 1, 2]
+    assert all(str(i) in data["texts"] for roll in batch_entries for i in roll["ids"])
+    assert [batch_entry["step"] for batch_entry in data["saved"]] == [0, 1, 2]
 
 
 def close(x: torch.Tensor) -> Any:
     return pytest.approx(x.tolist(), abs=0.0051)
 
 
-def check_tops(batch: ScoredRollouts, i: int, k: int, told: list[int]) -> None:
-    """A plain loop: the five likeliest of either model, those of 0.1 % at least, by the teacher."""
+def check_tops(batch: ScoredRollouts, i: int, k: int, shown_values: list[int]) -> None:
+    """Compare with a loop: five likeliest ids of each model above 0.1 %, sorted by the teacher."""
     support = batch.support
     assert support is not None
     table = [
@@ -417,32 +436,37 @@ def check_tops(batch: ScoredRollouts, i: int, k: int, told: list[int]) -> None:
             support.ids[i, k], support.student_logp[i, k], support.teacher_logp[i, k], strict=True
         )
     ]
-    wanted = {
+    expected_ids = {
         row[0]
-        for place in (1, 2)
-        for row in sorted(table, key=lambda row: -row[place])[: rollout_viewer.TOP]
-        if math.exp(row[place]) >= rollout_viewer.LEAST
+        for column in (1, 2)
+        for row in sorted(table, key=lambda row: -row[column])[: rollout_viewer.TOP_IDS]
+        if math.exp(row[column]) >= rollout_viewer.MIN_PROBABILITY
     }
-    shown = [told[j : j + 3] for j in range(0, len(told), 3)]
-    assert {row[0] for row in shown} == wanted
-    assert [row[2] for row in shown] == sorted((row[2] for row in shown), reverse=True)
+    shown_rows = [shown_values[j : j + 3] for j in range(0, len(shown_values), 3)]
+    assert {row[0] for row in shown_rows} == expected_ids
+    assert [row[2] for row in shown_rows] == sorted((row[2] for row in shown_rows), reverse=True)
     exact = {v: (s, t) for v, s, t in table}
-    for v, s, t in shown:
+    for v, s, t in shown_rows:
         assert (s / 100, t / 100) == pytest.approx(exact[v], abs=0.0051)
 
 
 def test_ids_that_are_absent_or_masked_are_not_shown_as_likely(run: Path) -> None:
-    batch = load(run / "batches" / "step_000001.safetensors")
+    batch = load_batch(run / "batches" / "step_000001.safetensors")
     assert isinstance(batch, ScoredRollouts)
     assert batch.support is not None
     present = (torch.arange(batch.support.k) > 0).expand(batch.support.ids.shape)
-    absent = replace(batch.support, present=present)
-    hole = batch.mask.clone()
-    hole[:, 1] = False
-    changed = replace(batch, support=absent, mask=hole)
-    roll = rollout_viewer.one(changed, 0, 0, 3, [], token_text.Spelling(), set())
+    reduced_support = replace(batch.support, present=present)
+    mask_with_gap = batch.mask.clone()
+    mask_with_gap[:, 1] = False
+    changed_batch = replace(batch, support=reduced_support, mask=mask_with_gap)
+    roll = rollout_viewer.rollout_entry(
+        changed_batch, 0, 0, 3, [], token_text.TokenDecoder(), set()
+    )
     assert (
-        rollout_viewer.one(batch, 0, 0, 3, ["math"], token_text.Spelling(), set())["task"] == "math"
+        rollout_viewer.rollout_entry(batch, 0, 0, 3, ["math"], token_text.TokenDecoder(), set())[
+            "task"
+        ]
+        == "math"
     )
     first = int(batch.support.ids[0, 0, 0])
     assert first not in roll["tops"][0][::3]
@@ -451,17 +475,19 @@ def test_ids_that_are_absent_or_masked_are_not_shown_as_likely(run: Path) -> Non
 
 
 def test_likely_ids_do_not_depend_on_the_order_of_the_support(run: Path) -> None:
-    batch = load(run / "batches" / "step_000001.safetensors")
+    batch = load_batch(run / "batches" / "step_000001.safetensors")
     assert isinstance(batch, ScoredRollouts)
     assert batch.support is not None
     order = torch.randperm(batch.support.k, generator=torch.Generator().manual_seed(0))
-    mixed = {
+    permuted = {
         name: getattr(batch.support, name)[..., order]
         for name in ("ids", "student_logp", "teacher_logp")
     }
-    changed = replace(batch, support=replace(batch.support, **mixed))
+    changed_batch = replace(batch, support=replace(batch.support, **permuted))
     for i in range(len(batch)):
-        assert rollout_viewer.tops(changed, i, 3) == rollout_viewer.tops(batch, i, 3)
+        assert rollout_viewer.top_tokens(changed_batch, i, 3) == rollout_viewer.top_tokens(
+            batch, i, 3
+        )
 
 
 def test_a_dump_is_shown_as_the_batch_that_it_was_made_of(run: Path, tmp_path: Path) -> None:
@@ -469,148 +495,174 @@ def test_a_dump_is_shown_as_the_batch_that_it_was_made_of(run: Path, tmp_path: P
     (folder / "dumps").mkdir(parents=True)
     shutil.copy(run / "rows.jsonl", folder)
     shutil.copytree(run / "final", folder / "final")
-    batch = load(run / "batches" / "step_000001.safetensors")
+    batch = load_batch(run / "batches" / "step_000001.safetensors")
     assert isinstance(batch, ScoredRollouts)
     save_dump(folder / "dumps" / "step_00000001.parquet", batch, 1)
-    ours = rollout_viewer.specimens(run_data.read_run(folder), 10_000)
-    theirs = rollout_viewer.specimens(run_data.read_run(run), 10_000)
-    mine = [roll | {"asked": None} for roll in theirs["rollouts"] if roll["step"] == 1]
-    assert ours["rollouts"] == mine  # a dump has no prompts
-    assert build.contents([folder])["runs"][0]["config"] == {}
+    dump_data = rollout_viewer.viewer_data(run_data.read_run(folder), 10_000)
+    batch_data = rollout_viewer.viewer_data(run_data.read_run(run), 10_000)
+    expected_rollouts = [
+        roll | {"asked": None} for roll in batch_data["rollouts"] if roll["step"] == 1
+    ]
+    assert dump_data["rollouts"] == expected_rollouts  # a dump has no prompts
+    assert build.report_data([folder])["runs"][0]["config"] == {}
 
 
-def test_blame_is_a_plain_count(run: Path) -> None:
-    made = rollout_viewer.specimens(run_data.read_run(run), tokens=10_000)
-    batch = load(run / "batches" / "step_000002.safetensors")
+def test_attribution_equals_a_count(run: Path) -> None:
+    data = rollout_viewer.viewer_data(run_data.read_run(run), tokens=10_000)
+    batch = load_batch(run / "batches" / "step_000002.safetensors")
     assert isinstance(batch, ScoredRollouts)
-    r, whole = batch.log_ratio, float(batch.log_ratio.abs()[batch.mask].sum())
-    for row in made["blame"]:
-        mine = batch.mask & (batch.tokens == row["id"])
-        assert row["count"] == int(mine.sum())
-        assert row["signal"] == pytest.approx(float(r.abs()[mine].sum()) / whole, abs=1e-5)
-        assert row["cost"] == pytest.approx(float(r[mine].mean()), abs=1e-3)
-    shares = [row["signal"] for row in made["blame"]]
+    r, total_signal = batch.log_ratio, float(batch.log_ratio.abs()[batch.mask].sum())
+    for row in data["blame"]:
+        is_this_id = batch.mask & (batch.tokens == row["id"])
+        assert row["count"] == int(is_this_id.sum())
+        assert row["signal"] == pytest.approx(
+            float(r.abs()[is_this_id].sum()) / total_signal, abs=1e-5
+        )
+        assert row["cost"] == pytest.approx(float(r[is_this_id].mean()), abs=1e-3)
+    shares = [row["signal"] for row in data["blame"]]
     assert shares == sorted(shares, reverse=True)
-    told = made["sheet"]["impossible"]
-    found = batch.mask & (batch.student_logp.exp() > 0.9) & (batch.teacher_logp.exp() < 1e-4)
-    assert told["share"] == pytest.approx(float(found.sum() / batch.mask.sum()), abs=1e-5)
-    assert sum(row["count"] for row in told["rows"]) == int(found.sum())
+    impossible = data["sheet"]["impossible"]
+    is_impossible = (
+        batch.mask & (batch.student_logp.exp() > 0.9) & (batch.teacher_logp.exp() < 1e-4)
+    )
+    assert impossible["share"] == pytest.approx(
+        float(is_impossible.sum() / batch.mask.sum()), abs=1e-5
+    )
+    assert sum(row["count"] for row in impossible["rows"]) == int(is_impossible.sum())
     tokenizer = AutoTokenizer.from_pretrained(run / "final")
-    special = {row["id"]: row for row in made["sheet"]["special"]}
+    special = {row["id"]: row for row in data["sheet"]["special"]}
     assert set(special) == {i for i, x in tokenizer.added_tokens_decoder.items() if x.special}
     for i, row in special.items():
-        mine = batch.mask & (batch.tokens == i)
-        assert row["count"] == int(mine.sum())
-        assert row["signal"] == pytest.approx(float(r.abs()[mine].sum()) / whole, abs=1e-5)
+        is_this_id = batch.mask & (batch.tokens == i)
+        assert row["count"] == int(is_this_id.sum())
+        assert row["signal"] == pytest.approx(
+            float(r.abs()[is_this_id].sum()) / total_signal, abs=1e-5
+        )
 
 
 def test_impossible_tokens_are_named(run: Path) -> None:
-    batch = load(run / "batches" / "step_000002.safetensors")
+    batch = load_batch(run / "batches" / "step_000002.safetensors")
     assert isinstance(batch, ScoredRollouts)
-    ours, theirs = batch.student_logp.clone(), batch.teacher_logp.clone()
-    ours[0, 0], theirs[0, 0] = -0.01, -12.0
-    theirs[1, 0] = 0.0  # a negative cost, which the signal counts by its size
-    changed = replace(batch, student_logp=ours, teacher_logp=theirs)
-    told = tokenizer_panel.impossible_ids(changed, set())
-    assert {"id": int(batch.tokens[0, 0]), "count": 1, "student": -0.01, "teacher": -12.0} in told[
+    student_logp, teacher_logp = batch.student_logp.clone(), batch.teacher_logp.clone()
+    student_logp[0, 0], teacher_logp[0, 0] = -0.01, -12.0
+    teacher_logp[1, 0] = 0.0  # a negative log ratio, which counts by its absolute value
+    changed_batch = replace(batch, student_logp=student_logp, teacher_logp=teacher_logp)
+    panel = tokenizer_panel.impossible_ids(changed_batch, set())
+    assert {"id": int(batch.tokens[0, 0]), "count": 1, "student": -0.01, "teacher": -12.0} in panel[
         "rows"
     ]
-    found = (ours.exp() > 0.9) & (theirs.exp() < 1e-4) & batch.mask
-    size = (ours - theirs).abs()
-    signal = float(size[found].sum() / size[batch.mask].sum())
-    assert told["signal"] == pytest.approx(signal, abs=1e-5)
-    assert told["share"] == pytest.approx(float(found.sum() / batch.mask.sum()), abs=1e-5)
-    assert told["ended"] == pytest.approx(float(batch.ended.float().mean()), abs=1e-4)
+    is_impossible = (student_logp.exp() > 0.9) & (teacher_logp.exp() < 1e-4) & batch.mask
+    signal_size = (student_logp - teacher_logp).abs()
+    signal = float(signal_size[is_impossible].sum() / signal_size[batch.mask].sum())
+    assert panel["signal"] == pytest.approx(signal, abs=1e-5)
+    assert panel["share"] == pytest.approx(float(is_impossible.sum() / batch.mask.sum()), abs=1e-5)
+    assert panel["ended"] == pytest.approx(float(batch.ended.float().mean()), abs=1e-4)
 
 
-def test_ends_and_the_doctor_are_told(run: Path, tmp_path: Path) -> None:
+def test_end_tokens_and_the_doctor_report_are_read(run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     student, teacher = folder / "final", tmp_path / "teacher"
     shutil.copytree(student, teacher)
     tokenizer = AutoTokenizer.from_pretrained(student)
     for name in ("generation_config.json", "config.json"):
-        written = json.loads((student / name).read_text()) if (student / name).exists() else {}
-        (student / name).write_text(json.dumps(written | {"eos_token_id": [2, 1]}))
-        (teacher / name).write_text(json.dumps(written | {"eos_token_id": None}))
+        model_config = json.loads((student / name).read_text()) if (student / name).exists() else {}
+        (student / name).write_text(json.dumps(model_config | {"eos_token_id": [2, 1]}))
+        (teacher / name).write_text(json.dumps(model_config | {"eos_token_id": None}))
     config = json.loads((folder / "config.json").read_text())
-    changed = config | {"student": str(student), "teacher": "teacher"}
-    (folder / "config.json").write_text(json.dumps(changed))
+    changed_config = config | {"student": str(student), "teacher": "teacher"}
+    (folder / "config.json").write_text(json.dumps(changed_config))
     item = {"item": "eos", "verdict": "fail", "found": "1 is not 2", "advice": "mend"}
     findings = {"verdict": "fail", "items": [item | {"numbers": {}}]}
     (folder / "doctor.json").write_text(json.dumps(findings))
-    alone = tokenizer_panel.sheet(run_data.read_run(folder), token_text.Spelling(), None, set())
-    assert [end["role"] for end in alone["ends"]] == ["student"]
-    assert alone["unread"] == [f"teacher: {teacher}"]
-    made = tokenizer_panel.sheet(
-        run_data.read_run(folder, models=True), token_text.Spelling(), None, set()
+    panel_of_folder = tokenizer_panel.tokenizer_panel(
+        run_data.read_run(folder), token_text.TokenDecoder(), None, set()
     )
-    assert made["unread"] == []
-    own = {"own": tokenizer.eos_token}
-    assert made["ends"] == [
-        {"role": "student", "ids": [1, 2], "texts": tokenizer.convert_ids_to_tokens([1, 2]), **own},
-        {"role": "teacher", "ids": [tokenizer.eos_token_id], "texts": [tokenizer.eos_token], **own},
+    assert [end["role"] for end in panel_of_folder["ends"]] == ["student"]
+    assert panel_of_folder["unread"] == [f"teacher: {teacher}"]
+    panel = tokenizer_panel.tokenizer_panel(
+        run_data.read_run(folder, models=True), token_text.TokenDecoder(), None, set()
+    )
+    assert panel["unread"] == []
+    own_eos = {"own": tokenizer.eos_token}
+    assert panel["ends"] == [
+        {
+            "role": "student",
+            "ids": [1, 2],
+            "texts": tokenizer.convert_ids_to_tokens([1, 2]),
+            **own_eos,
+        },
+        {
+            "role": "teacher",
+            "ids": [tokenizer.eos_token_id],
+            "texts": [tokenizer.eos_token],
+            **own_eos,
+        },
     ]
-    assert made["doctor"] == {"verdict": "fail", "items": [item]}
+    assert panel["doctor"] == {"verdict": "fail", "items": [item]}
     tasks = [{"name": "a", "teacher": None}, {"name": "b", "teacher": str(student)}]
-    (folder / "config.json").write_text(json.dumps(changed | {"tasks": tasks}))
-    told = tokenizer_panel.ends(run_data.read_run(folder, models=True))
-    assert [(x["role"], x["ids"]) for x in told] == [
+    (folder / "config.json").write_text(json.dumps(changed_config | {"tasks": tasks}))
+    end_tokens = tokenizer_panel.model_end_tokens(run_data.read_run(folder, models=True))
+    assert [(x["role"], x["ids"]) for x in end_tokens] == [
         ("student", [1, 2]),
         ("teacher of a", [tokenizer.eos_token_id]),
         ("teacher of b", [1, 2]),
     ]
 
 
-def test_ends_are_read_where_a_text_model_lies_in_another(tmp_path: Path) -> None:
+def test_end_ids_are_read_from_a_nested_text_config(tmp_path: Path) -> None:
     make_tokenizer().save_pretrained(tmp_path)
-    known = token_text.read_spelling(tmp_path)
+    decoder = token_text.load_token_decoder(tmp_path)
     settings = tmp_path / "config.json"
-    own = tokenizer_panel.end_ids(tmp_path, known)
+    own_ids = tokenizer_panel.end_ids(tmp_path, decoder)
     settings.write_text('{"text_config": {"eos_token_id": [5, 6]}}')
-    assert tokenizer_panel.end_ids(tmp_path, known) == sorted({*own, 5, 6})
+    assert tokenizer_panel.end_ids(tmp_path, decoder) == sorted({*own_ids, 5, 6})
     for value in ('"5"', "true", "[[1]]", "[1, null]", "1.0"):
         settings.write_text(f'{{"eos_token_id": {value}}}')
-        with pytest.raises(InvalidInput, match=r"config\.json, field eos_token_id: .* is no id"):
-            tokenizer_panel.end_ids(tmp_path, known)
+        with pytest.raises(
+            InvalidInput, match=r"config\.json, field eos_token_id: .* is not an id"
+        ):
+            tokenizer_panel.end_ids(tmp_path, decoder)
 
 
 def test_few_tokens_show_the_worst_responses(run: Path) -> None:
-    batch = load(run / "batches" / "step_000000.safetensors")
+    batch = load_batch(run / "batches" / "step_000000.safetensors")
     assert isinstance(batch, ScoredRollouts)
     mean = batch.log_ratio.abs().sum(1) / batch.mask.sum(1)
     worst = int(mean.argmax())
-    budget = 3 * int(batch.mask.sum(1)[worst])  # three batches share it
-    made = rollout_viewer.specimens(run_data.read_run(run), budget)
-    assert worst in [roll["row"] for roll in made["rollouts"] if roll["step"] == 0]
+    budget = 3 * int(batch.mask.sum(1)[worst])  # divided among three batches
+    data = rollout_viewer.viewer_data(run_data.read_run(run), budget)
+    assert worst in [roll["row"] for roll in data["rollouts"] if roll["step"] == 0]
     for step in range(3):
-        assert sum(len(r["ids"]) for r in made["rollouts"] if r["step"] == step) <= budget // 3
+        assert sum(len(r["ids"]) for r in data["rollouts"] if r["step"] == step) <= budget // 3
 
 
-def test_runs_without_batches_or_rows_are_shown_all_the_same(run: Path, tmp_path: Path) -> None:
+def test_runs_without_batches_or_rows_are_shown(run: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(run / "config.json", bare)
-    data = build.contents([bare, run], 120)
-    shown = sum(len(roll["ids"]) for one in data["runs"] for roll in one["rollouts"])
-    assert shown <= 60  # its half
-    assert [(one["done"], len(one["rollouts"]) > 0) for one in data["runs"]] == [
+    data = build.report_data([bare, run], 120)
+    num_tokens = sum(
+        len(roll["ids"]) for run_entry in data["runs"] for roll in run_entry["rollouts"]
+    )
+    assert num_tokens <= 60  # half of the budget
+    assert [(run_entry["done"], len(run_entry["rollouts"]) > 0) for run_entry in data["runs"]] == [
         (0, False),
         (3, True),
     ]
-    build.page(data)
+    build.render_page(data)
     with pytest.raises(FileNotFoundError, match=r"neither config\.json nor rows\.jsonl"):
-        build.contents([tmp_path])
-    assert build.labels([tmp_path / "a" / "x", tmp_path / "b" / "x"]) == ["a/x", "b/x"]
-    assert build.labels([tmp_path / "a" / "x", tmp_path / "a" / "y"]) == ["x", "y"]
+        build.report_data([tmp_path])
+    assert build.folder_labels([tmp_path / "a" / "x", tmp_path / "b" / "x"]) == ["a/x", "b/x"]
+    assert build.folder_labels([tmp_path / "a" / "x", tmp_path / "a" / "y"]) == ["x", "y"]
 
 
 def test_rows_alone_are_reported_without_torch(run: Path, tmp_path: Path) -> None:
     for name in ("config.json", "rows.jsonl", "evals.jsonl"):
         shutil.copy(run / name, tmp_path)
     program = (
-        "import sys; from pathlib import Path; from opd import report; "
-        "report.page(report.contents([Path(sys.argv[1])])); "
+        "import sys; from pathlib import Path; from opd.report import build; "
+        "build.render_page(build.report_data([Path(sys.argv[1])])); "
         "sys.exit(1 if {'torch', 'transformers'} & set(sys.modules) else 0)"
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, cwd=ROOT)
@@ -620,12 +672,12 @@ def test_rows_alone_are_reported_without_torch(run: Path, tmp_path: Path) -> Non
 def server(run: Path, tmp_path: Path) -> Iterator[tuple[str, Path]]:
     folder = tmp_path / "live"
     shutil.copytree(run, folder)
-    made = make_server([folder], 1000, port=0)
-    thread = threading.Thread(target=made.serve_forever, daemon=True)
+    http_server = make_server([folder], 1000, port=0)
+    thread = threading.Thread(target=http_server.serve_forever, daemon=True)
     thread.start()
-    yield f"http://{HOST}:{made.server_address[1]}", folder
-    made.shutdown()
-    made.server_close()
+    yield f"http://{HOST}:{http_server.server_address[1]}", folder
+    http_server.shutdown()
+    http_server.server_close()
 
 
 def get(address: str, **headers: str) -> str:
@@ -633,15 +685,15 @@ def get(address: str, **headers: str) -> str:
         return answer.read().decode()
 
 
-def test_the_server_tells_what_is_new_and_only_to_this_machine(server: tuple[str, Path]) -> None:
+def test_the_server_serves_updates_to_this_machine_only(server: tuple[str, Path]) -> None:
     address, folder = server
     assert address.startswith("http://127.0.0.1:")
-    before, data = get(address + "/version"), json.loads(get(address + "/data"))
+    version_before, data = get(address + "/version"), json.loads(get(address + "/data"))
     assert data["runs"][0]["done"] == 3
-    assert get(address + "/version") == before
-    row = rows.read(folder / "rows.jsonl")[-1]
-    rows.append(folder / "rows.jsonl", row | {"step": 3})
-    assert get(address + "/version") != before
+    assert get(address + "/version") == version_before
+    row = rows.read_rows(folder / "rows.jsonl")[-1]
+    rows.append_row(folder / "rows.jsonl", row | {"step": 3})
+    assert get(address + "/version") != version_before
     assert json.loads(get(address + "/data"))["runs"][0]["done"] == 4
     assert "connect-src 'self'" in get(address + "/")
     for path, headers in (("/../config.json", {}), ("/data", {"Host": "evil.example"})):
@@ -649,19 +701,19 @@ def test_the_server_tells_what_is_new_and_only_to_this_machine(server: tuple[str
             get(address + path, **headers)
 
 
-def test_the_server_says_which_record_it_cannot_read_and_goes_on(server: tuple[str, Path]) -> None:
+def test_the_server_reports_an_unreadable_record_and_continues(server: tuple[str, Path]) -> None:
     address, folder = server
-    whole = (folder / "rows.jsonl").read_text()
-    (folder / "rows.jsonl").write_text("{broken\n" + whole)
+    rows_text = (folder / "rows.jsonl").read_text()
+    (folder / "rows.jsonl").write_text("{broken\n" + rows_text)
     with pytest.raises(urllib.error.HTTPError, match="503") as raised:
         get(address + "/data")
     assert "rows.jsonl line 1 is not JSON" in raised.value.read().decode()
-    (folder / "rows.jsonl").write_text(whole)
+    (folder / "rows.jsonl").write_text(rows_text)
     assert json.loads(get(address + "/data"))["runs"][0]["done"] == 3
 
 
-def test_a_record_leads_nowhere_outside_its_folder(run: Path, tmp_path: Path) -> None:
-    """Folders by name, by .., by links; batches that are links: only --models follows them."""
+def test_files_outside_the_run_folder_are_not_read(run: Path, tmp_path: Path) -> None:
+    """Absolute and relative paths and symbolic links: only --models follows them."""
     secret = tmp_path / "secret"
     shutil.copytree(run / "final", secret)
     tokenizer = json.loads((secret / "tokenizer.json").read_text())
@@ -676,44 +728,45 @@ def test_a_record_leads_nowhere_outside_its_folder(run: Path, tmp_path: Path) ->
         (folder / "config.json").write_text(json.dumps(config | {"student": name, "teacher": name}))
         if name == "link":
             (folder / "link").symlink_to(secret)
-        made = build.contents([folder])
-        assert "THE SECRET" not in json.dumps(made)
-        assert [text.split(":")[0] for text in made["runs"][0]["sheet"]["unread"]] == [
+        data = build.report_data([folder])
+        assert "THE SECRET" not in json.dumps(data)
+        assert [text.split(":")[0] for text in data["runs"][0]["sheet"]["unread"]] == [
             "student",
             "teacher",
         ]
     (folder / "config.json").write_text(json.dumps(config | {"student": str(secret)}))
-    assert "THE SECRET" in json.dumps(build.contents([folder], models=True))
-    saved = sorted((folder / "batches").glob("*.safetensors"))
-    saved[0].rename(tmp_path / "elsewhere.safetensors")
-    saved[0].symlink_to(tmp_path / "elsewhere.safetensors")
-    steps = [x["step"] for x in build.contents([folder])["runs"][0]["saved"]]
+    assert "THE SECRET" in json.dumps(build.report_data([folder], models=True))
+    batch_paths = sorted((folder / "batches").glob("*.safetensors"))
+    batch_paths[0].rename(tmp_path / "elsewhere.safetensors")
+    batch_paths[0].symlink_to(tmp_path / "elsewhere.safetensors")
+    steps = [x["step"] for x in build.report_data([folder])["runs"][0]["saved"]]
     assert (
-        steps == [x["step"] for x in build.contents([folder], models=True)["runs"][0]["saved"]][1:]
+        steps
+        == [x["step"] for x in build.report_data([folder], models=True)["runs"][0]["saved"]][1:]
     )
     (folder / "code.txt").unlink()
     (folder / "code.txt").symlink_to(secret / "tokenizer.json")
     with pytest.raises(ValueError, match=r"code.txt is a link to .*secret.tokenizer.json, outside"):
-        build.contents([folder])
+        build.report_data([folder])
 
 
-def test_the_page_says_what_of_a_record_cannot_be_read(server: tuple[str, Path]) -> None:
-    """A row that is half-written is named."""
+def test_truncated_rows_are_noted(server: tuple[str, Path]) -> None:
+    """A truncated row causes a note."""
     address, folder = server
     with open(folder / "rows.jsonl", "a") as file:
         file.write('{"step": 3, "lo')
     assert json.loads(get(address + "/data"))["runs"][0]["notes"] == [
-        "rows.jsonl line 4 is cut short and left out"
+        "rows.jsonl line 4 is truncated and was skipped"
     ]
 
 
 def test_rollouts_show_their_prompts(run: Path) -> None:
-    made = rollout_viewer.specimens(run_data.read_run(run), tokens=10_000)
+    data = rollout_viewer.viewer_data(run_data.read_run(run), tokens=10_000)
     tokenizer = AutoTokenizer.from_pretrained(run / "final")
     file = run / "batches" / "step_000001.prompts.json"
     texts = json.loads(file.read_text())
-    assert len(texts) == len(load(run / "batches" / "step_000001.safetensors"))
-    for roll in made["rollouts"]:
+    assert len(texts) == len(load_batch(run / "batches" / "step_000001.safetensors"))
+    for roll in data["rollouts"]:
         if roll["step"] == 1:
             assert roll["asked"] == texts[roll["row"]]
             assert tokenizer.eos_token in roll["asked"] or "user" in roll["asked"]

@@ -1,4 +1,4 @@
-"""Rollouts against a plain forward pass, a plain nucleus and counted frequencies; the engines."""
+"""Rollouts against an uncached forward pass, a reference nucleus and sampling frequencies."""
 
 import copy
 import sys
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from diagnostics.batch import Rollouts, ScoredRollouts
 from diagnostics.monitor import Monitor
-from diagnostics.records.batch_files import load
+from diagnostics.records.batch_files import load_batch
 from opd.data.chain_task import Problem
-from opd.data.prompts import Prompts, encode
+from opd.data.prompts import Prompts, encode_prompts
 from opd.models.model import CausalLM
 from opd.rollouts.factory import make_engine
-from opd.rollouts.hf_engine import batches, sample, until_end
+from opd.rollouts.hf_engine import group_by_length, mask_until_eos, sample
 from opd.rollouts.sampler import Sampler, draw, nucleus
 from opd.teachers.pair import load_pair
 
@@ -30,21 +30,28 @@ def pair(tiny_pair):
 
 @pytest.fixture(scope="module")
 def prompts(pair) -> Prompts:
-    """Ten rows, five prompts of different lengths, not in the order of their lengths."""
-    asked = [Problem("1+2" * n, "3") for n in (4, 1, 9, 2, 7)]
-    return encode(pair.tokenizer, asked, 2, 64)
+    """Ten rows of five prompts of different lengths, not sorted by length."""
+    problems = [Problem("1+2" * n, "3") for n in (4, 1, 9, 2, 7)]
+    return encode_prompts(pair.tokenizer, problems, 2, 64)
 
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def rolled(model: CausalLM, prompts: Prompts, eos: list[int], **changes: object) -> Rollouts:
-    how = {"max_response": 16, "temperature": TEMPERATURE, "top_p": TOP_P, "generator": seeded(0)}
-    return sample(model, prompts, eos, **(how | changes))  # type: ignore[arg-type]
+def sample_rollouts(
+    model: CausalLM, prompts: Prompts, eos: list[int], **changes: object
+) -> Rollouts:
+    options = {
+        "max_response": 16,
+        "temperature": TEMPERATURE,
+        "top_p": TOP_P,
+        "generator": seeded(0),
+    }
+    return sample(model, prompts, eos, **(options | changes))  # type: ignore[arg-type]
 
 
-def same(a: Rollouts, b: Rollouts, atol: float) -> None:
+def assert_same_rollouts(a: Rollouts, b: Rollouts, atol: float) -> None:
     assert torch.equal(a.tokens, b.tokens)
     assert torch.equal(a.mask, b.mask)
     assert torch.equal(a.ended, b.ended)
@@ -55,37 +62,41 @@ def same(a: Rollouts, b: Rollouts, atol: float) -> None:
 
 @torch.no_grad()
 def next_logp(network, prompt: Tensor, response: Tensor, vocabulary: int) -> Tensor:
-    """(T, V) of every response token from one unpadded forward pass without a cache."""
+    """(T, V) log-probabilities of the response from one unpadded forward pass without a cache."""
     logits = network(torch.cat([prompt, response])[None], use_cache=False).logits[0]
-    wanted = logits[len(prompt) - 1 : -1, :vocabulary].double()
-    return (wanted / TEMPERATURE).log_softmax(-1)
+    response_logits = logits[len(prompt) - 1 : -1, :vocabulary].double()
+    return (response_logits / TEMPERATURE).log_softmax(-1)
 
 
-def kept_ids(logp: Tensor, top_p: float) -> set[int]:
-    """The smallest set of most probable ids that has the mass, one id at a time."""
-    mass, kept = 0.0, set()
+def nucleus_ids(logp: Tensor, top_p: float) -> set[int]:
+    """The smallest set of most probable ids with mass >= top_p, built one id at a time."""
+    mass, ids = 0.0, set()
     for value, token in sorted(((x, i) for i, x in enumerate(logp.exp().tolist())), reverse=True):
         if mass >= top_p:
             break
         mass += value
-        kept.add(token)
-    return kept
+        ids.add(token)
+    return ids
 
 
-def agrees_with_a_forward_pass(
+def assert_matches_forward_pass(
     batch: Rollouts, network, prompts: Prompts, vocabulary: int, top_p: float, atol: float = 1e-4
 ) -> None:
     for row in range(len(batch)):
         prompt, response = prompts.tokens[row][prompts.mask[row]], batch.tokens[row]
         logp = next_logp(network, prompt, response[batch.mask[row]], vocabulary)
-        for t, at in enumerate(logp):
+        for t, token_logp in enumerate(logp):
             token = int(response[t])
-            kept = kept_ids(at, top_p)
-            assert token in kept
-            mass = at[list(kept)].exp().sum().log()
-            assert batch.sampler_logp[row, t] == pytest.approx(float(at[token] - mass), abs=atol)
+            kept_ids = nucleus_ids(token_logp, top_p)
+            assert token in kept_ids
+            mass = token_logp[list(kept_ids)].exp().sum().log()
+            assert batch.sampler_logp[row, t] == pytest.approx(
+                float(token_logp[token] - mass), abs=atol
+            )
             if batch.softmax_logp is not None:
-                assert batch.softmax_logp[row, t] == pytest.approx(float(at[token]), abs=atol)
+                assert batch.softmax_logp[row, t] == pytest.approx(
+                    float(token_logp[token]), abs=atol
+                )
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
@@ -93,84 +104,91 @@ def agrees_with_a_forward_pass(
 def test_both_log_probabilities_are_those_of_a_plain_forward_pass(
     pair, prompts, cache: str, top_p: float
 ) -> None:
-    batch = rolled(
+    batch = sample_rollouts(
         pair.student, prompts, pair.eos, cache=cache, generation_batch_size=4, top_p=top_p
     )
-    batch.checked()
+    batch.validate()
     assert int(batch.mask.sum()) > 60
-    agrees_with_a_forward_pass(batch, pair.student.network, prompts, pair.student.vocabulary, top_p)
+    assert_matches_forward_pass(
+        batch, pair.student.network, prompts, pair.student.vocabulary, top_p
+    )
     gap = (batch.sampler_logp - batch.softmax_logp)[batch.mask]
     assert (gap.max() > 0.05) == (top_p < 1)
 
 
 def test_a_response_depends_on_its_own_noise_alone(pair, prompts) -> None:
-    whole = rolled(pair.student, prompts, pair.eos)
-    assert len({tuple(x.tolist()) for x in whole.tokens}) == 10, "rows of a prompt draw alike"
+    reference = sample_rollouts(pair.student, prompts, pair.eos)
+    assert len({tuple(x.tolist()) for x in reference.tokens}) == 10, (
+        "rows of one prompt have the same responses"
+    )
     for generation_batch_size, cache in (
         (1, "dynamic"),
         (3, "dynamic"),
         (3, "static"),
         (256, "static"),
     ):
-        again = rolled(
+        repeated = sample_rollouts(
             pair.student,
             prompts,
             pair.eos,
             generation_batch_size=generation_batch_size,
             cache=cache,
         )
-        same(whole, again, 1e-4)
-    other = rolled(pair.student, prompts, pair.eos, generator=seeded(1))
-    assert not torch.equal(other.tokens, whole.tokens)
+        assert_same_rollouts(reference, repeated, 1e-4)
+    other_seed = sample_rollouts(pair.student, prompts, pair.eos, generator=seeded(1))
+    assert not torch.equal(other_seed.tokens, reference.tokens)
 
 
 def test_the_global_generator_is_neither_read_nor_written(pair, prompts) -> None:
     torch.manual_seed(5)
-    before = torch.get_rng_state()
-    first = rolled(pair.student, prompts, pair.eos)
-    assert torch.equal(before, torch.get_rng_state())
+    initial_state = torch.get_rng_state()
+    first = sample_rollouts(pair.student, prompts, pair.eos)
+    assert torch.equal(initial_state, torch.get_rng_state())
     torch.manual_seed(6)
-    same(first, rolled(pair.student, prompts, pair.eos), 0)
+    assert_same_rollouts(first, sample_rollouts(pair.student, prompts, pair.eos), 0)
 
 
 def test_a_budget_takes_a_fixed_amount_from_the_generator(pair, prompts) -> None:
     states = []
     for eos in (pair.eos, list(range(pair.student.vocabulary))):
         generator = seeded(0)
-        rolled(pair.student, prompts, eos, generator=generator)
+        sample_rollouts(pair.student, prompts, eos, generator=generator)
         states.append(generator.get_state())
-    assert torch.equal(*states), "ending early must not move the draws of what comes next"
+    assert torch.equal(*states), "early EOS changes the generator state"
 
 
-def first_token_statistic(model: CausalLM, one: Prompts, tokens: Tensor) -> tuple[float, int]:
-    """Pearson's chi-square of first tokens to one prompt, and its degrees of freedom."""
-    logp = next_logp(model.network, one.tokens[0], torch.tensor([0]), model.vocabulary)[0]
-    kept = sorted(kept_ids(logp, TOP_P))
-    assert 3 < len(kept) < 60
+def first_token_statistic(model: CausalLM, prompt: Prompts, tokens: Tensor) -> tuple[float, int]:
+    """Pearson's chi-square of the first tokens of a prompt, and its degrees of freedom."""
+    logp = next_logp(model.network, prompt.tokens[0], torch.tensor([0]), model.vocabulary)[0]
+    ids = sorted(nucleus_ids(logp, TOP_P))
+    assert 3 < len(ids) < 60
     counts = torch.bincount(tokens, minlength=model.vocabulary)
-    assert counts.sum() == counts[kept].sum(), "a token outside the nucleus was drawn"
-    wanted = len(tokens) * logp[kept].softmax(-1)
-    return float(((counts[kept] - wanted).square() / wanted).sum()), len(kept) - 1
+    assert counts.sum() == counts[ids].sum(), "a token outside the nucleus was sampled"
+    expected_counts = len(tokens) * logp[ids].softmax(-1)
+    return float(((counts[ids] - expected_counts).square() / expected_counts).sum()), len(ids) - 1
 
 
 def test_first_tokens_have_the_frequencies_of_the_nucleus(pair, prompts) -> None:
     rows = 2000
-    one = prompts.rows([0] * rows)
-    how = {"max_response": 1, "generation_batch_size": rows}
-    drawn = [rolled(pair.student, one, pair.eos, **how, generator=seeded(i)) for i in range(10)]
-    tokens = torch.cat([batch.tokens[:, 0] for batch in drawn])
-    chi, free = first_token_statistic(pair.student, one, tokens)
-    # from below too: a sum closer than chance would mean that rows do not draw independently
-    assert abs(chi - free) < 4 * (2 * free) ** 0.5
+    prompt = prompts.rows([0] * rows)
+    options = {"max_response": 1, "generation_batch_size": rows}
+    batches = [
+        sample_rollouts(pair.student, prompt, pair.eos, **options, generator=seeded(i))
+        for i in range(10)
+    ]
+    tokens = torch.cat([batch.tokens[:, 0] for batch in batches])
+    chi, degrees_of_freedom = first_token_statistic(pair.student, prompt, tokens)
+    # two-sided: a statistic that is too small would mean that rows are not independent
+    assert abs(chi - degrees_of_freedom) < 4 * (2 * degrees_of_freedom) ** 0.5
 
 
 def test_draws_by_hand() -> None:
     logp = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]]).log()
     noise = torch.tensor([0.0, 0.2499999, 0.25, 0.9, 1 - 2**-53], dtype=torch.float64)
     assert draw(logp.expand(5, -1), noise).tolist() == [1, 1, 3, 3, 3]
-    short = torch.tensor([[0.3, 0.3, 0.3, 0.0]]).log()  # rounding may leave a total below 1
+    short = torch.tensor([[0.3, 0.3, 0.3, 0.0]]).log()  # rounding may leave a sum below 1
     assert draw(short, noise[-1:]).tolist() == [2]
-    rare = torch.tensor([[0.0, -20.0]])  # a float32 sum would never reach the second
+    rare = torch.tensor([[0.0, -20.0]])  # in float32 the sum would never reach the second id
     assert draw(rare, torch.tensor([1 - 1e-9], dtype=torch.float64)).tolist() == [1]
     assert draw(rare, torch.tensor([1 - 3e-9], dtype=torch.float64)).tolist() == [0]
 
@@ -180,10 +198,10 @@ def test_every_token_has_noise_of_its_own() -> None:
     scores = torch.randn(50, 7, generator=generator)
     noise = torch.rand(50, 3, generator=generator, dtype=torch.float64)
     sampler = Sampler(7, 1.0, 1.0, noise)
-    drawn = [sampler(torch.zeros(50, 1), scores).argmax(1) for _ in range(3)]
-    for t, tokens in enumerate(drawn):
-        below = scores.softmax(1).double().cumsum(1) <= noise[:, t, None]
-        assert torch.equal(tokens, below.sum(1))
+    sampled = [sampler(torch.zeros(50, 1), scores).argmax(1) for _ in range(3)]
+    for t, tokens in enumerate(sampled):
+        mass_below_noise = scores.softmax(1).double().cumsum(1) <= noise[:, t, None]
+        assert torch.equal(tokens, mass_below_noise.sum(1))
 
 
 def test_ties_and_extremes_of_the_nucleus() -> None:
@@ -195,17 +213,17 @@ def test_ties_and_extremes_of_the_nucleus() -> None:
 
 @pytest.mark.parametrize("scales", [(3.0, 6.0), (3.0, 0.1)])
 def test_the_nucleus_of_a_large_vocabulary(scales: tuple[float, ...]) -> None:
-    """Rows that are all peaked, and a batch with a flat row whose nucleus passes the selection."""
+    """Peaked rows only, and a batch with a flat row whose nucleus exceeds TOP_CANDIDATES ids."""
     logits = torch.randn(2, 5000, generator=seeded(0)) * torch.tensor(scales)[:, None]
-    got = nucleus(logits, 0.9)
-    for row, logp in zip(got, logits.double().log_softmax(-1), strict=True):
-        kept = sorted(kept_ids(logp, 0.9))
-        assert row.isfinite().nonzero()[:, 0].tolist() == kept
-        torch.testing.assert_close(row[kept], logp[kept].log_softmax(-1).float())
+    restricted_logp = nucleus(logits, 0.9)
+    for row, logp in zip(restricted_logp, logits.double().log_softmax(-1), strict=True):
+        kept_ids = sorted(nucleus_ids(logp, 0.9))
+        assert row.isfinite().nonzero()[:, 0].tolist() == kept_ids
+        torch.testing.assert_close(row[kept_ids], logp[kept_ids].log_softmax(-1).float())
 
 
 def test_a_small_nucleus_is_greedy_decoding(pair, prompts) -> None:
-    batch = rolled(pair.student, prompts, pair.eos, top_p=1e-9, temperature=1.0)
+    batch = sample_rollouts(pair.student, prompts, pair.eos, top_p=1e-9, temperature=1.0)
     assert not batch.sampler_logp.any()
     network = pair.student.network
     for row in (0, 2, 5):
@@ -218,12 +236,12 @@ def test_a_small_nucleus_is_greedy_decoding(pair, prompts) -> None:
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_every_call_stops_when_its_own_rows_have_ended(pair, prompts, cache: str) -> None:
-    # ids that are frequent as first tokens end a response at once; ten rows fill a bucket of 16
-    first = rolled(pair.student, prompts, pair.eos, max_response=64).tokens[:, 0].tolist()
+    # EOS ids are the sampled first tokens; ten rows are padded to a bucket of 16
+    first = sample_rollouts(pair.student, prompts, pair.eos, max_response=64).tokens[:, 0].tolist()
     eos = sorted(set(first))
     calls: list[int] = []
     hook = pair.student.network.register_forward_hook(lambda *_: calls.append(1))
-    batch = rolled(pair.student, prompts, eos, max_response=64, cache=cache)
+    batch = sample_rollouts(pair.student, prompts, eos, max_response=64, cache=cache)
     hook.remove()
     assert batch.tokens.tolist() == [[x] for x in first]
     assert batch.ended.all()
@@ -232,28 +250,28 @@ def test_every_call_stops_when_its_own_rows_have_ended(pair, prompts, cache: str
 
 def test_responses_are_cut_at_the_first_of_several_end_tokens() -> None:
     response = torch.tensor([[5, 1, 2, 7], [5, 2, 1, 1], [5, 5, 5, 5], [1, 0, 0, 0]])
-    mask, ended = until_end(response, [1, 2])
+    mask, ended = mask_until_eos(response, [1, 2])
     assert mask.sum(1).tolist() == [2, 2, 4, 1]
     assert mask[0].tolist() == [True, True, False, False]
     assert ended.tolist() == [True, True, False, True]
 
 
 def test_batches_are_even_and_sorted_by_length(prompts) -> None:
-    groups = batches(prompts, 4)
+    groups = group_by_length(prompts, 4)
     lengths = prompts.mask.sum(1)
     assert sorted(i for g in groups for i in g) == list(range(10))
     assert [len(g) for g in groups] == [4, 4, 2]
-    assert [len(g) for g in batches(prompts, 9)] == [5, 5]
-    ordered = [int(lengths[i]) for g in groups for i in g]
-    assert ordered == sorted(ordered)
-    assert ordered != [int(x) for x in lengths]
+    assert [len(g) for g in group_by_length(prompts, 9)] == [5, 5]
+    group_lengths = [int(lengths[i]) for g in groups for i in g]
+    assert group_lengths == sorted(group_lengths)
+    assert group_lengths != [int(x) for x in lengths]
 
 
 def test_only_the_shared_vocabulary_is_drawn(pair, prompts) -> None:
     small = replace(pair.student, vocabulary=40)
-    batch = rolled(small, prompts, [0], top_p=1.0)
+    batch = sample_rollouts(small, prompts, [0], top_p=1.0)
     assert int(batch.tokens.max()) < 40
-    agrees_with_a_forward_pass(batch, small.network, prompts, 40, 1.0)
+    assert_matches_forward_pass(batch, small.network, prompts, 40, 1.0)
 
 
 def test_the_model_is_left_as_it_was(pair, prompts) -> None:
@@ -263,9 +281,9 @@ def test_the_model_is_left_as_it_was(pair, prompts) -> None:
     network.train()
     layer.eval()
     try:
-        rolled(pair.student, prompts, pair.eos)
+        sample_rollouts(pair.student, prompts, pair.eos)
         with pytest.raises(IndexError):
-            rolled(pair.student, prompts, [])
+            sample_rollouts(pair.student, prompts, [])
         assert network.training
         assert not layer.training
         assert network.generation_config is defaults
@@ -274,13 +292,13 @@ def test_the_model_is_left_as_it_was(pair, prompts) -> None:
 
 
 def test_dropout_is_off_while_sampling(pair, prompts) -> None:
-    before = rolled(pair.student, prompts, pair.eos)
+    reference = sample_rollouts(pair.student, prompts, pair.eos)
     layers = pair.student.network.get_decoder().layers
     pair.student.network.train()
     for layer in layers:
         layer.self_attn.attention_dropout = 0.5
     try:
-        same(before, rolled(pair.student, prompts, pair.eos), 0)
+        assert_same_rollouts(reference, sample_rollouts(pair.student, prompts, pair.eos), 0)
     finally:
         pair.student.network.eval()
         for layer in layers:
@@ -291,15 +309,17 @@ def test_adapters_take_part(tiny_pair, prompts) -> None:
     import peft
 
     pair = load_pair(*map(str, tiny_pair), "cpu", "float32")
-    plain = rolled(pair.student, prompts, pair.eos)
-    network = adapted(peft, pair.student.network)
-    batch = rolled(replace(pair.student, network=network), prompts, pair.eos)
+    plain = sample_rollouts(pair.student, prompts, pair.eos)
+    network = with_lora_adapters(peft, pair.student.network)
+    batch = sample_rollouts(replace(pair.student, network=network), prompts, pair.eos)
     assert not torch.equal(batch.tokens, plain.tokens)
-    agrees_with_a_forward_pass(batch, network, prompts, pair.student.vocabulary, TOP_P)
-    assert network.get_base_model().generation_config.top_k == 3, "defaults were not put back"
+    assert_matches_forward_pass(batch, network, prompts, pair.student.vocabulary, TOP_P)
+    assert network.get_base_model().generation_config.top_k == 3, (
+        "the generation config was not restored"
+    )
 
 
-def adapted(peft, network):
+def with_lora_adapters(peft, network):
     settings = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
@@ -315,45 +335,45 @@ def test_settings_and_memory_are_refused_with_the_remedy(pair, prompts, monkeypa
         ({"cache": "paged"}, "unknown cache 'paged'; known: static, dynamic"),
     ):
         with pytest.raises(ValueError, match=words):
-            rolled(pair.student, prompts, pair.eos, **changes)
+            sample_rollouts(pair.student, prompts, pair.eos, **changes)
 
     def exhausted(**_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(pair.student.network, "generate", exhausted)
     with pytest.raises(torch.OutOfMemoryError, match=r"4 rows of \d+ prompt and 16 .* below 4"):
-        rolled(pair.student, prompts, pair.eos, generation_batch_size=4)
+        sample_rollouts(pair.student, prompts, pair.eos, generation_batch_size=4)
 
 
 def test_sampler_consistency_is_tested_before_the_nucleus(pair, prompts, tmp_path: Path) -> None:
-    batch = rolled(pair.student, prompts, pair.eos)
+    batch = sample_rollouts(pair.student, prompts, pair.eos)
     batch.save(tmp_path / "batch.safetensors")
-    back = load(tmp_path / "batch.safetensors")
-    torch.testing.assert_close(back.softmax_logp, batch.softmax_logp, atol=0, rtol=0)
+    loaded_batch = load_batch(tmp_path / "batch.safetensors")
+    torch.testing.assert_close(loaded_batch.softmax_logp, batch.softmax_logp, atol=0, rtol=0)
     zero = torch.zeros_like(batch.sampler_logp)
     student = batch.softmax_logp + 0.01 * batch.mask
     scored = ScoredRollouts(**vars(batch), student_logp=student, teacher_logp=zero)
     row = Monitor()(0, [scored])
     assert row["consistency/sampler_log_ratio"] == pytest.approx(0.01, rel=1e-3)
     assert row["consistency/sampler_log_ratio_square"] == pytest.approx(1e-4, rel=1e-2)
-    blind = replace(scored, softmax_logp=None)
+    without_softmax_logp = replace(scored, softmax_logp=None)
     expected = float((student - batch.sampler_logp)[batch.mask].mean())
     assert expected < -0.05
-    got = Monitor()(0, [blind])["consistency/sampler_log_ratio"]
-    assert got == pytest.approx(expected, rel=1e-4)
+    log_ratio = Monitor()(0, [without_softmax_logp])["consistency/sampler_log_ratio"]
+    assert log_ratio == pytest.approx(expected, rel=1e-4)
     with pytest.raises(ValueError, match="softmax_logp has shape"):
         replace(batch, softmax_logp=zero[:, :1])
 
 
 def test_the_hf_engine_follows_the_model_it_was_synced_with(pair, prompts) -> None:
-    how = {"max_response": 16, "temperature": TEMPERATURE, "top_p": TOP_P}
+    options = {"max_response": 16, "temperature": TEMPERATURE, "top_p": TOP_P}
     engine = make_engine("hf", pair.student, generation_batch_size=3)
-    ours = engine.sample(prompts, pair.eos, **how, generator=seeded(0))
-    same(ours, rolled(pair.student, prompts, pair.eos), 1e-4)
+    student_rollouts = engine.sample(prompts, pair.eos, **options, generator=seeded(0))
+    assert_same_rollouts(student_rollouts, sample_rollouts(pair.student, prompts, pair.eos), 1e-4)
     engine.sync(pair.teacher)
-    theirs = engine.sample(prompts, pair.eos, **how, generator=seeded(0))
-    same(theirs, rolled(pair.teacher, prompts, pair.eos), 1e-4)
-    assert not torch.equal(ours.tokens[:, :4], theirs.tokens[:, :4])
+    teacher_rollouts = engine.sample(prompts, pair.eos, **options, generator=seeded(0))
+    assert_same_rollouts(teacher_rollouts, sample_rollouts(pair.teacher, prompts, pair.eos), 1e-4)
+    assert not torch.equal(student_rollouts.tokens[:, :4], teacher_rollouts.tokens[:, :4])
 
 
 def test_engines_are_refused_by_name(pair) -> None:
@@ -363,42 +383,42 @@ def test_engines_are_refused_by_name(pair) -> None:
         make_engine("sglang", pair.student)
 
 
-# vLLM: run where it is installed; a process of its own holds the model, about a minute in all.
+# vLLM tests: run where it is installed, in a process of its own; about a minute in total.
 
 
 @pytest.fixture(scope="module")
 def long_prompts(pair) -> Prompts:
-    """Longer than a block of vLLM's cache, so that prefixes are shared."""
-    asked = [Problem("1+2" * n, "3") for n in (50, 1, 61)]
-    return encode(pair.tokenizer, asked, 4, 256)
+    """Prompts longer than a block of vLLM's cache, so that prefixes are shared."""
+    problems = [Problem("1+2" * n, "3") for n in (50, 1, 61)]
+    return encode_prompts(pair.tokenizer, problems, 4, 256)
 
 
 @pytest.fixture(scope="module", params=["tied", "own head"])
 def networks(request, tmp_path_factory, tiny_pair) -> tuple[CausalLM, CausalLM]:
-    """Two students of one shape, with other weights."""
+    """Two students of the same architecture with different weights."""
     from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config.from_pretrained(tiny_pair[0])
     config.tie_word_embeddings = request.param == "tied"
     config.hidden_size, config.intermediate_size = 64, 128
-    made = []
+    models = []
     for seed in range(2):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = Qwen2ForCausalLM(config)
         folder = tmp_path_factory.mktemp("student")
         network.save_pretrained(folder)
-        made.append(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
+        models.append(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
     pair = load_pair(*map(str, tiny_pair), "cpu", "float32")
-    return tuple(replace(pair.student, network=x) for x in made)  # type: ignore[return-value]
+    return tuple(replace(pair.student, network=x) for x in models)  # type: ignore[return-value]
 
 
 @pytest.fixture(scope="module")
 def engine(networks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("engine")
-    made = make_engine("vllm", networks[0], max_length=256, folder=folder)
-    yield made
-    made.close()
+    vllm_engine = make_engine("vllm", networks[0], max_length=256, folder=folder)
+    yield vllm_engine
+    vllm_engine.close()
     assert not list(folder.iterdir())
 
 
@@ -409,55 +429,57 @@ def test_vllm_samples_from_the_student_it_was_synced_with(
     for model in (*networks, networks[0]):
         engine.sync(model)
         for top_p in (TOP_P, 1.0):
-            how = {"max_response": 16, "temperature": TEMPERATURE, "top_p": top_p}
-            batch = engine.sample(long_prompts, pair.eos, **how, generator=seeded(0)).checked()
+            options = {"max_response": 16, "temperature": TEMPERATURE, "top_p": top_p}
+            batch = engine.sample(long_prompts, pair.eos, **options, generator=seeded(0)).validate()
             assert int(batch.mask.sum()) > 60
             assert batch.prompt.tolist() == long_prompts.index.tolist()
-            agrees_with_a_forward_pass(batch, model.network, long_prompts, model.vocabulary, top_p)
+            assert_matches_forward_pass(batch, model.network, long_prompts, model.vocabulary, top_p)
             assert (batch.softmax_logp is None) == (top_p < 1)
-            again = engine.sample(long_prompts, pair.eos, **how, generator=seeded(0))
-            assert torch.equal(again.tokens, batch.tokens)
-            other = engine.sample(long_prompts, pair.eos, **how, generator=seeded(1))
-            assert not torch.equal(other.tokens, batch.tokens)
+            repeated = engine.sample(long_prompts, pair.eos, **options, generator=seeded(0))
+            assert torch.equal(repeated.tokens, batch.tokens)
+            other_seed = engine.sample(long_prompts, pair.eos, **options, generator=seeded(1))
+            assert not torch.equal(other_seed.tokens, batch.tokens)
 
 
 @pytest.mark.vllm
 def test_vllm_draws_first_tokens_from_the_nucleus(engine, networks, prompts) -> None:
     engine.sync(networks[0])
     rows = 4000
-    one = prompts.rows([0] * rows)
-    how = {"max_response": 1, "temperature": TEMPERATURE, "top_p": TOP_P}
-    batch = engine.sample(one, [0], **how, generator=seeded(0))
-    chi, free = first_token_statistic(networks[0], one, batch.tokens[:, 0])
-    assert abs(chi - free) < 4 * (2 * free) ** 0.5
+    prompt = prompts.rows([0] * rows)
+    options = {"max_response": 1, "temperature": TEMPERATURE, "top_p": TOP_P}
+    batch = engine.sample(prompt, [0], **options, generator=seeded(0))
+    chi, degrees_of_freedom = first_token_statistic(networks[0], prompt, batch.tokens[:, 0])
+    assert abs(chi - degrees_of_freedom) < 4 * (2 * degrees_of_freedom) ** 0.5
 
 
 @pytest.mark.vllm
 def test_vllm_keeps_the_end_token_and_the_shared_vocabulary(engine, networks, prompts) -> None:
     small = replace(networks[1], vocabulary=40)
     engine.sync(small)
-    how = {"max_response": 32, "temperature": TEMPERATURE, "top_p": 1.0}
-    batch = engine.sample(prompts, [3, 7, 11, 20], **how, generator=seeded(0))
-    agrees_with_a_forward_pass(batch, small.network, prompts, 40, 1.0)
-    mask, ended = until_end(batch.tokens, [3, 7, 11, 20])
+    options = {"max_response": 32, "temperature": TEMPERATURE, "top_p": 1.0}
+    batch = engine.sample(prompts, [3, 7, 11, 20], **options, generator=seeded(0))
+    assert_matches_forward_pass(batch, small.network, prompts, 40, 1.0)
+    mask, ended = mask_until_eos(batch.tokens, [3, 7, 11, 20])
     assert int(ended.sum()) >= 2
     assert torch.equal(batch.ended, ended)
     assert torch.equal(mask[ended], batch.mask[ended])
-    with pytest.raises(ValueError, match=r"may have \d+ tokens, the engine's max_length is 256"):
-        engine.sample(prompts, [3], **(how | {"max_response": 256}), generator=seeded(0))
+    with pytest.raises(
+        ValueError, match=r"may have \d+ tokens, but the engine's max_length is 256"
+    ):
+        engine.sample(prompts, [3], **(options | {"max_response": 256}), generator=seeded(0))
 
 
 @pytest.mark.vllm
 def test_vllm_merges_adapters(engine, networks, prompts) -> None:
     import peft
 
-    network = adapted(peft, copy.deepcopy(networks[0].network))
-    before = {name: x.clone() for name, x in network.state_dict().items()}
+    network = with_lora_adapters(peft, copy.deepcopy(networks[0].network))
+    initial_weights = {name: x.clone() for name, x in network.state_dict().items()}
     engine.sync(replace(networks[0], network=network))
-    how = {"max_response": 8, "temperature": TEMPERATURE, "top_p": TOP_P}
-    batch = engine.sample(prompts, [1], **how, generator=seeded(0))
-    agrees_with_a_forward_pass(batch, network, prompts, networks[0].vocabulary, TOP_P)
-    assert all(torch.equal(x, before[name]) for name, x in network.state_dict().items())
+    options = {"max_response": 8, "temperature": TEMPERATURE, "top_p": TOP_P}
+    batch = engine.sample(prompts, [1], **options, generator=seeded(0))
+    assert_matches_forward_pass(batch, network, prompts, networks[0].vocabulary, TOP_P)
+    assert all(torch.equal(x, initial_weights[name]) for name, x in network.state_dict().items())
 
 
 @pytest.mark.vllm
@@ -465,10 +487,12 @@ def test_weights_that_vllm_did_not_load_are_refused(engine, networks, monkeypatc
     import opd.rollouts.vllm_engine
 
     engine.sync(networks[0])
-    real = opd.rollouts.vllm_engine.export
+    real = opd.rollouts.vllm_engine.export_checkpoint
     stale = networks[0].network
-    monkeypatch.setattr(opd.rollouts.vllm_engine, "export", lambda _, path: real(stale, path))
-    with pytest.raises(RuntimeError, match="vLLM samples from another model"):
+    monkeypatch.setattr(
+        opd.rollouts.vllm_engine, "export_checkpoint", lambda _, path: real(stale, path)
+    )
+    with pytest.raises(RuntimeError, match="vLLM does not sample from the student"):
         engine.sync(networks[1])
 
 

@@ -1,4 +1,4 @@
-"""Rollouts from vLLM's own servers: a tied student, stale heads, a kill in the middle of a run."""
+"""Rollouts from real vLLM servers: a tied student, stale heads, a killed server."""
 
 import threading
 import time
@@ -11,15 +11,20 @@ import pytest
 import torch
 
 from opd.data.chain_task import Problem
-from opd.data.prompts import encode
-from opd.rollouts.hf_engine import until_end
+from opd.data.prompts import encode_prompts
+from opd.rollouts.hf_engine import mask_until_eos
 from opd.rollouts.vllm_server_engine import VllmServerEngine
 from opd.teachers.pair import load_pair
 from opd.training.train import train
-from tests.helpers.vllm_process import free_port, vllm, wide_pair
-from tests.opd.rollouts.test_hf_engine import TEMPERATURE, TOP_P, agrees_with_a_forward_pass, seeded
+from tests.helpers.vllm_process import free_port, run_vllm_server, wide_pair
+from tests.opd.rollouts.test_hf_engine import (
+    TEMPERATURE,
+    TOP_P,
+    assert_matches_forward_pass,
+    seeded,
+)
 from tests.opd.training.test_distributed import run_in_two
-from tests.opd.training.test_prefetch import HOW
+from tests.opd.training.test_prefetch import SERVER_SETTINGS
 from tests.opd.training.test_train import rows, settings
 
 pytestmark = pytest.mark.vllm
@@ -30,142 +35,160 @@ PROCESSED = ("--logprobs-mode", "processed_logprobs")
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Models with heads as wide as vLLM's attention on a CPU takes them; the student is tied."""
+    """Models with head sizes that vLLM supports on a CPU; the student's embeddings are tied."""
     return wide_pair(tmp_path_factory.mktemp("pair"), tied=True)
 
 
-def sampling(model: Path, port: int, log: Path, *more: str) -> AbstractContextManager[str]:
-    """vLLM's server of a model, which takes weights."""
-    return vllm(model, port, log, LIMIT, "--no-enable-chunked-prefill", *more, develops=True)
+def run_rollout_server(
+    model: Path, port: int, log: Path, *options: str
+) -> AbstractContextManager[str]:
+    """Serve a model with vLLM in development mode, which can load weights."""
+    return run_vllm_server(
+        model, port, log, LIMIT, "--no-enable-chunked-prefill", *options, dev_mode=True
+    )
 
 
-def made(pair: tuple[Path, Path], url: str, folder: Path):
+def make_pair_and_engine(pair: tuple[Path, Path], url: str, folder: Path):
     models = load_pair(*map(str, pair), "cpu", "float32")
-    how = {"max_length": LIMIT, "patience": 600.0, "in_flight": 32}
-    return models, VllmServerEngine(models.student, urls=[url], folder=folder, **how)
+    options = {"max_length": LIMIT, "timeout": 600.0, "concurrency": 32}
+    return models, VllmServerEngine(models.student, urls=[url], folder=folder, **options)
 
 
 @pytest.fixture(scope="module")
 def url(pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("log") / "vllm.log"
-    with sampling(pair[0], free_port(), log, *UNTIED, *PROCESSED) as url:
+    with run_rollout_server(pair[0], free_port(), log, *UNTIED, *PROCESSED) as url:
         yield url
 
 
 def test_rows_are_those_of_the_student_that_was_loaded(pair, url: str, tmp_path: Path) -> None:
-    models, engine = made(pair, url, tmp_path)
+    models, engine = make_pair_and_engine(pair, url, tmp_path)
     student, network = models.student, models.student.network
     assert network.config.tie_word_embeddings
-    asked = [Problem("1+2" * n, "3") for n in (30, 1, 17)]
-    prompts = encode(models.tokenizer, asked, 4, 200)
+    problems = [Problem("1+2" * n, "3") for n in (30, 1, 17)]
+    prompts = encode_prompts(models.tokenizer, problems, 4, 200)
     for turn in range(3):
         for top_p in (TOP_P, 1.0):
-            how = {"max_response": 24, "temperature": TEMPERATURE, "top_p": top_p}
-            end = list(range(0, 80, 8))
-            batch = engine.sample(prompts, end, **how, generator=seeded(turn)).checked()
+            options = {"max_response": 24, "temperature": TEMPERATURE, "top_p": top_p}
+            eos = list(range(0, 80, 8))
+            batch = engine.sample(prompts, eos, **options, generator=seeded(turn)).validate()
             assert int(batch.mask.sum()) > 60
-            agrees_with_a_forward_pass(batch, network, prompts, student.vocabulary, top_p)
-            mask, ended = until_end(batch.tokens, end)
+            assert_matches_forward_pass(batch, network, prompts, student.vocabulary, top_p)
+            mask, ended = mask_until_eos(batch.tokens, eos)
             assert int(ended.sum()) > 0
             assert torch.equal(batch.ended, ended)
             assert torch.equal(mask[ended], batch.mask[ended])
-            again = engine.sample(prompts, end, **how, generator=seeded(turn))
-            assert torch.equal(again.tokens, batch.tokens)
+            repeated = engine.sample(prompts, eos, **options, generator=seeded(turn))
+            assert torch.equal(repeated.tokens, batch.tokens)
         with torch.no_grad():
             for i, x in enumerate(network.parameters()):
                 x += 0.03 * torch.randn(x.shape, generator=seeded(100 * turn + i))
         engine.sync(student)
     small = replace(student, vocabulary=60)
     engine = VllmServerEngine(
-        small, urls=[url], folder=tmp_path / "small", max_length=99, patience=60.0, in_flight=8
+        small, urls=[url], folder=tmp_path / "small", max_length=99, timeout=60.0, concurrency=8
     )
-    how = {"max_response": 24, "temperature": TEMPERATURE, "top_p": 1.0}
-    batch = engine.sample(prompts, [1], **how, generator=seeded(0))
+    options = {"max_response": 24, "temperature": TEMPERATURE, "top_p": 1.0}
+    batch = engine.sample(prompts, [1], **options, generator=seeded(0))
     assert int(batch.tokens.max()) < 60
-    agrees_with_a_forward_pass(batch, network, prompts, 60, 1.0)
+    assert_matches_forward_pass(batch, network, prompts, 60, 1.0)
 
 
 def test_a_run_ahead_survives_a_kill_of_the_server(pair, url: str, tmp_path: Path) -> None:
-    how = {**HOW, "max_response": 48, "rollout_lag": 1, "rollout_timeout": 600.0, "steps": 6}
-    whole = train(settings(pair, tmp_path / "whole", rollout_servers=(url,), **how))
-    assert [row["consistency/age"] for row in rows(whole)] == [0, 1, 1, 1, 1, 1]
+    options = {
+        **SERVER_SETTINGS,
+        "max_response": 48,
+        "rollout_lag": 1,
+        "rollout_timeout": 600.0,
+        "steps": 6,
+    }
+    reference_folder = train(settings(pair, tmp_path / "whole", rollout_servers=(url,), **options))
+    assert [row["consistency/age"] for row in rows(reference_folder)] == [0, 1, 1, 1, 1, 1]
     port, log = free_port(), tmp_path / "vllm.log"
     config = settings(
-        pair, tmp_path / "again", rollout_servers=(f"http://127.0.0.1:{port}/v1",), **how
+        pair, tmp_path / "again", rollout_servers=(f"http://127.0.0.1:{port}/v1",), **options
     )
-    done = threading.Event()
-    killer = threading.Thread(target=kill_and_restart, args=(pair, port, log, config.out, done))
+    finished = threading.Event()
+    killer = threading.Thread(target=kill_and_restart, args=(pair, port, log, config.out, finished))
     killer.start()
     try:
-        again = train(config)
+        restarted_folder = train(config)
     finally:
-        done.set()
+        finished.set()
         killer.join()
-    for mine, theirs in zip(rows(again), rows(whole), strict=True):
+    for actual_row, expected_row in zip(
+        rows(restarted_folder), rows(reference_folder), strict=True
+    ):
         for name in ("loss", "grad_norm", "divergence/k1", "consistency/sampler_log_ratio_square"):
-            assert mine[name] == pytest.approx(theirs[name], rel=2e-3, abs=2e-4), name
+            assert actual_row[name] == pytest.approx(expected_row[name], rel=2e-3, abs=2e-4), name
     assert "Reloading weights" in log.read_text()
 
 
 def kill_and_restart(
-    pair: tuple[Path, Path], port: int, log: Path, folder: str, done: threading.Event
+    pair: tuple[Path, Path], port: int, log: Path, folder: str, finished: threading.Event
 ) -> None:
-    """A server until the run has two rows, then none for a while, then one to the end of it."""
-    with sampling(pair[0], port, log, *UNTIED, *PROCESSED):
-        written = Path(folder) / "rows.jsonl"
-        while not (written.exists() and written.read_text().count("\n") > 1):
-            if done.is_set():
+    """Serve until the run has two rows, kill the server, and start another until the run ends."""
+    with run_rollout_server(pair[0], port, log, *UNTIED, *PROCESSED):
+        rows_path = Path(folder) / "rows.jsonl"
+        while not (rows_path.exists() and rows_path.read_text().count("\n") > 1):
+            if finished.is_set():
                 return
             time.sleep(0.01)
-    with sampling(pair[0], port, log, *UNTIED, *PROCESSED):
-        done.wait(900)
+    with run_rollout_server(pair[0], port, log, *UNTIED, *PROCESSED):
+        finished.wait(900)
 
 
 def test_two_processes_sample_as_one(pair, url: str, tmp_path: Path) -> None:
-    how = {
-        **HOW,
+    options = {
+        **SERVER_SETTINGS,
         "max_response": 24,
         "rollout_lag": 1,
         "rollout_timeout": 600.0,
         "prompts_per_step": 4,
     }
-    config = settings(pair, tmp_path / "one", rollout_servers=(url,), **how)
+    config = settings(pair, tmp_path / "one", rollout_servers=(url,), **options)
     two = replace(config, out=str(tmp_path / "two"), sharding="full")
     train(config)
     run_in_two(tmp_path, [two])
-    for mine, theirs in zip(rows(tmp_path / "two"), rows(tmp_path / "one"), strict=True):
+    for actual_row, expected_row in zip(
+        rows(tmp_path / "two"), rows(tmp_path / "one"), strict=True
+    ):
         for name in ("loss", "grad_norm", "divergence/k1", "consistency/sampler_log_ratio_square"):
-            assert mine[name] == pytest.approx(theirs[name], rel=2e-3, abs=2e-4), name
+            assert actual_row[name] == pytest.approx(expected_row[name], rel=2e-3, abs=2e-4), name
 
 
 def test_a_tied_server_takes_a_head_of_its_own_and_one_without_is_refused(
     pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a CPU a tied head keeps its weights where a checkpoint leaves it out, as tied ones do."""
+    """On a CPU a tied head keeps its old weights if the checkpoint has no head, as tied ones."""
     import opd.rollouts.vllm_server_engine
 
-    with sampling(pair[0], free_port(), tmp_path / "tied.log", *PROCESSED) as tied:
-        models, engine = made(pair, tied, tmp_path)
+    with run_rollout_server(pair[0], free_port(), tmp_path / "tied.log", *PROCESSED) as tied:
+        models, engine = make_pair_and_engine(pair, tied, tmp_path)
         network = models.student.network
-        prompts = encode(models.tokenizer, [Problem("1+2" * n, "3") for n in (30, 1)], 4, 200)
+        prompts = encode_prompts(
+            models.tokenizer, [Problem("1+2" * n, "3") for n in (30, 1)], 4, 200
+        )
         with torch.no_grad():
             network.lm_head.weight += 0.05 * torch.randn(
                 network.lm_head.weight.shape, generator=seeded(0)
             )
         engine.sync(models.student)
-        how = {"max_response": 24, "temperature": TEMPERATURE, "top_p": 1.0}
-        batch = engine.sample(prompts, [1], **how, generator=seeded(0))
-        agrees_with_a_forward_pass(batch, network, prompts, models.student.vocabulary, 1.0)
+        options = {"max_response": 24, "temperature": TEMPERATURE, "top_p": 1.0}
+        batch = engine.sample(prompts, [1], **options, generator=seeded(0))
+        assert_matches_forward_pass(batch, network, prompts, models.student.vocabulary, 1.0)
         monkeypatch.setattr(
-            opd.rollouts.vllm_server_engine, "export", lambda net, path: net.save_pretrained(path)
+            opd.rollouts.vllm_server_engine,
+            "export_checkpoint",
+            lambda net, path: net.save_pretrained(path),
         )
-        with pytest.raises(RuntimeError, match="did not become the student"):
-            made(pair, tied, tmp_path)
+        with pytest.raises(RuntimeError, match="does not have the student's weights"):
+            make_pair_and_engine(pair, tied, tmp_path)
 
 
 def test_log_probabilities_before_temperature_are_refused(pair, tmp_path: Path) -> None:
     with (
-        sampling(pair[0], free_port(), tmp_path / "raw.log", *UNTIED) as raw,
+        run_rollout_server(pair[0], free_port(), tmp_path / "raw.log", *UNTIED) as raw,
         pytest.raises(RuntimeError, match="--logprobs-mode processed_logprobs"),
     ):
-        made(pair, raw, tmp_path)
+        make_pair_and_engine(pair, raw, tmp_path)

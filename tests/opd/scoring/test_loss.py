@@ -16,7 +16,7 @@ from diagnostics.batch import ScoredRollouts, Support
 from opd.models.lm_head import LmHead, gathered_logits
 from opd.models.model import CausalLM
 from opd.objectives.factory import OBJECTIVES, Objective
-from opd.objectives.support import JOINED
+from opd.objectives.support import JOINT_SUPPORTS
 from opd.scoring.loss import chunked_loss, loss_from_hidden
 from opd.teachers.pair import ModelPair
 from tests.opd.models.test_lm_head import largest, normal, seeded
@@ -51,30 +51,33 @@ def a_batch(source: str, student: Tensor, teacher: Tensor, temperature: float) -
     """A scored batch of (B, T, V) log-probabilities; tokens are drawn, half of them in S."""
     best = {name: x.detach().topk(K, -1).indices for name, x in (("t", teacher), ("s", student))}
     ids, present = best["s" if source == "student" else "t"], None
-    if source in JOINED:
-        ids, present = JOINED[source](best["t"], best["s"])
+    if source in JOINT_SUPPORTS:
+        ids, present = JOINT_SUPPORTS[source](best["t"], best["s"])
     tokens = torch.randint(V, (B, T), generator=seeded(5))
     tokens[:, ::2] = ids[:, ::2, 1]
     mask = torch.ones((B, T), dtype=torch.bool)
     mask[0, 3:], mask[1, 1] = False, False
 
-    def at(logp: Tensor, where: Tensor) -> Tensor:
-        return logp.detach().gather(-1, where) * mask[..., None]
+    def gather_masked(logp: Tensor, at_ids: Tensor) -> Tensor:
+        return logp.detach().gather(-1, at_ids) * mask[..., None]
 
     return ScoredRollouts(
         tokens=tokens * mask,
         mask=mask,
-        sampler_logp=at(student, tokens[..., None])[..., 0],
-        student_logp=at(student, tokens[..., None])[..., 0],
-        teacher_logp=at(teacher, tokens[..., None])[..., 0],
+        sampler_logp=gather_masked(student, tokens[..., None])[..., 0],
+        student_logp=gather_masked(student, tokens[..., None])[..., 0],
+        teacher_logp=gather_masked(teacher, tokens[..., None])[..., 0],
         prompt=torch.arange(B),
         ended=torch.ones(B, dtype=torch.bool),
         score_temperature=temperature,
         support=Support(
-            ids=ids, student_logp=at(student, ids), teacher_logp=at(teacher, ids), source=source,
+            ids=ids,
+            student_logp=gather_masked(student, ids),
+            teacher_logp=gather_masked(teacher, ids),
+            source=source,
             present=present,
         ),
-    )  # fmt: skip
+    )
 
 
 def on_the_support(objective: Objective, logp: Tensor, batch: ScoredRollouts) -> Tensor | None:
@@ -84,60 +87,71 @@ def on_the_support(objective: Objective, logp: Tensor, batch: ScoredRollouts) ->
 
 
 def both_losses(
-    objective: Objective, ours: LmHead, theirs: LmHead, temperature: float, elements: int
+    objective: Objective,
+    student_head: LmHead,
+    teacher_head: LmHead,
+    temperature: float,
+    max_elements: int,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Value and gradients (hidden, weight, bias) of the dense loss and of `loss_from_hidden`."""
-    states, taught = normal(B, T, D, seed=7).requires_grad_(), normal(B, T, D, seed=8)
+    states, teacher_states = normal(B, T, D, seed=7).requires_grad_(), normal(B, T, D, seed=8)
     student, teacher = (
         (dense(h, head) / temperature).log_softmax(-1)
-        for h, head in ((states, ours), (taught, theirs))
+        for h, head in ((states, student_head), (teacher_states, teacher_head))
     )
     source = objective.support if objective.support not in ("none", "full") else "teacher"
     batch = a_batch(source, student, teacher, temperature)
     credit, weight = normal(B, T, seed=9) * batch.mask, normal(B, seed=10).abs() + 0.1
-    leaves = [x for x in (states, ours.weight, ours.bias) if x is not None]
+    leaves = [x for x in (states, student_head.weight, student_head.bias) if x is not None]
 
     full = None
-    if objective.support == "full":  # the dense loss takes the whole vocabulary as a support
-        every = torch.arange(V).expand(B, T, V)
+    if objective.support == "full":  # the dense loss needs the whole vocabulary as its support
+        all_ids = torch.arange(V).expand(B, T, V)
         values = {"student_logp": student.detach(), "teacher_logp": teacher.detach()}
-        full = replace(batch, support=Support(ids=every, source="full", **values))
+        full = replace(batch, support=Support(ids=all_ids, source="full", **values))
     logp = student.gather(-1, batch.tokens[..., None])[..., 0]
     loss = objective.local_loss(
         logp, on_the_support(objective, student, batch), full or batch, credit
     )
-    whole = 2.5 * (torch.where(batch.mask, loss, 0.0) * weight[:, None]).sum()
+    dense_loss = 2.5 * (torch.where(batch.mask, loss, 0.0) * weight[:, None]).sum()
 
-    live = states.detach().requires_grad_()
-    mine = 2.5 * loss_from_hidden(
-        ModelPair(model(ours), model(theirs), None, [0]),
+    student_states = states.detach().requires_grad_()
+    chunk_loss = 2.5 * loss_from_hidden(
+        ModelPair(model(student_head), model(teacher_head), None, [0]),
         objective,
-        live[batch.mask],
-        taught[batch.mask] if objective.support == "full" else None,
+        student_states[batch.mask],
+        teacher_states[batch.mask] if objective.support == "full" else None,
         batch,
         credit,
         weight[:, None].expand(B, T)[batch.mask],
-        max_logits_per_chunk=elements,
+        max_logits_per_chunk=max_elements,
     )
-    mine_leaves = [live, *leaves[1:]]
+    chunk_leaves = [student_states, *leaves[1:]]
     return (
-        (whole.detach(), *torch.autograd.grad(whole, leaves, materialize_grads=True)),
-        (mine.detach(), *torch.autograd.grad(mine, mine_leaves, materialize_grads=True)),
+        (dense_loss.detach(), *torch.autograd.grad(dense_loss, leaves, materialize_grads=True)),
+        (
+            chunk_loss.detach(),
+            *torch.autograd.grad(chunk_loss, chunk_leaves, materialize_grads=True),
+        ),
     )
 
 
-@pytest.mark.parametrize("elements", [1, 3 * V, 10**6])
+@pytest.mark.parametrize("max_elements", [1, 3 * V, 10**6])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_objective_has_its_dense_gradient(name: str, elements: int) -> None:
-    ours, theirs = a_head(1, **HEADS["all"]), a_head(3, bias=True, softcap=2.0)
-    torch.testing.assert_close(*both_losses(OBJECTIVES[name](), ours, theirs, 0.7, elements))
+def test_every_objective_has_its_dense_gradient(name: str, max_elements: int) -> None:
+    student_head, teacher_head = a_head(1, **HEADS["all"]), a_head(3, bias=True, softcap=2.0)
+    torch.testing.assert_close(
+        *both_losses(OBJECTIVES[name](), student_head, teacher_head, 0.7, max_elements)
+    )
 
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("name", ["teacher_topk", "sampled_token", "full_reverse_kl"])
 def test_every_head_has_its_dense_gradient(head: str, name: str) -> None:
-    ours, theirs = a_head(1, **HEADS[head]), a_head(3)
-    torch.testing.assert_close(*both_losses(OBJECTIVES[name](), ours, theirs, 1.0, 2 * V))
+    student_head, teacher_head = a_head(1, **HEADS[head]), a_head(3)
+    torch.testing.assert_close(
+        *both_losses(OBJECTIVES[name](), student_head, teacher_head, 1.0, 2 * V)
+    )
 
 
 def test_the_sampled_row_may_come_from_k_plus_one_rows_or_from_all() -> None:
@@ -170,12 +184,12 @@ def test_a_chunked_loss_has_its_gradient_once_and_a_value_without() -> None:
             chunked_loss(hidden, head, lambda z, _: z.logsumexp(-1).sum(), 2 * V), loss
         )
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="taken before"):
+    with pytest.raises(RuntimeError, match="already called"):
         loss.backward()
 
 
 def test_the_gradient_of_a_half_precision_head_adds_up_in_float32() -> None:
-    """400 chunks of one token: adding them up in bfloat16 would lose most of them."""
+    """400 chunks of one token: a sum in bfloat16 would lose most of them."""
     hidden = normal(400, D).abs().bfloat16()
     weight = normal(V, D, seed=1).bfloat16().requires_grad_()
     chunked_loss(hidden, LmHead(weight, V), lambda z, _: z.logsumexp(-1).sum(), V).backward()
@@ -188,20 +202,20 @@ def test_the_gradient_of_a_half_precision_head_adds_up_in_float32() -> None:
 
 
 class Sizes(TorchDispatchMode):
-    """The largest number of elements that any operation returned."""
+    """Record the largest number of elements that any operation returned."""
 
     largest = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         out = func(*args, **(kwargs or {}))
-        found = (x.untyped_storage().nbytes() // x.itemsize for x in tree_leaves(out)
+        sizes = (x.untyped_storage().nbytes() // x.itemsize for x in tree_leaves(out)
                  if isinstance(x, Tensor))  # fmt: skip
-        self.largest = max(self.largest, *found, 0)
+        self.largest = max(self.largest, *sizes, 0)
         return out
 
 
-def training_sizes(name: str, vocabulary: int, elements: int) -> int:
-    """The largest tensor of forward and backward at N = 240, D = 4, K = 4."""
+def training_sizes(name: str, vocabulary: int, max_elements: int) -> int:
+    """Return the size of the largest tensor of forward and backward at N = 240, D = 4, K = 4."""
     n, k, d = 240, 4, 4
     hidden = normal(n, d, dtype=torch.float32).requires_grad_()
     weight = normal(vocabulary, d, dtype=torch.float32).requires_grad_()
@@ -217,23 +231,23 @@ def training_sizes(name: str, vocabulary: int, elements: int) -> int:
         ended=torch.ones(1, dtype=torch.bool),
         support=Support(ids=ids, student_logp=logp, teacher_logp=logp, source="teacher"),
     )
-    one = model(LmHead(weight, vocabulary))
+    causal_lm = model(LmHead(weight, vocabulary))
     with Sizes() as sizes:
         loss_from_hidden(
-            ModelPair(one, one, None, [0]),
+            ModelPair(causal_lm, causal_lm, None, [0]),
             OBJECTIVES[name](),
             hidden,
             hidden.detach() if name.startswith("full") else None,
             batch,
             torch.ones((1, n)),
             torch.ones(n),
-            max_logits_per_chunk=elements,
+            max_logits_per_chunk=max_elements,
         ).backward()
     return sizes.largest
 
 
 def test_a_renormalised_objective_never_makes_tokens_by_vocabulary() -> None:
-    """Nothing but the gradient of the head, (V, D), grows with V."""
+    """Only the gradient of the head, (V, D), grows with V."""
     for vocabulary in (2000, 8000):
         assert training_sizes("teacher_topk", vocabulary, 10**9) == vocabulary * 4
 

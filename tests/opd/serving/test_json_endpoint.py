@@ -1,4 +1,4 @@
-"""What no server may do to a run: repeat its key in a message, or outlast its patience."""
+"""JSON endpoints: API keys never appear in messages, and no server exceeds the timeout."""
 
 import base64
 import json
@@ -18,7 +18,7 @@ import pytest
 from diagnostics.errors import InvalidInput, OperationFailed
 from opd.serving import json_endpoint
 from opd.serving.json_endpoint import JsonEndpoint
-from opd.serving.vllm_protocol import chosen
+from opd.serving.vllm_protocol import select_model
 from opd.teachers.client import check_same_text
 from tests.opd.training.test_train import settings
 
@@ -26,14 +26,14 @@ SECRET = "sk-SECRET/0123456789+?=x"
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_endpoint, "FIRST_WAIT", 0.02)
-    monkeypatch.delenv(json_endpoint.KEY, raising=False)
+def fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_endpoint, "FIRST_RETRY_DELAY", 0.02)
+    monkeypatch.delenv(json_endpoint.KEY_VARIABLE, raising=False)
 
 
 @contextmanager
-def raw_server(say: Callable[[socket.socket], object]) -> Iterator[str]:
-    """A server that reads a request's headers and then does to the connection what `say` does."""
+def raw_server(send_reply: Callable[[socket.socket], object]) -> Iterator[str]:
+    """Serve connections: read the request headers, then call `send_reply` with the connection."""
     listener = socket.create_server(("127.0.0.1", 0))
     listener.settimeout(0.1)
     ended = threading.Event()
@@ -43,7 +43,7 @@ def raw_server(say: Callable[[socket.socket], object]) -> Iterator[str]:
             head = b""
             while b"\r\n\r\n" not in head:
                 head += connection.recv(65536)
-            say(connection)
+            send_reply(connection)
 
     def accept() -> None:
         while not ended.is_set():
@@ -62,7 +62,9 @@ def raw_server(say: Callable[[socket.socket], object]) -> Iterator[str]:
         listener.close()
 
 
-def answer(body: bytes, status: str = "200 OK", **headers: str) -> Callable[[socket.socket], None]:
+def reply_with(
+    body: bytes, status: str = "200 OK", **headers: str
+) -> Callable[[socket.socket], None]:
     lines = {"Content-Length": str(len(body))} | {
         k.replace("_", "-"): v for k, v in headers.items()
     }
@@ -70,9 +72,9 @@ def answer(body: bytes, status: str = "200 OK", **headers: str) -> Callable[[soc
     return lambda connection: connection.sendall(f"HTTP/1.1 {status}\r\n{head}\r\n".encode() + body)
 
 
-def error_of(url: str, patience: float = 0.4, most: int = 10_000) -> Exception:
+def error_of(url: str, timeout: float = 0.4, max_bytes: int = 10_000) -> Exception:
     with pytest.raises((InvalidInput, OperationFailed)) as caught:
-        JsonEndpoint(url, patience=patience).ask("/x", {}, most=most)
+        JsonEndpoint(url, timeout=timeout).request("/x", {}, max_bytes=max_bytes)
     return caught.value
 
 
@@ -80,41 +82,41 @@ def error_of(url: str, patience: float = 0.4, most: int = 10_000) -> Exception:
 
 BASE64 = base64.b64encode(SECRET.encode()).decode()
 ECHOES = {
-    "redirect": answer(b"", "302 X", Location=f"http://x/?k={SECRET}"),
-    "redirect, percent-encoded": answer(b"", "302 X", Location=f"/?k={quote(SECRET, safe='')}"),
+    "redirect": reply_with(b"", "302 X", Location=f"http://x/?k={SECRET}"),
+    "redirect, percent-encoded": reply_with(b"", "302 X", Location=f"/?k={quote(SECRET, safe='')}"),
     "status line": lambda c: c.sendall(f"{SECRET} x\r\n\r\n".encode()),
     "version": lambda c: c.sendall(f"HTTP/{SECRET} 200 OK\r\n\r\n".encode()),
-    "reason": answer(b"{}x", f"500 {SECRET}"),
+    "reason": reply_with(b"{}x", f"500 {SECRET}"),
     "header that is none": lambda c: c.sendall(f"HTTP/1.1 200 OK\r\n{SECRET}\r\n\r\n".encode()),
-    "length": answer(b"", Content_Length=SECRET),
+    "length": reply_with(b"", Content_Length=SECRET),
     "chunk": lambda c: c.sendall(
         f"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n{SECRET}\r\n".encode()
     ),
-    "error": answer(json.dumps({"error": {"message": f"bad {SECRET}"}}).encode(), "400 X"),
-    "error, cut": answer(b"x" * 285 + SECRET.encode(), "400 X"),
-    "error, in a list": answer(json.dumps([SECRET]).encode(), "503 X"),
-    "error, base64": answer(f"Basic {BASE64}".encode(), "403 X"),
-    "error, upper case": answer(SECRET.upper().encode(), "401 X"),
-    "no JSON": answer(SECRET.encode()),
-    "compressed": answer(b"{}", Content_Encoding=SECRET),
+    "error": reply_with(json.dumps({"error": {"message": f"bad {SECRET}"}}).encode(), "400 X"),
+    "error, cut": reply_with(b"x" * 285 + SECRET.encode(), "400 X"),
+    "error, in a list": reply_with(json.dumps([SECRET]).encode(), "503 X"),
+    "error, base64": reply_with(f"Basic {BASE64}".encode(), "403 X"),
+    "error, upper case": reply_with(SECRET.upper().encode(), "401 X"),
+    "no JSON": reply_with(SECRET.encode()),
+    "compressed": reply_with(b"{}", Content_Encoding=SECRET),
 }
 
 
-@pytest.mark.parametrize("how", ECHOES)
+@pytest.mark.parametrize("case", ECHOES)
 def test_a_key_that_comes_back_is_in_no_error_and_no_log(
-    how: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    case: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv(json_endpoint.KEY, SECRET)
+    monkeypatch.setenv(json_endpoint.KEY_VARIABLE, SECRET)
     caplog.set_level(logging.DEBUG)
-    with raw_server(ECHOES[how]) as url:
+    with raw_server(ECHOES[case]) as url:
         error = error_of(url)
-    said = "".join(traceback.format_exception(error)) + caplog.text
+    quoted_text = "".join(traceback.format_exception(error)) + caplog.text
     current: BaseException | None = error
-    while current is not None:  # also those that no traceback shows
-        said += repr(current) + repr(current.args)
+    while current is not None:  # including exceptions that tracebacks do not show
+        quoted_text += repr(current) + repr(current.args)
         current = current.__cause__ or current.__context__
     for form in (SECRET, SECRET.upper(), quote(SECRET, safe=""), BASE64.rstrip("="), SECRET[:12]):
-        assert form not in said
+        assert form not in quoted_text
     assert "127.0.0.1" in str(error)
 
 
@@ -122,12 +124,12 @@ def test_a_key_that_comes_back_is_in_no_error_and_no_log(
 def test_a_key_that_no_header_can_hold_is_refused_unseen(
     end: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if end != "\x00":  # no environment holds one
-        monkeypatch.setenv(json_endpoint.KEY, f"{SECRET}{end}")
+    if end != "\x00":  # environment variables cannot contain it
+        monkeypatch.setenv(json_endpoint.KEY_VARIABLE, f"{SECRET}{end}")
         with pytest.raises(
-            InvalidInput, match=f"{json_endpoint.KEY} has .* number 25 of"
+            InvalidInput, match=f"{json_endpoint.KEY_VARIABLE} has .*: character 25 of"
         ) as caught:
-            JsonEndpoint("https://somewhere/v1", patience=1.0)
+            JsonEndpoint("https://somewhere/v1", timeout=1.0)
         assert SECRET not in str(caught.value)
 
 
@@ -144,18 +146,20 @@ def test_a_key_that_no_header_can_hold_is_refused_unseen(
 def test_a_secret_in_an_address_is_refused_before_anything_is_written(
     address: str, tiny_pair, tmp_path: Path
 ) -> None:
-    with pytest.raises(InvalidInput, match=r"a user, a password|no http:// or https://") as caught:
+    with pytest.raises(
+        InvalidInput, match=r"a user, a password|not an http:// or https://"
+    ) as caught:
         settings((tiny_pair[0], address), tmp_path / "run")  # type: ignore[arg-type]
     servers = (f"{address}", "http://fine/v1")
-    with pytest.raises(InvalidInput) as other:
+    with pytest.raises(InvalidInput) as server_error:
         settings(tiny_pair, tmp_path / "run", engine="servers", rollout_servers=servers)
-    with pytest.raises(InvalidInput) as wrong:
+    with pytest.raises(InvalidInput) as type_error:
         settings(tiny_pair, tmp_path / "run", rollout_servers=servers, lr=-1.0)
-    assert "hush" not in str(caught.value) + str(other.value) + str(wrong.value)
+    assert "hush" not in str(caught.value) + str(server_error.value) + str(type_error.value)
     assert not (tmp_path / "run").exists()
 
 
-# --- patience ------------------------------------------------------------------------------------
+# --- timeouts ------------------------------------------------------------------------------------
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 
@@ -193,58 +197,58 @@ SLOW = {
 }
 
 
-@pytest.mark.parametrize("how", SLOW)
-def test_no_way_of_being_slow_outlasts_patience(how: str) -> None:
-    began = time.monotonic()
-    with raw_server(SLOW[how]) as url:
-        error = error_of(url, patience=1.2)
+@pytest.mark.parametrize("case", SLOW)
+def test_no_way_of_being_slow_outlasts_patience(case: str) -> None:
+    start = time.monotonic()
+    with raw_server(SLOW[case]) as url:
+        error = error_of(url, timeout=1.2)
     assert isinstance(error, OperationFailed)
-    assert "teacher_timeout, 1 s, says how long to wait" in str(error)
-    assert time.monotonic() - began < 6  # two tries of a second; the rest is for a busy machine
+    assert "set by teacher_timeout, 1 s" in str(error)
+    assert time.monotonic() - start < 6  # two attempts of a second, and a margin for a busy machine
 
 
 def test_tls_that_never_ends_outlasts_no_patience() -> None:
-    """A server that takes the connection and answers no handshake."""
+    """The server accepts the connection but does not answer the TLS handshake."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        began = time.monotonic()
-        error = error_of(f"https://127.0.0.1:{listener.getsockname()[1]}", patience=1.2)
+        start = time.monotonic()
+        error = error_of(f"https://127.0.0.1:{listener.getsockname()[1]}", timeout=1.2)
         assert "TimeoutError" in str(error)
-    assert time.monotonic() - began < 6
+    assert time.monotonic() - start < 6
 
 
 def test_a_name_that_is_looked_up_for_ever_outlasts_no_patience(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    ended = threading.Event()
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: ended.wait(20) and [])
-    began = time.monotonic()
-    error = error_of("http://somewhere.invalid", patience=1.2)
-    assert time.monotonic() - began < 6
+    finished = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: finished.wait(20) and [])
+    start = time.monotonic()
+    error = error_of("http://somewhere.invalid", timeout=1.2)
+    assert time.monotonic() - start < 6
     assert "TimeoutError" in str(error)
-    ended.set()
+    finished.set()
 
 
 def test_questions_under_way_end_when_they_are_stopped() -> None:
-    side: JsonEndpoint
+    endpoint: JsonEndpoint
     errors: list[Exception] = []
 
     def ask() -> None:
         try:
-            side.ask("/x", {}, most=100)
+            endpoint.request("/x", {}, max_bytes=100)
         except OperationFailed as error:
             errors.append(error)
 
     with raw_server(SLOW["nothing"]) as url:
-        side = JsonEndpoint(url, patience=60.0)
+        endpoint = JsonEndpoint(url, timeout=60.0)
         threads = [threading.Thread(target=ask) for _ in range(3)]
         for thread in threads:
             thread.start()
         time.sleep(0.3)
-        side.stop()
+        endpoint.stop()
         for thread in threads:
             thread.join(5)
-        ask()  # until `start`
-    assert [("another question failed" in str(error)) for error in errors] == [True] * 4
+        ask()  # rejected until `start`
+    assert [("another request failed" in str(error)) for error in errors] == [True] * 4
 
 
 # --- sizes and kinds of answers ------------------------------------------------------------------
@@ -254,13 +258,13 @@ def test_answers_are_bounded_and_never_unpacked() -> None:
     import gzip
 
     bomb = gzip.compress(b" " * 10_000_000)  # 10 kB that would be 10 MB
-    with raw_server(answer(bomb, Content_Encoding="gzip")) as url:
-        assert "is compressed (gzip)" in str(error_of(url, most=100_000))
-    with raw_server(answer(b" " * 50_000)) as url:
+    with raw_server(reply_with(bomb, Content_Encoding="gzip")) as url:
+        assert "is compressed (gzip)" in str(error_of(url, max_bytes=100_000))
+    with raw_server(reply_with(b" " * 50_000)) as url:
         assert "longer than 10000 bytes" in str(error_of(url))
     endless = lambda c: (c.sendall(CHUNKED), flood(c, b"400\r\n" + b" " * 1024 + b"\r\n"))  # noqa: E731
     with raw_server(endless) as url:
-        assert "longer than 10000 bytes" in str(error_of(url, patience=60.0))
+        assert "longer than 10000 bytes" in str(error_of(url, timeout=60.0))
 
 
 def test_the_certificate_must_be_trusted(tmp_path: Path) -> None:
@@ -279,9 +283,9 @@ def test_the_certificate_must_be_trusted(tmp_path: Path) -> None:
                 context.wrap_socket(listener.accept()[0], server_side=True)
 
         threading.Thread(target=serve, daemon=True).start()
-        error = error_of(f"https://localhost:{listener.getsockname()[1]}", patience=9.0)
+        error = error_of(f"https://localhost:{listener.getsockname()[1]}", timeout=9.0)
     assert isinstance(error, InvalidInput)
-    assert "its certificate is not trusted" in str(error)
+    assert "its TLS certificate is not trusted" in str(error)
 
 
 PAGE = b"<!DOCTYPE html><html><body>Welcome to nginx!</body></html>"
@@ -290,32 +294,45 @@ PAGE = b"<!DOCTYPE html><html><body>Welcome to nginx!</body></html>"
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (PAGE, "the answer is a web page, not JSON; .* does it end in /v1"),
-        (b"[]", r"/models: the answer has no 'data', a list, as vLLM's has, but is \[\]"),
-        (b'"yes"', "/models: the answer has no 'data'.*but is 'yes'"),
-        (b'{"models": []}', "/models: the answer has no 'data'.*an object with the fields models"),
-        (b'{"data": [{"name": "m"}]}', "/models: the answer has no 'id', text"),
-        (b'{"data": [1]}', "/models: the answer has no 'id', text, as vLLM's has, but is 1"),
+        (PAGE, "the response is a web page, not JSON; .* that it ends in /v1"),
+        (
+            b"[]",
+            r"/models: the response has no field 'data' \(a list\), .* but is \[\]",
+        ),
+        (b'"yes"', "/models: the response has no field 'data'.*but is 'yes'"),
+        (
+            b'{"models": []}',
+            "/models: the response has no field 'data'.*an object with the fields models",
+        ),
+        (b'{"data": [{"name": "m"}]}', r"/models: the response has no field 'id' \(text\)"),
+        (
+            b'{"data": [1]}',
+            r"/models: the response has no field 'id' \(text\), which vLLM returns, but is 1",
+        ),
         (b'{"data": [{"id": "m", "max_model_len": "9"}]}', "max_model_len is '9'"),
     ],
 )
 def test_another_kind_of_server_is_said_when_it_lists_its_models(body: bytes, message: str) -> None:
-    with raw_server(answer(body)) as url, pytest.raises(InvalidInput, match=message) as caught:
-        chosen(JsonEndpoint(url, patience=9.0), "")
+    with raw_server(reply_with(body)) as url, pytest.raises(InvalidInput, match=message) as caught:
+        select_model(JsonEndpoint(url, timeout=9.0), "")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [
-        (b'{"content": "a"}', "200 OK", r"/detokenize.* fields content \(as of llama.cpp\)"),
+        (
+            b'{"content": "a"}',
+            "200 OK",
+            r"/detokenize.* fields content \(as returned by llama.cpp\)",
+        ),
         (
             b'{"text": "a"}',
             "200 OK",
-            r"/detokenize.* fields text \(as of SGLang\).*prompt_logprobs",
+            r"/detokenize.* fields text \(as returned by SGLang\).*prompt_logprobs",
         ),
-        (b'{"prompt": 3}', "200 OK", "/detokenize: the answer has no 'prompt', text"),
-        (b'{"detail": "Not Found"}', "404 X", "status 404: .*is it of vLLM's OpenAI server"),
+        (b'{"prompt": 3}', "200 OK", r"/detokenize: the response has no field 'prompt' \(text\)"),
+        (b'{"detail": "Not Found"}', "404 X", "status 404: .*is that of vLLM's OpenAI server"),
         (PAGE, "404 X", "status 404: a web page"),
     ],
 )
@@ -325,5 +342,5 @@ def test_another_kind_of_server_is_said_when_it_is_asked_for_text(
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_pair[0])
-    with raw_server(answer(body, status)) as url, pytest.raises(InvalidInput, match=message):
-        check_same_text(JsonEndpoint(f"{url}/v1", patience=9.0), "m", tokenizer)
+    with raw_server(reply_with(body, status)) as url, pytest.raises(InvalidInput, match=message):
+        check_same_text(JsonEndpoint(f"{url}/v1", timeout=9.0), "m", tokenizer)

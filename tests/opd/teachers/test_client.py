@@ -1,4 +1,4 @@
-"""A teacher on a server equals the one at hand, and what goes wrong on the way never passes."""
+"""A remote teacher gives the same scores as a local one, and invalid responses are rejected."""
 
 import math
 import re
@@ -13,27 +13,27 @@ import torch
 
 from diagnostics.batch import Rollouts, ScoredRollouts
 from opd.data.chain_task import Problem
-from opd.data.prompts import Prompts, encode
-from opd.models.forward import response_hidden
-from opd.objectives.factory import make
-from opd.objectives.support import JOINED
+from opd.data.prompts import Prompts, encode_prompts
+from opd.models.forward import response_hidden_states
+from opd.objectives.factory import build_objective
+from opd.objectives.support import JOINT_SUPPORTS
 from opd.rollouts.hf_engine import sample
 from opd.scoring.loss import loss_from_hidden
-from opd.scoring.score import score, score_support, score_told
+from opd.scoring.score import score, score_support, score_with_remote_teacher
 from opd.serving import json_endpoint
 from opd.serving.vllm_protocol import read_position
-from opd.teachers.client import TeacherClient, connect, grouped
+from opd.teachers.client import TeacherClient, connect, group_rows
 from opd.teachers.pair import ModelPair, load_pair
-from opd.teachers.remote_scores import asked
+from opd.teachers.remote_scores import score_remote
 from tests.helpers.fake_teacher_server import (
-    Teacher,
-    changed,
-    cut,
-    dropped,
-    serving,
-    short,
-    slow,
-    status,
+    FakeTeacher,
+    delay,
+    drop_connection,
+    edit_answer,
+    error_status,
+    serve,
+    shorten_body,
+    truncate_body,
 )
 
 K = 5
@@ -41,10 +41,10 @@ SIZES = {"max_tokens_per_microbatch": 90, "max_logits_per_chunk": 700}
 
 
 @pytest.fixture(scope="module")
-def rolled(tiny_pair: tuple[Path, Path]) -> tuple[ModelPair, Prompts, Rollouts]:
-    """Twelve rows of ragged prompts; the mask of some has a hole, as the turns of games have."""
+def rollouts_of_pair(tiny_pair: tuple[Path, Path]) -> tuple[ModelPair, Prompts, Rollouts]:
+    """Twelve rows of different lengths; some masks have a gap, as in game trajectories."""
     pair = load_pair(*map(str, tiny_pair), "cpu", "float32")
-    prompts = encode(pair.tokenizer, [Problem("1+2" * n, "3") for n in (1, 3, 2)], 4, 64)
+    prompts = encode_prompts(pair.tokenizer, [Problem("1+2" * n, "3") for n in (1, 3, 2)], 4, 64)
     batch = sample(
         pair.student,
         prompts,
@@ -56,55 +56,55 @@ def rolled(tiny_pair: tuple[Path, Path]) -> tuple[ModelPair, Prompts, Rollouts]:
     )
     hole = batch.mask.clone()
     hole[::3, 1:3] = False
-    return pair, prompts, masked_by(batch, hole)
+    return pair, prompts, with_mask(batch, hole)
 
 
-def masked_by(batch: Rollouts, mask: torch.Tensor) -> Rollouts:
+def with_mask(batch: Rollouts, mask: torch.Tensor) -> Rollouts:
     assert batch.softmax_logp is not None
-    logp, whole = batch.sampler_logp * mask, batch.softmax_logp * mask
-    return replace(batch, mask=mask, sampler_logp=logp, softmax_logp=whole)
+    logp, softmax_logp = batch.sampler_logp * mask, batch.softmax_logp * mask
+    return replace(batch, mask=mask, sampler_logp=logp, softmax_logp=softmax_logp)
 
 
 @pytest.fixture
-def teacher(tiny_pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> Teacher:
-    monkeypatch.setattr(json_endpoint, "FIRST_WAIT", 0.02)
-    monkeypatch.delenv(json_endpoint.KEY, raising=False)
-    return Teacher(tiny_pair[1])
+def teacher(tiny_pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> FakeTeacher:
+    monkeypatch.setattr(json_endpoint, "FIRST_RETRY_DELAY", 0.02)
+    monkeypatch.delenv(json_endpoint.KEY_VARIABLE, raising=False)
+    return FakeTeacher(tiny_pair[1])
 
 
 @pytest.fixture
-def url(teacher: Teacher) -> Iterator[str]:
-    with serving(teacher) as url:
+def url(teacher: FakeTeacher) -> Iterator[str]:
+    with serve(teacher) as url:
         yield url
 
 
-def connected(url: str, pair: ModelPair, **changes: Any) -> TeacherClient:
-    how = {"k": K, "patience": 20.0, "in_flight": 3}
-    return connect(url, pair.tokenizer, pair.student.vocabulary, **(how | changes))
+def connect_to(url: str, pair: ModelPair, **changes: Any) -> TeacherClient:
+    options = {"k": K, "timeout": 20.0, "concurrency": 3}
+    return connect(url, pair.tokenizer, pair.student.vocabulary, **(options | changes))
 
 
-def same(found: ScoredRollouts, local: ScoredRollouts) -> None:
-    """Equal to rounding: the server's forward has one row, ours a padded batch."""
-    assert found.support is not None
+def assert_same_scores(remote: ScoredRollouts, local: ScoredRollouts) -> None:
+    """Equal up to rounding: the server scores one row at a time, the local model padded batches."""
+    assert remote.support is not None
     assert local.support is not None
-    assert torch.equal(found.support.ids, local.support.ids)
-    assert found.support.source == local.support.source
+    assert torch.equal(remote.support.ids, local.support.ids)
+    assert remote.support.source == local.support.source
     for name in ("student_logp", "teacher_logp"):
-        for mine, theirs in ((found, local), (found.support, local.support)):
+        for actual, expected in ((remote, local), (remote.support, local.support)):
             torch.testing.assert_close(
-                getattr(mine, name), getattr(theirs, name), atol=2e-5, rtol=0
+                getattr(actual, name), getattr(expected, name), atol=2e-5, rtol=0
             )
 
 
 def loss_and_gradients(
-    pair: ModelPair, name: str, prompts: Prompts, batch: ScoredRollouts, **choices: Any
+    pair: ModelPair, name: str, prompts: Prompts, batch: ScoredRollouts, **options: Any
 ) -> list[torch.Tensor]:
-    objective = make(name, **choices)
+    objective = build_objective(name, **options)
     parameters = list(pair.student.network.parameters())
     loss = loss_from_hidden(
         pair,
         objective,
-        response_hidden(pair.student, prompts, batch),
+        response_hidden_states(pair.student, prompts, batch),
         None,
         batch,
         objective.credit(batch),
@@ -114,129 +114,147 @@ def loss_and_gradients(
     return [loss.detach(), *torch.autograd.grad(loss, parameters)]
 
 
-@pytest.mark.parametrize("spared", [True, False])
+@pytest.mark.parametrize("support_only", [True, False])
 def test_scores_losses_and_gradients_are_those_of_the_local_teacher(
-    rolled: tuple[ModelPair, Prompts, Rollouts], url: str, teacher: Teacher, spared: bool
+    rollouts_of_pair: tuple[ModelPair, Prompts, Rollouts],
+    url: str,
+    teacher: FakeTeacher,
+    support_only: bool,
 ) -> None:
-    pair, prompts, batch = rolled
-    told = asked(connected(url, pair), prompts, batch, K)
-    if spared:
-        found = score_support(pair, prompts, batch, k=K, temperature=1.0, told=told, **SIZES)
+    pair, prompts, batch = rollouts_of_pair
+    teacher_scores = score_remote(connect_to(url, pair), prompts, batch, K)
+    if support_only:
+        remote = score_support(
+            pair, prompts, batch, k=K, temperature=1.0, teacher_scores=teacher_scores, **SIZES
+        )
         local = score_support(pair, prompts, batch, k=K, temperature=1.0, **SIZES)
     else:
-        found = score_told(pair, prompts, batch, told, source="teacher", **SIZES)
-        how = {"k": K, "temperature": 1.0, "keep_teacher": False}
-        local, _ = score(pair, prompts, batch, **how, **SIZES)
-    assert found.prefix is None
-    same(found, local)
+        remote = score_with_remote_teacher(
+            pair, prompts, batch, teacher_scores, source="teacher", **SIZES
+        )
+        options = {"k": K, "temperature": 1.0, "keep_teacher": False}
+        local, _ = score(pair, prompts, batch, **options, **SIZES)
+    assert remote.prefix is None
+    assert_same_scores(remote, local)
     outside = ~local.support.contains(batch.tokens) & batch.mask
-    assert outside.any()  # sampled tokens that are not among the teacher's K are scored too
-    for name, choices in (
+    assert outside.any()  # sampled tokens outside the teacher's top-K are scored too
+    for name, objective_options in (
         ("teacher_topk", {}),
         ("teacher_topk_and_sampled", {}),
         ("teacher_topk_bucket", {}),
         ("sampled_token", {"gamma": 0.9}),
     ):
-        ours = loss_and_gradients(pair, name, prompts, found, **choices)
-        theirs = loss_and_gradients(pair, name, prompts, local, **choices)
-        assert max(float(g.abs().max()) for g in theirs[1:]) > 1e-2
-        for a, b in zip(ours, theirs, strict=True):
+        actual_values = loss_and_gradients(pair, name, prompts, remote, **objective_options)
+        expected_values = loss_and_gradients(pair, name, prompts, local, **objective_options)
+        assert max(float(g.abs().max()) for g in expected_values[1:]) > 1e-2
+        for a, b in zip(actual_values, expected_values, strict=True):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-    # the probes, and three questions of four rows; connections were kept
-    assert len(teacher.asked) == 3 + 3
+    # probes, and three requests of four rows; connections are reused
+    assert len(teacher.requests) == 3 + 3
     assert teacher.connections <= 2 + 3
 
 
 def test_intersection_is_that_of_whole_distributions(
-    rolled: tuple[ModelPair, Prompts, Rollouts], url: str
+    rollouts_of_pair: tuple[ModelPair, Prompts, Rollouts], url: str
 ) -> None:
-    pair, prompts, batch = rolled
-    told = asked(connected(url, pair), prompts, batch, K)
-    found = score_told(pair, prompts, batch, told, source="intersection", **SIZES)
-    how = {"k": K, "temperature": 1.0, "keep_teacher": False}
-    local, _ = score(pair, prompts, batch, source="intersection", **how, **SIZES)
-    same(found, local)
-    assert torch.equal(found.support.present[batch.mask], local.support.present[batch.mask])
-    assert "union" in JOINED
-    with pytest.raises(ValueError, match="not the support 'union'"):
-        score_told(pair, prompts, batch, told, source="union", **SIZES)
+    pair, prompts, batch = rollouts_of_pair
+    teacher_scores = score_remote(connect_to(url, pair), prompts, batch, K)
+    remote = score_with_remote_teacher(
+        pair, prompts, batch, teacher_scores, source="intersection", **SIZES
+    )
+    options = {"k": K, "temperature": 1.0, "keep_teacher": False}
+    local, _ = score(pair, prompts, batch, source="intersection", **options, **SIZES)
+    assert_same_scores(remote, local)
+    assert torch.equal(remote.support.present[batch.mask], local.support.present[batch.mask])
+    assert "union" in JOINT_SUPPORTS
+    with pytest.raises(ValueError, match="not a 'union' support"):
+        score_with_remote_teacher(pair, prompts, batch, teacher_scores, source="union", **SIZES)
 
 
 def test_questions_are_bounded_by_rows_and_by_ids() -> None:
     sizes = [10, 8000, 190, 3, 9000, 5000, 3000, 192, 1, 1, 1, 1, 1]
-    wanted = [i for i in range(len(sizes)) if i != 3]
-    groups = grouped(wanted, sizes)
+    rows = [i for i in range(len(sizes)) if i != 3]
+    groups = group_rows(rows, sizes)
     assert groups == [[0, 1], [2], [4], [5, 6, 7], [8, 9, 10, 11], [12]]
 
 
 def test_of_equal_probabilities_the_servers_ranks_decide() -> None:
-    """bfloat16 logits tie often: the sampled id as probable as the last of the K is not of them."""
-    told = {"7": (-2.0, 4), "5": (-1.0, 1), "9": (-2.0, 3), "8": (-2.0, 2)}
-    entries = {v: {"logprob": logp, "rank": rank} for v, (logp, rank) in told.items()}
+    """bfloat16 logits often tie: a sampled id may tie with the last of the K ids."""
+    logp_and_rank = {"7": (-2.0, 4), "5": (-1.0, 1), "9": (-2.0, 3), "8": (-2.0, 2)}
+    entries = {v: {"logprob": logp, "rank": rank} for v, (logp, rank) in logp_and_rank.items()}
     assert read_position(entries, 7, 1, 3) == ([5, 8, 9], [-1.0, -2.0, -2.0], -2.0)
 
 
-def reordered(answer: dict[str, Any]) -> None:
+def reverse_choices(answer: dict[str, Any]) -> None:
     answer["choices"].reverse()
 
 
-PASSING = {
-    "500": [status(500)] * 2,
-    "503 and its wish": [status(503, **{"Retry-After": "1"})],
-    "429": [status(429)],
-    "dropped": [dropped] * 2,
-    "truncated JSON": [cut],
-    "short of its length": [short],
-    "all of them": [status(500), dropped, cut, short, status(429)],
-    "out of order": [changed(reordered)] * 3,
+TEMPORARY_FAULTS = {
+    "500": [error_status(500)] * 2,
+    "503 and its wish": [error_status(503, **{"Retry-After": "1"})],
+    "429": [error_status(429)],
+    "dropped": [drop_connection] * 2,
+    "truncated JSON": [truncate_body],
+    "short of its length": [shorten_body],
+    "all of them": [
+        error_status(500),
+        drop_connection,
+        truncate_body,
+        shorten_body,
+        error_status(429),
+    ],
+    "out of order": [edit_answer(reverse_choices)] * 3,
 }
 
 
-@pytest.mark.parametrize("faults", PASSING.values(), ids=PASSING)
+@pytest.mark.parametrize("faults", TEMPORARY_FAULTS.values(), ids=TEMPORARY_FAULTS)
 def test_faults_that_pass_change_nothing(
-    rolled: tuple[ModelPair, Prompts, Rollouts], url: str, teacher: Teacher, faults: list[Any]
+    rollouts_of_pair: tuple[ModelPair, Prompts, Rollouts],
+    url: str,
+    teacher: FakeTeacher,
+    faults: list[Any],
 ) -> None:
-    pair, prompts, batch = rolled
-    remote = connected(url, pair)
-    clean = asked(remote, prompts, batch, K)
-    before = len(teacher.asked)
+    pair, prompts, batch = rollouts_of_pair
+    client = connect_to(url, pair)
+    clean = score_remote(client, prompts, batch, K)
+    num_requests = len(teacher.requests)
     teacher.faults = list(faults)
-    began = time.monotonic()
-    found = asked(remote, prompts, batch, K)
+    start = time.monotonic()
+    scores = score_remote(client, prompts, batch, K)
     assert not teacher.faults
-    failed = 0 if faults is PASSING["out of order"] else len(faults)
-    assert len(teacher.asked) - before == 4 + failed
+    num_failed = 0 if faults is TEMPORARY_FAULTS["out of order"] else len(faults)
+    assert len(teacher.requests) - num_requests == 4 + num_failed
     for name in ("ids", "logp", "sampled"):
-        assert torch.equal(getattr(found, name), getattr(clean, name))
-    if faults is PASSING["503 and its wish"]:
-        assert time.monotonic() - began >= 1
+        assert torch.equal(getattr(scores, name), getattr(clean, name))
+    if faults is TEMPORARY_FAULTS["503 and its wish"]:
+        assert time.monotonic() - start >= 1
 
 
 def test_a_slow_try_is_put_again(
-    rolled: tuple[ModelPair, Prompts, Rollouts], url: str, teacher: Teacher
+    rollouts_of_pair: tuple[ModelPair, Prompts, Rollouts], url: str, teacher: FakeTeacher
 ) -> None:
-    pair, prompts, batch = rolled
-    remote = connected(url, pair, patience=7.5)  # a third of it for a try
-    clean = asked(remote, prompts, batch, K)
-    before = len(teacher.asked)
-    teacher.faults = [slow(3.5)]
-    found = asked(remote, prompts, batch, K)
-    assert torch.equal(found.sampled, clean.sampled)
-    assert len(teacher.asked) - before > 4
+    pair, prompts, batch = rollouts_of_pair
+    client = connect_to(url, pair, timeout=7.5)  # one attempt takes at most a third of it
+    clean = score_remote(client, prompts, batch, K)
+    num_requests = len(teacher.requests)
+    teacher.faults = [delay(3.5)]
+    scores = score_remote(client, prompts, batch, K)
+    assert torch.equal(scores.sampled, clean.sampled)
+    assert len(teacher.requests) - num_requests > 4
 
 
 def test_questions_in_flight_are_as_many_as_allowed(
-    rolled: tuple[ModelPair, Prompts, Rollouts], url: str, teacher: Teacher
+    rollouts_of_pair: tuple[ModelPair, Prompts, Rollouts], url: str, teacher: FakeTeacher
 ) -> None:
-    pair, prompts, batch = rolled
-    remote = connected(url, pair, in_flight=2)
-    teacher.faults = [slow(0.4)] * 3
-    asked(remote, prompts, batch, K)
-    assert teacher.most_at_once == 2
+    pair, prompts, batch = rollouts_of_pair
+    client = connect_to(url, pair, concurrency=2)
+    teacher.faults = [delay(0.4)] * 3
+    score_remote(client, prompts, batch, K)
+    assert teacher.max_running == 2
 
 
-def test_trickling_answers_end(url: str, teacher: Teacher) -> None:
-    """A server that sends a byte at a time is slow, however short the wait for each."""
+def test_trickling_answers_end(url: str, teacher: FakeTeacher) -> None:
+    """A server that sends one byte at a time exceeds the timeout of the whole request."""
     import socket
     import threading
 
@@ -245,11 +263,11 @@ def test_trickling_answers_end(url: str, teacher: Teacher) -> None:
     def trickle() -> None:
         while True:
             try:
-                one, _ = listener.accept()
-                one.recv(1000)
-                one.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+                connection, _ = listener.accept()
+                connection.recv(1000)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
                 for _ in range(1000):
-                    one.sendall(b" ")
+                    connection.sendall(b" ")
                     time.sleep(0.05)
             except OSError:
                 if listener.fileno() == -1:
@@ -257,218 +275,241 @@ def test_trickling_answers_end(url: str, teacher: Teacher) -> None:
 
     thread = threading.Thread(target=trickle, daemon=True)
     thread.start()
-    side = json_endpoint.JsonEndpoint(f"http://127.0.0.1:{listener.getsockname()[1]}", patience=2.0)
-    began = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"no answer for .* s \(TimeoutError"):
-        side.ask("/models", most=2000)
-    assert time.monotonic() - began < 4
+    endpoint = json_endpoint.JsonEndpoint(
+        f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=2.0
+    )
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"no response for .* s \(TimeoutError"):
+        endpoint.request("/models", max_bytes=2000)
+    assert time.monotonic() - start < 4
     listener.close()
 
 
-def renamed(answer: dict[str, Any]) -> None:
+def rename_model(answer: dict[str, Any]) -> None:
     answer["model"] = "other"
 
 
-def another_row(answer: dict[str, Any]) -> None:
+def swap_rows(answer: dict[str, Any]) -> None:
     a, b, *_ = answer["choices"]
     a["prompt_logprobs"], b["prompt_logprobs"] = b["prompt_logprobs"], a["prompt_logprobs"]
 
 
-def swapped(answer: dict[str, Any]) -> None:
+def swap_indices(answer: dict[str, Any]) -> None:
     a, b, *_ = answer["choices"]
     a["index"], b["index"] = b["index"], a["index"]
 
 
-def lost_row(answer: dict[str, Any]) -> None:
+def remove_row(answer: dict[str, Any]) -> None:
     answer["choices"].pop()
 
 
-def no_numbers(answer: dict[str, Any]) -> None:
+def remove_logprobs(answer: dict[str, Any]) -> None:
     answer["choices"][0]["prompt_logprobs"] = None
 
 
-def at_end(change: Any) -> Any:
-    """Change the entries of the last position of the first row."""
+def at_last_position(change: Any) -> Any:
+    """Change the entries at the last position of the first row."""
     return lambda answer: change(answer["choices"][0]["prompt_logprobs"][-1])
 
 
-def fewer(entries: dict[str, Any]) -> None:
+def keep_two_entries(entries: dict[str, Any]) -> None:
     while len(entries) > 2:
         entries.popitem()
 
 
-def every(value: Any) -> Any:
+def with_all_logprobs(value: Any) -> Any:
     def change(entries: dict[str, Any]) -> None:
-        for at in entries.values():
-            at["logprob"] = value
+        for entry in entries.values():
+            entry["logprob"] = value
 
     return change
 
 
-def alien(entries: dict[str, Any]) -> None:
+def add_foreign_id(entries: dict[str, Any]) -> None:
     entries["999999"] = {"logprob": -1e-9, "rank": 1}
     if len(entries) > K + 1:
         del entries[next(v for v in entries if entries[v]["rank"] == K)]
 
 
-def huge_id(entries: dict[str, Any]) -> None:
+def use_huge_id(entries: dict[str, Any]) -> None:
     entries["9" * 30] = entries.popitem()[1]
 
 
-def padded_id(entries: dict[str, Any]) -> None:
+def use_padded_id(entries: dict[str, Any]) -> None:
     entries["0" + next(iter(entries))] = entries.popitem()[1]
 
 
-LASTING = {
-    "another model": (changed(renamed), "model 'other' answers"),
-    "another row's numbers": (changed(another_row), "has no log-probability|positions for"),
-    "another index": (changed(swapped), "not those that were sent"),
-    "a row is lost": (changed(lost_row), r"rows \[0, 1, 2\], asked were 4 rows"),
-    "no numbers": (changed(no_numbers), "no prompt_logprobs"),
-    "fewer than K": (changed(at_end(fewer)), "--max-logprobs"),
-    "nothing at a position": (changed(at_end(dict.clear)), "has no log-probability"),
-    "minus infinity": (changed(at_end(every(-math.inf))), "a probability of 0"),
-    "clamped": (changed(at_end(every(-9999.0))), "a probability of 0"),
-    "nan": (changed(at_end(every(math.nan))), "not a number"),
-    "null": (changed(at_end(every(None))), r"the answer is not the one .* None is no log-prob"),
-    "true": (changed(at_end(every(True))), "True is no log-probability"),
-    "text": (changed(at_end(every("-1"))), "'-1' is no log-probability"),
-    "beyond floats": (changed(at_end(every(-(10**400)))), "-1000.* is no log-probability"),
-    "beyond 64 bits": (changed(at_end(huge_id)), "'999.*999' is no token id"),
-    "an id written twice": (changed(at_end(padded_id)), "is no token id"),
-    "logits": (changed(at_end(every(3.0))), "raw_logits"),
-    "mass beyond 1": (changed(at_end(every(-0.1))), "raw_logits"),
-    "an id of no student": (changed(at_end(alien)), "999999"),
-    "400": (status(400), "status 400: as ordered"),
-    "401": (status(401), "OPDLAB_TEACHER_KEY"),
-    "404": (status(404), "end in /v1"),
-    "redirect": (status(307, Location="http://elsewhere/"), "no redirect is followed"),
+INVALID_ANSWERS = {
+    "another model": (edit_answer(rename_model), "it is of model 'other'"),
+    "another row's numbers": (edit_answer(swap_rows), "has no log-probability|positions for"),
+    "another index": (edit_answer(swap_indices), "differ from the ids that were sent"),
+    "a row is lost": (edit_answer(remove_row), r"rows \[0, 1, 2\], requested were 4 rows"),
+    "no numbers": (edit_answer(remove_logprobs), "no prompt_logprobs"),
+    "fewer than K": (edit_answer(at_last_position(keep_two_entries)), "--max-logprobs"),
+    "nothing at a position": (edit_answer(at_last_position(dict.clear)), "has no log-probability"),
+    "minus infinity": (
+        edit_answer(at_last_position(with_all_logprobs(-math.inf))),
+        "a probability of 0",
+    ),
+    "clamped": (edit_answer(at_last_position(with_all_logprobs(-9999.0))), "a probability of 0"),
+    "nan": (edit_answer(at_last_position(with_all_logprobs(math.nan))), "not a number"),
+    "null": (
+        edit_answer(at_last_position(with_all_logprobs(None))),
+        r"does not match the request: .* None is not a log-prob",
+    ),
+    "true": (
+        edit_answer(at_last_position(with_all_logprobs(True))),
+        "True is not a log-probability",
+    ),
+    "text": (
+        edit_answer(at_last_position(with_all_logprobs("-1"))),
+        "'-1' is not a log-probability",
+    ),
+    "beyond floats": (
+        edit_answer(at_last_position(with_all_logprobs(-(10**400)))),
+        "-1000.* is not a log-probability",
+    ),
+    "beyond 64 bits": (edit_answer(at_last_position(use_huge_id)), "'999.*999' is not a token id"),
+    "an id written twice": (edit_answer(at_last_position(use_padded_id)), "is not a token id"),
+    "logits": (edit_answer(at_last_position(with_all_logprobs(3.0))), "raw_logits"),
+    "mass beyond 1": (edit_answer(at_last_position(with_all_logprobs(-0.1))), "raw_logits"),
+    "an id of no student": (edit_answer(at_last_position(add_foreign_id)), "999999"),
+    "400": (error_status(400), "status 400: as ordered"),
+    "401": (error_status(401), "OPDLAB_TEACHER_KEY"),
+    "404": (error_status(404), "ends in /v1"),
+    "redirect": (error_status(307, Location="http://elsewhere/"), "redirects are not followed"),
     "endless": (lambda body: (200, {}, b" " * (3 << 20)), "longer than"),
 }
 
 
-@pytest.mark.parametrize(("fault", "message"), LASTING.values(), ids=LASTING)
+@pytest.mark.parametrize(("fault", "message"), INVALID_ANSWERS.values(), ids=INVALID_ANSWERS)
 def test_wrong_answers_raise_and_name_the_row(
-    rolled: tuple[ModelPair, Prompts, Rollouts],
+    rollouts_of_pair: tuple[ModelPair, Prompts, Rollouts],
     url: str,
-    teacher: Teacher,
+    teacher: FakeTeacher,
     fault: Any,
     message: str,
 ) -> None:
-    pair, prompts, batch = rolled
-    remote = connected(url, pair)
+    pair, prompts, batch = rollouts_of_pair
+    client = connect_to(url, pair)
     teacher.faults = [fault]
     with pytest.raises(ValueError, match=message) as caught:
-        asked(remote, prompts, batch, K)
+        score_remote(client, prompts, batch, K)
     assert url in str(caught.value)
     assert re.search(r"rows (0, 1, 2, 3|4, 5, 6, 7|8, 9, 10, 11) of 12", str(caught.value))
     teacher.faults = []
-    asked(remote, prompts, batch, K)  # the connection can be used again
+    score_remote(client, prompts, batch, K)  # the client still works
 
 
 def test_impatience_names_the_remedy(
-    rolled: tuple[ModelPair, Prompts, Rollouts], teacher: Teacher
+    rollouts_of_pair: tuple[ModelPair, Prompts, Rollouts], teacher: FakeTeacher
 ) -> None:
-    pair, prompts, batch = rolled
-    with serving(teacher) as url:
-        remote = connected(url, pair, patience=0.5)
-    began = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"no answer for .* teacher_timeout"):
-        asked(remote, prompts, batch, K)
-    assert time.monotonic() - began < 3
+    pair, prompts, batch = rollouts_of_pair
+    with serve(teacher) as url:
+        client = connect_to(url, pair, timeout=0.5)
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"no response for .* teacher_timeout"):
+        score_remote(client, prompts, batch, K)
+    assert time.monotonic() - start < 3
 
 
 def test_a_server_that_comes_back_is_waited_for_and_recognised(
-    rolled: tuple[ModelPair, Prompts, Rollouts], teacher: Teacher, tiny_pair: tuple[Path, Path]
+    rollouts_of_pair: tuple[ModelPair, Prompts, Rollouts],
+    teacher: FakeTeacher,
+    tiny_pair: tuple[Path, Path],
 ) -> None:
     import threading
 
-    pair, prompts, batch = rolled
-    with serving(teacher) as url:
-        remote = connected(url, pair)
-        clean = asked(remote, prompts, batch, K)
+    pair, prompts, batch = rollouts_of_pair
+    with serve(teacher) as url:
+        client = connect_to(url, pair)
+        clean = score_remote(client, prompts, batch, K)
     port = int(url.split(":")[2].removesuffix("/v1"))
-    found: list[Any] = []
-    thread = threading.Thread(target=lambda: found.append(asked(remote, prompts, batch, K)))
+    results: list[Any] = []
+    thread = threading.Thread(
+        target=lambda: results.append(score_remote(client, prompts, batch, K))
+    )
     thread.start()
     time.sleep(0.5)
-    assert not found
-    with serving(teacher, port):
+    assert not results
+    with serve(teacher, port):
         thread.join(20)
-    assert torch.equal(found[0].logp, clean.logp)
+    assert torch.equal(results[0].logp, clean.logp)
     with (
-        serving(Teacher(tiny_pair[0]), port),
-        pytest.raises(RuntimeError, match="another model than at the start"),
+        serve(FakeTeacher(tiny_pair[0]), port),
+        pytest.raises(RuntimeError, match="not the same model as at the start"),
     ):
-        asked(remote, prompts, batch, K)
+        score_remote(client, prompts, batch, K)
 
 
 def test_what_a_server_lacks_is_said_at_the_start(
-    rolled: tuple[ModelPair, Prompts, Rollouts], url: str, teacher: Teacher
+    rollouts_of_pair: tuple[ModelPair, Prompts, Rollouts], url: str, teacher: FakeTeacher
 ) -> None:
-    pair, _, _ = rolled
-    teacher.most = K - 1
+    pair, _, _ = rollouts_of_pair
+    teacher.max_logprobs = K - 1
     with pytest.raises(ValueError, match=f"--max-logprobs {K}, or lower support_k"):
-        connected(url, pair)
-    teacher.most, teacher.limit = 20, 90
-    remote = connected(url, pair)
-    remote.check_length(89)
+        connect_to(url, pair)
+    teacher.max_logprobs, teacher.limit = 20, 90
+    client = connect_to(url, pair)
+    client.check_length(89)
     with pytest.raises(ValueError, match="--max-model-len 91"):
-        remote.check_length(90)
+        client.check_length(90)
     with pytest.raises(ValueError, match=r"no model 'missing'.*#MODEL: teacher"):
-        connected(url + "#missing", pair)
-    assert connected(url + "#teacher", pair).model == "teacher"
+        connect_to(url + "#missing", pair)
+    assert connect_to(url + "#teacher", pair).model == "teacher"
     vocabulary = pair.student.vocabulary
-    with pytest.raises(ValueError, match=f"must know ids 0 to {vocabulary}"):
-        connect(url, pair.tokenizer, vocabulary + 1, k=K, patience=9.0, in_flight=1)
+    with pytest.raises(ValueError, match=f"must have the ids 0 to {vocabulary}"):
+        connect(url, pair.tokenizer, vocabulary + 1, k=K, timeout=9.0, concurrency=1)
 
 
 def test_other_tokens_are_refused(
-    rolled: tuple[ModelPair, Prompts, Rollouts], url: str, teacher: Teacher
+    rollouts_of_pair: tuple[ModelPair, Prompts, Rollouts], url: str, teacher: FakeTeacher
 ) -> None:
-    pair, _, _ = rolled
+    pair, _, _ = rollouts_of_pair
     ids = teacher.tokenizer.encode("ab")
-    other = dict(zip(ids, reversed(ids), strict=True))  # the two exchanged
-    honest, split = teacher.tokenizer.decode, teacher.tokenizer.encode
-    teacher.tokenizer.decode = lambda some: honest([other.get(v, v) for v in some])
-    with pytest.raises(ValueError, match=f"reads the id {min(ids)} as 'b', the student as 'a'"):
-        connected(url, pair)
-    # ids of half a character have no text of their own
-    a, b = split("é")
-    assert honest([a]) == honest([b])
-    other = {a: b, b: a}
-    teacher.tokenizer.encode = lambda text, **how: [other.get(v, v) for v in split(text, **how)]
+    exchanged = dict(zip(ids, reversed(ids), strict=True))  # swap the two ids
+    decode, encode = teacher.tokenizer.decode, teacher.tokenizer.encode
+    teacher.tokenizer.decode = lambda token_ids: decode([exchanged.get(v, v) for v in token_ids])
+    with pytest.raises(ValueError, match=f"decodes the id {min(ids)} as 'b', the student as 'a'"):
+        connect_to(url, pair)
+    # ids of partial characters have no text of their own
+    a, b = encode("é")
+    assert decode([a]) == decode([b])
+    exchanged = {a: b, b: a}
+    teacher.tokenizer.encode = lambda text, **options: [
+        exchanged.get(v, v) for v in encode(text, **options)
+    ]
     with pytest.raises(ValueError, match=f"has the id {b} where the student has {a}"):
-        connected(url, pair)
+        connect_to(url, pair)
 
 
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        ("ftp://somewhere/v1", "no http:// or https://"),
-        ("http:///v1", "no http:// or https://"),
+        ("ftp://somewhere/v1", "not an http:// or https://"),
+        ("http:///v1", "not an http:// or https://"),
         ("http://me:secret@somewhere/v1", "a user, a password or a query"),
         ("http://somewhere/v1?key=secret", "a user, a password or a query"),
     ],
 )
 def test_addresses(address: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
-        json_endpoint.JsonEndpoint(address, patience=1.0)
+        json_endpoint.JsonEndpoint(address, timeout=1.0)
     assert "secret" not in str(caught.value)
 
 
 def test_the_key_is_sent_and_never_told(
-    rolled: tuple[ModelPair, Prompts, Rollouts],
+    rollouts_of_pair: tuple[ModelPair, Prompts, Rollouts],
     url: str,
-    teacher: Teacher,
+    teacher: FakeTeacher,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pair, prompts, batch = rolled
-    monkeypatch.setenv(json_endpoint.KEY, "hush-hush")
-    remote = connected(url, pair)
+    pair, prompts, batch = rollouts_of_pair
+    monkeypatch.setenv(json_endpoint.KEY_VARIABLE, "hush-hush")
+    client = connect_to(url, pair)
     assert set(teacher.keys) == {"Bearer hush-hush"}
     teacher.faults = [lambda body: (403, {}, b'{"message": "bad key hush-hush"}')]
     with pytest.raises(ValueError, match=r"bad key \*\*\*") as caught:
-        asked(remote, prompts, batch, K)
+        score_remote(client, prompts, batch, K)
     assert "hush" not in str(caught.value)
-    assert "hush" not in repr(remote) + repr(remote.endpoint)
+    assert "hush" not in repr(client) + repr(client.endpoint)

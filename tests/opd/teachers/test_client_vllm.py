@@ -1,4 +1,4 @@
-"""The same against vLLM's own server, killed and started again in the middle of a run."""
+"""A remote teacher on a real vLLM server, which is killed and restarted during a run."""
 
 import threading
 import time
@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from opd.data.chain_task import Problem
-from opd.data.prompts import encode
+from opd.data.prompts import encode_prompts
 from opd.rollouts.hf_engine import sample
 from opd.scoring.score import score, score_support
 from opd.teachers.client import connect
 from opd.teachers.pair import load_pair
-from opd.teachers.remote_scores import asked
+from opd.teachers.remote_scores import score_remote
 from opd.training.train import train
-from tests.helpers.vllm_process import free_port, vllm, wide_pair
+from tests.helpers.vllm_process import free_port, run_vllm_server, wide_pair
 from tests.opd.teachers.test_client import loss_and_gradients
-from tests.opd.teachers.test_client_training import SHORT, close, served
+from tests.opd.teachers.test_client_training import SHORT, assert_close_rows, remote_config
 from tests.opd.training.test_train import rows, settings
 
 pytestmark = pytest.mark.vllm
@@ -27,7 +27,7 @@ LIMIT = 128
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Models with heads as wide as vLLM's attention on a CPU takes them."""
+    """Models with head sizes that vLLM supports on a CPU."""
     return wide_pair(tmp_path_factory.mktemp("pair"), tied=False)
 
 
@@ -41,42 +41,46 @@ def test_vllm_is_a_teacher_as_if_at_hand_and_may_die(
 ) -> None:
     log = tmp_path / "vllm.log"
     local = train(settings(pair, tmp_path / "local", **SHORT))
-    with vllm(pair[1], port, log, LIMIT) as url:
-        # waits for the server to come up, as a run does
+    with run_vllm_server(pair[1], port, log, LIMIT) as url:
+        # `connect` waits for the server to start, as a run does
         models = load_pair(*map(str, pair), "cpu", "float32")
-        how = {"patience": 600.0, "in_flight": 4}
-        remote = connect(url, models.tokenizer, models.student.vocabulary, k=K, **how)
-        assert remote.limit == LIMIT
+        options = {"timeout": 600.0, "concurrency": 4}
+        client = connect(url, models.tokenizer, models.student.vocabulary, k=K, **options)
+        assert client.limit == LIMIT
         with pytest.raises(ValueError, match="--max-logprobs 21, or lower support_k"):
-            connect(url, models.tokenizer, models.student.vocabulary, k=21, **how)
-        equal(models, remote)
-        done = threading.Event()
-        killer = threading.Thread(target=kill_and_restart, args=(pair, port, log, tmp_path, done))
-        far = served(pair, tmp_path / "far", url, **SHORT)
-        close(rows(train(far)), rows(local))
+            connect(url, models.tokenizer, models.student.vocabulary, k=21, **options)
+        assert_remote_matches_local(models, client)
+        finished = threading.Event()
+        killer = threading.Thread(
+            target=kill_and_restart, args=(pair, port, log, tmp_path, finished)
+        )
+        remote_run_config = remote_config(pair, tmp_path / "far", url, **SHORT)
+        assert_close_rows(rows(train(remote_run_config)), rows(local))
     killer.start()
     try:
-        again = served(pair, tmp_path / "again", url, teacher_timeout=600.0, **SHORT)
-        close(rows(train(again)), rows(local))
+        restarted_config = remote_config(
+            pair, tmp_path / "again", url, teacher_timeout=600.0, **SHORT
+        )
+        assert_close_rows(rows(train(restarted_config)), rows(local))
     finally:
-        done.set()
+        finished.set()
         killer.join()
 
 
 def kill_and_restart(
-    pair: tuple[Path, Path], port: int, log: Path, folder: Path, done: threading.Event
+    pair: tuple[Path, Path], port: int, log: Path, folder: Path, finished: threading.Event
 ) -> None:
-    """A server until the run has a row, then none for a while, then one until the run is done."""
-    with vllm(pair[1], port, log, LIMIT):
-        written = folder / "again" / "rows.jsonl"
-        while not (written.exists() and written.read_text()) and not done.is_set():
+    """Serve until the run has a row, kill the server, and start another until the run ends."""
+    with run_vllm_server(pair[1], port, log, LIMIT):
+        rows_path = folder / "again" / "rows.jsonl"
+        while not (rows_path.exists() and rows_path.read_text()) and not finished.is_set():
             time.sleep(0.01)
-    with vllm(pair[1], port, log, LIMIT):
-        done.wait(900)
+    with run_vllm_server(pair[1], port, log, LIMIT):
+        finished.wait(900)
 
 
-def equal(models, remote) -> None:
-    prompts = encode(models.tokenizer, [Problem("1+2" * n, "3") for n in (1, 3, 2)], 4, 64)
+def assert_remote_matches_local(models, remote) -> None:
+    prompts = encode_prompts(models.tokenizer, [Problem("1+2" * n, "3") for n in (1, 3, 2)], 4, 64)
     batch = sample(
         models.student,
         prompts,
@@ -87,19 +91,27 @@ def equal(models, remote) -> None:
         generator=torch.Generator().manual_seed(0),
     )
     sizes = {"max_tokens_per_microbatch": 200, "max_logits_per_chunk": 1 << 16}
-    told = asked(remote, prompts, batch, K)
-    found = score_support(models, prompts, batch, k=K, temperature=1.0, told=told, **sizes)
+    teacher_scores = score_remote(remote, prompts, batch, K)
+    remote_scores = score_support(
+        models, prompts, batch, k=K, temperature=1.0, teacher_scores=teacher_scores, **sizes
+    )
     local = score_support(models, prompts, batch, k=K, temperature=1.0, **sizes)
     exact, _ = score(models, prompts, batch, k=K, temperature=1.0, keep_teacher=False, **sizes)
-    for mine, theirs in ((found, local), (found.support, local.support), (found, exact)):
-        gap = (mine.teacher_logp - theirs.teacher_logp).abs().max()
+    for actual, expected in (
+        (remote_scores, local),
+        (remote_scores.support, local.support),
+        (remote_scores, exact),
+    ):
+        gap = (actual.teacher_logp - expected.teacher_logp).abs().max()
         print(f"largest difference of log-probabilities: {float(gap):.1e}")
         assert float(gap) < 1e-4
-    assert torch.equal(found.support.ids, local.support.ids)
-    for name, choices in (("teacher_topk", {}), ("sampled_token", {"gamma": 0.9})):
-        ours = loss_and_gradients(models, name, prompts, found, **choices)
-        theirs = loss_and_gradients(models, name, prompts, local, **choices)
-        size = max(float(g.abs().max()) for g in theirs[1:])
-        gap = max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+    assert torch.equal(remote_scores.support.ids, local.support.ids)
+    for name, objective_options in (("teacher_topk", {}), ("sampled_token", {"gamma": 0.9})):
+        actual_values = loss_and_gradients(
+            models, name, prompts, remote_scores, **objective_options
+        )
+        expected = loss_and_gradients(models, name, prompts, local, **objective_options)
+        size = max(float(g.abs().max()) for g in expected[1:])
+        gap = max(float((a - b).abs().max()) for a, b in zip(actual_values, expected, strict=True))
         print(f"{name}: largest difference of gradients {gap:.1e}, largest gradient {size:.1e}")
         assert gap < 1e-4 * size

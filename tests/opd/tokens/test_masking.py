@@ -1,4 +1,4 @@
-"""Special tokens against slow loops, hand calculation and the tokenizers' own decoding."""
+"""Mask rules against slow loops, hand calculation and the tokenizers' own decoding."""
 
 import random
 from dataclasses import replace
@@ -10,17 +10,17 @@ from diagnostics.batch import DistributionStats, Rollouts, ScoredRollouts, Suppo
 from diagnostics.core.totals import merge
 from opd.lab.build import make_tokenizer
 from opd.tokens.eos import EosMap, student_support, teacher_tokens
-from opd.tokens.mask_rules import MaskRule, parse
+from opd.tokens.mask_rules import MaskRule, parse_rules
 from opd.tokens.masking import (
     ResolvedMaskRules,
-    audit,
-    hits,
-    masked,
+    apply_mask_rules,
+    mask_rule_metrics,
     removed_by_id,
-    resolve,
-    supervised,
+    resolve_mask_rules,
+    rule_hits,
+    supervised_mask,
 )
-from opd.tokens.token_bytes import alphabet, pieces, token_bytes
+from opd.tokens.token_bytes import byte_alphabet, pack_token_bytes, token_bytes
 
 TABLE = [b"", b"<", b"think", b">", b"<th", b"ink>", b" <", b"a<", b"<think>", b"nk", b"thi", b"<<"]
 TEXTS = [
@@ -33,7 +33,7 @@ TEXTS = [
 
 
 def slow_string(tokens: list[int], mask: list[bool], string: bytes, first: bool) -> list[bool]:
-    """One response, byte by byte."""
+    """Return the tokens of one response that overlap the string, compared byte by byte."""
     real = max((t + 1 for t, keep in enumerate(mask) if keep), default=0)
     owner = [t for t in range(real) for _ in TABLE[tokens[t]]]
     text = b"".join(TABLE[token] for token in tokens[:real])
@@ -49,17 +49,17 @@ def slow_string(tokens: list[int], mask: list[bool], string: bytes, first: bool)
 
 
 def slow_ids(tokens: list[int], mask: list[bool], ids: tuple[int, ...], first: bool) -> list[bool]:
-    seen: set[int] = set()
+    previous_ids: set[int] = set()
     out = []
     for token, keep in zip(tokens, mask, strict=True):
-        out.append(keep and token in ids and not (first and token in seen))
+        out.append(keep and token in ids and not (first and token in previous_ids))
         if keep:
-            seen.add(token)
+            previous_ids.add(token)
     return out
 
 
 def random_batch(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids of TABLE, ragged responses with holes; padding is an id that would match."""
+    """Return ids of TABLE in ragged responses with holes; the padding id would match the rules."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(len(TABLE), (7, 23), generator=generator)
     length = torch.randint(0, 24, (7, 1), generator=generator)
@@ -71,7 +71,7 @@ def random_batch(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("string", [b"<think>", b"<", b"<<", b"thinkthink", b"k><t", b"<" * 200])
 def test_a_string_is_found_however_it_is_split(string: bytes, first: bool) -> None:
-    rule = ResolvedMaskRules("s", first, (), (string,), pieces(TABLE))
+    rule = ResolvedMaskRules("s", first, (), (string,), pack_token_bytes(TABLE))
     total = 0
     for seed in range(12):
         tokens, mask = random_batch(seed)
@@ -79,34 +79,36 @@ def test_a_string_is_found_however_it_is_split(string: bytes, first: bool) -> No
             slow_string(t, m, string, first)
             for t, m in zip(tokens.tolist(), mask.tolist(), strict=True)
         ]
-        got = hits(tokens, mask, rule)
-        assert got.tolist() == expected
-        assert supervised(tokens, mask, [rule]).tolist() == (mask & ~got).tolist()
-        total += int(got.sum())
-    assert total > 0 or len(string) == 200, "a test that finds nothing shows nothing"
+        hits = rule_hits(tokens, mask, rule)
+        assert hits.tolist() == expected
+        assert supervised_mask(tokens, mask, [rule]).tolist() == (mask & ~hits).tolist()
+        total += int(hits.sum())
+    assert total > 0 or len(string) == 200, "no batch contains the string"
 
 
 @pytest.mark.parametrize("first", [False, True])
 def test_ids_and_several_rules_equal_a_loop(first: bool) -> None:
     rules = [
-        ResolvedMaskRules("i", first, (1, 2, 8), (), pieces(TABLE)),
-        ResolvedMaskRules("j", True, (2, 5), (), pieces(TABLE)),
-        ResolvedMaskRules("s", first, (), (b"<think>", b"nk"), pieces(TABLE)),
+        ResolvedMaskRules("i", first, (1, 2, 8), (), pack_token_bytes(TABLE)),
+        ResolvedMaskRules("j", True, (2, 5), (), pack_token_bytes(TABLE)),
+        ResolvedMaskRules("s", first, (), (b"<think>", b"nk"), pack_token_bytes(TABLE)),
     ]
     for seed in range(12):
         tokens, mask = random_batch(seed)
-        for t, m, got in zip(tokens, mask, supervised(tokens, mask, rules), strict=True):
+        for t, m, result in zip(tokens, mask, supervised_mask(tokens, mask, rules), strict=True):
             row, keep = t.tolist(), m.tolist()
-            gone = [
+            hits_by_rule = [
                 slow_ids(row, keep, (1, 2, 8), first),
                 slow_ids(row, keep, (2, 5), True),
                 slow_string(row, keep, b"<think>", first),
                 slow_string(row, keep, b"nk", first),
             ]
-            out = [k and not any(g) for k, g in zip(keep, zip(*gone, strict=True), strict=True)]
-            assert got.tolist() == out
-        assert supervised(tokens, mask, rules[::-1]).tolist() == (
-            supervised(tokens, mask, rules).tolist()
+            out = [
+                k and not any(g) for k, g in zip(keep, zip(*hits_by_rule, strict=True), strict=True)
+            ]
+            assert result.tolist() == out
+        assert supervised_mask(tokens, mask, rules[::-1]).tolist() == (
+            supervised_mask(tokens, mask, rules).tolist()
         )
 
 
@@ -114,27 +116,29 @@ def test_by_hand() -> None:
     tokens = torch.tensor([[1, 2, 3, 9, 4, 5], [4, 5, 1, 2, 3, 8], [0, 1, 2, 0, 3, 1]])
     mask = torch.ones(3, 6, dtype=torch.bool)
     mask[2, 5] = False
-    whole = ResolvedMaskRules("s", False, (), (b"<think>",), pieces(TABLE))
-    assert hits(tokens, mask, whole).long().tolist() == [
+    rule = ResolvedMaskRules("s", False, (), (b"<think>",), pack_token_bytes(TABLE))
+    assert rule_hits(tokens, mask, rule).long().tolist() == [
         [1, 1, 1, 0, 1, 1],
         [1, 1, 1, 1, 1, 1],
         [0, 1, 1, 1, 1, 0],
     ]
-    assert hits(tokens, mask, replace(whole, first=True)).long().tolist() == [
+    assert rule_hits(tokens, mask, replace(rule, first=True)).long().tolist() == [
         [1, 1, 1, 0, 0, 0],
         [1, 1, 0, 0, 0, 0],
         [0, 1, 1, 1, 1, 0],
     ]
-    beyond = torch.where(tokens == 3, 500, tokens)  # a row of a padded head has no bytes
-    assert hits(beyond, mask, whole)[0].long().tolist() == [0, 0, 0, 0, 1, 1]
+    unknown_ids = torch.where(tokens == 3, 500, tokens)  # a row of a padded head has no bytes
+    assert rule_hits(unknown_ids, mask, rule)[0].long().tolist() == [0, 0, 0, 0, 1, 1]
     doubled = ResolvedMaskRules(
-        "s", False, (), (b"<<",), pieces(TABLE)
+        "s", False, (), (b"<<",), pack_token_bytes(TABLE)
     )  # the last row of the table
-    assert not hits(torch.full((1, 4), 500), mask[:1, :4], doubled).any()
-    assert hits(tokens[:1, :3], mask[:1, :3], whole).all(), "nothing but the string"
+    assert not rule_hits(torch.full((1, 4), 500), mask[:1, :4], doubled).any()
+    assert rule_hits(tokens[:1, :3], mask[:1, :3], rule).all(), (
+        "a response may consist of the string only"
+    )
     empty = torch.zeros(0, 6, dtype=torch.long)
-    assert hits(empty, empty.bool(), whole).shape == (0, 6)
-    assert not hits(tokens, torch.zeros_like(mask), whole).any()
+    assert rule_hits(empty, empty.bool(), rule).shape == (0, 6)
+    assert not rule_hits(tokens, torch.zeros_like(mask), rule).any()
 
 
 def test_the_paper_masks_the_first_of_each_of_three_tokens() -> None:
@@ -143,20 +147,20 @@ def test_the_paper_masks_the_first_of_each_of_three_tokens() -> None:
     response = [ids(t) for t in ["<", "think", ">", "a", "<", "think", ">", "<|im_end|>"]]
     tokens = torch.tensor([response, [ids("a"), *response[:7]]])
     mask = torch.ones_like(tokens, dtype=torch.bool)
-    rules = resolve(["paper"], tokenizer, [ids("<|im_end|>")])
+    rules = resolve_mask_rules(["paper"], tokenizer, [ids("<|im_end|>")])
     expected = [[0, 0, 1, 1, 1, 1, 1, 0], [1, 0, 0, 1, 1, 1, 1, 1]]
-    assert supervised(tokens, mask, rules).long().tolist() == expected
+    assert supervised_mask(tokens, mask, rules).long().tolist() == expected
 
 
 def word_tokenizer():
-    """Qwen's kind of tokenizer with a few merged tokens."""
+    """Return a tokenizer like Qwen's with a few merged tokens."""
     from transformers import Qwen2Tokenizer
 
     words = [
         "<|im_start|>",
         "<|im_end|>",
         "<|endoftext|>",
-        *alphabet(),
+        *byte_alphabet(),
         "th",
         "in",
         "thin",
@@ -173,19 +177,19 @@ def word_tokenizer():
 
 
 def trained_tokenizers() -> dict[str, object]:
-    """A byte-level and a SentencePiece-like BPE, trained here, as `transformers` holds them."""
+    """Train a byte-level and a SentencePiece-like BPE and wrap them for `transformers`."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
     from tokenizers.trainers import BpeTrainer
     from transformers import PreTrainedTokenizerFast
 
-    found: dict[str, object] = {"qwen": word_tokenizer(), "lab": make_tokenizer()}
+    tokenizers_by_name: dict[str, object] = {"qwen": word_tokenizer(), "lab": make_tokenizer()}
     level = Tokenizer(models.BPE())
     level.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     level.decoder = decoders.ByteLevel()
     start = pre_tokenizers.ByteLevel.alphabet()
     level.train_from_iterator(TEXTS * 50, BpeTrainer(vocab_size=330, initial_alphabet=start))
     level.add_tokens([AddedToken("漢é ", normalized=False)])
-    found["byte level"] = PreTrainedTokenizerFast(tokenizer_object=level)
+    tokenizers_by_name["byte level"] = PreTrainedTokenizerFast(tokenizer_object=level)
 
     sentence = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     sentence.normalizer = normalizers.Replace(" ", "▁")
@@ -196,12 +200,14 @@ def trained_tokenizers() -> dict[str, object]:
     trainer = BpeTrainer(vocab_size=330, special_tokens=["<unk>", "<s>", "</s>", *lone])
     sentence.train_from_iterator(["<think> Okay, see.", " 12+34=46", "a b  c"] * 50, trainer)
     sentence = with_plain_bytes(sentence)
-    found["sentence piece"] = PreTrainedTokenizerFast(tokenizer_object=sentence, eos_token="</s>")
-    return found
+    tokenizers_by_name["sentence piece"] = PreTrainedTokenizerFast(
+        tokenizer_object=sentence, eos_token="</s>"
+    )
+    return tokenizers_by_name
 
 
 def with_plain_bytes(tokenizer):
-    """Lone bytes as ordinary tokens, as in published vocabularies, not special ones."""
+    """Make lone bytes ordinary tokens, as in published vocabularies, instead of special ones."""
     import json
 
     from tokenizers import Tokenizer
@@ -228,24 +234,24 @@ def test_ids_spell_the_bytes_of_the_text(name: str) -> None:
 def test_the_alphabet_is_the_published_one() -> None:
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    assert alphabet() == {character: byte for byte, character in bytes_to_unicode().items()}
+    assert byte_alphabet() == {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 def test_rules_are_read_and_named() -> None:
-    assert parse(["id:7", "string:a:b:first", "token:x:all", "role:eos"]) == (
+    assert parse_rules(["id:7", "string:a:b:first", "token:x:all", "role:eos"]) == (
         MaskRule("id", "7"),
         MaskRule("string", "a:b", "first"),
         MaskRule("token", "x"),
         MaskRule("role", "eos"),
     )
-    assert [r.name for r in parse(["paper", "token:<:first"])] == [
+    assert [r.name for r in parse_rules(["paper", "token:<:first"])] == [
         "token:<:first",
         "token:think:first",
         "token:<|im_end|>:first",
     ]
-    assert parse(["string::first:all"])[0] == MaskRule("string", ":first")
-    for rule in parse(["id:7", "string:a:b:first", "paper"]):
-        assert parse([rule.name]) == (rule,)
+    assert parse_rules(["string::first:all"])[0] == MaskRule("string", ":first")
+    for rule in parse_rules(["id:7", "string:a:b:first", "paper"]):
+        assert parse_rules([rule.name]) == (rule,)
     for bad in (
         "<think>",
         "id:",
@@ -258,17 +264,17 @@ def test_rules_are_read_and_named() -> None:
         "",
     ):
         with pytest.raises(ValueError, match="mask rule") as error:
-            parse([bad])
+            parse_rules([bad])
         assert repr(bad) in str(error.value)
-    with pytest.raises(ValueError, match=r"write id:NUMBER.*role:think.*paper"):
-        parse(["nothing"])
+    with pytest.raises(ValueError, match=r"expected id:NUMBER.*role:think.*paper"):
+        parse_rules(["nothing"])
 
 
 def test_roles_and_tokens_become_ids() -> None:
     tokenizer = make_tokenizer()
     ids = {
         rule.name: rule.ids
-        for rule in resolve(
+        for rule in resolve_mask_rules(
             ["role:eos", "role:pad", "role:special", "token:<think>", "token: ", "id:900"],
             tokenizer,
             [1, 2],
@@ -282,19 +288,26 @@ def test_roles_and_tokens_become_ids() -> None:
         "token: ": (tokenizer.encode(" ")[0],),
         "id:900": (900,),
     }
-    assert resolve(["role:think"], tokenizer, [1])[0].strings == (b"<think>", b"</think>")
-    with pytest.raises(ValueError, match=r"'role:bos'.*drop the rule"):
-        resolve(["role:bos"], tokenizer, [1])
+    assert resolve_mask_rules(["role:think"], tokenizer, [1])[0].strings == (
+        b"<think>",
+        b"</think>",
+    )
+    with pytest.raises(ValueError, match=r"'role:bos'.*remove the rule"):
+        resolve_mask_rules(["role:bos"], tokenizer, [1])
     with pytest.raises(ValueError, match=r"'token:think'.*string:TEXT"):
-        resolve(["token:think"], tokenizer, [1])
+        resolve_mask_rules(["token:think"], tokenizer, [1])
     text = "<think>3<4</think><|im_end|>"
     row = [*tokenizer.encode("<"), *tokenizer.encode("think"), *tokenizer.encode(">"), 3]
     tokens = torch.tensor([row + tokenizer.encode(text)])
     mask = torch.ones_like(tokens, dtype=torch.bool)
-    kept = tokens[supervised(tokens, mask, resolve(["role:think"], tokenizer, [1]))]
-    assert tokenizer.decode(kept) == "3<4<|im_end|>"
-    kept = tokens[supervised(tokens, mask, resolve(["role:think:first"], tokenizer, [1]))]
-    assert tokenizer.decode(kept) == "<think><think>3<4<|im_end|>"
+    supervised = tokens[
+        supervised_mask(tokens, mask, resolve_mask_rules(["role:think"], tokenizer, [1]))
+    ]
+    assert tokenizer.decode(supervised) == "3<4<|im_end|>"
+    supervised = tokens[
+        supervised_mask(tokens, mask, resolve_mask_rules(["role:think:first"], tokenizer, [1]))
+    ]
+    assert tokenizer.decode(supervised) == "<think><think>3<4<|im_end|>"
 
 
 def scored_batch(seed: int) -> ScoredRollouts:
@@ -323,36 +336,43 @@ def scored_batch(seed: int) -> ScoredRollouts:
 
 
 RULES = [
-    ResolvedMaskRules("id:1", False, (1,), (), pieces(TABLE)),
-    ResolvedMaskRules("string:nk", False, (), (b"nk",), pieces(TABLE)),
+    ResolvedMaskRules("id:1", False, (1,), (), pack_token_bytes(TABLE)),
+    ResolvedMaskRules("string:nk", False, (), (b"nk",), pack_token_bytes(TABLE)),
 ]
 
 
 def test_a_masked_batch_keeps_what_was_sampled_and_says_why() -> None:
-    for whole in (scored_batch(0), Rollouts(**rollout_fields(scored_batch(0)))):
-        batch = masked(whole, RULES).checked()
-        assert type(batch) is type(whole)
+    for unmasked_batch in (scored_batch(0), Rollouts(**rollout_fields(scored_batch(0)))):
+        batch = apply_mask_rules(unmasked_batch, RULES).validate()
+        assert type(batch) is type(unmasked_batch)
         assert batch.mask_rule == "response - id:1 - string:nk"
-        assert batch.mask.tolist() == supervised(whole.tokens, whole.mask, RULES).tolist()
-        assert 0 < batch.mask.sum() < whole.mask.sum()
-        assert batch.tokens.tolist() == whole.tokens.tolist()
-        assert torch.equal(batch.sampled, whole.mask)
-        assert torch.equal(batch.sampler_logp, whole.sampler_logp)
-        assert masked(whole, []) is whole
-    whole, batch = scored_batch(0), masked(scored_batch(0), RULES)
-    before, after = flatten(whole), flatten(batch)
-    assert after.keys() - before.keys() == {"sampled_mask"}
-    assert all(torch.equal(after[name], x) for name, x in before.items() if name not in NOT_NUMBERS)
-    again = masked(batch, RULES[:1])
-    assert torch.equal(again.mask, batch.mask), "what a rule takes out stays out"
-    assert torch.equal(again.sampled, whole.mask)
+        assert (
+            batch.mask.tolist()
+            == supervised_mask(unmasked_batch.tokens, unmasked_batch.mask, RULES).tolist()
+        )
+        assert 0 < batch.mask.sum() < unmasked_batch.mask.sum()
+        assert batch.tokens.tolist() == unmasked_batch.tokens.tolist()
+        assert torch.equal(batch.sampled, unmasked_batch.mask)
+        assert torch.equal(batch.sampler_logp, unmasked_batch.sampler_logp)
+        assert apply_mask_rules(unmasked_batch, []) is unmasked_batch
+    unmasked_batch, batch = scored_batch(0), apply_mask_rules(scored_batch(0), RULES)
+    unmasked_fields, masked_fields = flatten(unmasked_batch), flatten(batch)
+    assert masked_fields.keys() - unmasked_fields.keys() == {"sampled_mask"}
+    assert all(
+        torch.equal(masked_fields[name], x)
+        for name, x in unmasked_fields.items()
+        if name not in NOT_NUMBERS
+    )
+    masked_twice = apply_mask_rules(batch, RULES[:1])
+    assert torch.equal(masked_twice.mask, batch.mask), "a masked token stays masked"
+    assert torch.equal(masked_twice.sampled, unmasked_batch.mask)
 
 
 NOT_NUMBERS = ("mask", "reward")
 
 
 def test_a_rule_reads_what_was_sampled_whatever_is_supervised() -> None:
-    """A first occurrence that another rule took out is still the first one."""
+    """A first occurrence that another rule removed still counts as the first one."""
     first = replace(RULES[0], first=True)
     tokens = torch.tensor([[1, 3, 1, 1]])
     batch = Rollouts(
@@ -362,9 +382,9 @@ def test_a_rule_reads_what_was_sampled_whatever_is_supervised() -> None:
         prompt=torch.tensor([0]),
         ended=torch.tensor([True]),
     )
-    assert masked(batch, [first]).mask.tolist() == [[False, True, True, True]]
-    narrow = batch.supervise(torch.tensor([[False, True, True, True]]))
-    assert masked(narrow, [first]).mask.tolist() == [[False, True, True, True]]
+    assert apply_mask_rules(batch, [first]).mask.tolist() == [[False, True, True, True]]
+    narrow = batch.restrict_mask(torch.tensor([[False, True, True, True]]))
+    assert apply_mask_rules(narrow, [first]).mask.tolist() == [[False, True, True, True]]
 
 
 def rollout_fields(batch: ScoredRollouts) -> dict[str, torch.Tensor]:
@@ -374,8 +394,8 @@ def rollout_fields(batch: ScoredRollouts) -> dict[str, torch.Tensor]:
 
 def test_the_audit_adds_over_steps_and_equals_a_loop() -> None:
     steps = [scored_batch(0), scored_batch(1)]
-    whole = [0.0, 0.0, 0.0]
-    gone = {name: [0.0, 0.0, 0.0] for name in ("id:1", "string:nk", "all")}
+    totals = [0.0, 0.0, 0.0]
+    removed_totals = {name: [0.0, 0.0, 0.0] for name in ("id:1", "string:nk", "all")}
     by_id = torch.zeros(12, 3, dtype=torch.float64)
     for batch in steps:
         for i, (row, keep) in enumerate(
@@ -387,41 +407,45 @@ def test_the_audit_adds_over_steps_and_equals_a_loop() -> None:
             for t in (t for t in range(len(row)) if keep[t]):
                 r = float(batch.student_logp[i, t] - batch.teacher_logp[i, t])
                 sizes = (1.0, abs(r), r * r)
-                whole = [a + b for a, b in zip(whole, sizes, strict=True)]
+                totals = [a + b for a, b in zip(totals, sizes, strict=True)]
                 for name in (name for name in out if out[name][t]):
-                    gone[name] = [a + b for a, b in zip(gone[name], sizes, strict=True)]
+                    removed_totals[name] = [
+                        a + b for a, b in zip(removed_totals[name], sizes, strict=True)
+                    ]
                 if out["all"][t]:
                     by_id[row[t]] += torch.tensor(sizes, dtype=torch.float64)
-    found = merge(audit(steps[0], RULES), audit(steps[1], RULES))
-    for name, sums in gone.items():
-        for what, part, of in zip(("tokens", "signal", "energy"), sums, whole, strict=True):
-            total = found[f"mask/{name}/{what}"]
-            assert 0 < part < of
+    metrics = merge(mask_rule_metrics(steps[0], RULES), mask_rule_metrics(steps[1], RULES))
+    for name, sums in removed_totals.items():
+        for quantity, part, whole_total in zip(
+            ("tokens", "signal", "energy"), sums, totals, strict=True
+        ):
+            total = metrics[f"mask/{name}/{quantity}"]
+            assert 0 < part < whole_total
             assert float(total.total) == pytest.approx(part)
-            assert float(total.count) == pytest.approx(of)
-    assert len(found) == 9
-    sums = sum(removed_by_id(b, masked(b, RULES).mask, 12) for b in steps)
+            assert float(total.count) == pytest.approx(whole_total)
+    assert len(metrics) == 9
+    sums = sum(removed_by_id(b, apply_mask_rules(b, RULES).mask, 12) for b in steps)
     torch.testing.assert_close(sums, by_id)
-    assert gone["all"][0] < gone["id:1"][0] + gone["string:nk"][0] + 1
+    assert removed_totals["all"][0] < removed_totals["id:1"][0] + removed_totals["string:nk"][0] + 1
 
 
 def test_a_foreign_end_is_read_as_ones_own() -> None:
-    endings = EosMap(student=(45, 46), teacher=(43, 46))
+    eos_map = EosMap(student=(45, 46), teacher=(43, 46))
     tokens = torch.tensor([[5, 45, 0], [43, 46, 7]])
-    assert teacher_tokens(tokens, endings).tolist() == [[5, 43, 0], [43, 46, 7]]
+    assert teacher_tokens(tokens, eos_map).tolist() == [[5, 43, 0], [43, 46, 7]]
     ids = torch.tensor([[[43, 5, 45, 46], [45, 6, 43, 7], [1, 2, 3, 43]]])
-    read, counts = student_support(ids, endings)
-    assert read.tolist() == [[[45, 5, 45, 46], [45, 6, 45, 7], [1, 2, 3, 45]]]
+    mapped_ids, counts = student_support(ids, eos_map)
+    assert mapped_ids.tolist() == [[[45, 5, 45, 46], [45, 6, 45, 7], [1, 2, 3, 45]]]
     assert counts.tolist() == [
         [[True, True, False, True], [True, True, False, True], [True, True, True, True]]
     ]
-    same = EosMap(student=(45, 46), teacher=(46, 45))
-    assert torch.equal(teacher_tokens(tokens, same), tokens)
-    assert torch.equal(student_support(ids, same)[0], ids)
+    shared_eos = EosMap(student=(45, 46), teacher=(46, 45))
+    assert torch.equal(teacher_tokens(tokens, shared_eos), tokens)
+    assert torch.equal(student_support(ids, shared_eos)[0], ids)
 
 
 def test_the_ending_is_scored_where_the_teacher_ends(tiny_pair) -> None:
-    """A teacher whose end has another id gives a response the log-prob of its own end."""
+    """A teacher whose EOS has another id scores a response at its own EOS."""
     from transformers import AutoModelForCausalLM
 
     teacher = AutoModelForCausalLM.from_pretrained(tiny_pair[1])
@@ -433,12 +457,12 @@ def test_the_ending_is_scored_where_the_teacher_ends(tiny_pair) -> None:
     context, response = [0, 40, 41], [50, 51, 1]
     ids = torch.tensor([context + response])
     with torch.no_grad():
-        ours = teacher(ids).logits.log_softmax(-1)[0, 2:5]
-        theirs = twin(ids).logits.log_softmax(-1)[0, 2:5]
+        teacher_logp = teacher(ids).logits.log_softmax(-1)[0, 2:5]
+        twin_logp = twin(ids).logits.log_softmax(-1)[0, 2:5]
     tokens = torch.tensor(response)
-    read = teacher_tokens(tokens, EosMap(student=(1,), teacher=(2,)))
-    plain = theirs.gather(-1, tokens[:, None])[:, 0]
-    moved = theirs.gather(-1, read[:, None])[:, 0]
-    expected = ours.gather(-1, tokens[:, None])[:, 0]
-    torch.testing.assert_close(moved, expected)
+    mapped_ids = teacher_tokens(tokens, EosMap(student=(1,), teacher=(2,)))
+    plain = twin_logp.gather(-1, tokens[:, None])[:, 0]
+    mapped_logp = twin_logp.gather(-1, mapped_ids[:, None])[:, 0]
+    expected = teacher_logp.gather(-1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(mapped_logp, expected)
     assert abs(float(plain[-1] - expected[-1])) > 0.1

@@ -1,4 +1,4 @@
-"""Masks: what was sampled stays, whatever is supervised of it; oracles by enumeration and loops."""
+"""Masks do not change what was sampled; compared with enumeration and loops."""
 
 import math
 from collections.abc import Callable
@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import DistributionStats, ScoredRollouts, Support, concatenate
-from diagnostics.core.distribution_stats import functionals
-from diagnostics.core.totals import Mean, read
+from diagnostics.core.distribution_stats import compute_distribution_stats
+from diagnostics.core.totals import Mean, compute
 from diagnostics.metrics.consistency import martingales, sampler_weights
 from diagnostics.metrics.divergence import support_mass
 from diagnostics.metrics.groupby import without
 from diagnostics.metrics.kl_decomposition import kl_anatomy
 from diagnostics.metrics.signal import sign_null, sign_shares
-from diagnostics.records.batch_files import load
+from diagnostics.records.batch_files import load_batch
 from diagnostics.records.token_dumps import load_dump, save_dump
 from opd.objectives import factory as o
-from opd.tokens.masking import ResolvedMaskRules, masked
-from opd.tokens.token_bytes import pieces
-from tests.helpers.dense_batches import dense
+from opd.tokens.masking import ResolvedMaskRules, apply_mask_rules
+from opd.tokens.token_bytes import pack_token_bytes
+from tests.helpers.dense_batches import make_dense_batch
 from tests.opd.objectives.test_oracle import SEQUENCES, every_sequence, seeded, states, tables
 
 # --- ratio and credit under a mask, by enumeration of every sequence ------------------------------
@@ -39,7 +39,7 @@ def by_first_occurrence(tokens: Tensor) -> Tensor:
 
 
 def by_prefix(tokens: Tensor) -> Tensor:
-    """Nothing is supervised right after token 1: the mask does not read the token itself."""
+    """Mask every token after token 1; the mask does not depend on the token itself."""
     return torch.nn.functional.pad(tokens[:, :-1], (1, 0)) != 1
 
 
@@ -55,14 +55,14 @@ def stale_table() -> Tensor:
 
 
 def mean_gradient(mask: Tensor, sampler: Tensor, objective: o.Objective) -> Tensor:
-    """Mean of the estimator over every sequence that `sampler` may draw, by probability."""
+    """Return the mean of the estimator over all sequences, weighted by sampling probability."""
     student, teacher = (table.requires_grad_() for table in tables())
     batch = every_sequence(student, teacher, "none", 3)
-    drawn = sampler.log_softmax(-1)[states()].gather(-1, SEQUENCES[..., None])[..., 0]
-    batch = replace(batch, sampler_logp=drawn).supervise(mask)
-    each = objective.loss(batch.student_logp, None, batch)
-    weight = drawn.sum(1).exp()[:, None]
-    return torch.autograd.grad((weight * torch.where(mask, each, 0.0)).sum(), student)[0]
+    sampler_logp = sampler.log_softmax(-1)[states()].gather(-1, SEQUENCES[..., None])[..., 0]
+    batch = replace(batch, sampler_logp=sampler_logp).restrict_mask(mask)
+    losses = objective.loss(batch.student_logp, None, batch)
+    weight = sampler_logp.sum(1).exp()[:, None]
+    return torch.autograd.grad((weight * torch.where(mask, losses, 0.0)).sum(), student)[0]
 
 
 @pytest.mark.parametrize("scope", ["cost", "loss"])
@@ -73,52 +73,58 @@ def test_the_sequence_ratio_makes_up_for_another_sampler_under_a_mask(
     mask = MASKS[name](SEQUENCES)
     assert 0 < int((~mask).sum()) < mask.numel() / 2
     for gamma in (0.5, 1.0):
-        plain = o.make("sampled_token", gamma, mask_scope=scope)
-        corrected = o.make("sampled_token", gamma, ratio="sequence", mask_scope=scope)
+        plain = o.build_objective("sampled_token", gamma, mask_scope=scope)
+        corrected = o.build_objective("sampled_token", gamma, ratio="sequence", mask_scope=scope)
         want = mean_gradient(mask, tables()[0], plain)
-        found = mean_gradient(mask, stale_table(), corrected)
-        torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-12)
+        gradient = mean_gradient(mask, stale_table(), corrected)
+        torch.testing.assert_close(gradient, want, rtol=1e-9, atol=1e-12)
         assert (mean_gradient(mask, stale_table(), plain) - want).norm() > 0.05 * want.norm()
 
 
 @pytest.mark.parametrize("scope", ["cost", "loss"])
 def test_a_mask_of_prefixes_gives_the_gradient_at_the_supervised_ones(scope: str) -> None:
-    """Scope "loss": of the sequence KL; "cost": of the supervised tokens' costs; gamma 1."""
+    """At gamma 1: "loss" gives the sequence KL, "cost" the supervised tokens' costs."""
     mask = by_prefix(SEQUENCES)
     student, teacher = tables()
     student.requires_grad_()
-    chosen, theirs = (
+    student_logp, teacher_logp = (
         x.log_softmax(-1)[states()].gather(-1, SEQUENCES[..., None])[..., 0]
         for x in (student, teacher)
     )
-    cost = (chosen - theirs) * (mask if scope == "cost" else 1.0)
-    total = (chosen.sum(1).exp() * cost.sum(1)).sum()
+    cost = (student_logp - teacher_logp) * (mask if scope == "cost" else 1.0)
+    total = (student_logp.sum(1).exp() * cost.sum(1)).sum()
     (want,) = torch.autograd.grad(total, student)
     supervised = torch.zeros(len(student), dtype=torch.bool)
     supervised[states()[mask]] = True
     assert 0 < int((~supervised).sum()) < len(student)
-    found = mean_gradient(mask, tables()[0], o.make("sampled_token", 1.0, mask_scope=scope))
-    torch.testing.assert_close(found, want * supervised[:, None])
-    other = "cost" if scope == "loss" else "loss"
-    away = mean_gradient(mask, tables()[0], o.make("sampled_token", 1.0, mask_scope=other))
-    assert (away - found).norm() > 0.01
+    gradient = mean_gradient(
+        mask, tables()[0], o.build_objective("sampled_token", 1.0, mask_scope=scope)
+    )
+    torch.testing.assert_close(gradient, want * supervised[:, None])
+    other_scope = "cost" if scope == "loss" else "loss"
+    other_gradient = mean_gradient(
+        mask, tables()[0], o.build_objective("sampled_token", 1.0, mask_scope=other_scope)
+    )
+    assert (other_gradient - gradient).norm() > 0.01
 
 
 @pytest.mark.parametrize("scope", ["cost", "loss"])
 def test_leave_one_out_leaves_the_mean_under_a_mask_of_prefixes(scope: str) -> None:
-    """Every pair of sequences as a group; without a token's own choice in it a baseline is free."""
+    """Every pair of sequences is a group; a baseline independent of the token has no bias."""
     mask = by_prefix(SEQUENCES)
-    want = mean_gradient(mask, tables()[0], o.make("sampled_token", 1.0, mask_scope=scope))
+    want = mean_gradient(
+        mask, tables()[0], o.build_objective("sampled_token", 1.0, mask_scope=scope)
+    )
     student, teacher = (table.requires_grad_() for table in tables())
-    alone = every_sequence(student, teacher, "none", 3).supervise(mask)
+    sequences = every_sequence(student, teacher, "none", 3).restrict_mask(mask)
     pairs = torch.cartesian_prod(*[torch.arange(len(SEQUENCES))] * 2)
     batch = replace(
-        alone.rows(pairs.flatten()), prompt=torch.arange(len(pairs)).repeat_interleave(2)
+        sequences.rows(pairs.flatten()), prompt=torch.arange(len(pairs)).repeat_interleave(2)
     )
-    objective = o.make("sampled_token", 1.0, "leave_one_out", mask_scope=scope)
-    each = objective.loss(batch.student_logp, None, batch) * batch.mask
-    weight = alone.student_logp.sum(1).exp().detach()[pairs].prod(1)
-    total = (weight * each.sum(1).view(-1, 2).mean(1)).sum()
+    objective = o.build_objective("sampled_token", 1.0, "leave_one_out", mask_scope=scope)
+    losses = objective.loss(batch.student_logp, None, batch) * batch.mask
+    weight = sequences.student_logp.sum(1).exp().detach()[pairs].prod(1)
+    total = (weight * losses.sum(1).view(-1, 2).mean(1)).sum()
     torch.testing.assert_close(torch.autograd.grad(total, student)[0], want)
 
 
@@ -126,18 +132,18 @@ def test_leave_one_out_leaves_the_mean_under_a_mask_of_prefixes(scope: str) -> N
 
 
 def credit_by_hand(batch: ScoredRollouts, gamma: float, scope: str) -> list[list[float]]:
-    """Published ("loss"): all sampled tokens' costs, discounted one by one; the mask comes last."""
+    """Return the published credit ("loss"): all sampled tokens' costs discounted, then masked."""
     columns = (batch.mask, batch.sampled, batch.student_logp - batch.teacher_logp)
-    found = []
+    credits = []
     for mask, sampled, cost in zip(*(x.tolist() for x in columns), strict=True):
         row = [0.0] * len(mask)
-        own = [t for t in range(len(mask)) if sampled[t]]
-        for place, t in enumerate(own):
-            for later, u in enumerate(own[place:]):
+        sampled_positions = [t for t in range(len(mask)) if sampled[t]]
+        for place, t in enumerate(sampled_positions):
+            for distance, u in enumerate(sampled_positions[place:]):
                 if mask[t] and (scope == "loss" or mask[u]):
-                    row[t] += gamma**later * cost[u]
-        found.append(row)
-    return found
+                    row[t] += gamma**distance * cost[u]
+        credits.append(row)
+    return credits
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 0.9, 1.0])
@@ -145,42 +151,42 @@ def credit_by_hand(batch: ScoredRollouts, gamma: float, scope: str) -> list[list
 def test_masked_tokens_advance_gamma_and_count_as_their_scope_says(
     gamma: float, scope: str
 ) -> None:
-    """Holes at which nothing was sampled, an environment's text, do not advance it."""
-    batch = dense(3).batch
+    """Positions at which nothing was sampled (an environment's text) do not advance gamma."""
+    batch = make_dense_batch(3).batch
     keep = (batch.tokens % 3 != 1).clone()
     keep[4] = False  # nothing of this response is supervised
-    batch = batch.supervise(keep)
-    objective = replace(o.make("sampled_token", gamma), mask_scope=scope)
+    batch = batch.restrict_mask(keep)
+    objective = replace(o.build_objective("sampled_token", gamma), mask_scope=scope)
     want = torch.tensor(credit_by_hand(batch, gamma, scope), dtype=torch.float64)
     torch.testing.assert_close(objective.credit(batch), want)
     assert objective.credit(batch)[4].eq(0).all()
     if gamma:
-        other = credit_by_hand(batch, gamma, "cost" if scope == "loss" else "loss")
-        assert (torch.tensor(other) - want).abs().max() > 0.1
+        other_credit = credit_by_hand(batch, gamma, "cost" if scope == "loss" else "loss")
+        assert (torch.tensor(other_credit) - want).abs().max() > 0.1
 
 
 def test_a_tag_of_many_nats_teaches_earlier_tokens_nothing_with_the_scope_cost() -> None:
-    batch = dense(3).batch
-    batch = batch.supervise(batch.tokens != 2)
+    batch = make_dense_batch(3).batch
+    batch = batch.restrict_mask(batch.tokens != 2)
     hole = batch.sampled & ~batch.mask
-    poison = replace(batch, teacher_logp=torch.where(hole, -30.0, batch.teacher_logp))
+    changed_batch = replace(batch, teacher_logp=torch.where(hole, -30.0, batch.teacher_logp))
     for scope in ("cost", "loss"):
         for baseline in ("none", "leave_one_out"):
-            made = o.make("sampled_token", 0.9, baseline, mask_scope=scope)
-            away = (made.credit(poison) - made.credit(batch)).abs().max()
-            assert (float(away) > 1) == (scope == "loss")
+            objective = o.build_objective("sampled_token", 0.9, baseline, mask_scope=scope)
+            max_change = (objective.credit(changed_batch) - objective.credit(batch)).abs().max()
+            assert (float(max_change) > 1) == (scope == "loss")
 
 
 def test_a_scope_without_an_effect_is_refused() -> None:
-    o.make("sampled_token", 0.5, mask_scope="loss")
-    o.make("sampled_token", 0.0, "leave_one_out", mask_scope="loss")
+    o.build_objective("sampled_token", 0.5, mask_scope="loss")
+    o.build_objective("sampled_token", 0.0, "leave_one_out", mask_scope="loss")
     for name, baseline in (("sampled_token", "none"), ("sampled_token", "local_kl")):
         with pytest.raises(ValueError, match="mask_scope 'loss' would have no effect"):
-            o.make(name, 0.0, baseline, mask_scope="loss")
+            o.build_objective(name, 0.0, baseline, mask_scope="loss")
     with pytest.raises(ValueError, match="mask_scope 'loss' would have no effect"):
-        o.make("teacher_topk", mask_scope="loss")
+        o.build_objective("teacher_topk", mask_scope="loss")
     with pytest.raises(ValueError, match="unknown mask scope 'all'; known: cost, loss"):
-        o.make("sampled_token", mask_scope="all")
+        o.build_objective("sampled_token", mask_scope="all")
 
 
 # --- tests of sampling stay right under every kind of mask ----------------------------------------
@@ -191,17 +197,17 @@ WORDS = [bytes([97 + i]) for i in range(12)]
 
 @lru_cache
 def healthy(seed: int, temperature: float = 1.0) -> ScoredRollouts:
-    """Tokens drawn from the scored student, (400, 60), with the teacher's top 3 of 12 ids."""
+    """Return (400, 60) tokens sampled from the scored student, and the teacher's top 3 ids."""
     g = torch.Generator().manual_seed(seed)
     often = torch.tensor([-1.5, 0.0, 1.0, 2.5, *[0.0] * 8]).double()
     liked = torch.tensor([1.0, 0.0, 0.0, -1.5, *[0.0] * 8]).double()
     p = (often + torch.randn(*SIZE, len(WORDS), generator=g).double()).log_softmax(-1)
     q = (p + liked + torch.randn(p.shape, generator=g).double()).log_softmax(-1)
-    drawn = (p / temperature).softmax(-1)
-    tokens = torch.multinomial(drawn.view(-1, len(WORDS)), 1, generator=g).view(SIZE)
+    sampler_probs = (p / temperature).softmax(-1)
+    tokens = torch.multinomial(sampler_probs.view(-1, len(WORDS)), 1, generator=g).view(SIZE)
     mask = torch.arange(SIZE[1]) < torch.randint(1, SIZE[1] + 1, (SIZE[0], 1), generator=g)
 
-    def cut(x: Tensor) -> Tensor:
+    def zero_padding(x: Tensor) -> Tensor:
         return torch.where(mask if x.dim() == 2 else mask[..., None], x, 0.0)
 
     tokens = tokens * mask
@@ -210,26 +216,30 @@ def healthy(seed: int, temperature: float = 1.0) -> ScoredRollouts:
     return ScoredRollouts(
         tokens=tokens,
         mask=mask,
-        sampler_logp=cut(drawn.log().gather(-1, y)[..., 0]),
+        sampler_logp=zero_padding(sampler_probs.log().gather(-1, y)[..., 0]),
         prompt=torch.arange(SIZE[0]) // 4,
         ended=torch.ones(SIZE[0], dtype=torch.bool),
-        student_logp=cut(p.gather(-1, y)[..., 0]),
-        teacher_logp=cut(q.gather(-1, y)[..., 0]),
+        student_logp=zero_padding(p.gather(-1, y)[..., 0]),
+        teacher_logp=zero_padding(q.gather(-1, y)[..., 0]),
         support=Support(
             ids=ids,
-            student_logp=cut(p.gather(-1, ids)),
-            teacher_logp=cut(q.gather(-1, ids)),
+            student_logp=zero_padding(p.gather(-1, ids)),
+            teacher_logp=zero_padding(q.gather(-1, ids)),
             source="teacher",
         ),
-        prefix=DistributionStats(**{k: cut(x) for k, x in functionals(p, q, tokens).items()}),
-    ).checked()
+        prefix=DistributionStats(
+            **{k: zero_padding(x) for k, x in compute_distribution_stats(p, q, tokens).items()}
+        ),
+    ).validate()
 
 
 RULES = {
     "no rule": [],
-    "a frequent id": [ResolvedMaskRules("id:3", False, (3,), (), pieces(WORDS))],
-    "first occurrences": [ResolvedMaskRules("first", True, (0, 1, 2, 3, 4), (), pieces(WORDS))],
-    "a string": [ResolvedMaskRules("string:a", False, (), (b"a", b"dd"), pieces(WORDS))],
+    "a frequent id": [ResolvedMaskRules("id:3", False, (3,), (), pack_token_bytes(WORDS))],
+    "first occurrences": [
+        ResolvedMaskRules("first", True, (0, 1, 2, 3, 4), (), pack_token_bytes(WORDS))
+    ],
+    "a string": [ResolvedMaskRules("string:a", False, (), (b"a", b"dd"), pack_token_bytes(WORDS))],
     "unlikely tokens": None,
 }
 EXCESSES = ("signal/negative_share_excess", "divergence/outside_topk_excess")
@@ -237,23 +247,23 @@ EXCESSES = ("signal/negative_share_excess", "divergence/outside_topk_excess")
 
 def supervised_by(batch: ScoredRollouts, rule: str) -> ScoredRollouts:
     if RULES[rule] is None:
-        return batch.supervise(batch.student_logp > -1.5)
-    return masked(batch, RULES[rule])
+        return batch.restrict_mask(batch.student_logp > -1.5)
+    return apply_mask_rules(batch, RULES[rule])
 
 
 def worst(batch: ScoredRollouts) -> dict[str, float]:
-    """Standardised sampling tests, each about N(0, 1) on a healthy batch."""
-    row = read(martingales(batch) | sign_null(batch) | support_mass(batch))
-    found = {name: row[name] for name in ("consistency/z_H", "consistency/z_K")}
-    return found | {name: row[name] / row[f"{name}_se"] for name in EXCESSES}
+    """Return standardised sampling tests, each about N(0, 1) on a healthy batch."""
+    row = compute(martingales(batch) | sign_null(batch) | support_mass(batch))
+    scores = {name: row[name] for name in ("consistency/z_H", "consistency/z_K")}
+    return scores | {name: row[name] / row[f"{name}_se"] for name in EXCESSES}
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_sampling_tests_hold_on_healthy_rollouts_under_every_mask(rule: str) -> None:
     batch = supervised_by(healthy(5), rule)
     assert int(batch.mask.sum()) >= int(batch.sampled.sum()) / 4
-    found = worst(batch)
-    assert max(map(abs, found.values())) < 4, found
+    worst_score = worst(batch)
+    assert max(map(abs, worst_score.values())) < 4, worst_score
     if rule not in ("no rule", "first occurrences"):  # what is supervised is no fair sample
         alone = worst(replace(batch, sampled_mask=None))
         assert max(map(abs, alone.values())) > 6, alone
@@ -265,42 +275,44 @@ def test_faults_of_the_sampler_still_fire_under_every_mask(rule: str) -> None:
     assert min(abs(hot["consistency/z_H"]), abs(hot[EXCESSES[1]])) > 6, hot
     batch = healthy(7)
     shifted = {name: getattr(batch, name).roll(1, 1) for name in ("tokens", "student_logp")}
-    moved = batch.sampled & batch.sampled.roll(1, 1)
-    off = supervised_by(replace(batch, mask=moved, **shifted), rule)
-    assert max(abs(x) for x in worst(off).values()) > 6, "token t scored by the prefix before it"
+    shifted_mask = batch.sampled & batch.sampled.roll(1, 1)
+    shifted_batch = supervised_by(replace(batch, mask=shifted_mask, **shifted), rule)
+    assert max(abs(x) for x in worst(shifted_batch).values()) > 6, (
+        "token t scored by the prefix before it"
+    )
 
 
 def test_rows_that_are_declared_stale_are_not_tested_and_the_others_are() -> None:
-    """Half of the rows come from another distribution: declared, they are left out."""
+    """Half of the rows come from another distribution and are declared, so they are skipped."""
     fresh, old = healthy(8), healthy(9, temperature=1.5)
-    both = concatenate([fresh, replace(old, temperature=1.0)])
+    mixed_batch = concatenate([fresh, replace(old, temperature=1.0)])
     age = torch.cat([torch.zeros(SIZE[0]), torch.ones(SIZE[0])]).long()
-    declared = read(martingales(replace(both, age=age)))
-    alone = read(martingales(fresh))
+    declared = compute(martingales(replace(mixed_batch, age=age)))
+    alone = compute(martingales(fresh))
     assert declared == pytest.approx(alone)
-    assert abs(read(martingales(both))["consistency/z_H"]) > 10
-    assert abs(read(martingales(replace(both, age=1 - age)))["consistency/z_H"]) > 10
+    assert abs(compute(martingales(mixed_batch))["consistency/z_H"]) > 10
+    assert abs(compute(martingales(replace(mixed_batch, age=1 - age)))["consistency/z_H"]) > 10
 
 
 def test_the_tail_of_the_kl_is_unbiased_over_what_was_sampled() -> None:
-    """Against the exact tail, (1-P) KL(p_out || q_out), as means over the same prefixes."""
+    """Compare with the exact tail, (1-P) KL(p_out || q_out), averaged over the same prefixes."""
     for rule in ("a frequent id", "unlikely tokens"):
         batch = supervised_by(healthy(10), rule)
-        row = read(kl_anatomy(batch))
+        row = compute(kl_anatomy(batch))
         exact = batch.prefix.reverse_kl[batch.sampled].mean()
-        off = row["divergence/kl_parts"] - float(exact)
-        assert abs(off) < 4 * row["divergence/kl_parts_se"]
-        narrow = read(kl_anatomy(replace(batch, sampled_mask=None)))
-        off = narrow["divergence/kl_parts"] - float(batch.prefix.reverse_kl[batch.mask].mean())
-        assert abs(off) > 6 * narrow["divergence/kl_parts_se"]
+        kl_error = row["divergence/kl_parts"] - float(exact)
+        assert abs(kl_error) < 4 * row["divergence/kl_parts_se"]
+        narrow = compute(kl_anatomy(replace(batch, sampled_mask=None)))
+        kl_error = narrow["divergence/kl_parts"] - float(batch.prefix.reverse_kl[batch.mask].mean())
+        assert abs(kl_error) > 6 * narrow["divergence/kl_parts_se"]
 
 
 def test_prefix_weights_multiply_over_all_sampled_tokens() -> None:
-    batch = masked(healthy(11, temperature=1.2), RULES["a frequent id"])
+    batch = apply_mask_rules(healthy(11, temperature=1.2), RULES["a frequent id"])
     weight = (batch.student_logp - batch.sampler_logp).sum(1).exp()
     want = float(weight.sum() ** 2 / (len(weight) * weight.square().sum()))
-    found = read(sampler_weights(batch))
-    assert found["consistency/sampler_prefix_ess"] == pytest.approx(want)
+    metrics = compute(sampler_weights(batch))
+    assert metrics["consistency/sampler_prefix_ess"] == pytest.approx(want)
     part = ((batch.student_logp - batch.sampler_logp) * batch.mask).sum(1).exp()
     supervised = float(part.sum() ** 2 / (len(part) * part.square().sum()))
     assert want != pytest.approx(supervised, rel=0.05)
@@ -310,59 +322,62 @@ def test_prefix_weights_multiply_over_all_sampled_tokens() -> None:
 
 
 def test_a_narrowed_batch_survives_files_selection_and_joining(tmp_path: Path) -> None:
-    whole = dense(2).batch
-    batch = whole.supervise(whole.tokens % 2 == 0, "odd ids")
+    full_batch = make_dense_batch(2).batch
+    batch = full_batch.restrict_mask(full_batch.tokens % 2 == 0, "odd ids")
     assert batch.mask_rule == "response - odd ids"
     batch.save(tmp_path / "batch.safetensors")
     save_dump(tmp_path / "batch.parquet", batch)
-    for again in (load(tmp_path / "batch.safetensors"), load_dump(tmp_path / "batch.parquet")):
-        width = again.tokens.shape[1]
-        assert torch.equal(again.mask, batch.mask[:, :width])
-        assert torch.equal(again.sampled, whole.mask[:, :width])
-        assert torch.equal(again.student_logp, whole.student_logp[:, :width])
-        assert torch.equal(again.lengths, whole.lengths)
-    joined = concatenate([batch, whole])
-    assert torch.equal(joined.sampled, torch.cat([whole.mask, whole.mask]))
-    assert torch.equal(joined.mask, torch.cat([batch.mask, whole.mask]))
-    assert torch.equal(batch.rows([3, 1]).sampled, whole.mask[[3, 1]])
-    assert batch.trimmed().tokens.shape == whole.trimmed().tokens.shape
-    nothing = whole.supervise(torch.zeros_like(whole.mask))
-    assert torch.equal(nothing.checked().lengths, whole.lengths)
-    assert nothing.trimmed().tokens.shape == whole.trimmed().tokens.shape
+    for loaded in (
+        load_batch(tmp_path / "batch.safetensors"),
+        load_dump(tmp_path / "batch.parquet"),
+    ):
+        width = loaded.tokens.shape[1]
+        assert torch.equal(loaded.mask, batch.mask[:, :width])
+        assert torch.equal(loaded.sampled, full_batch.mask[:, :width])
+        assert torch.equal(loaded.student_logp, full_batch.student_logp[:, :width])
+        assert torch.equal(loaded.lengths, full_batch.lengths)
+    concatenated = concatenate([batch, full_batch])
+    assert torch.equal(concatenated.sampled, torch.cat([full_batch.mask, full_batch.mask]))
+    assert torch.equal(concatenated.mask, torch.cat([batch.mask, full_batch.mask]))
+    assert torch.equal(batch.rows([3, 1]).sampled, full_batch.mask[[3, 1]])
+    assert batch.trim().tokens.shape == full_batch.trim().tokens.shape
+    unsupervised = full_batch.restrict_mask(torch.zeros_like(full_batch.mask))
+    assert torch.equal(unsupervised.validate().lengths, full_batch.lengths)
+    assert unsupervised.trim().tokens.shape == full_batch.trim().tokens.shape
 
 
 def test_a_batch_without_sampled_mask_reads_as_before(tmp_path: Path) -> None:
-    whole = dense(2).batch
-    whole.save(tmp_path / "old.safetensors")
-    old = load(tmp_path / "old.safetensors")
+    full_batch = make_dense_batch(2).batch
+    full_batch.save(tmp_path / "old.safetensors")
+    old = load_batch(tmp_path / "old.safetensors")
     assert old.sampled_mask is None
     assert old.sampled is old.mask
 
 
 def test_numbers_are_refused_where_nothing_was_sampled() -> None:
-    whole = dense(2).batch
-    batch = whole.supervise(whole.tokens % 2 == 0)
+    full_batch = make_dense_batch(2).batch
+    batch = full_batch.restrict_mask(full_batch.tokens % 2 == 0)
     wrong = replace(batch, mask=torch.ones_like(batch.mask))
     with pytest.raises(ValueError, match=r"mask: \d+ of 400 values supervised where sampled_mask"):
-        wrong.checked()
+        wrong.validate()
     with pytest.raises(ValueError, match=r"sampler_logp: .* not 0 where sampled_mask is False"):
-        replace(batch, sampled_mask=batch.mask).checked()
+        replace(batch, sampled_mask=batch.mask).validate()
     with pytest.raises(ValueError, match=r"sampler_logp: .* not 0 where the mask is False"):
-        replace(whole, mask=batch.mask).checked()
+        replace(full_batch, mask=batch.mask).validate()
     with pytest.raises(ValueError, match="sampled_mask has shape"):
-        replace(whole, sampled_mask=whole.mask[:, 1:])
+        replace(full_batch, sampled_mask=full_batch.mask[:, 1:])
 
 
 def test_a_metric_without_some_ids_keeps_the_batch_whole() -> None:
-    """The batch that the metric gets holds zeros where nothing was sampled, and nothing else."""
-    seen: list[ScoredRollouts] = []
+    """The batch passed to the metric holds zeros where nothing was sampled."""
+    batches_read: list[ScoredRollouts] = []
 
     def keeping(batch: ScoredRollouts) -> dict[str, Mean]:
-        seen.append(batch.checked())
+        batches_read.append(batch.validate())
         return sign_shares(batch)
 
-    batch = dense(9).batch
+    batch = make_dense_batch(9).batch
     without(keeping, [3, 4])(batch)
-    assert torch.equal(seen[0].sampled, batch.mask)
-    assert torch.equal(seen[0].mask, batch.mask & (batch.tokens != 3) & (batch.tokens != 4))
-    assert math.isclose(float(seen[0].log_ratio.sum()), float(batch.log_ratio.sum()))
+    assert torch.equal(batches_read[0].sampled, batch.mask)
+    assert torch.equal(batches_read[0].mask, batch.mask & (batch.tokens != 3) & (batch.tokens != 4))
+    assert math.isclose(float(batches_read[0].log_ratio.sum()), float(batch.log_ratio.sum()))

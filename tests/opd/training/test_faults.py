@@ -1,4 +1,4 @@
-"""Every silent fault in a real run of a tiny pair: refused, or named within five steps."""
+"""Silent faults in real runs of a tiny pair are refused, or named within five steps."""
 
 import os
 import re
@@ -8,22 +8,22 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.faults import make_models, outcome, run_settings
+from benchmarks.faults import make_models, run_outcome, run_settings
 from benchmarks.injected import Fault
 from benchmarks.silent import SILENT_FAULTS
 from diagnostics.alarms.alarms import replay
 from diagnostics.records import rows
 
 REFUSED = {
-    "teacher scores with dropout": "teacher mode: 2 modules are in training mode",
-    "student and teacher share a head": "1 of the teacher's tensors are the student's own",
-    "student and teacher exchanged": "student weights: .* are not those of the files",
-    "teacher in bfloat16": "teacher mode: 100% of the weights are in another precision",
-    "teacher rounded to bfloat16": "not those of the files, rounded to fewer digits",
-    "tokenizer not as in its file": "as loaded and .* by tokenizer.json",
-    "teacher ignores the mask": "teacher forward pass: ids that the attention mask hides",
+    "teacher scores with dropout": "teacher mode: 2 modules with dropout are in training mode",
+    "student and teacher share a head": "1 of the teacher's tensors are shared with the student",
+    "student and teacher exchanged": "student weights: .* differ from the files",
+    "teacher in bfloat16": "teacher mode: 100% of the weights are not in float32",
+    "teacher rounded to bfloat16": "differ from the files, rounded to lower precision",
+    "tokenizer not as in its file": "is encoded as .* by tokenizer.json",
+    "teacher ignores the mask": "teacher forward pass: masked ids change",
 }
-"""Fault to what the refusal says."""
+"""Expected message by fault."""
 ALARMS = {
     "teacher drops out, from step 1": ("teacher_dropout", 2),
     "student drops out, from step 1": ("student_dropout", 2),
@@ -59,7 +59,7 @@ ALARMS = {
     "teacher's scores of another row": ("teacher_exchanged", 1),
     "scored at another temperature": ("teacher_rescored", 1),
 }
-"""Fault to the rule that names it, and how many steps it takes."""
+"""Expected alarm rule and number of steps until it is raised, by fault."""
 
 
 @pytest.fixture(scope="module")
@@ -77,18 +77,18 @@ def test_every_fault_is_expected_to_be_caught() -> None:
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_fault_is_refused_before_training(pairs, tmp_path: Path, name: str) -> None:
     fault = SILENT_FAULTS[name]
-    found = outcome(pairs[fault.architecture], tmp_path / "run", 1, fault)
-    assert re.search(REFUSED[name], found["refused"]), found
-    assert "start_checks off" in found["refused"]
-    assert rows.read(tmp_path / "run" / "rows.jsonl") == []
+    result = run_outcome(pairs[fault.architecture], tmp_path / "run", 1, fault)
+    assert re.search(REFUSED[name], result["refused"]), result
+    assert "start_checks to False" in result["refused"]
+    assert rows.read_rows(tmp_path / "run" / "rows.jsonl") == []
 
 
 @pytest.mark.parametrize("name", ALARMS)
 def test_a_fault_is_named(pairs, tmp_path: Path, name: str) -> None:
     fault, (rule, steps) = SILENT_FAULTS[name], ALARMS[name]
-    found = outcome(pairs[fault.architecture], tmp_path / "run", steps, fault)
-    assert not found["refused"]
-    assert found["alarms"].get(rule) == steps - 1, found
+    result = run_outcome(pairs[fault.architecture], tmp_path / "run", steps, fault)
+    assert not result["refused"]
+    assert result["alarms"].get(rule) == steps - 1, result
 
 
 @pytest.mark.parametrize(
@@ -111,19 +111,19 @@ def test_a_fault_is_named(pairs, tmp_path: Path, name: str) -> None:
     ids=["masked top-p", "bfloat16", "adapters"],
 )
 def test_a_healthy_run_is_silent(pairs, tmp_path: Path, changes: dict[str, object]) -> None:
-    found = outcome(pairs["qwen2"], tmp_path / "run", 4, Fault(settings=changes))
-    assert found == {"refused": "", "alarms": {}}
+    result = run_outcome(pairs["qwen2"], tmp_path / "run", 4, Fault(settings=changes))
+    assert result == {"refused": "", "alarms": {}}
 
 
 TWO = """
 import sys
-from opd import processes
+from opd.runtime import distributed
 from opd.config.settings import Config
 from opd.training.train import train
 settings = eval(sys.argv[1])
 if sys.argv[2] == "faulty":
-    processes.own = lambda count, updates=1: list(range(count // 2))
-with processes.joined("cpu"):
+    distributed.shard_prompts = lambda count, updates=1: list(range(count // 2))
+with distributed.process_group("cpu"):
     train(Config(**settings))
 """
 
@@ -132,10 +132,10 @@ def test_two_ranks_with_the_same_prompts_are_named(pairs, tmp_path: Path) -> Non
     (tmp_path / "two.py").write_text(TWO)
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
-    found = {}
+    alarms = {}
     for kind in ("faulty", "healthy"):
         settings = run_settings(pairs["qwen2"], tmp_path / kind, 0, 2)
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, *launch, str(tmp_path / "two.py"), repr(settings), kind],
             env=environment,
             capture_output=True,
@@ -143,10 +143,10 @@ def test_two_ranks_with_the_same_prompts_are_named(pairs, tmp_path: Path) -> Non
             timeout=150,
             check=False,
         )
-        assert done.returncode == 0, done.stderr
-        record = rows.read(tmp_path / kind / "rows.jsonl")
-        found[kind] = {alarm.rule.name: alarm.step for alarm in replay(record)}
+        assert process.returncode == 0, process.stderr
+        record = rows.read_rows(tmp_path / kind / "rows.jsonl")
+        alarms[kind] = {alarm.rule.name: alarm.step for alarm in replay(record)}
         share = 0.5 if kind == "faulty" else 0.0
         assert [row["data/prompts_on_several_ranks"] for row in record] == [share, share]
         assert [row["data/repeated_prompts"] for row in record] == [0, 0]
-    assert found == {"faulty": {"prompts_on_several_ranks": 1}, "healthy": {}}
+    assert alarms == {"faulty": {"prompts_on_several_ranks": 1}, "healthy": {}}

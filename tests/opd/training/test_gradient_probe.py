@@ -1,7 +1,7 @@
-"""The probe's headline against float64 autograd of every response's loss, by the definitions.
+"""The gradient probe against float64 autograd of each response's loss, from the definitions.
 
-One probed step of training on a tiny pair, with the sketch replaced by the gradients themselves.
-The reference makes each response's loss from the models' own logits and knows nothing of heads.
+One probed training step of a tiny pair, with the sketch replaced by the gradients themselves. The
+reference computes each response's loss from the models' logits and does not use the LM head's code.
 """
 
 import json
@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import ScoredRollouts
-from diagnostics.gradients.sketch import no_projection
-from diagnostics.records.batch_files import load
+from diagnostics.gradients.sketch import identity_projection
+from diagnostics.records.batch_files import load_batch
 from opd.config.settings import Config
 from opd.data.chain_task import problems
-from opd.data.prompts import encode
+from opd.data.prompts import encode_prompts
 from opd.lab.build import make_tokenizer
-from opd.models.loading import load as load_model
+from opd.models.loading import load_model
 from opd.training import gradient_probe
 from opd.training.train import train
 
@@ -28,7 +28,7 @@ PROMPTS, GROUP = 5, 3
 
 @pytest.fixture(scope="module")
 def capped_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(student, teacher) with a soft-cap on their logits that bends them."""
+    """(student, teacher) with soft-capped logits, where the cap has an effect."""
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     folder = tmp_path_factory.mktemp("capped")
@@ -56,7 +56,7 @@ def capped_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "student", folder / "teacher"
 
 
-def probed(
+def train_with_probe(
     pair: tuple[Path, Path], out: Path, **changes: object
 ) -> tuple[Config, dict, ScoredRollouts]:
     fields: dict[str, object] = {
@@ -84,21 +84,21 @@ def probed(
     )
     folder = train(config)
     row = json.loads((folder / "rows.jsonl").read_text().splitlines()[0])
-    return config, row, load(folder / "batches" / "step_000000.safetensors")
+    return config, row, load_batch(folder / "batches" / "step_000000.safetensors")
 
 
 Loss = Callable[[Tensor, Tensor, ScoredRollouts, int], Tensor]
-"""(t, V) log-probabilities of student, with gradient, and teacher; batch; row -> (t,) losses."""
+"""Student (t, V) logp with gradient, teacher (t, V) logp, batch, row -> (t,) losses."""
 
 
 def head_gradients(config: Config, batch: ScoredRollouts, loss: Loss) -> Tensor:
-    """(B, R D) float64 gradients of each response's supervised losses by the head's weight."""
+    """(B, V D) float64 gradients of each response's supervised losses by the head's weight."""
     (tokenizer, student), (_, teacher) = (
         load_model(name, "cpu", "float32") for name in (config.student, config.teacher)
     )
     student, teacher = student.double(), teacher.double()
-    asked = problems("train", PROMPTS, config.seed * 1_000_003)
-    prompts = encode(tokenizer, asked, GROUP, config.max_prompt)
+    train_problems = problems("train", PROMPTS, config.seed * 1_000_003)
+    prompts = encode_prompts(tokenizer, train_problems, GROUP, config.max_prompt)
     weight = student.get_output_embeddings().weight.requires_grad_()
     rows = []
     for i in range(len(batch)):
@@ -113,68 +113,69 @@ def head_gradients(config: Config, batch: ScoredRollouts, loss: Loss) -> Tensor:
     return torch.stack(rows)
 
 
-def pooled(x: Tensor, prompt: Tensor) -> dict[str, float]:
-    """The measures of E-1 from the definitions, by pairs of responses."""
+def pooled_measures(x: Tensor, prompt: Tensor) -> dict[str, float]:
+    """Signal, variance and noise from their definitions, by pairs of responses."""
     n, products = len(x), x @ x.T
-    same = prompt[:, None] == prompt[None]
-    others = same & ~torch.eye(n, dtype=torch.bool)
-    signal, own = float(products[~same].mean()), float(products.diagonal().mean())
+    same_prompt = prompt[:, None] == prompt[None]
+    other_responses = same_prompt & ~torch.eye(n, dtype=torch.bool)
+    signal, square = float(products[~same_prompt].mean()), float(products.diagonal().mean())
     noise = n * (float(x.mean(0).square().sum()) - signal)
     return {
         "signal": signal,
-        "variance": own - signal,
-        "within": own - float(products[others].mean()),
-        "between": float(products[others].mean()) - signal,
+        "variance": square - signal,
+        "within": square - float(products[other_responses].mean()),
+        "between": float(products[other_responses].mean()) - signal,
         "snr": n * signal / noise,
         "noise_scale": noise / signal,
     }
 
 
-def sampled(logp: Tensor, batch: ScoredRollouts, i: int) -> Tensor:
+def sampled_logp(logp: Tensor, batch: ScoredRollouts, i: int) -> Tensor:
     return logp.gather(1, batch.tokens[i, : len(logp), None])[:, 0]
 
 
 def costs_to_go(batch: ScoredRollouts, gamma: float) -> list[Tensor]:
-    """(t,) of each response, over its supervised tokens' costs; every sampled token discounts."""
-    found = []
+    """(t,) discounted supervised costs from each token on; every sampled token discounts."""
+    costs = []
     for i, count in enumerate(batch.sampled.sum(1).tolist()):
         cost = ((batch.student_logp - batch.teacher_logp) * batch.mask)[i, :count].double()
-        found.append(
+        costs.append(
             torch.stack([(cost[t:] * gamma ** torch.arange(count - t)).sum() for t in range(count)])
         )
-    return found
+    return costs
 
 
 def leave_one_out_loss(p: Tensor, q: Tensor, batch: ScoredRollouts, i: int) -> Tensor:
-    """gamma 0.9, minus the others' mean, over the response's own supervised length."""
+    """gamma 0.9, minus the other responses' mean, over the response's supervised length."""
     credit = costs_to_go(batch, 0.9)
-    mates = [j for j in range(len(batch)) if batch.prompt[j] == batch.prompt[i] and j != i]
-    at = [
-        sum(float(credit[j][t]) if t < len(credit[j]) else 0.0 for j in mates) / len(mates)
+    other_rows = [j for j in range(len(batch)) if batch.prompt[j] == batch.prompt[i] and j != i]
+    baseline = [
+        sum(float(credit[j][t]) if t < len(credit[j]) else 0.0 for j in other_rows)
+        / len(other_rows)
         for t in range(len(p))
     ]
     counts = batch.mask.sum(1)  # some responses have no supervised token
     weight = int(counts.sum()) / (int((counts > 0).sum()) * max(1, int(counts[i])))
-    return weight * (credit[i] - torch.tensor(at)) * sampled(p, batch, i)
+    return weight * (credit[i] - torch.tensor(baseline)) * sampled_logp(p, batch, i)
 
 
 def support_loss(p: Tensor, q: Tensor, batch: ScoredRollouts, i: int) -> Tensor:
-    best, ids = q.topk(4, -1)
-    own, best = p.gather(1, ids).log_softmax(-1), best.log_softmax(-1)
-    return (own.exp() * (own - best)).sum(-1)
+    teacher_logp, ids = q.topk(4, -1)
+    student_logp, teacher_logp = p.gather(1, ids).log_softmax(-1), teacher_logp.log_softmax(-1)
+    return (student_logp.exp() * (student_logp - teacher_logp)).sum(-1)
 
 
 def future_loss(p: Tensor, q: Tensor, batch: ScoredRollouts, i: int) -> Tensor:
-    """KL(p || q), and the later prefixes' KL at gamma 0.5 with the score of the token."""
+    """KL(p || q), and the later prefixes' KL, discounted by 0.5, with the token's score."""
     kl = (p.exp() * (p - q)).sum(-1)
     fixed, steps = kl.detach(), range(len(kl))
     later = [sum(0.5 ** (u - t) * float(fixed[u]) for u in steps[t + 1 :]) for t in steps]
-    return kl + torch.tensor(later) * sampled(p, batch, i)
+    return kl + torch.tensor(later) * sampled_logp(p, batch, i)
 
 
 def clipped_cost_loss(p: Tensor, q: Tensor, batch: ScoredRollouts, i: int) -> Tensor:
-    picked = sampled(p, batch, i)
-    return (picked - sampled(q, batch, i)).detach().clamp(-0.5, 0.5) * picked
+    picked = sampled_logp(p, batch, i)
+    return (picked - sampled_logp(q, batch, i)).detach().clamp(-0.5, 0.5) * picked
 
 
 CASES: dict[str, tuple[dict[str, object], Loss]] = {
@@ -209,34 +210,38 @@ CASES: dict[str, tuple[dict[str, object], Loss]] = {
 def test_the_headline_is_that_of_the_loss_that_trains(
     tiny_pair, capped_pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, capped: bool
 ) -> None:
-    monkeypatch.setattr(gradient_probe, "random_signs", lambda v, d, seed: no_projection(v, d))
+    monkeypatch.setattr(
+        gradient_probe, "random_projection", lambda v, d, seed: identity_projection(v, d)
+    )
     changes, loss = CASES[case]
     pair = capped_pair if capped else tiny_pair
-    config, row, batch = probed(pair, tmp_path / "run", **changes)
+    config, row, batch = train_with_probe(pair, tmp_path / "run", **changes)
     gradients = head_gradients(config, batch, loss)
-    for name, want in pooled(gradients, batch.prompt).items():
-        found = row[f"gradient/{name}"]
-        if found is None and name in ("snr", "noise_scale"):
+    for name, expected in pooled_measures(gradients, batch.prompt).items():
+        value = row[f"gradient/{name}"]
+        if value is None and name in ("snr", "noise_scale"):
             continue  # its denominator is not distinguishable from 0
         scale = 1e-3 * max(float(gradients.square().sum(1).mean()), 1e-9)
         tolerance = 0.0 if name in ("snr", "noise_scale") else scale
-        assert found == pytest.approx(want, rel=2e-3, abs=tolerance), name
+        assert value == pytest.approx(expected, rel=2e-3, abs=tolerance), name
 
 
 def test_the_family_of_a_capped_head_is_that_of_its_own_gradients(
     capped_pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gradient_probe, "random_signs", lambda v, d, seed: no_projection(v, d))
-    config, row, batch = probed(
+    monkeypatch.setattr(
+        gradient_probe, "random_projection", lambda v, d, seed: identity_projection(v, d)
+    )
+    config, row, batch = train_with_probe(
         capped_pair, tmp_path / "run", objective="sampled_token", temperature=0.8
     )
     members: dict[str, Loss] = {
-        "plain@0": lambda p, q, batch, i: costs_to_go(batch, 0.0)[i] * sampled(p, batch, i),
-        "plain@0.5": lambda p, q, batch, i: costs_to_go(batch, 0.5)[i] * sampled(p, batch, i),
+        "plain@0": lambda p, q, batch, i: costs_to_go(batch, 0.0)[i] * sampled_logp(p, batch, i),
+        "plain@0.5": lambda p, q, batch, i: costs_to_go(batch, 0.5)[i] * sampled_logp(p, batch, i),
         "rb_all@0.5": future_loss,
     }
     for name, loss in members.items():
         x = head_gradients(config, batch, loss)
-        measures = pooled(x, batch.prompt)
+        measures = pooled_measures(x, batch.prompt)
         noise = measures["noise_scale"] * measures["signal"]
         assert row[f"gradient/noise/{name}"] == pytest.approx(noise, rel=1e-3), name

@@ -1,4 +1,4 @@
-"""Rollouts ahead of the update: how old they are, from which weights, and that ratios repair it."""
+"""Prefetched rollouts: policy lag, sampling weights, and correction by importance ratios."""
 
 import threading
 import time
@@ -13,30 +13,30 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import Rollouts, ScoredRollouts
-from diagnostics.core.totals import Accumulator, Mean, read
-from diagnostics.records.batch_files import load
+from diagnostics.core.totals import Accumulator, Mean, compute
+from diagnostics.records.batch_files import load_batch
 from opd.config.settings import Config
 from opd.data.chain_task import problems
-from opd.data.prompts import Prompts, encode
-from opd.models.forward import response_hidden
-from opd.models.loading import load as load_model
-from opd.objectives.factory import make
+from opd.data.prompts import Prompts, encode_prompts
+from opd.models.forward import response_hidden_states
+from opd.models.loading import load_model
+from opd.objectives.factory import build_objective
 from opd.scoring.loss import loss_from_hidden
 from opd.serving import json_endpoint
 from opd.teachers.pair import load_pair
 from opd.training.prefetch import RolloutPrefetcher, TaskRollouts
 from opd.training.train import train
-from tests.helpers.fake_rollout_server import SamplingServer
-from tests.helpers.fake_teacher_server import serving
-from tests.opd.rollouts.test_vllm_servers import restarting
-from tests.opd.teachers.test_factory import interrupted_after
+from tests.helpers.fake_rollout_server import FakeRolloutServer
+from tests.helpers.fake_teacher_server import serve
+from tests.opd.rollouts.test_vllm_servers import restart_after_answer
+from tests.opd.teachers.test_factory import InterruptedAfter
 from tests.opd.training.test_train import rows, settings
 
 # --- the order of things ------------------------------------------------------------------------
 
 
 class Weights:
-    """Stands for an engine: what is drawn says which weights drew it."""
+    """Stands for an engine: sampled tokens encode the weights that sampled them."""
 
     def __init__(self) -> None:
         self.now = 0
@@ -44,133 +44,139 @@ class Weights:
 
     def draw(self, step: int) -> TaskRollouts:
         with self.drawing:
-            drawn = torch.full((2, 3), 100 * self.now + step)
+            tokens = torch.full((2, 3), 100 * self.now + step)
             time.sleep(0.005)
-            assert 100 * self.now + step == int(drawn[0, 0]), "weights changed while drawing"
+            assert 100 * self.now + step == int(tokens[0, 0]), "weights changed while drawing"
         index = torch.arange(2)
-        prompts = Prompts(tokens=drawn, mask=drawn > -1, index=index, answers=["a", "b"])
+        prompts = Prompts(tokens=tokens, mask=tokens > -1, index=index, answers=["a", "b"])
         rollouts = Rollouts(
-            tokens=drawn,
-            mask=drawn > -1,
+            tokens=tokens,
+            mask=tokens > -1,
             sampler_logp=torch.zeros(2, 3) - step,
             prompt=index,
             ended=index > 0,
             reward=index.float(),
         )
-        won: Mapping[str, Accumulator] = {"won": Mean.of(index + step, index > -1, index)}
-        return [(prompts, rollouts, won), (prompts, rollouts, {})]
+        accumulators: Mapping[str, Accumulator] = {
+            "won": Mean.from_values(index + step, index > -1, index)
+        }
+        return [(prompts, rollouts, accumulators), (prompts, rollouts, {})]
 
 
-def ahead_of(weights: Weights, depth: int, steps: int = 6) -> RolloutPrefetcher:
+def make_prefetcher(weights: Weights, depth: int, steps: int = 6) -> RolloutPrefetcher:
     return RolloutPrefetcher(weights.draw, lambda: None, depth=depth, steps=steps, updates=3)
 
 
-def taken(ahead: RolloutPrefetcher, weights: Weights, steps: range) -> list[tuple[int, int]]:
-    """Of each step the weights that its rollouts are of, and their age."""
-    found = []
+def get_steps(
+    prefetcher: RolloutPrefetcher, weights: Weights, steps: range
+) -> list[tuple[int, int]]:
+    """Index of the weights that sampled each step's rollouts, and their age."""
+    sources = []
     for step in steps:
         weights.now = step
-        drawn = ahead.take(step)
-        ahead.begin(step)
-        for prompts, rollouts, _ in drawn:
+        task_rollouts = prefetcher.get(step)
+        prefetcher.launch(step)
+        for prompts, rollouts, _ in task_rollouts:
             assert torch.equal(prompts.tokens, rollouts.tokens)
             assert int(rollouts.tokens[0, 0]) % 100 == step
             assert rollouts.age.unique().numel() == 1
-        found.append((int(drawn[0][1].tokens[0, 0]) // 100, int(drawn[1][1].age[0])))
-        ahead.settle()
-    return found
+        sources.append(
+            (int(task_rollouts[0][1].tokens[0, 0]) // 100, int(task_rollouts[1][1].age[0]))
+        )
+        prefetcher.wait()
+    return sources
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])
 def test_a_step_gets_what_the_weights_of_depth_steps_before_drew(depth: int) -> None:
     weights = Weights()
-    with ahead_of(weights, depth) as ahead:
-        found = taken(ahead, weights, range(6))
-    assert found == [(max(0, s - depth), 3 * min(s, depth)) for s in range(6)]
+    with make_prefetcher(weights, depth) as prefetcher:
+        sources = get_steps(prefetcher, weights, range(6))
+    assert sources == [(max(0, step - depth), 3 * min(step, depth)) for step in range(6)]
 
 
 def test_a_step_is_made_while_the_next_is_drawn() -> None:
     weights = Weights()
-    with ahead_of(weights, 1) as ahead:
-        ahead.take(0)
+    with make_prefetcher(weights, 1) as prefetcher:
+        prefetcher.get(0)
         with weights.drawing:
-            ahead.begin(0)  # returns, though nothing can be drawn
-        ahead.settle()
+            prefetcher.launch(0)  # returns, though nothing can be drawn
+        prefetcher.wait()
 
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_what_was_saved_is_taken_up(depth: int, tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step_000002").mkdir(parents=True)
     weights = Weights()
-    with ahead_of(weights, depth) as ahead:
-        whole = taken(ahead, weights, range(3))
-        ahead.save(tmp_path, 3)
-        kept = {step: future.result() for step, future in ahead._coming.items()}
-        whole += taken(ahead, weights, range(3, 6))
+    with make_prefetcher(weights, depth) as prefetcher:
+        sources = get_steps(prefetcher, weights, range(3))
+        prefetcher.save(tmp_path, 3)
+        saved_rollouts = {step: future.result() for step, future in prefetcher._pending.items()}
+        sources += get_steps(prefetcher, weights, range(3, 6))
     (tmp_path / "ahead" / "step_000002").mkdir()
     (tmp_path / "ahead" / "step_000001").mkdir()
-    other = Weights()
-    with ahead_of(other, depth) as ahead:
-        ahead.load(tmp_path, 3, torch.device("cpu"))
-        again = {step: future.result() for step, future in ahead._coming.items()}
-        assert again.keys() == kept.keys() == set(range(3, 3 + depth))
-        for step in kept:
-            for one, mine in zip(kept[step], again[step], strict=True):
-                for a, b in zip(one[:2], mine[:2], strict=True):
+    loaded_weights = Weights()
+    with make_prefetcher(loaded_weights, depth) as prefetcher:
+        prefetcher.load(tmp_path, 3, torch.device("cpu"))
+        loaded_rollouts = {step: future.result() for step, future in prefetcher._pending.items()}
+        assert loaded_rollouts.keys() == saved_rollouts.keys() == set(range(3, 3 + depth))
+        for step in saved_rollouts:
+            for saved, loaded in zip(saved_rollouts[step], loaded_rollouts[step], strict=True):
+                for a, b in zip(saved[:2], loaded[:2], strict=True):
                     for name, x in vars(a).items():
-                        same = torch.equal(x, vars(b)[name]) if isinstance(x, Tensor) else None
-                        assert same or x == vars(b)[name], name
-                assert read(one[2]) == read(mine[2])
-        assert taken(ahead, other, range(3, 6)) == whole[3:]
-        ahead.save(tmp_path, 6)
+                        is_equal = torch.equal(x, vars(b)[name]) if isinstance(x, Tensor) else None
+                        assert is_equal or x == vars(b)[name], name
+                assert compute(saved[2]) == compute(loaded[2])
+        assert get_steps(prefetcher, loaded_weights, range(3, 6)) == sources[3:]
+        prefetcher.save(tmp_path, 6)
     # the last checkpoint's stays until the next is there; older ones go
     assert {x.name for x in (tmp_path / "ahead").iterdir()} == {"step_000002", "step_000006"}
 
 
 def test_what_is_too_old_is_refused(tmp_path: Path) -> None:
     weights = Weights()
-    with ahead_of(weights, 2) as ahead:
-        taken(ahead, weights, range(3))
-        ahead.save(tmp_path, 3)
-    with ahead_of(weights, 1) as ahead:
-        ahead.load(tmp_path, 3, torch.device("cpu"))
-        with pytest.raises(RuntimeError, match="step 3 are 6 updates old, at most 3 are allowed"):
-            ahead.take(3)
+    with make_prefetcher(weights, 2) as prefetcher:
+        get_steps(prefetcher, weights, range(3))
+        prefetcher.save(tmp_path, 3)
+    with make_prefetcher(weights, 1) as prefetcher:
+        prefetcher.load(tmp_path, 3, torch.device("cpu"))
+        with pytest.raises(RuntimeError, match="step 3 are 6 updates old; at most 3 are allowed"):
+            prefetcher.get(3)
 
 
 def test_an_error_ends_what_is_under_way() -> None:
-    ended = threading.Event()
+    stopped = threading.Event()
 
     def draw(step: int) -> TaskRollouts:
         if step:
-            assert ended.wait(60)
+            assert stopped.wait(60)
         return []
 
-    began = time.monotonic()
+    start_time = time.monotonic()
 
     def failing() -> None:
-        with RolloutPrefetcher(draw, ended.set, depth=2, steps=9, updates=1) as ahead:
-            ahead.begin(0)
+        with RolloutPrefetcher(draw, stopped.set, depth=2, steps=9, updates=1) as prefetcher:
+            prefetcher.launch(0)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         failing()
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - start_time < 30
 
 
 def test_an_error_of_the_thread_arrives() -> None:
     def draw(step: int) -> TaskRollouts:
         raise ValueError("no server")
 
-    with RolloutPrefetcher(draw, lambda: None, depth=1, steps=9, updates=1) as ahead:
-        ahead.begin(0)
+    with RolloutPrefetcher(draw, lambda: None, depth=1, steps=9, updates=1) as prefetcher:
+        prefetcher.launch(0)
         with pytest.raises(ValueError, match="no server"):
-            ahead.settle()
+            prefetcher.wait()
 
 
 # --- runs ---------------------------------------------------------------------------------------
 
-HOW = {
+SERVER_SETTINGS = {
     "engine": "servers",
     "objective": "sampled_token",
     "ratio": "token",
@@ -186,35 +192,40 @@ HOW = {
 @pytest.fixture
 def servers(
     tiny_pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[list[SamplingServer], tuple[str, ...]]]:
-    monkeypatch.setattr(json_endpoint, "FIRST_WAIT", 0.02)
-    two = [SamplingServer(tiny_pair[1]) for _ in range(2)]
+) -> Iterator[tuple[list[FakeRolloutServer], tuple[str, ...]]]:
+    monkeypatch.setattr(json_endpoint, "FIRST_RETRY_DELAY", 0.02)
+    sampling_servers = [FakeRolloutServer(tiny_pair[1]) for _ in range(2)]
     with ExitStack() as stack:
-        yield two, tuple(stack.enter_context(serving(one)) for one in two)
+        yield (
+            sampling_servers,
+            tuple(stack.enter_context(serve(server)) for server in sampling_servers),
+        )
 
 
-def served(pair: tuple[Path, Path], out: Path, urls: tuple[str, ...], **changes: object) -> Config:
-    return settings(pair, out, **(HOW | {"rollout_servers": urls} | changes))
+def server_config(
+    pair: tuple[Path, Path], out: Path, urls: tuple[str, ...], **changes: object
+) -> Config:
+    return settings(pair, out, **(SERVER_SETTINGS | {"rollout_servers": urls} | changes))
 
 
-def saved(folder: Path, step: int) -> ScoredRollouts:
-    batch = load(folder / "batches" / f"step_{step:06d}.safetensors")
+def saved_batch(folder: Path, step: int) -> ScoredRollouts:
+    batch = load_batch(folder / "batches" / f"step_{step:06d}.safetensors")
     assert isinstance(batch, ScoredRollouts)
     return batch
 
 
-def asked_of(folder: Path, config: Config, step: int) -> Prompts:
-    """The prompts of a step of the lab's task."""
-    from opd.training.setup import load as load_task
+def prompts_of_step(folder: Path, config: Config, step: int) -> Prompts:
+    """The prompts of a step of the toy task."""
+    from opd.training.setup import load_problem_task
 
     pair = load_pair(config.student, config.teacher, "cpu", "float32")
-    task = load_task(config, pair)
-    chosen = task.train(step, config.prompts_per_step)
-    return encode(pair.tokenizer, chosen, config.group_size, config.max_prompt)
+    task = load_problem_task(config, pair)
+    step_problems = task.train(step, config.prompts_per_step)
+    return encode_prompts(pair.tokenizer, step_problems, config.group_size, config.max_prompt)
 
 
 def logp_under(folder: Path, prompts: Prompts, batch: ScoredRollouts) -> Tensor:
-    """(B, T) of the sampled tokens under the final model of a run."""
+    """(B, T) log-probabilities of the sampled tokens under the final model of a run."""
     return row_by_row(load_model(str(folder), "cpu", "float32")[1], prompts, batch)
 
 
@@ -232,42 +243,42 @@ def row_by_row(network: Any, prompts: Prompts, batch: ScoredRollouts) -> Tensor:
 def test_the_sampler_is_the_student_of_so_many_steps_before(
     tiny_pair, servers, tmp_path: Path
 ) -> None:
-    """Batches of steps 0 to 3 against the weights that runs of 1, 2 and 3 steps end with."""
+    """Batches of steps 0 to 3 against the final weights of runs with 1, 2 and 3 steps."""
     _, urls = servers
-    how = {"rollout_lag": 2, "updates_per_batch": 3, "objective": "sampled_token_weighted"}
-    config = served(tiny_pair, tmp_path / "run", urls[:1], **how)
+    options = {"rollout_lag": 2, "updates_per_batch": 3, "objective": "sampled_token_weighted"}
+    config = server_config(tiny_pair, tmp_path / "run", urls[:1], **options)
     folder = train(config)
-    found = rows(folder)
-    assert [row["consistency/age"] for row in found] == [0, 3, 6, 6]
-    assert [row["consistency/stale_share"] for row in found] == [0, 1, 1, 1]
+    run_rows = rows(folder)
+    assert [row["consistency/age"] for row in run_rows] == [0, 3, 6, 6]
+    assert [row["consistency/stale_share"] for row in run_rows] == [0, 1, 1, 1]
     weights = [tiny_pair[0]]
     for n in (1, 2, 3):
         weights.append(train(replace(config, out=str(tmp_path / str(n)), steps=n)) / "final")
     for step in range(4):
-        batch, prompts = saved(folder, step), asked_of(folder, config, step)
-        close = {"atol": 2e-5, "rtol": 1e-5}
-        of = max(0, step - 2)
+        batch, prompts = saved_batch(folder, step), prompts_of_step(folder, config, step)
+        tolerance = {"atol": 2e-5, "rtol": 1e-5}
+        policy_step = max(0, step - 2)
         torch.testing.assert_close(
-            batch.sampler_logp, logp_under(weights[of], prompts, batch), **close
+            batch.sampler_logp, logp_under(weights[policy_step], prompts, batch), **tolerance
         )
         torch.testing.assert_close(
-            batch.student_logp, logp_under(weights[step], prompts, batch), **close
+            batch.student_logp, logp_under(weights[step], prompts, batch), **tolerance
         )
         gap = (batch.student_logp - batch.sampler_logp).abs().max()
         assert (float(gap) > 1e-2) == (step > 0)
-        square = found[step]["consistency/sampler_log_ratio_square"]
+        square = run_rows[step]["consistency/sampler_log_ratio_square"]
         assert (square > 1e-6) == (step > 0)
     assert not list((folder / "weights").iterdir())
 
 
 def test_without_it_a_run_is_on_policy(tiny_pair, servers, tmp_path: Path) -> None:
     _, urls = servers
-    config = served(tiny_pair, tmp_path / "run", urls, ratio="none")
+    config = server_config(tiny_pair, tmp_path / "run", urls, ratio="none")
     folder = train(config)
     assert all(row["consistency/age"] == 0 for row in rows(folder))
     assert all(row["consistency/sampler_log_ratio_square"] < 1e-8 for row in rows(folder))
-    again = train(served(tiny_pair, tmp_path / "one", urls[:1], ratio="none"))
-    assert rows(again) == rows(folder)
+    repeated = train(server_config(tiny_pair, tmp_path / "one", urls[:1], ratio="none"))
+    assert rows(repeated) == rows(folder)
 
 
 @pytest.mark.parametrize(
@@ -277,39 +288,55 @@ def test_a_run_that_was_cut_goes_on_to_the_same_rows(
     tiny_pair, servers, tmp_path: Path, changes: dict[str, object]
 ) -> None:
     _, urls = servers
-    config = served(tiny_pair, tmp_path / "whole", urls[:1], steps=5, save_every=2, **changes)
-    whole = train(config)
-    cut = replace(config, out=str(tmp_path / "cut"))
+    config = server_config(
+        tiny_pair, tmp_path / "whole", urls[:1], steps=5, save_every=2, **changes
+    )
+    complete = train(config)
+    interrupted = replace(config, out=str(tmp_path / "cut"))
     for steps in (3, 4):
-        with pytest.raises(KeyboardInterrupt), interrupted_after(steps):
-            train(cut)
-    train(cut)
-    assert rows(Path(cut.out)) == rows(whole)
+        with pytest.raises(KeyboardInterrupt), InterruptedAfter(steps):
+            train(interrupted)
+    train(interrupted)
+    assert rows(Path(interrupted.out)) == rows(complete)
 
 
 def test_restarts_in_the_middle_change_nothing(tiny_pair, servers, tmp_path: Path) -> None:
-    two, urls = servers
-    config = served(tiny_pair, tmp_path / "whole", urls, rollout_lag=1)
-    whole, each = train(config), len(two[0].asked) // 6
-    two[0].faults = [*[lambda body: (200, {}, body)] * (4 * each + 2), restarting(two[0])]
-    two[1].faults = [*[lambda body: (200, {}, body)] * (3 * each + 1), restarting(two[1])]
-    before = [len(one.loads) for one in two]
-    again = train(replace(config, out=str(tmp_path / "again")))
-    assert rows(again) == rows(whole)
-    loads = [len(one.loads) - n for one, n in zip(two, before, strict=True)]
-    assert max(loads) > before[0], "nobody was restarted"
+    sampling_servers, urls = servers
+    config = server_config(tiny_pair, tmp_path / "whole", urls, rollout_lag=1)
+    complete, requests_per_step = train(config), len(sampling_servers[0].requests) // 6
+    sampling_servers[0].faults = [
+        *[lambda body: (200, {}, body)] * (4 * requests_per_step + 2),
+        restart_after_answer(sampling_servers[0]),
+    ]
+    sampling_servers[1].faults = [
+        *[lambda body: (200, {}, body)] * (3 * requests_per_step + 1),
+        restart_after_answer(sampling_servers[1]),
+    ]
+    loads_before = [len(server.loaded_folders) for server in sampling_servers]
+    repeated = train(replace(config, out=str(tmp_path / "again")))
+    assert rows(repeated) == rows(complete)
+    loads = [
+        len(server.loaded_folders) - n
+        for server, n in zip(sampling_servers, loads_before, strict=True)
+    ]
+    assert max(loads) > loads_before[0], "nobody was restarted"
 
 
 def test_an_objective_spared_whole_distributions_still_scores_the_present_student(
     tiny_pair, servers, tmp_path: Path
 ) -> None:
-    """At steps between those that measure, `score_support` would take the sampler's word."""
+    """Between full-metric steps, `score_support` would reuse the sampler's log-probabilities."""
     _, urls = servers
-    how = {"objective": "teacher_topk", "ratio": "none", "full_metrics_every": 9, "rollout_lag": 1}
-    folder = train(served(tiny_pair, tmp_path / "run", urls, **how))
-    found = rows(folder)
-    assert found[0]["consistency/age"] == 0
-    assert all(row["consistency/sampler_log_ratio_square"] > 1e-6 for row in found[1:])
+    options = {
+        "objective": "teacher_topk",
+        "ratio": "none",
+        "full_metrics_every": 9,
+        "rollout_lag": 1,
+    }
+    folder = train(server_config(tiny_pair, tmp_path / "run", urls, **options))
+    run_rows = rows(folder)
+    assert run_rows[0]["consistency/age"] == 0
+    assert all(row["consistency/sampler_log_ratio_square"] > 1e-6 for row in run_rows[1:])
 
 
 def test_what_would_be_wrong_in_silence_is_refused(tiny_pair, tmp_path: Path) -> None:
@@ -319,17 +346,24 @@ def test_what_would_be_wrong_in_silence_is_refused(tiny_pair, tmp_path: Path) ->
         ({"engine": "hf"}, "rollout_servers is .* it must be addresses"),
         ({"rollout_servers": ()}, "rollout_servers is"),
         ({"rollout_lag": -1}, "rollout_lag is -1; it must be not negative"),
-        ({"ratio": "none"}, "sampled_token would weigh tokens of older weights"),
-        ({"objective": "teacher_topk", "ratio": "none", "reward_weight": 0.5}, "set ratio token"),
+        ({"ratio": "none"}, "sampled_token would treat tokens sampled from earlier weights"),
+        (
+            {"objective": "teacher_topk", "ratio": "none", "reward_weight": 0.5},
+            "set ratio to token",
+        ),
     ):
         with pytest.raises(ValueError, match=words):
-            train(served(tiny_pair, tmp_path / "run", nowhere, **({"rollout_lag": 1} | changes)))
+            train(
+                server_config(
+                    tiny_pair, tmp_path / "run", nowhere, **({"rollout_lag": 1} | changes)
+                )
+            )
 
 
 def test_vllm_in_several_processes_is_refused(tiny_pair, tmp_path: Path, monkeypatch) -> None:
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1")):
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match="takes weights from one process"):
+    with pytest.raises(ValueError, match="loads weights from a single process"):
         train(settings(tiny_pair, tmp_path / "run", engine="vllm"))
 
 
@@ -340,7 +374,7 @@ def test_vllm_in_several_processes_is_refused(tiny_pair, tmp_path: Path, monkeyp
 def test_token_ratios_make_stale_samples_unbiased_at_their_prefixes(
     tiny_pair, updates: int
 ) -> None:
-    """Every token after three prefixes, as often as the older student draws it, enumerated.
+    """Every token after three prefixes, weighted by its probability under the old student.
 
     sum_y old(y) (new(y) / old(y)) cost(y) grad log new(y) is the gradient of KL(new || teacher) at
     the prefix, for every weight of a real network; without the ratio it is another vector.
@@ -349,62 +383,68 @@ def test_token_ratios_make_stale_samples_unbiased_at_their_prefixes(
     pair = load_pair(*map(str, tiny_pair), "cpu", "float32")
     for model in (pair.student, pair.teacher):
         model.network.double()
-    new, size = pair.student.network, pair.student.vocabulary
-    prompts = encode(pair.tokenizer, problems("train", 3, 0), size, 64)
+    network, size = pair.student.network, pair.student.vocabulary
+    prompts = encode_prompts(pair.tokenizer, problems("train", 3, 0), size, 64)
     with torch.no_grad():
-        theirs, old = following(pair.teacher.network, prompts), following(new, prompts)
-        for i, x in enumerate(new.parameters()):  # an update
+        teacher_logp, old_logp = (
+            next_token_logp(pair.teacher.network, prompts),
+            next_token_logp(network, prompts),
+        )
+        for i, x in enumerate(network.parameters()):  # an update
             x += 0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(i))
-        now = following(new, prompts)
+        new_logp = next_token_logp(network, prompts)
     y = torch.arange(size).repeat(3)[:, None]
 
-    def at(logp: Tensor) -> Tensor:
+    def sampled_logp(logp: Tensor) -> Tensor:
         return logp.gather(-1, y)
 
     batch = ScoredRollouts(
         tokens=y,
         mask=torch.ones_like(y, dtype=torch.bool),
-        sampler_logp=at(old),
-        student_logp=at(now),
-        teacher_logp=at(theirs),
+        sampler_logp=sampled_logp(old_logp),
+        student_logp=sampled_logp(new_logp),
+        teacher_logp=sampled_logp(teacher_logp),
         prompt=prompts.index,
         ended=torch.ones(len(y), dtype=torch.bool),
         age=torch.ones(len(y), dtype=torch.long),
     )
-    found = {}
+    gradients = {}
     for ratio in ("token", "none"):
-        objective = make(name, ratio=ratio)
-        new.zero_grad()
+        objective = build_objective(name, ratio=ratio)
+        network.zero_grad()
         loss_from_hidden(
             pair,
             objective,
-            response_hidden(pair.student, prompts, batch),
+            response_hidden_states(pair.student, prompts, batch),
             None,
             batch,
             objective.credit(batch),
             (batch.sampler_logp.exp() * objective.ratio(batch))[batch.mask],
             max_logits_per_chunk=1 << 24,
         ).backward()
-        found[ratio] = [x.grad.clone() for x in new.parameters()]
-    new.zero_grad()
-    live = following(new, prompts)[::size]
-    (live.exp() * (live - theirs[::size])).sum().backward()
-    exact = [x.grad for x in new.parameters()]
-    away = {
-        ratio: sum(float((a - b).square().sum()) for a, b in zip(mine, exact, strict=True)) ** 0.5
-        for ratio, mine in found.items()
+        gradients[ratio] = [x.grad.clone() for x in network.parameters()]
+    network.zero_grad()
+    live = next_token_logp(network, prompts)[::size]
+    (live.exp() * (live - teacher_logp[::size])).sum().backward()
+    exact = [x.grad for x in network.parameters()]
+    errors = {
+        ratio: sum(
+            float((a - b).square().sum()) for a, b in zip(ratio_gradients, exact, strict=True)
+        )
+        ** 0.5
+        for ratio, ratio_gradients in gradients.items()
     }
     length = sum(float(x.square().sum()) for x in exact) ** 0.5
-    assert away["token"] < 1e-5 * length
-    assert away["none"] > 0.05 * length
+    assert errors["token"] < 1e-5 * length
+    assert errors["none"] > 0.05 * length
 
 
-def following(network, prompts: Prompts) -> Tensor:
-    """(B, V) log-probabilities of what comes after each prompt, one pass for each distinct one."""
-    first = [prompts.index.tolist().index(i) for i in dict.fromkeys(prompts.index.tolist())]
-    size = len(prompts) // len(first)
-    found = [
+def next_token_logp(network, prompts: Prompts) -> Tensor:
+    """(B, V) next-token log-probabilities of each prompt, one pass per distinct prompt."""
+    first_rows = [prompts.index.tolist().index(i) for i in dict.fromkeys(prompts.index.tolist())]
+    size = len(prompts) // len(first_rows)
+    logp = [
         network(prompts.tokens[i][prompts.mask[i]][None]).logits[0, -1].log_softmax(-1)
-        for i in first
+        for i in first_rows
     ]
-    return torch.stack(found).repeat_interleave(size, 0)
+    return torch.stack(logp).repeat_interleave(size, 0)

@@ -1,8 +1,8 @@
-"""Several updates on one set of rollouts: what the second one's mean is, over every token.
+"""Several updates on one set of rollouts: the mean gradient of the second one, over every token.
 
 A vocabulary of V tokens after one prefix. The rollouts come from the student `old` (or from another
-sampler), the student has moved to `moved`; a loss that may be taken on them has the mean gradient
-that it would have on tokens of the moved student.
+sampler), and the student has since been updated to `moved`; a loss that is valid on them has the
+same mean gradient as on tokens sampled from the updated student.
 """
 
 import functools
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from diagnostics.batch import ScoredRollouts, Support
 from opd.config.settings import Config
-from opd.objectives import factory as o
+from opd.objectives import factory
 from opd.objectives.credit import RATIOS
 from opd.objectives.factory import Objective
-from opd.objectives.support import JOINED
+from opd.objectives.support import JOINT_SUPPORTS
 from opd.objectives.surrogates import plain_score
 from opd.training.setup import make_objective
 
@@ -31,7 +31,7 @@ def logits(seed: int) -> Tensor:
 
 
 OLD, TEACHER, SAMPLER = (logits(seed).log_softmax(0) for seed in (0, 1, 2))
-MOVED = logits(0) + 0.5 * logits(3)
+MOVED_LOGITS = logits(0) + 0.5 * logits(3)
 
 
 def support_of(source: str) -> Support | None:
@@ -39,8 +39,8 @@ def support_of(source: str) -> Support | None:
         return None
     lists = {"teacher": TEACHER.topk(K).indices, "student": OLD.topk(K).indices}
     ids, present = torch.arange(V), None
-    if source in JOINED:
-        ids, present = JOINED[source](lists["teacher"], lists["student"])
+    if source in JOINT_SUPPORTS:
+        ids, present = JOINT_SUPPORTS[source](lists["teacher"], lists["student"])
     elif source in lists:
         ids = lists[source]
     ids = ids.expand(V, 1, -1)
@@ -70,29 +70,31 @@ def every_token(source: str, sampler: Tensor) -> ScoredRollouts:
 
 
 def second_update_error(objective: Objective, sampler: Tensor) -> float:
-    """Relative error of the mean gradient at the moved student over the sampler's tokens.
+    """Relative error of the mean gradient at the updated student over the sampler's tokens.
 
-    The credit is any number of the token; ratios to the sampler and to the student of the rollouts
-    are 1 for tokens that the moved student has just drawn.
+    The credit is an arbitrary number per token; the ratios to the sampler and to the student of the
+    rollouts are 1 for tokens sampled from the updated student.
     """
-    live = MOVED.clone().requires_grad_()
-    logp = live.log_softmax(0)
+    student_logits = MOVED_LOGITS.clone().requires_grad_()
+    logp = student_logits.log_softmax(0)
     batch = every_token(objective.support, sampler)
     at_support = None if batch.support is None else logp[batch.support.ids]
     credit = logits(4)[:, None] if objective.scores_credit else torch.zeros(V, 1).double()
     just_drawn = replace(batch, student_logp=logp.detach()[:, None])
     losses = [
-        made.local_loss(logp[:, None], at_support, rollouts, credit)[:, 0]
-        for made, rollouts in (
+        loss_objective.local_loss(logp[:, None], at_support, rollouts, credit)[:, 0]
+        for loss_objective, rollouts in (
             (objective, batch),
             (replace(objective, ratio=RATIOS["none"]), just_drawn),
         )
     ]
-    found, expected = (
-        torch.autograd.grad((weight.exp().detach() * loss).sum(), live, retain_graph=True)[0]
+    actual, expected = (
+        torch.autograd.grad(
+            (weight.exp().detach() * loss).sum(), student_logits, retain_graph=True
+        )[0]
         for weight, loss in zip((sampler, logp), losses, strict=True)
     )
-    return float((found - expected).norm() / expected.norm())
+    return float((actual - expected).norm() / expected.norm())
 
 
 def settings(name: str, **changes: object) -> Config:
@@ -100,11 +102,13 @@ def settings(name: str, **changes: object) -> Config:
     return Config(student="s", teacher="t", out="o", prompts_per_step=4, **(fields | changes))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("outcome", [0.0, 0.5])
-@pytest.mark.parametrize("name", sorted(set(o.OBJECTIVES) - {"sampled_token_clipped"}))
-def test_several_updates_are_for_losses_whose_mean_stays_right(name: str, outcome: float) -> None:
-    config = settings(name, reward_weight=outcome)
-    objective = o.make(name, reward_weight=outcome, allow_collapse=True)
+@pytest.mark.parametrize("reward_weight", [0.0, 0.5])
+@pytest.mark.parametrize("name", sorted(set(factory.OBJECTIVES) - {"sampled_token_clipped"}))
+def test_several_updates_are_for_losses_whose_mean_stays_right(
+    name: str, reward_weight: float
+) -> None:
+    config = settings(name, reward_weight=reward_weight)
+    objective = factory.build_objective(name, reward_weight=reward_weight, allow_collapse=True)
     error = second_update_error(objective, OLD)
     assert (error < EXACT) == (not objective.only_fresh_samples), error
     if error < EXACT:
@@ -117,13 +121,14 @@ def test_several_updates_are_for_losses_whose_mean_stays_right(name: str, outcom
 
 
 def test_the_ratio_of_the_rollouts_repairs_the_first_update_alone() -> None:
-    """Tokens of another sampler: its ratio to the old student, and the old one's to the moved."""
+    """With another sampler, the ratios of both old and updated student are needed."""
     plain, weighted = (
-        o.make(name, ratio="token") for name in ("sampled_token", "sampled_token_weighted")
+        factory.build_objective(name, ratio="token")
+        for name in ("sampled_token", "sampled_token_weighted")
     )
     assert second_update_error(plain, SAMPLER) > 0.01
     assert second_update_error(weighted, SAMPLER) < EXACT
-    assert second_update_error(o.make("sampled_token_weighted"), SAMPLER) > 0.01
+    assert second_update_error(factory.build_objective("sampled_token_weighted"), SAMPLER) > 0.01
     served = {"engine": "servers", "rollout_servers": ("http://h:1/v1",), "ratio": "token"}
     with pytest.raises(ValueError, match="updates_per_batch is 2"):
         make_objective(settings("sampled_token", **served, rollout_lag=1))
@@ -135,27 +140,30 @@ def test_the_ratio_of_the_rollouts_repairs_the_first_update_alone() -> None:
 
 
 def test_a_wide_clip_leaves_the_mean_of_the_weighted_score() -> None:
-    wide = o.make("sampled_token_clipped", clip=(1 - 1e-9, 1e9, 1e10))
+    wide = factory.build_objective("sampled_token_clipped", clip=(1 - 1e-9, 1e9, 1e10))
     assert second_update_error(wide, OLD) < 1e-6
 
 
 def test_a_wrapped_function_changes_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrapped(gamma: float = 0.0) -> Objective:
-        return replace(o.sampled_token(gamma), score=lambda visited: plain_score(visited))
+        return replace(factory.sampled_token(gamma), score=lambda visited: plain_score(visited))
 
-    @functools.wraps(o.full_reverse_kl)
-    def logged(*args: float, **named: float) -> Objective:
-        return o.full_reverse_kl(*args, **named)
+    @functools.wraps(factory.full_reverse_kl)
+    def logged(*args: float, **options: float) -> Objective:
+        return factory.full_reverse_kl(*args, **options)
 
-    known = {
+    constructors = {
         "wrapped": wrapped,
-        "partial": functools.partial(o.sampled_token),
+        "partial": functools.partial(factory.sampled_token),
         "logged": logged,
-        "anything": lambda **named: o.full_sampled_future(**named),
-        "k2_wrapped": lambda: replace(o.make("k2"), local=functools.partial(o.make("k2").local)),
+        "anything": lambda **options: factory.full_sampled_future(**options),
+        "k2_wrapped": lambda: replace(
+            factory.build_objective("k2"),
+            local=functools.partial(factory.build_objective("k2").local),
+        ),
     }
-    for name, constructor in known.items():
-        monkeypatch.setitem(o.OBJECTIVES, name, constructor)
+    for name, constructor in constructors.items():
+        monkeypatch.setitem(factory.OBJECTIVES, name, constructor)
     for name in ("wrapped", "partial", "k2_wrapped"):
         with pytest.raises(ValueError, match="updates_per_batch is 2"):
             make_objective(settings(name))
@@ -164,5 +172,8 @@ def test_a_wrapped_function_changes_no_answer(monkeypatch: pytest.MonkeyPatch) -
         with pytest.raises(ValueError, match="updates_per_batch is 2"):
             make_objective(settings(name, gamma=0.5))
     with pytest.raises(ValueError, match="only add noise"):
-        o.make("logged", 0.5, baseline="local_kl")
-    assert o.make("anything", 0.5, ratio_clip=1.0).later is not o.full_sampled_future(0.5).later
+        factory.build_objective("logged", 0.5, baseline="local_kl")
+    assert (
+        factory.build_objective("anything", 0.5, ratio_clip=1.0).later_cost
+        is not factory.full_sampled_future(0.5).later_cost
+    )

@@ -1,4 +1,4 @@
-"""What a user may get wrong or suffer: other vocabularies, no EOS, NaN weights, a kill."""
+"""User errors and failures: other vocabularies, no EOS, NaN weights, kills, full disks."""
 
 import json
 import shutil
@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from transformers import dynamic_module_utils
 
 from diagnostics.errors import InvalidInput
-from opd.analysis.continuation import continuation
-from opd.analysis.own_prefix import control
+from opd.analysis.continuation import probe_continuation
+from opd.analysis.own_prefix import probe_own_prefix
 from opd.config.settings import from_json, to_json
 from opd.data.chain_task import problems
-from opd.data.prompts import encode
+from opd.data.prompts import encode_prompts
 from opd.rollouts.hf_engine import sample
 from opd.runs.run_folder import open_run
 from opd.teachers.pair import load_pair
@@ -41,9 +41,11 @@ def copy_with(folder: Path, out: Path, change) -> Path:
 
 
 def test_different_vocabularies_are_refused_by_name(tiny_pair, tmp_path: Path) -> None:
-    other = copy_with(tiny_pair[1], tmp_path / "other", lambda _, t: t.add_tokens(["<tool>"]))
+    larger_vocabulary = copy_with(
+        tiny_pair[1], tmp_path / "other", lambda _, t: t.add_tokens(["<tool>"])
+    )
     with pytest.raises(ValueError, match=r"differ in 1 of 261 / 262 .*'<tool>': None / 261"):
-        load_pair(str(tiny_pair[0]), str(other), "cpu", "float32")
+        load_pair(str(tiny_pair[0]), str(larger_vocabulary), "cpu", "float32")
 
 
 def test_a_pair_without_an_end_token_is_refused(tiny_pair, tmp_path: Path) -> None:
@@ -52,7 +54,7 @@ def test_a_pair_without_an_end_token_is_refused(tiny_pair, tmp_path: Path) -> No
         model.generation_config.eos_token_id = None
 
     student = copy_with(tiny_pair[0], tmp_path / "endless", endless)
-    with pytest.raises(ValueError, match="no end-of-sequence token"):
+    with pytest.raises(ValueError, match="no EOS token"):
         load_pair(str(student), str(student), "cpu", "float32")
 
 
@@ -62,7 +64,7 @@ def test_weights_that_diverged_are_refused_and_leave_the_run_whole(tiny_pair, tm
 
     student = copy_with(tiny_pair[0], tmp_path / "nan", diverge)
     pair = load_pair(str(student), str(tiny_pair[1]), "cpu", "float32")
-    prompts = encode(pair.tokenizer, problems("train", 2, 0), 1, 64)
+    prompts = encode_prompts(pair.tokenizer, problems("train", 2, 0), 1, 64)
     with pytest.raises(ValueError, match="not finite from response token 0 on"):
         sample(
             pair.student,
@@ -117,19 +119,19 @@ def test_settings_out_of_range_are_refused(tiny_pair, tmp_path: Path) -> None:
 
 
 def test_a_killed_run_continues_as_if_it_never_was(tiny_pair, tmp_path: Path) -> None:
-    """SIGKILL at an arbitrary moment of a real process, twice, then to the end."""
+    """SIGKILL a real process at an arbitrary moment, twice, then run to the end."""
     config = settings(tiny_pair, tmp_path / "killed", steps=8, save_every=1)
     (tmp_path / "config.json").write_text(json.dumps(to_json(config)))
     program = (
-        "import sys; from opd.config.settings import from_json; from opd.training.train import train; "
-        "train(from_json(sys.argv[1]))"
+        "import sys; from opd.config.settings import from_json; "
+        "from opd.training.train import train; train(from_json(sys.argv[1]))"
     )
-    line = [sys.executable, "-c", program, str(tmp_path / "config.json")]
-    written = tmp_path / "killed" / "rows.jsonl"
+    command = [sys.executable, "-c", program, str(tmp_path / "config.json")]
+    rows_path = tmp_path / "killed" / "rows.jsonl"
     for count in (2, 5):
-        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
-        while not written.exists() or len(written.read_text().splitlines()) < count:
+        while not rows_path.exists() or len(rows_path.read_text().splitlines()) < count:
             assert process.poll() is None, "the run ended before it could be killed"
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -140,34 +142,39 @@ def test_a_killed_run_continues_as_if_it_never_was(tiny_pair, tmp_path: Path) ->
                 moments = {k: x for k, x in load_file(shard).items() if "exp_avg_sq" in k}
                 assert all(x.isfinite().all() and (x >= 0).all() for x in moments.values())
                 assert any(x.any() for x in moments.values())
-    done = subprocess.run(line, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    whole = train(settings(tiny_pair, tmp_path / "whole", steps=8, save_every=1))
-    assert rows(tmp_path / "killed") == rows(whole)
-    final = [(d / "final" / "model.safetensors").read_bytes() for d in (whole, written.parent)]
+    process_result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert process_result.returncode == 0, process_result.stderr
+    reference = train(settings(tiny_pair, tmp_path / "whole", steps=8, save_every=1))
+    assert rows(tmp_path / "killed") == rows(reference)
+    final = [
+        (d / "final" / "model.safetensors").read_bytes() for d in (reference, rows_path.parent)
+    ]
     assert final[0] == final[1]
 
 
 @pytest.mark.parametrize("limit", [2_000, 60_000, 200_000])
 def test_a_full_disk_is_named_and_loses_nothing(tiny_pair, tmp_path: Path, limit: int) -> None:
-    """No file may grow beyond `limit` bytes: rows, then weights, then the optimizer fail."""
+    """No file may exceed `limit` bytes: writing rows, then weights, then the optimizer fails."""
     config = settings(tiny_pair, tmp_path / "full", steps=6, save_every=1)
     (tmp_path / "config.json").write_text(json.dumps(to_json(config)))
     program = (
-        "import resource, sys; from opd.config.settings import from_json; from opd.training.train import train; "
+        "import resource, sys; from opd.config.settings import from_json; "
+        "from opd.training.train import train; "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), -1)); "
         "train(from_json(sys.argv[1]))"
     )
-    line = [sys.executable, "-c", program, str(tmp_path / "config.json"), str(limit)]
-    done = subprocess.run(line, capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    last = done.stderr.strip().splitlines()[-1]
-    assert "OperationFailed: " in last
-    assert "is the disk full?" in last
+    command = [sys.executable, "-c", program, str(tmp_path / "config.json"), str(limit)]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert process.returncode != 0
+    last_line = process.stderr.strip().splitlines()[-1]
+    assert "OperationFailed: " in last_line
+    assert "the disk is probably full" in last_line
     assert not list((tmp_path / "full").rglob("*.part/*"))
-    whole = train(settings(tiny_pair, tmp_path / "whole", steps=6, save_every=1))
-    assert rows(train(config)) == rows(whole)
-    final = [(d / "final" / "model.safetensors").read_bytes() for d in (whole, tmp_path / "full")]
+    reference = train(settings(tiny_pair, tmp_path / "whole", steps=6, save_every=1))
+    assert rows(train(config)) == rows(reference)
+    final = [
+        (d / "final" / "model.safetensors").read_bytes() for d in (reference, tmp_path / "full")
+    ]
     assert final[0] == final[1]
 
 
@@ -176,36 +183,38 @@ def test_running_out_of_memory_names_the_settings_to_lower(
 ) -> None:
     from opd.training import train as trainer
 
-    honest = trainer.one_step
+    run_step = trainer.run_step
 
     def starved(run, step: int):
         if step == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-        return honest(run, step)
+        return run_step(run, step)
 
     config = settings(tiny_pair, tmp_path / "run", max_tokens_per_microbatch=321, save_every=1)
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "one_step", starved)
+        patch.setattr(trainer, "run_step", starved)
         with pytest.raises(
-            RuntimeError, match=r"lower max_tokens_per_microbatch \(321\).*same command resumes"
+            RuntimeError, match=r"lower max_tokens_per_microbatch \(321\).*same command to resume"
         ):
             train(config)
-    whole = train(settings(tiny_pair, tmp_path / "whole"))
-    assert rows(train(config)) == rows(whole)
+    reference = train(settings(tiny_pair, tmp_path / "whole"))
+    assert rows(train(config)) == rows(reference)
 
 
 def test_code_beside_the_weights_runs_only_if_it_is_trusted(
     tiny_pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A checkpoint whose own modelling code leaves a mark when it is imported."""
+    """A checkpoint whose modelling code creates a file when it is imported."""
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder, mark = tmp_path / "model", tmp_path / "it ran"
     shutil.copytree(tiny_pair[0], folder)
-    own = (
+    model_code = (
         "from transformers import Qwen2Config, Qwen2ForCausalLM\nclass Own(Qwen2ForCausalLM): ...\n"
     )
-    own += "class OwnConfig(Qwen2Config):\n    model_type = 'own'\nOwn.config_class = OwnConfig\n"
-    (folder / "own.py").write_text(f"open({str(mark)!r}, 'w').close()\n{own}")
+    model_code += (
+        "class OwnConfig(Qwen2Config):\n    model_type = 'own'\nOwn.config_class = OwnConfig\n"
+    )
+    (folder / "own.py").write_text(f"open({str(mark)!r}, 'w').close()\n{model_code}")
     config = json.loads((folder / "config.json").read_text())
     config["model_type"] = "own"
     config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}
@@ -221,8 +230,8 @@ def test_code_beside_the_weights_runs_only_if_it_is_trusted(
         del sys.modules[name]
     assert from_json(run / "config.json").trust_remote_code
     for command in (
-        lambda **allowed: control(run, 2, **allowed),
-        partial(continuation, run, [0], 2),
+        lambda **options: probe_own_prefix(run, 2, **options),
+        partial(probe_continuation, run, [0], 2),
     ):
         with pytest.raises(InvalidInput, match=r"add --trust-remote-code to the command"):
             command()  # the record, which may be a stranger's, counts for nothing
@@ -231,5 +240,5 @@ def test_code_beside_the_weights_runs_only_if_it_is_trusted(
     with pytest.raises(InvalidInput, match=r"add --trust-remote-code"):
         train(settings((folder, tiny_pair[1]), run, steps=2))
     assert not mark.exists()
-    control(run, 2, trust=True)
+    probe_own_prefix(run, 2, trust_remote_code=True)
     assert mark.exists()

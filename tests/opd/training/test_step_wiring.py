@@ -1,4 +1,4 @@
-"""What a step is wired to: its own noise, denominator, learning rate, and teacher."""
+"""What a step uses: its own noise, denominator, learning rate, teacher and EOS ids."""
 
 import itertools
 import shutil
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diagnostics.errors import InvalidInput
-from diagnostics.records.batch_files import load
+from diagnostics.records.batch_files import load_batch
 from opd.objectives.reduction import DENOMINATORS
 from opd.runtime.seeds import PROBE, ROLLOUT
 from opd.training import step as steps
@@ -23,32 +23,32 @@ from tests.opd.training.test_train import rows, settings
 
 @pytest.fixture
 def run_of(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Train, and the `Run` whose steps were taken."""
+    """Train, and return the `TaskRun` of its steps."""
 
-    def trained(config: Any) -> TaskRun:
-        seen: list[TaskRun] = []
-        honest = steps.update
+    def train_and_get_run(config: Any) -> TaskRun:
+        runs: list[TaskRun] = []
+        original = steps.run_updates
 
-        def kept(parts: Any, step: int) -> Any:
-            seen.append(parts[0].run)
-            return honest(parts, step)
+        def recording_update(parts: Any, step: int) -> Any:
+            runs.append(parts[0].run)
+            return original(parts, step)
 
-        monkeypatch.setattr(steps, "update", kept)
+        monkeypatch.setattr(steps, "run_updates", recording_update)
         train(config)
-        return seen[0]
+        return runs[0]
 
-    return trained
+    return train_and_get_run
 
 
 def test_steps_and_purposes_have_noise_of_their_own(tiny_pair, tmp_path: Path, run_of) -> None:
-    """The same prompts, sampled for another step or for the probe, get other responses."""
+    """The same prompts get other responses in another step or for the gradient probe."""
     run = run_of(settings(tiny_pair, tmp_path / "run", steps=1))
-    drawn = [
+    samples = [
         roll_out(run, step, 0, 1.0, purpose)[1].tokens
         for step, purpose in ((0, ROLLOUT), (0, ROLLOUT), (1, ROLLOUT), (0, PROBE), (1, PROBE))
     ]
-    assert torch.equal(drawn[0], drawn[1])
-    for first, second in itertools.combinations(drawn[1:], 2):
+    assert torch.equal(samples[0], samples[1])
+    for first, second in itertools.combinations(samples[1:], 2):
         assert not torch.equal(first[:, :4], second[:, :4])
 
 
@@ -56,13 +56,13 @@ def test_a_probe_of_a_nucleus_draws_noise_of_its_own(
     tiny_pair, tmp_path: Path, monkeypatch
 ) -> None:
     purposes = []
-    honest = steps.roll_out
+    original = steps.roll_out
 
-    def watched(*given: Any, **named: Any) -> Any:
-        purposes.append((named.get("purpose", given[-1]), named.get("top_p", given[3:4])))
-        return honest(*given, **named)
+    def recording_roll_out(*args: Any, **kwargs: Any) -> Any:
+        purposes.append((kwargs.get("purpose", args[-1]), kwargs.get("top_p", args[3:4])))
+        return original(*args, **kwargs)
 
-    monkeypatch.setattr(steps, "roll_out", watched)
+    monkeypatch.setattr(steps, "roll_out", recording_roll_out)
     train(settings(tiny_pair, tmp_path / "run", steps=1, top_p=0.8, probe_every=1))
     assert purposes == [(ROLLOUT, (0.8,)), (PROBE, 1.0)]
     assert ROLLOUT != PROBE
@@ -72,56 +72,58 @@ def test_a_probe_of_a_nucleus_draws_noise_of_its_own(
 def test_every_step_has_the_rate_of_its_own_index(
     tiny_pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str
 ) -> None:
-    rates, honest = [], Optimizer.step
+    rates, original = [], Optimizer.step
 
-    def watched(self: Optimizer, rate: float, clip: float) -> Any:
+    def recording_step(self: Optimizer, rate: float, clip: float) -> Any:
         rates.append(rate)
-        return honest(self, rate, clip)
+        return original(self, rate, clip)
 
-    monkeypatch.setattr(Optimizer, "step", watched)
+    monkeypatch.setattr(Optimizer, "step", recording_step)
     config = settings(tiny_pair, tmp_path / "run", lr=8e-6, warmup=2, schedule=schedule, steps=4)
-    found = [row["lr"] for row in rows(train(config))]
-    after = [8e-6, 4e-6] if schedule == "cosine" else [8e-6, 8e-6]
-    assert found == pytest.approx([8e-6 / 3, 16e-6 / 3, *after])
-    assert rates == found
+    row_rates = [row["lr"] for row in rows(train(config))]
+    decayed = [8e-6, 4e-6] if schedule == "cosine" else [8e-6, 8e-6]
+    assert row_rates == pytest.approx([8e-6 / 3, 16e-6 / 3, *decayed])
+    assert rates == row_rates
 
 
 @pytest.mark.parametrize("name", DENOMINATORS)
 def test_an_update_divides_by_what_it_trains_on(
     tiny_pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Two updates on two prompts each: tokens, responses and prompts of that half alone."""
-    seen, honest = [], updates.shared_out
+    """Two updates on two prompts each: denominators count that half of the batch only."""
+    recorded_slices, original = [], updates.make_update_slices
 
-    def watched(part: Any) -> Any:
-        seen.append(honest(part))
-        return seen[-1]
+    def recording_slices(part: Any) -> Any:
+        recorded_slices.append(original(part))
+        return recorded_slices[-1]
 
-    monkeypatch.setattr(updates, "shared_out", watched)
+    monkeypatch.setattr(updates, "make_update_slices", recording_slices)
     config = settings(
-        tiny_pair, tmp_path / "run", steps=1, prompts_per_step=4, updates_per_batch=2, save_batch_every=1,
-        denominator=name, mask=tuple(f"id:{token}" for token in range(20, 140)),
+        tiny_pair, tmp_path / "run", steps=1, prompts_per_step=4, updates_per_batch=2,
+        save_batch_every=1, denominator=name, mask=tuple(f"id:{token}" for token in range(20, 140)),
     )  # fmt: skip
-    batch = load(train(config) / "batches" / "step_000000.safetensors")
+    batch = load_batch(train(config) / "batches" / "step_000000.safetensors")
     tokens = batch.mask.sum(1).tolist()
-    for work, half in zip(seen[0], (range(4), range(4, 8)), strict=True):
-        assert work.rows == list(half)
+    for update_slice, half in zip(recorded_slices[0], (range(4), range(4, 8)), strict=True):
+        assert update_slice.rows == list(half)
         by_prompt = {
             i: sum(tokens[j] for j in half if batch.prompt[j] == batch.prompt[i]) for i in half
         }
-        want = {
+        expected = {
             "token_mean": [sum(tokens[i] for i in half)] * 4,
             "sequence_sum": [4] * 4,
             "sequence_mean": [4 * max(1, tokens[i]) for i in half],
             "group_mean": [2 * max(1, by_prompt[i]) for i in half],
         }[name]
-        assert work.denominator[work.rows].tolist() == want
-        whole = torch.tensor(want)[:, None].expand(work.weight[work.rows].shape)
-        torch.testing.assert_close(work.weight[work.rows], 1 / whole)
+        assert update_slice.denominator[update_slice.rows].tolist() == expected
+        denominators = torch.tensor(expected)[:, None].expand(
+            update_slice.weight[update_slice.rows].shape
+        )
+        torch.testing.assert_close(update_slice.weight[update_slice.rows], 1 / denominators)
 
 
 def test_an_update_without_tokens_is_named(tiny_pair, tmp_path: Path) -> None:
-    """One token of the whole step is kept, so that three of four updates have none."""
+    """One token of the step is supervised, so three of four updates have none."""
     config = settings(
         tiny_pair,
         tmp_path / "run",
@@ -130,43 +132,45 @@ def test_an_update_without_tokens_is_named(tiny_pair, tmp_path: Path) -> None:
         updates_per_batch=4,
         entropy_top_fraction=1e-9,
     )
-    with pytest.raises(InvalidInput, match=r"update \d of 4 has no supervised token, of 1 in the"):
+    with pytest.raises(
+        InvalidInput, match=r"update \d of 4 has no supervised token \(the step has 1\)"
+    ):
         train(config)
 
 
 def test_a_moving_average_does_not_follow_a_refused_step(
     tiny_pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second of three updates is refused; the teacher moves with the two that were taken."""
-    followed, outcomes = [], []
-    honest_follow, honest_step = updates.follow, Optimizer.step
+    """The second of three updates is skipped; the teacher is updated with the other two."""
+    follow_steps, outcomes = [], []
+    honest_follow, honest_step = updates.update_ema_teacher, Optimizer.step
 
-    def watched(*given: Any) -> None:
-        followed.append(len(outcomes))
-        honest_follow(*given)
+    def recording_follow(*args: Any) -> None:
+        follow_steps.append(len(outcomes))
+        honest_follow(*args)
 
-    def refusing(self: Optimizer, rate: float, clip: float) -> Any:
+    def failing_step(self: Optimizer, rate: float, clip: float) -> Any:
         if len(outcomes) == 1:
-            for master in self.masters:
+            for master in self.master_weights:
                 master.grad.fill_(float("nan"))
         outcomes.append(honest_step(self, rate, clip))
         return outcomes[-1]
 
-    monkeypatch.setattr(updates, "follow", watched)
-    monkeypatch.setattr(Optimizer, "step", refusing)
+    monkeypatch.setattr(updates, "update_ema_teacher", recording_follow)
+    monkeypatch.setattr(Optimizer, "step", failing_step)
     config = settings(
         (tiny_pair[0], Path("ema")), tmp_path / "run", steps=3, reward_weight=1.0,
         objective="sampled_token",
     )  # fmt: skip
     train(config)
-    assert [taken for _, taken in outcomes] == [True, False, True]
-    assert followed == [1, 3]
+    assert [applied for _, applied in outcomes] == [True, False, True]
+    assert follow_steps == [1, 3]
 
 
 def test_the_ends_of_the_generation_config_end_a_response(
     tiny_pair, tmp_path: Path, run_of
 ) -> None:
-    """An id that only the generation config names stops sampling, and the response has ended."""
+    """An EOS id that only the generation config names ends sampling and the response."""
     from transformers import GenerationConfig
 
     student = tmp_path / "student"
@@ -178,7 +182,7 @@ def test_the_ends_of_the_generation_config_end_a_response(
     config = settings((student, tiny_pair[1]), tmp_path / "run", steps=1, save_batch_every=1)
     run = run_of(config)
     assert set(extra) < set(run.pair.eos)
-    batch = load(Path(config.out) / "batches" / "step_000000.safetensors")
+    batch = load_batch(Path(config.out) / "batches" / "step_000000.safetensors")
     ends = torch.isin(batch.tokens, torch.tensor(run.pair.eos)) & batch.sampled
     last = batch.sampled & (batch.sampled.cumsum(1) == batch.sampled.sum(1, keepdim=True))
     assert bool(ends.any())

@@ -1,4 +1,4 @@
-"""The loggers that are installed, run for real, with their own files read back."""
+"""The installed trackers, run for real, with their files read back."""
 
 import json
 import os
@@ -11,51 +11,55 @@ from typing import Any
 
 import pytest
 
-from diagnostics.records.rows import Row, append, read
+from diagnostics.records.rows import Row, append_row, read_rows
 from opd.training import trackers
-from opd.training.trackers import evaluation, numbers, open_loggers
+from opd.training.trackers import numeric_values, open_loggers, with_eval_prefix
 
 CONFIG = {"lr": 1e-3, "betas": (0.9, 0.99), "task": "lab"}
 EVALUATION = {"step": 2, "accuracy": 0.5, "outcomes": "01", "problem_set": "abc"}
 
 
 def run(folder: Path, names: tuple[str, ...], first: int, last: int) -> None:
-    """Steps `first` to `last` as the trainer does them: rewind the record, then row by row."""
+    """Steps `first` to `last` as the trainer takes them: rewind the record, then append rows."""
     folder.mkdir(exist_ok=True)
     for name in ("rows.jsonl", "evals.jsonl"):
-        kept = [row for row in read(folder / name) if row["step"] < first + (name[0] == "e")]
-        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in kept))
+        kept_rows = [
+            row for row in read_rows(folder / name) if row["step"] < first + (name[0] == "e")
+        ]
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in kept_rows))
     with open_loggers(names, folder, CONFIG) as log:
         for step in range(first, last):
             row: Row = {"step": step, "loss": step / 4, "signal/n": 7, "none": None}
-            append(folder / "rows.jsonl", row)
+            append_row(folder / "rows.jsonl", row)
             log(step, row)
             if step + 1 == EVALUATION["step"]:
-                append(folder / "evals.jsonl", EVALUATION)
-                log(2, evaluation(EVALUATION))
+                append_row(folder / "evals.jsonl", EVALUATION)
+                log(2, with_eval_prefix(EVALUATION))
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Every scalar of every event file, without the purging that TensorBoard does on display."""
+    """Every scalar of every event file, without TensorBoard's purging of overwritten steps."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-    found: dict[str, list[tuple[int, float]]] = {}
+    values_by_tag: dict[str, list[tuple[int, float]]] = {}
     for file in sorted((folder / "tensorboard").glob("events.out.tfevents.*")):
         for event in EventFileLoader(str(file)).Load():
             for value in event.summary.value:
                 if value.tensor.float_val:
-                    found.setdefault(value.tag, []).append((event.step, value.tensor.float_val[0]))
-    return found
+                    values_by_tag.setdefault(value.tag, []).append(
+                        (event.step, value.tensor.float_val[0])
+                    )
+    return values_by_tag
 
 
 def test_tensorboard_holds_each_step_once_after_a_kill(tmp_path: Path) -> None:
     run(tmp_path, ("tensorboard",), 0, 4)
     assert [step for step, _ in scalars(tmp_path)["loss"]] == [0, 1, 2, 3]
     run(tmp_path, ("tensorboard",), 2, 6)  # the last checkpoint was at step 2
-    found = scalars(tmp_path)
-    assert found["loss"] == [(i, i / 4) for i in range(6)]
-    assert found["eval/accuracy"] == [(2, 0.5)]
-    assert set(found) == {"loss", "signal/n", "eval/accuracy"}
+    values_by_tag = scalars(tmp_path)
+    assert values_by_tag["loss"] == [(i, i / 4) for i in range(6)]
+    assert values_by_tag["eval/accuracy"] == [(2, 0.5)]
+    assert set(values_by_tag) == {"loss", "signal/n", "eval/accuracy"}
 
 
 def test_a_logger_that_is_named_late_gets_the_whole_record(tmp_path: Path) -> None:
@@ -66,35 +70,35 @@ def test_a_logger_that_is_named_late_gets_the_whole_record(tmp_path: Path) -> No
     assert scalars(tmp_path)["eval/accuracy"] == [(2, 0.5)]
 
 
-def finished(file: Path) -> list[Any]:
+def finished_records(file: Path) -> list[Any]:
     """The records of a finished run; wandb's own process writes the last ones a moment later."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
-        found = wandb_records(file)
-        if any(record.WhichOneof("record_type") == "exit" for record in found):
-            return found
+        records = wandb_records(file)
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            return records
         time.sleep(0.1)
     raise AssertionError(f"{file} holds no end of the run")
 
 
 def wandb_records(file: Path) -> list[Any]:
-    """Records of a .wandb file: LevelDB's log format, blocks of 32 KiB, 7 bytes a header."""
+    """Records of a .wandb file: LevelDB's log format, blocks of 32 KiB, 7-byte headers."""
     from wandb.proto import wandb_internal_pb2
 
-    data, at, part, found = file.read_bytes(), 7, b"", []
-    while at + 7 <= len(data):
-        if 32768 - at % 32768 < 7:
-            at += 32768 - at % 32768
+    data, offset, record_bytes, records = file.read_bytes(), 7, b"", []
+    while offset + 7 <= len(data):
+        if 32768 - offset % 32768 < 7:
+            offset += 32768 - offset % 32768
             continue
-        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
-        if at + 7 + length > len(data):
+        _, length, kind = struct.unpack("<IHB", data[offset : offset + 7])
+        if offset + 7 + length > len(data):
             break  # still being written
-        part += data[at + 7 : at + 7 + length]
-        at += 7 + length
+        record_bytes += data[offset + 7 : offset + 7 + length]
+        offset += 7 + length
         if kind in (1, 4):  # whole, or the last of several
-            found.append(wandb_internal_pb2.Record.FromString(part))
-            part = b""
-    return found
+            records.append(wandb_internal_pb2.Record.FromString(record_bytes))
+            record_bytes = b""
+    return records
 
 
 def test_wandb_runs_offline_and_keeps_its_identity(
@@ -112,13 +116,13 @@ def test_wandb_runs_offline_and_keeps_its_identity(
     assert len(files) == 2, "two processes' worth of one run"
     steps: list[list[int]] = []
     for file in files:
-        kept: dict[int, dict[str, float]] = {}
-        for record in finished(file):
+        history: dict[int, dict[str, float]] = {}
+        for record in finished_records(file):
             if record.WhichOneof("record_type") == "run":
-                about = record.run
-                assert (about.run_id, about.project) == (identity, "opdlab")
-                assert about.display_name == "first"
-                settings = {item.key: item.value_json for item in about.config.update}
+                run_record = record.run
+                assert (run_record.run_id, run_record.project) == (identity, "opdlab")
+                assert run_record.display_name == "first"
+                settings = {item.key: item.value_json for item in run_record.config.update}
                 assert settings["lr"] == "0.001"
             if record.WhichOneof("record_type") == "history":
                 items = record.history.item
@@ -126,9 +130,9 @@ def test_wandb_runs_offline_and_keeps_its_identity(
                     item.key or "/".join(item.nested_key): json.loads(item.value_json)
                     for item in items
                 }
-                kept.setdefault(record.history.step.num, {}).update(values)
-        steps.append(sorted(kept))
-        for step, values in kept.items():
+                history.setdefault(record.history.step.num, {}).update(values)
+        steps.append(sorted(history))
+        for step, values in history.items():
             assert values["loss"] == step / 4
             assert values["signal/n"] == 7
             assert ("eval/accuracy" in values) == (step == 2 and file == files[0])
@@ -137,7 +141,7 @@ def test_wandb_runs_offline_and_keeps_its_identity(
 
 
 def test_trackio_holds_each_step_once_after_a_kill(tmp_path: Path) -> None:
-    """In a process of its own: trackio reads TRACKIO_DIR when it is imported."""
+    """In a separate process: trackio reads TRACKIO_DIR when it is imported."""
     program = (
         "import json, sys\n"
         "from pathlib import Path\n"
@@ -152,11 +156,11 @@ def test_trackio_holds_each_step_once_after_a_kill(tmp_path: Path) -> None:
     )
     environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "store"), "PYTHONPATH": os.getcwd()}
     environment.pop("TRACKIO_PROJECT", None)
-    line = [sys.executable, "-c", program, str(tmp_path)]
-    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    (found,) = [x for x in done.stdout.splitlines() if x.startswith("FOUND")]
-    config, logs = json.loads(found.removeprefix("FOUND"))
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    (output,) = [x for x in process.stdout.splitlines() if x.startswith("FOUND")]
+    config, logs = json.loads(output.removeprefix("FOUND"))
     assert config["lr"] == 1e-3
     assert [(x["step"], x["loss"]) for x in logs if "loss" in x] == [(i, i / 4) for i in range(6)]
     assert [(x["step"], x["eval/accuracy"]) for x in logs if "eval/accuracy" in x] == [(2, 0.5)]
@@ -167,7 +171,7 @@ def test_a_logger_that_fails_is_left_and_the_run_goes_on(
 ) -> None:
     calls: list[int] = []
 
-    def broken(folder: Path, config: dict[str, Any]) -> trackers.Opened:
+    def broken(folder: Path, config: dict[str, Any]) -> trackers.TrackerHandles:
         def log(step: int, row: Row) -> None:
             calls.append(step)
             if step == 1:
@@ -178,15 +182,15 @@ def test_a_logger_that_fails_is_left_and_the_run_goes_on(
 
         return log, close
 
-    known = {**trackers.LOGGERS, "broken": broken}
-    monkeypatch.setattr(trackers, "LOGGERS", known)
+    loggers = {**trackers.LOGGERS, "broken": broken}
+    monkeypatch.setattr(trackers, "LOGGERS", loggers)
     run(tmp_path, ("broken", "tensorboard"), 0, 4)
     assert calls == [0, 1], "no row after the failure"
     assert [step for step, _ in scalars(tmp_path)["loss"]] == [0, 1, 2, 3]
-    assert len(read(tmp_path / "rows.jsonl")) == 4
-    said = [str(w.message) for w in recwarn if "logger broken" in str(w.message)]
-    assert len(said) == 1
-    assert "OSError: No space left on device" in said[0]
+    assert len(read_rows(tmp_path / "rows.jsonl")) == 4
+    messages = [str(w.message) for w in recwarn if "logger broken" in str(w.message)]
+    assert len(messages) == 1
+    assert "OSError: No space left on device" in messages[0]
 
 
 def test_an_error_of_the_run_is_not_swallowed(tmp_path: Path) -> None:
@@ -216,7 +220,7 @@ def test_unknown_and_missing_loggers_are_refused_by_name(
 
 def test_only_numbers_are_sent() -> None:
     row = {"step": 3, "a": 1, "b": None, "c": "x", "d": [1], "e": True, "f": float("nan")}
-    kept = numbers(row)
-    assert kept.pop("f") != 0
-    assert kept == {"a": 1.0, "e": 1.0}
-    assert evaluation({"step": 3, "accuracy": 1}) == {"step": 3, "eval/accuracy": 1}
+    values = numeric_values(row)
+    assert values.pop("f") != 0
+    assert values == {"a": 1.0, "e": 1.0}
+    assert with_eval_prefix({"step": 3, "accuracy": 1}) == {"step": 3, "eval/accuracy": 1}

@@ -1,4 +1,4 @@
-"""The real loop on a tiny random pair: sampler against scorer, padding, resume."""
+"""The training loop on a tiny random pair: sampler against scorer, padding, resume."""
 
 import json
 import re
@@ -9,7 +9,7 @@ import torch
 
 from opd.config.settings import Config
 from opd.data.chain_task import Problem, grade, problems
-from opd.data.prompts import encode
+from opd.data.prompts import encode_prompts
 from opd.models.forward import micro_batches
 from opd.rollouts.hf_engine import sample
 from opd.rollouts.sampler import nucleus
@@ -45,8 +45,8 @@ def rows(folder: Path) -> list[dict[str, float]]:
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.0, 0.8)])
 def test_scorer_agrees_with_sampler(tiny_pair, temperature: float, top_p: float) -> None:
     pair = load_pair(*map(str, tiny_pair), "cpu", "float32")
-    asked = [Problem("1+2" * n, "3") for n in (1, 4, 2, 7)]
-    prompts = encode(pair.tokenizer, asked, 2, 64)
+    addition_problems = [Problem("1+2" * n, "3") for n in (1, 4, 2, 7)]
+    prompts = encode_prompts(pair.tokenizer, addition_problems, 2, 64)
     assert not prompts.mask.all(), "prompts of one length would not test the padding"
     batch = sample(
         pair.student,
@@ -57,13 +57,20 @@ def test_scorer_agrees_with_sampler(tiny_pair, temperature: float, top_p: float)
         top_p=top_p,
         generator=torch.Generator().manual_seed(0),
     )
-    how = {"k": 5, "temperature": temperature, "max_logits_per_chunk": 700, "keep_teacher": False}
-    whole, _ = score(pair, prompts, batch, max_tokens_per_microbatch=10_000, **how)
-    split, _ = score(pair, prompts, batch, max_tokens_per_microbatch=60, **how)
+    options = {
+        "k": 5,
+        "temperature": temperature,
+        "max_logits_per_chunk": 700,
+        "keep_teacher": False,
+    }
+    single_batch, _ = score(pair, prompts, batch, max_tokens_per_microbatch=10_000, **options)
+    micro_batched, _ = score(pair, prompts, batch, max_tokens_per_microbatch=60, **options)
     assert len(micro_batches(prompts, batch, 60)) > 1
-    torch.testing.assert_close(whole.student_logp, split.student_logp, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(whole.prefix.reverse_kl, split.prefix.reverse_kl)
-    gap = (batch.sampler_logp - whole.student_logp)[batch.mask]
+    torch.testing.assert_close(
+        single_batch.student_logp, micro_batched.student_logp, atol=1e-5, rtol=1e-5
+    )
+    torch.testing.assert_close(single_batch.prefix.reverse_kl, micro_batched.prefix.reverse_kl)
+    gap = (batch.sampler_logp - single_batch.student_logp)[batch.mask]
     if top_p == 1:
         assert gap.abs().max() < 1e-5
     else:
@@ -73,22 +80,22 @@ def test_scorer_agrees_with_sampler(tiny_pair, temperature: float, top_p: float)
 
 def test_nucleus_keeps_the_smallest_set_that_reaches_the_mass() -> None:
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-    kept = nucleus(logits, 0.6).exp()
-    torch.testing.assert_close(kept, torch.tensor([[0.625, 0.375, 0.0, 0.0]]))
+    probabilities = nucleus(logits, 0.6).exp()
+    torch.testing.assert_close(probabilities, torch.tensor([[0.625, 0.375, 0.0, 0.0]]))
     torch.testing.assert_close(nucleus(logits, 0.1).exp(), torch.tensor([[1.0, 0, 0, 0]]))
 
 
 @pytest.mark.parametrize("objective", ["sampled_token", "teacher_topk", "full_reverse_kl"])
 def test_a_resumed_run_continues_identically(tiny_pair, tmp_path: Path, objective: str) -> None:
-    whole = train(settings(tiny_pair, tmp_path / "whole", objective=objective))
-    cut = train(settings(tiny_pair, tmp_path / "cut", objective=objective, steps=2))
-    with open(cut / "rows.jsonl", "a") as file:
+    complete = train(settings(tiny_pair, tmp_path / "whole", objective=objective))
+    resumed = train(settings(tiny_pair, tmp_path / "cut", objective=objective, steps=2))
+    with open(resumed / "rows.jsonl", "a") as file:
         file.write('{"step": 2, "loss": 1.0}\n{"step": 3, "lo')  # a kill in mid-write
     train(settings(tiny_pair, tmp_path / "cut", objective=objective))
-    assert rows(cut) == rows(whole)
-    assert len(rows(whole)) == 4
-    same = [(d / "final" / "model.safetensors").read_bytes() for d in (whole, cut)]
-    assert same[0] == same[1]
+    assert rows(resumed) == rows(complete)
+    assert len(rows(complete)) == 4
+    final_weights = [(d / "final" / "model.safetensors").read_bytes() for d in (complete, resumed)]
+    assert final_weights[0] == final_weights[1]
 
 
 def test_a_folder_of_other_settings_is_refused(tiny_pair, tmp_path: Path) -> None:
@@ -119,5 +126,5 @@ def test_problems_are_disjoint_and_graded_exactly() -> None:
             product, total, result = line.split(":")[1].split("=")
             assert eval(product) == int(total.split("+")[0])
             assert eval(total) == int(result)
-    with pytest.raises(ValueError, match=r"5000 problems wanted, the test split has \d+"):
+    with pytest.raises(ValueError, match=r"5000 problems requested, the test split has \d+"):
         problems("test", 5000, 0)

@@ -1,4 +1,4 @@
-"""Comparisons in a process of their own: time and memory run out for real, and users' functions."""
+"""The grader worker: real time and memory limits, and users' functions."""
 
 import json
 import time
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from opd.analysis.continuation import continuation
-from opd.analysis.own_prefix import control
+from opd.analysis.continuation import probe_continuation
+from opd.analysis.own_prefix import probe_own_prefix
 from opd.config.settings import Config, to_json
 from opd.data.grading import graders
 from opd.data.grading.graders import Grade, make_grader
@@ -48,31 +48,31 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "own_grader_of_a_test.py"
     path.write_text(MODULE)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
-    graders.judge.cache_clear()
+    graders.grader_worker.cache_clear()
     return path
 
 
-def test_memory_runs_out_in_the_process_alone(module: Path) -> None:
-    judge = GraderWorker(seconds=20.0, kind=f"{module}:greedy", memory=256 << 20)
+def test_the_memory_limit_applies_to_the_worker_only(module: Path) -> None:
+    worker = GraderWorker(seconds=20.0, kind=f"{module}:greedy", memory=256 << 20)
     start = time.perf_counter()
-    assert judge("", "64") == {"score": float(64 << 20)}
-    found = judge("", "512")
-    assert found is not None
-    assert "MemoryError" in found["error"]
-    assert judge("", "64") == {"score": float(64 << 20)}
+    assert worker("", "64") == {"score": float(64 << 20)}
+    result = worker("", "512")
+    assert result is not None
+    assert "MemoryError" in result["error"]
+    assert worker("", "64") == {"score": float(64 << 20)}
     assert time.perf_counter() - start < 20
-    judge.end()
+    worker.end()
 
 
-def test_algebra_that_eats_memory_or_time_ends_in_time() -> None:
-    judge = GraderWorker(seconds=2.0)
-    for given in ("2^{2^{33}}", "(x+y+z+w)^{4000}"):
+def test_expensive_algebra_ends_within_the_time_limit() -> None:
+    worker = GraderWorker(seconds=2.0)
+    for answer in ("2^{2^{33}}", "(x+y+z+w)^{4000}"):
         start = time.perf_counter()
-        found = judge("5", given)
-        assert found is None or not found["equal"]
+        result = worker("5", answer)
+        assert result is None or not result["equal"]
         assert time.perf_counter() - start < 15
-    assert judge("1/2", "0.5") == {"gold": True, "key": "1/2", "equal": True}
-    judge.end()
+    assert worker("1/2", "0.5") == {"gold": True, "key": "1/2", "equal": True}
+    worker.end()
 
 
 def test_users_functions_grade(module: Path) -> None:
@@ -85,12 +85,12 @@ def test_users_functions_grade(module: Path) -> None:
 
 
 def test_users_functions_that_fail_are_named(module: Path) -> None:
-    for name, words in (
+    for name, message in (
         ("missing", "it returned nan"),
         ("broken", "KeyError: '42'"),
         ("absent", "did not start: AttributeError: .* has no attribute 'absent'"),
     ):
-        with pytest.raises(RuntimeError, match=f"{module.stem}.py:{name} .*{words}"):
+        with pytest.raises(RuntimeError, match=f"{module.stem}.py:{name} .*{message}"):
             make_grader(f"{module}:{name}")("7", "42")
     with pytest.raises(RuntimeError, match="no_such_module:grade did not start: ModuleNotFound"):
         make_grader("no_such_module:grade")("7", "42")
@@ -100,45 +100,45 @@ def test_users_functions_that_fail_are_named(module: Path) -> None:
         make_grader(":grade")
 
 
-def test_users_functions_that_hang_or_die_cost_their_response(
+def test_user_functions_that_hang_or_die_give_reward_0(
     module: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graders, "OWN_SECONDS", 0.5)
-    monkeypatch.setattr("opd.data.grading.worker_process.GRACE", 0.5)
+    monkeypatch.setattr(graders, "USER_GRADER_TIMEOUT", 0.5)
+    monkeypatch.setattr("opd.data.grading.worker_process.GRACE_SECONDS", 0.5)
     grade = make_grader(f"{module}:slow")
     for response in ("wait", "deaf, wait", "die"):
         start = time.perf_counter()
-        with pytest.warns(UserWarning, match="took more than 0.5 s over a response"):
+        with pytest.warns(UserWarning, match="took more than 0.5 s for a response"):
             assert grade(response, "42") == Grade(0.0, None)
         assert time.perf_counter() - start < 10
-        assert grade("done", "42") == Grade(1.0, "done"), "a new process goes on"
+        assert grade("done", "42") == Grade(1.0, "done"), "a new process is started"
 
 
-def test_gym_judges_within_its_time() -> None:
-    judge = GraderWorker(seconds=2.0, kind="gym")
+def test_gym_grades_within_its_time_limit() -> None:
+    worker = GraderWorker(seconds=2.0, kind="gym")
     start = time.perf_counter()
-    found = judge("countdown:3:0#0", "9**9**9**9")
-    assert found in (None, {"score": 0.01}, {"score": 0.0}, {"score": 0.05})
+    result = worker("countdown:3:0#0", "9**9**9**9")
+    assert result in (None, {"score": 0.01}, {"score": 0.0}, {"score": 0.05})
     assert time.perf_counter() - start < 20
-    judge.end()
+    worker.end()
 
 
-def test_no_record_and_no_data_choose_what_code_runs(module: Path, tmp_path: Path) -> None:
-    """A function that a stranger's file names is neither loaded nor called."""
+def test_records_and_data_cannot_choose_what_code_runs(module: Path, tmp_path: Path) -> None:
+    """A function named by a file from somebody else is neither loaded nor called."""
     marker = tmp_path / "ran"
     module.write_text(f"open({str(marker)!r}, 'w')\n{MODULE}")
-    own = f"{module}:contains"
+    grader_name = f"{module}:contains"
     run = tmp_path / "run"
     run.mkdir()
-    config = Config(student="s", teacher="t", out=str(run), grader=own)
+    config = Config(student="s", teacher="t", out=str(run), grader=grader_name)
     (run / "config.json").write_text(json.dumps(to_json(config)))
-    for command in (lambda: control(run), lambda: continuation(run, [0], 1)):
+    for command in (lambda: probe_own_prefix(run), lambda: probe_continuation(run, [0], 1)):
         with pytest.raises(ValueError, match=r"config.json names the grader .*:contains"):
             command()
-    rows = [{"prompt": f"{i}?", "answer": "1", "grader": own} for i in range(9)]
+    rows = [{"prompt": f"{i}?", "answer": "1", "grader": grader_name} for i in range(9)]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match=r"p.jsonl names the function '.*:contains' as grader"):
         load_task(str(tmp_path / "p.jsonl"), 0)
     assert not marker.exists()
-    load_task(str(tmp_path / "p.jsonl"), 0, grader=own)
+    load_task(str(tmp_path / "p.jsonl"), 0, grader=grader_name)
     assert marker.exists(), "the user's own choice is loaded when the data is read"

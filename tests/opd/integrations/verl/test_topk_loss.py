@@ -1,4 +1,4 @@
-"""Losses of packed logits, whole or in shards of the vocabulary, against the dense objective."""
+"""Losses of packed logits, whole or as vocabulary shards, against the dense objective."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ from torch import Tensor
 
 from diagnostics.batch import ScoredRollouts, Support
 from opd.integrations.verl.topk_loss import logit_losses
-from opd.integrations.verl.vocab_parallel import Shard, log_normaliser, picked
-from opd.objectives.factory import make
+from opd.integrations.verl.vocab_parallel import Shard, gather_logits, log_normaliser
+from opd.objectives.factory import build_objective
 from tests.helpers.vllm_process import free_port
 
 VOCABULARY, TOP = 23, 4
@@ -18,8 +18,8 @@ def scattered(seed: int, *shape: int) -> Tensor:
     return 2 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def known(seed: int, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Student logits, the teacher's top-K with its log-probabilities, and the next tokens."""
+def random_inputs(seed: int, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return student logits, the teacher's top-K with log-probabilities, and the next tokens."""
     logits = scattered(seed, count, VOCABULARY).requires_grad_()
     teacher = scattered(seed + 1, count, VOCABULARY).log_softmax(-1)
     top = teacher.topk(TOP, -1)
@@ -34,40 +34,42 @@ def test_losses_of_packed_logits_are_the_dense_objective(
     monkeypatch.setattr(
         "opd.integrations.verl.topk_loss.ELEMENTS", 3 * VOCABULARY
     )  # several chunks
-    logits, ids, theirs, tokens = known(0, 8)
-    found = logit_losses(make(name), logits, ids, theirs, tokens)
+    logits, ids, teacher_logp, tokens = random_inputs(0, 8)
+    outputs = logit_losses(build_objective(name), logits, ids, teacher_logp, tokens)
     dense = logits.detach().double().requires_grad_()
     logp = dense.log_softmax(-1)
-    nothing = torch.zeros(1, 8, dtype=torch.double)
+    zeros = torch.zeros(1, 8, dtype=torch.double)
     support = Support(
         ids=ids[None],
         student_logp=logp.detach().gather(-1, ids)[None],
-        teacher_logp=theirs[None].double(),
+        teacher_logp=teacher_logp[None].double(),
         source="teacher",
     )
     scored = ScoredRollouts(
         tokens=tokens[None],
         mask=torch.ones(1, 8, dtype=torch.bool),
-        sampler_logp=nothing,
+        sampler_logp=zeros,
         prompt=torch.zeros(1, dtype=torch.long),
         ended=torch.ones(1, dtype=torch.bool),
         student_logp=logp.detach().gather(-1, tokens[:, None]).T,
-        teacher_logp=nothing,
+        teacher_logp=zeros,
         support=support,
     )
-    expected = make(name).loss(None, logp.gather(-1, ids)[None], scored)[0]
-    torch.testing.assert_close(found["distillation_losses"].double(), expected, rtol=0, atol=3e-6)
+    expected = build_objective(name).loss(None, logp.gather(-1, ids)[None], scored)[0]
+    torch.testing.assert_close(outputs["distillation_losses"].double(), expected, rtol=0, atol=3e-6)
     weights = torch.arange(8.0)
-    (one,) = torch.autograd.grad((found["distillation_losses"] * weights).sum(), logits)
+    (packed_gradient,) = torch.autograd.grad(
+        (outputs["distillation_losses"] * weights).sum(), logits
+    )
     (two,) = torch.autograd.grad((expected * weights).sum(), dense)
-    torch.testing.assert_close(one.double(), two, rtol=0, atol=3e-5)
+    torch.testing.assert_close(packed_gradient.double(), two, rtol=0, atol=3e-5)
     assert float(two.abs().max()) > 0.1
     p = logp.detach().exp()
-    torch.testing.assert_close(found["student_mass"].double(), p.gather(-1, ids).sum(-1))
+    torch.testing.assert_close(outputs["student_mass"].double(), p.gather(-1, ids).sum(-1))
     torch.testing.assert_close(
-        found["log_probs"].double(), scored.student_logp[0], rtol=0, atol=3e-6
+        outputs["log_probs"].double(), scored.student_logp[0], rtol=0, atol=3e-6
     )
-    assert not found["log_probs"].requires_grad
+    assert not outputs["log_probs"].requires_grad
 
 
 @pytest.mark.parametrize("name", ["teacher_topk", "teacher_topk_bucket"])
@@ -75,14 +77,16 @@ def test_nothing_as_wide_as_the_vocabulary_is_kept_for_the_backward_pass(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("opd.integrations.verl.topk_loss.ELEMENTS", 2 * VOCABULARY)
-    logits, ids, theirs, tokens = known(0, 8)
-    kept: list[Tensor] = []
-    held = logits.half()
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x), x)[1], lambda x: x):
-        logit_losses(make(name), held, ids, theirs, tokens)
-    assert kept
-    own = held.untyped_storage().data_ptr()
-    copies = [x for x in kept if x.untyped_storage().data_ptr() != own]
+    logits, ids, teacher_logp, tokens = random_inputs(0, 8)
+    saved_tensors: list[Tensor] = []
+    half_logits = logits.half()
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: (saved_tensors.append(x), x)[1], lambda x: x
+    ):
+        logit_losses(build_objective(name), half_logits, ids, teacher_logp, tokens)
+    assert saved_tensors
+    logits_pointer = half_logits.untyped_storage().data_ptr()
+    copies = [x for x in saved_tensors if x.untyped_storage().data_ptr() != logits_pointer]
     assert not [x.shape for x in copies if x.shape[-1:] == (VOCABULARY,)]
 
 
@@ -91,21 +95,25 @@ def shard_process(rank: int, port: int, name: str) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
     )
-    logits, ids, theirs, tokens = known(0, 8)
+    logits, ids, teacher_logp, tokens = random_inputs(0, 8)
     half = 12
     shard = Shard(rank * half, None)
-    own = torch.nn.functional.pad(logits.detach(), (0, 1), value=-60.0)  # as verl pads to a shard
-    own = own[:, rank * half : (rank + 1) * half].clone().requires_grad_()
+    local_logits = torch.nn.functional.pad(
+        logits.detach(), (0, 1), value=-60.0
+    )  # as verl pads to a shard
+    local_logits = local_logits[:, rank * half : (rank + 1) * half].clone().requires_grad_()
     weights = torch.arange(8.0)
-    whole = logit_losses(make(name), logits, ids, theirs, tokens)
-    found = logit_losses(make(name), own, ids, theirs, tokens, shard)
-    for key, value in whole.items():
-        torch.testing.assert_close(found[key], value, rtol=0, atol=3e-6)
-    (expected,) = torch.autograd.grad((whole["distillation_losses"] * weights).sum(), logits)
-    (got,) = torch.autograd.grad((found["distillation_losses"] * weights).sum(), own)
+    full_outputs = logit_losses(build_objective(name), logits, ids, teacher_logp, tokens)
+    outputs = logit_losses(build_objective(name), local_logits, ids, teacher_logp, tokens, shard)
+    for key, value in full_outputs.items():
+        torch.testing.assert_close(outputs[key], value, rtol=0, atol=3e-6)
+    (expected,) = torch.autograd.grad((full_outputs["distillation_losses"] * weights).sum(), logits)
+    (local_gradient,) = torch.autograd.grad(
+        (outputs["distillation_losses"] * weights).sum(), local_logits
+    )
     width = min(half, VOCABULARY - rank * half)
     expected = expected[:, rank * half : rank * half + width]
-    torch.testing.assert_close(got[:, :width], expected, rtol=0, atol=3e-5)
+    torch.testing.assert_close(local_gradient[:, :width], expected, rtol=0, atol=3e-5)
     assert float(expected.abs().max()) > 0.1
     torch.distributed.destroy_process_group()
 
@@ -116,6 +124,6 @@ def test_shards_of_the_vocabulary_give_the_losses_and_gradients_of_the_whole(nam
 
 
 def test_one_process_needs_no_shard() -> None:
-    logits, ids, _, _ = known(3, 5)
-    torch.testing.assert_close(picked(logits, ids), logits.gather(-1, ids))
+    logits, ids, _, _ = random_inputs(3, 5)
+    torch.testing.assert_close(gather_logits(logits, ids), logits.gather(-1, ids))
     torch.testing.assert_close(log_normaliser(logits, elements=1), logits.logsumexp(-1))

@@ -1,4 +1,4 @@
-"""The expected loss against the loss that trains: every objective, denominator and credit."""
+"""The expected loss against the training loss: every objective, denominator and credit."""
 
 import math
 from dataclasses import replace
@@ -9,16 +9,16 @@ import torch
 
 from diagnostics.batch import ScoredRollouts
 from opd.config.settings import Config
-from opd.objectives.factory import COLLAPSING, DENOMINATORS, OBJECTIVES, make, reduce
+from opd.objectives.factory import COLLAPSING, DENOMINATORS, OBJECTIVES, build_objective, reduce
 from opd.training.checks.expected_loss import (
     ROUNDING,
     credit_of,
     expected_loss,
-    loss_numbers,
+    loss_check_columns,
     ratio_of,
     row_weights,
 )
-from tests.helpers.dense_batches import B, dense
+from tests.helpers.dense_batches import B, make_dense_batch
 
 
 def config(**changes: Any) -> Config:
@@ -33,40 +33,40 @@ def batch_for(
     """A batch with the objective's support, and (B, T, V) log-probabilities of the student."""
     source = name.split("_topk")[0] if "_topk" in name else "teacher"
     source = "full" if name.startswith("full_") else source
-    made = dense(seed, source, k=6, sharpness=sharpness)
-    batch = replace(made.batch, reward=torch.arange(B, dtype=torch.float64) % 3)
-    return batch, made.p
+    dense_batch = make_dense_batch(seed, source, k=6, sharpness=sharpness)
+    batch = replace(dense_batch.batch, reward=torch.arange(B, dtype=torch.float64) % 3)
+    return batch, dense_batch.p
 
 
-def trained_loss(own: Config, batch: ScoredRollouts) -> float:
-    """The loss as `opd.objectives.factory` and `opd.objectives.reduction` make it, at the weights that scored."""
-    objective = make(
-        own.objective,
-        own.gamma,
-        own.baseline,
-        own.ratio,
-        beta=own.beta,
-        ratio_clip=math.inf if own.ratio_clip is None else own.ratio_clip,
-        reward_weight=own.outcome,
-        allow_collapse=own.allow_collapse,
+def trained_loss(settings: Config, batch: ScoredRollouts) -> float:
+    """The loss of `opd.objectives.factory` and `.reduction`, before any update."""
+    objective = build_objective(
+        settings.objective,
+        settings.gamma,
+        settings.baseline,
+        settings.ratio,
+        beta=settings.beta,
+        ratio_clip=math.inf if settings.ratio_clip is None else settings.ratio_clip,
+        reward_weight=settings.reward_weight,
+        allow_collapse=settings.allow_collapse,
     )
-    some = batch if objective.support != "none" else replace(batch, support=None)
-    support = None if some.support is None else some.support.student_logp
-    loss = objective.loss(batch.student_logp, support, some)
-    return float(reduce(loss, batch.mask, DENOMINATORS[own.denominator](batch)))
+    loss_batch = batch if objective.support != "none" else replace(batch, support=None)
+    support = None if loss_batch.support is None else loss_batch.support.student_logp
+    loss = objective.loss(batch.student_logp, support, loss_batch)
+    return float(reduce(loss, batch.mask, DENOMINATORS[settings.denominator](batch)))
 
 
-def vector_of(own: Config, batch: ScoredRollouts) -> torch.Tensor | None:
+def vector_of(settings: Config, batch: ScoredRollouts) -> torch.Tensor | None:
     rows = list(range(len(batch)))
     return expected_loss(
-        own,
+        settings,
         batch,
-        credit_of(own, batch),
-        ratio_of(own, batch),
+        credit_of(settings, batch),
+        ratio_of(settings, batch),
         rows=rows,
         micro_batches=[rows[:3], rows[3:]],
-        counted=replace(batch, support=None),
-        places=rows,
+        all_ranks_batch=replace(batch, support=None),
+        positions=rows,
     )
 
 
@@ -89,15 +89,15 @@ UNKNOWN = ({"objective": "full_jsd"},)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(map(str, case.values())))
 @pytest.mark.parametrize("denominator", DENOMINATORS)
 def test_expected_is_the_trained_loss(case: dict[str, Any], denominator: str) -> None:
-    own = config(**case, denominator=denominator)
-    batch, _ = batch_for(own.objective)
-    vector = vector_of(own, batch)
+    settings = config(**case, denominator=denominator)
+    batch, _ = batch_for(settings.objective)
+    vector = vector_of(settings, batch)
     if case in UNKNOWN:
         assert vector is None
         return
-    loss = trained_loss(own, batch)
+    loss = trained_loss(settings, batch)
     assert float(vector[0]) == pytest.approx(loss, rel=1e-6, abs=1e-9)
-    columns = loss_numbers(torch.tensor(loss), vector)
+    columns = loss_check_columns(torch.tensor(loss), vector)
     assert {
         name: float(x) for name, x in columns.items() if name != "consistency/loss_expected"
     } == {
@@ -117,41 +117,41 @@ def test_weights_are_one_over_the_denominators() -> None:
 FLAGS = ("negated", "exchanged", "denominator")
 
 
-def flags(own: Config, batch: ScoredRollouts, loss: float) -> tuple[bool, set[str]]:
-    columns = loss_numbers(torch.tensor(loss), vector_of(own, batch))
-    named = {flag for flag in FLAGS if columns[f"consistency/loss_{flag}"] > 0}
-    return bool(columns["consistency/loss_error"] > 0), named
+def flags(settings: Config, batch: ScoredRollouts, loss: float) -> tuple[bool, set[str]]:
+    columns = loss_check_columns(torch.tensor(loss), vector_of(settings, batch))
+    raised_flags = {flag for flag in FLAGS if columns[f"consistency/loss_{flag}"] > 0}
+    return bool(columns["consistency/loss_error"] > 0), raised_flags
 
 
 def test_a_wrong_loss_is_named() -> None:
-    own = config(objective="full_reverse_kl")
+    settings = config(objective="full_reverse_kl")
     batch, _ = batch_for("full_reverse_kl")
-    right = trained_loss(own, batch)
-    assert flags(own, batch, -right) == (True, {"negated"})
-    forward = trained_loss(replace(own, objective="full_forward_kl"), batch)
-    assert flags(own, batch, forward) == (True, {"exchanged"})
-    for other in ("sequence_sum", "sequence_mean", "group_mean"):
-        wrong = trained_loss(replace(own, denominator=other), batch)
-        assert flags(own, batch, wrong) == (True, {"denominator"})
+    right = trained_loss(settings, batch)
+    assert flags(settings, batch, -right) == (True, {"negated"})
+    forward = trained_loss(replace(settings, objective="full_forward_kl"), batch)
+    assert flags(settings, batch, forward) == (True, {"exchanged"})
+    for denominator in ("sequence_sum", "sequence_mean", "group_mean"):
+        wrong = trained_loss(replace(settings, denominator=denominator), batch)
+        assert flags(settings, batch, wrong) == (True, {"denominator"})
     value = batch.prefix.reverse_kl
-    parts = [value[some].sum() / batch.mask[some].sum() for some in (slice(3), slice(3, B))]
-    assert flags(own, batch, float(sum(parts) / 2)) == (True, {"denominator"})
-    assert flags(own, batch, float(sum(parts))) == (True, {"denominator"})
-    assert flags(own, batch, 1.01 * right) == (True, set())
+    parts = [value[rows].sum() / batch.mask[rows].sum() for rows in (slice(3), slice(3, B))]
+    assert flags(settings, batch, float(sum(parts) / 2)) == (True, {"denominator"})
+    assert flags(settings, batch, float(sum(parts))) == (True, {"denominator"})
+    assert flags(settings, batch, 1.01 * right) == (True, set())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_rounding_does_is_within_its_bound(dtype: str) -> None:
-    """Log-probabilities of a second pass with errors of one unit: 200 losses, none outside."""
-    own, unit = config(objective="full_reverse_kl", dtype=dtype), ROUNDING[dtype]
-    made = dense(4, "full", sharpness=2.0)
-    vector = vector_of(own, made.batch)
+    """200 losses from log-probabilities with one unit of error, none outside the bound."""
+    settings, unit = config(objective="full_reverse_kl", dtype=dtype), ROUNDING[dtype]
+    dense_batch = make_dense_batch(4, "full", sharpness=2.0)
+    vector = vector_of(settings, dense_batch.batch)
     generator = torch.Generator().manual_seed(0)
-    weight = made.batch.mask / made.batch.mask.sum()
+    weight = dense_batch.batch.mask / dense_batch.batch.mask.sum()
     errors = []
     for _ in range(200):
-        noise = unit * torch.randn(made.p.shape, generator=generator).double()
-        p = (made.p + noise).log_softmax(-1)
-        loss = ((p.exp() * (p - made.q)).sum(-1) * weight).sum()
-        errors.append(float(loss_numbers(loss, vector)["consistency/loss_error"]))
+        noise = unit * torch.randn(dense_batch.p.shape, generator=generator).double()
+        p = (dense_batch.p + noise).log_softmax(-1)
+        loss = ((p.exp() * (p - dense_batch.q)).sum(-1) * weight).sum()
+        errors.append(float(loss_check_columns(loss, vector)["consistency/loss_error"]))
     assert errors == [0.0] * 200

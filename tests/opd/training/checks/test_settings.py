@@ -1,4 +1,4 @@
-"""Settings that would do nothing are refused before a model is loaded, each by its name."""
+"""Settings without effect are refused by name before a model is loaded."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from opd.config.settings import Config, TaskSettings
-from opd.training.checks.settings import NEEDS, unused_settings
+from opd.training.checks.settings import CONDITIONS, unused_settings
 from opd.training.train import train
 
 GAMES = {"task": "env:household"}
@@ -19,11 +19,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"objective": "teacher_topk", "support_k": 1, "reward_weight": 1.0}, "support_k is 1"),
     (
         {"objective": "sampled_token", "baseline": "position_mean", "prompts_per_step": 1},
-        "position_mean is the mean over the step's other prompts, and a step has 1",
+        "position_mean is the mean over the other prompts of the step, but a step has 1",
     ),
     (
         {"objective": "sampled_token", "baseline": "leave_one_out", "group_size": 1},
-        "leave_one_out is the mean of the prompt's other responses, and group_size is 1",
+        "mean over the other responses to the prompt, but group_size is 1",
     ),
     (
         {"objective": "sampled_token", "reward_weight": 1.0, "group_size": 1},
@@ -35,23 +35,23 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         for name in ("full_reverse_kl", "full_forward_kl", "full_jsd")
     ),
     ({"objective": "full_reverse_kl", "gamma": 0.5, "map_eos": True}, "map_eos would not change"),
-    ({"objective": "student_topk_sampled_tail", "map_eos": True}, "map_eos exchanges ends"),
-    ({**OUTCOME, "map_eos": True}, "map_eos: the teacher ema ends as the student does"),
+    ({"objective": "student_topk_sampled_tail", "map_eos": True}, "map_eos maps EOS ids"),
+    ({**OUTCOME, "map_eos": True}, "map_eos: teacher ema has the student's EOS"),
     (
         {"objective": "sampled_token_clipped", "ppo_clip": (0.1, 0.2, 3.0)},
-        "ppo_clip is .* and updates_per_batch 1",
+        "ppo_clip is .* and updates_per_batch is 1",
     ),
     ({"objective": "sampled_token", "ratio": "token"}, "ratio is token, .* 1 up to rounding"),
     ({"ratio": "sequence"}, "ratio is sequence, .* 1 up to rounding"),
-    ({"prompt_column": "question"}, "prompt_column is 'question'.*of your own"),
+    ({"prompt_column": "question"}, "prompt_column is 'question'.*with columns"),
     ({"task": "gsm8k:x.jsonl", "answer_column": "a"}, "answer_column is 'a'"),
     ({**GAMES, "prompt_column": "question"}, "prompt_column"),
     ({"skip_long_prompts": True}, "skip_long_prompts is True"),
     ({"task": "x.jsonl", "eval_prompt_column": "q"}, "eval_prompt_column is 'q'"),
     ({"eval_answer_column": "q"}, "eval_answer_column is 'q'"),
-    ({"layout": "trajectory"}, "layout is 'trajectory'.*task is games"),
-    ({"max_turns": 3}, "max_turns is 3.*task is games"),
-    ({"history_turns": 4}, "history_turns is 4.*task is games"),
+    ({"layout": "trajectory"}, "layout is 'trajectory'.*task is a game"),
+    ({"max_turns": 3}, "max_turns is 3.*task is a game"),
+    ({"history_turns": 4}, "history_turns is 4.*task is a game"),
     ({**GAMES, "layout": "trajectory", "history_turns": 4}, "history_turns is 4.*layout turns"),
     ({"task_order": "mixed"}, "task_order is 'mixed'.*several tasks"),
     ({"weights_folder": "w"}, "weights_folder is 'w'.*engine is servers"),
@@ -83,8 +83,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-def made(**changes: Any) -> Config:
-    """Models and files that are not there, so that nothing can be loaded."""
+def make_config(**changes: Any) -> Config:
+    """A config with models and files that do not exist, so that nothing can be loaded."""
     return Config(**({"student": "absent", "teacher": "absent-too", "out": "absent"} | changes))
 
 
@@ -93,7 +93,7 @@ def test_a_setting_without_effect_is_refused_by_name(
     changes: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=words):
-        train(made(out=str(tmp_path / "run"), **changes))
+        train(make_config(out=str(tmp_path / "run"), **changes))
     assert not (tmp_path / "run").exists()
 
 
@@ -121,9 +121,9 @@ EFFECTIVE: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("changes", EFFECTIVE)
 def test_a_setting_with_an_effect_passes(changes: dict[str, Any]) -> None:
-    assert not list(unused_settings(made(**changes)))
+    assert not list(unused_settings(make_config(**changes)))
 
 
 def test_every_dependent_setting_is_refused_somewhere() -> None:
-    named = {name for changes, _ in REFUSED for name in changes}
-    assert named >= NEEDS.keys() - {"schedule"}
+    refused_names = {name for changes, _ in REFUSED for name in changes}
+    assert refused_names >= CONDITIONS.keys() - {"schedule"}
