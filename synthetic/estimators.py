@@ -1,8 +1,8 @@
-"""What is compared: names of estimators, each an objective of `opd.objectives.factory` and a baseline.
+"""Estimators compared in the study: an objective of `opd.objectives.factory` and a baseline each.
 
-The exact engine knows an estimator by its effect on a single token. `terms` finds that by running
-the objective itself on a batch of one-token responses, one for every state and token, so that what
-is proved here is proved about the function that trains the language model.
+The exact engine describes an estimator by its effect on a single token. `terms` measures that
+effect by running the objective itself on a batch of one-token responses, one for every state and
+token. The exact results are therefore about the function that trains the language model.
 
 Shapes: S states, A actions, T steps, G discounts. Everything is float64.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.errors import InvalidInput
-from opd.objectives.credit import BASELINES, RATIOS, given
+from opd.objectives.credit import BASELINES, RATIOS, batch_baseline
 from opd.objectives.factory import (
     OBJECTIVES,
     SUPPORTS,
@@ -28,34 +28,36 @@ from opd.objectives.factory import (
     mean_future,
     sampled_token,
 )
-from opd.objectives.support import JOINED
+from opd.objectives.support import JOINT_SUPPORTS
 from synthetic.sampling.monte_carlo import visit_gradients
-from synthetic.sampling.trajectories import scored, with_support
+from synthetic.sampling.trajectories import score_trajectories, with_support
 from synthetic.worlds.mdp import TabularMDP
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimator:
-    """An objective by discount, and the baseline subtracted from its credit.
-
-    baseline: "none"; "value", the mean credit given step and state; "optimal", the one of least
-    variance; "position_value", the exact mean credit of the trajectories alive at a step, to which
-    the sampled `position_mean` tends; "local_kl"; or "leave_one_out" over a group. family: whether
-    the discount means anything.
-    """
+    """An objective as a function of the discount, and the baseline subtracted from its credit."""
 
     objective: Callable[[float], Objective]
+    """Constructor of the objective from the discount."""
     baseline: str = "none"
+    """Baseline subtracted from the credit.
+
+    "none"; "value", the mean credit given step and state; "optimal", the one of least variance;
+    "position_value", the exact mean credit of the trajectories still running at a step, to which
+    the sampled `position_mean` converges; "local_kl"; or "leave_one_out" over a group.
+    """
     family: bool = True
+    """Whether the objective depends on the discount."""
 
     @property
     def grouped(self) -> bool:
         """Whether rollouts of a group share information, so that they are not independent."""
         return self.baseline == "leave_one_out"
 
-    def sampled(self, gamma: float) -> Objective:
-        """The objective for sampling; "value" and "optimal" come as the batch's own column."""
-        baseline = BASELINES.get(self.baseline, given)
+    def sampled_objective(self, gamma: float) -> Objective:
+        """Return the objective for sampling; "value" and "optimal" use the batch's baseline."""
+        baseline = BASELINES.get(self.baseline, batch_baseline)
         return replace(self.objective(gamma), baseline=baseline)
 
 
@@ -75,34 +77,42 @@ FAMILY: dict[str, Estimator] = {
     "rb_all": Estimator(objective=full_reverse_kl),
     "rb_all_value": Estimator(objective=full_reverse_kl, baseline="value"),
 }
-"""Estimators of the same mean field, that of the gamma family."""
+"""Estimators with the expected gradient of the gamma family."""
 
 _WITHOUT_CREDIT: dict[str, str] = {
     name: constructor().support
     for name, constructor in OBJECTIVES.items()
     if not constructor().scores_credit and constructor().support in ("none", *SUPPORTS)
 }
-"""Objectives of the sampled token or of a top-K support alone, with their support."""
+"""Objectives of the sampled token or of a top-K support only, with their support."""
 
 LOCAL: dict[str, Estimator] = {
     "full_reverse_kl": _local(full_reverse_kl),
-    **{n: _local(OBJECTIVES[n]) for n, support in _WITHOUT_CREDIT.items() if support not in JOINED},
+    **{
+        n: _local(OBJECTIVES[n])
+        for n, support in _WITHOUT_CREDIT.items()
+        if support not in JOINT_SUPPORTS
+    },
     "k1": _local(k1),
 }
-"""Estimators of the prefix and the token alone, without a discount."""
+"""Estimators that depend on the prefix and the token only, without a discount."""
 
-FURTHER: dict[str, Estimator] = {
+ADDITIONAL: dict[str, Estimator] = {
     "full_forward_kl": _local(full_forward_kl),
     "full_jsd": _local(full_jsd),
-    **{n: _local(OBJECTIVES[n]) for n, support in _WITHOUT_CREDIT.items() if support in JOINED},
+    **{
+        n: _local(OBJECTIVES[n])
+        for n, support in _WITHOUT_CREDIT.items()
+        if support in JOINT_SUPPORTS
+    },
 }
-"""More of the same, known to the exact engine but not compared in the study."""
+"""Further local estimators that have exact moments but are not compared in the study."""
 
 ESTIMATORS: dict[str, Estimator] = {
     **FAMILY,
     "kl_advantage": Estimator(objective=kl_advantage),
     **LOCAL,
-    **FURTHER,
+    **ADDITIONAL,
 }
 
 
@@ -111,29 +121,38 @@ ESTIMATORS: dict[str, Estimator] = {
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Terms:
-    """One trajectory's gradient, sum_t [step_t + (sum_{u>t} gamma^(u-t) later_u - b_t) score_t].
-
-    acting (S, A): probabilities of the tokens drawn; ratio (S, A): a token's factor of the whole
-    trajectory (sequence importance weight); own, later (S, A): costs; step, score (S, A, A): for
-    each state and token a vector over that state's logits; mean_score is zero where the sampler is
-    the student. move (S, S); occupancy (T, S); gammas (G,); values (G, T + 1, S): mean discounted
-    later cost from t on, 0 at T.
-    """
+    """One trajectory's gradient, sum_t [step_t + (sum_{u>t} gamma^(u-t) later_u - b_t) score_t]."""
 
     transition: Tensor
+    """(S, A, S) probability of the next state."""
     acting: Tensor
+    """(S, A) probabilities with which tokens are sampled."""
     ratio: Tensor
+    """(S, A) a token's factor of the sequence importance weight."""
     own: Tensor
+    """(S, A) cost that counts in the token's own credit."""
     later: Tensor
+    """(S, A) cost that counts in the credit of earlier tokens."""
     local: Tensor
+    """(S,) KL of the two policies at a state."""
     step: Tensor
+    """(S, A, A) gradient of the token's own term, a vector over the logits of its state."""
     score: Tensor
+    """(S, A, A) vector over the state's logits that multiplies the credit; its mean is zero where
+    the sampler is the student.
+    """
     move: Tensor
+    """(S, S) state transition matrix of the sampler."""
     active: Tensor
+    """(S,) 1, or 0 at the end state."""
     occupancy: Tensor
+    """(T, S) probability of state c at step t."""
     gammas: Tensor
+    """(G,) discounts."""
     values: Tensor
+    """(G, T + 1, S) mean discounted later cost from t on, 0 at T."""
     on_policy: bool
+    """Whether the student is the sampler."""
 
     @property
     def next_values(self) -> Tensor:
@@ -161,32 +180,54 @@ def terms(
     sampler: Tensor | None = None,
     ratio: str = "none",
 ) -> Terms:
-    """What the objective does with each token, found by running it.
+    """Measure the objective's effect on each token by running it.
 
     Args:
-      ratio: importance weight of `opd.objectives.credit.RATIOS`, in place of the objective's own. That of the
-        whole sequence is returned as `ratio`, the factor of a token.
+        mdp: The world.
+        student_logits: (S, A).
+        teacher_logits: (S, A).
+        objective: The objective; its own discount is not used.
+        gammas: (G,) discounts.
+        k: Size of the support, for top-K objectives.
+        sampler: (S, A) probabilities of the sampling policy; the student's if None.
+        ratio: Importance weight of `opd.objectives.credit.RATIOS`, in place of the objective's own.
+            That of the whole sequence is returned as `Terms.ratio`, the factor of a token.
+
+    Returns:
+        The terms of one trajectory's gradient.
 
     Raises:
-      ValueError: the loss is not linear in its credit, or a top-k objective has no k.
+        InvalidInput: If the loss is not affine in its credit, or a top-K objective has no k.
     """
     s, a = mdp.num_states, mdp.num_actions
     states = torch.arange(s).repeat_interleave(a)[:, None]
     tokens = torch.arange(a).repeat(s)[:, None]
-    at = scored(mdp, student_logits, teacher_logits, states, tokens, sampler)
-    at = with_support(at, student_logits, teacher_logits, objective.support, k)
+    trajectories = score_trajectories(mdp, student_logits, teacher_logits, states, tokens, sampler)
+    trajectories = with_support(trajectories, student_logits, teacher_logits, objective.support, k)
     factor, weight = ("sequence", "none") if ratio == "sequence" else ("none", ratio)
-    token_factor = RATIOS[factor](at.batch)
+    token_factor = RATIOS[factor](trajectories.batch)
     objective = replace(objective, ratio=RATIOS[weight])
-    own, later = objective.own(at.batch), objective.later(at.batch)
-    steps = [visit_gradients(at, student_logits, objective, own + x)[:, 0] for x in (0, 1, 2)]
-    score = steps[1] - steps[0]
-    if float((steps[2] - steps[0] - 2 * score).abs().max()) > 1e-9 * (1 + float(own.abs().max())):
-        raise InvalidInput("the objective's gradient is not linear in its credit: no exact moments")
+    own_cost, later_cost = (
+        objective.own_cost(trajectories.batch),
+        objective.later_cost(trajectories.batch),
+    )
+    # The loss is affine in the credit, so two evaluations give its intercept and its slope (the
+    # score). A third one verifies that it is affine: its difference must be twice the slope.
+    gradients = [
+        visit_gradients(trajectories, student_logits, objective, own_cost + offset)[:, 0]
+        for offset in (0, 1, 2)
+    ]
+    score = gradients[1] - gradients[0]
+    if float((gradients[2] - gradients[0] - 2 * score).abs().max()) > 1e-9 * (
+        1 + float(own_cost.abs().max())
+    ):
+        raise InvalidInput(
+            "the objective's gradient is not affine in its credit; exact moments need one that is"
+        )
 
     acting = mdp.behaviour(student_logits, sampler)
-    p, ours, theirs = (
-        at.batch.student_logp.exp().view(s, a),
+    sampled_probs, student_logp, teacher_logp = (
+        trajectories.batch.student_logp.exp().view(s, a),
         mdp.log_policy(student_logits).detach(),
         mdp.log_policy(teacher_logits, "teacher_logits").detach(),
     )
@@ -194,18 +235,18 @@ def terms(
     occupancy = [mdp.start]
     for _ in range(mdp.horizon - 1):
         occupancy.append(occupancy[-1] @ move)
-    mean_later = (acting * later.view(s, a)).sum(-1)
-    values = [torch.zeros(len(gammas), s, dtype=p.dtype)]
+    mean_later = (acting * later_cost.view(s, a)).sum(-1)
+    values = [torch.zeros(len(gammas), s, dtype=sampled_probs.dtype)]
     for _ in range(mdp.horizon):
         values.append(mean_later + gammas[:, None] * (values[-1] @ move.T))
     return Terms(
         transition=mdp.transition,
         acting=acting,
         ratio=token_factor.view(s, a),
-        own=own.view(s, a),
-        later=later.view(s, a),
-        local=(ours.exp() * (ours - theirs)).sum(-1) * mdp.active,
-        step=steps[0].view(s, a, a),
+        own=own_cost.view(s, a),
+        later=later_cost.view(s, a),
+        local=(student_logp.exp() * (student_logp - teacher_logp)).sum(-1) * mdp.active,
+        step=gradients[0].view(s, a, a),
         score=score.view(s, a, a),
         move=move,
         active=mdp.active,

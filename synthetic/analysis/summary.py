@@ -1,7 +1,7 @@
-"""Statistics that experiments share: rows of repetitions in, one line a key with an interval out.
+"""Statistics shared by the experiments: rows of repetitions in, a table with intervals out.
 
-A repetition (a world, a seed) is the sampling unit: it is resampled whole, so that everything
-measured on it stays together.
+A repetition (a world or a seed) is the sampling unit: it is resampled as a whole, so that all its
+measurements stay together.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from diagnostics.errors import InvalidInput
 from diagnostics.stats import bootstrap_interval
 
 SEED = 2603
-"""Of the bootstrap's generator; a summary depends on its rows alone."""
+"""Seed of the bootstrap; a summary depends on its rows only."""
 
 
 def interval(
@@ -24,22 +24,35 @@ def interval(
     statistic: Callable[..., Any] = np.median,
     unit: str = "seed",
 ) -> pd.DataFrame:
-    """Columns keys, quantity, value, low, high, worlds: a statistic of `name` over units, by key.
+    """Compute a statistic of `name` over repetitions for each key, with a 95 % bootstrap interval.
 
-    95 % percentile bootstrap; a key is a column of the (units, keys) table, resampled whole. A key
-    that the rows lack is empty. `worlds` is the number of units.
+    A percentile bootstrap over the (units, keys) table, whose rows are resampled as a whole. A key
+    column that the rows lack is empty.
+
+    Args:
+        rows: Measurements, at most one per unit and key.
+        name: Column of the values.
+        keys: Columns that identify a line of the result.
+        statistic: Function of an array with an `axis` argument.
+        unit: Column of the repetition.
+
+    Returns:
+        Columns keys, quantity, value, low, high, worlds; `worlds` is the number of units.
 
     Raises:
-      ValueError: two rows of one unit under one key, or a unit that lacks a key.
+        ValueError: If two rows have the same unit and key.
+        InvalidInput: If a unit lacks a key.
     """
     keyed = rows.assign(**{k: rows.get(k, np.nan) for k in keys})
     keyed[list(keys)] = keyed[list(keys)].astype(object).where(keyed[list(keys)].notna(), "")
-    # refuses two rows of one unit under one key: a bug upstream, not something to average away
+    # unstack raises on two rows of one unit and key: that is a bug upstream and is not averaged
     wide = keyed.set_index([unit, *keys])[name].unstack(list(keys), sort=False)
     values = wide.to_numpy(dtype=np.float64)
     if np.isnan(values).any():
-        count = int(np.isnan(values).sum())
-        raise InvalidInput(f"{name}: {count} of {values.size} cells of {unit} x {keys} are missing")
+        num_missing = int(np.isnan(values).sum())
+        raise InvalidInput(
+            f"{name}: {num_missing} of {values.size} cells of {unit} x {keys} are missing"
+        )
     generator = np.random.default_rng(SEED)
     low, high = bootstrap_interval(values, lambda x: statistic(x, axis=0), generator)
     table = wide.columns.to_frame(index=False).replace("", np.nan)
@@ -49,14 +62,27 @@ def interval(
 
 
 def slopes(rows: pd.DataFrame, y: str, x: str, keys: Sequence[str]) -> pd.DataFrame:
-    """Local exponents d log y / d log x between neighbouring x, one row each at the larger x.
+    """Compute local exponents d log y / d log x between neighbouring x.
 
-    Columns keys, x and "slope". One slope over a whole range would hide a cross-over.
+    A single slope over the whole range would hide a cross-over.
+
+    Args:
+        rows: Measurements.
+        y: Column of the dependent quantity.
+        x: Column of the independent quantity.
+        keys: Columns that identify a curve.
+
+    Returns:
+        Columns keys, x and "slope", one row per interval at its larger x.
     """
     parts = []
-    for key, mine in rows.groupby(list(keys), sort=False):
-        mine = mine.sort_values(x)
-        steps = np.diff(np.log(mine[y].to_numpy())) / np.diff(np.log(mine[x].to_numpy()))
-        about = dict(zip(keys, key, strict=True))
-        parts.append(pd.DataFrame({**about, x: mine[x].to_numpy()[1:], "slope": steps}))
+    for key, group_rows in rows.groupby(list(keys), sort=False):
+        group_rows = group_rows.sort_values(x)
+        exponents = np.diff(np.log(group_rows[y].to_numpy())) / np.diff(
+            np.log(group_rows[x].to_numpy())
+        )
+        key_columns = dict(zip(keys, key, strict=True))
+        parts.append(
+            pd.DataFrame({**key_columns, x: group_rows[x].to_numpy()[1:], "slope": exponents})
+        )
     return pd.concat(parts, ignore_index=True)

@@ -1,4 +1,4 @@
-"""The truth: sequence KL, expected gradients and total variances without sampling.
+"""Exact sequence KL, expected gradients and total variances, without sampling.
 
 Shapes: S states, A actions, T steps, G discounts, D parameters. Everything is float64.
 """
@@ -13,7 +13,12 @@ from diagnostics.errors import InvalidInput
 from opd.objectives.credit import RATIOS, check_gamma
 from synthetic.estimators import ESTIMATORS, Estimator, terms
 from synthetic.exact import baselines
-from synthetic.exact.recursion import Rows, Shared, Table, propagate
+from synthetic.exact.recursion import (
+    EstimatorRows,
+    SharedParameters,
+    TableParameters,
+    propagate_moments,
+)
 from synthetic.worlds.mdp import TabularMDP
 
 __all__ = ["ESTIMATORS", "SequenceKL", "baseline", "expected_gradient", "moments", "sequence_kl"]
@@ -24,22 +29,30 @@ LENGTHS = ("sequence_sum", "sequence_mean")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SequenceKL:
-    """J = E[sum_t r_t] and its parts; with live student logits every field carries gradient.
-
-    total (): J in nats; occupancy (T, S): probability of state c at step t; local (S,): KL of the
-    two policies at a state (0 at the end state); value (T, S): expected cost from step t on.
-    """
+    """Sequence KL J = E[sum_t r_t] and its parts; fields carry gradient if the logits do."""
 
     total: Tensor
+    """() J in nats."""
     occupancy: Tensor
+    """(T, S) probability of state c at step t."""
     local: Tensor
+    """(S,) KL of the two policies at a state; 0 at the end state."""
     value: Tensor
+    """(T, S) expected cost from step t on."""
 
 
 def sequence_kl(mdp: TabularMDP, student_logits: Tensor, teacher_logits: Tensor) -> SequenceKL:
-    """KL of the student's distribution over sequences from the teacher's, J = sum_t d_t . K.
+    """Compute J = sum_t d_t . K, the KL of the student's sequence distribution from the teacher's.
 
     With `occupancy` detached, sum_t d_t . K is the frozen-prefix objective of gamma = 0.
+
+    Args:
+        mdp: The world.
+        student_logits: (S, A); gradients flow through.
+        teacher_logits: (S, A), detached.
+
+    Returns:
+        J and its parts.
     """
     student = mdp.log_policy(student_logits, "student_logits")
     teacher = mdp.log_policy(teacher_logits, "teacher_logits").detach()
@@ -62,33 +75,39 @@ def expected_gradient(
     teacher_logits: Tensor,
     gamma: float | Sequence[float],
 ) -> Tensor:
-    """Expected gradient of the gamma family, sum_t E[s_t (r_t + gamma V_(t+1))].
+    """Compute the expected gradient of the gamma family, sum_t E[s_t (r_t + gamma V_(t+1))].
 
-    gamma = 1 is the gradient of the sequence KL; gamma = 0 that of the KL with frozen prefixes;
-    between them it is not the gradient of anything. (arXiv 2603.25562, eq. 3.) Written out from
-    the formula, apart from `moments`, so that the two check each other.
+    gamma = 1 gives the gradient of the sequence KL, gamma = 0 that of the KL with frozen prefixes;
+    values between them are not the gradient of any function (arXiv 2603.25562, eq. 3). This is
+    implemented from the formula, independently of `moments`, so that each checks the other.
+
+    Args:
+        mdp: The world.
+        student_logits: (S, A).
+        teacher_logits: (S, A).
+        gamma: A discount in [0, 1], or a sequence of G discounts.
 
     Returns:
-      (S, A) per trajectory, or (G, S, A) for a sequence of discounts.
+        (S, A) expected gradient of one trajectory, or (G, S, A) for a sequence of discounts.
     """
-    grid = _grid(gamma)
+    gammas = _grid(gamma)
     student = mdp.log_policy(student_logits, "student_logits")
     cost = student - mdp.log_policy(teacher_logits, "teacher_logits")
     p, cost = student.exp(), cost * mdp.active[:, None]
     move, local = torch.einsum("ca,cad->cd", p, mdp.transition), (p * cost).sum(-1)
-    values = [torch.zeros(len(grid), mdp.num_states, dtype=p.dtype)]
+    values = [torch.zeros(len(gammas), mdp.num_states, dtype=p.dtype)]
     for _ in range(mdp.horizon - 1):
-        values.append(local + grid[:, None] * (values[-1] @ move.T))
+        values.append(local + gammas[:, None] * (values[-1] @ move.T))
     # transitions do not depend on the step, so occupancy-weighted values suffice
-    here, visits = mdp.start, torch.zeros_like(mdp.start)
-    weighted = torch.zeros(len(grid), mdp.num_states, mdp.num_states, dtype=p.dtype)
-    for after in reversed(values):
-        visits = visits + here
-        weighted += here[:, None] * after[:, None]
-        here = here @ move
+    occupancy, visits = mdp.start, torch.zeros_like(mdp.start)
+    weighted = torch.zeros(len(gammas), mdp.num_states, mdp.num_states, dtype=p.dtype)
+    for next_value in reversed(values):
+        visits = visits + occupancy
+        weighted += occupancy[:, None] * next_value[:, None]
+        occupancy = occupancy @ move
     future = torch.einsum("cad,gcd->gca", mdp.transition, weighted)
-    whole = visits[:, None] * cost + grid[:, None, None] * future
-    gradient = p * (whole - (p * whole).sum(-1, keepdim=True))
+    credit = visits[:, None] * cost + gammas[:, None, None] * future
+    gradient = p * (credit - (p * credit).sum(-1, keepdim=True))
     return gradient[0] if isinstance(gamma, float | int) else gradient
 
 
@@ -107,48 +126,80 @@ def moments(
     length: str = "sequence_sum",
     jacobian: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Exact mean and total variance (trace of the covariance) of one trajectory's gradient.
+    """Compute the exact mean and total variance (trace of the covariance) of one gradient estimate.
 
     Args:
-      estimator: a name in ESTIMATORS, or several, which then share one pass.
-      k: size of the support, for top-K objectives.
-      group: rollouts a group, for leave_one_out; its variance is `group` times that of the mean.
-      sampler: (S, A) probabilities of the policy that acts, if it is not the student.
-      ratio: importance weight of `opd.objectives.credit.RATIOS`: none, token or sequence.
-      length: "sequence_sum", or "sequence_mean" to divide each trajectory by its own length.
-      jacobian: (S, A, D) of the logits with respect to shared parameters.
+        mdp: The world.
+        student_logits: (S, A).
+        teacher_logits: (S, A).
+        estimator: A name in `ESTIMATORS`, or several names, which then share one pass.
+        gamma: A discount in [0, 1], or a sequence of G discounts.
+        k: Size of the support, for top-K objectives.
+        group: Rollouts per group, for leave_one_out; the returned variance is `group` times that of
+            the group's mean.
+        sampler: (S, A) probabilities of the sampling policy, if it is not the student.
+        ratio: Importance weight of `opd.objectives.credit.RATIOS`: "none", "token" or "sequence".
+        length: "sequence_sum", or "sequence_mean" to divide each trajectory by its own length.
+        jacobian: (S, A, D) derivative of the logits with respect to shared parameters.
 
     Returns:
-      mean (S, A), or (D,) with a jacobian, and variance (); with a leading axis for a sequence of
-      estimators, and then one for a sequence of discounts.
+        The mean (S, A), or (D,) with a jacobian, and the variance (), of one trajectory's gradient.
+        A sequence of estimators adds a leading axis to both, a sequence of discounts the next one.
 
     Raises:
-      ValueError: an unknown name, a discount outside [0, 1] or without effect, no k or group.
+        InvalidInput: If a name is unknown, a discount is outside [0, 1] or has no effect, or k or
+            group is missing or has no effect.
     """
-    grid, names = _grid(gamma), [estimator] if isinstance(estimator, str) else list(estimator)
-    chosen = [_estimator(name, gamma) for name in names]
-    for kind, name, known in (("ratio", ratio, tuple(RATIOS)), ("length", length, LENGTHS)):
-        if name not in known:
-            raise InvalidInput(f"unknown {kind} {name!r}; known: {', '.join(known)}")
-    if group is not None and not any(one.grouped for one in chosen):
-        raise InvalidInput(f"group = {group} would have no effect on {', '.join(names)}")
+    gammas, names = _grid(gamma), [estimator] if isinstance(estimator, str) else list(estimator)
+    definitions = [_estimator(name, gamma) for name in names]
+    for kind, name, known_names in (("ratio", ratio, tuple(RATIOS)), ("length", length, LENGTHS)):
+        if name not in known_names:
+            raise InvalidInput(f"unknown {kind} {name!r}; known: {', '.join(known_names)}")
+    if group is not None and not any(definition.grouped for definition in definitions):
+        raise InvalidInput(
+            f"group = {group} would have no effect on {', '.join(names)}; it is for leave_one_out"
+        )
     space = _space(mdp, jacobian)
-    parts = []
-    for one in chosen:
-        at = terms(mdp, student_logits, teacher_logits, one.objective(1.0), grid, k, sampler, ratio)
-        parts.append((at, baselines.table("none" if one.grouped else one.baseline, at, space)))
-    rows, (at, _) = Rows.of(parts), parts[0]
-    steps = torch.arange(mdp.horizon + 1, dtype=torch.float64).clamp(min=1)
-    by_length = 1 / steps if length == "sequence_mean" else torch.ones_like(steps)
-    mean, square = propagate(mdp, at.acting * at.ratio, rows, by_length, space)
+    terms_and_baselines = []
+    for definition in definitions:
+        token_terms = terms(
+            mdp,
+            student_logits,
+            teacher_logits,
+            definition.objective(1.0),
+            gammas,
+            k,
+            sampler,
+            ratio,
+        )
+        terms_and_baselines.append(
+            (
+                token_terms,
+                baselines.baseline_table(
+                    "none" if definition.grouped else definition.baseline, token_terms, space
+                ),
+            )
+        )
+    rows, (token_terms, _) = EstimatorRows.from_terms(terms_and_baselines), terms_and_baselines[0]
+    lengths = torch.arange(mdp.horizon + 1, dtype=torch.float64).clamp(min=1)
+    by_length = 1 / lengths if length == "sequence_mean" else torch.ones_like(lengths)
+    mean, square = propagate_moments(
+        mdp, token_terms.acting * token_terms.ratio, rows, by_length, space
+    )
     if ratio == "sequence":
-        square = propagate(mdp, at.acting * at.ratio.square(), rows, by_length, space)[1]
+        square = propagate_moments(
+            mdp, token_terms.acting * token_terms.ratio.square(), rows, by_length, space
+        )[1]
     variance = (square - mean.flatten(1).square().sum(1)).clamp(min=0).view(len(names), -1)
-    for i, (one, (at, _)) in enumerate(zip(chosen, parts, strict=True)):
-        if one.grouped:
-            size = _group(group, length)
-            variance[i] = baselines.leave_one_out_variance(at, space, variance[i], size)
-    mean = mean.view(len(names), len(grid), *space.shape)
+    for i, (definition, (token_terms, _)) in enumerate(
+        zip(definitions, terms_and_baselines, strict=True)
+    ):
+        if definition.grouped:
+            group_size = _group(group, length)
+            variance[i] = baselines.leave_one_out_variance(
+                token_terms, space, variance[i], group_size
+            )
+    mean = mean.view(len(names), len(gammas), *space.shape)
     # a single name or a single discount has no axis
     if isinstance(gamma, float | int):
         mean, variance = mean[:, 0], variance[:, 0]
@@ -164,42 +215,58 @@ def baseline(
     gamma: float,
     jacobian: Tensor | None = None,
 ) -> Tensor:
-    """(T, S) the exact baseline of an estimator, for sampling with it (`sample.with_baseline`)."""
-    chosen = _estimator(estimator, gamma)
-    at = terms(mdp, student_logits, teacher_logits, chosen.objective(gamma), _grid(gamma))
-    return baselines.table(chosen.baseline, at, _space(mdp, jacobian))[0]
+    """Return the (T, S) exact baseline of an estimator, for sampling with `with_baseline`.
+
+    Args:
+        mdp: The world.
+        student_logits: (S, A).
+        teacher_logits: (S, A).
+        estimator: A name in `ESTIMATORS`.
+        gamma: Discount.
+        jacobian: (S, A, D) derivative of the logits with respect to shared parameters.
+
+    Returns:
+        (T, S) baseline of step and state.
+    """
+    definition = _estimator(estimator, gamma)
+    token_terms = terms(
+        mdp, student_logits, teacher_logits, definition.objective(gamma), _grid(gamma)
+    )
+    return baselines.baseline_table(definition.baseline, token_terms, _space(mdp, jacobian))[0]
 
 
 def _estimator(name: str, gamma: float | Sequence[float]) -> Estimator:
     if name not in ESTIMATORS:
         raise InvalidInput(f"unknown estimator {name!r}; known: {', '.join(ESTIMATORS)}")
-    found = ESTIMATORS[name]
-    if not found.family and any(_grid(gamma)):
-        raise InvalidInput(f"{name} is local, gamma = {gamma} would have no effect; use gamma = 0")
-    return found
+    definition = ESTIMATORS[name]
+    if not definition.family and any(_grid(gamma)):
+        raise InvalidInput(f"{name} is local, gamma = {gamma} would have no effect; set gamma = 0")
+    return definition
 
 
-def _space(mdp: TabularMDP, jacobian: Tensor | None) -> Table | Shared:
+def _space(mdp: TabularMDP, jacobian: Tensor | None) -> TableParameters | SharedParameters:
     if jacobian is None:
-        return Table(mdp.num_states, mdp.num_actions)
+        return TableParameters(mdp.num_states, mdp.num_actions)
     shape = (mdp.num_states, mdp.num_actions)
     if jacobian.dim() != 3 or tuple(jacobian.shape[:2]) != shape:
         raise InvalidInput(f"jacobian has shape {tuple(jacobian.shape)}, expected {(*shape, 'D')}")
-    return Shared(jacobian.detach().to(torch.float64))
+    return SharedParameters(jacobian.detach().to(torch.float64))
 
 
 def _group(group: int | None, length: str) -> int:
     if group is None:
-        raise InvalidInput("leave_one_out needs the number of rollouts a group: group=...")
+        raise InvalidInput("leave_one_out needs the number of rollouts per group; pass group=...")
     if length != "sequence_sum":
-        raise InvalidInput(f"leave_one_out is exact for length 'sequence_sum', not {length!r}")
+        raise InvalidInput(
+            f"leave_one_out has exact moments for length 'sequence_sum' only, not {length!r}"
+        )
     return group
 
 
 def _grid(gamma: float | Sequence[float]) -> Tensor:
     values = [float(gamma)] if isinstance(gamma, float | int) else [float(x) for x in gamma]
     if not values:
-        raise InvalidInput("gamma is an empty sequence")
+        raise InvalidInput("gamma is an empty sequence; pass at least one discount")
     for value in values:
         check_gamma(value)
     return torch.tensor(values, dtype=torch.float64)

@@ -1,1 +1,1 @@
-"""One experiment a file: settings, measurement, summary and claim."""
+"""Experiments of the study, one per file: settings, measurement, summary and claim."""

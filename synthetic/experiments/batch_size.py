@@ -1,4 +1,4 @@
-"""The discount of least error against batch size, by variance reduction and teacher distance."""
+"""Discount of least error by batch size, baseline and distance to the teacher."""
 
 from typing import Any
 
@@ -7,14 +7,14 @@ import pandas as pd
 import torch
 
 from synthetic.analysis.summary import interval
-from synthetic.analysis.tradeoff import mse, optimal_gamma, overtaking_batch
+from synthetic.analysis.tradeoff import crossover_batch_size, mse, optimal_gamma
 from synthetic.exact import moments
 from synthetic.worlds.mdp import random_chain, random_pair
 
 CLAIM = (
-    "That gamma = 0 is best is a statement about batch size and missing variance reduction, not a "
-    "law: the discount of least error rises with the batch, sooner with a baseline and mean costs, "
-    "and later the nearer the teacher, since the bias falls faster than the noise."
+    "Whether gamma = 0 is best depends on the batch size and on variance reduction. The discount "
+    "of least error rises with the batch size: at smaller batches with a baseline and mean costs, "
+    "and at larger ones the closer the teacher, since the bias falls faster than the noise."
 )
 GAMMAS = (0.0, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
 NAMES = (
@@ -35,7 +35,7 @@ def _best(estimator: str, n: int) -> dict[str, Any]:
     return {"quantity": "best_gamma", "estimator": estimator, "distance": 1.0, "n": n}
 
 
-def _overtakes(estimator: str, distance: float) -> dict[str, Any]:
+def _crossover(estimator: str, distance: float) -> dict[str, Any]:
     return {"quantity": "overtaking_batch", "estimator": estimator, "distance": distance}
 
 
@@ -45,11 +45,13 @@ HEADLINES: dict[str, dict[str, Any]] = {
     "at n = 65536: {}": _best("plain", 65536),
     "best discount at n = 1, mean costs and value baseline: {}": _best("rb_all_value", 1),
     "the same at n = 256: {}": _best("rb_all_value", 256),
-    "gamma = 1 overtakes gamma = 0, sampled as is, at n = {}": _overtakes("plain", 1.0),
-    "with a leave-one-out baseline of 8 rollouts: {}": _overtakes("leave_one_out", 1.0),
-    "with the optimal baseline: {}": _overtakes("optimal", 1.0),
-    "with mean costs and a value baseline: {}": _overtakes("rb_all_value", 1.0),
-    "sampled as is, teacher ten times nearer: {}": _overtakes("plain", 0.1),
+    "crossover batch size of gamma = 1 over gamma = 0, sampled as is: n = {}": _crossover(
+        "plain", 1.0
+    ),
+    "with a leave-one-out baseline of 8 rollouts: {}": _crossover("leave_one_out", 1.0),
+    "with the optimal baseline: {}": _crossover("optimal", 1.0),
+    "with mean costs and a value baseline: {}": _crossover("rb_all_value", 1.0),
+    "sampled as is, teacher ten times closer: {}": _crossover("plain", 0.1),
     "error of the best discount over that of gamma = 0, sampled as is, n = 4096: {}": {
         "quantity": "gain",
         "estimator": "plain",
@@ -62,9 +64,9 @@ HEADLINES: dict[str, dict[str, Any]] = {
 def _settings(
     draws: int, shape: tuple[int, int, int], distances: tuple[float, ...]
 ) -> list[dict[str, Any]]:
-    shared = dict(zip(("states", "actions", "horizon"), shape, strict=True))
+    sizes = dict(zip(("states", "actions", "horizon"), shape, strict=True))
     return [
-        {**shared, "heterogeneity": 0.5, "mixing": 0.1, "distance": distance, "seed": seed}
+        {**sizes, "heterogeneity": 0.5, "mixing": 0.1, "distance": distance, "seed": seed}
         for distance in distances
         for seed in range(draws)
     ]
@@ -80,7 +82,7 @@ Row = dict[str, Any]
 
 
 def measure(setting: dict[str, Any], generator: torch.Generator) -> list[Row]:
-    """Squared bias and variance relative to |grad J|^2, of every estimator and discount."""
+    """Compute squared bias and variance relative to |grad J|^2, of every estimator and discount."""
     shape = (setting["states"], setting["actions"], setting["horizon"])
     mdp = random_chain(*shape, generator, setting["mixing"])
     student, teacher = random_pair(mdp, generator, setting["distance"], setting["heterogeneity"])
@@ -88,32 +90,42 @@ def measure(setting: dict[str, Any], generator: torch.Generator) -> list[Row]:
     means, variances = moments.moments(mdp, student, teacher, NAMES, GAMMAS, group=GROUP)
     bias2 = (means - truth).square().sum((-1, -2)) / truth.square().sum()
     variances = variances / truth.square().sum()
-    about = {"seed": setting["seed"], "distance": setting["distance"]}
+    labels = {"seed": setting["seed"], "distance": setting["distance"]}
     return [
-        {**about, "estimator": name, "gamma": gamma, "bias2": float(b), "variance": float(v)}
+        {**labels, "estimator": name, "gamma": gamma, "bias2": float(b), "variance": float(v)}
         for name, row_b, row_v in zip(NAMES, bias2, variances, strict=True)
         for gamma, b, v in zip(GAMMAS, row_b, row_v, strict=True)
     ]
 
 
 def summarize(rows: pd.DataFrame) -> pd.DataFrame:
-    """Medians over worlds by estimator, distance and n: `best_gamma`, the discount of least error;
-    `gain`, its error over that of gamma = 0; and `overtaking_batch`, the n from which gamma = 1
-    errs less than gamma = 0, without n. Intervals resample worlds.
+    """Summarise over worlds by estimator, distance and batch size n, as medians.
+
+    Quantities: `best_gamma`, the discount of least error; `gain`, its error over that of gamma = 0;
+    and `overtaking_batch` (without n), the batch size from which gamma = 1 errs less than gamma =
+    0. Intervals resample worlds.
+
+    Args:
+        rows: Rows of `measure`.
+
+    Returns:
+        Table of quantities with intervals.
     """
-    found = []
-    for (seed, distance, name), mine in rows.groupby(["seed", "distance", "estimator"], sort=False):
-        mine = mine.sort_values("gamma")
-        gammas, bias2, variance = (mine[c].to_numpy() for c in ("gamma", "bias2", "variance"))
-        about = {"seed": seed, "distance": distance, "estimator": name}
-        overtakes = float(overtaking_batch(bias2[0], variance[0], variance[-1]))
-        found.append({**about, "overtaking_batch": overtakes})
+    records = []
+    for (seed, distance, name), group_rows in rows.groupby(
+        ["seed", "distance", "estimator"], sort=False
+    ):
+        group_rows = group_rows.sort_values("gamma")
+        gammas, bias2, variance = (group_rows[c].to_numpy() for c in ("gamma", "bias2", "variance"))
+        labels = {"seed": seed, "distance": distance, "estimator": name}
+        crossover = float(crossover_batch_size(bias2[0], variance[0], variance[-1]))
+        records.append({**labels, "overtaking_batch": crossover})
         for n in BATCHES:
             error = mse(bias2, variance, n)
             best = float(optimal_gamma(gammas, bias2, variance, n))
             gain = float(error.min() / error[0])
-            found.append({**about, "n": n, "best_gamma": best, "gain": gain})
-    table = pd.DataFrame(found)
+            records.append({**labels, "n": n, "best_gamma": best, "gain": gain})
+    table = pd.DataFrame(records)
     return pd.concat(
         [
             interval(table.dropna(subset=[name]), name, KEYS, np.median)

@@ -1,4 +1,4 @@
-"""Training free logits on a top-K support: where the student's mass on the support goes."""
+"""Training free logits on a top-K support: the student's probability mass on the support."""
 
 import math
 from typing import Any
@@ -9,13 +9,13 @@ import torch
 
 from opd.objectives import factory
 from synthetic.analysis.summary import interval
-from synthetic.sampling.free_logits import expected
+from synthetic.sampling.free_logits import expected_gradients
 
 CLAIM = (
-    "Un-normalised top-K descends to p(S) = q(S)/e, even from a student that equals its teacher: "
+    "Un-normalised top-K converges to p(S) = q(S)/e, even from a student that equals its teacher: "
     "the missing tail and the gradient of p(S) push mass out of the teacher's own support. "
-    "Renormalised top-K leaves p(S) uncontrolled; a stopped head, a tail bucket and a sampled tail "
-    "end at the teacher."
+    "Renormalised top-K does not control p(S); a stop-gradient head, a tail bucket and a sampled "
+    "tail converge to the teacher."
 )
 FORMS = ("", "_unnormalised", "_stopped", "_bucket", "_sampled_tail", "_published_tail")
 NAMES = (*(f"teacher_topk{form}" for form in FORMS), "full_reverse_kl")
@@ -27,19 +27,19 @@ HEADLINES: dict[str, dict[str, Any]] = {
         "start": "teacher",
         "k": 4,
     },
-    "un-normalised, K = 4, from afar: {}": {
+    "un-normalised, K = 4, from a distant start: {}": {
         "quantity": "mass_over_fixed_point",
         "objective": "teacher_topk_unnormalised",
         "start": "afar",
         "k": 4,
     },
-    "renormalised, K = 4, from afar: final p(S) / q(S) is {}": {
+    "renormalised, K = 4, from a distant start: final p(S) / q(S) is {}": {
         "quantity": "mass_over_teacher",
         "objective": "teacher_topk",
         "start": "afar",
         "k": 4,
     },
-    "the same from afar for the sampled tail: {}": {
+    "the same for the sampled tail, from a distant start: {}": {
         "quantity": "mass_over_teacher",
         "objective": "teacher_topk_sampled_tail",
         "start": "afar",
@@ -55,8 +55,8 @@ HEADLINES: dict[str, dict[str, Any]] = {
 
 
 def _settings(ks: tuple[int, ...], prefixes: int, iterations: int) -> list[dict[str, Any]]:
-    shared = {"prefixes": prefixes, "actions": 32, "iterations": iterations, "rate": 2.0}
-    return [{**shared, "start": start, "k": k} for start in ("teacher", "afar") for k in ks]
+    sizes = {"prefixes": prefixes, "actions": 32, "iterations": iterations, "rate": 2.0}
+    return [{**sizes, "start": start, "k": k} for start in ("teacher", "afar") for k in ks]
 
 
 SETTINGS: dict[str, list[dict[str, Any]]] = {
@@ -69,40 +69,52 @@ Row = dict[str, Any]
 
 
 def measure(setting: dict[str, Any], generator: torch.Generator) -> list[Row]:
-    """Descent on the expected loss of many prefixes at once, each with free logits of its own.
+    """Run gradient descent on the expected loss of many prefixes, each with free logits of its own.
 
     The expectation over the sampled token is a sum over all of them: prefixes are states, and every
     token of every state is one response of length 1. A prefix is a repetition, its index the seed.
+
+    Args:
+        setting: One of `SETTINGS`.
+        generator: Source of randomness.
+
+    Returns:
+        One row per objective, recorded iteration and prefix.
     """
     s, a = setting["prefixes"], setting["actions"]
     teacher = 2 * torch.randn(s, a, generator=generator, dtype=torch.float64)
     offset = 2 * torch.randn(s, a, generator=generator, dtype=torch.float64)
     start = teacher if setting["start"] == "teacher" else teacher + offset
-    marks = sorted({0, *(round(setting["iterations"] ** (i / 24)) for i in range(25))})
+    recorded_iterations = sorted(
+        {0, *(round(setting["iterations"] ** (i / 24)) for i in range(25))}
+    )
     rows: list[Row] = []
-    about = {key: setting[key] for key in ("start", "k")}
+    labels = {key: setting[key] for key in ("start", "k")}
     for name in NAMES:
-        objective = factory.make(name, allow_collapse=True)
+        objective = factory.build_objective(name, allow_collapse=True)
         student = start.clone()
         for iteration in range(setting["iterations"] + 1):
-            if iteration in marks:
-                at = {**about, "objective": name, "iteration": iteration}
-                rows += [at | numbers for numbers in observed(student, teacher, setting["k"])]
-            gradient = expected(student, teacher, objective, setting["k"])
+            if iteration in recorded_iterations:
+                row_labels = {**labels, "objective": name, "iteration": iteration}
+                rows += [
+                    row_labels | numbers
+                    for numbers in support_metrics(student, teacher, setting["k"])
+                ]
+            gradient = expected_gradients(student, teacher, objective, setting["k"])
             student = student - setting["rate"] * gradient
     return rows
 
 
-def observed(student: torch.Tensor, teacher: torch.Tensor, k: int) -> list[Row]:
-    """By prefix: p(S), its ratio to q(S)/e and to q(S), full reverse KL, entropy of the student."""
+def support_metrics(student: torch.Tensor, teacher: torch.Tensor, k: int) -> list[Row]:
+    """Return, per prefix, p(S), its ratios to q(S)/e and q(S), full reverse KL and entropy."""
     p, q = student.softmax(-1), teacher.softmax(-1)
     ids = teacher.topk(k, -1).indices
-    ours, theirs = p.gather(-1, ids).sum(-1), q.gather(-1, ids).sum(-1)
+    student_mass, teacher_mass = p.gather(-1, ids).sum(-1), q.gather(-1, ids).sum(-1)
     columns = {
         "seed": torch.arange(len(p)),
-        "mass": ours,
-        "mass_over_fixed_point": ours * math.e / theirs,
-        "mass_over_teacher": ours / theirs,
+        "mass": student_mass,
+        "mass_over_fixed_point": student_mass * math.e / teacher_mass,
+        "mass_over_teacher": student_mass / teacher_mass,
         "kl": (p * (student.log_softmax(-1) - teacher.log_softmax(-1))).sum(-1),
         "entropy": -(p * student.log_softmax(-1)).sum(-1),
     }
@@ -111,10 +123,16 @@ def observed(student: torch.Tensor, teacher: torch.Tensor, k: int) -> list[Row]:
 
 
 def summarize(rows: pd.DataFrame) -> pd.DataFrame:
-    """Means over prefixes, by objective, start, k and iteration.
+    """Summarise over prefixes as means, by objective, start, k and iteration.
 
     `mass`, `kl` and `entropy` at every recorded iteration; at the last one, without it as a key,
     `mass_over_fixed_point`, `mass_over_teacher` and `final_kl`. Intervals resample prefixes.
+
+    Args:
+        rows: Rows of `measure`.
+
+    Returns:
+        Table of quantities with intervals.
     """
     parts = [interval(rows, name, KEYS, np.mean) for name in ("mass", "kl", "entropy")]
     last = rows[rows["iteration"] == rows["iteration"].max()].drop(columns="iteration")

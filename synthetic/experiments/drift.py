@@ -1,4 +1,4 @@
-"""The three failure modes in the drift chain, as exact numbers, and what training makes of them."""
+"""Exact measurements of the three failure modes in the drift chain, and the effect of training."""
 
 from dataclasses import replace
 from typing import Any
@@ -9,16 +9,22 @@ import torch
 
 from synthetic.analysis.summary import interval
 from synthetic.exact import moments
-from synthetic.exact.token_weights import masked_moments, quantiles, token_weights, top_share
+from synthetic.exact.token_weights import (
+    masked_moments,
+    token_weights,
+    top_share,
+    weighted_quantiles,
+)
 from synthetic.worlds.drift_chain import DriftChain, DriftChainConfig, drift_chain
 
 CLAIM = (
-    "A rare forbidden tag carries a large part of the signal and most of the gradient's noise; "
-    "masking it removes both, and a top-K support never sees it. Where the teacher repeats with "
-    "the student, the loop costs nothing: token level hardly resists entering it, and sequence "
-    "level descends into it on the way, since a looping token saves the cost of an ordinary one. "
-    "A tabular student leaves it again as it nears the teacher. Tails widen with position where "
-    "the teacher is sure of tokens of its own, and what is left of random lengths is loops."
+    "A rare tag that the teacher rejects carries a large part of the signal and most of the "
+    "gradient's noise; masking it removes both, and a top-K support does not contain it. Where the "
+    "teacher repeats as the student does, the loop costs nothing: the token-level objective hardly "
+    "resists entering it, and the sequence-level one temporarily enters it during training, since "
+    "a looping token saves the cost of an ordinary one. A tabular student leaves it again as it "
+    "approaches the teacher. The signal's spread grows with position where the teacher is "
+    "confident in tokens of its own, and late tokens of random-length responses are mostly loops."
 )
 GAMMAS = (0.0, 0.5, 0.9, 1.0)
 CHAIN = ["uninformed", "enter", "distance", "stop"]
@@ -41,12 +47,12 @@ HEADLINES: dict[str, dict[str, Any]] = {
         "quantity": "band_growth",
         **_FLAT,
     },
-    "a teacher sure of its own tokens: {}": {
+    "a teacher confident in tokens of its own: {}": {
         "quantity": "band_growth",
         **_FLAT,
         "uninformed": "sure",
     },
-    "random lengths: share of the last step's tokens that are loops: {}": {
+    "random lengths: share of loop tokens at the last step: {}": {
         "quantity": "late_loop",
         **_FLAT,
         "stop": 0.02,
@@ -68,7 +74,7 @@ HEADLINES: dict[str, dict[str, Any]] = {
         "gamma": 0.0,
         **_FLAT,
     },
-    "gamma = 1 (negative: descent enters the loop more): {}": {
+    "gamma = 1 (negative: descent increases the loop): {}": {
         "quantity": "enter_gradient",
         "gamma": 1.0,
         **_FLAT,
@@ -90,12 +96,12 @@ CHAINS: list[dict[str, Any]] = [
     *(_FLAT | {"distance": distance} for distance in (0.35, 1.4)),
     _FLAT | {"stop": 0.02},
 ]
-"""One knob at a time around the first chain's."""
+"""Chain settings: each differs from `_FLAT` in at most one value."""
 
 
 def _settings(seeds: int, horizon: int, iterations: int) -> list[dict[str, Any]]:
-    how = {"horizon": horizon, "iterations": iterations, "rate": 0.02}
-    return [{"seed": seed, **chain, **how} for chain in CHAINS for seed in range(seeds)]
+    options = {"horizon": horizon, "iterations": iterations, "rate": 0.02}
+    return [{"seed": seed, **chain, **options} for chain in CHAINS for seed in range(seeds)]
 
 
 SETTINGS: dict[str, list[dict[str, Any]]] = {
@@ -108,124 +114,151 @@ Row = dict[str, Any]
 
 
 def measure(setting: dict[str, Any], generator: torch.Generator) -> list[Row]:
-    """Signal, drift, gradients and training of one drawn chain; every number is exact."""
-    chosen = {key: setting[key] for key in CHAIN}
-    knobs = DriftChainConfig(
-        **chosen, horizon=setting["horizon"], teacher_enter=0.75 * setting["enter"]
+    """Measure signal, drift, gradients and training of one random chain; all values are exact."""
+    chain_setting = {key: setting[key] for key in CHAIN}
+    config = DriftChainConfig(
+        **chain_setting, horizon=setting["horizon"], teacher_enter=0.75 * setting["enter"]
     )
-    chain = drift_chain(knobs, generator)
-    about = {"seed": setting["seed"], **chosen}
-    rows = [signal(chain), *positions(chain), *gradients(chain)]
-    rows += training(chain, setting["iterations"], setting["rate"])
-    return [about | row for row in rows]
+    chain = drift_chain(config, generator)
+    labels = {"seed": setting["seed"], **chain_setting}
+    rows = [signal_metrics(chain), *position_metrics(chain), *gradient_metrics(chain)]
+    rows += training_metrics(chain, setting["iterations"], setting["rate"])
+    return [labels | row for row in rows]
 
 
-def signal(chain: DriftChain) -> Row:
-    """Lopsided one-token signals: -r is the signal of a token with cost r."""
+def signal_metrics(chain: DriftChain) -> Row:
+    """Measure the imbalance of one-token signals; the signal of a token with cost r is -r."""
     weight, cost = token_weights(chain)
-    each = weight.sum(0) / weight.sum()
-    size, positive = each * cost.abs(), each * (cost < 0)
+    token_weight = weight.sum(0) / weight.sum()
+    signal_mass, positive = token_weight * cost.abs(), token_weight * (cost < 0)
     band = [
-        high - low for low, high in (quantiles(x, -cost, (0.05, 0.95)) for x in weight[[0, -1]])
+        high - low
+        for low, high in (weighted_quantiles(x, -cost, (0.05, 0.95)) for x in weight[[0, -1]])
     ]
     return {
-        "negative_share": float((each * (cost > 0)).sum()),
-        "top1_share": top_share(each, cost.abs(), 0.01),
+        "negative_share": float((token_weight * (cost > 0)).sum()),
+        "top1_share": top_share(token_weight, cost.abs(), 0.01),
         "positive_top1_share": top_share(positive, cost.abs(), 0.01),
-        "special_share": float(size[:, chain.special_token].sum() / size.sum()),
+        "special_share": float(signal_mass[:, chain.special_token].sum() / signal_mass.sum()),
         "band_growth": band[1] / band[0],
         "late_loop": float(weight[-1, chain.loop].sum() / weight[-1].sum()),
     }
 
 
-def positions(chain: DriftChain) -> list[Row]:
-    """By step, of the responses that are still going: mean and quantiles of the signal, and the
-    mass in each region; and the share of responses that are.
+def position_metrics(chain: DriftChain) -> list[Row]:
+    """Measure signal and states at each step, over the responses that have not ended.
+
+    Args:
+        chain: The drift chain.
+
+    Returns:
+        One row per step: mean and quantiles of the signal, mass in each region, and the fraction of
+        responses that have not ended.
     """
     weight, cost = token_weights(chain)
     rows = []
-    for t, each in enumerate(weight):
-        low, middle, high = quantiles(each, -cost, (0.05, 0.5, 0.95))
-        going = each.sum()
-        state = each.sum(-1) / going
+    for t, token_weight in enumerate(weight):
+        low, middle, high = weighted_quantiles(token_weight, -cost, (0.05, 0.5, 0.95))
+        active_mass = token_weight.sum()
+        state = token_weight.sum(-1) / active_mass
         rows.append(
             {
                 "position": t,
-                "mean_signal": float((each * -cost).sum() / going),
+                "mean_signal": float((token_weight * -cost).sum() / active_mass),
                 "signal_05": low,
                 "signal_50": middle,
                 "signal_95": high,
                 "loop_mass": float(state[chain.loop]),
                 "uninformed_mass": float(state[chain.uninformed].sum()),
-                "going": float(going),
+                "going": float(active_mass),
             }
         )
     return rows
 
 
-def gradients(chain: DriftChain) -> list[Row]:
-    """What entering the loop is worth, and what the special tag does to gradient and noise."""
+def gradient_metrics(chain: DriftChain) -> list[Row]:
+    """Measure the gradient towards the loop, and how the special tag changes gradients."""
     mdp, student, teacher = chain.mdp, chain.student, chain.teacher
     means, variances = moments.moments(mdp, student, teacher, "plain", GAMMAS)
-    spared = teacher.clone()
-    spared[:, chain.special_token] = student[:, chain.special_token]
-    # the tag's cost would be charged to staying out of the loop, where the tag is drawn
-    untagged = moments.expected_gradient(mdp, student, spared, GAMMAS)
+    untagged_teacher = teacher.clone()
+    untagged_teacher[:, chain.special_token] = student[:, chain.special_token]
+    # without this, the tag's cost would count against staying outside the loop, where it is drawn
+    untagged_gradients = moments.expected_gradient(mdp, student, untagged_teacher, GAMMAS)
     rows: list[Row] = []
-    for gamma, mean, variance, alone in zip(GAMMAS, means, variances, untagged, strict=True):
-        clean, quiet = masked_moments(chain, "plain", gamma, chain.special_token)
-        entering = alone[chain.informed, chain.loop_token].sum()
+    for gamma, mean, variance, untagged_gradient in zip(
+        GAMMAS, means, variances, untagged_gradients, strict=True
+    ):
+        masked_mean, masked_variance = masked_moments(chain, "plain", gamma, chain.special_token)
+        entering = untagged_gradient[chain.informed, chain.loop_token].sum()
         rows.append(
             {
                 "gamma": gamma,
                 "enter_gradient": float(entering),
                 "enter_gradient_tagged": float(mean[chain.informed, chain.loop_token].sum()),
-                "variance_factor": float(variance / quiet),
-                "tag_cosine": cosine(mean, clean),
+                "variance_factor": float(variance / masked_variance),
+                "tag_cosine": cosine(mean, masked_mean),
             }
         )
     for k in (2, 4, 6, 8):
-        pair = [moments.moments(mdp, student, x, "teacher_topk", k=k)[0] for x in (teacher, spared)]
+        pair = [
+            moments.moments(mdp, student, x, "teacher_topk", k=k)[0]
+            for x in (teacher, untagged_teacher)
+        ]
         rows.append({"k": k, "topk_tag_cosine": cosine(*pair)})
     return rows
 
 
 def cosine(left: torch.Tensor, right: torch.Tensor) -> float:
+    """Return the cosine of the angle between two gradients."""
     return float((left * right).sum() / (left.norm() * right.norm()).clamp(min=1e-300))
 
 
-def training(chain: DriftChain, iterations: int, rate: float) -> list[Row]:
-    """Descent on the exact mean gradient of each discount, step sizes bounded by the norm.
+def training_metrics(chain: DriftChain, iterations: int, rate: float) -> list[Row]:
+    """Run gradient descent on the exact mean gradient of each discount, with bounded step sizes.
 
-    The special tag is left out of both policies' difference, so that the loop alone is at work.
+    The special tag does not contribute to the policies' difference, which isolates the loop.
+
+    Args:
+        chain: The drift chain.
+        iterations: Number of updates.
+        rate: Step size.
+
+    Returns:
+        Rows of sequence KL and loop mass by discount and recorded iteration.
     """
-    spared = chain.teacher.clone()
-    spared[:, chain.special_token] = chain.student[:, chain.special_token]
-    marks = sorted({0, *(round(iterations ** (i / 12)) for i in range(13))})
+    untagged_teacher = chain.teacher.clone()
+    untagged_teacher[:, chain.special_token] = chain.student[:, chain.special_token]
+    recorded_iterations = sorted({0, *(round(iterations ** (i / 12)) for i in range(13))})
     rows: list[Row] = []
     for gamma in GAMMAS:
-        now = replace(chain, teacher=spared)
+        current = replace(chain, teacher=untagged_teacher)
         for iteration in range(iterations + 1):
-            if iteration in marks:
-                at = moments.sequence_kl(now.mdp, now.student, now.teacher)
-                mass = float(at.occupancy[-1, chain.loop])
-                row = {"gamma": gamma, "iteration": iteration, "sequence_kl": float(at.total)}
+            if iteration in recorded_iterations:
+                divergence = moments.sequence_kl(current.mdp, current.student, current.teacher)
+                mass = float(divergence.occupancy[-1, chain.loop])
+                row = {
+                    "gamma": gamma,
+                    "iteration": iteration,
+                    "sequence_kl": float(divergence.total),
+                }
                 rows.append(row | {"loop_path": mass})
                 if iteration == 0 and gamma == 0:
                     rows.append({"loop_start": mass})
                 if iteration == iterations:
                     rows.append({"gamma": gamma, "loop_end": mass})
-            step = moments.expected_gradient(now.mdp, now.student, now.teacher, gamma)
-            scale = rate * now.mdp.horizon / step.norm().clamp(min=now.mdp.horizon)
-            now = replace(now, student=now.student - scale * step)
+            gradient = moments.expected_gradient(
+                current.mdp, current.student, current.teacher, gamma
+            )
+            scale = rate * current.mdp.horizon / gradient.norm().clamp(min=current.mdp.horizon)
+            current = replace(current, student=current.student - scale * gradient)
     return rows
 
 
 def summarize(rows: pd.DataFrame) -> pd.DataFrame:
-    """Medians over drawn chains of every number, by its own keys. Intervals resample chains."""
+    """Summarise every quantity over random chains as medians. Intervals resample chains."""
     names = [c for c in rows.columns if c not in ("seed", *KEYS)]
     parts = []
     for name in names:
-        for _, mine in rows.dropna(subset=[name]).groupby(CHAIN, sort=False):
-            parts.append(interval(mine, name, KEYS, np.median))
+        for _, group_rows in rows.dropna(subset=[name]).groupby(CHAIN, sort=False):
+            parts.append(interval(group_rows, name, KEYS, np.median))
     return pd.concat(parts, ignore_index=True)

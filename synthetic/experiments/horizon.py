@@ -1,4 +1,4 @@
-"""Variance against the horizon: exponents, a polynomial and its predicted coefficients, bounds."""
+"""Variance by horizon: exponents, polynomial coefficients and their predictions, bounds."""
 
 from dataclasses import replace
 from typing import Any
@@ -15,14 +15,14 @@ from synthetic.worlds.worst_case import bounds, constant_cost
 
 CLAIM = (
     "In mixing chains the variance of one trajectory's gradient grows linearly at gamma = 0 and "
-    "cubically at gamma = 1, with the predicted coefficients; a baseline takes the cubic term "
-    "away. The published O(T^4) is not tight: O(T^3) is, and constant costs attain it."
+    "cubically at gamma = 1, with the predicted coefficients; a baseline removes the cubic term. "
+    "The published O(T^4) is not tight: O(T^3) is, and constant costs attain it."
 )
-# (estimator, discount)
 CURVES = (
     *(("plain", gamma) for gamma in (0.0, 0.5, 0.9, 0.98, 1.0)),
     *((name, 1.0) for name in ("position_value", "value", "optimal", "rb_all", "rb_all_value")),
 )
+"""Estimator and discount of each curve."""
 KEYS = ["world", "estimator", "gamma", "horizon"]
 HEADLINES: dict[str, dict[str, Any]] = {
     f"exponent at the longest horizon, mixing chain, {label}: {{}}": {
@@ -48,11 +48,11 @@ HEADLINES: dict[str, dict[str, Any]] = {
     },
     "fitted over predicted coefficient of T^3: {}": {"quantity": "cubic_ratio", "distance": 1.0},
     "of T^2: {}": {"quantity": "square_ratio", "distance": 1.0},
-    "horizon at which the cubic term takes over, times the mean cost per token: {}": {
+    "horizon at which the cubic term dominates, times the mean cost per token: {}": {
         "quantity": "crossover_times_cost",
         "distance": 1.0,
     },
-    "the same for a teacher three times nearer: {}": {
+    "the same for a teacher three times closer: {}": {
         "quantity": "crossover_times_cost",
         "distance": 0.3,
     },
@@ -63,9 +63,9 @@ HEADLINES: dict[str, dict[str, Any]] = {
 def _settings(
     draws: int, shape: tuple[int, int], longest: int, distances: tuple[float, ...]
 ) -> list[dict[str, Any]]:
-    shared = {"states": shape[0], "actions": shape[1], "longest": longest}
+    sizes = {"states": shape[0], "actions": shape[1], "longest": longest}
     return [
-        {**shared, "world": world, "distance": distance, "seed": seed}
+        {**sizes, "world": world, "distance": distance, "seed": seed}
         for world in ("mixing", "absorbing")
         for distance in (distances if world == "mixing" else distances[:1])
         for seed in range(draws)
@@ -82,56 +82,64 @@ Row = dict[str, Any]
 
 
 def measure(setting: dict[str, Any], generator: torch.Generator) -> list[Row]:
-    """Exact variances of one world at horizons 4, 8, ..., and the coefficients at gamma = 1."""
+    """Compute exact variances of one world by horizon, and the coefficients at gamma = 1."""
     mixing = 1.0 if setting["world"] == "mixing" else 0.0
     longest = random_chain(
         setting["states"], setting["actions"], setting["longest"], generator, mixing
     )
     student, teacher = random_pair(longest, generator, setting["distance"], 0.5)
-    about = {"seed": setting["seed"], "world": setting["world"], "distance": setting["distance"]}
+    labels = {"seed": setting["seed"], "world": setting["world"], "distance": setting["distance"]}
     rows: list[Row] = []
     horizons = [2**i for i in range(2, int(np.log2(setting["longest"])) + 1)]
     for horizon in horizons:
         mdp = replace(longest, horizon=horizon)
         for name in dict.fromkeys(name for name, _ in CURVES):
-            gammas = [gamma for other, gamma in CURVES if other == name]
+            gammas = [gamma for curve_name, gamma in CURVES if curve_name == name]
             _, variance = moments.moments(mdp, student, teacher, name, gammas)
             rows += [
-                {**about, "estimator": name, "gamma": g, "horizon": horizon, "variance": float(v)}
+                {**labels, "estimator": name, "gamma": g, "horizon": horizon, "variance": float(v)}
                 for g, v in zip(gammas, variance, strict=True)
             ]
         tight, published = bounds(mdp, student, teacher, 1.0)
         worst = moments.moments(*constant_cost(horizon), "plain", 1.0)[1]
         rows.append(
-            {**about, "horizon": horizon, "tight": tight, "published": published}
+            {**labels, "horizon": horizon, "tight": tight, "published": published}
             | {"attained": float(worst) / (0.5 * horizon**3)}
         )
     if setting["world"] == "mixing":
-        rows.append({**about, **coefficients(longest, student, teacher)})
+        rows.append({**labels, **coefficients(longest, student, teacher)})
     return rows
 
 
 def coefficients(mdp: TabularMDP, student: Tensor, teacher: Tensor) -> Row:
-    """Fitted and predicted coefficients of T^3 and T^2 at gamma = 1 in an ergodic chain.
+    """Compute fitted and predicted coefficients of T^3 and T^2 at gamma = 1 in an ergodic chain.
 
-    Var = (kappa^2 s2 / 3) T^3 + (E[delta^2] s2 / 2) T^2 + O(T) as predicted, with the stationary
-    mean cost kappa, s2 = E|s|^2, the TD error delta = r - kappa + h(c') - h(c) and the bias
-    function h. The prediction leaves out that the first state is not drawn from the stationary
-    distribution and that costs depend on scores. Fitted to exact values at five horizons by
-    relative least squares, with the terms T and 1 as well.
+    The prediction is Var = (kappa^2 s2 / 3) T^3 + (E[delta^2] s2 / 2) T^2 + O(T), with the
+    stationary mean cost kappa, s2 = E|s|^2, the TD error delta = r - kappa + h(c') - h(c) and the
+    bias function h. It ignores that the first state is not drawn from the stationary distribution
+    and that costs depend on scores. The fit to exact values at five horizons is a relative
+    least-squares fit that includes the terms T and 1.
+
+    Args:
+        mdp: An ergodic chain; its horizon is the longest one fitted.
+        student: (S, A) logits.
+        teacher: (S, A) logits.
+
+    Returns:
+        Fitted over predicted coefficients, the crossover horizon times kappa, and kappa.
     """
     p = mdp.log_policy(student).exp()
     cost = mdp.log_policy(student) - mdp.log_policy(teacher)
     move = torch.einsum("ca,cad->cd", p, mdp.transition)
     local, s = (p * cost).sum(-1), mdp.num_states
-    ones = torch.ones(s, 1, dtype=torch.float64)
+    ones_column = torch.ones(s, 1, dtype=torch.float64)
     stationary = torch.linalg.lstsq(
-        torch.cat([move.T - torch.eye(s, dtype=torch.float64), ones.T]),
-        torch.cat([torch.zeros(s, 1, dtype=torch.float64), ones[:1]]),
+        torch.cat([move.T - torch.eye(s, dtype=torch.float64), ones_column.T]),
+        torch.cat([torch.zeros(s, 1, dtype=torch.float64), ones_column[:1]]),
     ).solution[:, 0]
     kappa = float(stationary @ local)
     # Poisson's equation (I - P) h = K - kappa with h orthogonal to the stationary distribution
-    fundamental = torch.eye(s, dtype=torch.float64) - move + ones * stationary
+    fundamental = torch.eye(s, dtype=torch.float64) - move + ones_column * stationary
     h = torch.linalg.solve(fundamental, local - kappa)
     error = cost[..., None] - kappa + h - h[:, None, None]
     delta2 = float((stationary[:, None, None] * p[..., None] * mdp.transition * error**2).sum())
@@ -141,8 +149,8 @@ def coefficients(mdp: TabularMDP, student: Tensor, teacher: Tensor) -> Row:
         float(moments.moments(replace(mdp, horizon=int(t)), student, teacher, "plain", 1.0)[1])
         for t in horizons
     ]
-    columns = np.stack([horizons**i for i in (3, 2, 1, 0)], 1) / np.array(values)[:, None]
-    cubic, square, *_ = np.linalg.lstsq(columns, np.ones(len(values)), rcond=None)[0]
+    design = np.stack([horizons**i for i in (3, 2, 1, 0)], 1) / np.array(values)[:, None]
+    cubic, square, *_ = np.linalg.lstsq(design, np.ones(len(values)), rcond=None)[0]
     predicted = kappa**2 * score2 / 3, delta2 * score2 / 2
     return {
         "cubic_ratio": cubic / predicted[0],
@@ -153,12 +161,18 @@ def coefficients(mdp: TabularMDP, student: Tensor, teacher: Tensor) -> Row:
 
 
 def summarize(rows: pd.DataFrame) -> pd.DataFrame:
-    """Medians over worlds at the first distance, by world, estimator, gamma and horizon.
+    """Summarise over worlds as medians by world, estimator, gamma and horizon.
 
-    `variance`; `slope`, its local exponent between neighbouring horizons, and `last_slope`;
-    the bounds `tight` and `published` of gamma = 1; `attained`, the variance of constant costs over
-    R^2 B^2 T^3, at the longest horizon; and by distance the ratios of `coefficients`. Intervals
-    resample worlds.
+    Quantities at the first distance: `variance`; `slope`, its local exponent between neighbouring
+    horizons, and `last_slope`; the bounds `tight` and `published` of gamma = 1; `attained`, the
+    variance of constant costs over R^2 B^2 T^3, at the longest horizon. By distance: the ratios of
+    `coefficients`. Intervals resample worlds.
+
+    Args:
+        rows: Rows of `measure`.
+
+    Returns:
+        Table of quantities with intervals.
     """
     first = rows[rows["distance"] == rows["distance"].iloc[0]]
     curves = first.dropna(subset=["variance"])

@@ -1,4 +1,4 @@
-"""Learning curves of a student that cannot represent its teacher, step sizes tuned alike."""
+"""Learning curves of a student that cannot represent its teacher, with tuned step sizes."""
 
 import math
 from collections.abc import Sequence
@@ -14,13 +14,15 @@ from synthetic.learning import descent, students
 from synthetic.seeds import derive
 
 CLAIM = (
-    "With a student that cannot represent its teacher the optima of token and sequence level "
-    "differ by a few per cent at most, and on a small budget noise decides: sequence level as "
-    "sampled ends several times farther from the optimum than token level; with mean costs and a "
-    "leave-one-out baseline it comes near the local KL. A renormalised top 2 of 6 stays far "
-    "off, an un-normalised one learns nothing however it is tuned, a sampled tail repairs it."
+    "With a student that cannot represent its teacher, the token-level and sequence-level optima "
+    "differ by a few per cent at most, and on a small budget noise decides: the sampled "
+    "sequence-level objective ends several times farther from the optimum than the token-level "
+    "one; with mean costs and a leave-one-out baseline it comes close to the local KL. A "
+    "renormalised top 2 of 6 stays far from the optimum, an un-normalised one learns nothing at "
+    "any learning rate, and a sampled tail corrects this."
 )
 K = 2
+"""Size of the top-K support."""
 OBJECTIVES: dict[str, tuple[str, float, str]] = {
     "token": ("sampled_token", 0.0, "none"),
     "gamma 0.9": ("sampled_token", 0.9, "none"),
@@ -34,46 +36,48 @@ OBJECTIVES: dict[str, tuple[str, float, str]] = {
 }
 """Name in `opd.objectives.factory`, discount, baseline."""
 RATES = {"sgd": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0), "adam": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)}
+"""Learning rates tried, by optimizer."""
 TUNING = 4
-"""Seeds a rate is tried on."""
+"""Number of seeds per learning rate."""
 CLIP = 0.5
+"""Largest gradient norm of the clipped runs."""
 DIVERGED = 2.0
-"""A run whose J is not finite, or more than this many times its start's, has diverged."""
+"""A run has diverged if its J is not finite or exceeds this multiple of its initial J."""
 KEYS = ["objective", "optimizer", "clip", "iteration"]
 METRICS = ("sequence_kl", "student_kl", "teacher_kl", "reward")
-SHOWN = (*METRICS, "excess", "teacher_excess", "reward_short")
+CURVES = (*METRICS, "excess", "teacher_excess", "reward_short")
 LAST = ("final", "worst", "diverged", "rate", "at_edge")
 OPTIMA = ("optimum_ratio", "optimum_kl_ratio", "basin_ratio")
 _ADAM = {"optimizer": "adam", "clip": "none"}
 
 
-def _end(objective: str, **other: str) -> dict[str, Any]:
-    return {"quantity": "final", "objective": objective, **_ADAM, **other}
+def _final_keys(objective: str, **overrides: str) -> dict[str, Any]:
+    return {"quantity": "final", "objective": objective, **_ADAM, **overrides}
 
 
 HEADLINES: dict[str, dict[str, Any]] = {
-    "J at the token-level optimum over J at the sequence-level optimum beside it: {}": {
+    "J at the token-level optimum over J at the nearby sequence-level optimum: {}": {
         "quantity": "optimum_ratio"
     },
     "excess of J over the sequence-level optimum after training, relative, token level, Adam: {}": (
-        _end("token")
+        _final_keys("token")
     ),
-    "sequence level as sampled: {}": _end("sequence"),
-    "with a leave-one-out baseline: {}": _end("sequence, leave one out"),
-    "with mean costs as well: {}": _end("sequence, mean costs"),
-    "local KL: {}": _end("local KL"),
-    "top 2, renormalised: {}": _end("top 2"),
-    "top 2, un-normalised: {}": _end("top 2, un-normalised"),
-    "top 2 with a sampled tail: {}": _end("top 2, sampled tail"),
-    "sequence level as sampled, gradient descent: {}": _end("sequence", optimizer="sgd"),
-    "the same, clipped: {}": _end("sequence", optimizer="sgd", clip="0.5"),
+    "sequence level as sampled: {}": _final_keys("sequence"),
+    "with a leave-one-out baseline: {}": _final_keys("sequence, leave one out"),
+    "with mean costs as well: {}": _final_keys("sequence, mean costs"),
+    "local KL: {}": _final_keys("local KL"),
+    "top 2, renormalised: {}": _final_keys("top 2"),
+    "top 2, un-normalised: {}": _final_keys("top 2, un-normalised"),
+    "top 2 with a sampled tail: {}": _final_keys("top 2, sampled tail"),
+    "sequence level as sampled, gradient descent: {}": _final_keys("sequence", optimizer="sgd"),
+    "the same, clipped: {}": _final_keys("sequence", optimizer="sgd", clip="0.5"),
 }
 
 
 def _settings(
     worlds: int, seeds: int, iterations: int, shape: tuple[int, int, int]
 ) -> list[dict[str, Any]]:
-    # linear: J of a network has so many minima that which one is met hides all else
+    # linear student: J of a network has so many minima that the one reached dominates the result
     sizes = {"shape": list(shape), "features": 2, "hidden": 0, "batch": 16}
     sizes |= {"seeds": seeds, "iterations": iterations}
     cells = [
@@ -95,119 +99,168 @@ Row = dict[str, Any]
 
 
 def measure(setting: dict[str, Any], generator: torch.Generator) -> list[Row]:
-    """Tune the rate by the final J of some seeds, then train `seeds` fresh ones with the best.
+    """Tune the learning rate on a few seeds' final J, then train `seeds` new ones with the best.
 
-    The world and the starting point depend on its number and the sizes alone, so that all
-    objectives meet the same ones. Rows are means over seeds of exact measures.
+    World and starting point depend only on the world's number and the sizes, so that all objectives
+    use the same ones. Rows are means over seeds of exact metrics.
+
+    Args:
+        setting: One of `SETTINGS`.
+        generator: Source of randomness.
+
+    Returns:
+        One row per recorded iteration, and for one objective a row of the optima.
     """
     sizes = {key: setting[key] for key in ("shape", "features", "hidden", "world")}
-    draw = derive("learning world", sizes)
+    world_generator = derive("learning world", sizes)
     shape = tuple(setting["shape"])
-    task = students.capacity_limited(shape, setting["features"], setting["hidden"], 0.05, draw)
-    start = task.student.start(1, draw)
-    rates, end = RATES[setting["optimizer"]], setting["iterations"]
-    tried = [rate for rate in rates for _ in range(TUNING)]
-    ends = students.progress(task, _trained(task, start, setting, tried, [end], generator)[end])
-    best = best_rate(rates, ends.sequence_kl.view(len(rates), TUNING))
-    marks = sorted({round(end * i / 10) for i in range(11)})
-    path = _trained(task, start, setting, [best] * setting["seeds"], marks, generator)
-    about = {"seed": setting["world"]}
-    about |= {key: setting[key] for key in ("objective", "optimizer", "clip")}
-    first = students.progress(task, start).sequence_kl
+    problem = students.capacity_limited_problem(
+        shape, setting["features"], setting["hidden"], 0.05, world_generator
+    )
+    start = problem.student.start(1, world_generator)
+    rates, num_iterations = RATES[setting["optimizer"]], setting["iterations"]
+    tried_rates = [rate for rate in rates for _ in range(TUNING)]
+    end_metrics = students.evaluate_students(
+        problem,
+        _train_runs(problem, start, setting, tried_rates, [num_iterations], generator)[
+            num_iterations
+        ],
+    )
+    best = best_rate(rates, end_metrics.sequence_kl.view(len(rates), TUNING))
+    recorded_iterations = sorted({round(num_iterations * i / 10) for i in range(11)})
+    snapshots = _train_runs(
+        problem, start, setting, [best] * setting["seeds"], recorded_iterations, generator
+    )
+    labels = {"seed": setting["world"]}
+    labels |= {key: setting[key] for key in ("objective", "optimizer", "clip")}
+    start_kl = students.evaluate_students(problem, start).sequence_kl
     rows: list[Row] = []
-    for iteration, parameters in path.items():
-        now = students.progress(task, parameters)
-        row = {metric: float(getattr(now, metric).mean()) for metric in METRICS}
-        row["worst_kl"] = float(now.sequence_kl.max())
-        row["diverged"] = diverged(now.sequence_kl, first)
+    for iteration, parameters in snapshots.items():
+        metrics = students.evaluate_students(problem, parameters)
+        row = {metric: float(getattr(metrics, metric).mean()) for metric in METRICS}
+        row["worst_kl"] = float(metrics.sequence_kl.max())
+        row["diverged"] = diverged_share(metrics.sequence_kl, start_kl)
         row |= {"rate": best, "at_edge": float(best in (rates[0], rates[-1]))}
-        rows.append({**about, "iteration": iteration, **row})
+        rows.append({**labels, "iteration": iteration, **row})
     if setting["objective"] == "token" and setting["optimizer"] == "sgd":
-        rows.append({**about, **_optima(task, start, draw)})
+        rows.append({**labels, **_optima(problem, start, world_generator)})
     return rows
 
 
-def _trained(
-    task: students.Task,
+def _train_runs(
+    problem: students.LearningProblem,
     start: torch.Tensor,
     setting: dict[str, Any],
     rates: list[float],
-    marks: list[int],
+    recorded_iterations: list[int],
     generator: torch.Generator,
 ) -> dict[int, torch.Tensor]:
-    """{iteration: parameters (R, D)} of one run a rate, all from the same start (1, D)."""
+    """Train one run per rate, all from the same start (1, D).
+
+    Args:
+        problem: World, student and teacher.
+        start: (1, D) initial parameters.
+        setting: One of `SETTINGS`.
+        rates: R learning rates.
+        recorded_iterations: Iterations whose parameters are recorded.
+        generator: Source of randomness.
+
+    Returns:
+        Parameters (R, D) by iteration.
+    """
     name, gamma, baseline = OBJECTIVES[setting["objective"]]
-    each = torch.tensor(rates, dtype=torch.float64)
-    by = descent.sgd(each) if setting["optimizer"] == "sgd" else descent.adam(each, start.shape[1])
+    rate_tensor = torch.tensor(rates, dtype=torch.float64)
+    optimizer = (
+        descent.sgd(rate_tensor)
+        if setting["optimizer"] == "sgd"
+        else descent.adam(rate_tensor, start.shape[1])
+    )
     return descent.train(
-        task,
+        problem,
         start.expand(len(rates), -1).clone(),
-        factory.make(name, gamma, baseline, allow_collapse=True),
-        by,
+        factory.build_objective(name, gamma, baseline, allow_collapse=True),
+        optimizer,
         setting["iterations"],
         setting["batch"],
         math.inf if setting["clip"] == "none" else float(setting["clip"]),
-        marks,
+        recorded_iterations,
         generator,
         K if "topk" in name else None,
     )
 
 
-def best_rate(rates: Sequence[float], ends: torch.Tensor) -> float:
-    """The rate of least mean J over its seeds; ends (rates, seeds). Never one with a J not finite,
-    unless all have one: then the first.
+def best_rate(rates: Sequence[float], final_kl: torch.Tensor) -> float:
+    """Return the learning rate of least mean J over its seeds.
+
+    Args:
+        rates: Learning rates.
+        final_kl: (rates, seeds) final J.
+
+    Returns:
+        A rate whose J is finite for all seeds, if there is one, else the first.
     """
-    return rates[int(ends.mean(1).nan_to_num(math.inf).argmin())]
+    return rates[int(final_kl.mean(1).nan_to_num(math.inf).argmin())]
 
 
-def diverged(sequence_kl: torch.Tensor, first: torch.Tensor) -> float:
-    """Share of runs (R,) whose J is not finite or above DIVERGED times the start's (1,)."""
-    return float((~(sequence_kl <= DIVERGED * first)).double().mean())
+def diverged_share(sequence_kl: torch.Tensor, start_kl: torch.Tensor) -> float:
+    """Return the fraction of runs whose J is not finite or above DIVERGED times the start's."""
+    return float((~(sequence_kl <= DIVERGED * start_kl)).double().mean())
 
 
-def _optima(task: students.Task, start: torch.Tensor, draw: torch.Generator) -> Row:
-    """The token-level fixed point, the sequence-level optimum beside it, and the best one found."""
-    token = students.token_optimum(task, start[0])
-    beside = students.optimum(task, token[None])
-    others = torch.cat([start, beside[None], *(task.student.start(1, draw) for _ in range(3))])
-    found = torch.stack([token, beside, students.optimum(task, others)])
-    at = students.progress(task, found)
-    fixed, near, least = at.sequence_kl.tolist()
+def _optima(
+    problem: students.LearningProblem, start: torch.Tensor, generator: torch.Generator
+) -> Row:
+    """Return metrics of the token-level optimum, the nearby and the best sequence-level one."""
+    token = students.token_optimum(problem, start[0])
+    nearby_optimum = students.sequence_optimum(problem, token[None])
+    starts = torch.cat(
+        [start, nearby_optimum[None], *(problem.student.start(1, generator) for _ in range(3))]
+    )
+    candidates = torch.stack([token, nearby_optimum, students.sequence_optimum(problem, starts)])
+    metrics = students.evaluate_students(problem, candidates)
+    token_kl, nearby_kl, least_kl = metrics.sequence_kl.tolist()
     return {
-        "least_kl": least,
-        "least_teacher_kl": float(at.teacher_kl[2]),
-        "best_reward": float(at.reward[2]),
-        "optimum_ratio": fixed / near,
-        "optimum_kl_ratio": float(at.teacher_kl[0] / at.teacher_kl[1]),
-        "basin_ratio": near / least,
+        "least_kl": least_kl,
+        "least_teacher_kl": float(metrics.teacher_kl[2]),
+        "best_reward": float(metrics.reward[2]),
+        "optimum_ratio": token_kl / nearby_kl,
+        "optimum_kl_ratio": float(metrics.teacher_kl[0] / metrics.teacher_kl[1]),
+        "basin_ratio": nearby_kl / least_kl,
     }
 
 
 def summarize(rows: pd.DataFrame) -> pd.DataFrame:
-    """Medians over worlds by objective, optimizer, clip and iteration; intervals resample worlds.
+    """Summarise over worlds as medians by objective, optimizer, clip and iteration.
 
-    J as `sequence_kl`, the KL a token on the student's and the teacher's visits and the task
-    `reward`; against the best sequence-level optimum found, `excess` of J and `teacher_excess` of
-    the KL on the teacher's visits (ratio minus 1) and `reward_short` (difference). Without
-    iteration: `final` is the last excess, `worst` that of the worst seed, `diverged` the share of
-    seeds; `rate` is the tuned one, `at_edge` the share of worlds where it ends the grid (means).
-    `optimum_ratio` and `optimum_kl_ratio` are J and the KL on the teacher's visits at the token-
-    level optimum over those at the sequence-level optimum beside it, `basin_ratio` is J there over
-    the least found. A seed's noise is averaged within a world.
+    J is `sequence_kl`; `student_kl` and `teacher_kl` are the KL per token on the student's and the
+    teacher's visits, `reward` the task reward. Relative to the best sequence-level optimum found:
+    `excess` of J and `teacher_excess` of the KL on the teacher's visits (ratio minus 1) and
+    `reward_short` (difference). Without iteration: `final` is the last excess, `worst` that of the
+    worst seed, `diverged` the fraction of seeds; `rate` is the tuned learning rate, `at_edge` the
+    fraction of worlds where it is at the edge of the grid (means). `optimum_ratio` and
+    `optimum_kl_ratio` are J and the KL on the teacher's visits at the token-level optimum over
+    those at the nearby sequence-level optimum; `basin_ratio` is J there over the least found. Seeds
+    are averaged within a world; intervals resample worlds.
+
+    Args:
+        rows: Rows of `measure`.
+
+    Returns:
+        Table of quantities with intervals.
     """
     optima = rows[rows["clip"] == "none"].dropna(subset=["least_kl"])
-    of_world = optima.set_index("seed")
+    world_optima = optima.set_index("seed")
     curves = rows.dropna(subset=["sequence_kl"])
-    floor, world = curves["seed"].map(of_world["least_kl"]), curves["seed"]
+    floor, world = curves["seed"].map(world_optima["least_kl"]), curves["seed"]
     curves = curves.assign(
         excess=curves["sequence_kl"] / floor - 1,
         worst=curves["worst_kl"] / floor - 1,
-        teacher_excess=curves["teacher_kl"] / world.map(of_world["least_teacher_kl"]) - 1,
-        reward_short=world.map(of_world["best_reward"]) - curves["reward"],
+        teacher_excess=curves["teacher_kl"] / world.map(world_optima["least_teacher_kl"]) - 1,
+        reward_short=world.map(world_optima["best_reward"]) - curves["reward"],
     )
     last = curves[curves["iteration"] == curves["iteration"].max()].drop(columns="iteration")
     last = last.assign(final=last["excess"])
-    parts = [interval(curves, name, KEYS) for name in SHOWN]
+    parts = [interval(curves, name, KEYS) for name in CURVES]
     for name in LAST:
         statistic = np.mean if name in ("diverged", "at_edge") else np.median
         parts.append(interval(last, name, KEYS, statistic))

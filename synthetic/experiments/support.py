@@ -1,4 +1,4 @@
-"""What each top-K support hides: its gradient against that of the full reverse KL, by p(S)."""
+"""Gradient of each top-K support compared with that of the full reverse KL, by p(S)."""
 
 from typing import Any
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from opd.objectives import factory
 from synthetic.analysis.summary import interval
-from synthetic.sampling.free_logits import expected
+from synthetic.sampling.free_logits import expected_gradients
 
 CLAIM = (
-    "A small support hides most of the gradient. Un-normalised top-K points away from the full "
-    "gradient where the support holds little student mass; renormalising makes it blind to that "
-    "mass and it drifts; a tail bucket loses least, and a sampled tail loses nothing on average."
+    "A small support loses most of the gradient. Un-normalised top-K points away from the full "
+    "gradient where the support has little student mass; renormalised top-K does not depend on "
+    "that mass, which drifts; a tail bucket loses least, and a sampled tail is unbiased."
 )
 FORMS = {
     "renormalised": "",
@@ -51,8 +51,8 @@ HEADLINES: dict[str, dict[str, Any]] = {
 
 
 def _settings(seeds: int, prefixes: int) -> list[dict[str, Any]]:
-    shared = {"prefixes": prefixes, "actions": 64, "sharpness": 1.5, "distance": 1.0}
-    return [{**shared, "seed": seed} for seed in range(seeds)]
+    sizes = {"prefixes": prefixes, "actions": 64, "sharpness": 1.5, "distance": 1.0}
+    return [{**sizes, "seed": seed} for seed in range(seeds)]
 
 
 SETTINGS: dict[str, list[dict[str, Any]]] = {
@@ -65,72 +65,88 @@ Row = dict[str, Any]
 
 
 def measure(setting: dict[str, Any], generator: torch.Generator) -> list[Row]:
-    """Means over random prefixes, overall and by bin of p(S), of one draw of prefixes.
+    """Compute means over random prefixes, overall and by bin of p(S), of one set of prefixes.
 
-    cosine: of the expected gradient with that of the full KL (0 where it vanishes); drift:
-    -<grad p(S), gradient>, the first-order change of p(S) in descent, per unit of the full
-    gradient's norm; full_drift: the same of the full gradient.
+    Columns: `cosine` of the expected gradient with that of the full KL (0 where it vanishes);
+    `drift`, -<grad p(S), gradient>, the first-order change of p(S) in descent, per unit of the full
+    gradient's norm; `full_drift`, the same for the full gradient.
+
+    Args:
+        setting: One of `SETTINGS`.
+        generator: Source of randomness.
+
+    Returns:
+        Rows by source, k, form and bin.
     """
     s, a = setting["prefixes"], setting["actions"]
     student = setting["sharpness"] * torch.randn(s, a, generator=generator, dtype=torch.float64)
     offset = torch.randn(s, a, generator=generator, dtype=torch.float64)
     teacher = student + setting["distance"] * setting["sharpness"] * offset
-    p, full = student.softmax(-1), expected(student, teacher, factory.full_reverse_kl(), None)
+    p, full = (
+        student.softmax(-1),
+        expected_gradients(student, teacher, factory.full_reverse_kl(), None),
+    )
     rows: list[Row] = []
     for source, table in (("teacher", teacher), ("student", student)):
         for k in KS:
             inside = torch.zeros_like(p).scatter(-1, table.topk(k, -1).indices, 1.0)
             mass = (p * inside).sum(-1)
             grad_mass = p * (inside - mass[:, None])
-            for form, ending in FORMS.items():
-                name = f"{source}_topk{ending}"
-                objective = factory.make(name, allow_collapse=True)
-                found = expected(student, teacher, objective, k)
-                norms = found.norm(dim=-1) * full.norm(dim=-1)
-                unit = full.norm(dim=-1)
+            for form, suffix in FORMS.items():
+                name = f"{source}_topk{suffix}"
+                objective = factory.build_objective(name, allow_collapse=True)
+                gradient = expected_gradients(student, teacher, objective, k)
+                norms = gradient.norm(dim=-1) * full.norm(dim=-1)
+                full_norm = full.norm(dim=-1)
                 numbers = {
-                    "cosine": (found * full).sum(-1) / norms.clamp(min=1e-300),
-                    "length": found.norm(dim=-1) / unit,
-                    "drift": -(grad_mass * found).sum(-1) / unit,
-                    "full_drift": -(grad_mass * full).sum(-1) / unit,
+                    "cosine": (gradient * full).sum(-1) / norms.clamp(min=1e-300),
+                    "length": gradient.norm(dim=-1) / full_norm,
+                    "drift": -(grad_mass * gradient).sum(-1) / full_norm,
+                    "full_drift": -(grad_mass * full).sum(-1) / full_norm,
                     "support_mass": mass,
                 }
-                about = {"seed": setting["seed"], "form": form, "source": source, "k": k}
-                rows += _binned(about, numbers, mass)
+                labels = {"seed": setting["seed"], "form": form, "source": source, "k": k}
+                rows += _binned(labels, numbers, mass)
     return rows
 
 
-def _binned(about: Row, numbers: dict[str, Tensor], mass: Tensor) -> list[Row]:
-    """One row of means over all prefixes, and one of sums for each bin of p(S) that has any."""
-    whole = {name: float(x.mean()) for name, x in numbers.items()}
-    rows = [{**about, "bin": -1, "count": len(mass), **whole}]
-    which = torch.bucketize(mass, torch.tensor(MASSES[1:-1], dtype=mass.dtype))
-    for i in which.unique().tolist():
-        here = which == i
-        mine = {name: float(x[here].sum()) for name, x in numbers.items()}
-        rows.append({**about, "bin": i, "count": int(here.sum()), **mine})
+def _binned(labels: Row, numbers: dict[str, Tensor], mass: Tensor) -> list[Row]:
+    """Return one row of means over all prefixes, and one of sums for each non-empty bin of p(S)."""
+    means = {name: float(x.mean()) for name, x in numbers.items()}
+    rows = [{**labels, "bin": -1, "count": len(mass), **means}]
+    bin_index = torch.bucketize(mass, torch.tensor(MASSES[1:-1], dtype=mass.dtype))
+    for i in bin_index.unique().tolist():
+        in_bin = bin_index == i
+        sums = {name: float(x[in_bin].sum()) for name, x in numbers.items()}
+        rows.append({**labels, "bin": i, "count": int(in_bin.sum()), **sums})
     return rows
 
 
 def summarize(rows: pd.DataFrame) -> pd.DataFrame:
-    """Means over prefixes, by form, source and k; and by form, source and bin of p(S).
+    """Summarise over prefixes as means by form, source and k, and by form, source and bin of p(S).
 
-    The latter pool all k, totals over counts, and carry the bin's centre as `mass`. Intervals
-    resample draws of prefixes.
+    The latter pool all k as totals over counts, and have the bin's centre as `mass`. Intervals
+    resample sets of prefixes.
+
+    Args:
+        rows: Rows of `measure`.
+
+    Returns:
+        Table of quantities with intervals.
     """
-    whole = rows[rows["bin"] < 0]
+    unbinned = rows[rows["bin"] < 0]
     names = ("cosine", "length", "drift", "full_drift", "support_mass")
-    parts = [interval(whole, name, KEYS, np.mean) for name in names]
+    parts = [interval(unbinned, name, KEYS, np.mean) for name in names]
     binned = rows[rows["bin"] >= 0]
     summed = binned.groupby(["seed", "form", "source", "bin"], as_index=False)[
         ["count", "cosine", "drift", "full_drift"]
     ].sum()
-    seen = summed.groupby(["form", "source", "bin"])["seed"].transform("nunique")
-    summed = summed[seen == rows["seed"].nunique()]
+    num_seeds = summed.groupby(["form", "source", "bin"])["seed"].transform("nunique")
+    summed = summed[num_seeds == rows["seed"].nunique()]
     middle = (np.array(MASSES[1:]) + np.array(MASSES[:-1])) / 2
     for name in ("cosine", "drift", "full_drift"):
-        shares = summed.assign(
+        by_mass = summed.assign(
             **{f"{name}_by_mass": summed[name] / summed["count"], "mass": middle[summed["bin"]]}
         )
-        parts.append(interval(shares, f"{name}_by_mass", KEYS, np.mean))
+        parts.append(interval(by_mass, f"{name}_by_mass", KEYS, np.mean))
     return pd.concat(parts, ignore_index=True)

@@ -1,4 +1,4 @@
-"""The published toy replicated, and its variance metric beside one at equal policies."""
+"""Replication of the published toy problem, with its variance metric and one at equal policies."""
 
 import math
 from typing import Any
@@ -13,9 +13,9 @@ from synthetic.toy import control, distillation
 from synthetic.toy.control import BATCH, GAMMAS, TARGETS, DistillationConfig
 
 CLAIM = (
-    "The published metric mixes the estimator's variance with where its own training path went. At "
-    "equal policies the variance still rises with gamma. Whether gamma = 1 fails to reach the "
-    "targets hinges on choices that the paper leaves open: with Adam it reaches them, with plain "
+    "The published metric confounds the estimator's variance with its training path. At equal "
+    "policies the variance still rises with gamma. Whether gamma = 1 fails to reach the targets "
+    "depends on choices that the paper leaves open: with Adam it reaches them, with plain "
     "gradient descent every gamma diverges."
 )
 PUBLISHED_SEEDS = (42, 43, 2026)
@@ -25,11 +25,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fast": {"rate": 1e-2},
     "descent": {"optimizer": "sgd"},
 }
-"""What of `DistillationConfig` differs from its defaults."""
+"""Values of `DistillationConfig` that differ from its defaults."""
 KEYS = ["variant", "gamma", "task", "iteration", "path"]
 TASKS = ("left", "right")
 INFINITE = 1e30
-"""Stands for the metric of a diverged run, so that medians keep it."""
+"""Replaces the metric of a diverged run, so that medians include it."""
 _END = {"variant": "default", "task": "left"}
 HEADLINES: dict[str, dict[str, Any]] = {
     "published metric of gamma = 1 over gamma = 0, second half of training, own paths: {}": {
@@ -69,12 +69,12 @@ HEADLINES: dict[str, dict[str, Any]] = {
 
 
 def _settings(
-    seeds: tuple[int, ...], variants: tuple[str, ...], few: int, **sizes: int
+    seeds: tuple[int, ...], variants: tuple[str, ...], num_other_seeds: int, **sizes: int
 ) -> list[dict[str, Any]]:
     return [
         {"seed": seed, "variant": variant, **sizes}
         for variant in variants
-        for seed in (seeds if variant == "default" else seeds[:few])
+        for seed in (seeds if variant == "default" else seeds[:num_other_seeds])
     ]
 
 
@@ -107,36 +107,45 @@ Row = dict[str, Any]
 
 
 def measure(setting: dict[str, Any], generator: torch.Generator) -> list[Row]:
-    """Rows of one seed and variant, told apart by `kind`.
+    """Measure one seed and variant; rows are distinguished by `kind`.
 
     metric: the published one along each discount's own path; equal: at the policies of fixed
-    iterations of the paths of gamma = 0 and gamma = 1, every discount's unbiased variance a
+    iterations of the paths of gamma = 0 and gamma = 1, every discount's unbiased variance per
     trajectory on common rollouts, and the debiased squared bias against gamma = 1; final: distance
     to the target, local KL, J and divergence; visits: counts by time and position.
+
+    Args:
+        setting: One of `SETTINGS`.
+        generator: Source of randomness.
+
+    Returns:
+        Rows of all kinds.
     """
-    how = {"teacher_iterations": setting["teacher_iterations"], **VARIANTS[setting["variant"]]}
-    choices, last = DistillationConfig(**how), setting["iterations"]
-    teachers = control.train_teachers(choices, generator)
-    students = control.fresh(len(GAMMAS), 3, choices.hidden, choices.sigma_floor, generator)
-    kept = sorted({0, last, *(i for i in (30, 100, 300, 1000) if i < last)})
-    done = distillation.distil(students, teachers, GAMMAS, last, kept, BATCH, choices, generator)
-    about = {"seed": setting["seed"], "variant": setting["variant"]}
+    options = {"teacher_iterations": setting["teacher_iterations"], **VARIANTS[setting["variant"]]}
+    config, last = DistillationConfig(**options), setting["iterations"]
+    teachers = control.train_teachers(config, generator)
+    students = control.init_networks(len(GAMMAS), 3, config.hidden, config.sigma_floor, generator)
+    snapshot_iterations = sorted({0, last, *(i for i in (30, 100, 300, 1000) if i < last)})
+    run = distillation.distill(
+        students, teachers, GAMMAS, last, snapshot_iterations, BATCH, config, generator
+    )
+    labels = {"seed": setting["seed"], "variant": setting["variant"]}
     rows: list[Row] = []
     for iteration in range(0, last, 10 if last > 100 else 2):
-        for task in (0, 1):  # the next iteration is of the other task
+        for task in (0, 1):  # consecutive iterations alternate between the tasks
             if iteration + task >= last:
                 continue
-            values = done.metric[iteration + task].nan_to_num(INFINITE, INFINITE).tolist()
-            at = {"kind": "metric", "task": TASKS[task], "iteration": iteration}
-            rows += [{**about, **at, "gamma": g, "metric": v} for g, v in _pairs(values)]
+            values = run.metric[iteration + task].nan_to_num(INFINITE, INFINITE).tolist()
+            row_labels = {"kind": "metric", "task": TASKS[task], "iteration": iteration}
+            rows += [{**labels, **row_labels, "gamma": g, "metric": v} for g, v in _pairs(values)]
     for path in (0.0, 1.0):
-        for iteration, networks in done.path.items():
+        for iteration, networks in run.snapshots.items():
             rows += [
-                {**about, "kind": "equal", "path": path, "iteration": iteration, **row}
-                for row in _equal(networks, path, teachers, setting["count"], choices, generator)
+                {**labels, "kind": "equal", "path": path, "iteration": iteration, **row}
+                for row in _equal(networks, path, teachers, setting["count"], config, generator)
             ]
     rows += [
-        {**about, **row} for row in _final(done, teachers, setting["count"], choices, generator)
+        {**labels, **row} for row in _final(run, teachers, setting["count"], config, generator)
     ]
     return rows
 
@@ -150,21 +159,21 @@ def _equal(
     path: float,
     teachers: tuple[control.Networks, control.Networks],
     count: int,
-    choices: DistillationConfig,
+    config: DistillationConfig,
     generator: torch.Generator,
 ) -> list[Row]:
-    """Unbiased variances of all discounts at one policy, of all layers and of the last."""
-    student, rows = networks.of(GAMMAS.index(path), 1), []
+    """Return unbiased variances of all discounts at one policy, of all layers and the last."""
+    student, rows = networks.repeat(GAMMAS.index(path), 1), []
     for task, teacher in enumerate(teachers):
         noise = torch.randn(count, control.HORIZON, generator=generator, dtype=torch.float64)
-        each = distillation.trajectory_gradients(student, teacher, task, GAMMAS, noise, choices)
-        flat = [torch.cat([x.flatten(1) for x in layers], 1) for layers in each]
+        gradients = distillation.trajectory_gradients(student, teacher, task, GAMMAS, noise, config)
+        flat = [torch.cat([x.flatten(1) for x in layers], 1) for layers in gradients]
         norm2 = float(distillation.squared_mean(flat[-1]))
-        for gamma, layers, whole in zip(GAMMAS, each, flat, strict=True):
+        for gamma, layers, flat_gradient in zip(GAMMAS, gradients, flat, strict=True):
             numbers = {
-                "variance": float(distillation.total_variance(whole)),
+                "variance": float(distillation.total_variance(flat_gradient)),
                 "output_variance": float(distillation.total_variance(layers[-1])),
-                "bias2": float(distillation.squared_mean(whole - flat[-1])),
+                "bias2": float(distillation.squared_mean(flat_gradient - flat[-1])),
                 "norm2": norm2,
             }
             rows.append({"gamma": gamma, "task": TASKS[task], **numbers})
@@ -172,33 +181,33 @@ def _equal(
 
 
 def _final(
-    done: distillation.Distilled,
+    run: distillation.DistillationRun,
     teachers: tuple[control.Networks, control.Networks],
     count: int,
-    choices: DistillationConfig,
+    config: DistillationConfig,
     generator: torch.Generator,
 ) -> list[Row]:
     rows: list[Row] = []
     edges = np.arange(-8.0, 8.01, 0.25)
     for task, teacher in enumerate(teachers):
         noise = torch.randn(count, control.HORIZON, generator=generator, dtype=torch.float64)
-        found = distillation.outcome(done.students, teacher, task, noise, choices)
-        away = (found[0][..., -1] - TARGETS[task]).abs().mean(1)
-        columns = [x.nan_to_num(INFINITE, INFINITE).tolist() for x in (away, *found[1:])]
+        outcome = distillation.evaluate_students(run.students, teacher, task, noise, config)
+        distances = (outcome[0][..., -1] - TARGETS[task]).abs().mean(1)
+        columns = [x.nan_to_num(INFINITE, INFINITE).tolist() for x in (distances, *outcome[1:])]
         for i, gamma in enumerate(GAMMAS):
-            at = {"gamma": gamma, "task": TASKS[task]}
-            distance, local, total = (min(c[i], INFINITE) for c in columns)
-            numbers = {"distance": distance, "local_kl": local, "sequence_kl": total}
+            row_labels = {"gamma": gamma, "task": TASKS[task]}
+            distance, local_kl, total = (min(c[i], INFINITE) for c in columns)
+            numbers = {"distance": distance, "local_kl": local_kl, "sequence_kl": total}
             rows.append(
-                {"kind": "final", **at, **numbers, "iteration": int(done.diverged[i])}
-                | {"diverged": float(done.diverged[i] >= 0)}
+                {"kind": "final", **row_labels, **numbers, "iteration": int(run.diverged[i])}
+                | {"diverged": float(run.diverged[i] >= 0)}
             )
             if gamma not in (0.0, 0.5, 1.0):
                 continue
             for step in range(control.HORIZON + 1):
-                counts, _ = np.histogram(found[0][i, :, step].numpy(), edges)
+                counts, _ = np.histogram(outcome[0][i, :, step].numpy(), edges)
                 rows += [
-                    {"kind": "visits", **at, "step": step}
+                    {"kind": "visits", **row_labels, "step": step}
                     | {"position": float(edges[j] + 0.125), "visits": int(counts[j])}
                     for j in np.flatnonzero(counts)
                 ]
@@ -206,29 +215,34 @@ def _final(
 
 
 def summarize(rows: pd.DataFrame) -> pd.DataFrame:
-    """Medians over seeds, with the published seeds' curves beside them.
+    """Summarise over seeds as medians, with the published seeds' own curves.
 
-    `metric` by variant, gamma, task and iteration, and for each published seed alone `seed_metric`
-    with the seed as `worlds`; `equal_variance`, `equal_output_variance` and `equal_bias2_by_path`
-    (relative to |E g_1|^2) by path and iteration; their ratios to gamma = 0, `published_ratio` over
-    the second half of training and `equal_ratio` at the last policy of gamma = 0's path, both of
-    the output layer;
-    `distance`, `local_kl`; `diverged`, a share with its Clopper-Pearson interval; `visits` of the
-    first published seed, with step and position. Intervals resample seeds.
+    `metric` by variant, gamma, task and iteration; `seed_metric` for each published seed, with the
+    seed as `worlds`; `equal_variance`, `equal_output_variance` and `equal_bias2_by_path` (relative
+    to |E g_1|^2) by path and iteration; their ratios to gamma = 0, both of the output layer:
+    `published_ratio` over the second half of training and `equal_ratio` at the last policy of gamma
+    = 0's path; `distance`, `local_kl`; `diverged`, a fraction with its Clopper-Pearson interval;
+    `visits` of the first published seed, with step and position. Intervals resample seeds.
+
+    Args:
+        rows: Rows of `measure`.
+
+    Returns:
+        Table of quantities with intervals.
     """
     metric = rows[(rows["kind"] == "metric")]
     last = int(metric["iteration"].max())
-    # at most fifty points a curve
+    # at most fifty points per curve
     metric = metric[metric["iteration"] % (10 * math.ceil(last / 500) if last > 100 else 1) == 0]
     parts = [*_by_variant(metric, "metric")]
-    alone = metric[metric["seed"].isin(PUBLISHED_SEEDS) & (metric["variant"] == "default")]
+    published = metric[metric["seed"].isin(PUBLISHED_SEEDS) & (metric["variant"] == "default")]
     parts.append(
-        alone[["variant", "gamma", "task", "iteration"]].assign(
+        published[["variant", "gamma", "task", "iteration"]].assign(
             quantity="seed_metric",
-            value=alone["metric"],
-            low=alone["metric"],
-            high=alone["metric"],
-            worlds=alone["seed"],
+            value=published["metric"],
+            low=published["metric"],
+            high=published["metric"],
+            worlds=published["seed"],
         )
     )
     equal = rows[rows["kind"] == "equal"].copy()
@@ -257,28 +271,32 @@ def summarize(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _by_variant(rows: pd.DataFrame, name: str) -> list[pd.DataFrame]:
-    """Variants have different numbers of seeds."""
-    return [interval(mine, name, KEYS) for _, mine in rows.groupby("variant", sort=False)]
+    """Summarise each variant separately, since variants have different numbers of seeds."""
+    return [
+        interval(variant_rows, name, KEYS)
+        for _, variant_rows in rows.groupby("variant", sort=False)
+    ]
 
 
 def _ratios(metric: pd.DataFrame, equal: pd.DataFrame) -> list[pd.DataFrame]:
     late = metric[metric["iteration"] >= metric["iteration"].max() / 2]
-    own = late.groupby(["seed", "variant", "gamma", "task"])["metric"].median().reset_index()
-    at = ["seed", "variant", "task"]
-    base = own[own["gamma"] == 0].set_index(at)["metric"]
-    own["published_ratio"] = (
-        own["metric"] / base.reindex(pd.MultiIndex.from_frame(own[at])).to_numpy()
+    medians = late.groupby(["seed", "variant", "gamma", "task"])["metric"].median().reset_index()
+    index_columns = ["seed", "variant", "task"]
+    base = medians[medians["gamma"] == 0].set_index(index_columns)["metric"]
+    medians["published_ratio"] = (
+        medians["metric"]
+        / base.reindex(pd.MultiIndex.from_frame(medians[index_columns])).to_numpy()
     )
     end = equal[(equal["path"] == 0) & (equal["iteration"] == equal["iteration"].max())]
     end = end.drop(columns=["path", "iteration"])
-    # of the output layer, as the published metric is
-    base = end[end["gamma"] == 0].set_index(at)["output_variance"]
-    reference = base.reindex(pd.MultiIndex.from_frame(end[at])).to_numpy()
+    # the published metric is of the output layer too
+    base = end[end["gamma"] == 0].set_index(index_columns)["output_variance"]
+    reference = base.reindex(pd.MultiIndex.from_frame(end[index_columns])).to_numpy()
     end = end.assign(
         equal_ratio=end["output_variance"] / reference, equal_bias2=end["equal_bias2_by_path"]
     )
     return [
-        *_by_variant(own, "published_ratio"),
+        *_by_variant(medians, "published_ratio"),
         interval(end, "equal_ratio", KEYS),
         interval(end, "equal_bias2", KEYS),
     ]
@@ -286,10 +304,12 @@ def _ratios(metric: pd.DataFrame, equal: pd.DataFrame) -> list[pd.DataFrame]:
 
 def _diverged(final: pd.DataFrame) -> pd.DataFrame:
     records = []
-    for (variant, gamma), mine in final.groupby(["variant", "gamma"], sort=False):
-        test = stats.binomtest(int(mine["diverged"].sum()), len(mine))
+    for (variant, gamma), group_rows in final.groupby(["variant", "gamma"], sort=False):
+        test = stats.binomtest(int(group_rows["diverged"].sum()), len(group_rows))
         low, high = test.proportion_ci(0.95)
-        about = {"variant": variant, "gamma": gamma, "quantity": "diverged"}
-        share = mine["diverged"].mean()
-        records.append(about | {"value": share, "low": low, "high": high, "worlds": len(mine)})
+        labels = {"variant": variant, "gamma": gamma, "quantity": "diverged"}
+        share = group_rows["diverged"].mean()
+        records.append(
+            labels | {"value": share, "low": low, "high": high, "worlds": len(group_rows)}
+        )
     return pd.DataFrame(records)

@@ -1,1 +1,1 @@
-"""The command `opd study`: runs experiments, resumes them, records their tables."""
+"""Command `opd study`: run experiments, resume them, and record their tables."""

@@ -1,4 +1,4 @@
-"""Where cells are computed: this machine, or a Ray or Dask cluster, all through joblib.
+"""Backends that compute cells: this machine, or a Ray or Dask cluster, all through joblib.
 
 A worker returns its cell to the driver, so a cluster needs no shared file system.
 """
@@ -21,29 +21,36 @@ def compute(
     backend: str = "loky",
     address: str | None = None,
 ) -> Iterator[Any]:
-    """Results of function(*task) as they finish, in any order.
+    """Yield the results of function(*task) as they finish, in any order.
 
     Args:
-      jobs: processes on this machine; on a cluster given by its address, tasks sent at a time.
-      address: of a running Ray head or Dask scheduler; None starts a local cluster of `jobs`.
+        function: Called once per task.
+        tasks: Positional arguments of each call.
+        jobs: Processes on this machine; on a cluster given by its address, tasks submitted at once.
+        backend: "loky", "ray" or "dask".
+        address: Address of a running Ray head or Dask scheduler; None starts a local cluster of
+            `jobs` processes.
+
+    Yields:
+        Results.
 
     Raises:
-      ValueError: an unknown backend, or an address for loky.
-      ModuleNotFoundError: the backend's extra is not installed.
+        InvalidInput: If the backend is unknown, or an address is given for loky.
+        ModuleNotFoundError: If the backend's extra is not installed.
     """
     import joblib
 
     if backend not in BACKENDS:
         raise InvalidInput(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}")
     if address is not None and backend == "loky":
-        raise InvalidInput(f"address {address} needs --backend ray or dask")
+        raise InvalidInput(f"address {address} cannot be used with loky; set --backend ray or dask")
     if not tasks:
         return
     with {"loky": _local, "ray": _ray, "dask": _dask}[backend](jobs, address):
-        # Ray's backend cannot yield results one by one: waves, so that finished cells are kept
+        # Ray's backend cannot yield results one by one; submitting in waves keeps finished cells
         wave = jobs if backend == "ray" else len(tasks)
-        how = "list" if backend == "ray" else "generator_unordered"
-        parallel = joblib.Parallel(n_jobs=jobs, return_as=how, batch_size=1)
+        return_mode = "list" if backend == "ray" else "generator_unordered"
+        parallel = joblib.Parallel(n_jobs=jobs, return_as=return_mode, batch_size=1)
         for begin in range(0, len(tasks), wave):
             yield from parallel(joblib.delayed(function)(*t) for t in tasks[begin : begin + wave])
 
@@ -86,5 +93,5 @@ def _extra(module: str, extra: str) -> ModuleType:
         return import_module(module)
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"the backend {extra} is not installed: pip install 'opdlab[{extra}]'"
+            f"backend {extra} is not installed; run: pip install 'opdlab[{extra}]'"
         ) from error

@@ -1,7 +1,7 @@
-"""Runs an experiment: cells in parallel, resumable after a kill, then its summary table.
+"""Run an experiment: compute its cells in parallel, resume after a kill, write its summary table.
 
-A cell is one setting of a preset. Its rows depend on nothing but the experiment's name, the setting
-and the code, so a finished cell is kept and reused until one of these changes.
+A cell is one setting of a preset. Its rows depend only on the experiment's name, the setting and
+the code, so a finished cell is reused until one of these changes.
 """
 
 import argparse
@@ -22,10 +22,10 @@ from diagnostics.errors import InvalidInput, OperationFailed
 from diagnostics.io.atomic import write_text
 from diagnostics.io.command import run_command
 from diagnostics.io.provenance import code_state
+from synthetic.seeds import canonical_json, derive
 
 if TYPE_CHECKING:
     import pandas as pd
-from synthetic.seeds import canonical_json, derive
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ROOT / "figures" / "data"
@@ -33,14 +33,14 @@ PACKAGES = ("synthetic", "diagnostics", "opd")
 
 
 def list_experiments() -> list[str]:
-    """Names of the modules in `synthetic.experiments`."""
+    """Return the names of the modules in `synthetic.experiments`."""
     from synthetic import experiments
 
     return sorted(module.name for module in pkgutil.iter_modules(experiments.__path__))
 
 
-def load(name: str) -> ModuleType:
-    """The experiment: CLAIM, HEADLINES, SETTINGS, measure, summarize."""
+def load_experiment(name: str) -> ModuleType:
+    """Import an experiment, a module with CLAIM, HEADLINES, SETTINGS, measure and summarize."""
     if name not in list_experiments():
         raise InvalidInput(f"unknown experiment {name!r}; known: {', '.join(list_experiments())}")
     return import_module(f"synthetic.experiments.{name}")
@@ -55,47 +55,62 @@ def run(
     backend: str = "loky",
     address: str | None = None,
 ) -> "pd.DataFrame":
-    """Measure every missing cell of a preset, then write rows.csv, summary.csv and summary.json.
+    """Measure the missing cells of a preset, then write rows.csv, summary.csv and summary.json.
 
-    Files go to out/NAME: cells/KEY.json, shared by presets, and one folder a preset. A cell is
-    written when it is finished, whole or not at all. `refresh` measures finished cells again.
-    For `backend` and `address` see `cluster.compute`; they do not change the results.
+    Files are written to out/NAME: cells/KEY.json, shared by presets, and one folder per preset. A
+    cell is written atomically when it is finished.
+
+    Args:
+        name: Name of the experiment.
+        preset: Name of a list of settings.
+        jobs: Number of processes.
+        out: Folder of the results.
+        refresh: Whether to measure finished cells again.
+        backend: See `backends.compute`; does not change the results.
+        address: See `backends.compute`; does not change the results.
 
     Returns:
-      the summary table.
+        The summary table.
+
+    Raises:
+        InvalidInput: If the experiment or the preset is unknown.
     """
     import pandas as pd
     from tqdm import tqdm
 
     from synthetic.runner.backends import compute
 
-    experiment = load(name)
+    experiment = load_experiment(name)
     if preset not in experiment.SETTINGS:
-        known = ", ".join(experiment.SETTINGS)
-        raise InvalidInput(f"{name} has no preset {preset!r}; known: {known}")
+        known_presets = ", ".join(experiment.SETTINGS)
+        raise InvalidInput(f"{name} has no preset {preset!r}; known: {known_presets}")
     settings = experiment.SETTINGS[preset]
     folder = Path(out) / name
     files = [folder / "cells" / f"{_key(name, setting)}.json" for setting in settings]
-    todo = [
+    missing_cells = [
         (setting, file)
         for setting, file in zip(settings, files, strict=True)
         if refresh or read_cell(file) is None
     ]
-    tasks = [(name, setting, file.name) for setting, file in todo]
-    done = compute(measure_cell, tasks, jobs, backend, address)
-    for key, cell in tqdm(done, total=len(todo), desc=f"{name} {preset}", disable=not todo):
+    tasks = [(name, setting, file.name) for setting, file in missing_cells]
+    results = compute(measure_cell, tasks, jobs, backend, address)
+    for key, cell in tqdm(
+        results, total=len(missing_cells), desc=f"{name} {preset}", disable=not missing_cells
+    ):
         write_text(folder / "cells" / key, json.dumps(cell), concurrent=True)
     cells = [json.loads(file.read_text()) for file in files]
     rows = pd.DataFrame([row for cell in cells for row in cell["rows"]])
     summary = experiment.summarize(rows)
     seconds = sum(cell["seconds"] for cell in cells)
-    where = folder / preset
-    write_text(where / "rows.csv", rows.to_csv(index=False), concurrent=True)
+    preset_folder = folder / preset
+    write_text(preset_folder / "rows.csv", rows.to_csv(index=False), concurrent=True)
     write_text(
-        where / "summary.csv", summary.to_csv(index=False, float_format="%.6g"), concurrent=True
+        preset_folder / "summary.csv",
+        summary.to_csv(index=False, float_format="%.6g"),
+        concurrent=True,
     )
     write_text(
-        where / "summary.json",
+        preset_folder / "summary.json",
         json.dumps(provenance(name, preset, seconds), indent=1) + "\n",
         concurrent=True,
     )
@@ -103,29 +118,39 @@ def run(
 
 
 def measure_cell(name: str, setting: dict[str, Any], key: str) -> tuple[str, dict[str, Any]]:
-    """The key and the finished cell of one setting, measured on one thread.
+    """Measure one setting on one thread.
+
+    Args:
+        name: Name of the experiment.
+        setting: The setting.
+        key: Name of the cell's file, returned unchanged.
+
+    Returns:
+        The key and the finished cell.
 
     Raises:
-      RuntimeError: the measurement failed; names the setting, the cause is chained.
+        OperationFailed: If the measurement failed; names the setting and chains the cause.
     """
     import torch
 
     threads = torch.get_num_threads()
-    # the same sums in the same order whatever the number of jobs
+    # one thread: the order of summation must not depend on the number of jobs
     torch.set_num_threads(1)
     try:
-        begin = time.process_time()  # of one thread: what else the machine does is not counted
-        rows = load(name).measure(setting, derive(name, setting))
+        begin = time.process_time()  # CPU time, so that other processes do not count
+        rows = load_experiment(name).measure(setting, derive(name, setting))
         seconds = time.process_time() - begin
     except (ValueError, ArithmeticError, LookupError, RuntimeError) as error:
-        raise OperationFailed(f"{name}: {error} in the cell {canonical_json(setting)}") from error
+        raise OperationFailed(
+            f"{name}: {error}; failed while measuring the cell {canonical_json(setting)}"
+        ) from error
     finally:
         torch.set_num_threads(threads)
     return key, {"setting": setting, "seconds": seconds, "rows": rows}
 
 
 def read_cell(file: Path) -> dict[str, Any] | None:
-    """A finished cell, or None where there is none or it is not readable to its end."""
+    """Return a finished cell, or None if the file is missing or incomplete."""
     try:
         cell = json.loads(file.read_text())
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
@@ -134,14 +159,14 @@ def read_cell(file: Path) -> dict[str, Any] | None:
 
 
 def provenance(name: str, preset: str, seconds: float) -> dict[str, Any]:
-    """How a table came about: command, code, versions, time on one core."""
+    """Return how a table was produced: command, code, versions, time on one core."""
     packages = ("torch", "numpy", "pandas", "scipy")
     code = code_state(ROOT)
     return {
         "command": f"opd study run {name} --preset {preset}",
         "preset": preset,
         "commit": code.commit,
-        "changed_files": list(code.changed),
+        "changed_files": list(code.changed_files),
         "source": fingerprint(name),
         "seconds": round(seconds, 2),
         "python": platform.python_version(),
@@ -150,21 +175,21 @@ def provenance(name: str, preset: str, seconds: float) -> dict[str, Any]:
 
 
 def fingerprint(name: str) -> str:
-    """Hash of every file that a cell's numbers depend on: the experiment and all it imports."""
+    """Return a hash of every file that a cell depends on: the experiment and its imports."""
     digest = hashlib.sha256()
-    for path in sources(ROOT / "synthetic" / "experiments" / f"{name}.py"):
+    for path in source_files(ROOT / "synthetic" / "experiments" / f"{name}.py"):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def sources(start: Path) -> list[Path]:
-    """A file and the project's files that it imports, directly or not, sorted."""
-    found, todo = set(), [start]
-    while todo:
-        path = todo.pop()
-        if path in found or not path.is_file():
+def source_files(start: Path) -> list[Path]:
+    """Return a file and the project's files that it imports, directly or indirectly, sorted."""
+    files, pending = set(), [start]
+    while pending:
+        path = pending.pop()
+        if path in files or not path.is_file():
             continue
-        found.add(path)
+        files.add(path)
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module:
                 names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
@@ -173,42 +198,49 @@ def sources(start: Path) -> list[Path]:
             else:
                 continue
             parts = (name.split(".") for name in names)
-            todo += [ROOT.joinpath(*x).with_suffix(".py") for x in parts if x[0] in PACKAGES]
-    return sorted(found)
+            pending += [ROOT.joinpath(*x).with_suffix(".py") for x in parts if x[0] in PACKAGES]
+    return sorted(files)
 
 
-def headlines(name: str, table: "pd.DataFrame") -> list[str]:
-    """The experiment's headlines with the numbers of its summary table, value [low, high].
+def format_headlines(name: str, table: "pd.DataFrame") -> list[str]:
+    """Format the experiment's headlines with the numbers of its summary table, value [low, high].
+
+    Args:
+        name: Name of the experiment.
+        table: Its summary table.
+
+    Returns:
+        One line per headline.
 
     Raises:
-      ValueError: a headline does not select exactly one row.
+        InvalidInput: If a headline does not select exactly one row.
     """
     lines = []
-    for text, where in load(name).HEADLINES.items():
-        chosen = table
-        for column, value in where.items():
-            chosen = chosen[chosen[column] == value]
-        if len(chosen) != 1:
-            raise InvalidInput(f"{name}: {where} selects {len(chosen)} rows, expected 1 ({text})")
-        value, low, high = (f"{float(chosen[c].iloc[0]):.4g}" for c in ("value", "low", "high"))
+    for text, selection in load_experiment(name).HEADLINES.items():
+        rows = table
+        for column, value in selection.items():
+            rows = rows[rows[column] == value]
+        if len(rows) != 1:
+            raise InvalidInput(f"{name}: {selection} selects {len(rows)} rows, expected 1 ({text})")
+        value, low, high = (f"{float(rows[c].iloc[0]):.4g}" for c in ("value", "low", "high"))
         lines.append(text.format(f"{value} [{low}, {high}]"))
     return lines
 
 
-def show(name: str, table: "pd.DataFrame", preset: str) -> None:
-    """Print claim, headlines and the command that makes them."""
-    print(f"{name}: {load(name).CLAIM}")
-    for line in headlines(name, table):
+def print_results(name: str, table: "pd.DataFrame", preset: str) -> None:
+    """Print the claim, the headlines and the command that reproduces them."""
+    print(f"{name}: {load_experiment(name).CLAIM}")
+    for line in format_headlines(name, table):
         print(f"  - {line}")
     print(f"  (opd study run {name} --preset {preset})")
 
 
-def recorded(name: str) -> tuple["pd.DataFrame", str]:
-    """The summary table in figures/data and the preset that made it."""
+def load_recorded_table(name: str) -> tuple["pd.DataFrame", str]:
+    """Return the summary table in figures/data and the preset that produced it."""
     import pandas as pd
 
-    about = json.loads((FIGURES / f"{name}.json").read_text())
-    return pd.read_csv(FIGURES / f"{name}.csv"), about["preset"]
+    record = json.loads((FIGURES / f"{name}.json").read_text())
+    return pd.read_csv(FIGURES / f"{name}.csv"), record["preset"]
 
 
 def update_figures(name: str, preset: str, out: str | Path) -> None:
@@ -219,42 +251,46 @@ def update_figures(name: str, preset: str, out: str | Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line: list the experiments, or run one or all of them."""
-    parser = argparse.ArgumentParser(prog="opd study", description="the exact synthetic study")
+    """Run the command line: list the experiments, show recorded results, or run one or all."""
+    parser = argparse.ArgumentParser(prog="opd study", description="run the exact synthetic study")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="experiments and what they claim")
-    showing = commands.add_parser("show", help="recorded numbers behind each claim")
+    commands.add_parser("list", help="list the experiments and their claims")
+    showing = commands.add_parser("show", help="print the recorded results of a claim")
     showing.add_argument("name", nargs="?", default="all", help="an experiment, or all")
-    running = commands.add_parser("run", help="measure, summarise, write tables")
+    running = commands.add_parser("run", help="measure an experiment and write its tables")
     running.add_argument("name", help="an experiment, or all")
     running.add_argument("--preset", default="quick", help="smoke, quick (minutes) or paper")
-    running.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
-    running.add_argument("--backend", default="loky", help="loky, or a cluster: ray, dask")
-    running.add_argument("--address", help="of a running cluster; else a local one is started")
-    running.add_argument("--out", default="results", help="folder of the tables")
+    running.add_argument("--jobs", type=int, default=os.cpu_count(), help="number of processes")
+    running.add_argument("--backend", default="loky", help="loky (this machine), ray or dask")
+    running.add_argument(
+        "--address", help="address of a running cluster; without it, a local one starts"
+    )
+    running.add_argument("--out", default="results", help="output folder")
     running.add_argument("--refresh", action="store_true", help="measure finished cells again")
     running.add_argument(
         "--update-figures", action="store_true", help="copy the summaries to figures/data"
     )
-    given = parser.parse_args(argv)
-    if given.command == "list":
+    args = parser.parse_args(argv)
+    if args.command == "list":
         for name in list_experiments():
-            print(f"{name}\n  {load(name).CLAIM}")
+            print(f"{name}\n  {load_experiment(name).CLAIM}")
         return
-    for name in list_experiments() if given.name == "all" else [given.name]:
-        if given.command == "show":
-            show(name, *recorded(name))
+    for name in list_experiments() if args.name == "all" else [args.name]:
+        if args.command == "show":
+            print_results(name, *load_recorded_table(name))
             continue
         begin = time.perf_counter()
-        where = (given.preset, given.jobs, given.out, given.refresh, given.backend, given.address)
-        table = run(name, *where)
-        show(name, table, given.preset)
-        written = Path(given.out) / name / given.preset
-        core = json.loads((written / "summary.json").read_text())["seconds"]
+        options = (args.preset, args.jobs, args.out, args.refresh, args.backend, args.address)
+        table = run(name, *options)
+        print_results(name, table, args.preset)
+        preset_folder = Path(args.out) / name / args.preset
+        core = json.loads((preset_folder / "summary.json").read_text())["seconds"]
         wall = time.perf_counter() - begin
-        print(f"  {written / 'summary.csv'}: {wall:.0f} s, all cells on one core {core:.0f} s")
-        if given.update_figures:
-            update_figures(name, given.preset, given.out)
+        print(
+            f"  {preset_folder / 'summary.csv'}: {wall:.0f} s, all cells on one core {core:.0f} s"
+        )
+        if args.update_figures:
+            update_figures(name, args.preset, args.out)
 
 
 def _key(name: str, setting: dict[str, Any]) -> str:

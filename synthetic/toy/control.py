@@ -1,7 +1,8 @@
-"""The published toy: 1-D Gaussian control, two mirrored tasks, one student, two teachers.
+"""Published toy problem: 1-D Gaussian control, two mirrored tasks, one student, two teachers.
 
 (arXiv 2603.25562, section 2.1 and appendix E.) A state is a position, an action a step drawn from
-N(mu, sigma); the episode lasts T steps. What the paper does not state is a field of `DistillationConfig`.
+N(mu, sigma); an episode has T steps. What the paper does not state is a field of
+`DistillationConfig`.
 
 Shapes: R networks stacked, N inputs, B trajectories, T steps, H hidden units. float64.
 """
@@ -17,111 +18,153 @@ from diagnostics.batch import ScoredRollouts
 HORIZON, BATCH, MICRO = 20, 64, 8
 GAMMAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 STARTS, TARGETS = (2.0, -2.0), (-3.0, 3.0)
-"""Of the left and the right task."""
+"""Start and target position of the left and the right task."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationConfig:
-    """What the paper leaves open, as chosen here."""
+    """Choices that the paper leaves open."""
 
     hidden: int = 64
-    """Units of both hidden layers: 3-64-64-2 has 4,546 parameters, the paper says about 4K."""
+    """Units of both hidden layers: 3-64-64-2 has 4,546 parameters; the paper says about 4K."""
     optimizer: str = "adam"
-    """Of the student, "adam" or "sgd"; Adam, because nearly every trainer uses it."""
+    """Optimizer of the student, "adam" or "sgd"; Adam, because nearly every trainer uses it."""
     rate: float = 1e-3
     """Learning rate of the student."""
     clip: float = float("inf")
-    """Largest gradient norm; none, because values of 1e24 rule clipping out."""
+    """Largest gradient norm; infinite, because published values of 1e24 rule clipping out."""
     sigma_floor: float = 0.0
-    """Least standard deviation of the student; none, for the same reason."""
+    """Smallest standard deviation of the student; 0, for the same reason."""
     teacher_sigma_floor: float = 0.2
-    """Least standard deviation of a teacher: REINFORCE would shrink it without end."""
+    """Smallest standard deviation of a teacher; without it REINFORCE shrinks it indefinitely."""
     teacher_iterations: int = 300
-    """REINFORCE updates of each teacher."""
+    """Number of REINFORCE updates of each teacher."""
     teacher_rate: float = 5e-3
     """Learning rate of the teachers (Adam)."""
     teacher_batch: int = 128
-    """Trajectories an update; the baseline is their mean return at each step."""
+    """Trajectories per update; the baseline is their mean return at each step."""
     reward_scale: float = 0.1
-    """The teachers' reward is -reward_scale |position - target| after each step."""
+    """The teachers' reward after each step is -reward_scale |position - target|."""
     position_scale: float = 4.0
-    """Positions are divided by it before they enter a network."""
+    """Positions are divided by this before they enter a network."""
 
 
 @dataclass(frozen=True, eq=False)
 class Networks:
-    """R stacked MLPs with two tanh layers; weights[i] (R, in, out), the last row is the bias."""
+    """R stacked MLPs with two tanh layers."""
 
     weights: tuple[Tensor, ...]
+    """One tensor (R, in, out) per layer; the last row is the bias."""
     sigma_floor: float
+    """Smallest standard deviation of the output distribution."""
 
-    def layers(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(R, N, in) -> inputs of each layer with a constant 1, and the outputs (R, N, 2)."""
-        seen = []
+    def layer_outputs(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Run the networks and keep the layers' inputs.
+
+        Args:
+            x: (R, N, in) inputs.
+
+        Returns:
+            The input of each layer with a constant 1 appended, then the outputs (R, N, 2).
+        """
+        layer_inputs = []
         for i, weight in enumerate(self.weights):
             x = torch.cat([x, torch.ones_like(x[..., :1])], -1)
-            seen.append(x)
+            layer_inputs.append(x)
             x = x @ weight
             x = x if i == len(self.weights) - 1 else x.tanh()
-        return (*seen, x)
+        return (*layer_inputs, x)
 
     def gaussian(self, out: Tensor) -> tuple[Tensor, Tensor]:
-        """(..., 2) -> mean and standard deviation (...)."""
+        """Return mean and standard deviation (...) of network outputs (..., 2)."""
         return out[..., 0], self.sigma_floor + out[..., 1].exp()
 
-    def stepped(self, changes: Sequence[Tensor]) -> "Networks":
-        """The networks after adding a change to each weight."""
-        moved = (w + d for w, d in zip(self.weights, changes, strict=True))
-        return Networks(tuple(moved), self.sigma_floor)
+    def updated(self, changes: Sequence[Tensor]) -> "Networks":
+        """Return the networks after adding an update to each weight."""
+        weights = (w + d for w, d in zip(self.weights, changes, strict=True))
+        return Networks(tuple(weights), self.sigma_floor)
 
-    def of(self, index: int, copies: int) -> "Networks":
-        """`copies` of one of the networks."""
-        kept = (w[index : index + 1].expand(copies, -1, -1).clone() for w in self.weights)
-        return Networks(tuple(kept), self.sigma_floor)
+    def repeat(self, index: int, copies: int) -> "Networks":
+        """Return `copies` of the network at `index`."""
+        weights = (w[index : index + 1].expand(copies, -1, -1).clone() for w in self.weights)
+        return Networks(tuple(weights), self.sigma_floor)
 
 
-def fresh(
-    count: int, inputs: int, hidden: int, floor: float, generator: torch.Generator
+def init_networks(
+    count: int, inputs: int, hidden: int, sigma_floor: float, generator: torch.Generator
 ) -> Networks:
-    """`count` networks with one and the same random start, weights N(0, 1/in), biases 0."""
+    """Return `count` networks with the same random start: weights N(0, 1/in), biases 0.
+
+    Args:
+        count: Number of networks R.
+        inputs: Number of inputs.
+        hidden: Units of both hidden layers.
+        sigma_floor: Smallest standard deviation of the output distribution.
+        generator: Source of randomness.
+
+    Returns:
+        The networks.
+    """
     weights = []
     for size, out in ((inputs, hidden), (hidden, hidden), (hidden, 2)):
         weight = torch.randn(size, out, generator=generator, dtype=torch.float64) / size**0.5
         weight = torch.cat([weight, torch.zeros(1, out, dtype=torch.float64)])
         weights.append(weight.expand(count, -1, -1).clone())
     weights[-1] *= 0.1
-    return Networks(tuple(weights), floor)
+    return Networks(tuple(weights), sigma_floor)
 
 
-def inputs(task: int, position: Tensor, step: Tensor | int, choices: DistillationConfig) -> Tensor:
-    """(...) positions -> (..., 3) what the student sees: task -1 or 1, position, time in [0, 1]."""
-    side = torch.full_like(position, (-1.0, 1.0)[task])
+def network_inputs(
+    task: int, position: Tensor, step: Tensor | int, config: DistillationConfig
+) -> Tensor:
+    """Build the student's inputs: task (-1 or 1), scaled position, and time in [0, 1].
+
+    Args:
+        task: Index of the task.
+        position: (...) positions.
+        step: Index of the step, or a tensor that broadcasts to the positions.
+        config: Gives the scale of positions.
+
+    Returns:
+        (..., 3) inputs.
+    """
+    task_sign = torch.full_like(position, (-1.0, 1.0)[task])
     time = torch.zeros_like(position) + step
-    return torch.stack([side, position / choices.position_scale, time / HORIZON], -1)
+    return torch.stack([task_sign, position / config.position_scale, time / HORIZON], -1)
 
 
 def log_density(x: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
-    """log N(x; mean, sigma), sigma the standard deviation."""
+    """Return log N(x; mean, sigma), with sigma the standard deviation."""
     return -((x - mean) / sigma).square() / 2 - sigma.log() - 0.9189385332046727
 
 
-def gaussian_kl(mean: Tensor, sigma: Tensor, other: Tensor, other_sigma: Tensor) -> Tensor:
-    """KL(N(mean, sigma) || N(other, other_sigma))."""
+def gaussian_kl(mean: Tensor, sigma: Tensor, other_mean: Tensor, other_sigma: Tensor) -> Tensor:
+    """Return KL(N(mean, sigma) || N(other_mean, other_sigma))."""
     ratio = sigma / other_sigma
-    return (ratio.square() + ((mean - other) / other_sigma).square() - 1) / 2 - ratio.log()
+    return (ratio.square() + ((mean - other_mean) / other_sigma).square() - 1) / 2 - ratio.log()
 
 
 @torch.no_grad()
 def rollouts(
-    networks: Networks, task: int, noise: Tensor, choices: DistillationConfig
+    networks: Networks, task: int, noise: Tensor, config: DistillationConfig
 ) -> tuple[Tensor, Tensor]:
-    """Positions (R, B, T + 1) and actions (R, B, T) of R policies on common noise (B, T)."""
+    """Roll out R policies on common noise.
+
+    Args:
+        networks: The policies.
+        task: Index of the task.
+        noise: (B, T) standard normal noise.
+        config: Gives the scale of positions.
+
+    Returns:
+        Positions (R, B, T + 1) and actions (R, B, T).
+    """
     count = len(networks.weights[0])
     position = torch.full((count, len(noise)), STARTS[task], dtype=torch.float64)
     positions, actions = [position], []
     for t in range(noise.shape[1]):
-        out = networks.layers(inputs(task, position, t, choices))[-1]
-        mean, sigma = networks.gaussian(out)
+        outputs = networks.layer_outputs(network_inputs(task, position, t, config))[-1]
+        mean, sigma = networks.gaussian(outputs)
         action = mean + sigma * noise[:, t]
         position = position + action
         actions.append(action)
@@ -129,15 +172,24 @@ def rollouts(
     return torch.stack(positions, -1), torch.stack(actions, -1)
 
 
-def visited(task: int, positions: Tensor, choices: DistillationConfig) -> Tensor:
-    """(R, B, T + 1) positions -> (R, B * T, 3) inputs at which actions were drawn."""
+def visited_inputs(task: int, positions: Tensor, config: DistillationConfig) -> Tensor:
+    """Return the (R, B * T, 3) network inputs at which actions were drawn.
+
+    Args:
+        task: Index of the task.
+        positions: (R, B, T + 1) positions.
+        config: Gives the scale of positions.
+
+    Returns:
+        (R, B * T, 3) inputs.
+    """
     count, batch, _ = positions.shape
     steps = torch.arange(HORIZON, dtype=torch.float64).expand(count, batch, -1)
-    return inputs(task, positions[..., :-1], steps, choices).reshape(count, -1, 3)
+    return network_inputs(task, positions[..., :-1], steps, config).reshape(count, -1, 3)
 
 
 def as_batch(student_logp: Tensor, teacher_logp: Tensor) -> ScoredRollouts:
-    """(B, T) log-densities as the batch that every objective takes; there are no token ids."""
+    """Wrap (B, T) log-densities as the batch type that objectives take; there are no token ids."""
     count = len(student_logp)
     return ScoredRollouts(
         tokens=torch.zeros_like(student_logp, dtype=torch.long),
@@ -151,37 +203,47 @@ def as_batch(student_logp: Tensor, teacher_logp: Tensor) -> ScoredRollouts:
 
 
 def train_teachers(
-    choices: DistillationConfig, generator: torch.Generator
+    config: DistillationConfig, generator: torch.Generator
 ) -> tuple[Networks, Networks]:
-    """One teacher a task, by REINFORCE with a position-mean baseline on the distance to the target.
+    """Train one teacher per task by REINFORCE, with a position-mean baseline.
 
-    A teacher sees what the student sees; its task is constant.
+    The reward is the negative distance to the target. A teacher has the student's inputs, with a
+    constant task.
+
+    Args:
+        config: Settings of the teachers.
+        generator: Source of randomness.
+
+    Returns:
+        The left and the right teacher.
     """
-    return tuple(_teacher(task, choices, generator) for task in (0, 1))  # type: ignore[return-value]
+    return tuple(_teacher(task, config, generator) for task in (0, 1))  # type: ignore[return-value]
 
 
-def _teacher(task: int, choices: DistillationConfig, generator: torch.Generator) -> Networks:
-    floor = choices.teacher_sigma_floor
-    networks = fresh(1, 3, choices.hidden, floor, generator)
-    adam = Adam(networks.weights, choices.teacher_rate)
-    for _ in range(choices.teacher_iterations):
-        shape = (choices.teacher_batch, HORIZON)
+def _teacher(task: int, config: DistillationConfig, generator: torch.Generator) -> Networks:
+    sigma_floor = config.teacher_sigma_floor
+    networks = init_networks(1, 3, config.hidden, sigma_floor, generator)
+    adam = Adam(networks.weights, config.teacher_rate)
+    for _ in range(config.teacher_iterations):
+        shape = (config.teacher_batch, HORIZON)
         noise = torch.randn(shape, generator=generator, dtype=torch.float64)
-        positions, actions = rollouts(networks, task, noise, choices)
-        cost = choices.reward_scale * (positions[..., 1:] - TARGETS[task]).abs()
-        to_go = cost.flip(-1).cumsum(-1).flip(-1)
-        weight = (to_go - to_go.mean(1, keepdim=True)) / choices.teacher_batch
-        live = Networks(tuple(w.requires_grad_() for w in networks.weights), floor)
-        out = live.layers(visited(task, positions, choices))[-1].view(*actions.shape, 2)
-        loss = (log_density(actions, *live.gaussian(out)) * weight).sum()
-        gradients = torch.autograd.grad(loss, live.weights)
-        networks = Networks(tuple(w.detach() for w in live.weights), floor)
-        networks = networks.stepped(adam.change(gradients))
+        positions, actions = rollouts(networks, task, noise, config)
+        cost = config.reward_scale * (positions[..., 1:] - TARGETS[task]).abs()
+        cost_to_go = cost.flip(-1).cumsum(-1).flip(-1)
+        weight = (cost_to_go - cost_to_go.mean(1, keepdim=True)) / config.teacher_batch
+        live_networks = Networks(tuple(w.requires_grad_() for w in networks.weights), sigma_floor)
+        outputs = live_networks.layer_outputs(visited_inputs(task, positions, config))[-1].view(
+            *actions.shape, 2
+        )
+        loss = (log_density(actions, *live_networks.gaussian(outputs)) * weight).sum()
+        gradients = torch.autograd.grad(loss, live_networks.weights)
+        networks = Networks(tuple(w.detach() for w in live_networks.weights), sigma_floor)
+        networks = networks.updated(adam.change(gradients))
     return networks
 
 
 class Adam:
-    """Adam's change of stacked weights, elementwise, so that stacked runs do not interact."""
+    """Adam's update of stacked weights, elementwise, so that stacked runs do not interact."""
 
     def __init__(self, weights: Sequence[Tensor], rate: float) -> None:
         self.rate, self.count = rate, 0
@@ -189,7 +251,7 @@ class Adam:
         self.second = [torch.zeros_like(w) for w in weights]
 
     def change(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """-rate m / (sqrt(v) + 1e-8), bias-corrected, with decay 0.9 and 0.999."""
+        """Return -rate m / (sqrt(v) + 1e-8), bias-corrected, with decay 0.9 and 0.999."""
         self.count += 1
         changes = []
         for first, second, g in zip(self.first, self.second, gradients, strict=True):

@@ -1,7 +1,7 @@
-"""Tabular worlds whose prefixes are states, and how students and teachers are drawn for them.
+"""Tabular worlds whose states are prefixes, and random students and teachers for them.
 
-A policy is a table of logits (S, A). A step at state c emits token y ~ softmax(table[c]), pays the
-cost log student - log teacher of y, and moves to c' ~ transition[c, y].
+A policy is a table of logits (S, A). A step at state c samples token y ~ softmax(table[c]), pays
+the cost log student - log teacher of y, and moves to c' ~ transition[c, y].
 
 Shapes: S states, A actions (tokens), T horizon.
 """
@@ -16,17 +16,16 @@ from diagnostics.errors import InvalidInput
 
 @dataclass(frozen=True, eq=False)
 class TabularMDP:
-    """A finite world of `horizon` steps.
-
-    transition (S, A, S): probability of the next state; start (S,): of the first one. `end` is an
-    optional absorbing state without token, cost or score, so that lengths are random. Tensors are
-    kept as float64.
-    """
+    """A finite world of `horizon` steps; tensors are stored as float64."""
 
     transition: Tensor
+    """(S, A, S) probability of the next state."""
     start: Tensor
+    """(S,) probability of the first state."""
     horizon: int
+    """Number of steps T."""
     end: int | None = None
+    """Optional absorbing state without token, cost or score, which makes lengths random."""
 
     def __post_init__(self) -> None:
         for name in ("transition", "start"):
@@ -38,7 +37,7 @@ class TabularMDP:
         if tuple(self.start.shape) != shape[:1]:
             raise InvalidInput(f"start has shape {tuple(self.start.shape)}, expected {shape[:1]}")
         if self.horizon < 1 or int(self.horizon) != self.horizon:
-            raise InvalidInput(f"horizon is {self.horizon}, expected a whole number of at least 1")
+            raise InvalidInput(f"horizon is {self.horizon}, expected an integer of at least 1")
         _check_distribution("transition", self.transition)
         _check_distribution("start", self.start)
         if self.end is not None:
@@ -47,22 +46,25 @@ class TabularMDP:
     def _check_end(self, end: int) -> None:
         if not 0 <= end < self.num_states:
             raise InvalidInput(f"end is {end}, expected a state below {self.num_states}")
-        stays = float(self.transition[end, :, end].min())
-        if stays < 1:
+        stay_probability = float(self.transition[end, :, end].min())
+        if stay_probability < 1:
             raise InvalidInput(
-                f"end state {end} is not absorbing: it stays with {stays}, expected 1"
+                f"end state {end} is not absorbing: it has self-transition probability "
+                f"{stay_probability}, expected 1"
             )
         if float(self.start[end]) > 0:
             raise InvalidInput(
-                f"start puts {float(self.start[end])} on end state {end}, expected 0"
+                f"start gives end state {end} probability {float(self.start[end])}, expected 0"
             )
 
     @property
     def num_states(self) -> int:
+        """Number of states S."""
         return self.transition.shape[0]
 
     @property
     def num_actions(self) -> int:
+        """Number of actions A."""
         return self.transition.shape[1]
 
     @property
@@ -74,7 +76,18 @@ class TabularMDP:
         return active
 
     def log_policy(self, logits: Tensor, name: str = "logits") -> Tensor:
-        """(S, A) float64 log-probabilities of a table of logits; gradients flow through."""
+        """Return (S, A) float64 log-probabilities of a table of logits; gradients flow through.
+
+        Args:
+            logits: (S, A).
+            name: Name of the argument in error messages.
+
+        Returns:
+            (S, A) log-probabilities.
+
+        Raises:
+            InvalidInput: If the shape is wrong or a value is not finite.
+        """
         shape = (self.num_states, self.num_actions)
         if tuple(logits.shape) != shape:
             raise InvalidInput(f"{name} has shape {tuple(logits.shape)}, expected {shape}")
@@ -84,7 +97,18 @@ class TabularMDP:
         return logits.to(torch.float64).log_softmax(-1)
 
     def behaviour(self, student_logits: Tensor, sampler: Tensor | None) -> Tensor:
-        """(S, A) probabilities that tokens are drawn with: the sampler's, or the student's."""
+        """Return (S, A) probabilities of the sampling policy: the sampler's, or the student's.
+
+        Args:
+            student_logits: (S, A).
+            sampler: (S, A) probabilities, or None for the student's.
+
+        Returns:
+            (S, A) probabilities.
+
+        Raises:
+            InvalidInput: If the sampler has the wrong shape or is no distribution.
+        """
         if sampler is None:
             return self.log_policy(student_logits, "student_logits").detach().exp()
         shape = (self.num_states, self.num_actions)
@@ -96,14 +120,16 @@ class TabularMDP:
 
 
 def _check_distribution(name: str, x: Tensor) -> None:
-    bad = x[~(x.isfinite() & (x >= 0))]
-    if len(bad):
-        raise InvalidInput(f"{name} holds {float(bad[0])}, expected probabilities of at least 0")
+    invalid = x[~(x.isfinite() & (x >= 0))]
+    if len(invalid):
+        raise InvalidInput(
+            f"{name} contains {float(invalid[0])}, expected probabilities of at least 0"
+        )
     totals = x.sum(-1)
-    off = float((totals - 1).abs().max())
-    if off > 1e-9:
-        wrong = float(totals.flatten()[(totals - 1).abs().argmax()])
-        raise InvalidInput(f"{name}: a row sums to {wrong}, expected 1")
+    largest_error = float((totals - 1).abs().max())
+    if largest_error > 1e-9:
+        row_sum = float(totals.flatten()[(totals - 1).abs().argmax()])
+        raise InvalidInput(f"{name}: a row sums to {row_sum}, expected 1")
 
 
 # --- worlds -------------------------------------------------------------------------------------
@@ -117,42 +143,75 @@ def random_chain(
     mixing: float = 1.0,
     blocks: int = 2,
 ) -> TabularMDP:
-    """A random chain in `blocks` groups of states; probability of crossing scales with `mixing`.
+    """Draw a random chain with `blocks` groups of states and a `mixing` factor between them.
 
     Rows are uniform on the simplex, then multiplied by `mixing` outside the state's own block and
-    renormalised: 1 mixes fast, 0 never leaves the block where the start put it.
+    renormalised: 1 mixes fast, 0 never leaves the block of the start state.
+
+    Args:
+        num_states: Number of states S.
+        num_actions: Number of actions A.
+        horizon: Number of steps.
+        generator: Source of randomness.
+        mixing: Factor in [0, 1] on the probability of leaving a block.
+        blocks: Number of blocks, 1 to S.
+
+    Returns:
+        The world, with a uniform start.
+
+    Raises:
+        InvalidInput: If mixing or blocks is out of range.
     """
     if not 0 <= mixing <= 1:
         raise InvalidInput(f"mixing is {mixing}, expected a number in [0, 1]")
     if not 1 <= blocks <= num_states:
-        raise InvalidInput(f"blocks is {blocks}, expected 1 to {num_states} (the states)")
-    rows = _exponential((num_states, num_actions, num_states), generator)
+        raise InvalidInput(f"blocks is {blocks}, expected 1 to {num_states} (the number of states)")
+    weights = _exponential((num_states, num_actions, num_states), generator)
     block = torch.arange(num_states) * blocks // num_states
-    same = block[:, None] == block[None, :]
-    rows = rows * torch.where(same, 1.0, mixing)[:, None, :]
+    same_block = block[:, None] == block[None, :]
+    weights = weights * torch.where(same_block, 1.0, mixing)[:, None, :]
     start = torch.full((num_states,), 1 / num_states, dtype=torch.float64)
-    return TabularMDP(rows / rows.sum(-1, keepdim=True), start, horizon)
+    return TabularMDP(weights / weights.sum(-1, keepdim=True), start, horizon)
 
 
 def token_chain(num_actions: int, horizon: int) -> TabularMDP:
-    """The state is the last token: (A, A, A) deterministic; the first state is token 0."""
+    """Return the deterministic world whose state is the last token; the first state is token 0."""
     transition = torch.eye(num_actions, dtype=torch.float64).expand(num_actions, -1, -1)
     return TabularMDP(transition, torch.eye(num_actions, dtype=torch.float64)[0], horizon)
 
 
-def tree(num_actions: int, depth: int) -> TabularMDP:
-    """Every prefix of up to depth - 1 tokens is a state of its own, numbered level by level."""
-    inner = sum(num_actions**d for d in range(depth))
-    child = num_actions * torch.arange(inner)[:, None] + torch.arange(num_actions) + 1
-    # the leaves' successors are never visited; any valid state will do
-    child = torch.where(child < inner, child, 0)
-    transition = torch.nn.functional.one_hot(child, inner).to(torch.float64)
-    start = torch.nn.functional.one_hot(torch.tensor(0), inner).to(torch.float64)
+def token_tree(num_actions: int, depth: int) -> TabularMDP:
+    """Return the world in which every prefix of up to depth - 1 tokens is a state of its own.
+
+    Args:
+        num_actions: Number of actions A.
+        depth: Number of tokens of a response.
+
+    Returns:
+        The world, its states numbered level by level.
+    """
+    num_states = sum(num_actions**d for d in range(depth))
+    children = num_actions * torch.arange(num_states)[:, None] + torch.arange(num_actions) + 1
+    # the leaves' successors are never visited; any valid state index works
+    children = torch.where(children < num_states, children, 0)
+    transition = torch.nn.functional.one_hot(children, num_states).to(torch.float64)
+    start = torch.nn.functional.one_hot(torch.tensor(0), num_states).to(torch.float64)
     return TabularMDP(transition, start, depth)
 
 
-def ending(mdp: TabularMDP, stop: Tensor) -> TabularMDP:
-    """The same world with one more, absorbing state, reached with probability `stop` (S, A)."""
+def with_end_state(mdp: TabularMDP, stop: Tensor) -> TabularMDP:
+    """Add one absorbing end state, reached with probability `stop`.
+
+    Args:
+        mdp: A world without end state.
+        stop: (S, A) probability of ending, or a shape that broadcasts to it.
+
+    Returns:
+        The world with S + 1 states.
+
+    Raises:
+        InvalidInput: If the world already has an end state.
+    """
     stop = torch.as_tensor(stop, dtype=torch.float64).expand(mdp.num_states, mdp.num_actions)
     if mdp.end is not None:
         raise InvalidInput(f"the world already has an end state, {mdp.end}")
@@ -174,10 +233,20 @@ def random_pair(
     heterogeneity: float = 0.0,
     sharpness: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """(student, teacher) logits (S, A): student = sharpness * noise, teacher = student + offset.
+    """Draw student and teacher logits: student = sharpness * noise, teacher = student + offset.
 
     The offset has root mean square `distance` in expectation; its scale varies over states as
     exp(heterogeneity * noise), so that 0 spreads the local KL evenly.
+
+    Args:
+        mdp: The world.
+        generator: Source of randomness.
+        distance: Root mean square of the offset.
+        heterogeneity: Standard deviation of the log-scale over states.
+        sharpness: Standard deviation of the student's logits.
+
+    Returns:
+        Student and teacher logits, (S, A) each.
     """
     shape = (mdp.num_states, mdp.num_actions)
     student = sharpness * _normal(shape, generator)
@@ -187,16 +256,30 @@ def random_pair(
     return student, student + distance * scale[:, None] * offset
 
 
-def nucleus(logits: Tensor, top_p: float, temperature: float = 1.0) -> Tensor:
-    """(S, A) probabilities of a sampler: tempered, then the fewest tokens of mass >= top_p."""
+def nucleus_probabilities(logits: Tensor, top_p: float, temperature: float = 1.0) -> Tensor:
+    """Return (S, A) probabilities of a top-p sampler at a temperature.
+
+    The temperature is applied first; then the fewest tokens of mass >= top_p are kept.
+
+    Args:
+        logits: (S, A).
+        top_p: Nucleus mass in (0, 1].
+        temperature: Positive temperature.
+
+    Returns:
+        (S, A) probabilities.
+
+    Raises:
+        InvalidInput: If top_p or the temperature is out of range.
+    """
     if not 0 < top_p <= 1:
         raise InvalidInput(f"top_p is {top_p}, expected a number in (0, 1]")
     if not temperature > 0:
         raise InvalidInput(f"temperature is {temperature}, expected a positive number")
     p, order = (logits.to(torch.float64) / temperature).softmax(-1).sort(-1, descending=True)
-    kept = p * (p.cumsum(-1) - p < top_p)
-    kept = torch.zeros_like(p).scatter(-1, order, kept)
-    return kept / kept.sum(-1, keepdim=True)
+    nucleus = p * (p.cumsum(-1) - p < top_p)
+    nucleus = torch.zeros_like(p).scatter(-1, order, nucleus)
+    return nucleus / nucleus.sum(-1, keepdim=True)
 
 
 def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

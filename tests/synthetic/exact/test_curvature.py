@@ -1,4 +1,4 @@
-"""What one step is worth, against enumerated paths, finite differences and steps really taken."""
+"""Compare the effect of one step with enumerated paths, finite differences and actual steps."""
 
 import numpy as np
 import pandas as pd
@@ -20,25 +20,25 @@ NAMES = ("plain", "rb_all")
 def enumerated(
     mdp: TabularMDP, student: torch.Tensor, teacher: torch.Tensor, name: str, gamma: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N,) probabilities of the paths and (N, D) their estimates."""
-    at = by_hand.paths(mdp)
-    sample = by_hand.estimates(mdp, at, student, teacher, name, gamma)
-    return by_hand.probability(at, student), sample.flatten(1)
+    """Return (N,) probabilities of the paths and (N, D) their estimates."""
+    paths = by_hand.enumerate_paths(mdp)
+    sample = by_hand.path_estimates(mdp, paths, student, teacher, name, gamma)
+    return by_hand.probability(paths, student), sample.flatten(1)
 
 
 def test_the_hessian_is_that_of_finite_differences_of_the_exact_gradient() -> None:
     mdp = worlds()["ending"]
     student, teacher = pair(mdp)
-    found, eps = curvature.hessian(mdp, student, teacher), 1e-5
+    hessian, eps = curvature.hessian(mdp, student, teacher), 1e-5
     for i in range(student.numel()):
-        away = torch.zeros(student.numel(), dtype=torch.float64)
-        away[i] = eps
+        offset = torch.zeros(student.numel(), dtype=torch.float64)
+        offset[i] = eps
         ends = [
-            moments.expected_gradient(mdp, student + sign * away.view_as(student), teacher, 1.0)
+            moments.expected_gradient(mdp, student + sign * offset.view_as(student), teacher, 1.0)
             for sign in (1, -1)
         ]
         column = (ends[0] - ends[1]).flatten() / (2 * eps)
-        torch.testing.assert_close(found[i], column, atol=1e-8, rtol=1e-7)
+        torch.testing.assert_close(hessian[i], column, atol=1e-8, rtol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["ending", "tokens"])
@@ -46,36 +46,38 @@ def test_slope_curvature_and_noise_equal_the_sum_over_all_paths(name: str) -> No
     mdp = worlds()[name]
     student, teacher = pair(mdp)
     teacher = -2 * teacher  # far away, where J also curves down
-    bend = curvature.hessian(mdp, student, teacher)
-    assert bool((torch.linalg.eigvalsh(bend) < -1e-3).any())  # both signs take part
+    hessian = curvature.hessian(mdp, student, teacher)
+    assert bool((torch.linalg.eigvalsh(hessian) < -1e-3).any())  # both signs occur
     downhill = moments.expected_gradient(mdp, student, teacher, 1.0).flatten()
-    found = curvature.step(mdp, student, teacher, NAMES, GAMMAS)
+    effect = curvature.step_effect(mdp, student, teacher, NAMES, GAMMAS)
     for i, estimator in enumerate(NAMES):
         for j, gamma in enumerate(GAMMAS):
             weight, sample = enumerated(mdp, student, teacher, estimator, gamma)
             mean = weight @ sample
-            away = sample - mean
-            noise = (weight * ((away @ bend) * away).sum(1)).sum()
-            got = [x[i, j] for x in vars(found).values()]
-            want = [mean @ downhill, mean @ bend @ mean, noise]
-            torch.testing.assert_close(torch.stack(got), torch.stack(want), rtol=1e-8, atol=1e-10)
+            deviation = sample - mean
+            noise = (weight * ((deviation @ hessian) * deviation).sum(1)).sum()
+            actual = [x[i, j] for x in vars(effect).values()]
+            expected = [mean @ downhill, mean @ hessian @ mean, noise]
+            torch.testing.assert_close(
+                torch.stack(actual), torch.stack(expected), rtol=1e-8, atol=1e-10
+            )
 
 
 def test_the_prediction_is_right_to_third_order_in_the_step_size() -> None:
-    """Steps of one trajectory, all of them taken: halving the step divides the error by 8."""
+    """Take a step for each trajectory: halving the step size divides the error by 8."""
     mdp = worlds()["ending"]
     student, teacher = pair(mdp)
-    found = curvature.step(mdp, student, teacher, ["plain"], [0.5])
-    parts = [float(x[0, 0]) for x in vars(found).values()]
+    effect = curvature.step_effect(mdp, student, teacher, ["plain"], [0.5])
+    parts = [float(x[0, 0]) for x in vars(effect).values()]
     weight, sample = enumerated(mdp, student, teacher, "plain", 0.5)
     start = moments.sequence_kl(mdp, student, teacher).total
     errors = []
     for rate in (4e-3, 2e-3):
-        after = [
+        kl_after_step = [
             moments.sequence_kl(mdp, student - rate * g.view_as(student), teacher).total
             for g in sample
         ]
-        gain = float(start - weight @ torch.stack(after))
+        gain = float(start - weight @ torch.stack(kl_after_step))
         errors.append(abs(gain - float(predicted(*parts, n=1, rate=rate))))
     assert errors[0] / errors[1] == pytest.approx(8, rel=0.1)
 
@@ -104,9 +106,11 @@ def test_worlds_without_a_best_step_are_counted_and_left_out() -> None:
 
 
 def test_a_negligible_bias_leaves_gamma_0_ahead() -> None:
-    """With independent next states the future does not depend on the token: no bias at all."""
+    """With independent next states, future costs do not depend on the token: no bias."""
     mdp = random_chain(3, 3, 8, seeded(1), mixing=1.0)
-    alone = TabularMDP(mdp.start.expand(3, 3, 3), mdp.start, 8)
-    found = curvature.step(alone, *random_pair(alone, seeded(2), 0.5, 0.5), ["plain"], GAMMAS)
-    torch.testing.assert_close(found.slope[0, 0], found.slope[0, 2])
-    assert float(found.noise[0, 0]) < float(found.noise[0, 2])
+    independent = TabularMDP(mdp.start.expand(3, 3, 3), mdp.start, 8)
+    effect = curvature.step_effect(
+        independent, *random_pair(independent, seeded(2), 0.5, 0.5), ["plain"], GAMMAS
+    )
+    torch.testing.assert_close(effect.slope[0, 0], effect.slope[0, 2])
+    assert float(effect.noise[0, 0]) < float(effect.noise[0, 2])

@@ -1,4 +1,4 @@
-"""Every experiment on its smoke preset, and the parts that they share against hand calculation."""
+"""Run every experiment on its smoke preset, and compare shared functions with hand calculation."""
 
 import math
 from dataclasses import replace
@@ -11,13 +11,18 @@ import torch
 
 from opd.objectives import factory
 from synthetic.analysis.summary import interval, slopes
-from synthetic.analysis.tradeoff import mse, optimal_gamma, overtaking_batch
+from synthetic.analysis.tradeoff import crossover_batch_size, mse, optimal_gamma
 from synthetic.exact import moments
-from synthetic.exact.token_weights import masked_moments, quantiles, token_weights, top_share
+from synthetic.exact.token_weights import (
+    masked_moments,
+    token_weights,
+    top_share,
+    weighted_quantiles,
+)
 from synthetic.experiments import batch_size, collapse, estimators, horizon, support
 from synthetic.learning import descent, students
 from synthetic.runner import run as study
-from synthetic.sampling.free_logits import expected
+from synthetic.sampling.free_logits import expected_gradients
 from synthetic.sampling.trajectories import sample
 from synthetic.worlds import drift_chain, worst_case
 from tests.helpers import mdp_enumeration as by_hand
@@ -31,31 +36,33 @@ def summaries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pd.DataFram
     return {name: study.run(name, "smoke", out=out) for name in names}
 
 
-def value(table: pd.DataFrame, quantity: str, **where: object) -> float:
-    chosen = table[table["quantity"] == quantity]
-    for column, x in where.items():
-        chosen = chosen[chosen[column] == x]
-    assert len(chosen) == 1
-    return float(chosen["value"].iloc[0])
+def value(table: pd.DataFrame, quantity: str, **selection: object) -> float:
+    rows = table[table["quantity"] == quantity]
+    for column, x in selection.items():
+        rows = rows[rows[column] == x]
+    assert len(rows) == 1
+    return float(rows["value"].iloc[0])
 
 
 def test_every_smoke_preset_fills_its_headlines(summaries: dict[str, pd.DataFrame]) -> None:
     for name, table in summaries.items():
-        lines = study.headlines(name, table)
-        assert len(lines) == len(study.load(name).HEADLINES)
+        lines = study.format_headlines(name, table)
+        assert len(lines) == len(study.load_experiment(name).HEADLINES)
         assert not any("nan" in line for line in lines), name
-        known = table.dropna(subset=["low"])
-        assert (known["low"] <= known["value"] + 1e-12).all(), name
-        assert (known["value"] <= known["high"] + 1e-12).all(), name
+        with_interval = table.dropna(subset=["low"])
+        assert (with_interval["low"] <= with_interval["value"] + 1e-12).all(), name
+        assert (with_interval["value"] <= with_interval["high"] + 1e-12).all(), name
 
 
 def test_every_experiment_has_a_recorded_table_and_a_figure() -> None:
     for name in study.list_experiments():
-        table, preset = study.recorded(name)
-        assert preset in study.load(name).SETTINGS
+        table, preset = study.load_recorded_table(name)
+        assert preset in study.load_experiment(name).SETTINGS
         assert preset != "smoke"
-        assert len(study.headlines(name, table)) == len(study.load(name).HEADLINES)
-        assert (Path(study.ROOT) / "figures" / f"{name}.py").exists()
+        assert len(study.format_headlines(name, table)) == len(
+            study.load_experiment(name).HEADLINES
+        )
+        assert list((Path(study.ROOT) / "figures").glob(f"*/{name}.py"))
 
 
 def test_an_interval_is_of_whole_repetitions() -> None:
@@ -85,8 +92,8 @@ def test_errors_are_bias_plus_a_share_of_the_variance() -> None:
     assert mse(bias2, variance, 4).tolist() == [4.25, 3, 16]
     assert [optimal_gamma(gammas, bias2, variance, n) for n in (1, 2, 1000)] == [0, 0, 1]
     assert optimal_gamma(gammas, bias2, variance, 10) == 0.5
-    assert overtaking_batch(np.array(4.0), 1.0, 65.0) == 16
-    assert overtaking_batch(np.zeros(2), [1.0, 1.0], [2.0, 0.5]).tolist() == [math.inf, 0]
+    assert crossover_batch_size(np.array(4.0), 1.0, 65.0) == 16
+    assert crossover_batch_size(np.zeros(2), [1.0, 1.0], [2.0, 0.5]).tolist() == [math.inf, 0]
 
 
 # --- worst case ---------------------------------------------------------------------------------
@@ -113,11 +120,11 @@ def test_no_world_exceeds_the_bounds(name: str) -> None:
 
 
 def test_the_predicted_coefficients_are_those_of_one_state() -> None:
-    """Without a state to remember: cubic kappa^2 s2 / 3, square as predicted up to E[r s]."""
+    """With one state: cubic term kappa^2 s2 / 3, square term as predicted up to E[r s]."""
     mdp, student, teacher = worst_case.constant_cost(512)
-    found = horizon.coefficients(mdp, student, teacher)
-    assert found["cubic_ratio"] == pytest.approx(1, rel=1e-6)
-    assert found["cost"] == pytest.approx(1, rel=1e-6)
+    coefficients = horizon.coefficients(mdp, student, teacher)
+    assert coefficients["cubic_ratio"] == pytest.approx(1, rel=1e-6)
+    assert coefficients["cost"] == pytest.approx(1, rel=1e-6)
 
 
 # --- supports -----------------------------------------------------------------------------------
@@ -128,13 +135,13 @@ def test_a_prefix_has_the_gradient_worked_out_by_hand(name: str) -> None:
     student, teacher = torch.randn(2, 5, 7, generator=seeded(1), dtype=torch.float64)
     for k in (1, 3):
         vectors = by_hand.local_vectors(name, student, teacher, k)
-        want = (student.softmax(-1)[..., None] * vectors).sum(1)
-        found = expected(student, teacher, factory.OBJECTIVES[name](), k)
-        torch.testing.assert_close(found, want, atol=1e-13, rtol=0)
+        expected = (student.softmax(-1)[..., None] * vectors).sum(1)
+        gradient = expected_gradients(student, teacher, factory.OBJECTIVES[name](), k)
+        torch.testing.assert_close(gradient, expected, atol=1e-13, rtol=0)
 
 
 def test_un_normalised_support_rests_at_a_share_of_one_over_e() -> None:
-    """p = q on S up to the factor 1/e, and p of any shape outside: no gradient."""
+    """The gradient vanishes where p = q / e on S, for any p outside S."""
     teacher = torch.randn(4, 9, generator=seeded(2), dtype=torch.float64)
     ids = teacher.topk(3, -1).indices
     q, p = teacher.softmax(-1), torch.rand(4, 9, generator=seeded(3), dtype=torch.float64)
@@ -142,10 +149,10 @@ def test_un_normalised_support_rests_at_a_share_of_one_over_e() -> None:
     head = q * inside / math.e
     p = p * (1 - inside)
     p = head + p / p.sum(-1, keepdim=True) * (1 - head.sum(-1, keepdim=True))
-    objective = factory.make("teacher_topk_unnormalised", allow_collapse=True)
-    assert expected(p.log(), teacher, objective, 3).abs().max() < 1e-15
-    assert expected(teacher, teacher, objective, 3).norm() > 0.1
-    for row, mass in zip(collapse.observed(p.log(), teacher, 3), head.sum(-1), strict=True):
+    objective = factory.build_objective("teacher_topk_unnormalised", allow_collapse=True)
+    assert expected_gradients(p.log(), teacher, objective, 3).abs().max() < 1e-15
+    assert expected_gradients(teacher, teacher, objective, 3).norm() > 0.1
+    for row, mass in zip(collapse.support_metrics(p.log(), teacher, 3), head.sum(-1), strict=True):
         assert row["mass"] == pytest.approx(mass.item())
         assert row["mass_over_fixed_point"] == pytest.approx(1)
 
@@ -160,14 +167,14 @@ def test_support_rows_are_means_over_prefixes() -> None:
     vectors = by_hand.local_vectors("teacher_topk", student, teacher, 4)[:, 0]
     full = by_hand.local_vectors("full_reverse_kl", student, teacher)[:, 0]
     cosine = torch.nn.functional.cosine_similarity(vectors, full, dim=-1)
-    inside = by_hand.supported(student, teacher, "teacher", 4)
+    inside = by_hand.support_mask(student, teacher, "teacher", 4)
     step = 1e-6
     masses = [((student - x * vectors).softmax(-1) * inside).sum(-1) for x in (step, -step)]
     drift_by_hand = (masses[0] - masses[1]) / (2 * step) / full.norm(dim=-1)
-    whole = rows[(rows["bin"] < 0) & (rows["form"] == "renormalised") & (rows["k"] == 4)]
-    mine = whole[whole["source"] == "teacher"].iloc[0]
-    assert mine["cosine"] == pytest.approx(cosine.mean().item())
-    assert mine["drift"] == pytest.approx(drift_by_hand.mean().item(), abs=1e-8)
+    unbinned = rows[(rows["bin"] < 0) & (rows["form"] == "renormalised") & (rows["k"] == 4)]
+    teacher_row = unbinned[unbinned["source"] == "teacher"].iloc[0]
+    assert teacher_row["cosine"] == pytest.approx(cosine.mean().item())
+    assert teacher_row["drift"] == pytest.approx(drift_by_hand.mean().item(), abs=1e-8)
     binned = rows[(rows["bin"] >= 0) & (rows["form"] == "renormalised") & (rows["k"] == 4)]
     binned = binned[binned["source"] == "teacher"]
     assert binned["count"].sum() == setting["prefixes"]
@@ -176,12 +183,14 @@ def test_support_rows_are_means_over_prefixes() -> None:
 
 def test_compared_knows_a_scaled_and_a_turned_gradient() -> None:
     truth = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
-    scaled = estimators.compared(2 * truth, torch.tensor(50.0), truth)
+    scaled = estimators.compare_to_gradient(2 * truth, torch.tensor(50.0), truth)
     assert scaled == pytest.approx({"bias": 1, "cosine": 1, "length_ratio": 2, "variance": 2})
-    turned = estimators.compared(torch.tensor([[-4.0, 3.0]]).double(), torch.tensor(0.0), truth)
+    turned = estimators.compare_to_gradient(
+        torch.tensor([[-4.0, 3.0]]).double(), torch.tensor(0.0), truth
+    )
     assert turned["cosine"] == pytest.approx(0)
     assert turned["bias"] == pytest.approx(2**0.5)
-    assert estimators.compared(0 * truth, torch.tensor(1.0), truth)["cosine"] == 0
+    assert estimators.compare_to_gradient(0 * truth, torch.tensor(1.0), truth)["cosine"] == 0
 
 
 def test_batch_sizes_of_two_worlds_made_by_hand() -> None:
@@ -199,28 +208,33 @@ def test_batch_sizes_of_two_worlds_made_by_hand() -> None:
 # --- drift --------------------------------------------------------------------------------------
 
 
-def chain(**knobs: float) -> drift_chain.DriftChain:
+def chain(**overrides: float) -> drift_chain.DriftChain:
     return drift_chain.drift_chain(
-        replace(drift_chain.DriftChainConfig(horizon=8, informed=2, ordinary=3), **knobs), seeded(5)
+        replace(drift_chain.DriftChainConfig(horizon=8, informed=2, ordinary=3), **overrides),
+        seeded(5),
     )
 
 
 def test_the_loop_fills_geometrically() -> None:
-    """m' = (1 - m) enter + m stay, whatever the ordinary tokens do."""
-    at = chain()
-    mass, knobs = 0.0, drift_chain.DriftChainConfig()
-    for here in moments.sequence_kl(at.mdp, at.student, at.teacher).occupancy[:, at.loop]:
-        assert here.item() == pytest.approx(mass, abs=1e-12)
-        mass = (1 - mass) * knobs.enter + mass * knobs.stay
-    p = at.student.softmax(-1)
-    assert p[at.informed, at.special_token].tolist() == pytest.approx([knobs.special] * 2)
-    ratio = at.student.log_softmax(-1) - at.teacher.log_softmax(-1)
-    assert ratio[at.loop, at.loop_token].item() == pytest.approx(0, abs=1e-12)
-    assert ratio[0, at.special_token].item() == pytest.approx(20 + math.log(0.02))
+    """Check m' = (1 - m) enter + m stay, which holds for any ordinary tokens."""
+    drifting = chain()
+    mass, config = 0.0, drift_chain.DriftChainConfig()
+    for occupancy in moments.sequence_kl(
+        drifting.mdp, drifting.student, drifting.teacher
+    ).occupancy[:, drifting.loop]:
+        assert occupancy.item() == pytest.approx(mass, abs=1e-12)
+        mass = (1 - mass) * config.enter + mass * config.stay
+    p = drifting.student.softmax(-1)
+    assert p[drifting.informed, drifting.special_token].tolist() == pytest.approx(
+        [config.special] * 2
+    )
+    ratio = drifting.student.log_softmax(-1) - drifting.teacher.log_softmax(-1)
+    assert ratio[drifting.loop, drifting.loop_token].item() == pytest.approx(0, abs=1e-12)
+    assert ratio[0, drifting.special_token].item() == pytest.approx(20 + math.log(0.02))
     assert (
         chain(uninformed="copies")
-        .teacher.softmax(-1)[at.uninformed, :3]
-        .sub(p[at.uninformed, :3])
+        .teacher.softmax(-1)[drifting.uninformed, :3]
+        .sub(p[drifting.uninformed, :3])
         .abs()
         .max()
         < 0.02
@@ -228,35 +242,35 @@ def test_the_loop_fills_geometrically() -> None:
 
 
 def test_a_masked_token_is_as_if_its_terms_were_never_added() -> None:
-    at = chain(horizon=3)
-    paths = by_hand.paths(at.mdp)
-    weight = by_hand.probability(paths, at.student)
-    kept = paths.tokens != at.special_token
-    r = (by_hand.logp(paths, at.student) - by_hand.logp(paths, at.teacher)) * kept
-    score = by_hand.scores(paths, at.student)
+    drifting = chain(horizon=3)
+    paths = by_hand.enumerate_paths(drifting.mdp)
+    weight = by_hand.probability(paths, drifting.student)
+    unmasked = paths.tokens != drifting.special_token
+    r = (by_hand.logp(paths, drifting.student) - by_hand.logp(paths, drifting.teacher)) * unmasked
+    score = by_hand.scores(paths, drifting.student)
     for gamma in (0.0, 0.7):
-        credit = by_hand.to_go(r, gamma) * kept
-        want = by_hand.moments(weight, torch.einsum("nt,ntsa->nsa", credit, score))
-        found = masked_moments(at, "plain", gamma, at.special_token)
-        torch.testing.assert_close(found[0], want[0], atol=1e-13, rtol=0)
-        torch.testing.assert_close(found[1], want[1], atol=1e-12, rtol=1e-9)
+        credit = by_hand.costs_to_go(r, gamma) * unmasked
+        expected = by_hand.moments(weight, torch.einsum("nt,ntsa->nsa", credit, score))
+        result = masked_moments(drifting, "plain", gamma, drifting.special_token)
+        torch.testing.assert_close(result[0], expected[0], atol=1e-13, rtol=0)
+        torch.testing.assert_close(result[1], expected[1], atol=1e-12, rtol=1e-9)
 
 
 def test_weighted_quantiles_and_shares() -> None:
     weight, x = torch.tensor([1.0, 1.0, 2.0]), torch.tensor([5.0, 1.0, 3.0])
-    assert quantiles(weight, x, (0.1, 0.5, 0.76)) == [1, 3, 5]
+    assert weighted_quantiles(weight, x, (0.1, 0.5, 0.76)) == [1, 3, 5]
     assert top_share(weight, x, 0.25) == pytest.approx(5 / 12)
     assert top_share(weight, x, 0.5) == pytest.approx(8 / 12)
     assert top_share(weight, x, 1.0) == pytest.approx(1)
 
 
 def test_the_panel_sees_the_lopsided_signal(summaries: dict[str, pd.DataFrame]) -> None:
-    at = chain(horizon=16)
-    drawn = sample(at.mdp, at.student, at.teacher, 4000, seeded(6)).batch
-    weight, cost = token_weights(at)
+    drifting = chain(horizon=16)
+    batch = sample(drifting.mdp, drifting.student, drifting.teacher, 4000, seeded(6)).batch
+    weight, cost = token_weights(drifting)
     share = float((weight.sum(0) * (cost > 0)).sum() / weight.sum())
-    each = (drawn.log_ratio > 0).double().mean(1)
-    assert abs(each.mean() - share) < 4 * each.std() / 4000**0.5
+    positive_share = (batch.log_ratio > 0).double().mean(1)
+    assert abs(positive_share.mean() - share) < 4 * positive_share.std() / 4000**0.5
     table = summaries["drift"]
     flat = {"uninformed": "flat", "enter": 0.02, "distance": 0.7, "stop": 0.0}
     assert value(table, "variance_factor", gamma=0.0, **flat) > 2
@@ -268,73 +282,81 @@ def test_the_panel_sees_the_lopsided_signal(summaries: dict[str, pd.DataFrame]) 
 
 @pytest.mark.parametrize("hidden", [0, 3])
 def test_shared_parameters_have_the_gradient_of_the_enumerated_kl(hidden: int) -> None:
-    task = students.capacity_limited((4, 3, 4), 2, hidden, 0.5, seeded(7))
-    live = task.student.start(1, seeded(8)).requires_grad_()
-    logits = task.student.logits(live)[0]
-    total = by_hand.sequence_kl(by_hand.paths(task.mdp), logits, task.teacher)
+    problem = students.capacity_limited_problem((4, 3, 4), 2, hidden, 0.5, seeded(7))
+    live = problem.student.start(1, seeded(8)).requires_grad_()
+    logits = problem.student.logits(live)[0]
+    total = by_hand.sequence_kl(by_hand.enumerate_paths(problem.mdp), logits, problem.teacher)
     (gradient,) = torch.autograd.grad(total, live)
-    jacobian = task.student.jacobian(live[0])
+    jacobian = problem.student.jacobian(live[0])
     mean, _ = moments.moments(
-        task.mdp, logits.detach(), task.teacher, "rb_all_value", 1.0, jacobian=jacobian
+        problem.mdp, logits.detach(), problem.teacher, "rb_all_value", 1.0, jacobian=jacobian
     )
     torch.testing.assert_close(mean, gradient[0], atol=1e-12, rtol=0)
-    now = students.progress(task, live.detach())
-    assert now.sequence_kl.item() == pytest.approx(total.item())
-    visits = moments.sequence_kl(task.mdp, logits.detach(), task.teacher).occupancy.sum(0)
-    assert now.reward.item() == pytest.approx((visits @ task.reward).item() / 4)
-    swapped = moments.sequence_kl(task.mdp, task.teacher, logits.detach()).occupancy.sum(0)
-    local = moments.sequence_kl(task.mdp, logits.detach(), task.teacher).local
-    assert now.teacher_kl.item() == pytest.approx((swapped @ local).item() / 4)
+    metrics = students.evaluate_students(problem, live.detach())
+    assert metrics.sequence_kl.item() == pytest.approx(total.item())
+    visits = moments.sequence_kl(problem.mdp, logits.detach(), problem.teacher).occupancy.sum(0)
+    assert metrics.reward.item() == pytest.approx((visits @ problem.reward).item() / 4)
+    swapped = moments.sequence_kl(problem.mdp, problem.teacher, logits.detach()).occupancy.sum(0)
+    local = moments.sequence_kl(problem.mdp, logits.detach(), problem.teacher).local
+    assert metrics.teacher_kl.item() == pytest.approx((swapped @ local).item() / 4)
 
 
 def test_both_optima_are_where_their_gradients_vanish() -> None:
-    task = students.capacity_limited((6, 4, 6), 2, 0, 0.1, seeded(9))
-    start = task.student.start(2, seeded(10))
-    token = students.token_optimum(task, start[0])
-    least = students.optimum(task, torch.stack([start[0], token]))
+    problem = students.capacity_limited_problem((6, 4, 6), 2, 0, 0.1, seeded(9))
+    start = problem.student.start(2, seeded(10))
+    token = students.token_optimum(problem, start[0])
+    least = students.sequence_optimum(problem, torch.stack([start[0], token]))
     for parameters, gamma in ((token, 0.0), (least, 1.0)):
-        logits = task.student.logits(parameters[None])[0]
-        field = moments.expected_gradient(task.mdp, logits, task.teacher, gamma)
-        jacobian = task.student.jacobian(parameters)
+        logits = problem.student.logits(parameters[None])[0]
+        field = moments.expected_gradient(problem.mdp, logits, problem.teacher, gamma)
+        jacobian = problem.student.jacobian(parameters)
         assert torch.einsum("sa,sad->d", field, jacobian).norm() < 1e-4
-    ends = students.progress(task, torch.stack([least, token])).sequence_kl
+    ends = students.evaluate_students(problem, torch.stack([least, token])).sequence_kl
     assert ends[0] < ends[1] - 1e-4
 
 
 def test_runs_side_by_side_do_not_interact() -> None:
-    task = students.capacity_limited((4, 3, 5), 2, 0, 0.5, seeded(11))
-    parameters = torch.randn(3, task.student.size, generator=seeded(12), dtype=torch.float64)
-    objective = factory.make("full_reverse_kl", 1.0, "leave_one_out")
-    together = descent.sampled_gradient(task, parameters, objective, 8, seeded(13))
-    table = task.student.logits(parameters).detach()
-    at = descent.drawn(task, table, 8, seeded(13))
-    assert at.batch.prompt.tolist() == [i for i in range(3) for _ in range(8)]
-    local = at.states - 4 * at.batch.prompt[:, None]
+    problem = students.capacity_limited_problem((4, 3, 5), 2, 0, 0.5, seeded(11))
+    parameters = torch.randn(3, problem.student.size, generator=seeded(12), dtype=torch.float64)
+    objective = factory.build_objective("full_reverse_kl", 1.0, "leave_one_out")
+    together = descent.sampled_gradient(problem, parameters, objective, 8, seeded(13))
+    table = problem.student.logits(parameters).detach()
+    trajectories = descent.sample_for_students(problem, table, 8, seeded(13))
+    assert trajectories.batch.prompt.tolist() == [i for i in range(3) for _ in range(8)]
+    local = trajectories.states - 4 * trajectories.batch.prompt[:, None]
     for run in range(3):
         live = parameters[run : run + 1].clone().requires_grad_()
-        every = task.student.logits(live)[0].log_softmax(-1)
-        theirs = task.teacher.log_softmax(-1)
-        states, tokens = local[8 * run : 8 * run + 8], at.batch.tokens[8 * run : 8 * run + 8]
-        kl = (every.exp() * (every - theirs)).sum(-1)[states]
-        later = by_hand.to_go(kl.detach(), 1.0) - kl.detach()
-        others = (later.sum(0) - later) / 7
-        logp = every[states, tokens]
-        loss = (kl + (later - others) * logp).sum() / 8
+        student_logp = problem.student.logits(live)[0].log_softmax(-1)
+        teacher_logp = problem.teacher.log_softmax(-1)
+        states, tokens = (
+            local[8 * run : 8 * run + 8],
+            trajectories.batch.tokens[8 * run : 8 * run + 8],
+        )
+        kl = (student_logp.exp() * (student_logp - teacher_logp)).sum(-1)[states]
+        later = by_hand.costs_to_go(kl.detach(), 1.0) - kl.detach()
+        other_mean = (later.sum(0) - later) / 7
+        logp = student_logp[states, tokens]
+        loss = (kl + (later - other_mean) * logp).sum() / 8
         (want,) = torch.autograd.grad(loss, live)
         torch.testing.assert_close(together[run], want[0], atol=1e-12, rtol=0)
 
 
 def test_adam_is_torchs_and_clipping_keeps_the_direction() -> None:
     live = torch.randn(2, 5, generator=seeded(14), dtype=torch.float64).requires_grad_()
-    ours, mine = live.detach().clone(), descent.adam(torch.full((2,), 0.1, dtype=torch.float64), 5)
-    theirs = torch.optim.Adam([live], lr=0.1)
+    parameters, update = (
+        live.detach().clone(),
+        descent.adam(torch.full((2,), 0.1, dtype=torch.float64), 5),
+    )
+    torch_adam = torch.optim.Adam([live], lr=0.1)
     for step in range(4):
         live.grad = torch.randn(2, 5, generator=seeded(20 + step), dtype=torch.float64)
-        ours = ours + mine(live.grad.clone())
-        theirs.step()
-    torch.testing.assert_close(ours, live.detach(), atol=1e-12, rtol=0)
+        parameters = parameters + update(live.grad.clone())
+        torch_adam.step()
+    torch.testing.assert_close(parameters, live.detach(), atol=1e-12, rtol=0)
     long = torch.tensor([[3.0, 4.0], [0.3, 0.4]])
-    torch.testing.assert_close(descent.clipped(long, 1.0), torch.tensor([[0.6, 0.8], [0.3, 0.4]]))
+    torch.testing.assert_close(
+        descent.clip_gradient(long, 1.0), torch.tensor([[0.6, 0.8], [0.3, 0.4]])
+    )
     torch.testing.assert_close(
         descent.sgd(torch.tensor([2.0, 1.0]))(long)[0], torch.tensor([-6.0, -8.0])
     )

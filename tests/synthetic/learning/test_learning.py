@@ -1,4 +1,4 @@
-"""Training of capacity-limited students against exact moments, hand calculation and replays."""
+"""Compare the training of capacity-limited students with exact moments and hand calculation."""
 
 import math
 from dataclasses import replace
@@ -18,12 +18,12 @@ from tests.synthetic.exact.test_against_enumeration import seeded
 BATCH, RUNS = 4, 4000
 
 
-def small(seed: int = 0, hidden: int = 0) -> students.Task:
-    return students.capacity_limited((4, 3, 4), 2, hidden, 0.5, seeded(seed))
+def small(seed: int = 0, hidden: int = 0) -> students.LearningProblem:
+    return students.capacity_limited_problem((4, 3, 4), 2, hidden, 0.5, seeded(seed))
 
 
-def rates(*each: float) -> Tensor:
-    return torch.tensor(each, dtype=torch.float64)
+def rates(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
 
 
 # --- sampled gradients of many runs -------------------------------------------------------------
@@ -43,36 +43,36 @@ def rates(*each: float) -> Tensor:
 def test_a_runs_gradient_has_the_exact_mean_and_variance(
     name: str, gamma: float, baseline: str, estimator: str, k: int | None
 ) -> None:
-    """Many runs of one student: the spread between them is that of a batch of its trajectories."""
-    task = small(hidden=2)
-    parameters = task.student.start(RUNS, seeded(1))
-    objective = factory.make(name, gamma, baseline, allow_collapse=True)
-    drawn = descent.sampled_gradient(task, parameters, objective, BATCH, seeded(2), k)
+    """Many runs of one student: their variance is that of a batch of its trajectories."""
+    problem = small(hidden=2)
+    parameters = problem.student.start(RUNS, seeded(1))
+    objective = factory.build_objective(name, gamma, baseline, allow_collapse=True)
+    gradients = descent.sampled_gradient(problem, parameters, objective, BATCH, seeded(2), k)
     mean, variance = moments.moments(
-        task.mdp,
-        task.student.logits(parameters[:1])[0],
-        task.teacher,
+        problem.mdp,
+        problem.student.logits(parameters[:1])[0],
+        problem.teacher,
         estimator,
         gamma,
         k=k,
         group=BATCH if baseline == "leave_one_out" else None,
-        jacobian=task.student.jacobian(parameters[0]),
+        jacobian=problem.student.jacobian(parameters[0]),
     )
-    z = (drawn.mean(0) - mean) / (drawn.std(0) / RUNS**0.5)
+    z = (gradients.mean(0) - mean) / (gradients.std(0) / RUNS**0.5)
     assert z.abs().max() < 4  # the largest of ten
     if baseline == "none":
-        away = (drawn - mean).square().sum(1) * BATCH
-        assert abs(away.mean() - variance) < 4 * away.std() / RUNS**0.5
+        squared_deviation = (gradients - mean).square().sum(1) * BATCH
+        assert abs(squared_deviation.mean() - variance) < 4 * squared_deviation.std() / RUNS**0.5
 
 
 def test_a_run_does_not_notice_its_neighbours() -> None:
-    """Other rates and starts beside it leave three steps of Adam and clipping as they were."""
-    task, objective = small(), factory.make("sampled_token", 1.0, "leave_one_out")
-    starts = torch.randn(3, task.student.size, generator=seeded(3), dtype=torch.float64)
+    """Other rates and starts do not change three steps of Adam with clipping."""
+    problem, objective = small(), factory.build_objective("sampled_token", 1.0, "leave_one_out")
+    starts = torch.randn(3, problem.student.size, generator=seeded(3), dtype=torch.float64)
 
-    def ends(begin: Tensor, by: Tensor) -> Tensor:
-        step = descent.adam(by, task.student.size)
-        return descent.train(task, begin, objective, step, 3, 5, 0.2, [3], seeded(4))[3]
+    def ends(begin: Tensor, step_sizes: Tensor) -> Tensor:
+        step = descent.adam(step_sizes, problem.student.size)
+        return descent.train(problem, begin, objective, step, 3, 5, 0.2, [3], seeded(4))[3]
 
     first = ends(starts, rates(0.1, 0.2, 0.3))
     second = ends(starts * rates(-1.0, 1.0, 2.0)[:, None], rates(0.7, 0.2, 0.01))
@@ -81,14 +81,14 @@ def test_a_run_does_not_notice_its_neighbours() -> None:
 
 
 def test_a_marked_path_is_one_of_single_steps() -> None:
-    task, objective = small(), factory.make("full_reverse_kl", 1.0, "leave_one_out")
-    begin, rate, clip = task.student.start(2, seeded(5)), rates(0.5, 2.0), 0.3
+    problem, objective = small(), factory.build_objective("full_reverse_kl", 1.0, "leave_one_out")
+    begin, rate, clip = problem.student.start(2, seeded(5)), rates(0.5, 2.0), 0.3
     path = descent.train(
-        task, begin, objective, descent.sgd(rate), 3, 4, clip, [0, 2, 3], seeded(6), None
+        problem, begin, objective, descent.sgd(rate), 3, 4, clip, [0, 2, 3], seeded(6), None
     )
     now, generator, steps = begin, seeded(6), [begin]
     for _ in range(3):
-        gradient = descent.sampled_gradient(task, now, objective, 4, generator)
+        gradient = descent.sampled_gradient(problem, now, objective, 4, generator)
         size = gradient.norm(dim=1, keepdim=True)
         now = now - rate[:, None] * torch.where(size > clip, gradient / size * clip, gradient)
         steps.append(now)
@@ -100,75 +100,79 @@ def test_a_marked_path_is_one_of_single_steps() -> None:
 # --- where training goes ------------------------------------------------------------------------
 
 
-def at_its_teacher(task: students.Task) -> tuple[students.Task, Tensor]:
-    """The same task with the starting student as its teacher."""
-    begin = task.student.start(2, seeded(7))
-    return replace(task, teacher=task.student.logits(begin)[0]), begin
+def at_its_teacher(problem: students.LearningProblem) -> tuple[students.LearningProblem, Tensor]:
+    """Return the same problem with the starting student as its teacher."""
+    begin = problem.student.start(2, seeded(7))
+    return replace(problem, teacher=problem.student.logits(begin)[0]), begin
 
 
 @pytest.mark.parametrize("name", learning.OBJECTIVES)
 def test_only_the_unnormalised_support_leaves_its_teacher(name: str) -> None:
-    task, begin = at_its_teacher(small())
+    problem, begin = at_its_teacher(small())
     kind, gamma, baseline = learning.OBJECTIVES[name]
-    objective = factory.make(kind, gamma, baseline, allow_collapse=True)
+    objective = factory.build_objective(kind, gamma, baseline, allow_collapse=True)
     k = 2 if "topk" in kind else None
     step = descent.sgd(rates(0.3, 1.0))
-    end = descent.train(task, begin, objective, step, 20, 8, math.inf, [20], seeded(8), k)[20]
-    away = students.progress(task, end).sequence_kl
+    end = descent.train(problem, begin, objective, step, 20, 8, math.inf, [20], seeded(8), k)[20]
+    final_kl = students.evaluate_students(problem, end).sequence_kl
     if kind != "teacher_topk_unnormalised":
         torch.testing.assert_close(end, begin, atol=1e-12, rtol=0)
-        assert away.max() < 1e-12
+        assert final_kl.max() < 1e-12
         return
-    assert away.min() > 0.1
-    ids = task.teacher.topk(2, -1).indices
-    mass = task.student.logits(end).softmax(-1).gather(-1, ids.expand(2, -1, -1)).sum(-1)
-    before = task.teacher.softmax(-1).gather(-1, ids).sum(-1)
-    assert (mass.mean(1) < before.mean() - 0.05).all()
+    assert final_kl.min() > 0.1
+    ids = problem.teacher.topk(2, -1).indices
+    mass = problem.student.logits(end).softmax(-1).gather(-1, ids.expand(2, -1, -1)).sum(-1)
+    initial_mass = problem.teacher.softmax(-1).gather(-1, ids).sum(-1)
+    assert (mass.mean(1) < initial_mass.mean() - 0.05).all()
 
 
-@pytest.mark.parametrize(("gamma", "other"), [(0.0, 1.0), (1.0, 0.0)])
-def test_exact_descent_of_each_level_ends_at_its_own_optimum(gamma: float, other: float) -> None:
-    """Plain descent along the exact mean gradient, in place of L-BFGS."""
-    task = students.capacity_limited((6, 4, 6), 2, 0, 0.1, seeded(9))
-    start = task.student.start(1, seeded(10))[0]
-    token = students.token_optimum(task, start)
-    optima = {0.0: token, 1.0: students.optimum(task, token[None])}
+@pytest.mark.parametrize(("gamma", "other_gamma"), [(0.0, 1.0), (1.0, 0.0)])
+def test_exact_descent_of_each_level_ends_at_its_own_optimum(
+    gamma: float, other_gamma: float
+) -> None:
+    """Use plain descent along the exact mean gradient, in place of L-BFGS."""
+    problem = students.capacity_limited_problem((6, 4, 6), 2, 0, 0.1, seeded(9))
+    start = problem.student.start(1, seeded(10))[0]
+    token = students.token_optimum(problem, start)
+    optima = {0.0: token, 1.0: students.sequence_optimum(problem, token[None])}
     parameters = token.clone()
     for _ in range(3000):
-        logits = task.student.logits(parameters[None])[0]
-        field = moments.expected_gradient(task.mdp, logits, task.teacher, gamma)
+        logits = problem.student.logits(parameters[None])[0]
+        field = moments.expected_gradient(problem.mdp, logits, problem.teacher, gamma)
         parameters = (
-            parameters - 0.1 * torch.einsum("sa,sf->fa", field, task.student.features).flatten()
+            parameters - 0.1 * torch.einsum("sa,sf->fa", field, problem.student.features).flatten()
         )
-    assert students.progress(task, parameters[None]).sequence_kl.item() == pytest.approx(
-        students.progress(task, optima[gamma][None]).sequence_kl.item(), rel=1e-5
+    assert students.evaluate_students(
+        problem, parameters[None]
+    ).sequence_kl.item() == pytest.approx(
+        students.evaluate_students(problem, optima[gamma][None]).sequence_kl.item(), rel=1e-5
     )
-    assert students.progress(task, optima[0.0][None]).sequence_kl > (
-        students.progress(task, optima[1.0][None]).sequence_kl + 1e-3
+    assert students.evaluate_students(problem, optima[0.0][None]).sequence_kl > (
+        students.evaluate_students(problem, optima[1.0][None]).sequence_kl + 1e-3
     )
 
 
 def test_a_run_whose_gradient_is_not_finite_stops_and_counts_as_diverged() -> None:
-    task, objective = small(), factory.make("sampled_token", 0.0)
-    begin = task.student.start(2, seeded(11))
+    problem, objective = small(), factory.build_objective("sampled_token", 0.0)
+    begin = problem.student.start(2, seeded(11))
     broken = begin.clone()
     broken[0] = 1e308
     step = descent.sgd(rates(0.1, 0.1))
     ends = [
-        descent.train(task, x, objective, step, 3, 4, math.inf, [3], seeded(12))[3]
+        descent.train(problem, x, objective, step, 3, 4, math.inf, [3], seeded(12))[3]
         for x in (begin, broken)
     ]
     torch.testing.assert_close(ends[1][0], broken[0], atol=0, rtol=0)
     torch.testing.assert_close(ends[1][1], ends[0][1], atol=1e-12, rtol=0)
-    now, first = (students.progress(task, x).sequence_kl for x in (ends[1], begin))
-    assert learning.diverged(now, first[:1]) == 0.5
+    now, first = (students.evaluate_students(problem, x).sequence_kl for x in (ends[1], begin))
+    assert learning.diverged_share(now, first[:1]) == 0.5
 
 
 def test_a_student_that_can_be_its_teacher_is_refused() -> None:
-    with pytest.raises(ValueError, match="4 features and 0 hidden units tell all 4 states apart"):
-        students.capacity_limited((4, 3, 4), 4, 0, 0.5, seeded(0))
+    with pytest.raises(ValueError, match="4 features and 0 hidden units distinguish all 4 states"):
+        students.capacity_limited_problem((4, 3, 4), 4, 0, 0.5, seeded(0))
     with pytest.raises(ValueError, match="fewer than 4"):
-        students.capacity_limited((4, 3, 4), 2, 4, 0.5, seeded(0))
+        students.capacity_limited_problem((4, 3, 4), 2, 4, 0.5, seeded(0))
 
 
 # --- the experiment -----------------------------------------------------------------------------
@@ -181,28 +185,28 @@ def test_tuning_takes_the_least_mean_and_never_a_run_that_broke() -> None:
 
 def test_diverged_counts_runs_above_twice_the_start() -> None:
     ends = rates(1.0, 5.9, 6.0, 6.1, math.inf, math.nan, 2.0, 3.0)
-    assert learning.diverged(ends, rates(3.0)) == 3 / 8
+    assert learning.diverged_share(ends, rates(3.0)) == 3 / 8
 
 
 def test_objectives_meet_in_one_world_and_none_beats_its_optimum() -> None:
     base = learning.SETTINGS["smoke"][0] | {"iterations": 30, "seeds": 3, "world": 5}
     assert (base["objective"], base["optimizer"], base["clip"]) == ("token", "sgd", "none")
-    other = base | {"objective": "sequence, mean costs", "optimizer": "adam"}
-    rows = [learning.measure(x, derive("learning", x)) for x in (base, other)]
+    second_setting = base | {"objective": "sequence, mean costs", "optimizer": "adam"}
+    rows = [learning.measure(x, derive("learning", x)) for x in (base, second_setting)]
     for metric in learning.METRICS:
         assert rows[0][0][metric] == rows[1][0][metric]
     assert rows[0][0]["student_kl"] == pytest.approx(rows[0][0]["sequence_kl"] / 4)
-    found = rows[0][-1]
-    assert min(found["optimum_ratio"], found["basin_ratio"]) >= 1 - 1e-9
-    for mine in rows:
-        curve = [row["sequence_kl"] for row in mine if "sequence_kl" in row]
+    optima = rows[0][-1]
+    assert min(optima["optimum_ratio"], optima["basin_ratio"]) >= 1 - 1e-9
+    for setting_rows in rows:
+        curve = [row["sequence_kl"] for row in setting_rows if "sequence_kl" in row]
         assert len(curve) == 11
-        assert found["least_kl"] <= min(curve)
-        assert curve[-1] - found["least_kl"] < 0.5 * (curve[0] - found["least_kl"])
+        assert optima["least_kl"] <= min(curve)
+        assert curve[-1] - optima["least_kl"] < 0.5 * (curve[0] - optima["least_kl"])
 
 
 def test_the_summary_compares_each_world_with_its_own_optimum() -> None:
-    """Two worlds by hand: J 6 and 3 over optima 2 and 2; the median of two is their mean."""
+    """Two constructed worlds: J 6 and 3 over optima 2 and 2; the median of two is their mean."""
     key = {"objective": "token", "optimizer": "sgd", "clip": "none"}
     rows = []
     for world, (end, worst, teacher, reward) in enumerate([(6, 8, 0.5, 0.1), (3, 3, 0.9, 0.4)]):

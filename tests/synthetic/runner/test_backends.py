@@ -1,4 +1,4 @@
-"""The same sweep on a local Ray and Dask cluster, and after a SIGKILL."""
+"""Run the same sweep on a local Ray and Dask cluster, and after a SIGKILL."""
 
 import os
 import signal
@@ -39,9 +39,11 @@ def test_a_running_dask_cluster_is_found_by_its_address(
     from distributed import LocalCluster
 
     with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as running:
-        where = running.scheduler_address
-        study.run(NAME, "smoke", jobs=2, out=tmp_path, backend="dask", address=where)
-        assert all(w.status.name == "running" for w in running.workers.values())  # left as it was
+        address = running.scheduler_address
+        study.run(NAME, "smoke", jobs=2, out=tmp_path, backend="dask", address=address)
+        assert all(
+            w.status.name == "running" for w in running.workers.values()
+        )  # the cluster is not closed
     assert tables(tmp_path) == serial
 
 
@@ -50,8 +52,8 @@ def test_a_running_ray_cluster_is_found_by_its_address(serial: list[bytes], tmp_
 
     running = ray.cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
     try:
-        where = running.address
-        study.run(NAME, "smoke", jobs=2, out=tmp_path, backend="ray", address=where)
+        address = running.address
+        study.run(NAME, "smoke", jobs=2, out=tmp_path, backend="ray", address=address)
         assert len(running.list_all_nodes()) == 1
     finally:
         running.shutdown()
@@ -59,17 +61,17 @@ def test_a_running_ray_cluster_is_found_by_its_address(serial: list[bytes], tmp_
 
 
 def test_a_killed_sweep_keeps_its_finished_cells(serial: list[bytes], tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "synthetic.runner.run", "run", NAME, "--preset", "smoke"]
-    words += ["--jobs", "1", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "synthetic.runner.run", "run", NAME, "--preset", "smoke"]
+    command += ["--jobs", "1", "--out", str(tmp_path)]
     cells = tmp_path / NAME / "cells"
-    with subprocess.Popen(words, stderr=subprocess.DEVNULL) as sweep:
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as sweep:
         while not list(cells.glob("*.json")) and sweep.poll() is None:
             time.sleep(0.01)
         os.kill(sweep.pid, signal.SIGKILL)
-    kept = {file: file.stat().st_mtime_ns for file in cells.glob("*.json")}
-    assert 1 <= len(kept) <= 3
+    stamps = {file: file.stat().st_mtime_ns for file in cells.glob("*.json")}
+    assert 1 <= len(stamps) <= 3
     study.run(NAME, "smoke", out=tmp_path)
-    assert {file: file.stat().st_mtime_ns for file in kept} == kept
+    assert {file: file.stat().st_mtime_ns for file in stamps} == stamps
     assert tables(tmp_path) == serial
 
 
@@ -82,14 +84,16 @@ def fail_on_two(x: int) -> int:
 def test_a_failing_cell_names_itself_and_loses_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = []
+    results = []
     with pytest.raises(ValueError, match="x is 2"):
-        found.extend(backends.compute(fail_on_two, [(0,), (1,), (2,), (3,)], jobs=1))
-    experiment = study.load(NAME)
+        results.extend(backends.compute(fail_on_two, [(0,), (1,), (2,), (3,)], jobs=1))
+    experiment = study.load_experiment(NAME)
     broken = dict(experiment.SETTINGS["smoke"][1], mixing=2.0)
     settings = [experiment.SETTINGS["smoke"][0], broken]
     monkeypatch.setitem(experiment.SETTINGS, "smoke", settings)
-    with pytest.raises(RuntimeError, match=r'mixing is 2\.0.* in the cell .*"mixing": 2\.0'):
+    with pytest.raises(
+        RuntimeError, match=r'mixing is 2\.0.*.*while measuring the cell .*"mixing": 2\.0'
+    ):
         study.run(NAME, "smoke", out=tmp_path)
     assert len(list((tmp_path / NAME / "cells").glob("*.json"))) == 1
 
@@ -97,7 +101,7 @@ def test_a_failing_cell_names_itself_and_loses_no_other(
 def test_unknown_places_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown backend 'slurm'; known: loky, ray, dask"):
         list(backends.compute(fail_on_two, [(0,)], 1, "slurm"))
-    with pytest.raises(ValueError, match="address here needs"):
+    with pytest.raises(ValueError, match="address here cannot be used with loky"):
         list(backends.compute(fail_on_two, [(0,)], 1, "loky", "here"))
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'opdlab\[ray\]'"):
         backends._extra("no_such_module", "ray")

@@ -1,4 +1,4 @@
-"""The study runner on the smoke preset: resume, repeatability, provenance, refusals."""
+"""Test the study runner on the smoke preset: resume, repeatability, provenance, errors."""
 
 import json
 from pathlib import Path
@@ -32,12 +32,12 @@ def test_finished_cells_are_kept_and_broken_ones_measured_again(folder: Path, da
     if damage == "missing":
         cells[1].unlink()
     else:
-        whole = cells[1].read_bytes()
-        left = {"cut short": whole[:100], "not text": b"\xff" + whole, "no rows": b"{}"}
-        cells[1].write_bytes(left[damage])
+        contents = cells[1].read_bytes()
+        damaged = {"cut short": contents[:100], "not text": b"\xff" + contents, "no rows": b"{}"}
+        cells[1].write_bytes(damaged[damage])
     study.run(NAME, "smoke", out=folder.parent)
-    kept = [c.stat().st_mtime_ns == s for c, s in zip(cells, stamps, strict=True)]
-    assert kept == [True, False, True]
+    unchanged = [c.stat().st_mtime_ns == s for c, s in zip(cells, stamps, strict=True)]
+    assert unchanged == [True, False, True]
     assert json.loads(cells[1].read_text())["rows"] == rows
     assert (folder / "smoke" / "summary.csv").read_bytes() == table
 
@@ -62,36 +62,38 @@ def test_the_summary_is_what_its_rows_say(folder: Path) -> None:
     rows = pd.read_csv(folder / "smoke" / "rows.csv")
     summary = pd.read_csv(folder / "smoke" / "summary.csv")
 
-    def value(quantity: str, **where: object) -> float:
-        chosen = summary[summary["quantity"] == quantity]
-        for column, x in where.items():
-            chosen = chosen[chosen[column] == x]
-        assert len(chosen) == 1
-        assert chosen["low"].iloc[0] <= chosen["value"].iloc[0] <= chosen["high"].iloc[0]
-        return chosen["value"].iloc[0]
+    def value(quantity: str, **selection: object) -> float:
+        selected = summary[summary["quantity"] == quantity]
+        for column, x in selection.items():
+            selected = selected[selected[column] == x]
+        assert len(selected) == 1
+        assert selected["low"].iloc[0] <= selected["value"].iloc[0] <= selected["high"].iloc[0]
+        return selected["value"].iloc[0]
 
     plain = rows[(rows["estimator"] == "plain") & (rows["horizon"] == 8)]
-    at = {g: plain[plain["gamma"] == g].set_index("seed") for g in (0.0, 1.0)}
-    where = {"estimator": "plain", "horizon": 8}
-    assert value("variance", gamma=1.0, **where) == pytest.approx(at[1.0]["variance"].median())
-    relative = at[0.0]["bias2"] / at[0.0]["gradient2"]
-    assert value("bias2", gamma=0.0, **where) == pytest.approx(relative.median(), rel=1e-5)
-    assert at[1.0]["bias2"].max() < 1e-20
-    batch = (at[1.0]["variance"] - at[0.0]["variance"]) / at[0.0]["bias2"]
-    assert value("overtaking_batch", **where) == pytest.approx(batch.median(), rel=1e-5)
+    by_gamma = {g: plain[plain["gamma"] == g].set_index("seed") for g in (0.0, 1.0)}
+    selection = {"estimator": "plain", "horizon": 8}
+    assert value("variance", gamma=1.0, **selection) == pytest.approx(
+        by_gamma[1.0]["variance"].median()
+    )
+    relative = by_gamma[0.0]["bias2"] / by_gamma[0.0]["gradient2"]
+    assert value("bias2", gamma=0.0, **selection) == pytest.approx(relative.median(), rel=1e-5)
+    assert by_gamma[1.0]["bias2"].max() < 1e-20
+    batch = (by_gamma[1.0]["variance"] - by_gamma[0.0]["variance"]) / by_gamma[0.0]["bias2"]
+    assert value("overtaking_batch", **selection) == pytest.approx(batch.median(), rel=1e-5)
     for n in (1, 4096):
         error = plain.assign(mse=plain["bias2"] + plain["variance"] / n)
         best = [part.loc[part["mse"].idxmin(), "gamma"] for _, part in error.groupby("seed")]
-        assert value("best_gamma", n=n, **where) == sorted(best)[1]
+        assert value("best_gamma", n=n, **selection) == sorted(best)[1]
     wide = rows[rows["gamma"] == 1].pivot(
         index="seed", columns=["estimator", "horizon"], values="variance"
     )
     slope = np.log2(wide["rb_all"][8] / wide["rb_all"][4]).mean()
-    found = value("exponent", estimator="rb_all", horizon=8, gamma=1.0)
-    assert found == pytest.approx(slope, rel=1e-5)
+    exponent = value("exponent", estimator="rb_all", horizon=8, gamma=1.0)
+    assert exponent == pytest.approx(slope, rel=1e-5)
     z = (plain["variance"] - plain["sampled_variance"]) / plain["sampled_variance_se"]
     assert z.abs().max() < 4
-    assert value("sampled_z", gamma=1.0, **where) == pytest.approx(
+    assert value("sampled_z", gamma=1.0, **selection) == pytest.approx(
         z[plain["gamma"] == 1].mean(), rel=1e-5
     )
     assert np.isfinite(summary[["value", "low", "high"]].to_numpy()).all()
@@ -118,7 +120,7 @@ def test_bounds_hold_and_come_from_the_largest_cost_and_score(folder: Path) -> N
 
 
 def test_errors_of_the_mean_are_bias_plus_a_share_of_the_variance() -> None:
-    """Two equal worlds made by hand, whose summary can be worked out in the head."""
+    """Two equal constructed worlds, whose summary can be calculated by hand."""
     rows = pd.DataFrame(
         {
             "seed": seed,
@@ -153,29 +155,29 @@ def test_errors_of_the_mean_are_bias_plus_a_share_of_the_variance() -> None:
 
 
 def test_provenance_names_command_code_and_versions(folder: Path) -> None:
-    about = json.loads((folder / "smoke" / "summary.json").read_text())
-    assert about["command"] == "opd study run bias_variance --preset smoke"
-    assert about["source"] == study.fingerprint(NAME)
-    assert set(about["versions"]) == {"torch", "numpy", "pandas", "scipy"}
+    record = json.loads((folder / "smoke" / "summary.json").read_text())
+    assert record["command"] == "opd study run bias_variance --preset smoke"
+    assert record["source"] == study.fingerprint(NAME)
+    assert set(record["versions"]) == {"torch", "numpy", "pandas", "scipy"}
 
 
 def test_the_recorded_figure_data_come_from_this_experiment() -> None:
     data = Path(study.ROOT) / "figures" / "data"
-    about = json.loads((data / f"{NAME}.json").read_text())
+    record = json.loads((data / f"{NAME}.json").read_text())
     table = pd.read_csv(data / f"{NAME}.csv")
     assert set(table["gamma"].dropna()) == set(bias_variance.GAMMAS)
-    assert table["worlds"].unique().tolist() == [len(bias_variance.SETTINGS[about["preset"]])]
+    assert table["worlds"].unique().tolist() == [len(bias_variance.SETTINGS[record["preset"]])]
 
 
 @pytest.mark.parametrize("name", study.list_experiments())
 def test_every_headline_is_one_row_of_the_recorded_table(name: str) -> None:
-    table, preset = study.recorded(name)
-    assert preset in set(study.load(name).SETTINGS) - {"smoke"}
-    lines = study.headlines(name, table)
-    assert len(lines) == len(study.load(name).HEADLINES) >= 1
+    table, preset = study.load_recorded_table(name)
+    assert preset in set(study.load_experiment(name).SETTINGS) - {"smoke"}
+    lines = study.format_headlines(name, table)
+    assert len(lines) == len(study.load_experiment(name).HEADLINES) >= 1
     assert not any("nan" in line for line in lines)
     with pytest.raises(ValueError, match="selects 0 rows"):
-        study.headlines(name, table.head(0))
+        study.format_headlines(name, table.head(0))
 
 
 def test_a_setting_decides_its_numbers_alone() -> None:
@@ -194,11 +196,11 @@ def test_the_command_line_lists_runs_and_updates_figures(
     study.main(["list"])
     assert f"{NAME}\n  {bias_variance.CLAIM}\n" in capsys.readouterr().out
     monkeypatch.setattr(study, "FIGURES", tmp_path)
-    words = ["run", NAME, "--preset", "smoke", "--jobs", "1", "--out", str(folder.parent)]
-    study.main(words)
+    arguments = ["run", NAME, "--preset", "smoke", "--jobs", "1", "--out", str(folder.parent)]
+    study.main(arguments)
     assert str(folder / "smoke" / "summary.csv") in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
-    study.main([*words, "--update-figures"])
+    study.main([*arguments, "--update-figures"])
     for suffix in ("csv", "json"):
         copy, original = tmp_path / f"{NAME}.{suffix}", folder / "smoke" / f"summary.{suffix}"
         assert copy.read_bytes() == original.read_bytes()

@@ -1,4 +1,4 @@
-"""The published toy against scipy, torch.distributions and one autograd call a trajectory."""
+"""Compare the published toy with scipy, torch.distributions and autograd calls per trajectory."""
 
 import pandas as pd
 import pytest
@@ -10,7 +10,7 @@ from synthetic.experiments import toy
 from synthetic.toy import control, distillation
 from synthetic.toy.control import HORIZON, STARTS, TARGETS, DistillationConfig, Networks
 
-CHOICES = DistillationConfig(hidden=5)
+CONFIG = DistillationConfig(hidden=5)
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -18,9 +18,11 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def networks(count: int, seed: int, floor: float = 0.3) -> Networks:
-    made = control.fresh(count, 3, 5, floor, seeded(seed))
-    noise = [0.3 * torch.randn(w.shape, generator=seeded(seed + 1)).double() for w in made.weights]
-    return made.stepped(noise)
+    initial = control.init_networks(count, 3, 5, floor, seeded(seed))
+    noise = [
+        0.3 * torch.randn(w.shape, generator=seeded(seed + 1)).double() for w in initial.weights
+    ]
+    return initial.updated(noise)
 
 
 def noise(count: int, seed: int = 3) -> Tensor:
@@ -28,7 +30,7 @@ def noise(count: int, seed: int = 3) -> Tensor:
 
 
 def policy(weights: list[Tensor], task: int, position: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, the network written out for one input."""
+    """Return mean and standard deviation, with the network written out for one input."""
     x = torch.stack(
         [torch.tensor((-1.0, 1.0)[task]).double(), position / 4, position * 0 + step / 20]
     )
@@ -39,8 +41,8 @@ def policy(weights: list[Tensor], task: int, position: Tensor, step: int) -> tup
 
 
 def by_hand(students: Networks, teacher: Networks, run: int, task: int, gamma: float, eps: Tensor):
-    """(n,) gradient of every trajectory's loss for each weight, one autograd call a trajectory."""
-    theirs, found = [w[0] for w in teacher.weights], []
+    """Return (n,) gradients of every trajectory's loss for each weight, one autograd call each."""
+    teacher_weights, gradients = [w[0] for w in teacher.weights], []
     for row in eps:
         live = [w[run].clone().requires_grad_() for w in students.weights]
         position, logps, costs = torch.tensor(STARTS[task]).double(), [], []
@@ -48,7 +50,9 @@ def by_hand(students: Networks, teacher: Networks, run: int, task: int, gamma: f
             mean, sigma = policy(live, task, position, t)
             action = (mean + sigma * row[t]).detach()
             logps.append(torch.distributions.Normal(mean, sigma).log_prob(action))
-            q = torch.distributions.Normal(*policy(theirs, task, position, t)).log_prob(action)
+            q = torch.distributions.Normal(*policy(teacher_weights, task, position, t)).log_prob(
+                action
+            )
             costs.append((logps[-1] - q).detach())
             position = position + action
         loss = sum(
@@ -56,8 +60,8 @@ def by_hand(students: Networks, teacher: Networks, run: int, task: int, gamma: f
             for t in range(HORIZON)
             for u in range(t, HORIZON)
         )
-        found.append(torch.autograd.grad(loss, live))
-    return [torch.stack(parts) for parts in zip(*found, strict=True)]
+        gradients.append(torch.autograd.grad(loss, live))
+    return [torch.stack(parts) for parts in zip(*gradients, strict=True)]
 
 
 def test_densities_and_divergences_are_the_known_ones() -> None:
@@ -66,25 +70,25 @@ def test_densities_and_divergences_are_the_known_ones() -> None:
         stats.norm.logpdf(0.3, -1.2, 0.7)
     )
     p, q = torch.distributions.Normal(mean, sigma), torch.distributions.Normal(0.5, 2.0)
-    want = torch.distributions.kl_divergence(p, q).item()
-    found = control.gaussian_kl(mean, sigma, torch.tensor(0.5), torch.tensor(2.0))
-    assert found.item() == pytest.approx(want)
+    expected = torch.distributions.kl_divergence(p, q).item()
+    divergence = control.gaussian_kl(mean, sigma, torch.tensor(0.5), torch.tensor(2.0))
+    assert divergence.item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("task", [0, 1])
 def test_gradients_are_those_of_a_loop_over_trajectories(task: int) -> None:
     students, teacher, eps = networks(2, 4), networks(1, 6), noise(16)
     gammas = (0.5, 1.0)
-    found = distillation.gradient(students, teacher, task, gammas, eps, CHOICES)
+    result = distillation.gradient(students, teacher, task, gammas, eps, CONFIG)
     for run, gamma in enumerate(gammas):
-        each = by_hand(students, teacher, run, task, gamma, eps)
-        for layer, want in zip(found.weights, each, strict=True):
+        expected = by_hand(students, teacher, run, task, gamma, eps)
+        for layer, want in zip(result.weights, expected, strict=True):
             torch.testing.assert_close(layer[run], want.mean(0), atol=1e-9, rtol=1e-9)
-        micro = each[-1].view(8, 2, *each[-1].shape[1:]).mean(1)
+        micro = expected[-1].view(8, 2, *expected[-1].shape[1:]).mean(1)
         metric = (micro - micro.mean(0)).square().sum((1, 2)).mean()
-        assert found.micro[run].item() == pytest.approx(metric.item())
-    student = students.of(0, 1)
-    single = distillation.trajectory_gradients(student, teacher, task, gammas, eps, CHOICES)
+        assert result.micro[run].item() == pytest.approx(metric.item())
+    student = students.repeat(0, 1)
+    single = distillation.trajectory_gradients(student, teacher, task, gammas, eps, CONFIG)
     for gamma, layers in zip(gammas, single, strict=True):
         want = by_hand(student, teacher, 0, task, gamma, eps)
         for layer, reference in zip(layers, want, strict=True):
@@ -102,7 +106,7 @@ def test_variance_and_squared_mean_are_unbiased_forms() -> None:
 def test_positions_add_up_actions_from_the_right_start() -> None:
     students = networks(2, 8)
     for task in (0, 1):
-        positions, actions = control.rollouts(students, task, noise(4), CHOICES)
+        positions, actions = control.rollouts(students, task, noise(4), CONFIG)
         assert positions[..., 0].unique().tolist() == [STARTS[task]]
         torch.testing.assert_close(positions[..., 1:], STARTS[task] + actions.cumsum(-1))
         mean, sigma = policy([w[1] for w in students.weights], task, positions[1, 2, 5], 5)
@@ -114,34 +118,34 @@ def test_odd_iterations_are_of_the_left_task_and_divergence_stops_a_run() -> Non
     teachers = networks(1, 10), networks(1, 12)
     far = [torch.zeros_like(w) for w in teachers[1].weights]
     far[-1][0, -1, 0] = 1e6
-    teachers = teachers[0], teachers[1].stepped(far)  # the right teacher is unreachable
-    choices = DistillationConfig(hidden=5, sigma_floor=0.3)
-    done = distillation.distil(
-        students, teachers, (0.0, 1.0), 4, (0, 1, 2, 4), 8, choices, seeded(13)
+    teachers = teachers[0], teachers[1].updated(far)  # no student can follow the right teacher
+    config = DistillationConfig(hidden=5, sigma_floor=0.3)
+    run = distillation.distill(
+        students, teachers, (0.0, 1.0), 4, (0, 1, 2, 4), 8, config, seeded(13)
     )
-    assert done.diverged.tolist() == [1, 1]
-    assert done.metric[0].isfinite().all()
-    assert done.metric[1:].isinf().all()
-    for before, after in zip(done.path[1].weights, done.students.weights, strict=True):
-        assert before.equal(after)
-    assert not done.path[0].weights[0].equal(done.path[1].weights[0])
+    assert run.diverged.tolist() == [1, 1]
+    assert run.metric[0].isfinite().all()
+    assert run.metric[1:].isinf().all()
+    for snapshot, final in zip(run.snapshots[1].weights, run.students.weights, strict=True):
+        assert snapshot.equal(final)
+    assert not run.snapshots[0].weights[0].equal(run.snapshots[1].weights[0])
 
 
 def test_clipping_bounds_the_step_of_plain_descent() -> None:
     students, teacher = networks(2, 14), networks(1, 16)
-    choices = DistillationConfig(hidden=5, optimizer="sgd", rate=0.5, clip=1e-3)
-    done = distillation.distil(
-        students, (teacher, teacher), (0.0, 1.0), 1, (), 8, choices, seeded(17)
+    config = DistillationConfig(hidden=5, optimizer="sgd", rate=0.5, clip=1e-3)
+    run = distillation.distill(
+        students, (teacher, teacher), (0.0, 1.0), 1, (), 8, config, seeded(17)
     )
-    moved = [b - a for a, b in zip(students.weights, done.students.weights, strict=True)]
-    sizes = torch.stack([x.square().sum((1, 2)) for x in moved]).sum(0).sqrt()
+    updates = [b - a for a, b in zip(students.weights, run.students.weights, strict=True)]
+    sizes = torch.stack([x.square().sum((1, 2)) for x in updates]).sum(0).sqrt()
     assert sizes.tolist() == pytest.approx([0.5e-3, 0.5e-3])
 
 
 def test_teachers_reach_their_targets() -> None:
-    choices = DistillationConfig(teacher_iterations=150, hidden=32)
-    for task, teacher in enumerate(control.train_teachers(choices, seeded(18))):
-        positions, _ = control.rollouts(teacher, task, noise(200), choices)
+    config = DistillationConfig(teacher_iterations=150, hidden=32)
+    for task, teacher in enumerate(control.train_teachers(config, seeded(18))):
+        positions, _ = control.rollouts(teacher, task, noise(200), config)
         assert abs(positions[0, :, -1].mean().item() - TARGETS[task]) < 0.5
 
 
