@@ -1,1 +1,1 @@
-"""Figures and tables, drawn from recorded results in seconds and without torch."""
+"""Figures and tables drawn from recorded results, without torch and in seconds."""

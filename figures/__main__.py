@@ -1,10 +1,9 @@
 """`opd figures`: draw figures from recorded tables, in seconds and without torch.
 
-A figure NAME is the module figures/NAME.py with `COLUMNS`, what it reads, `CAPTION`, and
-`draw(table)`. Its table is figures/data/NAME.csv unless --table or --run names another. `paper`
-stands for the figures and tables of the paper, `all` for every figure; `claims` writes what the
-paper claims beside what is recorded here, `gallery` every figure with its caption and the claims
-that it bears on. --refresh makes the recorded table anew first.
+NAME is the name of a figure. Its table is figures/data/NAME.csv unless --table or --run is given.
+`paper` draws the figures and tables of the paper and `all` every figure. `claims` writes the
+paper's claims next to the measurements recorded here, and `gallery` lists every figure with its
+caption and the related claims. --refresh runs the experiment and records its table first.
 """
 
 import argparse
@@ -24,91 +23,115 @@ from diagnostics.io.provenance import code_state
 from diagnostics.terminal import protect_terminal
 from figures.registry import (
     DATA,
-    FROM_RUNS,
-    PAPER,
+    PAPER_FIGURES,
+    RUN_FIGURES,
+    commands_for_table,
     figure_module,
     figure_names,
-    made_by,
     read_table,
-    recorded,
+    table_path,
 )
 
 if TYPE_CHECKING:
     import pandas as pd
 
-TEXTS = {"claims": "claims.md", "gallery": "README.md"}
-"""What is written about the recorded tables, and the file's name."""
+DOCUMENTS = {"claims": "claims.md", "gallery": "README.md"}
+"""Documents generated from the recorded tables, and their file names."""
 
 
 def main(argv: list[str]) -> None:
-    """`opd figures [NAME|paper|all|claims|gallery] [--run DIR ...] [--table CSV] [--refresh]`."""
+    """Run `opd figures [NAME|paper|all|claims|gallery] [--run DIR ...] [--table CSV] [--refresh]`.
+
+    Args:
+        argv: command-line arguments.
+
+    Raises:
+        InvalidInput: the arguments contradict each other.
+    """
     parser = argparse.ArgumentParser(prog="opd figures", description=__doc__)
-    known = f"{', '.join(figure_names())}; paper, all, claims, or gallery"
-    parser.add_argument("name", nargs="?", default="all", help=known)
+    name_help = f"{', '.join(figure_names())}; paper, all, claims, or gallery"
+    parser.add_argument("name", nargs="?", default="all", help=name_help)
     parser.add_argument("--table", type=Path, help="draw this table instead of the recorded one")
     parser.add_argument(
-        "--run", type=Path, nargs="+", help="run folders to draw, for " + ", ".join(FROM_RUNS)
+        "--run", type=Path, nargs="+", help="run folders to draw, for " + ", ".join(RUN_FIGURES)
     )
     parser.add_argument("--out", type=Path, default=Path("results/figures"))
     parser.add_argument(
-        "--update-data", action="store_true", help="also record the runs' table in figures/data"
+        "--update-data", action="store_true", help="also save the table of --run in figures/data"
     )
     parser.add_argument(
-        "--refresh", action="store_true", help="run the experiment behind it and record it first"
+        "--refresh", action="store_true", help="run the experiment and record its table first"
     )
-    given = parser.parse_args(argv)
-    if given.name in TEXTS:
-        given.out.mkdir(parents=True, exist_ok=True)
-        path = given.out / TEXTS[given.name]
-        path.write_text(import_module(f"figures.claims.{given.name}").written(DATA))
+    args = parser.parse_args(argv)
+    if args.name in DOCUMENTS:
+        args.out.mkdir(parents=True, exist_ok=True)
+        path = args.out / DOCUMENTS[args.name]
+        path.write_text(import_module(f"figures.claims.{args.name}").render_markdown(DATA))
         print(path)
         return
-    names = {"all": figure_names(), "paper": list(PAPER)}.get(given.name, [given.name])
-    if given.table and len(names) > 1:
+    names = {"all": figure_names(), "paper": list(PAPER_FIGURES)}.get(args.name, [args.name])
+    if args.table and len(names) > 1:
         raise InvalidInput(
-            f"--table {given.table} needs the name of its figure: {', '.join(names)}"
+            f"--table {args.table} needs the name of a single figure, got {', '.join(names)}"
         )
-    if given.run and not set(names) <= {*FROM_RUNS, "phase"}:
-        raise InvalidInput(f"--run is for the figures {', '.join(FROM_RUNS)}, phase, one by one")
-    if given.update_data and names == ["phase"]:
+    if args.run and not set(names) <= {*RUN_FIGURES, "phase"}:
         raise InvalidInput(
-            "the recorded maps of phase are the study's; runs are only drawn on them"
+            "--run needs the name of a single figure of run folders: "
+            f"{', '.join(RUN_FIGURES)}, phase"
         )
-    if given.update_data and not given.run:
-        raise InvalidInput("--update-data records the table of --run, and no run is given")
-    if given.refresh and given.run:
-        raise InvalidInput("--refresh makes its own runs; leave out --run")
+    if args.update_data and names == ["phase"]:
+        raise InvalidInput(
+            "--update-data cannot be used with phase: its recorded table is that of the study"
+        )
+    if args.update_data and not args.run:
+        raise InvalidInput("--update-data saves the table of --run; add --run")
+    if args.refresh and args.run:
+        raise InvalidInput("--refresh trains its own runs; remove --run")
     for name in names:
-        if given.refresh:
-            refresh(name)
-        if given.run:
-            table = collected(name, given.run)
+        if args.refresh:
+            refresh_table(name)
+        if args.run:
+            table = collect_table(name, args.run)
         else:
-            table = read(name, given.table or recorded(name))
-        for path in render(name, table, given.out):
+            table = load_figure_table(name, args.table or table_path(name))
+        for path in render_figure(name, table, args.out):
             print(path)
-        if given.update_data:
-            record(name, table, given.run)
+        if args.update_data:
+            record_table(name, table, args.run)
 
 
-def refresh(name: str) -> None:
-    """Run what makes a figure's table, as a user would; a run that was killed goes on.
+def refresh_table(name: str) -> None:
+    """Run the commands that make a figure's table; an interrupted run is resumed.
+
+    Args:
+        name: name of the figure.
 
     Raises:
-      RuntimeError: a command failed.
+        OperationFailed: a command failed.
     """
-    for line in made_by(name):
+    for line in commands_for_table(name):
         print(f"-- {line}", file=sys.stderr)
         words = [x for word in line.split()[1:] for x in sorted(glob(word)) or [word]]
-        done = subprocess.run([sys.executable, "-m", "opd.cli.main", *words], check=False)
-        if done.returncode:
+        completed = subprocess.run([sys.executable, "-m", "opd.cli.main", *words], check=False)
+        if completed.returncode:
             raise OperationFailed(
-                f"`{line}` ended with {done.returncode}; the same command goes on"
+                f"`{line}` failed with exit code {completed.returncode}; run it again to resume"
             )
 
 
-def collected(name: str, runs: list[Path]) -> "pd.DataFrame":
-    """The table of a figure made from run folders."""
+def collect_table(name: str, runs: list[Path]) -> "pd.DataFrame":
+    """Build the table of a figure from run folders.
+
+    Args:
+        name: name of the figure.
+        runs: run folders.
+
+    Returns:
+        The table.
+
+    Raises:
+        InvalidInput: the runs contain nothing that the figure draws.
+    """
     if name == "training":
         from diagnostics.records.run_tables import training_table
 
@@ -116,36 +139,54 @@ def collected(name: str, runs: list[Path]) -> "pd.DataFrame":
     table = figure_module(name).collect(runs)
     if table.empty:
         raise InvalidInput(
-            f"{name} finds nothing to draw in {', '.join(map(str, runs))}: too few tokens or "
-            "steps, or runs of another kind than the recorded ones"
+            f"{name}: nothing to draw in {', '.join(map(str, runs))}: they have too few tokens or "
+            "steps, or lack the metrics that this figure needs"
         )
     return table
 
 
-def read(name: str, path: Path) -> "pd.DataFrame":
-    """The table of a figure.
+def load_figure_table(name: str, path: Path) -> "pd.DataFrame":
+    """Read the table of a figure and check its columns.
+
+    Args:
+        name: name of the figure.
+        path: path of the table.
+
+    Returns:
+        The table.
 
     Raises:
-      FileNotFoundError: no such table; says what makes it.
-      ValueError: a figure or a column that does not exist.
+        MissingFile: there is no such table; the message names the commands that make it.
+        InvalidInput: there is no such figure, or the table lacks a column.
     """
     module = figure_module(name)
     if not path.exists():
-        raise MissingFile(f"{path} does not exist; make it with `{' && '.join(made_by(name))}`")
+        raise MissingFile(
+            f"{path} does not exist; make it with `{' && '.join(commands_for_table(name))}`"
+        )
     table = read_table(path)
-    lacking = [c for c in module.COLUMNS if c not in table]
-    if lacking:
-        raise InvalidInput(f"{path} lacks the columns {', '.join(lacking)}")
+    missing_columns = [c for c in module.COLUMNS if c not in table]
+    if missing_columns:
+        raise InvalidInput(f"{path} lacks the columns {', '.join(missing_columns)}")
     return table
 
 
-def render(name: str, table: "pd.DataFrame", out: Path) -> list[Path]:
-    """Draw one figure and write its files; a figure of tables also writes them."""
+def render_figure(name: str, table: "pd.DataFrame", out: Path) -> list[Path]:
+    """Draw one figure and write its files; figures that have tables also write these.
+
+    Args:
+        name: name of the figure.
+        table: its table.
+        out: output folder.
+
+    Returns:
+        The paths of all files written.
+    """
     from figures import style
 
     module = figure_module(name)
-    with style.look():
-        paths = style.save(module.draw(table), out, name)
+    with style.style_context():
+        paths = style.save_figure(module.draw(table), out, name)
     if hasattr(module, "markdown"):
         text, numbers = out / f"{name}.md", out / f"{name}.csv"
         text.write_text(module.markdown(table))
@@ -154,54 +195,58 @@ def render(name: str, table: "pd.DataFrame", out: Path) -> list[Path]:
     return paths
 
 
-def record(name: str, table: "pd.DataFrame", runs: list[Path]) -> None:
-    """Keep a table of runs in figures/data, with what made it."""
-    path = recorded(name)
+def record_table(name: str, table: "pd.DataFrame", runs: list[Path]) -> None:
+    """Save a table of runs in figures/data, with the commands, settings and versions behind it."""
+    path = table_path(name)
     table.to_csv(path, index=False)
-    configs = {label(run): settings(run) for run in runs}
-    first = next(iter(configs.values()))
-    shared = {k: x for k, x in first.items() if all(c.get(k) == x for c in configs.values())}
-    own = {r: {k: x for k, x in c.items() if k not in shared} for r, c in configs.items()}
-    about = {
-        "command": made_by(name, list(configs)),
-        "settings": shared,
-        "runs": own,
+    configs = {run_label(run): portable_settings(run) for run in runs}
+    first_config = next(iter(configs.values()))
+    common_settings = {
+        k: x for k, x in first_config.items() if all(c.get(k) == x for c in configs.values())
+    }
+    run_specific_settings = {
+        r: {k: x for k, x in c.items() if k not in common_settings} for r, c in configs.items()
+    }
+    metadata_fields = {
+        "command": commands_for_table(name, list(configs)),
+        "settings": common_settings,
+        "runs": run_specific_settings,
         "code": sorted({read_text(run / "code.txt").partition("\n")[0] for run in runs}),
-        "seconds": round(sum(map(seconds, runs)), 1),
+        "seconds": round(sum(map(training_seconds, runs)), 1),
         "device": sorted({c["device"] for c in configs.values()}),
         "commit": code_state().commit,
         "table": hashlib.sha256(path.read_bytes()).hexdigest()[:16],
         "versions": {p: metadata.version(p) for p in ("torch", "transformers", "pandas")},
     }
-    path.with_suffix(".json").write_text(by_line(about))
+    path.with_suffix(".json").write_text(format_json(metadata_fields))
     print(path)
 
 
-def settings(run: Path) -> dict[str, Any]:
-    """A run's config.json, but for its own place; folders beside it by relative paths."""
-    from diagnostics.records.run_folders import settings as recorded_settings
+def portable_settings(run: Path) -> dict[str, Any]:
+    """Return a run's config.json without its output folder and with relative paths."""
+    from diagnostics.records.run_folders import load_settings as recorded_settings
 
     config = recorded_settings(run)
     config.pop("out", None)
-    return {name: portable(value, run.resolve()) for name, value in config.items()}
+    return {name: make_portable(value, run.resolve()) for name, value in config.items()}
 
 
-def portable(value: Any, run: Path) -> Any:
-    """A setting whose absolute paths begin at the nearest folder that the run is in too."""
+def make_portable(value: Any, run: Path) -> Any:
+    """Make absolute paths in a setting relative to the nearest folder that contains the run too."""
     if isinstance(value, dict):
-        return {name: portable(x, run) for name, x in value.items() if x is not None}
+        return {name: make_portable(x, run) for name, x in value.items() if x is not None}
     if isinstance(value, list):
-        return [portable(x, run) for x in value]
+        return [make_portable(x, run) for x in value]
     if isinstance(value, str) and Path(value).is_absolute():
-        common = next(up for up in run.parents if Path(value).is_relative_to(up))
+        common = next(parent for parent in run.parents if Path(value).is_relative_to(parent))
         return str(Path(value).relative_to(common))
     return value
 
 
-def by_line(about: dict[str, Any]) -> str:
-    """JSON with a line for every entry of the two upper levels."""
+def format_json(record: dict[str, Any]) -> str:
+    """Format a JSON object with one line for every entry of its two upper levels."""
     parts = []
-    for name, value in about.items():
+    for name, value in record.items():
         text = json.dumps(value)
         if isinstance(value, dict):
             lines = (f"  {json.dumps(k)}: {json.dumps(x)}" for k, x in value.items())
@@ -210,17 +255,17 @@ def by_line(about: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
-def label(run: Path) -> str:
-    """GROUP/METHOD-SEED of a run folder."""
+def run_label(run: Path) -> str:
+    """Return GROUP/METHOD-SEED of a run folder."""
     return f"{run.resolve().parent.name}/{run.name}"
 
 
-def seconds(run: Path) -> float:
-    """What a run's steps took together, by its own clock."""
-    from diagnostics.records.run_folders import recorded_rows
+def training_seconds(run: Path) -> float:
+    """Return the total duration of a run's steps in seconds, as measured during the run."""
+    from diagnostics.records.run_folders import load_rows
 
-    found = recorded_rows(run)
-    return sum(x for row in found for k, x in row.items() if k.startswith("seconds/") and x)
+    rows = load_rows(run)
+    return sum(x for row in rows for k, x in row.items() if k.startswith("seconds/") and x)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The figures: their names, their modules, their recorded tables, and the commands that make those.
+"""Registry of the figures: their names, modules, recorded tables, and the commands that make these.
 
-A figure is a module of `figures.study`, `figures.paper` or `figures.runs` with `COLUMNS`, what it
-reads, `CAPTION`, and `draw(table)`; one of run folders also has `collect(runs)`.
+A figure is a module of `figures.study`, `figures.paper` or `figures.runs` with `COLUMNS` (the
+columns it reads), `CAPTION`, and `draw(table)`. A figure of run folders also has `collect(runs)`.
 """
 
 from importlib import import_module
@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from diagnostics.errors import InvalidInput
-from diagnostics.io.files import read_object, reading
+from diagnostics.io.files import read_object, translate_read_errors
 from diagnostics.records.renamed import present_key
 
 if TYPE_CHECKING:
@@ -18,58 +18,70 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).resolve().parent
 DATA = FOLDER / "data"
-ROOMS = ("study", "paper", "runs")
-PAPER = (
+FIGURE_PACKAGES = ("study", "paper", "runs")
+PAPER_FIGURES = (
     *("toy", "scatter", "loop", "gap", "segmentation", "dynamics", "multitask", "ablations"),
     *("comparison", "agents"),
 )
-"""What stands for the paper's own figures and tables."""
-FROM_RUNS = (
-    *PAPER[1:],
+"""Figures that correspond to figures and tables of the paper."""
+RUN_FIGURES = (
+    *PAPER_FIGURES[1:],
     *("training", "anatomy", "fan", "heatmap", "ledger", "lorenz", "pairs", "quadrants"),
     *("sampler", "signal_loss", "tokenizer", "warning"),
 )
-"""Figures of run folders: all but the first make their table by `collect(runs)`."""
-RECORDED_AS = {
+"""Figures of run folders; all but `training` build their table with `collect(runs)`."""
+TABLE_NAMES = {
     "frontier": "bias_variance",
     "warning": "early_warning",
     **dict.fromkeys(("dynamics", "ablations", "multitask"), "paper_steps"),
     "comparison": "paper_evaluations",
 }
-"""Figures whose table has another name than theirs."""
+"""Table of every figure whose table is not named after it."""
 
 
 def figure_names() -> list[str]:
     """Return the names of all figures, sorted."""
-    return sorted(_rooms_by_figure())
+    return sorted(_packages_by_figure())
 
 
 def figure_module(name: str) -> ModuleType:
     """Import the module that draws a figure.
 
+    Args:
+        name: name of the figure.
+
+    Returns:
+        The module.
+
     Raises:
-      InvalidInput: There is no such figure.
+        InvalidInput: there is no such figure.
     """
-    rooms = _rooms_by_figure()
-    if name not in rooms:
-        raise InvalidInput(f"unknown figure {name!r}; known: {', '.join(sorted(rooms))}, all")
-    return import_module(f"figures.{rooms[name]}.{name}")
+    packages = _packages_by_figure()
+    if name not in packages:
+        raise InvalidInput(f"unknown figure {name!r}; known: {', '.join(sorted(packages))}, all")
+    return import_module(f"figures.{packages[name]}.{name}")
 
 
-def _rooms_by_figure() -> dict[str, str]:
-    paths = (path for room in ROOMS for path in (FOLDER / room).glob("*.py"))
+def _packages_by_figure() -> dict[str, str]:
+    """Return the subpackage of every figure."""
+    paths = (path for package in FIGURE_PACKAGES for path in (FOLDER / package).glob("*.py"))
     return {p.stem: p.parent.name for p in paths if p.stem not in ("__init__", "rows")}
 
 
-def recorded(name: str) -> Path:
+def table_path(name: str) -> Path:
     """Return the path of a figure's recorded table."""
-    return DATA / f"{RECORDED_AS.get(name, name)}.csv"
+    return DATA / f"{TABLE_NAMES.get(name, name)}.csv"
 
 
-def made_by(name: str, runs: list[str] | None = None) -> list[str]:
-    """The commands that make a figure's table, each a line; of its recorded runs if not of `runs`.
+def commands_for_table(name: str, runs: list[str] | None = None) -> list[str]:
+    """Return the commands that make a figure's table, one per line.
 
-    runs: GROUP/METHOD-SEED of each.
+    Args:
+        name: name of the figure.
+        runs: GROUP/METHOD-SEED of each run folder; None for the runs of the recorded table.
+
+    Returns:
+        Command lines, in the order in which they are run.
     """
     update = f"opd figures {name} --run {{runs}} --update-data"
     if name == "training":
@@ -77,29 +89,40 @@ def made_by(name: str, runs: list[str] | None = None) -> list[str]:
     if name == "agents":
         runs = ["results/paper/games/*", "results/paper/agents/*"]
         return ["opd paper --groups games agents", update.format(runs=" ".join(runs))]
-    if name in FROM_RUNS:
-        about = recorded(name).with_suffix(".json")
-        if runs is None and about.exists():
-            runs = list(read_object(about).get("runs", {}))
+    if name in RUN_FIGURES:
+        record_path = table_path(name).with_suffix(".json")
+        if runs is None and record_path.exists():
+            runs = list(read_object(record_path).get("runs", {}))
         methods = dict.fromkeys(run.rpartition("-")[0] or run for run in runs or [])
-        whole = not methods or (name in RECORDED_AS and name != "warning")
-        folders = ["single/*", "multi/*"] if whole else [f"{method}-*" for method in methods]
+        use_all_folders = not methods or (name in TABLE_NAMES and name != "warning")
+        folders = (
+            ["single/*", "multi/*"] if use_all_folders else [f"{method}-*" for method in methods]
+        )
         return ["opd paper", update.format(runs=" ".join(f"results/paper/{x}" for x in folders))]
-    return [f"opd study run {RECORDED_AS.get(name, name)} --update-figures"]
+    return [f"opd study run {TABLE_NAMES.get(name, name)} --update-figures"]
 
 
 def read_table(path: Path) -> "pd.DataFrame":
-    """Read a recorded table, older ones under the present names of metrics.
+    """Read a recorded table, with old metric names replaced by the current ones.
+
+    Args:
+        path: a CSV file.
+
+    Returns:
+        The table.
 
     Raises:
-      InvalidInput: The file is not a CSV table.
+        InvalidInput: the file is not a CSV table.
     """
     import pandas as pd
 
-    with reading(path):
+    with translate_read_errors(path):
         try:
             table = pd.read_csv(path, dtype={"outcomes": str})
-        except (ValueError, pd.errors.ParserError) as error:  # of bytes, columns or an empty file
+        except (
+            ValueError,
+            pd.errors.ParserError,
+        ) as error:  # bad bytes, bad columns, or an empty file
             raise InvalidInput(f"{path} is not a CSV table ({error})") from error
     table = table.rename(columns=present_key)
     for column in {"metric", "indicator"} & set(table):

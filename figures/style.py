@@ -1,6 +1,6 @@
-"""One look for every figure: size, type, colours, interval bands, and files that do not change.
+"""Shared figure style: size, fonts, colors, interval bands, and reproducible output files.
 
-Draws with `Figure` objects alone: no pyplot, no global state, no display.
+Uses `Figure` objects only: no pyplot, no global state, no display.
 """
 
 from collections.abc import Sequence
@@ -14,14 +14,14 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from diagnostics.errors import InvalidInput
 
 WIDTH = 7.0
-"""Inches; two columns of a paper."""
+"""Width of every figure in inches: two columns of a paper."""
 
-# Okabe and Ito's palette, safe for colour-blind readers
+# Okabe-Ito palette, distinguishable with color blindness
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, YELLOW, GREY = "#CC79A7", "#56B4E9", "#F0E442", "#7F7F7F"
 CYCLE = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, GREY)
 
-LOOK = {
+RC_PARAMS = {
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.titleweight": "bold",
@@ -44,38 +44,55 @@ LOOK = {
 }
 
 
-def look() -> Any:
-    """Context in which figures are made and saved."""
-    return mpl.rc_context({**mpl.rcParamsDefault, **LOOK})
+def style_context() -> Any:
+    """Return the matplotlib context in which figures are drawn and saved."""
+    return mpl.rc_context({**mpl.rcParamsDefault, **RC_PARAMS})
 
 
-def panels(rows: int, columns: int, height: float) -> tuple[Figure, list[Any]]:
-    """A figure of WIDTH x height inches and its axes, row by row.
+def make_panels(rows: int, columns: int, height: float) -> tuple[Figure, list[Any]]:
+    """Create a figure with a grid of axes.
+
+    Args:
+        rows: number of rows of axes.
+        columns: number of columns of axes.
+        height: height of the figure in inches; the width is `WIDTH`.
+
+    Returns:
+        The figure, and its axes row by row.
 
     Raises:
-      InvalidInput: no rows or columns, because the table holds nothing that is drawn.
+        InvalidInput: there are no rows or columns, because the table has nothing to draw.
     """
     if not rows or not columns:
-        raise InvalidInput("the table holds nothing that this figure draws")
+        raise InvalidInput("the table has no rows that this figure draws; check --table or --run")
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
-def curve(
+def plot_band(
     axes: Any,
     x: Sequence[float],
     y: Sequence[float],
     low: Sequence[float],
     high: Sequence[float],
-    **line: Any,
+    **options: Any,
 ) -> None:
-    """A line and its interval band."""
-    (drawn,) = axes.plot(x, y, **line)
-    axes.fill_between(x, low, high, color=drawn.get_color(), alpha=0.18, linewidth=0)
+    """Plot a line with its interval as a shaded band.
+
+    Args:
+        axes: axes to draw on.
+        x: horizontal coordinates.
+        y: values of the line.
+        low: lower ends of the intervals.
+        high: upper ends of the intervals.
+        **options: options of `Axes.plot` for the line.
+    """
+    (line,) = axes.plot(x, y, **options)
+    axes.fill_between(x, low, high, color=line.get_color(), alpha=0.18, linewidth=0)
 
 
-def log_axis(axes: Any) -> None:
-    """A logarithmic y axis of what is drawn, with at least two labels however short it is."""
+def set_log_axis(axes: Any) -> None:
+    """Make the y axis logarithmic, with at least two tick labels however short its range is."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     if high / low < 30:
@@ -84,14 +101,23 @@ def log_axis(axes: Any) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def shades(count: int) -> list[Any]:
-    """`count` ordered colours, light to dark, for an ordered quantity such as the discount."""
+def sequential_colors(num_colors: int) -> list[Any]:
+    """Return `num_colors` colors from light to dark, for an ordered quantity such as a discount."""
     scale = mpl.colormaps["viridis_r"]
-    return [scale(0.12 + 0.83 * i / max(1, count - 1)) for i in range(count)]
+    return [scale(0.12 + 0.83 * i / max(1, num_colors - 1)) for i in range(num_colors)]
 
 
-def save(figure: Figure, out: Path, name: str) -> list[Path]:
-    """Write NAME.png and NAME.pdf; the same figure gives the same bytes."""
+def save_figure(figure: Figure, out: Path, name: str) -> list[Path]:
+    """Write NAME.png and NAME.pdf; the same figure always gives the same bytes.
+
+    Args:
+        figure: the figure to save.
+        out: output folder, created if it does not exist.
+        name: file name without its suffix.
+
+    Returns:
+        The paths of the two files.
+    """
     out.mkdir(parents=True, exist_ok=True)
     png, pdf = out / f"{name}.png", out / f"{name}.pdf"
     figure.savefig(png, metadata={"Software": None})

@@ -1,1 +1,1 @@
-"""The paper's claims beside our measurements, and the gallery of all figures."""
+"""The paper's claims compared with the recorded measurements, and the gallery of figures."""

@@ -1,4 +1,4 @@
-"""How a claim of the paper is measured from the recorded tables, and the verdict on it."""
+"""How a claim of the paper is measured from the recorded tables, and how its verdict is decided."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,237 +8,345 @@ from typing import Any
 import pandas as pd
 
 from diagnostics.errors import InvalidInput
-from figures.collect.paired import accuracy, difference, last, outcomes
-from figures.collect.steps import over_seeds
+from figures.collect.paired import (
+    accuracy_interval,
+    last_evaluations,
+    outcome_matrix,
+    paired_difference,
+)
+from figures.collect.steps import seed_means
 from figures.registry import read_table
 
-AGREES, DIFFERS, OPEN, UNTESTED = "agrees", "differs", "undecided", "not testable here"
+AGREES, DIFFERS, UNDECIDED, NOT_TESTABLE = "agrees", "differs", "undecided", "not testable here"
 MARGIN = 0.05
-"""Accuracies within it are alike."""
+"""Accuracies that differ by less count as equal."""
 
 
 @dataclass(frozen=True)
 class ClaimResult:
-    """What was measured, in words, and what that says of a claim."""
+    """The measurement of a claim and its verdict."""
 
-    measured: str
+    measurement: str
+    """The measured values, in words."""
     verdict: str
+    """AGREES, DIFFERS, UNDECIDED or NOT_TESTABLE."""
 
 
 class Tables:
-    """The recorded tables, each read once."""
+    """The recorded tables of a folder, each read once."""
 
     def __init__(self, folder: Path) -> None:
+        """Create an empty cache of the tables in `folder`."""
         self.folder, self._read = folder, dict[str, pd.DataFrame]()
 
     def __getitem__(self, name: str) -> pd.DataFrame:
+        """Return the table NAME.csv."""
         if name not in self._read:
             path = self.folder / f"{name}.csv"
             self._read[name] = read_table(path)
         return self._read[name]
 
-    def row(self, name: str, **where: Any) -> tuple[float, float, float]:
-        """(value, low, high) of the one row of a study's table with these values.
+    def row(self, name: str, **filters: Any) -> tuple[float, float, float]:
+        """Return value, low and high of the only row of a study's table with the given values.
+
+        Args:
+            name: name of the table.
+            **filters: values of columns.
+
+        Returns:
+            (value, low, high).
 
         Raises:
-          ValueError: not exactly one row.
+            InvalidInput: not exactly one row matches.
         """
         table = self[name]
-        for column, value in where.items():
+        for column, value in filters.items():
             table = table[table[column] == value]
         if len(table) != 1:
-            raise InvalidInput(f"{name}: {where} selects {len(table)} rows, expected 1")
+            raise InvalidInput(f"{name}: {filters} selects {len(table)} rows, expected 1")
         return tuple(float(table[c].iloc[0]) for c in ("value", "low", "high"))  # type: ignore[return-value]
 
     def final(self, group: str, task: str = "") -> pd.DataFrame:
-        """The last evaluation of every run of a group and task."""
+        """Return the last evaluation of every run of a group and task."""
         table = self["paper_evaluations"].fillna({"task": ""})
-        return last(table[(table["group"] == group) & (table["task"] == task)])
+        return last_evaluations(table[(table["group"] == group) & (table["task"] == task)])
 
 
 Measure = Callable[[Tables], ClaimResult]
 Verdict = Callable[[float, float], str]
-"""Of the ends of an interval."""
+"""Decides a verdict from the ends of an interval."""
 
 
-def sign(low: float, high: float) -> str:
-    """Of a difference that a claim says is positive."""
-    return AGREES if low > 0 else DIFFERS if high < 0 else OPEN
+def verdict_positive(low: float, high: float) -> str:
+    """Return the verdict on a difference that is claimed to be positive, from its interval."""
+    return AGREES if low > 0 else DIFFERS if high < 0 else UNDECIDED
 
 
-def likeness(low: float, high: float) -> str:
-    """Of a difference that a claim says is none: by MARGIN."""
-    within, beyond = low > -MARGIN and high < MARGIN, low > MARGIN or high < -MARGIN
-    return AGREES if within else DIFFERS if beyond else OPEN
+def verdict_equal(low: float, high: float) -> str:
+    """Return the verdict on a difference that is claimed to be within MARGIN, from its interval."""
+    inside_margin, outside_margin = low > -MARGIN and high < MARGIN, low > MARGIN or high < -MARGIN
+    return AGREES if inside_margin else DIFFERS if outside_margin else UNDECIDED
 
 
-def shown(value: float, low: float, high: float) -> str:
+def format_interval(value: float, low: float, high: float) -> str:
+    """Format a value and its interval with three significant digits."""
     return f"{value:.3g} [{low:.3g}, {high:.3g}]"
 
 
-def signed(value: float, low: float, high: float) -> str:
+def format_signed(value: float, low: float, high: float) -> str:
+    """Format a signed value and its interval with three decimals."""
     return f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
-def share_of(value: float, low: float, high: float) -> str:
+def format_share(value: float, low: float, high: float) -> str:
+    """Format a share and its interval with three decimals."""
     return f"{value:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def compared(ours: pd.DataFrame, theirs: pd.DataFrame, verdict: Verdict) -> ClaimResult:
-    """Of (seeds, problems) outcomes."""
-    cells = [share_of(*accuracy(x.to_numpy(float))) for x in (ours, theirs)]
-    away = difference(ours, theirs)
-    ends = (away["low"], away["high"])
-    text = f"{cells[0]} against {cells[1]}: {signed(away['value'], *ends)}, "
-    return ClaimResult(text + f"{away['seeds']:.0f} seeds", verdict(*ends))
+def compare_outcomes(
+    outcomes: pd.DataFrame, baseline_outcomes: pd.DataFrame, verdict: Verdict
+) -> ClaimResult:
+    """Compare the accuracies of two methods.
+
+    Args:
+        outcomes: (seeds, problems) outcomes of the method that is claimed to be better.
+        baseline_outcomes: the same of the other method.
+        verdict: decides from the interval of the paired difference.
+
+    Returns:
+        Both accuracies, their paired difference, and the verdict.
+    """
+    cells = [
+        format_share(*accuracy_interval(x.to_numpy(float))) for x in (outcomes, baseline_outcomes)
+    ]
+    gain = paired_difference(outcomes, baseline_outcomes)
+    ends = (gain["low"], gain["high"])
+    text = f"{cells[0]} against {cells[1]}: {format_signed(gain['value'], *ends)}, "
+    return ClaimResult(text + f"{gain['seeds']:.0f} seeds", verdict(*ends))
 
 
-def better(
-    ours: str, theirs: str, group: str = "single", task: str = "", verdict: Verdict = sign
-) -> Measure:
-    """The claim that one method ends with a higher held-out accuracy than another."""
-
-    def measure(tables: Tables) -> ClaimResult:
-        final = tables.final(group, task)
-        return compared(outcomes(final, ours), outcomes(final, theirs), verdict)
-
-    return measure
-
-
-def alike(ours: str, theirs: str, group: str = "single", task: str = "") -> Measure:
-    """The claim that two methods end within MARGIN of each other."""
-    return better(ours, theirs, group, task, likeness)
-
-
-def gain(method: str, up: bool, group: str = "single", task: str = "") -> Measure:
-    """The claim that a student is better, or worse, after training than before."""
-
-    def measure(tables: Tables) -> ClaimResult:
-        table = tables["paper_evaluations"].fillna({"task": ""})
-        mine = table[(table["group"] == group) & (table["task"] == task)]
-        before = outcomes(mine[mine["step"] == 0], method)
-        both = (outcomes(last(mine), method), before)
-        return compared(*(both if up else both[::-1]), sign)
-
-    return measure
-
-
-def agents(ours: str, theirs: str = "", group: str = "games", task: str = "rooms") -> Measure:
-    """The claim that an agent ends with more held-out games than another, or than it began with."""
-
-    def measure(tables: Tables) -> ClaimResult:
-        table = tables["agents"]
-        mine = table[(table["where"] == "held out") & (table["group"] == group)]
-        mine = mine[mine["task"] == task]
-        first, final = mine[mine["step"] == 0], last(mine)
-        other = outcomes(final, theirs) if theirs else outcomes(first, ours)
-        return compared(outcomes(final, ours), other, sign)
-
-    return measure
-
-
-def smaller(
-    column: str,
-    ours: str,
-    theirs: str,
+def higher_accuracy(
+    method: str,
+    baseline: str,
     group: str = "single",
     task: str = "",
-    verdict: Verdict = sign,
-    steps: int | None = 10,
-    sense: int = 1,
+    verdict: Verdict = verdict_positive,
 ) -> Measure:
-    """The claim that a column is smaller for one method: its mean over the last steps, or all.
+    """Measure the claim that one method ends with a higher held-out accuracy than another."""
 
-    sense: -1 for larger.
+    def measure(tables: Tables) -> ClaimResult:
+        """Compare the last evaluations of both methods."""
+        final = tables.final(group, task)
+        return compare_outcomes(
+            outcome_matrix(final, method), outcome_matrix(final, baseline), verdict
+        )
+
+    return measure
+
+
+def equal_accuracy(method: str, baseline: str, group: str = "single", task: str = "") -> Measure:
+    """Measure the claim that two methods end within MARGIN of each other."""
+    return higher_accuracy(method, baseline, group, task, verdict_equal)
+
+
+def accuracy_change(method: str, improves: bool, group: str = "single", task: str = "") -> Measure:
+    """Measure the claim that a student is better, or worse, after training than before."""
+
+    def measure(tables: Tables) -> ClaimResult:
+        """Compare the last evaluation with that at step 0."""
+        table = tables["paper_evaluations"].fillna({"task": ""})
+        evaluations = table[(table["group"] == group) & (table["task"] == task)]
+        initial_outcomes = outcome_matrix(evaluations[evaluations["step"] == 0], method)
+        outcome_pair = (outcome_matrix(last_evaluations(evaluations), method), initial_outcomes)
+        return compare_outcomes(
+            *(outcome_pair if improves else outcome_pair[::-1]), verdict_positive
+        )
+
+    return measure
+
+
+def more_games_won(
+    method: str, baseline: str = "", group: str = "games", task: str = "rooms"
+) -> Measure:
+    """Measure the claim that an agent wins more held-out games than another, or than at step 0."""
+
+    def measure(tables: Tables) -> ClaimResult:
+        """Compare with `baseline`, or with step 0 if there is none."""
+        table = tables["agents"]
+        evaluations = table[(table["where"] == "held out") & (table["group"] == group)]
+        evaluations = evaluations[evaluations["task"] == task]
+        first, final = evaluations[evaluations["step"] == 0], last_evaluations(evaluations)
+        baseline_outcomes = (
+            outcome_matrix(final, baseline) if baseline else outcome_matrix(first, method)
+        )
+        return compare_outcomes(outcome_matrix(final, method), baseline_outcomes, verdict_positive)
+
+    return measure
+
+
+def smaller_mean(
+    column: str,
+    method: str,
+    baseline: str,
+    group: str = "single",
+    task: str = "",
+    verdict: Verdict = verdict_positive,
+    steps: int | None = 10,
+    direction: int = 1,
+) -> Measure:
+    """Measure the claim that the mean of a column is smaller for one method than for another.
+
+    Args:
+        column: column of the table of steps.
+        method: method with the smaller mean.
+        baseline: method it is compared with.
+        group: group of both.
+        task: task of both; empty in a group with one task.
+        verdict: decides from the interval of the difference.
+        steps: number of last steps that are averaged; None for all.
+        direction: 1 for smaller, -1 for larger.
+
+    Returns:
+        The measurement as a function of the tables.
     """
 
     def measure(tables: Tables) -> ClaimResult:
+        """Compare the means by seed."""
         table = tables["paper_steps"].fillna({"task": ""}).dropna(subset=[column])
         table = table[(table["group"] == group) & (table["task"] == task)]
         means = []
-        for method in (ours, theirs):
-            mine = table[table["method"] == method]
-            late = mine[mine["step"] > mine["step"].max() - (steps or len(mine))]
-            means.append(late.groupby("seed")[column].mean())
-        return apart(means[0], means[1], verdict, sense)
+        for name in (method, baseline):
+            method_rows = table[table["method"] == name]
+            last_rows = method_rows[
+                method_rows["step"] > method_rows["step"].max() - (steps or len(method_rows))
+            ]
+            means.append(last_rows.groupby("seed")[column].mean())
+        return compare_means(means[0], means[1], verdict, direction)
 
     return measure
 
 
-def larger(column: str, ours: str, theirs: str, group: str = "single", task: str = "") -> Measure:
-    """The claim that the mean of a column over all steps is larger for one method."""
-    return smaller(column, ours, theirs, group, task, steps=None, sense=-1)
+def larger_mean(
+    column: str, method: str, baseline: str, group: str = "single", task: str = ""
+) -> Measure:
+    """Measure the claim that the mean of a column over all steps is larger for one method."""
+    return smaller_mean(column, method, baseline, group, task, steps=None, direction=-1)
 
 
-def apart(ours: pd.Series, theirs: pd.Series, verdict: Verdict, sense: int = 1) -> ClaimResult:
-    """Of means by seed: that ours are smaller, or with a sense of -1 larger."""
-    away = sense * (theirs - ours).dropna()
-    both = pd.DataFrame({"step": 0, "seed": away.index, "away": away.to_numpy()})
-    at = over_seeds(both, "away").iloc[0]
-    text = (
-        f"{ours.mean():.3g} against {theirs.mean():.3g}: {'smaller' if sense > 0 else 'larger'} by "
-        f"{shown(at['value'], at['low'], at['high'])}, {at['seeds']:.0f} seeds"
+def compare_means(
+    method_means: pd.Series, baseline_means: pd.Series, verdict: Verdict, direction: int = 1
+) -> ClaimResult:
+    """Compare means by seed.
+
+    Args:
+        method_means: mean by seed of one method.
+        baseline_means: the same of the other method.
+        verdict: decides from the interval of the difference.
+        direction: 1 if the first is claimed to be smaller, -1 if larger.
+
+    Returns:
+        Both means, the difference over the seeds that both have, and the verdict.
+    """
+    differences = direction * (baseline_means - method_means).dropna()
+    table = pd.DataFrame(
+        {"step": 0, "seed": differences.index, "difference": differences.to_numpy()}
     )
-    return ClaimResult(text, verdict(at["low"], at["high"]))
+    interval = seed_means(table, "difference").iloc[0]
+    text = (
+        f"{method_means.mean():.3g} against {baseline_means.mean():.3g}: "
+        f"{'smaller' if direction > 0 else 'larger'} by "
+        f"{format_interval(interval['value'], interval['low'], interval['high'])}, "
+        f"{interval['seeds']:.0f} seeds"
+    )
+    return ClaimResult(text, verdict(interval["low"], interval["high"]))
 
 
-def study(name: str, text: str, verdict: Callable[..., str], **where: Any) -> Measure:
-    """A claim about one row of a table of the exact study."""
+def study_value(name: str, text: str, verdict: Callable[..., str], **filters: Any) -> Measure:
+    """Measure a claim about one row of a table of the exact study.
 
-    def measure(tables: Tables) -> ClaimResult:
-        at = tables.row(name, **where)
-        return ClaimResult(text.format(shown(*at)), verdict(*at))
+    Args:
+        name: name of the table.
+        text: description with a place for the formatted value.
+        verdict: decides from value, low and high.
+        **filters: values of the columns that select the row.
 
-    return measure
-
-
-def share(kind: str, text: str, verdict: Callable[..., str]) -> Measure:
-    """A claim about one share of the scatter's tokens."""
-
-    def measure(tables: Tables) -> ClaimResult:
-        at = tables["scatter"].set_index("kind").loc[kind, ["share", "low", "high"]]
-        return ClaimResult(text.format(shown(*map(float, at))), verdict(*map(float, at)))
-
-    return measure
-
-
-def untested(why: str) -> Measure:
-    return lambda _: ClaimResult(why, UNTESTED)
-
-
-def special(tables: Tables) -> ClaimResult:
-    table = tables["segmentation"]
-    table = table[table["teacher"] < -3]
-    parts = [f"{r.text} {r.student:.2f} and {r.teacher:.1f}" for r in table.itertuples()]
-    found = bool((table["student"] > -0.1).any())
-    text = f"student and teacher: {'; '.join(parts)} (the models are made to write so)"
-    return ClaimResult(text, AGREES if found else DIFFERS)
-
-
-def widening(method: str) -> Measure:
-    """The 1 % quantile of the gap in the last position bin lies below that of the second.
-
-    The second: the first holds the neighbourhood of the tag.
+    Returns:
+        The measurement as a function of the tables.
     """
 
     def measure(tables: Tables) -> ClaimResult:
-        table = tables["gap"]
-        table = table[(table["method"] == method) & (table["quantile"] == 0.01)]
-        table = table[table["step"] == table["step"].max()].sort_values("first")
-        first, end = table.iloc[1], table.iloc[-1]
-        text = (
-            f"1 % quantile at positions {first['first']:.0f} to {first['last']:.0f}: "
-            f"{shown(first['value'], first['low'], first['high'])}, at {end['first']:.0f} to "
-            f"{end['last']:.0f}: {shown(end['value'], end['low'], end['high'])} nats (step "
-            f"{end['step']:.0f})"
-        )
-        below, above = end["high"] < first["low"], end["low"] > first["high"]
-        return ClaimResult(text, AGREES if below else DIFFERS if above else OPEN)
+        """Read the row."""
+        interval = tables.row(name, **filters)
+        return ClaimResult(text.format(format_interval(*interval)), verdict(*interval))
 
     return measure
 
 
-def looping(tables: Tables) -> ClaimResult:
+def token_share(kind: str, text: str, verdict: Callable[..., str]) -> Measure:
+    """Measure a claim about one of the shares of tokens in the table `scatter`."""
+
+    def measure(tables: Tables) -> ClaimResult:
+        """Read the share."""
+        interval = tables["scatter"].set_index("kind").loc[kind, ["share", "low", "high"]]
+        return ClaimResult(
+            text.format(format_interval(*map(float, interval))), verdict(*map(float, interval))
+        )
+
+    return measure
+
+
+def not_testable(reason: str) -> Measure:
+    """Record that a claim cannot be tested with these models and data, and why."""
+    return lambda _: ClaimResult(reason, NOT_TESTABLE)
+
+
+def special_token_logps(tables: Tables) -> ClaimResult:
+    """Check for tokens that the student is sure of and the teacher nearly excludes."""
+    table = tables["segmentation"]
+    table = table[table["teacher"] < -3]
+    parts = [f"{r.text} {r.student:.2f} and {r.teacher:.1f}" for r in table.itertuples()]
+    student_is_confident = bool((table["student"] > -0.1).any())
+    text = (
+        f"log-probabilities of student and teacher: {'; '.join(parts)} (the models are built to "
+        "differ so)"
+    )
+    return ClaimResult(text, AGREES if student_is_confident else DIFFERS)
+
+
+def gap_tail_widens(method: str) -> Measure:
+    """Measure whether the gap's 1 % quantile is lower in the last position bin than in the second.
+
+    The second is used because the first contains the tokens next to the tag.
+
+    Args:
+        method: method whose last recorded step is used.
+
+    Returns:
+        The measurement as a function of the tables.
+    """
+
+    def measure(tables: Tables) -> ClaimResult:
+        """Compare the intervals of the two bins."""
+        table = tables["gap"]
+        table = table[(table["method"] == method) & (table["quantile"] == 0.01)]
+        table = table[table["step"] == table["step"].max()].sort_values("first")
+        second_bin, last_bin = table.iloc[1], table.iloc[-1]
+        text = (
+            f"1 % quantile at positions {second_bin['first']:.0f} to {second_bin['last']:.0f}: "
+            f"{format_interval(second_bin['value'], second_bin['low'], second_bin['high'])}, at "
+            f"{last_bin['first']:.0f} to "
+            f"{last_bin['last']:.0f}: "
+            f"{format_interval(last_bin['value'], last_bin['low'], last_bin['high'])} nats (step "
+            f"{last_bin['step']:.0f})"
+        )
+        widens, narrows = last_bin["high"] < second_bin["low"], last_bin["low"] > second_bin["high"]
+        return ClaimResult(text, AGREES if widens else DIFFERS if narrows else UNDECIDED)
+
+    return measure
+
+
+def loop_not_penalized(tables: Tables) -> ClaimResult:
+    """Measure the teacher's probabilities in the repeated part of one rollout."""
     inside = tables["loop"].query("repeated")
     text = (
         f"in the repeated part of one rollout the teacher's median probability is "
@@ -248,63 +356,89 @@ def looping(tables: Tables) -> ClaimResult:
     return ClaimResult(text, AGREES if inside["teacher"].median() > 0.9 else DIFFERS)
 
 
-def unpunished(tables: Tables) -> ClaimResult:
-    """Repeated tokens cost less than others: the last ten steps of sampled tokens, by seed."""
+def repeated_tokens_cost_less(tables: Tables) -> ClaimResult:
+    """Measure whether repeated tokens cost less than others in the last ten steps, by seed."""
     table = tables["paper_steps"]
-    mine = table[(table["group"] == "single") & (table["method"] == "sampled")]
-    mine = mine.dropna(subset=["repeated_cost", "regular_cost"])
-    late = mine[mine["step"] > mine["step"].max() - 10].groupby("seed")
-    found = apart(late["repeated_cost"].mean(), late["regular_cost"].mean(), sign)
+    sampled_rows = table[(table["group"] == "single") & (table["method"] == "sampled")]
+    sampled_rows = sampled_rows.dropna(subset=["repeated_cost", "regular_cost"])
+    last_rows = sampled_rows[sampled_rows["step"] > sampled_rows["step"].max() - 10].groupby("seed")
+    comparison = compare_means(
+        last_rows["repeated_cost"].mean(), last_rows["regular_cost"].mean(), verdict_positive
+    )
     return ClaimResult(
-        f"log p - log q of repeated and other tokens: {found.measured}", found.verdict
+        f"log p - log q of repeated and other tokens: {comparison.measurement}", comparison.verdict
     )
 
 
-def below(tables: Tables) -> ClaimResult:
-    at = tables["scatter"].set_index("kind").loc["below the line", ["share", "low", "high"]]
+def below_diagonal(tables: Tables) -> ClaimResult:
+    """Measure the share of sampled tokens that the student overrates, against one half."""
+    interval = tables["scatter"].set_index("kind").loc["below the line", ["share", "low", "high"]]
     table = tables["paper_steps"]
     first = table[(table["method"] == "sampled") & (table["step"] == 0)]
-    null = first["negative_null"].mean()
-    text = f"{share_of(*map(float, at))} of the sampled tokens; the two models imply {null:.3f}"
-    return ClaimResult(text, sign(float(at["low"]) - 0.5, float(at["high"]) - 0.5))
+    expected_share = first["negative_null"].mean()
+    text = (
+        f"{format_share(*map(float, interval))} of the sampled tokens; expected from the models: "
+        f"{expected_share:.3f}"
+    )
+    return ClaimResult(
+        text, verdict_positive(float(interval["low"]) - 0.5, float(interval["high"]) - 0.5)
+    )
 
 
-def explosion(tables: Tables) -> ClaimResult:
-    """Entropy of the un-normalised objective: its last step over its first, by seed."""
+def entropy_grows(tables: Tables) -> ClaimResult:
+    """Measure the entropy of the un-normalised objective: its last step over its first, by seed."""
     table = tables["paper_steps"].dropna(subset=["entropy"])
-    mine = table[(table["group"] == "single") & (table["method"] == "lsm_unnormalised")]
-    by = mine.pivot_table(index="step", columns="seed", values="entropy")
-    ratio = (by.iloc[-1] / by.iloc[0]).rename("entropy").reset_index().assign(step=0)
-    at = over_seeds(ratio, "entropy", log=True).iloc[0]
-    text = f"entropy grows {shown(at['value'], at['low'], at['high'])} times"
-    return ClaimResult(text, sign(at["low"] - 1, at["high"] - 1))
+    method_rows = table[(table["group"] == "single") & (table["method"] == "lsm_unnormalised")]
+    entropy_by_seed = method_rows.pivot_table(index="step", columns="seed", values="entropy")
+    ratio = (
+        (entropy_by_seed.iloc[-1] / entropy_by_seed.iloc[0])
+        .rename("entropy")
+        .reset_index()
+        .assign(step=0)
+    )
+    interval = seed_means(ratio, "entropy", log=True).iloc[0]
+    text = (
+        f"entropy grows {format_interval(interval['value'], interval['low'], interval['high'])} "
+        "times"
+    )
+    return ClaimResult(text, verdict_positive(interval["low"] - 1, interval["high"] - 1))
 
 
-def vanishing(tables: Tables) -> ClaimResult:
-    """Score of the un-normalised objective on its own rollouts at the last step."""
+def score_vanishes(tables: Tables) -> ClaimResult:
+    """Measure the score of the un-normalised objective on its own rollouts at the last step."""
     table = tables["paper_steps"].dropna(subset=["reward"])
-    mine = table[(table["group"] == "single") & (table["method"] == "lsm_unnormalised")]
-    scores = over_seeds(mine, "reward")
+    method_rows = table[(table["group"] == "single") & (table["method"] == "lsm_unnormalised")]
+    scores = seed_means(method_rows, "reward")
     end = scores.iloc[-1]
-    text = f"{scores['value'].max():.3g} at its best, {end['value']:.3g} at step {end['step']:.0f}"
+    text = (
+        f"{scores['value'].max():.3g} at its maximum, {end['value']:.3g} at step {end['step']:.0f}"
+    )
     return ClaimResult(text, AGREES if end["value"] < MARGIN < scores["value"].max() else DIFFERS)
 
 
-def doubt(tables: Tables) -> ClaimResult:
-    """The teacher's doubt on the untrained student's text against its own, longest positions."""
+def teacher_doubt(tables: Tables) -> ClaimResult:
+    """Compare 1 - max q at the last positions of the untrained student's and the teacher's text."""
     table = tables["fan"].query("method == 'sampled' and quantity == 'doubt'")
     table = table[table["first"] == table["first"].max()].set_index("source")
-    own, text = (table.loc[name, ["value", "low", "high"]] for name in ("teacher", "student"))
-    at = table["first"].iloc[0], table["last"].iloc[0]
-    words = (
-        f"doubt 1 - max q at positions {at[0]} to {at[1]}: {shown(*map(float, own))} on its own "
-        f"text, {shown(*map(float, text))} on the student's"
+    teacher_text, student_text = (
+        table.loc[name, ["value", "low", "high"]] for name in ("teacher", "student")
     )
-    over, under = text["low"] > own["high"], text["high"] < own["low"]
-    return ClaimResult(words, AGREES if over else DIFFERS if under else OPEN)
+    positions = table["first"].iloc[0], table["last"].iloc[0]
+    description = (
+        f"teacher's uncertainty 1 - max q at positions {positions[0]} to {positions[1]}: "
+        f"{format_interval(*map(float, teacher_text))} on its own "
+        f"text, {format_interval(*map(float, student_text))} on the student's"
+    )
+    higher_on_student, lower_on_student = (
+        student_text["low"] > teacher_text["high"],
+        student_text["high"] < teacher_text["low"],
+    )
+    return ClaimResult(
+        description, AGREES if higher_on_student else DIFFERS if lower_on_student else UNDECIDED
+    )
 
 
-def toy(quantity: str, text: str, verdict: Callable[..., str], gamma: float = 1.0) -> Measure:
-    """A claim about the left task of the toy; the right one is its mirror image."""
-    where = {"variant": "default", "quantity": quantity, "gamma": gamma, "task": "left"}
-    return study("toy", text, verdict, **where)
+def toy_value(quantity: str, text: str, verdict: Callable[..., str], gamma: float = 1.0) -> Measure:
+    """Measure a claim about the left task of the toy problem; the right one is its mirror image."""
+    filters = {"variant": "default", "quantity": quantity, "gamma": gamma, "task": "left"}
+    return study_value("toy", text, verdict, **filters)

@@ -1,1 +1,1 @@
-"""Tables that figures of run folders are made of."""
+"""Tables collected from run folders."""

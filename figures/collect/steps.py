@@ -1,6 +1,6 @@
-"""Run folders as two tables: a row a step, and a row an evaluation; needs no torch.
+"""Tables of training steps and of evaluations from run folders; needs no torch.
 
-A run folder is GROUP/METHOD-SEED. `opd paper` makes such folders, and so may anybody.
+A run folder is GROUP/METHOD-SEED, such as those that `opd paper` makes.
 """
 
 from collections.abc import Iterable
@@ -12,13 +12,13 @@ import pandas as pd
 
 from diagnostics.errors import InvalidInput
 from diagnostics.records.run_folders import (
-    recorded_evaluations,
-    recorded_rows,
-    refuse_unlike,
-    settings,
+    check_same_method,
+    load_evaluations,
+    load_rows,
+    load_settings,
 )
 
-KEPT = {
+STEP_METRICS = {
     "reward": "response/reward",
     "length": "response/length",
     "truncated": "response/truncated_share",
@@ -30,107 +30,152 @@ KEPT = {
     "cost": "divergence/k1",
     "negative_null": "signal/negative_share_null",
 }
-"""Column of the table to column of a row."""
-STEP_COLUMNS = ("group", "method", "seed", "step", "task", *KEPT, "accuracy")
+"""Column of the table to metric of a row."""
+STEP_COLUMNS = ("group", "method", "seed", "step", "task", *STEP_METRICS, "accuracy")
 EVALUATION_COLUMNS = (
     *("group", "method", "seed", "step", "task"),
     *("accuracy", "length", "truncated", "outcomes"),
 )
 
 
-def about(runs: list[Path]) -> list[dict[str, Any]]:
-    """Group, method and seed of each run folder.
+def parse_run_folders(runs: list[Path]) -> list[dict[str, Any]]:
+    """Return group, method and seed of each run folder.
+
+    Args:
+        runs: run folders.
+
+    Returns:
+        A dictionary with the keys group, method and seed for each run.
 
     Raises:
-      FileNotFoundError: one is not a run folder.
-      ValueError: runs of one group and method are no seeds of it (`diagnostics.records.run_folders.differing`).
+        MissingFile: a folder is not a run folder.
+        InvalidInput: runs of one group and method differ in more than the seed (see
+            `diagnostics.records.run_folders.differing_settings`).
     """
-    found, alike = [], dict[tuple[str, str], list[Path]]()
+    labels, runs_by_method = [], dict[tuple[str, str], list[Path]]()
     for run in runs:
-        seed = settings(run)["seed"]
+        seed = load_settings(run)["seed"]
         method, group = run.name.removesuffix(f"-{seed}"), run.resolve().parent.name
-        found.append({"group": group, "method": method, "seed": seed})
-        alike.setdefault((group, method), []).append(run)
-    for (group, method), folders in alike.items():
-        refuse_unlike(f"{group}/{method}", folders)
-    return found
+        labels.append({"group": group, "method": method, "seed": seed})
+        runs_by_method.setdefault((group, method), []).append(run)
+    for (group, method), folders in runs_by_method.items():
+        check_same_method(f"{group}/{method}", folders)
+    return labels
 
 
-def steps(runs: list[Path]) -> pd.DataFrame:
-    """STEP_COLUMNS, a row a step and task, numbers to four significant digits.
+def steps_table(runs: list[Path]) -> pd.DataFrame:
+    """Build the table of training steps.
 
-    accuracy: on held-out problems before the step, where a run was evaluated; a last row, which
-    has nothing else, is the evaluation after the last step.
+    Args:
+        runs: run folders.
+
+    Returns:
+        A table with STEP_COLUMNS, one row a step and task, with four significant digits. `accuracy`
+        is that on held-out problems before the step, where the run was evaluated. The last row of a
+        run has nothing else: it is the evaluation after the last step.
     """
-    found: list[dict[str, Any]] = []
-    for run, about_it in zip(runs, about(runs), strict=True):
-        mine: dict[tuple[int, str], dict[str, Any]] = {}
-        for row in recorded_rows(run):
-            of = mine.setdefault((row["step"], row.get("task", "")), {})
-            of.update({name: rounded(row.get(column)) for name, column in KEPT.items()})
-        for row in recorded_evaluations(run):
-            of = mine.setdefault((row["step"], row.get("task", "")), {})
-            of["accuracy"] = rounded(row["accuracy"])
-        found += [about_it | {"step": s, "task": t} | x for (s, t), x in sorted(mine.items())]
-    return pd.DataFrame(found, columns=list(STEP_COLUMNS))
+    records: list[dict[str, Any]] = []
+    for run, labels in zip(runs, parse_run_folders(runs), strict=True):
+        rows_by_step: dict[tuple[int, str], dict[str, Any]] = {}
+        for row in load_rows(run):
+            record = rows_by_step.setdefault((row["step"], row.get("task", "")), {})
+            record.update(
+                {name: round_metric(row.get(column)) for name, column in STEP_METRICS.items()}
+            )
+        for row in load_evaluations(run):
+            record = rows_by_step.setdefault((row["step"], row.get("task", "")), {})
+            record["accuracy"] = round_metric(row["accuracy"])
+        records += [
+            labels | {"step": s, "task": t} | x for (s, t), x in sorted(rows_by_step.items())
+        ]
+    return pd.DataFrame(records, columns=list(STEP_COLUMNS))
 
 
-def evaluations(runs: list[Path]) -> pd.DataFrame:
-    """EVALUATION_COLUMNS, a row an evaluation of a task; outcomes has a digit a problem.
+def evaluations_table(runs: list[Path]) -> pd.DataFrame:
+    """Build the table of evaluations.
+
+    Args:
+        runs: run folders.
+
+    Returns:
+        A table with EVALUATION_COLUMNS, one row an evaluation of a task; `outcomes` has one digit a
+        problem.
 
     Raises:
-      ValueError: runs of one group and task were judged on different problems.
+        InvalidInput: runs of one group and task were evaluated on different problems.
     """
-    found: list[dict[str, Any]] = []
-    judged: dict[tuple[str, str], str] = {}
-    for run, about_it in zip(runs, about(runs), strict=True):
-        for row in recorded_evaluations(run):
+    records: list[dict[str, Any]] = []
+    problem_sets: dict[tuple[str, str], str] = {}
+    for run, labels in zip(runs, parse_run_folders(runs), strict=True):
+        for row in load_evaluations(run):
             task, problems = row.get("task", ""), row.get("problem_set", "")
-            if judged.setdefault((about_it["group"], task), problems) != problems:
+            if problem_sets.setdefault((labels["group"], task), problems) != problems:
                 raise InvalidInput(
-                    f"{run} was judged on the problems {problems}, others of {about_it['group']} "
-                    f"on {judged[about_it['group'], task]}: leave it out, or evaluate it anew"
+                    f"{run} was evaluated on the problems {problems}, others of {labels['group']} "
+                    f"on {problem_sets[labels['group'], task]}: leave it out or evaluate it again"
                 )
-            of = {"step": row["step"], "task": task, "outcomes": row["outcomes"]}
-            of |= {name: rounded(row[name]) for name in ("accuracy", "length", "truncated")}
-            found.append(about_it | of)
-    return pd.DataFrame(found, columns=list(EVALUATION_COLUMNS))
+            record = {"step": row["step"], "task": task, "outcomes": row["outcomes"]}
+            record |= {
+                name: round_metric(row[name]) for name in ("accuracy", "length", "truncated")
+            }
+            records.append(labels | record)
+    return pd.DataFrame(records, columns=list(EVALUATION_COLUMNS))
 
 
-def chosen(table: pd.DataFrame, group: str, methods: Iterable[str]) -> pd.DataFrame:
-    """The rows of a group that are of one of the methods.
+def select_methods(table: pd.DataFrame, group: str, methods: Iterable[str]) -> pd.DataFrame:
+    """Select the rows of a group that belong to one of the methods.
+
+    Args:
+        table: a table of steps or evaluations.
+        group: group to select.
+        methods: names of methods.
+
+    Returns:
+        The selected rows.
 
     Raises:
-      InvalidInput: there are none; names what the table has instead.
+        InvalidInput: there are none; the message lists the runs that the table has.
     """
-    mine = table[(table["group"] == group) & table["method"].isin(list(methods))]
-    if mine.empty:
+    selected = table[(table["group"] == group) & table["method"].isin(list(methods))]
+    if selected.empty:
         names = sorted({f"{g}/{m}" for g, m in zip(table["group"], table["method"], strict=True)})
         raise InvalidInput(
-            f"no run of the group {group!r} with a method of {', '.join(methods)}; a run folder is "
-            f"GROUP/METHOD-SEED, as `opd paper` makes them, and these are {', '.join(names)}"
+            f"no run of the group {group!r} uses one of the methods {', '.join(methods)}; run "
+            "folders must "
+            f"be named GROUP/METHOD-SEED, as by `opd paper`; found {', '.join(names)}"
         )
-    return mine
+    return selected
 
 
-def rounded(value: float | None) -> float:
+def round_metric(value: float | None) -> float:
+    """Round a metric to four significant digits; NaN for None."""
     return float("nan") if value is None else float(f"{value:.4g}")
 
 
-def over_seeds(table: pd.DataFrame, column: str, log: bool = False) -> pd.DataFrame:
-    """By step: mean over seeds with its 95 % interval by Student's t; NaN bounds with one seed.
+def seed_means(table: pd.DataFrame, column: str, log: bool = False) -> pd.DataFrame:
+    """Compute the mean of a column over seeds at each step, with its 95 % interval by Student's t.
 
-    Columns step, value, low, high, seeds. Steps that not every seed has are left out. With `log`
-    the mean is geometric, and its interval is taken in logarithms.
+    Args:
+        table: a table with the columns step and seed.
+        column: column to average.
+        log: take a geometric mean, and its interval in logarithms.
+
+    Returns:
+        A table with the columns step, value, low, high and seeds. Steps that some seed lacks are
+        left out. With one seed the ends of the interval are NaN.
     """
     from scipy.stats import t
 
-    by = table.dropna(subset=[column]).pivot_table(index="step", columns="seed", values=column)
-    by = by.dropna()
+    by_seed = table.dropna(subset=[column]).pivot_table(index="step", columns="seed", values=column)
+    by_seed = by_seed.dropna()
     if log:
-        by = np.log(by[(by > 0).all(axis=1)])
-    n, mean = by.shape[1], by.mean(axis=1)
-    half = t.ppf(0.975, max(n - 1, 1)) * by.std(axis=1, ddof=1) / np.sqrt(max(n, 1))
-    found = pd.DataFrame({"value": mean, "low": mean - half, "high": mean + half})
-    found = (np.exp(found) if log else found).assign(seeds=n)
-    return found.rename_axis("step").reset_index()
+        by_seed = np.log(by_seed[(by_seed > 0).all(axis=1)])
+    num_seeds, mean = by_seed.shape[1], by_seed.mean(axis=1)
+    half_width = (
+        t.ppf(0.975, max(num_seeds - 1, 1))
+        * by_seed.std(axis=1, ddof=1)
+        / np.sqrt(max(num_seeds, 1))
+    )
+    intervals = pd.DataFrame({"value": mean, "low": mean - half_width, "high": mean + half_width})
+    intervals = (np.exp(intervals) if log else intervals).assign(seeds=num_seeds)
+    return intervals.rename_axis("step").reset_index()

@@ -1,6 +1,6 @@
-"""Saved batches as one row a supervised token: what the tables of token-level figures are made of.
+"""Saved batches as a table with one row a token, from which token-level figures are made.
 
-Needs torch, so collectors import it when they are called; drawing never does.
+Needs torch: functions that collect tables import this module when they run, drawing never does.
 """
 
 from pathlib import Path
@@ -10,13 +10,13 @@ import pandas as pd
 
 from diagnostics.batch import ScoredRollouts
 from diagnostics.errors import InvalidInput
-from diagnostics.metrics.repetition import repeated
+from diagnostics.metrics.repetition import repeated_ngram_mask
 from diagnostics.metrics.signal import score_norm
-from diagnostics.metrics.token_attribution import impossible
-from diagnostics.records.batch_files import load
+from diagnostics.metrics.token_attribution import confident_impossible_mask
+from diagnostics.records.batch_files import load_batch
 from diagnostics.records.run_folders import batch_path
 
-PREFIX = (
+PREFIX_STATISTICS = (
     "reverse_kl",
     "ratio_square",
     "student_entropy",
@@ -26,33 +26,46 @@ PREFIX = (
 )
 
 
-def scored(path: Path) -> ScoredRollouts:
-    """A saved batch with both models' scores and prefix functionals.
+def load_scored_batch(path: Path) -> ScoredRollouts:
+    """Load a saved batch with the scores and full-vocabulary statistics of both models.
+
+    Args:
+        path: file of the batch.
+
+    Returns:
+        The batch.
 
     Raises:
-      ValueError: the batch lacks them; says what makes a batch that has them.
+        InvalidInput: the batch lacks them; the message names the setting that saves them.
     """
-    batch = load(path)
+    batch = load_batch(path)
     if not isinstance(batch, ScoredRollouts) or batch.prefix is None:
         raise InvalidInput(
-            f"{path} has no whole distributions; save it at a step of full_metrics_every"
+            f"{path} has no full-vocabulary statistics; save batches at steps of full_metrics_every"
         )
     return batch
 
 
-def tokens(runs: list[Path], step: int, *, unsupervised: bool = False) -> pd.DataFrame:
-    """Supervised tokens of the batches that these runs saved at a step, row by row.
+def token_table(runs: list[Path], step: int, *, unsupervised: bool = False) -> pd.DataFrame:
+    """Build a table of the supervised tokens in the batches that runs saved at one step.
 
-    With `unsupervised` also those that were sampled and that a mask takes out: a test of sampling
-    needs all of them. Columns: cluster (int, one a run and prompt: the sampling unit), response
-    (int, distinct over runs), position, id, ended (of the response), student_logp, teacher_logp,
-    cost (their difference, nats), energy (cost^2 |one_hot(y) - p|^2), repeated and impossible (as
-    in `diagnostics`), and the functionals in PREFIX.
+    Args:
+        runs: run folders.
+        step: a step whose batch every run saved.
+        unsupervised: include sampled tokens that are masked out of the loss, which a test of
+            sampling needs.
+
+    Returns:
+        A table with one row a token and the columns cluster (int, one a run and prompt: the
+        sampling unit), response (int, unique over runs), position, id, ended (of the response),
+        student_logp, teacher_logp, cost (their difference, nats), energy
+        (cost^2 |one_hot(y) - p|^2), repeated and impossible (as in `diagnostics`), and
+        PREFIX_STATISTICS.
     """
-    frames, clusters, responses = [], 0, 0
+    frames, num_clusters, num_responses = [], 0, 0
     for run in runs:
-        batch = scored(batch_path(run, step))
-        assert batch.prefix is not None  # `scored` refuses others
+        batch = load_scored_batch(batch_path(run, step))
+        assert batch.prefix is not None  # load_scored_batch checks it
         mask = batch.sampled if unsupervised else batch.mask
         response, position = mask.nonzero(as_tuple=True)
         prompt = np.unique(batch.prompt.numpy(), return_inverse=True)[1]
@@ -62,27 +75,37 @@ def tokens(runs: list[Path], step: int, *, unsupervised: bool = False) -> pd.Dat
             "teacher_logp": batch.teacher_logp,
             "cost": batch.log_ratio,
             "energy": energy,
-            "repeated": repeated(batch.tokens, batch.sampled),
-            "impossible": impossible(batch),
-            **{name: getattr(batch.prefix, name) for name in PREFIX},
+            "repeated": repeated_ngram_mask(batch.tokens, batch.sampled),
+            "impossible": confident_impossible_mask(batch),
+            **{name: getattr(batch.prefix, name) for name in PREFIX_STATISTICS},
         }
         frame = pd.DataFrame({name: x[mask].numpy() for name, x in columns.items()})
-        frame.insert(0, "cluster", clusters + prompt[response.numpy()])
-        frame.insert(1, "response", responses + response.numpy())
+        frame.insert(0, "cluster", num_clusters + prompt[response.numpy()])
+        frame.insert(1, "response", num_responses + response.numpy())
         frame.insert(2, "position", position.numpy())
         frame.insert(3, "id", batch.tokens[mask].numpy())
         frame.insert(4, "ended", batch.ended.numpy()[response.numpy()])
         frames.append(frame)
-        clusters, responses = clusters + int(prompt.max()) + 1, responses + len(batch)
+        num_clusters, num_responses = (
+            num_clusters + int(prompt.max()) + 1,
+            num_responses + len(batch),
+        )
     return pd.concat(frames, ignore_index=True)
 
 
-def shares(
+def shares_by_kind(
     data: pd.DataFrame, kinds: pd.Series, weight: pd.Series, generator: np.random.Generator
 ) -> dict[str, tuple[float, float, float]]:
-    """{kind: (share, low, high)} of the weight that each kind of token holds.
+    """Compute the share of the weight that each kind of token has: sum_t w_t 1[kind] / sum_t w_t.
 
-    sum_t w_t 1[kind] / sum_t w_t, with a 95 % bootstrap interval over clusters.
+    Args:
+        data: a table of tokens.
+        kinds: (N,) kind of each token.
+        weight: (N,) weight of each token.
+        generator: random generator of the bootstrap.
+
+    Returns:
+        {kind: (share, low, high)} with 95 % bootstrap intervals over clusters.
     """
     from diagnostics.stats import bootstrap_interval
 

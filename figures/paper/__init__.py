@@ -1,1 +1,1 @@
-"""The figures and tables of the paper, one a file."""
+"""Figures and tables of the paper, one module each."""

@@ -1,4 +1,4 @@
-"""Training curves on two tasks that take turns (the paper's figures A5 and A6), by task."""
+"""Training curves on two alternating tasks, by task (the paper's figures A5 and A6)."""
 
 from pathlib import Path
 
@@ -6,30 +6,31 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from figures import style
-from figures.collect.steps import chosen, steps
+from figures.collect.steps import select_methods, steps_table
 from figures.paper.dynamics import COLUMNS as COLUMNS
-from figures.paper.dynamics import COLUMNS_OF_PANELS, METHODS, PANELS, all_panels, finish
+from figures.paper.dynamics import METHODS, NUM_PANEL_COLUMNS, PANELS, add_legend, draw_panels
 
 CAPTION = (
-    "Two tasks that take turns, each with its own teacher: chain, whose teacher writes tags and "
-    "ends otherwise, and sort, whose teacher writes as the student does. Panels and intervals are"
-    " as in the figure of one task. In the paper the second task is ALFWorld, in turns with math."
+    "Two alternating tasks, each with its own teacher: chain, whose teacher uses other tags and "
+    "EOS than the student, and sort, whose teacher uses the same. Panels and intervals as in "
+    "`dynamics`. In the paper the second task is ALFWorld, alternating with mathematics."
 )
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """PANELS of each task of the group "multi"."""
-    table = chosen(table, "multi", METHODS)
+    """Draw PANELS for each task of the group "multi"."""
+    table = select_methods(table, "multi", METHODS)
     tasks = sorted(table["task"].unique())
-    figure, axes = style.panels(2 * len(tasks), COLUMNS_OF_PANELS, 1.75 * 2 * len(tasks))
+    figure, axes = style.make_panels(2 * len(tasks), NUM_PANEL_COLUMNS, 1.75 * 2 * len(tasks))
     for i, task in enumerate(tasks):
-        mine = axes[len(PANELS) * i : len(PANELS) * (i + 1)]
-        all_panels(mine, table[table["task"] == task])
-        for place in mine[::COLUMNS_OF_PANELS]:
-            place.set_ylabel(f"task {task}")
-    finish(figure, axes)
+        task_axes = axes[len(PANELS) * i : len(PANELS) * (i + 1)]
+        draw_panels(task_axes, table[table["task"] == task])
+        for ax in task_axes[::NUM_PANEL_COLUMNS]:
+            ax.set_ylabel(f"task {task}")
+    add_legend(figure, axes)
     return figure
 
 
 def collect(runs: list[Path]) -> pd.DataFrame:
-    return steps(runs)
+    """Build the table of training steps of the runs."""
+    return steps_table(runs)

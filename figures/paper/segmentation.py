@@ -1,4 +1,4 @@
-"""A tag and an end that two models write in different ways (the paper's figure 5)."""
+"""A tag and an EOS that the two models write in different tokens (the paper's figure 5)."""
 
 from pathlib import Path
 
@@ -10,56 +10,70 @@ from figures import style
 
 COLUMNS = ("place", "position", "text", "student", "teacher")
 CAPTION = (
-    "Log-probabilities that both models give to the tokens of one rollout, where the student "
-    "opens its tag, closes it, and ends. The student spells tags in bytes; the teacher has a "
-    "token for each, and gives the first byte of the spelling hardly any probability, and the "
-    "bytes after it all: one token bears the whole disagreement. The end is the same case. The "
-    "models are made to write so; the paper's do by their training, with -0.07 and -19.16 at < "
-    "and -0.00 and -58.71 at <|im_end|>."
+    "Log-probabilities that both models give to the tokens of one rollout where the student opens "
+    "its think tag (left), and where it closes the tag and ends (right). The student spells tags "
+    "in bytes. The teacher has a single token for each tag: it gives the first byte of the "
+    "spelled tag almost no probability, and the bytes after it nearly probability 1, so one token "
+    "carries the whole disagreement. The EOS token is the same case. These models are built to "
+    "differ so; the paper's do by their training, with log-probabilities of student and teacher "
+    "of -0.07 and -19.16 at < and -0.00 and -58.71 at <|im_end|>."
 )
 MARKS = (("teacher", "s", 5.5, style.RED), ("student", "o", 3, style.BLUE))
-PLACES = {"open": "Opening the tag", "close": "Closing it, and the end"}
+PLACES = {"open": "Opening tag", "close": "Closing tag and EOS"}
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """A pair of marks a token."""
+    """Draw both models' log-probabilities of every token."""
     figure = Figure(figsize=(style.WIDTH, 2.3), layout="constrained")
-    sizes = [int((table["place"] == place).sum()) for place in PLACES]
+    sizes = [int((table["place"] == ax).sum()) for ax in PLACES]
     axes = figure.subplots(1, 2, sharey=True, width_ratios=sizes)
-    for place, (name, title) in zip(axes, PLACES.items(), strict=True):
-        mine = table[table["place"] == name].reset_index()
-        place.vlines(mine.index, mine["teacher"], mine["student"], color=style.GREY, lw=0.8)
-        for who, mark, size, colour in MARKS:
-            place.plot(mine.index, mine[who], mark, ms=size, color=colour, label=who)
-        place.set_xticks(mine.index, mine["text"].replace("<|im_end|>", "end"), fontsize=7)
-        for i, row in mine.iterrows():
+    for ax, (name, title) in zip(axes, PLACES.items(), strict=True):
+        segment = table[table["place"] == name].reset_index()
+        ax.vlines(segment.index, segment["teacher"], segment["student"], color=style.GREY, lw=0.8)
+        for model, mark, size, colour in MARKS:
+            ax.plot(segment.index, segment[model], mark, ms=size, color=colour, label=model)
+        ax.set_xticks(segment.index, segment["text"].replace("<|im_end|>", "EOS"), fontsize=7)
+        for i, row in segment.iterrows():
             if row["teacher"] < -3:
-                words = f"{row['student']:.2f}\n{row['teacher']:.1f}"
-                place.text(i, row["teacher"] - 0.7, words, ha="center", va="top", fontsize=6)
-        place.set_title(title)
-        place.grid(axis="x", visible=False)
+                label = f"{row['student']:.2f}\n{row['teacher']:.1f}"
+                ax.text(i, row["teacher"] - 0.7, label, ha="center", va="top", fontsize=6)
+        ax.set_title(title)
+        ax.grid(axis="x", visible=False)
     axes[0].set(ylabel="log-probability", ylim=(1.25 * table["teacher"].min(), 0.8))
     axes[0].legend(loc="lower right")
     return figure
 
 
 def collect(runs: list[Path]) -> pd.DataFrame:
-    """The first response of the first run's first batch that ends and has both tags in bytes."""
-    from diagnostics.records.run_folders import saved
-    from diagnostics.records.vocabulary import read
-    from figures.collect.tokens import tokens
+    """Find the first response of the first batch that ends and spells both tags in bytes.
 
-    data, names = tokens(runs[:1], saved(runs[:1])[0]), read(runs[0])
-    data["text"] = [names.name(int(i)) for i in data["id"]]
-    for _, mine in data[data["ended"]].groupby("response"):
-        text = mine["text"].tolist()
-        spelled = text[:7] == list("<think>") and "</think>" not in text
-        at = "".join(t if len(t) == 1 else "\0" for t in text).find("</think>")
-        if spelled and at > 0:
+    Args:
+        runs: run folders; only the first is read.
+
+    Returns:
+        A table with COLUMNS for the beginning and the end of that response.
+
+    Raises:
+        InvalidInput: no response of the batch spells both tags.
+    """
+    from diagnostics.records.run_folders import common_saved_steps
+    from diagnostics.records.vocabulary import load_vocabulary
+    from figures.collect.tokens import token_table
+
+    data, vocabulary = (
+        token_table(runs[:1], common_saved_steps(runs[:1])[0]),
+        load_vocabulary(runs[0]),
+    )
+    data["text"] = [vocabulary.name(int(i)) for i in data["id"]]
+    for _, response in data[data["ended"]].groupby("response"):
+        text = response["text"].tolist()
+        has_spelled_tag = text[:7] == list("<think>") and "</think>" not in text
+        tag_start = "".join(t if len(t) == 1 else "\0" for t in text).find("</think>")
+        if has_spelled_tag and tag_start > 0:
             break
     else:
-        raise InvalidInput(f"{runs[0]} has no response with spelled tags in its first batch")
-    parts = {"open": mine.iloc[:10], "close": mine.iloc[at - 2 :]}
+        raise InvalidInput(f"{runs[0]} has no response that spells both tags in its first batch")
+    parts = {"open": response.iloc[:10], "close": response.iloc[tag_start - 2 :]}
     rows = [
         {
             "place": place,
@@ -68,7 +82,7 @@ def collect(runs: list[Path]) -> pd.DataFrame:
             "student": round(float(row.student_logp), 3),
             "teacher": round(float(row.teacher_logp), 3),
         }
-        for place, some in parts.items()
-        for row in some.itertuples()
+        for place, part_tokens in parts.items()
+        for row in part_tokens.itertuples()
     ]
     return pd.DataFrame(rows, columns=list(COLUMNS))

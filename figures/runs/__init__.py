@@ -1,1 +1,1 @@
-"""Figures of training runs, one a file."""
+"""Figures of training runs, one module each."""

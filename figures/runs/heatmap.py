@@ -1,4 +1,4 @@
-"""Position x step heat maps: what drifts, where in the response, and when."""
+"""Heat maps by position and step: which metrics drift, where in the response, and when."""
 
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,11 @@ from figures import style
 
 COLUMNS = ("method", "runs", "step", "quantity", "first", "last", "tokens", "value")
 CAPTION = (
-    "Means over the tokens of a bin of response positions (bins double in width), step by step, "
-    "all seeds together; one colour scale a row, shared by the methods. The last two rows are of "
-    "saved batches, a column from one of them to the next. Hatched: fewer than 100 tokens, which "
-    "speak for few, selected responses. Cut short: share of the bin's tokens that belong to a "
-    "response that ran into the budget."
+    "Means over the tokens of a bin of response positions (bins double in width) by step, all "
+    "seeds pooled. Each row has one color scale, shared by the methods. The last two rows are "
+    "computed from saved batches; a column extends from one of these to the next. Hatched: fewer "
+    "than 100 tokens, from few and selected responses. Truncated: share of the bin's tokens that "
+    "belong to a response that reached the budget."
 )
 QUANTITIES = {
     "outside": (
@@ -27,59 +27,61 @@ QUANTITIES = {
     "teacher_entropy": ("divergence/teacher_entropy", "teacher's\nentropy, nats", None),
     "teacher_max": ("divergence/teacher_max", "teacher's largest\nprobability", 1.0),
     "cost": ("divergence/k1", "mean cost r,\nnats", None),
-    "cost_95": ("", "upper 5 % of\nthe cost, nats", None),
-    "cut": ("", "tokens of responses\ncut short", None),
+    "cost_95": ("", "95th percentile of\nthe cost, nats", None),
+    "cut": ("", "share in truncated\nresponses", None),
 }
-"""Name, column of the rows ("" where a saved batch is needed), label, largest value shown."""
-THIN, MOST = 100, 4
+"""Name to column of the rows (empty if saved batches are needed), label, and largest value."""
+MIN_TOKENS, MAX_METHODS = 100, 4
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """A row a quantity, a column a method."""
-    methods = list(dict.fromkeys(table["method"]))[:MOST]
-    shown = [q for q in QUANTITIES if (table["quantity"] == q).any()]
-    figure, axes = style.panels(len(shown), len(methods), 0.6 + 1.15 * len(shown))
-    for i, quantity in enumerate(shown):
+    """Draw one row a quantity and one column a method."""
+    methods = list(dict.fromkeys(table["method"]))[:MAX_METHODS]
+    quantities = [q for q in QUANTITIES if (table["quantity"] == q).any()]
+    figure, axes = style.make_panels(len(quantities), len(methods), 0.6 + 1.15 * len(quantities))
+    for i, quantity in enumerate(quantities):
         rows = table[(table["quantity"] == quantity) & table["method"].isin(methods)]
-        thick = rows[rows["tokens"] >= THIN]["value"]
-        thick = rows["value"] if thick.empty else thick
-        high = QUANTITIES[quantity][2] or thick.max()
-        norm = mpl.colors.Normalize(min(0.0, thick.min()), high)
+        well_sampled = rows[rows["tokens"] >= MIN_TOKENS]["value"]
+        well_sampled = rows["value"] if well_sampled.empty else well_sampled
+        high = QUANTITIES[quantity][2] or well_sampled.max()
+        norm = mpl.colors.Normalize(min(0.0, well_sampled.min()), high)
         if quantity == "teacher_max":
-            norm = mpl.colors.Normalize(thick.min(), high)
-        here = axes[i * len(methods) : (i + 1) * len(methods)]
-        for place, method in zip(here, methods, strict=True):
-            image = tiles(place, rows[rows["method"] == method], norm)
+            norm = mpl.colors.Normalize(well_sampled.min(), high)
+        row_axes = axes[i * len(methods) : (i + 1) * len(methods)]
+        for ax, method in zip(row_axes, methods, strict=True):
+            image = draw_heat_map(ax, rows[rows["method"] == method], norm)
             if i == 0:
-                place.set_title(method)
-            if place is not here[0]:
-                place.tick_params(labelleft=False)
-            if i + 1 < len(shown):
-                place.tick_params(labelbottom=False)
+                ax.set_title(method)
+            if ax is not row_axes[0]:
+                ax.tick_params(labelleft=False)
+            if i + 1 < len(quantities):
+                ax.tick_params(labelbottom=False)
             else:
-                place.set_xlabel("step")
-        figure.colorbar(image, ax=here, pad=0.01, aspect=9).set_label(
+                ax.set_xlabel("step")
+        figure.colorbar(image, ax=row_axes, pad=0.01, aspect=9).set_label(
             QUANTITIES[quantity][1], fontsize=6.5
         )
     figure.supylabel("position in the response", fontsize=8)
     return figure
 
 
-def tiles(axes: Any, rows: pd.DataFrame, norm: Any) -> Any:
-    """One map; steps are as wide as the gap to the next one, positions on a log scale."""
+def draw_heat_map(axes: Any, rows: pd.DataFrame, norm: Any) -> Any:
+    """Draw one map; columns extend to the next step, positions are on a logarithmic scale."""
     value = rows.pivot_table(index="first", columns="step", values="value", dropna=False)
     tokens = rows.pivot_table(index="first", columns="step", values="tokens").reindex_like(value)
     steps = value.columns.to_numpy(float)
-    wide = steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1)
+    last_edge = steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1)
     positions = [*value.index, int(rows["last"].max()) + 1]
-    x, y = np.append(steps, wide), np.array(positions, float) + 1
+    x, y = np.append(steps, last_edge), np.array(positions, float) + 1
     image = axes.pcolormesh(x, y, value.to_numpy(), norm=norm, cmap="viridis", rasterized=True)
-    thin = np.ma.masked_where(~(tokens.to_numpy() < THIN), np.zeros(value.shape))
+    sparse = np.ma.masked_where(~(tokens.to_numpy() < MIN_TOKENS), np.zeros(value.shape))
     with mpl.rc_context({"hatch.linewidth": 0.4, "hatch.color": "#999999"}):
-        clear = mpl.colors.ListedColormap([(1, 1, 1, 0.35)])
-        axes.pcolor(x, y, thin, hatch="/////", cmap=clear, edgecolor="#999999", linewidth=0)
+        overlay_colors = mpl.colors.ListedColormap([(1, 1, 1, 0.35)])
+        axes.pcolor(
+            x, y, sparse, hatch="/////", cmap=overlay_colors, edgecolor="#999999", linewidth=0
+        )
     axes.set_yscale("log", base=2)
-    axes.set_ylim(y[-1], y[0])  # downwards, as one reads
+    axes.set_ylim(y[-1], y[0])  # first position at the top
     ticks = [first for first in (0, 7, 31, 127, 511, 2047, 8191) if first + 1 < y[-1]]
     axes.set_yticks([first + 1 for first in ticks], [str(first) for first in ticks])
     axes.minorticks_off()
@@ -88,32 +90,42 @@ def tiles(axes: Any, rows: pd.DataFrame, norm: Any) -> Any:
 
 
 def collect(runs: list[Path]) -> pd.DataFrame:
-    """Every step that all runs of a method have, and of two quantities every saved one."""
-    from diagnostics.records.run_folders import methods
+    """Compute all quantities by position bin, with all runs of a method pooled.
+
+    Args:
+        runs: run folders.
+
+    Returns:
+        A table with COLUMNS for every step that all runs of a method have; two of the quantities
+        only for the steps whose batches they saved.
+    """
+    from diagnostics.records.run_folders import group_by_method
 
     parts = []
-    for method, mine in methods(runs).items():
-        found = pd.concat([of_rows(mine), of_batches(mine)], ignore_index=True)
-        found.insert(0, "method", method)
-        found.insert(1, "runs", len(mine))
-        parts.append(found)
+    for method, method_runs in group_by_method(runs).items():
+        values = pd.concat(
+            [means_from_rows(method_runs), values_from_batches(method_runs)], ignore_index=True
+        )
+        values.insert(0, "method", method)
+        values.insert(1, "runs", len(method_runs))
+        parts.append(values)
     return pd.concat(parts, ignore_index=True)
 
 
-def of_rows(runs: list[Path]) -> pd.DataFrame:
-    """Means of the bins over runs, weighted by their tokens."""
-    from diagnostics.records.run_folders import bins, recorded_rows, short
+def means_from_rows(runs: list[Path]) -> pd.DataFrame:
+    """Average the position bins of the rows over runs, weighted by their number of tokens."""
+    from diagnostics.records.run_folders import load_rows, position_bin_values, round_significant
 
     records = []
-    for steps in zip(*(recorded_rows(run) for run in runs), strict=False):
-        counts = [bins(row, "divergence/tokens") for row in steps]
+    for steps in zip(*(load_rows(run) for run in runs), strict=False):
+        counts = [position_bin_values(row, "divergence/tokens") for row in steps]
         for quantity, (name, _, _) in QUANTITIES.items():
-            found = [bins(row, name) for row in steps] if name else []
-            for edge in sorted({edge for one in found for edge in one}):
+            values = [position_bin_values(row, name) for row in steps] if name else []
+            for edge in sorted({edge for bin_values in values for edge in bin_values}):
                 pairs = [
-                    (one[edge], count.get(edge, 0.0))
-                    for one, count in zip(found, counts, strict=True)
-                    if edge in one
+                    (bin_values[edge], count.get(edge, 0.0))
+                    for bin_values, count in zip(values, counts, strict=True)
+                    if edge in bin_values
                 ]
                 value, tokens = np.array(pairs).T
                 records.append(
@@ -123,25 +135,30 @@ def of_rows(runs: list[Path]) -> pd.DataFrame:
                         "first": edge[0],
                         "last": edge[1],
                         "tokens": tokens.sum(),
-                        "value": short((value * tokens).sum() / tokens.sum()),
+                        "value": round_significant((value * tokens).sum() / tokens.sum()),
                     }
                 )
     return pd.DataFrame(records)
 
 
-def of_batches(runs: list[Path]) -> pd.DataFrame:
-    """The cost's 95th percentile and the share of cut responses' tokens, at saved steps."""
-    from diagnostics.records.run_folders import saved, short
-    from figures.collect.tokens import tokens
+def values_from_batches(runs: list[Path]) -> pd.DataFrame:
+    """Compute the 95th percentile of the cost and the share of truncated tokens at saved steps."""
+    from diagnostics.records.run_folders import common_saved_steps, round_significant
+    from figures.collect.tokens import token_table
 
     records = []
-    for step in saved(runs):
-        data = tokens(runs, step)
+    for step in common_saved_steps(runs):
+        data = token_table(runs, step)
         first = 2 ** np.floor(np.log2(data["position"].clip(lower=1))).astype(int)
         first = first.where(data["position"] > 1, 0)
-        for low, some in data.groupby(first):
-            about = {"step": step, "first": low, "last": max(1, 2 * low - 1), "tokens": len(some)}
-            cost, cut = some["cost"].quantile(0.95), 1 - some["ended"].mean()
-            records.append(about | {"quantity": "cost_95", "value": short(cost)})
-            records.append(about | {"quantity": "cut", "value": short(cut)})
+        for low, bin_tokens in data.groupby(first):
+            labels = {
+                "step": step,
+                "first": low,
+                "last": max(1, 2 * low - 1),
+                "tokens": len(bin_tokens),
+            }
+            cost, truncated = bin_tokens["cost"].quantile(0.95), 1 - bin_tokens["ended"].mean()
+            records.append(labels | {"quantity": "cost_95", "value": round_significant(cost)})
+            records.append(labels | {"quantity": "cut", "value": round_significant(truncated)})
     return pd.DataFrame(records)

@@ -1,4 +1,4 @@
-"""The supervision ledger: which kinds of tokens the energy of the updates is spent on."""
+"""Breakdown of supervision: which kinds of tokens the energy of the updates comes from."""
 
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,14 @@ from figures import style
 
 COLUMNS = ("method", "runs", "step", "kind", "quantity", "value", "low", "high")
 CAPTION = (
-    "Where the energy r² |1_y − p|² of the sampled-token update sits (above), beside the share of "
-    "the tokens (below), by the first of these that a token is: special; closing an 8-gram that "
-    "its response already holds; one of which the student is sure (p > 0.9) and which the teacher "
-    "excludes (q < 1e-4); as uncertain (student's entropy) as the top fifth of the run's first "
-    "batch; any other. Whiskers: 95 % bootstrap over prompts of the class's own share. Numbers: "
-    "N_eff = (Σe)² / Σe², the tokens that would do the same if they were alike, in percent of all, "
-    "with the same interval. Tokens that a mask takes out are not counted."
+    "Share of the energy r² |1_y − p|² of the sampled-token update (top) and of the tokens "
+    "(bottom) by kind of token. The kind is the first of these that applies: special token; "
+    "repeated (completes an 8-gram that its response already has); excluded (the student is sure, "
+    "p > 0.9, and the teacher excludes it, q < 1e-4); uncertain (the student's entropy is in the "
+    "top fifth of the run's first batch); any other. Whiskers: 95 % bootstrap intervals over "
+    "prompts of each kind's own share. Numbers: N_eff = (Σe)² / Σe², the number of tokens that "
+    "would have the same effect if they were equal, in percent of all tokens, with the same "
+    "interval. Tokens masked out of the loss are not counted."
 )
 KINDS = {
     "special": ("special token", style.PURPLE),
@@ -27,55 +28,59 @@ KINDS = {
     "uncertain": ("student uncertain", style.SKY),
     "rest": ("any other", "#BDBDBD"),
 }
-MOST = 4
-"""Methods in one picture."""
+MAX_METHODS = 4
+"""Methods in one figure."""
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """Stacked shares by step; a column a method, energy above and tokens below."""
-    methods = list(dict.fromkeys(table["method"]))[:MOST]
-    figure, axes = style.panels(2, len(methods), 4.4)
+    """Draw stacked shares by step: one column a method, energy above and tokens below."""
+    methods = list(dict.fromkeys(table["method"]))[:MAX_METHODS]
+    figure, axes = style.make_panels(2, len(methods), 4.4)
     for i, method in enumerate(methods):
-        mine = table[table["method"] == method]
+        method_rows = table[table["method"] == method]
         for j, quantity in enumerate(("energy", "tokens")):
-            place = axes[i + j * len(methods)]
-            stack(place, mine[mine["quantity"] == quantity])
+            ax = axes[i + j * len(methods)]
+            draw_stack(ax, method_rows[method_rows["quantity"] == quantity])
             if i == 0:
-                place.set_ylabel(f"share of the {quantity}")
+                ax.set_ylabel(f"share of the {quantity}")
         axes[i].set_title(method)
         axes[i + len(methods)].set_xlabel("step")
-        effective(axes[i], mine[mine["quantity"] == "n_eff_share"].sort_values("step"))
+        label_effective_share(
+            axes[i], method_rows[method_rows["quantity"] == "n_eff_share"].sort_values("step")
+        )
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5)
     return figure
 
 
-def stack(axes: Any, rows: pd.DataFrame) -> None:
-    """One bar a step, the kinds on top of one another, each with its own interval at its top."""
+def draw_stack(axes: Any, rows: pd.DataFrame) -> None:
+    """Draw one stacked bar a step; each kind has its own interval at its top."""
     steps = sorted(rows["step"].unique())
-    place, below = np.arange(len(steps)), np.zeros(len(steps))
+    x, bottom = np.arange(len(steps)), np.zeros(len(steps))
     for i, (kind, (label, colour)) in enumerate(KINDS.items()):
-        at = rows[rows["kind"] == kind].set_index("step").reindex(steps)
-        value = at["value"].fillna(0).to_numpy()
-        axes.bar(place, value, 0.8, bottom=below, color=colour, label=label)
+        kind_rows = rows[rows["kind"] == kind].set_index("step").reindex(steps)
+        value = kind_rows["value"].fillna(0).to_numpy()
+        axes.bar(x, value, 0.8, bottom=bottom, color=colour, label=label)
         if kind != "rest":
-            spread = np.stack([value - at["low"].fillna(0), at["high"].fillna(0) - value]).clip(0)
+            spread = np.stack(
+                [value - kind_rows["low"].fillna(0), kind_rows["high"].fillna(0) - value]
+            ).clip(0)
             axes.errorbar(
-                place - 0.24 + 0.16 * i,
-                below + value,
+                x - 0.24 + 0.16 * i,
+                bottom + value,
                 yerr=np.where(value > 0.005, spread, np.nan),
                 fmt="none",
                 ecolor="#333333",
                 lw=0.8,
             )
-        below = below + value
-    axes.set(ylim=(0, 1), xticks=place)
+        bottom = bottom + value
+    axes.set(ylim=(0, 1), xticks=x)
     axes.set_xticklabels([f"{step:g}" for step in steps])
     axes.grid(axis="x", visible=False)
 
 
-def effective(axes: Any, rows: pd.DataFrame) -> None:
-    """N_eff in percent of all tokens, with its interval, above each bar."""
+def label_effective_share(axes: Any, rows: pd.DataFrame) -> None:
+    """Write N_eff in percent of all tokens, with its interval, above each bar."""
     for i, (value, low, high) in enumerate(rows[["value", "low", "high"]].to_numpy() * 100):
         text = f"{value:.2g} %\n{low:.2g}–{high:.2g}"
         axes.text(i, 1.02, text, ha="center", va="bottom", fontsize=5.5)
@@ -84,38 +89,56 @@ def effective(axes: Any, rows: pd.DataFrame) -> None:
 
 
 def collect(runs: list[Path]) -> pd.DataFrame:
-    """Shares of energy and tokens by kind at every step that all runs of a method saved."""
-    from diagnostics.records.run_folders import methods, saved
-    from diagnostics.records.vocabulary import read
-    from figures.collect.tokens import shares, tokens
+    """Compute shares of energy and tokens by kind at every step that all runs of a method saved.
+
+    Args:
+        runs: run folders.
+
+    Returns:
+        A table with COLUMNS.
+    """
+    from diagnostics.records.run_folders import common_saved_steps, group_by_method
+    from diagnostics.records.vocabulary import load_vocabulary
+    from figures.collect.tokens import shares_by_kind, token_table
 
     rows, generator = [], np.random.default_rng(0)
-    for method, mine in methods(runs).items():
-        special = read(mine[0]).special
+    for method, method_runs in group_by_method(runs).items():
+        special = load_vocabulary(method_runs[0]).special
         uncertain = None
-        for step in saved(mine):
-            data = tokens(mine, step)
+        for step in common_saved_steps(method_runs):
+            data = token_table(method_runs, step)
             if uncertain is None:
                 uncertain = float(data["student_entropy"].quantile(0.8))
-            kinds = classes(data, special, uncertain)
-            about = {"method": method, "runs": len(mine), "step": step}
-            one = pd.Series(1.0, index=data.index)
-            for quantity, weight in (("energy", data["energy"]), ("tokens", one)):
-                for kind, found in shares(data, kinds, weight, generator).items():
-                    rows.append(about | entry(kind, quantity, found))
-            rows.append(about | entry("", "n_eff_share", equal(data, generator)))
+            kinds = classify_tokens(data, special, uncertain)
+            labels = {"method": method, "runs": len(method_runs), "step": step}
+            unit_weight = pd.Series(1.0, index=data.index)
+            for quantity, weight in (("energy", data["energy"]), ("tokens", unit_weight)):
+                for kind, interval in shares_by_kind(data, kinds, weight, generator).items():
+                    rows.append(labels | make_row(kind, quantity, interval))
+            rows.append(labels | make_row("", "n_eff_share", effective_share(data, generator)))
     return pd.DataFrame(rows)
 
 
-def entry(kind: str, quantity: str, band: tuple[float, float, float]) -> dict[str, Any]:
-    from diagnostics.records.run_folders import short
+def make_row(kind: str, quantity: str, band: tuple[float, float, float]) -> dict[str, Any]:
+    """Return a row of the table with rounded values."""
+    from diagnostics.records.run_folders import round_significant
 
-    value, low, high = map(short, band)
+    value, low, high = map(round_significant, band)
     return {"kind": kind, "quantity": quantity, "value": value, "low": low, "high": high}
 
 
-def equal(data: pd.DataFrame, generator: np.random.Generator) -> tuple[float, float, float]:
-    """(sum e)^2 / (N sum e^2) of the tokens' energies, with a 95 % bootstrap over clusters."""
+def effective_share(
+    data: pd.DataFrame, generator: np.random.Generator
+) -> tuple[float, float, float]:
+    """Compute (sum e)^2 / (N sum e^2) of the tokens' energies e.
+
+    Args:
+        data: a table of tokens.
+        generator: random generator of the bootstrap.
+
+    Returns:
+        (value, low, high), with a 95 % bootstrap interval over clusters.
+    """
     sums = pd.DataFrame({"one": 1.0, "e": data["energy"], "ee": data["energy"] ** 2})
     values = sums.groupby(data["cluster"]).sum().to_numpy()
 
@@ -127,11 +150,11 @@ def equal(data: pd.DataFrame, generator: np.random.Generator) -> tuple[float, fl
     return float(share(values)), float(low), float(high)
 
 
-def classes(data: pd.DataFrame, special: frozenset[int], uncertain: float) -> pd.Series:
-    """The kind of every token: the first of KINDS that it is."""
-    found = pd.Series("rest", index=data.index)
-    found[data["student_entropy"] > uncertain] = "uncertain"
-    found[data["impossible"]] = "excluded"
-    found[data["repeated"]] = "repeated"
-    found[data["id"].isin(special)] = "special"
-    return found
+def classify_tokens(data: pd.DataFrame, special: frozenset[int], uncertain: float) -> pd.Series:
+    """Return the kind of every token: the first of KINDS that applies."""
+    kinds = pd.Series("rest", index=data.index)
+    kinds[data["student_entropy"] > uncertain] = "uncertain"
+    kinds[data["impossible"]] = "excluded"
+    kinds[data["repeated"]] = "repeated"
+    kinds[data["id"].isin(special)] = "special"
+    return kinds

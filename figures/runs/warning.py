@@ -1,4 +1,4 @@
-"""The early-warning timeline: which indicators left the healthy range before the collapse."""
+"""Early-warning timeline: which indicators leave their healthy range before a collapse."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +14,13 @@ from figures import style
 
 COLUMNS = ("run", "seed", "kind", "step", "indicator", "value", "z", "alarm", "collapse")
 CAPTION = (
-    "Indicators of runs that collapse, step by step, as standard deviations from the healthy runs "
-    "at that step (median over seeds, cut at ±10). Triangles: the indicator's alarm goes off in a "
-    "seed. Lines: collapse, told from outcomes alone. Right: how many steps before the collapse "
-    "the alarm went off, and the z first passed ±5 (medians over the seeds that were warned); in "
-    "brackets the seeds warned, then the healthy runs in which the same happened. An indicator of "
-    "the outcomes themselves detects rather than predicts."
+    "Indicators of runs that collapse, by step, in standard deviations from the healthy runs at "
+    "that step (median over seeds, clipped at ±10). Triangles: the indicator's alarm fires in a "
+    "seed. Vertical lines: collapse, defined by reward and truncated responses alone. Right: "
+    "steps from the alarm, and from the first |z| above 5, to the collapse (medians over the "
+    "seeds with a warning); in brackets the seeds with a warning, then the healthy runs in which "
+    "the same happened. An indicator of the outcomes themselves detects a collapse rather than "
+    "predicts it."
 )
 INDICATORS = (
     "divergence/reverse_kl",
@@ -33,53 +34,65 @@ INDICATORS = (
     "repetition/repeated_share",
     "response/truncated_share",
 )
-CUT, FAR, MOST = 10.0, 5.0, 4
-SMALL: dict[str, Any] = {"fontsize": 6, "va": "center", "ha": "center"}
-HEAD = SMALL | {"va": "bottom", "fontweight": "bold"}
-COLLAPSED, ROW = 0.5, 3
-"""Collapse: a reward below this part of that of the first ROW steps, or a truncated share above
-it, ROW steps in a row; the first of them counts."""
+MAX_Z, FAR_Z, MAX_KINDS = 10.0, 5.0, 4
+LEAD_STYLE: dict[str, Any] = {"fontsize": 6, "va": "center", "ha": "center"}
+HEADER_STYLE = LEAD_STYLE | {"va": "bottom", "fontweight": "bold"}
+COLLAPSE_THRESHOLD, COLLAPSE_STEPS = 0.5, 3
+"""A run collapses at the first of COLLAPSE_STEPS consecutive steps with a reward below
+COLLAPSE_THRESHOLD times that of its first COLLAPSE_STEPS steps, or with a truncated share above
+COLLAPSE_THRESHOLD."""
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """A panel a kind of failing run, a row an indicator."""
-    kinds = [kind for kind in dict.fromkeys(table["kind"]) if kind != "healthy"][:MOST]
+    """Draw one panel a kind of collapsing run and one row an indicator."""
+    kinds = [kind for kind in dict.fromkeys(table["kind"]) if kind != "healthy"][:MAX_KINDS]
     indicators = list(dict.fromkeys(table["indicator"]))
-    table = table.assign(alarm=table["alarm"].astype(bool), far=table["z"].abs() > FAR)
+    table = table.assign(alarm=table["alarm"].astype(bool), far=table["z"].abs() > FAR_Z)
     healthy = table[table["kind"] == "healthy"]
     height = 0.7 + len(kinds) * (0.35 + 0.15 * len(indicators))
-    figure, axes = style.panels(len(kinds), 1, height)
-    norm = mpl.colors.Normalize(-CUT, CUT)
-    for place, kind in zip(axes, kinds, strict=True):
-        image = timeline(place, table[table["kind"] == kind], healthy, indicators, norm)
+    figure, axes = style.make_panels(len(kinds), 1, height)
+    norm = mpl.colors.Normalize(-MAX_Z, MAX_Z)
+    for ax, kind in zip(axes, kinds, strict=True):
+        image = draw_timeline(ax, table[table["kind"] == kind], healthy, indicators, norm)
         seeds = table[table["kind"] == kind]["run"].nunique()
-        place.set_title(f"{kind} ({seeds} seed{'s' if seeds > 1 else ''})")
+        ax.set_title(f"{kind} ({seeds} seed{'s' if seeds > 1 else ''})")
     axes[-1].set_xlabel("step")
-    figure.set_layout_engine("constrained", rect=(0, 0, 0.93, 1))  # room for the leads
+    figure.set_layout_engine("constrained", rect=(0, 0, 0.93, 1))  # space for the leads
     bar = figure.colorbar(image, ax=axes, location="bottom", aspect=50, shrink=0.6, pad=0.01)
     bar.set_label("standard deviations from healthy runs")
     return figure
 
 
-def timeline(
+def draw_timeline(
     axes: Any, rows: pd.DataFrame, healthy: pd.DataFrame, indicators: list[str], norm: Any
 ) -> Any:
-    """z by indicator and step, alarms, collapses, and what the lead was."""
+    """Draw z by indicator and step, alarms, collapses, and the lead of each indicator.
+
+    Args:
+        axes: axes to draw on.
+        rows: rows of one kind of collapsing run.
+        healthy: rows of the healthy runs.
+        indicators: names of the indicators, from top to bottom.
+        norm: color scale.
+
+    Returns:
+        The image, for a color bar.
+    """
     z = rows.pivot_table(index="indicator", columns="step", values="z", aggfunc="median")
-    z = z.reindex(indicators).clip(-CUT, CUT)
+    z = z.reindex(indicators).clip(-MAX_Z, MAX_Z)
     steps = z.columns.to_numpy(float)
     width = np.append(steps, steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1))
     edges = np.arange(len(indicators) + 1) - 0.5
     image = axes.pcolormesh(width, edges, z.to_numpy(), norm=norm, cmap="PuOr", rasterized=True)
-    axes.text(1.08, edges[0], "alarm", transform=axes.get_yaxis_transform(), **HEAD)
-    axes.text(1.26, edges[0], "|z| > 5", transform=axes.get_yaxis_transform(), **HEAD)
+    axes.text(1.08, edges[0], "alarm", transform=axes.get_yaxis_transform(), **HEADER_STYLE)
+    axes.text(1.26, edges[0], "|z| > 5", transform=axes.get_yaxis_transform(), **HEADER_STYLE)
     for y, indicator in enumerate(indicators):
-        mine, others = (x[x["indicator"] == indicator] for x in (rows, healthy))
-        first = mine[mine["alarm"]].groupby("run")["step"].min()
+        indicator_rows, healthy_rows = (x[x["indicator"] == indicator] for x in (rows, healthy))
+        first = indicator_rows[indicator_rows["alarm"]].groupby("run")["step"].min()
         axes.plot(first + 0.5, [y] * len(first), ">", ms=3.5, color="black", mec="white", mew=0.4)
         for x, column in ((1.08, "alarm"), (1.26, "far")):
-            text = lead(mine, others, column)
-            axes.text(x, y, text, transform=axes.get_yaxis_transform(), **SMALL)
+            text = format_lead(indicator_rows, healthy_rows, column)
+            axes.text(x, y, text, transform=axes.get_yaxis_transform(), **LEAD_STYLE)
     for step in rows.groupby("run")["collapse"].first().dropna():
         axes.axvline(step, color="black", lw=1)
     axes.set_yticks(range(len(indicators)), indicators, fontsize=6)
@@ -88,8 +101,17 @@ def timeline(
     return image
 
 
-def lead(rows: pd.DataFrame, healthy: pd.DataFrame, column: str) -> str:
-    """'5 [2/3, 0/8]': median lead, seeds warned before their collapse, healthy runs warned."""
+def format_lead(rows: pd.DataFrame, healthy: pd.DataFrame, column: str) -> str:
+    """Format the lead of an indicator, such as '5 [2/3, 0/8]'.
+
+    Args:
+        rows: rows of one indicator in the collapsing runs.
+        healthy: its rows in the healthy runs.
+        column: boolean column: "alarm", or "far" for a large z.
+
+    Returns:
+        Median lead in steps, runs warned before their collapse, and healthy runs warned.
+    """
     collapse = rows.groupby("run")["collapse"].first().dropna()
     first = rows[rows[column]].groupby("run")["step"].min().reindex(collapse.index)
     early = (collapse - first)[lambda x: x > 0]
@@ -99,27 +121,32 @@ def lead(rows: pd.DataFrame, healthy: pd.DataFrame, column: str) -> str:
 
 
 def collect(runs: list[Path]) -> pd.DataFrame:
-    """The indicators of all runs; a run whose outcomes never collapse is healthy.
+    """Collect the indicators of all runs; a run whose outcomes never collapse is healthy.
 
-    z = (value - mean) / sd over the healthy runs at the steps within 2 of this one. Of a healthy
-    run only the first step and what went off are kept, so that tables stay small.
+    Args:
+        runs: run folders.
+
+    Returns:
+        A table with COLUMNS. z = (value - mean) / sd over the healthy runs at the steps within 2 of
+        this one. Of healthy runs only the first step and rows with an alarm or a large z are kept,
+        so that tables stay small.
 
     Raises:
-      ValueError: fewer than 2 runs are healthy, or none collapses.
+        InvalidInput: fewer than 2 runs are healthy, or none collapses.
     """
     from diagnostics.alarms.alarms import replay
-    from diagnostics.records.run_folders import methods, recorded_rows
+    from diagnostics.records.run_folders import group_by_method, load_rows
 
     records = []
-    for method, mine in methods(runs).items():
-        for run in mine:
-            record = recorded_rows(run)
-            end = collapse(record)
+    for method, method_runs in group_by_method(runs).items():
+        for run in method_runs:
+            record = load_rows(run)
+            end = collapse_step(record)
             raised = {(alarm.rule.metric, alarm.step) for alarm in replay(record)}
             seed = run.name.rsplit("-", 1)[-1]
-            about = {"run": run.name, "seed": seed, "kind": method if end else "healthy"}
+            labels = {"run": run.name, "seed": seed, "kind": method if end else "healthy"}
             records += [
-                about
+                labels
                 | {"step": row["step"], "indicator": name, "value": float(f"{row[name]:.4g}")}
                 | {"alarm": (name, row["step"]) in raised, "collapse": end}
                 for row in record
@@ -131,35 +158,36 @@ def collect(runs: list[Path]) -> pd.DataFrame:
     if healthy["run"].nunique() < 2 or len(healthy) == len(table):
         raise InvalidInput(
             f"{healthy['run'].nunique()} of {table['run'].nunique()} runs are healthy; the "
-            "timeline needs at least 2 healthy ones and one that collapses"
+            "timeline needs at least 2 healthy runs and one that collapses"
         )
-    table["z"] = standardised(table, healthy)
-    telling = (table["kind"] != "healthy") | table["alarm"] | (table["z"].abs() > FAR)
+    table["z"] = z_scores(table, healthy)
+    informative = (table["kind"] != "healthy") | table["alarm"] | (table["z"].abs() > FAR_Z)
     first = ~table.duplicated(["run", "indicator"])
-    return table.loc[telling | first, list(COLUMNS)]
+    return table.loc[informative | first, list(COLUMNS)]
 
 
-def standardised(table: pd.DataFrame, healthy: pd.DataFrame) -> pd.Series:
-    """z of every row against the healthy runs' values of its indicator within 2 steps."""
-    found = pd.Series(np.nan, index=table.index)
+def z_scores(table: pd.DataFrame, healthy: pd.DataFrame) -> pd.Series:
+    """Compute z of every row from the healthy runs' values of its indicator within 2 steps."""
+    scores = pd.Series(np.nan, index=table.index)
     for indicator, rows in table.groupby("indicator"):
-        at = healthy[healthy["indicator"] == indicator]
-        for step, some in rows.groupby("step"):
-            near = at[(at["step"] - step).abs() <= 2]["value"]
-            spread = near.std()
+        reference = healthy[healthy["indicator"] == indicator]
+        for step, step_rows in rows.groupby("step"):
+            nearby = reference[(reference["step"] - step).abs() <= 2]["value"]
+            spread = nearby.std()
             if spread > 0:
-                found[some.index] = ((some["value"] - near.mean()) / spread).round(2)
-    return found
+                scores[step_rows.index] = ((step_rows["value"] - nearby.mean()) / spread).round(2)
+    return scores
 
 
-def collapse(rows: Sequence[dict[str, Any]]) -> float | None:
-    """The step of the collapse, or None; see COLLAPSED."""
-    start = np.mean([row["response/reward"] for row in rows[:ROW]])
+def collapse_step(rows: Sequence[dict[str, Any]]) -> float | None:
+    """Return the step of the collapse, or None; see COLLAPSE_THRESHOLD."""
+    start = np.mean([row["response/reward"] for row in rows[:COLLAPSE_STEPS]])
     bad = [
-        row["response/reward"] < COLLAPSED * start or row["response/truncated_share"] > COLLAPSED
+        row["response/reward"] < COLLAPSE_THRESHOLD * start
+        or row["response/truncated_share"] > COLLAPSE_THRESHOLD
         for row in rows
     ]
-    for i in range(len(bad) - ROW + 1):
-        if all(bad[i : i + ROW]):
+    for i in range(len(bad) - COLLAPSE_STEPS + 1):
+        if all(bad[i : i + COLLAPSE_STEPS]):
             return float(rows[i]["step"])
     return None

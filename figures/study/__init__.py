@@ -1,1 +1,1 @@
-"""Figures of the synthetic study, one a file."""
+"""Figures of the synthetic study, one module each."""

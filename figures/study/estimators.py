@@ -1,4 +1,4 @@
-"""Every estimator on one plane: relative bias against relative noise."""
+"""Relative bias and relative noise of every estimator."""
 
 from typing import Any
 
@@ -9,35 +9,36 @@ from matplotlib.figure import Figure
 from figures import style
 
 COLUMNS = ("quantity", "estimator", "gamma", "sampler", "ratio", "length", "value", "low", "high")
-OWN = {"sampler": "student", "ratio": "none", "length": "sequence_sum"}
+DEFAULT = {"sampler": "student", "ratio": "none", "length": "sequence_sum"}
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """Two panels of bars: relative bias of every estimator, and its relative noise."""
-    figure, (bias, noise) = style.panels(1, 2, 7.4)
-    order = ranked(table)
-    bars(bias, table, order, "bias")
+    """Draw two panels of points with intervals: relative bias, and relative variance."""
+    figure, (bias, noise) = style.make_panels(1, 2, 7.4)
+    order = rank_estimators(table)
+    draw_values(bias, table, order, "bias")
     bias.set_xscale("symlog", linthresh=0.1)
     bias.set(xlabel="relative bias ‖E g − ∇J‖ / ‖∇J‖", xlim=(-0.005, 4))
-    bias.set_title("What is it biased by?")
-    bars(noise, table, order, "variance")
+    bias.set_title("Relative bias")
+    draw_values(noise, table, order, "variance")
     noise.set(xscale="log", xlabel="variance of one trajectory / ‖∇J‖²", yticklabels=[])
-    noise.set_title("and how noisy is it?")
+    noise.set_title("Relative variance")
     return figure
 
 
-def ranked(table: pd.DataFrame) -> pd.DataFrame:
-    """The estimators that are shown, most biased at the top; labels in the column `label`."""
+def rank_estimators(table: pd.DataFrame) -> pd.DataFrame:
+    """Select the estimators to draw and sort them by bias; adds the column `label`."""
     rows = table[table["quantity"] == "bias"].copy()
     family = rows["gamma"].isin([0.0, 1.0]) | (rows["gamma"] == 0.9) & (
         rows["estimator"] == "plain"
     )
     rows = rows[family]
-    rows["label"] = [label(row) for row in rows.itertuples()]
+    rows["label"] = [estimator_label(row) for row in rows.itertuples()]
     return rows.sort_values("value")
 
 
-def label(row: Any) -> str:
+def estimator_label(row: Any) -> str:
+    """Return an estimator's label: name, discount, sampler, weights and length reduction."""
     text = str(row.estimator)
     local = "topk" in text or text in ("k1", "k2", "k3", "full_reverse_kl")
     if not local:
@@ -48,17 +49,21 @@ def label(row: Any) -> str:
     return text + (", per-response mean" if row.length == "sequence_mean" else "")
 
 
-def bars(axes: Any, table: pd.DataFrame, order: pd.DataFrame, quantity: str) -> None:
+def draw_values(axes: Any, table: pd.DataFrame, order: pd.DataFrame, quantity: str) -> None:
+    """Draw a quantity of every estimator in the given order; the default setting is blue."""
     keys = ["estimator", "gamma", "sampler", "ratio", "length"]
     values = table[table["quantity"] == quantity].set_index(keys)
-    at = values.loc[pd.MultiIndex.from_frame(order[keys])]
+    ordered = values.loc[pd.MultiIndex.from_frame(order[keys])]
     y = np.arange(len(order))
-    own = [
-        tuple(r) == tuple(OWN.values()) for r in order[["sampler", "ratio", "length"]].to_numpy()
+    is_default = [
+        tuple(r) == tuple(DEFAULT.values())
+        for r in order[["sampler", "ratio", "length"]].to_numpy()
     ]
-    for chosen, colour in ((own, style.BLUE), ([not x for x in own], style.RED)):
-        part = at[chosen]
+    for selected, colour in ((is_default, style.BLUE), ([not x for x in is_default], style.RED)):
+        part = ordered[selected]
         spread = [(part["value"] - part["low"]).clip(lower=0), part["high"] - part["value"]]
-        axes.errorbar(part["value"], y[chosen], xerr=spread, fmt="o", ms=2.5, lw=0.8, color=colour)
+        axes.errorbar(
+            part["value"], y[selected], xerr=spread, fmt="o", ms=2.5, lw=0.8, color=colour
+        )
     axes.set_yticks(y, order["label"], fontsize=5)
     axes.set_ylim(-1, len(order))

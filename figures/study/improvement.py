@@ -1,4 +1,4 @@
-"""How much of the exact gradient's decrease one step achieves, by discount and batch."""
+"""Share of the exact gradient's improvement that one step achieves, by discount and batch size."""
 
 from typing import Any
 
@@ -6,42 +6,44 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from figures import style
-from figures.study.rows import line, pick
+from figures.study.rows import plot_line, select_rows
 
 COLUMNS = ("quantity", "estimator", "distance", "gamma", "n", "value", "low", "high")
 NAMES = {"plain": "as sampled", "rb_all_value": "mean costs, value baseline"}
-SHOWN = (0.0, 0.5, 0.9, 1.0)
+GAMMAS = (0.0, 0.5, 0.9, 1.0)
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """Three panels: share of the decrease against n of two estimators, and worlds by distance."""
-    figure, (sampled, quiet, never) = style.panels(1, 3, 2.9)
+    """Draw the share by batch size for two estimators, and worlds where γ = 0 always wins."""
+    figure, (sampled, quiet, never) = style.make_panels(1, 3, 2.9)
     for axes, name in ((sampled, "plain"), (quiet, "rb_all_value")):
-        shares(axes, table, name)
-    worlds(never, table)
-    sampled.set_ylabel("decrease of J / the exact gradient's")
+        draw_shares(axes, table, name)
+    draw_worlds(never, table)
+    sampled.set_ylabel("decrease of J / exact gradient's decrease")
     handles, labels = sampled.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(SHOWN))
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(GAMMAS))
     return figure
 
 
-def shares(axes: Any, table: pd.DataFrame, name: str) -> None:
-    rows = pick(table, "share", "n", estimator=name, distance=0.7)
-    for gamma, colour in zip(SHOWN, style.shades(len(SHOWN)), strict=True):
-        at = rows[rows["gamma"] == gamma]
-        line(axes, at, "n", color=colour, label=f"γ = {gamma:g}", marker="o", ms=2.5)
+def draw_shares(axes: Any, table: pd.DataFrame, name: str) -> None:
+    """Draw the share against batch size, one line a discount."""
+    rows = select_rows(table, "share", "n", estimator=name, distance=0.7)
+    for gamma, colour in zip(GAMMAS, style.sequential_colors(len(GAMMAS)), strict=True):
+        gamma_rows = rows[rows["gamma"] == gamma]
+        plot_line(axes, gamma_rows, "n", color=colour, label=f"γ = {gamma:g}", marker="o", ms=2.5)
     axes.axhline(1, color="black", lw=0.6)
     axes.set(xscale="log", xlabel="trajectories n", ylim=(0, 1.15))
     axes.set_title(NAMES[name].capitalize())
 
 
-def worlds(axes: Any, table: pd.DataFrame) -> None:
-    rows = pick(table, "never", "distance", estimator="plain")
+def draw_worlds(axes: Any, table: pd.DataFrame) -> None:
+    """Draw the share of worlds where γ = 0 beats γ = 1 at any batch size, by teacher distance."""
+    rows = select_rows(table, "never", "distance", estimator="plain")
     spread = [rows["value"] - rows["low"], rows["high"] - rows["value"]]
     axes.errorbar(
         range(len(rows)), rows["value"], yerr=spread, fmt="o", color=style.BLUE, capsize=3
     )
     axes.set_xticks(range(len(rows)), [f"{x:g}" for x in rows["distance"]])
-    axes.set(xlabel="distance of the teacher", ylabel="share of worlds", ylim=(0, 1))
+    axes.set(xlabel="teacher distance", ylabel="share of worlds", ylim=(0, 1))
     axes.set_xlim(-0.5, len(rows) - 0.5)
     axes.set_title("γ = 0 beats γ = 1 at any n")

@@ -1,4 +1,4 @@
-"""Rows of a summary table, picked and drawn; every figure of the study reads one this way."""
+"""Row selection and line plots of the study's summary tables, shared by its figures."""
 
 from typing import Any
 
@@ -7,14 +7,26 @@ import pandas as pd
 from figures import style
 
 
-def pick(table: pd.DataFrame, quantity: str, by: str, **where: Any) -> pd.DataFrame:
-    """Rows of one quantity whose other columns have the given values, in order of `by`."""
-    chosen = table[table["quantity"] == quantity]
-    for column, value in where.items():
-        chosen = chosen[chosen[column] == value]
-    return chosen.dropna(subset=[by]).sort_values(by)
+def select_rows(
+    table: pd.DataFrame, quantity: str, order_column: str, **filters: Any
+) -> pd.DataFrame:
+    """Select the rows of one quantity whose columns have the given values.
+
+    Args:
+        table: a summary table with the column `quantity`.
+        quantity: value of that column.
+        order_column: column to sort by; rows without a value in it are dropped.
+        **filters: values of other columns.
+
+    Returns:
+        The selected rows, sorted.
+    """
+    rows = table[table["quantity"] == quantity]
+    for column, value in filters.items():
+        rows = rows[rows[column] == value]
+    return rows.dropna(subset=[order_column]).sort_values(order_column)
 
 
-def line(axes: Any, rows: pd.DataFrame, x: str, **how: Any) -> None:
-    """Value against x with its interval as a band."""
-    style.curve(axes, rows[x], rows["value"], rows["low"], rows["high"], **how)
+def plot_line(axes: Any, rows: pd.DataFrame, x: str, **options: Any) -> None:
+    """Plot `value` against the column `x`, with its interval as a band."""
+    style.plot_band(axes, rows[x], rows["value"], rows["low"], rows["high"], **options)

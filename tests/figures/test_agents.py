@@ -23,56 +23,61 @@ SOLVED = {"sampled": ("00", "00"), "lsm": ("00", "11")}
 STEPS = 12
 
 
-def evaluated(step: int, outcomes: str, **more: object) -> dict[str, object]:
+def evaluation_row(step: int, outcomes: str, **fields: object) -> dict[str, object]:
     share = outcomes.count("1") / len(outcomes)
-    return {"step": step, "accuracy": share, "outcomes": outcomes, "problem_set": "p"} | more
+    return {"step": step, "accuracy": share, "outcomes": outcomes, "problem_set": "p"} | fields
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Runs of games, and of games in turns with sorting, as the trainer leaves them."""
-    folder, found = tmp_path_factory.mktemp("paper"), []
+    folder, run_folders = tmp_path_factory.mktemp("paper"), []
     for (group, method, seed), won in WON.items():
         run = folder / group / f"{method}-{seed}"
         run.mkdir(parents=True)
         (run / "config.json").write_text(json.dumps({"seed": seed}))
-        both = group == "agents"
+        has_two_tasks = group == "agents"
         for step in range(STEPS if len(won) > 1 else 0):
             row = {"step": step, "episodes/turns": 10.0, "episodes/invalid_share": 0.5}
             row |= {"response/reward": 0.5}
             row |= {f"turn={n}/divergence/k1": n * (1.0 if step < 5 else 0.1) for n in agents.TURNS}
-            if both:
+            if has_two_tasks:
                 row["task"] = ("rooms", "sort")[step % 2]
-            rows.append(run / "rows.jsonl", row)
+            rows.append_row(run / "rows.jsonl", row)
         for i, outcomes in enumerate(won):
-            how = {"episodes/turns": 8.0 - i, "episodes/invalid_share": 0.2 + 0.1 * i + 0.1 * seed}
-            task = {"task": "rooms"} if both else {}
-            rows.append(run / "evals.jsonl", evaluated(STEPS * i, outcomes, **how, **task))
-            if both:
-                rows.append(
-                    run / "evals.jsonl", evaluated(STEPS * i, SOLVED[method][i], task="sort")
+            episode_fields = {
+                "episodes/turns": 8.0 - i,
+                "episodes/invalid_share": 0.2 + 0.1 * i + 0.1 * seed,
+            }
+            task = {"task": "rooms"} if has_two_tasks else {}
+            rows.append_row(
+                run / "evals.jsonl", evaluation_row(STEPS * i, outcomes, **episode_fields, **task)
+            )
+            if has_two_tasks:
+                rows.append_row(
+                    run / "evals.jsonl", evaluation_row(STEPS * i, SOLVED[method][i], task="sort")
                 )
-        found.append(run)
-    return found
+        run_folders.append(run)
+    return run_folders
 
 
 def test_gains_and_differences_are_those_of_the_outcomes(runs: list[Path]) -> None:
-    found = agents.summary(agents.collect(runs)).set_index(["group", "task", "method"])
-    assert len(found) == 7
-    local = found.loc["games", "rooms", "lsm"]
+    summary = agents.summary(agents.collect(runs)).set_index(["group", "task", "method"])
+    assert len(summary) == 7
+    local = summary.loc["games", "rooms", "lsm"]
     assert (local["seeds"], local["count"]) == (2, 4)
     assert [local["before"], local["won"]] == pytest.approx([0.25, 7 / 8])
     assert [local["gain"], local["away"]] == pytest.approx([5 / 8, 1 / 8])
     assert local["gain_low"] < local["gain"] < local["gain_high"]
     assert local["inadmissible_before"] == pytest.approx(0.25)
     assert local["inadmissible"] == pytest.approx(0.35)
-    assert np.isnan(found.loc["games", "rooms", "sampled"]["away"])
-    teacher = found.loc["games", "rooms", "teacher"]
+    assert np.isnan(summary.loc["games", "rooms", "sampled"]["away"])
+    teacher = summary.loc["games", "rooms", "teacher"]
     assert teacher["won"] == 0.75
     assert np.isnan(teacher["gain"])
-    assert found.loc["agents", "sort", "lsm"]["gain"] == 1
-    assert found.loc["agents", "sort", "lsm"]["away"] == 1
-    assert found.loc["agents", "rooms", "sampled"]["gain"] == 0
+    assert summary.loc["agents", "sort", "lsm"]["gain"] == 1
+    assert summary.loc["agents", "sort", "lsm"]["away"] == 1
+    assert summary.loc["agents", "rooms", "sampled"]["gain"] == 0
     text = agents.markdown(agents.collect(runs))
     assert "| teacher | 1 |  | 0.750 [" in text
     assert "+0.625 [" in text
@@ -80,22 +85,24 @@ def test_gains_and_differences_are_those_of_the_outcomes(runs: list[Path]) -> No
 
 
 def test_lines_and_points_are_the_tables_numbers(runs: list[Path]) -> None:
-    with style.look():
+    with style.style_context():
         axes = agents.draw(agents.collect(runs)).axes
     lines = [[*map(float, line.get_ydata())] for line in axes[0].lines]
     assert lines == [[0.25, 0.75], [0.25, 0.875], [0.75, 0.75]]
     assert [[*map(float, x.get_ydata())] for x in axes[2].lines] == [[0, 0], [0, 1]]
-    ways = {line.get_linestyle(): [*map(float, line.get_ydata())] for line in axes[3].lines}
-    assert ways["-"] == pytest.approx([0.25, 0.35])
-    assert ways["--"] == pytest.approx([0.2, 0.3])
-    drawn = sorted({float(bar.lines[0].get_ydata()[0]) for bar in axes[5].containers})
-    assert drawn == pytest.approx(sorted([*agents.TURNS, *(n / 10 for n in agents.TURNS)]))
+    values_by_dash = {
+        line.get_linestyle(): [*map(float, line.get_ydata())] for line in axes[3].lines
+    }
+    assert values_by_dash["-"] == pytest.approx([0.25, 0.35])
+    assert values_by_dash["--"] == pytest.approx([0.2, 0.3])
+    drawn_costs = sorted({float(bar.lines[0].get_ydata()[0]) for bar in axes[5].containers})
+    assert drawn_costs == pytest.approx(sorted([*agents.TURNS, *(n / 10 for n in agents.TURNS)]))
 
 
 def test_runs_judged_on_other_games_are_refused(runs: list[Path], tmp_path: Path) -> None:
-    other = tmp_path / "games" / "another-2"
-    other.mkdir(parents=True)
-    (other / "config.json").write_text('{"seed": 2}')
-    rows.append(other / "evals.jsonl", evaluated(0, "01") | {"problem_set": "q"})
-    with pytest.raises(ValueError, match="judged on the rooms q, others on p"):
-        agents.collect([*runs, other])
+    other_run = tmp_path / "games" / "another-2"
+    other_run.mkdir(parents=True)
+    (other_run / "config.json").write_text('{"seed": 2}')
+    rows.append_row(other_run / "evals.jsonl", evaluation_row(0, "01") | {"problem_set": "q"})
+    with pytest.raises(ValueError, match="evaluated on the rooms q, others on p"):
+        agents.collect([*runs, other_run])

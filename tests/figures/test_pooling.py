@@ -8,29 +8,33 @@ import numpy as np
 import pytest
 
 from diagnostics.records import rows
-from diagnostics.records.run_folders import distinct_names, methods
-from diagnostics.records.run_tables import gains, training_table
+from diagnostics.records.run_folders import distinct_names, group_by_method
+from diagnostics.records.run_tables import accuracy_gains, training_table
 from diagnostics.stats import gain_interval, unpaired_interval
 from figures.collect import steps
 from figures.paper import agents
 
 
-def make_run(folder: Path, outcomes: tuple[str, str], problem_set: str = "p", **own: Any) -> Path:
+def make_run(
+    folder: Path, outcomes: tuple[str, str], problem_set: str = "p", **options: Any
+) -> Path:
     """A run folder of one step with two evaluations."""
     folder.mkdir(parents=True)
     settings = {"objective": "teacher_topk", "seed": 0, "lr": 1e-4, "student": "pair/student"}
-    (folder / "config.json").write_text(json.dumps(settings | {"out": str(folder)} | own))
-    rows.append(folder / "rows.jsonl", {"step": 0, "loss": 1.0, "grad_norm": 1.0})
+    (folder / "config.json").write_text(json.dumps(settings | {"out": str(folder)} | options))
+    rows.append_row(folder / "rows.jsonl", {"step": 0, "loss": 1.0, "grad_norm": 1.0})
     for step, digits in enumerate(outcomes):
         accuracy = digits.count("1") / len(digits)
         row = {"step": step, "accuracy": accuracy, "length": 3.0, "truncated": 0.0}
         row |= {"outcomes": digits, "problems": len(digits), "problem_set": problem_set}
-        rows.append(folder / "evals.jsonl", row)
+        rows.append_row(folder / "evals.jsonl", row)
     return folder
 
 
 def by_name(runs: list[Path]) -> dict[str, dict[str, Any]]:
-    return {row["objective"]: row for row in gains(training_table(runs)).to_dict("records")}
+    return {
+        row["objective"]: row for row in accuracy_gains(training_table(runs)).to_dict("records")
+    }
 
 
 def test_seeds_of_one_method_are_pooled_over_runs_and_problems(tmp_path: Path) -> None:
@@ -38,37 +42,37 @@ def test_seeds_of_one_method_are_pooled_over_runs_and_problems(tmp_path: Path) -
         make_run(tmp_path / "a", ("0011", "1111"), seed=0, eval_every=1, device="cpu"),
         make_run(tmp_path / "b", ("0001", "0111"), seed=1, eval_every=5, device="cuda"),
     ]
-    (row,) = gains(training_table(runs)).to_dict("records")
+    (row,) = accuracy_gains(training_table(runs)).to_dict("records")
     assert (row["objective"], row["seeds"], row["problems"]) == ("teacher_topk", 2, 4)
     assert (row["before"], row["after"], row["gain"]) == pytest.approx((3 / 8, 7 / 8, 1 / 2))
-    away = np.array([[1, 1, 0, 0], [0, 1, 1, 0]])
-    assert (row["low"], row["high"]) == gain_interval(away)
+    differences = np.array([[1, 1, 0, 0], [0, 1, 1, 0]])
+    assert (row["low"], row["high"]) == gain_interval(differences)
 
 
 @pytest.mark.parametrize(
-    ("own", "name"),
+    ("options", "name"),
     [
         ({"lr": 1e-3}, "lr 0.001"),
         ({"student": "other/student"}, "student other/student"),
         ({"task": "other.jsonl"}, "task other.jsonl"),
         ({"steps": 7}, "steps 7"),
         ({"tasks": [{"name": "x"}]}, 'tasks [{"name": "x"}]'),
-        ({"problem_set": "q"}, "judged on 4 problems q"),
+        ({"problem_set": "q"}, "evaluated on 4 problems q"),
         ({"seed": 0}, "run b"),
     ],
 )
 def test_runs_that_differ_stand_side_by_side_under_what_differs(
-    tmp_path: Path, own: dict[str, Any], name: str
+    tmp_path: Path, options: dict[str, Any], name: str
 ) -> None:
     first = make_run(tmp_path / "a", ("0000", "1111"))
-    second = make_run(tmp_path / "b", ("0000", "0000"), **{"seed": 1} | own)
-    found = by_name([first, second])
-    assert len(found) == 2
-    shown = next(key for key in found if name in key)
-    assert (found[shown]["gain"], found[shown]["seeds"]) == (0, 1)
-    assert sorted(row["gain"] for row in found.values()) == [0, 1]
+    second = make_run(tmp_path / "b", ("0000", "0000"), **{"seed": 1} | options)
+    gains = by_name([first, second])
+    assert len(gains) == 2
+    method = next(key for key in gains if name in key)
+    assert (gains[method]["gain"], gains[method]["seeds"]) == (0, 1)
+    assert sorted(row["gain"] for row in gains.values()) == [0, 1]
     with pytest.raises(ValueError, match="are not seeds of one method"):
-        methods([rename(first, "m-0"), rename(second, f"m-{own.get('seed', 1)}x")])
+        group_by_method([rename(first, "m-0"), rename(second, f"m-{options.get('seed', 1)}x")])
 
 
 def rename(run: Path, name: str) -> Path:
@@ -85,15 +89,15 @@ def test_numbers_of_problems_that_differ_are_no_error(tmp_path: Path) -> None:
         make_run(tmp_path / "a", ("0" * 8, "1" * 8), problem_set="p"),
         make_run(tmp_path / "b", ("0" * 4, "0" * 4), problem_set="q", seed=1),
     ]
-    found = by_name(runs)
-    assert {row["problems"]: row["gain"] for row in found.values()} == {8: 1, 4: 0}
-    assert all(row["low"] < row["high"] for row in found.values())
+    gains = by_name(runs)
+    assert {row["problems"]: row["gain"] for row in gains.values()} == {8: 1, 4: 0}
+    assert all(row["low"] < row["high"] for row in gains.values())
 
 
 def test_other_problems_after_than_before_are_not_paired(tmp_path: Path) -> None:
     """As many of them, and yet others: a resumed run whose data changed."""
     run = make_run(tmp_path / "a", ("0101", "1111"))
-    lines = rows.read(run / "evals.jsonl")
+    lines = rows.read_rows(run / "evals.jsonl")
     lines[1]["problem_set"] = "q"
     (run / "evals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
     (row,) = by_name([run]).values()
@@ -109,27 +113,27 @@ def test_runs_of_one_folder_name_are_two_runs(tmp_path: Path) -> None:
     ]
     table = training_table(runs)
     assert set(table["run"]) == {"x/run", "y/run"}
-    (row,) = gains(table).to_dict("records")
+    (row,) = accuracy_gains(table).to_dict("records")
     assert (row["seeds"], row["before"], row["gain"]) == (2, 0.25, 0.5)
 
 
 def test_contents_count_where_they_are_known(tmp_path: Path) -> None:
     """A pair made anew under the same name is another pair; a copied one is the same."""
-    same = [
+    same_pair = [
         make_run(tmp_path / "a", ("01", "11"), seed=0, student="here/student"),
         make_run(tmp_path / "b", ("01", "11"), seed=1, student="there/student"),
     ]
-    for run in same:
+    for run in same_pair:
         (run / "identities.json").write_text('{"student": "f00d"}')
-    assert distinct_names(same, ["m", "m"]) == ["m", "m"]
-    other = make_run(tmp_path / "c", ("01", "11"), seed=2, student="here/student")
-    (other / "identities.json").write_text('{"student": "beef"}')
+    assert distinct_names(same_pair, ["m", "m"]) == ["m", "m"]
+    other_pair = make_run(tmp_path / "c", ("01", "11"), seed=2, student="here/student")
+    (other_pair / "identities.json").write_text('{"student": "beef"}')
     # a third run that differs does not part the two seeds, though it repeats one of theirs
-    again = make_run(tmp_path / "d", ("01", "11"), seed=0, lr=1.0)
-    (again / "identities.json").write_text('{"student": "f00d"}')
-    names = distinct_names([*same, again], ["m", "m", "m"])
+    third_run = make_run(tmp_path / "d", ("01", "11"), seed=0, lr=1.0)
+    (third_run / "identities.json").write_text('{"student": "f00d"}')
+    names = distinct_names([*same_pair, third_run], ["m", "m", "m"])
     assert names[0] == names[1] != names[2]
-    assert distinct_names([same[0], other], ["m", "m"]) == [
+    assert distinct_names([same_pair[0], other_pair], ["m", "m"]) == [
         "m (student here/student f00d)",
         "m (student here/student beef)",
     ]
@@ -140,10 +144,10 @@ def test_tables_by_method_refuse_what_is_no_seed_of_it(tmp_path: Path) -> None:
         make_run(tmp_path / "g" / f"m-{seed}", ("01", "11"), seed=seed, lr=lr)
         for seed, lr in ((0, 1e-4), (1, 1e-3))
     ]
-    words = r"g/m are not seeds of one method: lr is '0\.0001' in .*m-0 and '0\.001' in .*m-1"
-    for collect in (steps.steps, steps.evaluations, agents.collect):
-        with pytest.raises(ValueError, match=words):
+    message = r"g/m are not seeds of one method: lr is '0\.0001' in .*m-0 and '0\.001' in .*m-1"
+    for collect in (steps.steps_table, steps.evaluations_table, agents.collect):
+        with pytest.raises(ValueError, match=message):
             collect(runs)
-    twice = [runs[0], make_run(tmp_path / "again" / "g" / "m-0", ("01", "11"))]
+    duplicates = [runs[0], make_run(tmp_path / "again" / "g" / "m-0", ("01", "11"))]
     with pytest.raises(ValueError, match="have the same seed"):
-        steps.evaluations(twice)
+        steps.evaluations_table(duplicates)

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from diagnostics.records import rows
-from diagnostics.records.run_tables import gains, training_table
+from diagnostics.records.run_tables import accuracy_gains, training_table
 from diagnostics.stats import bootstrap_interval, gain_interval
 from figures import __main__ as cli
 from figures import style
@@ -37,10 +37,10 @@ def write_run(folder: Path, objective: str, seed: int, steps: int = 12) -> Path:
         for step in (0, steps):
             right = g.random(40) < (0.3 if step == 0 else 0.8)
             share = float(right.mean())
-            found = {"step": step, "accuracy": share, "low": share - 0.1, "high": share + 0.1}
-            found |= {"length": 50.0, "truncated": 0.1, "problems": 40}
-            found["outcomes"] = "".join("01"[int(x)] for x in right)
-            file.write(json.dumps(found) + "\n")
+            evaluation = {"step": step, "accuracy": share, "low": share - 0.1, "high": share + 0.1}
+            evaluation |= {"length": 50.0, "truncated": 0.1, "problems": 40}
+            evaluation["outcomes"] = "".join("01"[int(x)] for x in right)
+            file.write(json.dumps(evaluation) + "\n")
     return folder
 
 
@@ -60,12 +60,12 @@ def test_the_recorded_tables_draw_in_seconds_without_torch(tmp_path: Path) -> No
         "import sys; from figures.__main__ import main; main(['all', '--out', sys.argv[1]])\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stderr
+    assert completed.returncode == 0, completed.stderr
     assert {"training", "toy", "horizon"} < set(figure_names())
-    names = {Path(line).name for line in done.stdout.split()}
+    names = {Path(line).name for line in completed.stdout.split()}
     pictures = {f"{n}.{s}" for n in figure_names() for s in ("png", "pdf")}
     tables = {f"{n}.{s}" for n in ("comparison", "agents") for s in ("md", "csv")}
     assert names == pictures | tables
@@ -73,14 +73,16 @@ def test_the_recorded_tables_draw_in_seconds_without_torch(tmp_path: Path) -> No
 
 
 def test_study_lines_are_the_tables_numbers() -> None:
-    table = cli.read("bias_variance", DATA / "bias_variance.csv")
+    table = cli.load_figure_table("bias_variance", DATA / "bias_variance.csv")
     figure = bias_variance.draw(table)
-    want = table[(table["quantity"] == "bias2") & (table["estimator"] == "plain")]
-    for line, (_, part) in zip(lines(figure.axes[1]), want.groupby("horizon"), strict=True):
-        part = part.sort_values("gamma")
-        assert line == (part["gamma"].tolist(), part["value"].tolist())
+    expected = table[(table["quantity"] == "bias2") & (table["estimator"] == "plain")]
+    for line, (_, horizon_rows) in zip(
+        lines(figure.axes[1]), expected.groupby("horizon"), strict=True
+    ):
+        horizon_rows = horizon_rows.sort_values("gamma")
+        assert line == (horizon_rows["gamma"].tolist(), horizon_rows["value"].tolist())
     bands = [c.get_datalim(figure.axes[1].transData) for c in figure.axes[1].collections]
-    assert max(b.y1 for b in bands) == pytest.approx(want["high"].max())
+    assert max(b.y1 for b in bands) == pytest.approx(expected["high"].max())
     cross = table[(table["quantity"] == "overtaking_batch") & (table["estimator"] == "plain")]
     assert f"{cross['value'].iloc[0]:,.0f}" in figure.axes[2].texts[0].get_text()
 
@@ -88,17 +90,19 @@ def test_study_lines_are_the_tables_numbers() -> None:
 def test_training_lines_are_the_runs_numbers(runs: list[Path]) -> None:
     table = training_table(runs)
     figure = training.draw(table)
-    drawn = lines(figure.axes[0])
-    for line, objective in zip(drawn, ("sampled_token", "teacher_topk"), strict=True):
-        mine = [x for r in runs if objective in r.name for x in rows.read(r / "evals.jsonl")]
+    curves = lines(figure.axes[0])
+    for line, objective in zip(curves, ("sampled_token", "teacher_topk"), strict=True):
+        evaluations = [
+            x for r in runs if objective in r.name for x in rows.read_rows(r / "evals.jsonl")
+        ]
         for step, y in zip(*line, strict=True):
             assert y == pytest.approx(
-                np.mean([m["accuracy"] for m in mine if m["step"] == step]), abs=1e-9
+                np.mean([m["accuracy"] for m in evaluations if m["step"] == step]), abs=1e-9
             )
     kl = lines(figure.axes[1])
     assert ([*map(float, range(12))], [float(f"{0.5**i:.6g}") for i in range(12)]) in kl
     assert "not recorded" in figure.axes[3].texts[0].get_text()
-    with style.look():
+    with style.style_context():
         assert len(training.draw(table[table["run"] == runs[0].name]).axes) == 6
 
 
@@ -111,14 +115,14 @@ def test_the_same_table_gives_the_same_files(runs: list[Path], tmp_path: Path) -
 
 
 def test_gains_are_paired(runs: list[Path]) -> None:
-    found = gains(training_table(runs)).set_index("objective")
+    gains = accuracy_gains(training_table(runs)).set_index("objective")
     for objective in ("sampled_token", "teacher_topk"):
         differences = []
         for run in runs:
             if objective in run.name:
-                first, last = (x["outcomes"] for x in rows.read(run / "evals.jsonl"))
+                first, last = (x["outcomes"] for x in rows.read_rows(run / "evals.jsonl"))
                 differences += [int(b) - int(a) for a, b in zip(first, last, strict=True)]
-        row = found.loc[objective]
+        row = gains.loc[objective]
         assert row["gain"] == pytest.approx(np.mean(differences))
         assert row["low"] < row["gain"] < row["high"]
         assert (row["seeds"], row["problems"]) == (2, 40)
@@ -135,14 +139,14 @@ def test_wrong_requests_name_the_value(tmp_path: Path, runs: list[Path]) -> None
         ),
         (["training", "--table", str(tmp_path / "no.csv")], FileNotFoundError, "make it with"),
         (["bias_variance", "--table", str(table)], ValueError, "lacks the columns estimator"),
-        (["all", "--table", str(table)], ValueError, "needs the name of its figure"),
-        (["bias_variance", "--run", str(runs[0])], ValueError, "--run is for"),
-        (["training", "--update-data"], ValueError, "no run is given"),
+        (["all", "--table", str(table)], ValueError, "needs the name of a single figure"),
+        (["bias_variance", "--run", str(runs[0])], ValueError, "--run needs the name"),
+        (["training", "--update-data"], ValueError, "add --run"),
         (["training", "--run", str(tmp_path)], FileNotFoundError, "no config.json"),
     ):
         with pytest.raises(error, match=message):
             cli.main([*words, "--out", str(tmp_path / "out")])
-    with pytest.raises(FileNotFoundError, match="is no run folder"):
+    with pytest.raises(FileNotFoundError, match="is not a run folder"):
         main([str(tmp_path)])
 
 
