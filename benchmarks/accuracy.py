@@ -13,22 +13,28 @@ from tests.synthetic.exact.test_against_enumeration import GAMMAS, pair, worlds
 
 
 def deviations(name: str) -> tuple[float, float]:
-    """Largest |mean - enumerated| and relative |variance - enumerated| of worlds and discounts."""
-    away, relative = 0.0, 0.0
+    """Return the largest deviations of an estimator's exact moments from enumeration.
+
+    Over all small worlds and discounts: absolute for the mean, relative for the variance.
+    """
+    absolute, relative = 0.0, 0.0
     for mdp in worlds().values():
         student, teacher = pair(mdp)
         for gamma in GAMMAS if ESTIMATORS[name].family else (0.0,):
             k = 1 if "topk" in name else None
             mean, variance = moments.moments(mdp, student, teacher, name, gamma, k=k)
-            want = by_hand.mean_and_variance(mdp, student, teacher, name, gamma, 1)
-            away = max(away, float((mean - want[0]).abs().max()))
-            if want[1] > 1e-20:
-                relative = max(relative, float((variance / want[1] - 1).abs()))
-    return away, relative
+            expected = by_hand.mean_and_variance(mdp, student, teacher, name, gamma, 1)
+            absolute = max(absolute, float((mean - expected[0]).abs().max()))
+            if expected[1] > 1e-20:
+                relative = max(relative, float((variance / expected[1] - 1).abs()))
+    return absolute, relative
 
 
 def finite_difference(mdp: TabularMDP, step: float = 1e-3) -> float:
-    """Largest |gradient at gamma = 1 - fourth-order central difference of the sequence KL|."""
+    """Return the largest deviation of the gradient at gamma = 1 from finite differences.
+
+    The reference is a fourth-order central difference of the sequence KL.
+    """
     student, teacher = pair(mdp)
     gradient = moments.expected_gradient(mdp, student, teacher, 1.0)
     largest = 0.0
@@ -52,8 +58,8 @@ def main() -> None:
     print("estimator, largest |mean - enumeration|, largest relative |variance - enumeration|")
     for name in ESTIMATORS:
         if name != "leave_one_out":
-            away, relative = deviations(name)
-            print(f"{name:32} {away:.1e} {relative:.1e}")
+            absolute, relative = deviations(name)
+            print(f"{name:32} {absolute:.1e} {relative:.1e}")
     for name, mdp in worlds().items():
         print(f"finite differences of the sequence KL, {name}: {finite_difference(mdp):.1e}")
 

@@ -1,11 +1,12 @@
-"""Steps with rollouts from a vLLM server, one after the other or sampled ahead of the update.
+"""Time steps with rollouts from a vLLM server, synchronous or one step ahead of the update.
 
     VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model STUDENT [...]
     python -m benchmarks.ahead STUDENT TEACHER http://127.0.0.1:8000/v1 [--steps 12]
 
-How the server is started: docs/servers.md. Medians over steps of wall-clock seconds, the two kinds
-of run in turn, and what the age costs: the mean square of log student - log sampler, and the share
-of the tokens that ratios leave (effective sample size).
+docs/servers.md says how to start the server. Prints medians over steps of wall-clock seconds, with
+the two kinds of run alternating, and the effect of the policy lag: the mean square of
+log student - log sampler, and the effective sample size of the importance ratios as a fraction of
+the tokens.
 """
 
 import argparse
@@ -19,62 +20,68 @@ from typing import Any
 import torch
 
 from diagnostics.batch import ScoredRollouts
-from diagnostics.core.totals import read
+from diagnostics.core.totals import compute
 from diagnostics.metrics.consistency import sampler_weights
 from diagnostics.records import rows
-from diagnostics.records.batch_files import load
+from diagnostics.records.batch_files import load_batch
 from opd.config.settings import Config
 from opd.training.train import train
 
 PARTS = ("rollout", "score", "update", "record")
 
 
-def measured(given: Any, ahead: int) -> list[dict[str, float]]:
-    """The rows of one run, from the third step on, when rollouts have the age they will keep."""
+def measure_run(args: Any, lag: int) -> list[dict[str, float]]:
+    """Return the rows of one run from the third step on, when the policy lag is constant."""
     with tempfile.TemporaryDirectory() as folder:
         config = Config(
-            student=given.student,
-            teacher=given.teacher,
+            student=args.student,
+            teacher=args.teacher,
             out=folder,
             engine="servers",
-            rollout_servers=tuple(given.urls),
-            ahead=ahead,
+            rollout_servers=tuple(args.urls),
+            rollout_lag=lag,
             objective="sampled_token",
             ratio="token",
-            lr=given.lr,
-            steps=given.steps,
-            prompts_per_step=given.prompts,
+            lr=args.lr,
+            steps=args.steps,
+            prompts_per_step=args.prompts,
             group_size=4,
             max_prompt=128,
-            max_response=given.response,
-            full_metrics_every=given.steps,
+            max_response=args.response,
+            full_metrics_every=args.steps,
             eval_every=0,
             eval_problems=1,
             save_every=0,
             save_batch_every=1,
             device="cpu",
         )
-        found = rows.read(train(config) / "rows.jsonl")[2:]
-        kept = []
-        for row in found:
-            batch = load(Path(folder) / "batches" / f"step_{row['step']:06d}.safetensors")
+        rows_after_start = rows.read_rows(train(config) / "rows.jsonl")[2:]
+        row_metrics = []
+        for row in rows_after_start:
+            batch = load_batch(Path(folder) / "batches" / f"step_{row['step']:06d}.safetensors")
             assert isinstance(batch, ScoredRollouts)
-            kept.append({**row, "ess": read(sampler_weights(batch))["consistency/sampler_ess"]})
-    return kept
+            row_metrics.append(
+                {**row, "ess": compute(sampler_weights(batch))["consistency/sampler_ess"]}
+            )
+    return row_metrics
 
 
-def summary(found: list[dict[str, float]]) -> dict[str, float]:
+def summarize(row_metrics: list[dict[str, float]]) -> dict[str, float]:
+    """Return the medians over steps."""
+
     def median(values: list[float]) -> float:
         return statistics.median(values)
 
     names = {part: f"seconds/{part}" for part in PARTS}
-    made = {part: median([row[name] for row in found]) for part, name in names.items()}
+    part_seconds = {
+        part: median([row[name] for row in row_metrics]) for part, name in names.items()
+    }
     return {
-        "step": median([sum(row[name] for name in names.values()) for row in found]),
-        **made,
-        "age": median([row["consistency/age"] for row in found]),
-        "square": median([row["consistency/sampler_log_ratio_square"] for row in found]),
-        "ess": median([row["ess"] for row in found]),
+        "step": median([sum(row[name] for name in names.values()) for row in row_metrics]),
+        **part_seconds,
+        "age": median([row["consistency/age"] for row in row_metrics]),
+        "square": median([row["consistency/sampler_log_ratio_square"] for row in row_metrics]),
+        "ess": median([row["ess"] for row in row_metrics]),
     }
 
 
@@ -88,13 +95,17 @@ def main() -> None:
     parser.add_argument("--response", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-5)
     parser.add_argument("--repeats", type=int, default=3)
-    given = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    found: dict[int, list[dict[str, float]]] = {0: [], 1: []}
-    for _ in range(given.repeats):
-        for ahead, kept in found.items():
-            kept += measured(given, ahead)
-    json.dump({f"ahead {n}": summary(kept) for n, kept in found.items()}, sys.stdout, indent=1)
+    metrics_by_lag: dict[int, list[dict[str, float]]] = {0: [], 1: []}
+    for _ in range(args.repeats):
+        for lag, row_metrics in metrics_by_lag.items():
+            row_metrics += measure_run(args, lag)
+    json.dump(
+        {f"rollout_lag {n}": summarize(row_metrics) for n, row_metrics in metrics_by_lag.items()},
+        sys.stdout,
+        indent=1,
+    )
     print()
 
 

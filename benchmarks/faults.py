@@ -1,12 +1,11 @@
-"""Faults against alarms: real runs of a tiny pair, each with one fault in it, and healthy ones.
+"""Test the alarms: real runs of a tiny pair, each with one injected fault, and healthy runs.
 
     python -m benchmarks.faults [--steps 5 --folder DIR --only WORD]
 
-Prints which refusal or rule of `diagnostics.alarms.alarms` caught which fault and when, and how often the
-rules spoke in sixty healthy runs of twelve architectures. Each run's outcome is kept in
-DIR/results.jsonl when it is done; the same command goes on from there. The pairs are random; a
-student is a copy of the teacher with noise on it, so that training has something to do and
-responses end.
+Prints which check or which rule of `diagnostics.alarms.alarms` detected each fault and when, and
+how many of sixty healthy runs of twelve architectures raised an alarm. The outcome of each run is
+written to DIR/results.jsonl when it ends; the same command resumes from there. The pairs are
+random: a student is its teacher with noise on the weights, so that it can learn and responses end.
 """
 
 import argparse
@@ -34,19 +33,22 @@ from opd.training import train
 FAULTS: dict[str, Fault] = {**SAMPLING_FAULTS, **SILENT_FAULTS}
 HEALTHY_STEPS = 8
 CLOSER = {"mixtral": 0.3, "granite": 0.5}
-"""Factors of the noise where little of it makes a student sure of what its teacher excludes: it
-exchanges experts, or residual branches count for more."""
+"""Factors on the noise, by architecture.
+
+In these architectures little noise makes a student confident in tokens that its teacher excludes:
+it exchanges experts, or the residual branches have more weight.
+"""
 UNTIED = {"tie_word_embeddings": False}
 
 
 def make_models(folder: Path, noise: float = 0.1, architecture: str = "qwen2") -> tuple[str, str]:
-    """A random teacher, and a student that is the teacher with noise on its weights."""
+    """Save a random teacher, and a student that is the teacher with noise on its weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     noise *= CLOSER.get(architecture, 1.0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        settings = AutoConfig.for_model(architecture, **sizes(architecture))
+        settings = AutoConfig.for_model(architecture, **model_settings(architecture))
         network = AutoModelForCausalLM.from_config(settings)
         sharpen(network)
         network.generation_config.eos_token_id = list(range(20))  # so that responses end
@@ -59,9 +61,9 @@ def make_models(folder: Path, noise: float = 0.1, architecture: str = "qwen2") -
 
 
 def sharpen(network: Any) -> None:
-    """Make it as sure of itself as a model of text, by its head, or where that is tied, its layers.
+    """Make a random network as confident as a language model, by its head or, if tied, its layers.
 
-    A tied head that is large repeats the token before.
+    A tied head that is scaled up repeats the previous token.
     """
     head = network.get_output_embeddings().weight
     if head is not network.get_input_embeddings().weight:
@@ -72,8 +74,8 @@ def sharpen(network: Any) -> None:
             weight.data *= 2
 
 
-def sizes(architecture: str) -> dict[str, Any]:
-    """Settings of a tiny model of an architecture; Gemmas have tied heads."""
+def model_settings(architecture: str) -> dict[str, Any]:
+    """Return the settings of a tiny model of an architecture; Gemma models have tied heads."""
     size = len(make_tokenizer())
     common: dict[str, Any] = {"vocab_size": size, "initializer_range": 0.3}
     if architecture == "gpt2":
@@ -94,7 +96,7 @@ def sizes(architecture: str) -> dict[str, Any]:
 
 
 def run_settings(pair: tuple[str, str], out: Path, seed: int, steps: int) -> dict[str, Any]:
-    """Settings of a short run on the lab's task."""
+    """Return the settings of a short run on the toy task."""
     return {
         "student": pair[0],
         "teacher": pair[1],
@@ -116,18 +118,25 @@ def run_settings(pair: tuple[str, str], out: Path, seed: int, steps: int) -> dic
     }
 
 
-def record(pair: tuple[str, str], out: Path, seed: int, steps: int, fault: Fault) -> list[Row]:
-    """The rows of a run with the fault in it; up to where it died, if it did."""
-    with suppress(ValueError):  # weights that diverged end the run
-        attempt(pair, out, seed, steps, fault)
-    return rows.read(out / "rows.jsonl")
+def record_rows(pair: tuple[str, str], out: Path, seed: int, steps: int, fault: Fault) -> list[Row]:
+    """Return the rows of a run with the fault, up to its failure if it fails."""
+    with suppress(ValueError):  # diverged weights end the run
+        run_with_fault(pair, out, seed, steps, fault)
+    return rows.read_rows(out / "rows.jsonl")
 
 
-def attempt(pair: tuple[str, str], out: Path, seed: int, steps: int, fault: Fault) -> None:
+def run_with_fault(pair: tuple[str, str], out: Path, seed: int, steps: int, fault: Fault) -> None:
     """Train with the fault.
 
+    Args:
+        pair: Folders of student and teacher.
+        out: Run folder.
+        seed: Seed of the run.
+        steps: Number of steps.
+        fault: The fault.
+
     Raises:
-      ValueError: the run was refused, or ended early.
+        ValueError: If the run was refused, or failed.
     """
     out.mkdir(parents=True, exist_ok=True)
     prepared = fault.prepare(out, pair)
@@ -136,55 +145,56 @@ def attempt(pair: tuple[str, str], out: Path, seed: int, steps: int, fault: Faul
         train.train(Config(**settings))
 
 
-def outcome(pair: tuple[str, str], out: Path, steps: int, fault: Fault) -> dict[str, Any]:
-    """What was said of a run: {"refused": text or "", "alarms": {rule: first step}}."""
+def run_outcome(pair: tuple[str, str], out: Path, steps: int, fault: Fault) -> dict[str, Any]:
+    """Return how a run was flagged: {"refused": error or "", "alarms": {rule: first step}}."""
     refused = ""
     try:
-        attempt(pair, out, 0, steps, fault)
+        run_with_fault(pair, out, 0, steps, fault)
     except InvalidInput as error:
         refused = str(error)
     first: dict[str, int] = {}
-    for alarm in replay(rows.read(out / "rows.jsonl")):
+    for alarm in replay(rows.read_rows(out / "rows.jsonl")):
         first.setdefault(alarm.rule.name, alarm.step)
     return {"refused": refused, "alarms": first}
 
 
-def caught(found: Mapping[str, list[Alarm]]) -> str:
-    """Fault by rule: the step at which each rule first spoke."""
+def format_alarms(alarms_by_fault: Mapping[str, list[Alarm]]) -> str:
+    """Return a table of faults with the step at which each rule first raised an alarm."""
     lines = ["| fault | caught by, at step |", "|---|---|"]
-    for fault, alarms in found.items():
+    for fault, alarms in alarms_by_fault.items():
         first: dict[str, int] = {}
         for alarm in alarms:
             first.setdefault(alarm.rule.name, alarm.step)
-        lines.append(f"| {fault} | {listed(first)} |")
+        lines.append(f"| {fault} | {format_first_steps(first)} |")
     return "\n".join(lines)
 
 
-def listed(first: Mapping[str, int]) -> str:
+def format_first_steps(first: Mapping[str, int]) -> str:
+    """Return the rules and their first steps as text, in order of the steps."""
     order = sorted(first, key=lambda name: first[name])
     return ", ".join(f"{name} {first[name]}" for name in order) or "-"
 
 
-def table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The faults and what caught each, refusals first."""
+def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a table of the faults and what detected each, refusals first."""
     lines = ["| fault | caught by, at step |", "|---|---|"]
     for name in FAULTS:
         if name in results:
-            found = results[name]
-            start = found["refused"].split(":")[0]
-            said = ([f"refused: {start}"] if start else []) + (
-                [listed(found["alarms"])] if found["alarms"] or not start else []
+            result = results[name]
+            start = result["refused"].split(":")[0]
+            detections = ([f"refused: {start}"] if start else []) + (
+                [format_first_steps(result["alarms"])] if result["alarms"] or not start else []
             )
-            lines.append(f"| {name} | {'; '.join(said)} |")
+            lines.append(f"| {name} | {'; '.join(detections)} |")
     return "\n".join(lines)
 
 
-def verdict(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Faults that nothing caught, and what was said of healthy runs."""
+def format_verdict(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the undetected faults, and the alarms of healthy runs."""
     missed = [n for n in FAULTS if n in results and not any(results[n].values())]
     healthy = [name for name in healthy_runs() if name in results]
     wrong = [name for name in healthy if any(results[name].values())]
-    lines = [f"{len(missed)} faults uncaught: {', '.join(missed) or 'none'}"]
+    lines = [f"{len(missed)} undetected faults: {', '.join(missed) or 'none'}"]
     lines += [f"{name}: {results[name]}" for name in wrong]
     lines.append(
         f"{len(wrong)} of {len(healthy)} healthy runs of {HEALTHY_STEPS} steps were refused or "
@@ -195,33 +205,34 @@ def verdict(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=5, help="of a run with a fault")
-    parser.add_argument("--folder", type=Path, help="keeps results.jsonl; a temporary one if none")
-    parser.add_argument("--only", default="", help="runs with this in their name")
-    given = parser.parse_args()
+    parser.add_argument("--steps", type=int, default=5, help="steps of a run with a fault")
+    parser.add_argument("--folder", type=Path, help="folder of results.jsonl; default: temporary")
+    parser.add_argument("--only", default="", help="run only those with this word in their name")
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        folder = given.folder or Path(name)
+        folder = args.folder or Path(name)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "results.jsonl"
-        results = {row.pop("name"): row for row in map(json.loads, written(path))}
+        results = {row.pop("name"): row for row in map(json.loads, read_lines(path))}
         pairs: dict[str, tuple[str, str]] = {}
-        faults = {fault: (each, given.steps) for fault, each in FAULTS.items()}
+        faults = {fault: (definition, args.steps) for fault, definition in FAULTS.items()}
         for run, (architecture, changes) in healthy_runs().items():
             faults[run] = (Fault(settings=changes, architecture=architecture), HEALTHY_STEPS)
         for number, (run, (fault, steps)) in enumerate(faults.items()):
-            if run in results or given.only not in run:
+            if run in results or args.only not in run:
                 continue
             kind = fault.architecture
             if kind not in pairs:
                 pairs[kind] = make_models(Path(name) / "models" / kind, architecture=kind)
-            results[run] = outcome(pairs[kind], Path(name) / f"run-{number}", steps, fault)
+            results[run] = run_outcome(pairs[kind], Path(name) / f"run-{number}", steps, fault)
             with path.open("a") as file:
                 file.write(json.dumps({"name": run, **results[run]}) + "\n")
-    print(table(results))
-    print(verdict(results))
+    print(format_table(results))
+    print(format_verdict(results))
 
 
-def written(path: Path) -> list[str]:
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a file, or none if it does not exist."""
     return path.read_text().splitlines() if path.exists() else []
 
 

@@ -1,12 +1,12 @@
-"""How time and memory of an update grow with the response and with the vocabulary.
+"""Measure how time and memory of an update grow with response length and vocabulary.
 
     python -m benchmarks.growth [--lengths 1024 4096 16384 --vocabularies 8192 131072]
 
-One response, one layer, two heads: the network costs little, so that head and loss are seen. Each
-cell is a process of its own: one forward and backward of the renormalised top-32 loss on given
-teacher ids through K head rows (`rows`), of the full-vocabulary reverse KL in chunks (`chunks`), or
-of that on `.logits` as one would write it first (`logits`). Memory is the peak beyond what the
-process held before, gradients of the weights included.
+One response, one layer, two heads: the network is cheap, so that head and loss dominate. Each cell
+is a separate process: one forward and backward pass of the renormalised top-32 loss on given
+teacher ids with K head rows (`rows`), of the full-vocabulary reverse KL in chunks (`chunks`), or of
+the same on `.logits` as in a simple implementation (`logits`). Memory is the peak beyond what the
+process used before, including the gradients of the weights.
 """
 
 import argparse
@@ -20,13 +20,13 @@ from typing import Any
 import torch
 
 from diagnostics.batch import ScoredRollouts, Support
-from opd.models.forward import response_hidden
-from opd.models.model import CausalLM, split
+from opd.models.forward import response_hidden_states
+from opd.models.model import CausalLM, split_head
 from opd.objectives.factory import OBJECTIVES
 from opd.scoring.loss import loss_from_hidden
 from opd.teachers.pair import ModelPair
 
-WAYS = ("rows", "chunks", "logits")
+METHODS = ("rows", "chunks", "logits")
 WIDTH, K, PROMPT = 64, 32, 16
 
 
@@ -35,32 +35,33 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384])
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[8192, 131072])
     parser.add_argument(
-        "--most", type=float, default=8.0, help="GiB; larger `.logits` are left out"
+        "--most", type=float, default=8.0, help="GiB; cells with larger `.logits` are skipped"
     )
     parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.cell:
-        way, length, vocabulary = given.cell
-        print(json.dumps(cell(way, int(length), int(vocabulary))))
+    args = parser.parse_args()
+    if args.cell:
+        method, length, vocabulary = args.cell
+        print(json.dumps(measure_cell(method, int(length), int(vocabulary))))
         return
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; s and MiB")
-    print("        V  length  " + "".join(f"{way:>18}" for way in WAYS))
-    for vocabulary in given.vocabularies:
-        for length in given.lengths:
-            numbers = [""] * len(WAYS)
-            for i, way in enumerate(WAYS):
+    print("        V  length  " + "".join(f"{method:>18}" for method in METHODS))
+    for vocabulary in args.vocabularies:
+        for length in args.lengths:
+            numbers = [""] * len(METHODS)
+            for i, method in enumerate(METHODS):
                 dense = 6 * 4 * vocabulary * length / 2**30
-                if way == "logits" and dense > given.most:
+                if method == "logits" and dense > args.most:
                     continue
-                line = [sys.executable, "-m", "benchmarks.growth", "--cell", way]
+                line = [sys.executable, "-m", "benchmarks.growth", "--cell", method]
                 line += [str(length), str(vocabulary)]
-                done = subprocess.run(line, capture_output=True, text=True, check=True)
-                found = json.loads(done.stdout)
-                numbers[i] = f"{found['seconds']:.2f} {found['mebibytes']:.0f}"
+                process = subprocess.run(line, capture_output=True, text=True, check=True)
+                measurement = json.loads(process.stdout)
+                numbers[i] = f"{measurement['seconds']:.2f} {measurement['mebibytes']:.0f}"
             print(f"{vocabulary:9} {length:7}  " + "".join(f"{x:>18}" for x in numbers), flush=True)
 
 
 def network(vocabulary: int, length: int, seed: int) -> Any:
+    """Return a random one-layer network."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(seed)
@@ -76,25 +77,25 @@ def network(vocabulary: int, length: int, seed: int) -> Any:
     return Qwen2ForCausalLM(config).eval()
 
 
-def cell(way: str, length: int, vocabulary: int) -> dict[str, float]:
-    """Seconds and peak MiB of one update; the teacher is a second random network."""
-    student, teacher = (split(network(vocabulary, length, s), vocabulary) for s in (0, 1))
+def measure_cell(method: str, length: int, vocabulary: int) -> dict[str, float]:
+    """Return seconds and peak MiB of one update; the teacher is a second random network."""
+    student, teacher = (split_head(network(vocabulary, length, s), vocabulary) for s in (0, 1))
     student.network.config.use_cache = False
     ids = torch.randint(vocabulary, (1, PROMPT + length))
-    batch = given_batch(ids[:, PROMPT:], vocabulary)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    batch = random_batch(ids[:, PROMPT:], vocabulary)
+    memory_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     begin = time.process_time()
-    if way == "logits":
-        dense(student, teacher, ids)
+    if method == "logits":
+        dense_update(student, teacher, ids)
     else:
-        lean(way, student, teacher, ids, batch)
+        toolkit_update(method, student, teacher, ids, batch)
     seconds = time.process_time() - begin
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": seconds, "mebibytes": (after - before) / 1024}
+    memory_after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"seconds": seconds, "mebibytes": (memory_after - memory_before) / 1024}
 
 
-def given_batch(tokens: torch.Tensor, vocabulary: int) -> ScoredRollouts:
-    """A scored batch of one response with made-up numbers."""
+def random_batch(tokens: torch.Tensor, vocabulary: int) -> ScoredRollouts:
+    """Return a scored batch of one response with random log-probabilities."""
     shape = (*tokens.shape, K)
     logp = -torch.rand(shape) * 5 - 5
     flat = -torch.rand(tokens.shape) * 5
@@ -113,9 +114,10 @@ def given_batch(tokens: torch.Tensor, vocabulary: int) -> ScoredRollouts:
     )
 
 
-def lean(
-    way: str, student: CausalLM, teacher: CausalLM, ids: torch.Tensor, batch: ScoredRollouts
+def toolkit_update(
+    method: str, student: CausalLM, teacher: CausalLM, ids: torch.Tensor, batch: ScoredRollouts
 ) -> None:
+    """Run forward and backward passes with the toolkit's loss."""
     from opd.data.prompts import Prompts
 
     prompts = Prompts(
@@ -125,16 +127,16 @@ def lean(
         answers=[""],
     )
     pair = ModelPair(student, teacher, None, [])
-    name = "teacher_topk" if way == "rows" else "full_reverse_kl"
-    taught = None
-    if way == "chunks":
+    name = "teacher_topk" if method == "rows" else "full_reverse_kl"
+    teacher_hidden = None
+    if method == "chunks":
         with torch.no_grad():
-            taught = response_hidden(teacher, prompts, batch)
+            teacher_hidden = response_hidden_states(teacher, prompts, batch)
     loss = loss_from_hidden(
         pair,
         OBJECTIVES[name](),
-        response_hidden(student, prompts, batch),
-        taught,
+        response_hidden_states(student, prompts, batch),
+        teacher_hidden,
         batch,
         torch.zeros(batch.tokens.shape),
         torch.full((batch.tokens.numel(),), 1 / batch.tokens.numel()),
@@ -143,7 +145,8 @@ def lean(
     loss.backward()
 
 
-def dense(student: CausalLM, teacher: CausalLM, ids: torch.Tensor) -> None:
+def dense_update(student: CausalLM, teacher: CausalLM, ids: torch.Tensor) -> None:
+    """Run forward and backward passes on dense logits."""
     with torch.no_grad():
         q = teacher.network(ids, use_cache=False).logits[:, PROMPT - 1 : -1].log_softmax(-1)
     p = student.network(ids, use_cache=False).logits[:, PROMPT - 1 : -1].log_softmax(-1)

@@ -1,12 +1,12 @@
-"""Head and loss, forward and backward, against dense logits and the fused rivals, in one process.
+"""Compare head and loss, forward and backward, with dense logits and other fused implementations.
 
     python -m benchmarks.head [--tokens 512 --hidden 896 --vocabulary 151936 --k 32]
 
-Extra memory is the peak of what was alive at once beyond the inputs and the two gradients: CUDA's
-own count, or on a CPU the tensors that operations returned. Gradient errors are in units of the
-largest entry, against the dense loss in float32 on the same numbers. TRL is needed for its rows
-only, Liger and CUDA for Liger's. Full-vocabulary rows and the one with the teacher's top-K include
-the teacher's head.
+All run in one process. Extra memory is the peak of simultaneously allocated memory beyond the
+inputs and the two gradients: CUDA's own count, or on a CPU the tensors returned by operations.
+Gradient errors are relative to the largest entry, against the dense loss in float32 on the same
+numbers. TRL is needed for its rows only, Liger and CUDA for Liger's. Rows with the full vocabulary
+and with the teacher's top-K include the teacher's head.
 
 Shapes: N tokens, D hidden size, V vocabulary, K support ids.
 """
@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.study import cpu
+from benchmarks.study import cpu_name
 from diagnostics.batch import ScoredRollouts, Support
 from opd.models.lm_head import LmHead, full_logits, two_stage_topk
 from opd.models.model import CausalLM
@@ -38,44 +38,55 @@ from opd.teachers.pair import ModelPair
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """hidden, taught: (N, D); ours, theirs: (V, D); ids, teacher_logp: (N, K); tokens: (N,)."""
+    """Inputs of one comparison."""
 
     hidden: Tensor
-    ours: Tensor
-    taught: Tensor
-    theirs: Tensor
+    """(N, D) hidden states of the student."""
+    student_head: Tensor
+    """(V, D)."""
+    teacher_hidden: Tensor
+    """(N, D) hidden states of the teacher."""
+    teacher_head: Tensor
+    """(V, D)."""
     ids: Tensor
+    """(N, K) support ids."""
     teacher_logp: Tensor
+    """(N, K) the teacher's log-probabilities on the support."""
     tokens: Tensor
+    """(N,) sampled tokens."""
     max_logits_per_chunk: int
+    """Largest number of logits at a time."""
 
 
-def case(n: int, d: int, v: int, k: int, ids: str, dtype: torch.dtype, device: str) -> Case:
+def make_case(n: int, d: int, v: int, k: int, ids: str, dtype: torch.dtype, device: str) -> Case:
+    """Return random inputs."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int, size: float = 1.0) -> Tensor:
         return (torch.randn(shape, generator=generator, device=device) * size).to(dtype)
 
-    hidden, ours = normal(n, d), normal(v, d, size=2 / d**0.5)
-    taught, theirs = normal(n, d), normal(v, d, size=2 / d**0.5)
-    picked = text_like(n, v, k, generator) if ids == "as in text" else distinct(n, v, k, generator)
+    hidden, student_head = normal(n, d), normal(v, d, size=2 / d**0.5)
+    teacher_hidden, teacher_head = normal(n, d), normal(v, d, size=2 / d**0.5)
+    picked = (
+        zipf_ids(n, v, k, generator) if ids == "as in text" else distinct_ids(n, v, k, generator)
+    )
     logp = -torch.rand((n, k), generator=generator, device=device) * 8 - 1
     tokens = picked[:, 0].contiguous()
     elements = 2**24 if device == "cpu" else 2**28
-    return Case(hidden, ours, taught, theirs, picked, logp, tokens, elements)
+    return Case(hidden, student_head, teacher_hidden, teacher_head, picked, logp, tokens, elements)
 
 
-def distinct(n: int, v: int, k: int, generator: torch.Generator) -> Tensor:
-    """(N, K) ids, none twice while they last."""
-    some = [
+def distinct_ids(n: int, v: int, k: int, generator: torch.Generator) -> Tensor:
+    """Return (N, K) ids, all different if the vocabulary is large enough."""
+    permutations = [
         torch.randperm(v, generator=generator, device=generator.device)
         for _ in range(-(-n * k // v))
     ]
-    return torch.cat(some)[: n * k].view(n, k)
+    return torch.cat(permutations)[: n * k].view(n, k)
 
 
-def text_like(n: int, v: int, k: int, generator: torch.Generator) -> Tensor:
-    """(N, K) ids, different within a row, drawn by Zipf's law: the r-th has weight 1 / r."""
+def zipf_ids(n: int, v: int, k: int, generator: torch.Generator) -> Tensor:
+    """Return (N, K) ids, different within a row, sampled by Zipf's law with weight 1 / rank."""
     weight = 1 / torch.arange(1, v + 1, device=generator.device, dtype=torch.float32)
     rows = [
         weight.expand(min(64, n - i), v).multinomial(k, generator=generator)
@@ -84,128 +95,166 @@ def text_like(n: int, v: int, k: int, generator: torch.Generator) -> Tensor:
     return torch.cat(rows)
 
 
-# --- what is compared ---------------------------------------------------------------------------
+# --- implementations ----------------------------------------------------------------------------
 
 
-def pair_of(at: Case) -> ModelPair:
+def make_pair(inputs: Case) -> ModelPair:
+    """Return a pair of models with the heads and no decoders."""
+
     def model(weight: Tensor) -> CausalLM:
         head = LmHead(weight, len(weight))
         return CausalLM(None, lambda *_: weight, lambda: head, len(weight))
 
-    return ModelPair(model(at.ours), model(at.theirs), None, [0])
+    return ModelPair(model(inputs.student_head), model(inputs.teacher_head), None, [0])
 
 
-def scored(at: Case) -> ScoredRollouts:
-    row = at.teacher_logp[None, :, 0]
+def scored_batch(inputs: Case) -> ScoredRollouts:
+    """Return the inputs as a scored batch of one response."""
+    row = inputs.teacher_logp[None, :, 0]
     return ScoredRollouts(
-        tokens=at.tokens[None],
-        mask=torch.ones_like(at.tokens, dtype=torch.bool)[None],
+        tokens=inputs.tokens[None],
+        mask=torch.ones_like(inputs.tokens, dtype=torch.bool)[None],
         sampler_logp=row,
         student_logp=row,
         teacher_logp=row,
-        prompt=torch.zeros_like(at.tokens[:1]),
-        ended=torch.ones_like(at.tokens[:1], dtype=torch.bool),
+        prompt=torch.zeros_like(inputs.tokens[:1]),
+        ended=torch.ones_like(inputs.tokens[:1], dtype=torch.bool),
         support=Support(
-            ids=at.ids[None],
-            student_logp=at.teacher_logp[None],
-            teacher_logp=at.teacher_logp[None],
+            ids=inputs.ids[None],
+            student_logp=inputs.teacher_logp[None],
+            teacher_logp=inputs.teacher_logp[None],
             source="teacher",
         ),
     )
 
 
-def our_loss(name: str) -> Callable[[Case], Tensor]:
-    def loss(at: Case) -> Tensor:
-        one = torch.ones_like(at.tokens, dtype=torch.float32)
-        taught = at.taught if name.startswith("full") else None
-        given = (pair_of(at), OBJECTIVES[name](), at.hidden, taught, scored(at), one[None], one)
-        return loss_from_hidden(*given, max_logits_per_chunk=at.max_logits_per_chunk)
+def toolkit_loss(name: str) -> Callable[[Case], Tensor]:
+    """Return the toolkit's loss of an objective."""
+
+    def loss(inputs: Case) -> Tensor:
+        ones_per_token = torch.ones_like(inputs.tokens, dtype=torch.float32)
+        teacher_hidden = inputs.teacher_hidden if name.startswith("full") else None
+        arguments = (
+            make_pair(inputs),
+            OBJECTIVES[name](),
+            inputs.hidden,
+            teacher_hidden,
+            scored_batch(inputs),
+            ones_per_token[None],
+            ones_per_token,
+        )
+        return loss_from_hidden(*arguments, max_logits_per_chunk=inputs.max_logits_per_chunk)
 
     return loss
 
 
-def with_teacher(at: Case) -> Tensor:
-    """The teacher's exact top-K in chunks, then the loss on it."""
-    head, k = LmHead(at.theirs, len(at.theirs)), at.ids.shape[1]
-    step = max(1, at.max_logits_per_chunk // len(at.theirs))
-    found = []
+def loss_with_teacher_topk(inputs: Case) -> Tensor:
+    """Compute the teacher's exact top-K in chunks, then the loss on it."""
+    head, k = LmHead(inputs.teacher_head, len(inputs.teacher_head)), inputs.ids.shape[1]
+    step = max(1, inputs.max_logits_per_chunk // len(inputs.teacher_head))
+    topk_chunks = []
     with torch.no_grad():
-        for h in at.taught.split(step):
+        for h in inputs.teacher_hidden.split(step):
             logits = full_logits(h, head)
             best, ids = two_stage_topk(logits, k)
-            found.append((ids, best - logits.logsumexp(-1, keepdim=True)))
-    ids, logp = (torch.cat(x) for x in zip(*found, strict=True))
-    return our_loss("teacher_topk")(replace(at, ids=ids, teacher_logp=logp))
+            topk_chunks.append((ids, best - logits.logsumexp(-1, keepdim=True)))
+    ids, logp = (torch.cat(x) for x in zip(*topk_chunks, strict=True))
+    return toolkit_loss("teacher_topk")(replace(inputs, ids=ids, teacher_logp=logp))
 
 
-def dense_topk(at: Case) -> Tensor:
+def dense_topk(inputs: Case) -> Tensor:
     return reverse_kl(
-        renormalise((at.hidden @ at.ours.T).gather(1, at.ids).float()), renormalise(at.teacher_logp)
+        renormalise((inputs.hidden @ inputs.student_head.T).gather(1, inputs.ids).float()),
+        renormalise(inputs.teacher_logp),
     ).sum()
 
 
-def dense_topk_normalised(at: Case) -> Tensor:
-    """All logits, their logsumexp, and the K of them: as the paper's official code works."""
-    logits = (at.hidden @ at.ours.T).float()
-    logp = logits.gather(1, at.ids) - logits.logsumexp(-1, keepdim=True)
-    return reverse_kl(renormalise(logp), renormalise(at.teacher_logp)).sum()
+def dense_topk_normalised(inputs: Case) -> Tensor:
+    """Compute all logits, their logsumexp, and K of them, as in the paper's official code."""
+    logits = (inputs.hidden @ inputs.student_head.T).float()
+    logp = logits.gather(1, inputs.ids) - logits.logsumexp(-1, keepdim=True)
+    return reverse_kl(renormalise(logp), renormalise(inputs.teacher_logp)).sum()
 
 
-def dense_full(at: Case) -> Tensor:
+def dense_full(inputs: Case) -> Tensor:
     with torch.no_grad():
-        theirs = (at.taught @ at.theirs.T).float().log_softmax(-1)
-    return reverse_kl((at.hidden @ at.ours.T).float().log_softmax(-1), theirs).sum()
+        teacher_logp = (inputs.teacher_hidden @ inputs.teacher_head.T).float().log_softmax(-1)
+    return reverse_kl(
+        (inputs.hidden @ inputs.student_head.T).float().log_softmax(-1), teacher_logp
+    ).sum()
 
 
-def dense_sampled(at: Case) -> Tensor:
-    logp = (at.hidden @ at.ours.T).float().log_softmax(-1)
-    return logp.gather(1, at.tokens[:, None]).sum()
+def dense_sampled(inputs: Case) -> Tensor:
+    logp = (inputs.hidden @ inputs.student_head.T).float().log_softmax(-1)
+    return logp.gather(1, inputs.tokens[:, None]).sum()
 
 
-def trl_full(at: Case) -> Tensor:
+def trl_full(inputs: Case) -> Tensor:
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-    found = ChunkedDivergenceFunction.apply(
-        at.hidden, at.ours, None, at.taught, at.theirs, None, 1.0
+    outputs = ChunkedDivergenceFunction.apply(
+        inputs.hidden,
+        inputs.student_head,
+        None,
+        inputs.teacher_hidden,
+        inputs.teacher_head,
+        None,
+        1.0,
     )
-    return found[0].sum()
+    return outputs[0].sum()
 
 
-def trl_sampled(at: Case) -> Tensor:
+def trl_sampled(inputs: Case) -> Tensor:
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-    given = (at.hidden, at.ours, None, at.tokens, 1.0, 32_768, None, 1.0, ())
-    return ChunkedLogProbFunction.apply(*given)[0].sum()
+    arguments = (
+        inputs.hidden,
+        inputs.student_head,
+        None,
+        inputs.tokens,
+        1.0,
+        32_768,
+        None,
+        1.0,
+        (),
+    )
+    return ChunkedLogProbFunction.apply(*arguments)[0].sum()
 
 
-def liger_full(at: Case) -> Tensor:
+def liger_full(inputs: Case) -> Tensor:
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0)
-    given = (at.hidden, at.ours, at.taught, at.theirs, at.tokens)
-    return loss(*given) * len(at.tokens)
+    arguments = (
+        inputs.hidden,
+        inputs.student_head,
+        inputs.teacher_hidden,
+        inputs.teacher_head,
+        inputs.tokens,
+    )
+    return loss(*arguments) * len(inputs.tokens)
 
 
-def matmul(at: Case) -> Tensor:
+def matmul(inputs: Case) -> Tensor:
     with torch.no_grad():
-        return (at.hidden @ at.ours.T)[0, 0]
+        return (inputs.hidden @ inputs.student_head.T)[0, 0]
 
 
 TOPK = {
     "bare hidden @ head.T": matmul,
     "dense logits, gather K, logsumexp (official code)": dense_topk_normalised,
     "dense logits, gather K": dense_topk,
-    "ours: K gathered head rows": our_loss("teacher_topk"),
+    "ours: K gathered head rows": toolkit_loss("teacher_topk"),
 }
 FULL = {
-    "ours: teacher's top-K and K gathered head rows": with_teacher,
+    "ours: teacher's top-K and K gathered head rows": loss_with_teacher_topk,
     "full reverse KL, dense": dense_full,
     "full reverse KL, TRL chunked_divergence": trl_full,
     "full reverse KL, Liger chunked JSD": liger_full,
-    "full reverse KL, ours in chunks": our_loss("full_reverse_kl"),
+    "full reverse KL, ours in chunks": toolkit_loss("full_reverse_kl"),
     "sampled log-prob, dense": dense_sampled,
     "sampled log-prob, TRL chunked_logprob": trl_sampled,
-    "sampled log-prob, ours in chunks": our_loss("sampled_token"),
+    "sampled log-prob, ours in chunks": toolkit_loss("sampled_token"),
 }
 REFERENCE = {
     dense_topk: dense_topk,
@@ -221,7 +270,8 @@ REFERENCE = {
 }
 
 
-def usable(loss: Callable[[Case], Tensor], device: str) -> bool:
+def is_available(loss: Callable[[Case], Tensor], device: str) -> bool:
+    """Return whether the implementation is installed and supports the device."""
     if loss is liger_full:
         return device == "cuda" and find_spec("liger_kernel") is not None
     return loss not in (trl_full, trl_sampled) or find_spec("trl") is not None
@@ -230,33 +280,41 @@ def usable(loss: Callable[[Case], Tensor], device: str) -> bool:
 # --- measuring ----------------------------------------------------------------------------------
 
 
-def gradients(loss: Callable[[Case], Tensor], at: Case) -> list[Tensor]:
-    """Of hidden and ours; of nothing if the loss has none."""
-    live = replace(at, hidden=at.hidden.requires_grad_(), ours=at.ours.requires_grad_())
+def gradients(loss: Callable[[Case], Tensor], inputs: Case) -> list[Tensor]:
+    """Return the gradients of `hidden` and `student_head`; none if the loss has no gradient."""
+    live = replace(
+        inputs,
+        hidden=inputs.hidden.requires_grad_(),
+        student_head=inputs.student_head.requires_grad_(),
+    )
     value = loss(live)
-    return list(torch.autograd.grad(value, (live.hidden, live.ours))) if value.requires_grad else []
+    return (
+        list(torch.autograd.grad(value, (live.hidden, live.student_head)))
+        if value.requires_grad
+        else []
+    )
 
 
 def milliseconds(work: Callable[[], object], device: str, repeats: int) -> float:
-    """Median time of a call after one that is not counted; on a CPU of the one thread's work."""
+    """Return the median time of a call after one warm-up; on a CPU, that of the main thread."""
     clock = time.perf_counter if device == "cuda" else time.process_time
     times = []
     for _ in range(repeats + 1):
-        wait(device)
+        synchronize(device)
         begin = clock()
         work()
-        wait(device)
+        synchronize(device)
         times.append(1000 * (clock() - begin))
     return sorted(times[1:])[repeats // 2]
 
 
-def wait(device: str) -> None:
+def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
 
 
-class Alive(TorchDispatchMode):
-    """Bytes of the storages that operations returned and that still live; their peak."""
+class LiveMemory(TorchDispatchMode):
+    """Bytes of the live storages returned by operations, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -265,10 +323,12 @@ class Alive(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         out = func(*args, **(kwargs or {}))
-        known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if is_tensor(x)}
+        input_storages = {
+            x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if is_tensor(x)
+        }
         for x in filter(is_tensor, tree_leaves(out)):
             storage = x.untyped_storage()
-            if storage._cdata not in known and storage._cdata not in self.seen:
+            if storage._cdata not in input_storages and storage._cdata not in self.seen:
                 self.seen[storage._cdata] = storage.nbytes()
                 weakref.finalize(storage, self.seen.pop, storage._cdata, None)
         self.peak = max(self.peak, sum(self.seen.values()))
@@ -281,49 +341,58 @@ def is_tensor(x: object) -> bool:
 
 @contextmanager
 def extra_memory(device: str) -> Iterator[Callable[[], float]]:
-    """Yields a function that tells the peak beyond the start, in MiB."""
+    """Yield a function that returns the peak memory beyond the start, in MiB."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        yield lambda: (torch.cuda.max_memory_allocated() - before) / 2**20
+        start_bytes = torch.cuda.memory_allocated()
+        yield lambda: (torch.cuda.max_memory_allocated() - start_bytes) / 2**20
     else:
-        with Alive() as alive:
+        with LiveMemory() as alive:
             yield lambda: alive.peak / 2**20
 
 
-def error(loss: Callable[[Case], Tensor], at: Case) -> float:
-    """Largest relative gradient error against the float32 dense loss."""
+def gradient_error(loss: Callable[[Case], Tensor], inputs: Case) -> float:
+    """Return the largest relative gradient error against the float32 dense loss."""
     wide = {
-        name: x.float() for name, x in vars(at).items() if is_tensor(x) and x.is_floating_point()
+        name: x.float()
+        for name, x in vars(inputs).items()
+        if is_tensor(x) and x.is_floating_point()
     }
-    exact = gradients(REFERENCE[loss], replace(at, **wide))
-    found = gradients(loss, at)
-    pairs = zip(found, exact, strict=True)
+    exact = gradients(REFERENCE[loss], replace(inputs, **wide))
+    result = gradients(loss, inputs)
+    pairs = zip(result, exact, strict=True)
     return max(float((a.float() - b).abs().max() / b.abs().max()) for a, b in pairs)
 
 
-def table(rows: dict[str, Callable[[Case], Tensor]], at: Case, device: str, repeats: int) -> None:
-    bare = milliseconds(lambda: matmul(at), device, repeats)
+def print_table(
+    rows: dict[str, Callable[[Case], Tensor]], inputs: Case, device: str, repeats: int
+) -> None:
+    """Print time and memory of each implementation."""
+    matmul_time = milliseconds(lambda: matmul(inputs), device, repeats)
     for name, loss in rows.items():
-        if not usable(loss, device):
+        if not is_available(loss, device):
             print(f"| {name} | not available here | | |")
             continue
         with extra_memory(device) as peak:
-            found = gradients(loss, at)
-            mib = peak() - sum(x.nbytes for x in found) / 2**20
-        spent = milliseconds(lambda loss=loss: gradients(loss, at), device, repeats)
-        print(f"| {name} | {spent:,.0f} ms | {spent / bare:.2f} | {mib:,.0f} MiB |", flush=True)
+            result = gradients(loss, inputs)
+            mib = peak() - sum(x.nbytes for x in result) / 2**20
+        time_spent = milliseconds(lambda loss=loss: gradients(loss, inputs), device, repeats)
+        print(
+            f"| {name} | {time_spent:,.0f} ms | {time_spent / matmul_time:.2f} | {mib:,.0f} MiB |",
+            flush=True,
+        )
 
 
-def errors(device: str) -> None:
+def print_errors(device: str) -> None:
+    """Print the gradient errors of each implementation."""
     print("\n| largest relative gradient error | float32 | bfloat16 |\n|---|---|---|")
     for name, loss in {**TOPK, **FULL}.items():
-        if loss in REFERENCE and usable(loss, device):
-            found = [
-                error(loss, case(256, 128, 8192, 32, "as in text", dtype, device))
+        if loss in REFERENCE and is_available(loss, device):
+            largest_errors = [
+                gradient_error(loss, make_case(256, 128, 8192, 32, "as in text", dtype, device))
                 for dtype in (torch.float32, torch.bfloat16)
             ]
-            print(f"| {name} | {found[0]:.0e} | {found[1]:.0e} |", flush=True)
+            print(f"| {name} | {largest_errors[0]:.0e} | {largest_errors[1]:.0e} |", flush=True)
 
 
 def main() -> None:
@@ -331,26 +400,26 @@ def main() -> None:
     for name, size in (("tokens", 512), ("hidden", 896), ("vocabulary", 151_936), ("k", 32)):
         parser.add_argument(f"--{name}", type=int, default=size)
     parser.add_argument("--repeats", type=int, default=3)
-    given = parser.parse_args()
+    args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    where = torch.cuda.get_device_name() if device == "cuda" else cpu()
+    hardware = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
     torch.set_num_threads(1)
-    rivals = [
+    libraries = [
         f"{x} {version(x)}"
         for x in ("trl", "liger-kernel", "triton")
         if find_spec(x.replace("-", "_"))
     ]
-    print(f"{where}, one thread, python {platform.python_version()}, "
-          f"torch {torch.__version__}, {', '.join(rivals)}")  # fmt: skip
+    print(f"{hardware}, one thread, python {platform.python_version()}, "
+          f"torch {torch.__version__}, {', '.join(libraries)}")  # fmt: skip
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    n, d, v, k = given.tokens, given.hidden, given.vocabulary, given.k
-    errors(device)
+    n, d, v, k = args.tokens, args.hidden, args.vocabulary, args.k
+    print_errors(device)
     for ids in ("as in text", "all distinct"):
-        at = case(n, d, v, k, ids, dtype, device)
-        rows = len(at.ids.unique())
+        inputs = make_case(n, d, v, k, ids, dtype, device)
+        rows = len(inputs.ids.unique())
         print(f"\n{dtype}, N = {n}, D = {d}, V = {v:,}, K = {k}, ids {ids}: {rows:,} head rows")
         print("| forward and backward | time | in bare matmuls | extra memory |\n|---|---|---|---|")
-        table(TOPK if ids == "as in text" else {**TOPK, **FULL}, at, device, given.repeats)
+        print_table(TOPK if ids == "as in text" else {**TOPK, **FULL}, inputs, device, args.repeats)
 
 
 if __name__ == "__main__":

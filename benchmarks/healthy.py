@@ -1,4 +1,4 @@
-"""Sixty healthy runs for `benchmarks.faults`: twelve architectures, each in five settings."""
+"""Define sixty healthy runs for `benchmarks.faults`: twelve architectures, five settings each."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -35,15 +35,18 @@ PER_ARCHITECTURE = 5
 
 
 def healthy_runs() -> dict[str, tuple[str, Mapping[str, Any]]]:
-    """Name to architecture and settings; every architecture in both precisions and three others."""
-    found, place = {}, 2
+    """Return architecture and settings by name.
+
+    Every architecture is run in both precisions and with three other settings.
+    """
+    runs, place = {}, 2
     for architecture in ARCHITECTURES:
-        chosen = [0, 1]
-        while len(chosen) < PER_ARCHITECTURE:
-            chosen.append(place)
+        indices = [0, 1]
+        while len(indices) < PER_ARCHITECTURE:
+            indices.append(place)
             place = 2 + (place - 1) % (len(SETTINGS) - 2)
-        for index in chosen:
+        for index in indices:
             changes = SETTINGS[index]
             text = " ".join(f"{name}={value}" for name, value in changes.items()) or "float32"
-            found[f"{architecture}: {text}"] = (architecture, changes)
-    return found
+            runs[f"{architecture}: {text}"] = (architecture, changes)
+    return runs

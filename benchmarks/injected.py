@@ -1,7 +1,7 @@
-"""Faults of sampling, of the objective and of the pair, for `benchmarks.faults`.
+"""Define faults of sampling, objective and pair for `benchmarks.faults`.
 
-Each is a small patch of the trainer's own code, or a changed setting. Nothing in the trainer knows
-of them; a patch stands where a real mistake would.
+Each is a small patch of the trainer's code, or a changed setting. The trainer contains no support
+for them; a patch replaces the code where a real mistake would be.
 """
 
 import copy
@@ -17,71 +17,74 @@ from torch import Tensor
 
 from diagnostics.batch import Rollouts
 from opd.config.settings import Config
-from opd.models.forward import response_hidden, spread
-from opd.models.model import CausalLM, split
+from opd.models.forward import response_hidden_states, scatter_to_mask
+from opd.models.model import CausalLM, split_head
 from opd.objectives.catalogue import ERRORS
-from opd.objectives.factory import Objective, make
+from opd.objectives.factory import Objective, build_objective
 from opd.rollouts.base import Engine
 from opd.rollouts.hf_engine import HfEngine
 from opd.scoring import score
 from opd.teachers.factory import make_pair, make_pairs
 from opd.teachers.pair import ModelPair
-from opd.training import train
+from opd.training import setup, train
 
 Change = Callable[[Engine, Any, Any, dict[str, Any]], Rollouts]
 
 
-def top_p(engine: Engine, prompts: Any, eos: Any, how: dict[str, Any]) -> Rollouts:
-    """Draw from the 0.9 nucleus and declare the whole softmax."""
-    drawn = engine.sample(prompts, eos, **how | {"top_p": 0.9})
-    assert drawn.softmax_logp is not None
-    return replace(drawn, top_p=1.0, sampler_logp=drawn.softmax_logp)
+def sample_top_p(engine: Engine, prompts: Any, eos: Any, options: dict[str, Any]) -> Rollouts:
+    """Sample from the 0.9 nucleus and declare the full softmax."""
+    rollouts = engine.sample(prompts, eos, **options | {"top_p": 0.9})
+    assert rollouts.softmax_logp is not None
+    return replace(rollouts, top_p=1.0, sampler_logp=rollouts.softmax_logp)
 
 
-def temperature(engine: Engine, prompts: Any, eos: Any, how: dict[str, Any]) -> Rollouts:
-    """Draw at 0.8 and declare 1."""
-    return replace(engine.sample(prompts, eos, **how | {"temperature": 0.8}), temperature=1.0)
+def sample_tempered(engine: Engine, prompts: Any, eos: Any, options: dict[str, Any]) -> Rollouts:
+    """Sample at temperature 0.8 and declare 1."""
+    return replace(engine.sample(prompts, eos, **options | {"temperature": 0.8}), temperature=1.0)
 
 
-def shifted_mask(engine: Engine, prompts: Any, eos: Any, how: dict[str, Any]) -> Rollouts:
-    """Supervise positions 1 to L in place of 0 to L - 1."""
-    drawn = engine.sample(prompts, eos, **how)
-    mask = torch.zeros_like(drawn.mask)
-    mask[:, 1:] = drawn.mask[:, :-1]
-    return remasked(drawn, mask)
+def supervise_shifted(engine: Engine, prompts: Any, eos: Any, options: dict[str, Any]) -> Rollouts:
+    """Supervise positions 1 to L instead of 0 to L - 1."""
+    rollouts = engine.sample(prompts, eos, **options)
+    mask = torch.zeros_like(rollouts.mask)
+    mask[:, 1:] = rollouts.mask[:, :-1]
+    return with_new_mask(rollouts, mask)
 
 
-def padding(engine: Engine, prompts: Any, eos: Any, how: dict[str, Any]) -> Rollouts:
-    """Supervise what follows the end."""
-    drawn = engine.sample(prompts, eos, **how)
-    return remasked(drawn, torch.ones_like(drawn.mask))
+def supervise_padding(engine: Engine, prompts: Any, eos: Any, options: dict[str, Any]) -> Rollouts:
+    """Supervise the positions after the end too."""
+    rollouts = engine.sample(prompts, eos, **options)
+    return with_new_mask(rollouts, torch.ones_like(rollouts.mask))
 
 
-def remasked(drawn: Rollouts, mask: Tensor) -> Rollouts:
-    def cut(x: Tensor) -> Tensor:
+def with_new_mask(rollouts: Rollouts, mask: Tensor) -> Rollouts:
+    """Return the rollouts with another mask."""
+
+    def apply_mask(x: Tensor) -> Tensor:
         return torch.where(mask, x, 0.0)
 
-    assert drawn.softmax_logp is not None
+    assert rollouts.softmax_logp is not None
     return replace(
-        drawn,
+        rollouts,
         mask=mask,
-        sampler_logp=cut(drawn.sampler_logp),
-        softmax_logp=cut(drawn.softmax_logp),
+        sampler_logp=apply_mask(rollouts.sampler_logp),
+        softmax_logp=apply_mask(rollouts.softmax_logp),
     )
 
 
-def whole(engine: Engine, prompts: Any, eos: Any, how: dict[str, Any]) -> Rollouts:
-    return engine.sample(prompts, eos, **how)
+def sample_unchanged(engine: Engine, prompts: Any, eos: Any, options: dict[str, Any]) -> Rollouts:
+    """Sample without a fault."""
+    return engine.sample(prompts, eos, **options)
 
 
-class Faulty(HfEngine):
-    """The engine with a change to what it samples; `frozen` keeps the weights of the start."""
+class FaultyEngine(HfEngine):
+    """An engine whose samples are changed; with `frozen`, it keeps the initial weights."""
 
     def __init__(self, student: CausalLM, change: Change, frozen: bool) -> None:
         super().__init__(student)
         self.change, self.frozen = change, frozen
         if frozen:
-            self.model = split(copy.deepcopy(student.network), student.vocabulary)
+            self.model = split_head(copy.deepcopy(student.network), student.vocabulary)
 
     def sample(self, prompts: Any, eos: list[int], **settings: Any) -> Rollouts:
         return self.change(HfEngine(self.model), prompts, eos, settings)
@@ -91,108 +94,118 @@ class Faulty(HfEngine):
             super().sync(model)
 
 
-def sampled_by(change: Change, frozen: bool = False) -> Any:
-    return patch.object(train, "sampler", lambda _, student: Faulty(student, change, frozen))
+def patch_engine(change: Change, frozen: bool = False) -> Any:
+    """Replace the rollout engine by a faulty one."""
+    return patch.object(
+        train, "make_rollout_engine", lambda _, student: FaultyEngine(student, change, frozen)
+    )
 
 
-def late(model: CausalLM, prompts: Any, batch: Rollouts, mask: Tensor) -> Tensor:
-    """The states that predict the token after: they have seen the token that they score."""
-    states = spread(response_hidden(model, prompts, batch, mask), mask)
+def late_hidden_states(model: CausalLM, prompts: Any, batch: Rollouts, mask: Tensor) -> Tensor:
+    """Return the hidden states one position late, which contain the token that they score."""
+    states = scatter_to_mask(response_hidden_states(model, prompts, batch, mask), mask)
     return states.roll(-1, 1)[mask]
 
 
-def k1(_: Config) -> Objective:
-    """k1 differentiated directly: its gradient does not know the teacher, and has mean zero."""
+def k1_objective(_: Config) -> Objective:
+    """Return k1 differentiated directly: its gradient ignores the teacher and has mean zero."""
     return ERRORS["k1"][0]()
 
 
-def upside_down(_: Config) -> Objective:
-    made = make("full_reverse_kl")
-    return replace(made, local=lambda at: -made.local(at))
+def negated_objective(_: Config) -> Objective:
+    """Return the full reverse KL with the wrong sign."""
+    objective = build_objective("full_reverse_kl")
+    return replace(objective, local=lambda inputs: -objective.local(inputs))
 
 
-def stopped(_: Config) -> Objective:
-    """A loss of the right value that no gradient comes from."""
-    made = make("full_reverse_kl")
-    return replace(made, local=lambda at: made.local(at).detach() + 0 * made.local(at))
+def detached_objective(_: Config) -> Objective:
+    """Return an objective with the right value and no gradient."""
+    objective = build_objective("full_reverse_kl")
+    return replace(
+        objective,
+        local=lambda inputs: objective.local(inputs).detach() + 0 * objective.local(inputs),
+    )
 
 
-def renumbered(settings: list[Config]) -> list[ModelPair]:
-    """A teacher with another tokenizer of the same size: its ids are one higher."""
+def with_shifted_ids(settings: list[Config]) -> list[ModelPair]:
+    """Return a teacher with another tokenizer of the same size: its ids are one higher."""
     pairs = make_pairs(settings)
     weight = pairs[0].teacher.network.lm_head.weight
     weight.data = weight.data.roll(1, 0)
     return pairs
 
 
-def exchanged(ids: Tensor, others: Tensor) -> Callable[[list[Config]], list[ModelPair]]:
-    """Pairs whose teacher says each of `others` where it would say the id beside it, and back."""
+def with_swapped_ids(ids: Tensor, other_ids: Tensor) -> Callable[[list[Config]], list[ModelPair]]:
+    """Return a factory of pairs whose teacher has `ids` and `other_ids` swapped."""
 
-    def made(settings: list[Config]) -> list[ModelPair]:
+    def make_swapped_pairs(settings: list[Config]) -> list[ModelPair]:
         pairs = make_pairs(settings)
         weight = pairs[0].teacher.network.lm_head.weight
-        weight.data[torch.cat([ids, others])] = weight.data[torch.cat([others, ids])]
+        weight.data[torch.cat([ids, other_ids])] = weight.data[torch.cat([other_ids, ids])]
         return pairs
 
-    return made
+    return make_swapped_pairs
 
 
-def ends_renamed(settings: list[Config]) -> list[ModelPair]:
-    """A teacher that ends with other ids than the student; both stop at all of them."""
-    return exchanged(torch.arange(10), torch.arange(10, 20))(settings)
+def with_other_eos(settings: list[Config]) -> list[ModelPair]:
+    """Return a teacher with other EOS ids than the student; generation stops at all of them."""
+    return with_swapped_ids(torch.arange(10), torch.arange(10, 20))(settings)
 
 
-def tag_renamed(settings: list[Config]) -> list[ModelPair]:
-    """A teacher that has other tokens for the three that the student is sure of most often."""
+def with_other_tag(settings: list[Config]) -> list[ModelPair]:
+    """Return a teacher with other ids for the three tokens most often predicted confidently."""
     pair = make_pair(settings[0])
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(20, pair.student.vocabulary, (64, 16), generator=generator)
     with torch.no_grad():
         p = pair.student.network(ids).logits.softmax(-1)
-    sure, said = p.max(-1)
-    count = torch.bincount(said[sure > 0.9], minlength=pair.student.vocabulary)
-    count[:20] = 0  # ends have a fault of their own
+    sure, top_ids = p.max(-1)
+    count = torch.bincount(top_ids[sure > 0.9], minlength=pair.student.vocabulary)
+    count[:20] = 0  # EOS ids have a separate fault
     rare = p.mean((0, 1))
     rare[:20] = 1.0
-    return exchanged(count.topk(3).indices, rare.topk(3, largest=False).indices)(settings)
+    return with_swapped_ids(count.topk(3).indices, rare.topk(3, largest=False).indices)(settings)
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A patch to the trainer and changes to its settings.
-
-    prepare: writes files in a folder, given the student's and the teacher's, and returns settings;
-    architecture: of the pair, a `model_type` of transformers.
-    """
+    """A patch to the trainer and changes to its settings."""
 
     patched: Callable[[], Any] = nullcontext
+    """Context manager that applies the patch."""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    """Changed settings."""
     prepare: Callable[[Path, tuple[str, str]], Mapping[str, Any]] = lambda folder, pair: {}
+    """Write files to a folder, given the student's and the teacher's, and return settings."""
     architecture: str = "qwen2"
+    """`model_type` of the pair in transformers."""
 
 
-def with_pairs_of(made: Callable[[list[Config]], list[ModelPair]]) -> Any:
-    return patch.object(train, "make_pairs", made)
+def patch_pairs(make_pairs_patched: Callable[[list[Config]], list[ModelPair]]) -> Any:
+    """Replace the factory of pairs."""
+    return patch.object(train, "make_pairs", make_pairs_patched)
 
 
 OTHER_TEACHER = {"start_checks": False}
-"""The patched teacher stands for one that was saved so; the start would see that it was not."""
+"""The start checks would detect the patched teacher; it simulates one that was saved like this."""
 
 SAMPLING_FAULTS: dict[str, Fault] = {
-    "top-p 0.9, undeclared": Fault(lambda: sampled_by(top_p)),
-    "temperature 0.8, undeclared": Fault(lambda: sampled_by(temperature)),
-    "mask shifted by one": Fault(lambda: sampled_by(shifted_mask)),
-    "padding counted": Fault(lambda: sampled_by(padding)),
-    "stale weights": Fault(lambda: sampled_by(whole, frozen=True)),
-    "scored one token late": Fault(lambda: patch.object(score, "response_hidden", late)),
-    "k1 differentiated": Fault(lambda: patch.object(train, "make_objective", k1)),
-    "wrong sign": Fault(lambda: patch.object(train, "make_objective", upside_down)),
+    "top-p 0.9, undeclared": Fault(lambda: patch_engine(sample_top_p)),
+    "temperature 0.8, undeclared": Fault(lambda: patch_engine(sample_tempered)),
+    "mask shifted by one": Fault(lambda: patch_engine(supervise_shifted)),
+    "padding counted": Fault(lambda: patch_engine(supervise_padding)),
+    "stale weights": Fault(lambda: patch_engine(sample_unchanged, frozen=True)),
+    "scored one token late": Fault(
+        lambda: patch.object(score, "response_hidden_states", late_hidden_states)
+    ),
+    "k1 differentiated": Fault(lambda: patch.object(setup, "make_objective", k1_objective)),
+    "wrong sign": Fault(lambda: patch.object(setup, "make_objective", negated_objective)),
     "un-normalised top-K": Fault(
         settings={"objective": "teacher_topk_unnormalised", "allow_collapse": True, "lr": 0.01}
     ),
     "learning rate 3": Fault(settings={"lr": 3.0}),
-    "teacher's ids one higher": Fault(lambda: with_pairs_of(renumbered), OTHER_TEACHER),
-    "teacher ends otherwise": Fault(lambda: with_pairs_of(ends_renamed), OTHER_TEACHER),
-    "teacher's tag is another": Fault(lambda: with_pairs_of(tag_renamed), OTHER_TEACHER),
-    "gradient stopped": Fault(lambda: patch.object(train, "make_objective", stopped)),
+    "teacher's ids one higher": Fault(lambda: patch_pairs(with_shifted_ids), OTHER_TEACHER),
+    "teacher ends otherwise": Fault(lambda: patch_pairs(with_other_eos), OTHER_TEACHER),
+    "teacher's tag is another": Fault(lambda: patch_pairs(with_other_tag), OTHER_TEACHER),
+    "gradient stopped": Fault(lambda: patch.object(setup, "make_objective", detached_objective)),
 }

@@ -1,12 +1,12 @@
-"""What the monitor costs: its share of a training step, and each metric's own time.
+"""Measure the cost of the metrics: their fraction of a training step, and each metric's time.
 
     python -m benchmarks.monitor [--steps 4 --device cpu]
 
-Three random pairs: one of the size of the tiny lab pair with few rows, whose step is as cheap as
-steps get; the same with the rows and tokens of the lab's own runs; and one with 32k ids. The share
-is the trainer's own clock, `seconds/record` over the whole step, the median of the steps after the
-first; nothing else is recorded in that time. On every tenth step it costs a tenth. `exact
-functionals` is what measuring whole distributions costs.
+Three random pairs: one of the size of the tiny toy pair with few rows, which has the cheapest
+steps; the same with the rows and tokens of the toy pair's own runs; and one with 32k ids. The
+fraction is `seconds/record` over the step by the trainer's own clock, as the median of the steps
+after the first; nothing else is recorded in that time. Measured on every tenth step, it costs a
+tenth. `exact functionals` is the cost of full-vocabulary metrics.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from diagnostics.core.optional_fields import MissingField
 from diagnostics.core.totals import pack
 from diagnostics.monitor import PANEL, Metric
 from diagnostics.records import rows
-from diagnostics.records.batch_files import load
+from diagnostics.records.batch_files import load_batch
 from diagnostics.records.rows import Row
 from opd.config.settings import Config
 from opd.training import train
@@ -39,40 +39,47 @@ PAIRS = {
 """Vocabulary, width, layers, rows, response tokens."""
 
 
-def config(folder: Path, name: str, given: Any) -> Config:
+def make_config(folder: Path, name: str, args: Any) -> Config:
+    """Return the settings of a run."""
     return Config(
         student=str(folder / "student"),
         teacher=str(folder / "teacher"),
         out=str(folder / name),
         task=str(folder / "task.jsonl"),
-        prompts_per_step=given.rows,
+        prompts_per_step=args.rows,
         group_size=1,
-        max_response=given.response,
-        steps=given.steps + 1,
+        max_response=args.response,
+        steps=args.steps + 1,
         lr=1e-6,
         eval_every=0,
         eval_problems=1,
         save_every=0,
         save_batch_every=0,
-        device=given.device,
+        device=args.device,
     )
 
 
 def seconds(row: Row) -> dict[str, float]:
+    """Return the seconds of each part of a step."""
     return {k.split("/")[1]: v for k, v in row.items() if k.startswith("seconds/")}
 
 
-def median(found: list[Row], part: str) -> float:
-    return statistics.median(seconds(row)[part] for row in found[1:])
+def median_seconds(row_list: list[Row], part: str) -> float:
+    """Return the median seconds of a part, without the first step."""
+    return statistics.median(seconds(row)[part] for row in row_list[1:])
 
 
-def run(chosen: Config) -> list[Row]:
-    train.train(chosen)
-    return rows.read(Path(chosen.out) / "rows.jsonl")
+def run_rows(settings: Config) -> list[Row]:
+    """Train and return the rows."""
+    train.train(settings)
+    return rows.read_rows(Path(settings.out) / "rows.jsonl")
 
 
-def by_metric(batch: ScoredRollouts, repeats: int = 5) -> dict[str, float]:
-    """Metric name to the least seconds of `repeats`, its sums moved to the host; 0 if missing."""
+def metric_seconds(batch: ScoredRollouts, repeats: int = 5) -> dict[str, float]:
+    """Return the least seconds of `repeats` by metric, with the transfer to the host.
+
+    Zero for a metric whose fields are missing.
+    """
 
     def once(metric: Metric) -> float:
         start = time.perf_counter()
@@ -86,28 +93,30 @@ def by_metric(batch: ScoredRollouts, repeats: int = 5) -> dict[str, float]:
         return {name: min(once(metric) for _ in range(repeats)) for name, metric in PANEL.items()}
 
 
-def measure(name: str, size: tuple[int, ...], given: Any) -> None:
+def measure(name: str, size: tuple[int, ...], args: Any) -> None:
+    """Print the cost of the metrics for one pair."""
     names = ("vocabulary", "width", "layers", "rows", "response")
-    given = SimpleNamespace(**vars(given), **dict(zip(names, size, strict=True)))
+    args = SimpleNamespace(**vars(args), **dict(zip(names, size, strict=True)))
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        make_models(folder, given)
-        plain = config(folder, "plain", given)
-        found = run(plain)
-        sparse = run(replace(plain, out=str(folder / "sparse"), full_metrics_every=10**6))
-        saved = run(replace(plain, out=str(folder / "saved"), steps=1, save_batch_every=1))
-        batch = load(folder / "saved" / "batches" / "step_000000.safetensors")
+        make_models(folder, args)
+        plain = make_config(folder, "plain", args)
+        plain_rows = run_rows(plain)
+        sparse = run_rows(replace(plain, out=str(folder / "sparse"), full_metrics_every=10**6))
+        saved = run_rows(replace(plain, out=str(folder / "saved"), steps=1, save_batch_every=1))
+        batch = load_batch(folder / "saved" / "batches" / "step_000000.safetensors")
     assert len(saved) == 1
     assert isinstance(batch, ScoredRollouts)
-    whole = statistics.median(sum(seconds(row).values()) for row in found[1:])
-    monitor = median(found, "record")
-    exact = median(found, "score") - median(sparse, "score")
+    step_seconds = statistics.median(sum(seconds(row).values()) for row in plain_rows[1:])
+    monitor = median_seconds(plain_rows, "record")
+    exact = median_seconds(plain_rows, "score") - median_seconds(sparse, "score")
     print(
-        f"{name}: {batch.mask.sum()} tokens, step {whole:.2f} s; monitor {monitor * 1e3:.1f} ms, "
-        f"{monitor / whole:.2%} of the step ({monitor / whole / 10:.2%} on every tenth); exact "
-        f"functionals {exact * 1e3:.0f} ms, {exact / whole:.1%}"
+        f"{name}: {batch.mask.sum()} tokens, step {step_seconds:.2f} s; "
+        f"monitor {monitor * 1e3:.1f} ms, {monitor / step_seconds:.2%} of the step "
+        f"({monitor / step_seconds / 10:.2%} on every tenth); exact functionals "
+        f"{exact * 1e3:.0f} ms, {exact / step_seconds:.1%}"
     )
-    costs = sorted(by_metric(batch.to(given.device)).items(), key=lambda x: -x[1])
+    costs = sorted(metric_seconds(batch.to(args.device)).items(), key=lambda x: -x[1])
     print("  " + ", ".join(f"{metric} {t * 1e3:.1f} ms" for metric, t in costs[:8]))
 
 
@@ -115,9 +124,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    given = parser.parse_args()
+    args = parser.parse_args()
     for name, size in PAIRS.items():
-        measure(name, size, given)
+        measure(name, size, args)
 
 
 if __name__ == "__main__":

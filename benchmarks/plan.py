@@ -1,10 +1,10 @@
-"""A step on paper: tokens, memory, traffic and time of on-policy distillation at 7B to 72B.
+"""Estimate tokens, memory, traffic and time of a distillation step at 7B to 72B.
 
     python -m benchmarks.plan            # the tables of docs/scale.md
 
-Nothing is measured here. Public figures of the machine, sizes of the models from their published
-configurations, and the shares below of what the machine could do make a budget in which the large
-terms are right to a factor of two; its use is to see which term is large.
+Nothing is measured. The estimate uses public figures of the machine, published model sizes, and
+the utilisation factors below. Large terms are right to a factor of two; the purpose is to see which
+term dominates.
 """
 
 from dataclasses import dataclass
@@ -14,42 +14,52 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Size:
-    """A decoder: weights, layers, width, bytes of keys and values a token (bfloat16), ids."""
+    """Size of a decoder."""
 
     name: str
     weights: float
+    """Number of weights."""
     layers: int
+    """Number of layers."""
     width: int
+    """Hidden size."""
     kv: int
+    """Bytes of keys and values per token (bfloat16)."""
     vocabulary: int
+    """Number of token ids."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A GPU and its links; use, reach: shares of the peaks that training and links attain."""
+    """A GPU and its links."""
 
     memory: float = 80 * GB
     flops: float = 989e12
     bandwidth: float = 3350 * GB
     link: float = 450 * GB
     use: float = 0.4
+    """Fraction of the peak FLOPs that training attains."""
     reach: float = 0.7
+    """Fraction of the peak bandwidth that memory and links attain."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """A step: responses, prompt and mean and longest response in tokens, ids K of a support.
-
-    micro: tokens of a micro-batch; at_once: responses that a GPU samples together.
-    """
+    """Work of one step."""
 
     responses: int = 128
     prompt: int = 200
+    """Prompt length in tokens."""
     mean: int = 6000
+    """Mean response length in tokens."""
     longest: int = 16384
+    """Longest response in tokens."""
     k: int = 32
+    """Number of support ids K."""
     micro: int = 16384
+    """Tokens per micro-batch."""
     at_once: int = 8
+    """Responses that a GPU samples together."""
 
 
 SEVEN = Size("7B", 7.6e9, 28, 3584, 2 * 28 * 4 * 128 * 2, 152064)
@@ -58,46 +68,46 @@ SEVENTY = Size("72B", 72.7e9, 80, 8192, 2 * 80 * 8 * 128 * 2, 152064)
 
 
 def memory(size: Size, gpus: int, load: Load, sharded: bool) -> dict[str, float]:
-    """Bytes on each GPU, by what they are for, with the teacher in host memory or on a server."""
+    """Return bytes on each GPU by purpose, with the teacher in host memory or on a server."""
     parts = gpus if sharded else 1
     layer, ends = 2 * size.weights / size.layers, 2 * 2 * size.vocabulary * size.width
     network = 2 * layer + ends if sharded else 2 * size.weights
     states = 2 * load.micro * size.width * (size.layers + 20)
-    before, during = "sampling and scoring", "update"
+    sampling, updating = "sampling and scoring", "update"
     return {
-        f"{before}: masters and moments (12 bytes a weight)": 12 * size.weights / parts,
-        f"{before}: the whole bfloat16 student": 2 * size.weights,
-        f"{before}: keys and values of {load.at_once} responses at their longest": load.at_once
+        f"{sampling}: masters and moments (12 bytes a weight)": 12 * size.weights / parts,
+        f"{sampling}: the whole bfloat16 student": 2 * size.weights,
+        f"{sampling}: keys and values of {load.at_once} responses at their longest": load.at_once
         * load.longest
         * size.kv,
-        f"{during}: masters, moments, gradients (16 bytes a weight)": 16 * size.weights / parts,
-        f"{during}: bfloat16 layers that are there at once": network,
-        f"{during}: activations of a micro-batch, layers recomputed": states,
-        f"{during}: logits of a chunk, three times": 3 * 4 * 2.0**28,
+        f"{updating}: masters, moments, gradients (16 bytes a weight)": 16 * size.weights / parts,
+        f"{updating}: bfloat16 layers that are there at once": network,
+        f"{updating}: activations of a micro-batch, layers recomputed": states,
+        f"{updating}: logits of a chunk, three times": 3 * 4 * 2.0**28,
     }
 
 
 def seconds(size: Size, gpus: int, load: Load, machine: Machine) -> dict[str, float]:
-    """Seconds of a step, by what they go to; the teacher is as large as the student."""
+    """Return seconds of a step by activity; the teacher is as large as the student."""
     tokens = load.responses * (load.prompt + load.mean)
     rate = gpus * machine.flops * machine.use
     rows = load.responses / gpus
     reading = 2 * size.weights + rows * load.mean / 2 * size.kv
     pull = load.longest * reading / (machine.bandwidth * machine.reach)
     passes = tokens / gpus / load.micro
-    moved = passes * (2 * 2 + 4) * size.weights * (gpus - 1) / gpus
+    link_bytes = passes * (2 * 2 + 4) * size.weights * (gpus - 1) / gpus
     return {
         "rollout, until the longest response ends": pull,
         "rollout, if no response were longer than the mean": pull * load.mean / load.longest,
         "teacher's forward pass": 2 * size.weights * tokens / rate,
         "student's forward pass for exact measures": 2 * size.weights * tokens / rate,
         "update: forward, recomputed, backward": 8 * size.weights * tokens / rate,
-        "sharded weights and gradients over the links": moved / (machine.link * machine.reach),
+        "sharded weights and gradients over the links": link_bytes / (machine.link * machine.reach),
     }
 
 
 def traffic(size: Size, load: Load) -> dict[str, float]:
-    """Bytes that a step moves beside the weights of layers, over all processes."""
+    """Return bytes moved in a step, besides the weights of layers, over all processes."""
     supervised = load.responses * load.mean
     padded = load.responses * load.longest
     return {
@@ -112,6 +122,7 @@ def traffic(size: Size, load: Load) -> dict[str, float]:
 
 
 def table(heads: list[str], columns: list[dict[str, float]], scale: float, unit: str) -> str:
+    """Return a Markdown table."""
     lines = [f"| {unit} | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
     lines += [
         f"| {name} | " + " | ".join(f"{column[name] / scale:.3g}" for column in columns) + " |"
@@ -131,13 +142,13 @@ def main() -> None:
         f"{size.name}, {gpus} GPUs, {'sharded' if sharded else 'whole'}"
         for size, gpus, sharded in places
     ]
-    found = [memory(size, gpus, load, sharded) for size, gpus, sharded in places]
-    print(table(heads, found, GB, "GB on each GPU (80)"), end="\n\n")
+    columns = [memory(size, gpus, load, sharded) for size, gpus, sharded in places]
+    print(table(heads, columns, GB, "GB on each GPU (80)"), end="\n\n")
     places = places[1:]
-    found = [seconds(size, gpus, load, machine) for size, gpus, _ in places]
-    print(table(heads[1:], found, 1.0, "seconds of a step"), end="\n\n")
-    found = [traffic(size, load) for size, _, _ in places]
-    print(table(heads[1:], found, GB, "GB moved in a step"))
+    columns = [seconds(size, gpus, load, machine) for size, gpus, _ in places]
+    print(table(heads[1:], columns, 1.0, "seconds of a step"), end="\n\n")
+    columns = [traffic(size, load) for size, _, _ in places]
+    print(table(heads[1:], columns, GB, "GB moved in a step"))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Scoring by a teacher on a server against the same teacher at hand, on the same machine.
+"""Compare scoring by a teacher on a server with the same teacher in this process.
 
     python -m vllm.entrypoints.openai.api_server --model TEACHER --port 8000 [...]
     python -m benchmarks.remote STUDENT TEACHER http://127.0.0.1:8000/v1 [--rows 32]
 
-Tokens a second of supervised text, wall clock, medians of `--repeats`, the two in turn; the
-processor seconds and bytes that the answers cost here; and what a server costs that refuses every
-tenth question, through a proxy that does so.
+Prints supervised tokens per second by wall clock, as medians of `--repeats` with both alternating;
+the CPU seconds and bytes that the responses cost this process; and the cost of a server that
+refuses every tenth request, simulated by a proxy.
 """
 
 import argparse
@@ -24,27 +24,27 @@ from urllib.parse import urlsplit
 import torch
 
 from opd.data.chain_task import problems
-from opd.data.prompts import encode
+from opd.data.prompts import encode_prompts
 from opd.rollouts.hf_engine import sample
 from opd.scoring.score import score_support
 from opd.teachers.client import TeacherClient, connect
 from opd.teachers.pair import ModelPair, load_pair
-from opd.teachers.remote_scores import asked
+from opd.teachers.remote_scores import score_remote
 
 MICRO_TOKENS, CHUNK_ELEMENTS = 4096, 1 << 24
 
 
-class Counted:
-    """What went through a proxy: questions, those that were refused, and bytes of answers."""
+class ProxyCounts:
+    """Counts of a proxy: requests, refused requests, and bytes of responses."""
 
     def __init__(self) -> None:
         self.asked, self.refused, self.size = count(1), 0, 0
 
 
 @contextmanager
-def proxy(url: str, every: int) -> Iterator[tuple[str, Counted]]:
-    """A server before the server, which answers every `every`-th question with 503; 0 for none."""
-    aim, counted = urlsplit(url), Counted()
+def proxy(url: str, refuse_every: int) -> Iterator[tuple[str, ProxyCounts]]:
+    """Run a proxy that answers every `refuse_every`-th completion request with 503; 0 for none."""
+    aim, counts = urlsplit(url), ProxyCounts()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
@@ -57,20 +57,24 @@ def proxy(url: str, every: int) -> Iterator[tuple[str, Counted]]:
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
-            if every and self.path.endswith("/completions") and next(counted.asked) % every == 0:
-                counted.refused += 1
-                return self.say(503, b"{}")
+            if (
+                refuse_every
+                and self.path.endswith("/completions")
+                and next(counts.asked) % refuse_every == 0
+            ):
+                counts.refused += 1
+                return self.respond(503, b"{}")
             return self.forward("POST", body)
 
         def forward(self, method: str, body: bytes | None) -> None:
-            there = HTTPConnection(aim.netloc)
-            there.request(method, self.path, body, {"Content-Type": "application/json"})
-            found = there.getresponse()
-            self.say(found.status, found.read())
-            there.close()
+            connection = HTTPConnection(aim.netloc)
+            connection.request(method, self.path, body, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            self.respond(response.status, response.read())
+            connection.close()
 
-        def say(self, status: int, body: bytes) -> None:
-            counted.size += len(body)
+        def respond(self, status: int, body: bytes) -> None:
+            counts.size += len(body)
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -78,83 +82,105 @@ def proxy(url: str, every: int) -> Iterator[tuple[str, Counted]]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}{aim.path}", counted
+    yield f"http://127.0.0.1:{server.server_port}{aim.path}", counts
     server.shutdown()
 
 
 def timed(run: Callable[[], object]) -> tuple[float, float]:
-    """Wall-clock and processor seconds of this process."""
-    wall, own = time.perf_counter(), time.process_time()
+    """Return wall-clock and CPU seconds of a call in this process."""
+    wall, process_seconds = time.perf_counter(), time.process_time()
     run()
-    return time.perf_counter() - wall, time.process_time() - own
+    return time.perf_counter() - wall, time.process_time() - process_seconds
 
 
-def measured(pair: ModelPair, url: str, given: argparse.Namespace) -> dict[str, float]:
-    prompts = encode(pair.tokenizer, problems("train", given.rows, 0), 1, 512)
+def measure(pair: ModelPair, url: str, args: argparse.Namespace) -> dict[str, float]:
+    """Return throughput, CPU seconds and bytes of each way of scoring."""
+    prompts = encode_prompts(pair.tokenizer, problems("train", args.rows, 0), 1, 512)
     batch = sample(
         pair.student,
         prompts,
-        [pair.student.vocabulary - 1],  # drawn by one response in hundreds
-        max_response=given.response,
+        [pair.student.vocabulary - 1],  # sampled in fewer than one of a hundred responses
+        max_response=args.response,
         temperature=1.0,
         top_p=1.0,
         generator=torch.Generator().manual_seed(0),
     )
     tokens = int(batch.mask.sum())
-    how = {"k": given.k, "temperature": 1.0, "max_tokens_per_microbatch": MICRO_TOKENS}
+    options = {"k": args.k, "temperature": 1.0, "max_tokens_per_microbatch": MICRO_TOKENS}
 
-    def near() -> None:
-        score_support(pair, prompts, batch, max_logits_per_chunk=CHUNK_ELEMENTS, **how)
+    def score_locally() -> None:
+        score_support(pair, prompts, batch, max_logits_per_chunk=CHUNK_ELEMENTS, **options)
 
-    def far(remote: TeacherClient) -> None:
-        told = asked(remote, prompts, batch, given.k)
-        score_support(pair, prompts, batch, max_logits_per_chunk=CHUNK_ELEMENTS, told=told, **how)
+    def score_remotely(remote: TeacherClient) -> None:
+        teacher_scores = score_remote(remote, prompts, batch, args.k)
+        score_support(
+            pair,
+            prompts,
+            batch,
+            max_logits_per_chunk=CHUNK_ELEMENTS,
+            teacher_scores=teacher_scores,
+            **options,
+        )
 
-    def student() -> None:
-        score_support(pair, prompts, batch, max_logits_per_chunk=CHUNK_ELEMENTS, told=known, **how)
+    def score_student_only() -> None:
+        score_support(
+            pair,
+            prompts,
+            batch,
+            max_logits_per_chunk=CHUNK_ELEMENTS,
+            teacher_scores=known_scores,
+            **options,
+        )
 
-    def connected(address: str) -> TeacherClient:
-        how = {"k": given.k, "patience": 600.0, "in_flight": given.at_once}
-        return connect(address, pair.tokenizer, pair.student.vocabulary, **how)
+    def connect_client(address: str) -> TeacherClient:
+        options = {"k": args.k, "timeout": 600.0, "concurrency": args.at_once}
+        return connect(address, pair.tokenizer, pair.student.vocabulary, **options)
 
-    with proxy(url, 0) as (whole, counted), proxy(url, 10) as (flaky, refusing):
-        direct, plain, failing = connected(url), connected(whole), connected(flaky)
-        known = asked(direct, prompts, batch, given.k)
-        near()
-        before = counted.size
-        asked(plain, prompts, batch, given.k)
-        size = counted.size - before
+    with proxy(url, 0) as (proxy_url, counts), proxy(url, 10) as (flaky, refusing):
+        direct, plain, failing = (
+            connect_client(url),
+            connect_client(proxy_url),
+            connect_client(flaky),
+        )
+        known_scores = score_remote(direct, prompts, batch, args.k)
+        score_locally()
+        size_before = counts.size
+        score_remote(plain, prompts, batch, args.k)
+        size = counts.size - size_before
         times: dict[str, list[tuple[float, float]]] = {}
-        for _ in range(given.repeats):
+        for _ in range(args.repeats):
             for name, run in (
-                ("local", near),
-                ("student alone", student),
-                ("remote", lambda: far(direct)),
-                ("remote, proxy", lambda: far(plain)),
-                ("remote, every tenth refused", lambda: far(failing)),
+                ("local", score_locally),
+                ("student alone", score_student_only),
+                ("remote", lambda: score_remotely(direct)),
+                ("remote, proxy", lambda: score_remotely(plain)),
+                ("remote, every tenth refused", lambda: score_remotely(failing)),
             ):
                 times.setdefault(name, []).append(timed(run))
-    found: dict[str, float] = {"tokens": tokens, "bytes a token": size / tokens}
+    numbers: dict[str, float] = {"tokens": tokens, "bytes a token": size / tokens}
     for name, pairs in times.items():
-        wall, own = (statistics.median(column) for column in zip(*pairs, strict=True))
-        found |= {f"{name}: tokens/s": tokens / wall, f"{name}: processor s here": own}
-    return found | {"refused": refusing.refused}
+        wall, process_seconds = (statistics.median(column) for column in zip(*pairs, strict=True))
+        numbers |= {
+            f"{name}: tokens/s": tokens / wall,
+            f"{name}: processor s here": process_seconds,
+        }
+    return numbers | {"refused": refusing.refused}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("student")
-    parser.add_argument("teacher", help="the model that the server has")
+    parser.add_argument("teacher", help="the model that the server serves")
     parser.add_argument("url")
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--response", type=int, default=64)
     parser.add_argument("--k", type=int, default=16)
     parser.add_argument("--at-once", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
-    given = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    pair = load_pair(given.student, given.teacher, "cpu", "float32")
-    json.dump(measured(pair, given.url, given), sys.stdout, indent=1)
+    pair = load_pair(args.student, args.teacher, "cpu", "float32")
+    json.dump(measure(pair, args.url, args), sys.stdout, indent=1)
     print()
 
 

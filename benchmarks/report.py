@@ -1,11 +1,11 @@
-"""The report of a long run: its size, and how fast a browser opens it and answers the mouse.
+"""Measure the report of a long run: its size, and how fast a browser loads it and responds.
 
     python -m benchmarks.report RUN [--steps 2000 --runs 2 --response 4000 --repeat 3]
 
-The rows of a real run folder are repeated up to the steps asked for; of its saved batches the last
-is joined with itself until its responses are that long. Needs playwright and a chromium for the
-times; without them it prints the size alone. Milliseconds are of a wall clock, of the calmest of
---repeat loads: run it on a quiet machine.
+The rows of a real run folder are repeated up to the requested number of steps; of its saved
+batches, the last is concatenated with itself up to the requested response length. The times need
+playwright and chromium; without them only the size is printed. Milliseconds are wall-clock times,
+the least of --repeat loads: run it on an idle machine.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import torch
 
 from diagnostics.batch import DistributionStats, ScoredRollouts, Support
 from diagnostics.records import rows
-from diagnostics.records.batch_files import load
+from diagnostics.records.batch_files import load_batch
 from opd.report import build
 
 HOVER = """() => { const spans = [...document.querySelectorAll("#text .t")], times = [];
@@ -38,27 +38,27 @@ CHANGE = """([id, value]) => { const start = performance.now(), node = document.
   return performance.now() - start; }"""
 
 
-def lengthened(run: Path, out: Path, steps: int, response: int) -> Path:
-    """A run folder with the rows of `run` again and again, and one batch of long responses."""
-    found = rows.read(run / "rows.jsonl")
+def extend_run(run: Path, out: Path, steps: int, response: int) -> Path:
+    """Write a run folder with repeated rows and one batch of long responses."""
+    run_rows = rows.read_rows(run / "rows.jsonl")
     out.mkdir(parents=True)
     for name in ("config.json", "code.txt", "evals.jsonl"):
         shutil.copy(run / name, out)
     (out / "final").symlink_to((run / "final").resolve())
     shutil.copytree(run / "batches", out / "batches")
     last = max((out / "batches").iterdir())
-    batch = load(last)
+    batch = load_batch(last)
     assert isinstance(batch, ScoredRollouts)
-    longer(batch.rows(slice(0, 4)), response).save(
+    extend_responses(batch.rows(slice(0, 4)), response).save(
         out / "batches" / f"step_{steps - 1:06d}.safetensors"
     )
-    long = [found[i % len(found)] | {"step": i} for i in range(steps)]
+    long = [run_rows[i % len(run_rows)] | {"step": i} for i in range(steps)]
     (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long))
     return out
 
 
-def longer(batch: ScoredRollouts, length: int) -> ScoredRollouts:
-    """The responses joined with themselves up to a length."""
+def extend_responses(batch: ScoredRollouts, length: int) -> ScoredRollouts:
+    """Concatenate the responses with themselves up to a length."""
     times = -(-length // batch.tokens.shape[1])
 
     def tiled(part: Any) -> Any:
@@ -77,8 +77,8 @@ def longer(batch: ScoredRollouts, length: int) -> ScoredRollouts:
     return tiled(batch)
 
 
-def browsed(page: Path) -> dict[str, float]:
-    """Milliseconds to load and draw, to hover and to change what is shown; MiB of heap."""
+def measure_browser(page: Path) -> dict[str, float]:
+    """Return milliseconds to load, to hover and to change settings, and MiB of heap."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as machine:
@@ -90,22 +90,24 @@ def browsed(page: Path) -> dict[str, float]:
         window = opened.new_page(viewport={"width": 1280, "height": 900})
         window.goto(page.as_uri())
         window.wait_for_selector(".chart canvas")
-        found = {
+        measurements = {
             "load_ms": window.evaluate(
                 'performance.getEntriesByType("navigation")[0].loadEventEnd'
             ),
             "heap_mib": window.evaluate("performance.memory.usedJSHeapSize") / 2**20,
         }
-        _, found["hover_ms"], found["hover_worst_ms"] = window.evaluate(HOVER)
+        _, measurements["hover_ms"], measurements["hover_worst_ms"] = window.evaluate(HOVER)
         window.evaluate(CHANGE, ["f-order", "long"])
-        found["open_ms"] = window.evaluate(OPEN)
-        found["long_tokens"], found["long_hover_ms"], found["long_hover_worst_ms"] = (
-            window.evaluate(HOVER)
-        )
-        found["bands_ms"] = window.evaluate(CHANGE, ["bands", "on"])
-        found["map_ms"] = window.evaluate(CHANGE, ["map", "divergence/teacher_entropy"])
+        measurements["open_ms"] = window.evaluate(OPEN)
+        (
+            measurements["long_tokens"],
+            measurements["long_hover_ms"],
+            measurements["long_hover_worst_ms"],
+        ) = window.evaluate(HOVER)
+        measurements["bands_ms"] = window.evaluate(CHANGE, ["bands", "on"])
+        measurements["map_ms"] = window.evaluate(CHANGE, ["map", "divergence/teacher_entropy"])
         opened.close()
-    return found
+    return measurements
 
 
 def main() -> None:
@@ -115,27 +117,27 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--response", type=int, default=4000)
     parser.add_argument("--repeat", type=int, default=3)
-    given = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        many = [
-            lengthened(given.run, folder / f"run-{i}", given.steps, given.response)
-            for i in range(given.runs)
+        run_folders = [
+            extend_run(args.run, folder / f"run-{i}", args.steps, args.response)
+            for i in range(args.runs)
         ]
         start = time.process_time()
-        text = build.page(build.contents(many, 10 * given.response))
+        text = build.render_page(build.report_data(run_folders, 10 * args.response))
         seconds = time.process_time() - start
         page = folder / "page.html"
         page.write_text(text)
         print(
-            f"{given.runs} runs of {given.steps} steps: {page.stat().st_size / 1e6:.1f} MB, "
+            f"{args.runs} runs of {args.steps} steps: {page.stat().st_size / 1e6:.1f} MB, "
             f"written in {seconds:.1f} s of processor time"
         )
         try:
-            times = [browsed(page) for _ in range(given.repeat)]
+            times = [measure_browser(page) for _ in range(args.repeat)]
             print({name: round(min(t[name] for t in times), 1) for name in times[0]})
         except ImportError:
-            print("playwright is not installed; no times of a browser")
+            print("playwright is not installed; skipping the browser measurements")
 
 
 if __name__ == "__main__":

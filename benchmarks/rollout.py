@@ -1,12 +1,13 @@
-"""Speed of the rollout engines against plain `generate`, as ratios measured in one run.
+"""Measure the speed of rollout engines relative to plain `generate`.
 
     python -m benchmarks.rollout [--device cuda] [--engines hf vllm]
 
-The rival is the loop that TRL-style trainers use: one `generate` call with sampling, temperature,
-top-p and the default dynamic cache. It keeps no log-probabilities; ours keep both. Random weights,
-prompts of mixed lengths, and an end token that is never drawn, so that all produce the same number
-of tokens. Engines take turns; medians of `--repeats` after a first call that compiles. On a CPU:
-one thread, processor seconds (another process's are not seen, so vLLM is timed on GPUs alone).
+The reference is the loop of TRL-style trainers: one `generate` call with sampling, temperature,
+top-p and the default dynamic cache. It returns no log-probabilities; the engines return both.
+Random weights, prompts of different lengths, and an EOS id that is never sampled, so that all
+produce the same number of tokens. Engines alternate; medians of `--repeats` after a first call that
+compiles. On a CPU: one thread and CPU seconds, which do not include other processes, so vLLM is
+timed on GPUs only.
 """
 
 import argparse
@@ -25,17 +26,18 @@ from opd.rollouts.factory import make_engine
 from opd.teachers.pair import load_pair
 
 TEMPERATURE, TOP_P = 1.0, 0.9
-# name: (layers, width, vocabulary, rows, longest prompt, response)
 ON_CPU = {
     "2 layers, 64 wide": (2, 64, 512, 32, 64, 128),
     "6 layers, 256 wide": (6, 256, 4096, 16, 64, 32),
     "2 layers, 128 wide, large vocabulary": (2, 128, 49152, 16, 64, 32),
 }
+"""Name to (layers, width, vocabulary, rows, longest prompt, response)."""
 ON_GPU = {"24 layers, 896 wide (0.5B)": (24, 896, 151936, 128, 128, 256)}
 Shape = tuple[int, int, int, int, int, int]
 
 
-def made(shape: Shape, device: str) -> CausalLM:
+def make_model(shape: Shape, device: str) -> CausalLM:
+    """Return a random model with an entropy similar to that of a language model."""
     layers, width, vocabulary, _, prompt, response = shape
     torch.manual_seed(0)
     config = transformers.Qwen2Config(
@@ -50,7 +52,7 @@ def made(shape: Shape, device: str) -> CausalLM:
     )
     with TemporaryDirectory() as folder:
         network = transformers.Qwen2ForCausalLM(config)
-        # an entropy of a few nats as of text: random heads are nearly uniform
+        # scale the head to an entropy of a few nats, as for text: random heads are nearly uniform
         network.get_output_embeddings().weight.data *= 6 / (0.02 * width**0.5)
         network.save_pretrained(folder)
         make_tokenizer().save_pretrained(folder)
@@ -58,8 +60,8 @@ def made(shape: Shape, device: str) -> CausalLM:
         return load_pair(folder, folder, device, dtype).student
 
 
-def mixed(shape: Shape) -> Prompts:
-    """Prompts whose lengths are spread evenly between a quarter and all of the longest."""
+def make_prompts(shape: Shape) -> Prompts:
+    """Return prompts with lengths spread evenly from a quarter of the longest to the longest."""
     _, _, vocabulary, rows, longest, _ = shape
     generator = torch.Generator().manual_seed(0)
     lengths = torch.linspace(longest // 4, longest, rows).long()
@@ -69,7 +71,8 @@ def mixed(shape: Shape) -> Prompts:
     return Prompts(tokens=tokens, mask=mask, index=torch.arange(rows), answers=[""] * rows)
 
 
-def plain(model: CausalLM, prompts: Prompts, response: int) -> Callable[[int], int]:
+def generate_runner(model: CausalLM, prompts: Prompts, response: int) -> Callable[[int], int]:
+    """Return a function that samples with `generate` and returns the number of tokens."""
     settings = transformers.GenerationConfig(
         do_sample=True,
         temperature=TEMPERATURE,
@@ -94,16 +97,17 @@ def plain(model: CausalLM, prompts: Prompts, response: int) -> Callable[[int], i
     return run
 
 
-def ours(
-    name: str, model: CausalLM, prompts: Prompts, response: int, never: int
+def engine_runner(
+    name: str, model: CausalLM, prompts: Prompts, response: int, unused_eos: int
 ) -> Callable[[int], int]:
+    """Return a function that samples with an engine and returns the number of tokens."""
     longest = prompts.tokens.shape[1] + response
     engine = make_engine(name, model, **({"max_length": longest} if name == "vllm" else {}))
 
     def run(seed: int) -> int:
         batch = engine.sample(
             prompts,
-            [never],
+            [unused_eos],
             max_response=response,
             temperature=TEMPERATURE,
             top_p=TOP_P,
@@ -114,8 +118,8 @@ def ours(
     return run
 
 
-def rate(run: Callable[[int], int], seed: int, device: str) -> float:
-    """Tokens a second of one call."""
+def tokens_per_second(run: Callable[[int], int], seed: int, device: str) -> float:
+    """Return tokens per second of one call."""
     clock = time.perf_counter if device == "cuda" else time.process_time
     begin = clock()
     tokens = run(seed)
@@ -133,20 +137,27 @@ def main() -> None:
     if args.device == "cpu":
         torch.set_num_threads(1)
         if "vllm" in args.engines:
-            parser.error("vLLM runs in another process; time it on a GPU")
-    where = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
+            parser.error(
+                "vLLM runs in another process, whose CPU time is not measured; use --device cuda"
+            )
+    hardware = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
     print(
-        f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"{hardware}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"transformers {transformers.__version__}"
     )
     for label, shape in (ON_GPU if args.device == "cuda" else ON_CPU).items():
-        model, prompts, response, never = made(shape, args.device), mixed(shape), shape[5], shape[2]
-        runs = {"generate": plain(model, prompts, response)}
-        runs |= {n: ours(n, model, prompts, response, never) for n in args.engines}
+        model, prompts, response, unused_eos = (
+            make_model(shape, args.device),
+            make_prompts(shape),
+            shape[5],
+            shape[2],
+        )
+        runs = {"generate": generate_runner(model, prompts, response)}
+        runs |= {n: engine_runner(n, model, prompts, response, unused_eos) for n in args.engines}
         rates: dict[str, list[float]] = {name: [] for name in runs}
         for seed in range(args.repeats + 1):
             for name, run in runs.items():
-                rates[name].append(rate(run, seed, args.device))
+                rates[name].append(tokens_per_second(run, seed, args.device))
         middle = {n: sorted(x[1:])[args.repeats // 2] for n, x in rates.items()}
         print(f"{label}, V = {shape[2]}, {shape[3]} rows, {shape[4]} + {response} tokens")
         for name, value in middle.items():

@@ -1,6 +1,6 @@
-"""Faults that no trend shows for long, for `benchmarks.faults`: of scores, loss, update and data.
+"""Define faults without a visible trend for `benchmarks.faults`: of scores, loss, update and data.
 
-Each is a small patch of the trainer's own code, a changed setting or a changed file.
+Each is a small patch of the trainer's code, a changed setting or a changed file.
 """
 
 import json
@@ -16,38 +16,39 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from benchmarks.injected import Fault, Faulty, whole
+from benchmarks.injected import Fault, FaultyEngine, sample_unchanged
 from diagnostics.batch import ScoredRollouts, Support
 from opd.config.settings import Config
-from opd.data import tasks
+from opd.data import prompts
 from opd.data.grading.graders import Grade
-from opd.data.prompts import encode_one
-from opd.models.forward import response_hidden
-from opd.models.model import CausalLM, split
-from opd.objectives.factory import make
+from opd.data.prompts import encode_prompt
+from opd.models.forward import response_hidden_states
+from opd.models.model import CausalLM, split_head
+from opd.objectives.factory import build_objective
 from opd.scoring import score
 from opd.teachers.factory import make_pairs
 from opd.teachers.pair import ModelPair
-from opd.training import step, train, update
+from opd.training import setup, step, train, update
 from opd.training.optimizer import Optimizer
 
-LATE: dict[str, Any] = {"start_checks": False}
-"""Without the checks before the first step, as if the fault came later."""
+WITHOUT_START_CHECKS: dict[str, Any] = {"start_checks": False}
+"""Disables the checks before the first step, to simulate a fault that occurs later."""
 
 
 # --- the pair -----------------------------------------------------------------------------------
 
 
-def with_pairs(change: Callable[[ModelPair], ModelPair | None]) -> AbstractContextManager[Any]:
-    """Pairs of which `change` made something else, in place or anew."""
+def change_pairs(change: Callable[[ModelPair], ModelPair | None]) -> AbstractContextManager[Any]:
+    """Replace the pairs by those that `change` modified in place or returned."""
 
-    def made(settings: list[Config]) -> list[ModelPair]:
+    def make_changed_pairs(settings: list[Config]) -> list[ModelPair]:
         return [change(pair) or pair for pair in make_pairs(settings)]
 
-    return patch.object(train, "make_pairs", made)
+    return patch.object(train, "make_pairs", make_changed_pairs)
 
 
-def drop_out(role: str, pair: ModelPair) -> None:
+def enable_dropout(role: str, pair: ModelPair) -> None:
+    """Put a model in training mode, with attention dropout."""
     network = getattr(pair, role).network
     network.train()
     for module in network.modules():
@@ -55,16 +56,19 @@ def drop_out(role: str, pair: ModelPair) -> None:
             module.attention_dropout = 0.1
 
 
-def cast(pair: ModelPair) -> None:
+def cast_teacher(pair: ModelPair) -> None:
+    """Cast the teacher to bfloat16."""
     pair.teacher.network.to(torch.bfloat16)
 
 
 def round_weights(pair: ModelPair) -> None:
+    """Round the teacher's weights to bfloat16."""
     for weight in pair.teacher.network.parameters():
         weight.data = weight.data.bfloat16().float()
 
 
 def ignore_mask(pair: ModelPair) -> ModelPair:
+    """Let the teacher ignore the attention mask."""
     plain = pair.teacher.hidden
 
     def hidden(ids: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
@@ -74,36 +78,37 @@ def ignore_mask(pair: ModelPair) -> ModelPair:
 
 
 def exchange_roles(pair: ModelPair) -> ModelPair:
+    """Swap student and teacher."""
     pair.teacher.network.requires_grad_(True)
     return replace(pair, student=pair.teacher, teacher=pair.student)
 
 
-def one_network(pair: ModelPair) -> ModelPair:
-    """The teacher's head is the student's own tensor."""
+def share_head(pair: ModelPair) -> ModelPair:
+    """Let the teacher's head be the student's own tensor."""
     pair.teacher.network.lm_head.weight = pair.student.network.lm_head.weight
-    return replace(pair, teacher=split(pair.teacher.network, pair.teacher.vocabulary))
+    return replace(pair, teacher=split_head(pair.teacher.network, pair.teacher.vocabulary))
 
 
 # --- scores -------------------------------------------------------------------------------------
 
 
-def score_then(
+def change_scores(
     change: Callable[[ScoredRollouts, list[ScoredRollouts]], ScoredRollouts],
 ) -> AbstractContextManager[Any]:
-    """Scored batches that were changed; `change` also sees the right ones of earlier steps."""
+    """Change the scored batches; `change` also receives the unchanged ones of earlier steps."""
     plain, earlier = score.score, list[ScoredRollouts]()
 
-    def scored(*given: Any, **settings: Any) -> tuple[ScoredRollouts, Any]:
-        batch, states = plain(*given, **settings)
-        changed = change(batch, earlier)
+    def score_and_change(*args: Any, **settings: Any) -> tuple[ScoredRollouts, Any]:
+        batch, states = plain(*args, **settings)
+        changed_batch = change(batch, earlier)
         earlier.append(batch)
-        return changed, states
+        return changed_batch, states
 
-    return patch.object(step, "score", scored)
+    return patch.object(step, "score", score_and_change)
 
 
-def stale(batch: ScoredRollouts, earlier: list[ScoredRollouts]) -> ScoredRollouts:
-    """The teacher's log-probabilities of the step before, where there are as many positions."""
+def stale_teacher_scores(batch: ScoredRollouts, earlier: list[ScoredRollouts]) -> ScoredRollouts:
+    """Use the teacher's log-probabilities of the previous step, as far as positions exist."""
     if not earlier:
         return batch
     old, now = earlier[-1].teacher_logp, torch.zeros_like(batch.teacher_logp)
@@ -112,40 +117,48 @@ def stale(batch: ScoredRollouts, earlier: list[ScoredRollouts]) -> ScoredRollout
     return replace(batch, teacher_logp=torch.where(batch.mask, now, 0.0))
 
 
-def other_rows(batch: ScoredRollouts, _: list[ScoredRollouts]) -> ScoredRollouts:
+def other_row_scores(batch: ScoredRollouts, _: list[ScoredRollouts]) -> ScoredRollouts:
+    """Use the teacher's log-probabilities of the previous row."""
     rolled = batch.teacher_logp.roll(1, 0)
     return replace(batch, teacher_logp=torch.where(batch.mask, rolled, 0.0))
 
 
-def support_changed(change: Callable[[Support], Support]) -> AbstractContextManager[Any]:
-    def changed(batch: ScoredRollouts, _: list[ScoredRollouts]) -> ScoredRollouts:
+def change_support(change: Callable[[Support], Support]) -> AbstractContextManager[Any]:
+    """Change the support of the scored batches."""
+
+    def change_batch(batch: ScoredRollouts, _: list[ScoredRollouts]) -> ScoredRollouts:
         assert batch.support is not None
         return replace(batch, support=change(batch.support))
 
-    return score_then(changed)
+    return change_scores(change_batch)
 
 
 def shift_ids(support: Support) -> Support:
-    """Ids and both log-probabilities of the position before."""
+    """Use ids and both log-probabilities of the previous position."""
     columns = {k: getattr(support, k).roll(1, 1) for k in ("ids", "student_logp", "teacher_logp")}
     return replace(support, **columns)
 
 
 def renormalise(support: Support) -> Support:
-    ours, theirs = support.student_logp, support.teacher_logp
-    return replace(support, student_logp=ours.log_softmax(-1), teacher_logp=theirs.log_softmax(-1))
+    """Renormalise both log-probabilities on the support."""
+    student_logp, teacher_logp = support.student_logp, support.teacher_logp
+    return replace(
+        support,
+        student_logp=student_logp.log_softmax(-1),
+        teacher_logp=teacher_logp.log_softmax(-1),
+    )
 
 
-def fewer(support: Support) -> Support:
-    """A fifth of the mass is missing, and more: both log-probabilities are too low."""
+def scale_support_mass(support: Support) -> Support:
+    """Lower both log-probabilities so that only a fifth of the support's mass remains."""
     low = torch.tensor(0.2).log()
     return replace(
         support, student_logp=support.student_logp + low, teacher_logp=support.teacher_logp + low
     )
 
 
-def double_first(support: Support) -> Support:
-    """The most probable id stands twice."""
+def repeat_first_id(support: Support) -> Support:
+    """Include the most probable id twice."""
     columns = {}
     for name in ("ids", "student_logp", "teacher_logp"):
         x = getattr(support, name).clone()
@@ -155,25 +168,25 @@ def double_first(support: Support) -> Support:
 
 
 def ranks_from_two(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Ranks 2 to K + 1 for ranks 1 to K."""
+    """Return ranks 2 to K + 1 instead of ranks 1 to K."""
     best = logits.topk(k + 1, -1)
     return best.values[..., 1:], best.indices[..., 1:]
 
 
 def positions_from_zero(model: CausalLM, prompts: Any, batch: Any, mask: Tensor) -> Tensor:
-    """Of the teacher, positions that count padding too."""
+    """Count padding in the teacher's position ids."""
     if any(weight.requires_grad for weight in model.network.parameters()):
-        return response_hidden(model, prompts, batch, mask)
+        return response_hidden_states(model, prompts, batch, mask)
     plain = model.hidden
 
     def hidden(ids: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
         return plain(ids, attention, torch.arange(ids.shape[1]).expand_as(ids))
 
-    return response_hidden(replace(model, hidden=hidden), prompts, batch, mask)
+    return response_hidden_states(replace(model, hidden=hidden), prompts, batch, mask)
 
 
-def at_temperature(factor: float) -> AbstractContextManager[Any]:
-    """Both models are scored at another temperature than configured."""
+def score_at_temperature(factor: float) -> AbstractContextManager[Any]:
+    """Score both models at another temperature than configured."""
     plain = score.log_probabilities
 
     def scored(model: CausalLM, hidden: Tensor, temperature: float) -> Tensor:
@@ -183,47 +196,47 @@ def at_temperature(factor: float) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def dropout_later(role: str) -> Iterator[None]:
-    """From the second step on, the model is in training mode."""
+def enable_dropout_later(role: str) -> Iterator[None]:
+    """Put the model in training mode from the second step on."""
     plain, calls = score.score, list[int]()
 
-    def scored(pair: ModelPair, *given: Any, **settings: Any) -> Any:
+    def score_with_dropout(pair: ModelPair, *args: Any, **settings: Any) -> Any:
         calls.append(1)
         if len(calls) > 1:
-            drop_out(role, pair)
-        return plain(pair, *given, **settings)
+            enable_dropout(role, pair)
+        return plain(pair, *args, **settings)
 
-    with patch.object(step, "score", scored):
+    with patch.object(step, "score", score_with_dropout):
         yield
 
 
-class HeadBehind(Faulty):
-    """The engine whose head stays that of the start; everything else is synced."""
+class StaleHeadEngine(FaultyEngine):
+    """An engine that keeps the initial head; all other weights are synchronised."""
 
     def __init__(self, student: CausalLM) -> None:
-        super().__init__(student, whole, frozen=True)
+        super().__init__(student, sample_unchanged, frozen=True)
 
     def sync(self, model: CausalLM) -> None:
-        own = dict(self.model.network.named_parameters())
+        engine_parameters = dict(self.model.network.named_parameters())
         with torch.no_grad():
             for name, weight in model.network.named_parameters():
                 if "lm_head" not in name:
-                    own[name].copy_(weight)
+                    engine_parameters[name].copy_(weight)
 
 
 # --- loss and update ----------------------------------------------------------------------------
 
 
 @contextmanager
-def micro_means() -> Iterator[None]:
-    """The mean of micro-batch means for one denominator."""
+def mean_of_micro_batch_means() -> Iterator[None]:
+    """Use the mean of micro-batch means instead of one denominator."""
     plain, groups = update.loss_from_hidden, list[int]()
-    split_up = update.in_step
+    split_up = update.synchronized_micro_batches
 
-    def in_step(*given: Any) -> Any:
-        found = split_up(*given)
-        groups[:] = [len(found)]
-        return found
+    def count_micro_batches(*args: Any) -> Any:
+        micro_batches = split_up(*args)
+        groups[:] = [len(micro_batches)]
+        return micro_batches
 
     def loss(pair: Any, objective: Any, hidden: Any, teacher: Any, part: Any, credit: Any,
              weight: Tensor, **settings: Any) -> Tensor:  # fmt: skip
@@ -232,26 +245,30 @@ def micro_means() -> Iterator[None]:
 
     with (
         patch.object(update, "loss_from_hidden", loss),
-        patch.object(update, "in_step", in_step),
+        patch.object(update, "synchronized_micro_batches", count_micro_batches),
     ):
         yield
 
 
-def loss_times(factor: float) -> AbstractContextManager[Any]:
+def scale_loss(factor: float) -> AbstractContextManager[Any]:
+    """Multiply the loss by a factor."""
     plain = update.loss_from_hidden
 
-    def loss(*given: Any, **settings: Any) -> Tensor:
-        return factor * plain(*given, **settings)
+    def loss(*args: Any, **settings: Any) -> Tensor:
+        return factor * plain(*args, **settings)
 
     return patch.object(update, "loss_from_hidden", loss)
 
 
-def objective_instead(name: str) -> AbstractContextManager[Any]:
-    return patch.object(train, "make_objective", lambda _: make(name))
+def replace_objective(name: str) -> AbstractContextManager[Any]:
+    """Train with another objective than configured."""
+    return patch.object(setup, "make_objective", lambda _: build_objective(name))
 
 
-def no_masters(parameters: Any, betas: Any, decay: float, rounded: bool = False) -> Optimizer:
-    """AdamW on the bfloat16 weights themselves."""
+def optimizer_without_masters(
+    parameters: Any, betas: Any, decay: float, rounded: bool = False
+) -> Optimizer:
+    """Return AdamW on the bfloat16 weights themselves."""
     live = [weight for weight in parameters if weight.requires_grad]
     inner = torch.optim.AdamW(live, lr=0.0, betas=betas, weight_decay=decay)
     for weight in live:
@@ -263,34 +280,36 @@ def no_masters(parameters: Any, betas: Any, decay: float, rounded: bool = False)
     return Optimizer(live, live, inner, rounded)
 
 
-def step_with(change: Callable[..., Any]) -> AbstractContextManager[Any]:
+def change_step(change: Callable[..., Any]) -> AbstractContextManager[Any]:
+    """Replace the optimizer's step."""
     plain = Optimizer.step
-    return patch.object(Optimizer, "step", lambda *given: change(plain, *given))
+    return patch.object(Optimizer, "step", lambda *args: change(plain, *args))
 
 
-def clip_zero(plain: Any, own: Optimizer, rate: float, clip: float) -> Any:
-    return plain(own, rate, 0.0)
+def clip_to_zero(plain: Any, optimizer: Optimizer, rate: float, clip: float) -> Any:
+    """Take a step with a gradient clipped to zero."""
+    return plain(optimizer, rate, 0.0)
 
 
-def never(plain: Any, own: Optimizer, rate: float, clip: float) -> Any:
-    """Reports a step that was not taken."""
-    return torch.nn.utils.clip_grad_norm_(own.masters, clip), True
+def skip_step(plain: Any, optimizer: Optimizer, rate: float, clip: float) -> Any:
+    """Report a step without taking it."""
+    return torch.nn.utils.clip_grad_norm_(optimizer.master_weights, clip), True
 
 
 @contextmanager
-def zeroed_each_time() -> Iterator[None]:
-    """Gradients are zeroed before every backward pass."""
-    plain, known = update.loss_from_hidden, list[Optimizer]()
+def zero_before_each_backward() -> Iterator[None]:
+    """Zero the gradients before each backward pass, so that they do not accumulate."""
+    plain, last_optimizer = update.loss_from_hidden, list[Optimizer]()
     start = Optimizer.zero_grad
 
-    def zero(own: Optimizer) -> None:
-        known[:] = [own]
-        start(own)
+    def zero(optimizer: Optimizer) -> None:
+        last_optimizer[:] = [optimizer]
+        start(optimizer)
 
-    def loss(*given: Any, **settings: Any) -> Tensor:
-        found = plain(*given, **settings)
-        start(known[0])
-        return found
+    def loss(*args: Any, **settings: Any) -> Tensor:
+        loss_value = plain(*args, **settings)
+        start(last_optimizer[0])
+        return loss_value
 
     with (
         patch.object(Optimizer, "zero_grad", zero),
@@ -299,34 +318,34 @@ def zeroed_each_time() -> Iterator[None]:
         yield
 
 
-def detached(model: CausalLM, prompts: Any, batch: Any) -> Tensor:
-    """States without gradient: the head alone is trained."""
-    return response_hidden(model, prompts, batch).detach()
+def detached_hidden_states(model: CausalLM, prompts: Any, batch: Any) -> Tensor:
+    """Return hidden states without gradient, so that only the head is trained."""
+    return response_hidden_states(model, prompts, batch).detach()
 
 
 @contextmanager
-def teacher_trained() -> Iterator[None]:
-    """The teacher's weights are the optimizer's too."""
+def train_teacher_too() -> Iterator[None]:
+    """Change the teacher's weights at every step."""
     teachers: list[CausalLM] = []
 
     def keep(pair: ModelPair) -> None:
         teachers.append(pair.teacher)
 
-    def moved(plain: Any, own: Optimizer, *given: Any) -> Any:
+    def change_teacher(plain: Any, optimizer: Optimizer, *args: Any) -> Any:
         with torch.no_grad():
             for weight in teachers[-1].network.parameters():
                 weight.mul_(1.001)
-        return plain(own, *given)
+        return plain(optimizer, *args)
 
-    with with_pairs(keep), step_with(moved):
+    with change_pairs(keep), change_step(change_teacher):
         yield
 
 
 # --- data and grading ---------------------------------------------------------------------------
 
 
-def one_prompt(folder: Path, _: tuple[str, str]) -> Mapping[str, Any]:
-    """A data set of a few prompts of which one stands there ninety times."""
+def repeat_one_prompt(folder: Path, _: tuple[str, str]) -> Mapping[str, Any]:
+    """Write a data set of a few prompts in which one is repeated ninety times."""
     rows = [{"prompt": f"{i}:7*3+8", "answer": "5"} for i in range(10)]
     rows += [{"prompt": "4:2*3+8", "answer": "5"}] * 90
     path = folder / "copies.jsonl"
@@ -334,17 +353,19 @@ def one_prompt(folder: Path, _: tuple[str, str]) -> Mapping[str, Any]:
     return {"task": str(path), "grader": "exact"}
 
 
-def graded(reward: float) -> AbstractContextManager[Any]:
-    def grade(_: Any, tokens: Tensor, *given: Any) -> list[Grade]:
+def constant_reward(reward: float) -> AbstractContextManager[Any]:
+    """Grade every response with the same reward."""
+
+    def grade(_: Any, tokens: Tensor, *args: Any) -> list[Grade]:
         return [Grade(reward, None)] * len(tokens)
 
-    return patch.object(step, "verdicts", grade)
+    return patch.object(step, "grade_responses", grade)
 
 
 @contextmanager
-def two_bos() -> Iterator[None]:
-    """A tokenizer that adds the BOS that its template wrote."""
-    plain = encode_one
+def add_second_bos() -> Iterator[None]:
+    """Add a second BOS, as a tokenizer does whose chat template already contains one."""
+    plain = encode_prompt
 
     def encode(tokenizer: Any, problem: Any) -> list[int]:
         ids = plain(tokenizer, problem)
@@ -353,72 +374,90 @@ def two_bos() -> Iterator[None]:
     def name_it(pair: ModelPair) -> None:
         pair.tokenizer.bos_token = "<|im_start|>"
 
-    with patch.object(tasks, "encode_one", encode), with_pairs(name_it):
+    with patch.object(prompts, "encode_prompt", encode), change_pairs(name_it):
         yield
 
 
-def other_file(folder: Path, pair: tuple[str, str]) -> Mapping[str, Any]:
-    """Both folders' tokenizer.json lowers text, which the class that loads it does not."""
-    made = {}
+def change_tokenizer_file(folder: Path, pair: tuple[str, str]) -> Mapping[str, Any]:
+    """Add lower-casing to both tokenizer.json files, which the loading class does not apply."""
+    settings = {}
     for role, old in zip(("student", "teacher"), pair, strict=True):
         new = folder / role
         shutil.copytree(old, new)
         path = new / "tokenizer.json"
         state = json.loads(path.read_text())
         path.write_text(json.dumps(state | {"normalizer": {"type": "Lowercase"}}))
-        made[role] = str(new)
-    return made
+        settings[role] = str(new)
+    return settings
 
 
 SILENT_FAULTS: dict[str, Fault] = {
-    "teacher scores with dropout": Fault(lambda: with_pairs(partial(drop_out, "teacher"))),
-    "teacher drops out, from step 1": Fault(lambda: dropout_later("teacher"), LATE),
-    "student drops out, from step 1": Fault(lambda: dropout_later("student"), LATE),
-    "sampler's head not synced": Fault(
-        lambda: patch.object(train, "sampler", lambda _, student: HeadBehind(student))
+    "teacher scores with dropout": Fault(lambda: change_pairs(partial(enable_dropout, "teacher"))),
+    "teacher drops out, from step 1": Fault(
+        lambda: enable_dropout_later("teacher"), WITHOUT_START_CHECKS
     ),
-    "one prompt fills the data": Fault(prepare=one_prompt),
-    "grader constant at 1": Fault(lambda: graded(1.0)),
-    "grader constant at 0": Fault(lambda: graded(0.0)),
-    "rewards are NaN": Fault(lambda: graded(float("nan"))),
+    "student drops out, from step 1": Fault(
+        lambda: enable_dropout_later("student"), WITHOUT_START_CHECKS
+    ),
+    "sampler's head not synced": Fault(
+        lambda: patch.object(
+            train, "make_rollout_engine", lambda _, student: StaleHeadEngine(student)
+        )
+    ),
+    "one prompt fills the data": Fault(prepare=repeat_one_prompt),
+    "grader constant at 1": Fault(lambda: constant_reward(1.0)),
+    "grader constant at 0": Fault(lambda: constant_reward(0.0)),
+    "rewards are NaN": Fault(lambda: constant_reward(float("nan"))),
     "learning rate 0": Fault(lambda: patch.object(update, "learning_rate", lambda *_: 0.0)),
-    "clip at 0": Fault(lambda: step_with(clip_zero)),
-    "optimizer step not taken": Fault(lambda: step_with(never)),
+    "clip at 0": Fault(lambda: change_step(clip_to_zero)),
+    "optimizer step not taken": Fault(lambda: change_step(skip_step)),
     "bfloat16 without masters": Fault(
-        lambda: patch.object(train, "adamw", no_masters), {"dtype": "bfloat16", "lr": 1e-5}
+        lambda: patch.object(train, "make_optimizer", optimizer_without_masters),
+        {"dtype": "bfloat16", "lr": 1e-5},
     ),
     "weights not published": Fault(
-        lambda: patch.object(Optimizer, "publish", lambda _: None), {"dtype": "bfloat16"}
+        lambda: patch.object(Optimizer, "copy_to_model", lambda _: None), {"dtype": "bfloat16"}
     ),
-    "decoder detached": Fault(lambda: patch.object(update, "response_hidden", detached)),
+    "decoder detached": Fault(
+        lambda: patch.object(update, "response_hidden_states", detached_hidden_states)
+    ),
     "gradient not zeroed": Fault(lambda: patch.object(Optimizer, "zero_grad", lambda _: None)),
-    "gradient not accumulated": Fault(zeroed_each_time, {"max_tokens_per_microbatch": 256}),
-    "teacher moves": Fault(teacher_trained),
-    "student and teacher share a head": Fault(lambda: with_pairs(one_network)),
-    "student and teacher exchanged": Fault(lambda: with_pairs(exchange_roles)),
-    "mean of micro-batch means": Fault(micro_means, {"max_tokens_per_microbatch": 256}),
-    "loss twice as large": Fault(lambda: loss_times(2.0)),
-    "forward KL for reverse": Fault(lambda: objective_instead("full_forward_kl")),
+    "gradient not accumulated": Fault(
+        zero_before_each_backward, {"max_tokens_per_microbatch": 256}
+    ),
+    "teacher moves": Fault(train_teacher_too),
+    "student and teacher share a head": Fault(lambda: change_pairs(share_head)),
+    "student and teacher exchanged": Fault(lambda: change_pairs(exchange_roles)),
+    "mean of micro-batch means": Fault(
+        mean_of_micro_batch_means, {"max_tokens_per_microbatch": 256}
+    ),
+    "loss twice as large": Fault(lambda: scale_loss(2.0)),
+    "forward KL for reverse": Fault(lambda: replace_objective("full_forward_kl")),
     "reverse KL for forward": Fault(
-        lambda: objective_instead("full_reverse_kl"), {"objective": "full_forward_kl"}
+        lambda: replace_objective("full_reverse_kl"), {"objective": "full_forward_kl"}
     ),
-    "k3 for k2": Fault(lambda: objective_instead("k3"), {"objective": "k2"}),
-    "top-K ids a position late": Fault(lambda: support_changed(shift_ids)),
+    "k3 for k2": Fault(lambda: replace_objective("k3"), {"objective": "k2"}),
+    "top-K ids a position late": Fault(lambda: change_support(shift_ids)),
     "top-K ids a rank late": Fault(lambda: patch.object(score, "two_stage_topk", ranks_from_two)),
-    "support renormalised twice": Fault(lambda: support_changed(renormalise)),
-    "support's mass a fifth": Fault(lambda: support_changed(fewer)),
-    "support's mass above 1": Fault(lambda: support_changed(double_first)),
-    "two BOS": Fault(two_bos),
+    "support renormalised twice": Fault(lambda: change_support(renormalise)),
+    "support's mass a fifth": Fault(lambda: change_support(scale_support_mass)),
+    "support's mass above 1": Fault(lambda: change_support(repeat_first_id)),
+    "two BOS": Fault(add_second_bos),
     "teacher's positions not shifted": Fault(
-        lambda: patch.object(score, "response_hidden", positions_from_zero), architecture="gpt2"
+        lambda: patch.object(score, "response_hidden_states", positions_from_zero),
+        architecture="gpt2",
     ),
-    "teacher in bfloat16": Fault(lambda: with_pairs(cast)),
-    "teacher in bfloat16, unchecked start": Fault(lambda: with_pairs(cast), LATE),
-    "teacher rounded to bfloat16": Fault(lambda: with_pairs(round_weights)),
-    "tokenizer not as in its file": Fault(prepare=other_file),
-    "teacher ignores the mask": Fault(lambda: with_pairs(ignore_mask)),
-    "teacher ignores the mask, unchecked start": Fault(lambda: with_pairs(ignore_mask), LATE),
-    "teacher's scores of the step before": Fault(lambda: score_then(stale)),
-    "teacher's scores of another row": Fault(lambda: score_then(other_rows)),
-    "scored at another temperature": Fault(lambda: at_temperature(1.25)),
+    "teacher in bfloat16": Fault(lambda: change_pairs(cast_teacher)),
+    "teacher in bfloat16, unchecked start": Fault(
+        lambda: change_pairs(cast_teacher), WITHOUT_START_CHECKS
+    ),
+    "teacher rounded to bfloat16": Fault(lambda: change_pairs(round_weights)),
+    "tokenizer not as in its file": Fault(prepare=change_tokenizer_file),
+    "teacher ignores the mask": Fault(lambda: change_pairs(ignore_mask)),
+    "teacher ignores the mask, unchecked start": Fault(
+        lambda: change_pairs(ignore_mask), WITHOUT_START_CHECKS
+    ),
+    "teacher's scores of the step before": Fault(lambda: change_scores(stale_teacher_scores)),
+    "teacher's scores of another row": Fault(lambda: change_scores(other_row_scores)),
+    "scored at another temperature": Fault(lambda: score_at_temperature(1.25)),
 }

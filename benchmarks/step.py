@@ -1,12 +1,12 @@
-"""A whole step of on-policy distillation against TRL's trainer: the same models, prompts and work.
+"""Compare a whole distillation step with TRL's trainer on the same models, prompts and work.
 
     python -m benchmarks.step [--steps 5 --response 64 --vocabulary 32768 --width 128 --layers 4]
 
-Each trainer runs in a process of its own, one after the other, on the same random pair: a step
-samples one response of exactly `response` tokens to each of `rows` prompts, scores it with the
-teacher and takes one AdamW step. The first step is left out. Memory is the peak of the process
-beyond what it held before its first step. TRL computes the full-vocabulary reverse KL; so does our
-first row, the second is the paper's renormalised top-K, which is another objective.
+Each trainer runs in its own process, one after the other, on the same random pair: a step samples
+one response of exactly `response` tokens to each of `rows` prompts, scores it with the teacher and
+takes one AdamW step. The first step is excluded. Memory is the peak of the process beyond its use
+before the first step. TRL computes the full-vocabulary reverse KL, as does the toolkit's first row;
+the second row is the paper's renormalised top-K, a different objective.
 """
 
 import argparse
@@ -36,40 +36,40 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--kind", choices=KINDS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.kind:
-        print(json.dumps({"trl": rival}.get(given.kind, ours)(given)))
+    args = parser.parse_args()
+    if args.kind:
+        print(json.dumps({"trl": run_trl}.get(args.kind, run_toolkit)(args)))
         return
     print(
-        f"rows {given.rows}, response {given.response}, V {given.vocabulary}, width {given.width}, "
-        f"{given.layers} layers, {given.device}; torch {version('torch')}, transformers "
+        f"rows {args.rows}, response {args.response}, V {args.vocabulary}, width {args.width}, "
+        f"{args.layers} layers, {args.device}; torch {version('torch')}, transformers "
         f"{version('transformers')}, trl {version('trl')}"
     )
     with tempfile.TemporaryDirectory() as folder:
-        make_models(Path(folder), given)
-        found = {kind: measured(kind, folder) for kind in KINDS}
-    for kind, (seconds, mebibytes) in found.items():
-        ratio = found["trl"][0] / seconds
+        make_models(Path(folder), args)
+        measurements = {kind: run_trainer(kind, folder) for kind in KINDS}
+    for kind, (seconds, mebibytes) in measurements.items():
+        ratio = measurements["trl"][0] / seconds
         print(
             f"{kind:16} {seconds:7.2f} s a step ({ratio:.2f}x), peak {mebibytes:7.0f} MiB beyond "
-            f"the start ({found['trl'][1] / mebibytes:.2f}x less)"
+            f"the start ({measurements['trl'][1] / mebibytes:.2f}x less)"
         )
 
 
-def measured(kind: str, folder: str) -> tuple[float, float]:
-    """(seconds a step, MiB) of a trainer in a fresh process."""
+def run_trainer(kind: str, folder: str) -> tuple[float, float]:
+    """Run a trainer in a new process; return seconds per step and MiB."""
     line = [sys.executable, "-m", "benchmarks.step", *sys.argv[1:]]
     line += ["--kind", kind, "--folder", folder]
     quiet = os.environ | {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    done = subprocess.run(line, capture_output=True, text=True, env=quiet, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{kind} failed:\n{done.stderr[-3000:]}")
-    found = json.loads(done.stdout.strip().splitlines()[-1])
-    return found["seconds"], found["mebibytes"]
+    process = subprocess.run(line, capture_output=True, text=True, env=quiet, check=False)
+    if process.returncode:
+        raise RuntimeError(f"{kind} failed:\n{process.stderr[-3000:]}")
+    result = json.loads(process.stdout.strip().splitlines()[-1])
+    return result["seconds"], result["mebibytes"]
 
 
-def make_models(folder: Path, given: Any) -> None:
-    """A random pair with no end token, so that all responses have one length, and a task file."""
+def make_models(folder: Path, args: Any) -> None:
+    """Save a random pair without an end token, for responses of equal length, and a task file."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -78,24 +78,24 @@ def make_models(folder: Path, given: Any) -> None:
     for seed, name in enumerate(("student", "teacher")):
         torch.manual_seed(seed)
         config = Qwen2Config(
-            vocab_size=given.vocabulary,
-            hidden_size=given.width,
-            intermediate_size=4 * given.width,
-            num_hidden_layers=given.layers,
-            num_attention_heads=given.width // 32,
-            num_key_value_heads=given.width // 32,
-            max_position_embeddings=given.response + 128,
+            vocab_size=args.vocabulary,
+            hidden_size=args.width,
+            intermediate_size=4 * args.width,
+            num_hidden_layers=args.layers,
+            num_attention_heads=args.width // 32,
+            num_key_value_heads=args.width // 32,
+            max_position_embeddings=args.response + 128,
         )
         network = Qwen2ForCausalLM(config)
-        network.generation_config.eos_token_id = given.vocabulary - 1  # of probability 1 / V
+        network.generation_config.eos_token_id = args.vocabulary - 1  # of probability 1 / V
         network.save_pretrained(folder / name)
         make_tokenizer().save_pretrained(folder / name)
-    rows = [{"prompt": f"{i}+{i}*{i}", "answer": "0"} for i in range(10, 10 + 64 * given.rows)]
+    rows = [{"prompt": f"{i}+{i}*{i}", "answer": "0"} for i in range(10, 10 + 64 * args.rows)]
     (folder / "task.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
 
 
-def resident() -> float:
-    """MiB that the process has held at most so far; on CUDA what torch has allocated at most."""
+def peak_memory() -> float:
+    """Return the peak resident memory of the process in MiB; on CUDA that allocated by torch."""
     import torch
 
     if torch.cuda.is_available():
@@ -103,57 +103,61 @@ def resident() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def now(device: str) -> float:
-    """Seconds; on a CPU those of this process, whatever else the machine does."""
+def clock_seconds(device: str) -> float:
+    """Return the time in seconds; on a CPU the process's CPU time."""
     return time.process_time() if device == "cpu" else time.perf_counter()
 
 
-def summary(ends: list[float], before: float) -> dict[str, float]:
+def summarize_times(ends: list[float], start_memory: float) -> dict[str, float]:
+    """Return median seconds per step and peak memory beyond the start."""
     between = [b - a for a, b in pairwise(ends)]
-    return {"seconds": sorted(between)[len(between) // 2], "mebibytes": resident() - before}
+    return {
+        "seconds": sorted(between)[len(between) // 2],
+        "mebibytes": peak_memory() - start_memory,
+    }
 
 
-def ours(given: Any) -> dict[str, float]:
-    """Our step, with its diagnostics, without the evaluations around it."""
+def run_toolkit(args: Any) -> dict[str, float]:
+    """Time the toolkit's step with its metrics, without evaluations."""
     from opd.config.settings import Config
     from opd.training import train as trainer
 
     config = Config(
-        student=str(given.folder / "student"),
-        teacher=str(given.folder / "teacher"),
-        out=str(given.folder / f"run-{given.kind}"),
-        task=str(given.folder / "task.jsonl"),
-        objective=given.kind,
+        student=str(args.folder / "student"),
+        teacher=str(args.folder / "teacher"),
+        out=str(args.folder / f"run-{args.kind}"),
+        task=str(args.folder / "task.jsonl"),
+        objective=args.kind,
         support_k=32,
-        prompts_per_step=given.rows,
+        prompts_per_step=args.rows,
         group_size=1,
-        max_response=given.response,
-        steps=given.steps + 1,
+        max_response=args.response,
+        steps=args.steps + 1,
         lr=1e-6,
         eval_every=0,
         save_every=0,
         save_batch_every=0,
-        device=given.device,
+        device=args.device,
     )
     ends: list[float] = []
-    held: list[float] = []
-    step = trainer.one_step
+    memory_at_start: list[float] = []
+    step = trainer.run_step
 
     def timed(run: Any, number: int) -> Any:
-        held.append(resident())
+        memory_at_start.append(peak_memory())
         row = step(run, number)
-        ends.append(now(given.device))
+        ends.append(clock_seconds(args.device))
         return row
 
-    trainer.one_step = timed  # type: ignore[assignment]
-    trainer.record_evaluation = lambda *_: None  # type: ignore[assignment]
+    trainer.run_step = timed  # type: ignore[assignment]
+    trainer.evaluate_and_record = lambda *_: None  # type: ignore[assignment]
     trainer.checkpoint.save = lambda *_: None  # type: ignore[assignment]
     trainer.train(config)
-    return summary(ends, held[0])
+    return summarize_times(ends, memory_at_start[0])
 
 
-def rival(given: Any) -> dict[str, float]:
-    """TRL's DistillationTrainer at beta = 1."""
+def run_trl(args: Any) -> dict[str, float]:
+    """Time TRL's DistillationTrainer at beta = 1."""
     import pandas
     import torch
     from datasets import Dataset
@@ -161,27 +165,27 @@ def rival(given: Any) -> dict[str, float]:
     from trl import DistillationConfig, DistillationTrainer
 
     ends: list[float] = []
-    held: list[float] = []
+    memory_at_start: list[float] = []
 
     class Clock(TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, *_: Any, **__: Any) -> None:
-            held.append(resident())
+            memory_at_start.append(peak_memory())
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            ends.append(now(given.device))
+            ends.append(clock_seconds(args.device))
 
-    rows = pandas.read_json(given.folder / "task.jsonl", lines=True)
+    rows = pandas.read_json(args.folder / "task.jsonl", lines=True)
     prompts = [[{"role": "user", "content": text}] for text in rows["prompt"]]
-    cpu = given.device == "cpu"
+    cpu = args.device == "cpu"
     config = DistillationConfig(
-        output_dir=str(given.folder / "trl"),
+        output_dir=str(args.folder / "trl"),
         beta=1.0,
         temperature=1.0,
         top_p=1.0,
         top_k=0,
-        max_completion_length=given.response,
-        per_device_train_batch_size=given.rows,
-        max_steps=given.steps + 1,
+        max_completion_length=args.response,
+        per_device_train_batch_size=args.rows,
+        max_steps=args.steps + 1,
         learning_rate=1e-6,
         use_cpu=cpu,
         bf16=False,
@@ -190,20 +194,20 @@ def rival(given: Any) -> dict[str, float]:
         save_strategy="no",
         logging_steps=1,
         disable_tqdm=True,
-        # its generation stops at the tokenizer's end, too: none of V
-        generation_kwargs={"min_new_tokens": given.response},
+        # its generation also stops at the tokenizer's EOS, which is prevented here
+        generation_kwargs={"min_new_tokens": args.response},
     )
     trainer = DistillationTrainer(
-        model=str(given.folder / "student"),
-        teacher_model=str(given.folder / "teacher"),
+        model=str(args.folder / "student"),
+        teacher_model=str(args.folder / "teacher"),
         args=config,
         train_dataset=Dataset.from_dict({"prompt": prompts}),
-        processing_class=AutoTokenizer.from_pretrained(given.folder / "student"),
+        processing_class=AutoTokenizer.from_pretrained(args.folder / "student"),
         callbacks=[Clock()],
     )
     torch.manual_seed(0)
     trainer.train()
-    return summary(ends, held[0])
+    return summarize_times(ends, memory_at_start[0])
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Speed of the synthetic study, as ratios measured in one run on one thread.
+"""Measure the speed of the synthetic study as ratios, on one thread.
 
     python -m benchmarks.study
 
-1. Exact moments of a grid of discounts and estimators against Monte Carlo on the same world until
-   the least certain has a relative standard error of 1 % (extrapolated from a shorter run: standard
-   errors fall as 1/sqrt(n), time grows as n), for the variances alone and for the means, whose
-   error is that of the whole vector, sqrt(variance / n) / |mean|.
-2. The vectorised sampler with gradients against a loop of one autograd call a trajectory.
+1. Exact moments of a grid of discounts and estimators, compared with Monte Carlo on the same world
+   until the least certain one has a relative standard error of 1 % (extrapolated from a shorter
+   run: standard errors fall as 1/sqrt(n), time grows as n), for the variances alone and for the
+   means, whose error is that of the whole vector, sqrt(variance / n) / |mean|.
+2. The vectorised sampler with gradients, compared with a loop of one autograd call per trajectory.
 3. Peak memory of Monte Carlo as the number of trajectories grows.
 """
 
@@ -34,13 +34,16 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def world(states: int, actions: int, horizon: int) -> tuple[TabularMDP, torch.Tensor, torch.Tensor]:
+def make_world(
+    states: int, actions: int, horizon: int
+) -> tuple[TabularMDP, torch.Tensor, torch.Tensor]:
+    """Return a random world with student and teacher."""
     mdp = random_chain(states, actions, horizon, seeded(0), mixing=0.1)
     return mdp, *random_pair(mdp, seeded(1), distance=1.0, heterogeneity=0.5)
 
 
 def seconds(work: Callable[[], object], repeats: int = 3) -> float:
-    """Median wall time of a call."""
+    """Return the median wall time of a call."""
     times = []
     for _ in range(repeats):
         begin = time.perf_counter()
@@ -50,41 +53,43 @@ def seconds(work: Callable[[], object], repeats: int = 3) -> float:
 
 
 def exact_against_sampling(states: int, actions: int, horizon: int, count: int) -> None:
-    mdp, student, teacher = world(states, actions, horizon)
+    """Print the time of exact moments and of Monte Carlo."""
+    mdp, student, teacher = make_world(states, actions, horizon)
 
-    family = {f"{n} {g}": ESTIMATORS[n].sampled(g) for n in NAMES for g in GAMMAS}
+    family = {f"{n} {g}": ESTIMATORS[n].sampled_objective(g) for n in NAMES for g in GAMMAS}
     tables = {
         f"{n} {g}": moments.baseline(mdp, student, teacher, n, g) for n in NAMES for g in GAMMAS
     }
-    ours = seconds(lambda: moments.moments(mdp, student, teacher, NAMES, GAMMAS), 5)
+    exact_seconds = seconds(lambda: moments.moments(mdp, student, teacher, NAMES, GAMMAS), 5)
     begin = time.perf_counter()
-    drawn = monte_carlo(
+    estimate = monte_carlo(
         mdp, student, teacher, family, count, seeded(2), baselines=tables, chunk=1000
     )
     sampled = time.perf_counter() - begin
     mean, variance = moments.moments(mdp, student, teacher, NAMES, GAMMAS)
-    noise = float((drawn.variance_se / drawn.variance).max())
-    away = float((variance / mean.square().sum((-1, -2)) / count).sqrt().max())
+    noise = float((estimate.variance_se / estimate.variance).max())
+    mean_error = float((variance / mean.square().sum((-1, -2)) / count).sqrt().max())
     print(
         f"S={states} A={actions} T={horizon}, {len(GAMMAS)} discounts x {len(NAMES)} estimators: "
-        f"exact {ours:.3f} s; Monte Carlo {sampled:.1f} s for {count} trajectories"
+        f"exact {exact_seconds:.3f} s; Monte Carlo {sampled:.1f} s for {count} trajectories"
     )
-    for what, error in (("variances", noise), ("means", away)):
-        theirs = sampled * (error / 0.01) ** 2
+    for quantity, error in (("variances", noise), ("means", mean_error)):
+        sampling_seconds = sampled * (error / 0.01) ** 2
         print(
-            f"  {what}: largest relative standard error {error:.3f}, {theirs:.0f} s to 1 %: "
-            f"ratio {theirs / ours:.0f}"
+            f"  {quantity}: largest relative standard error {error:.3f}, "
+            f"{sampling_seconds:.0f} s to 1 %: ratio {sampling_seconds / exact_seconds:.0f}"
         )
 
 
 def vectorised_against_loop(states: int, actions: int, horizon: int) -> None:
-    mdp, student, teacher = world(states, actions, horizon)
-    objective = ESTIMATORS["plain"].sampled(1.0)
+    """Print the rate of the vectorised sampler and of a loop."""
+    mdp, student, teacher = make_world(states, actions, horizon)
+    objective = ESTIMATORS["plain"].sampled_objective(1.0)
     cost = student.log_softmax(-1) - teacher.log_softmax(-1)
     generator = seeded(3)
 
-    def one() -> torch.Tensor:
-        """As one would write it first: step by step, one backward pass a trajectory."""
+    def single_gradient() -> torch.Tensor:
+        """Compute one gradient step by step with one backward pass, as in a simple version."""
         live = student.clone().requires_grad_()
         state = int(torch.multinomial(mdp.start, 1, generator=generator))
         logps, costs = [], []
@@ -98,27 +103,28 @@ def vectorised_against_loop(states: int, actions: int, horizon: int) -> None:
         (gradient,) = torch.autograd.grad((torch.stack(logps) * to_go).sum(), live)
         return gradient
 
-    def many() -> None:
-        at = sample(mdp, student, teacher, 2048, generator)
-        trajectory_gradients(at, student, objective)
+    def batch_gradients() -> None:
+        trajectories = sample(mdp, student, teacher, 2048, generator)
+        trajectory_gradients(trajectories, student, objective)
 
-    loop, ours = seconds(one, 21), seconds(many, 5) / 2048
+    loop, batch_seconds = seconds(single_gradient, 21), seconds(batch_gradients, 5) / 2048
     print(
         f"S={states} A={actions} T={horizon}: loop {1 / loop:.0f} trajectories/s, vectorised "
-        f"{1 / ours:.0f}: ratio {loop / ours:.0f}"
+        f"{1 / batch_seconds:.0f}: ratio {loop / batch_seconds:.0f}"
     )
 
 
 def long_horizon(states: int, names: tuple[str, ...]) -> None:
-    mdp, student, teacher = world(states, 16, 512)
+    """Print the time of exact moments at a long horizon."""
+    mdp, student, teacher = make_world(states, 16, 512)
     spent = seconds(lambda: moments.moments(mdp, student, teacher, names, GAMMAS), 1)
     print(f"S={states} A=16 T=512, 8 discounts, {len(names)} estimators: {spent:.1f} s")
 
 
 def memory(count: int) -> None:
-    """Print the peak resident set of a fresh process that samples so many trajectories."""
-    mdp, student, teacher = world(8, 4, 64)
-    family = {"plain": ESTIMATORS["plain"].sampled(1.0)}
+    """Print the peak memory of a new process that samples so many trajectories."""
+    mdp, student, teacher = make_world(8, 4, 64)
+    family = {"plain": ESTIMATORS["plain"].sampled_objective(1.0)}
     monte_carlo(mdp, student, teacher, family, count, seeded(4), chunk=1000)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 
@@ -126,12 +132,14 @@ def memory(count: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
-    if given.memory:
-        memory(given.memory)
+    if args.memory:
+        memory(args.memory)
         return
-    print(f"python {platform.python_version()}, torch {torch.__version__}, {cpu()}, one thread")
+    print(
+        f"python {platform.python_version()}, torch {torch.__version__}, {cpu_name()}, one thread"
+    )
     exact_against_sampling(8, 4, 64, 10_000)
     exact_against_sampling(16, 16, 64, 3_000)
     vectorised_against_loop(8, 4, 64)
@@ -139,13 +147,13 @@ def main() -> None:
     long_horizon(16, NAMES)
     long_horizon(64, NAMES[:1])
     for count in (2_000, 20_000, 100_000):
-        words = [sys.executable, "-m", "benchmarks.study", "--memory", str(count)]
-        peak = subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+        command = [sys.executable, "-m", "benchmarks.study", "--memory", str(count)]
+        peak = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
         print(f"Monte Carlo with {count} trajectories: peak {peak} MiB")
 
 
-def cpu() -> str:
-    """The processor's name where the system tells it."""
+def cpu_name() -> str:
+    """Return the processor's name, if the system provides it."""
     try:
         with open("/proc/cpuinfo") as file:
             names = [
