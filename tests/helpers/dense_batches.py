@@ -1,4 +1,4 @@
-"""Ragged batches whose whole distributions are known, for oracles that loop over the vocabulary."""
+"""Batches of varying lengths with known full distributions, for reference implementations."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,29 +6,29 @@ from dataclasses import dataclass
 import torch
 
 from diagnostics.batch import DistributionStats, ScoredRollouts, Support
-from diagnostics.core.distribution_stats import functionals
+from diagnostics.core.distribution_stats import compute_distribution_stats
 
 V, B, T = 24, 10, 40
 STUDENT_ENDS, TEACHER_ENDS = (0, 1), (1, 2, 3)
 
 
 @dataclass(frozen=True)
-class Dense:
-    """A batch and the (B, T, V) log-probabilities that it was made from."""
+class DenseBatch:
+    """A batch and the (B, T, V) log-probabilities that it was built from."""
 
     batch: ScoredRollouts
     p: torch.Tensor
     q: torch.Tensor
 
     def tokens(self) -> Iterator[tuple[int, int]]:
-        """Every supervised (response, position)."""
+        """Yield the (response, position) of every supervised token."""
         yield from ((int(i), int(t)) for i, t in self.batch.mask.nonzero())
 
 
-def dense(
+def make_dense_batch(
     seed: int = 0, source: str = "teacher", k: int = 10, gap: float = 1.0, sharpness: float = 2.0
-) -> Dense:
-    """Tokens drawn from p; holes in the mask, lengths from 0 and 1 on, support of any source."""
+) -> DenseBatch:
+    """Build a batch of tokens sampled from p, with gaps in the mask and lengths from 0 and 1 on."""
     g = torch.Generator().manual_seed(seed)
     p = (sharpness * torch.randn(B, T, V, generator=g).double()).log_softmax(-1)
     noise = gap * torch.randn(p.shape, generator=g).double()
@@ -39,18 +39,18 @@ def dense(
     mask[1, 0] = True
     y = y * mask
 
-    def at(x: torch.Tensor) -> torch.Tensor:
+    def masked(x: torch.Tensor) -> torch.Tensor:
         return x * (mask if x.dim() == 2 else mask[..., None])
 
     def pick(x: torch.Tensor) -> torch.Tensor:
-        return at(x.gather(-1, y[..., None])[..., 0])
+        return masked(x.gather(-1, y[..., None])[..., 0])
 
     ids, present = support_ids(p, q, source, k)
-    off = 0.3 * torch.randn(B, T, generator=g).double()
+    offset = 0.3 * torch.randn(B, T, generator=g).double()
     batch = ScoredRollouts(
         tokens=y,
         mask=mask,
-        sampler_logp=at((pick(p) + off).clamp(max=-1e-3)),
+        sampler_logp=masked((pick(p) + offset).clamp(max=-1e-3)),
         prompt=torch.arange(B) // 2,
         ended=torch.rand(B, generator=g) > 0.5,
         task=torch.arange(B) % 3,
@@ -59,35 +59,35 @@ def dense(
         teacher_logp=pick(q),
         support=Support(
             ids=ids * mask[..., None],
-            student_logp=at(p.gather(-1, ids)),
-            teacher_logp=at(q.gather(-1, ids)),
+            student_logp=masked(p.gather(-1, ids)),
+            teacher_logp=masked(q.gather(-1, ids)),
             source=source,
             present=present,
         ),
         prefix=DistributionStats(
-            **{name: at(x) for name, x in functionals(p, q, y).items()},
-            student_end=at(p[..., list(STUDENT_ENDS)].logsumexp(-1)),
-            teacher_end=at(q[..., list(TEACHER_ENDS)].logsumexp(-1)),
-            ending=at(torch.isin(y, torch.tensor(STUDENT_ENDS)).double()),
+            **{name: masked(x) for name, x in compute_distribution_stats(p, q, y).items()},
+            student_end=masked(p[..., list(STUDENT_ENDS)].logsumexp(-1)),
+            teacher_end=masked(q[..., list(TEACHER_ENDS)].logsumexp(-1)),
+            ending=masked(torch.isin(y, torch.tensor(STUDENT_ENDS)).double()),
         ),
     )
-    return Dense(batch.checked(), p, q)
+    return DenseBatch(batch.validate(), p, q)
 
 
 def support_ids(
     p: torch.Tensor, q: torch.Tensor, source: str, k: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Ids (B, T, K or 2 K or V) of a source and which are present."""
-    theirs, ours = q.topk(k, -1).indices, p.topk(k, -1).indices
-    both = (theirs[..., None] == ours[..., None, :]).any(-1)
+    """Return ids (B, T, K or 2 K or V) of a support and which of them are present."""
+    teacher_ids, student_ids = q.topk(k, -1).indices, p.topk(k, -1).indices
+    in_both = (teacher_ids[..., None] == student_ids[..., None, :]).any(-1)
     if source == "full":
         return torch.arange(p.shape[-1]).expand_as(p).clone(), None
     if source == "union":
-        new = ~(ours[..., None] == theirs[..., None, :]).any(-1)
-        return torch.cat([theirs, ours], -1), torch.cat([torch.ones_like(new), new], -1)
+        new = ~(student_ids[..., None] == teacher_ids[..., None, :]).any(-1)
+        return torch.cat([teacher_ids, student_ids], -1), torch.cat([torch.ones_like(new), new], -1)
     if source == "intersection":
-        return theirs, both
-    return (theirs if source == "teacher" else ours), None
+        return teacher_ids, in_both
+    return (teacher_ids if source == "teacher" else student_ids), None
 
 
 def mean(values: list[float]) -> float:

@@ -1,7 +1,7 @@
-"""A rollout server for tests: a real Hugging Face model behind vLLM's JSON, which takes weights.
+"""A fake vLLM rollout server: a Hugging Face model behind vLLM's JSON API, which loads weights.
 
-It can be told to have the faults that servers have: to be restarted with its first weights, to keep
-a tied head, to keep its cache, to tell log-probabilities before temperature.
+It can simulate faults of real servers: a restart with the initial weights, a tied head that keeps
+its old weights, a prefix cache that is not reset, log-probabilities before temperature.
 """
 
 import threading
@@ -11,108 +11,115 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.helpers.fake_teacher_server import Teacher
+from tests.helpers.fake_teacher_server import FakeTeacher
 
 LOADING = threading.Lock()
-"""Loading patches `tie_weights` of all models meanwhile: two threads at it can leave it patched."""
+"""`from_pretrained` patches `tie_weights` globally while it runs, which is not thread-safe."""
 
 
-class SamplingServer(Teacher):
-    """loads: folders it was given; version: the name of its weights; obeys: has development mode.
+class FakeRolloutServer(FakeTeacher):
+    """A model that serves sampled responses and loads checkpoints.
 
-    cached: the model whose keys and values are in the cache, and which therefore samples.
+    loaded_folders: folders of the checkpoints that were loaded. weights_name: name of the current
+    weights. dev_mode: whether the routes of vLLM's development mode exist. cached_network: the
+    model whose keys and values are in the prefix cache, and which therefore samples.
     """
 
     def __init__(self, folder: Path, **settings: Any) -> None:
         super().__init__(folder, **settings)
         self.folder = folder
-        self.loads: list[str] = []
-        self.obeys, self.tied, self.forgets, self.raw = True, False, True, False
-        self.busy = 0
+        self.loaded_folders: list[str] = []
+        self.dev_mode, self.keeps_old_head, self.resets_cache, self.raw_logprobs = (
+            True,
+            False,
+            True,
+            False,
+        )
+        self.busy_requests = 0
         self.restart()
 
     def restart(self) -> None:
         with LOADING:
             self.network = AutoModelForCausalLM.from_pretrained(self.folder).eval()
-        self.cached, self.version = self.network, "default"
+        self.cached_network, self.weights_name = self.network, "default"
 
     def models(self) -> dict[str, Any]:
         return {"data": [{"id": "student", "max_model_len": self.limit}]}
 
-    def order(self, path: str, question: Any) -> tuple[int, dict[str, Any]]:
-        if path == "/v1/models" or not self.obeys:
-            return super().order(path, question)
+    def handle(self, path: str, payload: Any) -> tuple[int, dict[str, Any]]:
+        if path == "/v1/models" or not self.dev_mode:
+            return super().handle(path, payload)
         if path == "/weight_info":
-            return 200, {"weight_version": self.version}
+            return 200, {"weight_version": self.weights_name}
         if path == "/update_weight_version":
-            self.version = question["new_version"]
+            self.weights_name = payload["new_version"]
             return 200, {"success": True}
         if path == "/reset_prefix_cache":
-            self.busy -= 1
-            if self.busy < 0 and self.forgets:
-                self.cached = self.network
-            return 200, {"success": self.busy < 0}
-        if question.get("method") == "reload_weights":
-            return self.reload(question["kwargs"]["weights_path"])
+            self.busy_requests -= 1
+            if self.busy_requests < 0 and self.resets_cache:
+                self.cached_network = self.network
+            return 200, {"success": self.busy_requests < 0}
+        if payload.get("method") == "reload_weights":
+            return self.reload(payload["kwargs"]["weights_path"])
         return 200, {"results": [None]}
 
     def reload(self, path: str) -> tuple[int, dict[str, Any]]:
-        self.loads.append(path)
+        self.loaded_folders.append(path)
         try:
             with LOADING:
                 network = AutoModelForCausalLM.from_pretrained(path).eval()
         except OSError as error:
             return 500, {"error": {"message": str(error)}}
-        if self.tied:
+        if self.keeps_old_head:
             network.lm_head.weight = torch.nn.Parameter(self.network.lm_head.weight.detach())
         self.network = network
         return 200, {"results": [None]}
 
-    def completions(self, question: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        ids = question["prompt"]
-        told = self.row(ids, 0) if question.get("prompt_logprobs") == 0 else None
-        generator = torch.Generator().manual_seed(question.get("seed", 0))
-        drawn: list[int] = []
+    def completions(self, payload: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        ids = payload["prompt"]
+        prompt_logprobs = (
+            self.prompt_logprobs(ids, 0) if payload.get("prompt_logprobs") == 0 else None
+        )
+        generator = torch.Generator().manual_seed(payload.get("seed", 0))
+        response: list[int] = []
         logp: list[float] = []
         reason = "length"
-        while len(drawn) < question["max_tokens"]:
-            token, at = self.draw(ids + drawn, question, generator)
-            drawn.append(token)
-            logp.append(at)
-            if token in question.get("stop_token_ids", []):
+        while len(response) < payload["max_tokens"]:
+            token, token_logp = self.sample_token(ids + response, payload, generator)
+            response.append(token)
+            logp.append(token_logp)
+            if token in payload.get("stop_token_ids", []):
                 reason = "stop"
                 break
         choice = {
             "index": 0,
             "text": "",
-            "token_ids": drawn,
+            "token_ids": response,
             "prompt_token_ids": ids,
-            "prompt_logprobs": told,
+            "prompt_logprobs": prompt_logprobs,
             "finish_reason": reason,
-            "logprobs": {"token_logprobs": logp, "tokens": [f"token_id:{v}" for v in drawn]},
+            "logprobs": {"token_logprobs": logp, "tokens": [f"token_id:{v}" for v in response]},
         }
-        return 200, {"model": question["model"], "choices": [choice]}
+        return 200, {"model": payload["model"], "choices": [choice]}
 
-    def draw(
-        self, ids: list[int], question: dict[str, Any], generator: torch.Generator
+    def sample_token(
+        self, ids: list[int], payload: dict[str, Any], generator: torch.Generator
     ) -> tuple[int, float]:
-        """A token and its log-probability, by sorting; settings left out are the model's own."""
+        """Sample a token and its log-probability; unset options are the model's own."""
         with torch.no_grad(), self.lock:
-            logits = self.cached(torch.tensor([ids])).logits[0, -1].double()
-        for v, bias in question.get("logit_bias", {}).items():
+            logits = self.cached_network(torch.tensor([ids])).logits[0, -1].double()
+        for v, bias in payload.get("logit_bias", {}).items():
             logits[int(v)] += bias
-        own = self.network.generation_config
-        if question.get("repetition_penalty", own.repetition_penalty) != 1:
+        defaults = self.network.generation_config
+        if payload.get("repetition_penalty", defaults.repetition_penalty) != 1:
             logits[ids] /= 2
-        kept = int(question.get("top_k", own.top_k)) or len(logits)
-        raw = logits.log_softmax(-1)
-        ordered, order = (
-            (logits / question.get("temperature", 1.0)).softmax(-1).sort(descending=True)
-        )
-        before = ordered.cumsum(-1) - ordered
-        outside = (before >= question.get("top_p", 1.0)) | (torch.arange(len(order)) >= kept)
-        ordered = ordered.masked_fill(outside, 0.0)
-        ordered = ordered / ordered.sum()
-        place = int(torch.multinomial(ordered, 1, generator=generator))
+        top_k = int(payload.get("top_k", defaults.top_k)) or len(logits)
+        raw_logp = logits.log_softmax(-1)
+        probs, order = (logits / payload.get("temperature", 1.0)).softmax(-1).sort(descending=True)
+        mass_above = probs.cumsum(-1) - probs
+        outside = (mass_above >= payload.get("top_p", 1.0)) | (torch.arange(len(order)) >= top_k)
+        probs = probs.masked_fill(outside, 0.0)
+        probs = probs / probs.sum()
+        place = int(torch.multinomial(probs, 1, generator=generator))
         token = int(order[place])
-        return token, float(raw[token] if self.raw else ordered[place].log())
+        return token, float(raw_logp[token] if self.raw_logprobs else probs[place].log())

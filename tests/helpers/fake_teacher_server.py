@@ -1,6 +1,7 @@
-"""A teacher's server for tests: a real Hugging Face model behind vLLM's JSON, with faults to order.
+"""A fake vLLM teacher server: a Hugging Face model behind vLLM's JSON API, with faults.
 
-A fault is a function of the answer's bytes that returns (status, headers, body), or raises Drop.
+A fault is a function of the response body that returns (status, headers, body), or raises
+DropConnection.
 """
 
 import json
@@ -18,70 +19,74 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 Fault = Callable[[bytes], tuple[int, dict[str, str], bytes]]
 
 
-class Drop(Exception):
-    """The connection ends without an answer."""
+class DropConnection(Exception):
+    """The connection ends without a response."""
 
 
-class Teacher:
-    """The model, what it was asked, and the faults that its next answers to /completions have.
+class FakeTeacher:
+    """The model, the requests it received, and the faults of its next responses to /completions.
 
-    Per call of `ask` one fault is taken from `faults`; those left over are for later calls.
+    Each request takes one fault from `faults`; the remaining ones are for later requests.
     """
 
-    def __init__(self, folder: Path, *, most: int = 20, limit: int = 256) -> None:
+    def __init__(self, folder: Path, *, max_logprobs: int = 20, limit: int = 256) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.network = AutoModelForCausalLM.from_pretrained(folder).eval()
-        self.most, self.limit = most, limit
+        self.max_logprobs, self.limit = max_logprobs, limit
         self.faults: list[Fault] = []
-        self.asked: list[dict[str, Any]] = []
+        self.requests: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
-        self.at_once = self.most_at_once = 0
+        self.num_running = self.max_running = 0
         self.connections = 0
         self.lock = threading.Lock()
 
-    def order(self, path: str, question: Any) -> tuple[int, dict[str, Any]]:
-        """The answer to whatever is not /completions; without a question it was a GET."""
+    def handle(self, path: str, payload: Any) -> tuple[int, dict[str, Any]]:
+        """Answer a request to any path but /completions; a GET request has no payload."""
         if path == "/v1/models":
             return 200, self.models()
         if path == "/detokenize":
-            return 200, {"prompt": self.tokenizer.decode(question["tokens"])}
+            return 200, {"prompt": self.tokenizer.decode(payload["tokens"])}
         if path == "/tokenize":
-            ids = self.tokenizer.encode(question["prompt"], add_special_tokens=False)
+            ids = self.tokenizer.encode(payload["prompt"], add_special_tokens=False)
             return 200, {"tokens": ids}
         return 404, {"error": {"message": "Not Found"}}
 
     def models(self) -> dict[str, Any]:
         return {"data": [{"id": "teacher", "max_model_len": self.limit}]}
 
-    def completions(self, question: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        k = question["prompt_logprobs"]
-        if k > self.most:
-            message = f"Requested prompt logprobs of {k}, which is greater than max {self.most}"
+    def completions(self, payload: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        k = payload["prompt_logprobs"]
+        if k > self.max_logprobs:
+            message = (
+                f"Requested prompt logprobs of {k}, which is greater than max {self.max_logprobs}"
+            )
             return 400, {"error": {"message": message}}
-        if max(map(max, question["prompt"])) >= self.network.config.vocab_size:
+        if max(map(max, payload["prompt"])) >= self.network.config.vocab_size:
             return 400, {"error": {"message": "a token id is out of vocabulary"}}
-        rows = [self.row(ids, k) for ids in question["prompt"]]
+        rows = [self.prompt_logprobs(ids, k) for ids in payload["prompt"]]
         choices = [
-            {"index": i, "text": "", "prompt_token_ids": ids, "prompt_logprobs": told}
-            for i, (ids, told) in enumerate(zip(question["prompt"], rows, strict=True))
+            {"index": i, "text": "", "prompt_token_ids": ids, "prompt_logprobs": logprobs}
+            for i, (ids, logprobs) in enumerate(zip(payload["prompt"], rows, strict=True))
         ]
-        return 200, {"model": question["model"], "choices": choices}
+        return 200, {"model": payload["model"], "choices": choices}
 
-    def row(self, ids: list[int], k: int) -> list[dict[str, Any] | None]:
+    def prompt_logprobs(self, ids: list[int], k: int) -> list[dict[str, Any] | None]:
         with torch.no_grad(), self.lock:
             logp = self.network(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
-        told: list[dict[str, Any] | None] = [None]
-        for at, token in zip(logp, ids[1:], strict=True):
-            rank = 1 + int((at > at[token]).sum())
-            best = [(v, r + 1) for r, v in enumerate(at.topk(k).indices.tolist())] if k else []
-            entries = dict([(token, rank), *best])
-            told.append({str(v): {"logprob": float(at[v]), "rank": r} for v, r in entries.items()})
-        return told
+        positions: list[dict[str, Any] | None] = [None]
+        for row, token in zip(logp, ids[1:], strict=True):
+            rank = 1 + int((row > row[token]).sum())
+            top = [(v, r + 1) for r, v in enumerate(row.topk(k).indices.tolist())] if k else []
+            ranks = dict([(token, rank), *top])
+            positions.append(
+                {str(v): {"logprob": float(row[v]), "rank": r} for v, r in ranks.items()}
+            )
+        return positions
 
 
 @contextmanager
-def serving(teacher: Teacher, port: int = 0) -> Iterator[str]:
-    """The URL at which the teacher answers inside the block; afterwards connections are refused."""
+def serve(teacher: FakeTeacher, port: int = 0) -> Iterator[str]:
+    """Serve the teacher inside the block and yield its URL; refuse connections afterwards."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -93,46 +98,46 @@ def serving(teacher: Teacher, port: int = 0) -> Iterator[str]:
         def setup(self) -> None:
             super().setup()
             teacher.connections += 1
-            live.append(self.connection)
+            connections.append(self.connection)
 
         def do_GET(self) -> None:
-            self.told(teacher.order(self.path, None))
+            self.reply_json(teacher.handle(self.path, None))
 
         def do_POST(self) -> None:
-            question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             if self.path != "/v1/completions":
-                return self.told(teacher.order(self.path, question))
+                return self.reply_json(teacher.handle(self.path, payload))
             with teacher.lock:
-                teacher.asked.append(question)
+                teacher.requests.append(payload)
                 teacher.keys.append(self.headers.get("Authorization"))
-                teacher.at_once += 1
-                teacher.most_at_once = max(teacher.at_once, teacher.most_at_once)
+                teacher.num_running += 1
+                teacher.max_running = max(teacher.num_running, teacher.max_running)
                 fault = teacher.faults.pop(0) if teacher.faults else None
             try:
-                status, answer = teacher.completions(question)
+                status, answer = teacher.completions(payload)
                 body = json.dumps(answer).encode()
                 headers: dict[str, str] = {}
                 if fault is not None:
                     status, headers, body = fault(body)
-            except Drop:
+            except DropConnection:
                 self.close_connection = True
                 return None
             finally:
                 with teacher.lock:
-                    teacher.at_once -= 1
-            return self.say(status, headers, body)
+                    teacher.num_running -= 1
+            return self.reply(status, headers, body)
 
-        def told(self, answer: tuple[int, dict[str, Any]]) -> None:
-            self.say(answer[0], {}, json.dumps(answer[1]).encode())
+        def reply_json(self, answer: tuple[int, dict[str, Any]]) -> None:
+            self.reply(answer[0], {}, json.dumps(answer[1]).encode())
 
-        def say(self, status: int, headers: dict[str, str], body: bytes) -> None:
+        def reply(self, status: int, headers: dict[str, str], body: bytes) -> None:
             self.send_response(status)
             for name, value in ({"Content-Length": str(len(body))} | headers).items():
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(body)
 
-    live: list[Any] = []
+    connections: list[Any] = []
     server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -141,35 +146,35 @@ def serving(teacher: Teacher, port: int = 0) -> Iterator[str]:
     finally:
         server.shutdown()
         server.server_close()
-        for connection in live:
-            with_shutdown(connection)
+        for connection in connections:
+            shutdown_connection(connection)
         thread.join()
 
 
-def with_shutdown(connection: Any) -> None:
+def shutdown_connection(connection: Any) -> None:
     with suppress(OSError):
         connection.shutdown(2)
 
 
-def status(number: int, **headers: str) -> Fault:
+def error_status(number: int, **headers: str) -> Fault:
     return lambda body: (number, headers, b'{"error": {"message": "as ordered"}}')
 
 
-def dropped(body: bytes) -> tuple[int, dict[str, str], bytes]:
-    raise Drop
+def drop_connection(body: bytes) -> tuple[int, dict[str, str], bytes]:
+    raise DropConnection
 
 
-def cut(body: bytes) -> tuple[int, dict[str, str], bytes]:
-    """Half of the JSON, its length told rightly."""
+def truncate_body(body: bytes) -> tuple[int, dict[str, str], bytes]:
+    """Half of the JSON with its correct length."""
     return 200, {}, body[: len(body) // 2]
 
 
-def short(body: bytes) -> tuple[int, dict[str, str], bytes]:
-    """Half of the JSON, and a length that promises all; the connection then ends."""
+def shorten_body(body: bytes) -> tuple[int, dict[str, str], bytes]:
+    """Half of the JSON with the length of all of it; the connection then ends."""
     return 200, {"Content-Length": str(len(body)), "Connection": "close"}, body[: len(body) // 2]
 
 
-def slow(seconds: float) -> Fault:
+def delay(seconds: float) -> Fault:
     def fault(body: bytes) -> tuple[int, dict[str, str], bytes]:
         time.sleep(seconds)
         return 200, {}, body
@@ -177,8 +182,8 @@ def slow(seconds: float) -> Fault:
     return fault
 
 
-def changed(function: Callable[[dict[str, Any]], Any]) -> Fault:
-    """The answer after `function` changed it in place."""
+def edit_answer(function: Callable[[dict[str, Any]], Any]) -> Fault:
+    """Change the response in place with `function`."""
 
     def fault(body: bytes) -> tuple[int, dict[str, str], bytes]:
         answer = json.loads(body)

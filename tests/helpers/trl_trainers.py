@@ -57,11 +57,11 @@ def distillation(pair: Any, folder: Path, **changes: Any) -> Any:
     from trl import DistillationConfig, DistillationTrainer
 
     student, teacher, tokenizer = pair
-    some = SETTINGS | {"max_completion_length": 12, "temperature": 0.8} | changes
+    arguments = SETTINGS | {"max_completion_length": 12, "temperature": 0.8} | changes
     return DistillationTrainer(
         model=copy.deepcopy(student),
         teacher_model=teacher,
-        args=DistillationConfig(str(folder), **some),
+        args=DistillationConfig(str(folder), **arguments),
         train_dataset=questions("prompt"),
         processing_class=tokenizer,
     )
@@ -71,11 +71,11 @@ def gkd(pair: Any, folder: Path, **changes: Any) -> Any:
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
     student, teacher, tokenizer = pair
-    some = SETTINGS | {"max_new_tokens": 12, "temperature": 0.9, "lmbda": 1.0} | changes
+    arguments = SETTINGS | {"max_new_tokens": 12, "temperature": 0.9, "lmbda": 1.0} | changes
     return GKDTrainer(
         model=copy.deepcopy(student),
         teacher_model=teacher,
-        args=GKDConfig(str(folder), **some),
+        args=GKDConfig(str(folder), **arguments),
         train_dataset=questions("messages"),
         processing_class=tokenizer,
     )
@@ -85,12 +85,12 @@ def gold(pair: Any, folder: Path, **changes: Any) -> Any:
     from trl.experimental.gold import GOLDConfig, GOLDTrainer
 
     student, teacher, tokenizer = pair
-    some = {"max_completion_length": 12, "max_length": 64, "temperature": 0.9, "lmbda": 1.0}
-    some |= {"top_p": 1.0, "use_uld_loss": False}
+    arguments = {"max_completion_length": 12, "max_length": 64, "temperature": 0.9, "lmbda": 1.0}
+    arguments |= {"top_p": 1.0, "use_uld_loss": False}
     return GOLDTrainer(
         model=copy.deepcopy(student),
         teacher_model=copy.deepcopy(teacher),
-        args=GOLDConfig(str(folder), **SETTINGS | some | changes),
+        args=GOLDConfig(str(folder), **SETTINGS | arguments | changes),
         train_dataset=questions("messages"),
         processing_class=tokenizer,
     )
@@ -100,11 +100,11 @@ def iw_opd(pair: Any, folder: Path, **changes: Any) -> Any:
     from trl.experimental.iw_opd import IWOPDConfig, IWOPDTrainer
 
     student, teacher, tokenizer = pair
-    some = {"max_completion_length": 12, "temperature": 0.7, "top_p": 1.0, "lmbda": 1.0}
+    arguments = {"max_completion_length": 12, "temperature": 0.7, "top_p": 1.0, "lmbda": 1.0}
     return IWOPDTrainer(
         model=copy.deepcopy(student),
         teacher_model=copy.deepcopy(teacher),
-        args=IWOPDConfig(str(folder), **SETTINGS | some | changes),
+        args=IWOPDConfig(str(folder), **SETTINGS | arguments | changes),
         train_dataset=questions("messages"),
         processing_class=tokenizer,
     )
@@ -125,11 +125,13 @@ def grpo(pair: Any, folder: Path, **changes: Any) -> Any:
     from trl import GRPOConfig, GRPOTrainer
 
     student, teacher, tokenizer = pair
-    some = {"num_generations": 2, "beta": 0.1, "max_completion_length": 12}
+    arguments = {"num_generations": 2, "beta": 0.1, "max_completion_length": 12}
     trainer = GRPOTrainer(
         model=copy.deepcopy(student),
         reward_funcs=[even, first],
-        args=GRPOConfig(str(folder), **SETTINGS | some | {"reward_weights": [1.0, 0.5]} | changes),
+        args=GRPOConfig(
+            str(folder), **SETTINGS | arguments | {"reward_weights": [1.0, 0.5]} | changes
+        ),
         train_dataset=questions("prompt"),
         processing_class=tokenizer,
     )
@@ -142,12 +144,12 @@ def sdpo(pair: Any, folder: Path, **changes: Any) -> Any:
     from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
     student, _, tokenizer = pair
-    some = {"num_generations": 4, "max_completion_length": 12, "temperature": 0.8}
-    some |= {"teacher_model_kind": "base", "mask_truncated_completions": True}
+    arguments = {"num_generations": 4, "max_completion_length": 12, "temperature": 0.8}
+    arguments |= {"teacher_model_kind": "base", "mask_truncated_completions": True}
     return SDPOTrainer(
         model=copy.deepcopy(student),
         reward_funcs=even,
-        args=SDPOConfig(str(folder), **SETTINGS | some | changes),
+        args=SDPOConfig(str(folder), **SETTINGS | arguments | changes),
         train_dataset=questions("privileged_context"),
         processing_class=tokenizer,
     )
@@ -157,11 +159,11 @@ def sdft(pair: Any, folder: Path, **changes: Any) -> Any:
     from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 
     student, _, tokenizer = pair
-    some = {"max_completion_length": 12, "temperature": 0.8, "teacher_model_kind": "base"}
-    some |= {"num_loss_tokens_to_skip": 2, "num_generations": 2}
+    arguments = {"max_completion_length": 12, "temperature": 0.8, "teacher_model_kind": "base"}
+    arguments |= {"num_loss_tokens_to_skip": 2, "num_generations": 2}
     return SDFTTrainer(
         model=copy.deepcopy(student),
-        args=SDFTConfig(str(folder), **SETTINGS | some | changes),
+        args=SDFTConfig(str(folder), **SETTINGS | arguments | changes),
         train_dataset=questions("privileged_context"),
         processing_class=tokenizer,
     )
@@ -186,8 +188,8 @@ class Spy:
 
     def dense(self, step: int, teacher: Any, temperature: float) -> Iterator[dict[str, Any]]:
         """Row by row of a step: the response's log-softmaxes, tokens, mask and prompt."""
-        for at, inputs, student in self.losses:
-            if at != step:
+        for loss_step, inputs, student in self.losses:
+            if loss_step != step:
                 continue
             for row in sequences(inputs):
                 prompt, tokens = row["prompt"], row["tokens"]
@@ -225,14 +227,14 @@ def sequences(inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
             if "self_distillation_mask" in inputs:
                 supervised = supervised & bool(inputs["self_distillation_mask"][i])
             head = prompt[real.bool()]
-            told = head
+            teacher_prompt = head
             if "teacher_input_ids" in inputs:
                 width = inputs["teacher_input_ids"].shape[1] - len(answer)
-                told = inputs["teacher_input_ids"][i, :width]
-                told = told[inputs["teacher_attention_mask"][i, :width].bool()]
+                teacher_prompt = inputs["teacher_input_ids"][i, :width]
+                teacher_prompt = teacher_prompt[inputs["teacher_attention_mask"][i, :width].bool()]
             yield {
                 "prompt": head,
-                "teacher_prompt": told,
+                "teacher_prompt": teacher_prompt,
                 "tokens": answer[:length],
                 "mask": supervised.clone(),
                 "scored": torch.full_like(supervised, bool(mask.any())),
@@ -241,11 +243,11 @@ def sequences(inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for ids, real, labels in zip(
         inputs["input_ids"], inputs["attention_mask"], inputs["labels"], strict=True
     ):
-        own = ids[real.bool()]
+        unpadded_ids = ids[real.bool()]
         count = int((labels != -100).sum())
-        prompt = own[: len(own) - count]
+        prompt = unpadded_ids[: len(unpadded_ids) - count]
         mask = torch.ones(count, dtype=torch.bool)
-        tokens = own[len(own) - count :]
+        tokens = unpadded_ids[len(unpadded_ids) - count :]
         row = {"prompt": prompt, "teacher_prompt": prompt, "tokens": tokens, "mask": mask}
         yield row | {"scored": mask}
 
@@ -256,18 +258,18 @@ PAD = 2
 
 def by_hand(rows: list[dict[str, Any]], depth: int = 5) -> dict[str, float]:
     """Means over supervised tokens, of lists over all scored ones; prompts are sampling units."""
-    r, kl, outside, expected, shared, ended, lengths = [], [], [], [], [], [], []
+    r, kl, outside, expected, overlaps, ended, lengths = [], [], [], [], [], [], []
     sums: dict[tuple, list[float]] = {}
     for row in rows:
         y, keep, scored = row["tokens"][:, None], row["mask"], row["scored"]
         ratio = (row["p"].gather(-1, y) - row["q"].gather(-1, y))[:, 0]
-        best, own = (row[name].topk(depth, -1).indices for name in ("q", "p"))
-        both = (best[:, :, None] == own[:, None, :]).any(-1).double().mean(-1)
+        teacher_ids, student_ids = (row[name].topk(depth, -1).indices for name in ("q", "p"))
+        overlap = (teacher_ids[:, :, None] == student_ids[:, None, :]).any(-1).double().mean(-1)
         r.append(ratio[keep])
         kl.append((row["p"].exp() * (row["p"] - row["q"])).sum(-1)[keep])
-        outside.append(~(best == y).any(-1)[scored])
-        expected.append((1 - row["p"].gather(-1, best).exp().sum(-1))[scored])
-        shared.append(both[scored])
+        outside.append(~(teacher_ids == y).any(-1)[scored])
+        expected.append((1 - row["p"].gather(-1, teacher_ids).exp().sum(-1))[scored])
+        overlaps.append(overlap[scored])
         ended.append(int(row["tokens"][-1]) in ENDS)
         lengths.append(len(y))
         unit = sums.setdefault(tuple(row["prompt"].tolist()), [0.0, 0.0])
@@ -285,7 +287,7 @@ def by_hand(rows: list[dict[str, Any]], depth: int = 5) -> dict[str, float]:
         "divergence/reverse_kl": float(torch.cat(kl).mean()),
         "divergence/outside_topk": float(torch.cat(outside).double().mean()),
         "divergence/outside_topk_expected": float(torch.cat(expected).mean()),
-        "divergence/overlap_ratio": float(torch.cat(shared).mean()),
+        "divergence/overlap_ratio": float(torch.cat(overlaps).mean()),
         "response/length": sum(lengths) / len(rows),
         "response/truncated_share": 1 - sum(ended) / len(rows),
     }

@@ -91,15 +91,17 @@ def main() -> None:
     )
     worker.init_model()
     rows = torch.load(source)
-    mine = rows[rank * len(rows) // size : (rank + 1) * len(rows) // size]
-    found = worker.update_actor(batch(mine, topk="topk" in mode))
+    local_rows = rows[rank * len(rows) // size : (rank + 1) * len(rows) // size]
+    output = worker.update_actor(batch(local_rows, topk="topk" in mode))
     state = worker.actor.engine.module.state_dict()
-    whole = {name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in state.items()}
+    weights = {
+        name: x.full_tensor() if hasattr(x, "full_tensor") else x for name, x in state.items()
+    }
     if rank == 0:
         from verl.utils.metric import reduce_metrics
 
-        metrics = {name: float(x) for name, x in reduce_metrics(found["metrics"]).items()}
-        torch.save({"weights": whole, "metrics": metrics}, Path(out))
+        metrics = {name: float(x) for name, x in reduce_metrics(output["metrics"]).items()}
+        torch.save({"weights": weights, "metrics": metrics}, Path(out))
     torch.distributed.destroy_process_group()
 
 

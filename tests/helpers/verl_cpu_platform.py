@@ -8,6 +8,8 @@ in is the engine behind `rollout.name=vllm`. For tests and tiny models only.
 
 import contextlib
 import os
+import zlib
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -90,6 +92,7 @@ class Server:
         self.model = AutoModelForCausalLM.from_pretrained(path).float().eval()
         self.response_length, self.newest = response_length, newest
         self.read, self.step = 0.0, 0
+        self.asked: Counter[tuple[int, ...]] = Counter()
         ends = self.model.generation_config.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [ends])
 
@@ -114,34 +117,40 @@ class Server:
         """As vLLM's prompt_logprobs reach verl: each position's next token, a dummy at the last."""
         logp = self.model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
         if k:
-            values, which = logp.topk(k, -1)
+            values, ids_of_values = logp.topk(k, -1)
         else:
-            which = torch.tensor(ids[1:])[:, None]
-            values = logp.gather(-1, which)
+            ids_of_values = torch.tensor(ids[1:])[:, None]
+            values = logp.gather(-1, ids_of_values)
         dummy = max(k, 1)
         return {
-            "prompt_ids": [*which.tolist(), [0] * dummy],
+            "prompt_ids": [*ids_of_values.tolist(), [0] * dummy],
             "prompt_logprobs": [*values.tolist(), [0.0] * dummy],
         }
 
-    def sampled(self, ids: list[int], how: dict[str, Any]) -> tuple[list[int], list[float]]:
-        """Tokens by top-p at a temperature, with the log-probabilities they were drawn with."""
+    def sampled(self, ids: list[int], sampling: dict[str, Any]) -> tuple[list[int], list[float]]:
+        """Tokens by top-p at a temperature, with the log-probabilities they were drawn with.
+
+        The prompt and how often it was asked before are the seed, whatever the order of requests.
+        """
         if self.newest is not None and Path(self.newest).exists():
-            written = Path(self.newest).stat().st_mtime
-            if written != self.read:
-                found = torch.load(self.newest)
-                self.model.load_state_dict(found["weights"])
-                self.read, self.step = written, found["step"]
+            modified = Path(self.newest).stat().st_mtime
+            if modified != self.read:
+                checkpoint = torch.load(self.newest)
+                self.model.load_state_dict(checkpoint["weights"])
+                self.read, self.step = modified, checkpoint["step"]
+        seed = zlib.crc32(repr((ids, self.asked[tuple(ids)])).encode())
+        self.asked[tuple(ids)] += 1
+        generator = torch.Generator().manual_seed(seed)
         tokens, logps = [], []
-        for _ in range(how.get("max_tokens", self.response_length)):
+        for _ in range(sampling.get("max_tokens", self.response_length)):
             logits = self.model(torch.tensor([ids + tokens])).logits[0, -1]
-            p = (logits / max(how.get("temperature", 1.0), 1e-4)).softmax(-1)
-            ordered, which = p.sort(descending=True)
-            kept = ordered * (ordered.cumsum(-1) - ordered < how.get("top_p", 1.0))
-            kept = kept / kept.sum()
-            drawn = int(torch.multinomial(kept, 1))
-            tokens.append(int(which[drawn]))
-            logps.append(float(kept[drawn].log()))
+            p = (logits / max(sampling.get("temperature", 1.0), 1e-4)).softmax(-1)
+            ordered, token_ids = p.sort(descending=True)
+            nucleus = ordered * (ordered.cumsum(-1) - ordered < sampling.get("top_p", 1.0))
+            nucleus = nucleus / nucleus.sum()
+            index = int(torch.multinomial(nucleus, 1, generator=generator))
+            tokens.append(int(token_ids[index]))
+            logps.append(float(nucleus[index].log()))
             if tokens[-1] in self.ends:
                 break
         return tokens, logps
@@ -160,8 +169,8 @@ def replica() -> type:
         async def launch_servers(self) -> None:
             newest = None if self.is_teacher_model else os.environ["VERL_CPU_WEIGHTS"]
             path = self.model_config["path"]
-            made = ray.remote(Server).options(num_cpus=0, max_concurrency=1)
-            self.servers = [made.remote(path, self.config.response_length, newest)]
+            actor_class = ray.remote(Server).options(num_cpus=0, max_concurrency=1)
+            self.servers = [actor_class.remote(path, self.config.response_length, newest)]
             self._server_handle, self._server_address = self.servers[0], f"cpu:{id(self)}"
 
     return Replica

@@ -22,8 +22,8 @@ class Weights(BaseRollout):
         global_steps: int = 0,
         **_: Any,
     ) -> None:
-        found = {name: x.detach().cpu().clone() for name, x in weights}
+        tensors = {name: x.detach().cpu().clone() for name, x in weights}
         if torch.distributed.get_rank() == 0:
             path = Path(os.environ["VERL_CPU_WEIGHTS"])
-            torch.save({"weights": found, "step": global_steps}, path.with_suffix(".part"))
+            torch.save({"weights": tensors, "step": global_steps}, path.with_suffix(".part"))
             path.with_suffix(".part").replace(path)

@@ -1,4 +1,4 @@
-"""vLLM's own server for tests, and a pair of models that it can hold on a CPU."""
+"""A vLLM server process for tests, and a pair of models that it supports on a CPU."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from opd.lab.build import make_tokenizer
 
 
 def wide_pair(folder: Path, *, tied: bool) -> tuple[Path, Path]:
-    """(student, teacher) with heads as wide as vLLM's attention on a CPU takes them."""
+    """(student, teacher) folders, with head sizes that vLLM's attention supports on a CPU."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     for seed, name in enumerate(("student", "teacher")):
@@ -39,22 +39,22 @@ def wide_pair(folder: Path, *, tied: bool) -> tuple[Path, Path]:
 
 
 @contextmanager
-def vllm(
-    model: Path, port: int, log: Path, limit: int, *more: str, develops: bool = False
+def run_vllm_server(
+    model: Path, port: int, log: Path, limit: int, *options: str, dev_mode: bool = False
 ) -> Iterator[str]:
-    """vLLM's server of a model, killed with all its processes at the end of the block."""
-    words = f"--model {model} --served-model-name {model.name} --host 127.0.0.1 --port {port} "
-    words += f"--dtype float32 --enforce-eager --max-model-len {limit}"
-    line = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words.split(), *more]
-    known = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    known |= {"VLLM_SERVER_DEV_MODE": "1"} if develops else {}
-    with open(log, "a") as out:
+    """Serve a model with vLLM; kill the server with all its processes at the end of the block."""
+    flags = f"--model {model} --served-model-name {model.name} --host 127.0.0.1 --port {port} "
+    flags += f"--dtype float32 --enforce-eager --max-model-len {limit}"
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags.split(), *options]
+    variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    variables |= {"VLLM_SERVER_DEV_MODE": "1"} if dev_mode else {}
+    with open(log, "a") as log_file:
         process = subprocess.Popen(
-            line,
-            stdout=out,
+            command,
+            stdout=log_file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=os.environ | known,
+            env=os.environ | variables,
         )
     try:
         yield f"http://127.0.0.1:{port}/v1"
@@ -64,5 +64,5 @@ def vllm(
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]

@@ -13,12 +13,12 @@ from tests.helpers.paths import EXAMPLES
 
 def test_the_handwritten_loop_learns(capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(EXAMPLES / "handwritten_loop.py"), run_name="__main__")
-    shown = capsys.readouterr().out
-    loss = [float(x) for x in re.findall(r"loss (\S+)", shown)]
-    assert [float(x) for x in re.findall(r"divergence/reverse_kl (\S+)", shown)] == loss
+    output = capsys.readouterr().out
+    loss = [float(x) for x in re.findall(r"loss (\S+)", output)]
+    assert [float(x) for x in re.findall(r"divergence/reverse_kl (\S+)", output)] == loss
     assert loss[-1] < 0.8 * loss[0]
-    assert all(abs(float(z)) < 4 for z in re.findall(r"z_H (\S+)", shown))
-    assert "not computed: sampler_ratio (this run has no sampler_logp)" in shown
+    assert all(abs(float(z)) < 4 for z in re.findall(r"z_H (\S+)", output))
+    assert "not computed: sampler_ratio (this run has no sampler_logp)" in output
 
 
 def test_trl_is_attached(

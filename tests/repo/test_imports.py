@@ -9,66 +9,57 @@ import pytest
 
 from tests.helpers.paths import ROOT
 
-MAY_IMPORT = {
-    "diagnostics": set(),
-    "figures": {"diagnostics"},
-    "opd": {"diagnostics", "figures"},
-    "synthetic": {"diagnostics", "opd"},
-}
+PACKAGES = ("diagnostics", "figures", "opd", "synthetic")
 
 
 def imported(file: Path) -> set[str]:
-    """Full names of the modules that a file imports, anywhere in it."""
-    found: set[str] = set()
+    """Return the full names of the modules that a file imports, anywhere in it."""
+    names: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file} has a relative import"
-            found.add(node.module or "")
-    return found
+            names.add(node.module or "")
+    return names
 
 
-@pytest.mark.parametrize("package", MAY_IMPORT)
-def test_packages_depend_in_one_direction(package: str) -> None:
+@pytest.mark.parametrize("package", PACKAGES)
+def test_importing_a_package_imports_nothing_else(package: str) -> None:
     files = sorted((ROOT / package).rglob("*.py"))
-    assert files
+    assert len(files) > 20
     for file in files:
-        roots = {name.split(".")[0] for name in imported(file)}
-        foreign = roots & set(MAY_IMPORT) - {package}
-        assert foreign <= MAY_IMPORT[package], f"{file.name} imports {foreign}"
+        if file.name == "__init__.py":
+            body = ast.parse(file.read_text()).body
+            assert len(body) == 1, f"{file} holds more than its docstring"
+            assert isinstance(body[0], ast.Expr), f"{file} has no docstring"
         if package != "opd":
-            assert "transformers" not in roots, f"{file.name} imports transformers"
-    assert not (ROOT / package / "__init__.py").read_text(), "__init__ stays empty"
+            roots = {name.split(".")[0] for name in imported(file)}
+            assert "transformers" not in roots, f"{file} imports transformers"
 
 
 def test_the_study_uses_nothing_of_the_trainer_but_its_objectives() -> None:
     for file in sorted((ROOT / "synthetic").rglob("*.py")):
-        used = {name for name in imported(file) if name.split(".")[0] == "opd"}
-        allowed = {
-            "opd",
-            "opd.objectives.factory",
-            "opd.objectives.credit",
-            "opd.objectives.support",
-        }
-        assert used <= allowed, f"{file.name} imports {used}"
+        for name in imported(file):
+            if name.split(".")[0] == "opd":
+                assert name.startswith("opd.objectives"), f"{file} imports {name}"
 
 
 def loaded_by(statement: str) -> set[str]:
     """Top-level modules in a fresh interpreter after a statement."""
     program = f"{statement}\nimport sys; print(*{{m.split('.')[0] for m in sys.modules}})"
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
     )
-    return set(done.stdout.splitlines()[-1].split())
+    return set(process.stdout.splitlines()[-1].split())
 
 
 @pytest.mark.parametrize(
     ("statement", "without"),
     [
         (
-            "import opd.cli.main, opd.config.settings, opd.config.recipes, opd.runs.run_folder, opd.data.chain_task, opd.tokens.mask_rules; "
-            "import opd.analysis.doctor",
+            "import opd.cli.main, opd.config.settings, opd.config.recipes, opd.runs.run_folder; "
+            "import opd.data.chain_task, opd.tokens.mask_rules, opd.analysis.doctor",
             {"torch", "pandas"},
         ),
         (
@@ -109,10 +100,10 @@ def test_help_loads_no_torch(words: list[str]) -> None:
 
 
 def test_an_unknown_command_says_what_there_is() -> None:
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "opd.cli.main", "trian"], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 1
-    assert "unknown command 'trian'" in done.stderr
-    assert "train" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert process.returncode == 1
+    assert "unknown command 'trian'" in process.stderr
+    assert "train" in process.stderr
+    assert "Traceback" not in process.stderr

@@ -11,6 +11,7 @@ from diagnostics.gradients import credit as shared_credit
 from opd.objectives import (
     catalogue,
     credit,
+    divergences,
     factory,
     reduction,
     support,
@@ -82,51 +83,54 @@ SHARED_CREDIT = {
         "cost[:, t] + gamma * running, gamma * running",
     ),
     "the own rollout is in its baseline": (
-        "(group_totals(own, group) - own)",
-        "group_totals(own, group)",
+        "(group_totals(sampled_credit, group) - sampled_credit)",
+        "group_totals(sampled_credit, group)",
     ),
     "divided by the whole group": (
-        "/ (size - 1).view(wide)",
-        "/ size.view(wide)",
+        "/ (size - 1).view(broadcast_shape)",
+        "/ size.view(broadcast_shape)",
     ),
     "the own prompt is in its position mean": (
-        "x.sum(0) - group_totals(x, group)",
-        "x.sum(0).expand_as(x)",
+        "values.sum(0) - group_totals(values, group)",
+        "values.sum(0).expand_as(values)",
     ),
     "ended responses count in the position mean": (
         "count.clamp(min=1)",
         "(count + 1)",
     ),
 }
-SURROGATES = {
-    "live weight": ("return logp * weight.detach()", "return logp * weight"),
+DIVERGENCES = {
     "live teacher": ("student_logp - teacher_logp.detach()", "student_logp - teacher_logp"),
-    "sign of the surrogate": ("return logp * weight.detach()", "return -logp * weight.detach()"),
     "direction of the divergence": (
         "p = student_logp.exp()\n    ratio",
         "p = teacher_logp.exp()\n    ratio",
     ),
     "direction of the forward divergence": (
-        "q = theirs.exp()\n    term",
+        "q = target_logp.exp()\n    term",
         "q = student_logp.exp()\n    term",
     ),
     "live teacher of the mixture": (
-        "theirs = teacher_logp.detach()\n    mixture",
-        "theirs = teacher_logp\n    mixture",
+        "target_logp = teacher_logp.detach()\n    mixture",
+        "target_logp = teacher_logp\n    mixture",
     ),
     "mixture the other way round": (
-        "theirs + math.log(beta), student_logp + math.log1p(-beta)",
-        "student_logp + math.log(beta), theirs + math.log1p(-beta)",
+        "target_logp + math.log(beta), student_logp + math.log1p(-beta)",
+        "student_logp + math.log(beta), target_logp + math.log1p(-beta)",
     ),
     "ends of the mixture exchanged": ("if beta == 0:", "if beta == 1:"),
-    "live old student": ("at.old_logp.detach()", "at.old_logp"),
+    "no renormalisation": ("return logp.log_softmax(-1)", "return logp"),
+}
+SURROGATES = {
+    "live weight": ("return logp * weight.detach()", "return logp * weight"),
+    "sign of the surrogate": ("return logp * weight.detach()", "return -logp * weight.detach()"),
+    "live old student": ("inputs.old_logp.detach()", "inputs.old_logp"),
     "live credit of a ratio": (
-        "importance(at) * at.credit.detach()",
-        "importance(at) * at.credit",
+        "importance(inputs) * inputs.credit.detach()",
+        "importance(inputs) * inputs.credit",
     ),
     "ratio upside down": (
-        "log_ratio(sampled_logp(at), at.old_logp.detach())",
-        "-log_ratio(sampled_logp(at), at.old_logp.detach())",
+        "log_ratio(sampled_logp(inputs), inputs.old_logp.detach())",
+        "-log_ratio(sampled_logp(inputs), inputs.old_logp.detach())",
     ),
     "the better bound instead of the worse": (
         "torch.maximum(cost * rho",
@@ -135,30 +139,35 @@ SURROGATES = {
     "dual bound for every token": ("torch.where(cost > 0, torch", "torch.where(cost > -9, torch"),
     "dual bound of the other sign": ("torch.where(cost > 0, torch", "torch.where(cost < 0, torch"),
     "ends of the clip exchanged": ("rho.clamp(1 - low, 1 + high)", "rho.clamp(1 - high, 1 + low)"),
-    "no renormalisation": ("return logp.log_softmax(-1)", "return logp"),
-    "live head": ("(ours - theirs).detach()", "(ours - theirs)"),
-    "tail also inside": ("torch.where(inside_support(at), torch.zeros_like(cost), cost)", "cost"),
+    "live head": ("(student_logp - teacher_logp).detach()", "(student_logp - teacher_logp)"),
+    "tail also inside": (
+        "torch.where(inside_support(inputs), torch.zeros_like(cost), cost)",
+        "cost",
+    ),
     "sampled token counted twice": (
-        "outside = ~inside_support(at)",
-        "outside = torch.ones_like(inside_support(at))",
+        "outside = ~inside_support(inputs)",
+        "outside = torch.ones_like(inside_support(inputs))",
     ),
-    "no tail bucket": ("torch.cat([x, _rest(x)], -1)", "x"),
+    "no tail bucket": ("torch.cat([logp, _log_tail_mass(logp)], -1)", "logp"),
     "absent ids count for the student": (
-        "_where(at.present, ours), _where",
-        "ours, _where",
+        "_fill_absent(inputs.present, student_logp), _fill_absent",
+        "student_logp, _fill_absent",
     ),
-    "absent ids count for the teacher": ("_where(at.present, theirs)\n", "theirs\n"),
+    "absent ids count for the teacher": (
+        "_fill_absent(inputs.present, teacher_logp)\n",
+        "teacher_logp\n",
+    ),
     "k3 backwards": ("torch.expm1(-r) + r", "torch.expm1(r) - r"),
     "live teacher of k2": (
-        "log_ratio(sampled_logp(at), at.teacher_logp.detach()).square()",
-        "log_ratio(sampled_logp(at), at.teacher_logp).square()",
+        "log_ratio(sampled_logp(inputs), inputs.teacher_logp.detach()).square()",
+        "log_ratio(sampled_logp(inputs), inputs.teacher_logp).square()",
     ),
 }
 REDUCTION = {
     "mask dropped from the sum": ("torch.where(mask, loss, torch.zeros_like(loss))", "loss"),
     "token mean over responses": (
-        "_positive(batch.mask.sum()).expand(",
-        "_positive(0 * batch.mask.sum() + len(batch)).expand(",
+        "_check_not_empty(batch.mask.sum()).expand(",
+        "_check_not_empty(0 * batch.mask.sum() + len(batch)).expand(",
     ),
     "sequence mean without its length": (
         "batch.mask.sum(1).clamp(min=1).to",
@@ -171,39 +180,42 @@ COMPOSITIONS = {
     "masked costs always counted": ('self.mask_scope == "loss"', "True"),
     "masked costs never counted": ('self.mask_scope == "loss"', "False"),
     "masked tokens do not advance gamma": (
-        "discounted(later, batch.sampled, self.gamma)",
-        "discounted(later, batch.mask, self.gamma)",
+        "discounted(later_costs, batch.sampled, self.gamma)",
+        "discounted(later_costs, batch.mask, self.gamma)",
     ),
-    "loss at masked tokens": ("+ self.outcome(batch)) * batch.mask", "+ self.outcome(batch))"),
-    "own cost as later cost": ("self.gamma) - later", "self.gamma)"),
+    "loss at masked tokens": (
+        "+ self.reward_cost(batch)) * batch.mask",
+        "+ self.reward_cost(batch))",
+    ),
+    "own cost as later cost": ("self.gamma) - later_costs", "self.gamma)"),
     "baseline added": ("(credit - self.baseline(", "(credit + self.baseline("),
-    "outcome dropped": (" + self.outcome(batch)) * batch.mask", ") * batch.mask"),
-    "ratio dropped": ("self.surrogate(at) * self.ratio(batch)", "self.surrogate(at)"),
-    "score dropped": ("self.local(at) + self.score(at)", "self.local(at)"),
+    "outcome dropped": (" + self.reward_cost(batch)) * batch.mask", ") * batch.mask"),
+    "ratio dropped": ("self.surrogate(inputs) * self.ratio(batch)", "self.surrogate(inputs)"),
+    "score dropped": ("self.local(inputs) + self.score(inputs)", "self.local(inputs)"),
     "absent ids not passed on": ("else support.present", "else None"),
     "later costs as sampled": (
-        "return _full_and_future(gamma, later=mean_cost",
-        "return _full_and_future(gamma, later=sampled_cost",
+        "return _full_and_future(gamma, later_cost=mean_cost",
+        "return _full_and_future(gamma, later_cost=sampled_cost",
     ),
     "clip not passed on": ("low=low, high=high, dual=dual", "low=0.2, high=0.2, dual=3.0"),
 }
 SUPPORTS = {
     "both lists whole": (
-        "new = ~_among(student_ids, teacher_ids)",
-        "new = _among(student_ids, student_ids)",
+        "new = ~_contained_in(student_ids, teacher_ids)",
+        "new = _contained_in(student_ids, student_ids)",
     ),
     "the other's ids": (
-        "teacher_ids, _among(teacher_ids, student_ids)",
-        "student_ids, _among(teacher_ids, student_ids)",
+        "teacher_ids, _contained_in(teacher_ids, student_ids)",
+        "student_ids, _contained_in(teacher_ids, student_ids)",
     ),
-    "not sorted": ("others.sort(-1).values", "others"),
+    "not sorted": ("reference_ids.sort(-1).values", "reference_ids"),
 }
 SELECTION = {
     "the most certain": (
         "sort(descending=True)",
         "sort(descending=False)",
     ),
-    "one more": ("count - int(above", "count + 1 - int(above"),
+    "one more": ("count - int(clearly_above", "count + 1 - int(clearly_above"),
     "a fraction of all positions": ("int(batch.mask.sum())", "batch.mask.numel()"),
 }
 BATCH = {
@@ -211,11 +223,11 @@ BATCH = {
     "sampled tokens lost": ('"sampled_mask": self.sampled}', '"sampled_mask": self.mask & keep}'),
 }
 RECURSION = {
-    "cross term once": ("2 * gammas * pay\n", "gammas * pay\n"),
-    "discount not squared": ("gammas**2 * pay2", "gammas * pay2"),
+    "cross term once": ("2 * gammas * cost\n", "gammas * cost\n"),
+    "discount not squared": ("gammas**2 * cost2", "gammas * cost2"),
     "vector dropped from the second moment": ("n * (vv - 2 * b * sv", "n * (-2 * b * sv"),
     "baseline of the first step": ("rows.baseline[:, t, :", "rows.baseline[:, 0, :"),
-    "baseline added": ("late = late - rows", "late = late + rows"),
+    "baseline added": ("new_steps = new_steps - rows", "new_steps = new_steps + rows"),
     "baseline not squared": ("b.square() * ss", "b * ss"),
     "length not squared": ("by_length[1:].square()", "by_length[1:]"),
     "one token too few": ("mean += by_length[t + 1]", "mean += by_length[t]"),
@@ -226,14 +238,14 @@ RECURSION = {
     ),
 }
 EXACT = {
-    "future one step late": ("values.append(local + grid", "values.append(0 * local + grid"),
-    "gradient not centred": ("p * (whole - (p * whole)", "p * (whole - 0 * (p * whole)"),
-    "ratio not squared": ("at.ratio.square()", "at.ratio"),
+    "future one step late": ("values.append(local + gammas", "values.append(0 * local + gammas"),
+    "gradient not centred": ("p * (credit - (p * credit)", "p * (credit - 0 * (p * credit)"),
+    "ratio not squared": ("token_terms.ratio.square()", "token_terms.ratio"),
 }
 ESTIMATORS = {
     "undiscounted values": ("mean_later + gammas[:, None] * (values", "mean_later + (values"),
     "next value not discounted": ("self.gammas[:, None, None, None] * self.next", "self.next"),
-    "score of the wrong credit": ("score = steps[1] - steps[0]", "score = steps[0]"),
+    "score of the wrong credit": ("score = gradients[1] - gradients[0]", "score = gradients[0]"),
 }
 GRADIENTS = {
     "softmax not differentiated": (
@@ -241,8 +253,8 @@ GRADIENTS = {
         "return gradient - 0 * table.exp()",
     ),
     "support without gradient": (
-        "zip(index, found, strict=True)",
-        "zip(index[:1], found[:1], strict=True)",
+        "zip(leaf_indices, leaf_gradients, strict=True)",
+        "zip(leaf_indices[:1], leaf_gradients[:1], strict=True)",
     ),
     "mean instead of its square": (
         "self.mean.square().sum((-1, -2)) -",
@@ -261,18 +273,28 @@ SAMPLE = {
     "support of the other model": ('"student": student_logits}', '"student": teacher_logits}'),
 }
 BASELINES = {
-    "mean over the dead": ("alive = at.occupancy * at.active", "alive = at.occupancy"),
-    "nothing to come": ("rest = carry(rest, at.move.T) + ", "rest = "),
-    "no earlier scores": ("column * (at.later + future", "0 * column * (at.later + future"),
-    "group of one more": ("others = group - 1", "others = group"),
-    "no cross term": ("+ cross) / others", ") / others"),
-    "credit is the later cost": ("rows.append(mean_of[0])", "rows.append(mean_of[0] + 1)"),
+    "mean over the dead": ("alive = terms.occupancy * terms.active", "alive = terms.occupancy"),
+    "nothing to come": (
+        "future_gradient = apply_transition(future_gradient, terms.move.T) + ",
+        "future_gradient = ",
+    ),
+    "no earlier scores": (
+        "gamma_column * (terms.later + future",
+        "0 * gamma_column * (terms.later + future",
+    ),
+    "group of one more": ("num_others = group - 1", "num_others = group"),
+    "no cross term": ("+ cross) / num_others", ") / num_others"),
+    "credit is the later cost": (
+        "credit_squares.append(means[0])",
+        "credit_squares.append(means[0] + 1)",
+    ),
 }
 MUTATIONS = [
     pytest.param(module, line, id=f"{module.__name__}: {name}")
     for module, lines in (
         (credit, CREDIT),
         (shared_credit, SHARED_CREDIT),
+        (divergences, DIVERGENCES),
         (surrogates, SURROGATES),
         (reduction, REDUCTION),
         (catalogue, COMPOSITIONS),
@@ -329,7 +351,7 @@ def check() -> None:
     choices.test_what_is_not_refused_is_built_as_asked()
     choices.test_the_most_uncertain_tokens_of_the_step_are_kept()
     study.test_the_gradient_is_that_of_the_enumerated_sequence_kl("ending")
-    for estimator in moment_tests.REST:
+    for estimator in moment_tests.UNSUPPORTED:
         moment_tests.test_moments_equal_the_sum_over_all_paths("ending", estimator)
     for estimator in moment_tests.SUPPORTED:
         moment_tests.test_supports_of_every_size_equal_the_sum_over_all_paths(estimator)
@@ -345,7 +367,7 @@ def check() -> None:
 
 def functions(module: ModuleType) -> dict[str, FunctionType]:
     """Every function that a module defines, methods and properties included."""
-    found = {}
+    by_name = {}
     for name, value in vars(module).items():
         if getattr(value, "__module__", None) != module.__name__:
             continue
@@ -353,23 +375,23 @@ def functions(module: ModuleType) -> dict[str, FunctionType]:
         for part, inner in parts:
             function = inspect.unwrap(inner.fget if isinstance(inner, property) else inner)
             if isinstance(function, FunctionType):
-                found[f"{name}.{part}"] = function
-    return found
+                by_name[f"{name}.{part}"] = function
+    return by_name
 
 
 def mutate(module: ModuleType, line: tuple[str, str], patch: pytest.MonkeyPatch) -> None:
     """Give one function the code of a module with one line changed, wherever it is referred to."""
-    source, (before, after) = Path(str(module.__file__)).read_text(), line
-    assert before in source, "the mutated line no longer exists; update the mutation"
+    source, (original_line, mutated_line) = Path(str(module.__file__)).read_text(), line
+    assert original_line in source, "the mutated line no longer exists; update the mutation"
     mutant = ModuleType(module.__name__)
-    exec(compile(source.replace(before, after, 1), "mutant", "exec"), vars(mutant))
-    changed = 0
-    theirs = functions(mutant)
+    exec(compile(source.replace(original_line, mutated_line, 1), "mutant", "exec"), vars(mutant))
+    num_patched = 0
+    mutants = functions(mutant)
     for name, function in functions(module).items():
-        if name in theirs and function.__code__.co_filename != "mutant":
-            changed += 1
-            patch.setattr(function, "__code__", theirs[name].__code__)
-    assert changed
+        if name in mutants and function.__code__.co_filename != "mutant":
+            num_patched += 1
+            patch.setattr(function, "__code__", mutants[name].__code__)
+    assert num_patched
 
 
 @pytest.mark.parametrize(("module", "line"), MUTATIONS)

@@ -17,11 +17,11 @@ def test_ten_lines_instrument_a_strangers_run(capsys: pytest.CaptureFixture[str]
     b = batch()
     step = (b.tokens, b.mask, b.student_logp, b.teacher_logp, b.prompt, b.ended)
     exec(code, {"my_steps": [step, step]})
-    first, second, missing = capsys.readouterr().out.splitlines()
+    first, second, unavailable = capsys.readouterr().out.splitlines()
     assert first == second
     share = float((b.log_ratio > 0)[b.mask].double().mean())
     assert float(first.split()[0]) == pytest.approx(share)
-    assert "martingales" in missing
+    assert "martingales" in unavailable
 
 
 def test_the_files_it_names_exist() -> None:
