@@ -27,6 +27,7 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pydoclint diagnostics opd synthetic figures
 	$(BIN)/mypy
 
 test-engines: test-alfworld test-vllm test-verl

@@ -36,7 +36,7 @@ trainer = DistillationTrainer(
     ),
 )
 
-monitor = Monitor(every=2, sinks=[to_file("runs/trl/panel.jsonl")], alarms=Alarms())
+monitor = Monitor(interval=2, sinks=[to_file("runs/trl/panel.jsonl")], alarms=Alarms())
 with observe(trainer, monitor) as rows:
     trainer.train()  # the panel joins TRL's own log
 

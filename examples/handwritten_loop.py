@@ -41,7 +41,7 @@ for step in range(20):
         prompt=torch.arange(8).repeat_interleave(GROUP),  # |
         ended=(tokens == EOS).any(1),  # |
     )  # |
-    row = monitor(step, [batch.checked()], loss=loss.detach())  # |
+    row = monitor(step, [batch.validate()], loss=loss.detach())  # |
 
     optimizer.zero_grad()
     loss.backward()
