@@ -9,7 +9,7 @@ from synthetic.estimators import ESTIMATORS
 from synthetic.exact import moments
 from synthetic.worlds.mdp import TabularMDP
 from tests.helpers import mdp_enumeration as by_hand
-from tests.synthetic.exact.test_against_enumeration import GAMMAS, pair, worlds
+from tests.helpers.worlds import GAMMAS, pair, worlds
 
 
 def deviations(name: str) -> tuple[float, float]:

@@ -19,7 +19,7 @@ from diagnostics.batch import Rollouts
 from opd.config.settings import Config
 from opd.models.forward import response_hidden_states, scatter_to_mask
 from opd.models.model import CausalLM, split_head
-from opd.objectives.catalogue import ERRORS
+from opd.objectives.catalogue import KNOWN_ERRORS
 from opd.objectives.factory import Objective, build_objective
 from opd.rollouts.base import Engine
 from opd.rollouts.hf_engine import HfEngine
@@ -109,7 +109,7 @@ def late_hidden_states(model: CausalLM, prompts: Any, batch: Rollouts, mask: Ten
 
 def k1_objective(_: Config) -> Objective:
     """Return k1 differentiated directly: its gradient ignores the teacher and has mean zero."""
-    return ERRORS["k1"][0]()
+    return KNOWN_ERRORS["k1"][0]()
 
 
 def negated_objective(_: Config) -> Objective:

@@ -349,9 +349,11 @@ class ScoredRollouts(Rollouts):
     baseline: Tensor | None = None
     """(B, T), expected discounted cost to go given the prefix."""
     support: Support | None = None
+    """Both models on K ids per position."""
     prefix: DistributionStats | None = None
     """Exact statistics of the next-token distribution at each prefix."""
     score_temperature: float = 1.0
+    """Temperature at which both models were scored, that of the loss."""
     student_support: Support | None = None
     """The student's top-K, next to a `support` that holds the teacher's."""
 
@@ -385,7 +387,10 @@ def concatenate(batches: Sequence[ScoredRollouts]) -> ScoredRollouts:
         batches = [b._with(sampled_mask=b.sampled) for b in batches]
     flat = [flatten(b) for b in batches]
     if any(f.keys() != flat[0].keys() for f in flat):
-        raise InvalidInput(f"batches hold different fields: {sorted(set.union(*map(set, flat)))}")
+        raise InvalidInput(
+            "batches have different fields; give all of them the same optional fields, among "
+            f"{sorted(set.union(*map(set, flat)))}"
+        )
 
     def pad(x: Tensor) -> Tensor:
         if x.dim() == 1:

@@ -69,9 +69,9 @@ class Monitor:
     ) -> dict[str, float]:
         """Return the row of this step: every value that is due, its "_se", and `numbers` unchanged.
 
-        One host sync, which 0-d tensors among `numbers` share. Ranks average those and keep plain
-        numbers to themselves. On a step where nothing is due the micro-batches are not consumed and
-        the row holds `numbers` alone.
+        One host sync, which includes the 0-d tensors among `numbers`. Under torch.distributed these
+        tensors are averaged over ranks; plain numbers are those of this rank. On a step where
+        nothing is due the micro-batches are not consumed and the row holds `numbers` alone.
 
         Args:
             step: Number of the step.

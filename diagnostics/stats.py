@@ -106,8 +106,10 @@ def wilson_interval(share: float, count: float, critical: float = Z) -> tuple[fl
     """Compute the score interval of a share of `count` independent problems, any real number."""
     square = critical * critical / count
     centre = share + square / 2
-    half = math.sqrt(square * (share * (1 - share) + square / 4))
-    return max(0.0, (centre - half) / (1 + square)), min(1.0, (centre + half) / (1 + square))
+    half_width = math.sqrt(square * (share * (1 - share) + square / 4))
+    return max(0.0, (centre - half_width) / (1 + square)), min(
+        1.0, (centre + half_width) / (1 + square)
+    )
 
 
 def gain_interval(values: Array) -> tuple[float, float]:
@@ -138,9 +140,9 @@ def gain_interval(values: Array) -> tuple[float, float]:
     variance = ((squares + 2 * added_square) / (problems + 2) - centre**2) / (problems + 2)
     between = _between_runs(table)
     total = variance + between
-    half = _critical(total, between, runs) * math.sqrt(total)
+    half_width = _critical(total, between, runs) * math.sqrt(total)
     mean = float(table.mean())
-    return max(-1.0, min(centre - half, mean)), min(1.0, max(centre + half, mean))
+    return max(-1.0, min(centre - half_width, mean)), min(1.0, max(centre + half_width, mean))
 
 
 def unpaired_interval(before_accuracies: Array, after_accuracies: Array) -> tuple[float, float]:

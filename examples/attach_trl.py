@@ -1,9 +1,9 @@
-"""The panel on an unmodified TRL run; needs `pip install trl datasets` and two models.
+"""Monitor an unmodified TRL trainer; needs `pip install trl datasets` and two models.
 
-    python examples/attach_trl.py STUDENT TEACHER    # folders or hub names with one vocabulary
+    python examples/attach_trl.py STUDENT TEACHER    # folders or hub names; one vocabulary
 
-`opd lab --tiny` makes a pair in seconds: lab-tiny/student and lab-tiny/teacher. Afterwards
-`opd report runs/trl` makes a page of what the monitor wrote.
+`opd lab --tiny` builds a toy pair in seconds: lab-tiny/student and lab-tiny/teacher. After the run,
+`opd report runs/trl` writes an HTML report of the metrics.
 """
 
 import sys
@@ -38,10 +38,10 @@ trainer = DistillationTrainer(
 
 monitor = Monitor(interval=2, sinks=[to_file("runs/trl/panel.jsonl")], alarms=Alarms())
 with observe(trainer, monitor) as rows:
-    trainer.train()  # the panel joins TRL's own log
+    trainer.train()  # TRL's log includes the metrics
 
-shown = ("step", "divergence/reverse_kl", "divergence/reverse_kl_se", "consistency/z_H")
+metric_names = ("step", "divergence/reverse_kl", "divergence/reverse_kl_se", "consistency/z_H")
 for row in rows:
-    print("  ".join(f"{name} {row[name]:.3g}" for name in shown))
-for name, why in monitor.missing.items():
-    print(f"not computed: {name} ({why})")
+    print("  ".join(f"{name} {row[name]:.3g}" for name in metric_names))
+for name, reason in monitor.missing.items():
+    print(f"not computed: {name} ({reason})")

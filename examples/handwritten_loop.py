@@ -1,4 +1,4 @@
-"""Distillation by hand, with the panel in it: what is marked by | is all it takes."""
+"""Add the metrics to a handwritten distillation loop; the lines marked with | do it."""
 
 import copy
 
@@ -21,9 +21,9 @@ monitor = Monitor()  # |
 
 for step in range(20):
     prompts = torch.randint(1, 64, (8, 6)).repeat_interleave(GROUP, 0)
-    real = torch.ones_like(prompts)
+    attention_mask = torch.ones_like(prompts)
     ids = student.generate(
-        prompts, attention_mask=real, do_sample=True, top_k=0, max_new_tokens=BUDGET
+        prompts, attention_mask=attention_mask, do_sample=True, top_k=0, max_new_tokens=BUDGET
     )
     tokens = ids[:, prompts.shape[1] :]
     mask = (tokens == EOS).cumsum(1) - (tokens == EOS).long() == 0
@@ -47,7 +47,7 @@ for step in range(20):
     loss.backward()
     optimizer.step()
     if step % 5 == 0:
-        shown = ("loss", "divergence/reverse_kl", "divergence/reverse_kl_se", "consistency/z_H")
-        print(f"step {step:2}", *(f"{name} {row[name]:.3f}" for name in shown), sep="  ")
-for name, why in monitor.missing.items():
-    print(f"not computed: {name} ({why})")
+        names = ("loss", "divergence/reverse_kl", "divergence/reverse_kl_se", "consistency/z_H")
+        print(f"step {step:2}", *(f"{name} {row[name]:.3f}" for name in names), sep="  ")
+for name, reason in monitor.missing.items():
+    print(f"not computed: {name} ({reason})")

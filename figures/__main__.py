@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
         argv: command-line arguments.
 
     Raises:
-        InvalidInput: the arguments contradict each other.
+        InvalidInput: The arguments contradict each other.
     """
     parser = argparse.ArgumentParser(prog="opd figures", description=__doc__)
     name_help = f"{', '.join(figure_names())}; paper, all, claims, or gallery"
@@ -104,10 +104,10 @@ def refresh_table(name: str) -> None:
     """Run the commands that make a figure's table; an interrupted run is resumed.
 
     Args:
-        name: name of the figure.
+        name: Name of the figure.
 
     Raises:
-        OperationFailed: a command failed.
+        OperationFailed: A command failed.
     """
     for line in commands_for_table(name):
         print(f"-- {line}", file=sys.stderr)
@@ -123,14 +123,14 @@ def collect_table(name: str, runs: list[Path]) -> "pd.DataFrame":
     """Build the table of a figure from run folders.
 
     Args:
-        name: name of the figure.
-        runs: run folders.
+        name: Name of the figure.
+        runs: Run folders.
 
     Returns:
         The table.
 
     Raises:
-        InvalidInput: the runs contain nothing that the figure draws.
+        InvalidInput: The runs contain nothing that the figure draws.
     """
     if name == "training":
         from diagnostics.records.run_tables import training_table
@@ -149,15 +149,15 @@ def load_figure_table(name: str, path: Path) -> "pd.DataFrame":
     """Read the table of a figure and check its columns.
 
     Args:
-        name: name of the figure.
-        path: path of the table.
+        name: Name of the figure.
+        path: Path of the table.
 
     Returns:
         The table.
 
     Raises:
-        MissingFile: there is no such table; the message names the commands that make it.
-        InvalidInput: there is no such figure, or the table lacks a column.
+        MissingFile: There is no such table; the message names the commands that make it.
+        InvalidInput: There is no such figure, or the table lacks a column.
     """
     module = figure_module(name)
     if not path.exists():
@@ -167,7 +167,9 @@ def load_figure_table(name: str, path: Path) -> "pd.DataFrame":
     table = read_table(path)
     missing_columns = [c for c in module.COLUMNS if c not in table]
     if missing_columns:
-        raise InvalidInput(f"{path} lacks the columns {', '.join(missing_columns)}")
+        raise InvalidInput(
+            f"{path} lacks the columns {', '.join(missing_columns)}; make the table again"
+        )
     return table
 
 
@@ -175,9 +177,9 @@ def render_figure(name: str, table: "pd.DataFrame", out: Path) -> list[Path]:
     """Draw one figure and write its files; figures that have tables also write these.
 
     Args:
-        name: name of the figure.
-        table: its table.
-        out: output folder.
+        name: Name of the figure.
+        table: Its table.
+        out: Output folder.
 
     Returns:
         The paths of all files written.

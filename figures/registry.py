@@ -48,13 +48,13 @@ def figure_module(name: str) -> ModuleType:
     """Import the module that draws a figure.
 
     Args:
-        name: name of the figure.
+        name: Name of the figure.
 
     Returns:
         The module.
 
     Raises:
-        InvalidInput: there is no such figure.
+        InvalidInput: There is no such figure.
     """
     packages = _packages_by_figure()
     if name not in packages:
@@ -77,7 +77,7 @@ def commands_for_table(name: str, runs: list[str] | None = None) -> list[str]:
     """Return the commands that make a figure's table, one per line.
 
     Args:
-        name: name of the figure.
+        name: Name of the figure.
         runs: GROUP/METHOD-SEED of each run folder; None for the runs of the recorded table.
 
     Returns:
@@ -106,13 +106,13 @@ def read_table(path: Path) -> "pd.DataFrame":
     """Read a recorded table, with old metric names replaced by the current ones.
 
     Args:
-        path: a CSV file.
+        path: A CSV file.
 
     Returns:
         The table.
 
     Raises:
-        InvalidInput: the file is not a CSV table.
+        InvalidInput: The file is not a CSV table.
     """
     import pandas as pd
 

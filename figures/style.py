@@ -53,15 +53,15 @@ def make_panels(rows: int, columns: int, height: float) -> tuple[Figure, list[An
     """Create a figure with a grid of axes.
 
     Args:
-        rows: number of rows of axes.
-        columns: number of columns of axes.
-        height: height of the figure in inches; the width is `WIDTH`.
+        rows: Number of rows of axes.
+        columns: Number of columns of axes.
+        height: Height of the figure in inches; the width is `WIDTH`.
 
     Returns:
         The figure, and its axes row by row.
 
     Raises:
-        InvalidInput: there are no rows or columns, because the table has nothing to draw.
+        InvalidInput: There are no rows or columns, because the table has nothing to draw.
     """
     if not rows or not columns:
         raise InvalidInput("the table has no rows that this figure draws; check --table or --run")
@@ -80,12 +80,12 @@ def plot_band(
     """Plot a line with its interval as a shaded band.
 
     Args:
-        axes: axes to draw on.
-        x: horizontal coordinates.
-        y: values of the line.
-        low: lower ends of the intervals.
-        high: upper ends of the intervals.
-        **options: options of `Axes.plot` for the line.
+        axes: Axes to draw on.
+        x: Horizontal coordinates.
+        y: Values of the line.
+        low: Lower ends of the intervals.
+        high: Upper ends of the intervals.
+        **options: Options of `Axes.plot` for the line.
     """
     (line,) = axes.plot(x, y, **options)
     axes.fill_between(x, low, high, color=line.get_color(), alpha=0.18, linewidth=0)
@@ -111,9 +111,9 @@ def save_figure(figure: Figure, out: Path, name: str) -> list[Path]:
     """Write NAME.png and NAME.pdf; the same figure always gives the same bytes.
 
     Args:
-        figure: the figure to save.
-        out: output folder, created if it does not exist.
-        name: file name without its suffix.
+        figure: The figure to save.
+        out: Output folder, created if it does not exist.
+        name: File name without its suffix.
 
     Returns:
         The paths of the two files.

@@ -243,7 +243,9 @@ def rollout_rows(
     path = Path(path)
     files = sorted(path.glob("*.jsonl"), key=_step_order) if path.is_dir() else [path]
     if not files:
-        raise InvalidInput(f"{path} holds no .jsonl files")
+        raise InvalidInput(
+            f"{path} holds no .jsonl files; give the folder rollout_data_dir of a run"
+        )
     for file in files:
         with open(file) as lines:
             for i, line in enumerate(lines, 1):

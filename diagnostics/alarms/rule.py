@@ -69,8 +69,8 @@ class AlarmRule:
     pool: Callable[[Sequence[Reading]], Reading] = average
     """How readings are combined: `average` or `combined_z`."""
     num_reference: int = 0
-    """If positive, the average of this many first readings is a reference, and the tested value "
-    "is `compare(pooled, reference)`."""
+    """If positive, the average of this many first readings is a reference, and the tested value
+    is `compare(pooled, reference)`."""
     compare: Callable[[Reading, Reading], Reading] = rise
     """`rise` or `growth`."""
     min_readings: int = 0
@@ -86,7 +86,8 @@ class AlarmRule:
             )
         if self.num_pooled < 1 or self.num_reference < 0 or self.z < 0:
             raise InvalidInput(
-                f"{self.name}: num_pooled >= 1, num_reference >= 0 and z >= 0 are required"
+                f"{self.name}: num_pooled >= 1, num_reference >= 0 and z >= 0 are required; got "
+                f"{self.num_pooled}, {self.num_reference} and {self.z:g}"
             )
 
     @property

@@ -85,7 +85,7 @@ RULES: tuple[AlarmRule, ...] = (
         high=1.5,
         num_reference=3,
         compare=growth,
-        means="the divergence from the teacher is 1.5 times its initial value",
+        means="the divergence from the teacher is above 1.5 times its initial value",
         remedy="lower the learning rate; check the sign and the stop-gradients of the objective",
     ),
     AlarmRule(
@@ -95,7 +95,7 @@ RULES: tuple[AlarmRule, ...] = (
         high=1.5,
         num_reference=3,
         compare=growth,
-        means="the sampled cost is 1.5 times its initial value",
+        means="the sampled cost is above 1.5 times its initial value",
         remedy="lower the learning rate; check the sign and the stop-gradients of the objective",
     ),
     AlarmRule(
@@ -104,8 +104,8 @@ RULES: tuple[AlarmRule, ...] = (
         null="near 0",
         high=0.2,
         means="many tokens repeat an earlier 8-gram of the response",
-        remedy="compare signal/repeated_cost with signal/regular_cost: if it is lower, the teacher "
-        "rewards loops; shorten the responses or change the teacher",
+        remedy="compare signal/repeated_cost with signal/regular_cost: if the repeated cost is the "
+        "lower one, the teacher rewards loops; shorten the responses or change the teacher",
     ),
     AlarmRule(
         name="truncation",

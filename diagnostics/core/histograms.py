@@ -35,12 +35,14 @@ class Concentration(Accumulator):
       n_eff and less sensitive to a single huge token; exact;
     - "_top1_share", share of sum x in the N/100 largest tokens (a fractional number of
       tokens, so 0.01 when all are equal, whatever N);
-    - "_gini" = sum_j (2j - N - 1) x_(j) / (N sum x), ascending ranks. The last two come from a
-    histogram of fixed log-spaced levels, eight per octave between 2^-40 and 2^10, with counts and
-    sums: tokens of one level count as equal to their mean, and the level that contains the 99th
-    percentile contributes its tokens at that mean. Levels are 9 % wide, which bounds the relative
-    error of that level's part; `gini` is never too large, and too small by less than 0.022. All x
-    below 2^-40 share one level, as do all x from 2^10 on.
+    - "_gini" = sum_j (2j - N - 1) x_(j) / (N sum x), ascending ranks.
+
+    "_top1_share" and "_gini" come from a histogram of fixed log-spaced levels, eight per octave
+    between 2^-40 and 2^10, with counts and sums: tokens of one level count as equal to their mean,
+    and the level that contains the 99th percentile contributes its tokens at that mean. Levels are
+    9 % wide, which bounds the relative error of that level's part of "_top1_share"; "_gini" is
+    never too large, and too small by less than 0.022. All x below 2^-40 share one level, as do all
+    x from 2^10 on.
     """
 
     total: Tensor

@@ -15,7 +15,7 @@ def require_distribution_stats(batch: ScoredRollouts) -> DistributionStats:
     """Return the exact distribution statistics (which need both full distributions)."""
     if batch.prefix is None:
         raise MissingField(
-            "the batch has no distribution statistics (they need both full distributions)"
+            "the batch has no distribution statistics; score it with both full distributions"
         )
     return batch.prefix
 
@@ -23,5 +23,5 @@ def require_distribution_stats(batch: ScoredRollouts) -> DistributionStats:
 def require_support(batch: ScoredRollouts) -> Support:
     """Return the K ids at each position with both models' log-probabilities."""
     if batch.support is None:
-        raise MissingField("the batch has no support (it needs top-K log-probabilities)")
+        raise MissingField("the batch has no support; score it with top-K log-probabilities")
     return batch.support

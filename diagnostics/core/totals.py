@@ -435,7 +435,9 @@ def unpack(vector: Tensor, template: Mapping[str, Accumulator]) -> dict[str, Acc
             start += x.numel()
         unpacked[name] = type(total)(*parts)
     if start != vector.numel():
-        raise InvalidInput(f"the vector holds {vector.numel()} sums, the accumulators need {start}")
+        raise InvalidInput(
+            f"the vector holds {vector.numel()} sums, the template {start}; use the packed template"
+        )
     return unpacked
 
 
@@ -488,5 +490,8 @@ def merge(a: Mapping[str, Accumulator], b: Mapping[str, Accumulator]) -> dict[st
         InvalidInput: The two do not hold the same names.
     """
     if a.keys() != b.keys():
-        raise InvalidInput(f"accumulators in one of two parts only: {sorted(a.keys() ^ b.keys())}")
+        raise InvalidInput(
+            f"accumulators in one of two parts only: {sorted(a.keys() ^ b.keys())}; give all "
+            "micro-batches the same optional fields"
+        )
     return {name: a[name] + b[name] for name in a}

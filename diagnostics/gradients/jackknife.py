@@ -65,8 +65,8 @@ def squared_length_estimate(symmetric: Estimate) -> Estimate:
     """Extend the interval of a squared length upwards, because its error grows with its value.
 
     U = |x|^2 of a noisy x has Var(U) in proportion to |x|^2, so an estimate that came out low also
-    has too small an error. The upper end solves (theta - U)^2 = reach^2 theta / U to second order,
-    U + reach + reach^2 / (4 U), with U at least half of the reach (the half-width).
+    has too small an error. With the half-width h of the symmetric interval, the upper end solves
+    (theta - U)^2 = h^2 theta / U to second order: U + h + h^2 / (4 max(U, h / 2)).
 
     Args:
         symmetric: Estimate with a symmetric interval.

@@ -45,13 +45,11 @@ class Block:
 def make_block(network: nn.Module, pattern: str, rows: int = 16, copies: int = 8) -> Block:
     """Select the trained layers whose names match a shell pattern.
 
-    Such as "*norm" or "*.3.mlp.down_proj".
-
-    Containers do not count, nor layers without trained weights.
+    Containers do not count, nor do layers without trained weights.
 
     Args:
         network: The network.
-        pattern: Shell pattern over module names.
+        pattern: Shell pattern over module names, such as "*norm" or "*.3.mlp.down_proj".
         rows: Rows of each projection.
         copies: Independent copies of the sketch.
 
@@ -251,11 +249,11 @@ def linear_squares(inputs: Tensor, output_gradients: Tensor) -> Tensor:
     Returns:
         (B,) float64.
     """
-    length, width = (
+    length, break_even_length = (
         inputs.shape[1],
         inputs.shape[2] * output_gradients.shape[2] / (inputs.shape[2] + output_gradients.shape[2]),
     )
-    if length < width:
+    if length < break_even_length:
         return (
             (inputs @ inputs.mT).double() * (output_gradients @ output_gradients.mT).double()
         ).sum((1, 2))

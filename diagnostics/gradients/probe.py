@@ -197,15 +197,16 @@ def gradient_row(
     Returns:
         signal, variance, between, within, snr, noise_scale: `signal_and_noise` of `loss`, the
         training loss; without it, of the estimator `trained`.
-        noise/MEMBER@GAMMA: n times the variance of the batch's mean gradient, at this number of
+        noise/NAME@GAMMA: n times the variance of the batch's mean gradient, at this number of
             rollouts a prompt, with both errors.
-        coherence/MEMBER@GAMMA: Value without errors, where token energies are known.
+        coherence/NAME@GAMMA: Value without errors, where token energies are known.
         sketch_excess: Mean squared length of the sketches of the training gradient divided by the
             exact one, minus 1, where the exact one is known.
         bias2@GAMMA: Squared bias at the discount.
         alpha, occupancy_square, bias_share, cosine: `occupancy`.
         best_gamma: Discount of the best estimator for `num_sequences` a batch.
-        chosen/MEMBER, chosen@GAMMA: How often each is the best under the sampling error.
+        chosen/NAME, chosen@GAMMA: How often each estimator, and each discount, is the best under
+            the sampling error.
         sequences, cost_of_response: The study's coordinates, the second with errors.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Gradient-noise proxies of other systems (E-10), for comparison, with their errors.
+"""Gradient-noise proxies of other systems (E-10), for comparison, each with what it misestimates.
 
 Use `diagnostics.gradients.signal_noise` for the quantities themselves. Shapes: B responses, T
 positions.

@@ -87,13 +87,13 @@ def _pair_sums(x: Tensor, group: Tensor, num_prompts: int) -> tuple[Tensor, Tens
     different_prompts_without = (
         different_prompts - prompt_to_total - prompt_to_total.mT + 2 * within_prompt
     )
-    length = within_prompt.diagonal(dim1=1, dim2=2)  # (C, F) |sum of the prompt|^2
+    prompt_squares = within_prompt.diagonal(dim1=1, dim2=2)  # (C, F) |sum of the prompt|^2
     total_without = (
-        total_products.diagonal() - 2 * prompt_to_total.diagonal(dim1=1, dim2=2) + length
+        total_products.diagonal() - 2 * prompt_to_total.diagonal(dim1=1, dim2=2) + prompt_squares
     )
     return (
         torch.cat([different_prompts[None], different_prompts_without]),
-        _leave_one_out_sums(length - square),
+        _leave_one_out_sums(prompt_squares - square),
         _leave_one_out_sums(square),
         torch.cat([total_products.diagonal()[None], total_without]),
     )
@@ -127,6 +127,7 @@ class PairProducts:
     sizes: Tensor
     """(R,) number of sequences."""
     num_prompts: int
+    """Number of prompts C."""
 
     @property
     def signal(self) -> Tensor:

@@ -103,9 +103,9 @@ def parse_json(text: str, source: str) -> Any:
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except UnicodeEncodeError as error:
-        half = error.object[error.start]
+        surrogate = error.object[error.start]
         raise InvalidInput(
-            f"{source} holds {half!r}, an unpaired UTF-16 surrogate; write complete characters"
+            f"{source} holds {surrogate!r}, an unpaired UTF-16 surrogate; write complete characters"
         ) from error
     except _DuplicateKey as error:
         raise InvalidInput(f"{source} has the duplicate field {error}; keep one of them") from error

@@ -181,7 +181,7 @@ def tokens_by_position(batch: ScoredRollouts) -> dict[str, Accumulator]:
         batch: Scored rollouts.
 
     Returns:
-        divergence/tokens: tokens = sum m, tokens@lo-hi = sum m over the bin.
+        divergence/tokens: sum m; tokens@lo-hi is the sum over the bin.
     """
     return {"divergence/tokens": Counts.from_values(batch.mask)}
 

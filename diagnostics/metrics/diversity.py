@@ -71,8 +71,9 @@ def ngram_windows(tokens: Tensor, mask: Tensor, size: int) -> tuple[Tensor, Tens
 def second_try(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """D-5: Compute the gain of a second rollout, pass@2 - pass@1.
 
-    With c of n rollouts correct: pass@1 = c / n and pass@2 = 1 - C(n - c, 2) / C(n, 2), both
-    unbiased. All are means over prompts with two graded rollouts or more.
+    With c of n rollouts correct (a reward of at least 1): pass@1 = c / n and
+    pass@2 = 1 - C(n - c, 2) / C(n, 2), both unbiased. All are means over prompts with two graded
+    rollouts or more.
 
     Access: rewards.
     Source: the estimator of 2107.03374.

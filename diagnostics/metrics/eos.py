@@ -52,16 +52,19 @@ def endings(batch: ScoredRollouts) -> dict[str, Accumulator]:
             "the distribution stats lack the EOS log-masses of both models; score with an EOS map"
         )
     at_end = sampled & (ending > 0)
-    wish, push = teacher_end - student_end, -batch.log_ratio * (at_end.double() - student_end.exp())
+    end_log_ratio, end_descent = (
+        teacher_end - student_end,
+        -batch.log_ratio * (at_end.double() - student_end.exp()),
+    )
     return {
-        "divergence/end_wish": Mean.from_values(wish, at_end, batch.prompt),
+        "divergence/end_wish": Mean.from_values(end_log_ratio, at_end, batch.prompt),
         "divergence/end_wish_before": Mean.from_values(
-            wish, tokens_before(at_end, sampled, TOKENS_BEFORE_END), batch.prompt
+            end_log_ratio, tokens_before(at_end, sampled, TOKENS_BEFORE_END), batch.prompt
         ),
         "divergence/end_name": Mean.from_values(
             teacher_end - batch.teacher_logp, at_end & mask, batch.prompt
         ),
-        "divergence/end_push": Mean.from_values(push, mask, batch.prompt),
+        "divergence/end_push": Mean.from_values(end_descent, mask, batch.prompt),
         "divergence/student_hazard": PositionMean.from_values(
             student_end.exp(), sampled, batch.prompt
         ),

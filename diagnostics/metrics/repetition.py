@@ -94,7 +94,18 @@ def repetition(batch: ScoredRollouts) -> dict[str, Accumulator]:
 def is_compressible(
     text: str, tail: int = TAIL_CHARACTERS, threshold: float = COMPRESSION_RATIO
 ) -> bool:
-    """Return whether the last `tail` characters compress more than `threshold`-fold."""
+    """Return whether the last `tail` characters compress more than `threshold`-fold.
+
+    False for a text of fewer characters.
+
+    Args:
+        text: The text.
+        tail: Number of characters at its end that are compressed.
+        threshold: Ratio of bytes to zlib bytes above which a text is compressible.
+
+    Returns:
+        True if it is compressible.
+    """
     tail_bytes = text[-tail:].encode()
     return len(text) >= tail and len(tail_bytes) / len(zlib.compress(tail_bytes)) > threshold
 

@@ -14,7 +14,7 @@ from diagnostics.core.totals import Accumulator, Mean
 
 
 def length(batch: ScoredRollouts) -> dict[str, Accumulator]:
-    """D-1, D-2: Compute the response length and the share of responses that are cut at the budget.
+    """D-1, D-2: Compute the response length and the share truncated at the budget.
 
     Access: the sampled tokens and `ended`.
     Source: 2604.08527 (share 0.45-0.5 to 0.9-1.0 within 30 steps).

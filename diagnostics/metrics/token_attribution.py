@@ -157,8 +157,7 @@ def confident_impossible(batch: ScoredRollouts) -> dict[str, Accumulator]:
         batch: Scored rollouts.
 
     Returns:
-        tokens/confident_impossible_share: confident_impossible_share = mean of 1[p(y) > 0.9 and
-            q(y) < 1e-4].
+        tokens/confident_impossible_share: Mean of 1[p(y) > 0.9 and q(y) < 1e-4].
         tokens/confident_impossible_signal: Their share of sum |r|.
     """
     flagged, r = confident_impossible_mask(batch), batch.log_ratio.abs()
@@ -170,7 +169,10 @@ def confident_impossible(batch: ScoredRollouts) -> dict[str, Accumulator]:
 
 @dataclass(frozen=True, eq=False)
 class LargestBucket(Accumulator):
-    """Sums of a weight over ids modulo NUM_BUCKETS; reads out the largest share or NaN."""
+    """Sums of a weight over ids modulo NUM_BUCKETS.
+
+    Computed value: the share of the largest bucket, NaN if the sum is 0.
+    """
 
     sums: Tensor
     """(NUM_BUCKETS,)."""

@@ -55,7 +55,8 @@ def load_batch(path: str | Path) -> Rollouts:
             header = file.metadata() or {}
             if header.get("format") != FORMAT:
                 raise InvalidInput(
-                    f"{path} has format {header.get('format')!r}, expected {FORMAT!r}"
+                    f"{path} has format {header.get('format')!r}, expected {FORMAT!r}; "
+                    "give a batch file that a run saved"
                 )
             tensors = {name: file.get_tensor(name) for name in list(file.keys())}
     except SafetensorError as error:

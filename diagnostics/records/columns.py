@@ -38,7 +38,8 @@ A row is one response. Shapes: T response positions, K support ids.
 `support` and `prefix` may also be objects. A list may hold null where the mask is false. A token
 counts where every mask is true. A file may have several of the masks in the row of sampled_mask.
 An unknown column with one 0 or 1 per token is an error, and so are labels with -100 and token
-weights. A teacher's or student's list is sorted by that model's log-probability, descending.
+weights. A teacher's or student's list is sorted on reading, by that model's log-probability,
+descending.
 """
 
 import hashlib
@@ -117,7 +118,7 @@ _FINISH_REASONS = {
     **dict.fromkeys(("stop", "eos", "eos_token", "stop_sequence", "tool_calls", "completed"), True),
     **dict.fromkeys(("length", "max_tokens", "truncated"), False),
 }
-"""Finish reason -> whether the response ended by itself."""
+"""Finish reason -> whether the response ended rather than was truncated."""
 RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "temperature": ("above 0", lambda x: x > 0),
     "score_temperature": ("above 0", lambda x: x > 0),
@@ -283,7 +284,7 @@ def _parse_reward(value: Any, location: str) -> float:
 
 
 def _parse_ended(key: str, value: Any, location: str) -> bool:
-    """Return whether the response ended by itself, from a server's or trainer's finish reason."""
+    """Return whether the response ended untruncated, from a server's or trainer's reason."""
     if key == "truncated":
         return not bool(parse_bools([value], location, (1,))[0])
     reason = value.get("type") if isinstance(value, Mapping) else value  # SGLang's is an object

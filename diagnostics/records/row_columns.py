@@ -38,8 +38,8 @@ COLUMNS: tuple[tuple[str, str], ...] = (
     ),
     (
         "consistency/sampler_error",
-        "root mean square of log student - log sampler over fresh tokens, in integer multiples of "
-        "the rounding error",
+        "root mean square of log student - log sampler over tokens of age 0, in integer multiples "
+        "of the rounding error",
     ),
     (
         "consistency/student_*, consistency/teacher_*",

@@ -284,7 +284,7 @@ def position_bin_values(row: Row, name: str) -> dict[tuple[int, int], float]:
 def pool_means(
     values: list[float], errors: list[float], weights: list[float]
 ) -> tuple[float, float]:
-    """Return the weighted mean of independent values and its standard error, from theirs."""
+    """Return the weighted mean of independent values and its error, from standard errors."""
     w = np.array(weights) / np.sum(weights)
     return float((w * values).sum()), float(np.sqrt((w**2 * np.square(errors)).sum()))
 

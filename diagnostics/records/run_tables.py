@@ -63,7 +63,7 @@ def training_table(runs: list[Path]) -> pd.DataFrame:
         def row_labels(
             row: dict[str, Any], label: str = label, config: Any = config, name: str = objective
         ) -> dict[str, Any]:
-            """Of several tasks each counts as an objective of its own."""
+            """Return the label columns of a row; several tasks count as different objectives."""
             task = f" ({row['task']})" if row.get("task") else ""
             return {"run": label + task, "objective": name + task, "seed": config["seed"]}
 

@@ -219,7 +219,9 @@ def load_dump(path: str | Path) -> ScoredRollouts:
     header = parse_json(metadata.decode("utf-8", "replace"), f"{path}, its metadata")
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         actual_format = header.get("format") if isinstance(header, dict) else header
-        raise InvalidInput(f"{path} has format {actual_format!r}, expected {FORMAT!r}")
+        raise InvalidInput(
+            f"{path} has format {actual_format!r}, expected {FORMAT!r}; give a token dump"
+        )
     check_fields(header, {"settings": dict}, f"{path}, its metadata")
     try:
         table = file.read()
@@ -281,7 +283,7 @@ def _checked_shape(
             than tokens.
     """
     if not len(row):
-        raise InvalidInput(f"{path} holds no tokens")
+        raise InvalidInput(f"{path} holds no tokens; write the dump again")
     counts = row.bincount()
     last = torch.zeros_like(counts).scatter_reduce(0, row, position, "amax")
     is_invalid = position < 0 if bool((position < 0).any()) else (last + 1 != counts)[row]

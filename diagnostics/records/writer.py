@@ -104,7 +104,7 @@ def _write_parquet(path: Path, rows: Iterable[Mapping[str, Any]], chunk_size: in
         writer.write_table(table)
         count += len(chunk)
     if writer is None:
-        raise InvalidInput("no rows to write")
+        raise InvalidInput("no rows to write; a parquet file needs at least one row")
     writer.close()
     return count
 

@@ -645,7 +645,7 @@ def evaluate_claims(folder: Path) -> list[tuple[Claim, ClaimResult]]:
     """Measure every claim from the tables of a folder.
 
     Args:
-        folder: folder of the recorded tables.
+        folder: Folder of the recorded tables.
 
     Returns:
         Every claim with its measurement and verdict.
@@ -658,7 +658,7 @@ def render_markdown(folder: Path) -> str:
     """Render docs/claims.md: a table of all claims, and how many have each verdict.
 
     Args:
-        folder: folder of the recorded tables.
+        folder: Folder of the recorded tables.
 
     Returns:
         Markdown text.

@@ -17,7 +17,7 @@ def render_markdown(folder: Path) -> str:
     """Render figures/shown/README.md, with the paper's figures first.
 
     Args:
-        folder: folder of the recorded tables that the numbers are computed from.
+        folder: Folder of the recorded tables that the numbers are computed from.
 
     Returns:
         Markdown text.

@@ -50,14 +50,14 @@ class Tables:
         """Return value, low and high of the only row of a study's table with the given values.
 
         Args:
-            name: name of the table.
-            **filters: values of columns.
+            name: Name of the table.
+            **filters: Values of columns.
 
         Returns:
             (value, low, high).
 
         Raises:
-            InvalidInput: not exactly one row matches.
+            InvalidInput: Not exactly one row matches.
         """
         table = self[name]
         for column, value in filters.items():
@@ -110,8 +110,8 @@ def compare_outcomes(
 
     Args:
         outcomes: (seeds, problems) outcomes of the method that is claimed to be better.
-        baseline_outcomes: the same of the other method.
-        verdict: decides from the interval of the paired difference.
+        baseline_outcomes: The same of the other method.
+        verdict: Decides from the interval of the paired difference.
 
     Returns:
         Both accuracies, their paired difference, and the verdict.
@@ -197,13 +197,13 @@ def smaller_mean(
     """Measure the claim that the mean of a column is smaller for one method than for another.
 
     Args:
-        column: column of the table of steps.
-        method: method with the smaller mean.
-        baseline: method it is compared with.
-        group: group of both.
-        task: task of both; empty in a group with one task.
-        verdict: decides from the interval of the difference.
-        steps: number of last steps that are averaged; None for all.
+        column: Column of the table of steps.
+        method: Method with the smaller mean.
+        baseline: Method it is compared with.
+        group: Group of both.
+        task: Task of both; empty in a group with one task.
+        verdict: Decides from the interval of the difference.
+        steps: Number of last steps that are averaged; None for all.
         direction: 1 for smaller, -1 for larger.
 
     Returns:
@@ -239,9 +239,9 @@ def compare_means(
     """Compare means by seed.
 
     Args:
-        method_means: mean by seed of one method.
-        baseline_means: the same of the other method.
-        verdict: decides from the interval of the difference.
+        method_means: Mean by seed of one method.
+        baseline_means: The same of the other method.
+        verdict: Decides from the interval of the difference.
         direction: 1 if the first is claimed to be smaller, -1 if larger.
 
     Returns:
@@ -265,10 +265,10 @@ def study_value(name: str, text: str, verdict: Callable[..., str], **filters: An
     """Measure a claim about one row of a table of the exact study.
 
     Args:
-        name: name of the table.
-        text: description with a place for the formatted value.
-        verdict: decides from value, low and high.
-        **filters: values of the columns that select the row.
+        name: Name of the table.
+        text: Description with a place for the formatted value.
+        verdict: Decides from value, low and high.
+        **filters: Values of the columns that select the row.
 
     Returns:
         The measurement as a function of the tables.
@@ -319,7 +319,7 @@ def gap_tail_widens(method: str) -> Measure:
     The second is used because the first contains the tokens next to the tag.
 
     Args:
-        method: method whose last recorded step is used.
+        method: Method whose last recorded step is used.
 
     Returns:
         The measurement as a function of the tables.

@@ -39,7 +39,7 @@ def paired_difference(outcomes: pd.DataFrame, baseline_outcomes: pd.DataFrame) -
 
     Args:
         outcomes: (seeds, problems) outcomes of one method.
-        baseline_outcomes: the same of the other method.
+        baseline_outcomes: The same of the other method.
 
     Returns:
         value, low and high: the mean difference with its 95 % interval over seeds and problems.
@@ -66,8 +66,8 @@ def sign_flip_test(
 
     Args:
         values: (n,) differences.
-        generator: random generator of the patterns.
-        num_draws: largest number of patterns.
+        generator: Random generator of the patterns.
+        num_draws: Largest number of patterns.
 
     Returns:
         The two-sided p value.

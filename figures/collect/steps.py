@@ -42,14 +42,14 @@ def parse_run_folders(runs: list[Path]) -> list[dict[str, Any]]:
     """Return group, method and seed of each run folder.
 
     Args:
-        runs: run folders.
+        runs: Run folders.
 
     Returns:
         A dictionary with the keys group, method and seed for each run.
 
     Raises:
-        MissingFile: a folder is not a run folder.
-        InvalidInput: runs of one group and method differ in more than the seed (see
+        MissingFile: A folder is not a run folder.
+        InvalidInput: Runs of one group and method differ in more than the seed (see
             `diagnostics.records.run_folders.differing_settings`).
     """
     labels, runs_by_method = [], dict[tuple[str, str], list[Path]]()
@@ -67,7 +67,7 @@ def steps_table(runs: list[Path]) -> pd.DataFrame:
     """Build the table of training steps.
 
     Args:
-        runs: run folders.
+        runs: Run folders.
 
     Returns:
         A table with STEP_COLUMNS, one row a step and task, with four significant digits. `accuracy`
@@ -95,14 +95,14 @@ def evaluations_table(runs: list[Path]) -> pd.DataFrame:
     """Build the table of evaluations.
 
     Args:
-        runs: run folders.
+        runs: Run folders.
 
     Returns:
         A table with EVALUATION_COLUMNS, one row an evaluation of a task; `outcomes` has one digit a
         problem.
 
     Raises:
-        InvalidInput: runs of one group and task were evaluated on different problems.
+        InvalidInput: Runs of one group and task were evaluated on different problems.
     """
     records: list[dict[str, Any]] = []
     problem_sets: dict[tuple[str, str], str] = {}
@@ -126,15 +126,15 @@ def select_methods(table: pd.DataFrame, group: str, methods: Iterable[str]) -> p
     """Select the rows of a group that belong to one of the methods.
 
     Args:
-        table: a table of steps or evaluations.
-        group: group to select.
-        methods: names of methods.
+        table: A table of steps or evaluations.
+        group: Group to select.
+        methods: Names of methods.
 
     Returns:
         The selected rows.
 
     Raises:
-        InvalidInput: there are none; the message lists the runs that the table has.
+        InvalidInput: There are none; the message lists the runs that the table has.
     """
     selected = table[(table["group"] == group) & table["method"].isin(list(methods))]
     if selected.empty:
@@ -156,9 +156,9 @@ def seed_means(table: pd.DataFrame, column: str, log: bool = False) -> pd.DataFr
     """Compute the mean of a column over seeds at each step, with its 95 % interval by Student's t.
 
     Args:
-        table: a table with the columns step and seed.
-        column: column to average.
-        log: take a geometric mean, and its interval in logarithms.
+        table: A table with the columns step and seed.
+        column: Column to average.
+        log: Take a geometric mean, and its interval in logarithms.
 
     Returns:
         A table with the columns step, value, low, high and seeds. Steps that some seed lacks are

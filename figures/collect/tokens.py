@@ -30,13 +30,13 @@ def load_scored_batch(path: Path) -> ScoredRollouts:
     """Load a saved batch with the scores and full-vocabulary statistics of both models.
 
     Args:
-        path: file of the batch.
+        path: File of the batch.
 
     Returns:
         The batch.
 
     Raises:
-        InvalidInput: the batch lacks them; the message names the setting that saves them.
+        InvalidInput: The batch lacks them; the message names the setting that saves them.
     """
     batch = load_batch(path)
     if not isinstance(batch, ScoredRollouts) or batch.prefix is None:
@@ -50,9 +50,9 @@ def token_table(runs: list[Path], step: int, *, unsupervised: bool = False) -> p
     """Build a table of the supervised tokens in the batches that runs saved at one step.
 
     Args:
-        runs: run folders.
-        step: a step whose batch every run saved.
-        unsupervised: include sampled tokens that are masked out of the loss, which a test of
+        runs: Run folders.
+        step: A step whose batch every run saved.
+        unsupervised: Include sampled tokens that are masked out of the loss, which a test of
             sampling needs.
 
     Returns:
@@ -99,10 +99,10 @@ def shares_by_kind(
     """Compute the share of the weight that each kind of token has: sum_t w_t 1[kind] / sum_t w_t.
 
     Args:
-        data: a table of tokens.
+        data: A table of tokens.
         kinds: (N,) kind of each token.
         weight: (N,) weight of each token.
-        generator: random generator of the bootstrap.
+        generator: Random generator of the bootstrap.
 
     Returns:
         {kind: (share, low, high)} with 95 % bootstrap intervals over clusters.

@@ -142,7 +142,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     """Compute success before and after training, the gain, and the difference to the first method.
 
     Args:
-        table: a table with COLUMNS.
+        table: A table with COLUMNS.
 
     Returns:
         A table with the columns group, task, method, seeds and count (games or problems); before,
@@ -151,7 +151,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
         teacher has no gain.
 
     Raises:
-        InvalidInput: the table has no evaluation of the groups and tasks.
+        InvalidInput: The table has no evaluation of the groups and tasks.
     """
     evaluations = table[table["where"] == HELD_OUT]
     records = []
@@ -174,9 +174,9 @@ def summarize_method(final: pd.DataFrame, first: pd.DataFrame, method: str) -> d
     """Compute the row of `summary` for a method.
 
     Args:
-        final: last evaluations of a group and task.
-        first: evaluations at step 0 of the same.
-        method: the method.
+        final: Last evaluations of a group and task.
+        first: Evaluations at step 0 of the same.
+        method: The method.
 
     Returns:
         The columns of `summary` but group, task and method.
@@ -261,14 +261,14 @@ def collect(runs: list[Path]) -> pd.DataFrame:
     """Build the table of rollouts and evaluations.
 
     Args:
-        runs: run folders.
+        runs: Run folders.
 
     Returns:
         A table with COLUMNS, one row a step (where: "rollouts") and one an evaluation of a task
         (where: "held out").
 
     Raises:
-        InvalidInput: runs were evaluated on different games or problems.
+        InvalidInput: Runs were evaluated on different games or problems.
     """
     records: list[dict[str, Any]] = []
     problem_sets: dict[str, str] = {}

@@ -130,7 +130,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     """Compute the accuracy of every method and its difference to the first method of its table.
 
     Args:
-        table: a table of evaluations.
+        table: A table of evaluations.
 
     Returns:
         A table with the columns table, task, method, seeds, before (accuracy of the untrained
@@ -140,7 +140,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
         columns are NaN.
 
     Raises:
-        InvalidInput: no run belongs to a group and a method of the tables.
+        InvalidInput: No run belongs to a group and a method of the tables.
     """
     parts = []
     for name, (_, group, methods) in TABLES.items():
@@ -163,8 +163,8 @@ def summarize_table(table: pd.DataFrame, methods: tuple[str, ...]) -> pd.DataFra
     """Compute `summary` for one table and task.
 
     Args:
-        table: evaluations of a group and task.
-        methods: methods of the table; the first is the baseline.
+        table: Evaluations of a group and task.
+        methods: Methods of the table; the first is the baseline.
 
     Returns:
         One row for each method that has runs.

@@ -62,7 +62,7 @@ def collect(runs: list[Path]) -> pd.DataFrame:
     """Compute quantiles by bins of BIN_WIDTH positions with at least MIN_TOKENS tokens.
 
     Args:
-        runs: run folders.
+        runs: Run folders.
 
     Returns:
         A table with COLUMNS for the first and the last step that all runs of a method saved.

@@ -53,7 +53,7 @@ def collect(runs: list[Path]) -> pd.DataFrame:
     """Find the response with most repeated tokens in the batches that every run saved.
 
     Args:
-        runs: run folders.
+        runs: Run folders.
 
     Returns:
         A table with COLUMNS, one row a token of that response.

@@ -57,7 +57,7 @@ def collect(runs: list[Path]) -> pd.DataFrame:
     """Sample the tokens of the runs' first batch, and compute shares over all of them.
 
     Args:
-        runs: run folders.
+        runs: Run folders.
 
     Returns:
         A table with COLUMNS: the shares first, then NUM_POINTS sampled tokens.
@@ -109,10 +109,10 @@ def ratio_interval(
     """Compute a ratio of sums with a 95 % bootstrap interval over prompts.
 
     Args:
-        data: a table of tokens.
+        data: A table of tokens.
         numerator: (N,) values.
         denominator: (N,) values; None to divide by the number of tokens.
-        generator: random generator of the bootstrap.
+        generator: Random generator of the bootstrap.
 
     Returns:
         (ratio, low, high).

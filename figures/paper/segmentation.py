@@ -48,13 +48,13 @@ def collect(runs: list[Path]) -> pd.DataFrame:
     """Find the first response of the first batch that ends and spells both tags in bytes.
 
     Args:
-        runs: run folders; only the first is read.
+        runs: Run folders; only the first is read.
 
     Returns:
         A table with COLUMNS for the beginning and the end of that response.
 
     Raises:
-        InvalidInput: no response of the batch spells both tags.
+        InvalidInput: No response of the batch spells both tags.
     """
     from diagnostics.records.run_folders import common_saved_steps
     from diagnostics.records.vocabulary import load_vocabulary
@@ -72,7 +72,9 @@ def collect(runs: list[Path]) -> pd.DataFrame:
         if has_spelled_tag and tag_start > 0:
             break
     else:
-        raise InvalidInput(f"{runs[0]} has no response that spells both tags in its first batch")
+        raise InvalidInput(
+            f"{runs[0]} has no response that spells both tags in its first batch; give another run"
+        )
     parts = {"open": response.iloc[:10], "close": response.iloc[tag_start - 2 :]}
     rows = [
         {

@@ -60,9 +60,9 @@ def draw_stack(axes: Any, rows: pd.DataFrame, x: Any, index_column: str) -> None
     """Draw the parts stacked, and their sum with its interval.
 
     Args:
-        axes: axes to draw on.
-        rows: rows of one method, and of one step if drawn by position.
-        x: horizontal coordinates.
+        axes: Axes to draw on.
+        rows: Rows of one method, and of one step if drawn by position.
+        x: Horizontal coordinates.
         index_column: "step" for filled areas, "first" for bars by position.
     """
     parts = rows.pivot_table(index=index_column, columns="part", values="value").reindex(
@@ -93,7 +93,7 @@ def collect(runs: list[Path]) -> pd.DataFrame:
     """Compute the parts and their sum at every step, and by position at the first and last step.
 
     Args:
-        runs: run folders.
+        runs: Run folders.
 
     Returns:
         A table with COLUMNS, the runs of a method pooled by their number of tokens.
@@ -153,16 +153,18 @@ def support_prefix(row: dict[str, Any], run: Path) -> str:
     """Return the common prefix of the part metrics in a row, such as divergence/kl.
 
     Args:
-        row: a row of a run.
-        run: its run folder, for the error message.
+        row: A row of a run.
+        run: Its run folder, for the error message.
 
     Returns:
         The prefix.
 
     Raises:
-        InvalidInput: the objective of the run has no support.
+        InvalidInput: The objective of the run has no support.
     """
     prefixes = [key.removesuffix("_parts") for key in row if key.endswith("kl_parts")]
     if not prefixes:
-        raise InvalidInput(f"{run} has no top-K support: its rows have no divergence/kl_parts")
+        raise InvalidInput(
+            f"{run} has no top-K support: its rows have no divergence/kl_parts; leave it out"
+        )
     return prefixes[0]

@@ -98,7 +98,7 @@ def collect(runs: list[Path]) -> pd.DataFrame:
     """Summarize the three sources by position bin, with all runs of a method pooled.
 
     Args:
-        runs: run folders in which `opd probe-own-prefix` has been run.
+        runs: Run folders in which `opd probe-own-prefix` has been run.
 
     Returns:
         A table with COLUMNS.
@@ -129,14 +129,14 @@ def teacher_certainty(runs: list[Path], source: str) -> pd.DataFrame:
     """Return prompt, position bin, teacher_entropy and doubt of the tokens of all runs.
 
     Args:
-        runs: run folders.
-        source: who wrote the text: "teacher", "student" or "trained".
+        runs: Run folders.
+        source: Who wrote the text: "teacher", "student" or "trained".
 
     Returns:
         A table with one row a token.
 
     Raises:
-        MissingFile: a run has no control/ folder; the message names the command that makes it.
+        MissingFile: A run has no control/ folder; the message names the command that makes it.
     """
     from diagnostics.core.position_bins import bin_indices
     from figures.collect.tokens import load_scored_batch
@@ -170,9 +170,9 @@ def summarize_tokens(
     """Return the number of tokens, their mean with a 95 % interval over prompts, and quantiles.
 
     Args:
-        data: tokens of one position bin.
-        quantity: column to summarize.
-        generator: random generator of the bootstrap.
+        data: Tokens of one position bin.
+        quantity: Column to summarize.
+        generator: Random generator of the bootstrap.
 
     Returns:
         The columns tokens, value, low, high, q25, q75 and q90; no interval with one prompt.
@@ -201,9 +201,9 @@ def paired_gaps(
     Prompts are resampled, which both models answered, so the interval is paired.
 
     Args:
-        teacher_tokens: tokens of the teacher's text.
-        student_tokens: tokens of the student's text.
-        generator: random generator of the bootstrap.
+        teacher_tokens: Tokens of the teacher's text.
+        student_tokens: Tokens of the student's text.
+        generator: Random generator of the bootstrap.
 
     Returns:
         One row a bin in which both have tokens of at least 8 prompts.
@@ -223,7 +223,7 @@ def paired_gaps(
 
         values = sums.to_numpy(float)
         if min((values[:, 1] > 0).sum(), (values[:, 3] > 0).sum()) < 8:
-            continue  # a resample might hold none of one of the two
+            continue  # a resample could have no token of one source
         low, high = bootstrap_interval(values, gap, generator, resamples=1000)
         bands = dict(zip(("value", "low", "high"), (gap(values), low, high), strict=True))
         tokens = int(min(values[:, 1].sum(), values[:, 3].sum()))

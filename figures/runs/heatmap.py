@@ -93,7 +93,7 @@ def collect(runs: list[Path]) -> pd.DataFrame:
     """Compute all quantities by position bin, with all runs of a method pooled.
 
     Args:
-        runs: run folders.
+        runs: Run folders.
 
     Returns:
         A table with COLUMNS for every step that all runs of a method have; two of the quantities

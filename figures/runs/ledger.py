@@ -92,7 +92,7 @@ def collect(runs: list[Path]) -> pd.DataFrame:
     """Compute shares of energy and tokens by kind at every step that all runs of a method saved.
 
     Args:
-        runs: run folders.
+        runs: Run folders.
 
     Returns:
         A table with COLUMNS.
@@ -133,8 +133,8 @@ def effective_share(
     """Compute (sum e)^2 / (N sum e^2) of the tokens' energies e.
 
     Args:
-        data: a table of tokens.
-        generator: random generator of the bootstrap.
+        data: A table of tokens.
+        generator: Random generator of the bootstrap.
 
     Returns:
         (value, low, high), with a 95 % bootstrap interval over clusters.

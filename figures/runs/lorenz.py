@@ -70,7 +70,7 @@ def collect(runs: list[Path]) -> pd.DataFrame:
     """Compute curves at the first and the last step that all runs of a method saved.
 
     Args:
-        runs: run folders.
+        runs: Run folders.
 
     Returns:
         A table with COLUMNS.
@@ -108,8 +108,8 @@ def lorenz_curve(
     Args:
         x: (N,) nonnegative values.
         cluster: (N,) cluster numbers from 0.
-        generator: random generator of the bootstrap.
-        resamples: number of bootstrap resamples.
+        generator: Random generator of the bootstrap.
+        resamples: Number of bootstrap resamples.
 
     Returns:
         value, low and high at TOKEN_SHARES, with a 95 % bootstrap interval over clusters.

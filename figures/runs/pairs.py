@@ -118,7 +118,7 @@ def collect(runs: list[Path]) -> pd.DataFrame:
     """Collect all panels of each pair; a pair is named after its run folder.
 
     Args:
-        runs: run folders.
+        runs: Run folders.
 
     Returns:
         A table with COLUMNS.
@@ -176,8 +176,8 @@ def signal_by_position(data: pd.DataFrame, generator: np.random.Generator) -> li
     """Compute median, middle 90 % and mean with its interval of log q - log p by position bin.
 
     Args:
-        data: a table of tokens.
-        generator: random generator of the bootstrap.
+        data: A table of tokens.
+        generator: Random generator of the bootstrap.
 
     Returns:
         Two rows a bin with at least 16 tokens of two prompts.

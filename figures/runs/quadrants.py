@@ -91,7 +91,7 @@ def collect(runs: list[Path]) -> pd.DataFrame:
     """Compute grid counts and quadrant shares at the first and last step that all runs saved.
 
     Args:
-        runs: run folders.
+        runs: Run folders.
 
     Returns:
         A table with COLUMNS.

@@ -76,7 +76,7 @@ def collect(runs: list[Path]) -> pd.DataFrame:
     """Collect z by position bin at every step, and by kind of prefix at every saved step.
 
     Args:
-        runs: run folders.
+        runs: Run folders.
 
     Returns:
         A table with COLUMNS.
@@ -120,7 +120,7 @@ def z_by_kind(data: pd.DataFrame) -> dict[str, tuple[float, float]]:
     0. Whether a prefix is in a repetition is therefore decided from the previous token.
 
     Args:
-        data: a table of tokens, including those masked out of the loss.
+        data: A table of tokens, including those masked out of the loss.
 
     Returns:
         {kind: (z, variance)}.

@@ -79,13 +79,13 @@ def collect(runs: list[Path]) -> pd.DataFrame:
     """Collect the gradient probes of runs with --probe-every.
 
     Args:
-        runs: run folders.
+        runs: Run folders.
 
     Returns:
         A table with COLUMNS.
 
     Raises:
-        InvalidInput: no run has a probe.
+        InvalidInput: No run has a probe.
     """
     from diagnostics.records.run_folders import group_by_method, load_rows, round_significant
 

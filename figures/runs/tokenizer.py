@@ -91,7 +91,7 @@ def collect(runs: list[Path]) -> pd.DataFrame:
     """Collect excluded ids at the first saved step, and EOS probabilities at the first and last.
 
     Args:
-        runs: run folders.
+        runs: Run folders.
 
     Returns:
         A table with COLUMNS.
@@ -129,8 +129,8 @@ def excluded_shares(
     """Compute the share of sum |r| of the NUM_IDS largest ids among the excluded tokens.
 
     Args:
-        data: a table of tokens.
-        generator: random generator of the bootstrap.
+        data: A table of tokens.
+        generator: Random generator of the bootstrap.
 
     Returns:
         {id: (share, low, high)}.
@@ -151,9 +151,9 @@ def eos_hazards(
     """Compute the mean EOS probability over prefixes by position bin, for each of HAZARDS.
 
     Args:
-        runs: run folders of one method.
-        step: a step whose batch every run saved.
-        generator: random generator of the bootstrap.
+        runs: Run folders of one method.
+        step: A step whose batch every run saved.
+        generator: Random generator of the bootstrap.
 
     Returns:
         One row a bin and kind, for bins with at least MIN_TOKENS prefixes of two prompts.
@@ -203,8 +203,8 @@ def eos_probability(batch: "ScoredRollouts", token: int, role: str) -> "Tensor":
     with the sampled token y and the model's probability w, whose mean over y ~ p is w(token).
 
     Args:
-        batch: scored rollouts with a support.
-        token: id of the token.
+        batch: Scored rollouts with a support.
+        token: Id of the token.
         role: "student" or "teacher".
 
     Returns:

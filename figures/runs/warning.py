@@ -69,11 +69,11 @@ def draw_timeline(
     """Draw z by indicator and step, alarms, collapses, and the lead of each indicator.
 
     Args:
-        axes: axes to draw on.
-        rows: rows of one kind of collapsing run.
-        healthy: rows of the healthy runs.
-        indicators: names of the indicators, from top to bottom.
-        norm: color scale.
+        axes: Axes to draw on.
+        rows: Rows of one kind of collapsing run.
+        healthy: Rows of the healthy runs.
+        indicators: Names of the indicators, from top to bottom.
+        norm: Color scale.
 
     Returns:
         The image, for a color bar.
@@ -105,9 +105,9 @@ def format_lead(rows: pd.DataFrame, healthy: pd.DataFrame, column: str) -> str:
     """Format the lead of an indicator, such as '5 [2/3, 0/8]'.
 
     Args:
-        rows: rows of one indicator in the collapsing runs.
-        healthy: its rows in the healthy runs.
-        column: boolean column: "alarm", or "far" for a large z.
+        rows: Rows of one indicator in the collapsing runs.
+        healthy: Its rows in the healthy runs.
+        column: Boolean column: "alarm", or "far" for a large z.
 
     Returns:
         Median lead in steps, runs warned before their collapse, and healthy runs warned.
@@ -124,7 +124,7 @@ def collect(runs: list[Path]) -> pd.DataFrame:
     """Collect the indicators of all runs; a run whose outcomes never collapse is healthy.
 
     Args:
-        runs: run folders.
+        runs: Run folders.
 
     Returns:
         A table with COLUMNS. z = (value - mean) / sd over the healthy runs at the steps within 2 of
@@ -132,7 +132,7 @@ def collect(runs: list[Path]) -> pd.DataFrame:
         so that tables stay small.
 
     Raises:
-        InvalidInput: fewer than 2 runs are healthy, or none collapses.
+        InvalidInput: Fewer than 2 runs are healthy, or none collapses.
     """
     from diagnostics.alarms.alarms import replay
     from diagnostics.records.run_folders import group_by_method, load_rows

@@ -32,9 +32,9 @@ def select_rows(table: pd.DataFrame, quantity: str, **filters: Any) -> pd.DataFr
     """Select the rows of one quantity whose columns have the given values.
 
     Args:
-        table: a summary table.
-        quantity: value of the column `quantity`.
-        **filters: values of other columns.
+        table: A summary table.
+        quantity: Value of the column `quantity`.
+        **filters: Values of other columns.
 
     Returns:
         The selected rows, sorted by horizon, discount and batch size.

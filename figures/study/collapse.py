@@ -22,7 +22,7 @@ K = 4
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """Draw p(S) from a student equal to the teacher and from a distant one; KL and entropy."""
+    """Draw p(S) from an equal and from a distant student; KL and entropy from the equal one."""
     figure, (from_teacher, from_afar, kl, entropy) = style.make_panels(2, 2, 5.4)
     draw_curves(from_teacher, table, "mass", "teacher", "p(S)")
     from_teacher.set_title("Start: student equals teacher")

@@ -53,14 +53,14 @@ def draw_values(axes: Any, table: pd.DataFrame, order: pd.DataFrame, quantity: s
     """Draw a quantity of every estimator in the given order; the default setting is blue."""
     keys = ["estimator", "gamma", "sampler", "ratio", "length"]
     values = table[table["quantity"] == quantity].set_index(keys)
-    ordered = values.loc[pd.MultiIndex.from_frame(order[keys])]
+    ranked_values = values.loc[pd.MultiIndex.from_frame(order[keys])]
     y = np.arange(len(order))
     is_default = [
         tuple(r) == tuple(DEFAULT.values())
         for r in order[["sampler", "ratio", "length"]].to_numpy()
     ]
     for selected, colour in ((is_default, style.BLUE), ([not x for x in is_default], style.RED)):
-        part = ordered[selected]
+        part = ranked_values[selected]
         spread = [(part["value"] - part["low"]).clip(lower=0), part["high"] - part["value"]]
         axes.errorbar(
             part["value"], y[selected], xerr=spread, fmt="o", ms=2.5, lw=0.8, color=colour

@@ -97,7 +97,7 @@ def collect(runs: list[Path]) -> pd.DataFrame:
     """Combine the recorded maps with the gradient probes of runs.
 
     Args:
-        runs: folders of runs with --probe-every.
+        runs: Folders of runs with --probe-every.
 
     Returns:
         The table of the study with one row more a probe: value is the discount with the smallest
@@ -106,7 +106,7 @@ def collect(runs: list[Path]) -> pd.DataFrame:
         estimator and that discount are the best.
 
     Raises:
-        InvalidInput: no run has a probe with an interval of its cost.
+        InvalidInput: No run has a probe with an interval of its cost.
     """
     from diagnostics.records.run_folders import load_rows
 

@@ -13,10 +13,10 @@ def select_rows(
     """Select the rows of one quantity whose columns have the given values.
 
     Args:
-        table: a summary table with the column `quantity`.
-        quantity: value of that column.
-        order_column: column to sort by; rows without a value in it are dropped.
-        **filters: values of other columns.
+        table: A summary table with the column `quantity`.
+        quantity: Value of that column.
+        order_column: Column to sort by; rows without a value in it are dropped.
+        **filters: Values of other columns.
 
     Returns:
         The selected rows, sorted.

@@ -81,7 +81,7 @@ def probe_continuation(
         return sample(
             model,
             inputs,
-            response_end_ids(pair),
+            response_eos_ids(pair),
             max_response=budget,
             temperature=config.temperature,
             top_p=1.0,
@@ -119,7 +119,7 @@ def probe_continuation(
     return result_rows
 
 
-def response_end_ids(pair: ModelPair) -> list[int]:
+def response_eos_ids(pair: ModelPair) -> list[int]:
     """Return the ids that end a response of either model."""
     teacher_end_ids = pair.eos_map.teacher if pair.eos_map is not None else ()
     return sorted({*pair.eos, *teacher_end_ids})
@@ -140,7 +140,7 @@ def grade_correct(
     """Return 1 for each correct response, else 0."""
     problems = [Problem(prompt="", answer=answer) for answer in answers]
     rewards = reward_responses(
-        pair.tokenizer, tokens, mask, problems, task.grade, response_end_ids(pair)
+        pair.tokenizer, tokens, mask, problems, task.grade, response_eos_ids(pair)
     )
     return [float(reward >= 1) for reward in rewards]
 

@@ -131,7 +131,7 @@ def diagnose_records(path: Path, pair: "ModelPair | None", args: argparse.Namesp
 def rescore_records(
     records: "Records", pair: "ModelPair", k: int, temperature: float | None
 ) -> Iterator["ScoredRollouts"]:
-    """Score records with both models, including the teacher's top-K and prefix functionals.
+    """Score records with both models, including the teacher's top-K and distribution statistics.
 
     Log-probabilities in the file are not used; their distance from this student's becomes a note.
 

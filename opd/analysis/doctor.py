@@ -32,7 +32,7 @@ def check_tasks(
     from opd.training.multitask import read_tasks
 
     if options.pop("task", None) is not None:
-        raise InvalidInput("give either --task or --tasks")
+        raise InvalidInput("give either --task or --tasks, not both")
     length, system = options.pop("max_response"), options.pop("system", "")
     return {
         task_settings.name: check_pair(

@@ -263,7 +263,7 @@ def rms(x: Tensor) -> float:
 def endings(evidence: Evidence) -> CheckResult:
     """Check whether the teacher would end where the student ended, possibly with another id.
 
-    Compares log q(the student's id) with the log of the teacher's mass on all its own end ids.
+    Compares log q(the student's id) with the log of the teacher's mass on all of its EOS ids.
 
     Args:
         evidence: The sample.
@@ -275,7 +275,7 @@ def endings(evidence: Evidence) -> CheckResult:
     if not ended:
         message = f"no response ended within {evidence.scored.tokens.shape[1]} tokens"
         return CheckResult("endings", "ok", message, "", {"ended": 0})
-    logq, ids = teacher_at_the_end(evidence, ended)
+    logq, ids = teacher_logp_at_end(evidence, ended)
     student_end_logp = logq.gather(1, ids[:, None])[:, 0]
     known_ids = [v for v in evidence.teacher.eos if v < logq.shape[1]]
     teacher_end_logp = logq[:, known_ids].logsumexp(1) if known_ids else student_end_logp
@@ -303,7 +303,7 @@ def endings(evidence: Evidence) -> CheckResult:
 
 
 @torch.no_grad()
-def teacher_at_the_end(evidence: Evidence, rows: list[int]) -> tuple[Tensor, Tensor]:
+def teacher_logp_at_end(evidence: Evidence, rows: list[int]) -> tuple[Tensor, Tensor]:
     """Return (n, V) teacher log-probabilities at the last token of responses, and its (n,) id."""
     selected = evidence.rollouts.rows(rows)
     is_last = (
@@ -319,7 +319,7 @@ def impossible_tokens(evidence: Evidence) -> CheckResult:
     """Find tokens that the student is confident of and the teacher excludes, by id.
 
     p(y) > 0.5 and q(y) < 1e-4: a few such tokens, often parts of tags and end tokens, carry most of
-    a one-token signal (2603.25562, figure 5).
+    the signal of a sampled-token objective (2603.25562, figure 5).
 
     Args:
         evidence: The sample.

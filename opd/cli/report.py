@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from diagnostics.errors import InvalidInput
-from opd.report.build import LIMIT, render_page, report_data
+from opd.report.build import LARGE_PAGE_BYTES, render_page, report_data
 
 
 def main(argv: list[str]) -> None:
@@ -44,7 +44,9 @@ def main(argv: list[str]) -> None:
     args.out.write_text(text, encoding="utf-8")
     size = len(text.encode())
     print(f"{args.out}  {size / 1e6:.1f} MB", file=sys.stderr)
-    if size > LIMIT:
+    if size > LARGE_PAGE_BYTES:
         advice = "it opens slowly; use fewer runs, or a smaller --tokens"
-        print(f"{args.out} is larger than {LIMIT / 1e6:.0f} MB: {advice}", file=sys.stderr)
+        print(
+            f"{args.out} is larger than {LARGE_PAGE_BYTES / 1e6:.0f} MB: {advice}", file=sys.stderr
+        )
     print(args.out)

@@ -171,7 +171,7 @@ class Config:
     costs). In both cases masked tokens count for gamma and in the sequence ratio."""
     map_eos: bool = False
     """Where the student ends a response with an EOS that the teacher does not use, score the
-    teacher's own EOS instead (opd.tokens.masking)."""
+    teacher's own EOS instead (opd.tokens.eos)."""
     allow_collapse: bool = False
     """Allow objectives with an un-normalised support, which are known to collapse."""
     allow_unweighted: bool = False

@@ -49,7 +49,9 @@ def problems(split: str, count: int, seed: int) -> list[Problem]:
         raise InvalidInput(f'split is {split!r}; it must be "train" or "test"')
     pool = all_problems(split)
     if count > len(pool):
-        raise InvalidInput(f"{count} problems requested, the {split} split has {len(pool)}")
+        raise InvalidInput(
+            f"{count} problems requested, the {split} split has {len(pool)}; request fewer"
+        )
     return random.Random(f"{split}-{seed}").sample(pool, count)
 
 

@@ -104,7 +104,10 @@ def encode_prompts(
     encoded = [encode_prompt(tokenizer, problem) for problem in problems]
     width = max(len(ids) for ids in encoded)
     if width > max_prompt:
-        raise InvalidInput(f"a prompt has {width} tokens, max_prompt is {max_prompt}")
+        raise InvalidInput(
+            f"a prompt has {width} tokens, but max_prompt is {max_prompt}; raise max_prompt, or "
+            "shorten the prompt"
+        )
     tokens = torch.zeros(len(encoded), width, dtype=torch.long)
     mask = torch.zeros(len(encoded), width, dtype=torch.bool)
     for i, ids in enumerate(encoded):
@@ -158,12 +161,12 @@ def encode_prompt(tokenizer: Any, problem: Problem) -> list[int]:
         text = render_chat(tokenizer, chat, **settings)
         ids = tokenizer.encode(text, add_special_tokens=False)
     if not ids:
-        raise InvalidInput(f"the prompt {problem.prompt!r} encodes to no token")
+        raise InvalidInput(f"the prompt {problem.prompt!r} encodes to no token; remove it")
     return ids
 
 
 def decode_responses(
-    tokenizer: Any, tokens: Tensor, mask: Tensor, end_ids: Sequence[int] = ()
+    tokenizer: Any, tokens: Tensor, mask: Tensor, eos_ids: Sequence[int] = ()
 ) -> list[str]:
     """Decode the real tokens of each response.
 
@@ -171,16 +174,16 @@ def decode_responses(
         tokenizer: A Hugging Face tokenizer.
         tokens: (B, T) token ids.
         mask: (B, T), True where a token is real.
-        end_ids: See `decode_response`.
+        eos_ids: See `decode_response`.
 
     Returns:
         The text of each of the B responses.
     """
     responses = [row[is_token].tolist() for row, is_token in zip(tokens, mask, strict=True)]
-    return [decode_response(tokenizer, ids, end_ids) for ids in responses]
+    return [decode_response(tokenizer, ids, eos_ids) for ids in responses]
 
 
-def decode_response(tokenizer: Any, ids: Sequence[int], end_ids: Sequence[int] = ()) -> str:
+def decode_response(tokenizer: Any, ids: Sequence[int], eos_ids: Sequence[int] = ()) -> str:
     """Decode a response up to its end; special tokens inside it stay visible.
 
     The end is the first id that ends a response, by the generation config or as the tokenizer's own
@@ -192,13 +195,13 @@ def decode_response(tokenizer: Any, ids: Sequence[int], end_ids: Sequence[int] =
     Args:
         tokenizer: A Hugging Face tokenizer.
         ids: The token ids of the response.
-        end_ids: Ids that end a response (`opd.models.model.end_ids`); the tokenizer's EOS id is
+        eos_ids: Ids that end a response (`opd.models.loading.eos_ids`); the tokenizer's EOS id is
             always one.
 
     Returns:
         The text of the response.
     """
-    stop_ids = {*end_ids, tokenizer.eos_token_id}
+    stop_ids = {*eos_ids, tokenizer.eos_token_id}
     length = next((position for position, token in enumerate(ids) if token in stop_ids), len(ids))
     if length < len(ids) and is_closing_tag(tokenizer, ids[length]):
         length += 1

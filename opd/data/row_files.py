@@ -27,7 +27,7 @@ def read_rows(source: str) -> list[Row]:
         The rows.
 
     Raises:
-        FileNotFoundError: The file does not exist.
+        MissingFile: The file does not exist.
         InvalidInput: A line or an element is not a JSON object, or the file has another format.
         OperationFailed: The file or the dataset cannot be read.
     """

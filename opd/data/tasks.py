@@ -94,7 +94,7 @@ def load_task(
     Raises:
         InvalidInput: Rows with missing values, answers that the grader cannot compare with, an
             unknown grader or several graders in one source, or `test` together with "lab".
-        FileNotFoundError: A file does not exist.
+        MissingFile: A file does not exist.
     """
     settings = tuple((template or {}).items())
 
@@ -206,7 +206,7 @@ def grader_of_rows(source: str, problems: list[Problem]) -> str:
     return "".join(names)
 
 
-def identity(problem: Problem) -> bytes:
+def prompt_hash(problem: Problem) -> bytes:
     """Return a hash of a prompt's text that ignores spacing; copies have the same hash."""
     return hashlib.sha256(" ".join(problem.prompt.split()).encode()).digest()
 
@@ -215,7 +215,7 @@ def deduplicate(problems: list[Problem]) -> list[Problem]:
     """Keep one copy of each prompt, by rising hash; of several answers the first alphabetically."""
     first_by_key: dict[bytes, Problem] = {}
     for problem in sorted(problems, key=lambda problem: problem.answer):
-        first_by_key.setdefault(identity(problem), problem)
+        first_by_key.setdefault(prompt_hash(problem), problem)
     return [first_by_key[key] for key in sorted(first_by_key)]
 
 
@@ -256,8 +256,8 @@ def exclude_held_out(
     Returns:
         The remaining problems.
     """
-    held_out_keys = {identity(problem) for problem in held_out_problems}
-    remaining = [problem for problem in problems if identity(problem) not in held_out_keys]
+    held_out_keys = {prompt_hash(problem) for problem in held_out_problems}
+    remaining = [problem for problem in problems if prompt_hash(problem) not in held_out_keys]
     if description is not None and len(remaining) < len(problems):
         warnings.warn(
             f"excluded from training: {len(problems) - len(remaining)} of {len(problems)} problems "
@@ -265,7 +265,7 @@ def exclude_held_out(
             f"{description} contains too",
             stacklevel=3,
         )
-    return sorted(remaining, key=lambda problem: (identity(problem), problem.answer))
+    return sorted(remaining, key=lambda problem: (prompt_hash(problem), problem.answer))
 
 
 def epoch_indices(size: int, start: int, count: int, seed: int) -> list[int]:

@@ -60,7 +60,7 @@ class Alfworld:
             The action.
 
         Raises:
-            ValueError: `planned` is not set.
+            InvalidInput: `planned` is not set.
         """
         if not self.planned:
             raise InvalidInput("no plan was computed; create the environment with planned=True")
@@ -94,7 +94,7 @@ def alfworld_class() -> Callable[[], Alfworld]:
         The class.
 
     Raises:
-        ImportError: Alfworld or its engine is not installed; names the extra.
+        MissingPackage: Alfworld or its engine is not installed; names the extra.
     """
     missing_packages = [
         name for name in ("alfworld", "textworld", "fast_downward") if not find_spec(name)

@@ -104,7 +104,7 @@ def draw_household(seed: int) -> Household:
         The household.
 
     Raises:
-        RuntimeError: None of MAX_DRAWS draws has a room in which its task is possible.
+        OperationFailed: None of MAX_DRAWS draws has a room in which its task is possible.
     """
     generator = random.Random(f"alfred-{seed}")
     for _ in range(MAX_DRAWS):
@@ -112,7 +112,7 @@ def draw_household(seed: int) -> Household:
         home = furnish_room(generator, task, generator.choice(TASKS[task]))
         if home is not None:
             return home
-    raise OperationFailed(f"no household for seed {seed} in {MAX_DRAWS} draws")
+    raise OperationFailed(f"no household for seed {seed} in {MAX_DRAWS} draws; use another seed")
 
 
 def furnish_room(generator: random.Random, task: str, room: str) -> Household | None:

@@ -43,8 +43,8 @@ def as_text(observation: Any, info: Mapping[str, Any]) -> str:
 class Gymnasium:
     """An `Environment` around an environment with the Gymnasium interface.
 
-    A game is won if `info` says so (WON) or, if it does not say, if it terminated with a positive
-    reward.
+    A game is won if `info` reports success (WON) or, if it has none of these keys, if the game
+    terminated with a positive reward.
 
     Args:
         env: The Gymnasium environment.
@@ -75,7 +75,7 @@ class Gymnasium:
             The observation.
 
         Raises:
-            ValueError: The action has none of `names`.
+            InvalidInput: The action has none of `names`.
         """
         if self.names and action not in self.names:
             raise InvalidInput(f"unknown action {action!r}; known: {', '.join(self.names)}")

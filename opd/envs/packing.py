@@ -61,7 +61,7 @@ def sample_per_episode(episode: Episode) -> list[Sample]:
         A list of one row.
 
     Raises:
-        ValueError: The turns are not one conversation.
+        InvalidInput: The turns are not one conversation.
     """
     first, last = episode.turns[0], episode.turns[-1]
     start = len(first.prompt)
@@ -110,7 +110,7 @@ def pack_rows(
         Prompts and rollouts; `turn` counts from 0.
 
     Raises:
-        ValueError: No episode has a turn.
+        InvalidInput: No episode has a turn.
     """
     played_episodes = [e for e in episodes if e.turns and e.outcome != "failed"]
     if not played_episodes:

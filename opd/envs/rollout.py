@@ -129,8 +129,8 @@ def play_episodes(
         The episodes, in order of `seeds`.
 
     Raises:
-        ValueError: The first prompt of a game has more than `max_prompt` tokens.
-        RuntimeError: Every episode failed; quotes the first exception.
+        InvalidInput: The first prompt of a game has more than `max_prompt` tokens.
+        OperationFailed: Every episode failed; quotes the first exception.
     """
     episodes = [
         Episode(game=game, seed=seed, environment=games.make())
@@ -179,7 +179,7 @@ def report_failures(episodes: Sequence[Episode], source: str) -> None:
         source: The task source, for the message.
 
     Raises:
-        RuntimeError: All episodes failed.
+        OperationFailed: All episodes failed.
     """
     failed = [episode for episode in episodes if episode.outcome == "failed"]
     if not failed:
@@ -218,7 +218,7 @@ def end_overlong_episode(episode: Episode, num_tokens: int, max_prompt: int) -> 
         max_prompt: Maximum prompt length in tokens.
 
     Raises:
-        ValueError: It is the first prompt.
+        InvalidInput: It is the first prompt.
     """
     if not episode.turns:
         raise InvalidInput(

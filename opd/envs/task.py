@@ -89,7 +89,7 @@ def load_games(source: str, seed: int, **settings: Any) -> GameTask:
         The task.
 
     Raises:
-        ValueError: An unknown name, a module without that function, or a setting out of range.
+        InvalidInput: An unknown name, a module without that function, or a setting out of range.
         ImportError: The environment needs a package that is not installed.
     """
     name = source.removeprefix(PREFIX)
@@ -114,7 +114,7 @@ def environment_factory(name: str) -> Callable[[], Environment]:
         A function without arguments.
 
     Raises:
-        ValueError: An unknown name, or a module without that function.
+        InvalidInput: An unknown name, or a module without that function.
     """
     module, colon, function = name.partition(":")
     if not colon:
@@ -255,7 +255,7 @@ def continuation_ids(tokenizer: Any, opening: Chat, text: str, last_id: int) -> 
         The ids.
 
     Raises:
-        ValueError: The template does not render the assistant message.
+        InvalidInput: The template does not render the assistant message.
     """
     if tokenizer.chat_template is None:
         return tokenizer.encode(f"\n{text}\n", add_special_tokens=False)

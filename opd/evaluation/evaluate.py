@@ -16,6 +16,7 @@ import torch
 from diagnostics.batch import Rollouts
 from diagnostics.core.totals import compute
 from diagnostics.errors import InvalidInput
+from diagnostics.records.renamed import TASKS
 from opd.data.chain_task import Problem
 from opd.data.prompts import decode_response, decode_responses, encode_prompts
 from opd.data.sources import DatasetProblem
@@ -164,7 +165,10 @@ def respond(
         return respond_to_games(engine, tokenizer, eos, task, problems, samples, **sampling)
     test_problems = task.test(problems)
     if not all(problem.answer for problem in test_problems):
-        raise InvalidInput("the held-out problems have no answers, so they cannot be graded")
+        raise InvalidInput(
+            "the held-out problems have no answers, so they cannot be graded; set the column that "
+            "holds the answers, or use another task"
+        )
     columns: list[GradedResponse] = []
     step = max(1, ROWS_AT_ONCE // samples)
     for first in range(0, len(test_problems), step):
@@ -244,7 +248,7 @@ def respond_to_games(
         games: The games.
         count: Number of held-out games.
         samples: Episodes per game.
-        **sampling: Sampling options of `opd.envs.rollout.play`.
+        **sampling: Sampling options of `opd.envs.rollout.play_episodes`.
 
     Returns:
         The graded episodes of all processes.
@@ -326,7 +330,7 @@ def evaluation_result(graded: GradedResponses) -> dict[str, Any]:
     samples, a space between problems; `problem_set` identifies the problems, so that
     opd.evaluation.statistics.compare can pair two evaluations. For games `accuracy` is the share of
     episodes won and `truncated` the share that was cut off; the metrics of
-    `opd.envs.packing.totals` are added.
+    `opd.envs.packing.episode_accumulators` are added.
 
     Args:
         graded: The graded responses.
@@ -369,9 +373,23 @@ def task_label(problem: Problem) -> str:
 
 
 def problem_fingerprint(problems: list[Problem]) -> str:
-    """Return 12 hexadecimal digits that identify a sequence of prompts and answers."""
-    pairs = json.dumps([(problem.prompt, problem.answer) for problem in problems])
-    return hashlib.sha256(pairs.encode()).hexdigest()[:12]
+    """Return 12 hexadecimal digits that identify a sequence of prompts and answers.
+
+    Games are hashed under their former source names, so that records of before a renaming compare.
+
+    Args:
+        problems: The problems, in order.
+
+    Returns:
+        The fingerprint.
+    """
+    former_names = {present: former for former, present in TASKS.items()}
+    pairs = []
+    for problem in problems:
+        source, space, text = problem.prompt.partition(" ")
+        pairs.append((former_names.get(source, source) + space + text, problem.answer))
+    digest = hashlib.sha256(json.dumps(pairs).encode())
+    return digest.hexdigest()[:12]
 
 
 def response_records(graded: GradedResponses) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Statistics of repeated samples: avg@k, pass@k, majority@k, intervals, and paired comparisons.
 
 Shapes: M problems, S samples of each. Problems are the sampling unit of every interval: samples of
-one problem say nothing about other problems. `correct` is (M, S) bool throughout.
+one problem give no information about other problems. `correct` is (M, S) bool throughout.
 """
 
 import math
@@ -45,7 +45,7 @@ def majority_at_k(answers: Sequence[str | None], correct: Sequence[float], k: in
 
     The mean over all subsets of k samples, and in each over a fair draw among the answers tied for
     the most votes; it is therefore unbiased for majority voting on k fresh samples with random
-    ties. An unreadable answer (None) has no vote; where nobody votes the result is 0.
+    ties. An unreadable answer (None) has no vote; without any vote the result is 0.
 
     Args:
         answers: (S,) vote of each sample.

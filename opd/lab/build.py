@@ -208,13 +208,15 @@ def build_model(folder: Path, config: LabConfig, offset: int, name: str) -> dict
     # one thread fixes the order of summation, so results do not depend on the load
     torch.set_num_threads(1)
     try:
-        recipe = config.models[name]
-        tokenizer = make_tokenizer(recipe.habit.end, config.texts)
-        network = train_model(tokenizer, recipe, derive_seed(config.seed, offset), name, offset)
+        model_config = config.models[name]
+        tokenizer = make_tokenizer(model_config.habit.end, config.texts)
+        network = train_model(
+            tokenizer, model_config, derive_seed(config.seed, offset), name, offset
+        )
         with staged_folder(folder / name) as partial_folder:
             network.save_pretrained(partial_folder)
             tokenizer.save_pretrained(partial_folder)
-        accuracies = held_out_accuracy(folder / name, recipe.tasks, config.held_out)
+        accuracies = held_out_accuracy(folder / name, model_config.tasks, config.held_out)
     finally:
         torch.set_num_threads(threads)
     seconds = round(time.perf_counter() - start_time, 1)
@@ -266,13 +268,13 @@ def make_tokenizer(end: str = "<|im_end|>", texts: Sequence[str] = ()) -> Any:
 
 
 def train_model(
-    tokenizer: Any, recipe: ToyModelConfig, seed: int, name: str, bar_position: int = 0
+    tokenizer: Any, model_config: ToyModelConfig, seed: int, name: str, bar_position: int = 0
 ) -> Any:
     """Train a model by next-token prediction on the responses of fresh training problems.
 
     Args:
         tokenizer: The tokenizer.
-        recipe: Configuration of the model.
+        model_config: Configuration of the model.
         seed: Seed of weights and data.
         name: Name for the progress bar.
         bar_position: Line of the progress bar.
@@ -284,17 +286,17 @@ def train_model(
     from tqdm import tqdm
 
     network, learns_prompts = (
-        new_model(recipe, len(tokenizer), seed, tokenizer),
-        "household" in recipe.tasks,
+        new_model(model_config, len(tokenizer), seed, tokenizer),
+        "household" in model_config.tasks,
     )
     optimizer = torch.optim.AdamW(
-        network.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.01
+        network.parameters(), lr=model_config.lr, betas=(0.9, 0.98), weight_decay=0.01
     )
-    bar = tqdm(range(recipe.steps), desc=f"train {name}", position=bar_position, disable=None)
+    bar = tqdm(range(model_config.steps), desc=f"train {name}", position=bar_position, disable=None)
     for step in bar:
-        ids, labels = make_training_batch(tokenizer, recipe, derive_seed(seed, step))
+        ids, labels = make_training_batch(tokenizer, model_config, derive_seed(seed, step))
         for group in optimizer.param_groups:
-            group["lr"] = recipe.lr * schedule(step, recipe.steps)
+            group["lr"] = model_config.lr * schedule(step, model_config.steps)
         out = network(input_ids=ids, labels=labels)
         loss = out.loss
         if learns_prompts:
@@ -308,18 +310,18 @@ def train_model(
     return network.eval()
 
 
-def new_model(recipe: ToyModelConfig, vocabulary: int, seed: int, tokenizer: Any) -> Any:
+def new_model(model_config: ToyModelConfig, vocabulary: int, seed: int, tokenizer: Any) -> Any:
     """Initialise a Qwen2 model from `seed` without changing the caller's random state."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(
         vocab_size=vocabulary,
-        hidden_size=recipe.width,
-        intermediate_size=4 * recipe.width,
-        num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.width // 32,
-        num_key_value_heads=recipe.width // 32,
+        hidden_size=model_config.width,
+        intermediate_size=4 * model_config.width,
+        num_hidden_layers=model_config.layers,
+        num_attention_heads=model_config.width // 32,
+        num_key_value_heads=model_config.width // 32,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -329,20 +331,20 @@ def new_model(recipe: ToyModelConfig, vocabulary: int, seed: int, tokenizer: Any
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = Qwen2ForCausalLM(config)
-    if recipe.habit.foreign or recipe.habit.read:  # both end tokens occur in its data
-        end_tokens = [tokenizer.eos_token, recipe.habit.opposite.end]
+    if model_config.habit.foreign or model_config.habit.read:  # both end tokens occur in its data
+        end_tokens = [tokenizer.eos_token, model_config.habit.opposite.end]
         network.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(end_tokens)
     return network
 
 
 def make_training_batch(
-    tokenizer: Any, recipe: ToyModelConfig, seed: int
+    tokenizer: Any, model_config: ToyModelConfig, seed: int
 ) -> "tuple[torch.Tensor, torch.Tensor]":
     """Encode worked problems, padded on the right; only responses are labelled.
 
     Args:
         tokenizer: The tokenizer.
-        recipe: Configuration of the model.
+        model_config: Configuration of the model.
         seed: Seed of the problems.
 
     Returns:
@@ -351,19 +353,19 @@ def make_training_batch(
     import torch
 
     rows, generator = [], random.Random(seed)
-    rows_per_task = recipe.batch // len(recipe.tasks)
-    for name in dict.fromkeys(recipe.tasks):
+    rows_per_task = model_config.batch // len(model_config.tasks)
+    for name in dict.fromkeys(model_config.tasks):
         task = TASKS[name]
-        for problem in task.problems("train", rows_per_task * recipe.tasks.count(name), seed):
+        for problem in task.problems("train", rows_per_task * model_config.tasks.count(name), seed):
             message = [{"role": "user", "content": problem.prompt}]
             prompt = tokenizer.apply_chat_template(
                 message, add_generation_prompt=True, tokenize=False
             )
-            solution = task.corrupted_solution(problem.prompt, recipe.careless, generator)
+            solution = task.corrupted_solution(problem.prompt, model_config.careless, generator)
             rows.append(
                 (
                     tokenizer.encode(prompt),
-                    *encode_solution(tokenizer, solution, recipe.habit, generator),
+                    *encode_solution(tokenizer, solution, model_config.habit, generator),
                 )
             )
     width = max(len(prompt) + len(response) for prompt, response, _ in rows)

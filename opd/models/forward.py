@@ -39,13 +39,14 @@ def response_attention_mask(batch: Rollouts) -> Tensor:
     return batch.sampled.long().flip(1).cumsum(1).flip(1) > 0
 
 
-def micro_batches(prompts: Prompts, batch: Rollouts, tokens: int) -> list[list[int]]:
-    """Group rows of similar length so that rows x longest sequence stays within `tokens`.
+def micro_batches(prompts: Prompts, batch: Rollouts, max_tokens: int) -> list[list[int]]:
+    """Group rows of similar length so that rows x longest sequence stays within `max_tokens`.
 
     Args:
         prompts: Prompts.
         batch: Rollouts.
-        tokens: Tokens of prompt and response per micro-batch; a longer row is a group of its own.
+        max_tokens: Padded tokens of prompt and response per micro-batch; a longer row is a group
+            of its own.
 
     Returns:
         Row indices of each micro-batch.
@@ -55,7 +56,7 @@ def micro_batches(prompts: Prompts, batch: Rollouts, tokens: int) -> list[list[i
     groups: list[list[int]] = []
     for row in sorted(range(len(sizes)), key=lambda i: sizes[i], reverse=True):
         widest = sizes[groups[-1][0]] if groups else 0
-        if groups and (len(groups[-1]) + 1) * widest <= tokens:
+        if groups and (len(groups[-1]) + 1) * widest <= max_tokens:
             groups[-1].append(row)
         else:
             groups.append([row])

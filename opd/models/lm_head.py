@@ -47,10 +47,10 @@ def head_products(hidden: Tensor, head: LmHead) -> Tensor:
     """
     weight, bias = head.weight, head.bias
     if weight is None:
-        return _wide(hidden).detach()
+        return _at_least_float32(hidden).detach()
     with torch.no_grad():
         if not is_half_on_cuda(weight):
-            return _wide(linear(hidden.to(weight.dtype), weight, bias))
+            return _at_least_float32(linear(hidden.to(weight.dtype), weight, bias))
         z = torch.mm(hidden.to(weight.dtype), weight.T, out_dtype=torch.float32)
         return z if bias is None else z.add_(bias)
 
@@ -94,7 +94,7 @@ def gathered_logits(hidden: Tensor, head: LmHead, ids: Tensor) -> Tensor:
         (N, K) float32 logits.
     """
     if head.weight is None:
-        return apply_scale_and_softcap(_wide(hidden.gather(-1, ids)), head)
+        return apply_scale_and_softcap(_at_least_float32(hidden.gather(-1, ids)), head)
     products = gathered_product(hidden, head.weight, ids)
     if head.bias is not None:
         products = products + head.bias[ids]
@@ -186,6 +186,6 @@ def is_half_on_cuda(x: Tensor) -> bool:
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
 
-def _wide(x: Tensor) -> Tensor:
+def _at_least_float32(x: Tensor) -> Tensor:
     """Convert to float32 unless the dtype is float64."""
     return x if x.dtype == torch.float64 else x.float()

@@ -116,7 +116,7 @@ class Objective:
         return self.sampled_own or reads_later_cost or self.local_reads_sample
 
     @property
-    def only_fresh_samples(self) -> bool:
+    def on_policy_only(self) -> bool:
         """Whether the loss is wrong on tokens that were sampled by an older student."""
         return self.sampled and not self.importance_weighted
 
@@ -243,7 +243,7 @@ def sampled_token_weighted(gamma: float = 0.0) -> Objective:
 def sampled_token_clipped(
     gamma: float = 0.0, clip: tuple[float, float, float] = (0.2, 0.2, 3.0)
 ) -> Objective:
-    """Build `sampled_token_weighted` with PPO's clip, the baseline of the paper.
+    """Build `sampled_token_weighted` with PPO's clip, as in the paper's sampled-token runs.
 
     In the first step rho = 1 and the gradient is that of `sampled_token`; with one step per set of
     rollouts the clip has no effect. In later steps the gradient of a token is 0 once its
@@ -252,7 +252,8 @@ def sampled_token_clipped(
 
     Args:
         gamma: Discount of later costs, in [0, 1].
-        clip: (low, high, dual); the ratio is clipped to [1 - low, 1 + high].
+        clip: (low, high, dual): rho is clipped to [1 - low, 1 + high]; dual bounds rho where the
+            credit is positive.
 
     Returns:
         The objective.
@@ -419,11 +420,11 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
 def k1() -> Objective:
     """Build k1 differentiated directly: a score function of mean zero, which learns nothing."""
 
-    def log_ratio_itself(inputs: VisitedTokens) -> Tensor:
+    def sampled_log_ratio(inputs: VisitedTokens) -> Tensor:
         """Return log p(y) - log q(y) with gradient."""
         return log_ratio(sampled_logp(inputs), inputs.teacher_logp.detach())
 
-    return local("none", Form(surrogate=log_ratio_itself, reads_sample=True))
+    return local("none", Form(surrogate=sampled_log_ratio, reads_sample=True))
 
 
 def kl_advantage(gamma: float = 0.0) -> Objective:
@@ -442,7 +443,7 @@ def kl_advantage(gamma: float = 0.0) -> Objective:
     )
 
 
-ERRORS: dict[str, tuple[Callable[..., Objective], str]] = {
+KNOWN_ERRORS: dict[str, tuple[Callable[..., Objective], str]] = {
     "k1": (k1, "differentiating log student - log teacher gives a gradient of mean zero"),
     "kl_advantage": (
         kl_advantage,

@@ -22,7 +22,7 @@ from diagnostics.gradients.credit import to_go as to_go
 
 MASK_SCOPES: dict[str, str] = {
     "cost": "a masked token's cost is 0, for itself and in the credit of earlier tokens",
-    "loss": "a masked token's cost stays in the credit of earlier tokens; its own loss alone goes",
+    "loss": "only a masked token's loss is removed; its cost stays in the credit of earlier tokens",
 }
 """What a mask removes. If the mask depends on the prefix only, "loss" estimates the gradient of the
 costs of all sampled tokens and "cost" that of the supervised tokens' costs, both through the
@@ -199,17 +199,17 @@ def mean_cost(batch: ScoredRollouts) -> Tensor:
     """Return (B, T) K = KL(student || teacher) at the prefix, the mean of r over the token.
 
     Args:
-        batch: Scored rollouts with next-token statistics.
+        batch: Scored rollouts with distribution statistics.
 
     Returns:
         (B, T) costs.
 
     Raises:
-        InvalidInput: The batch has no next-token statistics.
+        InvalidInput: The batch has no distribution statistics.
     """
     if batch.prefix is None:
         raise InvalidInput(
-            "the local KL needs whole next-token distributions; score the batch with `score`, "
+            "the local KL needs distribution statistics; score the batch with `score`, "
             "which adds them (diagnostics.core.distribution_stats)"
         )
     return batch.prefix.reverse_kl.detach()

@@ -22,8 +22,8 @@ from torch import Tensor
 from diagnostics.errors import InvalidInput
 from opd.objectives.catalogue import (
     COLLAPSING,
-    ERRORS,
     FORMS,
+    KNOWN_ERRORS,
     OBJECTIVES,
     SUPPORTS,
     Objective,
@@ -61,8 +61,8 @@ from opd.objectives.surrogates import plain_score
 __all__ = [
     "COLLAPSING",
     "DENOMINATORS",
-    "ERRORS",
     "FORMS",
+    "KNOWN_ERRORS",
     "OBJECTIVES",
     "SUPPORTS",
     "Objective",
@@ -115,8 +115,8 @@ def build_objective(
             minimised. Every objective accepts one: its own score function carries it, or a plain
             score function is added.
         reward_baseline: One of ADVANTAGES in `opd.objectives.credit`.
-        mask_scope: One of MASK_SCOPES in `opd.objectives.credit`; without a mask, or at gamma = 0,
-            all are the same.
+        mask_scope: One of MASK_SCOPES in `opd.objectives.credit`. All are the same without a mask,
+            or at gamma = 0 with a baseline that does not average over other responses.
         allow_collapse: Accept a form in COLLAPSING, to study it.
 
     Returns:
@@ -163,8 +163,8 @@ def _check_names(
     name: str, baseline: str, ratio: str, reward_baseline: str, mask_scope: str
 ) -> None:
     """Refuse known errors and unknown names."""
-    if name in ERRORS:
-        raise InvalidInput(f"{name} is a known error: {ERRORS[name][1]}; use sampled_token")
+    if name in KNOWN_ERRORS:
+        raise InvalidInput(f"{name} is a known error: {KNOWN_ERRORS[name][1]}; use sampled_token")
     for kind, value, known_names in (
         ("objective", name, OBJECTIVES),
         ("baseline", baseline, BASELINES),

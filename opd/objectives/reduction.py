@@ -35,7 +35,16 @@ def token_mean(batch: ScoredRollouts) -> Tensor:
 
 
 def sequence_sum(batch: ScoredRollouts) -> Tensor:
-    """Return (B,) the number of responses: the mean over responses of token sums, as in J."""
+    """Return (B,) the number of responses: the loss is the mean of response sums, as in J.
+
+    A response has weight in proportion to its length.
+
+    Args:
+        batch: Scored rollouts of the whole optimizer step.
+
+    Returns:
+        (B,) denominators.
+    """
     _check_not_empty(batch.mask.sum())
     return batch.student_logp.new_full((len(batch),), float(len(batch)))
 

@@ -23,7 +23,7 @@ _ABSENT_LOGP = -1e9
 """Log-probability of an absent id: its probability underflows to 0 in float32 and bfloat16."""
 
 _MAX_LOG_RATIO = 20.0
-"""Largest log-ratio in nats between student and rollout policy that an importance ratio follows."""
+"""Nats between the student and itself at scoring time beyond which rho is constant."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +123,9 @@ def clipped_score(
 def importance(inputs: VisitedTokens) -> Tensor:
     """Return rho = p(y) / p_old(y) with gradient; constant beyond e^20 and e^-20 to stay finite.
 
+    p_old is the student when the rollouts were scored. Ratios to another sampler are `RATIOS` of
+    `opd.objectives.credit`.
+
     Args:
         inputs: Visited tokens with `logp` and `old_logp`.
 
@@ -134,7 +137,8 @@ def importance(inputs: VisitedTokens) -> Tensor:
     """
     if inputs.old_logp is None:
         raise InvalidInput(
-            "an importance ratio needs old_logp, the student's log-probability at scoring time"
+            "an importance ratio needs the student's log-probability at scoring time, but old_logp "
+            "is None; pass it"
         )
     return (
         log_ratio(sampled_logp(inputs), inputs.old_logp.detach())
@@ -214,7 +218,7 @@ def stopped(inputs: VisitedTokens) -> Tensor:
 
 
 def bucket(inputs: VisitedTokens) -> Tensor:
-    """Return the KL of K + 1 events, the ids of S and the rest; only the tail's shape is biased."""
+    """Return the KL of K + 1 events, the ids of S and the rest; ignores the shape of the tail."""
     student_logp, teacher_logp = (
         torch.cat([logp, _log_tail_mass(logp)], -1) for logp in support_log_probs(inputs)
     )
@@ -222,7 +226,7 @@ def bucket(inputs: VisitedTokens) -> Tensor:
 
 
 def sampled_tail(inputs: VisitedTokens) -> Tensor:
-    """Return the head of the full gradient plus, outside S, the sampled token's score: unbiased."""
+    """Return `stopped` plus, outside S, the sampled token's cost times its score: unbiased."""
     return stopped(inputs) + _tail(inputs)
 
 
@@ -296,7 +300,8 @@ def support_log_probs(inputs: VisitedTokens) -> tuple[Tensor, Tensor]:
     """
     if inputs.support_logp is None or inputs.teacher_support_logp is None:
         raise InvalidInput(
-            "this objective compares both models on a support, but support_logp is None"
+            "this objective compares both models on a support, but support_logp or "
+            "teacher_support_logp is None; score the batch with the objective's support"
         )
     student_logp, teacher_logp = inputs.support_logp, inputs.teacher_support_logp.detach()
     if inputs.present is None:
@@ -330,7 +335,7 @@ def sampled_logp(inputs: VisitedTokens) -> Tensor:
     """
     if inputs.logp is None:
         raise InvalidInput(
-            "this objective reads the sampled token's log-probability, but logp is None"
+            "this objective reads the sampled token's log-probability, but logp is None; pass it"
         )
     return inputs.logp
 
@@ -349,12 +354,13 @@ def inside_support(inputs: VisitedTokens) -> Tensor:
     """
     if inputs.inside is None:
         raise InvalidInput(
-            "this objective needs to know whether the token is in the support; inside is None"
+            "this objective needs to know whether the token is in the support, but inside is None; "
+            "pass it"
         )
     return inputs.inside
 
 
 def _log_tail_mass(logp: Tensor) -> Tensor:
-    """Return the (..., 1) log of the mass outside (..., K) ids, at least one rounding error."""
+    """Return the (..., 1) log of the mass outside (..., K) ids, clamped to one rounding error."""
     inside = logp.logsumexp(-1, keepdim=True).exp()
     return torch.log1p(-inside.clamp(max=1 - torch.finfo(logp.dtype).eps))

@@ -179,7 +179,8 @@ def check_evaluations(rows_to_check: list[Row], path: Path) -> list[Row]:
         for name, is_valid in checks.items():
             if name in row and not is_valid(row[name]):
                 raise InvalidInput(
-                    f"{path} row {i}, field {name}: {short_repr(row[name])} is not a valid value"
+                    f"{path} row {i}, field {name}: {short_repr(row[name])} is not a valid value; "
+                    "correct or remove the row"
                 )
         count = len(outcomes.split()) if " " in outcomes else row.get("problems", 1)
         if "outcomes" in row and len(outcomes.replace(" ", "")) % count:

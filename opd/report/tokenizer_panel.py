@@ -77,11 +77,11 @@ def tokenizer_panel(
         seen_ids: Set to which the ids are added.
 
     Returns:
-        The data; see `impossible_ids`, `special_token_rows`, `model_end_tokens`,
+        The data; see `impossible_ids`, `special_token_rows`, `model_eos_tokens`,
         `read_doctor_report`.
     """
     panel: dict[str, Any] = {
-        "ends": model_end_tokens(run),
+        "ends": model_eos_tokens(run),
         "unread": unread_models(run),
         "doctor": read_doctor_report(run.folder)
         if may_read(run, run.folder / "doctor.json")
@@ -145,7 +145,7 @@ def special_token_rows(
     ]
 
 
-def model_end_tokens(run: "RunRecord") -> list[dict[str, Any]]:
+def model_eos_tokens(run: "RunRecord") -> list[dict[str, Any]]:
     """Return the ids that end a generation, their text and the EOS token of each model.
 
     The tokenizer's EOS token is what a model was trained to end with; a generation may stop at more
@@ -163,7 +163,7 @@ def model_end_tokens(run: "RunRecord") -> list[dict[str, Any]]:
         allowed = all(may_read(run, folder / name) for name in names)
         if allowed and (folder / "tokenizer.json").exists():
             decoder = load_token_decoder(folder)
-            ids = end_ids(folder, decoder)
+            ids = read_eos_ids(folder, decoder)
             texts = [decoder.text(i) for i in ids]
             rows.append({"role": role, "ids": ids, "texts": texts, "own": read_eos_token(folder)})
     return rows
@@ -189,8 +189,8 @@ def unread_models(run: "RunRecord") -> list[str]:
     ]
 
 
-def end_ids(folder: Path, decoder: TokenDecoder) -> list[int]:
-    """Return the ids that end a generation, as `opd.models.model.end_ids` does.
+def read_eos_ids(folder: Path, decoder: TokenDecoder) -> list[int]:
+    """Return the ids that end a generation, as `opd.models.loading.eos_ids` does.
 
     These are the tokenizer's EOS id, and those of generation_config.json, else of config.json.
 
@@ -208,13 +208,13 @@ def end_ids(folder: Path, decoder: TokenDecoder) -> list[int]:
     if text is not None:
         ids.update(i for i, piece in decoder.token_bytes.items() if piece == text.encode())
     for name in ("generation_config.json", "config.json"):
-        configured = read_configured_ends(folder / name) if (folder / name).exists() else None
+        configured = read_configured_eos(folder / name) if (folder / name).exists() else None
         if configured is not None:
             return sorted(ids | configured)
     return sorted(ids)
 
 
-def read_configured_ends(path: Path) -> set[int] | None:
+def read_configured_eos(path: Path) -> set[int] | None:
     """Read the EOS ids of a model's config, also of a nested text config.
 
     Args:

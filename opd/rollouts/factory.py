@@ -47,7 +47,7 @@ def make_engine(name: str, model: CausalLM, **settings: Any) -> Engine:
         The engine.
 
     Raises:
-        ValueError: The name is unknown.
+        InvalidInput: The name is unknown.
         ImportError: vLLM is not installed.
     """
     if name not in ENGINES:

@@ -96,7 +96,7 @@ def sample(
         The rollouts, on the model's device.
 
     Raises:
-        ValueError: Logits are not finite, or a setting is out of range.
+        InvalidInput: Logits are not finite, or a setting is out of range.
         torch.OutOfMemoryError: names the rows and positions that did not fit.
     """
     for name, size in (

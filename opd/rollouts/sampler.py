@@ -64,7 +64,7 @@ class Sampler:
         """Raise an error if the logits were not finite at some token.
 
         Raises:
-            ValueError: Logits were NaN, or all of them infinite.
+            InvalidInput: Logits were NaN, or all of them infinite.
         """
         finite = torch.stack(self.finite)
         if not bool(finite.all()):

@@ -45,7 +45,7 @@ class VllmEngine:
 
     Raises:
         ImportError: vLLM is not installed.
-        RuntimeError: vLLM's log-probabilities differ from the student's.
+        OperationFailed: vLLM's log-probabilities differ from the student's.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class VllmEngine:
             model: The student.
 
         Raises:
-            RuntimeError: vLLM's log-probabilities differ from the model's afterwards.
+            OperationFailed: vLLM's log-probabilities differ from the model's afterwards.
         """
         path = self._export(model)
         self._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
@@ -125,7 +125,7 @@ class VllmEngine:
             The rollouts, on the model's device.
 
         Raises:
-            ValueError: A prompt and `max_response` together exceed `max_length`.
+            InvalidInput: A prompt and `max_response` together exceed `max_length`.
         """
         longest = int(prompts.mask.sum(1).max()) + max_response
         if longest > self.max_length:

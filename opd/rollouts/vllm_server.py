@@ -86,13 +86,13 @@ class RolloutServer:
         url: http://HOST:PORT/v1, followed by #MODEL if the server has several models.
         timeout: Seconds to wait for a server that does not respond.
         concurrency: Number of concurrent requests, each for one response.
-        extra: Ids that the head has beyond the vocabulary; they are never sampled.
+        excluded_ids: Ids that the head has beyond the vocabulary; they are never sampled.
 
     Raises:
-        ValueError: The address is invalid, or the server has no such model.
+        InvalidInput: The address is invalid, or the server has no such model.
     """
 
-    def __init__(self, url: str, *, timeout: float, concurrency: int, extra: range) -> None:
+    def __init__(self, url: str, *, timeout: float, concurrency: int, excluded_ids: range) -> None:
         url, _, name = url.partition("#")
         self._endpoint = JsonEndpoint(url, timeout=timeout, role="rollout")
         root = self._endpoint.url.removesuffix("/v1")
@@ -100,23 +100,25 @@ class RolloutServer:
         entry = select_model(self._endpoint, name)
         self.url, self.model = self._endpoint.url, entry["id"]
         self.limit: int | None = entry.get("max_model_len")
-        self._concurrency, self._vocabulary = concurrency, extra.start
-        self._bias = {"logit_bias": {str(v): EXCLUDED_BIAS for v in extra}} if extra else {}
+        self._concurrency, self._vocabulary = concurrency, excluded_ids.start
+        self._bias = (
+            {"logit_bias": {str(v): EXCLUDED_BIAS for v in excluded_ids}} if excluded_ids else {}
+        )
 
-    def check_length(self, longest: int) -> None:
+    def check_length(self, max_length: int) -> None:
         """Check that the server supports a sequence length.
 
         Args:
-            longest: Maximum length of prompt and response together, in tokens.
+            max_length: Maximum length of prompt and response together, in tokens.
 
         Raises:
-            ValueError: The server's maximum is lower.
+            InvalidInput: The server's maximum is lower.
         """
-        if self.limit is not None and self.limit < longest:
+        if self.limit is not None and self.limit < max_length:
             raise InvalidInput(
                 f"{self.url} supports at most {self.limit} tokens, but a prompt with its response "
-                f"may have {longest}; start it with --max-model-len {longest}, or lower max_prompt "
-                "or max_response"
+                f"may have {max_length}; start it with --max-model-len {max_length}, or lower "
+                "max_prompt or max_response"
             )
 
     def load(self, weights: WeightSnapshot) -> None:
@@ -126,8 +128,8 @@ class RolloutServer:
             weights: The checkpoint and the student's log-probabilities.
 
         Raises:
-            ValueError: The server cannot load the checkpoint.
-            RuntimeError: The server does not sample from it, does not respond, or is restarted
+            InvalidInput: The server cannot load the checkpoint.
+            OperationFailed: The server does not sample from it, does not respond, or is restarted
                 more than MAX_RESTARTS times.
         """
         for _ in range(MAX_RESTARTS + 1):
@@ -173,8 +175,8 @@ class RolloutServer:
             The responses.
 
         Raises:
-            ValueError: A response does not match its request; names the row.
-            RuntimeError: No response; another run has loaded weights into the server; or it is
+            InvalidInput: A response does not match its request; names the row.
+            OperationFailed: No response; another run has loaded weights into the server; or it is
                 restarted more than MAX_RESTARTS times.
         """
         for _ in range(MAX_RESTARTS + 1):
@@ -349,7 +351,7 @@ def read_response(
         The ids of the response and their log-probabilities.
 
     Raises:
-        ValueError: The response is to another prompt, ends before an EOS or the maximum length,
+        InvalidInput: The response is to another prompt, ends before an EOS or the maximum length,
             has ids that may not be sampled, or values that are not log-probabilities of its ids.
     """
     ids, logprobs = choice["token_ids"], choice["logprobs"]

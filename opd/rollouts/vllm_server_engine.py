@@ -63,9 +63,9 @@ class VllmServerEngine:
         concurrency: Concurrent requests to each server from each process of the run.
 
     Raises:
-        ValueError: No server, a repeated server, or one that cannot load weights or does not
+        InvalidInput: No server, a repeated server, or one that cannot load weights or does not
             support `max_length`.
-        RuntimeError: A server does not respond, or does not sample from the student's weights.
+        OperationFailed: A server does not respond, or does not sample from the student's weights.
     """
 
     def __init__(
@@ -89,9 +89,9 @@ class VllmServerEngine:
             self._checkpoint_folder.mkdir(parents=True, exist_ok=True)
             remove_folders(self._checkpoint_folder.glob("weights_*"))  # left by a killed run
         num_head_rows = model.network.get_output_embeddings().weight.shape[0]
-        extra = range(model.vocabulary, num_head_rows)
+        excluded_ids = range(model.vocabulary, num_head_rows)
         self.servers = [
-            RolloutServer(url, timeout=timeout, concurrency=concurrency, extra=extra)
+            RolloutServer(url, timeout=timeout, concurrency=concurrency, excluded_ids=excluded_ids)
             for url in urls
         ]
         for server in self.servers:
@@ -110,7 +110,7 @@ class VllmServerEngine:
             model: The student.
 
         Raises:
-            RuntimeError: A server does not sample from the model's weights afterwards.
+            OperationFailed: A server does not sample from the model's weights afterwards.
         """
         network = gather_network(model)
         distributed.barrier()  # no process samples any more
@@ -152,7 +152,7 @@ class VllmServerEngine:
             The rollouts, on the model's device.
 
         Raises:
-            ValueError: A prompt and `max_response` together exceed a server's maximum length.
+            InvalidInput: A prompt and `max_response` together exceed a server's maximum length.
         """
         longest = int(prompts.mask.sum(1).max()) + max_response
         settings = {
@@ -200,7 +200,7 @@ class VllmServerEngine:
         """Load the current weights into a server that was restarted.
 
         Raises:
-            RuntimeError: The run has several processes, which may be sampling from the server.
+            OperationFailed: The run has several processes, which may be sampling from the server.
         """
         if distributed.world_size() > 1:
             raise OperationFailed(

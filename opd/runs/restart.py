@@ -53,7 +53,7 @@ def begin_start(folder: Path, start: Start) -> None:
         save_code_state(folder, code, len(earlier_starts) + 1, earlier_starts)
         start_row |= code_identity(code) | ({"missing": record_gaps} if record_gaps else {})
         rows.append_row(folder / "starts.jsonl", start_row)
-        for message in messages(
+        for message in start_messages(
             folder, start, earlier_starts, start_row, record_gaps, num_dropped, dropped
         ):
             print(message, file=sys.stderr)
@@ -212,7 +212,7 @@ def to_ranges(numbers: Iterable[int]) -> list[list[int]]:
     return ranges
 
 
-def messages(
+def start_messages(
     folder: Path,
     start: Start,
     earlier_starts: list[Row],
@@ -260,7 +260,7 @@ def messages(
     if earlier_starts:
         lines += [
             f"from step {start.step} on, {difference}"
-            for difference in differences(earlier_starts[-1], start_row)
+            for difference in start_differences(earlier_starts[-1], start_row)
         ]
     return lines
 
@@ -274,7 +274,7 @@ def start_history(folder: Path) -> list[str]:
     """List what a reader of the record should know about each restart, one line each."""
     lines = []
     for old, new in pairwise(rows.read_rows(folder / "starts.jsonl")):
-        record_gaps, notes = new.get("missing", {}), differences(old, new)
+        record_gaps, notes = new.get("missing", {}), start_differences(old, new)
         if steps := record_gaps.get("steps"):
             notes.append(f"the record lacks the rows of steps {format_ranges(steps)}")
         if number := record_gaps.get("evaluations"):
@@ -285,7 +285,7 @@ def start_history(folder: Path) -> list[str]:
     return lines
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def start_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """List changes of code, versions and processes between two starts."""
     changes = []
     for name in IDENTITY_FIELDS:

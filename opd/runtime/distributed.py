@@ -44,7 +44,7 @@ def process_group(device: str, timeout: float = 0.0) -> Iterator[str]:
         The device of this rank.
 
     Raises:
-        ValueError: Fewer GPUs than processes on this machine.
+        InvalidInput: Fewer GPUs than processes on this machine.
     """
     if not is_distributed():
         yield device
@@ -109,7 +109,7 @@ def shard_prompts(count: int, updates: int = 1) -> list[int]:
         Indices of the prompts.
 
     Raises:
-        ValueError: The prompts cannot be divided equally.
+        InvalidInput: The prompts cannot be divided equally.
     """
     if count % (updates * world_size()):
         updates_text = f"{updates} updates of " if updates > 1 else ""

@@ -106,11 +106,14 @@ def make_chunk_loss(
         The loss function.
 
     Raises:
-        InvalidInput: The objective compares whole vocabularies and teacher states are missing.
+        InvalidInput: The objective compares full distributions and teacher states are missing.
     """
     head = pair.student.head
     if objective.support == "full" and teacher_hidden is None:
-        raise InvalidInput("the objective compares whole vocabularies, but teacher_hidden is None")
+        raise InvalidInput(
+            "the objective compares full distributions, but teacher_hidden is None; score the "
+            "batch with keep_teacher=True"
+        )
 
     def chunk_loss(z: Tensor, c: slice) -> Tensor:
         logits = apply_temperature(

@@ -51,14 +51,15 @@ def score(
     keep_teacher: bool,
     eos_map: EosMap | None = None,
 ) -> tuple[ScoredRollouts, Tensor | None]:
-    """Compute both models' log-probabilities, a support and next-token statistics of a batch.
+    """Compute both models' log-probabilities, a support and distribution statistics of a batch.
 
     The support holds the K most probable ids of the `source`. Logits exist for one chunk of tokens
     at a time.
 
     With `eos_map`, the teacher is read at its own EOS where the student used another one, and the
-    student at its own EOS where the teacher's top-K holds another one; the next-token statistics
-    still compare id with id. (Code of the paper at the commits of the fix of figure 5.)
+    student at its own EOS where the teacher's top-K holds another one; the distribution statistics
+    still compare id with id. (The published code of arXiv 2603.25562 does so since its fix for
+    figure 5.)
 
     Args:
         pair: Student and teacher.
@@ -80,7 +81,7 @@ def score(
         InvalidInput: k is larger than the vocabulary, the source is unknown, or eos_map is given
             with a source other than the teacher.
     """
-    _check(pair, k, source)
+    _check_support(pair, k, source)
     if eos_map is not None and source != "teacher":
         raise InvalidInput(
             f"EOS ids can be mapped in the teacher's top-K only, not in the {source!r} support; "
@@ -135,7 +136,7 @@ def score_support(
     max_logits_per_chunk: int,
     teacher_scores: TeacherScores | None = None,
 ) -> ScoredRollouts:
-    """Score with the teacher's top-K and without next-token statistics: all V for the teacher only.
+    """Score with the teacher's top-K, without distribution statistics: all V for the teacher only.
 
     For steps without full metrics of objectives that are not `normalised`. `student_logp` is the
     sampler's `softmax_logp`, and the student's log-probabilities on the support follow from it and
@@ -160,7 +161,7 @@ def score_support(
         InvalidInput: k is larger than the vocabulary, the temperature of a remote teacher is not 1,
             or the sampler kept no full softmax at this temperature.
     """
-    _check(pair, k, "teacher")
+    _check_support(pair, k, "teacher")
     if teacher_scores is not None and temperature != 1:
         raise InvalidInput(f"temperature is {temperature}, but a remote teacher scores at 1; set 1")
     if batch.softmax_logp is None or batch.temperature != temperature:
@@ -219,7 +220,7 @@ def score_with_remote_teacher(
     max_tokens_per_microbatch: int,
     max_logits_per_chunk: int,
 ) -> ScoredRollouts:
-    """Score with the student's full softmax and a remote teacher, without next-token statistics.
+    """Score with the student's full softmax and a remote teacher, without distribution statistics.
 
     The temperature is 1. The support is the teacher's K ids, or with the source "intersection"
     those of them that are among the student's K.
@@ -268,7 +269,7 @@ def score_with_remote_teacher(
     return _to_scored_rollouts(batch, columns, source, 1.0)
 
 
-def _check(pair: ModelPair, k: int, source: str) -> None:
+def _check_support(pair: ModelPair, k: int, source: str) -> None:
     """Refuse a K larger than the vocabulary and an unknown source."""
     size = pair.student.vocabulary
     if k > size:

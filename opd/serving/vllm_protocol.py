@@ -55,7 +55,7 @@ def read_row(
         The log-probabilities at `positions`.
 
     Raises:
-        ValueError: The response is of another sequence, is incomplete, or has values that are not
+        InvalidInput: The response is of another sequence, is incomplete, or has values that are not
             log-probabilities.
     """
     entries = choice.get("prompt_logprobs")
@@ -99,7 +99,7 @@ def read_position(
         The K most probable ids, their log-probabilities, and the log-probability of `token`.
 
     Raises:
-        ValueError: `token` is missing, there are not K entries, or an id or value is malformed.
+        InvalidInput: `token` is missing, there are not K entries, or an id or value is malformed.
     """
     if not isinstance(entries, dict) or str(token) not in entries:
         raise InvalidInput(

@@ -97,8 +97,9 @@ class TeacherClient:
             The log-probabilities of each sequence, in order.
 
         Raises:
-            RuntimeError: The server does not respond within the timeout, or is another model now.
-            ValueError: A response does not match its request; names the row and the position.
+            OperationFailed: The server does not respond within the timeout, or is another model
+                now.
+            InvalidInput: A response does not match its request; names the row and the position.
         """
         scored_rows = [i for i, row_positions in enumerate(positions) if row_positions]
         logprobs = dict(
@@ -110,20 +111,20 @@ class TeacherClient:
         )
         return [logprobs.get(i, empty) for i in range(len(rows))]
 
-    def check_length(self, longest: int) -> None:
+    def check_length(self, max_length: int) -> None:
         """Check that the server supports a sequence length.
 
         Args:
-            longest: Maximum length of prompt and response together, in tokens.
+            max_length: Maximum length of prompt and response together, in tokens.
 
         Raises:
-            ValueError: The server's maximum is lower.
+            InvalidInput: The server's maximum is lower.
         """
-        if self.limit is not None and self.limit < longest + 1:
+        if self.limit is not None and self.limit < max_length + 1:
             raise InvalidInput(
                 f"{self.endpoint.url} supports at most {self.limit} tokens, but a prompt with its "
-                f"response may have {longest} and vLLM generates one more; start it with "
-                f"--max-model-len {longest + 1}, or lower max_prompt or max_response"
+                f"response may have {max_length} and vLLM generates one more; start it with "
+                f"--max-model-len {max_length + 1}, or lower max_prompt or max_response"
             )
 
     def check_fingerprint(self) -> NDArray[np.float32]:
@@ -133,7 +134,7 @@ class TeacherClient:
             Log-probabilities of the probe tokens.
 
         Raises:
-            RuntimeError: They differ from those of the first call.
+            OperationFailed: They differ from those of the first call.
         """
         (answer,) = self._query_rows([self.probe], [range(1, len(self.probe))], 0, "the probe")
         if self.fingerprint is None:
@@ -148,7 +149,7 @@ class TeacherClient:
             path: JSON file with the fingerprints of the run's servers.
 
         Raises:
-            RuntimeError: The run was started with another model at this address.
+            OperationFailed: The run was started with another model at this address.
         """
         fingerprint = self.check_fingerprint()
         fingerprints = json.loads(path.read_text()) if path.exists() else {}
@@ -299,9 +300,9 @@ def connect(
         The client.
 
     Raises:
-        ValueError: The server has several models, another vocabulary, or returns fewer than `k`
+        InvalidInput: The server has several models, another vocabulary, or returns fewer than `k`
             log-probabilities.
-        RuntimeError: It does not respond.
+        OperationFailed: It does not respond.
     """
     url, _, name = url.partition("#")
     endpoint = JsonEndpoint(url, timeout=timeout)
@@ -333,7 +334,7 @@ def check_same_text(endpoint: JsonEndpoint, model: str, tokenizer: Any) -> None:
         tokenizer: The student's.
 
     Raises:
-        ValueError: Names the first id that differs; or the server cannot detokenize.
+        InvalidInput: Names the first id that differs; or the server cannot detokenize.
     """
     root_endpoint = JsonEndpoint(endpoint.url.removesuffix("/v1"), timeout=endpoint.timeout)
     reason = (

@@ -41,7 +41,7 @@ def make_pairs(settings: Sequence[Config]) -> list[ModelPair]:
         A pair for each configuration, in order.
 
     Raises:
-        ValueError: Several tasks with a teacher derived from the student, quantisation without a
+        InvalidInput: Several tasks with a teacher derived from the student, quantisation without a
             teacher in this process, or what `make_pair` raises.
     """
     first, *remaining = settings
@@ -78,7 +78,7 @@ def make_pair(config: Config) -> ModelPair:
         The pair.
 
     Raises:
-        ValueError: Teacher "base" without LoRA adapters, or a pair that `load_pair` rejects.
+        InvalidInput: Teacher "base" without LoRA adapters, or a pair that `load_pair` rejects.
     """
     device = resolve_device(config.device)
     if config.teacher not in ("base", "ema") and not is_url(config.teacher):
@@ -115,7 +115,7 @@ def with_teacher(pair: ModelPair, config: Config) -> ModelPair:
         A pair with the configured teacher.
 
     Raises:
-        ValueError: The tokenizers differ, or the teacher has fewer ids than the first teacher.
+        InvalidInput: The tokenizers differ, or the teacher has fewer ids than the first teacher.
     """
     if is_url(config.teacher):
         return with_remote_teacher(pair, config)
@@ -149,8 +149,8 @@ def with_remote_teacher(pair: ModelPair, config: Config) -> ModelPair:
         A pair whose `remote_teacher` is set.
 
     Raises:
-        ValueError: See `opd.teachers.client.connect`.
-        RuntimeError: See `opd.teachers.client.connect`.
+        InvalidInput: See `opd.teachers.client.connect`.
+        OperationFailed: See `opd.teachers.client.connect`.
     """
     vocabulary = pair.student.vocabulary
     client = connect(

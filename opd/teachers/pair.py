@@ -37,7 +37,7 @@ def load_pair(
     teacher: str,
     device: str,
     dtype: str,
-    trust: bool = False,
+    trust_remote_code: bool = False,
     teacher_weights: str = "saved",
 ) -> ModelPair:
     """Load student and teacher.
@@ -47,17 +47,19 @@ def load_pair(
         teacher: Folder or hub name.
         device: Where both models are placed.
         dtype: Dtype of both models.
-        trust: Run the models' own Python code (trust_remote_code).
+        trust_remote_code: Run Python code that comes with the models.
         teacher_weights: "saved", or the quantisation of the teacher's layers, "int8" or "nf4".
 
     Returns:
         The pair; the vocabulary is limited to the smaller of the two heads.
 
     Raises:
-        ValueError: The tokenizers differ, or no end-of-sequence token is known.
+        InvalidInput: The tokenizers differ, or no end-of-sequence token is known.
     """
-    tokenizer, network = load_model(student, device, dtype, trust)
-    teacher_tokenizer, teacher_network = load_model(teacher, device, dtype, trust, teacher_weights)
+    tokenizer, network = load_model(student, device, dtype, trust_remote_code)
+    teacher_tokenizer, teacher_network = load_model(
+        teacher, device, dtype, trust_remote_code, teacher_weights
+    )
     check_same_vocabulary(tokenizer, teacher_tokenizer)
     eos = eos_ids(tokenizer, network)
     vocabulary = min(num_head_rows(network), num_head_rows(teacher_network))

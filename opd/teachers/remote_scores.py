@@ -58,7 +58,7 @@ def score_remote(client: TeacherClient, prompts: Prompts, batch: Rollouts, k: in
         The scores, on the batch's device.
 
     Raises:
-        ValueError: A prompt is empty, so that the first response token has no prefix.
+        InvalidInput: A prompt is empty, so that the first response token has no prefix.
     """
     sequences, positions = [], []
     response_mask, width = response_attention_mask(batch), prompts.tokens.shape[1]
@@ -95,7 +95,7 @@ def verify_fingerprints(path: Path, pairs: Sequence[ModelPair], first_step: int)
         first_step: The first step of this process; at 0 an existing file is deleted.
 
     Raises:
-        RuntimeError: An address now serves another model.
+        OperationFailed: An address now serves another model.
     """
     if first_step == 0:
         path.unlink(missing_ok=True)
@@ -112,7 +112,7 @@ def check_remote_support(config: Config, objective: Objective) -> None:
         objective: Its objective.
 
     Raises:
-        ValueError: Names the setting and an alternative.
+        InvalidInput: Names the setting and an alternative.
     """
     supported_objectives = "teacher_topk, sampled_token or one of their variants"
     for unsupported, feature, remedy in (

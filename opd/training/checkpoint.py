@@ -125,7 +125,8 @@ def load_optimizer(checkpoint: Path, optimizer: Optimizer) -> None:
             load_shards(optimizer.state_tensors(), storage_reader=reader)
         except CheckpointException as error:
             raise OperationFailed(
-                f"could not read {checkpoint / 'optimizer'}: {describe_failure(error)}"
+                f"could not read {checkpoint / 'optimizer'} ({describe_failure(error)}); restore "
+                "the checkpoint, or move it away to resume from an earlier one"
             ) from error
 
 

@@ -65,7 +65,7 @@ class TrainedLoss:
     credit: Tensor
     """(B, T) credit per token, as passed to `opd.scoring.loss.loss_from_hidden`."""
     weight: Tensor
-    """(B, T) weight per token: importance ratio / loss denominator."""
+    """(B, T) weight per token: importance ratio / loss denominator, up to a factor per update."""
     teacher_hidden: Tensor | None = None
     """(N, D') teacher hidden states at the supervised tokens, for full-vocabulary objectives."""
 
@@ -105,8 +105,8 @@ def probe_gradients(
         The row; empty if the batch has too few prompts.
 
     Raises:
-        ValueError: `blocks` is given and there are several ranks, or the LM head of the student is
-            not a single matrix.
+        InvalidInput: `blocks` is given and there are several ranks, or the LM head of the student
+            is not a single matrix.
     """
     is_distributed, head = distributed.world_size() > 1, pair.student.head
     if blocks and is_distributed:
@@ -134,10 +134,10 @@ def probe_gradients(
             log_probabilities(pair.teacher, teacher_hidden[chunk], temperature),
         )
 
-    def slopes_of_logits(chunk: slice) -> Tensor:
+    def product_derivatives(chunk: slice) -> Tensor:
         return logit_derivatives(full_logits(student_hidden[chunk], head), head)
 
-    logit_shaping = slopes_of_logits if head.softcap is not None or head.scale != 1 else None
+    logit_shaping = product_derivatives if head.softcap is not None or head.scale != 1 else None
     chunk_tokens = chunk_slices(len(student_hidden), vocabulary, max_logits_per_chunk)[0].stop
     rank_gather = gather_batch(scored) if is_distributed else None
     sketches = sketch_gradients(
@@ -150,7 +150,7 @@ def probe_gradients(
         logit_derivatives=logit_shaping,
     )
     sketches = all_gather_sketches(sketches) if is_distributed else sketches
-    loss, slopes = loss_gradients(
+    loss, hidden_gradients = loss_gradients(
         pair,
         trained_loss,
         projection,
@@ -161,22 +161,22 @@ def probe_gradients(
     loss = all_gather_loss_gradients(loss) if is_distributed else loss
     reference = ("plain", min(GAMMAS, key=lambda g: abs(g - gamma)))
     block_results: dict[str, tuple[GradientSketches, LossGradients]] = {}
-    if slopes is not None:
+    if hidden_gradients is not None:
         selected_blocks = [make_block(pair.student.network, pattern) for pattern in blocks]
-        token_slopes = hidden_state_gradients(
+        token_gradients = hidden_state_gradients(
             pair, scored, student_hidden, teacher_hidden, chunk_tokens
         )
         sketches_by_block = block_gradient_sketches(
             pair.student,
             prompts,
             scored,
-            token_slopes,
+            token_gradients,
             selected_blocks,
             reference[1],
             max_tokens_per_microbatch,
         )
         losses_by_block = block_loss_gradients(
-            pair.student, trained_loss, slopes, selected_blocks, max_tokens_per_microbatch
+            pair.student, trained_loss, hidden_gradients, selected_blocks, max_tokens_per_microbatch
         )
         block_results = {
             name: (sketches_by_block[name], losses_by_block[name]) for name in sketches_by_block
@@ -198,7 +198,7 @@ def loss_gradients(
     projection: Projection,
     max_tokens_per_microbatch: int,
     max_logits_per_chunk: int,
-    with_slopes: bool,
+    with_hidden_gradients: bool,
 ) -> tuple[LossGradients, Tensor | None]:
     """Compute the LM-head gradient of the training loss per response.
 
@@ -208,11 +208,11 @@ def loss_gradients(
         projection: Random projection of the gradient sketches.
         max_tokens_per_microbatch: Limit on tokens of a forward pass.
         max_logits_per_chunk: Limit on logits held in memory at a time.
-        with_slopes: Whether to return gradients with respect to hidden states too.
+        with_hidden_gradients: Whether to return gradients with respect to hidden states too.
 
     Returns:
         The gradient sketches, and the (N, D) gradients of the loss with respect to the hidden
-        states, or None without `with_slopes`.
+        states, or None without `with_hidden_gradients`.
     """
     batch, head, mask = trained_loss.batch, pair.student.head, trained_loss.batch.mask
     hidden = supervised_hidden_states(
@@ -220,8 +220,8 @@ def loss_gradients(
     )
     hidden_gradients: list[Tensor] = []
 
-    def slopes() -> Iterator[tuple[slice, Tensor]]:
-        for chunk, slope in product_gradients(
+    def iterate_product_gradients() -> Iterator[tuple[slice, Tensor]]:
+        for chunk, product_gradient in product_gradients(
             pair,
             trained_loss.objective,
             hidden,
@@ -231,19 +231,21 @@ def loss_gradients(
             trained_loss.weight[mask],
             max_logits_per_chunk=max_logits_per_chunk,
         ):
-            if with_slopes:
-                hidden_gradients.append(backproject_to_hidden(slope, head, hidden.shape[1]))
-            yield chunk, slope
+            if with_hidden_gradients:
+                hidden_gradients.append(
+                    backproject_to_hidden(product_gradient, head, hidden.shape[1])
+                )
+            yield chunk, product_gradient
 
-    sketches = outer_sketches(slopes(), hidden, mask, projection)
+    sketches = outer_sketches(iterate_product_gradients(), hidden, mask, projection)
     gradients = LossGradients(sketches=sketches, prompt=batch.prompt)
-    return gradients, torch.cat(hidden_gradients) if with_slopes else None
+    return gradients, torch.cat(hidden_gradients) if with_hidden_gradients else None
 
 
 def block_loss_gradients(
     student: CausalLM,
     trained_loss: TrainedLoss,
-    slopes: Tensor,
+    hidden_gradients: Tensor,
     blocks: Sequence[Block],
     max_tokens_per_microbatch: int,
 ) -> dict[str, LossGradients]:
@@ -254,7 +256,8 @@ def block_loss_gradients(
     Args:
         student: The student.
         trained_loss: Loss of the update.
-        slopes: (N, D) gradients of the loss with respect to the hidden states of supervised tokens.
+        hidden_gradients: (N, D) gradients of the loss with respect to the hidden states of
+            supervised tokens.
         blocks: Blocks to measure.
         max_tokens_per_microbatch: Limit on tokens of a forward pass.
 
@@ -262,21 +265,25 @@ def block_loss_gradients(
         Gradient sketches by name of the block.
     """
     prompts, batch = trained_loss.prompts, trained_loss.batch
-    spread_slopes = scatter_to_mask(slopes, batch.mask)
+    padded_gradients = scatter_to_mask(hidden_gradients, batch.mask)
     parts: dict[str, list[tuple[list[int], Tensor, Tensor]]] = {b.name: [] for b in blocks}
     for rows in micro_batches(prompts, batch, max_tokens_per_microbatch):
         micro_batch = batch.rows(rows).trim()
-        slope = spread_slopes[rows][:, : micro_batch.mask.shape[1]][micro_batch.mask]
+        micro_batch_gradients = padded_gradients[rows][:, : micro_batch.mask.shape[1]][
+            micro_batch.mask
+        ]
 
         def forward(rows: list[int] = rows, micro_batch: ScoredRollouts = micro_batch) -> Tensor:
             return response_hidden_states(student, prompts.rows(rows), micro_batch)
 
-        for name, (sketch, squared_norm) in sequence_gradients(blocks, forward, [slope]).items():
+        for name, (sketch, squared_norm) in sequence_gradients(
+            blocks, forward, [micro_batch_gradients]
+        ).items():
             parts[name].append((rows, sketch[:, 0], squared_norm[:, 0]))
     gradients = {}
     for name, block_parts in parts.items():
         order = torch.tensor([i for rows, _, _ in block_parts for i in rows]).argsort()
-        order = order.to(slopes.device)
+        order = order.to(hidden_gradients.device)
         gradients[name] = LossGradients(
             sketches=torch.cat([sketch for _, sketch, _ in block_parts])[order],
             squares=torch.cat([squared_norm for _, _, squared_norm in block_parts])[order],
@@ -322,27 +329,30 @@ def hidden_state_gradients(
             ).log_softmax(-1)
             log_ratio = torch.where(logp > -torch.inf, logp - teacher_logp, 0.0)
             token_logp = logp.gather(1, tokens[chunk, None]).sum()
-            slopes = torch.autograd.grad(token_logp, logits, retain_graph=True)
-            slopes += torch.autograd.grad((logp.exp() * log_ratio).sum(), logits)
+            logit_gradients = torch.autograd.grad(token_logp, logits, retain_graph=True)
+            logit_gradients += torch.autograd.grad((logp.exp() * log_ratio).sum(), logits)
         chunk_gradients.append(
-            [backproject_to_hidden(slope, head, student_hidden.shape[1]) for slope in slopes]
+            [
+                backproject_to_hidden(logit_gradient, head, student_hidden.shape[1])
+                for logit_gradient in logit_gradients
+            ]
         )
     score_gradients, local_gradients = zip(*chunk_gradients, strict=True)
     return torch.cat(score_gradients), torch.cat(local_gradients)
 
 
-def backproject_to_hidden(slope: Tensor, head: LmHead, width: int) -> Tensor:
+def backproject_to_hidden(product_gradient: Tensor, head: LmHead, width: int) -> Tensor:
     """Map (n, V) gradients of the head's raw logits to (n, D) gradients of its hidden states."""
     if head.weight is None:
-        return torch.nn.functional.pad(slope, (0, width - slope.shape[1]))
-    return slope.to(head.weight.dtype) @ head.weight[: head.vocabulary]
+        return torch.nn.functional.pad(product_gradient, (0, width - product_gradient.shape[1]))
+    return product_gradient.to(head.weight.dtype) @ head.weight[: head.vocabulary]
 
 
 def block_gradient_sketches(
     student: CausalLM,
     prompts: Prompts,
     scored: ScoredRollouts,
-    slopes: tuple[Tensor, Tensor],
+    token_gradients: tuple[Tensor, Tensor],
     blocks: Sequence[Block],
     gamma: float,
     max_tokens_per_microbatch: int,
@@ -358,7 +368,7 @@ def block_gradient_sketches(
         student: The student.
         prompts: Prompts of `scored`.
         scored: On-policy scored rollouts.
-        slopes: Pair of (N, D) tensors from `hidden_state_gradients`.
+        token_gradients: Pair of (N, D) tensors from `hidden_state_gradients`.
         blocks: Blocks to measure.
         gamma: Discount of the objective.
         max_tokens_per_microbatch: Limit on tokens of a forward pass.
@@ -372,7 +382,7 @@ def block_gradient_sketches(
     member_weights = estimator_weights(
         scored, tuple(dict.fromkeys(names)), sorted({0.0, gamma, 1.0})
     )
-    token_score, token_local = (scatter_to_mask(sketch, scored.mask) for sketch in slopes)
+    token_score, token_local = (scatter_to_mask(sketch, scored.mask) for sketch in token_gradients)
     num_members = member_weights.values.shape[-1]
     parts: dict[str, list[tuple[list[int], Tensor, Tensor]]] = {b.name: [] for b in blocks}
     for rows in micro_batches(prompts, scored, max_tokens_per_microbatch):

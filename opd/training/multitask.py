@@ -40,7 +40,8 @@ def read_tasks(path: Path) -> tuple[TaskSettings, ...]:
         Settings of each task.
 
     Raises:
-        ValueError: The file is not TOML, has no tasks, has other tables, or has an unknown setting.
+        InvalidInput: The file is not TOML, has no tasks, has other tables, or has an unknown
+            setting.
     """
     try:
         raw = tomllib.loads(read_text(path))
@@ -114,7 +115,7 @@ def prompts_per_task(config: Config) -> list[int]:
         Number of prompts of each task.
 
     Raises:
-        ValueError: There are fewer prompts per step than tasks, or a task's number of prompts is
+        InvalidInput: There are fewer prompts per step than tasks, or a task's number of prompts is
             not a multiple of updates_per_batch.
     """
     total, weights = config.prompts_per_step, [task.weight for task in config.tasks]

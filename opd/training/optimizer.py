@@ -1,6 +1,6 @@
 """AdamW on float32 master weights, with a learning-rate schedule and skipped non-finite steps.
 
-bfloat16 has 8 bits of mantissa: an update smaller than 0.4 % of a weight is rounded away, and a
+bfloat16 has 8 significant bits: an update smaller than 0.4 % of a weight is rounded away, and a
 typical learning rate is a thousand times smaller. Therefore gradient sums, moments and updated
 weights are float32, and the network holds rounded copies. For a float32 or sharded network the
 master weights and the model weights are the same tensors.
@@ -114,7 +114,7 @@ def make_optimizer(
         The optimizer, with its state allocated.
 
     Raises:
-        ValueError: No parameter requires a gradient.
+        InvalidInput: No parameter requires a gradient.
     """
     trainable = [p for p in parameters if p.requires_grad]
     if not trainable:
@@ -170,7 +170,7 @@ def learning_rate(
         The learning rate.
 
     Raises:
-        ValueError: The schedule is unknown.
+        InvalidInput: The schedule is unknown.
     """
     if schedule not in ("constant", "cosine"):
         raise InvalidInput(f"unknown schedule {schedule!r}; known: constant, cosine")

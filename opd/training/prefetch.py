@@ -31,14 +31,14 @@ TaskRollouts = tuple[Prompts, Rollouts, Mapping[str, Accumulator]]
 
 
 class RolloutPrefetcher:
-    """Prefetches rollouts of future steps; leaving its context ends all sampling."""
+    """Prefetch of the rollouts of future steps; leaving its context ends all sampling."""
 
     def __init__(
         self,
         draw: Callable[[int], list[TaskRollouts]],
         stop: Callable[[], None],
         *,
-        depth: int,
+        lag: int,
         steps: int,
         updates: int,
     ) -> None:
@@ -46,14 +46,14 @@ class RolloutPrefetcher:
 
         Args:
             draw: Samples a step's rollouts with the engine's current weights. Runs in another
-                thread if `depth` is positive, so it must not read weights that are being updated.
+                thread if `lag` is positive, so it must not read weights that are being updated.
             stop: Makes a running `draw` fail soon; called if the context ends with an error.
-            depth: Number of steps that sampling may run ahead of training.
+            lag: Number of steps that sampling may run ahead of training.
             steps: Number of steps of the run; none is sampled beyond.
             updates: Number of student updates per step.
         """
         self._draw, self._stop = draw, stop
-        self._depth, self._steps, self._updates = depth, steps, updates
+        self._lag, self._steps, self._updates = lag, steps, updates
         self._pending: dict[int, Future[list[TaskRollouts]]] = {}
         self._thread = ThreadPoolExecutor(1)
 
@@ -67,12 +67,12 @@ class RolloutPrefetcher:
             Rollouts of each task of the step.
 
         Raises:
-            RuntimeError: The rollouts are more than `depth` steps old.
+            OperationFailed: The rollouts are more than `lag` steps old.
         """
         future = self._pending.pop(step, None)
         task_rollouts = self._draw(step) if future is None else future.result()
         for _, rollouts, _ in task_rollouts:
-            age, max_age = int(rollouts.age.max()), self._depth * self._updates
+            age, max_age = int(rollouts.age.max()), self._lag * self._updates
             if age > max_age:
                 raise OperationFailed(
                     f"rollouts of step {step} are {age} updates old; at most {max_age} are allowed"
@@ -80,8 +80,8 @@ class RolloutPrefetcher:
         return task_rollouts
 
     def launch(self, step: int) -> None:
-        """Start sampling missing rollouts of the next `depth` steps with this step's weights."""
-        for future_step in range(step + 1, min(step + self._depth, self._steps - 1) + 1):
+        """Start sampling missing rollouts of the next `lag` steps with this step's weights."""
+        for future_step in range(step + 1, min(step + self._lag, self._steps - 1) + 1):
             if future_step not in self._pending:
                 self._pending[future_step] = self._thread.submit(
                     self._draw_with_age, step, future_step
@@ -102,7 +102,7 @@ class RolloutPrefetcher:
             folder: Run folder.
             step: First step that is not yet trained.
         """
-        if not self._depth:
+        if not self._lag:
             return
         target = folder / "ahead" / f"step_{step:06d}"
         with staged_folder(target) as partial_folder:
@@ -130,7 +130,7 @@ class RolloutPrefetcher:
             device: Device of the tensors.
 
         Raises:
-            ValueError: They were written by another number of ranks, or a file is damaged.
+            InvalidInput: They were written by another number of ranks, or a file is damaged.
         """
         saved_folder = folder / "ahead" / f"step_{step:06d}"
         if saved_folder.exists() and not (saved_folder / rank_folder()).exists():

@@ -64,7 +64,7 @@ def make_task_runs(
     prefetcher = RolloutPrefetcher(
         lambda step: roll_out_tasks(task_runs_of_step(config, runs, step), step),
         engine.close,
-        depth=config.rollout_lag,
+        lag=config.rollout_lag,
         steps=config.steps,
         updates=config.updates_per_batch,
     )
@@ -142,7 +142,7 @@ def load_problem_task(config: Config, pair: ModelPair) -> Task:
         The task.
 
     Raises:
-        ValueError: The task is a game, or it has no answers although reward_weight is set.
+        InvalidInput: The task is a game, or it has no answers although reward_weight is set.
     """
     if is_games(config.task):
         raise InvalidInput(f"task {config.task} is a game; a task of problems is required here")
@@ -179,7 +179,7 @@ def load_game_task(config: Config) -> GameTask:
         The task.
 
     Raises:
-        ValueError: A setting is given that applies to problems only, or one that compares the
+        InvalidInput: A setting is given that applies to problems only, or one that compares the
             responses to a prompt, which with layout "turns" would include turns of the same
             episode.
     """
@@ -219,8 +219,8 @@ def make_objective(config: Config) -> Objective:
         The objective.
 
     Raises:
-        ValueError: The denominator is unknown, `opd.objectives.factory.build_objective` refuses the
-            settings, or `opd.training.checks.settings.objective_problems` reports a problem.
+        InvalidInput: The denominator is unknown, `opd.objectives.factory.build_objective` refuses
+            the settings, or `opd.training.checks.settings.objective_problems` reports a problem.
     """
     if config.denominator not in DENOMINATORS:
         known_names = ", ".join(DENOMINATORS)

@@ -25,7 +25,7 @@ TrackerHandles = tuple[Log, Callable[[], None]]
 
 
 @contextmanager
-def open_loggers(names: tuple[str, ...], folder: Path, config: dict[str, Any]) -> Iterator[Log]:
+def open_trackers(names: tuple[str, ...], folder: Path, config: dict[str, Any]) -> Iterator[Log]:
     """Open the named trackers and yield a function (step, row) that logs a row to all of them.
 
     Open it after the record in `folder` has been rewound to the step where the run continues.
@@ -33,7 +33,7 @@ def open_loggers(names: tuple[str, ...], folder: Path, config: dict[str, Any]) -
     run, a warning is issued once and it gets no more rows; the other trackers and the run continue.
 
     Args:
-        names: Names of trackers, from LOGGERS.
+        names: Names of trackers, from TRACKERS (the setting `loggers`).
         folder: Run folder; its name is the name of the tracker run.
         config: Settings, stored with the tracker run.
 
@@ -41,12 +41,12 @@ def open_loggers(names: tuple[str, ...], folder: Path, config: dict[str, Any]) -
         The logging function.
 
     Raises:
-        ValueError: A name is unknown.
+        InvalidInput: A name is unknown.
         ImportError: A tracker is not installed; the message names the extra.
         Exception: Whatever a tracker raises when it starts, such as missing credentials.
     """
-    if unknown := [name for name in names if name not in LOGGERS]:
-        raise InvalidInput(f"unknown loggers {unknown}; known: {', '.join(LOGGERS)}")
+    if unknown := [name for name in names if name not in TRACKERS]:
+        raise InvalidInput(f"unknown loggers {unknown}; known: {', '.join(TRACKERS)}")
     log_functions: dict[str, Log] = {}
 
     def run_guarded(name: str, action: Callable[[], None]) -> None:
@@ -68,7 +68,7 @@ def open_loggers(names: tuple[str, ...], folder: Path, config: dict[str, Any]) -
 
     with ExitStack() as stack:
         for name in dict.fromkeys(names):
-            log_functions[name], close = LOGGERS[name](folder, config)
+            log_functions[name], close = TRACKERS[name](folder, config)
             stack.callback(run_guarded, name, close)
         yield log
 
@@ -186,7 +186,7 @@ def read_run_id(path: Path) -> str:
     return path.read_text()
 
 
-LOGGERS: Mapping[str, Callable[[Path, dict[str, Any]], TrackerHandles]] = {
+TRACKERS: Mapping[str, Callable[[Path, dict[str, Any]], TrackerHandles]] = {
     "tensorboard": open_tensorboard,
     "wandb": open_wandb,
     "trackio": open_trackio,

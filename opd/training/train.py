@@ -42,7 +42,7 @@ from opd.training.setup import (
 )
 from opd.training.state import TaskRun
 from opd.training.step import is_due, run_step
-from opd.training.trackers import Log, open_loggers, with_eval_prefix
+from opd.training.trackers import Log, open_trackers, with_eval_prefix
 
 
 def train(config: Config, start_over: bool = False) -> Path:
@@ -117,7 +117,7 @@ def train(config: Config, start_over: bool = False) -> Path:
         runs = make_task_runs(config, folder, pairs, engine, optimizer)
         runs[0].prefetcher.load(folder, first_step, student.device)
         names = config.loggers if distributed.rank() == 0 else ()
-        with open_loggers(names, folder, to_json(config)) as log, runs[0].prefetcher:
+        with open_trackers(names, folder, to_json(config)) as log, runs[0].prefetcher:
             run_steps(config, runs, first_step, log)
         engine.close()
         if first_step < config.steps or not (folder / "final").exists():

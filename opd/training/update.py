@@ -21,7 +21,12 @@ from opd.objectives.token_selection import highest_entropy_tokens
 from opd.runtime import distributed
 from opd.scoring.loss import loss_from_hidden
 from opd.teachers.factory import update_ema_teacher
-from opd.training.checks.expected_loss import credit_of, expected_loss, loss_check_columns, ratio_of
+from opd.training.checks.expected_loss import (
+    credit_from_settings,
+    expected_loss,
+    loss_check_columns,
+    ratio_from_settings,
+)
 from opd.training.checks.update import (
     columns_after_step,
     has_leftover_gradient,
@@ -187,8 +192,8 @@ def make_update_slices(task_batch: ScoredTaskBatch) -> list[UpdateSlice]:
     local_index = (local_rows, slice(task_batch.scored.mask.shape[1]))
     credit, ratio = objective.credit(batch)[local_index], objective.ratio(batch)[local_index]
     expected_credit, expected_ratio = (
-        credit_of(config, batch)[local_index],
-        ratio_of(config, batch)[local_index],
+        credit_from_settings(config, batch)[local_index],
+        ratio_from_settings(config, batch)[local_index],
     )
     loss_batch = task_batch.scored
     if config.entropy_top_fraction < 1:
@@ -279,7 +284,7 @@ def accumulate_gradients(
     run, config, token_rows = (
         task_batch.run,
         task_batch.run.config,
-        token_slots(task_batch.scored.sampled),
+        flat_token_index(task_batch.scored.sampled),
     )
     loss, first_gradients = torch.zeros((), device=task_batch.scored.tokens.device), None
     is_offloaded = config.offload_teacher and run.objective.support == "full"
@@ -351,7 +356,7 @@ def split_rows(prompts: list[int], updates: int) -> list[list[int]]:
         Rows of each update.
 
     Raises:
-        ValueError: There are fewer prompts than updates.
+        InvalidInput: There are fewer prompts than updates.
     """
     order = sorted(set(prompts))
     if len(order) < updates:
@@ -371,6 +376,6 @@ def split_rows(prompts: list[int], updates: int) -> list[list[int]]:
     ]
 
 
-def token_slots(mask: Tensor) -> Tensor:
+def flat_token_index(mask: Tensor) -> Tensor:
     """Return the (B, T) index of each token of the mask in row-major order."""
     return (mask.flatten().cumsum(0) - 1).reshape(mask.shape)

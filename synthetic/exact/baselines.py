@@ -47,13 +47,15 @@ def baseline_table(name: str, terms: Terms, space: TableParameters | SharedParam
     if name == "local_kl":
         return terms.local.expand(shape)
     if name == "position_value":
-        alive = terms.occupancy * terms.active
-        share = alive / alive.sum(-1, keepdim=True).clamp(min=_TINY)
+        visits = terms.occupancy * terms.active
+        share = visits / visits.sum(-1, keepdim=True).clamp(min=_TINY)
         return (share * terms.value).sum(-1, keepdim=True).expand(shape)
     if name == "optimal":
-        along, norms = score_projections(terms, space)
-        return along / norms.clamp(min=_TINY)
-    raise InvalidInput(f"unknown baseline {name!r}")
+        projections, norms = score_projections(terms, space)
+        return projections / norms.clamp(min=_TINY)
+    raise InvalidInput(
+        f"unknown baseline {name!r}; known: none, value, position_value, local_kl, optimal"
+    )
 
 
 def score_projections(

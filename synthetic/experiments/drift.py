@@ -177,7 +177,7 @@ def position_metrics(chain: DriftChain) -> list[Row]:
 
 
 def gradient_metrics(chain: DriftChain) -> list[Row]:
-    """Measure the gradient towards the loop, and how the special tag changes gradients."""
+    """Measure the gradient of entering the loop, and the tag's effect on gradients and noise."""
     mdp, student, teacher = chain.mdp, chain.student, chain.teacher
     means, variances = moments.moments(mdp, student, teacher, "plain", GAMMAS)
     untagged_teacher = teacher.clone()

@@ -65,7 +65,7 @@ Row = dict[str, Any]
 
 
 def measure(setting: dict[str, Any], generator: torch.Generator) -> list[Row]:
-    """Compute relative squared bias and variance of one world, its teacher scaled to each cost."""
+    """Compute relative squared bias and variance of one world, its teacher at each of COSTS."""
     shape = (setting["states"], setting["actions"], setting["horizon"])
     mdp = random_chain(*shape, generator, setting["mixing"])
     student, teacher = random_pair(mdp, generator, 1.0, setting["heterogeneity"])

@@ -68,8 +68,9 @@ def measure(setting: dict[str, Any], generator: torch.Generator) -> list[Row]:
     """Compute means over random prefixes, overall and by bin of p(S), of one set of prefixes.
 
     Columns: `cosine` of the expected gradient with that of the full KL (0 where it vanishes);
-    `drift`, -<grad p(S), gradient>, the first-order change of p(S) in descent, per unit of the full
-    gradient's norm; `full_drift`, the same for the full gradient.
+    `length`, its norm per unit of the full gradient's norm; `drift`, -<grad p(S), gradient>, the
+    first-order change of p(S) in descent, in the same unit; `full_drift`, the same for the full
+    gradient; `support_mass`, p(S).
 
     Args:
         setting: One of `SETTINGS`.

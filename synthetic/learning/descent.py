@@ -37,13 +37,13 @@ def adam(rates: Tensor, size: int) -> Optimizer:
         The optimizer.
     """
     change = torch.zeros(len(rates), size, dtype=torch.float64, requires_grad=True)
-    unit = torch.optim.Adam([change], lr=1.0)
+    unit_rate_adam = torch.optim.Adam([change], lr=1.0)
 
     def step(gradient: Tensor) -> Tensor:
         with torch.no_grad():
             change.zero_()
         change.grad = gradient.clone()
-        unit.step()
+        unit_rate_adam.step()
         return rates[:, None] * change.detach()
 
     return step

@@ -108,9 +108,11 @@ def capacity_limited_problem(
     mdp = random_chain(*shape, generator, mixing)
     reward = _normal((s,), generator)
     scale = (0.7 * _normal((s, 1), generator)).exp()
-    lean = torch.einsum("cad,d->ca", mdp.transition, reward)
-    lean = (lean - lean.mean(-1, keepdim=True)) / lean.std(-1, keepdim=True)
-    teacher = scale * (_normal((s, a), generator) + 0.7 * lean)
+    reward_logits = torch.einsum("cad,d->ca", mdp.transition, reward)
+    reward_logits = (reward_logits - reward_logits.mean(-1, keepdim=True)) / reward_logits.std(
+        -1, keepdim=True
+    )
+    teacher = scale * (_normal((s, a), generator) + 0.7 * reward_logits)
     student = Student(_normal((s, features), generator) / features**0.5, a, hidden)
     return LearningProblem(mdp, student, teacher, reward)
 

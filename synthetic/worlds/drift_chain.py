@@ -30,7 +30,7 @@ class DriftChainConfig:
     horizon: int = 64
     """Number of steps."""
     distance: float = 0.7
-    """Distance of the teacher from the student on ordinary tokens in the informed block."""
+    """Standard deviation of teacher minus student logits of ordinary tokens, informed block."""
     enter: float = 0.02
     """Probability of the loop token outside the loop."""
     stay: float = 0.97
@@ -40,7 +40,7 @@ class DriftChainConfig:
     teacher_stay: float = 0.97
     """The teacher's probability of the loop token in the loop."""
     special: float = 0.02
-    """Probability of the special tag outside the loop."""
+    """Probability of the special tag outside the loop; in the loop it is multiplied by 1 - stay."""
     teacher_special: float = math.exp(-20)
     """The teacher's probability of the special tag outside the loop."""
     drift: float = 0.02
@@ -79,7 +79,7 @@ def drift_chain(config: DriftChainConfig, generator: torch.Generator) -> DriftCh
     """Draw a chain: the ordinary tokens' transitions and both policies are random.
 
     Args:
-        config: All other probabilities.
+        config: Settings of the chain.
         generator: Source of randomness.
 
     Returns:

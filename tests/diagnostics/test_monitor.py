@@ -17,7 +17,7 @@ from diagnostics.core.totals import pack, position_counts, row_counts
 from diagnostics.monitor import PANEL, Monitor, all_reduce_totals
 from diagnostics.records.rows import read_rows
 from diagnostics.records.sinks import to_console, to_file
-from tests.diagnostics.test_panel import batch
+from tests.helpers.batches import batch
 
 LIMIT = AlarmRule(
     name="k1",

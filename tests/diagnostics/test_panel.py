@@ -6,51 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diagnostics.batch import DistributionStats, ScoredRollouts, Support
-from diagnostics.core.distribution_stats import compute_distribution_stats
+from diagnostics.batch import ScoredRollouts
 from diagnostics.monitor import Monitor
 from diagnostics.records.batch_files import load_batch
-
-
-def batch(seed: int = 0, top_p: float = 1.0, size: int = 12, width: int = 40) -> ScoredRollouts:
-    """Sample tokens from a random student on 16 ids, with gaps in the mask."""
-    g = torch.Generator().manual_seed(seed)
-    p = (2 * torch.randn(size, width, 16, generator=g)).log_softmax(-1)
-    q = (p + torch.randn(p.shape, generator=g)).log_softmax(-1)
-    sampling_prob = p.exp()
-    if top_p < 1:
-        sorted_prob, order = sampling_prob.sort(-1, descending=True)
-        is_outside = sorted_prob.cumsum(-1) - sorted_prob >= top_p
-        removed_ids = torch.zeros_like(is_outside).scatter(-1, order, is_outside)
-        sampling_prob = sampling_prob.masked_fill(removed_ids, 0)
-    tokens = torch.multinomial(sampling_prob.reshape(-1, 16), 1, generator=g).reshape(size, width)
-    mask = torch.rand(size, width, generator=g) > 0.2
-    ids = q.topk(4, -1).indices
-
-    def apply_mask(x: torch.Tensor) -> torch.Tensor:
-        return x * (mask if x.dim() == 2 else mask[..., None])
-
-    def pick(x: torch.Tensor) -> torch.Tensor:
-        return apply_mask(x.gather(-1, tokens[..., None])[..., 0])
-
-    return ScoredRollouts(
-        tokens=tokens,
-        mask=mask,
-        sampler_logp=pick(p),
-        prompt=torch.arange(size) // 2,
-        ended=torch.rand(size, generator=g) > 0.5,
-        student_logp=pick(p),
-        teacher_logp=pick(q),
-        support=Support(
-            ids=ids,
-            student_logp=apply_mask(p.gather(-1, ids)),
-            teacher_logp=apply_mask(q.gather(-1, ids)),
-            source="teacher",
-        ),
-        prefix=DistributionStats(
-            **{k: apply_mask(v) for k, v in compute_distribution_stats(p, q, tokens).items()}
-        ),
-    ).validate()
+from tests.helpers.batches import batch
 
 
 def test_values_by_hand() -> None:

@@ -1,4 +1,4 @@
-"""The figure of agents: its table from run folders, its numbers by hand, and what is drawn."""
+"""The figure `agents`: its table, its statistics against hand-computed values, its lines."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def evaluation_row(step: int, outcomes: str, **fields: object) -> dict[str, obje
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Runs of games, and of games in turns with sorting, as the trainer leaves them."""
+    """Write runs of games, and of games alternating with sorting, as the trainer does."""
     folder, run_folders = tmp_path_factory.mktemp("paper"), []
     for (group, method, seed), won in WON.items():
         run = folder / group / f"{method}-{seed}"

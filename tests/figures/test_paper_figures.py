@@ -1,4 +1,4 @@
-"""The paper's figures and tables: their statistics by hand, and their tables from run folders."""
+"""The paper's figures and tables: statistics against hand-computed values, and collection."""
 
 import itertools
 import json
@@ -30,7 +30,7 @@ OUTCOMES = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Run folders of two methods, evaluated twice; the second task of one has a name."""
+    """Write run folders of two methods, evaluated twice."""
     folder, run_folders = tmp_path_factory.mktemp("paper") / "single", []
     for (method, seed), last in OUTCOMES.items():
         run = folder / f"{method}-{seed}"
@@ -154,7 +154,7 @@ def test_the_summary_holds_the_numbers(runs: list[Path], monkeypatch: pytest.Mon
     assert (result.method, result.seeds, result.pairs, result.accuracy) == ("a", 2, 2, 5 / 8)
     assert result.away == 3 / 8  # seeds 0 and 1: (1 + 2) / 8
     assert result.p_seeds == 2 / 2**2
-    by_problem = np.array([0, 1, 0.5, 0])  # its mean over both seeds
+    by_problem = np.array([0, 1, 0.5, 0])  # mean over both seeds
     assert result.p == paired.sign_flip_test(by_problem, np.random.default_rng(0)) == 0.5
     lines = comparison.markdown(table).splitlines()
     assert "Student before training: 0.000." in lines
@@ -252,14 +252,14 @@ def test_verdicts_go_by_intervals() -> None:
 
 
 class InMemoryTables(measures.Tables):
-    """Tables made by hand."""
+    """Tables given as data frames."""
 
     def __init__(self, **tables: pd.DataFrame) -> None:
         self._read = tables
 
 
 def evaluation_tables(**outcomes: tuple[str, str]) -> InMemoryTables:
-    """Five seeds of each method with outcomes before and after training."""
+    """Return five seeds of each method with outcomes before and after training."""
     cells = [
         {"group": "single", "method": m, "seed": s, "step": t, "task": None, "outcomes": o}
         for m, digits in outcomes.items()
@@ -290,7 +290,7 @@ def test_better_alike_and_gain(outcomes: str, verdicts: tuple[str, str]) -> None
 
 
 def step_tables(columns: dict[str, dict[str, list[float]]]) -> InMemoryTables:
-    """Five seeds of each {method: {column: value a step}}, with 0.01 of the seed added."""
+    """Return five seeds of each {method: {column: value a step}}, with 0.01 * seed added."""
     table = [
         {"group": "single", "method": m, "seed": s, "step": t, "task": None}
         | {name: column_values[t] + 0.01 * s for name, column_values in values_by_column.items()}

@@ -1,4 +1,4 @@
-"""Runs are averaged only as seeds of one method: everything that pools or pairs runs by a name."""
+"""Pooling and pairing of runs: only seeds of one method are averaged."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ from figures.paper import agents
 def make_run(
     folder: Path, outcomes: tuple[str, str], problem_set: str = "p", **options: Any
 ) -> Path:
-    """A run folder of one step with two evaluations."""
+    """Write a run folder of one step with two evaluations."""
     folder.mkdir(parents=True)
     settings = {"objective": "teacher_topk", "seed": 0, "lr": 1e-4, "student": "pair/student"}
     (folder / "config.json").write_text(json.dumps(settings | {"out": str(folder)} | options))
@@ -76,7 +76,7 @@ def test_runs_that_differ_stand_side_by_side_under_what_differs(
 
 
 def rename(run: Path, name: str) -> Path:
-    """The same run as a seed of the method "m"."""
+    """Copy a run as a seed of the method "m"."""
     folder = run.parent / run.name / name.removesuffix("x")
     folder.mkdir()
     for file in ("config.json", "evals.jsonl", "rows.jsonl"):
@@ -95,7 +95,7 @@ def test_numbers_of_problems_that_differ_are_no_error(tmp_path: Path) -> None:
 
 
 def test_other_problems_after_than_before_are_not_paired(tmp_path: Path) -> None:
-    """As many of them, and yet others: a resumed run whose data changed."""
+    """A resumed run whose data changed: equally many problems, but different ones."""
     run = make_run(tmp_path / "a", ("0101", "1111"))
     lines = rows.read_rows(run / "evals.jsonl")
     lines[1]["problem_set"] = "q"
@@ -118,7 +118,7 @@ def test_runs_of_one_folder_name_are_two_runs(tmp_path: Path) -> None:
 
 
 def test_contents_count_where_they_are_known(tmp_path: Path) -> None:
-    """A pair made anew under the same name is another pair; a copied one is the same."""
+    """A rebuilt pair with the same name is another pair; a copied pair is the same."""
     same_pair = [
         make_run(tmp_path / "a", ("01", "11"), seed=0, student="here/student"),
         make_run(tmp_path / "b", ("01", "11"), seed=1, student="there/student"),
@@ -128,7 +128,7 @@ def test_contents_count_where_they_are_known(tmp_path: Path) -> None:
     assert distinct_names(same_pair, ["m", "m"]) == ["m", "m"]
     other_pair = make_run(tmp_path / "c", ("01", "11"), seed=2, student="here/student")
     (other_pair / "identities.json").write_text('{"student": "beef"}')
-    # a third run that differs does not part the two seeds, though it repeats one of theirs
+    # a different third run does not separate the two seeds, although it repeats a seed
     third_run = make_run(tmp_path / "d", ("01", "11"), seed=0, lr=1.0)
     (third_run / "identities.json").write_text('{"student": "f00d"}')
     names = distinct_names([*same_pair, third_run], ["m", "m", "m"])

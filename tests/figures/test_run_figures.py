@@ -1,4 +1,4 @@
-"""Figures of run folders: their tables equal plain loops, and pictures show what tables say."""
+"""Figures of run folders: tables equal those of plain loops, and figures show their values."""
 
 import json
 from itertools import pairwise
@@ -42,7 +42,7 @@ def dense_batches(seed: int) -> dict[int, DenseBatch]:
 
 @pytest.fixture(scope="module")
 def saved_runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Run folders with batches whose whole distributions are known, and the rows of them."""
+    """Write run folders with rows and batches whose full distributions are known."""
     folder, run_folders = tmp_path_factory.mktemp("runs"), []
     monitor = Monitor(FULL)
     for method, seeds in METHODS.items():
@@ -63,7 +63,7 @@ def saved_runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def expected_tokens(runs: list[Path], step: int) -> list[dict]:
-    """Every supervised token by a plain loop, from the whole distributions."""
+    """Compute every supervised token in a plain loop from the full distributions."""
     expected = []
     for run in runs:
         seed = int(run.name.split("-")[1])
@@ -309,7 +309,7 @@ def test_the_sampler_check_tells_a_nucleus(saved_runs: list[Path]) -> None:
 
 
 def test_ending_has_the_mean_that_it_estimates() -> None:
-    """Every token in its turn, weighed by p: the estimate averages to the whole probability."""
+    """Averaged over all tokens with weights p, the estimate equals the exact probability."""
     v, k, end = 7, 3, 5
     g = torch.Generator().manual_seed(0)
     p, q = (torch.randn(1, 6, v, generator=g).double().mul(2).log_softmax(-1) for _ in range(2))
@@ -404,7 +404,7 @@ def test_a_collapse_is_told_from_outcomes_and_the_lead_from_it(tmp_path: Path) -
     assert warning.collapse_step(rows.read_rows(run_folders[0] / "rows.jsonl")) is None
     assert (
         warning.collapse_step(rows.read_rows(run_folders[3] / "rows.jsonl")) == 14
-    )  # 12 alone is no collapse
+    )  # step 12 alone is no collapse
     table = warning.collect(run_folders)
     assert set(table["kind"]) == {"healthy", "bad"}
     nearby = [row for run in run_folders[:3] for row in rows.read_rows(run / "rows.jsonl")]
@@ -419,7 +419,7 @@ def test_a_collapse_is_told_from_outcomes_and_the_lead_from_it(tmp_path: Path) -
     )
     assert set(healthy_rows["run"]) == {"good-0", "good-1", "good-2"}
     texts = [text.get_text() for text in warning.draw(table).axes[0].texts]
-    assert "5 [1/1, 0/3]" in texts, "9 to 14, in one of one, and in no healthy run"
+    assert "5 [1/1, 0/3]" in texts, "step 9 to 14, in one of one run, and in no healthy run"
     with pytest.raises(ValueError, match="3 of 3 runs are healthy"):
         warning.collect(run_folders[:3])
 
@@ -448,7 +448,7 @@ def test_the_control_is_paired_by_prompt(saved_runs: list[Path]) -> None:
         )
         assert bin_rows.loc["teacher_entropy", "value"] == pytest.approx(entropy, rel=1e-4)
     teacher_tokens = pd.DataFrame({"prompt": np.arange(9).repeat(3), "bin": 2, "doubt": 0.1})
-    teacher_tokens["doubt"] += np.arange(9).repeat(3)  # prompts differ much, the gap hardly
+    teacher_tokens["doubt"] += np.arange(9).repeat(3)  # prompts differ a lot, the gap hardly does
     student_tokens = teacher_tokens.assign(doubt=teacher_tokens["doubt"] + 0.5)
     (gap,) = fan.paired_gaps(teacher_tokens, student_tokens, np.random.default_rng(0))
     assert (gap["value"], gap["low"], gap["high"]) == pytest.approx((0.5, 0.5, 0.5))

@@ -1,4 +1,4 @@
-"""Figures draw what the tables say, and the report repeats what the record holds."""
+"""Figures of the study and of training draw the values of their tables."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ from opd.cli.report import main
 
 
 def write_run(folder: Path, objective: str, seed: int, steps: int = 12) -> Path:
-    """A run folder as the trainer leaves it, with made-up numbers."""
+    """Write a run folder as the trainer does, with invented numbers."""
     g = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     config = {"objective": objective, "seed": seed, "steps": 12, "out": str(folder), "top_p": 1.0}
@@ -32,7 +32,7 @@ def write_run(folder: Path, objective: str, seed: int, steps: int = 12) -> Path:
             row = {"step": step, "grad_norm": 1 / (step + 1), "divergence/reverse_kl": 0.5**step}
             row |= {"response/truncated_share": 0.4, "consistency/z_H": float(g.normal())}
             file.write(json.dumps(row | {"seconds/rollout": 6.0, "loss": None}) + "\n")
-        file.write('{"step": 99, "gr')  # a kill in mid-write
+        file.write('{"step": 99, "gr')  # killed while writing
     with open(folder / "evals.jsonl", "w") as file:
         for step in (0, steps):
             right = g.random(40) < (0.3 if step == 0 else 0.8)
@@ -151,7 +151,7 @@ def test_wrong_requests_name_the_value(tmp_path: Path, runs: list[Path]) -> None
 
 
 def test_intervals_cover_at_their_level() -> None:
-    """95 % intervals of a mean cover it about 95 % of the time; crossed ones at least that."""
+    """95 % intervals cover the mean about 95 % of the time, two-way ones at least that."""
     g = np.random.default_rng(0)
     plain = crossed = 0
     for _ in range(300):

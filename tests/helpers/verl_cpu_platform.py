@@ -1,9 +1,9 @@
-"""verl without an accelerator: a platform for its registry, and servers of plain transformers.
+"""Run verl without an accelerator: a platform for its registry, and servers of transformers.
 
-verl knows no CPU and takes rollouts and teachers from vLLM or SGLang. With this module loaded by
-every process (VERL_USE_EXTERNAL_MODULES=tests.helpers.verl_cpu_platform, VERL_PLATFORM=cpu, VERL_ENGINE_DEVICE=cuda)
-its trainer, its agent loops, its teachers' routing and its FSDP actors run as they are; what stands
-in is the engine behind `rollout.name=vllm`. For tests and tiny models only.
+verl does not support CPUs, and takes rollouts and teachers from vLLM or SGLang. Load this module in
+every process: VERL_USE_EXTERNAL_MODULES=tests.helpers.verl_cpu_platform, VERL_PLATFORM=cpu and
+VERL_ENGINE_DEVICE=cuda. verl's trainer, agent loops, teacher routing and FSDP actors then run
+unchanged; only the engine behind `rollout.name=vllm` is replaced. For tests and tiny models only.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""How verl's actor hands its weights to the servers of `tests.helpers.verl_cpu_platform`: a file."""
+"""Pass the weights of verl's actor to the CPU rollout servers in a file."""
 
 import os
 from collections.abc import Generator

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.estimates import family_table
-from tests.diagnostics.test_panel import batch
+from tests.helpers.batches import batch
 from tests.helpers.paths import ROOT
 
 README = (ROOT / "README.md").read_text()

@@ -133,7 +133,7 @@ def grade_math(response: str, answer: str) -> Grade:
         The grade.
 
     Raises:
-        ImportError: math-verify is not installed; the message names the extra.
+        MissingPackage: math-verify is not installed; the message names the extra.
     """
     parts = response.split("</think>")
     response_answer = extract_answer(parts[min(1, len(parts) - 1)])
@@ -329,8 +329,8 @@ def make_grader(name: str) -> Grader:
 
     Raises:
         InvalidInput: Unknown name; the message lists the known ones.
-        FileNotFoundError: FILE.py does not exist.
-        ImportError: math-verify is needed and not installed.
+        MissingFile: FILE.py does not exist.
+        MissingPackage: math-verify is needed and not installed.
     """
     module, colon, function = name.rpartition(":")
     if colon and module and function:
@@ -353,10 +353,10 @@ def reward_responses(
     mask: torch.Tensor,
     problems: Sequence[Problem],
     grade: Grader,
-    end_ids: Sequence[int] = (),
+    eos_ids: Sequence[int] = (),
 ) -> list[float]:
     """Return the reward of each response; see `grade_responses`."""
-    grades = grade_responses(tokenizer, tokens, mask, problems, grade, end_ids)
+    grades = grade_responses(tokenizer, tokens, mask, problems, grade, eos_ids)
     return [response_grade.reward for response_grade in grades]
 
 
@@ -366,7 +366,7 @@ def grade_responses(
     mask: torch.Tensor,
     problems: Sequence[Problem],
     grade: Grader,
-    end_ids: Sequence[int] = (),
+    eos_ids: Sequence[int] = (),
 ) -> list[Grade]:
     """Grade responses; the grader sees special tokens except the one that ends the response.
 
@@ -378,12 +378,12 @@ def grade_responses(
         mask: (B, T), True where a token is real.
         problems: The problem of each response.
         grade: The grader.
-        end_ids: Ids that end a response, besides the tokenizer's EOS id.
+        eos_ids: Ids that end a response, besides the tokenizer's EOS id.
 
     Returns:
         One grade per response.
     """
-    texts = decode_responses(tokenizer, tokens, mask, end_ids)
+    texts = decode_responses(tokenizer, tokens, mask, eos_ids)
     return [
         grade(text, problem.answer) if problem.answer else Grade(math.nan, None)
         for text, problem in zip(texts, problems, strict=True)

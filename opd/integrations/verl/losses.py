@@ -22,7 +22,7 @@ from torch import Tensor
 from diagnostics.adapters.verl import Loss, batch_from_verl, observe_loss
 from diagnostics.core.partial import replace_fields
 from diagnostics.errors import BrokenPackage, InvalidInput, MissingPackage
-from opd.integrations.verl.topk_loss import TOPK, batch_setting, compute_topk_loss
+from opd.integrations.verl.topk_loss import TOPK_OBJECTIVES, batch_setting, compute_topk_loss
 from opd.objectives.factory import Objective, build_objective
 
 PREFIX = "opdlab_"
@@ -57,7 +57,7 @@ def register(name: str, mode: str = "", **choices: Any) -> str:
     loss: Loss = partial(topk_loss if topk else sampled_loss, objective)
     losses.register_distillation_loss(settings)(observe_loss(loss))
     if topk:
-        TOPK[mode] = objective
+        TOPK_OBJECTIVES[mode] = objective
     return mode
 
 

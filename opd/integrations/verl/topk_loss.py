@@ -15,10 +15,10 @@ from opd.integrations.verl.vocab_parallel import Shard, gather_logits, log_norma
 from opd.objectives.factory import Objective
 from opd.objectives.surrogates import VisitedTokens
 
-ELEMENTS = 2**27
+MAX_LOGITS = 2**27
 """Float32 logits that exist at once where a log-normaliser is needed: half a gigabyte."""
 
-TOPK: dict[str, Objective] = {}
+TOPK_OBJECTIVES: dict[str, Objective] = {}
 """Objectives of the loss modes computed from logits, used by the replaced `compute_topk_loss`."""
 
 
@@ -49,7 +49,7 @@ def logit_losses(
     teacher_logp = teacher_logp.float()
     support_logits = gather_logits(logits, ids, shard)
     with torch.set_grad_enabled(objective.normalised and torch.is_grad_enabled()):
-        normaliser = log_normaliser(logits, shard, elements=ELEMENTS)
+        normaliser = log_normaliser(logits, shard, elements=MAX_LOGITS)
     zeros = torch.zeros_like(normaliser)
     inputs = VisitedTokens(
         logp=None,
@@ -75,7 +75,9 @@ def compute_topk_loss(
     student_logits: Tensor,
     data_format: str,
 ) -> Any:
-    """Replace verl's function of this name for the modes in `TOPK`; call the original for others.
+    """Replace verl's function of this name for the modes in `TOPK_OBJECTIVES`.
+
+    Other modes call the original.
 
     Args:
         original: verl's function.
@@ -92,9 +94,9 @@ def compute_topk_loss(
         InvalidInput: The log-normaliser's logits may be overwritten, or layouts differ.
     """
     mode = distillation_config.distillation_loss.loss_mode
-    if mode not in TOPK:
+    if mode not in TOPK_OBJECTIVES:
         return original(config, distillation_config, data, student_logits, data_format)
-    objective = TOPK[mode]
+    objective = TOPK_OBJECTIVES[mode]
     if objective.normalised and not batch_setting(data, "distillation_only", False):
         raise InvalidInput(
             f"{mode} with task rewards: verl's cross-entropy may overwrite the logits that the "

@@ -24,10 +24,10 @@ ROUNDING = {"float32": 2e-5, "float16": 7e-3, "bfloat16": 5e-2}
 """Difference in nats that two forward passes of the same weights may show in a log-probability.
 
 Half a unit in the last place of a logit near 30; for float32, the sums of some dozens of layers."""
-FLOOR = 2e-6
+FLOAT32_FLOOR = 2e-6
 """Error in nats of a divergence in float32, however small: rounding of a few probabilities."""
 SAMPLED = ("sampled_token", "sampled_token_weighted", "sampled_token_clipped")
-ERRORS = 4.0
+MAX_STANDARD_ERRORS = 4.0
 """Tolerance between loss and expected loss, in standard errors of the accumulated rounding."""
 
 ValuePair = tuple[Tensor, Tensor]
@@ -55,8 +55,8 @@ def expected_loss(
     Args:
         config: Settings of the task.
         batch: Responses of this rank with their support and the final loss mask.
-        credit: (B, T) result of `credit_of`.
-        ratio: (B, T) result of `ratio_of`.
+        credit: (B, T) result of `credit_from_settings`.
+        ratio: (B, T) result of `ratio_from_settings`.
         rows: Rows of `batch` that belong to the optimizer step.
         micro_batches: `rows`, split into micro-batches.
         all_ranks_batch: Rows of the optimizer step on all ranks.
@@ -87,7 +87,7 @@ def expected_loss(
     rounding_error = rounding_unit(config)
     variance = (rounding_error * weight[:, None] * slope[row_index]).square().sum()
     size = (value.abs() + slope)[row_index].sum(1)
-    floor = (rounding_error**2 + FLOOR) * mask[row_index].sum(1)
+    floor = (rounding_error**2 + FLOAT32_FLOOR) * mask[row_index].sum(1)
     bias = (weight * (floor + 1e-5 * size)).sum()
     return torch.stack([*losses, variance, bias])
 
@@ -119,7 +119,7 @@ def loss_check_columns(loss: Tensor, expected: Tensor) -> dict[str, Tensor]:
         loss_exchanged and loss_denominator are 1 if the loss is the expected one with the opposite
         sign, with the models exchanged, or with another denominator; otherwise 0.
     """
-    losses, tolerance = expected[:-2], ERRORS * expected[-2].sqrt() + expected[-1]
+    losses, tolerance = expected[:-2], MAX_STANDARD_ERRORS * expected[-2].sqrt() + expected[-1]
     expected_value, within_tolerance = losses[0], (loss.double() - losses).abs() <= tolerance
     error = ((loss.double() - expected_value).abs() / tolerance.clamp(min=1e-30)).floor()
     is_wrong = error >= 1
@@ -164,12 +164,12 @@ def token_values(
     return local[0] + score, local[1] + score, slope
 
 
-def ratio_of(config: Config, batch: ScoredRollouts) -> Tensor:
+def ratio_from_settings(config: Config, batch: ScoredRollouts) -> Tensor:
     """Return the (B, T) importance ratio that the settings ask for."""
     return RATIOS[config.ratio](batch)
 
 
-def credit_of(config: Config, batch: ScoredRollouts) -> Tensor:
+def credit_from_settings(config: Config, batch: ScoredRollouts) -> Tensor:
     """Return the (B, T) credit that the settings ask for; 0 without a score-function term."""
     limit = math.inf if config.ratio_clip is None else config.ratio_clip
     is_immediate = not config.gamma and not config.reward_weight

@@ -30,7 +30,7 @@ ROWS, MAX_ROWS = 4, 64
 FIRST_STEPS = 3
 UNITS = ("rescored", "chance", "mask", "padding")
 CAUSES = (*UNITS, "exchanged", "training", "precision")
-LIMIT = 3
+MAX_ROUNDING_UNITS = 3
 """Largest difference, in units of rounding, between two equal scorings of the same tokens."""
 
 
@@ -53,11 +53,12 @@ def rescoring_columns(
 
     Returns:
         Columns of the row for ROLE student and teacher. ROLE_rescored: the difference, healthy
-        below LIMIT. From there on the causes are measured, otherwise they are 0: ROLE_chance,
-        difference between two identical passes; ROLE_mask, difference with other ids at masked
-        positions; ROLE_padding, difference of padded rows if unpadded rows agree; ROLE_exchanged,
-        share of rows with the scores of another row. ROLE_training: number of modules in training
-        mode with dropout. ROLE_precision: share of weights with another dtype than configured.
+        below MAX_ROUNDING_UNITS. From there on the causes are measured, otherwise they are 0:
+        ROLE_chance, difference between two identical passes; ROLE_mask, difference with other ids
+        at masked positions; ROLE_padding, difference of padded rows if unpadded rows agree;
+        ROLE_exchanged, share of rows with the scores of another row. ROLE_training: number of
+        modules in training mode with dropout. ROLE_precision: share of weights with another dtype
+        than configured.
     """
     rows, columns = select_rows(config, prompts, batch), dict[str, float]()
     for role in ("student", "teacher"):
@@ -82,14 +83,14 @@ def floor_units(units: float) -> float:
 
 def select_rows(config: Config, prompts: Prompts, batch: ScoredRollouts) -> list[int]:
     """Select at most ROWS rows, half of them with the most padding in their micro-batch."""
-    padding, lengths = padding_of(config, prompts, batch), batch.mask.sum(1).tolist()
+    padding, lengths = left_padding(config, prompts, batch), batch.mask.sum(1).tolist()
     order = sorted(range(len(padding)), key=padding.__getitem__, reverse=True)
     order = [row for row in order if lengths[row]]
     half = ROWS // 2
     return order if len(order) <= ROWS else order[:half] + order[-half:]
 
 
-def padding_of(config: Config, prompts: Prompts, batch: ScoredRollouts) -> list[int]:
+def left_padding(config: Config, prompts: Prompts, batch: ScoredRollouts) -> list[int]:
     """Return the left padding of each row's prompt in the micro-batch in which it is scored."""
     lengths = prompts.mask.sum(1).tolist()
     padding = [0] * len(lengths)
@@ -149,13 +150,13 @@ def _compare_local_model(
     batch: ScoredRollouts,
     rows: Sequence[int],
 ) -> dict[str, float]:
-    """Return ROLE_rescored, and the causes if it is not below LIMIT."""
+    """Return ROLE_rescored, and the causes if it is not below MAX_ROUNDING_UNITS."""
     model: CausalLM = getattr(pair, role)
     unit, scores = rounding_unit(config), getattr(batch, f"{role}_logp")
     logp_by_row = {row: _score_row(config, pair, role, prompts, batch, row) for row in rows}
     gaps = {row: scores[row][batch.mask[row]] - logp_by_row[row] for row in rows}
     difference = _rms(list(gaps.values())) / unit
-    if difference < LIMIT:
+    if difference < MAX_ROUNDING_UNITS:
         return {f"{role}_rescored": difference}
     row_prompts, row_batch = prompts.rows(list(rows)), batch.rows(list(rows))
     first_logp, second_logp = (_logp(config, model, row_prompts, row_batch) for _ in range(2))
@@ -175,8 +176,10 @@ def _compare_local_model(
         f"{role}_rescored": difference,
         f"{role}_chance": _rms([first_logp - second_logp]) / unit,
         f"{role}_mask": _rms([plain_logp - refilled_logp]) / unit,
-        f"{role}_padding": _padding_difference(gaps, padding_of(config, prompts, batch), unit),
-        f"{role}_exchanged": _exchanged_share(scores, batch.mask, logp_by_row, rows, LIMIT * unit),
+        f"{role}_padding": _padding_difference(gaps, left_padding(config, prompts, batch), unit),
+        f"{role}_exchanged": _exchanged_share(
+            scores, batch.mask, logp_by_row, rows, MAX_ROUNDING_UNITS * unit
+        ),
     }
 
 
@@ -197,7 +200,7 @@ def _padding_difference(gaps: dict[int, Tensor], padding: Sequence[int], unit: f
     """Return the difference of padded rows if the unpadded rows agree, otherwise 0."""
     padded = [gap for row, gap in gaps.items() if padding[row]]
     unpadded = [gap for row, gap in gaps.items() if not padding[row]]
-    if not padded or not unpadded or _rms(unpadded) > LIMIT * unit:
+    if not padded or not unpadded or _rms(unpadded) > MAX_ROUNDING_UNITS * unit:
         return 0.0
     return _rms(padded) / unit
 
@@ -246,5 +249,7 @@ def _compare_remote_teacher(
         )
         logp_by_row[row] = teacher_scores.sampled
     gaps = [batch.teacher_logp[row][batch.mask[row]] - logp_by_row[row] for row in rows]
-    exchanged = _exchanged_share(batch.teacher_logp, batch.mask, logp_by_row, rows, LIMIT * unit)
+    exchanged = _exchanged_share(
+        batch.teacher_logp, batch.mask, logp_by_row, rows, MAX_ROUNDING_UNITS * unit
+    )
     return {"teacher_rescored": _rms(gaps) / unit, "teacher_exchanged": exchanged}

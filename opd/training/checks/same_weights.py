@@ -24,7 +24,7 @@ def refuse_same_weights(settings: Sequence[Config], pairs: Sequence[ModelPair]) 
         pairs: Student and teacher of each task.
 
     Raises:
-        ValueError: All teachers have the student's weights; the message names both models.
+        InvalidInput: All teachers have the student's weights; the message names both models.
     """
     if all(has_student_weights(config, pair) for config, pair in zip(settings, pairs, strict=True)):
         config = settings[0]

@@ -35,7 +35,7 @@ def _stale_samples(config: Config, objective: Objective) -> Iterator[str]:
     if config.allow_unweighted:
         return
     override_hint = "or set allow_unweighted to train with this bias, as the paper did"
-    if config.updates_per_batch > 1 and objective.only_fresh_samples:
+    if config.updates_per_batch > 1 and objective.on_policy_only:
         yield (
             f"updates_per_batch is {config.updates_per_batch}: from the second update on, the "
             f"student has changed, but {config.objective} uses the sampled token without an "
@@ -128,24 +128,24 @@ def _eos_mapping(config: Config, objective: Objective) -> Iterator[str]:
 
 
 def _plain_source(config: Config) -> bool:
-    """Return whether the task is a file or data set with configurable columns."""
+    """Return whether the task is a file or dataset with configurable columns."""
     return not (config.task == "lab" or is_games(config.task) or is_benchmark(config.task))
 
 
 def _eval_source(config: Config) -> bool:
-    """Return whether the evaluation task is a file or data set with configurable columns."""
+    """Return whether the evaluation task is a file or dataset with configurable columns."""
     return bool(config.eval_task) and not is_benchmark(config.eval_task)
 
 
 CONDITIONS: dict[str, tuple[Callable[[Config], bool], str]] = {
-    "prompt_column": (_plain_source, "task is a file or data set with columns"),
-    "answer_column": (_plain_source, "task is a file or data set with columns"),
+    "prompt_column": (_plain_source, "task is a file or dataset with columns"),
+    "answer_column": (_plain_source, "task is a file or dataset with columns"),
     "skip_long_prompts": (
         lambda config: not (config.task == "lab" or is_games(config.task)),
-        "task is a file or a data set",
+        "task is a file or a dataset",
     ),
-    "eval_prompt_column": (_eval_source, "eval_task is a file or data set with columns"),
-    "eval_answer_column": (_eval_source, "eval_task is a file or data set with columns"),
+    "eval_prompt_column": (_eval_source, "eval_task is a file or dataset with columns"),
+    "eval_answer_column": (_eval_source, "eval_task is a file or dataset with columns"),
     "layout": (lambda config: is_games(config.task), "task is a game, env:NAME"),
     "max_turns": (lambda config: is_games(config.task), "task is a game, env:NAME"),
     "history_turns": (

@@ -26,7 +26,7 @@ from opd.runtime import distributed
 from opd.teachers.pair import ModelPair
 from opd.training.checks.check_result import TEXTS, CheckResult
 from opd.training.checks.expected_loss import rounding_unit
-from opd.training.checks.rescoring import LIMIT, model_state
+from opd.training.checks.rescoring import MAX_ROUNDING_UNITS, model_state
 from opd.training.checks.update import sampled_indices
 
 MAX_IDS, NUM_POSITIONS, NUM_IDS, NUM_ELEMENTS = 24, 3, 16, 256
@@ -48,7 +48,7 @@ def check_start(settings: Sequence[Config], pairs: Sequence[ModelPair]) -> None:
         pairs: Student and teacher of each task.
 
     Raises:
-        ValueError: A check failed; the message lists all failures with their remedies.
+        InvalidInput: A check failed; the message lists all failures with their remedies.
     """
     results = [result for result in check_models(settings, pairs) if result.verdict != "ok"]
     failed = [result for result in results if result.verdict == "fail"]
@@ -329,10 +329,10 @@ def check_forward_pass(role: str, model: CausalLM, tokenizer: Any, config: Confi
         advice = "the weights are corrupt or diverged: load an earlier checkpoint"
         return CheckResult(item, "fail", "log-probabilities are not finite", advice, numbers)
     for name, problem, advice in FORWARD_CHECKS:
-        if not numbers[name] <= LIMIT:
+        if not numbers[name] <= MAX_ROUNDING_UNITS:
             message = (
                 f"{problem}, by {numbers[name] * unit:.2g} nats "
-                f"(rounding explains {LIMIT * unit:.1g})"
+                f"(rounding explains {MAX_ROUNDING_UNITS * unit:.1g})"
             )
             return CheckResult(item, "fail", message, advice, numbers)
     return CheckResult(item, "ok", "each row's output depends on its own text only", "", numbers)

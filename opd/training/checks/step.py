@@ -72,9 +72,9 @@ def sampler_check_columns(config: Config, batch: ScoredRollouts) -> dict[str, Te
         batch: Scored rollouts before any mask, scored by the student itself.
 
     Returns:
-        sampler_error: root mean square of log student - log sampler, in whole units of rounding.
-            Empty
-        if the sampler's full softmax is not known at the temperature of the scores.
+        sampler_error: root mean square of log student - log sampler over tokens sampled from the
+            current weights, in units of rounding, rounded down. Empty if the sampler's full
+            softmax is not known at the temperature of the scores.
     """
     sampler = batch.sampler_logp if batch.softmax_logp is None else batch.softmax_logp
     has_full_softmax = batch.softmax_logp is not None or batch.top_p >= 1
@@ -86,9 +86,9 @@ def sampler_check_columns(config: Config, batch: ScoredRollouts) -> dict[str, Te
     return {"consistency/sampler_error": root_mean_square.div(rounding_unit(config)).floor()}
 
 
-RIGHT = ("<think></think>{}", "\\boxed{{{}}}")
+CORRECT_TEMPLATES = ("<think></think>{}", "\\boxed{{{}}}")
 """Templates of a correct response for the different graders."""
-WRONG = ("", "I do not know.")
+UNANSWERED_RESPONSES = ("", "I do not know.")
 """Responses without an answer."""
 
 
@@ -112,7 +112,7 @@ def grader_check_columns(
     answer = GYM_PROBLEM.sub("", answers[0]) if answers else ""
     constant = torch.zeros_like(columns["consistency/grader_missing"])
     if answer.strip():
-        texts = [text.format(answer) for text in RIGHT] + list(WRONG)
+        texts = [text.format(answer) for text in CORRECT_TEMPLATES] + list(UNANSWERED_RESPONSES)
         rewards = grade(texts, answers[0])
         if len(set(rewards)) == 1:
             constant = (reward == rewards[0]).all().double()

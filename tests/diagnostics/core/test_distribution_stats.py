@@ -10,7 +10,7 @@ from diagnostics.batch import DistributionStats
 from diagnostics.core import distribution_stats
 from diagnostics.core.distribution_stats import compute_distribution_stats
 from diagnostics.records.batch_files import load_batch
-from tests.diagnostics.test_panel import batch as make_batch
+from tests.helpers.batches import batch as make_batch
 
 ModelPair = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 

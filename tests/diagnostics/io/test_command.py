@@ -136,7 +136,7 @@ def test_a_package_that_is_missing_and_one_that_is_broken_are_told_apart(
 def test_a_logger_says_why_it_cannot_be_imported(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from opd.training.trackers import open_loggers
+    from opd.training.trackers import open_trackers
 
     (tmp_path / f"{name}.py").write_text("raise ImportError('built for another numpy')")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -144,13 +144,13 @@ def test_a_logger_says_why_it_cannot_be_imported(
         monkeypatch.delitem(sys.modules, module)
     with (
         pytest.raises(BrokenPackage, match=f"the logger {name} .*built for another numpy"),
-        open_loggers((name,), tmp_path, {}),
+        open_trackers((name,), tmp_path, {}),
     ):
         pass
     monkeypatch.setitem(sys.modules, name, None)
     with (
         pytest.raises(MissingPackage, match=rf"needs {name}: pip install 'opdlab\[{name}\]'"),
-        open_loggers((name,), tmp_path, {}),
+        open_trackers((name,), tmp_path, {}),
     ):
         pass
 

@@ -8,7 +8,7 @@ import pytest
 
 from diagnostics.batch import ScoredRollouts
 from diagnostics.monitor import Monitor
-from tests.diagnostics.test_panel import batch as make_batch
+from tests.helpers.batches import batch as make_batch
 
 Token = tuple[int, int]
 BINS = {"": (0, 10**9), "@0-1": (0, 2), "@2-3": (2, 4), "@4-7": (4, 8), "@8-15": (8, 16)}

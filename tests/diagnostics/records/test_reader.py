@@ -15,7 +15,7 @@ from diagnostics.monitor import Monitor
 from diagnostics.records.columns import NAMES, STATS_COLUMNS, integer_id
 from diagnostics.records.reader import Records
 from diagnostics.records.writer import batch_rows, write_records
-from tests.diagnostics.test_panel import batch
+from tests.helpers.batches import batch
 
 SUFFIXES = (".jsonl", ".parquet")
 

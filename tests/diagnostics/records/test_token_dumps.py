@@ -14,7 +14,7 @@ from diagnostics.batch import ScoredRollouts
 from diagnostics.errors import InvalidInput
 from diagnostics.monitor import Monitor
 from diagnostics.records.token_dumps import DumpWriter, load_dump, sample_rows, save_dump
-from tests.diagnostics.test_panel import batch
+from tests.helpers.batches import batch
 
 
 def full_batch(width: int = 40) -> ScoredRollouts:

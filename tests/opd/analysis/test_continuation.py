@@ -14,7 +14,7 @@ from opd.models.forward import response_hidden_states
 from opd.rollouts.hf_engine import sample
 from opd.teachers.pair import load_pair
 from opd.training.train import train
-from tests.opd.training.test_train import settings
+from tests.helpers.runs import settings
 
 
 @pytest.fixture(scope="module")

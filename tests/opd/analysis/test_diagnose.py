@@ -13,7 +13,7 @@ from diagnostics.records.writer import batch_rows, write_records
 from opd.analysis import diagnose
 from opd.cli.diagnose import group_by_level, main
 from opd.teachers.pair import load_pair
-from tests.diagnostics.test_panel import batch
+from tests.helpers.batches import batch
 
 
 @pytest.fixture(scope="module")

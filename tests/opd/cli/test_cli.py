@@ -15,7 +15,7 @@ from opd.cli.train import parse_config
 from opd.config.recipes import RECIPES
 from opd.config.settings import from_json
 from opd.training.train import train
-from tests.opd.training.test_train import rows, settings
+from tests.helpers.runs import rows, settings
 
 
 @pytest.fixture(scope="module")

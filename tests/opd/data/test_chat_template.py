@@ -11,7 +11,7 @@ from opd.data.prompts import encode_prompt
 from opd.data.sources import DatasetProblem
 from opd.lab.build import make_tokenizer
 from opd.training.train import train
-from tests.opd.training.test_train import settings
+from tests.helpers.runs import settings
 
 STRICT = (
     "{% for m in messages %}{% if m['role'] == 'system' %}"

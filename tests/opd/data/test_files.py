@@ -21,7 +21,7 @@ from opd.data.tasks import load_task
 from opd.evaluation.evaluate import evaluate_folder
 from opd.lab.build import make_tokenizer
 from opd.training.train import train
-from tests.opd.training.test_train import rows, settings
+from tests.helpers.runs import rows, settings
 
 PLAIN: list[dict] = [{"prompt": f"{i}+1?", "answer": str(i + 1)} for i in range(12)]
 

@@ -36,7 +36,7 @@ from opd.training.setup import make_objective
 from opd.training.state import ScoredTaskBatch
 from opd.training.train import train
 from opd.training.update import accumulate_gradients, make_update_slices
-from tests.opd.training.test_train import rows, settings
+from tests.helpers.runs import rows, settings
 
 
 class Echo:
@@ -328,7 +328,7 @@ def make_scored_batch(
         pair=pair,
         task=GameTask(source="", make=Echo),
         engine=HfEngine(pair.student),
-        prefetcher=RolloutPrefetcher(lambda step: [], lambda: None, depth=0, steps=1, updates=1),
+        prefetcher=RolloutPrefetcher(lambda step: [], lambda: None, lag=0, steps=1, updates=1),
         objective=make_objective(config),
         masks=[],
         optimizer=make_optimizer(pair.student.network.parameters(), (0.9, 0.999), 0.0),

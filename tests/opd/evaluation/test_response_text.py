@@ -89,7 +89,7 @@ def test_a_closing_tag_is_content_even_where_it_ends_a_response(tokenizer: Any) 
 
 def test_graders_read_what_stands_before_the_end(tokenizer: Any, ends: list[int]) -> None:
     pair = ModelPair(None, None, tokenizer, ends[:1], EosMap(tuple(ends[:1]), tuple(ends[1:])))  # type: ignore[arg-type]
-    assert set(continuation.response_end_ids(pair)) == set(ends)
+    assert set(continuation.response_eos_ids(pair)) == set(ends)
     for end in ends:
         tokens = torch.tensor([[*ids(tokenizer, "<think>6*7</think>42"), end]])
         real = torch.ones_like(tokens, dtype=torch.bool)
@@ -140,7 +140,7 @@ def test_the_report_names_the_same_ends_as_the_model(tokenizer: Any, tmp_path: P
     network.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(ADDED_TOKENS)
     network.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    panel_ends = tokenizer_panel.end_ids(tmp_path, load_token_decoder(tmp_path))
+    panel_ends = tokenizer_panel.read_eos_ids(tmp_path, load_token_decoder(tmp_path))
     assert panel_ends == eos_ids(*load_model(str(tmp_path), "cpu", "float32"))
     assert tokenizer.eos_token_id in panel_ends
     assert len(panel_ends) == 3

@@ -98,7 +98,7 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "smollm.json").write_text(json.dumps({"layers": 6, "healing": 0, "seed": 0}))
     with pytest.raises(ValueError, match=r"'layers': 6.*choose another --out"):
         smollm.build(tmp_path)
-    assert smollm.build(tmp_path, layers=6, healing=0)[0] == tmp_path / "student"
+    assert smollm.build(tmp_path, layers=6, training_steps=0)[0] == tmp_path / "student"
 
 
 def test_the_packaged_model_is_unchanged_by_saving(tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from opd.data.chain_task import problems
 from opd.lab.build import make_tokenizer
 from opd.models.loading import load_model
 from opd.training.train import train
+from tests.helpers.runs import settings
 from tests.helpers.vllm_process import wide_pair
 from tests.opd.training.test_prefetch import prompts_of_step, row_by_row
-from tests.opd.training.test_train import settings
 
 LEVELS = (
     *(-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0),

@@ -140,7 +140,7 @@ def test_the_most_uncertain_tokens_of_the_step_are_kept() -> None:
     for fraction in (0.0, 1.5, -0.2, math.nan):
         with pytest.raises(ValueError, match=f"fraction is {fraction}"):
             highest_entropy_tokens(batch, fraction)
-    with pytest.raises(ValueError, match="next-token statistics"):
+    with pytest.raises(ValueError, match="distribution statistics"):
         highest_entropy_tokens(replace(batch, prefix=None), 0.5)
 
 

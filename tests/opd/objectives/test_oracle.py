@@ -66,7 +66,7 @@ def expected_gradients(
 
 
 def every_sequence(student: Tensor, teacher: Tensor, source: str, k: int) -> ScoredRollouts:
-    """Return all V**T sequences, each once, with a support and next-token statistics."""
+    """Return all V**T sequences, each once, with a support and distribution statistics."""
     p, q = student.log_softmax(-1)[states()], teacher.log_softmax(-1)[states()]
     logp = p.gather(-1, SEQUENCES[..., None])[..., 0]
     teacher_ids, student_ids, present = q.topk(k, -1).indices, p.topk(k, -1).indices, None

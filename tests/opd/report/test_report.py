@@ -35,7 +35,7 @@ from opd.report import build, rollout_viewer, run_data, tokenizer_panel
 from opd.report.server import HOST, data_version, make_server
 from opd.training.train import train
 from tests.helpers.paths import ROOT
-from tests.opd.training.test_train import settings
+from tests.helpers.runs import settings
 
 HOSTILE = (
     "</script><script>window.owned=1</script>",
@@ -602,7 +602,7 @@ def test_end_tokens_and_the_doctor_report_are_read(run: Path, tmp_path: Path) ->
     assert panel["doctor"] == {"verdict": "fail", "items": [item]}
     tasks = [{"name": "a", "teacher": None}, {"name": "b", "teacher": str(student)}]
     (folder / "config.json").write_text(json.dumps(changed_config | {"tasks": tasks}))
-    end_tokens = tokenizer_panel.model_end_tokens(run_data.read_run(folder, models=True))
+    end_tokens = tokenizer_panel.model_eos_tokens(run_data.read_run(folder, models=True))
     assert [(x["role"], x["ids"]) for x in end_tokens] == [
         ("student", [1, 2]),
         ("teacher of a", [tokenizer.eos_token_id]),
@@ -614,15 +614,15 @@ def test_end_ids_are_read_from_a_nested_text_config(tmp_path: Path) -> None:
     make_tokenizer().save_pretrained(tmp_path)
     decoder = token_text.load_token_decoder(tmp_path)
     settings = tmp_path / "config.json"
-    own_ids = tokenizer_panel.end_ids(tmp_path, decoder)
+    own_ids = tokenizer_panel.read_eos_ids(tmp_path, decoder)
     settings.write_text('{"text_config": {"eos_token_id": [5, 6]}}')
-    assert tokenizer_panel.end_ids(tmp_path, decoder) == sorted({*own_ids, 5, 6})
+    assert tokenizer_panel.read_eos_ids(tmp_path, decoder) == sorted({*own_ids, 5, 6})
     for value in ('"5"', "true", "[[1]]", "[1, null]", "1.0"):
         settings.write_text(f'{{"eos_token_id": {value}}}')
         with pytest.raises(
             InvalidInput, match=r"config\.json, field eos_token_id: .* is not an id"
         ):
-            tokenizer_panel.end_ids(tmp_path, decoder)
+            tokenizer_panel.read_eos_ids(tmp_path, decoder)
 
 
 def test_few_tokens_show_the_worst_responses(run: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from opd.config.settings import Config
 from opd.training.train import train
 from tests.helpers.fake_rollout_server import FakeRolloutServer
+from tests.helpers.runs import rows
 from tests.opd.rollouts.test_vllm_servers import restart_after_answer
 from tests.opd.training.test_distributed import (
     assert_same_rows,
@@ -17,7 +18,6 @@ from tests.opd.training.test_distributed import (
     weights,
 )
 from tests.opd.training.test_prefetch import server_config, servers
-from tests.opd.training.test_train import rows
 
 __all__ = ["servers"]  # a fixture
 LAGGED: dict[str, object] = {

@@ -16,6 +16,7 @@ from opd.rollouts.hf_engine import mask_until_eos
 from opd.rollouts.vllm_server_engine import VllmServerEngine
 from opd.teachers.pair import load_pair
 from opd.training.train import train
+from tests.helpers.runs import rows, settings
 from tests.helpers.vllm_process import free_port, run_vllm_server, wide_pair
 from tests.opd.rollouts.test_hf_engine import (
     TEMPERATURE,
@@ -25,7 +26,6 @@ from tests.opd.rollouts.test_hf_engine import (
 )
 from tests.opd.training.test_distributed import run_in_two
 from tests.opd.training.test_prefetch import SERVER_SETTINGS
-from tests.opd.training.test_train import rows, settings
 
 pytestmark = pytest.mark.vllm
 LIMIT = 256

@@ -1,5 +1,6 @@
 """Records of before the renaming of settings, row keys and types stay readable and resumable."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -17,9 +18,11 @@ from figures.registry import DATA, read_table
 from opd.cli.main import main as command_line
 from opd.cli.train import parse_config
 from opd.config.settings import from_json, task_settings, to_json
+from opd.data.chain_task import Problem
+from opd.evaluation.evaluate import problem_fingerprint
 from opd.report.build import report_data
 from opd.training.train import train
-from tests.opd.training.test_train import rows, settings
+from tests.helpers.runs import rows, settings
 
 OLDER_RUN = Path(__file__).parent / "older_run"
 """A run of the recipe smoke, recorded before the renaming."""
@@ -169,3 +172,10 @@ def test_settings_of_tasks_and_sources_are_renamed_too() -> None:
         "tasks": [{"name": "a", "task": "env:household", "history_turns": 3}],
         "max_grad_norm": 1.0,
     }
+
+
+def test_games_keep_the_fingerprint_of_their_former_name() -> None:
+    """It pairs evaluations of before the renaming with those of after it."""
+    text = json.dumps([["env:rooms 3", "goal"], ["2 + 3", "5"]])
+    problems = [Problem("env:household 3", "goal"), Problem("2 + 3", "5")]
+    assert problem_fingerprint(problems) == hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -18,7 +18,7 @@ from opd.report.run_data import read_run
 from opd.runs import restart
 from opd.runtime.manifest import find_damage, write_manifest
 from opd.training.train import train
-from tests.opd.training.test_train import rows, settings
+from tests.helpers.runs import rows, settings
 
 
 @pytest.fixture(scope="module")

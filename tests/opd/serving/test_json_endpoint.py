@@ -20,7 +20,7 @@ from opd.serving import json_endpoint
 from opd.serving.json_endpoint import JsonEndpoint
 from opd.serving.vllm_protocol import select_model
 from opd.teachers.client import check_same_text
-from tests.opd.training.test_train import settings
+from tests.helpers.runs import settings
 
 SECRET = "sk-SECRET/0123456789+?=x"
 

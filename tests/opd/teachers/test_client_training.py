@@ -16,7 +16,7 @@ from opd.models.loading import load_model
 from opd.serving import json_endpoint
 from opd.training.train import train
 from tests.helpers.fake_teacher_server import FakeTeacher, drop_connection, serve
-from tests.opd.training.test_train import rows, settings
+from tests.helpers.runs import rows, settings
 
 SHORT = {
     "steps": 4,

@@ -15,10 +15,10 @@ from opd.teachers.client import connect
 from opd.teachers.pair import load_pair
 from opd.teachers.remote_scores import score_remote
 from opd.training.train import train
+from tests.helpers.runs import rows, settings
 from tests.helpers.vllm_process import free_port, run_vllm_server, wide_pair
 from tests.opd.teachers.test_client import loss_and_gradients
 from tests.opd.teachers.test_client_training import SHORT, assert_close_rows, remote_config
-from tests.opd.training.test_train import rows, settings
 
 pytestmark = pytest.mark.vllm
 K = 16

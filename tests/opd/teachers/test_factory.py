@@ -10,7 +10,7 @@ from opd.models.loading import load_model
 from opd.models.lora import merge_lora, without_adapters
 from opd.teachers.factory import make_ema_teacher, make_pair, update_ema_teacher
 from opd.training.train import train
-from tests.opd.training.test_train import rows, settings
+from tests.helpers.runs import rows, settings
 
 NONZERO_UPDATES = {
     "reward_weight": 1.0,

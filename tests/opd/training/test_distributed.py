@@ -24,7 +24,7 @@ from opd.teachers.factory import make_pair
 from opd.training.checkpoint import load_optimizer
 from opd.training.optimizer import make_optimizer
 from opd.training.train import train
-from tests.opd.training.test_train import rows, settings
+from tests.helpers.runs import rows, settings
 
 PROGRAM = """
 import sys

@@ -22,8 +22,8 @@ from opd.models.loading import load_model
 from opd.teachers.factory import make_pairs
 from opd.training.multitask import prompts_per_task, read_tasks, task_configs, tasks_of_step
 from opd.training.train import train
+from tests.helpers.runs import rows, settings
 from tests.opd.training.test_step import adamw_by_hand, final
-from tests.opd.training.test_train import rows, settings
 
 
 @pytest.fixture(scope="module")

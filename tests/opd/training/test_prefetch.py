@@ -28,9 +28,9 @@ from opd.training.prefetch import RolloutPrefetcher, TaskRollouts
 from opd.training.train import train
 from tests.helpers.fake_rollout_server import FakeRolloutServer
 from tests.helpers.fake_teacher_server import serve
+from tests.helpers.runs import rows, settings
 from tests.opd.rollouts.test_vllm_servers import restart_after_answer
 from tests.opd.teachers.test_factory import InterruptedAfter
-from tests.opd.training.test_train import rows, settings
 
 # --- the order of things ------------------------------------------------------------------------
 
@@ -63,8 +63,8 @@ class Weights:
         return [(prompts, rollouts, accumulators), (prompts, rollouts, {})]
 
 
-def make_prefetcher(weights: Weights, depth: int, steps: int = 6) -> RolloutPrefetcher:
-    return RolloutPrefetcher(weights.draw, lambda: None, depth=depth, steps=steps, updates=3)
+def make_prefetcher(weights: Weights, lag: int, steps: int = 6) -> RolloutPrefetcher:
+    return RolloutPrefetcher(weights.draw, lambda: None, lag=lag, steps=steps, updates=3)
 
 
 def get_steps(
@@ -87,12 +87,12 @@ def get_steps(
     return sources
 
 
-@pytest.mark.parametrize("depth", [0, 1, 2])
-def test_a_step_gets_what_the_weights_of_depth_steps_before_drew(depth: int) -> None:
+@pytest.mark.parametrize("lag", [0, 1, 2])
+def test_a_step_gets_what_the_weights_of_lag_steps_before_drew(lag: int) -> None:
     weights = Weights()
-    with make_prefetcher(weights, depth) as prefetcher:
+    with make_prefetcher(weights, lag) as prefetcher:
         sources = get_steps(prefetcher, weights, range(6))
-    assert sources == [(max(0, step - depth), 3 * min(step, depth)) for step in range(6)]
+    assert sources == [(max(0, step - lag), 3 * min(step, lag)) for step in range(6)]
 
 
 def test_a_step_is_made_while_the_next_is_drawn() -> None:
@@ -104,11 +104,11 @@ def test_a_step_is_made_while_the_next_is_drawn() -> None:
         prefetcher.wait()
 
 
-@pytest.mark.parametrize("depth", [1, 2])
-def test_what_was_saved_is_taken_up(depth: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lag", [1, 2])
+def test_what_was_saved_is_taken_up(lag: int, tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step_000002").mkdir(parents=True)
     weights = Weights()
-    with make_prefetcher(weights, depth) as prefetcher:
+    with make_prefetcher(weights, lag) as prefetcher:
         sources = get_steps(prefetcher, weights, range(3))
         prefetcher.save(tmp_path, 3)
         saved_rollouts = {step: future.result() for step, future in prefetcher._pending.items()}
@@ -116,10 +116,10 @@ def test_what_was_saved_is_taken_up(depth: int, tmp_path: Path) -> None:
     (tmp_path / "ahead" / "step_000002").mkdir()
     (tmp_path / "ahead" / "step_000001").mkdir()
     loaded_weights = Weights()
-    with make_prefetcher(loaded_weights, depth) as prefetcher:
+    with make_prefetcher(loaded_weights, lag) as prefetcher:
         prefetcher.load(tmp_path, 3, torch.device("cpu"))
         loaded_rollouts = {step: future.result() for step, future in prefetcher._pending.items()}
-        assert loaded_rollouts.keys() == saved_rollouts.keys() == set(range(3, 3 + depth))
+        assert loaded_rollouts.keys() == saved_rollouts.keys() == set(range(3, 3 + lag))
         for step in saved_rollouts:
             for saved, loaded in zip(saved_rollouts[step], loaded_rollouts[step], strict=True):
                 for a, b in zip(saved[:2], loaded[:2], strict=True):
@@ -155,7 +155,7 @@ def test_an_error_ends_what_is_under_way() -> None:
     start_time = time.monotonic()
 
     def failing() -> None:
-        with RolloutPrefetcher(draw, stopped.set, depth=2, steps=9, updates=1) as prefetcher:
+        with RolloutPrefetcher(draw, stopped.set, lag=2, steps=9, updates=1) as prefetcher:
             prefetcher.launch(0)
             raise KeyboardInterrupt
 
@@ -168,7 +168,7 @@ def test_an_error_of_the_thread_arrives() -> None:
     def draw(step: int) -> TaskRollouts:
         raise ValueError("no server")
 
-    with RolloutPrefetcher(draw, lambda: None, depth=1, steps=9, updates=1) as prefetcher:
+    with RolloutPrefetcher(draw, lambda: None, lag=1, steps=9, updates=1) as prefetcher:
         prefetcher.launch(0)
         with pytest.raises(ValueError, match="no server"):
             prefetcher.wait()

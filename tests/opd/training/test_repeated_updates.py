@@ -110,7 +110,7 @@ def test_several_updates_are_for_losses_whose_mean_stays_right(
     config = settings(name, reward_weight=reward_weight)
     objective = factory.build_objective(name, reward_weight=reward_weight, allow_collapse=True)
     error = second_update_error(objective, OLD)
-    assert (error < EXACT) == (not objective.only_fresh_samples), error
+    assert (error < EXACT) == (not objective.on_policy_only), error
     if error < EXACT:
         make_objective(config)
     else:

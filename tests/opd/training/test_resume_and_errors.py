@@ -25,7 +25,7 @@ from opd.rollouts.hf_engine import sample
 from opd.runs.run_folder import open_run
 from opd.teachers.pair import load_pair
 from opd.training.train import train
-from tests.opd.training.test_train import rows, settings
+from tests.helpers.runs import rows, settings
 
 
 def copy_with(folder: Path, out: Path, change) -> Path:

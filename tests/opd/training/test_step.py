@@ -19,7 +19,7 @@ from opd.data.prompts import encode_prompts
 from opd.models.loading import load_model
 from opd.training import update as updates
 from opd.training.train import train
-from tests.opd.training.test_train import rows, settings
+from tests.helpers.runs import rows, settings
 
 TEMPERATURE = 0.8
 

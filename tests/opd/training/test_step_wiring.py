@@ -18,7 +18,7 @@ from opd.training.optimizer import Optimizer
 from opd.training.state import TaskRun
 from opd.training.step import roll_out
 from opd.training.train import train
-from tests.opd.training.test_train import rows, settings
+from tests.helpers.runs import rows, settings
 
 
 @pytest.fixture

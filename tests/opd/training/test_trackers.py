@@ -13,7 +13,7 @@ import pytest
 
 from diagnostics.records.rows import Row, append_row, read_rows
 from opd.training import trackers
-from opd.training.trackers import numeric_values, open_loggers, with_eval_prefix
+from opd.training.trackers import numeric_values, open_trackers, with_eval_prefix
 
 CONFIG = {"lr": 1e-3, "betas": (0.9, 0.99), "task": "lab"}
 EVALUATION = {"step": 2, "accuracy": 0.5, "outcomes": "01", "problem_set": "abc"}
@@ -27,7 +27,7 @@ def run(folder: Path, names: tuple[str, ...], first: int, last: int) -> None:
             row for row in read_rows(folder / name) if row["step"] < first + (name[0] == "e")
         ]
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in kept_rows))
-    with open_loggers(names, folder, CONFIG) as log:
+    with open_trackers(names, folder, CONFIG) as log:
         for step in range(first, last):
             row: Row = {"step": step, "loss": step / 4, "signal/n": 7, "none": None}
             append_row(folder / "rows.jsonl", row)
@@ -182,8 +182,8 @@ def test_a_logger_that_fails_is_left_and_the_run_goes_on(
 
         return log, close
 
-    loggers = {**trackers.LOGGERS, "broken": broken}
-    monkeypatch.setattr(trackers, "LOGGERS", loggers)
+    loggers = {**trackers.TRACKERS, "broken": broken}
+    monkeypatch.setattr(trackers, "TRACKERS", loggers)
     run(tmp_path, ("broken", "tensorboard"), 0, 4)
     assert calls == [0, 1], "no row after the failure"
     assert [step for step, _ in scalars(tmp_path)["loss"]] == [0, 1, 2, 3]
@@ -195,7 +195,7 @@ def test_a_logger_that_fails_is_left_and_the_run_goes_on(
 
 def test_an_error_of_the_run_is_not_swallowed(tmp_path: Path) -> None:
     def fails() -> None:
-        with open_loggers(("tensorboard",), tmp_path, CONFIG) as log:
+        with open_trackers(("tensorboard",), tmp_path, CONFIG) as log:
             log(0, {"step": 0, "loss": 1.0})
             raise KeyError("ours")
 
@@ -208,12 +208,12 @@ def test_unknown_and_missing_loggers_are_refused_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = r"unknown loggers \['mlflow'\]; known: tensorboard, wandb, trackio"
-    with pytest.raises(ValueError, match=words), open_loggers(("mlflow",), tmp_path, CONFIG):
+    with pytest.raises(ValueError, match=words), open_trackers(("mlflow",), tmp_path, CONFIG):
         pass
     monkeypatch.setitem(sys.modules, "trackio", None)
     with (
         pytest.raises(ImportError, match=r"pip install 'opdlab\[trackio\]'"),
-        open_loggers(("trackio",), tmp_path, CONFIG),
+        open_trackers(("trackio",), tmp_path, CONFIG),
     ):
         pass
 

@@ -1,13 +1,11 @@
 """The training loop on a tiny random pair: sampler against scorer, padding, resume."""
 
-import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from opd.config.settings import Config
 from opd.data.chain_task import Problem, grade, problems
 from opd.data.prompts import encode_prompts
 from opd.models.forward import micro_batches
@@ -16,30 +14,7 @@ from opd.rollouts.sampler import nucleus
 from opd.scoring.score import score
 from opd.teachers.pair import load_pair
 from opd.training.train import train
-
-
-def settings(pair: tuple[Path, Path], out: Path, **changes: object) -> Config:
-    fields: dict[str, object] = {
-        "steps": 4,
-        "prompts_per_step": 3,
-        "group_size": 2,
-        "max_prompt": 64,
-        "max_response": 12,
-        "lr": 1e-3,
-        "support_k": 8,
-        "eval_every": 2,
-        "eval_problems": 4,
-        "save_every": 2,
-        "save_batch_every": 2,
-        "device": "cpu",
-    }
-    return Config(student=str(pair[0]), teacher=str(pair[1]), out=str(out), **(fields | changes))  # type: ignore[arg-type]
-
-
-def rows(folder: Path) -> list[dict[str, float]]:
-    """The rows without their timings."""
-    lines = (folder / "rows.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(x).items() if not k.startswith("seconds/")} for x in lines]
+from tests.helpers.runs import rows, settings
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.0, 0.8)])

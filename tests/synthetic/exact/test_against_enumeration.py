@@ -1,7 +1,5 @@
 """Compare the exact engine with enumeration and autograd, and the sampler with the exact engine."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
@@ -16,35 +14,11 @@ from synthetic.sampling.trajectories import Trajectories, sample, with_support
 from synthetic.worlds.mdp import (
     TabularMDP,
     random_chain,
-    random_pair,
     token_chain,
-    token_tree,
     with_end_state,
 )
 from tests.helpers import mdp_enumeration as by_hand
-
-GAMMAS = (0.0, 0.5, 1.0)
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def worlds() -> dict[str, TabularMDP]:
-    """Return worlds small enough to enumerate; the last has random lengths and a rare start."""
-    chain = random_chain(3, 2, 4, seeded(0), mixing=0.3)
-    stop = 0.4 * torch.rand(3, 2, generator=seeded(1), dtype=torch.float64)
-    rare = replace(chain, start=torch.tensor([0.9, 0.0999, 0.0001], dtype=torch.float64))
-    return {
-        "chain": chain,
-        "tokens": token_chain(3, 4),
-        "tree": token_tree(2, 4),
-        "ending": with_end_state(rare, stop),
-    }
-
-
-def pair(mdp: TabularMDP, seed: int = 2) -> tuple[Tensor, Tensor]:
-    return random_pair(mdp, seeded(seed), distance=1.0, heterogeneity=0.5)
+from tests.helpers.worlds import GAMMAS, pair, seeded, worlds
 
 
 @pytest.mark.parametrize("name", worlds())

@@ -11,7 +11,7 @@ from synthetic.exact import curvature, moments
 from synthetic.experiments import improvement
 from synthetic.worlds.mdp import TabularMDP, random_chain, random_pair
 from tests.helpers import mdp_enumeration as by_hand
-from tests.synthetic.exact.test_against_enumeration import pair, seeded, worlds
+from tests.helpers.worlds import pair, seeded, worlds
 
 GAMMAS = (0.0, 0.5, 1.0)
 NAMES = ("plain", "rb_all")

@@ -15,7 +15,7 @@ from synthetic.sampling.monte_carlo import monte_carlo, trajectory_gradients
 from synthetic.sampling.trajectories import sample, with_baseline, with_support
 from synthetic.worlds.mdp import TabularMDP, nucleus_probabilities
 from tests.helpers import mdp_enumeration as by_hand
-from tests.synthetic.exact.test_against_enumeration import GAMMAS, pair, seeded, worlds
+from tests.helpers.worlds import GAMMAS, pair, seeded, worlds
 
 SUPPORTED = [name for name in ESTIMATORS if "topk" in name]
 UNSUPPORTED = [name for name in ESTIMATORS if name not in SUPPORTED and name != "leave_one_out"]

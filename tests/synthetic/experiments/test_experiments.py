@@ -26,7 +26,7 @@ from synthetic.sampling.free_logits import expected_gradients
 from synthetic.sampling.trajectories import sample
 from synthetic.worlds import drift_chain, worst_case
 from tests.helpers import mdp_enumeration as by_hand
-from tests.synthetic.exact.test_against_enumeration import pair, seeded, worlds
+from tests.helpers.worlds import pair, seeded, worlds
 
 
 @pytest.fixture(scope="module")

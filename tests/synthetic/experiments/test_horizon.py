@@ -9,7 +9,7 @@ from torch import Tensor
 from synthetic.experiments import horizon
 from synthetic.worlds import worst_case
 from synthetic.worlds.mdp import TabularMDP, random_chain, random_pair
-from tests.synthetic.exact.test_against_enumeration import seeded
+from tests.helpers.worlds import seeded
 
 STUDENT = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64).log()
 TEACHER = torch.tensor([[0.2, 0.2, 0.6]], dtype=torch.float64).log()

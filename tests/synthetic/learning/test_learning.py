@@ -13,7 +13,7 @@ from synthetic.exact import moments
 from synthetic.experiments import learning
 from synthetic.learning import descent, students
 from synthetic.seeds import derive
-from tests.synthetic.exact.test_against_enumeration import seeded
+from tests.helpers.worlds import seeded
 
 BATCH, RUNS = 4, 4000
 

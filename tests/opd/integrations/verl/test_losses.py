@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diagnostics.adapters.verl import sampled_tokens
 from opd.integrations.verl.losses import check_settings, missing_inputs
-from opd.integrations.verl.topk_loss import TOPK
+from opd.integrations.verl.topk_loss import TOPK_OBJECTIVES
 from opd.objectives.catalogue import local
 from opd.objectives.divergences import forward_kl
 from opd.objectives.factory import OBJECTIVES, build_objective
@@ -332,7 +332,7 @@ def test_estimators_that_verl_has_too_are_equal(losses: Any, mode: str) -> None:
 def test_forward_kl_on_the_support_is_verls(losses: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A forward KL that is not one of the objectives gives verl's numbers through the same code."""
     monkeypatch.setitem(
-        TOPK,
+        TOPK_OBJECTIVES,
         "opdlab_teacher_topk",
         local("teacher", Form(surrogate=lambda inputs: forward_kl(*support_log_probs(inputs)))),
     )

@@ -32,7 +32,7 @@ def test_losses_of_packed_logits_are_the_dense_objective(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "opd.integrations.verl.topk_loss.ELEMENTS", 3 * VOCABULARY
+        "opd.integrations.verl.topk_loss.MAX_LOGITS", 3 * VOCABULARY
     )  # several chunks
     logits, ids, teacher_logp, tokens = random_inputs(0, 8)
     outputs = logit_losses(build_objective(name), logits, ids, teacher_logp, tokens)
@@ -76,7 +76,7 @@ def test_losses_of_packed_logits_are_the_dense_objective(
 def test_nothing_as_wide_as_the_vocabulary_is_kept_for_the_backward_pass(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("opd.integrations.verl.topk_loss.ELEMENTS", 2 * VOCABULARY)
+    monkeypatch.setattr("opd.integrations.verl.topk_loss.MAX_LOGITS", 2 * VOCABULARY)
     logits, ids, teacher_logp, tokens = random_inputs(0, 8)
     saved_tensors: list[Tensor] = []
     half_logits = logits.half()

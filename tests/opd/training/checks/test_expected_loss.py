@@ -12,10 +12,10 @@ from opd.config.settings import Config
 from opd.objectives.factory import COLLAPSING, DENOMINATORS, OBJECTIVES, build_objective, reduce
 from opd.training.checks.expected_loss import (
     ROUNDING,
-    credit_of,
+    credit_from_settings,
     expected_loss,
     loss_check_columns,
-    ratio_of,
+    ratio_from_settings,
     row_weights,
 )
 from tests.helpers.dense_batches import B, make_dense_batch
@@ -61,8 +61,8 @@ def vector_of(settings: Config, batch: ScoredRollouts) -> torch.Tensor | None:
     return expected_loss(
         settings,
         batch,
-        credit_of(settings, batch),
-        ratio_of(settings, batch),
+        credit_from_settings(settings, batch),
+        ratio_from_settings(settings, batch),
         rows=rows,
         micro_batches=[rows[:3], rows[3:]],
         all_ranks_batch=replace(batch, support=None),

@@ -12,7 +12,7 @@ from opd.config.settings import Config
 from opd.teachers.factory import make_pair
 from opd.training.checks.same_weights import refuse_same_weights
 from opd.training.train import train
-from tests.opd.training.test_train import settings
+from tests.helpers.runs import settings
 
 
 def copies(student: Path, folder: Path) -> dict[str, Path]:
