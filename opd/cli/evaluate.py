@@ -7,6 +7,7 @@ from typing import Any
 
 from diagnostics.errors import InvalidInput
 from diagnostics.io.files import parse_json, read_object
+from diagnostics.records.renamed import present_settings
 
 
 def main(argv: list[str]) -> None:
@@ -32,7 +33,8 @@ def main(argv: list[str]) -> None:
 
         summary |= {f"against/{name}": value for name, value in compare(baseline, summary).items()}
         different_settings = differing_settings(
-            baseline.get("settings", {}), json.loads(json.dumps(settings, default=str))
+            present_settings(baseline.get("settings", {})),
+            json.loads(json.dumps(settings, default=str)),
         )
         summary |= {"against/settings": different_settings} if different_settings else {}
     print(json.dumps({k: v for k, v in summary.items() if k != "outcomes"}))

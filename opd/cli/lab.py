@@ -3,10 +3,8 @@
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
+from diagnostics.records.renamed import LAB_KINDS, refuse_renamed_options
 from opd.lab.build import LabConfig, build, household_config, mismatched_config, tiny_config
 
 
@@ -33,6 +31,7 @@ def main(argv: list[str]) -> None:
         help="a small pretrained model and a copy with fewer layers",
     )
     parser.add_argument("--jobs", type=int, default=2, help="models trained in parallel")
+    refuse_renamed_options(argv, LAB_KINDS, "opd lab")
     args = parser.parse_args(argv)
     if args.smollm:
         from opd.lab.smollm import build as build_smollm

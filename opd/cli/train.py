@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from diagnostics.errors import InvalidInput
-from diagnostics.records.renamed import SETTINGS
+from diagnostics.records.renamed import SETTINGS, refuse_renamed_options
 from opd.config.recipes import RECIPES, RENAMED_RECIPES
 from opd.config.settings import Config, TaskSettings, to_json
 
@@ -28,7 +28,7 @@ def parse_config(argv: list[str]) -> Config:
         raise SystemExit(f"opd train: the recipe {name} is now called {RENAMED_RECIPES[name]}")
     if name not in RECIPES:
         raise SystemExit(f"opd train: unknown recipe {name!r}; known: {', '.join(RECIPES)}")
-    refuse_renamed_options(options)
+    refuse_renamed_options(options, SETTINGS, "opd train RECIPE")
     import tyro
 
     args, tasks = extract_tasks([word for word in options if word != "--show"])
@@ -38,23 +38,6 @@ def parse_config(argv: list[str]) -> Config:
         print(json.dumps(to_json(config), indent=1))
         raise SystemExit(0)
     return config
-
-
-def refuse_renamed_options(arguments: list[str]) -> None:
-    """Refuse options with a former name.
-
-    Args:
-        arguments: The command-line arguments.
-
-    Raises:
-        InvalidInput: An option has a former name; the message contains the present one.
-    """
-    for word in arguments:
-        option = word.partition("=")[0]
-        former = option.removeprefix("--").removeprefix("no-").replace("-", "_")
-        if option.startswith("--") and former in SETTINGS:
-            present = SETTINGS[former].replace("_", "-")
-            raise InvalidInput(f"{option} is now called --{present}; see `opd train RECIPE --help`")
 
 
 def extract_tasks(arguments: list[str]) -> tuple[list[str], tuple[TaskSettings, ...]]:

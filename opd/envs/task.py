@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from diagnostics.errors import InvalidInput
+from diagnostics.records.renamed import TASKS
 from opd.data.chain_task import Problem
 from opd.data.chat_template import render_chat
 from opd.data.sources import Chat, DatasetProblem
@@ -98,8 +99,8 @@ def load_games(source: str, seed: int, **settings: Any) -> GameTask:
         raise InvalidInput(f"layout is {games.layout!r}; it must be one of {', '.join(LAYOUTS)}")
     if games.max_turns < 1 or games.history < 0:
         raise InvalidInput(
-            f"max_turns is {games.max_turns} and history {games.history}; they must be at least 1 "
-            "and 0"
+            f"max_turns is {games.max_turns} and history_turns is {games.history}; they must be at "
+            "least 1 and 0"
         )
     return games
 
@@ -119,6 +120,8 @@ def environment_factory(name: str) -> Callable[[], Environment]:
     module, colon, function = name.partition(":")
     if not colon:
         if name not in ENVIRONMENTS:
+            if present := TASKS.get(PREFIX + name):
+                raise InvalidInput(f"{PREFIX}{name} is now called {present}")
             known_names = ", ".join(PREFIX + x for x in ENVIRONMENTS)
             raise InvalidInput(
                 f"unknown environment {name!r}; known: {known_names}, or env:MODULE:FUNCTION with "

@@ -16,8 +16,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from diagnostics.errors import OperationFailed
+from diagnostics.errors import InvalidInput, OperationFailed
 from diagnostics.io.atomic import write_text
+from diagnostics.records.renamed import LAB_KINDS, refuse_renamed_options
 from opd.experiments.subcommand import run_opd
 
 MASK = ("--mask", "string:<think>", "string:</think>", "token:<|im_end|>")
@@ -113,6 +114,26 @@ def cell_arguments(group: str, seed: int, method: str, root: Path, lab: Path) ->
     return [*arguments, "--out", root / group / f"{method}-{seed}"]
 
 
+def refuse_former_lab(kind: str, folder: Path) -> None:
+    """Refuse to build toy models anew where a folder with the former default name holds them.
+
+    Args:
+        kind: Kind of the toy models.
+        folder: Folder that the command uses for them.
+
+    Raises:
+        InvalidInput: `folder` is the missing default, and the former default exists.
+    """
+    former_names = [Path(f"lab-{name}") for name, present in LAB_KINDS.items() if present == kind]
+    for former in former_names:
+        if folder == Path(f"lab-{kind}") and not folder.exists() and former.exists():
+            raise InvalidInput(
+                f"the folder {former} of an older version is now called {folder}; add --{kind} "
+                f"{former} to continue its runs, or --{kind} with another folder to build new "
+                "models"
+            )
+
+
 def main(argv: list[str]) -> None:
     """Run `opd paper [--groups G ...] [--methods M ...] [--seeds N] [--jobs N] [--root DIR]`."""
     parser = argparse.ArgumentParser(
@@ -132,7 +153,10 @@ def main(argv: list[str]) -> None:
             default=default,
             help="folder of its toy models, built if missing",
         )
+    refuse_renamed_options(argv, LAB_KINDS, "opd paper")
     args = parser.parse_args(argv)
+    for kind in dict.fromkeys(LABS[group] for group in args.groups):
+        refuse_former_lab(kind, getattr(args, kind))
     cells = [
         (group, seed, method)
         for group in args.groups

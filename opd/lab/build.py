@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from diagnostics.errors import InvalidInput
 from diagnostics.io.atomic import write_text
+from diagnostics.records.renamed import present_lab_settings
 from opd.data import chain_task, sort_task
 from opd.lab import household_demos
 from opd.lab.writing_style import PLAIN, UNLABELLED, WritingStyle, encode_solution
@@ -163,7 +164,7 @@ def build(folder: Path, config: LabConfig, jobs: int = 1) -> tuple[Path, Path]:
     settings = json.loads(json.dumps(dataclasses.asdict(config)))
     config_file = folder / "lab.json"
     if config_file.exists():
-        previous_settings = json.loads(config_file.read_text())["settings"]
+        previous_settings = present_lab_settings(json.loads(config_file.read_text())["settings"])
         changed_names = [
             k
             for k in sorted(settings.keys() | previous_settings.keys())

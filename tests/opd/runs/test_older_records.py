@@ -1,5 +1,6 @@
 """Records of before the renaming of settings, row keys and types stay readable and resumable."""
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -15,11 +16,15 @@ from diagnostics.records.rows import read_rows
 from diagnostics.records.run_folders import load_settings
 from diagnostics.records.run_tables import training_table
 from figures.registry import DATA, read_table
+from opd.cli.lab import main as lab
 from opd.cli.main import main as command_line
 from opd.cli.train import parse_config
 from opd.config.settings import from_json, task_settings, to_json
 from opd.data.chain_task import Problem
+from opd.envs.task import environment_factory
 from opd.evaluation.evaluate import problem_fingerprint
+from opd.experiments.paper import main as paper
+from opd.lab.build import build, household_config
 from opd.report.build import report_data
 from opd.training.train import train
 from tests.helpers.runs import rows, settings
@@ -179,3 +184,35 @@ def test_games_keep_the_fingerprint_of_their_former_name() -> None:
     text = json.dumps([["env:rooms 3", "goal"], ["2 + 3", "5"]])
     problems = [Problem("env:household 3", "goal"), Problem("2 + 3", "5")]
     assert problem_fingerprint(problems) == hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def test_toy_models_of_a_former_kind_are_reused(tmp_path: Path) -> None:
+    settings_before = json.dumps(dataclasses.asdict(household_config()))
+    former = json.loads(settings_before.replace('"household"', '"rooms"'))
+    assert former["student"]["tasks"] == ["rooms", "rooms", "sort"]
+    (tmp_path / "lab.json").write_text(json.dumps({"settings": former}))
+    assert build(tmp_path, household_config()) == (tmp_path / "student", tmp_path / "teacher")
+    with pytest.raises(ValueError, match="holds models with other settings"):
+        build(tmp_path, dataclasses.replace(household_config(), seed=1))
+
+
+@pytest.mark.parametrize("option", ["--rooms", "--strangers", "--rooms=lab-rooms"])
+def test_a_former_kind_of_toy_models_is_refused_with_its_present_name(option: str) -> None:
+    present = "household" if "rooms" in option else "mismatched"
+    for command in (lab, paper):
+        with pytest.raises(ValueError, match=f"is now called --{present}"):
+            command([option])
+
+
+def test_the_former_default_folder_of_toy_models_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lab-rooms").mkdir()
+    with pytest.raises(ValueError, match=r"lab-rooms of an older version.*--household lab-rooms"):
+        paper(["--groups", "games"])
+
+
+def test_a_former_environment_is_refused_with_its_present_name() -> None:
+    with pytest.raises(ValueError, match="env:rooms is now called env:household"):
+        environment_factory("rooms")
