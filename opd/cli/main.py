@@ -32,7 +32,7 @@ RENAMED = {"control": "probe-own-prefix", "continue": "probe-continuation"}
 
 def usage() -> str:
     """Return the help text with all sub-commands."""
-    lines = [f"  {name:18} {description}" for name, (_, description) in COMMANDS.items()]
+    lines = [f"  {name:19} {description}" for name, (_, description) in COMMANDS.items()]
     return (
         "usage: opd COMMAND [...]\n\n"
         + "\n".join(lines)
