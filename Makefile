@@ -28,11 +28,17 @@ test: setup
 test-fast: setup
 	$(call PYTEST,$(VENV)) -n 2 -m "not long and not vllm and not verl and not alfworld"
 
-lint: setup
+lint: setup $(VENV)-lint/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pydoclint diagnostics opd synthetic figures
+	$(VENV)-lint/bin/pydoclint diagnostics opd synthetic figures
 	$(BIN)/mypy
+
+# alone: it needs a fork of docstring_parser, tyro the original, and both install the same files
+$(VENV)-lint/ready: constraints.txt
+	$(PYTHON) -m venv $(VENV)-lint
+	$(VENV)-lint/bin/pip install -q -c constraints.txt pydoclint
+	touch $@
 
 test-engines: test-alfworld test-vllm test-verl
 
