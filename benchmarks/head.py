@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.study import cpu_name
 from diagnostics.batch import ScoredRollouts, Support
-from opd.models.lm_head import LmHead, full_logits, two_stage_topk
+from opd.models.lm_head import LmHead, two_stage_topk
 from opd.models.model import CausalLM
 from opd.objectives.divergences import renormalise, reverse_kl
 from opd.objectives.factory import OBJECTIVES
@@ -155,7 +155,7 @@ def loss_with_teacher_topk(inputs: Case) -> Tensor:
     topk_chunks = []
     with torch.no_grad():
         for h in inputs.teacher_hidden.split(step):
-            logits = full_logits(h, head)
+            logits = head.logits(h)
             best, ids = two_stage_topk(logits, k)
             topk_chunks.append((ids, best - logits.logsumexp(-1, keepdim=True)))
     ids, logp = (torch.cat(x) for x in zip(*topk_chunks, strict=True))

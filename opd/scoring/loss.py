@@ -21,13 +21,9 @@ from diagnostics.batch import ScoredRollouts
 from diagnostics.errors import InvalidInput, OperationFailed
 from opd.models.forward import log_probabilities
 from opd.models.lm_head import (
-    LmHead,
-    apply_scale_and_softcap,
+    Head,
     apply_temperature,
     chunk_slices,
-    gathered_logits,
-    head_products,
-    is_half_on_cuda,
 )
 from opd.objectives.factory import Objective
 from opd.objectives.surrogates import VisitedTokens
@@ -76,7 +72,7 @@ def loss_from_hidden(
         ids = inputs.ids
         if objective.sampled:
             ids = torch.cat([ids, inputs.tokens[:, None]], 1)
-        logits = apply_temperature(gathered_logits(hidden, head, ids), temperature)
+        logits = apply_temperature(head.gather(hidden, ids), temperature)
         logp = logits[:, -1] if objective.sampled else None
         visited = inputs.visited_tokens(slice(None), logp, logits[:, : inputs.ids.shape[1]])
         return (objective.surrogate(visited) * weight).sum()
@@ -116,9 +112,7 @@ def make_chunk_loss(
         )
 
     def chunk_loss(z: Tensor, c: slice) -> Tensor:
-        logits = apply_temperature(
-            apply_scale_and_softcap(z[:, : head.vocabulary], head), temperature
-        )
+        logits = apply_temperature(head.shape_products(z[:, : head.vocabulary]), temperature)
         y = inputs.tokens[c, None]
         if teacher_hidden is not None and objective.support == "full":
             p = logits.log_softmax(-1)
@@ -168,7 +162,7 @@ def product_gradients(
     loss = make_chunk_loss(pair, objective, teacher_hidden, inputs, weight, batch.score_temperature)
     for c in chunk_slices(len(hidden), head.vocabulary, max_logits_per_chunk):
         with torch.enable_grad():
-            z = head_products(hidden[c], head).requires_grad_()
+            z = head.products(hidden[c]).requires_grad_()
             (gradient,) = torch.autograd.grad(loss(z, c), z)
         yield c, gradient[:, : head.vocabulary]
 
@@ -259,8 +253,8 @@ def token_inputs(objective: Objective, batch: ScoredRollouts, credit: Tensor) ->
     )
 
 
-def chunked_loss(hidden: Tensor, head: LmHead, loss: ChunkLoss, max_elements: int) -> Tensor:
-    """Return the sum of `loss` over chunks of tokens, with gradient to hidden, weight and bias.
+def chunked_loss(hidden: Tensor, head: Head, loss: ChunkLoss, max_elements: int) -> Tensor:
+    """Return the sum of `loss` over chunks of tokens, with gradient to hidden states and head.
 
     Neither forward nor backward keeps (N, R) values; gradients of the head are summed in float32.
     The result cannot be differentiated twice, and `backward` can run once only.
@@ -274,7 +268,7 @@ def chunked_loss(hidden: Tensor, head: LmHead, loss: ChunkLoss, max_elements: in
     Returns:
         Scalar loss.
     """
-    total: Tensor = _ChunkedLoss.apply(hidden, head.weight, head.bias, head, loss, max_elements)
+    total: Tensor = _ChunkedLoss.apply(head, loss, max_elements, hidden, *head.parameters)
     return total
 
 
@@ -282,35 +276,33 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        head: LmHead,
+        head: Head,
         loss: ChunkLoss,
         max_elements: int,
+        hidden: Tensor,
+        *parameters: Tensor,
     ) -> Tensor:
-        needs_gradient = ctx.needs_input_grad[:3]
-        sum_dtypes = (hidden.dtype, *(None if x is None else _sum_dtype(x) for x in (weight, bias)))
-        gradients = [
-            torch.zeros_like(x, dtype=dtype) if x is not None and wants_gradient else None
-            for x, dtype, wants_gradient in zip(
-                (hidden, weight, bias), sum_dtypes, needs_gradient, strict=True
-            )
+        wants_hidden, *wanted = ctx.needs_input_grad[3:]
+        hidden_gradient = torch.zeros_like(hidden) if wants_hidden else None
+        sums = [
+            torch.zeros_like(x, dtype=_sum_dtype(x)) if wants_gradient else None
+            for x, wants_gradient in zip(parameters, wanted, strict=True)
         ]
         total = hidden.new_zeros((), dtype=_sum_dtype(hidden))
-        width = hidden.shape[1] if weight is None else len(weight)
-        for c in chunk_slices(len(hidden), width, max_elements):
-            z = head_products(hidden[c], head)
-            if not any(needs_gradient):
+        for c in chunk_slices(len(hidden), head.num_products(hidden), max_elements):
+            z = head.products(hidden[c])
+            if not any((wants_hidden, *wanted)):
                 total += loss(z, c)
                 continue
             with torch.enable_grad():
                 value = loss(z.requires_grad_(), c)
             (dz,) = torch.autograd.grad(value, z)
             total += value.detach()
-            _accumulate_gradients(gradients, dz, hidden[c], weight, c)
-        ctx.gradients = gradients
-        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+            if hidden_gradient is not None:
+                hidden_gradient[c] = head.backproject(dz, hidden.shape[1])
+            head.add_parameter_gradients(sums, dz, hidden[c])
+        ctx.gradients = [hidden_gradient, *sums]
+        ctx.dtypes = [x.dtype for x in (hidden, *parameters)]
         return total
 
     @staticmethod
@@ -325,24 +317,7 @@ class _ChunkedLoss(torch.autograd.Function):
             None if x is None else x.mul_(scale).to(dtype)
             for x, dtype in zip(gradients, ctx.dtypes, strict=True)
         )
-        return (*scaled, None, None, None)
-
-
-def _accumulate_gradients(
-    gradients: list[Tensor | None], dz: Tensor, hidden: Tensor, weight: Tensor | None, c: slice
-) -> None:
-    """Add a chunk's contribution to the gradients of hidden, weight and bias, given dz (n, R)."""
-    dh, dw, db = gradients
-    if dh is not None:
-        dh[c] = dz if weight is None else dz.to(weight.dtype) @ weight
-    if db is not None:
-        db += dz.sum(0)
-    if dw is None:
-        return
-    if is_half_on_cuda(hidden):
-        torch.addmm(dw, dz.to(hidden.dtype).T, hidden, out_dtype=torch.float32, out=dw)
-    else:
-        dw.addmm_(dz.T, hidden.to(dz.dtype))
+        return (None, None, None, *scaled)
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:

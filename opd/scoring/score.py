@@ -22,8 +22,6 @@ from opd.models.forward import (
 from opd.models.lm_head import (
     apply_temperature,
     chunk_slices,
-    full_logits,
-    gathered_logits,
     two_stage_topk,
 )
 from opd.objectives.support import JOINT_SUPPORTS
@@ -179,14 +177,14 @@ def score_support(
         if teacher_scores is not None:
             ids, support_logp, teacher_logp = teacher_scores.select(positions)
         else:
-            logits = apply_temperature(full_logits(teacher_states, pair.teacher.head), temperature)
+            logits = apply_temperature(pair.teacher.head.logits(teacher_states), temperature)
             normaliser = logits.logsumexp(-1, keepdim=True)
             support_logp, ids = two_stage_topk(logits, k)
             support_logp, teacher_logp = (
                 support_logp - normaliser,
                 (logits.gather(-1, y) - normaliser)[:, 0],
             )
-        support_logits = gathered_logits(student_states, pair.student.head, torch.cat([y, ids], 1))
+        support_logits = pair.student.head.gather(student_states, torch.cat([y, ids], 1))
         z = apply_temperature(support_logits, temperature)
         return {
             "student_logp": logp,

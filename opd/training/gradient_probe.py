@@ -38,13 +38,9 @@ from opd.models.forward import (
     scatter_to_mask,
 )
 from opd.models.lm_head import (
-    LmHead,
-    apply_scale_and_softcap,
+    LogitsHead,
     apply_temperature,
     chunk_slices,
-    full_logits,
-    head_products,
-    logit_derivatives,
 )
 from opd.models.model import CausalLM
 from opd.objectives.factory import Objective
@@ -114,7 +110,7 @@ def probe_gradients(
             f"probe_blocks is {blocks}, which needs a single process; remove probe_blocks (the "
             "gradient of the LM head is still measured), or start one process"
         )
-    if head.weight is None:
+    if isinstance(head, LogitsHead):
         raise InvalidInput(
             "the gradient probe needs an LM head with a single weight matrix, which this student "
             "does not have; set probe_every to 0"
@@ -135,9 +131,9 @@ def probe_gradients(
         )
 
     def product_derivatives(chunk: slice) -> Tensor:
-        return logit_derivatives(full_logits(student_hidden[chunk], head), head)
+        return head.derivatives(head.logits(student_hidden[chunk]))
 
-    logit_shaping = product_derivatives if head.softcap is not None or head.scale != 1 else None
+    logit_shaping = None if head.is_linear else product_derivatives
     chunk_tokens = chunk_slices(len(student_hidden), vocabulary, max_logits_per_chunk)[0].stop
     rank_gather = gather_batch(scored) if is_distributed else None
     sketches = sketch_gradients(
@@ -233,7 +229,7 @@ def loss_gradients(
         ):
             if with_hidden_gradients:
                 hidden_gradients.append(
-                    backproject_to_hidden(product_gradient, head, hidden.shape[1])
+                    head.backproject(product_gradient, hidden.shape[1])
                 )
             yield chunk, product_gradient
 
@@ -321,31 +317,21 @@ def hidden_state_gradients(
         chunk = slice(start, start + chunk_tokens)
         teacher_logp = log_probabilities(pair.teacher, teacher_hidden[chunk], temperature)
         with torch.enable_grad():
-            logits = head_products(student_hidden[chunk], head)[
-                ..., : head.vocabulary
-            ].requires_grad_()
-            logp = apply_temperature(
-                apply_scale_and_softcap(logits, head), temperature
-            ).log_softmax(-1)
+            products = head.products(student_hidden[chunk])[..., : head.vocabulary]
+            logits = products.requires_grad_()
+            logp = apply_temperature(head.shape_products(logits), temperature).log_softmax(-1)
             log_ratio = torch.where(logp > -torch.inf, logp - teacher_logp, 0.0)
             token_logp = logp.gather(1, tokens[chunk, None]).sum()
             logit_gradients = torch.autograd.grad(token_logp, logits, retain_graph=True)
             logit_gradients += torch.autograd.grad((logp.exp() * log_ratio).sum(), logits)
         chunk_gradients.append(
             [
-                backproject_to_hidden(logit_gradient, head, student_hidden.shape[1])
+                head.backproject(logit_gradient, student_hidden.shape[1])
                 for logit_gradient in logit_gradients
             ]
         )
     score_gradients, local_gradients = zip(*chunk_gradients, strict=True)
     return torch.cat(score_gradients), torch.cat(local_gradients)
-
-
-def backproject_to_hidden(product_gradient: Tensor, head: LmHead, width: int) -> Tensor:
-    """Map (n, V) gradients of the head's raw logits to (n, D) gradients of its hidden states."""
-    if head.weight is None:
-        return torch.nn.functional.pad(product_gradient, (0, width - product_gradient.shape[1]))
-    return product_gradient.to(head.weight.dtype) @ head.weight[: head.vocabulary]
 
 
 def block_gradient_sketches(

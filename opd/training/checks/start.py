@@ -20,7 +20,6 @@ from tqdm import tqdm
 from diagnostics.errors import InvalidInput
 from opd.config.settings import Config
 from opd.models.contexts import evaluation_mode
-from opd.models.lm_head import full_logits
 from opd.models.model import CausalLM, base_model
 from opd.runtime import distributed
 from opd.teachers.pair import ModelPair
@@ -367,7 +366,7 @@ def last_position_logp(model: CausalLM, ids: Tensor, attention_mask: Tensor) -> 
     """Return (B, NUM_POSITIONS, V) log-probabilities at the last positions of left-padded rows."""
     positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
     states = model.hidden(ids, attention_mask, positions)[:, -NUM_POSITIONS:]
-    flat = full_logits(states.flatten(0, 1), model.head)
+    flat = model.head.logits(states.flatten(0, 1))
     return flat.log_softmax(-1).unflatten(0, states.shape[:2])
 
 

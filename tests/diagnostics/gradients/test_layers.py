@@ -24,7 +24,7 @@ from opd.config.settings import Config
 from opd.data.prompts import Prompts
 from opd.models.contexts import activation_checkpointing
 from opd.models.forward import log_probabilities, response_hidden_states, scatter_to_mask
-from opd.models.lm_head import LmHead
+from opd.models.lm_head import LogitsHead
 from opd.models.model import split_head
 from opd.objectives.factory import build_objective
 from opd.teachers.pair import ModelPair
@@ -361,7 +361,7 @@ def test_the_headline_of_a_block_is_the_trained_losses(
 
 def test_a_student_whose_logits_are_no_matrix_product_is_refused() -> None:
     prompts, scored = case()
-    student = replace(pair().student, get_head=lambda: LmHead(None, V))
+    student = replace(pair().student, get_head=lambda: LogitsHead(V))
     with pytest.raises(ValueError, match="set probe_every to 0"):
         probe_gradients(
             replace(pair(), student=student), prompts, scored, trained("sampled_token"),

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diagnostics.batch import ScoredRollouts, Support
-from opd.models.lm_head import LmHead, gathered_logits
+from opd.models.lm_head import LmHead
 from opd.models.model import CausalLM
 from opd.objectives.factory import OBJECTIVES, Objective
 from opd.objectives.support import JOINT_SUPPORTS
@@ -166,7 +166,7 @@ def test_a_frozen_head_has_no_gradient_and_costs_none() -> None:
     head = LmHead(normal(V, D), V)
     hidden, ids = normal(9, D, seed=1).requires_grad_(), torch.zeros((9, 2), dtype=torch.long)
     for loss in (
-        gathered_logits(hidden, head, ids).square().sum(),
+        head.gather(hidden, ids).square().sum(),
         chunked_loss(hidden, head, lambda z, _: z.logsumexp(-1).sum(), 2 * V),
     ):
         with Sizes() as sizes:
