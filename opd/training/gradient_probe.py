@@ -43,7 +43,8 @@ from opd.models.lm_head import (
     chunk_slices,
 )
 from opd.models.model import CausalLM
-from opd.objectives.factory import Objective
+from opd.objectives.inputs import TokenInputs
+from opd.objectives.objective import Objective
 from opd.runtime import distributed
 from opd.scoring.loss import product_gradients
 from opd.teachers.pair import ModelPair
@@ -214,23 +215,24 @@ def loss_gradients(
     hidden = supervised_hidden_states(
         pair.student, trained_loss.prompts, batch, max_tokens_per_microbatch
     )
+    inputs = TokenInputs.of(
+        batch, trained_loss.objective.support, trained_loss.credit, trained_loss.weight
+    )
     hidden_gradients: list[Tensor] = []
 
     def iterate_product_gradients() -> Iterator[tuple[slice, Tensor]]:
         for chunk, product_gradient in product_gradients(
-            pair,
+            pair.student,
             trained_loss.objective,
             hidden,
-            trained_loss.teacher_hidden,
-            batch,
-            trained_loss.credit,
-            trained_loss.weight[mask],
+            inputs,
+            teacher=None if trained_loss.teacher_hidden is None else pair.teacher.model,
+            teacher_hidden=trained_loss.teacher_hidden,
+            temperature=batch.score_temperature,
             max_logits_per_chunk=max_logits_per_chunk,
         ):
             if with_hidden_gradients:
-                hidden_gradients.append(
-                    head.backproject(product_gradient, hidden.shape[1])
-                )
+                hidden_gradients.append(head.backproject(product_gradient, hidden.shape[1]))
             yield chunk, product_gradient
 
     sketches = outer_sketches(iterate_product_gradients(), hidden, mask, projection)

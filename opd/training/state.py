@@ -13,7 +13,7 @@ from opd.config.settings import Config
 from opd.data.prompts import Prompts
 from opd.data.tasks import Task
 from opd.envs.task import GameTask
-from opd.objectives.factory import Objective
+from opd.objectives.objective import Objective
 from opd.rollouts.base import Engine
 from opd.teachers.pair import ModelPair
 from opd.tokens.masking import ResolvedMaskRules

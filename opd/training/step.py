@@ -34,7 +34,7 @@ from opd.envs.rollout import play_episodes
 from opd.envs.task import GameTask
 from opd.models.contexts import on_device
 from opd.models.fsdp import unsharded
-from opd.objectives.factory import Objective
+from opd.objectives.objective import Objective
 from opd.rollouts.base import BatchSlice
 from opd.runs.run_folder import write_text
 from opd.runtime import distributed
@@ -420,7 +420,9 @@ def scoring_options(config: Config) -> dict[str, Any]:
 
 def can_skip_student_pass(run: TaskRun, rollouts: Rollouts) -> bool:
     """Return whether the step can do without the student's full softmax (see `score_support`)."""
-    needs_teacher_topk_only = run.objective.support == "teacher" and not run.objective.normalised
+    needs_teacher_topk_only = (
+        run.objective.support == "teacher" and not run.objective.requirements.normalised
+    )
     uses_default_options = run.config.entropy_top_fraction == 1 and not run.config.map_eos
     if bool((rollouts.age > 0).any()):
         return False  # the sampler's softmax is that of earlier weights

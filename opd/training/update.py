@@ -16,7 +16,9 @@ from opd.data.prompts import Prompts
 from opd.models.contexts import activation_checkpointing, on_device
 from opd.models.forward import micro_batches, response_hidden_states
 from opd.models.fsdp import unsharded
-from opd.objectives.factory import DENOMINATORS
+from opd.objectives.assembly import token_weights
+from opd.objectives.inputs import TokenInputs
+from opd.objectives.reduction import DENOMINATORS
 from opd.objectives.token_selection import highest_entropy_tokens
 from opd.runtime import distributed
 from opd.scoring.loss import loss_from_hidden
@@ -124,7 +126,7 @@ class UpdateSlice:
     @property
     def weight(self) -> Tensor:
         """(B, T) loss weight per token: importance ratio / loss denominator."""
-        return self.ratio / self.denominator[:, None]
+        return token_weights(self.ratio, self.denominator)
 
 
 def expected_loss_columns(
@@ -296,14 +298,20 @@ def accumulate_gradients(
             if teacher_hidden is not None:
                 teacher_hidden = teacher_hidden[token_rows[rows][:, :width][batch.mask]]
             with activation_checkpointing(run.pair.student.network, config.gradient_checkpointing):
+                inputs = TokenInputs.of(
+                    batch,
+                    run.objective.support,
+                    update_slice.credit[rows][:, :width],
+                    task_weight * row_weight * update_slice.weight[rows][:, :width],
+                )
                 micro_loss = loss_from_hidden(
-                    run.pair,
+                    run.pair.student,
                     run.objective,
                     response_hidden_states(run.pair.student, task_batch.prompts.rows(rows), batch),
-                    teacher_hidden,
-                    batch,
-                    update_slice.credit[rows][:, :width],
-                    task_weight * row_weight * update_slice.weight[rows][:, :width][batch.mask],
+                    inputs,
+                    teacher=None if teacher_hidden is None else run.pair.teacher.model,
+                    teacher_hidden=teacher_hidden,
+                    temperature=batch.score_temperature,
                     max_logits_per_chunk=config.max_logits_per_chunk,
                 )
                 micro_loss.backward()
