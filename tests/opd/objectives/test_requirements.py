@@ -132,7 +132,8 @@ def measured(objective: Objective) -> Requirements:
     assert base[0].abs().sum() > 0
     no_teacher = replace(batch, teacher_logp=torch.full_like(batch.teacher_logp, torch.nan))
     # a valid change as well: a clip might turn nan into a number
-    other_teacher = replace(batch, teacher_logp=batch.teacher_logp - 0.2)
+    change = 0.2 * torch.rand(B, T, generator=torch.Generator().manual_seed(1))
+    other_teacher = replace(batch, teacher_logp=batch.teacher_logp - change)
     teacher_changes = [
         differs(base, partial(loss_and_gradients, objective, x))
         for x in (no_teacher, other_teacher)
