@@ -108,7 +108,7 @@ def make_chunk_loss(
     if objective.support == "full" and teacher_hidden is None:
         raise InvalidInput(
             "the objective compares full distributions, but teacher_hidden is None; score the "
-            "batch with keep_teacher=True"
+            "batch with requirements of this objective"
         )
 
     def chunk_loss(z: Tensor, c: slice) -> Tensor:
@@ -117,7 +117,7 @@ def make_chunk_loss(
         if teacher_hidden is not None and objective.support == "full":
             p = logits.log_softmax(-1)
             with torch.no_grad():
-                q = log_probabilities(pair.teacher, teacher_hidden[c], temperature)
+                q = log_probabilities(pair.teacher.model, teacher_hidden[c], temperature)
             visited = inputs.visited_tokens(c, p.gather(-1, y)[:, 0], p, q)
         else:
             support_ids = y if inputs.ids is None else torch.cat([y, inputs.ids[c]], 1)
@@ -244,7 +244,7 @@ def token_inputs(objective: Objective, batch: ScoredRollouts, credit: Tensor) ->
         source_name = "none" if support is None else repr(support.source)
         raise InvalidInput(
             f"the objective needs a {objective.support!r} support, but the batch has "
-            f"{source_name}; call `score` with that source"
+            f"{source_name}; score it with the objective's requirements"
         )
     present = None if support.present is None else support.present[mask]
     inside = support.contains(batch.tokens)[mask]

@@ -244,6 +244,5 @@ def with_sharded_student(pairs: Sequence[ModelPair]) -> list[ModelPair]:
 
     student = shard_model(pairs[0].student)
     return [
-        replace(pair, student=student, teacher=pair.teacher.with_student(student))
-        for pair in pairs
+        replace(pair, student=student, teacher=pair.teacher.with_student(student)) for pair in pairs
     ]
