@@ -17,9 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from diagnostics.batch import ScoredRollouts
 from diagnostics.errors import InvalidInput, OperationFailed
-from opd.data.prompts import Prompts
 from opd.models.forward import log_probabilities, micro_batches, response_hidden_states
 from opd.models.lm_head import Head, apply_temperature, chunk_slices
 from opd.models.model import CausalLM
@@ -27,6 +25,7 @@ from opd.objectives.assembly import token_weights, weighted_losses
 from opd.objectives.inputs import TokenInputs
 from opd.objectives.objective import Objective
 from opd.objectives.reduction import DENOMINATORS
+from opd.scoring.score import ScoredBatch
 
 ChunkLoss = Callable[[Tensor, slice], Tensor]
 """Function of the (n, R) products of a chunk and its slice of the tokens that returns a scalar."""
@@ -34,29 +33,26 @@ ChunkLoss = Callable[[Tensor, slice], Tensor]
 
 def policy_loss(
     student: CausalLM,
-    batch: ScoredRollouts,
+    batch: ScoredBatch,
     objective: Objective,
     *,
-    prompts: Prompts,
     teacher: CausalLM | None = None,
     denominator: str = "token_mean",
     max_tokens_per_microbatch: int | None = None,
-    max_logits_per_chunk: int = 2**27,
+    max_logits_per_chunk: int = 1 << 24,
 ) -> Tensor:
     """Return the loss of an optimizer step on a scored batch, with gradient to the student.
 
-    For a training loop of your own. The sum of `policy_losses`; it holds the activations of all
-    micro-batches until `backward`. To hold those of one only, call `backward` on each of
-    `policy_losses`.
+    For a training loop of your own. The sum of `policy_losses`, which holds the activations of all
+    micro-batches until `backward`; call `backward` on each of `policy_losses` to hold one only.
 
     Args:
         student: The student.
-        batch: Scored rollouts of the whole optimizer step.
+        batch: Scored batch of the whole optimizer step.
         objective: The objective.
-        prompts: Prompts of the batch.
-        teacher: The teacher, for objectives on the full vocabulary; else unused.
+        teacher: The teacher, for an objective on the full vocabulary; else unused.
         denominator: One of `opd.objectives.reduction.DENOMINATORS`.
-        max_tokens_per_microbatch: Tokens in a forward pass; None for one pass.
+        max_tokens_per_microbatch: Padded tokens of a forward pass; None for a single pass.
         max_logits_per_chunk: Logits over all V that exist at once.
 
     Returns:
@@ -70,7 +66,6 @@ def policy_loss(
         student,
         batch,
         objective,
-        prompts=prompts,
         teacher=teacher,
         denominator=denominator,
         max_tokens_per_microbatch=max_tokens_per_microbatch,
@@ -81,59 +76,59 @@ def policy_loss(
 
 def policy_losses(
     student: CausalLM,
-    batch: ScoredRollouts,
+    batch: ScoredBatch,
     objective: Objective,
     *,
-    prompts: Prompts,
     teacher: CausalLM | None = None,
     denominator: str = "token_mean",
     max_tokens_per_microbatch: int | None = None,
-    max_logits_per_chunk: int = 2**27,
+    max_logits_per_chunk: int = 1 << 24,
 ) -> Iterator[Tensor]:
-    """Yield the parts of `policy_loss` by micro-batch; arguments and errors as there.
+    """Yield the loss of each micro-batch; their sum is `policy_loss`, whatever the split.
 
-    Credit, ratio and denominator are those of the whole batch, so the sum does not depend on the
-    micro-batches.
+    Credit, ratio and denominator are computed once, on the whole batch.
 
     Args:
         student: The student.
-        batch: Scored rollouts of the whole optimizer step.
+        batch: Scored batch of the whole optimizer step.
         objective: The objective.
-        prompts: Prompts of the batch.
-        teacher: The teacher, for objectives on the full vocabulary; else unused.
+        teacher: The teacher, for an objective on the full vocabulary; else unused.
         denominator: One of `opd.objectives.reduction.DENOMINATORS`.
-        max_tokens_per_microbatch: Tokens in a forward pass; None for one pass.
+        max_tokens_per_microbatch: Padded tokens of a forward pass; None for a single pass.
         max_logits_per_chunk: Logits over all V that exist at once.
 
     Yields:
-        Scalar losses with gradient, each valid until the student changes.
+        Scalar losses with gradient.
 
     Raises:
         InvalidInput: As `policy_loss`.
     """
+    scored, prompts = batch.scored, batch.prompts
     if denominator not in DENOMINATORS:
         known_names = ", ".join(DENOMINATORS)
         raise InvalidInput(f"unknown denominator {denominator!r}; known: {known_names}")
-    credit = objective.credit(batch)
-    weight = token_weights(objective.ratio(batch), DENOMINATORS[denominator](batch))
-    groups = [list(range(len(batch)))]
+    credit = objective.credit(scored)
+    weight = token_weights(objective.ratio(scored), DENOMINATORS[denominator](scored))
+    token_rows = (scored.sampled.flatten().cumsum(0) - 1).reshape(scored.sampled.shape)
+    groups = [list(range(len(scored)))]
     if max_tokens_per_microbatch is not None:
-        groups = micro_batches(prompts, batch, max_tokens_per_microbatch)
+        groups = micro_batches(prompts, scored, max_tokens_per_microbatch)
     for rows in groups:
-        part = batch.rows(rows).trim()
-        width = part.mask.shape[1]
-        teacher_hidden = None
-        if objective.support == "full" and teacher is not None:
-            with torch.no_grad():
-                teacher_hidden = response_hidden_states(teacher, prompts.rows(rows), part)
+        part = scored.rows(rows).trim()
+        columns = slice(part.mask.shape[1])
+        teacher_hidden = batch.teacher_hidden
+        if teacher_hidden is not None:
+            teacher_hidden = teacher_hidden[token_rows[rows][:, columns][part.mask]]
         yield loss_from_hidden(
             student,
             objective,
             response_hidden_states(student, prompts.rows(rows), part),
-            TokenInputs.of(part, objective.support, credit[rows, :width], weight[rows, :width]),
+            TokenInputs.of(
+                part, objective.support, credit[rows][:, columns], weight[rows][:, columns]
+            ),
             teacher=teacher,
             teacher_hidden=teacher_hidden,
-            temperature=batch.score_temperature,
+            temperature=scored.score_temperature,
             max_logits_per_chunk=max_logits_per_chunk,
         )
 

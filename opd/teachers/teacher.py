@@ -43,31 +43,19 @@ class Teacher(Protocol):
     """What this kind of teacher provides, known before it is loaded or connected."""
     is_separate: ClassVar[bool] = False
     """Whether its weights are loaded from a model of its own, apart from the student's."""
+    follows_student: ClassVar[bool] = False
+    """Whether `update` changes it after every optimizer step."""
     dtype: ClassVar[str | None] = None
     """Precision of its weights; None for the configured one."""
 
-    @property
-    def name(self) -> str:
-        """Folder, hub name or address, or "base" or "ema"."""
-        ...
-
-    @property
-    def model(self) -> CausalLM:
-        """The model, if the teacher has HIDDEN_STATES."""
-        raise InvalidInput(
-            f"the teacher {self.name} is a server, which provides neither hidden states nor full "
-            "distributions; use a teacher in this process"
-        )
-
-    @property
-    def eos(self) -> tuple[int, ...] | None:
-        """Ids that end its responses, its tokenizer's own first; None if they are the student's."""
-        return None
-
-    @property
-    def is_quantised(self) -> bool:
-        """Whether its layers have fewer bits than its files."""
-        return False
+    name: str
+    """Folder, hub name or address, or "base" or "ema"."""
+    model: CausalLM
+    """The model; a teacher without HIDDEN_STATES raises an error instead."""
+    eos: tuple[int, ...] | None = None
+    """Ids that end its responses, its tokenizer's own first; None if they are the student's."""
+    is_quantised: bool = False
+    """Whether its layers have fewer bits than its files."""
 
     def top_k(self, prompts: Prompts, rollouts: Rollouts, k: int) -> TeacherScores:
         """Query its K most probable ids at every sampled token, if it has no HIDDEN_STATES.
@@ -121,7 +109,7 @@ class Teacher(Protocol):
         """Read the state that `save` wrote."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class LocalTeacher(Teacher):
     """A frozen model of its own in this process."""
 
@@ -157,7 +145,7 @@ class LocalTeacher(Teacher):
         return list(self.model.network.parameters())
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class AdapterFreeTeacher(Teacher):
     """The student without its LoRA adapters; it needs no memory."""
 
@@ -174,13 +162,14 @@ class AdapterFreeTeacher(Teacher):
         return replace(self, model=without_adapters(student))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class EmaTeacher(LocalTeacher):
     """An exponential moving average of the student, in float32."""
 
     decay: float = 0.99
     """Weight of the average in every update."""
     is_separate: ClassVar[bool] = False
+    follows_student: ClassVar[bool] = True
     dtype: ClassVar[str | None] = "float32"
 
     @torch.no_grad()
@@ -205,13 +194,21 @@ class EmaTeacher(LocalTeacher):
         load_model(self.model.network, folder / "teacher.safetensors")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class ServerTeacher(Teacher):
     """A teacher on a server, which knows its own K most probable ids and the sampled one."""
 
     name: str
     client: TeacherClient
     capabilities: ClassVar[frozenset[Capability]] = frozenset({Capability.TOP_K})
+
+    @property
+    def model(self) -> CausalLM:  # type: ignore[override]
+        """Raise an error: the weights are elsewhere."""
+        raise InvalidInput(
+            f"the teacher {self.name} is a server, which provides neither hidden states nor full "
+            "distributions; use a teacher in this process"
+        )
 
     def top_k(self, prompts: Prompts, rollouts: Rollouts, k: int) -> TeacherScores:
         """Query the server (`opd.teachers.remote_scores.score_remote`)."""

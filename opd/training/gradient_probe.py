@@ -5,7 +5,6 @@ teacher.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -44,35 +43,18 @@ from opd.models.lm_head import (
 )
 from opd.models.model import CausalLM
 from opd.objectives.inputs import TokenInputs
-from opd.objectives.objective import Objective
 from opd.runtime import distributed
 from opd.scoring.loss import product_gradients
+from opd.scoring.score import ScoredBatch
 from opd.teachers.pair import ModelPair
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TrainedLoss:
-    """The training loss as a sum over responses, with everything that the update uses."""
-
-    objective: Objective
-    prompts: Prompts
-    """Prompts of the responses in `batch`."""
-    batch: ScoredRollouts
-    """Scored rollouts with the loss mask applied and the support that the objective needs."""
-    credit: Tensor
-    """(B, T) credit per token, as passed to `opd.scoring.loss.loss_from_hidden`."""
-    weight: Tensor
-    """(B, T) weight per token: importance ratio / loss denominator, up to a factor per update."""
-    teacher_hidden: Tensor | None = None
-    """(N, D') teacher hidden states at the supervised tokens, for full-vocabulary objectives."""
+from opd.training.update import PreparedLoss
 
 
 @torch.no_grad()
 def probe_gradients(
     pair: ModelPair,
-    prompts: Prompts,
-    scored: ScoredRollouts,
-    trained_loss: TrainedLoss,
+    batch: ScoredBatch,
+    trained_loss: PreparedLoss,
     *,
     gamma: float,
     max_tokens_per_microbatch: int,
@@ -89,8 +71,7 @@ def probe_gradients(
 
     Args:
         pair: Student and teacher.
-        prompts: Prompts of `scored`.
-        scored: Batch for the gamma family, sampled from the student with top_p = 1 at the
+        batch: Batch for the gamma family, sampled from the student with top_p = 1 at the
             temperature of the scores.
         trained_loss: Loss of the update, on its own batch.
         gamma: Discount of the objective; replaced by the nearest one of the probe's grid.
@@ -106,6 +87,7 @@ def probe_gradients(
             is not a single matrix.
     """
     is_distributed, head = distributed.world_size() > 1, pair.student.head
+    prompts, scored, teacher = batch.prompts, batch.scored, pair.teacher.model
     if blocks and is_distributed:
         raise InvalidInput(
             f"probe_blocks is {blocks}, which needs a single process; remove probe_blocks (the "
@@ -118,7 +100,7 @@ def probe_gradients(
         )
     student_hidden, teacher_hidden = (
         supervised_hidden_states(model, prompts, scored, max_tokens_per_microbatch)
-        for model in (pair.student, pair.teacher)
+        for model in (pair.student, teacher)
     )
     temperature, vocabulary = scored.score_temperature, pair.student.vocabulary
     projection = random_projection(vocabulary, student_hidden.shape[1], seed=0).to(
@@ -128,7 +110,7 @@ def probe_gradients(
     def logp(chunk: slice) -> tuple[Tensor, Tensor]:
         return (
             log_probabilities(pair.student, student_hidden[chunk], temperature),
-            log_probabilities(pair.teacher, teacher_hidden[chunk], temperature),
+            log_probabilities(teacher, teacher_hidden[chunk], temperature),
         )
 
     def product_derivatives(chunk: slice) -> Tensor:
@@ -189,9 +171,31 @@ def probe_gradients(
     return dict(row)
 
 
+def mean_token_weight(loss: PreparedLoss) -> Tensor:
+    """Return the (B, T) weight of each token in its response's loss.
+
+    The weights of each update, before ratios, are scaled to a mean of 1 over its tokens: with equal
+    weights, a response's loss is the sum over its tokens. The scale changes neither the
+    signal-to-noise ratio nor the noise scale.
+
+    Args:
+        loss: Loss of the update.
+
+    Returns:
+        The weights.
+    """
+    mask, weight = loss.batch.scored.mask, torch.zeros_like(loss.ratio)
+    for rows in loss.rows:
+        tokens = mask[rows].sum(1).to(weight.dtype)
+        shares_of_loss = tokens / loss.denominator[rows]
+        total, loss_total = (distributed.all_reduce_sum(x.sum()) for x in (tokens, shares_of_loss))
+        weight[rows] = loss.weight[rows] * total / loss_total
+    return weight
+
+
 def loss_gradients(
     pair: ModelPair,
-    trained_loss: TrainedLoss,
+    trained_loss: PreparedLoss,
     projection: Projection,
     max_tokens_per_microbatch: int,
     max_logits_per_chunk: int,
@@ -211,13 +215,15 @@ def loss_gradients(
         The gradient sketches, and the (N, D) gradients of the loss with respect to the hidden
         states, or None without `with_hidden_gradients`.
     """
-    batch, head, mask = trained_loss.batch, pair.student.head, trained_loss.batch.mask
+    batch, head = trained_loss.batch.scored, pair.student.head
+    mask, teacher_hidden = batch.mask, trained_loss.batch.teacher_hidden
+    if teacher_hidden is not None:
+        teacher_hidden = teacher_hidden[mask[batch.sampled]]
     hidden = supervised_hidden_states(
-        pair.student, trained_loss.prompts, batch, max_tokens_per_microbatch
+        pair.student, trained_loss.batch.prompts, batch, max_tokens_per_microbatch
     )
-    inputs = TokenInputs.of(
-        batch, trained_loss.objective.support, trained_loss.credit, trained_loss.weight
-    )
+    weight = mean_token_weight(trained_loss)
+    inputs = TokenInputs.of(batch, trained_loss.objective.support, trained_loss.credit, weight)
     hidden_gradients: list[Tensor] = []
 
     def iterate_product_gradients() -> Iterator[tuple[slice, Tensor]]:
@@ -226,8 +232,8 @@ def loss_gradients(
             trained_loss.objective,
             hidden,
             inputs,
-            teacher=None if trained_loss.teacher_hidden is None else pair.teacher.model,
-            teacher_hidden=trained_loss.teacher_hidden,
+            teacher=None if teacher_hidden is None else pair.teacher.model,
+            teacher_hidden=teacher_hidden,
             temperature=batch.score_temperature,
             max_logits_per_chunk=max_logits_per_chunk,
         ):
@@ -242,7 +248,7 @@ def loss_gradients(
 
 def block_loss_gradients(
     student: CausalLM,
-    trained_loss: TrainedLoss,
+    trained_loss: PreparedLoss,
     hidden_gradients: Tensor,
     blocks: Sequence[Block],
     max_tokens_per_microbatch: int,
@@ -262,7 +268,7 @@ def block_loss_gradients(
     Returns:
         Gradient sketches by name of the block.
     """
-    prompts, batch = trained_loss.prompts, trained_loss.batch
+    prompts, batch = trained_loss.batch.prompts, trained_loss.batch.scored
     padded_gradients = scatter_to_mask(hidden_gradients, batch.mask)
     parts: dict[str, list[tuple[list[int], Tensor, Tensor]]] = {b.name: [] for b in blocks}
     for rows in micro_batches(prompts, batch, max_tokens_per_microbatch):
@@ -317,7 +323,7 @@ def hidden_state_gradients(
     chunk_gradients = []
     for start in range(0, len(student_hidden), chunk_tokens):
         chunk = slice(start, start + chunk_tokens)
-        teacher_logp = log_probabilities(pair.teacher, teacher_hidden[chunk], temperature)
+        teacher_logp = log_probabilities(pair.teacher.model, teacher_hidden[chunk], temperature)
         with torch.enable_grad():
             products = head.products(student_hidden[chunk])[..., : head.vocabulary]
             logits = products.requires_grad_()
