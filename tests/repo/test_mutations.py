@@ -438,7 +438,8 @@ def test_a_mutation_is_caught(
 
 
 def check_study() -> None:
-    """Run sampled gradients of the study, which are the assembly's, against exact ones."""
+    """Run the study's gradients, which are the assembly's, against enumeration and each other."""
+    moment_tests.test_moments_equal_the_sum_over_all_paths("ending", "plain")
     moment_tests.test_monte_carlo_agrees_for_other_samplers_and_given_baselines()
     learning_tests.test_a_runs_gradient_has_the_exact_mean_and_variance(
         "sampled_token", 1.0, "none", "plain", None
