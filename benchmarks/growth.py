@@ -25,6 +25,7 @@ from opd.models.model import CausalLM, split_head
 from opd.objectives.factory import OBJECTIVES
 from opd.scoring.loss import loss_from_hidden
 from opd.teachers.pair import ModelPair
+from opd.teachers.teacher import LocalTeacher
 
 METHODS = ("rows", "chunks", "logits")
 WIDTH, K, PROMPT = 64, 32, 16
@@ -126,7 +127,7 @@ def toolkit_update(
         index=torch.zeros(1, dtype=torch.long),
         answers=[""],
     )
-    pair = ModelPair(student, teacher, None, [])
+    pair = ModelPair(student, LocalTeacher("", teacher), None, [])
     name = "teacher_topk" if method == "rows" else "full_reverse_kl"
     teacher_hidden = None
     if method == "chunks":

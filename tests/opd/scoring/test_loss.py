@@ -19,6 +19,7 @@ from opd.objectives.factory import OBJECTIVES, Objective
 from opd.objectives.support import JOINT_SUPPORTS
 from opd.scoring.loss import chunked_loss, loss_from_hidden
 from opd.teachers.pair import ModelPair
+from opd.teachers.teacher import LocalTeacher
 from tests.opd.models.test_lm_head import largest, normal, seeded
 
 B, T, D, V, K = 3, 5, 6, 23, 4
@@ -117,7 +118,7 @@ def both_losses(
 
     student_states = states.detach().requires_grad_()
     chunk_loss = 2.5 * loss_from_hidden(
-        ModelPair(model(student_head), model(teacher_head), None, [0]),
+        ModelPair(model(student_head), LocalTeacher("", model(teacher_head)), None, [0]),
         objective,
         student_states[batch.mask],
         teacher_states[batch.mask] if objective.support == "full" else None,
@@ -234,7 +235,7 @@ def training_sizes(name: str, vocabulary: int, max_elements: int) -> int:
     causal_lm = model(LmHead(weight, vocabulary))
     with Sizes() as sizes:
         loss_from_hidden(
-            ModelPair(causal_lm, causal_lm, None, [0]),
+            ModelPair(causal_lm, LocalTeacher("", causal_lm), None, [0]),
             OBJECTIVES[name](),
             hidden,
             hidden.detach() if name.startswith("full") else None,
