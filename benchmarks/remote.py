@@ -25,7 +25,9 @@ import torch
 
 from opd.data.chain_task import problems
 from opd.data.prompts import encode_prompts
+from opd.objectives.factory import make_objective
 from opd.rollouts.hf_engine import sample
+from opd.scoring.score import ScoreRequest, score_batch
 from opd.teachers.client import TeacherClient, connect
 from opd.teachers.pair import ModelPair, load_pair
 from opd.teachers.remote_scores import TeacherScores, score_remote

@@ -10,8 +10,10 @@ import torch
 from opd.data.chain_task import Problem
 from opd.data.prompts import encode_prompts
 from opd.rollouts.hf_engine import sample
+from opd.scoring.score import score_batch
 from opd.teachers.client import connect
 from opd.teachers.pair import load_pair
+from opd.teachers.teacher import ServerTeacher
 from opd.training.train import train
 from tests.helpers.requests import full_request, lean_request
 from tests.helpers.runs import rows, settings
