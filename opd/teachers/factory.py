@@ -21,7 +21,7 @@ from opd.models.loading import (
 )
 from opd.models.lora import add_lora, without_adapters
 from opd.models.model import CausalLM, split_head
-from opd.objectives.factory import Objective
+from opd.objectives.objective import Objective
 from opd.teachers.client import connect
 from opd.teachers.pair import ModelPair, load_pair
 from opd.teachers.teacher import (
@@ -47,15 +47,16 @@ def check_capabilities(config: Config, objective: Objective) -> None:
     """
     supported_objectives = "teacher_topk, sampled_token or one of their variants"
     capabilities = teacher_type(config.teacher).capabilities
+    needs = objective.requirements
     for needed, capability, feature, remedy in (
         (
-            objective.support in ("student", "union"),
+            needs.support in ("student", "union"),
             Capability.CHOSEN_IDS,
             f"objective {config.objective}, which needs its log-probabilities of the student's ids",
             supported_objectives,
         ),
         (
-            objective.support == "full" or objective.distributions,
+            needs.support == "full" or needs.distributions,
             Capability.DISTRIBUTIONS,
             f"objective {config.objective} with baseline {config.baseline}, which needs its full "
             "distribution",

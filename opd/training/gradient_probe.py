@@ -42,6 +42,7 @@ from opd.models.lm_head import (
     chunk_slices,
 )
 from opd.models.model import CausalLM
+from opd.objectives.inputs import TokenInputs
 from opd.runtime import distributed
 from opd.scoring.loss import product_gradients
 from opd.scoring.score import ScoredBatch
@@ -221,17 +222,19 @@ def loss_gradients(
     hidden = supervised_hidden_states(
         pair.student, trained_loss.batch.prompts, batch, max_tokens_per_microbatch
     )
+    weight = mean_token_weight(trained_loss)
+    inputs = TokenInputs.of(batch, trained_loss.objective.support, trained_loss.credit, weight)
     hidden_gradients: list[Tensor] = []
 
     def iterate_product_gradients() -> Iterator[tuple[slice, Tensor]]:
         for chunk, product_gradient in product_gradients(
-            pair,
+            pair.student,
             trained_loss.objective,
             hidden,
-            teacher_hidden,
-            batch,
-            trained_loss.credit,
-            mean_token_weight(trained_loss)[mask],
+            inputs,
+            teacher=None if teacher_hidden is None else pair.teacher.model,
+            teacher_hidden=teacher_hidden,
+            temperature=batch.score_temperature,
             max_logits_per_chunk=max_logits_per_chunk,
         ):
             if with_hidden_gradients:

@@ -22,7 +22,9 @@ from opd.data.sources import Columns
 from opd.data.tasks import Task, load_task, reject_long_prompts, skip_long_prompts
 from opd.envs.task import GameTask, is_games, load_games
 from opd.models.model import CausalLM
-from opd.objectives.factory import DENOMINATORS, Objective, make_objective
+from opd.objectives.factory import make_objective
+from opd.objectives.objective import Objective
+from opd.objectives.reduction import DENOMINATORS
 from opd.rollouts.base import Engine
 from opd.rollouts.factory import make_engine
 from opd.runtime import distributed

@@ -12,7 +12,7 @@ from opd.config.settings import Config
 from opd.data.tasks import Task
 from opd.envs.task import GameTask
 from opd.models.model import CausalLM
-from opd.objectives.factory import Objective
+from opd.objectives.objective import Objective
 from opd.rollouts.base import Engine
 from opd.scoring.score import ScoredBatch, ScoreRequest
 from opd.teachers.pair import ModelPair

@@ -19,7 +19,10 @@ from diagnostics.gradients.distributed import gather_batch
 from opd.models.contexts import activation_checkpointing
 from opd.models.forward import micro_batches, response_hidden_states
 from opd.models.fsdp import unsharded
-from opd.objectives.factory import DENOMINATORS, Objective
+from opd.objectives.assembly import token_weights
+from opd.objectives.inputs import TokenInputs
+from opd.objectives.objective import Objective
+from opd.objectives.reduction import DENOMINATORS
 from opd.objectives.token_selection import highest_entropy_tokens
 from opd.runtime import distributed
 from opd.scoring.loss import loss_from_hidden
@@ -68,7 +71,7 @@ class PreparedLoss:
     @property
     def weight(self) -> Tensor:
         """(B, T) loss weight per token: importance ratio / loss denominator."""
-        return self.ratio / self.denominator[:, None]
+        return token_weights(self.ratio, self.denominator)
 
 
 @torch.no_grad()
@@ -240,13 +243,18 @@ def accumulate_gradients(
                 teacher_hidden = teacher_hidden[token_rows[rows][:, :width][batch.mask]]
             with activation_checkpointing(student.network, config.gradient_checkpointing):
                 micro_loss = loss_from_hidden(
-                    task.pair,
+                    student,
                     loss.objective,
                     response_hidden_states(student, loss.batch.prompts.rows(rows), batch),
-                    teacher_hidden,
-                    batch,
-                    loss.credit[rows][:, :width],
-                    task_weight * row_weight * loss.weight[rows][:, :width][batch.mask],
+                    TokenInputs.of(
+                        batch,
+                        loss.objective.support,
+                        loss.credit[rows][:, :width],
+                        task_weight * row_weight * loss.weight[rows][:, :width],
+                    ),
+                    teacher=None if teacher_hidden is None else task.pair.teacher.model,
+                    teacher_hidden=teacher_hidden,
+                    temperature=batch.score_temperature,
                     max_logits_per_chunk=config.max_logits_per_chunk,
                 )
                 micro_loss.backward()

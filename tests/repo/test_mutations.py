@@ -18,6 +18,8 @@ from opd.objectives import (
     surrogates,
     token_selection,
 )
+from opd.objectives.catalogue import FORMS
+from opd.objectives.reduction import DENOMINATORS
 from synthetic import estimators
 from synthetic.exact import baselines, moments, recursion
 from synthetic.sampling import monte_carlo
@@ -326,7 +328,7 @@ def check_objectives() -> None:
     oracle.test_discount_lies_between_and_skips_masked_positions()
     oracle.test_baselines_average_the_responses_they_say()
     pairs.test_a_baseline_leaves_the_mean_gradient("position_mean", (0, 1), False, "cost")
-    for name in factory.DENOMINATORS:
+    for name in DENOMINATORS:
         oracle.test_micro_batches_do_not_change_the_loss(name)
     for name in oracle.FAMILY:
         oracle.test_the_gamma_family_has_the_mean_of_its_definition(name, 0.7)
@@ -342,7 +344,7 @@ def check_objectives() -> None:
     for beta in (0.0, 0.1, 1.0):
         dense.test_jensen_shannon_is_that_of_the_definition(beta)
     for source in ("union", "intersection"):
-        for form in factory.FORMS:
+        for form in FORMS:
             dense.test_every_form_on_every_support_is_the_dense_one(source, form)
     lists.test_union_and_intersection_are_those_of_sets(3)
     for advantage in choices.SHARES:

@@ -101,7 +101,7 @@ def case() -> tuple[Prompts, ScoredRollouts]:
     with torch.no_grad():
         logp = [
             log_probabilities(m, response_hidden_states(m, prompts, bare), 1.0).double()
-            for m in (pair().student, pair().teacher)
+            for m in (pair().student, pair().teacher.model)
         ]
     y = tokens[mask]
     student_logp, teacher_logp = (
@@ -126,7 +126,7 @@ def by_autograd(member: tuple[Tensor, bool], names: list[str]) -> dict[str, Tens
         ids = torch.cat([p, scored.tokens[i, :t]])[None]
         student, teacher = (
             m.network(ids).logits[0, len(p) - 1 : -1].log_softmax(-1)
-            for m in (pair().student, pair().teacher)
+            for m in (pair().student, pair().teacher.model)
         )
         kl = (student.exp() * (student - teacher)).sum(-1)
         picked = student.gather(1, scored.tokens[i, :t, None])[:, 0]
@@ -145,7 +145,7 @@ def gradients_below_head(
     with torch.no_grad():
         output_gradients = [
             supervised_hidden_states(m, prompts, scored, 1000)
-            for m in (pair().student, pair().teacher)
+            for m in (pair().student, pair().teacher.model)
         ]
         slopes = hidden_state_gradients(pair(), scored, *output_gradients, chunk_tokens=5)
     blocks = [make_block(pair().student.network, pattern) for pattern in patterns]

@@ -16,6 +16,7 @@ from opd.data.chain_task import Problem
 from opd.data.prompts import Prompts, encode_prompts
 from opd.models.forward import response_hidden_states
 from opd.objectives.factory import make_objective
+from opd.objectives.inputs import TokenInputs
 from opd.objectives.support import JOINT_SUPPORTS
 from opd.rollouts.hf_engine import sample
 from opd.scoring.loss import loss_from_hidden
@@ -103,13 +104,13 @@ def loss_and_gradients(
     objective = make_objective(name, **options)
     parameters = list(pair.student.network.parameters())
     loss = loss_from_hidden(
-        pair,
+        pair.student,
         objective,
         response_hidden_states(pair.student, prompts, batch),
-        None,
-        batch,
-        objective.credit(batch),
-        torch.full((int(batch.mask.sum()),), 0.1),
+        TokenInputs.of(
+            batch, objective.support, objective.credit(batch), torch.full(batch.mask.shape, 0.1)
+        ),
+        temperature=1.0,
         max_logits_per_chunk=700,
     )
     return [loss.detach(), *torch.autograd.grad(loss, parameters)]

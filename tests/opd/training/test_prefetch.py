@@ -21,6 +21,7 @@ from opd.data.prompts import Prompts, encode_prompts
 from opd.models.forward import response_hidden_states
 from opd.models.loading import load_model
 from opd.objectives.factory import make_objective
+from opd.objectives.inputs import TokenInputs
 from opd.scoring.loss import loss_from_hidden
 from opd.serving import json_endpoint
 from opd.teachers.pair import load_pair
@@ -412,14 +413,13 @@ def test_token_ratios_make_stale_samples_unbiased_at_their_prefixes(
     for ratio in ("token", "none"):
         objective = make_objective(name, ratio=ratio)
         network.zero_grad()
+        weight = batch.sampler_logp.exp() * objective.ratio(batch)
         loss_from_hidden(
-            pair,
+            pair.student,
             objective,
             response_hidden_states(pair.student, prompts, batch),
-            None,
-            batch,
-            objective.credit(batch),
-            (batch.sampler_logp.exp() * objective.ratio(batch))[batch.mask],
+            TokenInputs.of(batch, objective.support, objective.credit(batch), weight),
+            temperature=1.0,
             max_logits_per_chunk=1 << 24,
         ).backward()
         gradients[ratio] = [x.grad.clone() for x in network.parameters()]

@@ -7,6 +7,7 @@ from torch import Tensor
 from diagnostics.batch import ScoredRollouts, Support
 from opd.integrations.verl.topk_loss import logit_losses
 from opd.integrations.verl.vocab_parallel import Shard, gather_logits, log_normaliser
+from opd.objectives.assembly import batch_losses
 from opd.objectives.factory import make_objective
 from tests.helpers.vllm_process import free_port
 
@@ -55,7 +56,7 @@ def test_losses_of_packed_logits_are_the_dense_objective(
         teacher_logp=zeros,
         support=support,
     )
-    expected = make_objective(name).loss(None, logp.gather(-1, ids)[None], scored)[0]
+    expected = batch_losses(make_objective(name), scored, None, logp.gather(-1, ids)[None])[0]
     torch.testing.assert_close(outputs["distillation_losses"].double(), expected, rtol=0, atol=3e-6)
     weights = torch.arange(8.0)
     (packed_gradient,) = torch.autograd.grad(
