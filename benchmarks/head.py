@@ -35,6 +35,7 @@ from opd.objectives.divergences import renormalise, reverse_kl
 from opd.objectives.inputs import TokenInputs
 from opd.scoring.loss import loss_from_hidden
 from opd.teachers.pair import ModelPair
+from opd.teachers.teacher import LocalTeacher
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +107,8 @@ def make_pair(inputs: Case) -> ModelPair:
         head = LmHead(weight, len(weight))
         return CausalLM(None, lambda *_: weight, lambda: head, len(weight))
 
-    return ModelPair(model(inputs.student_head), model(inputs.teacher_head), None, [0])
+    teacher = LocalTeacher("", model(inputs.teacher_head))
+    return ModelPair(model(inputs.student_head), teacher, None, [0])
 
 
 def scored_batch(inputs: Case) -> ScoredRollouts:

@@ -135,7 +135,7 @@ def detached_objective(_: Config) -> Objective:
 def with_shifted_ids(settings: list[Config]) -> list[ModelPair]:
     """Return a teacher with another tokenizer of the same size: its ids are one higher."""
     pairs = make_pairs(settings)
-    weight = pairs[0].teacher.network.lm_head.weight
+    weight = pairs[0].teacher.model.network.lm_head.weight
     weight.data = weight.data.roll(1, 0)
     return pairs
 
@@ -145,7 +145,7 @@ def with_swapped_ids(ids: Tensor, other_ids: Tensor) -> Callable[[list[Config]],
 
     def make_swapped_pairs(settings: list[Config]) -> list[ModelPair]:
         pairs = make_pairs(settings)
-        weight = pairs[0].teacher.network.lm_head.weight
+        weight = pairs[0].teacher.model.network.lm_head.weight
         weight.data[torch.cat([ids, other_ids])] = weight.data[torch.cat([other_ids, ids])]
         return pairs
 

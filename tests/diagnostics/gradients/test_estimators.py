@@ -248,8 +248,9 @@ def language(tiny_pair: tuple[Path, Path]):
     from opd.data.prompts import encode_prompts
     from opd.models.forward import response_hidden_states
     from opd.rollouts.hf_engine import sample
-    from opd.scoring.score import score
+    from opd.scoring.score import score_batch
     from opd.teachers.pair import load_pair
+    from tests.helpers.requests import full_request
 
     pair = load_pair(str(tiny_pair[0]), str(tiny_pair[1]), "cpu", "float32")
     problems = [Problem(prompt=f"{i} + {i + 1} =", answer="1") for i in range(4)]
@@ -263,10 +264,11 @@ def language(tiny_pair: tuple[Path, Path]):
         top_p=1.0,
         generator=seeded(1),
     )
-    batch, distributions = score(
-        pair, prompts, rollouts, k=4, temperature=0.8, max_tokens_per_microbatch=10**6,
-        max_logits_per_chunk=10**6, keep_teacher=True,
-    )  # fmt: skip
+    request = full_request(
+        4, "full", temperature=0.8, max_tokens_per_microbatch=10**6, max_logits_per_chunk=10**6
+    )
+    result = score_batch(pair.student, pair.teacher, prompts, rollouts, request)
+    batch, distributions = result.scored, result.teacher_hidden
     with torch.no_grad():
         return pair, batch, response_hidden_states(pair.student, prompts, batch), distributions
 
@@ -309,7 +311,7 @@ def test_the_sketch_of_a_models_head_is_that_of_autograd(language, name: str) ->
         hidden,
         lambda c: (
             log_probabilities(pair.student, hidden[c], 0.8),
-            log_probabilities(pair.teacher, distributions[c], 0.8),
+            log_probabilities(pair.teacher.model, distributions[c], 0.8),
         ),
         projection,
         chunk_tokens=5,
@@ -367,7 +369,7 @@ def test_a_row_of_a_language_model(language) -> None:
     def logp(c: slice) -> tuple[Tensor, Tensor]:
         return (
             log_probabilities(pair.student, hidden[c], 0.8),
-            log_probabilities(pair.teacher, distributions[c], 0.8),
+            log_probabilities(pair.teacher.model, distributions[c], 0.8),
         )
 
     sketches = sketch_gradients(batch, hidden, logp, identity_projection(size, width))
