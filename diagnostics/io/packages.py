@@ -1,9 +1,49 @@
 """Import of optional packages, with different errors for a missing and a broken package."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
 from diagnostics.errors import BrokenPackage, MissingPackage
+
+EXTRAS = {
+    "transformers": "train",
+    "tokenizers": "train",
+    "huggingface_hub": "train",
+    "tyro": "train",
+    "tqdm": "train",
+    "httpx2": "train",
+    "scipy": "train",
+    "joblib": "train",
+    "pandas": "study",
+    "matplotlib": "figures",
+}
+"""Optional package -> an extra of opdlab that installs it, for packages that modules import."""
+
+
+@contextmanager
+def explain_missing_packages(purpose: str, extra: str = "") -> Iterator[None]:
+    """Raise an error that names the extra where a module of ours imports a missing package.
+
+    Args:
+        purpose: What needs the package; the beginning of the message.
+        extra: The extra to name; the package's entry in EXTRAS by default.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        MissingPackage: A package of EXTRAS is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        raise MissingPackage(
+            f"{purpose} needs {error.name}: pip install 'opdlab[{extra or EXTRAS[error.name]}]'"
+        ) from error
 
 
 def load_package(
