@@ -20,7 +20,7 @@ from opd.config.settings import Config
 from opd.models.forward import response_hidden_states, scatter_to_mask
 from opd.models.model import CausalLM, split_head
 from opd.objectives.catalogue import KNOWN_ERRORS
-from opd.objectives.factory import Objective, build_objective
+from opd.objectives.factory import Objective, make_objective
 from opd.rollouts.base import Engine
 from opd.rollouts.hf_engine import HfEngine
 from opd.scoring import score
@@ -114,13 +114,13 @@ def k1_objective(_: Config) -> Objective:
 
 def negated_objective(_: Config) -> Objective:
     """Return the full reverse KL with the wrong sign."""
-    objective = build_objective("full_reverse_kl")
+    objective = make_objective("full_reverse_kl")
     return replace(objective, local=lambda inputs: -objective.local(inputs))
 
 
 def detached_objective(_: Config) -> Objective:
     """Return an objective with the right value and no gradient."""
-    objective = build_objective("full_reverse_kl")
+    objective = make_objective("full_reverse_kl")
     return replace(
         objective,
         local=lambda inputs: objective.local(inputs).detach() + 0 * objective.local(inputs),
@@ -198,8 +198,8 @@ SAMPLING_FAULTS: dict[str, Fault] = {
     "scored one token late": Fault(
         lambda: patch.object(score, "response_hidden_states", late_hidden_states)
     ),
-    "k1 differentiated": Fault(lambda: patch.object(setup, "make_objective", k1_objective)),
-    "wrong sign": Fault(lambda: patch.object(setup, "make_objective", negated_objective)),
+    "k1 differentiated": Fault(lambda: patch.object(setup, "objective_from_config", k1_objective)),
+    "wrong sign": Fault(lambda: patch.object(setup, "objective_from_config", negated_objective)),
     "un-normalised top-K": Fault(
         settings={"objective": "teacher_topk_unnormalised", "allow_collapse": True, "lr": 0.01}
     ),
@@ -207,5 +207,7 @@ SAMPLING_FAULTS: dict[str, Fault] = {
     "teacher's ids one higher": Fault(lambda: patch_pairs(with_shifted_ids), OTHER_TEACHER),
     "teacher ends otherwise": Fault(lambda: patch_pairs(with_other_eos), OTHER_TEACHER),
     "teacher's tag is another": Fault(lambda: patch_pairs(with_other_tag), OTHER_TEACHER),
-    "gradient stopped": Fault(lambda: patch.object(setup, "make_objective", detached_objective)),
+    "gradient stopped": Fault(
+        lambda: patch.object(setup, "objective_from_config", detached_objective)
+    ),
 }

@@ -24,7 +24,7 @@ from opd.data.grading.graders import Grade
 from opd.data.prompts import encode_prompt
 from opd.models.forward import response_hidden_states
 from opd.models.model import CausalLM, split_head
-from opd.objectives.factory import build_objective
+from opd.objectives.factory import make_objective
 from opd.scoring import score
 from opd.teachers.factory import make_pairs
 from opd.teachers.pair import ModelPair
@@ -262,7 +262,7 @@ def scale_loss(factor: float) -> AbstractContextManager[Any]:
 
 def replace_objective(name: str) -> AbstractContextManager[Any]:
     """Train with another objective than configured."""
-    return patch.object(setup, "make_objective", lambda _: build_objective(name))
+    return patch.object(setup, "objective_from_config", lambda _: make_objective(name))
 
 
 def optimizer_without_masters(

@@ -24,6 +24,7 @@ from opd.objectives.credit import (
     no_ratio,
     sampled_cost,
 )
+from opd.objectives.requirements import Requirements
 from opd.objectives.surrogates import (
     Form,
     VisitedTokens,
@@ -108,6 +109,24 @@ class Objective:
     """
     local_reads_sample: bool = False
     """Whether the local part reads the sampled token's log-probability."""
+    whole_groups: bool = False
+    """Whether the baseline or the reward of a response reads other responses of the step."""
+    support_k: int = 16
+    """K, the ids per model of a top-K support; the loss itself takes any number."""
+
+    @property
+    def requirements(self) -> Requirements:
+        """What the loss reads, and when it is valid."""
+        return Requirements(
+            support=self.support,
+            support_k=self.support_k,
+            sampled_logp=self.sampled,
+            teacher_sampled_logp=self.reads_teacher_sample,
+            normalised=self.normalised,
+            distributions=self.distributions,
+            whole_groups=self.whole_groups,
+            on_policy=self.on_policy_only,
+        )
 
     @property
     def reads_teacher_sample(self) -> bool:
@@ -450,7 +469,7 @@ KNOWN_ERRORS: dict[str, tuple[Callable[..., Objective], str]] = {
         "an advantage that is the same for every token of a prefix gives a gradient of mean zero",
     ),
 }
-"""Mistakes found in published trainers, kept for study; `build_objective` refuses them."""
+"""Mistakes found in published trainers, kept for study; `make_objective` refuses them."""
 
 COLLAPSING: dict[str, str] = {
     "_unnormalised": "descent ends at p(S) = q(S)/e, pushing the student out of the support S even "
@@ -458,4 +477,4 @@ COLLAPSING: dict[str, str] = {
     "_published_tail": "its gradient is off by grad p(S): descent ends at p(S) = q(S)/(q(S) + "
     "e - e q(S)), pushing the student out of the support S even where it equals the teacher",
 }
-"""Forms whose minimum is not the teacher; `build_objective` requires allow_collapse=True."""
+"""Forms whose minimum is not the teacher; `make_objective` requires allow_collapse=True."""

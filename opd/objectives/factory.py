@@ -8,7 +8,7 @@ gradient; `opd.objectives.surrogates`). The **reduction** divides by an explicit
 of language models.
 
 Named objectives are in `OBJECTIVES` (`opd.objectives.catalogue`), reductions in `DENOMINATORS`.
-`build_objective` validates the combination before training.
+`make_objective` validates the combination before training.
 """
 
 import inspect
@@ -66,7 +66,6 @@ __all__ = [
     "OBJECTIVES",
     "SUPPORTS",
     "Objective",
-    "build_objective",
     "full_forward_kl",
     "full_jsd",
     "full_reverse_kl",
@@ -75,6 +74,7 @@ __all__ = [
     "k1",
     "kl_advantage",
     "local",
+    "make_objective",
     "mean_future",
     "reduce",
     "sampled_token",
@@ -86,12 +86,13 @@ __all__ = [
 ]
 
 
-def build_objective(
+def make_objective(
     name: str,
+    *,
     gamma: float = 0.0,
     baseline: str = "none",
     ratio: str = "none",
-    *,
+    support_k: int = 16,
     beta: float | None = None,
     clip: tuple[float, float, float] | None = None,
     ratio_clip: float = math.inf,
@@ -107,6 +108,7 @@ def build_objective(
         gamma: Discount of later costs, in [0, 1].
         baseline: One of BASELINES in `opd.objectives.credit`.
         ratio: One of RATIOS in `opd.objectives.credit`.
+        support_k: K, the ids per model of a top-K support.
         beta: Mixture weight of full_jsd; None for 0.5.
         clip: (low, high, dual) of sampled_token_clipped; None for its default.
         ratio_clip: Nats within which the sampled tokens' costs are clipped (`clipped_cost`), and
@@ -129,6 +131,8 @@ def build_objective(
     _check_names(name, baseline, ratio, reward_baseline, mask_scope)
     _check_collapse(name, allow_collapse)
     check_gamma(gamma)
+    if support_k < 1:
+        raise InvalidInput(f"support_k is {support_k}; a support needs at least 1 id")
     objective = _construct(name, gamma, beta, clip)
     if baseline != "none":
         objective = _with_baseline(name, objective, baseline)
@@ -150,7 +154,7 @@ def build_objective(
             f"{name} at gamma = {objective.gamma} with baseline {baseline!r} does not use the "
             "costs of other tokens, so mask_scope 'loss' would have no effect; use 'cost'"
         )
-    return replace(objective, ratio=RATIOS[ratio], mask_scope=mask_scope)
+    return replace(objective, ratio=RATIOS[ratio], mask_scope=mask_scope, support_k=support_k)
 
 
 def _counts_masked_costs(objective: Objective, baseline: str) -> bool:
@@ -220,7 +224,12 @@ def _with_baseline(name: str, objective: Objective, baseline: str) -> Objective:
             "'local_kl', the mean of that cost, would only add noise"
         )
     distributions = objective.distributions or baseline == "local_kl"
-    return replace(objective, baseline=BASELINES[baseline], distributions=distributions)
+    return replace(
+        objective,
+        baseline=BASELINES[baseline],
+        distributions=distributions,
+        whole_groups=baseline in ("position_mean", "leave_one_out"),
+    )
 
 
 def _with_clipped_ratios(name: str, objective: Objective, limit: float) -> Objective:
@@ -255,4 +264,5 @@ def _with_reward(name: str, objective: Objective, weight: float, reward_baseline
         sampled=True,
         importance_weighted=objective.importance_weighted,
         normalised=True,
+        whole_groups=True,
     )

@@ -22,7 +22,7 @@ from opd.data.sources import Columns
 from opd.data.tasks import Task, load_task, reject_long_prompts, skip_long_prompts
 from opd.envs.task import GameTask, is_games, load_games
 from opd.models.model import CausalLM
-from opd.objectives.factory import DENOMINATORS, Objective, build_objective
+from opd.objectives.factory import DENOMINATORS, Objective, make_objective
 from opd.rollouts.base import Engine
 from opd.rollouts.factory import make_engine
 from opd.runtime import distributed
@@ -52,7 +52,7 @@ def make_task_runs(
     Returns:
         One `TaskRun` per task, all with the same prefetcher.
     """
-    settings, objective = task_configs(config), make_objective(config)
+    settings, objective = task_configs(config), objective_from_config(config)
     mixed = bool(config.tasks) and config.task_order == "mixed"
     if mixed:
         counts = prompts_per_task(config)
@@ -209,7 +209,7 @@ def load_game_task(config: Config) -> GameTask:
     )
 
 
-def make_objective(config: Config) -> Objective:
+def objective_from_config(config: Config) -> Objective:
     """Build the configured objective, and check that the settings go with it.
 
     Args:
@@ -219,17 +219,18 @@ def make_objective(config: Config) -> Objective:
         The objective.
 
     Raises:
-        InvalidInput: The denominator is unknown, `opd.objectives.factory.build_objective` refuses
+        InvalidInput: The denominator is unknown, `opd.objectives.factory.make_objective` refuses
             the settings, or `opd.training.checks.settings.objective_problems` reports a problem.
     """
     if config.denominator not in DENOMINATORS:
         known_names = ", ".join(DENOMINATORS)
         raise InvalidInput(f"unknown denominator {config.denominator!r}; known: {known_names}")
-    objective = build_objective(
+    objective = make_objective(
         config.objective,
-        config.gamma,
-        config.baseline,
-        config.ratio,
+        gamma=config.gamma,
+        baseline=config.baseline,
+        ratio=config.ratio,
+        support_k=config.support_k,
         beta=config.beta,
         clip=config.ppo_clip,
         ratio_clip=math.inf if config.ratio_clip is None else config.ratio_clip,

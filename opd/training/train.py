@@ -35,9 +35,9 @@ from opd.training.checks.start import check_start
 from opd.training.multitask import task_configs
 from opd.training.optimizer import make_optimizer
 from opd.training.setup import (
-    make_objective,
     make_rollout_engine,
     make_task_runs,
+    objective_from_config,
     task_runs_of_step,
 )
 from opd.training.state import TaskRun
@@ -62,7 +62,7 @@ def train(config: Config, start_over: bool = False) -> Path:
     """
     # validate the configuration before connecting to servers or loading models
     raise_problems(list(unused_settings(config)))
-    objective = make_objective(config)
+    objective = objective_from_config(config)
     for task_config in task_configs(config):
         if is_url(task_config.teacher):
             check_remote_support(task_config, objective)

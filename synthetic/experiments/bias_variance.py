@@ -134,7 +134,7 @@ def _sampled(
     count: int,
     generator: torch.Generator,
 ) -> dict[float, Row]:
-    family = {str(g): factory.build_objective("sampled_token", g) for g in GAMMAS}
+    family = {str(g): factory.make_objective("sampled_token", gamma=g) for g in GAMMAS}
     estimate = monte_carlo(mdp, student, teacher, family, count, generator)
     return {
         gamma: {

@@ -91,7 +91,7 @@ def measure(setting: dict[str, Any], generator: torch.Generator) -> list[Row]:
     rows: list[Row] = []
     labels = {key: setting[key] for key in ("start", "k")}
     for name in NAMES:
-        objective = factory.build_objective(name, allow_collapse=True)
+        objective = factory.make_objective(name, allow_collapse=True)
         student = start.clone()
         for iteration in range(setting["iterations"] + 1):
             if iteration in recorded_iterations:

@@ -178,7 +178,7 @@ def _train_runs(
     return descent.train(
         problem,
         start.expand(len(rates), -1).clone(),
-        factory.build_objective(name, gamma, baseline, allow_collapse=True),
+        factory.make_objective(name, gamma=gamma, baseline=baseline, allow_collapse=True),
         optimizer,
         setting["iterations"],
         setting["batch"],

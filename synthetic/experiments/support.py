@@ -95,7 +95,7 @@ def measure(setting: dict[str, Any], generator: torch.Generator) -> list[Row]:
             grad_mass = p * (inside - mass[:, None])
             for form, suffix in FORMS.items():
                 name = f"{source}_topk{suffix}"
-                objective = factory.build_objective(name, allow_collapse=True)
+                objective = factory.make_objective(name, allow_collapse=True)
                 gradient = expected_gradients(student, teacher, objective, k)
                 norms = gradient.norm(dim=-1) * full.norm(dim=-1)
                 full_norm = full.norm(dim=-1)

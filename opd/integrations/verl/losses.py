@@ -23,7 +23,7 @@ from diagnostics.adapters.verl import Loss, batch_from_verl, observe_loss
 from diagnostics.core.partial import replace_fields
 from diagnostics.errors import BrokenPackage, InvalidInput, MissingPackage
 from opd.integrations.verl.topk_loss import TOPK_OBJECTIVES, batch_setting, compute_topk_loss
-from opd.objectives.factory import Objective, build_objective
+from opd.objectives.factory import Objective, make_objective
 
 PREFIX = "opdlab_"
 """Prefix of a loss mode, followed by the objective's name, unless `register` is given a mode."""
@@ -35,7 +35,7 @@ def register(name: str, mode: str = "", **choices: Any) -> str:
     """Register the objective `name` as a loss mode, with the token-level metrics of the panel.
 
     Args:
-        name: Objective of `opd.objectives.factory.build_objective`.
+        name: Objective of `opd.objectives.factory.make_objective`.
         mode: The loss mode; PREFIX and the name if empty.
         **choices: Options of the objective: gamma, ratio, clip, ratio_clip, mask_scope.
 
@@ -48,7 +48,7 @@ def register(name: str, mode: str = "", **choices: Any) -> str:
         ImportError: verl is missing, or computes its losses in another way.
     """
     losses = verl_losses()
-    objective, mode = build_objective(name, **choices), mode or PREFIX + name
+    objective, mode = make_objective(name, **choices), mode or PREFIX + name
     topk = objective.support == "teacher"
     problem = missing_inputs(objective) or unsupported_choice(choices, topk)
     if problem:

@@ -177,11 +177,11 @@ def credit_from_settings(config: Config, batch: ScoredRollouts) -> Tensor:
         return batch.log_ratio.clamp(-limit, limit)
     if is_immediate and config.objective not in (*SAMPLED, "mean_future"):
         return torch.zeros_like(batch.student_logp)
-    objective = factory.build_objective(
+    objective = factory.make_objective(
         config.objective,
-        config.gamma,
-        config.baseline,
-        config.ratio,
+        gamma=config.gamma,
+        baseline=config.baseline,
+        ratio=config.ratio,
         beta=config.beta,
         clip=config.ppo_clip,
         ratio_clip=limit,

@@ -77,7 +77,7 @@ def _empty_groups(config: Config) -> Iterator[str]:
     if config.baseline == "given":
         yield (
             "baseline given is a column of the batch that batches of a run do not have; it is for "
-            "your own code (opd.objectives.factory.build_objective): choose another baseline"
+            "your own code (opd.objectives.factory.make_objective): choose another baseline"
         )
 
 

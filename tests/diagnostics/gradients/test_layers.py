@@ -26,7 +26,7 @@ from opd.models.contexts import activation_checkpointing
 from opd.models.forward import log_probabilities, response_hidden_states, scatter_to_mask
 from opd.models.lm_head import LmHead
 from opd.models.model import split_head
-from opd.objectives.factory import build_objective
+from opd.objectives.factory import make_objective
 from opd.teachers.pair import ModelPair
 from opd.training.gradient_probe import (
     TrainedLoss,
@@ -326,7 +326,7 @@ def test_blocks_without_a_probe_are_refused() -> None:
 def trained(name: str, gamma: float = 0.0, baseline: str = "none") -> TrainedLoss:
     """Build a loss that averages over responses."""
     prompts, scored = case()
-    objective = build_objective(name, gamma, baseline)
+    objective = make_objective(name, gamma=gamma, baseline=baseline)
     weight = 1 + torch.arange(B, dtype=torch.float64)[:, None].expand(B, T)
     return TrainedLoss(
         objective=objective,

@@ -32,7 +32,7 @@ from opd.rollouts.hf_engine import HfEngine
 from opd.scoring.score import score
 from opd.teachers.pair import load_pair
 from opd.training.optimizer import make_optimizer
-from opd.training.setup import make_objective
+from opd.training.setup import objective_from_config
 from opd.training.state import ScoredTaskBatch
 from opd.training.train import train
 from opd.training.update import accumulate_gradients, make_update_slices
@@ -329,7 +329,7 @@ def make_scored_batch(
         task=GameTask(source="", make=Echo),
         engine=HfEngine(pair.student),
         prefetcher=RolloutPrefetcher(lambda step: [], lambda: None, lag=0, steps=1, updates=1),
-        objective=make_objective(config),
+        objective=objective_from_config(config),
         masks=[],
         optimizer=make_optimizer(pair.student.network.parameters(), (0.9, 0.999), 0.0),
         monitor=Monitor({}),

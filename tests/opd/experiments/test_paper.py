@@ -16,13 +16,13 @@ from opd.experiments.paper import (
     cell_arguments,
 )
 from opd.training.multitask import task_configs
-from opd.training.setup import make_objective
+from opd.training.setup import objective_from_config
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_the_settings_of_its_name(method: str) -> None:
     config = parse_config(["lab", *SHARED_SETTINGS, *METHODS[method], "--seed", "3"])
-    make_objective(config)
+    objective_from_config(config)
     assert config.updates_per_batch == 2
     assert bool(config.mask) == method.removesuffix("_top_p").endswith("_mask")
     is_top_k = not method.startswith("sampled")
@@ -38,7 +38,7 @@ def cell_config(group: str, method: str, root: Path) -> Config:
     if group in TASK_FILES:
         (root / f"{group}.toml").write_text(TASK_FILES[group].format(lab="place"))
     config = parse_config([str(x) for x in cell_arguments(group, 3, method, root, Path("place"))])
-    make_objective(config)
+    objective_from_config(config)
     assert config.out == str(root / group / f"{method}-3")
     assert config.seed == 3
     return config

@@ -116,7 +116,7 @@ def test_a_baseline_leaves_the_mean_gradient(
             plain = replace(plain, mask_scope=scope)
         want = mean_gradient(batches, plain.credit)
         with_baseline = replace(
-            plain, baseline=o.build_objective("sampled_token", 0.5, baseline).baseline
+            plain, baseline=o.make_objective("sampled_token", gamma=0.5, baseline=baseline).baseline
         )
         assert any(bool((with_baseline.credit(b) - plain.credit(b)).any()) for b in batches[-3:])
         torch.testing.assert_close(mean_gradient(batches, with_baseline.credit), want)
@@ -141,6 +141,6 @@ def test_the_probe_measures_the_baseline_that_trains(baseline: str) -> None:
     gammas = (0.0, 0.9, 1.0)
     family = estimator_weights(batch, [baseline], gammas)
     for gamma in gammas:
-        objective: Any = o.build_objective("sampled_token", gamma, baseline)
+        objective: Any = o.make_objective("sampled_token", gamma=gamma, baseline=baseline)
         probe_credit = family.values[..., estimator_index(family, baseline, gamma)]
         torch.testing.assert_close(probe_credit, objective.credit(batch))

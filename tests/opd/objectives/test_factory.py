@@ -1,4 +1,4 @@
-"""Options of `build_objective`, what it refuses, and the selection of tokens."""
+"""Options of `make_objective`, what it refuses, and the selection of tokens."""
 
 import math
 from dataclasses import replace
@@ -40,7 +40,7 @@ def test_an_outcome_adds_the_gradient_of_the_mean_reward(name: str, advantage: s
     """Every pair of sequences is a group of two rollouts."""
     reward = torch.rand(len(SEQUENCES), generator=seeded(2), dtype=torch.float64)
     student, teacher = (table.requires_grad_() for table in tables())
-    objective = o.build_objective(name, reward_weight=0.6, reward_baseline=advantage)
+    objective = o.make_objective(name, reward_weight=0.6, reward_baseline=advantage)
     sequences = every_sequence(student, teacher, objective.support, 2)
     first, second = torch.cartesian_prod(*[torch.arange(len(SEQUENCES))] * 2).T
     pairs = torch.stack([first, second], 1)
@@ -83,22 +83,24 @@ def test_advantages_by_hand() -> None:
         "group_normal": [x / (1 / 3) ** 0.5 for x in (2 / 3, -1 / 3, -2 / 3, -1 / 3, 1 / 3, 1 / 3)],
     }
     for name, values in want.items():
-        objective = o.build_objective("sampled_token", 0.3, reward_weight=2.0, reward_baseline=name)
+        objective = o.make_objective(
+            "sampled_token", gamma=0.3, reward_weight=2.0, reward_baseline=name
+        )
         expected = -2 * torch.tensor(values, dtype=torch.float64)[:, None] * batch.mask
         torch.testing.assert_close(objective.credit(batch), expected)
     equal_rewards = graded([1.0, 1.0], [0, 0])
     assert (
-        o.build_objective("teacher_topk", reward_weight=1.0, reward_baseline="group_normal")
+        o.make_objective("teacher_topk", reward_weight=1.0, reward_baseline="group_normal")
         .credit(equal_rewards)
         .eq(0)
         .all()
     )
     with pytest.raises(ValueError, match="1 of 2 responses have no reward"):
-        o.build_objective("sampled_token", reward_weight=1.0).credit(
+        o.make_objective("sampled_token", reward_weight=1.0).credit(
             graded([1.0, torch.nan], [0, 0])
         )
     with pytest.raises(ValueError, match="2 of 2 prompts have a single rollout"):
-        o.build_objective("sampled_token", reward_weight=1.0).credit(graded([1.0, 0.0], [0, 1]))
+        o.make_objective("sampled_token", reward_weight=1.0).credit(graded([1.0, 0.0], [0, 1]))
 
 
 # --- selection ----------------------------------------------------------------------------------
@@ -120,7 +122,7 @@ def test_the_most_uncertain_tokens_of_the_step_are_kept() -> None:
         for position in ranked[:count]:
             want[position] = True
         torch.testing.assert_close(keep, want)
-        objective = o.build_objective("sampled_token", 0.5)
+        objective = o.make_objective("sampled_token", gamma=0.5)
         credit_of = objective.credit(batch)
         selected = batch.restrict_mask(keep).validate()
         assert torch.equal(selected.mask, keep)
@@ -172,63 +174,68 @@ def test_rounding_does_not_choose_among_equal_entropies(split: int) -> None:
 # --- refusals -----------------------------------------------------------------------------------
 
 REFUSED = [
-    ("1.5", ("sampled_token", 1.5), {}),
-    ("gamma is nan", ("sampled_token", math.nan), {}),
-    ("no effect", ("teacher_topk", 0.5), {}),
-    ("no effect", ("full_forward_kl", 0.5), {}),
-    ("unknown objective 'kl'", ("kl",), {}),
-    ("gradient of mean zero", ("k1",), {}),
-    ("gradient of mean zero", ("kl_advantage", 0.5), {}),
-    ("no credit from which to subtract", ("teacher_topk",), {"baseline": "position_mean"}),
-    ("no credit from which to subtract", ("full_reverse_kl",), {"baseline": "leave_one_out"}),
-    ("only add noise", ("full_reverse_kl", 0.5), {"baseline": "local_kl"}),
-    ("unknown baseline 'mean'", ("sampled_token",), {"baseline": "mean"}),
-    ("unknown ratio 'both'", ("sampled_token",), {"ratio": "both"}),
-    ("only add noise", ("teacher_topk",), {"ratio": "token"}),
-    ("beta = 0.5 would have no effect", ("full_reverse_kl",), {"beta": 0.5}),
-    ("beta is 1.5", ("full_jsd",), {"beta": 1.5}),
-    ("clip = .* would have no effect", ("sampled_token",), {"clip": (0.2, 0.2, 3.0)}),
-    ("clip is", ("sampled_token_clipped",), {"clip": (1.2, 0.2, 3.0)}),
-    ("clip is", ("sampled_token_clipped",), {"clip": (0.2, 0.2, 1.1)}),
-    ("ratio_clip is -1", ("sampled_token",), {"ratio_clip": -1.0}),
-    ("ratio_clip is nan", ("sampled_token",), {"ratio_clip": math.nan}),
-    ("no sampled cost", ("teacher_topk_bucket",), {"ratio_clip": 5.0}),
-    ("no sampled cost", ("full_jsd",), {"ratio_clip": 5.0}),
-    ("no sampled cost", ("full_forward_kl",), {"ratio_clip": 5.0}),
-    ("reward_weight is -1", ("sampled_token",), {"reward_weight": -1.0}),
-    ("reward_weight is nan", ("sampled_token",), {"reward_weight": math.nan}),
-    ("without a reward_weight", ("sampled_token",), {"reward_baseline": "group_mean"}),
+    ("1.5", "sampled_token", {"gamma": 1.5}),
+    ("gamma is nan", "sampled_token", {"gamma": math.nan}),
+    ("no effect", "teacher_topk", {"gamma": 0.5}),
+    ("no effect", "full_forward_kl", {"gamma": 0.5}),
+    ("unknown objective 'kl'", "kl", {}),
+    ("gradient of mean zero", "k1", {}),
+    ("gradient of mean zero", "kl_advantage", {"gamma": 0.5}),
+    ("no credit from which to subtract", "teacher_topk", {"baseline": "position_mean"}),
+    ("no credit from which to subtract", "full_reverse_kl", {"baseline": "leave_one_out"}),
+    ("only add noise", "full_reverse_kl", {"gamma": 0.5, "baseline": "local_kl"}),
+    ("unknown baseline 'mean'", "sampled_token", {"baseline": "mean"}),
+    ("unknown ratio 'both'", "sampled_token", {"ratio": "both"}),
+    ("only add noise", "teacher_topk", {"ratio": "token"}),
+    ("beta = 0.5 would have no effect", "full_reverse_kl", {"beta": 0.5}),
+    ("beta is 1.5", "full_jsd", {"beta": 1.5}),
+    ("clip = .* would have no effect", "sampled_token", {"clip": (0.2, 0.2, 3.0)}),
+    ("clip is", "sampled_token_clipped", {"clip": (1.2, 0.2, 3.0)}),
+    ("clip is", "sampled_token_clipped", {"clip": (0.2, 0.2, 1.1)}),
+    ("ratio_clip is -1", "sampled_token", {"ratio_clip": -1.0}),
+    ("ratio_clip is nan", "sampled_token", {"ratio_clip": math.nan}),
+    ("no sampled cost", "teacher_topk_bucket", {"ratio_clip": 5.0}),
+    ("no sampled cost", "full_jsd", {"ratio_clip": 5.0}),
+    ("no sampled cost", "full_forward_kl", {"ratio_clip": 5.0}),
+    ("reward_weight is -1", "sampled_token", {"reward_weight": -1.0}),
+    ("reward_weight is nan", "sampled_token", {"reward_weight": math.nan}),
+    ("without a reward_weight", "sampled_token", {"reward_baseline": "group_mean"}),
     (
         "unknown reward_baseline 'best'",
-        ("sampled_token",),
+        "sampled_token",
         {"reward_weight": 1.0, "reward_baseline": "best"},
     ),
-    ("q.S./e, pushing", ("teacher_topk_unnormalised",), {}),
-    ("q.S./e, pushing", ("union_topk_unnormalised",), {}),
-    ("grad p.S.", ("student_topk_published_tail",), {}),
+    ("support_k is 0", "teacher_topk", {"support_k": 0}),
+    ("q.S./e, pushing", "teacher_topk_unnormalised", {}),
+    ("q.S./e, pushing", "union_topk_unnormalised", {}),
+    ("grad p.S.", "student_topk_published_tail", {}),
 ]
 
 
-@pytest.mark.parametrize(("words", "args", "options"), REFUSED)
-def test_refusals_name_the_value(words: str, args: tuple, options: dict) -> None:
+@pytest.mark.parametrize(("words", "name", "options"), REFUSED)
+def test_refusals_name_the_value(words: str, name: str, options: dict) -> None:
     with pytest.raises(ValueError, match=words):
-        o.build_objective(*args, **options)
+        o.make_objective(name, **options)
 
 
 def test_what_is_not_refused_is_built_as_asked() -> None:
-    objective = o.build_objective(
-        "sampled_token_clipped", 0.5, "leave_one_out", "token", clip=(0.1, 0.3, 2.0)
+    objective = o.make_objective(
+        "sampled_token_clipped",
+        gamma=0.5,
+        baseline="leave_one_out",
+        ratio="token",
+        clip=(0.1, 0.3, 2.0),
     )
     assert objective.gamma == 0.5
     assert objective.baseline is credit.leave_one_out
     assert objective.ratio is credit.token_ratio
     assert (
-        o.build_objective("full_sampled_future", 0.5, ratio_clip=5.0).later_cost
+        o.make_objective("full_sampled_future", gamma=0.5, ratio_clip=5.0).later_cost
         is not credit.sampled_cost
     )
-    assert o.build_objective("teacher_topk", ratio="token", reward_weight=1.0).sampled
+    assert o.make_objective("teacher_topk", ratio="token", reward_weight=1.0).sampled
     for name in o.OBJECTIVES:
-        o.build_objective(name, reward_weight=0.5, allow_collapse=True)
+        o.make_objective(name, reward_weight=0.5, allow_collapse=True)
     batch = every_sequence(*tables(), "union", 2)
     with pytest.raises(ValueError, match="needs a 'teacher' support, but the batch has 'union'"):
-        o.build_objective("teacher_topk").loss(None, batch.support.student_logp, batch)
+        o.make_objective("teacher_topk").loss(None, batch.support.student_logp, batch)

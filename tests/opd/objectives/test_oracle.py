@@ -56,7 +56,7 @@ def expected_gradients(
 ) -> tuple[Tensor, Tensor | None]:
     """Return gradients with respect to student and teacher; no input is detached."""
     student, teacher = (table.requires_grad_() for table in tables())
-    objective = o.build_objective(name, gamma, allow_collapse=True, **choices)
+    objective = o.make_objective(name, gamma=gamma, allow_collapse=True, **choices)
     batch = every_sequence(student, teacher, objective.support, k)
     logp = batch.student_logp
     support_logp = None if batch.support is None else batch.support.student_logp
@@ -223,9 +223,9 @@ def test_a_clipped_token_counts_where_it_has_not_moved_far_enough() -> None:
     batch = every_sequence(old, teacher, "none", V)
     logp = new.log_softmax(-1)[states()].gather(-1, SEQUENCES[..., None])[..., 0].requires_grad_()
     clip = (0.1, 0.4, 1.5)
-    objective = o.build_objective("sampled_token_clipped", 0.5, clip=clip)
+    objective = o.make_objective("sampled_token_clipped", gamma=0.5, clip=clip)
     (gradient,) = torch.autograd.grad(objective.loss(logp, None, batch).sum(), logp)
-    free = o.build_objective("sampled_token_weighted", 0.5).loss(logp, None, batch)
+    free = o.make_objective("sampled_token_weighted", gamma=0.5).loss(logp, None, batch)
     (slope,) = torch.autograd.grad(free.sum(), logp)
     rho, advantage = (logp - batch.student_logp).exp(), -objective.credit(batch)
     is_clipped = torch.where(advantage > 0, rho > 1.4, (rho < 0.9) | (rho > 1.5))
@@ -239,7 +239,7 @@ def test_credit_is_a_constant() -> None:
     batch = every_sequence(student, teacher, "none", V)
     assert batch.student_logp.requires_grad
     for name in FAMILY:
-        assert not o.build_objective(name, 0.5).credit(batch).requires_grad
+        assert not o.make_objective(name, gamma=0.5).credit(batch).requires_grad
 
 
 def test_clipped_costs_have_the_mean_of_the_clipped_ratio() -> None:

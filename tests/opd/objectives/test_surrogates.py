@@ -143,7 +143,7 @@ def test_clipped_log_ratios_by_a_loop_over_ids(name: str, limit: float) -> None:
             far = abs(float(r.detach())) > limit
             total = total + a.exp() * (math.copysign(limit, float(r.detach())) if far else r)
     (want,) = torch.autograd.grad(total, live)
-    objective = o.build_objective(
+    objective = o.make_objective(
         "full_reverse_kl" if source == "full" else name,
         ratio_clip=limit,
         allow_collapse="unnormalised" in name,
@@ -195,13 +195,13 @@ def test_objectives_say_what_they_read() -> None:
                 objective.surrogate(blind)
         else:
             torch.testing.assert_close(objective.surrogate(blind), objective.surrogate(inputs))
-    assert not o.build_objective("teacher_topk").normalised
-    assert not o.build_objective("teacher_topk").sampled
-    mixed = o.build_objective("teacher_topk", reward_weight=0.5)
+    assert not o.make_objective("teacher_topk").normalised
+    assert not o.make_objective("teacher_topk").sampled
+    mixed = o.make_objective("teacher_topk", reward_weight=0.5)
     assert mixed.sampled
     assert mixed.normalised
-    assert o.build_objective("full_reverse_kl", 0.5).sampled
-    assert not o.build_objective("full_reverse_kl").sampled
+    assert o.make_objective("full_reverse_kl", gamma=0.5).sampled
+    assert not o.make_objective("full_reverse_kl").sampled
 
 
 # --- published formulas -------------------------------------------------------------------------
@@ -236,7 +236,7 @@ def published(variant: int, z: Tensor, target: Tensor, y: int, k: int) -> Tensor
 )
 @pytest.mark.parametrize("k", [1, 3])
 def test_the_papers_five_variants(variant: int, name: str, k: int) -> None:
-    objective = o.build_objective(name, allow_collapse=True)
+    objective = o.make_objective(name, allow_collapse=True)
     live = logits()[0].requires_grad_()
     loss = objective.surrogate(visited(live, *select_support(objective.support, k)))
     reference_leaf, target = logits()

@@ -15,7 +15,7 @@ from diagnostics.batch import Rollouts, ScoredRollouts
 from opd.data.chain_task import Problem
 from opd.data.prompts import Prompts, encode_prompts
 from opd.models.forward import response_hidden_states
-from opd.objectives.factory import build_objective
+from opd.objectives.factory import make_objective
 from opd.objectives.support import JOINT_SUPPORTS
 from opd.rollouts.hf_engine import sample
 from opd.scoring.loss import loss_from_hidden
@@ -99,7 +99,7 @@ def assert_same_scores(remote: ScoredRollouts, local: ScoredRollouts) -> None:
 def loss_and_gradients(
     pair: ModelPair, name: str, prompts: Prompts, batch: ScoredRollouts, **options: Any
 ) -> list[torch.Tensor]:
-    objective = build_objective(name, **options)
+    objective = make_objective(name, **options)
     parameters = list(pair.student.network.parameters())
     loss = loss_from_hidden(
         pair,

@@ -73,8 +73,10 @@ def test_the_sequence_ratio_makes_up_for_another_sampler_under_a_mask(
     mask = MASKS[name](SEQUENCES)
     assert 0 < int((~mask).sum()) < mask.numel() / 2
     for gamma in (0.5, 1.0):
-        plain = o.build_objective("sampled_token", gamma, mask_scope=scope)
-        corrected = o.build_objective("sampled_token", gamma, ratio="sequence", mask_scope=scope)
+        plain = o.make_objective("sampled_token", gamma=gamma, mask_scope=scope)
+        corrected = o.make_objective(
+            "sampled_token", gamma=gamma, ratio="sequence", mask_scope=scope
+        )
         want = mean_gradient(mask, tables()[0], plain)
         gradient = mean_gradient(mask, stale_table(), corrected)
         torch.testing.assert_close(gradient, want, rtol=1e-9, atol=1e-12)
@@ -98,12 +100,12 @@ def test_a_mask_of_prefixes_gives_the_gradient_at_the_supervised_ones(scope: str
     supervised[states()[mask]] = True
     assert 0 < int((~supervised).sum()) < len(student)
     gradient = mean_gradient(
-        mask, tables()[0], o.build_objective("sampled_token", 1.0, mask_scope=scope)
+        mask, tables()[0], o.make_objective("sampled_token", gamma=1.0, mask_scope=scope)
     )
     torch.testing.assert_close(gradient, want * supervised[:, None])
     other_scope = "cost" if scope == "loss" else "loss"
     other_gradient = mean_gradient(
-        mask, tables()[0], o.build_objective("sampled_token", 1.0, mask_scope=other_scope)
+        mask, tables()[0], o.make_objective("sampled_token", gamma=1.0, mask_scope=other_scope)
     )
     assert (other_gradient - gradient).norm() > 0.01
 
@@ -113,7 +115,7 @@ def test_leave_one_out_leaves_the_mean_under_a_mask_of_prefixes(scope: str) -> N
     """Every pair of sequences is a group; a baseline independent of the token has no bias."""
     mask = by_prefix(SEQUENCES)
     want = mean_gradient(
-        mask, tables()[0], o.build_objective("sampled_token", 1.0, mask_scope=scope)
+        mask, tables()[0], o.make_objective("sampled_token", gamma=1.0, mask_scope=scope)
     )
     student, teacher = (table.requires_grad_() for table in tables())
     sequences = every_sequence(student, teacher, "none", 3).restrict_mask(mask)
@@ -121,7 +123,9 @@ def test_leave_one_out_leaves_the_mean_under_a_mask_of_prefixes(scope: str) -> N
     batch = replace(
         sequences.rows(pairs.flatten()), prompt=torch.arange(len(pairs)).repeat_interleave(2)
     )
-    objective = o.build_objective("sampled_token", 1.0, "leave_one_out", mask_scope=scope)
+    objective = o.make_objective(
+        "sampled_token", gamma=1.0, baseline="leave_one_out", mask_scope=scope
+    )
     losses = objective.loss(batch.student_logp, None, batch) * batch.mask
     weight = sequences.student_logp.sum(1).exp().detach()[pairs].prod(1)
     total = (weight * losses.sum(1).view(-1, 2).mean(1)).sum()
@@ -156,7 +160,7 @@ def test_masked_tokens_advance_gamma_and_count_as_their_scope_says(
     keep = (batch.tokens % 3 != 1).clone()
     keep[4] = False  # nothing of this response is supervised
     batch = batch.restrict_mask(keep)
-    objective = replace(o.build_objective("sampled_token", gamma), mask_scope=scope)
+    objective = replace(o.make_objective("sampled_token", gamma=gamma), mask_scope=scope)
     want = torch.tensor(credit_by_hand(batch, gamma, scope), dtype=torch.float64)
     torch.testing.assert_close(objective.credit(batch), want)
     assert objective.credit(batch)[4].eq(0).all()
@@ -172,21 +176,23 @@ def test_a_tag_of_many_nats_teaches_earlier_tokens_nothing_with_the_scope_cost()
     changed_batch = replace(batch, teacher_logp=torch.where(hole, -30.0, batch.teacher_logp))
     for scope in ("cost", "loss"):
         for baseline in ("none", "leave_one_out"):
-            objective = o.build_objective("sampled_token", 0.9, baseline, mask_scope=scope)
+            objective = o.make_objective(
+                "sampled_token", gamma=0.9, baseline=baseline, mask_scope=scope
+            )
             max_change = (objective.credit(changed_batch) - objective.credit(batch)).abs().max()
             assert (float(max_change) > 1) == (scope == "loss")
 
 
 def test_a_scope_without_an_effect_is_refused() -> None:
-    o.build_objective("sampled_token", 0.5, mask_scope="loss")
-    o.build_objective("sampled_token", 0.0, "leave_one_out", mask_scope="loss")
+    o.make_objective("sampled_token", gamma=0.5, mask_scope="loss")
+    o.make_objective("sampled_token", gamma=0.0, baseline="leave_one_out", mask_scope="loss")
     for name, baseline in (("sampled_token", "none"), ("sampled_token", "local_kl")):
         with pytest.raises(ValueError, match="mask_scope 'loss' would have no effect"):
-            o.build_objective(name, 0.0, baseline, mask_scope="loss")
+            o.make_objective(name, gamma=0.0, baseline=baseline, mask_scope="loss")
     with pytest.raises(ValueError, match="mask_scope 'loss' would have no effect"):
-        o.build_objective("teacher_topk", mask_scope="loss")
+        o.make_objective("teacher_topk", mask_scope="loss")
     with pytest.raises(ValueError, match="unknown mask scope 'all'; known: cost, loss"):
-        o.build_objective("sampled_token", mask_scope="all")
+        o.make_objective("sampled_token", mask_scope="all")
 
 
 # --- tests of sampling stay right under every kind of mask ----------------------------------------

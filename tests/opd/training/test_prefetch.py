@@ -20,7 +20,7 @@ from opd.data.chain_task import problems
 from opd.data.prompts import Prompts, encode_prompts
 from opd.models.forward import response_hidden_states
 from opd.models.loading import load_model
-from opd.objectives.factory import build_objective
+from opd.objectives.factory import make_objective
 from opd.scoring.loss import loss_from_hidden
 from opd.serving import json_endpoint
 from opd.teachers.pair import load_pair
@@ -410,7 +410,7 @@ def test_token_ratios_make_stale_samples_unbiased_at_their_prefixes(
     )
     gradients = {}
     for ratio in ("token", "none"):
-        objective = build_objective(name, ratio=ratio)
+        objective = make_objective(name, ratio=ratio)
         network.zero_grad()
         loss_from_hidden(
             pair,

@@ -19,7 +19,7 @@ from opd.objectives.credit import RATIOS
 from opd.objectives.factory import Objective
 from opd.objectives.support import JOINT_SUPPORTS
 from opd.objectives.surrogates import plain_score
-from opd.training.setup import make_objective
+from opd.training.setup import objective_from_config
 
 V, K = 8, 3
 EXACT = 1e-9
@@ -108,39 +108,39 @@ def test_several_updates_are_for_losses_whose_mean_stays_right(
     name: str, reward_weight: float
 ) -> None:
     config = settings(name, reward_weight=reward_weight)
-    objective = factory.build_objective(name, reward_weight=reward_weight, allow_collapse=True)
+    objective = factory.make_objective(name, reward_weight=reward_weight, allow_collapse=True)
     error = second_update_error(objective, OLD)
     assert (error < EXACT) == (not objective.on_policy_only), error
     if error < EXACT:
-        make_objective(config)
+        objective_from_config(config)
     else:
         assert error > 1e-3
         with pytest.raises(ValueError, match=r"updates_per_batch is 2: .*allow_unweighted"):
-            make_objective(config)
-        make_objective(replace(config, allow_unweighted=True))
+            objective_from_config(config)
+        objective_from_config(replace(config, allow_unweighted=True))
 
 
 def test_the_ratio_of_the_rollouts_repairs_the_first_update_alone() -> None:
     """With another sampler, the ratios of both old and updated student are needed."""
     plain, weighted = (
-        factory.build_objective(name, ratio="token")
+        factory.make_objective(name, ratio="token")
         for name in ("sampled_token", "sampled_token_weighted")
     )
     assert second_update_error(plain, SAMPLER) > 0.01
     assert second_update_error(weighted, SAMPLER) < EXACT
-    assert second_update_error(factory.build_objective("sampled_token_weighted"), SAMPLER) > 0.01
+    assert second_update_error(factory.make_objective("sampled_token_weighted"), SAMPLER) > 0.01
     served = {"engine": "servers", "rollout_servers": ("http://h:1/v1",), "ratio": "token"}
     with pytest.raises(ValueError, match="updates_per_batch is 2"):
-        make_objective(settings("sampled_token", **served, rollout_lag=1))
-    make_objective(settings("sampled_token_weighted", **served, rollout_lag=1))
+        objective_from_config(settings("sampled_token", **served, rollout_lag=1))
+    objective_from_config(settings("sampled_token_weighted", **served, rollout_lag=1))
     with pytest.raises(ValueError, match="rollout_lag is 1"):
-        make_objective(
+        objective_from_config(
             settings("sampled_token_weighted", **(served | {"ratio": "none"}), rollout_lag=1)
         )
 
 
 def test_a_wide_clip_leaves_the_mean_of_the_weighted_score() -> None:
-    wide = factory.build_objective("sampled_token_clipped", clip=(1 - 1e-9, 1e9, 1e10))
+    wide = factory.make_objective("sampled_token_clipped", clip=(1 - 1e-9, 1e9, 1e10))
     assert second_update_error(wide, OLD) < 1e-6
 
 
@@ -158,22 +158,22 @@ def test_a_wrapped_function_changes_no_answer(monkeypatch: pytest.MonkeyPatch) -
         "logged": logged,
         "anything": lambda **options: factory.full_sampled_future(**options),
         "k2_wrapped": lambda: replace(
-            factory.build_objective("k2"),
-            local=functools.partial(factory.build_objective("k2").local),
+            factory.make_objective("k2"),
+            local=functools.partial(factory.make_objective("k2").local),
         ),
     }
     for name, constructor in constructors.items():
         monkeypatch.setitem(factory.OBJECTIVES, name, constructor)
     for name in ("wrapped", "partial", "k2_wrapped"):
         with pytest.raises(ValueError, match="updates_per_batch is 2"):
-            make_objective(settings(name))
+            objective_from_config(settings(name))
     for name in ("logged", "anything"):
-        make_objective(settings(name))  # at gamma 0 they do not read the sampled token
+        objective_from_config(settings(name))  # at gamma 0 they do not read the sampled token
         with pytest.raises(ValueError, match="updates_per_batch is 2"):
-            make_objective(settings(name, gamma=0.5))
+            objective_from_config(settings(name, gamma=0.5))
     with pytest.raises(ValueError, match="only add noise"):
-        factory.build_objective("logged", 0.5, baseline="local_kl")
+        factory.make_objective("logged", gamma=0.5, baseline="local_kl")
     assert (
-        factory.build_objective("anything", 0.5, ratio_clip=1.0).later_cost
+        factory.make_objective("anything", gamma=0.5, ratio_clip=1.0).later_cost
         is not factory.full_sampled_future(0.5).later_cost
     )

@@ -163,7 +163,7 @@ def test_the_trainers_objectives_have_the_exact_expected_gradients(name: str) ->
     torch.testing.assert_close(full, family[0], atol=1e-12, rtol=0)
     whole_support = with_support(trajectories, student, teacher, "teacher", mdp.num_actions)
     torch.testing.assert_close(
-        expected(whole_support, factory.build_objective("teacher_topk")),
+        expected(whole_support, factory.make_objective("teacher_topk")),
         family[0],
         atol=1e-12,
         rtol=0,
@@ -177,7 +177,7 @@ def test_the_trainers_objectives_have_the_exact_expected_gradients(name: str) ->
     ratio = (student_logp - teacher_logp).nan_to_num(0)
     local = student_logp.exp() * (ratio - (student_logp.exp() * ratio).sum(-1, keepdim=True))
     visits = moments.sequence_kl(mdp, student, teacher).occupancy.sum(0) * mdp.active
-    gradient = expected(partial_support, factory.build_objective("teacher_topk"))
+    gradient = expected(partial_support, factory.make_objective("teacher_topk"))
     torch.testing.assert_close(gradient, visits[:, None] * local, atol=1e-12, rtol=0)
     assert (gradient - family[0]).norm() > 0.01
 
@@ -192,7 +192,7 @@ def test_each_trajectorys_gradient_is_that_of_its_own_loss() -> None:
     for objective, supported in (
         (factory.sampled_token(0.7), trajectories),
         (factory.full_reverse_kl(), full),
-        (factory.build_objective("teacher_topk"), top),
+        (factory.make_objective("teacher_topk"), top),
     ):
         supported.batch.validate()
         together = trajectory_gradients(supported, student, objective)
@@ -255,7 +255,7 @@ def test_monte_carlo_agrees_with_the_exact_moments() -> None:
 def test_monte_carlo_covers_objectives_on_a_support() -> None:
     mdp = worlds()["ending"]
     student, teacher = pair(mdp)
-    family = {"full": factory.full_reverse_kl(), "top": factory.build_objective("teacher_topk")}
+    family = {"full": factory.full_reverse_kl(), "top": factory.make_objective("teacher_topk")}
     estimate = monte_carlo(mdp, student, teacher, family, 5_000, seeded(6), k=2)
     mean, variance = moments.moments(mdp, student, teacher, "rb_immediate", 0.0)
     error = estimate.mean_se[0].clamp(min=1e-12)

@@ -235,10 +235,10 @@ def test_monte_carlo_agrees_for_other_samplers_and_given_baselines() -> None:
     student, teacher = pair(mdp)
     sampler = nucleus_probabilities(student, 1.0, 0.7)
     family = {
-        "rb_all": factory.build_objective("full_reverse_kl", 0.9),
-        "token": factory.build_objective("sampled_token", 0.9, ratio="token"),
-        "sequence": factory.build_objective("sampled_token", 0.9, ratio="sequence"),
-        "k3": factory.build_objective("k3"),
+        "rb_all": factory.make_objective("full_reverse_kl", gamma=0.9),
+        "token": factory.make_objective("sampled_token", gamma=0.9, ratio="token"),
+        "sequence": factory.make_objective("sampled_token", gamma=0.9, ratio="sequence"),
+        "k3": factory.make_objective("k3"),
     }
     estimate = monte_carlo(mdp, student, teacher, family, 20_000, seeded(5), sampler=sampler)
     names = {"rb_all": "rb_all", "token": "plain", "sequence": "plain", "k3": "k3"}
@@ -273,7 +273,7 @@ def test_a_sampled_leave_one_out_group_has_the_exact_variance() -> None:
     trajectories = sample(mdp, student, teacher, size * groups, seeded(7))
     prompt = torch.arange(groups).repeat_interleave(size)
     trajectories = replace(trajectories, batch=replace(trajectories.batch, prompt=prompt))
-    objective = factory.build_objective("sampled_token", 1.0, baseline="leave_one_out")
+    objective = factory.make_objective("sampled_token", gamma=1.0, baseline="leave_one_out")
     means = trajectory_gradients(trajectories, student, objective).view(groups, size, -1).mean(1)
     deviations = (means - means.mean(0)).square().sum(1) * size
     _, variance = moments.moments(mdp, student, teacher, "leave_one_out", 1.0, group=size)
@@ -329,10 +329,10 @@ def test_arguments_without_effect_or_sense_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown support 'best'"):
         with_support(trajectories, student, teacher, "best", 1)
     with pytest.raises(ValueError, match="baseline column"):
-        factory.build_objective("sampled_token", baseline="given").credit(trajectories.batch)
+        factory.make_objective("sampled_token", baseline="given").credit(trajectories.batch)
     single = with_baseline(
         trajectories, torch.zeros(mdp.horizon, mdp.num_states, dtype=torch.float64)
     )
     single = replace(single.batch, prompt=torch.arange(2))
     with pytest.raises(ValueError, match="2 of 2 prompts have a single rollout"):
-        factory.build_objective("sampled_token", baseline="leave_one_out").credit(single)
+        factory.make_objective("sampled_token", baseline="leave_one_out").credit(single)

@@ -149,7 +149,7 @@ def test_un_normalised_support_rests_at_a_share_of_one_over_e() -> None:
     head = q * inside / math.e
     p = p * (1 - inside)
     p = head + p / p.sum(-1, keepdim=True) * (1 - head.sum(-1, keepdim=True))
-    objective = factory.build_objective("teacher_topk_unnormalised", allow_collapse=True)
+    objective = factory.make_objective("teacher_topk_unnormalised", allow_collapse=True)
     assert expected_gradients(p.log(), teacher, objective, 3).abs().max() < 1e-15
     assert expected_gradients(teacher, teacher, objective, 3).norm() > 0.1
     for row, mass in zip(collapse.support_metrics(p.log(), teacher, 3), head.sum(-1), strict=True):
@@ -318,7 +318,7 @@ def test_both_optima_are_where_their_gradients_vanish() -> None:
 def test_runs_side_by_side_do_not_interact() -> None:
     problem = students.capacity_limited_problem((4, 3, 5), 2, 0, 0.5, seeded(11))
     parameters = torch.randn(3, problem.student.size, generator=seeded(12), dtype=torch.float64)
-    objective = factory.build_objective("full_reverse_kl", 1.0, "leave_one_out")
+    objective = factory.make_objective("full_reverse_kl", gamma=1.0, baseline="leave_one_out")
     together = descent.sampled_gradient(problem, parameters, objective, 8, seeded(13))
     table = problem.student.logits(parameters).detach()
     trajectories = descent.sample_for_students(problem, table, 8, seeded(13))

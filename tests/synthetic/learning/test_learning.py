@@ -46,7 +46,7 @@ def test_a_runs_gradient_has_the_exact_mean_and_variance(
     """Many runs of one student: their variance is that of a batch of its trajectories."""
     problem = small(hidden=2)
     parameters = problem.student.start(RUNS, seeded(1))
-    objective = factory.build_objective(name, gamma, baseline, allow_collapse=True)
+    objective = factory.make_objective(name, gamma=gamma, baseline=baseline, allow_collapse=True)
     gradients = descent.sampled_gradient(problem, parameters, objective, BATCH, seeded(2), k)
     mean, variance = moments.moments(
         problem.mdp,
@@ -67,7 +67,10 @@ def test_a_runs_gradient_has_the_exact_mean_and_variance(
 
 def test_a_run_does_not_notice_its_neighbours() -> None:
     """Other rates and starts do not change three steps of Adam with clipping."""
-    problem, objective = small(), factory.build_objective("sampled_token", 1.0, "leave_one_out")
+    problem, objective = (
+        small(),
+        factory.make_objective("sampled_token", gamma=1.0, baseline="leave_one_out"),
+    )
     starts = torch.randn(3, problem.student.size, generator=seeded(3), dtype=torch.float64)
 
     def ends(begin: Tensor, step_sizes: Tensor) -> Tensor:
@@ -81,7 +84,10 @@ def test_a_run_does_not_notice_its_neighbours() -> None:
 
 
 def test_a_marked_path_is_one_of_single_steps() -> None:
-    problem, objective = small(), factory.build_objective("full_reverse_kl", 1.0, "leave_one_out")
+    problem, objective = (
+        small(),
+        factory.make_objective("full_reverse_kl", gamma=1.0, baseline="leave_one_out"),
+    )
     begin, rate, clip = problem.student.start(2, seeded(5)), rates(0.5, 2.0), 0.3
     path = descent.train(
         problem, begin, objective, descent.sgd(rate), 3, 4, clip, [0, 2, 3], seeded(6), None
@@ -110,7 +116,7 @@ def at_its_teacher(problem: students.LearningProblem) -> tuple[students.Learning
 def test_only_the_unnormalised_support_leaves_its_teacher(name: str) -> None:
     problem, begin = at_its_teacher(small())
     kind, gamma, baseline = learning.OBJECTIVES[name]
-    objective = factory.build_objective(kind, gamma, baseline, allow_collapse=True)
+    objective = factory.make_objective(kind, gamma=gamma, baseline=baseline, allow_collapse=True)
     k = 2 if "topk" in kind else None
     step = descent.sgd(rates(0.3, 1.0))
     end = descent.train(problem, begin, objective, step, 20, 8, math.inf, [20], seeded(8), k)[20]
@@ -153,7 +159,7 @@ def test_exact_descent_of_each_level_ends_at_its_own_optimum(
 
 
 def test_a_run_whose_gradient_is_not_finite_stops_and_counts_as_diverged() -> None:
-    problem, objective = small(), factory.build_objective("sampled_token", 0.0)
+    problem, objective = small(), factory.make_objective("sampled_token", gamma=0.0)
     begin = problem.student.start(2, seeded(11))
     broken = begin.clone()
     broken[0] = 1e308

@@ -168,7 +168,7 @@ def test_a_masked_tag_is_a_masked_position_of_the_batch(gamma: float) -> None:
         trajectories,
         batch=trajectories.batch.restrict_mask(trajectories.batch.tokens != chain.special_token),
     )
-    objective = factory.build_objective("sampled_token", gamma)
+    objective = factory.make_objective("sampled_token", gamma=gamma)
     gradients = trajectory_gradients(trajectories, chain.student, objective)
     mean, variance = masked_moments(chain, "plain", gamma, chain.special_token)
     error = gradients.std(0) / len(gradients) ** 0.5

@@ -14,7 +14,7 @@ from opd.integrations.verl.losses import check_settings, missing_inputs
 from opd.integrations.verl.topk_loss import TOPK_OBJECTIVES
 from opd.objectives.catalogue import local
 from opd.objectives.divergences import forward_kl
-from opd.objectives.factory import OBJECTIVES, build_objective
+from opd.objectives.factory import OBJECTIVES, make_objective
 from opd.objectives.surrogates import Form, support_log_probs
 from tests.opd.integrations.verl.test_topk_loss import TOP, VOCABULARY, scattered
 
@@ -36,7 +36,7 @@ SUPPLIED = {
 def test_only_what_verl_sends_is_supplied() -> None:
     missing_by_name = {}
     for name in OBJECTIVES:
-        missing_by_name[name] = missing_inputs(build_objective(name, allow_collapse=True))
+        missing_by_name[name] = missing_inputs(make_objective(name, allow_collapse=True))
     assert {name for name, reason in missing_by_name.items() if not reason} - SUPPLIED == {
         "teacher_topk_unnormalised"
     }

@@ -7,7 +7,7 @@ from torch import Tensor
 from diagnostics.batch import ScoredRollouts, Support
 from opd.integrations.verl.topk_loss import logit_losses
 from opd.integrations.verl.vocab_parallel import Shard, gather_logits, log_normaliser
-from opd.objectives.factory import build_objective
+from opd.objectives.factory import make_objective
 from tests.helpers.vllm_process import free_port
 
 VOCABULARY, TOP = 23, 4
@@ -35,7 +35,7 @@ def test_losses_of_packed_logits_are_the_dense_objective(
         "opd.integrations.verl.topk_loss.MAX_LOGITS", 3 * VOCABULARY
     )  # several chunks
     logits, ids, teacher_logp, tokens = random_inputs(0, 8)
-    outputs = logit_losses(build_objective(name), logits, ids, teacher_logp, tokens)
+    outputs = logit_losses(make_objective(name), logits, ids, teacher_logp, tokens)
     dense = logits.detach().double().requires_grad_()
     logp = dense.log_softmax(-1)
     zeros = torch.zeros(1, 8, dtype=torch.double)
@@ -55,7 +55,7 @@ def test_losses_of_packed_logits_are_the_dense_objective(
         teacher_logp=zeros,
         support=support,
     )
-    expected = build_objective(name).loss(None, logp.gather(-1, ids)[None], scored)[0]
+    expected = make_objective(name).loss(None, logp.gather(-1, ids)[None], scored)[0]
     torch.testing.assert_close(outputs["distillation_losses"].double(), expected, rtol=0, atol=3e-6)
     weights = torch.arange(8.0)
     (packed_gradient,) = torch.autograd.grad(
@@ -83,7 +83,7 @@ def test_nothing_as_wide_as_the_vocabulary_is_kept_for_the_backward_pass(
     with torch.autograd.graph.saved_tensors_hooks(
         lambda x: (saved_tensors.append(x), x)[1], lambda x: x
     ):
-        logit_losses(build_objective(name), half_logits, ids, teacher_logp, tokens)
+        logit_losses(make_objective(name), half_logits, ids, teacher_logp, tokens)
     assert saved_tensors
     logits_pointer = half_logits.untyped_storage().data_ptr()
     copies = [x for x in saved_tensors if x.untyped_storage().data_ptr() != logits_pointer]
@@ -103,8 +103,8 @@ def shard_process(rank: int, port: int, name: str) -> None:
     )  # as verl pads to a shard
     local_logits = local_logits[:, rank * half : (rank + 1) * half].clone().requires_grad_()
     weights = torch.arange(8.0)
-    full_outputs = logit_losses(build_objective(name), logits, ids, teacher_logp, tokens)
-    outputs = logit_losses(build_objective(name), local_logits, ids, teacher_logp, tokens, shard)
+    full_outputs = logit_losses(make_objective(name), logits, ids, teacher_logp, tokens)
+    outputs = logit_losses(make_objective(name), local_logits, ids, teacher_logp, tokens, shard)
     for key, value in full_outputs.items():
         torch.testing.assert_close(outputs[key], value, rtol=0, atol=3e-6)
     (expected,) = torch.autograd.grad((full_outputs["distillation_losses"] * weights).sum(), logits)

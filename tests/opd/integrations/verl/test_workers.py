@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import ScoredRollouts, Support
-from opd.objectives.factory import build_objective, reduce, token_mean
+from opd.objectives.factory import make_objective, reduce, token_mean
 from tests.helpers.paths import ROOT
 from tests.helpers.vllm_process import free_port
 from tests.opd.integrations.verl.test_losses import MASKS, at_responses, rows, sampled_logp
@@ -113,7 +113,7 @@ def test_an_update_of_verls_fsdp_actor_is_ours(
     )
     sampled = placed([sampled_logp(batch_rows, logp, i) for i in range(4)])
     loss = reduce(
-        build_objective(name).loss(sampled, support_logp, scored), scored.mask, token_mean(scored)
+        make_objective(name).loss(sampled, support_logp, scored), scored.mask, token_mean(scored)
     )
     loss.backward()
     assert worker_output["metrics"]["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)

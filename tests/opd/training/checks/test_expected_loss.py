@@ -9,7 +9,7 @@ import torch
 
 from diagnostics.batch import ScoredRollouts
 from opd.config.settings import Config
-from opd.objectives.factory import COLLAPSING, DENOMINATORS, OBJECTIVES, build_objective, reduce
+from opd.objectives.factory import COLLAPSING, DENOMINATORS, OBJECTIVES, make_objective, reduce
 from opd.training.checks.expected_loss import (
     ROUNDING,
     credit_from_settings,
@@ -40,11 +40,11 @@ def batch_for(
 
 def trained_loss(settings: Config, batch: ScoredRollouts) -> float:
     """The loss of `opd.objectives.factory` and `.reduction`, before any update."""
-    objective = build_objective(
+    objective = make_objective(
         settings.objective,
-        settings.gamma,
-        settings.baseline,
-        settings.ratio,
+        gamma=settings.gamma,
+        baseline=settings.baseline,
+        ratio=settings.ratio,
         beta=settings.beta,
         ratio_clip=math.inf if settings.ratio_clip is None else settings.ratio_clip,
         reward_weight=settings.reward_weight,
