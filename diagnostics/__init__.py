@@ -56,4 +56,4 @@ MODULES = {
 }
 """Exported name -> the module that defines it."""
 
-__getattr__, __dir__ = lazy_names(__name__, MODULES, "")
+__getattr__, __dir__ = lazy_names(__name__, MODULES, "all")

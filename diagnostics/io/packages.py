@@ -7,42 +7,34 @@ from typing import Any
 
 from diagnostics.errors import BrokenPackage, MissingPackage
 
-EXTRAS = {
-    "transformers": "train",
-    "tokenizers": "train",
-    "huggingface_hub": "train",
-    "tyro": "train",
-    "tqdm": "train",
-    "httpx2": "train",
-    "scipy": "train",
-    "joblib": "train",
-    "pandas": "study",
-    "matplotlib": "figures",
-}
-"""Optional package -> an extra of opdlab that installs it, for packages that modules import."""
+OPTIONAL_PACKAGES = frozenset(
+    ("transformers", "tokenizers", "huggingface_hub", "tyro", "tqdm", "httpx2", "scipy", "joblib")
+    + ("pandas", "matplotlib")
+)
+"""Packages of the extras train, study and figures, which modules import by their own names."""
 
 
 @contextmanager
-def explain_missing_packages(purpose: str, extra: str = "") -> Iterator[None]:
+def explain_missing_packages(purpose: str, extra: str) -> Iterator[None]:
     """Raise an error that names the extra where a module of ours imports a missing package.
 
     Args:
         purpose: What needs the package; the beginning of the message.
-        extra: The extra to name; the package's entry in EXTRAS by default.
+        extra: Extra of opdlab that installs it.
 
     Yields:
         Nothing.
 
     Raises:
-        MissingPackage: A package of EXTRAS is not installed.
+        MissingPackage: A package of OPTIONAL_PACKAGES is not installed.
     """
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name not in EXTRAS:
+        if error.name not in OPTIONAL_PACKAGES:
             raise
         raise MissingPackage(
-            f"{purpose} needs {error.name}: pip install 'opdlab[{extra or EXTRAS[error.name]}]'"
+            f"{purpose} needs {error.name}: pip install 'opdlab[{extra}]'"
         ) from error
 
 

@@ -35,8 +35,8 @@ class ModelPair:
 def load_pair(
     student: str,
     teacher: str,
-    device: str,
-    dtype: str,
+    device: str = "auto",
+    dtype: str = "float32",
     trust_remote_code: bool = False,
     teacher_weights: str = "saved",
 ) -> ModelPair:
@@ -45,7 +45,7 @@ def load_pair(
     Args:
         student: Folder or hub name.
         teacher: Folder or hub name.
-        device: Where both models are placed.
+        device: Where both models are placed; "auto" for cuda if available, else cpu.
         dtype: Dtype of both models.
         trust_remote_code: Run Python code that comes with the models.
         teacher_weights: "saved", or the quantisation of the teacher's layers, "int8" or "nf4".
