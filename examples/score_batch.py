@@ -1,6 +1,6 @@
 """Score responses with both models and print the panel; `opd lab --tiny` builds the toy pair.
 
-    python examples/score_batch.py
+python examples/score_batch.py
 """
 
 from diagnostics import Monitor

@@ -1,6 +1,6 @@
 """Train with an optimizer and a loop of your own; `opd lab --tiny` builds the toy pair in seconds.
 
-    python examples/train_from_python.py
+python examples/train_from_python.py
 """
 
 import torch

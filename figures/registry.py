@@ -86,7 +86,7 @@ def commands_for_table(name: str, runs: list[str] | None = None) -> list[str]:
     """
     update = f"opd figures {name} --run {{runs}} --update-data"
     if name == "training":
-        return ["opd demo", update.format(runs="results/demo/runs/*")]
+        return ["opd demo --full", update.format(runs="results/demo/runs/*")]
     if name == "agents":
         runs = ["results/paper/games/*", "results/paper/agents/*"]
         return ["opd paper --groups games agents", update.format(runs=" ".join(runs))]

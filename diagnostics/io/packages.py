@@ -8,8 +8,10 @@ from typing import Any
 from diagnostics.errors import BrokenPackage, MissingPackage
 
 OPTIONAL_PACKAGES = frozenset(
-    ("transformers", "tokenizers", "huggingface_hub", "tyro", "tqdm", "httpx2", "scipy", "joblib")
-    + ("pandas", "matplotlib")
+    [
+        *("transformers", "tokenizers", "huggingface_hub", "tyro", "tqdm", "httpx2", "scipy"),
+        *("joblib", "pandas", "matplotlib"),
+    ]
 )
 """Packages of the extras train, study and figures, which modules import by their own names."""
 

@@ -1,4 +1,4 @@
-"""The recorded tables of `figures`: read as package data, and updated outside installed packages."""
+"""The recorded tables of `figures`: package data, which is updated in a checkout only."""
 
 from importlib import resources
 from pathlib import Path

@@ -15,6 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diagnostics import Monitor
+from diagnostics.records.batch_files import load_batch
 from opd import Config, train
 from opd.data.tasks import load_task
 from opd.runtime.seeds import ROLLOUT, derive_seed
@@ -22,8 +24,6 @@ from tests.helpers.paths import EXAMPLES
 from tests.helpers.runs import settings
 
 STEPS = 2
-OF_REWARDS = ("response/reward", "diversity/pass_")
-"""Metrics of rewards, which the example has none of."""
 
 
 def test_the_handwritten_loop_learns(capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,8 +89,9 @@ def test_training_from_python_takes_the_steps_of_the_trainer(
     monkeypatch.chdir(tiny_pair[0].parent)
     names = run_example("train_from_python.py", tiny_pair, questions_of_steps(config))
     trained = load_file(folder / "final" / "model.safetensors")
-    weights, initial = names["pair"].student.network.state_dict(), load_file(
-        tiny_pair[0] / "model.safetensors"
+    weights, initial = (
+        names["pair"].student.network.state_dict(),
+        load_file(tiny_pair[0] / "model.safetensors"),
     )
     for name, weight in trained.items():
         torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-7)
@@ -106,15 +107,16 @@ def test_a_scored_batch_has_the_panel_of_a_run(
     config, folder = run
     monkeypatch.chdir(tiny_pair[0].parent)
     questions = next(questions_of_steps(config))
-    panel = run_example("score_batch.py", tiny_pair, questions)["row"]
+    names = run_example("score_batch.py", tiny_pair, questions)
+    saved = load_batch(folder / "batches" / "step_000000.safetensors")
+    scored, row = names["batch"].scored, names["row"]
+    assert torch.equal(scored.tokens, saved.tokens)
+    graded_row = Monitor()(0, [replace(scored, reward=saved.reward)])  # the example has no grader
+    assert {x: graded_row[x] for x in row if not isnan(row[x])}.items() <= row.items()
     recorded = json.loads((folder / "rows.jsonl").read_text().splitlines()[0])
-    shared = {name for name in recorded if name in panel and recorded[name] is not None}
-    ungraded = {name for name in shared if isnan(panel[name]) and not isnan(recorded[name])}
-    assert all(name.startswith(OF_REWARDS) for name in ungraded), ungraded
-    shared -= ungraded
-    assert len(shared) > 150
-    assert {name for name in recorded if name.startswith("divergence/")} <= set(panel)
-    for name in shared:
-        expected = pytest.approx(recorded[name], rel=1e-5, abs=1e-6, nan_ok=True)
-        assert panel[name] == expected, name
+    assert {name for name in recorded if name.startswith(("divergence/", "signal/"))} <= set(row)
+    for name in recorded.keys() & row.keys():
+        value = float("nan") if recorded[name] is None else recorded[name]
+        expected = pytest.approx(value, rel=1e-5, abs=1e-6, nan_ok=True)
+        assert graded_row[name] == expected, name
     assert "divergence/k1 " in capsys.readouterr().out

@@ -156,7 +156,7 @@ def test_objectives_need_no_extra(name: str) -> None:
         ("from opd import train", "opd.train needs tqdm: pip install 'opdlab[train]'"),
         ("from opd import Config", "opd.Config needs tyro: pip install 'opdlab[train]'"),
         (
-            "from opd.models.loading import load_model; load_model('lab/student', 'cpu', 'float32')",
+            "from opd.models.loading import load_model; load_model('x', 'cpu', 'float32')",
             "a model needs transformers: pip install 'opdlab[train]'",
         ),
         (
@@ -176,7 +176,10 @@ def test_a_missing_package_names_the_extra(program: str, message: str) -> None:
     [
         (["study", "list"], "opd study: this command needs pandas: pip install 'opdlab[study]'"),
         (["train", "--help"], "opd train: this command needs tyro: pip install 'opdlab[train]'"),
-        (["figures", "toy"], "opd figures: this command needs pandas: pip install 'opdlab[figures]'"),
+        (
+            ["figures", "toy"],
+            "opd figures: this command needs pandas: pip install 'opdlab[figures]'",
+        ),
     ],
 )
 def test_a_command_names_the_extra(words: list[str], message: str) -> None:
