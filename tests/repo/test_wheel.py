@@ -193,15 +193,15 @@ def test_started_processes_import_our_packages(installed: Installed) -> None:
 def test_recorded_tables_are_read_and_never_written(installed: Installed) -> None:
     data = installed.packages / "figures" / "data"
     before = {path.name: path.read_bytes() for path in data.iterdir()}
-    study = ("study", "run", "collapse", "--preset", "smoke", "--jobs", "2", "--update-figures")
+    study = ("study", "run", "estimators", "--preset", "smoke", "--jobs", "2", "--update-figures")
     message = installed.run("opd", *study, code=1).stderr
     assert f"opdlab is installed in {installed.packages}" in message
     assert "add --data-folder" in message
     installed.run("opd", *study, "--data-folder", "mine")
     assert (
-        json.loads((installed.folder / "mine" / "collapse.json").read_text())["preset"] == "smoke"
+        json.loads((installed.folder / "mine" / "estimators.json").read_text())["preset"] == "smoke"
     )
-    assert "collapse: " in installed.run("opd", "study", "show", "collapse").stdout
-    installed.run("opd", "figures", "collapse", "--out", "drawn")
-    assert (installed.folder / "drawn" / "collapse.png").stat().st_size > 10_000
+    assert "estimators: " in installed.run("opd", "study", "show", "estimators").stdout
+    installed.run("opd", "figures", "estimators", "--out", "drawn")
+    assert (installed.folder / "drawn" / "estimators.png").stat().st_size > 10_000
     assert {path.name: path.read_bytes() for path in data.iterdir()} == before

@@ -25,12 +25,12 @@ def run_demo(out: Path, *options: str) -> str:
 
 
 def kill_while_training(out: Path) -> None:
-    """Start the demo and kill all of its processes once a run has made a checkpoint or ended."""
+    """Start the demo and kill all of its processes once a run of another seed has a row."""
     process = subprocess.Popen(
         demo_command(out, "--full"), stderr=subprocess.DEVNULL, start_new_session=True
     )
     deadline = time.monotonic() + 300
-    while not any((out / "runs").glob("*/rows.jsonl")):
+    while not any((out / "runs").glob("*-1/rows.jsonl")):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
