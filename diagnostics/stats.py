@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diagnostics.errors import InvalidInput
+from diagnostics.io.packages import load_package
 
 Array = NDArray[Any]
 Z = 1.959964
@@ -190,6 +191,5 @@ def _critical(total: float, between: float, runs: int) -> float:
     """Return Student's t for a variance that is partly estimated between runs."""
     if between <= 1e-9 * total:
         return Z
-    from scipy.special import stdtrit
-
-    return float(stdtrit((runs - 1) * (total / between) ** 2, 0.975))
+    special = load_package("scipy.special", "an interval over several runs", "study")
+    return float(special.stdtrit((runs - 1) * (total / between) ** 2, 0.975))

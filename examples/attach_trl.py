@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from trl import DistillationConfig, DistillationTrainer
 
-from diagnostics.adapters.trl import observe
+from diagnostics.adapters.trl import observe_trl
 from diagnostics.alarms.alarms import Alarms
 from diagnostics.monitor import Monitor
 from diagnostics.records.sinks import to_file
@@ -37,7 +37,7 @@ trainer = DistillationTrainer(
 )
 
 monitor = Monitor(interval=2, sinks=[to_file("runs/trl/panel.jsonl")], alarms=Alarms())
-with observe(trainer, monitor) as rows:
+with observe_trl(trainer, monitor) as rows:
     trainer.train()  # TRL's log includes the metrics
 
 metric_names = ("step", "divergence/reverse_kl", "divergence/reverse_kl_se", "consistency/z_H")

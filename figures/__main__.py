@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 from diagnostics.errors import InvalidInput, MissingFile, OperationFailed
 from diagnostics.io.command import run_command
 from diagnostics.io.files import read_text
+from diagnostics.io.module_process import module_command
 from diagnostics.io.provenance import code_state
+from diagnostics.io.recorded_data import writable_data
 from diagnostics.terminal import protect_terminal
 from figures.registry import (
     DATA,
@@ -60,6 +62,9 @@ def main(argv: list[str]) -> None:
         "--update-data", action="store_true", help="also save the table of --run in figures/data"
     )
     parser.add_argument(
+        "--data-folder", type=Path, help="folder in which --update-data and --refresh save tables"
+    )
+    parser.add_argument(
         "--refresh", action="store_true", help="run the experiment and record its table first"
     )
     args = parser.parse_args(argv)
@@ -87,24 +92,34 @@ def main(argv: list[str]) -> None:
         raise InvalidInput("--update-data saves the table of --run; add --run")
     if args.refresh and args.run:
         raise InvalidInput("--refresh trains its own runs; remove --run")
+    if args.data_folder and not (args.update_data or args.refresh):
+        raise InvalidInput(
+            f"--data-folder {args.data_folder} is where tables are saved; add --update-data or "
+            "--refresh, or read one of its tables with --table"
+        )
+    data = DATA
+    if args.update_data or args.refresh:
+        option = "--update-data" if args.update_data else "--refresh"
+        data = writable_data(args.data_folder, option)
     for name in names:
         if args.refresh:
-            refresh_table(name)
+            refresh_table(name, data)
         if args.run:
             table = collect_table(name, args.run)
         else:
-            table = load_figure_table(name, args.table or table_path(name))
+            table = load_figure_table(name, args.table or table_path(name, data))
         for path in render_figure(name, table, args.out):
             print(path)
         if args.update_data:
-            record_table(name, table, args.run)
+            record_table(name, table, args.run, data)
 
 
-def refresh_table(name: str) -> None:
+def refresh_table(name: str, data: Path) -> None:
     """Run the commands that make a figure's table; an interrupted run is resumed.
 
     Args:
         name: Name of the figure.
+        data: Folder in which the table is saved.
 
     Raises:
         OperationFailed: A command failed.
@@ -112,7 +127,9 @@ def refresh_table(name: str) -> None:
     for line in commands_for_table(name):
         print(f"-- {line}", file=sys.stderr)
         words = [x for word in line.split()[1:] for x in sorted(glob(word)) or [word]]
-        completed = subprocess.run([sys.executable, "-m", "opd.cli.main", *words], check=False)
+        if "--update-" in line:
+            words += ["--data-folder", str(data)]
+        completed = subprocess.run(module_command("opd.cli.main", *words), check=False)
         if completed.returncode:
             raise OperationFailed(
                 f"`{line}` failed with exit code {completed.returncode}; run it again to resume"
@@ -197,9 +214,9 @@ def render_figure(name: str, table: "pd.DataFrame", out: Path) -> list[Path]:
     return paths
 
 
-def record_table(name: str, table: "pd.DataFrame", runs: list[Path]) -> None:
-    """Save a table of runs in figures/data, with the commands, settings and versions behind it."""
-    path = table_path(name)
+def record_table(name: str, table: "pd.DataFrame", runs: list[Path], data: Path) -> None:
+    """Save a table of runs in a folder, with the commands, settings and versions behind it."""
+    path = table_path(name, data)
     table.to_csv(path, index=False)
     configs = {run_label(run): portable_settings(run) for run in runs}
     first_config = next(iter(configs.values()))

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 
 from diagnostics.errors import InvalidInput
 from diagnostics.io.files import read_object, translate_read_errors
+from diagnostics.io.recorded_data import recorded_data
 from diagnostics.records.renamed import present_key
 
 if TYPE_CHECKING:
     import pandas as pd
 
 FOLDER = Path(__file__).resolve().parent
-DATA = FOLDER / "data"
+DATA = recorded_data()
 FIGURE_PACKAGES = ("study", "paper", "runs")
 PAPER_FIGURES = (
     *("toy", "scatter", "loop", "gap", "segmentation", "dynamics", "multitask", "ablations"),
@@ -68,9 +69,9 @@ def _packages_by_figure() -> dict[str, str]:
     return {p.stem: p.parent.name for p in paths if p.stem not in ("__init__", "rows")}
 
 
-def table_path(name: str) -> Path:
-    """Return the path of a figure's recorded table."""
-    return DATA / f"{TABLE_NAMES.get(name, name)}.csv"
+def table_path(name: str, folder: Path = DATA) -> Path:
+    """Return the path of a figure's recorded table in a folder of tables."""
+    return folder / f"{TABLE_NAMES.get(name, name)}.csv"
 
 
 def commands_for_table(name: str, runs: list[str] | None = None) -> list[str]:
@@ -85,7 +86,7 @@ def commands_for_table(name: str, runs: list[str] | None = None) -> list[str]:
     """
     update = f"opd figures {name} --run {{runs}} --update-data"
     if name == "training":
-        return ["opd demo", update.format(runs="results/demo/runs/*")]
+        return ["opd demo --full", update.format(runs="results/demo/runs/*")]
     if name == "agents":
         runs = ["results/paper/games/*", "results/paper/agents/*"]
         return ["opd paper --groups games agents", update.format(runs=" ".join(runs))]

@@ -1,1 +1,53 @@
-"""On-policy distillation of language models: trainer, objectives, checks and reports."""
+"""On-policy distillation of language models: trainer, objectives, checks and reports.
+
+Modules are private; only names exported by `opd` and `diagnostics` are stable. Importing the
+package loads none of them: each is imported when it is first used, and all but the objectives need
+the extra `train`.
+"""
+
+from typing import TYPE_CHECKING
+
+from diagnostics.io.lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from opd.config.settings import Config
+    from opd.evaluation.evaluate import evaluate
+    from opd.library import policy_loss, sample, score_batch
+    from opd.objectives.catalogue import OBJECTIVES, Objective
+    from opd.objectives.factory import make_objective
+    from opd.runtime.version import __version__
+    from opd.teachers.pair import ModelPair, load_pair
+    from opd.training.train import train
+
+__all__ = [
+    "OBJECTIVES",
+    "Config",
+    "ModelPair",
+    "Objective",
+    "__version__",
+    "evaluate",
+    "load_pair",
+    "make_objective",
+    "policy_loss",
+    "sample",
+    "score_batch",
+    "train",
+]
+
+MODULES = {
+    "Config": "opd.config.settings",
+    "ModelPair": "opd.teachers.pair",
+    "OBJECTIVES": "opd.objectives.catalogue",
+    "Objective": "opd.objectives.catalogue",
+    "__version__": "opd.runtime.version",
+    "evaluate": "opd.evaluation.evaluate",
+    "load_pair": "opd.teachers.pair",
+    "make_objective": "opd.objectives.factory",
+    "policy_loss": "opd.library",
+    "sample": "opd.library",
+    "score_batch": "opd.library",
+    "train": "opd.training.train",
+}
+"""Exported name -> the module that defines it."""
+
+__getattr__, __dir__ = lazy_names(__name__, MODULES, "train")

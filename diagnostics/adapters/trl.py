@@ -1,6 +1,6 @@
 """TRL: the panel on an unmodified trainer, from the tensors that its loss uses.
 
-    with observe(trainer, monitor) as rows:
+    with observe_trl(trainer, monitor) as rows:
         trainer.train()
 
 Trainers, and where they are observed (TRL 1.16):
@@ -84,7 +84,7 @@ LOG_COLUMNS = (
 
 
 @contextmanager
-def observe(
+def observe_trl(
     trainer: Any,
     monitor: Monitor | None = None,
     *,

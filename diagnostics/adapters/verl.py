@@ -33,7 +33,7 @@ from diagnostics.metrics.repetition import repetition
 from diagnostics.metrics.signal import sign_shares
 from diagnostics.monitor import Metric, Monitor
 from diagnostics.records.columns import integer_id
-from diagnostics.records.writer import batch_rows, write_records
+from diagnostics.records.writer import batch_rows, save_records
 
 Loss = Callable[..., tuple[Tensor, dict[str, Any]]]
 """verl's distillation loss: (config, distillation_config, model_output, data)."""
@@ -125,7 +125,7 @@ def observe_loss(loss: Loss, records: str | Path | None = None, record_interval:
             rank = os.environ.get("RANK", "0")
             rows = zip(batch_rows(batch), _prompts(data), strict=True)
             file = Path(records) / f"rank{rank}_{os.getpid()}_{call_index:07d}.jsonl"
-            write_records(file, ({**row, "prompt_tokens": prompt} for row, prompt in rows))
+            save_records(file, ({**row, "prompt_tokens": prompt} for row, prompt in rows))
         return loss_value, {**metrics, **shares}
 
     observed_loss.original_loss = loss  # type: ignore[attr-defined]

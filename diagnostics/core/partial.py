@@ -66,7 +66,7 @@ class PartialRollouts(_Partial, ScoredRollouts):
         """Raise `InvalidInput`: a batch file has no notion of missing fields."""
         raise InvalidInput(
             f"a batch without {', '.join(sorted(self.missing_names))} cannot be saved as a batch "
-            "file; write it with diagnostics.records.writer.write_records"
+            "file; write it with diagnostics.records.writer.save_records"
         )
 
 

@@ -1,9 +1,43 @@
 """Import of optional packages, with different errors for a missing and a broken package."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
 from diagnostics.errors import BrokenPackage, MissingPackage
+
+OPTIONAL_PACKAGES = frozenset(
+    [
+        *("transformers", "tokenizers", "huggingface_hub", "tyro", "tqdm", "httpx2", "scipy"),
+        *("joblib", "pandas", "matplotlib"),
+    ]
+)
+"""Packages of the extras train, study and figures, which modules import by their own names."""
+
+
+@contextmanager
+def explain_missing_packages(purpose: str, extra: str) -> Iterator[None]:
+    """Raise an error that names the extra where a module of ours imports a missing package.
+
+    Args:
+        purpose: What needs the package; the beginning of the message.
+        extra: Extra of opdlab that installs it.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        MissingPackage: A package of OPTIONAL_PACKAGES is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in OPTIONAL_PACKAGES:
+            raise
+        raise MissingPackage(
+            f"{purpose} needs {error.name}: pip install 'opdlab[{extra}]'"
+        ) from error
 
 
 def load_package(

@@ -4,7 +4,7 @@
 does not have are missing in the batch, so that the panel computes what it can and `Monitor.missing`
 lists the rest. Files are streamed; memory is that of one batch plus a number per distinct prompt.
 
-    records = Records("dump.jsonl")
+    records = load_records("dump.jsonl")
     row = monitor(0, records)
 
 `diagnostics.records.writer` writes such files. Shapes: B rows of a batch, T response positions, K
@@ -36,6 +36,30 @@ from diagnostics.records.columns import (
     parse_record,
 )
 from diagnostics.records.writer import SUFFIXES
+
+
+def load_records(
+    path: str | Path,
+    *,
+    rename: Mapping[str, str] | None = None,
+    task: str | int | None = None,
+) -> "Records":
+    """Open a .jsonl or .parquet file of rollouts, which is read in batches while it is iterated.
+
+    Args:
+        path: The file.
+        rename: Column names of the file that differ, to those of `diagnostics.records.columns`.
+        task: Only the rows of this task.
+
+    Returns:
+        An iterable of `ScoredRollouts`, for `Monitor`.
+
+    Raises:
+        InvalidInput: See `Records`.
+        MissingFile: There is no such file.
+        MissingPackage: The file is parquet and pyarrow is not installed.
+    """
+    return Records(path, rename=rename, task=task)
 
 
 class Records:

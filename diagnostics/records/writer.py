@@ -59,7 +59,7 @@ def batch_rows(batch: Rollouts) -> Iterator[dict[str, Any]]:
         yield row | settings
 
 
-def write_records(path: str | Path, rows: Iterable[Rollouts | Mapping[str, Any]]) -> int:
+def save_records(path: str | Path, rows: Iterable[Rollouts | Mapping[str, Any]]) -> int:
     """Write batches or plain rows to .jsonl or .parquet, atomically.
 
     Args:

@@ -4,6 +4,7 @@ import sys
 from importlib import import_module
 
 from diagnostics.io.command import run_command
+from diagnostics.io.packages import explain_missing_packages
 from diagnostics.terminal import protect_terminal
 
 COMMANDS = {
@@ -26,6 +27,8 @@ COMMANDS = {
     "report": ("opd.cli.report", "write one self-contained HTML page about runs"),
     "figures": ("figures.__main__", "draw figures from recorded tables, without torch"),
 }
+EXTRAS = {"demo": "all", "study": "study", "figures": "figures"}
+"""Command -> the extra that installs what it needs; "train" for the others."""
 RENAMED = {"control": "probe-own-prefix", "continue": "probe-continuation"}
 """Former names of commands, which are refused with the present one."""
 
@@ -36,7 +39,7 @@ def usage() -> str:
     return (
         "usage: opd COMMAND [...]\n\n"
         + "\n".join(lines)
-        + "\n\n`opd COMMAND --help` lists its options."
+        + "\n\n`opd COMMAND --help` lists its options, `opd --version` prints the version."
     )
 
 
@@ -47,13 +50,19 @@ def main() -> None:
     if not argv or argv[0] in ("-h", "--help"):
         run_command("opd", lambda: print(usage()))
         return
+    if argv[0] == "--version":
+        from opd.runtime.version import __version__
+
+        run_command("opd", lambda: print(f"opdlab {__version__}"))
+        return
     if argv[0] in RENAMED:
         raise SystemExit(f"opd: {argv[0]!r} is now called {RENAMED[argv[0]]!r}")
     if argv[0] not in COMMANDS:
         raise SystemExit(f"opd: unknown command {argv[0]!r}\n\n{usage()}")
 
     def command() -> None:
-        import_module(COMMANDS[argv[0]][0]).main(argv[1:])
+        with explain_missing_packages("this command", EXTRAS.get(argv[0], "train")):
+            import_module(COMMANDS[argv[0]][0]).main(argv[1:])
 
     run_command(f"opd {argv[0]}", command)
 

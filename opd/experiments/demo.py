@@ -1,4 +1,9 @@
-"""The demo (`opd demo`): exact study, toy pair, training with two objectives, figures, report."""
+"""The demo (`opd demo`): exact study, toy pair, training with two objectives, figures, report.
+
+It trains one run of each objective; --full trains three seeds of each for more steps, and continues
+the runs of an earlier demo. After an interruption the same command goes on where it stopped:
+finished cells of the study, the toy pair and finished runs are kept, an unfinished run resumes.
+"""
 
 import argparse
 import concurrent.futures
@@ -8,39 +13,66 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from opd.experiments.subcommand import run_opd
 
 OBJECTIVES = ("sampled_token", "teacher_topk")
-SEEDS = (0, 1, 2)
+NUM_STAGES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSize:
+    """How much the demo trains."""
+
+    recipe: str
+    """Recipe of `opd train`."""
+    preset: str
+    """Preset of the study."""
+    steps: int
+    seeds: tuple[int, ...]
+    minutes: int
+    """Duration on two idle CPU cores."""
+
+
+QUICK = DemoSize(recipe="lab", preset="quick", steps=40, seeds=(0,), minutes=6)
+FULL = DemoSize(recipe="lab", preset="quick", steps=60, seeds=(0, 1, 2), minutes=12)
+SMOKE = DemoSize(recipe="smoke", preset="smoke", steps=2, seeds=(0,), minutes=1)
+SMOKE_FULL = DemoSize(recipe="smoke", preset="smoke", steps=4, seeds=(0, 1), minutes=1)
 
 
 def main(argv: list[str]) -> None:
-    """Run `opd demo [--out DIR]`; a second call resumes unfinished runs and keeps finished ones."""
+    """Run `opd demo [--full] [--out DIR]`; a second call continues and keeps what is finished."""
     parser = argparse.ArgumentParser(prog="opd demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("results/demo"))
+    parser.add_argument("--full", action="store_true", help="three seeds of each objective")
     parser.add_argument("--jobs", type=int, default=2, help="training runs in parallel")
     parser.add_argument("--fresh", action="store_true", help="retrain finished runs")
     parser.add_argument(
         "--smoke", action="store_true", help="tiny sizes, to test that everything runs"
     )
     args = parser.parse_args(argv)
+    size = (SMOKE_FULL if args.smoke else FULL) if args.full else SMOKE if args.smoke else QUICK
     lab = args.out / "lab" if args.smoke else Path("lab")
-    preset = "smoke" if args.smoke else "quick"
     start_time = time.perf_counter()
-    with timed_stage("exact study"):
+    print(
+        f"exact study, toy models, {len(OBJECTIVES) * len(size.seeds)} training runs of "
+        f"{size.steps} steps, figures and a report in {args.out}; about {size.minutes} min on two "
+        "idle cores. If it is interrupted, the same command continues.",
+        file=sys.stderr,
+    )
+    with timed_stage(1, "exact study", start_time):
         study = args.out / "study"
-        run_opd("study", "run", "bias_variance", "--preset", preset, "--out", study)
-    with timed_stage("lab pair"):
+        run_opd("study", "run", "bias_variance", "--preset", size.preset, "--out", study)
+    with timed_stage(2, "toy teacher and student", start_time):
         run_opd("lab", "--out", lab, *(["--tiny"] if args.smoke else []))
-    with timed_stage("training"):
-        recipe = "smoke" if args.smoke else "lab"
-        runs = train_all(args.out / "runs", recipe, lab, args.jobs, args.fresh)
-    with timed_stage("figures"):
+    with timed_stage(3, "training", start_time):
+        runs = train_all(args.out / "runs", size, lab, args.jobs, args.fresh)
+    with timed_stage(4, "figures and report", start_time):
         figures_folder, report = args.out / "figures", args.out / "report.html"
         run_opd("figures", "training", "--out", figures_folder, "--run", *runs)
-        table = study / "bias_variance" / preset / "summary.csv"
+        table = study / "bias_variance" / size.preset / "summary.csv"
         run_opd("figures", "bias_variance", "--out", figures_folder, "--table", table)
         run_opd("report", *runs, "--models", "--out", report)
     print(format_summary(runs))
@@ -49,17 +81,23 @@ def main(argv: list[str]) -> None:
 
 
 @contextmanager
-def timed_stage(name: str) -> Iterator[None]:
-    """Print the name of a stage and its duration."""
-    start_time = time.perf_counter()
-    print(f"-- {name}", file=sys.stderr, flush=True)
+def timed_stage(number: int, name: str, demo_start: float) -> Iterator[None]:
+    """Print a line when a stage begins and when it ends, with its duration and the demo's."""
+    stage_start = time.perf_counter()
+    label = f"[{number}/{NUM_STAGES}] {name}"
+    print(f"{label} ...", file=sys.stderr, flush=True)
     yield
-    print(f"-- {name}: {time.perf_counter() - start_time:.0f} s", file=sys.stderr, flush=True)
+    now = time.perf_counter()
+    print(
+        f"{label}: {now - stage_start:.0f} s, {now - demo_start:.0f} s since the start",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
-def train_all(out: Path, recipe: str, lab: Path, jobs: int, fresh: bool) -> list[Path]:
+def train_all(out: Path, size: DemoSize, lab: Path, jobs: int, fresh: bool) -> list[Path]:
     """Train every objective with every seed, `jobs` at a time with one thread each."""
-    cells = list(itertools.product(SEEDS, OBJECTIVES))
+    cells = list(itertools.product(size.seeds, OBJECTIVES))
 
     def run(cell: tuple[int, str]) -> Path:
         seed, objective = cell
@@ -67,7 +105,8 @@ def train_all(out: Path, recipe: str, lab: Path, jobs: int, fresh: bool) -> list
         if fresh:
             shutil.rmtree(folder, ignore_errors=True)
         paths = ["--out", folder, "--student", lab / "student", "--teacher", lab / "teacher"]
-        run_opd("train", recipe, "--objective", objective, "--seed", seed, *paths, threads=1)
+        method = ["--objective", objective, "--seed", seed, "--steps", size.steps]
+        run_opd("train", size.recipe, *method, *paths, threads=1)
         return folder
 
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 from diagnostics.errors import OperationFailed
+from diagnostics.io.module_process import module_command
 
 
 def run_opd(*words: object, threads: int | None = None) -> None:
@@ -20,8 +21,9 @@ def run_opd(*words: object, threads: int | None = None) -> None:
     environment = dict(os.environ)
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
-    command_line = [sys.executable, "-m", "opd.cli.main", *map(str, words)]
-    result = subprocess.run(command_line, env=environment, stdout=sys.stderr, check=False)
+    result = subprocess.run(
+        module_command("opd.cli.main", *words), env=environment, stdout=sys.stderr, check=False
+    )
     if result.returncode:
         raise OperationFailed(
             f"`opd {' '.join(map(str, words))}` exited with code {result.returncode}"

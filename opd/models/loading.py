@@ -36,8 +36,9 @@ def load_model(
         InvalidInput: The name is empty or a server, a file is damaged, or the model needs code of
             its own that is not trusted.
         MissingFile: The folder does not exist or is a run folder.
-        ImportError: bitsandbytes, needed for quantisation, is not installed.
+        MissingPackage: transformers, or bitsandbytes for quantisation, is not installed.
     """
+    load_package("transformers", "a model", "train")
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 

@@ -5,11 +5,10 @@ A worker returns its cell to the driver, so a cluster needs no shared file syste
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 from diagnostics.errors import InvalidInput
+from diagnostics.io.packages import load_package
 
 BACKENDS = ("loky", "ray", "dask")
 
@@ -36,7 +35,7 @@ def compute(
 
     Raises:
         InvalidInput: If the backend is unknown, or an address is given for loky.
-        ModuleNotFoundError: If the backend's extra is not installed.
+        MissingPackage: If the backend's extra is not installed.
     """
     import joblib
 
@@ -64,11 +63,11 @@ def _local(jobs: int, address: str | None) -> Iterator[None]:
 def _ray(jobs: int, address: str | None) -> Iterator[None]:
     import joblib
 
-    ray = _extra("ray", "ray")
+    ray = load_package("ray", "backend ray", "ray")
     size = {} if address else {"num_cpus": jobs}
     ray.init(address=address or "local", include_dashboard=False, log_to_driver=False, **size)
     try:
-        _extra("ray.util.joblib", "ray").register_ray()
+        load_package("ray.util.joblib", "backend ray", "ray").register_ray()
         with joblib.parallel_config("ray"):
             yield
     finally:
@@ -79,19 +78,10 @@ def _ray(jobs: int, address: str | None) -> Iterator[None]:
 def _dask(jobs: int, address: str | None) -> Iterator[None]:
     import joblib
 
-    distributed = _extra("distributed", "dask")
+    distributed = load_package("distributed", "backend dask", "dask")
     local = {"n_workers": jobs, "threads_per_worker": 1, "dashboard_address": None}
     with (
         distributed.Client(address) if address else distributed.Client(**local),
         joblib.parallel_config("dask"),
     ):
         yield
-
-
-def _extra(module: str, extra: str) -> ModuleType:
-    try:
-        return import_module(module)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"backend {extra} is not installed; run: pip install 'opdlab[{extra}]'"
-        ) from error

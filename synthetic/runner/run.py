@@ -22,13 +22,13 @@ from diagnostics.errors import InvalidInput, OperationFailed
 from diagnostics.io.atomic import write_text
 from diagnostics.io.command import run_command
 from diagnostics.io.provenance import code_state
+from diagnostics.io.recorded_data import recorded_data, writable_data
 from synthetic.seeds import canonical_json, derive
 
 if TYPE_CHECKING:
     import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[2]
-FIGURES = ROOT / "figures" / "data"
 PACKAGES = ("synthetic", "diagnostics", "opd")
 
 
@@ -236,18 +236,19 @@ def print_results(name: str, table: "pd.DataFrame", preset: str) -> None:
 
 
 def load_recorded_table(name: str) -> tuple["pd.DataFrame", str]:
-    """Return the summary table in figures/data and the preset that produced it."""
+    """Return the recorded summary table of an experiment and the preset that produced it."""
     import pandas as pd
 
-    record = json.loads((FIGURES / f"{name}.json").read_text())
-    return pd.read_csv(FIGURES / f"{name}.csv"), record["preset"]
+    data = recorded_data()
+    record = json.loads((data / f"{name}.json").read_text())
+    return pd.read_csv(data / f"{name}.csv"), record["preset"]
 
 
-def update_figures(name: str, preset: str, out: str | Path) -> None:
-    """Copy the summary and its provenance to figures/data, where they are committed."""
+def update_figures(name: str, preset: str, out: str | Path, data: Path) -> None:
+    """Copy the summary and its provenance to the folder of recorded tables."""
     for suffix in ("csv", "json"):
         text = (Path(out) / name / preset / f"summary.{suffix}").read_text()
-        write_text(FIGURES / f"{name}.{suffix}", text, concurrent=True)
+        write_text(data / f"{name}.{suffix}", text, concurrent=True)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -270,11 +271,17 @@ def main(argv: list[str] | None = None) -> None:
     running.add_argument(
         "--update-figures", action="store_true", help="copy the summaries to figures/data"
     )
+    running.add_argument(
+        "--data-folder", type=Path, help="folder to which --update-figures copies them instead"
+    )
     args = parser.parse_args(argv)
     if args.command == "list":
         for name in list_experiments():
             print(f"{name}\n  {load_experiment(name).CLAIM}")
         return
+    data = None
+    if args.command == "run" and args.update_figures:
+        data = writable_data(args.data_folder, "--update-figures")
     for name in list_experiments() if args.name == "all" else [args.name]:
         if args.command == "show":
             print_results(name, *load_recorded_table(name))
@@ -289,8 +296,8 @@ def main(argv: list[str] | None = None) -> None:
         print(
             f"  {preset_folder / 'summary.csv'}: {wall:.0f} s, all cells on one core {core:.0f} s"
         )
-        if args.update_figures:
-            update_figures(name, args.preset, args.out)
+        if data is not None:
+            update_figures(name, args.preset, args.out, data)
 
 
 def _key(name: str, setting: dict[str, Any]) -> str:

@@ -1,14 +1,29 @@
-"""The examples run as they stand, and print numbers that make sense."""
+"""The examples run as they stand, and compute what a run of the trainer computes."""
 
+import ast
 import json
 import re
 import runpy
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from math import isnan
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from diagnostics import Monitor
+from diagnostics.records.batch_files import load_batch
+from opd import Config, train
+from opd.data.tasks import load_task
+from opd.runtime.seeds import ROLLOUT, derive_seed
 from tests.helpers.paths import EXAMPLES
+from tests.helpers.runs import settings
+
+STEPS = 2
 
 
 def test_the_handwritten_loop_learns(capsys: pytest.CaptureFixture[str]) -> None:
@@ -32,3 +47,77 @@ def test_trl_is_attached(
     rows = [json.loads(x) for x in (tmp_path / "runs/trl/panel.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 6, 8, 10]
     assert all(row["divergence/tokens"] > 0 for row in rows)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_pair, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
+    """A run with the settings of the examples."""
+    fields: dict[str, Any] = {"steps": STEPS, "prompts_per_step": 2, "group_size": 2}
+    fields |= {"max_response": 12, "support_k": 8, "lr": 1e-3, "weight_decay": 0.01}
+    fields |= {"max_grad_norm": 1e9, "eval_every": 0, "full_metrics_every": 1}
+    config = settings(tiny_pair, tmp_path_factory.mktemp("runs") / "run", **fields)
+    train(replace(config, objective="teacher_topk"))
+    return config, Path(config.out)
+
+
+def questions_of_steps(config: Config) -> Iterator[list[str]]:
+    """Yield the prompts of every step, after seeding torch as the trainer seeds its sampler."""
+    task = load_task(config.task, config.seed)
+    for step in range(config.steps):
+        torch.manual_seed(derive_seed(config.seed, step, ROLLOUT))
+        yield [problem.prompt for problem in task.train(step, config.prompts_per_step)]
+
+
+def run_example(name: str, tiny_pair: tuple[Path, Path], questions: Any) -> dict[str, Any]:
+    """Run an example on other questions, with the tiny pair as its lab, and return its names."""
+    folder = tiny_pair[0].parent / "lab-tiny"
+    folder.mkdir(exist_ok=True)
+    for role, path in zip(("student", "teacher"), tiny_pair, strict=True):
+        if not (folder / role).exists():
+            (folder / role).symlink_to(path)
+    tree = ast.parse((EXAMPLES / name).read_text())
+    tree.body = [x for x in tree.body if "my_questions =" not in ast.unparse(x).split("\n")[0]]
+    namespace: dict[str, Any] = {"my_questions": questions}
+    exec(compile(tree, name, "exec"), namespace)
+    return namespace
+
+
+def test_training_from_python_takes_the_steps_of_the_trainer(
+    run: tuple[Config, Path], tiny_pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, folder = run
+    monkeypatch.chdir(tiny_pair[0].parent)
+    names = run_example("train_from_python.py", tiny_pair, questions_of_steps(config))
+    trained = load_file(folder / "final" / "model.safetensors")
+    weights, initial = (
+        names["pair"].student.network.state_dict(),
+        load_file(tiny_pair[0] / "model.safetensors"),
+    )
+    for name, weight in trained.items():
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-7)
+    assert max(float((weights[name] - initial[name]).abs().max()) for name in trained) > 1e-3
+
+
+def test_a_scored_batch_has_the_panel_of_a_run(
+    run: tuple[Config, Path],
+    tiny_pair,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config, folder = run
+    monkeypatch.chdir(tiny_pair[0].parent)
+    questions = next(questions_of_steps(config))
+    names = run_example("score_batch.py", tiny_pair, questions)
+    saved = load_batch(folder / "batches" / "step_000000.safetensors")
+    scored, row = names["batch"].scored, names["row"]
+    assert torch.equal(scored.tokens, saved.tokens)
+    graded_row = Monitor()(0, [replace(scored, reward=saved.reward)])  # the example has no grader
+    different = {name for name in row if not isnan(row[name]) and row[name] != graded_row[name]}
+    assert different == {"response/graded_share"}
+    recorded = json.loads((folder / "rows.jsonl").read_text().splitlines()[0])
+    assert {name for name in recorded if name.startswith(("divergence/", "signal/"))} <= set(row)
+    for name in recorded.keys() & row.keys():
+        value = float("nan") if recorded[name] is None else recorded[name]
+        expected = pytest.approx(value, rel=1e-5, abs=1e-6, nan_ok=True)
+        assert graded_row[name] == expected, name
+    assert "divergence/k1 " in capsys.readouterr().out

@@ -10,6 +10,8 @@ import pytest
 from tests.helpers.paths import ROOT
 
 PACKAGES = ("diagnostics", "figures", "opd", "synthetic")
+PUBLIC = ("diagnostics", "opd")
+"""Packages that export names; see test_public_api.py."""
 
 
 def imported(file: Path) -> set[str]:
@@ -29,7 +31,7 @@ def test_importing_a_package_imports_nothing_else(package: str) -> None:
     files = sorted((ROOT / package).rglob("*.py"))
     assert len(files) > 20
     for file in files:
-        if file.name == "__init__.py":
+        if file.name == "__init__.py" and file.parent.name not in PUBLIC:
             body = ast.parse(file.read_text()).body
             assert len(body) == 1, f"{file} holds more than its docstring"
             assert isinstance(body[0], ast.Expr), f"{file} has no docstring"

@@ -80,6 +80,7 @@ def load_function(name: str) -> Callable[..., Any]:
         AttributeError: The module has no such function.
     """
     module_path, _, function = name.rpartition(":")
+    sys.path.append(os.getcwd())  # last, so that no folder there hides an installed package
     if module_path.endswith(".py"):
         spec = importlib.util.spec_from_file_location(Path(module_path).stem, module_path)
         if spec is None or spec.loader is None:

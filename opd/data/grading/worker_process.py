@@ -3,12 +3,12 @@
 import json
 import select
 import subprocess
-import sys
 import tempfile
 import threading
 from typing import Any
 
 from diagnostics.errors import OperationFailed
+from diagnostics.io.module_process import module_command
 
 TIMEOUT = 5.0
 MEMORY_LIMIT = 4 << 30
@@ -59,14 +59,9 @@ class GraderWorker:
 
     def start(self) -> "subprocess.Popen[str]":
         """Start the process and wait until it is ready."""
-        command_line = [
-            sys.executable,
-            "-m",
-            "opd.data.grading.worker",
-            self.kind,
-            str(self.seconds),
-            str(self.memory),
-        ]
+        command_line = module_command(
+            "opd.data.grading.worker", self.kind, self.seconds, self.memory
+        )
         with tempfile.TemporaryFile("w+") as stderr_file:  # an unread pipe may fill up and block
             is_user_function = ":" in self.kind
             process = subprocess.Popen(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from diagnostics.adapters.trl import LOG_COLUMNS, observe
+from diagnostics.adapters.trl import LOG_COLUMNS, observe_trl
 from diagnostics.adapters.trl_batches import prompt_ids
 from diagnostics.monitor import Monitor
 from tests.helpers.trl_trainers import (
@@ -55,7 +55,7 @@ def run_training(
     if monitor is None:
         trainer.train()
         return [], trainer.state.log_history, trainer.model.state_dict()
-    with observe(trainer, monitor, k=5, max_logits_per_chunk=300) as rows:
+    with observe_trl(trainer, monitor, k=5, max_logits_per_chunk=300) as rows:
         trainer.train()
     return rows, trainer.state.log_history, trainer.model.state_dict()
 
@@ -121,13 +121,13 @@ def test_only_what_the_student_sampled_is_measured(pair: Any, tmp_path: Path) ->
 def test_cadence_evaluation_and_what_is_put_back(pair: Any, tmp_path: Path) -> None:
     trainer = distillation(pair, tmp_path / "run")
     trainer.eval_dataset = questions("prompt").select(range(2))
-    with observe(trainer, Monitor(interval=2)) as rows:
+    with observe_trl(trainer, Monitor(interval=2)) as rows:
         trainer.train()
         trainer.evaluate()
     assert [row["step"] for row in rows] == [2]
     assert "divergence/k1" not in trainer.state.log_history[0]
     assert trainer.state.log_history[1]["divergence/k1"] == rows[0]["divergence/k1"]
-    with pytest.raises(RuntimeError, match="stop"), observe(trainer, Monitor()):
+    with pytest.raises(RuntimeError, match="stop"), observe_trl(trainer, Monitor()):
         raise RuntimeError("stop")
     assert not {"log", "_compute_loss"} & vars(trainer).keys()
 
@@ -143,7 +143,7 @@ def test_evaluation_between_steps_is_not_measured(pair: Any, tmp_path: Path) -> 
         return step(*args)
 
     trainer.training_step = evaluate_then_step
-    with observe(trainer, Monitor()) as rows:
+    with observe_trl(trainer, Monitor()) as rows:
         trainer.train()
     responses = [row["divergence/tokens"] / row["response/length"] for row in rows]
     assert responses == pytest.approx([4, 4])
@@ -161,7 +161,7 @@ def test_a_path_that_hides_the_logits_is_refused(pair: Any, tmp_path: Path) -> N
     compute = trainer.generalized_jsd_loss
     trainer.use_liger_gkd_loss = True
     with pytest.raises(ValueError, match="use_liger_gkd_loss is set: the fused loss"):  # noqa: SIM117
-        with observe(trainer):
+        with observe_trl(trainer):
             pass
     del trainer.use_liger_gkd_loss
 
@@ -175,5 +175,5 @@ def test_a_path_that_hides_the_logits_is_refused(pair: Any, tmp_path: Path) -> N
     with pytest.raises(ValueError, match="beta 0 has no reference model"):
         run_training(grpo(pair, tmp_path / "grpo", beta=0.0), Monitor())
     with pytest.raises(ValueError, match="Monitor is not supported; supported: Distil"):  # noqa: SIM117
-        with observe(Monitor()):
+        with observe_trl(Monitor()):
             pass

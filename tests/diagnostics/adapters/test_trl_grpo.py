@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from diagnostics.adapters.trl import observe
+from diagnostics.adapters.trl import observe_trl
 from diagnostics.catalogue import FULL
 from diagnostics.monitor import Monitor
 from tests.helpers.trl_trainers import (
@@ -36,7 +36,7 @@ def pair(tiny_pair) -> tuple[Any, Any, Any]:
 def run_observed(trainer: Any, panel: Any = FULL) -> tuple[list[dict], Monitor]:
     torch.manual_seed(11)
     monitor = Monitor(panel)
-    with observe(trainer, monitor, k=5) as rows:
+    with observe_trl(trainer, monitor, k=5) as rows:
         trainer.train()
     return rows, monitor
 

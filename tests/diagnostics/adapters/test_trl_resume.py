@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from diagnostics.adapters.trl import observe
+from diagnostics.adapters.trl import observe_trl
 from diagnostics.alarms.alarms import Alarms
 from diagnostics.alarms.rules import AlarmRule
 from diagnostics.catalogue import PANEL
@@ -49,7 +49,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 from tests.diagnostics.adapters.test_trl_resume import checkpointed, monitor_of
 from tests.helpers.trl_trainers import load_pair
-from diagnostics.adapters.trl import observe
+from diagnostics.adapters.trl import observe_trl
 
 student, teacher, folder = map(Path, sys.argv[1:])
 
@@ -60,7 +60,7 @@ class Kill(TrainerCallback):
 
 trainer = checkpointed(load_pair((student, teacher)), folder)
 trainer.add_callback(Kill())
-with observe(trainer, monitor_of(folder)):
+with observe_trl(trainer, monitor_of(folder)):
     trainer.train()
 """
 
@@ -75,7 +75,7 @@ def test_a_killed_run_goes_on_with_its_rows_and_its_alarms(
     pair: Any, tiny_pair: Any, tmp_path: Path
 ) -> None:
     uninterrupted = checkpointed(pair, tmp_path / "whole")
-    with observe(uninterrupted, monitor_of(tmp_path / "whole")) as expected:
+    with observe_trl(uninterrupted, monitor_of(tmp_path / "whole")) as expected:
         uninterrupted.train()
     folder = tmp_path / "killed"
     command = [sys.executable, "-c", KILLED, *map(str, tiny_pair), str(folder)]
@@ -89,7 +89,7 @@ def test_a_killed_run_goes_on_with_its_rows_and_its_alarms(
     trainer = checkpointed(pair, folder)
     raised: list[Any] = []
     monitor.sinks.append(lambda step, row: raised.append(monitor.raised))
-    with observe(trainer, monitor) as rows:
+    with observe_trl(trainer, monitor) as rows:
         trainer.train(resume_from_checkpoint=True)
     assert [row["step"] for row in rows] == [3, 4]
     file_rows = row_files.read_rows(panel)
@@ -109,7 +109,7 @@ def test_an_earlier_runs_rows_are_set_aside_where_another_begins(pair: Any, tmp_
     trainer = distillation(pair, tmp_path, max_steps=1)
     with (
         pytest.warns(UserWarning, match=r"panel.jsonl held the rows of an earlier run"),
-        observe(trainer, monitor_of(tmp_path)),
+        observe_trl(trainer, monitor_of(tmp_path)),
     ):
         trainer.train()
     assert row_files.read_rows(tmp_path / "panel.jsonl.1") == [{"step": 9, "loss": 1.5}]
@@ -119,7 +119,7 @@ def test_an_earlier_runs_rows_are_set_aside_where_another_begins(pair: Any, tmp_
 def test_a_run_that_was_not_observed_can_be_resumed_observed(pair: Any, tmp_path: Path) -> None:
     checkpointed(pair, tmp_path, max_steps=2).train()
     trainer = checkpointed(pair, tmp_path, max_steps=4)
-    with observe(trainer, monitor_of(tmp_path)) as rows:
+    with observe_trl(trainer, monitor_of(tmp_path)) as rows:
         trainer.train(resume_from_checkpoint=True)  # saves a checkpoint at the end
     assert [row["step"] for row in rows] == [3, 4]
     state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
@@ -129,7 +129,7 @@ def test_a_run_that_was_not_observed_can_be_resumed_observed(pair: Any, tmp_path
     restored = {"restore_callback_states_from_checkpoint": True, "max_steps": 6}
     resumed = checkpointed(pair, tmp_path, **restored)
     monitor = monitor_of(tmp_path)
-    with observe(resumed, monitor) as rows:
+    with observe_trl(resumed, monitor) as rows:
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert [row["step"] for row in rows] == [5, 6]
     assert monitor.alarms is not None
@@ -142,7 +142,7 @@ def test_a_run_that_was_not_observed_can_be_resumed_observed(pair: Any, tmp_path
 def test_the_log_is_over_all_tokens_of_its_window(pair: Any, tmp_path: Path) -> None:
     trainer = distillation(pair, tmp_path, max_steps=5, logging_steps=2)
     spy = Spy(trainer, pair[0])
-    with observe(trainer, Monitor(interval={"length": 2}), k=5, log_columns=None) as rows:
+    with observe_trl(trainer, Monitor(interval={"length": 2}), k=5, log_columns=None) as rows:
         trainer.train()
     log = [x for x in trainer.state.log_history if "loss" in x]
     assert [x["step"] for x in log] == [2, 4]
@@ -188,7 +188,7 @@ def test_a_failing_sink_or_a_loss_without_numbers_costs_rows_and_not_the_trainin
     trainer._compute_loss = diverging_loss
     with (
         pytest.warns(RuntimeWarning) as warnings,
-        observe(trainer, Monitor(SMALL_PANEL, sinks=[failing_sink])) as rows,
+        observe_trl(trainer, Monitor(SMALL_PANEL, sinks=[failing_sink])) as rows,
     ):
         trainer.train()
     assert trainer.state.global_step == 3
@@ -209,7 +209,7 @@ def test_a_loss_that_is_computed_elsewhere_is_an_error(pair: Any, tmp_path: Path
     trainer.compute_loss = separate_loss
     with (
         pytest.raises(RuntimeError, match="step 1: the loss of DistillationTrainer did not call"),
-        observe(trainer, Monitor(SMALL_PANEL)),
+        observe_trl(trainer, Monitor(SMALL_PANEL)),
     ):
         trainer.train()
 
@@ -224,6 +224,6 @@ def test_losses_without_gradients_are_not_of_the_training(pair: Any, tmp_path: P
         return step(model, inputs, *args)
 
     trainer.training_step = training_step
-    with observe(trainer, Monitor(SMALL_PANEL)) as rows:
+    with observe_trl(trainer, Monitor(SMALL_PANEL)) as rows:
         trainer.train()
     assert rows[0]["divergence/tokens"] / rows[0]["response/length"] == pytest.approx(4)

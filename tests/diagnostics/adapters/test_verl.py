@@ -12,7 +12,7 @@ from diagnostics.adapters.verl import install, rollout_rows
 from diagnostics.batch import ScoredRollouts
 from diagnostics.monitor import Monitor
 from diagnostics.records.reader import Records
-from diagnostics.records.writer import write_records
+from diagnostics.records.writer import save_records
 
 DP_SIZE = 2
 MASKS = ([1, 1, 1], [1, 0, 1, 1, 1], [1, 1], [1, 1, 1, 0])
@@ -215,7 +215,7 @@ def test_rollout_dumps_become_records(tmp_path: Path) -> None:
     rows = list(rollout_rows(dumps, lambda text: [ord(c) for c in text]))
     assert [row["step"] for row in rows] == [2, 2, 10, 10]
     assert rows[1]["tokens"] == [99, 100, 101]
-    write_records(tmp_path / "r.jsonl", rows)
+    save_records(tmp_path / "r.jsonl", rows)
     monitor, records = Monitor(), Records(tmp_path / "r.jsonl")
     (b,) = records
     assert isinstance(b, ScoredRollouts)

@@ -14,7 +14,7 @@ from diagnostics.batch import ScoredRollouts
 from diagnostics.errors import OperationFailed
 from diagnostics.io.atomic import atomic_write, is_disk_full, replace_folder, write_text
 from diagnostics.records.token_dumps import DumpWriter
-from diagnostics.records.writer import write_records
+from diagnostics.records.writer import save_records
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ WRITERS = {
         lambda folder: DumpWriter(folder=folder, responses=1)(3, batch()),
         "step_00000003.parquet",
     ),
-    "records": (lambda folder: write_records(folder / "x.jsonl", [batch()]), "x.jsonl"),
+    "records": (lambda folder: save_records(folder / "x.jsonl", [batch()]), "x.jsonl"),
 }
 
 

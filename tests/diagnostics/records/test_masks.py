@@ -13,7 +13,7 @@ from diagnostics.metrics.topk import top_k_list
 from diagnostics.monitor import Monitor
 from diagnostics.records.columns import parse_record
 from diagnostics.records.reader import Records
-from diagnostics.records.writer import write_records
+from diagnostics.records.writer import save_records
 
 STUDENT, TEACHER = [-1.0, -2.0, -4.0], [-0.5, -3.0, -1.0]
 """Costs -0.5, 1, -3."""
@@ -150,7 +150,7 @@ def test_what_was_sampled_and_is_not_supervised_keeps_its_numbers(tmp_path: Path
     assert batch.sampled.tolist() == [[False, True, True]]
     assert batch.student_logp.tolist() == [[0.0, -2.0, -4.0]]
     assert batch.sampler_logp.tolist() == [[0.0, -2.5, -4.5]]
-    write_records(tmp_path / "again.jsonl", [batch])
+    save_records(tmp_path / "again.jsonl", [batch])
     (reread,) = Records(tmp_path / "again.jsonl")
     for name in ("mask", "sampled", "student_logp", "teacher_logp", "sampler_logp"):
         assert getattr(reread, name).tolist() == getattr(batch, name).tolist(), name

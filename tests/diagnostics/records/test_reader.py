@@ -14,7 +14,7 @@ from diagnostics.core.partial import missing_fields, without_fields
 from diagnostics.monitor import Monitor
 from diagnostics.records.columns import NAMES, STATS_COLUMNS, integer_id
 from diagnostics.records.reader import Records
-from diagnostics.records.writer import batch_rows, write_records
+from diagnostics.records.writer import batch_rows, save_records
 from tests.helpers.batches import batch
 
 SUFFIXES = (".jsonl", ".parquet")
@@ -47,7 +47,7 @@ def plain_row(**changes) -> dict:
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_batch_survives_the_records(tmp_path: Path, suffix: str) -> None:
     b = graded()
-    assert write_records(tmp_path / f"r{suffix}", [b]) == len(b)
+    assert save_records(tmp_path / f"r{suffix}", [b]) == len(b)
     (loaded_batch,) = Records(tmp_path / f"r{suffix}")
     width = loaded_batch.tokens.shape[1]
     assert torch.equal(loaded_batch.tokens, torch.where(sampled_prefix(b), b.tokens, 0)[:, :width])
@@ -76,7 +76,7 @@ def sampled_prefix(b: ScoredRollouts) -> torch.Tensor:
 def test_streaming_in_small_batches_changes_no_number(tmp_path: Path) -> None:
     b = concatenate([batch(s) for s in range(3)])
     b = replace(b, prompt=torch.arange(len(b)) // 4)
-    write_records(tmp_path / "r.jsonl", [b.rows(slice(0, 10)), b.rows(slice(10, None))])
+    save_records(tmp_path / "r.jsonl", [b.rows(slice(0, 10)), b.rows(slice(10, None))])
     records = Records(tmp_path / "r.jsonl", positions=40 * 5)
     sizes = [len(part) for part in records]
     assert sizes == [
@@ -90,7 +90,7 @@ def test_streaming_in_small_batches_changes_no_number(tmp_path: Path) -> None:
     assert streamed_row == pytest.approx(full_row, rel=1e-6, abs=1e-9, nan_ok=True)
     assert records.notes == {}
     shuffled = list(batch_rows(b))
-    write_records(
+    save_records(
         tmp_path / "s.jsonl", shuffled[::4] + shuffled[1::4] + shuffled[2::4] + shuffled[3::4]
     )
     unsorted_records = Records(tmp_path / "s.jsonl", positions=40 * 5)
@@ -276,6 +276,6 @@ def test_faults_of_a_support_and_of_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is none of \.jsonl, \.parquet"):
         Records(tmp_path / "r.csv")
     with pytest.raises(ValueError, match=r"neither suffix \.jsonl nor \.parquet"):
-        write_records(tmp_path / "r.csv", [batch()])
+        save_records(tmp_path / "r.csv", [batch()])
     with pytest.raises(ValueError, match=r"unknown columns \['teacher'\]"):
         Records(path, rename={"x": "teacher"})

@@ -9,7 +9,7 @@ import torch
 
 from diagnostics.monitor import Monitor
 from diagnostics.records.columns import STATS_COLUMNS
-from diagnostics.records.writer import batch_rows, write_records
+from diagnostics.records.writer import batch_rows, save_records
 from opd.analysis import diagnose
 from opd.cli.diagnose import group_by_level, main
 from opd.teachers.pair import load_pair
@@ -59,7 +59,7 @@ def diagnose_as_json(capsys: pytest.CaptureFixture[str], *arguments: object) -> 
 
 def test_scoring_records_equals_dense_numbers(sampled, tmp_path, capsys) -> None:
     path = tmp_path / "r.parquet"
-    write_records(path, [without_logits(row) for row in sampled.rows])
+    save_records(path, [without_logits(row) for row in sampled.rows])
     unscored_row, errors = diagnose_as_json(capsys, path)
     assert unscored_row["divergence/tokens"] == sum(len(row["tokens"]) for row in sampled.rows)
     assert unscored_row["response/truncated_share"] == 0.5
@@ -99,7 +99,7 @@ def test_recorded_student_scores_are_compared(sampled, tmp_path, capsys) -> None
         y = torch.tensor(row["tokens"])[:, None]
         logp = (row["logits"][0].gather(-1, y)[:, 0] - 0.25).tolist()
         rows.append(without_logits(row) | {"student_logp": logp, "teacher_logp": logp})
-    write_records(tmp_path / "r.jsonl", rows)
+    save_records(tmp_path / "r.jsonl", rows)
     models = ("--student", sampled.pair[0], "--teacher", sampled.pair[1], "--device", "cpu")
     row, errors = diagnose_as_json(capsys, tmp_path / "r.jsonl", *models)
     assert row["divergence/k1"] == pytest.approx(by_hand(sampled.rows, 4)[0], rel=1e-4)
@@ -110,7 +110,7 @@ def test_recorded_student_scores_are_compared(sampled, tmp_path, capsys) -> None
 
 def test_a_table_by_level(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     b = batch()
-    write_records(tmp_path / "r.jsonl", [b])
+    save_records(tmp_path / "r.jsonl", [b])
     main([str(tmp_path / "r.jsonl")])
     output = capsys.readouterr().out
     places = [output.index(f"\n from {level}\n") for level in diagnose.LEVELS]
@@ -128,7 +128,7 @@ def test_a_table_by_level(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     row = Monitor()(0, [b])
     assert f"{row['divergence/k1']:.4g}  ± {row['divergence/k1_se']:.2g}" in output
     rows = [{k: v for k, v in r.items() if k not in STATS_COLUMNS} for r in batch_rows(b)]
-    write_records(tmp_path / "p.jsonl", rows)
+    save_records(tmp_path / "p.jsonl", rows)
     main([str(tmp_path / "p.jsonl")])
     output = capsys.readouterr().out
     assert diagnose.LEVELS[2] in output
@@ -156,10 +156,10 @@ def test_invalid_input_is_rejected(sampled, tmp_path: Path) -> None:
         ({"tokens": [10**6]}, "token 1000000 is not in the models' vocabulary"),
         ({"prompt_tokens": [10**6]}, "prompt token 1000000 is not in the models' vocabulary"),
     ):
-        write_records(path, [without_logits(sampled.rows[0]) | change])
+        save_records(path, [without_logits(sampled.rows[0]) | change])
         with pytest.raises(ValueError, match=message):
             main([str(path), *models, "--device", "cpu"])
-    write_records(path, [without_logits(sampled.rows[0])])
+    save_records(path, [without_logits(sampled.rows[0])])
     with pytest.raises(ValueError, match="has no rows of task 'chess'"):
         main([str(path), "--task", "chess"])
     with pytest.raises(ValueError, match="no model given"):
@@ -183,7 +183,7 @@ def test_padding_is_masked_or_rejected(sampled, tmp_path, capsys, has_masks: boo
             "completion_ids": tokens + [padding] * (12 - len(tokens)),
         }
         rows.append(padded | (masks if has_masks else {}))
-    write_records(tmp_path / "r.jsonl", rows)
+    save_records(tmp_path / "r.jsonl", rows)
     models = ("--student", sampled.pair[0], "--teacher", sampled.pair[1], "--device", "cpu")
     if not has_masks:
         with pytest.raises(ValueError, match=f"begins with the padding id {padding}; add prompt_m"):
@@ -192,7 +192,7 @@ def test_padding_is_masked_or_rejected(sampled, tmp_path, capsys, has_masks: boo
             row | {"prompt_ids": r["prompt_tokens"]}
             for row, r in zip(rows, sampled.rows, strict=True)
         ]
-        write_records(tmp_path / "r.jsonl", unpadded)
+        save_records(tmp_path / "r.jsonl", unpadded)
         with pytest.raises(
             ValueError, match=f"ends with the id {padding} more than once.*response"
         ):

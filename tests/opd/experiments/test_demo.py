@@ -1,31 +1,72 @@
-"""The demo at its smallest size; a second call keeps finished runs."""
+"""The demo at its smallest size: it resumes after a kill, and --full continues its runs."""
 
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+from diagnostics.records.rows import read_rows
 from diagnostics.records.run_tables import accuracy_gains, training_table
 
 
-def run_demo(out: Path) -> str:
-    command_line = [sys.executable, "-m", "opd.cli.main", "demo", "--smoke", "--out", str(out)]
-    result = subprocess.run(command_line, capture_output=True, text=True, check=False)
+def demo_command(out: Path, *options: str) -> list[str]:
+    return [sys.executable, "-m", "opd.cli.main", "demo", "--smoke", "--out", str(out), *options]
+
+
+def run_demo(out: Path, *options: str) -> str:
+    line = demo_command(out, *options)
+    result = subprocess.run(line, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+    assert re.search(r"\[4/4\] figures and report: \d+ s, \d+ s since the start", result.stderr)
     return result.stdout
 
 
-def test_the_demo_runs_and_keeps_finished_runs(tmp_path: Path) -> None:
-    first_output = run_demo(tmp_path)
-    runs = sorted((tmp_path / "runs").iterdir())
-    assert len(runs) >= 4
+def kill_while_training(out: Path) -> None:
+    """Start the demo and kill all of its processes once a run of another seed has a row."""
+    process = subprocess.Popen(
+        demo_command(out, "--full"), stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 300
+    while not any((out / "runs").glob("*-1/rows.jsonl")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def rows_without_times(run: Path) -> list[dict[str, float]]:
+    rows = read_rows(run / "rows.jsonl")
+    return [{k: v for k, v in row.items() if not k.startswith("seconds/")} for row in rows]
+
+
+def test_the_demo_resumes_and_full_continues_it(tmp_path: Path) -> None:
+    first_output = run_demo(tmp_path / "demo")
+    runs = sorted((tmp_path / "demo" / "runs").iterdir())
+    assert [run.name for run in runs] == ["sampled_token-0", "teacher_topk-0"]
     for row in accuracy_gains(training_table(runs)).to_dict("records"):
         line = next(x for x in first_output.splitlines() if x.startswith(row["objective"]))
         assert f"{row['gain']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]" in line
     for name in ("figures/training.png", "figures/bias_variance.pdf", "report.html"):
-        assert (tmp_path / name).stat().st_size > 10_000
-    stamps = {p: p.stat().st_mtime_ns for run in runs for p in run.glob("final/*")}
-    second_output = run_demo(tmp_path)
-    assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
-    table = [re.sub(r"seconds .*", "", text) for text in (first_output, second_output)]
-    assert table[0] == table[1]
+        assert (tmp_path / "demo" / name).stat().st_size > 10_000
+    short_rows = [rows_without_times(run) for run in runs]
+    assert [len(rows) for rows in short_rows] == [2, 2]
+
+    kill_while_training(tmp_path / "demo")
+    run_demo(tmp_path / "demo", "--full")
+    long_runs = sorted((tmp_path / "demo" / "runs").iterdir())
+    assert [run.name for run in long_runs] == [
+        f"{objective}-{seed}" for objective in ("sampled_token", "teacher_topk") for seed in (0, 1)
+    ]
+    assert all(len(rows_without_times(run)) == 4 for run in long_runs)
+    for run, rows in zip(runs, short_rows, strict=True):
+        assert rows_without_times(run)[:2] == rows
+
+    stamps = {p: p.stat().st_mtime_ns for run in long_runs for p in run.glob("final/*")}
+    outputs = [run_demo(tmp_path / "demo", "--full") for _ in range(2)]
+    assert {p: p.stat().st_mtime_ns for p in stamps} == stamps, "finished runs are kept"
+    tables = [re.sub(r"seconds .*", "", text) for text in outputs]
+    assert tables[0] == tables[1]

@@ -98,10 +98,11 @@ def test_a_failing_cell_names_itself_and_loses_no_other(
     assert len(list((tmp_path / NAME / "cells").glob("*.json"))) == 1
 
 
-def test_unknown_places_are_refused() -> None:
+def test_unknown_places_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="unknown backend 'slurm'; known: loky, ray, dask"):
         list(backends.compute(fail_on_two, [(0,)], 1, "slurm"))
     with pytest.raises(ValueError, match="address here cannot be used with loky"):
         list(backends.compute(fail_on_two, [(0,)], 1, "loky", "here"))
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'opdlab\[ray\]'"):
-        backends._extra("no_such_module", "ray")
+    monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not installed
+    with pytest.raises(ImportError, match=r"backend ray needs ray: pip install 'opdlab\[ray\]'"):
+        list(backends.compute(fail_on_two, [(0,)], 1, "ray"))

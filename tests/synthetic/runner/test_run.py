@@ -191,16 +191,13 @@ def test_the_command_line_lists_runs_and_updates_figures(
     folder: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     study.main(["list"])
     assert f"{NAME}\n  {bias_variance.CLAIM}\n" in capsys.readouterr().out
-    monkeypatch.setattr(study, "FIGURES", tmp_path)
     arguments = ["run", NAME, "--preset", "smoke", "--jobs", "1", "--out", str(folder.parent)]
     study.main(arguments)
     assert str(folder / "smoke" / "summary.csv") in capsys.readouterr().out
-    assert not list(tmp_path.iterdir())
-    study.main([*arguments, "--update-figures"])
+    study.main([*arguments, "--update-figures", "--data-folder", str(tmp_path)])
     for suffix in ("csv", "json"):
         copy, original = tmp_path / f"{NAME}.{suffix}", folder / "smoke" / f"summary.{suffix}"
         assert copy.read_bytes() == original.read_bytes()

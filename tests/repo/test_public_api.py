@@ -1,0 +1,205 @@
+"""What `opd` and `diagnostics` export: a fixed list, imported when used, with its requirements."""
+
+import ast
+import inspect
+import json
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import diagnostics
+import opd
+from tests.helpers.paths import ROOT
+
+EXPORTS = {
+    "opd": {
+        "Config",
+        "ModelPair",
+        "OBJECTIVES",
+        "Objective",
+        "__version__",
+        "evaluate",
+        "load_pair",
+        "make_objective",
+        "policy_loss",
+        "sample",
+        "score_batch",
+        "train",
+    },
+    "diagnostics": {
+        "Alarms",
+        "DistributionStats",
+        "Monitor",
+        "PANEL",
+        "Rollouts",
+        "ScoredRollouts",
+        "Support",
+        "UserError",
+        "bootstrap_interval",
+        "from_logits",
+        "load_records",
+        "observe_trl",
+        "save_records",
+        "to_file",
+    },
+}
+"""The stable names; a change here is a change of the interface and belongs in CHANGELOG.md."""
+
+STATEMENT = "Modules are private; only names exported by `opd` and `diagnostics` are stable."
+NAMES = [
+    pytest.param(package, name, id=f"{package}.{name}")
+    for package in (opd, diagnostics)
+    for name in sorted(EXPORTS[package.__name__])
+]
+
+OPTIONAL = (
+    *("transformers", "tokenizers", "huggingface_hub", "tyro", "tqdm", "httpx2", "httpx", "scipy"),
+    *("joblib", "pandas", "matplotlib", "pyarrow", "datasets", "ray", "distributed", "peft"),
+    *("trl", "verl", "accelerate", "requests", "rich", "regex", "PIL", "wandb", "trackio"),
+)
+"""Packages that torch, numpy and safetensors do not bring."""
+
+NEEDS_MORE = {"diagnostics.records.run_tables": "pandas"}
+"""Modules of `diagnostics` that no exported name uses, and what they import."""
+
+HIDE_OPTIONAL = f"""
+import sys
+
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {OPTIONAL!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Hide())
+"""
+
+IMPORT_ALL = """
+import importlib, json, pkgutil
+import diagnostics
+errors = {}
+for module in pkgutil.walk_packages(diagnostics.__path__, "diagnostics."):
+    try:
+        importlib.import_module(module.name)
+    except ModuleNotFoundError as error:
+        errors[module.name] = error.name
+print(json.dumps(errors))
+"""
+
+
+def run_python(program: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-c", program]
+    return subprocess.run(line, capture_output=True, text=True, check=check, cwd=ROOT)
+
+
+@pytest.mark.parametrize("package", [opd, diagnostics])
+def test_the_exported_names_are_these(package: ModuleType) -> None:
+    names = EXPORTS[package.__name__]
+    assert set(package.__all__) == set(package.MODULES) == set(dir(package)) == names
+    assert len(package.__all__) == len(names)
+    body = ast.parse(Path(str(package.__file__)).read_text()).body
+    guarded = next(node for node in body if isinstance(node, ast.If))
+    for_checkers = {
+        alias.name: node.module
+        for node in guarded.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert for_checkers == package.MODULES, "what type checkers see is what is imported"
+    assert STATEMENT in " ".join((package.__doc__ or "").split())
+    with pytest.raises(AttributeError, match="has no attribute 'magic'"):
+        _ = package.magic
+
+
+def test_the_documentation_says_what_is_stable() -> None:
+    assert STATEMENT in " ".join((ROOT / "docs" / "architecture.md").read_text().split())
+
+
+@pytest.mark.parametrize(("package", "name"), NAMES)
+def test_every_name_is_documented_and_annotated(package: ModuleType, name: str) -> None:
+    value = getattr(package, name)
+    assert value is getattr(import_module(package.MODULES[name]), name)
+    if inspect.isclass(value) or inspect.isfunction(value):
+        assert value.__module__ == package.MODULES[name], "exported from where it is defined"
+        assert len(inspect.getdoc(value) or "") > 20
+        function = value.__init__ if inspect.isclass(value) else value
+        if inspect.isfunction(function):
+            signature = inspect.signature(function)
+            assert signature.return_annotation is not inspect.Signature.empty
+            for parameter in [*signature.parameters.values()][inspect.isclass(value) :]:
+                assert parameter.annotation is not inspect.Parameter.empty, parameter
+
+
+@pytest.mark.parametrize("package", ["opd", "diagnostics"])
+def test_importing_the_package_loads_nothing_heavy(package: str) -> None:
+    program = f"import sys, {package}\ndir({package})\nprint(*sys.modules)"
+    loaded = {name.partition(".")[0] for name in run_python(program).stdout.split()}
+    assert package in loaded
+    assert not loaded & {"torch", "numpy", *OPTIONAL}
+
+
+def test_diagnostics_needs_its_base_requirements_only() -> None:
+    assert json.loads(run_python(HIDE_OPTIONAL + IMPORT_ALL).stdout) == NEEDS_MORE
+
+
+@pytest.mark.parametrize("name", ["OBJECTIVES", "Objective", "make_objective", "__version__"])
+def test_objectives_need_no_extra(name: str) -> None:
+    run_python(f"{HIDE_OPTIONAL}\nfrom opd import {name}")
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("from opd import train", "opd.train needs tqdm: pip install 'opdlab[train]'"),
+        ("from opd import Config", "opd.Config needs tyro: pip install 'opdlab[train]'"),
+        (
+            "from opd.models.loading import load_model; load_model('x', 'cpu', 'float32')",
+            "a model needs transformers: pip install 'opdlab[train]'",
+        ),
+        (
+            "from diagnostics.stats import _critical; _critical(2.0, 1.0, 3)",
+            "an interval over several runs needs scipy: pip install 'opdlab[study]'",
+        ),
+    ],
+)
+def test_a_missing_package_names_the_extra(program: str, message: str) -> None:
+    result = run_python(HIDE_OPTIONAL + program, check=False)
+    assert result.returncode == 1
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["study", "list"], "opd study: this command needs pandas: pip install 'opdlab[study]'"),
+        (["train", "--help"], "opd train: this command needs tyro: pip install 'opdlab[train]'"),
+        (
+            ["figures", "toy"],
+            "opd figures: this command needs pandas: pip install 'opdlab[figures]'",
+        ),
+    ],
+)
+def test_a_command_names_the_extra(words: list[str], message: str) -> None:
+    program = f"sys.argv = ['opd', *{words!r}]\nfrom opd.cli.main import main\nmain()"
+    result = run_python(HIDE_OPTIONAL + program, check=False)
+    assert result.returncode == 1
+    assert result.stderr.strip() == message
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["diagnose", "--help"]])
+def test_these_commands_need_no_extra(words: list[str]) -> None:
+    program = f"sys.argv = ['opd', *{words!r}]\nfrom opd.cli.main import main\nmain()"
+    assert run_python(HIDE_OPTIONAL + program).stdout
+
+
+def test_the_version_is_that_of_pyproject() -> None:
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert opd.__version__ == project["version"]
+    for file in ROOT.glob("*/**/*.py"):
+        if file.relative_to(ROOT).parts[0] in EXPORTS:
+            assert f'"{project["version"]}"' not in file.read_text(), file
