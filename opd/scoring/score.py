@@ -12,12 +12,12 @@ from torch import Tensor
 from diagnostics.batch import DistributionStats, Rollouts, ScoredRollouts, Support
 from diagnostics.core.distribution_stats import compute_distribution_stats
 from diagnostics.errors import InvalidInput
+from diagnostics.ragged import flat_index, scatter_to_mask
 from opd.data.prompts import Prompts
 from opd.models.forward import (
     log_probabilities,
     micro_batches,
     response_hidden_states,
-    scatter_to_mask,
 )
 from opd.models.lm_head import (
     apply_temperature,
@@ -303,7 +303,7 @@ def _score_in_chunks(
     If the teacher is not run, its states have width 0.
     """
     n, device = int(batch.sampled.sum()), batch.tokens.device
-    flat_index = (batch.sampled.flatten().cumsum(0) - 1).reshape(batch.mask.shape)
+    index = flat_index(batch.sampled)
     flat: dict[str, Tensor] = {}
 
     def store(name: str, positions: Tensor, value: Tensor) -> None:
@@ -315,7 +315,7 @@ def _score_in_chunks(
         micro_batch = batch.rows(rows).trim()
         micro_prompts = prompts.rows(rows)
         sampled = micro_batch.sampled
-        positions = flat_index[rows][:, : sampled.shape[1]][sampled]
+        positions = index[rows][:, : sampled.shape[1]][sampled]
         student_states = response_hidden_states(pair.student, micro_prompts, micro_batch, sampled)
         teacher_states = (
             response_hidden_states(pair.teacher, micro_prompts, micro_batch, sampled)

@@ -23,6 +23,8 @@ from torch import Tensor
 from diagnostics.batch import Rollouts, ScoredRollouts, concatenate
 from diagnostics.core.totals import Accumulator, Mean, compute
 from diagnostics.gradients.distributed import all_gather_batches
+from diagnostics.io.atomic import write_text
+from diagnostics.ragged import right_pad
 from diagnostics.records.rows import Row
 from opd.config.settings import Config
 from opd.data.chain_task import Problem
@@ -36,7 +38,6 @@ from opd.models.contexts import on_device
 from opd.models.fsdp import unsharded
 from opd.objectives.factory import Objective
 from opd.rollouts.base import BatchSlice
-from opd.runs.run_folder import write_text
 from opd.runtime import distributed
 from opd.runtime.seeds import PROBE, ROLLOUT, derive_seed
 from opd.scoring.score import score, score_support, score_with_remote_teacher
@@ -185,11 +186,8 @@ def grade_texts(run: TaskRun, texts: list[str], answer: str) -> list[float]:
     if any(set(text) & set(eos_ids) for text in ids):
         eos_ids = []
     ids = [text + eos_ids[:1] for text in ids]
-    tokens = torch.zeros(len(ids), max(map(len, ids)), dtype=torch.long)
-    mask = torch.zeros(tokens.shape, dtype=torch.bool)
-    for row, token_ids in enumerate(ids):
-        tokens[row, : len(token_ids)] = torch.tensor(token_ids)
-        mask[row, : len(token_ids)] = True
+    tokens = right_pad(ids, torch.long)
+    mask = right_pad([[True] * len(row) for row in ids], torch.bool)
     problems = [Problem(prompt="", answer=answer)] * len(texts)
     grades = grade_responses(tokenizer, tokens, mask, problems, run.task.grade, eos_ids)
     return [grade.reward for grade in grades]

@@ -12,6 +12,7 @@ from torch import Tensor
 from diagnostics.batch import ScoredRollouts
 from diagnostics.errors import InvalidInput
 from diagnostics.gradients.distributed import gather_batch
+from diagnostics.ragged import flat_index
 from opd.data.prompts import Prompts
 from opd.models.contexts import activation_checkpointing, on_device
 from opd.models.forward import micro_batches, response_hidden_states
@@ -284,7 +285,7 @@ def accumulate_gradients(
     run, config, token_rows = (
         task_batch.run,
         task_batch.run.config,
-        flat_token_index(task_batch.scored.sampled),
+        flat_index(task_batch.scored.sampled),
     )
     loss, first_gradients = torch.zeros((), device=task_batch.scored.tokens.device), None
     is_offloaded = config.offload_teacher and run.objective.support == "full"
@@ -374,8 +375,3 @@ def split_rows(prompts: list[int], updates: int) -> list[list[int]]:
         ]
         for update in range(updates)
     ]
-
-
-def flat_token_index(mask: Tensor) -> Tensor:
-    """Return the (B, T) index of each token of the mask in row-major order."""
-    return (mask.flatten().cumsum(0) - 1).reshape(mask.shape)
