@@ -12,7 +12,7 @@ LEVELS = {
     "diagnostics": (
         {"terminal"},
         {"errors"},
-        {"io", "stats"},
+        {"io", "missing", "ragged", "stats"},
         {"batch"},
         {"core"},
         {"metrics", "gradients", "records"},
