@@ -29,69 +29,14 @@ from diagnostics.errors import InvalidInput
 from diagnostics.io.atomic import atomic_write
 from diagnostics.missing import Missing, OptionalField, missing_fields
 from diagnostics.ragged import up_to_last
+from diagnostics.tensor_fields import TensorFields, check_tensor, flatten
 
 FORMAT = "opdlab-batch-1"
 ZERO, NOT_GRADED = torch.tensor(0), torch.tensor(float("nan"))
 
 
-class _Rows:
-    """Row selection, device moves and flattening for the frozen tensor dataclasses below."""
-
-    def _tensors(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if isinstance(v, Tensor | _Rows)}
-
-    def _map(self, function: Any) -> Self:
-        mapped = {
-            k: v._map(function) if isinstance(v, _Rows) else function(v)
-            for k, v in self._tensors().items()
-        }
-        return self.with_fields(**mapped)
-
-    def with_fields(self, **values: Any) -> Self:
-        """Return a copy with other values of these fields."""
-        return type(self)(**{**vars(self), **values})
-
-    def rows(self, index: slice | Tensor | Sequence[int]) -> Self:
-        """Select responses, in every field.
-
-        Args:
-            index: Slice, list or long tensor of row numbers.
-
-        Returns:
-            The selected rows.
-        """
-        if isinstance(index, Sequence):
-            index = torch.as_tensor(index, dtype=None if len(index) else torch.long)
-        return self._map(lambda x: x[index])
-
-    def to(self, device: str | torch.device) -> Self:
-        """Move every tensor to a device."""
-        return self._map(lambda x: x.to(device))
-
-    def positions(self, stop: int) -> Self:
-        """Keep the first `stop` response positions."""
-        return self._map(lambda x: x[:, :stop] if x.dim() > 1 else x)
-
-
-def _check_tensor(name: str, x: Any, shape: tuple[int, ...], kind: str) -> None:
-    """Check the shape and the kind of dtype of a tensor, if it is not missing."""
-    if isinstance(x, Missing):
-        return
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} is of type {type(x).__name__}, expected a tensor")
-    if tuple(x.shape) != shape:
-        raise InvalidInput(f"{name} has shape {tuple(x.shape)}, expected {shape}")
-    is_expected_kind = {
-        "float": x.dtype.is_floating_point,
-        "long": x.dtype == torch.long,
-        "bool": x.dtype == torch.bool,
-    }
-    if not is_expected_kind[kind]:
-        raise TypeError(f"{name} has dtype {x.dtype}, expected {kind}")
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Support(_Rows):
+class Support(TensorFields):
     """K vocabulary ids per position and both models' true log-probabilities of them."""
 
     ids: Tensor
@@ -113,11 +58,11 @@ class Support(_Rows):
         if self.ids.dim() != 3:
             raise InvalidInput(f"support.ids must be (B, T, K), got {tuple(self.ids.shape)}")
         shape = tuple(self.ids.shape)
-        _check_tensor("support.ids", self.ids, shape, "long")
+        check_tensor("support.ids", self.ids, shape, "long")
         for name in ("student_logp", "teacher_logp"):
-            _check_tensor(f"support.{name}", vars(self)[name], shape, "float")
+            check_tensor(f"support.{name}", vars(self)[name], shape, "float")
         if self.present is not None:
-            _check_tensor("support.present", self.present, shape, "bool")
+            check_tensor("support.present", self.present, shape, "bool")
 
     @property
     def k(self) -> int:
@@ -147,7 +92,7 @@ class Support(_Rows):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class DistributionStats(_Rows):
+class DistributionStats(TensorFields):
     """Exact statistics of student p and teacher q at each student prefix, (B, T) each.
 
     With l(v) = log p(v) - log q(v) and y the sampled token; computed by
@@ -188,7 +133,7 @@ class DistributionStats(_Rows):
     def __post_init__(self) -> None:
         shape = tuple(self.reverse_kl.shape)
         for name, x in self._tensors().items():
-            _check_tensor(f"prefix.{name}", x, shape, "float")
+            check_tensor(f"prefix.{name}", x, shape, "float")
 
 
 PER_RESPONSE_KINDS = {
@@ -204,7 +149,7 @@ PER_RESPONSE_KINDS = {
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Rollouts(_Rows):
+class Rollouts(TensorFields):
     """Responses that a student sampled."""
 
     tokens: Tensor
@@ -250,20 +195,20 @@ class Rollouts(_Rows):
         if self.tokens.dim() != 2:
             raise InvalidInput(f"tokens must be (B, T), got {tuple(self.tokens.shape)}")
         shape = tuple(self.tokens.shape)
-        _check_tensor("tokens", self.tokens, shape, "long")
-        _check_tensor("mask", self.mask, shape, "bool")
-        _check_tensor("sampler_logp", vars(self)["sampler_logp"], shape, "float")
+        check_tensor("tokens", self.tokens, shape, "long")
+        check_tensor("mask", self.mask, shape, "bool")
+        check_tensor("sampler_logp", vars(self)["sampler_logp"], shape, "float")
         if self.sampled_mask is not None:
-            _check_tensor("sampled_mask", self.sampled_mask, shape, "bool")
+            check_tensor("sampled_mask", self.sampled_mask, shape, "bool")
         if self.softmax_logp is not None:
-            _check_tensor("softmax_logp", self.softmax_logp, shape, "float")
+            check_tensor("softmax_logp", self.softmax_logp, shape, "float")
         for name, kind in PER_RESPONSE_KINDS.items():
             x = vars(self)[name]
             if isinstance(x, Tensor) and not x.dim():
                 x = x.to(self.tokens.device).repeat(len(self))
                 object.__setattr__(self, name, x)
             if x is not None or name != "generated_lengths":
-                _check_tensor(name, x, (len(self),), kind)
+                check_tensor(name, x, (len(self),), kind)
         top_p = vars(self)["top_p"]
         if not isinstance(top_p, Missing) and not 0 < top_p <= 1:
             raise InvalidInput(f"top_p is {top_p}, expected a number in (0, 1]")
@@ -399,9 +344,9 @@ class ScoredRollouts(Rollouts):
         super().__post_init__()
         shape = tuple(self.tokens.shape)
         for name in ("student_logp", "teacher_logp"):
-            _check_tensor(name, vars(self)[name], shape, "float")
+            check_tensor(name, vars(self)[name], shape, "float")
         if self.baseline is not None:
-            _check_tensor("baseline", self.baseline, shape, "float")
+            check_tensor("baseline", self.baseline, shape, "float")
         for part in (self.support, self.student_support):
             if part is not None and tuple(part.ids.shape[:2]) != shape:
                 raise InvalidInput(f"support.ids has shape {tuple(part.ids.shape)}, tokens {shape}")
@@ -439,17 +384,6 @@ def concatenate(batches: Sequence[ScoredRollouts]) -> ScoredRollouts:
     return unflatten(batches[0], {k: torch.cat([pad(f[k]) for f in flat]) for k in flat[0]})
 
 
-def flatten(batch: _Rows) -> dict[str, Tensor]:
-    """Return every tensor of a batch by its name; those of its parts as "part.name"."""
-    flat: dict[str, Tensor] = {}
-    for name, value in batch._tensors().items():
-        if isinstance(value, _Rows):
-            flat |= {f"{name}.{k}": v for k, v in flatten(value).items()}
-        else:
-            flat[name] = value
-    return flat
-
-
 def unflatten(template: ScoredRollouts, flat: dict[str, Tensor]) -> ScoredRollouts:
     """Return a batch with other tensors.
 
@@ -462,7 +396,7 @@ def unflatten(template: ScoredRollouts, flat: dict[str, Tensor]) -> ScoredRollou
     """
     changes: dict[str, Any] = {k: v for k, v in flat.items() if "." not in k}
     for name, part in template._tensors().items():
-        if isinstance(part, _Rows):
+        if isinstance(part, TensorFields):
             part_fields = {k: flat[f"{name}.{k}"] for k in part._tensors()}
             changes[name] = part.with_fields(**part_fields)
     return template.with_fields(**changes)

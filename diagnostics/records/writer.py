@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Rollouts, flatten
+from diagnostics.batch import Rollouts
 from diagnostics.errors import InvalidInput
 from diagnostics.io.atomic import atomic_write
 from diagnostics.io.packages import load_package
 from diagnostics.missing import Missing
 from diagnostics.records.columns import CONSTANTS
+from diagnostics.tensor_fields import flatten
 
 SUFFIXES = (".jsonl", ".parquet")
 

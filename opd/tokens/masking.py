@@ -200,7 +200,7 @@ def apply_mask_rules(batch: Batch, rules: Sequence[ResolvedMaskRules]) -> Batch:
         rules: Resolved rules.
 
     Returns:
-        The batch (`Rollouts.supervise`), unchanged if there are no rules.
+        The batch (`Rollouts.restrict_mask`), unchanged if there are no rules.
     """
     if not rules:
         return batch

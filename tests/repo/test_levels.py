@@ -11,8 +11,8 @@ from tests.helpers.paths import ROOT
 LEVELS = {
     "diagnostics": (
         {"terminal"},
-        {"errors"},
-        {"io", "missing", "ragged", "stats"},
+        {"errors", "missing", "ragged"},
+        {"io", "stats", "tensor_fields"},
         {"batch"},
         {"core"},
         {"metrics", "gradients", "records"},
