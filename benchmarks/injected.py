@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import Rollouts
+from diagnostics.ragged import scatter_to_mask
 from opd.config.settings import Config
-from opd.models.forward import response_hidden_states, scatter_to_mask
+from opd.models.forward import response_hidden_states
 from opd.models.model import CausalLM, split_head
 from opd.objectives.catalogue import KNOWN_ERRORS
 from opd.objectives.factory import make_objective

@@ -17,7 +17,7 @@ negative.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,72 +27,23 @@ from torch import Tensor
 
 from diagnostics.errors import InvalidInput
 from diagnostics.io.atomic import atomic_write
+from diagnostics.missing import Missing, OptionalField, missing_fields
+from diagnostics.ragged import up_to_last
+from diagnostics.tensor_fields import TensorFields, check_tensor, flatten
 
 FORMAT = "opdlab-batch-1"
-_UNSET = torch.empty(0)
-
-
-class _Rows:
-    """Row selection, device moves and flattening for the frozen tensor dataclasses below."""
-
-    def _tensors(self) -> dict[str, Any]:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
-        return {k: v for k, v in values.items() if isinstance(v, Tensor | _Rows)}
-
-    def _map(self, function: Any) -> Self:
-        mapped = {
-            k: v._map(function) if isinstance(v, _Rows) else function(v)
-            for k, v in self._tensors().items()
-        }
-        return self._with(**mapped)
-
-    def _with(self, **values: Any) -> Self:
-        """Return a copy with other fields."""
-        return replace(self, **values)  # type: ignore[type-var]
-
-    def rows(self, index: slice | Tensor | Sequence[int]) -> Self:
-        """Select responses, in every field.
-
-        Args:
-            index: Slice, list or long tensor of row numbers.
-
-        Returns:
-            The selected rows.
-        """
-        if isinstance(index, Sequence):
-            index = torch.as_tensor(index, dtype=None if len(index) else torch.long)
-        return self._map(lambda x: x[index])
-
-    def to(self, device: str | torch.device) -> Self:
-        """Move every tensor to a device."""
-        return self._map(lambda x: x.to(device))
-
-    def positions(self, stop: int) -> Self:
-        """Keep the first `stop` response positions."""
-        return self._map(lambda x: x[:, :stop] if x.dim() > 1 else x)
-
-
-def _check_tensor(name: str, x: Tensor, shape: tuple[int, ...], kind: str) -> None:
-    if tuple(x.shape) != shape:
-        raise InvalidInput(f"{name} has shape {tuple(x.shape)}, expected {shape}")
-    is_expected_kind = {
-        "float": x.dtype.is_floating_point,
-        "long": x.dtype == torch.long,
-        "bool": x.dtype == torch.bool,
-    }
-    if not is_expected_kind[kind]:
-        raise TypeError(f"{name} has dtype {x.dtype}, expected {kind}")
+ZERO, NOT_GRADED = torch.tensor(0), torch.tensor(float("nan"))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Support(_Rows):
+class Support(TensorFields):
     """K vocabulary ids per position and both models' true log-probabilities of them."""
 
     ids: Tensor
     """(B, T, K) long."""
-    student_logp: Tensor
+    student_logp: OptionalField[Tensor] = OptionalField()
     """(B, T, K)."""
-    teacher_logp: Tensor
+    teacher_logp: OptionalField[Tensor] = OptionalField()
     """(B, T, K)."""
     source: str
     """How the ids were chosen: "teacher" or "student" (its K most probable, in descending order),
@@ -107,11 +58,11 @@ class Support(_Rows):
         if self.ids.dim() != 3:
             raise InvalidInput(f"support.ids must be (B, T, K), got {tuple(self.ids.shape)}")
         shape = tuple(self.ids.shape)
-        _check_tensor("support.ids", self.ids, shape, "long")
-        _check_tensor("support.student_logp", self.student_logp, shape, "float")
-        _check_tensor("support.teacher_logp", self.teacher_logp, shape, "float")
+        check_tensor("support.ids", self.ids, shape, "long")
+        for name in ("student_logp", "teacher_logp"):
+            check_tensor(f"support.{name}", vars(self)[name], shape, "float")
         if self.present is not None:
-            _check_tensor("support.present", self.present, shape, "bool")
+            check_tensor("support.present", self.present, shape, "bool")
 
     @property
     def k(self) -> int:
@@ -141,7 +92,7 @@ class Support(_Rows):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class DistributionStats(_Rows):
+class DistributionStats(TensorFields):
     """Exact statistics of student p and teacher q at each student prefix, (B, T) each.
 
     With l(v) = log p(v) - log q(v) and y the sampled token; computed by
@@ -182,40 +133,52 @@ class DistributionStats(_Rows):
     def __post_init__(self) -> None:
         shape = tuple(self.reverse_kl.shape)
         for name, x in self._tensors().items():
-            _check_tensor(f"prefix.{name}", x, shape, "float")
+            check_tensor(f"prefix.{name}", x, shape, "float")
+
+
+PER_RESPONSE_KINDS = {
+    "prompt": "long",
+    "ended": "bool",
+    "task": "long",
+    "turn": "long",
+    "age": "long",
+    "reward": "float",
+    "generated_lengths": "long",
+}
+"""Fields of `Rollouts` of shape (B,), with the kind of their dtype."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Rollouts(_Rows):
+class Rollouts(TensorFields):
     """Responses that a student sampled."""
 
     tokens: Tensor
     """(B, T) long."""
     mask: Tensor
     """(B, T) bool, tokens in the loss."""
-    sampler_logp: Tensor
+    sampler_logp: OptionalField[Tensor] = OptionalField()
     """(B, T), log-probability under the distribution that was really sampled from (temperature and
     top-p included).
     """
     prompt: Tensor
     """(B,) long, equal for rollouts of one prompt."""
-    ended: Tensor
+    ended: OptionalField[Tensor] = OptionalField()
     """(B,) bool: the response ended with EOS and was not truncated."""
     softmax_logp: Tensor | None = None
     """(B, T), the same tokens under the sampler's full softmax at its temperature, before top-p;
     None if the engine does not report it.
     """
-    task: Tensor = _UNSET
-    """(B,) long, default 0."""
-    turn: Tensor = _UNSET
-    """(B,) long, default 0."""
-    age: Tensor = _UNSET
-    """(B,) long, updates of the student since the response was begun, default 0."""
-    reward: Tensor = _UNSET
+    task: Tensor = ZERO
+    """(B,) long; as the three below, one number holds for all responses."""
+    turn: Tensor = ZERO
+    """(B,) long."""
+    age: OptionalField[Tensor] = OptionalField(ZERO)
+    """(B,) long, updates of the student since the response was begun."""
+    reward: OptionalField[Tensor] = OptionalField(NOT_GRADED)
     """(B,) float, NaN where nothing graded the response."""
     temperature: float = 1.0
     """Temperature of the sampler."""
-    top_p: float = 1.0
+    top_p: OptionalField[float] = OptionalField(1.0)
     """Top-p of the sampler."""
     mask_rule: str = "response"
     """Name of the rule that made the mask."""
@@ -223,30 +186,32 @@ class Rollouts(_Rows):
     """(B, T) bool, every token that the student sampled, supervised or not; None if that is `mask`.
     Read it as `sampled`.
     """
+    generated_lengths: OptionalField[Tensor | None] = OptionalField(None)
+    """(B,) long, sampled tokens of each response, for batches where some of them have no
+    log-probabilities and `sampled_mask` therefore excludes them; None if all have them.
+    """
 
     def __post_init__(self) -> None:
         if self.tokens.dim() != 2:
             raise InvalidInput(f"tokens must be (B, T), got {tuple(self.tokens.shape)}")
-        b = self.tokens.shape[0]
-        for name, fill in (("task", 0), ("turn", 0), ("age", 0), ("reward", float("nan"))):
-            if getattr(self, name) is _UNSET:
-                default = torch.full((b,), fill, device=self.tokens.device)
-                object.__setattr__(self, name, default)
         shape = tuple(self.tokens.shape)
-        _check_tensor("tokens", self.tokens, shape, "long")
-        _check_tensor("mask", self.mask, shape, "bool")
-        _check_tensor("sampler_logp", self.sampler_logp, shape, "float")
+        check_tensor("tokens", self.tokens, shape, "long")
+        check_tensor("mask", self.mask, shape, "bool")
+        check_tensor("sampler_logp", vars(self)["sampler_logp"], shape, "float")
         if self.sampled_mask is not None:
-            _check_tensor("sampled_mask", self.sampled_mask, shape, "bool")
+            check_tensor("sampled_mask", self.sampled_mask, shape, "bool")
         if self.softmax_logp is not None:
-            _check_tensor("softmax_logp", self.softmax_logp, shape, "float")
-        for name, kind in (("prompt", "long"), ("ended", "bool"), ("task", "long")):
-            _check_tensor(name, getattr(self, name), (b,), kind)
-        _check_tensor("turn", self.turn, (b,), "long")
-        _check_tensor("age", self.age, (b,), "long")
-        _check_tensor("reward", self.reward, (b,), "float")
-        if not 0 < self.top_p <= 1:
-            raise InvalidInput(f"top_p is {self.top_p}, expected a number in (0, 1]")
+            check_tensor("softmax_logp", self.softmax_logp, shape, "float")
+        for name, kind in PER_RESPONSE_KINDS.items():
+            x = vars(self)[name]
+            if isinstance(x, Tensor) and not x.dim():
+                x = x.to(self.tokens.device).repeat(len(self))
+                object.__setattr__(self, name, x)
+            if x is not None or name != "generated_lengths":
+                check_tensor(name, x, (len(self),), kind)
+        top_p = vars(self)["top_p"]
+        if not isinstance(top_p, Missing) and not 0 < top_p <= 1:
+            raise InvalidInput(f"top_p is {top_p}, expected a number in (0, 1]")
         if not self.temperature > 0:
             raise InvalidInput(f"temperature is {self.temperature}, expected a positive number")
 
@@ -261,7 +226,13 @@ class Rollouts(_Rows):
     @property
     def lengths(self) -> Tensor:
         """(B,) number of sampled tokens in each response, supervised or not."""
-        return self.sampled.sum(1)
+        lengths = self.generated_lengths
+        return self.sampled.sum(1) if lengths is None else lengths
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """(B, T) bool: positions up to the last sampled one, without holes; the rest is padding."""
+        return up_to_last(self.sampled)
 
     def restrict_mask(self, keep: Tensor, rule: str | None = None) -> Self:
         """Remove the tokens outside `keep` from the loss.
@@ -279,7 +250,7 @@ class Rollouts(_Rows):
         changes: dict[str, Any] = {"mask": self.mask & keep, "sampled_mask": self.sampled}
         if rule is not None:
             changes["mask_rule"] = f"{self.mask_rule} - {rule}"
-        return self._with(**changes)
+        return self.with_fields(**changes)
 
     def trim(self) -> Self:
         """Remove the trailing positions at which no response has a sampled token."""
@@ -327,7 +298,19 @@ class Rollouts(_Rows):
         return [(k, x) for k, x in flat.items() if x.dim() > 1 and x.dtype.is_floating_point]
 
     def save(self, path: str | Path) -> None:
-        """Write one self-describing safetensors file, atomically."""
+        """Write one self-describing safetensors file, atomically.
+
+        Args:
+            path: The file.
+
+        Raises:
+            InvalidInput: The batch has missing fields, of which a batch file has no notion.
+        """
+        if missing := sorted(missing_fields(self)):
+            raise InvalidInput(
+                f"a batch without {', '.join(missing)} cannot be saved as a batch file; write it "
+                "with diagnostics.records.writer.write_records"
+            )
         plain = {k: v for k, v in vars(self).items() if isinstance(v, float | str)}
         for name in ("support", "student_support"):
             if (support := getattr(self, name, None)) is not None:
@@ -342,9 +325,9 @@ class Rollouts(_Rows):
 class ScoredRollouts(Rollouts):
     """Rollouts after both models scored them at the temperature of the loss."""
 
-    student_logp: Tensor
+    student_logp: OptionalField[Tensor] = OptionalField()
     """(B, T), under the weights that are about to be updated, detached."""
-    teacher_logp: Tensor
+    teacher_logp: OptionalField[Tensor] = OptionalField()
     """(B, T)."""
     baseline: Tensor | None = None
     """(B, T), expected discounted cost to go given the prefix."""
@@ -360,10 +343,10 @@ class ScoredRollouts(Rollouts):
     def __post_init__(self) -> None:
         super().__post_init__()
         shape = tuple(self.tokens.shape)
-        _check_tensor("student_logp", self.student_logp, shape, "float")
-        _check_tensor("teacher_logp", self.teacher_logp, shape, "float")
+        for name in ("student_logp", "teacher_logp"):
+            check_tensor(name, vars(self)[name], shape, "float")
         if self.baseline is not None:
-            _check_tensor("baseline", self.baseline, shape, "float")
+            check_tensor("baseline", self.baseline, shape, "float")
         for part in (self.support, self.student_support):
             if part is not None and tuple(part.ids.shape[:2]) != shape:
                 raise InvalidInput(f"support.ids has shape {tuple(part.ids.shape)}, tokens {shape}")
@@ -384,7 +367,7 @@ def concatenate(batches: Sequence[ScoredRollouts]) -> ScoredRollouts:
         raise InvalidInput("no batches to concatenate")
     width = max(b.tokens.shape[1] for b in batches)
     if any(b.sampled_mask is not None for b in batches):
-        batches = [b._with(sampled_mask=b.sampled) for b in batches]
+        batches = [b.with_fields(sampled_mask=b.sampled) for b in batches]
     flat = [flatten(b) for b in batches]
     if any(f.keys() != flat[0].keys() for f in flat):
         raise InvalidInput(
@@ -401,17 +384,6 @@ def concatenate(batches: Sequence[ScoredRollouts]) -> ScoredRollouts:
     return unflatten(batches[0], {k: torch.cat([pad(f[k]) for f in flat]) for k in flat[0]})
 
 
-def flatten(batch: _Rows) -> dict[str, Tensor]:
-    """Return every tensor of a batch by its name; those of its parts as "part.name"."""
-    flat: dict[str, Tensor] = {}
-    for name, value in batch._tensors().items():
-        if isinstance(value, _Rows):
-            flat |= {f"{name}.{k}": v for k, v in flatten(value).items()}
-        else:
-            flat[name] = value
-    return flat
-
-
 def unflatten(template: ScoredRollouts, flat: dict[str, Tensor]) -> ScoredRollouts:
     """Return a batch with other tensors.
 
@@ -424,10 +396,10 @@ def unflatten(template: ScoredRollouts, flat: dict[str, Tensor]) -> ScoredRollou
     """
     changes: dict[str, Any] = {k: v for k, v in flat.items() if "." not in k}
     for name, part in template._tensors().items():
-        if isinstance(part, _Rows):
+        if isinstance(part, TensorFields):
             part_fields = {k: flat[f"{name}.{k}"] for k in part._tensors()}
-            changes[name] = part._with(**part_fields)
-    return template._with(**changes)
+            changes[name] = part.with_fields(**part_fields)
+    return template.with_fields(**changes)
 
 
 def _raise_invalid(name: str, x: Tensor, is_invalid: Tensor, message: str) -> None:

@@ -66,6 +66,8 @@ Metric = Callable[[ScoredRollouts], dict[str, Accumulator]]
 class Entry:
     """A metric of the catalogue, the version of its definition, and its requirements."""
 
+    name: str
+    """Name of the metric, as in panels and `Monitor.missing`."""
     metric: Metric
     level: str
     """Lowest access level: L0 sampled log-probabilities, L1 a top-K support, L2 exact distribution
@@ -79,62 +81,52 @@ class Entry:
     wide: bool = False
     """Many numbers or much work: not part of the default panel."""
 
-    @property
-    def name(self) -> str:
-        """Name of the metric."""
-        return self.metric.__name__
-
-
-def _with_name(metric: Metric, name: str) -> Metric:
-    metric.__name__ = name
-    return metric
-
 
 CATALOGUE: tuple[Entry, ...] = (
-    Entry(sign_shares, "L0"),
-    Entry(sign_null, "L2", "sampled", version=2),
-    Entry(signal_concentration, "L0"),
-    Entry(signed_concentration, "L0"),
-    Entry(energy_concentration, "L2"),
-    Entry(repetition, "L0", "both", version=2),
-    Entry(tail_share, "L1"),
-    Entry(action_dependence, "L2", "sampled", version=2),
-    Entry(teachability, "L2", wide=True),
-    Entry(quadrants, "L2", wide=True),
-    Entry(compatibility, "L1", "sampled", version=2, wide=True),
-    Entry(sampled_divergence, "L0"),
-    Entry(exact_divergence, "L2"),
-    Entry(teacher_rank, "L2", "sampled", version=2),
-    Entry(rank_quantiles, "L2", "sampled", version=2, wide=True),
-    Entry(support_mass, "L1", "sampled", version=2),
-    Entry(nested_outside, "L1", "sampled", version=2, wide=True),
-    Entry(overlap, "L1", "sampled", version=2),
-    Entry(kl_anatomy, "L1", "sampled", version=2),
-    Entry(uncertainty, "L2", "sampled", version=2),
-    Entry(top_uncertainty, "L1", "sampled", version=2, wide=True),
-    Entry(ratio_quantiles, "L0", wide=True),
-    Entry(prefix_weights, "L0", "sampled", version=2, wide=True),
-    Entry(cost_by_tenth, "L0", "both", version=2, wide=True),
-    Entry(entropy_by_tenth, "L2", "both", version=2, wide=True),
-    Entry(_with_name(agreement(), "agreement"), "L2", "sampled", version=2, wide=True),
-    Entry(tokens_by_position, "L0"),
-    Entry(one_id, "L0"),
-    Entry(confident_impossible, "L0"),
-    Entry(endings, "L2", "both", version=2),
-    Entry(length, "L0", "sampled", version=2),
-    Entry(length_quantiles, "L0", "sampled", version=2),
-    Entry(length_incentive, "L0", "both", version=2),
-    Entry(reward, "L0", "sampled"),
-    Entry(distinct, "L0", "sampled", version=2, wide=True),
-    Entry(second_try, "L0", "sampled"),
-    Entry(branching, "L2", "sampled", version=2, wide=True),
-    Entry(gradient_noise, "L2"),
-    Entry(baseline_noise, "L2"),
-    Entry(martingales, "L2", "sampled", version=2),
-    Entry(support_consistency, "L1", "sampled"),
-    Entry(sampler_ratio, "L0", "sampled", version=2),
-    Entry(sampler_weights, "L0", "sampled", version=2, wide=True),
-    Entry(staleness, "L0", "sampled", wide=True),
+    Entry("sign_shares", sign_shares, "L0"),
+    Entry("sign_null", sign_null, "L2", "sampled", version=2),
+    Entry("signal_concentration", signal_concentration, "L0"),
+    Entry("signed_concentration", signed_concentration, "L0"),
+    Entry("energy_concentration", energy_concentration, "L2"),
+    Entry("repetition", repetition, "L0", "both", version=2),
+    Entry("tail_share", tail_share, "L1"),
+    Entry("action_dependence", action_dependence, "L2", "sampled", version=2),
+    Entry("teachability", teachability, "L2", wide=True),
+    Entry("quadrants", quadrants, "L2", wide=True),
+    Entry("compatibility", compatibility, "L1", "sampled", version=2, wide=True),
+    Entry("sampled_divergence", sampled_divergence, "L0"),
+    Entry("exact_divergence", exact_divergence, "L2"),
+    Entry("teacher_rank", teacher_rank, "L2", "sampled", version=2),
+    Entry("rank_quantiles", rank_quantiles, "L2", "sampled", version=2, wide=True),
+    Entry("support_mass", support_mass, "L1", "sampled", version=2),
+    Entry("nested_outside", nested_outside, "L1", "sampled", version=2, wide=True),
+    Entry("overlap", overlap, "L1", "sampled", version=2),
+    Entry("kl_anatomy", kl_anatomy, "L1", "sampled", version=2),
+    Entry("uncertainty", uncertainty, "L2", "sampled", version=2),
+    Entry("top_uncertainty", top_uncertainty, "L1", "sampled", version=2, wide=True),
+    Entry("ratio_quantiles", ratio_quantiles, "L0", wide=True),
+    Entry("prefix_weights", prefix_weights, "L0", "sampled", version=2, wide=True),
+    Entry("cost_by_tenth", cost_by_tenth, "L0", "both", version=2, wide=True),
+    Entry("entropy_by_tenth", entropy_by_tenth, "L2", "both", version=2, wide=True),
+    Entry("agreement", agreement(), "L2", "sampled", version=2, wide=True),
+    Entry("tokens_by_position", tokens_by_position, "L0"),
+    Entry("one_id", one_id, "L0"),
+    Entry("confident_impossible", confident_impossible, "L0"),
+    Entry("endings", endings, "L2", "both", version=2),
+    Entry("length", length, "L0", "sampled", version=2),
+    Entry("length_quantiles", length_quantiles, "L0", "sampled", version=2),
+    Entry("length_incentive", length_incentive, "L0", "both", version=2),
+    Entry("reward", reward, "L0", "sampled"),
+    Entry("distinct", distinct, "L0", "sampled", version=2, wide=True),
+    Entry("second_try", second_try, "L0", "sampled"),
+    Entry("branching", branching, "L2", "sampled", version=2, wide=True),
+    Entry("gradient_noise", gradient_noise, "L2"),
+    Entry("baseline_noise", baseline_noise, "L2"),
+    Entry("martingales", martingales, "L2", "sampled", version=2),
+    Entry("support_consistency", support_consistency, "L1", "sampled"),
+    Entry("sampler_ratio", sampler_ratio, "L0", "sampled", version=2),
+    Entry("sampler_weights", sampler_weights, "L0", "sampled", version=2, wide=True),
+    Entry("staleness", staleness, "L0", "sampled", wide=True),
 )
 """All metrics without arguments; metrics with optional arguments at their defaults."""
 

@@ -92,7 +92,9 @@ class Monitor:
             totals = reduce(merge, parts, next(parts, {}))
         tensor_numbers = {name: x for name, x in numbers.items() if isinstance(x, Tensor)}
         host_numbers = {name: float(x) for name, x in numbers.items() if name not in tensor_numbers}
-        number_totals = {name: Mean(x, torch.ones_like(x)) for name, x in tensor_numbers.items()}
+        number_totals = {
+            name: Mean.without_error(x, torch.ones_like(x)) for name, x in tensor_numbers.items()
+        }
         self.totals = self.combine({**totals, **number_totals})
         metric_values = compute(self.totals)
         if clashing_names := sorted(

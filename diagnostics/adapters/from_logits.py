@@ -11,7 +11,8 @@ from torch import Tensor
 
 from diagnostics.batch import DistributionStats, ScoredRollouts, Support
 from diagnostics.core.distribution_stats import compute_distribution_stats
-from diagnostics.core.partial import PartialRollouts, without_fields
+from diagnostics.missing import Missing
+from diagnostics.ragged import scatter_to_mask
 
 Logits = Callable[[Tensor], tuple[Tensor, Tensor]]
 """(n,) indices into the B x T positions, row by row -> student and teacher logits (n, V)."""
@@ -62,7 +63,7 @@ def score_logits(
         )
     names = parts[0] if parts else {}
     full = {
-        name: _scatter_to_mask(torch.cat([chunk_scores[name] for chunk_scores in parts]), mask)
+        name: scatter_to_mask(torch.cat([chunk_scores[name] for chunk_scores in parts]), mask)
         for name in names
     }
     if not full:  # nothing is supervised: the same fields, all zeros
@@ -159,21 +160,16 @@ def build_scored_rollouts(
         The batch.
     """
     sampled = fields.get("sampled_mask", mask)
-    zeros = sampled * 0.0
-    sampler_values = (
-        zeros if sampler_logp is None else torch.where(sampled, sampler_logp.detach(), 0.0)
-    )
-    batch_type = PartialRollouts if "generated_lengths" in fields else ScoredRollouts
-    rollouts = batch_type(
+    missing: Any = Missing(f"{trainer_name} has")
+    return ScoredRollouts(
         tokens=tokens * sampled,
         mask=mask,
         prompt=prompt,
         ended=ended,
-        sampler_logp=sampler_values,
+        sampler_logp=(
+            missing if sampler_logp is None else torch.where(sampled, sampler_logp.detach(), 0.0)
+        ),
         **fields,
-    )
-    return without_fields(
-        rollouts, ["sampler_logp"] if sampler_logp is None else [], f"{trainer_name} has"
     )
 
 
@@ -191,12 +187,6 @@ def shift_to_first(mask: Tensor) -> tuple[Tensor, Tensor]:
     width = mask.shape[1]
     positions = mask.long().argmax(1, keepdim=True) + torch.arange(width, device=mask.device)
     return positions.clamp(max=width - 1), positions < width
-
-
-def _scatter_to_mask(flat: Tensor, mask: Tensor) -> Tensor:
-    out = flat.new_zeros((*mask.shape, *flat.shape[1:]))
-    out[mask] = flat
-    return out
 
 
 def _empty_scores(mask: Tensor, k: int) -> dict[str, Any]:

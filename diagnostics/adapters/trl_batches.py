@@ -106,9 +106,7 @@ def make_batch(
     if "completion_ids" in inputs and STEP not in inputs:  # sampled before `observe` was entered
         missing_names.add("age")
     filter_text = ", ".join(f"{name} {value}" for name, value in filters.items())
-    trainer_name = (
-        type(trainer).__name__ + (f", sampling with {filter_text}," if filter_text else "") + " has"
-    )
+    trainer_name = type(trainer).__name__ + (f", sampling with {filter_text}," if filters else "")
     batch = build_scored_rollouts(
         tokens,
         mask,
@@ -121,7 +119,7 @@ def make_batch(
         age=_rollout_age(trainer, inputs, tokens),
         **fields,
     )
-    return without_fields(batch, missing_names, trainer_name)
+    return without_fields(batch, missing_names, f"{trainer_name} has")
 
 
 def _rollout_age(trainer: Any, inputs: dict[str, Any], tokens: Tensor) -> Tensor:

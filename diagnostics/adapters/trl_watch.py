@@ -14,9 +14,10 @@ from torch import Tensor
 
 from diagnostics.adapters.from_logits import score_logits
 from diagnostics.batch import ScoredRollouts, concatenate
-from diagnostics.core.partial import missing_fields, without_fields
+from diagnostics.core.partial import without_fields
 from diagnostics.core.totals import Accumulator, Counts, compute
 from diagnostics.errors import InvalidInput, OperationFailed
+from diagnostics.missing import missing_fields
 from diagnostics.monitor import Monitor
 
 Row = dict[str, float]
@@ -109,9 +110,13 @@ class TrainerObserver:
         share = torch.tensor(self.on_policy, dtype=torch.float64).mean()
         step_batches = []
         if self.batches:
-            missing_names = frozenset().union(*map(missing_fields, self.batches))
-            subject = vars(self.batches[0]).get("subject", "")
-            step_batches = [without_fields(concatenate(self.batches), missing_names, subject)]
+            missing: dict[str, str] = {}
+            for batch in self.batches:
+                missing |= missing_fields(batch)
+            subject = next(iter(missing.values()), "")
+            step_batches = [
+                concatenate([without_fields(batch, missing, subject) for batch in self.batches])
+            ]
         row = self.monitor(self.step, step_batches, **{"trl/on_policy_share": share})
         self.rows.append({"step": self.step, **row})
         for name, total in self.monitor.totals.items():

@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import ScoredRollouts, Support
-from diagnostics.core.partial import without_fields
 from diagnostics.core.totals import Accumulator, Mean, PositionMean
 from diagnostics.errors import BrokenPackage, InvalidInput, MissingPackage
 from diagnostics.metrics.consistency import sampler_ratio
 from diagnostics.metrics.divergence import sampled_divergence, sampled_in_support
 from diagnostics.metrics.repetition import repetition
 from diagnostics.metrics.signal import sign_shares
+from diagnostics.missing import Missing
 from diagnostics.monitor import Metric, Monitor
 from diagnostics.records.columns import integer_id
 from diagnostics.records.writer import batch_rows, save_records
@@ -184,7 +184,7 @@ def batch_from_verl(
     from verl.workers.utils.padding import no_padding_2_padding
 
     mask = _padded(data["response_mask"]).bool()
-    zeros = torch.zeros(mask.shape, device=mask.device)
+    missing: Any = Missing("verl's loss has")
 
     sampler_logp = data.get("rollout_log_probs", None)
     sampler_logp = None if sampler_logp is None else _padded(sampler_logp).float()
@@ -197,27 +197,21 @@ def batch_from_verl(
     teacher = response(data["teacher_logprobs"])
     has_single_logp = teacher.shape[-1] == 1
     student = model_output.get("log_probs")
-    missing_names = {"ended"} | ({"sampler_logp"} if sampler_logp is None else set())
-    missing_names |= {"student_logp"} if student is None else set()
     support = None
     if not has_single_logp:
-        missing_names |= {"teacher_logp"}
         ids = no_padding_2_padding(data["teacher_ids"], data).long() * sampled[..., None]
-        no_student = torch.zeros_like(teacher)
-        support = Support(ids=ids, student_logp=no_student, teacher_logp=teacher, source="teacher")
-        support = without_fields(support, ["student_logp"], "verl's loss has")
-    batch = ScoredRollouts(
+        support = Support(ids=ids, student_logp=missing, teacher_logp=teacher, source="teacher")
+    return ScoredRollouts(
         tokens=_padded(data["responses"]).long() * sampled,
         mask=mask,
         sampled_mask=sampled if unsupervised else None,
-        student_logp=zeros if student is None else response(student),
-        teacher_logp=teacher[..., 0] if has_single_logp else zeros,
-        sampler_logp=zeros if sampler_logp is None else torch.where(sampled, sampler_logp, 0.0),
+        student_logp=missing if student is None else response(student),
+        teacher_logp=teacher[..., 0] if has_single_logp else missing,
+        sampler_logp=missing if sampler_logp is None else torch.where(sampled, sampler_logp, 0.0),
         prompt=torch.tensor([*map(integer_id, _prompts(data))], device=mask.device),
-        ended=mask.new_zeros(len(mask)),
+        ended=missing,
         support=support,
     )
-    return without_fields(batch, missing_names, "verl's loss has")
 
 
 def rollout_rows(

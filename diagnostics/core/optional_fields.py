@@ -5,10 +5,7 @@ records `MissingField` in `Monitor.missing`; other callers see the error.
 """
 
 from diagnostics.batch import DistributionStats, ScoredRollouts, Support
-
-
-class MissingField(LookupError):
-    """The batch does not have a field that the metric needs."""
+from diagnostics.missing import MissingField
 
 
 def require_distribution_stats(batch: ScoredRollouts) -> DistributionStats:

@@ -16,7 +16,7 @@ opposite directions it comes out too large. Values are exact either way.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import wraps
 from typing import Self
 from weakref import ref
@@ -27,8 +27,6 @@ from torch import Tensor
 
 from diagnostics.core.position_bins import LABELS, bin_membership, decile_indices
 from diagnostics.errors import InvalidInput
-
-_UNSET = torch.empty(0)
 
 
 def cache_last_result(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -44,15 +42,16 @@ def cache_last_result(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor]
     Returns:
         The caching function.
     """
-    cache: list[tuple[ref[Tensor], int, Tensor]] = []
+    slot: list[tuple[ref[Tensor], int, Tensor] | None] = [None]
 
     @wraps(function)
     def cached_function(x: Tensor) -> Tensor:
         if x.is_inference():
             return function(x)
-        if not (cache and cache[0][0]() is x and cache[0][1] == x._version):
-            cache[:] = [(ref(x), x._version, function(x))]
-        return cache[0][2]
+        entry = slot[0]  # read once: another thread may replace it meanwhile
+        if entry is None or entry[0]() is not x or entry[1] != x._version:
+            entry = slot[0] = (ref(x), x._version, function(x))
+        return entry[2]
 
     return cached_function
 
@@ -181,22 +180,22 @@ class Ratio(Accumulator):
 class Mean(Ratio):
     """A ratio of sums total / count, with the cluster sums of its standard error.
 
-    Computed values: "" the ratio (NaN when count is 0) and "_se" its standard error. `Mean(total,
-    count)` without cluster sums has no "_se", nor has anything merged with it.
+    Computed values: "" the ratio (NaN when count is 0) and, if the cluster sums are known, "_se"
+    its standard error.
     """
 
     total: Tensor
     count: Tensor
-    clusters: Tensor = _UNSET
-    square: Tensor = _UNSET
-    cross: Tensor = _UNSET
-    count_square: Tensor = _UNSET
+    clusters: Tensor
+    square: Tensor
+    cross: Tensor
+    count_square: Tensor
 
-    def __post_init__(self) -> None:
-        for f in fields(self):
-            if getattr(self, f.name) is _UNSET:
-                unknown = torch.full_like(self.total, float("nan"), dtype=torch.float64)
-                object.__setattr__(self, f.name, unknown)
+    @classmethod
+    def without_error(cls, total: Tensor, count: Tensor) -> Self:
+        """Return total / count without a standard error, which merged means then lack too."""
+        unknown = torch.full_like(total, float("nan"), dtype=torch.float64)
+        return cls(total, count, unknown, unknown, unknown, unknown)
 
     @classmethod
     def from_values(cls, x: Tensor, mask: Tensor, cluster: Tensor | None = None) -> Self:

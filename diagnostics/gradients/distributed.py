@@ -14,9 +14,10 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
-from diagnostics.batch import ScoredRollouts, concatenate, flatten, unflatten
+from diagnostics.batch import ScoredRollouts, concatenate, unflatten
 from diagnostics.errors import InvalidInput
 from diagnostics.gradients.probe import GradientSketches, LossGradients, concatenate_sketches
+from diagnostics.tensor_fields import flatten
 
 
 def gather_batch(batch: ScoredRollouts) -> tuple[ScoredRollouts, slice]:

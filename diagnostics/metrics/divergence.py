@@ -130,7 +130,7 @@ def support_mass(batch: ScoredRollouts) -> dict[str, Accumulator]:
         f"divergence/outside_{name}_excess": _sampled_profile(batch, outside - (1 - student_mass)),
         f"divergence/{name}_teacher_mass": _sampled_profile(batch, teacher_mass),
         f"divergence/{name}_student_mass": _sampled_profile(batch, student_mass),
-        f"divergence/{name}_size": Mean(size.sum(), batch.sampled.sum().double()),
+        f"divergence/{name}_size": Mean.without_error(size.sum(), batch.sampled.sum().double()),
     }
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from diagnostics.batch import FORMAT, DistributionStats, Rollouts, ScoredRollouts, Support
 from diagnostics.errors import InvalidInput
 from diagnostics.io.files import TYPE_NAMES, has_type, parse_json, short_repr, translate_read_errors
+from diagnostics.missing import OptionalField
 
 PARTS: dict[str, Any] = {
     "support": Support,
@@ -95,6 +96,10 @@ def build_batch(kind: type[Rollouts], values: Mapping[str, Any], source: str) ->
     return batch
 
 
+SETTING_TYPES: Mapping[Any, type] = {float: float, OptionalField[float]: float, str: str}
+"""Types of fields that are no tensors -> the type of their values."""
+
+
 def _build_batch(kind: type[Rollouts], values: Mapping[str, Any]) -> Any:
     parts: dict[str, dict[str, Any]] = {name: {} for name in ("", *PARTS)}
     for name, value in values.items():
@@ -103,7 +108,7 @@ def _build_batch(kind: type[Rollouts], values: Mapping[str, Any]) -> Any:
         types: dict[str, Any] = {f.name: f.type for f in fields(part_type)} if part_type else {}
         if field_name not in types or field_name in PARTS or (part and kind is Rollouts):
             raise InvalidInput(f"unknown field {name!r}")
-        expected = types[field_name] if types[field_name] in (float, str) else None
+        expected = SETTING_TYPES.get(types[field_name])
         if expected is not None and not has_type(value, expected):
             raise InvalidInput(f"{name} is {short_repr(value)}, expected {TYPE_NAMES[expected]}")
         if expected is None and not isinstance(value, Tensor):

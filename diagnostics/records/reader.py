@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import DistributionStats, ScoredRollouts, Support
-from diagnostics.core.partial import without_fields
 from diagnostics.errors import InvalidInput
 from diagnostics.io.files import parse_json, translate_read_errors
 from diagnostics.io.packages import load_package
 from diagnostics.io.parquet import open_parquet
+from diagnostics.missing import Missing
+from diagnostics.ragged import right_pad
 from diagnostics.records.columns import (
     CONSTANTS,
     LOGPS,
@@ -179,34 +180,33 @@ class Records:
 
         def pad_rows(name: str, dtype: torch.dtype) -> Tensor:
             inner = rows[0][name].shape[1:]
-            out = torch.zeros((len(rows), width, *inner), dtype=dtype)
-            for i, row in enumerate(rows):
+            for row in rows:
                 if row[name].shape[1:] != inner:
                     raise InvalidInput(
                         f"{self.path}: rows of one batch have {inner[0]} and "
                         f"{row[name].shape[1]} ids per position in {name}"
                     )
-                out[i, : len(row[name])] = torch.from_numpy(row[name]).to(dtype)
-            return out
+            padded = right_pad([row[name] for row in rows], dtype)
+            return padded if padded.shape[1] else padded.new_zeros(len(rows), width, *inner)
 
         def floats(name: str) -> Tensor:
-            is_recorded = name in self.columns
-            return pad_rows(name, torch.float32) if is_recorded else torch.zeros(len(rows), width)
+            return pad_rows(name, torch.float32)
 
-        parts: dict[str, Any] = {name: floats(name) for name in LOGPS if name != "softmax_logp"}
-        parts |= {n: floats(n) for n in ("softmax_logp", "baseline") if n in self.columns}
+        parts: dict[str, Any] = {
+            name: floats(name) for name in (*LOGPS, "baseline") if name in self.columns
+        }
         if "sampled_mask" in self.columns:
             parts["sampled_mask"] = pad_rows("sampled_mask", torch.bool)
         parts |= {k: v for k, v in self._constants.items() if k != "support.source"}
-        scored = ScoredRollouts(
+        required_fields = {"student_logp", "teacher_logp", "sampler_logp", "ended"}
+        missing = dict.fromkeys(required_fields - self.columns, Missing("the records have"))
+        return ScoredRollouts(
             tokens=pad_rows("tokens", torch.long),
             mask=pad_rows("mask", torch.bool),
             support=self._support(rows, pad_rows),
             prefix=self._prefix(floats),
-            **parts | self._by_response(rows),
-        )
-        required_fields = {"student_logp", "teacher_logp", "sampler_logp", "ended"}
-        return without_fields(scored.validate(), required_fields - self.columns)
+            **parts | self._by_response(rows) | missing,
+        ).validate()
 
     def _describe_difference(self, raw: Mapping[str, Any], row: Record) -> str:
         """Describe the fields that only one of this row and the first has."""
@@ -226,10 +226,9 @@ class Records:
         return self.rename.get(key, NAMES.get(key, grouped))
 
     def _by_response(self, rows: list[Record]) -> dict[str, Tensor]:
-        tensors = {
-            "prompt": torch.tensor([row["prompt"] for row in rows]),
-            "ended": torch.tensor([row.get("ended", False) for row in rows]),
-        }
+        tensors = {"prompt": torch.tensor([row["prompt"] for row in rows])}
+        if "ended" in self.columns:
+            tensors["ended"] = torch.tensor([row["ended"] for row in rows])
         if "reward" in self.columns:
             tensors["reward"] = torch.tensor([row["reward"] for row in rows], dtype=torch.float32)
         if "turn" in self.columns:
@@ -253,21 +252,21 @@ class Records:
         ids = pad_rows("support.ids", torch.long)
         scope = "sampled_mask" if "sampled_mask" in self.columns else "mask"
         mask = pad_rows(scope, torch.bool)[..., None]
-        logps = {
+        logps: dict[str, Any] = {
             name.removeprefix("support."): (
-                pad_rows(name, torch.float32) if name in self.columns else torch.zeros(ids.shape)
+                pad_rows(name, torch.float32)
+                if name in self.columns
+                else Missing("the support of the records has")
             )
             for name in SUPPORT
         }
         has_present = "support.present" in self.columns
-        support = Support(
+        return Support(
             ids=ids * mask,
             present=pad_rows("support.present", torch.bool) if has_present else None,
             source=self._constants.get("support.source", "teacher"),
             **logps,
         )
-        unknown = [n.removeprefix("support.") for n in SUPPORT if n not in self.columns]
-        return without_fields(support, unknown, "the support of the records has")
 
     def _prefix(self, floats: Callable[[str], Tensor]) -> DistributionStats | None:
         missing_columns = [name for name in REQUIRED_STATS_COLUMNS if name not in self.columns]

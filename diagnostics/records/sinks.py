@@ -11,6 +11,7 @@ from itertools import count
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from diagnostics.io.atomic import write_text
 from diagnostics.records.rows import append_row, read_rows
 from diagnostics.terminal import escape_control_chars
 
@@ -62,12 +63,8 @@ class RowFile:
                 stacklevel=2,
             )
         else:
-            part = self.path.with_name(self.path.name + ".part")
             remaining_rows = [row for row in rows if row["step"] <= step]
-            part.write_text(
-                "".join(json.dumps(row) + "\n" for row in remaining_rows), encoding="utf-8"
-            )
-            part.replace(self.path)
+            write_text(self.path, "".join(json.dumps(row) + "\n" for row in remaining_rows))
 
 
 def to_file(path: str | Path) -> RowFile:

@@ -158,7 +158,7 @@ def _columns(
     batch: ScoredRollouts, step: int, rows: list[int]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return columns (N, ...) of the tokens up to each response's last sampled one; settings."""
-    is_dumped = batch.sampled.long().flip(1).cumsum(1).flip(1) > 0
+    is_dumped = batch.attention_mask
     is_dumped[:, 0] = True
     response, position = is_dumped.nonzero(as_tuple=True)
     columns = {

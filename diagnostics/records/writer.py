@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import Rollouts
-from diagnostics.core.partial import missing_fields
 from diagnostics.errors import InvalidInput
 from diagnostics.io.atomic import atomic_write
 from diagnostics.io.packages import load_package
+from diagnostics.missing import Missing
 from diagnostics.records.columns import CONSTANTS
+from diagnostics.tensor_fields import flatten
 
 SUFFIXES = (".jsonl", ".parquet")
 
@@ -35,17 +36,13 @@ def batch_rows(batch: Rollouts) -> Iterator[dict[str, Any]]:
     Yields:
         One row per response.
     """
-    missing_names = missing_fields(batch)
-    present_values = {k: v for k, v in batch._tensors().items() if k not in missing_names}
-    flat: dict[str, Tensor] = {}
-    for name, value in present_values.items():
-        if isinstance(value, Tensor):
-            flat[name] = value
-        else:
-            inner = value._tensors().items()
-            flat |= {f"{name}.{k}": v for k, v in inner if k not in missing_fields(value)}
-    host = {name: x.detach().cpu() for name, x in flat.items()}
-    settings = {name: vars(batch)[name] for name in CONSTANTS[:4] if name in vars(batch)}
+    host = {name: x.detach().cpu() for name, x in flatten(batch).items()}
+    values = vars(batch)
+    settings = {
+        name: values[name]
+        for name in CONSTANTS[:4]
+        if name in values and not isinstance(values[name], Missing)
+    }
     support = getattr(batch, "support", None)
     if support is not None:
         settings["support.source"] = support.source

@@ -92,16 +92,17 @@ def compute_panel(batches: Iterable["ScoredRollouts"], notes: dict[str, str]) ->
 
 def access_levels(batch: "ScoredRollouts") -> dict[str, int]:
     """Return the lowest of `LEVELS` at which each metric can be computed from such a batch."""
-    from diagnostics.core.partial import missing_fields, replace_fields, without_fields
+    from diagnostics.core.partial import without_fields
+    from diagnostics.missing import missing_fields
     from diagnostics.monitor import Monitor
 
     full_batch = batch.rows([0])
-    sampled_batch = replace_fields(full_batch, support=None, prefix=None)
-    logp_fields = {"student_logp", "teacher_logp", "sampler_logp"} - missing_fields(batch)
+    sampled_batch = full_batch.with_fields(support=None, prefix=None)
+    logp_fields = {"student_logp", "teacher_logp", "sampler_logp"} - missing_fields(batch).keys()
     stages = (
         without_fields(sampled_batch, logp_fields),
         sampled_batch,
-        replace_fields(full_batch, prefix=None),
+        full_batch.with_fields(prefix=None),
         full_batch,
     )
     level_by_metric: dict[str, int] = {}
@@ -149,7 +150,8 @@ def rescore_records(
         InvalidInput: The records have no prompt_tokens, or an id is not in the shared vocabulary.
     """
     from diagnostics.batch import Rollouts
-    from diagnostics.core.partial import missing_fields, without_fields
+    from diagnostics.core.partial import without_fields
+    from diagnostics.missing import missing_fields
     from opd.scoring.score import METRICS_ONLY, ScoreRequest, score_batch
 
     if "prompt_tokens" not in records.columns:
@@ -190,7 +192,7 @@ def rescore_records(
                 f"student_logp of the file differs from this student's by {total / tokens:.2g} per "
                 f"token, {largest:.2g} at most; this student's values are used"
             )
-        yield without_fields(scored.to("cpu"), missing_fields(batch) & field_names)
+        yield without_fields(scored.to("cpu"), missing_fields(batch).keys() & field_names)
 
 
 def reject_padding(rows: list["Record"], path: str, pair: "ModelPair") -> None:
@@ -229,20 +231,16 @@ def make_prompts(rows: list["Record"], path: str, vocabulary: int) -> "Prompts":
 
     from opd.data.prompts import Prompts
 
-    sizes = [len(row["prompt_tokens"]) for row in rows]
-    if min(sizes) == 0:
+    if any(len(row["prompt_tokens"]) == 0 for row in rows):
         raise InvalidInput(
             f"{path}: a row has no prompt_tokens; the first response token needs at least one "
             "before it"
         )
-    tokens = torch.zeros(len(rows), max(sizes), dtype=torch.long)
-    for i, row in enumerate(rows):
-        tokens[i, max(sizes) - sizes[i] :] = torch.from_numpy(row["prompt_tokens"])
-    if int(tokens.max()) >= vocabulary:
+    index = torch.tensor([row["prompt"] for row in rows])
+    prompts = Prompts.from_ids([row["prompt_tokens"] for row in rows], index)
+    if int(prompts.tokens.max()) >= vocabulary:
         raise InvalidInput(
-            f"{path}: prompt token {int(tokens.max())} is not in the models' vocabulary of "
+            f"{path}: prompt token {int(prompts.tokens.max())} is not in the models' vocabulary of "
             f"{vocabulary}"
         )
-    mask = torch.arange(max(sizes)) >= max(sizes) - torch.tensor(sizes)[:, None]
-    index = torch.tensor([row["prompt"] for row in rows])
-    return Prompts(tokens=tokens, mask=mask, index=index, answers=[""] * len(rows))
+    return prompts

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from diagnostics.errors import InvalidInput
+from diagnostics.io.atomic import write_text
 from diagnostics.io.files import parse_json, read_object
 from diagnostics.records.renamed import present_settings
 
@@ -39,9 +40,9 @@ def main(argv: list[str]) -> None:
         summary |= {"against/settings": different_settings} if different_settings else {}
     print(json.dumps({k: v for k, v in summary.items() if k != "outcomes"}))
     if out is not None:
-        out.write_text(json.dumps({**summary, "settings": settings}, indent=1, default=str) + "\n")
+        write_text(out, json.dumps({**summary, "settings": settings}, indent=1, default=str) + "\n")
     if responses is not None:
-        responses.write_text("".join(json.dumps(row) + "\n" for row in response_records(graded)))
+        write_text(responses, "".join(json.dumps(row) + "\n" for row in response_records(graded)))
 
 
 def differing_settings(

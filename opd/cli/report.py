@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from diagnostics.errors import InvalidInput
+from diagnostics.io.atomic import write_text
 from opd.report.build import LARGE_PAGE_BYTES, render_page, report_data
 
 
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> None:
         return
     text = render_page(report_data(args.runs, args.tokens, args.models))
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(text, encoding="utf-8")
+    write_text(args.out, text)
     size = len(text.encode())
     print(f"{args.out}  {size / 1e6:.1f} MB", file=sys.stderr)
     if size > LARGE_PAGE_BYTES:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.errors import InvalidInput
+from diagnostics.ragged import left_pad
 from opd.data.chain_task import Problem
 from opd.data.chat_template import render_chat
 from opd.data.sources import (
@@ -34,6 +35,27 @@ class Prompts:
     answers: list[str]
     """Reference answer of each row, for the grader."""
 
+    @classmethod
+    def from_ids(
+        cls, ids: Sequence[Sequence[int]], index: Tensor, answers: list[str] | None = None
+    ) -> "Prompts":
+        """Pad prompts on the left.
+
+        Args:
+            ids: Token ids of each of the B prompts.
+            index: (B,) long, equal for rows of the same prompt.
+            answers: Reference answers; empty texts if None.
+
+        Returns:
+            The prompts.
+        """
+        return cls(
+            tokens=left_pad(ids, torch.long),
+            mask=left_pad([[True] * len(row) for row in ids], torch.bool),
+            index=index,
+            answers=[""] * len(ids) if answers is None else answers,
+        )
+
     def __len__(self) -> int:
         return len(self.answers)
 
@@ -45,17 +67,12 @@ class Prompts:
     def rows(self, index: list[int]) -> "Prompts":
         """Return the selected rows, without columns that are padding in all of them."""
         answers = [self.answers[i] for i in index]
-        selected = Prompts(
-            tokens=self.tokens[index],
-            mask=self.mask[index],
-            index=self.index[index],
-            answers=answers,
-        )
-        first = int(selected.mask.any(0).nonzero()[0])
+        mask = self.mask[index]
+        first = int(mask.any(0).nonzero()[0])
         return Prompts(
-            tokens=selected.tokens[:, first:],
-            mask=selected.mask[:, first:],
-            index=selected.index,
+            tokens=self.tokens[index, first:],
+            mask=mask[:, first:],
+            index=self.index[index],
             answers=answers,
         )
 
@@ -108,14 +125,9 @@ def encode_prompts(
             f"a prompt has {width} tokens, but max_prompt is {max_prompt}; raise max_prompt, or "
             "shorten the prompt"
         )
-    tokens = torch.zeros(len(encoded), width, dtype=torch.long)
-    mask = torch.zeros(len(encoded), width, dtype=torch.bool)
-    for i, ids in enumerate(encoded):
-        tokens[i, width - len(ids) :] = torch.tensor(ids)
-        mask[i, width - len(ids) :] = True
     index = torch.arange(len(encoded)).repeat_interleave(group_size)
     answers = [problem.answer for problem in problems for _ in range(group_size)]
-    return Prompts(tokens=tokens[index], mask=mask[index], index=index, answers=answers)
+    return Prompts.from_ids([encoded[i] for i in index.tolist()], index, answers)
 
 
 def encode_numbered_prompt(tokenizer: Any, problem: Problem, position: int) -> list[int]:

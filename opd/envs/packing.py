@@ -9,8 +9,9 @@ import torch
 from diagnostics.batch import Rollouts
 from diagnostics.core.totals import Accumulator, Mean
 from diagnostics.errors import InvalidInput
+from diagnostics.ragged import right_pad
 from opd.data.prompts import Prompts
-from opd.envs.rollout import OUTCOMES, Episode, left_pad, right_pad
+from opd.envs.rollout import OUTCOMES, Episode
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def pack_rows(
     samples = [sample for episode in played_episodes for sample in PACKERS[layout](episode)]
     games = [sample.episode.game for sample in samples]
     softmax_logp = [sample.softmax_logp for sample in samples]
-    prompts = left_pad([sample.prompt for sample in samples], games)
+    prompts = Prompts.from_ids([sample.prompt for sample in samples], torch.tensor(games))
     rollouts = Rollouts(
         tokens=right_pad([sample.tokens for sample in samples], torch.long),
         mask=right_pad([sample.supervised for sample in samples], torch.bool),

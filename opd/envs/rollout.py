@@ -155,7 +155,7 @@ def play_episodes(
         if not requests:
             break
         rollouts = engine.sample(
-            left_pad([ids for _, ids in requests], list(range(len(requests)))),
+            Prompts.from_ids([ids for _, ids in requests], torch.arange(len(requests))),
             eos,
             max_response=max_response,
             temperature=temperature,
@@ -278,33 +278,3 @@ def advance_episode(
     )
     if not episode.outcome and len(episode.turns) == games.max_turns:
         episode.outcome = "unfinished"
-
-
-# --- padding ------------------------------------------------------------------------------------
-
-
-def left_pad(prompts: Sequence[list[int]], index: list[int]) -> Prompts:
-    """Pad prompts on the left.
-
-    Args:
-        prompts: Token ids of each prompt.
-        index: Prompt index of each row.
-
-    Returns:
-        (B, P) prompts without answers.
-    """
-    width = max(map(len, prompts))
-    tokens = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask = torch.zeros(len(prompts), width, dtype=torch.bool)
-    for i, ids in enumerate(prompts):
-        tokens[i, width - len(ids) :] = torch.tensor(ids)
-        mask[i, width - len(ids) :] = True
-    return Prompts(tokens=tokens, mask=mask, index=torch.tensor(index), answers=[""] * len(prompts))
-
-
-def right_pad(rows: Sequence[Any], dtype: torch.dtype) -> torch.Tensor:
-    """Return rows of numbers as a (B, T) tensor, padded on the right with zeros."""
-    padded = torch.zeros(len(rows), max(map(len, rows)), dtype=dtype)
-    for i, row in enumerate(rows):
-        padded[i, : len(row)] = torch.tensor(row, dtype=dtype)
-    return padded

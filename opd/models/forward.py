@@ -27,16 +27,11 @@ def response_hidden_states(
         (N, D) hidden states.
     """
     ids = torch.cat([prompts.tokens, batch.tokens], 1)[:, :-1]
-    real = torch.cat([prompts.mask, response_attention_mask(batch)], 1)[:, :-1].long()
+    real = torch.cat([prompts.mask, batch.attention_mask], 1)[:, :-1].long()
     positions = (real.cumsum(1) - 1).clamp(min=0)
     states = model.hidden(ids, real, positions)
     width = prompts.tokens.shape[1]
     return states[:, width - 1 :][batch.mask if mask is None else mask]
-
-
-def response_attention_mask(batch: Rollouts) -> Tensor:
-    """Return (B, T) bool, positions up to the last sampled one; unlike masks it has no holes."""
-    return batch.sampled.long().flip(1).cumsum(1).flip(1) > 0
 
 
 def micro_batches(prompts: Prompts, batch: Rollouts, max_tokens: int) -> list[list[int]]:
@@ -51,7 +46,7 @@ def micro_batches(prompts: Prompts, batch: Rollouts, max_tokens: int) -> list[li
     Returns:
         Row indices of each micro-batch.
     """
-    ends = [int(x) for x in response_attention_mask(batch).sum(1)]
+    ends = [int(x) for x in batch.attention_mask.sum(1)]
     sizes = [int(p) + e for p, e in zip(prompts.mask.sum(1), ends, strict=True)]
     groups: list[list[int]] = []
     for row in sorted(range(len(sizes)), key=lambda i: sizes[i], reverse=True):
@@ -66,10 +61,3 @@ def micro_batches(prompts: Prompts, batch: Rollouts, max_tokens: int) -> list[li
 def log_probabilities(model: CausalLM, hidden: Tensor, temperature: float) -> Tensor:
     """Return the (n, V) float32 log-softmax of (n, D) states at a temperature."""
     return apply_temperature(model.head.logits(hidden), temperature).log_softmax(-1)
-
-
-def scatter_to_mask(flat: Tensor, mask: Tensor) -> Tensor:
-    """Scatter flat (N, ...) values, row-major over the mask, to (B, T, ...), with 0 elsewhere."""
-    out = flat.new_zeros((*mask.shape, *flat.shape[1:]))
-    out[mask] = flat
-    return out

@@ -155,8 +155,7 @@ def rollout_entries(
 
 def shown_length(batch: "ScoredRollouts") -> list[int]:
     """Return (B) the number of positions up to the last sampled one; the rest may be padding."""
-    has_sampled_after = batch.sampled.long().flip(1).cumsum(1).flip(1) > 0
-    return has_sampled_after.sum(1).tolist()
+    return batch.attention_mask.sum(1).tolist()
 
 
 def rollout_entry(

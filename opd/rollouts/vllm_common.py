@@ -11,15 +11,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from diagnostics.ragged import right_pad
 from opd.data.prompts import Prompts
 from opd.models.contexts import evaluation_mode
 from opd.rollouts.base import BatchSlice
 
 PROBE_TOKENS = 64
-
-
-# Tolerance for numerical noise: mean |log-prob of vLLM - log-prob of the student| on the probe.
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.03}
 
 
 def row_seeds(count: int, generator: torch.Generator, batch_slice: BatchSlice | None) -> list[int]:
@@ -61,20 +58,12 @@ def rollout_columns(
     Returns:
         The columns, padded on the right with zeros.
     """
-    width = max(len(ids) for ids, _ in rows)
-    tokens = torch.zeros(len(rows), width, dtype=torch.long)
-    logp = torch.zeros(len(rows), width)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for row, (ids, row_logp) in enumerate(rows):
-        size = len(ids)
-        tokens[row, :size] = torch.tensor(ids)
-        logp[row, :size] = torch.tensor(row_logp)
-        mask[row, :size] = True
+    logp = right_pad([row_logp for _, row_logp in rows], torch.float32)
     ended = torch.tensor([ids[-1] in eos for ids, _ in rows])
     softmax_logp = logp.clone() if top_p == 1 else None  # safetensors rejects shared memory
     return {
-        "tokens": tokens,
-        "mask": mask,
+        "tokens": right_pad([ids for ids, _ in rows], torch.long),
+        "mask": right_pad([[True] * len(ids) for ids, _ in rows], torch.bool),
         "sampler_logp": logp,
         "softmax_logp": softmax_logp,
         "ended": ended,

@@ -23,13 +23,13 @@ from opd.models.model import CausalLM
 from opd.rollouts.base import BatchSlice
 from opd.rollouts.vllm_common import (
     PROBE_TOKENS,
-    TOLERANCE,
     export_checkpoint,
     prompt_logp,
     rollout_columns,
     row_seeds,
     unpad_prompts,
 )
+from opd.serving.fingerprint import WEIGHTS_TOLERANCE, check_same_model, probe_tokens
 
 
 class VllmEngine:
@@ -60,8 +60,9 @@ class VllmEngine:
         llm = _vllm().LLM
         self.max_length = max_length
         self.dtype = dtype or str(model.network.dtype).removeprefix("torch.")
-        if self.dtype not in TOLERANCE:
-            raise InvalidInput(f"dtype is {self.dtype!r}; known: {', '.join(TOLERANCE)}")
+        if self.dtype not in WEIGHTS_TOLERANCE:
+            known = ", ".join(WEIGHTS_TOLERANCE)
+            raise InvalidInput(f"dtype is {self.dtype!r}; known: {known}")
         self._device = model.device
         self._checkpoint_folder = TemporaryDirectory(dir=folder, prefix="opdlab-vllm-")
         self._version = 0
@@ -181,15 +182,16 @@ class VllmEngine:
         num_head_rows = model.network.get_output_embeddings().weight.shape[0]
         self._allowed = None if num_head_rows == model.vocabulary else list(range(model.vocabulary))
         count = min(PROBE_TOKENS, self.max_length - 1)
-        ids = torch.randint(model.vocabulary, (count,), generator=torch.Generator().manual_seed(0))
-        gap = float((self._prompt_logp(ids) - prompt_logp(model.network, ids)).abs().mean())
-        if not gap <= TOLERANCE[self.dtype]:
-            raise OperationFailed(
-                f"after loading the weights, vLLM's log-probabilities of {count - 1} tokens differ "
-                f"from the student's by {gap:.2g} on average; the tolerance for numerical noise in "
-                f"{self.dtype} is {TOLERANCE[self.dtype]:.0e}. vLLM does not sample from the "
-                "student; use the hf engine"
-            )
+        ids = torch.tensor(probe_tokens(model.vocabulary, count))
+        check_same_model(
+            self._prompt_logp(ids),
+            prompt_logp(model.network, ids),
+            tolerance=WEIGHTS_TOLERANCE[self.dtype],
+            problem=(
+                f"vLLM does not sample from the student after loading its weights in {self.dtype}"
+            ),
+            remedy="Use the hf engine",
+        )
 
     def _prompt_logp(self, ids: Tensor) -> Tensor:
         settings = _vllm().SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)

@@ -14,27 +14,30 @@ Shapes: P probe tokens, V ids that may be sampled.
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from diagnostics.errors import InvalidInput, OperationFailed
 from diagnostics.io.files import has_type, short_repr
+from opd.serving.fan_out import run_all
+from opd.serving.fingerprint import check_same_model
 from opd.serving.json_endpoint import RETRYABLE_STATUSES, JsonEndpoint
 from opd.serving.vllm_protocol import (
-    MAX_ENTRY_BYTES,
     MIN_LOGPROB,
     OVERHEAD_BYTES,
     answer_field,
-    describe_answer,
     read_row,
+    request_completions,
     select_model,
 )
 
+T = TypeVar("T")
 PROBE_TEMPERATURE = 2.0
 """Temperature of the tokens that the weight check samples: not 1, so that the check detects a
 server that returns log-probabilities before temperature."""
@@ -139,9 +142,9 @@ class RolloutServer:
             location = {"weights_path": str(weights.folder)}
             self._dev_request("/collective_rpc", {"method": "reload_weights", "kwargs": location})
             self._reset_cache()
-            gaps = self._measure_gaps(weights)
+            probe_logp, responses = self._query_probe(weights.probe)
             if self.loaded_weights() == weights.name:  # the server was not restarted meanwhile
-                return self._check_gaps(gaps, weights.tolerance)
+                return self._check_weights(weights, probe_logp, responses)
         raise OperationFailed(
             f"{self.url} was restarted {MAX_RESTARTS + 1} times while it loaded weights"
         )
@@ -235,19 +238,14 @@ class RolloutServer:
                 )
             time.sleep(0.2)
 
-    def _measure_gaps(self, weights: WeightSnapshot) -> tuple[float, float]:
-        """Compare the server's log-probabilities with the student's.
-
-        Returns:
-            Mean absolute difference of the probe tokens' and of sampled tokens' log-probabilities.
-        """
-        probe, description = weights.probe, "the probe"
+    def _query_probe(self, probe: list[int]) -> tuple[NDArray[np.float32], list[Response]]:
+        """Request the log-probabilities of the probe tokens, and tokens sampled after them."""
         size = len(probe)
         payload = {"prompt": probe, "max_tokens": 1, "prompt_logprobs": 0}
         parse = partial(
             read_row, row=probe, positions=range(1, size), k=0, vocabulary=self._vocabulary
         )
-        answer = self._parse(self._request(payload, size, description), parse, description)
+        answer = self._request(payload, parse, size, "the probe")
         settings = {
             "max_tokens": 1,
             "temperature": PROBE_TEMPERATURE,
@@ -255,79 +253,70 @@ class RolloutServer:
             "stop_token_ids": [],
         }
         responses = self._complete_all([probe] * NUM_PROBE_DRAWS, range(NUM_PROBE_DRAWS), settings)
-        sampled_gaps = [abs(logp - float(weights.next_logp[v])) for (v,), (logp,) in responses]
-        prompt_gaps = (weights.prompt_logp - weights.prompt_logp.new_tensor(answer.sampled)).abs()
-        return float(prompt_gaps.mean()), sum(sampled_gaps) / len(sampled_gaps)
+        return answer.sampled, responses
 
-    def _check_gaps(self, gaps: tuple[float, float], tolerance: float) -> None:
-        limit = f"the tolerance for numerical noise is {tolerance:.0e}"
-        if not gaps[0] <= tolerance:
-            raise OperationFailed(
-                f"{self.url} does not have the student's weights: after loading them, its "
-                f"log-probabilities of the probe differ by {gaps[0]:.2g} on average; {limit}. "
+    def _check_weights(
+        self, weights: WeightSnapshot, probe_logp: NDArray[np.float32], responses: list[Response]
+    ) -> None:
+        """Compare the answer of `_query_probe` with the student's log-probabilities."""
+        check_same_model(
+            probe_logp,
+            weights.prompt_logp,
+            tolerance=weights.tolerance,
+            problem=f"{self.url} does not have the student's weights after loading them",
+            remedy=(
                 "Start it with the student's --dtype and, because a tied head may keep its old "
                 "weights, --load-format dummy --hf-overrides '{\"tie_word_embeddings\": false}'"
-            )
-        if not gaps[1] <= tolerance:
-            raise OperationFailed(
+            ),
+        )
+        check_same_model(
+            [logp for _, (logp,) in responses],
+            weights.next_logp[[v for (v,), _ in responses]],
+            tolerance=weights.tolerance,
+            problem=(
                 f"{self.url} returns log-probabilities of another distribution than it samples "
-                f"from: at temperature {PROBE_TEMPERATURE:g} they differ by {gaps[1]:.2g} on "
-                f"average; {limit}. Start it with --logprobs-mode processed_logprobs"
-            )
+                f"from: at temperature {PROBE_TEMPERATURE:g}"
+            ),
+            remedy="Start it with --logprobs-mode processed_logprobs",
+        )
 
     def _complete_all(
         self, prompts: Sequence[list[int]], seeds: Sequence[int], settings: Mapping[str, Any]
     ) -> list[Response]:
         """Request a response to each prompt, `concurrency` at a time."""
-        with ThreadPoolExecutor(self._concurrency) as pool:
-            futures = [
-                pool.submit(self._complete, ids, seed, settings, f"row {i} of {len(prompts)}")
-                for i, (ids, seed) in enumerate(zip(prompts, seeds, strict=True))
-            ]
-            try:
-                for future in as_completed(futures):
-                    future.result()
-            except BaseException:
-                for pending in futures:
-                    pending.cancel()
-                self.stop()
-                raise
-        return [future.result() for future in futures]
+        calls = [
+            partial(self._complete, ids, seed, settings, f"row {i} of {len(prompts)}")
+            for i, (ids, seed) in enumerate(zip(prompts, seeds, strict=True))
+        ]
+        return run_all(calls, concurrency=self._concurrency, stop=self.stop)
 
     def _complete(
         self, ids: list[int], seed: int, settings: Mapping[str, Any], description: str
     ) -> Response:
         max_tokens, eos = settings["max_tokens"], settings["stop_token_ids"]
-        answer = self._request({"prompt": ids, "seed": seed, **settings}, max_tokens, description)
         parse = partial(
             read_response, prompt=ids, eos=eos, max_tokens=max_tokens, vocabulary=self._vocabulary
         )
-        return self._parse(answer, parse, description)
-
-    def _request(self, payload: Mapping[str, Any], size: int, description: str) -> Any:
-        full_payload = {"model": self.model, **SAMPLING_DEFAULTS, **self._bias, **payload}
-        max_bytes = (len(payload["prompt"]) + size) * MAX_ENTRY_BYTES + OVERHEAD_BYTES
-        return self._endpoint.request(
-            "/completions", full_payload, max_bytes=max_bytes, description=description
+        return self._request(
+            {"prompt": ids, "seed": seed, **settings}, parse, max_tokens, description
         )
 
-    def _parse(self, answer: Any, parse: Any, description: str) -> Any:
-        try:
-            if missing_fields := sorted({"model", "choices"} - set(answer)):
-                raise InvalidInput(f"it lacks {missing_fields[0]!r}: {describe_answer(answer)}")
-            (choice,) = answer["choices"]
-            if answer["model"] != self.model:
-                raise InvalidInput(
-                    f"it is of model {answer['model']!r}, requested was {self.model!r}"
-                )
-            return parse(choice)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            problem = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise InvalidInput(  # not chained: the exception may quote the server, and so the API key
-            self._endpoint.redacted(
-                f"{self.url} ({description}): the response does not match the request: {problem}"
-            )
+    def _request(
+        self,
+        payload: Mapping[str, Any],
+        parse: Callable[[Mapping[str, Any]], T],
+        size: int,
+        description: str,
+    ) -> T:
+        """Send one prompt to /completions; `size` log-probabilities are added to the prompt's."""
+        (result,) = request_completions(
+            self._endpoint,
+            {"model": self.model, **SAMPLING_DEFAULTS, **self._bias, **payload},
+            [parse],
+            num_entries=len(payload["prompt"]) + size,
+            description=description,
         )
+        return result
 
 
 def read_response(

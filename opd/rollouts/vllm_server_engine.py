@@ -12,7 +12,6 @@ With several processes, rank 0 loads the weights while the others wait; each sam
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,6 @@ from opd.models.model import CausalLM
 from opd.rollouts.base import BatchSlice
 from opd.rollouts.vllm_common import (
     PROBE_TOKENS,
-    TOLERANCE,
     export_checkpoint,
     rollout_columns,
     row_seeds,
@@ -43,6 +41,8 @@ from opd.rollouts.vllm_server import (
     WeightSnapshot,
 )
 from opd.runtime import distributed
+from opd.serving.fan_out import run_all
+from opd.serving.fingerprint import WEIGHTS_TOLERANCE, probe_tokens
 
 T = TypeVar("T")
 
@@ -211,24 +211,15 @@ class VllmServerEngine:
 
     def _for_each_server(self, action: Callable[[RolloutServer], T]) -> list[T]:
         """Run an action on all servers concurrently; a failure of one cancels the others."""
-        failures: list[BaseException] = []
         for server in self.servers:
             server.start()
 
-        def run_or_stop_all(server: RolloutServer) -> T:
-            try:
-                return action(server)
-            except BaseException as error:
-                failures.append(error)
-                for running_server in self.servers:
-                    running_server.stop()
-                raise
+        def stop_all() -> None:
+            for server in self.servers:
+                server.stop()
 
-        with ThreadPoolExecutor(len(self.servers)) as pool:
-            futures = [pool.submit(run_or_stop_all, server) for server in self.servers]
-        if failures:
-            raise failures[0]
-        return [future.result() for future in futures]
+        calls = [partial(action, server) for server in self.servers]
+        return run_all(calls, concurrency=len(calls), stop=stop_all)
 
     def _export(self, model: CausalLM, network: Any) -> WeightSnapshot:
         """Write a checkpoint and compute the log-probabilities that servers are checked with."""
@@ -236,8 +227,7 @@ class VllmServerEngine:
         export_checkpoint(network, folder)
         limits = [server.limit for server in self.servers if server.limit is not None]
         count = min([PROBE_TOKENS, *(limit - 1 for limit in limits)])
-        generator = torch.Generator().manual_seed(0)
-        probe = torch.randint(model.vocabulary, (count,), generator=generator)
+        probe = torch.tensor(probe_tokens(model.vocabulary, count))
         with torch.no_grad(), evaluation_mode(model.network):
             logits = model.network(probe[None].to(model.device)).logits[0].float().cpu()
         return WeightSnapshot(
@@ -246,7 +236,7 @@ class VllmServerEngine:
             probe=probe.tolist(),
             prompt_logp=logits[:-1].log_softmax(-1).gather(-1, probe[1:, None])[:, 0],
             next_logp=(logits[-1, : model.vocabulary] / PROBE_TEMPERATURE).log_softmax(-1),
-            tolerance=TOLERANCE[str(model.network.dtype).removeprefix("torch.")],
+            tolerance=WEIGHTS_TOLERANCE[str(model.network.dtype).removeprefix("torch.")],
         )
 
     def _folder(self, version: int) -> Path:

@@ -10,8 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from diagnostics.io.atomic import replace_folder
-from opd.runs.run_folder import write_text
+from diagnostics.io.atomic import replace_folder, write_text
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")
 TEXT_FILES = ("config.json", "tokenizer.json", "adapter_config.json")

@@ -5,13 +5,14 @@ checkpoints/, final/. Rows that a resumed run recomputes are kept in dropped/ (`
 and the record of a run that was started over in earlier/.
 """
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from diagnostics.errors import InvalidInput, OperationFailed
 from diagnostics.io.atomic import is_disk_full, sync, write_text
@@ -76,11 +77,11 @@ def open_run(config: Config, start_over: bool = False) -> Iterator[tuple[Path, S
         yield folder, Start(**distributed.all_gather_object({})[0])
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "run.lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OperationFailed(f"another process is writing to {folder}") from error
+    try:
+        lock = FileLock(folder / "run.lock", blocking=False).acquire()
+    except Timeout as error:
+        raise OperationFailed(f"another process is writing to {folder}") from error
+    with lock:
         if start_over:
             archive_record(folder)
         refuse_other_settings(folder, config)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from diagnostics.errors import InvalidInput, OperationFailed
+from diagnostics.ragged import flat_index
 from opd.models.forward import log_probabilities, micro_batches, response_hidden_states
 from opd.models.lm_head import Head, apply_temperature, chunk_slices
 from opd.models.model import CausalLM
@@ -109,7 +110,7 @@ def policy_losses(
         raise InvalidInput(f"unknown denominator {denominator!r}; known: {known_names}")
     credit = objective.credit(scored)
     weight = token_weights(objective.ratio(scored), DENOMINATORS[denominator](scored))
-    token_rows = (scored.sampled.flatten().cumsum(0) - 1).reshape(scored.sampled.shape)
+    token_rows = flat_index(scored.sampled)
     groups = [list(range(len(scored)))]
     if max_tokens_per_microbatch is not None:
         groups = micro_batches(prompts, scored, max_tokens_per_microbatch)

@@ -12,12 +12,12 @@ from torch import Tensor
 from diagnostics.batch import DistributionStats, Rollouts, ScoredRollouts, Support
 from diagnostics.core.distribution_stats import compute_distribution_stats
 from diagnostics.errors import InvalidInput
+from diagnostics.ragged import flat_index, scatter_to_mask
 from opd.data.prompts import Prompts
 from opd.models.forward import (
     log_probabilities,
     micro_batches,
     response_hidden_states,
-    scatter_to_mask,
 )
 from opd.models.lm_head import apply_temperature, chunk_slices, two_stage_topk
 from opd.models.model import CausalLM
@@ -142,7 +142,7 @@ def score_batch(
     if reuses_sampler and rollouts.softmax_logp is not None:
         sampler_logp = rollouts.softmax_logp[rollouts.sampled]
     num_tokens, columns = int(rollouts.sampled.sum()), dict[str, Tensor]()
-    flat_index = (rollouts.sampled.flatten().cumsum(0) - 1).reshape(rollouts.mask.shape)
+    token_index = flat_index(rollouts.sampled)
 
     def store(name: str, positions: Tensor, value: Tensor) -> None:
         if name not in columns:
@@ -152,7 +152,7 @@ def score_batch(
     for rows in micro_batches(prompts, rollouts, request.max_tokens_per_microbatch):
         micro_batch, micro_prompts = rollouts.rows(rows).trim(), prompts.rows(rows)
         sampled = micro_batch.sampled
-        positions, tokens = flat_index[rows][:, : sampled.shape[1]][sampled], micro_batch.tokens
+        positions, tokens = token_index[rows][:, : sampled.shape[1]][sampled], micro_batch.tokens
         states = response_hidden_states(student, micro_prompts, micro_batch, sampled)
         teacher_states = states[:, :0]
         if is_local:

@@ -4,9 +4,9 @@ Does not import torch. Shapes: n positions of a sequence, K token ids per positi
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from diagnostics.errors import InvalidInput
 from diagnostics.io.files import TYPE_NAMES, has_type, short_repr
 from opd.serving.json_endpoint import JsonEndpoint
 
+T = TypeVar("T")
 TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,8}")
 MIN_LOGPROB = -9999.0
 """The value that vLLM returns for a log-probability of minus infinity."""
@@ -154,6 +155,52 @@ def _check_numbers(
 
 MAX_ENTRY_BYTES, OVERHEAD_BYTES = 512, 1 << 20
 """Maximum size in a response of one id's log-probability, and of everything else."""
+
+
+def request_completions(
+    endpoint: JsonEndpoint,
+    payload: Mapping[str, Any],
+    parsers: Sequence[Callable[[Mapping[str, Any]], T]],
+    *,
+    num_entries: int,
+    description: str,
+) -> list[T]:
+    """Send one request to /completions and parse its choices.
+
+    Args:
+        endpoint: The server, with an address that ends in /v1.
+        payload: The request, with the name of the "model".
+        parsers: For each row of the request, in order, a function that parses its choice.
+        num_entries: Maximum number of log-probabilities in the response.
+        description: What is requested, for messages.
+
+    Returns:
+        What each parser returns.
+
+    Raises:
+        OperationFailed: The server does not respond within the timeout.
+        InvalidInput: The response is of another model or of other rows, or a parser rejects it.
+    """
+    max_bytes = num_entries * MAX_ENTRY_BYTES + OVERHEAD_BYTES
+    answer = endpoint.request("/completions", payload, max_bytes=max_bytes, description=description)
+    try:
+        if missing_fields := sorted({"model", "choices"} - set(answer)):
+            raise InvalidInput(f"it lacks {missing_fields[0]!r}: {describe_answer(answer)}")
+        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        rows = [choice["index"] for choice in choices]
+        if answer["model"] != payload["model"] or rows != list(range(len(parsers))):
+            raise InvalidInput(
+                f"it is of model {answer['model']!r} and rows {rows}, requested were "
+                f"{len(parsers)} rows of {payload['model']!r}"
+            )
+        return [parse(choice) for parse, choice in zip(parsers, choices, strict=True)]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        problem = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+    raise InvalidInput(  # not chained: the exception may quote the server, and so the API key
+        endpoint.redacted(
+            f"{endpoint.url} ({description}): the response does not match the request: {problem}"
+        )
+    )
 
 
 def select_model(endpoint: JsonEndpoint, name: str) -> dict[str, Any]:

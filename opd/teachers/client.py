@@ -14,35 +14,32 @@ Shapes: L ids of a sequence, n of its positions, K ids per position.
 """
 
 import json
-import random
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
-from diagnostics.errors import InvalidInput, OperationFailed
+from diagnostics.errors import InvalidInput
 from diagnostics.io.atomic import write_text
 from diagnostics.io.files import short_repr
+from opd.serving.fan_out import run_all
+from opd.serving.fingerprint import TEACHER_TOLERANCE, check_same_model, probe_tokens
 from opd.serving.json_endpoint import JsonEndpoint
 from opd.serving.vllm_protocol import (
     MAX_ENTRY_BYTES,
     OVERHEAD_BYTES,
     PositionLogprobs,
     answer_field,
-    describe_answer,
     read_row,
+    request_completions,
     select_model,
 )
 
 PROBE_TOKENS = 32
-FINGERPRINT_TOLERANCE = 0.25
-"""Mean difference in nats between two fingerprints of the same model: bfloat16 in batches of other
-sizes differs by a few hundredths, another model by several nats."""
 MAX_ROWS_PER_REQUEST, MAX_TOKENS_PER_REQUEST = 4, 8192
 """Maximum number of sequences of one request, and of ids of a request with several sequences; a
 response is held in memory."""
@@ -75,9 +72,7 @@ class TeacherClient:
     ) -> None:
         self.endpoint, self.model, self.limit = endpoint, model, limit
         self.vocabulary, self.concurrency = vocabulary, concurrency
-        generator = random.Random(0)
-        self.probe = [generator.randrange(vocabulary) for _ in range(PROBE_TOKENS - 1)]
-        self.probe.append(vocabulary - 1)  # rejected by a teacher with a smaller vocabulary
+        self.probe = probe_tokens(vocabulary, PROBE_TOKENS)
         self.fingerprint: NDArray[np.float32] | None = None
 
     def query(
@@ -160,14 +155,16 @@ class TeacherClient:
             write_text(path, json.dumps(fingerprints | {name: fingerprint.tolist()}))
 
     def _compare(self, actual: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
-        gap = float(np.abs(actual - expected).mean())
-        if not gap <= FINGERPRINT_TOLERANCE:
-            raise OperationFailed(
-                f"{self.endpoint.url} is not the same model as at the start: log-probabilities"
-                f" of {len(actual)} fixed tokens differ by {gap:.2g} on average; the tolerance for "
-                f"numerical noise is {FINGERPRINT_TOLERANCE} nats. Serve the same model as "
-                f"{self.model!r} again and run the same command to resume from the last checkpoint"
-            )
+        check_same_model(
+            actual,
+            expected,
+            tolerance=TEACHER_TOLERANCE,
+            problem=f"{self.endpoint.url} is not the same model as at the start",
+            remedy=(
+                f"Serve the same model as {self.model!r} again and run the same command to resume "
+                "from the last checkpoint"
+            ),
+        )
 
     def _query_all(
         self,
@@ -178,33 +175,24 @@ class TeacherClient:
     ) -> list[PositionLogprobs]:
         """Request the log-probabilities of the rows `scored_rows`, with concurrent requests."""
         groups = group_rows(scored_rows, [len(row) for row in rows])
-        self.endpoint.start()
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            futures = [
-                pool.submit(
-                    self._query_rows,
-                    [rows[i] for i in group],
-                    [positions[i] for i in group],
-                    k,
-                    f"rows {', '.join(map(str, group))} of {len(rows)}",
-                )
-                for group in groups
-            ]
-            progress = tqdm(
-                total=len(groups), desc=f"teacher {self.model}", delay=3, leave=False, disable=None
+        calls = [
+            partial(
+                self._query_rows,
+                [rows[i] for i in group],
+                [positions[i] for i in group],
+                k,
+                f"rows {', '.join(map(str, group))} of {len(rows)}",
             )
-            try:
-                for future in as_completed(futures):
-                    future.result()
-                    progress.update()
-            except BaseException:
-                for pending in futures:
-                    pending.cancel()
-                self.endpoint.stop()
-                raise
-            finally:
-                progress.close()
-        return [answer for future in futures for answer in future.result()]
+            for group in groups
+        ]
+        self.endpoint.start()
+        answers = run_all(
+            calls,
+            concurrency=self.concurrency,
+            stop=self.endpoint.stop,
+            description=f"teacher {self.model}",
+        )
+        return [row for answer in answers for row in answer]
 
     def _query_rows(
         self,
@@ -222,33 +210,16 @@ class TeacherClient:
             "temperature": 1.0,
             "return_token_ids": True,
         }
-        num_entries = sum(len(row) for row in rows) * (k + 1)
-        answer = self.endpoint.request(
-            "/completions",
+        parsers = [
+            partial(read_row, row=row, positions=row_positions, k=k, vocabulary=self.vocabulary)
+            for row, row_positions in zip(rows, positions, strict=True)
+        ]
+        return request_completions(
+            self.endpoint,
             payload,
-            max_bytes=num_entries * MAX_ENTRY_BYTES + OVERHEAD_BYTES,
+            parsers,
+            num_entries=sum(len(row) for row in rows) * (k + 1),
             description=description,
-        )
-        try:
-            if missing_fields := sorted({"model", "choices"} - set(answer)):
-                raise InvalidInput(f"it lacks {missing_fields[0]!r}: {describe_answer(answer)}")
-            choices = {choice["index"]: choice for choice in answer["choices"]}
-            if answer["model"] != self.model or sorted(choices) != list(range(len(rows))):
-                raise InvalidInput(
-                    f"it is of model {answer['model']!r} and rows {sorted(choices)}, requested "
-                    f"were {len(rows)} rows of {self.model!r}"
-                )
-            return [
-                read_row(choices[i], row, row_positions, k, self.vocabulary)
-                for i, (row, row_positions) in enumerate(zip(rows, positions, strict=True))
-            ]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            problem = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise InvalidInput(  # not chained: the exception may quote the server, and so the API key
-            self.endpoint.redacted(
-                f"{self.endpoint.url} ({description}): the response does not match the request: "
-                f"{problem}"
-            )
         )
 
 

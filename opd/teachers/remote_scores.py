@@ -11,7 +11,6 @@ from torch import Tensor
 from diagnostics.batch import Rollouts
 from diagnostics.errors import InvalidInput
 from opd.data.prompts import Prompts
-from opd.models.forward import response_attention_mask
 from opd.teachers.client import TeacherClient
 
 
@@ -56,10 +55,10 @@ def score_remote(client: TeacherClient, prompts: Prompts, batch: Rollouts, k: in
         InvalidInput: A prompt is empty, so that the first response token has no prefix.
     """
     sequences, positions = [], []
-    response_mask, width = response_attention_mask(batch), prompts.tokens.shape[1]
+    width = prompts.tokens.shape[1]
     ids, attention_mask = (
         torch.cat([prompts.tokens, batch.tokens], 1),
-        torch.cat([prompts.mask, response_mask], 1),
+        torch.cat([prompts.mask, batch.attention_mask], 1),
     )
     sampled = torch.cat([torch.zeros_like(prompts.mask), batch.sampled], 1)
     for row, row_mask, row_sampled in zip(

@@ -17,6 +17,7 @@ from torch import Tensor
 from diagnostics.batch import Rollouts, ScoredRollouts
 from diagnostics.core.totals import Accumulator, Mean
 from diagnostics.errors import InvalidInput
+from diagnostics.ragged import up_to_last
 from opd.tokens.eos import first_occurrences
 from opd.tokens.mask_rules import MaskRule, parse_rules
 from opd.tokens.token_bytes import TokenBytes, pack_token_bytes, token_bytes
@@ -164,8 +165,7 @@ def string_hits(
         (B, T) bool, a subset of the mask.
     """
     width, flat = tokens.shape[1], tokens.flatten().clamp(max=len(packed_bytes.length) - 1)
-    real = mask.long().flip(1).cumsum(1).flip(1) > 0
-    length = torch.where(real.flatten(), packed_bytes.length[flat], 0)
+    length = torch.where(up_to_last(mask).flatten(), packed_bytes.length[flat], 0)
     owner = torch.repeat_interleave(length)  # (Q,) flat token index of each byte
     if len(owner) < len(string):
         return torch.zeros_like(mask)
@@ -200,7 +200,7 @@ def apply_mask_rules(batch: Batch, rules: Sequence[ResolvedMaskRules]) -> Batch:
         rules: Resolved rules.
 
     Returns:
-        The batch (`Rollouts.supervise`), unchanged if there are no rules.
+        The batch (`Rollouts.restrict_mask`), unchanged if there are no rules.
     """
     if not rules:
         return batch

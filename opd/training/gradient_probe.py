@@ -28,13 +28,13 @@ from diagnostics.gradients.probe import (
     sketch_gradients,
 )
 from diagnostics.gradients.sketch import Projection, outer_sketches, random_projection
+from diagnostics.ragged import flat_index, scatter_to_mask
 from diagnostics.records.rows import Row
 from opd.data.prompts import Prompts
 from opd.models.forward import (
     log_probabilities,
     micro_batches,
     response_hidden_states,
-    scatter_to_mask,
 )
 from opd.models.lm_head import (
     LogitsHead,
@@ -433,7 +433,7 @@ def supervised_hidden_states(
     Raises:
         InvalidInput: The batch has no supervised token.
     """
-    slot = (scored.mask.flatten().cumsum(0) - 1).reshape(scored.mask.shape)
+    slot = flat_index(scored.mask)
     hidden: Tensor | None = None
     for rows in micro_batches(prompts, scored, max_tokens_per_microbatch):
         micro_batch = scored.rows(rows).trim()

@@ -23,6 +23,8 @@ from torch import Tensor
 from diagnostics.batch import concatenate
 from diagnostics.core.totals import Accumulator, Mean, compute
 from diagnostics.gradients.distributed import all_gather_batches
+from diagnostics.io.atomic import write_text
+from diagnostics.ragged import right_pad
 from diagnostics.records.rows import Row
 from opd.data.chain_task import Problem
 from opd.data.grading.graders import grade_responses
@@ -32,7 +34,6 @@ from opd.envs.packing import episode_accumulators, pack_rows
 from opd.envs.rollout import play_episodes
 from opd.envs.task import GameTask
 from opd.rollouts.base import BatchSlice, Engine
-from opd.runs.run_folder import write_text
 from opd.runtime import distributed
 from opd.runtime.seeds import derive_seed
 from opd.scoring.score import ScoredBatch
@@ -104,11 +105,8 @@ def grade_texts(task: TaskState, texts: list[str], answer: str) -> list[float]:
     if any(set(text) & set(eos_ids) for text in ids):
         eos_ids = []
     ids = [text + eos_ids[:1] for text in ids]
-    tokens = torch.zeros(len(ids), max(map(len, ids)), dtype=torch.long)
-    mask = torch.zeros(tokens.shape, dtype=torch.bool)
-    for row, token_ids in enumerate(ids):
-        tokens[row, : len(token_ids)] = torch.tensor(token_ids)
-        mask[row, : len(token_ids)] = True
+    tokens = right_pad(ids, torch.long)
+    mask = right_pad([[True] * len(row) for row in ids], torch.bool)
     problems = [Problem(prompt="", answer=answer)] * len(texts)
     grades = grade_responses(tokenizer, tokens, mask, problems, task.problems.grade, eos_ids)
     return [grade.reward for grade in grades]

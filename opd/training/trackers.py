@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from diagnostics.errors import InvalidInput
+from diagnostics.io.atomic import write_text
 from diagnostics.io.packages import load_package
 from diagnostics.records import rows
 from diagnostics.records.rows import Row
@@ -182,7 +183,7 @@ def open_trackio(folder: Path, config: dict[str, Any]) -> TrackerHandles:
 def read_run_id(path: Path) -> str:
     """Read the run id from a file, creating it if necessary."""
     if not path.exists():
-        path.write_text(uuid.uuid4().hex)
+        write_text(path, uuid.uuid4().hex)
     return path.read_text()
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diagnostics.errors import InvalidInput
 from diagnostics.gradients.distributed import gather_batch
+from diagnostics.ragged import flat_index
 from opd.models.contexts import activation_checkpointing
 from opd.models.forward import micro_batches, response_hidden_states
 from opd.models.fsdp import unsharded
@@ -230,7 +231,7 @@ def accumulate_gradients(
         The weighted loss, detached, and sampled gradients after the first micro-batch.
     """
     student, config, scored = state.student, task.config, loss.batch.scored
-    token_rows = (scored.sampled.flatten().cumsum(0) - 1).reshape(scored.sampled.shape)
+    token_rows = flat_index(scored.sampled)
     total, first_gradients = torch.zeros((), device=scored.tokens.device), None
     with ExitStack() as stack:
         if loss.batch.teacher_hidden is not None:  # the loss reads the teacher's head

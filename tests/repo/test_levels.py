@@ -11,9 +11,9 @@ from tests.helpers.paths import ROOT
 LEVELS = {
     "diagnostics": (
         {"terminal"},
-        {"errors"},
-        {"io"},
-        {"batch", "stats"},
+        {"errors", "missing", "ragged"},
+        {"io", "stats", "tensor_fields"},
+        {"batch"},
         {"core"},
         {"metrics", "gradients", "records"},
         {"alarms"},

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from diagnostics.adapters.verl import Loss, batch_from_verl, observe_loss
-from diagnostics.core.partial import replace_fields
 from diagnostics.errors import BrokenPackage, InvalidInput, MissingPackage
 from opd.integrations.verl.topk_loss import TOPK_OBJECTIVES, batch_setting, compute_topk_loss
 from opd.objectives.assembly import batch_losses
@@ -186,7 +185,7 @@ def sampled_loss(
             f"{int(batch.mask.sum())} supervised tokens"
         )
     old_logp = torch.where(batch.sampled, to_padded(data["old_log_probs"]).float(), 0.0)
-    batch = replace_fields(batch, student_logp=old_logp)
+    batch = batch.with_fields(student_logp=old_logp)
     logp = no_padding_2_padding(model_output["log_probs"], data)
     return batch_losses(objective, batch, logp), {}
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diagnostics.errors import InvalidInput
+from diagnostics.ragged import left_pad
 from opd.config.settings import Config
 from opd.models.contexts import evaluation_mode
 from opd.models.model import CausalLM, base_model
@@ -303,12 +304,8 @@ def check_forward_pass(role: str, model: CausalLM, tokenizer: Any, config: Confi
     rows = [[v % model.vocabulary for v in ids[:MAX_IDS]] for ids in texts]
     rows[0] = rows[0][: max(NUM_POSITIONS + 1, len(rows[0]) // 3)]
     width = max(map(len, rows))
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    attention_mask = torch.zeros(len(rows), width, dtype=torch.long)
-    for row, row_ids in enumerate(rows):
-        ids[row, width - len(row_ids) :] = torch.tensor(row_ids)
-        attention_mask[row, width - len(row_ids) :] = 1
-    ids, attention_mask = ids.to(model.device), attention_mask.to(model.device)
+    ids = left_pad(rows, torch.long).to(model.device)
+    attention_mask = left_pad([[1] * len(row) for row in rows], torch.long).to(model.device)
     unit = rounding_unit(config)
     first_pass = last_position_logp(model, ids, attention_mask)
     repeated = last_position_logp(model, ids, attention_mask)

@@ -20,10 +20,11 @@ from diagnostics.gradients.layers import (
 from diagnostics.gradients.probe import GradientSketches
 from diagnostics.gradients.signal_noise import signal_and_noise
 from diagnostics.gradients.sketch import identity_projection, matrix_sketch, random_projection
+from diagnostics.ragged import scatter_to_mask
 from opd.config.settings import Config
 from opd.data.prompts import Prompts
 from opd.models.contexts import activation_checkpointing
-from opd.models.forward import log_probabilities, response_hidden_states, scatter_to_mask
+from opd.models.forward import log_probabilities, response_hidden_states
 from opd.models.lm_head import LogitsHead
 from opd.models.model import split_head
 from opd.objectives.factory import make_objective

@@ -264,13 +264,14 @@ def test_without_some_ids_they_do_not_count() -> None:
 
 
 def test_every_metric_says_what_it_is() -> None:
-    for function in [e.metric for e in CATALOGUE] + list(MAKERS):
-        described = next((m for m in MAKERS if m.__name__ == function.__name__), function)
+    makers = {maker.__name__: maker for maker in MAKERS}
+    for name, function in [(e.name, e.metric) for e in CATALOGUE] + list(makers.items()):
+        described = makers.get(name, function)
         text = described.__doc__ or ""
         if described in (by, without):
             continue
         for word in ("Access:", "Source:", "Healthy:"):
-            assert word in text, f"{function.__name__} lacks {word}"
+            assert word in text, f"{name} lacks {word}"
     assert PANEL.keys() < FULL.keys()
     assert len(FULL) == len(CATALOGUE)
     assert {e.level for e in CATALOGUE} == {"L0", "L1", "L2"}

@@ -10,7 +10,8 @@ import torch
 
 from diagnostics.batch import DistributionStats, ScoredRollouts, concatenate
 from diagnostics.core.optional_fields import MissingField
-from diagnostics.core.partial import missing_fields, without_fields
+from diagnostics.core.partial import without_fields
+from diagnostics.missing import missing_fields
 from diagnostics.monitor import Monitor
 from diagnostics.records.columns import NAMES, STATS_COLUMNS, integer_id
 from diagnostics.records.reader import Records

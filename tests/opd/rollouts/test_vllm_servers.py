@@ -226,7 +226,10 @@ INVALID_ANSWERS = {
         "it is of model 'other'",
     ),
     "nothing": (edit_answer(lambda answer: answer.pop("choices")), "lacks 'choices'"),
-    "two": (edit_answer(lambda answer: answer.update(choices=answer["choices"] * 2)), "unpack"),
+    "two": (
+        edit_answer(lambda answer: answer.update(choices=answer["choices"] * 2)),
+        "rows [0, 0], requested were 1 rows",
+    ),
 }
 
 

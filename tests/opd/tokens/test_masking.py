@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from diagnostics.batch import DistributionStats, Rollouts, ScoredRollouts, Support, flatten
+from diagnostics.batch import DistributionStats, Rollouts, ScoredRollouts, Support
 from diagnostics.core.totals import merge
+from diagnostics.tensor_fields import flatten
 from opd.lab.build import make_tokenizer
 from opd.tokens.eos import EosMap, student_support, teacher_tokens
 from opd.tokens.mask_rules import MaskRule, parse_rules
