@@ -25,7 +25,6 @@ from diagnostics.core.totals import Accumulator, Mean, compute
 from diagnostics.gradients.distributed import all_gather_batches
 from diagnostics.records.rows import Row
 from opd.config.settings import Config
-from opd.data.chain_task import Problem
 from opd.data.grading.graders import grade_responses
 from opd.data.grading.unread_answers import READABLE_SHARE
 from opd.data.prompts import Prompts, encode_prompts
@@ -190,8 +189,8 @@ def grade_texts(run: TaskRun, texts: list[str], answer: str) -> list[float]:
     for row, token_ids in enumerate(ids):
         tokens[row, : len(token_ids)] = torch.tensor(token_ids)
         mask[row, : len(token_ids)] = True
-    problems = [Problem(prompt="", answer=answer)] * len(texts)
-    grades = grade_responses(tokenizer, tokens, mask, problems, run.task.grade, eos_ids)
+    answers = [answer] * len(texts)
+    grades = grade_responses(tokenizer, tokens, mask, answers, run.task.grade, eos_ids)
     return [grade.reward for grade in grades]
 
 
@@ -332,9 +331,8 @@ def roll_out(run: TaskRun, step: int, task_step: int, top_p: float, purpose: int
         )
         prompts = replace(prompts, index=torch.tensor(prompt_indices)[prompts.index])
         rollouts = run.engine.sample(prompts, eos, **sampling_options)
-        answers = [Problem(prompt="", answer=answer) for answer in prompts.answers]
         grades = grade_responses(
-            tokenizer, rollouts.tokens, rollouts.mask, answers, task.grade, eos
+            tokenizer, rollouts.tokens, rollouts.mask, prompts.answers, task.grade, eos
         )
         rewards = torch.tensor([grade.reward for grade in grades])
         readable = torch.tensor([grade.answer is not None for grade in grades])

@@ -28,7 +28,6 @@ from diagnostics.gradients.signal_noise import pair_products
 from diagnostics.gradients.sketch import (
     TokenSketches,
     identity_projection,
-    matrix_sketch,
     random_projection,
     sequence_sketches,
     token_energies,
@@ -42,6 +41,7 @@ from opd.objectives.factory import (
     mean_future,
     sampled_token,
 )
+from tests.helpers.sketches import matrix_sketch
 
 B, T, V, D = 6, 7, 11, 5
 
