@@ -12,7 +12,8 @@ LEVELS = {
     "diagnostics": (
         {"terminal"},
         {"errors"},
-        {"io", "stats"},
+        {"io"},
+        {"stats"},
         {"batch"},
         {"core"},
         {"metrics", "gradients", "records"},

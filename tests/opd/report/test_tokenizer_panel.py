@@ -41,7 +41,7 @@ def test_attribution_equals_a_count(run: Path) -> None:
     assert sum(row["count"] for row in impossible["rows"]) == int(is_impossible.sum())
     tokenizer = AutoTokenizer.from_pretrained(run / "final")
     special = {row["id"]: row for row in data["sheet"]["special"]}
-    assert set(special) == {i for i, x in tokenizer.added_tokens_vocabulary.items() if x.special}
+    assert set(special) == {i for i, x in tokenizer.added_tokens_decoder.items() if x.special}
     for i, row in special.items():
         is_this_id = batch.mask & (batch.tokens == i)
         assert row["count"] == int(is_this_id.sum())

@@ -393,7 +393,6 @@ def test_the_audit_adds_over_steps_and_equals_a_loop() -> None:
     steps = [scored_batch(0), scored_batch(1)]
     totals = [0.0, 0.0, 0.0]
     removed_totals = {name: [0.0, 0.0, 0.0] for name in ("id:1", "string:nk", "all")}
-    by_id = torch.zeros(12, 3, dtype=torch.float64)
     for batch in steps:
         for i, (row, keep) in enumerate(
             zip(batch.tokens.tolist(), batch.mask.tolist(), strict=True)
@@ -409,8 +408,6 @@ def test_the_audit_adds_over_steps_and_equals_a_loop() -> None:
                     removed_totals[name] = [
                         a + b for a, b in zip(removed_totals[name], sizes, strict=True)
                     ]
-                if out["all"][t]:
-                    by_id[row[t]] += torch.tensor(sizes, dtype=torch.float64)
     metrics = merge(mask_rule_metrics(steps[0], RULES), mask_rule_metrics(steps[1], RULES))
     for name, sums in removed_totals.items():
         for quantity, part, whole_total in zip(
