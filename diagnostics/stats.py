@@ -167,6 +167,39 @@ def unpaired_interval(before_accuracies: Array, after_accuracies: Array) -> tupl
     return low, high
 
 
+def problem_accuracies(outcomes: str) -> Array:
+    """Return (M,) shares of correct responses to each problem.
+
+    Args:
+        outcomes: One digit per sample, with a space between problems if they have several samples
+            (`opd.evaluation.statistics.encode_outcomes`).
+
+    Returns:
+        The shares.
+    """
+    problems = outcomes.split() if " " in outcomes else list(outcomes)
+    return np.array([sum(map(int, samples)) / len(samples) for samples in problems])
+
+
+def t_critical(degrees: float) -> float:
+    """Return the 97.5 % quantile of Student's t."""
+    special = load_package("scipy.special", "an interval from Student's t", "study")
+    return float(special.stdtrit(degrees, 0.975))
+
+
+def pool_means(
+    values: list[float], errors: list[float], weights: list[float]
+) -> tuple[float, float]:
+    """Return the weighted mean of independent values and its error, from standard errors."""
+    w = np.array(weights) / np.sum(weights)
+    return float((w * values).sum()), float(np.sqrt((w**2 * np.square(errors)).sum()))
+
+
+def round_significant(value: float | None, digits: int = 5) -> float:
+    """Round to significant digits, as in tables; NaN for None."""
+    return float("nan") if value is None else float(f"{value:.{digits}g}")
+
+
 def _table(values: Array, minimum: float) -> Array:
     """Return (N, M) float64 of (M,) or (N, M) values in [minimum, 1]."""
     table = np.asarray(values, dtype=np.float64)
@@ -189,7 +222,4 @@ def _between_runs(table: Array) -> float:
 
 def _critical(total: float, between: float, runs: int) -> float:
     """Return Student's t for a variance that is partly estimated between runs."""
-    if between <= 1e-9 * total:
-        return Z
-    special = load_package("scipy.special", "an interval over several runs", "study")
-    return float(special.stdtrit((runs - 1) * (total / between) ** 2, 0.975))
+    return Z if between <= 1e-9 * total else t_critical((runs - 1) * (total / between) ** 2)

@@ -12,16 +12,16 @@ import json
 import subprocess
 import sys
 from glob import glob
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diagnostics.errors import InvalidInput, MissingFile, OperationFailed
 from diagnostics.io.command import run_command
-from diagnostics.io.files import read_text
 from diagnostics.io.module_process import module_command
-from diagnostics.io.provenance import code_state
+from diagnostics.io.provenance import code_state, package_version
 from diagnostics.io.recorded_data import writable_data
+from diagnostics.records.run_folder import RunFolder
 from diagnostics.terminal import protect_terminal
 from figures.registry import (
     DATA,
@@ -149,10 +149,6 @@ def collect_table(name: str, runs: list[Path]) -> "pd.DataFrame":
     Raises:
         InvalidInput: The runs contain nothing that the figure draws.
     """
-    if name == "training":
-        from diagnostics.records.run_tables import training_table
-
-        return training_table(runs)
     table = figure_module(name).collect(runs)
     if table.empty:
         raise InvalidInput(
@@ -230,12 +226,12 @@ def record_table(name: str, table: "pd.DataFrame", runs: list[Path], data: Path)
         "command": commands_for_table(name, list(configs)),
         "settings": common_settings,
         "runs": run_specific_settings,
-        "code": sorted({read_text(run / "code.txt").partition("\n")[0] for run in runs}),
+        "code": sorted({RunFolder(run).commit() for run in runs}),
         "seconds": round(sum(map(training_seconds, runs)), 1),
         "device": sorted({c["device"] for c in configs.values()}),
         "commit": code_state().commit,
         "table": hashlib.sha256(path.read_bytes()).hexdigest()[:16],
-        "versions": {p: metadata.version(p) for p in ("torch", "transformers", "pandas")},
+        "versions": {p: package_version(p) for p in ("torch", "transformers", "pandas")},
     }
     path.with_suffix(".json").write_text(format_json(metadata_fields))
     print(path)
@@ -243,9 +239,7 @@ def record_table(name: str, table: "pd.DataFrame", runs: list[Path], data: Path)
 
 def portable_settings(run: Path) -> dict[str, Any]:
     """Return a run's config.json without its output folder and with relative paths."""
-    from diagnostics.records.run_folders import load_settings as recorded_settings
-
-    config = recorded_settings(run)
+    config = RunFolder(run).settings()
     config.pop("out", None)
     return {name: make_portable(value, run.resolve()) for name, value in config.items()}
 
@@ -276,14 +270,13 @@ def format_json(record: dict[str, Any]) -> str:
 
 def run_label(run: Path) -> str:
     """Return GROUP/METHOD-SEED of a run folder."""
-    return f"{run.resolve().parent.name}/{run.name}"
+    folder = RunFolder(run)
+    return f"{folder.group}/{folder.name}"
 
 
 def training_seconds(run: Path) -> float:
     """Return the total duration of a run's steps in seconds, as measured during the run."""
-    from diagnostics.records.run_folders import load_rows
-
-    rows = load_rows(run)
+    rows = RunFolder(run).rows()
     return sum(x for row in rows for k, x in row.items() if k.startswith("seconds/") and x)
 
 

@@ -30,7 +30,7 @@ RUN_FIGURES = (
     *("training", "anatomy", "fan", "heatmap", "ledger", "lorenz", "pairs", "quadrants"),
     *("sampler", "signal_loss", "tokenizer", "warning"),
 )
-"""Figures of run folders; all but `training` build their table with `collect(runs)`."""
+"""Figures of run folders; they build their table with `collect(runs)`."""
 TABLE_NAMES = {
     "frontier": "bias_variance",
     "warning": "early_warning",

@@ -218,25 +218,6 @@ def project(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def matrix_sketch(gradient: Tensor, projection: Projection) -> Tensor:
-    """Sketch the gradient of a matrix, as autograd computed it: (V, D) -> (J, m1 m2).
-
-    For blocks other than the head: compute the gradient of a sequence's loss, sketch it, and stack
-    the sequences for `diagnostics.gradients.signal_noise.signal_and_noise`.
-
-    Args:
-        gradient: (V, D).
-        projection: Projection of the matrix.
-
-    Returns:
-        (J, m1 m2).
-    """
-    half = project(gradient.T, projection.vocabulary)  # (D, J, m1)
-    right = projection.hidden.to(half)
-    return torch.einsum("dja,djb->jab", half, right).flatten(1) * projection.scale
-
-
-@torch.no_grad()
 def outer_sketches(
     logit_gradients: Iterable[tuple[slice, Tensor]],
     hidden: Tensor,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from diagnostics.io.files import check_fields, parse_json, short_repr, translate
 from diagnostics.records.renamed import present_row
 
 Row = dict[str, Any]
+POSITION_BIN = re.compile(r"^(.*)@(\d+)-(\d+)$")
+"""Name, first and last position of a column by position."""
 
 
 def append_row(path: Path, row: Row) -> None:
@@ -68,3 +71,14 @@ def read_rows(path: str | Path, required: Mapping[str, type] | None = None) -> l
         check_fields(row, required or {}, location)
         rows.append(row)
     return rows
+
+
+def position_bin_values(row: Row, name: str) -> dict[tuple[int, int], float]:
+    """Return {(first, last position): value} of a metric by position bin; nulls are NaN."""
+    values = {}
+    for key, value in row.items():
+        bin_match = POSITION_BIN.match(key)
+        if bin_match and bin_match[1] == name:
+            low, high = int(bin_match[2]), int(bin_match[3])
+            values[low, high] = float("nan") if value is None else float(value)
+    return dict(sorted(values.items()))

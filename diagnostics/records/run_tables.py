@@ -1,5 +1,9 @@
-"""Long tables of training rows and evaluations from run folders. Needs no torch."""
+"""Long tables of the steps and the evaluations of runs. Needs no torch.
 
+All tables of runs are made of these two: those of `opd report`, `opd demo` and the figures.
+"""
+
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -8,85 +12,127 @@ import pandas as pd
 
 from diagnostics.errors import InvalidInput
 from diagnostics.io.files import check_fields
-from diagnostics.records.run_folders import (
-    distinct_names,
-    folder_labels,
-    load_evaluations,
-    load_rows,
-    load_settings,
+from diagnostics.records.rows import Row
+from diagnostics.records.run_folder import RunFolder
+from diagnostics.records.run_groups import distinct_names, folder_labels
+from diagnostics.stats import (
+    gain_interval,
+    problem_accuracies,
+    round_significant,
+    unpaired_interval,
 )
-from diagnostics.stats import gain_interval, unpaired_interval
 
-TABLE_METRICS = [
-    "loss",
-    "grad_norm",
-    "divergence/reverse_kl",
-    "divergence/k1",
-    "divergence/student_entropy",
-    "divergence/teacher_entropy",
-    "signal/negative_share",
-    "signal/negative_share_null",
-    "signal/signal_n_eff_share",
-    "signal/signal_top1_share",
-    "response/reward",
-    "response/length",
-    "response/truncated_share",
+STEP_METRICS = (
+    *("loss", "grad_norm"),
+    *("divergence/reverse_kl", "divergence/k1"),
+    *("divergence/student_entropy", "divergence/teacher_entropy"),
+    *("signal/negative_share", "signal/negative_share_null"),
+    *("signal/signal_n_eff_share", "signal/signal_top1_share"),
+    *("signal/repeated_cost", "signal/regular_cost"),
+    *("response/reward", "response/length", "response/truncated_share"),
     "repetition/repeated_share",
-]
+    *("episodes/turns", "episodes/invalid_share"),
+    *(f"turn={number}/divergence/k1" for number in (1, 2, 4, 8)),
+)
+"""Columns of the rows of a run that tables keep."""
+EVALUATION_METRICS = (
+    *("accuracy", "length", "truncated"),
+    *("episodes/turns", "episodes/invalid_share"),
+)
+"""Columns of the evaluations of a run that tables keep, besides the outcomes."""
+RUN_LABELS = ["run", "step", "task"]
+"""Columns that say which run, step and task a row of a table is about."""
+
+
+def steps_table(runs: list[Path]) -> pd.DataFrame:
+    """Build the table (run, step, task, metric, value) of the rows of runs.
+
+    Args:
+        runs: Run folders.
+
+    Returns:
+        One row per step, task and metric of STEP_METRICS that was recorded; `run` is the index in
+        `runs`, and `task` is empty in a run of a single task.
+    """
+    records = [
+        {"run": i, **labels, "metric": metric, "value": value}
+        for i, run in enumerate(runs)
+        for row in RunFolder(run).rows()
+        for labels in (step_labels(row),)
+        for metric, value in recorded_values(row, STEP_METRICS)
+    ]
+    return pd.DataFrame(records, columns=[*RUN_LABELS, "metric", "value"])
+
+
+def evaluations_table(runs: list[Path]) -> pd.DataFrame:
+    """Build the table of the evaluations of runs.
+
+    Args:
+        runs: Run folders.
+
+    Returns:
+        One row per evaluation of a task: run, step and task as in `steps_table`, EVALUATION_METRICS
+        (NaN where not recorded), `outcomes` (see `problem_accuracies`) and `problem_set`.
+    """
+    columns = [*RUN_LABELS, *EVALUATION_METRICS, "outcomes", "problem_set"]
+    records = [
+        {"run": i, **step_labels(row), **dict(recorded_values(row, EVALUATION_METRICS))}
+        | {"outcomes": row["outcomes"], "problem_set": row.get("problem_set", "")}
+        for i, run in enumerate(runs)
+        for row in RunFolder(run).evaluations()
+    ]
+    return pd.DataFrame(records, columns=columns)
+
+
+def step_labels(row: Row) -> dict[str, Any]:
+    """Return the step and the task of a row."""
+    return {"step": row["step"], "task": row.get("task", "")}
+
+
+def recorded_values(row: Row, metrics: Iterable[str]) -> list[tuple[str, float]]:
+    """Return the metrics that a row has, with their values."""
+    return [(name, row[name]) for name in metrics if row.get(name) is not None]
 
 
 def training_table(runs: list[Path]) -> pd.DataFrame:
     """Build a long table (run, objective, seed, step, metric, value) of rows and evaluations.
 
     The objective column holds its name and, in parentheses, what else differs between the runs of
-    one objective (`diagnostics.records.run_folders.distinct_names`), so that only seeds of one
-    method share it. Rows of outcomes have two more columns, outcomes and problem_set.
+    one objective (`diagnostics.records.run_groups.distinct_names`), so that only seeds of one
+    method share it. Several tasks count as different objectives. Evaluations have the metrics
+    eval/accuracy, eval/length and eval/truncated, and eval/outcomes with two more columns, outcomes
+    and problem_set.
 
     Args:
         runs: Run folders.
 
     Returns:
-        The table.
+        The table, with six significant digits.
 
     Raises:
         InvalidInput: The runs have no rows.
     """
-    records: list[dict[str, Any]] = []
-    configs = [load_settings(run) for run in runs]
-    for run, config in zip(runs, configs, strict=True):
-        check_fields(config, {"objective": str}, str(run / "config.json"))
-    names = distinct_names(runs, [config["objective"] for config in configs])
-    for run, config, objective, label in zip(
-        runs, configs, names, folder_labels(runs), strict=True
-    ):
-
-        def row_labels(
-            row: dict[str, Any], label: str = label, config: Any = config, name: str = objective
-        ) -> dict[str, Any]:
-            """Return the label columns of a row; several tasks count as different objectives."""
-            task = f" ({row['task']})" if row.get("task") else ""
-            return {"run": label + task, "objective": name + task, "seed": config["seed"]}
-
-        for row in load_rows(run):
-            for metric in TABLE_METRICS:
-                if row.get(metric) is not None:
-                    value = float(f"{row[metric]:.6g}")
-                    records.append(
-                        row_labels(row) | {"step": row["step"], "metric": metric, "value": value}
-                    )
-        for row in load_evaluations(run):
-            for metric in ("accuracy", "length", "truncated"):
-                value = float(f"{row[metric]:.6g}")
-                name = f"eval/{metric}"
-                records.append(
-                    row_labels(row) | {"step": row["step"], "metric": name, "value": value}
-                )
-            outcomes = {"step": row["step"], "metric": "eval/outcomes", "value": float("nan")}
-            outcomes |= {"outcomes": row["outcomes"], "problem_set": row.get("problem_set", "")}
-            records.append(row_labels(row) | outcomes)
-    if not records:
+    folders = [RunFolder(run) for run in runs]
+    for folder in folders:
+        check_fields(folder.settings(), {"objective": str}, str(folder.path / "config.json"))
+    names = distinct_names(runs, [folder.settings()["objective"] for folder in folders])
+    evaluations = evaluations_table(runs)
+    metrics = evaluations.melt(RUN_LABELS, list(EVALUATION_METRICS), var_name="metric")
+    metrics = metrics.dropna(subset="value")
+    outcomes = evaluations[[*RUN_LABELS, "outcomes", "problem_set"]].assign(metric="outcomes")
+    evaluations = pd.concat([metrics, outcomes])
+    evaluations["metric"] = "eval/" + evaluations["metric"]
+    table = pd.concat([steps_table(runs), evaluations])
+    table = table.sort_values("run", kind="stable", ignore_index=True)
+    if table.empty:
         raise InvalidInput(f"no rows in {[str(run) for run in runs]}")
-    return pd.DataFrame(records)
+    task = table["task"].map(lambda name: f" ({name})" if name else "")
+    run_index = table["run"]
+    table["run"] = run_index.map(dict(enumerate(folder_labels(runs)))) + task
+    table["objective"] = run_index.map(dict(enumerate(names))) + task
+    table["seed"] = run_index.map({i: folder.seed for i, folder in enumerate(folders)})
+    table["value"] = table["value"].map(lambda value: round_significant(value, 6))
+    return table[["run", "objective", "seed", "step", "metric", "value", "outcomes", "problem_set"]]
 
 
 def accuracy_gains(table: pd.DataFrame) -> pd.DataFrame:
@@ -133,16 +179,3 @@ def accuracy_gains(table: pd.DataFrame) -> pd.DataFrame:
             counts = {"objective": name, "seeds": len(pairs), "problems": count}
             rows.append({**counts, **accuracies, **gain, "paired": paired})
     return pd.DataFrame(rows)
-
-
-def problem_accuracies(outcomes: str) -> np.ndarray:
-    """Return (M,) shares of correct responses to each problem, from encoded outcomes.
-
-    Args:
-        outcomes: See `opd.evaluation.statistics.encode_outcomes`.
-
-    Returns:
-        The shares.
-    """
-    problems = outcomes.split() if " " in outcomes else outcomes
-    return np.array([np.mean([float(x) for x in samples]) for samples in problems])

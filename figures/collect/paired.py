@@ -10,8 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from diagnostics.records.run_tables import problem_accuracies
-from diagnostics.stats import gain_interval, share_interval
+from diagnostics.stats import gain_interval, problem_accuracies, share_interval
 
 
 def last_evaluations(table: pd.DataFrame) -> pd.DataFrame:

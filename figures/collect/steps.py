@@ -5,20 +5,17 @@ A run folder is GROUP/METHOD-SEED, such as those that `opd paper` makes.
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from diagnostics.errors import InvalidInput
-from diagnostics.records.run_folders import (
-    check_same_method,
-    load_evaluations,
-    load_rows,
-    load_settings,
-)
+from diagnostics.records import run_tables
+from diagnostics.records.run_folder import RunFolder
+from diagnostics.records.run_groups import check_same_method
+from diagnostics.stats import round_significant, t_critical
 
-STEP_METRICS = {
+PAPER_METRICS = {
     "reward": "response/reward",
     "length": "response/length",
     "truncated": "response/truncated_share",
@@ -30,65 +27,52 @@ STEP_METRICS = {
     "cost": "divergence/k1",
     "negative_null": "signal/negative_share_null",
 }
-"""Column of the table to metric of a row."""
-STEP_COLUMNS = ("group", "method", "seed", "step", "task", *STEP_METRICS, "accuracy")
+"""Column of the table to one of `diagnostics.records.run_tables.STEP_METRICS`."""
+STEP_COLUMNS = ("group", "method", "seed", "step", "task", *PAPER_METRICS, "accuracy")
 EVALUATION_COLUMNS = (
     *("group", "method", "seed", "step", "task"),
     *("accuracy", "length", "truncated", "outcomes"),
 )
 
 
-def parse_run_folders(runs: list[Path]) -> list[dict[str, Any]]:
+def parse_run_folders(runs: list[Path]) -> pd.DataFrame:
     """Return group, method and seed of each run folder.
 
     Args:
         runs: Run folders.
 
     Returns:
-        A dictionary with the keys group, method and seed for each run.
+        A table with the columns group, method and seed, one row a run, in order.
 
     Raises:
         MissingFile: A folder is not a run folder.
         InvalidInput: Runs of one group and method differ in more than the seed (see
-            `diagnostics.records.run_folders.differing_settings`).
+            `diagnostics.records.run_groups.differing_settings`).
     """
-    labels, runs_by_method = [], dict[tuple[str, str], list[Path]]()
-    for run in runs:
-        seed = load_settings(run)["seed"]
-        method, group = run.name.removesuffix(f"-{seed}"), run.resolve().parent.name
-        labels.append({"group": group, "method": method, "seed": seed})
-        runs_by_method.setdefault((group, method), []).append(run)
-    for (group, method), folders in runs_by_method.items():
-        check_same_method(f"{group}/{method}", folders)
-    return labels
+    folders = [RunFolder(run) for run in runs]
+    labels = [{"group": x.group, "method": x.method, "seed": x.seed} for x in folders]
+    table = pd.DataFrame(labels, columns=["group", "method", "seed"])
+    for (group, method), rows in table.groupby(["group", "method"], sort=False):
+        check_same_method(f"{group}/{method}", [runs[i] for i in rows.index])
+    return table
 
 
 def steps_table(runs: list[Path]) -> pd.DataFrame:
-    """Build the table of training steps.
+    """Build the table of training steps, one row a step and task, in the order of the runs.
 
     Args:
         runs: Run folders.
 
     Returns:
-        A table with STEP_COLUMNS, one row a step and task, with four significant digits. `accuracy`
-        is that on held-out problems before the step, where the run was evaluated. The last row of a
-        run has nothing else: it is the evaluation after the last step.
+        A table with STEP_COLUMNS and four significant digits. `accuracy` is that on held-out
+        problems before the step, where the run was evaluated. The last row of a run has nothing
+        else: it is the evaluation after the last step.
     """
-    records: list[dict[str, Any]] = []
-    for run, labels in zip(runs, parse_run_folders(runs), strict=True):
-        rows_by_step: dict[tuple[int, str], dict[str, Any]] = {}
-        for row in load_rows(run):
-            record = rows_by_step.setdefault((row["step"], row.get("task", "")), {})
-            record.update(
-                {name: round_metric(row.get(column)) for name, column in STEP_METRICS.items()}
-            )
-        for row in load_evaluations(run):
-            record = rows_by_step.setdefault((row["step"], row.get("task", "")), {})
-            record["accuracy"] = round_metric(row["accuracy"])
-        records += [
-            labels | {"step": s, "task": t} | x for (s, t), x in sorted(rows_by_step.items())
-        ]
-    return pd.DataFrame(records, columns=list(STEP_COLUMNS))
+    evaluations = run_tables.evaluations_table(runs).rename(columns={"accuracy": "value"})
+    values = [run_tables.steps_table(runs), evaluations.assign(metric="accuracy")]
+    table = label_runs(pivot_metrics(pd.concat(values)), runs)
+    names = {metric: name for name, metric in PAPER_METRICS.items()}
+    return table.rename(columns=names).reindex(columns=list(STEP_COLUMNS))
 
 
 def evaluations_table(runs: list[Path]) -> pd.DataFrame:
@@ -104,22 +88,58 @@ def evaluations_table(runs: list[Path]) -> pd.DataFrame:
     Raises:
         InvalidInput: Runs of one group and task were evaluated on different problems.
     """
-    records: list[dict[str, Any]] = []
-    problem_sets: dict[tuple[str, str], str] = {}
-    for run, labels in zip(runs, parse_run_folders(runs), strict=True):
-        for row in load_evaluations(run):
-            task, problems = row.get("task", ""), row.get("problem_set", "")
-            if problem_sets.setdefault((labels["group"], task), problems) != problems:
+    table = label_runs(run_tables.evaluations_table(runs), runs)
+    check_same_problems(table, runs, ["group", "task"])
+    return table[list(EVALUATION_COLUMNS)]
+
+
+def pivot_metrics(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table with one row per run, step and task, and a column per metric."""
+    index = run_tables.RUN_LABELS
+    wide = table.pivot_table(index=index, columns="metric", values="value", aggfunc="last")
+    return wide.reset_index().astype({"run": int, "step": int})
+
+
+def label_runs(table: pd.DataFrame, runs: list[Path]) -> pd.DataFrame:
+    """Add group, method and seed of the runs to a table, and round it to four digits.
+
+    Args:
+        table: A table with the column run, the index in `runs`.
+        runs: Run folders.
+
+    Returns:
+        The table with three more columns.
+    """
+    numbers = table.select_dtypes("number").columns.difference(["run", "step"])
+    rounded = table.assign(**{name: table[name].map(round_metric) for name in numbers})
+    return rounded.join(parse_run_folders(runs), on="run")
+
+
+def check_same_problems(table: pd.DataFrame, runs: list[Path], keys: list[str]) -> None:
+    """Raise if runs were evaluated on different problems.
+
+    Args:
+        table: Evaluations with the columns run and problem_set.
+        runs: Run folders.
+        keys: Columns within whose values the problems must be the same.
+
+    Raises:
+        InvalidInput: The message names a run, its problems and the other runs' problems.
+    """
+    for values, rows in table.groupby(keys, sort=False):
+        first = rows["problem_set"].iloc[0]
+        for run, problems in zip(rows["run"], rows["problem_set"], strict=True):
+            if problems != first:
+                label = " ".join(filter(None, map(str, values)))
                 raise InvalidInput(
-                    f"{run} was evaluated on the problems {problems}, others of {labels['group']} "
-                    f"on {problem_sets[labels['group'], task]}: leave it out or evaluate it again"
+                    f"{runs[run]} was evaluated on the problems {problems}, others of {label} on "
+                    f"{first}: leave it out or evaluate it again"
                 )
-            record = {"step": row["step"], "task": task, "outcomes": row["outcomes"]}
-            record |= {
-                name: round_metric(row[name]) for name in ("accuracy", "length", "truncated")
-            }
-            records.append(labels | record)
-    return pd.DataFrame(records, columns=list(EVALUATION_COLUMNS))
+
+
+def round_metric(value: float | None) -> float:
+    """Round a metric to four significant digits; NaN for None."""
+    return round_significant(value, 4)
 
 
 def select_methods(table: pd.DataFrame, group: str, methods: Iterable[str]) -> pd.DataFrame:
@@ -136,7 +156,8 @@ def select_methods(table: pd.DataFrame, group: str, methods: Iterable[str]) -> p
     Raises:
         InvalidInput: There are none; the message lists the runs that the table has.
     """
-    selected = table[(table["group"] == group) & table["method"].isin(list(methods))]
+    methods = sorted(methods)
+    selected = table[(table["group"] == group) & table["method"].isin(methods)]
     if selected.empty:
         names = sorted({f"{g}/{m}" for g, m in zip(table["group"], table["method"], strict=True)})
         raise InvalidInput(
@@ -145,11 +166,6 @@ def select_methods(table: pd.DataFrame, group: str, methods: Iterable[str]) -> p
             f"be named GROUP/METHOD-SEED, as by `opd paper`; found {', '.join(names)}"
         )
     return selected
-
-
-def round_metric(value: float | None) -> float:
-    """Round a metric to four significant digits; NaN for None."""
-    return float("nan") if value is None else float(f"{value:.4g}")
 
 
 def seed_means(table: pd.DataFrame, column: str, log: bool = False) -> pd.DataFrame:
@@ -164,17 +180,13 @@ def seed_means(table: pd.DataFrame, column: str, log: bool = False) -> pd.DataFr
         A table with the columns step, value, low, high and seeds. Steps that some seed lacks are
         left out. With one seed the ends of the interval are NaN.
     """
-    from scipy.stats import t
-
     by_seed = table.dropna(subset=[column]).pivot_table(index="step", columns="seed", values=column)
     by_seed = by_seed.dropna()
     if log:
         by_seed = np.log(by_seed[(by_seed > 0).all(axis=1)])
     num_seeds, mean = by_seed.shape[1], by_seed.mean(axis=1)
     half_width = (
-        t.ppf(0.975, max(num_seeds - 1, 1))
-        * by_seed.std(axis=1, ddof=1)
-        / np.sqrt(max(num_seeds, 1))
+        t_critical(max(num_seeds - 1, 1)) * by_seed.std(axis=1, ddof=1) / np.sqrt(max(num_seeds, 1))
     )
     intervals = pd.DataFrame({"value": mean, "low": mean - half_width, "high": mean + half_width})
     intervals = (np.exp(intervals) if log else intervals).assign(seeds=num_seeds)

@@ -14,7 +14,7 @@ from diagnostics.metrics.repetition import repeated_ngram_mask
 from diagnostics.metrics.signal import score_norm
 from diagnostics.metrics.token_attribution import confident_impossible_mask
 from diagnostics.records.batch_files import load_batch
-from diagnostics.records.run_folders import batch_path
+from diagnostics.records.run_folder import RunFolder
 
 PREFIX_STATISTICS = (
     "reverse_kl",
@@ -64,7 +64,7 @@ def token_table(runs: list[Path], step: int, *, unsupervised: bool = False) -> p
     """
     frames, num_clusters, num_responses = [], 0, 0
     for run in runs:
-        batch = load_scored_batch(batch_path(run, step))
+        batch = load_scored_batch(RunFolder(run).batch_path(step))
         assert batch.prefix is not None  # load_scored_batch checks it
         mask = batch.sampled if unsupervised else batch.mask
         response, position = mask.nonzero(as_tuple=True)

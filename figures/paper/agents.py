@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from diagnostics.errors import InvalidInput
-from diagnostics.records.run_folders import load_evaluations, load_rows
+from diagnostics.records import run_tables
 from figures import style
 from figures.collect.paired import (
     accuracy_interval,
@@ -16,7 +16,7 @@ from figures.collect.paired import (
     outcome_matrix,
     paired_difference,
 )
-from figures.collect.steps import parse_run_folders, round_metric, seed_means
+from figures.collect.steps import check_same_problems, label_runs, pivot_metrics, seed_means
 
 COLUMNS = (
     *("group", "method", "seed", "step", "task", "where"),
@@ -47,6 +47,9 @@ GROUPS = {"games": ("Games alone", "-"), "agents": ("Games and sorting", "--")}
 GAMES, PROBLEMS = "rooms", "sort"
 TURNS, NUM_END_STEPS = (1, 2, 4, 8), 5
 HELD_OUT, ROLLOUTS = "held out", "rollouts"
+EPISODE_METRICS = {"episodes/turns": "turns", "episodes/invalid_share": "inadmissible"}
+COST_METRICS = {f"turn={n}/divergence/k1": f"cost_{n}" for n in TURNS}
+"""Metrics of rows and evaluations -> columns of the table."""
 
 
 def draw(table: pd.DataFrame) -> Figure:
@@ -270,37 +273,12 @@ def collect(runs: list[Path]) -> pd.DataFrame:
     Raises:
         InvalidInput: Runs were evaluated on different games or problems.
     """
-    records: list[dict[str, Any]] = []
-    problem_sets: dict[str, str] = {}
-    for run, labels in zip(runs, parse_run_folders(runs), strict=True):
-        for row in load_rows(run):
-            record = labels | {
-                "step": row["step"],
-                "task": row.get("task", GAMES),
-                "where": ROLLOUTS,
-            }
-            costs = {f"cost_{n}": round_metric(row.get(f"turn={n}/divergence/k1")) for n in TURNS}
-            records.append(record | episode_metrics(row, "response/reward") | costs)
-        for row in load_evaluations(run):
-            task, problems = row.get("task", GAMES), row["problem_set"]
-            if problem_sets.setdefault(task, problems) != problems:
-                raise InvalidInput(
-                    f"{run} was evaluated on the {task} {problems}, others on "
-                    f"{problem_sets[task]}: leave "
-                    "it out or evaluate it again"
-                )
-            record = {"step": row["step"], "task": task, "where": HELD_OUT}
-            records.append(
-                labels | record | episode_metrics(row, "accuracy") | {"outcomes": row["outcomes"]}
-            )
-    return pd.DataFrame(records, columns=list(COLUMNS))
-
-
-def episode_metrics(row: dict[str, Any], success_column: str) -> dict[str, float]:
-    """Return success, turns and inadmissible actions from a row of rollouts or of an evaluation."""
-    columns = {
-        "won": success_column,
-        "turns": "episodes/turns",
-        "inadmissible": "episodes/invalid_share",
-    }
-    return {name: round_metric(row.get(column)) for name, column in columns.items()}
+    rollouts = pivot_metrics(run_tables.steps_table(runs)).assign(where=ROLLOUTS)
+    evaluations = run_tables.evaluations_table(runs).assign(where=HELD_OUT)
+    rollouts = rollouts.rename(columns={"response/reward": "won"} | COST_METRICS)
+    evaluations = evaluations.rename(columns={"accuracy": "won"})
+    table = pd.concat([rollouts, evaluations]).rename(columns=EPISODE_METRICS)
+    table["task"] = table["task"].replace("", GAMES)
+    check_same_problems(table[table["where"] == HELD_OUT], runs, ["task"])
+    table = label_runs(table, runs).sort_values("run", kind="stable", ignore_index=True)
+    return table.reindex(columns=list(COLUMNS))

@@ -1,5 +1,6 @@
 """Final accuracy of every method: our measurements for tables 1 to 4 of the paper."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +31,36 @@ CAPTION = (
     "it three times, which is far more often. That unmasked methods fall to 0 is an effect of "
     "this scale."
 )
-TABLES = {
-    "table1": (
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """A table of the paper."""
+
+    title: str
+    group: str
+    """Group of its runs."""
+    methods: tuple[str, ...]
+    """Methods, the first being the one to which the others are compared."""
+
+
+TABLES: dict[str, PaperTable] = {
+    "table1": PaperTable(
         "Table 1: one task",
         "single",
         ("sampled", "sampled_mask", "lsm", "lsm_mask"),
     ),
-    "table2": (
+    "table2": PaperTable(
         "Table 2: two tasks",
         "multi",
         ("sampled", "sampled_mask", "lsm", "lsm_mask"),
     ),
-    "table3": (
+    "table3": PaperTable(
         "Table 3: nucleus rollouts",
         "single",
         ("sampled", "sampled_top_p", "sampled_mask", "sampled_mask_top_p", "lsm_whole", "lsm"),
     ),
-    "table4": (
+    "table4": PaperTable(
         "Table 4: support variants",
         "single",
         (
@@ -55,7 +69,7 @@ TABLES = {
             *("v3_teacher_and_sampled_mask", "v4_student_tail_mask", "v5_teacher_tail_mask"),
         ),
     ),
-    "table4b": (
+    "table4b": PaperTable(
         "Table 4b: variants, two tasks",
         "multi",
         (
@@ -97,9 +111,11 @@ def draw(table: pd.DataFrame) -> Figure:
     )
     results = summary(table)
     for name, axes in grid.items():
-        final = last_evaluations(table[table["group"] == TABLES[str(name)][1]].fillna({"task": ""}))
+        final = last_evaluations(
+            table[table["group"] == TABLES[str(name)].group].fillna({"task": ""})
+        )
         draw_panel(axes, results[results["table"] == name], final)
-        axes.set_title(TABLES[str(name)][0])
+        axes.set_title(TABLES[str(name)].title)
     for axes in (grid["table3"], grid["table4b"], grid["table4"]):
         axes.set_xlabel("held-out accuracy")
     handles = [
@@ -143,7 +159,8 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
         InvalidInput: No run belongs to a group and a method of the tables.
     """
     parts = []
-    for name, (_, group, methods) in TABLES.items():
+    for name, paper_table in TABLES.items():
+        group, methods = paper_table.group, paper_table.methods
         group_rows = table[table["group"] == group].fillna({"task": ""})
         for task in dict.fromkeys(group_rows["task"]):
             task_results = summarize_table(group_rows[group_rows["task"] == task], methods)
@@ -151,7 +168,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
             task_results.insert(1, "task", task)
             parts.append(task_results)
     if not parts or all(part.empty for part in parts):
-        known_methods = sorted({f"{group}/{m}" for _, group, ms in TABLES.values() for m in ms})
+        known_methods = sorted({f"{x.group}/{m}" for x in TABLES.values() for m in x.methods})
         raise InvalidInput(
             "no run belongs to a group and method of the tables; run folders must be named "
             f"GROUP/METHOD-SEED, as by `opd paper`: {', '.join(known_methods)}"
@@ -204,7 +221,7 @@ def markdown(table: pd.DataFrame) -> str:
         base, *_ = task_rows.itertuples()
         base_name = NAMES.get(str(base.method), str(base.method))
         lines = [
-            f"### {TABLES[str(name)][0]}" + (f", task {task}" if task else ""),
+            f"### {TABLES[str(name)].title}" + (f", task {task}" if task else ""),
             "",
             f"Student before training: {base.before:.3f}.",
             "",

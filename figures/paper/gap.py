@@ -67,12 +67,8 @@ def collect(runs: list[Path]) -> pd.DataFrame:
     Returns:
         A table with COLUMNS for the first and the last step that all runs of a method saved.
     """
-    from diagnostics.records.run_folders import (
-        common_saved_steps,
-        group_by_method,
-        round_significant,
-    )
-    from diagnostics.stats import bootstrap_interval
+    from diagnostics.records.run_groups import common_saved_steps, group_by_method
+    from diagnostics.stats import bootstrap_interval, round_significant
     from figures.collect.tokens import token_table
 
     records, generator = [], np.random.default_rng(0)
@@ -108,9 +104,9 @@ def collect(runs: list[Path]) -> pd.DataFrame:
 
 def without_special_tokens(data: pd.DataFrame, run: Path) -> pd.DataFrame:
     """Drop special tokens and the bytes of think tags that are spelled in bytes."""
-    from diagnostics.records.vocabulary import load_vocabulary
+    from diagnostics.records.vocabulary import load_run_vocabulary
 
-    vocabulary = load_vocabulary(run)
+    vocabulary = load_run_vocabulary(run)
     text = data["id"].map(vocabulary.name)
     special = data["id"].isin(vocabulary.special) | text.isin(list("<>/think"))
     return data[~special]

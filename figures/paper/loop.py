@@ -58,8 +58,8 @@ def collect(runs: list[Path]) -> pd.DataFrame:
     Returns:
         A table with COLUMNS, one row a token of that response.
     """
-    from diagnostics.records.run_folders import common_saved_steps
-    from diagnostics.records.vocabulary import load_vocabulary
+    from diagnostics.records.run_groups import common_saved_steps
+    from diagnostics.records.vocabulary import load_run_vocabulary
     from figures.collect.tokens import token_table
 
     data = pd.concat(
@@ -67,7 +67,7 @@ def collect(runs: list[Path]) -> pd.DataFrame:
     )
     rollout_key = data.groupby(["step", "response"])["repeated"].sum().idxmax()
     rollout = data.set_index(["step", "response"]).loc[[rollout_key]].reset_index()
-    vocabulary = load_vocabulary(runs[0])
+    vocabulary = load_run_vocabulary(runs[0])
     return pd.DataFrame(
         {
             "step": rollout["step"],

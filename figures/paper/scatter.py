@@ -62,7 +62,7 @@ def collect(runs: list[Path]) -> pd.DataFrame:
     Returns:
         A table with COLUMNS: the shares first, then NUM_POINTS sampled tokens.
     """
-    from diagnostics.records.run_folders import common_saved_steps
+    from diagnostics.records.run_groups import common_saved_steps
     from figures.collect.tokens import token_table
 
     generator = np.random.default_rng(0)

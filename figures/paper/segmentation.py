@@ -56,13 +56,13 @@ def collect(runs: list[Path]) -> pd.DataFrame:
     Raises:
         InvalidInput: No response of the batch spells both tags.
     """
-    from diagnostics.records.run_folders import common_saved_steps
-    from diagnostics.records.vocabulary import load_vocabulary
+    from diagnostics.records.run_groups import common_saved_steps
+    from diagnostics.records.vocabulary import load_run_vocabulary
     from figures.collect.tokens import token_table
 
     data, vocabulary = (
         token_table(runs[:1], common_saved_steps(runs[:1])[0]),
-        load_vocabulary(runs[0]),
+        load_run_vocabulary(runs[0]),
     )
     data["text"] = [vocabulary.name(int(i)) for i in data["id"]]
     for _, response in data[data["ended"]].groupby("response"):

@@ -98,17 +98,14 @@ def collect(runs: list[Path]) -> pd.DataFrame:
     Returns:
         A table with COLUMNS, the runs of a method pooled by their number of tokens.
     """
-    from diagnostics.records.run_folders import (
-        group_by_method,
-        load_rows,
-        pool_means,
-        position_bin_values,
-        round_significant,
-    )
+    from diagnostics.records.rows import position_bin_values
+    from diagnostics.records.run_folder import RunFolder
+    from diagnostics.records.run_groups import group_by_method
+    from diagnostics.stats import pool_means, round_significant
 
     records = []
     for method, method_runs in group_by_method(runs).items():
-        steps = list(zip(*(load_rows(run) for run in method_runs), strict=False))
+        steps = list(zip(*(RunFolder(run).rows() for run in method_runs), strict=False))
         name = support_prefix(dict(steps[0][0]), method_runs[0])
         for i, step in enumerate(steps):
             counts = [row["divergence/tokens"] for row in step]

@@ -103,7 +103,7 @@ def collect(runs: list[Path]) -> pd.DataFrame:
     Returns:
         A table with COLUMNS.
     """
-    from diagnostics.records.run_folders import group_by_method
+    from diagnostics.records.run_groups import group_by_method
 
     records, generator = [], np.random.default_rng(0)
     for method, method_runs in group_by_method(runs).items():
@@ -177,7 +177,7 @@ def summarize_tokens(
     Returns:
         The columns tokens, value, low, high, q25, q75 and q90; no interval with one prompt.
     """
-    from diagnostics.records.run_folders import round_significant
+    from diagnostics.stats import round_significant
 
     sums = data.groupby("prompt")[quantity].agg(["sum", "size"]).to_numpy(float)
     values = {"value": data[quantity].mean()}
@@ -208,7 +208,7 @@ def paired_gaps(
     Returns:
         One row a bin in which both have tokens of at least 8 prompts.
     """
-    from diagnostics.records.run_folders import round_significant
+    from diagnostics.stats import round_significant
 
     records = []
     for number in sorted(set(teacher_tokens["bin"]) & set(student_tokens["bin"])):

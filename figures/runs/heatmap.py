@@ -99,7 +99,7 @@ def collect(runs: list[Path]) -> pd.DataFrame:
         A table with COLUMNS for every step that all runs of a method have; two of the quantities
         only for the steps whose batches they saved.
     """
-    from diagnostics.records.run_folders import group_by_method
+    from diagnostics.records.run_groups import group_by_method
 
     parts = []
     for method, method_runs in group_by_method(runs).items():
@@ -114,10 +114,12 @@ def collect(runs: list[Path]) -> pd.DataFrame:
 
 def means_from_rows(runs: list[Path]) -> pd.DataFrame:
     """Average the position bins of the rows over runs, weighted by their number of tokens."""
-    from diagnostics.records.run_folders import load_rows, position_bin_values, round_significant
+    from diagnostics.records.rows import position_bin_values
+    from diagnostics.records.run_folder import RunFolder
+    from diagnostics.stats import round_significant
 
     records = []
-    for steps in zip(*(load_rows(run) for run in runs), strict=False):
+    for steps in zip(*(RunFolder(run).rows() for run in runs), strict=False):
         counts = [position_bin_values(row, "divergence/tokens") for row in steps]
         for quantity, (name, _, _) in QUANTITIES.items():
             values = [position_bin_values(row, name) for row in steps] if name else []
@@ -143,7 +145,8 @@ def means_from_rows(runs: list[Path]) -> pd.DataFrame:
 
 def values_from_batches(runs: list[Path]) -> pd.DataFrame:
     """Compute the 95th percentile of the cost and the share of truncated tokens at saved steps."""
-    from diagnostics.records.run_folders import common_saved_steps, round_significant
+    from diagnostics.records.run_groups import common_saved_steps
+    from diagnostics.stats import round_significant
     from figures.collect.tokens import token_table
 
     records = []

@@ -97,13 +97,13 @@ def collect(runs: list[Path]) -> pd.DataFrame:
     Returns:
         A table with COLUMNS.
     """
-    from diagnostics.records.run_folders import common_saved_steps, group_by_method
-    from diagnostics.records.vocabulary import load_vocabulary
+    from diagnostics.records.run_groups import common_saved_steps, group_by_method
+    from diagnostics.records.vocabulary import load_run_vocabulary
     from figures.collect.tokens import shares_by_kind, token_table
 
     rows, generator = [], np.random.default_rng(0)
     for method, method_runs in group_by_method(runs).items():
-        special = load_vocabulary(method_runs[0]).special
+        special = load_run_vocabulary(method_runs[0]).special
         uncertain = None
         for step in common_saved_steps(method_runs):
             data = token_table(method_runs, step)
@@ -121,7 +121,7 @@ def collect(runs: list[Path]) -> pd.DataFrame:
 
 def make_row(kind: str, quantity: str, band: tuple[float, float, float]) -> dict[str, Any]:
     """Return a row of the table with rounded values."""
-    from diagnostics.records.run_folders import round_significant
+    from diagnostics.stats import round_significant
 
     value, low, high = map(round_significant, band)
     return {"kind": kind, "quantity": quantity, "value": value, "low": low, "high": high}

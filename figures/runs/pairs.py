@@ -1,5 +1,7 @@
 """Two model pairs side by side: a toy pair made for its task, and a pair pretrained on text."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +42,9 @@ def draw(table: pd.DataFrame) -> Figure:
     for i, name in enumerate(names):
         pair_rows, is_last = table[table["pair"] == name], i + 1 == len(names)
         row_axes = axes[4 * i : 4 * i + 4]
-        for ax, (panel, (draw_panel, title, label)) in zip(row_axes, PANELS.items(), strict=True):
-            draw_panel(ax, pair_rows[pair_rows["panel"] == panel])
-            ax.set(title=title if i == 0 else "", xlabel=label if is_last else "")
+        for ax, (name_of_panel, panel) in zip(row_axes, PANELS.items(), strict=True):
+            panel.draw(ax, pair_rows[pair_rows["panel"] == name_of_panel])
+            ax.set(title=panel.title if i == 0 else "", xlabel=panel.label if is_last else "")
         row_axes[0].set_ylabel(f"{name}\nteacher's probability")
         row_axes[1].set_ylabel("log q − log p")
     figure.legend(*axes[3].get_legend_handles_labels(), loc="outside lower right", ncols=3)
@@ -106,11 +108,22 @@ def draw_decomposition(axes: Any, rows: pd.DataFrame) -> None:
     axes.set_ylim(bottom=0)
 
 
-PANELS: dict[str, tuple[Any, str, str]] = {
-    "scatter": (draw_scatter, "Sampled tokens", "student's probability"),
-    "gap": (draw_gap, "Signal, nats", "position"),
-    "lorenz": (draw_lorenz, "Share of |r|", "largest tokens"),
-    "anatomy": (draw_decomposition, "KL, nats per token", "step"),
+@dataclass(frozen=True)
+class Panel:
+    """A kind of panel."""
+
+    draw: Callable[[Any, pd.DataFrame], None]
+    """Draws the rows of a pair on axes."""
+    title: str
+    label: str
+    """Label of the horizontal axis."""
+
+
+PANELS = {
+    "scatter": Panel(draw_scatter, "Sampled tokens", "student's probability"),
+    "gap": Panel(draw_gap, "Signal, nats", "position"),
+    "lorenz": Panel(draw_lorenz, "Share of |r|", "largest tokens"),
+    "anatomy": Panel(draw_decomposition, "KL, nats per token", "step"),
 }
 
 
@@ -123,11 +136,8 @@ def collect(runs: list[Path]) -> pd.DataFrame:
     Returns:
         A table with COLUMNS.
     """
-    from diagnostics.records.run_folders import (
-        common_saved_steps,
-        group_by_method,
-        round_significant,
-    )
+    from diagnostics.records.run_groups import common_saved_steps, group_by_method
+    from diagnostics.stats import round_significant
     from figures.collect.tokens import token_table
     from figures.runs import anatomy as parts
     from figures.runs.lorenz import lorenz_curve
@@ -182,8 +192,7 @@ def signal_by_position(data: pd.DataFrame, generator: np.random.Generator) -> li
     Returns:
         Two rows a bin with at least 16 tokens of two prompts.
     """
-    from diagnostics.records.run_folders import round_significant
-    from diagnostics.stats import bootstrap_interval
+    from diagnostics.stats import bootstrap_interval, round_significant
 
     records = []
     number = np.floor(np.log2(data["position"].clip(lower=1))).astype(int)

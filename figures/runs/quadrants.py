@@ -96,11 +96,8 @@ def collect(runs: list[Path]) -> pd.DataFrame:
     Returns:
         A table with COLUMNS.
     """
-    from diagnostics.records.run_folders import (
-        common_saved_steps,
-        group_by_method,
-        round_significant,
-    )
+    from diagnostics.records.run_groups import common_saved_steps, group_by_method
+    from diagnostics.stats import round_significant
     from figures.collect.tokens import shares_by_kind, token_table
 
     records, generator = [], np.random.default_rng(0)

@@ -81,20 +81,17 @@ def collect(runs: list[Path]) -> pd.DataFrame:
     Returns:
         A table with COLUMNS.
     """
-    from diagnostics.records.run_folders import (
-        common_saved_steps,
-        group_by_method,
-        load_rows,
-        position_bin_values,
-        round_significant,
-    )
+    from diagnostics.records.rows import position_bin_values
+    from diagnostics.records.run_folder import RunFolder
+    from diagnostics.records.run_groups import common_saved_steps, group_by_method
+    from diagnostics.stats import round_significant
     from figures.collect.tokens import token_table
 
     records = []
     for method, method_runs in group_by_method(runs).items():
         labels = {"method": method, "runs": len(method_runs)}
         for run in method_runs:
-            for row in load_rows(run):
+            for row in RunFolder(run).rows():
                 for (low, high), value in position_bin_values(row, "consistency/z_H").items():
                     keys = {"label": f"{low}–{high}", "order": low, "step": row["step"]}
                     records.append(

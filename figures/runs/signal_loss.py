@@ -87,12 +87,14 @@ def collect(runs: list[Path]) -> pd.DataFrame:
     Raises:
         InvalidInput: No run has a probe.
     """
-    from diagnostics.records.run_folders import group_by_method, load_rows, round_significant
+    from diagnostics.records.run_folder import RunFolder
+    from diagnostics.records.run_groups import group_by_method
+    from diagnostics.stats import round_significant
 
     records = []
     for method, method_runs in group_by_method(runs).items():
         for run in method_runs:
-            for row in load_rows(run):
+            for row in RunFolder(run).rows():
                 if row.get("gradient/signal") is None:
                     continue
                 loss, signal = row["divergence/reverse_kl"], row["gradient/signal"]

@@ -7,12 +7,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from diagnostics.errors import InvalidInput, MissingFile
 from figures import style
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from diagnostics.batch import ScoredRollouts
+    from diagnostics.records.vocabulary import Vocabulary
 
 COLUMNS = ("method", "runs", "step", "kind", "label", "first", "last", "value", "low", "high")
 CAPTION = (
@@ -96,13 +98,13 @@ def collect(runs: list[Path]) -> pd.DataFrame:
     Returns:
         A table with COLUMNS.
     """
-    from diagnostics.records.run_folders import common_saved_steps, group_by_method
-    from diagnostics.records.vocabulary import load_vocabulary
+    from diagnostics.records.run_groups import common_saved_steps, group_by_method
+    from diagnostics.records.vocabulary import load_run_vocabulary
     from figures.collect.tokens import token_table
 
     records, generator = [], np.random.default_rng(0)
     for method, method_runs in group_by_method(runs).items():
-        vocabulary, steps = load_vocabulary(method_runs[0]), common_saved_steps(method_runs)
+        vocabulary, steps = load_run_vocabulary(method_runs[0]), common_saved_steps(method_runs)
         for step in sorted({steps[0], steps[-1]}):
             labels = {"method": method, "runs": len(method_runs), "step": step}
             data = token_table(method_runs, step)
@@ -117,7 +119,7 @@ def collect(runs: list[Path]) -> pd.DataFrame:
 
 def make_row(kind: str, band: tuple[float, float, float]) -> dict[str, Any]:
     """Return a row of the table with rounded values."""
-    from diagnostics.records.run_folders import round_significant
+    from diagnostics.stats import round_significant
 
     value, low, high = map(round_significant, band)
     return {"kind": kind, "value": value, "low": low, "high": high}
@@ -159,18 +161,19 @@ def eos_hazards(
         One row a bin and kind, for bins with at least MIN_TOKENS prefixes of two prompts.
     """
     from diagnostics.core.position_bins import bin_indices
-    from diagnostics.records.run_folders import batch_path
-    from diagnostics.records.vocabulary import eos_id, load_vocabulary, model_folder
+    from diagnostics.records.run_folder import RunFolder
+    from diagnostics.records.vocabulary import load_run_vocabulary
     from diagnostics.stats import bootstrap_interval
     from figures.collect.tokens import load_scored_batch
 
+    vocabulary = load_run_vocabulary(runs[0])
     student_eos, teacher_eos = (
-        eos_id(model_folder(runs[0], role), load_vocabulary(runs[0]))
+        tokenizer_eos_id(RunFolder(runs[0]).model_folder(role), vocabulary)
         for role in ("student", "teacher")
     )
     frames = []
     for run in runs:
-        batch = load_scored_batch(batch_path(run, step))
+        batch = load_scored_batch(RunFolder(run).batch_path(step))
         mask = batch.sampled
         prompt = batch.prompt[:, None].expand_as(mask)[mask]
         columns = {
@@ -194,6 +197,30 @@ def eos_hazards(
             bands = zip(HAZARDS, mean(values), low, high, strict=True)
             records += [make_row(kind, tuple(band)) | edge for kind, *band in bands]
     return records
+
+
+def tokenizer_eos_id(folder: Path, vocabulary: "Vocabulary") -> int:
+    """Return the id of the EOS token of a model's tokenizer.
+
+    Args:
+        folder: The model folder.
+        vocabulary: The run's vocabulary.
+
+    Returns:
+        The id.
+
+    Raises:
+        MissingFile: The folder names no EOS token.
+        InvalidInput: The vocabulary does not have it.
+    """
+    from diagnostics.records.eos_ids import read_eos_token
+
+    text = read_eos_token(folder)
+    if text is None:
+        raise MissingFile(f"no eos_token in {folder / 'tokenizer_config.json'}")
+    if text.encode() not in vocabulary.ids:
+        raise InvalidInput(f"the eos_token {text!r} of {folder} is not in the run's vocabulary")
+    return vocabulary.ids[text.encode()]
 
 
 def eos_probability(batch: "ScoredRollouts", token: int, role: str) -> "Tensor":

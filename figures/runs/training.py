@@ -1,18 +1,24 @@
 """Training dynamics: accuracy, divergence and supervision during training runs."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from diagnostics.records.run_tables import problem_accuracies
-from diagnostics.stats import share_interval
+from diagnostics.records.run_tables import training_table
+from diagnostics.stats import problem_accuracies, share_interval
 from figures import style
 
 COLUMNS = ("run", "objective", "seed", "step", "metric", "value", "outcomes")
 SMOOTHING_STEPS = 5
 """Window of the running mean in steps; the raw values are drawn faintly."""
+
+
+def collect(runs: list[Path]) -> pd.DataFrame:
+    """Build the table of rows and evaluations of runs, see `training_table`."""
+    return training_table(runs)
 
 
 def draw(table: pd.DataFrame) -> Figure:

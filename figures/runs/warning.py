@@ -135,12 +135,13 @@ def collect(runs: list[Path]) -> pd.DataFrame:
         InvalidInput: Fewer than 2 runs are healthy, or none collapses.
     """
     from diagnostics.alarms.alarms import replay
-    from diagnostics.records.run_folders import group_by_method, load_rows
+    from diagnostics.records.run_folder import RunFolder
+    from diagnostics.records.run_groups import group_by_method
 
     records = []
     for method, method_runs in group_by_method(runs).items():
         for run in method_runs:
-            record = load_rows(run)
+            record = RunFolder(run).rows()
             end = collapse_step(record)
             raised = {(alarm.rule.metric, alarm.step) for alarm in replay(record)}
             seed = run.name.rsplit("-", 1)[-1]

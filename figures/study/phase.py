@@ -108,11 +108,11 @@ def collect(runs: list[Path]) -> pd.DataFrame:
     Raises:
         InvalidInput: No run has a probe with an interval of its cost.
     """
-    from diagnostics.records.run_folders import load_rows
+    from diagnostics.records.run_folder import RunFolder
 
     points = []
     for run in runs:
-        for row in load_rows(run):
+        for row in RunFolder(run).rows():
             if row.get("gradient/cost_of_response_low") is None:
                 continue
             selection_shares = {

@@ -19,9 +19,8 @@ from diagnostics.batch import Rollouts
 from diagnostics.errors import InvalidInput
 from diagnostics.io.atomic import write_text
 from diagnostics.stats import gain_interval
-from opd.config.settings import from_json
-from opd.data.chain_task import Problem
-from opd.data.grading.graders import require_trusted_grader, reward_responses
+from opd.analysis.probed_run import load_trained_student, read_probed_config
+from opd.data.grading.graders import grade_responses
 from opd.data.prompts import Prompts, encode_prompts
 from opd.data.tasks import Task
 from opd.models.model import CausalLM
@@ -29,7 +28,6 @@ from opd.rollouts.hf_engine import sample
 from opd.runtime.seeds import CONTINUATION, derive_seed
 from opd.teachers.factory import make_pair
 from opd.teachers.pair import ModelPair
-from opd.teachers.teacher import teacher_type
 from opd.training.setup import load_problem_task
 
 
@@ -59,19 +57,9 @@ def probe_continuation(
     """
     if min(lengths) < 0:
         raise InvalidInput(f"lengths are {list(lengths)}; each must be 0 tokens or more")
-    config = replace(from_json(run / "config.json"), trust_remote_code=trust_remote_code)
-    require_trusted_grader(config.grader, run / "config.json", trust_remote_code)
-    if config.tasks or not teacher_type(config.teacher).is_separate:
-        raise InvalidInput(
-            f"{run} has several tasks, a teacher derived from its student, or a remote teacher; "
-            f"the "
-            "probe needs one local teacher model"
-        )
+    config = read_probed_config(run, trust_remote_code)
     pair = make_pair(config)
-    student = pair.student
-    if trained:
-        trained_config = replace(config, student=str(run / "final"), lora_rank=0)
-        student = make_pair(trained_config).student
+    student = load_trained_student(run, config) if trained else pair.student
     task = load_problem_task(config, pair)
     prompts = encode_prompts(pair.tokenizer, task.test(count), 1, config.max_prompt).to(
         student.device
@@ -138,11 +126,10 @@ def grade_correct(
     pair: ModelPair, tokens: torch.Tensor, mask: torch.Tensor, answers: list[str], task: Task
 ) -> list[float]:
     """Return 1 for each correct response, else 0."""
-    problems = [Problem(prompt="", answer=answer) for answer in answers]
-    rewards = reward_responses(
-        pair.tokenizer, tokens, mask, problems, task.grade, response_eos_ids(pair)
+    grades = grade_responses(
+        pair.tokenizer, tokens, mask, answers, task.grade, response_eos_ids(pair)
     )
-    return [float(reward >= 1) for reward in rewards]
+    return [float(grade.reward >= 1) for grade in grades]
 
 
 def paired_gain(teacher: np.ndarray, student: np.ndarray) -> dict[str, float]:

@@ -7,12 +7,13 @@ available. Shapes: B responses, T response positions, P prompt positions.
 
 import argparse
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diagnostics.errors import InvalidInput, MissingFile
 from diagnostics.io.files import short_repr
+from diagnostics.records.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from diagnostics.batch import ScoredRollouts
@@ -40,18 +41,28 @@ def batch_files(path: Path, all_batches: bool) -> list[Path]:
         The files.
 
     Raises:
-        MissingFile: The path is neither.
+        MissingFile: The path is neither, or the run saved no batches.
     """
     if path.is_file():
         return [path]
-    files = sorted((path / "batches").glob("*.safetensors"))
+    files = list(RunFolder(path).batches().values())
     if not files:
-        raise MissingFile(f"{path} is neither a batch file nor a run folder with batches/")
+        raise MissingFile(f"{path} has no saved batches; see --save-batch-every")
     return files if all_batches else files[-1:]
 
 
-PanelResult = tuple[dict[str, float], dict[str, str], dict[str, str], dict[str, int]]
-"""The row; reasons of metrics that could not be computed; notes; access level by metric."""
+@dataclass(frozen=True)
+class PanelResult:
+    """The metrics of batches, and what is to be known about them."""
+
+    row: dict[str, float]
+    """Columns of the metrics."""
+    missing: dict[str, str]
+    """Why a metric could not be computed, by its name."""
+    notes: dict[str, str]
+    """Notes on the file, by subject."""
+    levels: dict[str, int]
+    """Lowest of LEVELS at which a metric can be computed, by its name."""
 
 
 def diagnose(file: Path) -> PanelResult:
@@ -73,7 +84,7 @@ def compute_panel(batches: Iterable["ScoredRollouts"], notes: dict[str, str]) ->
         notes: Notes that reading the batches may add to.
 
     Returns:
-        The row, the metrics that could not be computed, the notes, and the access level by metric.
+        The metrics.
     """
     from diagnostics.monitor import Monitor
 
@@ -87,7 +98,7 @@ def compute_panel(batches: Iterable["ScoredRollouts"], notes: dict[str, str]) ->
             yield batch
 
     row = monitor(0, record_levels())
-    return row, monitor.missing, notes, level_by_metric
+    return PanelResult(row, monitor.missing, notes, level_by_metric)
 
 
 def access_levels(batch: "ScoredRollouts") -> dict[str, int]:
@@ -123,7 +134,7 @@ def diagnose_records(path: Path, pair: "ModelPair | None", args: argparse.Namesp
     elif not records.columns >= {"student_logp", "teacher_logp"}:
         records.notes["scores"] = "--student and --teacher add the missing log-probabilities"
     result = compute_panel(batches, records.notes)
-    if not result[0]:
+    if not result.row:
         raise InvalidInput(f"{path} has no rows of task {args.task!r}")
     if records.unused:
         records.notes["unused"] = f"unused columns: {', '.join(records.unused)}"

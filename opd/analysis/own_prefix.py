@@ -6,15 +6,14 @@ certainty at the same positions tells whether the student's text is the cause of
 the text is hard in general.
 """
 
-import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from diagnostics.batch import ScoredRollouts
-from diagnostics.errors import InvalidInput, MissingFile
-from opd.config.settings import Config, from_json
-from opd.data.grading.graders import require_trusted_grader
+from opd.analysis.probed_run import load_trained_student, read_probed_config
+from opd.config.settings import Config
 from opd.data.prompts import Prompts, encode_prompts
 from opd.models.model import CausalLM
 from opd.rollouts.hf_engine import sample
@@ -22,7 +21,6 @@ from opd.runtime.seeds import CONTROL, derive_seed
 from opd.scoring.score import METRICS_ONLY, ScoreRequest, score_batch
 from opd.teachers.factory import make_pair
 from opd.teachers.pair import ModelPair
-from opd.teachers.teacher import teacher_type
 from opd.training.setup import load_problem_task
 
 SOURCES = ("teacher", "student", "trained")
@@ -47,26 +45,13 @@ def probe_own_prefix(run: Path, count: int = 64, trust_remote_code: bool = False
         MissingFile: The run has no final/.
         InvalidInput: The run has several tasks, or its teacher is not a separate local model.
     """
-    config = dataclasses.replace(
-        from_json(run / "config.json"), trust_remote_code=trust_remote_code
-    )
-    require_trusted_grader(config.grader, run / "config.json", trust_remote_code)
-    if config.tasks:
-        raise InvalidInput(f"{run} has {len(config.tasks)} tasks; this probe supports one teacher")
-    if not teacher_type(config.teacher).is_separate:
-        raise InvalidInput(
-            f"teacher is {config.teacher!r}, which is derived from the student or remote; this "
-            "probe needs a separate local teacher"
-        )
-    if not (run / "final").exists():
-        raise MissingFile(f"{run / 'final'} does not exist; finish the run first")
+    config = read_probed_config(run, trust_remote_code)
+    trained_student = load_trained_student(run, config)
     pair = make_pair(config)
-    trained_pair = make_pair(dataclasses.replace(config, student=str(run / "final"), lora_rank=0))
     prompts = encode_prompts(
         pair.tokenizer, load_problem_task(config, pair).test(count), 1, config.max_prompt
     ).to(pair.student.device)
-    teacher = pair.teacher.model
-    models = dict(zip(SOURCES, (teacher, pair.student, trained_pair.student), strict=True))
+    models = dict(zip(SOURCES, (pair.teacher.model, pair.student, trained_student), strict=True))
     paths = []
     for name, model in models.items():
         path = run / "control" / f"{name}.safetensors"
@@ -90,7 +75,7 @@ def sample_and_score(
         generation_batch_size=config.generation_batch_size,
     )
     request = ScoreRequest(
-        requirements=dataclasses.replace(METRICS_ONLY, support_k=config.support_k),
+        requirements=replace(METRICS_ONLY, support_k=config.support_k),
         temperature=config.temperature,
         eos_map=pair.eos_map,
         max_tokens_per_microbatch=config.max_tokens_per_microbatch,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from diagnostics.records.eos_ids import combine_eos_ids
 from opd.models.loading import load_model, num_head_rows
 from opd.tokens.masking import THINK, special_ids
 from opd.tokens.token_bytes import format_token, token_bytes
@@ -35,7 +36,9 @@ class LoadedModel:
     @property
     def eos(self) -> tuple[int, ...]:
         """Ids that end a response in training: the tokenizer's, then the generation config's."""
-        return tuple(dict.fromkeys(self.ends["tokenizer"] + self.ends["generation_config"]))
+        tokenizer_ids = self.ends["tokenizer"]
+        tokenizer_id = tokenizer_ids[0] if tokenizer_ids else None
+        return combine_eos_ids(tokenizer_id, list(self.ends["generation_config"]))
 
     def token(self, index: int | None) -> str:
         """Format an id for a reader: 151645 '<|im_end|>'."""

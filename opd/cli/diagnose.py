@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diagnostics.errors import InvalidInput
-from opd.analysis.diagnose import LEVELS, batch_files, diagnose, diagnose_records
+from opd.analysis.diagnose import LEVELS, PanelResult, batch_files, diagnose, diagnose_records
 
 RECORDS = (".jsonl", ".parquet")
 
@@ -23,7 +23,7 @@ def main(argv: list[str]) -> None:
         pair = load_pair(args.student, args.teacher, args.device, args.dtype)
     for path in args.paths:
         if path.is_file() and path.suffix in RECORDS:
-            print_row(str(path), *diagnose_records(path, pair, args), as_json=args.json)
+            print_result(str(path), diagnose_records(path, pair, args), as_json=args.json)
             continue
         if pair is not None or args.task is not None:
             raise InvalidInput(
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
                 "(.jsonl or .parquet) with prompt_tokens and task"
             )
         for file in batch_files(path, args.all):
-            print_row(str(file), *diagnose(file), as_json=args.json)
+            print_result(str(file), diagnose(file), as_json=args.json)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -54,27 +54,20 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def print_row(
-    label: str,
-    row: dict[str, float],
-    missing_metrics: dict[str, str],
-    notes: dict[str, str],
-    level_by_metric: dict[str, int],
-    as_json: bool,
-) -> None:
-    """Print a row: JSON on stdout and notes on stderr, or all of it as a table."""
+def print_result(label: str, result: PanelResult, as_json: bool) -> None:
+    """Print a result: JSON on stdout and notes on stderr, or all of it as a table."""
     text_stream = sys.stderr if as_json else sys.stdout
     if as_json:
-        json_row = {k: v if math.isfinite(v) else None for k, v in row.items()}
+        json_row = {k: v if math.isfinite(v) else None for k, v in result.row.items()}
         print(json.dumps({"batch": label, **json_row}))
     else:
         print(f"\n{label}")
-        for number, columns in group_by_level(row, level_by_metric).items():
+        for number, columns in group_by_level(result.row, result.levels).items():
             print(f"\n from {LEVELS[number]}\n{format_table(columns)}")
         print()
-    for name, reason in missing_metrics.items():
+    for name, reason in result.missing.items():
         print(f"not computed: {name} ({reason})", file=text_stream)
-    for note in notes.values():
+    for note in result.notes.values():
         print(f"note: {note}", file=text_stream)
 
 

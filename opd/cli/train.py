@@ -60,11 +60,11 @@ def main(argv: list[str]) -> None:
 
     result = train(config, restart)
     if os.environ.get("RANK", "0") == "0":  # print once in a distributed run
-        from diagnostics.records.rows import read_rows
-        from opd.runs.result import verdict
+        from diagnostics.records.run_folder import RunFolder
+        from opd.runs.result import run_verdict
 
         folder = result.folder
-        outcome = verdict(read_rows(folder / "rows.jsonl"), result.evaluations)
+        outcome = run_verdict(RunFolder(folder))
         for change in outcome["changes"]:
             print(change["sentence"])
         print(f"{outcome['text']}\nrun folder: {folder}\ntrained model: {folder / 'final'}")

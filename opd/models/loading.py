@@ -10,6 +10,7 @@ import torch
 
 from diagnostics.errors import InvalidInput, MissingFile
 from diagnostics.io.packages import load_package
+from diagnostics.records.eos_ids import combine_eos_ids
 from opd.runtime.manifest import read_problem
 from opd.serving.addresses import is_url, redact_url
 
@@ -250,7 +251,7 @@ def check_same_vocabulary(student: Any, teacher: Any) -> None:
 
 
 def eos_ids(tokenizer: Any, network: Any) -> list[int]:
-    """Return the sorted EOS ids of the tokenizer and of the generation config.
+    """Return the sorted EOS ids of a loaded model; `read_eos_ids` is the same for its folder.
 
     Args:
         tokenizer: Hugging Face tokenizer.
@@ -262,11 +263,7 @@ def eos_ids(tokenizer: Any, network: Any) -> list[int]:
     Raises:
         InvalidInput: Neither has an EOS token.
     """
-    config_ids = network.generation_config.eos_token_id
-    ids = set(config_ids if isinstance(config_ids, list) else [config_ids]) | {
-        tokenizer.eos_token_id
-    }
-    ids.discard(None)
+    ids = combine_eos_ids(tokenizer.eos_token_id, network.generation_config.eos_token_id)
     if not ids:
         raise InvalidInput(
             "no EOS token: set tokenizer.eos_token or generation_config.eos_token_id; without one "

@@ -12,12 +12,12 @@ import platform
 import re
 from collections.abc import Mapping
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from diagnostics.alarms.rules import RULES
-from diagnostics.records.run_folders import folder_labels
+from diagnostics.io.provenance import package_version
+from diagnostics.records.run_groups import folder_labels
 from diagnostics.terminal import escape_control_chars
 from opd.report.rollout_viewer import viewer_data
 from opd.report.run_data import (
@@ -82,12 +82,8 @@ def sanitize(data: Any) -> Any:
 def versions() -> dict[str, str]:
     """Return the versions of the packages that made the page, without importing them."""
     version_by_package = {"python": platform.python_version()}
-    for name in ("opdlab", "torch", "transformers", "numpy"):
-        try:
-            version_by_package[name] = version(name)
-        except PackageNotFoundError:
-            version_by_package[name] = "not installed"
-    return version_by_package
+    names = ("opdlab", "torch", "transformers", "numpy")
+    return version_by_package | {name: package_version(name) for name in names}
 
 
 def gain_rows(runs: list[RunRecord]) -> list[dict[str, Any]]:
@@ -103,7 +99,9 @@ def gain_rows(runs: list[RunRecord]) -> list[dict[str, Any]]:
     """
     from diagnostics.records.run_tables import accuracy_gains, training_table
 
-    evaluated_folders = [run.folder for run in runs if run.config and len(run.evals) > 1]
+    evaluated_folders = [
+        run.folder.path for run in runs if "objective" in run.config and len(run.evals) > 1
+    ]
     if not evaluated_folders:
         return []
     rows = accuracy_gains(training_table(evaluated_folders)).to_dict("records")

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diagnostics.errors import InvalidInput
-from diagnostics.records.token_text import TokenDecoder, load_first_token_decoder
-from diagnostics.records.vocabulary import resolve_folder
+from diagnostics.records.vocabulary import Vocabulary, load_first_vocabulary
 from opd.report.run_data import may_read
 from opd.report.tokenizer_panel import attribution_rows, tokenizer_panel
 
@@ -18,6 +17,7 @@ MAX_PROMPT_LENGTH = 4000
 """Largest number of characters shown of a prompt."""
 if TYPE_CHECKING:
     from diagnostics.batch import ScoredRollouts
+    from diagnostics.records.run_folder import RunFolder
     from opd.report.run_data import RunRecord
 
 MAX_BATCHES, TOP_IDS, MIN_PROBABILITY = 6, 5, 1e-3
@@ -40,7 +40,7 @@ def viewer_data(run: "RunRecord", tokens: int) -> dict[str, Any]:
         The data.
     """
     files = [(step, file) for step, file in choose_batch_files(run.folder) if may_read(run, file)]
-    decoder = load_first_token_decoder(tokenizer_folders(run))
+    vocabulary = load_first_vocabulary(tokenizer_folders(run))
     labels = [task["name"] for task in run.config.get("tasks") or ()]
     data: dict[str, Any] = {"rollouts": [], "blame": None, "saved": []}
     seen_ids: set[int] = set()
@@ -51,26 +51,26 @@ def viewer_data(run: "RunRecord", tokens: int) -> dict[str, Any]:
             continue
         last_batch = batch
         data["saved"].append({"step": step, "responses": len(batch)})
-        entries = rollout_entries(batch, step, labels, decoder, tokens // len(files), seen_ids)
+        entries = rollout_entries(batch, step, labels, vocabulary, tokens // len(files), seen_ids)
         prompts = read_prompts(run, file, len(batch))
         data["rollouts"] += [entry | {"asked": prompts.get(entry["row"])} for entry in entries]
     if last_batch is not None:
         data["blame"] = attribution_rows(last_batch, seen_ids)
-    data["sheet"] = tokenizer_panel(run, decoder, last_batch, seen_ids)
-    data["texts"] = {str(i): decoder.text(i) for i in sorted(seen_ids)}
-    data["special"] = sorted(decoder.special & seen_ids)
+    data["sheet"] = tokenizer_panel(run, vocabulary, last_batch, seen_ids)
+    data["texts"] = {str(i): vocabulary.text(i) for i in sorted(seen_ids)}
+    data["special"] = sorted(vocabulary.special & seen_ids)
     return data
 
 
 def tokenizer_folders(run: "RunRecord") -> list[Path]:
     """Return folders that may hold the run's tokenizer: final model, tokenizer copy, student."""
-    places = [run.folder / "final", run.folder / "tokenizer"]
-    if "student" in run.config:
-        places.append(resolve_folder(run.folder, str(run.config["student"])))
+    places = [run.folder.path / "final", run.folder.path / "tokenizer"]
+    if run.config.get("student"):
+        places.append(run.folder.model_folder("student"))
     return [folder for folder in places if may_read(run, folder / "tokenizer.json")]
 
 
-def choose_batch_files(folder: Path) -> list[tuple[int, Path]]:
+def choose_batch_files(folder: "RunFolder") -> list[tuple[int, Path]]:
     """Choose at most MAX_BATCHES saved batches or dumps, including the first and the last.
 
     Args:
@@ -79,12 +79,7 @@ def choose_batch_files(folder: Path) -> list[tuple[int, Path]]:
     Returns:
         (step, file) of each; a step with both is read from its batch.
     """
-    kinds = (("dumps", "parquet"), ("batches", "safetensors"))
-    files = {
-        int(file.stem.split("_")[1]): file
-        for subfolder, kind in kinds
-        for file in (folder / subfolder).glob(f"step_*.{kind}")
-    }
+    files = folder.dumps() | folder.batches()
     steps = sorted(files)
     if len(steps) > MAX_BATCHES:
         steps = [steps[round(i * (len(steps) - 1) / (MAX_BATCHES - 1))] for i in range(MAX_BATCHES)]
@@ -130,7 +125,7 @@ def rollout_entries(
     batch: "ScoredRollouts",
     step: int,
     labels: list[str],
-    decoder: TokenDecoder,
+    vocabulary: Vocabulary,
     tokens: int,
     seen_ids: set[int],
 ) -> list[dict[str, Any]]:
@@ -148,7 +143,7 @@ def rollout_entries(
             selected.append(i)
             tokens_left -= lengths[i]
     return [
-        rollout_entry(batch, step, i, lengths[i], labels, decoder, seen_ids)
+        rollout_entry(batch, step, i, lengths[i], labels, vocabulary, seen_ids)
         for i in sorted(selected)
     ]
 
@@ -164,7 +159,7 @@ def rollout_entry(
     i: int,
     length: int,
     labels: list[str],
-    decoder: TokenDecoder,
+    vocabulary: Vocabulary,
     seen_ids: set[int],
 ) -> dict[str, Any]:
     """Describe one response and both models' values; numbers in hundredths, to save space.
@@ -175,7 +170,7 @@ def rollout_entry(
         i: The row of the response.
         length: Number of positions shown.
         labels: Names of the tasks.
-        decoder: The token decoder.
+        vocabulary: The run's vocabulary.
         seen_ids: Set to which the ids are added.
 
     Returns:
@@ -187,7 +182,7 @@ def rollout_entry(
     """
     ids = batch.tokens[i, :length].tolist()
     seen_ids.update(ids)
-    texts = decoder.texts(ids)
+    texts = vocabulary.texts(ids)
     reward, task = float(batch.reward[i]), int(batch.task[i])
     entry: dict[str, Any] = {
         "step": step,
@@ -199,7 +194,7 @@ def rollout_entry(
         "reward": None if reward != reward else reward,
         "ids": ids,
         "off": (~batch.mask[i, :length]).nonzero()[:, 0].tolist(),
-        "odd": {str(k): t for k, t in enumerate(texts) if t != decoder.text(ids[k])},
+        "odd": {str(k): t for k, t in enumerate(texts) if t != vocabulary.text(ids[k])},
         "s": to_hundredths(batch.student_logp[i, :length]),
         "t": to_hundredths(batch.teacher_logp[i, :length]),
     }

@@ -6,26 +6,23 @@ Does not import torch. A run with several tasks has one part per task, with sepa
 import json
 import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diagnostics.alarms.alarms import Alarms
-from diagnostics.errors import InvalidInput, MissingFile
-from diagnostics.io.files import check_fields, has_type, read_object, short_repr
-from diagnostics.records import rows
-from diagnostics.records.renamed import present_settings
-from diagnostics.records.rows import Row
+from diagnostics.errors import InvalidInput
+from diagnostics.io.files import has_type, short_repr
+from diagnostics.records.rows import POSITION_BIN, Row
+from diagnostics.records.run_folder import RunFolder
+from diagnostics.stats import round_significant
 from opd.runs.restart import start_history
 from opd.runs.result import verdict
 
 OUTCOMES = re.compile(r"[01]+(?: [01]+)*")
 MAX_POINTS, MAX_MAP_STEPS = 1600, 480
 """Largest number of points of a curve and of steps of a heat map, over all runs of a page."""
-BIN = re.compile(r"^(.*)@(\d+)-(\d+)$")
-MAX_NAME_LENGTH = 1000
-"""Largest number of characters of a model's name; file systems allow fewer."""
 MAX_CODE_LENGTH = 40_000
 """Largest number of characters of code.txt that are shown."""
 BREAKDOWN_METRICS = ("divergence/kl_binary", "divergence/kl_head", "divergence/kl_tail")
@@ -37,20 +34,15 @@ Bins = dict[str, list[tuple[int, int]]]
 class RunRecord:
     """The record of a run: folder, settings, code state, rows and evaluations."""
 
-    folder: Path
+    folder: RunFolder
     config: dict[str, Any]
     code: str
     rows: list[Row]
-    evals: list[Row]
+    evals: Sequence[Row]
     notes: tuple[str, ...] = ()
     """Notes on parts of the record that were skipped."""
     models: bool = False
     """Whether files outside the run folder may be read because the record refers to them."""
-
-    @property
-    def name(self) -> str:
-        """Name of the run folder."""
-        return self.folder.resolve().name
 
 
 def may_read(run: RunRecord, path: Path) -> bool:
@@ -66,14 +58,14 @@ def may_read(run: RunRecord, path: Path) -> bool:
     Returns:
         Whether the path may be read.
     """
-    return run.models or path.resolve().is_relative_to(run.folder.resolve())
+    return run.models or path.resolve().is_relative_to(run.folder.path.resolve())
 
 
-def read_run(folder: Path, models: bool = False) -> RunRecord:
+def read_run(path: Path, models: bool = False) -> RunRecord:
     """Read the record of a run folder, finished or not; a single file of rows is enough.
 
     Args:
-        folder: The run folder.
+        path: The run folder.
         models: See `RunRecord.models`.
 
     Returns:
@@ -81,81 +73,29 @@ def read_run(folder: Path, models: bool = False) -> RunRecord:
 
     Raises:
         InvalidInput: A file of the record is a link that leads out of the folder, or is damaged.
-        MissingFile: The folder has neither config.json nor a file of rows.
+        MissingFile: It is not a run folder.
     """
-    config, code, file = folder / "config.json", folder / "code.txt", find_rows_file(folder)
-    if not config.exists() and not file.exists():
-        raise MissingFile(
-            f"{folder} is not a run folder: it has neither config.json nor rows.jsonl, nor exactly "
-            f"one other .jsonl file with the rows of a monitor{suggest_folders(folder)}"
-        )
-    for path in (config, code, file, folder / "evals.jsonl", folder / "starts.jsonl"):
-        if not models and not path.resolve().is_relative_to(folder.resolve()):
+    folder = RunFolder(path)
+    code, files = path / "code.txt", (folder.rows_file, folder.evaluations_file)
+    for file in (path / "config.json", code, *files, folder.starts_file):
+        if not models and not file.resolve().is_relative_to(path.resolve()):
             raise InvalidInput(
-                f"{path} is a link to {path.resolve()}, outside the run folder: copy the file "
+                f"{file} is a link to {file.resolve()}, outside the run folder: copy the file "
                 "there, or allow links with --models"
             )
     code_text = code.read_text("utf-8", "replace") if code.exists() else "unknown: no code.txt"
     return RunRecord(
         folder=folder,
-        config=run_settings(config),
+        config=folder.settings(),
         code="\n".join([*start_history(folder), code_text]),
-        rows=deduplicate_steps(check_metric_values(rows.read_rows(file, {"step": int}), file)),
-        evals=check_evaluations(
-            rows.read_rows(folder / "evals.jsonl", {"step": int}), folder / "evals.jsonl"
-        ),
-        notes=tuple(
-            note for path in (file, folder / "evals.jsonl") for note in truncation_notes(path)
-        ),
+        rows=deduplicate_steps(check_metric_values(folder.rows(), folder.rows_file)),
+        evals=check_evaluations(folder.evaluations({"step": int}), folder.evaluations_file),
+        notes=tuple(note for file in files for note in truncation_notes(file)),
         models=models,
     )
 
 
-def suggest_folders(path: Path) -> str:
-    """Return the end of an error message that names run folders near `path`, or ""."""
-    if path.is_file():
-        return f"; it is a file: pass its folder, {path.parent}"
-    folders = sorted(str(file.parent) for file in path.glob("*/rows.jsonl"))
-    return f"; it contains run folders: {' '.join(folders[:8])}" if folders else ""
-
-
-def run_settings(path: Path) -> dict[str, Any]:
-    """Read a run's config.json; empty if there is none, or it belongs to another program.
-
-    A trainer may store the configuration of its model under the same name next to the rows.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The settings.
-
-    Raises:
-        InvalidInput: A field has an unusable value.
-    """
-    config = present_settings(read_object(path)) if path.exists() else {}
-    if not all(isinstance(config.get(name), str) for name in ("student", "teacher")):
-        return {}
-    tasks = config.get("tasks") or []
-    check_fields({"tasks": tasks}, {"tasks": list}, str(path))
-    for i, task in enumerate(tasks):
-        location = f"{path}, tasks[{i}]"
-        if not isinstance(task, dict):
-            raise InvalidInput(f"{location}: {short_repr(task)} is not an object")
-        check_fields({"teacher": "", **drop_null(task)}, {"name": str, "teacher": str}, location)
-    models = [config["student"], config["teacher"], *(task.get("teacher") for task in tasks)]
-    for name in models:
-        if name is not None and ("\0" in name or len(name) > MAX_NAME_LENGTH):
-            raise InvalidInput(f"{path}: {short_repr(name)} is not a folder or the name of a model")
-    return config
-
-
-def drop_null(data: dict[str, Any]) -> dict[str, Any]:
-    """Return the entries that are not None."""
-    return {name: value for name, value in data.items() if value is not None}
-
-
-def check_evaluations(rows_to_check: list[Row], path: Path) -> list[Row]:
+def check_evaluations(rows_to_check: Sequence[Row], path: Path) -> Sequence[Row]:
     """Check the rows of evaluations: `check_metric_values`, and outcomes that fit their problems.
 
     Args:
@@ -191,7 +131,7 @@ def check_evaluations(rows_to_check: list[Row], path: Path) -> list[Row]:
     return rows_to_check
 
 
-def check_metric_values(rows_to_check: list[Row], path: Path) -> list[Row]:
+def check_metric_values(rows_to_check: Sequence[Row], path: Path) -> Sequence[Row]:
     """Check that metrics are numbers or null and that the task is text.
 
     Args:
@@ -230,25 +170,6 @@ def truncation_notes(path: Path) -> list[str]:
     return []
 
 
-def find_rows_file(folder: Path) -> Path:
-    """Return rows.jsonl, or the only other .jsonl file of the folder if it does not exist.
-
-    A monitor in another trainer writes its rows to a file with a name that its user chose.
-
-    Args:
-        folder: The run folder.
-
-    Returns:
-        The file, which may not exist.
-    """
-    path = folder / "rows.jsonl"
-    reserved_names = ("evals.jsonl", "starts.jsonl")
-    candidates = [
-        file for file in sorted(folder.glob("*.jsonl")) if file.name not in reserved_names
-    ]
-    return candidates[0] if not path.exists() and len(candidates) == 1 else path
-
-
 def deduplicate_steps(rows_in_order: Iterable[Row]) -> list[Row]:
     """Return rows by rising step; of several rows with one step the last is kept."""
     by_step = {row["step"]: row for row in rows_in_order}
@@ -269,8 +190,8 @@ def run_page_data(run: RunRecord, runs: int = 1) -> dict[str, Any]:
     seconds = sum(v or 0 for row in run.rows for k, v in row.items() if k.startswith("seconds/"))
     code = run.code.strip()
     return {
-        "name": run.name,
-        "folder": str(run.folder),
+        "name": run.folder.name,
+        "folder": str(run.folder.path),
         "config": run.config,
         "code": code[:MAX_CODE_LENGTH] + ("\n… (truncated)" if len(code) > MAX_CODE_LENGTH else ""),
         "done": run.rows[-1]["step"] + 1 if run.rows else 0,
@@ -397,7 +318,7 @@ def position_bins(task_rows: list[Row]) -> Bins:
     """Return column -> its position bins, in rising order."""
     bins: Bins = {}
     for key in dict.fromkeys(key for row in task_rows for key in row):
-        if match := BIN.match(key):
+        if match := POSITION_BIN.match(key):
             bins.setdefault(match[1], []).append((int(match[2]), int(match[3])))
     return {name: sorted(column_bins) for name, column_bins in bins.items()}
 
@@ -455,4 +376,4 @@ def finite_or_none(value: Any) -> float | None:
     """Round to five significant digits; None for what is not a finite number."""
     if not isinstance(value, int | float) or not math.isfinite(value):
         return None
-    return float(f"{value:.5g}")
+    return round_significant(value)

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from diagnostics.errors import UserError
-from opd.report.run_data import find_rows_file
+from diagnostics.records.run_folder import RunFolder
 
 HOST = "127.0.0.1"
 WATCHED_FILES = ("config.json", "evals.jsonl", "batches", "dumps", "doctor.json")
@@ -89,7 +89,7 @@ def data_version(folders: list[Path]) -> str:
     """Return sizes and modification times of the files that the page is made from."""
     file_states = []
     for folder in folders:
-        for path in [find_rows_file(folder), *(folder / name for name in WATCHED_FILES)]:
+        for path in [RunFolder(folder).rows_file, *(folder / name for name in WATCHED_FILES)]:
             if path.exists():
                 state = path.stat()
                 file_states.append([state.st_size, state.st_mtime_ns])

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diagnostics.errors import InvalidInput
-from diagnostics.io.files import has_type, read_object, short_repr
-from diagnostics.records.token_text import TokenDecoder, load_token_decoder
-from diagnostics.records.vocabulary import resolve_folder
+from diagnostics.io.files import read_object, short_repr
+from diagnostics.records.eos_ids import read_eos_ids, read_eos_token
+from diagnostics.records.vocabulary import Vocabulary, load_vocabulary
 from opd.report.run_data import may_read
 
 if TYPE_CHECKING:
@@ -66,13 +66,13 @@ def ratio(numerator: float, denominator: float) -> float | None:
 
 
 def tokenizer_panel(
-    run: "RunRecord", decoder: TokenDecoder, batch: "ScoredRollouts | None", seen_ids: set[int]
+    run: "RunRecord", vocabulary: Vocabulary, batch: "ScoredRollouts | None", seen_ids: set[int]
 ) -> dict[str, Any]:
     """Collect the data of the panel.
 
     Args:
         run: The run.
-        decoder: The token decoder.
+        vocabulary: The run's vocabulary.
         batch: The last saved batch, if there is one.
         seen_ids: Set to which the ids are added.
 
@@ -83,15 +83,15 @@ def tokenizer_panel(
     panel: dict[str, Any] = {
         "ends": model_eos_tokens(run),
         "unread": unread_models(run),
-        "doctor": read_doctor_report(run.folder)
-        if may_read(run, run.folder / "doctor.json")
+        "doctor": read_doctor_report(run.folder.path)
+        if may_read(run, run.folder.path / "doctor.json")
         else None,
         "impossible": None,
         "special": [],
     }
     if batch is not None:
         panel["impossible"] = impossible_ids(batch, seen_ids)
-        panel["special"] = special_token_rows(batch, decoder, seen_ids)
+        panel["special"] = special_token_rows(batch, vocabulary, seen_ids)
     return panel
 
 
@@ -122,12 +122,12 @@ def impossible_ids(batch: "ScoredRollouts", seen_ids: set[int]) -> dict[str, Any
 
 
 def special_token_rows(
-    batch: "ScoredRollouts", decoder: TokenDecoder, seen_ids: set[int]
+    batch: "ScoredRollouts", vocabulary: Vocabulary, seen_ids: set[int]
 ) -> list[dict[str, Any]]:
     """Describe the tokenizer's special ids: supervised count, share of the signal, mean cost."""
     sums, ids = attribution_sums(batch)
     index_by_id = {i: j for j, i in enumerate(ids)}
-    ids_to_show = sorted(decoder.special, key=lambda i: (i not in index_by_id, i))[:MAX_IDS]
+    ids_to_show = sorted(vocabulary.special, key=lambda i: (i not in index_by_id, i))[:MAX_IDS]
     seen_ids.update(ids_to_show)
     total_signal = float(sums[:, 2].sum())
     zero = sums.new_zeros(5)
@@ -162,9 +162,9 @@ def model_eos_tokens(run: "RunRecord") -> list[dict[str, Any]]:
         names = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json")
         allowed = all(may_read(run, folder / name) for name in names)
         if allowed and (folder / "tokenizer.json").exists():
-            decoder = load_token_decoder(folder)
-            ids = read_eos_ids(folder, decoder)
-            texts = [decoder.text(i) for i in ids]
+            vocabulary = load_vocabulary(folder)
+            ids = sorted(read_eos_ids(folder, vocabulary))
+            texts = [vocabulary.text(i) for i in ids]
             rows.append({"role": role, "ids": ids, "texts": texts, "own": read_eos_token(folder)})
     return rows
 
@@ -177,7 +177,7 @@ def model_folders(run: "RunRecord") -> dict[str, Path]:
         f"teacher of {task['name']}": task.get("teacher") or config.get("teacher") for task in tasks
     }
     names = {"student": config.get("student"), **(names or {"teacher": config.get("teacher")})}
-    return {role: resolve_folder(run.folder, name) for role, name in names.items() if name}
+    return {role: run.folder.resolve(name) for role, name in names.items() if name}
 
 
 def unread_models(run: "RunRecord") -> list[str]:
@@ -187,65 +187,6 @@ def unread_models(run: "RunRecord") -> list[str]:
         for role, folder in model_folders(run).items()
         if not may_read(run, folder)
     ]
-
-
-def read_eos_ids(folder: Path, decoder: TokenDecoder) -> list[int]:
-    """Return the ids that end a generation, as `opd.models.loading.eos_ids` does.
-
-    These are the tokenizer's EOS id, and those of generation_config.json, else of config.json.
-
-    Args:
-        folder: The folder of the model.
-        decoder: Its token decoder.
-
-    Returns:
-        The ids, sorted.
-
-    Raises:
-        InvalidInput: A file holds something else than ids.
-    """
-    text, ids = read_eos_token(folder), set[int]()
-    if text is not None:
-        ids.update(i for i, piece in decoder.token_bytes.items() if piece == text.encode())
-    for name in ("generation_config.json", "config.json"):
-        configured = read_configured_eos(folder / name) if (folder / name).exists() else None
-        if configured is not None:
-            return sorted(ids | configured)
-    return sorted(ids)
-
-
-def read_configured_eos(path: Path) -> set[int] | None:
-    """Read the EOS ids of a model's config, also of a nested text config.
-
-    Args:
-        path: A config file.
-
-    Returns:
-        The ids; None if it has none.
-
-    Raises:
-        InvalidInput: The value is not an id or a list of ids.
-    """
-    settings = read_object(path)
-    text_config = settings.get("text_config")
-    configured = settings.get("eos_token_id")
-    if configured is None and isinstance(text_config, dict):
-        configured = text_config.get("eos_token_id")
-    if configured is None:
-        return None
-    ids = configured if isinstance(configured, list) else [configured]
-    if not all(has_type(i, int) for i in ids):
-        raise InvalidInput(
-            f"{path}, field eos_token_id: {short_repr(configured)} is not an id or a list of ids"
-        )
-    return set(ids)
-
-
-def read_eos_token(folder: Path) -> str | None:
-    """Return the EOS token of tokenizer_config.json, if it has one."""
-    settings = folder / "tokenizer_config.json"
-    token = read_object(settings).get("eos_token") if settings.exists() else None
-    return token.get("content") if isinstance(token, dict) else token
 
 
 def read_doctor_report(folder: Path) -> dict[str, Any] | None:

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from diagnostics.records import rows
+from diagnostics.records.run_folder import RunFolder
 from diagnostics.terminal import escape_control_chars
-from opd.runs.result import verdict
+from opd.runs.result import run_verdict
 
 
 def model_card(folder: Path, config: dict[str, Any]) -> str:
@@ -19,7 +19,7 @@ def model_card(folder: Path, config: dict[str, Any]) -> str:
     Returns:
         The text.
     """
-    result = verdict(rows.read_rows(folder / "rows.jsonl"), rows.read_rows(folder / "evals.jsonl"))
+    result = run_verdict(RunFolder(folder))
     student = str(config["student"])
     is_hub_name = (
         not Path(student).exists() and student.count("/") == 1 and student[:1] not in "./~"

@@ -20,6 +20,7 @@ from diagnostics.io.atomic import write_text
 from diagnostics.io.provenance import CodeState, code_state, package_version
 from diagnostics.records import rows
 from diagnostics.records.rows import Row
+from diagnostics.records.run_folder import RunFolder
 from opd.runs.run_folder import Start
 from opd.runtime import distributed
 from opd.runtime.staged_folders import step_number
@@ -270,10 +271,10 @@ def format_ranges(steps: Iterable[Iterable[int]]) -> str:
     return ", ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in steps)
 
 
-def start_history(folder: Path) -> list[str]:
+def start_history(folder: RunFolder) -> list[str]:
     """List what a reader of the record should know about each restart, one line each."""
     lines = []
-    for old, new in pairwise(rows.read_rows(folder / "starts.jsonl")):
+    for old, new in pairwise(folder.starts()):
         record_gaps, notes = new.get("missing", {}), start_differences(old, new)
         if steps := record_gaps.get("steps"):
             notes.append(f"the record lacks the rows of steps {format_ranges(steps)}")

@@ -14,7 +14,13 @@ import numpy as np
 
 from diagnostics.alarms.alarms import Alarms
 from diagnostics.records.rows import Row
-from diagnostics.stats import gain_interval, unpaired_interval
+from diagnostics.records.run_folder import RunFolder
+from diagnostics.stats import (
+    gain_interval,
+    problem_accuracies,
+    t_critical,
+    unpaired_interval,
+)
 
 MIN_PROBLEMS = 16
 """Smallest number of held-out problems for a conclusion about accuracy."""
@@ -56,6 +62,11 @@ class Change:
             f"{name}: {self.before:.3f} -> {self.after:.3f}, change {self.change:+.3f} "
             f"[{self.low:+.3f}, {self.high:+.3f}], {self.shown} ({self.basis})"
         )
+
+
+def run_verdict(run: RunFolder) -> dict[str, Any]:
+    """Judge a run by its record; see `verdict`."""
+    return verdict(run.rows(), run.evaluations({}))
 
 
 def verdict(rows: Sequence[Row], evaluations: Sequence[Row]) -> dict[str, Any]:
@@ -130,8 +141,8 @@ def accuracy_change(evaluations: Sequence[Row], task: str = "") -> Change:
         return no_change_measured(name, task, f"{len(evaluations)} evaluations; two are required")
     first, last = graded[0], graded[-1]
     first_accuracy, last_accuracy = (
-        accuracy_by_problem(first["outcomes"]),
-        accuracy_by_problem(last["outcomes"]),
+        problem_accuracies(first["outcomes"]),
+        problem_accuracies(last["outcomes"]),
     )
     is_paired = len(first_accuracy) == len(last_accuracy) and first.get("problem_set") == last.get(
         "problem_set"
@@ -150,12 +161,6 @@ def accuracy_change(evaluations: Sequence[Row], task: str = "") -> Change:
     return Change(
         name, task, first_mean, last_mean, last_mean - first_mean, low, high, outcome, basis
     )
-
-
-def accuracy_by_problem(outcomes: str) -> np.ndarray:
-    """Return the (M,) accuracy on each problem from an outcome string of evals.jsonl."""
-    problems = outcomes.split() if " " in outcomes else list(outcomes)
-    return np.array([sum(map(int, samples)) / len(samples) for samples in problems])
 
 
 def divergence_change(rows: Sequence[Row], task: str = "") -> Change:
@@ -227,10 +232,8 @@ def welch_half_width(first: float, second: float, size: int) -> float:
     Returns:
         Half the width, from Student's t with Welch's degrees of freedom.
     """
-    from scipy.special import stdtrit
-
     variance = first**2 + second**2
     if variance == 0:
         return 0.0
     degrees_of_freedom = (size - 1) * variance**2 / (first**4 + second**4)
-    return float(stdtrit(degrees_of_freedom, 0.975)) * math.sqrt(variance)
+    return t_critical(degrees_of_freedom) * math.sqrt(variance)

@@ -235,23 +235,3 @@ def mask_rule_metrics(
         for name, is_removed in removed_by_rule.items()
         for quantity, value in quantities.items()
     }
-
-
-def removed_by_id(batch: ScoredRollouts, mask: Tensor, size: int) -> Tensor:
-    """Return token count, sum |r| and sum r^2 of the sampled tokens outside `mask`, by id.
-
-    The result adds over steps.
-
-    Args:
-        batch: Scored rollouts.
-        mask: (B, T) bool, tokens that stay supervised.
-        size: Number of rows, at least the largest id plus one.
-
-    Returns:
-        (size, 3) float64.
-    """
-    is_removed = batch.sampled & ~mask
-    r = batch.log_ratio[is_removed].double()
-    values = torch.stack([torch.ones_like(r), r.abs(), r.square()], 1)
-    sums = torch.zeros(size, 3, dtype=torch.float64, device=r.device)
-    return sums.index_add(0, batch.tokens[is_removed], values)

@@ -26,7 +26,6 @@ from diagnostics.gradients.distributed import all_gather_batches
 from diagnostics.io.atomic import write_text
 from diagnostics.ragged import right_pad
 from diagnostics.records.rows import Row
-from opd.data.chain_task import Problem
 from opd.data.grading.graders import grade_responses
 from opd.data.grading.unread_answers import READABLE_SHARE
 from opd.data.prompts import encode_prompts
@@ -107,8 +106,8 @@ def grade_texts(task: TaskState, texts: list[str], answer: str) -> list[float]:
     ids = [text + eos_ids[:1] for text in ids]
     tokens = right_pad(ids, torch.long)
     mask = right_pad([[True] * len(row) for row in ids], torch.bool)
-    problems = [Problem(prompt="", answer=answer)] * len(texts)
-    grades = grade_responses(tokenizer, tokens, mask, problems, task.problems.grade, eos_ids)
+    answers = [answer] * len(texts)
+    grades = grade_responses(tokenizer, tokens, mask, answers, task.problems.grade, eos_ids)
     return [grade.reward for grade in grades]
 
 
@@ -234,9 +233,8 @@ def roll_out(
         )
         prompts = replace(prompts, index=torch.tensor(prompt_indices)[prompts.index])
         rollouts = engine.sample(prompts, eos, **sampling_options)
-        answers = [Problem(prompt="", answer=answer) for answer in prompts.answers]
         grades = grade_responses(
-            tokenizer, rollouts.tokens, rollouts.mask, answers, problems.grade, eos
+            tokenizer, rollouts.tokens, rollouts.mask, prompts.answers, problems.grade, eos
         )
         rewards = torch.tensor([grade.reward for grade in grades])
         readable = torch.tensor([grade.answer is not None for grade in grades])

@@ -180,25 +180,6 @@ def token_chain(num_actions: int, horizon: int) -> TabularMDP:
     return TabularMDP(transition, torch.eye(num_actions, dtype=torch.float64)[0], horizon)
 
 
-def token_tree(num_actions: int, depth: int) -> TabularMDP:
-    """Return the world in which every prefix of up to depth - 1 tokens is a state of its own.
-
-    Args:
-        num_actions: Number of actions A.
-        depth: Number of tokens of a response.
-
-    Returns:
-        The world, its states numbered level by level.
-    """
-    num_states = sum(num_actions**d for d in range(depth))
-    children = num_actions * torch.arange(num_states)[:, None] + torch.arange(num_actions) + 1
-    # the leaves' successors are never visited; any valid state index works
-    children = torch.where(children < num_states, children, 0)
-    transition = torch.nn.functional.one_hot(children, num_states).to(torch.float64)
-    start = torch.nn.functional.one_hot(torch.tensor(0), num_states).to(torch.float64)
-    return TabularMDP(transition, start, depth)
-
-
 def with_end_state(mdp: TabularMDP, stop: Tensor) -> TabularMDP:
     """Add one absorbing end state, reached with probability `stop`.
 

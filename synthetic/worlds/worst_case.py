@@ -81,18 +81,3 @@ def constant_cost(
         dtype=torch.float64,
     )
     return mdp, student.log(), teacher.log()
-
-
-def constant_cost_variance(horizon: int, cost: float = 1.0) -> float:
-    """Return the total variance of `constant_cost` at gamma = 1 as `rare_probability` -> 0.
-
-    It is R^2 B^2 T (T+1) (2T+1) / 6 with B^2 = 1/2, the squared norm of e_y - (1/2, 1/2, 0).
-
-    Args:
-        horizon: Number of steps T.
-        cost: Cost of a token in nats, R.
-
-    Returns:
-        The variance in nats^2.
-    """
-    return cost**2 * 0.5 * horizon * (horizon + 1) * (2 * horizon + 1) / 6

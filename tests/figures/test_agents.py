@@ -104,5 +104,5 @@ def test_runs_judged_on_other_games_are_refused(runs: list[Path], tmp_path: Path
     other_run.mkdir(parents=True)
     (other_run / "config.json").write_text('{"seed": 2}')
     rows.append_row(other_run / "evals.jsonl", evaluation_row(0, "01") | {"problem_set": "q"})
-    with pytest.raises(ValueError, match="evaluated on the rooms q, others on p"):
+    with pytest.raises(ValueError, match="evaluated on the problems q, others of rooms on p"):
         agents.collect([*runs, other_run])

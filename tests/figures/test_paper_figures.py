@@ -67,7 +67,7 @@ def test_run_folders_become_two_tables(runs: list[Path]) -> None:
     assert len(final) == len(runs)
     outcomes_by_run = {(r.method, r.seed): r.outcomes for r in final.itertuples()}
     assert outcomes_by_run == OUTCOMES
-    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"neither config\.json nor rows\.jsonl"):
         steps.steps_table([runs[0].parent])
 
 
@@ -144,7 +144,9 @@ def test_holm_adjusts_step_by_step() -> None:
 
 
 def test_the_summary_holds_the_numbers(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparison, "TABLES", {"t": ("T", "single", ("b", "a"))})
+    monkeypatch.setattr(
+        comparison, "TABLES", {"t": comparison.PaperTable("T", "single", ("b", "a"))}
+    )
     table = steps.evaluations_table(runs)
     base, result = comparison.summary(table).itertuples()
     values = np.array([[int(x) for x in OUTCOMES["b", seed]] for seed in range(3)], float)
@@ -168,7 +170,9 @@ def test_the_summary_holds_the_numbers(runs: list[Path], monkeypatch: pytest.Mon
 
 
 def test_holm_is_taken_within_a_table(runs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparison, "TABLES", {"t": ("T", "single", ("a", "b", "c"))})
+    monkeypatch.setattr(
+        comparison, "TABLES", {"t": comparison.PaperTable("T", "single", ("a", "b", "c"))}
+    )
     table = steps.evaluations_table(runs)
     third_method = table[table["method"] == "b"].assign(method="c")
     p_values = comparison.summary(pd.concat([table, third_method]))["p"].tolist()

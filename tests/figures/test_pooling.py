@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from diagnostics.records import rows
-from diagnostics.records.run_folders import distinct_names, group_by_method
+from diagnostics.records.run_groups import distinct_names, group_by_method
 from diagnostics.records.run_tables import accuracy_gains, training_table
 from diagnostics.stats import gain_interval, unpaired_interval
 from figures.collect import steps

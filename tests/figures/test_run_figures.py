@@ -13,8 +13,10 @@ from diagnostics.batch import DistributionStats, ScoredRollouts, Support
 from diagnostics.catalogue import FULL
 from diagnostics.core.distribution_stats import compute_distribution_stats
 from diagnostics.monitor import Monitor
-from diagnostics.records import rows, vocabulary
-from diagnostics.records import run_folders as folders
+from diagnostics.records import rows
+from diagnostics.records.run_folder import RunFolder
+from diagnostics.records.run_groups import common_saved_steps, group_by_method
+from diagnostics.records.vocabulary import load_run_vocabulary, tokenizer_vocabulary
 from figures.collect.tokens import token_table
 from figures.runs import (
     anatomy,
@@ -52,7 +54,7 @@ def saved_runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
             settings = {"seed": seed, "student": "pair", "teacher": "pair", "objective": method}
             (run / "config.json").write_text(json.dumps(settings))
             for step, dense_batch in dense_batches(seed).items():
-                dense_batch.batch.save(folders.batch_path(run, step))
+                dense_batch.batch.save(RunFolder(run).batch_path(step))
                 rows.append_row(
                     run / "rows.jsonl", {"step": step, **monitor(step, [dense_batch.batch])}
                 )
@@ -163,7 +165,7 @@ def test_a_token_is_of_the_first_kind_that_it_is() -> None:
 
 def test_special_tokens_are_those_of_the_tokenizer(saved_runs: list[Path]) -> None:
     data = token_table(saved_runs[:1], 0)
-    special = vocabulary.load_vocabulary(saved_runs[0]).special
+    special = load_run_vocabulary(saved_runs[0]).special
     assert special == frozenset(range(5))
     kinds = ledger.classify_tokens(data, special, np.inf)
     assert (kinds == "special").sum() == data["id"].isin(range(5)).sum() > 0
@@ -367,7 +369,7 @@ def test_the_tokenizer_sheet_names_what_the_teacher_excludes(saved_runs: list[Pa
 
 def test_names_of_ids_are_their_text() -> None:
     lab = make_tokenizer()
-    parsed = vocabulary.parse_vocabulary(json.loads(lab.backend_tokenizer.to_str()))
+    parsed = tokenizer_vocabulary(lab.backend_tokenizer)
     for text in ("a", "7", "é", "é"[0]):
         ids = lab.encode(text)
         data = text.encode()
@@ -377,7 +379,6 @@ def test_names_of_ids_are_their_text() -> None:
     assert parsed.name(lab.encode("\n")[0]) == "⏎"
     assert parsed.name(lab.eos_token_id) == "<|im_end|>"
     assert parsed.name(10**6) == "#1000000"
-    assert sorted(vocabulary.byte_alphabet().values()) == list(range(256))
 
 
 def outcome_row(step: int, reward: float, truncated: float, entropy: float) -> dict:
@@ -502,12 +503,12 @@ def test_pairs_show_the_same_numbers(saved_runs: list[Path]) -> None:
 
 def test_folders_that_cannot_be_read_say_why(saved_runs: list[Path], tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="is not a run folder"):
-        folders.group_by_method([tmp_path])
+        group_by_method([tmp_path])
     empty = tmp_path / "empty-0"
     empty.mkdir()
     (empty / "config.json").write_text(json.dumps({"seed": 0, "student": "nowhere"}))
     with pytest.raises(FileNotFoundError, match="--save-batch-every"):
-        folders.common_saved_steps([saved_runs[0], empty])
+        common_saved_steps([saved_runs[0], empty])
     with pytest.raises(FileNotFoundError, match="no tokenizer"):
-        vocabulary.load_vocabulary(empty)
-    assert list(folders.group_by_method([*saved_runs, empty])) == ["plain", "other", "empty"]
+        load_run_vocabulary(empty)
+    assert list(group_by_method([*saved_runs, empty])) == ["plain", "other", "empty"]

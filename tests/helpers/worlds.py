@@ -10,7 +10,6 @@ from synthetic.worlds.mdp import (
     random_chain,
     random_pair,
     token_chain,
-    token_tree,
     with_end_state,
 )
 
@@ -32,6 +31,25 @@ def worlds() -> dict[str, TabularMDP]:
         "tree": token_tree(2, 4),
         "ending": with_end_state(rare, stop),
     }
+
+
+def token_tree(num_actions: int, depth: int) -> TabularMDP:
+    """Return the world in which every prefix of up to depth - 1 tokens is a state of its own.
+
+    Args:
+        num_actions: Number of actions A.
+        depth: Number of tokens of a response.
+
+    Returns:
+        The world, its states numbered level by level.
+    """
+    num_states = sum(num_actions**d for d in range(depth))
+    children = num_actions * torch.arange(num_states)[:, None] + torch.arange(num_actions) + 1
+    # the leaves' successors are never visited; any valid state index works
+    children = torch.where(children < num_states, children, 0)
+    transition = torch.nn.functional.one_hot(children, num_states).to(torch.float64)
+    start = torch.nn.functional.one_hot(torch.tensor(0), num_states).to(torch.float64)
+    return TabularMDP(transition, start, depth)
 
 
 def pair(mdp: TabularMDP, seed: int = 2) -> tuple[Tensor, Tensor]:

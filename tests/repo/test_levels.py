@@ -12,7 +12,8 @@ LEVELS = {
     "diagnostics": (
         {"terminal"},
         {"errors", "missing", "ragged"},
-        {"io", "stats", "tensor_fields"},
+        {"io"},
+        {"stats", "tensor_fields"},
         {"batch"},
         {"core"},
         {"metrics", "gradients", "records"},

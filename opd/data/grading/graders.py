@@ -19,7 +19,6 @@ import torch
 
 from diagnostics.errors import InvalidInput, MissingFile, MissingPackage, OperationFailed
 from opd.data import chain_task
-from opd.data.chain_task import Problem
 from opd.data.grading.answer_text import (
     extract_answer,
     last_boxed_content,
@@ -347,36 +346,23 @@ def make_grader(name: str) -> Grader:
     return GRADERS[name]
 
 
-def reward_responses(
-    tokenizer: Any,
-    tokens: torch.Tensor,
-    mask: torch.Tensor,
-    problems: Sequence[Problem],
-    grade: Grader,
-    eos_ids: Sequence[int] = (),
-) -> list[float]:
-    """Return the reward of each response; see `grade_responses`."""
-    grades = grade_responses(tokenizer, tokens, mask, problems, grade, eos_ids)
-    return [response_grade.reward for response_grade in grades]
-
-
 def grade_responses(
     tokenizer: Any,
     tokens: torch.Tensor,
     mask: torch.Tensor,
-    problems: Sequence[Problem],
+    answers: Sequence[str],
     grade: Grader,
     eos_ids: Sequence[int] = (),
 ) -> list[Grade]:
     """Grade responses; the grader sees special tokens except the one that ends the response.
 
-    A response to a problem without an answer has the reward NaN.
+    A response to a problem whose answer is empty has the reward NaN.
 
     Args:
         tokenizer: A Hugging Face tokenizer.
         tokens: (B, T) token ids.
         mask: (B, T), True where a token is real.
-        problems: The problem of each response.
+        answers: Reference answer to the problem of each response.
         grade: The grader.
         eos_ids: Ids that end a response, besides the tokenizer's EOS id.
 
@@ -385,6 +371,6 @@ def grade_responses(
     """
     texts = decode_responses(tokenizer, tokens, mask, eos_ids)
     return [
-        grade(text, problem.answer) if problem.answer else Grade(math.nan, None)
-        for text, problem in zip(texts, problems, strict=True)
+        grade(text, answer) if answer else Grade(math.nan, None)
+        for text, answer in zip(texts, answers, strict=True)
     ]

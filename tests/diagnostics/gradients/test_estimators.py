@@ -28,7 +28,6 @@ from diagnostics.gradients.signal_noise import pair_products
 from diagnostics.gradients.sketch import (
     TokenSketches,
     identity_projection,
-    matrix_sketch,
     random_projection,
     sequence_sketches,
     token_energies,
@@ -38,6 +37,7 @@ from opd.objectives.credit import BASELINES, Cost
 from opd.objectives.factory import make_objective
 from opd.objectives.inputs import TokenInputs
 from opd.objectives.objective import Objective
+from tests.helpers.sketches import matrix_sketch
 
 B, T, V, D = 6, 7, 11, 5
 

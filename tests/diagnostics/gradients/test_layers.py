@@ -19,7 +19,7 @@ from diagnostics.gradients.layers import (
 )
 from diagnostics.gradients.probe import GradientSketches
 from diagnostics.gradients.signal_noise import signal_and_noise
-from diagnostics.gradients.sketch import identity_projection, matrix_sketch, random_projection
+from diagnostics.gradients.sketch import identity_projection, random_projection
 from diagnostics.ragged import scatter_to_mask
 from opd.config.settings import Config
 from opd.data.prompts import Prompts
@@ -39,6 +39,7 @@ from opd.training.gradient_probe import (
 )
 from opd.training.update import PreparedLoss
 from tests.diagnostics.gradients.test_probe import seeded
+from tests.helpers.sketches import matrix_sketch
 
 V, B, T = 11, 6, 7
 PATTERNS = ("*norm", "model.layers.1.mlp.down_proj", "*.0.self_attn.[qk]_proj")

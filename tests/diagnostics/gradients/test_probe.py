@@ -44,8 +44,6 @@ from diagnostics.gradients.proxies import (
 from diagnostics.gradients.signal_noise import (
     pair_products,
     signal_and_noise,
-    signal_noise_from_batches,
-    signal_noise_from_norms,
 )
 from diagnostics.gradients.sketch import (
     identity_projection,
@@ -143,21 +141,6 @@ def test_copies_are_averaged_and_left_out_one_by_one() -> None:
     signal = torch.stack([p.signal[0, 0] for p in parts])
     spread = products.mean_estimate(products.signal[:, 0])
     assert spread.sketch == pytest.approx(float(signal.std() / 3**0.5))
-
-
-def test_norms_alone_give_the_same_signal_and_noise() -> None:
-    x = torch.randn(9, 5, generator=seeded(3), dtype=torch.float64) + 0.4
-    estimates = signal_and_noise(x, torch.arange(9))
-    signal, noise = signal_noise_from_norms(float(x.sum(0).square().sum()), x.square().sum(1))
-    assert signal == pytest.approx(estimates["signal"].value)
-    assert noise == pytest.approx(estimates["variance"].value)
-    assert estimates["snr"].value == pytest.approx(9 * signal / noise)
-    # batches of 1 and 9: |G_1|^2 averaged over its nine batches
-    mean_square = float(x.square().sum(1).mean())
-    from_two_sizes = signal_noise_from_batches(float(x.mean(0).square().sum()), 9, mean_square, 1)
-    assert from_two_sizes == pytest.approx((signal, noise))
-    with pytest.raises(ValueError, match="large > small > 0 is required"):
-        signal_noise_from_batches(1.0, 4, 1.0, 4)
 
 
 @pytest.mark.parametrize(("degrees", "expected"), [(2, 4.30265), (5, 2.57058), (30, 2.04227)])

@@ -8,11 +8,12 @@ import torch
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from diagnostics.records.token_text import load_token_decoder
+from diagnostics.records.eos_ids import read_eos_ids
+from diagnostics.records.vocabulary import load_vocabulary
 from opd.analysis import continuation
 from opd.analysis.continuation import grade_correct
 from opd.data.chain_task import Problem
-from opd.data.grading.graders import GRADERS, grade_exact, reward_responses
+from opd.data.grading.graders import GRADERS, grade_exact, grade_responses
 from opd.data.prompts import decode_response
 from opd.data.tasks import Task
 from opd.envs.base import Observation
@@ -21,7 +22,6 @@ from opd.envs.task import GameTask
 from opd.evaluation.evaluate import respond
 from opd.lab.build import make_tokenizer
 from opd.models.loading import eos_ids, load_model
-from opd.report import tokenizer_panel
 from opd.teachers.pair import ModelPair
 from opd.teachers.teacher import LocalTeacher
 from tests.opd.envs.test_rollout import Script
@@ -95,8 +95,8 @@ def test_graders_read_what_stands_before_the_end(tokenizer: Any, ends: list[int]
         tokens = torch.tensor([[*ids(tokenizer, "<think>6*7</think>42"), end]])
         real = torch.ones_like(tokens, dtype=torch.bool)
         for name in ("exact", "numeric", "lab"):
-            problems = [Problem("", "42")]
-            assert reward_responses(tokenizer, tokens, real, problems, GRADERS[name], ends) == [1.0]
+            (grade,) = grade_responses(tokenizer, tokens, real, ["42"], GRADERS[name], ends)
+            assert grade.reward == 1.0
         task = Task(lambda step, count: [], lambda count: [], grade_exact)
         assert grade_correct(pair, tokens, real, ["42"], task) == [1.0], (
             "the teacher's ends are cut too"
@@ -141,7 +141,8 @@ def test_the_report_names_the_same_ends_as_the_model(tokenizer: Any, tmp_path: P
     network.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(ADDED_TOKENS)
     network.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    panel_ends = tokenizer_panel.read_eos_ids(tmp_path, load_token_decoder(tmp_path))
-    assert panel_ends == eos_ids(*load_model(str(tmp_path), "cpu", "float32"))
+    panel_ends = read_eos_ids(tmp_path, load_vocabulary(tmp_path))
+    assert panel_ends[0] == tokenizer.eos_token_id
+    assert sorted(panel_ends) == eos_ids(*load_model(str(tmp_path), "cpu", "float32"))
     assert tokenizer.eos_token_id in panel_ends
     assert len(panel_ends) == 3

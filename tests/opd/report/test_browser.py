@@ -14,9 +14,7 @@ from diagnostics.batch import ScoredRollouts
 from diagnostics.records import rows
 from diagnostics.records.batch_files import load_batch
 from opd.report import build
-from tests.opd.report.test_report import HOSTILE, run, server
-
-__all__ = ["run", "server"]  # fixtures
+from tests.helpers.pages import HOSTILE
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from diagnostics.monitor import Monitor
 from diagnostics.records.batch_files import load_batch
 from diagnostics.records.renamed import KEYS, PREFIXES, SETTINGS, present_key, present_settings
 from diagnostics.records.rows import read_rows
-from diagnostics.records.run_folders import load_settings
+from diagnostics.records.run_folder import RunFolder
 from diagnostics.records.run_tables import training_table
 from figures.registry import DATA, read_table
 from opd.cli.lab import main as lab
@@ -51,7 +51,7 @@ def test_settings_are_read_under_their_present_names() -> None:
     present = to_json(config)
     for name, value in former.items():
         assert present[SETTINGS.get(name, name)] == value, name
-    assert load_settings(OLDER_RUN) == present
+    assert RunFolder(OLDER_RUN).settings() == present
 
 
 def test_rows_are_read_under_their_present_keys() -> None:

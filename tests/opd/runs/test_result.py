@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from diagnostics.stats import gain_interval, unpaired_interval
+from diagnostics.stats import gain_interval, problem_accuracies, unpaired_interval
 from opd.cli.train import main as train_command
 from opd.cli.train import parse_config
 from opd.runs import result
@@ -100,7 +100,7 @@ def test_the_change_of_accuracy_is_paired_by_problem() -> None:
     )
     assert "not paired" in unpaired.basis
     sampled_outcomes = {"outcomes": "11 01 00", "problem_set": "p"}
-    assert result.accuracy_by_problem(sampled_outcomes["outcomes"]).tolist() == [1, 0.5, 0]
+    assert problem_accuracies(sampled_outcomes["outcomes"]).tolist() == [1, 0.5, 0]
 
 
 def test_the_change_of_divergence_has_welchs_interval() -> None:

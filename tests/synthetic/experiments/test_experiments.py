@@ -102,7 +102,9 @@ def test_errors_are_bias_plus_a_share_of_the_variance() -> None:
 def test_constant_costs_attain_the_cubic_order() -> None:
     for t in (1, 2, 7, 64):
         _, variance = moments.moments(*worst_case.constant_cost(t, 0.7), "plain", 1.0)
-        assert variance.item() == pytest.approx(worst_case.constant_cost_variance(t, 0.7), rel=1e-6)
+        # R^2 B^2 T (T+1) (2T+1) / 6 with B^2 = 1/2, the squared norm of e_y - (1/2, 1/2, 0)
+        expected = 0.7**2 * 0.5 * t * (t + 1) * (2 * t + 1) / 6
+        assert variance.item() == pytest.approx(expected, rel=1e-6)
         tight = 0.7**2 * 0.5 * t**2 * (t + 1) / 2
         assert 2 / 3 - 1e-6 <= variance.item() / tight <= 1 + 1e-6
     with pytest.raises(ValueError, match="cost is 0"):

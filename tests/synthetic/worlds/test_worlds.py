@@ -8,9 +8,9 @@ import torch
 from diagnostics.core.distribution_stats import compute_distribution_stats
 from synthetic.exact import moments
 from synthetic.sampling.trajectories import sample, with_support
-from synthetic.worlds.mdp import TabularMDP, random_chain, random_pair, token_tree, with_end_state
+from synthetic.worlds.mdp import TabularMDP, random_chain, random_pair, with_end_state
 from tests.helpers import mdp_enumeration as by_hand
-from tests.helpers.worlds import pair, seeded, worlds
+from tests.helpers.worlds import pair, seeded, token_tree, worlds
 
 
 def test_every_prefix_of_a_tree_is_a_state_of_its_own() -> None:

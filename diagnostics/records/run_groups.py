@@ -1,22 +1,15 @@
-"""Run folders: grouping by method, settings, saved batches, and values by position. Needs no torch.
+"""Run folders that are seeds of one method: grouping, names, and common steps. Needs no torch.
 
 Runs are pooled, as seeds of one method, only if nothing else about them differs.
 """
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from diagnostics.errors import InvalidInput, MissingFile
-from diagnostics.io.files import read_object
-from diagnostics.records import rows
-from diagnostics.records.renamed import present_settings
-from diagnostics.records.rows import Row
+from diagnostics.records.run_folder import RunFolder
 
-POSITION_BIN = re.compile(r"@(\d+)-(\d+)$")
 NON_METHOD_SETTINGS = frozenset(
     (
         *(
@@ -49,36 +42,6 @@ NON_METHOD_SETTINGS = frozenset(
 """Settings that may differ between seeds of a method: noise, paths, hardware, log intervals."""
 
 
-class RecordedRow(dict[str, Any]):
-    """A row of a run; reading an absent column raises an error that names the run.
-
-    Args:
-        row: The row.
-        run: The folder that it comes from.
-    """
-
-    def __init__(self, row: Row, run: Path) -> None:
-        super().__init__(row)
-        self.run = run
-
-    def __missing__(self, name: str) -> Any:
-        raise InvalidInput(
-            f"{self.run}: the row of step {self.get('step')} has no {name!r}, which the figure "
-            "needs; leave the run out"
-        )
-
-
-def load_rows(run: Path) -> list[RecordedRow]:
-    """Read the rows of a run, one per step or per task of a step."""
-    return [RecordedRow(row, run) for row in rows.read_rows(run / "rows.jsonl", {"step": int})]
-
-
-def load_evaluations(run: Path) -> list[RecordedRow]:
-    """Read the evaluations of a run, with their accuracies and outcomes."""
-    required = {"step": int, "accuracy": float, "outcomes": str}
-    return [RecordedRow(row, run) for row in rows.read_rows(run / "evals.jsonl", required)]
-
-
 def group_by_method(runs: list[Path]) -> dict[str, list[Path]]:
     """Group run folders by method.
 
@@ -96,29 +59,10 @@ def group_by_method(runs: list[Path]) -> dict[str, list[Path]]:
     """
     groups: dict[str, list[Path]] = {}
     for run in runs:
-        seed = load_settings(run)["seed"]
-        groups.setdefault(run.name.removesuffix(f"-{seed}"), []).append(run)
+        groups.setdefault(RunFolder(run).method, []).append(run)
     for method, folders in groups.items():
         check_same_method(method, folders)
     return groups
-
-
-def load_settings(run: Path) -> dict[str, Any]:
-    """Read a run's config.json, under the present names of settings.
-
-    Args:
-        run: The run folder.
-
-    Returns:
-        The settings.
-
-    Raises:
-        MissingFile: The folder is not a run folder.
-        InvalidInput: Not JSON, or a setting is missing.
-    """
-    if not (run / "config.json").exists():
-        raise MissingFile(f"{run} is not a run folder: it has no config.json")
-    return present_settings(read_object(run / "config.json", {"seed": int}))
 
 
 def differing_settings(runs: list[Path]) -> dict[str, list[str]]:
@@ -135,11 +79,11 @@ def differing_settings(runs: list[Path]) -> dict[str, list[str]]:
     Returns:
         Name to its text in each run, for the names that differ.
     """
-    configs = [load_settings(run) for run in runs]
+    configs = [RunFolder(run).settings() for run in runs]
     texts_by_name: dict[str, list[str]] = {}
     for name in sorted({name for config in configs for name in config} - NON_METHOD_SETTINGS):
         texts_by_name[name] = [setting_text(config.get(name)) for config in configs]
-    identities = [load_identities(run) for run in runs]
+    identities = [RunFolder(run).identities() for run in runs]
     for name in sorted(set.intersection(*map(set, identities)) if identities else ()):
         names = [setting_text(config.get(name)) for config in configs]
         values = [identity[name] for identity in identities]
@@ -170,16 +114,10 @@ def folder_labels(folders: list[Path]) -> list[str]:
     return names
 
 
-def load_identities(run: Path) -> dict[str, str]:
-    """Read the recorded content hashes of a run's models and tasks; empty for older runs."""
-    path = run / "identities.json"
-    return read_object(path) if path.exists() else {}
-
-
 def evaluated_problems(run: Path) -> dict[str, str]:
     """Return task to the problems of its last evaluation: their number and fingerprint."""
     problems_by_task: dict[str, str] = {}
-    for row in rows.read_rows(run / "evals.jsonl"):
+    for row in RunFolder(run).evaluations({}):
         count, problems = row.get("problems", ""), row.get("problem_set", "")
         problems_by_task[row.get("task", "")] = f"{count} problems {problems}".strip()
     return problems_by_task
@@ -252,43 +190,10 @@ def common_saved_steps(runs: list[Path]) -> list[int]:
     Raises:
         MissingFile: There is none.
     """
-    steps = [
-        {int(p.stem.split("_")[1]) for p in (run / "batches").glob("step_*.safetensors")}
-        for run in runs
-    ]
-    common = sorted(set.intersection(*steps))
+    common = sorted(set.intersection(*(set(RunFolder(run).batches()) for run in runs)))
     if not common:
         names = ", ".join(str(run) for run in runs)
         raise MissingFile(
             f"there is no step at which all of {names} saved a batch; see --save-batch-every"
         )
     return common
-
-
-def batch_path(run: Path, step: int) -> Path:
-    """Return the path of a run's saved batch of a step."""
-    return run / "batches" / f"step_{step:06d}.safetensors"
-
-
-def position_bin_values(row: Row, name: str) -> dict[tuple[int, int], float]:
-    """Return {(first, last position): value} of a metric by position bin; nulls are NaN."""
-    values = {}
-    for key, value in row.items():
-        bin_match = POSITION_BIN.search(key)
-        if bin_match and key[: bin_match.start()] == name:
-            low, high = map(int, bin_match.groups())
-            values[low, high] = float("nan") if value is None else float(value)
-    return dict(sorted(values.items()))
-
-
-def pool_means(
-    values: list[float], errors: list[float], weights: list[float]
-) -> tuple[float, float]:
-    """Return the weighted mean of independent values and its error, from standard errors."""
-    w = np.array(weights) / np.sum(weights)
-    return float((w * values).sum()), float(np.sqrt((w**2 * np.square(errors)).sum()))
-
-
-def round_significant(x: float) -> float:
-    """Round to five significant digits, as in tables."""
-    return float(f"{x:.5g}")

@@ -1,0 +1,1 @@
+"""The claims, one module a section of the list."""
