@@ -3,11 +3,16 @@
 import sys
 from pathlib import Path
 
-from docs.generate import commands, schema, settings
+from docs.generate import api, commands, schema, settings
 
 DOCS = Path(__file__).resolve().parents[1]
 
-PAGES = {"schema": schema.page, "settings": settings.page, "commands": commands.page}
+PAGES = {
+    "api": api.page,
+    "commands": commands.page,
+    "schema": schema.page,
+    "settings": settings.page,
+}
 """Name of a page in docs/ -> its generator."""
 
 

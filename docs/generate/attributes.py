@@ -37,11 +37,16 @@ def _docs_in_body(body: ast.ClassDef) -> dict[str, str]:
 
 
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    """Return the lines of a Markdown table, with bars in cells escaped."""
+    """Return the lines of a Markdown table."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    for row in rows:
-        lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |")
-    return lines
+    return lines + ["| " + " | ".join(map(_cell, row)) + " |" for row in rows]
+
+
+def _cell(text: str) -> str:
+    """Return a cell in which bars do not end it and, outside code, `<` begins no HTML element."""
+    parts = text.replace("|", r"\|").split("`")
+    parts[::2] = [part.replace("<", "&lt;") for part in parts[::2]]
+    return "`".join(parts)
 
 
 def default_text(field: "dataclasses.Field[Any]") -> str:

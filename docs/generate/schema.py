@@ -27,6 +27,15 @@ response. Only `tokens` is required. Metrics whose columns are missing are left 
     opd diagnose dump.jsonl
 """
 
+FILES = """## Batch files
+
+`ScoredRollouts.save(path)` writes one safetensors file, `diagnostics.records.batch_files` reads it.
+The header holds `format` (`{format}`), `type` (the class) and `settings` (a JSON object with the
+plain values, such as `temperature`, and the `source` of supports). Tensors have the names of the
+fields; those of `support`, `student_support` and `prefix` have names such as `support.ids`. No
+pickle is written or read.
+"""
+
 
 def record_columns() -> list[tuple[str, str, str]]:
     """Return (column, value, aliases) from the table in the docstring of `columns`.
@@ -71,8 +80,12 @@ def _rules() -> str:
 def dataclass_section(cls: type) -> list[str]:
     """Return the section of a batch type: its own fields, with shapes and defaults."""
     docs = attribute_docs(cls)
-    inherited = {f.name for base in cls.__mro__[1:] if dataclasses.is_dataclass(base)
-                 for f in dataclasses.fields(base)}
+    inherited = {
+        f.name
+        for base in cls.__mro__[1:]
+        if dataclasses.is_dataclass(base)
+        for f in dataclasses.fields(base)
+    }
     rows = []
     for field in dataclasses.fields(cls):
         if field.name in inherited:
@@ -80,8 +93,7 @@ def dataclass_section(cls: type) -> list[str]:
         required = field.default is dataclasses.MISSING
         rows.append((f"`{field.name}`", docs[field.name], "yes" if required else "no"))
     parents = [base.__name__ for base in cls.__mro__[1:] if dataclasses.is_dataclass(base)]
-    description = (inspect.getdoc(cls) or "").replace("`diagnostics.core", "`diagnostics.core")
-    lines = [f"### {cls.__name__}", "", description, ""]
+    lines = [f"### {cls.__name__}", "", inspect.getdoc(cls) or "", ""]
     if parents:
         lines += [f"All fields of [`{parents[0]}`](#{parents[0].lower()}), and:", ""]
     return [*lines, *table(("field", "value", "required"), rows), ""]
@@ -95,13 +107,5 @@ def page() -> str:
     lines += ["## Batches", "", "Types of `diagnostics.batch`. Conventions:", "", conventions, ""]
     for cls in (batch.Rollouts, batch.ScoredRollouts, batch.Support, batch.DistributionStats):
         lines += dataclass_section(cls)
-    lines += [
-        "## Batch files",
-        "",
-        "`ScoredRollouts.save(path)` writes one safetensors file, `diagnostics.records.batch_files`",
-        f"reads it. The header holds `format` (`{batch.FORMAT}`), `type` (the class) and",
-        "`settings` (a JSON object with the plain values, such as `temperature`, and the `source` of",
-        "supports). Tensors have the names of the fields; those of `support`, `student_support` and",
-        "`prefix` have names such as `support.ids`. No pickle is written or read.",
-    ]
+    lines += [FILES.format(format=batch.FORMAT)]
     return "\n".join(lines).rstrip() + "\n"
