@@ -43,6 +43,7 @@ LONG_FILES = (
     "opd/training",
     "repo/test_examples.py",
     "repo/test_mutations.py",
+    "repo/test_recipes.py",
     "synthetic/exact/test_moments.py",
     "synthetic/experiments",
     "synthetic/runner",

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import re
 import textwrap
 from typing import Any
 
@@ -43,9 +44,9 @@ def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
 
 
 def _cell(text: str) -> str:
-    """Return a cell in which bars do not end it and, outside code, `<` begins no HTML element."""
+    """Return a cell in which bars do not end it and `<` begins a line break only."""
     parts = text.replace("|", r"\|").split("`")
-    parts[::2] = [part.replace("<", "&lt;") for part in parts[::2]]
+    parts[::2] = [re.sub("<(?!br>)", "&lt;", part) for part in parts[::2]]
     return "`".join(parts)
 
 

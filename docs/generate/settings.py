@@ -23,28 +23,25 @@ whatever differs from the defaults below.
 def _value_type(hint: Any) -> str:
     """Return a type as text: the values of a Literal, or the type without module names."""
     if get_origin(hint) is Literal:
-        return ", ".join(f"`{value}`" for value in get_args(hint))
+        return " or ".join(f"`{value}`" for value in get_args(hint))
     text = hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
     return "`" + re.sub(r"\b(?:\w+\.)+", "", text) + "`"
 
 
 def section(title: str, cls: type) -> list[str]:
-    """Return the table of a dataclass's fields: type, default and description."""
+    """Return the table of a dataclass's fields: type and default below the name, description."""
     hints = get_type_hints(cls)
     docs = attribute_docs(cls)
     rows = [
         (
-            f"`{field.name}`",
-            _value_type(hints[field.name]),
-            default_text(field),
+            f"`{field.name}`<br>{_value_type(hints[field.name])}, {default_text(field)}",
             docs.get(field.name, ""),
         )
         for field in dataclasses.fields(cls)
         if not dataclasses.is_dataclass(hints[field.name])
     ]
-    description = inspect.getdoc(cls) or ""
-    header = ("setting", "type", "default", "description")
-    return [f"## {title}", "", description, "", *table(header, rows), ""]
+    header = ("setting, values, default", "description")
+    return [f"## {title}", "", inspect.getdoc(cls) or "", "", *table(header, rows), ""]
 
 
 def page() -> str:
