@@ -6,7 +6,7 @@ PYTEST_OPTIONS ?=
 BIN = $(VENV)/bin
 PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest $(PYTEST_OPTIONS)
 
-.PHONY: setup demo test test-fast lint test-engines test-vllm test-verl test-alfworld
+.PHONY: setup demo test test-fast lint docs test-engines test-vllm test-verl test-alfworld
 setup: $(VENV)/ready
 
 # torch first and alone, so that an index that offers a CPU build may serve it
@@ -33,11 +33,22 @@ lint: setup $(VENV)-lint/ready
 	$(BIN)/ruff format --check .
 	$(VENV)-lint/bin/pydoclint diagnostics opd synthetic figures
 	$(BIN)/mypy
+	$(VENV)-lint/bin/codespell
 
 # alone: it needs a fork of docstring_parser, tyro the original, and both install the same files
 $(VENV)-lint/ready: constraints.txt
 	$(PYTHON) -m venv $(VENV)-lint
-	$(VENV)-lint/bin/pip install -q -c constraints.txt pydoclint
+	$(VENV)-lint/bin/pip install -q -c constraints.txt pydoclint codespell
+	touch $@
+
+# the site, into site/; a warning is an error, and so is a page that loads from another server
+docs: $(VENV)-docs/ready
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/python -m mkdocs build -q
+
+# it reads the packages without importing them, so that they need not be installed
+$(VENV)-docs/ready: constraints-docs.txt
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/pip install -q -c constraints-docs.txt mkdocs-material 'mkdocstrings[python]' ruff
 	touch $@
 
 test-engines: test-alfworld test-vllm test-verl

@@ -44,6 +44,7 @@ LONG_FILES = (
     "repo/test_examples.py",
     "repo/test_mutations.py",
     "repo/test_wheel.py",
+    "repo/test_recipes.py",
     "synthetic/exact/test_moments.py",
     "synthetic/experiments",
     "synthetic/runner",

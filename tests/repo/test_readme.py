@@ -15,7 +15,8 @@ README = (ROOT / "README.md").read_text()
 def test_ten_lines_instrument_a_strangers_run(capsys: pytest.CaptureFixture[str]) -> None:
     code = re.search(r"```python\n(.*?)```", README, re.S).group(1)
     b = batch()
-    step = (b.tokens, b.mask, b.student_logp, b.teacher_logp, b.prompt, b.ended)
+    names = ("tokens", "mask", "student_logp", "teacher_logp", "sampler_logp", "prompt", "ended")
+    step = {name: vars(b)[name] for name in names}
     exec(code, {"my_steps": [step, step]})
     first, second, unavailable = capsys.readouterr().out.splitlines()
     assert first == second

@@ -20,7 +20,7 @@ from tests.helpers.runs import rows, settings
 
 @pytest.fixture(scope="module")
 def run(tiny_pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(settings(tiny_pair, tmp_path_factory.mktemp("cli") / "run"))
+    return train(settings(tiny_pair, tmp_path_factory.mktemp("cli") / "run")).folder
 
 
 def test_diagnose_repeats_the_row_of_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
