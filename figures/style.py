@@ -121,5 +121,6 @@ def save_figure(figure: Figure, out: Path, name: str) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     png, pdf = out / f"{name}.png", out / f"{name}.pdf"
     figure.savefig(png, metadata={"Software": None})
+    figure.set_layout_engine("none")  # the second file has the layout of the first
     figure.savefig(pdf, metadata={"CreationDate": None, "Producer": None, "Creator": None})
     return [png, pdf]

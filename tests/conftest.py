@@ -52,6 +52,34 @@ LONG_FILES = (
 )
 """Tests that train models, start processes or draw pictures: `make test-fast` leaves them out."""
 
+LONGEST_FILES = (
+    "opd/experiments/test_demo.py",
+    "opd/training/test_distributed.py",
+    "figures/test_study_figures.py",
+    "repo/test_mutations.py",
+    "opd/lab/test_smollm.py",
+    "opd/teachers/test_factory.py",
+    "opd/teachers/test_client.py",
+    "opd/teachers/test_client_training.py",
+    "diagnostics/adapters/test_trl.py",
+    "synthetic/runner/test_backends.py",
+    "opd/rollouts/test_vllm_servers_distributed.py",
+    "opd/rollouts/test_vllm_servers.py",
+    "synthetic/experiments/test_experiments.py",
+    "diagnostics/adapters/test_trl_grpo.py",
+    "diagnostics/adapters/test_trl_resume.py",
+    "opd/report/test_browser.py",
+    "opd/runs/test_restart.py",
+    "opd/training/test_resume_and_errors.py",
+    "opd/training/test_faults.py",
+    "opd/training/test_prefetch.py",
+    "opd/models/test_lm_head.py",
+    "opd/lab/test_build.py",
+    "opd/models/test_quantization.py",
+    "opd/objectives/test_surrogates.py",
+)
+"""Files that take longest, longest first: begun first, so that all processes end together."""
+
 EXPECTED_SKIPS: dict[str, str] = {}
 """Name of a test -> why it may be skipped where `--no-new-skips` is given, as in CI."""
 
@@ -65,11 +93,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of LONG_FILES, whose paths begin at tests/, as long."""
-    long_paths = [Path(__file__).parent / name for name in LONG_FILES]
+    """Mark the tests of LONG_FILES as long, and put those of LONGEST_FILES first."""
+    folder = Path(__file__).parent
+    long_paths = [folder / name for name in LONG_FILES]
     for item in items:
         if any(item.path.is_relative_to(path) for path in long_paths):
             item.add_marker(pytest.mark.long)
+    ranks = {folder / name: rank for rank, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -28,3 +28,13 @@ def rows(folder: Path) -> list[dict[str, float]]:
     """The rows without their timings."""
     lines = (folder / "rows.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(x).items() if not k.startswith("seconds/")} for x in lines]
+
+
+def train_in_rank(configs: list[Config]) -> None:
+    """Train one configuration after the other, as a rank of `warm_process.start_ranks`."""
+    from opd.runtime.distributed import process_group
+    from opd.training.train import train
+
+    with process_group("cpu"):
+        for config in configs:
+            train(config)

@@ -1,13 +1,11 @@
 """The gradient probe over two processes equals one process with all sequences."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as distributed
-import torch.multiprocessing as multiprocessing
 from torch import Tensor
 from torch.nn.functional import one_hot
 
@@ -16,6 +14,7 @@ from diagnostics.gradients.distributed import all_gather_rows, all_gather_sketch
 from diagnostics.gradients.probe import GradientSketches, gradient_row, sketch_gradients
 from diagnostics.gradients.sketch import identity_projection
 from tests.diagnostics.gradients.test_probe import sample_batch, world
+from tests.helpers.warm_process import run_ranks
 
 
 def tabular(
@@ -46,12 +45,10 @@ def shares() -> list[tuple[ScoredRollouts, Tensor]]:
     return parts
 
 
-def work(rank: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+def work(folder: str) -> None:
     torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
-    )
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
     batch, states_ = shares()[rank]
     row = gradient_row(all_gather_sketches(tabular(batch, states_, gather_batch(batch))))
     try:
@@ -64,7 +61,7 @@ def work(rank: int, folder: str) -> None:
 
 
 def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
-    multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
+    run_ranks(tmp_path, work, str(tmp_path))
     parts = shares()
     batch, states_ = concatenate([b for b, _ in parts]), torch.cat([s for _, s in parts])
     want = gradient_row(tabular(batch, states_, None))

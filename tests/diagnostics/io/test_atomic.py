@@ -2,8 +2,6 @@
 
 import errno
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from diagnostics.errors import OperationFailed
 from diagnostics.io.atomic import atomic_write, is_disk_full, replace_folder, write_text
 from diagnostics.records.token_dumps import DumpWriter
 from diagnostics.records.writer import save_records
+from tests.helpers.warm_process import file_size_limit, run_process
 
 
 @pytest.fixture
@@ -108,19 +107,19 @@ def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["x"]
 
 
+def write_limited(name: str, folder: Path, limit: int) -> None:
+    with file_size_limit(limit):
+        WRITERS[name][0](folder)
+
+
 @pytest.mark.parametrize("name", ["text", "batch", "records", "dump"])
-def test_a_full_disk_is_said_and_the_old_file_stays(name: str, tmp_path: Path) -> None:
+def test_a_full_disk_is_said_and_the_old_file_stays(
+    name: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """Runs in a process whose files are limited to 2 bytes."""
     final = tmp_path / WRITERS[name][1]
     final.write_text("old")
-    program = (
-        "import resource, sys; from pathlib import Path\n"
-        "from tests.diagnostics.io.test_atomic import WRITERS\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (2, -1))\n"
-        f"WRITERS[{name!r}][0](Path(sys.argv[1]))"
-    )
-    command = [sys.executable, "-c", program, str(tmp_path)]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    process = run_process(tmp_path_factory.mktemp("output"), write_limited, name, tmp_path, 2)
     last_line = process.stderr.strip().splitlines()[-1]
     assert f"OperationFailed: could not write {final}: is the disk full?" in last_line
     assert final.read_text() == "old"

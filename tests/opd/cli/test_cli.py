@@ -54,7 +54,7 @@ def test_missing_parts_of_a_batch_are_reported(run: Path) -> None:
     scored = load_batch(next((run / "batches").iterdir()))
     monitor = Monitor()
     row = monitor(0, [replace(scored, support=None, prefix=None)])
-    assert "divergence/k1" in row
+    assert row["divergence/k1"] == Monitor()(0, [scored])["divergence/k1"]
     assert "divergence/reverse_kl" not in row
     assert set(monitor.missing) >= {"sign_null", "exact_divergence", "support_mass", "martingales"}
 

@@ -272,13 +272,17 @@ def test_heads_are_read_from_the_configuration() -> None:
     assert heads["Gemma2"].softcap == 2
     assert heads["Cohere"].scale == 0.25
     assert heads["Granite"].scale == pytest.approx(1 / 3)
-    assert heads["Phi"].bias is not None
+    assert torch.equal(heads["Phi"].bias, network("Phi").get_output_embeddings().bias)
 
 
 def test_bfloat16_models_are_split_too() -> None:
     for name in ("Llama", "Gemma2", "Granite"):
         with no_warning():
-            assert isinstance(split_head(network(name).bfloat16(), 61).head, LmHead)
+            model = network(name).bfloat16()
+            head = split_head(model, 61).head
+        assert isinstance(head, LmHead)
+        assert head.weight.dtype == torch.bfloat16
+        assert torch.equal(head.weight, model.get_output_embeddings().weight)
 
 
 def test_a_model_that_explains_nothing_keeps_its_own_logits() -> None:

@@ -8,13 +8,12 @@ import pytest
 from opd.config.settings import Config
 from opd.training.train import train
 from tests.helpers.fake_rollout_server import FakeRolloutServer
-from tests.helpers.runs import rows
+from tests.helpers.runs import rows, train_in_rank
+from tests.helpers.warm_process import run_ranks, start_ranks, wait_for_ranks
 from tests.opd.rollouts.test_vllm_servers import restart_after_answer
 from tests.opd.training.test_distributed import (
     assert_same_rows,
     evaluations,
-    run_in_two,
-    start_processes,
     weights,
 )
 from tests.opd.training.test_prefetch import server_config, servers
@@ -53,7 +52,7 @@ def test_two_processes_write_the_rows_of_one(tiny_pair, servers, tmp_path: Path)
         for sharding in ("none", "full")
     ]
     num_loads = len(two[0].loaded_folders)
-    run_in_two(tmp_path, distributed_configs)
+    run_ranks(tmp_path, train_in_rank, distributed_configs)
     assert len(two[0].loaded_folders) - num_loads == 2 * sum(loads), (
         "more than one process loaded weights"
     )
@@ -82,16 +81,15 @@ def test_a_restarted_server_ends_the_run_which_goes_on_to_the_same_rows(
     complete_folder = train(config).folder
     interrupted_config = replace(config, out=str(tmp_path / "cut"))
     restart_after_requests(two[0], len(two[0].requests) // 2)
-    process = start_processes(tmp_path, [interrupted_config])
-    output, _ = process.communicate(timeout=150)
-    assert process.returncode != 0
+    exit_code, output = wait_for_ranks(start_ranks(tmp_path, train_in_rank, [interrupted_config]))
+    assert exit_code != 0
     assert "was restarted and has lost the student's weights" in output
     assert 0 < len(rows(Path(interrupted_config.out))) < config.steps, (
         "the run was interrupted before its first row or after its last"
     )
     with pytest.raises(ValueError, match="rollouts of 2 processes, but this run has 1"):
         train(interrupted_config)
-    run_in_two(tmp_path, [interrupted_config])
+    run_ranks(tmp_path, train_in_rank, [interrupted_config])
     assert_same_rows(complete_folder, Path(interrupted_config.out))
 
 

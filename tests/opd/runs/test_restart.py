@@ -1,24 +1,27 @@
 """A restarted run loses nothing of its record; damage, gaps and changes are reported."""
 
 import json
+import os
+import random
 import shutil
-import subprocess
-import sys
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from diagnostics.errors import InvalidInput
 from diagnostics.records import rows as records
-from opd.config.settings import to_json
+from opd.config.settings import Config
 from opd.models.loading import load_model
 from opd.report.run_data import read_run
 from opd.runs import restart
 from opd.runtime.manifest import find_damage, write_manifest
 from opd.training.train import train
 from tests.helpers.runs import rows, settings
+from tests.helpers.warm_process import run_process
 
 
 @pytest.fixture(scope="module")
@@ -327,44 +330,26 @@ def test_starts_record_code_and_versions_and_say_what_changed(
     assert not (run / "code_002.txt").exists()
 
 
-KILLS = """
-import json, os, random, signal, sys, time
-from pathlib import Path
-from opd.config.settings import from_json
-from opd.training import train as trainer
-import transformers.models.qwen2.modeling_qwen2
+NAME_CHANGES = ("replace", "rename", "fsync", "unlink", "mkdir", "rmdir")
+"""The system's calls before which a run is killed."""
 
-config, seed, kills = from_json(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-NAMES = ("replace", "rename", "fsync", "unlink", "mkdir", "rmdir")
 
-def doomed(calls):
-    # SIGKILL before the system's call of that number, among those that change names
-    left = [calls]
-    for name in NAMES:
-        def counted(*words, honest=getattr(os, name), **more):
-            left[0] -= 1
-            if left[0] < 0:
+def train_and_kill(config: Config, num_calls: int) -> None:
+    """Train; SIGKILL before call number `num_calls`, from 0, of those that change names."""
+    calls_left = [num_calls]
+
+    def counted(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*words: Any, **options: Any) -> Any:
+            calls_left[0] -= 1
+            if calls_left[0] < 0:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return honest(*words, **more)
-        setattr(os, name, counted)
+            return original(*words, **options)
 
-draw = random.Random(seed)
-killed = 0
-for number in range(100):
-    process = os.fork()
-    if not process:
-        if number < kills:
-            doomed(draw.randrange(5, 70))
-        trainer.train(config)
-        os._exit(0)
-    status = os.waitpid(process, 0)[1]
-    if os.WIFSIGNALED(status):
-        assert os.WTERMSIG(status) == signal.SIGKILL
-        killed += 1
-    elif number >= kills:
-        break
-print(killed, os.WEXITSTATUS(status))
-"""
+        return call
+
+    for name in NAME_CHANGES:
+        setattr(os, name, counted(getattr(os, name)))
+    train(config)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -372,10 +357,13 @@ def test_kills_between_any_two_renames_change_nothing(
     tiny_pair, six: Path, tmp_path: Path, seed: int
 ) -> None:
     config = settings(tiny_pair, tmp_path / "run", steps=6)
-    (tmp_path / "config.json").write_text(json.dumps(to_json(config)))
-    command = [sys.executable, "-c", KILLS, str(tmp_path / "config.json"), str(seed), "4"]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
-    killed, exit_status = map(int, process.stdout.split())
-    assert exit_status == 0, process.stderr[-2000:]
+    draw = random.Random(seed)
+    killed = 0
+    for _ in range(4):
+        process = run_process(tmp_path, train_and_kill, config, draw.randrange(5, 70))
+        assert process.exit_code in (0, -signal.SIGKILL), process.stderr[-2000:]
+        killed += process.exit_code == -signal.SIGKILL
+    process = run_process(tmp_path, train, config)
+    assert process.exit_code == 0, process.stderr[-2000:]
     assert killed > 1
     assert_same_run(tmp_path / "run", six)

@@ -71,7 +71,7 @@ def test_a_run_is_that_with_the_teacher_at_hand(
         far = train(remote_config(tiny_pair, tmp_path / "far", url, **(SHORT | changes))).folder
     assert json.loads((far / "config.json").read_text())["teacher"] == url
     assert_close_rows(rows(far), rows(local))
-    assert "divergence/reverse_kl" in rows(local)[0]
+    assert rows(local)[0]["divergence/reverse_kl"] > 0
     assert "divergence/reverse_kl" not in rows(far)[0]
     for path in far.rglob("*"):
         assert path.is_dir() or b"hush-hush" not in path.read_bytes()

@@ -1,9 +1,6 @@
 """Silent faults in real runs of a tiny pair are refused, or named within five steps."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,10 @@ from benchmarks.injected import Fault
 from benchmarks.silent import SILENT_FAULTS
 from diagnostics.alarms.alarms import replay
 from diagnostics.records import rows
+from opd.config.settings import Config
+from opd.runtime import distributed
+from tests.helpers.runs import train_in_rank
+from tests.helpers.warm_process import run_ranks
 
 REFUSED = {
     "teacher scores with dropout": "teacher mode: 2 modules with dropout are in training mode",
@@ -115,35 +116,20 @@ def test_a_healthy_run_is_silent(pairs, tmp_path: Path, changes: dict[str, objec
     assert result == {"refused": "", "alarms": {}}
 
 
-TWO = """
-import sys
-from opd.runtime import distributed
-from opd.config.settings import Config
-from opd.training.train import train
-settings = eval(sys.argv[1])
-if sys.argv[2] == "faulty":
+def train_in_faulty_rank(config: Config) -> None:
+    """Train as one of two ranks that both take the first half of the prompts."""
     distributed.shard_prompts = lambda count, updates=1: list(range(count // 2))
-with distributed.process_group("cpu"):
-    train(Config(**settings))
-"""
+    train_in_rank([config])
 
 
 def test_two_ranks_with_the_same_prompts_are_named(pairs, tmp_path: Path) -> None:
-    (tmp_path / "two.py").write_text(TWO)
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
     alarms = {}
     for kind in ("faulty", "healthy"):
-        settings = run_settings(pairs["qwen2"], tmp_path / kind, 0, 2)
-        process = subprocess.run(
-            [sys.executable, *launch, str(tmp_path / "two.py"), repr(settings), kind],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=150,
-            check=False,
-        )
-        assert process.returncode == 0, process.stderr
+        config = Config(**run_settings(pairs["qwen2"], tmp_path / kind, 0, 2))
+        if kind == "faulty":
+            run_ranks(tmp_path, train_in_faulty_rank, config)
+        else:
+            run_ranks(tmp_path, train_in_rank, [config])
         record = rows.read_rows(tmp_path / kind / "rows.jsonl")
         alarms[kind] = {alarm.rule.name: alarm.step for alarm in replay(record)}
         share = 0.5 if kind == "faulty" else 0.0

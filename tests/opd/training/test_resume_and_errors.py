@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -18,7 +17,7 @@ from transformers import dynamic_module_utils
 from diagnostics.errors import InvalidInput
 from opd.analysis.continuation import probe_continuation
 from opd.analysis.own_prefix import probe_own_prefix
-from opd.config.settings import from_json, to_json
+from opd.config.settings import Config, from_json
 from opd.data.chain_task import problems
 from opd.data.prompts import encode_prompts
 from opd.rollouts.hf_engine import sample
@@ -26,6 +25,7 @@ from opd.runs.run_folder import open_run
 from opd.teachers.pair import load_pair
 from opd.training.train import train
 from tests.helpers.runs import rows, settings
+from tests.helpers.warm_process import file_size_limit, run_process, start_process
 
 
 def copy_with(folder: Path, out: Path, change) -> Path:
@@ -121,29 +121,23 @@ def test_settings_out_of_range_are_refused(tiny_pair, tmp_path: Path) -> None:
 def test_a_killed_run_continues_as_if_it_never_was(tiny_pair, tmp_path: Path) -> None:
     """SIGKILL a real process at an arbitrary moment, twice, then run to the end."""
     config = settings(tiny_pair, tmp_path / "killed", steps=8, save_every=1)
-    (tmp_path / "config.json").write_text(json.dumps(to_json(config)))
-    program = (
-        "import sys; from opd.config.settings import from_json; "
-        "from opd.training.train import train; train(from_json(sys.argv[1]))"
-    )
-    command = [sys.executable, "-c", program, str(tmp_path / "config.json")]
     rows_path = tmp_path / "killed" / "rows.jsonl"
     for count in (2, 5):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = start_process(tmp_path, train, config)
         deadline = time.monotonic() + 120
         while not rows_path.exists() or len(rows_path.read_text().splitlines()) < count:
-            assert process.poll() is None, "the run ended before it could be killed"
+            assert process.exit_code is None, "the run ended before it could be killed"
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.process.kill()
+        assert process.wait() == -signal.SIGKILL
         for checkpoint in (tmp_path / "killed" / "checkpoints").glob("step_*[0-9]"):
             for shard in (checkpoint / "optimizer").iterdir():
                 moments = {k: x for k, x in load_file(shard).items() if "exp_avg_sq" in k}
                 assert all(x.isfinite().all() and (x >= 0).all() for x in moments.values())
                 assert any(x.any() for x in moments.values())
-    process_result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert process_result.returncode == 0, process_result.stderr
+    finished_process = run_process(tmp_path, train, config)
+    assert finished_process.exit_code == 0, finished_process.stderr
     reference = train(settings(tiny_pair, tmp_path / "whole", steps=8, save_every=1)).folder
     assert rows(tmp_path / "killed") == rows(reference)
     final = [
@@ -152,28 +146,33 @@ def test_a_killed_run_continues_as_if_it_never_was(tiny_pair, tmp_path: Path) ->
     assert final[0] == final[1]
 
 
+def train_limited(config: Config, limit: int) -> None:
+    with file_size_limit(limit):
+        train(config)
+
+
+@pytest.fixture(scope="module")
+def six_steps(tiny_pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of six steps that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("six") / "whole"
+    return train(settings(tiny_pair, folder, steps=6, save_every=1)).folder
+
+
 @pytest.mark.parametrize("limit", [2_000, 60_000, 200_000])
-def test_a_full_disk_is_named_and_loses_nothing(tiny_pair, tmp_path: Path, limit: int) -> None:
+def test_a_full_disk_is_named_and_loses_nothing(
+    tiny_pair, six_steps: Path, tmp_path: Path, limit: int
+) -> None:
     """No file may exceed `limit` bytes: writing rows, then weights, then the optimizer fails."""
     config = settings(tiny_pair, tmp_path / "full", steps=6, save_every=1)
-    (tmp_path / "config.json").write_text(json.dumps(to_json(config)))
-    program = (
-        "import resource, sys; from opd.config.settings import from_json; "
-        "from opd.training.train import train; "
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), -1)); "
-        "train(from_json(sys.argv[1]))"
-    )
-    command = [sys.executable, "-c", program, str(tmp_path / "config.json"), str(limit)]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert process.returncode != 0
+    process = run_process(tmp_path, train_limited, config, limit)
+    assert process.exit_code != 0
     last_line = process.stderr.strip().splitlines()[-1]
     assert "OperationFailed: " in last_line
     assert "the disk is probably full" in last_line
     assert not list((tmp_path / "full").rglob("*.part/*"))
-    reference = train(settings(tiny_pair, tmp_path / "whole", steps=6, save_every=1)).folder
-    assert rows(train(config).folder) == rows(reference)
+    assert rows(train(config).folder) == rows(six_steps)
     final = [
-        (d / "final" / "model.safetensors").read_bytes() for d in (reference, tmp_path / "full")
+        (d / "final" / "model.safetensors").read_bytes() for d in (six_steps, tmp_path / "full")
     ]
     assert final[0] == final[1]
 

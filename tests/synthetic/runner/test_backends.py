@@ -1,8 +1,5 @@
 """Run the same sweep on a local Ray and Dask cluster, and after a SIGKILL."""
 
-import os
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,6 +8,7 @@ import pytest
 
 from synthetic.runner import backends
 from synthetic.runner import run as study
+from tests.helpers.warm_process import start_process
 
 NAME = "bias_variance"
 FILES = ("rows.csv", "summary.csv")
@@ -61,13 +59,13 @@ def test_a_running_ray_cluster_is_found_by_its_address(serial: list[bytes], tmp_
 
 
 def test_a_killed_sweep_keeps_its_finished_cells(serial: list[bytes], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "synthetic.runner.run", "run", NAME, "--preset", "smoke"]
-    command += ["--jobs", "1", "--out", str(tmp_path)]
+    arguments = ["run", NAME, "--preset", "smoke", "--jobs", "1", "--out", str(tmp_path)]
     cells = tmp_path / NAME / "cells"
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as sweep:
-        while not list(cells.glob("*.json")) and sweep.poll() is None:
-            time.sleep(0.01)
-        os.kill(sweep.pid, signal.SIGKILL)
+    sweep = start_process(tmp_path, study.main, arguments)
+    while not list(cells.glob("*.json")) and sweep.exit_code is None:
+        time.sleep(0.01)
+    sweep.process.kill()
+    sweep.wait()
     stamps = {file: file.stat().st_mtime_ns for file in cells.glob("*.json")}
     assert 1 <= len(stamps) <= 3
     study.run(NAME, "smoke", out=tmp_path)

@@ -1,5 +1,7 @@
 """Losses of packed logits, whole or as vocabulary shards, against the dense objective."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from opd.integrations.verl.topk_loss import logit_losses
 from opd.integrations.verl.vocab_parallel import Shard, gather_logits, log_normaliser
 from opd.objectives.assembly import batch_losses
 from opd.objectives.factory import make_objective
-from tests.helpers.vllm_process import free_port
+from tests.helpers.warm_process import run_ranks
 
 VOCABULARY, TOP = 23, 4
 MODES = ["teacher_topk", "teacher_topk_bucket", "teacher_topk_stopped"]
@@ -106,11 +108,10 @@ def test_nothing_as_wide_as_the_vocabulary_is_kept_for_the_backward_pass(
     assert not [x.shape for x in copies if x.shape[-1:] == (VOCABULARY,)]
 
 
-def shard_process(rank: int, port: int, name: str) -> None:
+def shard_process(name: str) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
-    )
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
     logits, ids, teacher_logp, tokens = random_inputs(0, 8)
     half = 12
     shard = Shard(rank * half, None)
@@ -135,8 +136,10 @@ def shard_process(rank: int, port: int, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["teacher_topk", "teacher_topk_bucket"])
-def test_shards_of_the_vocabulary_give_the_losses_and_gradients_of_the_whole(name: str) -> None:
-    torch.multiprocessing.spawn(shard_process, (free_port(), name), nprocs=2)
+def test_shards_of_the_vocabulary_give_the_losses_and_gradients_of_the_whole(
+    name: str, tmp_path: Path
+) -> None:
+    run_ranks(tmp_path, shard_process, name)
 
 
 def test_one_process_needs_no_shard() -> None:
