@@ -4,11 +4,12 @@ A worker returns its cell to the driver, so a cluster needs no shared file syste
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from typing import Any
 
 from diagnostics.errors import InvalidInput
 from diagnostics.io.packages import load_package
+from diagnostics.io.provenance import ROOT
 
 BACKENDS = ("loky", "ray", "dask")
 
@@ -65,7 +66,10 @@ def _ray(jobs: int, address: str | None) -> Iterator[None]:
 
     ray = load_package("ray", "backend ray", "ray")
     size = {} if address else {"num_cpus": jobs}
-    ray.init(address=address or "local", include_dashboard=False, log_to_driver=False, **size)
+    # Ray puts the driver's working directory first in the module search path of its workers, where
+    # a user's own folder `opd` or `synthetic` would be imported instead of ours
+    with chdir(ROOT):
+        ray.init(address=address or "local", include_dashboard=False, log_to_driver=False, **size)
     try:
         load_package("ray.util.joblib", "backend ray", "ray").register_ray()
         with joblib.parallel_config("ray"):

@@ -148,5 +148,6 @@ def test_an_upward_import_would_be_found(module: str, target: str) -> None:
 
 def test_no_folder_lists_much_more_than_twenty_entries() -> None:
     for folder in {path.parent for path in MODULES.values()}:
-        entries = [path for path in folder.iterdir() if path.name != "__pycache__"]
+        markers = ("__pycache__", "py.typed")
+        entries = [path for path in folder.iterdir() if path.name not in markers]
         assert len(entries) <= 22, f"{folder} has {len(entries)} entries"

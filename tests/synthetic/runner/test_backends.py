@@ -26,7 +26,14 @@ def tables(out: Path) -> list[bytes]:
 
 
 @pytest.mark.parametrize("backend", ["ray", "dask"])
-def test_a_cluster_gives_the_same_bits(backend: str, serial: list[bytes], tmp_path: Path) -> None:
+def test_a_cluster_gives_the_same_bits(
+    backend: str, serial: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in a working directory with folders of the user that are named as our packages."""
+    for package in ("diagnostics", "opd", "synthetic"):
+        (tmp_path / "work" / package).mkdir(parents=True)
+        (tmp_path / "work" / package / "__init__.py").write_text("raise RuntimeError('not ours')")
+    monkeypatch.chdir(tmp_path / "work")
     study.run(NAME, "smoke", jobs=2, out=tmp_path, backend=backend)
     assert tables(tmp_path) == serial
 
