@@ -27,6 +27,7 @@ from opd.objectives.inputs import TokenInputs
 from opd.objectives.objective import Objective
 from opd.objectives.reduction import DENOMINATORS
 from opd.scoring.score import ScoredBatch
+from opd.teachers.teacher import Teacher
 
 ChunkLoss = Callable[[Tensor, slice], Tensor]
 """Function of the (n, R) products of a chunk and its slice of the tokens that returns a scalar."""
@@ -37,7 +38,7 @@ def policy_loss(
     batch: ScoredBatch,
     objective: Objective,
     *,
-    teacher: CausalLM | None = None,
+    teacher: Teacher | None = None,
     denominator: str = "token_mean",
     max_tokens_per_microbatch: int | None = None,
     max_logits_per_chunk: int = 1 << 24,
@@ -80,7 +81,7 @@ def policy_losses(
     batch: ScoredBatch,
     objective: Objective,
     *,
-    teacher: CausalLM | None = None,
+    teacher: Teacher | None = None,
     denominator: str = "token_mean",
     max_tokens_per_microbatch: int | None = None,
     max_logits_per_chunk: int = 1 << 24,
@@ -127,7 +128,7 @@ def policy_losses(
             TokenInputs.of(
                 part, objective.support, credit[rows][:, columns], weight[rows][:, columns]
             ),
-            teacher=teacher,
+            teacher=None if teacher_hidden is None or teacher is None else teacher.model,
             teacher_hidden=teacher_hidden,
             temperature=scored.score_temperature,
             max_logits_per_chunk=max_logits_per_chunk,

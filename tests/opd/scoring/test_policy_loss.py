@@ -123,7 +123,7 @@ def test_the_loss_of_a_batch_is_the_dense_one(pair, name: str, denominator: str)
             pair.student,
             batch,
             objective,
-            teacher=pair.teacher.model,
+            teacher=pair.teacher,
             denominator=denominator,
             max_tokens_per_microbatch=limit,
             max_logits_per_chunk=500,
@@ -149,7 +149,7 @@ def test_what_is_missing_is_named(pair) -> None:
     with pytest.raises(InvalidInput, match="needs a 'student' support, but the batch has"):
         policy_loss(pair.student, batch, make_objective("student_topk"))
     with pytest.raises(InvalidInput, match="the teacher's hidden states are missing"):
-        policy_loss(pair.student, batch, make_objective("full_jsd"), teacher=pair.teacher.model)
+        policy_loss(pair.student, batch, make_objective("full_jsd"), teacher=pair.teacher)
     with pytest.raises(InvalidInput, match="unknown denominator 'mean'; known: token_mean"):
         policy_loss(pair.student, batch, make_objective("teacher_topk"), denominator="mean")
 
@@ -174,7 +174,7 @@ def test_the_trainer_has_the_same_loss_and_gradient(
             state.student,
             loss.batch,
             task.objective,
-            teacher=task.pair.teacher.model,
+            teacher=task.pair.teacher,
             denominator=task.config.denominator,
         )
         own_gradients = torch.autograd.grad(own_loss, parameters)
