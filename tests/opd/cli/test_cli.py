@@ -39,7 +39,7 @@ def test_diagnose_repeats_the_row_of_the_run(run: Path, capsys: pytest.CaptureFi
 
 
 def test_diagnose_refuses_what_it_cannot_read(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="neither a batch file nor a run folder"):
+    with pytest.raises(FileNotFoundError, match="is not a run folder: it has neither config.json nor rows.jsonl"):
         main([str(tmp_path)])
     scored = load_batch(next((run / "batches").iterdir()))
     names = {"tokens", "mask", "sampler_logp", "prompt", "ended"}
@@ -74,7 +74,7 @@ def test_a_task_file_trains_and_evaluates(tiny_pair, tmp_path: Path) -> None:
     lines = [json.dumps({"prompt": f"{i}+1", "answer": str(i + 1)}) for i in range(20)]
     (tmp_path / "task.jsonl").write_text("\n".join(lines) + "\n")
     changes = {"task": str(tmp_path / "task.jsonl"), "steps": 2}
-    folder = train(settings(tiny_pair, tmp_path / "run", **changes))
+    folder = train(settings(tiny_pair, tmp_path / "run", **changes)).folder
     assert len(rows(folder)) == 2
     with pytest.raises(FileNotFoundError, match=re.escape(f"run is {folder / 'final'}")):
         evaluate.main([str(folder)])
