@@ -45,7 +45,7 @@ $(VENV)-lint/ready: constraints.txt
 
 # the site, into site/; a warning is an error, and so is a page that loads from another server
 docs: $(VENV)-docs/ready
-	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/python -m mkdocs build -q
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/python -m mkdocs build --strict
 
 # it reads the packages without importing them, so that they need not be installed
 $(VENV)-docs/ready: constraints-docs.txt

@@ -296,6 +296,7 @@ def test_the_extra_docs_is_what_make_docs_installs() -> None:
     makefile = (ROOT / "Makefile").read_text()
     (line,) = re.findall(r"-c constraints-docs.txt (.+)", makefile)
     assert set(shlex.split(line)) == extra
+    assert "mkdocs build --strict\n" in makefile  # with --quiet, mkdocs counts no warnings
     constraints = (ROOT / "constraints-docs.txt").read_text()
     assert all(f"{name.split('[')[0]}==" in constraints for name in extra)
 
