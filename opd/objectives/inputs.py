@@ -5,6 +5,7 @@ Shapes: B responses, T positions, K support ids, N supervised tokens of a batch,
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -93,6 +94,7 @@ class TokenInputs:
 
     def part(self, c: slice) -> "TokenInputs":
         """Return the tokens of a slice."""
-        return replace(
-            self, **{name: None if x is None else x[c] for name, x in vars(self).items()}
-        )
+        parts: dict[str, Any] = {
+            name: None if x is None else x[c] for name, x in vars(self).items()
+        }
+        return TokenInputs(**parts)

@@ -28,6 +28,21 @@ def random_inputs(seed: int, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor
     return logits, top.indices, top.values, tokens
 
 
+def test_the_divergence_of_packed_logits_is_that_of_the_definition() -> None:
+    logits, ids, teacher_logp, tokens = random_inputs(0, 8)
+    outputs = logit_losses(make_objective("teacher_topk"), logits, ids, teacher_logp, tokens)
+    total = torch.zeros(())
+    for n in range(8):
+        p, q = (x.exp() / x.exp().sum() for x in (logits[n, ids[n]], teacher_logp[n]))
+        loss = sum(p[k] * (p[k] / q[k]).log() for k in range(TOP))
+        assert float(outputs["distillation_losses"][n]) == pytest.approx(float(loss), rel=1e-4)
+        total = total + loss
+    want, gradient = (
+        torch.autograd.grad(x, logits)[0] for x in (total, outputs["distillation_losses"].sum())
+    )
+    torch.testing.assert_close(gradient, want, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", MODES)
 def test_losses_of_packed_logits_are_the_dense_objective(
     name: str, monkeypatch: pytest.MonkeyPatch
