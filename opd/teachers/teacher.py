@@ -87,7 +87,7 @@ class Teacher(Protocol):
 
     def update(self, student: CausalLM) -> None:
         """Follow the student after an optimizer step."""
-        return None
+        return
 
     def frozen_weights(self) -> list[Tensor]:
         """Return the weights that training must not change."""
@@ -99,19 +99,19 @@ class Teacher(Protocol):
 
     def check_length(self, max_length: int) -> None:
         """Check that it supports prompts and responses of together `max_length` tokens."""
-        return None
+        return
 
     def verify_fingerprint(self, path: Path) -> None:
         """Check, with a file of the run folder, that it still is the model of the run's start."""
-        return None
+        return
 
     def save(self, folder: Path) -> None:
         """Write the state that training changes to the folder of a checkpoint."""
-        return None
+        return
 
     def load(self, folder: Path) -> None:
         """Read the state that `save` wrote."""
-        return None
+        return
 
 
 @dataclass(eq=False)

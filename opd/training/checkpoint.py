@@ -85,6 +85,7 @@ def save_optimizer_shards(optimizer: Optimizer, folder: Path) -> None:
         try:
             save_shards(optimizer.state_tensors(), storage_writer=writer)
         except CheckpointException as error:  # derives from BaseException
+            raise_interrupt(error)
             raise OperationFailed(describe_failure(error)) from error
 
 
@@ -117,10 +118,18 @@ def load_optimizer(checkpoint: Path, optimizer: Optimizer) -> None:
         try:
             load_shards(optimizer.state_tensors(), storage_reader=reader)
         except CheckpointException as error:
+            raise_interrupt(error)
             raise OperationFailed(
                 f"could not read {checkpoint / 'optimizer'} ({describe_failure(error)}); restore "
                 "the checkpoint, or move it away to resume from an earlier one"
             ) from error
+
+
+def raise_interrupt(error: CheckpointException) -> None:
+    """Raise the interrupt that a checkpoint error wraps, such as Ctrl-C during a save, if any."""
+    for cause, _ in error.failures.values():
+        if not isinstance(cause, Exception):
+            raise cause from error
 
 
 def describe_failure(error: CheckpointException) -> str:

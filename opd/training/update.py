@@ -144,9 +144,9 @@ def prepare_loss(task: TaskState, batch: ScoredBatch) -> PreparedLoss:
     if config.sharding == "full":
         lengths = scored.lengths.tolist()
         shortest = [min(range(len(lengths)), key=lengths.__getitem__)]
-        for weighted_groups in groups_by_update:
-            num_missing = distributed.all_reduce_max(len(weighted_groups)) - len(weighted_groups)
-            weighted_groups += [(shortest, 0.0)] * num_missing
+        for update_groups in groups_by_update:
+            num_missing = distributed.all_reduce_max(len(update_groups)) - len(update_groups)
+            update_groups += [(shortest, 0.0)] * num_missing
     return PreparedLoss(
         objective=objective,
         batch=replace(batch, scored=scored),

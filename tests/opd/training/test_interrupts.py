@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from diagnostics.records.rows import read_rows
 from opd.models.loading import load_model
 from opd.rollouts.hf_engine import HfEngine
-from opd.training import trackers
+from opd.training import checkpoint, trackers
 from opd.training.train import train
 from tests.helpers.runs import rows, settings
 
@@ -89,6 +89,23 @@ def test_a_signal_at_any_moment_leaves_a_run_that_resumes(
     whole = train(settings(tiny_pair, tmp_path / "whole", steps=6, save_every=1)).folder
     assert rows(resumed) == rows(whole)
     assert final_weights(resumed) == final_weights(whole)
+
+
+def test_an_interrupt_while_a_checkpoint_is_written_stays_an_interrupt(
+    tiny_pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.distributed.checkpoint wraps it in an error of its own."""
+    config = settings(tiny_pair, tmp_path / "run", steps=2, save_every=1)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.HuggingFaceStorageWriter, "write_data", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    assert not list((tmp_path / "run" / "checkpoints").glob("step_*[0-9]"))
+    assert len(rows(train(config).folder)) == 2
 
 
 def test_the_result_has_the_numbers_and_the_trained_model(tiny_pair, tmp_path: Path) -> None:
