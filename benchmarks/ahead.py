@@ -55,7 +55,7 @@ def measure_run(args: Any, lag: int) -> list[dict[str, float]]:
             save_batch_every=1,
             device="cpu",
         )
-        rows_after_start = rows.read_rows(train(config) / "rows.jsonl")[2:]
+        rows_after_start = rows.read_rows(train(config).folder / "rows.jsonl")[2:]
         row_metrics = []
         for row in rows_after_start:
             batch = load_batch(Path(folder) / "batches" / f"step_{row['step']:06d}.safetensors")

@@ -22,9 +22,9 @@ import torch
 from diagnostics.batch import ScoredRollouts, Support
 from opd.models.forward import response_hidden_states
 from opd.models.model import CausalLM, split_head
-from opd.objectives.factory import OBJECTIVES
+from opd.objectives.catalogue import OBJECTIVES
+from opd.objectives.inputs import TokenInputs
 from opd.scoring.loss import loss_from_hidden
-from opd.teachers.pair import ModelPair
 
 METHODS = ("rows", "chunks", "logits")
 WIDTH, K, PROMPT = 64, 32, 16
@@ -126,20 +126,21 @@ def toolkit_update(
         index=torch.zeros(1, dtype=torch.long),
         answers=[""],
     )
-    pair = ModelPair(student, teacher, None, [])
     name = "teacher_topk" if method == "rows" else "full_reverse_kl"
     teacher_hidden = None
     if method == "chunks":
         with torch.no_grad():
             teacher_hidden = response_hidden_states(teacher, prompts, batch)
+    credit = torch.zeros(batch.tokens.shape)
+    weight = torch.full(batch.tokens.shape, 1 / batch.tokens.numel())
     loss = loss_from_hidden(
-        pair,
-        OBJECTIVES[name](),
+        student,
+        OBJECTIVES[name],
         response_hidden_states(student, prompts, batch),
-        teacher_hidden,
-        batch,
-        torch.zeros(batch.tokens.shape),
-        torch.full((batch.tokens.numel(),), 1 / batch.tokens.numel()),
+        TokenInputs.of(batch, OBJECTIVES[name].support, credit, weight),
+        teacher=teacher,
+        teacher_hidden=teacher_hidden,
+        temperature=1.0,
         max_logits_per_chunk=1 << 24,
     )
     loss.backward()

@@ -28,12 +28,14 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.study import cpu_name
 from diagnostics.batch import ScoredRollouts, Support
-from opd.models.lm_head import LmHead, full_logits, two_stage_topk
+from opd.models.lm_head import LmHead, two_stage_topk
 from opd.models.model import CausalLM
+from opd.objectives.catalogue import OBJECTIVES
 from opd.objectives.divergences import renormalise, reverse_kl
-from opd.objectives.factory import OBJECTIVES
+from opd.objectives.inputs import TokenInputs
 from opd.scoring.loss import loss_from_hidden
 from opd.teachers.pair import ModelPair
+from opd.teachers.teacher import LocalTeacher
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +107,8 @@ def make_pair(inputs: Case) -> ModelPair:
         head = LmHead(weight, len(weight))
         return CausalLM(None, lambda *_: weight, lambda: head, len(weight))
 
-    return ModelPair(model(inputs.student_head), model(inputs.teacher_head), None, [0])
+    teacher = LocalTeacher("", model(inputs.teacher_head))
+    return ModelPair(model(inputs.student_head), teacher, None, [0])
 
 
 def scored_batch(inputs: Case) -> ScoredRollouts:
@@ -132,18 +135,18 @@ def toolkit_loss(name: str) -> Callable[[Case], Tensor]:
     """Return the toolkit's loss of an objective."""
 
     def loss(inputs: Case) -> Tensor:
-        ones_per_token = torch.ones_like(inputs.tokens, dtype=torch.float32)
-        teacher_hidden = inputs.teacher_hidden if name.startswith("full") else None
-        arguments = (
-            make_pair(inputs),
-            OBJECTIVES[name](),
+        ones = torch.ones_like(inputs.tokens, dtype=torch.float32)[None]
+        pair, objective = make_pair(inputs), OBJECTIVES[name]
+        return loss_from_hidden(
+            pair.student,
+            objective,
             inputs.hidden,
-            teacher_hidden,
-            scored_batch(inputs),
-            ones_per_token[None],
-            ones_per_token,
+            TokenInputs.of(scored_batch(inputs), objective.support, ones, ones),
+            teacher=pair.teacher.model,
+            teacher_hidden=inputs.teacher_hidden,
+            temperature=1.0,
+            max_logits_per_chunk=inputs.max_logits_per_chunk,
         )
-        return loss_from_hidden(*arguments, max_logits_per_chunk=inputs.max_logits_per_chunk)
 
     return loss
 
@@ -155,7 +158,7 @@ def loss_with_teacher_topk(inputs: Case) -> Tensor:
     topk_chunks = []
     with torch.no_grad():
         for h in inputs.teacher_hidden.split(step):
-            logits = full_logits(h, head)
+            logits = head.logits(h)
             best, ids = two_stage_topk(logits, k)
             topk_chunks.append((ids, best - logits.logsumexp(-1, keepdim=True)))
     ids, logp = (torch.cat(x) for x in zip(*topk_chunks, strict=True))

@@ -20,7 +20,9 @@ from opd.config.settings import Config
 from opd.models.forward import response_hidden_states, scatter_to_mask
 from opd.models.model import CausalLM, split_head
 from opd.objectives.catalogue import KNOWN_ERRORS
-from opd.objectives.factory import Objective, make_objective
+from opd.objectives.factory import make_objective
+from opd.objectives.inputs import TokenInputs
+from opd.objectives.objective import Objective
 from opd.rollouts.base import Engine
 from opd.rollouts.hf_engine import HfEngine
 from opd.scoring import score
@@ -109,28 +111,31 @@ def late_hidden_states(model: CausalLM, prompts: Any, batch: Rollouts, mask: Ten
 
 def k1_objective(_: Config) -> Objective:
     """Return k1 differentiated directly: its gradient ignores the teacher and has mean zero."""
-    return KNOWN_ERRORS["k1"][0]()
+    return KNOWN_ERRORS["k1"][0]
 
 
 def negated_objective(_: Config) -> Objective:
     """Return the full reverse KL with the wrong sign."""
     objective = make_objective("full_reverse_kl")
-    return replace(objective, local=lambda inputs: -objective.local(inputs))
+    negated = replace(objective.local, surrogate=lambda inputs: -objective.local.surrogate(inputs))
+    return replace(objective, local=negated)
 
 
 def detached_objective(_: Config) -> Objective:
     """Return an objective with the right value and no gradient."""
     objective = make_objective("full_reverse_kl")
-    return replace(
-        objective,
-        local=lambda inputs: objective.local(inputs).detach() + 0 * objective.local(inputs),
-    )
+
+    def surrogate(inputs: TokenInputs) -> Tensor:
+        loss = objective.local.surrogate(inputs)
+        return loss.detach() + 0 * loss
+
+    return replace(objective, local=replace(objective.local, surrogate=surrogate))
 
 
 def with_shifted_ids(settings: list[Config]) -> list[ModelPair]:
     """Return a teacher with another tokenizer of the same size: its ids are one higher."""
     pairs = make_pairs(settings)
-    weight = pairs[0].teacher.network.lm_head.weight
+    weight = pairs[0].teacher.model.network.lm_head.weight
     weight.data = weight.data.roll(1, 0)
     return pairs
 
@@ -140,7 +145,7 @@ def with_swapped_ids(ids: Tensor, other_ids: Tensor) -> Callable[[list[Config]],
 
     def make_swapped_pairs(settings: list[Config]) -> list[ModelPair]:
         pairs = make_pairs(settings)
-        weight = pairs[0].teacher.network.lm_head.weight
+        weight = pairs[0].teacher.model.network.lm_head.weight
         weight.data[torch.cat([ids, other_ids])] = weight.data[torch.cat([other_ids, ids])]
         return pairs
 

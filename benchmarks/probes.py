@@ -38,6 +38,7 @@ from opd.data.prompts import Prompts
 from opd.models.forward import log_probabilities, response_hidden_states
 from opd.models.model import CausalLM, split_head
 from opd.teachers.pair import ModelPair
+from opd.teachers.teacher import LocalTeacher
 from opd.training.gradient_probe import block_gradient_sketches, hidden_state_gradients
 
 CHUNK = 512
@@ -102,7 +103,8 @@ def measure_blocks(rows: int = 16, width: int = 128) -> None:
             num_key_value_heads=2,
         )
         networks.append(Qwen2ForCausalLM(config).eval())
-    pair = ModelPair(*(split_head(network, 4096) for network in networks), None, [0])
+    student, teacher = (split_head(network, 4096) for network in networks)
+    pair = ModelPair(student, LocalTeacher("", teacher), None, [0])
     generator = torch.Generator().manual_seed(0)
     prompts = Prompts(
         tokens=torch.randint(4096, (rows, 32), generator=generator),
@@ -120,11 +122,11 @@ def measure_blocks(rows: int = 16, width: int = 128) -> None:
     def logp(c: slice) -> tuple[Tensor, Tensor]:
         return (
             log_probabilities(pair.student, student_states[c], 1.0),
-            log_probabilities(pair.teacher, teacher_states[c], 1.0),
+            log_probabilities(teacher, teacher_states[c], 1.0),
         )
 
     with torch.no_grad():
-        student_states, teacher_states = states(pair.student), states(pair.teacher)
+        student_states, teacher_states = states(student), states(teacher)
         batch = score_batch(tokens, logp)
 
     def update() -> None:

@@ -25,11 +25,13 @@ import torch
 
 from opd.data.chain_task import problems
 from opd.data.prompts import encode_prompts
+from opd.objectives.factory import make_objective
 from opd.rollouts.hf_engine import sample
-from opd.scoring.score import score_support
+from opd.scoring.score import ScoreRequest, score_batch
 from opd.teachers.client import TeacherClient, connect
 from opd.teachers.pair import ModelPair, load_pair
-from opd.teachers.remote_scores import score_remote
+from opd.teachers.remote_scores import TeacherScores, score_remote
+from opd.teachers.teacher import ServerTeacher, Teacher
 
 MICRO_TOKENS, CHUNK_ELEMENTS = 4096, 1 << 24
 
@@ -93,6 +95,15 @@ def timed(run: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - process_seconds
 
 
+class AnsweredTeacher(ServerTeacher):
+    """A server that was asked before, to time the student alone."""
+
+    answers: TeacherScores
+
+    def top_k(self, *_: object) -> TeacherScores:
+        return self.answers
+
+
 def measure(pair: ModelPair, url: str, args: argparse.Namespace) -> dict[str, float]:
     """Return throughput, CPU seconds and bytes of each way of scoring."""
     prompts = encode_prompts(pair.tokenizer, problems("train", args.rows, 0), 1, 512)
@@ -106,31 +117,26 @@ def measure(pair: ModelPair, url: str, args: argparse.Namespace) -> dict[str, fl
         generator=torch.Generator().manual_seed(0),
     )
     tokens = int(batch.mask.sum())
-    options = {"k": args.k, "temperature": 1.0, "max_tokens_per_microbatch": MICRO_TOKENS}
+    request = ScoreRequest(
+        requirements=make_objective("teacher_topk", support_k=args.k).requirements,
+        full_statistics=False,
+        max_tokens_per_microbatch=MICRO_TOKENS,
+        max_logits_per_chunk=CHUNK_ELEMENTS,
+    )
+
+    def score_with(teacher: Teacher) -> None:
+        score_batch(pair.student, teacher, prompts, batch, request)
 
     def score_locally() -> None:
-        score_support(pair, prompts, batch, max_logits_per_chunk=CHUNK_ELEMENTS, **options)
+        score_with(pair.teacher)
 
     def score_remotely(remote: TeacherClient) -> None:
-        teacher_scores = score_remote(remote, prompts, batch, args.k)
-        score_support(
-            pair,
-            prompts,
-            batch,
-            max_logits_per_chunk=CHUNK_ELEMENTS,
-            teacher_scores=teacher_scores,
-            **options,
-        )
+        score_with(ServerTeacher(url, remote))
 
     def score_student_only() -> None:
-        score_support(
-            pair,
-            prompts,
-            batch,
-            max_logits_per_chunk=CHUNK_ELEMENTS,
-            teacher_scores=known_scores,
-            **options,
-        )
+        teacher = AnsweredTeacher(url, direct)
+        teacher.answers = known_scores
+        score_with(teacher)
 
     def connect_client(address: str) -> TeacherClient:
         options = {"k": args.k, "timeout": 600.0, "concurrency": args.at_once}

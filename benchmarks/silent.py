@@ -3,6 +3,7 @@
 Each is a small patch of the trainer's code, a changed setting or a changed file.
 """
 
+import copy
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -26,8 +27,10 @@ from opd.models.forward import response_hidden_states
 from opd.models.model import CausalLM, split_head
 from opd.objectives.factory import make_objective
 from opd.scoring import score
+from opd.scoring.score import ScoredBatch
 from opd.teachers.factory import make_pairs
 from opd.teachers.pair import ModelPair
+from opd.teachers.teacher import Teacher
 from opd.training import setup, step, train, update
 from opd.training.optimizer import Optimizer
 
@@ -47,9 +50,16 @@ def change_pairs(change: Callable[[ModelPair], ModelPair | None]) -> AbstractCon
     return patch.object(train, "make_pairs", make_changed_pairs)
 
 
+def with_teacher_model(pair: ModelPair, model: CausalLM) -> ModelPair:
+    """Return the pair with another model of its teacher, which is on no server."""
+    teacher = copy.copy(pair.teacher)
+    teacher.model = model
+    return replace(pair, teacher=teacher)
+
+
 def enable_dropout(role: str, pair: ModelPair) -> None:
     """Put a model in training mode, with attention dropout."""
-    network = getattr(pair, role).network
+    network = (pair.student if role == "student" else pair.teacher.model).network
     network.train()
     for module in network.modules():
         if hasattr(module, "attention_dropout"):
@@ -58,35 +68,36 @@ def enable_dropout(role: str, pair: ModelPair) -> None:
 
 def cast_teacher(pair: ModelPair) -> None:
     """Cast the teacher to bfloat16."""
-    pair.teacher.network.to(torch.bfloat16)
+    pair.teacher.model.network.to(torch.bfloat16)
 
 
 def round_weights(pair: ModelPair) -> None:
     """Round the teacher's weights to bfloat16."""
-    for weight in pair.teacher.network.parameters():
+    for weight in pair.teacher.model.network.parameters():
         weight.data = weight.data.bfloat16().float()
 
 
 def ignore_mask(pair: ModelPair) -> ModelPair:
     """Let the teacher ignore the attention mask."""
-    plain = pair.teacher.hidden
+    plain = pair.teacher.model.hidden
 
     def hidden(ids: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
         return plain(ids, torch.ones_like(attention), positions)
 
-    return replace(pair, teacher=replace(pair.teacher, hidden=hidden))
+    return with_teacher_model(pair, replace(pair.teacher.model, hidden=hidden))
 
 
 def exchange_roles(pair: ModelPair) -> ModelPair:
     """Swap student and teacher."""
-    pair.teacher.network.requires_grad_(True)
-    return replace(pair, student=pair.teacher, teacher=pair.student)
+    pair.teacher.model.network.requires_grad_(True)
+    return replace(with_teacher_model(pair, pair.student), student=pair.teacher.model)
 
 
 def share_head(pair: ModelPair) -> ModelPair:
     """Let the teacher's head be the student's own tensor."""
-    pair.teacher.network.lm_head.weight = pair.student.network.lm_head.weight
-    return replace(pair, teacher=split_head(pair.teacher.network, pair.teacher.vocabulary))
+    teacher = pair.teacher.model
+    teacher.network.lm_head.weight = pair.student.network.lm_head.weight
+    return with_teacher_model(pair, split_head(teacher.network, teacher.vocabulary))
 
 
 # --- scores -------------------------------------------------------------------------------------
@@ -96,15 +107,15 @@ def change_scores(
     change: Callable[[ScoredRollouts, list[ScoredRollouts]], ScoredRollouts],
 ) -> AbstractContextManager[Any]:
     """Change the scored batches; `change` also receives the unchanged ones of earlier steps."""
-    plain, earlier = score.score, list[ScoredRollouts]()
+    plain, earlier = score.score_batch, list[ScoredRollouts]()
 
-    def score_and_change(*args: Any, **settings: Any) -> tuple[ScoredRollouts, Any]:
-        batch, states = plain(*args, **settings)
-        changed_batch = change(batch, earlier)
-        earlier.append(batch)
-        return changed_batch, states
+    def score_and_change(*args: Any) -> ScoredBatch:
+        batch = plain(*args)
+        changed_scores = change(batch.scored, earlier)
+        earlier.append(batch.scored)
+        return replace(batch, scored=changed_scores)
 
-    return patch.object(step, "score", score_and_change)
+    return patch.object(train, "score_batch", score_and_change)
 
 
 def stale_teacher_scores(batch: ScoredRollouts, earlier: list[ScoredRollouts]) -> ScoredRollouts:
@@ -198,15 +209,15 @@ def score_at_temperature(factor: float) -> AbstractContextManager[Any]:
 @contextmanager
 def enable_dropout_later(role: str) -> Iterator[None]:
     """Put the model in training mode from the second step on."""
-    plain, calls = score.score, list[int]()
+    plain, calls = score.score_batch, list[int]()
 
-    def score_with_dropout(pair: ModelPair, *args: Any, **settings: Any) -> Any:
+    def score_with_dropout(student: CausalLM, teacher: Teacher, *args: Any) -> ScoredBatch:
         calls.append(1)
         if len(calls) > 1:
-            enable_dropout(role, pair)
-        return plain(pair, *args, **settings)
+            enable_dropout(role, ModelPair(student, teacher, None, []))
+        return plain(student, teacher, *args)
 
-    with patch.object(step, "score", score_with_dropout):
+    with patch.object(train, "score_batch", score_with_dropout):
         yield
 
 
@@ -231,12 +242,11 @@ class StaleHeadEngine(FaultyEngine):
 def mean_of_micro_batch_means() -> Iterator[None]:
     """Use the mean of micro-batch means instead of one denominator."""
     plain, groups = update.loss_from_hidden, list[int]()
-    split_up = update.synchronized_micro_batches
+    accumulate = update.accumulate_gradients
 
-    def count_micro_batches(*args: Any) -> Any:
-        micro_batches = split_up(*args)
-        groups[:] = [len(micro_batches)]
-        return micro_batches
+    def count_micro_batches(state: Any, task: Any, loss: Any, index: int, weight: float) -> Any:
+        groups[:] = [len(loss.micro_batches[index])]
+        return accumulate(state, task, loss, index, weight)
 
     def loss(pair: Any, objective: Any, hidden: Any, teacher: Any, part: Any, credit: Any,
              weight: Tensor, **settings: Any) -> Tensor:  # fmt: skip
@@ -245,7 +255,7 @@ def mean_of_micro_batch_means() -> Iterator[None]:
 
     with (
         patch.object(update, "loss_from_hidden", loss),
-        patch.object(update, "synchronized_micro_batches", count_micro_batches),
+        patch.object(update, "accumulate_gradients", count_micro_batches),
     ):
         yield
 
@@ -329,7 +339,7 @@ def train_teacher_too() -> Iterator[None]:
     teachers: list[CausalLM] = []
 
     def keep(pair: ModelPair) -> None:
-        teachers.append(pair.teacher)
+        teachers.append(pair.teacher.model)
 
     def change_teacher(plain: Any, optimizer: Optimizer, *args: Any) -> Any:
         with torch.no_grad():

@@ -143,9 +143,9 @@ def run_toolkit(args: Any) -> dict[str, float]:
     memory_at_start: list[float] = []
     step = trainer.run_step
 
-    def timed(run: Any, number: int) -> Any:
+    def timed(state: Any, number: int, log: Any) -> Any:
         memory_at_start.append(peak_memory())
-        row = step(run, number)
+        row = step(state, number, log)
         ends.append(clock_seconds(args.device))
         return row
 

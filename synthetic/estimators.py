@@ -1,4 +1,4 @@
-"""Estimators compared in the study: an objective of `opd.objectives.factory` and a baseline each.
+"""Estimators compared in the study: an objective of `opd.objectives.catalogue` and a baseline each.
 
 The exact engine describes an estimator by its effect on a single token. `terms` measures that
 effect by running the objective itself on a batch of one-token responses, one for every state and
@@ -7,27 +7,15 @@ token. The exact results are therefore about the function that trains the langua
 Shapes: S states, A actions, T steps, G discounts. Everything is float64.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from diagnostics.errors import InvalidInput
-from opd.objectives.credit import BASELINES, RATIOS, batch_baseline
-from opd.objectives.factory import (
-    OBJECTIVES,
-    SUPPORTS,
-    Objective,
-    full_forward_kl,
-    full_jsd,
-    full_reverse_kl,
-    full_sampled_future,
-    k1,
-    kl_advantage,
-    mean_future,
-    sampled_token,
-)
+from opd.objectives.catalogue import KNOWN_ERRORS, OBJECTIVES
+from opd.objectives.credit import BASELINES, NO_COST, RATIOS
+from opd.objectives.objective import Objective
 from opd.objectives.support import JOINT_SUPPORTS
 from synthetic.sampling.monte_carlo import visit_gradients
 from synthetic.sampling.trajectories import score_trajectories, with_support
@@ -36,10 +24,10 @@ from synthetic.worlds.mdp import TabularMDP
 
 @dataclass(frozen=True, kw_only=True)
 class Estimator:
-    """An objective as a function of the discount, and the baseline subtracted from its credit."""
+    """An objective, and the baseline subtracted from its credit."""
 
-    objective: Callable[[float], Objective]
-    """Constructor of the objective from the discount."""
+    objective: Objective
+    """The objective; the study sets its discount."""
     baseline: str = "none"
     """Baseline subtracted from the credit.
 
@@ -47,70 +35,76 @@ class Estimator:
     "position_value", the exact mean credit of the trajectories still running at a step, to which
     the sampled `position_mean` converges; "local_kl"; or "leave_one_out" over a group.
     """
-    family: bool = True
-    """Whether the objective depends on the discount."""
+
+    @property
+    def family(self) -> bool:
+        """Whether the objective depends on the discount."""
+        return not self.objective.later_cost.is_zero
 
     @property
     def grouped(self) -> bool:
         """Whether rollouts of a group share information, so that they are not independent."""
         return self.baseline == "leave_one_out"
 
+    def discounted(self, gamma: float) -> Objective:
+        """Return the objective with a discount."""
+        return replace(self.objective, gamma=gamma)
+
     def sampled_objective(self, gamma: float) -> Objective:
         """Return the objective for sampling; "value" and "optimal" use the batch's baseline."""
-        baseline = BASELINES.get(self.baseline, batch_baseline)
-        return replace(self.objective(gamma), baseline=baseline)
+        baseline = BASELINES.get(self.baseline, BASELINES["given"])
+        return replace(self.discounted(gamma), baseline=baseline)
 
 
-def _local(constructor: Callable[[], Objective]) -> Estimator:
-    return Estimator(objective=lambda gamma: constructor(), family=False)
-
+_SAMPLED = OBJECTIVES["sampled_token"]
 
 FAMILY: dict[str, Estimator] = {
-    "plain": Estimator(objective=sampled_token),
-    "position_value": Estimator(objective=sampled_token, baseline="position_value"),
-    "leave_one_out": Estimator(objective=sampled_token, baseline="leave_one_out"),
-    "local_kl": Estimator(objective=sampled_token, baseline="local_kl"),
-    "value": Estimator(objective=sampled_token, baseline="value"),
-    "optimal": Estimator(objective=sampled_token, baseline="optimal"),
-    "rb_immediate": Estimator(objective=full_sampled_future),
-    "rb_future": Estimator(objective=mean_future),
-    "rb_all": Estimator(objective=full_reverse_kl),
-    "rb_all_value": Estimator(objective=full_reverse_kl, baseline="value"),
+    "plain": Estimator(objective=_SAMPLED),
+    **{
+        name: Estimator(objective=_SAMPLED, baseline=name)
+        for name in ("position_value", "leave_one_out", "local_kl", "value", "optimal")
+    },
+    "rb_immediate": Estimator(objective=OBJECTIVES["full_sampled_future"]),
+    "rb_future": Estimator(objective=OBJECTIVES["mean_future"]),
+    "rb_all": Estimator(objective=OBJECTIVES["full_reverse_kl"]),
+    "rb_all_value": Estimator(objective=OBJECTIVES["full_reverse_kl"], baseline="value"),
 }
 """Estimators with the expected gradient of the gamma family."""
 
-_WITHOUT_CREDIT: dict[str, str] = {
-    name: constructor().support
-    for name, constructor in OBJECTIVES.items()
-    if not constructor().scores_credit and constructor().support in ("none", *SUPPORTS)
+_TOKEN_LOCAL: dict[str, Estimator] = {
+    name: Estimator(objective=objective)
+    for name, objective in OBJECTIVES.items()
+    if not objective.has_credit and objective.support != "full"
 }
-"""Objectives of the sampled token or of a top-K support only, with their support."""
+"""Objectives of the sampled token or of a top-K support only."""
+
+_FROZEN_REVERSE_KL = replace(OBJECTIVES["full_reverse_kl"], later_cost=NO_COST)
 
 LOCAL: dict[str, Estimator] = {
-    "full_reverse_kl": _local(full_reverse_kl),
+    "full_reverse_kl": Estimator(objective=_FROZEN_REVERSE_KL),
     **{
-        n: _local(OBJECTIVES[n])
-        for n, support in _WITHOUT_CREDIT.items()
-        if support not in JOINT_SUPPORTS
+        name: estimator
+        for name, estimator in _TOKEN_LOCAL.items()
+        if estimator.objective.support not in JOINT_SUPPORTS
     },
-    "k1": _local(k1),
+    "k1": Estimator(objective=KNOWN_ERRORS["k1"][0]),
 }
 """Estimators that depend on the prefix and the token only, without a discount."""
 
 ADDITIONAL: dict[str, Estimator] = {
-    "full_forward_kl": _local(full_forward_kl),
-    "full_jsd": _local(full_jsd),
+    "full_forward_kl": Estimator(objective=OBJECTIVES["full_forward_kl"]),
+    "full_jsd": Estimator(objective=OBJECTIVES["full_jsd"]),
     **{
-        n: _local(OBJECTIVES[n])
-        for n, support in _WITHOUT_CREDIT.items()
-        if support in JOINT_SUPPORTS
+        name: estimator
+        for name, estimator in _TOKEN_LOCAL.items()
+        if estimator.objective.support in JOINT_SUPPORTS
     },
 }
 """Further local estimators that have exact moments but are not compared in the study."""
 
 ESTIMATORS: dict[str, Estimator] = {
     **FAMILY,
-    "kl_advantage": Estimator(objective=kl_advantage),
+    "kl_advantage": Estimator(objective=KNOWN_ERRORS["kl_advantage"][0]),
     **LOCAL,
     **ADDITIONAL,
 }
@@ -208,8 +202,8 @@ def terms(
     token_factor = RATIOS[factor](trajectories.batch)
     objective = replace(objective, ratio=RATIOS[weight])
     own_cost, later_cost = (
-        objective.own_cost(trajectories.batch),
-        objective.later_cost(trajectories.batch),
+        objective.own_cost.function(trajectories.batch),
+        objective.later_cost.function(trajectories.batch),
     )
     # The loss is affine in the credit, so two evaluations give its intercept and its slope (the
     # score). A third one verifies that it is affine: its difference must be twice the slope.

@@ -27,9 +27,9 @@ from opd.data.tasks import Task
 from opd.models.model import CausalLM
 from opd.rollouts.hf_engine import sample
 from opd.runtime.seeds import CONTINUATION, derive_seed
-from opd.serving.addresses import is_url
 from opd.teachers.factory import make_pair
 from opd.teachers.pair import ModelPair
+from opd.teachers.teacher import teacher_type
 from opd.training.setup import load_problem_task
 
 
@@ -61,7 +61,7 @@ def probe_continuation(
         raise InvalidInput(f"lengths are {list(lengths)}; each must be 0 tokens or more")
     config = replace(from_json(run / "config.json"), trust_remote_code=trust_remote_code)
     require_trusted_grader(config.grader, run / "config.json", trust_remote_code)
-    if config.tasks or config.teacher in ("base", "ema") or is_url(config.teacher):
+    if config.tasks or not teacher_type(config.teacher).is_separate:
         raise InvalidInput(
             f"{run} has several tasks, a teacher derived from its student, or a remote teacher; "
             f"the "
@@ -102,7 +102,7 @@ def probe_continuation(
             prompts.rows(row_indices), student_rollouts.tokens[row_indices, :length]
         )
         continuation = sample_responses(
-            pair.teacher, prefix_prompts, config.max_response - length, 1 + length
+            pair.teacher.model, prefix_prompts, config.max_response - length, 1 + length
         )
         tokens = torch.cat([student_rollouts.tokens[row_indices, :length], continuation.tokens], 1)
         mask = torch.cat([student_rollouts.mask[row_indices, :length], continuation.mask], 1)

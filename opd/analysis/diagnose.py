@@ -7,6 +7,7 @@ available. Shapes: B responses, T response positions, P prompt positions.
 
 import argparse
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -149,7 +150,7 @@ def rescore_records(
     """
     from diagnostics.batch import Rollouts
     from diagnostics.core.partial import missing_fields, without_fields
-    from opd.scoring.score import score
+    from opd.scoring.score import METRICS_ONLY, ScoreRequest, score_batch
 
     if "prompt_tokens" not in records.columns:
         raise InvalidInput(
@@ -168,16 +169,19 @@ def rescore_records(
             )
         field_names = set(Rollouts.__dataclass_fields__)
         fields = {name: vars(batch)[name] for name in field_names}
-        scored, _ = score(
-            pair,
-            prompts.to(pair.student.device),
-            Rollouts(**fields).to(pair.student.device),
-            k=min(k, pair.student.vocabulary),
+        request = ScoreRequest(
+            requirements=replace(METRICS_ONLY, support_k=min(k, pair.student.vocabulary)),
             temperature=batch.score_temperature if temperature is None else temperature,
-            max_tokens_per_microbatch=2**14,
-            max_logits_per_chunk=2**24,
-            keep_teacher=False,
+            eos_map=pair.eos_map,
         )
+        device = pair.student.device
+        scored = score_batch(
+            pair.student,
+            pair.teacher,
+            prompts.to(device),
+            Rollouts(**fields).to(device),
+            request,
+        ).scored
         if "student_logp" not in missing_fields(batch):
             distance = (scored.student_logp.cpu() - batch.student_logp).abs()
             total, tokens = total + float(distance.sum()), tokens + int(batch.lengths.sum())

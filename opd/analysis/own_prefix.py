@@ -19,12 +19,11 @@ from opd.data.prompts import Prompts, encode_prompts
 from opd.models.model import CausalLM
 from opd.rollouts.hf_engine import sample
 from opd.runtime.seeds import CONTROL, derive_seed
-from opd.scoring.score import score
-from opd.serving.addresses import is_url
+from opd.scoring.score import METRICS_ONLY, ScoreRequest, score_batch
 from opd.teachers.factory import make_pair
 from opd.teachers.pair import ModelPair
+from opd.teachers.teacher import teacher_type
 from opd.training.setup import load_problem_task
-from opd.training.step import scoring_options
 
 SOURCES = ("teacher", "student", "trained")
 
@@ -54,7 +53,7 @@ def probe_own_prefix(run: Path, count: int = 64, trust_remote_code: bool = False
     require_trusted_grader(config.grader, run / "config.json", trust_remote_code)
     if config.tasks:
         raise InvalidInput(f"{run} has {len(config.tasks)} tasks; this probe supports one teacher")
-    if config.teacher in ("base", "ema") or is_url(config.teacher):
+    if not teacher_type(config.teacher).is_separate:
         raise InvalidInput(
             f"teacher is {config.teacher!r}, which is derived from the student or remote; this "
             "probe needs a separate local teacher"
@@ -66,7 +65,8 @@ def probe_own_prefix(run: Path, count: int = 64, trust_remote_code: bool = False
     prompts = encode_prompts(
         pair.tokenizer, load_problem_task(config, pair).test(count), 1, config.max_prompt
     ).to(pair.student.device)
-    models = dict(zip(SOURCES, (pair.teacher, pair.student, trained_pair.student), strict=True))
+    teacher = pair.teacher.model
+    models = dict(zip(SOURCES, (teacher, pair.student, trained_pair.student), strict=True))
     paths = []
     for name, model in models.items():
         path = run / "control" / f"{name}.safetensors"
@@ -89,4 +89,11 @@ def sample_and_score(
         generator=torch.Generator().manual_seed(derive_seed(config.seed, 0, CONTROL)),
         generation_batch_size=config.generation_batch_size,
     )
-    return score(pair, prompts, rollouts, keep_teacher=False, **scoring_options(config))[0]
+    request = ScoreRequest(
+        requirements=dataclasses.replace(METRICS_ONLY, support_k=config.support_k),
+        temperature=config.temperature,
+        eos_map=pair.eos_map,
+        max_tokens_per_microbatch=config.max_tokens_per_microbatch,
+        max_logits_per_chunk=config.max_logits_per_chunk,
+    )
+    return score_batch(pair.student, pair.teacher, prompts, rollouts, request).scored

@@ -21,8 +21,9 @@ from opd.models.forward import log_probabilities, response_hidden_states
 from opd.models.loading import num_head_rows
 from opd.models.model import split_head
 from opd.rollouts.hf_engine import sample
-from opd.scoring.score import score
+from opd.scoring.score import METRICS_ONLY, ScoreRequest, score_batch
 from opd.teachers.pair import ModelPair
+from opd.teachers.teacher import LocalTeacher
 from opd.training.checks.check_result import CheckResult
 
 PROMPTS = (
@@ -57,7 +58,8 @@ def make_pair(student: LoadedModel, teacher: LoadedModel) -> ModelPair:
     rows = min(num_head_rows(side.network) for side in (student, teacher))
     teacher.network.requires_grad_(False)
     models = [split_head(side.network, rows) for side in (student, teacher)]
-    return ModelPair(models[0], models[1], student.tokenizer, list(student.eos))
+    loaded_teacher = LocalTeacher(teacher.name, models[1])
+    return ModelPair(models[0], loaded_teacher, student.tokenizer, list(student.eos))
 
 
 def positions(
@@ -144,17 +146,12 @@ def score_with_both(
     pair: ModelPair, prompts: Prompts, rollouts: Rollouts, max_tokens_per_microbatch: int
 ) -> ScoredRollouts:
     """Score with both models, in micro-batches of a limited number of padded tokens."""
-    scored, _ = score(
-        pair,
-        prompts,
-        rollouts,
-        k=1,
-        temperature=1.0,
+    request = ScoreRequest(
+        requirements=replace(METRICS_ONLY, support_k=1),
         max_tokens_per_microbatch=max_tokens_per_microbatch,
         max_logits_per_chunk=CHUNK,
-        keep_teacher=False,
     )
-    return scored
+    return score_batch(pair.student, pair.teacher, prompts, rollouts, request).scored
 
 
 def retokenisation(evidence: Evidence) -> CheckResult:
@@ -311,8 +308,9 @@ def teacher_logp_at_end(evidence: Evidence, rows: list[int]) -> tuple[Tensor, Te
         == selected.lengths[:, None] - 1
     )
     selected = replace(selected, mask=is_last)
-    hidden = response_hidden_states(evidence.pair.teacher, evidence.prompts.rows(rows), selected)
-    return log_probabilities(evidence.pair.teacher, hidden, 1.0), selected.tokens[is_last]
+    teacher = evidence.pair.teacher.model
+    hidden = response_hidden_states(teacher, evidence.prompts.rows(rows), selected)
+    return log_probabilities(teacher, hidden, 1.0), selected.tokens[is_last]
 
 
 def impossible_tokens(evidence: Evidence) -> CheckResult:

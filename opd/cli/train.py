@@ -58,12 +58,13 @@ def main(argv: list[str]) -> None:
     config = parse_config([word for word in argv if word != "--anew"])
     from opd.training.train import train
 
-    folder = train(config, restart)
+    result = train(config, restart)
     if os.environ.get("RANK", "0") == "0":  # print once in a distributed run
         from diagnostics.records.rows import read_rows
         from opd.runs.result import verdict
 
-        outcome = verdict(read_rows(folder / "rows.jsonl"), read_rows(folder / "evals.jsonl"))
+        folder = result.folder
+        outcome = verdict(read_rows(folder / "rows.jsonl"), result.evaluations)
         for change in outcome["changes"]:
             print(change["sentence"])
         print(f"{outcome['text']}\nrun folder: {folder}\ntrained model: {folder / 'final'}")

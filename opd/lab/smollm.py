@@ -193,7 +193,7 @@ def forward_kl_loss(pair: "ModelPair", chat_problems: list[Any], generator: Any)
 
     prompts = encode_prompts(pair.tokenizer, chat_problems, 1, 128)
     batch = sample(
-        pair.teacher,
+        pair.teacher.model,
         prompts,
         pair.eos,
         max_response=32,
@@ -206,5 +206,5 @@ def forward_kl_loss(pair: "ModelPair", chat_problems: list[Any], generator: Any)
         return model.network.lm_head(response_hidden_states(model, prompts, batch)).log_softmax(-1)
 
     with torch.no_grad():
-        teacher_logp = logp(pair.teacher)
+        teacher_logp = logp(pair.teacher.model)
     return (teacher_logp.exp() * (teacher_logp - logp(pair.student))).sum(-1).mean()

@@ -1,35 +1,10 @@
-"""Context managers that change how a model runs: device, dropout, activation checkpointing."""
+"""Context managers that change how a model runs: dropout, activation checkpointing."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from diagnostics.errors import InvalidInput
-from opd.models.model import CausalLM
-
-
-@contextmanager
-def on_device(teacher: CausalLM, device: torch.device, offload: bool) -> Iterator[None]:
-    """Keep the teacher on the device inside the block and, with `offload`, in host memory outside.
-
-    Args:
-        teacher: The teacher.
-        device: Device inside the block.
-        offload: Whether to move the teacher; without it nothing happens.
-
-    Yields:
-        Nothing.
-    """
-    if not offload:
-        yield
-        return
-    teacher.network.to(device)
-    try:
-        yield
-    finally:
-        teacher.network.to("cpu")
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from diagnostics.batch import Rollouts
 from opd.data.prompts import Prompts
-from opd.models.lm_head import apply_temperature, full_logits
+from opd.models.lm_head import apply_temperature
 from opd.models.model import CausalLM
 
 
@@ -65,7 +65,7 @@ def micro_batches(prompts: Prompts, batch: Rollouts, max_tokens: int) -> list[li
 
 def log_probabilities(model: CausalLM, hidden: Tensor, temperature: float) -> Tensor:
     """Return the (n, V) float32 log-softmax of (n, D) states at a temperature."""
-    return apply_temperature(full_logits(hidden, model.head), temperature).log_softmax(-1)
+    return apply_temperature(model.head.logits(hidden), temperature).log_softmax(-1)
 
 
 def scatter_to_mask(flat: Tensor, mask: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from diagnostics.errors import InvalidInput
-from opd.models.lm_head import LmHead, find_head
+from opd.models.lm_head import LmHead, LogitsHead, find_head
 from opd.models.model import CausalLM, base_model
 from opd.runtime import distributed
 
@@ -74,7 +74,7 @@ def shard_model(model: CausalLM) -> ShardedCausalLM:
 
     network, dtype = model.network, model.network.dtype
     layers = [m for m in network.modules() if isinstance(m, GradientCheckpointingLayer)]
-    if model.head.weight is None or not layers:
+    if isinstance(model.head, LogitsHead) or not layers:
         raise InvalidInput(
             f"{type(network).__name__} cannot be sharded: its layers or its head are not "
             "recognised; set sharding to none"

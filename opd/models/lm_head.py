@@ -5,6 +5,7 @@ logit_v = cap(scale * (<h, W_v> + b_v)), cap(x) = softcap * tanh(x / softcap) wh
 Shapes: n or N flat tokens, D hidden size, R rows of the head, V shared vocabulary (V <= R), K ids.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +19,10 @@ from opd.models.gathered_head import gathered_product
 
 @dataclass(frozen=True, eq=False)
 class LmHead:
-    """What a model computes after its last hidden state."""
+    """A head that is one matrix, with what the model computes after it."""
 
-    weight: Tensor | None
-    """(R, D), or None where the "hidden states" already are the model's logits."""
+    weight: Tensor
+    """(R, D) rows of the head."""
     vocabulary: int
     """V, the number of rows that are used."""
     bias: Tensor | None = None
@@ -31,74 +32,162 @@ class LmHead:
     softcap: float | None = None
     """Soft-cap of the logits, as in the module's docstring."""
 
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """The tensors that a loss can be differentiated by: weight and, if there is one, bias."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
-def head_products(hidden: Tensor, head: LmHead) -> Tensor:
-    """Return <h, W_r> + b_r of every head row, before scale and soft-cap, without gradient.
+    @property
+    def is_linear(self) -> bool:
+        """Whether the logits are the products themselves, without scale and soft-cap."""
+        return self.softcap is None and self.scale == 1
 
-    On CUDA the sums of half-precision products stay float32; elsewhere they are rounded to half
-    precision, as the model's own logits are.
+    def num_products(self, hidden: Tensor) -> int:
+        """Return R, the number of products of a state in `hidden`."""
+        return len(self.weight)
 
-    Args:
-        hidden: (n, D) hidden states.
-        head: The head.
+    def products(self, hidden: Tensor) -> Tensor:
+        """Return <h, W_r> + b_r of every head row, before scale and soft-cap, without gradient.
 
-    Returns:
-        (n, R) float32, or float64 for float64 input.
+        On CUDA the sums of half-precision products stay float32; elsewhere they are rounded to half
+        precision, as the model's own logits are.
+
+        Args:
+            hidden: (n, D) hidden states.
+
+        Returns:
+            (n, R) float32, or float64 for float64 input.
+        """
+        weight, bias = self.weight, self.bias
+        with torch.no_grad():
+            if not is_half_on_cuda(weight):
+                return _at_least_float32(linear(hidden.to(weight.dtype), weight, bias))
+            z = torch.mm(hidden.to(weight.dtype), weight.T, out_dtype=torch.float32)
+            return z if bias is None else z.add_(bias)
+
+    def shape_products(self, products: Tensor) -> Tensor:
+        """Convert products (..., any ids) to logits of the same shape: scale and soft-cap."""
+        logits = products if self.scale == 1 else products * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def derivatives(self, logits: Tensor) -> Tensor:
+        """Return the derivatives scale (1 - (logit/softcap)^2) of logits (..., V) by products."""
+        if self.softcap is None:
+            return torch.full_like(logits, self.scale)
+        return self.scale * (1 - (logits / self.softcap).square())
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return (n, V) float32 logits of (n, D) states, without gradient; see `chunk_slices`."""
+        return self.shape_products(self.products(hidden)[..., : self.vocabulary])
+
+    def gather(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """Return the logits of K ids per token without computing the others.
+
+        The numbers are those of `logits(hidden).gather(-1, ids)`, but not rounded to half precision
+        and with gradient to hidden, weight and bias. Time and memory do not depend on V, except
+        that the gradient of the weight has its shape.
+
+        Args:
+            hidden: (N, D) hidden states.
+            ids: (N, K) long.
+
+        Returns:
+            (N, K) float32 logits.
+        """
+        products = gathered_product(hidden, self.weight, ids)
+        if self.bias is not None:
+            products = products + self.bias[ids]
+        return self.shape_products(products)
+
+    def backproject(self, gradient: Tensor, width: int) -> Tensor:
+        """Map gradients of products to gradients of hidden states.
+
+        Args:
+            gradient: (n, r) gradients by the first r products.
+            width: D.
+
+        Returns:
+            (n, D) gradients.
+        """
+        return gradient.to(self.weight.dtype) @ self.weight[: gradient.shape[1]]
+
+    def add_parameter_gradients(
+        self, sums: Sequence[Tensor | None], gradient: Tensor, hidden: Tensor
+    ) -> None:
+        """Add a chunk's gradients by `parameters` to their sums.
+
+        Args:
+            sums: One float32 or float64 sum per parameter; None where none is needed.
+            gradient: (n, R) gradients by the products.
+            hidden: (n, D) hidden states of the chunk.
+        """
+        if len(sums) > 1 and (bias_sum := sums[1]) is not None:
+            bias_sum += gradient.sum(0)
+        weight_sum = sums[0]
+        if weight_sum is None:
+            return
+        if is_half_on_cuda(hidden):
+            half = gradient.to(hidden.dtype).T
+            torch.addmm(weight_sum, half, hidden, out_dtype=torch.float32, out=weight_sum)
+        else:
+            weight_sum.addmm_(gradient.T, hidden.to(gradient.dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class LogitsHead:
+    """The head of a model whose "hidden states" already are its logits; it has no parameters.
+
+    Its methods are those of `LmHead`, with D = R.
     """
-    weight, bias = head.weight, head.bias
-    if weight is None:
+
+    vocabulary: int
+    """V, the number of logits that are used."""
+    parameters: tuple[Tensor, ...] = ()
+    """Nothing: the head's weights belong to the network."""
+    is_linear: bool = True
+    """Logits are the products themselves."""
+
+    def num_products(self, hidden: Tensor) -> int:
+        """Return R, the width of `hidden`."""
+        return hidden.shape[1]
+
+    def products(self, hidden: Tensor) -> Tensor:
+        """Return the (n, R) logits themselves, at least in float32, without gradient."""
         return _at_least_float32(hidden).detach()
-    with torch.no_grad():
-        if not is_half_on_cuda(weight):
-            return _at_least_float32(linear(hidden.to(weight.dtype), weight, bias))
-        z = torch.mm(hidden.to(weight.dtype), weight.T, out_dtype=torch.float32)
-        return z if bias is None else z.add_(bias)
+
+    def shape_products(self, products: Tensor) -> Tensor:
+        """Return the logits unchanged."""
+        return products
+
+    def derivatives(self, logits: Tensor) -> Tensor:
+        """Return ones."""
+        return torch.ones_like(logits)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the first V of the (n, R) logits."""
+        return self.products(hidden)[..., : self.vocabulary]
+
+    def gather(self, hidden: Tensor, ids: Tensor) -> Tensor:
+        """Return the (N, K) logits of the ids, with gradient."""
+        return _at_least_float32(hidden.gather(-1, ids))
+
+    def backproject(self, gradient: Tensor, width: int) -> Tensor:
+        """Pad (n, r) gradients to (n, D) with 0."""
+        return torch.nn.functional.pad(gradient, (0, width - gradient.shape[1]))
+
+    def add_parameter_gradients(
+        self, sums: Sequence[Tensor | None], gradient: Tensor, hidden: Tensor
+    ) -> None:
+        """Do nothing: there are no parameters."""
 
 
-def apply_scale_and_softcap(products: Tensor, head: LmHead) -> Tensor:
-    """Convert products (..., any ids) to logits of the same shape."""
-    logits = products if head.scale == 1 else products * head.scale
-    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
-
-
-def logit_derivatives(logits: Tensor, head: LmHead) -> Tensor:
-    """Return the derivatives scale (1 - (logit/softcap)^2) of logits (..., V) by their products."""
-    if head.softcap is None:
-        return torch.full_like(logits, head.scale)
-    return head.scale * (1 - (logits / head.softcap).square())
+Head = LmHead | LogitsHead
+"""The head of a model."""
 
 
 def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
     """Divide logits by the temperature, without a copy at temperature 1."""
     return logits if temperature == 1 else logits / temperature
-
-
-def full_logits(hidden: Tensor, head: LmHead) -> Tensor:
-    """Return (n, V) float32 logits of (n, D) states, without gradient; see `chunk_slices`."""
-    return apply_scale_and_softcap(head_products(hidden, head)[..., : head.vocabulary], head)
-
-
-def gathered_logits(hidden: Tensor, head: LmHead, ids: Tensor) -> Tensor:
-    """Return the logits of K ids per token without computing the others.
-
-    The numbers are those of `full_logits(...).gather(-1, ids)`, but not rounded to half precision
-    and with gradient to hidden, weight and bias. Time and memory do not depend on V, except that
-    the gradient of the weight has its shape.
-
-    Args:
-        hidden: (N, D) hidden states.
-        head: The head.
-        ids: (N, K) long.
-
-    Returns:
-        (N, K) float32 logits.
-    """
-    if head.weight is None:
-        return apply_scale_and_softcap(_at_least_float32(hidden.gather(-1, ids)), head)
-    products = gathered_product(hidden, head.weight, ids)
-    if head.bias is not None:
-        products = products + head.bias[ids]
-    return apply_scale_and_softcap(products, head)
 
 
 def chunk_slices(count: int, vocabulary: int, max_elements: int) -> list[slice]:

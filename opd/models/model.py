@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd.models.lm_head import LmHead, find_head, full_logits
+from opd.models.lm_head import Head, LmHead, LogitsHead, find_head
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(ids, attention mask, positions), (B, L) each -> (B, L, D)."""
@@ -26,13 +26,13 @@ class CausalLM:
     """The Hugging Face model."""
     hidden: Forward
     """Forward pass up to the head."""
-    get_head: Callable[[], LmHead]
+    get_head: Callable[[], Head]
     """Returns the current LM head (FSDP re-creates its weights, see `opd.models.fsdp`)."""
     vocabulary: int
     """V, the ids that student and teacher share, to which the head is cut."""
 
     @property
-    def head(self) -> LmHead:
+    def head(self) -> Head:
         """The current LM head."""
         return self.get_head()
 
@@ -83,7 +83,7 @@ def split_head(network: Any, vocabulary: int) -> CausalLM:
         f"back to `.logits`, which keeps {size} numbers for every token of a micro-batch",
         stacklevel=2,
     )
-    return CausalLM(network, logits, lambda: LmHead(None, vocabulary), vocabulary)
+    return CausalLM(network, logits, lambda: LogitsHead(vocabulary), vocabulary)
 
 
 def base_model(network: Any) -> Any:
@@ -99,9 +99,9 @@ def _head_matches_logits(network: Any, hidden: Forward, logits: Forward, head: L
     probe = (ids, torch.ones_like(ids), torch.arange(8, device=device).expand(2, 8))
     with torch.no_grad():
         states = hidden(*probe)
-        if head.weight is None or states.shape[-1] != head.weight.shape[1]:
+        if states.shape[-1] != head.weight.shape[1]:
             return False
-        head_logits = full_logits(states.flatten(0, 1), head)
+        head_logits = head.logits(states.flatten(0, 1))
         model_logits = logits(*probe).flatten(0, 1)[:, : head.vocabulary]
     rounding = max(2 * torch.finfo(model_logits.dtype).eps, 1e-4)
     max_difference = (head_logits - model_logits.float()).abs().nan_to_num().max()

@@ -8,6 +8,7 @@ Shapes: B responses, T positions, G rollouts per prompt.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -66,12 +67,26 @@ def batch_baseline(batch: ScoredRollouts, credit: Tensor) -> Tensor:
     return batch.baseline
 
 
-BASELINES: dict[str, Callable[[ScoredRollouts, Tensor], Tensor]] = {
-    "none": no_baseline,
-    "position_mean": position_mean,
-    "leave_one_out": leave_one_out,
-    "local_kl": local_kl,
-    "given": batch_baseline,
+@dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """A baseline of the credit, and what it reads."""
+
+    function: Callable[[ScoredRollouts, Tensor], Tensor]
+    """(batch, credit) -> (B, T) baseline."""
+    distributions: bool = False
+    """Whether it reads statistics of whole next-token distributions."""
+    whole_groups: bool = False
+    """Whether it averages the credit of other responses of the step."""
+
+
+NO_BASELINE = Baseline(function=no_baseline)
+
+BASELINES: dict[str, Baseline] = {
+    "none": NO_BASELINE,
+    "position_mean": Baseline(function=position_mean, whole_groups=True),
+    "leave_one_out": Baseline(function=leave_one_out, whole_groups=True),
+    "local_kl": Baseline(function=local_kl, distributions=True),
+    "given": Baseline(function=batch_baseline),
 }
 
 # --- advantages of the reward -------------------------------------------------------------------
@@ -218,6 +233,28 @@ def mean_cost(batch: ScoredRollouts) -> Tensor:
 def no_cost(batch: ScoredRollouts) -> Tensor:
     """Return a cost of zero, that of a local objective, which has no score-function part."""
     return torch.zeros_like(batch.student_logp)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """A cost of tokens, and what it reads."""
+
+    function: Callable[[ScoredRollouts], Tensor]
+    """batch -> (B, T) costs."""
+    sampled: bool = False
+    """Whether it is the log-ratio of the sampled token, which can be clipped."""
+    distributions: bool = False
+    """Whether it reads statistics of whole next-token distributions."""
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether it reads nothing and is 0."""
+        return not (self.sampled or self.distributions)
+
+
+NO_COST = Cost(function=no_cost)
+SAMPLED_COST = Cost(function=sampled_cost, sampled=True)
+MEAN_COST = Cost(function=mean_cost, distributions=True)
 
 
 # --- importance ratios --------------------------------------------------------------------------

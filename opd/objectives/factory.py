@@ -11,79 +11,23 @@ Named objectives are in `OBJECTIVES` (`opd.objectives.catalogue`), reductions in
 `make_objective` validates the combination before training.
 """
 
-import inspect
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from torch import Tensor
-
 from diagnostics.errors import InvalidInput
-from opd.objectives.catalogue import (
-    COLLAPSING,
-    FORMS,
-    KNOWN_ERRORS,
-    OBJECTIVES,
-    SUPPORTS,
-    Objective,
-    full_forward_kl,
-    full_jsd,
-    full_reverse_kl,
-    full_sampled_future,
-    k1,
-    kl_advantage,
-    local,
-    mean_future,
-    sampled_token,
-    sampled_token_clipped,
-    sampled_token_weighted,
-)
+from opd.objectives.catalogue import COLLAPSING, KNOWN_ERRORS, OBJECTIVES
 from opd.objectives.credit import (
     ADVANTAGES,
     BASELINES,
     MASK_SCOPES,
     RATIOS,
+    Cost,
     check_gamma,
     clipped_cost,
     reward_cost,
 )
-from opd.objectives.reduction import (
-    DENOMINATORS,
-    group_mean,
-    reduce,
-    sequence_mean,
-    sequence_sum,
-    token_mean,
-)
-from opd.objectives.surrogates import plain_score
-
-__all__ = [
-    "COLLAPSING",
-    "DENOMINATORS",
-    "FORMS",
-    "KNOWN_ERRORS",
-    "OBJECTIVES",
-    "SUPPORTS",
-    "Objective",
-    "full_forward_kl",
-    "full_jsd",
-    "full_reverse_kl",
-    "full_sampled_future",
-    "group_mean",
-    "k1",
-    "kl_advantage",
-    "local",
-    "make_objective",
-    "mean_future",
-    "reduce",
-    "sampled_token",
-    "sampled_token_clipped",
-    "sampled_token_weighted",
-    "sequence_mean",
-    "sequence_sum",
-    "token_mean",
-]
+from opd.objectives.objective import Objective
 
 
 def make_objective(
@@ -133,23 +77,27 @@ def make_objective(
     check_gamma(gamma)
     if support_k < 1:
         raise InvalidInput(f"support_k is {support_k}; a support needs at least 1 id")
-    objective = _construct(name, gamma, beta, clip)
+    objective = _with_gamma(name, OBJECTIVES[name], gamma)
+    if beta is not None:
+        objective = _with_beta(name, objective, beta)
+    if clip is not None:
+        objective = _with_clip(name, objective, clip)
     if baseline != "none":
         objective = _with_baseline(name, objective, baseline)
     if ratio_clip != math.inf:
         objective = _with_clipped_ratios(name, objective, ratio_clip)
     if reward_weight:
-        objective = _with_reward(name, objective, reward_weight, reward_baseline)
+        objective = _with_reward(objective, reward_weight, reward_baseline)
     elif reward_baseline != "leave_one_out":
         raise InvalidInput(
             f"reward_baseline {reward_baseline!r} has no effect without a reward_weight"
         )
-    if ratio == "token" and not objective.sampled:
+    if ratio == "token" and not objective.requirements.sampled_logp:
         raise InvalidInput(
             f"{name} does not read the sampled token, so ratio 'token' would only add noise; "
             "use ratio 'sequence', which reweights the prefixes"
         )
-    if mask_scope == "loss" and not _counts_masked_costs(objective, baseline):
+    if mask_scope == "loss" and not _counts_masked_costs(objective):
         raise InvalidInput(
             f"{name} at gamma = {objective.gamma} with baseline {baseline!r} does not use the "
             "costs of other tokens, so mask_scope 'loss' would have no effect; use 'cost'"
@@ -157,10 +105,10 @@ def make_objective(
     return replace(objective, ratio=RATIOS[ratio], mask_scope=mask_scope, support_k=support_k)
 
 
-def _counts_masked_costs(objective: Objective, baseline: str) -> bool:
+def _counts_masked_costs(objective: Objective) -> bool:
     """Return whether a supervised token's credit may contain the cost of an unsupervised token."""
-    averages_over_responses = baseline not in ("none", "local_kl", "given")
-    return objective.gamma > 0 or (averages_over_responses and objective.sampled_own)
+    averages_costs = objective.baseline.whole_groups and objective.own_cost.sampled
+    return objective.gamma > 0 or averages_costs
 
 
 def _check_names(
@@ -191,78 +139,83 @@ def _check_collapse(name: str, allow_collapse: bool) -> None:
             )
 
 
-def _construct(
-    name: str, gamma: float, beta: float | None, clip: tuple[float, float, float] | None
-) -> Objective:
-    """Call the objective's constructor with the options that were set; refuse unknown ones."""
-    constructor = OBJECTIVES[name]
-    parameters = inspect.signature(constructor).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    parameter_names = {"gamma", "beta", "clip"} if takes_any else set(parameters)
-    choices = {"gamma": gamma or None, "beta": beta, "clip": clip}
-    options = {option: value for option, value in choices.items() if value is not None}
-    for option, value in options.items():
-        if option == "gamma" and option not in parameter_names:
-            raise InvalidInput(
-                f"{name} is local, so gamma = {value} would have no effect; use gamma = 0"
-            )
-        if option not in parameter_names:
-            raise InvalidInput(f"{option} = {value} would have no effect on {name}")
-    return constructor(**options)
+def _with_gamma(name: str, objective: Objective, gamma: float) -> Objective:
+    """Return the objective with a discount of later costs."""
+    if gamma and objective.later_cost.is_zero:
+        raise InvalidInput(
+            f"{name} is local, so gamma = {gamma} would have no effect; use gamma = 0"
+        )
+    return replace(objective, gamma=gamma)
+
+
+def _with_beta(name: str, objective: Objective, beta: float) -> Objective:
+    """Return the objective with the weight of the teacher in its mixture."""
+    if not objective.local.mixture:
+        raise InvalidInput(f"beta = {beta} would have no effect on {name}")
+    if not 0 <= beta <= 1:
+        raise InvalidInput(f"beta is {beta}; it must lie in [0, 1], 0 forward and 1 reverse KL")
+    mixture = partial(objective.local.surrogate, beta=beta)
+    return replace(objective, local=replace(objective.local, surrogate=mixture))
+
+
+def _with_clip(name: str, objective: Objective, clip: tuple[float, float, float]) -> Objective:
+    """Return the objective with (low, high, dual) as the clip of its importance ratio."""
+    if not objective.score.clippable:
+        raise InvalidInput(f"clip = {clip} would have no effect on {name}")
+    low, high, dual = clip
+    if not (0 < low < 1 and high > 0 and dual > 1 + high):
+        raise InvalidInput(
+            f"clip is {clip}; it must be (low, high, dual) with 0 < low < 1, high > 0 and "
+            "dual > 1 + high"
+        )
+    clipped = partial(objective.score.function, low=low, high=high, dual=dual)
+    return replace(objective, score=replace(objective.score, function=clipped))
 
 
 def _with_baseline(name: str, objective: Objective, baseline: str) -> Objective:
     """Return the objective with a baseline subtracted from its credit."""
-    if not objective.scores_credit:
+    if not objective.has_credit:
         raise InvalidInput(
             f"{name} at gamma = {objective.gamma} has no credit from which to subtract the "
             f"baseline {baseline!r}; use baseline 'none'"
         )
-    if baseline == "local_kl" and not objective.sampled_own:
+    if baseline == "local_kl" and not objective.own_cost.sampled:
         raise InvalidInput(
             f"{name} computes the token's own cost in closed form, not in its credit; baseline "
             "'local_kl', the mean of that cost, would only add noise"
         )
-    distributions = objective.distributions or baseline == "local_kl"
-    return replace(
-        objective,
-        baseline=BASELINES[baseline],
-        distributions=distributions,
-        whole_groups=baseline in ("position_mean", "leave_one_out"),
-    )
+    return replace(objective, baseline=BASELINES[baseline])
 
 
 def _with_clipped_ratios(name: str, objective: Objective, limit: float) -> Objective:
     """Return the objective with its sampled costs and the log-ratios of its local part clipped."""
     if not limit > 0:
         raise InvalidInput(f"ratio_clip is {limit}; it must be a positive number of nats")
-    later_cost_sampled = objective.sampled_later and objective.gamma > 0
-    if not (objective.sampled_own or later_cost_sampled or objective.takes_limit):
+    local = objective.local
+    if not (local.clippable or any(cost.sampled for cost in objective.costs)):
         raise InvalidInput(
             f"{name} at gamma = {objective.gamma} has no sampled cost in its credit and no "
             f"log-ratio that can be clipped; ratio_clip = {limit} would have no effect"
         )
-    cost = partial(clipped_cost, limit=limit)
-    surrogate: Callable[..., Tensor] = objective.local
+
+    def clipped(cost: Cost) -> Cost:
+        if not cost.sampled:
+            return cost
+        return replace(cost, function=partial(clipped_cost, limit=limit))
+
+    if local.clippable:
+        local = replace(local, surrogate=partial(local.surrogate, limit=limit))
     return replace(
         objective,
-        local=partial(surrogate, limit=limit) if objective.takes_limit else surrogate,
-        own_cost=cost if objective.sampled_own else objective.own_cost,
-        later_cost=cost if objective.sampled_later else objective.later_cost,
+        local=local,
+        own_cost=clipped(objective.own_cost),
+        later_cost=clipped(objective.later_cost),
     )
 
 
-def _with_reward(name: str, objective: Objective, weight: float, reward_baseline: str) -> Objective:
-    """Return the objective with a reward in its credit and a score function that carries it."""
+def _with_reward(objective: Objective, weight: float, reward_baseline: str) -> Objective:
+    """Return the objective with a reward in its credit."""
     if not (math.isfinite(weight) and weight > 0):
         raise InvalidInput(f"reward_weight is {weight}; the weight of the reward must be positive")
-    return replace(
-        objective,
-        reward_cost=partial(reward_cost, weight=weight, advantage=ADVANTAGES[reward_baseline]),
-        score=objective.score if objective.scores_credit else plain_score,
-        scores_credit=True,
-        sampled=True,
-        importance_weighted=objective.importance_weighted,
-        normalised=True,
-        whole_groups=True,
-    )
+    cost = partial(reward_cost, weight=weight, advantage=ADVANTAGES[reward_baseline])
+    return replace(objective, reward_cost=cost)

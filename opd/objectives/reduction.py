@@ -1,4 +1,4 @@
-"""Reduction of token losses to the loss of an optimizer step, by an explicit denominator.
+"""Denominators: what the token losses of an optimizer step are divided by before they are summed.
 
 Shapes: B responses, T positions.
 """
@@ -10,23 +10,6 @@ from torch import Tensor
 
 from diagnostics.batch import ScoredRollouts
 from diagnostics.errors import InvalidInput
-
-
-def reduce(loss: Tensor, mask: Tensor, denominator: Tensor) -> Tensor:
-    """Return sum_{i,t} mask loss / denominator_i.
-
-    The denominator is an argument because it is computed once over the whole optimizer step:
-    splitting the step into micro-batches then changes nothing.
-
-    Args:
-        loss: (B, T) token losses.
-        mask: (B, T) bool, supervised tokens.
-        denominator: (B,) one per response.
-
-    Returns:
-        Scalar loss.
-    """
-    return (torch.where(mask, loss, torch.zeros_like(loss)) / denominator[:, None]).sum()
 
 
 def token_mean(batch: ScoredRollouts) -> Tensor:

@@ -1,6 +1,6 @@
-"""Surrogate losses of visited tokens, whose gradients are the estimates.
+"""Surrogate losses of tokens, whose gradients are the estimates.
 
-Each surrogate takes VisitedTokens and returns (...) losses. Nothing is reduced here, and every
+Each surrogate takes TokenInputs and returns (...) losses. Nothing is reduced here, and every
 stop-gradient is explicit. Local surrogates compare the models at the prefix; score surrogates turn
 a credit into the score function of the sampled token.
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from diagnostics.errors import InvalidInput
 from opd.objectives.credit import log_ratio
 from opd.objectives.divergences import forward_kl, jensen_shannon, renormalise, reverse_kl
+from opd.objectives.inputs import TokenInputs
 
 _ABSENT_LOGP = -1e9
 """Log-probability of an absent id: its probability underflows to 0 in float32 and bfloat16."""
@@ -26,36 +27,10 @@ _MAX_LOG_RATIO = 20.0
 """Nats between the student and itself at scoring time beyond which rho is constant."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class VisitedTokens:
-    """Inputs of a surrogate at the visited tokens; everything is local to the token.
-
-    A field that the objective does not read may be None: `logp` where it is not `sampled`, the
-    support where it has none.
-    """
-
-    logp: Tensor | None
-    """(...) student log-probability of the sampled token, with gradient."""
-    credit: Tensor
-    """(...) credit, constant."""
-    teacher_logp: Tensor
-    """(...) teacher log-probability of the sampled token, constant."""
-    old_logp: Tensor | None = None
-    """(...) student log-probability when the rollouts were scored, constant."""
-    support_logp: Tensor | None = None
-    """(..., K) student log-probabilities on the support, with gradient."""
-    teacher_support_logp: Tensor | None = None
-    """(..., K) teacher log-probabilities on the support, constant."""
-    present: Tensor | None = None
-    """(..., K) bool, the support ids that count; all of them if None."""
-    inside: Tensor | None = None
-    """(...) bool, whether the sampled token is one of the support ids that count."""
-
-
 # --- score functions of the credit --------------------------------------------------------------
 
 
-def no_loss(inputs: VisitedTokens) -> Tensor:
+def no_loss(inputs: TokenInputs) -> Tensor:
     """Return a loss of zero."""
     return torch.zeros_like(inputs.teacher_logp)
 
@@ -76,19 +51,19 @@ def score_function(logp: Tensor, weight: Tensor) -> Tensor:
     return logp * weight.detach()
 
 
-def plain_score(inputs: VisitedTokens) -> Tensor:
+def plain_score(inputs: TokenInputs) -> Tensor:
     """Return credit * log p(y), correct for the first optimizer step on a set of rollouts."""
     return score_function(sampled_logp(inputs), inputs.credit)
 
 
-def weighted_score(inputs: VisitedTokens) -> Tensor:
+def weighted_score(inputs: TokenInputs) -> Tensor:
     """Return rho * credit, rho = p(y) / p_old(y), for several optimizer steps on the same rollouts.
 
     At a given prefix its mean is E_p[credit]: the token is reweighted, but the prefixes and the
     credit are those of the rollouts. At rho = 1 the gradient is that of `plain_score`.
 
     Args:
-        inputs: Visited tokens with `logp`, `old_logp` and `credit`.
+        inputs: Tokens with `logp`, `old_logp` and `credit`.
 
     Returns:
         (...) losses.
@@ -97,7 +72,7 @@ def weighted_score(inputs: VisitedTokens) -> Tensor:
 
 
 def clipped_score(
-    inputs: VisitedTokens, low: float = 0.2, high: float = 0.2, dual: float = 3.0
+    inputs: TokenInputs, low: float = 0.2, high: float = 0.2, dual: float = 3.0
 ) -> Tensor:
     """Return PPO's loss for the advantage A = -credit, with a dual bound.
 
@@ -107,7 +82,7 @@ def clipped_score(
     `plain_score`. (arXiv 1707.06347, eq. 7; the dual bound: arXiv 1912.09729.)
 
     Args:
-        inputs: Visited tokens with `logp`, `old_logp` and `credit`.
+        inputs: Tokens with `logp`, `old_logp` and `credit`.
         low: Clip below 1.
         high: Clip above 1.
         dual: Bound on the ratio of tokens with a negative advantage.
@@ -120,14 +95,14 @@ def clipped_score(
     return torch.where(cost > 0, torch.minimum(loss, cost * dual), loss)
 
 
-def importance(inputs: VisitedTokens) -> Tensor:
+def importance(inputs: TokenInputs) -> Tensor:
     """Return rho = p(y) / p_old(y) with gradient; constant beyond e^20 and e^-20 to stay finite.
 
     p_old is the student when the rollouts were scored. Ratios to another sampler are `RATIOS` of
     `opd.objectives.credit`.
 
     Args:
-        inputs: Visited tokens with `logp` and `old_logp`.
+        inputs: Tokens with `logp` and `old_logp`.
 
     Returns:
         (...) importance ratios.
@@ -147,32 +122,49 @@ def importance(inputs: VisitedTokens) -> Tensor:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """A score function of the credit and its declared properties."""
+
+    function: Callable[..., Tensor]
+    """Function of TokenInputs, and of `low`, `high` and `dual` where it is clippable."""
+    importance_weighted: bool = False
+    """Whether it is weighted by p(y) / p_old(y), so that tokens sampled by an older student may be
+    used.
+    """
+    clippable: bool = False
+    """Whether it takes PPO's clip: the keyword arguments `low`, `high` and `dual`."""
+
+
+PLAIN_SCORE = Score(function=plain_score)
+
+
 # --- local surrogates ---------------------------------------------------------------------------
 
 
-def full_reverse(inputs: VisitedTokens, limit: float = math.inf) -> Tensor:
+def full_reverse(inputs: TokenInputs, limit: float = math.inf) -> Tensor:
     """Return KL(p || q) on the whole vocabulary."""
     return reverse_kl(*support_log_probs(inputs), limit)
 
 
-def full_forward(inputs: VisitedTokens) -> Tensor:
+def full_forward(inputs: TokenInputs) -> Tensor:
     """Return KL(q || p) on the whole vocabulary."""
     return forward_kl(*support_log_probs(inputs))
 
 
-def full_mixture(inputs: VisitedTokens, beta: float) -> Tensor:
+def full_mixture(inputs: TokenInputs, beta: float = 0.5) -> Tensor:
     """Return `jensen_shannon` on the whole vocabulary."""
     return jensen_shannon(*support_log_probs(inputs), beta)
 
 
-def renormalised(inputs: VisitedTokens, limit: float = math.inf) -> Tensor:
+def renormalised(inputs: TokenInputs, limit: float = math.inf) -> Tensor:
     """Return the KL of both models renormalised on the support S.
 
     The logit gradient is p'_v (log p'_v/q'_v - KL(p' || q')) on S and exactly 0 outside. It ignores
     how much mass either model has outside S, which matters more the smaller p(S) is.
 
     Args:
-        inputs: Visited tokens with a support.
+        inputs: Tokens with a support.
         limit: Nats within which each log-ratio is clipped.
 
     Returns:
@@ -182,7 +174,7 @@ def renormalised(inputs: VisitedTokens, limit: float = math.inf) -> Tensor:
     return reverse_kl(renormalise(student_logp), renormalise(teacher_logp), limit)
 
 
-def renormalised_and_sampled(inputs: VisitedTokens, limit: float = math.inf) -> Tensor:
+def renormalised_and_sampled(inputs: TokenInputs, limit: float = math.inf) -> Tensor:
     """Return `renormalised` on S extended by the sampled token."""
     student_logp, support_teacher_logp = support_log_probs(inputs)
     outside = ~inside_support(inputs)
@@ -195,14 +187,14 @@ def renormalised_and_sampled(inputs: VisitedTokens, limit: float = math.inf) -> 
     return reverse_kl(renormalise(student_logp), renormalise(support_teacher_logp), limit)
 
 
-def unnormalised(inputs: VisitedTokens, limit: float = math.inf) -> Tensor:
+def unnormalised(inputs: TokenInputs, limit: float = math.inf) -> Tensor:
     """Return sum_S p log p/q, differentiated directly; it collapses.
 
     Its gradient contains grad p(S) besides that of the head, so that descent pushes the student out
     of S; the minimum has p(S) = q(S)/e. (arXiv 2605.11182.)
 
     Args:
-        inputs: Visited tokens with a support.
+        inputs: Tokens with a support.
         limit: Nats within which each log-ratio is clipped.
 
     Returns:
@@ -211,13 +203,13 @@ def unnormalised(inputs: VisitedTokens, limit: float = math.inf) -> Tensor:
     return reverse_kl(*support_log_probs(inputs), limit)
 
 
-def stopped(inputs: VisitedTokens) -> Tensor:
+def stopped(inputs: TokenInputs) -> Tensor:
     """Return sum_S p sg(log p/q): the head of the full gradient without grad p(S) and tail."""
     student_logp, teacher_logp = support_log_probs(inputs)
     return (student_logp.exp() * (student_logp - teacher_logp).detach()).sum(-1)
 
 
-def bucket(inputs: VisitedTokens) -> Tensor:
+def bucket(inputs: TokenInputs) -> Tensor:
     """Return the KL of K + 1 events, the ids of S and the rest; ignores the shape of the tail."""
     student_logp, teacher_logp = (
         torch.cat([logp, _log_tail_mass(logp)], -1) for logp in support_log_probs(inputs)
@@ -225,19 +217,19 @@ def bucket(inputs: VisitedTokens) -> Tensor:
     return reverse_kl(student_logp, teacher_logp)
 
 
-def sampled_tail(inputs: VisitedTokens) -> Tensor:
+def sampled_tail(inputs: TokenInputs) -> Tensor:
     """Return `stopped` plus, outside S, the sampled token's cost times its score: unbiased."""
     return stopped(inputs) + _tail(inputs)
 
 
-def published_tail(inputs: VisitedTokens) -> Tensor:
+def published_tail(inputs: TokenInputs) -> Tensor:
     """Return the un-normalised head plus the sampled tail.
 
     Unbiased in value, but its gradient is off by grad p(S). (EMA-PG's correction as in arXiv
     2603.25562 v2, V4 and V5.)
 
     Args:
-        inputs: Visited tokens with a support, `logp` and `inside`.
+        inputs: Tokens with a support, `logp` and `inside`.
 
     Returns:
         (...) losses.
@@ -245,19 +237,19 @@ def published_tail(inputs: VisitedTokens) -> Tensor:
     return unnormalised(inputs) + _tail(inputs)
 
 
-def k2_loss(inputs: VisitedTokens) -> Tensor:
+def k2_loss(inputs: TokenInputs) -> Tensor:
     """Return k2 = r^2 / 2: its gradient r grad log p(y) estimates that of the reverse KL."""
     return log_ratio(sampled_logp(inputs), inputs.teacher_logp.detach()).square() / 2
 
 
-def k3_loss(inputs: VisitedTokens) -> Tensor:
+def k3_loss(inputs: TokenInputs) -> Tensor:
     """Return k3 = e^-r - 1 + r.
 
     Its value is unbiased for the reverse KL, but its gradient (1 - e^-r) grad log p(y) estimates
     that of the forward KL(teacher || student).
 
     Args:
-        inputs: Visited tokens with `logp`.
+        inputs: Tokens with `logp`.
 
     Returns:
         (...) losses.
@@ -271,26 +263,33 @@ class Form:
     """A local surrogate and its declared properties."""
 
     surrogate: Callable[..., Tensor]
-    """Function of VisitedTokens, and of `limit` where it takes one."""
+    """Function of TokenInputs, of `limit` where it is clippable, and of `beta` where it is a
+    mixture.
+    """
     reads_sample: bool = False
-    """Whether it reads the sampled token's log-probability."""
-    takes_limit: bool = False
+    """Whether it reads both models' log-probability of the sampled token."""
+    clippable: bool = False
     """Whether its log-ratios can be clipped with the keyword argument `limit`."""
     renormalises: bool = False
     """Whether adding a constant to all log-probabilities of a position leaves it unchanged."""
+    mixture: bool = False
+    """Whether it takes the keyword argument `beta`."""
+
+
+NO_FORM = Form(surrogate=no_loss, renormalises=True)
 
 
 # --- access to the inputs -----------------------------------------------------------------------
 
 
-def support_log_probs(inputs: VisitedTokens) -> tuple[Tensor, Tensor]:
+def support_log_probs(inputs: TokenInputs) -> tuple[Tensor, Tensor]:
     """Return the log-probabilities of both models on the support.
 
     An absent id has probability 0 under both models and passes no gradient, whatever its entries
     are.
 
     Args:
-        inputs: Visited tokens with a support.
+        inputs: Tokens with a support.
 
     Returns:
         (..., K) of the student, with gradient, and (..., K) of the teacher.
@@ -314,18 +313,18 @@ def _fill_absent(present: Tensor, logp: Tensor) -> Tensor:
     return torch.where(present, logp, torch.full_like(logp, _ABSENT_LOGP))
 
 
-def _tail(inputs: VisitedTokens) -> Tensor:
+def _tail(inputs: TokenInputs) -> Tensor:
     """Return the sampled token's cost times its score where it lies outside S."""
     logp = sampled_logp(inputs)
     cost = log_ratio(logp, inputs.teacher_logp)
     return score_function(logp, torch.where(inside_support(inputs), torch.zeros_like(cost), cost))
 
 
-def sampled_logp(inputs: VisitedTokens) -> Tensor:
+def sampled_logp(inputs: TokenInputs) -> Tensor:
     """Return (...) log p(y), with gradient.
 
     Args:
-        inputs: Visited tokens with `logp`.
+        inputs: Tokens with `logp`.
 
     Returns:
         (...) log-probabilities of the sampled tokens.
@@ -340,11 +339,11 @@ def sampled_logp(inputs: VisitedTokens) -> Tensor:
     return inputs.logp
 
 
-def inside_support(inputs: VisitedTokens) -> Tensor:
+def inside_support(inputs: TokenInputs) -> Tensor:
     """Return (...) bool, whether the sampled token is one of the support ids.
 
     Args:
-        inputs: Visited tokens with `inside`.
+        inputs: Tokens with `inside`.
 
     Returns:
         (...) bool.

@@ -10,57 +10,153 @@ rows of the head, V vocabulary, K support ids.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from diagnostics.batch import ScoredRollouts
 from diagnostics.errors import InvalidInput, OperationFailed
-from opd.models.forward import log_probabilities
-from opd.models.lm_head import (
-    LmHead,
-    apply_scale_and_softcap,
-    apply_temperature,
-    chunk_slices,
-    gathered_logits,
-    head_products,
-    is_half_on_cuda,
-)
-from opd.objectives.factory import Objective
-from opd.objectives.surrogates import VisitedTokens
-from opd.teachers.pair import ModelPair
+from opd.models.forward import log_probabilities, micro_batches, response_hidden_states
+from opd.models.lm_head import Head, apply_temperature, chunk_slices
+from opd.models.model import CausalLM
+from opd.objectives.assembly import token_weights, weighted_losses
+from opd.objectives.inputs import TokenInputs
+from opd.objectives.objective import Objective
+from opd.objectives.reduction import DENOMINATORS
+from opd.scoring.score import ScoredBatch
 
 ChunkLoss = Callable[[Tensor, slice], Tensor]
 """Function of the (n, R) products of a chunk and its slice of the tokens that returns a scalar."""
 
 
+def policy_loss(
+    student: CausalLM,
+    batch: ScoredBatch,
+    objective: Objective,
+    *,
+    teacher: CausalLM | None = None,
+    denominator: str = "token_mean",
+    max_tokens_per_microbatch: int | None = None,
+    max_logits_per_chunk: int = 1 << 24,
+) -> Tensor:
+    """Return the loss of an optimizer step on a scored batch, with gradient to the student.
+
+    For a training loop of your own. The sum of `policy_losses`, which holds the activations of all
+    micro-batches until `backward`; call `backward` on each of `policy_losses` to hold one only.
+
+    Args:
+        student: The student.
+        batch: Scored batch of the whole optimizer step.
+        objective: The objective.
+        teacher: The teacher, for an objective on the full vocabulary; else unused.
+        denominator: One of `opd.objectives.reduction.DENOMINATORS`.
+        max_tokens_per_microbatch: Padded tokens of a forward pass; None for a single pass.
+        max_logits_per_chunk: Logits over all V that exist at once.
+
+    Returns:
+        Scalar loss.
+
+    Raises:
+        InvalidInput: The batch lacks what the objective reads, the teacher is missing, or the
+            denominator is unknown.
+    """
+    losses = policy_losses(
+        student,
+        batch,
+        objective,
+        teacher=teacher,
+        denominator=denominator,
+        max_tokens_per_microbatch=max_tokens_per_microbatch,
+        max_logits_per_chunk=max_logits_per_chunk,
+    )
+    return torch.stack(list(losses)).sum()
+
+
+def policy_losses(
+    student: CausalLM,
+    batch: ScoredBatch,
+    objective: Objective,
+    *,
+    teacher: CausalLM | None = None,
+    denominator: str = "token_mean",
+    max_tokens_per_microbatch: int | None = None,
+    max_logits_per_chunk: int = 1 << 24,
+) -> Iterator[Tensor]:
+    """Yield the loss of each micro-batch; their sum is `policy_loss`, whatever the split.
+
+    Credit, ratio and denominator are computed once, on the whole batch.
+
+    Args:
+        student: The student.
+        batch: Scored batch of the whole optimizer step.
+        objective: The objective.
+        teacher: The teacher, for an objective on the full vocabulary; else unused.
+        denominator: One of `opd.objectives.reduction.DENOMINATORS`.
+        max_tokens_per_microbatch: Padded tokens of a forward pass; None for a single pass.
+        max_logits_per_chunk: Logits over all V that exist at once.
+
+    Yields:
+        Scalar losses with gradient.
+
+    Raises:
+        InvalidInput: As `policy_loss`.
+    """
+    scored, prompts = batch.scored, batch.prompts
+    if denominator not in DENOMINATORS:
+        known_names = ", ".join(DENOMINATORS)
+        raise InvalidInput(f"unknown denominator {denominator!r}; known: {known_names}")
+    credit = objective.credit(scored)
+    weight = token_weights(objective.ratio(scored), DENOMINATORS[denominator](scored))
+    token_rows = (scored.sampled.flatten().cumsum(0) - 1).reshape(scored.sampled.shape)
+    groups = [list(range(len(scored)))]
+    if max_tokens_per_microbatch is not None:
+        groups = micro_batches(prompts, scored, max_tokens_per_microbatch)
+    for rows in groups:
+        part = scored.rows(rows).trim()
+        columns = slice(part.mask.shape[1])
+        teacher_hidden = batch.teacher_hidden
+        if teacher_hidden is not None:
+            teacher_hidden = teacher_hidden[token_rows[rows][:, columns][part.mask]]
+        yield loss_from_hidden(
+            student,
+            objective,
+            response_hidden_states(student, prompts.rows(rows), part),
+            TokenInputs.of(
+                part, objective.support, credit[rows][:, columns], weight[rows][:, columns]
+            ),
+            teacher=teacher,
+            teacher_hidden=teacher_hidden,
+            temperature=scored.score_temperature,
+            max_logits_per_chunk=max_logits_per_chunk,
+        )
+
+
 def loss_from_hidden(
-    pair: ModelPair,
+    student: CausalLM,
     objective: Objective,
     hidden: Tensor,
-    teacher_hidden: Tensor | None,
-    batch: ScoredRollouts,
-    credit: Tensor,
-    weight: Tensor,
+    inputs: TokenInputs,
     *,
+    teacher: CausalLM | None = None,
+    teacher_hidden: Tensor | None = None,
+    temperature: float,
     max_logits_per_chunk: int,
 ) -> Tensor:
-    """Return the sum over supervised tokens of weight x surrogate, with gradient.
+    """Return the sum of the weighted losses of N supervised tokens, with gradient.
 
     The gradient flows to hidden states and head and is computed in the forward pass. Call
     `backward` once and soon: until then a float32 gradient of the head is held in memory.
 
     Args:
-        pair: Student and teacher.
+        student: The student.
         objective: The objective.
         hidden: (N, D) student states.
-        teacher_hidden: (N, D') teacher states, for objectives on the full vocabulary; else None.
-        batch: Scored rollouts of the micro-batch.
-        credit: (B, T) credit of the same rows.
-        weight: (N,) importance ratio / loss denominator.
+        inputs: Constants of the N tokens.
+        teacher: The teacher, for objectives on the full vocabulary; else unused.
+        teacher_hidden: (N, D') teacher states, for objectives on the full vocabulary; else unused.
+        temperature: Temperature of the log-probabilities.
         max_logits_per_chunk: Logits over all V that exist at once; ignored for a loss on K head
             rows.
 
@@ -68,38 +164,38 @@ def loss_from_hidden(
         Scalar loss.
 
     Raises:
-        InvalidInput: The batch lacks the objective's support, or teacher states are missing.
+        InvalidInput: Teacher states are missing.
     """
-    inputs = token_inputs(objective, batch, credit)
-    head, temperature = pair.student.head, batch.score_temperature
-    if not objective.normalised and inputs.ids is not None:
-        ids = inputs.ids
-        if objective.sampled:
-            ids = torch.cat([ids, inputs.tokens[:, None]], 1)
-        logits = apply_temperature(gathered_logits(hidden, head, ids), temperature)
-        logp = logits[:, -1] if objective.sampled else None
-        visited = inputs.visited_tokens(slice(None), logp, logits[:, : inputs.ids.shape[1]])
-        return (objective.surrogate(visited) * weight).sum()
-    chunk_loss = make_chunk_loss(pair, objective, teacher_hidden, inputs, weight, temperature)
+    head, needs = student.head, objective.requirements
+    if not needs.normalised and inputs.ids is not None:
+        ids, k = inputs.ids, inputs.ids.shape[1]
+        if needs.sampled_logp:
+            ids = torch.cat([ids, _tokens(inputs)[:, None]], 1)
+        logits = apply_temperature(head.gather(hidden, ids), temperature)
+        logp = logits[:, -1] if needs.sampled_logp else None
+        return weighted_losses(
+            objective, replace(inputs, logp=logp, support_logp=logits[:, :k])
+        ).sum()
+    chunk_loss = make_chunk_loss(student, objective, inputs, teacher, teacher_hidden, temperature)
     return chunked_loss(hidden, head, chunk_loss, max_logits_per_chunk)
 
 
 def make_chunk_loss(
-    pair: ModelPair,
+    student: CausalLM,
     objective: Objective,
+    inputs: TokenInputs,
+    teacher: CausalLM | None,
     teacher_hidden: Tensor | None,
-    inputs: "TokenInputs",
-    weight: Tensor,
     temperature: float,
 ) -> ChunkLoss:
     """Build the loss of a chunk of tokens as a function of the products of all head rows.
 
     Args:
-        pair: Student and teacher.
+        student: The student.
         objective: The objective.
-        teacher_hidden: (N, D') teacher states, for objectives on the full vocabulary; else None.
-        inputs: Constants of the N supervised tokens.
-        weight: (N,) importance ratio / loss denominator.
+        inputs: Constants of the N tokens.
+        teacher: The teacher, for objectives on the full vocabulary; else unused.
+        teacher_hidden: (N, D') teacher states, for objectives on the full vocabulary; else unused.
         temperature: Temperature of the log-probabilities.
 
     Returns:
@@ -108,43 +204,40 @@ def make_chunk_loss(
     Raises:
         InvalidInput: The objective compares full distributions and teacher states are missing.
     """
-    head = pair.student.head
-    if objective.support == "full" and teacher_hidden is None:
+    head, is_full, tokens = student.head, objective.support == "full", _tokens(inputs)
+    if is_full and (teacher is None or teacher_hidden is None):
         raise InvalidInput(
-            "the objective compares full distributions, but teacher_hidden is None; score the "
-            "batch with keep_teacher=True"
+            "the objective compares full distributions, but the teacher's hidden states are "
+            "missing; pass the teacher and keep its states when the batch is scored"
         )
 
     def chunk_loss(z: Tensor, c: slice) -> Tensor:
-        logits = apply_temperature(
-            apply_scale_and_softcap(z[:, : head.vocabulary], head), temperature
-        )
-        y = inputs.tokens[c, None]
-        if teacher_hidden is not None and objective.support == "full":
+        logits = apply_temperature(head.shape_products(z[:, : head.vocabulary]), temperature)
+        y, part = tokens[c, None], inputs.part(c)
+        if is_full and teacher is not None and teacher_hidden is not None:
             p = logits.log_softmax(-1)
             with torch.no_grad():
-                q = log_probabilities(pair.teacher, teacher_hidden[c], temperature)
-            visited = inputs.visited_tokens(c, p.gather(-1, y)[:, 0], p, q)
+                q = log_probabilities(teacher, teacher_hidden[c], temperature)
+            part = replace(part, logp=p.gather(-1, y)[:, 0], support_logp=p, teacher_support_logp=q)
         else:
-            support_ids = y if inputs.ids is None else torch.cat([y, inputs.ids[c]], 1)
+            support_ids = y if part.ids is None else torch.cat([y, part.ids], 1)
             logp = logits.gather(-1, support_ids) - logits.logsumexp(-1, keepdim=True)
-            visited = inputs.visited_tokens(
-                c, logp[:, 0], None if inputs.ids is None else logp[:, 1:]
-            )
-        return (objective.surrogate(visited) * weight[c]).sum()
+            support_logp = None if part.ids is None else logp[:, 1:]
+            part = replace(part, logp=logp[:, 0], support_logp=support_logp)
+        return weighted_losses(objective, part).sum()
 
     return chunk_loss
 
 
 def product_gradients(
-    pair: ModelPair,
+    student: CausalLM,
     objective: Objective,
     hidden: Tensor,
-    teacher_hidden: Tensor | None,
-    batch: ScoredRollouts,
-    credit: Tensor,
-    weight: Tensor,
+    inputs: TokenInputs,
     *,
+    teacher: CausalLM | None = None,
+    teacher_hidden: Tensor | None = None,
+    temperature: float,
     max_logits_per_chunk: int,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield the gradient of `loss_from_hidden` by the products <h, W_v>, chunk by chunk.
@@ -152,115 +245,36 @@ def product_gradients(
     The gradient of the head's weight is the sum over tokens of their outer products with `hidden`.
 
     Args:
-        pair: Student and teacher.
+        student: The student.
         objective: The objective.
         hidden: (N, D) student states.
-        teacher_hidden: (N, D') teacher states, for objectives on the full vocabulary; else None.
-        batch: Scored rollouts of the micro-batch.
-        credit: (B, T) credit of the same rows.
-        weight: (N,) importance ratio / loss denominator.
+        inputs: Constants of the N tokens.
+        teacher: The teacher, for objectives on the full vocabulary; else unused.
+        teacher_hidden: (N, D') teacher states, for objectives on the full vocabulary; else unused.
+        temperature: Temperature of the log-probabilities.
         max_logits_per_chunk: Logits over all V that exist at once.
 
     Yields:
         A slice of the tokens and their (n, V) gradients.
     """
-    inputs, head = token_inputs(objective, batch, credit), pair.student.head
-    loss = make_chunk_loss(pair, objective, teacher_hidden, inputs, weight, batch.score_temperature)
+    head = student.head
+    loss = make_chunk_loss(student, objective, inputs, teacher, teacher_hidden, temperature)
     for c in chunk_slices(len(hidden), head.vocabulary, max_logits_per_chunk):
         with torch.enable_grad():
-            z = head_products(hidden[c], head).requires_grad_()
+            z = head.products(hidden[c]).requires_grad_()
             (gradient,) = torch.autograd.grad(loss(z, c), z)
         yield c, gradient[:, : head.vocabulary]
 
 
-@dataclass(frozen=True, eq=False)
-class TokenInputs:
-    """Constants of N supervised tokens; fields as in `VisitedTokens`."""
-
-    tokens: Tensor
-    credit: Tensor
-    teacher_logp: Tensor
-    old_logp: Tensor
-    ids: Tensor | None = None
-    """(N, K) long, ids of the support."""
-    teacher_support_logp: Tensor | None = None
-    present: Tensor | None = None
-    inside: Tensor | None = None
-
-    def visited_tokens(
-        self,
-        c: slice,
-        logp: Tensor | None,
-        support_logp: Tensor | None,
-        teacher_support_logp: Tensor | None = None,
-    ) -> VisitedTokens:
-        """Return the tokens of a slice together with the student's log-probabilities.
-
-        Args:
-            c: Slice of the N tokens.
-            logp: (n,) student log-probabilities of the sampled tokens, with gradient.
-            support_logp: (n, K) student log-probabilities on the support, with gradient.
-            teacher_support_logp: (n, K) teacher log-probabilities; None for those of the batch.
-
-        Returns:
-            Inputs of a surrogate.
-        """
-
-        def select(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[c]
-
-        return VisitedTokens(
-            logp=logp,
-            credit=self.credit[c],
-            teacher_logp=self.teacher_logp[c],
-            old_logp=self.old_logp[c],
-            support_logp=support_logp,
-            teacher_support_logp=select(self.teacher_support_logp)
-            if teacher_support_logp is None
-            else teacher_support_logp,
-            present=select(self.present),
-            inside=select(self.inside),
-        )
+def _tokens(inputs: TokenInputs) -> Tensor:
+    """Return the sampled tokens, which `TokenInputs.of` sets."""
+    if inputs.tokens is None:
+        raise InvalidInput("the inputs have no tokens; build them with TokenInputs.of")
+    return inputs.tokens
 
 
-def token_inputs(objective: Objective, batch: ScoredRollouts, credit: Tensor) -> TokenInputs:
-    """Collect the constants of a micro-batch's supervised tokens, with the support if there is one.
-
-    Args:
-        objective: The objective.
-        batch: Scored rollouts of the micro-batch.
-        credit: (B, T) credit of the same rows.
-
-    Returns:
-        Constants of the N supervised tokens.
-
-    Raises:
-        InvalidInput: The batch lacks the objective's support.
-    """
-    mask, support = batch.mask, batch.support
-    common_fields = (
-        batch.tokens[mask],
-        credit[mask],
-        batch.teacher_logp[mask],
-        batch.student_logp[mask],
-    )
-    if objective.support in ("none", "full"):
-        return TokenInputs(*common_fields)
-    if support is None or support.source != objective.support:
-        source_name = "none" if support is None else repr(support.source)
-        raise InvalidInput(
-            f"the objective needs a {objective.support!r} support, but the batch has "
-            f"{source_name}; call `score` with that source"
-        )
-    present = None if support.present is None else support.present[mask]
-    inside = support.contains(batch.tokens)[mask]
-    return TokenInputs(
-        *common_fields, support.ids[mask], support.teacher_logp[mask], present, inside
-    )
-
-
-def chunked_loss(hidden: Tensor, head: LmHead, loss: ChunkLoss, max_elements: int) -> Tensor:
-    """Return the sum of `loss` over chunks of tokens, with gradient to hidden, weight and bias.
+def chunked_loss(hidden: Tensor, head: Head, loss: ChunkLoss, max_elements: int) -> Tensor:
+    """Return the sum of `loss` over chunks of tokens, with gradient to hidden states and head.
 
     Neither forward nor backward keeps (N, R) values; gradients of the head are summed in float32.
     The result cannot be differentiated twice, and `backward` can run once only.
@@ -274,7 +288,7 @@ def chunked_loss(hidden: Tensor, head: LmHead, loss: ChunkLoss, max_elements: in
     Returns:
         Scalar loss.
     """
-    total: Tensor = _ChunkedLoss.apply(hidden, head.weight, head.bias, head, loss, max_elements)
+    total: Tensor = _ChunkedLoss.apply(head, loss, max_elements, hidden, *head.parameters)
     return total
 
 
@@ -282,35 +296,33 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        head: LmHead,
+        head: Head,
         loss: ChunkLoss,
         max_elements: int,
+        hidden: Tensor,
+        *parameters: Tensor,
     ) -> Tensor:
-        needs_gradient = ctx.needs_input_grad[:3]
-        sum_dtypes = (hidden.dtype, *(None if x is None else _sum_dtype(x) for x in (weight, bias)))
-        gradients = [
-            torch.zeros_like(x, dtype=dtype) if x is not None and wants_gradient else None
-            for x, dtype, wants_gradient in zip(
-                (hidden, weight, bias), sum_dtypes, needs_gradient, strict=True
-            )
+        wants_hidden, *wanted = ctx.needs_input_grad[3:]
+        hidden_gradient = torch.zeros_like(hidden) if wants_hidden else None
+        sums = [
+            torch.zeros_like(x, dtype=_sum_dtype(x)) if wants_gradient else None
+            for x, wants_gradient in zip(parameters, wanted, strict=True)
         ]
         total = hidden.new_zeros((), dtype=_sum_dtype(hidden))
-        width = hidden.shape[1] if weight is None else len(weight)
-        for c in chunk_slices(len(hidden), width, max_elements):
-            z = head_products(hidden[c], head)
-            if not any(needs_gradient):
+        for c in chunk_slices(len(hidden), head.num_products(hidden), max_elements):
+            z = head.products(hidden[c])
+            if not any((wants_hidden, *wanted)):
                 total += loss(z, c)
                 continue
             with torch.enable_grad():
                 value = loss(z.requires_grad_(), c)
             (dz,) = torch.autograd.grad(value, z)
             total += value.detach()
-            _accumulate_gradients(gradients, dz, hidden[c], weight, c)
-        ctx.gradients = gradients
-        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+            if hidden_gradient is not None:
+                hidden_gradient[c] = head.backproject(dz, hidden.shape[1])
+            head.add_parameter_gradients(sums, dz, hidden[c])
+        ctx.gradients = [hidden_gradient, *sums]
+        ctx.dtypes = [x.dtype for x in (hidden, *parameters)]
         return total
 
     @staticmethod
@@ -325,24 +337,7 @@ class _ChunkedLoss(torch.autograd.Function):
             None if x is None else x.mul_(scale).to(dtype)
             for x, dtype in zip(gradients, ctx.dtypes, strict=True)
         )
-        return (*scaled, None, None, None)
-
-
-def _accumulate_gradients(
-    gradients: list[Tensor | None], dz: Tensor, hidden: Tensor, weight: Tensor | None, c: slice
-) -> None:
-    """Add a chunk's contribution to the gradients of hidden, weight and bias, given dz (n, R)."""
-    dh, dw, db = gradients
-    if dh is not None:
-        dh[c] = dz if weight is None else dz.to(weight.dtype) @ weight
-    if db is not None:
-        db += dz.sum(0)
-    if dw is None:
-        return
-    if is_half_on_cuda(hidden):
-        torch.addmm(dw, dz.to(hidden.dtype).T, hidden, out_dtype=torch.float32, out=dw)
-    else:
-        dw.addmm_(dz.T, hidden.to(dz.dtype))
+        return (None, None, None, *scaled)
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:

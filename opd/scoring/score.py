@@ -4,7 +4,7 @@ Shapes: B responses, T positions, N sampled tokens, n tokens of a chunk, D and D
 student and teacher, V shared vocabulary, K support ids.
 """
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,337 +19,295 @@ from opd.models.forward import (
     response_hidden_states,
     scatter_to_mask,
 )
-from opd.models.lm_head import (
-    apply_temperature,
-    chunk_slices,
-    full_logits,
-    gathered_logits,
-    two_stage_topk,
-)
+from opd.models.lm_head import apply_temperature, chunk_slices, two_stage_topk
+from opd.models.model import CausalLM
+from opd.objectives.requirements import Requirements
 from opd.objectives.support import JOINT_SUPPORTS
-from opd.teachers.pair import ModelPair
-from opd.teachers.remote_scores import TeacherScores
+from opd.teachers.teacher import Capability, Teacher
 from opd.tokens.eos import EosMap, student_support, teacher_tokens
 
-Measure = Callable[[Tensor, Tensor, Tensor, Tensor], dict[str, Tensor]]
-"""Function of (n, D) student and (n, D') teacher states, (n,) tokens and their (n,) positions among
-the N sampled tokens that returns named (n, ...) columns.
-"""
+METRICS_ONLY = Requirements(
+    support="teacher",
+    support_k=16,
+    sampled_logp=True,
+    teacher_sampled_logp=True,
+    normalised=True,
+    distributions=True,
+    whole_groups=False,
+    on_policy=False,
+)
+"""Requirements of metrics without an objective: the teacher's top-K, and statistics of the
+distributions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreRequest:
+    """What the scores of a batch have to provide, and the memory that scoring may take."""
+
+    requirements: Requirements = METRICS_ONLY
+    """What the loss reads, such as the objective's `requirements`."""
+    temperature: float = 1.0
+    """Temperature of the log-probabilities."""
+    full_statistics: bool = True
+    """Whether metrics of whole distributions are wanted. Without them the student's softmax is
+    that of the sampler, where it is known and the loss needs no more.
+    """
+    eos_map: EosMap | None = None
+    """EOS ids of both models, for their metrics."""
+    map_eos: bool = False
+    """Read the teacher at its own EOS where the student used another one, and the student at its
+    own EOS where the teacher's top-K holds another one. Distribution statistics still compare id
+    with id. (The published code of arXiv 2603.25562 does so since its fix for figure 5.)
+    """
+    max_tokens_per_microbatch: int = 1 << 14
+    """Padded tokens of a forward pass."""
+    max_logits_per_chunk: int = 1 << 24
+    """Logits that exist at once."""
+
+    @property
+    def source(self) -> str:
+        """Whose top-K is the support; the teacher's if the loss needs none."""
+        support = self.requirements.support
+        return "teacher" if support in ("none", "full") else support
+
+    def allows_sampler_softmax(self, rollouts: Rollouts) -> bool:
+        """Return whether the student's softmax of the rollouts can be taken from the sampler.
+
+        It is that of the weights that sampled, so they must be the present ones, and rounding
+        differences of another inference engine stay hidden.
+
+        Args:
+            rollouts: The rollouts.
+
+        Returns:
+            Whether a full pass of the student's head can be skipped.
+        """
+        needs = self.requirements
+        if self.full_statistics or self.map_eos or needs.distributions or needs.normalised:
+            return False
+        known = rollouts.softmax_logp is not None and rollouts.temperature == self.temperature
+        return needs.support == "teacher" and known and not bool((rollouts.age > 0).any())
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredBatch:
+    """Prompts and rollouts, scored by both models."""
+
+    prompts: Prompts
+    scored: ScoredRollouts
+    """The rollouts with both models' log-probabilities."""
+    teacher_hidden: Tensor | None = None
+    """(N, D') teacher hidden states at all N sampled tokens, row-major; only for losses on the full
+    vocabulary.
+    """
+    reuses_sampler: bool = False
+    """Whether `student_logp` is the sampler's, not computed again."""
 
 
 @torch.no_grad()
-def score(
-    pair: ModelPair,
+def score_batch(
+    student: CausalLM,
+    teacher: Teacher,
     prompts: Prompts,
-    batch: Rollouts,
-    *,
-    k: int,
-    source: str = "teacher",
-    temperature: float,
-    max_tokens_per_microbatch: int,
-    max_logits_per_chunk: int,
-    keep_teacher: bool,
-    eos_map: EosMap | None = None,
-) -> tuple[ScoredRollouts, Tensor | None]:
-    """Compute both models' log-probabilities, a support and distribution statistics of a batch.
+    rollouts: Rollouts,
+    request: ScoreRequest,
+) -> ScoredBatch:
+    """Score rollouts with both models, in the cheapest way that provides what is requested.
 
-    The support holds the K most probable ids of the `source`. Logits exist for one chunk of tokens
-    at a time.
-
-    With `eos_map`, the teacher is read at its own EOS where the student used another one, and the
-    student at its own EOS where the teacher's top-K holds another one; the distribution statistics
-    still compare id with id. (The published code of arXiv 2603.25562 does so since its fix for
-    figure 5.)
+    The support holds the K most probable ids of its source. Logits exist for one chunk of tokens at
+    a time. Without full statistics, the student's full softmax is skipped where the sampler's is
+    valid: its log-probabilities on the support then follow from K + 1 head rows, log p(v) = log
+    p(y) + z_v - z_y. Statistics of distributions need a teacher with hidden states.
 
     Args:
-        pair: Student and teacher.
-        prompts: Prompts of the batch.
-        batch: Rollouts.
-        k: Number of support ids per model.
-        source: "teacher" or "student" for the top-K of that model, "union" or "intersection" for
-            both (`opd.objectives.support`).
-        temperature: Temperature of the log-probabilities.
-        max_tokens_per_microbatch: Tokens in a forward pass.
-        max_logits_per_chunk: Logits that exist at once.
-        keep_teacher: Return the teacher's hidden states, for losses on its whole vocabulary.
-        eos_map: EOS ids of both models; None to compare id with id.
+        student: The student.
+        teacher: The teacher.
+        prompts: B prompts.
+        rollouts: B responses.
+        request: What is needed.
 
     Returns:
-        The scored rollouts, and the (N, D') teacher states, row-major over `sampled`, if kept.
+        The scored batch.
 
     Raises:
-        InvalidInput: k is larger than the vocabulary, the source is unknown, or eos_map is given
-            with a source other than the teacher.
+        InvalidInput: K is larger than the vocabulary, the support is unknown, or the teacher or the
+            EOS mapping cannot provide it.
     """
-    _check_support(pair, k, source)
-    if eos_map is not None and source != "teacher":
-        raise InvalidInput(
-            f"EOS ids can be mapped in the teacher's top-K only, not in the {source!r} support; "
-            "set map_eos to False, or use a teacher support"
-        )
+    _check_request(student, teacher, request)
+    is_local, temperature = Capability.HIDDEN_STATES in teacher.capabilities, request.temperature
+    k = request.requirements.support_k
+    answers = None if is_local else teacher.top_k(prompts, rollouts, k)
+    reuses_sampler = request.allows_sampler_softmax(rollouts)
+    sampler_logp = None
+    if reuses_sampler and rollouts.softmax_logp is not None:
+        sampler_logp = rollouts.softmax_logp[rollouts.sampled]
+    num_tokens, columns = int(rollouts.sampled.sum()), dict[str, Tensor]()
+    flat_index = (rollouts.sampled.flatten().cumsum(0) - 1).reshape(rollouts.mask.shape)
 
-    def measure(
-        student_states: Tensor, teacher_states: Tensor, tokens: Tensor, _: Tensor
-    ) -> dict[str, Tensor]:
-        p = log_probabilities(pair.student, student_states, temperature)
-        q = log_probabilities(pair.teacher, teacher_states, temperature)
-        support_ids, present = _support_ids(p, q, k, source)
-        ids, y = support_ids, tokens[:, None]
-        teacher_token = y
-        if eos_map is not None:
-            teacher_token = teacher_tokens(y, eos_map)
-            ids, present = student_support(support_ids, eos_map)
-        fields = {
-            "student_logp": p.gather(-1, y)[:, 0],
-            "teacher_logp": q.gather(-1, teacher_token)[:, 0],
-            "support.ids": ids,
-            "support.student_logp": p.gather(-1, ids),
-            "support.teacher_logp": q.gather(-1, support_ids),
-        }
-        if present is not None:
-            fields["support.present"] = present
-        if pair.eos_map is not None:
-            eos_pair = (pair.eos_map.student, pair.eos_map.teacher)
-            for name, logp, model_eos in zip(("student", "teacher"), (p, q), eos_pair, strict=True):
-                fields[f"prefix.{name}_end"] = logp[:, list(model_eos)].logsumexp(-1)
-            student_eos = torch.tensor(pair.eos_map.student, device=tokens.device)
-            fields["prefix.ending"] = torch.isin(tokens, student_eos).to(p.dtype)
-        return fields | {
-            f"prefix.{name}": x for name, x in compute_distribution_stats(p, q, tokens).items()
-        }
+    def store(name: str, positions: Tensor, value: Tensor) -> None:
+        if name not in columns:
+            columns[name] = value.new_zeros((num_tokens, *value.shape[1:]))
+        columns[name][positions] = value
 
-    columns, teacher_hidden = _score_in_chunks(
-        pair, prompts, batch, measure, max_tokens_per_microbatch, max_logits_per_chunk, keep_teacher
-    )
-    return _to_scored_rollouts(batch, columns, source, temperature), teacher_hidden
-
-
-@torch.no_grad()
-def score_support(
-    pair: ModelPair,
-    prompts: Prompts,
-    batch: Rollouts,
-    *,
-    k: int,
-    temperature: float,
-    max_tokens_per_microbatch: int,
-    max_logits_per_chunk: int,
-    teacher_scores: TeacherScores | None = None,
-) -> ScoredRollouts:
-    """Score with the teacher's top-K, without distribution statistics: all V for the teacher only.
-
-    For steps without full metrics of objectives that are not `normalised`. `student_logp` is the
-    sampler's `softmax_logp`, and the student's log-probabilities on the support follow from it and
-    from K + 1 head rows: log p(v) = log p(y) + z_v - z_y. They are therefore those of the student
-    only if it sampled the batch with its present weights, and rounding differences of another
-    inference engine stay hidden; `score` measures those.
-
-    Args:
-        pair: Student and teacher.
-        prompts: Prompts of the batch.
-        batch: Rollouts with `softmax_logp`.
-        k: Number of support ids.
-        temperature: Temperature of the log-probabilities.
-        max_tokens_per_microbatch: Tokens in a forward pass.
-        max_logits_per_chunk: Logits that exist at once.
-        teacher_scores: Scores of a remote teacher; the local teacher is then not run.
-
-    Returns:
-        The scored rollouts.
-
-    Raises:
-        InvalidInput: k is larger than the vocabulary, the temperature of a remote teacher is not 1,
-            or the sampler kept no full softmax at this temperature.
-    """
-    _check_support(pair, k, "teacher")
-    if teacher_scores is not None and temperature != 1:
-        raise InvalidInput(f"temperature is {temperature}, but a remote teacher scores at 1; set 1")
-    if batch.softmax_logp is None or batch.temperature != temperature:
-        raise InvalidInput(
-            f"the sampler ran at temperature {batch.temperature} and "
-            f"{'kept no' if batch.softmax_logp is None else 'kept the'} full softmax; without the "
-            f"student's log-probabilities at temperature {temperature} use `score`"
-        )
-    sampled_logp = batch.softmax_logp[batch.sampled]
-
-    def measure(
-        student_states: Tensor, teacher_states: Tensor, tokens: Tensor, positions: Tensor
-    ) -> dict[str, Tensor]:
-        y, logp = tokens[:, None], sampled_logp[positions].float()
-        if teacher_scores is not None:
-            ids, support_logp, teacher_logp = teacher_scores.select(positions)
-        else:
-            logits = apply_temperature(full_logits(teacher_states, pair.teacher.head), temperature)
-            normaliser = logits.logsumexp(-1, keepdim=True)
-            support_logp, ids = two_stage_topk(logits, k)
-            support_logp, teacher_logp = (
-                support_logp - normaliser,
-                (logits.gather(-1, y) - normaliser)[:, 0],
+    for rows in micro_batches(prompts, rollouts, request.max_tokens_per_microbatch):
+        micro_batch, micro_prompts = rollouts.rows(rows).trim(), prompts.rows(rows)
+        sampled = micro_batch.sampled
+        positions, tokens = flat_index[rows][:, : sampled.shape[1]][sampled], micro_batch.tokens
+        states = response_hidden_states(student, micro_prompts, micro_batch, sampled)
+        teacher_states = states[:, :0]
+        if is_local:
+            teacher_states = response_hidden_states(
+                teacher.model, micro_prompts, micro_batch, sampled
             )
-        support_logits = gathered_logits(student_states, pair.student.head, torch.cat([y, ids], 1))
-        z = apply_temperature(support_logits, temperature)
-        return {
-            "student_logp": logp,
-            "teacher_logp": teacher_logp,
-            "support.ids": ids,
-            "support.student_logp": (logp[:, None] + z[:, 1:] - z[:, :1]).clamp(max=0.0),
-            "support.teacher_logp": support_logp,
-        }
-
-    columns, _ = _score_in_chunks(
-        pair,
-        prompts,
-        batch,
-        measure,
-        max_tokens_per_microbatch,
-        max_logits_per_chunk,
-        False,
-        teacher_scores is None,
+            if request.requirements.support == "full":
+                store("teacher_hidden", positions, teacher_states)
+        tokens = tokens[sampled]
+        for c in chunk_slices(len(tokens), student.vocabulary, request.max_logits_per_chunk):
+            if is_local and sampler_logp is None:
+                p = log_probabilities(student, states[c], temperature)
+                q = log_probabilities(teacher.model, teacher_states[c], temperature)
+                values = _full_columns(p, q, tokens[c], request)
+            else:
+                if answers is not None:
+                    top_k = answers.select(positions[c])
+                else:
+                    logits = apply_temperature(
+                        teacher.model.head.logits(teacher_states[c]), temperature
+                    )
+                    top_k = _teacher_top_k(logits, tokens[c], k)
+                logp = None if sampler_logp is None else sampler_logp[positions[c]].float()
+                values = _top_k_columns(student, states[c], tokens[c], top_k, logp, request)
+            for name, value in values.items():
+                store(name, positions[c], value)
+    teacher_hidden = columns.pop("teacher_hidden", None)
+    tensors = {name: scatter_to_mask(value, rollouts.sampled) for name, value in columns.items()}
+    statistics = _without_prefix(tensors, "prefix.")
+    scored = ScoredRollouts(
+        **vars(rollouts),
+        student_logp=tensors["student_logp"],
+        teacher_logp=tensors["teacher_logp"],
+        support=Support(source=request.source, **_without_prefix(tensors, "support.")),
+        prefix=DistributionStats(**statistics) if statistics else None,
+        score_temperature=temperature,
     )
-    return _to_scored_rollouts(batch, columns, "teacher", temperature)
+    return ScoredBatch(prompts, scored.validate(), teacher_hidden, reuses_sampler)
 
 
-@torch.no_grad()
-def score_with_remote_teacher(
-    pair: ModelPair,
-    prompts: Prompts,
-    batch: Rollouts,
-    teacher_scores: TeacherScores,
-    *,
-    source: str,
-    max_tokens_per_microbatch: int,
-    max_logits_per_chunk: int,
-) -> ScoredRollouts:
-    """Score with the student's full softmax and a remote teacher, without distribution statistics.
-
-    The temperature is 1. The support is the teacher's K ids, or with the source "intersection"
-    those of them that are among the student's K.
-
-    Args:
-        pair: The student; the local teacher is not run.
-        prompts: Prompts of the batch.
-        batch: Rollouts.
-        teacher_scores: Scores of the remote teacher.
-        source: "teacher" or "intersection".
-        max_tokens_per_microbatch: Tokens in a forward pass.
-        max_logits_per_chunk: Logits that exist at once.
-
-    Returns:
-        The scored rollouts.
-
-    Raises:
-        InvalidInput: Another source, for whose ids the remote teacher has no log-probabilities.
-    """
-    if source not in ("teacher", "intersection"):
+def _check_request(student: CausalLM, teacher: Teacher, request: ScoreRequest) -> None:
+    """Refuse an unknown support, one that the teacher or map_eos lacks, and a K beyond V."""
+    source, k = request.source, request.requirements.support_k
+    if k > student.vocabulary:
         raise InvalidInput(
-            f"remote teachers return only their own top-K, not a {source!r} support; use a "
-            "teacher_topk objective or a local teacher"
-        )
-
-    def measure(
-        student_states: Tensor, _: Tensor, tokens: Tensor, positions: Tensor
-    ) -> dict[str, Tensor]:
-        p = log_probabilities(pair.student, student_states, 1.0)
-        ids, support_logp, teacher_logp = teacher_scores.select(positions)
-        fields = {
-            "student_logp": p.gather(-1, tokens[:, None])[:, 0],
-            "teacher_logp": teacher_logp,
-            "support.ids": ids,
-            "support.student_logp": p.gather(-1, ids),
-            "support.teacher_logp": support_logp,
-        }
-        if source == "intersection":
-            student_ids = two_stage_topk(p, ids.shape[1])[1]
-            fields["support.present"] = JOINT_SUPPORTS[source](ids, student_ids)[1]
-        return fields
-
-    columns, _ = _score_in_chunks(
-        pair, prompts, batch, measure, max_tokens_per_microbatch, max_logits_per_chunk, False, False
-    )
-    return _to_scored_rollouts(batch, columns, source, 1.0)
-
-
-def _check_support(pair: ModelPair, k: int, source: str) -> None:
-    """Refuse a K larger than the vocabulary and an unknown source."""
-    size = pair.student.vocabulary
-    if k > size:
-        raise InvalidInput(
-            f"support_k is {k}, but the shared vocabulary has {size} tokens; lower support_k"
+            f"support_k is {k}, but the shared vocabulary has {student.vocabulary} tokens; lower "
+            "support_k"
         )
     known_sources = ("teacher", "student", *JOINT_SUPPORTS)
     if source not in known_sources:
         raise InvalidInput(f"unknown support source {source!r}; known: {', '.join(known_sources)}")
-
-
-def _support_ids(p: Tensor, q: Tensor, k: int, source: str) -> tuple[Tensor, Tensor | None]:
-    """Return ids (n, K or 2K) of the source, and which of them count (all if None)."""
-    if source in JOINT_SUPPORTS:
-        return JOINT_SUPPORTS[source](two_stage_topk(q, k)[1], two_stage_topk(p, k)[1])
-    return two_stage_topk(q if source == "teacher" else p, k)[1], None
-
-
-def _score_in_chunks(
-    pair: ModelPair,
-    prompts: Prompts,
-    batch: Rollouts,
-    measure: Measure,
-    max_tokens_per_microbatch: int,
-    max_logits_per_chunk: int,
-    keep_teacher: bool,
-    run_teacher: bool = True,
-) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Return columns (N, ...) measured on all sampled tokens, and the teacher's states if kept.
-
-    If the teacher is not run, its states have width 0.
-    """
-    n, device = int(batch.sampled.sum()), batch.tokens.device
-    flat_index = (batch.sampled.flatten().cumsum(0) - 1).reshape(batch.mask.shape)
-    flat: dict[str, Tensor] = {}
-
-    def store(name: str, positions: Tensor, value: Tensor) -> None:
-        if name not in flat:
-            flat[name] = torch.zeros((n, *value.shape[1:]), dtype=value.dtype, device=device)
-        flat[name][positions] = value
-
-    for rows in micro_batches(prompts, batch, max_tokens_per_microbatch):
-        micro_batch = batch.rows(rows).trim()
-        micro_prompts = prompts.rows(rows)
-        sampled = micro_batch.sampled
-        positions = flat_index[rows][:, : sampled.shape[1]][sampled]
-        student_states = response_hidden_states(pair.student, micro_prompts, micro_batch, sampled)
-        teacher_states = (
-            response_hidden_states(pair.teacher, micro_prompts, micro_batch, sampled)
-            if run_teacher
-            else student_states[:, :0]
+    if request.map_eos and source != "teacher":
+        raise InvalidInput(
+            f"EOS ids can be mapped in the teacher's top-K only, not in the {source!r} support; "
+            "set map_eos to False, or use a teacher support"
         )
-        tokens = micro_batch.tokens[sampled]
-        if keep_teacher:
-            store("teacher_hidden", positions, teacher_states)
-        for c in chunk_slices(len(tokens), pair.student.vocabulary, max_logits_per_chunk):
-            for name, value in measure(
-                student_states[c], teacher_states[c], tokens[c], positions[c]
-            ).items():
-                store(name, positions[c], value)
-    return flat, flat.pop("teacher_hidden", None)
+    support = request.requirements.support
+    if source in ("student", "union") and Capability.CHOSEN_IDS not in teacher.capabilities:
+        raise InvalidInput(
+            f"remote teachers return only their own top-K, not a {source!r} support; use a "
+            "teacher_topk objective or a local teacher"
+        )
+    if Capability.DISTRIBUTIONS not in teacher.capabilities:
+        if support == "full" or request.map_eos:
+            what = "full distributions" if support == "full" else "map_eos"
+            raise InvalidInput(
+                f"the teacher {teacher.name} is a server and does not support {what}"
+            )
+        if request.temperature != 1:
+            raise InvalidInput(
+                f"temperature is {request.temperature}, but a remote teacher scores at 1; set 1"
+            )
 
 
-def _to_scored_rollouts(
-    batch: Rollouts, columns: dict[str, Tensor], source: str, temperature: float
-) -> ScoredRollouts:
-    """Build ScoredRollouts from flat (N, ...) columns."""
-    tensors = {name: scatter_to_mask(value, batch.sampled) for name, value in columns.items()}
-    prefix = _select_by_prefix(tensors, "prefix.")
-    scored = ScoredRollouts(
-        **vars(batch),
-        student_logp=tensors["student_logp"],
-        teacher_logp=tensors["teacher_logp"],
-        support=Support(source=source, **_select_by_prefix(tensors, "support.")),
-        prefix=DistributionStats(**prefix) if prefix else None,
-        score_temperature=temperature,
-    )
-    return scored.validate()
+def _full_columns(p: Tensor, q: Tensor, tokens: Tensor, request: ScoreRequest) -> dict[str, Tensor]:
+    """Return the columns of n tokens from (n, V) log-probabilities of student and teacher."""
+    k, source, y = request.requirements.support_k, request.source, tokens[:, None]
+    present: Tensor | None = None
+    if source in JOINT_SUPPORTS:
+        teacher_ids, student_ids = two_stage_topk(q, k)[1], two_stage_topk(p, k)[1]
+        support_ids, present = JOINT_SUPPORTS[source](teacher_ids, student_ids)
+    else:
+        support_ids = two_stage_topk(q if source == "teacher" else p, k)[1]
+    ids, teacher_token = support_ids, y
+    if request.map_eos and request.eos_map is not None:
+        teacher_token = teacher_tokens(y, request.eos_map)
+        ids, present = student_support(support_ids, request.eos_map)
+    columns = {
+        "student_logp": p.gather(-1, y)[:, 0],
+        "teacher_logp": q.gather(-1, teacher_token)[:, 0],
+        "support.ids": ids,
+        "support.student_logp": p.gather(-1, ids),
+        "support.teacher_logp": q.gather(-1, support_ids),
+    }
+    if present is not None:
+        columns["support.present"] = present
+    if (eos_map := request.eos_map) is not None:
+        columns["prefix.student_end"] = p[:, list(eos_map.student)].logsumexp(-1)
+        columns["prefix.teacher_end"] = q[:, list(eos_map.teacher)].logsumexp(-1)
+        student_eos = torch.tensor(eos_map.student, device=tokens.device)
+        columns["prefix.ending"] = torch.isin(tokens, student_eos).to(p.dtype)
+    statistics = compute_distribution_stats(p, q, tokens)
+    return columns | {f"prefix.{name}": x for name, x in statistics.items()}
 
 
-def _select_by_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _teacher_top_k(logits: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ids and log-probabilities (n, K) of the teacher's top-K, and (n,) of the tokens."""
+    normaliser = logits.logsumexp(-1, keepdim=True)
+    values, ids = two_stage_topk(logits, k)
+    return ids, values - normaliser, (logits.gather(-1, tokens[:, None]) - normaliser)[:, 0]
+
+
+def _top_k_columns(
+    student: CausalLM,
+    states: Tensor,
+    tokens: Tensor,
+    top_k: tuple[Tensor, Tensor, Tensor],
+    logp: Tensor | None,
+    request: ScoreRequest,
+) -> dict[str, Tensor]:
+    """Return the columns of n tokens from the teacher's top-K, without distributions of it.
+
+    Args:
+        student: The student.
+        states: (n, D) student states.
+        tokens: (n,) sampled tokens.
+        top_k: (n, K) ids of the teacher, their log-probabilities, and (n,) those of the tokens.
+        logp: (n,) log-probabilities of the tokens under the sampler's softmax; None to compute the
+            student's.
+        request: What is needed.
+
+    Returns:
+        The columns by name.
+    """
+    ids, support_logp, teacher_logp = top_k
+    y, present = tokens[:, None], None
+    if logp is not None:
+        logits = student.head.gather(states, torch.cat([y, ids], 1))
+        z = apply_temperature(logits, request.temperature)
+        student_support_logp = (logp[:, None] + z[:, 1:] - z[:, :1]).clamp(max=0.0)
+    else:
+        p = log_probabilities(student, states, request.temperature)
+        logp, student_support_logp = p.gather(-1, y)[:, 0], p.gather(-1, ids)
+        if request.source in JOINT_SUPPORTS:
+            present = JOINT_SUPPORTS[request.source](ids, two_stage_topk(p, ids.shape[1])[1])[1]
+    columns = {
+        "student_logp": logp,
+        "teacher_logp": teacher_logp,
+        "support.ids": ids,
+        "support.student_logp": student_support_logp,
+        "support.teacher_logp": support_logp,
+    }
+    return columns if present is None else columns | {"support.present": present}
+
+
+def _without_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Return the tensors whose name begins with the prefix, under the rest of their name."""
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

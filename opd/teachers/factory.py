@@ -2,19 +2,15 @@
 
 The student may train LoRA adapters only. The teacher may be another model, the student without its
 adapters ("base"), an exponential moving average of the student ("ema"), or a model on a vLLM
-server. A teacher in this process can be kept in host memory while it does not score.
+server; this module makes the `opd.teachers.teacher.Teacher` that the settings name. A teacher in
+this process can be kept in host memory while it does not score.
 """
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-from torch import Tensor
-
 from diagnostics.errors import InvalidInput
 from opd.config.settings import Config
-from opd.models.lm_head import LmHead
 from opd.models.loading import (
     check_same_vocabulary,
     eos_ids,
@@ -25,10 +21,77 @@ from opd.models.loading import (
 )
 from opd.models.lora import add_lora, without_adapters
 from opd.models.model import CausalLM, split_head
-from opd.serving.addresses import is_url
+from opd.objectives.objective import Objective
 from opd.teachers.client import connect
 from opd.teachers.pair import ModelPair, load_pair
-from opd.tokens.eos import EosMap
+from opd.teachers.teacher import (
+    AdapterFreeTeacher,
+    Capability,
+    LocalTeacher,
+    ServerTeacher,
+    Teacher,
+    make_ema_teacher,
+    teacher_type,
+)
+
+
+def check_capabilities(config: Config, objective: Objective) -> None:
+    """Reject settings that need more than the teacher provides, before it is loaded or connected.
+
+    Args:
+        config: Settings of a run or task.
+        objective: Its objective.
+
+    Raises:
+        InvalidInput: Names the setting and an alternative.
+    """
+    supported_objectives = "teacher_topk, sampled_token or one of their variants"
+    capabilities = teacher_type(config.teacher).capabilities
+    needs = objective.requirements
+    for needed, capability, feature, remedy in (
+        (
+            needs.support in ("student", "union"),
+            Capability.CHOSEN_IDS,
+            f"objective {config.objective}, which needs its log-probabilities of the student's ids",
+            supported_objectives,
+        ),
+        (
+            needs.support == "full" or needs.distributions,
+            Capability.DISTRIBUTIONS,
+            f"objective {config.objective} with baseline {config.baseline}, which needs its full "
+            "distribution",
+            supported_objectives,
+        ),
+        (
+            config.temperature != 1,
+            Capability.DISTRIBUTIONS,
+            f"temperature {config.temperature}, because servers return log-probabilities at 1",
+            "temperature 1",
+        ),
+        (
+            config.map_eos,
+            Capability.CHOSEN_IDS,
+            "map_eos, which needs scores of unsampled ids",
+            "map_eos off",
+        ),
+        (
+            config.entropy_top_fraction < 1,
+            Capability.DISTRIBUTIONS,
+            "entropy_top_fraction, which needs full distributions",
+            "entropy_top_fraction 1",
+        ),
+        (
+            config.probe_every > 0,
+            Capability.HIDDEN_STATES,
+            "probe_every, which needs its hidden states",
+            "probe_every 0",
+        ),
+    ):
+        if needed and capability not in capabilities:
+            raise InvalidInput(
+                f"the teacher {config.teacher} is a server and does not support {feature}; use "
+                f"{remedy}, or a teacher in this process"
+            )
 
 
 def make_pairs(settings: Sequence[Config]) -> list[ModelPair]:
@@ -45,13 +108,14 @@ def make_pairs(settings: Sequence[Config]) -> list[ModelPair]:
             teacher in this process, or what `make_pair` raises.
     """
     first, *remaining = settings
-    if first.teacher_weights != "saved" and all(is_url(config.teacher) for config in settings):
+    kinds = [teacher_type(config.teacher) for config in settings]
+    if first.teacher_weights != "saved" and all(kind is ServerTeacher for kind in kinds):
         raise InvalidInput(
             f"teacher_weights is {first.teacher_weights}, but no teacher runs in this process; set "
             "it to saved: quantisation of a server's model is configured in the server"
         )
-    pairs_by_teacher = {first.teacher: make_pair(first)}
-    pairs = [pairs_by_teacher[first.teacher]]
+    pair = make_pair(first)
+    teachers = {first.teacher: pair.teacher}
     for config in remaining:
         names = (first.teacher, config.teacher)
         if derived_teachers := sorted({"base", "ema"}.intersection(names)):
@@ -59,12 +123,11 @@ def make_pairs(settings: Sequence[Config]) -> list[ModelPair]:
                 f"teacher {derived_teachers[0]!r} is derived from the student and cannot be used "
                 "with several tasks; give each task a model"
             )
-        if config.teacher not in pairs_by_teacher:
-            pairs_by_teacher[config.teacher] = with_teacher(pairs[0], config)
-        pairs.append(pairs_by_teacher[config.teacher])
-    for config, pair in zip(settings, pairs, strict=True):
-        if pair.remote_teacher is not None:
-            pair.remote_teacher.check_length(config.max_prompt + config.max_response)
+        if config.teacher not in teachers:
+            teachers[config.teacher] = load_teacher(pair, config)
+    pairs = [replace(pair, teacher=teachers[config.teacher]) for config in settings]
+    for config, task_pair in zip(settings, pairs, strict=True):
+        task_pair.teacher.check_length(config.max_prompt + config.max_response)
     return pairs
 
 
@@ -81,9 +144,9 @@ def make_pair(config: Config) -> ModelPair:
         InvalidInput: Teacher "base" without LoRA adapters, or a pair that `load_pair` rejects.
     """
     device = resolve_device(config.device)
-    if config.teacher not in ("base", "ema") and not is_url(config.teacher):
+    if teacher_type(config.teacher).is_separate:
         options = (device, config.dtype, config.trust_remote_code, config.teacher_weights)
-        pair = load_pair(config.student, config.teacher, *options)
+        pair = load_pair(config.student, config.teacher, *options, config.offload_teacher)
         if not config.lora_rank:
             return pair
         network = add_lora(pair.student.network, config)
@@ -98,27 +161,31 @@ def make_pair(config: Config) -> ModelPair:
     if config.lora_rank:
         network = add_lora(network, config)
     student = split_head(network, vocabulary)
-    if is_url(config.teacher):
-        return with_remote_teacher(ModelPair(student, student, tokenizer, eos), config)
-    teacher = without_adapters(student) if config.teacher == "base" else make_ema_teacher(student)
+    teacher: Teacher
+    if config.teacher == "base":
+        teacher = AdapterFreeTeacher(without_adapters(student))
+    elif config.teacher == "ema":
+        teacher = make_ema_teacher(student, config.ema_decay, config.offload_teacher)
+    else:
+        teacher = connect_teacher(student, tokenizer, config)
     return ModelPair(student, teacher, tokenizer, eos)
 
 
-def with_teacher(pair: ModelPair, config: Config) -> ModelPair:
-    """Combine a pair's student with another teacher.
+def load_teacher(pair: ModelPair, config: Config) -> Teacher:
+    """Load or connect the teacher of a further task.
 
     Args:
-        pair: The pair with the student.
+        pair: The first task's pair.
         config: Settings of the task; with offload_teacher the teacher stays in host memory.
 
     Returns:
-        A pair with the configured teacher.
+        The teacher, for the pair's student.
 
     Raises:
         InvalidInput: The tokenizers differ, or the teacher has fewer ids than the first teacher.
     """
-    if is_url(config.teacher):
-        return with_remote_teacher(pair, config)
+    if teacher_type(config.teacher) is ServerTeacher:
+        return connect_teacher(pair.student, pair.tokenizer, config)
     device = "cpu" if config.offload_teacher else resolve_device(config.device)
     options = (device, config.dtype, config.trust_remote_code, config.teacher_weights)
     tokenizer, network = load_model(config.teacher, *options)
@@ -130,46 +197,39 @@ def with_teacher(pair: ModelPair, config: Config) -> ModelPair:
             f"{vocabulary}; put the task whose teacher has the fewest ids first"
         )
     network.requires_grad_(False)
-    teacher_eos = tokenizer_eos_first(tokenizer, eos_ids(tokenizer, network))
-    student_eos = tokenizer_eos_first(pair.tokenizer, pair.eos)
-    teacher = split_head(network, vocabulary)
-    return replace(
-        pair, teacher=teacher, eos_map=EosMap(student_eos, teacher_eos), remote_teacher=None
+    return LocalTeacher(
+        config.teacher,
+        split_head(network, vocabulary),
+        tokenizer_eos_first(tokenizer, eos_ids(tokenizer, network)),
+        is_quantised=config.teacher_weights != "saved",
+        offload=config.offload_teacher,
     )
 
 
-def with_remote_teacher(pair: ModelPair, config: Config) -> ModelPair:
-    """Combine a pair's student with a teacher on a server, which has no weights in this process.
+def connect_teacher(student: CausalLM, tokenizer: object, config: Config) -> ServerTeacher:
+    """Connect to a teacher on a server.
 
     Args:
-        pair: The pair with the student.
+        student: The student.
+        tokenizer: The student's tokenizer.
         config: Settings of the task; `teacher` is an address.
 
     Returns:
-        A pair whose `remote_teacher` is set.
+        The teacher.
 
     Raises:
         InvalidInput: See `opd.teachers.client.connect`.
         OperationFailed: See `opd.teachers.client.connect`.
     """
-    vocabulary = pair.student.vocabulary
     client = connect(
         config.teacher,
-        pair.tokenizer,
-        vocabulary,
+        tokenizer,
+        student.vocabulary,
         k=config.support_k,
         timeout=config.teacher_timeout,
         concurrency=config.teacher_concurrency,
     )
-
-    def hidden(ids: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
-        raise InvalidInput(
-            f"the teacher {config.teacher} is a server, which provides neither hidden states nor "
-            "full distributions; use a teacher in this process"
-        )
-
-    teacher = CausalLM(torch.nn.Module(), hidden, lambda: LmHead(None, vocabulary), vocabulary)
-    return replace(pair, teacher=teacher, eos_map=None, remote_teacher=client)
+    return ServerTeacher(config.teacher, client)
 
 
 def with_sharded_student(pairs: Sequence[ModelPair]) -> list[ModelPair]:
@@ -183,25 +243,7 @@ def with_sharded_student(pairs: Sequence[ModelPair]) -> list[ModelPair]:
     """
     from opd.models.fsdp import shard_model
 
-    unsharded_student = pairs[0].student
-    student = shard_model(unsharded_student)
-    sharded_pairs = []
-    for pair in pairs:
-        same_network = pair.teacher.network is unsharded_student.network
-        teacher = without_adapters(student) if same_network else pair.teacher
-        sharded_pairs.append(replace(pair, student=student, teacher=teacher))
-    return sharded_pairs
-
-
-def make_ema_teacher(student: CausalLM) -> CausalLM:
-    """Return a float32 copy of the student, to be updated by `update_ema_teacher`."""
-    network = copy.deepcopy(student.network).float().requires_grad_(False)
-    return split_head(network, student.vocabulary)
-
-
-@torch.no_grad()
-def update_ema_teacher(teacher: CausalLM, student: CausalLM, decay: float) -> None:
-    """Set teacher <- decay * teacher + (1 - decay) * student, for every weight."""
-    weight_pairs = zip(teacher.network.parameters(), student.network.parameters(), strict=True)
-    for teacher_weight, student_weight in weight_pairs:
-        teacher_weight.lerp_(student_weight.to(teacher_weight), 1 - decay)
+    student = shard_model(pairs[0].student)
+    return [
+        replace(pair, student=student, teacher=pair.teacher.with_student(student)) for pair in pairs
+    ]

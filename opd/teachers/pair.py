@@ -1,4 +1,4 @@
-"""The models of a run: a student and its teacher."""
+"""A student with its teacher and tokenizer."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,25 +11,27 @@ from opd.models.loading import (
     tokenizer_eos_first,
 )
 from opd.models.model import CausalLM, split_head
-from opd.teachers.client import TeacherClient
+from opd.teachers.teacher import LocalTeacher, Teacher
 from opd.tokens.eos import EosMap
 
 
 @dataclass(frozen=True, eq=False)
 class ModelPair:
-    """A student and its frozen teacher, with the student's tokenizer."""
+    """A student and its teacher, with the student's tokenizer."""
 
     student: CausalLM
-    teacher: CausalLM
-    """The teacher; without weights if `remote_teacher` is set."""
+    teacher: Teacher
     tokenizer: Any
     """The student's tokenizer."""
     eos: list[int]
     """Ids that end a response of the student."""
-    eos_map: EosMap | None = None
-    """EOS ids of both models, each with its tokenizer's own EOS first."""
-    remote_teacher: TeacherClient | None = None
-    """Client of a teacher on a server (`opd.teachers.client`)."""
+
+    @property
+    def eos_map(self) -> EosMap | None:
+        """EOS ids of both models, each with its tokenizer's own first; None if not known."""
+        if self.teacher.eos is None:
+            return None
+        return EosMap(tokenizer_eos_first(self.tokenizer, self.eos), self.teacher.eos)
 
 
 def load_pair(
@@ -39,6 +41,7 @@ def load_pair(
     dtype: str = "float32",
     trust_remote_code: bool = False,
     teacher_weights: str = "saved",
+    offload_teacher: bool = False,
 ) -> ModelPair:
     """Load student and teacher.
 
@@ -49,6 +52,7 @@ def load_pair(
         dtype: Dtype of both models.
         trust_remote_code: Run Python code that comes with the models.
         teacher_weights: "saved", or the quantisation of the teacher's layers, "int8" or "nf4".
+        offload_teacher: Keep the teacher in host memory once it has scored, while it does not.
 
     Returns:
         The pair; the vocabulary is limited to the smaller of the two heads.
@@ -64,14 +68,12 @@ def load_pair(
     eos = eos_ids(tokenizer, network)
     vocabulary = min(num_head_rows(network), num_head_rows(teacher_network))
     teacher_network.requires_grad_(False)
-    eos_map = EosMap(
-        tokenizer_eos_first(tokenizer, eos),
-        tokenizer_eos_first(teacher_tokenizer, eos_ids(teacher_tokenizer, teacher_network)),
-    )
-    return ModelPair(
-        split_head(network, vocabulary),
+    teacher_eos = eos_ids(teacher_tokenizer, teacher_network)
+    loaded_teacher = LocalTeacher(
+        teacher,
         split_head(teacher_network, vocabulary),
-        tokenizer,
-        eos,
-        eos_map,
+        tokenizer_eos_first(teacher_tokenizer, teacher_eos),
+        is_quantised=teacher_weights != "saved",
+        offload=offload_teacher,
     )
+    return ModelPair(split_head(network, vocabulary), loaded_teacher, tokenizer, eos)

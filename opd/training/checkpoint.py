@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_model, save_model
 from torch.distributed.checkpoint import (
     CheckpointException,
     HuggingFaceStorageReader,
@@ -36,9 +35,7 @@ NUM_CHECKPOINTS_KEPT = 2
 """Number of checkpoints to keep: the last one, and a fallback in case the last is damaged."""
 
 
-def save(
-    folder: Path, pair: ModelPair, optimizer: Optimizer, step: int, has_ema_teacher: bool
-) -> None:
+def save(folder: Path, pair: ModelPair, optimizer: Optimizer, step: int) -> None:
     """Write checkpoints/step_N and remove all but the last two checkpoints.
 
     Every rank must call this function. The rows up to this step are flushed to disk first.
@@ -48,7 +45,6 @@ def save(
         pair: Student and teacher.
         optimizer: Optimizer whose state is saved.
         step: Number of completed steps.
-        has_ema_teacher: Whether the teacher is updated during training and has to be saved too.
     """
     target = folder / "checkpoints" / f"step_{step:06d}"
     network = gather_network(pair.student)
@@ -60,8 +56,7 @@ def save(
         if distributed.rank() == 0:
             network.save_pretrained(partial_folder)
             pair.tokenizer.save_pretrained(partial_folder)
-            if has_ema_teacher:
-                save_model(pair.teacher.network, str(partial_folder / "teacher.safetensors"))
+            pair.teacher.save(partial_folder)
         save_optimizer_shards(optimizer, partial_folder / "optimizer")
         distributed.barrier()
         if distributed.rank() == 0:
@@ -93,7 +88,7 @@ def save_optimizer_shards(optimizer: Optimizer, folder: Path) -> None:
             raise OperationFailed(describe_failure(error)) from error
 
 
-def load(checkpoint: Path, pair: ModelPair, has_ema_teacher: bool) -> None:
+def load(checkpoint: Path, pair: ModelPair) -> None:
     """Load the model weights of a checkpoint.
 
     Call `load_optimizer` afterwards, once the weights are in their final place (device, FSDP).
@@ -101,11 +96,9 @@ def load(checkpoint: Path, pair: ModelPair, has_ema_teacher: bool) -> None:
     Args:
         checkpoint: Folder of the checkpoint.
         pair: Student and teacher, overwritten in place.
-        has_ema_teacher: Whether the checkpoint holds the teacher too.
     """
     load_weights(pair.student.network, checkpoint)
-    if has_ema_teacher:
-        load_model(pair.teacher.network, checkpoint / "teacher.safetensors")
+    pair.teacher.load(checkpoint)
 
 
 def load_optimizer(checkpoint: Path, optimizer: Optimizer) -> None:

@@ -5,7 +5,6 @@ teacher.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -38,44 +37,24 @@ from opd.models.forward import (
     scatter_to_mask,
 )
 from opd.models.lm_head import (
-    LmHead,
-    apply_scale_and_softcap,
+    LogitsHead,
     apply_temperature,
     chunk_slices,
-    full_logits,
-    head_products,
-    logit_derivatives,
 )
 from opd.models.model import CausalLM
-from opd.objectives.factory import Objective
+from opd.objectives.inputs import TokenInputs
 from opd.runtime import distributed
 from opd.scoring.loss import product_gradients
+from opd.scoring.score import ScoredBatch
 from opd.teachers.pair import ModelPair
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TrainedLoss:
-    """The training loss as a sum over responses, with everything that the update uses."""
-
-    objective: Objective
-    prompts: Prompts
-    """Prompts of the responses in `batch`."""
-    batch: ScoredRollouts
-    """Scored rollouts with the loss mask applied and the support that the objective needs."""
-    credit: Tensor
-    """(B, T) credit per token, as passed to `opd.scoring.loss.loss_from_hidden`."""
-    weight: Tensor
-    """(B, T) weight per token: importance ratio / loss denominator, up to a factor per update."""
-    teacher_hidden: Tensor | None = None
-    """(N, D') teacher hidden states at the supervised tokens, for full-vocabulary objectives."""
+from opd.training.update import PreparedLoss
 
 
 @torch.no_grad()
 def probe_gradients(
     pair: ModelPair,
-    prompts: Prompts,
-    scored: ScoredRollouts,
-    trained_loss: TrainedLoss,
+    batch: ScoredBatch,
+    trained_loss: PreparedLoss,
     *,
     gamma: float,
     max_tokens_per_microbatch: int,
@@ -92,8 +71,7 @@ def probe_gradients(
 
     Args:
         pair: Student and teacher.
-        prompts: Prompts of `scored`.
-        scored: Batch for the gamma family, sampled from the student with top_p = 1 at the
+        batch: Batch for the gamma family, sampled from the student with top_p = 1 at the
             temperature of the scores.
         trained_loss: Loss of the update, on its own batch.
         gamma: Discount of the objective; replaced by the nearest one of the probe's grid.
@@ -109,19 +87,20 @@ def probe_gradients(
             is not a single matrix.
     """
     is_distributed, head = distributed.world_size() > 1, pair.student.head
+    prompts, scored, teacher = batch.prompts, batch.scored, pair.teacher.model
     if blocks and is_distributed:
         raise InvalidInput(
             f"probe_blocks is {blocks}, which needs a single process; remove probe_blocks (the "
             "gradient of the LM head is still measured), or start one process"
         )
-    if head.weight is None:
+    if isinstance(head, LogitsHead):
         raise InvalidInput(
             "the gradient probe needs an LM head with a single weight matrix, which this student "
             "does not have; set probe_every to 0"
         )
     student_hidden, teacher_hidden = (
         supervised_hidden_states(model, prompts, scored, max_tokens_per_microbatch)
-        for model in (pair.student, pair.teacher)
+        for model in (pair.student, teacher)
     )
     temperature, vocabulary = scored.score_temperature, pair.student.vocabulary
     projection = random_projection(vocabulary, student_hidden.shape[1], seed=0).to(
@@ -131,13 +110,13 @@ def probe_gradients(
     def logp(chunk: slice) -> tuple[Tensor, Tensor]:
         return (
             log_probabilities(pair.student, student_hidden[chunk], temperature),
-            log_probabilities(pair.teacher, teacher_hidden[chunk], temperature),
+            log_probabilities(teacher, teacher_hidden[chunk], temperature),
         )
 
     def product_derivatives(chunk: slice) -> Tensor:
-        return logit_derivatives(full_logits(student_hidden[chunk], head), head)
+        return head.derivatives(head.logits(student_hidden[chunk]))
 
-    logit_shaping = product_derivatives if head.softcap is not None or head.scale != 1 else None
+    logit_shaping = None if head.is_linear else product_derivatives
     chunk_tokens = chunk_slices(len(student_hidden), vocabulary, max_logits_per_chunk)[0].stop
     rank_gather = gather_batch(scored) if is_distributed else None
     sketches = sketch_gradients(
@@ -192,9 +171,31 @@ def probe_gradients(
     return dict(row)
 
 
+def mean_token_weight(loss: PreparedLoss) -> Tensor:
+    """Return the (B, T) weight of each token in its response's loss.
+
+    The weights of each update, before ratios, are scaled to a mean of 1 over its tokens: with equal
+    weights, a response's loss is the sum over its tokens. The scale changes neither the
+    signal-to-noise ratio nor the noise scale.
+
+    Args:
+        loss: Loss of the update.
+
+    Returns:
+        The weights.
+    """
+    mask, weight = loss.batch.scored.mask, torch.zeros_like(loss.ratio)
+    for rows in loss.rows:
+        tokens = mask[rows].sum(1).to(weight.dtype)
+        shares_of_loss = tokens / loss.denominator[rows]
+        total, loss_total = (distributed.all_reduce_sum(x.sum()) for x in (tokens, shares_of_loss))
+        weight[rows] = loss.weight[rows] * total / loss_total
+    return weight
+
+
 def loss_gradients(
     pair: ModelPair,
-    trained_loss: TrainedLoss,
+    trained_loss: PreparedLoss,
     projection: Projection,
     max_tokens_per_microbatch: int,
     max_logits_per_chunk: int,
@@ -214,27 +215,30 @@ def loss_gradients(
         The gradient sketches, and the (N, D) gradients of the loss with respect to the hidden
         states, or None without `with_hidden_gradients`.
     """
-    batch, head, mask = trained_loss.batch, pair.student.head, trained_loss.batch.mask
+    batch, head = trained_loss.batch.scored, pair.student.head
+    mask, teacher_hidden = batch.mask, trained_loss.batch.teacher_hidden
+    if teacher_hidden is not None:
+        teacher_hidden = teacher_hidden[mask[batch.sampled]]
     hidden = supervised_hidden_states(
-        pair.student, trained_loss.prompts, batch, max_tokens_per_microbatch
+        pair.student, trained_loss.batch.prompts, batch, max_tokens_per_microbatch
     )
+    weight = mean_token_weight(trained_loss)
+    inputs = TokenInputs.of(batch, trained_loss.objective.support, trained_loss.credit, weight)
     hidden_gradients: list[Tensor] = []
 
     def iterate_product_gradients() -> Iterator[tuple[slice, Tensor]]:
         for chunk, product_gradient in product_gradients(
-            pair,
+            pair.student,
             trained_loss.objective,
             hidden,
-            trained_loss.teacher_hidden,
-            batch,
-            trained_loss.credit,
-            trained_loss.weight[mask],
+            inputs,
+            teacher=None if teacher_hidden is None else pair.teacher.model,
+            teacher_hidden=teacher_hidden,
+            temperature=batch.score_temperature,
             max_logits_per_chunk=max_logits_per_chunk,
         ):
             if with_hidden_gradients:
-                hidden_gradients.append(
-                    backproject_to_hidden(product_gradient, head, hidden.shape[1])
-                )
+                hidden_gradients.append(head.backproject(product_gradient, hidden.shape[1]))
             yield chunk, product_gradient
 
     sketches = outer_sketches(iterate_product_gradients(), hidden, mask, projection)
@@ -244,7 +248,7 @@ def loss_gradients(
 
 def block_loss_gradients(
     student: CausalLM,
-    trained_loss: TrainedLoss,
+    trained_loss: PreparedLoss,
     hidden_gradients: Tensor,
     blocks: Sequence[Block],
     max_tokens_per_microbatch: int,
@@ -264,7 +268,7 @@ def block_loss_gradients(
     Returns:
         Gradient sketches by name of the block.
     """
-    prompts, batch = trained_loss.prompts, trained_loss.batch
+    prompts, batch = trained_loss.batch.prompts, trained_loss.batch.scored
     padded_gradients = scatter_to_mask(hidden_gradients, batch.mask)
     parts: dict[str, list[tuple[list[int], Tensor, Tensor]]] = {b.name: [] for b in blocks}
     for rows in micro_batches(prompts, batch, max_tokens_per_microbatch):
@@ -319,33 +323,23 @@ def hidden_state_gradients(
     chunk_gradients = []
     for start in range(0, len(student_hidden), chunk_tokens):
         chunk = slice(start, start + chunk_tokens)
-        teacher_logp = log_probabilities(pair.teacher, teacher_hidden[chunk], temperature)
+        teacher_logp = log_probabilities(pair.teacher.model, teacher_hidden[chunk], temperature)
         with torch.enable_grad():
-            logits = head_products(student_hidden[chunk], head)[
-                ..., : head.vocabulary
-            ].requires_grad_()
-            logp = apply_temperature(
-                apply_scale_and_softcap(logits, head), temperature
-            ).log_softmax(-1)
+            products = head.products(student_hidden[chunk])[..., : head.vocabulary]
+            logits = products.requires_grad_()
+            logp = apply_temperature(head.shape_products(logits), temperature).log_softmax(-1)
             log_ratio = torch.where(logp > -torch.inf, logp - teacher_logp, 0.0)
             token_logp = logp.gather(1, tokens[chunk, None]).sum()
             logit_gradients = torch.autograd.grad(token_logp, logits, retain_graph=True)
             logit_gradients += torch.autograd.grad((logp.exp() * log_ratio).sum(), logits)
         chunk_gradients.append(
             [
-                backproject_to_hidden(logit_gradient, head, student_hidden.shape[1])
+                head.backproject(logit_gradient, student_hidden.shape[1])
                 for logit_gradient in logit_gradients
             ]
         )
     score_gradients, local_gradients = zip(*chunk_gradients, strict=True)
     return torch.cat(score_gradients), torch.cat(local_gradients)
-
-
-def backproject_to_hidden(product_gradient: Tensor, head: LmHead, width: int) -> Tensor:
-    """Map (n, V) gradients of the head's raw logits to (n, D) gradients of its hidden states."""
-    if head.weight is None:
-        return torch.nn.functional.pad(product_gradient, (0, width - product_gradient.shape[1]))
-    return product_gradient.to(head.weight.dtype) @ head.weight[: head.vocabulary]
 
 
 def block_gradient_sketches(

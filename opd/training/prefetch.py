@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -26,8 +27,15 @@ from opd.runtime import distributed
 from opd.runtime.manifest import find_damage, write_manifest
 from opd.runtime.staged_folders import list_checkpoints, remove_folder, staged_folder
 
-TaskRollouts = tuple[Prompts, Rollouts, Mapping[str, Accumulator]]
-"""A task's rollouts in one step: prompts, graded responses, and accumulators of episode metrics."""
+
+class TaskRollouts(NamedTuple):
+    """A task's rollouts in one step, before any model has scored them."""
+
+    prompts: Prompts
+    rollouts: Rollouts
+    """Graded responses."""
+    accumulators: Mapping[str, Accumulator]
+    """Metrics of episodes, or the share of answers that the grader could parse."""
 
 
 class RolloutPrefetcher:
@@ -152,7 +160,7 @@ class RolloutPrefetcher:
             rollouts = load_batch(path.with_suffix(".safetensors")).to(device)
             future_step = int(path.stem.split("_")[0])
             rollouts_by_step.setdefault(future_step, []).append(
-                (prompts.to(device), rollouts, accumulators)
+                TaskRollouts(prompts.to(device), rollouts, accumulators)
             )
         for future_step, task_rollouts in rollouts_by_step.items():
             self._pending[future_step] = Future()
@@ -162,8 +170,10 @@ class RolloutPrefetcher:
         """Sample a step's rollouts and set their age, in updates, at the time they are used."""
         age = (step - current_step) * self._updates
         return [
-            (prompts, replace(rollouts, age=torch.full_like(rollouts.prompt, age)), accumulators)
-            for prompts, rollouts, accumulators in self._draw(step)
+            sample._replace(
+                rollouts=replace(sample.rollouts, age=torch.full_like(sample.rollouts.prompt, age))
+            )
+            for sample in self._draw(step)
         ]
 
     def __enter__(self) -> "RolloutPrefetcher":

@@ -22,35 +22,88 @@ from opd.data.sources import Columns
 from opd.data.tasks import Task, load_task, reject_long_prompts, skip_long_prompts
 from opd.envs.task import GameTask, is_games, load_games
 from opd.models.model import CausalLM
-from opd.objectives.factory import DENOMINATORS, Objective, make_objective
+from opd.objectives.factory import make_objective
+from opd.objectives.objective import Objective
+from opd.objectives.reduction import DENOMINATORS
 from opd.rollouts.base import Engine
 from opd.rollouts.factory import make_engine
 from opd.runtime import distributed
+from opd.runtime.seeds import ROLLOUT
+from opd.scoring.score import ScoreRequest
 from opd.teachers.pair import ModelPair
 from opd.tokens.masking import resolve_mask_rules
 from opd.training.checks.settings import objective_problems
 from opd.training.checks.update import sample_teacher_weights
 from opd.training.multitask import prompts_per_task, task_configs, tasks_of_step
 from opd.training.optimizer import Optimizer
-from opd.training.prefetch import RolloutPrefetcher
-from opd.training.state import TaskRun
-from opd.training.step import roll_out_tasks
+from opd.training.prefetch import RolloutPrefetcher, TaskRollouts
+from opd.training.state import TaskState, TrainState
+from opd.training.step import roll_out
 
 
-def make_task_runs(
-    config: Config, folder: Path, pairs: list[ModelPair], engine: Engine, optimizer: Optimizer
-) -> list[TaskRun]:
-    """Build the state of each task; a run of a single task has one.
+def make_train_state(
+    config: Config,
+    folder: Path,
+    first_step: int,
+    pairs: list[ModelPair],
+    engine: Engine,
+    optimizer: Optimizer,
+) -> TrainState:
+    """Build the state of a run.
 
     Args:
         config: Settings of the run.
-        folder: Run folder.
+        folder: Run folder, rewound to the first step.
+        first_step: First step to take.
         pairs: Student and teacher of each task; the student is the same.
         engine: Rollout engine.
         optimizer: Optimizer of the student.
 
     Returns:
-        One `TaskRun` per task, all with the same prefetcher.
+        The state, with the rollouts that were prefetched before a checkpoint.
+    """
+    tasks = make_task_states(config, folder, pairs)
+
+    def roll_out_step(step: int) -> list[TaskRollouts]:
+        return [
+            roll_out(tasks[i], engine, step, task_step, config.top_p, ROLLOUT)
+            for i, task_step in tasks_of_step(config, step)
+        ]
+
+    prefetcher = RolloutPrefetcher(
+        roll_out_step,
+        engine.close,
+        lag=config.rollout_lag,
+        steps=config.steps,
+        updates=config.updates_per_batch,
+    )
+    student = pairs[0].student
+    prefetcher.load(folder, first_step, student.device)
+    return TrainState(
+        config=config,
+        folder=folder,
+        student=student,
+        optimizer=optimizer,
+        engine=engine,
+        prefetcher=prefetcher,
+        tasks=tasks,
+        first_step=first_step,
+        unchecked_graders={
+            task.name: task.problems.name for task in tasks if isinstance(task.problems, Task)
+        },
+    )
+
+
+def make_task_states(config: Config, folder: Path, pairs: list[ModelPair]) -> list[TaskState]:
+    """Build the state of each task; a run of a single task has one.
+
+    Args:
+        config: Settings of the run.
+        folder: Run folder; its rows tell which alarms are active.
+        pairs: Student and teacher of each task.
+
+    Returns:
+        One state per task.
     """
     settings, objective = task_configs(config), objective_from_config(config)
     mixed = bool(config.tasks) and config.task_order == "mixed"
@@ -60,14 +113,7 @@ def make_task_runs(
             replace(task_config, prompts_per_step=count)
             for task_config, count in zip(settings, counts, strict=True)
         ]
-    history, runs = rows.read_rows(folder / "rows.jsonl"), list[TaskRun]()
-    prefetcher = RolloutPrefetcher(
-        lambda step: roll_out_tasks(task_runs_of_step(config, runs, step), step),
-        engine.close,
-        lag=config.rollout_lag,
-        steps=config.steps,
-        updates=config.updates_per_batch,
-    )
+    history, tasks = rows.read_rows(folder / "rows.jsonl"), list[TaskState]()
     for i, (task_config, pair) in enumerate(zip(settings, pairs, strict=True)):
         name = config.tasks[i].name if config.tasks else ""
         extra_metrics = metrics_by_task(config) if mixed else metrics_by_turn(task_config)
@@ -77,33 +123,46 @@ def make_task_runs(
         for row in history:
             if mixed or row.get("task", "") == name:
                 alarms.update(row)  # an alarm that was active before the resume stays active
-        run = TaskRun(
+        task = TaskState(
             config=task_config,
-            folder=folder,
             pair=pair,
-            task=make_task(task_config, pair),
-            engine=engine,
-            prefetcher=prefetcher,
+            problems=make_task(task_config, pair),
             objective=objective,
+            request=score_request(task_config, objective, pair),
             masks=resolve_mask_rules(task_config.mask, pair.tokenizer, pair.eos),
-            optimizer=optimizer,
             monitor=Monitor(
                 {**PANEL, **extra_metrics},
                 alarms=alarms,
                 combine=distributed.all_reduce_accumulators,
             ),
             name=name,
-            task_index=i,
+            index=i,
             weight=config.tasks[i].weight if mixed else 1.0,
-            teacher_sample=sample_teacher_weights(task_config, pair),
+            teacher_sample=sample_teacher_weights(pair.teacher),
         )
-        runs.append(run)
-    return runs
+        tasks.append(task)
+    return tasks
 
 
-def task_runs_of_step(config: Config, runs: list[TaskRun], step: int) -> list[tuple[TaskRun, int]]:
-    """List the tasks that a step trains on, each with the number of steps it had before."""
-    return [(runs[i], task_step) for i, task_step in tasks_of_step(config, step)]
+def score_request(config: Config, objective: Objective, pair: ModelPair) -> ScoreRequest:
+    """Return what a batch is scored for with the settings of a task.
+
+    Args:
+        config: Settings of the task.
+        objective: Its objective.
+        pair: Student and teacher.
+
+    Returns:
+        The request, with full statistics.
+    """
+    return ScoreRequest(
+        requirements=objective.requirements,
+        temperature=config.temperature,
+        eos_map=pair.eos_map,
+        map_eos=config.map_eos,
+        max_tokens_per_microbatch=config.max_tokens_per_microbatch,
+        max_logits_per_chunk=config.max_logits_per_chunk,
+    )
 
 
 def metrics_by_task(config: Config) -> dict[str, Metric]:

@@ -1,59 +1,164 @@
-"""Train: set up a run, take its steps, and record them."""
+"""Train: `train` sets up a run, and `run_step` is one step of it, in order."""
 
 import sys
+import time
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+from torch import Tensor
+from tqdm.auto import tqdm
 
 from diagnostics.alarms.alarms import Alarm
 from diagnostics.errors import InvalidInput
-from diagnostics.records.rows import Row, append_row
+from diagnostics.records.rows import Row, append_row, read_rows
 from diagnostics.terminal import escape_control_chars
 from opd.config.settings import Config, raise_problems, to_json
 from opd.data.grading.unread_answers import unread_evaluation_messages, unread_step_messages
 from opd.data.tasks import Task
 from opd.evaluation.evaluate import evaluate
 from opd.models.fsdp import gather_network, unsharded
-from opd.models.loading import resolve_device
+from opd.models.loading import load_model, num_head_rows, resolve_device
 from opd.models.lora import merge_lora
+from opd.models.model import CausalLM, split_head
 from opd.runs import restart, run_folder
 from opd.runs.identity import record_identities, record_tokenizer
 from opd.runs.model_card import model_card
 from opd.runtime import distributed
-from opd.runtime.seeds import EVALUATION, derive_seed
+from opd.runtime.seeds import EVALUATION, PROBE, derive_seed
 from opd.runtime.staged_folders import staged_folder
-from opd.serving.addresses import is_url
-from opd.teachers.factory import make_pairs, with_sharded_student
-from opd.teachers.remote_scores import check_remote_support, verify_fingerprints
+from opd.scoring.score import ScoredBatch, score_batch
+from opd.teachers.factory import check_capabilities, make_pairs, with_sharded_student
+from opd.teachers.teacher import Capability
 from opd.training import checkpoint
 from opd.training.checks.same_weights import refuse_same_weights
 from opd.training.checks.settings import unused_settings
 from opd.training.checks.start import check_start
+from opd.training.gradient_probe import probe_gradients
 from opd.training.multitask import task_configs
 from opd.training.optimizer import make_optimizer
-from opd.training.setup import (
-    make_rollout_engine,
-    make_task_runs,
-    objective_from_config,
-    task_runs_of_step,
-)
-from opd.training.state import TaskRun
-from opd.training.step import is_due, run_step
+from opd.training.setup import make_rollout_engine, make_train_state, objective_from_config
+from opd.training.state import TaskState, TrainState, is_due, without_statistics
+from opd.training.step import check_batch, make_row, roll_out, save_batch
 from opd.training.trackers import Log, open_trackers, with_eval_prefix
+from opd.training.update import PreparedLoss, prepare_loss, update_student
 
 
-def train(config: Config, start_over: bool = False) -> Path:
+def run_step(state: TrainState, step: int, log: Log) -> Row:
+    """Take one step of training, with everything that follows it.
+
+    Args:
+        state: State of the run.
+        step: Step of the run.
+        log: Logs a row to the trackers.
+
+    Returns:
+        The step's row.
+    """
+    config, student, prefetcher = state.config, state.student, state.prefetcher
+    jobs = state.tasks_of_step(step)  # usually one; each with the number of its previous steps
+    tasks, several = [task for task, _ in jobs], len(jobs) > 1
+    batches: list[ScoredBatch] = []
+    losses: list[PreparedLoss] = []
+    checks: list[dict[str, Tensor]] = []
+    probe_row: Row = {}
+    laps = [time.perf_counter()]
+    with unsharded(student):
+        sampled = prefetcher.get(step)  # now, or while an earlier step trained
+        prefetcher.launch(step)
+        laps.append(time.perf_counter())
+        for (task, task_step), (prompts, rollouts, _) in zip(jobs, sampled, strict=True):
+            teacher = task.pair.teacher
+            with teacher.on_device(student.device):
+                request = task.request_of_step(task_step)
+                batch = score_batch(student, teacher, prompts, rollouts, request)
+                if any(lacks_distributions(other) for other in tasks):
+                    batch = without_statistics(batch)  # rows of a step have the same columns
+                checks.append(check_batch(state, task, task_step, batch))
+                masked = replace(batch, scored=task.masked(batch.scored))
+                loss = prepare_loss(task, masked)
+                if is_due(task_step, task.config.probe_every):
+                    prefetcher.wait()  # tokenizers are not thread-safe
+                    row = probe_task(state, task, batch, loss, step, task_step)
+                    probe_row |= task.columns(row, several)
+            batches.append(masked)
+            losses.append(loss)
+    laps.append(time.perf_counter())
+
+    numbers = update_student(state, tasks, losses, step)
+    prefetcher.wait()
+    state.engine.sync(student)
+    laps.append(time.perf_counter())
+
+    accumulators = [task_rollouts.accumulators for task_rollouts in sampled]
+    row = make_row(tasks, batches, accumulators, step, numbers, checks) | probe_row
+    if is_due(jobs[0][1], config.save_batch_every):
+        save_batch(tasks, batches, state.folder / "batches" / f"step_{step:06d}.safetensors")
+    laps.append(time.perf_counter())
+    for name, start, end in zip(
+        ("rollout", "score", "update", "record"), laps, laps[1:], strict=False
+    ):
+        row[f"seconds/{name}"] = end - start
+    record_step(state, tasks, step, row, log)
+
+    num_steps_done = step + 1
+    is_last = num_steps_done == config.steps
+    if is_due(num_steps_done, config.eval_every) or is_last:
+        for task in state.tasks:
+            evaluate_and_record(state, task, num_steps_done, log)
+    if is_due(num_steps_done, config.save_every) or is_last:
+        prefetcher.save(state.folder, num_steps_done)
+        checkpoint.save(state.folder, state.tasks[0].pair, state.optimizer, num_steps_done)
+    return row
+
+
+class TrainResult:
+    """What a run has given: its folder, its numbers and the trained model.
+
+    Args:
+        folder: The run folder.
+        student: The trained student; None to load it from final/ when it is asked for.
+    """
+
+    def __init__(self, folder: Path, student: CausalLM | None = None) -> None:
+        self.folder = folder
+        self._student = student
+
+    @cached_property
+    def row(self) -> Row:
+        """The row of the last step; empty without steps."""
+        rows = read_rows(self.folder / "rows.jsonl")
+        return rows[-1] if rows else {}
+
+    @cached_property
+    def evaluations(self) -> list[Row]:
+        """The evaluations on held-out problems, in order."""
+        return read_rows(self.folder / "evals.jsonl")
+
+    @cached_property
+    def student(self) -> CausalLM:
+        """The trained model; of a run that an earlier call had finished, loaded from final/."""
+        if self._student is not None:
+            return self._student
+        _, network = load_model(str(self.folder / "final"), "auto", "float32")
+        return split_head(network, num_head_rows(network))
+
+
+def train(config: Config, start_over: bool = False) -> TrainResult:
     """Run or resume `config`; the trained model is saved in final/ of the run folder.
+
+    An exception, `KeyboardInterrupt` included, ends the run with its engine, threads, trackers and
+    the lock of its folder released; the same call resumes it from the last checkpoint.
 
     Args:
         config: Settings of the run.
         start_over: Start at step 0; an existing record is moved to earlier/ in the run folder.
 
     Returns:
-        The run folder.
+        The run folder with its final numbers, and the trained student.
 
     Raises:
         InvalidInput: The settings are invalid.
@@ -64,8 +169,7 @@ def train(config: Config, start_over: bool = False) -> Path:
     raise_problems(list(unused_settings(config)))
     objective = objective_from_config(config)
     for task_config in task_configs(config):
-        if is_url(task_config.teacher):
-            check_remote_support(task_config, objective)
+        check_capabilities(task_config, objective)
     device_name = resolve_device(config.device)
     if config.sharding == "full" and not distributed.is_distributed():
         raise InvalidInput(
@@ -84,24 +188,22 @@ def train(config: Config, start_over: bool = False) -> Path:
         ) as device,
         run_folder.explain_errors(config),
         run_folder.open_run(config, start_over) as (folder, start),
+        ExitStack() as stack,
     ):
         if start.finished:
             print(f"{folder} is already finished ({start.step} steps)", file=sys.stderr)
-            return folder
+            return TrainResult(folder)
         settings = [replace(task_config, device=device) for task_config in task_configs(config)]
         pairs = make_pairs(settings)
         refuse_same_weights(settings, pairs)
         if config.start_checks:
             check_start(settings, pairs)
-        first_step, checkpoint_folder = (
-            start.step,
-            Path(start.checkpoint) if start.checkpoint else None,
-        )
+        checkpoint_folder = Path(start.checkpoint) if start.checkpoint else None
         if checkpoint_folder is not None:
-            checkpoint.load(checkpoint_folder, pairs[0], config.teacher == "ema")
+            checkpoint.load(checkpoint_folder, pairs[0])
         if config.sharding == "full":
             pairs = with_sharded_student(pairs)
-        student = pairs[0].student
+        student, tokenizer = pairs[0].student, pairs[0].tokenizer
         rounded = config.dtype != "float32"
         optimizer = make_optimizer(
             student.network.parameters(), config.betas, config.weight_decay, rounded
@@ -109,97 +211,132 @@ def train(config: Config, start_over: bool = False) -> Path:
         if checkpoint_folder is not None:
             checkpoint.load_optimizer(checkpoint_folder, optimizer)
         restart.begin_start(folder, start)
-        verify_fingerprints(folder / "teachers.json", pairs, first_step)
+        fingerprints = folder / "teachers.json"
+        if start.step == 0:
+            fingerprints.unlink(missing_ok=True)
+        for pair in pairs:
+            pair.teacher.verify_fingerprint(fingerprints)
         if distributed.rank() == 0:
             record_identities(folder, to_json(config))
-            record_tokenizer(folder, pairs[0].tokenizer)
-        engine = make_rollout_engine(config, student)
-        runs = make_task_runs(config, folder, pairs, engine, optimizer)
-        runs[0].prefetcher.load(folder, first_step, student.device)
+            record_tokenizer(folder, tokenizer)
+        engine = stack.enter_context(closing(make_rollout_engine(config, student)))
+        state = make_train_state(config, folder, start.step, pairs, engine, optimizer)
         names = config.loggers if distributed.rank() == 0 else ()
-        with open_trackers(names, folder, to_json(config)) as log, runs[0].prefetcher:
-            run_steps(config, runs, first_step, log)
-        engine.close()
-        if first_step < config.steps or not (folder / "final").exists():
+        with open_trackers(names, folder, to_json(config)) as log, state.prefetcher:
+            run_steps(state, log)
+        if start.step < config.steps or not (folder / "final").exists():
             network = merge_lora(gather_network(student))
             with staged_folder(folder / "final") as partial_folder:
                 if distributed.rank() == 0:
                     network.save_pretrained(partial_folder)
-                    pairs[0].tokenizer.save_pretrained(partial_folder)
+                    tokenizer.save_pretrained(partial_folder)
                     (partial_folder / "README.md").write_text(model_card(folder, to_json(config)))
-    return folder
+    return TrainResult(folder, student)
 
 
-def run_steps(config: Config, runs: list[TaskRun], first_step: int, log: Log) -> None:
-    """Take the steps from `first_step` on, with evaluations and checkpoints where due.
+def run_steps(state: TrainState, log: Log) -> None:
+    """Take the steps that are left, under a progress bar, after an evaluation before the first.
 
     Args:
-        config: Settings of the run.
-        runs: State of each task.
-        first_step: First step to take.
+        state: State of the run.
         log: Logs a row to the trackers.
     """
-    folder = runs[0].folder
+    config, first_step = state.config, state.first_step
     if first_step == 0:
-        for run in runs:
-            evaluate_and_record(run, 0, log)
-    bar = tqdm(
+        for task in state.tasks:
+            evaluate_and_record(state, task, 0, log)
+    with tqdm(
         range(first_step, config.steps),
         initial=first_step,
         total=config.steps,
-        desc=f"{folder.name} {config.objective}",
+        desc=f"{state.folder.name} {config.objective}",
         disable=True if distributed.rank() else None,
-    )
-    unchecked_graders = {run.name: run.task.name for run in runs if isinstance(run.task, Task)}
-    for step in bar:
-        task_runs = task_runs_of_step(config, runs, step)
-        row = run_step(task_runs, step)
-        graders = {
-            run.name: unchecked_graders.pop(run.name)
-            for run, _ in task_runs
-            if run.name in unchecked_graders
-        }
-        if distributed.rank() == 0:
-            record_step(folder, config, step, row, task_runs[0][0].monitor.raised, log)
-            print_step_messages(step, unread_step_messages(row, graders).values())
-        bar.set_postfix(
-            reward=f"{row['response/reward']:.2f}",
-            kl=f"{row['divergence/k1']:.3f}",
-            grad=f"{row['grad_norm']:.2f}",
-            length=f"{row['response/length']:.0f}",
-        )
-        num_steps_done = step + 1
-        if is_due(num_steps_done, config.eval_every) or num_steps_done == config.steps:
-            for run in runs:
-                evaluate_and_record(run, num_steps_done, log)
-        if is_due(num_steps_done, config.save_every) or num_steps_done == config.steps:
-            has_ema_teacher = config.teacher == "ema"
-            runs[0].prefetcher.save(folder, num_steps_done)
-            checkpoint.save(
-                folder, runs[0].pair, runs[0].optimizer, num_steps_done, has_ema_teacher
+    ) as bar:
+        for step in bar:
+            row = run_step(state, step, log)
+            bar.set_postfix(
+                reward=f"{row['response/reward']:.2f}",
+                kl=f"{row['divergence/k1']:.3f}",
+                grad=f"{row['grad_norm']:.2f}",
+                length=f"{row['response/length']:.0f}",
             )
 
 
-def record_step(
-    folder: Path, config: Config, step: int, row: Row, alarms: Sequence[Alarm], log: Log
-) -> None:
-    """Append a step's row to the record, and print alarms and skipped updates.
+def lacks_distributions(task: TaskState) -> bool:
+    """Return whether a task's teacher has no distributions."""
+    return Capability.DISTRIBUTIONS not in task.pair.teacher.capabilities
+
+
+def probe_task(
+    state: TrainState,
+    task: TaskState,
+    batch: ScoredBatch,
+    loss: PreparedLoss,
+    step: int,
+    task_step: int,
+) -> Row:
+    """Run the gradient probe at the weights before the update.
+
+    The training loss is measured on the step's own rollouts. The gamma family needs tokens sampled
+    from the student itself: it uses the rollouts before any mask, or fresh rollouts with top_p = 1
+    if they are off-policy or sampled with a nucleus.
 
     Args:
-        folder: Run folder.
-        config: Settings of the run.
+        state: State of the run.
+        task: The task.
+        batch: Scored batch before any mask.
+        loss: Loss of the update.
+        step: Step of the run.
+        task_step: Number of the task's previous steps.
+
+    Returns:
+        Columns of the row.
+    """
+    config = task.config
+    if config.top_p < 1 or bool((batch.scored.age > 0).any()):
+        prompts, rollouts, _ = roll_out(
+            task, state.engine, step, task_step, top_p=1.0, purpose=PROBE
+        )
+        batch = score_batch(state.student, task.pair.teacher, prompts, rollouts, task.request)
+    return probe_gradients(
+        task.pair,
+        batch,
+        loss,
+        gamma=config.gamma,
+        max_tokens_per_microbatch=config.max_tokens_per_microbatch,
+        max_logits_per_chunk=config.max_logits_per_chunk,
+        blocks=config.probe_blocks,
+    )
+
+
+def record_step(
+    state: TrainState, tasks: Sequence[TaskState], step: int, row: Row, log: Log
+) -> None:
+    """Append a step's row to the record, and print alarms, skipped updates and unread answers.
+
+    Args:
+        state: State of the run.
+        tasks: Tasks of the step.
         step: Step of the run.
         row: The step's row.
-        alarms: Alarms raised by this row.
         log: Logs a row to the trackers.
     """
-    append_row(folder / "rows.jsonl", row)
+    graders = {
+        task.name: state.unchecked_graders.pop(task.name)
+        for task in tasks
+        if task.name in state.unchecked_graders
+    }
+    if distributed.rank() > 0:
+        return
+    append_row(state.folder / "rows.jsonl", row)
     log(step, row)
+    alarms: Sequence[Alarm] = tasks[0].monitor.raised
     for alarm in alarms:
         tqdm.write(escape_control_chars(str(alarm)), file=sys.stderr)
     if row["skipped"]:
-        skipped = f"{row['skipped']:.0f} of {config.updates_per_batch} updates skipped"
+        skipped = f"{row['skipped']:.0f} of {state.config.updates_per_batch} updates skipped"
         print_step_messages(step, [f"{skipped}: the gradient was not finite"])
+    print_step_messages(step, unread_step_messages(row, graders).values())
 
 
 def print_step_messages(step: int, messages: Iterable[str]) -> None:
@@ -208,25 +345,26 @@ def print_step_messages(step: int, messages: Iterable[str]) -> None:
         tqdm.write(escape_control_chars(f"step {step}: {message}"), file=sys.stderr)
 
 
-def evaluate_and_record(run: TaskRun, step: int, log: Log) -> None:
+def evaluate_and_record(state: TrainState, task: TaskState, step: int, log: Log) -> None:
     """Append the held-out accuracy after `step` steps to evals.jsonl.
 
     A task whose held-out problems have no answers is not evaluated.
 
     Args:
-        run: The task.
+        state: State of the run.
+        task: The task.
         step: Number of completed steps.
         log: Logs a row to the trackers.
     """
-    config = run.config
-    if isinstance(run.task, Task) and not run.task.has_test_answers:
+    config, problems = task.config, task.problems
+    if isinstance(problems, Task) and not problems.has_test_answers:
         return
-    with unsharded(run.pair.student):
+    with unsharded(state.student):
         metrics = evaluate(
-            run.pair.student,
-            run.pair.tokenizer,
-            run.pair.eos,
-            run.task,
+            state.student,
+            task.pair.tokenizer,
+            task.pair.eos,
+            problems,
             problems=config.eval_problems,
             max_prompt=config.max_prompt,
             max_response=config.max_response,
@@ -234,16 +372,16 @@ def evaluate_and_record(run: TaskRun, step: int, log: Log) -> None:
             top_p=config.eval_top_p,
             samples=config.eval_samples,
             generator=torch.Generator().manual_seed(derive_seed(config.seed, step, EVALUATION)),
-            engine=run.engine,
+            engine=state.engine,
         )
     if distributed.rank() > 0:
         return
-    task_column = {"task": run.name} if run.name else {}
+    task_column = {"task": task.name} if task.name else {}
     row = {"step": step, **task_column, **metrics}
-    append_row(run.folder / "evals.jsonl", row)
+    append_row(state.folder / "evals.jsonl", row)
     log(step, with_eval_prefix(row))
-    label = f"{run.name} accuracy" if run.name else "accuracy"
+    label = f"{task.name} accuracy" if task.name else "accuracy"
     label += f" {metrics['accuracy']:.3f} [{metrics['low']:.3f}, {metrics['high']:.3f}]"
     print_step_messages(step, [f"{label} on {metrics['problems']} held-out problems"])
-    if isinstance(run.task, Task):
-        print_step_messages(step, unread_evaluation_messages(metrics, run.task.name))
+    if isinstance(problems, Task):
+        print_step_messages(step, unread_evaluation_messages(metrics, problems.name))

@@ -1,26 +1,32 @@
-"""Optimizer steps on the scored rollouts: update slices, credit, loss weights, backward passes.
+"""The update: loss inputs from the scored rollouts, backward passes, optimizer steps.
+
+`prepare_loss` computes what a loss needs beside the models, over the whole batch and all ranks:
+credit, importance ratios, denominators and micro-batches. `update_student` takes the optimizer
+steps.
 
 Shapes: B responses of this rank, T response positions.
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from diagnostics.batch import ScoredRollouts
 from diagnostics.errors import InvalidInput
 from diagnostics.gradients.distributed import gather_batch
-from opd.data.prompts import Prompts
-from opd.models.contexts import activation_checkpointing, on_device
+from opd.models.contexts import activation_checkpointing
 from opd.models.forward import micro_batches, response_hidden_states
 from opd.models.fsdp import unsharded
-from opd.objectives.factory import DENOMINATORS
+from opd.objectives.assembly import token_weights
+from opd.objectives.inputs import TokenInputs
+from opd.objectives.objective import Objective
+from opd.objectives.reduction import DENOMINATORS
 from opd.objectives.token_selection import highest_entropy_tokens
 from opd.runtime import distributed
 from opd.scoring.loss import loss_from_hidden
-from opd.teachers.factory import update_ema_teacher
+from opd.scoring.score import ScoredBatch
 from opd.training.checks.expected_loss import (
     credit_from_settings,
     expected_loss,
@@ -34,47 +40,156 @@ from opd.training.checks.update import (
     sample_before_step,
     sampled_gradients,
 )
-from opd.training.gradient_probe import TrainedLoss
 from opd.training.optimizer import learning_rate
-from opd.training.state import ScoredTaskBatch, TaskRun
+from opd.training.state import TaskState, TrainState
+
+MicroBatch = tuple[list[int], float]
+"""Rows, and the weight of their loss: 1, or 0 for rows that fill up a rank's last micro-batches."""
 
 
-def run_updates(task_batches: Sequence[ScoredTaskBatch], step: int) -> dict[str, Tensor | float]:
-    """Take `updates_per_batch` optimizer steps, each on its slice of every task batch.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PreparedLoss:
+    """The loss of a task's batch as a sum over responses, with everything that updates use."""
 
-    The loss is the weighted mean of the task losses, each with its own denominator, which counts
-    the tokens of that optimizer step. Credit, ratio and token selection are computed once, on all
-    rollouts.
+    objective: Objective
+    """The objective."""
+    batch: ScoredBatch
+    """Scored batch of this rank, with the final loss mask."""
+    credit: Tensor
+    """(B, T) credit per token."""
+    ratio: Tensor
+    """(B, T) importance ratio per token."""
+    denominator: Tensor
+    """(B,) loss denominator of each response's update."""
+    rows: list[list[int]]
+    """Rows of this rank, by update."""
+    micro_batches: list[list[MicroBatch]]
+    """The rows of each update, split into micro-batches, equally many on every rank under FSDP."""
+    expected: Tensor | None = None
+    """What the first update's loss should be (`opd.training.checks.expected_loss`)."""
+
+    @property
+    def weight(self) -> Tensor:
+        """(B, T) loss weight per token: importance ratio / loss denominator."""
+        return token_weights(self.ratio, self.denominator)
+
+
+@torch.no_grad()
+def prepare_loss(task: TaskState, batch: ScoredBatch) -> PreparedLoss:
+    """Compute credit, ratios and denominators from the tokens of all ranks.
+
+    Credit, ratio and token selection are computed once, on all rollouts; each update has a
+    denominator of its own, which counts the tokens of that update.
 
     Args:
-        task_batches: Scored batches of the step.
+        task: The task.
+        batch: Scored batch with the loss mask.
+
+    Returns:
+        The loss.
+
+    Raises:
+        InvalidInput: An update has no supervised token.
+    """
+    config, objective, scored = task.config, task.objective, batch.scored
+    all_ranks, local_rows = (
+        (scored, slice(None)) if distributed.world_size() == 1 else gather_batch(scored)
+    )
+    local_index = (local_rows, slice(scored.mask.shape[1]))
+    credit, ratio = objective.credit(all_ranks), objective.ratio(all_ranks)
+    expected_credit = credit_from_settings(config, all_ranks)
+    expected_ratio = ratio_from_settings(config, all_ranks)
+    if config.entropy_top_fraction < 1:
+        selected_tokens = highest_entropy_tokens(all_ranks, config.entropy_top_fraction)
+        scored = scored.restrict_mask(selected_tokens[local_index])
+        all_ranks = all_ranks.restrict_mask(selected_tokens)
+    all_ranks = replace(all_ranks, support=None, prefix=None)
+    local_positions = torch.arange(len(all_ranks))[local_rows].tolist()
+    denominator = all_ranks.student_logp.new_ones(len(all_ranks))
+    rows_by_update: list[list[int]] = []
+    groups_by_update: list[list[MicroBatch]] = []
+    expected: Tensor | None = None
+    all_rows_by_update = split_rows(all_ranks.prompt.tolist(), config.updates_per_batch)
+    for number, all_rows in enumerate(all_rows_by_update, 1):
+        if bool(all_ranks.mask.any()) and not bool(all_ranks.mask[all_rows].any()):
+            raise InvalidInput(
+                f"update {number} of {config.updates_per_batch} has no supervised token "
+                f"(the step has {int(all_ranks.mask.sum())}); lower updates_per_batch, raise "
+                f"entropy_top_fraction ({config.entropy_top_fraction:g}), or check the mask rules"
+            )
+        update_batch = all_ranks.rows(all_rows)
+        denominator[all_rows] = DENOMINATORS[config.denominator](update_batch)
+        position = {row: i for i, row in enumerate(all_rows)}
+        rows = [i for i, row in enumerate(local_positions) if row in position]
+        groups = [
+            [rows[i] for i in group]
+            for group in micro_batches(
+                batch.prompts.rows(rows), scored.rows(rows), config.max_tokens_per_microbatch
+            )
+        ]
+        if number == 1:
+            expected = expected_loss(
+                config,
+                scored,
+                expected_credit[local_index],
+                expected_ratio[local_index],
+                rows=rows,
+                micro_batches=groups,
+                all_ranks_batch=update_batch,
+                positions=[position[local_positions[i]] for i in rows],
+            )
+        rows_by_update.append(rows)
+        groups_by_update.append([(group, 1.0) for group in groups])
+    if config.sharding == "full":
+        lengths = scored.lengths.tolist()
+        shortest = [min(range(len(lengths)), key=lengths.__getitem__)]
+        for groups in groups_by_update:
+            num_missing = distributed.all_reduce_max(len(groups)) - len(groups)
+            groups += [(shortest, 0.0)] * num_missing
+    return PreparedLoss(
+        objective=objective,
+        batch=replace(batch, scored=scored),
+        credit=credit[local_index],
+        ratio=ratio[local_index],
+        denominator=denominator[local_rows],
+        rows=rows_by_update,
+        micro_batches=groups_by_update,
+        expected=expected,
+    )
+
+
+def update_student(
+    state: TrainState, tasks: Sequence[TaskState], losses: Sequence[PreparedLoss], step: int
+) -> dict[str, Tensor | float]:
+    """Take `updates_per_batch` optimizer steps, each on its part of every task's batch.
+
+    The loss is the weighted mean of the task losses, each with its own denominator.
+
+    Args:
+        state: State of the run.
+        tasks: Tasks of the step.
+        losses: Loss of each task.
         step: Step of the run.
 
     Returns:
         Columns of the row. loss and grad_norm are means over the updates; skipped counts updates
         whose gradient was not finite.
     """
-    run = task_batches[0].run
-    config, optimizer = run.config, run.optimizer
+    config, student, optimizer = state.config, state.student, state.optimizer
     rate = learning_rate(config.lr, step, config.steps, config.warmup, config.schedule)
-    weights = [
-        task_batch.run.weight / sum(task_batch.run.weight for task_batch in task_batches)
-        for task_batch in task_batches
-    ]
-    slices_by_task = [make_update_slices(task_batch) for task_batch in task_batches]
-    losses, norms, skipped = [], [], 0
+    weights = [task.weight / sum(task.weight for task in tasks) for task in tasks]
+    following = [task.pair.teacher for task in tasks if task.pair.teacher.follows_student]
+    loss_sums, norms, skipped = [], [], 0
     checks: dict[str, Tensor | float] = {}
     for update_index in range(config.updates_per_batch):
         optimizer.zero_grad()
         leftover_gradient = has_leftover_gradient(optimizer)
-        loss, gradients = torch.zeros((), device=run.pair.student.device), None
-        for task_batch, weight, task_slices in zip(
-            task_batches, weights, slices_by_task, strict=True
-        ):
-            task_loss, first_gradients = accumulate_gradients(
-                task_batch, task_slices[update_index], weight
+        total, gradients = torch.zeros((), device=student.device), None
+        for task, loss, weight in zip(tasks, losses, weights, strict=True):
+            task_total, first_gradients = accumulate_gradients(
+                state, task, loss, update_index, weight
             )
-            loss, gradients = loss + task_loss, gradients or first_gradients
+            total, gradients = total + task_total, gradients or first_gradients
         lost_gradient = lost_gradient_share(gradients or [])
         optimizer.all_reduce_gradients()
         weights_before = sample_before_step(optimizer) if update_index == 0 else None
@@ -86,260 +201,89 @@ def run_updates(task_batches: Sequence[ScoredTaskBatch], step: int) -> dict[str,
                 "update/lost_gradient": lost_gradient,
             }
             checks |= expected_loss_columns(
-                task_batches, weights, slices_by_task, distributed.all_reduce_sum(loss.clone())
+                losses, weights, distributed.all_reduce_sum(total.clone())
             )
-        if applied and config.teacher == "ema":
-            with unsharded(run.pair.student):
-                update_ema_teacher(run.pair.teacher, run.pair.student, config.ema_decay)
-        losses.append(distributed.all_reduce_sum(loss))
+        if applied and following:
+            with unsharded(student):
+                for teacher in following:
+                    teacher.update(student)
+        loss_sums.append(distributed.all_reduce_sum(total))
         norms.append(norm)
         skipped += not applied
-    means = {"loss": torch.stack(losses).mean(), "grad_norm": torch.stack(norms).mean()}
+    means = {"loss": torch.stack(loss_sums).mean(), "grad_norm": torch.stack(norms).mean()}
     return {**means, **checks, "lr": rate, "skipped": float(skipped)}
 
 
-@dataclass(frozen=True, eq=False)
-class UpdateSlice:
-    """One optimizer step's slice of a task batch, with the loss inputs of the whole batch."""
-
-    rows: list[int]
-    """Rows of this rank that belong to the optimizer step."""
-    batch: ScoredRollouts
-    """The whole task batch, with the final loss mask."""
-    credit: Tensor
-    """(B, T) credit per token."""
-    ratio: Tensor
-    """(B, T) importance ratio per token."""
-    denominator: Tensor
-    """(B,) loss denominator per response, valid only for `rows`."""
-    all_ranks_batch: ScoredRollouts
-    """Rows of the optimizer step on all ranks, without support."""
-    positions: list[int]
-    """Positions of `rows` in `all_ranks_batch`."""
-    expected_credit: Tensor
-    """(B, T) credit computed from the settings instead of the run's objective."""
-    expected_ratio: Tensor
-    """(B, T) importance ratio computed from the settings instead of the run's objective."""
-
-    @property
-    def weight(self) -> Tensor:
-        """(B, T) loss weight per token: importance ratio / loss denominator."""
-        return self.ratio / self.denominator[:, None]
-
-
-def expected_loss_columns(
-    task_batches: Sequence[ScoredTaskBatch],
-    weights: Sequence[float],
-    slices_by_task: Sequence[list[UpdateSlice]],
-    loss: Tensor,
-) -> dict[str, Tensor]:
-    """Compare the first update's loss with `opd.training.checks.expected_loss`.
-
-    Args:
-        task_batches: Scored batches of the step.
-        weights: Weight of each task's loss.
-        slices_by_task: Update slices of each task.
-        loss: 0-d loss, summed over ranks.
-
-    Returns:
-        Columns of the row; empty if the expected loss of the objective is unknown.
-    """
-    vectors = []
-    for task_batch, weight, task_slices in zip(task_batches, weights, slices_by_task, strict=True):
-        first_slice = task_slices[0]
-        groups = [
-            rows
-            for rows, is_counted in synchronized_micro_batches(
-                task_batch.run, task_batch.prompts, first_slice
-            )
-            if is_counted
-        ]
-        vector = expected_loss(
-            task_batch.run.config,
-            first_slice.batch,
-            first_slice.expected_credit,
-            first_slice.expected_ratio,
-            rows=first_slice.rows,
-            micro_batches=groups,
-            all_ranks_batch=first_slice.all_ranks_batch,
-            positions=first_slice.positions,
-        )
-        if vector is None:
-            return {}
-        scale = torch.full_like(vector, weight)
-        scale[-2] = weight**2  # the variance scales with the square of the weight
-        vectors.append(vector * scale)
-    return loss_check_columns(loss, distributed.all_reduce_sum(torch.stack(vectors).sum(0)))
-
-
-def make_update_slices(task_batch: ScoredTaskBatch) -> list[UpdateSlice]:
-    """Split a task batch into updates, with credit and denominators from the tokens of all ranks.
-
-    Args:
-        task_batch: Scored batch.
-
-    Returns:
-        One slice per update.
-
-    Raises:
-        InvalidInput: An update has no supervised token.
-    """
-    config, objective = task_batch.run.config, task_batch.run.objective
-    is_single_process = distributed.world_size() == 1
-    batch, local_rows = (
-        (task_batch.scored, slice(None)) if is_single_process else gather_batch(task_batch.scored)
-    )
-    local_index = (local_rows, slice(task_batch.scored.mask.shape[1]))
-    credit, ratio = objective.credit(batch)[local_index], objective.ratio(batch)[local_index]
-    expected_credit, expected_ratio = (
-        credit_from_settings(config, batch)[local_index],
-        ratio_from_settings(config, batch)[local_index],
-    )
-    loss_batch = task_batch.scored
-    if config.entropy_top_fraction < 1:
-        selected_tokens = highest_entropy_tokens(batch, config.entropy_top_fraction)
-        loss_batch, batch = (
-            loss_batch.restrict_mask(selected_tokens[local_index]),
-            batch.restrict_mask(selected_tokens),
-        )
-    batch_without_support = replace(batch, support=None, prefix=None)
-    slices, local_positions = [], torch.arange(len(batch))[local_rows].tolist()
-    for update_number, rows in enumerate(
-        split_rows(batch.prompt.tolist(), config.updates_per_batch), 1
-    ):
-        if bool(batch.mask.any()) and not bool(batch.mask[rows].any()):
-            raise InvalidInput(
-                f"update {update_number} of {config.updates_per_batch} has no supervised token "
-                f"(the step has {int(batch.mask.sum())}); lower updates_per_batch, raise "
-                f"entropy_top_fraction ({config.entropy_top_fraction:g}), or check the mask rules"
-            )
-        row_denominator = batch.student_logp.new_ones(len(batch))
-        slice_batch = batch_without_support.rows(rows)
-        row_denominator[rows] = DENOMINATORS[config.denominator](slice_batch)
-        position_in_slice = {row: i for i, row in enumerate(rows)}
-        slice_rows = [i for i, row in enumerate(local_positions) if row in position_in_slice]
-        slices.append(
-            UpdateSlice(
-                rows=slice_rows,
-                batch=loss_batch,
-                credit=credit,
-                ratio=ratio,
-                denominator=row_denominator[local_rows],
-                all_ranks_batch=slice_batch,
-                positions=[position_in_slice[local_positions[i]] for i in slice_rows],
-                expected_credit=expected_credit,
-                expected_ratio=expected_ratio,
-            )
-        )
-    return slices
-
-
-def make_trained_loss(task_batch: ScoredTaskBatch) -> TrainedLoss:
-    """Build the loss of the step's updates, response by response, for the gradient probe.
-
-    The weights of each update, before ratios, are scaled to a mean of 1 over its tokens: with equal
-    weights, a response's loss is the sum over its tokens. The scale changes neither the
-    signal-to-noise ratio nor the noise scale.
-
-    Args:
-        task_batch: Scored batch.
-
-    Returns:
-        The loss.
-    """
-    slices = make_update_slices(task_batch)
-    batch = slices[0].batch
-    weight = torch.zeros_like(slices[0].ratio)
-    for update_slice in slices:
-        tokens = batch.mask[update_slice.rows].sum(1).to(weight.dtype)
-        shares_of_loss = tokens / update_slice.denominator[update_slice.rows]
-        total, loss_total = (distributed.all_reduce_sum(x.sum()) for x in (tokens, shares_of_loss))
-        weight[update_slice.rows] = update_slice.weight[update_slice.rows] * total / loss_total
-    teacher_hidden = task_batch.teacher_hidden
-    if teacher_hidden is not None:
-        teacher_hidden = teacher_hidden[batch.mask[task_batch.scored.sampled]]
-    return TrainedLoss(
-        objective=task_batch.run.objective,
-        prompts=task_batch.prompts,
-        batch=batch,
-        credit=slices[0].credit,
-        weight=weight,
-        teacher_hidden=teacher_hidden,
-    )
-
-
 def accumulate_gradients(
-    task_batch: ScoredTaskBatch, update_slice: UpdateSlice, task_weight: float
+    state: TrainState, task: TaskState, loss: PreparedLoss, update_index: int, task_weight: float
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]] | None]:
-    """Add the gradient of `task_weight` times the loss of an update slice.
+    """Add the gradient of `task_weight` times the loss of one update.
 
     Args:
-        task_batch: Scored batch.
-        update_slice: Its slice of the update.
+        state: State of the run.
+        task: The task.
+        loss: Its loss.
+        update_index: Number of the update.
         task_weight: Weight of the task's loss.
 
     Returns:
         The weighted loss, detached, and sampled gradients after the first micro-batch.
     """
-    run, config, token_rows = (
-        task_batch.run,
-        task_batch.run.config,
-        flat_token_index(task_batch.scored.sampled),
-    )
-    loss, first_gradients = torch.zeros((), device=task_batch.scored.tokens.device), None
-    is_offloaded = config.offload_teacher and run.objective.support == "full"
-    with on_device(run.pair.teacher, run.pair.student.device, is_offloaded):
-        for rows, row_weight in synchronized_micro_batches(run, task_batch.prompts, update_slice):
-            batch = update_slice.batch.rows(rows).trim()
+    student, config, scored = state.student, task.config, loss.batch.scored
+    token_rows = (scored.sampled.flatten().cumsum(0) - 1).reshape(scored.sampled.shape)
+    total, first_gradients = torch.zeros((), device=scored.tokens.device), None
+    with ExitStack() as stack:
+        if loss.batch.teacher_hidden is not None:  # the loss reads the teacher's head
+            stack.enter_context(task.pair.teacher.on_device(student.device))
+        for rows, row_weight in loss.micro_batches[update_index]:
+            batch = scored.rows(rows).trim()
             width = batch.mask.shape[1]
-            teacher_hidden = task_batch.teacher_hidden
+            teacher_hidden = loss.batch.teacher_hidden
             if teacher_hidden is not None:
                 teacher_hidden = teacher_hidden[token_rows[rows][:, :width][batch.mask]]
-            with activation_checkpointing(run.pair.student.network, config.gradient_checkpointing):
+            with activation_checkpointing(student.network, config.gradient_checkpointing):
                 micro_loss = loss_from_hidden(
-                    run.pair,
-                    run.objective,
-                    response_hidden_states(run.pair.student, task_batch.prompts.rows(rows), batch),
-                    teacher_hidden,
-                    batch,
-                    update_slice.credit[rows][:, :width],
-                    task_weight * row_weight * update_slice.weight[rows][:, :width][batch.mask],
+                    student,
+                    loss.objective,
+                    response_hidden_states(student, loss.batch.prompts.rows(rows), batch),
+                    TokenInputs.of(
+                        batch,
+                        loss.objective.support,
+                        loss.credit[rows][:, :width],
+                        task_weight * row_weight * loss.weight[rows][:, :width],
+                    ),
+                    teacher=None if teacher_hidden is None else task.pair.teacher.model,
+                    teacher_hidden=teacher_hidden,
+                    temperature=batch.score_temperature,
                     max_logits_per_chunk=config.max_logits_per_chunk,
                 )
                 micro_loss.backward()
-            loss = loss + micro_loss.detach()
-            first_gradients = first_gradients or sampled_gradients(run.optimizer)
-    return loss, first_gradients
+            total = total + micro_loss.detach()
+            first_gradients = first_gradients or sampled_gradients(state.optimizer)
+    return total, first_gradients
 
 
-def synchronized_micro_batches(
-    run: TaskRun, prompts: Prompts, update_slice: UpdateSlice
-) -> list[tuple[list[int], float]]:
-    """Split an update slice into micro-batches, equally many on every rank under FSDP.
-
-    Under FSDP every rank must run the same number of micro-batches. A rank with fewer repeats its
-    shortest row with loss weight 0.
+def expected_loss_columns(
+    losses: Sequence[PreparedLoss], weights: Sequence[float], total: Tensor
+) -> dict[str, Tensor]:
+    """Compare the first update's loss with `opd.training.checks.expected_loss`.
 
     Args:
-        run: The task.
-        prompts: Prompts of the batch.
-        update_slice: Slice to split.
+        losses: Loss of each task.
+        weights: Weight of each task's loss.
+        total: 0-d loss, summed over ranks.
 
     Returns:
-        Pairs of (rows, loss weight 1 or 0).
+        Columns of the row; empty if the expected loss of the objective is unknown.
     """
-    groups = micro_batches(
-        prompts.rows(update_slice.rows),
-        update_slice.batch.rows(update_slice.rows),
-        run.config.max_tokens_per_microbatch,
-    )
-    weighted_groups = [([update_slice.rows[i] for i in group], 1.0) for group in groups]
-    if run.config.sharding == "none":
-        return weighted_groups
-    lengths = update_slice.batch.lengths.tolist()
-    filler = [min(range(len(lengths)), key=lengths.__getitem__)]
-    num_missing = distributed.all_reduce_max(len(weighted_groups)) - len(weighted_groups)
-    return weighted_groups + [(filler, 0.0)] * num_missing
+    vectors = []
+    for loss, weight in zip(losses, weights, strict=True):
+        if loss.expected is None:
+            return {}
+        scale = torch.full_like(loss.expected, weight)
+        scale[-2] = weight**2  # the variance scales with the square of the weight
+        vectors.append(loss.expected * scale)
+    return loss_check_columns(total, distributed.all_reduce_sum(torch.stack(vectors).sum(0)))
 
 
 def split_rows(prompts: list[int], updates: int) -> list[list[int]]:
@@ -374,8 +318,3 @@ def split_rows(prompts: list[int], updates: int) -> list[list[int]]:
         ]
         for update in range(updates)
     ]
-
-
-def flat_token_index(mask: Tensor) -> Tensor:
-    """Return the (B, T) index of each token of the mask in row-major order."""
-    return (mask.flatten().cumsum(0) - 1).reshape(mask.shape)

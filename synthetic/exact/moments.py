@@ -166,7 +166,7 @@ def moments(
             mdp,
             student_logits,
             teacher_logits,
-            definition.objective(1.0),
+            definition.discounted(1.0),
             gammas,
             k,
             sampler,
@@ -230,7 +230,7 @@ def baseline(
     """
     definition = _estimator(estimator, gamma)
     token_terms = terms(
-        mdp, student_logits, teacher_logits, definition.objective(gamma), _grid(gamma)
+        mdp, student_logits, teacher_logits, definition.discounted(gamma), _grid(gamma)
     )
     return baselines.baseline_table(definition.baseline, token_terms, _space(mdp, jacobian))[0]
 

@@ -67,7 +67,7 @@ def masked_moments(
     """
     gammas = torch.tensor([gamma], dtype=torch.float64)
     token_terms = terms(
-        chain.mdp, chain.student, chain.teacher, ESTIMATORS[estimator].objective(1.0), gammas
+        chain.mdp, chain.student, chain.teacher, ESTIMATORS[estimator].discounted(1.0), gammas
     )
     unmasked = torch.ones(chain.mdp.num_actions, dtype=torch.float64)
     unmasked[token] = 0

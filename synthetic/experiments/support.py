@@ -85,7 +85,7 @@ def measure(setting: dict[str, Any], generator: torch.Generator) -> list[Row]:
     teacher = student + setting["distance"] * setting["sharpness"] * offset
     p, full = (
         student.softmax(-1),
-        expected_gradients(student, teacher, factory.full_reverse_kl(), None),
+        expected_gradients(student, teacher, factory.make_objective("full_reverse_kl"), None),
     )
     rows: list[Row] = []
     for source, table in (("teacher", teacher), ("student", student)):

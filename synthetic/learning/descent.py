@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from opd.objectives.factory import Objective
+from opd.objectives.objective import Objective
 from synthetic.learning.students import LearningProblem
 from synthetic.sampling.monte_carlo import batch_gradient
 from synthetic.sampling.trajectories import Trajectories, score_with_tables, simulate, with_support

@@ -6,7 +6,7 @@ Shapes: S prefixes, A tokens.
 import torch
 from torch import Tensor
 
-from opd.objectives.factory import Objective
+from opd.objectives.objective import Objective
 from synthetic.sampling.monte_carlo import visit_gradients
 from synthetic.sampling.trajectories import score_trajectories, with_support
 from synthetic.worlds.mdp import TabularMDP

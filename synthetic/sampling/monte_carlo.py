@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from diagnostics.errors import InvalidInput
-from opd.objectives.factory import Objective, reduce
+from opd.objectives.assembly import batch_losses
+from opd.objectives.objective import Objective
 from synthetic.sampling.trajectories import Trajectories, sample, with_baseline, with_support
 from synthetic.worlds.mdp import TabularMDP
 
@@ -118,10 +119,11 @@ def _row_gradients(
     if objective.support != "none" and batch.support is not None:
         leaves.append(table[trajectories.states[..., None], batch.support.ids].requires_grad_())
         leaf_indices.append(rows[..., None] * table.shape[1] + batch.support.ids)
-    loss = objective.local_loss(logp, leaves[1] if leaves[1:] else None, batch, credit)
-    ones = torch.ones(len(batch), dtype=loss.dtype)
-    total_loss = reduce(loss, batch.mask, ones if denominator is None else denominator)
-    leaf_gradients = torch.autograd.grad(total_loss, leaves, allow_unused=True)
+    support_logp = leaves[1] if leaves[1:] else None
+    losses = batch_losses(
+        objective, batch, logp, support_logp, denominator=denominator, credit=credit
+    )
+    leaf_gradients = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
     gradient = torch.zeros(len(states) * table.shape[1], dtype=torch.float64)
     for positions, leaf_gradient in zip(leaf_indices, leaf_gradients, strict=True):
         if leaf_gradient is not None:

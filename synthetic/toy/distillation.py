@@ -1,6 +1,6 @@
 """Distil the toy's two teachers into one student, and measure its gradients.
 
-The loss is `opd.objectives.factory.sampled_token(gamma)`, which also trains the language model.
+The loss is that of the objective "sampled_token", which also trains the language model.
 
 Shapes: R runs (one per discount), B trajectories, T steps. float64.
 """
@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opd.objectives import factory
+from opd.objectives.assembly import batch_losses
+from opd.objectives.factory import make_objective
+from opd.objectives.reduction import sequence_sum
 from synthetic.toy.control import (
     HORIZON,
     MICRO,
@@ -75,8 +77,9 @@ def gradient(
     losses = []
     for i, gamma in enumerate(gammas):
         batch = as_batch(logp[i], target_logp[i])
-        loss = factory.sampled_token(gamma).loss(logp[i], None, batch)
-        losses.append(factory.reduce(loss, batch.mask, factory.sequence_sum(batch)))
+        objective = make_objective("sampled_token", gamma=gamma)
+        denominator = sequence_sum(batch)
+        losses.append(batch_losses(objective, batch, logp[i], denominator=denominator).sum())
     total = torch.stack(losses).sum()
     output_gradient, *weights = torch.autograd.grad(total, [outputs, *live_networks.weights])
     log_ratio = (logp - target_logp).detach()
@@ -152,7 +155,7 @@ def trajectory_gradients(
             live_outputs = outputs.detach().requires_grad_()
             logp = log_density(actions, *student.gaussian(live_outputs.view(*actions.shape, 2)))[0]
             batch = as_batch(logp, target_logp)
-            loss = factory.sampled_token(gamma).loss(logp, None, batch)
+            loss = batch_losses(make_objective("sampled_token", gamma=gamma), batch, logp)
             (output_gradient,) = torch.autograd.grad(loss.sum(), live_outputs)
         gradients = []
         for i in reversed(range(len(layers))):

@@ -1,6 +1,7 @@
 """One-line mutations of the objectives and of the exact engine: a test must catch each."""
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from types import FunctionType, ModuleType
 
@@ -9,27 +10,36 @@ import pytest
 from diagnostics import batch as batches
 from diagnostics.gradients import credit as shared_credit
 from opd.objectives import (
+    assembly,
     catalogue,
     credit,
     divergences,
     factory,
+    inputs,
+    objective,
     reduction,
     support,
     surrogates,
     token_selection,
 )
+from opd.objectives.catalogue import FORMS
+from opd.objectives.reduction import DENOMINATORS
 from synthetic import estimators
 from synthetic.exact import baselines, moments, recursion
 from synthetic.sampling import monte_carlo
 from synthetic.sampling import trajectories as sampling
+from tests.opd.integrations.verl import test_topk_loss as packed_tests
 from tests.opd.objectives import test_baselines as pairs
 from tests.opd.objectives import test_factory as choices
 from tests.opd.objectives import test_oracle as oracle
 from tests.opd.objectives import test_support as lists
 from tests.opd.objectives import test_surrogates as dense
 from tests.opd.tokens import test_sampled_masks as masks
+from tests.opd.training import test_step as step_tests
+from tests.opd.training import test_step_wiring as wiring_tests
 from tests.synthetic.exact import test_against_enumeration as study
 from tests.synthetic.exact import test_moments as moment_tests
+from tests.synthetic.learning import test_learning as learning_tests
 
 CREDIT = {
     "sign of the cost": (
@@ -164,7 +174,6 @@ SURROGATES = {
     ),
 }
 REDUCTION = {
-    "mask dropped from the sum": ("torch.where(mask, loss, torch.zeros_like(loss))", "loss"),
     "token mean over responses": (
         "_check_not_empty(batch.mask.sum()).expand(",
         "_check_not_empty(0 * batch.mask.sum() + len(batch)).expand(",
@@ -176,28 +185,37 @@ REDUCTION = {
     "group mean over responses": ("* len(prompts)", "* len(batch)"),
     "group mean without its tokens": ("tokens.clamp(min=1).to", "tokens.clamp(min=1, max=1).to"),
 }
-COMPOSITIONS = {
+OBJECTIVE = {
     "masked costs always counted": ('self.mask_scope == "loss"', "True"),
     "masked costs never counted": ('self.mask_scope == "loss"', "False"),
     "masked tokens do not advance gamma": (
         "discounted(later_costs, batch.sampled, self.gamma)",
         "discounted(later_costs, batch.mask, self.gamma)",
     ),
-    "loss at masked tokens": (
-        "+ self.reward_cost(batch)) * batch.mask",
-        "+ self.reward_cost(batch))",
-    ),
+    "loss at masked tokens": ("return credit * batch.mask", "return credit"),
     "own cost as later cost": ("self.gamma) - later_costs", "self.gamma)"),
-    "baseline added": ("(credit - self.baseline(", "(credit + self.baseline("),
-    "outcome dropped": (" + self.reward_cost(batch)) * batch.mask", ") * batch.mask"),
-    "ratio dropped": ("self.surrogate(inputs) * self.ratio(batch)", "self.surrogate(inputs)"),
-    "score dropped": ("self.local(inputs) + self.score(inputs)", "self.local(inputs)"),
-    "absent ids not passed on": ("else support.present", "else None"),
-    "later costs as sampled": (
-        "return _full_and_future(gamma, later_cost=mean_cost",
-        "return _full_and_future(gamma, later_cost=sampled_cost",
-    ),
+    "baseline added": ("credit - self.baseline", "credit + self.baseline"),
+    "outcome dropped": ("credit + self.reward_cost(batch)", "credit"),
+    "score dropped": ("return local + self.score.function(inputs) if", "return local if"),
+}
+FACTORY = {
     "clip not passed on": ("low=low, high=high, dual=dual", "low=0.2, high=0.2, dual=3.0"),
+}
+ASSEMBLY = {
+    "sign of the loss": ("(inputs) * inputs.weight", "(inputs) * -inputs.weight"),
+    "weight dropped": ("(inputs) * inputs.weight", "(inputs)"),
+    "gradient stopped": ("(inputs) * inputs.weight", "(inputs).detach() * inputs.weight"),
+    "denominator dropped": ("return ratio / denominator[:, None]", "return ratio"),
+    "ratio dropped": (
+        "return ratio / denominator[:, None]",
+        "return 0 * ratio + 1 / denominator[:, None]",
+    ),
+}
+"""Mutations of the assembly that study, trainer and verl share."""
+INPUTS = {
+    "mask ignored": ("batch.mask.flatten()", "(batch.mask | True).flatten()"),
+    "credit of another token": ("credit=select(credit)", "credit=select(credit.flip(0))"),
+    "absent ids not passed on": ("None if present is None else select(present)", "None"),
 }
 SUPPORTS = {
     "both lists whole": (
@@ -300,7 +318,10 @@ MUTATIONS = [
         (divergences, DIVERGENCES),
         (surrogates, SURROGATES),
         (reduction, REDUCTION),
-        (catalogue, COMPOSITIONS),
+        (objective, OBJECTIVE),
+        (factory, FACTORY),
+        (assembly, ASSEMBLY),
+        (inputs, INPUTS),
         (support, SUPPORTS),
         (token_selection, SELECTION),
         (batches, BATCH),
@@ -326,7 +347,7 @@ def check_objectives() -> None:
     oracle.test_discount_lies_between_and_skips_masked_positions()
     oracle.test_baselines_average_the_responses_they_say()
     pairs.test_a_baseline_leaves_the_mean_gradient("position_mean", (0, 1), False, "cost")
-    for name in factory.DENOMINATORS:
+    for name in DENOMINATORS:
         oracle.test_micro_batches_do_not_change_the_loss(name)
     for name in oracle.FAMILY:
         oracle.test_the_gamma_family_has_the_mean_of_its_definition(name, 0.7)
@@ -342,7 +363,7 @@ def check_objectives() -> None:
     for beta in (0.0, 0.1, 1.0):
         dense.test_jensen_shannon_is_that_of_the_definition(beta)
     for source in ("union", "intersection"):
-        for form in factory.FORMS:
+        for form in FORMS:
             dense.test_every_form_on_every_support_is_the_dense_one(source, form)
     lists.test_union_and_intersection_are_those_of_sets(3)
     for advantage in choices.SHARES:
@@ -415,6 +436,68 @@ def test_a_mutation_is_caught(
     mutate(module, line, monkeypatch)
     with pytest.raises((AssertionError, ValueError, RuntimeError)):
         check(module)
+
+
+def check_study() -> None:
+    """Run the study's gradients, which are the assembly's, against enumeration and each other."""
+    moment_tests.test_moments_equal_the_sum_over_all_paths("ending", "plain")
+    moment_tests.test_monte_carlo_agrees_for_other_samplers_and_given_baselines()
+    learning_tests.test_a_runs_gradient_has_the_exact_mean_and_variance(
+        "sampled_token", 1.0, "none", "plain", None
+    )
+
+
+def check_verl() -> None:
+    """Run the loss on packed logits against the definition."""
+    packed_tests.test_the_divergence_of_packed_logits_is_that_of_the_definition()
+
+
+@pytest.mark.parametrize("name", [*ASSEMBLY, "mask ignored"])
+def test_the_study_catches_a_wrong_assembly(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_study()
+    mutate(*assembly_mutation(name), monkeypatch)
+    with pytest.raises((AssertionError, ValueError, RuntimeError)):
+        check_study()
+
+
+@pytest.mark.parametrize("name", ["sign of the loss", "gradient stopped"])
+def test_verls_loss_catches_a_wrong_assembly(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """verl sums and divides itself, so weight and mask are not ours."""
+    check_verl()
+    mutate(*assembly_mutation(name), monkeypatch)
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_verl()
+
+
+@pytest.mark.parametrize("name", [*ASSEMBLY, "mask ignored"])
+def test_the_trainer_catches_a_wrong_assembly(
+    tiny_pair: tuple[Path, Path], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two updates of a run differ from the dense ones; Adam and the clip hide a scale."""
+    mutate(*assembly_mutation(name), monkeypatch)
+    if name == "denominator dropped":
+        with pytest.raises(AssertionError):
+            wiring_tests.test_an_update_divides_by_what_it_trains_on(
+                tiny_pair, tmp_path, monkeypatch, "sequence_mean"
+            )
+        return
+    with pytest.raises((AssertionError, RuntimeError)):
+        step_tests.test_two_clipped_updates_are_the_dense_ones(
+            tiny_pair, tmp_path, "loss", "sequence"
+        )
+
+
+def assembly_mutation(name: str) -> tuple[ModuleType, tuple[str, str]]:
+    """Return the module and line of a mutation of the assembly or its inputs."""
+    return (assembly, ASSEMBLY[name]) if name in ASSEMBLY else (inputs, INPUTS[name])
+
+
+def test_a_wrong_row_of_the_table_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later costs as sampled instead of their mean: the same mean gradient, more noise."""
+    row = replace(catalogue.OBJECTIVES["full_reverse_kl"], later_cost=credit.SAMPLED_COST)
+    monkeypatch.setitem(estimators.ESTIMATORS, "rb_all", estimators.Estimator(objective=row))
+    with pytest.raises(AssertionError):
+        check_exact_engine()
 
 
 def test_the_originals_pass() -> None:

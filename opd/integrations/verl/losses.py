@@ -13,6 +13,7 @@ Shapes: B responses, T response positions, N packed tokens of prompts and respon
 """
 
 import inspect
+import math
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,10 @@ from diagnostics.adapters.verl import Loss, batch_from_verl, observe_loss
 from diagnostics.core.partial import replace_fields
 from diagnostics.errors import BrokenPackage, InvalidInput, MissingPackage
 from opd.integrations.verl.topk_loss import TOPK_OBJECTIVES, batch_setting, compute_topk_loss
-from opd.objectives.factory import Objective, make_objective
+from opd.objectives.assembly import batch_losses
+from opd.objectives.factory import make_objective
+from opd.objectives.objective import Objective
+from opd.objectives.requirements import Requirements
 
 PREFIX = "opdlab_"
 """Prefix of a loss mode, followed by the objective's name, unless `register` is given a mode."""
@@ -31,13 +35,32 @@ PREFIX = "opdlab_"
 _ARGUMENTS = ["config", "distillation_config", "data", "student_logits", "data_format"]
 
 
-def register(name: str, mode: str = "", **choices: Any) -> str:
+def register(
+    name: str,
+    mode: str = "",
+    *,
+    gamma: float = 0.0,
+    baseline: str = "none",
+    ratio: str = "none",
+    clip: tuple[float, float, float] | None = None,
+    ratio_clip: float = math.inf,
+    reward_weight: float = 0.0,
+    mask_scope: str = "cost",
+    allow_collapse: bool = False,
+) -> str:
     """Register the objective `name` as a loss mode, with the token-level metrics of the panel.
 
     Args:
-        name: Objective of `opd.objectives.factory.make_objective`.
+        name: Objective of `opd.objectives.factory.make_objective`, as are the other arguments.
         mode: The loss mode; PREFIX and the name if empty.
-        **choices: Options of the objective: gamma, ratio, clip, ratio_clip, mask_scope.
+        gamma: Discount of later costs.
+        baseline: Refused unless "none": verl's batches lack what the others read.
+        ratio: Importance ratio; "none" for a top-K objective.
+        clip: PPO's clip of sampled_token_clipped.
+        ratio_clip: Nats within which log-ratios are clipped.
+        reward_weight: Refused unless 0; verl adds rewards itself.
+        mask_scope: What a mask removes.
+        allow_collapse: Accept a form that collapses.
 
     Returns:
         The loss mode, for `distillation.distillation_loss.loss_mode`.
@@ -48,9 +71,23 @@ def register(name: str, mode: str = "", **choices: Any) -> str:
         ImportError: verl is missing, or computes its losses in another way.
     """
     losses = verl_losses()
-    objective, mode = make_objective(name, **choices), mode or PREFIX + name
-    topk = objective.support == "teacher"
-    problem = missing_inputs(objective) or unsupported_choice(choices, topk)
+    objective = make_objective(
+        name,
+        gamma=gamma,
+        baseline=baseline,
+        ratio=ratio,
+        clip=clip,
+        ratio_clip=ratio_clip,
+        reward_weight=reward_weight,
+        mask_scope=mask_scope,
+        allow_collapse=allow_collapse,
+    )
+    mode, topk = mode or PREFIX + name, objective.support == "teacher"
+    problem = missing_inputs(objective.requirements)
+    if not problem and topk and ratio != "none":
+        problem = f"ratio {ratio!r} is not available where verl computes losses from logits"
+    if not problem and baseline == "given":
+        problem = "its batches have no baseline column"
     if problem:
         raise InvalidInput(f"{name} in verl: {problem}")
     settings = losses.DistillationLossSettings(names=mode, use_topk=topk, use_estimator=not topk)
@@ -89,27 +126,19 @@ class _UnsupportedSettings:
         raise InvalidInput(self.reason)
 
 
-def missing_inputs(objective: Objective) -> str:
-    """Return what the objective reads and verl does not supply, or an empty string."""
-    if objective.support == "full" or objective.distributions:
+def missing_inputs(needs: Requirements) -> str:
+    """Return what an objective needs and verl does not supply, or an empty string."""
+    if needs.support == "full" or needs.distributions:
         return "verl's teacher sends no full next-token distributions, only its top-K"
-    if objective.support in ("student", "union", "intersection"):
+    if needs.support in ("student", "union", "intersection"):
         return "verl's teacher sends its own top-K, not the log-probabilities of the student's ids"
-    if objective.support == "teacher" and objective.sampled:
-        return "with a top-K verl's teacher does not send the sampled token's log-probability"
-    return ""
-
-
-def unsupported_choice(choices: dict[str, Any], topk: bool) -> str:
-    """Return which option of an objective verl does not support, or an empty string."""
-    if topk and choices.get("ratio", "none") != "none":
-        return f"ratio {choices['ratio']!r} is not available where verl computes losses from logits"
-    if choices.get("baseline", "none") != "none":
+    if needs.whole_groups:
         return (
-            f"baseline {choices['baseline']!r} needs the whole step, but a loss sees a micro-batch"
+            "a baseline over other responses or a reward needs the whole step, but a loss sees a "
+            "micro-batch; for rewards set distillation_loss.use_task_rewards"
         )
-    if choices.get("reward_weight", 0.0):
-        return "a reward needs whole groups of rollouts; set distillation_loss.use_task_rewards"
+    if needs.support == "teacher" and needs.sampled_logp:
+        return "with a top-K verl's teacher does not send the sampled token's log-probability"
     return ""
 
 
@@ -159,7 +188,7 @@ def sampled_loss(
     old_logp = torch.where(batch.sampled, to_padded(data["old_log_probs"]).float(), 0.0)
     batch = replace_fields(batch, student_logp=old_logp)
     logp = no_padding_2_padding(model_output["log_probs"], data)
-    return objective.loss(logp, None, batch), {}
+    return batch_losses(objective, batch, logp), {}
 
 
 def topk_loss(

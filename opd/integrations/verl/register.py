@@ -11,7 +11,7 @@ one:
 """
 
 from opd.integrations.verl.losses import register, register_unsupported
-from opd.objectives.factory import OBJECTIVES
+from opd.objectives.catalogue import OBJECTIVES
 
 for name in OBJECTIVES:
     try:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from diagnostics.errors import InvalidInput
 from opd.integrations.verl.vocab_parallel import Shard, gather_logits, log_normaliser
-from opd.objectives.factory import Objective
-from opd.objectives.surrogates import VisitedTokens
+from opd.objectives.assembly import weighted_losses
+from opd.objectives.inputs import TokenInputs
+from opd.objectives.objective import Objective
 
 MAX_LOGITS = 2**27
 """Float32 logits that exist at once where a log-normaliser is needed: half a gigabyte."""
@@ -48,19 +49,18 @@ def logit_losses(
     """
     teacher_logp = teacher_logp.float()
     support_logits = gather_logits(logits, ids, shard)
-    with torch.set_grad_enabled(objective.normalised and torch.is_grad_enabled()):
+    normalised = objective.requirements.normalised
+    with torch.set_grad_enabled(normalised and torch.is_grad_enabled()):
         normaliser = log_normaliser(logits, shard, elements=MAX_LOGITS)
     zeros = torch.zeros_like(normaliser)
-    inputs = VisitedTokens(
-        logp=None,
+    inputs = TokenInputs(
         credit=zeros,
+        weight=torch.ones_like(normaliser),
         teacher_logp=zeros,
-        support_logp=support_logits - normaliser[:, None]
-        if objective.normalised
-        else support_logits,
+        support_logp=support_logits - normaliser[:, None] if normalised else support_logits,
         teacher_support_logp=teacher_logp,
     )
-    losses = objective.surrogate(inputs)
+    losses = weighted_losses(objective, inputs)
     with torch.no_grad():
         mass = (support_logits - normaliser[:, None]).exp().sum(-1)
         logp = gather_logits(logits, tokens[:, None], shard)[:, 0] - normaliser
@@ -97,7 +97,7 @@ def compute_topk_loss(
     if mode not in TOPK_OBJECTIVES:
         return original(config, distillation_config, data, student_logits, data_format)
     objective = TOPK_OBJECTIVES[mode]
-    if objective.normalised and not batch_setting(data, "distillation_only", False):
+    if objective.requirements.normalised and not batch_setting(data, "distillation_only", False):
         raise InvalidInput(
             f"{mode} with task rewards: verl's cross-entropy may overwrite the logits that the "
             "log-normaliser's gradient reads; set distillation_loss.use_task_rewards=False"

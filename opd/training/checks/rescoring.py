@@ -22,8 +22,8 @@ from opd.models.contexts import evaluation_mode
 from opd.models.forward import log_probabilities, micro_batches, response_hidden_states
 from opd.models.model import CausalLM
 from opd.teachers.pair import ModelPair
-from opd.teachers.remote_scores import score_remote
-from opd.tokens.eos import teacher_tokens
+from opd.teachers.teacher import Capability, Teacher
+from opd.tokens.eos import EosMap, teacher_tokens
 from opd.training.checks.expected_loss import ROUNDING, rounding_unit
 
 ROWS, MAX_ROWS = 4, 64
@@ -62,13 +62,21 @@ def rescoring_columns(
     """
     rows, columns = select_rows(config, prompts, batch), dict[str, float]()
     for role in ("student", "teacher"):
-        is_remote = role == "teacher" and pair.remote_teacher is not None
         role_columns = {f"{role}_{cause}": 0.0 for cause in CAUSES}
-        if is_remote:
-            role_columns |= _compare_remote_teacher(config, pair, prompts, batch, rows)
+        if role == "student":
+            role_columns |= model_state(role, pair.student, config.dtype)
+            role_columns |= _compare_local_model(
+                config, pair.student, None, role, prompts, batch, rows
+            )
+        elif Capability.HIDDEN_STATES in pair.teacher.capabilities:
+            teacher = pair.teacher
+            eos_map = pair.eos_map if config.map_eos else None
+            role_columns |= model_state(role, teacher.model, teacher.dtype or config.dtype)
+            role_columns |= _compare_local_model(
+                config, teacher.model, eos_map, role, prompts, batch, rows
+            )
         else:
-            role_columns |= model_state(role, getattr(pair, role), config)
-            role_columns |= _compare_local_model(config, pair, role, prompts, batch, rows)
+            role_columns |= _compare_remote_teacher(config, pair.teacher, prompts, batch, rows)
         columns |= {
             f"consistency/{name}": floor_units(value) if name.endswith(UNITS) else value
             for name, value in role_columns.items()
@@ -101,13 +109,12 @@ def left_padding(config: Config, prompts: Prompts, batch: ScoredRollouts) -> lis
     return padding
 
 
-def model_state(role: str, model: CausalLM, config: Config) -> dict[str, float]:
+def model_state(role: str, model: CausalLM, dtype: str) -> dict[str, float]:
     """Compute ROLE_training and ROLE_precision (see `rescoring_columns`) without a device sync."""
-    expected = "float32" if role == "teacher" and config.teacher == "ema" else config.dtype
     num_matching = num_other = 0
     for weight in model.network.parameters():
         if weight.is_floating_point():
-            matches = weight.dtype is getattr(torch, expected)
+            matches = weight.dtype is getattr(torch, dtype)
             num_matching, num_other = (
                 num_matching + matches * weight.numel(),
                 num_other + (not matches) * weight.numel(),
@@ -126,16 +133,20 @@ def count_active_dropout(model: CausalLM) -> int:
 
 
 def _score_row(
-    config: Config, pair: ModelPair, role: str, prompts: Prompts, batch: ScoredRollouts, row: int
+    config: Config,
+    model: CausalLM,
+    eos_map: EosMap | None,
+    prompts: Prompts,
+    batch: ScoredRollouts,
+    row: int,
 ) -> Tensor:
     """Return the (n,) log-probabilities of one row's sampled tokens, scored without padding."""
-    model: CausalLM = getattr(pair, role)
     prompt, places = prompts.tokens[row][prompts.mask[row]], batch.mask[row].nonzero()[:, 0]
     ids = torch.cat([prompt, batch.tokens[row, : int(places[-1]) + 1]])[None, :-1]
     position = torch.arange(ids.shape[1], device=ids.device)[None]
     tokens = batch.tokens[row, places]
-    if role == "teacher" and config.map_eos and pair.eos_map is not None:
-        tokens = teacher_tokens(tokens, pair.eos_map)
+    if eos_map is not None:
+        tokens = teacher_tokens(tokens, eos_map)
     with evaluation_mode(model.network):
         states = model.hidden(ids, torch.ones_like(ids), position)
         logp = log_probabilities(model, states[0, len(prompt) - 1 + places], config.temperature)
@@ -144,16 +155,16 @@ def _score_row(
 
 def _compare_local_model(
     config: Config,
-    pair: ModelPair,
+    model: CausalLM,
+    eos_map: EosMap | None,
     role: str,
     prompts: Prompts,
     batch: ScoredRollouts,
     rows: Sequence[int],
 ) -> dict[str, float]:
     """Return ROLE_rescored, and the causes if it is not below MAX_ROUNDING_UNITS."""
-    model: CausalLM = getattr(pair, role)
     unit, scores = rounding_unit(config), getattr(batch, f"{role}_logp")
-    logp_by_row = {row: _score_row(config, pair, role, prompts, batch, row) for row in rows}
+    logp_by_row = {row: _score_row(config, model, eos_map, prompts, batch, row) for row in rows}
     gaps = {row: scores[row][batch.mask[row]] - logp_by_row[row] for row in rows}
     difference = _rms(list(gaps.values())) / unit
     if difference < MAX_ROUNDING_UNITS:
@@ -171,7 +182,7 @@ def _compare_local_model(
     lengths = batch.mask.sum(1).tolist()
     for row in range(min(len(lengths), MAX_ROWS)):
         if lengths[row] and row not in logp_by_row:
-            logp_by_row[row] = _score_row(config, pair, role, prompts, batch, row)
+            logp_by_row[row] = _score_row(config, model, eos_map, prompts, batch, row)
     return {
         f"{role}_rescored": difference,
         f"{role}_chance": _rms([first_logp - second_logp]) / unit,
@@ -237,17 +248,14 @@ def _exchanged_share(
 
 
 def _compare_remote_teacher(
-    config: Config, pair: ModelPair, prompts: Prompts, batch: ScoredRollouts, rows: Sequence[int]
+    config: Config, teacher: Teacher, prompts: Prompts, batch: ScoredRollouts, rows: Sequence[int]
 ) -> dict[str, float]:
     """Query a remote teacher again, one row at a time: teacher_rescored and teacher_exchanged."""
-    assert pair.remote_teacher is not None
     unit = ROUNDING["bfloat16"]  # the precision of the server is not known
     logp_by_row = {}
     for row in rows:
-        teacher_scores = score_remote(
-            pair.remote_teacher, prompts.rows([row]), batch.rows([row]), config.support_k
-        )
-        logp_by_row[row] = teacher_scores.sampled
+        answers = teacher.top_k(prompts.rows([row]), batch.rows([row]), config.support_k)
+        logp_by_row[row] = answers.sampled
     gaps = [batch.teacher_logp[row][batch.mask[row]] - logp_by_row[row] for row in rows]
     exchanged = _exchanged_share(
         batch.teacher_logp, batch.mask, logp_by_row, rows, MAX_ROUNDING_UNITS * unit

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from diagnostics.errors import InvalidInput
 from opd.config.settings import Config
-from opd.serving.addresses import is_url
 from opd.teachers.pair import ModelPair
 
 
@@ -49,14 +48,14 @@ def has_student_weights(config: Config, pair: ModelPair) -> bool:
     Returns:
         Whether they have the same weights.
     """
-    if config.teacher in ("base", "ema") or is_url(config.teacher):
+    teacher = pair.teacher
+    if not teacher.is_separate:
         return False
     if config.reward_weight or not config.steps:
         return False
     if is_same_source(config.student, config.teacher):
         return True
-    compared = config.teacher_weights == "saved"
-    return compared and same_weights(pair.student.network, pair.teacher.network)
+    return not teacher.is_quantised and same_weights(pair.student.network, teacher.model.network)
 
 
 def is_same_source(student: str, teacher: str) -> bool:

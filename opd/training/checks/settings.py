@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from opd.config.settings import Config
 from opd.data.benchmarks import is_benchmark
 from opd.envs.task import is_games
-from opd.objectives.factory import Objective
+from opd.objectives.objective import Objective
 from opd.serving.addresses import is_url
 from opd.training.multitask import prompts_per_task, task_configs
 
@@ -35,7 +35,7 @@ def _stale_samples(config: Config, objective: Objective) -> Iterator[str]:
     if config.allow_unweighted:
         return
     override_hint = "or set allow_unweighted to train with this bias, as the paper did"
-    if config.updates_per_batch > 1 and objective.on_policy_only:
+    if config.updates_per_batch > 1 and objective.requirements.on_policy:
         yield (
             f"updates_per_batch is {config.updates_per_batch}: from the second update on, the "
             f"student has changed, but {config.objective} uses the sampled token without an "
@@ -44,7 +44,7 @@ def _stale_samples(config: Config, objective: Objective) -> Iterator[str]:
             "sampled_token_clipped, an objective that does not use the sampled token, or "
             f"updates_per_batch 1; {override_hint}"
         )
-    if config.rollout_lag and objective.sampled and config.ratio == "none":
+    if config.rollout_lag and objective.requirements.sampled_logp and config.ratio == "none":
         yield (
             f"rollout_lag is {config.rollout_lag}: {config.objective} would treat tokens sampled "
             "from earlier weights as samples of the current student; set ratio to token, or "
@@ -84,7 +84,7 @@ def _empty_groups(config: Config) -> Iterator[str]:
 def _without_effect(config: Config, objective: Objective) -> Iterator[str]:
     """Report settings that do not change this objective's loss."""
     single = objective.support in ("teacher", "student", "intersection") and config.support_k == 1
-    if single and objective.renormalises and not objective.local_reads_sample:
+    if single and objective.local.renormalises and not objective.local.reads_sample:
         yield (
             f"support_k is 1: renormalised over one id, both models have probability 1, so the "
             f"divergence of {config.objective} is always zero; set support_k to 2 or "
@@ -116,7 +116,7 @@ def _eos_mapping(config: Config, objective: Objective) -> Iterator[str]:
             f"map_eos maps EOS ids in the teacher's top-K only, not in the support of {name}; "
             "remove map_eos, or use teacher_topk or one of its variants"
         )
-    elif objective.support == "full" and not objective.reads_teacher_sample:
+    elif objective.support == "full" and not objective.requirements.teacher_sampled_logp:
         yield (
             f"map_eos would not change the loss of {name}, which compares full distributions and "
             "does not use the teacher's log-probability of the sampled token; remove map_eos, or "

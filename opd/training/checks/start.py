@@ -20,7 +20,6 @@ from tqdm import tqdm
 from diagnostics.errors import InvalidInput
 from opd.config.settings import Config
 from opd.models.contexts import evaluation_mode
-from opd.models.lm_head import full_logits
 from opd.models.model import CausalLM, base_model
 from opd.runtime import distributed
 from opd.teachers.pair import ModelPair
@@ -82,11 +81,7 @@ def check_models(
     results += check_model("student", config.student, pair.student, pair.tokenizer, config)
     seen_teachers: set[str] = set()
     for task_config, task_pair in zip(settings, pairs, strict=True):
-        if (
-            task_pair.remote_teacher is not None
-            or task_config.teacher in ("base", "ema")
-            or task_config.teacher in seen_teachers
-        ):
+        if not task_pair.teacher.is_separate or task_config.teacher in seen_teachers:
             continue
         seen_teachers.add(task_config.teacher)
         loaded, texts = (
@@ -101,18 +96,29 @@ def check_models(
             check_tokenizer_file("teacher", task_config.teacher, loaded, texts),
             check_separate_weights(task_pair),
         ]
+        teacher = task_pair.teacher
         results += check_model(
-            "teacher", task_config.teacher, task_pair.teacher, pair.tokenizer, task_config
+            "teacher",
+            task_config.teacher,
+            teacher.model,
+            pair.tokenizer,
+            task_config,
+            is_quantised=teacher.is_quantised,
         )
     return results
 
 
 def check_model(
-    role: str, name: str, model: CausalLM, tokenizer: Any, config: Config
+    role: str,
+    name: str,
+    model: CausalLM,
+    tokenizer: Any,
+    config: Config,
+    is_quantised: bool = False,
 ) -> Iterator[CheckResult]:
     """Yield the checks of one model in memory."""
     yield check_mode_and_dtype(role, model, config)
-    if config.teacher_weights == "saved" or role == "student":
+    if not is_quantised:
         yield check_saved_weights(role, name, model)
     yield check_forward_pass(role, model, tokenizer, config)
 
@@ -205,7 +211,7 @@ def check_separate_weights(pair: ModelPair) -> CheckResult:
         weight.data_ptr() for weight in pair.student.network.parameters() if weight.numel()
     }
     num_shared = sum(
-        weight.data_ptr() in student_pointers for weight in pair.teacher.network.parameters()
+        weight.data_ptr() in student_pointers for weight in pair.teacher.model.network.parameters()
     )
     if not num_shared:
         return CheckResult("teacher's weights", "ok", "separate from the student's")
@@ -219,7 +225,7 @@ def check_separate_weights(pair: ModelPair) -> CheckResult:
 
 def check_mode_and_dtype(role: str, model: CausalLM, config: Config) -> CheckResult:
     """Check that a model is in evaluation mode and in the configured precision."""
-    numbers = model_state(role, model, config)
+    numbers = model_state(role, model, config.dtype)
     training, wrong = numbers[f"{role}_training"], numbers[f"{role}_precision"]
     if training:
         return CheckResult(
@@ -367,7 +373,7 @@ def last_position_logp(model: CausalLM, ids: Tensor, attention_mask: Tensor) -> 
     """Return (B, NUM_POSITIONS, V) log-probabilities at the last positions of left-padded rows."""
     positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
     states = model.hidden(ids, attention_mask, positions)[:, -NUM_POSITIONS:]
-    flat = full_logits(states.flatten(0, 1), model.head)
+    flat = model.head.logits(states.flatten(0, 1))
     return flat.log_softmax(-1).unflatten(0, states.shape[:2])
 
 

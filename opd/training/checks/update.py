@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from opd.config.settings import Config
 from opd.runtime import distributed
-from opd.teachers.pair import ModelPair
+from opd.teachers.teacher import Teacher
 from opd.training.optimizer import Optimizer
 
 MAX_TENSORS, MAX_ELEMENTS = 16, 256
@@ -150,21 +149,18 @@ def has_leftover_gradient(optimizer: Optimizer) -> float:
     return float(any(weight.grad is not None for weight in weights))
 
 
-def sample_teacher_weights(config: Config, pair: ModelPair) -> tuple[list[Tensor], Tensor] | None:
-    """Sample a frozen teacher's weights: tensors and (n,) values.
+def sample_teacher_weights(teacher: Teacher) -> tuple[list[Tensor], Tensor] | None:
+    """Sample a teacher's frozen weights: tensors and (n,) values.
 
     Args:
-        config: Settings of the task.
-        pair: Student and teacher.
+        teacher: The teacher.
 
     Returns:
-        The tensors and their values; None if the teacher is updated during training or remote.
+        The tensors and their values; None if it has none in this process.
     """
-    if config.teacher == "ema" or pair.remote_teacher is not None:
+    weights = teacher.frozen_weights()
+    if not weights:
         return None
-    weights = list(pair.teacher.network.parameters())
-    if config.teacher == "base":  # the student's base weights; the adapters are trained
-        weights = [weight for weight in weights if not weight.requires_grad]
     weights = [weights[i] for i in sampled_indices(len(weights))]
     return weights, sample_values(weights, weights)
 

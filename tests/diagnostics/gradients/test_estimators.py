@@ -34,14 +34,10 @@ from diagnostics.gradients.sketch import (
     token_energies,
     token_sketches,
 )
-from opd.objectives.credit import BASELINES
-from opd.objectives.factory import (
-    Objective,
-    full_reverse_kl,
-    full_sampled_future,
-    mean_future,
-    sampled_token,
-)
+from opd.objectives.credit import BASELINES, Cost
+from opd.objectives.factory import make_objective
+from opd.objectives.inputs import TokenInputs
+from opd.objectives.objective import Objective
 
 B, T, V, D = 6, 7, 11, 5
 
@@ -236,12 +232,12 @@ def test_masked_positions_chunks_and_padding_change_nothing() -> None:
 
 
 OBJECTIVE = {
-    "plain": sampled_token,
-    "leave_one_out": sampled_token,
-    "local_kl": sampled_token,
-    "rb_immediate": full_sampled_future,
-    "rb_future": mean_future,
-    "rb_all": full_reverse_kl,
+    "plain": "sampled_token",
+    "leave_one_out": "sampled_token",
+    "local_kl": "sampled_token",
+    "rb_immediate": "full_sampled_future",
+    "rb_future": "mean_future",
+    "rb_all": "full_reverse_kl",
 }
 
 
@@ -252,8 +248,9 @@ def language(tiny_pair: tuple[Path, Path]):
     from opd.data.prompts import encode_prompts
     from opd.models.forward import response_hidden_states
     from opd.rollouts.hf_engine import sample
-    from opd.scoring.score import score
+    from opd.scoring.score import score_batch
     from opd.teachers.pair import load_pair
+    from tests.helpers.requests import full_request
 
     pair = load_pair(str(tiny_pair[0]), str(tiny_pair[1]), "cpu", "float32")
     problems = [Problem(prompt=f"{i} + {i + 1} =", answer="1") for i in range(4)]
@@ -267,10 +264,11 @@ def language(tiny_pair: tuple[Path, Path]):
         top_p=1.0,
         generator=seeded(1),
     )
-    batch, distributions = score(
-        pair, prompts, rollouts, k=4, temperature=0.8, max_tokens_per_microbatch=10**6,
-        max_logits_per_chunk=10**6, keep_teacher=True,
-    )  # fmt: skip
+    request = full_request(
+        4, "full", temperature=0.8, max_tokens_per_microbatch=10**6, max_logits_per_chunk=10**6
+    )
+    result = score_batch(pair.student, pair.teacher, prompts, rollouts, request)
+    batch, distributions = result.scored, result.teacher_hidden
     with torch.no_grad():
         return pair, batch, response_hidden_states(pair.student, prompts, batch), distributions
 
@@ -285,9 +283,16 @@ def head_gradients(
     ends, rows = batch.lengths.cumsum(0).tolist(), []
     for i, end in enumerate(ends):
         c = slice(ends[i - 1] if i else 0, end)
+        row = batch.rows([i])
         loss = loss_from_hidden(
-            pair, objective, hidden[c], distributions[c], batch.rows([i]), credit[i : i + 1],
-            torch.ones(end - c.start), max_logits_per_chunk=10**6,
+            pair.student,
+            objective,
+            hidden[c],
+            TokenInputs.of(row, objective.support, credit[i : i + 1], row.mask.float()),
+            teacher=pair.teacher.model,
+            teacher_hidden=distributions[c],
+            temperature=batch.score_temperature,
+            max_logits_per_chunk=10**6,
         )  # fmt: skip
         rows.append(torch.autograd.grad(loss, weight)[0].flatten())
     return torch.stack(rows)
@@ -306,7 +311,7 @@ def test_the_sketch_of_a_models_head_is_that_of_autograd(language, name: str) ->
         hidden,
         lambda c: (
             log_probabilities(pair.student, hidden[c], 0.8),
-            log_probabilities(pair.teacher, distributions[c], 0.8),
+            log_probabilities(pair.teacher.model, distributions[c], 0.8),
         ),
         projection,
         chunk_tokens=5,
@@ -315,7 +320,7 @@ def test_the_sketch_of_a_models_head_is_that_of_autograd(language, name: str) ->
     sketches = sequence_sketches(tokens, batch.mask, family.values, family.local)
     r1, r2 = projection.vocabulary.float(), projection.hidden.float()
     for f, gamma in enumerate(gammas):
-        objective = OBJECTIVE[name](gamma)
+        objective = make_objective(OBJECTIVE[name], gamma=gamma)
         if FAMILY[name].baseline != "none":
             objective = replace(objective, baseline=BASELINES[FAMILY[name].baseline])
         full_gradients = head_gradients(pair, objective, batch, hidden, distributions).view(
@@ -329,20 +334,28 @@ def test_the_sketch_of_a_models_head_is_that_of_autograd(language, name: str) ->
     # energies: the trainer's loss of one token at a time
     if name in ("plain", "rb_all"):
         energies = token_energies(tokens, batch.mask, family.values, family.local)
-        total, objective = 0.0, OBJECTIVE[name](0.7)
+        total, objective = 0.0, make_objective(OBJECTIVE[name], gamma=0.7)
         credit = objective.credit(batch)
         for t in batch.mask[0].nonzero()[:, 0].tolist():
             only = torch.zeros_like(batch.mask[:1])
             only[0, t] = True
             single = replace(batch.rows([0]), mask=only)
             tokens_slice = slice(int(batch.mask[0, :t].sum()), int(batch.mask[0, : t + 1].sum()))
-            fixed = replace(objective, own_cost=lambda b: b.log_ratio * 0)
+            fixed = replace(
+                objective, own_cost=Cost(function=lambda b: b.log_ratio * 0, sampled=True)
+            )
             from opd.scoring.loss import loss_from_hidden
 
             loss = loss_from_hidden(
-                pair, fixed, hidden[tokens_slice], distributions[tokens_slice], single, credit[:1],
-                torch.ones(1), max_logits_per_chunk=10**6,
-            )  # fmt: skip
+                pair.student,
+                fixed,
+                hidden[tokens_slice],
+                TokenInputs.of(single, fixed.support, credit[:1], only.float()),
+                teacher=pair.teacher.model,
+                teacher_hidden=distributions[tokens_slice],
+                temperature=batch.score_temperature,
+                max_logits_per_chunk=10**6,
+            )
             total += float(torch.autograd.grad(loss, pair.student.head.weight)[0].square().sum())
         assert float(energies[0, 1]) == pytest.approx(total, rel=1e-3)
 
@@ -356,7 +369,7 @@ def test_a_row_of_a_language_model(language) -> None:
     def logp(c: slice) -> tuple[Tensor, Tensor]:
         return (
             log_probabilities(pair.student, hidden[c], 0.8),
-            log_probabilities(pair.teacher, distributions[c], 0.8),
+            log_probabilities(pair.teacher.model, distributions[c], 0.8),
         )
 
     sketches = sketch_gradients(batch, hidden, logp, identity_projection(size, width))
@@ -365,7 +378,9 @@ def test_a_row_of_a_language_model(language) -> None:
         sketch_gradients(batch, hidden, logp, random_projection(size, width, seed=1))
     )
     assert row.keys() == exact.keys()
-    head = head_gradients(pair, sampled_token(0.0), batch, hidden, distributions).double()
+    head = head_gradients(
+        pair, make_objective("sampled_token", gamma=0.0), batch, hidden, distributions
+    ).double()
     part = head.view(4, 2, -1).sum(1)
     total_square = part.sum(0).square().sum()
     signal = (total_square - part.square().sum()) / (8**2 - 4 * 2**2)

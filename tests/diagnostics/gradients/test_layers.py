@@ -24,17 +24,19 @@ from opd.config.settings import Config
 from opd.data.prompts import Prompts
 from opd.models.contexts import activation_checkpointing
 from opd.models.forward import log_probabilities, response_hidden_states, scatter_to_mask
-from opd.models.lm_head import LmHead
+from opd.models.lm_head import LogitsHead
 from opd.models.model import split_head
 from opd.objectives.factory import make_objective
+from opd.scoring.score import ScoredBatch
 from opd.teachers.pair import ModelPair
+from opd.teachers.teacher import LocalTeacher
 from opd.training.gradient_probe import (
-    TrainedLoss,
     block_gradient_sketches,
     hidden_state_gradients,
     probe_gradients,
     supervised_hidden_states,
 )
+from opd.training.update import PreparedLoss
 from tests.diagnostics.gradients.test_probe import seeded
 
 V, B, T = 11, 6, 7
@@ -68,7 +70,7 @@ def network(seed: int) -> nn.Module:
 def pair() -> ModelPair:
     student, teacher = network(0), network(1)
     teacher.requires_grad_(False)
-    return ModelPair(split_head(student, V), split_head(teacher, V), None, [0])
+    return ModelPair(split_head(student, V), LocalTeacher("", split_head(teacher, V)), None, [0])
 
 
 @cache
@@ -99,7 +101,7 @@ def case() -> tuple[Prompts, ScoredRollouts]:
     with torch.no_grad():
         logp = [
             log_probabilities(m, response_hidden_states(m, prompts, bare), 1.0).double()
-            for m in (pair().student, pair().teacher)
+            for m in (pair().student, pair().teacher.model)
         ]
     y = tokens[mask]
     student_logp, teacher_logp = (
@@ -124,7 +126,7 @@ def by_autograd(member: tuple[Tensor, bool], names: list[str]) -> dict[str, Tens
         ids = torch.cat([p, scored.tokens[i, :t]])[None]
         student, teacher = (
             m.network(ids).logits[0, len(p) - 1 : -1].log_softmax(-1)
-            for m in (pair().student, pair().teacher)
+            for m in (pair().student, pair().teacher.model)
         )
         kl = (student.exp() * (student - teacher)).sum(-1)
         picked = student.gather(1, scored.tokens[i, :t, None])[:, 0]
@@ -143,7 +145,7 @@ def gradients_below_head(
     with torch.no_grad():
         output_gradients = [
             supervised_hidden_states(m, prompts, scored, 1000)
-            for m in (pair().student, pair().teacher)
+            for m in (pair().student, pair().teacher.model)
         ]
         slopes = hidden_state_gradients(pair(), scored, *output_gradients, chunk_tokens=5)
     blocks = [make_block(pair().student.network, pattern) for pattern in patterns]
@@ -323,18 +325,21 @@ def test_blocks_without_a_probe_are_refused() -> None:
     assert config("*norm", interval=5).probe_blocks == ("*norm",)
 
 
-def trained(name: str, gamma: float = 0.0, baseline: str = "none") -> TrainedLoss:
+def trained(name: str, gamma: float = 0.0, baseline: str = "none") -> PreparedLoss:
     """Build a loss that averages over responses."""
     prompts, scored = case()
     objective = make_objective(name, gamma=gamma, baseline=baseline)
     weight = 1 + torch.arange(B, dtype=torch.float64)[:, None].expand(B, T)
-    return TrainedLoss(
+    teacher = pair().teacher.model
+    teacher_hidden = supervised_hidden_states(teacher, prompts, scored, 1000).detach()
+    return PreparedLoss(
         objective=objective,
-        prompts=prompts,
-        batch=scored,
+        batch=ScoredBatch(prompts, scored, teacher_hidden),
         credit=objective.credit(scored),
-        weight=weight if baseline != "none" else torch.ones_like(weight),
-        teacher_hidden=supervised_hidden_states(pair().teacher, prompts, scored, 1000).detach(),
+        ratio=weight if baseline != "none" else torch.ones_like(weight),
+        denominator=torch.ones(B, dtype=torch.float64),
+        rows=[list(range(B))],
+        micro_batches=[],
     )
 
 
@@ -348,7 +353,7 @@ def test_the_headline_of_a_block_is_the_trained_losses(
     prompts, scored = case()
     loss = trained(name, gamma, baseline)
     row = probe_gradients(
-        pair(), prompts, scored, loss, gamma=gamma, max_tokens_per_microbatch=30,
+        pair(), ScoredBatch(prompts, scored), loss, gamma=gamma, max_tokens_per_microbatch=30,
         max_logits_per_chunk=100, blocks=PATTERNS[:1],
     )  # fmt: skip
     norms = [name for name, _ in owned() if "norm" in name]
@@ -361,10 +366,11 @@ def test_the_headline_of_a_block_is_the_trained_losses(
 
 def test_a_student_whose_logits_are_no_matrix_product_is_refused() -> None:
     prompts, scored = case()
-    student = replace(pair().student, get_head=lambda: LmHead(None, V))
+    student = replace(pair().student, get_head=lambda: LogitsHead(V))
     with pytest.raises(ValueError, match="set probe_every to 0"):
         probe_gradients(
-            replace(pair(), student=student), prompts, scored, trained("sampled_token"),
+            replace(pair(), student=student), ScoredBatch(prompts, scored),
+            trained("sampled_token"),
             gamma=0.0, max_tokens_per_microbatch=30, max_logits_per_chunk=100,
         )  # fmt: skip
 
@@ -373,7 +379,7 @@ def test_the_row_of_a_run_says_what_the_gradients_are() -> None:
     prompts, scored = case()
     loss = trained("sampled_token")
     row = probe_gradients(
-        pair(), prompts, scored, loss, gamma=0.0, max_tokens_per_microbatch=30,
+        pair(), ScoredBatch(prompts, scored), loss, gamma=0.0, max_tokens_per_microbatch=30,
         max_logits_per_chunk=100, blocks=PATTERNS,
     )  # fmt: skip
     family = estimator_weights(scored, ["plain"], (0.0,))
@@ -395,8 +401,7 @@ def test_the_row_of_a_run_says_what_the_gradients_are() -> None:
     )
     bare = probe_gradients(
         pair(),
-        prompts,
-        scored,
+        ScoredBatch(prompts, scored),
         loss,
         gamma=0.0,
         max_tokens_per_microbatch=30,

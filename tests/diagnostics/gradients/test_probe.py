@@ -53,7 +53,7 @@ from diagnostics.gradients.sketch import (
     token_energies,
     token_sketches,
 )
-from opd.objectives.factory import full_reverse_kl
+from opd.objectives.catalogue import OBJECTIVES
 from synthetic.estimators import ESTIMATORS, Estimator
 from synthetic.exact import moments
 from synthetic.sampling.trajectories import Trajectories, sample
@@ -233,7 +233,7 @@ def truth() -> tuple[dict[str, Tensor], Tensor]:
     mdp, student, teacher = world()
     exact_names = {name: name.replace("position_mean", "position_value") for name in NAMES}
     ESTIMATORS["rb_all_position_value"] = Estimator(
-        objective=full_reverse_kl, baseline="position_value"
+        objective=OBJECTIVES["full_reverse_kl"], baseline="position_value"
     )
     try:
         parts = {

@@ -20,7 +20,7 @@ from tests.helpers.runs import settings
 @pytest.fixture(scope="module")
 def run(tiny_pair, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("continuation") / "run"
-    return train(settings(tiny_pair, folder, steps=1, eval_every=0, eval_problems=1))
+    return train(settings(tiny_pair, folder, steps=1, eval_every=0, eval_problems=1)).folder
 
 
 def test_prefixes_equal_the_same_tokens_as_a_response(tiny_pair) -> None:

@@ -20,7 +20,7 @@ from tests.helpers.batches import batch
 def sampled(tiny_pair) -> SimpleNamespace:
     """Sample responses of the tiny student to two prompts, token by token without padding."""
     pair = load_pair(str(tiny_pair[0]), str(tiny_pair[1]), "cpu", "float32")
-    student, teacher = pair.student.network, pair.teacher.network
+    student, teacher = pair.student.network, pair.teacher.model.network
     generator = torch.Generator().manual_seed(0)
     rows = []
     for i in range(6):

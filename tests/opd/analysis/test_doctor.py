@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -456,6 +457,12 @@ def test_another_end_id_is_distinguished_from_continuing(
         assert numbers["listed"] == pytest.approx(float(teacher_end_logp), rel=1e-4)
 
 
+def with_hidden_states(pair: Any, hidden: Callable[..., torch.Tensor]) -> Any:
+    """The pair with other hidden states of the teacher."""
+    model = replace(pair.teacher.model, hidden=hidden)
+    return replace(pair, teacher=replace(pair.teacher, model=model))
+
+
 @pytest.mark.parametrize(
     ("size", "verdict"), [(0.0, "ok"), (1e-4, "ok"), (0.2, "warn"), (3.0, "fail")]
 )
@@ -464,15 +471,13 @@ def test_a_teacher_that_depends_on_chance_is_found(
 ) -> None:
     evidence = gather_pair_evidence(healthy)
     generator = torch.Generator().manual_seed(0)
-    exact_teacher = evidence.pair.teacher
+    exact_teacher = evidence.pair.teacher.model
 
     def hidden(*inputs: torch.Tensor) -> torch.Tensor:
         states = exact_teacher.hidden(*inputs)
         return states + size * torch.randn(states.shape, generator=generator)
 
-    noisy = replace(
-        evidence, pair=replace(evidence.pair, teacher=replace(exact_teacher, hidden=hidden))
-    )
+    noisy = replace(evidence, pair=with_hidden_states(evidence.pair, hidden))
     result = sample_checks.teacher_noise(noisy)
     assert result.verdict == verdict
     if size == 0:
@@ -482,12 +487,12 @@ def test_a_teacher_that_depends_on_chance_is_found(
 
 def test_a_teacher_that_depends_on_its_batch_is_found(healthy: ModelPair) -> None:
     evidence = gather_pair_evidence(healthy)
-    exact_teacher = evidence.pair.teacher
+    exact_teacher = evidence.pair.teacher.model
 
     def hidden(ids: torch.Tensor, *arguments: torch.Tensor) -> torch.Tensor:
         return exact_teacher.hidden(ids, *arguments) * (1 + 0.02 * (len(ids) > 1))
 
-    batch_dependent_pair = replace(evidence.pair, teacher=replace(exact_teacher, hidden=hidden))
+    batch_dependent_pair = with_hidden_states(evidence.pair, hidden)
     num_tokens = evidence.prompts.tokens.numel() + evidence.rollouts.tokens.numel()
     scored = sample_checks.score_with_both(
         batch_dependent_pair, evidence.prompts, evidence.rollouts, num_tokens

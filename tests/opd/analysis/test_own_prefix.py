@@ -31,7 +31,7 @@ def run(tiny_pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) 
             support_k=4,
             eval_problems=2,
         )
-    )
+    ).folder
 
 
 def test_each_source_is_sampled_from_its_model(run: Path) -> None:

@@ -253,7 +253,7 @@ def test_prompts_alone_train_and_nothing_is_graded(tiny_pair, tmp_path: Path, ca
     source = write_rows(tmp_path / "p.jsonl", [{"prompt": row["prompt"]} for row in PLAIN])
     changes = {"task": source, "steps": 1, "eval_every": 1, "full_metrics_every": 1}
     with pytest.warns(UserWarning, match=r"has no column 'answer', .* it has \['prompt'\]"):
-        folder = train(settings(tiny_pair, tmp_path / "run", **changes))
+        folder = train(settings(tiny_pair, tmp_path / "run", **changes)).folder
     row = rows(folder)[0]
     assert math.isnan(row["response/reward"] or math.nan)
     assert row["response/graded_share"] == 0
@@ -296,7 +296,7 @@ def test_unreadable_responses_cause_a_message_in_the_first_step(
     labelled_rows = [{**row, "task": "ab"[i % 2]} for i, row in enumerate(PLAIN)]
     source = write_rows(tmp_path / "p.jsonl", labelled_rows)
     changes = {"task": source, "grader": "exact", "steps": 2, "eval_every": 2, "eval_problems": 4}
-    folder = train(settings(tuple(pair), tmp_path / "run", **changes))
+    folder = train(settings(tuple(pair), tmp_path / "run", **changes)).folder
     assert [row["grading/readable_share"] for row in rows(folder)] == [0, 0]
     evaluations = [json.loads(x) for x in (folder / "evals.jsonl").read_text().splitlines()]
     assert [row["unparsed"] for row in evaluations] == [1, 1]
@@ -312,5 +312,5 @@ def test_unreadable_responses_cause_a_message_in_the_first_step(
         "steps": 1,
         "eval_every": 0,
     }
-    game_run = train(settings(tuple(pair), tmp_path / "games", **games, max_prompt=600))
+    game_run = train(settings(tuple(pair), tmp_path / "games", **games, max_prompt=600)).folder
     assert rows(game_run)[0]["episodes/invalid_share"] == 1

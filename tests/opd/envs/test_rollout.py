@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diagnostics.batch import Rollouts, ScoredRollouts
+from diagnostics.batch import Rollouts
 from diagnostics.core.totals import compute
 from diagnostics.monitor import Monitor
 from diagnostics.records.batch_files import load_batch
@@ -29,13 +29,14 @@ from opd.lab.build import make_tokenizer
 from opd.models.forward import log_probabilities, response_hidden_states
 from opd.models.loading import load_model
 from opd.rollouts.hf_engine import HfEngine
-from opd.scoring.score import score
+from opd.scoring.score import ScoredBatch, score_batch
 from opd.teachers.pair import load_pair
 from opd.training.optimizer import make_optimizer
-from opd.training.setup import objective_from_config
-from opd.training.state import ScoredTaskBatch
+from opd.training.setup import objective_from_config, score_request
+from opd.training.state import TaskState, TrainState
 from opd.training.train import train
-from opd.training.update import accumulate_gradients, make_update_slices
+from opd.training.update import accumulate_gradients, prepare_loss
+from tests.helpers.requests import full_request
 from tests.helpers.runs import rows, settings
 
 
@@ -253,25 +254,18 @@ def conversation(tiny_pair) -> tuple[Any, list[Any]]:
 
 
 def score_episodes(
-    pair: Any, prompts: Prompts, rollouts: Rollouts
-) -> tuple[ScoredRollouts, Tensor | None]:
-    return score(
-        pair,
-        prompts,
-        rollouts,
-        k=6,
-        temperature=1.0,
-        max_tokens_per_microbatch=900,
-        max_logits_per_chunk=1 << 20,
-        keep_teacher=True,
-    )
+    pair: Any, prompts: Prompts, rollouts: Rollouts, support: str = "teacher"
+) -> ScoredBatch:
+    request = full_request(6, support, max_tokens_per_microbatch=900, max_logits_per_chunk=1 << 20)
+    return score_batch(pair.student, pair.teacher, prompts, rollouts, request)
 
 
 def test_turns_and_trajectories_have_the_same_numbers(conversation) -> None:
     pair, episodes = conversation
     columns_by_layout: list[dict[str, Tensor]] = []
     for layout in ("turns", "trajectory"):
-        batch, _ = score_episodes(pair, *pack_rows(episodes, layout, temperature=1.0, top_p=1.0))
+        rows_of_layout = pack_rows(episodes, layout, temperature=1.0, top_p=1.0)
+        batch = score_episodes(pair, *rows_of_layout).scored
         assert batch.prefix is not None
         assert batch.support is not None
         columns = {name: getattr(batch, name) for name in ("tokens", "sampler_logp")}
@@ -298,10 +292,11 @@ def test_turns_and_trajectories_have_one_gradient(
     gradients = []
     for layout in ("turns", "trajectory"):
         prompts, rollouts = pack_rows(episodes, layout, temperature=1.0, top_p=1.0)
-        scored_batch, hidden = score_episodes(pair, prompts, rollouts)
-        task_batch = make_scored_batch(config, pair, prompts, scored_batch, hidden)
+        state = make_state(config, pair)
+        (task,) = state.tasks
+        batch = score_episodes(pair, prompts, rollouts, task.objective.support)
         network.zero_grad()
-        loss, _ = accumulate_gradients(task_batch, make_update_slices(task_batch)[0], 1.0)
+        loss, _ = accumulate_gradients(state, task, prepare_loss(task, batch), 0, 1.0)
         gradients.append([p.grad.clone() for p in network.parameters()] + [loss])
     turns = [turn for episode in episodes for turn in episode.turns]
     num_tokens = sum(len(turn.response) for turn in turns)
@@ -316,26 +311,27 @@ def test_turns_and_trajectories_have_one_gradient(
             torch.testing.assert_close(x, y, atol=2e-6, rtol=1e-3)
 
 
-def make_scored_batch(
-    config: Config, pair: Any, prompts: Prompts, batch: ScoredRollouts, hidden: Tensor | None
-) -> ScoredTaskBatch:
+def make_state(config: Config, pair: Any) -> TrainState:
     from opd.training.prefetch import RolloutPrefetcher
-    from opd.training.state import TaskRun
 
-    run = TaskRun(
+    objective = objective_from_config(config)
+    task = TaskState(
         config=config,
-        folder=Path(config.out),
         pair=pair,
-        task=GameTask(source="", make=Echo),
-        engine=HfEngine(pair.student),
-        prefetcher=RolloutPrefetcher(lambda step: [], lambda: None, lag=0, steps=1, updates=1),
-        objective=objective_from_config(config),
+        problems=GameTask(source="", make=Echo),
+        objective=objective,
+        request=score_request(config, objective, pair),
         masks=[],
-        optimizer=make_optimizer(pair.student.network.parameters(), (0.9, 0.999), 0.0),
         monitor=Monitor({}),
     )
-    return ScoredTaskBatch(
-        run=run, prompts=prompts, scored=batch, teacher_hidden=hidden, accumulators={}
+    return TrainState(
+        config=config,
+        folder=Path(config.out),
+        student=pair.student,
+        optimizer=make_optimizer(pair.student.network.parameters(), (0.9, 0.999), 0.0),
+        engine=HfEngine(pair.student),
+        prefetcher=RolloutPrefetcher(lambda step: [], lambda: None, lag=0, steps=1, updates=1),
+        tasks=[task],
     )
 
 
@@ -344,7 +340,7 @@ def dense_turn_loss(pair: Any, turn: Turn, objective: str) -> Tensor:
     ids, n = torch.tensor([turn.prompt + turn.response]), len(turn.response)
     p = pair.student.network(ids).logits[0, -n - 1 : -1].log_softmax(-1)
     with torch.no_grad():
-        q = pair.teacher.network(ids).logits[0, -n - 1 : -1].log_softmax(-1)
+        q = pair.teacher.model.network(ids).logits[0, -n - 1 : -1].log_softmax(-1)
     if objective == "sampled_token":
         y = ids[0, -n:, None]
         cost = (p.detach() - q).gather(1, y)
@@ -483,9 +479,9 @@ def game_config(tiny_pair, out: Path, **changes: object) -> Config:
 @pytest.mark.parametrize("layout", ["turns", "trajectory"])
 def test_a_run_on_games_resumes_to_the_same_bits(tiny_pair, tmp_path: Path, layout: str) -> None:
     options = {"layout": layout, "save_every": 1, "eval_every": 0, "objective": "sampled_token"}
-    complete_folder = train(game_config(tiny_pair, tmp_path / "whole", steps=3, **options))
+    complete_folder = train(game_config(tiny_pair, tmp_path / "whole", steps=3, **options)).folder
     train(game_config(tiny_pair, tmp_path / "cut", steps=1, **options))
-    resumed_folder = train(game_config(tiny_pair, tmp_path / "cut", steps=3, **options))
+    resumed_folder = train(game_config(tiny_pair, tmp_path / "cut", steps=3, **options)).folder
     assert rows(resumed_folder) == rows(complete_folder)
     weights = [
         (x / "final" / "model.safetensors").read_bytes() for x in (resumed_folder, complete_folder)
@@ -510,7 +506,7 @@ def test_a_run_on_games_resumes_to_the_same_bits(tiny_pair, tmp_path: Path, layo
 def test_one_turn_games_train_alike_in_both_layouts(tiny_pair, tmp_path: Path) -> None:
     options = {"max_turns": 1, "steps": 2, "eval_every": 0}
     folders = [
-        train(game_config(tiny_pair, tmp_path / layout, layout=layout, **options))
+        train(game_config(tiny_pair, tmp_path / layout, layout=layout, **options)).folder
         for layout in ("turns", "trajectory")
     ]
     weights = [load_model(str(x / "final"), "cpu", "float32")[1].parameters() for x in folders]
@@ -526,7 +522,7 @@ def test_games_take_turns_and_mix_with_problems(tiny_pair, tmp_path: Path) -> No
         TaskSettings(name="echo", task=ECHO, max_turns=2, layout="turns"),
     )
     options = {"task": "lab", "layout": "trajectory", "tasks": tasks, "steps": 2, "eval_every": 0}
-    folder = train(game_config(tiny_pair, tmp_path / "alternate", **options))
+    folder = train(game_config(tiny_pair, tmp_path / "alternate", **options)).folder
     first, second = rows(folder)
     assert "episodes/turns" not in first
     assert second["task"] == "echo"
@@ -538,7 +534,7 @@ def test_games_take_turns_and_mix_with_problems(tiny_pair, tmp_path: Path) -> No
     ]
     assert evals[1]["accuracy"] == evals[1]["episodes/success"]
     options |= {"task_order": "mixed", "prompts_per_step": 4, "save_batch_every": 1}
-    folder = train(game_config(tiny_pair, tmp_path / "mixed", **options))
+    folder = train(game_config(tiny_pair, tmp_path / "mixed", **options)).folder
     row = rows(folder)[0]
     batch = load_batch(folder / "batches" / "step_000000.safetensors")
     game_rows = batch.rows((batch.task == 1).nonzero()[:, 0])
@@ -601,5 +597,5 @@ def test_a_reward_of_games_trains_with_whole_episodes(tiny_pair, tmp_path: Path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert math.isfinite(
-            rows(train(game_config(tiny_pair, tmp_path / "run", **options)))[0]["loss"]
+            rows(train(game_config(tiny_pair, tmp_path / "run", **options)).folder)[0]["loss"]
         )

@@ -23,7 +23,7 @@ from opd.lab.build import make_tokenizer
 from opd.models.loading import eos_ids, load_model
 from opd.report import tokenizer_panel
 from opd.teachers.pair import ModelPair
-from opd.tokens.eos import EosMap
+from opd.teachers.teacher import LocalTeacher
 from tests.opd.envs.test_rollout import Script
 
 ADDED_TOKENS = ["<|end_of_text|>", "<end_of_turn>"]
@@ -88,7 +88,8 @@ def test_a_closing_tag_is_content_even_where_it_ends_a_response(tokenizer: Any) 
 
 
 def test_graders_read_what_stands_before_the_end(tokenizer: Any, ends: list[int]) -> None:
-    pair = ModelPair(None, None, tokenizer, ends[:1], EosMap(tuple(ends[:1]), tuple(ends[1:])))  # type: ignore[arg-type]
+    teacher = LocalTeacher("", None, tuple(ends[1:]))  # type: ignore[arg-type]
+    pair = ModelPair(None, teacher, tokenizer, ends[:1])  # type: ignore[arg-type]
     assert set(continuation.response_eos_ids(pair)) == set(ends)
     for end in ends:
         tokens = torch.tensor([[*ids(tokenizer, "<think>6*7</think>42"), end]])

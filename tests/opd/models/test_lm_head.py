@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from opd.models.gathered_head import gathered_product
-from opd.models.lm_head import full_logits, gathered_logits, two_stage_topk
+from opd.models.lm_head import LmHead, LogitsHead, two_stage_topk
 from opd.models.model import CausalLM, split_head
 from opd.scoring.loss import chunked_loss
 
@@ -242,8 +242,8 @@ def test_split_models_have_their_own_logits_and_gradients(name: str) -> None:
     with no_warning():
         model = split_head(net, 57)
     model_logits, hidden, token_ids, _ = probe(net, model)
-    torch.testing.assert_close(full_logits(hidden, model.head), model_logits, atol=1e-5, rtol=1e-4)
-    gathered = gathered_logits(hidden, model.head, token_ids)
+    torch.testing.assert_close(model.head.logits(hidden), model_logits, atol=1e-5, rtol=1e-4)
+    gathered = model.head.gather(hidden, token_ids)
     torch.testing.assert_close(gathered, model_logits.gather(1, token_ids), atol=1e-5, rtol=1e-4)
 
     def logits_loss(z: Tensor, _: slice) -> Tensor:
@@ -278,7 +278,7 @@ def test_heads_are_read_from_the_configuration() -> None:
 def test_bfloat16_models_are_split_too() -> None:
     for name in ("Llama", "Gemma2", "Granite"):
         with no_warning():
-            assert split_head(network(name).bfloat16(), 61).head.weight is not None
+            assert isinstance(split_head(network(name).bfloat16(), 61).head, LmHead)
 
 
 def test_a_model_that_explains_nothing_keeps_its_own_logits() -> None:
@@ -288,8 +288,8 @@ def test_a_model_that_explains_nothing_keeps_its_own_logits() -> None:
     with pytest.warns(UserWarning, match="LlamaForCausalLM do not reproduce .* keeps 61 numbers"):
         model = split_head(net, 57)
     model_logits, hidden, token_ids, _ = probe(net, model)
-    assert model.head.weight is None
-    loss = gathered_logits(hidden, model.head, token_ids).log_softmax(-1)[:, 0].sum()
+    assert isinstance(model.head, LogitsHead)
+    loss = model.head.gather(hidden, token_ids).log_softmax(-1)[:, 0].sum()
     loss = loss + chunked_loss(hidden, model.head, lambda z, _: z[:, :57].logsumexp(-1).sum(), 200)
     dense_loss = (
         model_logits.gather(1, token_ids).log_softmax(-1)[:, 0].sum()
@@ -316,7 +316,7 @@ def test_adapters_act_in_the_decoder_and_are_refused_on_the_head() -> None:
     model_logits, hidden, token_ids, inputs = probe(net, model)
     with net.disable_adapter():
         assert not torch.allclose(model.hidden(*inputs).flatten(0, 1), hidden)
-    loss = gathered_logits(hidden, model.head, token_ids).square().sum()
+    loss = model.head.gather(hidden, token_ids).square().sum()
     torch.testing.assert_close(loss, model_logits.gather(1, token_ids).square().sum())
     loss_gradients, dense_gradients = (
         gradients(net, loss),

@@ -147,7 +147,7 @@ def test_a_run_learns_from_the_quantised_teacher(pair, tmp_path: Path, weights: 
         for name, teacher in zip("ab", reversed(pair), strict=True)
     )
     tasks = replace(config, out=str(tmp_path / "tasks"), tasks=two, lr=1e-30)
-    batch = scored(train(config), 0)
+    batch = scored(train(config).folder, 0)
     prompts = prompts_of_step(Path(config.out), config, 0)
     kl_by_weights = {}
     for kind in (weights, "saved"):
@@ -155,7 +155,7 @@ def test_a_run_learns_from_the_quantised_teacher(pair, tmp_path: Path, weights: 
         gap = (row_by_row(network, prompts, batch) - batch.teacher_logp)[batch.mask]
         kl_by_weights[kind] = float(gap.abs().mean())
     assert kl_by_weights[weights] < kl_by_weights["saved"] * SLACK[weights]
-    second = scored(train(tasks), 1)  # its teacher is the student, which is still unchanged
+    second = scored(train(tasks).folder, 1)  # its teacher is the student, which is still unchanged
     gap = (second.teacher_logp - second.student_logp)[second.mask]
     assert float(gap.abs().mean()) > 1e-3
 

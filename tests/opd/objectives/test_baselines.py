@@ -16,6 +16,7 @@ from torch import Tensor
 from diagnostics.batch import ScoredRollouts
 from diagnostics.gradients.estimators import estimator_index, estimator_weights
 from opd.objectives import factory as o
+from opd.objectives.credit import Baseline
 
 V, T, END = 3, 3, 0
 PREFIXES = [p for n in range(T) for p in itertools.product((1, 2), repeat=n)]
@@ -111,7 +112,7 @@ def test_a_baseline_leaves_the_mean_gradient(
     sampled_mask = torch.tensor([True, False, True]) if masked else None
     batches = pairs(prompt, sampled_mask)
     for gamma in (0.0, 0.7, 1.0):
-        plain = o.sampled_token(gamma)
+        plain = o.make_objective("sampled_token", gamma=gamma)
         if masked and gamma:
             plain = replace(plain, mask_scope=scope)
         want = mean_gradient(batches, plain.credit)
@@ -128,9 +129,9 @@ def test_a_mean_with_the_own_credit_in_it_shrinks_the_gradient() -> None:
     def own_included(batch: ScoredRollouts, credit: Tensor) -> Tensor:
         return ((credit * batch.mask).sum(0) / batch.mask.sum(0).clamp(min=1)).expand_as(credit)
 
-    plain, batches = o.sampled_token(0.0), pairs((0, 1))
+    plain, batches = o.make_objective("sampled_token", gamma=0.0), pairs((0, 1))
     want = mean_gradient(batches, plain.credit)
-    biased = mean_gradient(batches, replace(plain, baseline=own_included).credit)
+    biased = mean_gradient(batches, replace(plain, baseline=Baseline(function=own_included)).credit)
     torch.testing.assert_close(biased[0], want[0] / 2)  # both are alive at the first token
     assert float((biased - want).norm() / want.norm()) > 0.3
 

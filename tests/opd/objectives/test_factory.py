@@ -10,6 +10,8 @@ from diagnostics.batch import DistributionStats, ScoredRollouts
 from diagnostics.core.distribution_stats import compute_distribution_stats
 from opd.objectives import credit
 from opd.objectives import factory as o
+from opd.objectives.assembly import batch_losses
+from opd.objectives.reduction import DENOMINATORS
 from opd.objectives.token_selection import highest_entropy_tokens
 from tests.opd.objectives.test_oracle import (
     SEQUENCES,
@@ -50,7 +52,7 @@ def test_an_outcome_adds_the_gradient_of_the_mean_reward(name: str, advantage: s
     logp = batch.student_logp
     support_logp = None if batch.support is None else batch.support.student_logp
     weight = sequences.student_logp.sum(1).exp().detach()[pairs].prod(1)
-    pair_losses = objective.loss(logp, support_logp, batch).sum(1).view(-1, 2).mean(1)
+    pair_losses = batch_losses(objective, batch, logp, support_logp).sum(1).view(-1, 2).mean(1)
     (gradient,) = torch.autograd.grad((weight * pair_losses).sum(), student)
     live = tables()[0].requires_grad_()
     sampled_logp = live.log_softmax(-1)[states()].gather(-1, SEQUENCES[..., None])[..., 0]
@@ -130,9 +132,9 @@ def test_the_most_uncertain_tokens_of_the_step_are_kept() -> None:
             "unselected tokens keep their values"
         )
         assert torch.equal(selected.sampled, batch.sampled)
-        loss = objective.local_loss(batch.student_logp, None, selected, credit_of)
+        loss = batch_losses(objective, selected, batch.student_logp, credit=credit_of)
         for name, number in (("token_mean", count), ("sequence_sum", len(batch))):
-            reduced = o.reduce(loss, selected.mask, o.DENOMINATORS[name](selected))
+            reduced = (loss / DENOMINATORS[name](selected)[:, None]).sum()
             total = sum(
                 float(credit_of[position] * batch.student_logp[position])
                 for position in ranked[:count]
@@ -227,15 +229,13 @@ def test_what_is_not_refused_is_built_as_asked() -> None:
         clip=(0.1, 0.3, 2.0),
     )
     assert objective.gamma == 0.5
-    assert objective.baseline is credit.leave_one_out
+    assert objective.baseline == credit.BASELINES["leave_one_out"]
     assert objective.ratio is credit.token_ratio
-    assert (
-        o.make_objective("full_sampled_future", gamma=0.5, ratio_clip=5.0).later_cost
-        is not credit.sampled_cost
-    )
-    assert o.make_objective("teacher_topk", ratio="token", reward_weight=1.0).sampled
+    clipped = o.make_objective("full_sampled_future", gamma=0.5, ratio_clip=5.0)
+    assert clipped.later_cost != o.OBJECTIVES["full_sampled_future"].later_cost
+    assert o.make_objective("teacher_topk", ratio="token", reward_weight=1.0).has_credit
     for name in o.OBJECTIVES:
         o.make_objective(name, reward_weight=0.5, allow_collapse=True)
     batch = every_sequence(*tables(), "union", 2)
     with pytest.raises(ValueError, match="needs a 'teacher' support, but the batch has 'union'"):
-        o.make_objective("teacher_topk").loss(None, batch.support.student_logp, batch)
+        batch_losses(o.make_objective("teacher_topk"), batch, None, batch.support.student_logp)

@@ -12,6 +12,9 @@ from diagnostics.batch import DistributionStats, ScoredRollouts, Support
 from diagnostics.core.distribution_stats import compute_distribution_stats
 from opd.objectives import credit
 from opd.objectives import factory as o
+from opd.objectives.assembly import batch_losses
+from opd.objectives.catalogue import SUPPORTS
+from opd.objectives.reduction import DENOMINATORS
 from opd.objectives.support import JOINT_SUPPORTS
 from synthetic.estimators import terms
 from synthetic.worlds.mdp import random_pair, token_chain
@@ -60,7 +63,7 @@ def expected_gradients(
     batch = every_sequence(student, teacher, objective.support, k)
     logp = batch.student_logp
     support_logp = None if batch.support is None else batch.support.student_logp
-    loss = objective.loss(logp, support_logp, batch).sum(1)
+    loss = batch_losses(objective, batch, logp, support_logp).sum(1)
     total = (logp.sum(1).exp().detach() * loss).sum()
     return torch.autograd.grad(total, (student, teacher), allow_unused=True)
 
@@ -153,8 +156,11 @@ def test_the_exact_engine_finds_ratios_of_one_in_the_first_step() -> None:
     mdp = token_chain(3, 4)
     student, teacher = random_pair(mdp, seeded(4), distance=1.0, heterogeneity=0.5)
     grid = torch.tensor([0.0, 0.5], dtype=torch.float64)
-    plain = terms(mdp, student, teacher, o.sampled_token(1.0), grid)
-    for objective in (o.sampled_token_weighted(1.0), o.sampled_token_clipped(1.0)):
+    plain = terms(mdp, student, teacher, o.make_objective("sampled_token", gamma=1.0), grid)
+    for objective in (
+        o.make_objective("sampled_token_weighted", gamma=1.0),
+        o.make_objective("sampled_token_clipped", gamma=1.0),
+    ):
         objective_terms = terms(mdp, student, teacher, objective, grid)
         for name in ("own", "later", "step", "score"):
             torch.testing.assert_close(getattr(objective_terms, name), getattr(plain, name))
@@ -189,7 +195,7 @@ def test_other_divergences_are_exact_on_frozen_prefixes() -> None:
     torch.testing.assert_close(expected_gradient("full_jsd"), half)
 
 
-@pytest.mark.parametrize("source", o.SUPPORTS)
+@pytest.mark.parametrize("source", SUPPORTS)
 def test_the_sampled_tail_is_unbiased_on_every_support(source: str) -> None:
     for k in (1, 2):
         name = f"{source}_topk_sampled_tail"
@@ -203,16 +209,16 @@ def test_a_weighted_token_has_the_mean_of_the_student_that_moved() -> None:
     batch = every_sequence(old, teacher, "none", V)
     live = new.clone().requires_grad_()
     logp = live.log_softmax(-1)[states()].gather(-1, SEQUENCES[..., None])[..., 0]
-    objective = o.sampled_token_weighted()
+    objective = o.make_objective("sampled_token_weighted")
     weight = scores(old)[0]
-    total = (weight * objective.loss(logp, None, batch).sum(1)).sum()
+    total = (weight * batch_losses(objective, batch, logp).sum(1)).sum()
     (gradient,) = torch.autograd.grad(total, live, retain_graph=True)
     reference_leaf = new.clone().requires_grad_()
     cost = old.log_softmax(-1) - teacher.log_softmax(-1)
     mean = (reference_leaf.softmax(-1) * cost).sum(-1)[states()]
     (want,) = torch.autograd.grad((weight[:, None] * mean).sum(), reference_leaf)
     torch.testing.assert_close(gradient, want)
-    plain = (weight * o.sampled_token().loss(logp, None, batch).sum(1)).sum()
+    plain = (weight * batch_losses(o.make_objective("sampled_token"), batch, logp).sum(1)).sum()
     assert (torch.autograd.grad(plain, live)[0] - want).norm() > 0.01
 
 
@@ -224,8 +230,8 @@ def test_a_clipped_token_counts_where_it_has_not_moved_far_enough() -> None:
     logp = new.log_softmax(-1)[states()].gather(-1, SEQUENCES[..., None])[..., 0].requires_grad_()
     clip = (0.1, 0.4, 1.5)
     objective = o.make_objective("sampled_token_clipped", gamma=0.5, clip=clip)
-    (gradient,) = torch.autograd.grad(objective.loss(logp, None, batch).sum(), logp)
-    free = o.make_objective("sampled_token_weighted", gamma=0.5).loss(logp, None, batch)
+    (gradient,) = torch.autograd.grad(batch_losses(objective, batch, logp).sum(), logp)
+    free = batch_losses(o.make_objective("sampled_token_weighted", gamma=0.5), batch, logp)
     (slope,) = torch.autograd.grad(free.sum(), logp)
     rho, advantage = (logp - batch.student_logp).exp(), -objective.credit(batch)
     is_clipped = torch.where(advantage > 0, rho > 1.4, (rho < 0.9) | (rho > 1.5))
@@ -315,7 +321,7 @@ def test_baselines_average_the_responses_they_say() -> None:
         credit.position_mean(replace(batch, prompt=torch.zeros(5).long()), credit_values)
 
 
-@pytest.mark.parametrize("name", sorted(o.DENOMINATORS))
+@pytest.mark.parametrize("name", sorted(DENOMINATORS))
 def test_micro_batches_do_not_change_the_loss(name: str) -> None:
     mask = torch.tensor([[True, True, False], [True, False, False], [True, True, True]])
     zeros = torch.zeros(3, 3)
@@ -328,13 +334,23 @@ def test_micro_batches_do_not_change_the_loss(name: str) -> None:
         student_logp=zeros,
         teacher_logp=zeros,
     )
-    loss = torch.arange(9.0).reshape(3, 3)
-    denominator = o.DENOMINATORS[name](batch)
-    full_loss = o.reduce(loss, mask, denominator)
-    parts = sum(
-        o.reduce(loss[i : i + 1], mask[i : i + 1], denominator[i : i + 1]) for i in range(3)
-    )
-    torch.testing.assert_close(full_loss, torch.as_tensor(parts))
+    losses = torch.arange(9.0).reshape(3, 3).masked_fill(~mask, torch.nan)  # nan must not count
+    objective = o.make_objective("sampled_token")  # the loss of credit 1 is the log-probability
+    credit_values, denominator = torch.ones(3, 3), DENOMINATORS[name](batch)
+    full_loss = batch_losses(
+        objective, batch, losses, denominator=denominator, credit=credit_values
+    ).sum()
+    parts = [
+        batch_losses(
+            objective,
+            batch.rows([i]),
+            losses[i : i + 1],
+            denominator=denominator[i : i + 1],
+            credit=credit_values[i : i + 1],
+        ).sum()
+        for i in range(3)
+    ]
+    torch.testing.assert_close(full_loss, torch.stack(parts).sum())
     by_hand = {
         "token_mean": 25 / 6,
         "sequence_sum": 25 / 3,
@@ -343,4 +359,4 @@ def test_micro_batches_do_not_change_the_loss(name: str) -> None:
     }
     assert full_loss.item() == pytest.approx(by_hand[name])
     with pytest.raises(ValueError, match="0 supervised"):
-        o.DENOMINATORS[name](ScoredRollouts(**{**vars(batch), "mask": torch.zeros_like(mask)}))
+        DENOMINATORS[name](ScoredRollouts(**{**vars(batch), "mask": torch.zeros_like(mask)}))

@@ -10,8 +10,12 @@ from torch import Tensor
 from diagnostics.batch import ScoredRollouts, Support
 from opd.objectives import factory as o
 from opd.objectives import support
+from opd.objectives.assembly import batch_losses
+from opd.objectives.catalogue import FORMS, SUPPORTS
 from opd.objectives.divergences import jensen_shannon
-from opd.objectives.surrogates import VisitedTokens, clipped_score, plain_score, weighted_score
+from opd.objectives.inputs import TokenInputs
+from opd.objectives.reduction import token_mean
+from opd.objectives.surrogates import clipped_score, plain_score, weighted_score
 
 V, N = 9, 40
 
@@ -68,15 +72,16 @@ def dense(form: str, z: Tensor, q: Tensor, inside: Tensor, y: Tensor) -> Tensor:
     }[form]
 
 
-def visited(live: Tensor, ids: Tensor, present: Tensor | None, raw: bool = False) -> VisitedTokens:
+def visited(live: Tensor, ids: Tensor, present: Tensor | None, raw: bool = False) -> TokenInputs:
     """Return all tokens on a support; live (N, V) logits are passed on unnormalised if `raw`."""
     target, y = logits()[1].requires_grad_(), sampled()
     p, q = live if raw else live.log_softmax(-1), target.log_softmax(-1)
     student_logp, teacher_logp = p.gather(-1, ids), q.gather(-1, ids)
     counted_ids = torch.ones_like(ids, dtype=torch.bool) if present is None else present
-    return VisitedTokens(
+    return TokenInputs(
         logp=p.gather(-1, y[:, None])[:, 0],
         credit=torch.zeros(N, dtype=torch.float64),
+        weight=torch.ones(()),
         teacher_logp=q.gather(-1, y[:, None])[:, 0],
         # values at absent ids must not matter
         support_logp=torch.where(counted_ids, student_logp, 7 * student_logp.detach()),
@@ -88,11 +93,11 @@ def visited(live: Tensor, ids: Tensor, present: Tensor | None, raw: bool = False
     )
 
 
-@pytest.mark.parametrize("form", o.FORMS)
-@pytest.mark.parametrize("source", o.SUPPORTS)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("source", SUPPORTS)
 def test_every_form_on_every_support_is_the_dense_one(source: str, form: str) -> None:
     weight = 1 + torch.rand(N, generator=seeded(4), dtype=torch.float64)
-    objective, empty = o.OBJECTIVES[f"{source}_topk{form}"](), 0
+    objective, empty = o.OBJECTIVES[f"{source}_topk{form}"], 0
     for k in (1, 4):
         ids, present = select_support(source, k)
         inside = torch.zeros(N, V, dtype=torch.long)
@@ -149,9 +154,10 @@ def test_clipped_log_ratios_by_a_loop_over_ids(name: str, limit: float) -> None:
         allow_collapse="unnormalised" in name,
     )
     p = live.log_softmax(-1)
-    inputs = VisitedTokens(
+    inputs = TokenInputs(
         logp=p.gather(-1, y[:, None])[:, 0],
         credit=torch.zeros(N, dtype=torch.float64),
+        weight=torch.ones(()),
         teacher_logp=q.gather(-1, y[:, None])[:, 0],
         support_logp=p.gather(-1, ids),
         teacher_support_logp=q.gather(-1, ids),
@@ -162,22 +168,21 @@ def test_clipped_log_ratios_by_a_loop_over_ids(name: str, limit: float) -> None:
     torch.testing.assert_close(torch.autograd.grad(loss, live)[0], want)
 
 
-@pytest.mark.parametrize("form", [f for f in o.FORMS if "sampled" not in f and "tail" not in f])
+@pytest.mark.parametrize("form", [f for f in FORMS if "sampled" not in f and "tail" not in f])
 def test_no_id_at_all_gives_no_loss_and_no_gradient(form: str) -> None:
     ids, _ = select_support("teacher", 3)
     live = logits()[0].requires_grad_()
-    loss = o.FORMS[form].surrogate(visited(live, ids, torch.zeros_like(ids, dtype=torch.bool)))
+    loss = FORMS[form].surrogate(visited(live, ids, torch.zeros_like(ids, dtype=torch.bool)))
     assert loss.eq(0).all()
     assert torch.autograd.grad(loss.sum(), live)[0].eq(0).all()
 
 
 def test_objectives_say_what_they_read() -> None:
     """Pass raw logits where `normalised` is False and no `logp` where `sampled` is False."""
-    for name, constructor in o.OBJECTIVES.items():
-        objective = constructor()
+    for name, objective in o.OBJECTIVES.items():
         if "_topk" not in name and not name.startswith("full"):
-            assert objective.sampled
-            assert objective.normalised
+            assert objective.requirements.sampled_logp
+            assert objective.requirements.normalised
             continue
         ids, present = select_support(objective.support, 4) if "_topk" in name else (None, None)
         ids = torch.arange(V).expand(N, V) if ids is None else ids
@@ -188,20 +193,20 @@ def test_objectives_say_what_they_read() -> None:
             loss = objective.surrogate(inputs)
             results.append((loss, torch.autograd.grad(loss.sum(), live)[0]))
         is_invariant = all(torch.allclose(*x, atol=1e-12) for x in zip(*results, strict=True))
-        assert is_invariant != objective.normalised, name
+        assert is_invariant != objective.requirements.normalised, name
         blind = replace(inputs, logp=None)
-        if objective.sampled:
+        if objective.requirements.sampled_logp:
             with pytest.raises(ValueError, match="sampled token's log-probability"):
                 objective.surrogate(blind)
         else:
             torch.testing.assert_close(objective.surrogate(blind), objective.surrogate(inputs))
-    assert not o.make_objective("teacher_topk").normalised
-    assert not o.make_objective("teacher_topk").sampled
+    assert not o.make_objective("teacher_topk").requirements.normalised
+    assert not o.make_objective("teacher_topk").requirements.sampled_logp
     mixed = o.make_objective("teacher_topk", reward_weight=0.5)
-    assert mixed.sampled
-    assert mixed.normalised
-    assert o.make_objective("full_reverse_kl", gamma=0.5).sampled
-    assert not o.make_objective("full_reverse_kl").sampled
+    assert mixed.requirements.sampled_logp
+    assert mixed.requirements.normalised
+    assert o.make_objective("full_reverse_kl", gamma=0.5).requirements.sampled_logp
+    assert not o.make_objective("full_reverse_kl").requirements.sampled_logp
 
 
 # --- published formulas -------------------------------------------------------------------------
@@ -265,15 +270,16 @@ def test_the_published_tail_rests_where_its_docstring_says() -> None:
         for y in range(V):  # the mean over the sampled token
             live = table.log().requires_grad_()
             logp = live.log_softmax(-1)
-            inputs = VisitedTokens(
+            inputs = TokenInputs(
                 logp=logp[:, y],
                 credit=torch.zeros(N, dtype=torch.float64),
+                weight=torch.ones(()),
                 teacher_logp=q.log()[:, y],
                 support_logp=logp.gather(-1, ids),
                 teacher_support_logp=q.log().gather(-1, ids),
                 inside=(ids == y).any(-1),
             )
-            loss = o.FORMS["_published_tail"].surrogate(inputs)
+            loss = FORMS["_published_tail"].surrogate(inputs)
             total += torch.autograd.grad((table[:, y] * loss).sum(), live)[0]
         assert (total.abs().max() < 1e-14) == still
 
@@ -323,8 +329,10 @@ def test_the_divergence_equals_trls_loss_and_reduction(beta: float) -> None:
             source="full",
         ),
     )
-    loss = o.full_jsd(beta).loss(None, live.log_softmax(-1), batch)
-    reduced = o.reduce(loss, mask, o.token_mean(batch))
+    objective, denominator = o.make_objective("full_jsd", beta=beta), token_mean(batch)
+    reduced = batch_losses(
+        objective, batch, None, live.log_softmax(-1), denominator=denominator
+    ).sum()
     want = gkd.GKDTrainer.generalized_jsd_loss(trl_logits, q, labels, beta=beta)
     torch.testing.assert_close(reduced, want)
     gradients = [torch.autograd.grad(x, t)[0] for x, t in ((reduced, live), (want, trl_logits))]
@@ -352,12 +360,16 @@ RATIO_TABLE = [
 ]
 
 
-def at_ratio(advantage: float, rho: float) -> tuple[VisitedTokens, Tensor, Tensor]:
+def at_ratio(advantage: float, rho: float) -> tuple[TokenInputs, Tensor, Tensor]:
     logp = torch.tensor(math.log(rho) - 2.0, dtype=torch.float64, requires_grad=True)
     old = torch.tensor(-2.0, dtype=torch.float64, requires_grad=True)
     credit = torch.tensor(-advantage, dtype=torch.float64, requires_grad=True)
-    inputs = VisitedTokens(
-        logp=logp, old_logp=old, credit=credit, teacher_logp=torch.zeros_like(credit)
+    inputs = TokenInputs(
+        logp=logp,
+        old_logp=old,
+        credit=credit,
+        weight=torch.ones(()),
+        teacher_logp=torch.zeros_like(credit),
     )
     return inputs, logp, torch.stack([old, credit])
 

@@ -108,7 +108,7 @@ def scripts(page: str) -> list[tuple[str, str]]:
 def run(tiny_pair, tmp_path_factory) -> Path:
     """Train a short run that saves the batch of every step."""
     folder = tmp_path_factory.mktemp("report") / "run"
-    return train(settings(tiny_pair, folder, steps=3, save_batch_every=1, eval_every=1))
+    return train(settings(tiny_pair, folder, steps=3, save_batch_every=1, eval_every=1)).folder
 
 
 def test_the_page_is_self_contained_and_keeps_its_data(run: Path) -> None:

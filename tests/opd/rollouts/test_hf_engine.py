@@ -370,9 +370,11 @@ def test_the_hf_engine_follows_the_model_it_was_synced_with(pair, prompts) -> No
     engine = make_engine("hf", pair.student, generation_batch_size=3)
     student_rollouts = engine.sample(prompts, pair.eos, **options, generator=seeded(0))
     assert_same_rollouts(student_rollouts, sample_rollouts(pair.student, prompts, pair.eos), 1e-4)
-    engine.sync(pair.teacher)
+    engine.sync(pair.teacher.model)
     teacher_rollouts = engine.sample(prompts, pair.eos, **options, generator=seeded(0))
-    assert_same_rollouts(teacher_rollouts, sample_rollouts(pair.teacher, prompts, pair.eos), 1e-4)
+    assert_same_rollouts(
+        teacher_rollouts, sample_rollouts(pair.teacher.model, prompts, pair.eos), 1e-4
+    )
     assert not torch.equal(student_rollouts.tokens[:, :4], teacher_rollouts.tokens[:, :4])
 
 

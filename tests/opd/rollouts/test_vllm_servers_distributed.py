@@ -79,7 +79,7 @@ def test_a_restarted_server_ends_the_run_which_goes_on_to_the_same_rows(
 ) -> None:
     two, urls = servers
     config = four_prompt_config(tiny_pair, tmp_path / "whole", urls, **LAGGED)
-    complete_folder = train(config)
+    complete_folder = train(config).folder
     interrupted_config = replace(config, out=str(tmp_path / "cut"))
     restart_after_requests(two[0], len(two[0].requests) // 2)
     process = start_processes(tmp_path, [interrupted_config])

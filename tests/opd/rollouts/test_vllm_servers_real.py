@@ -102,7 +102,9 @@ def test_a_run_ahead_survives_a_kill_of_the_server(pair, url: str, tmp_path: Pat
         "rollout_timeout": 600.0,
         "steps": 6,
     }
-    reference_folder = train(settings(pair, tmp_path / "whole", rollout_servers=(url,), **options))
+    reference_folder = train(
+        settings(pair, tmp_path / "whole", rollout_servers=(url,), **options)
+    ).folder
     assert [row["consistency/age"] for row in rows(reference_folder)] == [0, 1, 1, 1, 1, 1]
     port, log = free_port(), tmp_path / "vllm.log"
     config = settings(
@@ -112,7 +114,7 @@ def test_a_run_ahead_survives_a_kill_of_the_server(pair, url: str, tmp_path: Pat
     killer = threading.Thread(target=kill_and_restart, args=(pair, port, log, config.out, finished))
     killer.start()
     try:
-        restarted_folder = train(config)
+        restarted_folder = train(config).folder
     finally:
         finished.set()
         killer.join()

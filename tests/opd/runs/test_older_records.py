@@ -117,8 +117,8 @@ def test_recorded_tables_of_figures_are_read_under_the_present_names() -> None:
 
 
 def test_a_run_of_former_names_resumes_to_the_same_bits(tiny_pair, tmp_path: Path) -> None:
-    expected = train(settings(tiny_pair, tmp_path / "undisturbed", steps=4))
-    folder = train(settings(tiny_pair, tmp_path / "run", steps=2))
+    expected = train(settings(tiny_pair, tmp_path / "undisturbed", steps=4)).folder
+    folder = train(settings(tiny_pair, tmp_path / "run", steps=2)).folder
     config = json.loads((folder / "config.json").read_text())
     former_names = {present: former for former, present in SETTINGS.items()}
     former = {former_names.get(name, name): value for name, value in config.items()}
@@ -131,7 +131,7 @@ def test_a_run_of_former_names_resumes_to_the_same_bits(tiny_pair, tmp_path: Pat
     assert "drift/k1" in text
     (folder / "rows.jsonl").write_text(text)
 
-    resumed = train(settings(tiny_pair, tmp_path / "run", steps=4))
+    resumed = train(settings(tiny_pair, tmp_path / "run", steps=4)).folder
     assert read_rows(resumed / "rows.jsonl")[0]["divergence/k1"] == lines[0]["divergence/k1"]
     assert rows(resumed)[2:] == rows(expected)[2:]
     weights = [(path / "final" / "model.safetensors").read_bytes() for path in (resumed, expected)]

@@ -24,13 +24,13 @@ from tests.helpers.runs import rows, settings
 @pytest.fixture(scope="module")
 def four(tiny_pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of four steps with checkpoints at 2 and 4; read-only."""
-    return train(settings(tiny_pair, tmp_path_factory.mktemp("four") / "run"))
+    return train(settings(tiny_pair, tmp_path_factory.mktemp("four") / "run")).folder
 
 
 @pytest.fixture(scope="module")
 def six(tiny_pair, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run with six steps; read-only."""
-    return train(settings(tiny_pair, tmp_path_factory.mktemp("six") / "run", steps=6))
+    return train(settings(tiny_pair, tmp_path_factory.mktemp("six") / "run", steps=6)).folder
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def run(four: Path, tmp_path: Path) -> Path:
 
 
 def resume(tiny_pair, run: Path, start_over: bool = False, **changes: object) -> Path:
-    return train(settings(tiny_pair, run, **({"steps": 6} | changes)), start_over)
+    return train(settings(tiny_pair, run, **({"steps": 6} | changes)), start_over).folder
 
 
 def assert_same_run(run: Path, reference: Path) -> None:

@@ -13,12 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diagnostics.batch import ScoredRollouts, Support
-from opd.models.lm_head import LmHead, gathered_logits
+from opd.models.lm_head import LmHead
 from opd.models.model import CausalLM
-from opd.objectives.factory import OBJECTIVES, Objective
+from opd.objectives.assembly import batch_losses
+from opd.objectives.catalogue import OBJECTIVES
+from opd.objectives.inputs import TokenInputs
+from opd.objectives.objective import Objective
 from opd.objectives.support import JOINT_SUPPORTS
 from opd.scoring.loss import chunked_loss, loss_from_hidden
-from opd.teachers.pair import ModelPair
 from tests.opd.models.test_lm_head import largest, normal, seeded
 
 B, T, D, V, K = 3, 5, 6, 23, 4
@@ -110,20 +112,25 @@ def both_losses(
         values = {"student_logp": student.detach(), "teacher_logp": teacher.detach()}
         full = replace(batch, support=Support(ids=all_ids, source="full", **values))
     logp = student.gather(-1, batch.tokens[..., None])[..., 0]
-    loss = objective.local_loss(
-        logp, on_the_support(objective, student, batch), full or batch, credit
+    losses = batch_losses(
+        objective,
+        full or batch,
+        logp,
+        on_the_support(objective, student, batch),
+        denominator=1 / weight,
+        credit=credit,
     )
-    dense_loss = 2.5 * (torch.where(batch.mask, loss, 0.0) * weight[:, None]).sum()
+    dense_loss = 2.5 * losses.sum()
 
     student_states = states.detach().requires_grad_()
     chunk_loss = 2.5 * loss_from_hidden(
-        ModelPair(model(student_head), model(teacher_head), None, [0]),
+        model(student_head),
         objective,
         student_states[batch.mask],
-        teacher_states[batch.mask] if objective.support == "full" else None,
-        batch,
-        credit,
-        weight[:, None].expand(B, T)[batch.mask],
+        TokenInputs.of(batch, objective.support, credit, weight[:, None].expand(B, T)),
+        teacher=model(teacher_head),
+        teacher_hidden=teacher_states[batch.mask],
+        temperature=temperature,
         max_logits_per_chunk=max_elements,
     )
     chunk_leaves = [student_states, *leaves[1:]]
@@ -141,7 +148,7 @@ def both_losses(
 def test_every_objective_has_its_dense_gradient(name: str, max_elements: int) -> None:
     student_head, teacher_head = a_head(1, **HEADS["all"]), a_head(3, bias=True, softcap=2.0)
     torch.testing.assert_close(
-        *both_losses(OBJECTIVES[name](), student_head, teacher_head, 0.7, max_elements)
+        *both_losses(OBJECTIVES[name], student_head, teacher_head, 0.7, max_elements)
     )
 
 
@@ -150,23 +157,26 @@ def test_every_objective_has_its_dense_gradient(name: str, max_elements: int) ->
 def test_every_head_has_its_dense_gradient(head: str, name: str) -> None:
     student_head, teacher_head = a_head(1, **HEADS[head]), a_head(3)
     torch.testing.assert_close(
-        *both_losses(OBJECTIVES[name](), student_head, teacher_head, 1.0, 2 * V)
+        *both_losses(OBJECTIVES[name], student_head, teacher_head, 1.0, 2 * V)
     )
 
 
 def test_the_sampled_row_may_come_from_k_plus_one_rows_or_from_all() -> None:
     """Renormalised on S and y, raw logits serve as well as log-probabilities."""
-    base = OBJECTIVES["teacher_topk_and_sampled"]()
+    base = OBJECTIVES["teacher_topk_and_sampled"]
     heads = a_head(1, **HEADS["all"]), a_head(3)
-    of_rows = both_losses(replace(base, normalised=False, sampled=True), *heads, 0.7, 1)
-    torch.testing.assert_close(of_rows[1], both_losses(base, *heads, 0.7, 1)[0])
+    assert not base.requirements.normalised
+    all_rows = replace(base, local=replace(base.local, renormalises=False))
+    torch.testing.assert_close(
+        both_losses(base, *heads, 0.7, 1)[1], both_losses(all_rows, *heads, 0.7, 1)[1]
+    )
 
 
 def test_a_frozen_head_has_no_gradient_and_costs_none() -> None:
     head = LmHead(normal(V, D), V)
     hidden, ids = normal(9, D, seed=1).requires_grad_(), torch.zeros((9, 2), dtype=torch.long)
     for loss in (
-        gathered_logits(hidden, head, ids).square().sum(),
+        head.gather(hidden, ids).square().sum(),
         chunked_loss(hidden, head, lambda z, _: z.logsumexp(-1).sum(), 2 * V),
     ):
         with Sizes() as sizes:
@@ -234,13 +244,13 @@ def training_sizes(name: str, vocabulary: int, max_elements: int) -> int:
     causal_lm = model(LmHead(weight, vocabulary))
     with Sizes() as sizes:
         loss_from_hidden(
-            ModelPair(causal_lm, causal_lm, None, [0]),
-            OBJECTIVES[name](),
+            causal_lm,
+            OBJECTIVES[name],
             hidden,
-            hidden.detach() if name.startswith("full") else None,
-            batch,
-            torch.ones((1, n)),
-            torch.ones(n),
+            TokenInputs.of(batch, OBJECTIVES[name].support, torch.ones((1, n)), torch.ones((1, n))),
+            teacher=causal_lm,
+            teacher_hidden=hidden.detach(),
+            temperature=1.0,
             max_logits_per_chunk=max_elements,
         ).backward()
     return sizes.largest

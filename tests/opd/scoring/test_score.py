@@ -14,11 +14,10 @@ from opd.data.prompts import Prompts, encode_prompts
 from opd.models.forward import log_probabilities, response_hidden_states
 from opd.objectives.support import JOINT_SUPPORTS
 from opd.rollouts.hf_engine import sample
-from opd.scoring.score import score, score_support
+from opd.scoring.score import ScoreRequest, score_batch
 from opd.teachers.pair import ModelPair, load_pair
 from opd.tokens.eos import EosMap
-
-LIMITS = {"max_tokens_per_microbatch": 90, "max_logits_per_chunk": 700}
+from tests.helpers.requests import full_request, lean_request
 
 
 @pytest.fixture(scope="module")
@@ -48,40 +47,41 @@ def full_log_probs(
     with torch.no_grad():
         return [
             log_probabilities(model, response_hidden_states(model, prompts, batch), temperature)
-            for model in (pair.student, pair.teacher)
+            for model in (pair.student, pair.teacher.model)
         ]
 
 
-@pytest.mark.parametrize("source", ["teacher", "student", *JOINT_SUPPORTS])
+@pytest.mark.parametrize("source", ["teacher", "student", "full", *JOINT_SUPPORTS])
 def test_supports_are_those_of_whole_distributions(rolled, source: str) -> None:
     pair, prompts, batch = rolled
     p, q = full_log_probs(*rolled, 0.7)
     topk_by_model = {"teacher": q.topk(5, -1).indices, "student": p.topk(5, -1).indices}
+    topk_by_model["full"] = topk_by_model["teacher"]
     ids, present = topk_by_model.get(source), None
     if source in JOINT_SUPPORTS:
         ids, present = JOINT_SUPPORTS[source](topk_by_model["teacher"], topk_by_model["student"])
         assert present.any()
         assert not present.all()
-    scored, teacher_hidden = score(
-        pair, prompts, batch, k=5, source=source, temperature=0.7, keep_teacher=True, **LIMITS
-    )
+    request = full_request(5, source, temperature=0.7)
+    result = score_batch(pair.student, pair.teacher, prompts, batch, request)
+    scored, teacher_hidden = result.scored, result.teacher_hidden
+    assert not result.reuses_sampler
     mask, support = batch.mask, scored.support
     assert torch.equal(support.ids[mask], ids)
     assert present is None or torch.equal(support.present[mask], present)
     for support_logp, logp in ((support.student_logp, p), (support.teacher_logp, q)):
         torch.testing.assert_close(support_logp[mask], logp.gather(-1, ids), atol=1e-5, rtol=1e-5)
-    assert support.source == source
+    assert support.source == ("teacher" if source == "full" else source)
     y = batch.tokens[mask][:, None]
     torch.testing.assert_close(scored.student_logp[mask], p.gather(-1, y)[:, 0], atol=1e-5, rtol=0)
     entropy = -(p.exp() * p).sum(-1)
     torch.testing.assert_close(scored.prefix.student_entropy[mask], entropy, atol=1e-5, rtol=1e-5)
+    if source != "full":
+        assert teacher_hidden is None
+        return
     with torch.no_grad():
-        torch.testing.assert_close(
-            teacher_hidden,
-            response_hidden_states(pair.teacher, prompts, batch),
-            atol=1e-5,
-            rtol=1e-5,
-        )
+        states = response_hidden_states(pair.teacher.model, prompts, batch)
+    torch.testing.assert_close(teacher_hidden, states, atol=1e-5, rtol=1e-5)
 
 
 def test_each_model_is_read_at_its_own_end(rolled) -> None:
@@ -92,9 +92,8 @@ def test_each_model_is_read_at_its_own_end(rolled) -> None:
     teacher_eos = int(q.topk(5, -1).indices.mode(0).values[0])
     assert student_eos != teacher_eos
     eos_map = EosMap(student=(student_eos,), teacher=(teacher_eos,))
-    scored, _ = score(
-        pair, prompts, batch, k=5, temperature=0.7, keep_teacher=False, eos_map=eos_map, **LIMITS
-    )
+    request = full_request(5, temperature=0.7, eos_map=eos_map, map_eos=True)
+    scored = score_batch(pair.student, pair.teacher, prompts, batch, request).scored
     mask, support = batch.mask, scored.support
     for row, y in enumerate(batch.tokens[mask].tolist()):
         teacher_token = teacher_eos if y == student_eos else y
@@ -113,18 +112,9 @@ def test_each_model_is_read_at_its_own_end(rolled) -> None:
                 (support.teacher_logp, q[row, v]),
             ):
                 assert float(support_logp[mask][row, j]) == pytest.approx(float(want), abs=1e-5)
+    joint = full_request(5, "union", eos_map=eos_map, map_eos=True)
     with pytest.raises(ValueError, match="not in the 'union' support; set map_eos to False"):
-        score(
-            pair,
-            prompts,
-            batch,
-            k=5,
-            source="union",
-            temperature=0.7,
-            keep_teacher=False,
-            eos_map=eos_map,
-            **LIMITS,
-        )
+        score_batch(pair.student, pair.teacher, prompts, batch, joint)
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.8])
@@ -132,8 +122,12 @@ def test_the_lean_pass_agrees_with_the_whole_one(rolled, top_p: float) -> None:
     """Also holds after top-p, which changes the sampled tokens but not the student's softmax."""
     pair, prompts, _ = rolled
     batch = rollouts(pair, prompts, 0.7, top_p)
-    rich, _ = score(pair, prompts, batch, k=5, temperature=0.7, keep_teacher=False, **LIMITS)
-    lean = score_support(pair, prompts, batch, k=5, temperature=0.7, **LIMITS)
+    rich, lean = (
+        score_batch(pair.student, pair.teacher, prompts, batch, request)
+        for request in (full_request(5, temperature=0.7), lean_request(5, temperature=0.7))
+    )
+    assert lean.reuses_sampler
+    rich, lean = rich.scored, lean.scored
     assert lean.prefix is None
     assert torch.equal(lean.support.ids, rich.support.ids)
     for result, expected in (
@@ -162,20 +156,44 @@ class Users(TorchDispatchMode):
 def test_the_lean_pass_multiplies_with_the_teachers_head_only(rolled) -> None:
     pair, prompts, batch = rolled
     products = {"mm", "addmm", "matmul", "linear"}
-    for model, multiplied in ((pair.teacher, True), (pair.student, False)):
+    request = lean_request(5, temperature=0.7)
+    for model, multiplied in ((pair.teacher.model, True), (pair.student, False)):
         with Users(model.head.weight) as users:
-            score_support(pair, prompts, batch, k=5, temperature=0.7, **LIMITS)
+            score_batch(pair.student, pair.teacher, prompts, batch, request)
         assert bool(users.names & products) == multiplied, users.names
 
 
-def test_what_the_lean_pass_cannot_know_is_refused(rolled) -> None:
+def needs(request: ScoreRequest, **changes: object) -> ScoreRequest:
+    return replace(request, requirements=replace(request.requirements, **changes))
+
+
+def test_what_the_sampler_does_not_know_is_computed(rolled) -> None:
+    """Wherever its softmax is not that of the scores, the student's full pass is taken."""
     pair, prompts, batch = rolled
-    with pytest.raises(ValueError, match=r"ran at temperature 0\.7 .* at temperature 1\.0 use"):
-        score_support(pair, prompts, batch, k=5, temperature=1.0, **LIMITS)
-    silent = replace(batch, softmax_logp=None)
-    with pytest.raises(ValueError, match="kept no full softmax"):
-        score_support(pair, prompts, silent, k=5, temperature=0.7, **LIMITS)
-    with pytest.raises(ValueError, match="unknown support source 'both'; known: teacher, student"):
-        score(
-            pair, prompts, batch, k=5, source="both", temperature=0.7, keep_teacher=False, **LIMITS
-        )
+    lean = lean_request(5, temperature=0.7)
+    cases = {
+        "another temperature": (batch, replace(lean, temperature=1.0)),
+        "no softmax": (replace(batch, softmax_logp=None), lean),
+        "older weights": (replace(batch, age=torch.ones_like(batch.prompt)), lean),
+        "full statistics": (batch, replace(lean, full_statistics=True)),
+        "log-probabilities": (batch, needs(lean, normalised=True)),
+        "distributions": (batch, needs(lean, distributions=True)),
+        "another support": (batch, needs(lean, support="none")),
+    }
+    for name, (rollouts_of_case, request) in cases.items():
+        result = score_batch(pair.student, pair.teacher, prompts, rollouts_of_case, request)
+        assert not result.reuses_sampler, name
+        p, _ = full_log_probs(pair, prompts, batch, request.temperature)
+        y = batch.tokens[batch.mask][:, None]
+        student_logp = result.scored.student_logp[batch.mask]
+        torch.testing.assert_close(student_logp, p.gather(-1, y)[:, 0], atol=1e-5, rtol=0)
+
+
+def test_what_cannot_be_scored_is_refused(rolled) -> None:
+    pair, prompts, batch = rolled
+    for support, k, message in (
+        ("both", 5, "unknown support source 'both'; known: teacher, student"),
+        ("teacher", 1000, "support_k is 1000, but the shared vocabulary has"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            score_batch(pair.student, pair.teacher, prompts, batch, full_request(k, support))

@@ -16,15 +16,17 @@ from opd.data.chain_task import Problem
 from opd.data.prompts import Prompts, encode_prompts
 from opd.models.forward import response_hidden_states
 from opd.objectives.factory import make_objective
+from opd.objectives.inputs import TokenInputs
 from opd.objectives.support import JOINT_SUPPORTS
 from opd.rollouts.hf_engine import sample
 from opd.scoring.loss import loss_from_hidden
-from opd.scoring.score import score, score_support, score_with_remote_teacher
+from opd.scoring.score import score_batch
 from opd.serving import json_endpoint
 from opd.serving.vllm_protocol import read_position
 from opd.teachers.client import TeacherClient, connect, group_rows
 from opd.teachers.pair import ModelPair, load_pair
 from opd.teachers.remote_scores import score_remote
+from opd.teachers.teacher import ServerTeacher
 from tests.helpers.fake_teacher_server import (
     FakeTeacher,
     delay,
@@ -35,9 +37,9 @@ from tests.helpers.fake_teacher_server import (
     shorten_body,
     truncate_body,
 )
+from tests.helpers.requests import full_request, lean_request
 
 K = 5
-SIZES = {"max_tokens_per_microbatch": 90, "max_logits_per_chunk": 700}
 
 
 @pytest.fixture(scope="module")
@@ -102,13 +104,13 @@ def loss_and_gradients(
     objective = make_objective(name, **options)
     parameters = list(pair.student.network.parameters())
     loss = loss_from_hidden(
-        pair,
+        pair.student,
         objective,
         response_hidden_states(pair.student, prompts, batch),
-        None,
-        batch,
-        objective.credit(batch),
-        torch.full((int(batch.mask.sum()),), 0.1),
+        TokenInputs.of(
+            batch, objective.support, objective.credit(batch), torch.full(batch.mask.shape, 0.1)
+        ),
+        temperature=1.0,
         max_logits_per_chunk=700,
     )
     return [loss.detach(), *torch.autograd.grad(loss, parameters)]
@@ -122,18 +124,14 @@ def test_scores_losses_and_gradients_are_those_of_the_local_teacher(
     support_only: bool,
 ) -> None:
     pair, prompts, batch = rollouts_of_pair
-    teacher_scores = score_remote(connect_to(url, pair), prompts, batch, K)
-    if support_only:
-        remote = score_support(
-            pair, prompts, batch, k=K, temperature=1.0, teacher_scores=teacher_scores, **SIZES
-        )
-        local = score_support(pair, prompts, batch, k=K, temperature=1.0, **SIZES)
-    else:
-        remote = score_with_remote_teacher(
-            pair, prompts, batch, teacher_scores, source="teacher", **SIZES
-        )
-        options = {"k": K, "temperature": 1.0, "keep_teacher": False}
-        local, _ = score(pair, prompts, batch, **options, **SIZES)
+    request = lean_request(K) if support_only else full_request(K)
+    server = ServerTeacher(url, connect_to(url, pair))
+    remote, local = (
+        score_batch(pair.student, scorer, prompts, batch, request)
+        for scorer in (server, pair.teacher)
+    )
+    assert remote.reuses_sampler == local.reuses_sampler == support_only
+    remote, local = remote.scored, local.scored
     assert remote.prefix is None
     assert_same_scores(remote, local)
     outside = ~local.support.contains(batch.tokens) & batch.mask
@@ -158,17 +156,23 @@ def test_intersection_is_that_of_whole_distributions(
     rollouts_of_pair: tuple[ModelPair, Prompts, Rollouts], url: str
 ) -> None:
     pair, prompts, batch = rollouts_of_pair
-    teacher_scores = score_remote(connect_to(url, pair), prompts, batch, K)
-    remote = score_with_remote_teacher(
-        pair, prompts, batch, teacher_scores, source="intersection", **SIZES
+    server = ServerTeacher(url, connect_to(url, pair))
+    remote, local = (
+        score_batch(pair.student, x, prompts, batch, full_request(K, "intersection")).scored
+        for x in (server, pair.teacher)
     )
-    options = {"k": K, "temperature": 1.0, "keep_teacher": False}
-    local, _ = score(pair, prompts, batch, source="intersection", **options, **SIZES)
     assert_same_scores(remote, local)
     assert torch.equal(remote.support.present[batch.mask], local.support.present[batch.mask])
     assert "union" in JOINT_SUPPORTS
-    with pytest.raises(ValueError, match="not a 'union' support"):
-        score_with_remote_teacher(pair, prompts, batch, teacher_scores, source="union", **SIZES)
+    for request, message in (
+        (full_request(K, "union"), "not a 'union' support"),
+        (full_request(K, "full"), "does not support full distributions"),
+        (lean_request(K, temperature=0.7), "a remote teacher scores at 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            score_batch(pair.student, server, prompts, batch, request)
+    with pytest.raises(ValueError, match="provides neither hidden states nor full distributions"):
+        _ = server.model
 
 
 def test_questions_are_bounded_by_rows_and_by_ids() -> None:

@@ -66,9 +66,9 @@ def assert_close_rows(actual: list[dict[str, float]], expected: list[dict[str, f
 def test_a_run_is_that_with_the_teacher_at_hand(
     tiny_pair: tuple[Path, Path], teacher: FakeTeacher, tmp_path: Path, changes: dict[str, object]
 ) -> None:
-    local = train(settings(tiny_pair, tmp_path / "local", **(SHORT | changes)))
+    local = train(settings(tiny_pair, tmp_path / "local", **(SHORT | changes))).folder
     with serve(teacher) as url:
-        far = train(remote_config(tiny_pair, tmp_path / "far", url, **(SHORT | changes)))
+        far = train(remote_config(tiny_pair, tmp_path / "far", url, **(SHORT | changes))).folder
     assert json.loads((far / "config.json").read_text())["teacher"] == url
     assert_close_rows(rows(far), rows(local))
     assert "divergence/reverse_kl" in rows(local)[0]
@@ -91,13 +91,13 @@ def test_a_restart_in_the_middle_changes_nothing(
             finished.wait(60)
 
     with serve(teacher) as url:
-        reference_folder = train(remote_config(tiny_pair, tmp_path / "whole", url, **SHORT))
+        reference_folder = train(remote_config(tiny_pair, tmp_path / "whole", url, **SHORT)).folder
     num_requests, port = len(teacher.requests), int(url.split(":")[2].removesuffix("/v1"))
     finished = threading.Event()
     thread = threading.Thread(target=serve_with_restart)
     thread.start()
     try:
-        restarted_folder = train(remote_config(tiny_pair, tmp_path / "again", url, **SHORT))
+        restarted_folder = train(remote_config(tiny_pair, tmp_path / "again", url, **SHORT)).folder
     finally:
         finished.set()
         thread.join()
@@ -109,7 +109,9 @@ def test_a_run_whose_server_stays_away_stops_whole_and_resumes(
 ) -> None:
     options = SHORT | {"rescore_every": 0}  # every step sends the same number of requests
     with serve(teacher) as url:
-        reference_folder = train(remote_config(tiny_pair, tmp_path / "whole", url, **options))
+        reference_folder = train(
+            remote_config(tiny_pair, tmp_path / "whole", url, **options)
+        ).folder
         requests_per_step = (len(teacher.requests) - 3) // 4
         # fail in the third step
         teacher.faults = [lambda body: (200, {}, body)] * (3 + 2 * requests_per_step + 1) + [
@@ -143,7 +145,7 @@ def test_a_mixed_step_of_both_kinds_of_teacher(
             TaskSettings(name="near", task="lab", teacher=str(tiny_pair[0])),
             TaskSettings(name="far", task="lab", teacher=second_teacher, max_response=9),
         )
-        return train(settings(tiny_pair, tmp_path / name, tasks=tasks, **options))
+        return train(settings(tiny_pair, tmp_path / name, tasks=tasks, **options)).folder
 
     local = run("local", str(tiny_pair[1]))
     with serve(teacher) as url:
@@ -180,7 +182,9 @@ def test_commands_that_need_weights_say_so(
     tiny_pair: tuple[Path, Path], teacher: FakeTeacher, tmp_path: Path
 ) -> None:
     with serve(teacher) as url:
-        run = train(remote_config(tiny_pair, tmp_path / "run", url, **(SHORT | {"steps": 1})))
+        run = train(
+            remote_config(tiny_pair, tmp_path / "run", url, **(SHORT | {"steps": 1}))
+        ).folder
         with pytest.raises(ValueError, match="derived from the student or remote"):
             probe_own_prefix(run)
         with pytest.raises(ValueError, match="or a remote teacher"):

@@ -10,11 +10,12 @@ import torch
 from opd.data.chain_task import Problem
 from opd.data.prompts import encode_prompts
 from opd.rollouts.hf_engine import sample
-from opd.scoring.score import score, score_support
+from opd.scoring.score import score_batch
 from opd.teachers.client import connect
 from opd.teachers.pair import load_pair
-from opd.teachers.remote_scores import score_remote
+from opd.teachers.teacher import ServerTeacher
 from opd.training.train import train
+from tests.helpers.requests import full_request, lean_request
 from tests.helpers.runs import rows, settings
 from tests.helpers.vllm_process import free_port, run_vllm_server, wide_pair
 from tests.opd.teachers.test_client import loss_and_gradients
@@ -40,7 +41,7 @@ def test_vllm_is_a_teacher_as_if_at_hand_and_may_die(
     pair: tuple[Path, Path], port: int, tmp_path: Path
 ) -> None:
     log = tmp_path / "vllm.log"
-    local = train(settings(pair, tmp_path / "local", **SHORT))
+    local = train(settings(pair, tmp_path / "local", **SHORT)).folder
     with run_vllm_server(pair[1], port, log, LIMIT) as url:
         # `connect` waits for the server to start, as a run does
         models = load_pair(*map(str, pair), "cpu", "float32")
@@ -55,13 +56,13 @@ def test_vllm_is_a_teacher_as_if_at_hand_and_may_die(
             target=kill_and_restart, args=(pair, port, log, tmp_path, finished)
         )
         remote_run_config = remote_config(pair, tmp_path / "far", url, **SHORT)
-        assert_close_rows(rows(train(remote_run_config)), rows(local))
+        assert_close_rows(rows(train(remote_run_config).folder), rows(local))
     killer.start()
     try:
         restarted_config = remote_config(
             pair, tmp_path / "again", url, teacher_timeout=600.0, **SHORT
         )
-        assert_close_rows(rows(train(restarted_config)), rows(local))
+        assert_close_rows(rows(train(restarted_config).folder), rows(local))
     finally:
         finished.set()
         killer.join()
@@ -91,12 +92,15 @@ def assert_remote_matches_local(models, remote) -> None:
         generator=torch.Generator().manual_seed(0),
     )
     sizes = {"max_tokens_per_microbatch": 200, "max_logits_per_chunk": 1 << 16}
-    teacher_scores = score_remote(remote, prompts, batch, K)
-    remote_scores = score_support(
-        models, prompts, batch, k=K, temperature=1.0, teacher_scores=teacher_scores, **sizes
+    server = ServerTeacher("vllm", remote)
+    remote_scores, local, exact = (
+        score_batch(models.student, teacher, prompts, batch, request).scored
+        for teacher, request in (
+            (server, lean_request(K, **sizes)),
+            (models.teacher, lean_request(K, **sizes)),
+            (models.teacher, full_request(K, **sizes)),
+        )
     )
-    local = score_support(models, prompts, batch, k=K, temperature=1.0, **sizes)
-    exact, _ = score(models, prompts, batch, k=K, temperature=1.0, keep_teacher=False, **sizes)
     for actual, expected in (
         (remote_scores, local),
         (remote_scores.support, local.support),

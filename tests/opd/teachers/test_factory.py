@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 
 from opd.models.loading import load_model
 from opd.models.lora import merge_lora, without_adapters
-from opd.teachers.factory import make_ema_teacher, make_pair, update_ema_teacher
+from opd.teachers.factory import make_pair
+from opd.teachers.teacher import make_ema_teacher
 from opd.training.train import train
 from tests.helpers.runs import rows, settings
 
@@ -33,7 +34,7 @@ def run_config(tiny_pair, out: Path, kind: str, **changes: object):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_run_resumes_to_the_same_bits(tiny_pair, tmp_path: Path, kind: str) -> None:
-    complete_folder = train(run_config(tiny_pair, tmp_path / "whole", kind))
+    complete_folder = train(run_config(tiny_pair, tmp_path / "whole", kind)).folder
     interrupted_folder = tmp_path / "cut"
     if kind == "cosine":  # its schedule depends on `steps`, so the run is interrupted
         with pytest.raises(KeyboardInterrupt), InterruptedAfter(2):
@@ -61,10 +62,10 @@ class InterruptedAfter:
 
         self.module, self.honest = module, module.run_step
 
-        def interrupt(run, step: int):
+        def interrupt(state, step: int, log):
             if step == self.steps:
                 raise KeyboardInterrupt
-            return self.honest(run, step)
+            return self.honest(state, step, log)
 
         module.run_step = interrupt
 
@@ -78,7 +79,7 @@ def parameters(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_only_the_adapted_layers_of_the_final_model_differ(tiny_pair, tmp_path: Path) -> None:
-    folder = train(run_config(tiny_pair, tmp_path / "run", "adapters"))
+    folder = train(run_config(tiny_pair, tmp_path / "run", "adapters")).folder
     initial_weights, final_weights = parameters(tiny_pair[0]), parameters(folder / "final")
     changed_names = {
         name
@@ -121,7 +122,7 @@ def test_merged_adapters_are_the_model_that_was_trained(tiny_pair, tmp_path: Pat
 def test_a_teacher_that_is_the_student_is_met_at_the_start(
     tiny_pair, tmp_path: Path, kind: str
 ) -> None:
-    run_rows = rows(train(run_config(tiny_pair, tmp_path / "run", kind)))
+    run_rows = rows(train(run_config(tiny_pair, tmp_path / "run", kind)).folder)
     assert abs(run_rows[0]["divergence/reverse_kl"]) < 1e-6
     assert run_rows[3]["divergence/reverse_kl"] > 1e-5
 
@@ -155,7 +156,7 @@ def test_adapters_start_from_the_seed_and_leave_the_random_state_alone(tiny_pair
 
 def test_the_average_follows_the_student(tiny_pair, tmp_path: Path) -> None:
     config = run_config(tiny_pair, tmp_path / "run", "ema", steps=1, ema_decay=0.75, save_every=1)
-    folder = train(config)
+    folder = train(config).folder
     checkpoint = max((folder / "checkpoints").glob("step_*"))
     slow = load_file(checkpoint / "teacher.safetensors")
     slow.setdefault("lm_head.weight", slow.get("model.embed_tokens.weight"))
@@ -168,13 +169,13 @@ def test_the_average_follows_the_student(tiny_pair, tmp_path: Path) -> None:
 
 def test_small_steps_move_a_float32_average_of_a_bfloat16_student(tiny_pair, tmp_path) -> None:
     pair = make_pair(run_config(tiny_pair, tmp_path, "ema", dtype="bfloat16"))
-    teacher = make_ema_teacher(pair.student)
+    teacher = make_ema_teacher(pair.student, 0.999)
     with torch.no_grad():
         for p in pair.student.network.parameters():
             p.add_(1.0)
     for _ in range(3):
-        update_ema_teacher(teacher, pair.student, 0.999)
-    slow, fast = (next(m.network.parameters()) for m in (teacher, pair.student))
+        teacher.update(pair.student)
+    slow, fast = (next(m.network.parameters()) for m in (teacher.model, pair.student))
     assert slow.dtype == torch.float32
     start = load_model(str(tiny_pair[0]), "cpu", "bfloat16")[1]
     first = next(start.parameters()).float()
@@ -183,7 +184,9 @@ def test_small_steps_move_a_float32_average_of_a_bfloat16_student(tiny_pair, tmp
 
 
 def test_bfloat16_weights_are_rounded_masters(tiny_pair, tmp_path: Path) -> None:
-    folder = train(run_config(tiny_pair, tmp_path / "run", "bfloat16", steps=1, save_every=1))
+    folder = train(
+        run_config(tiny_pair, tmp_path / "run", "bfloat16", steps=1, save_every=1)
+    ).folder
     checkpoint = max((folder / "checkpoints").glob("step_*"))
     (shard,) = (checkpoint / "optimizer").iterdir()
     optimizer_state = load_file(shard)

@@ -21,6 +21,7 @@ from diagnostics.metrics.signal import sign_null, sign_shares
 from diagnostics.records.batch_files import load_batch
 from diagnostics.records.token_dumps import load_dump, save_dump
 from opd.objectives import factory as o
+from opd.objectives.assembly import batch_losses
 from opd.tokens.masking import ResolvedMaskRules, apply_mask_rules
 from opd.tokens.token_bytes import pack_token_bytes
 from tests.helpers.dense_batches import make_dense_batch
@@ -60,7 +61,7 @@ def mean_gradient(mask: Tensor, sampler: Tensor, objective: o.Objective) -> Tens
     batch = every_sequence(student, teacher, "none", 3)
     sampler_logp = sampler.log_softmax(-1)[states()].gather(-1, SEQUENCES[..., None])[..., 0]
     batch = replace(batch, sampler_logp=sampler_logp).restrict_mask(mask)
-    losses = objective.loss(batch.student_logp, None, batch)
+    losses = batch_losses(objective, batch, batch.student_logp)
     weight = sampler_logp.sum(1).exp()[:, None]
     return torch.autograd.grad((weight * torch.where(mask, losses, 0.0)).sum(), student)[0]
 
@@ -126,7 +127,7 @@ def test_leave_one_out_leaves_the_mean_under_a_mask_of_prefixes(scope: str) -> N
     objective = o.make_objective(
         "sampled_token", gamma=1.0, baseline="leave_one_out", mask_scope=scope
     )
-    losses = objective.loss(batch.student_logp, None, batch) * batch.mask
+    losses = batch_losses(objective, batch, batch.student_logp) * batch.mask
     weight = sequences.student_logp.sum(1).exp().detach()[pairs].prod(1)
     total = (weight * losses.sum(1).view(-1, 2).mean(1)).sum()
     torch.testing.assert_close(torch.autograd.grad(total, student)[0], want)

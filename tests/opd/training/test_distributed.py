@@ -301,7 +301,7 @@ def test_a_killed_process_ends_the_run_with_its_last_checkpoint_whole(
     reference_config = settings(
         tiny_pair, tmp_path / "whole", steps=num_rows + 2, eval_every=0, **FOUR_PROMPTS
     )
-    assert_same_rows(train(reference_config), tmp_path / "run", 2e-3)
+    assert_same_rows(train(reference_config).folder, tmp_path / "run", 2e-3)
 
 
 def test_accelerate_starts_the_same_run(

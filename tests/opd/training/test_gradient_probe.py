@@ -82,7 +82,7 @@ def train_with_probe(
         out=str(out),
         **(fields | changes),  # type: ignore[arg-type]
     )
-    folder = train(config)
+    folder = train(config).folder
     row = json.loads((folder / "rows.jsonl").read_text().splitlines()[0])
     return config, row, load_batch(folder / "batches" / "step_000000.safetensors")
 

@@ -90,7 +90,7 @@ def test_a_mixed_step_is_the_weighted_mean_of_what_each_teacher_asks(
         eval_problems=1,
         save_batch_every=1,
     )
-    folder = train(config)
+    folder = train(config).folder
     batch = load_batch(folder / "batches" / "step_000000.safetensors")
     assert isinstance(batch, ScoredRollouts)
     student = load_model(config.student, "cpu", "float32")[1]
@@ -128,10 +128,10 @@ def test_alternating_steps_are_steps_of_the_tasks_own_runs(
     tiny_pair, sources, tmp_path: Path
 ) -> None:
     config = two_task_config(tiny_pair, sources, tmp_path / "both", steps=2, eval_every=1)
-    run_rows = rows(train(config))
+    run_rows = rows(train(config).folder)
     assert [row.pop("task") for row in run_rows] == ["sums", "words"]
     single_task_rows = rows(
-        train(replace(task_configs(config)[0], out=str(tmp_path / "alone"), steps=1))
+        train(replace(task_configs(config)[0], out=str(tmp_path / "alone"), steps=1)).folder
     )
     assert run_rows[0] == single_task_rows[0]
     evals = [json.loads(x) for x in (tmp_path / "both" / "evals.jsonl").read_text().splitlines()]
@@ -150,9 +150,13 @@ def test_a_run_cut_within_its_tasks_goes_on_to_the_same_bits(
     tiny_pair, sources, tmp_path: Path, order: str
 ) -> None:
     options = {"task_order": order, "prompts_per_step": 4, "save_every": 1, "eval_every": 0}
-    complete = train(two_task_config(tiny_pair, sources, tmp_path / "whole", steps=5, **options))
+    complete = train(
+        two_task_config(tiny_pair, sources, tmp_path / "whole", steps=5, **options)
+    ).folder
     train(two_task_config(tiny_pair, sources, tmp_path / "cut", steps=3, **options))
-    resumed = train(two_task_config(tiny_pair, sources, tmp_path / "cut", steps=5, **options))
+    resumed = train(
+        two_task_config(tiny_pair, sources, tmp_path / "cut", steps=5, **options)
+    ).folder
     assert rows(resumed) == rows(complete)
     weights = [(x / "final" / "model.safetensors").read_bytes() for x in (resumed, complete)]
     assert weights[0] == weights[1]
@@ -168,7 +172,7 @@ def test_a_teacher_that_two_tasks_name_is_loaded_once(tiny_pair, sources, tmp_pa
     for pair, name in ((first, tiny_pair[1]), (second, sources[2])):
         network = load_model(str(name), "cpu", "float32")[1]
         expected = network.get_decoder()(ids).last_hidden_state
-        assert torch.allclose(pair.teacher.hidden(ids, *inputs), expected, atol=1e-6)
+        assert torch.allclose(pair.teacher.model.hidden(ids, *inputs), expected, atol=1e-6)
     same_teacher = replace(
         config, tasks=tuple(replace(task, teacher=None) for task in config.tasks)
     )
@@ -234,7 +238,7 @@ def test_tasks_are_read_from_a_file_and_kept_in_the_run(tiny_pair, tmp_path: Pat
             settings(tiny_pair, tmp_path / "run", steps=1),
             tasks=(replace(config.tasks[0], grader="lab"),),
         )
-    )
+    ).folder
     assert from_json(folder / "config.json").tasks[0].mask == ("role:eos",)
     for text, message in (
         ('[[tasks]]\nname = "a"\n', r"task 'a' lacks the settings \['task'\]"),

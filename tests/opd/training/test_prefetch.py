@@ -21,6 +21,7 @@ from opd.data.prompts import Prompts, encode_prompts
 from opd.models.forward import response_hidden_states
 from opd.models.loading import load_model
 from opd.objectives.factory import make_objective
+from opd.objectives.inputs import TokenInputs
 from opd.scoring.loss import loss_from_hidden
 from opd.serving import json_endpoint
 from opd.teachers.pair import load_pair
@@ -42,7 +43,7 @@ class Weights:
         self.now = 0
         self.drawing = threading.Lock()
 
-    def draw(self, step: int) -> TaskRollouts:
+    def draw(self, step: int) -> list[TaskRollouts]:
         with self.drawing:
             tokens = torch.full((2, 3), 100 * self.now + step)
             time.sleep(0.005)
@@ -60,7 +61,7 @@ class Weights:
         accumulators: Mapping[str, Accumulator] = {
             "won": Mean.from_values(index + step, index > -1, index)
         }
-        return [(prompts, rollouts, accumulators), (prompts, rollouts, {})]
+        return [TaskRollouts(prompts, rollouts, accumulators), TaskRollouts(prompts, rollouts, {})]
 
 
 def make_prefetcher(weights: Weights, lag: int, steps: int = 6) -> RolloutPrefetcher:
@@ -147,7 +148,7 @@ def test_what_is_too_old_is_refused(tmp_path: Path) -> None:
 def test_an_error_ends_what_is_under_way() -> None:
     stopped = threading.Event()
 
-    def draw(step: int) -> TaskRollouts:
+    def draw(step: int) -> list[TaskRollouts]:
         if step:
             assert stopped.wait(60)
         return []
@@ -165,7 +166,7 @@ def test_an_error_ends_what_is_under_way() -> None:
 
 
 def test_an_error_of_the_thread_arrives() -> None:
-    def draw(step: int) -> TaskRollouts:
+    def draw(step: int) -> list[TaskRollouts]:
         raise ValueError("no server")
 
     with RolloutPrefetcher(draw, lambda: None, lag=1, steps=9, updates=1) as prefetcher:
@@ -247,13 +248,13 @@ def test_the_sampler_is_the_student_of_so_many_steps_before(
     _, urls = servers
     options = {"rollout_lag": 2, "updates_per_batch": 3, "objective": "sampled_token_weighted"}
     config = server_config(tiny_pair, tmp_path / "run", urls[:1], **options)
-    folder = train(config)
+    folder = train(config).folder
     run_rows = rows(folder)
     assert [row["consistency/age"] for row in run_rows] == [0, 3, 6, 6]
     assert [row["consistency/stale_share"] for row in run_rows] == [0, 1, 1, 1]
     weights = [tiny_pair[0]]
     for n in (1, 2, 3):
-        weights.append(train(replace(config, out=str(tmp_path / str(n)), steps=n)) / "final")
+        weights.append(train(replace(config, out=str(tmp_path / str(n)), steps=n)).folder / "final")
     for step in range(4):
         batch, prompts = saved_batch(folder, step), prompts_of_step(folder, config, step)
         tolerance = {"atol": 2e-5, "rtol": 1e-5}
@@ -274,10 +275,10 @@ def test_the_sampler_is_the_student_of_so_many_steps_before(
 def test_without_it_a_run_is_on_policy(tiny_pair, servers, tmp_path: Path) -> None:
     _, urls = servers
     config = server_config(tiny_pair, tmp_path / "run", urls, ratio="none")
-    folder = train(config)
+    folder = train(config).folder
     assert all(row["consistency/age"] == 0 for row in rows(folder))
     assert all(row["consistency/sampler_log_ratio_square"] < 1e-8 for row in rows(folder))
-    repeated = train(server_config(tiny_pair, tmp_path / "one", urls[:1], ratio="none"))
+    repeated = train(server_config(tiny_pair, tmp_path / "one", urls[:1], ratio="none")).folder
     assert rows(repeated) == rows(folder)
 
 
@@ -291,7 +292,7 @@ def test_a_run_that_was_cut_goes_on_to_the_same_rows(
     config = server_config(
         tiny_pair, tmp_path / "whole", urls[:1], steps=5, save_every=2, **changes
     )
-    complete = train(config)
+    complete = train(config).folder
     interrupted = replace(config, out=str(tmp_path / "cut"))
     for steps in (3, 4):
         with pytest.raises(KeyboardInterrupt), InterruptedAfter(steps):
@@ -303,7 +304,7 @@ def test_a_run_that_was_cut_goes_on_to_the_same_rows(
 def test_restarts_in_the_middle_change_nothing(tiny_pair, servers, tmp_path: Path) -> None:
     sampling_servers, urls = servers
     config = server_config(tiny_pair, tmp_path / "whole", urls, rollout_lag=1)
-    complete, requests_per_step = train(config), len(sampling_servers[0].requests) // 6
+    complete, requests_per_step = train(config).folder, len(sampling_servers[0].requests) // 6
     sampling_servers[0].faults = [
         *[lambda body: (200, {}, body)] * (4 * requests_per_step + 2),
         restart_after_answer(sampling_servers[0]),
@@ -313,7 +314,7 @@ def test_restarts_in_the_middle_change_nothing(tiny_pair, servers, tmp_path: Pat
         restart_after_answer(sampling_servers[1]),
     ]
     loads_before = [len(server.loaded_folders) for server in sampling_servers]
-    repeated = train(replace(config, out=str(tmp_path / "again")))
+    repeated = train(replace(config, out=str(tmp_path / "again"))).folder
     assert rows(repeated) == rows(complete)
     loads = [
         len(server.loaded_folders) - n
@@ -325,7 +326,7 @@ def test_restarts_in_the_middle_change_nothing(tiny_pair, servers, tmp_path: Pat
 def test_an_objective_spared_whole_distributions_still_scores_the_present_student(
     tiny_pair, servers, tmp_path: Path
 ) -> None:
-    """Between full-metric steps, `score_support` would reuse the sampler's log-probabilities."""
+    """Between full-metric steps, scoring would reuse the sampler's log-probabilities."""
     _, urls = servers
     options = {
         "objective": "teacher_topk",
@@ -333,7 +334,7 @@ def test_an_objective_spared_whole_distributions_still_scores_the_present_studen
         "full_metrics_every": 9,
         "rollout_lag": 1,
     }
-    folder = train(server_config(tiny_pair, tmp_path / "run", urls, **options))
+    folder = train(server_config(tiny_pair, tmp_path / "run", urls, **options)).folder
     run_rows = rows(folder)
     assert run_rows[0]["consistency/age"] == 0
     assert all(row["consistency/sampler_log_ratio_square"] > 1e-6 for row in run_rows[1:])
@@ -381,13 +382,13 @@ def test_token_ratios_make_stale_samples_unbiased_at_their_prefixes(
     """
     name = "sampled_token" if updates == 1 else "sampled_token_weighted"
     pair = load_pair(*map(str, tiny_pair), "cpu", "float32")
-    for model in (pair.student, pair.teacher):
+    for model in (pair.student, pair.teacher.model):
         model.network.double()
     network, size = pair.student.network, pair.student.vocabulary
     prompts = encode_prompts(pair.tokenizer, problems("train", 3, 0), size, 64)
     with torch.no_grad():
         teacher_logp, old_logp = (
-            next_token_logp(pair.teacher.network, prompts),
+            next_token_logp(pair.teacher.model.network, prompts),
             next_token_logp(network, prompts),
         )
         for i, x in enumerate(network.parameters()):  # an update
@@ -412,14 +413,13 @@ def test_token_ratios_make_stale_samples_unbiased_at_their_prefixes(
     for ratio in ("token", "none"):
         objective = make_objective(name, ratio=ratio)
         network.zero_grad()
+        weight = batch.sampler_logp.exp() * objective.ratio(batch)
         loss_from_hidden(
-            pair,
+            pair.student,
             objective,
             response_hidden_states(pair.student, prompts, batch),
-            None,
-            batch,
-            objective.credit(batch),
-            (batch.sampler_logp.exp() * objective.ratio(batch))[batch.mask],
+            TokenInputs.of(batch, objective.support, objective.credit(batch), weight),
+            temperature=1.0,
             max_logits_per_chunk=1 << 24,
         ).backward()
         gradients[ratio] = [x.grad.clone() for x in network.parameters()]

@@ -144,7 +144,7 @@ def test_a_killed_run_continues_as_if_it_never_was(tiny_pair, tmp_path: Path) ->
                 assert any(x.any() for x in moments.values())
     process_result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert process_result.returncode == 0, process_result.stderr
-    reference = train(settings(tiny_pair, tmp_path / "whole", steps=8, save_every=1))
+    reference = train(settings(tiny_pair, tmp_path / "whole", steps=8, save_every=1)).folder
     assert rows(tmp_path / "killed") == rows(reference)
     final = [
         (d / "final" / "model.safetensors").read_bytes() for d in (reference, rows_path.parent)
@@ -170,8 +170,8 @@ def test_a_full_disk_is_named_and_loses_nothing(tiny_pair, tmp_path: Path, limit
     assert "OperationFailed: " in last_line
     assert "the disk is probably full" in last_line
     assert not list((tmp_path / "full").rglob("*.part/*"))
-    reference = train(settings(tiny_pair, tmp_path / "whole", steps=6, save_every=1))
-    assert rows(train(config)) == rows(reference)
+    reference = train(settings(tiny_pair, tmp_path / "whole", steps=6, save_every=1)).folder
+    assert rows(train(config).folder) == rows(reference)
     final = [
         (d / "final" / "model.safetensors").read_bytes() for d in (reference, tmp_path / "full")
     ]
@@ -185,10 +185,10 @@ def test_running_out_of_memory_names_the_settings_to_lower(
 
     run_step = trainer.run_step
 
-    def starved(run, step: int):
+    def starved(state, step: int, log):
         if step == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-        return run_step(run, step)
+        return run_step(state, step, log)
 
     config = settings(tiny_pair, tmp_path / "run", max_tokens_per_microbatch=321, save_every=1)
     with monkeypatch.context() as patch:
@@ -197,8 +197,8 @@ def test_running_out_of_memory_names_the_settings_to_lower(
             RuntimeError, match=r"lower max_tokens_per_microbatch \(321\).*same command to resume"
         ):
             train(config)
-    reference = train(settings(tiny_pair, tmp_path / "whole"))
-    assert rows(train(config)) == rows(reference)
+    reference = train(settings(tiny_pair, tmp_path / "whole")).folder
+    assert rows(train(config).folder) == rows(reference)
 
 
 def test_code_beside_the_weights_runs_only_if_it_is_trusted(
@@ -222,7 +222,9 @@ def test_code_beside_the_weights_runs_only_if_it_is_trusted(
     with pytest.raises(ValueError, match="trust_remote_code"):
         train(settings((folder, tiny_pair[1]), tmp_path / "run"))
     assert not mark.exists()
-    run = train(settings((folder, tiny_pair[1]), tmp_path / "run", trust_remote_code=True, steps=1))
+    run = train(
+        settings((folder, tiny_pair[1]), tmp_path / "run", trust_remote_code=True, steps=1)
+    ).folder
     assert mark.exists()
     mark.unlink()
     modules = [name for name in sys.modules if name.startswith("transformers_modules")]

@@ -78,7 +78,7 @@ def check_weights(actual_network, expected_network, lr: float) -> None:
 
 def test_a_step_of_support_matching_is_the_dense_one(tiny_pair, tmp_path: Path) -> None:
     config = one_step_config(tiny_pair, tmp_path / "run", objective="teacher_topk", support_k=5)
-    folder = train(config)
+    folder = train(config).folder
     batch = load_batch(folder / "batches" / "step_000000.safetensors")
     network, teacher = (load_model(str(x), "cpu", "float32")[1] for x in tiny_pair)
     with torch.no_grad():
@@ -116,7 +116,7 @@ def test_two_clipped_updates_are_the_dense_ones(
         ratio=ratio,
         top_p=1.0 if ratio == "none" else 0.9,
     )
-    folder = train(config)
+    folder = train(config).folder
     batch = load_batch(folder / "batches" / "step_000000.safetensors")
     network, teacher = (load_model(str(x), "cpu", "float32")[1] for x in tiny_pair)
     y, mask = batch.tokens[..., None], batch.mask
@@ -180,7 +180,7 @@ def test_the_split_into_micro_batches_changes_nothing(
                 one_step_config(
                     tiny_pair, tmp_path / str(size), max_tokens_per_microbatch=size, **changes
                 )
-            )
+            ).folder
         )[0]
         for size in (50, 100_000)
     ]
@@ -198,7 +198,7 @@ def test_recomputed_layers_give_the_same_bits(tiny_pair, tmp_path: Path) -> None
             one_step_config(
                 tiny_pair, tmp_path / str(enabled), steps=2, gradient_checkpointing=enabled
             )
-        )
+        ).folder
         for enabled in (False, True)
     )
     assert rows(plain) == rows(recomputed)
@@ -225,7 +225,7 @@ def test_only_the_most_uncertain_tokens_are_trained_on(tiny_pair, tmp_path: Path
     config = one_step_config(
         tiny_pair, tmp_path / "run", objective="full_reverse_kl", entropy_top_fraction=0.25
     )
-    folder = train(config)
+    folder = train(config).folder
     batch = load_batch(folder / "batches" / "step_000000.safetensors")
     entropy = batch.prefix.student_entropy[batch.mask]
     count = round(0.25 * len(entropy))
@@ -237,7 +237,7 @@ def test_only_the_most_uncertain_tokens_are_trained_on(tiny_pair, tmp_path: Path
 def test_steps_without_exact_measures_train_the_same(tiny_pair, tmp_path: Path) -> None:
     """The teacher's top-K and the sampler's numbers suffice for the loss, not for all metrics."""
     full_run, lean_run = (
-        train(one_step_config(tiny_pair, tmp_path / str(n), steps=3, full_metrics_every=n))
+        train(one_step_config(tiny_pair, tmp_path / str(n), steps=3, full_metrics_every=n)).folder
         for n in (1, 2)
     )
     pairs = list(zip(rows(full_run), rows(lean_run), strict=True))
@@ -257,7 +257,7 @@ def test_the_gradient_probe_watches_and_changes_nothing(
 ) -> None:
     options = {"steps": 3, "objective": "sampled_token", "gamma": 0.5, "top_p": top_p}
     plain, probed = (
-        train(one_step_config(tiny_pair, tmp_path / str(n), probe_every=n, **options))
+        train(one_step_config(tiny_pair, tmp_path / str(n), probe_every=n, **options)).folder
         for n in (0, 2)
     )
     for step, (a, b) in enumerate(zip(rows(plain), rows(probed), strict=True)):
@@ -276,7 +276,7 @@ def test_the_probes_noise_is_that_of_head_gradients_by_autograd(tiny_pair, tmp_p
     config = one_step_config(
         tiny_pair, tmp_path / "run", objective="sampled_token", gamma=0.5, probe_every=1
     )
-    folder = train(config)
+    folder = train(config).folder
     batch, row = load_batch(folder / "batches" / "step_000000.safetensors"), rows(folder)[0]
     network = load_model(str(tiny_pair[0]), "cpu", "float32")[1]
     head = network.get_output_embeddings().weight
@@ -310,13 +310,15 @@ def read_if_known(metric: Metric, batch: ScoredRollouts) -> dict[str, float]:
 
 
 def test_a_mask_takes_its_tokens_out_of_loss_and_denominator(tiny_pair, tmp_path: Path) -> None:
-    plain = train(one_step_config(tiny_pair, tmp_path / "plain", objective="full_reverse_kl"))
+    plain = train(
+        one_step_config(tiny_pair, tmp_path / "plain", objective="full_reverse_kl")
+    ).folder
     unmasked_batch = load_batch(plain / "batches" / "step_000000.safetensors")
     token = int(unmasked_batch.tokens[unmasked_batch.mask].mode().values)
     config = one_step_config(
         tiny_pair, tmp_path / "masked", objective="full_reverse_kl", mask=(f"id:{token}",)
     )
-    folder = train(config)
+    folder = train(config).folder
     remaining = unmasked_batch.mask & (unmasked_batch.tokens != token)
     assert 0 < int(remaining.sum()) < int(unmasked_batch.mask.sum())
     row = rows(folder)[0]
@@ -360,7 +362,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(
         return loss * float("inf") if len(calls) == 2 else loss
 
     monkeypatch.setattr(updates, "loss_from_hidden", faulty)
-    folder = train(one_step_config(tiny_pair, tmp_path / "run", steps=3))
+    folder = train(one_step_config(tiny_pair, tmp_path / "run", steps=3)).folder
     run_rows = rows(folder)
     assert [row["skipped"] for row in run_rows] == [0, 1, 0]
     assert "1 of 1 updates skipped" in capsys.readouterr().err

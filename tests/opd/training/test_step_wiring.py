@@ -12,10 +12,12 @@ from diagnostics.errors import InvalidInput
 from diagnostics.records.batch_files import load_batch
 from opd.objectives.reduction import DENOMINATORS
 from opd.runtime.seeds import PROBE, ROLLOUT
+from opd.teachers.teacher import EmaTeacher
+from opd.training import setup
 from opd.training import step as steps
-from opd.training import update as updates
+from opd.training import train as trainer
 from opd.training.optimizer import Optimizer
-from opd.training.state import TaskRun
+from opd.training.state import TrainState
 from opd.training.step import roll_out
 from opd.training.train import train
 from tests.helpers.runs import rows, settings
@@ -23,28 +25,28 @@ from tests.helpers.runs import rows, settings
 
 @pytest.fixture
 def run_of(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Train, and return the `TaskRun` of its steps."""
+    """Train, and return the `TrainState` of its steps."""
 
-    def train_and_get_run(config: Any) -> TaskRun:
-        runs: list[TaskRun] = []
-        original = steps.run_updates
+    def train_and_get_state(config: Any) -> TrainState:
+        states: list[TrainState] = []
+        original = trainer.run_steps
 
-        def recording_update(parts: Any, step: int) -> Any:
-            runs.append(parts[0].run)
-            return original(parts, step)
+        def recording_steps(state: TrainState, log: Any) -> None:
+            states.append(state)
+            original(state, log)
 
-        monkeypatch.setattr(steps, "run_updates", recording_update)
+        monkeypatch.setattr(trainer, "run_steps", recording_steps)
         train(config)
-        return runs[0]
+        return states[0]
 
-    return train_and_get_run
+    return train_and_get_state
 
 
 def test_steps_and_purposes_have_noise_of_their_own(tiny_pair, tmp_path: Path, run_of) -> None:
     """The same prompts get other responses in another step or for the gradient probe."""
-    run = run_of(settings(tiny_pair, tmp_path / "run", steps=1))
+    state = run_of(settings(tiny_pair, tmp_path / "run", steps=1))
     samples = [
-        roll_out(run, step, 0, 1.0, purpose)[1].tokens
+        roll_out(state.tasks[0], state.engine, step, 0, 1.0, purpose).rollouts.tokens
         for step, purpose in ((0, ROLLOUT), (0, ROLLOUT), (1, ROLLOUT), (0, PROBE), (1, PROBE))
     ]
     assert torch.equal(samples[0], samples[1])
@@ -59,10 +61,11 @@ def test_a_probe_of_a_nucleus_draws_noise_of_its_own(
     original = steps.roll_out
 
     def recording_roll_out(*args: Any, **kwargs: Any) -> Any:
-        purposes.append((kwargs.get("purpose", args[-1]), kwargs.get("top_p", args[3:4])))
+        purposes.append((kwargs.get("purpose", args[-1]), kwargs.get("top_p", args[4:5])))
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(steps, "roll_out", recording_roll_out)
+    for module in (setup, trainer):
+        monkeypatch.setattr(module, "roll_out", recording_roll_out)
     train(settings(tiny_pair, tmp_path / "run", steps=1, top_p=0.8, probe_every=1))
     assert purposes == [(ROLLOUT, (0.8,)), (PROBE, 1.0)]
     assert ROLLOUT != PROBE
@@ -80,7 +83,7 @@ def test_every_step_has_the_rate_of_its_own_index(
 
     monkeypatch.setattr(Optimizer, "step", recording_step)
     config = settings(tiny_pair, tmp_path / "run", lr=8e-6, warmup=2, schedule=schedule, steps=4)
-    row_rates = [row["lr"] for row in rows(train(config))]
+    row_rates = [row["lr"] for row in rows(train(config).folder)]
     decayed = [8e-6, 4e-6] if schedule == "cosine" else [8e-6, 8e-6]
     assert row_rates == pytest.approx([8e-6 / 3, 16e-6 / 3, *decayed])
     assert rates == row_rates
@@ -91,21 +94,22 @@ def test_an_update_divides_by_what_it_trains_on(
     tiny_pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Two updates on two prompts each: denominators count that half of the batch only."""
-    recorded_slices, original = [], updates.make_update_slices
+    losses, original = [], trainer.prepare_loss
 
-    def recording_slices(part: Any) -> Any:
-        recorded_slices.append(original(part))
-        return recorded_slices[-1]
+    def recording_loss(*args: Any) -> Any:
+        losses.append(original(*args))
+        return losses[-1]
 
-    monkeypatch.setattr(updates, "make_update_slices", recording_slices)
+    monkeypatch.setattr(trainer, "prepare_loss", recording_loss)
     config = settings(
         tiny_pair, tmp_path / "run", steps=1, prompts_per_step=4, updates_per_batch=2,
         save_batch_every=1, denominator=name, mask=tuple(f"id:{token}" for token in range(20, 140)),
     )  # fmt: skip
-    batch = load_batch(train(config) / "batches" / "step_000000.safetensors")
+    batch = load_batch(train(config).folder / "batches" / "step_000000.safetensors")
     tokens = batch.mask.sum(1).tolist()
-    for update_slice, half in zip(recorded_slices[0], (range(4), range(4, 8)), strict=True):
-        assert update_slice.rows == list(half)
+    (loss,) = losses
+    for rows_of_update, half in zip(loss.rows, (range(4), range(4, 8)), strict=True):
+        assert rows_of_update == list(half)
         by_prompt = {
             i: sum(tokens[j] for j in half if batch.prompt[j] == batch.prompt[i]) for i in half
         }
@@ -115,11 +119,10 @@ def test_an_update_divides_by_what_it_trains_on(
             "sequence_mean": [4 * max(1, tokens[i]) for i in half],
             "group_mean": [2 * max(1, by_prompt[i]) for i in half],
         }[name]
-        assert update_slice.denominator[update_slice.rows].tolist() == expected
-        denominators = torch.tensor(expected)[:, None].expand(
-            update_slice.weight[update_slice.rows].shape
-        )
-        torch.testing.assert_close(update_slice.weight[update_slice.rows], 1 / denominators)
+        assert loss.denominator[rows_of_update].tolist() == expected
+        weight = loss.weight[rows_of_update]
+        denominators = torch.tensor(expected)[:, None].expand(weight.shape)
+        torch.testing.assert_close(weight, 1 / denominators)
 
 
 def test_an_update_without_tokens_is_named(tiny_pair, tmp_path: Path) -> None:
@@ -143,7 +146,7 @@ def test_a_moving_average_does_not_follow_a_refused_step(
 ) -> None:
     """The second of three updates is skipped; the teacher is updated with the other two."""
     follow_steps, outcomes = [], []
-    honest_follow, honest_step = updates.update_ema_teacher, Optimizer.step
+    honest_follow, honest_step = EmaTeacher.update, Optimizer.step
 
     def recording_follow(*args: Any) -> None:
         follow_steps.append(len(outcomes))
@@ -156,7 +159,7 @@ def test_a_moving_average_does_not_follow_a_refused_step(
         outcomes.append(honest_step(self, rate, clip))
         return outcomes[-1]
 
-    monkeypatch.setattr(updates, "update_ema_teacher", recording_follow)
+    monkeypatch.setattr(EmaTeacher, "update", recording_follow)
     monkeypatch.setattr(Optimizer, "step", failing_step)
     config = settings(
         (tiny_pair[0], Path("ema")), tmp_path / "run", steps=3, reward_weight=1.0,
@@ -180,10 +183,10 @@ def test_the_ends_of_the_generation_config_end_a_response(
     generation.eos_token_id = extra
     generation.save_pretrained(student)
     config = settings((student, tiny_pair[1]), tmp_path / "run", steps=1, save_batch_every=1)
-    run = run_of(config)
-    assert set(extra) < set(run.pair.eos)
+    (task,) = run_of(config).tasks
+    assert set(extra) < set(task.pair.eos)
     batch = load_batch(Path(config.out) / "batches" / "step_000000.safetensors")
-    ends = torch.isin(batch.tokens, torch.tensor(run.pair.eos)) & batch.sampled
+    ends = torch.isin(batch.tokens, torch.tensor(task.pair.eos)) & batch.sampled
     last = batch.sampled & (batch.sampled.cumsum(1) == batch.sampled.sum(1, keepdim=True))
     assert bool(ends.any())
     assert not bool((ends & ~last).any())

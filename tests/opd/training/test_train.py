@@ -11,9 +11,10 @@ from opd.data.prompts import encode_prompts
 from opd.models.forward import micro_batches
 from opd.rollouts.hf_engine import sample
 from opd.rollouts.sampler import nucleus
-from opd.scoring.score import score
+from opd.scoring.score import score_batch
 from opd.teachers.pair import load_pair
 from opd.training.train import train
+from tests.helpers.requests import full_request
 from tests.helpers.runs import rows, settings
 
 
@@ -32,14 +33,16 @@ def test_scorer_agrees_with_sampler(tiny_pair, temperature: float, top_p: float)
         top_p=top_p,
         generator=torch.Generator().manual_seed(0),
     )
-    options = {
-        "k": 5,
-        "temperature": temperature,
-        "max_logits_per_chunk": 700,
-        "keep_teacher": False,
-    }
-    single_batch, _ = score(pair, prompts, batch, max_tokens_per_microbatch=10_000, **options)
-    micro_batched, _ = score(pair, prompts, batch, max_tokens_per_microbatch=60, **options)
+    single_batch, micro_batched = (
+        score_batch(
+            pair.student,
+            pair.teacher,
+            prompts,
+            batch,
+            full_request(5, temperature=temperature, max_tokens_per_microbatch=size),
+        ).scored
+        for size in (10_000, 60)
+    )
     assert len(micro_batches(prompts, batch, 60)) > 1
     torch.testing.assert_close(
         single_batch.student_logp, micro_batched.student_logp, atol=1e-5, rtol=1e-5
@@ -62,8 +65,8 @@ def test_nucleus_keeps_the_smallest_set_that_reaches_the_mass() -> None:
 
 @pytest.mark.parametrize("objective", ["sampled_token", "teacher_topk", "full_reverse_kl"])
 def test_a_resumed_run_continues_identically(tiny_pair, tmp_path: Path, objective: str) -> None:
-    complete = train(settings(tiny_pair, tmp_path / "whole", objective=objective))
-    resumed = train(settings(tiny_pair, tmp_path / "cut", objective=objective, steps=2))
+    complete = train(settings(tiny_pair, tmp_path / "whole", objective=objective)).folder
+    resumed = train(settings(tiny_pair, tmp_path / "cut", objective=objective, steps=2)).folder
     with open(resumed / "rows.jsonl", "a") as file:
         file.write('{"step": 2, "loss": 1.0}\n{"step": 3, "lo')  # a kill in mid-write
     train(settings(tiny_pair, tmp_path / "cut", objective=objective))

@@ -157,9 +157,12 @@ def test_the_trainers_objectives_have_the_exact_expected_gradients(name: str) ->
 
     family = moments.expected_gradient(mdp, student, teacher, GAMMAS)
     for i, gamma in enumerate(GAMMAS):
-        gradient = expected(trajectories, factory.sampled_token(gamma))
+        gradient = expected(trajectories, factory.make_objective("sampled_token", gamma=gamma))
         torch.testing.assert_close(gradient, family[i], atol=1e-12, rtol=0)
-    full = expected(with_support(trajectories, student, teacher, "full"), factory.full_reverse_kl())
+    full = expected(
+        with_support(trajectories, student, teacher, "full"),
+        factory.make_objective("full_reverse_kl"),
+    )
     torch.testing.assert_close(full, family[0], atol=1e-12, rtol=0)
     whole_support = with_support(trajectories, student, teacher, "teacher", mdp.num_actions)
     torch.testing.assert_close(
@@ -190,8 +193,8 @@ def test_each_trajectorys_gradient_is_that_of_its_own_loss() -> None:
     full = with_support(trajectories, student, teacher, "full")
     top = with_support(trajectories, student, teacher, "teacher", 2)
     for objective, supported in (
-        (factory.sampled_token(0.7), trajectories),
-        (factory.full_reverse_kl(), full),
+        (factory.make_objective("sampled_token", gamma=0.7), trajectories),
+        (factory.make_objective("full_reverse_kl"), full),
         (factory.make_objective("teacher_topk"), top),
     ):
         supported.batch.validate()
@@ -243,7 +246,7 @@ def test_samples_visit_states_as_often_as_they_should(name: str) -> None:
 def test_monte_carlo_agrees_with_the_exact_moments() -> None:
     mdp = worlds()["ending"]
     student, teacher = pair(mdp)
-    family = {str(g): factory.sampled_token(g) for g in GAMMAS}
+    family = {str(g): factory.make_objective("sampled_token", gamma=g) for g in GAMMAS}
     estimate = monte_carlo(mdp, student, teacher, family, 20_000, seeded(5), chunk=3_000)
     mean, variance = moments.moments(mdp, student, teacher, "plain", GAMMAS)
     z = (estimate.mean - mean) / estimate.mean_se.clamp(min=1e-12)
@@ -255,7 +258,10 @@ def test_monte_carlo_agrees_with_the_exact_moments() -> None:
 def test_monte_carlo_covers_objectives_on_a_support() -> None:
     mdp = worlds()["ending"]
     student, teacher = pair(mdp)
-    family = {"full": factory.full_reverse_kl(), "top": factory.make_objective("teacher_topk")}
+    family = {
+        "full": factory.make_objective("full_reverse_kl"),
+        "top": factory.make_objective("teacher_topk"),
+    }
     estimate = monte_carlo(mdp, student, teacher, family, 5_000, seeded(6), k=2)
     mean, variance = moments.moments(mdp, student, teacher, "rb_immediate", 0.0)
     error = estimate.mean_se[0].clamp(min=1e-12)
@@ -272,7 +278,10 @@ def test_monte_carlo_covers_objectives_on_a_support() -> None:
 def test_running_sums_are_those_of_the_whole_sample(chunk: int) -> None:
     mdp = worlds()["tokens"]
     student, teacher = pair(mdp)
-    family = {"a": factory.sampled_token(0.0), "b": factory.sampled_token(0.9)}
+    family = {
+        "a": factory.make_objective("sampled_token", gamma=0.0),
+        "b": factory.make_objective("sampled_token", gamma=0.9),
+    }
     estimate = monte_carlo(mdp, student, teacher, family, 60, seeded(7), chunk=chunk)
     generator, sizes = seeded(7), [min(chunk, 60 - begin) for begin in range(0, 60, chunk)]
     batches = [sample(mdp, student, teacher, size, generator) for size in sizes]
@@ -294,7 +303,7 @@ def test_standard_errors_of_variances_are_calibrated() -> None:
     """Check that z over independent replicates has unit spread, also for a paired difference."""
     mdp = worlds()["tokens"]
     student, teacher = pair(mdp)
-    family = {str(g): factory.sampled_token(g) for g in (0.0, 1.0)}
+    family = {str(g): factory.make_objective("sampled_token", gamma=g) for g in (0.0, 1.0)}
     _, truth = moments.moments(mdp, student, teacher, "plain", (0.0, 1.0))
     single, paired = [], []
     for seed in range(120):

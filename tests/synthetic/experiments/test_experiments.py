@@ -136,7 +136,7 @@ def test_a_prefix_has_the_gradient_worked_out_by_hand(name: str) -> None:
     for k in (1, 3):
         vectors = by_hand.local_vectors(name, student, teacher, k)
         expected = (student.softmax(-1)[..., None] * vectors).sum(1)
-        gradient = expected_gradients(student, teacher, factory.OBJECTIVES[name](), k)
+        gradient = expected_gradients(student, teacher, factory.OBJECTIVES[name], k)
         torch.testing.assert_close(gradient, expected, atol=1e-13, rtol=0)
 
 

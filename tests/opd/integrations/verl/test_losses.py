@@ -12,9 +12,10 @@ from torch import Tensor
 from diagnostics.adapters.verl import sampled_tokens
 from opd.integrations.verl.losses import check_settings, missing_inputs
 from opd.integrations.verl.topk_loss import TOPK_OBJECTIVES
-from opd.objectives.catalogue import local
+from opd.objectives.catalogue import OBJECTIVES
 from opd.objectives.divergences import forward_kl
-from opd.objectives.factory import OBJECTIVES, make_objective
+from opd.objectives.factory import make_objective
+from opd.objectives.objective import Objective
 from opd.objectives.surrogates import Form, support_log_probs
 from tests.opd.integrations.verl.test_topk_loss import TOP, VOCABULARY, scattered
 
@@ -36,7 +37,10 @@ SUPPLIED = {
 def test_only_what_verl_sends_is_supplied() -> None:
     missing_by_name = {}
     for name in OBJECTIVES:
-        missing_by_name[name] = missing_inputs(make_objective(name, allow_collapse=True))
+        objective = make_objective(
+            name, gamma=0.5 if name == "mean_future" else 0.0, allow_collapse=True
+        )
+        missing_by_name[name] = missing_inputs(objective.requirements)
     assert {name for name, reason in missing_by_name.items() if not reason} - SUPPLIED == {
         "teacher_topk_unnormalised"
     }
@@ -334,7 +338,10 @@ def test_forward_kl_on_the_support_is_verls(losses: Any, monkeypatch: pytest.Mon
     monkeypatch.setitem(
         TOPK_OBJECTIVES,
         "opdlab_teacher_topk",
-        local("teacher", Form(surrogate=lambda inputs: forward_kl(*support_log_probs(inputs)))),
+        Objective(
+            support="teacher",
+            local=Form(surrogate=lambda inputs: forward_kl(*support_log_probs(inputs))),
+        ),
     )
     batch_rows, logits = rows(4, topk=True), student(4)
     own_loss, own_metrics = through_verl(losses, "opdlab_teacher_topk", batch_rows, logits)

@@ -7,6 +7,7 @@ from torch import Tensor
 from diagnostics.batch import ScoredRollouts, Support
 from opd.integrations.verl.topk_loss import logit_losses
 from opd.integrations.verl.vocab_parallel import Shard, gather_logits, log_normaliser
+from opd.objectives.assembly import batch_losses
 from opd.objectives.factory import make_objective
 from tests.helpers.vllm_process import free_port
 
@@ -25,6 +26,21 @@ def random_inputs(seed: int, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor
     top = teacher.topk(TOP, -1)
     tokens = torch.arange(count) * 5 % VOCABULARY
     return logits, top.indices, top.values, tokens
+
+
+def test_the_divergence_of_packed_logits_is_that_of_the_definition() -> None:
+    logits, ids, teacher_logp, tokens = random_inputs(0, 8)
+    outputs = logit_losses(make_objective("teacher_topk"), logits, ids, teacher_logp, tokens)
+    total = torch.zeros(())
+    for n in range(8):
+        p, q = (x.exp() / x.exp().sum() for x in (logits[n, ids[n]], teacher_logp[n]))
+        loss = sum(p[k] * (p[k] / q[k]).log() for k in range(TOP))
+        assert float(outputs["distillation_losses"][n]) == pytest.approx(float(loss), rel=1e-4)
+        total = total + loss
+    want, gradient = (
+        torch.autograd.grad(x, logits)[0] for x in (total, outputs["distillation_losses"].sum())
+    )
+    torch.testing.assert_close(gradient, want, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", MODES)
@@ -55,7 +71,7 @@ def test_losses_of_packed_logits_are_the_dense_objective(
         teacher_logp=zeros,
         support=support,
     )
-    expected = make_objective(name).loss(None, logp.gather(-1, ids)[None], scored)[0]
+    expected = batch_losses(make_objective(name), scored, None, logp.gather(-1, ids)[None])[0]
     torch.testing.assert_close(outputs["distillation_losses"].double(), expected, rtol=0, atol=3e-6)
     weights = torch.arange(8.0)
     (packed_gradient,) = torch.autograd.grad(

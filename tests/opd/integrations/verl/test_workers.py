@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import ScoredRollouts, Support
-from opd.objectives.factory import make_objective, reduce, token_mean
+from opd.objectives.assembly import batch_losses
+from opd.objectives.factory import make_objective
+from opd.objectives.reduction import token_mean
 from tests.helpers.paths import ROOT
 from tests.helpers.vllm_process import free_port
 from tests.opd.integrations.verl.test_losses import MASKS, at_responses, rows, sampled_logp
@@ -112,9 +114,10 @@ def test_an_update_of_verls_fsdp_actor_is_ours(
         support=support,
     )
     sampled = placed([sampled_logp(batch_rows, logp, i) for i in range(4)])
-    loss = reduce(
-        make_objective(name).loss(sampled, support_logp, scored), scored.mask, token_mean(scored)
-    )
+    denominator = token_mean(scored)
+    loss = batch_losses(
+        make_objective(name), scored, sampled, support_logp, denominator=denominator
+    ).sum()
     loss.backward()
     assert worker_output["metrics"]["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
     sampler = placed([row["rollout_log_probs"] for row in batch_rows])

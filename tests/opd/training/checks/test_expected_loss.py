@@ -9,7 +9,10 @@ import torch
 
 from diagnostics.batch import ScoredRollouts
 from opd.config.settings import Config
-from opd.objectives.factory import COLLAPSING, DENOMINATORS, OBJECTIVES, make_objective, reduce
+from opd.objectives.assembly import batch_losses
+from opd.objectives.catalogue import COLLAPSING, OBJECTIVES
+from opd.objectives.factory import make_objective
+from opd.objectives.reduction import DENOMINATORS
 from opd.training.checks.expected_loss import (
     ROUNDING,
     credit_from_settings,
@@ -39,7 +42,7 @@ def batch_for(
 
 
 def trained_loss(settings: Config, batch: ScoredRollouts) -> float:
-    """The loss of `opd.objectives.factory` and `.reduction`, before any update."""
+    """The loss of `opd.objectives.assembly`, before any update."""
     objective = make_objective(
         settings.objective,
         gamma=settings.gamma,
@@ -52,8 +55,11 @@ def trained_loss(settings: Config, batch: ScoredRollouts) -> float:
     )
     loss_batch = batch if objective.support != "none" else replace(batch, support=None)
     support = None if loss_batch.support is None else loss_batch.support.student_logp
-    loss = objective.loss(batch.student_logp, support, loss_batch)
-    return float(reduce(loss, batch.mask, DENOMINATORS[settings.denominator](batch)))
+    denominator = DENOMINATORS[settings.denominator](batch)
+    losses = batch_losses(
+        objective, loss_batch, batch.student_logp, support, denominator=denominator
+    )
+    return float(losses.sum())
 
 
 def vector_of(settings: Config, batch: ScoredRollouts) -> torch.Tensor | None:

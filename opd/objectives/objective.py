@@ -1,0 +1,105 @@
+"""An objective as data: a credit, a surrogate, and what each of their parts reads.
+
+Shapes: B responses, T positions; "..." is (B, T) or flat tokens (N,).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from diagnostics.batch import ScoredRollouts
+from opd.objectives.credit import NO_BASELINE, NO_COST, Baseline, Cost, discounted, no_ratio
+from opd.objectives.inputs import TokenInputs
+from opd.objectives.requirements import Requirements
+from opd.objectives.surrogates import NO_FORM, PLAIN_SCORE, Form, Score
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """Combination of a credit and a surrogate.
+
+    The credit of a token is its own cost plus the later costs discounted by gamma, minus the
+    baseline, plus the cost of the reward: functions from ScoredRollouts to (B, T) over the whole
+    step. The surrogate is a local part plus, where there is a credit, the score function of it.
+    Every part is a record of a function and of what the function reads, so that wrapping a function
+    changes no answer.
+    """
+
+    support: str = "none"
+    """Ids on which both models are compared, as in `Requirements.support`."""
+    local: Form = NO_FORM
+    """Part of a token's loss that does not depend on the credit."""
+    score: Score = PLAIN_SCORE
+    """Score function of the credit, the other part of a token's loss."""
+    own_cost: Cost = NO_COST
+    """Cost of the token itself."""
+    later_cost: Cost = NO_COST
+    """Cost of a token as it enters the credit of earlier tokens."""
+    gamma: float = 0.0
+    """Discount of later costs."""
+    baseline: Baseline = NO_BASELINE
+    """Baseline subtracted from the credit."""
+    reward_cost: Callable[[ScoredRollouts], Tensor] | None = None
+    """(B, T) cost of the reward, added to the credit; None without a reward."""
+    ratio: Callable[[ScoredRollouts], Tensor] = no_ratio
+    """(B, T) factor of a token's loss that corrects for a sampler other than the student."""
+    mask_scope: str = "cost"
+    """What a mask removes, one of `opd.objectives.credit.MASK_SCOPES`."""
+    support_k: int = 16
+    """K, the ids per model of a top-K support; the loss itself takes any number."""
+
+    @property
+    def costs(self) -> tuple[Cost, ...]:
+        """The costs that enter the credit."""
+        return (self.own_cost, self.later_cost) if self.gamma else (self.own_cost,)
+
+    @property
+    def has_credit(self) -> bool:
+        """Whether the credit enters the loss; without costs and reward it is 0."""
+        return self.reward_cost is not None or any(not cost.is_zero for cost in self.costs)
+
+    @property
+    def requirements(self) -> Requirements:
+        """What the loss reads, and when it is valid."""
+        reads_ratio = any(cost.sampled for cost in self.costs)
+        unweighted = self.has_credit and not self.score.importance_weighted
+        return Requirements(
+            support=self.support,
+            support_k=self.support_k,
+            sampled_logp=self.has_credit or self.local.reads_sample,
+            teacher_sampled_logp=reads_ratio or self.local.reads_sample,
+            normalised=self.has_credit or not self.local.renormalises,
+            distributions=self.baseline.distributions
+            or any(cost.distributions for cost in self.costs),
+            whole_groups=self.baseline.whole_groups or self.reward_cost is not None,
+            on_policy=unweighted or self.local.reads_sample,
+        )
+
+    def credit(self, batch: ScoredRollouts) -> Tensor:
+        """Compute own_t + sum_{u > t} gamma^(u-t) later_u - baseline_t + reward_cost per token.
+
+        With the mask scope "loss", costs of tokens that were sampled but are not supervised are
+        part of the credit of earlier tokens; with "cost" they count as 0 (`MASK_SCOPES`). Such
+        tokens advance gamma in both cases.
+
+        Args:
+            batch: Scored rollouts of the whole optimizer step.
+
+        Returns:
+            (B, T) credit without gradient, 0 where nothing is supervised.
+        """
+        cost_mask = batch.sampled if self.mask_scope == "loss" else batch.mask
+        credit = self.own_cost.function(batch) * cost_mask
+        if self.gamma:
+            later_costs = self.later_cost.function(batch) * cost_mask
+            credit = credit + discounted(later_costs, batch.sampled, self.gamma) - later_costs
+        credit = credit - self.baseline.function(batch, credit)
+        if self.reward_cost is not None:
+            credit = credit + self.reward_cost(batch)
+        return credit * batch.mask
+
+    def surrogate(self, inputs: TokenInputs) -> Tensor:
+        """Return the (...) loss of tokens, neither weighted nor reduced."""
+        local = self.local.surrogate(inputs)
+        return local + self.score.function(inputs) if self.has_credit else local

@@ -1,0 +1,242 @@
+"""Teachers: what a run asks of one, wherever its weights are.
+
+`opd.teachers.factory` makes the teacher that the settings name, once; everything else asks the
+teacher. One in this process (`LocalTeacher`, `AdapterFreeTeacher`, `EmaTeacher`) is scored from its
+hidden states; one on a server (`ServerTeacher`) is queried.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import Tensor
+
+from diagnostics.batch import Rollouts
+from diagnostics.errors import InvalidInput
+from opd.data.prompts import Prompts
+from opd.models.lora import without_adapters
+from opd.models.model import CausalLM, split_head
+from opd.serving.addresses import is_url
+from opd.teachers.client import TeacherClient
+from opd.teachers.remote_scores import TeacherScores, score_remote
+
+
+class Capability(Enum):
+    """What a teacher can provide; the value is its description in messages."""
+
+    HIDDEN_STATES = "its hidden states"
+    DISTRIBUTIONS = "its full distribution"
+    TOP_K = "its own most probable ids"
+    CHOSEN_IDS = "its log-probabilities of other ids"
+
+
+class Teacher(Protocol):
+    """A teacher of a run; the methods that a kind of teacher does not define do nothing."""
+
+    capabilities: ClassVar[frozenset[Capability]] = frozenset(Capability)
+    """What this kind of teacher provides, known before it is loaded or connected."""
+    is_separate: ClassVar[bool] = False
+    """Whether its weights are loaded from a model of its own, apart from the student's."""
+    follows_student: ClassVar[bool] = False
+    """Whether `update` changes it after every optimizer step."""
+    dtype: ClassVar[str | None] = None
+    """Precision of its weights; None for the configured one."""
+
+    name: str
+    """Folder, hub name or address, or "base" or "ema"."""
+    model: CausalLM
+    """The model; a teacher without HIDDEN_STATES raises an error instead."""
+    eos: tuple[int, ...] | None = None
+    """Ids that end its responses, its tokenizer's own first; None if they are the student's."""
+    is_quantised: bool = False
+    """Whether its layers have fewer bits than its files."""
+
+    def top_k(self, prompts: Prompts, rollouts: Rollouts, k: int) -> TeacherScores:
+        """Query its K most probable ids at every sampled token, if it has no HIDDEN_STATES.
+
+        Args:
+            prompts: B prompts.
+            rollouts: B responses.
+            k: Number of ids per position.
+
+        Returns:
+            The scores, at temperature 1.
+
+        Raises:
+            InvalidInput: The teacher is scored from its hidden states instead.
+        """
+        raise InvalidInput(f"the teacher {self.name} runs in this process; use its hidden states")
+
+    @contextmanager
+    def on_device(self, device: torch.device) -> Iterator[None]:
+        """Keep its weights on the device inside the block.
+
+        Args:
+            device: Device on which the teacher scores.
+
+        Yields:
+            Nothing.
+        """
+        yield
+
+    def update(self, student: CausalLM) -> None:
+        """Follow the student after an optimizer step."""
+
+    def frozen_weights(self) -> list[Tensor]:
+        """Return the weights that training must not change."""
+        return []
+
+    def with_student(self, student: CausalLM) -> "Teacher":
+        """Return the teacher of the same student in another place, such as sharded."""
+        return self
+
+    def check_length(self, max_length: int) -> None:
+        """Check that it supports prompts and responses of together `max_length` tokens."""
+
+    def verify_fingerprint(self, path: Path) -> None:
+        """Check, with a file of the run folder, that it still is the model of the run's start."""
+
+    def save(self, folder: Path) -> None:
+        """Write the state that training changes to the folder of a checkpoint."""
+
+    def load(self, folder: Path) -> None:
+        """Read the state that `save` wrote."""
+
+
+@dataclass(eq=False)
+class LocalTeacher(Teacher):
+    """A frozen model of its own in this process."""
+
+    name: str
+    model: CausalLM
+    eos: tuple[int, ...] | None = None
+    is_quantised: bool = False
+    offload: bool = False
+    """Whether the weights are in host memory while the teacher does not score."""
+    is_separate: ClassVar[bool] = True
+
+    @contextmanager
+    def on_device(self, device: torch.device) -> Iterator[None]:
+        """Keep its weights on the device inside the block and, if offloaded, on the host outside.
+
+        Args:
+            device: Device on which the teacher scores.
+
+        Yields:
+            Nothing.
+        """
+        if not self.offload:
+            yield
+            return
+        self.model.network.to(device)
+        try:
+            yield
+        finally:
+            self.model.network.to("cpu")
+
+    def frozen_weights(self) -> list[Tensor]:
+        """Return all weights."""
+        return list(self.model.network.parameters())
+
+
+@dataclass(eq=False)
+class AdapterFreeTeacher(Teacher):
+    """The student without its LoRA adapters; it needs no memory."""
+
+    model: CausalLM
+    """The student's network with its adapters off."""
+    name: str = "base"
+
+    def frozen_weights(self) -> list[Tensor]:
+        """Return the student's base weights; the adapters are trained."""
+        return [weight for weight in self.model.network.parameters() if not weight.requires_grad]
+
+    def with_student(self, student: CausalLM) -> "AdapterFreeTeacher":
+        """Return the teacher of a student in another place."""
+        return replace(self, model=without_adapters(student))
+
+
+@dataclass(eq=False)
+class EmaTeacher(LocalTeacher):
+    """An exponential moving average of the student, in float32."""
+
+    decay: float = 0.99
+    """Weight of the average in every update."""
+    is_separate: ClassVar[bool] = False
+    follows_student: ClassVar[bool] = True
+    dtype: ClassVar[str | None] = "float32"
+
+    @torch.no_grad()
+    def update(self, student: CausalLM) -> None:
+        """Set teacher <- decay * teacher + (1 - decay) * student, for every weight."""
+        weight_pairs = zip(
+            self.model.network.parameters(), student.network.parameters(), strict=True
+        )
+        for teacher_weight, student_weight in weight_pairs:
+            teacher_weight.lerp_(student_weight.to(teacher_weight), 1 - self.decay)
+
+    def frozen_weights(self) -> list[Tensor]:
+        """Return nothing: every update changes the average."""
+        return []
+
+    def save(self, folder: Path) -> None:
+        """Write the average to the folder of a checkpoint."""
+        save_model(self.model.network, str(folder / "teacher.safetensors"))
+
+    def load(self, folder: Path) -> None:
+        """Read the average that `save` wrote."""
+        load_model(self.model.network, folder / "teacher.safetensors")
+
+
+@dataclass(eq=False)
+class ServerTeacher(Teacher):
+    """A teacher on a server, which knows its own K most probable ids and the sampled one."""
+
+    name: str
+    client: TeacherClient
+    capabilities: ClassVar[frozenset[Capability]] = frozenset({Capability.TOP_K})
+
+    @property
+    def model(self) -> CausalLM:  # type: ignore[override]
+        """Raise an error: the weights are elsewhere."""
+        raise InvalidInput(
+            f"the teacher {self.name} is a server, which provides neither hidden states nor full "
+            "distributions; use a teacher in this process"
+        )
+
+    def top_k(self, prompts: Prompts, rollouts: Rollouts, k: int) -> TeacherScores:
+        """Query the server (`opd.teachers.remote_scores.score_remote`)."""
+        return score_remote(self.client, prompts, rollouts, k)
+
+    def check_length(self, max_length: int) -> None:
+        """Check that the server supports a sequence length (`TeacherClient.check_length`)."""
+        self.client.check_length(max_length)
+
+    def verify_fingerprint(self, path: Path) -> None:
+        """Store a fingerprint of the server's model in a file, or compare it with the stored one.
+
+        Args:
+            path: File with the fingerprints of the run's servers.
+        """
+        self.client.verify_fingerprint(path)
+
+
+def teacher_type(name: str) -> type[Teacher]:
+    """Return the kind of the teacher that a setting names, without loading or connecting it."""
+    if is_url(name):
+        return ServerTeacher
+    derived: dict[str, type[Teacher]] = {"base": AdapterFreeTeacher, "ema": EmaTeacher}
+    return derived.get(name, LocalTeacher)
+
+
+def make_ema_teacher(student: CausalLM, decay: float, offload: bool = False) -> EmaTeacher:
+    """Return an average that starts as a float32 copy of the student."""
+    network = copy.deepcopy(student.network).float().requires_grad_(False)
+    model = split_head(network, student.vocabulary)
+    return EmaTeacher("ema", model, decay=decay, offload=offload)
