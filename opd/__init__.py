@@ -12,18 +12,28 @@ from diagnostics.io.lazy_names import lazy_names
 if TYPE_CHECKING:
     from opd.config.settings import Config
     from opd.evaluation.evaluate import evaluate
-    from opd.library import policy_loss, sample, score_batch
-    from opd.objectives.catalogue import OBJECTIVES, Objective
+    from opd.library import sample
+    from opd.objectives.catalogue import OBJECTIVES
     from opd.objectives.factory import make_objective
+    from opd.objectives.objective import Objective
+    from opd.objectives.requirements import Requirements
     from opd.runtime.version import __version__
+    from opd.scoring.loss import policy_loss
+    from opd.scoring.score import ScoredBatch, ScoreRequest, score_batch
     from opd.teachers.pair import ModelPair, load_pair
-    from opd.training.train import train
+    from opd.teachers.teacher import Teacher
+    from opd.training.train import TrainResult, train
 
 __all__ = [
     "OBJECTIVES",
     "Config",
     "ModelPair",
     "Objective",
+    "Requirements",
+    "ScoreRequest",
+    "ScoredBatch",
+    "Teacher",
+    "TrainResult",
     "__version__",
     "evaluate",
     "load_pair",
@@ -38,14 +48,19 @@ MODULES = {
     "Config": "opd.config.settings",
     "ModelPair": "opd.teachers.pair",
     "OBJECTIVES": "opd.objectives.catalogue",
-    "Objective": "opd.objectives.catalogue",
+    "Objective": "opd.objectives.objective",
+    "Requirements": "opd.objectives.requirements",
+    "ScoreRequest": "opd.scoring.score",
+    "ScoredBatch": "opd.scoring.score",
+    "Teacher": "opd.teachers.teacher",
+    "TrainResult": "opd.training.train",
     "__version__": "opd.runtime.version",
     "evaluate": "opd.evaluation.evaluate",
     "load_pair": "opd.teachers.pair",
     "make_objective": "opd.objectives.factory",
-    "policy_loss": "opd.library",
+    "policy_loss": "opd.scoring.loss",
     "sample": "opd.library",
-    "score_batch": "opd.library",
+    "score_batch": "opd.scoring.score",
     "train": "opd.training.train",
 }
 """Exported name -> the module that defines it."""

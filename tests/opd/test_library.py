@@ -6,7 +6,15 @@ from typing import Any
 import pytest
 import torch
 
-from opd import ModelPair, load_pair, make_objective, policy_loss, sample, score_batch
+from opd import (
+    ModelPair,
+    ScoreRequest,
+    load_pair,
+    make_objective,
+    policy_loss,
+    sample,
+    score_batch,
+)
 
 QUESTIONS = ["2+3=", "17+26=", "4="]
 
@@ -66,9 +74,12 @@ def test_the_gradient_of_the_loss_is_that_of_dense_logits(pair: ModelPair) -> No
     """The reverse KL per token, from both models' logits of whole sequences."""
     prompts, rollouts = sample_seeded(pair, QUESTIONS, group_size=2)
     objective, student = make_objective("full_reverse_kl"), pair.student.network
-    batch = score_batch(pair, prompts, rollouts, objective.requirements)
+    request = ScoreRequest(requirements=objective.requirements)
+    batch = score_batch(pair.student, pair.teacher, prompts, rollouts, request)
     student.zero_grad()
-    loss = policy_loss(pair, objective, batch, max_tokens_per_microbatch=1)
+    loss = policy_loss(
+        pair.student, batch, objective, teacher=pair.teacher.model, max_tokens_per_microbatch=1
+    )
     loss.backward()
     gradients = [weight.grad.clone() for weight in student.parameters()]
 
@@ -80,7 +91,7 @@ def test_the_gradient_of_the_loss_is_that_of_dense_logits(pair: ModelPair) -> No
         ids, start = torch.cat([prompt, response])[None], len(prompt) - 1
         p, q = (
             model.network(ids).logits[0, start:-1].log_softmax(-1)
-            for model in (pair.student, pair.teacher)
+            for model in (pair.student, pair.teacher.model)
         )
         total = total + (p.exp() * (p - q)).sum()
     dense = total / int(rollouts.mask.sum())

@@ -162,12 +162,12 @@ def test_the_training_example_runs(installed: Installed, tiny_pair: tuple[Path, 
     for role, path in zip(("student", "teacher"), tiny_pair, strict=True):
         (installed.folder / "lab-tiny" / role).symlink_to(path)
     example = (EXAMPLES / "train_from_python.py").read_text() + "print(float(loss))\n"
-    example = example.replace("policy_loss(pair, objective, batch).backward()", TRACED)
+    example = example.replace("policy_loss(pair.student, batch, objective).backward()", TRACED)
     loss = installed.run("python", "-P", "-c", example).stdout
     assert 0 < float(loss) < 10
 
 
-TRACED = """loss = policy_loss(pair, objective, batch)
+TRACED = """loss = policy_loss(pair.student, batch, objective)
     loss.backward()"""
 
 
