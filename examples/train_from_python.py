@@ -10,7 +10,7 @@ from opd import ScoreRequest, load_pair, make_objective, policy_loss, sample, sc
 my_questions = [["2+3=", "7+6="], ["4+4=", "9+1="]]
 
 pair = load_pair("lab-tiny/student", "lab-tiny/teacher")
-objective = make_objective("teacher_topk", support_k=8)
+objective = make_objective("teacher_topk")
 request = ScoreRequest(requirements=objective.requirements)
 optimizer = torch.optim.AdamW(pair.student.network.parameters(), lr=1e-3)
 for questions in my_questions:

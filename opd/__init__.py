@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from opd.objectives.requirements import Requirements
     from opd.runtime.version import __version__
     from opd.scoring.loss import policy_loss, policy_losses
-    from opd.scoring.score import ScoreRequest, score_batch
+    from opd.scoring.score import ScoredBatch, ScoreRequest, score_batch
     from opd.teachers.pair import ModelPair, load_pair
     from opd.teachers.teacher import Teacher
     from opd.training.train import TrainResult, train
@@ -31,6 +31,7 @@ __all__ = [
     "Objective",
     "Requirements",
     "ScoreRequest",
+    "ScoredBatch",
     "Teacher",
     "TrainResult",
     "__version__",
@@ -51,6 +52,7 @@ MODULES = {
     "Objective": "opd.objectives.objective",
     "Requirements": "opd.objectives.requirements",
     "ScoreRequest": "opd.scoring.score",
+    "ScoredBatch": "opd.scoring.score",
     "Teacher": "opd.teachers.teacher",
     "TrainResult": "opd.training.train",
     "__version__": "opd.runtime.version",

@@ -1,11 +1,11 @@
-"""Sample responses for a training loop of one's own.
+"""What only users of the library call: sampling from texts, for a training loop of one's own.
 
-    prompts, rollouts = sample(pair, questions, max_response=256)
     request = ScoreRequest(requirements=objective.requirements)
+    prompts, rollouts = sample(pair, questions, max_response=256)
     batch = score_batch(pair.student, pair.teacher, prompts, rollouts, request)
     policy_loss(pair.student, batch, objective).backward()
 
-`opd` exports these functions. A run of `opd.train` does the same on every step.
+A run of `opd.train` does the same on every step.
 """
 
 from collections.abc import Mapping, Sequence

@@ -6,7 +6,15 @@ from typing import Any
 import pytest
 import torch
 
-from opd import ModelPair, load_pair, sample
+from opd import (
+    ModelPair,
+    ScoreRequest,
+    load_pair,
+    make_objective,
+    policy_loss,
+    sample,
+    score_batch,
+)
 
 QUESTIONS = ["2+3=", "17+26=", "4="]
 
@@ -60,3 +68,34 @@ def test_what_cannot_be_sampled_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         sample_seeded(pair, prompts, **settings)
+
+
+def test_the_gradient_of_the_loss_is_that_of_dense_logits(pair: ModelPair) -> None:
+    """The reverse KL per token, from both models' logits of whole sequences."""
+    prompts, rollouts = sample_seeded(pair, QUESTIONS, group_size=2)
+    objective, student = make_objective("full_reverse_kl"), pair.student.network
+    request = ScoreRequest(requirements=objective.requirements)
+    batch = score_batch(pair.student, pair.teacher, prompts, rollouts, request)
+    student.zero_grad()
+    loss = policy_loss(
+        pair.student, batch, objective, teacher=pair.teacher, max_tokens_per_microbatch=1
+    )
+    loss.backward()
+    gradients = [weight.grad.clone() for weight in student.parameters()]
+
+    student.zero_grad()
+    total = torch.zeros(())
+    for row in range(len(rollouts.tokens)):
+        prompt = prompts.tokens[row][prompts.mask[row]]
+        response = rollouts.tokens[row][rollouts.mask[row]]
+        ids, start = torch.cat([prompt, response])[None], len(prompt) - 1
+        p, q = (
+            model.network(ids).logits[0, start:-1].log_softmax(-1)
+            for model in (pair.student, pair.teacher.model)
+        )
+        total = total + (p.exp() * (p - q)).sum()
+    dense = total / int(rollouts.mask.sum())
+    dense.backward()
+    torch.testing.assert_close(loss, dense)
+    for gradient, weight in zip(gradients, student.parameters(), strict=True):
+        torch.testing.assert_close(gradient, weight.grad, rtol=1e-4, atol=1e-6)

@@ -53,7 +53,7 @@ def test_trl_is_attached(
 def run(tiny_pair, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
     """A run with the settings of the examples."""
     fields: dict[str, Any] = {"steps": STEPS, "prompts_per_step": 2, "group_size": 2}
-    fields |= {"max_response": 12, "support_k": 8, "lr": 1e-3, "weight_decay": 0.01}
+    fields |= {"max_response": 12, "lr": 1e-3, "weight_decay": 0.01}
     fields |= {"max_grad_norm": 1e9, "eval_every": 0, "full_metrics_every": 1}
     config = settings(tiny_pair, tmp_path_factory.mktemp("runs") / "run", **fields)
     train(replace(config, objective="teacher_topk"))

@@ -23,6 +23,7 @@ EXPORTS = {
         "Objective",
         "Requirements",
         "ScoreRequest",
+        "ScoredBatch",
         "Teacher",
         "TrainResult",
         "__version__",
