@@ -40,7 +40,7 @@ def test_diagnose_repeats_the_row_of_the_run(run: Path, capsys: pytest.CaptureFi
 
 def test_diagnose_refuses_what_it_cannot_read(run: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="is not a run folder: it has neither"):
-        FileNotFoundError, match = "is not a run folder: it has neither config.json nor rows.jsonl"
+        main([str(tmp_path)])
     scored = load_batch(next((run / "batches").iterdir()))
     names = {"tokens", "mask", "sampler_logp", "prompt", "ended"}
     Rollouts(**{name: getattr(scored, name) for name in names}).save(tmp_path / "r.safetensors")
