@@ -248,10 +248,9 @@ def mean_of_micro_batch_means() -> Iterator[None]:
         groups[:] = [len(loss.micro_batches[index])]
         return accumulate(state, task, loss, index, weight)
 
-    def loss(pair: Any, objective: Any, hidden: Any, teacher: Any, part: Any, credit: Any,
-             weight: Tensor, **settings: Any) -> Tensor:  # fmt: skip
-        even = torch.full_like(weight, 1 / len(weight) / groups[0])
-        return plain(pair, objective, hidden, teacher, part, credit, even, **settings)
+    def loss(student: Any, objective: Any, hidden: Any, inputs: Any, **settings: Any) -> Tensor:
+        even = torch.full_like(inputs.weight, 1 / len(inputs.weight) / groups[0])
+        return plain(student, objective, hidden, replace(inputs, weight=even), **settings)
 
     with (
         patch.object(update, "loss_from_hidden", loss),
