@@ -39,7 +39,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def ctrl_c() -> Iterator[None]:
-    """Python's handler of SIGINT, which a process started in the background does not have."""
+    """Let SIGINT raise KeyboardInterrupt; a process started in the background ignores it."""
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, previous)
