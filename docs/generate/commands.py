@@ -23,9 +23,13 @@ def help_text(command: str) -> str:
     name, *words = command.split()
     text = io.StringIO()
     terminal = {"COLUMNS": "88", "NO_COLOR": "1", "TERM": "dumb"}
-    with patch.dict(os.environ, terminal), patch("os.cpu_count", return_value=2):
-        with redirect_stdout(text), suppress(SystemExit):
-            import_module(COMMANDS[name][0]).main([*words, "--help"])
+    with (
+        patch.dict(os.environ, terminal),
+        patch("os.cpu_count", return_value=2),
+        redirect_stdout(text),
+        suppress(SystemExit),
+    ):
+        import_module(COMMANDS[name][0]).main([*words, "--help"])
     return "\n".join(line.rstrip() for line in text.getvalue().strip().splitlines())
 
 
