@@ -105,7 +105,7 @@ def test_training_from_python_takes_the_steps_of_the_trainer(
 ) -> None:
     config, folder = run
     monkeypatch.chdir(tiny_pair[0].parent)
-    code = TRAINING[file].replace("max_response=256", "max_response=12")
+    code = TRAINING[file].replace("max_response=256", "max_response=12, group_size=2")
     names = run_example(code, tiny_pair, questions_of_steps(config))
     trained = load_file(folder / "final" / "model.safetensors")
     weights, initial = (
