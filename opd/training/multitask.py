@@ -16,43 +16,15 @@ ordinary run. A file of tasks is TOML:
 """
 
 import random
-import tomllib
 from dataclasses import fields, replace
 from functools import cache
-from pathlib import Path
 
 from diagnostics.errors import InvalidInput
-from diagnostics.io.files import read_text
-from opd.config.settings import Config, TaskSettings, task_settings
+from opd.config.settings import Config, TaskSettings
 from opd.runtime.seeds import ORDER, derive_seed
 
 TASK_FIELDS = tuple(f.name for f in fields(TaskSettings) if f.name not in ("name", "weight"))
 """Settings of the run that a task may override."""
-
-
-def read_tasks(path: Path) -> tuple[TaskSettings, ...]:
-    """Read the tasks of a TOML file.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Settings of each task.
-
-    Raises:
-        InvalidInput: The file is not TOML, has no tasks, has other tables, or has an unknown
-            setting.
-    """
-    try:
-        raw = tomllib.loads(read_text(path))
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise InvalidInput(f"{path} is not valid TOML: {error}") from error
-    if set(raw) != {"tasks"} or not isinstance(raw["tasks"], list):
-        raise InvalidInput(f"{path} must contain [[tasks]] tables only, but has {sorted(raw)}")
-    try:
-        return tuple(task_settings(task) for task in raw["tasks"])
-    except InvalidInput as error:
-        raise InvalidInput(f"{path}: {error}") from error
 
 
 def task_configs(config: Config) -> list[Config]:

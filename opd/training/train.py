@@ -13,7 +13,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from diagnostics.alarms.alarms import Alarm
-from diagnostics.errors import InvalidInput
 from diagnostics.records.rows import Row, append_row, read_rows
 from diagnostics.terminal import escape_control_chars
 from opd.config.settings import Config, raise_problems, to_json
@@ -31,20 +30,20 @@ from opd.runtime import distributed
 from opd.runtime.seeds import EVALUATION, PROBE, derive_seed
 from opd.runtime.staged_folders import staged_folder
 from opd.scoring.score import ScoredBatch, score_batch
-from opd.teachers.factory import check_capabilities, make_pairs, with_sharded_student
+from opd.teachers.factory import make_pairs, with_sharded_student
 from opd.teachers.teacher import Capability
 from opd.training import checkpoint
 from opd.training.checks.same_weights import refuse_same_weights
-from opd.training.checks.settings import unused_settings
 from opd.training.checks.start import check_start
 from opd.training.gradient_probe import probe_gradients
 from opd.training.multitask import task_configs
 from opd.training.optimizer import make_optimizer
-from opd.training.setup import make_rollout_engine, make_train_state, objective_from_config
+from opd.training.setup import make_rollout_engine, make_train_state
 from opd.training.state import TaskState, TrainState, is_due, without_statistics
 from opd.training.step import check_batch, make_row, roll_out, save_batch
 from opd.training.trackers import Log, open_trackers, with_eval_prefix
 from opd.training.update import PreparedLoss, prepare_loss, update_student
+from opd.training.validation import validate
 
 
 def run_step(state: TrainState, step: int, log: Log) -> Row:
@@ -165,23 +164,8 @@ def train(config: Config, start_over: bool = False) -> TrainResult:
         OperationFailed: The device ran out of memory (the message names settings to lower), or the
             disk is full.
     """
-    # validate the configuration before connecting to servers or loading models
-    raise_problems(list(unused_settings(config)))
-    objective = objective_from_config(config)
-    for task_config in task_configs(config):
-        check_capabilities(task_config, objective)
+    raise_problems(validate(config))
     device_name = resolve_device(config.device)
-    if config.sharding == "full" and not distributed.is_distributed():
-        raise InvalidInput(
-            "sharding full (FSDP) needs several processes, but this is the only one; start the run "
-            "with `torchrun --nproc_per_node N --no-python opd train ...`, or set sharding none, "
-            "which resumes from the same checkpoints"
-        )
-    if config.engine == "vllm" and distributed.is_distributed():
-        raise InvalidInput(
-            "engine vllm loads weights from a single process, but there are several; start one "
-            "process, or set engine to servers or hf"
-        )
     with (
         distributed.process_group(
             device_name, config.teacher_timeout + config.rollout_timeout

@@ -4,10 +4,9 @@ Each check yields one message that names the setting, its value and the remedy; 
 run are reported at once.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator
 
-from opd.config.settings import Config
+from opd.config.settings import Config, setting_fields, setting_values
 from opd.data.benchmarks import is_benchmark
 from opd.envs.task import is_games
 from opd.objectives.objective import Objective
@@ -187,9 +186,10 @@ def unused_settings(config: Config) -> Iterator[str]:
     Yields:
         The messages.
     """
-    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    values = setting_values(config)
+    defaults = {name: setting.field.default for name, setting in setting_fields().items()}
     for name, (has_effect, condition) in CONDITIONS.items():
-        value = getattr(config, name)
+        value = values[name]
         used = has_effect(config) or any(
             has_effect(task_config) for task_config in task_configs(config)
         )
