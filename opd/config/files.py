@@ -4,6 +4,7 @@ import dataclasses
 import json
 import tomllib
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,10 @@ def key_problems(raw: Mapping[str, Any]) -> list[str]:
                     problems.append(f"unknown setting {key}.{name}; it is called {setting.path}")
                 elif name in raw and name not in GROUPS:
                     problems.append(f"{name} is given twice, as {name} and as {key}.{name}")
+        elif isinstance(value, Mapping):
+            matches = get_close_matches(key, GROUPS, n=1)
+            closest = f"; the closest is [{matches[0]}]" if matches else ""
+            problems.append(f"unknown group of settings [{key}]{closest}")
         elif (SETTINGS.get(key) or key) not in fields:
             problems.append(f"unknown setting {key}{closest_setting(key)}")
     return problems

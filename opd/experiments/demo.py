@@ -77,8 +77,8 @@ def main(argv: list[str]) -> None:
     start_time = time.perf_counter()
     print(
         f"exact study, toy models, {len(OBJECTIVES) * len(size.seeds)} training runs of "
-        f"{size.steps} steps, figures and a report in {options.out}; about {size.minutes} min on two "
-        "idle cores. If it is interrupted, the same command continues.",
+        f"{size.steps} steps, figures and a report in {options.out}; about {size.minutes} min on "
+        "two idle cores. If it is interrupted, the same command continues.",
         file=sys.stderr,
     )
     with timed_stage(1, "exact study", start_time):

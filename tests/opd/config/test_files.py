@@ -76,7 +76,10 @@ def test_show_prints_what_config_reads_and_flags_go_on_top(
         ("[optimizer]\nlrr = 1", "unknown setting optimizer.lrr; the closest is optimizer.lr"),
         ("[data]\nlr = 1", "unknown setting data.lr; it is called optimizer.lr"),
         ("learning = 1", "unknown setting learning"),
-        ("[optimiser]\nlr = 1", "unknown setting optimiser"),
+        (
+            "[optimiser]\nlr = 1",
+            "unknown group of settings [optimiser]; the closest is [optimizer]",
+        ),
         ("lr = 1\n[optimizer]\nlr = 2", "lr is given twice, as lr and as optimizer.lr"),
         ("[optimizer]\nlr = 'x'", "lr is 'x'; it must be a number"),
         ("[optimizer]\nlr = -1\n[data]\ngroup_size = 0", "2 settings are invalid"),

@@ -178,7 +178,7 @@ def test_what_cannot_be_quantised_is_refused(tiny_pair, tmp_path: Path, monkeypa
         ({"teacher": "ema", "reward_weight": 1.0}, r"derived from the student \(ema\)"),
     ):
         with pytest.raises(ValueError, match=words):
-            replace(settings(tiny_pair, tmp_path), teacher_weights="nf4", **changes)
+            train(replace(settings(tiny_pair, tmp_path), teacher_weights="nf4", **changes))
     with pytest.raises(ValueError, match="no teacher runs in this process"):
         train(
             settings(

@@ -256,7 +256,7 @@ def test_tasks_are_read_from_a_file_and_kept_in_the_run(tiny_pair, tmp_path: Pat
         with pytest.raises(ValueError, match=message):
             read_tasks(path)
     with pytest.raises(ValueError, match="different from each other"):
-        replace(config, tasks=(config.tasks[0], config.tasks[0]))
+        train(replace(config, tasks=(config.tasks[0], config.tasks[0])))
     with pytest.raises(SystemExit):
         parse_arguments(["smoke", "--tasks"])
 
