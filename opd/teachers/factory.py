@@ -52,36 +52,39 @@ def check_capabilities(config: Config, objective: Objective) -> None:
         (
             needs.support in ("student", "union"),
             Capability.CHOSEN_IDS,
-            f"objective {config.objective}, which needs its log-probabilities of the student's ids",
+            f"objective {config.objective.objective}, which needs its log-probabilities of the "
+            "student's ids",
             supported_objectives,
         ),
         (
             needs.support == "full" or needs.distributions,
             Capability.DISTRIBUTIONS,
-            f"objective {config.objective} with baseline {config.baseline}, which needs its full "
+            f"objective {config.objective.objective} with baseline {config.objective.baseline}, "
+            "which needs its full "
             "distribution",
             supported_objectives,
         ),
         (
-            config.temperature != 1,
+            config.rollout.temperature != 1,
             Capability.DISTRIBUTIONS,
-            f"temperature {config.temperature}, because servers return log-probabilities at 1",
+            f"temperature {config.rollout.temperature}, because servers return log-probabilities "
+            "at 1",
             "temperature 1",
         ),
         (
-            config.map_eos,
+            config.objective.map_eos,
             Capability.CHOSEN_IDS,
             "map_eos, which needs scores of unsampled ids",
             "map_eos off",
         ),
         (
-            config.entropy_top_fraction < 1,
+            config.objective.entropy_top_fraction < 1,
             Capability.DISTRIBUTIONS,
             "entropy_top_fraction, which needs full distributions",
             "entropy_top_fraction 1",
         ),
         (
-            config.probe_every > 0,
+            config.record.probe_every > 0,
             Capability.HIDDEN_STATES,
             "probe_every, which needs its hidden states",
             "probe_every 0",
@@ -109,9 +112,10 @@ def make_pairs(settings: Sequence[Config]) -> list[ModelPair]:
     """
     first, *remaining = settings
     kinds = [teacher_type(config.teacher) for config in settings]
-    if first.teacher_weights != "saved" and all(kind is ServerTeacher for kind in kinds):
+    if first.hardware.teacher_weights != "saved" and all(kind is ServerTeacher for kind in kinds):
         raise InvalidInput(
-            f"teacher_weights is {first.teacher_weights}, but no teacher runs in this process; set "
+            f"teacher_weights is {first.hardware.teacher_weights}, but no teacher runs in this "
+            "process; set "
             "it to saved: quantisation of a server's model is configured in the server"
         )
     pair = make_pair(first)
@@ -127,7 +131,7 @@ def make_pairs(settings: Sequence[Config]) -> list[ModelPair]:
             teachers[config.teacher] = load_teacher(pair, config)
     pairs = [replace(pair, teacher=teachers[config.teacher]) for config in settings]
     for config, task_pair in zip(settings, pairs, strict=True):
-        task_pair.teacher.check_length(config.max_prompt + config.max_response)
+        task_pair.teacher.check_length(config.data.max_prompt + config.rollout.max_response)
     return pairs
 
 
@@ -143,29 +147,38 @@ def make_pair(config: Config) -> ModelPair:
     Raises:
         InvalidInput: Teacher "base" without LoRA adapters, or a pair that `load_pair` rejects.
     """
-    device = resolve_device(config.device)
+    device = resolve_device(config.hardware.device)
     if teacher_type(config.teacher).is_separate:
-        options = (device, config.dtype, config.trust_remote_code, config.teacher_weights)
-        pair = load_pair(config.student, config.teacher, *options, config.offload_teacher)
-        if not config.lora_rank:
+        options = (
+            device,
+            config.hardware.dtype,
+            config.hardware.trust_remote_code,
+            config.hardware.teacher_weights,
+        )
+        pair = load_pair(config.student, config.teacher, *options, config.hardware.offload_teacher)
+        if not config.optimizer.lora_rank:
             return pair
         network = add_lora(pair.student.network, config)
         return replace(pair, student=split_head(network, pair.student.vocabulary))
-    tokenizer, network = load_model(config.student, device, config.dtype, config.trust_remote_code)
-    if config.teacher == "base" and not config.lora_rank:
+    tokenizer, network = load_model(
+        config.student, device, config.hardware.dtype, config.hardware.trust_remote_code
+    )
+    if config.teacher == "base" and not config.optimizer.lora_rank:
         raise InvalidInput(
             'teacher "base" is the student without its LoRA adapters, but lora_rank is 0; set '
             "lora_rank, or choose another teacher"
         )
     eos, vocabulary = eos_ids(tokenizer, network), num_head_rows(network)
-    if config.lora_rank:
+    if config.optimizer.lora_rank:
         network = add_lora(network, config)
     student = split_head(network, vocabulary)
     teacher: Teacher
     if config.teacher == "base":
         teacher = AdapterFreeTeacher(without_adapters(student))
     elif config.teacher == "ema":
-        teacher = make_ema_teacher(student, config.ema_decay, config.offload_teacher)
+        teacher = make_ema_teacher(
+            student, config.optimizer.ema_decay, config.hardware.offload_teacher
+        )
     else:
         teacher = connect_teacher(student, tokenizer, config)
     return ModelPair(student, teacher, tokenizer, eos)
@@ -186,8 +199,13 @@ def load_teacher(pair: ModelPair, config: Config) -> Teacher:
     """
     if teacher_type(config.teacher) is ServerTeacher:
         return connect_teacher(pair.student, pair.tokenizer, config)
-    device = "cpu" if config.offload_teacher else resolve_device(config.device)
-    options = (device, config.dtype, config.trust_remote_code, config.teacher_weights)
+    device = "cpu" if config.hardware.offload_teacher else resolve_device(config.hardware.device)
+    options = (
+        device,
+        config.hardware.dtype,
+        config.hardware.trust_remote_code,
+        config.hardware.teacher_weights,
+    )
     tokenizer, network = load_model(config.teacher, *options)
     check_same_vocabulary(pair.tokenizer, tokenizer)
     vocabulary = pair.student.vocabulary
@@ -201,8 +219,8 @@ def load_teacher(pair: ModelPair, config: Config) -> Teacher:
         config.teacher,
         split_head(network, vocabulary),
         tokenizer_eos_first(tokenizer, eos_ids(tokenizer, network)),
-        is_quantised=config.teacher_weights != "saved",
-        offload=config.offload_teacher,
+        is_quantised=config.hardware.teacher_weights != "saved",
+        offload=config.hardware.offload_teacher,
     )
 
 
@@ -225,9 +243,9 @@ def connect_teacher(student: CausalLM, tokenizer: object, config: Config) -> Ser
         config.teacher,
         tokenizer,
         student.vocabulary,
-        k=config.support_k,
-        timeout=config.teacher_timeout,
-        concurrency=config.teacher_concurrency,
+        k=config.objective.support_k,
+        timeout=config.remote_teacher.teacher_timeout,
+        concurrency=config.remote_teacher.teacher_concurrency,
     )
     return ServerTeacher(config.teacher, client)
 

@@ -21,7 +21,7 @@ from diagnostics.gradients.probe import GradientSketches
 from diagnostics.gradients.signal_noise import signal_and_noise
 from diagnostics.gradients.sketch import identity_projection, random_projection
 from diagnostics.ragged import scatter_to_mask
-from opd.config.settings import Config
+from opd.config.settings import Config, with_settings
 from opd.data.prompts import Prompts
 from opd.models.contexts import activation_checkpointing
 from opd.models.forward import log_probabilities, response_hidden_states
@@ -318,7 +318,9 @@ def test_wrong_blocks_are_refused() -> None:
 
 
 def config(*blocks: str, interval: int) -> Config:
-    return Config(student="s", teacher="t", out="o", probe_blocks=blocks, probe_every=interval)
+    return with_settings(
+        Config(student="s", teacher="t", out="o"), probe_blocks=blocks, probe_every=interval
+    )
 
 
 def test_blocks_without_a_probe_are_refused() -> None:

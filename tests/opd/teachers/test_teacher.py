@@ -2,7 +2,7 @@
 
 import pytest
 
-from opd.config.settings import Config
+from opd.config.settings import Config, with_settings
 from opd.teachers.factory import check_capabilities
 from opd.teachers.teacher import (
     AdapterFreeTeacher,
@@ -48,7 +48,7 @@ SERVER_LACKS = {
 @pytest.mark.parametrize(("changes", "message"), SERVER_LACKS.values(), ids=SERVER_LACKS)
 def test_what_a_server_lacks_is_refused_without_asking_it(changes: dict, message: str) -> None:
     for teacher in (ADDRESS, "models/teacher"):
-        config = Config(student="s", teacher=teacher, out="o", **changes)
+        config = with_settings(Config(student="s", teacher=teacher, out="o"), **changes)
         objective = objective_from_config(config)
         if teacher != ADDRESS:
             check_capabilities(config, objective)
@@ -59,5 +59,5 @@ def test_what_a_server_lacks_is_refused_without_asking_it(changes: dict, message
 
 @pytest.mark.parametrize("objective", ["teacher_topk", "sampled_token", "intersection_topk"])
 def test_what_a_server_has_is_accepted(objective: str) -> None:
-    config = Config(student="s", teacher=ADDRESS, out="o", objective=objective)
+    config = with_settings(Config(student="s", teacher=ADDRESS, out="o"), objective=objective)
     check_capabilities(config, objective_from_config(config))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import ScoredRollouts, Support
-from opd.config.settings import Config
+from opd.config.settings import Config, with_settings
 from opd.objectives import factory
 from opd.objectives.assembly import batch_losses
 from opd.objectives.credit import RATIOS
@@ -98,7 +98,9 @@ def second_update_error(objective: Objective, sampler: Tensor) -> float:
 
 def settings(name: str, **changes: object) -> Config:
     fields: dict[str, object] = {"objective": name, "allow_collapse": True, "updates_per_batch": 2}
-    return Config(student="s", teacher="t", out="o", prompts_per_step=4, **(fields | changes))  # type: ignore[arg-type]
+    return with_settings(
+        Config(student="s", teacher="t", out="o"), prompts_per_step=4, **(fields | changes)
+    )
 
 
 @pytest.mark.parametrize("reward_weight", [0.0, 0.5])
@@ -116,7 +118,7 @@ def test_several_updates_are_for_losses_whose_mean_stays_right(
         assert error > 1e-3
         with pytest.raises(ValueError, match=r"updates_per_batch is 2: .*allow_unweighted"):
             objective_from_config(config)
-        objective_from_config(replace(config, allow_unweighted=True))
+        objective_from_config(with_settings(config, allow_unweighted=True))
 
 
 def test_the_ratio_of_the_rollouts_repairs_the_first_update_alone() -> None:
