@@ -184,7 +184,7 @@ def key_problems(raw: Mapping[str, Any]) -> list[str]:
                     problems.append(f"unknown setting {key}.{name}; it is called {setting.path}")
                 elif name in raw and name not in GROUPS:
                     problems.append(f"{name} is given twice, as {name} and as {key}.{name}")
-        elif isinstance(value, Mapping):
+        elif isinstance(value, Mapping) and key not in fields:
             matches = get_close_matches(key, GROUPS, n=1)
             closest = f"; the closest is [{matches[0]}]" if matches else ""
             problems.append(f"unknown group of settings [{key}]{closest}")

@@ -21,80 +21,16 @@ from opd.models.loading import (
 )
 from opd.models.lora import add_lora, without_adapters
 from opd.models.model import CausalLM, split_head
-from opd.objectives.objective import Objective
 from opd.teachers.client import connect
 from opd.teachers.pair import ModelPair, load_pair
 from opd.teachers.teacher import (
     AdapterFreeTeacher,
-    Capability,
     LocalTeacher,
     ServerTeacher,
     Teacher,
     make_ema_teacher,
     teacher_type,
 )
-
-
-def check_capabilities(config: Config, objective: Objective) -> None:
-    """Reject settings that need more than the teacher provides, before it is loaded or connected.
-
-    Args:
-        config: Settings of a run or task.
-        objective: Its objective.
-
-    Raises:
-        InvalidInput: Names the setting and an alternative.
-    """
-    supported_objectives = "teacher_topk, sampled_token or one of their variants"
-    capabilities = teacher_type(config.teacher).capabilities
-    needs = objective.requirements
-    for needed, capability, feature, remedy in (
-        (
-            needs.support in ("student", "union"),
-            Capability.CHOSEN_IDS,
-            f"objective {config.objective.objective}, which needs its log-probabilities of the "
-            "student's ids",
-            supported_objectives,
-        ),
-        (
-            needs.support == "full" or needs.distributions,
-            Capability.DISTRIBUTIONS,
-            f"objective {config.objective.objective} with baseline {config.objective.baseline}, "
-            "which needs its full "
-            "distribution",
-            supported_objectives,
-        ),
-        (
-            config.rollout.temperature != 1,
-            Capability.DISTRIBUTIONS,
-            f"temperature {config.rollout.temperature}, because servers return log-probabilities "
-            "at 1",
-            "temperature 1",
-        ),
-        (
-            config.objective.map_eos,
-            Capability.CHOSEN_IDS,
-            "map_eos, which needs scores of unsampled ids",
-            "map_eos off",
-        ),
-        (
-            config.objective.entropy_top_fraction < 1,
-            Capability.DISTRIBUTIONS,
-            "entropy_top_fraction, which needs full distributions",
-            "entropy_top_fraction 1",
-        ),
-        (
-            config.record.probe_every > 0,
-            Capability.HIDDEN_STATES,
-            "probe_every, which needs its hidden states",
-            "probe_every 0",
-        ),
-    ):
-        if needed and capability not in capabilities:
-            raise InvalidInput(
-                f"the teacher {config.teacher} is a server and does not support {feature}; use "
-                f"{remedy}, or a teacher in this process"
-            )
 
 
 def make_pairs(settings: Sequence[Config]) -> list[ModelPair]:
@@ -107,26 +43,12 @@ def make_pairs(settings: Sequence[Config]) -> list[ModelPair]:
         A pair for each configuration, in order.
 
     Raises:
-        InvalidInput: Several tasks with a teacher derived from the student, quantisation without a
-            teacher in this process, or what `make_pair` raises.
+        InvalidInput: See `make_pair` and `load_teacher`.
     """
     first, *remaining = settings
-    kinds = [teacher_type(config.teacher) for config in settings]
-    if first.hardware.teacher_weights != "saved" and all(kind is ServerTeacher for kind in kinds):
-        raise InvalidInput(
-            f"teacher_weights is {first.hardware.teacher_weights}, but no teacher runs in this "
-            "process; set "
-            "it to saved: quantisation of a server's model is configured in the server"
-        )
     pair = make_pair(first)
     teachers = {first.teacher: pair.teacher}
     for config in remaining:
-        names = (first.teacher, config.teacher)
-        if derived_teachers := sorted({"base", "ema"}.intersection(names)):
-            raise InvalidInput(
-                f"teacher {derived_teachers[0]!r} is derived from the student and cannot be used "
-                "with several tasks; give each task a model"
-            )
         if config.teacher not in teachers:
             teachers[config.teacher] = load_teacher(pair, config)
     pairs = [replace(pair, teacher=teachers[config.teacher]) for config in settings]

@@ -16,7 +16,6 @@ from diagnostics.metrics.response import length, reward
 from diagnostics.metrics.signal import sign_shares, signal_concentration
 from diagnostics.monitor import Monitor
 from diagnostics.records import rows
-from opd.config.problems import raise_problems
 from opd.config.settings import Config, with_settings
 from opd.data.sources import Columns
 from opd.data.tasks import Task, load_task, reject_long_prompts, skip_long_prompts
@@ -32,7 +31,6 @@ from opd.runtime.seeds import ROLLOUT
 from opd.scoring.score import ScoreRequest
 from opd.teachers.pair import ModelPair
 from opd.tokens.masking import resolve_mask_rules
-from opd.training.checks.settings import objective_problems
 from opd.training.checks.update import sample_teacher_weights
 from opd.training.multitask import prompts_per_task, task_configs, tasks_of_step
 from opd.training.optimizer import Optimizer
@@ -241,31 +239,7 @@ def load_game_task(config: Config) -> GameTask:
 
     Returns:
         The task.
-
-    Raises:
-        InvalidInput: A setting is given that applies to problems only, or one that compares the
-            responses to a prompt, which with layout "turns" would include turns of the same
-            episode.
     """
-    for name in ("grader", "eval_task"):
-        if getattr(config, name):
-            raise InvalidInput(
-                f"{config.data.task} grades its own episodes and has its own held-out games; "
-                "remove "
-                f"{name}={getattr(config, name)!r}"
-            )
-    if config.games.layout == "turns" and (
-        config.objective.reward_weight or config.objective.baseline == "leave_one_out"
-    ):
-        setting = (
-            f"reward_weight {config.objective.reward_weight}"
-            if config.objective.reward_weight
-            else "baseline leave_one_out"
-        )
-        raise InvalidInput(
-            f"{setting} compares a response with the other responses to its prompt, which with "
-            "layout turns include turns of the same episode; set layout to trajectory"
-        )
     return load_games(
         config.data.task,
         config.seed,
@@ -277,7 +251,7 @@ def load_game_task(config: Config) -> GameTask:
 
 
 def objective_from_config(config: Config) -> Objective:
-    """Build the configured objective, and check that the settings go with it.
+    """Build the configured objective.
 
     Args:
         config: Settings of the run.
@@ -286,15 +260,15 @@ def objective_from_config(config: Config) -> Objective:
         The objective.
 
     Raises:
-        InvalidInput: The denominator is unknown, `opd.objectives.factory.make_objective` refuses
-            the settings, or `opd.training.checks.settings.objective_problems` reports a problem.
+        InvalidInput: The denominator is unknown, or `opd.objectives.factory.make_objective`
+            refuses the settings.
     """
     if config.objective.denominator not in DENOMINATORS:
         known_names = ", ".join(DENOMINATORS)
         raise InvalidInput(
             f"unknown denominator {config.objective.denominator!r}; known: {known_names}"
         )
-    objective = make_objective(
+    return make_objective(
         config.objective.objective,
         gamma=config.objective.gamma,
         baseline=config.objective.baseline,
@@ -308,8 +282,6 @@ def objective_from_config(config: Config) -> Objective:
         mask_scope=config.objective.mask_scope,
         allow_collapse=config.objective.allow_collapse,
     )
-    raise_problems(list(objective_problems(config, objective)))
-    return objective
 
 
 def make_rollout_engine(config: Config, student: CausalLM) -> Engine:

@@ -4,18 +4,18 @@ Nothing is read, loaded or connected. `opd train`, `train` and `opd doctor` repo
 once. A rule yields one message that names the setting, its value and the remedy.
 """
 
-import math
 from collections.abc import Iterator
 
 from diagnostics.errors import InvalidInput
 from opd.config.problems import conflicts, invalid_names, separate_invalid
 from opd.config.settings import Config, with_settings
 from opd.envs.task import is_games
-from opd.objectives.factory import DENOMINATORS, Objective, build_objective
+from opd.objectives.objective import Objective
 from opd.runtime import distributed
-from opd.serving.addresses import is_url
+from opd.teachers.teacher import Capability, ServerTeacher, teacher_type
 from opd.training.checks.settings import STUDENT_DERIVED, objective_problems, unused_settings
 from opd.training.multitask import prompts_per_task, task_configs
+from opd.training.setup import objective_from_config
 
 
 def validate(config: Config) -> list[str]:
@@ -41,7 +41,7 @@ def validate(config: Config) -> list[str]:
         further += split
         valid_config = with_settings(valid_config, task_order="alternate")
     try:
-        objective = configured_objective(valid_config)
+        objective = objective_from_config(valid_config)
     except InvalidInput as error:
         further.append(str(error))
     else:
@@ -54,38 +54,6 @@ def validate(config: Config) -> list[str]:
     ]
     problems += [message for message in further if not invalid & invalid_names([message])]
     return list(dict.fromkeys(problems))
-
-
-def configured_objective(config: Config) -> Objective:
-    """Build the configured objective.
-
-    Args:
-        config: Settings of the run.
-
-    Returns:
-        The objective.
-
-    Raises:
-        InvalidInput: The denominator is unknown, or `build_objective` refuses the settings.
-    """
-    loss = config.objective
-    if loss.denominator not in DENOMINATORS:
-        raise InvalidInput(
-            f"unknown denominator {loss.denominator!r}; known: {', '.join(DENOMINATORS)}"
-        )
-    return build_objective(
-        loss.objective,
-        loss.gamma,
-        loss.baseline,
-        loss.ratio,
-        beta=loss.beta,
-        clip=loss.ppo_clip,
-        ratio_clip=math.inf if loss.ratio_clip is None else loss.ratio_clip,
-        reward_weight=loss.reward_weight,
-        reward_baseline=loss.reward_baseline,
-        mask_scope=loss.mask_scope,
-        allow_collapse=loss.allow_collapse,
-    )
 
 
 def process_problems(config: Config) -> Iterator[str]:
@@ -116,7 +84,9 @@ def teacher_problems(config: Config, objective: Objective) -> Iterator[str]:
     """Report teachers that do not go with other settings, for all tasks."""
     configs = task_configs(config)
     teachers = list(dict.fromkeys(task_config.teacher for task_config in configs))
-    if config.hardware.teacher_weights != "saved" and all(map(is_url, teachers)):
+    if config.hardware.teacher_weights != "saved" and all(
+        teacher_type(teacher) is ServerTeacher for teacher in teachers
+    ):
         yield (
             f"teacher_weights is {config.hardware.teacher_weights}, but no teacher runs in this "
             "process; set it to saved: quantisation of a server's model is configured in the server"
@@ -133,53 +103,63 @@ def teacher_problems(config: Config, objective: Objective) -> Iterator[str]:
             "lora_rank, or choose another teacher"
         )
     for task_config in configs:
-        if is_url(task_config.teacher):
-            yield from remote_problems(task_config, objective)
+        yield from capability_problems(task_config, objective)
 
 
-def remote_problems(config: Config, objective: Objective) -> Iterator[str]:
-    """Report settings that need more than a teacher on a server provides.
+def capability_problems(config: Config, objective: Objective) -> Iterator[str]:
+    """Report settings that need more than the teacher provides.
 
     Args:
-        config: Settings of a run or task whose teacher is a server.
+        config: Settings of a run or task.
         objective: Its objective.
 
     Yields:
-        The messages.
+        The messages; each names an alternative.
     """
-    loss = config.objective
+    loss, needs = config.objective, objective.requirements
+    capabilities = teacher_type(config.teacher).capabilities
     alternatives = "teacher_topk, sampled_token or one of their variants"
-    for unsupported, feature, remedy in (
+    for needed, capability, feature, remedy in (
         (
-            objective.support in ("student", "union"),
+            needs.support in ("student", "union"),
+            Capability.CHOSEN_IDS,
             f"objective {loss.objective}, which needs its log-probabilities of the student's ids",
             alternatives,
         ),
         (
-            objective.support == "full" or objective.distributions,
+            needs.support == "full" or needs.distributions,
+            Capability.DISTRIBUTIONS,
             f"objective {loss.objective} with baseline {loss.baseline}, which needs its full "
             "distribution",
             alternatives,
         ),
         (
             config.rollout.temperature != 1,
+            Capability.DISTRIBUTIONS,
             f"temperature {config.rollout.temperature}, because servers return log-probabilities "
             "at 1",
             "temperature 1",
         ),
-        (loss.map_eos, "map_eos, which needs scores of unsampled ids", "map_eos off"),
+        (
+            loss.map_eos,
+            Capability.CHOSEN_IDS,
+            "map_eos, which needs scores of unsampled ids",
+            "map_eos off",
+        ),
         (
             loss.entropy_top_fraction < 1,
+            Capability.DISTRIBUTIONS,
             "entropy_top_fraction, which needs full distributions",
             "entropy_top_fraction 1",
         ),
         (
-            bool(config.record.probe_every),
+            config.record.probe_every > 0,
+            Capability.HIDDEN_STATES,
             "probe_every, which needs its hidden states",
             "probe_every 0",
         ),
     ):
-        if unsupported:
+        if needed and capability not in capabilities:
             yield (
                 f"the teacher {config.teacher} is a server and does not support {feature}; use "
                 f"{remedy}, or a teacher in this process"

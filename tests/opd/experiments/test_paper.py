@@ -15,13 +15,13 @@ from opd.experiments.paper import (
     cell_arguments,
 )
 from opd.training.multitask import task_configs
-from opd.training.setup import objective_from_config
+from opd.training.validation import validate
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_the_settings_of_its_name(method: str) -> None:
     config = parse_arguments(["lab", *SHARED_SETTINGS, *METHODS[method], "--seed", "3"]).settings
-    objective_from_config(config)
+    assert validate(config) == []
     assert config.optimizer.updates_per_batch == 2
     assert bool(config.objective.mask) == method.removesuffix("_top_p").endswith("_mask")
     is_top_k = not method.startswith("sampled")
@@ -47,7 +47,7 @@ def cell_config(group: str, method: str, root: Path) -> Config:
     config = parse_arguments(
         [str(x) for x in cell_arguments(group, 3, method, root, Path("place"))]
     ).settings
-    objective_from_config(config)
+    assert validate(config) == []
     assert config.out == str(root / group / f"{method}-3")
     assert config.seed == 3
     return config
