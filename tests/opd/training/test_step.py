@@ -382,4 +382,4 @@ def test_updates_need_a_score_that_knows_how_far_the_student_moved(tiny_pair, tm
     with pytest.raises(
         ValueError, match="updates_per_batch is 3; it must be a divisor of prompts_per_step"
     ):
-        one_step_config(tiny_pair, tmp_path / "run", updates_per_batch=3)
+        train(one_step_config(tiny_pair, tmp_path / "run", updates_per_batch=3))
