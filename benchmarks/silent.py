@@ -26,6 +26,7 @@ from opd.data.prompts import encode_prompt
 from opd.models.forward import response_hidden_states
 from opd.models.model import CausalLM, split_head
 from opd.objectives.factory import make_objective
+from opd.objectives.inputs import TokenInputs
 from opd.scoring import score
 from opd.scoring.score import ScoredBatch
 from opd.teachers.factory import make_pairs
@@ -248,10 +249,11 @@ def mean_of_micro_batch_means() -> Iterator[None]:
         groups[:] = [len(loss.micro_batches[index])]
         return accumulate(state, task, loss, index, weight)
 
-    def loss(pair: Any, objective: Any, hidden: Any, teacher: Any, part: Any, credit: Any,
-             weight: Tensor, **settings: Any) -> Tensor:  # fmt: skip
-        even = torch.full_like(weight, 1 / len(weight) / groups[0])
-        return plain(pair, objective, hidden, teacher, part, credit, even, **settings)
+    def loss(
+        student: Any, objective: Any, hidden: Any, inputs: TokenInputs, **settings: Any
+    ) -> Tensor:
+        even = torch.full_like(inputs.weight, 1 / len(inputs.weight) / groups[0])
+        return plain(student, objective, hidden, replace(inputs, weight=even), **settings)
 
     with (
         patch.object(update, "loss_from_hidden", loss),

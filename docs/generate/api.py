@@ -1,45 +1,29 @@
 """The page of the API reference: one entry for every public name."""
 
-PUBLIC = {
-    "diagnostics": {
-        "Monitor": "diagnostics.monitor",
-        "PANEL": "diagnostics.catalogue",
-        "Alarms": "diagnostics.alarms.alarms",
-        "Rollouts": "diagnostics.batch",
-        "ScoredRollouts": "diagnostics.batch",
-        "Support": "diagnostics.batch",
-        "from_logits": "diagnostics.adapters.from_logits",
-        "bootstrap_interval": "diagnostics.stats",
-        "to_file": "diagnostics.records.sinks",
-    },
-    "opd": {
-        "Config": "opd.config.settings",
-        "train": "opd.training.train",
-        "load_pair": "opd.teachers.pair",
-        "ModelPair": "opd.teachers.pair",
-        "OBJECTIVES": "opd.objectives.catalogue",
-        "Objective": "opd.objectives.catalogue",
-    },
-}
-"""Package -> its public names and the modules that define them."""
+import diagnostics
+import opd
 
 HEADER = """# API
 
 *Generated from the public names by `python -m docs.generate`; the descriptions are the docstrings.*
 
-These names are the interface of the library. Everything else may change without notice: modules are
-private even where their names have no underscore.
+Modules are private; only names exported by `opd` and `diagnostics` are stable. Import them from
+these two packages: `from opd import train`. Everything else may change without notice. The page
+[Settings](settings.md) describes the fields of `Config`.
 """
 
-OPTIONS = {"Config": ["members: false", "show_attributes: false"]}
-"""Name -> options of its entry."""
+OPTIONS = {"Config": "members: false"}
+"""Name -> option of its entry; the settings have a page of their own."""
 
 
 def page() -> str:
-    """Return the page in Markdown, with the directives of mkdocstrings."""
+    """Return the page in Markdown, with the directives of mkdocstrings; functions come first."""
     lines = [HEADER]
-    for package, names in PUBLIC.items():
-        lines += [f"## {package}", ""]
-        for name, module in names.items():
-            lines += [f"::: {module}.{name}", ""]
+    for package in (opd, diagnostics):
+        lines += [f"## {package.__name__}", ""]
+        names = [name for name in package.__all__ if name != "__version__"]
+        for name in sorted(names, key=lambda name: (name[0].isupper(), name)):
+            lines += [f"::: {package.MODULES[name]}.{name}"]
+            lines += [f"    options:\n      {OPTIONS[name]}"] if name in OPTIONS else []
+            lines += [""]
     return "\n".join(lines).rstrip() + "\n"

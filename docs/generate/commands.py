@@ -19,11 +19,16 @@ SUBCOMMANDS = {"study": ("study list", "study show", "study run")}
 
 
 def help_text(command: str) -> str:
-    """Return what `opd COMMAND --help` prints on a terminal of 88 columns without colours."""
+    """Return what `opd COMMAND --help` prints on a terminal of 88 columns, with two processors."""
     name, *words = command.split()
     text = io.StringIO()
     terminal = {"COLUMNS": "88", "NO_COLOR": "1", "TERM": "dumb"}
-    with patch.dict(os.environ, terminal), redirect_stdout(text), suppress(SystemExit):
+    with (
+        patch.dict(os.environ, terminal),
+        patch("os.cpu_count", return_value=2),
+        redirect_stdout(text),
+        suppress(SystemExit),
+    ):
         import_module(COMMANDS[name][0]).main([*words, "--help"])
     return "\n".join(line.rstrip() for line in text.getvalue().strip().splitlines())
 

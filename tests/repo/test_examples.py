@@ -21,7 +21,7 @@ from opd import Config, train
 from opd.config.settings import with_settings
 from opd.data.tasks import load_task
 from opd.runtime.seeds import ROLLOUT, derive_seed
-from tests.helpers.paths import EXAMPLES
+from tests.helpers.paths import EXAMPLES, ROOT
 from tests.helpers.runs import settings
 
 STEPS = 2
@@ -54,7 +54,7 @@ def test_trl_is_attached(
 def run(tiny_pair, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
     """A run with the settings of the examples."""
     fields: dict[str, Any] = {"steps": STEPS, "prompts_per_step": 2, "group_size": 2}
-    fields |= {"max_response": 12, "lr": 1e-3, "weight_decay": 0.01}
+    fields |= {"max_response": 12, "support_k": 16, "lr": 1e-3, "weight_decay": 0.01}
     fields |= {"max_grad_norm": 1e9, "eval_every": 0, "full_metrics_every": 1}
     config = settings(tiny_pair, tmp_path_factory.mktemp("runs") / "run", **fields)
     train(with_settings(config, objective="teacher_topk"))
@@ -69,26 +69,45 @@ def questions_of_steps(config: Config) -> Iterator[list[str]]:
         yield [problem.prompt for problem in task.train(step, config.data.prompts_per_step)]
 
 
-def run_example(name: str, tiny_pair: tuple[Path, Path], questions: Any) -> dict[str, Any]:
+def run_example(code: str, tiny_pair: tuple[Path, Path], questions: Any) -> dict[str, Any]:
     """Run an example on other questions, with the tiny pair as its lab, and return its names."""
-    folder = tiny_pair[0].parent / "lab-tiny"
-    folder.mkdir(exist_ok=True)
-    for role, path in zip(("student", "teacher"), tiny_pair, strict=True):
-        if not (folder / role).exists():
-            (folder / role).symlink_to(path)
-    tree = ast.parse((EXAMPLES / name).read_text())
+    for lab in ("lab", "lab-tiny"):
+        folder = tiny_pair[0].parent / lab
+        folder.mkdir(exist_ok=True)
+        for role, path in zip(("student", "teacher"), tiny_pair, strict=True):
+            if not (folder / role).exists():
+                (folder / role).symlink_to(path)
+    tree = ast.parse(code)
     tree.body = [x for x in tree.body if "my_questions =" not in ast.unparse(x).split("\n")[0]]
-    namespace: dict[str, Any] = {"my_questions": questions}
-    exec(compile(tree, name, "exec"), namespace)
+    namespace: dict[str, Any] = {"my_questions": questions, "my_optimizer": my_optimizer}
+    exec(compile(tree, "example", "exec"), namespace)
     return namespace
 
 
+def my_optimizer(weights: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(weights, lr=1e-3)
+
+
+TRAINING = {
+    "examples/train_from_python.py": (EXAMPLES / "train_from_python.py").read_text(),
+    "README.md": re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[0],
+}
+
+
+def test_the_quick_starts_are_short() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    for block in blocks:
+        assert len([line for line in block.splitlines() if line]) <= 10
+
+
+@pytest.mark.parametrize("file", TRAINING)
 def test_training_from_python_takes_the_steps_of_the_trainer(
-    run: tuple[Config, Path], tiny_pair, monkeypatch: pytest.MonkeyPatch
+    file: str, run: tuple[Config, Path], tiny_pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, folder = run
     monkeypatch.chdir(tiny_pair[0].parent)
-    names = run_example("train_from_python.py", tiny_pair, questions_of_steps(config))
+    code = TRAINING[file].replace("max_response=256", "max_response=12, group_size=2")
+    names = run_example(code, tiny_pair, questions_of_steps(config))
     trained = load_file(folder / "final" / "model.safetensors")
     weights, initial = (
         names["pair"].student.network.state_dict(),
@@ -108,7 +127,8 @@ def test_a_scored_batch_has_the_panel_of_a_run(
     config, folder = run
     monkeypatch.chdir(tiny_pair[0].parent)
     questions = next(questions_of_steps(config))
-    names = run_example("score_batch.py", tiny_pair, questions)
+    code = (EXAMPLES / "score_batch.py").read_text()
+    names = run_example(code, tiny_pair, questions)
     saved = load_batch(folder / "batches" / "step_000000.safetensors")
     scored, row = names["batch"].scored, names["row"]
     assert torch.equal(scored.tokens, saved.tokens)

@@ -47,6 +47,9 @@ GENERATED_HELP = ("docs/commands.md",)
 
 PACKAGES = ("opd", "diagnostics", "synthetic", "figures")
 TOP_FOLDERS = (*PACKAGES, "tests", "benchmarks", "examples", "docs")
+INDENTED = r"(?<=\n\n)((?: {4}[^\n]*\n)+)"
+"""Code blocks without fences."""
+
 REMOVED = re.compile(r"opd\.verl_\w+")
 """Former modules, which CHANGELOG and docs/verl.md name beside the present ones."""
 
@@ -54,7 +57,7 @@ REMOVED = re.compile(r"opd\.verl_\w+")
 def block_lines(text: str) -> Iterator[str]:
     """Yield the lines of code blocks, with continued lines joined."""
     fenced = re.findall(r"^```(?!text)[^\n]*\n(.*?)^```", text, re.S | re.M)
-    indented = re.findall(r"(?<=\n\n)((?: {4}[^\n]*\n)+)", without_fences(text))
+    indented = re.findall(INDENTED, without_fences(text))
     for block in (*fenced, *indented):
         yield from (line.strip() for line in re.sub(r"\\\n\s*", " ", block).splitlines())
 
@@ -178,13 +181,15 @@ def test_paths_exist() -> None:
 
 
 def defined_names(module: Path) -> set[str]:
-    """Return the names that a module defines or imports at its top level."""
+    """Return the names that a module defines, imports or exports at its top level."""
     names: set[str] = set()
     for node in ast.parse(module.read_text()).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             names.add(node.name)
         elif isinstance(node, ast.Import | ast.ImportFrom):
             names |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            names |= set(ast.literal_eval(node.value))
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             names |= {
@@ -272,8 +277,11 @@ def test_generated_pages_are_up_to_date(name: str) -> None:
 def test_readme_is_short() -> None:
     text = DOCUMENTS["README.md"]
     assert len(text.split()) <= 1000
-    for block in re.findall(r"```python\n(.*?)```", text, re.S):
-        assert len(block.splitlines()) <= 10
+    blocks = [*re.findall(r"```python\n(.*?)```", text, re.S), *re.findall(INDENTED, text)]
+    assert len(blocks) > 5
+    for block in blocks:
+        lines = [line for line in block.splitlines() if line.strip()]
+        assert sum(not line.startswith(("from ", "import ")) for line in lines) <= 10
 
 
 def test_hooks_run_what_make_lint_runs() -> None:

@@ -13,7 +13,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_ten_lines_instrument_a_strangers_run(capsys: pytest.CaptureFixture[str]) -> None:
-    code = re.search(r"```python\n(.*?)```", README, re.S).group(1)
+    _, code = re.findall(r"```python\n(.*?)```", README, re.S)
     b = batch()
     names = ("tokens", "mask", "student_logp", "teacher_logp", "sampler_logp", "prompt", "ended")
     step = {name: vars(b)[name] for name in names}

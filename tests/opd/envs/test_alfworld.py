@@ -103,6 +103,6 @@ def test_a_student_plays_it(tiny_pair, tmp_path: Path) -> None:
         eval_every=0,
         eval_problems=1,
     )
-    [row] = rows(train_run(config))
+    [row] = rows(train_run(config).folder)
     assert row["episodes/turns"] == 2
     assert row["episodes/failed_share"] == 0

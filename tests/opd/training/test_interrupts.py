@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,14 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(HfEngine, "close", recording_close)
     return names
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Let SIGINT raise KeyboardInterrupt; a process started in the background ignores it."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
@@ -68,7 +77,7 @@ def test_an_exception_between_two_steps_releases_everything(
 
 
 def test_a_signal_at_any_moment_leaves_a_run_that_resumes(
-    tiny_pair, tmp_path: Path, events: list[str]
+    tiny_pair, tmp_path: Path, events: list[str], ctrl_c: None
 ) -> None:
     """Ctrl-C in a notebook: the signal arrives somewhere in the third step or later."""
     config = settings(tiny_pair, tmp_path / "cut", steps=6, save_every=1)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from opd.config.settings import Config
 from opd.teachers.factory import make_pair
+from opd.teachers.teacher import teacher_type
 from opd.training.checks.same_weights import refuse_same_weights
 from opd.training.train import train
 from tests.helpers.runs import settings
@@ -81,4 +82,5 @@ def test_one_of_several_tasks_may_hold_the_student_where_it_began(tiny_pair, tmp
 def test_teachers_made_of_the_student_and_servers_have_rules_of_their_own(tiny_pair) -> None:
     for teacher in ("base", "ema", "http://localhost:1/v1"):
         config = Config(student=str(tiny_pair[0]), teacher=teacher, out="o")
-        refuse_same_weights([config], [SimpleNamespace()])  # looks at no weights
+        # looks at no weights
+        refuse_same_weights([config], [SimpleNamespace(teacher=teacher_type(teacher))])
