@@ -24,7 +24,7 @@ from diagnostics.core.totals import compute
 from diagnostics.metrics.consistency import sampler_weights
 from diagnostics.records import rows
 from diagnostics.records.batch_files import load_batch
-from opd.config.settings import Config
+from opd.config.settings import Config, with_settings
 from opd.training.train import train
 
 PARTS = ("rollout", "score", "update", "record")
@@ -33,17 +33,14 @@ PARTS = ("rollout", "score", "update", "record")
 def measure_run(args: Any, lag: int) -> list[dict[str, float]]:
     """Return the rows of one run from the third step on, when the policy lag is constant."""
     with tempfile.TemporaryDirectory() as folder:
-        config = Config(
-            student=args.student,
-            teacher=args.teacher,
-            out=folder,
+        config = with_settings(
+            Config(student=args.student, teacher=args.teacher, out=folder, steps=args.steps),
             engine="servers",
             rollout_servers=tuple(args.urls),
             rollout_lag=lag,
             objective="sampled_token",
             ratio="token",
             lr=args.lr,
-            steps=args.steps,
             prompts_per_step=args.prompts,
             group_size=4,
             max_prompt=128,

@@ -26,7 +26,7 @@ from diagnostics.alarms.rules import RULES
 from diagnostics.errors import InvalidInput
 from diagnostics.records import rows
 from diagnostics.records.rows import Row
-from opd.config.settings import Config
+from opd.config.settings import Config, with_settings
 from opd.lab.build import make_tokenizer
 from opd.training import train
 
@@ -142,7 +142,7 @@ def run_with_fault(pair: tuple[str, str], out: Path, seed: int, steps: int, faul
     prepared = fault.prepare(out, pair)
     settings = run_settings(pair, out, seed, steps) | dict(fault.settings) | dict(prepared)
     with fault.patched():
-        train.train(Config(**settings))
+        train.train(with_settings(Config(student="", teacher="", out=""), **settings))
 
 
 def run_outcome(pair: tuple[str, str], out: Path, steps: int, fault: Fault) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from diagnostics.monitor import PANEL, Metric
 from diagnostics.records import rows
 from diagnostics.records.batch_files import load_batch
 from diagnostics.records.rows import Row
-from opd.config.settings import Config
+from opd.config.settings import Config, with_settings
 from opd.training import train
 
 PAIRS = {
@@ -41,15 +41,17 @@ PAIRS = {
 
 def make_config(folder: Path, name: str, args: Any) -> Config:
     """Return the settings of a run."""
-    return Config(
-        student=str(folder / "student"),
-        teacher=str(folder / "teacher"),
-        out=str(folder / name),
+    return with_settings(
+        Config(
+            student=str(folder / "student"),
+            teacher=str(folder / "teacher"),
+            out=str(folder / name),
+            steps=args.steps + 1,
+        ),
         task=str(folder / "task.jsonl"),
         prompts_per_step=args.rows,
         group_size=1,
         max_response=args.response,
-        steps=args.steps + 1,
         lr=1e-6,
         eval_every=0,
         eval_problems=1,

@@ -22,6 +22,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from opd.config.settings import with_settings
+
 KINDS = ("trl", "full_reverse_kl", "teacher_topk")
 
 
@@ -122,17 +124,19 @@ def run_toolkit(args: Any) -> dict[str, float]:
     from opd.config.settings import Config
     from opd.training import train as trainer
 
-    config = Config(
-        student=str(args.folder / "student"),
-        teacher=str(args.folder / "teacher"),
-        out=str(args.folder / f"run-{args.kind}"),
+    config = with_settings(
+        Config(
+            student=str(args.folder / "student"),
+            teacher=str(args.folder / "teacher"),
+            out=str(args.folder / f"run-{args.kind}"),
+            steps=args.steps + 1,
+        ),
         task=str(args.folder / "task.jsonl"),
         objective=args.kind,
         support_k=32,
         prompts_per_step=args.rows,
         group_size=1,
         max_response=args.response,
-        steps=args.steps + 1,
         lr=1e-6,
         eval_every=0,
         save_every=0,

@@ -6,18 +6,21 @@ paper's claims next to the measurements recorded here, and `gallery` lists every
 caption and the related claims. --refresh runs the experiment and records its table first.
 """
 
-import argparse
 import hashlib
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from glob import glob
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+from tyro.conf import Positional
 
 from diagnostics.errors import InvalidInput, MissingFile, OperationFailed
-from diagnostics.io.command import run_command
+from diagnostics.io.command import parse_options, run_command
 from diagnostics.io.module_process import module_command
 from diagnostics.io.provenance import code_state, package_version
 from diagnostics.io.recorded_data import writable_data
@@ -41,6 +44,39 @@ DOCUMENTS = {"claims": "claims.md", "gallery": "README.md"}
 """Documents generated from the recorded tables, and their file names."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class FigureOptions:
+    """Draw figures from recorded tables, in seconds and without torch.
+
+    NAME is the name of a figure. Its table is figures/data/NAME.csv unless --table or --run is
+    given. `paper` draws the figures and tables of the paper and `all` every figure. `claims` writes
+    the paper's claims next to the measurements recorded here, and `gallery` lists every figure with
+    its caption and the related claims.
+    """
+
+    name: Annotated[
+        Positional[str],
+        tyro.conf.arg(
+            metavar="NAME",
+            help=f"{', '.join(figure_names())}; paper, all, claims, or gallery",
+        ),
+    ] = "all"
+    table: Path | None = None
+    """draw this table instead of the recorded one"""
+    run: Annotated[
+        tuple[Path, ...],
+        tyro.conf.arg(help=f"run folders to draw, for {', '.join(RUN_FIGURES)}"),
+    ] = ()
+    out: Path = Path("results/figures")
+    """folder of the drawings"""
+    update_data: bool = False
+    """also save the table of --run in figures/data"""
+    data_folder: Path | None = None
+    """folder in which --update-data and --refresh save tables"""
+    refresh: bool = False
+    """run the experiment and record its table first"""
+
+
 def main(argv: list[str]) -> None:
     """Run `opd figures [NAME|paper|all|claims|gallery] [--run DIR ...] [--table CSV] [--refresh]`.
 
@@ -50,68 +86,51 @@ def main(argv: list[str]) -> None:
     Raises:
         InvalidInput: The arguments contradict each other.
     """
-    parser = argparse.ArgumentParser(prog="opd figures", description=__doc__)
-    name_help = f"{', '.join(figure_names())}; paper, all, claims, or gallery"
-    parser.add_argument("name", nargs="?", default="all", help=name_help)
-    parser.add_argument("--table", type=Path, help="draw this table instead of the recorded one")
-    parser.add_argument(
-        "--run", type=Path, nargs="+", help="run folders to draw, for " + ", ".join(RUN_FIGURES)
-    )
-    parser.add_argument("--out", type=Path, default=Path("results/figures"))
-    parser.add_argument(
-        "--update-data", action="store_true", help="also save the table of --run in figures/data"
-    )
-    parser.add_argument(
-        "--data-folder", type=Path, help="folder in which --update-data and --refresh save tables"
-    )
-    parser.add_argument(
-        "--refresh", action="store_true", help="run the experiment and record its table first"
-    )
-    args = parser.parse_args(argv)
-    if args.name in DOCUMENTS:
-        args.out.mkdir(parents=True, exist_ok=True)
-        path = args.out / DOCUMENTS[args.name]
-        path.write_text(import_module(f"figures.claims.{args.name}").render_markdown(DATA))
+    options = parse_options(FigureOptions, argv, "opd figures")
+    if options.name in DOCUMENTS:
+        options.out.mkdir(parents=True, exist_ok=True)
+        path = options.out / DOCUMENTS[options.name]
+        path.write_text(import_module(f"figures.claims.{options.name}").render_markdown(DATA))
         print(path)
         return
-    names = {"all": figure_names(), "paper": list(PAPER_FIGURES)}.get(args.name, [args.name])
-    if args.table and len(names) > 1:
+    names = {"all": figure_names(), "paper": list(PAPER_FIGURES)}.get(options.name, [options.name])
+    if options.table and len(names) > 1:
         raise InvalidInput(
-            f"--table {args.table} needs the name of a single figure, got {', '.join(names)}"
+            f"--table {options.table} needs the name of a single figure, got {', '.join(names)}"
         )
-    if args.run and not set(names) <= {*RUN_FIGURES, "phase"}:
+    if options.run and not set(names) <= {*RUN_FIGURES, "phase"}:
         raise InvalidInput(
             "--run needs the name of a single figure of run folders: "
             f"{', '.join(RUN_FIGURES)}, phase"
         )
-    if args.update_data and names == ["phase"]:
+    if options.update_data and names == ["phase"]:
         raise InvalidInput(
             "--update-data cannot be used with phase: its recorded table is that of the study"
         )
-    if args.update_data and not args.run:
+    if options.update_data and not options.run:
         raise InvalidInput("--update-data saves the table of --run; add --run")
-    if args.refresh and args.run:
+    if options.refresh and options.run:
         raise InvalidInput("--refresh trains its own runs; remove --run")
-    if args.data_folder and not (args.update_data or args.refresh):
+    if options.data_folder and not (options.update_data or options.refresh):
         raise InvalidInput(
-            f"--data-folder {args.data_folder} is where tables are saved; add --update-data or "
+            f"--data-folder {options.data_folder} is where tables are saved; add --update-data or "
             "--refresh, or read one of its tables with --table"
         )
     data = DATA
-    if args.update_data or args.refresh:
-        option = "--update-data" if args.update_data else "--refresh"
-        data = writable_data(args.data_folder, option)
+    if options.update_data or options.refresh:
+        option = "--update-data" if options.update_data else "--refresh"
+        data = writable_data(options.data_folder, option)
     for name in names:
-        if args.refresh:
+        if options.refresh:
             refresh_table(name, data)
-        if args.run:
-            table = collect_table(name, args.run)
+        if options.run:
+            table = collect_table(name, list(options.run))
         else:
-            table = load_figure_table(name, args.table or table_path(name, data))
-        for path in render_figure(name, table, args.out):
+            table = load_figure_table(name, options.table or table_path(name, data))
+        for path in render_figure(name, table, options.out):
             print(path)
-        if args.update_data:
-            record_table(name, table, args.run, data)
+        if options.update_data:
+            record_table(name, table, list(options.run), data)
 
 
 def refresh_table(name: str, data: Path) -> None:

@@ -1,11 +1,14 @@
-"""How a command ends: user errors in one line; a closed pipe and Ctrl-C without output."""
+"""How a command begins and ends: its options; user errors in one line; a closed pipe; Ctrl-C."""
 
 import errno
 import os
 import sys
 from collections.abc import Callable
+from typing import TypeVar
 
 from diagnostics.errors import UserError
+
+Options = TypeVar("Options")
 
 EXIT_CLOSED_PIPE, EXIT_INTERRUPTED = 141, 130
 """Exit codes: 128 plus the number of the signal, as a shell reports them."""
@@ -53,3 +56,22 @@ def run_command(program: str, command: Callable[[], object]) -> None:
         raise SystemExit(
             f"{program}: {error.filename}: {error.strerror}; {REMEDIES[error.errno]}"
         ) from error
+
+
+def parse_options(options: type[Options], arguments: list[str], program: str) -> Options:
+    """Parse the arguments of a command into a dataclass, whose attribute docstrings are the help.
+
+    Fields that are dataclasses form a group of options, without a prefix.
+
+    Args:
+        options: The dataclass.
+        arguments: The arguments; --help prints the help and exits.
+        program: The command, for messages.
+
+    Returns:
+        The options.
+    """
+    import tyro
+
+    markers = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+    return tyro.cli(options, args=arguments, prog=program, config=markers)

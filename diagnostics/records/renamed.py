@@ -31,6 +31,29 @@ SETTINGS = {
 }
 """Former name of a setting of `opd train` -> its present name."""
 
+SETTING_GROUPS = (
+    "data",
+    "rollout",
+    "objective",
+    "optimizer",
+    "evaluation",
+    "record",
+    "hardware",
+    "remote_teacher",
+    "rollout_servers",
+    "games",
+)
+"""Groups in which a config.json holds settings; in former ones the settings were not grouped."""
+
+EVALUATION_SETTINGS = {
+    "drop": "skip_long_prompts",
+    "problems": "eval_problems",
+    "samples": "eval_samples",
+    "temperature": "eval_temperature",
+    "top_p": "eval_top_p",
+}
+"""Former name of an option of `opd eval` -> its present name."""
+
 TASKS = {"env:rooms": "env:household"}
 """Former name of a task -> its present name."""
 
@@ -98,8 +121,19 @@ def present_lab_settings(settings: Any) -> Any:
 
 
 def present_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a config.json under their present names, those of tasks included."""
-    renamed = {SETTINGS.get(name, name): value for name, value in settings.items()}
+    """Return the settings of a config.json by their present names, those of tasks included.
+
+    Args:
+        settings: Content of a config.json, in groups or flat, under present or former names.
+
+    Returns:
+        The settings without groups.
+    """
+    flat = dict(settings)
+    for group in SETTING_GROUPS:
+        if isinstance(flat.get(group), Mapping):
+            flat |= flat.pop(group)
+    renamed = {SETTINGS.get(name, name): value for name, value in flat.items()}
     for name in ("task", "eval_task"):
         if isinstance(renamed.get(name), str):
             renamed[name] = TASKS.get(renamed[name], renamed[name])
@@ -109,6 +143,21 @@ def present_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
             for task in renamed["tasks"]
         ]
     return renamed
+
+
+def present_evaluation_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the recorded options of `opd eval` by their present names.
+
+    Args:
+        settings: Options under present or former names.
+
+    Returns:
+        The options; a former `whole` is an `eval_task`.
+    """
+    present = {EVALUATION_SETTINGS.get(name, name): value for name, value in settings.items()}
+    if present.pop("whole", False):
+        present["eval_task"] = present.pop("task", "")
+    return present_settings(present)
 
 
 def refuse_renamed_options(

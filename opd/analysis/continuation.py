@@ -61,7 +61,7 @@ def probe_continuation(
     pair = make_pair(config)
     student = load_trained_student(run, config) if trained else pair.student
     task = load_problem_task(config, pair)
-    prompts = encode_prompts(pair.tokenizer, task.test(count), 1, config.max_prompt).to(
+    prompts = encode_prompts(pair.tokenizer, task.test(count), 1, config.data.max_prompt).to(
         student.device
     )
 
@@ -71,26 +71,26 @@ def probe_continuation(
             inputs,
             response_eos_ids(pair),
             max_response=budget,
-            temperature=config.temperature,
+            temperature=config.rollout.temperature,
             top_p=1.0,
             generator=torch.Generator().manual_seed(derive_seed(config.seed, length, CONTINUATION)),
-            generation_batch_size=config.generation_batch_size,
+            generation_batch_size=config.rollout.generation_batch_size,
         )
 
-    student_rollouts = sample_responses(student, prompts, config.max_response, 0)
+    student_rollouts = sample_responses(student, prompts, config.rollout.max_response, 0)
     student_correct = grade_correct(
         pair, student_rollouts.tokens, student_rollouts.mask, prompts.answers, task
     )
     result_rows = []
     for length in sorted(set(lengths)):
         row_indices = (student_rollouts.mask.sum(1) > length).nonzero()[:, 0].tolist()
-        if not row_indices or length >= config.max_response:
+        if not row_indices or length >= config.rollout.max_response:
             continue
         prefix_prompts = append_prefix(
             prompts.rows(row_indices), student_rollouts.tokens[row_indices, :length]
         )
         continuation = sample_responses(
-            pair.teacher.model, prefix_prompts, config.max_response - length, 1 + length
+            pair.teacher.model, prefix_prompts, config.rollout.max_response - length, 1 + length
         )
         tokens = torch.cat([student_rollouts.tokens[row_indices, :length], continuation.tokens], 1)
         mask = torch.cat([student_rollouts.mask[row_indices, :length], continuation.mask], 1)

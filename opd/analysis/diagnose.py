@@ -5,7 +5,6 @@ given, records that hold only tokens and prompt_tokens are scored first, so that
 available. Shapes: B responses, T response positions, P prompt positions.
 """
 
-import argparse
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -123,19 +122,40 @@ def access_levels(batch: "ScoredRollouts") -> dict[str, int]:
     return level_by_metric
 
 
-def diagnose_records(path: Path, pair: "ModelPair | None", args: argparse.Namespace) -> PanelResult:
-    """Compute the metrics of a records file, scored by `pair` if one is given."""
+def diagnose_records(
+    path: Path,
+    pair: "ModelPair | None" = None,
+    *,
+    task: str | None = None,
+    k: int = 16,
+    temperature: float | None = None,
+) -> PanelResult:
+    """Compute the metrics of a records file.
+
+    Args:
+        path: The file.
+        pair: Models that score the records; None uses the log-probabilities in the file.
+        task: Use only the records of this task.
+        k: Size of the teacher's top-K when scoring.
+        temperature: Temperature when scoring; None for the records' score_temperature.
+
+    Returns:
+        See `compute_panel`.
+
+    Raises:
+        InvalidInput: There are no rows of the task, or the models cannot score the records.
+    """
     from diagnostics.records.reader import Records
 
-    records = Records(path, task=args.task)
+    records = Records(path, task=task)
     batches: Iterable[ScoredRollouts] = records
     if pair is not None:
-        batches = rescore_records(records, pair, args.k, args.temperature)
+        batches = rescore_records(records, pair, k, temperature)
     elif not records.columns >= {"student_logp", "teacher_logp"}:
         records.notes["scores"] = "--student and --teacher add the missing log-probabilities"
     result = compute_panel(batches, records.notes)
     if not result.row:
-        raise InvalidInput(f"{path} has no rows of task {args.task!r}")
+        raise InvalidInput(f"{path} has no rows of task {task!r}")
     if records.unused:
         records.notes["unused"] = f"unused columns: {', '.join(records.unused)}"
     return result

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diagnostics.errors import InvalidInput
+from opd.serving.addresses import is_url
 
 if TYPE_CHECKING:
+    from opd.config.settings import Config
     from opd.training.checks.check_result import CheckResult
 
 
@@ -24,15 +26,10 @@ def check_tasks(
 
     Returns:
         Task name -> results.
-
-    Raises:
-        InvalidInput: `task` is given too.
     """
+    from opd.config.files import read_tasks
     from opd.data.sources import Columns
-    from opd.training.multitask import read_tasks
 
-    if options.pop("task", None) is not None:
-        raise InvalidInput("give either --task or --tasks, not both")
     length, system = options.pop("max_response"), options.pop("system", "")
     return {
         task_settings.name: check_pair(
@@ -49,6 +46,52 @@ def check_tasks(
         )
         for task_settings in read_tasks(path)
     }
+
+
+def check_config(
+    config: "Config", max_response: int, **options: Any
+) -> "dict[str, list[CheckResult]]":
+    """Check the settings of a run, then the student with the teacher and prompts of each task.
+
+    A teacher without weights of its own in this process is left to the run.
+
+    Args:
+        config: Settings of the run.
+        max_response: Largest number of tokens of a sampled response.
+        **options: Arguments of `check_pair`: prompts, group, seed, device.
+
+    Returns:
+        Task name -> results; "" -> the settings, and the models of a run without tasks.
+    """
+    from opd.config.problems import separate_invalid
+    from opd.data.sources import Columns
+    from opd.training.checks.check_result import CheckResult
+    from opd.training.multitask import task_configs
+    from opd.training.validation import validate
+
+    problems = validate(config)
+    settings_results = [
+        CheckResult("settings", "fail", problem, "change the setting") for problem in problems
+    ] or [CheckResult("settings", "ok", "valid, and all of them have an effect")]
+    results: dict[str, list[CheckResult]] = {"": settings_results}
+    _, config = separate_invalid(config)
+    names = [task.name for task in config.tasks] or [""]
+    for name, task_config in zip(names, task_configs(config), strict=True):
+        if is_url(task_config.teacher) or task_config.teacher in ("base", "ema"):
+            continue
+        results[name] = results.get(name, []) + check_pair(
+            task_config.student,
+            task_config.teacher,
+            task=task_config.data.task,
+            max_response=min(max_response, task_config.rollout.max_response),
+            budget=task_config.rollout.max_response,
+            dtype=task_config.hardware.dtype,
+            columns=Columns(task_config.data.prompt_column, task_config.data.answer_column),
+            grader=task_config.data.grader,
+            system=task_config.data.system,
+            **options,
+        )
+    return results
 
 
 def check_pair(
@@ -91,7 +134,7 @@ def check_pair(
     """
     from opd.analysis import pair_checks, sample_checks
     from opd.analysis.pair_checks import load_side
-    from opd.config.settings import Config
+    from opd.config.settings import Config, with_settings
     from opd.data.chain_task import Problem
     from opd.data.prompts import encode_prompts
     from opd.data.sources import DEFAULT_COLUMNS, parse_row
@@ -128,7 +171,7 @@ def check_pair(
     try:
         if length < 1:
             raise InvalidInput("the prompts leave no positions for a response")
-        config = Config(student=student, teacher=teacher, out="doctor", dtype=dtype)  # type: ignore[arg-type]
+        config = with_settings(Config(student=student, teacher=teacher, out="doctor"), dtype=dtype)
         results += check_models([config], [sample_checks.make_pair(*sides)], sides[1].tokenizer)
         evidence = sample_checks.gather_evidence(
             *sides, problems, group=group, max_response=length, seed=seed

@@ -49,7 +49,7 @@ def probe_own_prefix(run: Path, count: int = 64, trust_remote_code: bool = False
     trained_student = load_trained_student(run, config)
     pair = make_pair(config)
     prompts = encode_prompts(
-        pair.tokenizer, load_problem_task(config, pair).test(count), 1, config.max_prompt
+        pair.tokenizer, load_problem_task(config, pair).test(count), 1, config.data.max_prompt
     ).to(pair.student.device)
     models = dict(zip(SOURCES, (pair.teacher.model, pair.student, trained_student), strict=True))
     paths = []
@@ -68,17 +68,17 @@ def sample_and_score(
         model,
         prompts,
         pair.eos,
-        max_response=config.max_response,
-        temperature=config.temperature,
+        max_response=config.rollout.max_response,
+        temperature=config.rollout.temperature,
         top_p=1.0,
         generator=torch.Generator().manual_seed(derive_seed(config.seed, 0, CONTROL)),
-        generation_batch_size=config.generation_batch_size,
+        generation_batch_size=config.rollout.generation_batch_size,
     )
     request = ScoreRequest(
-        requirements=replace(METRICS_ONLY, support_k=config.support_k),
-        temperature=config.temperature,
+        requirements=replace(METRICS_ONLY, support_k=config.objective.support_k),
+        temperature=config.rollout.temperature,
         eos_map=pair.eos_map,
-        max_tokens_per_microbatch=config.max_tokens_per_microbatch,
-        max_logits_per_chunk=config.max_logits_per_chunk,
+        max_tokens_per_microbatch=config.hardware.max_tokens_per_microbatch,
+        max_logits_per_chunk=config.hardware.max_logits_per_chunk,
     )
     return score_batch(pair.student, pair.teacher, prompts, rollouts, request).scored

@@ -1,11 +1,11 @@
 """The settings and models of a recorded run, for probes of its teacher after the run."""
 
-from dataclasses import replace
 from pathlib import Path
 
 from diagnostics.errors import InvalidInput, MissingFile
 from diagnostics.records.run_folder import RunFolder
-from opd.config.settings import Config, from_json
+from opd.config.files import read_config
+from opd.config.settings import Config, with_settings
 from opd.data.grading.graders import require_trusted_grader
 from opd.models.model import CausalLM
 from opd.teachers.factory import make_pair
@@ -28,8 +28,8 @@ def read_probed_config(run: Path, trust_remote_code: bool) -> Config:
         InvalidInput: The run has several tasks, or its teacher is not a separate local model.
     """
     path = RunFolder(run).path / "config.json"
-    config = replace(from_json(path), trust_remote_code=trust_remote_code)
-    require_trusted_grader(config.grader, path, trust_remote_code)
+    config = with_settings(read_config(path), trust_remote_code=trust_remote_code)
+    require_trusted_grader(config.data.grader, path, trust_remote_code)
     if config.tasks:
         raise InvalidInput(f"{run} has {len(config.tasks)} tasks; probes support one teacher")
     if not teacher_type(config.teacher).is_separate:
@@ -55,4 +55,4 @@ def load_trained_student(run: Path, config: Config) -> CausalLM:
     """
     if not (run / "final").exists():
         raise MissingFile(f"{run / 'final'} does not exist; finish the run first")
-    return make_pair(replace(config, student=str(run / "final"), lora_rank=0)).student
+    return make_pair(with_settings(config, student=str(run / "final"), lora_rank=0)).student

@@ -1,57 +1,71 @@
 """The `opd diagnose` command."""
 
-import argparse
 import json
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from tyro.conf import Positional
 
 from diagnostics.errors import InvalidInput
+from diagnostics.io.command import parse_options
 from opd.analysis.diagnose import LEVELS, PanelResult, batch_files, diagnose, diagnose_records
 
 RECORDS = (".jsonl", ".parquet")
 
 
+@dataclass(frozen=True, kw_only=True)
+class DiagnoseOptions:
+    """Compute the metrics of saved batches, records or a run folder."""
+
+    paths: Positional[tuple[Path, ...]]
+    """batch file, records (.jsonl, .parquet) or run folder"""
+    json: bool = False
+    """print one JSON object per file"""
+    all: bool = False
+    """all saved batches of a run folder, not only the last"""
+    student: str = ""
+    """folder or hub name; with --teacher, score the records"""
+    teacher: str = ""
+    """folder or hub name"""
+    task: str | None = None
+    """use only the records of this task"""
+    k: int = 16
+    """size of the teacher's top-K when scoring"""
+    temperature: float | None = None
+    """temperature when scoring; default: the file's, or 1"""
+    device: str = "auto"
+    """"cpu", "cuda", or "auto": cuda if available"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """data type of the weights"""
+
+
 def main(argv: list[str]) -> None:
     """Run `opd diagnose PATH [PATH ...] [--student M --teacher M] [--task NAME] [--json]`."""
-    args = parse_arguments(argv)
+    options = parse_options(DiagnoseOptions, argv, "opd diagnose")
+    if not options.paths:
+        raise InvalidInput("no file is given; see `opd diagnose --help`")
     pair = None
-    if args.student or args.teacher:
+    if options.student or options.teacher:
         from opd.teachers.pair import load_pair
 
-        pair = load_pair(args.student, args.teacher, args.device, args.dtype)
-    for path in args.paths:
+        pair = load_pair(options.student, options.teacher, options.device, options.dtype)
+    for path in options.paths:
         if path.is_file() and path.suffix in RECORDS:
-            print_result(str(path), diagnose_records(path, pair, args), as_json=args.json)
+            result = diagnose_records(
+                path, pair, task=options.task, k=options.k, temperature=options.temperature
+            )
+            print_result(str(path), result, as_json=options.json)
             continue
-        if pair is not None or args.task is not None:
+        if pair is not None or options.task is not None:
             raise InvalidInput(
                 f"{path} is not a records file; --student, --teacher and --task need records "
                 "(.jsonl or .parquet) with prompt_tokens and task"
             )
-        for file in batch_files(path, args.all):
-            print_result(str(file), diagnose(file), as_json=args.json)
-
-
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        prog="opd diagnose",
-        description="compute the metrics of saved batches, records or a run folder",
-    )
-    add = parser.add_argument
-    add("paths", nargs="+", type=Path, help="batch file, records (.jsonl, .parquet) or run folder")
-    add("--json", action="store_true", help="print one JSON object per file")
-    add("--all", action="store_true", help="all saved batches of a run folder, not only the last")
-    add("--student", default="", help="folder or hub name; with --teacher, score the records")
-    add("--teacher", default="", help="folder or hub name")
-    add("--task", help="use only the records of this task")
-    add("--k", type=int, default=16, help="size of the teacher's top-K when scoring")
-    add("--temperature", type=float, help="temperature when scoring; default: the file's, or 1")
-    add("--device", default="auto")
-    add("--dtype", default="float32", choices=("float32", "bfloat16"))
-    return parser.parse_args(argv)
+        for file in batch_files(path, options.all):
+            print_result(str(file), diagnose(file), as_json=options.json)
 
 
 def print_result(label: str, result: PanelResult, as_json: bool) -> None:

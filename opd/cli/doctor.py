@@ -1,62 +1,117 @@
 """The `opd doctor` command."""
 
-import argparse
 import json
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
+
+from tyro.conf import Positional
+
+from diagnostics.errors import InvalidInput
+from diagnostics.io.command import parse_options
+from opd.analysis.doctor import check_config, check_pair, check_tasks, results_to_json
+from opd.config.files import read_config
 
 if TYPE_CHECKING:
     from opd.training.checks.check_result import CheckResult
-from opd.analysis.doctor import check_pair, check_tasks, results_to_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorOptions:
+    """Check a student and a teacher, or all settings of a run, before training."""
+
+    student: Positional[str] = ""
+    """folder or hub name"""
+    teacher: Positional[str] = ""
+    """folder or hub name; with --tasks, for tasks that name none"""
+    config: Path | None = None
+    """file of settings, as `opd train RECIPE --show` prints them, or config.json of a run, in the
+    place of STUDENT and TEACHER; its settings are checked, and the models and prompts of its
+    tasks"""
+    tasks: Path | None = None
+    """TOML file of several tasks; each is checked"""
+    task: str | None = None
+    """"lab", a data file or a game, env:NAME; default: built-in prompts"""
+    system: str = ""
+    """system message before every prompt"""
+    prompts: int = 8
+    """number of prompts to sample from"""
+    group: int = 2
+    """responses per prompt"""
+    max_response: int = 64
+    """longest sampled response, in tokens"""
+    budget: int | None = None
+    """max_response of the planned run"""
+    seed: int = 0
+    """seed of problems and sampling"""
+    device: str = "auto"
+    """"cpu", "cuda", or "auto": cuda if available"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """data type of the weights"""
+    json: bool = False
+    """print one JSON object"""
 
 
 def main(argv: list[str]) -> None:
-    """Run `opd doctor STUDENT TEACHER [--task FILE | --tasks FILE]`; exit 1 on a failure."""
-    parser = argparse.ArgumentParser(prog="opd doctor", description=__doc__)
-    parser.add_argument("student", help="folder or hub name")
-    parser.add_argument(
-        "teacher", help="folder or hub name; with --tasks, for tasks that name none"
-    )
-    parser.add_argument("--tasks", type=Path, help="TOML file of several tasks; each is checked")
-    parser.add_argument(
-        "--task", help='"lab", a data file or a game, env:NAME; default: built-in prompts'
-    )
-    parser.add_argument("--system", default="", help="system message before every prompt")
-    parser.add_argument("--prompts", type=int, default=8, help="number of prompts to sample from")
-    parser.add_argument("--group", type=int, default=2, help="responses per prompt")
-    parser.add_argument(
-        "--max-response", type=int, default=64, help="longest sampled response, in tokens"
-    )
-    parser.add_argument("--budget", type=int, help="max_response of the planned run")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    args = vars(parser.parse_args(argv))
-    as_json, tasks = args.pop("json"), args.pop("tasks")
-    if tasks is None:
-        results_by_task = {"": check_pair(**args)}
-        print(
-            results_to_json(results_by_task[""]) if as_json else format_table(results_by_task[""])
-        )
+    """Run `opd doctor STUDENT TEACHER [...]` or `opd doctor --config FILE`; exit 1 on a failure."""
+    options = parse_options(DoctorOptions, argv, "opd doctor")
+    results_by_task = run_checks(options)
+    if list(results_by_task) == [""]:
+        results = results_by_task[""]
+        print(results_to_json(results) if options.json else format_table(results))
     else:
-        results_by_task = check_tasks(tasks, **args)
         json_by_task = {
             name: json.loads(results_to_json(task_results))
             for name, task_results in results_by_task.items()
         }
         tables = (
-            f"task {name}\n\n{format_table(task_results)}"
+            f"task {name}\n\n{format_table(task_results)}" if name else format_table(task_results)
             for name, task_results in results_by_task.items()
         )
-        print(json.dumps(json_by_task, indent=1) if as_json else "\n\n".join(tables))
+        print(json.dumps(json_by_task, indent=1) if options.json else "\n\n".join(tables))
     if any(
         finding.verdict == "fail"
         for task_results in results_by_task.values()
         for finding in task_results
     ):
         raise SystemExit(1)
+
+
+def run_checks(options: DoctorOptions) -> "dict[str, list[CheckResult]]":
+    """Run the checks that the options ask for.
+
+    Args:
+        options: The options.
+
+    Returns:
+        Results by name of the task; "" without tasks, and for the settings of a file.
+
+    Raises:
+        InvalidInput: Options contradict each other, or the models are missing.
+    """
+    sampling: dict[str, Any] = {
+        "prompts": options.prompts,
+        "group": options.group,
+        "max_response": options.max_response,
+        "seed": options.seed,
+        "device": options.device,
+    }
+    if options.config is not None:
+        if options.student or options.teacher or options.task is not None or options.tasks:
+            raise InvalidInput(
+                "--config names the models and tasks; remove STUDENT, TEACHER, --task and --tasks"
+            )
+        return check_config(read_config(options.config, check=False), **sampling)
+    if not options.student or not options.teacher:
+        raise InvalidInput("give STUDENT and TEACHER, or --config FILE; see `opd doctor --help`")
+    pair = (options.student, options.teacher)
+    sampling |= {"budget": options.budget, "dtype": options.dtype, "system": options.system}
+    if options.tasks is None:
+        return {"": check_pair(*pair, task=options.task, **sampling)}
+    if options.task is not None:
+        raise InvalidInput("give either --task or --tasks, not both")
+    return check_tasks(options.tasks, *pair, **sampling)
 
 
 def format_table(results: "list[CheckResult]", width: int = 100) -> str:

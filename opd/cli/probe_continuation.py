@@ -1,28 +1,40 @@
 """The `opd probe-continuation` command."""
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
-from opd.analysis.continuation import probe_continuation
-from opd.config.settings import TRUST_HELP
+from tyro.conf import Positional
+
+from diagnostics.io.command import parse_options
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeOptions:
+    """Accuracy of the teacher when continuing from student prefixes."""
+
+    run: Positional[Path]
+    """a run folder"""
+    lengths: tuple[int, ...] = (0, 16, 32, 64, 128)
+    """lengths of the student prefixes, in tokens"""
+    problems: int = 128
+    """number of held-out problems"""
+    trained: bool = False
+    """use the trained student instead of the initial one"""
+    trust_remote_code: bool = False
+    """run Python code that comes with a model; review it first"""
 
 
 def main(argv: list[str]) -> None:
     """Run `opd probe-continuation RUN [--lengths L ...] [--problems N] [--trained]`."""
-    parser = argparse.ArgumentParser(
-        prog="opd probe-continuation",
-        description="accuracy of the teacher when continuing from student prefixes",
-    )
-    parser.add_argument("run", type=Path, help="a run folder")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[0, 16, 32, 64, 128])
-    parser.add_argument("--problems", type=int, default=128, help="number of held-out problems")
-    parser.add_argument(
-        "--trained", action="store_true", help="use the trained student instead of the initial one"
-    )
-    parser.add_argument("--trust-remote-code", action="store_true", help=TRUST_HELP)
-    args = parser.parse_args(argv)
+    options = parse_options(ProbeOptions, argv, "opd probe-continuation")
+    from opd.analysis.continuation import probe_continuation
+
     rows = probe_continuation(
-        args.run, args.lengths, args.problems, args.trained, args.trust_remote_code
+        options.run,
+        list(options.lengths),
+        options.problems,
+        options.trained,
+        options.trust_remote_code,
     )
     print("prefix  problems  teacher (cont.)  student  gain [95 %]")
     for row in rows:

@@ -1,64 +1,115 @@
 """The `opd train` command."""
 
-import json
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes
 
 from diagnostics.errors import InvalidInput
 from diagnostics.records.renamed import SETTINGS, refuse_renamed_options
+from opd.config.files import read_config, read_tasks, to_toml
+from opd.config.problems import check_settings
 from opd.config.recipes import RECIPES, RENAMED_RECIPES
-from opd.config.settings import Config, TaskSettings, to_json
+from opd.config.settings import Config
 
 
-def parse_config(argv: list[str]) -> Config:
-    """Parse `RECIPE [--field value ...]`; `--show` prints the settings and exits."""
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Distil a teacher into a student."""
+
+    settings: Config
+    config: Path | None = None
+    """file of settings, as --show prints them, or config.json of a run; in the place of RECIPE"""
+    tasks: Path | None = None
+    """TOML file of several tasks, each with its own teacher"""
+    show: Annotated[bool, FlagCreatePairsOff] = False
+    """print the settings as TOML and stop"""
+    anew: Annotated[bool, FlagCreatePairsOff] = False
+    """restart at step 0 and move the contents of the run folder to its folder earlier/; without it,
+    a run resumes from its checkpoint"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigOption:
+    """The option that is needed to know the defaults of the others."""
+
+    config: Path | None = None
+
+
+def usage() -> str:
+    """Return the help text with all recipes."""
+    recipes = [
+        f"  {name:11} {(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in RECIPES.items()
+    ]
+    return "\n".join(
+        [
+            "usage: opd train RECIPE [--show] [--anew] [--tasks FILE.toml] [--setting value ...]",
+            "       opd train --config FILE [...]\n",
+            "--show prints the settings; --anew restarts at step 0 and moves the contents of the",
+            "run folder to its folder earlier/; without it, a run resumes from its checkpoint.",
+            "--config starts from a file of settings, as --show prints them or a run folder holds",
+            "them; --tasks reads several tasks, each with its own teacher, from a TOML file.",
+            "\nrecipes:",
+            *recipes,
+            "\n`opd train RECIPE --help` lists every setting of a recipe.",
+        ]
+    )
+
+
+def parse_arguments(argv: list[str]) -> TrainOptions:
+    """Parse `RECIPE [--setting value ...]` or `--config FILE [--setting value ...]`.
+
+    Args:
+        argv: The arguments; --help prints the help and exits.
+
+    Returns:
+        The options; the settings are those of the recipe or file, changed by the flags.
+
+    Raises:
+        InvalidInput: A setting is invalid, or neither a recipe nor a file is given, or both.
+        SystemExit: The recipe is unknown, or help was asked for.
+    """
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: opd train RECIPE [--show] [--anew] [--tasks FILE.toml] [--field value ...]\n")
-        print("--show prints the settings; --anew restarts at step 0 and moves the contents of the")
-        print("run folder to its folder earlier/; without it, a run resumes from its checkpoint.")
-        print("--tasks reads several tasks, each with its own teacher, from a TOML file.")
-        print("\nrecipes:")
-        for name, recipe in RECIPES.items():
-            print(f"  {name:11} {(recipe.__doc__ or '').splitlines()[0]}")
-        print("\n`opd train RECIPE --help` lists every setting of a recipe.")
+        print(usage())
         raise SystemExit(0)
-    name, options = argv[0], argv[1:]
+    name, flags = ("", argv) if argv[0].startswith("-") else (argv[0], argv[1:])
+    refuse_renamed_options(flags, SETTINGS, "opd train RECIPE")
+    source, _ = tyro.cli(ConfigOption, args=flags, add_help=False, return_unknown_args=True)
+    if bool(name) == (source.config is not None):
+        raise InvalidInput("give either a recipe or --config FILE; see `opd train --help`")
+    base = recipe(name) if source.config is None else read_config(source.config)
+    options = tyro.cli(
+        TrainOptions,
+        default=TrainOptions(settings=replace(base, tasks=())),
+        args=flags,
+        prog=f"opd train {name or '--config FILE'}",
+        config=(OmitArgPrefixes,),
+    )
+    tasks = base.tasks if options.tasks is None else read_tasks(options.tasks)
+    return replace(options, settings=check_settings(replace(options.settings, tasks=tasks)))
+
+
+def recipe(name: str) -> Config:
+    """Return the settings of a recipe; exit with a message if there is none of this name."""
     if name in RENAMED_RECIPES:
         raise SystemExit(f"opd train: the recipe {name} is now called {RENAMED_RECIPES[name]}")
     if name not in RECIPES:
         raise SystemExit(f"opd train: unknown recipe {name!r}; known: {', '.join(RECIPES)}")
-    refuse_renamed_options(options, SETTINGS, "opd train RECIPE")
-    import tyro
-
-    args, tasks = extract_tasks([word for word in options if word != "--show"])
-    default = replace(RECIPES[name](), tasks=tasks)
-    config = tyro.cli(Config, default=default, args=args, prog=f"opd train {name}")
-    if "--show" in options:
-        print(json.dumps(to_json(config), indent=1))
-        raise SystemExit(0)
-    return config
-
-
-def extract_tasks(arguments: list[str]) -> tuple[list[str], tuple[TaskSettings, ...]]:
-    """Split `--tasks FILE` off the arguments and read the tasks of that file."""
-    if "--tasks" not in arguments:
-        return arguments, ()
-    from opd.training.multitask import read_tasks
-
-    index = arguments.index("--tasks")
-    if index + 1 == len(arguments):
-        raise InvalidInput("--tasks needs a file: [[tasks]] in TOML, see opd.training.multitask")
-    return arguments[:index] + arguments[index + 2 :], read_tasks(Path(arguments[index + 1]))
+    return RECIPES[name]()
 
 
 def main(argv: list[str]) -> None:
-    """Run `opd train RECIPE [--anew] [--field value ...]`."""
-    restart = "--anew" in argv
-    config = parse_config([word for word in argv if word != "--anew"])
+    """Run `opd train RECIPE [--anew] [--setting value ...]`."""
+    options = parse_arguments(argv)
+    if options.show:
+        print(to_toml(options.settings), end="")
+        return
     from opd.training.train import train
 
-    result = train(config, restart)
+    result = train(options.settings, options.anew)
     if os.environ.get("RANK", "0") == "0":  # print once in a distributed run
         from diagnostics.records.run_folder import RunFolder
         from opd.runs.result import run_verdict

@@ -2,6 +2,16 @@
 
 from collections.abc import Callable
 
+from opd.config.groups import (
+    DataConfig,
+    EvalConfig,
+    GamesConfig,
+    HardwareConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    RecordConfig,
+    RolloutConfig,
+)
 from opd.config.settings import Config
 
 
@@ -12,16 +22,28 @@ def smoke() -> Config:
         teacher="lab-tiny/teacher",
         out="runs/smoke",
         steps=4,
-        prompts_per_step=4,
-        group_size=2,
-        max_prompt=64,
-        max_response=32,
-        lr=1e-3,
-        support_k=8,
-        eval_every=2,
-        eval_problems=8,
-        save_every=2,
-        save_batch_every=2,
+        data=DataConfig(
+            prompts_per_step=4,
+            group_size=2,
+            max_prompt=64,
+        ),
+        rollout=RolloutConfig(
+            max_response=32,
+        ),
+        objective=ObjectiveConfig(
+            support_k=8,
+        ),
+        optimizer=OptimizerConfig(
+            lr=1e-3,
+        ),
+        evaluation=EvalConfig(
+            eval_problems=8,
+        ),
+        record=RecordConfig(
+            eval_every=2,
+            save_every=2,
+            save_batch_every=2,
+        ),
     )
 
 
@@ -32,18 +54,30 @@ def lab() -> Config:
         teacher="lab/teacher",
         out="runs/lab",
         steps=60,
-        prompts_per_step=64,
-        group_size=1,
-        max_prompt=64,
-        max_response=176,
-        lr=3e-4,
-        betas=(0.9, 0.95),
-        warmup=10,
-        support_k=16,
-        eval_every=20,
-        eval_problems=256,
-        save_every=20,
-        save_batch_every=20,
+        data=DataConfig(
+            prompts_per_step=64,
+            group_size=1,
+            max_prompt=64,
+        ),
+        rollout=RolloutConfig(
+            max_response=176,
+        ),
+        objective=ObjectiveConfig(
+            support_k=16,
+        ),
+        optimizer=OptimizerConfig(
+            lr=3e-4,
+            betas=(0.9, 0.95),
+            warmup=10,
+        ),
+        evaluation=EvalConfig(
+            eval_problems=256,
+        ),
+        record=RecordConfig(
+            eval_every=20,
+            save_every=20,
+            save_batch_every=20,
+        ),
     )
 
 
@@ -53,28 +87,49 @@ def household() -> Config:
         student="lab-household/student",
         teacher="lab-household/teacher",
         out="runs/household",
-        task="env:household",
-        max_turns=16,
         steps=40,
-        prompts_per_step=16,
-        group_size=1,
-        max_prompt=144,
-        max_response=64,
-        lr=3e-4,
-        betas=(0.9, 0.95),
-        warmup=5,
-        support_k=16,
-        eval_every=20,
-        eval_problems=256,
-        save_every=20,
-        save_batch_every=20,
-        full_metrics_every=5,
+        data=DataConfig(
+            task="env:household",
+            prompts_per_step=16,
+            group_size=1,
+            max_prompt=144,
+        ),
+        rollout=RolloutConfig(
+            max_response=64,
+        ),
+        objective=ObjectiveConfig(
+            support_k=16,
+        ),
+        optimizer=OptimizerConfig(
+            lr=3e-4,
+            betas=(0.9, 0.95),
+            warmup=5,
+        ),
+        evaluation=EvalConfig(
+            eval_problems=256,
+        ),
+        record=RecordConfig(
+            eval_every=20,
+            save_every=20,
+            save_batch_every=20,
+            full_metrics_every=5,
+        ),
+        games=GamesConfig(
+            max_turns=16,
+        ),
     )
 
 
 def pair() -> Config:
     """Distil any two models with the same tokenizer: set --student, --teacher and --task FILE."""
-    return Config(student="", teacher="", out="runs/pair", task="")
+    return Config(
+        student="",
+        teacher="",
+        out="runs/pair",
+        data=DataConfig(
+            task="",
+        ),
+    )
 
 
 def smollm() -> Config:
@@ -83,18 +138,30 @@ def smollm() -> Config:
         student="smollm/student",
         teacher="smollm/teacher",
         out="runs/smollm",
-        task="smollm/problems.jsonl",
         steps=32,
-        prompts_per_step=8,
-        group_size=1,
-        max_prompt=64,
-        max_response=32,
-        lr=2e-5,
-        support_k=16,
-        eval_every=0,
-        eval_problems=32,
-        save_every=32,
-        save_batch_every=1,
+        data=DataConfig(
+            task="smollm/problems.jsonl",
+            prompts_per_step=8,
+            group_size=1,
+            max_prompt=64,
+        ),
+        rollout=RolloutConfig(
+            max_response=32,
+        ),
+        objective=ObjectiveConfig(
+            support_k=16,
+        ),
+        optimizer=OptimizerConfig(
+            lr=2e-5,
+        ),
+        evaluation=EvalConfig(
+            eval_problems=32,
+        ),
+        record=RecordConfig(
+            eval_every=0,
+            save_every=32,
+            save_batch_every=1,
+        ),
     )
 
 
@@ -104,22 +171,36 @@ def qwen_small() -> Config:
         student="Qwen/Qwen2.5-0.5B-Instruct",
         teacher="Qwen/Qwen2.5-1.5B-Instruct",
         out="runs/qwen-small",
-        task="dapo-math",
-        skip_long_prompts=True,
-        prompts_per_step=16,
-        group_size=4,
-        max_prompt=512,
-        max_response=1024,
-        top_p=0.9,
-        support_k=32,
         steps=200,
-        lr=2e-6,
-        weight_decay=0.01,
-        eval_top_p=0.9,
-        full_metrics_every=10,
-        max_logits_per_chunk=1 << 28,
-        dtype="bfloat16",
-        gradient_checkpointing=True,
+        data=DataConfig(
+            task="dapo-math",
+            skip_long_prompts=True,
+            prompts_per_step=16,
+            group_size=4,
+            max_prompt=512,
+        ),
+        rollout=RolloutConfig(
+            max_response=1024,
+            top_p=0.9,
+        ),
+        objective=ObjectiveConfig(
+            support_k=32,
+        ),
+        optimizer=OptimizerConfig(
+            lr=2e-6,
+            weight_decay=0.01,
+        ),
+        evaluation=EvalConfig(
+            eval_top_p=0.9,
+        ),
+        record=RecordConfig(
+            full_metrics_every=10,
+        ),
+        hardware=HardwareConfig(
+            max_logits_per_chunk=1 << 28,
+            dtype="bfloat16",
+            gradient_checkpointing=True,
+        ),
     )
 
 
@@ -140,38 +221,52 @@ def paper_math() -> Config:
         student="Qwen/Qwen2.5-7B-Instruct",
         teacher="open-thoughts/OpenThinker3-7B",
         out="runs/paper-math",
-        task="dapo-math",
-        skip_long_prompts=True,
-        prompts_per_step=16,
-        group_size=8,
-        max_prompt=2048,
-        max_response=16384,
-        engine="vllm",
-        temperature=1.0,
-        top_p=0.9,
-        objective="teacher_topk",
-        support_k=32,
-        denominator="sequence_mean",
-        steps=400,
-        updates_per_batch=2,
-        lr=2e-6,
-        weight_decay=0.01,
-        betas=(0.9, 0.999),
-        max_grad_norm=1.0,
         seed=42,
-        eval_task="aime24",
-        eval_every=80,
-        eval_problems=30,
-        eval_samples=32,
-        eval_temperature=1.0,
-        eval_top_p=0.9,
-        save_every=80,
-        save_batch_every=80,
-        full_metrics_every=10,
-        max_logits_per_chunk=1 << 28,
-        dtype="bfloat16",
-        gradient_checkpointing=True,
-        offload_teacher=True,
+        steps=400,
+        data=DataConfig(
+            task="dapo-math",
+            skip_long_prompts=True,
+            prompts_per_step=16,
+            group_size=8,
+            max_prompt=2048,
+        ),
+        rollout=RolloutConfig(
+            max_response=16384,
+            engine="vllm",
+            temperature=1.0,
+            top_p=0.9,
+        ),
+        objective=ObjectiveConfig(
+            objective="teacher_topk",
+            support_k=32,
+            denominator="sequence_mean",
+        ),
+        optimizer=OptimizerConfig(
+            updates_per_batch=2,
+            lr=2e-6,
+            weight_decay=0.01,
+            betas=(0.9, 0.999),
+            max_grad_norm=1.0,
+        ),
+        evaluation=EvalConfig(
+            eval_task="aime24",
+            eval_problems=30,
+            eval_samples=32,
+            eval_temperature=1.0,
+            eval_top_p=0.9,
+        ),
+        record=RecordConfig(
+            eval_every=80,
+            save_every=80,
+            save_batch_every=80,
+            full_metrics_every=10,
+        ),
+        hardware=HardwareConfig(
+            max_logits_per_chunk=1 << 28,
+            dtype="bfloat16",
+            gradient_checkpointing=True,
+            offload_teacher=True,
+        ),
     )
 
 

@@ -6,7 +6,7 @@ Shapes: M problems, S samples of each, B responses, T response positions.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -17,9 +17,10 @@ from diagnostics.batch import Rollouts
 from diagnostics.core.totals import compute
 from diagnostics.errors import InvalidInput
 from diagnostics.records.renamed import TASKS
+from opd.config.groups import EvalConfig, GamesConfig
 from opd.data.chain_task import Problem
 from opd.data.prompts import decode_response, decode_responses, encode_prompts
-from opd.data.sources import DatasetProblem
+from opd.data.sources import DEFAULT_COLUMNS, Columns, DatasetProblem
 from opd.data.tasks import Grader, Task, load_task, reject_long_prompts, skip_long_prompts
 from opd.envs.packing import episode_accumulators
 from opd.envs.rollout import Episode, play_episodes
@@ -32,6 +33,7 @@ from opd.rollouts.hf_engine import HfEngine
 from opd.runtime import distributed
 
 ROWS_AT_ONCE = 1024
+DEFAULT_GAMES = GamesConfig()
 GREEDY = {"temperature": 1.0, "top_p": 1e-9}  # the nucleus contains only the likeliest token
 
 
@@ -413,68 +415,91 @@ def respond_folder(
     name: str,
     task: str,
     *,
-    device: str,
-    problems: int,
+    evaluation: EvalConfig,
+    games: GamesConfig = DEFAULT_GAMES,
     max_prompt: int,
     max_response: int,
-    temperature: float,
     seed: int,
-    samples: int = 1,
-    top_p: float = 1.0,
+    device: str,
     dtype: str = "float32",
-    whole: bool = False,
-    drop: bool = False,
-    layout: str = "turns",
-    max_turns: int = 30,
-    history_turns: int = 2,
     trust_remote_code: bool = False,
-    **settings: Any,
+    skip_long: bool = False,
+    columns: Columns = DEFAULT_COLUMNS,
+    grader: str = "",
+    system: str = "",
+    template: Mapping[str, Any] | None = None,
 ) -> GradedResponses:
     """Run `respond` for a saved model and a task by name.
 
     Args:
         name: Folder or hub name of the model.
-        task: Name of the task.
-        device: Device.
-        problems: Number of held-out problems.
+        task: Name of the task, of whose problems a tenth is held out.
+        evaluation: Number of problems, sampling, and another task, all of whose problems are used.
+        games: Layout and length of games; ignored for problems without turns.
         max_prompt: Maximum prompt tokens.
         max_response: Maximum response tokens.
-        temperature: Sampling temperature; 0 for greedy decoding.
         seed: Seed of the sampling.
-        samples: Responses per problem.
-        top_p: Nucleus of sampling.
+        device: Device.
         dtype: Name of a torch dtype.
-        whole: Use all problems of a file, not only those that training on it would hold out.
-        drop: Skip prompts that are too long instead of refusing them.
-        layout: Layout of games (opd.envs.task); ignored for problems without turns.
-        max_turns: Maximum turns of games.
-        history_turns: Turns of a game that a prompt shows.
         trust_remote_code: Run Python code that comes with the model.
-        **settings: Options of `opd.data.tasks.load_task`: grader, system, template, columns.
+        skip_long: Skip prompts that are too long instead of refusing them.
+        columns: Columns of `task`.
+        grader: Grader, see `opd.data.tasks.load_task`.
+        system: System message of every prompt.
+        template: Settings of the chat template.
 
     Returns:
         The graded responses.
+
+    Raises:
+        InvalidInput: Both tasks are given, or the models or problems cannot be used.
     """
+    if evaluation.eval_task and task != "lab":
+        raise InvalidInput(
+            f"eval_task is {evaluation.eval_task!r}, of which all problems are used, and task is "
+            f"{task!r}; leave one of them out"
+        )
     tokenizer, network = load_model(name, device, dtype, trust_remote_code)
-    filter_prompts = partial(
-        skip_long_prompts if drop else reject_long_prompts, tokenizer, max_prompt
-    )
-    test = task if whole and task != "lab" else ""
-    game_settings = {"layout": layout, "max_turns": max_turns, "history": history_turns}
+    source, columns_of_source = task, columns
+    if evaluation.eval_task:
+        source = evaluation.eval_task
+        columns_of_source = replace(
+            columns, prompt=evaluation.eval_prompt_column, answer=evaluation.eval_answer_column
+        )
+    if is_games(source):
+        loaded_task: Task | GameTask = load_games(
+            source,
+            0,
+            system=system,
+            layout=games.layout,
+            max_turns=games.max_turns,
+            history=games.history_turns,
+        )
+    else:
+        loaded_task = load_task(
+            source,
+            0,
+            test=evaluation.eval_task if source != "lab" else "",
+            grader=grader,
+            system=system,
+            template=template,
+            columns=columns_of_source,
+            handle_long_prompts=partial(
+                skip_long_prompts if skip_long else reject_long_prompts, tokenizer, max_prompt
+            ),
+        )
     return respond(
         HfEngine(split_head(network, num_head_rows(network))),
         tokenizer,
         eos_ids(tokenizer, network),
-        load_games(task, 0, system=settings.get("system", ""), **game_settings)
-        if is_games(task)
-        else load_task(task, 0, test=test, handle_long_prompts=filter_prompts, **settings),
-        problems=problems,
+        loaded_task,
+        problems=evaluation.eval_problems,
         max_prompt=max_prompt,
         max_response=max_response,
-        temperature=temperature,
+        temperature=evaluation.eval_temperature,
         generator=torch.Generator().manual_seed(seed),
-        samples=samples,
-        top_p=top_p,
+        samples=evaluation.eval_samples,
+        top_p=evaluation.eval_top_p,
     )
 
 

@@ -5,7 +5,6 @@ the runs of an earlier demo. After an interruption the same command goes on wher
 finished cells of the study, the toy pair and finished runs are kept, an unfinished run resumes.
 """
 
-import argparse
 import concurrent.futures
 import itertools
 import shutil
@@ -16,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from diagnostics.io.command import parse_options
 from opd.experiments.subcommand import run_opd
 
 OBJECTIVES = ("sampled_token", "teacher_topk")
@@ -42,41 +42,60 @@ SMOKE = DemoSize(recipe="smoke", preset="smoke", steps=2, seeds=(0,), minutes=1)
 SMOKE_FULL = DemoSize(recipe="smoke", preset="smoke", steps=4, seeds=(0, 1), minutes=1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """Exact study, toy pair, training with two objectives, figures and report.
+
+    It trains one run of each objective; --full trains three seeds of each for more steps, and
+    continues the runs of an earlier demo. After an interruption the same command goes on where it
+    stopped.
+    """
+
+    out: Path = Path("results/demo")
+    """folder of the results"""
+    full: bool = False
+    """three seeds of each objective"""
+    jobs: int = 2
+    """training runs in parallel"""
+    fresh: bool = False
+    """retrain finished runs"""
+    smoke: bool = False
+    """tiny sizes, to test that everything runs"""
+
+
 def main(argv: list[str]) -> None:
     """Run `opd demo [--full] [--out DIR]`; a second call continues and keeps what is finished."""
-    parser = argparse.ArgumentParser(prog="opd demo", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("results/demo"))
-    parser.add_argument("--full", action="store_true", help="three seeds of each objective")
-    parser.add_argument("--jobs", type=int, default=2, help="training runs in parallel")
-    parser.add_argument("--fresh", action="store_true", help="retrain finished runs")
-    parser.add_argument(
-        "--smoke", action="store_true", help="tiny sizes, to test that everything runs"
+    options = parse_options(DemoOptions, argv, "opd demo")
+    size = (
+        (SMOKE_FULL if options.smoke else FULL)
+        if options.full
+        else SMOKE
+        if options.smoke
+        else QUICK
     )
-    args = parser.parse_args(argv)
-    size = (SMOKE_FULL if args.smoke else FULL) if args.full else SMOKE if args.smoke else QUICK
-    lab = args.out / "lab" if args.smoke else Path("lab")
+    lab = options.out / "lab" if options.smoke else Path("lab")
     start_time = time.perf_counter()
     print(
         f"exact study, toy models, {len(OBJECTIVES) * len(size.seeds)} training runs of "
-        f"{size.steps} steps, figures and a report in {args.out}; about {size.minutes} min on two "
-        "idle cores. If it is interrupted, the same command continues.",
+        f"{size.steps} steps, figures and a report in {options.out}; about {size.minutes} min on "
+        "two idle cores. If it is interrupted, the same command continues.",
         file=sys.stderr,
     )
     with timed_stage(1, "exact study", start_time):
-        study = args.out / "study"
+        study = options.out / "study"
         run_opd("study", "run", "bias_variance", "--preset", size.preset, "--out", study)
     with timed_stage(2, "toy teacher and student", start_time):
-        run_opd("lab", "--out", lab, *(["--tiny"] if args.smoke else []))
+        run_opd("lab", "--out", lab, *(["--tiny"] if options.smoke else []))
     with timed_stage(3, "training", start_time):
-        runs = train_all(args.out / "runs", size, lab, args.jobs, args.fresh)
+        runs = train_all(options.out / "runs", size, lab, options.jobs, options.fresh)
     with timed_stage(4, "figures and report", start_time):
-        figures_folder, report = args.out / "figures", args.out / "report.html"
+        figures_folder, report = options.out / "figures", options.out / "report.html"
         run_opd("figures", "training", "--out", figures_folder, "--run", *runs)
         table = study / "bias_variance" / size.preset / "summary.csv"
         run_opd("figures", "bias_variance", "--out", figures_folder, "--table", table)
         run_opd("report", *runs, "--models", "--out", report)
     print(format_summary(runs))
-    print(f"\npair      {lab}\nruns      {args.out / 'runs'}\nfigures   {figures_folder}")
+    print(f"\npair      {lab}\nruns      {options.out / 'runs'}\nfigures   {figures_folder}")
     print(f"report    {report}\nseconds   {time.perf_counter() - start_time:.0f}")
 
 

@@ -8,9 +8,9 @@ kept, interrupted ones resumed. The seed is that of prompts and sampling; the mo
 every cell. `opd figures` draws the comparisons from a table of these folders.
 """
 
-import argparse
 import concurrent.futures
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from diagnostics.errors import InvalidInput, OperationFailed
 from diagnostics.io.atomic import write_text
+from diagnostics.io.command import parse_options
 from diagnostics.records.renamed import LAB_KINDS, refuse_renamed_options
 from opd.experiments.subcommand import run_opd
 
@@ -134,50 +135,67 @@ def refuse_former_lab(kind: str, folder: Path) -> None:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class PaperOptions:
+    """Train every method of the paper's comparisons."""
+
+    groups: tuple[str, ...] = tuple(GROUPS)
+    """groups of cells: single, multi, games, agents"""
+    methods: tuple[str, ...] = tuple(METHODS)
+    """methods; those that a group does not have are left out"""
+    seeds: int = 5
+    """number of seeds of each method"""
+    jobs: int = 2
+    """runs in parallel, with one thread each"""
+    root: Path = Path("results/paper")
+    """folder of the run folders"""
+    mismatched: Path = Path("lab-mismatched")
+    """folder of the toy models of single and multi, built if missing"""
+    household: Path = Path("lab-household")
+    """folder of the toy models of games and agents, built if missing"""
+
+    def __post_init__(self) -> None:
+        for option, names, known in (
+            ("--groups", self.groups, GROUPS),
+            ("--methods", self.methods, METHODS),
+        ):
+            for name in names:
+                if name not in known:
+                    raise InvalidInput(f"{option}: unknown {name!r}; known: {', '.join(known)}")
+
+    @property
+    def labs(self) -> dict[str, Path]:
+        """Kind of toy models to their folder."""
+        return {"mismatched": self.mismatched, "household": self.household}
+
+
 def main(argv: list[str]) -> None:
     """Run `opd paper [--groups G ...] [--methods M ...] [--seeds N] [--jobs N] [--root DIR]`."""
-    parser = argparse.ArgumentParser(
-        prog="opd paper", description="train every method of the paper's comparisons"
-    )
-    add = parser.add_argument
-    add("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS), metavar="GROUP")
-    add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
-    add("--seeds", type=int, default=5)
-    add("--jobs", type=int, default=2, help="runs in parallel, with one thread each")
-    add("--root", type=Path, default=Path("results/paper"))
-    for kind in dict.fromkeys(LABS.values()):
-        default = Path(f"lab-{kind}")
-        add(
-            f"--{kind}",
-            type=Path,
-            default=default,
-            help="folder of its toy models, built if missing",
-        )
     refuse_renamed_options(argv, LAB_KINDS, "opd paper")
-    args = parser.parse_args(argv)
-    for kind in dict.fromkeys(LABS[group] for group in args.groups):
-        refuse_former_lab(kind, getattr(args, kind))
+    options = parse_options(PaperOptions, argv, "opd paper")
+    for kind in dict.fromkeys(LABS[group] for group in options.groups):
+        refuse_former_lab(kind, options.labs[kind])
     cells = [
         (group, seed, method)
-        for group in args.groups
-        for seed in range(args.seeds)
+        for group in options.groups
+        for seed in range(options.seeds)
         for method in GROUPS[group]
-        if method in args.methods
+        if method in options.methods
     ]
-    if "games" in args.groups:
+    if "games" in options.groups:
         cells.append(("games", 0, TEACHER))
-    labs = {group: getattr(args, LABS[group]) for group in args.groups}
-    for kind in dict.fromkeys(LABS[group] for group in args.groups):
-        run_opd("lab", f"--{kind}", "--out", getattr(args, kind))
-    args.root.mkdir(parents=True, exist_ok=True)
+    labs = {group: options.labs[LABS[group]] for group in options.groups}
+    for kind in dict.fromkeys(LABS[group] for group in options.groups):
+        run_opd("lab", f"--{kind}", "--out", options.labs[kind])
+    options.root.mkdir(parents=True, exist_ok=True)
     for group in set(TASK_FILES) & set(labs):
-        write_text(args.root / f"{group}.toml", TASK_FILES[group].format(lab=labs[group]))
+        write_text(options.root / f"{group}.toml", TASK_FILES[group].format(lab=labs[group]))
 
     def run(cell: tuple[str, int, str]) -> None:
-        run_opd("train", *cell_arguments(*cell, args.root, labs[cell[0]]), threads=1)
+        run_opd("train", *cell_arguments(*cell, options.root, labs[cell[0]]), threads=1)
 
     failures: list[str] = []
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
         cell_by_future = {pool.submit(run, cell): "{0}/{2}-{1}".format(*cell) for cell in cells}
         finished = concurrent.futures.as_completed(cell_by_future)
         for future in tqdm(finished, total=len(cells), desc="paper", unit="run", disable=None):

@@ -414,6 +414,7 @@ def schedule(step: int, steps: int) -> float:
 
 def held_out_accuracy(model: Path, tasks: tuple[str, ...], count: int) -> dict[str, Any]:
     """Evaluate a saved model at temperature 1 on held-out problems of each task."""
+    from opd.config.groups import EvalConfig, GamesConfig
     from opd.evaluation.evaluate import evaluate_folder
 
     accuracies = {}
@@ -427,11 +428,10 @@ def held_out_accuracy(model: Path, tasks: tuple[str, ...], count: int) -> dict[s
                 str(model),
                 source,
                 device="cpu",
-                problems=count,
+                evaluation=EvalConfig(eval_problems=count),
+                games=GamesConfig(max_turns=household_demos.MAX_TURNS),
                 max_prompt=144 if name == "household" else 64,
                 max_response=household_demos.MAX_RESPONSE if name == "household" else 208,
-                max_turns=household_demos.MAX_TURNS,
-                temperature=1.0,
                 seed=0,
             )
         accuracies[name] = {k: v for k, v in accuracy.items() if k != "outcomes"}

@@ -29,8 +29,8 @@ def add_lora(network: Any, config: Config) -> Any:
     """
     peft = load_package("peft", "lora_rank", "lora", alternative="set lora_rank to 0")
     lora_config = peft.LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
+        r=config.optimizer.lora_rank,
+        lora_alpha=config.optimizer.lora_alpha,
         lora_dropout=0.0,
         target_modules="all-linear",
         task_type="CAUSAL_LM",

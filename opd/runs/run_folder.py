@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -18,25 +19,12 @@ from diagnostics.errors import InvalidInput, OperationFailed
 from diagnostics.io.atomic import is_disk_full, sync, write_text
 from diagnostics.records import rows
 from diagnostics.records.renamed import present_settings
-from opd.config.settings import Config, to_json
+from opd.config.files import to_flat, to_groups
+from opd.config.settings import Config, setting_fields
 from opd.runtime import distributed
 from opd.runtime.manifest import find_damage
 from opd.runtime.staged_folders import list_checkpoints, step_number
 
-CHANGEABLE_SETTINGS = (
-    *("steps", "out", "eval_every", "save_every", "save_batch_every", "probe_every", "loggers"),
-    *(
-        "max_tokens_per_microbatch",
-        "max_logits_per_chunk",
-        "generation_batch_size",
-        "gradient_checkpointing",
-        "offload_teacher",
-    ),
-    *("teacher_timeout", "teacher_concurrency", "rollout_timeout", "rollout_concurrency"),
-    *("rollout_servers", "weights_folder", "sharding", "trust_remote_code"),
-    *("start_checks", "rescore_every"),
-)
-"""Settings that may change on resume: they do not affect computed values."""
 ARCHIVE_FOLDER = "earlier"
 """Subfolder to which --anew moves the records of earlier runs."""
 
@@ -87,7 +75,7 @@ def open_run(config: Config, start_over: bool = False) -> Iterator[tuple[Path, S
         refuse_other_settings(folder, config)
         start = find_start(folder, config)
         if not start.finished:
-            write_text(folder / "config.json", json.dumps(to_json(config), indent=1))
+            write_text(folder / "config.json", json.dumps(to_groups(config), indent=1))
         distributed.all_gather_object(asdict(start))
         yield folder, start
 
@@ -124,12 +112,23 @@ def refuse_other_settings(folder: Path, config: Config) -> None:
         old = present_settings(json.loads(path.read_text("utf-8")))
     except ValueError as error:
         raise InvalidInput(f"could not read {path} ({error}); restore it, or {remedy}") from error
-    new = to_json(config)
-    differing = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
-    differing = [k for k in differing if k not in CHANGEABLE_SETTINGS]
+    new = to_flat(config)
+    fields = setting_fields()
+    old["tasks"] = [without_none(task) for task in old.get("tasks", [])]
+    new["tasks"] = [without_none(task) for task in new["tasks"]]
+    differing = [
+        name
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and not (name in fields and fields[name].rules.resumable)
+    ]
     if differing:
         differences = ", ".join(f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in differing)
         raise InvalidInput(f"{folder} holds a run with other settings ({differences}); {remedy}")
+
+
+def without_none(task: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a task without those that it leaves to the run."""
+    return {name: value for name, value in task.items() if value is not None}
 
 
 def find_start(folder: Path, config: Config) -> Start:
@@ -183,7 +182,8 @@ def saved_step(checkpoint: Path) -> int | None:
 def describe_lost_checkpoint(folder: Path, num_steps: int) -> str:
     """Explain how a record of `num_steps` steps shows that there was a checkpoint, or return ""."""
     path = folder / "config.json"
-    save_interval = json.loads(path.read_text("utf-8")).get("save_every", 0) if path.exists() else 0
+    recorded = present_settings(json.loads(path.read_text("utf-8"))) if path.exists() else {}
+    save_interval = recorded.get("save_every", 0)
     if save_interval and num_steps > save_interval:
         return f"has a record of {num_steps} steps, saved every {save_interval},"
     if any(row.get("step", 0) for row in rows.read_rows(folder / "starts.jsonl")):
@@ -227,10 +227,11 @@ def explain_errors(config: Config) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise OperationFailed(
-            f"out of memory on {config.device}: lower max_tokens_per_microbatch "
-            f"({config.max_tokens_per_microbatch}), max_logits_per_chunk "
-            f"({config.max_logits_per_chunk}) or generation_batch_size "
-            f"({config.generation_batch_size}), or set gradient_checkpointing or offload_teacher; "
+            f"out of memory on {config.hardware.device}: lower max_tokens_per_microbatch "
+            f"({config.hardware.max_tokens_per_microbatch}), max_logits_per_chunk "
+            f"({config.hardware.max_logits_per_chunk}) or generation_batch_size "
+            f"({config.rollout.generation_batch_size}), or set gradient_checkpointing or "
+            "offload_teacher; "
             f"run the same command to resume ({error})"
         ) from error
     except Exception as error:

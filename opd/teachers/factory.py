@@ -21,77 +21,16 @@ from opd.models.loading import (
 )
 from opd.models.lora import add_lora, without_adapters
 from opd.models.model import CausalLM, split_head
-from opd.objectives.objective import Objective
 from opd.teachers.client import connect
 from opd.teachers.pair import ModelPair, load_pair
 from opd.teachers.teacher import (
     AdapterFreeTeacher,
-    Capability,
     LocalTeacher,
     ServerTeacher,
     Teacher,
     make_ema_teacher,
     teacher_type,
 )
-
-
-def check_capabilities(config: Config, objective: Objective) -> None:
-    """Reject settings that need more than the teacher provides, before it is loaded or connected.
-
-    Args:
-        config: Settings of a run or task.
-        objective: Its objective.
-
-    Raises:
-        InvalidInput: Names the setting and an alternative.
-    """
-    supported_objectives = "teacher_topk, sampled_token or one of their variants"
-    capabilities = teacher_type(config.teacher).capabilities
-    needs = objective.requirements
-    for needed, capability, feature, remedy in (
-        (
-            needs.support in ("student", "union"),
-            Capability.CHOSEN_IDS,
-            f"objective {config.objective}, which needs its log-probabilities of the student's ids",
-            supported_objectives,
-        ),
-        (
-            needs.support == "full" or needs.distributions,
-            Capability.DISTRIBUTIONS,
-            f"objective {config.objective} with baseline {config.baseline}, which needs its full "
-            "distribution",
-            supported_objectives,
-        ),
-        (
-            config.temperature != 1,
-            Capability.DISTRIBUTIONS,
-            f"temperature {config.temperature}, because servers return log-probabilities at 1",
-            "temperature 1",
-        ),
-        (
-            config.map_eos,
-            Capability.CHOSEN_IDS,
-            "map_eos, which needs scores of unsampled ids",
-            "map_eos off",
-        ),
-        (
-            config.entropy_top_fraction < 1,
-            Capability.DISTRIBUTIONS,
-            "entropy_top_fraction, which needs full distributions",
-            "entropy_top_fraction 1",
-        ),
-        (
-            config.probe_every > 0,
-            Capability.HIDDEN_STATES,
-            "probe_every, which needs its hidden states",
-            "probe_every 0",
-        ),
-    ):
-        if needed and capability not in capabilities:
-            raise InvalidInput(
-                f"the teacher {config.teacher} is a server and does not support {feature}; use "
-                f"{remedy}, or a teacher in this process"
-            )
 
 
 def make_pairs(settings: Sequence[Config]) -> list[ModelPair]:
@@ -104,30 +43,17 @@ def make_pairs(settings: Sequence[Config]) -> list[ModelPair]:
         A pair for each configuration, in order.
 
     Raises:
-        InvalidInput: Several tasks with a teacher derived from the student, quantisation without a
-            teacher in this process, or what `make_pair` raises.
+        InvalidInput: See `make_pair` and `load_teacher`.
     """
     first, *remaining = settings
-    kinds = [teacher_type(config.teacher) for config in settings]
-    if first.teacher_weights != "saved" and all(kind is ServerTeacher for kind in kinds):
-        raise InvalidInput(
-            f"teacher_weights is {first.teacher_weights}, but no teacher runs in this process; set "
-            "it to saved: quantisation of a server's model is configured in the server"
-        )
     pair = make_pair(first)
     teachers = {first.teacher: pair.teacher}
     for config in remaining:
-        names = (first.teacher, config.teacher)
-        if derived_teachers := sorted({"base", "ema"}.intersection(names)):
-            raise InvalidInput(
-                f"teacher {derived_teachers[0]!r} is derived from the student and cannot be used "
-                "with several tasks; give each task a model"
-            )
         if config.teacher not in teachers:
             teachers[config.teacher] = load_teacher(pair, config)
     pairs = [replace(pair, teacher=teachers[config.teacher]) for config in settings]
     for config, task_pair in zip(settings, pairs, strict=True):
-        task_pair.teacher.check_length(config.max_prompt + config.max_response)
+        task_pair.teacher.check_length(config.data.max_prompt + config.rollout.max_response)
     return pairs
 
 
@@ -143,29 +69,38 @@ def make_pair(config: Config) -> ModelPair:
     Raises:
         InvalidInput: Teacher "base" without LoRA adapters, or a pair that `load_pair` rejects.
     """
-    device = resolve_device(config.device)
+    device = resolve_device(config.hardware.device)
     if teacher_type(config.teacher).is_separate:
-        options = (device, config.dtype, config.trust_remote_code, config.teacher_weights)
-        pair = load_pair(config.student, config.teacher, *options, config.offload_teacher)
-        if not config.lora_rank:
+        options = (
+            device,
+            config.hardware.dtype,
+            config.hardware.trust_remote_code,
+            config.hardware.teacher_weights,
+        )
+        pair = load_pair(config.student, config.teacher, *options, config.hardware.offload_teacher)
+        if not config.optimizer.lora_rank:
             return pair
         network = add_lora(pair.student.network, config)
         return replace(pair, student=split_head(network, pair.student.vocabulary))
-    tokenizer, network = load_model(config.student, device, config.dtype, config.trust_remote_code)
-    if config.teacher == "base" and not config.lora_rank:
+    tokenizer, network = load_model(
+        config.student, device, config.hardware.dtype, config.hardware.trust_remote_code
+    )
+    if config.teacher == "base" and not config.optimizer.lora_rank:
         raise InvalidInput(
             'teacher "base" is the student without its LoRA adapters, but lora_rank is 0; set '
             "lora_rank, or choose another teacher"
         )
     eos, vocabulary = eos_ids(tokenizer, network), num_head_rows(network)
-    if config.lora_rank:
+    if config.optimizer.lora_rank:
         network = add_lora(network, config)
     student = split_head(network, vocabulary)
     teacher: Teacher
     if config.teacher == "base":
         teacher = AdapterFreeTeacher(without_adapters(student))
     elif config.teacher == "ema":
-        teacher = make_ema_teacher(student, config.ema_decay, config.offload_teacher)
+        teacher = make_ema_teacher(
+            student, config.optimizer.ema_decay, config.hardware.offload_teacher
+        )
     else:
         teacher = connect_teacher(student, tokenizer, config)
     return ModelPair(student, teacher, tokenizer, eos)
@@ -186,8 +121,13 @@ def load_teacher(pair: ModelPair, config: Config) -> Teacher:
     """
     if teacher_type(config.teacher) is ServerTeacher:
         return connect_teacher(pair.student, pair.tokenizer, config)
-    device = "cpu" if config.offload_teacher else resolve_device(config.device)
-    options = (device, config.dtype, config.trust_remote_code, config.teacher_weights)
+    device = "cpu" if config.hardware.offload_teacher else resolve_device(config.hardware.device)
+    options = (
+        device,
+        config.hardware.dtype,
+        config.hardware.trust_remote_code,
+        config.hardware.teacher_weights,
+    )
     tokenizer, network = load_model(config.teacher, *options)
     check_same_vocabulary(pair.tokenizer, tokenizer)
     vocabulary = pair.student.vocabulary
@@ -201,8 +141,8 @@ def load_teacher(pair: ModelPair, config: Config) -> Teacher:
         config.teacher,
         split_head(network, vocabulary),
         tokenizer_eos_first(tokenizer, eos_ids(tokenizer, network)),
-        is_quantised=config.teacher_weights != "saved",
-        offload=config.offload_teacher,
+        is_quantised=config.hardware.teacher_weights != "saved",
+        offload=config.hardware.offload_teacher,
     )
 
 
@@ -225,9 +165,9 @@ def connect_teacher(student: CausalLM, tokenizer: object, config: Config) -> Ser
         config.teacher,
         tokenizer,
         student.vocabulary,
-        k=config.support_k,
-        timeout=config.teacher_timeout,
-        concurrency=config.teacher_concurrency,
+        k=config.objective.support_k,
+        timeout=config.remote_teacher.teacher_timeout,
+        concurrency=config.remote_teacher.teacher_concurrency,
     )
     return ServerTeacher(config.teacher, client)
 

@@ -16,43 +16,15 @@ ordinary run. A file of tasks is TOML:
 """
 
 import random
-import tomllib
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import cache
-from pathlib import Path
 
 from diagnostics.errors import InvalidInput
-from diagnostics.io.files import read_text
-from opd.config.settings import Config, TaskSettings, task_settings
+from opd.config.settings import Config, TaskSettings, with_settings
 from opd.runtime.seeds import ORDER, derive_seed
 
 TASK_FIELDS = tuple(f.name for f in fields(TaskSettings) if f.name not in ("name", "weight"))
 """Settings of the run that a task may override."""
-
-
-def read_tasks(path: Path) -> tuple[TaskSettings, ...]:
-    """Read the tasks of a TOML file.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Settings of each task.
-
-    Raises:
-        InvalidInput: The file is not TOML, has no tasks, has other tables, or has an unknown
-            setting.
-    """
-    try:
-        raw = tomllib.loads(read_text(path))
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise InvalidInput(f"{path} is not valid TOML: {error}") from error
-    if set(raw) != {"tasks"} or not isinstance(raw["tasks"], list):
-        raise InvalidInput(f"{path} must contain [[tasks]] tables only, but has {sorted(raw)}")
-    try:
-        return tuple(task_settings(task) for task in raw["tasks"])
-    except InvalidInput as error:
-        raise InvalidInput(f"{path}: {error}") from error
 
 
 def task_configs(config: Config) -> list[Config]:
@@ -64,7 +36,7 @@ def task_configs(config: Config) -> list[Config]:
         overrides = {
             name: value for name in TASK_FIELDS if (value := getattr(task, name)) is not None
         }
-        configs.append(replace(config, tasks=(), **overrides))
+        configs.append(with_settings(config, tasks=(), **overrides))
     return configs
 
 
@@ -81,9 +53,9 @@ def tasks_of_step(config: Config, step: int) -> list[tuple[int, int]]:
     num_tasks = len(config.tasks)
     if num_tasks < 2:
         return [(0, step)]
-    if config.task_order == "alternate":
+    if config.data.task_order == "alternate":
         return [(step % num_tasks, step // num_tasks)]
-    if config.task_order == "mixed":
+    if config.data.task_order == "mixed":
         return [(task, step) for task in range(num_tasks)]
     weights = tuple(task.weight for task in config.tasks)
     task = sample_task(config.seed, step, weights)
@@ -118,7 +90,7 @@ def prompts_per_task(config: Config) -> list[int]:
         InvalidInput: There are fewer prompts per step than tasks, or a task's number of prompts is
             not a multiple of updates_per_batch.
     """
-    total, weights = config.prompts_per_step, [task.weight for task in config.tasks]
+    total, weights = config.data.prompts_per_step, [task.weight for task in config.tasks]
     if total < len(weights):
         raise InvalidInput(
             f"prompts_per_step is {total}, but every step mixes {len(weights)} tasks; set "
@@ -131,9 +103,10 @@ def prompts_per_task(config: Config) -> list[int]:
     while sum(counts) > total:  # remove from the task furthest above its quota
         reducible = [i for i, n in enumerate(counts) if n > 1]
         counts[max(reducible, key=lambda i: counts[i] - quotas[i])] -= 1
-    if indivisible := [n for n in counts if n % config.updates_per_batch]:
+    if indivisible := [n for n in counts if n % config.optimizer.updates_per_batch]:
         raise InvalidInput(
-            f"updates_per_batch is {config.updates_per_batch}, but the tasks have {counts} prompts "
+            f"updates_per_batch is {config.optimizer.updates_per_batch}, but the tasks have "
+            f"{counts} prompts "
             f"per step and {indivisible[0]} is not divisible by it; change the task weights, "
             "prompts_per_step or updates_per_batch"
         )

@@ -1,7 +1,6 @@
 """Set up a training run: models, tasks, objectives, engines and optimizer."""
 
 import math
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from diagnostics.metrics.response import length, reward
 from diagnostics.metrics.signal import sign_shares, signal_concentration
 from diagnostics.monitor import Monitor
 from diagnostics.records import rows
-from opd.config.settings import Config, raise_problems
+from opd.config.settings import Config, with_settings
 from opd.data.sources import Columns
 from opd.data.tasks import Task, load_task, reject_long_prompts, skip_long_prompts
 from opd.envs.task import GameTask, is_games, load_games
@@ -32,7 +31,6 @@ from opd.runtime.seeds import ROLLOUT
 from opd.scoring.score import ScoreRequest
 from opd.teachers.pair import ModelPair
 from opd.tokens.masking import resolve_mask_rules
-from opd.training.checks.settings import objective_problems
 from opd.training.checks.update import sample_teacher_weights
 from opd.training.multitask import prompts_per_task, task_configs, tasks_of_step
 from opd.training.optimizer import Optimizer
@@ -66,16 +64,16 @@ def make_train_state(
 
     def roll_out_step(step: int) -> list[TaskRollouts]:
         return [
-            roll_out(tasks[i], engine, step, task_step, config.top_p, ROLLOUT)
+            roll_out(tasks[i], engine, step, task_step, config.rollout.top_p, ROLLOUT)
             for i, task_step in tasks_of_step(config, step)
         ]
 
     prefetcher = RolloutPrefetcher(
         roll_out_step,
         engine.close,
-        lag=config.rollout_lag,
+        lag=config.rollout.rollout_lag,
         steps=config.steps,
-        updates=config.updates_per_batch,
+        updates=config.optimizer.updates_per_batch,
     )
     student = pairs[0].student
     prefetcher.load(folder, first_step, student.device)
@@ -106,18 +104,18 @@ def make_task_states(config: Config, folder: Path, pairs: list[ModelPair]) -> li
         One state per task.
     """
     settings, objective = task_configs(config), objective_from_config(config)
-    mixed = bool(config.tasks) and config.task_order == "mixed"
+    mixed = bool(config.tasks) and config.data.task_order == "mixed"
     if mixed:
         counts = prompts_per_task(config)
         settings = [
-            replace(task_config, prompts_per_step=count)
+            with_settings(task_config, prompts_per_step=count)
             for task_config, count in zip(settings, counts, strict=True)
         ]
     history, tasks = rows.read_rows(folder / "rows.jsonl"), list[TaskState]()
     for i, (task_config, pair) in enumerate(zip(settings, pairs, strict=True)):
         name = config.tasks[i].name if config.tasks else ""
         extra_metrics = metrics_by_task(config) if mixed else metrics_by_turn(task_config)
-        if config.engine == "servers":
+        if config.rollout.engine == "servers":
             extra_metrics = {**extra_metrics, "staleness": staleness}
         alarms = Alarms()
         for row in history:
@@ -129,7 +127,7 @@ def make_task_states(config: Config, folder: Path, pairs: list[ModelPair]) -> li
             problems=make_task(task_config, pair),
             objective=objective,
             request=score_request(task_config, objective, pair),
-            masks=resolve_mask_rules(task_config.mask, pair.tokenizer, pair.eos),
+            masks=resolve_mask_rules(task_config.objective.mask, pair.tokenizer, pair.eos),
             monitor=Monitor(
                 {**PANEL, **extra_metrics},
                 alarms=alarms,
@@ -157,11 +155,11 @@ def score_request(config: Config, objective: Objective, pair: ModelPair) -> Scor
     """
     return ScoreRequest(
         requirements=objective.requirements,
-        temperature=config.temperature,
+        temperature=config.rollout.temperature,
         eos_map=pair.eos_map,
-        map_eos=config.map_eos,
-        max_tokens_per_microbatch=config.max_tokens_per_microbatch,
-        max_logits_per_chunk=config.max_logits_per_chunk,
+        map_eos=config.objective.map_eos,
+        max_tokens_per_microbatch=config.hardware.max_tokens_per_microbatch,
+        max_logits_per_chunk=config.hardware.max_logits_per_chunk,
     )
 
 
@@ -174,9 +172,9 @@ def metrics_by_task(config: Config) -> dict[str, Metric]:
 
 def metrics_by_turn(config: Config) -> dict[str, Metric]:
     """Build the sampled divergence at turns 1, 2, 4, 8, ... of games, for layout "turns"."""
-    if not is_games(config.task) or config.layout != "turns":
+    if not is_games(config.data.task) or config.games.layout != "turns":
         return {}
-    names = {float(2**i - 1): str(2**i) for i in range(config.max_turns.bit_length())}
+    names = {float(2**i - 1): str(2**i) for i in range(config.games.max_turns.bit_length())}
     return {"cost by turn": by(sampled_cost, "turn", names)}
 
 
@@ -187,7 +185,7 @@ def sampled_cost(batch: ScoredRollouts) -> dict[str, Accumulator]:
 
 def make_task(config: Config, pair: ModelPair) -> Task | GameTask:
     """Build the configured task, of problems or games."""
-    return load_game_task(config) if is_games(config.task) else load_problem_task(config, pair)
+    return load_game_task(config) if is_games(config.data.task) else load_problem_task(config, pair)
 
 
 def load_problem_task(config: Config, pair: ModelPair) -> Task:
@@ -203,25 +201,30 @@ def load_problem_task(config: Config, pair: ModelPair) -> Task:
     Raises:
         InvalidInput: The task is a game, or it has no answers although reward_weight is set.
     """
-    if is_games(config.task):
-        raise InvalidInput(f"task {config.task} is a game; a task of problems is required here")
+    if is_games(config.data.task):
+        raise InvalidInput(
+            f"task {config.data.task} is a game; a task of problems is required here"
+        )
     task = load_task(
-        config.task,
+        config.data.task,
         config.seed,
-        test=config.eval_task,
-        grader=config.grader,
-        system=config.system,
-        columns=Columns(prompt=config.prompt_column, answer=config.answer_column),
-        test_columns=Columns(prompt=config.eval_prompt_column, answer=config.eval_answer_column),
+        test=config.evaluation.eval_task,
+        grader=config.data.grader,
+        system=config.data.system,
+        columns=Columns(prompt=config.data.prompt_column, answer=config.data.answer_column),
+        test_columns=Columns(
+            prompt=config.evaluation.eval_prompt_column, answer=config.evaluation.eval_answer_column
+        ),
         handle_long_prompts=partial(
-            skip_long_prompts if config.skip_long_prompts else reject_long_prompts,
+            skip_long_prompts if config.data.skip_long_prompts else reject_long_prompts,
             pair.tokenizer,
-            config.max_prompt,
+            config.data.max_prompt,
         ),
     )
-    if config.reward_weight and not all(problem.answer for problem in task.train(0, 1)):
+    if config.objective.reward_weight and not all(problem.answer for problem in task.train(0, 1)):
         raise InvalidInput(
-            f"reward_weight is {config.reward_weight}, but {config.task} has no answers to grade "
+            f"reward_weight is {config.objective.reward_weight}, but {config.data.task} has no "
+            "answers to grade "
             "responses with; set answer_column to the column with the answers, or reward_weight to "
             "0"
         )
@@ -236,40 +239,19 @@ def load_game_task(config: Config) -> GameTask:
 
     Returns:
         The task.
-
-    Raises:
-        InvalidInput: A setting is given that applies to problems only, or one that compares the
-            responses to a prompt, which with layout "turns" would include turns of the same
-            episode.
     """
-    for name in ("grader", "eval_task"):
-        if getattr(config, name):
-            raise InvalidInput(
-                f"{config.task} grades its own episodes and has its own held-out games; remove "
-                f"{name}={getattr(config, name)!r}"
-            )
-    if config.layout == "turns" and (config.reward_weight or config.baseline == "leave_one_out"):
-        setting = (
-            f"reward_weight {config.reward_weight}"
-            if config.reward_weight
-            else "baseline leave_one_out"
-        )
-        raise InvalidInput(
-            f"{setting} compares a response with the other responses to its prompt, which with "
-            "layout turns include turns of the same episode; set layout to trajectory"
-        )
     return load_games(
-        config.task,
+        config.data.task,
         config.seed,
-        layout=config.layout,
-        max_turns=config.max_turns,
-        history=config.history_turns,
-        system=config.system,
+        layout=config.games.layout,
+        max_turns=config.games.max_turns,
+        history=config.games.history_turns,
+        system=config.data.system,
     )
 
 
 def objective_from_config(config: Config) -> Objective:
-    """Build the configured objective, and check that the settings go with it.
+    """Build the configured objective.
 
     Args:
         config: Settings of the run.
@@ -278,48 +260,49 @@ def objective_from_config(config: Config) -> Objective:
         The objective.
 
     Raises:
-        InvalidInput: The denominator is unknown, `opd.objectives.factory.make_objective` refuses
-            the settings, or `opd.training.checks.settings.objective_problems` reports a problem.
+        InvalidInput: The denominator is unknown, or `opd.objectives.factory.make_objective`
+            refuses the settings.
     """
-    if config.denominator not in DENOMINATORS:
+    if config.objective.denominator not in DENOMINATORS:
         known_names = ", ".join(DENOMINATORS)
-        raise InvalidInput(f"unknown denominator {config.denominator!r}; known: {known_names}")
-    objective = make_objective(
-        config.objective,
-        gamma=config.gamma,
-        baseline=config.baseline,
-        ratio=config.ratio,
-        support_k=config.support_k,
-        beta=config.beta,
-        clip=config.ppo_clip,
-        ratio_clip=math.inf if config.ratio_clip is None else config.ratio_clip,
-        reward_weight=config.reward_weight,
-        reward_baseline=config.reward_baseline,
-        mask_scope=config.mask_scope,
-        allow_collapse=config.allow_collapse,
+        raise InvalidInput(
+            f"unknown denominator {config.objective.denominator!r}; known: {known_names}"
+        )
+    return make_objective(
+        config.objective.objective,
+        gamma=config.objective.gamma,
+        baseline=config.objective.baseline,
+        ratio=config.objective.ratio,
+        support_k=config.objective.support_k,
+        beta=config.objective.beta,
+        clip=config.objective.ppo_clip,
+        ratio_clip=math.inf if config.objective.ratio_clip is None else config.objective.ratio_clip,
+        reward_weight=config.objective.reward_weight,
+        reward_baseline=config.objective.reward_baseline,
+        mask_scope=config.objective.mask_scope,
+        allow_collapse=config.objective.allow_collapse,
     )
-    raise_problems(list(objective_problems(config, objective)))
-    return objective
 
 
 def make_rollout_engine(config: Config, student: CausalLM) -> Engine:
     """Build the configured rollout engine with the student's weights."""
-    settings: dict[str, object] = {"generation_batch_size": config.generation_batch_size}
-    if config.engine == "vllm":
+    settings: dict[str, object] = {"generation_batch_size": config.rollout.generation_batch_size}
+    if config.rollout.engine == "vllm":
         settings = {"max_length": max_sequence_length(config)}
-    if config.engine == "servers":
+    if config.rollout.engine == "servers":
         settings = {
-            "urls": config.rollout_servers,
-            "folder": Path(config.weights_folder or Path(config.out) / "weights"),
+            "urls": config.rollout_servers.rollout_servers,
+            "folder": Path(config.rollout_servers.weights_folder or Path(config.out) / "weights"),
             "max_length": max_sequence_length(config),
-            "timeout": config.rollout_timeout,
-            "concurrency": config.rollout_concurrency,
+            "timeout": config.rollout_servers.rollout_timeout,
+            "concurrency": config.rollout_servers.rollout_concurrency,
         }
-    return make_engine(config.engine, student, **settings)
+    return make_engine(config.rollout.engine, student, **settings)
 
 
 def max_sequence_length(config: Config) -> int:
     """Return the largest number of tokens of a prompt with its response, over all tasks."""
     return max(
-        task_config.max_prompt + task_config.max_response for task_config in task_configs(config)
+        task_config.data.max_prompt + task_config.rollout.max_response
+        for task_config in task_configs(config)
     )

@@ -59,8 +59,12 @@ class TaskState:
             The request, with full statistics where metrics, probe or token selection need them.
         """
         config = self.config
-        due = is_due(task_step, config.full_metrics_every) or is_due(task_step, config.probe_every)
-        return replace(self.request, full_statistics=due or config.entropy_top_fraction < 1)
+        due = is_due(task_step, config.record.full_metrics_every) or is_due(
+            task_step, config.record.probe_every
+        )
+        return replace(
+            self.request, full_statistics=due or config.objective.entropy_top_fraction < 1
+        )
 
     def masked(self, scored: ScoredRollouts) -> ScoredRollouts:
         """Return scored rollouts without the excluded tokens."""

@@ -70,7 +70,7 @@ def check_batch(
     if not isinstance(task.problems, GameTask):
         grade = partial(grade_texts, task)
         columns |= grader_check_columns(batch.prompts.answers, scored.reward, grade)
-    if is_rescoring_due(task_step, config.rescore_every):
+    if is_rescoring_due(task_step, config.record.rescore_every):
         state.prefetcher.wait()  # the client of a remote teacher is not thread-safe
         differences = rescoring_columns(config, task.pair, batch.prompts, scored)
         columns |= {
@@ -201,12 +201,12 @@ def roll_out(
         responses to problems whose answer the grader could parse.
     """
     config, device, problems = task.config, task.pair.student.device, task.problems
-    num_prompts, group_size = config.prompts_per_step, config.group_size
-    prompt_indices = distributed.shard_prompts(num_prompts, config.updates_per_batch)
+    num_prompts, group_size = config.data.prompts_per_step, config.data.group_size
+    prompt_indices = distributed.shard_prompts(num_prompts, config.optimizer.updates_per_batch)
     seed_parts = (config.seed, step, purpose, *([task.index] if task.index else []))
     sampling_options: dict[str, Any] = {
-        "max_response": config.max_response,
-        "temperature": config.temperature,
+        "max_response": config.rollout.max_response,
+        "temperature": config.rollout.temperature,
         "top_p": top_p,
         "generator": torch.Generator().manual_seed(derive_seed(*seed_parts)),
         "batch_slice": BatchSlice(
@@ -218,18 +218,18 @@ def roll_out(
     if isinstance(problems, GameTask):
         seeds = problems.train(task_step, num_prompts)
         games = [(i, seeds[i]) for i in prompt_indices]
-        sampling_options |= {"max_prompt": config.max_prompt}
+        sampling_options |= {"max_prompt": config.data.max_prompt}
         episodes = play_episodes(
             engine, tokenizer, eos, problems, games, group_size, **sampling_options
         )
         prompts, rollouts = pack_rows(
-            episodes, problems.layout, temperature=config.temperature, top_p=top_p
+            episodes, problems.layout, temperature=config.rollout.temperature, top_p=top_p
         )
         rewards, accumulators = rollouts.reward, episode_accumulators(episodes)
     else:
         drawn = problems.train(task_step, num_prompts)
         prompts = encode_prompts(
-            tokenizer, [drawn[i] for i in prompt_indices], group_size, config.max_prompt
+            tokenizer, [drawn[i] for i in prompt_indices], group_size, config.data.max_prompt
         )
         prompts = replace(prompts, index=torch.tensor(prompt_indices)[prompts.index])
         rollouts = engine.sample(prompts, eos, **sampling_options)

@@ -13,10 +13,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from diagnostics.alarms.alarms import Alarm
-from diagnostics.errors import InvalidInput
 from diagnostics.records.rows import Row, append_row, read_rows
 from diagnostics.terminal import escape_control_chars
-from opd.config.settings import Config, raise_problems, to_json
+from opd.config.files import to_flat
+from opd.config.problems import raise_problems
+from opd.config.settings import Config, with_settings
 from opd.data.grading.unread_answers import unread_evaluation_messages, unread_step_messages
 from opd.data.tasks import Task
 from opd.evaluation.evaluate import evaluate
@@ -31,20 +32,20 @@ from opd.runtime import distributed
 from opd.runtime.seeds import EVALUATION, PROBE, derive_seed
 from opd.runtime.staged_folders import staged_folder
 from opd.scoring.score import ScoredBatch, score_batch
-from opd.teachers.factory import check_capabilities, make_pairs, with_sharded_student
+from opd.teachers.factory import make_pairs, with_sharded_student
 from opd.teachers.teacher import Capability
 from opd.training import checkpoint
 from opd.training.checks.same_weights import refuse_same_weights
-from opd.training.checks.settings import unused_settings
 from opd.training.checks.start import check_start
 from opd.training.gradient_probe import probe_gradients
 from opd.training.multitask import task_configs
 from opd.training.optimizer import make_optimizer
-from opd.training.setup import make_rollout_engine, make_train_state, objective_from_config
+from opd.training.setup import make_rollout_engine, make_train_state
 from opd.training.state import TaskState, TrainState, is_due, without_statistics
 from opd.training.step import check_batch, make_row, roll_out, save_batch
 from opd.training.trackers import Log, open_trackers, with_eval_prefix
 from opd.training.update import PreparedLoss, prepare_loss, update_student
+from opd.training.validation import validate
 
 
 def run_step(state: TrainState, step: int, log: Log) -> Row:
@@ -80,7 +81,7 @@ def run_step(state: TrainState, step: int, log: Log) -> Row:
                 checks.append(check_batch(state, task, task_step, batch))
                 masked = replace(batch, scored=task.masked(batch.scored))
                 loss = prepare_loss(task, masked)
-                if is_due(task_step, task.config.probe_every):
+                if is_due(task_step, task.config.record.probe_every):
                     prefetcher.wait()  # tokenizers are not thread-safe
                     row = probe_task(state, task, batch, loss, step, task_step)
                     probe_row |= task.columns(row, several)
@@ -95,7 +96,7 @@ def run_step(state: TrainState, step: int, log: Log) -> Row:
 
     accumulators = [task_rollouts.accumulators for task_rollouts in sampled]
     row = make_row(tasks, batches, accumulators, step, numbers, checks) | probe_row
-    if is_due(jobs[0][1], config.save_batch_every):
+    if is_due(jobs[0][1], config.record.save_batch_every):
         save_batch(tasks, batches, state.folder / "batches" / f"step_{step:06d}.safetensors")
     laps.append(time.perf_counter())
     for name, start, end in zip(
@@ -106,10 +107,10 @@ def run_step(state: TrainState, step: int, log: Log) -> Row:
 
     num_steps_done = step + 1
     is_last = num_steps_done == config.steps
-    if is_due(num_steps_done, config.eval_every) or is_last:
+    if is_due(num_steps_done, config.record.eval_every) or is_last:
         for task in state.tasks:
             evaluate_and_record(state, task, num_steps_done, log)
-    if is_due(num_steps_done, config.save_every) or is_last:
+    if is_due(num_steps_done, config.record.save_every) or is_last:
         prefetcher.save(state.folder, num_steps_done)
         checkpoint.save(state.folder, state.tasks[0].pair, state.optimizer, num_steps_done)
     return row
@@ -165,26 +166,12 @@ def train(config: Config, start_over: bool = False) -> TrainResult:
         OperationFailed: The device ran out of memory (the message names settings to lower), or the
             disk is full.
     """
-    # validate the configuration before connecting to servers or loading models
-    raise_problems(list(unused_settings(config)))
-    objective = objective_from_config(config)
-    for task_config in task_configs(config):
-        check_capabilities(task_config, objective)
-    device_name = resolve_device(config.device)
-    if config.sharding == "full" and not distributed.is_distributed():
-        raise InvalidInput(
-            "sharding full (FSDP) needs several processes, but this is the only one; start the run "
-            "with `torchrun --nproc_per_node N --no-python opd train ...`, or set sharding none, "
-            "which resumes from the same checkpoints"
-        )
-    if config.engine == "vllm" and distributed.is_distributed():
-        raise InvalidInput(
-            "engine vllm loads weights from a single process, but there are several; start one "
-            "process, or set engine to servers or hf"
-        )
+    raise_problems(validate(config))
+    device_name = resolve_device(config.hardware.device)
     with (
         distributed.process_group(
-            device_name, config.teacher_timeout + config.rollout_timeout
+            device_name,
+            config.remote_teacher.teacher_timeout + config.rollout_servers.rollout_timeout,
         ) as device,
         run_folder.explain_errors(config),
         run_folder.open_run(config, start_over) as (folder, start),
@@ -193,20 +180,25 @@ def train(config: Config, start_over: bool = False) -> TrainResult:
         if start.finished:
             print(f"{folder} is already finished ({start.step} steps)", file=sys.stderr)
             return TrainResult(folder)
-        settings = [replace(task_config, device=device) for task_config in task_configs(config)]
+        settings = [
+            with_settings(task_config, device=device) for task_config in task_configs(config)
+        ]
         pairs = make_pairs(settings)
         refuse_same_weights(settings, pairs)
-        if config.start_checks:
+        if config.record.start_checks:
             check_start(settings, pairs)
         checkpoint_folder = Path(start.checkpoint) if start.checkpoint else None
         if checkpoint_folder is not None:
             checkpoint.load(checkpoint_folder, pairs[0])
-        if config.sharding == "full":
+        if config.hardware.sharding == "full":
             pairs = with_sharded_student(pairs)
         student, tokenizer = pairs[0].student, pairs[0].tokenizer
-        rounded = config.dtype != "float32"
+        rounded = config.hardware.dtype != "float32"
         optimizer = make_optimizer(
-            student.network.parameters(), config.betas, config.weight_decay, rounded
+            student.network.parameters(),
+            config.optimizer.betas,
+            config.optimizer.weight_decay,
+            rounded,
         )
         if checkpoint_folder is not None:
             checkpoint.load_optimizer(checkpoint_folder, optimizer)
@@ -217,12 +209,12 @@ def train(config: Config, start_over: bool = False) -> TrainResult:
         for pair in pairs:
             pair.teacher.verify_fingerprint(fingerprints)
         if distributed.rank() == 0:
-            record_identities(folder, to_json(config))
+            record_identities(folder, to_flat(config))
             record_tokenizer(folder, tokenizer)
         engine = stack.enter_context(closing(make_rollout_engine(config, student)))
         state = make_train_state(config, folder, start.step, pairs, engine, optimizer)
-        names = config.loggers if distributed.rank() == 0 else ()
-        with open_trackers(names, folder, to_json(config)) as log, state.prefetcher:
+        names = config.record.loggers if distributed.rank() == 0 else ()
+        with open_trackers(names, folder, to_flat(config)) as log, state.prefetcher:
             run_steps(state, log)
         if start.step < config.steps or not (folder / "final").exists():
             network = merge_lora(gather_network(student))
@@ -230,7 +222,7 @@ def train(config: Config, start_over: bool = False) -> TrainResult:
                 if distributed.rank() == 0:
                     network.save_pretrained(partial_folder)
                     tokenizer.save_pretrained(partial_folder)
-                    (partial_folder / "README.md").write_text(model_card(folder, to_json(config)))
+                    (partial_folder / "README.md").write_text(model_card(folder, to_flat(config)))
     return TrainResult(folder, student)
 
 
@@ -249,7 +241,7 @@ def run_steps(state: TrainState, log: Log) -> None:
         range(first_step, config.steps),
         initial=first_step,
         total=config.steps,
-        desc=f"{state.folder.name} {config.objective}",
+        desc=f"{state.folder.name} {config.objective.objective}",
         disable=True if distributed.rank() else None,
     ) as bar:
         for step in bar:
@@ -293,7 +285,7 @@ def probe_task(
         Columns of the row.
     """
     config = task.config
-    if config.top_p < 1 or bool((batch.scored.age > 0).any()):
+    if config.rollout.top_p < 1 or bool((batch.scored.age > 0).any()):
         prompts, rollouts, _ = roll_out(
             task, state.engine, step, task_step, top_p=1.0, purpose=PROBE
         )
@@ -302,10 +294,10 @@ def probe_task(
         task.pair,
         batch,
         loss,
-        gamma=config.gamma,
-        max_tokens_per_microbatch=config.max_tokens_per_microbatch,
-        max_logits_per_chunk=config.max_logits_per_chunk,
-        blocks=config.probe_blocks,
+        gamma=config.objective.gamma,
+        max_tokens_per_microbatch=config.hardware.max_tokens_per_microbatch,
+        max_logits_per_chunk=config.hardware.max_logits_per_chunk,
+        blocks=config.record.probe_blocks,
     )
 
 
@@ -334,7 +326,9 @@ def record_step(
     for alarm in alarms:
         tqdm.write(escape_control_chars(str(alarm)), file=sys.stderr)
     if row["skipped"]:
-        skipped = f"{row['skipped']:.0f} of {state.config.updates_per_batch} updates skipped"
+        skipped = (
+            f"{row['skipped']:.0f} of {state.config.optimizer.updates_per_batch} updates skipped"
+        )
         print_step_messages(step, [f"{skipped}: the gradient was not finite"])
     print_step_messages(step, unread_step_messages(row, graders).values())
 
@@ -365,12 +359,12 @@ def evaluate_and_record(state: TrainState, task: TaskState, step: int, log: Log)
             task.pair.tokenizer,
             task.pair.eos,
             problems,
-            problems=config.eval_problems,
-            max_prompt=config.max_prompt,
-            max_response=config.max_response,
-            temperature=config.eval_temperature,
-            top_p=config.eval_top_p,
-            samples=config.eval_samples,
+            problems=config.evaluation.eval_problems,
+            max_prompt=config.data.max_prompt,
+            max_response=config.rollout.max_response,
+            temperature=config.evaluation.eval_temperature,
+            top_p=config.evaluation.eval_top_p,
+            samples=config.evaluation.eval_samples,
             generator=torch.Generator().manual_seed(derive_seed(config.seed, step, EVALUATION)),
             engine=state.engine,
         )

@@ -100,8 +100,8 @@ def prepare_loss(task: TaskState, batch: ScoredBatch) -> PreparedLoss:
     credit, ratio = objective.credit(all_ranks), objective.ratio(all_ranks)
     expected_credit = credit_from_settings(config, all_ranks)
     expected_ratio = ratio_from_settings(config, all_ranks)
-    if config.entropy_top_fraction < 1:
-        selected_tokens = highest_entropy_tokens(all_ranks, config.entropy_top_fraction)
+    if config.objective.entropy_top_fraction < 1:
+        selected_tokens = highest_entropy_tokens(all_ranks, config.objective.entropy_top_fraction)
         scored = scored.restrict_mask(selected_tokens[local_index])
         all_ranks = all_ranks.restrict_mask(selected_tokens)
     all_ranks = replace(all_ranks, support=None, prefix=None)
@@ -110,22 +110,25 @@ def prepare_loss(task: TaskState, batch: ScoredBatch) -> PreparedLoss:
     rows_by_update: list[list[int]] = []
     groups_by_update: list[list[MicroBatch]] = []
     expected: Tensor | None = None
-    all_rows_by_update = split_rows(all_ranks.prompt.tolist(), config.updates_per_batch)
+    all_rows_by_update = split_rows(all_ranks.prompt.tolist(), config.optimizer.updates_per_batch)
     for number, all_rows in enumerate(all_rows_by_update, 1):
         if bool(all_ranks.mask.any()) and not bool(all_ranks.mask[all_rows].any()):
             raise InvalidInput(
-                f"update {number} of {config.updates_per_batch} has no supervised token "
+                f"update {number} of {config.optimizer.updates_per_batch} has no supervised token "
                 f"(the step has {int(all_ranks.mask.sum())}); lower updates_per_batch, raise "
-                f"entropy_top_fraction ({config.entropy_top_fraction:g}), or check the mask rules"
+                f"entropy_top_fraction ({config.objective.entropy_top_fraction:g}), or check the "
+                "mask rules"
             )
         update_batch = all_ranks.rows(all_rows)
-        denominator[all_rows] = DENOMINATORS[config.denominator](update_batch)
+        denominator[all_rows] = DENOMINATORS[config.objective.denominator](update_batch)
         position = {row: i for i, row in enumerate(all_rows)}
         rows = [i for i, row in enumerate(local_positions) if row in position]
         groups = [
             [rows[i] for i in group]
             for group in micro_batches(
-                batch.prompts.rows(rows), scored.rows(rows), config.max_tokens_per_microbatch
+                batch.prompts.rows(rows),
+                scored.rows(rows),
+                config.hardware.max_tokens_per_microbatch,
             )
         ]
         if number == 1:
@@ -141,7 +144,7 @@ def prepare_loss(task: TaskState, batch: ScoredBatch) -> PreparedLoss:
             )
         rows_by_update.append(rows)
         groups_by_update.append([(group, 1.0) for group in groups])
-    if config.sharding == "full":
+    if config.hardware.sharding == "full":
         lengths = scored.lengths.tolist()
         shortest = [min(range(len(lengths)), key=lengths.__getitem__)]
         for update_groups in groups_by_update:
@@ -177,12 +180,14 @@ def update_student(
         whose gradient was not finite.
     """
     config, student, optimizer = state.config, state.student, state.optimizer
-    rate = learning_rate(config.lr, step, config.steps, config.warmup, config.schedule)
+    rate = learning_rate(
+        config.optimizer.lr, step, config.steps, config.optimizer.warmup, config.optimizer.schedule
+    )
     weights = [task.weight / sum(task.weight for task in tasks) for task in tasks]
     following = [task.pair.teacher for task in tasks if task.pair.teacher.follows_student]
     loss_sums, norms, skipped = [], [], 0
     checks: dict[str, Tensor | float] = {}
-    for update_index in range(config.updates_per_batch):
+    for update_index in range(config.optimizer.updates_per_batch):
         optimizer.zero_grad()
         leftover_gradient = has_leftover_gradient(optimizer)
         total, gradients = torch.zeros((), device=student.device), None
@@ -194,7 +199,7 @@ def update_student(
         lost_gradient = lost_gradient_share(gradients or [])
         optimizer.all_reduce_gradients()
         weights_before = sample_before_step(optimizer) if update_index == 0 else None
-        norm, applied = optimizer.step(rate, config.max_grad_norm)
+        norm, applied = optimizer.step(rate, config.optimizer.max_grad_norm)
         if weights_before is not None:
             checks |= columns_after_step(optimizer, weights_before, applied)
             checks |= {
@@ -242,7 +247,7 @@ def accumulate_gradients(
             teacher_hidden = loss.batch.teacher_hidden
             if teacher_hidden is not None:
                 teacher_hidden = teacher_hidden[token_rows[rows][:, :width][batch.mask]]
-            with activation_checkpointing(student.network, config.gradient_checkpointing):
+            with activation_checkpointing(student.network, config.hardware.gradient_checkpointing):
                 micro_loss = loss_from_hidden(
                     student,
                     loss.objective,
@@ -256,7 +261,7 @@ def accumulate_gradients(
                     teacher=None if teacher_hidden is None else task.pair.teacher.model,
                     teacher_hidden=teacher_hidden,
                     temperature=batch.score_temperature,
-                    max_logits_per_chunk=config.max_logits_per_chunk,
+                    max_logits_per_chunk=config.hardware.max_logits_per_chunk,
                 )
                 micro_loss.backward()
             total = total + micro_loss.detach()

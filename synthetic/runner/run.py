@@ -4,8 +4,8 @@ A cell is one setting of a preset. Its rows depend only on the experiment's name
 the code, so a finished cell is reused until one of these changes.
 """
 
-import argparse
 import ast
+import dataclasses
 import hashlib
 import json
 import os
@@ -13,14 +13,18 @@ import pkgutil
 import platform
 import sys
 import time
+from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import tyro
+from tyro.conf import Positional
 
 from diagnostics.errors import InvalidInput, OperationFailed
 from diagnostics.io.atomic import write_text
-from diagnostics.io.command import run_command
+from diagnostics.io.command import parse_options, run_command
 from diagnostics.io.provenance import code_state
 from diagnostics.io.recorded_data import recorded_data, writable_data
 from synthetic.seeds import canonical_json, derive
@@ -251,53 +255,89 @@ def update_figures(name: str, preset: str, out: str | Path, data: Path) -> None:
         write_text(data / f"{name}.{suffix}", text, concurrent=True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ListOptions:
+    """List the experiments and their claims."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowOptions:
+    """Print the recorded results of a claim."""
+
+    name: Positional[str] = "all"
+    """an experiment, or all"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Measure an experiment and write its tables."""
+
+    name: Positional[str]
+    """an experiment, or all"""
+    preset: str = "quick"
+    """smoke, quick (minutes) or paper"""
+    jobs: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
+    """number of processes"""
+    backend: str = "loky"
+    """loky (this machine), ray or dask"""
+    address: str | None = None
+    """address of a running cluster; without it, a local one starts"""
+    out: Path = Path("results")
+    """output folder"""
+    refresh: bool = False
+    """measure finished cells again"""
+    update_figures: bool = False
+    """copy the summaries to figures/data"""
+    data_folder: Path | None = None
+    """folder to which --update-figures copies them instead"""
+
+
+COMMANDS = (
+    Annotated[ListOptions, tyro.conf.subcommand("list")]
+    | Annotated[ShowOptions, tyro.conf.subcommand("show")]
+    | Annotated[RunOptions, tyro.conf.subcommand("run")]
+)
+"""Sub-commands of `opd study`."""
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the command line: list the experiments, show recorded results, or run one or all."""
-    parser = argparse.ArgumentParser(prog="opd study", description="run the exact synthetic study")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="list the experiments and their claims")
-    showing = commands.add_parser("show", help="print the recorded results of a claim")
-    showing.add_argument("name", nargs="?", default="all", help="an experiment, or all")
-    running = commands.add_parser("run", help="measure an experiment and write its tables")
-    running.add_argument("name", help="an experiment, or all")
-    running.add_argument("--preset", default="quick", help="smoke, quick (minutes) or paper")
-    running.add_argument("--jobs", type=int, default=os.cpu_count(), help="number of processes")
-    running.add_argument("--backend", default="loky", help="loky (this machine), ray or dask")
-    running.add_argument(
-        "--address", help="address of a running cluster; without it, a local one starts"
-    )
-    running.add_argument("--out", default="results", help="output folder")
-    running.add_argument("--refresh", action="store_true", help="measure finished cells again")
-    running.add_argument(
-        "--update-figures", action="store_true", help="copy the summaries to figures/data"
-    )
-    running.add_argument(
-        "--data-folder", type=Path, help="folder to which --update-figures copies them instead"
-    )
-    args = parser.parse_args(argv)
-    if args.command == "list":
+    arguments = sys.argv[1:] if argv is None else argv
+    command_type = cast(type[ListOptions | ShowOptions | RunOptions], COMMANDS)
+    options = parse_options(command_type, arguments, "opd study")
+    if isinstance(options, ListOptions):
         for name in list_experiments():
             print(f"{name}\n  {load_experiment(name).CLAIM}")
         return
     data = None
-    if args.command == "run" and args.update_figures:
-        data = writable_data(args.data_folder, "--update-figures")
-    for name in list_experiments() if args.name == "all" else [args.name]:
-        if args.command == "show":
+    if isinstance(options, RunOptions) and options.update_figures:
+        data = writable_data(options.data_folder, "--update-figures")
+    for name in list_experiments() if options.name == "all" else [options.name]:
+        if isinstance(options, ShowOptions):
             print_results(name, *load_recorded_table(name))
-            continue
-        begin = time.perf_counter()
-        options = (args.preset, args.jobs, args.out, args.refresh, args.backend, args.address)
-        table = run(name, *options)
-        print_results(name, table, args.preset)
-        preset_folder = Path(args.out) / name / args.preset
-        core = json.loads((preset_folder / "summary.json").read_text())["seconds"]
-        wall = time.perf_counter() - begin
-        print(
-            f"  {preset_folder / 'summary.csv'}: {wall:.0f} s, all cells on one core {core:.0f} s"
-        )
-        if data is not None:
-            update_figures(name, args.preset, args.out, data)
+        else:
+            run_and_print(name, options, data)
+
+
+def run_and_print(name: str, options: RunOptions, data: Path | None) -> None:
+    """Run an experiment, and print its results, files and seconds; copy the summaries to `data`."""
+    begin = time.perf_counter()
+    table = run(
+        name,
+        options.preset,
+        options.jobs,
+        options.out,
+        options.refresh,
+        options.backend,
+        options.address,
+    )
+    print_results(name, table, options.preset)
+    preset_folder = options.out / name / options.preset
+    core = json.loads((preset_folder / "summary.json").read_text())["seconds"]
+    wall = time.perf_counter() - begin
+    print(f"  {preset_folder / 'summary.csv'}: {wall:.0f} s, all cells on one core {core:.0f} s")
+    if data is not None:
+        update_figures(name, options.preset, options.out, data)
 
 
 def _key(name: str, setting: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from opd.config.settings import Config
+from opd.config.settings import Config, with_settings
 
 
 def settings(pair: tuple[Path, Path], out: Path, **changes: object) -> Config:
@@ -21,7 +21,9 @@ def settings(pair: tuple[Path, Path], out: Path, **changes: object) -> Config:
         "save_batch_every": 2,
         "device": "cpu",
     }
-    return Config(student=str(pair[0]), teacher=str(pair[1]), out=str(out), **(fields | changes))  # type: ignore[arg-type]
+    return with_settings(
+        Config(student=str(pair[0]), teacher=str(pair[1]), out=str(out)), **(fields | changes)
+    )
 
 
 def rows(folder: Path) -> list[dict[str, float]]:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from diagnostics import Monitor
 from diagnostics.records.batch_files import load_batch
 from opd import Config, train
+from opd.config.settings import with_settings
 from opd.data.tasks import load_task
 from opd.runtime.seeds import ROLLOUT, derive_seed
 from tests.helpers.paths import EXAMPLES, ROOT
@@ -56,16 +57,16 @@ def run(tiny_pair, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Pa
     fields |= {"max_response": 12, "support_k": 16, "lr": 1e-3, "weight_decay": 0.01}
     fields |= {"max_grad_norm": 1e9, "eval_every": 0, "full_metrics_every": 1}
     config = settings(tiny_pair, tmp_path_factory.mktemp("runs") / "run", **fields)
-    train(replace(config, objective="teacher_topk"))
+    train(with_settings(config, objective="teacher_topk"))
     return config, Path(config.out)
 
 
 def questions_of_steps(config: Config) -> Iterator[list[str]]:
     """Yield the prompts of every step, after seeding torch as the trainer seeds its sampler."""
-    task = load_task(config.task, config.seed)
+    task = load_task(config.data.task, config.seed)
     for step in range(config.steps):
         torch.manual_seed(derive_seed(config.seed, step, ROLLOUT))
-        yield [problem.prompt for problem in task.train(step, config.prompts_per_step)]
+        yield [problem.prompt for problem in task.train(step, config.data.prompts_per_step)]
 
 
 def run_example(code: str, tiny_pair: tuple[Path, Path], questions: Any) -> dict[str, Any]:

@@ -35,8 +35,8 @@ ValuePair = tuple[Tensor, Tensor]
 
 def rounding_unit(config: Config) -> float:
     """Return `ROUNDING` for the run's precision; quantised layers round as bfloat16 does."""
-    quantised = config.teacher_weights != "saved"
-    return max(ROUNDING[config.dtype], ROUNDING["bfloat16"] if quantised else 0.0)
+    quantised = config.hardware.teacher_weights != "saved"
+    return max(ROUNDING[config.hardware.dtype], ROUNDING["bfloat16"] if quantised else 0.0)
 
 
 def expected_loss(
@@ -75,7 +75,7 @@ def expected_loss(
     value, exchanged, slope = (x * ratio.double() * mask for x in values)
     row_index, position = (torch.as_tensor(list(x), device=device) for x in (rows, positions))
     weights = {name: weight[position] for name, weight in row_weights(all_ranks_batch).items()}
-    weight = weights.pop(config.denominator)
+    weight = weights.pop(config.objective.denominator)
     sums = value.sum(1)[row_index]
     losses = [(sums * weight).sum(), (exchanged.sum(1)[row_index] * weight).sum()]
     losses += [(sums * other_weight).sum() for other_weight in weights.values()]
@@ -154,7 +154,7 @@ def token_values(
     if local is None:
         return None
     score, r = credit.double(), batch.log_ratio.double()
-    if config.objective not in ("sampled_token_weighted", "sampled_token_clipped"):
+    if config.objective.objective not in ("sampled_token_weighted", "sampled_token_clipped"):
         score = score * batch.student_logp.double()
     spread = r.abs()
     if batch.prefix is not None:
@@ -166,36 +166,40 @@ def token_values(
 
 def ratio_from_settings(config: Config, batch: ScoredRollouts) -> Tensor:
     """Return the (B, T) importance ratio that the settings ask for."""
-    return RATIOS[config.ratio](batch)
+    return RATIOS[config.objective.ratio](batch)
 
 
 def credit_from_settings(config: Config, batch: ScoredRollouts) -> Tensor:
     """Return the (B, T) credit that the settings ask for; 0 without a score-function term."""
-    limit = math.inf if config.ratio_clip is None else config.ratio_clip
-    is_immediate = not config.gamma and not config.reward_weight
-    if config.objective in SAMPLED and is_immediate and config.baseline == "none":
+    limit = math.inf if config.objective.ratio_clip is None else config.objective.ratio_clip
+    is_immediate = not config.objective.gamma and not config.objective.reward_weight
+    if (
+        config.objective.objective in SAMPLED
+        and is_immediate
+        and config.objective.baseline == "none"
+    ):
         return batch.log_ratio.clamp(-limit, limit)
-    if is_immediate and config.objective not in (*SAMPLED, "mean_future"):
+    if is_immediate and config.objective.objective not in (*SAMPLED, "mean_future"):
         return torch.zeros_like(batch.student_logp)
     objective = factory.make_objective(
-        config.objective,
-        gamma=config.gamma,
-        baseline=config.baseline,
-        ratio=config.ratio,
-        beta=config.beta,
-        clip=config.ppo_clip,
+        config.objective.objective,
+        gamma=config.objective.gamma,
+        baseline=config.objective.baseline,
+        ratio=config.objective.ratio,
+        beta=config.objective.beta,
+        clip=config.objective.ppo_clip,
         ratio_clip=limit,
-        reward_weight=config.reward_weight,
-        reward_baseline=config.reward_baseline,
-        mask_scope=config.mask_scope,
-        allow_collapse=config.allow_collapse,
+        reward_weight=config.objective.reward_weight,
+        reward_baseline=config.objective.reward_baseline,
+        mask_scope=config.objective.mask_scope,
+        allow_collapse=config.objective.allow_collapse,
     )
     return objective.credit(batch)
 
 
 def _direct_terms(config: Config, batch: ScoredRollouts) -> ValuePair | None:
     """Return the (B, T) part of the loss that does not depend on credit, as is and exchanged."""
-    name, r = config.objective, batch.log_ratio.double()
+    name, r = config.objective.objective, batch.log_ratio.double()
     if name in (*SAMPLED, "mean_future"):
         return torch.zeros_like(r), torch.zeros_like(r)
     if name == "k2":
@@ -207,20 +211,20 @@ def _direct_terms(config: Config, batch: ScoredRollouts) -> ValuePair | None:
     source, _, form = name.partition("_topk")
     if batch.support is None or batch.support.source != source or form not in FORMS:
         return None
-    limit = math.inf if config.ratio_clip is None else config.ratio_clip
+    limit = math.inf if config.objective.ratio_clip is None else config.objective.ratio_clip
     return FORMS[form](batch, limit)
 
 
 def _full_vocabulary(config: Config, batch: ScoredRollouts) -> ValuePair | None:
     """Return the full-vocabulary divergence, as is and exchanged; None without a formula."""
     prefix = batch.prefix
-    if prefix is None or prefix.forward_kl is None or config.ratio_clip is not None:
+    if prefix is None or prefix.forward_kl is None or config.objective.ratio_clip is not None:
         return None
     reverse, forward = prefix.reverse_kl.double(), prefix.forward_kl.double()
-    if config.objective in ("full_reverse_kl", "full_sampled_future"):
+    if config.objective.objective in ("full_reverse_kl", "full_sampled_future"):
         return reverse, forward
-    beta = 0.5 if config.beta is None else config.beta
-    if config.objective == "full_forward_kl" or beta == 0:
+    beta = 0.5 if config.objective.beta is None else config.objective.beta
+    if config.objective.objective == "full_forward_kl" or beta == 0:
         return forward, reverse
     return (reverse, forward) if beta == 1 else None
 

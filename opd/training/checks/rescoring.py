@@ -64,14 +64,14 @@ def rescoring_columns(
     for role in ("student", "teacher"):
         role_columns = {f"{role}_{cause}": 0.0 for cause in CAUSES}
         if role == "student":
-            role_columns |= model_state(role, pair.student, config.dtype)
+            role_columns |= model_state(role, pair.student, config.hardware.dtype)
             role_columns |= _compare_local_model(
                 config, pair.student, None, role, prompts, batch, rows
             )
         elif Capability.HIDDEN_STATES in pair.teacher.capabilities:
             teacher = pair.teacher
-            eos_map = pair.eos_map if config.map_eos else None
-            role_columns |= model_state(role, teacher.model, teacher.dtype or config.dtype)
+            eos_map = pair.eos_map if config.objective.map_eos else None
+            role_columns |= model_state(role, teacher.model, teacher.dtype or config.hardware.dtype)
             role_columns |= _compare_local_model(
                 config, teacher.model, eos_map, role, prompts, batch, rows
             )
@@ -102,7 +102,7 @@ def left_padding(config: Config, prompts: Prompts, batch: ScoredRollouts) -> lis
     """Return the left padding of each row's prompt in the micro-batch in which it is scored."""
     lengths = prompts.mask.sum(1).tolist()
     padding = [0] * len(lengths)
-    for group in micro_batches(prompts, batch, config.max_tokens_per_microbatch):
+    for group in micro_batches(prompts, batch, config.hardware.max_tokens_per_microbatch):
         widest = max(lengths[row] for row in group)
         for row in group:
             padding[row] = widest - lengths[row]
@@ -149,7 +149,9 @@ def _score_row(
         tokens = teacher_tokens(tokens, eos_map)
     with evaluation_mode(model.network):
         states = model.hidden(ids, torch.ones_like(ids), position)
-        logp = log_probabilities(model, states[0, len(prompt) - 1 + places], config.temperature)
+        logp = log_probabilities(
+            model, states[0, len(prompt) - 1 + places], config.rollout.temperature
+        )
     return logp.gather(1, tokens[:, None])[:, 0]
 
 
@@ -197,7 +199,7 @@ def _compare_local_model(
 def _logp(config: Config, model: CausalLM, prompts: Prompts, batch: ScoredRollouts) -> Tensor:
     """Return the (N,) log-probabilities of the sampled tokens of a padded batch."""
     logp = log_probabilities(
-        model, response_hidden_states(model, prompts, batch), config.temperature
+        model, response_hidden_states(model, prompts, batch), config.rollout.temperature
     )
     return logp.gather(1, batch.tokens[batch.mask][:, None])[:, 0]
 
@@ -254,7 +256,7 @@ def _compare_remote_teacher(
     unit = ROUNDING["bfloat16"]  # the precision of the server is not known
     logp_by_row = {}
     for row in rows:
-        answers = teacher.top_k(prompts.rows([row]), batch.rows([row]), config.support_k)
+        answers = teacher.top_k(prompts.rows([row]), batch.rows([row]), config.objective.support_k)
         logp_by_row[row] = answers.sampled
     gaps = [batch.teacher_logp[row][batch.mask[row]] - logp_by_row[row] for row in rows]
     exchanged = _exchanged_share(

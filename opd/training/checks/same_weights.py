@@ -51,7 +51,7 @@ def has_student_weights(config: Config, pair: ModelPair) -> bool:
     teacher = pair.teacher
     if not teacher.is_separate:
         return False
-    if config.reward_weight or not config.steps:
+    if config.objective.reward_weight or not config.steps:
         return False
     if is_same_source(config.student, config.teacher):
         return True

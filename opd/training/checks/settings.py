@@ -4,10 +4,9 @@ Each check yields one message that names the setting, its value and the remedy; 
 run are reported at once.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator
 
-from opd.config.settings import Config
+from opd.config.settings import Config, setting_fields, setting_values
 from opd.data.benchmarks import is_benchmark
 from opd.envs.task import is_games
 from opd.objectives.objective import Objective
@@ -20,7 +19,7 @@ STUDENT_DERIVED = ("base", "ema")
 
 def objective_problems(config: Config, objective: Objective) -> Iterator[str]:
     """Yield a message for every setting that does not go with the objective."""
-    if config.teacher in STUDENT_DERIVED and not config.reward_weight:
+    if config.teacher in STUDENT_DERIVED and not config.objective.reward_weight:
         yield (
             f'teacher "{config.teacher}" starts as a copy of the student, so the divergence and '
             "its gradient are zero; set reward_weight to train on rewards, or use another teacher"
@@ -32,21 +31,28 @@ def objective_problems(config: Config, objective: Objective) -> Iterator[str]:
 
 def _stale_samples(config: Config, objective: Objective) -> Iterator[str]:
     """Report off-policy samples that the loss would treat as samples of the current student."""
-    if config.allow_unweighted:
+    if config.objective.allow_unweighted:
         return
     override_hint = "or set allow_unweighted to train with this bias, as the paper did"
-    if config.updates_per_batch > 1 and objective.requirements.on_policy:
+    if config.optimizer.updates_per_batch > 1 and objective.requirements.on_policy:
         yield (
-            f"updates_per_batch is {config.updates_per_batch}: from the second update on, the "
-            f"student has changed, but {config.objective} uses the sampled token without an "
+            f"updates_per_batch is {config.optimizer.updates_per_batch}: from the second update "
+            "on, the "
+            f"student has changed, but {config.objective.objective} uses the sampled token without "
+            "an "
             "importance weight and would be biased (ratio does not correct this: it compares the "
             "student at rollout time with the sampler); use sampled_token_weighted or "
             "sampled_token_clipped, an objective that does not use the sampled token, or "
             f"updates_per_batch 1; {override_hint}"
         )
-    if config.rollout_lag and objective.requirements.sampled_logp and config.ratio == "none":
+    if (
+        config.rollout.rollout_lag
+        and objective.requirements.sampled_logp
+        and config.objective.ratio == "none"
+    ):
         yield (
-            f"rollout_lag is {config.rollout_lag}: {config.objective} would treat tokens sampled "
+            f"rollout_lag is {config.rollout.rollout_lag}: {config.objective.objective} would "
+            "treat tokens sampled "
             "from earlier weights as samples of the current student; set ratio to token, or "
             f"rollout_lag to 0; {override_hint}"
         )
@@ -54,27 +60,28 @@ def _stale_samples(config: Config, objective: Objective) -> Iterator[str]:
 
 def _empty_groups(config: Config) -> Iterator[str]:
     """Report baselines and advantages over other responses if there are none."""
-    is_single = config.group_size < 2
-    if config.baseline == "leave_one_out" and is_single:
+    is_single = config.data.group_size < 2
+    if config.objective.baseline == "leave_one_out" and is_single:
         yield (
             "baseline leave_one_out is the mean over the other responses to the prompt, but "
-            f"group_size is {config.group_size}; set group_size to 2 or more, or use another "
+            f"group_size is {config.data.group_size}; set group_size to 2 or more, or use another "
             "baseline"
         )
-    if config.reward_weight and is_single:
+    if config.objective.reward_weight and is_single:
         yield (
-            f"reward_weight {config.reward_weight} compares the reward of a response with those of "
-            f"the other responses to the prompt, but group_size is {config.group_size}; set "
+            f"reward_weight {config.objective.reward_weight} compares the reward of a response "
+            "with those of "
+            f"the other responses to the prompt, but group_size is {config.data.group_size}; set "
             "group_size to 2 or more"
         )
-    mixed = len(config.tasks) > 1 and config.task_order == "mixed"
-    min_prompts = min(prompts_per_task(config)) if mixed else config.prompts_per_step
-    if config.baseline == "position_mean" and min_prompts < 2:
+    mixed = len(config.tasks) > 1 and config.data.task_order == "mixed"
+    min_prompts = min(prompts_per_task(config)) if mixed else config.data.prompts_per_step
+    if config.objective.baseline == "position_mean" and min_prompts < 2:
         yield (
             "baseline position_mean is the mean over the other prompts of the step, but a step has "
             f"{min_prompts} per task; set prompts_per_step to 2 or more, or use another baseline"
         )
-    if config.baseline == "given":
+    if config.objective.baseline == "given":
         yield (
             "baseline given is a column of the batch that batches of a run do not have; it is for "
             "your own code (opd.objectives.factory.make_objective): choose another baseline"
@@ -83,32 +90,42 @@ def _empty_groups(config: Config) -> Iterator[str]:
 
 def _without_effect(config: Config, objective: Objective) -> Iterator[str]:
     """Report settings that do not change this objective's loss."""
-    single = objective.support in ("teacher", "student", "intersection") and config.support_k == 1
+    single = (
+        objective.support in ("teacher", "student", "intersection")
+        and config.objective.support_k == 1
+    )
     if single and objective.local.renormalises and not objective.local.reads_sample:
         yield (
             f"support_k is 1: renormalised over one id, both models have probability 1, so the "
-            f"divergence of {config.objective} is always zero; set support_k to 2 or "
-            f"more, or use {config.objective}_and_sampled or {config.objective}_bucket"
+            f"divergence of {config.objective.objective} is always zero; set support_k to 2 or "
+            f"more, or use {config.objective.objective}_and_sampled or "
+            f"{config.objective.objective}_bucket"
         )
-    if config.ppo_clip is not None and config.updates_per_batch == 1:
+    if config.objective.ppo_clip is not None and config.optimizer.updates_per_batch == 1:
         yield (
-            f"ppo_clip is {config.ppo_clip} and updates_per_batch is 1: the importance ratio of a "
+            f"ppo_clip is {config.objective.ppo_clip} and updates_per_batch is 1: the importance "
+            "ratio of a "
             "single update is 1, so nothing is clipped; set updates_per_batch to 2 or more, or "
             "remove ppo_clip"
         )
-    if config.ratio != "none" and config.engine == "hf" and config.top_p == 1:
+    if (
+        config.objective.ratio != "none"
+        and config.rollout.engine == "hf"
+        and config.rollout.top_p == 1
+    ):
         yield (
-            f"ratio is {config.ratio}, which compares student and sampler, but with engine hf and "
+            f"ratio is {config.objective.ratio}, which compares student and sampler, but with "
+            "engine hf and "
             "top_p 1 the sampler is the student and the ratio is 1 up to rounding; set ratio to "
             "none"
         )
-    if config.map_eos:
+    if config.objective.map_eos:
         yield from _eos_mapping(config, objective)
 
 
 def _eos_mapping(config: Config, objective: Objective) -> Iterator[str]:
     """Report map_eos where it does not change the loss."""
-    name = config.objective
+    name = config.objective.objective
     if all(task_config.teacher in STUDENT_DERIVED for task_config in task_configs(config)):
         yield f"map_eos: teacher {config.teacher} has the student's EOS; remove map_eos"
     elif objective.support in ("student", "union", "intersection"):
@@ -129,34 +146,36 @@ def _eos_mapping(config: Config, objective: Objective) -> Iterator[str]:
 
 def _plain_source(config: Config) -> bool:
     """Return whether the task is a file or dataset with configurable columns."""
-    return not (config.task == "lab" or is_games(config.task) or is_benchmark(config.task))
+    return not (
+        config.data.task == "lab" or is_games(config.data.task) or is_benchmark(config.data.task)
+    )
 
 
 def _eval_source(config: Config) -> bool:
     """Return whether the evaluation task is a file or dataset with configurable columns."""
-    return bool(config.eval_task) and not is_benchmark(config.eval_task)
+    return bool(config.evaluation.eval_task) and not is_benchmark(config.evaluation.eval_task)
 
 
 CONDITIONS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "prompt_column": (_plain_source, "task is a file or dataset with columns"),
     "answer_column": (_plain_source, "task is a file or dataset with columns"),
     "skip_long_prompts": (
-        lambda config: not (config.task == "lab" or is_games(config.task)),
+        lambda config: not (config.data.task == "lab" or is_games(config.data.task)),
         "task is a file or a dataset",
     ),
     "eval_prompt_column": (_eval_source, "eval_task is a file or dataset with columns"),
     "eval_answer_column": (_eval_source, "eval_task is a file or dataset with columns"),
-    "layout": (lambda config: is_games(config.task), "task is a game, env:NAME"),
-    "max_turns": (lambda config: is_games(config.task), "task is a game, env:NAME"),
+    "layout": (lambda config: is_games(config.data.task), "task is a game, env:NAME"),
+    "max_turns": (lambda config: is_games(config.data.task), "task is a game, env:NAME"),
     "history_turns": (
-        lambda config: is_games(config.task) and config.layout == "turns",
+        lambda config: is_games(config.data.task) and config.games.layout == "turns",
         "task is a game, env:NAME, with layout turns",
     ),
     "task_order": (lambda config: len(config.tasks) > 1, "there are several tasks"),
-    "weights_folder": (lambda config: config.engine == "servers", "engine is servers"),
-    "rollout_timeout": (lambda config: config.engine == "servers", "engine is servers"),
-    "rollout_concurrency": (lambda config: config.engine == "servers", "engine is servers"),
-    "generation_batch_size": (lambda config: config.engine == "hf", "engine is hf"),
+    "weights_folder": (lambda config: config.rollout.engine == "servers", "engine is servers"),
+    "rollout_timeout": (lambda config: config.rollout.engine == "servers", "engine is servers"),
+    "rollout_concurrency": (lambda config: config.rollout.engine == "servers", "engine is servers"),
+    "generation_batch_size": (lambda config: config.rollout.engine == "hf", "engine is hf"),
     "teacher_timeout": (lambda config: is_url(config.teacher), "the teacher is on a server"),
     "teacher_concurrency": (lambda config: is_url(config.teacher), "the teacher is on a server"),
     "offload_teacher": (
@@ -164,13 +183,19 @@ CONDITIONS: dict[str, tuple[Callable[[Config], bool], str]] = {
         "the teacher has its own weights in this process",
     ),
     "ema_decay": (lambda config: config.teacher == "ema", 'the teacher is "ema"'),
-    "lora_alpha": (lambda config: config.lora_rank > 0, "lora_rank is 1 or more"),
+    "lora_alpha": (lambda config: config.optimizer.lora_rank > 0, "lora_rank is 1 or more"),
     "schedule": (
-        lambda config: config.warmup < config.steps or config.steps == 0,
+        lambda config: config.optimizer.warmup < config.steps or config.steps == 0,
         "the warm-up ends before the last step",
     ),
-    "eval_top_p": (lambda config: config.eval_temperature > 0, "eval_temperature is positive"),
-    "eval_samples": (lambda config: config.eval_temperature > 0, "eval_temperature is positive"),
+    "eval_top_p": (
+        lambda config: config.evaluation.eval_temperature > 0,
+        "eval_temperature is positive",
+    ),
+    "eval_samples": (
+        lambda config: config.evaluation.eval_temperature > 0,
+        "eval_temperature is positive",
+    ),
 }
 """Settings that have an effect only under a condition, given as a function and as text."""
 
@@ -187,9 +212,10 @@ def unused_settings(config: Config) -> Iterator[str]:
     Yields:
         The messages.
     """
-    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    values = setting_values(config)
+    defaults = {name: setting.field.default for name, setting in setting_fields().items()}
     for name, (has_effect, condition) in CONDITIONS.items():
-        value = getattr(config, name)
+        value = values[name]
         used = has_effect(config) or any(
             has_effect(task_config) for task_config in task_configs(config)
         )
@@ -205,7 +231,7 @@ def unused_settings(config: Config) -> Iterator[str]:
                 message = _unused(name, task_value, defaults[name], condition)
                 yield f"task {task.name!r}: {message}"
     weighted_tasks = [task for task in config.tasks if task.weight != 1]
-    if config.task_order == "alternate" and weighted_tasks:
+    if config.data.task_order == "alternate" and weighted_tasks:
         yield (
             f"task {weighted_tasks[0].name!r}: weight is {weighted_tasks[0].weight}, but with "
             "task_order alternate all tasks have equally many steps; set task_order to weighted or "

@@ -194,7 +194,7 @@ def check_trainable_weights(config: Config, pair: ModelPair) -> CheckResult:
     weights = list(pair.student.network.parameters())
     frozen = sum(weight.numel() for weight in weights if not weight.requires_grad)
     share = frozen / max(1, sum(weight.numel() for weight in weights))
-    if config.lora_rank or not frozen:
+    if config.optimizer.lora_rank or not frozen:
         return CheckResult(
             "trained weights", "ok", f"{1 - share:.1%} of the student's weights are trainable"
         )
@@ -226,7 +226,7 @@ def check_separate_weights(pair: ModelPair) -> CheckResult:
 
 def check_mode_and_dtype(role: str, model: CausalLM, config: Config) -> CheckResult:
     """Check that a model is in evaluation mode and in the configured precision."""
-    numbers = model_state(role, model, config.dtype)
+    numbers = model_state(role, model, config.hardware.dtype)
     training, wrong = numbers[f"{role}_training"], numbers[f"{role}_precision"]
     if training:
         return CheckResult(
@@ -240,11 +240,11 @@ def check_mode_and_dtype(role: str, model: CausalLM, config: Config) -> CheckRes
         return CheckResult(
             f"{role} mode",
             "fail",
-            f"{wrong:.0%} of the weights are not in {config.dtype}",
+            f"{wrong:.0%} of the weights are not in {config.hardware.dtype}",
             "load the model with the configured dtype",
             numbers,
         )
-    return CheckResult(f"{role} mode", "ok", f"evaluation, {config.dtype}", "", numbers)
+    return CheckResult(f"{role} mode", "ok", f"evaluation, {config.hardware.dtype}", "", numbers)
 
 
 def check_saved_weights(role: str, name: str, model: CausalLM) -> CheckResult:

@@ -43,12 +43,12 @@ def prompt_check_columns(config: Config, prompts: Prompts, bos: int | None) -> d
         last one only, since their rows are turns.
     """
     columns: dict[str, Tensor] = {}
-    if not is_games(config.task):
+    if not is_games(config.data.task):
         hashes = prompt_hashes(prompts)
         parts = all_gather_rows(hashes) if distributed.world_size() > 1 else [hashes]
         distinct = torch.stack([_count_distinct(part) for part in parts]).sum()
         total_distinct = _count_distinct(torch.cat(parts))
-        columns["data/repeated_prompts"] = 1 - distinct / config.prompts_per_step
+        columns["data/repeated_prompts"] = 1 - distinct / config.data.prompts_per_step
         columns["data/prompts_on_several_ranks"] = 1 - total_distinct / distinct
     if bos is not None:
         first = prompts.mask.long().argmax(1)

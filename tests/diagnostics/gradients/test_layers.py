@@ -21,7 +21,8 @@ from diagnostics.gradients.probe import GradientSketches
 from diagnostics.gradients.signal_noise import signal_and_noise
 from diagnostics.gradients.sketch import identity_projection, random_projection
 from diagnostics.ragged import scatter_to_mask
-from opd.config.settings import Config
+from opd.config.problems import check_settings
+from opd.config.settings import Config, with_settings
 from opd.data.prompts import Prompts
 from opd.models.contexts import activation_checkpointing
 from opd.models.forward import log_probabilities, response_hidden_states
@@ -318,13 +319,14 @@ def test_wrong_blocks_are_refused() -> None:
 
 
 def config(*blocks: str, interval: int) -> Config:
-    return Config(student="s", teacher="t", out="o", probe_blocks=blocks, probe_every=interval)
+    settings = {"probe_blocks": blocks, "probe_every": interval}
+    return check_settings(with_settings(Config(student="s", teacher="t", out="o"), **settings))
 
 
 def test_blocks_without_a_probe_are_refused() -> None:
     with pytest.raises(ValueError, match=r"probe_blocks is \('\*norm',\); it must be \(\) if"):
         config("*norm", interval=0)
-    assert config("*norm", interval=5).probe_blocks == ("*norm",)
+    assert config("*norm", interval=5).record.probe_blocks == ("*norm",)
 
 
 def trained(name: str, gamma: float = 0.0, baseline: str = "none") -> PreparedLoss:

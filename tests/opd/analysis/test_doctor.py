@@ -14,6 +14,8 @@ from opd.analysis import doctor, sample_checks
 from opd.analysis.pair_checks import bos, load_side
 from opd.analysis.sample_checks import Evidence
 from opd.cli.doctor import main
+from opd.config.files import to_toml
+from opd.config.settings import Config, with_settings
 from opd.data.chain_task import problems
 from opd.lab.build import TEMPLATE, ToyModelConfig, make_tokenizer, train_model
 
@@ -103,6 +105,30 @@ def test_a_healthy_pair_passes_and_exits_with_0(
     assert numbers["impossible tokens"]["of"] > 500
     assert numbers["teacher noise"]["signal_rms"] > 0.01
     main([*map(str, healthy), "--device", "cpu", "--prompts", "2", "--max-response", "8"])
+
+
+def test_a_file_of_settings_is_checked_with_its_models(
+    healthy: ModelPair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = Config(student=str(healthy[0]), teacher=str(healthy[1]), out="o")
+    config = with_settings(config, lr=-1.0, denominator="nothing", device="cpu", max_response=8)
+    path = tmp_path / "settings.toml"
+    path.write_text(to_toml(config))
+    sampling = ["--device", "cpu", "--prompts", "2", "--max-response", "8"]
+    with pytest.raises(SystemExit):
+        main(["--config", str(path), *sampling, "--json"])
+    items = json.loads(capsys.readouterr().out)["items"]
+    failed = [item["found"] for item in items if item["item"] == "settings"]
+    assert len(failed) == 2
+    assert failed[0].startswith("lr is -1.0")
+    assert failed[1].startswith("unknown denominator")
+    assert len({item["item"] for item in items}) > 5, "the models are checked too"
+    path.write_text(to_toml(with_settings(config, lr=1.0, denominator="token_mean")))
+    main(["--config", str(path), *sampling])
+    assert "valid, and all of them have an effect" in capsys.readouterr().out
+    for words in (["--config", str(path), "s", "t"], ["s"]):
+        with pytest.raises(ValueError, match=r"--config names the models|give STUDENT and TEACHER"):
+            main(words)
 
 
 def swap_two_ids(pair: ModelPair) -> None:

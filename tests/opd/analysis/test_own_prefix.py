@@ -9,7 +9,7 @@ import torch
 from diagnostics.records.batch_files import load_batch
 from figures.runs import fan
 from opd.analysis.own_prefix import SOURCES, probe_own_prefix
-from opd.config.settings import Config
+from opd.config.settings import Config, with_settings
 from opd.training.train import train
 
 
@@ -17,11 +17,13 @@ from opd.training.train import train
 def run(tiny_pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     student, teacher = map(str, tiny_pair)
     return train(
-        Config(
-            student=student,
-            teacher=teacher,
-            out=str(tmp_path_factory.mktemp("control") / "run"),
-            steps=2,
+        with_settings(
+            Config(
+                student=student,
+                teacher=teacher,
+                out=str(tmp_path_factory.mktemp("control") / "run"),
+                steps=2,
+            ),
             prompts_per_step=2,
             group_size=1,
             max_prompt=64,

@@ -9,11 +9,13 @@ import pytest
 from diagnostics.batch import Rollouts
 from diagnostics.monitor import Monitor
 from diagnostics.records.batch_files import load_batch
+from diagnostics.records.renamed import EVALUATION_SETTINGS, present_evaluation_settings
 from opd.cli import evaluate
 from opd.cli.diagnose import main
-from opd.cli.train import parse_config
+from opd.cli.train import parse_arguments
+from opd.config.files import read_config
+from opd.config.groups import EvalConfig, GamesConfig
 from opd.config.recipes import RECIPES
-from opd.config.settings import from_json
 from opd.training.train import train
 from tests.helpers.runs import rows, settings
 
@@ -60,7 +62,15 @@ def test_missing_parts_of_a_batch_are_reported(run: Path) -> None:
 
 
 def test_eval_prints_one_json_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [str(run / "final"), "--problems", "6", "--max-response", "8", "--device", "cpu"]
+    arguments = [
+        str(run / "final"),
+        "--eval-problems",
+        "6",
+        "--max-response",
+        "8",
+        "--device",
+        "cpu",
+    ]
     evaluate.main(arguments)
     first_output = capsys.readouterr().out
     evaluate.main(arguments)
@@ -83,14 +93,48 @@ def test_a_task_file_trains_and_evaluates(tiny_pair, tmp_path: Path) -> None:
 
 def test_recipes_take_overrides_and_round_trip(tmp_path: Path) -> None:
     for name in RECIPES:
-        config = parse_config(
+        config = parse_arguments(
             [name, "--lr", "0.5", "--objective", "sampled_token", "--gamma", "1.0"]
-        )
-        assert (config.lr, config.gamma) == (0.5, 1.0)
+        ).settings
+        assert (config.optimizer.lr, config.objective.gamma) == (0.5, 1.0)
     with pytest.raises(SystemExit, match="unknown recipe 'nope'; known: smoke, lab, pair"):
-        parse_config(["nope"])
+        parse_arguments(["nope"])
     with pytest.raises(FileNotFoundError, match="build it with `opd lab --tiny`"):
-        train(parse_config(["smoke", "--out", str(tmp_path / "run"), "--student", "lab-tiny/none"]))
+        train(
+            parse_arguments(
+                ["smoke", "--out", str(tmp_path / "run"), "--student", "lab-tiny/none"]
+            ).settings
+        )
     (tmp_path / "c.json").write_text(json.dumps({"student": "a", "speed": 3}))
-    with pytest.raises(ValueError, match=r"unknown settings \['speed'\]"):
-        from_json(tmp_path / "c.json")
+    with pytest.raises(ValueError, match="unknown setting speed; the closest is seed"):
+        read_config(tmp_path / "c.json")
+
+
+@pytest.mark.parametrize("option", [*EVALUATION_SETTINGS, "whole"])
+def test_a_former_option_of_eval_is_refused_with_its_present_name(option: str) -> None:
+    present = EVALUATION_SETTINGS.get(option, "eval_task").replace("_", "-")
+    with pytest.raises(ValueError, match=f"--{present}"):
+        evaluate.parse_arguments(["model", f"--{option.replace('_', '-')}", "1"])
+
+
+def test_the_flags_of_eval_are_settings_of_a_run_and_checked_together() -> None:
+    words = ["model", "--eval-top-p", "0.5", "--max-turns", "3", "--eval-task", "x.jsonl"]
+    options = evaluate.parse_arguments(words)
+    assert options.evaluation == EvalConfig(eval_top_p=0.5, eval_task="x.jsonl")
+    assert options.games == GamesConfig(max_turns=3)
+    with pytest.raises(ValueError, match=r"2 settings are invalid: eval_top_p is 2.0.*max_turns"):
+        evaluate.parse_arguments(["model", "--eval-top-p", "2", "--max-turns", "0"])
+    for text in ("[]", "{"):
+        with pytest.raises(ValueError, match="--template"):
+            evaluate.main(["model", "--template", text])
+
+
+def test_options_of_recorded_evaluations_are_read_under_their_present_names() -> None:
+    former = {"task": "f.jsonl", "whole": True, "problems": 3, "temperature": 0.5, "drop": False}
+    assert present_evaluation_settings(former) == {
+        "eval_task": "f.jsonl",
+        "eval_problems": 3,
+        "eval_temperature": 0.5,
+        "skip_long_prompts": False,
+    }
+    assert present_evaluation_settings({"task": "lab", "whole": False}) == {"task": "lab"}

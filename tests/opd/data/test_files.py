@@ -14,6 +14,7 @@ import pytest
 from transformers import GenerationConfig
 
 from diagnostics.errors import InvalidInput
+from opd.config.groups import EvalConfig
 from opd.data.benchmarks import BOXED_INSTRUCTION
 from opd.data.prompts import encode_prompt
 from opd.data.sources import Columns, DatasetProblem, read_problems, read_rows
@@ -265,10 +266,9 @@ def test_prompts_alone_train_and_nothing_is_graded(tiny_pair, tmp_path: Path, ca
         train(settings(tiny_pair, tmp_path / "graded", **changes, reward_weight=1.0))
     evaluation = {
         "device": "cpu",
-        "problems": 2,
+        "evaluation": EvalConfig(eval_problems=2),
         "max_prompt": 64,
         "max_response": 4,
-        "temperature": 1.0,
     }
     with (
         pytest.warns(UserWarning, match="has no column"),

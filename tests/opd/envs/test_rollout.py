@@ -16,6 +16,7 @@ from diagnostics.core.totals import compute
 from diagnostics.monitor import Monitor
 from diagnostics.records.batch_files import load_batch
 from opd.analysis import doctor
+from opd.config.groups import EvalConfig, GamesConfig
 from opd.config.settings import Config, TaskSettings
 from opd.data.chain_task import Problem
 from opd.data.prompts import Prompts, encode_prompt
@@ -546,14 +547,21 @@ def test_games_take_turns_and_mix_with_problems(tiny_pair, tmp_path: Path) -> No
 
 
 def test_held_out_games_are_evaluated(tiny_pair) -> None:
-    options = {"device": "cpu", "max_prompt": 200, "max_response": 6, "temperature": 1.0, "seed": 0}
-    result = evaluate_folder(str(tiny_pair[0]), ECHO, problems=9, samples=2, **options)
+    options = {"device": "cpu", "max_prompt": 200, "max_response": 6, "seed": 0}
+    evaluation = EvalConfig(eval_problems=9, eval_samples=2)
+    result = evaluate_folder(str(tiny_pair[0]), ECHO, evaluation=evaluation, **options)
     outcomes = [int(x) for x in result["outcomes"].replace(" ", "")]
     assert len(outcomes) == 18
     assert result["accuracy"] == pytest.approx(sum(outcomes) / 18) == result["episodes/success"]
     assert result["low"] < result["accuracy"] < result["high"]
     assert result["truncated"] == 0
-    shortened_result = evaluate_folder(str(tiny_pair[0]), ECHO, problems=9, max_turns=2, **options)
+    shortened_result = evaluate_folder(
+        str(tiny_pair[0]),
+        ECHO,
+        evaluation=EvalConfig(eval_problems=9),
+        games=GamesConfig(max_turns=2),
+        **options,
+    )
     assert shortened_result["truncated"] == pytest.approx(1 / 3), (
         "games of three turns are cut at two"
     )

@@ -411,28 +411,29 @@ def test_the_command_writes_what_it_found(
     lines = [{"q": f"{i}+1", "a": i + 1, "task": "ab"[i % 2]} for i in range(20)]
     file = tmp_path / "task.jsonl"
     file.write_text("".join(json.dumps(x) + "\n" for x in lines))
-    words = [str(tiny_pair[0]), "--task", str(file), "--samples", "3", "--max-response", "6"]
-    words += ["--prompt-column", "q", "--answer-column", "a", "--grader", "numeric"]
-    words += ["--device", "cpu", "--top-p", "0.9"]
+    words = [str(tiny_pair[0]), "--eval-samples", "3", "--max-response", "6"]
+    words += ["--grader", "numeric", "--device", "cpu", "--eval-top-p", "0.9"]
+    held_out = ["--task", str(file), "--prompt-column", "q", "--answer-column", "a"]
+    complete = ["--eval-task", str(file), "--eval-prompt-column", "q", "--eval-answer-column", "a"]
     out, records_path = tmp_path / "deep" / "evals.json", tmp_path / "said.jsonl"
-    command.main([*words, "--whole", "--out", str(out), "--responses", str(records_path)])
+    command.main([*words, *complete, "--out", str(out), "--responses", str(records_path)])
     printed = json.loads(capsys.readouterr().out)
     assert printed["problems"] == 20
     assert {"accuracy", "pass@2", "pass@3", "majority@3", "task/a/accuracy"} <= printed.keys()
     written_row = json.loads(out.read_text())
     assert len(written_row["outcomes"].split()) == 20
-    assert written_row["settings"]["top_p"] == 0.9
+    assert written_row["settings"]["eval_top_p"] == 0.9
     rows = [json.loads(line) for line in records_path.read_text().splitlines()]
     assert {(row["prompt"], row["answer"]) for row in rows} == {
         (x["q"], str(x["a"])) for x in lines
     }
-    command.main([*words, "--whole", "--against", str(out)])
+    command.main([*words, *complete, "--against", str(out)])
     printed_again = json.loads(capsys.readouterr().out)
     assert printed_again["against/gain"] == 0
     assert (printed_again["against/low"], printed_again["against/high"]) == gain_interval(
         np.zeros(20)
     )
-    command.main(words)
+    command.main([*words, *held_out])
     assert json.loads(capsys.readouterr().out)["problems"] == 2
     with pytest.raises(ValueError, match="different problems"):
-        command.main([*words, "--against", str(out)])
+        command.main([*words, *held_out, "--against", str(out)])

@@ -2,7 +2,6 @@
 
 import copy
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 
 from diagnostics.batch import ScoredRollouts
 from diagnostics.records.batch_files import load_batch
-from opd.config.settings import TaskSettings
+from opd.config.settings import TaskSettings, with_settings
 from opd.data.chain_task import problems
 from opd.lab.build import make_tokenizer
 from opd.models.loading import load_model
@@ -146,7 +145,7 @@ def test_a_run_learns_from_the_quantised_teacher(pair, tmp_path: Path, weights: 
         TaskSettings(name=name, task="lab", teacher=str(teacher))
         for name, teacher in zip("ab", reversed(pair), strict=True)
     )
-    tasks = replace(config, out=str(tmp_path / "tasks"), tasks=two, lr=1e-30)
+    tasks = with_settings(config, out=str(tmp_path / "tasks"), tasks=two, lr=1e-30)
     batch = scored(train(config).folder, 0)
     prompts = prompts_of_step(Path(config.out), config, 0)
     kl_by_weights = {}
@@ -178,7 +177,7 @@ def test_what_cannot_be_quantised_is_refused(tiny_pair, tmp_path: Path, monkeypa
         ({"teacher": "ema", "reward_weight": 1.0}, r"derived from the student \(ema\)"),
     ):
         with pytest.raises(ValueError, match=words):
-            replace(settings(tiny_pair, tmp_path), teacher_weights="nf4", **changes)
+            train(with_settings(settings(tiny_pair, tmp_path), teacher_weights="nf4", **changes))
     with pytest.raises(ValueError, match="no teacher runs in this process"):
         train(
             settings(

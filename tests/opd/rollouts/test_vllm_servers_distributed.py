@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from opd.config.settings import Config
+from opd.config.settings import Config, with_settings
 from opd.training.train import train
 from tests.helpers.fake_rollout_server import FakeRolloutServer
 from tests.helpers.runs import rows, train_in_rank
@@ -47,7 +47,7 @@ def test_two_processes_write_the_rows_of_one(tiny_pair, servers, tmp_path: Path)
         train(config)
         loads.append(len(two[0].loaded_folders) - num_loads)
     distributed_configs = [
-        replace(config, out=str(tmp_path / f"{name}, {sharding}"), sharding=sharding)
+        with_settings(config, out=str(tmp_path / f"{name}, {sharding}"), sharding=sharding)
         for name, config in configs.items()
         for sharding in ("none", "full")
     ]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from opd.config.settings import with_settings
 from opd.data.chain_task import Problem
 from opd.data.prompts import encode_prompts
 from opd.rollouts.hf_engine import mask_until_eos
@@ -149,7 +150,7 @@ def test_two_processes_sample_as_one(pair, url: str, tmp_path: Path) -> None:
         "prompts_per_step": 4,
     }
     config = settings(pair, tmp_path / "one", rollout_servers=(url,), **options)
-    two = replace(config, out=str(tmp_path / "two"), sharding="full")
+    two = with_settings(config, out=str(tmp_path / "two"), sharding="full")
     train(config)
     run_in_two(tmp_path, [two])
     for actual_row, expected_row in zip(

@@ -18,8 +18,8 @@ from diagnostics.records.run_tables import training_table
 from figures.registry import DATA, read_table
 from opd.cli.lab import main as lab
 from opd.cli.main import main as command_line
-from opd.cli.train import parse_config
-from opd.config.settings import from_json, task_settings, to_json
+from opd.cli.train import parse_arguments
+from opd.config.files import read_config, task_from_data, to_flat
 from opd.data.chain_task import Problem
 from opd.envs.task import environment_factory
 from opd.evaluation.evaluate import problem_fingerprint
@@ -29,6 +29,8 @@ from opd.report.build import report_data
 from opd.training.train import train
 from tests.helpers.runs import rows, settings
 
+FLAT_CONFIG = Path(__file__).parent / "flat_run" / "config.json"
+"""Settings of a run as recorded before they were grouped, under their present names."""
 OLDER_RUN = Path(__file__).parent / "older_run"
 """A run of the recipe smoke, recorded before the renaming."""
 
@@ -47,8 +49,8 @@ def former_key(key: str) -> str:
 def test_settings_are_read_under_their_present_names() -> None:
     former = json.loads((OLDER_RUN / "config.json").read_text())
     assert SETTINGS.keys() <= former.keys()
-    config = from_json(OLDER_RUN / "config.json")
-    present = to_json(config)
+    config = read_config(OLDER_RUN / "config.json")
+    present = to_flat(config)
     for name, value in former.items():
         assert present[SETTINGS.get(name, name)] == value, name
     assert RunFolder(OLDER_RUN).settings() == present
@@ -116,26 +118,46 @@ def test_recorded_tables_of_figures_are_read_under_the_present_names() -> None:
     assert not any(name.startswith(("drift/", "collapse/", "validity/")) for name in indicators)
 
 
-def test_a_run_of_former_names_resumes_to_the_same_bits(tiny_pair, tmp_path: Path) -> None:
+def test_a_flat_record_is_read_as_what_it_says() -> None:
+    flat = json.loads(FLAT_CONFIG.read_text())
+    config = read_config(FLAT_CONFIG)
+    words = ["smoke", "--lr", "0.002", "--ppo-clip", "0.1", "0.2", "3"]
+    assert config == parse_arguments(words).settings
+    assert to_flat(config) == RunFolder(FLAT_CONFIG.parent).settings() == flat
+
+
+@pytest.mark.parametrize("form", ["flat", "flat under former names"])
+def test_a_run_of_a_former_form_resumes_to_the_same_bits(
+    form: str, tiny_pair, tmp_path: Path
+) -> None:
     expected = train(settings(tiny_pair, tmp_path / "undisturbed", steps=4)).folder
     folder = train(settings(tiny_pair, tmp_path / "run", steps=2)).folder
-    config = json.loads((folder / "config.json").read_text())
-    former_names = {present: former for former, present in SETTINGS.items()}
-    former = {former_names.get(name, name): value for name, value in config.items()}
-    assert former["batch_every"] == config["save_batch_every"]
-    (folder / "config.json").write_text(json.dumps(former))
+    grouped = json.loads((folder / "config.json").read_text())
+    assert grouped["record"]["save_batch_every"] == 2
+    values = to_flat(read_config(folder / "config.json"))
+    former = {name: values[name] for name in json.loads(FLAT_CONFIG.read_text())}
     lines = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
-    text = "".join(
-        json.dumps({former_key(key): value for key, value in line.items()}) + "\n" for line in lines
-    )
-    assert "drift/k1" in text
-    (folder / "rows.jsonl").write_text(text)
+    if form != "flat":
+        former_names = {present: former for former, present in SETTINGS.items()}
+        former = {former_names.get(name, name): value for name, value in former.items()}
+        assert former["batch_every"] == 2
+        text = "".join(
+            json.dumps({former_key(key): value for key, value in line.items()}) + "\n"
+            for line in lines
+        )
+        assert "drift/k1" in text
+        (folder / "rows.jsonl").write_text(text)
+    (folder / "config.json").write_text(json.dumps(former))
 
+    with pytest.raises(ValueError, match=r"with other settings \(lr: 0.001 -> 0.5\)"):
+        train(settings(tiny_pair, tmp_path / "run", steps=4, lr=0.5))
     resumed = train(settings(tiny_pair, tmp_path / "run", steps=4)).folder
     assert read_rows(resumed / "rows.jsonl")[0]["divergence/k1"] == lines[0]["divergence/k1"]
     assert rows(resumed)[2:] == rows(expected)[2:]
     weights = [(path / "final" / "model.safetensors").read_bytes() for path in (resumed, expected)]
     assert weights[0] == weights[1]
+    assert read_config(resumed / "config.json").steps == 4
+    assert "data" in json.loads((resumed / "config.json").read_text())
 
 
 def test_a_copy_of_the_older_run_is_not_overwritten_by_other_settings(
@@ -152,21 +174,21 @@ def test_a_copy_of_the_older_run_is_not_overwritten_by_other_settings(
 def test_a_former_option_is_refused_with_its_present_name(former: str) -> None:
     option, present = (name.replace("_", "-") for name in (former, SETTINGS[former]))
     with pytest.raises(ValueError, match=rf"--{option} is now called --{present}"):
-        parse_config(["smoke", f"--{option}", "1"])
+        parse_arguments(["smoke", f"--{option}", "1"])
     with pytest.raises(ValueError, match=rf"--{option}=1? ?is now called|--{option} is now called"):
-        parse_config(["smoke", f"--{option}=1"])
+        parse_arguments(["smoke", f"--{option}=1"])
 
 
 def test_a_former_recipe_command_or_task_setting_is_refused_with_its_present_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with pytest.raises(SystemExit, match="rooms is now called household"):
-        parse_config(["rooms"])
+        parse_arguments(["rooms"])
     monkeypatch.setattr("sys.argv", ["opd", "control", "runs/x"])
     with pytest.raises(SystemExit, match="'control' is now called 'probe-own-prefix'"):
         command_line()
     with pytest.raises(ValueError, match="history has been renamed to history_turns"):
-        task_settings({"name": "a", "task": "lab", "history": 2})
+        task_from_data({"name": "a", "task": "lab", "history": 2})
 
 
 def test_settings_of_tasks_and_sources_are_renamed_too() -> None:

@@ -9,7 +9,7 @@ from scipy import stats
 
 from diagnostics.stats import gain_interval, problem_accuracies, unpaired_interval
 from opd.cli.train import main as train_command
-from opd.cli.train import parse_config
+from opd.cli.train import parse_arguments
 from opd.runs import result
 from opd.runs.result import BETTER, INCONCLUSIVE, WORSE, accuracy_change, divergence_change
 
@@ -145,7 +145,7 @@ def test_a_run_ends_with_what_it_has_shown(
 ) -> None:
     student, teacher = tiny_pair
     words = ["smoke", "--student", str(student), "--teacher", str(teacher), "--steps", "1"]
-    assert parse_config(words).steps == 1
+    assert parse_arguments(words).settings.steps == 1
     train_command(
         [*words, "--eval-problems", "4", "--out", str(tmp_path / "run"), "--device", "cpu"]
     )

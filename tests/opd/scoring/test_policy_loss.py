@@ -175,7 +175,7 @@ def test_the_trainer_has_the_same_loss_and_gradient(
             loss.batch,
             task.objective,
             teacher=task.pair.teacher,
-            denominator=task.config.denominator,
+            denominator=task.config.objective.denominator,
         )
         own_gradients = torch.autograd.grad(own_loss, parameters)
         result = original(state, task, loss, update_index, task_weight)

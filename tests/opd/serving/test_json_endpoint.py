@@ -16,10 +16,12 @@ from urllib.parse import quote
 import pytest
 
 from diagnostics.errors import InvalidInput, OperationFailed
+from opd.config.settings import with_settings
 from opd.serving import json_endpoint
 from opd.serving.json_endpoint import JsonEndpoint
 from opd.serving.vllm_protocol import select_model
 from opd.teachers.client import check_same_text
+from opd.training.train import train
 from tests.helpers.runs import settings
 
 SECRET = "sk-SECRET/0123456789+?=x"
@@ -149,12 +151,12 @@ def test_a_secret_in_an_address_is_refused_before_anything_is_written(
     with pytest.raises(
         InvalidInput, match=r"a user, a password|not an http:// or https://"
     ) as caught:
-        settings((tiny_pair[0], address), tmp_path / "run")  # type: ignore[arg-type]
+        train(with_settings(settings(tiny_pair, tmp_path / "run"), teacher=address))
     servers = (f"{address}", "http://fine/v1")
     with pytest.raises(InvalidInput) as server_error:
-        settings(tiny_pair, tmp_path / "run", engine="servers", rollout_servers=servers)
+        train(settings(tiny_pair, tmp_path / "run", engine="servers", rollout_servers=servers))
     with pytest.raises(InvalidInput) as type_error:
-        settings(tiny_pair, tmp_path / "run", rollout_servers=servers, lr=-1.0)
+        train(settings(tiny_pair, tmp_path / "run", rollout_servers=servers, lr=-1.0))
     assert "hush" not in str(caught.value) + str(server_error.value) + str(type_error.value)
     assert not (tmp_path / "run").exists()
 

@@ -1,9 +1,10 @@
 """Kinds of teachers: what each provides, and settings that need more, before it is connected."""
 
+import re
+
 import pytest
 
-from opd.config.settings import Config
-from opd.teachers.factory import check_capabilities
+from opd.config.settings import Config, with_settings
 from opd.teachers.teacher import (
     AdapterFreeTeacher,
     Capability,
@@ -12,7 +13,7 @@ from opd.teachers.teacher import (
     ServerTeacher,
     teacher_type,
 )
-from opd.training.setup import objective_from_config
+from opd.training.validation import validate
 
 ADDRESS = "http://127.0.0.1:9/v1"  # nothing listens there
 
@@ -48,16 +49,12 @@ SERVER_LACKS = {
 @pytest.mark.parametrize(("changes", "message"), SERVER_LACKS.values(), ids=SERVER_LACKS)
 def test_what_a_server_lacks_is_refused_without_asking_it(changes: dict, message: str) -> None:
     for teacher in (ADDRESS, "models/teacher"):
-        config = Config(student="s", teacher=teacher, out="o", **changes)
-        objective = objective_from_config(config)
-        if teacher != ADDRESS:
-            check_capabilities(config, objective)
-            continue
-        with pytest.raises(ValueError, match=message):
-            check_capabilities(config, objective)
+        config = with_settings(Config(student="s", teacher=teacher, out="o"), **changes)
+        problems = "\n".join(validate(config))
+        assert bool(re.search(message, problems)) == (teacher == ADDRESS), problems
 
 
 @pytest.mark.parametrize("objective", ["teacher_topk", "sampled_token", "intersection_topk"])
 def test_what_a_server_has_is_accepted(objective: str) -> None:
-    config = Config(student="s", teacher=ADDRESS, out="o", objective=objective)
-    check_capabilities(config, objective_from_config(config))
+    config = with_settings(Config(student="s", teacher=ADDRESS, out="o"), objective=objective)
+    assert validate(config) == []

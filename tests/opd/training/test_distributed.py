@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from diagnostics.batch import Rollouts
 from diagnostics.records.batch_files import load_batch
-from opd.config.settings import Config, TaskSettings, to_json
+from opd.config.files import to_flat
+from opd.config.settings import Config, TaskSettings, with_settings
 from opd.runtime import distributed
 from opd.teachers.factory import make_pair
 from opd.training.checkpoint import load_optimizer
@@ -29,14 +30,14 @@ from tests.helpers.runs import rows, settings
 PROGRAM = """
 import sys
 import time
-from opd.config.settings import from_json
+from opd.config.files import read_config
 from opd.runtime.distributed import process_group
 from opd.training.optimizer import make_optimizer
 from opd.teachers.factory import make_pair
 from opd.training.train import train
 with process_group("cpu"):
     for name in sys.argv[1:]:
-        train(from_json(name))
+        train(read_config(name))
 """
 
 
@@ -57,7 +58,7 @@ def start_processes(
     config_paths = []
     for i, config in enumerate(configs):
         config_paths.append(str(folder / f"{i}.json"))
-        Path(config_paths[-1]).write_text(json.dumps(to_json(config)))
+        Path(config_paths[-1]).write_text(json.dumps(to_flat(config)))
     (folder / "program.py").write_text(PROGRAM)
     return subprocess.Popen(
         [sys.executable, "-m", *launcher, str(folder / "program.py"), *config_paths],
@@ -147,11 +148,11 @@ def run_folders(tiny_pair, kinds, tmp_path_factory: pytest.TempPathFactory) -> P
             "save_batch_every": 3,
             **changes,
         }
-        config = replace(settings(tiny_pair, folder / "one" / name), **fields)
+        config = with_settings(settings(tiny_pair, folder / "one" / name), **fields)
         train(config)
         for sharding in ("none", "full"):
             two_process_configs.append(
-                replace(config, out=str(folder / sharding / name), sharding=sharding)
+                with_settings(config, out=str(folder / sharding / name), sharding=sharding)
             )
     run_in_two(folder, two_process_configs + resumed_configs(tiny_pair, folder))
     return folder
@@ -163,14 +164,14 @@ def resumed_configs(tiny_pair: tuple[Path, Path], folder: Path) -> list[Config]:
     for dtype in ("float32", "bfloat16"):
         config = settings(tiny_pair, folder / f"begun in one, {dtype}", dtype=dtype, **FOUR_PROMPTS)
         train(replace(config, steps=2))
-        configs.append(replace(config, sharding="full"))
+        configs.append(with_settings(config, sharding="full"))
         begun_config = replace(config, out=str(folder / f"begun in two, {dtype}"))
-        configs.append(replace(begun_config, steps=2, sharding="full"))
+        configs.append(with_settings(begun_config, steps=2, sharding="full"))
         train(replace(config, out=str(folder / f"one, {dtype}")))
     for sharding in ("none", "full"):
         config = settings(tiny_pair, folder / f"average, {sharding}", steps=1, save_every=1)
         moving: dict[str, Any] = {"teacher": "ema", "reward_weight": 1.0, "ema_decay": 0.75}
-        configs.append(replace(config, prompts_per_step=4, sharding=sharding, **moving))
+        configs.append(with_settings(config, prompts_per_step=4, sharding=sharding, **moving))
     return configs
 
 
@@ -240,7 +241,7 @@ def test_parts_of_masters_and_moments_are_read_whole(run_folders: Path, tiny_pai
     halves = [load_file(part) for part in sorted((last_checkpoint / "optimizer").iterdir())]
     assert len(halves) == 2
     network = make_pair(config).student.network
-    optimizer = make_optimizer(network.parameters(), config.betas, 0.0)
+    optimizer = make_optimizer(network.parameters(), config.optimizer.betas, 0.0)
     load_optimizer(last_checkpoint, optimizer)
     saved = AutoModelForCausalLM.from_pretrained(last_checkpoint, dtype=torch.bfloat16).state_dict()
     names = [name for name, _ in network.named_parameters()]

@@ -10,7 +10,7 @@ from benchmarks.injected import Fault
 from benchmarks.silent import SILENT_FAULTS
 from diagnostics.alarms.alarms import replay
 from diagnostics.records import rows
-from opd.config.settings import Config
+from opd.config.settings import Config, with_settings
 from opd.runtime import distributed
 from tests.helpers.runs import train_in_rank
 from tests.helpers.warm_process import run_ranks
@@ -125,7 +125,10 @@ def train_in_faulty_rank(config: Config) -> None:
 def test_two_ranks_with_the_same_prompts_are_named(pairs, tmp_path: Path) -> None:
     alarms = {}
     for kind in ("faulty", "healthy"):
-        config = Config(**run_settings(pairs["qwen2"], tmp_path / kind, 0, 2))
+        config = with_settings(
+            Config(student="", teacher="", out=""),
+            **run_settings(pairs["qwen2"], tmp_path / kind, 0, 2),
+        )
         if kind == "faulty":
             run_ranks(tmp_path, train_in_faulty_rank, config)
         else:

@@ -15,7 +15,7 @@ from torch import Tensor
 from diagnostics.batch import ScoredRollouts
 from diagnostics.gradients.sketch import identity_projection
 from diagnostics.records.batch_files import load_batch
-from opd.config.settings import Config
+from opd.config.settings import Config, with_settings
 from opd.data.chain_task import problems
 from opd.data.prompts import encode_prompts
 from opd.lab.build import make_tokenizer
@@ -76,11 +76,8 @@ def train_with_probe(
         "max_tokens_per_microbatch": 120,
         "max_logits_per_chunk": 2000,
     }
-    config = Config(
-        student=str(pair[0]),
-        teacher=str(pair[1]),
-        out=str(out),
-        **(fields | changes),  # type: ignore[arg-type]
+    config = with_settings(
+        Config(student=str(pair[0]), teacher=str(pair[1]), out=str(out)), **(fields | changes)
     )
     folder = train(config).folder
     row = json.loads((folder / "rows.jsonl").read_text().splitlines()[0])
@@ -98,14 +95,14 @@ def head_gradients(config: Config, batch: ScoredRollouts, loss: Loss) -> Tensor:
     )
     student, teacher = student.double(), teacher.double()
     train_problems = problems("train", PROMPTS, config.seed * 1_000_003)
-    prompts = encode_prompts(tokenizer, train_problems, GROUP, config.max_prompt)
+    prompts = encode_prompts(tokenizer, train_problems, GROUP, config.data.max_prompt)
     weight = student.get_output_embeddings().weight.requires_grad_()
     rows = []
     for i in range(len(batch)):
         prompt, count = prompts.tokens[i][prompts.mask[i]], int(batch.sampled[i].sum())
         ids = torch.cat([prompt, batch.tokens[i, :count]])[None]
         p, q = (
-            (net(ids).logits[0, len(prompt) - 1 : -1] / config.temperature).log_softmax(-1)
+            (net(ids).logits[0, len(prompt) - 1 : -1] / config.rollout.temperature).log_softmax(-1)
             for net in (student, teacher)
         )
         losses = loss(p, q.detach(), batch, i) * batch.mask[i, :count]

@@ -221,8 +221,10 @@ def prompts_of_step(folder: Path, config: Config, step: int) -> Prompts:
 
     pair = load_pair(config.student, config.teacher, "cpu", "float32")
     task = load_problem_task(config, pair)
-    step_problems = task.train(step, config.prompts_per_step)
-    return encode_prompts(pair.tokenizer, step_problems, config.group_size, config.max_prompt)
+    step_problems = task.train(step, config.data.prompts_per_step)
+    return encode_prompts(
+        pair.tokenizer, step_problems, config.data.group_size, config.data.max_prompt
+    )
 
 
 def logp_under(folder: Path, prompts: Prompts, batch: ScoredRollouts) -> Tensor:

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import ScoredRollouts, Support
-from opd.config.settings import Config
+from opd.config.problems import raise_problems
+from opd.config.settings import Config, with_settings
 from opd.objectives import factory
 from opd.objectives.assembly import batch_losses
 from opd.objectives.credit import RATIOS
 from opd.objectives.objective import Objective
 from opd.objectives.support import JOINT_SUPPORTS
-from opd.training.setup import objective_from_config
+from opd.training.validation import validate
 
 V, K = 8, 3
 EXACT = 1e-9
@@ -98,7 +99,13 @@ def second_update_error(objective: Objective, sampler: Tensor) -> float:
 
 def settings(name: str, **changes: object) -> Config:
     fields: dict[str, object] = {"objective": name, "allow_collapse": True, "updates_per_batch": 2}
-    return Config(student="s", teacher="t", out="o", prompts_per_step=4, **(fields | changes))  # type: ignore[arg-type]
+    return with_settings(
+        Config(student="s", teacher="t", out="o"), prompts_per_step=4, **(fields | changes)
+    )
+
+
+def refuse_problems(config: Config) -> None:
+    raise_problems(validate(config))
 
 
 @pytest.mark.parametrize("reward_weight", [0.0, 0.5])
@@ -111,12 +118,12 @@ def test_several_updates_are_for_losses_whose_mean_stays_right(
     error = second_update_error(objective, OLD)
     assert (error < EXACT) == (not objective.requirements.on_policy), error
     if error < EXACT:
-        objective_from_config(config)
+        refuse_problems(config)
     else:
         assert error > 1e-3
         with pytest.raises(ValueError, match=r"updates_per_batch is 2: .*allow_unweighted"):
-            objective_from_config(config)
-        objective_from_config(replace(config, allow_unweighted=True))
+            refuse_problems(config)
+        refuse_problems(with_settings(config, allow_unweighted=True))
 
 
 def test_the_ratio_of_the_rollouts_repairs_the_first_update_alone() -> None:
@@ -130,10 +137,10 @@ def test_the_ratio_of_the_rollouts_repairs_the_first_update_alone() -> None:
     assert second_update_error(factory.make_objective("sampled_token_weighted"), SAMPLER) > 0.01
     served = {"engine": "servers", "rollout_servers": ("http://h:1/v1",), "ratio": "token"}
     with pytest.raises(ValueError, match="updates_per_batch is 2"):
-        objective_from_config(settings("sampled_token", **served, rollout_lag=1))
-    objective_from_config(settings("sampled_token_weighted", **served, rollout_lag=1))
+        refuse_problems(settings("sampled_token", **served, rollout_lag=1))
+    refuse_problems(settings("sampled_token_weighted", **served, rollout_lag=1))
     with pytest.raises(ValueError, match="rollout_lag is 1"):
-        objective_from_config(
+        refuse_problems(
             settings("sampled_token_weighted", **(served | {"ratio": "none"}), rollout_lag=1)
         )
 
@@ -145,6 +152,6 @@ def test_a_wide_clip_leaves_the_mean_of_the_weighted_score() -> None:
 
 def test_what_an_objective_reads_depends_on_its_discount() -> None:
     for name in ("full_reverse_kl", "full_sampled_future"):
-        objective_from_config(settings(name))  # at gamma 0 they do not read the sampled token
+        refuse_problems(settings(name))  # at gamma 0 they do not read the sampled token
         with pytest.raises(ValueError, match="updates_per_batch is 2"):
-            objective_from_config(settings(name, gamma=0.5))
+            refuse_problems(settings(name, gamma=0.5))

@@ -5,7 +5,6 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +16,8 @@ from transformers import dynamic_module_utils
 from diagnostics.errors import InvalidInput
 from opd.analysis.continuation import probe_continuation
 from opd.analysis.own_prefix import probe_own_prefix
-from opd.config.settings import Config, from_json
+from opd.config.files import read_config
+from opd.config.settings import Config, with_settings
 from opd.data.chain_task import problems
 from opd.data.prompts import encode_prompts
 from opd.rollouts.hf_engine import sample
@@ -93,12 +93,12 @@ def test_a_run_that_began_keeps_its_settings_and_one_that_never_did_may_change(
     tiny_pair, tmp_path: Path
 ) -> None:
     config = settings(tiny_pair, tmp_path / "run")
-    wrong = replace(config, task=str(tmp_path / "absent.jsonl"))
+    wrong = with_settings(config, task=str(tmp_path / "absent.jsonl"))
     with pytest.raises(FileNotFoundError, match=r"absent\.jsonl"):
         train(wrong)
     train(config)  # nothing was recorded, so nothing is lost
     with pytest.raises(ValueError, match=r"other settings .*lr: "):
-        train(replace(config, lr=1e-5))
+        train(with_settings(config, lr=1e-5))
     (tmp_path / "run" / "config.json").unlink()
     with pytest.raises(ValueError, match=r"no config\.json"):
         train(config)
@@ -229,7 +229,7 @@ def test_code_beside_the_weights_runs_only_if_it_is_trusted(
     modules = [name for name in sys.modules if name.startswith("transformers_modules")]
     for name in modules:
         del sys.modules[name]
-    assert from_json(run / "config.json").trust_remote_code
+    assert read_config(run / "config.json").hardware.trust_remote_code
     for command in (
         lambda **options: probe_own_prefix(run, 2, **options),
         partial(probe_continuation, run, [0], 2),

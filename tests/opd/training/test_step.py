@@ -40,7 +40,7 @@ def dense(network, config: Config, batch: ScoredRollouts) -> Tensor:
         prompt = prompts.tokens[i][prompts.mask[i]]
         logits = network(torch.cat([prompt, batch.tokens[i]])[None]).logits[0]
         logits_by_row.append(logits[len(prompt) - 1 : -1])
-    return (torch.stack(logits_by_row) / config.temperature).log_softmax(-1)
+    return (torch.stack(logits_by_row) / config.rollout.temperature).log_softmax(-1)
 
 
 def adamw_by_hand(network, losses, config: Config) -> None:
@@ -50,15 +50,15 @@ def adamw_by_hand(network, losses, config: Config) -> None:
     for t, loss in enumerate(losses, 1):
         gradients = torch.autograd.grad(loss(), list(network.parameters()))
         norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
-        scale = min(1.0, config.max_grad_norm / (float(norm) + 1e-6))
-        a, b = config.betas
+        scale = min(1.0, config.optimizer.max_grad_norm / (float(norm) + 1e-6))
+        a, b = config.optimizer.betas
         with torch.no_grad():
             for p, g, m, v in zip(
                 network.parameters(), gradients, first_moments, second_moments, strict=True
             ):
                 m.mul_(a).add_((1 - a) * scale * g)
                 v.mul_(b).add_((1 - b) * (scale * g).square())
-                p -= config.lr * (m / (1 - a**t)) / ((v / (1 - b**t)).sqrt() + 1e-8)
+                p -= config.optimizer.lr * (m / (1 - a**t)) / ((v / (1 - b**t)).sqrt() + 1e-8)
 
 
 def final(folder: Path):
@@ -93,7 +93,7 @@ def test_a_step_of_support_matching_is_the_dense_one(tiny_pair, tmp_path: Path) 
 
     assert float(loss().detach()) == pytest.approx(rows(folder)[0]["loss"], rel=1e-4)
     adamw_by_hand(network, [loss], config)
-    check_weights(final(folder), network, config.lr)
+    check_weights(final(folder), network, config.optimizer.lr)
 
 
 @pytest.mark.parametrize(("scope", "ratio"), [("cost", "none"), ("loss", "sequence")])
@@ -159,7 +159,7 @@ def test_two_clipped_updates_are_the_dense_ones(
     adamw_by_hand(network, [lambda h=h: loss(h) for h in halves], config)
     assert ratio_changes[0] < 1e-4
     assert ratio_changes[1] > 0.2  # the clip is at work
-    check_weights(final(folder), network, config.lr)
+    check_weights(final(folder), network, config.optimizer.lr)
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_the_probes_noise_is_that_of_head_gradients_by_autograd(tiny_pair, tmp_p
     for i, mask in enumerate(batch.mask):
         weight = head.detach().clone().requires_grad_()
         states = hidden[i][0][-1 - mask.shape[0] : -1]
-        logp = (states @ weight.T / config.temperature).log_softmax(-1)
+        logp = (states @ weight.T / config.rollout.temperature).log_softmax(-1)
         running, credit = 0.0, torch.zeros_like(cost[i])
         for t in reversed(range(len(mask))):
             running = float(cost[i, t]) + 0.5 * running if mask[t] else running
@@ -382,4 +382,4 @@ def test_updates_need_a_score_that_knows_how_far_the_student_moved(tiny_pair, tm
     with pytest.raises(
         ValueError, match="updates_per_batch is 3; it must be a divisor of prompts_per_step"
     ):
-        one_step_config(tiny_pair, tmp_path / "run", updates_per_batch=3)
+        train(one_step_config(tiny_pair, tmp_path / "run", updates_per_batch=3))

@@ -8,7 +8,8 @@ import pytest
 
 from opd.analysis.continuation import probe_continuation
 from opd.analysis.own_prefix import probe_own_prefix
-from opd.config.settings import Config, to_json
+from opd.config.files import to_flat
+from opd.config.settings import Config, with_settings
 from opd.data.grading import graders
 from opd.data.grading.graders import Grade, make_grader
 from opd.data.grading.worker_process import GraderWorker
@@ -130,8 +131,8 @@ def test_records_and_data_cannot_choose_what_code_runs(module: Path, tmp_path: P
     grader_name = f"{module}:contains"
     run = tmp_path / "run"
     run.mkdir()
-    config = Config(student="s", teacher="t", out=str(run), grader=grader_name)
-    (run / "config.json").write_text(json.dumps(to_json(config)))
+    config = with_settings(Config(student="s", teacher="t", out=str(run)), grader=grader_name)
+    (run / "config.json").write_text(json.dumps(to_flat(config)))
     for command in (lambda: probe_own_prefix(run), lambda: probe_continuation(run, [0], 1)):
         with pytest.raises(ValueError, match=r"config.json names the grader .*:contains"):
             command()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diagnostics.batch import ScoredRollouts
-from opd.config.settings import Config
+from opd.config.settings import Config, with_settings
 from opd.objectives.assembly import batch_losses
 from opd.objectives.catalogue import COLLAPSING, OBJECTIVES
 from opd.objectives.factory import make_objective
@@ -27,7 +27,9 @@ from tests.helpers.dense_batches import B, make_dense_batch
 def config(**changes: Any) -> Config:
     plain: dict[str, Any] = {"student": "s", "teacher": "t", "out": "o"}
     accepted = any(str(changes.get("objective", "")).endswith(end) for end in COLLAPSING)
-    return Config(**plain | {"allow_collapse": accepted} | changes)
+    return with_settings(
+        Config(student="", teacher="", out=""), **plain | {"allow_collapse": accepted} | changes
+    )
 
 
 def batch_for(
@@ -44,18 +46,20 @@ def batch_for(
 def trained_loss(settings: Config, batch: ScoredRollouts) -> float:
     """The loss of `opd.objectives.assembly`, before any update."""
     objective = make_objective(
-        settings.objective,
-        gamma=settings.gamma,
-        baseline=settings.baseline,
-        ratio=settings.ratio,
-        beta=settings.beta,
-        ratio_clip=math.inf if settings.ratio_clip is None else settings.ratio_clip,
-        reward_weight=settings.reward_weight,
-        allow_collapse=settings.allow_collapse,
+        settings.objective.objective,
+        gamma=settings.objective.gamma,
+        baseline=settings.objective.baseline,
+        ratio=settings.objective.ratio,
+        beta=settings.objective.beta,
+        ratio_clip=math.inf
+        if settings.objective.ratio_clip is None
+        else settings.objective.ratio_clip,
+        reward_weight=settings.objective.reward_weight,
+        allow_collapse=settings.objective.allow_collapse,
     )
     loss_batch = batch if objective.support != "none" else replace(batch, support=None)
     support = None if loss_batch.support is None else loss_batch.support.student_logp
-    denominator = DENOMINATORS[settings.denominator](batch)
+    denominator = DENOMINATORS[settings.objective.denominator](batch)
     losses = batch_losses(
         objective, loss_batch, batch.student_logp, support, denominator=denominator
     )
@@ -96,7 +100,7 @@ UNKNOWN = ({"objective": "full_jsd"},)
 @pytest.mark.parametrize("denominator", DENOMINATORS)
 def test_expected_is_the_trained_loss(case: dict[str, Any], denominator: str) -> None:
     settings = config(**case, denominator=denominator)
-    batch, _ = batch_for(settings.objective)
+    batch, _ = batch_for(settings.objective.objective)
     vector = vector_of(settings, batch)
     if case in UNKNOWN:
         assert vector is None
@@ -134,10 +138,10 @@ def test_a_wrong_loss_is_named() -> None:
     batch, _ = batch_for("full_reverse_kl")
     right = trained_loss(settings, batch)
     assert flags(settings, batch, -right) == (True, {"negated"})
-    forward = trained_loss(replace(settings, objective="full_forward_kl"), batch)
+    forward = trained_loss(with_settings(settings, objective="full_forward_kl"), batch)
     assert flags(settings, batch, forward) == (True, {"exchanged"})
     for denominator in ("sequence_sum", "sequence_mean", "group_mean"):
-        wrong = trained_loss(replace(settings, denominator=denominator), batch)
+        wrong = trained_loss(with_settings(settings, denominator=denominator), batch)
         assert flags(settings, batch, wrong) == (True, {"denominator"})
     value = batch.prefix.reverse_kl
     parts = [value[rows].sum() / batch.mask[rows].sum() for rows in (slice(3), slice(3, B))]

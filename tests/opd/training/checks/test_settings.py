@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from opd.config.settings import Config, TaskSettings
+from opd.config.settings import Config, TaskSettings, with_settings
 from opd.training.checks.settings import CONDITIONS, unused_settings
 from opd.training.train import train
 
@@ -85,7 +85,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 def make_config(**changes: Any) -> Config:
     """A config with models and files that do not exist, so that nothing can be loaded."""
-    return Config(**({"student": "absent", "teacher": "absent-too", "out": "absent"} | changes))
+    return with_settings(
+        Config(student="", teacher="", out=""),
+        **({"student": "absent", "teacher": "absent-too", "out": "absent"} | changes),
+    )
 
 
 @pytest.mark.parametrize(("changes", "words"), REFUSED)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diagnostics.batch import ScoredRollouts
-from opd.config.settings import Config
+from opd.config.settings import Config, with_settings
 from opd.data.grading.graders import GRADERS, grade_exact
 from opd.data.prompts import Prompts
 from opd.training.checks.start import largest_gap
@@ -35,7 +35,10 @@ BOS = 7
 
 
 def config(**changes: Any) -> Config:
-    return Config(**{"student": "s", "teacher": "t", "out": "o", "prompts_per_step": 4} | changes)
+    return with_settings(
+        Config(student="", teacher="", out=""),
+        **{"student": "s", "teacher": "t", "out": "o", "prompts_per_step": 4} | changes,
+    )
 
 
 def prompts(*rows: list[int]) -> Prompts:

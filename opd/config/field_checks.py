@@ -1,15 +1,13 @@
-"""Validation of settings dataclasses against their annotations and ranges, all fields at once.
+"""Checks of single values against the annotations and ranges of their fields.
 
 Does not import torch. Settings come from a command line, a TOML or JSON file, or Python code; only
 the command line parser checks types itself.
 """
 
-import dataclasses
 import math
-from collections.abc import Iterator, Mapping
 from functools import cache
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from diagnostics.io.files import TYPE_NAMES, has_type, short_repr
 
@@ -25,38 +23,34 @@ RANGE_CHECKS = {
 """Description of a range, as in messages, to its test."""
 
 
-def field_problems(settings: Any, ranges: Mapping[str, str]) -> Iterator[str]:
-    """Check every field of a settings dataclass.
+def value_problem(name: str, value: Any, kind: Any, within: str | tuple[str, ...]) -> str:
+    """Check a value of a setting.
 
     Args:
-        settings: A dataclass instance annotated with plain types, Literal, tuples and | None.
-        ranges: Field name to a key of RANGE_CHECKS; for a tuple the range of all its numbers, and
-            "NAME.i" that of one. None is in every range.
+        name: Name of the setting, for the message.
+        value: The value.
+        kind: Its annotation: a plain type, Literal, a tuple of these, or one of them or None.
+        within: Its range, see `opd.config.fields.SettingRules`. None is in every range.
 
-    Yields:
-        A message for every field whose value has the wrong type or is out of range.
+    Returns:
+        A message if the value has the wrong type or is out of range, otherwise "".
     """
-    settings_type: Any = type(settings)
-    hints = annotations(settings_type)
-    for field in dataclasses.fields(settings):
-        name, value = field.name, getattr(settings, field.name)
-        expected = expected_type(value, hints[name])
-        if expected is not None:
-            yield f"{name} is {short_repr(value)}; it must be {expected}"
-            continue
-        parts = value if isinstance(value, tuple) else (value,)
-        for i, part in enumerate(parts):
-            words = ranges.get(f"{name}.{i}", ranges.get(name))
-            if words is not None and part is not None and not RANGE_CHECKS[words](part):
-                label = f"{name}[{i}]" if isinstance(value, tuple) else name
-                yield f"{label} is {short_repr(part)}; it must be {words}"
+    expected = expected_type(value, kind)
+    if expected is not None:
+        return f"{name} is {short_repr(value)}; it must be {expected}"
+    parts = value if isinstance(value, tuple) else (value,)
+    for i, part in enumerate(parts):
+        words = within if isinstance(within, str) else within[i]
+        if words and part is not None and not RANGE_CHECKS[words](part):
+            label = f"{name}[{i}]" if isinstance(value, tuple) else name
+            return f"{label} is {short_repr(part)}; it must be {words}"
+    return ""
 
 
 @cache
 def annotations(kind: Any) -> dict[str, Any]:
-    """Return the annotations of a dataclass by field name, without `Annotated`."""
-    hints = get_type_hints(kind)
-    return {name: get_args(x)[0] if get_origin(x) is Annotated else x for name, x in hints.items()}
+    """Return the annotations of a dataclass by field name."""
+    return get_type_hints(kind)
 
 
 def expected_type(value: Any, kind: Any) -> str | None:

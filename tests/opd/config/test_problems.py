@@ -1,6 +1,5 @@
 """Settings with wrong types or out of range are rejected, all in one error."""
 
-import dataclasses
 import json
 import math
 import typing
@@ -10,16 +9,13 @@ from typing import Any
 import pytest
 
 from diagnostics.errors import InvalidInput
-from opd.config.settings import RANGES, Config, TaskSettings, from_json, to_json
-from opd.config.validation import annotations
-from opd.training.multitask import read_tasks
+from opd.config.field_checks import annotations
+from opd.config.files import read_config, read_tasks, to_flat
+from opd.config.problems import check_settings
+from opd.config.settings import Config, TaskSettings, setting_fields, setting_values, with_settings
 
-GOOD = {"student": "s", "teacher": "t", "out": "o"}
-NUMBERS = [
-    name
-    for name, kind in annotations(Config).items()
-    if {int, float} & {kind, *typing.get_args(kind)}
-]
+SETTINGS = {name: annotations(x.owner)[name] for name, x in setting_fields().items()}
+NUMBERS = [name for name, kind in SETTINGS.items() if {int, float} & {kind, *typing.get_args(kind)}]
 OUTSIDE = {
     "at least 1": (0, -1),
     "not negative": (-1,),
@@ -32,12 +28,13 @@ OUTSIDE = {
 
 
 def make_config(**changes: Any) -> Config:
-    return Config(**(GOOD | changes))  # type: ignore[arg-type]
+    """A configuration whose values have been checked."""
+    return check_settings(with_settings(Config(student="s", teacher="t", out="o"), **changes))
 
 
-@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Config)])
+@pytest.mark.parametrize("name", SETTINGS)
 def test_every_setting_refuses_values_of_other_types(name: str) -> None:
-    default = getattr(make_config(), name)
+    default = setting_values(make_config())[name]
     wrong_values: list[Any] = [{"a": 1}, b"x"]
     if not isinstance(default, bool):
         wrong_values += [True, False]
@@ -59,23 +56,20 @@ def test_every_setting_refuses_values_of_other_types(name: str) -> None:
 
 
 def test_every_number_has_a_range_and_keeps_to_it() -> None:
-    ranged = {name.partition(".")[0] for name in RANGES} - {"weight"}
-    assert set(NUMBERS) | {"betas", "ppo_clip"} == ranged
-    for name, words in RANGES.items():
-        setting, _, index = name.partition(".")
-        for value in OUTSIDE[words]:
-            if setting == "weight":
-                with pytest.raises(InvalidInput, match=f"weight is {value}; it must be positive"):
-                    TaskSettings(name="a", task="b", weight=value)
-                continue
-            setting_value: Any = value
-            if setting in ("betas", "ppo_clip"):
-                setting_value = [0.5, 0.5] if setting == "betas" else [0.2, 0.2, 3.0]
-                setting_value[int(index or 1)] = value
-                setting_value = tuple(setting_value)
-            with pytest.raises(InvalidInput) as raised:
-                make_config(**{setting: setting_value})
-            assert f" is {value}; it must be {words}" in str(raised.value), name
+    ranges = {name: x.rules.within for name, x in setting_fields().items() if x.rules.within}
+    assert set(NUMBERS) | {"betas", "ppo_clip"} == ranges.keys()
+    for name, within in ranges.items():
+        examples = {"betas": [0.5, 0.5], "ppo_clip": [0.2, 0.2, 3.0]}.get(name, [1])
+        words_by_index = [within] * len(examples) if isinstance(within, str) else within
+        for i, words in enumerate(words_by_index):
+            for value in OUTSIDE[words]:
+                parts = [*examples[:i], value, *examples[i + 1 :]]
+                with pytest.raises(InvalidInput) as raised:
+                    make_config(**{name: tuple(parts) if name in ("betas", "ppo_clip") else value})
+                assert f" is {value}; it must be {words}" in str(raised.value), name
+    for value in OUTSIDE["positive"]:
+        with pytest.raises(InvalidInput, match=f"weight is {value}; it must be positive"):
+            make_config(tasks=(TaskSettings(name="a", task="b", weight=value),))
 
 
 @pytest.mark.parametrize(
@@ -115,8 +109,8 @@ def test_whole_numbers_are_numbers_and_settings_survive_the_disk(tmp_path: Path)
     config = make_config(
         lr=1, betas=(0, 0.5), ppo_clip=(0.2, 0.3, 3), tasks=(task,), mask=("paper",)
     )
-    (tmp_path / "config.json").write_text(json.dumps(to_json(config)))
-    assert from_json(tmp_path / "config.json") == config
+    (tmp_path / "config.json").write_text(json.dumps(to_flat(config)))
+    assert read_config(tmp_path / "config.json") == config
 
 
 @pytest.mark.parametrize(
@@ -144,7 +138,7 @@ def test_a_config_file_is_refused_by_name(tmp_path: Path, text: str, words: str)
     path = tmp_path / "config.json"
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(InvalidInput) as raised:
-        from_json(path)
+        read_config(path)
     assert str(raised.value).startswith(str(path))
     assert words in str(raised.value)
     assert "\n" not in str(raised.value)

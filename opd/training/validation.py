@@ -1,0 +1,201 @@
+"""The one validation of a configuration: every problem that shows before anything is loaded.
+
+Nothing is read, loaded or connected. `opd train`, `train` and `opd doctor` report all problems at
+once. A rule yields one message that names the setting, its value and the remedy.
+"""
+
+from collections.abc import Iterator
+
+from diagnostics.errors import InvalidInput
+from opd.config.problems import conflicts, invalid_names, separate_invalid
+from opd.config.settings import Config, with_settings
+from opd.envs.task import is_games
+from opd.objectives.objective import Objective
+from opd.runtime import distributed
+from opd.teachers.teacher import Capability, ServerTeacher, teacher_type
+from opd.training.checks.settings import STUDENT_DERIVED, objective_problems, unused_settings
+from opd.training.multitask import prompts_per_task, task_configs
+from opd.training.setup import objective_from_config
+
+
+def validate(config: Config) -> list[str]:
+    """List every problem of a configuration.
+
+    Invalid values are reported first. The other rules see valid values in their place, and do not
+    report these.
+
+    Args:
+        config: The configuration; its values may have any type.
+
+    Returns:
+        One message per problem, without secrets.
+    """
+    problems, valid_config = separate_invalid(config)
+    invalid = invalid_names(problems)
+    further = [
+        *conflicts(valid_config, invalid),
+        *unused_settings(valid_config),
+        *process_problems(valid_config),
+    ]
+    if split := list(split_problems(valid_config)):
+        further += split
+        valid_config = with_settings(valid_config, task_order="alternate")
+    try:
+        objective = objective_from_config(valid_config)
+    except InvalidInput as error:
+        further.append(str(error))
+    else:
+        further += objective_problems(valid_config, objective)
+        further += teacher_problems(valid_config, objective)
+    further += [
+        message
+        for task_config in task_configs(valid_config)
+        for message in game_problems(task_config)
+    ]
+    problems += [message for message in further if not invalid & invalid_names([message])]
+    return list(dict.fromkeys(problems))
+
+
+def process_problems(config: Config) -> Iterator[str]:
+    """Report settings that need several processes, or one."""
+    if config.hardware.sharding == "full" and not distributed.is_distributed():
+        yield (
+            "sharding full (FSDP) needs several processes, but this is the only one; start the run "
+            "with `torchrun --nproc_per_node N --no-python opd train ...`, or set sharding none, "
+            "which resumes from the same checkpoints"
+        )
+    if config.rollout.engine == "vllm" and distributed.is_distributed():
+        yield (
+            "engine vllm loads weights from a single process, but there are several; start one "
+            "process, or set engine to servers or hf"
+        )
+
+
+def split_problems(config: Config) -> Iterator[str]:
+    """Report a split of the prompts among mixed tasks that is impossible."""
+    if len(config.tasks) > 1 and config.data.task_order == "mixed":
+        try:
+            prompts_per_task(config)
+        except InvalidInput as error:
+            yield str(error)
+
+
+def teacher_problems(config: Config, objective: Objective) -> Iterator[str]:
+    """Report teachers that do not go with other settings, for all tasks."""
+    configs = task_configs(config)
+    teachers = list(dict.fromkeys(task_config.teacher for task_config in configs))
+    if config.hardware.teacher_weights != "saved" and all(
+        teacher_type(teacher) is ServerTeacher for teacher in teachers
+    ):
+        yield (
+            f"teacher_weights is {config.hardware.teacher_weights}, but no teacher runs in this "
+            "process; set it to saved: quantisation of a server's model is configured in the server"
+        )
+    derived = [teacher for teacher in teachers if teacher in STUDENT_DERIVED]
+    if derived and len(configs) > 1:
+        yield (
+            f"teacher {derived[0]!r} is derived from the student and cannot be used with several "
+            "tasks; give each task a model"
+        )
+    if "base" in teachers and not config.optimizer.lora_rank:
+        yield (
+            'teacher "base" is the student without its LoRA adapters, but lora_rank is 0; set '
+            "lora_rank, or choose another teacher"
+        )
+    for task_config in configs:
+        yield from capability_problems(task_config, objective)
+
+
+def capability_problems(config: Config, objective: Objective) -> Iterator[str]:
+    """Report settings that need more than the teacher provides.
+
+    Args:
+        config: Settings of a run or task.
+        objective: Its objective.
+
+    Yields:
+        The messages; each names an alternative.
+    """
+    loss, needs = config.objective, objective.requirements
+    capabilities = teacher_type(config.teacher).capabilities
+    alternatives = "teacher_topk, sampled_token or one of their variants"
+    for needed, capability, feature, remedy in (
+        (
+            needs.support in ("student", "union"),
+            Capability.CHOSEN_IDS,
+            f"objective {loss.objective}, which needs its log-probabilities of the student's ids",
+            alternatives,
+        ),
+        (
+            needs.support == "full" or needs.distributions,
+            Capability.DISTRIBUTIONS,
+            f"objective {loss.objective} with baseline {loss.baseline}, which needs its full "
+            "distribution",
+            alternatives,
+        ),
+        (
+            config.rollout.temperature != 1,
+            Capability.DISTRIBUTIONS,
+            f"temperature {config.rollout.temperature}, because servers return log-probabilities "
+            "at 1",
+            "temperature 1",
+        ),
+        (
+            loss.map_eos,
+            Capability.CHOSEN_IDS,
+            "map_eos, which needs scores of unsampled ids",
+            "map_eos off",
+        ),
+        (
+            loss.entropy_top_fraction < 1,
+            Capability.DISTRIBUTIONS,
+            "entropy_top_fraction, which needs full distributions",
+            "entropy_top_fraction 1",
+        ),
+        (
+            config.record.probe_every > 0,
+            Capability.HIDDEN_STATES,
+            "probe_every, which needs its hidden states",
+            "probe_every 0",
+        ),
+    ):
+        if needed and capability not in capabilities:
+            yield (
+                f"the teacher {config.teacher} is a server and does not support {feature}; use "
+                f"{remedy}, or a teacher in this process"
+            )
+
+
+def game_problems(config: Config) -> Iterator[str]:
+    """Report settings of a run or task of games that apply to problems, or mix up episodes.
+
+    With layout "turns" the responses to a prompt include turns of the same episode, which a
+    comparison of responses would treat as independent.
+
+    Args:
+        config: Settings of the run or task.
+
+    Yields:
+        The messages.
+    """
+    task = config.data.task
+    if not is_games(task):
+        return
+    for name, value in (("grader", config.data.grader), ("eval_task", config.evaluation.eval_task)):
+        if value:
+            yield (
+                f"{task} grades its own episodes and has its own held-out games; remove "
+                f"{name}={value!r}"
+            )
+    if config.games.layout == "turns":
+        reward, baseline = config.objective.reward_weight, config.objective.baseline
+        for compares, setting in (
+            (reward > 0, f"reward_weight {reward}"),
+            (baseline == "leave_one_out", "baseline leave_one_out"),
+        ):
+            if not compares:
+                continue
+            yield (
+                f"{setting} compares a response with the other responses to its prompt, which with "
+                "layout turns include turns of the same episode; set layout to trajectory"
+            )
