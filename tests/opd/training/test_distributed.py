@@ -71,7 +71,7 @@ def start_processes(
 
 def run_in_two(folder: Path, configs: list[Config], launcher: tuple[str, ...] = TORCHRUN) -> None:
     process = start_processes(folder, configs, launcher)
-    output, _ = process.communicate(timeout=150)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
 
 
@@ -294,7 +294,7 @@ def test_a_killed_process_ends_the_run_with_its_last_checkpoint_whole(
     workers = [int(c) for c in children if b"program.py" in Path(f"/proc/{c}/cmdline").read_bytes()]
     assert len(workers) == 2
     os.kill(workers[1], signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=600)
     assert process.returncode != 0
     num_rows = len(rows(tmp_path / "run"))
     assert 3 <= num_rows < 500
