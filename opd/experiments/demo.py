@@ -36,7 +36,7 @@ class DemoSize:
     """Duration on two idle CPU cores."""
 
 
-QUICK = DemoSize(recipe="lab", preset="quick", steps=40, seeds=(0,), minutes=6)
+QUICK = DemoSize(recipe="lab", preset="quick", steps=20, seeds=(0,), minutes=6)
 FULL = DemoSize(recipe="lab", preset="quick", steps=60, seeds=(0, 1, 2), minutes=12)
 SMOKE = DemoSize(recipe="smoke", preset="smoke", steps=2, seeds=(0,), minutes=1)
 SMOKE_FULL = DemoSize(recipe="smoke", preset="smoke", steps=4, seeds=(0, 1), minutes=1)
