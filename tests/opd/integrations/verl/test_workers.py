@@ -77,7 +77,7 @@ def test_an_update_of_verls_fsdp_actor_is_ours(
         )
         for rank in range(processes)
     ]
-    texts = [process.communicate(timeout=300)[0] for process in running]
+    texts = [process.communicate(timeout=1800)[0] for process in running]
     assert not any(p.returncode for p in running), "\n".join(x[-3000:] for x in texts)
     worker_output = torch.load(tmp_path / "out.pt")
 
