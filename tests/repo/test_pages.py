@@ -1,6 +1,5 @@
 """What the pages say of the code is so: commands parse, paths exist, links lead somewhere."""
 
-import argparse
 import ast
 import re
 import shlex
@@ -111,16 +110,15 @@ def parse_command(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
         options = re.findall(r"--[a-z][a-z-]*", " ".join(arguments))
         assert all(option in options_of(command) for option in options)
         raise ParsedError
-    parse_args, cli = argparse.ArgumentParser.parse_args, tyro.cli
+    cli = tyro.cli
 
-    def parse_and_stop(*args: object, **options: object) -> None:
-        raise ParsedError(parse_args(*args, **options))
+    def parse_and_stop(*args: object, **options: object) -> object:
+        parsed = cli(*args, **options)
+        if options.get("return_unknown_args"):  # a first look for one option
+            return parsed
+        raise ParsedError(parsed)
 
-    def build_and_stop(*args: object, **options: object) -> None:
-        raise ParsedError(cli(*args, **options))
-
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
-    monkeypatch.setattr(tyro, "cli", build_and_stop)
+    monkeypatch.setattr(tyro, "cli", parse_and_stop)
     import_module(COMMANDS[command][0]).main(arguments)
 
 
