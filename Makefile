@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_OPTIONS ?=
 BIN = $(VENV)/bin
-PYTEST = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest $(PYTEST_OPTIONS)
+# tests start many interpreters: their bytecode is kept, whatever the environment says
+PYTEST = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(1)/bin/python -m pytest $(PYTEST_OPTIONS)
 # a file's tests run in one process, so that what they share is made once; longest files first
 TWO_PROCESSES = -n 2 --dist loadfile --no-loadscope-reorder
 

@@ -36,10 +36,13 @@ class DemoSize:
     """Duration on two idle CPU cores."""
 
 
-QUICK = DemoSize(recipe="lab", preset="quick", steps=40, seeds=(0,), minutes=6)
-FULL = DemoSize(recipe="lab", preset="quick", steps=60, seeds=(0, 1, 2), minutes=12)
-SMOKE = DemoSize(recipe="smoke", preset="smoke", steps=2, seeds=(0,), minutes=1)
-SMOKE_FULL = DemoSize(recipe="smoke", preset="smoke", steps=4, seeds=(0, 1), minutes=1)
+SIZES = {
+    (False, False): DemoSize(recipe="lab", preset="quick", steps=20, seeds=(0,), minutes=6),
+    (False, True): DemoSize(recipe="lab", preset="quick", steps=60, seeds=(0, 1, 2), minutes=12),
+    (True, False): DemoSize(recipe="smoke", preset="smoke", steps=2, seeds=(0,), minutes=1),
+    (True, True): DemoSize(recipe="smoke", preset="smoke", steps=4, seeds=(0, 1), minutes=1),
+}
+"""Sizes by the options (smoke, full)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +69,7 @@ class DemoOptions:
 def main(argv: list[str]) -> None:
     """Run `opd demo [--full] [--out DIR]`; a second call continues and keeps what is finished."""
     options = parse_options(DemoOptions, argv, "opd demo")
-    size = (
-        (SMOKE_FULL if options.smoke else FULL)
-        if options.full
-        else SMOKE
-        if options.smoke
-        else QUICK
-    )
+    size = SIZES[options.smoke, options.full]
     lab = options.out / "lab" if options.smoke else Path("lab")
     start_time = time.perf_counter()
     print(

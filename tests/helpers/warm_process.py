@@ -38,7 +38,7 @@ class WarmProcess:
     stdout_path: Path
     stderr_path: Path
 
-    def wait(self, timeout: float = 150) -> int:
+    def wait(self, timeout: float = 600) -> int:
         """Wait for the end of the process; returns its exit code, negative for a signal."""
         self.process.join(timeout)
         if self.process.exitcode is None:
@@ -82,7 +82,7 @@ def run_process(
     target: Callable[..., object],
     *arguments: Any,
     environment: dict[str, str] | None = None,
-    timeout: float = 150,
+    timeout: float = 600,
 ) -> WarmProcess:
     """Call `target` in a process and wait for its end."""
     process = start_process(folder, target, *arguments, environment=environment)
@@ -128,7 +128,7 @@ def start_ranks(
     ]
 
 
-def wait_for_ranks(ranks: list[WarmProcess], timeout: float = 150) -> tuple[int, str]:
+def wait_for_ranks(ranks: list[WarmProcess], timeout: float = 600) -> tuple[int, str]:
     """Wait for all ranks; like torchrun, end them all when one fails.
 
     Returns:

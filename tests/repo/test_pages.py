@@ -112,13 +112,13 @@ def parse_command(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
         raise ParsedError
     cli = tyro.cli
 
-    def parse_and_stop(*args: object, **options: object) -> object:
-        parsed = cli(*args, **options)
-        if options.get("return_unknown_args"):  # a first look for one option
-            return parsed
-        raise ParsedError(parsed)
+    def build_and_stop(*args: object, **options: object) -> object:
+        built = cli(*args, **options)
+        if options.get("return_unknown_args"):  # a first look at the arguments
+            return built
+        raise ParsedError(built)
 
-    monkeypatch.setattr(tyro, "cli", parse_and_stop)
+    monkeypatch.setattr(tyro, "cli", build_and_stop)
     import_module(COMMANDS[command][0]).main(arguments)
 
 
@@ -142,7 +142,7 @@ def test_every_command_parses(page: str, words: str, monkeypatch: pytest.MonkeyP
     "words",
     [
         *("train lab --learning-rate 1", "train --learning-rate 1", "study run", "lab --large"),
-        *("trian lab", "figures toy --no-such-option", "doctor STUDENT"),
+        *("trian lab", "figures toy --no-such-option", "doctor STUDENT TEACHER --teachers 2"),
     ],
 )
 def test_a_wrong_command_would_be_found(words: str, monkeypatch: pytest.MonkeyPatch) -> None:

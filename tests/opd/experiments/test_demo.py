@@ -8,8 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from diagnostics.records.rows import read_rows
 from diagnostics.records.run_tables import accuracy_gains, training_table
+from opd.cli import main as cli
+from opd.experiments import demo
+from tests.helpers.warm_process import start_process
 
 
 def demo_command(out: Path, *options: str) -> list[str]:
@@ -22,6 +27,12 @@ def run_demo(out: Path, *options: str) -> str:
     assert result.returncode == 0, result.stderr
     assert re.search(r"\[4/4\] figures and report: \d+ s, \d+ s since the start", result.stderr)
     return result.stdout
+
+
+def run_command(words: list[str]) -> None:
+    """Run an `opd` command in this process, as the interpreter does that is started for it."""
+    sys.argv = ["opd", *words]
+    cli.main()
 
 
 def kill_while_training(out: Path) -> None:
@@ -43,7 +54,12 @@ def rows_without_times(run: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in row.items() if not k.startswith("seconds/")} for row in rows]
 
 
-def test_the_demo_resumes_and_full_continues_it(tmp_path: Path) -> None:
+def test_the_demo_resumes_and_full_continues_it(
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     first_output = run_demo(tmp_path / "demo")
     runs = sorted((tmp_path / "demo" / "runs").iterdir())
     assert [run.name for run in runs] == ["sampled_token-0", "teacher_topk-0"]
@@ -56,7 +72,17 @@ def test_the_demo_resumes_and_full_continues_it(tmp_path: Path) -> None:
     assert [len(rows) for rows in short_rows] == [2, 2]
 
     kill_while_training(tmp_path / "demo")
-    full_output = run_demo(tmp_path / "demo", "--full")
+
+    def run_opd(*words: object, threads: int | None = None) -> None:
+        folder = tmp_path_factory.mktemp("output")
+        process = start_process(folder, run_command, [str(word) for word in words])
+        assert process.wait(300) == 0, process.stderr
+
+    # from here on commands are forked, which spares the start of an interpreter each
+    monkeypatch.setattr(demo, "run_opd", run_opd)
+    words = ["--smoke", "--full", "--out", str(tmp_path / "demo")]
+    demo.main(words)
+    full_output = capsys.readouterr().out
     long_runs = sorted((tmp_path / "demo" / "runs").iterdir())
     assert [run.name for run in long_runs] == [
         f"{objective}-{seed}" for objective in ("sampled_token", "teacher_topk") for seed in (0, 1)
@@ -66,7 +92,8 @@ def test_the_demo_resumes_and_full_continues_it(tmp_path: Path) -> None:
         assert rows_without_times(run)[:2] == rows
 
     stamps = {p: p.stat().st_mtime_ns for run in long_runs for p in run.glob("final/*")}
-    second_output = run_demo(tmp_path / "demo", "--full")
+    demo.main(words)
+    second_output = capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in stamps} == stamps, "finished runs are kept"
     tables = [re.sub(r"seconds .*", "", text) for text in (full_output, second_output)]
     assert tables[0] == tables[1]

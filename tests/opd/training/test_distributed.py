@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,28 +53,44 @@ ACCELERATE = (
 )
 
 
-def start_processes(
+@contextmanager
+def two_ranks(
     folder: Path, configs: list[Config], launcher: tuple[str, ...] = TORCHRUN
-) -> subprocess.Popen[str]:
-    """Start two ranks that run the configurations one after the other."""
+) -> Iterator[subprocess.Popen[str]]:
+    """Start two ranks that run the configurations one after the other; none outlives the block."""
     config_paths = []
     for i, config in enumerate(configs):
         config_paths.append(str(folder / f"{i}.json"))
         Path(config_paths[-1]).write_text(json.dumps(to_flat(config)))
     (folder / "program.py").write_text(PROGRAM)
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", *launcher, str(folder / "program.py"), *config_paths],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())},
+        start_new_session=True,
     )
+    try:
+        yield process
+    finally:
+        for process_id in (*worker_ids(process), process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(process_id, signal.SIGKILL)
+        process.wait()
+
+
+def worker_ids(process: subprocess.Popen[str]) -> list[int]:
+    """Return the process ids of the ranks that a launcher has started."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    ids = children.read_text().split() if children.exists() else []
+    return [int(c) for c in ids if b"program.py" in Path(f"/proc/{c}/cmdline").read_bytes()]
 
 
 def run_in_two(folder: Path, configs: list[Config], launcher: tuple[str, ...] = TORCHRUN) -> None:
-    process = start_processes(folder, configs, launcher)
-    output, _ = process.communicate(timeout=150)
-    assert process.returncode == 0, output
+    with two_ranks(folder, configs, launcher) as process:
+        output, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, output
 
 
 def assert_same_rows(expected_folder: Path, actual_folder: Path, tolerance: float = 2e-4) -> None:
@@ -283,19 +301,18 @@ def test_a_killed_process_ends_the_run_with_its_last_checkpoint_whole(
     tiny_pair, tmp_path: Path
 ) -> None:
     config = settings(tiny_pair, tmp_path / "run", steps=500, eval_every=0, **FOUR_PROMPTS)
-    process = start_processes(tmp_path, [config])
     rows_path = tmp_path / "run" / "rows.jsonl"
-    deadline = time.monotonic() + 120
-    while not rows_path.exists() or len(rows_path.read_text().splitlines()) < 3:
-        assert process.poll() is None, "the run ended before one could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    workers = [int(c) for c in children if b"program.py" in Path(f"/proc/{c}/cmdline").read_bytes()]
-    assert len(workers) == 2
-    os.kill(workers[1], signal.SIGKILL)
-    process.communicate(timeout=60)
-    assert process.returncode != 0
+    deadline = time.monotonic() + 600
+    with two_ranks(tmp_path, [config]) as process:
+        while not rows_path.exists() or len(rows_path.read_text().splitlines()) < 3:
+            assert process.poll() is None, "the run ended before one could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        workers = worker_ids(process)
+        assert len(workers) == 2
+        os.kill(workers[1], signal.SIGKILL)
+        process.communicate(timeout=600)
+        assert process.returncode != 0
     num_rows = len(rows(tmp_path / "run"))
     assert 3 <= num_rows < 500
     train(replace(config, steps=num_rows + 2))  # in this one process
