@@ -7,16 +7,22 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from docs.generate.attributes import attribute_docs, default_text, table
 from opd.config import settings
+from opd.config.fields import rules_of
 from opd.config.recipes import RECIPES
 
 HEADER = """# Settings of `opd train`
 
 *Generated from `opd/config` by `python -m docs.generate`.*
 
-Every setting is a field of `Config` and a flag of the command: `max_response` is
-`--max-response`. `opd train RECIPE --help` prints the same list with the defaults of the recipe,
-`opd train RECIPE --show` the values of all settings. A recipe sets `student`, `teacher`, `out` and
-whatever differs from the defaults below.
+Every setting is a field of a group of `Config`, a flag of the command and a key in a file:
+`max_response` is `config.rollout.max_response`, `--max-response` and `max_response` below
+`[rollout]`. `opd train RECIPE --help` prints the same list with the defaults of the recipe,
+`opd train RECIPE --show` the values of all settings as a file. A recipe sets `student`, `teacher`,
+`out` and whatever differs from the defaults below.
+
+Below the name of a setting are its type or values, its default, and its range if it has one.
+*Resumable* settings may be different when a run is resumed. A setting *by task* may differ between
+the tasks of a run.
 """
 
 
@@ -28,19 +34,29 @@ def _value_type(hint: Any) -> str:
     return "`" + re.sub(r"\b(?:\w+\.)+", "", text) + "`"
 
 
+def _rules_text(field: "dataclasses.Field[Any]") -> str:
+    """Return the range of a setting, and where it may change or differ; empty without rules."""
+    rules = rules_of(field)
+    ranges = (rules.within,) if isinstance(rules.within, str) else rules.within
+    words = [*ranges] if any(ranges) else []
+    words += ["*resumable*"] * rules.resumable + ["*by task*"] * rules.per_task
+    return "<br>" + ", ".join(words) if words else ""
+
+
 def section(title: str, cls: type) -> list[str]:
-    """Return the table of a dataclass's fields: type and default below the name, description."""
+    """Return the table of a dataclass's fields: what may be set below the name, description."""
     hints = get_type_hints(cls)
     docs = attribute_docs(cls)
     rows = [
         (
-            f"`{field.name}`<br>{_value_type(hints[field.name])}, {default_text(field)}",
+            f"`{field.name}`<br>{_value_type(hints[field.name])}, {default_text(field)}"
+            f"{_rules_text(field)}",
             docs.get(field.name, ""),
         )
         for field in dataclasses.fields(cls)
         if not dataclasses.is_dataclass(hints[field.name])
     ]
-    header = ("setting, values, default", "description")
+    header = ("setting", "description")
     return [f"## {title}", "", inspect.getdoc(cls) or "", "", *table(header, rows), ""]
 
 
@@ -52,7 +68,7 @@ def page() -> str:
         for name, recipe in RECIPES.items()
     ]
     lines += [*table(("recipe", "what it trains"), recipes), ""]
-    lines += section("All settings", settings.Config)
+    lines += section("Config", settings.Config)
     groups = get_type_hints(settings.Config)
     for field in dataclasses.fields(settings.Config):
         if isinstance(cls := groups[field.name], type) and dataclasses.is_dataclass(cls):
