@@ -142,7 +142,11 @@ def test_wrong_requests_name_the_value(tmp_path: Path, runs: list[Path]) -> None
         (["all", "--table", str(table)], ValueError, "needs the name of a single figure"),
         (["bias_variance", "--run", str(runs[0])], ValueError, "--run needs the name"),
         (["training", "--update-data"], ValueError, "add --run"),
-        (["training", "--run", str(tmp_path)], FileNotFoundError, "no config.json"),
+        (
+            ["training", "--run", str(tmp_path)],
+            FileNotFoundError,
+            "neither config.json nor rows",
+        ),
     ):
         with pytest.raises(error, match=message):
             cli.main([*words, "--out", str(tmp_path / "out")])
