@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from opd.lab.build import make_tokenizer
+from tests.helpers.warm_process import skip_file_sync
 
 pytest_plugins = ["pytester"]
 
@@ -110,6 +111,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    skip_file_sync()
     if config.getoption("--no-new-skips") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(SkipCheck(EXPECTED_SKIPS))
 

@@ -11,6 +11,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def begin_start(folder: Path, start: Start) -> None:
         record_gaps = find_missing(folder, start)
         dropped = folder / "dropped" / f"before_start_{len(earlier_starts) + 1:03d}"
         num_dropped = rewind(folder, start, dropped)
-        code = code_state()
+        code = loaded_code()
         save_code_state(folder, code, len(earlier_starts) + 1, earlier_starts)
         start_row |= code_identity(code) | ({"missing": record_gaps} if record_gaps else {})
         rows.append_row(folder / "starts.jsonl", start_row)
@@ -79,6 +80,12 @@ def code_identity(code: CodeState) -> dict[str, Any]:
         "libraries": {name: package_version(name) for name in LIBRARIES},
         "processes": distributed.world_size(),
     }
+
+
+@cache
+def loaded_code() -> CodeState:
+    """Return the version of the code, read once: this process loads no later change of a file."""
+    return code_state()
 
 
 def save_code_state(folder: Path, code: CodeState, number: int, earlier_starts: list[Row]) -> None:

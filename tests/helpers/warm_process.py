@@ -90,6 +90,14 @@ def run_process(
     return process
 
 
+def skip_file_sync() -> None:
+    """Let `os.fsync` return at once in this process.
+
+    Tests kill processes, never the machine, so they need not wait for the disk.
+    """
+    os.fsync = lambda descriptor: None
+
+
 def call_in_process(
     paths: tuple[Path, Path],
     environment: dict[str, str],
@@ -104,6 +112,7 @@ def call_in_process(
         os.dup2(file, descriptor)
         os.close(file)
     os.environ.update(environment)
+    skip_file_sync()
     target(*arguments)
 
 

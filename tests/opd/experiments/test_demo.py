@@ -35,18 +35,38 @@ def run_command(words: list[str]) -> None:
     cli.main()
 
 
-def kill_while_training(out: Path) -> None:
+def fork_command(*words: object, threads: int | None = None) -> None:
+    """Run an `opd` command in a child of this process, and so of its process group."""
+    child = os.fork()
+    if child == 0:
+        exit_code = 1
+        try:
+            run_command([str(word) for word in words])
+            exit_code = 0
+        finally:
+            os._exit(exit_code)
+    _, status = os.waitpid(child, 0)
+    assert status == 0
+
+
+def run_full_demo_in_group(out: Path) -> None:
+    """Run the demo and its commands in a process group of their own."""
+    os.setsid()
+    demo.run_opd = fork_command
+    demo.main(["--smoke", "--full", "--out", str(out)])
+
+
+def kill_while_training(folder: Path, out: Path) -> None:
     """Start the demo and kill all of its processes once a run of another seed has a row."""
-    process = subprocess.Popen(
-        demo_command(out, "--full"), stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    demo_process = start_process(folder, run_full_demo_in_group, out)
     deadline = time.monotonic() + 300
     while not any((out / "runs").glob("*-1/rows.jsonl")):
-        assert process.poll() is None
+        assert demo_process.exit_code is None, demo_process.stderr
         assert time.monotonic() < deadline
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+        time.sleep(0.02)
+    assert demo_process.process.pid is not None
+    os.killpg(demo_process.process.pid, signal.SIGKILL)
+    assert demo_process.wait() == -signal.SIGKILL
 
 
 def rows_without_times(run: Path) -> list[dict[str, float]]:
@@ -71,7 +91,7 @@ def test_the_demo_resumes_and_full_continues_it(
     short_rows = [rows_without_times(run) for run in runs]
     assert [len(rows) for rows in short_rows] == [2, 2]
 
-    kill_while_training(tmp_path / "demo")
+    kill_while_training(tmp_path, tmp_path / "demo")
 
     def run_opd(*words: object, threads: int | None = None) -> None:
         folder = tmp_path_factory.mktemp("output")

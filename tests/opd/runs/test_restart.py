@@ -306,7 +306,7 @@ def test_starts_record_code_and_versions_and_say_what_changed(
     tiny_pair, run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (first,) = records.read_rows(run / "starts.jsonl")
-    state = restart.code_state()
+    state = restart.loaded_code()
     assert (first["step"], first["source"]) == (0, state.source)
     assert first["commit"] == state.commit
     assert {"torch", "transformers"} <= first["libraries"].keys()
@@ -316,7 +316,7 @@ def test_starts_record_code_and_versions_and_say_what_changed(
     assert "instead of" not in error
     changed_state = replace(state, source="0123456789abcdef", diff="+x = 1\n")
     original = restart.package_version
-    monkeypatch.setattr(restart, "code_state", lambda: changed_state)
+    monkeypatch.setattr(restart, "loaded_code", lambda: changed_state)
     monkeypatch.setattr(
         restart, "package_version", lambda name: "9.9" if name == "torch" else original(name)
     )

@@ -160,13 +160,7 @@ def run_folders(tiny_pair, kinds, tmp_path_factory: pytest.TempPathFactory) -> P
     folder = tmp_path_factory.mktemp("processes")
     two_process_configs: list[Config] = []
     for name, changes in kinds.items():
-        fields: dict[str, Any] = {
-            "prompts_per_step": 4,
-            "steps": 3,
-            "save_batch_every": 3,
-            **changes,
-        }
-        config = with_settings(settings(tiny_pair, folder / "one" / name), **fields)
+        config = short_config(tiny_pair, folder / "one" / name, changes)
         train(config)
         for sharding in ("none", "full"):
             two_process_configs.append(
@@ -174,6 +168,12 @@ def run_folders(tiny_pair, kinds, tmp_path_factory: pytest.TempPathFactory) -> P
             )
     run_in_two(folder, two_process_configs + resumed_configs(tiny_pair, folder))
     return folder
+
+
+def short_config(pair: tuple[Path, Path], out: Path, changes: dict[str, object]) -> Config:
+    """Two steps: the second is taken with the weights and the optimizer's state of the first."""
+    fields: dict[str, Any] = {"prompts_per_step": 4, "steps": 2, "save_batch_every": 2, **changes}
+    return with_settings(settings(pair, out), **fields)
 
 
 def resumed_configs(tiny_pair: tuple[Path, Path], folder: Path) -> list[Config]:
@@ -297,15 +297,19 @@ def test_the_average_follows_a_student_of_two_processes(
         torch.testing.assert_close(teacher[name], expected, atol=1e-7, rtol=1e-6)
 
 
-def test_a_killed_process_ends_the_run_with_its_last_checkpoint_whole(
-    tiny_pair, tmp_path: Path
-) -> None:
-    config = settings(tiny_pair, tmp_path / "run", steps=500, eval_every=0, **FOUR_PROMPTS)
-    rows_path = tmp_path / "run" / "rows.jsonl"
+@pytest.fixture(scope="module")
+def accelerated(tiny_pair, kinds, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs in ranks that accelerate starts, one of which is killed in the second run."""
+    folder = tmp_path_factory.mktemp("accelerate")
+    complete = short_config(tiny_pair, folder / "complete", kinds["credit"])
+    endless = settings(tiny_pair, folder / "killed", steps=500, eval_every=0, **FOUR_PROMPTS)
+    rows_path = folder / "killed" / "rows.jsonl"
     deadline = time.monotonic() + 600
-    with two_ranks(tmp_path, [config]) as process:
+    with two_ranks(folder, [complete, endless], ACCELERATE) as process:
         while not rows_path.exists() or len(rows_path.read_text().splitlines()) < 3:
-            assert process.poll() is None, "the run ended before one could be killed"
+            if process.poll() is not None:
+                output, _ = process.communicate()
+                raise AssertionError(output)
             assert time.monotonic() < deadline
             time.sleep(0.01)
         workers = worker_ids(process)
@@ -313,22 +317,22 @@ def test_a_killed_process_ends_the_run_with_its_last_checkpoint_whole(
         os.kill(workers[1], signal.SIGKILL)
         process.communicate(timeout=600)
         assert process.returncode != 0
-    num_rows = len(rows(tmp_path / "run"))
-    assert 3 <= num_rows < 500
-    train(replace(config, steps=num_rows + 2))  # in this one process
-    reference_config = settings(
-        tiny_pair, tmp_path / "whole", steps=num_rows + 2, eval_every=0, **FOUR_PROMPTS
-    )
-    assert_same_rows(train(reference_config).folder, tmp_path / "run", 2e-3)
+    return folder
 
 
-def test_accelerate_starts_the_same_run(
-    run_folders: Path, tiny_pair, kinds, tmp_path: Path
+def test_a_killed_process_ends_the_run_with_its_last_checkpoint_whole(
+    accelerated: Path, tiny_pair
 ) -> None:
-    fields: dict[str, Any] = {"prompts_per_step": 4, "steps": 3, "save_batch_every": 3}
-    config = settings(tiny_pair, tmp_path / "run", **(fields | kinds["credit"]))
-    run_in_two(tmp_path, [config], ACCELERATE)
-    assert rows(tmp_path / "run") == rows(run_folders / "none" / "credit")
+    num_rows = len(rows(accelerated / "killed"))
+    assert 3 <= num_rows < 500
+    changes: dict[str, Any] = {"steps": num_rows + 2, "eval_every": 0, **FOUR_PROMPTS}
+    train(settings(tiny_pair, accelerated / "killed", **changes))  # in this one process
+    reference = train(settings(tiny_pair, accelerated / "undisturbed", **changes)).folder
+    assert_same_rows(reference, accelerated / "killed", 2e-3)
+
+
+def test_accelerate_starts_the_same_run(accelerated: Path, run_folders: Path) -> None:
+    assert rows(accelerated / "complete") == rows(run_folders / "none" / "credit")
 
 
 def test_prompts_that_cannot_be_shared_equally_are_refused(monkeypatch) -> None:
