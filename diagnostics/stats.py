@@ -177,8 +177,9 @@ def problem_accuracies(outcomes: str) -> Array:
     Returns:
         The shares.
     """
-    problems = outcomes.split() if " " in outcomes else list(outcomes)
-    return np.array([sum(map(int, samples)) / len(samples) for samples in problems])
+    if " " not in outcomes:
+        return np.array(list(outcomes), dtype=np.float64)
+    return np.array([sum(map(int, samples)) / len(samples) for samples in outcomes.split()])
 
 
 def t_critical(degrees: float) -> float:
