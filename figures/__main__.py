@@ -223,8 +223,9 @@ def render_figure(name: str, table: "pd.DataFrame", out: Path) -> list[Path]:
         paths = style.save_figure(module.draw(table), out, name)
     if hasattr(module, "markdown"):
         text, numbers = out / f"{name}.md", out / f"{name}.csv"
-        text.write_text(module.markdown(table))
-        module.summary(table).to_csv(numbers, index=False, float_format="%.5g")
+        summary = module.summary(table)
+        text.write_text(module.markdown(summary))
+        summary.to_csv(numbers, index=False, float_format="%.5g")
         paths += [text, numbers]
     return paths
 

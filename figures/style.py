@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -120,7 +121,21 @@ def save_figure(figure: Figure, out: Path, name: str) -> list[Path]:
     """
     out.mkdir(parents=True, exist_ok=True)
     png, pdf = out / f"{name}.png", out / f"{name}.pdf"
+    fix_layout(figure)
     figure.savefig(png, metadata={"Software": None})
-    figure.set_layout_engine("none")  # the second file has the layout of the first
     figure.savefig(pdf, metadata={"CreationDate": None, "Producer": None, "Creator": None})
     return [png, pdf]
+
+
+def fix_layout(figure: Figure) -> None:
+    """Lay a figure out once, at the resolution of its PNG, and remove its layout engine.
+
+    `savefig` of a figure with an engine, even one that does nothing, draws everything twice.
+    """
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        # This canvas keeps its renderer, so that the PNG finds the sizes of the texts of the layout
+        FigureCanvasAgg(figure)
+        figure.set_dpi(mpl.rcParams["savefig.dpi"])
+        engine.execute(figure)
+        figure.set_layout_engine(None)

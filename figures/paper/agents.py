@@ -54,9 +54,8 @@ COST_METRICS = {f"turn={n}/divergence/k1": f"cost_{n}" for n in TURNS}
 
 def draw(table: pd.DataFrame) -> Figure:
     """Draw success on games and problems, inadmissible actions, turns, and KL by turn."""
-    summary(table)  # raises if the table has no evaluation
+    evaluations = select_evaluations(table)
     figure, axes = style.make_panels(2, 3, 4.6)
-    evaluations = table[table["where"] == HELD_OUT]
     games = evaluations[evaluations["task"] == GAMES]
     teacher = games[games["method"] == TEACHER]
     for ax, (group, (title, _)) in zip(axes, GROUPS.items(), strict=False):
@@ -156,7 +155,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     Raises:
         InvalidInput: The table has no evaluation of the groups and tasks.
     """
-    evaluations = table[table["where"] == HELD_OUT]
+    evaluations = select_evaluations(table)
     records = []
     for group in GROUPS:
         for task in (GAMES, PROBLEMS):
@@ -165,12 +164,30 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
             for method in [m for m in (*METHODS, TEACHER) if m in set(task_rows["method"])]:
                 row = {"group": group, "task": task, "method": method}
                 records.append(row | summarize_method(final, first, method))
-    if not records:
+    return pd.DataFrame(records)
+
+
+def select_evaluations(table: pd.DataFrame) -> pd.DataFrame:
+    """Select the evaluations that this figure is about.
+
+    Args:
+        table: A table with COLUMNS.
+
+    Returns:
+        Its evaluations of GROUPS on both tasks, by METHODS and the teacher.
+
+    Raises:
+        InvalidInput: There are none.
+    """
+    is_evaluation = table["where"] == HELD_OUT
+    is_evaluation &= table["group"].isin(GROUPS) & table["task"].isin((GAMES, PROBLEMS))
+    is_evaluation &= table["method"].isin((*METHODS, TEACHER))
+    if not is_evaluation.any():
         raise InvalidInput(
             f"no evaluation of the groups {', '.join(GROUPS)} on {GAMES} or {PROBLEMS}; run "
             "folders must be named GROUP/METHOD-SEED, as by `opd paper --groups games agents`"
         )
-    return pd.DataFrame(records)
+    return table[is_evaluation]
 
 
 def summarize_method(final: pd.DataFrame, first: pd.DataFrame, method: str) -> dict[str, Any]:
@@ -217,14 +234,14 @@ def interval_columns(name: str, interval: tuple[float, float, float]) -> dict[st
     return dict(zip((name, f"{name}_low", f"{name}_high"), interval, strict=True))
 
 
-def markdown(table: pd.DataFrame) -> str:
-    """Render `summary` as Markdown tables."""
+def markdown(results: pd.DataFrame) -> str:
+    """Render the tables of `summary` as Markdown."""
     base = METHODS[next(iter(METHODS))][0]
     parts = [
         "Brackets: 95 % intervals over seeds and games; gains and differences are paired by seed "
         "and game. Inadmissible: share of turns with an action that the game does not allow."
     ]
-    for (group, task), group_rows in summary(table).groupby(["group", "task"], sort=False):
+    for (group, task), group_rows in results.groupby(["group", "task"], sort=False):
         unit = {GAMES: "games", PROBLEMS: "problems"}[str(task)]
         lines = [
             f"### {GROUPS[str(group)][0]}: {group_rows['count'].max()} held-out {unit}",

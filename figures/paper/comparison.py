@@ -206,9 +206,8 @@ def summarize_table(table: pd.DataFrame, methods: tuple[str, ...]) -> pd.DataFra
     return results
 
 
-def markdown(table: pd.DataFrame) -> str:
-    """Render all tables as Markdown."""
-    results = summary(table)
+def markdown(results: pd.DataFrame) -> str:
+    """Render the tables of `summary` as Markdown."""
     parts = [
         "Brackets: 95 % intervals over runs and problems. p: sign-flip test over problems, about "
         "these runs; p over seeds: sign-flip test over seeds, about runs like them; with n seeds "

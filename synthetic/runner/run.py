@@ -90,7 +90,8 @@ def run(
         raise InvalidInput(f"{name} has no preset {preset!r}; known: {known_presets}")
     settings = experiment.SETTINGS[preset]
     folder = Path(out) / name
-    files = [folder / "cells" / f"{_key(name, setting)}.json" for setting in settings]
+    source = fingerprint(name)
+    files = [folder / "cells" / f"{_key(name, setting, source)}.json" for setting in settings]
     missing_cells = [
         (setting, file)
         for setting, file in zip(settings, files, strict=True)
@@ -115,7 +116,7 @@ def run(
     )
     write_text(
         preset_folder / "summary.json",
-        json.dumps(provenance(name, preset, seconds), indent=1) + "\n",
+        json.dumps(provenance(name, preset, source, seconds), indent=1) + "\n",
         concurrent=True,
     )
     return summary
@@ -162,7 +163,7 @@ def read_cell(file: Path) -> dict[str, Any] | None:
     return cell if isinstance(cell, dict) and "rows" in cell else None
 
 
-def provenance(name: str, preset: str, seconds: float) -> dict[str, Any]:
+def provenance(name: str, preset: str, source: str, seconds: float) -> dict[str, Any]:
     """Return how a table was produced: command, code, versions, time on one core."""
     packages = ("torch", "numpy", "pandas", "scipy")
     code = code_state(ROOT)
@@ -171,7 +172,7 @@ def provenance(name: str, preset: str, seconds: float) -> dict[str, Any]:
         "preset": preset,
         "commit": code.commit,
         "changed_files": list(code.changed_files),
-        "source": fingerprint(name),
+        "source": source,
         "seconds": round(seconds, 2),
         "python": platform.python_version(),
         "versions": {package: metadata.version(package) for package in packages},
@@ -340,8 +341,8 @@ def run_and_print(name: str, options: RunOptions, data: Path | None) -> None:
         update_figures(name, options.preset, options.out, data)
 
 
-def _key(name: str, setting: dict[str, Any]) -> str:
-    text = f"{name} {canonical_json(setting)} {fingerprint(name)}"
+def _key(name: str, setting: dict[str, Any], source: str) -> str:
+    text = f"{name} {canonical_json(setting)} {source}"
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 

@@ -78,7 +78,7 @@ def test_gains_and_differences_are_those_of_the_outcomes(runs: list[Path]) -> No
     assert summary.loc["agents", "sort", "lsm"]["gain"] == 1
     assert summary.loc["agents", "sort", "lsm"]["away"] == 1
     assert summary.loc["agents", "rooms", "sampled"]["gain"] == 0
-    text = agents.markdown(agents.collect(runs))
+    text = agents.markdown(agents.summary(agents.collect(runs)))
     assert "| teacher | 1 |  | 0.750 [" in text
     assert "+0.625 [" in text
     assert text.count("### ") == 3
