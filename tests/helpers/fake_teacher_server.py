@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,17 @@ class DropConnection(Exception):
     """The connection ends without a response."""
 
 
+@cache
+def load_network(folder: Path) -> Any:
+    """Load the model of a folder once for all servers, which do not change it."""
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+@cache
+def load_tokenizer(folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(folder)
+
+
 class FakeTeacher:
     """The model, the requests it received, and the faults of its next responses to /completions.
 
@@ -30,8 +42,7 @@ class FakeTeacher:
     """
 
     def __init__(self, folder: Path, *, max_logprobs: int = 20, limit: int = 256) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.network = AutoModelForCausalLM.from_pretrained(folder).eval()
+        self.tokenizer, self.network = load_tokenizer(folder), load_network(folder)
         self.max_logprobs, self.limit = max_logprobs, limit
         self.faults: list[Fault] = []
         self.requests: list[dict[str, Any]] = []
