@@ -279,11 +279,12 @@ def test_answers_are_bounded_and_never_unpacked() -> None:
         assert "longer than 10000 bytes" in str(error_of(url, timeout=60.0))
 
 
-def test_the_certificate_must_be_trusted(tmp_path: Path) -> None:
+def test_the_certificate_must_be_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import subprocess
 
     command = (
-        "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost -keyout k -out c"
+        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 1 "
+        "-subj /CN=localhost -addext subjectAltName=DNS:localhost -keyout k -out c"
     )
     subprocess.run(command.split(), cwd=tmp_path, check=True, capture_output=True)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -291,13 +292,20 @@ def test_the_certificate_must_be_trusted(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:
-            with suppress(OSError):
-                context.wrap_socket(listener.accept()[0], server_side=True)
+            for _ in range(2):
+                with suppress(OSError):
+                    connection = context.wrap_socket(listener.accept()[0], server_side=True)
+                    connection.recv(65536)
+                    reply_with(b'{"trusted": true}')(connection)
 
         threading.Thread(target=serve, daemon=True).start()
-        error = error_of(f"https://localhost:{listener.getsockname()[1]}", timeout=9.0)
+        url = f"https://localhost:{listener.getsockname()[1]}"
+        error = error_of(url, timeout=9.0)
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "c"))
+        answer = JsonEndpoint(url, timeout=9.0).request("/x", max_bytes=100)
     assert isinstance(error, InvalidInput)
     assert "its TLS certificate is not trusted" in str(error)
+    assert answer == {"trusted": True}
 
 
 PAGE = b"<!DOCTYPE html><html><body>Welcome to nginx!</body></html>"
