@@ -15,7 +15,6 @@ from torch import Tensor
 
 from tests.helpers.fake_teacher_server import FakeTeacher, load_network
 
-
 KNOWN_LOGITS: WeakKeyDictionary[Any, dict[tuple[int, ...], Tensor]] = WeakKeyDictionary()
 """Network -> token ids -> logits of the next token."""
 
@@ -69,10 +68,12 @@ class FakeRolloutServer(FakeTeacher):
     def reload(self, path: str) -> tuple[int, dict[str, Any]]:
         """Load the weights of a checkpoint into the same architecture, as vLLM does."""
         self.loaded_folders.append(path)
-        files = list(Path(path).glob("*.safetensors"))
+        weights: dict[str, Tensor] = {}
+        for file in Path(path).glob("*.safetensors"):
+            weights |= load_file(file)
         network = copy.deepcopy(self.network)
         try:
-            network.load_state_dict({name: x for file in files for name, x in load_file(file).items()})
+            network.load_state_dict(weights)
         except RuntimeError as error:
             return 500, {"error": {"message": str(error)}}
         if self.keeps_old_head:

@@ -97,7 +97,8 @@ def shared_engine(
     fake_servers = [FakeRolloutServer(tiny_pair[1]) for _ in range(2)]
     with ExitStack() as stack:
         urls = [stack.enter_context(serve(fake_server)) for fake_server in fake_servers]
-        yield fake_servers, make_server_engine(pair.student, urls, tmp_path_factory.mktemp("shared"))
+        folder = tmp_path_factory.mktemp("shared")
+        yield fake_servers, make_server_engine(pair.student, urls, folder)
 
 
 @pytest.fixture(scope="module")
