@@ -4,17 +4,19 @@ It can simulate faults of real servers: a restart with the initial weights, a ti
 its old weights, a prefix cache that is not reset, log-probabilities before temperature.
 """
 
-import threading
+import copy
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from torch import Tensor
 
-from tests.helpers.fake_teacher_server import FakeTeacher
+from tests.helpers.fake_teacher_server import FakeTeacher, load_network
 
-LOADING = threading.Lock()
-"""`from_pretrained` patches `tie_weights` globally while it runs, which is not thread-safe."""
+KNOWN_LOGITS: WeakKeyDictionary[Any, dict[tuple[int, ...], Tensor]] = WeakKeyDictionary()
+"""Network -> token ids -> logits of the next token."""
 
 
 class FakeRolloutServer(FakeTeacher):
@@ -22,7 +24,8 @@ class FakeRolloutServer(FakeTeacher):
 
     loaded_folders: folders of the checkpoints that were loaded. weights_name: name of the current
     weights. dev_mode: whether the routes of vLLM's development mode exist. cached_network: the
-    model whose keys and values are in the prefix cache, and which therefore samples.
+    model whose keys and values are in the prefix cache, and which therefore samples. A network is
+    never changed after it was assigned.
     """
 
     def __init__(self, folder: Path, **settings: Any) -> None:
@@ -39,9 +42,8 @@ class FakeRolloutServer(FakeTeacher):
         self.restart()
 
     def restart(self) -> None:
-        with LOADING:
-            self.network = AutoModelForCausalLM.from_pretrained(self.folder).eval()
-        self.cached_network, self.weights_name = self.network, "default"
+        self.network = self.cached_network = load_network(self.folder)
+        self.weights_name = "default"
 
     def models(self) -> dict[str, Any]:
         return {"data": [{"id": "student", "max_model_len": self.limit}]}
@@ -64,11 +66,15 @@ class FakeRolloutServer(FakeTeacher):
         return 200, {"results": [None]}
 
     def reload(self, path: str) -> tuple[int, dict[str, Any]]:
+        """Load the weights of a checkpoint into the same architecture, as vLLM does."""
         self.loaded_folders.append(path)
+        weights: dict[str, Tensor] = {}
+        for file in Path(path).glob("*.safetensors"):
+            weights |= load_file(file)
+        network = copy.deepcopy(self.network)
         try:
-            with LOADING:
-                network = AutoModelForCausalLM.from_pretrained(path).eval()
-        except OSError as error:
+            network.load_state_dict(weights)
+        except RuntimeError as error:
             return 500, {"error": {"message": str(error)}}
         if self.keeps_old_head:
             network.lm_head.weight = torch.nn.Parameter(self.network.lm_head.weight.detach())
@@ -106,8 +112,7 @@ class FakeRolloutServer(FakeTeacher):
         self, ids: list[int], payload: dict[str, Any], generator: torch.Generator
     ) -> tuple[int, float]:
         """Sample a token and its log-probability; unset options are the model's own."""
-        with torch.no_grad(), self.lock:
-            logits = self.cached_network(torch.tensor([ids])).logits[0, -1].double()
+        logits = self.next_logits(ids).clone()
         for v, bias in payload.get("logit_bias", {}).items():
             logits[int(v)] += bias
         defaults = self.network.generation_config
@@ -123,3 +128,12 @@ class FakeRolloutServer(FakeTeacher):
         place = int(torch.multinomial(probs, 1, generator=generator))
         token = int(order[place])
         return token, float(raw_logp[token] if self.raw_logprobs else probs[place].log())
+
+    def next_logits(self, ids: list[int]) -> Tensor:
+        """(V,) logits after `ids`, computed once for each network."""
+        with torch.no_grad(), self.lock:
+            known_logits = KNOWN_LOGITS.setdefault(self.cached_network, {})
+            if tuple(ids) not in known_logits:
+                logits = self.cached_network(torch.tensor([ids])).logits[0, -1].double()
+                known_logits[tuple(ids)] = logits
+            return known_logits[tuple(ids)]

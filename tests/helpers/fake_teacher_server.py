@@ -9,18 +9,32 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 Fault = Callable[[bytes], tuple[int, dict[str, str], bytes]]
+Positions = list[dict[str, Any] | None]
 
 
 class DropConnection(Exception):
     """The connection ends without a response."""
+
+
+@cache
+def load_network(folder: Path) -> Any:
+    """Load the model of a folder once for all servers, which do not change it."""
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+@cache
+def load_tokenizer(folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(folder)
 
 
 class FakeTeacher:
@@ -30,8 +44,7 @@ class FakeTeacher:
     """
 
     def __init__(self, folder: Path, *, max_logprobs: int = 20, limit: int = 256) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.network = AutoModelForCausalLM.from_pretrained(folder).eval()
+        self.tokenizer, self.network = load_tokenizer(folder), load_network(folder)
         self.max_logprobs, self.limit = max_logprobs, limit
         self.faults: list[Fault] = []
         self.requests: list[dict[str, Any]] = []
@@ -70,18 +83,39 @@ class FakeTeacher:
         ]
         return 200, {"model": payload["model"], "choices": choices}
 
-    def prompt_logprobs(self, ids: list[int], k: int) -> list[dict[str, Any] | None]:
-        with torch.no_grad(), self.lock:
-            logp = self.network(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
-        positions: list[dict[str, Any] | None] = [None]
-        for row, token in zip(logp, ids[1:], strict=True):
-            rank = 1 + int((row > row[token]).sum())
-            top = [(v, r + 1) for r, v in enumerate(row.topk(k).indices.tolist())] if k else []
-            ranks = dict([(token, rank), *top])
-            positions.append(
-                {str(v): {"logprob": float(row[v]), "rank": r} for v, r in ranks.items()}
-            )
-        return positions
+    def prompt_logprobs(self, ids: list[int], k: int) -> Positions:
+        """Each position's sampled id and K most probable ids, computed once for each network."""
+        with self.lock:
+            known_answers = KNOWN_ANSWERS.setdefault(self.network, {})
+            if (*ids, k) not in known_answers:
+                known_answers[*ids, k] = describe_positions(self.network, ids, k)
+            return known_answers[*ids, k]
+
+
+KNOWN_ANSWERS: WeakKeyDictionary[Any, dict[tuple[int, ...], Positions]] = WeakKeyDictionary()
+"""Network -> token ids and K -> the answer."""
+
+
+@torch.no_grad()
+def describe_positions(network: Any, ids: list[int], k: int) -> Positions:
+    logp = network(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    sampled_logp = logp.gather(1, torch.tensor(ids[1:])[:, None])
+    ranks = 1 + (logp > sampled_logp).sum(1)
+    top_logp, top_ids = logp.topk(k)
+    positions: Positions = [None]
+    for token, sampled, rank, values, top in zip(
+        ids[1:],
+        sampled_logp[:, 0].tolist(),
+        ranks.tolist(),
+        top_logp.tolist(),
+        top_ids.tolist(),
+        strict=True,
+    ):
+        entries = {str(token): {"logprob": sampled, "rank": rank}}
+        for r, (v, value) in enumerate(zip(top, values, strict=True), 1):
+            entries[str(v)] = {"logprob": value, "rank": r}
+        positions.append(entries)
+    return positions
 
 
 @contextmanager

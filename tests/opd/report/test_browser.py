@@ -1,10 +1,11 @@
 """The HTML report in a real browser; skipped where no Chromium is installed."""
 
+import copy
 import json
 import math
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +33,33 @@ def browser() -> Iterator[Any]:
         chromium_browser.close()
 
 
-def open_page(browser: Any, address: str, **context_options: Any) -> tuple[Any, list[str]]:
-    """Open a page; also return console messages, errors and network requests."""
-    page, problems = browser.new_context(**context_options).new_page(), []
-    page.on(
-        "console", lambda m: problems.append(m.text) if m.type in ("error", "warning") else None
-    )
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    allowed_prefix = "file:" if address.startswith("file:") else address
-    page.on(
-        "request", lambda r: None if r.url.startswith(allowed_prefix) else problems.append(r.url)
-    )
-    page.goto(address)
-    page.wait_for_selector(".chart canvas")
-    return page, problems
+@pytest.fixture(scope="module")
+def report(run: Path) -> dict[str, Any]:
+    """The report of the run, which tests may copy but not change."""
+    return build.report_data([run])
+
+
+@pytest.fixture
+def open_page(browser: Any) -> Iterator[Callable[..., tuple[Any, list[str]]]]:
+    """Function that opens a page; also returns console messages, errors and network requests."""
+    contexts = []
+
+    def open_address(address: str, **options: Any) -> tuple[Any, list[str]]:
+        contexts.append(browser.new_context(**({"reduced_motion": "reduce"} | options)))
+        page, problems = contexts[-1].new_page(), []
+        page.on(
+            "console", lambda m: problems.append(m.text) if m.type in ("error", "warning") else None
+        )
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        allowed = "file:" if address.startswith("file:") else address
+        page.on("request", lambda r: None if r.url.startswith(allowed) else problems.append(r.url))
+        page.goto(address)
+        page.wait_for_selector(".chart canvas")
+        return page, problems
+
+    yield open_address
+    for context in contexts:  # a page of a live server would ask for news until the end
+        context.close()
 
 
 def save_page(data: dict[str, Any], folder: Path) -> str:
@@ -54,8 +68,10 @@ def save_page(data: dict[str, Any], folder: Path) -> str:
     return file.as_uri()
 
 
-def test_hostile_text_is_shown_as_text(browser: Any, run: Path, tmp_path: Path) -> None:
-    data = build.report_data([run])
+def test_hostile_text_is_shown_as_text(
+    open_page: Any, report: dict[str, Any], tmp_path: Path
+) -> None:
+    data = copy.deepcopy(report)
     first = data["runs"][0]
     for i, key in enumerate(list(first["texts"])[: len(HOSTILE)]):
         first["texts"][key] = HOSTILE[i]
@@ -63,7 +79,7 @@ def test_hostile_text_is_shown_as_text(browser: Any, run: Path, tmp_path: Path) 
     first["rollouts"][0]["task"] = first["tasks"][0]["task"] = HOSTILE[1]
     item = dict.fromkeys(("item", "verdict", "found", "advice"), HOSTILE[1])
     first["sheet"]["doctor"] = {"verdict": HOSTILE[0], "items": [item]}
-    page, problems = open_page(browser, save_page(build.sanitize(data), tmp_path))
+    page, problems = open_page(save_page(build.sanitize(data), tmp_path))
     page.wait_for_timeout(100)
     assert page.evaluate("window.owned") is None
     assert page.locator("img, iframe, main script").count() == 0
@@ -72,22 +88,32 @@ def test_hostile_text_is_shown_as_text(browser: Any, run: Path, tmp_path: Path) 
     assert problems == []
 
 
-def test_every_token_shows_its_numbers(browser: Any, run: Path, tmp_path: Path) -> None:
-    data = build.report_data([run])
-    page, problems = open_page(browser, save_page(data, tmp_path))
-    roll = data["runs"][0]["rollouts"][0]
+READ_TOKEN = """token => [
+    token.style.getPropertyValue("--c"),
+    token.classList.contains("out"),
+    document.getElementById("detail").innerText,
+    [...document.querySelectorAll("#detail .both tbody tr")].map(
+        row => [...row.querySelectorAll("td")].map(cell => cell.textContent)),
+]"""
+"""Colour and mark of a token, the text of its details, and the cells of their table."""
+
+
+def test_every_token_shows_its_numbers(
+    open_page: Any, run: Path, report: dict[str, Any], tmp_path: Path
+) -> None:
+    page, problems = open_page(save_page(report, tmp_path))
+    roll = report["runs"][0]["rollouts"][0]
     batch = load_batch(run / "batches" / f"step_{roll['step']:06d}.safetensors")
     assert isinstance(batch, ScoredRollouts)
     cost = batch.log_ratio[roll["row"]].tolist()
     tokens = page.locator("#text .t")
     assert tokens.count() == len(roll["ids"])
     for k in range(len(roll["ids"])):
-        colour = tokens.nth(k).evaluate("t => t.style.getPropertyValue('--c')")
-        assert colour == ("var(--down)" if cost[k] > 0 else "var(--up)")
-        is_marked = tokens.nth(k).evaluate("t => t.classList.contains('out')")
-        assert is_marked == (roll["in"][k] == "0")
         tokens.nth(k).hover()
-        detail_text = page.locator("#detail").inner_text().replace("−", "-")
+        colour, is_marked, detail_text, table_rows = tokens.nth(k).evaluate(READ_TOKEN)
+        assert colour == ("var(--down)" if cost[k] > 0 else "var(--up)")
+        assert is_marked == (roll["in"][k] == "0")
+        detail_text = detail_text.replace("−", "-")
         assert f"id {roll['ids'][k]} · position {k}" in detail_text
         student_logp, teacher_logp = roll["s"][k] / 100, roll["t"][k] / 100
         signal = re.search(r"(\S+) nats", detail_text)[1]
@@ -97,12 +123,10 @@ def test_every_token_shows_its_numbers(browser: Any, run: Path, tmp_path: Path) 
         tops = [roll["tops"][k][j : j + 3] for j in range(0, len(roll["tops"][k]), 3)]
         if roll["ids"][k] not in [v for v, _, _ in tops]:
             tops.append([roll["ids"][k], roll["s"][k], roll["t"][k]])
-        table_rows = page.locator("#detail .both tbody tr")
-        assert table_rows.count() == len(tops)
-        for row, (v, *logps) in zip(table_rows.all(), tops, strict=True):
-            name, *chances = [cell.text_content() for cell in row.locator("td").all()]
+        assert len(table_rows) == len(tops)
+        for (name, *chances), (v, *logps) in zip(table_rows, tops, strict=True):
             if v != roll["ids"][k]:
-                text = data["runs"][0]["texts"][str(v)].replace("\n", "\\n").replace("\t", "\\t")
+                text = report["runs"][0]["texts"][str(v)].replace("\n", "\\n").replace("\t", "\\t")
                 assert name == f'"{text}"'
             for chance, logp in zip(chances, logps, strict=True):
                 exact = 100 * math.exp(logp / 100)
@@ -113,10 +137,11 @@ def test_every_token_shows_its_numbers(browser: Any, run: Path, tmp_path: Path) 
     assert problems == []
 
 
-def test_keys_move_through_tokens_and_rollouts(browser: Any, run: Path, tmp_path: Path) -> None:
-    data = build.report_data([run])
-    page, problems = open_page(browser, save_page(data, tmp_path))
-    rolls = data["runs"][0]["rollouts"]
+def test_keys_move_through_tokens_and_rollouts(
+    open_page: Any, run: Path, report: dict[str, Any], tmp_path: Path
+) -> None:
+    page, problems = open_page(save_page(report, tmp_path))
+    rolls = report["runs"][0]["rollouts"]
     size = [abs(a - b) for a, b in zip(rolls[0]["s"], rolls[0]["t"], strict=True)]
     order = sorted(range(len(size)), key=lambda k: -size[k])
 
@@ -155,7 +180,7 @@ def test_keys_move_through_tokens_and_rollouts(browser: Any, run: Path, tmp_path
     page.keyboard.press("ArrowRight")
     assert "step 0, positions 0–1" in page.locator(".map .readout").first.inner_text()
     page.locator(".map canvas").first.hover(position={"x": 60, "y": 10})
-    bins = next(iter(data["runs"][0]["tasks"][0]["maps"].values()))["bins"]
+    bins = next(iter(report["runs"][0]["tasks"][0]["maps"].values()))["bins"]
     last = "–".join(map(str, bins[-1]))
     assert f"step 0, positions {last}" in page.locator(".map .readout").first.inner_text()
     page.locator(".map canvas").first.hover(position={"x": 60, "y": 130})
@@ -163,12 +188,12 @@ def test_keys_move_through_tokens_and_rollouts(browser: Any, run: Path, tmp_path
     assert problems == []
 
 
-def test_filters_choose_rollouts(browser: Any, run: Path, tmp_path: Path) -> None:
-    data = build.report_data([run])
+def test_filters_choose_rollouts(open_page: Any, report: dict[str, Any], tmp_path: Path) -> None:
+    data = copy.deepcopy(report)
     rolls = data["runs"][0]["rollouts"]
     for i, roll in enumerate(rolls):
         roll.update(reward=float(i % 2), ended=i % 3 > 0, task="ab"[i % 2])
-    page, problems = open_page(browser, save_page(data, tmp_path))
+    page, problems = open_page(save_page(data, tmp_path))
     list_rows = page.locator("#list .row")
 
     def outcome(roll: dict[str, Any]) -> str:
@@ -190,11 +215,9 @@ def test_filters_choose_rollouts(browser: Any, run: Path, tmp_path: Path) -> Non
 
 
 def test_any_column_may_be_drawn_and_the_theme_changed(
-    browser: Any, run: Path, tmp_path: Path
+    open_page: Any, report: dict[str, Any], tmp_path: Path
 ) -> None:
-    page, problems = open_page(
-        browser, save_page(build.report_data([run]), tmp_path), color_scheme="dark"
-    )
+    page, problems = open_page(save_page(report, tmp_path), color_scheme="dark")
     back = "getComputedStyle(document.body).backgroundColor"
     first = page.evaluate(back)
     page.locator("#theme").click()
@@ -215,23 +238,21 @@ def test_any_column_may_be_drawn_and_the_theme_changed(
 
 
 def test_a_narrow_page_does_not_scroll_horizontally(
-    browser: Any, run: Path, tmp_path: Path
+    open_page: Any, run: Path, tmp_path: Path
 ) -> None:
     long = tmp_path / ("a-very-long-name-of-a-run-" * 4)
     shutil.copytree(run, long)
     data = build.report_data([run, long])
-    page, problems = open_page(
-        browser, save_page(data, tmp_path), viewport={"width": 360, "height": 780}
-    )
+    page, problems = open_page(save_page(data, tmp_path), viewport={"width": 360, "height": 780})
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     assert problems == []
 
 
 def test_an_update_keeps_selection_and_scroll_position(
-    browser: Any, server: tuple[str, Path]
+    open_page: Any, server: tuple[str, Path]
 ) -> None:
     address, folder = server
-    page, problems = open_page(browser, address + "/")
+    page, problems = open_page(address + "/", reduced_motion="no-preference")
     page.locator("#list .row").nth(2).click()
     page.locator("#text .t").nth(1).hover()
     page.locator("#column").fill("divergence/abs_ratio")
@@ -251,19 +272,19 @@ def test_an_update_keeps_selection_and_scroll_position(
     assert problems == []
 
 
-def test_a_run_with_one_row_is_shown(browser: Any, run: Path, tmp_path: Path) -> None:
+def test_a_run_with_one_row_is_shown(open_page: Any, run: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(run / "config.json", bare)
     (bare / "rows.jsonl").write_text(json.dumps({"step": 0, "loss": 1.0}) + "\n")
-    page, problems = open_page(browser, save_page(build.report_data([bare, run]), tmp_path))
+    page, problems = open_page(save_page(build.report_data([bare, run]), tmp_path))
     assert "saved no batches" in page.locator("#list").inner_text()
     page.locator("#f-run").select_option("1")
     assert page.locator("#list .row").count() > 0
     assert problems == []
 
 
-def test_a_card_has_the_colour_of_its_result(browser: Any, run: Path, tmp_path: Path) -> None:
+def test_a_card_has_the_colour_of_its_result(open_page: Any, run: Path, tmp_path: Path) -> None:
     falling = [1.0 - 0.05 * i for i in range(12)]
     histories = {"shrinks": falling, "stays": [1.0] * 12, "grows": falling[::-1]}
     for name, costs in histories.items():
@@ -272,7 +293,7 @@ def test_a_card_has_the_colour_of_its_result(browser: Any, run: Path, tmp_path: 
         for step, cost in enumerate(costs):
             rows.append_row(tmp_path / name / "rows.jsonl", {"step": step, "divergence/k1": cost})
     folders = [tmp_path / name for name in histories]
-    page, problems = open_page(browser, save_page(build.report_data(folders), tmp_path))
+    page, problems = open_page(save_page(build.report_data(folders), tmp_path))
     colours = {}
     for i, name in enumerate(histories):
         card = page.locator("#cards .card").nth(i)

@@ -43,10 +43,16 @@ MAX_RESPONSE = 12
 EOS_IDS = list(range(0, 120, 8))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def fast_retries() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_endpoint, "FIRST_RETRY_DELAY", 0.02)
+        yield
+
+
 @pytest.fixture
-def two(tiny_pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> list[FakeRolloutServer]:
+def two(tiny_pair: tuple[Path, Path]) -> list[FakeRolloutServer]:
     """Servers with the teacher's weights, so that the student's come only from `sync`."""
-    monkeypatch.setattr(json_endpoint, "FIRST_RETRY_DELAY", 0.02)
     return [FakeRolloutServer(tiny_pair[1]) for _ in range(2)]
 
 
@@ -81,6 +87,24 @@ def assert_same_rows(actual: Rollouts, expected: Rollouts) -> None:
     for name in ("tokens", "mask", "ended", "prompt"):
         assert torch.equal(getattr(actual, name), getattr(expected, name)), name
     torch.testing.assert_close(actual.sampler_logp, expected.sampler_logp)
+
+
+@pytest.fixture(scope="module")
+def shared_engine(
+    pair, tiny_pair: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[list[FakeRolloutServer], VllmServerEngine]]:
+    """Two servers and their engine, for faults of responses, after which both go on."""
+    fake_servers = [FakeRolloutServer(tiny_pair[1]) for _ in range(2)]
+    with ExitStack() as stack:
+        urls = [stack.enter_context(serve(fake_server)) for fake_server in fake_servers]
+        folder = tmp_path_factory.mktemp("shared")
+        yield fake_servers, make_server_engine(pair.student, urls, folder)
+
+
+@pytest.fixture(scope="module")
+def shared_reference(shared_engine, prompts) -> Rollouts:
+    """The rollouts of the shared engine without a fault."""
+    return sample_from_servers(shared_engine[1], prompts)
 
 
 @pytest.mark.parametrize("top_p", [1.0, TOP_P])
@@ -177,13 +201,13 @@ def test_halving_is_undone_to_the_bit_even_by_an_error(pair) -> None:
     "fault", [error_status(503), error_status(500), drop_connection, truncate_body, shorten_body]
 )
 def test_answers_that_fail_are_asked_for_again(
-    pair, prompts, two, urls, tmp_path: Path, fault
+    prompts, shared_engine, shared_reference: Rollouts, fault
 ) -> None:
-    engine = make_server_engine(pair.student, urls, tmp_path)
-    reference = sample_from_servers(engine, prompts)
-    for fake_server in two:
+    fake_servers, engine = shared_engine
+    for fake_server in fake_servers:
         fake_server.faults = [lambda body: (200, {}, body), fault, fault]
-    assert_same_rows(sample_from_servers(engine, prompts), reference)
+    assert_same_rows(sample_from_servers(engine, prompts), shared_reference)
+    assert not any(fake_server.faults for fake_server in fake_servers)
 
 
 def with_choice_field(name: str, value: Any) -> Any:
@@ -235,20 +259,21 @@ INVALID_ANSWERS = {
 
 @pytest.mark.parametrize(("fault", "message"), INVALID_ANSWERS.values(), ids=INVALID_ANSWERS)
 def test_an_answer_that_is_not_one_to_the_question_is_an_error(
-    pair, prompts, server, urls, tmp_path: Path, fault, message: str
+    prompts, shared_engine, fault, message: str
 ) -> None:
-    engine = make_server_engine(pair.student, urls, tmp_path)
+    """One row for each server, so that no request is left to take the fault of another case."""
+    (server, _), engine = shared_engine
     server.faults = [fault]
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         engine.sample(
-            prompts,
+            prompts.rows([0, 1]),
             [260],
             max_response=MAX_RESPONSE,
             temperature=1.0,
             top_p=1.0,
             generator=seeded(0),
         )
-    assert f"{urls[0]} (row " in str(caught.value)
+    assert f"{engine.servers[0].url} (row 0 of 1)" in str(caught.value)
 
 
 def test_an_end_of_the_models_own_is_refused(pair, prompts, server, urls, tmp_path: Path) -> None:

@@ -238,10 +238,10 @@ def test_a_slow_try_is_put_again(
     rollouts_of_pair: tuple[ModelPair, Prompts, Rollouts], url: str, teacher: FakeTeacher
 ) -> None:
     pair, prompts, batch = rollouts_of_pair
-    client = connect_to(url, pair, timeout=7.5)  # one attempt takes at most a third of it
+    client = connect_to(url, pair, timeout=3.0)  # one attempt takes at most a third of it
     clean = score_remote(client, prompts, batch, K)
     num_requests = len(teacher.requests)
-    teacher.faults = [delay(3.5)]
+    teacher.faults = [delay(1.4)]
     scores = score_remote(client, prompts, batch, K)
     assert torch.equal(scores.sampled, clean.sampled)
     assert len(teacher.requests) - num_requests > 4
@@ -252,41 +252,9 @@ def test_questions_in_flight_are_as_many_as_allowed(
 ) -> None:
     pair, prompts, batch = rollouts_of_pair
     client = connect_to(url, pair, concurrency=2)
-    teacher.faults = [delay(0.4)] * 3
+    teacher.faults = [delay(0.15)] * 3
     score_remote(client, prompts, batch, K)
     assert teacher.max_running == 2
-
-
-def test_trickling_answers_end(url: str, teacher: FakeTeacher) -> None:
-    """A server that sends one byte at a time exceeds the timeout of the whole request."""
-    import socket
-    import threading
-
-    listener = socket.create_server(("127.0.0.1", 0))
-
-    def trickle() -> None:
-        while True:
-            try:
-                connection, _ = listener.accept()
-                connection.recv(1000)
-                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
-                for _ in range(1000):
-                    connection.sendall(b" ")
-                    time.sleep(0.05)
-            except OSError:
-                if listener.fileno() == -1:
-                    return
-
-    thread = threading.Thread(target=trickle, daemon=True)
-    thread.start()
-    endpoint = json_endpoint.JsonEndpoint(
-        f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=2.0
-    )
-    start = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"no response for .* s \(TimeoutError"):
-        endpoint.request("/models", max_bytes=2000)
-    assert time.monotonic() - start < 4
-    listener.close()
 
 
 def rename_model(answer: dict[str, Any]) -> None:
@@ -434,7 +402,7 @@ def test_a_server_that_comes_back_is_waited_for_and_recognised(
         target=lambda: results.append(score_remote(client, prompts, batch, K))
     )
     thread.start()
-    time.sleep(0.5)
+    time.sleep(0.2)
     assert not results
     with serve(teacher, port):
         thread.join(20)
@@ -467,22 +435,29 @@ def test_what_a_server_lacks_is_said_at_the_start(
 
 
 def test_other_tokens_are_refused(
-    rollouts_of_pair: tuple[ModelPair, Prompts, Rollouts], url: str, teacher: FakeTeacher
+    rollouts_of_pair: tuple[ModelPair, Prompts, Rollouts],
+    url: str,
+    teacher: FakeTeacher,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pair, _, _ = rollouts_of_pair
     ids = teacher.tokenizer.encode("ab")
     exchanged = dict(zip(ids, reversed(ids), strict=True))  # swap the two ids
     decode, encode = teacher.tokenizer.decode, teacher.tokenizer.encode
-    teacher.tokenizer.decode = lambda token_ids: decode([exchanged.get(v, v) for v in token_ids])
+    monkeypatch.setattr(
+        teacher.tokenizer, "decode", lambda ids: decode([exchanged.get(v, v) for v in ids])
+    )
     with pytest.raises(ValueError, match=f"decodes the id {min(ids)} as 'b', the student as 'a'"):
         connect_to(url, pair)
     # ids of partial characters have no text of their own
     a, b = encode("é")
     assert decode([a]) == decode([b])
     exchanged = {a: b, b: a}
-    teacher.tokenizer.encode = lambda text, **options: [
-        exchanged.get(v, v) for v in encode(text, **options)
-    ]
+    monkeypatch.setattr(
+        teacher.tokenizer,
+        "encode",
+        lambda text, **options: [exchanged.get(v, v) for v in encode(text, **options)],
+    )
     with pytest.raises(ValueError, match=f"has the id {b} where the student has {a}"):
         connect_to(url, pair)
 

@@ -19,10 +19,10 @@ from tests.helpers.fake_teacher_server import FakeTeacher, drop_connection, serv
 from tests.helpers.runs import rows, settings
 
 SHORT = {
-    "steps": 4,
+    "steps": 3,
     "full_metrics_every": 2,
     "eval_every": 0,
-    "save_every": 1,
+    "save_every": 3,
     "save_batch_every": 1,
 }
 
@@ -86,7 +86,7 @@ def test_a_restart_in_the_middle_changes_nothing(
         with serve(teacher, port):
             while len(teacher.requests) < num_requests + 5:
                 time.sleep(0.005)
-        time.sleep(0.5)
+        time.sleep(0.2)
         with serve(teacher, port):
             finished.wait(60)
 
@@ -107,7 +107,8 @@ def test_a_restart_in_the_middle_changes_nothing(
 def test_a_run_whose_server_stays_away_stops_whole_and_resumes(
     tiny_pair: tuple[Path, Path], teacher: FakeTeacher, tmp_path: Path
 ) -> None:
-    options = SHORT | {"rescore_every": 0}  # every step sends the same number of requests
+    # with rescore_every 0 every step sends the same number of requests
+    options = SHORT | {"steps": 4, "save_every": 1, "rescore_every": 0}
     with serve(teacher) as url:
         reference_folder = train(
             remote_config(tiny_pair, tmp_path / "whole", url, **options)
@@ -117,7 +118,7 @@ def test_a_run_whose_server_stays_away_stops_whole_and_resumes(
         teacher.faults = [lambda body: (200, {}, body)] * (3 + 2 * requests_per_step + 1) + [
             drop_connection
         ] * 1000
-        config = remote_config(tiny_pair, tmp_path / "cut", url, teacher_timeout=5.0, **options)
+        config = remote_config(tiny_pair, tmp_path / "cut", url, teacher_timeout=2.0, **options)
         with pytest.raises(RuntimeError, match="resume from the last checkpoint"):
             train(config)
         assert [row["step"] for row in rows(tmp_path / "cut")] == [0, 1]

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -190,17 +190,26 @@ SERVER_SETTINGS = {
 }
 
 
-@pytest.fixture
-def servers(
-    tiny_pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+@contextmanager
+def serve_two(
+    pair: tuple[Path, Path],
 ) -> Iterator[tuple[list[FakeRolloutServer], tuple[str, ...]]]:
-    monkeypatch.setattr(json_endpoint, "FIRST_RETRY_DELAY", 0.02)
-    sampling_servers = [FakeRolloutServer(tiny_pair[1]) for _ in range(2)]
-    with ExitStack() as stack:
+    """Serve rollouts from the teacher's weights at two addresses; failures are retried at once."""
+    sampling_servers = [FakeRolloutServer(pair[1]) for _ in range(2)]
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+        patch.setattr(json_endpoint, "FIRST_RETRY_DELAY", 0.02)
         yield (
             sampling_servers,
             tuple(stack.enter_context(serve(server)) for server in sampling_servers),
         )
+
+
+@pytest.fixture
+def servers(
+    tiny_pair: tuple[Path, Path],
+) -> Iterator[tuple[list[FakeRolloutServer], tuple[str, ...]]]:
+    with serve_two(tiny_pair) as servers_and_urls:
+        yield servers_and_urls
 
 
 def server_config(
