@@ -27,12 +27,14 @@ from opd.models.forward import response_hidden_states
 from opd.models.model import CausalLM, split_head
 from opd.objectives.factory import make_objective
 from opd.objectives.inputs import TokenInputs
+from opd.scoring import loss as scoring_loss
 from opd.scoring import score
 from opd.scoring.score import ScoredBatch
 from opd.teachers.factory import make_pairs
 from opd.teachers.pair import ModelPair
 from opd.teachers.teacher import Teacher
 from opd.training import setup, step, train, update
+from opd.training.checks import step as step_checks
 from opd.training.optimizer import Optimizer
 
 WITHOUT_START_CHECKS: dict[str, Any] = {"start_checks": False}
@@ -242,7 +244,7 @@ class StaleHeadEngine(FaultyEngine):
 @contextmanager
 def mean_of_micro_batch_means() -> Iterator[None]:
     """Use the mean of micro-batch means instead of one denominator."""
-    plain, groups = update.loss_from_hidden, list[int]()
+    plain, groups = scoring_loss.loss_from_hidden, list[int]()
     accumulate = update.accumulate_gradients
 
     def count_micro_batches(state: Any, task: Any, loss: Any, index: int, weight: float) -> Any:
@@ -256,7 +258,7 @@ def mean_of_micro_batch_means() -> Iterator[None]:
         return plain(student, objective, hidden, replace(inputs, weight=even), **settings)
 
     with (
-        patch.object(update, "loss_from_hidden", loss),
+        patch.object(scoring_loss, "loss_from_hidden", loss),
         patch.object(update, "accumulate_gradients", count_micro_batches),
     ):
         yield
@@ -264,12 +266,12 @@ def mean_of_micro_batch_means() -> Iterator[None]:
 
 def scale_loss(factor: float) -> AbstractContextManager[Any]:
     """Multiply the loss by a factor."""
-    plain = update.loss_from_hidden
+    plain = update.micro_batch_loss
 
     def loss(*args: Any, **settings: Any) -> Tensor:
         return factor * plain(*args, **settings)
 
-    return patch.object(update, "loss_from_hidden", loss)
+    return patch.object(update, "micro_batch_loss", loss)
 
 
 def replace_objective(name: str) -> AbstractContextManager[Any]:
@@ -311,7 +313,7 @@ def skip_step(plain: Any, optimizer: Optimizer, rate: float, clip: float) -> Any
 @contextmanager
 def zero_before_each_backward() -> Iterator[None]:
     """Zero the gradients before each backward pass, so that they do not accumulate."""
-    plain, last_optimizer = update.loss_from_hidden, list[Optimizer]()
+    plain, last_optimizer = update.micro_batch_loss, list[Optimizer]()
     start = Optimizer.zero_grad
 
     def zero(optimizer: Optimizer) -> None:
@@ -325,7 +327,7 @@ def zero_before_each_backward() -> Iterator[None]:
 
     with (
         patch.object(Optimizer, "zero_grad", zero),
-        patch.object(update, "loss_from_hidden", loss),
+        patch.object(update, "micro_batch_loss", loss),
     ):
         yield
 
@@ -365,13 +367,18 @@ def repeat_one_prompt(folder: Path, _: tuple[str, str]) -> Mapping[str, Any]:
     return {"task": str(path), "grader": "exact"}
 
 
-def constant_reward(reward: float) -> AbstractContextManager[Any]:
+@contextmanager
+def constant_reward(reward: float) -> Iterator[None]:
     """Grade every response with the same reward."""
 
     def grade(_: Any, tokens: Tensor, *args: Any) -> list[Grade]:
         return [Grade(reward, None)] * len(tokens)
 
-    return patch.object(step, "grade_responses", grade)
+    with (
+        patch.object(step, "grade_responses", grade),
+        patch.object(step_checks, "grade_responses", grade),
+    ):
+        yield
 
 
 @contextmanager

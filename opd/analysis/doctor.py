@@ -140,6 +140,7 @@ def check_pair(
     from opd.data.sources import DEFAULT_COLUMNS, parse_row
     from opd.data.tasks import load_task
     from opd.envs.task import is_games, load_games
+    from opd.teachers.pair import join_models
     from opd.training.checks.check_result import CheckResult
     from opd.training.checks.start import check_models
 
@@ -172,9 +173,10 @@ def check_pair(
         if length < 1:
             raise InvalidInput("the prompts leave no positions for a response")
         config = with_settings(Config(student=student, teacher=teacher, out="doctor"), dtype=dtype)
-        results += check_models([config], [sample_checks.make_pair(*sides)], sides[1].tokenizer)
+        pair = join_models(sides[0].loaded, teacher, sides[1].loaded)
+        results += check_models([config], [pair], sides[1].tokenizer)
         evidence = sample_checks.gather_evidence(
-            *sides, problems, group=group, max_response=length, seed=seed
+            *sides, pair, problems, group=group, max_response=length, seed=seed
         )
     except ValueError as error:
         advice = "fix the items above first"

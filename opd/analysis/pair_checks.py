@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from diagnostics.records.eos_ids import combine_eos_ids
-from opd.models.loading import load_model, num_head_rows
+from opd.models.loading import known_eos_ids, load_model, num_head_rows
 from opd.tokens.masking import THINK, special_ids
 from opd.tokens.token_bytes import format_token, token_bytes
 from opd.training.checks.check_result import TEXTS, CheckResult, CheckStatus, Numbers
@@ -34,11 +33,14 @@ class LoadedModel:
     """EOS ids by source: tokenizer, config, generation_config."""
 
     @property
+    def loaded(self) -> tuple[Any, Any]:
+        """Tokenizer and network, as `opd.models.loading.load_model` returns them."""
+        return self.tokenizer, self.network
+
+    @property
     def eos(self) -> tuple[int, ...]:
         """Ids that end a response in training: the tokenizer's, then the generation config's."""
-        tokenizer_ids = self.ends["tokenizer"]
-        tokenizer_id = tokenizer_ids[0] if tokenizer_ids else None
-        return combine_eos_ids(tokenizer_id, list(self.ends["generation_config"]))
+        return known_eos_ids(*self.loaded)
 
     def token(self, index: int | None) -> str:
         """Format an id for a reader: 151645 '<|im_end|>'."""

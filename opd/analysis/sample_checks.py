@@ -18,12 +18,9 @@ from opd.analysis.pair_checks import LoadedModel, common_prefix_length
 from opd.data.chain_task import Problem
 from opd.data.prompts import Prompts, encode_prompts
 from opd.models.forward import log_probabilities, response_hidden_states
-from opd.models.loading import num_head_rows
-from opd.models.model import split_head
 from opd.rollouts.hf_engine import sample
 from opd.scoring.score import METRICS_ONLY, ScoreRequest, score_batch
 from opd.teachers.pair import ModelPair
-from opd.teachers.teacher import LocalTeacher
 from opd.training.checks.check_result import CheckResult
 
 PROMPTS = (
@@ -51,15 +48,6 @@ class Evidence:
     prompts: Prompts
     rollouts: Rollouts
     scored: ScoredRollouts
-
-
-def make_pair(student: LoadedModel, teacher: LoadedModel) -> ModelPair:
-    """Cut both models to the rows that they share, whatever their tokenizers contain."""
-    rows = min(num_head_rows(side.network) for side in (student, teacher))
-    teacher.network.requires_grad_(False)
-    models = [split_head(side.network, rows) for side in (student, teacher)]
-    loaded_teacher = LocalTeacher(teacher.name, models[1])
-    return ModelPair(models[0], loaded_teacher, student.tokenizer, list(student.eos))
 
 
 def positions(
@@ -96,6 +84,7 @@ def positions(
 def gather_evidence(
     student: LoadedModel,
     teacher: LoadedModel,
+    pair: ModelPair,
     problems: list[Problem],
     *,
     group: int,
@@ -107,6 +96,7 @@ def gather_evidence(
     Args:
         student: The student.
         teacher: The teacher.
+        pair: Both, as training uses them.
         problems: The problems.
         group: Responses per problem.
         max_response: Largest number of tokens of a response.
@@ -118,7 +108,6 @@ def gather_evidence(
     Raises:
         InvalidInput: The student has no end token, or a prompt contains an id without a row.
     """
-    pair = make_pair(student, teacher)
     prompts = encode_prompts(student.tokenizer, problems, group, 1 << 30)
     ids_without_row = prompts.tokens[prompts.tokens >= pair.student.vocabulary]
     if len(ids_without_row):

@@ -263,18 +263,30 @@ def eos_ids(tokenizer: Any, network: Any) -> list[int]:
     Raises:
         InvalidInput: Neither has an EOS token.
     """
-    ids = combine_eos_ids(tokenizer.eos_token_id, network.generation_config.eos_token_id)
-    if not ids:
+    check_has_eos(tokenizer, network)
+    return sorted(known_eos_ids(tokenizer, network))
+
+
+def check_has_eos(tokenizer: Any, network: Any) -> None:
+    """Refuse a loaded model without an EOS token.
+
+    Args:
+        tokenizer: Hugging Face tokenizer.
+        network: Hugging Face model.
+
+    Raises:
+        InvalidInput: Neither has an EOS token.
+    """
+    if not known_eos_ids(tokenizer, network):
         raise InvalidInput(
             "no EOS token: set tokenizer.eos_token or generation_config.eos_token_id; without one "
             "every rollout runs to the maximum length"
         )
-    return sorted(ids)
 
 
-def tokenizer_eos_first(tokenizer: Any, eos_ids: list[int]) -> tuple[int, ...]:
-    """Return the EOS ids with the tokenizer's own first, before those of the generation config."""
-    return tuple(sorted(eos_ids, key=lambda i: i != tokenizer.eos_token_id))
+def known_eos_ids(tokenizer: Any, network: Any) -> tuple[int, ...]:
+    """Return the EOS ids of a loaded model, its tokenizer's own first; empty without any."""
+    return combine_eos_ids(tokenizer.eos_token_id, network.generation_config.eos_token_id)
 
 
 def num_head_rows(network: Any) -> int:

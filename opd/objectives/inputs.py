@@ -24,7 +24,7 @@ class TokenInputs:
     credit: Tensor
     """(...) credit, constant."""
     weight: Tensor
-    """(...) factor of the token's loss, `opd.objectives.assembly.token_weights`, constant."""
+    """(...) factor of the token's loss, `opd.objectives.objective.token_weights`, constant."""
     teacher_logp: Tensor
     """(...) teacher log-probability of the sampled token, constant."""
     old_logp: Tensor | None = None

@@ -18,13 +18,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from diagnostics.errors import InvalidInput, OperationFailed
-from diagnostics.ragged import flat_index
 from opd.models.forward import log_probabilities, micro_batches, response_hidden_states
 from opd.models.lm_head import Head, apply_temperature, chunk_slices
 from opd.models.model import CausalLM
-from opd.objectives.assembly import token_weights, weighted_losses
 from opd.objectives.inputs import TokenInputs
-from opd.objectives.objective import Objective
+from opd.objectives.objective import Objective, token_weights, weighted_losses
 from opd.objectives.reduction import DENOMINATORS
 from opd.scoring.score import ScoredBatch
 from opd.teachers.teacher import Teacher
@@ -105,34 +103,71 @@ def policy_losses(
     Raises:
         InvalidInput: As `policy_loss`.
     """
-    scored, prompts = batch.scored, batch.prompts
+    scored = batch.scored
     if denominator not in DENOMINATORS:
         known_names = ", ".join(DENOMINATORS)
         raise InvalidInput(f"unknown denominator {denominator!r}; known: {known_names}")
     credit = objective.credit(scored)
     weight = token_weights(objective.ratio(scored), DENOMINATORS[denominator](scored))
-    token_rows = flat_index(scored.sampled)
     groups = [list(range(len(scored)))]
     if max_tokens_per_microbatch is not None:
-        groups = micro_batches(prompts, scored, max_tokens_per_microbatch)
+        groups = micro_batches(batch.prompts, scored, max_tokens_per_microbatch)
     for rows in groups:
-        part = scored.rows(rows).trim()
-        columns = slice(part.mask.shape[1])
-        teacher_hidden = batch.teacher_hidden
-        if teacher_hidden is not None:
-            teacher_hidden = teacher_hidden[token_rows[rows][:, columns][part.mask]]
-        yield loss_from_hidden(
+        yield micro_batch_loss(
             student,
             objective,
-            response_hidden_states(student, prompts.rows(rows), part),
-            TokenInputs.of(
-                part, objective.support, credit[rows][:, columns], weight[rows][:, columns]
-            ),
-            teacher=None if teacher_hidden is None or teacher is None else teacher.model,
-            teacher_hidden=teacher_hidden,
-            temperature=scored.score_temperature,
+            batch,
+            rows,
+            credit,
+            weight,
+            teacher=teacher,
             max_logits_per_chunk=max_logits_per_chunk,
         )
+
+
+def micro_batch_loss(
+    student: CausalLM,
+    objective: Objective,
+    batch: ScoredBatch,
+    rows: list[int],
+    credit: Tensor,
+    weight: Tensor,
+    *,
+    teacher: Teacher | None,
+    max_logits_per_chunk: int,
+) -> Tensor:
+    """Return the loss of some rows of a batch, with gradient to the student.
+
+    Args:
+        student: The student.
+        objective: The objective.
+        batch: Scored batch of B responses.
+        rows: The rows.
+        credit: (B, T) credit of every token.
+        weight: (B, T) weight of every token.
+        teacher: The teacher, for an objective on the full vocabulary; else unused.
+        max_logits_per_chunk: Logits over all V that exist at once.
+
+    Returns:
+        Scalar loss.
+    """
+    part = batch.rows(rows)
+    scored, teacher_hidden = part.scored, part.teacher_hidden
+    columns = slice(scored.mask.shape[1])
+    if teacher_hidden is not None:
+        teacher_hidden = teacher_hidden[scored.mask[scored.sampled]]
+    return loss_from_hidden(
+        student,
+        objective,
+        response_hidden_states(student, part.prompts, scored),
+        TokenInputs.of(
+            scored, objective.support, credit[rows][:, columns], weight[rows][:, columns]
+        ),
+        teacher=None if teacher_hidden is None or teacher is None else teacher.model,
+        teacher_hidden=teacher_hidden,
+        temperature=scored.score_temperature,
+        max_logits_per_chunk=max_logits_per_chunk,
+    )
 
 
 def loss_from_hidden(

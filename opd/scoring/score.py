@@ -4,7 +4,7 @@ Shapes: B responses, T positions, N sampled tokens, n tokens of a chunk, D and D
 student and teacher, V shared vocabulary, K support ids.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -102,6 +102,14 @@ class ScoredBatch:
     """
     reuses_sampler: bool = False
     """Whether `student_logp` is the sampler's, not computed again."""
+
+    def rows(self, rows: list[int]) -> "ScoredBatch":
+        """Return some rows, trimmed to the longest of their responses."""
+        scored, hidden = self.scored.rows(rows).trim(), self.teacher_hidden
+        if hidden is not None:
+            token_index = flat_index(self.scored.sampled)[rows][:, : scored.mask.shape[1]]
+            hidden = hidden[token_index[scored.sampled]]
+        return replace(self, prompts=self.prompts.rows(rows), scored=scored, teacher_hidden=hidden)
 
 
 @torch.no_grad()

@@ -12,20 +12,19 @@ from dataclasses import replace
 from diagnostics.errors import InvalidInput
 from opd.config.settings import Config
 from opd.models.loading import (
+    check_has_eos,
     check_same_vocabulary,
     eos_ids,
     load_model,
     num_head_rows,
     resolve_device,
-    tokenizer_eos_first,
 )
 from opd.models.lora import add_lora, without_adapters
 from opd.models.model import CausalLM, split_head
 from opd.teachers.client import connect
-from opd.teachers.pair import ModelPair, load_pair
+from opd.teachers.pair import ModelPair, freeze_teacher, load_pair
 from opd.teachers.teacher import (
     AdapterFreeTeacher,
-    LocalTeacher,
     ServerTeacher,
     Teacher,
     make_ema_teacher,
@@ -128,7 +127,8 @@ def load_teacher(pair: ModelPair, config: Config) -> Teacher:
         config.hardware.trust_remote_code,
         config.hardware.teacher_weights,
     )
-    tokenizer, network = load_model(config.teacher, *options)
+    loaded_teacher = load_model(config.teacher, *options)
+    tokenizer, network = loaded_teacher
     check_same_vocabulary(pair.tokenizer, tokenizer)
     vocabulary = pair.student.vocabulary
     if num_head_rows(network) < vocabulary:
@@ -136,11 +136,11 @@ def load_teacher(pair: ModelPair, config: Config) -> Teacher:
             f"{config.teacher} has {num_head_rows(network)} ids, but the first task's pair uses "
             f"{vocabulary}; put the task whose teacher has the fewest ids first"
         )
-    network.requires_grad_(False)
-    return LocalTeacher(
+    check_has_eos(tokenizer, network)
+    return freeze_teacher(
         config.teacher,
-        split_head(network, vocabulary),
-        tokenizer_eos_first(tokenizer, eos_ids(tokenizer, network)),
+        loaded_teacher,
+        vocabulary,
         is_quantised=config.hardware.teacher_weights != "saved",
         offload=config.hardware.offload_teacher,
     )

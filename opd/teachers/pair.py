@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from opd.models.loading import (
+    check_has_eos,
     check_same_vocabulary,
-    eos_ids,
+    known_eos_ids,
     load_model,
     num_head_rows,
-    tokenizer_eos_first,
 )
 from opd.models.model import CausalLM, split_head
 from opd.teachers.teacher import LocalTeacher, Teacher
@@ -31,7 +31,8 @@ class ModelPair:
         """EOS ids of both models, each with its tokenizer's own first; None if not known."""
         if self.teacher.eos is None:
             return None
-        return EosMap(tokenizer_eos_first(self.tokenizer, self.eos), self.teacher.eos)
+        own_id = self.tokenizer.eos_token_id
+        return EosMap(tuple(sorted(self.eos, key=lambda i: i != own_id)), self.teacher.eos)
 
 
 def load_pair(
@@ -60,20 +61,73 @@ def load_pair(
     Raises:
         InvalidInput: The tokenizers differ, or no end-of-sequence token is known.
     """
-    tokenizer, network = load_model(student, device, dtype, trust_remote_code)
-    teacher_tokenizer, teacher_network = load_model(
-        teacher, device, dtype, trust_remote_code, teacher_weights
-    )
-    check_same_vocabulary(tokenizer, teacher_tokenizer)
-    eos = eos_ids(tokenizer, network)
-    vocabulary = min(num_head_rows(network), num_head_rows(teacher_network))
-    teacher_network.requires_grad_(False)
-    teacher_eos = eos_ids(teacher_tokenizer, teacher_network)
-    loaded_teacher = LocalTeacher(
+    loaded_student = load_model(student, device, dtype, trust_remote_code)
+    loaded_teacher = load_model(teacher, device, dtype, trust_remote_code, teacher_weights)
+    check_same_vocabulary(loaded_student[0], loaded_teacher[0])
+    for loaded in (loaded_student, loaded_teacher):
+        check_has_eos(*loaded)
+    return join_models(
+        loaded_student,
         teacher,
-        split_head(teacher_network, vocabulary),
-        tokenizer_eos_first(teacher_tokenizer, teacher_eos),
+        loaded_teacher,
         is_quantised=teacher_weights != "saved",
         offload=offload_teacher,
     )
-    return ModelPair(split_head(network, vocabulary), loaded_teacher, tokenizer, eos)
+
+
+def join_models(
+    student: tuple[Any, Any],
+    teacher_name: str,
+    teacher: tuple[Any, Any],
+    *,
+    is_quantised: bool = False,
+    offload: bool = False,
+) -> ModelPair:
+    """Make a pair of two loaded models, whatever their tokenizers contain.
+
+    Args:
+        student: Tokenizer and network, as `load_model` returns them.
+        teacher_name: Folder or hub name.
+        teacher: Tokenizer and network.
+        is_quantised: Whether the teacher's layers have fewer bits than its files.
+        offload: Keep the teacher in host memory while it does not score.
+
+    Returns:
+        The pair; the vocabulary is limited to the smaller of the two heads.
+    """
+    tokenizer, network = student
+    vocabulary = min(num_head_rows(network), num_head_rows(teacher[1]))
+    return ModelPair(
+        split_head(network, vocabulary),
+        freeze_teacher(
+            teacher_name, teacher, vocabulary, is_quantised=is_quantised, offload=offload
+        ),
+        tokenizer,
+        sorted(known_eos_ids(*student)),
+    )
+
+
+def freeze_teacher(
+    name: str, teacher: tuple[Any, Any], vocabulary: int, *, is_quantised: bool, offload: bool
+) -> LocalTeacher:
+    """Make a teacher of a loaded model.
+
+    Args:
+        name: Folder or hub name.
+        teacher: Tokenizer and network.
+        vocabulary: Number of rows of the head that the student has too.
+        is_quantised: Whether its layers have fewer bits than its files.
+        offload: Keep it in host memory while it does not score.
+
+    Returns:
+        The teacher, without gradients.
+    """
+    tokenizer, network = teacher
+    network.requires_grad_(False)
+    return LocalTeacher(
+        name,
+        split_head(network, vocabulary),
+        known_eos_ids(tokenizer, network),
+        is_quantised=is_quantised,
+        offload=offload,
+    )

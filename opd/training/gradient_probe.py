@@ -184,7 +184,7 @@ def mean_token_weight(loss: PreparedLoss) -> Tensor:
     Returns:
         The weights.
     """
-    mask, weight = loss.batch.scored.mask, torch.zeros_like(loss.ratio)
+    mask, weight = loss.batch.scored.mask, torch.zeros_like(loss.weight)
     for rows in loss.rows:
         tokens = mask[rows].sum(1).to(weight.dtype)
         shares_of_loss = tokens / loss.denominator[rows]

@@ -27,16 +27,15 @@ from opd.objectives.reduction import DENOMINATORS
 from opd.rollouts.base import Engine
 from opd.rollouts.factory import make_engine
 from opd.runtime import distributed
-from opd.runtime.seeds import ROLLOUT
 from opd.scoring.score import ScoreRequest
 from opd.teachers.pair import ModelPair
 from opd.tokens.masking import resolve_mask_rules
 from opd.training.checks.update import sample_teacher_weights
-from opd.training.multitask import prompts_per_task, task_configs, tasks_of_step
+from opd.training.multitask import prompts_per_task, task_configs
 from opd.training.optimizer import Optimizer
-from opd.training.prefetch import RolloutPrefetcher, TaskRollouts
+from opd.training.prefetch import RolloutPrefetcher
 from opd.training.state import TaskState, TrainState
-from opd.training.step import roll_out
+from opd.training.step import roll_out_step
 
 
 def make_train_state(
@@ -61,15 +60,8 @@ def make_train_state(
         The state, with the rollouts that were prefetched before a checkpoint.
     """
     tasks = make_task_states(config, folder, pairs)
-
-    def roll_out_step(step: int) -> list[TaskRollouts]:
-        return [
-            roll_out(tasks[i], engine, step, task_step, config.rollout.top_p, ROLLOUT)
-            for i, task_step in tasks_of_step(config, step)
-        ]
-
     prefetcher = RolloutPrefetcher(
-        roll_out_step,
+        partial(roll_out_step, config, tasks, engine),
         engine.close,
         lag=config.rollout.rollout_lag,
         steps=config.steps,

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from diagnostics.batch import ScoredRollouts
 from diagnostics.monitor import Monitor
 from opd.config.settings import Config
 from opd.data.tasks import Task
@@ -14,9 +13,9 @@ from opd.envs.task import GameTask
 from opd.models.model import CausalLM
 from opd.objectives.objective import Objective
 from opd.rollouts.base import Engine
-from opd.scoring.score import ScoredBatch, ScoreRequest
+from opd.scoring.score import ScoreRequest
 from opd.teachers.pair import ModelPair
-from opd.tokens.masking import ResolvedMaskRules, apply_mask_rules
+from opd.tokens.masking import ResolvedMaskRules
 from opd.training.multitask import tasks_of_step
 from opd.training.optimizer import Optimizer
 from opd.training.prefetch import RolloutPrefetcher
@@ -66,10 +65,6 @@ class TaskState:
             self.request, full_statistics=due or config.objective.entropy_top_fraction < 1
         )
 
-    def masked(self, scored: ScoredRollouts) -> ScoredRollouts:
-        """Return scored rollouts without the excluded tokens."""
-        return apply_mask_rules(scored, self.masks)
-
     def columns(self, row: Mapping[str, float], several: bool) -> dict[str, float]:
         """Return a task's columns of a row, named after the task where a step has several."""
         return {f"task={self.name}/{name}" if several else name: x for name, x in row.items()}
@@ -101,11 +96,6 @@ class TrainState:
     def tasks_of_step(self, step: int) -> list[tuple[TaskState, int]]:
         """Return the tasks that a step trains on, each with its number of previous steps."""
         return [(self.tasks[i], task_step) for i, task_step in tasks_of_step(self.config, step)]
-
-
-def without_statistics(batch: ScoredBatch) -> ScoredBatch:
-    """Return a batch without its statistics of whole distributions."""
-    return replace(batch, scored=replace(batch.scored, prefix=None))
 
 
 def is_due(step: int, interval: int) -> bool:

@@ -1,4 +1,4 @@
-"""The parts of a training step that use neither loss nor optimizer: rollouts, checks, the row.
+"""The parts of a training step that use neither loss nor optimizer: its rollouts and its row.
 
 `opd.training.train.run_step` has their order. A step depends on (config, weights, optimizer, step)
 alone: prompts and random numbers are derived from (seed, step), so a killed run resumes from its
@@ -13,7 +13,6 @@ Shapes: B responses of this rank, T response positions.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,8 @@ from diagnostics.batch import concatenate
 from diagnostics.core.totals import Accumulator, Mean, compute
 from diagnostics.gradients.distributed import all_gather_batches
 from diagnostics.io.atomic import write_text
-from diagnostics.ragged import right_pad
 from diagnostics.records.rows import Row
+from opd.config.settings import Config
 from opd.data.grading.graders import grade_responses
 from opd.data.grading.unread_answers import READABLE_SHARE
 from opd.data.prompts import encode_prompts
@@ -34,81 +33,12 @@ from opd.envs.rollout import play_episodes
 from opd.envs.task import GameTask
 from opd.rollouts.base import BatchSlice, Engine
 from opd.runtime import distributed
-from opd.runtime.seeds import derive_seed
+from opd.runtime.seeds import ROLLOUT, derive_seed
 from opd.scoring.score import ScoredBatch
 from opd.tokens.masking import mask_rule_metrics
-from opd.training.checks.rescoring import is_rescoring_due, rescoring_columns
-from opd.training.checks.step import (
-    grader_check_columns,
-    prompt_check_columns,
-    sampler_check_columns,
-)
-from opd.training.checks.update import changed_weight_share
+from opd.training.multitask import tasks_of_step
 from opd.training.prefetch import TaskRollouts
-from opd.training.state import TaskState, TrainState
-
-
-def check_batch(
-    state: TrainState, task: TaskState, task_step: int, batch: ScoredBatch
-) -> dict[str, Tensor]:
-    """Compute health checks of prompts, grader, sampler and scores.
-
-    Args:
-        state: State of the run.
-        task: The task.
-        task_step: Number of the task's previous steps.
-        batch: Scored batch, before any mask.
-
-    Returns:
-        Columns of the row, as scalars.
-    """
-    config, scored = task.config, batch.scored
-    bos = task.pair.tokenizer.bos_token_id
-    columns = prompt_check_columns(config, batch.prompts, bos)
-    if not batch.reuses_sampler:
-        columns |= sampler_check_columns(config, scored)
-    if not isinstance(task.problems, GameTask):
-        grade = partial(grade_texts, task)
-        columns |= grader_check_columns(batch.prompts.answers, scored.reward, grade)
-    if is_rescoring_due(task_step, config.record.rescore_every):
-        state.prefetcher.wait()  # the client of a remote teacher is not thread-safe
-        differences = rescoring_columns(config, task.pair, batch.prompts, scored)
-        columns |= {
-            name: scored.student_logp.new_tensor(value).double()
-            for name, value in differences.items()
-        }
-    if task.teacher_sample is not None:
-        columns["consistency/teacher_moved"] = changed_weight_share(task.teacher_sample).to(
-            scored.tokens.device
-        )
-    return columns
-
-
-def grade_texts(task: TaskState, texts: list[str], answer: str) -> list[float]:
-    """Grade texts as responses to one problem, as the step's responses are graded.
-
-    Responses end at an EOS id. If a text itself holds such an id, no text is truncated.
-
-    Args:
-        task: The task.
-        texts: Texts of the responses.
-        answer: Reference answer of the problem.
-
-    Returns:
-        One reward per text.
-    """
-    assert not isinstance(task.problems, GameTask)
-    tokenizer = task.pair.tokenizer
-    ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-    eos_ids = task.pair.eos
-    if any(set(text) & set(eos_ids) for text in ids):
-        eos_ids = []
-    ids = [text + eos_ids[:1] for text in ids]
-    tokens = right_pad(ids, torch.long)
-    mask = right_pad([[True] * len(row) for row in ids], torch.bool)
-    answers = [answer] * len(texts)
-    grades = grade_responses(tokenizer, tokens, mask, answers, task.problems.grade, eos_ids)
-    return [grade.reward for grade in grades]
+from opd.training.state import TaskState
 
 
 def save_batch(tasks: Sequence[TaskState], batches: Sequence[ScoredBatch], path: Path) -> None:
@@ -138,8 +68,8 @@ def save_batch(tasks: Sequence[TaskState], batches: Sequence[ScoredBatch], path:
 
 def make_row(
     tasks: Sequence[TaskState],
+    sampled: Sequence[TaskRollouts],
     batches: Sequence[ScoredBatch],
-    accumulators: Sequence[Mapping[str, Accumulator]],
     step: int,
     numbers: Mapping[str, Tensor | float],
     checks: Sequence[Mapping[str, Tensor]],
@@ -150,12 +80,12 @@ def make_row(
 
     Args:
         tasks: Tasks of the step.
+        sampled: Their rollouts, with metrics of their own.
         batches: Their batches, with the loss mask.
-        accumulators: Metrics of episodes of each task, or the share of answers that the grader
-            could parse.
         step: Step of the run.
         numbers: Numbers of the update, by column.
-        checks: Health checks of each task (`check_batch`); the row has the largest of all tasks.
+        checks: Health checks of each task (`opd.training.checks.step.check_batch`); the row has the
+            largest of all tasks.
 
     Returns:
         The row.
@@ -175,11 +105,31 @@ def make_row(
             largest[name] = torch.maximum(largest[name], value) if name in largest else value
     values |= largest
     row |= tasks[0].monitor(step, [batch.scored for batch in batches], **values)
-    for task, task_accumulators in zip(tasks, accumulators, strict=True):
-        if task_accumulators:
-            columns = compute(distributed.all_reduce_accumulators(task_accumulators))
+    for task, task_rollouts in zip(tasks, sampled, strict=True):
+        if task_rollouts.accumulators:
+            columns = compute(distributed.all_reduce_accumulators(task_rollouts.accumulators))
             row |= task.columns(columns, several)
     return row
+
+
+def roll_out_step(
+    config: Config, tasks: Sequence[TaskState], engine: Engine, step: int
+) -> list[TaskRollouts]:
+    """Sample and grade this rank's responses for a step, with the engine's current weights.
+
+    Args:
+        config: Settings of the run.
+        tasks: All tasks of the run.
+        engine: Rollout engine.
+        step: Step of the run.
+
+    Returns:
+        Graded rollouts of each task of the step.
+    """
+    return [
+        roll_out(tasks[i], engine, step, task_step, config.rollout.top_p, ROLLOUT)
+        for i, task_step in tasks_of_step(config, step)
+    ]
 
 
 def roll_out(

@@ -34,15 +34,17 @@ from opd.runtime.staged_folders import staged_folder
 from opd.scoring.score import ScoredBatch, score_batch
 from opd.teachers.factory import make_pairs, with_sharded_student
 from opd.teachers.teacher import Capability
+from opd.tokens.masking import apply_mask_rules
 from opd.training import checkpoint
 from opd.training.checks.same_weights import refuse_same_weights
 from opd.training.checks.start import check_start
+from opd.training.checks.step import check_batch
 from opd.training.gradient_probe import probe_gradients
 from opd.training.multitask import task_configs
 from opd.training.optimizer import make_optimizer
 from opd.training.setup import make_rollout_engine, make_train_state
-from opd.training.state import TaskState, TrainState, is_due, without_statistics
-from opd.training.step import check_batch, make_row, roll_out, save_batch
+from opd.training.state import TaskState, TrainState, is_due
+from opd.training.step import make_row, roll_out, save_batch
 from opd.training.trackers import Log, open_trackers, with_eval_prefix
 from opd.training.update import PreparedLoss, prepare_loss, update_student
 from opd.training.validation import validate
@@ -77,9 +79,10 @@ def run_step(state: TrainState, step: int, log: Log) -> Row:
                 request = task.request_of_step(task_step)
                 batch = score_batch(student, teacher, prompts, rollouts, request)
                 if any(lacks_distributions(other) for other in tasks):
-                    batch = without_statistics(batch)  # rows of a step have the same columns
+                    # rows of a step have the same columns
+                    batch = replace(batch, scored=replace(batch.scored, prefix=None))
                 checks.append(check_batch(state, task, task_step, batch))
-                masked = replace(batch, scored=task.masked(batch.scored))
+                masked = replace(batch, scored=apply_mask_rules(batch.scored, task.masks))
                 loss = prepare_loss(task, masked)
                 if is_due(task_step, task.config.record.probe_every):
                     prefetcher.wait()  # tokenizers are not thread-safe
@@ -94,8 +97,7 @@ def run_step(state: TrainState, step: int, log: Log) -> Row:
     state.engine.sync(student)
     laps.append(time.perf_counter())
 
-    accumulators = [task_rollouts.accumulators for task_rollouts in sampled]
-    row = make_row(tasks, batches, accumulators, step, numbers, checks) | probe_row
+    row = make_row(tasks, sampled, batches, step, numbers, checks) | probe_row
     if is_due(jobs[0][1], config.record.save_batch_every):
         save_batch(tasks, batches, state.folder / "batches" / f"step_{step:06d}.safetensors")
     laps.append(time.perf_counter())

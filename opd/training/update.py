@@ -16,17 +16,14 @@ from torch import Tensor
 
 from diagnostics.errors import InvalidInput
 from diagnostics.gradients.distributed import gather_batch
-from diagnostics.ragged import flat_index
 from opd.models.contexts import activation_checkpointing
-from opd.models.forward import micro_batches, response_hidden_states
+from opd.models.forward import micro_batches
 from opd.models.fsdp import unsharded
-from opd.objectives.assembly import token_weights
-from opd.objectives.inputs import TokenInputs
-from opd.objectives.objective import Objective
+from opd.objectives.objective import Objective, token_weights
 from opd.objectives.reduction import DENOMINATORS
 from opd.objectives.token_selection import highest_entropy_tokens
 from opd.runtime import distributed
-from opd.scoring.loss import loss_from_hidden
+from opd.scoring.loss import micro_batch_loss
 from opd.scoring.score import ScoredBatch
 from opd.training.checks.expected_loss import (
     credit_from_settings,
@@ -58,8 +55,8 @@ class PreparedLoss:
     """Scored batch of this rank, with the final loss mask."""
     credit: Tensor
     """(B, T) credit per token."""
-    ratio: Tensor
-    """(B, T) importance ratio per token."""
+    weight: Tensor
+    """(B, T) loss weight per token: importance ratio / loss denominator."""
     denominator: Tensor
     """(B,) loss denominator of each response's update."""
     rows: list[list[int]]
@@ -68,11 +65,6 @@ class PreparedLoss:
     """The rows of each update, split into micro-batches, equally many on every rank under FSDP."""
     expected: Tensor | None = None
     """What the first update's loss should be (`opd.training.checks.expected_loss`)."""
-
-    @property
-    def weight(self) -> Tensor:
-        """(B, T) loss weight per token: importance ratio / loss denominator."""
-        return token_weights(self.ratio, self.denominator)
 
 
 @torch.no_grad()
@@ -154,7 +146,7 @@ def prepare_loss(task: TaskState, batch: ScoredBatch) -> PreparedLoss:
         objective=objective,
         batch=replace(batch, scored=scored),
         credit=credit[local_index],
-        ratio=ratio[local_index],
+        weight=token_weights(ratio[local_index], denominator[local_rows]),
         denominator=denominator[local_rows],
         rows=rows_by_update,
         micro_batches=groups_by_update,
@@ -206,8 +198,10 @@ def update_student(
                 "update/leftover_gradient": leftover_gradient,
                 "update/lost_gradient": lost_gradient,
             }
-            checks |= expected_loss_columns(
-                losses, weights, distributed.all_reduce_sum(total.clone())
+            checks |= loss_check_columns(
+                distributed.all_reduce_sum(total.clone()),
+                [loss.expected for loss in losses],
+                weights,
             )
         if applied and following:
             with unsharded(student):
@@ -235,61 +229,27 @@ def accumulate_gradients(
     Returns:
         The weighted loss, detached, and sampled gradients after the first micro-batch.
     """
-    student, config, scored = state.student, task.config, loss.batch.scored
-    token_rows = flat_index(scored.sampled)
-    total, first_gradients = torch.zeros((), device=scored.tokens.device), None
+    student, config, weight = state.student, task.config, task_weight * loss.weight
+    total, first_gradients = torch.zeros((), device=weight.device), None
     with ExitStack() as stack:
         if loss.batch.teacher_hidden is not None:  # the loss reads the teacher's head
             stack.enter_context(task.pair.teacher.on_device(student.device))
         for rows, row_weight in loss.micro_batches[update_index]:
-            batch = scored.rows(rows).trim()
-            width = batch.mask.shape[1]
-            teacher_hidden = loss.batch.teacher_hidden
-            if teacher_hidden is not None:
-                teacher_hidden = teacher_hidden[token_rows[rows][:, :width][batch.mask]]
             with activation_checkpointing(student.network, config.hardware.gradient_checkpointing):
-                micro_loss = loss_from_hidden(
+                micro_loss = micro_batch_loss(
                     student,
                     loss.objective,
-                    response_hidden_states(student, loss.batch.prompts.rows(rows), batch),
-                    TokenInputs.of(
-                        batch,
-                        loss.objective.support,
-                        loss.credit[rows][:, :width],
-                        task_weight * row_weight * loss.weight[rows][:, :width],
-                    ),
-                    teacher=None if teacher_hidden is None else task.pair.teacher.model,
-                    teacher_hidden=teacher_hidden,
-                    temperature=batch.score_temperature,
+                    loss.batch,
+                    rows,
+                    loss.credit,
+                    row_weight * weight,
+                    teacher=task.pair.teacher,
                     max_logits_per_chunk=config.hardware.max_logits_per_chunk,
                 )
                 micro_loss.backward()
             total = total + micro_loss.detach()
             first_gradients = first_gradients or sampled_gradients(state.optimizer)
     return total, first_gradients
-
-
-def expected_loss_columns(
-    losses: Sequence[PreparedLoss], weights: Sequence[float], total: Tensor
-) -> dict[str, Tensor]:
-    """Compare the first update's loss with `opd.training.checks.expected_loss`.
-
-    Args:
-        losses: Loss of each task.
-        weights: Weight of each task's loss.
-        total: 0-d loss, summed over ranks.
-
-    Returns:
-        Columns of the row; empty if the expected loss of the objective is unknown.
-    """
-    vectors = []
-    for loss, weight in zip(losses, weights, strict=True):
-        if loss.expected is None:
-            return {}
-        scale = torch.full_like(loss.expected, weight)
-        scale[-2] = weight**2  # the variance scales with the square of the weight
-        vectors.append(loss.expected * scale)
-    return loss_check_columns(total, distributed.all_reduce_sum(torch.stack(vectors).sum(0)))
 
 
 def split_rows(prompts: list[int], updates: int) -> list[list[int]]:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.errors import InvalidInput
-from opd.objectives.assembly import batch_losses
-from opd.objectives.objective import Objective
+from opd.objectives.objective import Objective, batch_losses
 from synthetic.sampling.trajectories import Trajectories, sample, with_baseline, with_support
 from synthetic.worlds.mdp import TabularMDP
 

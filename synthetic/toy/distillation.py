@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opd.objectives.assembly import batch_losses
 from opd.objectives.factory import make_objective
+from opd.objectives.objective import batch_losses
 from opd.objectives.reduction import sequence_sum
 from synthetic.toy.control import (
     HORIZON,

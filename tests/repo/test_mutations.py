@@ -10,7 +10,6 @@ import pytest
 from diagnostics import batch as batches
 from diagnostics.gradients import credit as shared_credit
 from opd.objectives import (
-    assembly,
     catalogue,
     credit,
     divergences,
@@ -320,7 +319,7 @@ MUTATIONS = [
         (reduction, REDUCTION),
         (objective, OBJECTIVE),
         (factory, FACTORY),
-        (assembly, ASSEMBLY),
+        (objective, ASSEMBLY),
         (inputs, INPUTS),
         (support, SUPPORTS),
         (token_selection, SELECTION),
@@ -489,7 +488,7 @@ def test_the_trainer_catches_a_wrong_assembly(
 
 def assembly_mutation(name: str) -> tuple[ModuleType, tuple[str, str]]:
     """Return the module and line of a mutation of the assembly or its inputs."""
-    return (assembly, ASSEMBLY[name]) if name in ASSEMBLY else (inputs, INPUTS[name])
+    return (objective, ASSEMBLY[name]) if name in ASSEMBLY else (inputs, INPUTS[name])
 
 
 def test_a_wrong_row_of_the_table_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

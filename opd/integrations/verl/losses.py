@@ -23,9 +23,8 @@ from torch import Tensor
 from diagnostics.adapters.verl import Loss, batch_from_verl, observe_loss
 from diagnostics.errors import BrokenPackage, InvalidInput, MissingPackage
 from opd.integrations.verl.topk_loss import TOPK_OBJECTIVES, batch_setting, compute_topk_loss
-from opd.objectives.assembly import batch_losses
 from opd.objectives.factory import make_objective
-from opd.objectives.objective import Objective
+from opd.objectives.objective import Objective, batch_losses
 from opd.objectives.requirements import Requirements
 
 PREFIX = "opdlab_"

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from diagnostics.errors import InvalidInput
 from opd.integrations.verl.vocab_parallel import Shard, gather_logits, log_normaliser
-from opd.objectives.assembly import weighted_losses
 from opd.objectives.inputs import TokenInputs
-from opd.objectives.objective import Objective
+from opd.objectives.objective import Objective, weighted_losses
 
 MAX_LOGITS = 2**27
 """Float32 logits that exist at once where a log-normaliser is needed: half a gigabyte."""

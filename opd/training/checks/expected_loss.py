@@ -19,6 +19,7 @@ from diagnostics.batch import ScoredRollouts
 from opd.config.settings import Config
 from opd.objectives import factory
 from opd.objectives.credit import RATIOS
+from opd.runtime import distributed
 
 ROUNDING = {"float32": 2e-5, "float16": 7e-3, "bfloat16": 5e-2}
 """Difference in nats that two forward passes of the same weights may show in a log-probability.
@@ -106,19 +107,31 @@ def row_weights(batch: ScoredRollouts) -> dict[str, Tensor]:
     }
 
 
-def loss_check_columns(loss: Tensor, expected: Tensor) -> dict[str, Tensor]:
-    """Compare the loss with the expected loss.
+def loss_check_columns(
+    loss: Tensor, expected_losses: Sequence[Tensor | None], weights: Sequence[float]
+) -> dict[str, Tensor]:
+    """Compare the loss of the first update with the expected loss.
 
     Args:
-        loss: 0-d loss of the update.
-        expected: Result of `expected_loss`, summed over ranks.
+        loss: 0-d loss of the update, summed over ranks.
+        expected_losses: Result of `expected_loss` on this rank, for each task.
+        weights: Weight of each task's loss.
 
     Returns:
-        Columns of the row. loss_expected: expected loss. loss_error: difference in multiples of
-        what rounding explains, rounded down; healthy 0. If it is positive, loss_negated,
-        loss_exchanged and loss_denominator are 1 if the loss is the expected one with the opposite
-        sign, with the models exchanged, or with another denominator; otherwise 0.
+        Columns of the row; empty if there is no formula for the objective. loss_expected: expected
+        loss. loss_error: difference in multiples of what rounding explains, rounded down; healthy
+        0. If it is positive, loss_negated, loss_exchanged and loss_denominator are 1 if the loss is
+        the expected one with the opposite sign, with the models exchanged, or with another
+        denominator; otherwise 0.
     """
+    parts = []
+    for vector, weight in zip(expected_losses, weights, strict=True):
+        if vector is None:
+            return {}
+        scale = torch.full_like(vector, weight)
+        scale[-2] = weight**2  # the variance scales with the square of the weight
+        parts.append(vector * scale)
+    expected = distributed.all_reduce_sum(torch.stack(parts).sum(0))
     losses, tolerance = expected[:-2], MAX_STANDARD_ERRORS * expected[-2].sqrt() + expected[-1]
     expected_value, within_tolerance = losses[0], (loss.double() - losses).abs() <= tolerance
     error = ((loss.double() - expected_value).abs() / tolerance.clamp(min=1e-30)).floor()

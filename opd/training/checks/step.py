@@ -1,24 +1,68 @@
-"""Checks of a step's prompts, sampler and grader, without a forward pass.
+"""Checks of a step's batch: its prompts, sampler and grader, and where due its scores.
+
+All but the scores (`opd.training.checks.rescoring`) need no forward pass.
 
 Shapes: B responses of this rank, P prompt positions, T response positions.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from diagnostics.batch import ScoredRollouts
 from diagnostics.gradients.distributed import all_gather_rows
+from diagnostics.ragged import right_pad
 from opd.config.settings import Config
-from opd.data.grading.graders import GYM_PROBLEM
+from opd.data.grading.graders import GYM_PROBLEM, grade_responses
 from opd.data.prompts import Prompts
-from opd.envs.task import is_games
+from opd.envs.task import GameTask, is_games
 from opd.runtime import distributed
+from opd.scoring.score import ScoredBatch
 from opd.training.checks.expected_loss import rounding_unit
+from opd.training.checks.rescoring import is_rescoring_due, rescoring_columns
+from opd.training.checks.update import changed_weight_share
+from opd.training.state import TaskState, TrainState
 
 MULTIPLIER = 6364136223846793005
 """Knuth's linear congruential multiplier: odd, with powers that repeat late modulo 2^64."""
+
+
+def check_batch(
+    state: TrainState, task: TaskState, task_step: int, batch: ScoredBatch
+) -> dict[str, Tensor]:
+    """Compute health checks of prompts, grader, sampler and scores.
+
+    Args:
+        state: State of the run.
+        task: The task.
+        task_step: Number of the task's previous steps.
+        batch: Scored batch, before any mask.
+
+    Returns:
+        Columns of the row, as scalars.
+    """
+    config, scored = task.config, batch.scored
+    bos = task.pair.tokenizer.bos_token_id
+    columns = prompt_check_columns(config, batch.prompts, bos)
+    if not batch.reuses_sampler:
+        columns |= sampler_check_columns(config, scored)
+    if not isinstance(task.problems, GameTask):
+        grade = partial(grade_texts, task)
+        columns |= grader_check_columns(batch.prompts.answers, scored.reward, grade)
+    if is_rescoring_due(task_step, config.record.rescore_every):
+        state.prefetcher.wait()  # the client of a remote teacher is not thread-safe
+        differences = rescoring_columns(config, task.pair, batch.prompts, scored)
+        columns |= {
+            name: scored.student_logp.new_tensor(value).double()
+            for name, value in differences.items()
+        }
+    if task.teacher_sample is not None:
+        columns["consistency/teacher_moved"] = changed_weight_share(task.teacher_sample).to(
+            scored.tokens.device
+        )
+    return columns
 
 
 def prompt_hashes(prompts: Prompts) -> Tensor:
@@ -117,3 +161,30 @@ def grader_check_columns(
         if len(set(rewards)) == 1:
             constant = (reward == rewards[0]).all().double()
     return columns | {"consistency/grader_constant": constant}
+
+
+def grade_texts(task: TaskState, texts: list[str], answer: str) -> list[float]:
+    """Grade texts as responses to one problem, as the step's responses are graded.
+
+    Responses end at an EOS id. If a text itself holds such an id, no text is truncated.
+
+    Args:
+        task: The task.
+        texts: Texts of the responses.
+        answer: Reference answer of the problem.
+
+    Returns:
+        One reward per text.
+    """
+    assert not isinstance(task.problems, GameTask)
+    tokenizer = task.pair.tokenizer
+    ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    eos_ids = task.pair.eos
+    if any(set(text) & set(eos_ids) for text in ids):
+        eos_ids = []
+    ids = [text + eos_ids[:1] for text in ids]
+    tokens = right_pad(ids, torch.long)
+    mask = right_pad([[True] * len(row) for row in ids], torch.bool)
+    answers = [answer] * len(texts)
+    grades = grade_responses(tokenizer, tokens, mask, answers, task.problems.grade, eos_ids)
+    return [grade.reward for grade in grades]

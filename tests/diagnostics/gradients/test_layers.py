@@ -340,7 +340,7 @@ def trained(name: str, gamma: float = 0.0, baseline: str = "none") -> PreparedLo
         objective=objective,
         batch=ScoredBatch(prompts, scored, teacher_hidden),
         credit=objective.credit(scored),
-        ratio=weight if baseline != "none" else torch.ones_like(weight),
+        weight=weight if baseline != "none" else torch.ones_like(weight),
         denominator=torch.ones(B, dtype=torch.float64),
         rows=[list(range(B))],
         micro_batches=[],

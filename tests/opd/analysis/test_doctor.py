@@ -18,6 +18,7 @@ from opd.config.files import to_toml
 from opd.config.settings import Config, with_settings
 from opd.data.chain_task import problems
 from opd.lab.build import TEMPLATE, ToyModelConfig, make_tokenizer, train_model
+from opd.teachers.pair import join_models
 
 END, OTHER, THINK = 1, 2, 3
 DIGIT = make_tokenizer().convert_tokens_to_ids("2")
@@ -414,8 +415,9 @@ def test_no_end_token_and_no_room(pair: ModelPair) -> None:
 def gather_pair_evidence(pair: ModelPair) -> Evidence:
     sides = [load_side(str(folder), "cpu", "float32") for folder in pair]
     chain_problems = problems("train", 6, 0)
+    model_pair = join_models(sides[0].loaded, sides[1].name, sides[1].loaded)
     return sample_checks.gather_evidence(
-        sides[0], sides[1], chain_problems, group=2, max_response=180, seed=0
+        sides[0], sides[1], model_pair, chain_problems, group=2, max_response=180, seed=0
     )
 
 

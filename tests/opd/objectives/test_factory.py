@@ -10,7 +10,7 @@ from diagnostics.batch import DistributionStats, ScoredRollouts
 from diagnostics.core.distribution_stats import compute_distribution_stats
 from opd.objectives import credit
 from opd.objectives import factory as o
-from opd.objectives.assembly import batch_losses
+from opd.objectives.objective import batch_losses
 from opd.objectives.reduction import DENOMINATORS
 from opd.objectives.token_selection import highest_entropy_tokens
 from tests.opd.objectives.test_oracle import (

@@ -12,8 +12,8 @@ from diagnostics.batch import DistributionStats, ScoredRollouts, Support
 from diagnostics.core.distribution_stats import compute_distribution_stats
 from opd.objectives import credit
 from opd.objectives import factory as o
-from opd.objectives.assembly import batch_losses
 from opd.objectives.catalogue import SUPPORTS
+from opd.objectives.objective import batch_losses
 from opd.objectives.reduction import DENOMINATORS
 from opd.objectives.support import JOINT_SUPPORTS
 from synthetic.estimators import terms

@@ -14,10 +14,9 @@ from torch import Tensor
 from diagnostics.batch import DistributionStats, ScoredRollouts, Support
 from diagnostics.core.distribution_stats import compute_distribution_stats
 from diagnostics.errors import InvalidInput
-from opd.objectives.assembly import batch_losses
 from opd.objectives.catalogue import OBJECTIVES
 from opd.objectives.factory import make_objective
-from opd.objectives.objective import Objective
+from opd.objectives.objective import Objective, batch_losses
 from opd.objectives.requirements import Requirements
 from opd.objectives.support import JOINT_SUPPORTS
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from diagnostics.batch import ScoredRollouts, Support
 from opd.objectives import factory as o
 from opd.objectives import support
-from opd.objectives.assembly import batch_losses
 from opd.objectives.catalogue import FORMS, SUPPORTS
 from opd.objectives.divergences import jensen_shannon
 from opd.objectives.inputs import TokenInputs
+from opd.objectives.objective import batch_losses
 from opd.objectives.reduction import token_mean
 from opd.objectives.surrogates import clipped_score, plain_score, weighted_score
 

@@ -15,10 +15,9 @@ from torch.utils._pytree import tree_leaves
 from diagnostics.batch import ScoredRollouts, Support
 from opd.models.lm_head import LmHead
 from opd.models.model import CausalLM
-from opd.objectives.assembly import batch_losses
 from opd.objectives.catalogue import OBJECTIVES
 from opd.objectives.inputs import TokenInputs
-from opd.objectives.objective import Objective
+from opd.objectives.objective import Objective, batch_losses
 from opd.objectives.support import JOINT_SUPPORTS
 from opd.scoring.loss import chunked_loss, loss_from_hidden
 from tests.opd.models.test_lm_head import largest, normal, seeded

@@ -21,7 +21,7 @@ from diagnostics.metrics.signal import sign_null, sign_shares
 from diagnostics.records.batch_files import load_batch
 from diagnostics.records.token_dumps import load_dump, save_dump
 from opd.objectives import factory as o
-from opd.objectives.assembly import batch_losses
+from opd.objectives.objective import batch_losses
 from opd.tokens.masking import ResolvedMaskRules, apply_mask_rules
 from opd.tokens.token_bytes import pack_token_bytes
 from tests.helpers.dense_batches import make_dense_batch

@@ -15,9 +15,8 @@ from diagnostics.batch import ScoredRollouts, Support
 from opd.config.problems import raise_problems
 from opd.config.settings import Config, with_settings
 from opd.objectives import factory
-from opd.objectives.assembly import batch_losses
 from opd.objectives.credit import RATIOS
-from opd.objectives.objective import Objective
+from opd.objectives.objective import Objective, batch_losses
 from opd.objectives.support import JOINT_SUPPORTS
 from opd.training.validation import validate
 

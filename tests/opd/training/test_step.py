@@ -358,14 +358,14 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(
     tiny_pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     """A fault in the second of three steps; the run continues with unchanged weights."""
-    original, calls = updates.loss_from_hidden, []
+    original, calls = updates.micro_batch_loss, []
 
     def faulty(*args, **kwargs):
         calls.append(1)
         loss = original(*args, **kwargs)
         return loss * float("inf") if len(calls) == 2 else loss
 
-    monkeypatch.setattr(updates, "loss_from_hidden", faulty)
+    monkeypatch.setattr(updates, "micro_batch_loss", faulty)
     folder = train(one_step_config(tiny_pair, tmp_path / "run", steps=3)).folder
     run_rows = rows(folder)
     assert [row["skipped"] for row in run_rows] == [0, 1, 0]

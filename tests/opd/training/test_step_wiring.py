@@ -13,7 +13,6 @@ from diagnostics.records.batch_files import load_batch
 from opd.objectives.reduction import DENOMINATORS
 from opd.runtime.seeds import PROBE, ROLLOUT
 from opd.teachers.teacher import EmaTeacher
-from opd.training import setup
 from opd.training import step as steps
 from opd.training import train as trainer
 from opd.training.optimizer import Optimizer
@@ -64,7 +63,7 @@ def test_a_probe_of_a_nucleus_draws_noise_of_its_own(
         purposes.append((kwargs.get("purpose", args[-1]), kwargs.get("top_p", args[4:5])))
         return original(*args, **kwargs)
 
-    for module in (setup, trainer):
+    for module in (steps, trainer):
         monkeypatch.setattr(module, "roll_out", recording_roll_out)
     train(settings(tiny_pair, tmp_path / "run", steps=1, top_p=0.8, probe_every=1))
     assert purposes == [(ROLLOUT, (0.8,)), (PROBE, 1.0)]

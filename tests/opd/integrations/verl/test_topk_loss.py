@@ -9,8 +9,8 @@ from torch import Tensor
 from diagnostics.batch import ScoredRollouts, Support
 from opd.integrations.verl.topk_loss import logit_losses
 from opd.integrations.verl.vocab_parallel import Shard, gather_logits, log_normaliser
-from opd.objectives.assembly import batch_losses
 from opd.objectives.factory import make_objective
+from opd.objectives.objective import batch_losses
 from tests.helpers.warm_process import run_ranks
 
 VOCABULARY, TOP = 23, 4

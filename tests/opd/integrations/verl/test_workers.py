@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import ScoredRollouts, Support
-from opd.objectives.assembly import batch_losses
 from opd.objectives.factory import make_objective
+from opd.objectives.objective import batch_losses
 from opd.objectives.reduction import token_mean
 from tests.helpers.paths import ROOT
 from tests.helpers.vllm_process import free_port

@@ -9,9 +9,9 @@ import torch
 
 from diagnostics.batch import ScoredRollouts
 from opd.config.settings import Config, with_settings
-from opd.objectives.assembly import batch_losses
 from opd.objectives.catalogue import COLLAPSING, OBJECTIVES
 from opd.objectives.factory import make_objective
+from opd.objectives.objective import batch_losses
 from opd.objectives.reduction import DENOMINATORS
 from opd.training.checks.expected_loss import (
     ROUNDING,
@@ -44,7 +44,7 @@ def batch_for(
 
 
 def trained_loss(settings: Config, batch: ScoredRollouts) -> float:
-    """The loss of `opd.objectives.assembly`, before any update."""
+    """The loss of `opd.objectives.objective`, before any update."""
     objective = make_objective(
         settings.objective.objective,
         gamma=settings.objective.gamma,
@@ -107,7 +107,7 @@ def test_expected_is_the_trained_loss(case: dict[str, Any], denominator: str) ->
         return
     loss = trained_loss(settings, batch)
     assert float(vector[0]) == pytest.approx(loss, rel=1e-6, abs=1e-9)
-    columns = loss_check_columns(torch.tensor(loss), vector)
+    columns = loss_check_columns(torch.tensor(loss), [vector], [1.0])
     assert {
         name: float(x) for name, x in columns.items() if name != "consistency/loss_expected"
     } == {
@@ -128,7 +128,7 @@ FLAGS = ("negated", "exchanged", "denominator")
 
 
 def flags(settings: Config, batch: ScoredRollouts, loss: float) -> tuple[bool, set[str]]:
-    columns = loss_check_columns(torch.tensor(loss), vector_of(settings, batch))
+    columns = loss_check_columns(torch.tensor(loss), [vector_of(settings, batch)], [1.0])
     raised_flags = {flag for flag in FLAGS if columns[f"consistency/loss_{flag}"] > 0}
     return bool(columns["consistency/loss_error"] > 0), raised_flags
 
@@ -163,5 +163,5 @@ def test_what_rounding_does_is_within_its_bound(dtype: str) -> None:
         noise = unit * torch.randn(dense_batch.p.shape, generator=generator).double()
         p = (dense_batch.p + noise).log_softmax(-1)
         loss = ((p.exp() * (p - dense_batch.q)).sum(-1) * weight).sum()
-        errors.append(float(loss_check_columns(loss, vector)["consistency/loss_error"]))
+        errors.append(float(loss_check_columns(loss, [vector], [1.0])["consistency/loss_error"]))
     assert errors == [0.0] * 200
