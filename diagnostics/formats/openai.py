@@ -114,7 +114,7 @@ def _scored_tokens(
         for t, top in enumerate(tops)
     ]
     columns: Row = {"tokens": ids} | score_columns(logps, scores)
-    return columns | support_columns(top_ids, scores)
+    return columns | support_columns(top_ids, ids, scores)
 
 
 def _chat_entries(

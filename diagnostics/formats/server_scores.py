@@ -15,9 +15,8 @@ LOWEST_LOGP = -998.0
 """Lower values in a top-K list mark ids without a log-probability; they do not count."""
 
 GENERATED_NOTE = (
-    "a server's log-probabilities are read as the sampler's; servers report those of the raw "
-    "logits unless told otherwise, which is the sampler's distribution at temperature 1 and top-p 1 "
-    "only (--scores student or teacher reads them as another model's)"
+    "servers report log-probabilities of the raw logits unless told otherwise, which are those of "
+    "the sampler's distribution at temperature 1 and top-p 1 only"
 )
 
 
@@ -26,11 +25,17 @@ def score_columns(logps: Sequence[Any] | None, scores: Scores) -> Row:
     return {} if logps is None else {f"{scores}_logp": list(logps)}
 
 
-def support_columns(positions: Sequence[dict[int, float]], scores: Scores) -> Row:
+def support_columns(
+    positions: Sequence[dict[int, float]], tokens: Sequence[Any], scores: Scores
+) -> Row:
     """Return the columns of a support from the ids of each position.
+
+    Some servers add the token itself where it is not among the K most probable ids; it is left out,
+    so that all positions have K.
 
     Args:
         positions: T objects, id -> log-probability; they may have different numbers of ids.
+        tokens: The T tokens.
         scores: The model that they are the most probable ids of.
 
     Returns:
@@ -40,6 +45,11 @@ def support_columns(positions: Sequence[dict[int, float]], scores: Scores) -> Ro
     lists = [
         sorted((x for x in ids.items() if x[1] > LOWEST_LOGP), key=lambda x: -x[1])
         for ids in positions
+    ]
+    smallest = min(map(len, lists), default=0)
+    lists = [
+        ids[:-1] if len(ids) == smallest + 1 and ids[-1][0] == token else ids
+        for ids, token in zip(lists, tokens, strict=True)
     ]
     width = max(map(len, lists), default=0)
     if width < 2:

@@ -68,7 +68,7 @@ def convert(row: Mapping[str, Any], location: str, context: ReadContext) -> Iter
     tops = _top_ids(meta.get("output_top_logprobs"), f"{location}, output_top_logprobs")
     if tops is not None:
         _require_length(tops, tokens, f"{location}, output_top_logprobs")
-        converted |= support_columns(tops, scores)
+        converted |= support_columns(tops, tokens, scores)
     yield converted
 
 
@@ -97,7 +97,7 @@ def _scored_prompt(
     tops = _top_ids(meta.get("input_top_logprobs"), f"{location}, input_top_logprobs")
     if tops is not None:
         _require_length(tops, ids, f"{location}, input_top_logprobs")
-        converted |= support_columns(tops[start:], scores)
+        converted |= support_columns(tops[start:], ids[start:], scores)
     return converted
 
 

@@ -5,7 +5,6 @@ Shapes: B responses; each tensor has B rows.
 
 import io
 import pickle
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,9 @@ from diagnostics.io.files import short_repr, translate_read_errors
 
 SAMPLES = "samples"
 """Field of slime's files that holds the samples."""
+
+ZIP_START = b"PK\x03\x04"
+"""First bytes of a file of torch.save; a pickled DataProto has such a file inside."""
 
 REMEDY = "save plain tensors: torch.save({**data.batch, **data.non_tensor_batch}, FILE)"
 
@@ -103,7 +105,7 @@ def tensor_file_rows(path: Path) -> Iterator[tuple[str, Any]]:
 def _load(data: bytes, source: str) -> Any:
     """Load the content of a file; a DataProto becomes an object of its tensors and arrays."""
     try:
-        if zipfile.is_zipfile(io.BytesIO(data)):
+        if data.startswith(ZIP_START):
             content = _load_tensors(data)
         else:
             content = _SafeUnpickler(io.BytesIO(data)).load()
@@ -115,7 +117,7 @@ def _load(data: bytes, source: str) -> Any:
     except InvalidInput as error:
         raise InvalidInput(f"{source}: {error}") from error
     except Exception as error:  # a damaged or foreign file can make the loaders raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = (str(error) or type(error).__name__).partition(". ")[0].splitlines()[0]
         raise InvalidInput(f"{source} cannot be read as tensors ({reason}); {REMEDY}") from error
 
 

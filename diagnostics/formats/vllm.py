@@ -101,7 +101,7 @@ def _aligned_columns(
         # beyond the most probable ids vLLM adds the token itself, whose rank is then too large
         is_extra = (entries[token][1] or 0) > len(entries)
         tops.append({i: logp for i, logp in ids.items() if not (is_extra and i == token)})
-    return score_columns(logps, scores) | support_columns(tops, scores)
+    return score_columns(logps, scores) | support_columns(tops, tokens, scores)
 
 
 def parse_logprobs(value: Any, location: str) -> list[dict[int, tuple[float, int | None]]]:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,6 +43,12 @@ from diagnostics.records.columns import (
     Record,
     integer_id,
     parse_record,
+)
+
+
+SAMPLER_NOTE = (
+    "the dump has no log-probabilities of the scored student, so those of the sampler are read as "
+    "the student's, and a lag between them cannot be seen; --scores sampler keeps them apart"
 )
 
 
@@ -149,7 +156,19 @@ class Records:
 
     def _converted_rows(self) -> Iterator[tuple[str, Any]]:
         """Yield (location, row with our columns), not yet checked."""
-        return convert_rows(iter_rows(self.path), self._format_name, self.rename, self._context)
+        rows = convert_rows(iter_rows(self.path), self._format_name, self.rename, self._context)
+        for location, row in rows:
+            is_moved = (
+                self.dump_format is not None
+                and self._context.scores != "sampler"
+                and "sampler_logp" in row
+                and "student_logp" not in row
+            )
+            if is_moved:
+                self.notes["sampler"] = SAMPLER_NOTE
+                row = row | {"student_logp": row["sampler_logp"]}
+                del row["sampler_logp"]
+            yield location, row
 
     def rows(self) -> Iterator[Record]:
         """Yield checked rows, each with the columns of the first."""
@@ -211,13 +230,18 @@ class Records:
 
         def pad_rows(name: str, dtype: torch.dtype) -> Tensor:
             inner = rows[0][name].shape[1:]
-            for row in rows:
-                if row[name].shape[1:] != inner:
+            values = [row[name] for row in rows]
+            if "support.present" in self.columns and inner:
+                # slots that do not count, where rows have different numbers of ids
+                inner = (max(x.shape[1] for x in values),)
+                values = [np.pad(x, ((0, 0), (0, inner[0] - x.shape[1]))) for x in values]
+            for x in values:
+                if x.shape[1:] != inner:
                     raise InvalidInput(
                         f"{self.path}: rows of one batch have {inner[0]} and "
-                        f"{row[name].shape[1]} ids per position in {name}"
+                        f"{x.shape[1]} ids per position in {name}"
                     )
-            padded = right_pad([row[name] for row in rows], dtype)
+            padded = right_pad(values, dtype)
             return padded if padded.shape[1] else padded.new_zeros(len(rows), width, *inner)
 
         def floats(name: str) -> Tensor:
