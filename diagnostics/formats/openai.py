@@ -230,7 +230,8 @@ OPENAI = DumpFormat(
         *(
             Field(name=name)
             for name in (
-                *("created", "error", "kv_transfer_params", "metrics", "model", "object"),
+                *("created", "ec_transfer_params", "error", "kv_transfer_params", "metrics", "model"),
+                "object",
                 *("prompt_logprobs", "prompt_text", "service_tier", "system_fingerprint"),
             )
         ),

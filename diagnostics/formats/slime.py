@@ -86,7 +86,9 @@ SLIME = DumpFormat(
                 *("index", "response", "label", "metadata", "train_metadata", "session_id"),
                 *("multimodal_inputs", "multimodal_train_inputs", "weight_versions"),
                 *("rollout_routed_experts", "mopd_teacher_log_probs", "generate_function_path"),
-                *("non_generation_time", "spec_info", "prefix_cache_info"),
+                *("non_generation_time", "spec_info", "prefix_cache_info", "rollout_id"),
+                *("multimodal_train_input_id", "apply_chat_template_kwargs", "custom_rm_path"),
+                *("rollout_top_p_token_ids", "rollout_top_p_token_offsets"),
             )
         ),
     ),

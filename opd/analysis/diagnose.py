@@ -7,6 +7,7 @@ tokenised, so that all metrics are available. Shapes: B responses, T response po
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from diagnostics.records.run_folder import RunFolder
 if TYPE_CHECKING:
     from diagnostics.batch import ScoredRollouts
     from diagnostics.formats.dump_format import Scores
+    from diagnostics.monitor import Metric
     from diagnostics.records.columns import Record
     from diagnostics.records.reader import Records
     from opd.data.prompts import Prompts
@@ -88,22 +90,20 @@ def compute_panel(batches: Iterable["ScoredRollouts"], notes: dict[str, str]) ->
     Returns:
         The metrics.
     """
+    from diagnostics.catalogue import PANEL
     from diagnostics.monitor import Monitor
+    from opd.analysis.one_model import one_model_panel
 
-    monitor = Monitor()
-    level_by_metric: dict[str, int] = {}
-
-    def record_levels() -> Iterator["ScoredRollouts"]:
-        for batch in batches:
-            if not level_by_metric:
-                level_by_metric.update(access_levels(batch))
-            yield batch
-
-    row = monitor(0, record_levels())
-    return PanelResult(row, monitor.missing, notes, level_by_metric)
+    remaining = iter(batches)
+    first_batch = next(remaining, None)
+    panel = dict(PANEL) if first_batch is None else {**PANEL, **one_model_panel(first_batch)}
+    levels = {} if first_batch is None else access_levels(first_batch, panel)
+    monitor = Monitor(panel)
+    row = monitor(0, remaining if first_batch is None else chain([first_batch], remaining))
+    return PanelResult(row, monitor.missing, notes, levels)
 
 
-def access_levels(batch: "ScoredRollouts") -> dict[str, int]:
+def access_levels(batch: "ScoredRollouts", panel: "Mapping[str, Metric]") -> dict[str, int]:
     """Return the lowest of `LEVELS` at which each metric can be computed from such a batch."""
     from diagnostics.core.partial import without_fields
     from diagnostics.missing import missing_fields
@@ -120,7 +120,7 @@ def access_levels(batch: "ScoredRollouts") -> dict[str, int]:
     )
     level_by_metric: dict[str, int] = {}
     for level, stage in enumerate(stages):
-        for name in Monitor().measure(stage):
+        for name in Monitor(panel).measure(stage):
             level_by_metric.setdefault(name, level)
     return level_by_metric
 

@@ -80,6 +80,8 @@ class Verdict:
     """Why rules were not applied, and these rules."""
     headlines: tuple[tuple[Headline, float, float], ...] = ()
     """Headlines with value and standard error, NaN where the file does not have it."""
+    has_steps: bool = False
+    """The alarms are of the steps of a log, not of a single file."""
 
 
 def judge_row(row: Row, is_text: bool = False, rules: Sequence[AlarmRule] = RULES) -> Verdict:
@@ -139,6 +141,7 @@ def judge_log(rows: Sequence[Row], rules: Sequence[AlarmRule] = RULES) -> Verdic
         tuple(rule.name for rule in usable),
         {reason: tuple(group) for reason, group in reasons.items()},
         headline_values(last),
+        has_steps=True,
     )
 
 
@@ -174,7 +177,9 @@ def format_verdict(verdict: Verdict) -> str:
         initial_indent=" ",
         subsequent_indent="    ",
     )
-    lines += [f"  ALARM {alarm}" for alarm in verdict.alarms]
+    for alarm in verdict.alarms:
+        text = str(alarm) if verdict.has_steps else str(alarm).removeprefix("step 0, ")
+        lines += textwrap.wrap(f"ALARM {text}", 100, initial_indent="  ", subsequent_indent="    ")
     for reason, rules in verdict.not_applied.items():
         names = [
             rule.name if reason == RUN_ONLY else f"{rule.name} ({rule.metric})" for rule in rules
