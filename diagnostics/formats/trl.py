@@ -22,7 +22,10 @@ def convert(row: Mapping[str, Any], location: str, context: ReadContext) -> Iter
         One row with our columns.
     """
     converted = tokenize_row(row["prompt"], row["completion"], location, context, TITLE)
-    numbers = [k for k, v in row.items() if k not in OTHER_FIELDS and has_type(v, float)]
+    # a reward function may return None for a response
+    numbers = [
+        k for k, v in row.items() if k not in OTHER_FIELDS and (v is None or has_type(v, float))
+    ]
     if len(numbers) == 1 and "reward" not in row:
         converted["reward"] = row[numbers[0]]
     yield converted

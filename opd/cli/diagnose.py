@@ -12,8 +12,9 @@ from tyro.conf import Positional
 from diagnostics.errors import InvalidInput
 from diagnostics.formats.row_files import SUFFIXES
 from diagnostics.io.command import parse_options
+from diagnostics.records.metric_logs import is_metric_log, read_metric_log
 from opd.analysis.diagnose import LEVELS, PanelResult, batch_files, diagnose, diagnose_records
-from opd.analysis.verdict import Verdict, format_verdict, judge_row
+from opd.analysis.verdict import Verdict, format_verdict, judge_log, judge_row
 
 
 
@@ -60,6 +61,9 @@ def main(argv: list[str]) -> None:
 
         pair = load_pair(options.student, options.teacher, options.device, options.dtype)
     for path in options.paths:
+        if options.format is None and is_metric_log(path):
+            print_log(str(path), judge_log(read_metric_log(path)), as_json=options.json)
+            continue
         if path.is_file() and path.suffix in SUFFIXES:
             result = diagnose_records(
                 path,
@@ -129,6 +133,14 @@ def print_result(label: str, result: PanelResult, as_json: bool) -> None:
         print(f"note: {note}", file=text_stream)
     if not as_json:
         print(f"\n{format_verdict(verdict)}")
+
+
+def print_log(label: str, verdict: Verdict, as_json: bool) -> None:
+    """Print the verdict of a log of metrics."""
+    if as_json:
+        print(json.dumps({"log": label, "verdict": verdict_summary(verdict)}))
+    else:
+        print(f"\n{label}\n\n{format_verdict(verdict)}")
 
 
 def verdict_summary(verdict: Verdict) -> dict[str, Any]:
