@@ -23,6 +23,15 @@ Message: TypeAlias = Mapping[str, Any]
 """A chat message with role and content."""
 
 
+ID_FIELDS = frozenset(
+    (
+        *("tokens", "response_ids", "response_tokens", "completion_ids", "output_ids"),
+        *("responses", "sequence", "sequences", "input_ids"),
+    )
+)
+"""Names under which a row holds the ids of a response, so that its text is not tokenised."""
+
+
 class DumpTokenizer(Protocol):
     """Token ids of the text in a dump, where models are given."""
 
@@ -86,7 +95,9 @@ class DumpFormat:
     """The rows hold text without token ids; the tokens are not exactly those that were sampled."""
 
     def matches(self, row: Mapping[str, Any]) -> bool:
-        """Return whether a row holds the fields of the format."""
+        """Return whether a row holds the fields of the format; one of text holds no token ids."""
+        if self.is_text and ID_FIELDS & row.keys():
+            return False
         return any(signature <= row.keys() for signature in self.signatures)
 
     @property
@@ -112,7 +123,9 @@ def get_object(value: Any, location: str) -> Mapping[str, Any]:
 def get_length(value: Any, limit: int, location: str) -> int:
     """Return a number of tokens from 0 to `limit`; raises InvalidInput for anything else."""
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= limit:
-        raise InvalidInput(f"{location}: {short_repr(value)}, expected an integer from 0 to {limit}")
+        raise InvalidInput(
+            f"{location}: {short_repr(value)}, expected an integer from 0 to {limit}"
+        )
     return value
 
 

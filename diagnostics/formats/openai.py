@@ -1,8 +1,8 @@
 """Answers of OpenAI-style servers: chat completions and completions with `logprobs`.
 
 They hold the text of tokens, not their ids, unless a server adds them (vLLM: return_token_ids,
-return_tokens_as_token_ids). Without ids the tokens are looked up in the tokenizer of the models that
-are given, else numbered by their bytes in order of appearance.
+return_tokens_as_token_ids). Without ids the tokens are looked up in the tokenizer of the given
+models, else numbered by their bytes in order of appearance.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ from diagnostics.formats.dump_format import (
     tokenize_row,
 )
 from diagnostics.formats.server_scores import GENERATED_NOTE, score_columns, support_columns
-from diagnostics.io.files import short_repr
+from diagnostics.io.files import has_type, short_repr
 
 ID_PREFIX = "token_id:"
 """Before the id of a token, where vLLM was asked for return_tokens_as_token_ids."""
@@ -128,7 +128,10 @@ def _chat_entries(
         logps.append(entry.get("logprob"))
         top_entries = get_list(entry.get("top_logprobs") or [], f"{location}[{t}].top_logprobs")
         tops.append(
-            {_token_bytes(x, f"{location}[{t}].top_logprobs"): x.get("logprob") for x in top_entries}
+            {
+                _token_bytes(x, f"{location}[{t}].top_logprobs"): x.get("logprob")
+                for x in top_entries
+            }
         )
     return pieces, logps, tops
 
@@ -139,7 +142,9 @@ def _completion_entries(
     """Return bytes, log-probability and top list of each token of a completion."""
     pieces = [str(x).encode() for x in get_list(logprobs.get("tokens"), f"{location}.tokens")]
     logps = get_list(logprobs.get("token_logprobs"), f"{location}.token_logprobs")
-    tops = get_list(logprobs.get("top_logprobs") or [None] * len(pieces), f"{location}.top_logprobs")
+    tops = get_list(
+        logprobs.get("top_logprobs") or [None] * len(pieces), f"{location}.top_logprobs"
+    )
     if not len(pieces) == len(logps) == len(tops):
         raise InvalidInput(
             f"{location}: {len(pieces)} tokens, {len(logps)} token_logprobs and {len(tops)} "
@@ -178,14 +183,15 @@ def _token_id(piece: bytes, location: str, context: ReadContext) -> int:
 def _echoed_tokens(logps: Sequence[Any], answer: Mapping[str, Any], location: str) -> int:
     """Return how many of the tokens are the prompt's, which a completion with echo repeats."""
     usage = answer.get("usage") or {}
-    sizes = (usage.get("prompt_tokens"), usage.get("completion_tokens"))
-    if None not in sizes and len(answer["choices"]) == 1 and len(logps) == sum(sizes):
-        return sizes[0]
+    sizes: list[Any] = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
+    has_sizes = all(has_type(size, int) for size in sizes) and len(answer["choices"]) == 1
+    if has_sizes and len(logps) == sum(sizes):
+        return int(sizes[0])
     if logps and logps[0] is None:
         raise InvalidInput(
-            f"{location}: the first token has no log-probability, so the prompt is repeated (echo); "
-            "keep usage with prompt_tokens and completion_tokens of one choice, which says where "
-            "the response begins"
+            f"{location}: the first token has no log-probability, so the prompt is repeated "
+            "(echo); keep usage with prompt_tokens and completion_tokens of one choice, which says "
+            "where the response begins"
         )
     return 0
 
@@ -193,8 +199,8 @@ def _echoed_tokens(logps: Sequence[Any], answer: Mapping[str, Any], location: st
 OPENAI = DumpFormat(
     name="openai",
     title="OpenAI-style answer",
-    source="the answers of a chat completions or completions server with `logprobs`, one a line, or "
-    "the output file of a batch; `messages` or `prompt` of the request may be added",
+    source="the answers of a chat completions or completions server with `logprobs`, one a line, "
+    "or the output file of a batch; `messages` or `prompt` of the request may be added",
     signatures=(frozenset({"choices"}), frozenset({"custom_id", "response"})),
     fields=(
         Field(
@@ -230,7 +236,14 @@ OPENAI = DumpFormat(
         *(
             Field(name=name)
             for name in (
-                *("created", "ec_transfer_params", "error", "kv_transfer_params", "metrics", "model"),
+                *(
+                    "created",
+                    "ec_transfer_params",
+                    "error",
+                    "kv_transfer_params",
+                    "metrics",
+                    "model",
+                ),
                 "object",
                 *("prompt_logprobs", "prompt_text", "service_tier", "system_fingerprint"),
             )

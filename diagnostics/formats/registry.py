@@ -36,9 +36,7 @@ def find_format(name: str) -> DumpFormat | None:
         InvalidInput: There is no such format.
     """
     if name != RECORDS and name not in BY_NAME:
-        raise InvalidInput(
-            f"format {short_repr(name)} is none of {', '.join((RECORDS, *BY_NAME))}"
-        )
+        raise InvalidInput(f"format {short_repr(name)} is none of {', '.join((RECORDS, *BY_NAME))}")
     return BY_NAME.get(name)
 
 
@@ -72,8 +70,8 @@ def rename_fields(row: Mapping[str, Any], rename: Mapping[str, str], location: s
             continue
         if column in row and row[column] is not None and not name.startswith(f"{column}."):
             raise InvalidInput(
-                f"{location}: the row has both {name!r} and {column!r}, and --rename makes them one; "
-                "remove one"
+                f"{location}: the row has both {name!r} and {column!r}, and --rename makes them "
+                "one; remove one"
             )
         renamed[column] = value
     return renamed

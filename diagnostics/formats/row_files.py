@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from diagnostics.errors import InvalidInput
-from diagnostics.formats.tensor_files import tensor_file_rows
 from diagnostics.io.files import parse_json, read_json, translate_read_errors
 from diagnostics.io.packages import load_package
 from diagnostics.io.parquet import open_parquet
@@ -30,6 +29,8 @@ def iter_rows(path: Path) -> Iterator[tuple[str, Any]]:
     if path.suffix == ".parquet":
         yield from _parquet_rows(path)
     elif path.suffix in TENSOR_SUFFIXES:
+        from diagnostics.formats.tensor_files import tensor_file_rows  # imports torch
+
         yield from tensor_file_rows(path)
     elif path.suffix == ".json":
         yield from _list_rows(f"{path}", read_json(path))

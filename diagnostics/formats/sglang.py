@@ -1,7 +1,7 @@
 """Answers of SGLang's `/generate`: text, output_ids and `meta_info`.
 
-A list of log-probabilities has [logprob, token id, text or null] a position, a top list one such list
-of these a position; null where SGLang has none, as at the first token of a prompt.
+A list of log-probabilities has [logprob, token id, text or null] a position, a top list one list of
+these a position; null where SGLang has none, as at the first token of a prompt.
 """
 
 from collections.abc import Iterator, Mapping
@@ -44,15 +44,16 @@ def convert(row: Mapping[str, Any], location: str, context: ReadContext) -> Iter
     outputs = _parse_entries(
         meta.get("output_token_logprobs"), f"{location}, output_token_logprobs"
     )
-    tokens = row.get("output_ids")
-    if tokens is None and outputs is None:
+    if row.get("output_ids") is None and outputs is None:
         raise InvalidInput(
             f"{location} holds neither output_ids nor meta_info.output_token_logprobs, and so no "
             "token ids; generate with return_logprob=True"
         )
-    scored_tokens = None if outputs is None else [token for _, token in outputs]
-    tokens = scored_tokens if tokens is None else get_list(tokens, f"{location}, field output_ids")
-    if scored_tokens is not None and scored_tokens != tokens:
+    scored_tokens = [token for _, token in outputs or ()]
+    tokens = scored_tokens
+    if row.get("output_ids") is not None:
+        tokens = get_list(row["output_ids"], f"{location}, field output_ids")
+    if outputs is not None and scored_tokens != tokens:
         raise InvalidInput(
             f"{location}: output_ids {short_repr(tokens)} are not the ids of "
             f"output_token_logprobs, {short_repr(scored_tokens)}"
@@ -148,7 +149,7 @@ def _require_length(tops: list[Any], tokens: list[Any], location: str) -> None:
 SGLANG = DumpFormat(
     name="sglang",
     title="SGLang /generate answer",
-    source="the answers of `/generate` or `Engine.generate`, one a line, with `return_logprob=True`",
+    source="answers of `/generate` or `Engine.generate`, one a line, with `return_logprob=True`",
     signatures=(frozenset({"meta_info", "text"}), frozenset({"meta_info", "output_ids"})),
     fields=(
         Field(name="output_ids", columns="tokens"),

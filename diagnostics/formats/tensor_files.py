@@ -1,4 +1,4 @@
-"""Rows of files written by torch.save, and of verl's pickled `DataProto`, read without running code.
+"""Rows of files of torch.save and of verl's pickled `DataProto`, read without running code.
 
 Shapes: B responses; each tensor has B rows.
 """
@@ -63,7 +63,9 @@ class _SafeUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """Return an allowed class or function."""
         if (module, name) not in _PICKLED:
-            raise InvalidInput(f"it names {module}.{name}, which is not loaded from a file; {REMEDY}")
+            raise InvalidInput(
+                f"it names {module}.{name}, which is not loaded from a file; {REMEDY}"
+            )
         return _PICKLED[module, name]
 
 
@@ -97,7 +99,9 @@ def tensor_file_rows(path: Path) -> Iterator[tuple[str, Any]]:
     if not sizes:
         raise InvalidInput(f"{path} holds no tensors; {REMEDY}")
     if len(set(sizes.values())) > 1:
-        raise InvalidInput(f"{path}: its fields have different numbers of rows, {short_repr(sizes)}")
+        raise InvalidInput(
+            f"{path}: its fields have different numbers of rows, {short_repr(sizes)}"
+        )
     for i in range(next(iter(sizes.values()))):
         yield f"{path} row {i + 1}", {name: _plain(value[i]) for name, value in fields.items()}
 
@@ -122,7 +126,7 @@ def _load(data: bytes, source: str) -> Any:
 
 
 def _load_tensors(data: bytes) -> Any:
-    allowed = [
+    allowed: list[Any] = [
         (_rebuild_batch, _REBUILD_NAME),
         (_PickledDataProto, "verl.protocol.DataProto"),
         (multiarray._reconstruct, "numpy._core.multiarray._reconstruct"),

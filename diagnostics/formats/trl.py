@@ -52,7 +52,7 @@ TRL = DumpFormat(
         *(Field(name=name) for name in ("step", "advantage")),
     ),
     convert=convert,
-    notes="the dump holds text: ids are the tokenizer's, EOS and other special tokens are lost, and "
-    "tests of the sampler do not apply",
+    notes="the dump holds text: ids are the tokenizer's, EOS and other special tokens are lost, "
+    "and tests of the sampler do not apply",
     is_text=True,
 )

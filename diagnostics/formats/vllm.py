@@ -1,8 +1,8 @@
 """Answers of vLLM's engine: `RequestOutput` objects as dictionaries.
 
-One row has one prompt and one or more outputs. A list of log-probabilities has an object a position,
-token id -> {logprob, rank, decoded_token}, or is vLLM's flat form. It holds the K most probable ids
-and the token itself, which may be the K+1st.
+One row has one prompt and one or more outputs. A list of log-probabilities has an object for each
+position, token id -> {logprob, rank, decoded_token}, or is vLLM's flat form. It holds the K most
+probable ids and the token itself, which may be the K+1st.
 """
 
 from collections.abc import Iterator, Mapping
@@ -126,7 +126,7 @@ def parse_logprobs(value: Any, location: str) -> list[dict[int, tuple[float, int
         for key, entry in () if entries is None else get_object(entries, place).items():
             if not str(key).isdecimal():
                 raise InvalidInput(f"{place}: the key {short_repr(key)} is not a token id")
-            logp = entry.get("logprob") if isinstance(entry, Mapping) else entry
+            logp: Any = entry.get("logprob") if isinstance(entry, Mapping) else entry
             rank = entry.get("rank") if isinstance(entry, Mapping) else None
             if not has_type(logp, float):
                 raise InvalidInput(f"{place}[{key}]: {short_repr(logp)} is not a number")

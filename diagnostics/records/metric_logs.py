@@ -1,8 +1,8 @@
 """Plain metric logs of other trainers as rows, so that alarm rules can be applied to them.
 
-TensorBoard event files, exports of W&B's history (CSV, JSON or JSON Lines), the `trainer_state.json`
-of transformers and TRL, and rows of our own. Columns that mean the same as one of ours get its name,
-all others keep theirs.
+TensorBoard event files, exports of W&B's history (CSV, JSON or JSON Lines), the
+`trainer_state.json` of transformers and TRL, and rows of our own. Columns that mean the same as one
+of ours get its name, all others keep theirs.
 """
 
 import csv

@@ -45,7 +45,6 @@ from diagnostics.records.columns import (
     parse_record,
 )
 
-
 SAMPLER_NOTE = (
     "the dump has no log-probabilities of the scored student, so those of the sampler are read as "
     "the student's, and a lag between them cannot be seen; --scores sampler keeps them apart"

@@ -2,7 +2,8 @@
 
 Fields that a file does not have are reported, and all other metrics computed. With both models
 given, records that hold only tokens and prompt_tokens are scored first, and dumps of text are
-tokenised, so that all metrics are available. Shapes: B responses, T response positions, P prompt positions.
+tokenised, so that all metrics are available. Shapes: B responses, T response positions, P prompt
+positions.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

@@ -1,7 +1,7 @@
 """Numbers of files that hold only one model's log-probabilities, or tokens alone.
 
-The metrics of the catalogue compare two models. Where a side is missing, these give the numbers that
-need the other one only, under the names of the catalogue.
+The metrics of the catalogue compare two models. Where a side is missing, these give the numbers
+that need the other one only, under the names of the catalogue.
 """
 
 from diagnostics.batch import ScoredRollouts

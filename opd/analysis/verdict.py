@@ -107,9 +107,7 @@ def judge_row(row: Row, is_text: bool = False, rules: Sequence[AlarmRule] = RULE
         elif value is None or (not math.isfinite(value) and not rule.nan_is_outside):
             reasons.setdefault(_why_missing(rule), []).append(rule)
         else:
-            usable.append(
-                replace(rule, min_outside=1, window=1, num_pooled=1, min_readings=0)
-            )
+            usable.append(replace(rule, min_outside=1, window=1, num_pooled=1, min_readings=0))
     alarms = Alarms(usable).update({"step": 0, **row})
     not_applied = {reason: tuple(group) for reason, group in reasons.items()}
     return Verdict(
@@ -186,8 +184,9 @@ def format_verdict(verdict: Verdict) -> str:
         ]
         count = f"{len(rules)} rule{'' if len(rules) == 1 else 's'}"
         text = f"{count} not applied, {reason}: {', '.join(names)}"
-        indents = {"initial_indent": "  ", "subsequent_indent": "    "}
-        lines += textwrap.wrap(text, 100, break_on_hyphens=False, **indents)
+        lines += textwrap.wrap(
+            text, 100, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False
+        )
     lines.append("")
     lines.append(f"  {'number':46} {'value':>10}              healthy")
     for headline, value, error in verdict.headlines:

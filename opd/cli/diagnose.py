@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, UseAppendAction
 
 from diagnostics.errors import InvalidInput
 from diagnostics.formats.row_files import SUFFIXES
 from diagnostics.io.command import parse_options
-from diagnostics.records.metric_logs import is_metric_log, read_metric_log
 from opd.analysis.diagnose import LEVELS, PanelResult, batch_files, diagnose, diagnose_records
 from opd.analysis.verdict import Verdict, format_verdict, judge_log, judge_row
-
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +24,11 @@ class DiagnoseOptions:
     """batch file, records or dump (.jsonl, .parquet, .json, .pt), metric log or run folder"""
     format: str | None = None
     """dump format of the files (see docs/formats.md); default: recognised by its fields"""
-    rename: tuple[str, ...] = ()
-    """FIELD=COLUMN ...: names in the file, and the column or field to read each as"""
+    rename: UseAppendAction[tuple[str, ...]] = ()
+    """FIELD=COLUMN: name in the file, and the column or field to read it as; may be repeated"""
     scores: Literal["sampler", "student", "teacher"] | None = None
-    """model of a server's log-probabilities; default: sampler, of a scored prompt teacher"""
+    """model of a server's log-probabilities; default: the sampler, read as the student, and of a
+    scored prompt the teacher"""
     json: bool = False
     """print one JSON object per file"""
     all: bool = False
@@ -53,6 +52,8 @@ class DiagnoseOptions:
 def main(argv: list[str]) -> None:
     """Run `opd diagnose PATH [PATH ...] [--format NAME] [--student M --teacher M] [--json]`."""
     options = parse_options(DiagnoseOptions, argv, "opd diagnose")
+    from diagnostics.records.metric_logs import is_metric_log, read_metric_log  # imports torch
+
     if not options.paths:
         raise InvalidInput("no file is given; see `opd diagnose --help`")
     pair = None
@@ -102,7 +103,9 @@ def parse_rename(pairs: tuple[str, ...]) -> dict[str, str]:
     for pair in pairs:
         name, separator, column = pair.partition("=")
         if not (separator and name and column):
-            raise InvalidInput(f"--rename {pair!r}: expected FIELD=COLUMN, such as logps=student_logp")
+            raise InvalidInput(
+                f"--rename {pair!r}: expected FIELD=COLUMN, such as logps=student_logp"
+            )
         if name in renamed or column in renamed.values():
             raise InvalidInput(f"--rename {pair!r}: a name occurs twice; give each once")
         renamed[name] = column

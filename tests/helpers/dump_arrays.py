@@ -55,7 +55,9 @@ def sampled_responses(tools: bool = True) -> list[Sampled]:
             loss[1:3] = [0, 0]
         prompt_student = log_softmax(generator.normal(size=(len(prompt), VOCABULARY)))
         responses.append(
-            Sampled(prompt, tokens, student, teacher, loss, i % 2 == 0, float(i % 2), prompt_student)
+            Sampled(
+                prompt, tokens, student, teacher, loss, i % 2 == 0, float(i % 2), prompt_student
+            )
         )
     return responses
 

@@ -1,8 +1,8 @@
 """Write the examples in tests/diagnostics/formats/examples with the other tools' own classes.
 
-    python -m tests.helpers.write_dumps vllm     # in an environment with vLLM 0.32
-    python -m tests.helpers.write_dumps verl     # with verl 0.9.1
-    python -m tests.helpers.write_dumps slime PATH/slime/utils/types.py
+python -m tests.helpers.write_dumps vllm     # in an environment with vLLM 0.32
+python -m tests.helpers.write_dumps verl     # with verl 0.9.1
+python -m tests.helpers.write_dumps slime PATH/slime/utils/types.py
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Dumps of other tools, written by their own classes from known arrays, give the arrays' numbers."""
+"""Dumps that other tools' classes wrote from known arrays give the numbers of these arrays."""
 
 import copy
 import json
@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from diagnostics.errors import InvalidInput
-from diagnostics.formats.dump_format import ReadContext
+from diagnostics.formats.dump_format import ID_FIELDS, ReadContext
 from diagnostics.formats.registry import FORMATS, recognise
 from diagnostics.missing import missing_fields
 from diagnostics.monitor import Monitor
 from diagnostics.records.columns import NAMES
 from diagnostics.records.reader import Records
-from tests.helpers.dump_arrays import VOCABULARY, Sampled, mean_cost, sampled_responses
+from tests.helpers.dump_arrays import Sampled, mean_cost, sampled_responses
 
 EXAMPLES = Path(__file__).parent / "examples"
 TOP_K = 3
@@ -70,9 +70,7 @@ def test_slime_samples_give_the_numbers_of_the_arrays(name: str) -> None:
     assert records.unused == ()
 
 
-@pytest.mark.parametrize(
-    "name", ["verl_tensors.pt", "verl_dataproto.pt", "verl_torch_save.pt"]
-)
+@pytest.mark.parametrize("name", ["verl_tensors.pt", "verl_dataproto.pt", "verl_torch_save.pt"])
 def test_verl_tensors_give_the_numbers_of_the_arrays(name: str) -> None:
     """The padded values are -7 and the teacher's are one position early, as verl has them."""
     responses = sampled_responses()
@@ -230,9 +228,7 @@ def test_nemo_rl_rows_give_the_numbers_of_the_arrays(tmp_path: Path) -> None:
     row = Monitor()(0, Records(write_lines(tmp_path / "e.jsonl", excluded)))
     assert row["divergence/k1"] == pytest.approx(mean_cost(responses[1:]), abs=1e-6)
     # NeMo-RL writes zeros where it did not compute them, which are no log-probabilities
-    zeros = [
-        x | {"prev_logprobs": [[0.0] * len(x["token_ids"][0])]} for x in rows
-    ]
+    zeros = [x | {"prev_logprobs": [[0.0] * len(x["token_ids"][0])]} for x in rows]
     records = Records(write_lines(tmp_path / "z.jsonl", zeros))
     row = Monitor()(0, records)
     assert row["divergence/k1"] == pytest.approx(mean_cost(responses), abs=1e-6)
@@ -414,7 +410,7 @@ def test_shifted_teacher_values_of_verl_are_refused(tmp_path: Path) -> None:
     data = torch.load(EXAMPLES / "verl_tensors.pt", weights_only=False)
     moved = {name: data[name].roll(1, 1) for name in ("teacher_logprobs", "teacher_ids")}
     torch.save(data | moved, tmp_path / "v.pt")
-    with pytest.raises(InvalidInput, match="row 1, field teacher_logprobs: position 0 .* shifted"):
+    with pytest.raises(InvalidInput, match=r"row 1, field teacher_logprobs: position 0 .* shifted"):
         [*Records(tmp_path / "v.pt")]
 
 
@@ -428,7 +424,9 @@ def test_a_file_that_mixes_formats_names_both_rows(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match=r"row 1 is no vLLM RequestOutput: it has no outputs"):
         Records(path, dump_format="vllm")
     path = write_lines(tmp_path / "o.jsonl", [{"tokens": [1]}, vllm[0]])
-    with pytest.raises(InvalidInput, match=r"row 2 is a vLLM .* row 1 is of no other tool's format"):
+    with pytest.raises(
+        InvalidInput, match=r"row 2 is a vLLM .* row 1 is of no other tool's format"
+    ):
         [*Records(path)]
     with pytest.raises(InvalidInput, match="format 'trll' is none of records, vllm"):
         Records(path, dump_format="trll")
@@ -466,7 +464,7 @@ def test_files_of_tensors_run_no_code(tmp_path: Path) -> None:
             path.write_bytes(pickle.dumps(EvilPickle()))
         else:
             torch.save(content, path)
-        with pytest.raises(InvalidInput, match="save plain tensors: torch.save"):
+        with pytest.raises(InvalidInput, match=r"save plain tensors: torch\.save"):
             Records(path)
     torch.save({"prompts": torch.ones(2, 3), "responses": torch.ones(3, 3)}, tmp_path / "c.pt")
     with pytest.raises(InvalidInput, match="different numbers of rows"):
@@ -474,6 +472,101 @@ def test_files_of_tensors_run_no_code(tmp_path: Path) -> None:
     (tmp_path / "d.pt").write_bytes((EXAMPLES / "verl_tensors.pt").read_bytes()[:900])
     with pytest.raises(InvalidInput, match="cannot be read as tensors"):
         Records(tmp_path / "d.pt")
+
+
+class RecordedRow(dict):
+    """A row that records the dotted names of the fields that are read."""
+
+    def __init__(self, row: dict, names: set[str], owner: str = "") -> None:
+        super().__init__({k: self._wrap(v, names, f"{owner}{k}.") for k, v in row.items()})
+        self.names, self.owner = names, owner
+
+    def _wrap(self, value: Any, names: set[str], owner: str) -> Any:
+        if isinstance(value, dict):
+            return RecordedRow(value, names, owner)
+        return [self._wrap(v, names, owner) for v in value] if isinstance(value, list) else value
+
+    def __getitem__(self, name: str) -> Any:
+        self.names.add(f"{self.owner}{name}")
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.names.add(f"{self.owner}{name}")
+        return super().get(name, default)
+
+
+class LetterTokenizer:
+    def prompt_ids(self, prompt: Any) -> list[int]:
+        return [1, 2]
+
+    def response_ids(self, text: str) -> list[int]:
+        return [3]
+
+    def token_id(self, token: bytes) -> int:
+        return sum(token)
+
+
+def table_rows() -> dict[str, list[dict]]:
+    """Return rows of each format that together hold all fields it reads."""
+    responses = sampled_responses(tools=False)
+    chat, completion = example_lines("openai_chat.jsonl")[0], openai_completions(responses, True)[0]
+    unscored = copy.deepcopy(chat)
+    unscored["choices"][0]["logprobs"] = None
+    unscored_text = {"prompt": "a", "choices": [{"index": 0, "text": "b"}]}
+    with_ids = copy.deepcopy(chat)
+    with_ids["choices"][0]["token_ids"] = responses[0].tokens
+    with_ids["prompt_token_ids"] = [1]
+    sglang = sglang_answers(responses)[0]
+    tensors = torch.load(EXAMPLES / "verl_tensors.pt", weights_only=False)
+    verl = {name: x[0].tolist() if x.ndim > 1 else x[0] for name, x in tensors.items()}
+    verl |= {"data_source": "a", "ref_log_prob": verl["old_log_probs"]}
+    return {
+        "vllm": [*example_lines("vllm.jsonl"), *example_lines("vllm_scored.jsonl")],
+        "sglang": [sglang, sglang | {"response_length": 1, "input_ids": responses[0].prompt}],
+        "verl": [
+            *(verl, verl | {"teacher_logprobs": None, "token_level_scores": None}),
+            verl | {"token_level_scores": None, "rm_scores": None, "token_level_rewards": [1.0]},
+        ],
+        "verl-text": [row | {"data_source": "a"} for row in example_lines("verl_text.jsonl")],
+        "slime": [row | {"group_index": None} for row in example_lines("slime.jsonl")],
+        "nemo-rl": [nemo_rows(responses)[0] | {"agent_ref": {"name": "a"}}],
+        "trl": [{"step": 1, "prompt": "a", "completion": "b", "even": 1.0}],
+        "openai": [
+            *(chat, completion, unscored, with_ids, completion | {"messages": None, "prompt": "a"}),
+            *({"custom_id": "1", "response": {"body": completion}}, unscored_text),
+        ],
+    }
+
+
+@pytest.mark.parametrize("dump_format", FORMATS, ids=lambda f: f.name)
+def test_the_table_of_a_format_is_what_its_conversion_reads(dump_format: Any) -> None:
+    names: set[str] = set()
+    columns: set[str] = set()
+    for row in table_rows()[dump_format.name]:
+        context = ReadContext(tokenizer=LetterTokenizer())
+        for converted in dump_format.convert(RecordedRow(row, names), "here", context):
+            columns |= {*converted}
+    declared = {name for f in dump_format.fields for name in f.name.split(", ")}
+    used = {
+        name
+        for f in dump_format.fields
+        if (f.columns or f.remark) and not f.name.startswith("NAME of")
+        for name in f.name.split(", ")
+    }
+    read_names = {*names, *(name.rpartition(".")[2] for name in names)}
+    assert not used - read_names, "declared and never read"
+    undeclared = {name.partition(".")[0] for name in names} - dump_format.top_level_fields
+    if dump_format.name != "nemo-rl":  # it reads all fields, to unwrap them
+        ignored = {f.name for f in dump_format.fields} - used
+        assert not ignored & names, "declared as not used"
+        assert undeclared <= {"choices", "even"}, "read and not declared"
+    assert declared
+    made = {NAMES[column] for column in columns if column in NAMES}
+    promised = {c for f in dump_format.fields for c in f.columns.split(", ") if c}
+    assert made - {"support.present", "support.source", "attention_mask"} <= {
+        *(NAMES[column] for column in promised),
+        *("sequence", "response_length", "remove_sample", "teacher_logp", "response_mask"),
+    }
 
 
 def test_signatures_and_columns_of_the_tables() -> None:
@@ -486,4 +579,6 @@ def test_signatures_and_columns_of_the_tables() -> None:
             for column in filter(None, field.columns.split(", ")):
                 assert column in NAMES, (dump_format.name, field.name)
     assert recognise({"tokens": [1], "response_length": 1}) is None
-    assert VOCABULARY == 40
+    assert {name for name, column in NAMES.items() if column in ("tokens", "sequence")} == ID_FIELDS
+    with_ids = {"step": 1, "prompt": "a", "completion": "b", "completion_ids": [1]}
+    assert recognise(with_ids) is None

@@ -90,13 +90,15 @@ def test_what_is_no_log_or_has_no_steps_is_said(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text('{"loss": 1.0, "grad_norm": 2.0}\n')
     assert is_metric_log(path)
-    with pytest.raises(InvalidInput, match=r"no column of steps \(step, .*\) among loss, grad_norm"):
+    with pytest.raises(
+        InvalidInput, match=r"no column of steps \(step, .*\) among loss, grad_norm"
+    ):
         read_metric_log(path)
     path.with_suffix(".csv").write_text("loss,grad_norm\n1,2\n")
     with pytest.raises(InvalidInput, match="no column of steps"):
         read_metric_log(path.with_suffix(".csv"))
     path.write_text('{"step": 1.5, "loss": 1.0}\n')
-    with pytest.raises(InvalidInput, match="the step 1.5 is not an integer"):
+    with pytest.raises(InvalidInput, match=r"the step 1\.5 is not an integer"):
         read_metric_log(path)
     path.with_suffix(".json").write_text('{"log_history": 3}')
     with pytest.raises(InvalidInput, match="log_history 3 is not a list"):

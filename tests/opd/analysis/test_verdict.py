@@ -181,7 +181,7 @@ def test_options_for_dumps(tmp_path: Path, capsys) -> None:
     for option, message in (
         (("--rename", "kd"), "expected FIELD=COLUMN"),
         (("--rename", "kd=tokenz"), r"unknown columns \['tokenz'\]"),
-        (("--rename", "kd=reward", "x=reward"), "a name occurs twice"),
+        (("--rename", "kd=reward", "--rename", "x=reward"), "a name occurs twice"),
         (("--format", "trll"), "is none of records, vllm"),
     ):
         with pytest.raises(ValueError, match=message):
