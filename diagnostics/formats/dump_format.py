@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias
 
 from diagnostics.errors import InvalidInput
-from diagnostics.io.files import short_repr
+from diagnostics.io.files import has_type, short_repr
 
 Row: TypeAlias = dict[str, Any]
 """A row with our columns, not yet checked."""
@@ -113,6 +113,22 @@ def get_list(value: Any, location: str) -> list[Any]:
     return list(value)
 
 
+def get_ids(value: Any, location: str) -> list[int]:
+    """Return a list of integers of a row; raises InvalidInput for anything else."""
+    for t, token in enumerate(ids := get_list(value, location)):
+        if not has_type(token, int):
+            raise InvalidInput(f"{location}[{t}]: {short_repr(token)} is not a token id")
+    return ids
+
+
+def get_numbers(value: Any, location: str) -> list[Any]:
+    """Return a list of numbers or nulls of a row; raises InvalidInput for anything else."""
+    for t, number in enumerate(numbers := get_list(value, location)):
+        if number is not None and not has_type(number, float):
+            raise InvalidInput(f"{location}[{t}]: {short_repr(number)} is not a number")
+    return numbers
+
+
 def get_object(value: Any, location: str) -> Mapping[str, Any]:
     """Return an object of a row; raises InvalidInput for anything else."""
     if not isinstance(value, Mapping):
@@ -122,11 +138,56 @@ def get_object(value: Any, location: str) -> Mapping[str, Any]:
 
 def get_length(value: Any, limit: int, location: str) -> int:
     """Return a number of tokens from 0 to `limit`; raises InvalidInput for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= limit:
+    if not has_type(value, int) or not 0 <= value <= limit:
         raise InvalidInput(
             f"{location}: {short_repr(value)}, expected an integer from 0 to {limit}"
         )
     return value
+
+
+def encode_prompt(prompt: Any, location: str, tokenizer: DumpTokenizer) -> list[int]:
+    """Return the ids of a prompt.
+
+    Args:
+        prompt: Text, a list of messages, or a list of ids.
+        location: Beginning of every message.
+        tokenizer: Tokenizer of the models.
+
+    Returns:
+        The ids.
+
+    Raises:
+        InvalidInput: It is none of these.
+    """
+    if isinstance(prompt, str):
+        return tokenizer.prompt_ids(prompt)
+    if isinstance(prompt, list | tuple) and prompt and all(isinstance(m, Mapping) for m in prompt):
+        messages = []
+        for message in prompt:
+            if not isinstance(message.get("role"), str):
+                raise InvalidInput(f"{location}: the message {short_repr(message)} has no role")
+            content = message_text(message, location)
+            messages.append({"role": message["role"], "content": content})
+        return tokenizer.prompt_ids(messages)
+    if isinstance(prompt, list | tuple) and all(has_type(token, int) for token in prompt):
+        return list(prompt)
+    raise InvalidInput(
+        f"{location}: the prompt {short_repr(prompt)} is neither text nor a list of messages"
+    )
+
+
+def message_text(message: Any, location: str) -> str:
+    """Return the text of a chat message, of which parts of other kinds than text are refused."""
+    content = get_object(message, f"{location}, a message").get("content")
+    if content is None or isinstance(content, str):
+        return content or ""
+    texts = []
+    for part in get_list(content, f"{location}, the content of a message"):
+        text = part.get("text") if isinstance(part, Mapping) else None
+        if not isinstance(text, str):
+            raise InvalidInput(f"{location}: the part {short_repr(part)} of a message is not text")
+        texts.append(text)
+    return "".join(texts)
 
 
 def tokenize_row(
@@ -153,19 +214,16 @@ def tokenize_row(
             "whose tokenizer it is tokenised and by which it is scored"
         )
     if isinstance(response, list | tuple):
-        response = "".join(
-            str(get_object(message, f"{location}, the response").get("content") or "")
-            for message in response
-        )
+        if len(response) != 1:
+            raise InvalidInput(
+                f"{location}: the response has {len(response)} messages, expected one of the "
+                "assistant; text of tools cannot be told from what was sampled"
+            )
+        response = message_text(response[0], f"{location}, the response")
     if not isinstance(response, str):
         raise InvalidInput(f"{location}: the response {short_repr(response)} is not text")
-    is_messages = isinstance(prompt, list | tuple) and all(isinstance(m, Mapping) for m in prompt)
-    if not isinstance(prompt, str) and not is_messages:
-        raise InvalidInput(
-            f"{location}: the prompt {short_repr(prompt)} is neither text nor a list of messages"
-        )
     return {
-        "prompt": list(prompt) if is_messages else prompt,
-        "prompt_tokens": context.tokenizer.prompt_ids(prompt),
+        "prompt": prompt,
+        "prompt_tokens": encode_prompt(prompt, location, context.tokenizer),
         "tokens": context.tokenizer.response_ids(response),
     }

@@ -14,7 +14,10 @@ from diagnostics.formats.dump_format import (
     Field,
     ReadContext,
     Row,
+    encode_prompt,
+    get_ids,
     get_list,
+    get_numbers,
     get_object,
     tokenize_row,
 )
@@ -63,7 +66,7 @@ def convert(row: Mapping[str, Any], location: str, context: ReadContext) -> Iter
         elif prompt is not None:
             converted["prompt"] = prompt
             if context.tokenizer is not None:
-                converted["prompt_tokens"] = context.tokenizer.prompt_ids(prompt)
+                converted["prompt_tokens"] = encode_prompt(prompt, place, context.tokenizer)
         else:
             converted["prompt"] = str(row.get("custom_id") or answer.get("id") or location)
         yield converted | _scored_tokens(choice, answer, place, context)
@@ -92,7 +95,7 @@ def _scored_tokens(
 ) -> Row:
     """Return the ids of a choice, their log-probabilities and the top lists."""
     if choice.get("logprobs") is None:
-        return {"tokens": choice["token_ids"]}
+        return {"tokens": get_ids(choice["token_ids"], f"{location}.token_ids")}
     scores = context.scores or "sampler"
     logprobs = get_object(choice["logprobs"], f"{location}.logprobs")
     if logprobs.get("content") is not None:
@@ -101,20 +104,24 @@ def _scored_tokens(
         pieces, logps, tops = _completion_entries(logprobs, f"{location}.logprobs")
     start = _echoed_tokens(logps, answer, location)
     pieces, logps, tops = pieces[start:], logps[start:], tops[start:]
-    ids = choice.get("token_ids")
-    if ids is None:
+    columns = score_columns(get_numbers(logps, f"{location}.logprobs"), scores)
+    if choice.get("token_ids") is None:
         ids = [_token_id(piece, location, context) for piece in pieces]
-    if len(ids) != len(pieces):
-        raise InvalidInput(
-            f"{location}: {len(ids)} token_ids, but {len(pieces)} tokens with log-probabilities"
-        )
+    else:
+        ids = get_ids(choice["token_ids"], f"{location}.token_ids")
+        if len(ids) != len(pieces):
+            raise InvalidInput(
+                f"{location}: {len(ids)} token_ids, but {len(pieces)} tokens with log-probabilities"
+            )
+        has_top_ids = all(k.startswith(ID_PREFIX.encode()) for top in tops for k in top)
+        if context.tokenizer is None and not has_top_ids:
+            return {"tokens": ids} | columns  # the ids of the top lists are not known
     top_ids = [
         # a chosen token's id may be given although those of the top list are not
         {ids[t] if k == pieces[t] else _token_id(k, location, context): v for k, v in top.items()}
         for t, top in enumerate(tops)
     ]
-    columns: Row = {"tokens": ids} | score_columns(logps, scores)
-    return columns | support_columns(top_ids, ids, scores)
+    return {"tokens": ids} | columns | support_columns(top_ids, ids, scores)
 
 
 def _chat_entries(
@@ -127,12 +134,8 @@ def _chat_entries(
         pieces.append(_token_bytes(entry, f"{location}[{t}]"))
         logps.append(entry.get("logprob"))
         top_entries = get_list(entry.get("top_logprobs") or [], f"{location}[{t}].top_logprobs")
-        tops.append(
-            {
-                _token_bytes(x, f"{location}[{t}].top_logprobs"): x.get("logprob")
-                for x in top_entries
-            }
-        )
+        top_pieces = [_token_bytes(x, f"{location}[{t}].top_logprobs") for x in top_entries]
+        tops.append(_top_list(top_pieces, [x.get("logprob") for x in top_entries], location))
     return pieces, logps, tops
 
 
@@ -150,7 +153,18 @@ def _completion_entries(
             f"{location}: {len(pieces)} tokens, {len(logps)} token_logprobs and {len(tops)} "
             "top_logprobs"
         )
-    return pieces, logps, [{k.encode(): v for k, v in (top or {}).items()} for top in tops]
+    top_lists = []
+    for t, top in enumerate(tops):
+        place = f"{location}.top_logprobs[{t}]"
+        entries = {} if top is None else get_object(top, place)
+        top_lists.append(_top_list([k.encode() for k in entries], [*entries.values()], place))
+    return pieces, logps, top_lists
+
+
+def _top_list(pieces: list[bytes], logps: list[Any], location: str) -> dict[bytes, float]:
+    """Return a top list as an object; entries without a log-probability are left out."""
+    numbers = get_numbers(logps, location)
+    return {k: float(v) for k, v in zip(pieces, numbers, strict=True) if v is not None}
 
 
 def _token_bytes(entry: Any, location: str) -> bytes:
@@ -161,7 +175,10 @@ def _token_bytes(entry: Any, location: str) -> bytes:
         raise InvalidInput(f"{location}: the token {short_repr(token)} is not text")
     if token.startswith(ID_PREFIX) or not values:
         return token.encode()
-    return bytes(get_list(values, f"{location}.bytes"))
+    numbers = get_ids(values, f"{location}.bytes")
+    if not all(0 <= number < 256 for number in numbers):
+        raise InvalidInput(f"{location}.bytes: {short_repr(numbers)} are no bytes")
+    return bytes(numbers)
 
 
 def _token_id(piece: bytes, location: str, context: ReadContext) -> int:
@@ -182,7 +199,7 @@ def _token_id(piece: bytes, location: str, context: ReadContext) -> int:
 
 def _echoed_tokens(logps: Sequence[Any], answer: Mapping[str, Any], location: str) -> int:
     """Return how many of the tokens are the prompt's, which a completion with echo repeats."""
-    usage = answer.get("usage") or {}
+    usage = get_object(answer.get("usage") or {}, f"{location}, usage")
     sizes: list[Any] = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
     has_sizes = all(has_type(size, int) for size in sizes) and len(answer["choices"]) == 1
     if has_sizes and len(logps) == sum(sizes):

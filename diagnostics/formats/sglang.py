@@ -13,6 +13,7 @@ from diagnostics.formats.dump_format import (
     Field,
     ReadContext,
     Row,
+    get_ids,
     get_length,
     get_list,
     get_object,
@@ -52,7 +53,7 @@ def convert(row: Mapping[str, Any], location: str, context: ReadContext) -> Iter
     scored_tokens = [token for _, token in outputs or ()]
     tokens = scored_tokens
     if row.get("output_ids") is not None:
-        tokens = get_list(row["output_ids"], f"{location}, field output_ids")
+        tokens = get_ids(row["output_ids"], f"{location}, field output_ids")
     if outputs is not None and scored_tokens != tokens:
         raise InvalidInput(
             f"{location}: output_ids {short_repr(tokens)} are not the ids of "
@@ -110,7 +111,7 @@ def _prompt_ids(
 ) -> list[Any] | None:
     """Return the ids of the prompt: those of the request, or of its scores if they are complete."""
     if row.get("input_ids") is not None:
-        return get_list(row["input_ids"], f"{location}, field input_ids")
+        return get_ids(row["input_ids"], f"{location}, field input_ids")
     is_complete = inputs is not None and len(inputs) == meta.get("prompt_tokens")
     return [token for _, token in inputs] if inputs is not None and is_complete else None
 
@@ -122,7 +123,8 @@ def _parse_entries(value: Any, location: str) -> list[tuple[Any, Any]] | None:
     entries = []
     for t, entry in enumerate(get_list(value, location)):
         parts = get_list(entry, f"{location}[{t}]")
-        if len(parts) < 2 or not has_type(parts[1], int):
+        is_entry = len(parts) > 1 and has_type(parts[1], int)
+        if not is_entry or not (parts[0] is None or has_type(parts[0], float)):
             raise InvalidInput(
                 f"{location}[{t}]: {short_repr(entry)}, expected [logprob, token id, text]"
             )

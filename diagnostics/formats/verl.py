@@ -12,7 +12,9 @@ from diagnostics.formats.dump_format import (
     Field,
     ReadContext,
     Row,
+    get_ids,
     get_list,
+    get_numbers,
     tokenize_row,
 )
 from diagnostics.io.files import short_repr
@@ -49,7 +51,7 @@ def convert_tensors(row: Mapping[str, Any], location: str, context: ReadContext)
             tokens'.
     """
     prompt = get_list(row["prompts"], f"{location}, field prompts")
-    tokens = get_list(row["responses"], f"{location}, field responses")
+    tokens = get_ids(row["responses"], f"{location}, field responses")
     converted: Row = {"prompt_tokens": prompt, "tokens": tokens}
     for name, column in SAME_COLUMNS.items():
         if row.get(name) is not None:
@@ -60,7 +62,8 @@ def convert_tensors(row: Mapping[str, Any], location: str, context: ReadContext)
         converted["teacher_logp"] = row["ref_log_prob"]
     reward_name = next((name for name in REWARDS if row.get(name) is not None), None)
     if reward_name is not None:
-        converted["reward"] = float(sum(get_list(row[reward_name], f"{location}, {reward_name}")))
+        scores = get_numbers(row[reward_name], f"{location}, field {reward_name}")
+        converted["reward"] = float(sum(score or 0.0 for score in scores))
     yield converted
 
 
@@ -87,14 +90,22 @@ def _teacher_columns(
     logps = logps[part]
     if not logps or not isinstance(logps[0], list):
         return {"teacher_logp": logps}
-    ids = row.get("teacher_ids")
-    if ids is None:
+    logps = [get_numbers(values, f"{location}[{t}]") for t, values in enumerate(logps)]
+    if row.get("teacher_ids") is None:
         raise InvalidInput(f"{location}: teacher_ids, the ids of these values, are missing")
-    ids = get_list(ids, f"{location}, field teacher_ids")[part]
+    all_ids = get_list(row["teacher_ids"], f"{location}, field teacher_ids")[part]
+    ids = [get_ids(values, f"{location}, teacher_ids[{t}]") for t, values in enumerate(all_ids)]
+    sizes = {*map(len, logps), *map(len, ids)}
+    if len(ids) != size or len(sizes) > 1 or 0 in sizes:
+        raise InvalidInput(f"{location}: its lists and those of teacher_ids have different lengths")
     if len(logps[0]) > 1:
         return {"support.ids": ids, "support.teacher_logp": logps, "support.source": "teacher"}
-    mask = row.get("response_mask") or [1] * size
+    mask = [1] * size
+    if row.get("response_mask") is not None:
+        mask = get_numbers(row["response_mask"], f"{location}, field response_mask")
     for t, (token, scored_ids) in enumerate(zip(tokens, ids, strict=True)):
+        if t >= len(mask):
+            break  # another length of the mask is refused where it is read
         if mask[t] and scored_ids != [token]:
             raise InvalidInput(
                 f"{location}: position {t} of the response is of id {short_repr(scored_ids[0])}, "

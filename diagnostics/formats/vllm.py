@@ -14,8 +14,10 @@ from diagnostics.formats.dump_format import (
     Field,
     ReadContext,
     Row,
+    get_ids,
     get_length,
     get_list,
+    get_numbers,
     get_object,
 )
 from diagnostics.formats.server_scores import (
@@ -43,7 +45,7 @@ def convert(row: Mapping[str, Any], location: str, context: ReadContext) -> Iter
     Raises:
         InvalidInput: Lists of different lengths, or a position without its token.
     """
-    prompt = get_list(row["prompt_token_ids"], f"{location}, field prompt_token_ids")
+    prompt = get_ids(row["prompt_token_ids"], f"{location}, field prompt_token_ids")
     if row.get("response_length") is not None:
         yield _scored_prompt(row, prompt, location, context)
         return
@@ -54,7 +56,7 @@ def convert(row: Mapping[str, Any], location: str, context: ReadContext) -> Iter
     for i, value in enumerate(outputs):
         place = f"{location}, outputs[{i}]"
         output = get_object(value, place)
-        tokens = get_list(output.get("token_ids"), f"{place}.token_ids")
+        tokens = get_ids(output.get("token_ids"), f"{place}.token_ids")
         converted: Row = {"prompt_tokens": prompt, "tokens": tokens}
         if output.get("finish_reason") is not None:
             converted["finish_reason"] = output["finish_reason"]
@@ -127,9 +129,11 @@ def parse_logprobs(value: Any, location: str) -> list[dict[int, tuple[float, int
             if not str(key).isdecimal():
                 raise InvalidInput(f"{place}: the key {short_repr(key)} is not a token id")
             logp: Any = entry.get("logprob") if isinstance(entry, Mapping) else entry
-            rank = entry.get("rank") if isinstance(entry, Mapping) else None
+            rank: Any = entry.get("rank") if isinstance(entry, Mapping) else None
             if not has_type(logp, float):
                 raise InvalidInput(f"{place}[{key}]: {short_repr(logp)} is not a number")
+            if rank is not None and not has_type(rank, int):
+                raise InvalidInput(f"{place}[{key}]: the rank {short_repr(rank)} is no integer")
             position[int(key)] = (float(logp), rank)
         positions.append(position)
     return positions
@@ -139,12 +143,13 @@ def _flat_logprobs(
     value: Mapping[str, Any], location: str
 ) -> list[dict[int, tuple[float, int | None]]]:
     """Parse `FlatLogprobs` as a dictionary: positions are slices of common lists."""
-    starts, ends, ids, logps = (
-        get_list(value.get(name), f"{location}.{name}") for name in FLAT_KEYS
-    )
-    ranks = get_list(value.get("ranks") or [None] * len(ids), f"{location}.ranks")
-    if not len(ids) == len(logps) == len(ranks) or len(starts) != len(ends):
-        raise InvalidInput(f"{location}: its lists have different lengths")
+    starts, ends, ids = (get_ids(value.get(name), f"{location}.{name}") for name in FLAT_KEYS[:3])
+    logps = get_numbers(value.get(FLAT_KEYS[3]), f"{location}.{FLAT_KEYS[3]}")
+    ranks = get_numbers(value.get("ranks") or [None] * len(ids), f"{location}.ranks")
+    if not len(ids) == len(logps) == len(ranks) or len(starts) != len(ends) or None in logps:
+        raise InvalidInput(f"{location}: its lists have different lengths, or a null logprob")
+    if any(not 0 <= a <= b <= len(ids) for a, b in zip(starts, ends, strict=True)):
+        raise InvalidInput(f"{location}: an index is outside its lists of {len(ids)} values")
     return [
         {ids[i]: (logps[i], ranks[i]) for i in range(start, end)}
         for start, end in zip(starts, ends, strict=True)

@@ -17,7 +17,7 @@ class PairTokenizer:
     def prompt_ids(self, prompt: str | Sequence[Mapping[str, Any]]) -> list[int]:
         """Return the ids of a prompt: text as it is, messages by the chat template."""
         if not isinstance(prompt, str):
-            chat = [(str(m.get("role")), str(m.get("content") or "")) for m in prompt]
+            chat = [(message["role"], message["content"]) for message in prompt]
             prompt = render_chat(self.tokenizer, chat)
         return self.response_ids(prompt)
 

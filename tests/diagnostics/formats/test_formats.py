@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ import torch
 
 from diagnostics.errors import InvalidInput
 from diagnostics.formats.dump_format import ID_FIELDS, ReadContext
-from diagnostics.formats.registry import FORMATS, recognise
+from diagnostics.formats.registry import FORMATS, convert_rows, recognise
 from diagnostics.missing import missing_fields
 from diagnostics.monitor import Monitor
-from diagnostics.records.columns import NAMES
+from diagnostics.records.columns import NAMES, parse_record
 from diagnostics.records.reader import Records
 from tests.helpers.dump_arrays import Sampled, mean_cost, sampled_responses
 
@@ -121,6 +122,28 @@ def test_vllm_outputs_have_tokens_scores_and_top_k(name: str) -> None:
     assert torch.equal(sampler.sampler_logp, batch.student_logp)
 
 
+def test_tokens_outside_the_top_k_of_vllm_are_no_part_of_it(tmp_path: Path) -> None:
+    """All tokens of rank 9 beside the first 3; with logprobs=0, the token alone."""
+    logprobs = [
+        {
+            "7": {"logprob": -5.0, "rank": 9},
+            **{f"{k}": {"logprob": -k, "rank": k} for k in (1, 2, 3)},
+        }
+        for _ in range(2)
+    ]
+    alone = [{"7": {"logprob": -5.0, "rank": 9}}, {"8": {"logprob": -0.1, "rank": 1}}]
+    rows = [
+        {"prompt_token_ids": [1], "outputs": [{"token_ids": ids, "logprobs": values}]}
+        for ids, values in (([7, 7], logprobs), ([7, 8], alone))
+    ]
+    (batch,) = Records(write_lines(tmp_path / "k.jsonl", rows[:1]))
+    assert batch.support.ids.tolist() == [[[1, 2, 3]] * 2]
+    assert batch.student_logp.tolist() == [[-5.0, -5.0]]
+    (batch,) = Records(write_lines(tmp_path / "a.jsonl", rows[1:]))
+    assert batch.support is None
+    assert batch.student_logp[0].tolist() == pytest.approx([-5.0, -0.1])
+
+
 def test_a_response_that_vllm_scored_is_the_end_of_its_prompt() -> None:
     responses = sampled_responses(tools=False)
     records = Records(EXAMPLES / "vllm_scored.jsonl")
@@ -222,6 +245,8 @@ def test_nemo_rl_rows_give_the_numbers_of_the_arrays(tmp_path: Path) -> None:
     # text of a tool at the second and third token does not hide where the response begins
     assert row["divergence/k1"] == pytest.approx(mean_cost(responses), abs=1e-6)
     assert row["divergence/tokens"] == sum(sum(r.loss) for r in responses)
+    (batch,) = records
+    assert batch.lengths.tolist() == [sum(r.loss) for r in responses]
     assert [r["prompt_tokens"].tolist() for r in records.rows()] == [r.prompt for r in responses]
     assert records.unused == ()
     excluded = [x | {"sample_loss_mask": [float(i > 0)]} for i, x in enumerate(rows)]
@@ -286,6 +311,41 @@ def test_openai_answers_have_tokens_scores_and_top_k(name: str, tmp_path: Path) 
     else:
         assert batch.tokens.tolist() == pad([r.tokens for r in responses]).tolist()
         check_support(batch, responses, "student")
+
+
+def test_ids_beside_text_are_not_mixed_with_numbers_of_texts(tmp_path: Path) -> None:
+    """A server that adds token_ids gives none of its top lists; a tokenizer does."""
+    responses = sampled_responses(tools=False)
+    rows = example_lines("openai_chat.jsonl")
+    for row, r in zip(rows, responses, strict=True):
+        row["choices"][0]["token_ids"] = r.tokens
+        row["prompt_token_ids"] = r.prompt
+    path = write_lines(tmp_path / "i.jsonl", rows)
+    (batch,) = Records(path)
+    assert batch.tokens.tolist() == pad([r.tokens for r in responses]).tolist()
+    assert batch.support is None
+    (batch,) = Records(path, context=ReadContext(tokenizer=NumberTokenizer()))
+    check_support(batch, responses, "student")
+    for row in rows:
+        del row["choices"][0]["token_ids"], row["prompt_token_ids"]
+    write_lines(path, rows)
+    records = Records(path, context=ReadContext(tokenizer=NumberTokenizer()))
+    (batch,) = records
+    check_support(batch, responses, "student")
+    assert [r["prompt_tokens"].tolist() for r in records.rows()] == [r.prompt for r in responses]
+
+
+class NumberTokenizer:
+    """Tokenizer of the example's texts, such as "t19 " for 19."""
+
+    def prompt_ids(self, prompt: Any) -> list[int]:
+        return json.loads(prompt[0]["content"])
+
+    def response_ids(self, text: str) -> list[int]:
+        return [0]
+
+    def token_id(self, token: bytes) -> int | None:
+        return int(token.strip(b"t "))
 
 
 def shift(x: list) -> list:
@@ -521,14 +581,14 @@ def table_rows() -> dict[str, list[dict]]:
     verl = {name: x[0].tolist() if x.ndim > 1 else x[0] for name, x in tensors.items()}
     verl |= {"data_source": "a", "ref_log_prob": verl["old_log_probs"]}
     return {
-        "vllm": [*example_lines("vllm.jsonl"), *example_lines("vllm_scored.jsonl")],
+        "vllm": [example_lines("vllm.jsonl")[0], example_lines("vllm_scored.jsonl")[0]],
         "sglang": [sglang, sglang | {"response_length": 1, "input_ids": responses[0].prompt}],
         "verl": [
             *(verl, verl | {"teacher_logprobs": None, "token_level_scores": None}),
             verl | {"token_level_scores": None, "rm_scores": None, "token_level_rewards": [1.0]},
         ],
         "verl-text": [row | {"data_source": "a"} for row in example_lines("verl_text.jsonl")],
-        "slime": [row | {"group_index": None} for row in example_lines("slime.jsonl")],
+        "slime": [row | {"group_index": None} for row in example_lines("slime.jsonl")[:1]],
         "nemo-rl": [nemo_rows(responses)[0] | {"agent_ref": {"name": "a"}}],
         "trl": [{"step": 1, "prompt": "a", "completion": "b", "even": 1.0}],
         "openai": [
@@ -567,6 +627,32 @@ def test_the_table_of_a_format_is_what_its_conversion_reads(dump_format: Any) ->
         *(NAMES[column] for column in promised),
         *("sequence", "response_length", "remove_sample", "teacher_logp", "response_mask"),
     }
+
+
+ODD_VALUES = (None, 3, -1.5, "x", True, [], [3], [[]], [[None]], {}, {"a": 1}, [{"a": []}])
+
+
+def edited(value: Any) -> list[Any]:
+    """Return copies of a row with each field, at every depth, removed or given an odd value."""
+    if isinstance(value, dict):
+        copies = [{k: v for k, v in value.items() if k != name} for name in value]
+        for name, old in value.items():
+            copies += [value | {name: odd} for odd in (*ODD_VALUES, *edited(old))]
+        return copies
+    if isinstance(value, list) and value:
+        return [[new, *value[1:]] for new in (*ODD_VALUES, *edited(value[0]))] + [value[1:]]
+    return []
+
+
+@pytest.mark.parametrize("name", [f.name for f in FORMATS])
+def test_an_odd_value_is_read_or_refused(name: str) -> None:
+    context = ReadContext(tokenizer=LetterTokenizer())
+    for row in table_rows()[name]:
+        for odd_row in edited(row):
+            rows = convert_rows([("row 1", odd_row)], None, {}, context)
+            with suppress(InvalidInput):
+                for location, converted in rows:
+                    parse_record(converted, location)
 
 
 def test_signatures_and_columns_of_the_tables() -> None:
