@@ -1,4 +1,4 @@
-"""verl: observation of its distillation losses, and reading of its rollout dumps (verl 0.9.1).
+"""verl: observation of its distillation losses (verl 0.9.1); its dumps: `diagnostics.formats.verl`.
 
 verl computes the loss in worker processes, so the observer must be installed there: put two lines
 into a module that the workers import (`actor_rollout_ref.model.external_lib: my_observer`) and keep
@@ -13,9 +13,8 @@ computes every metric and standard error.
 Shapes: B responses, T response positions, K teacher ids.
 """
 
-import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from diagnostics.batch import ScoredRollouts, Support
 from diagnostics.core.totals import Accumulator, Mean, PositionMean
-from diagnostics.errors import BrokenPackage, InvalidInput, MissingPackage
+from diagnostics.errors import BrokenPackage, MissingPackage
 from diagnostics.metrics.consistency import sampler_ratio
 from diagnostics.metrics.divergence import sampled_divergence, sampled_in_support
 from diagnostics.metrics.repetition import repetition
@@ -214,51 +213,6 @@ def batch_from_verl(
     )
 
 
-def rollout_rows(
-    path: str | Path, tokenize: Callable[[str], list[int]]
-) -> Iterator[dict[str, Any]]:
-    """Yield records from the files in verl's `trainer.rollout_data_dir`, one row per response.
-
-    Rows hold prompt, prompt_tokens, tokens, reward, step, and task if there is a data_source; no
-    log-probabilities: `opd diagnose --student S --teacher T` adds them. The dumps hold decoded text
-    without special tokens, so `tokenize` (which must add none) may split it differently from what
-    was sampled, EOS is lost, and no check of the sampler is valid.
-
-    Args:
-        path: A file N.jsonl, or a folder of them.
-        tokenize: Text to ids.
-
-    Yields:
-        One record per response.
-
-    Raises:
-        InvalidInput: A row has no input, output or score.
-    """
-    path = Path(path)
-    files = sorted(path.glob("*.jsonl"), key=_step_order) if path.is_dir() else [path]
-    if not files:
-        raise InvalidInput(
-            f"{path} holds no .jsonl files; give the folder rollout_data_dir of a run"
-        )
-    for file in files:
-        with open(file) as lines:
-            for i, line in enumerate(lines, 1):
-                raw = json.loads(line)
-                missing_names = [name for name in ("input", "output", "score") if name not in raw]
-                if missing_names:
-                    raise InvalidInput(
-                        f"{file} row {i}: missing fields of a verl dump: {', '.join(missing_names)}"
-                    )
-                row = {
-                    "prompt": f"{raw.get('step', 0)}: {raw['input']}",
-                    "prompt_tokens": tokenize(raw["input"]),
-                    "tokens": tokenize(raw["output"]),
-                    "reward": raw["score"],
-                    "step": raw.get("step"),
-                }
-                yield row | ({"task": raw["data_source"]} if "data_source" in raw else {})
-
-
 def teacher_support(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """Compute B-1 and B-4 for a support without the student's side.
 
@@ -300,7 +254,3 @@ def _prompts(data: Any) -> list[list[int]]:
         return [row.tolist() for row in prompts.unbind()]
     not_padding = data["attention_mask"][:, : prompts.shape[1]].bool()
     return [row[row_mask].tolist() for row, row_mask in zip(prompts, not_padding, strict=True)]
-
-
-def _step_order(file: Path) -> tuple[int, str]:
-    return (int(file.stem) if file.stem.isdigit() else -1, file.name)

@@ -127,7 +127,7 @@ RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
 MAX_COLUMNS_SHOWN = 12
 
 
-def parse_record(raw: Any, location: str, rename: Mapping[str, str]) -> Record:
+def parse_record(raw: Any, location: str) -> Record:
     """Check one row and return it with canonical column names.
 
     Per-token floats are set to 0 where the mask (or sampled_mask, if the row has both) is False.
@@ -135,7 +135,6 @@ def parse_record(raw: Any, location: str, rename: Mapping[str, str]) -> Record:
     Args:
         raw: The row as read.
         location: File and row, the beginning of every message.
-        rename: Further column names -> canonical ones.
 
     Returns:
         The checked row.
@@ -145,7 +144,7 @@ def parse_record(raw: Any, location: str, rename: Mapping[str, str]) -> Record:
     """
     if not isinstance(raw, Mapping):
         raise InvalidInput(f"{location}: {short_repr(raw)} is not an object with columns")
-    columns, unused = _canonical_columns(raw, location, rename)
+    columns, unused = _canonical_columns(raw, location)
     split_prompt_response(columns, location)
     if "tokens" not in columns:
         raise InvalidInput(f"{location}: no column tokens among {_names(raw)}; {_remedy(raw)}")
@@ -209,7 +208,7 @@ def integer_id(value: Any) -> int:
 
 
 def _canonical_columns(
-    raw: Mapping[str, Any], location: str, rename: Mapping[str, str]
+    raw: Mapping[str, Any], location: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the non-null columns by canonical name, and the unknown columns."""
     flat: dict[str, Any] = {}
@@ -222,7 +221,7 @@ def _canonical_columns(
     unused: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for key, value in flat.items():
-        name = rename.get(key, NAMES.get(key))
+        name = NAMES.get(key)
         if key == "status" and "response_length" not in flat:
             name = None  # slime's status is a finish reason; others' is not
         if name is None:

@@ -1,8 +1,9 @@
-"""Reading of records: a JSONL or parquet file of any trainer, one row per response, as batches.
+"""Reading of records: a file of any trainer or server, one row per response, as batches.
 
-`diagnostics.records.columns` lists the columns. Only `tokens` is required: fields that the file
-does not have are missing in the batch, so that the panel computes what it can and `Monitor.missing`
-lists the rest. Files are streamed; memory is that of one batch plus a number per distinct prompt.
+`diagnostics.records.columns` lists the columns, `diagnostics.formats` the dumps of other tools that
+are converted to them. Only `tokens` is required: fields that the file does not have are missing in
+the batch, so that the panel computes what it can and `Monitor.missing` lists the rest. JSONL and
+parquet files are streamed; memory is that of one batch plus a number per distinct prompt.
 
     records = load_records("dump.jsonl")
     row = monitor(0, records)
@@ -15,14 +16,21 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from diagnostics.batch import DistributionStats, ScoredRollouts, Support
 from diagnostics.errors import InvalidInput
-from diagnostics.io.files import parse_json, translate_read_errors
-from diagnostics.io.packages import load_package
-from diagnostics.io.parquet import open_parquet
+from diagnostics.formats.dump_format import DumpFormat, ReadContext
+from diagnostics.formats.registry import (
+    FORMATS,
+    convert_rows,
+    find_format,
+    recognise,
+    rename_fields,
+)
+from diagnostics.formats.row_files import iter_rows
 from diagnostics.missing import Missing
 from diagnostics.ragged import right_pad
 from diagnostics.records.columns import (
@@ -36,7 +44,11 @@ from diagnostics.records.columns import (
     integer_id,
     parse_record,
 )
-from diagnostics.records.writer import SUFFIXES
+
+SAMPLER_NOTE = (
+    "the dump has no log-probabilities of the scored student, so those of the sampler are read as "
+    "the student's, and a lag between them cannot be seen; --scores sampler keeps them apart"
+)
 
 
 def load_records(
@@ -44,13 +56,16 @@ def load_records(
     *,
     rename: Mapping[str, str] | None = None,
     task: str | int | None = None,
+    dump_format: str | None = None,
 ) -> "Records":
-    """Open a .jsonl or .parquet file of rollouts, which is read in batches while it is iterated.
+    """Open a file of rollouts, which is read in batches while it is iterated.
 
     Args:
-        path: The file.
-        rename: Column names of the file that differ, to those of `diagnostics.records.columns`.
+        path: The file, .jsonl, .parquet, .json or .pt.
+        rename: Names of the file that differ, to a column of `diagnostics.records.columns` or to a
+            field of the dump format.
         task: Only the rows of this task.
+        dump_format: Name of a format of `diagnostics.formats.registry`; None to recognise it.
 
     Returns:
         An iterable of `ScoredRollouts`, for `Monitor`.
@@ -60,7 +75,7 @@ def load_records(
         MissingFile: There is no such file.
         MissingPackage: The file is parquet and pyarrow is not installed.
     """
-    return Records(path, rename=rename, task=task)
+    return Records(path, rename=rename, task=task, dump_format=dump_format)
 
 
 class Records:
@@ -70,13 +85,17 @@ class Records:
     are put in one batch.
 
     Args:
-        path: .jsonl or .parquet.
+        path: One of SUFFIXES.
         positions: Approximate number of padded positions (B x T) of a batch; a batch ends at the
             next prompt.
-        rename: Further column names, to canonical ones.
+        rename: Names in the file -> a canonical column, or a field of the dump format; a dot enters
+            an object.
         task: Only the rows of this task.
+        dump_format: Name of the dump format; None to recognise it.
+        context: What the conversion of a dump may use.
 
     Attributes:
+        dump_format: Format of the rows; None for records.
         columns: Canonical names of the columns in the rows.
         unused: Unknown columns.
         notes: Warnings about the numbers; complete after a full pass.
@@ -94,36 +113,66 @@ class Records:
         positions: int = 2**17,
         rename: Mapping[str, str] | None = None,
         task: str | int | None = None,
+        dump_format: str | None = None,
+        context: ReadContext | None = None,
     ) -> None:
         self.path, self.positions, self.task = Path(path), positions, task
-        self.rename = dict(rename or {})
-        unknown = sorted(set(self.rename.values()) - set(NAMES.values()))
-        if unknown:
+        self.rename, self._format_name = dict(rename or {}), dump_format
+        self._context = context or ReadContext()
+        allowed = {*NAMES, *(field for f in FORMATS for field in f.top_level_fields)}
+        if unknown := sorted(set(self.rename.values()) - allowed):
             raise InvalidInput(
                 f"rename: unknown columns {unknown}; known: "
                 f"{', '.join(sorted(set(NAMES.values())))}"
             )
         self.tasks: list[str] = []
         self.notes: dict[str, str] = {}
-        first = next(_iter_rows(self.path), None)
-        if first is None:
+        first_row = next(iter_rows(self.path), None)
+        if first_row is None:
             raise InvalidInput(f"{path} holds no rows")
-        location, raw = first
-        row = parse_record(raw, location, self.rename)
+        self.dump_format = self._recognise(*first_row)
+        location, raw = next(self._converted_rows())
+        row = parse_record(raw, location)
         self._first = tuple(raw)
         self.columns = frozenset(row)
         self.unused = tuple(key for key in raw if self._canonical_name(key) is None)
         self._constants = {name: row[name] for name in CONSTANTS if name in row}
+        if self.dump_format is not None and self.dump_format.notes:
+            self.notes["format"] = f"{self.dump_format.title}: {self.dump_format.notes}"
         if not self.columns & {"prompt", "prompt_tokens"}:
             self.notes["prompt"] = (
                 "no column says which rows share a prompt; standard errors treat every response "
                 "as independent, and are too small for groups of rollouts"
             )
 
+    def _recognise(self, location: str, value: Any) -> DumpFormat | None:
+        """Return the format of the first row, or the named one."""
+        if self._format_name is not None:
+            return find_format(self._format_name)
+        if not isinstance(value, Mapping):
+            return None
+        return recognise(rename_fields(value, self.rename, location))
+
+    def _converted_rows(self) -> Iterator[tuple[str, Any]]:
+        """Yield (location, row with our columns), not yet checked."""
+        rows = convert_rows(iter_rows(self.path), self._format_name, self.rename, self._context)
+        for location, row in rows:
+            is_moved = (
+                self.dump_format is not None
+                and self._context.scores != "sampler"
+                and "sampler_logp" in row
+                and "student_logp" not in row
+            )
+            if is_moved:
+                self.notes["sampler"] = SAMPLER_NOTE
+                row = row | {"student_logp": row["sampler_logp"]}
+                del row["sampler_logp"]
+            yield location, row
+
     def rows(self) -> Iterator[Record]:
         """Yield checked rows, each with the columns of the first."""
-        for i, (location, raw) in enumerate(_iter_rows(self.path)):
-            row = parse_record(raw, location, self.rename)
+        for i, (location, raw) in enumerate(self._converted_rows()):
+            row = parse_record(raw, location)
             if row.keys() != self.columns:
                 raise InvalidInput(f"{location}: {self._describe_difference(raw, row)}")
             for name, value in self._constants.items():
@@ -180,13 +229,18 @@ class Records:
 
         def pad_rows(name: str, dtype: torch.dtype) -> Tensor:
             inner = rows[0][name].shape[1:]
-            for row in rows:
-                if row[name].shape[1:] != inner:
+            values = [row[name] for row in rows]
+            if "support.present" in self.columns and inner:
+                # slots that do not count, where rows have different numbers of ids
+                inner = (max(x.shape[1] for x in values),)
+                values = [np.pad(x, ((0, 0), (0, inner[0] - x.shape[1]))) for x in values]
+            for x in values:
+                if x.shape[1:] != inner:
                     raise InvalidInput(
                         f"{self.path}: rows of one batch have {inner[0]} and "
-                        f"{row[name].shape[1]} ids per position in {name}"
+                        f"{x.shape[1]} ids per position in {name}"
                     )
-            padded = right_pad([row[name] for row in rows], dtype)
+            padded = right_pad(values, dtype)
             return padded if padded.shape[1] else padded.new_zeros(len(rows), width, *inner)
 
         def floats(name: str) -> Tensor:
@@ -223,7 +277,7 @@ class Records:
 
     def _canonical_name(self, key: str) -> str | None:
         grouped = "prefix" if key in ("support", "prefix") else None
-        return self.rename.get(key, NAMES.get(key, grouped))
+        return NAMES.get(key, grouped)
 
     def _by_response(self, rows: list[Record]) -> dict[str, Tensor]:
         tensors = {"prompt": torch.tensor([row["prompt"] for row in rows])}
@@ -287,34 +341,3 @@ def _width(row: Record) -> int:
     """Return the positions that a row takes in a batch; several times more if K exceeds 64."""
     k = row["support.ids"].shape[1] if "support.ids" in row else 0
     return len(row["tokens"]) * max(1, k // 64)
-
-
-def _iter_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield (location, row) of every row of the file."""
-    if path.suffix == ".parquet":
-        yield from _parquet_rows(path)
-        return
-    if path.suffix != ".jsonl":
-        raise InvalidInput(f"{path} is none of {', '.join(SUFFIXES)}")
-    with translate_read_errors(path), path.open("rb") as file:
-        for i, line in enumerate(file, 1):
-            location = f"{path} row {i}"
-            try:
-                text = line.decode("utf-8-sig" if i == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise InvalidInput(f"{location} is not UTF-8 text ({error.reason})") from error
-            if text.strip():
-                yield location, parse_json(text, location)
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    count = 0
-    file = open_parquet(path)
-    arrow = load_package("pyarrow", str(path), "data")
-    try:
-        for table in file.iter_batches(batch_size=64):
-            for row in table.to_pylist():
-                count += 1
-                yield f"{path} row {count}", row
-    except (arrow.ArrowException, OSError) as error:
-        raise InvalidInput(f"{path} cannot be read after row {count} ({error})") from error

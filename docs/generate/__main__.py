@@ -3,13 +3,14 @@
 import sys
 from pathlib import Path
 
-from docs.generate import api, commands, schema, settings
+from docs.generate import api, commands, formats, schema, settings
 
 DOCS = Path(__file__).resolve().parents[1]
 
 PAGES = {
     "api": api.page,
     "commands": commands.page,
+    "formats": formats.page,
     "schema": schema.page,
     "settings": settings.page,
 }

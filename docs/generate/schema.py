@@ -22,7 +22,7 @@ RECORDS = """## Records
 
 A record file is JSON Lines (`.jsonl`) or Parquet (`.parquet`, extra `data`) with one row for each
 response. Only `tokens` is required. Metrics whose columns are missing are left out, and
-`opd diagnose` says which and why.
+`opd diagnose` says which and why. [Dumps of other tools](formats.md) are converted to them.
 
     opd diagnose dump.jsonl
 """

@@ -1,12 +1,14 @@
 """Offline metrics of saved batches or records (`opd diagnose`).
 
 Fields that a file does not have are reported, and all other metrics computed. With both models
-given, records that hold only tokens and prompt_tokens are scored first, so that all metrics are
-available. Shapes: B responses, T response positions, P prompt positions.
+given, records that hold only tokens and prompt_tokens are scored first, and dumps of text are
+tokenised, so that all metrics are available. Shapes: B responses, T response positions, P prompt
+positions.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,8 @@ from diagnostics.records.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from diagnostics.batch import ScoredRollouts
+    from diagnostics.formats.dump_format import Scores
+    from diagnostics.monitor import Metric
     from diagnostics.records.columns import Record
     from diagnostics.records.reader import Records
     from opd.data.prompts import Prompts
@@ -62,6 +66,8 @@ class PanelResult:
     """Notes on the file, by subject."""
     levels: dict[str, int]
     """Lowest of LEVELS at which a metric can be computed, by its name."""
+    is_text: bool = False
+    """The tokens were made of text, and are not exactly those that were sampled."""
 
 
 def diagnose(file: Path) -> PanelResult:
@@ -85,22 +91,20 @@ def compute_panel(batches: Iterable["ScoredRollouts"], notes: dict[str, str]) ->
     Returns:
         The metrics.
     """
+    from diagnostics.catalogue import PANEL
     from diagnostics.monitor import Monitor
+    from opd.analysis.one_model import one_model_panel
 
-    monitor = Monitor()
-    level_by_metric: dict[str, int] = {}
-
-    def record_levels() -> Iterator["ScoredRollouts"]:
-        for batch in batches:
-            if not level_by_metric:
-                level_by_metric.update(access_levels(batch))
-            yield batch
-
-    row = monitor(0, record_levels())
-    return PanelResult(row, monitor.missing, notes, level_by_metric)
+    remaining = iter(batches)
+    first_batch = next(remaining, None)
+    panel = dict(PANEL) if first_batch is None else {**PANEL, **one_model_panel(first_batch)}
+    levels = {} if first_batch is None else access_levels(first_batch, panel)
+    monitor = Monitor(panel)
+    row = monitor(0, remaining if first_batch is None else chain([first_batch], remaining))
+    return PanelResult(row, monitor.missing, notes, levels)
 
 
-def access_levels(batch: "ScoredRollouts") -> dict[str, int]:
+def access_levels(batch: "ScoredRollouts", panel: "Mapping[str, Metric]") -> dict[str, int]:
     """Return the lowest of `LEVELS` at which each metric can be computed from such a batch."""
     from diagnostics.core.partial import without_fields
     from diagnostics.missing import missing_fields
@@ -117,7 +121,7 @@ def access_levels(batch: "ScoredRollouts") -> dict[str, int]:
     )
     level_by_metric: dict[str, int] = {}
     for level, stage in enumerate(stages):
-        for name in Monitor().measure(stage):
+        for name in Monitor(panel).measure(stage):
             level_by_metric.setdefault(name, level)
     return level_by_metric
 
@@ -129,8 +133,11 @@ def diagnose_records(
     task: str | None = None,
     k: int = 16,
     temperature: float | None = None,
+    dump_format: str | None = None,
+    rename: "Mapping[str, str] | None" = None,
+    scores: "Scores | None" = None,
 ) -> PanelResult:
-    """Compute the metrics of a records file.
+    """Compute the metrics of a records file or of a dump of another tool.
 
     Args:
         path: The file.
@@ -138,6 +145,9 @@ def diagnose_records(
         task: Use only the records of this task.
         k: Size of the teacher's top-K when scoring.
         temperature: Temperature when scoring; None for the records' score_temperature.
+        dump_format: Name of the dump format; None to recognise it.
+        rename: Names in the file -> a column, or a field of the dump format.
+        scores: The model of a server's log-probabilities; None for the format's default.
 
     Returns:
         See `compute_panel`.
@@ -145,9 +155,18 @@ def diagnose_records(
     Raises:
         InvalidInput: There are no rows of the task, or the models cannot score the records.
     """
+    from diagnostics.formats.dump_format import ReadContext
     from diagnostics.records.reader import Records
+    from opd.analysis.dump_tokenizer import PairTokenizer
 
-    records = Records(path, task=task)
+    tokenizer = None if pair is None else PairTokenizer(pair.tokenizer)
+    records = Records(
+        path,
+        task=task,
+        rename=rename,
+        dump_format=dump_format,
+        context=ReadContext(scores=scores, tokenizer=tokenizer),
+    )
     batches: Iterable[ScoredRollouts] = records
     if pair is not None:
         batches = rescore_records(records, pair, k, temperature)
@@ -158,7 +177,8 @@ def diagnose_records(
         raise InvalidInput(f"{path} has no rows of task {task!r}")
     if records.unused:
         records.notes["unused"] = f"unused columns: {', '.join(records.unused)}"
-    return result
+    is_text = records.dump_format is not None and records.dump_format.is_text
+    return replace(result, is_text=is_text)
 
 
 def rescore_records(

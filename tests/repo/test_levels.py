@@ -13,7 +13,7 @@ LEVELS = {
         {"terminal"},
         {"errors", "missing", "ragged"},
         {"io"},
-        {"stats", "tensor_fields"},
+        {"stats", "tensor_fields", "formats"},
         {"batch"},
         {"core"},
         {"metrics", "gradients", "records"},

@@ -1,6 +1,5 @@
-"""verl's losses with the observer installed; its rollout dumps as records."""
+"""verl's losses with the observer installed."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -8,11 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from diagnostics.adapters.verl import install, rollout_rows
-from diagnostics.batch import ScoredRollouts
+from diagnostics.adapters.verl import install
 from diagnostics.monitor import Monitor
 from diagnostics.records.reader import Records
-from diagnostics.records.writer import save_records
 
 DP_SIZE = 2
 MASKS = ([1, 1, 1], [1, 0, 1, 1, 1], [1, 1], [1, 1, 1, 0])
@@ -201,32 +198,3 @@ def test_a_run_on_nothing_but_the_topk_is_observed_without_the_students_side(
         DP_SIZE * float(mass.mean()), rel=1e-5
     )
     assert "consistency/sampler_log_ratio" not in row
-
-
-def test_rollout_dumps_become_records(tmp_path: Path) -> None:
-    dumps = tmp_path / "dumps"
-    dumps.mkdir()
-    for step in (10, 2):
-        lines = [
-            {"input": "ab", "output": "cde"[:n], "gts": "x", "score": n / 2, "step": step}
-            for n in (1, 3)
-        ]
-        (dumps / f"{step}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-    rows = list(rollout_rows(dumps, lambda text: [ord(c) for c in text]))
-    assert [row["step"] for row in rows] == [2, 2, 10, 10]
-    assert rows[1]["tokens"] == [99, 100, 101]
-    save_records(tmp_path / "r.jsonl", rows)
-    monitor, records = Monitor(), Records(tmp_path / "r.jsonl")
-    (b,) = records
-    assert isinstance(b, ScoredRollouts)
-    assert b.reward.tolist() == [0.5, 1.5, 0.5, 1.5]
-    assert b.prompt[0] == b.prompt[1] != b.prompt[2]
-    row = monitor(0, records)
-    assert row["response/reward"] == 1.0
-    assert monitor.missing["sampled_divergence"].startswith("the records have no")
-    (dumps / "3.jsonl").write_text('{"input": "a", "output": "b"}\n')
-    with pytest.raises(ValueError, match=r"3.jsonl row 1: missing fields of a verl dump: score"):
-        list(rollout_rows(dumps / "3.jsonl", lambda text: []))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"holds no \.jsonl files"):
-        list(rollout_rows(tmp_path / "empty", lambda text: []))

@@ -133,7 +133,7 @@ FORMATS = {
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_ids_and_masks_of_trainers_are_understood(name: str, tmp_path: Path) -> None:
     raw, prompt, response, places = FORMATS[name]
-    row = parse_record(raw, "here", {})
+    row = parse_record(raw, "here")
     assert row["tokens"].tolist() == response
     assert row["mask"].nonzero()[0].tolist() == places
     assert (row["prompt_tokens"].tolist() if "prompt_tokens" in row else None) == prompt
