@@ -150,7 +150,7 @@ def check_pair(
     results = [check(*sides) for check in pair_checks.CHECKS]
     system = settings.get("system", "")
     problems: list[Problem] = [
-        parse_row({"prompt": text}, DEFAULT_COLUMNS, system, (), no_answers=True)
+        parse_row({"prompt": text}, DEFAULT_COLUMNS, system, (), answers="none")
         for text in sample_checks.PROMPTS[:prompts]
     ]
     if task is not None and is_games(task):

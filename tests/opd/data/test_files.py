@@ -165,7 +165,7 @@ def test_chats_come_as_lists_arrays_or_json(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "p.jsonl", [{"prompt": c, "answer": "1"} for c in chats])
     for problem in read_problems(source):
         assert problem.chat == (("system", "s"), ("user", "q"))  # type: ignore[attr-defined]
-    from opd.data.sources import parse_messages
+    from opd.data.messages import parse_messages
 
     assert parse_messages(numpy.array(chat), "prompt") == (("system", "s"), ("user", "q"))
     text = write_rows(tmp_path / "t.jsonl", [{"prompt": str(chat), "answer": "1"}] * 2)
