@@ -6,8 +6,9 @@ from typing import Any
 from opd.models.loading import (
     check_same_vocabulary,
     eos_ids,
-    load_model,
+    load_or_use,
     num_head_rows,
+    object_name,
     tokenizer_eos_first,
 )
 from opd.models.model import CausalLM, split_head
@@ -35,34 +36,38 @@ class ModelPair:
 
 
 def load_pair(
-    student: str,
-    teacher: str,
+    student: Any,
+    teacher: Any,
     device: str = "auto",
     dtype: str = "float32",
     trust_remote_code: bool = False,
     teacher_weights: str = "saved",
     offload_teacher: bool = False,
+    tokenizer: Any = None,
 ) -> ModelPair:
-    """Load student and teacher.
+    """Load student and teacher, or use models that are in memory.
 
     Args:
-        student: Folder or hub name.
-        teacher: Folder or hub name.
+        student: Folder, hub name or model (`opd.models.loading.load_or_use`).
+        teacher: Folder, hub name or model.
         device: Where both models are placed; "auto" for cuda if available, else cpu.
         dtype: Dtype of both models.
         trust_remote_code: Run Python code that comes with the models.
         teacher_weights: "saved", or the quantisation of the teacher's layers, "int8" or "nf4".
         offload_teacher: Keep the teacher in host memory once it has scored, while it does not.
+        tokenizer: Tokenizer of the models that are objects.
 
     Returns:
         The pair; the vocabulary is limited to the smaller of the two heads.
 
     Raises:
-        InvalidInput: The tokenizers differ, or no end-of-sequence token is known.
+        InvalidInput: The tokenizers differ, no end-of-sequence token is known, or an object cannot
+            be used.
     """
-    tokenizer, network = load_model(student, device, dtype, trust_remote_code)
-    teacher_tokenizer, teacher_network = load_model(
-        teacher, device, dtype, trust_remote_code, teacher_weights
+    given = tokenizer
+    tokenizer, network = load_or_use(student, given, device, dtype, trust_remote_code)
+    teacher_tokenizer, teacher_network = load_or_use(
+        teacher, given, device, dtype, trust_remote_code, teacher_weights
     )
     check_same_vocabulary(tokenizer, teacher_tokenizer)
     eos = eos_ids(tokenizer, network)
@@ -70,7 +75,7 @@ def load_pair(
     teacher_network.requires_grad_(False)
     teacher_eos = eos_ids(teacher_tokenizer, teacher_network)
     loaded_teacher = LocalTeacher(
-        teacher,
+        teacher if isinstance(teacher, str) else object_name(teacher),
         split_head(teacher_network, vocabulary),
         tokenizer_eos_first(teacher_tokenizer, teacher_eos),
         is_quantised=teacher_weights != "saved",

@@ -28,6 +28,7 @@ from opd.objectives.token_selection import highest_entropy_tokens
 from opd.runtime import distributed
 from opd.scoring.loss import loss_from_hidden
 from opd.scoring.score import ScoredBatch
+from opd.scoring.user_loss import user_loss_from_hidden
 from opd.training.checks.expected_loss import (
     credit_from_settings,
     expected_loss,
@@ -123,14 +124,16 @@ def prepare_loss(task: TaskState, batch: ScoredBatch) -> PreparedLoss:
         denominator[all_rows] = DENOMINATORS[config.objective.denominator](update_batch)
         position = {row: i for i, row in enumerate(all_rows)}
         rows = [i for i, row in enumerate(local_positions) if row in position]
-        groups = [
-            [rows[i] for i in group]
-            for group in micro_batches(
-                batch.prompts.rows(rows),
-                scored.rows(rows),
-                config.hardware.max_tokens_per_microbatch,
-            )
-        ]
+        groups = [rows]  # a loss of the user's own sees the whole update
+        if objective.user_loss is None:
+            groups = [
+                [rows[i] for i in group]
+                for group in micro_batches(
+                    batch.prompts.rows(rows),
+                    scored.rows(rows),
+                    config.hardware.max_tokens_per_microbatch,
+                )
+            ]
         if number == 1:
             expected = expected_loss(
                 config,
@@ -248,21 +251,34 @@ def accumulate_gradients(
             if teacher_hidden is not None:
                 teacher_hidden = teacher_hidden[token_rows[rows][:, :width][batch.mask]]
             with activation_checkpointing(student.network, config.hardware.gradient_checkpointing):
-                micro_loss = loss_from_hidden(
-                    student,
-                    loss.objective,
-                    response_hidden_states(student, loss.batch.prompts.rows(rows), batch),
-                    TokenInputs.of(
+                hidden = response_hidden_states(student, loss.batch.prompts.rows(rows), batch)
+                teacher = None if teacher_hidden is None else task.pair.teacher.model
+                if loss.objective.user_loss is not None:
+                    micro_loss = task_weight * user_loss_from_hidden(
+                        student,
+                        loss.objective.user_loss,
+                        hidden,
                         batch,
-                        loss.objective.support,
-                        loss.credit[rows][:, :width],
-                        task_weight * row_weight * loss.weight[rows][:, :width],
-                    ),
-                    teacher=None if teacher_hidden is None else task.pair.teacher.model,
-                    teacher_hidden=teacher_hidden,
-                    temperature=batch.score_temperature,
-                    max_logits_per_chunk=config.hardware.max_logits_per_chunk,
-                )
+                        teacher=teacher,
+                        teacher_hidden=teacher_hidden,
+                        k=loss.objective.support_k,
+                    )
+                else:
+                    micro_loss = loss_from_hidden(
+                        student,
+                        loss.objective,
+                        hidden,
+                        TokenInputs.of(
+                            batch,
+                            loss.objective.support,
+                            loss.credit[rows][:, :width],
+                            task_weight * row_weight * loss.weight[rows][:, :width],
+                        ),
+                        teacher=teacher,
+                        teacher_hidden=teacher_hidden,
+                        temperature=batch.score_temperature,
+                        max_logits_per_chunk=config.hardware.max_logits_per_chunk,
+                    )
                 micro_loss.backward()
             total = total + micro_loss.detach()
             first_gradients = first_gradients or sampled_gradients(state.optimizer)
