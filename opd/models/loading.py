@@ -86,7 +86,24 @@ def load_model(
 
 
 def object_name(model: Any) -> str:
-    """Return the name under which a run records a model that is an object."""
+    """Return the name under which a run records a model that is an object.
+
+    Args:
+        model: A model of transformers or peft.
+
+    Returns:
+        The name.
+
+    Raises:
+        InvalidInput: It is something else.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(base_model(model), PreTrainedModel):
+        raise InvalidInput(
+            f"the model is a {type(model).__name__}; give a model of transformers, such as "
+            "AutoModelForCausalLM.from_pretrained(...); a folder or a hub name is a setting"
+        )
     return f"{OBJECT_PREFIX}{model.config.name_or_path or type(base_model(model)).__name__}"
 
 
@@ -118,13 +135,6 @@ def load_or_use(
     """
     if isinstance(model, str):
         return load_model(model, device, dtype, trust_remote_code, weights)
-    from transformers import PreTrainedModel
-
-    if not isinstance(base_model(model), PreTrainedModel):
-        raise InvalidInput(
-            f"the model is a {type(model).__name__}; give a folder, a hub name, or a model of "
-            "transformers such as AutoModelForCausalLM.from_pretrained(...)"
-        )
     name = object_name(model)
     if tokenizer is None:
         raise InvalidInput(f"{name} is a model without its tokenizer; pass tokenizer= too")
