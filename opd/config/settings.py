@@ -188,8 +188,7 @@ def parse_template(text: str, name: str = "template") -> dict[str, Any]:
     values = parse_json(text, name)
     if not isinstance(values, dict):
         raise InvalidInput(
-            f"{name} is {text!r}; it must be a JSON object, such as "
-            '{"enable_thinking": false}'
+            f'{name} is {text!r}; it must be a JSON object, such as {{"enable_thinking": false}}'
         )
     return values
 

@@ -307,9 +307,7 @@ def read_prompt(row: Row, column: str) -> PromptAndReply:
     """
     if not COLUMN_IN_TEXT.search(column):
         return split_reply(get_nested(row, column), column)
-    values = {
-        name: format_answer(get_nested(row, name), name) for name in prompt_columns(column)
-    }
+    values = {name: format_answer(get_nested(row, name), name) for name in prompt_columns(column)}
     text = COLUMN_IN_TEXT.sub(lambda match: values[match[1]], column)
     return PromptAndReply((("user", text),), None)
 

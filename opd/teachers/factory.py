@@ -65,9 +65,7 @@ class ModelObjects:
 NO_OBJECTS = ModelObjects()
 
 
-def make_pairs(
-    settings: Sequence[Config], objects: ModelObjects = NO_OBJECTS
-) -> list[ModelPair]:
+def make_pairs(settings: Sequence[Config], objects: ModelObjects = NO_OBJECTS) -> list[ModelPair]:
     """Build a pair for each task, all with the same student; equal teachers are loaded once.
 
     Args:
@@ -154,9 +152,7 @@ def make_pair(config: Config, objects: ModelObjects = NO_OBJECTS) -> ModelPair:
     return ModelPair(student, teacher, tokenizer, eos)
 
 
-def load_teacher(
-    pair: ModelPair, config: Config, objects: ModelObjects = NO_OBJECTS
-) -> Teacher:
+def load_teacher(pair: ModelPair, config: Config, objects: ModelObjects = NO_OBJECTS) -> Teacher:
     """Load or connect the teacher of a further task.
 
     Args:

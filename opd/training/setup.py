@@ -126,9 +126,7 @@ def make_task_states(
         ]
     user_metrics = load_metrics(config.record.metrics)
     if objective.user_loss is not None:
-        try_user_loss(
-            objective.user_loss, pairs[0].student.vocabulary, config.objective.support_k
-        )
+        try_user_loss(objective.user_loss, pairs[0].student.vocabulary, config.objective.support_k)
     history, tasks = rows.read_rows(folder / "rows.jsonl"), list[TaskState]()
     for i, (task_config, pair) in enumerate(zip(settings, pairs, strict=True)):
         name = config.tasks[i].name if config.tasks else ""

@@ -26,9 +26,10 @@ from opd.data.tasks import Task
 from opd.evaluation.evaluate import evaluate
 from opd.models.fsdp import gather_network, unsharded
 from opd.models.loading import load_model, num_head_rows, resolve_device
-from opd.models.lora import merge_lora
+from opd.models.lora import merge_lora, save_adapters
 from opd.models.model import CausalLM, split_head
 from opd.runs import restart, run_folder
+from opd.runs.hub import push_model
 from opd.runs.identity import record_identities, record_tokenizer
 from opd.runs.model_card import model_card
 from opd.runtime import distributed
@@ -150,6 +151,10 @@ class TrainResult:
         _, network = load_model(str(self.folder / "final"), "auto", "float32")
         return split_head(network, num_head_rows(network))
 
+    def push(self, name: str) -> str:
+        """Upload the trained model to the hub (`opd.runs.hub.push_model`); return its address."""
+        return push_model(self.folder, name)
+
 
 def train(
     config: Config,
@@ -236,17 +241,17 @@ def train(
             record_identities(folder, to_flat(config))
             record_tokenizer(folder, tokenizer)
         engine = stack.enter_context(closing(make_rollout_engine(config, trained)))
-        state = make_train_state(
-            config, folder, start.step, pairs, engine, optimizer, rows_by_name
-        )
+        state = make_train_state(config, folder, start.step, pairs, engine, optimizer, rows_by_name)
         names = config.record.loggers if distributed.rank() == 0 else ()
         with open_trackers(names, folder, to_flat(config)) as log, state.prefetcher:
             run_steps(state, log)
         if start.step < config.steps or not (folder / "final").exists():
-            network = merge_lora(gather_network(trained))
+            with_adapters = gather_network(trained)
+            network = merge_lora(with_adapters)
             with staged_folder(folder / "final") as partial_folder:
                 if distributed.rank() == 0:
                     network.save_pretrained(partial_folder)
+                    save_adapters(with_adapters, partial_folder / "adapter", config.student)
                     tokenizer.save_pretrained(partial_folder)
                     (partial_folder / "README.md").write_text(model_card(folder, to_flat(config)))
     return TrainResult(folder, trained)

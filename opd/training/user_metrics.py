@@ -60,8 +60,7 @@ def try_metrics(metrics: Mapping[str, Metric], panel: Mapping[str, Metric], k: i
                 "correct it before the run"
             ) from error
         if not isinstance(values, Mapping) or not all(
-            isinstance(key, str) and isinstance(value, Accumulator)
-            for key, value in values.items()
+            isinstance(key, str) and isinstance(value, Accumulator) for key, value in values.items()
         ):
             raise InvalidInput(
                 f"the metric {name} returned {describe(values)}; it must return accumulators by "

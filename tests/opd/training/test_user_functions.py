@@ -23,7 +23,7 @@ from opd.training.user_metrics import load_metrics, random_batch, try_metrics
 from opd.training.validation import validate
 from tests.helpers.runs import rows, settings
 
-LOSSES = '''
+LOSSES = """
 import torch
 
 def reverse_kl(student_logits, teacher_logits, mask):
@@ -55,9 +55,9 @@ def zero(student_logp): return 0 * student_logp.sum()
 def broken(student_logits): return student_logits[:, :, 10**6].sum()
 def unknown(student_logits, advantages): return student_logits.sum()
 def blind(teacher_logits, mask): return teacher_logits.sum()
-'''
+"""
 
-METRICS = '''
+METRICS = """
 from diagnostics.core.totals import Mean
 
 def unlikely(batch):
@@ -69,7 +69,7 @@ def broken(batch): return {"mine/x": batch.nothing}
 def repeated(batch):
     return {"divergence/k1": Mean.from_values(batch.log_ratio, batch.mask, batch.prompt)}
 def two(batch, other): return {}
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,9 @@ def test_our_losses_in_the_users_form_train_to_the_same_weights(
 ) -> None:
     """Ours are split into small micro-batches, and the user's is not."""
     expected = trained_weights(ours, max_tokens_per_microbatch=64, **changes)
-    result = trained_weights(f"{functions}/losses.py:{own}", max_tokens_per_microbatch=64, **changes)
+    result = trained_weights(
+        f"{functions}/losses.py:{own}", max_tokens_per_microbatch=64, **changes
+    )
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
     start = trained_weights(ours, lr=1e-30, **changes)
     assert (result - start).abs().max() > 1e-3, "the run moves the weights"
@@ -131,9 +133,7 @@ def test_a_loss_of_ones_own_is_one_pass_in_a_loop_of_ones_own(tiny_pair, functio
         ScoreRequest(requirements=objective.requirements),
     )
     losses = [
-        policy_loss(
-            pair.student, batch, x, teacher=pair.teacher, max_tokens_per_microbatch=1
-        )
+        policy_loss(pair.student, batch, x, teacher=pair.teacher, max_tokens_per_microbatch=1)
         for x in (objective, ours)
     ]
     torch.testing.assert_close(losses[0], losses[1])
