@@ -28,6 +28,7 @@ def check_tasks(
         Task name -> results.
     """
     from opd.config.files import read_tasks
+    from opd.config.settings import parse_template
     from opd.data.sources import Columns
 
     length, system = options.pop("max_response"), options.pop("system", "")
@@ -42,6 +43,7 @@ def check_tasks(
             ),
             grader=task_settings.grader or "",
             system=task_settings.system or system,
+            template=parse_template(task_settings.template or "{}"),
             **options,
         )
         for task_settings in read_tasks(path)
@@ -64,6 +66,7 @@ def check_config(
         Task name -> results; "" -> the settings, and the models of a run without tasks.
     """
     from opd.config.problems import separate_invalid
+    from opd.config.settings import parse_template
     from opd.data.sources import Columns
     from opd.training.checks.check_result import CheckResult
     from opd.training.multitask import task_configs
@@ -89,6 +92,8 @@ def check_config(
             columns=Columns(task_config.data.prompt_column, task_config.data.answer_column),
             grader=task_config.data.grader,
             system=task_config.data.system,
+            template=parse_template(task_config.data.template),
+            chat_template=task_config.data.chat_template,
             **options,
         )
     return results
@@ -106,6 +111,7 @@ def check_pair(
     seed: int = 0,
     device: str = "auto",
     dtype: str = "float32",
+    chat_template: str = "",
     **settings: Any,
 ) -> "list[CheckResult]":
     """Run all checks of a pair; checks of the files on disk come first.
@@ -124,7 +130,8 @@ def check_pair(
         seed: Seed of problems and sampling.
         device: Device of the models.
         dtype: Data type of the weights.
-        **settings: Arguments of `opd.data.tasks.load_task`: columns, grader, system.
+        chat_template: Jinja file of a chat template in the place of the student's own; "" for that.
+        **settings: Arguments of `opd.data.tasks.load_task`: columns, grader, system, template.
 
     Returns:
         The results of the checks.
@@ -136,6 +143,7 @@ def check_pair(
     from opd.analysis.pair_checks import load_side
     from opd.config.settings import Config, with_settings
     from opd.data.chain_task import Problem
+    from opd.data.chat_template import set_chat_template
     from opd.data.prompts import encode_prompts
     from opd.data.sources import DEFAULT_COLUMNS, parse_row
     from opd.data.tasks import load_task
@@ -148,14 +156,15 @@ def check_pair(
         if value < 1:
             raise InvalidInput(f"{name} is {value}; it must be at least 1")
     sides = load_side(student, device, dtype), load_side(teacher, device, dtype)
+    set_chat_template(sides[0].tokenizer, chat_template)
     results = [check(*sides) for check in pair_checks.CHECKS]
-    system = settings.get("system", "")
+    system, template = settings.get("system", ""), tuple(settings.get("template", {}).items())
     problems: list[Problem] = [
-        parse_row({"prompt": text}, DEFAULT_COLUMNS, system, (), no_answers=True)
+        parse_row({"prompt": text}, DEFAULT_COLUMNS, system, template, answers="none")
         for text in sample_checks.PROMPTS[:prompts]
     ]
     if task is not None and is_games(task):
-        games = load_games(task, seed, system=system)
+        games = load_games(task, seed, system=system, template=template)
         problems = games.openings(games.train(0, prompts))
     elif task is not None:
         problems = load_task(task, seed, **settings).train(0, prompts)

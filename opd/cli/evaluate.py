@@ -11,7 +11,7 @@ from tyro.conf import Positional
 from diagnostics.errors import InvalidInput
 from diagnostics.io.atomic import write_text
 from diagnostics.io.command import parse_options
-from diagnostics.io.files import parse_json, read_object
+from diagnostics.io.files import read_object
 from diagnostics.records.renamed import (
     EVALUATION_SETTINGS,
     present_evaluation_settings,
@@ -20,7 +20,7 @@ from diagnostics.records.renamed import (
 from opd.config.field_checks import annotations, value_problem
 from opd.config.groups import EvalConfig, GamesConfig
 from opd.config.problems import raise_problems
-from opd.config.settings import setting_fields
+from opd.config.settings import parse_template, setting_fields
 
 UNCOMPARED = {"out", "responses", "against", "device"}
 """Options that may differ between two evaluations without a note."""
@@ -37,9 +37,10 @@ class EvaluationOptions:
     (math-500, aime24, aime25, amc23, minerva, olympiad, gsm8k; NAME:PATH from a file), gym:TASK, or
     a game, env:NAME; a held-out tenth of a file is evaluated, and all of --eval-task"""
     prompt_column: str = "prompt"
-    """column of a data file with the prompt"""
+    """column of a data file with the prompt, or a text with columns in braces"""
     answer_column: str = "answer"
-    """column of a data file with the reference answer"""
+    """column of a data file with the reference answer; where none has it, the assistant's reply at
+    the end of a chat"""
     task_column: str = "task"
     """column of a data file with the label of the task"""
     grader: str = ""
@@ -47,6 +48,8 @@ class EvaluationOptions:
     MODULE:FUNCTION or FILE.py:FUNCTION; empty: the task's, or exact"""
     system: str = ""
     """system message before every prompt"""
+    chat_template: str = ""
+    """Jinja file of a chat template, in the place of the model's own"""
     template: Annotated[str, tyro.conf.arg(metavar="JSON")] = "{}"
     """arguments of the chat template, such as {"enable_thinking": false}"""
     max_prompt: int = 512
@@ -79,7 +82,7 @@ def main(argv: list[str]) -> None:
     # fail on an unreadable --against file or output folder before the evaluation starts
     required_fields = {"outcomes": str, "accuracy": float}
     baseline = None if options.against is None else read_object(options.against, required_fields)
-    template = parse_template(options.template)
+    template = parse_template(options.template, "--template")
     for path in filter(None, (options.out, options.responses)):
         path.parent.mkdir(parents=True, exist_ok=True)
     from opd.data.sources import Columns
@@ -101,6 +104,7 @@ def main(argv: list[str]) -> None:
         grader=options.grader,
         system=options.system,
         template=template,
+        chat_template=options.chat_template,
     )
     summary, settings = evaluation_result(graded), option_values(options)
     if baseline is not None:
@@ -153,16 +157,8 @@ def check_setting(name: str, value: Any) -> str:
 
 def option_values(options: EvaluationOptions) -> dict[str, Any]:
     """Return the options by name, without groups, as they are recorded with the results."""
-    values = asdict(options) | {"template": parse_template(options.template)}
+    values = asdict(options) | {"template": parse_template(options.template, "--template")}
     return values | values.pop("evaluation") | values.pop("games")
-
-
-def parse_template(text: str) -> dict[str, Any]:
-    """Parse --template: JSON with the arguments of a chat template."""
-    values = parse_json(text, "--template")
-    if not isinstance(values, dict):
-        raise InvalidInput(f"--template: {text!r} is not a JSON object")
-    return values
 
 
 def differing_settings(

@@ -30,6 +30,9 @@ class TrainOptions:
     anew: Annotated[bool, FlagCreatePairsOff] = False
     """restart at step 0 and move the contents of the run folder to its folder earlier/; without it,
     a run resumes from its checkpoint"""
+    push: str = ""
+    """repository on the Hugging Face hub, OWNER/MODEL, to which final/ is uploaded after the run; of
+    a finished run, now. A new repository is private"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +49,12 @@ def usage() -> str:
     ]
     return "\n".join(
         [
-            "usage: opd train RECIPE [--show] [--anew] [--tasks FILE.toml] [--setting value ...]",
+            "usage: opd train RECIPE [--show] [--anew] [--push NAME] [--tasks FILE.toml]",
+            "                        [--setting value ...]",
             "       opd train --config FILE [...]\n",
             "--show prints the settings; --anew restarts at step 0 and moves the contents of the",
             "run folder to its folder earlier/; without it, a run resumes from its checkpoint.",
+            "--push uploads the trained model to the Hugging Face hub, of a finished run too.",
             "--config starts from a file of settings, as --show prints them or a run folder holds",
             "them; --tasks reads several tasks, each with its own teacher, from a TOML file.",
             "\nrecipes:",
@@ -107,8 +112,11 @@ def main(argv: list[str]) -> None:
     if options.show:
         print(to_toml(options.settings), end="")
         return
+    from opd.runs.hub import check_push
     from opd.training.train import train
 
+    if options.push:
+        check_push(options.push)
     result = train(options.settings, options.anew)
     if os.environ.get("RANK", "0") == "0":  # print once in a distributed run
         from diagnostics.records.run_folder import RunFolder
@@ -119,3 +127,5 @@ def main(argv: list[str]) -> None:
         for change in outcome["changes"]:
             print(change["sentence"])
         print(f"{outcome['text']}\nrun folder: {folder}\ntrained model: {folder / 'final'}")
+        if options.push:
+            print(f"uploaded: {result.push(options.push)}")

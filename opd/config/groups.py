@@ -17,18 +17,23 @@ class DataConfig:
     task: str = setting("lab", per_task=True)
     """Source of the prompts: "lab"; a .jsonl, .json or .parquet file, a folder, or hf:NAME:SPLIT
     (opd.data.sources); a named dataset such as dapo-math, math-500, aime24, gsm8k:PATH or gym:TASK
-    (opd.data.benchmarks); or text games, env:household, env:alfworld or env:MODULE:FUNCTION
-    (opd.envs.task)."""
+    (opd.data.benchmarks); or text games, env:household, env:alfworld, env:MODULE:FUNCTION or
+    env:FILE.py:FUNCTION (opd.envs.task)."""
     prompt_column: str = setting("prompt", per_task=True)
-    """Column with the prompt."""
+    """Column with the prompt, text or messages, or a text with columns in braces:
+    "{question} Hint: {hint}". Where no row has the column "prompt", "messages" is read."""
     answer_column: str = setting("answer", per_task=True)
-    """Column with the reference answer."""
+    """Column with the reference answer. Empty: responses are not graded."""
     grader: str = setting("", per_task=True)
     """Grader of responses: exact, numeric, math, gym or lab (opd.data.grading.graders), or a
     function of (response, answer) that returns a number, as MODULE:FUNCTION or FILE.py:FUNCTION.
     Empty: the task's own grader, or exact."""
     system: str = setting("", per_task=True)
     """System message of every prompt."""
+    chat_template: str = ""
+    """Jinja file whose text is the chat template, in the place of the student's own."""
+    template: str = setting("{}", per_task=True)
+    """Arguments of the chat template as JSON, such as {"enable_thinking": false}."""
     max_prompt: int = setting(512, within="at least 1", per_task=True)
     """Maximum prompt length in tokens. Longer prompts are an error; a game episode ends when its
     next prompt would be longer."""
@@ -70,7 +75,9 @@ class ObjectiveConfig:
     """The training objective and which tokens it supervises."""
 
     objective: str = "teacher_topk"
-    """Training objective; one of opd.objectives.factory.OBJECTIVES."""
+    """Training objective; one of opd.objectives.factory.OBJECTIVES, or a loss of your own,
+    MODULE:FUNCTION or FILE.py:FUNCTION (opd.objectives.user_loss), which holds the logits of all
+    tokens of an update in memory."""
     gamma: float = setting(0.0, within="in [0, 1]")
     """Discount factor of future costs, for objectives with a score-function term."""
     beta: float | None = setting(None, within="in [0, 1]")
@@ -170,6 +177,9 @@ class RecordConfig:
 
     loggers: tuple[str, ...] = setting((), resumable=True)
     """Loggers in addition to rows.jsonl: tensorboard, wandb, trackio (extras of these names)."""
+    metrics: tuple[str, ...] = setting((), resumable=True)
+    """Metrics of your own in every row, MODULE:FUNCTION or FILE.py:FUNCTION
+    (opd.training.user_metrics)."""
     full_metrics_every: int = setting(1, within="at least 1")
     """Steps between full-vocabulary metrics (exact KL, entropies, ranks), if the objective does not
     need the student's full distribution. Other steps compute top-K and sampled-token metrics

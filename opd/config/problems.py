@@ -10,7 +10,14 @@ from typing import Any
 from diagnostics.errors import InvalidInput
 from opd.config.field_checks import annotations, value_problem
 from opd.config.fields import rules_of
-from opd.config.settings import GROUPS, Config, TaskSettings, setting_fields, with_settings
+from opd.config.settings import (
+    GROUPS,
+    Config,
+    TaskSettings,
+    parse_template,
+    setting_fields,
+    with_settings,
+)
 from opd.serving.addresses import address_problem, is_url
 from opd.tokens.mask_rules import parse_rules
 
@@ -137,6 +144,11 @@ def conflicts(config: Config, invalid: frozenset[str] = frozenset()) -> Iterator
     names = [task.name for task in config.tasks]
     if len(set(names)) < len(names):
         yield f"the names of the tasks are {names}; they must be different from each other"
+    for text in (config.data.template, *(task.template or "{}" for task in config.tasks)):
+        try:
+            parse_template(text)
+        except InvalidInput as error:
+            yield str(error)
     for mask in (config.objective.mask, *(task.mask or () for task in config.tasks)):
         try:
             parse_rules(mask)

@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any, Literal
 
 from diagnostics.errors import InvalidInput
+from diagnostics.io.files import parse_json
 from opd.config.fields import SettingRules, rules, rules_of, setting
 from opd.config.groups import (
     DataConfig,
@@ -46,6 +47,7 @@ class TaskSettings:
     answer_column: str | None = None
     grader: str | None = None
     system: str | None = None
+    template: str | None = None
     max_prompt: int | None = None
     max_response: int | None = None
     mask: tuple[str, ...] | None = None
@@ -168,6 +170,27 @@ def with_settings(config: Config, **changes: Any) -> Config:
         for group, values in changes_by_group.items()
     }
     return dataclasses.replace(config, **top_level, **groups)
+
+
+def parse_template(text: str, name: str = "template") -> dict[str, Any]:
+    """Parse the arguments of a chat template.
+
+    Args:
+        text: The setting, a JSON object.
+        name: Name of the setting, for messages.
+
+    Returns:
+        The arguments.
+
+    Raises:
+        InvalidInput: The text is not JSON, or no object.
+    """
+    values = parse_json(text, name)
+    if not isinstance(values, dict):
+        raise InvalidInput(
+            f'{name} is {text!r}; it must be a JSON object, such as {{"enable_thinking": false}}'
+        )
+    return values
 
 
 def closest_setting(name: str) -> str:

@@ -1,9 +1,32 @@
 """Rendering of messages with a tokenizer's chat template."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from diagnostics.errors import InvalidInput
+from diagnostics.errors import InvalidInput, MissingFile
+from diagnostics.io.files import read_text
+
+
+def set_chat_template(tokenizer: Any, path: str) -> None:
+    """Give a tokenizer the chat template of a file, in the place of its own.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        path: Jinja file; empty to change nothing.
+
+    Raises:
+        InvalidInput: The file is empty or is not text.
+        MissingFile: It does not exist.
+    """
+    if not path:
+        return
+    if not Path(path).is_file():
+        raise MissingFile(f"chat_template {path} does not exist; give the path of a Jinja file")
+    text = read_text(path)
+    if not text.strip():
+        raise InvalidInput(f"chat_template {path} is empty; give the text of a template")
+    tokenizer.chat_template = text
 
 
 def render_chat(tokenizer: Any, chat: Sequence[tuple[str, str]], **settings: Any) -> str:

@@ -1,9 +1,11 @@
-"""Reading of dataset rows from files, folders and the Hugging Face hub, as plain dictionaries.
+"""Reading of dataset rows from files, folders, the Hugging Face hub and objects, as dictionaries.
 
 Messages count rows from 0 and lines of a file from 1.
 """
 
+import hashlib
 import json
+from collections.abc import Iterable, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,40 @@ from diagnostics.io.packages import load_package
 from diagnostics.io.parquet import open_parquet
 
 Row = dict[str, Any]
+OBJECT_PREFIX = "dataset:"
+"""Begins the name of rows that were passed as an object; a hash of their contents follows."""
+
+
+def rows_of_object(data: Iterable[Mapping[str, Any]]) -> tuple[str, list[Row]]:
+    """Return the name and the rows of a data set that is an object.
+
+    Args:
+        data: A `datasets.Dataset`, or another collection of mappings.
+
+    Returns:
+        A name that depends on the contents only, and the rows.
+
+    Raises:
+        InvalidInput: The object has no length, or its elements are not mappings.
+    """
+    if not isinstance(data, Sized) or not isinstance(data, Iterable):
+        raise InvalidInput(
+            f"the data set is a {type(data).__name__}, which has no length; give a "
+            "datasets.Dataset or a list of rows, such as list(dataset.take(1000))"
+        )
+    rows = list[Row]()
+    for number, row in enumerate(data):
+        if not isinstance(row, Mapping):
+            raise InvalidInput(
+                f"row {number} of the data set, a {type(data).__name__}, is {short_repr(row)}, not "
+                "a mapping of column names to values; give one split (dataset['train']), or rows "
+                "(frame.to_dict('records'))"
+            )
+        rows.append(dict(row))
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    return f"{OBJECT_PREFIX}{digest.hexdigest()[:12]}", rows
 
 
 def read_rows(source: str) -> list[Row]:
@@ -32,6 +68,12 @@ def read_rows(source: str) -> list[Row]:
         OperationFailed: The file or the dataset cannot be read.
     """
     path = Path(source)
+    if source.startswith(OBJECT_PREFIX):
+        raise InvalidInput(
+            f"task {source} is a data set that was passed to opd.train as an object, which a run "
+            "folder does not hold; pass it to opd.train again, or save it to a file, and name that "
+            "as the task"
+        )
     if source.startswith("hf:") or path.is_dir():
         return read_dataset(source.removeprefix("hf:"))
     if not path.exists():

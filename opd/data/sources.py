@@ -10,22 +10,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from diagnostics.errors import InvalidInput
 from diagnostics.io.files import short_repr
 from opd.data.chain_task import Problem
+from opd.data.messages import MESSAGES_COLUMN, Chat, PromptAndReply, split_reply
 from opd.data.row_files import Row, read_rows
 
-Chat = tuple[tuple[str, str], ...]
 Template = tuple[tuple[str, Any], ...]
+AnswerSource = Literal["column", "reply", "none"]
+"""Where the answers of a source are: in their column, the last message of each chat, or nowhere."""
 MISSING = object()
 MAX_REPORTED_KINDS = 5
-CHAT_TEXT = re.compile(r"\s*\[\s*\{\s*['\"](?:role|content)['\"]\s*:")
-CHAT_HINT = (
-    "; if a chat ends with an assistant message, store the messages before it as the prompt and "
-    "the reference text as the answer"
-)
+COLUMN_IN_TEXT = re.compile(r"\{([^{}]+)\}")
+"""A column's name in braces, in a prompt column that is a text."""
 WORKED_SOLUTION_END = re.compile(r"####[ \t]*([^\s#][^\n#]*?)\s*\Z")
 """The end of a worked solution in GSM8K's format: #### and the final answer."""
 
@@ -51,7 +50,9 @@ class Columns:
     """Column names of a dataset; a dot selects a nested field: `reward_model.ground_truth`."""
 
     prompt: str = "prompt"
+    """Column of the prompt, or a text with the names of columns in braces."""
     answer: str = "answer"
+    """Column of the reference answer; empty: responses are not graded."""
     task: str = "task"
     grader: str = "grader"
 
@@ -67,9 +68,11 @@ def read_problems(
 ) -> list[Problem]:
     """Read the problems of a source, in its order, each with its answer as text.
 
-    A prompt is text, or a list of messages {"role", "content"} that ends with a user message, also
-    as JSON text. Answers may be text or numbers; null and NaN are missing. Where no row has the
-    column `answer`, the answers are "" and nothing can be graded; a warning says so.
+    A prompt is text, or a list of messages {"role", "content"}, also as JSON text, in the column
+    `prompt`, or in `messages` where no row has the former. Where the assistant's reply ends a chat,
+    it is the answer if no row has the answer column, and is cut otherwise; a warning says which.
+    Answers may be text or numbers; null and NaN are missing. Without answers, they are "" and
+    nothing can be graded; a warning says so.
 
     Args:
         source: A file, folder or `hf:NAME`; see `opd.data.row_files.read_rows`.
@@ -95,12 +98,12 @@ def parse_problems(
         raise InvalidInput(f"{source} has {len(rows)} problems; at least 2 are needed")
     row_numbers_by_error: dict[str, list[int]] = {}
     problems: list[DatasetProblem] = []
-    no_answers = has_no_answers(rows, source, columns)
+    columns = with_messages_column(rows, columns)
+    answers = find_answers(rows, source, columns)
     for number, row in enumerate(rows):
         try:
-            problems.append(
-                replace(parse_row(row, columns, system, template, no_answers), row=number)
-            )
+            problem = parse_row(row, columns, system, template, answers)
+            problems.append(replace(problem, row=number))
         except ValueError as error:
             row_numbers_by_error.setdefault(str(error), []).append(number)
     if row_numbers_by_error:
@@ -114,13 +117,47 @@ def parse_problems(
     return list(problems)
 
 
-def has_no_answers(rows: list[Row], source: str, columns: Columns) -> bool:
-    """Return whether no row has the default answer column; warn if so."""
-    if columns.answer != DEFAULT_COLUMNS.answer or any(
-        get_nested(row, columns.answer) is not MISSING or get_nested(row, columns.prompt) is MISSING
-        for row in rows
+def with_messages_column(rows: list[Row], columns: Columns) -> Columns:
+    """Return columns whose prompt is `messages`, if that is in the place of the default column."""
+    if columns.prompt == DEFAULT_COLUMNS.prompt and not any(
+        columns.prompt in row or MESSAGES_COLUMN not in row for row in rows
     ):
-        return False
+        return replace(columns, prompt=MESSAGES_COLUMN)
+    return columns
+
+
+def find_answers(rows: list[Row], source: str, columns: Columns) -> AnswerSource:
+    """Find where the answers of a source are; warn if there are none, and about replies in prompts.
+
+    Args:
+        rows: The rows.
+        source: Name of the source, for messages.
+        columns: Names of the columns.
+
+    Returns:
+        "column", "reply" or "none".
+    """
+    num_replies = sum(has_reply(row, columns) for row in rows)
+    replies = f"the assistant's reply at the end of {num_replies} of {len(rows)} chats"
+    in_column = bool(columns.answer) and any(
+        get_nested(row, columns.answer) is not MISSING for row in rows
+    )
+    if in_column or not columns.answer:
+        reason = f"{columns.answer!r} has the answers" if in_column else "answer_column is empty"
+        if num_replies:
+            warnings.warn(f"{source}: {replies} is cut, since {reason}", stacklevel=3)
+        return "column" if in_column else "none"
+    if columns.answer != DEFAULT_COLUMNS.answer:
+        return "column"  # every row lacks it: an error
+    if num_replies:
+        warnings.warn(
+            f"{source}: {replies} is the reference answer, which the grader compares with "
+            "responses; to cut it and train without grading, set answer_column to ''",
+            stacklevel=3,
+        )
+        return "reply"
+    if not any(has_prompt(row, columns.prompt) for row in rows):
+        return "column"
     column_names = sorted({name for row in rows for name in row})
     warnings.warn(
         f"{source} has no column {columns.answer!r}, so its responses are not graded; it has "
@@ -128,7 +165,20 @@ def has_no_answers(rows: list[Row], source: str, columns: Columns) -> bool:
         "If one of them holds the answers, set answer_column to it",
         stacklevel=3,
     )
-    return True
+    return "none"
+
+
+def has_prompt(row: Row, column: str) -> bool:
+    """Return whether a row has all columns of a prompt."""
+    return not any(get_nested(row, name) is MISSING for name in prompt_columns(column))
+
+
+def has_reply(row: Row, columns: Columns) -> bool:
+    """Return whether an assistant's message ends the row's prompt."""
+    try:
+        return read_prompt(row, columns.prompt).reply is not None
+    except InvalidInput:
+        return False
 
 
 def final_answer(answer: str) -> str:
@@ -180,7 +230,11 @@ def row_number(problem: Problem, position: int) -> int:
 
 
 def parse_row(
-    row: Row, columns: Columns, system: str, template: Template, no_answers: bool = False
+    row: Row,
+    columns: Columns,
+    system: str,
+    template: Template,
+    answers: AnswerSource = "column",
 ) -> DatasetProblem:
     """Convert one row to a problem.
 
@@ -189,7 +243,7 @@ def parse_row(
         columns: Names of the columns.
         system: System message before the prompt; "" for none.
         template: Settings of the chat template.
-        no_answers: Whether no row of the source has an answer; the answer is "" then.
+        answers: Where the answer is; with "none" it is "".
 
     Returns:
         The problem.
@@ -198,17 +252,24 @@ def parse_row(
         InvalidInput: A column is missing or holds an unusable value; the message continues "row N
             ...".
     """
-    values = {name: get_nested(row, name) for name in (columns.prompt, columns.answer)}
-    if no_answers:
-        del values[columns.answer]
-    if missing_columns := [name for name, value in values.items() if value is MISSING]:
+    names = [*prompt_columns(columns.prompt), *([columns.answer] if answers == "column" else [])]
+    if missing_columns := [name for name in names if get_nested(row, name) is MISSING]:
         raise InvalidInput(
             f"lacks {missing_columns}; has {sorted(row)}; set the columns that hold prompt and "
-            f"answer "
-            f"(--prompt-column, --answer-column){CHAT_HINT * any(map(is_chat, row.values()))}"
+            "answer (--prompt-column, --answer-column)"
         )
-    answer = "" if no_answers else format_answer(values[columns.answer], columns.answer)
-    chat = parse_messages(values[columns.prompt], columns.prompt)
+    prompt = read_prompt(row, columns.prompt)
+    answer = ""
+    if answers == "column":
+        answer = format_answer(get_nested(row, columns.answer), columns.answer)
+    elif answers == "reply":
+        if prompt.reply is None:
+            raise InvalidInput(
+                f"has a {columns.prompt!r} that ends with the user's message, but the replies of "
+                "other rows are the answers; give all rows a reply, or set answer_column to ''"
+            )
+        answer = format_answer(prompt.reply, columns.prompt)
+    chat = prompt.chat
     if system:
         if chat[0][0] == "system":
             raise InvalidInput("already has a system message; remove the setting system")
@@ -226,9 +287,29 @@ def parse_row(
     )
 
 
-def is_chat(value: Any) -> bool:
-    """Return whether a value is a list of objects, as messages are."""
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+def prompt_columns(column: str) -> list[str]:
+    """Return the columns that a prompt is made of: those in braces, or the column itself."""
+    return COLUMN_IN_TEXT.findall(column) or [column]
+
+
+def read_prompt(row: Row, column: str) -> PromptAndReply:
+    """Read the prompt of a row, whose columns are present.
+
+    Args:
+        row: The row.
+        column: The prompt column, or a text with the names of columns in braces.
+
+    Returns:
+        The prompt, with the reply at its end.
+
+    Raises:
+        InvalidInput: A value is missing, empty or of another type.
+    """
+    if not COLUMN_IN_TEXT.search(column):
+        return split_reply(get_nested(row, column), column)
+    values = {name: format_answer(get_nested(row, name), name) for name in prompt_columns(column)}
+    text = COLUMN_IN_TEXT.sub(lambda match: values[match[1]], column)
+    return PromptAndReply((("user", text),), None)
 
 
 def is_missing(value: Any) -> bool:
@@ -265,67 +346,6 @@ def format_answer(answer: Any, column: str) -> str:
         raise InvalidInput(f"has {answer} as {column!r}, expected text or a finite number")
     is_integer = answer == int(answer) and abs(float(answer)) < 1e15
     return str(int(answer)) if is_integer else str(answer)
-
-
-def parse_messages(prompt: Any, column: str) -> Chat:
-    """Convert a prompt to (role, content) pairs.
-
-    Args:
-        prompt: Text, or a list or array of messages.
-        column: Name of the prompt column, for messages.
-
-    Returns:
-        The messages, the last of them by the user.
-
-    Raises:
-        InvalidInput: The prompt is missing or empty, of another type, or does not end with a user
-            message.
-    """
-    if isinstance(prompt, str):
-        prompt = parse_chat_text(prompt, column)
-    if hasattr(prompt, "tolist"):  # an array, as parquet tables return
-        prompt = prompt.tolist()
-    prompt = list(prompt) if isinstance(prompt, tuple) else prompt
-    if is_missing(prompt) or prompt == []:
-        raise InvalidInput(f"has an empty {column!r}")
-    if not isinstance(prompt, list) or not all(
-        isinstance(x, dict) and isinstance(x.get("role"), str) and isinstance(x.get("content"), str)
-        for x in prompt
-    ):
-        problem = f"neither text nor a list of messages with role and content as {column!r}"
-        raise InvalidInput(f"has {problem}: {short_repr(prompt)}")
-    chat = tuple((x["role"], x["content"]) for x in prompt)
-    if chat[-1][0] != "user":
-        raise InvalidInput(
-            f"has a {column!r} whose last message is by {chat[-1][0]!r}, not by the user{CHAT_HINT}"
-        )
-    if not chat[-1][1].strip():
-        raise InvalidInput(f"has an empty {column!r}")
-    return chat
-
-
-def parse_chat_text(prompt: str, column: str) -> list[Any]:
-    """Convert a text prompt to messages; the JSON of a list of messages is parsed.
-
-    Args:
-        prompt: The text.
-        column: Name of the prompt column, for messages.
-
-    Returns:
-        The messages.
-
-    Raises:
-        InvalidInput: The text is a printed Python list of messages, which is not JSON.
-    """
-    if not CHAT_TEXT.match(prompt):
-        return [{"role": "user", "content": prompt}]
-    try:
-        return json.loads(prompt)
-    except (ValueError, RecursionError) as error:
-        raise InvalidInput(
-            f"has a list of messages as text in {column!r} that is not JSON: {short_repr(prompt)}; "
-            "store the list itself, or its JSON"
-        ) from error
 
 
 def get_nested(row: Row, name: str) -> Any:

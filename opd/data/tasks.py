@@ -13,11 +13,13 @@ from typing import Any
 
 from diagnostics.errors import InvalidInput
 from diagnostics.io.files import short_repr
+from diagnostics.io.user_functions import is_function_name
 from opd.data.benchmarks import is_benchmark, read_benchmark_rows
 from opd.data.chain_task import Problem, problems
-from opd.data.grading.graders import GRADERS, Grade, Grader, is_user_function, make_grader
+from opd.data.grading.graders import GRADERS, Grade, Grader, make_grader
 from opd.data.grading.reference_answers import check_reference_answers
 from opd.data.prompts import filter_by_length
+from opd.data.row_files import Row
 from opd.data.sources import (
     DEFAULT_COLUMNS,
     Columns,
@@ -64,6 +66,7 @@ def load_task(
     columns: Columns = DEFAULT_COLUMNS,
     test_columns: Columns | None = None,
     handle_long_prompts: Callable[[list[Problem]], list[Problem]] = list,
+    rows: Mapping[str, list[Row]] | None = None,
 ) -> Task:
     """Load the built-in task "lab", a dataset, or a benchmark by name.
 
@@ -87,6 +90,7 @@ def load_task(
         test_columns: Names of the columns of `test`; those of `source` if None.
         handle_long_prompts: `partial(reject_long_prompts, tokenizer, max_prompt)`, or the same with
             `skip_long_prompts`.
+        rows: Rows of sources that are objects, by name (`opd.data.row_files.rows_of_object`).
 
     Returns:
         The task.
@@ -99,7 +103,9 @@ def load_task(
     settings = tuple((template or {}).items())
 
     def read(name: str, columns_of_source: Columns) -> list[Problem]:
-        if is_benchmark(name):
+        if rows is not None and name in rows:
+            problems_read = parse_problems(rows[name], name, columns_of_source, system, settings)
+        elif is_benchmark(name):
             problems_read = parse_problems(
                 read_benchmark_rows(name), name, DEFAULT_COLUMNS, system, settings
             )
@@ -135,11 +141,14 @@ def load_task(
     sources = [(source, all_problems)] + [(test, held_out_problems)] * (
         bool(test) and test != source
     )
-    has_worked = [has_worked_solutions(rows, dataset_name) for dataset_name, rows in sources]
+    has_worked = [
+        has_worked_solutions(source_problems, dataset_name)
+        for dataset_name, source_problems in sources
+    ]
     if any(has_worked):
         grade = partial(grade_final_answer, grade)
-    for dataset_name, rows in sources:
-        check_reference_answers(rows, dataset_name, name, grade)
+    for dataset_name, source_problems in sources:
+        check_reference_answers(source_problems, dataset_name, name, grade)
 
     def draw(step: int, count: int) -> list[Problem]:
         if not training:
@@ -187,7 +196,7 @@ def grader_of_rows(source: str, problems: list[Problem]) -> str:
             choose what code runs.
     """
     names = {problem.grader for problem in problems if isinstance(problem, DatasetProblem)}
-    if functions := sorted(name for name in names if is_user_function(name)):
+    if functions := sorted(name for name in names if is_function_name(name)):
         raise InvalidInput(
             f"{source} names the function {functions[0]!r} as grader; data may only name "
             f"{', '.join(GRADERS)}. If you wrote the function, set it with --grader"

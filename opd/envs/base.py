@@ -1,7 +1,7 @@
 """The interface of text environments."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Observation:
     won: bool = False
 
 
+@runtime_checkable
 class Environment(Protocol):
     """A text game, one episode at a time.
 

@@ -201,7 +201,11 @@ def next_prompt_ids(tokenizer: Any, games: GameTask, episode: Episode) -> list[i
         last = episode.turns[-1]
         prefix, opening = last.prompt + last.response, games.chat(episode.past_turns[0][0])
         return prefix + continuation_ids(
-            tokenizer, opening, format_observation(episode.observation), prefix[-1]
+            tokenizer,
+            opening,
+            format_observation(episode.observation),
+            prefix[-1],
+            games.template,
         )
     text = format_prompt(
         episode.goal, tuple(episode.past_turns), episode.observation, games.history

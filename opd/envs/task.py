@@ -1,21 +1,21 @@
 """Games as a task: sources of environments, prompt formats, and parsing of actions.
 
-A source is `env:NAME` with a name of ENVIRONMENTS, or `env:MODULE:FUNCTION` with a function without
-arguments that returns an `opd.envs.base.Environment`.
+A source is `env:NAME` with a name of ENVIRONMENTS, or `env:MODULE:FUNCTION` or
+`env:FILE.py:FUNCTION` with a function without arguments that returns an
+`opd.envs.base.Environment`.
 """
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from diagnostics.errors import InvalidInput
+from diagnostics.io.user_functions import check_arguments, is_function_name, load_function
 from diagnostics.records.renamed import TASKS
 from opd.data.chain_task import Problem
 from opd.data.chat_template import render_chat
-from opd.data.sources import Chat, DatasetProblem
+from opd.data.messages import Chat
+from opd.data.sources import DatasetProblem, Template
 from opd.envs.base import Environment, Observation
 from opd.envs.household import Household
 from opd.runtime.seeds import derive_seed
@@ -46,6 +46,8 @@ class GameTask:
     """Number of previous turns in a prompt of layout "turns"."""
     system: str = ""
     """System message."""
+    template: Template = ()
+    """Names and values passed to the chat template."""
 
     def train(self, step: int, count: int) -> list[int]:
         """Return the game seeds of a training step; they are odd, so none is held out."""
@@ -62,7 +64,12 @@ class GameTask:
 
     def problem(self, text: str) -> DatasetProblem:
         """Return a prompt as a problem without an answer."""
-        return DatasetProblem(prompt=text, answer="", chat=self.chat(text) if self.system else ())
+        return DatasetProblem(
+            prompt=text,
+            answer="",
+            chat=self.chat(text) if self.system else (),
+            template=self.template,
+        )
 
     def openings(self, seeds: list[int]) -> list[Problem]:
         """Return the first prompt of each game."""
@@ -82,7 +89,7 @@ def load_games(source: str, seed: int, **settings: Any) -> GameTask:
     """Build the task of a game source.
 
     Args:
-        source: "env:NAME" or "env:MODULE:FUNCTION".
+        source: "env:NAME", "env:MODULE:FUNCTION" or "env:FILE.py:FUNCTION".
         seed: Seed of the training games.
         **settings: Further fields of `GameTask`.
 
@@ -109,34 +116,70 @@ def environment_factory(name: str) -> Callable[[], Environment]:
     """Return the function that creates an environment.
 
     Args:
-        name: A name of ENVIRONMENTS, or MODULE:FUNCTION.
+        name: A name of ENVIRONMENTS, or a function, MODULE:FUNCTION or FILE.py:FUNCTION.
 
     Returns:
         A function without arguments.
 
     Raises:
-        InvalidInput: An unknown name, or a module without that function.
+        InvalidInput: An unknown name, or a function that cannot be imported or returns something
+            else than an environment.
     """
-    module, colon, function = name.partition(":")
-    if not colon:
+    if not is_function_name(name):
         if name not in ENVIRONMENTS:
             if present := TASKS.get(PREFIX + name):
                 raise InvalidInput(f"{PREFIX}{name} is now called {present}")
             known_names = ", ".join(PREFIX + x for x in ENVIRONMENTS)
             raise InvalidInput(
-                f"unknown environment {name!r}; known: {known_names}, or env:MODULE:FUNCTION with "
-                "a function that returns an environment"
+                f"unknown environment {name!r}; known: {known_names}, or env:MODULE:FUNCTION or "
+                "env:FILE.py:FUNCTION with a function that returns an environment"
             )
         return ENVIRONMENTS[name]()
-    if str(Path.cwd()) not in sys.path:  # modules in the working directory, as with `python -m`
-        sys.path.append(str(Path.cwd()))
+    factory = load_function(name, "environment")
+    check_arguments(factory, name, "environment")
     try:
-        factory = getattr(import_module(module), function, None)
-    except ModuleNotFoundError as error:
-        raise InvalidInput(f"env:{name}: {error}") from error
-    if not callable(factory):
-        raise InvalidInput(f"env:{name}: the module {module} has no function {function!r}")
+        environment = factory()
+    except Exception as error:  # a user's function can raise anything
+        raise InvalidInput(
+            f"the environment {name} failed with {type(error).__name__}: {error}; it must return "
+            "an environment without needing arguments"
+        ) from error
+    check_environment(environment, name)
     return factory
+
+
+def check_environment(environment: object, name: str) -> None:
+    """Refuse an object without the methods of an environment.
+
+    Args:
+        environment: What the function returned; the game of seed 0 is begun, and closed.
+        name: Name of the function, for messages.
+
+    Raises:
+        InvalidInput: A method is missing or takes other arguments, or `begin` returns another type.
+    """
+    if not isinstance(environment, Environment):
+        raise InvalidInput(
+            f"the environment {name} returned a {type(environment).__name__}, which lacks one of "
+            "the methods begin, act and close (opd.envs.base.Environment); wrap an environment "
+            "with reset and step in opd.envs.gymnasium_wrapper.Gymnasium"
+        )
+    check_arguments(environment.begin, f"{name}, method begin,", "environment", "seed")
+    check_arguments(environment.act, f"{name}, method act,", "environment", "action")
+    check_arguments(environment.close, f"{name}, method close,", "environment")
+    try:
+        observation = environment.begin(0)
+    except Exception as error:
+        raise InvalidInput(
+            f"the environment {name} failed with {type(error).__name__}: {error} at begin(0); it "
+            "must begin a game for any seed"
+        ) from error
+    environment.close()
+    if not isinstance(observation, Observation):
+        raise InvalidInput(
+            f"the environment {name}: begin(0) returned a {type(observation).__name__}; it must "
+            "return an opd.envs.base.Observation"
+        )
 
 
 def household_factory() -> Callable[[], Environment]:
@@ -241,7 +284,9 @@ def step_environment(
     )
 
 
-def continuation_ids(tokenizer: Any, opening: Chat, text: str, last_id: int) -> list[int]:
+def continuation_ids(
+    tokenizer: Any, opening: Chat, text: str, last_id: int, template: Template = ()
+) -> list[int]:
     """Return the ids between two responses of one conversation.
 
     They are what the chat template renders between an assistant message and the start of the next
@@ -253,6 +298,7 @@ def continuation_ids(tokenizer: Any, opening: Chat, text: str, last_id: int) -> 
         opening: The conversation up to the first response.
         text: The user message.
         last_id: Last id of the response; the first id of the result is left out if it equals it.
+        template: Names and values passed to the chat template.
 
     Returns:
         The ids.
@@ -263,7 +309,7 @@ def continuation_ids(tokenizer: Any, opening: Chat, text: str, last_id: int) -> 
     if tokenizer.chat_template is None:
         return tokenizer.encode(f"\n{text}\n", add_special_tokens=False)
     chat = (*opening, ("assistant", PLACEHOLDER), ("user", text))
-    rendered = render_chat(tokenizer, chat)
+    rendered = render_chat(tokenizer, chat, **dict(template))
     _, placeholder, suffix = rendered.partition(PLACEHOLDER)
     if not placeholder:
         raise InvalidInput(

@@ -19,6 +19,7 @@ from diagnostics.errors import InvalidInput
 from diagnostics.records.renamed import TASKS
 from opd.config.groups import EvalConfig, GamesConfig
 from opd.data.chain_task import Problem
+from opd.data.chat_template import set_chat_template
 from opd.data.prompts import decode_response, decode_responses, encode_prompts
 from opd.data.sources import DEFAULT_COLUMNS, Columns, DatasetProblem
 from opd.data.tasks import Grader, Task, load_task, reject_long_prompts, skip_long_prompts
@@ -428,6 +429,7 @@ def respond_folder(
     grader: str = "",
     system: str = "",
     template: Mapping[str, Any] | None = None,
+    chat_template: str = "",
 ) -> GradedResponses:
     """Run `respond` for a saved model and a task by name.
 
@@ -447,6 +449,7 @@ def respond_folder(
         grader: Grader, see `opd.data.tasks.load_task`.
         system: System message of every prompt.
         template: Settings of the chat template.
+        chat_template: Jinja file of a chat template in the place of the model's own; "" for that.
 
     Returns:
         The graded responses.
@@ -460,6 +463,7 @@ def respond_folder(
             f"{task!r}; leave one of them out"
         )
     tokenizer, network = load_model(name, device, dtype, trust_remote_code)
+    set_chat_template(tokenizer, chat_template)
     source, columns_of_source = task, columns
     if evaluation.eval_task:
         source = evaluation.eval_task
@@ -474,6 +478,7 @@ def respond_folder(
             layout=games.layout,
             max_turns=games.max_turns,
             history=games.history_turns,
+            template=tuple((template or {}).items()),
         )
     else:
         loaded_task = load_task(

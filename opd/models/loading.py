@@ -11,9 +11,12 @@ import torch
 from diagnostics.errors import InvalidInput, MissingFile
 from diagnostics.io.packages import load_package
 from diagnostics.records.eos_ids import combine_eos_ids
+from opd.models.model import base_model
 from opd.runtime.manifest import read_problem
 from opd.serving.addresses import is_url, redact_url
 
+OBJECT_PREFIX = "object:"
+"""Begins the name of a model that was passed as an object."""
 FOUR_BIT_BLOCK = 64
 """Weights that share a scale in bitsandbytes' 4-bit layers."""
 
@@ -45,6 +48,11 @@ def load_model(
 
     if not name:
         raise InvalidInput("no model given; set --student and --teacher to a folder or a hub model")
+    if name.startswith(OBJECT_PREFIX):
+        raise InvalidInput(
+            f"{name} is a model that was passed to opd.train as an object, which a run folder does "
+            "not hold; pass it again, or save it with save_pretrained and give that folder"
+        )
     if is_url(name):
         raise InvalidInput(
             f"{redact_url(name)} is a server, which provides neither weights nor full "
@@ -75,6 +83,73 @@ def load_model(
         )
     check_four_bit_layers(model)
     return tokenizer, (model if quantization else model.to(target_device)).eval()
+
+
+def object_name(model: Any) -> str:
+    """Return the name under which a run records a model that is an object.
+
+    Args:
+        model: A model of transformers or peft.
+
+    Returns:
+        The name.
+
+    Raises:
+        InvalidInput: It is something else.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(base_model(model), PreTrainedModel):
+        raise InvalidInput(
+            f"the model is a {type(model).__name__}; give a model of transformers, such as "
+            "AutoModelForCausalLM.from_pretrained(...); a folder or a hub name is a setting"
+        )
+    return f"{OBJECT_PREFIX}{model.config.name_or_path or type(base_model(model)).__name__}"
+
+
+def load_or_use(
+    model: Any,
+    tokenizer: Any,
+    device: str,
+    dtype: str,
+    trust_remote_code: bool = False,
+    weights: str = "saved",
+) -> tuple[Any, Any]:
+    """Load tokenizer and model by name, or use a model that is in memory.
+
+    Args:
+        model: Folder, hub name, or a model of transformers or peft, which is moved to the device
+            and set to evaluation mode.
+        tokenizer: Tokenizer of a model in memory; unused otherwise.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        dtype: Name of a torch dtype.
+        trust_remote_code: Run Python code that comes with a named model.
+        weights: See `load_model`.
+
+    Returns:
+        Tokenizer and model.
+
+    Raises:
+        InvalidInput: The object is no model, has no tokenizer or another dtype, or should be
+            quantised; or as `load_model`.
+    """
+    if isinstance(model, str):
+        return load_model(model, device, dtype, trust_remote_code, weights)
+    name = object_name(model)
+    if tokenizer is None:
+        raise InvalidInput(f"{name} is a model without its tokenizer; pass tokenizer= too")
+    if weights != "saved":
+        raise InvalidInput(
+            f"teacher_weights is {weights}, but {name} is in memory; quantise it when you load it, "
+            "and set teacher_weights to saved"
+        )
+    actual = str(model.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    if actual != dtype:
+        raise InvalidInput(
+            f"{name} has weights in {actual}, but dtype is {dtype}; set dtype to {actual}, or "
+            f"convert the model with model.to(torch.{dtype})"
+        )
+    return tokenizer, model.to(resolve_device(device)).eval()
 
 
 @contextmanager

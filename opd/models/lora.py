@@ -1,13 +1,17 @@
-"""LoRA adapters: add them to a student, disable them, merge them."""
+"""LoRA adapters: add them to a student, disable them, merge them, save them."""
 
 import copy
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from diagnostics.io.atomic import write_text
 from diagnostics.io.packages import load_package
+from diagnostics.terminal import escape_control_chars
 from opd.config.settings import Config
 from opd.models.model import CausalLM
 
@@ -48,6 +52,27 @@ def without_adapters(student: CausalLM) -> CausalLM:
             return student.hidden(ids, attention, positions)
 
     return replace(student, hidden=hidden)
+
+
+def save_adapters(network: Any, folder: Path, base: str) -> None:
+    """Save the adapters of a model alone, so that they can be put on its base model again.
+
+    Args:
+        network: A model; nothing is saved if it has no adapters of peft.
+        folder: Folder of the adapters.
+        base: Name of the base model, which the adapters refer to.
+    """
+    if not hasattr(network, "merge_and_unload"):
+        return
+    network.save_pretrained(folder, save_embedding_layers=False)
+    config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    config["base_model_name_or_path"] = base
+    write_text(folder / "adapter_config.json", json.dumps(config, indent=2))
+    card = (
+        f"---\nlibrary_name: peft\n---\n\nLoRA adapters of {escape_control_chars(base)}; the model "
+        "card is in the folder above, which holds the merged model.\n"
+    )
+    write_text(folder / "README.md", card)
 
 
 def merge_lora(network: Any) -> Any:

@@ -16,6 +16,7 @@ from dataclasses import replace
 from functools import partial
 
 from diagnostics.errors import InvalidInput
+from diagnostics.io.user_functions import is_function_name
 from opd.objectives.catalogue import COLLAPSING, KNOWN_ERRORS, OBJECTIVES
 from opd.objectives.credit import (
     ADVANTAGES,
@@ -28,6 +29,7 @@ from opd.objectives.credit import (
     reward_cost,
 )
 from opd.objectives.objective import Objective
+from opd.objectives.user_loss import load_user_loss
 
 
 def make_objective(
@@ -48,7 +50,8 @@ def make_objective(
     """Build the objective called `name`; refuse options without effect and known errors.
 
     Args:
-        name: One of OBJECTIVES.
+        name: One of OBJECTIVES, or a loss of your own (`opd.objectives.user_loss`),
+            MODULE:FUNCTION or FILE.py:FUNCTION, which takes none of the options but `support_k`.
         gamma: Discount of later costs, in [0, 1].
         baseline: One of BASELINES in `opd.objectives.credit`.
         ratio: One of RATIOS in `opd.objectives.credit`.
@@ -72,11 +75,30 @@ def make_objective(
         InvalidInput: A name is unknown, a number is out of range, an option would have no effect or
             only add noise, the objective is a known error, or its form collapses.
     """
+    if support_k < 1:
+        raise InvalidInput(f"support_k is {support_k}; a support needs at least 1 id")
+    if is_function_name(name):
+        options = {
+            "gamma": (gamma, 0.0),
+            "baseline": (baseline, "none"),
+            "ratio": (ratio, "none"),
+            "beta": (beta, None),
+            "clip": (clip, None),
+            "ratio_clip": (ratio_clip, math.inf),
+            "reward_weight": (reward_weight, 0.0),
+            "reward_baseline": (reward_baseline, "leave_one_out"),
+            "mask_scope": (mask_scope, "cost"),
+        }
+        for option, (value, default) in options.items():
+            if value != default:
+                raise InvalidInput(
+                    f"{option} is {value!r}, which would have no effect on {name}, a loss of your "
+                    f"own; write it into the function, and leave {option} at {default!r}"
+                )
+        return Objective(user_loss=load_user_loss(name), support_k=support_k)
     _check_names(name, baseline, ratio, reward_baseline, mask_scope)
     _check_collapse(name, allow_collapse)
     check_gamma(gamma)
-    if support_k < 1:
-        raise InvalidInput(f"support_k is {support_k}; a support needs at least 1 id")
     objective = _with_gamma(name, OBJECTIVES[name], gamma)
     if beta is not None:
         objective = _with_beta(name, objective, beta)
@@ -125,7 +147,8 @@ def _check_names(
         ("mask scope", mask_scope, MASK_SCOPES),
     ):
         if value not in known_names:
-            raise InvalidInput(f"unknown {kind} {value!r}; known: {', '.join(known_names)}")
+            own = ", or your own FILE.py:FUNCTION" * (kind == "objective")
+            raise InvalidInput(f"unknown {kind} {value!r}; known: {', '.join(known_names)}{own}")
 
 
 def _check_collapse(name: str, allow_collapse: bool) -> None:

@@ -15,10 +15,12 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from diagnostics.batch import ScoredRollouts
+from diagnostics.errors import InvalidInput
 from opd.objectives.credit import NO_BASELINE, NO_COST, Baseline, Cost, discounted, no_ratio
 from opd.objectives.inputs import TokenInputs
 from opd.objectives.requirements import Requirements
 from opd.objectives.surrogates import NO_FORM, PLAIN_SCORE, Form, Score
+from opd.objectives.user_loss import UserLoss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,8 @@ class Objective:
     """What a mask removes, one of `opd.objectives.credit.MASK_SCOPES`."""
     support_k: int = 16
     """K, the ids per model of a top-K support; the loss itself takes any number."""
+    user_loss: UserLoss | None = None
+    """Loss of a whole optimizer step in the place of credit and surrogate; None for ours."""
 
     @property
     def costs(self) -> tuple[Cost, ...]:
@@ -68,6 +72,18 @@ class Objective:
     @property
     def requirements(self) -> Requirements:
         """What the loss reads, and when it is valid."""
+        if self.user_loss is not None:
+            asks = self.user_loss.asks
+            return Requirements(
+                support=self.user_loss.support,
+                support_k=self.support_k,
+                sampled_logp=bool({"tokens", "student_logp"} & {*asks}),
+                teacher_sampled_logp="teacher_logp" in asks,
+                normalised=True,
+                distributions=False,
+                whole_groups=True,
+                on_policy=bool({"tokens", "student_logp"} & {*asks}) and "sampler_logp" not in asks,
+            )
         reads_ratio = any(cost.sampled for cost in self.costs)
         unweighted = self.has_credit and not self.score.importance_weighted
         return Requirements(
@@ -106,7 +122,22 @@ class Objective:
         return credit * batch.mask
 
     def surrogate(self, inputs: TokenInputs) -> Tensor:
-        """Return the (...) loss of tokens, neither weighted nor reduced."""
+        """Return the (...) loss of tokens, neither weighted nor reduced.
+
+        Args:
+            inputs: The tokens.
+
+        Returns:
+            Their losses.
+
+        Raises:
+            InvalidInput: The loss is a function of the user's own, which has no loss of a token.
+        """
+        if self.user_loss is not None:
+            raise InvalidInput(
+                f"the objective {self.user_loss.name} is a loss of a whole optimizer step, not of "
+                "tokens; call it through opd.policy_loss or opd.train, or choose another objective"
+            )
         local = self.local.surrogate(inputs)
         return local + self.score.function(inputs) if self.has_credit else local
 

@@ -9,26 +9,23 @@ Shapes: B responses, T positions, N flat supervised tokens, n tokens of a chunk,
 rows of the head, V vocabulary, K support ids.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from diagnostics.errors import InvalidInput, OperationFailed
+from diagnostics.errors import InvalidInput
 from opd.models.forward import log_probabilities, micro_batches, response_hidden_states
-from opd.models.lm_head import Head, apply_temperature, chunk_slices
+from opd.models.lm_head import apply_temperature, chunk_slices
 from opd.models.model import CausalLM
 from opd.objectives.inputs import TokenInputs
 from opd.objectives.objective import Objective, token_weights, weighted_losses
 from opd.objectives.reduction import DENOMINATORS
+from opd.scoring.chunked_loss import ChunkLoss, chunked_loss
 from opd.scoring.score import ScoredBatch
+from opd.scoring.user_loss import user_loss_from_hidden
 from opd.teachers.teacher import Teacher
-
-ChunkLoss = Callable[[Tensor, slice], Tensor]
-"""Function of the (n, R) products of a chunk and its slice of the tokens that returns a scalar."""
 
 
 def policy_loss(
@@ -44,7 +41,8 @@ def policy_loss(
     """Return the loss of an optimizer step on a scored batch, with gradient to the student.
 
     For a training loop of your own. The sum of `policy_losses`, which holds the activations of all
-    micro-batches until `backward`; call `backward` on each of `policy_losses` to hold one only.
+    micro-batches until `backward`; call `backward` on each of `policy_losses` to hold one only. A
+    loss of your own (`opd.objectives.user_loss`) is one forward pass and divides by itself.
 
     Args:
         student: The student.
@@ -86,7 +84,8 @@ def policy_losses(
 ) -> Iterator[Tensor]:
     """Yield the loss of each micro-batch; their sum is `policy_loss`, whatever the split.
 
-    Credit, ratio and denominator are computed once, on the whole batch.
+    Credit, ratio and denominator are computed once, on the whole batch. A loss of your own is not
+    split.
 
     Args:
         student: The student.
@@ -110,7 +109,7 @@ def policy_losses(
     credit = objective.credit(scored)
     weight = token_weights(objective.ratio(scored), DENOMINATORS[denominator](scored))
     groups = [list(range(len(scored)))]
-    if max_tokens_per_microbatch is not None:
+    if max_tokens_per_microbatch is not None and objective.user_loss is None:
         groups = micro_batches(batch.prompts, scored, max_tokens_per_microbatch)
     for rows in groups:
         yield micro_batch_loss(
@@ -133,6 +132,7 @@ def micro_batch_loss(
     credit: Tensor,
     weight: Tensor,
     *,
+    scale: float = 1.0,
     teacher: Teacher | None,
     max_logits_per_chunk: int,
 ) -> Tensor:
@@ -144,8 +144,9 @@ def micro_batch_loss(
         batch: Scored batch of B responses.
         rows: The rows.
         credit: (B, T) credit of every token.
-        weight: (B, T) weight of every token.
-        teacher: The teacher, for an objective on the full vocabulary; else unused.
+        weight: (B, T) weight of every token; unused by a loss of the user's own.
+        scale: Factor of the loss.
+        teacher: The teacher, for an objective that reads its logits; else unused.
         max_logits_per_chunk: Logits over all V that exist at once.
 
     Returns:
@@ -156,14 +157,29 @@ def micro_batch_loss(
     columns = slice(scored.mask.shape[1])
     if teacher_hidden is not None:
         teacher_hidden = teacher_hidden[scored.mask[scored.sampled]]
+    teacher_model = None if teacher_hidden is None or teacher is None else teacher.model
+    hidden = response_hidden_states(student, part.prompts, scored)
+    if objective.user_loss is not None:
+        return scale * user_loss_from_hidden(
+            student,
+            objective.user_loss,
+            hidden,
+            scored,
+            teacher=teacher_model,
+            teacher_hidden=teacher_hidden,
+            k=objective.support_k,
+        )
     return loss_from_hidden(
         student,
         objective,
-        response_hidden_states(student, part.prompts, scored),
+        hidden,
         TokenInputs.of(
-            scored, objective.support, credit[rows][:, columns], weight[rows][:, columns]
+            scored,
+            objective.support,
+            credit[rows][:, columns],
+            scale * weight[rows][:, columns],
         ),
-        teacher=None if teacher_hidden is None or teacher is None else teacher.model,
+        teacher=teacher_model,
         teacher_hidden=teacher_hidden,
         temperature=scored.score_temperature,
         max_logits_per_chunk=max_logits_per_chunk,
@@ -308,74 +324,3 @@ def _tokens(inputs: TokenInputs) -> Tensor:
     if inputs.tokens is None:
         raise InvalidInput("the inputs have no tokens; build them with TokenInputs.of")
     return inputs.tokens
-
-
-def chunked_loss(hidden: Tensor, head: Head, loss: ChunkLoss, max_elements: int) -> Tensor:
-    """Return the sum of `loss` over chunks of tokens, with gradient to hidden states and head.
-
-    Neither forward nor backward keeps (N, R) values; gradients of the head are summed in float32.
-    The result cannot be differentiated twice, and `backward` can run once only.
-
-    Args:
-        hidden: (N, D) student states.
-        head: The student's head.
-        loss: Loss of a chunk.
-        max_elements: Products that exist at once.
-
-    Returns:
-        Scalar loss.
-    """
-    total: Tensor = _ChunkedLoss.apply(head, loss, max_elements, hidden, *head.parameters)
-    return total
-
-
-class _ChunkedLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        head: Head,
-        loss: ChunkLoss,
-        max_elements: int,
-        hidden: Tensor,
-        *parameters: Tensor,
-    ) -> Tensor:
-        wants_hidden, *wanted = ctx.needs_input_grad[3:]
-        hidden_gradient = torch.zeros_like(hidden) if wants_hidden else None
-        sums = [
-            torch.zeros_like(x, dtype=_sum_dtype(x)) if wants_gradient else None
-            for x, wants_gradient in zip(parameters, wanted, strict=True)
-        ]
-        total = hidden.new_zeros((), dtype=_sum_dtype(hidden))
-        for c in chunk_slices(len(hidden), head.num_products(hidden), max_elements):
-            z = head.products(hidden[c])
-            if not any((wants_hidden, *wanted)):
-                total += loss(z, c)
-                continue
-            with torch.enable_grad():
-                value = loss(z.requires_grad_(), c)
-            (dz,) = torch.autograd.grad(value, z)
-            total += value.detach()
-            if hidden_gradient is not None:
-                hidden_gradient[c] = head.backproject(dz, hidden.shape[1])
-            head.add_parameter_gradients(sums, dz, hidden[c])
-        ctx.gradients = [hidden_gradient, *sums]
-        ctx.dtypes = [x.dtype for x in (hidden, *parameters)]
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.gradients is None:
-            raise OperationFailed(
-                "backward was already called on this loss; compute the loss again"
-            )
-        gradients, ctx.gradients = ctx.gradients, None
-        scaled = (
-            None if x is None else x.mul_(scale).to(dtype)
-            for x, dtype in zip(gradients, ctx.dtypes, strict=True)
-        )
-        return (None, None, None, *scaled)
-
-
-def _sum_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)

@@ -7,16 +7,19 @@ this process can be kept in host memory while it does not score.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 from diagnostics.errors import InvalidInput
 from opd.config.settings import Config
+from opd.data.chat_template import set_chat_template
 from opd.models.loading import (
     check_has_eos,
     check_same_vocabulary,
     eos_ids,
-    load_model,
+    load_or_use,
     num_head_rows,
+    object_name,
     resolve_device,
 )
 from opd.models.lora import add_lora, without_adapters
@@ -32,11 +35,41 @@ from opd.teachers.teacher import (
 )
 
 
-def make_pairs(settings: Sequence[Config]) -> list[ModelPair]:
+@dataclass(frozen=True, eq=False)
+class ModelObjects:
+    """Models in memory, in the place of those that the settings name."""
+
+    student: Any = None
+    """Model of the student; None to load it."""
+    teacher: Any = None
+    """Model of the teacher; None to load or derive it."""
+    tokenizer: Any = None
+    """Their tokenizer."""
+
+    def names(self) -> dict[str, str]:
+        """Return the settings under which a run records the models."""
+        models = {"student": self.student, "teacher": self.teacher}
+        return {role: object_name(model) for role, model in models.items() if model is not None}
+
+    def student_of(self, config: Config) -> Any:
+        """Return the student, or the name of the one to load."""
+        return config.student if self.student is None else self.student
+
+    def teacher_of(self, config: Config) -> Any:
+        """Return the teacher if the settings of a task are about it, or the name of another."""
+        is_object = self.teacher is not None and config.teacher == object_name(self.teacher)
+        return self.teacher if is_object else config.teacher
+
+
+NO_OBJECTS = ModelObjects()
+
+
+def make_pairs(settings: Sequence[Config], objects: ModelObjects = NO_OBJECTS) -> list[ModelPair]:
     """Build a pair for each task, all with the same student; equal teachers are loaded once.
 
     Args:
         settings: The configuration of each task.
+        objects: Models in memory.
 
     Returns:
         A pair for each configuration, in order.
@@ -45,22 +78,23 @@ def make_pairs(settings: Sequence[Config]) -> list[ModelPair]:
         InvalidInput: See `make_pair` and `load_teacher`.
     """
     first, *remaining = settings
-    pair = make_pair(first)
+    pair = make_pair(first, objects)
     teachers = {first.teacher: pair.teacher}
     for config in remaining:
         if config.teacher not in teachers:
-            teachers[config.teacher] = load_teacher(pair, config)
+            teachers[config.teacher] = load_teacher(pair, config, objects)
     pairs = [replace(pair, teacher=teachers[config.teacher]) for config in settings]
     for config, task_pair in zip(settings, pairs, strict=True):
         task_pair.teacher.check_length(config.data.max_prompt + config.rollout.max_response)
     return pairs
 
 
-def make_pair(config: Config) -> ModelPair:
+def make_pair(config: Config, objects: ModelObjects = NO_OBJECTS) -> ModelPair:
     """Build the configured student and teacher.
 
     Args:
         config: Settings of the run or task.
+        objects: Models in memory.
 
     Returns:
         The pair.
@@ -76,14 +110,26 @@ def make_pair(config: Config) -> ModelPair:
             config.hardware.trust_remote_code,
             config.hardware.teacher_weights,
         )
-        pair = load_pair(config.student, config.teacher, *options, config.hardware.offload_teacher)
+        pair = load_pair(
+            objects.student_of(config),
+            objects.teacher_of(config),
+            *options,
+            config.hardware.offload_teacher,
+            objects.tokenizer,
+        )
+        set_chat_template(pair.tokenizer, config.data.chat_template)
         if not config.optimizer.lora_rank:
             return pair
         network = add_lora(pair.student.network, config)
         return replace(pair, student=split_head(network, pair.student.vocabulary))
-    tokenizer, network = load_model(
-        config.student, device, config.hardware.dtype, config.hardware.trust_remote_code
+    tokenizer, network = load_or_use(
+        objects.student_of(config),
+        objects.tokenizer,
+        device,
+        config.hardware.dtype,
+        config.hardware.trust_remote_code,
     )
+    set_chat_template(tokenizer, config.data.chat_template)
     if config.teacher == "base" and not config.optimizer.lora_rank:
         raise InvalidInput(
             'teacher "base" is the student without its LoRA adapters, but lora_rank is 0; set '
@@ -105,12 +151,13 @@ def make_pair(config: Config) -> ModelPair:
     return ModelPair(student, teacher, tokenizer, eos)
 
 
-def load_teacher(pair: ModelPair, config: Config) -> Teacher:
+def load_teacher(pair: ModelPair, config: Config, objects: ModelObjects = NO_OBJECTS) -> Teacher:
     """Load or connect the teacher of a further task.
 
     Args:
         pair: The first task's pair.
         config: Settings of the task; with offload_teacher the teacher stays in host memory.
+        objects: Models in memory.
 
     Returns:
         The teacher, for the pair's student.
@@ -127,7 +174,7 @@ def load_teacher(pair: ModelPair, config: Config) -> Teacher:
         config.hardware.trust_remote_code,
         config.hardware.teacher_weights,
     )
-    loaded_teacher = load_model(config.teacher, *options)
+    loaded_teacher = load_or_use(objects.teacher_of(config), objects.tokenizer, *options)
     tokenizer, network = loaded_teacher
     check_same_vocabulary(pair.tokenizer, tokenizer)
     vocabulary = pair.student.vocabulary

@@ -7,8 +7,9 @@ from opd.models.loading import (
     check_has_eos,
     check_same_vocabulary,
     known_eos_ids,
-    load_model,
+    load_or_use,
     num_head_rows,
+    object_name,
 )
 from opd.models.model import CausalLM, split_head
 from opd.teachers.teacher import LocalTeacher, Teacher
@@ -36,39 +37,44 @@ class ModelPair:
 
 
 def load_pair(
-    student: str,
-    teacher: str,
+    student: Any,
+    teacher: Any,
     device: str = "auto",
     dtype: str = "float32",
     trust_remote_code: bool = False,
     teacher_weights: str = "saved",
     offload_teacher: bool = False,
+    tokenizer: Any = None,
 ) -> ModelPair:
-    """Load student and teacher.
+    """Load student and teacher, or use models that are in memory.
 
     Args:
-        student: Folder or hub name.
-        teacher: Folder or hub name.
+        student: Folder, hub name or model (`opd.models.loading.load_or_use`).
+        teacher: Folder, hub name or model.
         device: Where both models are placed; "auto" for cuda if available, else cpu.
         dtype: Dtype of both models.
         trust_remote_code: Run Python code that comes with the models.
         teacher_weights: "saved", or the quantisation of the teacher's layers, "int8" or "nf4".
         offload_teacher: Keep the teacher in host memory once it has scored, while it does not.
+        tokenizer: Tokenizer of the models that are objects.
 
     Returns:
         The pair; the vocabulary is limited to the smaller of the two heads.
 
     Raises:
-        InvalidInput: The tokenizers differ, or no end-of-sequence token is known.
+        InvalidInput: The tokenizers differ, no end-of-sequence token is known, or an object cannot
+            be used.
     """
-    loaded_student = load_model(student, device, dtype, trust_remote_code)
-    loaded_teacher = load_model(teacher, device, dtype, trust_remote_code, teacher_weights)
+    loaded_student = load_or_use(student, tokenizer, device, dtype, trust_remote_code)
+    loaded_teacher = load_or_use(
+        teacher, tokenizer, device, dtype, trust_remote_code, teacher_weights
+    )
     check_same_vocabulary(loaded_student[0], loaded_teacher[0])
     for loaded in (loaded_student, loaded_teacher):
         check_has_eos(*loaded)
     return join_models(
         loaded_student,
-        teacher,
+        teacher if isinstance(teacher, str) else object_name(teacher),
         loaded_teacher,
         is_quantised=teacher_weights != "saved",
         offload=offload_teacher,

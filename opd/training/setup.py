@@ -1,6 +1,7 @@
 """Set up a training run: models, tasks, objectives, engines and optimizer."""
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from diagnostics.batch import ScoredRollouts
 from diagnostics.catalogue import PANEL, Metric
 from diagnostics.core.totals import Accumulator, Mean
 from diagnostics.errors import InvalidInput
+from diagnostics.io.user_functions import is_function_name
 from diagnostics.metrics.consistency import staleness
 from diagnostics.metrics.divergence import sampled_divergence
 from diagnostics.metrics.groupby import by
@@ -16,7 +18,8 @@ from diagnostics.metrics.response import length, reward
 from diagnostics.metrics.signal import sign_shares, signal_concentration
 from diagnostics.monitor import Monitor
 from diagnostics.records import rows
-from opd.config.settings import Config, with_settings
+from opd.config.settings import Config, parse_template, with_settings
+from opd.data.row_files import Row
 from opd.data.sources import Columns
 from opd.data.tasks import Task, load_task, reject_long_prompts, skip_long_prompts
 from opd.envs.task import GameTask, is_games, load_games
@@ -24,6 +27,7 @@ from opd.models.model import CausalLM
 from opd.objectives.factory import make_objective
 from opd.objectives.objective import Objective
 from opd.objectives.reduction import DENOMINATORS
+from opd.objectives.user_loss import try_user_loss
 from opd.rollouts.base import Engine
 from opd.rollouts.factory import make_engine
 from opd.runtime import distributed
@@ -36,6 +40,7 @@ from opd.training.optimizer import Optimizer
 from opd.training.prefetch import RolloutPrefetcher
 from opd.training.state import TaskState, TrainState
 from opd.training.step import roll_out_step
+from opd.training.user_metrics import load_metrics, try_metrics
 
 
 def make_train_state(
@@ -45,6 +50,7 @@ def make_train_state(
     pairs: list[ModelPair],
     engine: Engine,
     optimizer: Optimizer,
+    rows_by_name: Mapping[str, list[Row]] | None = None,
 ) -> TrainState:
     """Build the state of a run.
 
@@ -55,11 +61,12 @@ def make_train_state(
         pairs: Student and teacher of each task; the student is the same.
         engine: Rollout engine.
         optimizer: Optimizer of the student.
+        rows_by_name: Rows of data that are objects, by the name of their task.
 
     Returns:
         The state, with the rollouts that were prefetched before a checkpoint.
     """
-    tasks = make_task_states(config, folder, pairs)
+    tasks = make_task_states(config, folder, pairs, rows_by_name)
     prefetcher = RolloutPrefetcher(
         partial(roll_out_step, config, tasks, engine),
         engine.close,
@@ -84,13 +91,19 @@ def make_train_state(
     )
 
 
-def make_task_states(config: Config, folder: Path, pairs: list[ModelPair]) -> list[TaskState]:
+def make_task_states(
+    config: Config,
+    folder: Path,
+    pairs: list[ModelPair],
+    rows_by_name: Mapping[str, list[Row]] | None = None,
+) -> list[TaskState]:
     """Build the state of each task; a run of a single task has one.
 
     Args:
         config: Settings of the run.
         folder: Run folder; its rows tell which alarms are active.
         pairs: Student and teacher of each task.
+        rows_by_name: Rows of data that are objects, by the name of their task.
 
     Returns:
         One state per task.
@@ -103,12 +116,16 @@ def make_task_states(config: Config, folder: Path, pairs: list[ModelPair]) -> li
             with_settings(task_config, prompts_per_step=count)
             for task_config, count in zip(settings, counts, strict=True)
         ]
+    user_metrics = load_metrics(config.record.metrics)
+    if objective.user_loss is not None:
+        try_user_loss(objective.user_loss, pairs[0].student.vocabulary, config.objective.support_k)
     history, tasks = rows.read_rows(folder / "rows.jsonl"), list[TaskState]()
     for i, (task_config, pair) in enumerate(zip(settings, pairs, strict=True)):
         name = config.tasks[i].name if config.tasks else ""
         extra_metrics = metrics_by_task(config) if mixed else metrics_by_turn(task_config)
         if config.rollout.engine == "servers":
             extra_metrics = {**extra_metrics, "staleness": staleness}
+        try_metrics(user_metrics, {**PANEL, **extra_metrics}, config.objective.support_k)
         alarms = Alarms()
         for row in history:
             if mixed or row.get("task", "") == name:
@@ -116,12 +133,12 @@ def make_task_states(config: Config, folder: Path, pairs: list[ModelPair]) -> li
         task = TaskState(
             config=task_config,
             pair=pair,
-            problems=make_task(task_config, pair),
+            problems=make_task(task_config, pair, rows_by_name),
             objective=objective,
             request=score_request(task_config, objective, pair),
             masks=resolve_mask_rules(task_config.objective.mask, pair.tokenizer, pair.eos),
             monitor=Monitor(
-                {**PANEL, **extra_metrics},
+                {**PANEL, **extra_metrics, **user_metrics},
                 alarms=alarms,
                 combine=distributed.all_reduce_accumulators,
             ),
@@ -175,17 +192,24 @@ def sampled_cost(batch: ScoredRollouts) -> dict[str, Accumulator]:
     return {"divergence/k1": Mean.from_values(batch.log_ratio, batch.mask, batch.prompt)}
 
 
-def make_task(config: Config, pair: ModelPair) -> Task | GameTask:
-    """Build the configured task, of problems or games."""
-    return load_game_task(config) if is_games(config.data.task) else load_problem_task(config, pair)
+def make_task(
+    config: Config, pair: ModelPair, rows_by_name: Mapping[str, list[Row]] | None = None
+) -> Task | GameTask:
+    """Build the configured task, of problems or games; see `load_problem_task`."""
+    if is_games(config.data.task):
+        return load_game_task(config)
+    return load_problem_task(config, pair, rows_by_name)
 
 
-def load_problem_task(config: Config, pair: ModelPair) -> Task:
+def load_problem_task(
+    config: Config, pair: ModelPair, rows_by_name: Mapping[str, list[Row]] | None = None
+) -> Task:
     """Load the configured problems.
 
     Args:
         config: Settings of the task.
         pair: Student and teacher, for the tokenizer.
+        rows_by_name: Rows of data that are objects, by the name of their task.
 
     Returns:
         The task.
@@ -203,6 +227,7 @@ def load_problem_task(config: Config, pair: ModelPair) -> Task:
         test=config.evaluation.eval_task,
         grader=config.data.grader,
         system=config.data.system,
+        template=parse_template(config.data.template),
         columns=Columns(prompt=config.data.prompt_column, answer=config.data.answer_column),
         test_columns=Columns(
             prompt=config.evaluation.eval_prompt_column, answer=config.evaluation.eval_answer_column
@@ -212,15 +237,27 @@ def load_problem_task(config: Config, pair: ModelPair) -> Task:
             pair.tokenizer,
             config.data.max_prompt,
         ),
+        rows=rows_by_name,
     )
-    if config.objective.reward_weight and not all(problem.answer for problem in task.train(0, 1)):
+    if needs_rewards(config) and not all(problem.answer for problem in task.train(0, 1)):
+        setting = f"reward_weight is {config.objective.reward_weight}"
+        remedy = "reward_weight to 0"
+        if not config.objective.reward_weight:
+            setting = f"objective {config.objective.objective} asks for reward"
+            remedy = "another objective"
         raise InvalidInput(
-            f"reward_weight is {config.objective.reward_weight}, but {config.data.task} has no "
-            "answers to grade "
-            "responses with; set answer_column to the column with the answers, or reward_weight to "
-            "0"
+            f"{setting}, but {config.data.task} has no answers to grade responses with; set "
+            f"answer_column to the column with the answers, or {remedy}"
         )
     return task
+
+
+def needs_rewards(config: Config) -> bool:
+    """Return whether the objective reads the grades of responses."""
+    if not is_function_name(config.objective.objective):
+        return config.objective.reward_weight > 0
+    loss = objective_from_config(config).user_loss
+    return loss is not None and "reward" in loss.asks
 
 
 def load_game_task(config: Config) -> GameTask:
@@ -239,6 +276,7 @@ def load_game_task(config: Config) -> GameTask:
         max_turns=config.games.max_turns,
         history=config.games.history_turns,
         system=config.data.system,
+        template=tuple(parse_template(config.data.template).items()),
     )
 
 

@@ -2,37 +2,41 @@
 
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from diagnostics.alarms.alarms import Alarm
+from diagnostics.errors import InvalidInput
 from diagnostics.records.rows import Row, append_row, read_rows
 from diagnostics.terminal import escape_control_chars
 from opd.config.files import to_flat
 from opd.config.problems import raise_problems
 from opd.config.settings import Config, with_settings
 from opd.data.grading.unread_answers import unread_evaluation_messages, unread_step_messages
+from opd.data.row_files import rows_of_object
 from opd.data.tasks import Task
 from opd.evaluation.evaluate import evaluate
 from opd.models.fsdp import gather_network, unsharded
 from opd.models.loading import load_model, num_head_rows, resolve_device
-from opd.models.lora import merge_lora
+from opd.models.lora import merge_lora, save_adapters
 from opd.models.model import CausalLM, split_head
 from opd.runs import restart, run_folder
+from opd.runs.hub import push_model
 from opd.runs.identity import record_identities, record_tokenizer
 from opd.runs.model_card import model_card
 from opd.runtime import distributed
 from opd.runtime.seeds import EVALUATION, PROBE, derive_seed
 from opd.runtime.staged_folders import staged_folder
 from opd.scoring.score import ScoredBatch, score_batch
-from opd.teachers.factory import make_pairs, with_sharded_student
+from opd.teachers.factory import ModelObjects, make_pairs, with_sharded_student
 from opd.teachers.teacher import Capability
 from opd.tokens.masking import apply_mask_rules
 from opd.training import checkpoint
@@ -149,9 +153,26 @@ class TrainResult:
         _, network = load_model(str(self.folder / "final"), "auto", "float32")
         return split_head(network, num_head_rows(network))
 
+    def push(self, name: str) -> str:
+        """Upload the trained model to the hub (`opd.runs.hub.push_model`); return its address."""
+        return push_model(self.folder, name)
 
-def train(config: Config, start_over: bool = False) -> TrainResult:
+
+def train(
+    config: Config,
+    start_over: bool = False,
+    *,
+    student: Any = None,
+    teacher: Any = None,
+    tokenizer: Any = None,
+    dataset: Iterable[Mapping[str, Any]] | None = None,
+    eval_dataset: Iterable[Mapping[str, Any]] | None = None,
+) -> TrainResult:
     """Run or resume `config`; the trained model is saved in final/ of the run folder.
+
+    Models and data may be objects, in the place of what the settings name; the run folder then
+    records a name of the model, and a hash of the data that a resumed run must have too. A student
+    that is an object is trained in place.
 
     An exception, `KeyboardInterrupt` included, ends the run with its engine, threads, trackers and
     the lock of its folder released; the same call resumes it from the last checkpoint.
@@ -159,15 +180,23 @@ def train(config: Config, start_over: bool = False) -> TrainResult:
     Args:
         config: Settings of the run.
         start_over: Start at step 0; an existing record is moved to earlier/ in the run folder.
+        student: Model of transformers, in the place of `config.student`.
+        teacher: Model of transformers, in the place of `config.teacher`.
+        tokenizer: Tokenizer of these models.
+        dataset: Rows of the training data (a `datasets.Dataset` or a list of dictionaries), in the
+            place of `config.data.task`.
+        eval_dataset: Rows of the evaluation data, in the place of `config.evaluation.eval_task`.
 
     Returns:
         The run folder with its final numbers, and the trained student.
 
     Raises:
-        InvalidInput: The settings are invalid.
+        InvalidInput: The settings or the objects are invalid.
         OperationFailed: The device ran out of memory (the message names settings to lower), or the
             disk is full.
     """
+    objects = ModelObjects(student, teacher, tokenizer)
+    config, rows_by_name = with_objects(config, objects, dataset, eval_dataset)
     raise_problems(validate(config))
     device_name = resolve_device(config.hardware.device)
     with (
@@ -185,7 +214,7 @@ def train(config: Config, start_over: bool = False) -> TrainResult:
         settings = [
             with_settings(task_config, device=device) for task_config in task_configs(config)
         ]
-        pairs = make_pairs(settings)
+        pairs = make_pairs(settings, objects)
         refuse_same_weights(settings, pairs)
         if config.record.start_checks:
             check_start(settings, pairs)
@@ -194,10 +223,10 @@ def train(config: Config, start_over: bool = False) -> TrainResult:
             checkpoint.load(checkpoint_folder, pairs[0])
         if config.hardware.sharding == "full":
             pairs = with_sharded_student(pairs)
-        student, tokenizer = pairs[0].student, pairs[0].tokenizer
+        trained, tokenizer = pairs[0].student, pairs[0].tokenizer
         rounded = config.hardware.dtype != "float32"
         optimizer = make_optimizer(
-            student.network.parameters(),
+            trained.network.parameters(),
             config.optimizer.betas,
             config.optimizer.weight_decay,
             rounded,
@@ -213,19 +242,55 @@ def train(config: Config, start_over: bool = False) -> TrainResult:
         if distributed.rank() == 0:
             record_identities(folder, to_flat(config))
             record_tokenizer(folder, tokenizer)
-        engine = stack.enter_context(closing(make_rollout_engine(config, student)))
-        state = make_train_state(config, folder, start.step, pairs, engine, optimizer)
+        engine = stack.enter_context(closing(make_rollout_engine(config, trained)))
+        state = make_train_state(config, folder, start.step, pairs, engine, optimizer, rows_by_name)
         names = config.record.loggers if distributed.rank() == 0 else ()
         with open_trackers(names, folder, to_flat(config)) as log, state.prefetcher:
             run_steps(state, log)
         if start.step < config.steps or not (folder / "final").exists():
-            network = merge_lora(gather_network(student))
+            with_adapters = gather_network(trained)
+            network = merge_lora(with_adapters)
             with staged_folder(folder / "final") as partial_folder:
                 if distributed.rank() == 0:
                     network.save_pretrained(partial_folder)
+                    save_adapters(with_adapters, partial_folder / "adapter", config.student)
                     tokenizer.save_pretrained(partial_folder)
                     (partial_folder / "README.md").write_text(model_card(folder, to_flat(config)))
-    return TrainResult(folder, student)
+    return TrainResult(folder, trained)
+
+
+def with_objects(
+    config: Config,
+    objects: ModelObjects,
+    dataset: Iterable[Mapping[str, Any]] | None,
+    eval_dataset: Iterable[Mapping[str, Any]] | None,
+) -> tuple[Config, dict[str, list[dict[str, Any]]]]:
+    """Put the names of objects into the settings that they take the place of.
+
+    Args:
+        config: Settings of the run.
+        objects: Models.
+        dataset: Training data, or None.
+        eval_dataset: Evaluation data, or None.
+
+    Returns:
+        The settings, and the rows of the data by name.
+
+    Raises:
+        InvalidInput: Data are given for a run of several tasks, or cannot be read as rows.
+    """
+    rows_by_name, names = {}, dict[str, Any](objects.names())
+    for setting, data in (("task", dataset), ("eval_task", eval_dataset)):
+        if data is None:
+            continue
+        if config.tasks:
+            raise InvalidInput(
+                f"a data set is given for {setting}, but the settings have {len(config.tasks)} "
+                "tasks; save it to a file and name that in its task"
+            )
+        names[setting], rows = rows_of_object(data)
+        rows_by_name[names[setting]] = rows
+    return with_settings(config, **names), rows_by_name
 
 
 def run_steps(state: TrainState, log: Log) -> None:

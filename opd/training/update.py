@@ -115,14 +115,16 @@ def prepare_loss(task: TaskState, batch: ScoredBatch) -> PreparedLoss:
         denominator[all_rows] = DENOMINATORS[config.objective.denominator](update_batch)
         position = {row: i for i, row in enumerate(all_rows)}
         rows = [i for i, row in enumerate(local_positions) if row in position]
-        groups = [
-            [rows[i] for i in group]
-            for group in micro_batches(
-                batch.prompts.rows(rows),
-                scored.rows(rows),
-                config.hardware.max_tokens_per_microbatch,
-            )
-        ]
+        groups = [rows]  # a loss of the user's own sees the whole update
+        if objective.user_loss is None:
+            groups = [
+                [rows[i] for i in group]
+                for group in micro_batches(
+                    batch.prompts.rows(rows),
+                    scored.rows(rows),
+                    config.hardware.max_tokens_per_microbatch,
+                )
+            ]
         if number == 1:
             expected = expected_loss(
                 config,
@@ -229,8 +231,8 @@ def accumulate_gradients(
     Returns:
         The weighted loss, detached, and sampled gradients after the first micro-batch.
     """
-    student, config, weight = state.student, task.config, task_weight * loss.weight
-    total, first_gradients = torch.zeros((), device=weight.device), None
+    student, config = state.student, task.config
+    total, first_gradients = torch.zeros((), device=loss.weight.device), None
     with ExitStack() as stack:
         if loss.batch.teacher_hidden is not None:  # the loss reads the teacher's head
             stack.enter_context(task.pair.teacher.on_device(student.device))
@@ -242,7 +244,8 @@ def accumulate_gradients(
                     loss.batch,
                     rows,
                     loss.credit,
-                    row_weight * weight,
+                    loss.weight,
+                    scale=task_weight * row_weight,
                     teacher=task.pair.teacher,
                     max_logits_per_chunk=config.hardware.max_logits_per_chunk,
                 )

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from diagnostics.errors import InvalidInput
 from opd.config.problems import conflicts, invalid_names, separate_invalid
-from opd.config.settings import Config, with_settings
+from opd.config.settings import Config, setting_fields, with_settings
 from opd.envs.task import is_games
 from opd.objectives.objective import Objective
 from opd.runtime import distributed
@@ -47,6 +47,7 @@ def validate(config: Config) -> list[str]:
     else:
         further += objective_problems(valid_config, objective)
         further += teacher_problems(valid_config, objective)
+        further += user_loss_problems(valid_config, objective)
     further += [
         message
         for task_config in task_configs(valid_config)
@@ -54,6 +55,36 @@ def validate(config: Config) -> list[str]:
     ]
     problems += [message for message in further if not invalid & invalid_names([message])]
     return list(dict.fromkeys(problems))
+
+
+def user_loss_problems(config: Config, objective: Objective) -> Iterator[str]:
+    """Report settings that a loss of the user's own, which sees a whole update, rules out."""
+    if objective.user_loss is None:
+        return
+    name = objective.user_loss.name
+    if distributed.is_distributed():
+        yield (
+            f"objective {name} is a loss of your own, which has to see all rollouts of an update, "
+            "but they are spread over several processes; start one process"
+        )
+    default = setting_fields()["denominator"].field.default
+    if config.objective.denominator != default:
+        yield (
+            f"denominator is {config.objective.denominator}, but {name} is a loss of your own, "
+            f"which divides by what it likes itself; leave it at {default}"
+        )
+    if config.record.probe_every:
+        yield (
+            f"probe_every is {config.record.probe_every}, but the gradient probe splits the loss "
+            f"by tokens, and {name} is a loss of a whole update; set probe_every to 0"
+        )
+    if objective.user_loss.support == "none" or not config.objective.map_eos:
+        return
+    if objective.user_loss.support == "full":
+        yield (
+            f"map_eos would not change teacher_logits, which {name} asks for; remove map_eos, or "
+            "ask for teacher_logp or teacher_topk"
+        )
 
 
 def process_problems(config: Config) -> Iterator[str]:

@@ -1,7 +1,9 @@
 """The recipes of docs/adding.md run as they stand on the page, and their numbers are right."""
 
+import json
 import re
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -9,14 +11,18 @@ import torch
 
 from diagnostics.errors import InvalidInput
 from opd.data.chain_task import Problem
+from opd.data.grading.graders import make_grader
 from opd.data.prompts import encode_prompts
+from opd.envs.task import load_games
 from opd.objectives.catalogue import OBJECTIVES
 from opd.rollouts.factory import ENGINES, make_engine
 from opd.teachers.pair import load_pair
+from opd.training.train import train
 from synthetic import experiments
 from synthetic.runner.run import load_experiment, run
 from tests.helpers.batches import batch
 from tests.helpers.paths import ROOT
+from tests.helpers.runs import rows, settings
 
 PAGE = (ROOT / "docs" / "adding.md").read_text()
 
@@ -25,6 +31,34 @@ def code_blocks(section: str) -> list[str]:
     """Return the Python blocks below a heading of the page."""
     text = PAGE.split(f"\n## {section}\n")[1].split("\n## ")[0]
     return re.findall(r"```python\n(.*?)```", text, re.S)
+
+
+def test_functions_of_ones_own_run_as_on_the_page(tiny_pair, tmp_path: Path) -> None:
+    file = tmp_path / "my.py"
+    file.write_text("\n\n".join(code_blocks("Functions of your own")))
+    data = tmp_path / "data.jsonl"
+    answers = [{"prompt": f"{i} + 1 =", "answer": str(i + 1)} for i in range(12)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in answers))
+    own = {"objective": f"{file}:loss", "metrics": (f"{file}:unlikely",)}
+    short = {"steps": 1, "eval_every": 0, "eval_problems": 1}
+    config = settings(
+        tiny_pair, tmp_path / "own", task=str(data), grader=f"{file}:grade", **own, **short
+    )
+    row = rows(train(config).folder)[0]
+    assert row["loss"] == pytest.approx(row["divergence/reverse_kl"], rel=1e-3)
+    assert 0 < row["mine/unlikely"] < 1
+    assert row["response/graded_share"] == 1
+    games = settings(
+        tiny_pair, tmp_path / "games", task=f"env:{file}:Countdown", max_turns=2, **short
+    )
+    assert rows(train(games).folder)[0]["episodes/success"] == 0
+    grade = make_grader(f"{file}:grade")
+    texts = ("it is 4", "4 it is", "five")
+    assert [grade(text, "4").reward for text in texts] == [1.0, 0.5, 0.0]
+    game = load_games(f"env:{file}:Countdown", 0).make()
+    assert game.begin(0).text == "The number is 3."
+    endings = [game.act(action) for action in ("2", "2", "1", "0")]
+    assert [x.won for x in endings] == [False, False, False, True]
 
 
 def test_an_objective_descends_to_the_teacher(

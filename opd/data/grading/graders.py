@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from diagnostics.errors import InvalidInput, MissingFile, MissingPackage, OperationFailed
+from diagnostics.io.user_functions import is_function_name
 from opd.data import chain_task
 from opd.data.grading.answer_text import (
     extract_answer,
@@ -209,7 +210,7 @@ def grader_worker(kind: str = "math") -> GraderWorker:
     """Return this process's worker for a kind of comparison; one per kind."""
     if kind == "math":
         require_math_verify()
-    if is_user_function(kind):
+    if is_function_name(kind):
         return GraderWorker(USER_GRADER_TIMEOUT, kind, memory=0)
     return GraderWorker(TIMEOUT, kind)
 
@@ -294,11 +295,6 @@ GRADERS: Mapping[str, Grader] = {
 }
 
 
-def is_user_function(name: str) -> bool:
-    """Return whether a grader name refers to a user's function, whose code would run."""
-    return ":" in name
-
-
 def require_trusted_grader(name: str, config_file: Path, trust: bool) -> None:
     """Refuse to run a function that a run's record names, unless the user trusts it.
 
@@ -310,7 +306,7 @@ def require_trusted_grader(name: str, config_file: Path, trust: bool) -> None:
     Raises:
         InvalidInput: The grader is a function and is not trusted.
     """
-    if is_user_function(name) and not trust:
+    if is_function_name(name) and not trust:
         raise InvalidInput(
             f"{config_file} names the grader {name}, a function whose code would run; review it, "
             "then pass --trust-remote-code to run it"

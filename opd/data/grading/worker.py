@@ -10,7 +10,6 @@ process, and the process has a memory limit. Started by opd.data.grading.worker_
 """
 
 import importlib
-import importlib.util
 import json
 import logging
 import math
@@ -20,8 +19,10 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+
+from diagnostics.errors import UserError
+from diagnostics.io.user_functions import check_arguments, load_function
 
 TOLERANCE = 1e-4
 """Largest relative difference of two numbers that math-verify may call equal.
@@ -40,6 +41,9 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles interrupts
     try:
         compare_answers = load_comparison(kind)
+    except UserError as error:
+        print(json.dumps({"error": str(error)}), file=replies, flush=True)
+        return
     except Exception as error:
         print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=replies, flush=True)
         return
@@ -63,34 +67,9 @@ def load_comparison(kind: str) -> Compare:
     if kind == "gym":
         importlib.import_module("reasoning_gym.factory")  # slow: before the first time limit
         return score_gym
-    return user_comparison(load_function(kind))
-
-
-def load_function(name: str) -> Callable[..., Any]:
-    """Load the function that MODULE:FUNCTION or FILE.py:FUNCTION names.
-
-    Args:
-        name: The name.
-
-    Returns:
-        The function.
-
-    Raises:
-        ImportError: The module cannot be imported.
-        AttributeError: The module has no such function.
-    """
-    module_path, _, function = name.rpartition(":")
-    sys.path.append(os.getcwd())  # last, so that no folder there hides an installed package
-    if module_path.endswith(".py"):
-        spec = importlib.util.spec_from_file_location(Path(module_path).stem, module_path)
-        if spec is None or spec.loader is None:
-            raise ImportError(f"{module_path} is not a Python file")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-    else:
-        module = importlib.import_module(module_path)
-    return getattr(module, function)
+    function = load_function(kind, "grader")
+    check_arguments(function, kind, "grader", "response", "answer")
+    return user_comparison(function)
 
 
 def user_comparison(function: Callable[..., Any]) -> Compare:
@@ -98,7 +77,10 @@ def user_comparison(function: Callable[..., Any]) -> Compare:
 
     def compare_with_user_function(gold: str, response_text: str) -> dict[str, Any]:
         try:
-            score = float(function(response_text, gold))
+            value = function(response_text, gold)
+            if isinstance(value, str):
+                return {"error": f"it returned the text {value[:60]!r}"}
+            score = float(value)
         except Exception as error:
             return {"error": f"{type(error).__name__}: {error}"}
         return {"score": score} if math.isfinite(score) else {"error": f"it returned {score}"}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import ScoredRollouts
+from diagnostics.io.user_functions import is_function_name
 from opd.config.settings import Config
 from opd.objectives import factory
 from opd.objectives.credit import RATIOS
@@ -213,6 +214,8 @@ def credit_from_settings(config: Config, batch: ScoredRollouts) -> Tensor:
 def _direct_terms(config: Config, batch: ScoredRollouts) -> ValuePair | None:
     """Return the (B, T) part of the loss that does not depend on credit, as is and exchanged."""
     name, r = config.objective.objective, batch.log_ratio.double()
+    if is_function_name(name):
+        return None
     if name in (*SAMPLED, "mean_future"):
         return torch.zeros_like(r), torch.zeros_like(r)
     if name == "k2":

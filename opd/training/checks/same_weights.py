@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diagnostics.errors import InvalidInput
 from opd.config.settings import Config
+from opd.models.loading import OBJECT_PREFIX
 from opd.teachers.pair import ModelPair
 
 
@@ -60,6 +61,8 @@ def has_student_weights(config: Config, pair: ModelPair) -> bool:
 
 def is_same_source(student: str, teacher: str) -> bool:
     """Return whether two names are the same folder (following links) or the same hub model."""
+    if student.startswith(OBJECT_PREFIX) or teacher.startswith(OBJECT_PREFIX):
+        return False  # models in memory may have the same name and other weights
     if student == teacher:
         return True
     folders = Path(student), Path(teacher)

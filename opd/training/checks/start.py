@@ -21,6 +21,7 @@ from diagnostics.errors import InvalidInput
 from diagnostics.ragged import left_pad
 from opd.config.settings import Config
 from opd.models.contexts import evaluation_mode
+from opd.models.loading import OBJECT_PREFIX
 from opd.models.model import CausalLM, base_model
 from opd.runtime import distributed
 from opd.teachers.pair import ModelPair
@@ -180,6 +181,8 @@ def check_tokenizer_file(
 
 def saved_file(name: str, file: str) -> Path | None:
     """Return a file of a model folder or of the hub cache; None if there is none."""
+    if name.startswith(OBJECT_PREFIX):  # a model in memory
+        return None
     if Path(name).is_dir():
         path = Path(name) / file
         return path if path.is_file() else None

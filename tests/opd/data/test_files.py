@@ -73,18 +73,19 @@ def test_unreadable_files_are_explained(tmp_path: Path) -> None:
 
 
 def test_rows_of_another_kind_are_refused_with_the_file(tmp_path: Path) -> None:
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    reply = {"role": "assistant", "content": "b"}
     for name, data, message in (
         (
             "chats",
-            [{"messages": chat}] * 3,
-            "--prompt-column.*store the messages before it as the prom",
+            [{"messages": [reply]}] * 3,
+            "rows 0, 1, 2 has a 'messages' whose last message is by 'assistant', not by the user",
         ),
         (
             "prompts",
-            [{"prompt": chat, "answer": "b"}] * 3,
-            "by 'assistant', not by the user; if a chat",
+            [{"prompt": [reply, reply], "answer": "b"}] * 3,
+            "by 'assistant', not by the user; end the chat with a user message",
         ),
+        ("texts", [{"text": "a"}] * 3, "lacks .*'prompt'.*--prompt-column"),
         ("copies", [{"prompt": "a", "answer": "b"}] * 3, "3 rows hold 1 different prompts"),
         (
             "grader",
@@ -165,7 +166,7 @@ def test_chats_come_as_lists_arrays_or_json(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "p.jsonl", [{"prompt": c, "answer": "1"} for c in chats])
     for problem in read_problems(source):
         assert problem.chat == (("system", "s"), ("user", "q"))  # type: ignore[attr-defined]
-    from opd.data.sources import parse_messages
+    from opd.data.messages import parse_messages
 
     assert parse_messages(numpy.array(chat), "prompt") == (("system", "s"), ("user", "q"))
     text = write_rows(tmp_path / "t.jsonl", [{"prompt": str(chat), "answer": "1"}] * 2)

@@ -80,7 +80,8 @@ def test_bad_rows_are_named(tmp_path: Path) -> None:
         [{"prompt": 3, "answer": "b"}, good_row], "row 0 has neither text nor a list of messages"
     )
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    refused([{"prompt": chat, "answer": "b"}, good_row], "last message is by 'assistant'")
+    two_replies = [*chat, chat[1]]
+    refused([{"prompt": two_replies, "answer": "b"}, good_row], "last message is by 'assistant'")
     refused([good_row, {"prompt": ["a"], "answer": "b"}], "row 1 has neither text nor a list")
     chat_with_system = [{"role": "system", "content": "s"}, *chat[:1]]
     refused(

@@ -14,7 +14,7 @@ from torch import Tensor
 from opd.models.gathered_head import gathered_product
 from opd.models.lm_head import LmHead, LogitsHead, two_stage_topk
 from opd.models.model import CausalLM, split_head
-from opd.scoring.loss import chunked_loss
+from opd.scoring.chunked_loss import chunked_loss
 
 
 def seeded(seed: int = 0) -> torch.Generator:

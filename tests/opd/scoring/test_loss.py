@@ -19,7 +19,8 @@ from opd.objectives.catalogue import OBJECTIVES
 from opd.objectives.inputs import TokenInputs
 from opd.objectives.objective import Objective, batch_losses
 from opd.objectives.support import JOINT_SUPPORTS
-from opd.scoring.loss import chunked_loss, loss_from_hidden
+from opd.scoring.chunked_loss import chunked_loss
+from opd.scoring.loss import loss_from_hidden
 from tests.opd.models.test_lm_head import largest, normal, seeded
 
 B, T, D, V, K = 3, 5, 6, 23, 4

@@ -89,11 +89,13 @@ def test_users_functions_that_fail_are_named(module: Path) -> None:
     for name, message in (
         ("missing", "it returned nan"),
         ("broken", "KeyError: '42'"),
-        ("absent", "did not start: AttributeError: .* has no attribute 'absent'"),
+        ("absent", "did not start: .* has no function 'absent'; it has .*contains"),
     ):
         with pytest.raises(RuntimeError, match=f"{module.stem}.py:{name} .*{message}"):
             make_grader(f"{module}:{name}")("7", "42")
-    with pytest.raises(RuntimeError, match="no_such_module:grade did not start: ModuleNotFound"):
+    with pytest.raises(
+        RuntimeError, match="no_such_module:grade did not start: .*ModuleNotFoundError"
+    ):
         make_grader("no_such_module:grade")("7", "42")
     with pytest.raises(FileNotFoundError, match=r"no_such\.py"):
         make_grader("no_such.py:grade")
