@@ -14,8 +14,8 @@ from typing import Any
 from diagnostics.errors import InvalidInput
 from diagnostics.io.files import short_repr
 from diagnostics.io.packages import load_package
-from opd.data.row_files import Row, read_rows
 from opd.data.messages import parse_messages
+from opd.data.row_files import Row, read_rows
 from opd.data.sources import is_missing
 
 GYM_PREFIX = "gym:"

@@ -29,7 +29,7 @@ class FakeHub(BaseHTTPRequestHandler):
     def log_message(self, *args: object) -> None:
         """Print nothing."""
 
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.requests.append(f"POST {self.path}")
         self.tokens.add(self.headers.get("Authorization", ""))
@@ -69,7 +69,7 @@ class FakeHub(BaseHTTPRequestHandler):
             return self.answer({"commitUrl": url, "commitOid": "abc", "success": True})
         return self.answer({"error": "unknown"}, 404)
 
-    def do_PUT(self) -> None:  # noqa: N802
+    def do_PUT(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.requests.append("PUT /lfs/...")
         oid = self.path.removeprefix("/lfs/")
@@ -78,7 +78,7 @@ class FakeHub(BaseHTTPRequestHandler):
         self.objects[oid] = body
         return self.answer({})
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         self.requests.append(f"GET {self.path}")
         self.answer({"error": "unknown"}, 404)
 
