@@ -189,7 +189,8 @@ def run_disturbed(
 def read_untimed_rows(folder: Path) -> list[dict[str, Any]]:
     """Return the rows without their times."""
     lines = (folder / "rows.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(x).items() if not k.startswith("seconds/")} for x in lines]
+    timings = ("seconds/", "machine/")
+    return [{k: v for k, v in json.loads(x).items() if not k.startswith(timings)} for x in lines]
 
 
 def main(argv: list[str]) -> None:

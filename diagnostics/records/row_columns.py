@@ -9,6 +9,11 @@ COLUMNS: tuple[tuple[str, str], ...] = (
     ),
     ("seconds/*", "time of rollout, scoring, update and record"),
     (
+        "machine/*",
+        "tokens_per_second, sampled tokens of all processes over the time of the step; peak_gib, "
+        "most memory in use: of the device in this step, on a CPU of the process so far",
+    ),
+    (
         "mask/*",
         "what a rule of `--mask`, or all of them, excludes: share of the sampled tokens "
         "(mask/RULE/tokens), of their absolute costs (signal), of their squared costs (energy)",

@@ -29,7 +29,7 @@ from opd.report.run_data import (
 )
 
 ASSETS = Path(__file__).resolve().parent / "assets"
-SCRIPTS = ("dom", "verdicts", "curves", "positions", "rollouts", "tokens", "page")
+SCRIPTS = ("dom", "verdicts", "panels", "curves", "positions", "rollouts", "tokens", "page")
 UNSAFE = re.compile("[<>&\u2028\u2029]")
 LARGE_PAGE_BYTES = 10_000_000
 """Size in bytes above which a page is slow to open and to send."""

@@ -33,6 +33,7 @@ from opd.runs.hub import push_model
 from opd.runs.identity import record_identities, record_tokenizer
 from opd.runs.model_card import model_card
 from opd.runtime import distributed
+from opd.runtime.memory import peak_gib, start_peak
 from opd.runtime.seeds import EVALUATION, PROBE, derive_seed
 from opd.runtime.staged_folders import staged_folder
 from opd.scoring.score import ScoredBatch, score_batch
@@ -73,6 +74,7 @@ def run_step(state: TrainState, step: int, log: Log) -> Row:
     checks: list[dict[str, Tensor]] = []
     probe_row: Row = {}
     laps = [time.perf_counter()]
+    start_peak(student.device)
     with unsharded(student):
         sampled = prefetcher.get(step)  # now, or while an earlier step trained
         prefetcher.launch(step)
@@ -109,6 +111,11 @@ def run_step(state: TrainState, step: int, log: Log) -> Row:
         ("rollout", "score", "update", "record"), laps, laps[1:], strict=False
     ):
         row[f"seconds/{name}"] = end - start
+    num_tokens = sum(batch.scored.lengths.sum().double() for batch in batches)
+    row["machine/tokens_per_second"] = float(distributed.all_reduce_sum(num_tokens)) / (
+        laps[-1] - laps[0]
+    )
+    row["machine/peak_gib"] = peak_gib(student.device)
     record_step(state, tasks, step, row, log)
 
     num_steps_done = step + 1

@@ -29,7 +29,8 @@ def settings(pair: tuple[Path, Path], out: Path, **changes: object) -> Config:
 def rows(folder: Path) -> list[dict[str, float]]:
     """The rows without their timings."""
     lines = (folder / "rows.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(x).items() if not k.startswith("seconds/")} for x in lines]
+    timings = ("seconds/", "machine/")
+    return [{k: v for k, v in json.loads(x).items() if not k.startswith(timings)} for x in lines]
 
 
 def train_in_rank(configs: list[Config]) -> None:

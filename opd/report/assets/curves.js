@@ -1,18 +1,12 @@
 // Curves: one chart per column, with all runs on one axis.
-const PANELS = [
-  ["divergence/reverse_kl", "Reverse KL, nats per token"], ["divergence/k1", "Sampled log ratio (k1), nats per token"], ["response/reward", "Reward of rollouts"],
-  ["divergence/student_entropy", "Student's entropy, nats"], ["response/length", "Response length, tokens"], ["response/truncated_share", "Truncated responses"],
-  ["signal/signal_top1_share", "Signal in the top 1 % of tokens"], ["divergence/outside_topk_expected", "Student's mass outside the support"], ["grad_norm", "Gradient norm"],
-  ["tokens/confident_impossible_signal", "Signal of impossible tokens"],
-];
-const TITLES = new Map([...PANELS, ["repetition/repeated_share", "Tokens in repeated 8-grams"], ["loss", "Loss"]]);
 const ACCURACY = "held-out accuracy";
 
 function columnLine(line, name) {
   const curve = line.part.curves[name];
   if (!curve) return null;
   const x = line.part.steps[curve[0]], y = curve[1], e = curve[2];
-  const edge = (sign) => y.map((v, k) => known(v) && e && known(e[k]) ? v + sign * 1.96 * e[k] : null);
+  const [least, most] = bounds(name, y.filter(known));
+  const edge = (sign) => y.map((v, k) => known(v) && e && known(e[k]) ? Math.min(most, Math.max(least, v + sign * 1.96 * e[k])) : null);
   return { ...line, x, y, bold: smooth(y, Math.round(x.length / 40)), low: edge(-1), high: edge(1) };
 }
 function accuracyLine(line) {
@@ -30,16 +24,25 @@ function smooth(y, width) {
 }
 
 let charts = [];
+const linesOf = (name) => visibleLines().map((line) => name === ACCURACY ? accuracyLine(line) : columnLine(line, name)).filter(Boolean);
+const titleOf = (name) => ABOUT.get(name)?.title ?? name;
+
+// What a column is and what healthy looks like, behind a question mark.
+function explained(name) {
+  const about = ABOUT.get(name), rule = data.rules.find((rule) => rule.metric === name);
+  const parts = [about?.meaning, (about || rule) && `Healthy: ${about?.healthy ?? rule.null}.`, rule && `Alarm ${words(rule.name)} watches it.`, name !== ACCURACY && `Column ${name}.`].filter(Boolean);
+  return make("details", { class: "about", title: parts.join(" ") }, make("summary", { textContent: "?", "aria-label": `About ${titleOf(name)}` }), small(parts.join(" ")));
+}
+
 // The box of a column; `drawn` adds the plot once the box has its width.
 function chart(name) {
-  const mine = visibleLines().map((line) => name === ACCURACY ? accuracyLine(line) : columnLine(line, name)).filter(Boolean);
-  const holder = make("div", { class: "chart" }), title = TITLES.get(name) ?? name;
+  const mine = linesOf(name), holder = make("div", { class: "chart" }), title = titleOf(name);
   holder.dataset.column = name;
-  const rule = data.rules.find((rule) => rule.metric === name);
-  holder.append(make("h3", {}, make("span", { textContent: name === ACCURACY ? "Held-out accuracy" : title }),
-    state.extra.includes(name) ? make("button", { type: "button", class: "link", textContent: "×", "aria-label": `Remove ${name}`, onclick: () => { state.extra = state.extra.filter((x) => x !== name); drawCharts(); } }) : null));
-  const note = (title === name || name === ACCURACY ? "" : name) + (rule ? `${title === name ? "" : " · "}healthy: ${rule.null}` : "");
-  holder.append(make("p", { class: "small", title: note, textContent: note || "\u00a0" }));
+  const save = () => download(`${name.replaceAll(/[^\w]+/g, "_")}.csv`, csvOf(mine));
+  holder.append(make("h3", {}, make("span", { textContent: title }), make("span", { class: "tools" },
+    mine.length ? make("button", { type: "button", class: "link", textContent: "csv", title: "Download the points of this chart", "aria-label": `Download ${name} as CSV`, onclick: save }) : null,
+    state.extra.includes(name) ? make("button", { type: "button", class: "link", textContent: "×", "aria-label": `Remove ${name}`, onclick: () => { state.extra = state.extra.filter((x) => x !== name); drawCharts(); } }) : null)));
+  holder.append(explained(name));
   if (!mine.length) { holder.append(small("not recorded in the runs shown")); return { holder }; }
   const body = make("div", { class: "plot", tabIndex: 0, role: "img", "aria-label": `${title}: ${mine.map((line) => `${line.label} from ${show(line.y.find(known))} to ${show(line.y.findLast(known))}`).join("; ")}. Use the arrow keys to read values.` });
   const readout = make("div", { class: "readout", "aria-live": "polite" });
@@ -70,11 +73,12 @@ function chartOptions(name, mine, readout) {
   const values = mine.flatMap((line) => line.y).filter(known), low = Math.min(...values), high = Math.max(...values);
   const log = low > 0 && high / low > 50;
   const axis = { stroke: css("--faint"), grid: { stroke: css("--line"), width: 1 }, font: "11px system-ui, sans-serif", ticks: { show: false } };
-  const range = (_, a, b) => { const pad = (b - a || Math.abs(b) || 1) * 0.06; return [a - pad, b + pad]; };
+  const [least, most] = bounds(name, values), room = 0.02;
+  const range = (_, a, b) => { const pad = (b - a || Math.abs(b) || 1) * 0.06; return [Math.max(least - room, a - pad), Math.min(most + room, b + pad)]; };
   return {
     height: 190, series, bands, legend: { show: false }, scales: { x: { time: false }, y: log ? { distr: 3 } : { range } },
     cursor: { drag: { x: true, y: false }, sync: { key: "step" }, points: { show: (u, i) => (i - 1) % 4 === 1 ? undefined : false } },
-    axes: [{ ...axis, size: 20, gap: 2 }, { ...axis, size: 48, gap: 4, grid: log ? { ...axis.grid, filter: powers } : axis.grid, values: (_, ticks) => ticks.map((v) => v === null ? "" : show(v, 3)) }],
+    axes: [{ ...axis, size: 20, gap: 2 }, { ...axis, size: 48, gap: 4, grid: log ? { ...axis.grid, filter: powers } : axis.grid, values: (_, ticks) => tickLabels(ticks) }],
     hooks: {
       setCursor: [(u) => readout.replaceChildren(...reading(u, mine))],
       setScale: [(u, key) => {
@@ -95,7 +99,8 @@ function reading(u, mine) {
   const parts = mine.map((line, j) => {
     const [y, , low, high] = [1, 2, 3, 4].map((m) => u.data[4 * j + m][k]);
     if (y === undefined) return null;
-    const value = y === null ? "not a number" : show(y) + (known(low) ? line.y === line.bold ? ` [${show(low)}, ${show(high)}]` : ` ± ${show((high - low) / 2, 2)}` : "");
+    const even = known(low) && Math.abs(high + low - 2 * y) <= 1e-3 * (high - low) && line.y !== line.bold;
+    const value = y === null ? "not a number" : show(y) + (!known(low) ? "" : even ? ` ± ${show((high - low) / 2, 2)}` : ` [${show(low)}, ${show(high)}]`);
     return make("span", { class: "entry" }, swatch(line.i), value);
   });
   return [`step ${u.data[0][k]} `, ...parts.filter(Boolean)];
@@ -131,12 +136,19 @@ function drawCharts() {
   const have = new Set(columns()), evaluated = data.runs.some((run) => run.evals.length > 0);
   const alarmed = lines().flatMap((line) => line.part.alarms.filter((alarm) => alarm.on).map((alarm) => alarm.metric));
   const usual = [...new Set([...PANELS.map(([name]) => name), ...alarmed])].filter((name) => have.has(name));
-  state.extra = state.extra.filter((name) => !usual.includes(name));
-  const boxes = [...(evaluated ? [ACCURACY] : []), ...usual, ...state.extra].map(chart);
+  const same = new Map(usual.filter((name) => !alarmed.includes(name)).map((name) => [name, constantValue(linesOf(name))]).filter(([, value]) => known(value)));
+  state.extra = state.extra.filter((name) => !usual.includes(name) || same.has(name));
+  drawConstants(same);
+  const boxes = [...(evaluated ? [ACCURACY] : []), ...usual.filter((name) => !same.has(name)), ...state.extra].map(chart);
   $("charts").replaceChildren(...boxes.map((box) => box.holder));
   charts = boxes.filter((box) => box.body).map(drawn);
   if (!have.size) $("charts").append(small("No rows were recorded yet."));
   $("columns").replaceChildren(...[...have].map((value) => make("option", { value })));
+}
+function drawConstants(same) {
+  const rows = [...same].map(([name, value]) => make("li", {}, `${titleOf(name)}: `, make("b", { textContent: show(value) }), " ", explained(name)));
+  $("constants").hidden = !rows.length;
+  $("constants").replaceChildren(make("summary", { class: "small", textContent: `${plural(rows.length, "quantity").replace("quantitys", "quantities")} the same at every step` }), make("ul", {}, rows));
 }
 function resize() {
   for (const { plot, body } of charts) {

@@ -1,7 +1,7 @@
 // Positions: heat maps of position by step on one scale for all runs, and the parts of the divergence.
 const USUAL = ["divergence/reverse_kl", "divergence/outside_topk_expected", "divergence/teacher_entropy", "divergence/student_entropy", "divergence/k1", "divergence/teacher_max"];
-const MAP_TITLES = new Map([["divergence/reverse_kl", "Reverse KL, nats"], ["divergence/outside_topk_expected", "Student's mass outside the support"], ["divergence/teacher_entropy", "Teacher's entropy, nats"],
-  ["divergence/student_entropy", "Student's entropy, nats"], ["divergence/k1", "Sampled log ratio (k1), nats"], ["divergence/teacher_max", "Teacher's largest probability"]]);
+const MAP_TITLES = new Map([["divergence/reverse_kl", "Reverse KL, nats"], ["divergence/outside_topk_expected", "Student's probability outside the top-K"], ["divergence/teacher_entropy", "Teacher's entropy, nats"],
+  ["divergence/student_entropy", "Student's entropy, nats"], ["divergence/k1", "Reverse KL, sampled (k1), nats"], ["divergence/teacher_max", "Teacher's largest probability"]]);
 const VIRIDIS = ["#440154", "#472c7a", "#3b518b", "#2c718e", "#21908d", "#27ad81", "#5cc863", "#aadc32", "#fde725"];
 const SIGNED = ["#2166ac", "#6aaed6", "#d1e5f0", "#f7f7f7", "#fddbc7", "#ee9a5e", "#b35806"];
 const FEW = 30, EDGE = { left: 46, bottom: 18, top: 3, right: 4 }, TALL = 150;

@@ -31,7 +31,7 @@ function drawFilters() {
   options($("f-task"), [["", "all"], ...tasks.map((task) => [task, task])]);
   $("l-run").hidden = data.runs.length < 2;
   $("l-task").hidden = !tasks.length;
-  $("rollouts-hint").textContent = run.saved.length ? `${plural(run.rollouts.length, "response")} of the ${run.saved.reduce((sum, x) => sum + x.responses, 0)} in ${plural(run.saved.length, "saved batch").replace("batchs", "batches")}: from each batch, those with the largest signal and equally many others.` : "";
+  $("rollouts-hint").textContent = run.saved.length ? `${plural(run.rollouts.length, "response")} of the ${run.saved.reduce((sum, x) => sum + x.responses, 0)} in ${plural(run.saved.length, "saved batch").replace("batchs", "batches")}: from each batch, those with the largest |log q − log p| and equally many others.` : "";
   drawList();
 }
 
@@ -58,7 +58,7 @@ function listed(roll, place) {
   bar.style.width = `${100 * about(roll).mean / most}%`;
   return make("div", { class: "row", role: "option", id: `roll-${place}`, "aria-selected": String(chosen), onclick: () => pick(place) },
     make("span", {}, make("b", { textContent: `step ${roll.step}` }), ` #${roll.row}`, roll.turn ? ` turn ${roll.turn}` : "", roll.task ? ` ${roll.task}` : ""), make("span", { class: `tag ${outcome}`, textContent: outcome }),
-    make("span", { class: "small", textContent: `${roll.ids.length} tokens · mean |r| ${show(about(roll).mean)}` }), bar);
+    make("span", { class: "small", textContent: `${roll.ids.length} tokens · mean |log q − log p| ${show(about(roll).mean)}` }), bar);
 }
 function pick(place) {
   if (!shown.length) return;
@@ -153,7 +153,7 @@ function drawDetail(roll, k) {
   const facts = [["log q − log p", [make("b", { class: r > 0 ? "down" : "up", textContent: `${show(-r)} nats` }), ` ${verdict}`]],
     ["log p, log q", `${show(roll.s[k] / 100)}, ${show(roll.t[k] / 100)}`]];
   if (roll.rank) facts.push(["teacher's rank", String(roll.rank[k])]);
-  if (roll.e) facts.push(["root energy", show(roll.e[k] / 100)]);
+  if (roll.e) facts.push(["gradient norm", show(roll.e[k] / 100)]);
   const support = ["teacher", "student"].includes(roll.source) ? `${roll.source}'s top ${roll.k}` : `support (${roll.source})`;
   if (roll.in) facts.push([`in the ${support}`, outside(roll, k) ? "no" : "yes"], ["mass on it p, q", `${percent(roll.mass[0][k] / 1e4)}, ${percent(roll.mass[1][k] / 1e4)}`]);
   const entries = [];
