@@ -27,7 +27,7 @@ from opd.objectives.objective import Objective
 from opd.rollouts.base import Engine
 from opd.rollouts.hf_engine import HfEngine
 from opd.scoring import score
-from opd.teachers.factory import make_pair, make_pairs
+from opd.teachers.factory import ModelObjects, make_pair, make_pairs
 from opd.teachers.pair import ModelPair
 from opd.training import setup, train
 
@@ -133,19 +133,23 @@ def detached_objective(_: Config) -> Objective:
     return replace(objective, local=replace(objective.local, surrogate=surrogate))
 
 
-def with_shifted_ids(settings: list[Config]) -> list[ModelPair]:
+MakePairs = Callable[[list[Config], ModelObjects], list[ModelPair]]
+"""Takes the place of `opd.teachers.factory.make_pairs`."""
+
+
+def with_shifted_ids(settings: list[Config], objects: ModelObjects) -> list[ModelPair]:
     """Return a teacher with another tokenizer of the same size: its ids are one higher."""
-    pairs = make_pairs(settings)
+    pairs = make_pairs(settings, objects)
     weight = pairs[0].teacher.model.network.lm_head.weight
     weight.data = weight.data.roll(1, 0)
     return pairs
 
 
-def with_swapped_ids(ids: Tensor, other_ids: Tensor) -> Callable[[list[Config]], list[ModelPair]]:
+def with_swapped_ids(ids: Tensor, other_ids: Tensor) -> MakePairs:
     """Return a factory of pairs whose teacher has `ids` and `other_ids` swapped."""
 
-    def make_swapped_pairs(settings: list[Config]) -> list[ModelPair]:
-        pairs = make_pairs(settings)
+    def make_swapped_pairs(settings: list[Config], objects: ModelObjects) -> list[ModelPair]:
+        pairs = make_pairs(settings, objects)
         weight = pairs[0].teacher.model.network.lm_head.weight
         weight.data[torch.cat([ids, other_ids])] = weight.data[torch.cat([other_ids, ids])]
         return pairs
@@ -153,12 +157,12 @@ def with_swapped_ids(ids: Tensor, other_ids: Tensor) -> Callable[[list[Config]],
     return make_swapped_pairs
 
 
-def with_other_eos(settings: list[Config]) -> list[ModelPair]:
+def with_other_eos(settings: list[Config], objects: ModelObjects) -> list[ModelPair]:
     """Return a teacher with other EOS ids than the student; generation stops at all of them."""
-    return with_swapped_ids(torch.arange(10), torch.arange(10, 20))(settings)
+    return with_swapped_ids(torch.arange(10), torch.arange(10, 20))(settings, objects)
 
 
-def with_other_tag(settings: list[Config]) -> list[ModelPair]:
+def with_other_tag(settings: list[Config], objects: ModelObjects) -> list[ModelPair]:
     """Return a teacher with other ids for the three tokens most often predicted confidently."""
     pair = make_pair(settings[0])
     generator = torch.Generator().manual_seed(0)
@@ -170,7 +174,9 @@ def with_other_tag(settings: list[Config]) -> list[ModelPair]:
     count[:20] = 0  # EOS ids have a separate fault
     rare = p.mean((0, 1))
     rare[:20] = 1.0
-    return with_swapped_ids(count.topk(3).indices, rare.topk(3, largest=False).indices)(settings)
+    return with_swapped_ids(count.topk(3).indices, rare.topk(3, largest=False).indices)(
+        settings, objects
+    )
 
 
 @dataclass(frozen=True)
@@ -187,7 +193,7 @@ class Fault:
     """`model_type` of the pair in transformers."""
 
 
-def patch_pairs(make_pairs_patched: Callable[[list[Config]], list[ModelPair]]) -> Any:
+def patch_pairs(make_pairs_patched: MakePairs) -> Any:
     """Replace the factory of pairs."""
     return patch.object(train, "make_pairs", make_pairs_patched)
 

@@ -30,7 +30,7 @@ from opd.objectives.inputs import TokenInputs
 from opd.scoring import loss as scoring_loss
 from opd.scoring import score
 from opd.scoring.score import ScoredBatch
-from opd.teachers.factory import make_pairs
+from opd.teachers.factory import ModelObjects, make_pairs
 from opd.teachers.pair import ModelPair
 from opd.teachers.teacher import Teacher
 from opd.training import setup, step, train, update
@@ -47,8 +47,8 @@ WITHOUT_START_CHECKS: dict[str, Any] = {"start_checks": False}
 def change_pairs(change: Callable[[ModelPair], ModelPair | None]) -> AbstractContextManager[Any]:
     """Replace the pairs by those that `change` modified in place or returned."""
 
-    def make_changed_pairs(settings: list[Config]) -> list[ModelPair]:
-        return [change(pair) or pair for pair in make_pairs(settings)]
+    def make_changed_pairs(settings: list[Config], objects: ModelObjects) -> list[ModelPair]:
+        return [change(pair) or pair for pair in make_pairs(settings, objects)]
 
     return patch.object(train, "make_pairs", make_changed_pairs)
 
@@ -438,7 +438,7 @@ SILENT_FAULTS: dict[str, Fault] = {
         lambda: patch.object(Optimizer, "copy_to_model", lambda _: None), {"dtype": "bfloat16"}
     ),
     "decoder detached": Fault(
-        lambda: patch.object(update, "response_hidden_states", detached_hidden_states)
+        lambda: patch.object(scoring_loss, "response_hidden_states", detached_hidden_states)
     ),
     "gradient not zeroed": Fault(lambda: patch.object(Optimizer, "zero_grad", lambda _: None)),
     "gradient not accumulated": Fault(
