@@ -50,9 +50,11 @@ def compute(
         # Ray's backend cannot yield results one by one; submitting in waves keeps finished cells
         wave = jobs if backend == "ray" else len(tasks)
         return_mode = "list" if backend == "ray" else "generator_unordered"
-        parallel = joblib.Parallel(n_jobs=jobs, return_as=return_mode, batch_size=1)
-        for begin in range(0, len(tasks), wave):
-            yield from parallel(joblib.delayed(function)(*t) for t in tasks[begin : begin + wave])
+        # in its context, all waves are computed by the same processes
+        with joblib.Parallel(n_jobs=jobs, return_as=return_mode, batch_size=1) as parallel:
+            for begin in range(0, len(tasks), wave):
+                calls = (joblib.delayed(function)(*task) for task in tasks[begin : begin + wave])
+                yield from parallel(calls)
 
 
 @contextmanager

@@ -43,7 +43,7 @@ def test_a_running_dask_cluster_is_found_by_its_address(
 ) -> None:
     from distributed import LocalCluster
 
-    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as running:
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as running:
         address = running.scheduler_address
         study.run(NAME, "smoke", jobs=2, out=tmp_path, backend="dask", address=address)
         assert all(
@@ -55,7 +55,9 @@ def test_a_running_dask_cluster_is_found_by_its_address(
 def test_a_running_ray_cluster_is_found_by_its_address(serial: list[bytes], tmp_path: Path) -> None:
     import ray.cluster_utils
 
-    running = ray.cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    running = ray.cluster_utils.Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False}
+    )
     try:
         address = running.address
         study.run(NAME, "smoke", jobs=2, out=tmp_path, backend="ray", address=address)
