@@ -22,7 +22,6 @@ from tests.helpers.trl_trainers import (
     gold,
     grpo,
     iw_opd,
-    load_pair,
     questions,
     sdft,
     sdpo,
@@ -40,11 +39,6 @@ MAKERS = {
     "sdft": (sdft, 0.8),
 }
 """Each with the temperature of its loss."""
-
-
-@pytest.fixture(scope="module")
-def pair(tiny_pair) -> tuple[Any, Any, Any]:
-    return load_pair(tiny_pair)
 
 
 def run_training(

@@ -18,7 +18,6 @@ from tests.helpers.trl_trainers import (
     gold,
     grpo,
     iw_opd,
-    load_pair,
     log_softmaxes,
     sdft,
     sdpo,
@@ -26,11 +25,6 @@ from tests.helpers.trl_trainers import (
 )
 
 pytestmark = pytest.mark.filterwarnings("error:step .* has no row:RuntimeWarning")
-
-
-@pytest.fixture(scope="module")
-def pair(tiny_pair) -> tuple[Any, Any, Any]:
-    return load_pair(tiny_pair)
 
 
 def run_observed(trainer: Any, panel: Any = FULL) -> tuple[list[dict], Monitor]:

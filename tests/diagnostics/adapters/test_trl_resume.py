@@ -2,8 +2,8 @@
 
 import json
 import math
-import subprocess
-import sys
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from diagnostics.monitor import Monitor
 from diagnostics.records import rows as row_files
 from diagnostics.records.sinks import to_file
 from tests.helpers.trl_trainers import Spy, by_hand, distillation, gkd, load_pair
+from tests.helpers.warm_process import run_process
 
 LENGTH_RULE = AlarmRule(
     name="long",
@@ -33,42 +34,30 @@ LENGTH_RULE = AlarmRule(
 SMALL_PANEL = {name: PANEL[name] for name in ("length", "exact_divergence", "tokens_by_position")}
 
 
-@pytest.fixture(scope="module")
-def pair(tiny_pair) -> tuple[Any, Any, Any]:
-    return load_pair(tiny_pair)
-
-
 def checkpointed(pair: Any, folder: Path, **changes: Any) -> Any:
     changes = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2} | changes
     return distillation(pair, folder, **changes)
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from transformers import TrainerCallback
-from tests.diagnostics.adapters.test_trl_resume import checkpointed, monitor_of
-from tests.helpers.trl_trainers import load_pair
-from diagnostics.adapters.trl import observe_trl
-
-student, teacher, folder = map(Path, sys.argv[1:])
-
-class Kill(TrainerCallback):
-    def on_step_begin(self, args, state, control, **_):
-        if state.global_step == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-trainer = checkpointed(load_pair((student, teacher)), folder)
-trainer.add_callback(Kill())
-with observe_trl(trainer, monitor_of(folder)):
-    trainer.train()
-"""
 
 
 def monitor_of(folder: Path) -> Monitor:
     return Monitor(
         SMALL_PANEL, sinks=[to_file(folder / "panel.jsonl")], alarms=Alarms([LENGTH_RULE])
     )
+
+
+def train_until_killed(student: Path, teacher: Path, folder: Path) -> None:
+    """Observe a run and kill this process in its fourth step."""
+    from transformers import TrainerCallback
+
+    class Kill(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer = checkpointed(load_pair((student, teacher)), folder)
+    trainer.add_callback(Kill())
+    with observe_trl(trainer, monitor_of(folder)):
+        trainer.train()
 
 
 def test_a_killed_run_goes_on_with_its_rows_and_its_alarms(
@@ -78,9 +67,8 @@ def test_a_killed_run_goes_on_with_its_rows_and_its_alarms(
     with observe_trl(uninterrupted, monitor_of(tmp_path / "whole")) as expected:
         uninterrupted.train()
     folder = tmp_path / "killed"
-    command = [sys.executable, "-c", KILLED, *map(str, tiny_pair), str(folder)]
-    process = subprocess.run(command, capture_output=True, text=True)
-    assert process.returncode == -9, process.stderr
+    process = run_process(tmp_path, train_until_killed, *tiny_pair, folder)
+    assert process.exit_code == -signal.SIGKILL, process.stderr
     panel = folder / "panel.jsonl"
     assert [row["step"] for row in row_files.read_rows(panel)] == [1, 2, 3]
     with open(panel, "a") as file:
