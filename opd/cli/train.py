@@ -31,8 +31,8 @@ class TrainOptions:
     """restart at step 0 and move the contents of the run folder to its folder earlier/; without it,
     a run resumes from its checkpoint"""
     push: str = ""
-    """repository on the Hugging Face hub, OWNER/MODEL, to which final/ is uploaded after the run; of
-    a finished run, now. A new repository is private"""
+    """repository on the Hugging Face hub, OWNER/MODEL, to which final/ is uploaded after the run,
+    or now if the run is finished; a new repository is private"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The model card of a trained model, final/README.md: parents, data, settings, results, versions."""
+"""The model card of a trained model, final/README.md: parents, data, settings and results."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

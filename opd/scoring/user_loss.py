@@ -4,6 +4,8 @@ Shapes: B responses of the step, T positions, N supervised tokens, D and D' hidd
 and teacher, R rows of the head, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -47,7 +49,7 @@ def user_loss_from_hidden(
             function returns something else than a scalar with gradient.
     """
     mask, temperature, head = batch.mask, batch.score_temperature, student.head
-    constants = {
+    constants: dict[str, Any] = {
         "tokens": batch.tokens,
         "mask": mask,
         "teacher_logp": batch.teacher_logp,

@@ -111,7 +111,7 @@ def run_step(state: TrainState, step: int, log: Log) -> Row:
         ("rollout", "score", "update", "record"), laps, laps[1:], strict=False
     ):
         row[f"seconds/{name}"] = end - start
-    num_tokens = sum(batch.scored.lengths.sum().double() for batch in batches)
+    num_tokens = torch.stack([batch.scored.lengths.sum().double() for batch in batches]).sum()
     row["machine/tokens_per_second"] = float(distributed.all_reduce_sum(num_tokens)) / (
         laps[-1] - laps[0]
     )

@@ -27,22 +27,27 @@ let charts = [];
 const linesOf = (name) => visibleLines().map((line) => name === ACCURACY ? accuracyLine(line) : columnLine(line, name)).filter(Boolean);
 const titleOf = (name) => ABOUT.get(name)?.title ?? name;
 
-// What a column is and what healthy looks like, behind a question mark.
+// A question mark, and what it shows: what a column is and what healthy looks like.
 function explained(name) {
   const about = ABOUT.get(name), rule = data.rules.find((rule) => rule.metric === name);
   const parts = [about?.meaning, (about || rule) && `Healthy: ${about?.healthy ?? rule.null}.`, rule && `Alarm ${words(rule.name)} watches it.`, name !== ACCURACY && `Column ${name}.`].filter(Boolean);
-  return make("details", { class: "about", title: parts.join(" ") }, make("summary", { textContent: "?", "aria-label": `About ${titleOf(name)}` }), small(parts.join(" ")));
+  const text = small(parts.join(" ")), mark = make("button", { type: "button", class: "mark", textContent: "?", title: parts.join(" "), "aria-label": `About ${titleOf(name)}`, "aria-expanded": "false", onclick: () => {
+    text.hidden = !text.hidden;
+    mark.setAttribute("aria-expanded", String(!text.hidden));
+  } });
+  text.hidden = true;
+  return [mark, text];
 }
 
 // The box of a column; `drawn` adds the plot once the box has its width.
 function chart(name) {
   const mine = linesOf(name), holder = make("div", { class: "chart" }), title = titleOf(name);
   holder.dataset.column = name;
-  const save = () => download(`${name.replaceAll(/[^\w]+/g, "_")}.csv`, csvOf(mine));
-  holder.append(make("h3", {}, make("span", { textContent: title }), make("span", { class: "tools" },
+  const [mark, text] = explained(name), save = () => download(`${name.replaceAll(/[^\w]+/g, "_")}.csv`, csvOf(mine));
+  holder.append(make("h3", {}, make("span", { textContent: title }), make("span", { class: "tools" }, mark, " ",
     mine.length ? make("button", { type: "button", class: "link", textContent: "csv", title: "Download the points of this chart", "aria-label": `Download ${name} as CSV`, onclick: save }) : null,
     state.extra.includes(name) ? make("button", { type: "button", class: "link", textContent: "×", "aria-label": `Remove ${name}`, onclick: () => { state.extra = state.extra.filter((x) => x !== name); drawCharts(); } }) : null)));
-  holder.append(explained(name));
+  holder.append(text);
   if (!mine.length) { holder.append(small("not recorded in the runs shown")); return { holder }; }
   const body = make("div", { class: "plot", tabIndex: 0, role: "img", "aria-label": `${title}: ${mine.map((line) => `${line.label} from ${show(line.y.find(known))} to ${show(line.y.findLast(known))}`).join("; ")}. Use the arrow keys to read values.` });
   const readout = make("div", { class: "readout", "aria-live": "polite" });
@@ -146,7 +151,7 @@ function drawCharts() {
   $("columns").replaceChildren(...[...have].map((value) => make("option", { value })));
 }
 function drawConstants(same) {
-  const rows = [...same].map(([name, value]) => make("li", {}, `${titleOf(name)}: `, make("b", { textContent: show(value) }), " ", explained(name)));
+  const rows = [...same].map(([name, value]) => make("li", {}, `${titleOf(name)}: `, make("b", { textContent: show(value) }), " ", ...explained(name)));
   $("constants").hidden = !rows.length;
   $("constants").replaceChildren(make("summary", { class: "small", textContent: `${plural(rows.length, "quantity").replace("quantitys", "quantities")} the same at every step` }), make("ul", {}, rows));
 }

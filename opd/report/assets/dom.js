@@ -52,7 +52,7 @@ function sharpen(canvas, width, height) {
   return context;
 }
 
-// Heads are [name, numeric?]; a cell is a node, a text or [node or text, sort key].
+// Heads are [name, numeric?, what it is?]; a cell is a node, a text or [node or text, sort key].
 function table(heads, rows, label) {
   const body = make("tbody");
   const lines = rows.map((row) => ({
@@ -61,8 +61,8 @@ function table(heads, rows, label) {
   }));
   body.append(...lines.map((line) => line.node));
   const sortable = rows.length > 2 && rows.some((row) => row.some(Array.isArray));
-  const cells = heads.map(([name, numeric], j) => {
-    const head = make("th", { class: numeric ? "n" : "", scope: "col" });
+  const cells = heads.map(([name, numeric, about], j) => {
+    const head = make("th", { class: numeric ? "n" : "", scope: "col", title: about ?? "" });
     if (!sortable || !numeric) { head.textContent = name; return head; }
     head.append(make("button", { type: "button", class: "sort", textContent: name, onclick: () => {
       const down = head.getAttribute("aria-sort") !== "descending";

@@ -32,10 +32,10 @@ function bounds(name, values) {
 
 // Labels of ticks with as many digits as it takes to tell them apart.
 function tickLabels(ticks) {
-  const values = ticks.filter(known);
-  for (let digits = 3; digits <= 12; digits++) {
-    if (new Set(values.map((v) => show(v, digits))).size === values.length || digits === 12) return ticks.map((v) => known(v) ? show(v, digits) : "");
-  }
+  const values = ticks.filter(known), brief = (v, digits) => v !== 0 && Math.abs(v) < 1e-3 ? Number(v.toPrecision(digits)).toExponential().replaceAll("-", "−") : show(v, digits);
+  let digits = 3;
+  while (digits < 12 && new Set(values.map((v) => brief(v, digits))).size < values.length) digits++;
+  return ticks.map((v) => known(v) ? brief(v, digits) : "");
 }
 
 // What is the same at every step: one line instead of a chart.

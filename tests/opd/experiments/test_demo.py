@@ -71,7 +71,8 @@ def kill_while_training(folder: Path, out: Path) -> None:
 
 def rows_without_times(run: Path) -> list[dict[str, float]]:
     rows = read_rows(run / "rows.jsonl")
-    return [{k: v for k, v in row.items() if not k.startswith(("seconds/", "machine/"))} for row in rows]
+    timings = ("seconds/", "machine/")
+    return [{k: v for k, v in row.items() if not k.startswith(timings)} for row in rows]
 
 
 def test_the_demo_resumes_and_full_continues_it(

@@ -160,7 +160,7 @@ def test_a_refused_upload_is_one_line_and_keeps_the_model(
     with serve(refuse=True) as (address, hub):
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
         with pytest.raises(
-            OperationFailed, match="could not be uploaded to org/sums .*403"
+            OperationFailed, match=r"could not be uploaded to org/sums .*403"
         ) as error:
             push_model(run, "org/sums")
     assert "the same command with --push org/sums uploads it again" in str(error.value)

@@ -45,7 +45,7 @@ def test_objects_train_as_their_files_do(tiny_pair, tmp_path: Path) -> None:
     saved = load(result.folder / "final").state_dict()
     assert all(torch.equal(saved[name], value) for name, value in student.state_dict().items())
     objects["dataset"] = ROWS[1:]
-    with pytest.raises(InvalidInput, match="holds a run with other settings .task: 'dataset:"):
+    with pytest.raises(InvalidInput, match=r"holds a run with other settings .task: 'dataset:"):
         train(config, **objects)
 
 

@@ -224,7 +224,7 @@ def test_a_loss_that_asks_for_rewards_needs_answers(
     )
     with (
         pytest.warns(UserWarning, match="not graded"),
-        pytest.raises(InvalidInput, match="rewarded asks for reward, but .* has no answers"),
+        pytest.raises(InvalidInput, match=r"rewarded asks for reward, but .* has no answers"),
     ):
         train(config)
 

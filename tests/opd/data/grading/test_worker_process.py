@@ -94,7 +94,7 @@ def test_users_functions_that_fail_are_named(module: Path) -> None:
         with pytest.raises(RuntimeError, match=f"{module.stem}.py:{name} .*{message}"):
             make_grader(f"{module}:{name}")("7", "42")
     with pytest.raises(
-        RuntimeError, match="no_such_module:grade did not start: .*ModuleNotFoundError"
+        RuntimeError, match=r"no_such_module:grade did not start: .*ModuleNotFoundError"
     ):
         make_grader("no_such_module:grade")("7", "42")
     with pytest.raises(FileNotFoundError, match=r"no_such\.py"):
