@@ -30,6 +30,9 @@ def test_diagnose_repeats_the_row_of_the_run(run: Path, capsys: pytest.CaptureFi
     diagnosed = json.loads(capsys.readouterr().out)
     run_row = rows(run)[2]
     assert diagnosed.pop("batch").endswith("batches/step_000002.safetensors")
+    verdict = diagnosed.pop("verdict")
+    assert {"sampler_mismatch", "budget"} <= {*verdict["applied"]}
+    assert not {*verdict["alarms"]} - {*verdict["applied"]}
     assert len(diagnosed) > 100
     for name, value in diagnosed.items():
         expected = run_row[name]
