@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from diagnostics.errors import InvalidInput
@@ -37,6 +38,8 @@ LOG_COLUMNS = {
     "critic/score/mean": "response/reward",
 }
 """Column of TRL, transformers or verl -> ours of the same meaning."""
+
+NO_NAMES: Mapping[str, str] = MappingProxyType({})
 
 EVENTS = "events.out.tfevents*"
 HISTORY = "log_history"
@@ -77,11 +80,12 @@ RESPONSE_COLUMNS = {name for name, column in NAMES.items() if column in ("tokens
 """Names under which a row holds a response's ids."""
 
 
-def read_metric_log(path: Path) -> list[Row]:
+def read_metric_log(path: Path, rename: Mapping[str, str] = NO_NAMES) -> list[Row]:
     """Read the rows of a log by ascending step; entries of one step are one row.
 
     Args:
         path: See `is_metric_log`.
+        rename: Column of the log -> column of the rows.
 
     Returns:
         Rows with "step" and the numbers of the log.
@@ -107,9 +111,11 @@ def read_metric_log(path: Path) -> list[Row]:
         if step is None or not math.isfinite(step) or step != int(step):
             raise InvalidInput(f"{path}: the step {short_repr(entry[name])} is not an integer")
         row = by_step.setdefault(int(step), {"step": int(step)})
-        row |= _present_columns(entry)
+        row |= _present_columns({rename.get(key, key): x for key, x in entry.items()})
     if not by_step:
         raise InvalidInput(f"{path} holds no rows; give a log of metrics by step")
+    if absent := [name for name in rename if name not in columns]:
+        raise InvalidInput(f"{path} has no column {absent[0]}; it has {', '.join([*columns][:12])}")
     return [by_step[step] for step in sorted(by_step)]
 
 

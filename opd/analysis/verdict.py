@@ -13,6 +13,7 @@ from fnmatch import fnmatch
 
 from diagnostics.alarms.alarms import Alarm, Alarms, replay
 from diagnostics.alarms.rules import RULES, AlarmRule
+from diagnostics.errors import InvalidInput
 from diagnostics.records.row_columns import COLUMNS
 from diagnostics.records.rows import Row
 
@@ -27,6 +28,10 @@ RUN_ONLY = "their columns come from the trainer"
 
 SAMPLER_TESTS = ("sampler_mismatch", "teacher_mismatch", "special_tokens")
 """Rules that presume that the tokens are exactly those that were sampled."""
+
+
+MAX_NAMES = 12
+"""Rules that are named for each reason."""
 
 
 @dataclass(frozen=True)
@@ -124,9 +129,19 @@ def judge_log(rows: Sequence[Row], rules: Sequence[AlarmRule] = RULES) -> Verdic
 
     Returns:
         The verdict; its headlines are those of the last row that has them.
+
+    Raises:
+        InvalidInput: No rule and no headline reads any of the columns.
     """
     columns = {name for row in rows for name, value in row.items() if value is not None}
     usable = [rule for rule in rules if rule.metric in columns]
+    if not usable and columns.isdisjoint(headline.column for headline in HEADLINES):
+        others = sorted(columns - {"step", "task"})
+        raise InvalidInput(
+            f"no alarm rule and no headline number reads any of the {len(others)} columns "
+            f"({', '.join(others[:4])}{', ...' if len(others) > 4 else ''}); map them with --rename COLUMN=NAME, such as "
+            "kl=divergence/k1, or draw them with `opd report`"
+        )
     reasons: dict[str, list[AlarmRule]] = {}
     for rule in rules:
         if rule.metric not in columns:
@@ -182,6 +197,8 @@ def format_verdict(verdict: Verdict) -> str:
         names = [
             rule.name if reason == RUN_ONLY else f"{rule.name} ({rule.metric})" for rule in rules
         ]
+        if len(names) > MAX_NAMES:
+            names[MAX_NAMES:] = [f"and {len(names) - MAX_NAMES} more, which --json lists"]
         count = f"{len(rules)} rule{'' if len(rules) == 1 else 's'}"
         text = f"{count} not applied, {reason}: {', '.join(names)}"
         lines += textwrap.wrap(

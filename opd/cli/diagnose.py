@@ -63,7 +63,13 @@ def main(argv: list[str]) -> None:
         pair = load_pair(options.student, options.teacher, options.device, options.dtype)
     for path in options.paths:
         if options.format is None and is_metric_log(path):
-            print_log(str(path), judge_log(read_metric_log(path)), as_json=options.json)
+            if pair is not None or options.task is not None or options.scores is not None:
+                raise InvalidInput(
+                    f"{path} is a log of metrics, without responses; --student, --teacher, --task "
+                    "and --scores need rollouts"
+                )
+            log_rows = read_metric_log(path, parse_rename(options.rename))
+            print_log(str(path), judge_log(log_rows), as_json=options.json)
             continue
         if path.is_file() and path.suffix in SUFFIXES:
             result = diagnose_records(

@@ -11,7 +11,16 @@ from diagnostics.alarms.rules import RULES
 from diagnostics.catalogue import PANEL
 from diagnostics.monitor import Monitor
 from diagnostics.records.writer import save_records
-from opd.analysis.verdict import HEADLINES, NO_COLUMN, RUN_ONLY, TEXT, TREND, judge_log, judge_row
+from opd.analysis.verdict import (
+    HEADLINES,
+    MAX_NAMES,
+    NO_COLUMN,
+    RUN_ONLY,
+    TEXT,
+    TREND,
+    judge_log,
+    judge_row,
+)
 from opd.cli.diagnose import main
 from opd.teachers.pair import load_pair
 from tests.helpers.batches import batch
@@ -97,7 +106,20 @@ def test_a_metric_log_on_the_command_line(tmp_path: Path, capsys) -> None:
     output = capsys.readouterr().out
     assert "verdict: 1 alarm from 2 rules (dead_gradient, not_finite)" in output
     assert "ALARM step 2, dead_gradient: the gradient is zero" in output
-    assert "learning_rate_zero (lr)" in output
+    assert "drift_k1 (divergence/k1)" in output
+    assert f"and {len(RULES) - 2 - MAX_NAMES} more, which --json lists" in " ".join(output.split())
+    main([str(path), "--json"])
+    verdict = json.loads(capsys.readouterr().out)["verdict"]
+    assert len(verdict["not_applied"]) == len(RULES) - 2
+    main([str(path), "--rename", "grad_norm=divergence/k1"])
+    assert "from 2 rules (drift_k1, not_finite)" in capsys.readouterr().out
+    for words, message in (
+        (["--rename", "grads=divergence/k1"], "has no column grads; it has step, loss"),
+        (["--rename", "loss=a", "--rename", "grad_norm=b"], r"any of the 2 columns \(a, b\); map"),
+        (["--task", "math"], "is a log of metrics, without responses; --student"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main([str(path), *words])
     with pytest.raises(ValueError, match="no column tokens"):
         main([str(path), "--format", "records"])
 
