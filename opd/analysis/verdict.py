@@ -139,8 +139,8 @@ def judge_log(rows: Sequence[Row], rules: Sequence[AlarmRule] = RULES) -> Verdic
         others = sorted(columns - {"step", "task"})
         raise InvalidInput(
             f"no alarm rule and no headline number reads any of the {len(others)} columns "
-            f"({', '.join(others[:4])}{', ...' if len(others) > 4 else ''}); map them with --rename COLUMN=NAME, such as "
-            "kl=divergence/k1, or draw them with `opd report`"
+            f"({', '.join(others[:4])}{', ...' if len(others) > 4 else ''}); map them with "
+            "--rename COLUMN=NAME, such as kl=divergence/k1, or draw them with `opd report`"
         )
     reasons: dict[str, list[AlarmRule]] = {}
     for rule in rules:
