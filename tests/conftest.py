@@ -1,5 +1,6 @@
 """A tiny random pair for all tests, tests of engines, and the list of what may be skipped."""
 
+import gc
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -43,7 +44,7 @@ LONG_FILES = (
     "opd/teachers",
     "opd/training",
     "repo/test_examples.py",
-    "repo/test_mutations.py",
+    "repo/mutations",
     "repo/test_wheel.py",
     "repo/test_recipes.py",
     "synthetic/exact/test_moments.py",
@@ -57,7 +58,6 @@ LONGEST_FILES = (
     "opd/experiments/test_demo.py",
     "opd/training/test_distributed.py",
     "figures/test_study_figures.py",
-    "repo/test_mutations.py",
     "opd/lab/test_smollm.py",
     "opd/teachers/test_factory.py",
     "opd/teachers/test_client.py",
@@ -174,3 +174,13 @@ def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         model.save_pretrained(folder / name)
         make_tokenizer().save_pretrained(folder / name)
     return folder / "student", folder / "teacher"
+
+
+def pytest_collection_finish() -> None:
+    """Exempt what is imported from garbage collection, which otherwise goes through it often."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()

@@ -1,0 +1,1 @@
+"""One-line mutations of the objectives and of the exact engine, and the tests that catch them."""
