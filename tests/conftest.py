@@ -31,7 +31,7 @@ LONG_FILES = (
     "opd/analysis",
     "opd/data/grading/test_worker_process.py",
     "opd/data/test_files.py",
-    "opd/envs/test_rollout.py",
+    "opd/envs/test_game_runs.py",
     "opd/evaluation",
     "opd/experiments",
     "opd/integrations",

@@ -127,11 +127,14 @@ def keep_layers(network: Any, layer_indices: list[int]) -> Any:
 
 
 def make_llama(config: Any, state: "dict[str, Tensor]", generation: Any) -> Any:
-    """Build a Llama model from a configuration and weights."""
+    """Build a Llama model from a configuration and copies of weights, in float32."""
+    import torch
     from transformers import LlamaForCausalLM
 
-    network = LlamaForCausalLM(config)
-    network.load_state_dict(state)
+    copies = {name: weight.clone() for name, weight in state.items()}
+    network = LlamaForCausalLM.from_pretrained(
+        None, config=config, state_dict=copies, dtype=torch.float32
+    )
     network.generation_config = copy.deepcopy(generation)
     return network.eval()
 

@@ -391,11 +391,10 @@ def test_a_failing_pair_exits_with_1(pair: ModelPair, capsys: pytest.CaptureFixt
     assert "-> the teacher would score other text" in " ".join(output.split())
 
 
-def test_no_end_token_and_no_room(pair: ModelPair) -> None:
+def test_no_end_token_and_no_room(pair: ModelPair, healthy_evidence: Evidence) -> None:
     results = examine(pair, budget=600)
     assert verdicts(results) == {"positions": "fail"}
-    evidence = gather_pair_evidence(pair)
-    room = 512 - int(evidence.prompts.mask.sum(1).max())
+    room = 512 - int(healthy_evidence.prompts.mask.sum(1).max())
     assert results["positions"].numbers["room"] == room
     edit(pair[1] / "config.json", lambda c: c.update(max_position_embeddings=1024))
     assert f"lower max_response to {room}," in results["positions"].advice
@@ -419,6 +418,12 @@ def gather_pair_evidence(pair: ModelPair) -> Evidence:
     return sample_checks.gather_evidence(
         sides[0], sides[1], model_pair, chain_problems, group=2, max_response=180, seed=0
     )
+
+
+@pytest.fixture(scope="module")
+def healthy_evidence(healthy: ModelPair) -> Evidence:
+    """A sample of the healthy pair, which tests may copy but not change."""
+    return gather_pair_evidence(healthy)
 
 
 def dense(folder: Path, evidence: Evidence) -> list[torch.Tensor]:
@@ -460,7 +465,7 @@ def test_impossible_tokens_equal_a_loop(pair: ModelPair) -> None:
 
 
 def test_another_end_id_is_distinguished_from_continuing(
-    pair: ModelPair, healthy: ModelPair
+    pair: ModelPair, healthy: ModelPair, healthy_evidence: Evidence
 ) -> None:
     name_the_end_otherwise(pair)
     results = examine(pair, group=2, max_response=180)
@@ -471,7 +476,7 @@ def test_another_end_id_is_distinguished_from_continuing(
         if len(end_ids) > 1:
             change_end_ids(pair[1], end_ids)
             edit_weights(pair[1], halve_the_end)
-        evidence = gather_pair_evidence(folders)
+        evidence = healthy_evidence if folders == healthy else gather_pair_evidence(folders)
         last_logps = [
             q[-1]
             for q, e in zip(dense(folders[1], evidence), evidence.scored.ended, strict=True)
@@ -495,17 +500,16 @@ def with_hidden_states(pair: Any, hidden: Callable[..., torch.Tensor]) -> Any:
     ("size", "verdict"), [(0.0, "ok"), (1e-4, "ok"), (0.2, "warn"), (3.0, "fail")]
 )
 def test_a_teacher_that_depends_on_chance_is_found(
-    healthy: ModelPair, size: float, verdict: str
+    healthy_evidence: Evidence, size: float, verdict: str
 ) -> None:
-    evidence = gather_pair_evidence(healthy)
     generator = torch.Generator().manual_seed(0)
-    exact_teacher = evidence.pair.teacher.model
+    exact_teacher = healthy_evidence.pair.teacher.model
 
     def hidden(*inputs: torch.Tensor) -> torch.Tensor:
         states = exact_teacher.hidden(*inputs)
         return states + size * torch.randn(states.shape, generator=generator)
 
-    noisy = replace(evidence, pair=with_hidden_states(evidence.pair, hidden))
+    noisy = replace(healthy_evidence, pair=with_hidden_states(healthy_evidence.pair, hidden))
     result = sample_checks.teacher_noise(noisy)
     assert result.verdict == verdict
     if size == 0:
@@ -513,8 +517,8 @@ def test_a_teacher_that_depends_on_chance_is_found(
         assert result.numbers["alone_max"] < 1e-4
 
 
-def test_a_teacher_that_depends_on_its_batch_is_found(healthy: ModelPair) -> None:
-    evidence = gather_pair_evidence(healthy)
+def test_a_teacher_that_depends_on_its_batch_is_found(healthy_evidence: Evidence) -> None:
+    evidence = healthy_evidence
     exact_teacher = evidence.pair.teacher.model
 
     def hidden(ids: torch.Tensor, *arguments: torch.Tensor) -> torch.Tensor:

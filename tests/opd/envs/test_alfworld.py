@@ -10,8 +10,9 @@ from opd.envs.alfworld import Alfworld
 from opd.envs.alfworld_games import TASKS, draw_household, goal_text
 from opd.envs.base import Observation
 from opd.envs.task import load_games
-from tests.opd.envs.test_rollout import Script, play_games, rows, settings
-from tests.opd.envs.test_rollout import train as train_run
+from opd.training.train import train as train_run
+from tests.helpers.games import Script, play_games
+from tests.helpers.runs import rows, settings
 
 pytestmark = pytest.mark.alfworld
 

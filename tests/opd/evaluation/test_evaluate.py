@@ -241,7 +241,7 @@ def test_equal_answers_vote_together() -> None:
 
 
 def test_a_judge_that_hangs_or_dies_is_replaced_in_any_thread() -> None:
-    judge = GraderWorker(seconds=1.0)
+    judge = GraderWorker(seconds=0.5)
     grades: list = []
 
     def work() -> None:

@@ -24,7 +24,7 @@ from opd.lab.build import make_tokenizer
 from opd.models.loading import eos_ids, load_model
 from opd.teachers.pair import ModelPair
 from opd.teachers.teacher import LocalTeacher
-from tests.opd.envs.test_rollout import Script
+from tests.helpers.games import Script
 
 ADDED_TOKENS = ["<|end_of_text|>", "<end_of_turn>"]
 """End tokens as in Llama 3 and Gemma 3: special by their flag, without a named role."""

@@ -139,13 +139,14 @@ def test_layers_are_quantised_and_the_head_is_not(pair, weights: str) -> None:
 @pytest.mark.usefixtures("processor")
 @pytest.mark.parametrize("weights", SLACK)
 def test_a_run_learns_from_the_quantised_teacher(pair, tmp_path: Path, weights: str) -> None:
-    changes: dict[str, Any] = {"steps": 2, "save_batch_every": 1, "eval_every": 0}
+    changes: dict[str, Any] = {"steps": 1, "save_batch_every": 1, "eval_every": 0}
+    changes |= {"eval_problems": 1}
     config = settings(pair, tmp_path / "run", teacher_weights=weights, **changes)
     two = tuple(
         TaskSettings(name=name, task="lab", teacher=str(teacher))
         for name, teacher in zip("ab", reversed(pair), strict=True)
     )
-    tasks = with_settings(config, out=str(tmp_path / "tasks"), tasks=two, lr=1e-30)
+    tasks = with_settings(config, out=str(tmp_path / "tasks"), tasks=two, steps=2, lr=1e-30)
     batch = scored(train(config).folder, 0)
     prompts = prompts_of_step(Path(config.out), config, 0)
     kl_by_weights = {}

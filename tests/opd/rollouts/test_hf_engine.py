@@ -168,9 +168,9 @@ def first_token_statistic(model: CausalLM, prompt: Prompts, tokens: Tensor) -> t
     return float(((counts[ids] - expected_counts).square() / expected_counts).sum()), len(ids) - 1
 
 
-def test_first_tokens_have_the_frequencies_of_the_nucleus(pair, prompts) -> None:
+def test_first_tokens_have_the_frequencies_of_the_nucleus(pair) -> None:
     rows = 2000
-    prompt = prompts.rows([0] * rows)
+    prompt = encode_prompts(pair.tokenizer, [Problem("7*3", "21")], rows, 64)
     options = {"max_response": 1, "generation_batch_size": rows}
     batches = [
         sample_rollouts(pair.student, prompt, pair.eos, **options, generator=seeded(i))

@@ -66,12 +66,12 @@ def test_the_memory_limit_applies_to_the_worker_only(module: Path) -> None:
 
 
 def test_expensive_algebra_ends_within_the_time_limit() -> None:
-    worker = GraderWorker(seconds=2.0)
+    worker = GraderWorker(seconds=1.0)
     for answer in ("2^{2^{33}}", "(x+y+z+w)^{4000}"):
         start = time.perf_counter()
         result = worker("5", answer)
         assert result is None or not result["equal"]
-        assert time.perf_counter() - start < 15
+        assert time.perf_counter() - start < 8
     assert worker("1/2", "0.5") == {"gold": True, "key": "1/2", "equal": True}
     worker.end()
 
@@ -118,7 +118,7 @@ def test_user_functions_that_hang_or_die_give_reward_0(
 
 
 def test_gym_grades_within_its_time_limit() -> None:
-    worker = GraderWorker(seconds=2.0, kind="gym")
+    worker = GraderWorker(seconds=1.0, kind="gym")
     start = time.perf_counter()
     result = worker("countdown:3:0#0", "9**9**9**9")
     assert result in (None, {"score": 0.01}, {"score": 0.0}, {"score": 0.05})
