@@ -114,6 +114,9 @@ def refuse_other_settings(folder: Path, config: Config) -> None:
         raise InvalidInput(f"could not read {path} ({error}); restore it, or {remedy}") from error
     new = to_flat(config)
     fields = setting_fields()
+    for name in new.keys() - old.keys():  # a setting that is newer than the record
+        default = fields[name].field.default
+        old[name] = list(default) if isinstance(default, tuple) else default
     old["tasks"] = [without_none(task) for task in old.get("tasks", [])]
     new["tasks"] = [without_none(task) for task in new["tasks"]]
     differing = [
