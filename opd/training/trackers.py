@@ -9,7 +9,7 @@ before a kill appears twice and a tracker that is added later gets earlier steps
 import os
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from diagnostics.errors import InvalidInput
 from diagnostics.io.atomic import write_text
 from diagnostics.io.packages import load_package
 from diagnostics.records import rows
+from diagnostics.records.headline import select_columns
 from diagnostics.records.rows import Row
 
 Log = Callable[[int, Row], None]
@@ -26,7 +27,12 @@ TrackerHandles = tuple[Log, Callable[[], None]]
 
 
 @contextmanager
-def open_trackers(names: tuple[str, ...], folder: Path, config: dict[str, Any]) -> Iterator[Log]:
+def open_trackers(
+    names: tuple[str, ...],
+    folder: Path,
+    config: dict[str, Any],
+    columns: Collection[str] | None = None,
+) -> Iterator[Log]:
     """Open the named trackers and yield a function (step, row) that logs a row to all of them.
 
     Open it after the record in `folder` has been rewound to the step where the run continues.
@@ -37,6 +43,7 @@ def open_trackers(names: tuple[str, ...], folder: Path, config: dict[str, Any]) 
         names: Names of trackers, from TRACKERS (the setting `loggers`).
         folder: Run folder; its name is the name of the tracker run.
         config: Settings, stored with the tracker run.
+        columns: Columns to log, evaluations aside (`diagnostics.records.headline`); all if None.
 
     Yields:
         The logging function.
@@ -63,13 +70,13 @@ def open_trackers(names: tuple[str, ...], folder: Path, config: dict[str, Any]) 
                 )
 
     def log(step: int, row: Row) -> None:
-        values = numeric_values(row)
+        values = select_columns(numeric_values(row), columns)
         for name, log_function in list(log_functions.items()):
             run_guarded(name, lambda log_function=log_function: log_function(step, values))  # type: ignore[misc]
 
     with ExitStack() as stack:
         for name in dict.fromkeys(names):
-            log_functions[name], close = TRACKERS[name](folder, config)
+            log_functions[name], close = TRACKERS[name](folder, config, columns)
             stack.callback(run_guarded, name, close)
         yield log
 
@@ -88,18 +95,21 @@ def with_eval_prefix(row: Row) -> Row:
     return {name if name == "step" else f"eval/{name}": value for name, value in row.items()}
 
 
-def recorded_rows(folder: Path) -> Iterator[tuple[int, Row]]:
-    """Yield (step, numbers) of all recorded rows and evaluations, sorted by step."""
+def recorded_rows(folder: Path, columns: Collection[str] | None) -> Iterator[tuple[int, Row]]:
+    """Yield (step, selected numbers) of all recorded rows and evaluations, sorted by step."""
     step_rows = [
         (row["step"], numeric_values(row))
         for row in rows.read_rows(folder / "rows.jsonl", {"step": int})
     ]
     evaluation_rows = rows.read_rows(folder / "evals.jsonl", {"step": int})
     step_rows += [(row["step"], numeric_values(with_eval_prefix(row))) for row in evaluation_rows]
-    yield from sorted(step_rows, key=lambda pair: pair[0])
+    for step, row in sorted(step_rows, key=lambda pair: pair[0]):
+        yield step, select_columns(row, columns)
 
 
-def open_tensorboard(folder: Path, config: dict[str, Any]) -> TrackerHandles:
+def open_tensorboard(
+    folder: Path, config: dict[str, Any], columns: Collection[str] | None
+) -> TrackerHandles:
     """Open event files in `folder`/tensorboard, rewritten from the record (no step twice)."""
     library = load_package(
         "torch.utils.tensorboard", "the logger tensorboard", "tensorboard", "tensorboard"
@@ -115,12 +125,14 @@ def open_tensorboard(folder: Path, config: dict[str, Any]) -> TrackerHandles:
             writer.add_scalar(name, value, step)
         writer.flush()
 
-    for step, row in recorded_rows(folder):
+    for step, row in recorded_rows(folder, columns):
         log(step, row)
     return log, writer.close
 
 
-def open_wandb(folder: Path, config: dict[str, Any]) -> TrackerHandles:
+def open_wandb(
+    folder: Path, config: dict[str, Any], columns: Collection[str] | None
+) -> TrackerHandles:
     """Open a wandb run in the project `opdlab` (or WANDB_PROJECT), with files in `folder`/wandb.
 
     Steps that were sent before the run was killed are not sent again. WANDB_MODE and the other
@@ -129,6 +141,7 @@ def open_wandb(folder: Path, config: dict[str, Any]) -> TrackerHandles:
     Args:
         folder: Run folder.
         config: Settings, stored with the wandb run.
+        columns: Not used: wandb keeps what it was sent, and only new rows are sent.
 
     Returns:
         The functions that log and close.
@@ -151,7 +164,9 @@ def open_wandb(folder: Path, config: dict[str, Any]) -> TrackerHandles:
     return log, run.finish
 
 
-def open_trackio(folder: Path, config: dict[str, Any]) -> TrackerHandles:
+def open_trackio(
+    folder: Path, config: dict[str, Any], columns: Collection[str] | None
+) -> TrackerHandles:
     """Open a run in the local Trackio project `opdlab` (or TRACKIO_PROJECT), rewritten from rows.
 
     With TRACKIO_SPACE_ID, which sends rows to a Space, the record of a resumed run is there twice.
@@ -159,6 +174,7 @@ def open_trackio(folder: Path, config: dict[str, Any]) -> TrackerHandles:
     Args:
         folder: Run folder.
         config: Settings, stored with the Trackio run.
+        columns: Columns of the recorded rows that are logged again; all if None.
 
     Returns:
         The functions that log and close.
@@ -175,7 +191,7 @@ def open_trackio(folder: Path, config: dict[str, Any]) -> TrackerHandles:
     def log(step: int, row: Row) -> None:
         run.log(row, step=step)
 
-    for step, row in recorded_rows(folder):
+    for step, row in recorded_rows(folder, columns):
         log(step, row)
     return log, run.finish
 
@@ -187,7 +203,7 @@ def read_run_id(path: Path) -> str:
     return path.read_text()
 
 
-TRACKERS: Mapping[str, Callable[[Path, dict[str, Any]], TrackerHandles]] = {
+TRACKERS: Mapping[str, Callable[[Path, dict[str, Any], Collection[str] | None], TrackerHandles]] = {
     "tensorboard": open_tensorboard,
     "wandb": open_wandb,
     "trackio": open_trackio,

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from diagnostics.alarms.alarms import Alarm
+from diagnostics.records.headline import RUN_COLUMNS
 from diagnostics.records.rows import Row, append_row, read_rows
 from diagnostics.terminal import escape_control_chars
 from opd.config.files import to_flat
@@ -214,7 +215,8 @@ def train(config: Config, start_over: bool = False) -> TrainResult:
         engine = stack.enter_context(closing(make_rollout_engine(config, student)))
         state = make_train_state(config, folder, start.step, pairs, engine, optimizer)
         names = config.record.loggers if distributed.rank() == 0 else ()
-        with open_trackers(names, folder, to_flat(config)) as log, state.prefetcher:
+        columns = None if config.record.logger_columns == "all" else RUN_COLUMNS
+        with open_trackers(names, folder, to_flat(config), columns) as log, state.prefetcher:
             run_steps(state, log)
         if start.step < config.steps or not (folder / "final").exists():
             network = merge_lora(gather_network(student))
