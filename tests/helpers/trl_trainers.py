@@ -461,6 +461,7 @@ def async_distillation(
     from trl.experimental.async_distillation import (
         AsyncDistillationConfig,
         AsyncDistillationTrainer,
+        async_distillation_trainer,
     )
 
     arguments = {"max_completion_length": 12, "temperature": 1.0, "teacher_temperature": 0.8}
@@ -468,14 +469,16 @@ def async_distillation(
     arguments |= {"model_init_kwargs": {"attn_implementation": "sdpa", "dtype": "float32"}}
     args = AsyncDistillationConfig(str(folder), **SETTINGS | arguments | changes)
     worker = RolloutsOnDemand(pair, url, args.teacher_top_k, args.teacher_temperature)
-    trainer = AsyncDistillationTrainer(
-        model=str(student_folder),
-        args=args,
-        train_dataset=questions("prompt"),
-        processing_class=pair[2],
-        rollout_worker=worker,
-        weight_transfer=NoTransfer(),
-    )
+    with pytest.MonkeyPatch.context() as patch:  # TRL asks CUDA for the name of the device
+        patch.setattr(async_distillation_trainer, "get_peak_flops_per_device", lambda *_: None)
+        trainer = AsyncDistillationTrainer(
+            model=str(student_folder),
+            args=args,
+            train_dataset=questions("prompt"),
+            processing_class=pair[2],
+            rollout_worker=worker,
+            weight_transfer=NoTransfer(),
+        )
     trainer.eos_token_ids = ENDS
     worker.trainer = trainer
     return trainer
