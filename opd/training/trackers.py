@@ -76,8 +76,11 @@ def open_trackers(
 
     with ExitStack() as stack:
         for name in dict.fromkeys(names):
-            log_functions[name], close = TRACKERS[name](folder, config, columns)
+            log_functions[name], close = TRACKERS[name](folder, config)
             stack.callback(run_guarded, name, close)
+            if name in REWRITTEN:
+                for step, row in recorded_rows(folder):
+                    log_functions[name](step, select_columns(row, columns))
         yield log
 
 
@@ -95,22 +98,19 @@ def with_eval_prefix(row: Row) -> Row:
     return {name if name == "step" else f"eval/{name}": value for name, value in row.items()}
 
 
-def recorded_rows(folder: Path, columns: Collection[str] | None) -> Iterator[tuple[int, Row]]:
-    """Yield (step, selected numbers) of all recorded rows and evaluations, sorted by step."""
+def recorded_rows(folder: Path) -> Iterator[tuple[int, Row]]:
+    """Yield (step, numbers) of all recorded rows and evaluations, sorted by step."""
     step_rows = [
         (row["step"], numeric_values(row))
         for row in rows.read_rows(folder / "rows.jsonl", {"step": int})
     ]
     evaluation_rows = rows.read_rows(folder / "evals.jsonl", {"step": int})
     step_rows += [(row["step"], numeric_values(with_eval_prefix(row))) for row in evaluation_rows]
-    for step, row in sorted(step_rows, key=lambda pair: pair[0]):
-        yield step, select_columns(row, columns)
+    yield from sorted(step_rows, key=lambda pair: pair[0])
 
 
-def open_tensorboard(
-    folder: Path, config: dict[str, Any], columns: Collection[str] | None
-) -> TrackerHandles:
-    """Open event files in `folder`/tensorboard, rewritten from the record (no step twice)."""
+def open_tensorboard(folder: Path, config: dict[str, Any]) -> TrackerHandles:
+    """Open new event files in `folder`/tensorboard; those of an earlier start are deleted."""
     library = load_package(
         "torch.utils.tensorboard", "the logger tensorboard", "tensorboard", "tensorboard"
     )
@@ -125,14 +125,10 @@ def open_tensorboard(
             writer.add_scalar(name, value, step)
         writer.flush()
 
-    for step, row in recorded_rows(folder, columns):
-        log(step, row)
     return log, writer.close
 
 
-def open_wandb(
-    folder: Path, config: dict[str, Any], columns: Collection[str] | None
-) -> TrackerHandles:
+def open_wandb(folder: Path, config: dict[str, Any]) -> TrackerHandles:
     """Open a wandb run in the project `opdlab` (or WANDB_PROJECT), with files in `folder`/wandb.
 
     Steps that were sent before the run was killed are not sent again. WANDB_MODE and the other
@@ -141,7 +137,6 @@ def open_wandb(
     Args:
         folder: Run folder.
         config: Settings, stored with the wandb run.
-        columns: Not used: wandb keeps what it was sent, and only new rows are sent.
 
     Returns:
         The functions that log and close.
@@ -164,17 +159,16 @@ def open_wandb(
     return log, run.finish
 
 
-def open_trackio(
-    folder: Path, config: dict[str, Any], columns: Collection[str] | None
-) -> TrackerHandles:
-    """Open a run in the local Trackio project `opdlab` (or TRACKIO_PROJECT), rewritten from rows.
+def open_trackio(folder: Path, config: dict[str, Any]) -> TrackerHandles:
+    """Open a new run in the local Trackio project `opdlab` (or TRACKIO_PROJECT).
+
+    The run of an earlier start is deleted.
 
     With TRACKIO_SPACE_ID, which sends rows to a Space, the record of a resumed run is there twice.
 
     Args:
         folder: Run folder.
         config: Settings, stored with the Trackio run.
-        columns: Columns of the recorded rows that are logged again; all if None.
 
     Returns:
         The functions that log and close.
@@ -191,8 +185,6 @@ def open_trackio(
     def log(step: int, row: Row) -> None:
         run.log(row, step=step)
 
-    for step, row in recorded_rows(folder, columns):
-        log(step, row)
     return log, run.finish
 
 
@@ -203,8 +195,11 @@ def read_run_id(path: Path) -> str:
     return path.read_text()
 
 
-TRACKERS: Mapping[str, Callable[[Path, dict[str, Any], Collection[str] | None], TrackerHandles]] = {
+TRACKERS: Mapping[str, Callable[[Path, dict[str, Any]], TrackerHandles]] = {
     "tensorboard": open_tensorboard,
     "wandb": open_wandb,
     "trackio": open_trackio,
 }
+
+REWRITTEN = ("tensorboard", "trackio")
+"""Local trackers, which begin anew on resume and get all recorded rows first."""
