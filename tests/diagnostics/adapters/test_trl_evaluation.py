@@ -78,12 +78,15 @@ def train(trainer: Any, monitor: Monitor, **settings: Any) -> Any:
 def test_an_evaluation_has_a_row_of_its_own(
     pair: Any, tmp_path: Path, make: Any, temperature: float
 ) -> None:
-    default = train(evaluated(make, pair, tmp_path / "default", 3), Monitor())
+    default_trainer = evaluated(make, pair, tmp_path / "default", 3)
+    default = train(default_trainer, Monitor())
     assert default.evaluation == []
     trainer = evaluated(make, pair, tmp_path / "run", 3)
     spy = EvaluationSpy(trainer, pair[0])
     monitor = Monitor(sinks=[to_file(tmp_path / "panel.jsonl")], alarms=Alarms())
     rows = train(trainer, monitor, evaluation=True)
+    for key, value in default_trainer.model.state_dict().items():
+        assert torch.equal(value, trainer.model.state_dict()[key]), key
     # training rows are the same to the bit, and hold nothing of the evaluation
     assert [json.dumps(row) for row in rows] == [json.dumps(row) for row in default]
     assert not [name for row in rows for name in row if name.startswith("eval")]
@@ -189,6 +192,9 @@ def test_the_log_shows_the_headline_and_the_file_everything(pair: Any, tmp_path:
     (row,) = read_rows(tmp_path / "panel.jsonl")
     assert added - {"trl/observed_steps"} < row.keys()
     assert len(row) > 100
+    needs_other_fields = {"response/reward", "consistency/age"}
+    needs_other_fields |= {"consistency/sampler_log_ratio_square"}
+    assert HEADLINE.keys() - row.keys() == needs_other_fields
     everything = distillation(pair, tmp_path / "all", max_steps=1)
     train(everything, Monitor(), log_columns=None)
     finite = {name for name, x in row.items() if x is not None}

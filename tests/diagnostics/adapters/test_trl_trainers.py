@@ -16,17 +16,8 @@ from diagnostics.catalogue import FULL
 from diagnostics.monitor import Monitor
 from tests.helpers.fake_teacher_server import serve
 from tests.helpers.paths import ROOT
-from tests.helpers.trl_trainers import (
-    Spy,
-    TrlTeacherServer,
-    async_distillation,
-    by_hand,
-    gmpo,
-    load_pair,
-    log_softmaxes,
-    rloo,
-    server_distillation,
-)
+from tests.helpers.trl_servers import TrlTeacherServer, async_distillation, server_distillation
+from tests.helpers.trl_trainers import Spy, by_hand, gmpo, load_pair, log_softmaxes, rloo
 
 pytestmark = pytest.mark.filterwarnings("error:.* has no row:RuntimeWarning")
 
