@@ -10,7 +10,7 @@ from diagnostics.io.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from diagnostics.adapters.from_logits import from_logits
-    from diagnostics.adapters.trl import observe_trl
+    from diagnostics.adapters.trl import observe_trl, trl_callback
     from diagnostics.alarms.alarms import Alarms
     from diagnostics.batch import DistributionStats, Rollouts, ScoredRollouts, Support
     from diagnostics.catalogue import PANEL
@@ -36,6 +36,7 @@ __all__ = [
     "observe_trl",
     "save_records",
     "to_file",
+    "trl_callback",
 ]
 
 MODULES = {
@@ -53,6 +54,7 @@ MODULES = {
     "observe_trl": "diagnostics.adapters.trl",
     "save_records": "diagnostics.records.writer",
     "to_file": "diagnostics.records.sinks",
+    "trl_callback": "diagnostics.adapters.trl",
 }
 """Exported name -> the module that defines it."""
 

@@ -57,6 +57,7 @@ from diagnostics.metrics.token_attribution import (
     token_table,
 )
 from diagnostics.metrics.topk import nested_outside, overlap, tail_share, top_uncertainty
+from diagnostics.records.headline import headline_tables
 from diagnostics.records.row_columns import COLUMNS
 
 Metric = Callable[[ScoredRollouts], dict[str, Accumulator]]
@@ -278,6 +279,13 @@ In a step shared by several tasks, columns of one task begin with `task=NAME/`.
 | columns | description |
 |---|---|"""
 
+HEADLINES = """## Headline columns
+
+The log of an observed TRL run and the loggers of `opd train` show these columns by default, where a
+run has them; `log_columns=None` and `--logger-columns all` show all. The file of rows always has
+all.
+"""
+
 ALARMS = """## Alarms
 
 A rule raises an alarm when the tested value was outside its healthy range by more than z of its
@@ -326,6 +334,7 @@ def page() -> str:
         lines += _section(function.__name__, function)
     lines += [OTHER, *(f"| {names} | {description} |" for names, description in COLUMNS)]
     lines += ["", *_section("gradient_row", gradient_row)]
+    lines += [HEADLINES, headline_tables(), ""]
     lines += [ALARMS, alarm_table()]
     return "\n".join(lines).rstrip() + "\n"
 

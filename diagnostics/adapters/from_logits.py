@@ -80,6 +80,78 @@ def score_logits(
     return {**full, **supports, "prefix": prefix}
 
 
+@torch.no_grad()
+def score_answers(
+    tokens: Tensor,
+    mask: Tensor,
+    logits: Callable[[Tensor], Tensor],
+    vocabulary: int,
+    k: int,
+    max_logits_per_chunk: int,
+    *,
+    teacher_logp: Tensor,
+    ids: Tensor,
+    teacher_topk_logp: Tensor,
+    subject: str,
+) -> dict[str, Any]:
+    """Compute the student's side for a teacher on a server, which answers with its top-K only.
+
+    Args:
+        tokens: (B, T) sampled ids.
+        mask: (B, T) bool, tokens to score.
+        logits: (n,) indices into the B x T positions -> the student's logits (n, V).
+        vocabulary: V.
+        k: K of the student's own top-K.
+        max_logits_per_chunk: Elements of an (n, V) tensor that exist at a time.
+        teacher_logp: (B, T), the server's log-probability of each token.
+        ids: (B, T, K), the server's most probable ids in descending order.
+        teacher_topk_logp: (B, T, K), theirs.
+        subject: Beginning of the message about what the server does not answer.
+
+    Returns:
+        Fields of `ScoredRollouts`.
+    """
+    positions, flat_tokens, flat_ids = (
+        mask.flatten().nonzero()[:, 0],
+        tokens.flatten(),
+        ids.flatten(0, 1),
+    )
+    parts: list[tuple[Tensor, ...]] = []
+    for chunk in positions.split(max(1, max_logits_per_chunk // vocabulary)):
+        p = log_softmax(logits(chunk))
+        topk = p.topk(min(k, vocabulary), -1)
+        token_logp = p.gather(-1, flat_tokens[chunk, None])[:, 0]
+        parts.append(
+            (token_logp, p.gather(-1, flat_ids[chunk].clamp(min=0)), topk.indices, topk.values)
+        )
+    if parts:
+        columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+    else:
+        shapes = [(0,), (0, ids.shape[-1]), (0, min(k, vocabulary)), (0, min(k, vocabulary))]
+        columns = [torch.zeros(shape, device=mask.device) for shape in shapes]
+        columns[2] = columns[2].long()
+    student_logp, support_logp, student_ids, student_topk_logp = (
+        scatter_to_mask(column, mask) for column in columns
+    )
+    wide_mask = mask[..., None]  # where the server answered fewer ids, -inf is refused later
+    return {
+        "student_logp": student_logp,
+        "teacher_logp": torch.where(mask, teacher_logp, 0.0),
+        "support": Support(
+            ids=torch.where(wide_mask, ids, 0),
+            student_logp=support_logp,
+            teacher_logp=torch.where(wide_mask, teacher_topk_logp, 0.0),
+            source="teacher",
+        ),
+        "student_support": Support(
+            ids=student_ids,
+            student_logp=student_topk_logp,
+            teacher_logp=Missing(subject),  # type: ignore[arg-type]
+            source="student",
+        ),
+    }
+
+
 def from_logits(
     tokens: Tensor,
     mask: Tensor,

@@ -18,6 +18,11 @@ from diagnostics.records.columns import integer_id
 
 STEP, REWARD = "opdlab_step", "opdlab_reward"
 """Keys that `record_rollout_step` adds to a batch of rollouts, (B,) each."""
+OLD_LOGP, TEACHER_LOGP = "opdlab_old_logp", "opdlab_teacher_logp"
+"""Keys that RLOO's hook adds to a batch of rollouts, (B, T) each: log-probabilities at sampling
+time under the student and under the teacher. TRL shuffles and splits every tensor of a batch by
+rows.
+"""
 
 
 def record_rollout_step(observer: TrainerObserver, stack: ExitStack, name: str) -> None:
@@ -70,6 +75,7 @@ def make_batch(
     mask: Tensor,
     *,
     sampler_logp: Tensor | None = None,
+    temperature: float | None = None,
     missing_names: Iterable[str] = (),
     **fields: Any,
 ) -> ScoredRollouts:
@@ -81,6 +87,7 @@ def make_batch(
         tokens: (B, T) ids.
         mask: (B, T) bool.
         sampler_logp: (B, T) from the engine that sampled, if known.
+        temperature: Of the sampler; `trainer.temperature` if None.
         missing_names: Further fields that are missing.
         **fields: The other fields of `ScoredRollouts`.
 
@@ -92,7 +99,7 @@ def make_batch(
     if filters:
         # with other sampling filters top_p does not describe the distribution
         missing_names.add("top_p")
-    old_logps, softmax_logp = inputs.get("old_per_token_logps"), None
+    old_logps, softmax_logp = inputs.get("old_per_token_logps", inputs.get(OLD_LOGP)), None
     if sampler_logp is None and old_logps is not None:
         # the model's own at sampling time, before top-p and other filters
         is_sampled = fields.get("sampled_mask", mask)
@@ -113,7 +120,7 @@ def make_batch(
         sampler_logp=sampler_logp,
         softmax_logp=softmax_logp,
         trainer_name=trainer_name,
-        temperature=float(trainer.temperature),
+        temperature=float(trainer.temperature if temperature is None else temperature),
         top_p=float(getattr(trainer.args, "top_p", 1.0)),
         reward=reward.to(tokens.device).float(),
         age=_rollout_age(trainer, inputs, tokens),

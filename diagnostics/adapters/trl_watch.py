@@ -1,4 +1,4 @@
-"""State of an observed TRL run: the current step, the log window, and the checkpoint.
+"""State of an observed TRL run: the current step, the current evaluation, and the log window.
 
 `diagnostics.adapters.trl` is the public interface.
 """
@@ -7,12 +7,13 @@ import math
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diagnostics.adapters.from_logits import score_logits
+from diagnostics.adapters.from_logits import score_answers, score_logits
 from diagnostics.batch import ScoredRollouts, concatenate
 from diagnostics.core.partial import without_fields
 from diagnostics.core.totals import Accumulator, Counts, compute
@@ -21,6 +22,43 @@ from diagnostics.missing import missing_fields
 from diagnostics.monitor import Monitor
 
 Row = dict[str, float]
+
+
+class Rows(list[Row]):
+    """Rows of the training steps; those of evaluations, which have a prefix, are kept apart.
+
+    Attributes:
+        evaluation: One row per evaluation, with its step under "step".
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.evaluation: list[Row] = []
+
+
+@dataclass
+class MicroBatches:
+    """The micro-batches of one optimizer step or of one evaluation."""
+
+    batches: list[ScoredRollouts] = field(default_factory=list)
+    """Those that the student sampled."""
+    on_policy: list[float] = field(default_factory=list)
+    """Per micro-batch: whether the student sampled it."""
+    failed: bool = False
+    """Whether a measurement raised an exception, which costs the row."""
+
+    def concatenated(self) -> list[ScoredRollouts]:
+        """Return one batch, without the fields that some micro-batch lacks; [] if there is none."""
+        missing: dict[str, str] = {}
+        for batch in self.batches:
+            missing |= missing_fields(batch)
+        subject = next(iter(missing.values()), "")
+        parts = [without_fields(batch, missing, subject) for batch in self.batches]
+        return [concatenate(parts)] if parts else []
+
+    def on_policy_share(self) -> Tensor:
+        """Return the share of micro-batches that the student sampled, NaN if there is none."""
+        return torch.tensor(self.on_policy, dtype=torch.float64).mean()
 
 
 class TrainerObserver:
@@ -44,16 +82,14 @@ class TrainerObserver:
             k,
             max_logits_per_chunk,
         )
-        self.rows: list[Row] = []
+        self.rows = Rows()
+        self.evaluation: MicroBatches | None = None  # while an evaluation is observed
         self.window: dict[str, Accumulator] = {}
         self.window_steps = 0
         self._start_step(0)
 
     def _start_step(self, step: int) -> None:
-        self.step = step
-        self.batches: list[ScoredRollouts] = []
-        self.on_policy: list[float] = []  # per micro-batch: whether the student sampled it
-        self.failed = False
+        self.step, self.training = step, MicroBatches()
 
     def is_due(self, step: int) -> bool:
         """Return whether a metric is due at this step."""
@@ -61,7 +97,9 @@ class TrainerObserver:
 
     @property
     def is_measured(self) -> bool:
-        """Whether a loss computed now belongs to a training step at which a metric is due."""
+        """Whether a loss computed now belongs to an observed evaluation or to a due step."""
+        if self.evaluation is not None:
+            return True
         training = self.trainer.model.training and torch.is_grad_enabled()
         return training and self.is_due(self.trainer.state.global_step + 1)
 
@@ -71,17 +109,20 @@ class TrainerObserver:
         Args:
             make_batch: Builds the batch; None if the student did not sample it.
         """
-        step = self.trainer.state.global_step + 1
-        if step != self.step:
-            self._start_step(step)
-        self.on_policy.append(float(make_batch is not None))
-        if make_batch is not None and not self.failed:
+        collected = self.evaluation
+        if collected is None:
+            step = self.trainer.state.global_step + 1
+            if step != self.step:
+                self._start_step(step)
+            collected = self.training
+        collected.on_policy.append(float(make_batch is not None))
+        if make_batch is not None and not collected.failed:
             try:
-                self.batches.append(make_batch().trim().validate())
+                collected.batches.append(make_batch().trim().validate())
             except OperationFailed:
                 raise
             except Exception as error:
-                self._drop_row(error)
+                self._drop_row(collected, error)
 
     def finish_step(self, step: int) -> None:
         """Compute the row of a step that has just ended.
@@ -99,36 +140,70 @@ class TrainerObserver:
                 f"step {step}: the loss of {type(self.trainer).__name__} did not call the observed "
                 "functions; a subclass or a setting computes it elsewhere; do not observe this run"
             )
-        if not self.failed:
+        if not self.training.failed:
             try:
                 self._compute_row()
             except Exception as error:
-                self._drop_row(error)
+                self._drop_row(self.training, error)
         self._start_step(0)
 
     def _compute_row(self) -> None:
-        share = torch.tensor(self.on_policy, dtype=torch.float64).mean()
-        step_batches = []
-        if self.batches:
-            missing: dict[str, str] = {}
-            for batch in self.batches:
-                missing |= missing_fields(batch)
-            subject = next(iter(missing.values()), "")
-            step_batches = [
-                concatenate([without_fields(batch, missing, subject) for batch in self.batches])
-            ]
-        row = self.monitor(self.step, step_batches, **{"trl/on_policy_share": share})
+        collected = self.training
+        share = {"trl/on_policy_share": collected.on_policy_share()}
+        row = self.monitor(self.step, collected.concatenated(), **share)
         self.rows.append({"step": self.step, **row})
         for name, total in self.monitor.totals.items():
             self.window[name] = self.window[name] + total if name in self.window else total
         self.window_steps += 1
 
-    def _drop_row(self, error: Exception) -> None:
+    def finish_evaluation(self, prefix: str, columns: Collection[str] | None) -> Row:
+        """Compute the row of an evaluation that has just ended, and call the monitor's sinks.
+
+        The monitor's alarms and intervals are those of training and take no part.
+
+        Args:
+            prefix: Put before the names of columns, such as "eval".
+            columns: Names of the values to return, without the prefix; all if None.
+
+        Returns:
+            The finite values for the trainer's log; {} if a measurement failed.
+
+        Raises:
+            OperationFailed: No loss of the evaluation called the wrapped functions.
+        """
+        collected, self.evaluation = self.evaluation, None
+        step = self.trainer.state.global_step
+        if collected is None or not collected.on_policy:
+            raise OperationFailed(
+                f"evaluation at step {step}: {type(self.trainer).__name__} computed no loss "
+                "through the observed functions; pass evaluation=False"
+            )
+        if collected.failed:
+            return {}
+        try:
+            monitor = Monitor(self.monitor.panel, combine=self.monitor.combine)
+            share = {"trl/on_policy_share": collected.on_policy_share()}
+            row = monitor(step, collected.concatenated(), **share)
+            prefixed_row = {f"{prefix}_{name}": x for name, x in row.items()}
+            self.rows.evaluation.append({"step": step, **prefixed_row})
+            for sink in self.monitor.sinks:
+                sink(step, prefixed_row)
+        except Exception as error:
+            self._drop_row(collected, error)
+            return {}
+        return {f"{prefix}_{name}": x for name, x in _select_finite(row, columns).items()}
+
+    def _drop_row(self, collected: MicroBatches, error: Exception) -> None:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             raise error
-        self.failed = True
+        collected.failed = True
+        subject = (
+            f"step {self.step}"
+            if collected is self.training
+            else f"the evaluation at step {self.trainer.state.global_step}"
+        )
         warnings.warn(
-            f"step {self.step} has no row: {type(error).__name__}: {error} (training continues)",
+            f"{subject} has no row: {type(error).__name__}: {error} (training continues)",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -153,14 +228,20 @@ class TrainerObserver:
                 row |= {key: row[key] / self.window_steps for key in compute({name: total})}
         row["trl/observed_steps"] = float(self.window_steps)
         self.window, self.window_steps = {}, 0
-        selected = row if columns is None else {name: row[name] for name in columns if name in row}
-        return {name: x for name, x in selected.items() if math.isfinite(x)}
+        return _select_finite(row, columns)
 
     def score_logits(
         self, tokens: Tensor, mask: Tensor, logits: Any, vocabulary: int
     ) -> dict[str, Any]:
         """Score a micro-batch with this observer's settings; see `from_logits.score_logits`."""
         return score_logits(tokens, mask, logits, vocabulary, self.k, self.max_logits_per_chunk)
+
+    def score_answers(
+        self, tokens: Tensor, mask: Tensor, logits: Any, vocabulary: int, **answers: Any
+    ) -> dict[str, Any]:
+        """Score a micro-batch of a server's teacher; see `from_logits.score_answers`."""
+        limit = self.max_logits_per_chunk
+        return score_answers(tokens, mask, logits, vocabulary, self.k, limit, **answers)
 
     def start_training(self, step: int, saved: dict[str, Any] | None) -> None:
         """Prepare for training that starts after `step`.
@@ -177,8 +258,15 @@ class TrainerObserver:
         if step and saved is not None:
             self.monitor.load_state_dict(saved)
         if step:
-            self.rows[:] = [row for row in self.rows if row["step"] <= step]
+            for rows in (self.rows, self.rows.evaluation):
+                rows[:] = [row for row in rows if row["step"] <= step]
         self.monitor.rewind(step)
+
+
+def _select_finite(row: Row, columns: Collection[str] | None) -> Row:
+    """Return the finite values of the named columns that a row has; of all columns if None."""
+    selected = row if columns is None else {name: row[name] for name in columns if name in row}
+    return {name: x for name, x in selected.items() if math.isfinite(x)}
 
 
 @contextmanager
@@ -199,54 +287,11 @@ def replace_attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
             delattr(owner, name)
 
 
-@contextmanager
-def register_callback(observer: TrainerObserver) -> Iterator[None]:
-    """Register a trainer callback that reports steps and checkpoints while the context is open.
-
-    The monitor's state is written into the checkpoint's trainer_state.json, atomically with the
-    rest, and is restored from there whatever `restore_callback_states_from_checkpoint` says.
-
-    Args:
-        observer: The observer to notify.
-
-    Yields:
-        Nothing.
-    """
-    trainer, name = observer.trainer, "OpdlabMonitor"
-
-    def state(self: Any) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"saved": observer.monitor.state_dict()}}
-
-    def on_train_begin(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
-        saved_state = state.stateful_callbacks.get(name)
-        saved_state = saved_state[-1] if isinstance(saved_state, list) else saved_state
-        observer.start_training(
-            state.global_step, saved_state and saved_state["attributes"]["saved"]
+def single_call(calls: list[Any], name: str) -> Any:
+    """Return the recorded call; raise unless there was exactly one."""
+    if len(calls) != 1:
+        raise OperationFailed(
+            f"the loss called {name} {len(calls)} times, expected once: it is computed elsewhere "
+            "(a fused kernel, an override); disable that, or do not observe this run"
         )
-        state.stateful_callbacks[name] = self.state()  # saving a checkpoint expects an entry
-
-    def on_step_end(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
-        observer.finish_step(state.global_step)
-
-    bases = (
-        _base_class(trainer.callback_handler, "TrainerCallback"),
-        _base_class(trainer.control, "ExportableState"),
-    )
-    methods = {"state": state, "on_train_begin": on_train_begin, "on_step_end": on_step_end}
-    # a class of its own: the trainer may rebuild instances from a checkpoint
-    callback_class = type(name, bases, methods)
-    trainer.add_callback(callback_class())
-    try:
-        yield
-    finally:
-        trainer.remove_callback(callback_class)
-
-
-def _base_class(instance: Any, name: str) -> type:
-    """Return the base class of this name of an instance's class, without importing it."""
-    for kind in type(instance).__mro__:
-        if kind.__name__ == name:
-            return kind
-    raise InvalidInput(
-        f"{type(instance).__name__} is no {name}; this transformers version is not supported"
-    )
+    return calls[0]

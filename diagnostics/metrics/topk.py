@@ -87,6 +87,23 @@ def top_k_list(batch: ScoredRollouts, model: str) -> TopKList:
     return TopKList(*(x.gather(-1, order) for x in parts))
 
 
+def student_top_ids(batch: ScoredRollouts) -> Tensor:
+    """Return the (B, T, K) most probable ids of the student.
+
+    A teacher on a server has no log-probabilities of them, which `top_k_list` would need.
+
+    Args:
+        batch: Scored rollouts.
+
+    Returns:
+        The ids.
+    """
+    support = batch.student_support
+    if support is not None and support.source == "student" and support.present is None:
+        return support.ids
+    return top_k_list(batch, "student").ids
+
+
 def nested_outside(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """B-1, B-2: Compute the share of samples outside the teacher's top k at several depths k.
 
@@ -170,12 +187,12 @@ def overlap(batch: ScoredRollouts) -> dict[str, Accumulator]:
         divergence/overlap_advantage_verl: sum_I q (log p - log q) / |I|, as in verl: weighted by
             the teacher, not renormalised, of either sign. The overlap ratio is the same in both.
     """
-    student_list, teacher_list = top_k_list(batch, "student"), top_k_list(batch, "teacher")
-    k = min(OVERLAP_DEPTH, student_list.k, teacher_list.k)
-    student_list, teacher_list = student_list.truncate(k), teacher_list.truncate(k)
+    student_ids, teacher_list = student_top_ids(batch), top_k_list(batch, "teacher")
+    k = min(OVERLAP_DEPTH, student_ids.shape[-1], teacher_list.k)
+    teacher_list = teacher_list.truncate(k)
     in_both = torch.zeros_like(teacher_list.present)
     for j in range(k):  # one slot at a time, to avoid a (B, T, K, K) tensor
-        in_both |= teacher_list.ids == student_list.ids[..., j : j + 1]
+        in_both |= teacher_list.ids == student_ids[..., j : j + 1]
     size = in_both.sum(-1)
     p, q = teacher_list.student_logp.exp() * in_both, teacher_list.teacher_logp.exp() * in_both
     mass_p, mass_q = p.sum(-1), q.sum(-1)

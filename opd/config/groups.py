@@ -180,6 +180,9 @@ class RecordConfig:
     metrics: tuple[str, ...] = setting((), resumable=True)
     """Metrics of your own in every row, MODULE:FUNCTION or FILE.py:FUNCTION
     (opd.training.user_metrics)."""
+    logger_columns: Literal["headline", "all"] = setting("headline", resumable=True)
+    """What loggers get of a row: the headline columns (diagnostics.records.headline) or all; the
+    file rows.jsonl always has all."""
     full_metrics_every: int = setting(1, within="at least 1")
     """Steps between full-vocabulary metrics (exact KL, entropies, ranks), if the objective does not
     need the student's full distribution. Other steps compute top-K and sampled-token metrics

@@ -9,7 +9,7 @@ before a kill appears twice and a tracker that is added later gets earlier steps
 import os
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from diagnostics.errors import InvalidInput
 from diagnostics.io.atomic import write_text
 from diagnostics.io.packages import load_package
 from diagnostics.records import rows
+from diagnostics.records.headline import select_columns
 from diagnostics.records.rows import Row
 
 Log = Callable[[int, Row], None]
@@ -26,7 +27,12 @@ TrackerHandles = tuple[Log, Callable[[], None]]
 
 
 @contextmanager
-def open_trackers(names: tuple[str, ...], folder: Path, config: dict[str, Any]) -> Iterator[Log]:
+def open_trackers(
+    names: tuple[str, ...],
+    folder: Path,
+    config: dict[str, Any],
+    columns: Collection[str] | None = None,
+) -> Iterator[Log]:
     """Open the named trackers and yield a function (step, row) that logs a row to all of them.
 
     Open it after the record in `folder` has been rewound to the step where the run continues.
@@ -37,6 +43,7 @@ def open_trackers(names: tuple[str, ...], folder: Path, config: dict[str, Any]) 
         names: Names of trackers, from TRACKERS (the setting `loggers`).
         folder: Run folder; its name is the name of the tracker run.
         config: Settings, stored with the tracker run.
+        columns: Columns to log, evaluations aside (`diagnostics.records.headline`); all if None.
 
     Yields:
         The logging function.
@@ -63,7 +70,7 @@ def open_trackers(names: tuple[str, ...], folder: Path, config: dict[str, Any]) 
                 )
 
     def log(step: int, row: Row) -> None:
-        values = numeric_values(row)
+        values = select_columns(numeric_values(row), columns)
         for name, log_function in list(log_functions.items()):
             run_guarded(name, lambda log_function=log_function: log_function(step, values))  # type: ignore[misc]
 
@@ -71,6 +78,9 @@ def open_trackers(names: tuple[str, ...], folder: Path, config: dict[str, Any]) 
         for name in dict.fromkeys(names):
             log_functions[name], close = TRACKERS[name](folder, config)
             stack.callback(run_guarded, name, close)
+            if name in REWRITTEN:
+                for step, row in recorded_rows(folder):
+                    log_functions[name](step, select_columns(row, columns))
         yield log
 
 
@@ -100,7 +110,7 @@ def recorded_rows(folder: Path) -> Iterator[tuple[int, Row]]:
 
 
 def open_tensorboard(folder: Path, config: dict[str, Any]) -> TrackerHandles:
-    """Open event files in `folder`/tensorboard, rewritten from the record (no step twice)."""
+    """Open new event files in `folder`/tensorboard; those of an earlier start are deleted."""
     library = load_package(
         "torch.utils.tensorboard", "the logger tensorboard", "tensorboard", "tensorboard"
     )
@@ -115,8 +125,6 @@ def open_tensorboard(folder: Path, config: dict[str, Any]) -> TrackerHandles:
             writer.add_scalar(name, value, step)
         writer.flush()
 
-    for step, row in recorded_rows(folder):
-        log(step, row)
     return log, writer.close
 
 
@@ -152,7 +160,9 @@ def open_wandb(folder: Path, config: dict[str, Any]) -> TrackerHandles:
 
 
 def open_trackio(folder: Path, config: dict[str, Any]) -> TrackerHandles:
-    """Open a run in the local Trackio project `opdlab` (or TRACKIO_PROJECT), rewritten from rows.
+    """Open a new run in the local Trackio project `opdlab` (or TRACKIO_PROJECT).
+
+    The run of an earlier start is deleted.
 
     With TRACKIO_SPACE_ID, which sends rows to a Space, the record of a resumed run is there twice.
 
@@ -175,8 +185,6 @@ def open_trackio(folder: Path, config: dict[str, Any]) -> TrackerHandles:
     def log(step: int, row: Row) -> None:
         run.log(row, step=step)
 
-    for step, row in recorded_rows(folder):
-        log(step, row)
     return log, run.finish
 
 
@@ -192,3 +200,6 @@ TRACKERS: Mapping[str, Callable[[Path, dict[str, Any]], TrackerHandles]] = {
     "wandb": open_wandb,
     "trackio": open_trackio,
 }
+
+REWRITTEN = ("tensorboard", "trackio")
+"""Local trackers, which begin anew on resume and get all recorded rows first."""

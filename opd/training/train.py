@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from diagnostics.alarms.alarms import Alarm
 from diagnostics.errors import InvalidInput
+from diagnostics.records.headline import RUN_COLUMNS
 from diagnostics.records.rows import Row, append_row, read_rows
 from diagnostics.terminal import escape_control_chars
 from opd.config.files import to_flat
@@ -252,7 +253,8 @@ def train(
         engine = stack.enter_context(closing(make_rollout_engine(config, trained)))
         state = make_train_state(config, folder, start.step, pairs, engine, optimizer, rows_by_name)
         names = config.record.loggers if distributed.rank() == 0 else ()
-        with open_trackers(names, folder, to_flat(config)) as log, state.prefetcher:
+        columns = None if config.record.logger_columns == "all" else RUN_COLUMNS
+        with open_trackers(names, folder, to_flat(config), columns) as log, state.prefetcher:
             run_steps(state, log)
         if start.step < config.steps or not (folder / "final").exists():
             with_adapters = gather_network(trained)

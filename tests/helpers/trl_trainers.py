@@ -291,3 +291,39 @@ def by_hand(rows: list[dict[str, Any]], depth: int = 5) -> dict[str, float]:
         "response/length": sum(lengths) / len(rows),
         "response/truncated_share": 1 - sum(ended) / len(rows),
     }
+
+
+def rloo(pair: Any, folder: Path, **changes: Any) -> Any:
+    """Its reference model is a copy of the student; the weights of the teacher are loaded there."""
+    from trl import RLOOConfig, RLOOTrainer
+
+    student, teacher, tokenizer = pair
+    arguments = {"num_generations": 2, "beta": 0.1, "max_completion_length": 12}
+    arguments |= {"reward_weights": [1.0, 0.5]}
+    trainer = RLOOTrainer(
+        model=copy.deepcopy(student),
+        reward_funcs=[even, first],
+        args=RLOOConfig(str(folder), **SETTINGS | arguments | changes),
+        train_dataset=questions("prompt"),
+        processing_class=tokenizer,
+    )
+    if trainer.ref_model is not None:
+        trainer.ref_model.load_state_dict(teacher.state_dict())
+    return trainer
+
+
+def gmpo(pair: Any, folder: Path, **changes: Any) -> Any:
+    """A subclass of GRPOTrainer with a loss of its own."""
+    from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
+
+    student, teacher, tokenizer = pair
+    arguments = {"num_generations": 2, "beta": 0.1, "max_completion_length": 12}
+    trainer = GMPOTrainer(
+        copy.deepcopy(student),
+        [even, first],
+        args=GMPOConfig(str(folder), **SETTINGS | arguments | changes),
+        train_dataset=questions("prompt"),
+        processing_class=tokenizer,
+    )
+    trainer.ref_model.load_state_dict(teacher.state_dict())
+    return trainer

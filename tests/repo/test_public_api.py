@@ -51,6 +51,7 @@ EXPORTS = {
         "observe_trl",
         "save_records",
         "to_file",
+        "trl_callback",
     },
 }
 """The stable names; a change here is a change of the interface and belongs in CHANGELOG.md."""

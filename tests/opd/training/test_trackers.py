@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from diagnostics.records.headline import RUN_COLUMNS
 from diagnostics.records.rows import Row, append_row, read_rows
 from opd.training import trackers
 from opd.training.trackers import numeric_values, open_trackers, with_eval_prefix
@@ -224,3 +225,20 @@ def test_only_numbers_are_sent() -> None:
     assert values.pop("f") != 0
     assert values == {"a": 1.0, "e": 1.0}
     assert with_eval_prefix({"step": 3, "accuracy": 1}) == {"step": 3, "eval/accuracy": 1}
+
+
+def test_a_tracker_gets_the_headline_and_after_a_resume_too(tmp_path: Path) -> None:
+    row: Row = {"step": 0, "loss": 1.0, "divergence/k1": 2.0, "divergence/k1@0-7": 3.0}
+    row |= {"task=a/divergence/k1": 4.0, "task=a/mask/all/tokens": 5.0, "mask/all/tokens": 6.0}
+    selected = {"loss", "divergence/k1", "task=a/divergence/k1"}
+    with open_trackers(("tensorboard",), tmp_path, CONFIG, RUN_COLUMNS) as log:
+        append_row(tmp_path / "rows.jsonl", row)
+        log(0, row)
+        log(0, with_eval_prefix({"step": 0, "accuracy": 0.5, "anything": 1}))
+    assert set(scalars(tmp_path)) == {*selected, "eval/accuracy", "eval/anything"}
+    with open_trackers(("tensorboard",), tmp_path, CONFIG, RUN_COLUMNS):
+        pass
+    assert set(scalars(tmp_path)) == selected
+    with open_trackers(("tensorboard",), tmp_path, CONFIG):  # a setting that may change on resume
+        pass
+    assert set(scalars(tmp_path)) == row.keys() - {"step"}
