@@ -20,7 +20,7 @@ from diagnostics.io.atomic import is_disk_full, sync, write_text
 from diagnostics.records import rows
 from diagnostics.records.renamed import present_settings
 from opd.config.files import to_flat, to_groups
-from opd.config.settings import Config, setting_fields
+from opd.config.settings import Config, setting_fields, with_settings
 from opd.runtime import distributed
 from opd.runtime.manifest import find_damage
 from opd.runtime.staged_folders import list_checkpoints, step_number
@@ -75,7 +75,8 @@ def open_run(config: Config, start_over: bool = False) -> Iterator[tuple[Path, S
         refuse_other_settings(folder, config)
         start = find_start(folder, config)
         if not start.finished:
-            write_text(folder / "config.json", json.dumps(to_groups(config), indent=1))
+            recorded = with_settings(config, steps=max(config.steps, start.step))  # never fewer
+            write_text(folder / "config.json", json.dumps(to_groups(recorded), indent=1))
         distributed.all_gather_object(asdict(start))
         yield folder, start
 

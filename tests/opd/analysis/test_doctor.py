@@ -1,6 +1,7 @@
 """`opd doctor` on real pairs on disk: a healthy pair, and one fault at a time."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,10 +20,36 @@ from opd.config.settings import Config, with_settings
 from opd.data.chain_task import problems
 from opd.lab.build import TEMPLATE, ToyModelConfig, make_tokenizer, train_model
 from opd.teachers.pair import join_models
+from tests.helpers.faulty_pairs import (
+    END,
+    OTHER,
+    THINK,
+    ModelPair,
+    change_end_ids,
+    double_bos,
+    edit,
+    edit_weights,
+    fewer_rows,
+    flatten_logits,
+    halve_the_end,
+    merge_in_one,
+    name_the_end_otherwise,
+    never_think,
+    no_system_role,
+    not_a_number,
+    one_token_more,
+    ordinary_think,
+    other_template,
+    other_turn_end,
+    pad_with_the_end,
+    padded_head,
+    save,
+    swap_two_ids,
+    use_bos,
+    write_template,
+)
 
-END, OTHER, THINK = 1, 2, 3
 DIGIT = make_tokenizer().convert_tokens_to_ids("2")
-ModelPair = tuple[Path, Path]
 
 
 @pytest.fixture(scope="module")
@@ -42,41 +69,12 @@ def healthy(tmp_path_factory: pytest.TempPathFactory) -> ModelPair:
     return folder / "student", folder / "teacher"
 
 
-def save(network, folder: Path) -> None:
-    network.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-
-
 @pytest.fixture
 def pair(healthy: ModelPair, tmp_path: Path) -> ModelPair:
     """Return a copy of the pair that a test may modify."""
     for folder in healthy:
         shutil.copytree(folder, tmp_path / folder.name)
     return tmp_path / "student", tmp_path / "teacher"
-
-
-def edit(file: Path, change: Callable[[dict], None]) -> None:
-    content = json.loads(file.read_text())
-    change(content)
-    file.write_text(json.dumps(content))
-
-
-def edit_weights(folder: Path, change: Callable[[object], None]) -> None:
-    """Change the weights of a model on disk."""
-    from transformers import AutoModelForCausalLM
-
-    network = AutoModelForCausalLM.from_pretrained(folder)
-    with torch.no_grad():
-        change(network)
-    network.save_pretrained(folder)
-
-
-def untie_head(network) -> torch.Tensor:
-    """Untie the LM head from the embeddings and return its weight."""
-    rows = network.get_output_embeddings()
-    rows.weight = torch.nn.Parameter(rows.weight.detach().clone())
-    network.config.tie_word_embeddings = False
-    return rows.weight
 
 
 def examine(pair: ModelPair, **options: object) -> dict[str, object]:
@@ -130,141 +128,6 @@ def test_a_file_of_settings_is_checked_with_its_models(
     for words in (["--config", str(path), "s", "t"], ["s"]):
         with pytest.raises(ValueError, match=r"--config names the models|give STUDENT and TEACHER"):
             main(words)
-
-
-def swap_two_ids(pair: ModelPair) -> None:
-    def change(state: dict) -> None:
-        words = state["model"]["vocab"]
-        words["a"], words["b"] = words["b"], words["a"]
-
-    edit(pair[1] / "tokenizer.json", change)
-
-
-def one_token_more(pair: ModelPair) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(pair[1])
-    tokenizer.add_tokens(["<tool>"])
-    tokenizer.save_pretrained(pair[1])
-    for folder in pair:
-        edit_weights(folder, lambda network: add_rows(network, 262))
-
-
-def add_rows(network, rows: int) -> None:
-    """Add vocabulary rows, each as improbable as a rare byte."""
-    network.resize_token_embeddings(rows, mean_resizing=False)
-    weight = network.get_input_embeddings().weight
-    weight[261:] = weight[200]
-
-
-def change_end_ids(folder: Path, ids: int | list[int]) -> None:
-    edit(folder / "generation_config.json", lambda c: c.update(eos_token_id=ids))
-    if isinstance(ids, int):
-        edit(folder / "config.json", lambda c: c.update(eos_token_id=ids))
-        name = make_tokenizer().convert_ids_to_tokens(ids)
-        edit(folder / "tokenizer_config.json", lambda c: c.update(eos_token=name))
-
-
-def write_template(folder: Path, text: str) -> None:
-    (folder / "chat_template.jinja").write_text(text)
-
-
-def merge_in_one(pair: ModelPair) -> None:
-    def change(state: dict, merges: list) -> None:
-        state["model"]["vocab"]["et"] = 261
-        state["model"]["merges"] = merges
-
-    for folder, merges in zip(pair, ([["e", "t"]], []), strict=True):
-        edit(folder / "tokenizer.json", lambda s, m=merges: change(s, m))
-        edit_weights(folder, lambda network: add_rows(network, 262))
-
-
-def ordinary_think(pair: ModelPair) -> None:
-    def change(state: dict) -> None:
-        for token in state["added_tokens"]:
-            if token["content"] == "<think>":
-                token["special"] = False
-
-    edit(pair[1] / "tokenizer.json", change)
-    for key in ("extra_special_tokens", "additional_special_tokens"):
-        edit(
-            pair[1] / "tokenizer_config.json",
-            lambda c, k=key: c.update({k: [t for t in c[k] if t != "<think>"]}) if k in c else None,
-        )
-
-
-def double_bos(pair: ModelPair) -> None:
-    token = {"id": "<|im_start|>", "type_id": 0}
-    special = {"id": "<|im_start|>", "ids": [0], "tokens": ["<|im_start|>"]}
-
-    def change(state: dict) -> None:
-        state["post_processor"]["single"].insert(0, {"SpecialToken": token})
-        state["post_processor"]["special_tokens"] = {"<|im_start|>": special}
-
-    for folder in pair:
-        edit(folder / "tokenizer.json", change)
-        use_bos(folder)
-
-
-def use_bos(folder: Path) -> None:
-    edit(folder / "tokenizer_config.json", lambda c: c.update(bos_token="<|im_start|>"))
-
-
-def pad_with_the_end(pair: ModelPair) -> None:
-    for folder in pair:
-        edit(folder / "tokenizer_config.json", lambda c: c.update(pad_token="<|im_end|>"))
-
-
-def never_think(pair: ModelPair) -> None:
-    def change(network) -> None:
-        untie_head(network)[THINK] *= -3
-
-    edit_weights(pair[1], change)
-
-
-def name_the_end_otherwise(pair: ModelPair) -> None:
-    def change(network) -> None:
-        weight = untie_head(network)
-        weight[[END, OTHER]] = weight[[OTHER, END]]
-
-    edit_weights(pair[1], change)
-    change_end_ids(pair[1], OTHER)
-
-
-def halve_the_end(network) -> None:
-    weight = network.get_output_embeddings().weight
-    weight[END] = weight[OTHER]
-
-
-def flatten_logits(pair: ModelPair) -> None:
-    for folder in pair:
-        edit_weights(folder, lambda network: network.model.norm.weight.mul_(0.2))
-
-
-def not_a_number(pair: ModelPair) -> None:
-    edit_weights(pair[0], lambda network: network.model.norm.weight.fill_(float("nan")))
-
-
-def fewer_rows(pair: ModelPair) -> None:
-    edit_weights(pair[1], lambda network: network.resize_token_embeddings(258))
-
-
-def padded_head(pair: ModelPair) -> None:
-    edit_weights(pair[1], lambda network: add_rows(network, 320))
-
-
-def other_template(pair: ModelPair) -> None:
-    write_template(pair[1], TEMPLATE.replace("assistant\n", "assistant\n<think>"))
-
-
-def no_system_role(pair: ModelPair) -> None:
-    refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-    write_template(pair[1], refuse + TEMPLATE)
-
-
-def other_turn_end(pair: ModelPair) -> None:
-    for folder in pair:
-        write_template(folder, TEMPLATE.replace("<|im_end|>", "<|endoftext|>"))
 
 
 FAULTS: dict[str, tuple[Callable[[ModelPair], None], dict[str, str], str]] = {
@@ -338,8 +201,6 @@ FAULTS: dict[str, tuple[Callable[[ModelPair], None], dict[str, str], str]] = {
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_one_fault_is_named_and_nothing_else(pair: ModelPair, name: str) -> None:
-    import re
-
     apply_fault, expected, message = FAULTS[name]
     apply_fault(pair)
     results = examine(pair)

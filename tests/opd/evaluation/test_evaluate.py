@@ -26,7 +26,8 @@ from opd.data.grading.graders import (
 from opd.data.prompts import decode_response
 from opd.data.sources import DatasetProblem
 from opd.data.tasks import Task, load_task
-from opd.evaluation.evaluate import GREEDY, GradedResponses, evaluate, evaluation_result, respond
+from opd.evaluation.evaluate import evaluate, evaluation_result
+from opd.evaluation.responses import GREEDY, GradedResponses, respond
 from opd.evaluation.statistics import (
     compare,
     decode_outcomes,
@@ -363,7 +364,7 @@ def test_samples_stay_with_their_problem(loaded, monkeypatch: pytest.MonkeyPatch
         return Grade(float(len(response) % 2), f"{answer}:{response}")
 
     task = Task(train=lambda step, count: [], test=lambda count: test_problems[:count], grade=grade)
-    monkeypatch.setattr("opd.evaluation.evaluate.ROWS_AT_ONCE", 6)  # two problems a call
+    monkeypatch.setattr("opd.evaluation.responses.ROWS_AT_ONCE", 6)  # two problems a call
     measured_responses = measure(loaded, task, problems=7, samples=3)
     assert [a for _, a in graded_texts] == [str(n) for n in range(7) for _ in range(3)]
     assert measured_responses.reward.shape == (7, 3)

@@ -19,7 +19,7 @@ from opd.data.tasks import Task
 from opd.envs.base import Observation
 from opd.envs.rollout import play_episodes
 from opd.envs.task import GameTask
-from opd.evaluation.evaluate import respond
+from opd.evaluation.responses import respond
 from opd.lab.build import make_tokenizer
 from opd.models.loading import eos_ids, load_model
 from opd.teachers.pair import ModelPair

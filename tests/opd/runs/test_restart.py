@@ -14,6 +14,7 @@ import pytest
 
 from diagnostics.errors import InvalidInput
 from diagnostics.records import rows as records
+from opd.config.files import read_config
 from opd.config.settings import Config
 from opd.models.loading import load_model
 from opd.report.run_data import read_run
@@ -103,6 +104,14 @@ def test_a_finished_run_without_checkpoints_has_nothing_to_do(
     resume(tiny_pair, run, steps=4)
     assert content(run) == content_before
     assert f"{run} is already finished (4 steps)" in capfd.readouterr().err
+
+
+def test_a_run_that_took_more_steps_keeps_their_number(tiny_pair, run: Path) -> None:
+    """As where `opd demo` continues the longer runs of an older one."""
+    rows_before = rows(run)
+    resume(tiny_pair, run, steps=2)
+    assert rows(run) == rows_before
+    assert read_config(run / "config.json").steps == len(rows_before) == 4
 
 
 def test_anew_moves_the_record_aside(tiny_pair, run: Path, six: Path) -> None:
