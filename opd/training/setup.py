@@ -10,7 +10,6 @@ from diagnostics.batch import ScoredRollouts
 from diagnostics.catalogue import PANEL, Metric
 from diagnostics.core.totals import Accumulator, Mean
 from diagnostics.errors import InvalidInput
-from diagnostics.io.user_functions import is_function_name
 from diagnostics.metrics.consistency import staleness
 from diagnostics.metrics.divergence import sampled_divergence
 from diagnostics.metrics.groupby import by
@@ -130,10 +129,15 @@ def make_task_states(
         for row in history:
             if mixed or row.get("task", "") == name:
                 alarms.update(row)  # an alarm that was active before the resume stays active
+        problems = make_task(task_config, pair, rows_by_name)
+        loss = objective.user_loss
+        if loss is not None and "reward" in loss.asks and isinstance(problems, Task):
+            reader = f"objective {loss.name} asks for reward"
+            require_answers(problems, task_config, reader, "choose another objective")
         task = TaskState(
             config=task_config,
             pair=pair,
-            problems=make_task(task_config, pair, rows_by_name),
+            problems=problems,
             objective=objective,
             request=score_request(task_config, objective, pair),
             masks=resolve_mask_rules(task_config.objective.mask, pair.tokenizer, pair.eos),
@@ -239,25 +243,29 @@ def load_problem_task(
         ),
         rows=rows_by_name,
     )
-    if needs_rewards(config) and not all(problem.answer for problem in task.train(0, 1)):
-        setting = f"reward_weight is {config.objective.reward_weight}"
-        remedy = "reward_weight to 0"
-        if not config.objective.reward_weight:
-            setting = f"objective {config.objective.objective} asks for reward"
-            remedy = "another objective"
-        raise InvalidInput(
-            f"{setting}, but {config.data.task} has no answers to grade responses with; set "
-            f"answer_column to the column with the answers, or {remedy}"
-        )
+    if weight := config.objective.reward_weight:
+        require_answers(task, config, f"reward_weight is {weight}", "reward_weight to 0")
     return task
 
 
-def needs_rewards(config: Config) -> bool:
-    """Return whether the objective reads the grades of responses."""
-    if not is_function_name(config.objective.objective):
-        return config.objective.reward_weight > 0
-    loss = objective_from_config(config).user_loss
-    return loss is not None and "reward" in loss.asks
+def require_answers(task: Task, config: Config, reader: str, remedy: str) -> None:
+    """Refuse a task without answers for a loss that reads the grades of responses.
+
+    Args:
+        task: The task.
+        config: Its settings.
+        reader: What reads the grades; the beginning of the message.
+        remedy: What to do if there are no answers; the end of it.
+
+    Raises:
+        InvalidInput: The task has no answers.
+    """
+    if all(problem.answer for problem in task.train(0, 1)):
+        return
+    raise InvalidInput(
+        f"{reader}, but {config.data.task} has no answers to grade responses with; set "
+        f"answer_column to the column with the answers, or {remedy}"
+    )
 
 
 def load_game_task(config: Config) -> GameTask:

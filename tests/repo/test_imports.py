@@ -3,10 +3,12 @@
 import ast
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.bare_process import run_programs
 from tests.helpers.paths import ROOT
 
 PACKAGES = ("diagnostics", "figures", "opd", "synthetic")
@@ -47,41 +49,45 @@ def test_the_study_uses_nothing_of_the_trainer_but_its_objectives() -> None:
                 assert name.startswith("opd.objectives"), f"{file} imports {name}"
 
 
-def loaded_by(statement: str) -> set[str]:
-    """Top-level modules in a fresh interpreter after a statement."""
-    program = f"{statement}\nimport sys; print(*{{m.split('.')[0] for m in sys.modules}})"
-    process = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    return set(process.stdout.splitlines()[-1].split())
+TORCH = "import torch"
+HEAVY = {
+    (
+        "import opd.cli.main, opd.config.settings, opd.config.recipes, opd.runs.run_folder; "
+        "import opd.data.chain_task, opd.tokens.mask_rules, opd.analysis.doctor"
+    ): {"torch", "pandas"},
+    "import diagnostics.stats, diagnostics.records.run_tables": {"torch", "transformers"},
+}
+"""Statement -> packages that it must not load."""
+
+HEAVY_BESIDE_TORCH = {
+    "import opd.objectives.factory, diagnostics.monitor": {"transformers", "pandas", "matplotlib"},
+    (
+        "import diagnostics.adapters.trl, diagnostics.adapters.verl, "
+        "diagnostics.records.reader, diagnostics.records.writer"
+    ): {"transformers", "trl", "verl", "pyarrow", "pandas"},
+    "import synthetic.exact.moments, synthetic.sampling.trajectories": {
+        "transformers",
+        "matplotlib",
+    },
+}
+"""The same of statements that load torch."""
 
 
-@pytest.mark.parametrize(
-    ("statement", "without"),
-    [
-        (
-            "import opd.cli.main, opd.config.settings, opd.config.recipes, opd.runs.run_folder; "
-            "import opd.data.chain_task, opd.tokens.mask_rules, opd.analysis.doctor",
-            {"torch", "pandas"},
-        ),
-        (
-            "import opd.objectives.factory, diagnostics.monitor",
-            {"transformers", "pandas", "matplotlib"},
-        ),
-        (
-            "import diagnostics.adapters.trl, diagnostics.adapters.verl, "
-            "diagnostics.records.reader, diagnostics.records.writer",
-            {"transformers", "trl", "verl", "pyarrow", "pandas"},
-        ),
-        (
-            "import synthetic.exact.moments, synthetic.sampling.trajectories",
-            {"transformers", "matplotlib"},
-        ),
-        ("import diagnostics.stats, diagnostics.records.run_tables", {"torch", "transformers"}),
-    ],
-)
-def test_heavy_packages_are_loaded_only_where_used(statement: str, without: set[str]) -> None:
-    assert not loaded_by(statement) & without
+def loaded_by(preparation: str, statements: Iterable[str]) -> list[set[str]]:
+    """Top-level modules after each statement, in forks of a fresh interpreter."""
+    names = "\nimport sys; print(*{m.split('.')[0] for m in sys.modules})"
+    ended = run_programs(preparation, [statement + names for statement in statements])
+    assert all(x.code == 0 for x in ended.values()), ended
+    return [set(x.stdout.splitlines()[-1].split()) for x in ended.values()]
+
+
+@pytest.mark.parametrize(("preparation", "statements"), [("", HEAVY), (TORCH, HEAVY_BESIDE_TORCH)])
+def test_heavy_packages_are_loaded_only_where_used(
+    preparation: str, statements: dict[str, set[str]]
+) -> None:
+    loaded = loaded_by(preparation, statements)
+    for (statement, without), names in zip(statements.items(), loaded, strict=True):
+        assert not names & without, statement
 
 
 @pytest.mark.parametrize(
@@ -98,7 +104,8 @@ def test_heavy_packages_are_loaded_only_where_used(statement: str, without: set[
 def test_help_loads_no_torch(words: list[str]) -> None:
     program = f"import sys; sys.argv = ['opd', *{words!r}]\nfrom opd.cli.main import main\n"
     program += "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code"
-    assert "torch" not in loaded_by(program)
+    (names,) = loaded_by("", [program])
+    assert "torch" not in names
 
 
 def test_an_unknown_command_says_what_there_is() -> None:

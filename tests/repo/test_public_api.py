@@ -3,8 +3,6 @@
 import ast
 import inspect
 import json
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +11,7 @@ import pytest
 
 import diagnostics
 import opd
+from tests.helpers.bare_process import Ended, run_programs
 from tests.helpers.paths import ROOT
 
 EXPORTS = {
@@ -97,9 +96,43 @@ print(json.dumps(errors))
 """
 
 
-def run_python(program: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-c", program]
-    return subprocess.run(line, capture_output=True, text=True, check=check, cwd=ROOT)
+NEED_NO_EXTRA = ("OBJECTIVES", "Objective", "make_objective", "__version__")
+MISSING = {
+    "from opd import train": "opd.train needs tqdm: pip install 'opdlab[train]'",
+    "from opd.models.loading import load_model; load_model('x', 'cpu', 'float32')": (
+        "a model needs transformers: pip install 'opdlab[train]'"
+    ),
+    "from diagnostics.stats import t_critical; t_critical(2.0)": (
+        "an interval from Student's t needs scipy: pip install 'opdlab[study]'"
+    ),
+}
+"""Program -> the message where no extra is installed."""
+
+MISSING_FOR_COMMANDS = {
+    "study list": "opd study: this command needs tyro: pip install 'opdlab[study]'",
+    "diagnose x": "opd diagnose: this command needs tyro: pip install 'opdlab[train]'",
+    "train --help": "opd train: this command needs tyro: pip install 'opdlab[train]'",
+    "figures toy": "opd figures: this command needs tyro: pip install 'opdlab[figures]'",
+}
+NEED_NO_EXTRA_OPTIONS = ("--help", "--version")
+
+
+def import_program(name: str) -> str:
+    return f"from opd import {name}"
+
+
+def command_program(words: str) -> str:
+    return (
+        f"import sys; sys.argv = {['opd', *words.split()]}\nfrom opd.cli.main import main\nmain()"
+    )
+
+
+@pytest.fixture(scope="module")
+def without_extras() -> dict[str, Ended]:
+    """The results of all programs below where only the base requirements are installed."""
+    programs = [IMPORT_ALL, *map(import_program, NEED_NO_EXTRA), *MISSING]
+    programs += map(command_program, (*MISSING_FOR_COMMANDS, *NEED_NO_EXTRA_OPTIONS))
+    return run_programs(f"{HIDE_OPTIONAL}\nimport torch", programs)
 
 
 @pytest.mark.parametrize("package", [opd, diagnostics])
@@ -143,63 +176,40 @@ def test_every_name_is_documented_and_annotated(package: ModuleType, name: str) 
 @pytest.mark.parametrize("package", ["opd", "diagnostics"])
 def test_importing_the_package_loads_nothing_heavy(package: str) -> None:
     program = f"import sys, {package}\ndir({package})\nprint(*sys.modules)"
-    loaded = {name.partition(".")[0] for name in run_python(program).stdout.split()}
+    (ended,) = run_programs("", [program]).values()
+    loaded = {name.partition(".")[0] for name in ended.stdout.split()}
     assert package in loaded
     assert not loaded & {"torch", "numpy", *OPTIONAL}
 
 
-def test_diagnostics_needs_its_base_requirements_only() -> None:
-    assert json.loads(run_python(HIDE_OPTIONAL + IMPORT_ALL).stdout) == NEEDS_MORE
+def test_diagnostics_needs_its_base_requirements_only(without_extras: dict[str, Ended]) -> None:
+    assert json.loads(without_extras[IMPORT_ALL].stdout) == NEEDS_MORE
 
 
-@pytest.mark.parametrize("name", ["OBJECTIVES", "Objective", "make_objective", "__version__"])
-def test_objectives_need_no_extra(name: str) -> None:
-    run_python(f"{HIDE_OPTIONAL}\nfrom opd import {name}")
+@pytest.mark.parametrize("name", NEED_NO_EXTRA)
+def test_objectives_need_no_extra(name: str, without_extras: dict[str, Ended]) -> None:
+    ended = without_extras[import_program(name)]
+    assert ended.code == 0, ended.stderr
 
 
-@pytest.mark.parametrize(
-    ("program", "message"),
-    [
-        ("from opd import train", "opd.train needs tqdm: pip install 'opdlab[train]'"),
-        (
-            "from opd.models.loading import load_model; load_model('x', 'cpu', 'float32')",
-            "a model needs transformers: pip install 'opdlab[train]'",
-        ),
-        (
-            "from diagnostics.stats import t_critical; t_critical(2.0)",
-            "an interval from Student's t needs scipy: pip install 'opdlab[study]'",
-        ),
-    ],
-)
-def test_a_missing_package_names_the_extra(program: str, message: str) -> None:
-    result = run_python(HIDE_OPTIONAL + program, check=False)
-    assert result.returncode == 1
-    assert message in result.stderr
+@pytest.mark.parametrize("program", MISSING)
+def test_a_missing_package_names_the_extra(program: str, without_extras: dict[str, Ended]) -> None:
+    assert without_extras[program].code == 1
+    assert MISSING[program] in without_extras[program].stderr
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["study", "list"], "opd study: this command needs tyro: pip install 'opdlab[study]'"),
-        (["diagnose", "x"], "opd diagnose: this command needs tyro: pip install 'opdlab[train]'"),
-        (["train", "--help"], "opd train: this command needs tyro: pip install 'opdlab[train]'"),
-        (
-            ["figures", "toy"],
-            "opd figures: this command needs tyro: pip install 'opdlab[figures]'",
-        ),
-    ],
-)
-def test_a_command_names_the_extra(words: list[str], message: str) -> None:
-    program = f"sys.argv = ['opd', *{words!r}]\nfrom opd.cli.main import main\nmain()"
-    result = run_python(HIDE_OPTIONAL + program, check=False)
-    assert result.returncode == 1
-    assert result.stderr.strip() == message
+@pytest.mark.parametrize("words", MISSING_FOR_COMMANDS)
+def test_a_command_names_the_extra(words: str, without_extras: dict[str, Ended]) -> None:
+    ended = without_extras[command_program(words)]
+    assert ended.code == 1
+    assert ended.stderr.strip() == MISSING_FOR_COMMANDS[words]
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"]])
-def test_these_options_need_no_extra(words: list[str]) -> None:
-    program = f"sys.argv = ['opd', *{words!r}]\nfrom opd.cli.main import main\nmain()"
-    assert run_python(HIDE_OPTIONAL + program).stdout
+@pytest.mark.parametrize("words", NEED_NO_EXTRA_OPTIONS)
+def test_these_options_need_no_extra(words: str, without_extras: dict[str, Ended]) -> None:
+    ended = without_extras[command_program(words)]
+    assert ended.code == 0, ended.stderr
+    assert ended.stdout
 
 
 def test_the_version_is_that_of_pyproject() -> None:

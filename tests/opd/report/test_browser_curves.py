@@ -47,6 +47,7 @@ def curve_folder(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "divergence/k1": 0.01 * step - 0.1,
             "divergence/k1_se": 0.5,
             "divergence/student_entropy": 5.55 + 1e-4 * step,
+            "divergence/student_entropy_se": 1e-5,
             "response/reward": 0.0,
             "lr": 1e-3 / (1 + step) ** 4,
             "machine/tokens_per_second": 1000.0 + step,
