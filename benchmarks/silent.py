@@ -438,7 +438,7 @@ SILENT_FAULTS: dict[str, Fault] = {
         lambda: patch.object(Optimizer, "copy_to_model", lambda _: None), {"dtype": "bfloat16"}
     ),
     "decoder detached": Fault(
-        lambda: patch.object(update, "response_hidden_states", detached_hidden_states)
+        lambda: patch.object(scoring_loss, "response_hidden_states", detached_hidden_states)
     ),
     "gradient not zeroed": Fault(lambda: patch.object(Optimizer, "zero_grad", lambda _: None)),
     "gradient not accumulated": Fault(
