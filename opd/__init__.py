@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from opd.scoring.score import ScoredBatch, ScoreRequest, score_batch
     from opd.teachers.pair import ModelPair, load_pair
     from opd.teachers.teacher import Teacher
-    from opd.training.train import TrainResult, train
+    from opd.training.result import TrainResult
+    from opd.training.train import train
 
 __all__ = [
     "OBJECTIVES",
@@ -54,7 +55,7 @@ MODULES = {
     "ScoreRequest": "opd.scoring.score",
     "ScoredBatch": "opd.scoring.score",
     "Teacher": "opd.teachers.teacher",
-    "TrainResult": "opd.training.train",
+    "TrainResult": "opd.training.result",
     "__version__": "opd.runtime.version",
     "evaluate": "opd.evaluation.evaluate",
     "load_pair": "opd.teachers.pair",

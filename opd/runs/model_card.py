@@ -39,7 +39,7 @@ def model_card(folder: Path, config: Mapping[str, Any]) -> str:
         "## Data",
         *(task_data(task, config) for task in tasks_of(config)),
         "## Settings",
-        "Settings that are not at their defaults:",
+        "Settings that are not at their defaults, and the most important others:",
         settings_table(config),
         "## Evaluation",
         evaluation_table(run.evaluations({})),

@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +13,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from diagnostics.alarms.alarms import Alarm
-from diagnostics.errors import InvalidInput
 from diagnostics.records.headline import RUN_COLUMNS
-from diagnostics.records.rows import Row, append_row, read_rows
+from diagnostics.records.rows import Row, append_row
 from diagnostics.terminal import escape_control_chars
 from opd.config.files import to_flat
 from opd.config.problems import raise_problems
 from opd.config.settings import Config, with_settings
 from opd.data.grading.unread_answers import unread_evaluation_messages, unread_step_messages
-from opd.data.row_files import rows_of_object
 from opd.data.tasks import Task
 from opd.evaluation.evaluate import evaluate
 from opd.models.fsdp import gather_network, unsharded
-from opd.models.loading import load_model, num_head_rows, resolve_device
+from opd.models.loading import resolve_device
 from opd.models.lora import merge_lora, save_adapters
-from opd.models.model import CausalLM, split_head
 from opd.runs import restart, run_folder
-from opd.runs.hub import push_model
 from opd.runs.identity import record_identities, record_tokenizer
 from opd.runs.model_card import model_card
 from opd.runtime import distributed
@@ -47,7 +42,9 @@ from opd.training.checks.start import check_start
 from opd.training.checks.step import check_batch
 from opd.training.gradient_probe import probe_gradients
 from opd.training.multitask import task_configs
+from opd.training.objects import with_objects
 from opd.training.optimizer import make_optimizer
+from opd.training.result import TrainResult
 from opd.training.setup import make_rollout_engine, make_train_state
 from opd.training.state import TaskState, TrainState, is_due
 from opd.training.step import make_row, roll_out, save_batch
@@ -128,42 +125,6 @@ def run_step(state: TrainState, step: int, log: Log) -> Row:
         prefetcher.save(state.folder, num_steps_done)
         checkpoint.save(state.folder, state.tasks[0].pair, state.optimizer, num_steps_done)
     return row
-
-
-class TrainResult:
-    """What a run has given: its folder, its numbers and the trained model.
-
-    Args:
-        folder: The run folder.
-        student: The trained student; None to load it from final/ when it is asked for.
-    """
-
-    def __init__(self, folder: Path, student: CausalLM | None = None) -> None:
-        self.folder = folder
-        self._student = student
-
-    @cached_property
-    def row(self) -> Row:
-        """The row of the last step; empty without steps."""
-        rows = read_rows(self.folder / "rows.jsonl")
-        return rows[-1] if rows else {}
-
-    @cached_property
-    def evaluations(self) -> list[Row]:
-        """The evaluations on held-out problems, in order."""
-        return read_rows(self.folder / "evals.jsonl")
-
-    @cached_property
-    def student(self) -> CausalLM:
-        """The trained model; of a run that an earlier call had finished, loaded from final/."""
-        if self._student is not None:
-            return self._student
-        _, network = load_model(str(self.folder / "final"), "auto", "float32")
-        return split_head(network, num_head_rows(network))
-
-    def push(self, name: str) -> str:
-        """Upload the trained model to the hub (`opd.runs.hub.push_model`); return its address."""
-        return push_model(self.folder, name)
 
 
 def train(
@@ -266,40 +227,6 @@ def train(
                     tokenizer.save_pretrained(partial_folder)
                     (partial_folder / "README.md").write_text(model_card(folder, to_flat(config)))
     return TrainResult(folder, trained)
-
-
-def with_objects(
-    config: Config,
-    objects: ModelObjects,
-    dataset: Iterable[Mapping[str, Any]] | None,
-    eval_dataset: Iterable[Mapping[str, Any]] | None,
-) -> tuple[Config, dict[str, list[dict[str, Any]]]]:
-    """Put the names of objects into the settings that they take the place of.
-
-    Args:
-        config: Settings of the run.
-        objects: Models.
-        dataset: Training data, or None.
-        eval_dataset: Evaluation data, or None.
-
-    Returns:
-        The settings, and the rows of the data by name.
-
-    Raises:
-        InvalidInput: Data are given for a run of several tasks, or cannot be read as rows.
-    """
-    rows_by_name, names = {}, dict[str, Any](objects.names())
-    for setting, data in (("task", dataset), ("eval_task", eval_dataset)):
-        if data is None:
-            continue
-        if config.tasks:
-            raise InvalidInput(
-                f"a data set is given for {setting}, but the settings have {len(config.tasks)} "
-                "tasks; save it to a file and name that in its task"
-            )
-        names[setting], rows = rows_of_object(data)
-        rows_by_name[names[setting]] = rows
-    return with_settings(config, **names), rows_by_name
 
 
 def run_steps(state: TrainState, log: Log) -> None:

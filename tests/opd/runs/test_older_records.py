@@ -37,7 +37,7 @@ OLDER_RUN = Path(__file__).parent / "older_run"
 """A run of the recipe smoke, recorded before the renaming."""
 
 
-NEWER = {"chat_template", "metrics", "template"}
+NEWER = {"chat_template", "logger_columns", "metrics", "template"}
 """Settings that are newer than the recorded runs, which have their defaults."""
 
 
