@@ -1,39 +1,24 @@
 """Figures that judge a run: sampler, collapse, control, signal; and folders they refuse."""
 
 import json
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
-from diagnostics.batch import DistributionStats, ScoredRollouts, Support
-from diagnostics.catalogue import FULL
-from diagnostics.core.distribution_stats import compute_distribution_stats
-from diagnostics.monitor import Monitor
 from diagnostics.records import rows
-from diagnostics.records.run_folder import RunFolder
 from diagnostics.records.run_groups import common_saved_steps, group_by_method
-from diagnostics.records.vocabulary import load_run_vocabulary, tokenizer_vocabulary
+from diagnostics.records.vocabulary import load_run_vocabulary
 from figures.collect.tokens import token_table
 from figures.runs import (
-    anatomy,
     fan,
-    heatmap,
-    ledger,
-    lorenz,
-    pairs,
-    quadrants,
     sampler,
     signal_loss,
-    tokenizer,
     warning,
 )
-from opd.lab.build import make_tokenizer
 from tests.helpers.dense_batches import make_dense_batch
-from tests.helpers.saved_runs import METHODS, STEPS, dense_batches, expected_tokens
+from tests.helpers.saved_runs import expected_tokens
 
 
 def test_the_sampler_check_tells_a_nucleus(saved_runs: list[Path]) -> None:
