@@ -16,8 +16,7 @@ from figures.claims import claims, gallery, measures
 from figures.collect import paired, steps
 from figures.paper import comparison, gap, loop, scatter, segmentation
 from figures.registry import DATA, PAPER_FIGURES, commands_for_table, figure_module, table_path
-from tests.figures.test_run_figures import expected_tokens
-from tests.figures.test_run_figures import saved_runs as saved_runs
+from tests.helpers.saved_runs import expected_tokens
 
 OUTCOMES = {
     ("a", 0): "1100",
