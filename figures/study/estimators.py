@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from figures import style
+from figures.estimator_names import estimator_name
 
 COLUMNS = ("quantity", "estimator", "gamma", "sampler", "ratio", "length", "value", "low", "high")
 DEFAULT = {"sampler": "student", "ratio": "none", "length": "sequence_sum"}
@@ -14,15 +15,21 @@ DEFAULT = {"sampler": "student", "ratio": "none", "length": "sequence_sum"}
 
 def draw(table: pd.DataFrame) -> Figure:
     """Draw two panels of points with intervals: relative bias, and relative variance."""
-    figure, (bias, noise) = style.make_panels(1, 2, 7.4)
+    figure, (bias, noise) = style.make_panels(1, 2, 8.6)
     order = rank_estimators(table)
     draw_values(bias, table, order, "bias")
     bias.set_xscale("symlog", linthresh=0.1)
-    bias.set(xlabel="relative bias ‖E g − ∇J‖ / ‖∇J‖", xlim=(-0.005, 4))
+    bias.set(xlabel="relative bias ‖E g − ∇J‖ / ‖∇J‖", xlim=(-0.005, 10))
     bias.set_title("Relative bias")
     draw_values(noise, table, order, "variance")
     noise.set(xscale="log", xlabel="variance of one trajectory / ‖∇J‖²", yticklabels=[])
     noise.set_title("Relative variance")
+    for label, colour in (
+        ("sampled from the student, summed over the response", style.BLUE),
+        ("another sampler, or a mean per response", style.RED),
+    ):
+        noise.plot([], [], "o", ms=2.5, color=colour, label=label)
+    figure.legend(*noise.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
@@ -39,12 +46,13 @@ def rank_estimators(table: pd.DataFrame) -> pd.DataFrame:
 
 def estimator_label(row: Any) -> str:
     """Return an estimator's label: name, discount, sampler, weights and length reduction."""
-    text = str(row.estimator)
-    local = "topk" in text or text in ("k1", "k2", "k3", "full_reverse_kl")
+    key = str(row.estimator)
+    text = estimator_name(key)
+    local = "topk" in key or key in ("k1", "k2", "k3", "full_reverse_kl")
     if not local:
         text += f"  γ={row.gamma:g}"
     if row.sampler != "student":
-        text += f", {row.sampler}"
+        text += ", " + row.sampler.replace("top_p", "top-p")
         text += "" if row.ratio == "none" else f", {row.ratio} weights"
     return text + (", per-response mean" if row.length == "sequence_mean" else "")
 
@@ -65,5 +73,5 @@ def draw_values(axes: Any, table: pd.DataFrame, order: pd.DataFrame, quantity: s
         axes.errorbar(
             part["value"], y[selected], xerr=spread, fmt="o", ms=2.5, lw=0.8, color=colour
         )
-    axes.set_yticks(y, order["label"], fontsize=5)
+    axes.set_yticks(y, order["label"], fontsize=7)
     axes.set_ylim(-1, len(order))

@@ -177,3 +177,18 @@ def test_intervals_cover_at_their_level() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             bad()
+
+
+def test_estimators_print_words_at_seven_points_and_hide_no_value() -> None:
+    from figures.study import estimators
+
+    table = pd.read_csv(DATA / "estimators.csv")
+    figure = estimators.draw(table)
+    bias = figure.axes[0]
+    ticks = bias.get_yticklabels()
+    labels = [tick.get_text() for tick in ticks]
+    assert len(set(labels)) == len(labels)
+    assert not [x for x in labels if "_" in x]
+    assert min(tick.get_fontsize() for tick in ticks) >= 7
+    assert bias.get_xlim()[1] > table[table["quantity"] == "bias"]["high"].max()
+    assert len(figure.legends[0].get_texts()) == 2
