@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from figures import style
-from figures.estimator_names import estimator_name
+from figures.study.estimator_names import estimator_name
 
 COLUMNS = ("quantity", "estimator", "gamma", "sampler", "ratio", "length", "value", "low", "high")
 DEFAULT = {"sampler": "student", "ratio": "none", "length": "sequence_sum"}
