@@ -7,10 +7,24 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from figures import style
-from figures.study.estimator_names import estimator_name
 
 COLUMNS = ("quantity", "estimator", "gamma", "sampler", "ratio", "length", "value", "low", "high")
 DEFAULT = {"sampler": "student", "ratio": "none", "length": "sequence_sum"}
+NAMES = {
+    "plain": "sampled reverse KL",
+    "kl_advantage": "KL as advantage",
+    "leave_one_out": "leave-one-out baseline",
+    "local_kl": "local-KL baseline",
+    "optimal": "optimal baseline",
+    "position_value": "position baseline",
+    "value": "value baseline",
+    "rb_immediate": "mean immediate cost",
+    "rb_future": "mean future costs",
+    "rb_all": "mean costs",
+    "rb_all_value": "mean costs, value baseline",
+    "full_reverse_kl": "full reverse KL",
+}
+"""The printed name of each estimator that is not a top-k form or one of k1, k2 and k3."""
 
 
 def draw(table: pd.DataFrame) -> Figure:
@@ -75,3 +89,13 @@ def draw_values(axes: Any, table: pd.DataFrame, order: pd.DataFrame, quantity: s
         )
     axes.set_yticks(y, order["label"], fontsize=7)
     axes.set_ylim(-1, len(order))
+
+
+def estimator_name(key: str) -> str:
+    """Return an estimator's printed name; a top-k form names its support first."""
+    if key in NAMES:
+        return NAMES[key]
+    support, topk, form = key.partition("_topk")
+    if not topk:
+        return key.replace("_", " ")
+    return f"{support} top-k" + (f", {form[1:].replace('_', ' ')}" if form else "")
