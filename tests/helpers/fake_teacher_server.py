@@ -26,9 +26,8 @@ class DropConnection(Exception):
     """The connection ends without a response."""
 
 
-@cache
 def load_network(folder: Path) -> Any:
-    """Load the model of a folder once for all servers, which do not change it."""
+    """Load the model of a folder; each server has its own, which no other test can change."""
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
