@@ -7,6 +7,8 @@ rollouts of one prompt may be on several ranks.
 Shapes: B responses of this rank, T its positions.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +20,9 @@ from diagnostics.batch import ScoredRollouts, concatenate, unflatten
 from diagnostics.errors import InvalidInput
 from diagnostics.gradients.probe import GradientSketches, LossGradients, concatenate_sketches
 from diagnostics.tensor_fields import flatten
+
+MAX_DIMENSIONS = 8
+"""Maximum number of dimensions of a tensor that ranks exchange."""
 
 
 def gather_batch(batch: ScoredRollouts) -> tuple[ScoredRollouts, slice]:
@@ -38,62 +43,76 @@ def gather_batch(batch: ScoredRollouts) -> tuple[ScoredRollouts, slice]:
 
 def all_gather_batches(batch: ScoredRollouts) -> list[ScoredRollouts]:
     """Return every rank's batch with all its fields; all ranks must have the same fields."""
-    columns = {name: all_gather_rows(x) for name, x in flatten(batch).items()}
-    return [
-        unflatten(batch, {name: x[rank] for name, x in columns.items()})
-        for rank in range(distributed.get_world_size())
-    ]
+    return [unflatten(batch, columns) for columns in all_gather_columns(flatten(batch))]
 
 
 def all_gather_sketches(sketches: GradientSketches) -> GradientSketches:
     """Gather the gradient sketches of all ranks' sequences, in rank order."""
-    columns = {name: all_gather_rows(x) for name, x in sketches.tensors().items()}
-    ranks: list[dict[str, Any]] = [
-        {name: x[rank] for name, x in columns.items()}
-        for rank in range(distributed.get_world_size())
-    ]
-    return concatenate_sketches([replace(sketches, **rank_columns) for rank_columns in ranks])
+    ranks: list[dict[str, Any]] = [*all_gather_columns(sketches.tensors())]
+    return concatenate_sketches([replace(sketches, **columns) for columns in ranks])
 
 
 def all_gather_loss_gradients(gradients: LossGradients) -> LossGradients:
     """Gather the loss gradients of all ranks' sequences, in rank order."""
-    sketches, prompt = (
-        torch.cat(all_gather_rows(x)) for x in (gradients.sketches, gradients.prompt)
-    )
-    squares = None if gradients.squares is None else torch.cat(all_gather_rows(gradients.squares))
-    return LossGradients(sketches=sketches, prompt=prompt, squares=squares)
+    columns = {"sketches": gradients.sketches, "prompt": gradients.prompt}
+    if gradients.squares is not None:
+        columns["squares"] = gradients.squares
+    ranks = all_gather_columns(columns)
+    return replace(gradients, **{name: torch.cat([x[name] for x in ranks]) for name in columns})
 
 
 def all_gather_rows(x: Tensor) -> list[Tensor]:
-    """Gather every rank's tensor; they may differ in their first two sizes.
+    """Gather every rank's tensor, in rank order; see `all_gather_columns`."""
+    return [columns["x"] for columns in all_gather_columns({"x": x})]
+
+
+def all_gather_columns(columns: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Gather every rank's tensors with two collective operations, one of sizes and one of bytes.
 
     Args:
-        x: This rank's tensor.
+        columns: This rank's tensors, on one device; the ranks' may differ in their first two sizes.
 
     Returns:
-        Every rank's tensor, in rank order.
+        Every rank's tensors, in rank order.
 
     Raises:
         InvalidInput: The ranks' tensors differ in another size.
     """
-    num_ranks, payload = (
-        distributed.get_world_size(),
-        x.to(torch.uint8) if x.dtype == torch.bool else x,
+    tensors = list(columns.values())
+    own_shapes = torch.tensor(
+        [[*x.shape, *[-1] * (MAX_DIMENSIONS - x.dim())] for x in tensors], device=tensors[0].device
     )
-    shape = torch.tensor([*x.shape, *[-1] * (8 - x.dim())], device=x.device)
-    shapes = [torch.empty_like(shape) for _ in range(num_ranks)]
-    distributed.all_gather(shapes, shape)
-    sizes = [[n for n in rank_shape.tolist() if n >= 0] for rank_shape in shapes]
-    if any(size[2:] != sizes[0][2:] or len(size) != x.dim() for size in sizes):
-        raise InvalidInput(
-            f"ranks hold tensors of shapes {sizes}; only rows and positions may differ"
-        )
-    largest = [max(axis) for axis in zip(*sizes, strict=True)]
-    padded = payload.new_zeros(largest)
-    padded[tuple(slice(n) for n in x.shape)] = payload
-    gathered = [torch.empty_like(padded) for _ in range(num_ranks)]
-    distributed.all_gather(gathered, padded)
-    return [
-        rows[tuple(map(slice, size))].to(x.dtype)
-        for rows, size in zip(gathered, sizes, strict=True)
+    shapes = [
+        [[n for n in size if n >= 0] for size in rank_shapes.tolist()]
+        for rank_shapes in all_gather_same_size(own_shapes)
     ]
+    for sizes in zip(*shapes, strict=True):
+        if any(size[2:] != sizes[0][2:] or len(size) != len(sizes[0]) for size in sizes):
+            raise InvalidInput(
+                f"ranks hold tensors of shapes {list(sizes)}; only rows and positions may differ"
+            )
+    num_bytes = [
+        [math.prod(size) * x.element_size() for size, x in zip(sizes, tensors, strict=True)]
+        for sizes in shapes
+    ]
+    own_bytes = torch.cat([x.reshape(-1).view(torch.uint8) for x in tensors])
+    padded = own_bytes.new_zeros(max(map(sum, num_bytes)))
+    padded[: len(own_bytes)] = own_bytes
+    return [
+        {
+            name: part.clone().view(x.dtype).reshape(size)  # a copy begins at a multiple of 8 bytes
+            for (name, x), part, size in zip(
+                columns.items(), rank_bytes[: sum(counts)].split(counts), sizes, strict=True
+            )
+        }
+        for rank_bytes, counts, sizes in zip(
+            all_gather_same_size(padded), num_bytes, shapes, strict=True
+        )
+    ]
+
+
+def all_gather_same_size(x: Tensor) -> list[Tensor]:
+    """Gather every rank's tensor, in rank order; all have the size of this one."""
+    gathered = [torch.empty_like(x) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(gathered, x)
+    return gathered
