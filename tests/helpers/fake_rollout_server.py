@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.helpers.fake_teacher_server import FakeTeacher, load_network
+from tests.helpers.fake_teacher_server import FakeTeacher
 
 KNOWN_LOGITS: WeakKeyDictionary[Any, dict[tuple[int, ...], Tensor]] = WeakKeyDictionary()
 """Network -> token ids -> logits of the next token."""
@@ -30,7 +30,6 @@ class FakeRolloutServer(FakeTeacher):
 
     def __init__(self, folder: Path, **settings: Any) -> None:
         super().__init__(folder, **settings)
-        self.folder = folder
         self.loaded_folders: list[str] = []
         self.dev_mode, self.keeps_old_head, self.resets_cache, self.raw_logprobs = (
             True,
@@ -39,10 +38,12 @@ class FakeRolloutServer(FakeTeacher):
             False,
         )
         self.busy_requests = 0
+        self.first_network = self.network
         self.restart()
 
     def restart(self) -> None:
-        self.network = self.cached_network = load_network(self.folder)
+        """Serve the first weights again; they are kept, because threads must not load models."""
+        self.network = self.cached_network = self.first_network
         self.weights_name = "default"
 
     def models(self) -> dict[str, Any]:

@@ -27,7 +27,12 @@ class DropConnection(Exception):
 
 
 def load_network(folder: Path) -> Any:
-    """Load the model of a folder; each server has its own, which no other test can change."""
+    """Load the model of a folder, in the main thread.
+
+    `from_pretrained` switches the tying of weights off for all threads; two at once may leave it
+    off.
+    """
+    assert threading.current_thread() is threading.main_thread()
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 

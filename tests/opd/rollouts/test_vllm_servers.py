@@ -25,6 +25,7 @@ from tests.helpers.fake_teacher_server import (
     drop_connection,
     edit_answer,
     error_status,
+    load_network,
     serve,
     shorten_body,
     truncate_body,
@@ -367,7 +368,7 @@ def test_two_runs_do_not_share_a_server(pair, prompts, urls, tmp_path: Path) -> 
 def test_a_tied_head_left_stale_is_refused_though_the_student_has_not_moved(
     pair, tiny_pair, server, urls, tmp_path: Path
 ) -> None:
-    server.folder, server.keeps_old_head = tiny_pair[0], True
+    server.first_network, server.keeps_old_head = load_network(tiny_pair[0]), True
     server.restart()  # has the student's weights: only halved ones differ
     with pytest.raises(RuntimeError, match="does not have the student's weights") as caught:
         make_server_engine(pair.student, urls[:1], tmp_path)
