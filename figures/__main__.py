@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from glob import glob
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.conf import Positional
@@ -69,6 +69,8 @@ class FigureOptions:
     ] = ()
     out: Path = Path("results/figures")
     """folder of the drawings"""
+    width: Literal["page", "column"] = "page"
+    """printed width: across a page (7 in), or one column of it (3.3 in; files NAME-column.*)"""
     update_data: bool = False
     """also save the table of --run in figures/data"""
     data_folder: Path | None = None
@@ -127,7 +129,7 @@ def main(argv: list[str]) -> None:
             table = collect_table(name, list(options.run))
         else:
             table = load_figure_table(name, options.table or table_path(name, data))
-        for path in render_figure(name, table, options.out):
+        for path in render_figure(name, table, options.out, options.width):
             print(path)
         if options.update_data:
             record_table(name, table, list(options.run), data)
@@ -205,13 +207,16 @@ def load_figure_table(name: str, path: Path) -> "pd.DataFrame":
     return table
 
 
-def render_figure(name: str, table: "pd.DataFrame", out: Path) -> list[Path]:
+def render_figure(
+    name: str, table: "pd.DataFrame", out: Path, width: Literal["page", "column"] = "page"
+) -> list[Path]:
     """Draw one figure and write its files; figures that have tables also write these.
 
     Args:
         name: Name of the figure.
         table: Its table.
         out: Output folder.
+        width: Printed width: "page", or "column" for files named NAME-column.
 
     Returns:
         The paths of all files written.
@@ -219,8 +224,11 @@ def render_figure(name: str, table: "pd.DataFrame", out: Path) -> list[Path]:
     from figures import style
 
     module = figure_module(name)
+    inches, suffix = {"page": (style.PAGE_WIDTH, ""), "column": (style.COLUMN_WIDTH, "-column")}[
+        width
+    ]
     with style.style_context():
-        paths = style.save_figure(module.draw(table), out, name)
+        paths = style.save_figure(module.draw(table, inches), out, name + suffix)
     if hasattr(module, "markdown"):
         text, numbers = out / f"{name}.md", out / f"{name}.csv"
         summary = module.summary(table)

@@ -14,8 +14,12 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from diagnostics.errors import InvalidInput
 
-WIDTH = 7.0
-"""Width of every figure in inches: two columns of a paper."""
+PAGE_WIDTH, COLUMN_WIDTH = 7.0, 3.3
+"""Widths in inches at which figures are printed: across a page, and in one of its two columns."""
+MAX_HEIGHT = 9.2
+"""Height in inches of a printed page without its margins."""
+MIN_FONT_SIZE = 7
+"""Smallest size of a printed text in points."""
 
 # Okabe-Ito palette, distinguishable with color blindness
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -50,13 +54,16 @@ def style_context() -> Any:
     return mpl.rc_context({**mpl.rcParamsDefault, **RC_PARAMS})
 
 
-def make_panels(rows: int, columns: int, height: float) -> tuple[Figure, list[Any]]:
+def make_panels(
+    rows: int, columns: int, height: float, width: float = PAGE_WIDTH
+) -> tuple[Figure, list[Any]]:
     """Create a figure with a grid of axes.
 
     Args:
         rows: Number of rows of axes.
         columns: Number of columns of axes.
-        height: Height of the figure in inches; the width is `WIDTH`.
+        height: Height of the figure in inches.
+        width: Width of the figure in inches.
 
     Returns:
         The figure, and its axes row by row.
@@ -66,8 +73,13 @@ def make_panels(rows: int, columns: int, height: float) -> tuple[Figure, list[An
     """
     if not rows or not columns:
         raise InvalidInput("the table has no rows that this figure draws; check --table or --run")
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    figure = Figure(figsize=(width, min(height, MAX_HEIGHT)), layout="constrained")
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def is_column(width: float) -> bool:
+    """Return whether a figure of this width in inches is printed in one column."""
+    return width < PAGE_WIDTH
 
 
 def plot_band(

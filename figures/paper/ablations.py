@@ -31,12 +31,12 @@ PANELS = {
 }
 
 
-def draw(table: pd.DataFrame) -> Figure:
+def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw one column an ablation and one row a quantity."""
     table = select_methods(
         table, "single", {method for labels in PANELS.values() for method in labels}
     )
-    figure, axes = style.make_panels(len(ROWS), len(PANELS), 4.9)
+    figure, axes = style.make_panels(len(ROWS), len(PANELS), 4.9, width=width)
     for i, (title, methods) in enumerate(PANELS.items()):
         colours = (
             (style.BLUE, style.RED) if len(methods) == 2 else style.sequential_colors(len(methods))

@@ -52,10 +52,10 @@ COST_METRICS = {f"turn={n}/divergence/k1": f"cost_{n}" for n in TURNS}
 """Metrics of rows and evaluations -> columns of the table."""
 
 
-def draw(table: pd.DataFrame) -> Figure:
+def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw success on games and problems, inadmissible actions, turns, and KL by turn."""
     evaluations = select_evaluations(table)
-    figure, axes = style.make_panels(2, 3, 4.6)
+    figure, axes = style.make_panels(2, 3, 4.6, width=width)
     games = evaluations[evaluations["task"] == GAMES]
     teacher = games[games["method"] == TEACHER]
     for ax, (group, (title, _)) in zip(axes, GROUPS.items(), strict=False):

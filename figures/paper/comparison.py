@@ -102,9 +102,9 @@ LABELS = {
 TASKS = {"": style.BLUE, "chain": style.BLUE, "sort": style.ORANGE}
 
 
-def draw(table: pd.DataFrame) -> Figure:
+def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw one panel a table, one row a method, one color a task."""
-    figure = Figure(figsize=(style.WIDTH, 6.4), layout="constrained")
+    figure = Figure(figsize=(width, 6.4), layout="constrained")
     grid: dict[str, Any] = figure.subplot_mosaic(
         [["table1", "table2"], ["table3", "table4b"], ["table4", "table4"]],
         height_ratios=[4, 6, 10],

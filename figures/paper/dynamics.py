@@ -39,9 +39,9 @@ LOG_COLUMNS, SHARE_COLUMNS = ("entropy", "grad_norm"), ("reward", "accuracy", "t
 NUM_PANEL_COLUMNS = 4
 
 
-def draw(table: pd.DataFrame) -> Figure:
+def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw PANELS for the group "single"."""
-    figure, axes = style.make_panels(2, NUM_PANEL_COLUMNS, 3.7)
+    figure, axes = style.make_panels(2, NUM_PANEL_COLUMNS, 3.7, width=width)
     draw_panels(axes, select_methods(table, "single", METHODS))
     add_legend(figure, axes)
     return figure

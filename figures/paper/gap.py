@@ -23,10 +23,10 @@ QUANTILES = (0.01, 0.05, 0.5, 0.95, 0.99)
 BIN_WIDTH, MIN_TOKENS = 16, 200
 
 
-def draw(table: pd.DataFrame) -> Figure:
+def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw one row a method: its first saved step on the left and its last on the right."""
     methods = list(dict.fromkeys(table["method"]))
-    figure, axes = style.make_panels(len(methods), 2, 0.4 + 1.75 * len(methods))
+    figure, axes = style.make_panels(len(methods), 2, 0.4 + 1.75 * len(methods), width=width)
     lowest = table["low"].min()
     for i, method in enumerate(methods):
         method_rows = table[table["method"] == method]

@@ -19,9 +19,9 @@ CAPTION = (
 LINE_LENGTH, MIN_PROBABILITY = 96, 1e-5
 
 
-def draw(table: pd.DataFrame) -> Figure:
+def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw both probabilities by token, and the text below."""
-    figure = Figure(figsize=(style.WIDTH, 2.7), layout="constrained")
+    figure = Figure(figsize=(width, 2.7), layout="constrained")
     axes, text_ax = figure.subplots(2, 1, height_ratios=[3, 0.7])
     x = table["position"]
     for name, colour in (("student", style.BLUE), ("teacher", style.RED)):

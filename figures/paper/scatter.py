@@ -26,9 +26,9 @@ NUM_POINTS = 2500
 MIN_PROBABILITY = 1e-10
 
 
-def draw(table: pd.DataFrame) -> Figure:
+def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw the same points on linear and on logarithmic axes, with the shares as text."""
-    figure, axes = style.make_panels(1, 2, 3.3)
+    figure, axes = style.make_panels(1, 2, 3.3, width=width)
     points = table[table["share"].isna()]
     for ax, scale in zip(axes, ("linear", "log"), strict=True):
         for kind, (label, colour, size) in KINDS.items():

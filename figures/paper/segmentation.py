@@ -22,9 +22,9 @@ MARKS = (("teacher", "s", 5.5, style.RED), ("student", "o", 3, style.BLUE))
 PLACES = {"open": "Opening tag", "close": "Closing tag and EOS"}
 
 
-def draw(table: pd.DataFrame) -> Figure:
+def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw both models' log-probabilities of every token."""
-    figure = Figure(figsize=(style.WIDTH, 2.3), layout="constrained")
+    figure = Figure(figsize=(width, 2.3), layout="constrained")
     sizes = [int((table["place"] == ax).sum()) for ax in PLACES]
     axes = figure.subplots(1, 2, sharey=True, width_ratios=sizes)
     for ax, (name, title) in zip(axes, PLACES.items(), strict=True):

@@ -26,9 +26,9 @@ COLUMNS = (
 TASKS = ("left", "right")
 
 
-def draw(table: pd.DataFrame) -> Figure:
+def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw the metric of both tasks, variance at equal policies, its ratio, and six heat maps."""
-    figure = Figure(figsize=(style.WIDTH, 7.2), layout="constrained")
+    figure = Figure(figsize=(width, 7.2), layout="constrained")
     grid = figure.add_gridspec(2, 1, height_ratios=[1.15, 1])
     top_figure, bottom_figure = figure.add_subfigure(grid[0]), figure.add_subfigure(grid[1])
     left_axes, right_axes, equal, ratio = top_figure.subplots(2, 2).flat

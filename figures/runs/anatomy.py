@@ -27,10 +27,10 @@ PARTS = {
 MIN_TOKENS, MAX_METHODS = 100, 4
 
 
-def draw(table: pd.DataFrame) -> Figure:
+def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw one row a method: by step, then by position at the first and the last step."""
     methods = list(dict.fromkeys(table["method"]))[:MAX_METHODS]
-    figure, axes = style.make_panels(len(methods), 3, 0.7 + 1.65 * len(methods))
+    figure, axes = style.make_panels(len(methods), 3, 0.7 + 1.65 * len(methods), width=width)
     for i, method in enumerate(methods):
         method_rows = table[table["method"] == method]
         totals, binned = (

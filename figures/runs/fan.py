@@ -38,10 +38,10 @@ SOURCES = {
 MIN_TOKENS, MAX_METHODS, FLOOR = 100, 3, 1e-5
 
 
-def draw(table: pd.DataFrame) -> Figure:
+def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw one row a method: entropy, doubt, and the difference in doubt."""
     methods = list(dict.fromkeys(table["method"]))[:MAX_METHODS]
-    figure, axes = style.make_panels(len(methods), 3, 0.7 + 2.0 * len(methods))
+    figure, axes = style.make_panels(len(methods), 3, 0.7 + 2.0 * len(methods), width=width)
     for i, method in enumerate(methods):
         method_rows = table[(table["method"] == method) & (table["tokens"] >= MIN_TOKENS)]
         row_axes = axes[3 * i : 3 * i + 3]

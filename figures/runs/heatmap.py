@@ -34,11 +34,11 @@ QUANTITIES = {
 MIN_TOKENS, MAX_METHODS = 100, 4
 
 
-def draw(table: pd.DataFrame) -> Figure:
+def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw one row a quantity and one column a method."""
     methods = list(dict.fromkeys(table["method"]))[:MAX_METHODS]
     quantities = [q for q in QUANTITIES if (table["quantity"] == q).any()]
-    figure, axes = style.make_panels(len(quantities), len(methods), 0.6 + 1.15 * len(quantities))
+    figure, axes = style.make_panels(len(quantities), len(methods), 0.6 + 1.15 * len(quantities), width=width)
     for i, quantity in enumerate(quantities):
         rows = table[(table["quantity"] == quantity) & table["method"].isin(methods)]
         well_sampled = rows[rows["tokens"] >= MIN_TOKENS]["value"]

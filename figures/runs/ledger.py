@@ -32,10 +32,10 @@ MAX_METHODS = 4
 """Methods in one figure."""
 
 
-def draw(table: pd.DataFrame) -> Figure:
+def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw stacked shares by step: one column a method, energy above and tokens below."""
     methods = list(dict.fromkeys(table["method"]))[:MAX_METHODS]
-    figure, axes = style.make_panels(2, len(methods), 4.4)
+    figure, axes = style.make_panels(2, len(methods), 4.4, width=width)
     for i, method in enumerate(methods):
         method_rows = table[table["method"] == method]
         for j, quantity in enumerate(("energy", "tokens")):

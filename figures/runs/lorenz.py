@@ -21,10 +21,10 @@ TOKEN_SHARES = np.unique(np.concatenate([[0.01], np.geomspace(5e-4, 1, 40).round
 QUANTITIES = {"signal": "Signal |r|", "update": "Size of the update, |r| |1_y − p|"}
 
 
-def draw(table: pd.DataFrame) -> Figure:
+def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw one panel a quantity and one color a method; first step dashed, last step solid."""
     methods = list(dict.fromkeys(table["method"]))
-    figure, axes = style.make_panels(1, 2, 2.9)
+    figure, axes = style.make_panels(1, 2, 2.9, width=width)
     for ax, (quantity, title) in zip(axes, QUANTITIES.items(), strict=True):
         rows = table[table["quantity"] == quantity]
         for method, colour in zip(methods, style.CYCLE * len(methods), strict=False):

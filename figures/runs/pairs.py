@@ -35,10 +35,10 @@ PARTS = {
 NUM_POINTS, MAX_PAIRS = 800, 3
 
 
-def draw(table: pd.DataFrame) -> Figure:
+def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw one row a pair, with four panels each."""
     names = list(dict.fromkeys(table["pair"]))[:MAX_PAIRS]
-    figure, axes = style.make_panels(len(names), 4, 0.6 + 1.9 * len(names))
+    figure, axes = style.make_panels(len(names), 4, 0.6 + 1.9 * len(names), width=width)
     for i, name in enumerate(names):
         pair_rows, is_last = table[table["pair"] == name], i + 1 == len(names)
         row_axes = axes[4 * i : 4 * i + 4]

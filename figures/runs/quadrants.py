@@ -24,10 +24,10 @@ BIN_EDGES = np.geomspace(1e-5, 30, 45)
 MAX_METHODS = 3
 
 
-def draw(table: pd.DataFrame) -> Figure:
+def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw one row a method: its first step and its last."""
     methods = list(dict.fromkeys(table["method"]))[:MAX_METHODS]
-    figure, axes = style.make_panels(len(methods), 2, 0.6 + 2.3 * len(methods))
+    figure, axes = style.make_panels(len(methods), 2, 0.6 + 2.3 * len(methods), width=width)
     norm = mpl.colors.LogNorm(1, max(2, table["tokens"].max()))
     for i, method in enumerate(methods):
         method_rows = table[table["method"] == method]

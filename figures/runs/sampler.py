@@ -23,10 +23,10 @@ BAND = 3.0
 KINDS = ("student sure", "student undecided", "first 8 tokens", "inside a repetition", "all")
 
 
-def draw(table: pd.DataFrame) -> Figure:
+def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw z by position and by kind of prefix; one color a method."""
     methods = list(dict.fromkeys(table["method"]))
-    figure, axes = style.make_panels(1, 2, 3.1)
+    figure, axes = style.make_panels(1, 2, 3.1, width=width)
     for ax, panel in zip(axes, ("position", "kind"), strict=True):
         rows = table[table["panel"] == panel]
         order = rows.sort_values("order").drop_duplicates("label")["label"].tolist()

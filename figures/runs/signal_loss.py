@@ -22,9 +22,9 @@ CAPTION = (
 )
 
 
-def draw(table: pd.DataFrame) -> Figure:
+def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw the signal against the reverse KL, and their ratio by step."""
-    figure, (phase, ratio) = style.make_panels(1, 2, 3.1)
+    figure, (phase, ratio) = style.make_panels(1, 2, 3.1, width=width)
     methods = list(dict.fromkeys(table["method"]))
     floor = table.loc[table["signal"] > 0, "signal"].min() / 3
     for method, colour in zip(methods, style.CYCLE * len(methods), strict=False):

@@ -36,10 +36,10 @@ HAZARDS = {
 NUM_IDS, MIN_TOKENS = 8, 100
 
 
-def draw(table: pd.DataFrame) -> Figure:
+def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw one row a method: excluded ids, and EOS probabilities at the first and the last step."""
     methods = list(dict.fromkeys(table["method"]))[:3]
-    figure, axes = style.make_panels(len(methods), 3, 0.6 + 1.9 * len(methods))
+    figure, axes = style.make_panels(len(methods), 3, 0.6 + 1.9 * len(methods), width=width)
     for i, method in enumerate(methods):
         method_rows = table[table["method"] == method]
         draw_excluded(axes[3 * i], method_rows[method_rows["kind"] == "excluded"])

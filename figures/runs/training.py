@@ -21,11 +21,11 @@ def collect(runs: list[Path]) -> pd.DataFrame:
     return training_table(runs)
 
 
-def draw(table: pd.DataFrame) -> Figure:
+def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw six panels; thin lines are runs, thick ones means over the seeds of an objective."""
     objectives = sorted(table["objective"].unique())
     colours = dict(zip(objectives, style.CYCLE * len(objectives), strict=False))
-    figure, axes = style.make_panels(2, 3, 4.4)
+    figure, axes = style.make_panels(2, 3, 4.4, width=width)
     draw_accuracy(axes[0], table, colours)
     for ax, metric, title, scale in (
         (axes[1], "divergence/reverse_kl", "Reverse KL, nats per token", "log"),

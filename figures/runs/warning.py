@@ -43,14 +43,14 @@ COLLAPSE_THRESHOLD times that of its first COLLAPSE_STEPS steps, or with a trunc
 COLLAPSE_THRESHOLD."""
 
 
-def draw(table: pd.DataFrame) -> Figure:
+def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw one panel a kind of collapsing run and one row an indicator."""
     kinds = [kind for kind in dict.fromkeys(table["kind"]) if kind != "healthy"][:MAX_KINDS]
     indicators = list(dict.fromkeys(table["indicator"]))
     table = table.assign(alarm=table["alarm"].astype(bool), far=table["z"].abs() > FAR_Z)
     healthy = table[table["kind"] == "healthy"]
     height = 0.7 + len(kinds) * (0.35 + 0.15 * len(indicators))
-    figure, axes = style.make_panels(len(kinds), 1, height)
+    figure, axes = style.make_panels(len(kinds), 1, height, width=width)
     norm = mpl.colors.Normalize(-MAX_Z, MAX_Z)
     for ax, kind in zip(axes, kinds, strict=True):
         image = draw_timeline(ax, table[table["kind"] == kind], healthy, indicators, norm)

@@ -17,9 +17,9 @@ NAMES = {
 }
 
 
-def draw(table: pd.DataFrame) -> Figure:
+def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw the best discount by estimator and by teacher distance, and the crossover batch size."""
-    figure, (estimator, distance, overtaking) = style.make_panels(1, 3, 3.0)
+    figure, (estimator, distance, overtaking) = style.make_panels(1, 3, 3.0, width=width)
     draw_by_estimator(estimator, table)
     draw_by_distance(distance, table)
     draw_crossover(overtaking, table)

@@ -18,9 +18,9 @@ NAMES = {
 }
 
 
-def draw(table: pd.DataFrame) -> Figure:
+def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw variance by horizon, bias by discount, error by batch size, and the best discount."""
-    figure, (variance, bias, error, best) = style.make_panels(2, 2, 5.2)
+    figure, (variance, bias, error, best) = style.make_panels(2, 2, 5.2, width=width)
     draw_variance(variance, table)
     draw_bias(bias, table)
     draw_error(error, table)

@@ -21,9 +21,9 @@ NAMES = {
 K = 4
 
 
-def draw(table: pd.DataFrame) -> Figure:
+def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw p(S) from an equal and from a distant student; KL and entropy from the equal one."""
-    figure, (from_teacher, from_afar, kl, entropy) = style.make_panels(2, 2, 5.4)
+    figure, (from_teacher, from_afar, kl, entropy) = style.make_panels(2, 2, 5.4, width=width)
     draw_curves(from_teacher, table, "mass", "teacher", "p(S)")
     from_teacher.set_title("Start: student equals teacher")
     draw_curves(from_afar, table, "mass", "afar", "p(S)")

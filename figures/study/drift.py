@@ -25,9 +25,9 @@ COLUMNS = (
 WORLD: dict[str, Any] = {"uninformed": "flat", "enter": 0.02, "distance": 0.7, "stop": 0.0}
 
 
-def draw(table: pd.DataFrame) -> Figure:
+def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw the signal by position, the student's states, the effect of the tag, and training."""
-    figure, (signal, region, tag, training) = style.make_panels(2, 2, 5.2)
+    figure, (signal, region, tag, training) = style.make_panels(2, 2, 5.2, width=width)
     draw_signal(signal, table)
     draw_regions(region, table)
     draw_tag_effect(tag, table)

@@ -27,9 +27,9 @@ NAMES = {
 """The printed name of each estimator that is not a top-k form or one of k1, k2 and k3."""
 
 
-def draw(table: pd.DataFrame) -> Figure:
+def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw two panels of points with intervals: relative bias, and relative variance."""
-    figure, (bias, noise) = style.make_panels(1, 2, 8.6)
+    figure, (bias, noise) = style.make_panels(1, 2, 8.6, width=width)
     order = rank_estimators(table)
     draw_values(bias, table, order, "bias")
     bias.set_xscale("symlog", linthresh=0.1)

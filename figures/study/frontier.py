@@ -26,9 +26,9 @@ NAMES = {
 FLOOR = 1e-5
 
 
-def draw(table: pd.DataFrame) -> Figure:
+def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw one panel a batch size."""
-    figure, axes = style.make_panels(1, len(SIZES), 2.9)
+    figure, axes = style.make_panels(1, len(SIZES), 2.9, width=width)
     longest = table["horizon"].max()
     table = table[table["horizon"] == longest]
     for ax, n in zip(axes, SIZES, strict=True):

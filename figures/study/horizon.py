@@ -19,9 +19,9 @@ REDUCED = {
 }
 
 
-def draw(table: pd.DataFrame) -> Figure:
+def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw variance by discount and variance reduction, exponents, and a chain without mixing."""
-    figure, (discount, reduced, exponent, absorbing) = style.make_panels(2, 2, 5.4)
+    figure, (discount, reduced, exponent, absorbing) = style.make_panels(2, 2, 5.4, width=width)
     draw_by_discount(discount, table, "mixing")
     draw_bounds(discount, table)
     discount.set_title("Variance by discount, mixing chain")

@@ -13,9 +13,9 @@ NAMES = {"plain": "as sampled", "rb_all_value": "mean costs, value baseline"}
 GAMMAS = (0.0, 0.5, 0.9, 1.0)
 
 
-def draw(table: pd.DataFrame) -> Figure:
+def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw the share by batch size for two estimators, and worlds where γ = 0 always wins."""
-    figure, (sampled, quiet, never) = style.make_panels(1, 3, 2.9)
+    figure, (sampled, quiet, never) = style.make_panels(1, 3, 2.9, width=width)
     for axes, name in ((sampled, "plain"), (quiet, "rb_all_value")):
         draw_shares(axes, table, name)
     draw_worlds(never, table)

@@ -28,9 +28,9 @@ PANELS = (
 )
 
 
-def draw(table: pd.DataFrame) -> Figure:
+def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw three panels of curves with Adam, and the final J by optimizer and gradient clipping."""
-    figure, (excess, teacher, reward, final) = style.make_panels(2, 2, 5.6)
+    figure, (excess, teacher, reward, final) = style.make_panels(2, 2, 5.6, width=width)
     for axes, (quantity, label, title) in zip((excess, teacher, reward), PANELS, strict=True):
         draw_curves(axes, table, quantity, label)
         axes.set_title(title)

@@ -30,7 +30,7 @@ NAMES = {
 }
 
 
-def draw(table: pd.DataFrame) -> Figure:
+def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw four maps: as sampled with short and long responses, and two variance reductions."""
     best = table[table["quantity"] == "best_gamma"]
     runs = table[table["quantity"] == "run"]
@@ -39,7 +39,7 @@ def draw(table: pd.DataFrame) -> Figure:
     grid = [0.0, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0]
     colours = ListedColormap(style.sequential_colors(len(grid)))
     steps = BoundaryNorm(cell_edges(grid), len(grid))
-    figure, axes = style.make_panels(2, 2, 4.8)
+    figure, axes = style.make_panels(2, 2, 4.8, width=width)
     for ax, (name, horizon) in zip(axes, kinds, strict=True):
         map_rows = best[(best["estimator"] == name) & (best["horizon"] == horizon)]
         cells = map_rows.pivot(index="cost", columns="n", values="value")

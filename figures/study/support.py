@@ -20,9 +20,9 @@ FORMS = {
 }
 
 
-def draw(table: pd.DataFrame) -> Figure:
+def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw the cosine by K for both models' supports, and cosine and drift of p(S) by p(S)."""
-    figure, (teacher, student, angle, drift) = style.make_panels(2, 2, 5.4)
+    figure, (teacher, student, angle, drift) = style.make_panels(2, 2, 5.4, width=width)
     draw_by_size(teacher, table, "teacher")
     draw_by_size(student, table, "student")
     draw_by_mass(angle, table, "cosine", "cosine with the full gradient")

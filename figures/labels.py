@@ -1,0 +1,63 @@
+"""Printed names of methods, metrics and model pairs: words of the field instead of code names.
+
+A name that is not listed, such as that of a user's own run folder, is printed as it is.
+"""
+
+METHODS = {
+    "healthy": "healthy runs",
+    "teacher": "teacher",
+    "sampled_token": "sampled token",
+    "sampled": "sampled token",
+    "sampled_mask": "sampled token, mask",
+    "sampled_top_p": "sampled token, top-p",
+    "sampled_mask_top_p": "sampled token, mask, top-p",
+    "teacher_topk": "local support",
+    "lsm": "local support (V1)",
+    "lsm_mask": "local support (V1), mask",
+    "lsm_whole": "local support, no top-p",
+    "lsm_unnormalised": "local support, un-normalised",
+    "lsm_k2": "local support, K = 2",
+    "lsm_k4": "local support, K = 4",
+    "lsm_top_p_0.8": "local support, top-p 0.8",
+    "v2_student_and_sampled": "V2: student's K + sampled",
+    "v3_teacher_and_sampled": "V3: teacher's K + sampled",
+    "v4_student_tail": "V4: student's K, tail",
+    "v5_teacher_tail": "V5: teacher's K, tail",
+    "v2_student_and_sampled_mask": "V2, mask",
+    "v3_teacher_and_sampled_mask": "V3, mask",
+    "v4_student_tail_mask": "V4, mask",
+    "v5_teacher_tail_mask": "V5, mask",
+}
+"""Printed name of each method that `opd paper` and `opd demo` run."""
+
+METRICS = {
+    "grad_norm": "gradient norm",
+    "divergence/reverse_kl": "reverse KL",
+    "divergence/outside_topk_expected": "student's mass outside top K",
+    "divergence/student_entropy": "student's entropy",
+    "divergence/teacher_entropy": "teacher's entropy",
+    "signal/signal_top1_share": "signal in 1 % of the tokens",
+    "tokens/confident_impossible_share": "confident, impossible tokens",
+    "response/length": "response length",
+    "repetition/repeated_share": "repeated tokens",
+    "response/truncated_share": "truncated responses",
+}
+"""Printed name of each metric that a figure shows."""
+
+PAIRS = {"lab": "lab pair", "smollm": "SmolLM2 pair"}
+"""Printed name of each pair of models that a figure compares."""
+
+
+def method_label(name: str) -> str:
+    """Return the printed name of a method."""
+    return METHODS.get(name, name)
+
+
+def metric_label(name: str) -> str:
+    """Return the printed name of a metric."""
+    return METRICS.get(name, name)
+
+
+def pair_label(name: str) -> str:
+    """Return the printed name of a pair of models."""
+    return PAIRS.get(name, name)
