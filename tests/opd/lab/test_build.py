@@ -5,19 +5,24 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 from opd.data.chain_task import Problem, corrupted_solution, problems, solve
 from opd.data.prompts import encode_prompts
 from opd.lab.build import (
+    ROWS_AT_ONCE,
     VOCABULARY_SIZE,
+    ToyModelConfig,
+    add_gradient,
     build,
     household_config,
     make_tokenizer,
     make_training_batch,
     new_model,
-    prompt_loss,
     tiny_config,
 )
+from opd.lab.writing_style import WritingStyle
 
 
 def test_the_pair_is_deterministic_cached_and_keyed_by_its_settings(tmp_path: Path) -> None:
@@ -112,19 +117,45 @@ def test_a_task_named_twice_is_sampled_twice_as_often() -> None:
     assert len(set(texts)) == 9
 
 
-def test_prompt_loss_is_the_loss_of_the_prompts() -> None:
-    tokenizer = make_tokenizer("<|im_end|>", household_config().texts)
-    recipe = replace(household_config().student, width=32, batch=3)
-    ids, labels = make_training_batch(tokenizer, recipe, seed=0)
-    logits = new_model(recipe, len(tokenizer), 0, tokenizer)(input_ids=ids).logits
-    loss = prompt_loss(logits, ids, labels, tokenizer.pad_token_id)
-    losses = []
-    for row, label, scores in zip(ids.tolist(), labels.tolist(), logits, strict=True):
-        prompt = next(i for i, label_id in enumerate(label) if label_id != -100)
-        losses += [-scores[i - 1].log_softmax(-1)[row[i]] for i in range(1, prompt)]
-    assert float(loss.detach()) == pytest.approx(
-        float(sum(losses).detach() / len(losses)), rel=1e-5
+def row_losses(row: list[int], label: list[int], scores: Tensor, prompts: bool) -> list[Tensor]:
+    """Return the losses of the labelled tokens of a row, or those of its prompt."""
+    start = next(i for i, label_id in enumerate(label) if label_id != -100)
+    losses = [-scores[i - 1].log_softmax(-1)[row[i]] for i in range(1, len(row))]
+    return [
+        loss
+        for i, loss in enumerate(losses, start=1)
+        if (i < start if prompts else label[i] != -100)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("task", "end", "learns_prompts"),
+    [("household", "<|im_end|>", True), ("chain", "<|endoftext|>", False)],
+)
+def test_the_gradient_of_parts_is_that_of_the_mean_loss(
+    task: str, end: str, learns_prompts: bool
+) -> None:
+    texts = household_config().texts if task == "household" else []
+    tokenizer = make_tokenizer(end, texts)
+    style = WritingStyle(end=end)  # an EOS that is the padding token is learned, too
+    recipe = ToyModelConfig(
+        layers=1, width=32, steps=1, batch=ROWS_AT_ONCE + 3, lr=1e-3, tasks=(task,), habit=style
     )
+    ids, labels = make_training_batch(tokenizer, recipe, seed=0)
+    network = new_model(recipe, len(tokenizer), 0, tokenizer)
+    parameters = list(network.parameters())
+    value = add_gradient(network, ids, labels, tokenizer.pad_token_id, learns_prompts)
+    gradients = [x.grad.clone() for x in parameters]
+    logits = network(input_ids=ids).logits
+    kinds = (False, True) if learns_prompts else (False,)
+    means = []
+    for prompts in kinds:
+        rows = zip(ids.tolist(), labels.tolist(), logits, strict=True)
+        means.append(torch.stack([x for r in rows for x in row_losses(*r, prompts)]).mean())
+    assert value == pytest.approx(float(sum(means).detach()), rel=1e-5)
+    expected = torch.autograd.grad(torch.stack(means).sum(), parameters)
+    for gradient, reference in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["tiny", "household", "mismatched"])
