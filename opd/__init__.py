@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from diagnostics.io.lazy_names import lazy_names
 
 if TYPE_CHECKING:
+    from opd.auditing.audit import audit
+    from opd.auditing.card import AuditCard
     from opd.config.settings import Config
     from opd.evaluation.evaluate import evaluate
     from opd.library import sample
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "OBJECTIVES",
+    "AuditCard",
     "Config",
     "ModelPair",
     "Objective",
@@ -36,6 +39,7 @@ __all__ = [
     "Teacher",
     "TrainResult",
     "__version__",
+    "audit",
     "evaluate",
     "load_pair",
     "make_objective",
@@ -47,6 +51,7 @@ __all__ = [
 ]
 
 MODULES = {
+    "AuditCard": "opd.auditing.card",
     "Config": "opd.config.settings",
     "ModelPair": "opd.teachers.pair",
     "OBJECTIVES": "opd.objectives.catalogue",
@@ -57,6 +62,7 @@ MODULES = {
     "Teacher": "opd.teachers.teacher",
     "TrainResult": "opd.training.result",
     "__version__": "opd.runtime.version",
+    "audit": "opd.auditing.audit",
     "evaluate": "opd.evaluation.evaluate",
     "load_pair": "opd.teachers.pair",
     "make_objective": "opd.objectives.factory",

@@ -20,7 +20,8 @@ def token_mean(batch: ScoredRollouts) -> Tensor:
 def sequence_sum(batch: ScoredRollouts) -> Tensor:
     """Return (B,) the number of responses: the loss is the mean of response sums, as in J.
 
-    A response has weight in proportion to its length.
+    A response has weight in proportion to its length. Rows without a sampled token, which fill a
+    batch, are no responses.
 
     Args:
         batch: Scored rollouts of the whole optimizer step.
@@ -29,7 +30,7 @@ def sequence_sum(batch: ScoredRollouts) -> Tensor:
         (B,) denominators.
     """
     _check_not_empty(batch.mask.sum())
-    return batch.student_logp.new_full((len(batch),), float(len(batch)))
+    return _responses(batch).expand(len(batch)).to(batch.student_logp.dtype)
 
 
 def sequence_mean(batch: ScoredRollouts) -> Tensor:
@@ -44,7 +45,7 @@ def sequence_mean(batch: ScoredRollouts) -> Tensor:
         (B,) denominators.
     """
     _check_not_empty(batch.mask.sum())
-    return batch.mask.sum(1).clamp(min=1).to(batch.student_logp.dtype) * len(batch)
+    return batch.mask.sum(1).clamp(min=1).to(batch.student_logp.dtype) * _responses(batch)
 
 
 def group_mean(batch: ScoredRollouts) -> Tensor:
@@ -62,7 +63,13 @@ def group_mean(batch: ScoredRollouts) -> Tensor:
     _check_not_empty(batch.mask.sum())
     prompts, group = batch.prompt.unique(return_inverse=True)
     tokens = torch.zeros_like(prompts).index_add_(0, group, batch.mask.sum(1))[group]
-    return tokens.clamp(min=1).to(batch.student_logp.dtype) * len(prompts)
+    sampled = torch.zeros_like(prompts).index_add_(0, group, batch.sampled.sum(1))
+    return tokens.clamp(min=1).to(batch.student_logp.dtype) * (sampled > 0).sum()
+
+
+def _responses(batch: ScoredRollouts) -> Tensor:
+    """Return the number of rows with a sampled token."""
+    return batch.sampled.any(1).sum()
 
 
 def _check_not_empty(count: Tensor) -> Tensor:

@@ -96,7 +96,28 @@ def load_user_loss(name: str) -> UserLoss:
             student's with gradient.
         MissingFile: FILE.py does not exist.
     """
-    function = load_function(name, "objective")
+    loss = as_user_loss(load_function(name, "objective"), name)
+    if not any(x.startswith("student_") for x in loss.asks):
+        raise InvalidInput(
+            f"the objective {name} asks for {', '.join(loss.asks) or 'nothing'}, none of which has "
+            "a gradient; ask for student_logits, student_logp or student_topk"
+        )
+    return loss
+
+
+def as_user_loss(function: Callable[..., Any], name: str) -> UserLoss:
+    """Find what a function asks for.
+
+    Args:
+        function: The function.
+        name: Its name, for messages.
+
+    Returns:
+        The loss.
+
+    Raises:
+        InvalidInput: It asks for something unknown.
+    """
     parameters = inspect.signature(function).parameters.values()
     keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     asks = [x.name for x in parameters if x.name in PARAMETERS and x.kind in keyword]
@@ -110,11 +131,6 @@ def load_user_loss(name: str) -> UserLoss:
         raise InvalidInput(
             f"the objective {name} asks for {', '.join(unknown)}; it may ask for "
             f"{', '.join(PARAMETERS)}, and other parameters need a default"
-        )
-    if not any(x.startswith("student_") for x in asks):
-        raise InvalidInput(
-            f"the objective {name} asks for {', '.join(asks) or 'nothing'}, none of which has a "
-            "gradient; ask for student_logits, student_logp or student_topk"
         )
     return UserLoss(name, function, tuple(asks))
 

@@ -24,7 +24,7 @@ LEVELS = {
     ),
     "opd": (
         {"objectives", "runtime", "serving", "tokens"},
-        {"config", "data", "integrations"},
+        {"auditing", "config", "data", "integrations"},
         {"models", "runs"},
         {"report", "rollouts", "teachers"},
         {"envs", "scoring"},

@@ -152,7 +152,7 @@ def test_the_gradient_of_parts_is_that_of_the_mean_loss(
     for prompts in kinds:
         rows = zip(ids.tolist(), labels.tolist(), logits, strict=True)
         means.append(torch.stack([x for r in rows for x in row_losses(*r, prompts)]).mean())
-    assert value == pytest.approx(float(sum(means).detach()), rel=1e-5)
+    assert value == pytest.approx(float(torch.stack(means).sum().detach()), rel=1e-5)
     expected = torch.autograd.grad(torch.stack(means).sum(), parameters)
     for gradient, reference in zip(gradients, expected, strict=True):
         torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,1 @@
+"""The audit: what a distillation loss estimates, how noisily, and which known faults it has."""

@@ -1,0 +1,253 @@
+"""The audit: everything that is asked of a loss, in order, and the verdict.
+
+It never trains and never loads a model: the loss is called on small worlds whose responses are all
+enumerated (`opd.auditing.worlds`).
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diagnostics.errors import InvalidInput
+from opd.auditing import faults
+from opd.auditing.behaviour import find_behaviour
+from opd.auditing.card import AuditCard
+from opd.auditing.estimate import Estimate, find_estimate
+from opd.auditing.findings import Findings
+from opd.auditing.gradients import (
+    Structure,
+    argument_values,
+    call_loss,
+    find_structure,
+    loss_gradients,
+)
+from opd.auditing.noise import find_noise
+from opd.auditing.rest import Rest, find_rest
+from opd.auditing.verdict import judge
+from opd.auditing.world_set import Worlds, make_worlds
+from opd.auditing.worlds import World
+from opd.objectives.user_loss import UserLoss, as_user_loss
+
+CALL_SECONDS = 3.0
+"""Duration of one small call beyond which a loss cannot be judged in reasonable time."""
+RANDOM_DRAWS = 100
+"""Calls that are averaged for a loss that draws random numbers."""
+VOCABULARIES = (4, 9, 33, 129)
+"""Vocabularies that are tried until the loss accepts one: it may take a top-K of its own."""
+
+
+def audit(
+    loss: Callable[..., Any] | UserLoss, *, claims: str | None = None, full: bool = False
+) -> AuditCard:
+    """Say what a distillation loss estimates, how noisily, and which known faults it has.
+
+    Args:
+        loss: A function that asks by parameter name for what it needs
+            (`opd.objectives.user_loss.PARAMETERS`) and returns a scalar to be minimised.
+        claims: Target that its author says it estimates; None for no claim.
+        full: Whether more worlds are used.
+
+    Returns:
+        The card.
+
+    Raises:
+        InvalidInput: The loss cannot be judged: it fails, returns no scalar, changes its arguments,
+            or takes too long.
+    """
+    start = time.perf_counter()
+    if not isinstance(loss, UserLoss):
+        loss = as_user_loss(loss, getattr(loss, "__qualname__", type(loss).__name__))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        card = _audit(loss, claims, full)
+    return replace(card, seconds=time.perf_counter() - start)
+
+
+def _audit(loss: UserLoss, claims: str | None, full: bool) -> AuditCard:
+    """Return the card without its duration."""
+    worlds = acceptable_worlds(loss, full)
+    draws = check_call(loss, worlds.random)
+    findings = Findings()
+    if draws > 1:
+        findings.caveats.append("random")
+        findings.evidence["random"] = (
+            f"two calls on the same batch differ; gradients are means of {draws} calls"
+        )
+    base = loss_gradients(loss, faults.sample_batch(worlds.random), draws=draws)
+    if not base.has_graph or not bool(base.student.any()):
+        reason = "every gradient is 0" if base.has_graph else "no graph reaches student_logits"
+        findings.fault("no_student_gradient", reason)
+        return judge(loss, findings, claims, match=None, nearest=None)
+    for code, check in (
+        ("mask_leak", faults.mask_leak),
+        ("teacher_gradient", faults.teacher_gradient),
+    ):
+        findings.fault(code, check(loss, worlds.random, draws))
+    structure = find_structure(loss, worlds.random, draws)
+    if structure.unit == "group":  # pairs of responses are enumerated
+        worlds = make_worlds(worlds.vocabulary, full=full, length=2)
+    findings.fault("padding_dependent", padding_evidence(loss, worlds.random, draws, findings))
+    if structure.unit != "batch":
+        findings.fault("non_causal", faults.non_causal(loss, worlds.random, draws))
+    estimate = find_estimate(loss, worlds, structure, findings)
+    if "misaligned" in findings.faults:
+        return judge(loss, findings, claims, match=None, nearest=estimate.nearest)
+    name = None if estimate.match is None else estimate.match.target.name
+    bad = list(faults.non_finite(loss, worlds.random, name))
+    findings.fault("non_finite", "; ".join(bad) or None)
+    parts: dict[str, Any] = {}
+    if structure.unit != "batch" and "zero_gradient" not in findings.faults:
+        parts = quantities(loss, worlds, estimate, findings)
+    return judge(
+        loss,
+        findings,
+        claims,
+        match=estimate.match,
+        nearest=estimate.nearest,
+        weighting=describe_weighting(structure, estimate.factor),
+        **parts,
+    )
+
+
+def padding_evidence(loss: UserLoss, world: World, draws: int, findings: Findings) -> str | None:
+    """Return the evidence of `padding_dependent`, unless garbage would be compared with garbage."""
+    if "mask_leak" in findings.faults:
+        return None
+    return faults.padding_dependent(loss, world, draws)
+
+
+def quantities(
+    loss: UserLoss, worlds: Worlds, estimate: Estimate, findings: Findings
+) -> dict[str, Any]:
+    """Return noise, rest and behaviour, and add what they decide.
+
+    Args:
+        loss: The loss.
+        worlds: The worlds.
+        estimate: What the loss estimates.
+        findings: Receives faults and caveats.
+
+    Returns:
+        Parts of the card by name.
+    """
+    structure, factor, match = estimate.structure, estimate.factor, estimate.match
+    parts: dict[str, Any] = {}
+    parts["noise"] = find_noise(loss, worlds.random, structure, factor, match)
+    if structure.draws == 1 and any(x.startswith("teacher") for x in loss.asks):
+        parts["rest"] = find_rest(loss, worlds.small, structure, factor)
+        check_rest(parts["rest"], estimate, findings)
+    if structure.draws == 1 and match is not None:
+        behaviour = find_behaviour(loss, worlds.random, structure, factor, match)
+        parts["behaviour"] = behaviour
+        if behaviour.stale:
+            findings.caveats.append("stale_biased")
+            findings.evidence["stale_biased"] = (
+                f"rollouts one update old: relative bias {behaviour.one_update:.2g}"
+            )
+    return parts
+
+
+def acceptable_worlds(loss: UserLoss, full: bool) -> Worlds:
+    """Return worlds with the smallest vocabulary that the loss accepts.
+
+    Args:
+        loss: The loss.
+        full: Whether there are more worlds.
+
+    Returns:
+        The worlds.
+
+    Raises:
+        InvalidInput: The loss fails with every vocabulary; the message is that of the first.
+    """
+    first_error: InvalidInput | None = None
+    for vocabulary in VOCABULARIES:
+        worlds = make_worlds(vocabulary, full=full)
+        try:
+            loss_gradients(loss, faults.sample_batch(worlds.random))
+        except InvalidInput as error:
+            first_error = first_error or error
+            continue
+        return worlds
+    assert first_error is not None
+    raise first_error
+
+
+def check_call(loss: UserLoss, world: World) -> int:
+    """Call a loss twice on one batch: is it pure, fast and deterministic?
+
+    Args:
+        loss: The loss.
+        world: A world.
+
+    Returns:
+        Calls whose gradients are to be averaged: 1 for a deterministic loss.
+
+    Raises:
+        InvalidInput: It changes its arguments in place, or takes too long.
+    """
+    batch = faults.sample_batch(world)
+    student = batch.student_logits.clone().requires_grad_()
+    values = argument_values(loss, batch, student, batch.arguments["teacher_logits"].clone())
+    before = {k: x.detach().clone() for k, x in values.items() if isinstance(x, Tensor)}
+    start = time.perf_counter()
+    call_loss(loss, values)
+    seconds = time.perf_counter() - start
+    if seconds > CALL_SECONDS:
+        raise InvalidInput(
+            f"one call of the loss {loss.name} on {len(batch.student_logits)} rows took "
+            f"{seconds:.1f} s; an audit needs about a thousand calls, so give it a loss that takes "
+            f"less than {CALL_SECONDS:g} s"
+        )
+    changed = [k for k, x in before.items() if not torch.equal(x, values[k].detach())]
+    if changed:
+        raise InvalidInput(
+            f"the loss {loss.name} changes its argument {', '.join(changed)} in place; work on a "
+            "copy, such as tokens.clone(), because the trainer reads it afterwards"
+        )
+    first, second = (loss_gradients(loss, batch).student for _ in range(2))
+    return 1 if torch.equal(first, second) else RANDOM_DRAWS
+
+
+def check_rest(rest: Rest, estimate: Estimate, findings: Findings) -> None:
+    """Add the fault `off_teacher_fixed_point` where nothing else explains the place of rest.
+
+    Args:
+        rest: Where descent ends.
+        estimate: What the loss estimates.
+        findings: Receives the fault.
+    """
+    if estimate.match is not None or {"wrong_sign", "batch_dependent"} & {*findings.faults}:
+        return
+    if rest.mean_at_teacher > 1e-4:
+        findings.fault(
+            "off_teacher_fixed_point",
+            f"at teacher = student the mean is {rest.mean_at_teacher:.3g} of that at the start; "
+            f"descent ends at KL {rest.smallest_kl:.3g} to {rest.largest_kl:.3g}, where the "
+            f"student has {rest.student_mass:.4f} on the teacher's top-K of "
+            f"{rest.teacher_mass:.4f}",
+        )
+    elif not rest.at_teacher and "clipped" not in findings.warnings:
+        findings.fault(
+            "off_teacher_fixed_point",
+            f"from {rest.starts} starts descent ends at KL {rest.smallest_kl:.3g} to "
+            f"{rest.largest_kl:.3g} from the teacher",
+        )
+
+
+def describe_weighting(structure: Structure, factor: str) -> str:
+    """Return what a loss divides by, in words."""
+    divided = {
+        "one": "divides by nothing",
+        "tokens": "divides by the supervised tokens",
+        "rows": "divides by the rows",
+        "prompts": "divides by the prompts",
+    }[structure.weighting]
+    undone = {"one": "", "length": ", a mean over each response undone"}.get(
+        factor, ", a mean over each group undone"
+    )
+    return divided + undone
