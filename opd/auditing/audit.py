@@ -41,7 +41,11 @@ VOCABULARIES = (4, 9, 33, 129)
 
 
 def audit(
-    loss: Callable[..., Any] | UserLoss, *, claims: str | None = None, full: bool = False
+    loss: Callable[..., Any] | UserLoss,
+    *,
+    claims: str | None = None,
+    full: bool = False,
+    faults_only: bool = False,
 ) -> AuditCard:
     """Say what a distillation loss estimates, how noisily, and which known faults it has.
 
@@ -50,6 +54,7 @@ def audit(
             (`opd.objectives.user_loss.PARAMETERS`) and returns a scalar to be minimised.
         claims: Target that its author says it estimates; None for no claim.
         full: Whether more worlds are used.
+        faults_only: Whether noise, rest and behaviour are left out where no fault hangs on them.
 
     Returns:
         The card.
@@ -63,11 +68,11 @@ def audit(
         loss = as_user_loss(loss, getattr(loss, "__qualname__", type(loss).__name__))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        card = _audit(loss, claims, full)
+        card = _audit(loss, claims, full, faults_only)
     return replace(card, seconds=time.perf_counter() - start)
 
 
-def _audit(loss: UserLoss, claims: str | None, full: bool) -> AuditCard:
+def _audit(loss: UserLoss, claims: str | None, full: bool, faults_only: bool) -> AuditCard:
     """Return the card without its duration."""
     worlds = acceptable_worlds(loss, full)
     draws = check_call(loss, worlds.random)
@@ -100,7 +105,8 @@ def _audit(loss: UserLoss, claims: str | None, full: bool) -> AuditCard:
     bad = list(faults.non_finite(loss, worlds.random, name))
     findings.fault("non_finite", "; ".join(bad) or None)
     parts: dict[str, Any] = {}
-    if structure.unit != "batch" and "zero_gradient" not in findings.faults:
+    wanted = not faults_only or estimate.match is None
+    if wanted and structure.unit != "batch" and "zero_gradient" not in findings.faults:
         parts = quantities(loss, worlds, estimate, findings)
     return judge(
         loss,
@@ -109,6 +115,8 @@ def _audit(loss: UserLoss, claims: str | None, full: bool) -> AuditCard:
         match=estimate.match,
         nearest=estimate.nearest,
         weighting=describe_weighting(structure, estimate.factor),
+        unit=structure.unit,
+        divisor=structure.weighting,
         **parts,
     )
 

@@ -28,8 +28,10 @@ class Behaviour:
     """Relative bias where the rollouts are one update old."""
     four_updates: float
     """Relative bias where they are four updates old."""
-    lengths: float
-    """Relative bias in a world with responses of 1 to 5 tokens, without undoing a mean."""
+    lengths: float | None
+    """Relative bias in a world with responses of 1 to 5 tokens, without undoing a mean; None for
+    rows that are coupled by their prompt.
+    """
     stale: bool
     """Whether it is off for a sampler mildly off, over the student's prefixes and the sampler's."""
 
@@ -85,6 +87,6 @@ def find_behaviour(
         temperature=bias(student / 0.8),
         one_update=bias(mild),
         four_updates=bias(older_policy(world, 4)),
-        lengths=float("nan") if raw is None else compare(fit.target, [raw]).relative_bias,
+        lengths=None if raw is None else compare(fit.target, [raw]).relative_bias,
         stale=min(bias(mild), bias(mild, over_sampler=True)) > 1e-3,
     )

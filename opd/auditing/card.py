@@ -73,6 +73,10 @@ class AuditCard:
     """Codes in CAVEATS."""
     target: TargetMatch
     """What it estimates the gradient of."""
+    unit: str = "batch"
+    """Smallest part of a batch whose gradient is its own: "row", "group" of a prompt, "batch"."""
+    divisor: str = "one"
+    """What it divides the sum over units by: "one", "tokens", "rows" or "prompts"."""
     claimed: str | None = None
     """What its author says that it estimates."""
     noise: Noise | None = None
@@ -105,6 +109,8 @@ class AuditCard:
             "warnings": self.warnings,
             "caveats": self.caveats,
             "target": vars(self.target),
+            "unit": self.unit,
+            "divisor": self.divisor,
             "claimed": self.claimed,
             "noise": None
             if noise is None
@@ -158,8 +164,12 @@ def card_rows(card: AuditCard) -> list[tuple[str, str]]:
             (
                 "off its assumptions",
                 f"relative bias {b.top_p:.2g} under top-p 0.9, {b.temperature:.2g} at temperature "
-                f"0.8, {b.one_update:.2g} one update old, {b.four_updates:.2g} four updates old, "
-                f"{b.lengths:.2g} with responses of 1 to 5 tokens",
+                f"0.8, {b.one_update:.2g} one update old, {b.four_updates:.2g} four updates old"
+                + (
+                    ""
+                    if b.lengths is None
+                    else f", {b.lengths:.2g} with responses of 1 to 5 tokens"
+                ),
             )
         )
     for kind, codes, texts in (

@@ -27,6 +27,8 @@ from opd.auditing.matching import MATCH, Fit, Mean, find_target
 from opd.auditing.worlds import Batch, World, make_batch
 from opd.objectives.user_loss import UserLoss
 
+EMPTY_ROWS = "two empty rows"
+"""Start of the evidence where empty rows alone change the gradient."""
 RANDOM_TOLERANCE = 0.05
 """Relative difference up to which averages of a loss that draws random numbers are equal."""
 
@@ -148,7 +150,7 @@ def padding_dependent(loss: UserLoss, world: World, draws: int) -> str | None:
     gradient = loss_gradients(loss, base, draws=draws).student[base.mask]
     for what, other in (
         ("three more masked columns", sample_batch(world, right=4)),
-        ("two empty rows", sample_batch(world, empty_rows=2)),
+        (EMPTY_ROWS, sample_batch(world, empty_rows=2)),
     ):
         try:
             changed = loss_gradients(loss, other, draws=draws).student[other.mask]

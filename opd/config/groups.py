@@ -77,7 +77,7 @@ class ObjectiveConfig:
     objective: str = "teacher_topk"
     """Training objective; one of opd.objectives.factory.OBJECTIVES, or a loss of your own,
     MODULE:FUNCTION or FILE.py:FUNCTION (opd.objectives.user_loss), which holds the logits of all
-    tokens of an update in memory."""
+    tokens of an update in memory unless loss_divisor is set."""
     gamma: float = setting(0.0, within="in [0, 1]")
     """Discount factor of future costs, for objectives with a score-function term."""
     beta: float | None = setting(None, within="in [0, 1]")
@@ -119,6 +119,12 @@ class ObjectiveConfig:
     teacher's own EOS instead (opd.tokens.eos)."""
     allow_collapse: bool = False
     """Allow objectives with an un-normalised support, which are known to collapse."""
+    loss_divisor: Literal["update", "one", "tokens", "rows", "prompts"] = "update"
+    """For a loss of your own: what it divides the sum over its rows by (one: nothing), so that an
+    update can be split into micro-batches and over processes; "update": it sees the whole update.
+    Checked before the run."""
+    allow_faulty_loss: bool = False
+    """Train with a loss of your own that `opd audit` calls faulty."""
     allow_unweighted: bool = False
     """With several updates per batch or rollout_lag, train on rollouts of an older policy without
     importance weights (variants V2 to V5 of the paper)."""

@@ -34,6 +34,7 @@ from opd.scoring.score import ScoreRequest
 from opd.teachers.pair import ModelPair
 from opd.tokens.masking import resolve_mask_rules
 from opd.training.checks.update import sample_teacher_weights
+from opd.training.checks.user_loss import check_user_loss
 from opd.training.multitask import prompts_per_task, task_configs
 from opd.training.optimizer import Optimizer
 from opd.training.prefetch import RolloutPrefetcher
@@ -118,6 +119,7 @@ def make_task_states(
     user_metrics = load_metrics(config.record.metrics)
     if objective.user_loss is not None:
         try_user_loss(objective.user_loss, pairs[0].student.vocabulary, config.objective.support_k)
+        check_user_loss(objective.user_loss, config.objective)
     history, tasks = rows.read_rows(folder / "rows.jsonl"), list[TaskState]()
     for i, (task_config, pair) in enumerate(zip(settings, pairs, strict=True)):
         name = config.tasks[i].name if config.tasks else ""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from diagnostics.batch import ScoredRollouts
 from diagnostics.errors import InvalidInput
 from diagnostics.gradients.distributed import gather_batch
 from opd.models.contexts import activation_checkpointing
@@ -42,7 +43,9 @@ from opd.training.optimizer import learning_rate
 from opd.training.state import TaskState, TrainState
 
 MicroBatch = tuple[list[int], float]
-"""Rows, and the weight of their loss: 1, or 0 for rows that fill up a rank's last micro-batches."""
+"""Rows, and the weight of their loss: 1, the rows' share of what a loss of the user's own divides
+by, or 0 for rows that fill up a rank's last micro-batches.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -115,8 +118,9 @@ def prepare_loss(task: TaskState, batch: ScoredBatch) -> PreparedLoss:
         denominator[all_rows] = DENOMINATORS[config.objective.denominator](update_batch)
         position = {row: i for i, row in enumerate(all_rows)}
         rows = [i for i, row in enumerate(local_positions) if row in position]
-        groups = [rows]  # a loss of the user's own sees the whole update
-        if objective.user_loss is None:
+        divisor = config.objective.loss_divisor
+        groups = [rows]
+        if objective.user_loss is None or divisor != "update":
             groups = [
                 [rows[i] for i in group]
                 for group in micro_batches(
@@ -137,7 +141,10 @@ def prepare_loss(task: TaskState, batch: ScoredBatch) -> PreparedLoss:
                 positions=[position[local_positions[i]] for i in rows],
             )
         rows_by_update.append(rows)
-        groups_by_update.append([(group, 1.0) for group in groups])
+        weights = [1.0] * len(groups)
+        if objective.user_loss is not None and divisor != "update":
+            weights = divisor_shares(scored, groups, divided_by(update_batch, divisor), divisor)
+        groups_by_update.append(list(zip(groups, weights, strict=True)))
     if config.hardware.sharding == "full":
         lengths = scored.lengths.tolist()
         shortest = [min(range(len(lengths)), key=lengths.__getitem__)]
@@ -154,6 +161,43 @@ def prepare_loss(task: TaskState, batch: ScoredBatch) -> PreparedLoss:
         micro_batches=groups_by_update,
         expected=expected,
     )
+
+
+def divided_by(batch: ScoredRollouts, divisor: str) -> float:
+    """Return what a loss of the user's own divides the sum over a batch by.
+
+    Args:
+        batch: The batch.
+        divisor: "one", or "tokens", "rows" or "prompts" with a supervised token.
+
+    Returns:
+        1, or their number.
+    """
+    if divisor == "one":
+        return 1.0
+    if divisor == "tokens":
+        return float(batch.mask.sum())
+    supervised = batch.mask.any(1)
+    if divisor == "rows":
+        return float(supervised.sum())
+    return float(len(batch.prompt[supervised].unique()))
+
+
+def divisor_shares(
+    batch: ScoredRollouts, groups: list[list[int]], total: float, divisor: str
+) -> list[float]:
+    """Return the weights that make the losses of micro-batches add up to that of their update.
+
+    Args:
+        batch: Scored rollouts of this rank.
+        groups: Rows of each micro-batch.
+        total: What the loss of the whole update divides by.
+        divisor: As in `divided_by`.
+
+    Returns:
+        One weight per micro-batch.
+    """
+    return [divided_by(batch.rows(group), divisor) / total for group in groups]
 
 
 def update_student(

@@ -58,14 +58,21 @@ def validate(config: Config) -> list[str]:
 
 
 def user_loss_problems(config: Config, objective: Objective) -> Iterator[str]:
-    """Report settings that a loss of the user's own, which sees a whole update, rules out."""
+    """Report settings that a loss of the user's own rules out, or that only it reads."""
+    divisor = config.objective.loss_divisor
     if objective.user_loss is None:
+        if divisor != "update":
+            yield (
+                f"loss_divisor is {divisor}, but the objective is {config.objective.objective}, "
+                "one of ours, whose denominator is known; leave it at update"
+            )
         return
     name = objective.user_loss.name
-    if distributed.is_distributed():
+    if distributed.is_distributed() and divisor == "update":
         yield (
             f"objective {name} is a loss of your own, which has to see all rollouts of an update, "
-            "but they are spread over several processes; start one process"
+            "but they are spread over several processes; start one process, or set loss_divisor to "
+            "what the loss divides by"
         )
     default = setting_fields()["denominator"].field.default
     if config.objective.denominator != default:

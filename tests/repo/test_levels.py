@@ -43,7 +43,7 @@ LEVELS = {
         {"runner"},
     ),
     "figures": (
-        {"style", "registry", "collect"},
+        {"style", "labels", "registry", "collect"},
         {"study", "runs", "claims"},
         {"paper"},
         {"__main__"},

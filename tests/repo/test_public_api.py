@@ -16,6 +16,8 @@ from tests.helpers.paths import ROOT
 
 EXPORTS = {
     "opd": {
+        "AuditCard",
+        "audit",
         "Config",
         "ModelPair",
         "OBJECTIVES",

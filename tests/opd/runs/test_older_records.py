@@ -37,7 +37,9 @@ OLDER_RUN = Path(__file__).parent / "older_run"
 """A run of the recipe smoke, recorded before the renaming."""
 
 
-NEWER = {"chat_template", "logger_columns", "metrics", "template"}
+NEWER = {
+    *("allow_faulty_loss", "chat_template", "logger_columns", "loss_divisor", "metrics", "template")
+}
 """Settings that are newer than the recorded runs, which have their defaults."""
 
 

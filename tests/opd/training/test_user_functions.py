@@ -16,6 +16,7 @@ from opd import make_objective, policy_loss
 from opd.config.settings import with_settings
 from opd.library import sample
 from opd.objectives.user_loss import PARAMETERS, load_user_loss, loss_values, try_user_loss
+from opd.scoring import user_loss
 from opd.scoring.score import ScoreRequest, score_batch
 from opd.teachers.pair import load_pair
 from opd.training.train import train
@@ -42,6 +43,9 @@ def top(student_logits, teacher_topk, mask):
 
 def rewarded(student_logp, reward, mask):
     return -(student_logp * mask).sum(1).mul(reward).mean()
+
+def ascending(student_logp, teacher_logp, mask):
+    return -sampled(student_logp, teacher_logp, mask)
 
 def everything(student_logits, teacher_logits, tokens, mask, sampler_logp, student_logp,
                teacher_logp, reward, prompt, student_topk, teacher_topk, weight=2.0):
@@ -117,6 +121,46 @@ def test_our_losses_in_the_users_form_train_to_the_same_weights(
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
     start = trained_weights(ours, lr=1e-30, **changes)
     assert (result - start).abs().max() > 1e-3, "the run moves the weights"
+
+
+@pytest.mark.parametrize("own", ["reverse_kl", "sampled"])
+def test_a_loss_whose_divisor_is_declared_is_split_into_micro_batches(
+    trained_weights: Run, functions: Path, own: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    step = user_loss.user_loss_from_hidden
+
+    def counting(student, loss, hidden, batch, **options):
+        sizes.append(len(batch))
+        return step(student, loss, hidden, batch, **options)
+
+    monkeypatch.setattr("opd.scoring.loss.user_loss_from_hidden", counting)
+    name = f"{functions}/losses.py:{own}"
+    expected = trained_weights(name)
+    assert len(sizes) == 3, "one call per step"
+    result = trained_weights(name, loss_divisor="tokens", max_tokens_per_microbatch=64)
+    assert len(sizes) > 6, "several calls per step"
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("own", "changes", "message"),
+    [
+        (
+            "ascending",
+            {},
+            "is faulty .wrong_sign: minus the mean estimates token_reverse_kl.*allow",
+        ),
+        ("sampled", {"loss_divisor": "rows"}, "divides by tokens; set loss_divisor to tokens"),
+    ],
+)
+def test_a_loss_that_the_audit_refuses_is_not_trained_with(
+    trained_weights: Run, functions: Path, own: str, changes: dict[str, object], message: str
+) -> None:
+    name = f"{functions}/losses.py:{own}"
+    with pytest.raises(InvalidInput, match=message):
+        trained_weights(name, **changes)
+    assert trained_weights(name, allow_faulty_loss=True).isfinite().all()
 
 
 def test_a_loss_of_ones_own_is_one_pass_in_a_loop_of_ones_own(tiny_pair, functions: Path) -> None:
