@@ -16,8 +16,8 @@ from figures.labels import method_label
 COLUMNS = ("method", "runs", "step", "quantity", "first", "last", "tokens", "value")
 CAPTION = (
     "Where in the response, and when, do student and teacher drift? Means over the tokens of a bin "
-    "of positions (bins double in width) by training step, all seeds pooled; S is the support of "
-    "the teacher's top K tokens, r = log p − log q the cost of a token. Each quantity has one "
+    "of positions (bins double in width) by training step, all seeds pooled; r = log p − log q is "
+    "the cost of a token. Each quantity has one "
     "color scale, shared by the methods: logarithmic and linear close to 0, but linear for "
     "the share of truncated responses. Negative values have the lightest color. That share is computed from "
     "the saved batches; a column extends from one of these to the next. Hatched: fewer than 100 "
@@ -34,7 +34,7 @@ QUANTITIES = {
 }
 """Column of the rows for each quantity of the table; empty if saved batches are needed."""
 LABELS = {
-    "outside": "student's mass\noutside S",
+    "outside": "student's mass outside\nteacher's top K",
     "teacher_entropy": "teacher's\nentropy (nats)",
     "cost": "mean cost r\n(nats)",
     "cut": "share in\ntruncated responses",

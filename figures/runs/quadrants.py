@@ -1,13 +1,13 @@
 """Student entropy against divergence: which prefixes carry the signal and the energy."""
 
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from figures import style
 from figures.labels import method_label
@@ -41,8 +41,9 @@ def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     narrow = style.is_column(width)
     methods = list(dict.fromkeys(table["method"]))[:MAX_METHODS]
     table = table[table["method"].isin(methods)]
-    height = 1.1 + (1.75 if narrow else 1.9) * len(methods)
+    height = 1.2 + (1.9 if narrow else 1.9) * len(methods)
     figure, axes = style.make_panels(len(methods), 2, height, width=width)
+    separator = "\n" if narrow else " "
     norm = mpl.colors.LogNorm(1, max(2, table["tokens"].max()))
     for i, method in enumerate(methods):
         method_rows = table[table["method"] == method]
@@ -51,16 +52,18 @@ def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
             rows = method_rows[method_rows["step"] == step]
             image = draw_panel(ax, rows, norm)
             write_shares(ax, rows, narrow)
-            separator = "\n" if narrow else ", "
-            ax.set_title(f"{method_label(method)}{separator}step {step:g}")
+            ax.set_ylim((3e-12, 1e9) if narrow else (1e-8, 1e5))
+            title = f"{method_label(method)}, step\u00a0{step:g}"
+            ax.set_title(fill(title, 18 if narrow else 60, break_on_hyphens=False))
             ax.set_xlim(entropy_limits(table))
             ax.tick_params(labelbottom=i + 1 == len(methods), labelleft=ax is axes[2 * i])
-        axes[2 * i].set_ylabel("KL(p ‖ q) (nats)")
-    figure.supxlabel("student's entropy (nats)", fontsize=8)
+        axes[2 * i].set_ylabel("KL(p ‖ q) (nats)\nagree ← → disagree")
+    for ax in axes[-2:]:
+        ax.set_xlabel(f"student's entropy{separator}(nats)\nsure ← → undecided")
     location = "bottom" if narrow else "right"
-    bar = figure.colorbar(image, ax=axes, aspect=30, pad=0.02, location=location)
+    bar = figure.colorbar(image, ax=axes, aspect=45, pad=0.02, location=location)
     bar.set_label("tokens in a cell")
-    add_legend(figure, narrow)
+    add_legend(figure, axes[0], narrow)
     return figure
 
 
@@ -83,7 +86,7 @@ def draw_panel(axes: Any, rows: pd.DataFrame, norm: Any) -> Any:
     corners = rows[rows["kind"].isin(["tokens", "energy"])]
     axes.axvline(corners["x"].iloc[0], color="black", lw=0.7)
     axes.axhline(corners["y"].iloc[0], color="black", lw=0.7)
-    axes.set(xscale="log", yscale="log", ylim=(1e-8, 1e5))
+    axes.set(xscale="log", yscale="log")
     axes.set_yticks([1e-4, 1e-2, 1])
     axes.minorticks_off()
     return image
@@ -112,20 +115,26 @@ def write_shares(axes: Any, rows: pd.DataFrame, narrow: bool) -> None:
                 va="bottom" if is_bottom else "top",
                 fontsize=7,
                 color=color,
+                bbox={"fc": "white", "ec": "none", "alpha": 0.7, "pad": 0.3},
                 fontweight="bold" if name == largest else "normal",
             )
 
 
-def add_legend(figure: Figure, narrow: bool) -> None:
-    """Explain the lines and the shares below the panels."""
+def add_legend(figure: Figure, axes: Any, narrow: bool) -> None:
+    """Explain the lines and the shares below the panels; `axes` are any to make handles with."""
     labels = {
-        "80th percentile at the first step": Line2D([], [], color="black", lw=0.7),
-        "share of the tokens": Line2D([], [], ls="", marker="$\\%$", color="black"),
-        "share of the gradient energy [95 % interval], bold: largest": Line2D(
-            [], [], ls="", marker="$\\%$", color=ENERGY_COLOR
-        ),
+        "lines: 80th percentiles at the first step": "black",
+        "share of the tokens": "black",
+        "share of the gradient energy [95 % interval]": ENERGY_COLOR,
+        "bold: most of the energy": "black",
     }
-    figure.legend(labels.values(), labels, loc="outside lower center", ncols=1 if narrow else 3)
+    handles = [axes.plot([], [], " ")[0] for _ in labels]
+    handles[0].set(linestyle="-", color="black", linewidth=0.7)
+    legend = figure.legend(
+        handles, labels, loc="outside lower center", ncols=1 if narrow else 2, labelspacing=0.3
+    )
+    for text, color in zip(legend.get_texts(), labels.values(), strict=True):
+        text.set_color(color)
 
 
 def collect(runs: list[Path]) -> pd.DataFrame:

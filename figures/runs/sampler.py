@@ -41,7 +41,7 @@ def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     limits = [f(x) for f, x in zip((min, max), zip(*(ax.get_ylim() for ax in axes)))]
     for ax in axes:
         set_z_axis(ax, *limits)
-    axes[0].set_xlabel("position in the response (tokens)")
+    axes[0].set_xlabel("first position of the bin (tokens)")
     axes[1].set_xlabel("kind of prefix")
     add_legend(figure, axes[0], methods, narrow)
     return figure
@@ -59,7 +59,7 @@ def draw_panel(axes: Any, rows: pd.DataFrame, methods: list[str]) -> None:
         shift = 0.8 * (i + 0.5) / len(methods) - 0.4
         draw_points(axes, rows[rows["method"] == method], order, style.CYCLE[i % 7], shift)
     step = max(1, -(-len(order) // 8))
-    names = [label.replace(" ", "\n", 1).replace("–", "–\n") for label in order[::step]]
+    names = [label.split("–")[0].replace(" ", "\n", 1) for label in order[::step]]
     axes.set_xticks(range(0, len(order), step), names, fontsize=7)
     axes.set_xlim(-0.6, max(1, len(order)) - 0.4)
     axes.grid(axis="x", visible=False)
@@ -98,7 +98,7 @@ def describe_outliers(rows: pd.DataFrame) -> str:
 def set_z_axis(axes: Any, low: float, high: float) -> None:
     """Make the vertical axis linear within ±4 and logarithmic beyond, with rounded ticks."""
     axes.set_yscale("symlog", linthresh=4)
-    axes.set_ylim(low * 1.15, high * 1.15)
+    axes.set_ylim(low * 1.4, high * 1.4)
     ticks = [-300, -100, -30, -10, -3, 0, 3, 10, 30, 100, 300]
     axes.set_yticks([t for t in ticks if low <= t <= high])
     axes.get_yaxis().set_major_formatter("{x:g}")
@@ -115,7 +115,7 @@ def add_legend(figure: Figure, axes: Any, methods: list[str], narrow: bool) -> N
     handles += [
         axes.plot([], [], color="white", label="all steps and runs pooled", **style_of_pool)[0],
         axes.plot([], [], ".", ms=4, color="black", mew=0, label="one step of a run")[0],
-        Patch(color=style.GREY, alpha=0.15, label="±3: sampled from the student"),
+        Patch(color=style.GREY, alpha=0.15, label="±3: expected (99.7 %)"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2 if narrow else 4)
 
