@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import StrMethodFormatter
 
 from figures import style
 from figures.labels import method_label
@@ -17,12 +18,11 @@ COLUMNS = ("method", "runs", "step", "quantity", "first", "last", "tokens", "val
 CAPTION = (
     "Where in the response, and when, do student and teacher drift? Means over the tokens of a bin "
     "of positions (bins double in width) by training step, all seeds pooled; r = log p − log q is "
-    "the cost of a token. Each quantity has one "
-    "color scale, shared by the methods: logarithmic and linear close to 0, but linear for "
-    "the share of truncated responses. Negative values have the lightest color. That share is computed from "
-    "the saved batches; a column extends from one of these to the next. Hatched: fewer than 100 "
-    "tokens, from few and selected responses. Blank: no tokens. Across a page four quantities are "
-    "drawn, in one column the two that tell a collapse."
+    "the cost of a token. Each quantity has one color scale, shared by the methods: logarithmic "
+    "and linear close to 0, but linear for the share of the tokens that belong to a response cut at "
+    "the budget. Negative values have the lightest color. That share is computed from the saved batches; a column extends from one "
+    "of these to the next. Hatched: fewer than 100 tokens, from few and selected responses. Blank: "
+    "no tokens. Across a page four quantities are drawn, in one column the first two."
 )
 QUANTITIES = {
     "outside": "divergence/outside_topk_expected",
@@ -101,9 +101,9 @@ def draw_block(
     label = LABELS[quantity]
     bar.set_label(label if location == "right" else label.replace("\n", " "), fontsize=7)
     if isinstance(norm, mpl.colors.SymLogNorm):
-        bar.set_ticks(log_ticks(norm.linthresh, norm.vmax))
+        bar.set_ticks(log_ticks(norm.linthresh, float(norm.vmax or 1)))
         bar.ax.minorticks_off()
-    bar.formatter = "{x:g}"
+    bar.formatter = StrMethodFormatter("{x:g}")
     bar.ax.tick_params(labelsize=7)
 
 

@@ -43,7 +43,8 @@ def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
             ax = axes[row * columns + column]
             used.append(ax)
             selected = table[(table["method"] == method) & (table["quantity"] == quantity)]
-            draw_panel(ax, selected, method if j == 0 else "")
+            heading = fill(method_label(method), 18 if narrow else 22, break_on_hyphens=False)
+            draw_panel(ax, selected, heading if j == 0 else "")
             ax.tick_params(labelleft=column == 0)
             if column == 0 or narrow:
                 ax.set_ylabel(QUANTITIES[quantity])
@@ -56,12 +57,12 @@ def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     return figure
 
 
-def draw_panel(axes: Any, rows: pd.DataFrame, method: str) -> None:
+def draw_panel(axes: Any, rows: pd.DataFrame, heading: str) -> None:
     """Draw the curves of a method at its first and last step; the title tells the top 1 %."""
     steps = sorted(rows["step"].unique())
-    shares = []
+    shares: list[str] = []
     for step in dict.fromkeys([*steps[-1:], *steps[:1]]):  # the dashed curve on top
-        options = {"color": LAST_COLOR}
+        options: dict[str, Any] = {"color": LAST_COLOR}
         if step != steps[-1]:
             options = {"color": FIRST_COLOR, "ls": "--", "zorder": 3}
         curve = rows[rows["step"] == step].sort_values("tokens")
@@ -72,8 +73,7 @@ def draw_panel(axes: Any, rows: pd.DataFrame, method: str) -> None:
         shares = [f"{100 * value:.0f}" for value in top["value"]] + shares
     axes.plot(TOKEN_SHARES, TOKEN_SHARES, color=style.GREY, lw=1, zorder=1)
     title = f"top 1 %: {' → '.join(shares)} %"
-    lines = [fill(method_label(method), 22, break_on_hyphens=False), title]
-    axes.set_title("\n".join(line for line in lines if line))
+    axes.set_title(f"{heading}\n{title}".strip())
     axes.set(xscale="log", ylim=(0, 1.04), yticks=[0, 0.5, 1])
     axes.set_xticks([0.001, 0.01, 0.1, 1], ["0.1 %", "1 %", "10 %", "all"], fontsize=7)
     axes.minorticks_off()
@@ -90,7 +90,7 @@ def add_legend(figure: Figure, axes: Any, table: pd.DataFrame, narrow: bool) -> 
         ("first", steps.min(), {"color": FIRST_COLOR, "ls": "--"}),
         ("last", steps.max(), {"color": LAST_COLOR}),
     ):
-        number = f" (step {step.iloc[0]:g})" if step.nunique() == 1 else ""
+        number = f" (step {step.iloc[0]:g})" if step.min() == step.max() else ""
         curves[f"{name} saved batch{number}"] = axes.plot([], [], **options)[0]
     curves["largest 1 % of the tokens"] = axes.plot([], [], color="black", **TOP_STYLE)[0]
     curves["all tokens equal"] = axes.plot([], [], color=style.GREY, lw=1)[0]

@@ -27,6 +27,9 @@ CAPTION = (
 BIN_EDGES = np.geomspace(1e-5, 30, 45)
 """Cell edges in nats, for both axes; values beyond them are counted in the outermost cells."""
 MAX_METHODS, ENERGY_COLOR = 3, style.RED
+PAGE_Y_AXIS = (1e-8, 1e5), [1e-4, 1e-2, 1]
+COLUMN_Y_AXIS = (3e-12, 1e9), [1e-4, 1]
+"""Limits, wide enough for the texts in the corners, and ticks."""
 QUADRANTS = {
     "decided, apart": (True, False),
     "undecided, apart": (False, False),
@@ -41,7 +44,7 @@ def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     narrow = style.is_column(width)
     methods = list(dict.fromkeys(table["method"]))[:MAX_METHODS]
     table = table[table["method"].isin(methods)]
-    height = 1.2 + (1.9 if narrow else 1.9) * len(methods)
+    height = (1.8 if narrow else 1.2) + 1.9 * len(methods)
     figure, axes = style.make_panels(len(methods), 2, height, width=width)
     separator = "\n" if narrow else " "
     norm = mpl.colors.LogNorm(1, max(2, table["tokens"].max()))
@@ -52,9 +55,10 @@ def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
             rows = method_rows[method_rows["step"] == step]
             image = draw_panel(ax, rows, norm)
             write_shares(ax, rows, narrow)
-            ax.set_ylim((3e-12, 1e9) if narrow else (1e-8, 1e5))
+            limits, ticks = COLUMN_Y_AXIS if narrow else PAGE_Y_AXIS
+            ax.set(ylim=limits, yticks=ticks)
             title = f"{method_label(method)}, step\u00a0{step:g}"
-            ax.set_title(fill(title, 18 if narrow else 60, break_on_hyphens=False))
+            ax.set_title(fill(title, 16 if narrow else 60, break_on_hyphens=False))
             ax.set_xlim(entropy_limits(table))
             ax.tick_params(labelbottom=i + 1 == len(methods), labelleft=ax is axes[2 * i])
         axes[2 * i].set_ylabel("KL(p ‖ q) (nats)\nagree ← → disagree")
@@ -87,7 +91,6 @@ def draw_panel(axes: Any, rows: pd.DataFrame, norm: Any) -> Any:
     axes.axvline(corners["x"].iloc[0], color="black", lw=0.7)
     axes.axhline(corners["y"].iloc[0], color="black", lw=0.7)
     axes.set(xscale="log", yscale="log")
-    axes.set_yticks([1e-4, 1e-2, 1])
     axes.minorticks_off()
     return image
 

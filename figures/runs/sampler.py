@@ -38,9 +38,9 @@ def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
         draw_panel(ax, rows, methods)
         ax.set_title(f"{title}:\n{describe_outliers(rows)}")
         ax.set_ylabel("z of the surprise")
-    limits = [f(x) for f, x in zip((min, max), zip(*(ax.get_ylim() for ax in axes)))]
+    limits = np.array([ax.get_ylim() for ax in axes])
     for ax in axes:
-        set_z_axis(ax, *limits)
+        set_z_axis(ax, limits.min(), limits.max())
     axes[0].set_xlabel("first position of the bin (tokens)")
     axes[1].set_xlabel("kind of prefix")
     add_legend(figure, axes[0], methods, narrow)

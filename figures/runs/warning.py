@@ -88,7 +88,9 @@ def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     columns = list(WARNINGS)
     if narrow:
         indicators, columns = often_warning(by_kind, indicators), ["far"]
-    height = 1.15 + len(kinds) * (0.5 + (0.25 if narrow else 0.155) * len(indicators))
+    names = [fill(metric_label(x), 14 if narrow else 40) for x in indicators]
+    row_height = 0.13 * max(x.count("\n") + 1 for x in names) if narrow else 0.155
+    height = (1.6 if narrow else 1.15) + len(kinds) * (0.5 + row_height * len(names))
     figure, axes = style.make_panels(len(kinds), 1 + len(columns), height, width=width)
     if axes:
         axes[0].get_gridspec().set_width_ratios([1.6, 1] if narrow else [3.2, 1, 1])
@@ -96,7 +98,6 @@ def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     for i, (kind, warnings) in enumerate(by_kind.items()):
         row_axes = axes[i * (1 + len(columns)) : (i + 1) * (1 + len(columns))]
         image = draw_timeline(row_axes[0], table[table["kind"] == kind], indicators)
-        names = [fill(metric_label(x), 14 if narrow else 40) for x in indicators]
         row_axes[0].set_yticks(range(len(indicators)), names, fontsize=7, linespacing=0.9)
         set_heading(row_axes[0], kind, {x: warnings[x, "far"] for x in indicators}, narrow)
         for ax, column in zip(row_axes[1:], columns, strict=True):
@@ -155,7 +156,7 @@ def set_heading(axes: Any, kind: str, warnings: dict[str, Warnings], narrow: boo
             f"z of {metric_label(best)} warns {steps} early in {found.warned} of {found.collapsing}"
         )
     heading = f"{method_label(kind)} ({runs}):"
-    axes.set_title("\n".join(fill(x, 41 if narrow else 80) for x in (heading, text)))
+    axes.set_title("\n".join(fill(x, 38 if narrow else 80) for x in (heading, text)))
 
 
 def draw_timeline(axes: Any, rows: pd.DataFrame, indicators: list[str]) -> Any:
