@@ -105,7 +105,7 @@ def draw_gaps(axes: Any, rows: pd.DataFrame, narrow: bool) -> None:
     axes.axhline(0, color="black", lw=0.6)
     axes.set_title(describe_end(rows[rows["source"] == "trained"]))
     axes.set_ylabel("difference" if narrow else "difference in 1 − max q")
-    axes.get_yaxis().set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    axes.get_yaxis().set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     axes.get_yaxis().set_major_formatter("{x:g}")
 
 

@@ -19,10 +19,11 @@ CAPTION = (
     "Where in the response, and when, do student and teacher drift? Means over the tokens of a bin "
     "of positions (bins double in width) by training step, all seeds pooled; r = log p − log q is "
     "the cost of a token. Each quantity has one color scale, shared by the methods: logarithmic "
-    "and linear close to 0, but linear for the share of the tokens that belong to a response cut at "
-    "the budget. Negative values have the lightest color. That share is computed from the saved batches; a column extends from one "
-    "of these to the next. Hatched: fewer than 100 tokens, from few and selected responses. Blank: "
-    "no tokens. Across a page four quantities are drawn, in one column the first two."
+    "and linear close to 0. Negative values have the lightest color. The share of the tokens that "
+    "belong to a response cut at the budget has a linear scale and is computed from the saved "
+    "batches; a column extends from one of these to the next. Hatched: fewer than 100 tokens, from "
+    "few and selected responses. Blank: no tokens. Across a page four quantities are drawn, in one "
+    "column the first two."
 )
 QUANTITIES = {
     "outside": "divergence/outside_topk_expected",
@@ -37,7 +38,7 @@ LABELS = {
     "outside": "student's mass outside\nteacher's top K",
     "teacher_entropy": "teacher's\nentropy (nats)",
     "cost": "mean cost r\n(nats)",
-    "cut": "share in\ntruncated responses",
+    "cut": "share of tokens in\ntruncated responses",
 }
 """Printed name of each quantity that is drawn. Of the others, the teacher's largest probability
 shows what its entropy does, and the 95th percentile of the cost what its mean does."""

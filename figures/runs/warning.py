@@ -45,8 +45,11 @@ INDICATORS = (
 FAR_Z, MAX_KINDS = 5.0, 4
 Z_LEVELS = (-100, -30, -10, -5, -2, 2, 5, 10, 30, 100)
 """Boundaries of the colors; the middle one is the healthy range."""
-WARNINGS = {"alarm": "alarm", "far": f"|z| > {FAR_Z:g}"}
-"""Boolean column of a warning, and its printed name."""
+WARNINGS = {
+    "alarm": "share of runs\nwith an alarm",
+    "far": f"share of runs\nwith |z| > {FAR_Z:g}",
+}
+"""Boolean column of a warning, and the label of its bars."""
 WARNED_COLOR, FALSE_COLOR = style.RED, "#A0A0A0"
 COLLAPSE_THRESHOLD, COLLAPSE_STEPS = 0.5, 3
 """A run collapses at the first of COLLAPSE_STEPS consecutive steps with a reward below
@@ -92,24 +95,20 @@ def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     row_height = 0.13 * max(x.count("\n") + 1 for x in names) if narrow else 0.155
     height = (1.6 if narrow else 1.15) + len(kinds) * (0.5 + row_height * len(names))
     figure, axes = style.make_panels(len(kinds), 1 + len(columns), height, width=width)
-    if axes:
-        axes[0].get_gridspec().set_width_ratios([1.6, 1] if narrow else [3.2, 1, 1])
-    maps = axes[:: 1 + len(columns)]
-    for i, (kind, warnings) in enumerate(by_kind.items()):
-        row_axes = axes[i * (1 + len(columns)) : (i + 1) * (1 + len(columns))]
-        image = draw_timeline(row_axes[0], table[table["kind"] == kind], indicators)
-        row_axes[0].set_yticks(range(len(indicators)), names, fontsize=7, linespacing=0.9)
-        set_heading(row_axes[0], kind, {x: warnings[x, "far"] for x in indicators}, narrow)
-        for ax, column in zip(row_axes[1:], columns, strict=True):
+    axes[0].get_gridspec().set_width_ratios([1.6, 1] if narrow else [3.2, 1, 1])
+    rows = [axes[i : i + 1 + len(columns)] for i in range(0, len(axes), 1 + len(columns))]
+    for (timeline, *bars), (kind, warnings) in zip(rows, by_kind.items(), strict=True):
+        image = draw_timeline(timeline, table[table["kind"] == kind], indicators)
+        timeline.set_yticks(range(len(names)), names, fontsize=7, linespacing=0.9)
+        set_heading(timeline, kind, {x: warnings[x, "far"] for x in indicators}, narrow)
+        for ax, column in zip(bars, columns, strict=True):
             draw_warnings(ax, [warnings[x, column] for x in indicators])
-            ax.set_title("" if narrow else WARNINGS[column])
-        for ax in row_axes:
-            ax.tick_params(labelbottom=i + 1 == len(kinds))
-    maps[-1].set_xlabel("step")
-    for ax in row_axes[1:]:
-        ax.set_xlabel("share of runs\nwith |z| > 5" if narrow else "share of runs")
+    for ax in axes[: -1 - len(columns)]:
+        ax.tick_params(labelbottom=False)
+    for ax, label in zip(rows[-1], ["step", *(WARNINGS[x] for x in columns)], strict=True):
+        ax.set_xlabel(label)
     add_color_bar(figure, image, axes, narrow)
-    add_legend(figure, maps[0], narrow)
+    add_legend(figure, axes[0], narrow)
     return figure
 
 
