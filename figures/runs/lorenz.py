@@ -24,6 +24,7 @@ TOKEN_SHARES = np.unique(np.concatenate([[0.01], np.geomspace(5e-4, 1, 40).round
 QUANTITIES = {"signal": "share of |r|", "update": "share of update"}
 FIRST_COLOR, LAST_COLOR, TOP_SHARE = style.RED, style.BLUE, 0.01
 MAX_METHODS, MAX_COLUMN_METHODS, PANELS_IN_A_ROW = 12, 6, 4
+TOP_STYLE: dict[str, Any] = {"marker": "o", "ls": "", "ms": 4, "mfc": "white", "zorder": 4}
 
 
 def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
@@ -77,9 +78,6 @@ def draw_panel(axes: Any, rows: pd.DataFrame, heading: str) -> None:
     axes.set(xscale="log", ylim=(0, 1.04), yticks=[0, 0.5, 1])
     axes.set_xticks([0.001, 0.01, 0.1, 1], ["0.1 %", "1 %", "10 %", "all"], fontsize=7)
     axes.minorticks_off()
-
-
-TOP_STYLE: dict[str, Any] = {"marker": "o", "ls": "", "ms": 4, "mfc": "white", "zorder": 4}
 
 
 def add_legend(figure: Figure, axes: Any, table: pd.DataFrame, narrow: bool) -> None:

@@ -25,6 +25,7 @@ CAPTION = (
 )
 BAND = 3.0
 KINDS = ("student sure", "student undecided", "first 8 tokens", "inside a repetition", "all")
+PANELS = {"position": "By position", "kind": "By kind of prefix"}
 
 
 def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
@@ -45,9 +46,6 @@ def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     axes[1].set_xlabel("kind of prefix")
     add_legend(figure, axes[0], methods, narrow)
     return figure
-
-
-PANELS = {"position": "By position", "kind": "By kind of prefix"}
 
 
 def draw_panel(axes: Any, rows: pd.DataFrame, methods: list[str]) -> None:

@@ -55,6 +55,14 @@ COLLAPSE_THRESHOLD, COLLAPSE_STEPS = 0.5, 3
 """A run collapses at the first of COLLAPSE_STEPS consecutive steps with a reward below
 COLLAPSE_THRESHOLD times that of its first COLLAPSE_STEPS steps, or with a truncated share above
 COLLAPSE_THRESHOLD."""
+ALARM_STYLE: dict[str, Any] = {
+    **{"marker": ">", "ls": "", "ms": 4.5},
+    **{"color": "black", "mec": "white", "mew": 0.5},
+}
+COLLAPSE_STYLE: dict[str, Any] = {
+    **{"color": "black", "lw": 1.2},
+    "path_effects": [withStroke(linewidth=2, foreground="white")],
+}
 
 
 @dataclass(frozen=True)
@@ -185,16 +193,6 @@ def draw_timeline(axes: Any, rows: pd.DataFrame, indicators: list[str]) -> Any:
     axes.set_ylim(edges[-1], edges[0])
     axes.grid(visible=False)
     return image
-
-
-ALARM_STYLE: dict[str, Any] = {
-    **{"marker": ">", "ls": "", "ms": 4.5},
-    **{"color": "black", "mec": "white", "mew": 0.5},
-}
-COLLAPSE_STYLE: dict[str, Any] = {
-    **{"color": "black", "lw": 1.2},
-    "path_effects": [withStroke(linewidth=2, foreground="white")],
-}
 
 
 def draw_warnings(axes: Any, warnings: list[Warnings]) -> None:
