@@ -1,80 +1,74 @@
 """Own-prefix baseline: the teacher's uncertainty on its own responses and on the student's."""
 
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from diagnostics.errors import MissingFile
 from diagnostics.stats import bootstrap_interval
 from figures import style
+from figures.labels import method_label
 
 COLUMNS = (
     *("method", "runs", "source", "quantity", "first", "last", "tokens"),
     *("value", "low", "high", "q25", "q75", "q90"),
 )
 CAPTION = (
-    "Own-prefix baseline: is the teacher less certain on the student's text than on its own? Left "
-    "and middle: the teacher's entropy and its uncertainty (1 − its largest probability) by "
-    "position in responses to the same held-out problems, on three kinds of text: the teacher's "
-    "own, the untrained student's, and the trained student's. Points: means with 95 % intervals "
-    "over prompts; shaded: the middle half of the tokens; dotted: their 90th percentile. Right: "
-    "uncertainty on the student's text minus that on the teacher's own, paired by prompt. "
+    "Own-prefix baseline: is the teacher less certain on the student's text than on its own? "
+    "Teacher's entropy and uncertainty (1 − its largest probability max q), by position in "
+    "responses to the same held-out problems, on three kinds of text: the teacher's own, the "
+    "untrained student's, and the trained student's. Markers: means with 95 % intervals over "
+    "prompts; wide bars: the middle half of the tokens; dashes: their 90th percentile. Difference: "
+    "uncertainty on the student's text minus that on the teacher's own, paired by prompt; bands: "
+    "95 % intervals. Its title tells whether the trained student's is clear at the last positions. "
     "Position bins double in width and have at least 100 tokens. A difference that grows while "
     "the curve of the teacher's own text stays flat is caused by the student's drift; if both "
-    "curves rise alike, by the length. Made by `opd probe-own-prefix RUN`."
+    "curves rise alike, by the length. In one column the entropy, which tells the same as the "
+    "uncertainty, and the quantiles are omitted. Made by `opd probe-own-prefix RUN`."
 )
 QUANTITIES = {
-    "teacher_entropy": "Teacher's entropy, nats",
-    "doubt": "Teacher's uncertainty, 1 − max q",
+    "teacher_entropy": "teacher's entropy (nats)",
+    "doubt": "uncertainty 1 − max q",
 }
 SOURCES = {
-    "teacher": ("teacher's own text", style.GREEN),
-    "student": ("untrained student's text", style.RED),
-    "trained": ("trained student's text", style.BLUE),
+    "teacher": ("teacher's own text", style.GREEN, "o", "-"),
+    "student": ("untrained student's text", style.RED, "s", "--"),
+    "trained": ("trained student's text", style.BLUE, "^", "-"),
 }
+"""Who wrote the text: label, color, marker and line style."""
 MIN_TOKENS, MAX_METHODS, FLOOR = 100, 3, 1e-5
 
 
 def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
-    """Draw one row a method: entropy, doubt, and the difference in doubt."""
+    """Draw one row a method: entropy (on a page only), doubt, and the difference in doubt."""
+    narrow = style.is_column(width)
     methods = list(dict.fromkeys(table["method"]))[:MAX_METHODS]
-    figure, axes = style.make_panels(len(methods), 3, 0.7 + 2.0 * len(methods), width=width)
+    table = table[table["method"].isin(methods) & (table["tokens"] >= MIN_TOKENS)]
+    quantities = [*QUANTITIES][narrow:]
+    columns = len(quantities) + 1
+    figure, axes = style.make_panels(
+        len(methods), columns, 1.0 + (1.5 if narrow else 1.8) * len(methods), width=width
+    )
     for i, method in enumerate(methods):
-        method_rows = table[(table["method"] == method) & (table["tokens"] >= MIN_TOKENS)]
-        row_axes = axes[3 * i : 3 * i + 3]
-        for ax, (quantity, title) in zip(row_axes, QUANTITIES.items(), strict=False):
-            rows = method_rows[method_rows["quantity"] == quantity]
-            for source, (label, colour) in SOURCES.items():
-                plot_quantiles(
-                    ax, rows[rows["source"] == source].sort_values("first"), label, colour
-                )
-            ax.set(yscale="log", ylim=(FLOOR, None))
-            ax.set_title(title if i == 0 else "", fontweight="normal")
-        rows = method_rows[method_rows["quantity"] == "gap"]
-        for source in ("student", "trained"):
-            label, colour = SOURCES[source]
-            source_rows = rows[rows["source"] == source].sort_values("first")
-            options = {"color": colour, "marker": "o", "ms": 3}
-            style.plot_band(
-                row_axes[2],
-                bin_centers(source_rows),
-                source_rows["value"],
-                source_rows["low"],
-                source_rows["high"],
-                **options,
-            )
-        row_axes[2].axhline(0, color="black", lw=0.6)
-        row_axes[2].set_title("Uncertainty minus own text's" if i == 0 else "", fontweight="normal")
-        row_axes[0].set_ylabel(method)
-        for ax in row_axes:
-            ax.set_xscale("log", base=2)
-            ax.get_xaxis().set_major_formatter("{x:g}")
-            if i + 1 == len(methods):
-                ax.set_xlabel("position in the response")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        rows = table[table["method"] == method]
+        *level_axes, gap_axes = axes[columns * i : columns * (i + 1)]
+        for ax, quantity in zip(level_axes, quantities, strict=True):
+            draw_levels(ax, rows[rows["quantity"] == quantity], quantiles=not narrow)
+            ax.set_ylabel(QUANTITIES[quantity])
+        draw_gaps(gap_axes, rows[rows["quantity"] == "gap"], narrow)
+        level_axes[0].set_title(fill(method_label(method), 22, break_on_hyphens=False))
+        for ax in (*level_axes, gap_axes):
+            set_position_axis(ax, table)
+            ax.set_xlabel("position (tokens)" if i + 1 == len(methods) else "")
+            ax.tick_params(labelbottom=i + 1 == len(methods))
+    for column in range(columns):
+        share_limits(axes[column::columns])
+    add_legend(figure, axes[0], narrow)
     return figure
 
 
@@ -83,15 +77,74 @@ def bin_centers(rows: pd.DataFrame) -> Any:
     return np.sqrt((rows["first"] + 1) * (rows["last"] + 1))
 
 
-def plot_quantiles(axes: Any, rows: pd.DataFrame, label: str, colour: str) -> None:
-    """Plot the mean with its interval, the middle half of the tokens, and their 90th percentile."""
-    x = bin_centers(rows)
-    low, high = (rows[name].clip(lower=FLOOR) for name in ("q25", "q75"))
-    axes.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
-    axes.plot(x, rows["q90"].clip(lower=FLOOR), ":", color=colour, lw=0.8)
-    value, low, high = (rows[name] for name in ("value", "low", "high"))
-    options = {"color": colour, "marker": "o", "ms": 3, "elinewidth": 0.8, "label": label}
-    axes.errorbar(x, value, yerr=[value - low, high - value], **options)
+def draw_levels(axes: Any, rows: pd.DataFrame, quantiles: bool) -> None:
+    """Draw means with intervals, and quantiles of the tokens; sources stand beside each other."""
+    for i, (source, (_, color, marker, dash)) in enumerate(SOURCES.items()):
+        part = rows[rows["source"] == source].sort_values("first")
+        x = bin_centers(part) * 2.0 ** (0.22 * (i - 1))
+        if quantiles:
+            low, high, tail = (part[name].clip(lower=FLOOR) for name in ("q25", "q75", "q90"))
+            axes.vlines(x, low, high, color=color, alpha=0.3, lw=3)
+            axes.plot(x, tail, "_", color=color, ms=4, mew=1)
+        value = part["value"]
+        spread = [value - part["low"], part["high"] - value]
+        options = {"color": color, "marker": marker, "ls": dash, "ms": 3, "lw": 0.9}
+        axes.errorbar(x, value, yerr=spread, elinewidth=0.8, **options)
+    axes.set_yscale("log")
+
+
+def draw_gaps(axes: Any, rows: pd.DataFrame, narrow: bool) -> None:
+    """Draw the difference to the teacher's own text; the title tells its sign at the end."""
+    for source in ("student", "trained"):
+        _, color, marker, dash = SOURCES[source]
+        part = rows[rows["source"] == source].sort_values("first")
+        options = {"color": color, "marker": marker, "ls": dash, "ms": 3}
+        style.plot_band(
+            axes, bin_centers(part), part["value"], part["low"], part["high"], **options
+        )
+    axes.axhline(0, color="black", lw=0.6)
+    axes.set_title(describe_end(rows[rows["source"] == "trained"]))
+    axes.set_ylabel("difference" if narrow else "difference in 1 − max q")
+    axes.get_yaxis().set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axes.get_yaxis().set_major_formatter("{x:g}")
+
+
+def describe_end(rows: pd.DataFrame) -> str:
+    """Tell whether the teacher is less certain on the trained student's text in the last bin."""
+    if rows.empty:
+        return ""
+    last = rows.sort_values("first").iloc[-1]
+    finding = "no clear change"
+    if last["low"] > 0 or last["high"] < 0:
+        finding = f"{'less' if last['low'] > 0 else 'more'} certain"
+    return f"{finding}\nat the end"
+
+
+def set_position_axis(axes: Any, table: pd.DataFrame) -> None:
+    """Make the horizontal axis logarithmic, over all bins of the table."""
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(bin_centers(table).min() / 1.5, bin_centers(table).max() * 1.5)
+    axes.get_xaxis().set_major_locator(LogLocator(base=2, numticks=4))
+    axes.get_xaxis().set_major_formatter("{x:g}")
+
+
+def share_limits(axes: list[Any]) -> None:
+    """Give axes the limits of their union."""
+    limits = np.array([ax.get_ylim() for ax in axes])
+    for ax in axes:
+        ax.set_ylim(limits.min(), limits.max())
+
+
+def add_legend(figure: Figure, axes: Any, narrow: bool) -> None:
+    """Explain the sources and marks below the panels; `axes` are any to make handles with."""
+    marks = {
+        label: axes.plot([], [], color=color, marker=marker, ls=dash, ms=3, lw=0.9)[0]
+        for label, color, marker, dash in SOURCES.values()
+    }
+    if not narrow:
+        marks["middle half of the tokens"] = axes.vlines([], [], [], color="grey", alpha=0.5, lw=3)
+        (marks["90th percentile"],) = axes.plot([], [], "_", color="black", ms=4, mew=1)
+    figure.legend(marks.values(), marks, loc="outside lower center", ncols=1 if narrow else 3)
 
 
 def collect(runs: list[Path]) -> pd.DataFrame:

@@ -1,90 +1,162 @@
 """Heat maps by position and step: which metrics drift, where in the response, and when."""
 
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import StrMethodFormatter
 
 from figures import style
+from figures.labels import method_label
 
 COLUMNS = ("method", "runs", "step", "quantity", "first", "last", "tokens", "value")
 CAPTION = (
-    "Means over the tokens of a bin of response positions (bins double in width) by step, all "
-    "seeds pooled. Each row has one color scale, shared by the methods. The last two rows are "
-    "computed from saved batches; a column extends from one of these to the next. Hatched: fewer "
-    "than 100 tokens, from few and selected responses. Truncated: share of the bin's tokens that "
-    "belong to a response that reached the budget."
+    "Where in the response, and when, do student and teacher drift? Means over the tokens of a bin "
+    "of positions (bins double in width) by training step, all seeds pooled; r = log p − log q is "
+    "the cost of a token. Each quantity has one color scale, shared by the methods: logarithmic "
+    "and linear close to 0. Negative values have the lightest color. The share of the tokens that "
+    "belong to a response cut at the budget has a linear scale and is computed from the saved "
+    "batches; a column extends from one of these to the next. Hatched: fewer than 100 tokens, from "
+    "few and selected responses. Blank: no tokens. Across a page four quantities are drawn, in one "
+    "column the first two."
 )
 QUANTITIES = {
-    "outside": (
-        "divergence/outside_topk_expected",
-        "1 − P(S), student's\nmass off the support",
-        None,
-    ),
-    "teacher_entropy": ("divergence/teacher_entropy", "teacher's\nentropy, nats", None),
-    "teacher_max": ("divergence/teacher_max", "teacher's largest\nprobability", 1.0),
-    "cost": ("divergence/k1", "mean cost r,\nnats", None),
-    "cost_95": ("", "95th percentile of\nthe cost, nats", None),
-    "cut": ("", "share in truncated\nresponses", None),
+    "outside": "divergence/outside_topk_expected",
+    "teacher_entropy": "divergence/teacher_entropy",
+    "teacher_max": "divergence/teacher_max",
+    "cost": "divergence/k1",
+    "cost_95": "",
+    "cut": "",
 }
-"""Name to column of the rows (empty if saved batches are needed), label, and largest value."""
-MIN_TOKENS, MAX_METHODS = 100, 4
+"""Column of the rows for each quantity of the table; empty if saved batches are needed."""
+LABELS = {
+    "outside": "student's mass outside\nteacher's top K",
+    "teacher_entropy": "teacher's\nentropy (nats)",
+    "cost": "mean cost r\n(nats)",
+    "cut": "share of tokens in\ntruncated responses",
+}
+"""Printed name of each quantity that is drawn. Of the others, the teacher's largest probability
+shows what its entropy does, and the 95th percentile of the cost what its mean does."""
+COLUMN_QUANTITIES = ("outside", "teacher_entropy")
+MIN_TOKENS, MAX_METHODS, DECADES = 100, 4, 3
+HATCH_COLOR = "#707070"
 
 
 def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
-    """Draw one row a quantity and one column a method."""
+    """Draw a block of maps for each quantity, with a map and color scale for all methods."""
+    narrow = style.is_column(width)
     methods = list(dict.fromkeys(table["method"]))[:MAX_METHODS]
-    quantities = [q for q in QUANTITIES if (table["quantity"] == q).any()]
-    figure, axes = style.make_panels(len(quantities), len(methods), 0.6 + 1.15 * len(quantities), width=width)
+    table = table[table["method"].isin(methods)]
+    wanted = COLUMN_QUANTITIES if narrow else tuple(LABELS)
+    quantities = [q for q in wanted if (table["quantity"] == q).any()]
+    columns = min(len(methods), 2 if narrow else MAX_METHODS)
+    rows = -(-len(methods) // max(1, columns))  # rows of maps in a block
+    height = 0.75 + (1.25 * rows + 0.45 * narrow) * len(quantities)
+    figure, axes = style.make_panels(rows * len(quantities), columns, height, width=width)
     for i, quantity in enumerate(quantities):
-        rows = table[(table["quantity"] == quantity) & table["method"].isin(methods)]
-        well_sampled = rows[rows["tokens"] >= MIN_TOKENS]["value"]
-        well_sampled = rows["value"] if well_sampled.empty else well_sampled
-        high = QUANTITIES[quantity][2] or well_sampled.max()
-        norm = mpl.colors.Normalize(min(0.0, well_sampled.min()), high)
-        if quantity == "teacher_max":
-            norm = mpl.colors.Normalize(well_sampled.min(), high)
-        row_axes = axes[i * len(methods) : (i + 1) * len(methods)]
-        for ax, method in zip(row_axes, methods, strict=True):
-            image = draw_heat_map(ax, rows[rows["method"] == method], norm)
-            if i == 0:
-                ax.set_title(method)
-            if ax is not row_axes[0]:
-                ax.tick_params(labelleft=False)
-            if i + 1 < len(quantities):
-                ax.tick_params(labelbottom=False)
-            else:
-                ax.set_xlabel("step")
-        figure.colorbar(image, ax=row_axes, pad=0.01, aspect=9).set_label(
-            QUANTITIES[quantity][1], fontsize=6.5
-        )
-    figure.supylabel("position in the response", fontsize=8)
+        block = axes[i * rows * columns : (i + 1) * rows * columns]
+        location = "top" if narrow else "right"
+        draw_block(figure, block, table[table["quantity"] == quantity], methods, location)
+        for j, ax in enumerate(block):
+            if j < len(methods) and (i == 0 or rows > 1):
+                ax.set_title(fill(method_label(methods[j]), 18, break_on_hyphens=False))
+            ax.tick_params(labelleft=j % columns == 0, labelbottom=False)
+    for ax in axes[-columns:]:
+        ax.tick_params(labelbottom=True)
+        ax.set_xlabel("step")
+    figure.supylabel("position in the response (tokens)", fontsize=8)
+    if (table["tokens"] < MIN_TOKENS).any():
+        sparse = Patch(fc="white", ec=HATCH_COLOR, hatch="/////", lw=0.4)
+        label = f"hatched: fewer than {MIN_TOKENS} tokens"
+        figure.legend([sparse], [label], loc="outside lower center")
     return figure
 
 
-def draw_heat_map(axes: Any, rows: pd.DataFrame, norm: Any) -> Any:
-    """Draw one map; columns extend to the next step, positions are on a logarithmic scale."""
+def draw_block(
+    figure: Figure, block: list[Any], rows: pd.DataFrame, methods: list[str], location: str
+) -> None:
+    """Draw the maps of a quantity, one a method, and their color bar.
+
+    Args:
+        figure: The figure.
+        block: Axes of the maps.
+        rows: Rows of the quantity.
+        methods: Names of the methods.
+        location: Side of the color bar, "right" or "top".
+    """
+    quantity = rows["quantity"].iloc[0]
+    norm = color_scale(rows, is_log=quantity != "cut")
+    bins = rows[["first", "last"]].drop_duplicates().sort_values("first")
+    for ax, method in zip(block, methods, strict=False):
+        image = draw_heat_map(ax, rows[rows["method"] == method], bins, norm)
+    for ax in block[len(methods) :]:
+        ax.set_axis_off()
+    extend = "min" if (rows["value"] < norm.vmin).any() else "neither"
+    aspect, pad = (11, 0.01) if location == "right" else (30, 0.03)
+    bar = figure.colorbar(image, ax=block, location=location, pad=pad, aspect=aspect, extend=extend)
+    label = LABELS[quantity]
+    bar.set_label(label if location == "right" else label.replace("\n", " "), fontsize=7)
+    if isinstance(norm, mpl.colors.SymLogNorm):
+        bar.set_ticks(log_ticks(norm.linthresh, float(norm.vmax or 1)))
+        bar.ax.minorticks_off()
+    bar.formatter = StrMethodFormatter("{x:g}")
+    bar.ax.tick_params(labelsize=7)
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Return 0 and the powers of ten of a range; their double and fivefold too if it is short."""
+    factors = (1, 2, 5) if high / low < 30 else (1,)
+    powers = 10.0 ** np.arange(np.floor(np.log10(low)), np.log10(high) + 1)
+    return [0.0, *sorted(x * f for x in powers for f in factors if low <= x * f <= high)]
+
+
+def color_scale(rows: pd.DataFrame, is_log: bool) -> Any:
+    """Return the scale of a quantity, from 0 to its largest well-sampled value.
+
+    A logarithmic one is linear below DECADES under this value, so that it includes 0.
+    """
+    values = rows[rows["tokens"] >= MIN_TOKENS]["value"].dropna()
+    values = rows["value"].dropna() if values.empty else values
+    positive, high = values[values > 0], values.max()
+    if is_log and len(positive) and positive.min() < high:
+        low = max(positive.min(), high / 10**DECADES)
+        return mpl.colors.SymLogNorm(low, linscale=0.2, vmin=0, vmax=high)
+    return mpl.colors.Normalize(0, 1 if not high > 0 or high <= 1 else high)
+
+
+def draw_heat_map(axes: Any, rows: pd.DataFrame, bins: pd.DataFrame, norm: Any) -> Any:
+    """Draw one map: its columns extend to the next step, and its bins are equally high.
+
+    Args:
+        axes: Axes to draw on.
+        rows: Rows of one quantity and method.
+        bins: First and last position of all bins, sorted.
+        norm: Color scale.
+
+    Returns:
+        The image, for a color bar.
+    """
     value = rows.pivot_table(index="first", columns="step", values="value", dropna=False)
+    value = value.reindex(bins["first"])
     tokens = rows.pivot_table(index="first", columns="step", values="tokens").reindex_like(value)
     steps = value.columns.to_numpy(float)
     last_edge = steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1)
-    positions = [*value.index, int(rows["last"].max()) + 1]
-    x, y = np.append(steps, last_edge), np.array(positions, float) + 1
-    image = axes.pcolormesh(x, y, value.to_numpy(), norm=norm, cmap="viridis", rasterized=True)
+    x, y = np.append(steps, last_edge), np.arange(len(bins) + 1) - 0.5
+    image = axes.pcolormesh(x, y, value.to_numpy(), norm=norm, cmap="magma_r", rasterized=True)
     sparse = np.ma.masked_where(~(tokens.to_numpy() < MIN_TOKENS), np.zeros(value.shape))
-    with mpl.rc_context({"hatch.linewidth": 0.4, "hatch.color": "#999999"}):
-        overlay_colors = mpl.colors.ListedColormap([(1, 1, 1, 0.35)])
-        axes.pcolor(
-            x, y, sparse, hatch="/////", cmap=overlay_colors, edgecolor="#999999", linewidth=0
-        )
-    axes.set_yscale("log", base=2)
+    with mpl.rc_context({"hatch.linewidth": 0.4, "hatch.color": HATCH_COLOR}):
+        overlay = mpl.colors.ListedColormap([(1, 1, 1, 0)])
+        axes.pcolor(x, y, sparse, hatch="/////", cmap=overlay, edgecolor=HATCH_COLOR, linewidth=0)
     axes.set_ylim(y[-1], y[0])  # first position at the top
-    ticks = [first for first in (0, 7, 31, 127, 511, 2047, 8191) if first + 1 < y[-1]]
-    axes.set_yticks([first + 1 for first in ticks], [str(first) for first in ticks])
-    axes.minorticks_off()
+    shown = bins.iloc[:: max(1, -(-len(bins) // 5))]
+    ticks = [list(bins["first"]).index(first) for first in shown["first"]]
+    names = [f"{row.first:g}–{row.last:g}" for row in shown.itertuples()]
+    axes.set_yticks(ticks, names, fontsize=7)
     axes.grid(visible=False)
     return image
 
@@ -121,7 +193,7 @@ def means_from_rows(runs: list[Path]) -> pd.DataFrame:
     records = []
     for steps in zip(*(RunFolder(run).rows() for run in runs), strict=False):
         counts = [position_bin_values(row, "divergence/tokens") for row in steps]
-        for quantity, (name, _, _) in QUANTITIES.items():
+        for quantity, name in QUANTITIES.items():
             values = [position_bin_values(row, name) for row in steps] if name else []
             for edge in sorted({edge for bin_values in values for edge in bin_values}):
                 pairs = [

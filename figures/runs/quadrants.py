@@ -1,6 +1,7 @@
 """Student entropy against divergence: which prefixes carry the signal and the energy."""
 
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib as mpl
@@ -9,41 +10,76 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from figures import style
+from figures.labels import method_label
 
 COLUMNS = ("method", "runs", "step", "kind", "quadrant", "x", "y", "tokens", "share", "low", "high")
 CAPTION = (
-    "Sampled tokens by the student's entropy and the divergence KL(p ‖ q) at their prefix, at the "
-    "first saved step (left) and the last (right); color: number of tokens. Lines: 80th "
-    "percentile of each axis at the first step. Text in each quadrant: its share of the tokens, "
-    "and of the energy r² |1_y − p|² with a 95 % bootstrap interval over prompts. Top left: "
-    "confident student, disagreeing teacher; prior work attributes most of the gradient to these "
-    "few tokens."
+    "Which prefixes carry the gradient? Sampled tokens by the student's entropy and the divergence "
+    "KL(p ‖ q) at their prefix, at the first saved training step and the last; color: number of "
+    "tokens. Lines: 80th percentile of each axis at the first step, which divide the prefixes into "
+    "four quadrants: student sure or undecided, teacher agrees or disagrees. In each corner, the "
+    "quadrant's share of the tokens, and in red of the gradient energy, the sum of "
+    "r² ‖1_y − p‖² with r = log p − log q (squared norm of a token's gradient by the logits), "
+    "with a 95 % bootstrap interval over prompts. Bold: the quadrant with most of the energy. "
+    "Prior work attributes most of the gradient to the few tokens at the top left, where a sure "
+    "student meets a disagreeing teacher."
 )
 BIN_EDGES = np.geomspace(1e-5, 30, 45)
 """Cell edges in nats, for both axes; values beyond them are counted in the outermost cells."""
-MAX_METHODS = 3
+MAX_METHODS, ENERGY_COLOR = 3, style.RED
+PAGE_Y_AXIS = (1e-8, 1e5), [1e-4, 1e-2, 1]
+COLUMN_Y_AXIS = (3e-12, 1e9), [1e-4, 1]
+"""Limits, wide enough for the texts in the corners, and ticks."""
+QUADRANTS = {
+    "decided, apart": (True, False),
+    "undecided, apart": (False, False),
+    "decided, near": (True, True),
+    "undecided, near": (False, True),
+}
+"""Quadrant to whether its text is on the left, and whether at the bottom."""
 
 
 def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw one row a method: its first step and its last."""
+    narrow = style.is_column(width)
     methods = list(dict.fromkeys(table["method"]))[:MAX_METHODS]
-    figure, axes = style.make_panels(len(methods), 2, 0.6 + 2.3 * len(methods), width=width)
+    table = table[table["method"].isin(methods)]
+    height = (1.8 if narrow else 1.2) + 1.9 * len(methods)
+    figure, axes = style.make_panels(len(methods), 2, height, width=width)
+    separator = "\n" if narrow else " "
     norm = mpl.colors.LogNorm(1, max(2, table["tokens"].max()))
     for i, method in enumerate(methods):
         method_rows = table[table["method"] == method]
         steps = sorted(method_rows["step"].unique())
         for ax, step in zip(axes[2 * i : 2 * i + 2], (steps[0], steps[-1]), strict=True):
-            image = draw_panel(ax, method_rows[method_rows["step"] == step], norm)
-            ax.set_title(f"{method}, step {step:g}")
-            if i + 1 == len(methods):
-                ax.set_xlabel("student's entropy, nats")
-        axes[2 * i].set_ylabel("KL(p ‖ q), nats")
-    figure.colorbar(image, ax=axes, aspect=30, pad=0.01).set_label("tokens")
+            rows = method_rows[method_rows["step"] == step]
+            image = draw_panel(ax, rows, norm)
+            write_shares(ax, rows, narrow)
+            limits, ticks = COLUMN_Y_AXIS if narrow else PAGE_Y_AXIS
+            ax.set(ylim=limits, yticks=ticks)
+            title = f"{method_label(method)}, step\u00a0{step:g}"
+            ax.set_title(fill(title, 16 if narrow else 60, break_on_hyphens=False))
+            ax.set_xlim(entropy_limits(table))
+            ax.tick_params(labelbottom=i + 1 == len(methods), labelleft=ax is axes[2 * i])
+        axes[2 * i].set_ylabel("KL(p ‖ q) (nats)\nagree ← → disagree")
+    for ax in axes[-2:]:
+        ax.set_xlabel(f"student's entropy{separator}(nats)\nsure ← → undecided")
+    location = "bottom" if narrow else "right"
+    bar = figure.colorbar(image, ax=axes, aspect=45, pad=0.02, location=location)
+    bar.set_label("tokens in a cell")
+    add_legend(figure, axes[0], narrow)
     return figure
 
 
+def entropy_limits(table: pd.DataFrame) -> tuple[float, float]:
+    """Return the range of the entropies of all cells, a cell wider on both sides."""
+    x = table[table["kind"] == "cell"]["x"]
+    step = BIN_EDGES[1] / BIN_EDGES[0]
+    return x.min() / step, x.max() * step**2
+
+
 def draw_panel(axes: Any, rows: pd.DataFrame, norm: Any) -> Any:
-    """Draw counts on a logarithmic grid, the thresholds, and the shares of the four quadrants."""
+    """Draw counts on a logarithmic grid, and the thresholds."""
     cells = rows[rows["kind"] == "cell"]
     counts = np.full((len(BIN_EDGES) - 1,) * 2, np.nan)
     indices = (np.searchsorted(BIN_EDGES, cells[name], side="right") - 1 for name in ("y", "x"))
@@ -52,39 +88,56 @@ def draw_panel(axes: Any, rows: pd.DataFrame, norm: Any) -> Any:
         BIN_EDGES, BIN_EDGES, counts, norm=norm, cmap="viridis_r", rasterized=True
     )
     corners = rows[rows["kind"].isin(["tokens", "energy"])]
-    x, y = corners["x"].iloc[0], corners["y"].iloc[0]
-    axes.axvline(x, color="black", lw=0.7)
-    axes.axhline(y, color="black", lw=0.7)
-    for name, (is_left, is_bottom) in QUADRANTS.items():
-        texts = []
-        for kind in ("tokens", "energy"):
-            row = corners[(corners["kind"] == kind) & (corners["quadrant"] == name)]
-            share, low, high = row[["share", "low", "high"]].to_numpy()[0] * 100
-            span = f" [{low:.0f}, {high:.0f}]" if kind == "energy" else ""
-            texts.append(f"{share:.0f} % {kind}{span}")
-        axes.text(
-            0.02 if is_left else 0.98,
-            0.03 if is_bottom else 0.97,
-            "\n".join(texts),
-            transform=axes.transAxes,
-            ha="left" if is_left else "right",
-            va="bottom" if is_bottom else "top",
-            fontsize=6.5,
-            bbox={"fc": "white", "ec": "none", "alpha": 0.75, "pad": 1},
-        )
-    axes.set(xscale="log", yscale="log", xlim=BIN_EDGES[[0, -1]], ylim=(2e-8, 3e4))
-    axes.set_yticks([1e-4, 1e-2, 1])
+    axes.axvline(corners["x"].iloc[0], color="black", lw=0.7)
+    axes.axhline(corners["y"].iloc[0], color="black", lw=0.7)
+    axes.set(xscale="log", yscale="log")
     axes.minorticks_off()
     return image
 
 
-QUADRANTS = {
-    "decided, apart": (True, False),
-    "undecided, apart": (False, False),
-    "decided, near": (True, True),
-    "undecided, near": (False, True),
-}
-"""Quadrant to whether its text is on the left, and whether at the bottom."""
+def write_shares(axes: Any, rows: pd.DataFrame, narrow: bool) -> None:
+    """Write each quadrant's shares of the tokens and of the energy into its corner."""
+    shares = rows[rows["kind"].isin(["tokens", "energy"])].set_index(["kind", "quadrant"])
+    largest = shares.loc["energy"]["share"].idxmax()
+    for name, (is_left, is_bottom) in QUADRANTS.items():
+        share, low, high = shares.loc[("energy", name), ["share", "low", "high"]] * 100
+        tokens = 100 * shares.loc[("tokens", name), "share"]
+        lines = [
+            (f"{tokens:.0f} %" + ("" if narrow else " tokens"), "black"),
+            (f"{share:.0f} %" + ("" if narrow else " energy"), ENERGY_COLOR),
+            (f"[{low:.0f}, {high:.0f}]", ENERGY_COLOR),
+        ]
+        for line, (text, color) in enumerate(reversed(lines) if is_bottom else lines):
+            axes.annotate(
+                text,
+                (0 if is_left else 1, 0 if is_bottom else 1),
+                xycoords="axes fraction",
+                xytext=(3 if is_left else -3, (3 + 9 * line) * (1 if is_bottom else -1)),
+                textcoords="offset points",
+                ha="left" if is_left else "right",
+                va="bottom" if is_bottom else "top",
+                fontsize=7,
+                color=color,
+                bbox={"fc": "white", "ec": "none", "alpha": 0.7, "pad": 0.3},
+                fontweight="bold" if name == largest else "normal",
+            )
+
+
+def add_legend(figure: Figure, axes: Any, narrow: bool) -> None:
+    """Explain the lines and the shares below the panels; `axes` are any to make handles with."""
+    labels = {
+        "lines: 80th percentiles at the first step": "black",
+        "share of the tokens": "black",
+        "share of the gradient energy [95 % interval]": ENERGY_COLOR,
+        "bold: most of the energy": "black",
+    }
+    handles = [axes.plot([], [], " ")[0] for _ in labels]
+    handles[0].set(linestyle="-", color="black", linewidth=0.7)
+    legend = figure.legend(
+        handles, labels, loc="outside lower center", ncols=1 if narrow else 2, labelspacing=0.3
+    )
+    for text, color in zip(legend.get_texts(), labels.values(), strict=True):
+        text.set_color(color)
 
 
 def collect(runs: list[Path]) -> pd.DataFrame:

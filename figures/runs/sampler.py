@@ -6,52 +6,61 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from figures import style
+from figures.labels import method_label
 
 COLUMNS = ("method", "runs", "panel", "label", "order", "step", "value", "variance")
 CAPTION = (
-    "z of the surprise −log p(y) relative to the student's entropy: about N(0, 1) if tokens are "
-    "sampled from the scored student. Left: by position in the response; dots are single steps "
-    "and runs, diamonds all of them pooled. Right: by kind of prefix, over the saved batches. "
-    "Band: ±3, which contains 99.7 % of the values; where nearly all tokens are certain, a rare "
-    "one makes the tails heavier. Nucleus sampling (top-p below 1) leaves the band by design: "
-    "likely tokens are overrepresented, z is negative, and the pooled z grows with the root of "
-    "the number of tokens. Runs configured with a nucleus have no values by position."
+    "Were the tokens sampled from the student that was scored? z of the surprise −log p(y) "
+    "relative to the student's entropy: about N(0, 1) if they were. By position in the response "
+    "(bins double in width), and by kind of prefix over the saved batches (student sure: entropy "
+    "below 0.1 nats). Dots: single steps and runs; diamonds: all of them pooled. Band: ±3, which "
+    "contains 99.7 % of the values; where nearly all tokens are certain, a rare one makes the "
+    "tails heavier. Nucleus sampling (top-p below 1) leaves the band by design: likely tokens are "
+    "overrepresented, z is negative, and the pooled z grows with the root of the number of tokens. "
+    "Runs configured with a nucleus have no values by position. The vertical axis is linear within "
+    "±4 and logarithmic beyond."
 )
 BAND = 3.0
 KINDS = ("student sure", "student undecided", "first 8 tokens", "inside a repetition", "all")
+PANELS = {"position": "By position", "kind": "By kind of prefix"}
 
 
 def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw z by position and by kind of prefix; one color a method."""
+    narrow = style.is_column(width)
     methods = list(dict.fromkeys(table["method"]))
-    figure, axes = style.make_panels(1, 2, 3.1, width=width)
-    for ax, panel in zip(axes, ("position", "kind"), strict=True):
+    shape, height = ((2, 1), 5.2) if narrow else ((1, 2), 3.2)
+    figure, axes = style.make_panels(*shape, height, width=width)
+    for ax, (panel, title) in zip(axes, PANELS.items(), strict=True):
         rows = table[table["panel"] == panel]
-        order = rows.sort_values("order").drop_duplicates("label")["label"].tolist()
-        ax.axhspan(-BAND, BAND, color=style.GREY, alpha=0.15, lw=0)
-        ax.axhline(0, color="black", lw=0.6)
-        for i, method in enumerate(methods):
-            method_rows = rows[rows["method"] == method]
-            draw_points(
-                ax, method_rows, order, style.CYCLE[i % 7], 0.7 * (i + 0.5) / len(methods) - 0.35
-            )
-        ax.set_xticks(range(len(order)), order, rotation=30, ha="right")
-        ax.set_yscale("symlog", linthresh=4)
-        ticks = [-100, -30, -10, -3, 0, 3, 10, 30, 100]
-        low, high = ax.get_ylim()
-        ax.set_yticks([t for t in ticks if low <= t <= high])
-        ax.get_yaxis().set_major_formatter("{x:g}")
-        ax.minorticks_off()
-        ax.grid(axis="x", visible=False)
-    axes[0].set_title("By position")
-    axes[0].set_ylabel("z of the surprise")
-    axes[1].set_title("By kind of prefix")
-    for i, method in enumerate(methods):
-        axes[0].plot([], [], "D", ms=4, color=style.CYCLE[i % 7], label=method)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        draw_panel(ax, rows, methods)
+        ax.set_title(f"{title}:\n{describe_outliers(rows)}")
+        ax.set_ylabel("z of the surprise")
+    limits = np.array([ax.get_ylim() for ax in axes])
+    for ax in axes:
+        set_z_axis(ax, limits.min(), limits.max())
+    axes[0].set_xlabel("first position of the bin (tokens)")
+    axes[1].set_xlabel("kind of prefix")
+    add_legend(figure, axes[0], methods, narrow)
     return figure
+
+
+def draw_panel(axes: Any, rows: pd.DataFrame, methods: list[str]) -> None:
+    """Draw the band, and the values of all methods beside each other at each label."""
+    order = rows.sort_values("order").drop_duplicates("label")["label"].tolist()
+    axes.axhspan(-BAND, BAND, color=style.GREY, alpha=0.15, lw=0)
+    axes.axhline(0, color="black", lw=0.6)
+    for i, method in enumerate(methods):
+        shift = 0.8 * (i + 0.5) / len(methods) - 0.4
+        draw_points(axes, rows[rows["method"] == method], order, style.CYCLE[i % 7], shift)
+    step = max(1, -(-len(order) // 8))
+    names = [label.split("–")[0].replace(" ", "\n", 1) for label in order[::step]]
+    axes.set_xticks(range(0, len(order), step), names, fontsize=7)
+    axes.set_xlim(-0.6, max(1, len(order)) - 0.4)
+    axes.grid(axis="x", visible=False)
 
 
 def draw_points(axes: Any, rows: pd.DataFrame, order: list[str], colour: str, shift: float) -> None:
@@ -61,9 +70,52 @@ def draw_points(axes: Any, rows: pd.DataFrame, order: list[str], colour: str, sh
         if label_rows.empty:
             continue
         spread = shift + np.linspace(-0.06, 0.06, len(label_rows))
-        axes.plot(x + spread, label_rows["value"], ".", ms=2, alpha=0.4, color=colour, mew=0)
-        pooled = combine_z(label_rows["value"].to_numpy(), label_rows["variance"].to_numpy())
-        axes.plot(x + shift, pooled, "D", ms=4, color=colour, mec="white", mew=0.5, zorder=4)
+        axes.plot(x + spread, label_rows["value"], ".", ms=2.5, alpha=0.45, color=colour, mew=0)
+        axes.plot(
+            x + shift, pooled_z(label_rows), "D", ms=4, color=colour, mec="black", mew=0.4, zorder=4
+        )
+
+
+def pooled_z(rows: pd.DataFrame) -> float:
+    """Combine the z values of all rows."""
+    return combine_z(rows["value"].to_numpy(), rows["variance"].to_numpy())
+
+
+def describe_outliers(rows: pd.DataFrame) -> str:
+    """Name the methods with a pooled z outside the band."""
+    groups = rows.dropna(subset=["value"]).groupby(["method", "label"], sort=False)
+    outside = [method for (method, _), group in groups if abs(pooled_z(group)) > BAND]
+    names = list(dict.fromkeys(outside))
+    if len(names) > 1:
+        return f"{len(names)} methods leave ±{BAND:g}"
+    if names:
+        return f"{method_label(names[0])} leaves ±{BAND:g}"
+    return f"every pooled z is within ±{BAND:g}" if len(rows) else "no values"
+
+
+def set_z_axis(axes: Any, low: float, high: float) -> None:
+    """Make the vertical axis linear within ±4 and logarithmic beyond, with rounded ticks."""
+    axes.set_yscale("symlog", linthresh=4)
+    axes.set_ylim(low * 1.4, high * 1.4)
+    ticks = [-300, -100, -30, -10, -3, 0, 3, 10, 30, 100, 300]
+    axes.set_yticks([t for t in ticks if low <= t <= high])
+    axes.get_yaxis().set_major_formatter("{x:g}")
+    axes.minorticks_off()
+
+
+def add_legend(figure: Figure, axes: Any, methods: list[str], narrow: bool) -> None:
+    """Explain colors, marks and the band below the panels."""
+    style_of_pool = {"marker": "D", "ls": "", "ms": 4, "mec": "black", "mew": 0.4}
+    handles = [
+        axes.plot([], [], color=style.CYCLE[i % 7], label=method_label(method), **style_of_pool)[0]
+        for i, method in enumerate(methods)
+    ]
+    handles += [
+        axes.plot([], [], color="white", label="all steps and runs pooled", **style_of_pool)[0],
+        axes.plot([], [], ".", ms=4, color="black", mew=0, label="one step of a run")[0],
+        Patch(color=style.GREY, alpha=0.15, label="±3: expected (99.7 %)"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2 if narrow else 4)
 
 
 def combine_z(z: np.ndarray, variance: np.ndarray) -> float:

@@ -1,26 +1,34 @@
 """Early-warning timeline: which indicators leave their healthy range before a collapse."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
 
 from diagnostics.errors import InvalidInput
 from figures import style
+from figures.labels import method_label, metric_label
 
 COLUMNS = ("run", "seed", "kind", "step", "indicator", "value", "z", "alarm", "collapse")
 CAPTION = (
-    "Indicators of runs that collapse, by step, in standard deviations from the healthy runs at "
-    "that step (median over seeds, clipped at ±10). Triangles: the indicator's alarm fires in a "
-    "seed. Vertical lines: collapse, defined by reward and truncated responses alone. Right: "
-    "steps from the alarm, and from the first |z| above 5, to the collapse (medians over the "
-    "seeds with a warning); in brackets the seeds with a warning, then the healthy runs in which "
-    "the same happened. An indicator of the outcomes themselves detects a collapse rather than "
-    "predicts it."
+    "Which indicators warn of a collapse? One panel for each method whose runs collapse. Colors: "
+    "z, the indicator's distance from the healthy runs at that step in their standard deviations "
+    "(median over the runs); white is the healthy range. Triangles: the indicator's built-in alarm "
+    "fires in a run. Vertical lines: the collapses, defined by reward and truncated responses "
+    "alone; those of several runs may coincide. Bars: share of the runs that collapse in which "
+    "the alarm fires, or |z| first exceeds 5, before the collapse, and share of the healthy runs "
+    "in which the same ever happens, which is a false alarm. Numbers: steps from the warning to "
+    "the collapse, median over the warned runs. An indicator of the outcomes themselves, such as "
+    "truncated responses, detects a collapse rather than predicts it. In one column: only the "
+    "indicators that warn of at least half of the collapses of a method, and bars of |z| only."
 )
 INDICATORS = (
     "divergence/reverse_kl",
@@ -34,90 +42,201 @@ INDICATORS = (
     "repetition/repeated_share",
     "response/truncated_share",
 )
-MAX_Z, FAR_Z, MAX_KINDS = 10.0, 5.0, 4
-LEAD_STYLE: dict[str, Any] = {"fontsize": 6, "va": "center", "ha": "center"}
-HEADER_STYLE = LEAD_STYLE | {"va": "bottom", "fontweight": "bold"}
+FAR_Z, MAX_KINDS = 5.0, 4
+Z_LEVELS = (-100, -30, -10, -5, -2, 2, 5, 10, 30, 100)
+"""Boundaries of the colors; the middle one is the healthy range."""
+WARNINGS = {
+    "alarm": "share of runs\nwith an alarm",
+    "far": f"share of runs\nwith |z| > {FAR_Z:g}",
+}
+"""Boolean column of a warning, and the label of its bars."""
+WARNED_COLOR, FALSE_COLOR = style.RED, "#A0A0A0"
 COLLAPSE_THRESHOLD, COLLAPSE_STEPS = 0.5, 3
 """A run collapses at the first of COLLAPSE_STEPS consecutive steps with a reward below
 COLLAPSE_THRESHOLD times that of its first COLLAPSE_STEPS steps, or with a truncated share above
 COLLAPSE_THRESHOLD."""
+ALARM_STYLE: dict[str, Any] = {
+    **{"marker": ">", "ls": "", "ms": 4.5},
+    **{"color": "black", "mec": "white", "mew": 0.5},
+}
+COLLAPSE_STYLE: dict[str, Any] = {
+    **{"color": "black", "lw": 1.2},
+    "path_effects": [withStroke(linewidth=2, foreground="white")],
+}
+
+
+@dataclass(frozen=True)
+class Warnings:
+    """How often an indicator warns of the collapses of a method, and how early."""
+
+    warned: int
+    """Runs in which the first warning comes before the collapse."""
+    collapsing: int
+    false: int
+    """Healthy runs with a warning."""
+    healthy: int
+    lead: float
+    """Median steps from the warning to the collapse over the warned runs."""
+
+    @property
+    def warned_share(self) -> float:
+        """Share of the collapses with a warning."""
+        return self.warned / max(1, self.collapsing)
+
+    @property
+    def false_share(self) -> float:
+        """Share of the healthy runs with a warning."""
+        return self.false / max(1, self.healthy)
 
 
 def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
-    """Draw one panel a kind of collapsing run and one row an indicator."""
+    """Draw one row a kind of collapsing run: z by indicator and step, and bars of the warnings."""
+    narrow = style.is_column(width)
     kinds = [kind for kind in dict.fromkeys(table["kind"]) if kind != "healthy"][:MAX_KINDS]
-    indicators = list(dict.fromkeys(table["indicator"]))
     table = table.assign(alarm=table["alarm"].astype(bool), far=table["z"].abs() > FAR_Z)
-    healthy = table[table["kind"] == "healthy"]
-    height = 0.7 + len(kinds) * (0.35 + 0.15 * len(indicators))
-    figure, axes = style.make_panels(len(kinds), 1, height, width=width)
-    norm = mpl.colors.Normalize(-MAX_Z, MAX_Z)
-    for ax, kind in zip(axes, kinds, strict=True):
-        image = draw_timeline(ax, table[table["kind"] == kind], healthy, indicators, norm)
-        seeds = table[table["kind"] == kind]["run"].nunique()
-        ax.set_title(f"{kind} ({seeds} seed{'s' if seeds > 1 else ''})")
-    axes[-1].set_xlabel("step")
-    figure.set_layout_engine("constrained", rect=(0, 0, 0.93, 1))  # space for the leads
-    bar = figure.colorbar(image, ax=axes, location="bottom", aspect=50, shrink=0.6, pad=0.01)
-    bar.set_label("standard deviations from healthy runs")
+    by_kind = {kind: count_warnings(table, kind) for kind in kinds}
+    indicators = list(dict.fromkeys(table["indicator"]))
+    columns = list(WARNINGS)
+    if narrow:
+        indicators, columns = often_warning(by_kind, indicators), ["far"]
+    names = [fill(metric_label(x), 14 if narrow else 40) for x in indicators]
+    row_height = 0.13 * max(x.count("\n") + 1 for x in names) if narrow else 0.155
+    height = (1.6 if narrow else 1.15) + len(kinds) * (0.5 + row_height * len(names))
+    figure, axes = style.make_panels(len(kinds), 1 + len(columns), height, width=width)
+    axes[0].get_gridspec().set_width_ratios([1.6, 1] if narrow else [3.2, 1, 1])
+    rows = [axes[i : i + 1 + len(columns)] for i in range(0, len(axes), 1 + len(columns))]
+    for (timeline, *bars), (kind, warnings) in zip(rows, by_kind.items(), strict=True):
+        image = draw_timeline(timeline, table[table["kind"] == kind], indicators)
+        timeline.set_yticks(range(len(names)), names, fontsize=7, linespacing=0.9)
+        set_heading(timeline, kind, {x: warnings[x, "far"] for x in indicators}, narrow)
+        for ax, column in zip(bars, columns, strict=True):
+            draw_warnings(ax, [warnings[x, column] for x in indicators])
+    for ax in axes[: -1 - len(columns)]:
+        ax.tick_params(labelbottom=False)
+    for ax, label in zip(rows[-1], ["step", *(WARNINGS[x] for x in columns)], strict=True):
+        ax.set_xlabel(label)
+    add_color_bar(figure, image, axes, narrow)
+    add_legend(figure, axes[0], narrow)
     return figure
 
 
-def draw_timeline(
-    axes: Any, rows: pd.DataFrame, healthy: pd.DataFrame, indicators: list[str], norm: Any
-) -> Any:
-    """Draw z by indicator and step, alarms, collapses, and the lead of each indicator.
+def count_warnings(table: pd.DataFrame, kind: str) -> dict[tuple[str, str], Warnings]:
+    """Count the warnings of the collapses of a kind, by indicator and column of WARNINGS."""
+    counts = {}
+    for indicator, rows in table.groupby("indicator"):
+        healthy, failing = (rows[rows["kind"] == x] for x in ("healthy", kind))
+        collapse = failing.groupby("run")["collapse"].first().dropna()
+        for column in WARNINGS:
+            first = failing[failing[column]].groupby("run")["step"].min().reindex(collapse.index)
+            early = (collapse - first)[lambda x: x > 0]
+            false = healthy.groupby("run")[column].any()
+            counts[str(indicator), column] = Warnings(
+                len(early), len(collapse), int(false.sum()), len(false), float(early.median())
+            )
+    return counts
+
+
+def often_warning(
+    by_kind: dict[str, dict[tuple[str, str], Warnings]], indicators: list[str]
+) -> list[str]:
+    """Return the indicators that leave their range before half of the collapses of some kind."""
+    often = [
+        x
+        for x in indicators
+        if any(counts[x, "far"].warned_share >= 0.5 for counts in by_kind.values())
+    ]
+    return often or indicators
+
+
+def set_heading(axes: Any, kind: str, warnings: dict[str, Warnings], narrow: bool) -> None:
+    """Title a timeline with its method, and the indicator whose z warns best."""
+    best = max(
+        warnings,
+        key=lambda x: (warnings[x].warned_share - warnings[x].false_share, warnings[x].warned),
+    )
+    found = warnings[best]
+    runs = f"{found.collapsing} run{'s' if found.collapsing > 1 else ''}"
+    text = "no indicator's z warns of most collapses"
+    if found.warned_share > 0.5 and found.warned_share > found.false_share:
+        steps = f"{found.lead:g} step{'' if found.lead == 1 else 's'}"
+        text = (
+            f"z of {metric_label(best)} warns {steps} early in {found.warned} of {found.collapsing}"
+        )
+    heading = f"{method_label(kind)} ({runs}):"
+    axes.set_title("\n".join(fill(x, 38 if narrow else 80) for x in (heading, text)))
+
+
+def draw_timeline(axes: Any, rows: pd.DataFrame, indicators: list[str]) -> Any:
+    """Draw z by indicator and step, the alarms, and the collapses.
 
     Args:
         axes: Axes to draw on.
         rows: Rows of one kind of collapsing run.
-        healthy: Rows of the healthy runs.
         indicators: Names of the indicators, from top to bottom.
-        norm: Color scale.
 
     Returns:
         The image, for a color bar.
     """
     z = rows.pivot_table(index="indicator", columns="step", values="z", aggfunc="median")
-    z = z.reindex(indicators).clip(-MAX_Z, MAX_Z)
+    z = z.reindex(indicators)
     steps = z.columns.to_numpy(float)
-    width = np.append(steps, steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1))
+    ends = np.append(steps, steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1))
     edges = np.arange(len(indicators) + 1) - 0.5
-    image = axes.pcolormesh(width, edges, z.to_numpy(), norm=norm, cmap="PuOr", rasterized=True)
-    axes.text(1.08, edges[0], "alarm", transform=axes.get_yaxis_transform(), **HEADER_STYLE)
-    axes.text(1.26, edges[0], "|z| > 5", transform=axes.get_yaxis_transform(), **HEADER_STYLE)
+    norm = mpl.colors.BoundaryNorm(Z_LEVELS, 256, extend="both")
+    image = axes.pcolormesh(ends, edges, z.to_numpy(), norm=norm, cmap="PuOr", rasterized=True)
     for y, indicator in enumerate(indicators):
-        indicator_rows, healthy_rows = (x[x["indicator"] == indicator] for x in (rows, healthy))
-        first = indicator_rows[indicator_rows["alarm"]].groupby("run")["step"].min()
-        axes.plot(first + 0.5, [y] * len(first), ">", ms=3.5, color="black", mec="white", mew=0.4)
-        for x, column in ((1.08, "alarm"), (1.26, "far")):
-            text = format_lead(indicator_rows, healthy_rows, column)
-            axes.text(x, y, text, transform=axes.get_yaxis_transform(), **LEAD_STYLE)
+        alarms = rows[(rows["indicator"] == indicator) & rows["alarm"]]
+        first = alarms.groupby("run")["step"].min()
+        axes.plot(first + 0.5, [y] * len(first), **ALARM_STYLE)
     for step in rows.groupby("run")["collapse"].first().dropna():
-        axes.axvline(step, color="black", lw=1)
-    axes.set_yticks(range(len(indicators)), indicators, fontsize=6)
+        axes.axvline(step, **COLLAPSE_STYLE)
     axes.set_ylim(edges[-1], edges[0])
     axes.grid(visible=False)
     return image
 
 
-def format_lead(rows: pd.DataFrame, healthy: pd.DataFrame, column: str) -> str:
-    """Format the lead of an indicator, such as '5 [2/3, 0/8]'.
+def draw_warnings(axes: Any, warnings: list[Warnings]) -> None:
+    """Draw the share of warned collapses over that of false alarms, and the median lead."""
+    y = np.arange(len(warnings))
+    axes.barh(y - 0.2, [x.warned_share for x in warnings], 0.36, color=WARNED_COLOR)
+    axes.barh(y + 0.2, [x.false_share for x in warnings], 0.36, color=FALSE_COLOR)
+    for position, found in enumerate(warnings):
+        if found.warned:
+            axes.text(1.06, position, f"{found.lead:g}", fontsize=7, va="center")
+    axes.set(xlim=(0, 1.45), ylim=(len(warnings) - 0.5, -0.5))
+    axes.set_xticks([0, 1], ["0", "100 %"])
+    axes.tick_params(labelleft=False, left=False)
+    axes.grid(visible=False, axis="y")
 
-    Args:
-        rows: Rows of one indicator in the collapsing runs.
-        healthy: Its rows in the healthy runs.
-        column: Boolean column: "alarm", or "far" for a large z.
 
-    Returns:
-        Median lead in steps, runs warned before their collapse, and healthy runs warned.
-    """
-    collapse = rows.groupby("run")["collapse"].first().dropna()
-    first = rows[rows[column]].groupby("run")["step"].min().reindex(collapse.index)
-    early = (collapse - first)[lambda x: x > 0]
-    false = healthy.groupby("run")[column].any()
-    count = f"[{len(early)}/{len(collapse)}, {int(false.sum())}/{len(false)}]"
-    return f"{early.median():g} {count}" if len(early) else f"– {count}"
+def add_color_bar(figure: Figure, image: Any, axes: list[Any], narrow: bool) -> None:
+    """Add the color bar of z below the panels."""
+    bar = figure.colorbar(image, ax=axes, location="bottom", aspect=45, pad=0.02)
+    bar.set_ticks(Z_LEVELS, labels=[f"{z:g}".replace("-", "−") for z in Z_LEVELS])
+    text = "z: standard deviations from the healthy runs (median over runs)"
+    bar.set_label(fill(text, 48 if narrow else 80), fontsize=7)
+    bar.ax.tick_params(labelsize=7)
+
+
+def add_legend(figure: Figure, axes: Any, narrow: bool) -> None:
+    """Explain the marks below the panels; `axes` are any to make the handles with."""
+    (collapse,) = axes.plot([], [], **COLLAPSE_STYLE)
+    (alarm,) = axes.plot([], [], **ALARM_STYLE)
+    (blank,) = axes.plot([], [], " ")
+    marks = {
+        "collapse of a run": collapse,
+        "alarm in a run": alarm,
+        "runs warned in time": Patch(color=WARNED_COLOR),
+        "healthy runs warned": Patch(color=FALSE_COLOR),
+        "number: lead in steps": blank,
+    }
+    figure.legend(
+        marks.values(),
+        marks,
+        loc="outside lower center",
+        ncols=2 if narrow else 3,
+        columnspacing=1.0,
+    )
 
 
 def collect(runs: list[Path]) -> pd.DataFrame:

@@ -88,8 +88,16 @@ def test_a_collapse_is_told_from_outcomes_and_the_lead_from_it(tmp_path: Path) -
         "of healthy runs what went off, and the first step"
     )
     assert set(healthy_rows["run"]) == {"good-0", "good-1", "good-2"}
-    texts = [text.get_text() for text in warning.draw(table).axes[0].texts]
-    assert "5 [1/1, 0/3]" in texts, "step 9 to 14, in one of one run, and in no healthy run"
+    bars = warning.draw(table).axes[2]
+    row = list(dict.fromkeys(table["indicator"])).index("divergence/student_entropy")
+    warned, false = np.split(np.array([bar.get_width() for bar in bars.patches]), 2)
+    assert (warned[row], false[row]) == (1, 0), "in one of one run, and in no healthy run"
+    leads = {text.get_position()[1]: text.get_text() for text in bars.texts}
+    assert leads[row] == "5", "step 9 to 14"
+    counts = warning.count_warnings(
+        table.assign(far=table["z"].abs() > warning.FAR_Z, alarm=table["alarm"].astype(bool)), "bad"
+    )["divergence/student_entropy", "far"]
+    assert counts == warning.Warnings(warned=1, collapsing=1, false=0, healthy=3, lead=5.0)
     with pytest.raises(ValueError, match="3 of 3 runs are healthy"):
         warning.collect(run_folders[:3])
 
