@@ -41,9 +41,8 @@ def print_problems(figure: Figure, table: pd.DataFrame, width: float) -> list[st
         problems.append(f"the figure is {size[0]:g} in wide, not {width:g}")
     if size[1] > style.MAX_HEIGHT:
         problems.append(f"the figure is {size[1]:.2f} in high, a page {style.MAX_HEIGHT:g}")
-    style.fix_layout(figure)
-    canvas = figure.canvas if isinstance(figure.canvas, FigureCanvasAgg) else FigureCanvasAgg(figure)
-    canvas.draw()
+    FigureCanvasAgg(figure)
+    figure.draw_without_rendering()  # lays it out and places its texts
     texts = [(text, text.get_window_extent()) for text in shown_texts(figure)]
     problems += text_problems(figure, texts, code_names(table))
     for axes in figure.axes:

@@ -413,4 +413,4 @@ def test_every_figure_of_the_paper_has_a_caption(name: str) -> None:
     module = figure_module(name)
     if name != "toy":
         assert len(module.CAPTION) > 100
-    assert style.WIDTH == 7.0
+    assert style.PAGE_WIDTH == 7.0
