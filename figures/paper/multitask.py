@@ -21,7 +21,9 @@ def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw PANELS for each task of the group "multi"."""
     table = select_methods(table, "multi", METHODS)
     tasks = sorted(table["task"].unique())
-    figure, axes = style.make_panels(2 * len(tasks), NUM_PANEL_COLUMNS, 1.75 * 2 * len(tasks), width=width)
+    figure, axes = style.make_panels(
+        2 * len(tasks), NUM_PANEL_COLUMNS, 1.75 * 2 * len(tasks), width=width
+    )
     for i, task in enumerate(tasks):
         task_axes = axes[len(PANELS) * i : len(PANELS) * (i + 1)]
         draw_panels(task_axes, table[table["task"] == task])
