@@ -34,7 +34,7 @@ KINDS = {
 }
 MAX_METHODS = 4
 """Methods in one figure."""
-TITLES = ("energy, %", "tokens, %", "effective tokens, %")
+TITLES = ("energy, %", "tokens, %", "effective\ntokens, %")
 MIN_WHISKER, MIN_LABEL = 0.02, 0.1
 """Smallest shares with a whisker and with a number."""
 WHISKER = "#333333"
@@ -79,22 +79,25 @@ def share_axes(panels: list[list[Any]]) -> None:
     style.set_log_axis(panels[0][2])
     low, high = panels[0][2].get_ylim()
     panels[0][2].set_ylim(low / 1.5, high * 1.5)
+    panels[0][2].yaxis.set_major_formatter("{x:g}")
 
 
 def label_panels(panels: list[list[Any]], methods: list[str], width: float) -> None:
     """Name methods and quantities at the outer panels."""
     for i, (method, method_panels) in enumerate(zip(methods, panels, strict=True)):
-        label = textwrap.fill(method_label(method), 18)
+        label = textwrap.fill(method_label(method), 18, break_on_hyphens=False)
         if style.is_column(width):
             method_panels[0].set_ylabel(label)
             for axes, title in zip(method_panels, TITLES, strict=True):
                 axes.set_title(title if i == 0 else "")
                 axes.set_xlabel("step" if i + 1 == len(methods) else "")
+            method_panels[1].tick_params(labelleft=False)
         else:
             method_panels[0].set_title(label)
             method_panels[-1].set_xlabel("step")
             for axes, title in zip(method_panels, TITLES, strict=True):
                 axes.set_ylabel(title if i == 0 else "")
+                axes.tick_params(labelleft=i == 0)
 
 
 def draw_stack(axes: Any, rows: pd.DataFrame) -> None:

@@ -37,7 +37,7 @@ def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     colours = dict(zip(methods, style.CYCLE * len(methods), strict=False))
     num_columns = min(len(methods), 2 if style.is_column(width) else 3)
     num_rows = -(-len(methods) // num_columns)
-    row_height = 1.5 if style.is_column(width) else 2.1
+    row_height = 1.6 if style.is_column(width) else 2.1
     height = min(style.MAX_HEIGHT, row_height * (num_rows + 1) + 0.6)
     figure = Figure(figsize=(width, height), layout="constrained")
     grid = figure.add_gridspec(num_rows + 1, num_columns)
@@ -60,7 +60,7 @@ def draw_method(axes: Any, rows: pd.DataFrame, colour: str, floor: float) -> Non
     for _, run_rows in rows.groupby("run"):
         draw_trail(axes, run_rows.sort_values("step"), colour, floor)
     ends = [rows[rows["step"] == step]["loss"].mean() for step in sorted(rows["step"])]
-    label = textwrap.fill(method_label(rows["method"].iloc[0]), 24)
+    label = textwrap.fill(method_label(rows["method"].iloc[0]), 22, break_on_hyphens=False)
     axes.set_title(f"{label}\nKL {ends[0]:.2g} to {ends[-1]:.2g} nats", color=colour)
 
 
@@ -74,10 +74,10 @@ def set_trail_axes(trails: list[Any], num_columns: int, floor: float) -> None:
         else:
             axes.tick_params(labelleft=False)
         if i + num_columns >= len(trails):
-            axes.set_xlabel("reverse KL, nats per token")
+            axes.set_xlabel("reverse KL, nats/token")
         else:
             axes.tick_params(labelbottom=False)
-    trails[0].set_ylim(floor, None)
+    trails[0].set_ylim(0.8 * floor, None)
 
 
 def draw_trail(axes: Any, rows: pd.DataFrame, colour: str, floor: float) -> None:
@@ -93,15 +93,8 @@ def draw_trail(axes: Any, rows: pd.DataFrame, colour: str, floor: float) -> None
         axes.plot([max(x[i] - half_width, x[i] / 3), x[i] + half_width], [y[i]] * 2, **whisker)
         if row["low"] <= 0:
             axes.plot(x[i], floor * 1.15, "v", ms=3, color=colour)
-        axes.plot(x[i], y[i], "o", ms=4, mec=colour, mfc=lighten(colour, fill[i]), zorder=4)
-
-
-def lighten(colour: str, share: float) -> tuple[float, float, float]:
-    """Mix a color with white, keeping `share` of it."""
-    from matplotlib.colors import to_rgb
-
-    red, green, blue = (1 - share * (1 - part) for part in to_rgb(colour))
-    return red, green, blue
+        axes.plot(x[i], y[i], "o", ms=4, color=colour, mfc="white", zorder=4)
+        axes.plot(x[i], y[i], "o", ms=3.5, color=colour, mew=0, alpha=fill[i], zorder=5)
 
 
 def draw_ratios(axes: Any, table: pd.DataFrame, colours: dict[str, str]) -> None:
