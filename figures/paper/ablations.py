@@ -12,9 +12,9 @@ from figures.paper.dynamics import COLUMNS as COLUMNS
 
 CAPTION = (
     "Ablations of the local support objective without a mask: renormalisation, K (8 unless "
-    "stated, of 261 ids), and the nucleus of the rollouts (top-p 0.9 unless stated). Top: the "
-    "student's entropy on its own rollouts; middle: the score of these rollouts; bottom: accuracy "
-    "on held-out problems at top-p 1. Means over seeds with 95 % intervals (Student's t). The "
+    "stated, of 261 ids), and the nucleus of the rollouts (top-p 0.9 unless stated). Entropy: the "
+    "student's on its own rollouts; train score: of these rollouts (across a page); held-out "
+    "accuracy: at top-p 1. Means over seeds with 95 % intervals (Student's t). The "
     "score of a run is measured on rollouts from its own nucleus: a smaller nucleus scores higher "
     "with the same student. The paper uses K of 16, 32 and 48 of 152k ids, shows one of the two "
     "scores per panel, and trains for 400 steps."
@@ -26,39 +26,54 @@ ROWS = {
 }
 PANELS = {
     "Renormalisation": {"lsm": "renormalised", "lsm_unnormalised": "not renormalised"},
-    "K": {"lsm_k2": "K = 2", "lsm_k4": "K = 4", "lsm": "K = 8"},
-    "Nucleus": {"lsm_whole": "top-p 1", "lsm": "top-p 0.9", "lsm_top_p_0.8": "top-p 0.8"},
+    "Size of the support": {"lsm_k2": "K = 2", "lsm_k4": "K = 4", "lsm": "K = 8"},
+    "Nucleus of the rollouts": {
+        "lsm_whole": "top-p 1",
+        "lsm": "top-p 0.9",
+        "lsm_top_p_0.8": "top-p 0.8",
+    },
 }
+DASHES = ("-", "--", "-.")
+"""Of the methods of a panel, so that a curve under another one is seen."""
 
 
 def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
-    """Draw one column an ablation and one row a quantity."""
-    table = select_methods(
-        table, "single", {method for labels in PANELS.values() for method in labels}
-    )
-    figure, axes = style.make_panels(len(ROWS), len(PANELS), 4.9, width=width)
-    for i, (title, methods) in enumerate(PANELS.items()):
-        colours = (
-            (style.BLUE, style.RED) if len(methods) == 2 else style.sequential_colors(len(methods))
-        )
-        for ax, column in zip(axes[i :: len(PANELS)], ROWS, strict=True):
-            for (method, label), colour in zip(methods.items(), colours, strict=True):
-                mean = seed_means(table[table["method"] == method], column, column == "entropy")
-                if len(mean):
-                    band = (mean["step"], mean["value"], mean["low"], mean["high"])
-                    options: dict[str, Any] = (
-                        {"marker": "o", "ms": 3} if column == "accuracy" else {}
-                    )
-                    style.plot_band(ax, *band, color=colour, label=label, **options)
-            if column != "entropy":
-                ax.set_ylim(-0.02, 1.02)
-        axes[i].set_title(title)
-        style.set_log_axis(axes[i])
-        axes[i].legend(loc="best")
-        axes[-len(PANELS) + i].set_xlabel("step")
-    for ax, label in zip(axes[:: len(PANELS)], ROWS.values(), strict=True):
-        ax.set_ylabel(label)
+    """Draw one column an ablation and one row a quantity; in one column of a page vice versa.
+
+    One column leaves out the train score: it is of each run's own nucleus, and the accuracy is not.
+    """
+    methods = {method for labels in PANELS.values() for method in labels}
+    table = select_methods(table, "single", methods)
+    narrow = style.is_column(width)
+    columns = [column for column in ROWS if column != "reward" or not narrow]
+    figure = Figure(figsize=(width, 6.0 if narrow else 5.2), layout="constrained")
+    parts = figure.subfigures(len(PANELS), 1) if narrow else figure.subfigures(1, len(PANELS))
+    for i, (part, (title, labels)) in enumerate(zip(parts, PANELS.items(), strict=True)):
+        axes = part.subplots(1, len(columns)) if narrow else part.subplots(len(columns), 1)
+        for ax, column in zip(axes, columns, strict=True):
+            draw_panel(ax, table, column, labels)
+            ax.set_ylabel(ROWS[column] if narrow or i == 0 else "")
+            ax.set_xlabel("step" if narrow or column == columns[-1] else "")
+        axes[0].set_title(title)
+        handles, names = axes[0].get_legend_handles_labels()
+        part.legend(handles, names, loc="outside lower center", ncols=3 if narrow else 2)
     return figure
+
+
+def draw_panel(axes: Any, table: pd.DataFrame, column: str, labels: dict[str, str]) -> None:
+    """Draw a quantity of the methods of one ablation."""
+    colours = (style.BLUE, style.RED) if len(labels) == 2 else style.sequential_colors(len(labels))
+    for (method, label), colour, dash in zip(labels.items(), colours, DASHES, strict=False):
+        mean = seed_means(table[table["method"] == method], column, column == "entropy")
+        if len(mean):
+            band = (mean["step"], mean["value"], mean["low"], mean["high"])
+            options: dict[str, Any] = {"marker": "o", "ms": 3} if column == "accuracy" else {}
+            style.plot_band(axes, *band, color=colour, ls=dash, label=label, **options)
+    if column == "entropy":
+        style.set_log_axis(axes)
+    else:
+        axes.set(ylim=(-0.02, 1.02), yticks=(0, 0.5, 1))
+        axes.yaxis.set_major_formatter("{x:g}")
 
 
 def collect(runs: list[Path]) -> pd.DataFrame:

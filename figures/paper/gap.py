@@ -35,7 +35,7 @@ def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw one row a method: its first saved step on the left and its last on the right."""
     methods = list(dict.fromkeys(table["method"]))[:MAX_METHODS]
     narrow = style.is_column(width)
-    height = 0.9 + (1.55 if narrow else 1.75) * len(methods)
+    height = 0.9 + (1.75 if narrow else 1.75) * len(methods)
     figure, axes = style.make_panels(len(methods), 2, height, width=width)
     low, high = 1.5 * min(table["low"].min(), -1), 1.5 * max(table["value"].max(), 1)
     for i, method in enumerate(methods):
@@ -53,7 +53,7 @@ def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
         axes[2 * i].set_ylabel("log q − log p, nats")
         axes[2 * i + 1].tick_params(labelleft=False)
     for ax in axes[-2:]:
-        ax.set_xlabel("position in the response")
+        ax.set_xlabel("position" if narrow else "position in the response")
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=2 if narrow else 4)
     return figure
@@ -65,7 +65,7 @@ def panel_title(rows: pd.DataFrame, narrow: bool) -> str:
     tail = rows[rows["quantile"] == QUANTILES[0]].sort_values("first")["value"].tolist()
     change = f"{tail[1]:.2g} to {tail[-1]:.2g}".replace("-", "−") if len(tail) > 2 else ""
     if narrow:
-        return f"{textwrap.fill(name, 24)}\nstep {step}" + (change and f": {change}")
+        return f"{textwrap.fill(name, 20)}\nstep {step}" + (change and f"\n{change}")
     return f"{name}, step {step}" + (change and f"\n1 % quantile: {change}")
 
 

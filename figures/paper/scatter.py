@@ -39,19 +39,18 @@ MIN_PROBABILITY = 1e-10
 def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw the same points on linear and on logarithmic axes, and the shares with intervals."""
     narrow = style.is_column(width)
-    figure = Figure(figsize=(width, 4.0 if narrow else 2.9), layout="constrained")
+    figure = Figure(figsize=(width, 4.2 if narrow else 3.0), layout="constrained")
     if narrow:
-        top, bottom = figure.subfigures(2, 1, height_ratios=[1.25, 1])
+        top, bottom = figure.subfigures(2, 1, height_ratios=[1.6, 1])
     else:
         top, bottom = figure.subfigures(1, 2, width_ratios=[1.5, 1])
     linear, logarithmic = top.subplots(1, 2)
     draw_points(linear, table[table["share"].isna()], "linear")
     draw_points(logarithmic, table[table["share"].isna()], "log")
-    linear.set_ylabel("teacher's q")
+    linear.set_ylabel("teacher's probability q")
     draw_shares(bottom.subplots(), table)
     handles, labels = linear.get_legend_handles_labels()
-    columns = 2 if narrow else 4
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, markerscale=1.6)
+    top.legend(handles, labels, loc="outside lower center", ncols=2, markerscale=1.6)
     return figure
 
 
@@ -64,7 +63,7 @@ def draw_points(axes: Any, points: pd.DataFrame, scale: str) -> None:
         axes.plot(kind_points["student"], y, "o", color=colour, **options)
     ends = [MIN_PROBABILITY, 1] if scale == "log" else [0, 1]
     axes.plot(ends, ends, color="black", lw=0.7, label="p = q")
-    axes.set(xscale=scale, yscale=scale, xlabel="student's p")
+    axes.set(xscale=scale, yscale=scale, xlabel="student's prob. p")
     if scale == "log":
         axes.set(xlim=(1e-5, 2.5), ylim=(MIN_PROBABILITY / 2, 4), xticks=(1e-4, 1))
         axes.set_yticks((1e-8, 1e-4, 1))

@@ -16,17 +16,18 @@ from figures.labels import method_label
 COLUMNS = ("method", "runs", "step", "first", "last", "part", "tokens", "value", "error")
 CAPTION = (
     "Exact decomposition of the reverse KL, in nats per token, over a top-K support S: between S "
-    "and the rest (in or out of the support: the student's mass off it), within S, and beyond S "
+    "and the rest (in or out of S: the student's mass off it), within S, and beyond S "
     "(an unbiased estimate from sampled tokens). One row a method, all panels on the same "
     "logarithmic scale: by step, and by position in the response at the first (across a page) and "
     "the last step (bins double in width and have at least 100 tokens). Black: the sum of the three "
-    "parts with its 95 % interval over prompts. A part of 0 or below is not drawn. A renormalised "
+    "parts with its 95 % interval over prompts. Values below 0.001 are not drawn. Titles: share of "
+    "the KL within S at the last step. A renormalised "
     "top-K loss sees only the part within S."
 )
 PARTS = {
-    "binary": ("in or out of the support", style.RED, "s"),
-    "head": ("within the support", style.BLUE, "o"),
-    "tail": ("beyond the support", style.ORANGE, "^"),
+    "binary": ("in or out of S", style.RED, "s"),
+    "head": ("within S", style.BLUE, "o"),
+    "tail": ("beyond S", style.ORANGE, "^"),
 }
 MIN_TOKENS, MAX_METHODS = 100, 4
 LOWEST = 1e-3
@@ -41,7 +42,7 @@ def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """
     methods = list(dict.fromkeys(table["method"]))[:MAX_METHODS]
     num_columns = 2 if style.is_column(width) else 3
-    height = 0.9 + 1.55 * len(methods)
+    height = 0.9 + 1.65 * len(methods)
     figure, axes = style.make_panels(len(methods), num_columns, height, width=width)
     firsts = sorted(table.loc[table["tokens"] >= MIN_TOKENS, "first"].dropna().unique())
     for i, method in enumerate(methods):
@@ -49,7 +50,7 @@ def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
         panels = axes[num_columns * i : num_columns * (i + 1)]
         draw_steps(panels[0], rows[rows["first"].isna()])
         panels[0].set_ylabel("nats per token")
-        panels[0].set_title(textwrap.fill(method_label(method), 22, break_on_hyphens=False))
+        panels[0].set_title(panel_title(rows[rows["first"].isna()]))
         binned = rows[rows["first"].notna() & (rows["tokens"] >= MIN_TOKENS)]
         steps = sorted(binned["step"].unique())
         shown_steps = (steps[0], steps[-1])[-(num_columns - 1) :]
@@ -59,8 +60,15 @@ def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
             ax.tick_params(labelleft=False)
     set_axes(axes, num_columns, float(table["value"].max()))
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=num_columns + 1)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4 if num_columns == 3 else 2)
     return figure
+
+
+def panel_title(totals: pd.DataFrame) -> str:
+    """Return the method, and the share of the KL within the support at the last step."""
+    label = textwrap.fill(method_label(totals["method"].iloc[0]), 20, break_on_hyphens=False)
+    last = totals[totals["step"] == totals["step"].max()].set_index("part")["value"]
+    return f"{label}\nwithin S: {100 * last['head'] / last['parts']:.0f} %"
 
 
 def set_axes(axes: list[Any], num_columns: int, highest: float) -> None:

@@ -24,7 +24,7 @@ CAPTION = (
     "Where the two models write the same text in other tokens. Excluded tokens: ids of which the "
     "student is sure (p > 0.9) and which the teacher excludes (q < 1e-4), at the first saved step, "
     "by their share of the total signal |r| = |log p - log q| (the largest, with 95 % intervals "
-    "over prompts, all methods on one scale); * marks special tokens. EOS probability at the first "
+    "over prompts, all methods on one scale; <|…|>* is a special token). EOS probability at the first "
     "and the last saved step: mean over the student's prefixes by position (bins double in width), "
     "of each model for its own EOS token, and of the teacher for the student's EOS token; whiskers "
     "are 95 % intervals over prompts; values below 1e-7 are drawn there. Exact where the saved "
@@ -59,8 +59,8 @@ def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     highest = float(np.nanmax([*excluded["high"], 0.01]))
     for method, (id_axes, *eos_axes) in zip(methods, panels, strict=True):
         draw_excluded(id_axes, excluded[excluded["method"] == method], highest)
-        label = textwrap.fill(method_label(method), 34)
-        id_axes.set_title(label + ": excluded tokens" * style.is_column(width))
+        title = f"{method_label(method)}: excluded tokens"
+        id_axes.set_title(textwrap.fill(title, 44 if style.is_column(width) else 32))
         hazards = table[(table["method"] == method) & (table["kind"] != "excluded")]
         steps = sorted(hazards["step"].unique())
         for ax, step in zip(eos_axes, (steps[0], steps[-1]), strict=True):
@@ -115,7 +115,8 @@ def draw_excluded(axes: Any, rows: pd.DataFrame, highest: float) -> None:
     for i in y:
         text = f"{value[i]:.2g} %"
         axes.text(high[i] + 2 * highest, i, text, va="center", fontsize=style.MIN_FONT_SIZE)
-    axes.set_yticks(y, rows["label"].astype(str), fontsize=style.MIN_FONT_SIZE, parse_math=False)
+    names = [str(label).replace(" *", "*") for label in rows["label"]]
+    axes.set_yticks(y, names, fontsize=style.MIN_FONT_SIZE, parse_math=False)
 
 
 def draw_hazards(axes: Any, rows: pd.DataFrame) -> None:
@@ -127,7 +128,8 @@ def draw_hazards(axes: Any, rows: pd.DataFrame) -> None:
         axes.vlines(centers, low, high, color=colour, lw=0.8, alpha=0.6)
         options: dict[str, Any] = {"color": colour, "ls": dash, "marker": mark, "ms": 3}
         axes.plot(centers, value, lw=1.2, label=label, **options)
-    axes.set(yscale="log", ylim=(0.4 * SMALLEST, 2), yticks=(1e-6, 1e-3, 1))
+    axes.set(yscale="log", ylim=(0.4 * SMALLEST, 2))
+    axes.set_yticks((SMALLEST, 1e-4, 0.1), ("≤ 1e-7", "1e-4", "0.1"))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xscale("log", base=2)
     axes.set_xticks((2, 8, 32, 128))
