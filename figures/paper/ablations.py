@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from figures import style
 from figures.collect.steps import seed_means, select_methods, steps_table
 from figures.paper.dynamics import COLUMNS as COLUMNS
+from figures.paper.dynamics import set_log_axis
 
 CAPTION = (
     "Ablations of the local support objective without a mask: renormalisation, K (8 unless "
@@ -44,19 +45,36 @@ def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """
     methods = {method for labels in PANELS.values() for method in labels}
     table = select_methods(table, "single", methods)
-    narrow = style.is_column(width)
-    columns = [column for column in ROWS if column != "reward" or not narrow]
-    figure = Figure(figsize=(width, 6.0 if narrow else 5.2), layout="constrained")
-    parts = figure.subfigures(len(PANELS), 1) if narrow else figure.subfigures(1, len(PANELS))
-    for i, (part, (title, labels)) in enumerate(zip(parts, PANELS.items(), strict=True)):
-        axes = part.subplots(1, len(columns)) if narrow else part.subplots(len(columns), 1)
+    if style.is_column(width):
+        return draw_column(table, width)
+    figure, axes = style.make_panels(len(ROWS), len(PANELS), 5.2, width=width)
+    for i, (title, labels) in enumerate(PANELS.items()):
+        panels = axes[i :: len(PANELS)]
+        for ax, column in zip(panels, ROWS, strict=True):
+            draw_panel(ax, table, column, labels)
+        panels[0].set_title(title)
+        panels[-1].set_xlabel("step")
+        handles, names = panels[0].get_legend_handles_labels()
+        options = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.32), "ncols": 2}
+        panels[-1].legend(handles, names, **options)
+    for ax, label in zip(axes[:: len(PANELS)], ROWS.values(), strict=True):
+        ax.set_ylabel(label)
+    return figure
+
+
+def draw_column(table: pd.DataFrame, width: float) -> Figure:
+    """Draw one row an ablation, with its legend below, and one column a quantity but the score."""
+    columns = [column for column in ROWS if column != "reward"]
+    figure = Figure(figsize=(width, 6.0), layout="constrained")
+    parts = figure.subfigures(len(PANELS), 1)
+    for part, (title, labels) in zip(parts, PANELS.items(), strict=True):
+        axes = part.subplots(1, len(columns))
         for ax, column in zip(axes, columns, strict=True):
             draw_panel(ax, table, column, labels)
-            ax.set_ylabel(ROWS[column] if narrow or i == 0 else "")
-            ax.set_xlabel("step" if narrow or column == columns[-1] else "")
+            ax.set(ylabel=ROWS[column], xlabel="step")
         axes[0].set_title(title)
         handles, names = axes[0].get_legend_handles_labels()
-        part.legend(handles, names, loc="outside lower center", ncols=3 if narrow else 2)
+        part.legend(handles, names, loc="outside lower center", ncols=len(labels))
     return figure
 
 
@@ -70,7 +88,7 @@ def draw_panel(axes: Any, table: pd.DataFrame, column: str, labels: dict[str, st
             options: dict[str, Any] = {"marker": "o", "ms": 3} if column == "accuracy" else {}
             style.plot_band(axes, *band, color=colour, ls=dash, label=label, **options)
     if column == "entropy":
-        style.set_log_axis(axes)
+        set_log_axis(axes)
     else:
         axes.set(ylim=(-0.02, 1.02), yticks=(0, 0.5, 1))
         axes.yaxis.set_major_formatter("{x:g}")

@@ -41,6 +41,10 @@ PANELS = {
 LOG_COLUMNS, SHARE_COLUMNS = ("entropy", "grad_norm"), ("reward", "accuracy", "truncated")
 
 
+BAND_ALPHA = 0.12
+"""Opacity of the intervals: low, since those of three methods often coincide."""
+
+
 def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw PANELS for the group "single"."""
     if style.is_column(width):
@@ -65,22 +69,34 @@ def draw_panels(
             if len(mean):
                 options = {"color": colour, "ls": dash, "lw": 1.1, "label": method_label(method)}
                 options |= {"marker": "o", "ms": 3} if column == "accuracy" else {}
-                style.plot_band(
-                    ax, mean["step"], mean["value"], mean["low"], mean["high"], **options
-                )
+                options["zorder"] = 3 if dash == "--" else 2
+                band = (mean["step"], mean["value"], mean["low"], mean["high"])
+                style.plot_band(ax, *band, **options)
+                ax.collections[-1].set_alpha(BAND_ALPHA)
         ax.set_title(PANELS[column])
         if column in LOG_COLUMNS:
-            style.set_log_axis(ax)
+            set_log_axis(ax)
         if column in SHARE_COLUMNS:
             ax.set(ylim=(-0.03, 1.03), yticks=(0, 0.5, 1))
             ax.yaxis.set_major_formatter("{x:g}")
+
+
+def set_log_axis(axes: Any) -> None:
+    """Make the y axis logarithmic, with ticks at 1, 3 or 1, 2, 5 of a decade where it is short."""
+    style.set_log_axis(axes)
+    low, high = axes.get_ylim()
+    parts = (1, 2, 3, 5, 7) if high / low < 8 else (1, 2, 5) if high / low < 30 else (1, 3)
+    if high / low < 300:
+        ticks = [part * 10.0**power for power in range(-9, 9) for part in parts]
+        axes.set_yticks([x for x in ticks if low <= x <= high])
+        axes.yaxis.set_major_formatter("{x:g}")
 
 
 def add_legend(figure: Figure, axes: list[Any], num_columns: int) -> None:
     """Add the legend below the figure and the label of the x axis to the lowest panels."""
     for ax in axes[-num_columns:]:
         ax.set_xlabel("step")
-    handles, labels = axes[0].get_legend_handles_labels()
+    handles, labels = axes[-1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=num_columns)
 
 

@@ -13,7 +13,8 @@ from figures.paper.dynamics import METHODS, PANELS, add_legend, draw_panels
 CAPTION = (
     "Two alternating tasks, each with its own teacher: chain, whose teacher uses other tags and "
     "EOS than the student, and sort, whose teacher uses the same. Steps are those of both tasks "
-    "together. Means over seeds with 95 % intervals; panels as in `dynamics`, in one column of a "
+    "together. Means over seeds with 95 % intervals; panels as in `dynamics`, on the same axes for both "
+    "tasks, in one column of a "
     "page the four with the paper's claims. In the paper the second task is ALFWorld, alternating "
     "with mathematics."
 )
@@ -31,6 +32,8 @@ def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     figure, axes = style.make_panels(2 * len(tasks), num_columns, 3.5 * len(tasks), width=width)
     for i, task in enumerate(tasks):
         task_axes = axes[len(PANELS) * i : len(PANELS) * (i + 1)]
+        for ax, first in zip(task_axes, axes[: len(PANELS) * (i > 0)], strict=False):
+            ax.sharey(first)
         draw_panels(task_axes, table[table["task"] == task])
         for ax in task_axes[::num_columns]:
             ax.set_ylabel(f"task {task}")
@@ -40,15 +43,12 @@ def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
 
 def draw_column(table: pd.DataFrame, tasks: list[str], width: float) -> Figure:
     """Draw one row a quantity and one column a task, the rows with the same axis."""
-    figure, axes = style.make_panels(len(COLUMN_PANELS), len(tasks), 6.2, width=width)
+    figure = Figure(figsize=(width, 6.2), layout="constrained")
+    axes = list(figure.subplots(len(COLUMN_PANELS), len(tasks), sharey="row", squeeze=False).flat)
     for i, task in enumerate(tasks):
         task_axes = axes[i :: len(tasks)]
         draw_panels(task_axes, table[table["task"] == task], COLUMN_PANELS)
         task_axes[0].set_title(f"Task {task}\n{PANELS[COLUMN_PANELS[0]]}")
-        for ax, first in zip(task_axes, axes[:: len(tasks)], strict=True):
-            if i:
-                ax.sharey(first)
-                ax.tick_params(labelleft=False)
     add_legend(figure, axes, len(tasks))
     return figure
 

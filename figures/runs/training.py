@@ -29,12 +29,15 @@ SMOOTHING_STEPS = 5
 PANELS = (
     ("divergence/reverse_kl", "Reverse KL, nats", "log"),
     ("grad_norm", "Gradient norm", "log"),
-    ("signal/negative_share", "Negative signal, share", "linear"),
+    ("signal/negative_share", "Negative signal", "linear"),
     ("signal/signal_top1_share", "Signal in the top 1 %", "linear"),
     ("response/truncated_share", "Truncated, share", "linear"),
 )
 """Metric, title and scale of the panels after the accuracy."""
-EXPECTED = {"lw": 5, "alpha": 0.3}
+COLOURS = {"sampled_token": style.RED, "teacher_topk": style.BLUE}
+OTHER_COLOURS = tuple(x for x in style.CYCLE if x not in COLOURS.values())
+"""Colors of these objectives, as in the other figures, and of any other."""
+EXPECTED: dict[str, Any] = {"lw": 5, "alpha": 0.3}
 """Line of the expected share of negative signal, visible under the measured one."""
 
 
@@ -46,7 +49,8 @@ def collect(runs: list[Path]) -> pd.DataFrame:
 def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw six panels; thin lines are runs, thick ones means over the seeds of an objective."""
     objectives = sorted(table["objective"].unique())
-    colours = dict(zip(objectives, style.CYCLE * len(objectives), strict=False))
+    others = [x for x in objectives if x not in COLOURS]
+    colours = COLOURS | dict(zip(others, OTHER_COLOURS * len(objectives), strict=False))
     narrow = style.is_column(width)
     if narrow:
         figure, axes = style.make_panels(3, 2, 5.2, width=width)
