@@ -15,10 +15,10 @@ CAPTION = (
     "Ablations of the local support objective without a mask: renormalisation, K (8 unless "
     "stated, of 261 ids), and the nucleus of the rollouts (top-p 0.9 unless stated). Entropy: the "
     "student's on its own rollouts; train score: of these rollouts (across a page); held-out "
-    "accuracy: at top-p 1. Means over seeds with 95 % intervals (Student's t). The "
-    "score of a run is measured on rollouts from its own nucleus: a smaller nucleus scores higher "
-    "with the same student. The paper uses K of 16, 32 and 48 of 152k ids, shows one of the two "
-    "scores per panel, and trains for 400 steps."
+    "accuracy: at top-p 1. Means over seeds with 95 % intervals (Student's t). The score of a run "
+    "is measured on rollouts from its own nucleus: a smaller nucleus scores higher with the same "
+    "student. The paper uses K of 16, 32 and 48 of 152k ids, shows one of the two scores per "
+    "panel, and trains for 400 steps."
 )
 ROWS = {
     "entropy": "entropy, nats",

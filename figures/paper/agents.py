@@ -27,19 +27,17 @@ COLUMNS = (
 CAPTION = (
     "An agent in a household game in text (`env:household`): 3 to 5 places, 1 or 2 objects to "
     "bring to one of them, at most 16 turns. As in the paper, each turn is a training sample. "
-    "Games alone: the agent trained on games; games and sorting: on games alternating with sorting "
-    "digits, each task with its own teacher. Games won and problems solved: share of the same "
-    "held-out games and problems, on one scale. Whiskers: 95 % intervals over seeds and games, "
-    "or over seeds for turns, inadmissible actions and KL (Student's t). Dotted: the teacher of "
-    "the games, its interval in grey. Dashed: trained on games and sorting (the axis is the share "
-    "of the training, which is twice as long there). KL by turn: mean of log p - log q over the "
-    "student's own tokens at that turn, for games alone, in the first five steps (hollow) and the "
-    "last five (filled). Local support (V1) samples its rollouts at top-p 0.9. Student and "
-    "teachers have 0.3 million weights and the same writing "
-    "style; the student was pretrained on demonstrations of both tasks in which a player "
-    "and a sorter make one error in ten. The paper's agents have 7B parameters and play ALFWorld, "
-    "alternating "
-    "with mathematics."
+    "Games alone: the agent trained on games; games and sorting: on games alternating with "
+    "sorting digits, each task with its own teacher. Games won and problems solved: share of the "
+    "same held-out games and problems, on one scale. Whiskers: 95 % intervals over seeds and "
+    "games, or over seeds for turns, inadmissible actions and KL (Student's t). Dotted: the "
+    "teacher of the games, its interval in grey. Dashed: trained on games and sorting (the axis "
+    "is the share of the training, which is twice as long there). KL by turn: mean of log p - log "
+    "q over the student's own tokens at that turn, for games alone, in the first five steps "
+    "(hollow) and the last five (filled). Local support (V1) samples its rollouts at top-p 0.9. "
+    "Student and teachers have 0.3 million weights and the same writing style; the student was "
+    "pretrained on demonstrations of both tasks in which a player and a sorter make one error in "
+    "ten. The paper's agents have 7B parameters and play ALFWorld, alternating with mathematics."
 )
 METHODS = {
     "sampled": (style.RED, "o"),
@@ -80,6 +78,7 @@ def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     for ax in axes[:3]:
         ax.set_ylim(lowest, 1.0)
     draw_metric(axes[3], games, "inadmissible")
+    axes[3].yaxis.set_major_formatter("{x:g}")
     axes[3].set_title(f"Inadmissible{separator}share of turns")
     draw_metric(axes[4], games, "turns")
     axes[4].set_title("Turns per game")
@@ -99,13 +98,14 @@ def add_legend(figure: Figure, methods: list[str], num_columns: int) -> None:
     if TEACHER in methods:
         handles.append(Line2D([], [], ls=":", label="teacher of the games", **dark))
     handles += [
-        Line2D([], [], ls=dash, label=f"{title.lower()} (lower panels)", **dark)
+        Line2D([], [], ls=dash, label=f"trained on {title.lower()}", **dark)
         for title, dash in GROUPS.values()
     ]
     dark |= {"ls": "", "marker": "o", "ms": 3.5}
     handles += [
         Line2D([], [], mfc="white", label=f"first {NUM_END_STEPS} steps", **dark),
         Line2D([], [], label=f"last {NUM_END_STEPS} steps", **dark),
+        Line2D([], [], color=DARK, marker="|", ls="", ms=8, label="95 % interval"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=num_columns)
 

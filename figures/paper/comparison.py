@@ -31,15 +31,14 @@ CAPTION = (
     "support or add a correction for its tail; a mask leaves tags and EOS out of the loss. The "
     "panels correspond to the paper's tables: objective and mask to 1 (one task) and 2 (two "
     "tasks), rollouts from the nucleus to 3, variants of the support to 4 (in one column of a "
-    "page: 1, 2 and 4 on one task). Rollouts use top-p 0.9 "
-    "for local supports and variants, as in the paper; evaluation uses top-p 1 (0.9 in the "
-    "paper). The models are built for this comparison: a byte-level student that spells its think "
-    "tags in bytes and ends with <|im_end|>; a teacher of the task chain with single-token tags "
-    "and the EOS <|endoftext|>; a teacher of the task sort with the student's tags and EOS. The "
-    "paper's students have 7B parameters and its tasks are mathematics and ALFWorld. The mismatch "
-    "is like the paper's (see `segmentation`), but every response of about a hundred tokens has "
-    "it three times, which is far more often. That unmasked methods fall to 0 is an effect of "
-    "this scale."
+    "page: 1, 2 and 4 on one task). Rollouts use top-p 0.9 for local supports and variants, as in "
+    "the paper; evaluation uses top-p 1 (0.9 in the paper). The models are built for this "
+    "comparison: a byte-level student that spells its think tags in bytes and ends with "
+    "<|im_end|>; a teacher of the task chain with single-token tags and the EOS <|endoftext|>; a "
+    "teacher of the task sort with the student's tags and EOS. The paper's students have 7B "
+    "parameters and its tasks are mathematics and ALFWorld. The mismatch is like the paper's (see "
+    "`segmentation`), but every response of about a hundred tokens has it three times, which is "
+    "far more often. That unmasked methods fall to 0 is an effect of this scale."
 )
 
 

@@ -17,10 +17,9 @@ CAPTION = (
     "support (V1) is the renormalised reverse KL on the teacher's top K. Held-out accuracy is "
     "measured at top-p 1, the rest on fresh rollouts. log q - log p is the mean over sampled, "
     "supervised tokens; gradient norms are before clipping at 1; repeated tokens complete an "
-    "8-gram that occurred before. Local support "
-    "samples its rollouts from the nucleus (top-p 0.9), as in the paper, so its train score and "
-    "its gap are about those rollouts. The paper has one seed of 400 steps, responses of up to "
-    "16k tokens, and no panel of repetition."
+    "8-gram that occurred before. Local support samples its rollouts from the nucleus (top-p "
+    "0.9), as in the paper, so its train score and its gap are about those rollouts. The paper "
+    "has one seed of 400 steps, responses of up to 16k tokens, and no panel of repetition."
 )
 METHODS = {
     "sampled": (style.RED, "-"),

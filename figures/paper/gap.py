@@ -15,14 +15,14 @@ from figures.labels import method_label
 COLUMNS = ("method", "step", "first", "last", "tokens", "quantile", "value", "low", "high")
 CAPTION = (
     "log q - log p of the sampled tokens (in nats; below 0 the teacher gives the token less "
-    "probability than the student) by position in the response, bins of 16 positions, at the first "
-    "and the last saved step. Dark: 5 to 95 % of the tokens; light: 1 to 99 %; black: median; red: "
-    "the 1 % quantile with its 95 % interval (bootstrap over prompts). Titles: the 1 % quantile in "
-    "the second and in the last bin. The axis is linear between -0.01 and 0.01 and logarithmic "
-    "outside. Think tags and EOS are excluded. These models are sure of most tokens, so the "
-    "paper's boxes of the middle half would be flat. The paper has positions up to 16k, at step 80 "
-    "of sampled-token training, and no intervals; its claim is that the lower tail widens with the "
-    "position."
+    "probability than the student) by position in the response, bins of 16 positions, at the "
+    "first and the last saved step. Dark: 5 to 95 % of the tokens; light: 1 to 99 %; black: "
+    "median; red: the 1 % quantile with its 95 % interval (bootstrap over prompts). Titles: the 1 "
+    "% quantile in the second and in the last bin. The axis is linear between -0.01 and 0.01 and "
+    "logarithmic outside. Think tags and EOS are excluded. These models are sure of most tokens, "
+    "so the paper's boxes of the middle half would be flat. The paper has positions up to 16k, at "
+    "step 80 of sampled-token training, and no intervals; its claim is that the lower tail widens "
+    "with the position."
 )
 QUANTILES = (0.01, 0.05, 0.5, 0.95, 0.99)
 BIN_WIDTH, MIN_TOKENS = 16, 200
@@ -35,7 +35,7 @@ def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw one row a method: its first saved step on the left and its last on the right."""
     methods = list(dict.fromkeys(table["method"]))[:MAX_METHODS]
     narrow = style.is_column(width)
-    height = 0.9 + (1.75 if narrow else 1.75) * len(methods)
+    height = 0.9 + 1.75 * len(methods)
     figure, axes = style.make_panels(len(methods), 2, height, width=width)
     low, high = 1.5 * min(table["low"].min(), -1), 1.5 * max(table["value"].max(), 1)
     for i, method in enumerate(methods):

@@ -14,12 +14,11 @@ from figures import style
 COLUMNS = ("step", "position", "text", "student", "teacher", "repeated")
 CAPTION = (
     "Both models' probabilities of every token of one rollout: of all saved rollouts, the one "
-    "with the most tokens in repeated 8-grams (grey, in the curves and in the text below them). It "
-    "continues with lines that were not asked "
-    "for and does not end. The teacher agrees with most of its tokens; it disagrees at single "
-    "ones and then agrees again. Title: mean of log q - log p (teacher and student) over the "
-    "repeated tokens and over the other tokens of this rollout. In the paper the loop is a "
-    "repeated final answer."
+    "with the most tokens in repeated 8-grams (grey, in the curves and in the text below them). "
+    "It continues with lines that were not asked for and does not end. The teacher agrees with "
+    "most of its tokens; it disagrees at single ones and then agrees again. Title: mean of log q "
+    "- log p (teacher and student) over the repeated tokens and over the other tokens of this "
+    "rollout. In the paper the loop is a repeated final answer."
 )
 MIN_PROBABILITY = 1e-5
 FONT_SIZE, LINE_HEIGHT, MAX_LINES = 7, 10.5, 8
@@ -78,8 +77,10 @@ def text_segments(table: pd.DataFrame, line_length: int) -> list[tuple[int, int,
         for text, repeated in zip(table["text"].astype(str), table["repeated"], strict=True)
         for character in text
     ]
+    if len(characters) > MAX_LINES * line_length:
+        characters = [*characters[: MAX_LINES * line_length - 1], ("…", False)]
     segments: list[tuple[int, int, str, bool]] = []
-    for line in range(min(MAX_LINES, -(-len(characters) // line_length))):
+    for line in range(-(-len(characters) // line_length)):
         start = 0
         row = characters[line * line_length : (line + 1) * line_length]
         for repeated, group in itertools.groupby(row, key=lambda x: x[1]):
@@ -89,9 +90,7 @@ def text_segments(table: pd.DataFrame, line_length: int) -> list[tuple[int, int,
     return segments
 
 
-def draw_text(
-    axes: Any, segments: list[tuple[int, int, str, bool]], line_length: int
-) -> None:
+def draw_text(axes: Any, segments: list[tuple[int, int, str, bool]], line_length: int) -> None:
     """Write the response, its repeated part on grey; one text a character, as in a grid."""
     options: dict[str, Any] = {"family": "monospace", "fontsize": FONT_SIZE, "parse_math": False}
     options |= {"ha": "center", "va": "center_baseline"}

@@ -13,10 +13,9 @@ from figures.paper.dynamics import METHODS, PANELS, add_legend, draw_panels
 CAPTION = (
     "Two alternating tasks, each with its own teacher: chain, whose teacher uses other tags and "
     "EOS than the student, and sort, whose teacher uses the same. Steps are those of both tasks "
-    "together. Means over seeds with 95 % intervals; panels as in `dynamics`, on the same axes for both "
-    "tasks, in one column of a "
-    "page the four with the paper's claims. In the paper the second task is ALFWorld, alternating "
-    "with mathematics."
+    "together. Means over seeds with 95 % intervals; panels as in `dynamics`, on the same axes "
+    "for both tasks, in one column of a page the four with the paper's claims. In the paper the "
+    "second task is ALFWorld, alternating with mathematics."
 )
 COLUMN_PANELS = ("accuracy", "truncated", "grad_norm", "gap")
 """Panels in one column: accuracy, the failure, and the two quantities with claims for both."""

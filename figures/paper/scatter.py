@@ -16,9 +16,9 @@ CAPTION = (
     "student sampled at the first step, on linear axes as in the paper and on logarithmic axes, "
     "which show the small probabilities. A point below the line p = q is a token that the student "
     "overrates. Excluded: the student is sure of the token (p > 0.9) and the teacher excludes it "
-    "(q < 1e-4). Shares: of all sampled tokens, with 95 % bootstrap intervals over prompts; signal: "
-    "the sum of |log q - log p|; upward signal: of log q - log p where it is positive. The paper "
-    "prints no shares. Its models write mathematics, these write worked sums of digits."
+    "(q < 1e-4). Shares: of all sampled tokens, with 95 % bootstrap intervals over prompts; "
+    "signal: the sum of |log q - log p|; upward signal: of log q - log p where it is positive. "
+    "The paper prints no shares. Its models write mathematics, these write worked sums of digits."
 )
 KINDS = {
     "rest": ("other tokens", style.BLUE, 2.0),

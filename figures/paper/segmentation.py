@@ -11,14 +11,14 @@ from figures import style
 
 COLUMNS = ("place", "position", "text", "student", "teacher")
 CAPTION = (
-    "Log-probabilities that both models give to the tokens of one rollout: where the student opens "
-    "its think tag, and where it closes the tag and ends; excluded, with numbers: tokens to which the "
-    "teacher gives less than -3. The student spells tags "
-    "in bytes. The teacher has a single token for each tag: it gives the first byte of the "
-    "spelled tag almost no probability, and the bytes after it nearly probability 1, so one token "
-    "carries the whole disagreement. The EOS token is the same case. These models are built to "
-    "differ so; the paper's do by their training, with log-probabilities of student and teacher "
-    "of -0.07 and -19.16 at < and -0.00 and -58.71 at <|im_end|>."
+    "Log-probabilities that both models give to the tokens of one rollout: where the student "
+    "opens its think tag, and where it closes the tag and ends; excluded, with numbers: tokens to "
+    "which the teacher gives less than -3. The student spells tags in bytes. The teacher has a "
+    "single token for each tag: it gives the first byte of the spelled tag almost no probability, "
+    "and the bytes after it nearly probability 1, so one token carries the whole disagreement. "
+    "The EOS token is the same case. These models are built to differ so; the paper's do by their "
+    "training, with log-probabilities of student and teacher of -0.07 and -19.16 at < and -0.00 "
+    "and -58.71 at <|im_end|>."
 )
 MARKS = (("teacher", "s", 5.5, style.RED), ("student", "o", 3, style.BLUE))
 EXCLUDED = -3

@@ -27,17 +27,16 @@ COLUMNS = (
 CAPTION = (
     "The paper's toy problem: a student with a Gaussian policy on a line distills two teachers in "
     "turn; the left task starts at +2 and ends at -3, the right task at -2 and +3. A response has "
-    "20 steps, and γ is the discount of later costs (0: token level, 1: sequence level). Published "
-    "metric: variance of the output layer's gradient over the micro-batches of a step, each γ at "
-    "the policies that it has reached; medians over seeds with 95 % intervals, thin: the three "
-    "seeds of the paper. Variance at equal policies: of one trajectory, all γ at the policies of "
-    "γ = 0, one curve an iteration (drawn across a page). Relative variance late in training: both, "
-    "divided by their value at γ = 0; at equal policies most of the published difference vanishes. "
-    "Maps: share of 2,048 trajectories in each cell of position and time step after training, "
-    "white if none, on one logarithmic scale. In the paper γ = 1 misses the targets; here all γ "
-    "reach them: "
-    "the number in a map is the mean distance between the last position and the target (median "
-    "over seeds)."
+    "20 steps, and γ is the discount of later costs (0: token level, 1: sequence level). "
+    "Published metric: variance of the output layer's gradient over the micro-batches of a step, "
+    "each γ at the policies that it has reached; medians over seeds with 95 % intervals, thin: "
+    "the three seeds of the paper. Variance at equal policies: of one trajectory, all γ at the "
+    "policies of γ = 0, one curve an iteration (drawn across a page). Relative variance late in "
+    "training: both, divided by their value at γ = 0; at equal policies most of the published "
+    "difference vanishes. Maps: share of 2,048 trajectories in each cell of position and time "
+    "step after training, white if none, on one logarithmic scale. In the paper γ = 1 misses the "
+    "targets; here all γ reach them: the number in a map is the mean distance between the last "
+    "position and the target (median over seeds)."
 )
 TASKS = {"left": -3, "right": 3}
 """Target position of each task."""
@@ -102,7 +101,9 @@ def draw_equal_policies(axes: Any, table: pd.DataFrame) -> None:
     for iteration, curve in rows.groupby("iteration"):
         plot_line(axes, curve, "gamma", color=style.BLUE, marker="o", ms=2.5)
         last = curve.iloc[-1]
-        text = f"iteration {iteration:g}" if iteration == rows["iteration"].min() else f"{iteration:g}"
+        text = (
+            f"iteration {iteration:g}" if iteration == rows["iteration"].min() else f"{iteration:g}"
+        )
         axes.annotate(
             text,
             (last["gamma"], last["value"]),

@@ -16,13 +16,12 @@ from figures.labels import method_label
 COLUMNS = ("method", "runs", "step", "first", "last", "part", "tokens", "value", "error")
 CAPTION = (
     "Exact decomposition of the reverse KL, in nats per token, over a top-K support S: between S "
-    "and the rest (in or out of S: the student's mass off it), within S, and beyond S "
-    "(an unbiased estimate from sampled tokens). One row a method, all panels on the same "
-    "logarithmic scale: by step, and by position in the response at the first (across a page) and "
-    "the last step (bins double in width and have at least 100 tokens). Black: the sum of the three "
-    "parts with its 95 % interval over prompts. Values below 0.001 are not drawn. Titles: share of "
-    "the KL within S at the last step. A renormalised "
-    "top-K loss sees only the part within S."
+    "and the rest (in or out of S: the student's mass off it), within S, and beyond S (an "
+    "unbiased estimate from sampled tokens). One row a method, all panels on the same logarithmic "
+    "scale: by step, and by position in the response at the first (across a page) and the last "
+    "step (bins double in width and have at least 100 tokens). Black: the sum of the three parts "
+    "with its 95 % interval over prompts. Values below 0.001 are not drawn. Titles: share of the "
+    "KL within S at the last step. A renormalised top-K loss sees only the part within S."
 )
 PARTS = {
     "binary": ("in or out of S", style.RED, "s"),

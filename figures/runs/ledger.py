@@ -15,15 +15,16 @@ from figures.labels import method_label
 
 COLUMNS = ("method", "runs", "step", "kind", "quantity", "value", "low", "high")
 CAPTION = (
-    "Which kinds of tokens the update comes from. Energy: share of r² |1_y − p|², the squared size "
-    "of the sampled-token update, where r = log p(y) − log q(y); tokens: share of the tokens. "
-    "Numbers: shares of 10 % or more. The kind is the first of these that applies: special token; "
-    "repeated (completes an 8-gram that its response already has); excluded (the student is sure, "
-    "p > 0.9, and the teacher excludes it, q < 1e-4); uncertain (the student's entropy is in the "
-    "top fifth of the run's first batch); any other. Effective tokens: N_eff = (Σe)² / Σe², the "
-    "number of tokens that would have the same effect if their energies e were equal, in percent "
-    "of all tokens. Whiskers: 95 % bootstrap intervals over prompts, in the bars of each kind's "
-    "own share where it is 2 % or more. Tokens masked out of the loss are not counted."
+    "Which kinds of tokens the update comes from. Energy: share of r² |1_y − p|², the squared "
+    "size of the sampled-token update, where r = log p(y) − log q(y); tokens: share of the "
+    "tokens. Numbers: shares of 10 % or more. The kind is the first of these that applies: "
+    "special token; repeated (completes an 8-gram that its response already has); excluded (the "
+    "student is sure, p > 0.9, and the teacher excludes it, q < 1e-4); uncertain (the student's "
+    "entropy is in the top fifth of the run's first batch); any other. Effective tokens: N_eff = "
+    "(Σe)² / Σe², the number of tokens that would have the same effect if their energies e were "
+    "equal, in percent of all tokens. Whiskers: 95 % bootstrap intervals over prompts, in the "
+    "bars of each kind's own share where it is 2 % or more. Tokens masked out of the loss are not "
+    "counted."
 )
 KINDS = {
     "special": ("special token", style.PURPLE),

@@ -18,10 +18,10 @@ COLUMNS = ("method", "runs", "run", "step", "loss", "loss_error", "signal", "low
 CAPTION = (
     "Does the gradient vanish before the divergence does? One panel a method, on common axes: "
     "|G|², the squared norm of the mean sampled-token gradient of the output layer (LM head), "
-    "against the remaining reverse KL (log p - log q, the student's own tokens). |G|² is an "
-    "unbiased estimate to which minibatch noise does not add. One point a probe, one trail a run, "
-    "from the first probe (open) to the last (filled); whiskers: 95 % intervals over prompts; "
-    "triangles: the interval reaches 0 (an estimate below 0 is drawn at the lower edge). "
+    "against the remaining reverse KL (mean of log p - log q per token of the student). |G|² is "
+    "an unbiased estimate to which minibatch noise does not add. One point a probe, one trail a "
+    "run, from the first probe (open) to the last (filled); whiskers: 95 % intervals over "
+    "prompts; triangles: the interval reaches 0 (an estimate below 0 is drawn at the lower edge). "
     "Learning-signal ratio: |G|² / 2 KL by step, with the same intervals and triangles. A run "
     "that learns moves down and to the left. A run that does not keeps its KL: it moves down if "
     "the signal vanishes, and up if its own objective does not follow the signal. Output layer "
@@ -48,33 +48,39 @@ def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
         place = grid[i // num_columns, i % num_columns]
         axes = figure.add_subplot(place, sharex=shared, sharey=shared)
         trails.append(axes)
-        draw_method(axes, table[table["method"] == method], colours[method], floor)
+        rows = table[table["method"] == method]
+        for _, run_rows in rows.groupby("run"):
+            draw_trail(axes, run_rows.sort_values("step"), colours[method], floor)
+        title = panel_title(rows, 17 if style.is_column(width) else 24)
+        axes.set_title(title, color=colours[method])
     set_trail_axes(trails, num_columns, floor)
     draw_ratios(figure.add_subplot(grid[num_rows, :]), table, colours)
     add_legend(figure, 2 if style.is_column(width) else 4)
     return figure
 
 
-def draw_method(axes: Any, rows: pd.DataFrame, colour: str, floor: float) -> None:
-    """Draw the trails of a method's runs, and name the change of the mean KL."""
-    for _, run_rows in rows.groupby("run"):
-        draw_trail(axes, run_rows.sort_values("step"), colour, floor)
-    ends = [rows[rows["step"] == step]["loss"].mean() for step in sorted(rows["step"])]
-    label = textwrap.fill(method_label(rows["method"].iloc[0]), 22, break_on_hyphens=False)
-    axes.set_title(f"{label}\nKL {ends[0]:.2g} to {ends[-1]:.2g} nats", color=colour)
+def panel_title(rows: pd.DataFrame, line_length: int) -> str:
+    """Return a method, and its mean KL at the first and the last probe."""
+    method = method_label(rows["method"].iloc[0])
+    ends = [
+        rows.loc[rows["step"] == x, "loss"].mean() for x in (rows["step"].min(), rows["step"].max())
+    ]
+    label = textwrap.fill(method, line_length, break_on_hyphens=False)
+    return f"{label}\nKL {ends[0]:.2g} to {ends[1]:.2g} nats"
 
 
 def set_trail_axes(trails: list[Any], num_columns: int, floor: float) -> None:
     """Give the panels of the trails their common axes, with labels at the left and below."""
     for i, axes in enumerate(trails):
         axes.set(xscale="log", yscale="log")
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_minor_formatter(NullFormatter())
         if i % num_columns == 0:
             axes.set_ylabel("|G|²")
         else:
             axes.tick_params(labelleft=False)
         if i + num_columns >= len(trails):
-            axes.set_xlabel("reverse KL, nats/token")
+            axes.set_xlabel("reverse KL, nats")
         else:
             axes.tick_params(labelbottom=False)
     trails[0].set_ylim(0.8 * floor, None)

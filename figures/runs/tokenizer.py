@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 COLUMNS = ("method", "runs", "step", "kind", "label", "first", "last", "value", "low", "high")
 CAPTION = (
     "Where the two models write the same text in other tokens. Excluded tokens: ids of which the "
-    "student is sure (p > 0.9) and which the teacher excludes (q < 1e-4), at the first saved step, "
-    "by their share of the total signal |r| = |log p - log q| (the largest, with 95 % intervals "
-    "over prompts, all methods on one scale; <|…|>* is a special token). EOS probability at the first "
-    "and the last saved step: mean over the student's prefixes by position (bins double in width), "
-    "of each model for its own EOS token, and of the teacher for the student's EOS token; whiskers "
-    "are 95 % intervals over prompts; values below 1e-7 are drawn there. Exact where the saved "
-    "top-K contains the EOS token, otherwise an unbiased estimate from the sampled tokens. Where "
-    "the teacher would end with its own EOS but not with the student's, the two EOS tokens "
-    "differ; where with neither, it would continue. A mask leaves tags and EOS out of the signal. "
-    "Batches saved before December 2026 have supervised tokens only: there, the prefix of a masked "
-    "EOS is missing."
+    "student is sure (p > 0.9) and which the teacher excludes (q < 1e-4), at the first saved "
+    "step, by their share of the total signal |r| = |log p - log q| (the largest, with 95 % "
+    "intervals over prompts, all methods on one scale; <|…|>* is a special token). EOS "
+    "probability at the first and the last saved step: mean over the student's prefixes by "
+    "position (bins double in width), of each model for its own EOS token, and of the teacher for "
+    "the student's EOS token; whiskers are 95 % intervals over prompts; values below 1e-7 are "
+    "drawn there. Exact where the saved top-K contains the EOS token, otherwise an unbiased "
+    "estimate from the sampled tokens. Where the teacher would end with its own EOS but not with "
+    "the student's, the two EOS tokens differ; where with neither, it would continue. A mask "
+    "leaves tags and EOS out of the signal. Batches saved before December 2026 have supervised "
+    "tokens only: there, the prefix of a masked EOS is missing."
 )
 HAZARDS = {
     "student": ("student, own EOS", style.BLUE, "-", "o"),
@@ -80,7 +80,9 @@ def make_grid(figure: Figure, num_methods: int, width: float) -> list[list[Any]]
     if style.is_column(width):
         ratios = [0.55, 1] * num_methods
         grid = figure.add_gridspec(2 * num_methods, 2, height_ratios=ratios)
-        places = [(grid[2 * i, :], grid[2 * i + 1, 0], grid[2 * i + 1, 1]) for i in range(num_methods)]
+        places = [
+            (grid[2 * i, :], grid[2 * i + 1, 0], grid[2 * i + 1, 1]) for i in range(num_methods)
+        ]
     else:
         grid = figure.add_gridspec(num_methods, 3)
         places = [(grid[i, 0], grid[i, 1], grid[i, 2]) for i in range(num_methods)]

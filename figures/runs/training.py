@@ -17,12 +17,12 @@ COLUMNS = ("run", "objective", "seed", "step", "metric", "value", "outcomes")
 CAPTION = (
     "Training runs by objective: sampled token, and local support (renormalised reverse KL on the "
     "teacher's top K). Held-out accuracy: mean over seeds and problems with 95 % intervals over "
-    "both. The rest: single runs (thin) and the mean over the runs of an objective (thick, running "
-    "mean over 5 steps). Reverse KL: log p - log q of the student's own tokens, nats per token; "
-    "gradient norm before clipping; negative signal: share of the sampled tokens with log q < log "
-    "p, and (broad and pale) the share expected from the two models' distributions; top 1 % of the "
-    "tokens: share of the sum of |log q - log p| that they have; truncated: share of the responses "
-    "that reach the budget."
+    "both. The rest: single runs (thin) and the mean over the runs of an objective (thick, "
+    "running mean over 5 steps). Reverse KL: log p - log q of the student's own tokens, nats per "
+    "token; gradient norm before clipping; negative signal: share of the sampled tokens with log "
+    "q < log p, and (broad and pale) the share expected from the two models' distributions; top 1 "
+    "% of the tokens: share of the sum of |log q - log p| that they have; truncated: share of the "
+    "responses that reach the budget."
 )
 SMOOTHING_STEPS = 5
 """Window of the running mean in steps; the raw values are drawn faintly."""
@@ -52,10 +52,11 @@ def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     others = [x for x in objectives if x not in COLOURS]
     colours = COLOURS | dict(zip(others, OTHER_COLOURS * len(objectives), strict=False))
     narrow = style.is_column(width)
+    legend_height = 0.08 * len(objectives)
     if narrow:
-        figure, axes = style.make_panels(3, 2, 5.2, width=width)
+        figure, axes = style.make_panels(3, 2, 5.1 + legend_height, width=width)
     else:
-        figure, axes = style.make_panels(2, 3, 4.2, width=width)
+        figure, axes = style.make_panels(2, 3, 4.1 + legend_height, width=width)
     draw_accuracy(axes[0], table, colours)
     for ax, (metric, title, scale) in zip(axes[1:], PANELS, strict=True):
         if metric == "signal/negative_share":
@@ -66,7 +67,7 @@ def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
             style.set_log_axis(ax)
     for ax in axes[-2 if narrow else -3 :]:
         ax.set_xlabel("step")
-    add_legend(figure, axes[0], 2 if narrow else 4)
+    add_legend(figure, axes[0])
     return figure
 
 
@@ -109,7 +110,7 @@ def draw_metric(axes: Any, table: pd.DataFrame, metric: str, colours: dict[str, 
         axes.plot(mean.index, mean, color=colours[objective])
 
 
-def add_legend(figure: Figure, axes: Any, num_columns: int) -> None:
+def add_legend(figure: Figure, axes: Any) -> None:
     """Explain objectives and kinds of lines below the panels."""
     handles, labels = axes.get_legend_handles_labels()
     for label, options in (
@@ -118,7 +119,9 @@ def add_legend(figure: Figure, axes: Any, num_columns: int) -> None:
     ):
         handles.append(Line2D([], [], color="#555555", **options))
         labels.append(label)
-    figure.legend(handles, labels, loc="outside lower center", ncols=num_columns)
+    longest = 0.4 + 0.056 * max(map(len, labels))  # inches: the line, and the text at 7 pt
+    num_columns = max(1, int(figure.get_size_inches()[0] / longest))
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, num_columns))
 
 
 def smooth(series: pd.Series) -> pd.Series:
