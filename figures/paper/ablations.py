@@ -66,7 +66,7 @@ def draw_column(table: pd.DataFrame, width: float) -> Figure:
     """Draw one row an ablation, with its legend below, and one column a quantity but the score."""
     columns = [column for column in ROWS if column != "reward"]
     figure = Figure(figsize=(width, 6.0), layout="constrained")
-    parts = figure.subfigures(len(PANELS), 1)
+    parts: Any = figure.subfigures(len(PANELS), 1)
     for part, (title, labels) in zip(parts, PANELS.items(), strict=True):
         axes = part.subplots(1, len(columns))
         for ax, column in zip(axes, columns, strict=True):

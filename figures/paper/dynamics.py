@@ -66,7 +66,12 @@ def draw_panels(
         for method, (colour, dash) in METHODS.items():
             mean = seed_means(table[table["method"] == method], column, column in LOG_COLUMNS)
             if len(mean):
-                options = {"color": colour, "ls": dash, "lw": 1.1, "label": method_label(method)}
+                options: dict[str, Any] = {
+                    "color": colour,
+                    "ls": dash,
+                    "lw": 1.1,
+                    "label": method_label(method),
+                }
                 options |= {"marker": "o", "ms": 3} if column == "accuracy" else {}
                 options["zorder"] = 3 if dash == "--" else 2
                 band = (mean["step"], mean["value"], mean["low"], mean["high"])

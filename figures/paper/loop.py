@@ -35,7 +35,8 @@ def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     num_lines = 1 + max(line for line, *_ in segments)
     text_height = (num_lines * LINE_HEIGHT + 4) / 72
     figure = Figure(figsize=(width, 2.6 + text_height), layout="constrained")
-    curves, text = figure.subfigures(2, 1, height_ratios=[2.6, text_height])
+    parts: Any = figure.subfigures(2, 1, height_ratios=[2.6, text_height])
+    curves, text = parts
     student, teacher = curves.subplots(2, 1, sharex=True, sharey=True)
     for axes, name, symbol, colour in (
         (student, "student", "p", style.BLUE),

@@ -40,10 +40,11 @@ def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw the same points on linear and on logarithmic axes, and the shares with intervals."""
     narrow = style.is_column(width)
     figure = Figure(figsize=(width, 4.2 if narrow else 3.0), layout="constrained")
-    if narrow:
-        top, bottom = figure.subfigures(2, 1, height_ratios=[1.6, 1])
-    else:
-        top, bottom = figure.subfigures(1, 2, width_ratios=[1.5, 1])
+    shape: dict[str, Any] = {"nrows": 2, "ncols": 1, "height_ratios": [1.6, 1]}
+    if not narrow:
+        shape = {"nrows": 1, "ncols": 2, "width_ratios": [1.5, 1]}
+    parts: Any = figure.subfigures(**shape)
+    top, bottom = parts
     linear, logarithmic = top.subplots(1, 2)
     draw_points(linear, table[table["share"].isna()], "linear")
     draw_points(logarithmic, table[table["share"].isna()], "log")

@@ -108,19 +108,20 @@ def draw_stack(axes: Any, rows: pd.DataFrame) -> None:
     for kind, (label, colour) in KINDS.items():
         kind_rows = rows[rows["kind"] == kind].set_index("step").reindex(steps)
         value = kind_rows["value"].fillna(0).to_numpy()
-        axes.bar(x, 100 * value, 0.9, bottom=100 * bottom, color=colour, label=label)
+        axes.bar(x, value, 0.9, bottom=bottom, color=colour, label=label)
         ends = kind_rows[["low", "high"]].fillna(0).to_numpy().T
         spread = np.abs(ends - value).clip(max=np.stack([value, np.maximum(1 - bottom - value, 0)]))
         shown = (value >= MIN_WHISKER) & (kind != "rest")
         options: dict[str, Any] = {"fmt": "none", "ecolor": WHISKER, "lw": 0.8}
-        whiskers = 100 * np.where(shown, spread, np.nan)
-        axes.errorbar(x + 0.38, 100 * (bottom + value), yerr=whiskers, **options)
+        whiskers = np.where(shown, spread, np.nan)
+        axes.errorbar(x + 0.38, bottom + value, yerr=whiskers, **options)
         for i in np.flatnonzero(value >= MIN_LABEL):
             text = f"{100 * value[i]:.0f}"
-            middle = 100 * (bottom[i] + value[i] / 2)
+            middle = bottom[i] + value[i] / 2
             axes.text(x[i] - 0.08, middle, text, ha="center", va="center", fontsize=7)
         bottom = bottom + value
-    axes.set(ylim=(0, 100), xticks=x, yticks=(0, 50, 100))
+    axes.set(ylim=(0, 1), xticks=x)
+    axes.set_yticks((0, 0.5, 1), ("0", "50", "100"))
     axes.set_xticklabels([f"{step:g}" for step in steps])
     axes.grid(axis="x", visible=False)
 
