@@ -174,7 +174,7 @@ def draw_row(axes: Any, row: Any, y: float, size: float, runs: list[float], colo
     axes.plot(runs, heights, "o", ms=3.4, **options)
     count = sum(x < COLLAPSED for x in runs)
     if count:
-        text = f"{count} of {len(runs)} runs at 0"
+        text = f"{count} of {len(runs)} at 0"
         x = max(row.accuracy, COLLAPSED) + 0.03
         label = axes.text(x, y, text, va="center", fontsize=style.MIN_FONT_SIZE, color=colour)
         label.set_path_effects([withStroke(linewidth=2, foreground="white")])

@@ -101,9 +101,7 @@ def draw_equal_policies(axes: Any, table: pd.DataFrame) -> None:
     for iteration, curve in rows.groupby("iteration"):
         plot_line(axes, curve, "gamma", color=style.BLUE, marker="o", ms=2.5)
         last = curve.iloc[-1]
-        text = (
-            f"iteration {iteration:g}" if iteration == rows["iteration"].min() else f"{iteration:g}"
-        )
+        text = "iteration " * (iteration == rows["iteration"].min()) + f"{iteration:g}"
         axes.annotate(
             text,
             (last["gamma"], last["value"]),

@@ -76,7 +76,7 @@ def set_trail_axes(trails: list[Any], num_columns: int, floor: float) -> None:
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_minor_formatter(NullFormatter())
         if i % num_columns == 0:
-            axes.set_ylabel("|G|²")
+            axes.set_ylabel("signal |G|²")
         else:
             axes.tick_params(labelleft=False)
         if i + num_columns >= len(trails):
