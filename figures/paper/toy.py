@@ -101,7 +101,8 @@ def draw_equal_policies(axes: Any, table: pd.DataFrame) -> None:
     for iteration, curve in rows.groupby("iteration"):
         plot_line(axes, curve, "gamma", color=style.BLUE, marker="o", ms=2.5)
         last = curve.iloc[-1]
-        text = "iteration " * (iteration == rows["iteration"].min()) + f"{iteration:g}"
+        is_first = iteration == rows["iteration"].min()
+        text = ("iteration " if is_first else "") + f"{iteration:g}"
         axes.annotate(
             text,
             (last["gamma"], last["value"]),

@@ -19,9 +19,9 @@ CAPTION = (
     "teacher's top K). Held-out accuracy: mean over seeds and problems with 95 % intervals over "
     "both. The rest: single runs (thin) and the mean over the runs of an objective (thick, "
     "running mean over 5 steps). Reverse KL: log p - log q of the student's own tokens, nats per "
-    "token; gradient norm before clipping; negative signal: share of the sampled tokens with log "
-    "q < log p, and (broad and pale) the share expected from the two models' distributions; top 1 "
-    "% of the tokens: share of the sum of |log q - log p| that they have; truncated: share of the "
+    "token; gradient norm before clipping; share with q < p: of the sampled tokens (a negative "
+    "signal), and (broad and pale) the share expected from the two models' distributions; top 1 % "
+    "of the tokens: share of the sum of |log q - log p| that they have; truncated: share of the "
     "responses that reach the budget."
 )
 SMOOTHING_STEPS = 5
@@ -29,7 +29,7 @@ SMOOTHING_STEPS = 5
 PANELS = (
     ("divergence/reverse_kl", "Reverse KL, nats", "log"),
     ("grad_norm", "Gradient norm", "log"),
-    ("signal/negative_share", "Negative signal", "linear"),
+    ("signal/negative_share", "Share with q < p", "linear"),
     ("signal/signal_top1_share", "Signal in the top 1 %", "linear"),
     ("response/truncated_share", "Truncated, share", "linear"),
 )
