@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from diagnostics.errors import InvalidInput
 from diagnostics.records import run_tables
@@ -17,32 +18,37 @@ from figures.collect.paired import (
     paired_difference,
 )
 from figures.collect.steps import check_same_problems, label_runs, pivot_metrics, seed_means
+from figures.labels import method_label
 
 COLUMNS = (
     *("group", "method", "seed", "step", "task", "where"),
     *("won", "turns", "inadmissible", "cost_1", "cost_2", "cost_4", "cost_8", "outcomes"),
 )
 CAPTION = (
-    "An agent in `env:household`, a household game in text: 3 to 5 places, 1 or 2 objects to "
+    "An agent in a household game in text (`env:household`): 3 to 5 places, 1 or 2 objects to "
     "bring to one of them, at most 16 turns. As in the paper, each turn is a training sample. "
-    "Top: the agent trained on games alone (left), and on games alternating with sorting digits "
-    "(middle: games, right: sorting), each task with its own teacher. All runs are evaluated on "
-    "the same held-out games and problems. Bands and bars: 95 % intervals over seeds and games, "
-    "or over seeds for turns, inadmissible actions and KL (Student's t). Dotted: the teacher of "
-    "the games. Dashed: trained on games and sorting. KL by turn: mean of log p - log q over the "
-    "student's own tokens at that turn, for games alone, in the first five steps (hollow) and the "
-    "last five (filled). Student and teachers have 0.3 million weights and the same writing "
-    "style; the student was pretrained on demonstrations of both tasks in which a player "
-    "and a sorter make one error in ten. The paper's agents have 7B parameters and play ALFWorld, "
-    "alternating "
-    "with mathematics."
+    "Games alone: the agent trained on games; games and sorting: on games alternating with "
+    "sorting digits, each task with its own teacher. Games won and problems solved: share of the "
+    "same held-out games and problems, on one scale. Whiskers: 95 % intervals over seeds and "
+    "games, or over seeds for turns, inadmissible actions and KL (Student's t). Dotted: the "
+    "teacher of the games, its interval in grey. Dashed: trained on games and sorting (the axis "
+    "is the share of the training, which is twice as long there). KL by turn: mean of log p - log "
+    "q over the student's own tokens at that turn, for games alone, in the first five steps "
+    "(hollow) and the last five (filled). Local support (V1) samples its rollouts at top-p 0.9. "
+    "Student and teachers have 0.3 million weights and the same writing style; the student was "
+    "pretrained on demonstrations of both tasks in which a player and a sorter make one error in "
+    "ten. The paper's agents have 7B parameters and play ALFWorld, alternating with mathematics."
 )
 METHODS = {
-    "sampled": ("sampled token", style.RED),
-    "lsm": ("local support, top-p", style.SKY),
-    "lsm_whole": ("local support", style.BLUE),
+    "sampled": (style.RED, "o"),
+    "lsm": (style.SKY, "s"),
+    "lsm_whole": (style.BLUE, "^"),
 }
+"""Color and mark of each method."""
+DODGE = 0.025
+"""Distance between the marks of two methods, as a share of the axis."""
 TEACHER = "teacher"
+DARK = "#444444"
 GROUPS = {"games": ("Games alone", "-"), "agents": ("Games and sorting", "--")}
 GAMES, PROBLEMS = "rooms", "sort"
 TURNS, NUM_END_STEPS = (1, 2, 4, 8), 5
@@ -55,89 +61,130 @@ COST_METRICS = {f"turn={n}/divergence/k1": f"cost_{n}" for n in TURNS}
 def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw success on games and problems, inadmissible actions, turns, and KL by turn."""
     evaluations = select_evaluations(table)
-    figure, axes = style.make_panels(2, 3, 4.6, width=width)
+    narrow = style.is_column(width)
+    if narrow:
+        figure, axes = style.make_panels(3, 2, 6.2, width=width)
+    else:
+        figure, axes = style.make_panels(2, 3, 4.4, width=width)
     games = evaluations[evaluations["task"] == GAMES]
     teacher = games[games["method"] == TEACHER]
+    separator = "\n" if narrow else ": "
     for ax, (group, (title, _)) in zip(axes, GROUPS.items(), strict=False):
         draw_wins(ax, games[games["group"] == group], teacher)
-        ax.set_title(f"{title}: games won")
+        ax.set_title(f"{title}{separator}games won")
     draw_wins(axes[2], evaluations[evaluations["task"] == PROBLEMS], teacher[:0])
-    axes[2].set_title("Games and sorting: solved")
+    axes[2].set_title(f"Games and sorting{separator}solved")
     lowest = min(ax.get_ylim()[0] for ax in axes[:3])
     for ax in axes[:3]:
         ax.set_ylim(lowest, 1.0)
     draw_metric(axes[3], games, "inadmissible")
-    axes[3].set_title("Inadmissible actions")
+    axes[3].yaxis.set_major_formatter("{x:g}")
+    axes[3].set_title(f"Inadmissible{separator}share of turns")
     draw_metric(axes[4], games, "turns")
     axes[4].set_title("Turns per game")
     draw_cost(axes[5], table[(table["where"] == ROLLOUTS) & (table["group"] == "games")])
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    add_legend(figure, [*dict.fromkeys(evaluations["method"])], 2 if narrow else 4)
     return figure
+
+
+def add_legend(figure: Figure, methods: list[str], num_columns: int) -> None:
+    """Explain methods, dashes, and hollow and filled marks below the panels."""
+    handles = [
+        Line2D([], [], color=colour, marker=mark, ms=3, label=method_label(method))
+        for method, (colour, mark) in METHODS.items()
+        if method in methods
+    ]
+    dark: dict[str, Any] = {"color": DARK, "lw": 1}
+    if TEACHER in methods:
+        handles.append(Line2D([], [], ls=":", label="teacher of the games", **dark))
+    handles += [
+        Line2D([], [], ls=dash, label=f"trained on {title.lower()}", **dark)
+        for title, dash in GROUPS.values()
+    ]
+    dark |= {"ls": "", "marker": "o", "ms": 3.5}
+    handles += [
+        Line2D([], [], mfc="white", label=f"first {NUM_END_STEPS} steps", **dark),
+        Line2D([], [], label=f"last {NUM_END_STEPS} steps", **dark),
+        Line2D([], [], color=DARK, marker="|", ls="", ms=8, label="95 % interval"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=num_columns)
+
+
+def mark_options(method: str) -> dict[str, Any]:
+    """Return the options of `Axes.errorbar` for a method."""
+    colour, mark = METHODS[method]
+    return {"color": colour, "marker": mark, "ms": 3, "lw": 1.2, "elinewidth": 0.8}
+
+
+def dodge(method: str, length: float) -> float:
+    """Return how far a method's marks are moved on an axis of the given length."""
+    return DODGE * length * (list(METHODS).index(method) - (len(METHODS) - 1) / 2)
 
 
 def draw_wins(axes: Any, evaluations: pd.DataFrame, teacher: pd.DataFrame) -> None:
     """Draw the success rate on held-out games or problems, with intervals over seeds and games."""
-    for method, (label, colour) in METHODS.items():
+    for method in METHODS:
         method_rows = evaluations[evaluations["method"] == method]
         points = [
             (step, *accuracy_interval(outcome_array(step_rows, method)))
             for step, step_rows in method_rows.groupby("step")
         ]
         if points:
-            x, y, low, high = zip(*points, strict=True)
-            options: dict[str, Any] = {"color": colour, "marker": "o", "ms": 3, "label": label}
-            style.plot_band(axes, x, y, low, high, **options)
+            x, y, low, high = np.array(points, float).T
+            shifted = x + dodge(method, max(x))
+            axes.errorbar(shifted, y, yerr=[y - low, high - y], **mark_options(method))
     if len(teacher):
         share, bottom, top = accuracy_interval(outcome_array(teacher, TEACHER))
-        axes.axhline(share, ls=":", lw=1, color="#444444", label="teacher")
-        axes.axhspan(bottom, top, color="#444444", alpha=0.08, lw=0)
+        axes.axhline(share, ls=":", lw=1, color=DARK, zorder=1)
+        axes.axhspan(bottom, top, color=DARK, alpha=0.08, lw=0)
     axes.set_xlabel("step")
 
 
 def draw_metric(axes: Any, games: pd.DataFrame, column: str) -> None:
     """Draw a metric of held-out games during training; dashed: trained on problems as well."""
-    for method, (_, colour) in METHODS.items():
+    for method in METHODS:
         for group, (_, dash) in GROUPS.items():
             group_rows = games[(games["method"] == method) & (games["group"] == group)]
             mean = seed_means(group_rows, column)
             if len(mean):
-                x = mean["step"] / mean["step"].max()
-                options: dict[str, Any] = {"color": colour, "ls": dash, "marker": "o", "ms": 3}
-                style.plot_band(axes, x, mean["value"], mean["low"], mean["high"], **options)
+                x = mean["step"] / mean["step"].max() + dodge(method, 1)
+                spread = [mean["value"] - mean["low"], mean["high"] - mean["value"]]
+                options = mark_options(method) | {"ls": dash}
+                axes.errorbar(x + (dash == "--") * DODGE / 2, mean["value"], yerr=spread, **options)
     for value in games[games["method"] == TEACHER][column]:
-        axes.axhline(value, ls=":", lw=1, color="#444444")
-    axes.set_xlabel("fraction of training")
+        axes.axhline(value, ls=":", lw=1, color=DARK, zorder=1)
+    axes.set_xlabel("share of the training")
+    axes.set_xticks((0, 0.5, 1), ("0", "0.5", "1"))
 
 
 def draw_cost(axes: Any, table: pd.DataFrame) -> None:
     """Draw the KL at each turn of TURNS in the first and in the last NUM_END_STEPS steps."""
-    for index, (method, (_, colour)) in enumerate(METHODS.items()):
+    for index, (method, (colour, mark)) in enumerate(METHODS.items()):
         method_rows = table[table["method"] == method]
         final = method_rows["step"].max()
         for step_range, fill in (
-            ((0, NUM_END_STEPS - 1), "none"),
+            ((0, NUM_END_STEPS - 1), "white"),
             ((final - NUM_END_STEPS + 1, final), colour),
         ):
-            seed_values = (
-                method_rows[method_rows["step"].between(*step_range)]
-                .groupby("seed")
-                .mean(numeric_only=True)
-            )
+            rows = method_rows[method_rows["step"].between(*step_range)]
+            seed_values = rows.groupby("seed").mean(numeric_only=True)
             for i, turn in enumerate(TURNS):
-                table_by_seed = pd.DataFrame(
-                    {"step": 0, "seed": seed_values.index, "value": seed_values[f"cost_{turn}"]}
-                )
-                mean = seed_means(table_by_seed.reset_index(drop=True), "value")
+                mean = mean_of_seeds(seed_values[f"cost_{turn}"])
                 if len(mean):
                     value, low, high = mean[["value", "low", "high"]].iloc[0]
-                    x = i + (index - (len(METHODS) - 1) / 2) * 0.2
-                    error = [[value - low], [high - value]]
-                    options: dict[str, Any] = {"fmt": "o", "ms": 3.5, "color": colour, "mfc": fill}
-                    axes.errorbar(x, value, yerr=error, **options)
+                    x = i + (index - (len(METHODS) - 1) / 2) * 0.24
+                    options: dict[str, Any] = {"fmt": mark, "ms": 3.5, "color": colour, "mfc": fill}
+                    options["elinewidth"] = 0.8
+                    axes.errorbar(x, value, yerr=[[value - low], [high - value]], **options)
     axes.set_xticks(range(len(TURNS)), [str(turn) for turn in TURNS])
-    axes.set(title="KL by turn, nats per token", xlabel="turn of the game")
+    axes.set(title="KL by turn, nats", xlabel="turn of the game")
     axes.set_ylim(bottom=0)
+
+
+def mean_of_seeds(values: pd.Series) -> pd.DataFrame:
+    """Return the mean of one value a seed with its interval, empty if there is none."""
+    table = pd.DataFrame({"step": 0, "seed": values.index, "value": values.to_numpy()})
+    return seed_means(table, "value")
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
@@ -236,7 +283,7 @@ def interval_columns(name: str, interval: tuple[float, float, float]) -> dict[st
 
 def markdown(results: pd.DataFrame) -> str:
     """Render the tables of `summary` as Markdown."""
-    base = METHODS[next(iter(METHODS))][0]
+    base = method_label(next(iter(METHODS)))
     parts = [
         "Brackets: 95 % intervals over seeds and games; gains and differences are paired by seed "
         "and game. Inadmissible: share of turns with an action that the game does not allow."
@@ -258,7 +305,7 @@ def markdown(results: pd.DataFrame) -> str:
 
 def format_cells(row: dict[Any, Any]) -> list[str]:
     """Format the cells of one row of a Markdown table."""
-    cells = [METHODS.get(row["method"], (TEACHER, ""))[0], str(row["seeds"])]
+    cells = [method_label(row["method"]), str(row["seeds"])]
     for name, number_format in (
         ("before", ".3f"),
         ("won", ".3f"),

@@ -6,6 +6,8 @@ from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 
 from diagnostics.errors import InvalidInput
 from figures import style
@@ -17,19 +19,26 @@ from figures.collect.paired import (
     paired_difference,
 )
 from figures.collect.steps import EVALUATION_COLUMNS, evaluations_table
+from figures.labels import method_label
 
 COLUMNS = EVALUATION_COLUMNS
 CAPTION = (
-    "Held-out accuracy after training: mean over seeds and problems, with 95 % intervals over "
-    "both. Vertical strokes: single runs; dotted: the untrained student. Rollouts use top-p 0.9 "
-    "for local supports and variants, as in the paper; evaluation uses top-p 1 (0.9 in the "
-    "paper). The models are built for this comparison: a byte-level student that spells its think "
-    "tags in bytes and ends with <|im_end|>; a teacher of the task chain with single-token tags "
-    "and the EOS <|endoftext|>; a teacher of the task sort with the student's tags and EOS. The "
-    "paper's students have 7B parameters and its tasks are mathematics and ALFWorld. The mismatch "
-    "is like the paper's (see `segmentation`), but every response of about a hundred tokens has "
-    "it three times, which is far more often. That unmasked methods fall to 0 is an effect of "
-    "this scale."
+    "Held-out accuracy after training. A dot is a run (a seed); the stroke is the mean over runs "
+    "and problems, the band its 95 % interval over both. Where some runs fall to 0 (an accuracy "
+    "below 0.01) and others do not, the mean is typical of neither: the number of such runs is "
+    "written next to it. Dotted: the student before training, in the color of the task. Local "
+    "support (V1) is the renormalised reverse KL on the teacher's top K; V2 to V5 take another "
+    "support or add a correction for its tail; a mask leaves tags and EOS out of the loss. The "
+    "panels correspond to the paper's tables: objective and mask to 1 (one task) and 2 (two "
+    "tasks), rollouts from the nucleus to 3, variants of the support to 4 (in one column of a "
+    "page: 1, 2 and 4 on one task). Rollouts use top-p 0.9 for local supports and variants, as in "
+    "the paper; evaluation uses top-p 1 (0.9 in the paper). The models are built for this "
+    "comparison: a byte-level student that spells its think tags in bytes and ends with "
+    "<|im_end|>; a teacher of the task chain with single-token tags and the EOS <|endoftext|>; a "
+    "teacher of the task sort with the student's tags and EOS. The paper's students have 7B "
+    "parameters and its tasks are mathematics and ALFWorld. The mismatch is like the paper's (see "
+    "`segmentation`), but every response of about a hundred tokens has it three times, which is "
+    "far more often. That unmasked methods fall to 0 is an effect of this scale."
 )
 
 
@@ -38,6 +47,7 @@ class PaperTable:
     """A table of the paper."""
 
     title: str
+    """Title in the Markdown tables; figures have TITLES."""
     group: str
     """Group of its runs."""
     methods: tuple[str, ...]
@@ -78,68 +88,110 @@ TABLES: dict[str, PaperTable] = {
         ),
     ),
 }
-NAMES = {
-    "sampled": "sampled token",
-    "sampled_mask": "sampled token, mask",
-    "sampled_top_p": "sampled token, top-p",
-    "sampled_mask_top_p": "sampled token, mask, top-p",
-    "lsm": "local support (V1)",
-    "lsm_mask": "local support (V1), mask",
-    "lsm_whole": "local support, no top-p",
-    "v2_student_and_sampled": "V2: student's K + sampled",
-    "v3_teacher_and_sampled": "V3: teacher's K + sampled",
-    "v4_student_tail": "V4: student's K, tail",
-    "v5_teacher_tail": "V5: teacher's K, tail",
-    "v2_student_and_sampled_mask": "V2, mask",
-    "v3_teacher_and_sampled_mask": "V3, mask",
-    "v4_student_tail_mask": "V4, mask",
-    "v5_teacher_tail_mask": "V5, mask",
+TITLES = {
+    "table1": "One task: objective and mask",
+    "table2": "Two tasks in turn: objective and mask",
+    "table3": "One task: rollouts from the nucleus",
+    "table4": "One task: variants of the support",
+    "table4b": "Two tasks in turn: variants of the support",
 }
-LABELS = {
-    "chain (teacher uses other tags and EOS)": style.BLUE,
-    "sort (teacher uses the same tags and EOS)": style.ORANGE,
+"""What each of TABLES compares."""
+PAGE_ROWS = (("table1", "table4"), ("table3", "table4"), ("table2", "table4b"))
+COLUMN_ROWS = (("table1",), ("table2",), ("table4",))
+"""Tables drawn in one column: the main comparison, and the variants with runs that collapse."""
+TASKS = {
+    "": ("chain (teacher uses other tags and EOS)", style.BLUE),
+    "chain": ("chain (teacher uses other tags and EOS)", style.BLUE),
+    "sort": ("sort (teacher uses the same tags and EOS)", style.RED),
 }
-TASKS = {"": style.BLUE, "chain": style.BLUE, "sort": style.ORANGE}
+COLLAPSED = 0.01
+"""Accuracy below which a run is counted as being at 0."""
 
 
 def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
-    """Draw one panel a table, one row a method, one color a task."""
-    figure = Figure(figsize=(width, 6.4), layout="constrained")
-    grid: dict[str, Any] = figure.subplot_mosaic(
-        [["table1", "table2"], ["table3", "table4b"], ["table4", "table4"]],
-        height_ratios=[4, 6, 10],
-    )
+    """Draw one panel a table of the paper, one row a method and task, one dot a run."""
     results = summary(table)
+    rows = COLUMN_ROWS if style.is_column(width) else PAGE_ROWS
+    heights = [max(4, count_lines(results, names[0])) for names in rows]
+    figure = Figure(figsize=(width, 1.5 + 0.23 * sum(heights)), layout="constrained")
+    grid: dict[str, Any] = figure.subplot_mosaic([*map(list, rows)], height_ratios=heights)
     for name, axes in grid.items():
-        final = last_evaluations(
-            table[table["group"] == TABLES[str(name)].group].fillna({"task": ""})
-        )
-        draw_panel(axes, results[results["table"] == name], final)
-        axes.set_title(TABLES[str(name)].title)
-    for axes in (grid["table3"], grid["table4b"], grid["table4"]):
-        axes.set_xlabel("held-out accuracy")
-    handles = [
-        figure.axes[0].errorbar([], [], fmt="o", ms=3.5, color=colour, label=label)
-        for label, colour in LABELS.items()
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2)
+        group = table[table["group"] == TABLES[name].group].fillna({"task": ""})
+        draw_panel(axes, results[results["table"] == name], last_evaluations(group))
+        axes.set_title(TITLES[name], x=1.0, ha="right")
+    for names in (rows[-1], *([PAGE_ROWS[1]] if len(rows[0]) > 1 else [])):
+        for name in names:
+            grid[name].set_xlabel("held-out accuracy")
+    add_legend(figure, [*dict.fromkeys(results["task"])], 1 if style.is_column(width) else 2)
     return figure
+
+
+def count_lines(results: pd.DataFrame, name: str) -> int:
+    """Return the number of methods and tasks of a table."""
+    return int((results["table"] == name).sum())
+
+
+def task_style(task: str) -> tuple[str, str]:
+    """Return the printed name and the color of a task."""
+    return TASKS.get(task, (f"task {task}", style.GREEN))
 
 
 def draw_panel(axes: Any, results: pd.DataFrame, final: pd.DataFrame) -> None:
     """Draw the rows of `summary` of one table, and the accuracy of every run."""
     methods, tasks = (list(dict.fromkeys(results[name])) for name in ("method", "task"))
     for row in results.itertuples():
-        colour = TASKS[row.task]
+        _, colour = task_style(row.task)
         if row.method == methods[0]:
-            axes.axvline(row.before, ls=":", lw=1, color=colour)
-        y = methods.index(row.method) + (tasks.index(row.task) - (len(tasks) - 1) / 2) * 0.28
-        errors = [[row.accuracy - row.low], [row.high - row.accuracy]]
-        axes.errorbar(row.accuracy, y, xerr=errors, fmt="o", ms=3.5, color=colour)
+            axes.axvline(row.before, ls=":", lw=1.2, color=colour, zorder=1)
+        y = methods.index(row.method) + (tasks.index(row.task) + 0.5) / len(tasks) - 0.5
         runs = final[(final["method"] == row.method) & (final["task"] == row.task)]["accuracy"]
-        axes.plot(runs, [y] * len(runs), "|", ms=6, mew=0.8, color=colour, alpha=0.7)
-    axes.set_yticks(range(len(methods)), [NAMES.get(method, method) for method in methods])
-    axes.set(xlim=(-0.03, 1.0), ylim=(len(methods) - 0.5, -0.5))
+        draw_row(axes, row, y, 0.9 / len(tasks), sorted(runs), colour)
+    axes.set_yticks(range(len(methods)), [method_label(method) for method in methods])
+    axes.set(xlim=(-0.03, 1.0), ylim=(len(methods) - 0.45, -0.55), xticks=(0, 0.25, 0.5, 0.75, 1))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", visible=False)
+    for y in range(len(methods) - 1):
+        axes.axhline(y + 0.5, color="#E6E6E6", lw=0.5, zorder=0)
+
+
+def draw_row(axes: Any, row: Any, y: float, size: float, runs: list[float], colour: str) -> None:
+    """Draw the runs of a method and task, spread over a row, on their mean with its interval.
+
+    Args:
+        axes: Axes to draw on.
+        row: A row of `summary`.
+        y: Middle of the row.
+        size: Height of the row.
+        runs: Accuracy of each run, sorted.
+        colour: Color of the task.
+    """
+    axes.plot([row.low, row.high], [y, y], lw=5, color=colour, alpha=0.25, solid_capstyle="butt")
+    axes.plot([row.accuracy] * 2, [y - 0.4 * size, y + 0.4 * size], lw=1.6, color=colour)
+    spread = [(i + 0.5) / len(runs) - 0.5 for i in range(len(runs))]
+    heights = [y + 0.75 * size * x for x in spread]
+    options: dict[str, Any] = {"color": colour, "mec": "white", "mew": 0.4, "zorder": 3}
+    axes.plot(runs, heights, "o", ms=3.4, **options)
+    count = sum(x < COLLAPSED for x in runs)
+    if count:
+        text = f"{count} of {len(runs)} at 0"
+        x = max(row.accuracy, COLLAPSED) + 0.03
+        label = axes.text(x, y, text, va="center", fontsize=style.MIN_FONT_SIZE, color=colour)
+        label.set_path_effects([withStroke(linewidth=2, foreground="white")])
+
+
+def add_legend(figure: Figure, tasks: list[str], num_columns: int) -> None:
+    """Explain the marks and the colors of the tasks below the panels."""
+    styles = dict.fromkeys(task_style(task) for task in tasks)
+    handles = [Line2D([], [], marker="s", ls="", color=c, label=name) for name, c in styles]
+    grey: dict[str, Any] = {"color": "#555555"}
+    handles += [
+        Line2D([], [], marker="o", ls="", ms=3.4, label="one run", **grey),
+        Line2D([], [], marker="|", ls="", ms=8, mew=1.6, label="mean of the runs", **grey),
+        Line2D([], [], lw=5, alpha=0.4, label="95 % interval of the mean", **grey),
+        Line2D([], [], ls=":", lw=1.2, label="student before training", **grey),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=num_columns)
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
@@ -218,7 +270,7 @@ def markdown(results: pd.DataFrame) -> str:
     ]
     for (name, task), task_rows in results.groupby(["table", "task"], sort=False):
         base, *_ = task_rows.itertuples()
-        base_name = NAMES.get(str(base.method), str(base.method))
+        base_name = method_label(str(base.method))
         lines = [
             f"### {TABLES[str(name)].title}" + (f", task {task}" if task else ""),
             "",
@@ -228,7 +280,7 @@ def markdown(results: pd.DataFrame) -> str:
             "|---|---|---|---|---|---|",
         ]
         for row in task_rows.itertuples():
-            cells = [NAMES.get(row.method, row.method), str(row.seeds)]
+            cells = [method_label(row.method), str(row.seeds)]
             cells.append(f"{row.accuracy:.3f} [{row.low:.3f}, {row.high:.3f}]")
             if row.method == base.method:
                 cells += ["", "", ""]

@@ -1,60 +1,92 @@
 """The gap log q - log p by position at the first and the last step (the paper's figure 4)."""
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from figures import style
-from figures.paper.dynamics import METHODS
+from figures.labels import method_label
 
 COLUMNS = ("method", "step", "first", "last", "tokens", "quantile", "value", "low", "high")
 CAPTION = (
-    "log q - log p of sampled tokens by position. Boxes: 5 to 95 % quantiles; whiskers: 1 to 99 "
-    "%; black: median; red: 95 % interval of the 1 % quantile (bootstrap over prompts). The axis "
-    "is linear within 0.01. Think tags and EOS are excluded. These models are sure of most "
-    "tokens, so the paper's boxes of the middle half would be flat. The paper has positions up to "
-    "16k, at step 80 of sampled-token training, and no intervals; its claim is that the lower "
-    "tail widens with the position."
+    "log q - log p of the sampled tokens (in nats; below 0 the teacher gives the token less "
+    "probability than the student) by position in the response, bins of 16 positions, at the "
+    "first and the last saved step. Dark: 5 to 95 % of the tokens; light: 1 to 99 %; black: "
+    "median; red: the 1 % quantile with its 95 % interval (bootstrap over prompts). Titles: the 1 "
+    "% quantile in the second and in the last bin. The axis is linear between -0.01 and 0.01 and "
+    "logarithmic outside. Think tags and EOS are excluded. These models are sure of most tokens, "
+    "so the paper's boxes of the middle half would be flat. The paper has positions up to 16k, at "
+    "step 80 of sampled-token training, and no intervals; its claim is that the lower tail widens "
+    "with the position."
 )
 QUANTILES = (0.01, 0.05, 0.5, 0.95, 0.99)
 BIN_WIDTH, MIN_TOKENS = 16, 200
+MAX_METHODS = 4
+"""Methods in one figure."""
+LIGHT = "#CDE6F5"
 
 
 def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw one row a method: its first saved step on the left and its last on the right."""
-    methods = list(dict.fromkeys(table["method"]))
-    figure, axes = style.make_panels(len(methods), 2, 0.4 + 1.75 * len(methods), width=width)
-    lowest = table["low"].min()
+    methods = list(dict.fromkeys(table["method"]))[:MAX_METHODS]
+    narrow = style.is_column(width)
+    height = 0.9 + 1.75 * len(methods)
+    figure, axes = style.make_panels(len(methods), 2, height, width=width)
+    low, high = 1.5 * min(table["low"].min(), -1), 1.5 * max(table["value"].max(), 1)
     for i, method in enumerate(methods):
         method_rows = table[table["method"] == method]
         steps = sorted(method_rows["step"].unique())
         for ax, step in zip(axes[2 * i : 2 * i + 2], (steps[0], steps[-1]), strict=True):
-            draw_boxes(ax, method_rows[method_rows["step"] == step])
-            ax.set_title(f"{METHODS.get(method, (method,))[0]}, step {step}")
+            step_rows = method_rows[method_rows["step"] == step]
+            draw_boxes(ax, step_rows)
+            ax.set_title(panel_title(step_rows, narrow), fontsize=7 if narrow else 8)
             ax.set_yscale("symlog", linthresh=0.01)
-            ax.set(ylim=(1.5 * lowest, 3), yticks=[-10, -1, -0.1, 0, 0.1, 1])
-        axes[2 * i].set_ylabel("log q - log p")
+            ax.set(ylim=(low, high), yticks=[-10, -1, -0.1, -0.01, 0.01, 0.1, 1])
+            ax.yaxis.set_major_formatter("{x:g}")
+            ax.yaxis.set_minor_locator(NullLocator())
+            ax.set_xlim(0, table["last"].max() + 1)
+        axes[2 * i].set_ylabel("log q − log p, nats")
+        axes[2 * i + 1].tick_params(labelleft=False)
     for ax in axes[-2:]:
-        ax.set_xlabel("position in the response")
+        ax.set_xlabel("position" if narrow else "position in the response")
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=2 if narrow else 4)
     return figure
 
 
+def panel_title(rows: pd.DataFrame, narrow: bool) -> str:
+    """Return method, step, and the 1 % quantile in the second bin, after the tag, and the last."""
+    name, step = method_label(rows["method"].iloc[0]), rows["step"].iloc[0]
+    tail = rows[rows["quantile"] == QUANTILES[0]].sort_values("first")["value"].tolist()
+    change = f"{tail[1]:.2g} to {tail[-1]:.2g}".replace("-", "−") if len(tail) > 2 else ""
+    if narrow:
+        return f"{textwrap.fill(name, 20)}\nstep {step}" + (change and f"\n{change}")
+    return f"{name}, step {step}" + (change and f"\n1 % quantile: {change}")
+
+
 def draw_boxes(axes: Any, table: pd.DataFrame) -> None:
-    """Draw the quantiles of every position bin."""
-    quantiles = table.pivot_table(index=["first", "last"], columns="quantile", values="value")
-    low = table[table["quantile"] == QUANTILES[0]].set_index(["first", "last"])
-    for (first, last), row in quantiles.iterrows():
-        middle = (first + last + 1) / 2
-        axes.plot([middle] * 2, [row[0.01], row[0.99]], color=style.BLUE, lw=0.9)
-        axes.bar(middle, row[0.95] - row[0.05], 0.6 * BIN_WIDTH, row[0.05], color=style.SKY)
-        axes.plot([middle - 5, middle + 5], [row[0.5]] * 2, color="black", lw=1)
-        interval = low.loc[(first, last)]
-        axes.plot(
-            [middle] * 2, [interval["low"], interval["high"]], color=style.RED, lw=2.2, alpha=0.6
-        )
+    """Draw the quantiles of every position bin, and the interval of the lowest."""
+    values = table.pivot_table(index="first", columns="quantile", values="value")
+    middle = values.index.to_numpy() + BIN_WIDTH / 2
+    for low, high, colour, label in (
+        (0.01, 0.99, LIGHT, "1 to 99 % of the tokens"),
+        (0.05, 0.95, style.SKY, "5 to 95 % of the tokens"),
+    ):
+        height = values[high] - values[low]
+        axes.bar(middle, height, 0.8 * BIN_WIDTH, values[low], color=colour, label=label)
+    reach = 0.4 * BIN_WIDTH
+    axes.hlines(values[0.5], middle - reach, middle + reach, color="black", lw=1.2, label="median")
+    tail = table[table["quantile"] == QUANTILES[0]].sort_values("first")
+    spread = [(tail["value"] - tail["low"]).clip(0), (tail["high"] - tail["value"]).clip(0)]
+    options: dict[str, Any] = {"fmt": "o", "ms": 2.5, "lw": 1, "color": style.RED}
+    axes.errorbar(
+        middle, tail["value"], yerr=spread, label="1 % quantile, 95 % interval", **options
+    )
     axes.axhline(0, color="black", lw=0.5)
 
 

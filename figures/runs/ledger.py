@@ -1,25 +1,30 @@
 """Breakdown of supervision: which kinds of tokens the energy of the updates comes from."""
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from diagnostics.stats import bootstrap_interval
 from figures import style
+from figures.labels import method_label
 
 COLUMNS = ("method", "runs", "step", "kind", "quantity", "value", "low", "high")
 CAPTION = (
-    "Share of the energy r² |1_y − p|² of the sampled-token update (top) and of the tokens "
-    "(bottom) by kind of token. The kind is the first of these that applies: special token; "
-    "repeated (completes an 8-gram that its response already has); excluded (the student is sure, "
-    "p > 0.9, and the teacher excludes it, q < 1e-4); uncertain (the student's entropy is in the "
-    "top fifth of the run's first batch); any other. Whiskers: 95 % bootstrap intervals over "
-    "prompts of each kind's own share. Numbers: N_eff = (Σe)² / Σe², the number of tokens that "
-    "would have the same effect if they were equal, in percent of all tokens, with the same "
-    "interval. Tokens masked out of the loss are not counted."
+    "Which kinds of tokens the update comes from. Energy: share of r² |1_y − p|², the squared "
+    "size of the sampled-token update, where r = log p(y) − log q(y); tokens: share of the "
+    "tokens. Numbers: shares of 10 % or more. The kind is the first of these that applies: "
+    "special token; repeated (completes an 8-gram that its response already has); excluded (the "
+    "student is sure, p > 0.9, and the teacher excludes it, q < 1e-4); uncertain (the student's "
+    "entropy is in the top fifth of the run's first batch); any other. Effective tokens: N_eff = "
+    "(Σe)² / Σe², the number of tokens that would have the same effect if their energies e were "
+    "equal, in percent of all tokens. Whiskers: 95 % bootstrap intervals over prompts, in the "
+    "bars of each kind's own share where it is 2 % or more. Tokens masked out of the loss are not "
+    "counted."
 )
 KINDS = {
     "special": ("special token", style.PURPLE),
@@ -30,62 +35,106 @@ KINDS = {
 }
 MAX_METHODS = 4
 """Methods in one figure."""
+TITLES = ("energy, %", "tokens, %", "effective\ntokens, %")
+MIN_WHISKER, MIN_LABEL = 0.02, 0.1
+"""Smallest shares with a whisker and with a number."""
+WHISKER = "#333333"
 
 
 def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
-    """Draw stacked shares by step: one column a method, energy above and tokens below."""
+    """Draw shares of energy and of tokens, and effective tokens, by step and method.
+
+    Across a page a column is a method; in one column a row is.
+    """
     methods = list(dict.fromkeys(table["method"]))[:MAX_METHODS]
-    figure, axes = style.make_panels(2, len(methods), 4.4, width=width)
-    for i, method in enumerate(methods):
-        method_rows = table[table["method"] == method]
-        for j, quantity in enumerate(("energy", "tokens")):
-            ax = axes[i + j * len(methods)]
-            draw_stack(ax, method_rows[method_rows["quantity"] == quantity])
-            if i == 0:
-                ax.set_ylabel(f"share of the {quantity}")
-        axes[i].set_title(method)
-        axes[i + len(methods)].set_xlabel("step")
-        label_effective_share(
-            axes[i], method_rows[method_rows["quantity"] == "n_eff_share"].sort_values("step")
-        )
+    if style.is_column(width):
+        height = 0.9 + 1.15 * len(methods)
+        figure, axes = style.make_panels(len(methods), len(TITLES), height, width=width)
+        panels = [axes[len(TITLES) * i : len(TITLES) * (i + 1)] for i in range(len(methods))]
+    else:
+        figure, axes = style.make_panels(len(TITLES), len(methods), 5.6, width=width)
+        panels = [axes[i :: len(methods)] for i in range(len(methods))]
+    for method, method_panels in zip(methods, panels, strict=True):
+        draw_method(method_panels, table[table["method"] == method])
+    share_axes(panels)
+    label_panels(panels, methods, width)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5)
+    handles.append(Line2D([], [], color=WHISKER, lw=0.8, marker="|", ms=0))
+    labels.append("95 % interval")
+    columns = 2 if style.is_column(width) else 3
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
     return figure
+
+
+def draw_method(panels: list[Any], rows: pd.DataFrame) -> None:
+    """Draw the shares of energy and tokens, and the effective tokens, of one method."""
+    for axes, quantity in zip(panels[:2], ("energy", "tokens"), strict=True):
+        draw_stack(axes, rows[rows["quantity"] == quantity])
+    draw_effective_share(panels[2], rows[rows["quantity"] == "n_eff_share"].sort_values("step"))
+
+
+def share_axes(panels: list[list[Any]]) -> None:
+    """Give the effective tokens of all methods the same axis."""
+    for method_panels in panels[1:]:
+        method_panels[2].sharey(panels[0][2])
+    style.set_log_axis(panels[0][2])
+    low, high = panels[0][2].get_ylim()
+    panels[0][2].set_ylim(low / 1.5, high * 1.5)
+    panels[0][2].yaxis.set_major_formatter("{x:g}")
+
+
+def label_panels(panels: list[list[Any]], methods: list[str], width: float) -> None:
+    """Name methods and quantities at the outer panels."""
+    for i, (method, method_panels) in enumerate(zip(methods, panels, strict=True)):
+        label = textwrap.fill(method_label(method), 18, break_on_hyphens=False)
+        if style.is_column(width):
+            method_panels[0].set_ylabel(label)
+            for axes, title in zip(method_panels, TITLES, strict=True):
+                axes.set_title(title if i == 0 else "")
+                axes.set_xlabel("step" if i + 1 == len(methods) else "")
+            method_panels[1].tick_params(labelleft=False)
+        else:
+            method_panels[0].set_title(label)
+            method_panels[-1].set_xlabel("step")
+            for axes, title in zip(method_panels, TITLES, strict=True):
+                axes.set_ylabel(title if i == 0 else "")
+                axes.tick_params(labelleft=i == 0)
 
 
 def draw_stack(axes: Any, rows: pd.DataFrame) -> None:
     """Draw one stacked bar a step; each kind has its own interval at its top."""
     steps = sorted(rows["step"].unique())
     x, bottom = np.arange(len(steps)), np.zeros(len(steps))
-    for i, (kind, (label, colour)) in enumerate(KINDS.items()):
+    for kind, (label, colour) in KINDS.items():
         kind_rows = rows[rows["kind"] == kind].set_index("step").reindex(steps)
         value = kind_rows["value"].fillna(0).to_numpy()
-        axes.bar(x, value, 0.8, bottom=bottom, color=colour, label=label)
-        if kind != "rest":
-            spread = np.stack(
-                [value - kind_rows["low"].fillna(0), kind_rows["high"].fillna(0) - value]
-            ).clip(0)
-            axes.errorbar(
-                x - 0.24 + 0.16 * i,
-                bottom + value,
-                yerr=np.where(value > 0.005, spread, np.nan),
-                fmt="none",
-                ecolor="#333333",
-                lw=0.8,
-            )
+        axes.bar(x, value, 0.9, bottom=bottom, color=colour, label=label)
+        ends = kind_rows[["low", "high"]].fillna(0).to_numpy().T
+        spread = np.abs(ends - value).clip(max=np.stack([value, np.maximum(1 - bottom - value, 0)]))
+        shown = (value >= MIN_WHISKER) & (kind != "rest")
+        options: dict[str, Any] = {"fmt": "none", "ecolor": WHISKER, "lw": 0.8}
+        whiskers = np.where(shown, spread, np.nan)
+        axes.errorbar(x + 0.38, bottom + value, yerr=whiskers, **options)
+        for i in np.flatnonzero(value >= MIN_LABEL):
+            text = f"{100 * value[i]:.0f}"
+            middle = bottom[i] + value[i] / 2
+            axes.text(x[i] - 0.08, middle, text, ha="center", va="center", fontsize=7)
         bottom = bottom + value
     axes.set(ylim=(0, 1), xticks=x)
+    axes.set_yticks((0, 0.5, 1), ("0", "50", "100"))
     axes.set_xticklabels([f"{step:g}" for step in steps])
     axes.grid(axis="x", visible=False)
 
 
-def label_effective_share(axes: Any, rows: pd.DataFrame) -> None:
-    """Write N_eff in percent of all tokens, with its interval, above each bar."""
-    for i, (value, low, high) in enumerate(rows[["value", "low", "high"]].to_numpy() * 100):
-        text = f"{value:.2g} %\n{low:.2g}–{high:.2g}"
-        axes.text(i, 1.02, text, ha="center", va="bottom", fontsize=5.5)
-    axes.title.set_position((0, 1))
-    axes.set_title(axes.get_title(loc="left"), pad=22)
+def draw_effective_share(axes: Any, rows: pd.DataFrame) -> None:
+    """Draw N_eff in percent of all tokens, with its interval, at each step."""
+    value, low, high = rows[["value", "low", "high"]].to_numpy().T * 100
+    x = np.arange(len(rows))
+    options: dict[str, Any] = {"fmt": "o", "ms": 3.5, "lw": 0.8, "color": WHISKER}
+    axes.errorbar(x, value, yerr=[value - low, high - value], **options)
+    axes.set_xticks(x, [f"{step:g}" for step in rows["step"]])
+    axes.set_xlim(-0.5, len(rows) - 0.5)
+    axes.grid(axis="x", visible=False)
 
 
 def collect(runs: list[Path]) -> pd.DataFrame:

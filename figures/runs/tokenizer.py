@@ -1,14 +1,17 @@
 """Tokenizer panel: tokens that the teacher excludes, and each model's EOS probability."""
 
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from diagnostics.errors import InvalidInput, MissingFile
 from figures import style
+from figures.labels import method_label
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,75 +21,122 @@ if TYPE_CHECKING:
 
 COLUMNS = ("method", "runs", "step", "kind", "label", "first", "last", "value", "low", "high")
 CAPTION = (
-    "Left: ids of which the student is sure (p > 0.9) and which the teacher excludes (q < 1e-4), "
-    "at the first saved step, by their share of the total signal |r|; * marks special tokens. "
-    "Middle and right (first and last saved step): EOS probability by position (bins double in "
-    "width) over the student's prefixes, of each model for its own EOS token, and of the teacher "
-    "for the student's EOS token; bands are 95 % intervals over prompts. Exact where the saved "
-    "top-K contains the EOS token, otherwise an unbiased estimate from the sampled tokens. Where "
-    "the teacher would end with its own EOS but not with the student's, the two EOS tokens "
-    "differ; where with neither, it would continue. Batches saved before December 2026 have "
-    "supervised tokens only: there, the prefix of a masked EOS is missing."
+    "Where the two models write the same text in other tokens. Excluded tokens: ids of which the "
+    "student is sure (p > 0.9) and which the teacher excludes (q < 1e-4), at the first saved "
+    "step, by their share of the total signal |r| = |log p - log q| (the largest, with 95 % "
+    "intervals over prompts, all methods on one scale; <|…|>* is a special token). EOS "
+    "probability at the first and the last saved step: mean over the student's prefixes by "
+    "position (bins double in width), of each model for its own EOS token, and of the teacher for "
+    "the student's EOS token; whiskers are 95 % intervals over prompts; values below 1e-7 are "
+    "drawn there. Exact where the saved top-K contains the EOS token, otherwise an unbiased "
+    "estimate from the sampled tokens. Where the teacher would end with its own EOS but not with "
+    "the student's, the two EOS tokens differ; where with neither, it would continue. A mask "
+    "leaves tags and EOS out of the signal. Batches saved before December 2026 have supervised "
+    "tokens only: there, the prefix of a masked EOS is missing."
 )
 HAZARDS = {
-    "student": ("student, own EOS", style.BLUE, "-"),
-    "teacher": ("teacher, own EOS", style.RED, "-"),
-    "foreign": ("teacher, student's EOS", style.RED, ":"),
+    "student": ("student, own EOS", style.BLUE, "-", "o"),
+    "teacher": ("teacher, own EOS", style.RED, "--", "s"),
+    "foreign": ("teacher, student's EOS", style.GREEN, ":", "^"),
 }
 NUM_IDS, MIN_TOKENS = 8, 100
+NUM_SHOWN, MAX_METHODS = 4, 3
+"""Ids in a panel and methods in the figure."""
+SMALLEST = 1e-7
+"""Smallest EOS probability that is drawn."""
 
 
 def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
-    """Draw one row a method: excluded ids, and EOS probabilities at the first and the last step."""
-    methods = list(dict.fromkeys(table["method"]))[:3]
-    figure, axes = style.make_panels(len(methods), 3, 0.6 + 1.9 * len(methods), width=width)
-    for i, method in enumerate(methods):
-        method_rows = table[table["method"] == method]
-        draw_excluded(axes[3 * i], method_rows[method_rows["kind"] == "excluded"])
-        axes[3 * i].set_title(method)
-        hazards = method_rows[method_rows["kind"] != "excluded"]
+    """Draw excluded ids, and EOS probabilities at the first and the last step, by method.
+
+    Across a page the panels of a method are a row; in one column the ids are above the rest.
+    """
+    methods = list(dict.fromkeys(table["method"]))[:MAX_METHODS]
+    height = 0.6 + (2.3 if style.is_column(width) else 1.75) * len(methods)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    panels = make_grid(figure, len(methods), width)
+    excluded = table[(table["kind"] == "excluded") & table["method"].isin(methods)]
+    highest = float(np.nanmax([*excluded["high"], 0.01]))
+    for method, (id_axes, *eos_axes) in zip(methods, panels, strict=True):
+        draw_excluded(id_axes, excluded[excluded["method"] == method], highest)
+        title = f"{method_label(method)}: excluded tokens"
+        id_axes.set_title(textwrap.fill(title, 44 if style.is_column(width) else 32))
+        hazards = table[(table["method"] == method) & (table["kind"] != "excluded")]
         steps = sorted(hazards["step"].unique())
-        for ax, step in zip(axes[3 * i + 1 : 3 * i + 3], (steps[0], steps[-1]), strict=True):
+        for ax, step in zip(eos_axes, (steps[0], steps[-1]), strict=True):
             draw_hazards(ax, hazards[hazards["step"] == step])
-            ax.set_title(f"step {step:g}", fontweight="normal")
-        axes[3 * i + 1].set_ylabel("EOS probability")
-        if i + 1 == len(methods):
-            axes[3 * i].set_xlabel("share of the signal |r|")
-            for ax in axes[3 * i + 1 :]:
-                ax.set_xlabel("position in the response")
-    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+            ax.set_title(f"EOS, step {step:g}", fontweight="normal")
+        eos_axes[0].set_ylabel("probability")
+        eos_axes[1].tick_params(labelleft=False)
+    label_lowest(panels, table, style.is_column(width))
+    handles, labels = panels[0][1].get_legend_handles_labels()
+    columns = 2 if style.is_column(width) else 3
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
     return figure
 
 
-def draw_excluded(axes: Any, rows: pd.DataFrame) -> None:
-    """Draw the ids with the largest shares as bars with intervals."""
-    rows = rows.sort_values("value", ascending=False).head(NUM_IDS)
+def make_grid(figure: Figure, num_methods: int, width: float) -> list[list[Any]]:
+    """Return the three axes of every method."""
+    if style.is_column(width):
+        ratios = [0.55, 1] * num_methods
+        grid = figure.add_gridspec(2 * num_methods, 2, height_ratios=ratios)
+        places = [
+            (grid[2 * i, :], grid[2 * i + 1, 0], grid[2 * i + 1, 1]) for i in range(num_methods)
+        ]
+    else:
+        grid = figure.add_gridspec(num_methods, 3)
+        places = [(grid[i, 0], grid[i, 1], grid[i, 2]) for i in range(num_methods)]
+    return [[figure.add_subplot(place) for place in row] for row in places]
+
+
+def label_lowest(panels: list[list[Any]], table: pd.DataFrame, narrow: bool) -> None:
+    """Label the axes of the lowest panels, and give all EOS panels the same positions."""
+    id_axes, *eos_axes = panels[-1]
+    id_axes.set_xlabel("share of the signal |r|, %")
+    for ax in eos_axes:
+        ax.set_xlabel("position")
+    first, last = table["first"].min() + 1, table["last"].max() + 1
+    for row in panels:
+        for ax in row[1:]:
+            ax.set_xlim(0.8 * first, last)
+
+
+def draw_excluded(axes: Any, rows: pd.DataFrame, highest: float) -> None:
+    """Draw the ids with the largest shares as bars with intervals, in percent."""
+    rows = rows.sort_values("value", ascending=False).head(NUM_SHOWN)
+    axes.set(xlim=(0, 125 * highest), ylim=(NUM_SHOWN - 0.5, -0.5))
+    axes.grid(axis="y", visible=False)
     if rows.empty:
         axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center", color="#888888")
-        axes.set(xticks=[], yticks=[])
+        axes.set(yticks=[])
         return
     y = np.arange(len(rows))
-    spread = np.stack([rows["value"] - rows["low"], rows["high"] - rows["value"]]).clip(0)
-    axes.barh(y, rows["value"], 0.75, xerr=spread, color=style.RED, ecolor="#333333")
-    axes.set_yticks(y, rows["label"].astype(str), fontsize=6.5, parse_math=False)
-    axes.invert_yaxis()
-    axes.set_xlim(left=0)
-    axes.grid(axis="y", visible=False)
+    value, low, high = 100 * rows[["value", "low", "high"]].to_numpy().T
+    spread = np.stack([value - low, high - value]).clip(0)
+    axes.barh(y, value, 0.7, xerr=spread, color=style.RED, error_kw={"lw": 1, "ecolor": "#333333"})
+    for i in y:
+        text = f"{value[i]:.2g} %"
+        axes.text(high[i] + 2 * highest, i, text, va="center", fontsize=style.MIN_FONT_SIZE)
+    names = [str(label).replace(" *", "*") for label in rows["label"]]
+    axes.set_yticks(y, names, fontsize=style.MIN_FONT_SIZE, parse_math=False)
 
 
 def draw_hazards(axes: Any, rows: pd.DataFrame) -> None:
-    """Draw each model's EOS probability by position."""
-    for kind, (label, colour, dash) in HAZARDS.items():
+    """Draw each model's EOS probability by position, with the intervals beside each other."""
+    for i, (kind, (label, colour, dash, mark)) in enumerate(HAZARDS.items()):
         kind_rows = rows[(rows["kind"] == kind)].sort_values("first")
-        centers = np.sqrt((kind_rows["first"] + 1) * (kind_rows["last"] + 1))
-        low, high = (kind_rows[name].clip(lower=1e-7) for name in ("low", "high"))
-        value = kind_rows["value"].clip(lower=1e-7)
-        options = {"color": colour, "ls": dash, "marker": "o", "ms": 3, "label": label}
-        options["lw"] = 3 if kind == "student" else 1.2
-        style.plot_band(axes, centers, value, low, high, **options)
-    axes.set(yscale="log", ylim=(1e-7, 2))
+        centers = np.sqrt((kind_rows["first"] + 1) * (kind_rows["last"] + 1)) * 1.1 ** (i - 1)
+        value, low, high = (kind_rows[x].clip(lower=SMALLEST) for x in ("value", "low", "high"))
+        axes.vlines(centers, low, high, color=colour, lw=0.8, alpha=0.6)
+        options: dict[str, Any] = {"color": colour, "ls": dash, "marker": mark, "ms": 3}
+        axes.plot(centers, value, lw=1.2, label=label, **options)
+    axes.set(yscale="log", ylim=(0.4 * SMALLEST, 2))
+    axes.set_yticks((SMALLEST, 1e-4, 0.1), ("≤ 1e-7", "1e-4", "0.1"))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xscale("log", base=2)
-    axes.get_xaxis().set_major_formatter("{x:g}")
+    axes.set_xticks((2, 8, 32, 128))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def collect(runs: list[Path]) -> pd.DataFrame:

@@ -87,6 +87,9 @@ def _audit(loss: UserLoss, claims: str | None, full: bool, faults_only: bool) ->
         reason = "every gradient is 0" if base.has_graph else "no graph reaches student_logits"
         findings.fault("no_student_gradient", reason)
         return judge(loss, findings, claims, match=None, nearest=None)
+    if not bool(base.student.isfinite().all()):
+        findings.fault("non_finite", "an ordinary batch: the gradient is NaN or infinite")
+        return judge(loss, findings, claims, match=None, nearest=None)
     for code, check in (
         ("mask_leak", faults.mask_leak),
         ("teacher_gradient", faults.teacher_gradient),
@@ -175,8 +178,10 @@ def acceptable_worlds(loss: UserLoss, full: bool) -> Worlds:
     first_error: InvalidInput | None = None
     for vocabulary in VOCABULARIES:
         worlds = make_worlds(vocabulary, full=full)
+        batch = faults.sample_batch(worlds.random)
+        student, teacher = batch.student_logits, batch.arguments["teacher_logits"]
         try:
-            loss_gradients(loss, faults.sample_batch(worlds.random))
+            call_loss(loss, argument_values(loss, batch, student.clone(), teacher.clone()))
         except InvalidInput as error:
             first_error = first_error or error
             continue

@@ -79,12 +79,34 @@ def loss_gradients(
         value = call_loss(loss, argument_values(loss, batch, student, teacher))
         leaves = [student, teacher] if teacher_requires_grad else [student]
         if value.requires_grad:
-            parts = torch.autograd.grad(value, leaves, allow_unused=True)
+            parts = differentiate(loss, value, leaves)
             has_graph = has_graph or parts[0] is not None
             total += 0 if parts[0] is None else parts[0] / draws
             if teacher_requires_grad and parts[1] is not None:
                 teacher_total += parts[1] / draws
     return Gradients(total, teacher_total if teacher_requires_grad else None, has_graph)
+
+
+def differentiate(loss: UserLoss, value: Tensor, leaves: list[Tensor]) -> tuple[Any, ...]:
+    """Return the gradients of a loss's value, None where no graph reaches.
+
+    Args:
+        loss: The loss, for messages.
+        value: Its value.
+        leaves: Tensors that require grad.
+
+    Returns:
+        One gradient or None per leaf.
+
+    Raises:
+        InvalidInput: The value cannot be differentiated.
+    """
+    try:
+        return torch.autograd.grad(value, leaves, allow_unused=True)
+    except RuntimeError as error:
+        raise InvalidInput(
+            f"the loss {loss.name} cannot be differentiated ({' '.join(str(error).split())})"
+        ) from error
 
 
 def argument_values(

@@ -129,7 +129,7 @@ def is_token(text: Text) -> bool:
 def tick_problems(axes: Axes) -> Iterator[str]:
     """Yield axes whose tick labels do not differ, or tell no scale."""
     for name, axis in (("x", axes.xaxis), ("y", axes.yaxis)):
-        shown = [label.get_text() for label in tick_labels(axis)]
+        shown = [label.get_text() for label in tick_labels(axis) if not is_token(label)]
         numbers = [x for x in shown if re.search(r"\d", x)]
         if len(set(numbers)) < len(numbers):
             yield f"tick labels of {name} repeat: {', '.join(shown)}"
@@ -154,7 +154,7 @@ def curve_problems(axes: Axes) -> Iterator[str]:
         place = legend.get_window_extent()
         for line in axes.lines:
             path = line.get_transform().transform_path(line.get_path())
-            if len(path.vertices) and path.intersects_bbox(place.shrunk(0.98), filled=False):
+            if len(path.vertices) and path.intersects_bbox(place.shrunk(0.98, 0.98), filled=False):
                 yield f"the legend covers the curve {line.get_label()!r}"
 
 

@@ -411,6 +411,5 @@ def test_commands_name_methods() -> None:
 def test_every_figure_of_the_paper_has_a_caption(name: str) -> None:
     """That each is drawn is tested in test_study_figures, with all the others."""
     module = figure_module(name)
-    if name != "toy":
-        assert len(module.CAPTION) > 100
+    assert len(module.CAPTION) > 100
     assert style.PAGE_WIDTH == 7.0
