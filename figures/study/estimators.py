@@ -24,7 +24,17 @@ NAMES = {
     "rb_all_value": "mean costs, value baseline",
     "full_reverse_kl": "full reverse KL",
 }
-"""The printed name of each estimator that is not a top-k form or one of k1, k2 and k3."""
+"""The printed name of each estimator that is not a top-K form or one of k1, k2 and k3."""
+FORMS = {
+    "renormalised": "renormalised",
+    "and_sampled": "with sampled token",
+    "unnormalised": "un-normalised",
+    "stopped": "stop-gradient head",
+    "bucket": "tail bucket",
+    "sampled_tail": "sampled tail",
+    "published_tail": "published tail",
+}
+"""The printed name of each form of a loss on a top-K support."""
 
 
 def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
@@ -92,10 +102,15 @@ def draw_values(axes: Any, table: pd.DataFrame, order: pd.DataFrame, quantity: s
 
 
 def estimator_name(key: str) -> str:
-    """Return an estimator's printed name; a top-k form names its support first."""
+    """Return an estimator's printed name; a top-K form names its support first."""
     if key in NAMES:
         return NAMES[key]
     support, topk, form = key.partition("_topk")
     if not topk:
         return key.replace("_", " ")
-    return f"{support} top-k" + (f", {form[1:].replace('_', ' ')}" if form else "")
+    return f"{support}'s top K, {form_name(form.removeprefix('_') or 'renormalised')}"
+
+
+def form_name(form: str) -> str:
+    """Return the printed name of a form of a top-K loss."""
+    return FORMS.get(form) or NAMES.get(form) or form.replace("_", " ")
