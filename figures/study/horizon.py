@@ -46,8 +46,8 @@ def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     draw_by_discount(mixing, table, "mixing")
     draw_bounds(mixing, table)
     draw_exponents(exponent, table)
-    handles = [Line2D([], [], **look) for look in LOOKS.values()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=2 if column else 3)
+    handles = [*(Line2D([], [], **look) for look in LOOKS.values()), rows.band_mark()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2 if column else 4)
     return figure
 
 
@@ -64,15 +64,10 @@ def draw_by_discount(axes: Any, table: pd.DataFrame, world: str) -> None:
     label_horizons(axes, curves)
     axes.set_ylabel(VARIANCE)
     axes.set_title(
-        f"{WORLDS[world]}: variance grows as\n{power(slopes, gammas[0])} to "
-        f"{power(slopes, gammas[-1])}"
+        f"{WORLDS[world]}: variance grows as\n"
+        + " to ".join(rows.power_of_horizon(slopes, gamma) for gamma in (gammas[0], gammas[-1]))
     )
     axes.legend(loc="upper left")
-
-
-def power(slopes: pd.Series, gamma: float) -> str:
-    """Return the power of T as which the variance grows at a discount."""
-    return rf"$\mathbf{{T^{{{slopes[gamma]:.1f}}}}}$ (γ = {gamma:g})"
 
 
 def draw_bounds(axes: Any, table: pd.DataFrame) -> None:
@@ -97,7 +92,9 @@ def draw_by_reduction(axes: Any, table: pd.DataFrame) -> None:
     ends = {name: x["value"].iloc[-1] for name, (x, _) in zip(LOOKS, curves, strict=True)}
     times = ends["plain"] / ends["value"]
     longest = curves[0][0]["horizon"].iloc[-1]
-    axes.set_title(f"γ = 1: a value baseline divides\nthe variance by {times:.2g} at T = {longest:g}")
+    axes.set_title(
+        f"γ = 1: a value baseline divides\nthe variance by {times:.2g} at T = {longest:g}"
+    )
 
 
 def draw_exponents(axes: Any, table: pd.DataFrame) -> None:
@@ -112,7 +109,8 @@ def draw_exponents(axes: Any, table: pd.DataFrame) -> None:
     ends = {name: x["value"].iloc[-1] for name, (x, _) in zip(LOOKS, curves, strict=True)}
     axes.set(ylabel="local exponent of T", ylim=(0.8, 3.4))
     axes.set_title(
-        f"γ = 1: exponent {ends['plain']:.1f} as sampled,\n{ends['value']:.1f} with a value baseline"
+        f"γ = 1: exponent {ends['plain']:.1f} as sampled,\n"
+        f"{ends['value']:.1f} with a value baseline"
     )
 
 

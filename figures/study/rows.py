@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.transforms import ScaledTranslation
 
 from figures import style
 
@@ -13,6 +15,8 @@ Curve = tuple[pd.DataFrame, dict[str, Any]]
 """Rows of a curve, and its options of `Axes.plot`."""
 DASH = 2.5
 """Length of the dashes of coinciding curves, in line widths."""
+STEP = 1.2
+"""Points between best discounts that are equal, and width of their lines."""
 COINCIDE = 0.03
 """Curves coincide where they differ by less than this fraction of the range of all curves."""
 FORM_COLORS = {
@@ -117,10 +121,10 @@ def group_coinciding(curves: Sequence[Curve], x: str, *, log: bool) -> list[list
     for i, xy in enumerate(points):
         for group in groups:
             first = points[group[0]]
-            if first.shape == xy.shape and np.array_equal(first[0], xy[0]):
-                if np.abs(first[1] - xy[1]).max() <= COINCIDE * span:
-                    group.append(i)
-                    break
+            same_points = first.shape == xy.shape and np.array_equal(first[0], xy[0])
+            if same_points and np.abs(first[1] - xy[1]).max() <= COINCIDE * span:
+                group.append(i)
+                break
         else:
             groups.append([i])
     return [[curves[i] for i in group] for group in groups]
@@ -169,3 +173,36 @@ def legend_lines(colors: Mapping[str, str], **options: Any) -> list[Line2D]:
 def interval_mark(label: str = "95 % interval") -> Line2D:
     """Return a grey vertical bar that explains intervals in a legend."""
     return Line2D([], [], color=style.GREY, marker="|", ms=7, mew=1, lw=0, label=label)
+
+
+def band_mark(label: str = "95 % interval") -> Patch:
+    """Return a grey patch that explains bands in a legend."""
+    return Patch(color=style.GREY, alpha=0.3, linewidth=0, label=label)
+
+
+def plot_best_discounts(axes: Any, curves: Sequence[Curve]) -> None:
+    """Plot the best discount against batch size, one line an estimator or setting.
+
+    Discounts are of a grid, so that curves share stretches: there they lie side by side, each a
+    little above and left of the previous one.
+
+    Args:
+        axes: Axes to draw on.
+        curves: The curves, from the lowest to the highest where they differ.
+    """
+    for i, (rows, look) in enumerate(curves):
+        inches = (i - (len(curves) - 1) / 2) * STEP / 72
+        shift = ScaledTranslation(-inches, inches, axes.figure.dpi_scale_trans)
+        place = {"transform": axes.transData + shift}
+        axes.plot(rows["n"], rows["value"], lw=STEP, marker="o", ms=2.2, **look, **place)
+        band = {"color": look["color"], "alpha": 0.14, "linewidth": 0}
+        axes.fill_between(rows["n"], rows["low"], rows["high"], **band, **place)
+    sizes = pd.concat([rows["n"] for rows, _ in curves])
+    axes.set(xscale="log", xlabel="trajectories n", ylabel="best discount γ")
+    axes.set(xlim=(sizes.min() / 2, 2 * sizes.max()), ylim=(-0.07, 1.06))
+    axes.xaxis.minorticks_off()
+
+
+def power_of_horizon(slopes: pd.Series, gamma: float) -> str:
+    """Return the power of T as which the variance grows at a discount, for a title."""
+    return rf"$\mathbf{{T^{{{slopes[gamma]:.1f}}}}}$ (γ = {gamma:g})"

@@ -17,8 +17,8 @@ CAPTION = (
     "change of p(S) in a step of descent per unit of the full gradient's norm. Renormalised: local "
     "support matching, the KL of both models renormalised on S. Un-normalised: Σ p log p/q over S "
     "alone. Published tail: the un-normalised loss plus the sampled token's cost outside S. Means "
-    "over random prefixes; panels by p(S) pool all K of the teacher's support. Bands, mostly narrower than the lines: 95 % "
-    "bootstrap intervals. Alternating colors: curves that coincide."
+    "over random prefixes; panels by p(S) pool all K of the teacher's support. Bands, mostly "
+    "narrower than the lines: 95 % bootstrap intervals. Alternating colors: curves that coincide."
 )
 
 
@@ -40,11 +40,14 @@ def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     note(drift, 0.96, "above 0: the support gains mass")
     note(drift, 0.04, "below 0: the support loses mass")
     colors = {form_name(x): color for x, color in rows.FORM_COLORS.items() if x in FORMS}
-    full = rows.legend_lines({form_name("full_reverse_kl") + " (drift only)": "black"})
     figure.legend(
-        handles=full + rows.legend_lines(colors, marker="o", ms=2.5),
+        handles=[
+            *rows.legend_lines({f"{form_name('full_reverse_kl')} (drift only)": "black"}),
+            *rows.legend_lines(colors, marker="o", ms=2.5),
+            rows.band_mark(),
+        ],
         loc="outside lower center",
-        ncols=2 if column else 4,
+        ncols=2 if column else 5,
     )
     return figure
 
@@ -91,9 +94,7 @@ def draw_by_mass(axes: Any, table: pd.DataFrame, quantity: str, label: str) -> N
     axes.set_title(describe_lowest(curves, f"{quantity.capitalize()} by p(S)", "mass", "p(S)"))
 
 
-def curves_by_form(
-    table: pd.DataFrame, quantity: str, x: str, source: str
-) -> list[rows.Curve]:
+def curves_by_form(table: pd.DataFrame, quantity: str, x: str, source: str) -> list[rows.Curve]:
     """Return the curve of each form of the loss.
 
     Args:
