@@ -15,7 +15,7 @@ CAPTION = (
     "sequence KL from n trajectories: by estimator, at a teacher whose logits differ by 1 (root "
     "mean square), and as sampled at teachers of several such distances; equal discounts are drawn "
     "side by side. And the n from which γ = 1 has a smaller error than γ = 0, by distance. The "
-    "leave-one-out baseline has groups of 8. Medians over 50 random tabular worlds, bands: 95 % "
+    "leave-one-out baseline has groups of 8. Medians over random tabular worlds, bands: 95 % "
     "bootstrap intervals."
 )
 ESTIMATORS = ("plain", "value", "leave_one_out", "rb_all_value")

@@ -17,7 +17,7 @@ CAPTION = (
     "longest horizon, and two upper bounds at γ = 1); squared bias by discount and horizon; mean "
     "squared error by number of trajectories n, with the n from which γ = 1 errs less than γ = 0; "
     "and the discount with the smallest error by n and estimator. Mean costs: a cost is replaced "
-    "by its mean over tokens, all costs or the later ones. Medians over 50 worlds; bands: 95 % "
+    "by its mean over tokens, all costs or the later ones. Medians over random worlds; bands: 95 % "
     "bootstrap intervals, of the bias at the shortest and the longest horizon only. Best "
     "discounts that are equal are drawn side by side."
 )
@@ -68,10 +68,8 @@ def draw_variance(axes: Any, table: pd.DataFrame) -> None:
     ):
         bound = select_rows(table, name, gamma=1.0)
         axes.plot(bound["horizon"], bound["value"], dash, color=style.GREY, lw=1, label=label)
-    axes.set(yscale="log", xlabel="horizon T (tokens)", ylabel="variance (nats²)")
-    axes.set_xscale("log", base=2)
-    horizons = sorted(plain["horizon"].unique())[1::2]
-    axes.set_xticks(horizons, [f"{t:g}" for t in horizons])
+    axes.set(yscale="log", ylabel="variance (nats²)")
+    rows.label_horizons(axes, plain)
     powers = [rows.power_of_horizon(slopes, gamma) for gamma in (gammas[0], gammas[-1])]
     axes.set_title("Variance grows as\n" + " to ".join(powers))
     axes.set_ylim(top=1e6 * axes.get_ylim()[1])  # space for the legend

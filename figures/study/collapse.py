@@ -18,7 +18,7 @@ CAPTION = (
     "Σ p log p/q over S alone, whose minimum has p(S) = q(S)/e. Renormalised: local support "
     "matching, the KL of both models renormalised on S, which does not see p(S). Published tail: "
     "the un-normalised loss plus the sampled token's cost outside S; the sampled tail adds that "
-    "cost to the head with its gradient stopped. Means over 100 prefixes; alternating colors: "
+    "cost to the head with its gradient stopped. Means over random prefixes; alternating colors: "
     "curves that coincide. Bars at the right: 95 % bootstrap intervals at the last iteration."
 )
 OBJECTIVES = {

@@ -20,7 +20,7 @@ CAPTION = (
     "dotted, sure of tokens of its own. Tag: a token that the student writes once in fifty tokens "
     "and the teacher rejects; bars: variance of the gradient with the tag over that with the tag "
     "masked, with the cosine of the two mean gradients, also for the teacher's top K. Training: "
-    "exact gradient descent with discount γ of later costs. Medians over 20 random chains; bands "
+    "exact gradient descent with discount γ of later costs. Medians over random chains; bands "
     "and bars: 95 % bootstrap intervals, of the signal its 5 to 95 % range."
 )
 WORLD: dict[str, Any] = {"uninformed": "flat", "enter": 0.02, "distance": 0.7, "stop": 0.0}
@@ -73,7 +73,7 @@ def draw_regions(axes: Any, table: pd.DataFrame) -> None:
     rows.plot_line(axes, stopping, "position", color=style.PURPLE, label=label)
     uninformed = rows.select_rows(table, "uninformed_mass", "position", **WORLD)
     rows.plot_line(axes, uninformed, "position", color=style.ORANGE, label="teacher is uninformed")
-    axes.set(xlabel="position (tokens)", ylabel="probability of the state", ylim=(0, 1.2))
+    axes.set(xlabel="position (tokens)", ylabel="probability of the state", ylim=(0, 1.15))
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
     end = loop["value"].iloc[-1]
     axes.set_title(f"At the end {100 * end:.0f} % of the\nresponses are in the loop")
@@ -124,4 +124,6 @@ def draw_loops(axes: Any, table: pd.DataFrame) -> None:
         f"Training at γ = {gammas[-1]:g}: loop from {last.iloc[0]:.2f}\n"
         f"to at most {last.max():.2f}, then {last.iloc[-1]:.2f}"
     )
-    axes.legend(handles=[*axes.lines, rows.band_mark()], loc="upper left", ncols=3)
+    colors = {look["label"]: look["color"] for _, look in curves}
+    handles = [*rows.legend_lines(colors), rows.band_mark()]
+    axes.legend(handles=handles, loc="upper left", ncols=3)

@@ -14,7 +14,7 @@ CAPTION = (
     "of one trajectory's estimate, both relative to ∇J, sorted by bias. γ: discount of later "
     "costs; mean costs: costs are replaced by their means over tokens; top K: K = 2 of 16 tokens; "
     "k1, k2, k3: differentiated estimators of the KL; weights: importance weights per token or per "
-    "sequence where another sampler generated the responses. Medians over 50 random tabular worlds "
+    "sequence where another sampler generated the responses. Medians over random tabular worlds "
     "with random response lengths; bars, mostly narrower than the points: 95 % bootstrap "
     "intervals. In one column a selection, with the "
     "teacher's top K alone."
@@ -113,7 +113,9 @@ def label_powers(axes: Any, step: int) -> None:
     """Label every `step`-th power of ten on the horizontal axis."""
     low, high = np.log10(axes.get_xlim())
     first = int(np.ceil(low / step)) * step
-    axes.set_xticks([10.0**power for power in range(first, int(np.floor(high)) + 1, step)])
+    powers = range(first, int(np.floor(high)) + 1, step)
+    if len(powers) > 1:
+        axes.set_xticks([10.0**power for power in powers])
     axes.xaxis.minorticks_off()
 
 

@@ -17,7 +17,7 @@ CAPTION = (
     "all states mix and where two classes of states never do; and at γ = 1 by variance reduction, "
     "with the local exponent d log variance / d log T. Dashed and dotted grey: upper bounds on the "
     "variance at γ = 1. Mean costs: each token's cost is replaced by its mean over tokens. Medians "
-    "over 40 worlds; bands, mostly narrower than the lines: 95 % bootstrap intervals. Alternating "
+    "over worlds; bands, mostly narrower than the lines: 95 % bootstrap intervals. Alternating "
     "colors: curves that coincide."
 )
 LOOKS: dict[str, dict[str, Any]] = {
@@ -61,7 +61,7 @@ def draw_by_discount(axes: Any, table: pd.DataFrame, world: str) -> None:
         label = f"γ = {gamma:g}: $T^{{{slopes[gamma]:.2f}}}$"
         rows.plot_line(axes, curves[curves["gamma"] == gamma], "horizon", color=color, label=label)
     axes.set_yscale("log")
-    label_horizons(axes, curves)
+    rows.label_horizons(axes, curves)
     axes.set_ylabel(VARIANCE)
     axes.set_title(
         f"{WORLDS[world]}: variance grows as\n"
@@ -87,7 +87,7 @@ def draw_by_reduction(axes: Any, table: pd.DataFrame) -> None:
     axes.set_yscale("log")
     curves = curves_by_reduction(table, "variance")
     rows.plot_curves(axes, curves, "horizon")
-    label_horizons(axes, curves[0][0])
+    rows.label_horizons(axes, curves[0][0])
     axes.set_ylabel(VARIANCE)
     ends = {name: x["value"].iloc[-1] for name, (x, _) in zip(LOOKS, curves, strict=True)}
     times = ends["plain"] / ends["value"]
@@ -101,7 +101,7 @@ def draw_exponents(axes: Any, table: pd.DataFrame) -> None:
     """Draw the local exponent of the variance against the horizon."""
     curves = curves_by_reduction(table, "slope")
     rows.plot_curves(axes, curves, "horizon")
-    label_horizons(axes, curves[0][0])
+    rows.label_horizons(axes, curves[0][0])
     for degree, name in ((1, "linear"), (2, "quadratic"), (3, "cubic")):
         axes.axhline(degree, color=style.GREY, lw=0.8, ls=":", zorder=1)
         place = {"transform": axes.get_yaxis_transform(), "va": "bottom", "ha": "right"}
@@ -132,12 +132,3 @@ def curves_by_reduction(table: pd.DataFrame, quantity: str) -> list[rows.Curve]:
         )
         for name, look in LOOKS.items()
     ]
-
-
-def label_horizons(axes: Any, curve: pd.DataFrame) -> None:
-    """Label the horizons of a curve on a logarithmic axis, every second one if they are many."""
-    horizons = sorted(curve["horizon"].unique())
-    axes.set_xscale("log", base=2)
-    shown = horizons[(len(horizons) - 1) % 2 :: 2] if len(horizons) > 4 else horizons
-    axes.set_xticks(shown, [f"{t:g}" for t in shown])
-    axes.set_xlabel("horizon T (tokens)")

@@ -21,6 +21,7 @@ CAPTION = (
 ESTIMATORS = ("plain", "rb_all_value")
 DISTANCE = 0.7
 GAMMAS = (0.0, 0.5, 0.9, 1.0)
+COLORS = dict(zip(GAMMAS, style.sequential_colors(len(GAMMAS)), strict=True))
 ENOUGH = 0.9
 """Share of the exact gradient's improvement that a title names the batch size of."""
 
@@ -37,10 +38,14 @@ def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     draw_worlds(never, table)
     for axes in (sampled, quiet) if column else (sampled,):
         axes.set_ylabel("decrease of J\n(exact gradient: 1)")
-    handles, labels = sampled.get_legend_handles_labels()
-    handles.append((rows.band_mark(), rows.interval_mark()))
+    colors = {f"γ = {gamma:g}": color for gamma, color in COLORS.items()}
+    handles: list[Any] = rows.legend_lines(colors, marker="o", ms=2.5)
+    handles.append((rows.band_mark(), rows.interval_mark()))  # drawn over each other
     figure.legend(
-        handles, [*labels, "95 % interval"], loc="outside lower center", ncols=3 if column else 5
+        handles,
+        [*colors, "95 % interval"],
+        loc="outside lower center",
+        ncols=3 if column else 5,
     )
     return figure
 
@@ -48,14 +53,19 @@ def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
 def draw_shares(axes: Any, table: pd.DataFrame, name: str) -> None:
     """Draw the share against batch size, one line a discount."""
     shares = rows.select_rows(table, "share", "n", estimator=name, distance=DISTANCE)
-    for gamma, color in zip(GAMMAS, style.sequential_colors(len(GAMMAS)), strict=True):
-        part = shares[shares["gamma"] == gamma]
-        label = f"γ = {gamma:g}"
-        rows.plot_line(axes, part, "n", color=color, label=label, marker="o", ms=2.5)
+    curves = [
+        (
+            shares[shares["gamma"] == gamma],
+            {"color": color, "label": f"γ = {gamma:g}", "marker": "o", "ms": 2.5},
+        )
+        for gamma, color in COLORS.items()
+    ]
+    axes.set_ylim(0, 1.2)
+    rows.plot_curves(axes, curves, "n")
     axes.axhline(1, color="black", lw=0.6, zorder=1)
     place = {"transform": axes.transAxes, "ha": "right", "va": "top"}
     axes.text(0.99, 0.99, "above 1: better than exact", color="#444444", fontsize=7, **place)
-    axes.set(xscale="log", xlabel="trajectories n", ylim=(0, 1.2))
+    axes.set(xscale="log", xlabel="trajectories n")
     axes.xaxis.minorticks_off()
     enough = shares[(shares["gamma"] == GAMMAS[-1]) & (shares["value"] >= ENOUGH)]["n"]
     finding = f":\nγ = {GAMMAS[-1]:g} reaches {ENOUGH:g} at n = {enough.min():,.0f}"

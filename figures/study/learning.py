@@ -19,7 +19,7 @@ CAPTION = (
     "largest ratios). γ: "
     "sampled reverse KL with later costs discounted by γ; mean costs: costs replaced by their "
     "means over tokens, with a leave-one-out baseline; top 2: a loss on the teacher's 2 most "
-    "probable of 6 tokens. Medians over 10 random worlds with 95 % bootstrap intervals, of the "
+    "probable of 6 tokens. Medians over random worlds with 95 % bootstrap intervals, of the "
     "curves at their end."
 )
 LOOKS: dict[str, dict[str, Any]] = {

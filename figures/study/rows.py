@@ -80,7 +80,9 @@ def plot_curves(axes: Any, curves: Sequence[Curve], x: str, *, bands: bool = Tru
         x: Column of the horizontal coordinate.
         bands: Whether to draw the intervals as bands.
     """
-    for group in group_coinciding(curves, x, log=axes.get_yscale() == "log"):
+    log = axes.get_yscale() == "log"
+    limits = [] if axes.get_autoscaley_on() else list(axes.get_ylim())
+    for group in group_coinciding(curves, x, log=log, limits=limits):
         for i, (rows, options) in enumerate(group):
             axes.plot(rows[x], rows["value"], **options | interleaving(i, len(group), options))
         rows, options = group[0]
@@ -100,29 +102,34 @@ def interleaving(index: int, count: int, options: Mapping[str, Any]) -> dict[str
     return dashes | ({"markevery": (index, count)} if "marker" in options else {})
 
 
-def group_coinciding(curves: Sequence[Curve], x: str, *, log: bool) -> list[list[Curve]]:
+def group_coinciding(
+    curves: Sequence[Curve], x: str, *, log: bool, limits: Sequence[float] = ()
+) -> list[list[Curve]]:
     """Group the curves that have nearly the same values at the same points.
 
     Args:
         curves: The curves; those without rows are left out.
         x: Column of the horizontal coordinate.
         log: Whether the vertical axis is logarithmic.
+        limits: Limits of the vertical axis, where they are fixed.
 
     Returns:
         Groups of one or more curves, each compared with the first of its group.
     """
     curves = [curve for curve in curves if len(curve[0])]
-    points = [
-        np.stack([rows[x], np.log10(rows["value"]) if log else rows["value"]]).astype(float)
-        for rows, _ in curves
-    ]
-    span = np.ptp(np.concatenate([xy[1] for xy in points])) if points else 0.0
+    if not curves:
+        return []
+    xs = [rows[x].to_numpy(float) for rows, _ in curves]
+    ys = [rows["value"].to_numpy(float) for rows, _ in curves]
+    heights = np.concatenate([*ys, limits])
+    if log:
+        heights, *ys = (np.log10(np.where(y > 0, y, np.nan)) for y in (heights, *ys))
+    tolerance = COINCIDE * (np.nanmax(heights) - np.nanmin(heights))
     groups: list[list[int]] = []
-    for i, xy in enumerate(points):
+    for i, y in enumerate(ys):
         for group in groups:
-            first = points[group[0]]
-            same_points = first.shape == xy.shape and np.array_equal(first[0], xy[0])
-            if same_points and np.abs(first[1] - xy[1]).max() <= COINCIDE * span:
+            same_points = np.array_equal(xs[group[0]], xs[i])
+            if same_points and np.abs(ys[group[0]] - y).max() <= tolerance:
                 group.append(i)
                 break
         else:
@@ -206,3 +213,12 @@ def plot_best_discounts(axes: Any, curves: Sequence[Curve]) -> None:
 def power_of_horizon(slopes: pd.Series, gamma: float) -> str:
     """Return the power of T as which the variance grows at a discount, for a title."""
     return rf"$\mathbf{{T^{{{slopes[gamma]:.1f}}}}}$ (γ = {gamma:g})"
+
+
+def label_horizons(axes: Any, curve: pd.DataFrame) -> None:
+    """Label the horizons of a curve on a logarithmic axis, every second one if they are many."""
+    horizons = sorted(curve["horizon"].unique())
+    axes.set_xscale("log", base=2)
+    shown = horizons[(len(horizons) - 1) % 2 :: 2] if len(horizons) > 4 else horizons
+    axes.set_xticks(shown, [f"{t:g}" for t in shown])
+    axes.set_xlabel("horizon T (tokens)")
