@@ -48,7 +48,8 @@ def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     colors = ListedColormap(style.sequential_colors(len(GRID)))
     edges = cell_edges(GRID)
     steps = BoundaryNorm(edges, len(GRID))
-    figure, axes = style.make_panels(2, 2, 5.2 if column else 5.4, width=width)
+    height = (5.2 if column else 5.4) + (0.7 if len(runs) else 0)
+    figure, axes = style.make_panels(2, 2, height, width=width)
     for ax, (name, horizon) in zip(axes, kinds, strict=True):
         draw_map(
             ax, best[(best["estimator"] == name) & (best["horizon"] == horizon)], colors, steps
@@ -66,7 +67,7 @@ def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     colorbar.ax.tick_params(labelsize=7)
     add_legend(figure, len(runs) > 0)
     if len(runs):
-        figure.suptitle(recommendation(runs.iloc[-1], wrap=46 if column else 90), fontsize=8)
+        figure.suptitle(recommendation(runs.iloc[-1], wrap=50 if column else 104), fontsize=8)
     return figure
 
 
@@ -125,10 +126,10 @@ def draw_runs(axes: Any, runs: pd.DataFrame, colors: Any, steps: Any) -> None:
     for _, row in runs.iterrows():
         axes.plot([row["n"]] * 2, [row["low"], row["high"]], color="black", lw=1)
         fill = colors(steps(row["value"]))
-        axes.plot(row["n"], row["cost"], "o", ms=6, mfc=fill, mec="black", zorder=5)
+        axes.plot(row["n"], row["cost"], "o", ms=6, color="black", mfc=fill, zorder=5)
 
 
-def recommendation(row: pd.Series, wrap: int = 90) -> str:
+def recommendation(row: pd.Series, wrap: int = 104) -> str:
     """Describe what the last probe of a run recommends for its own batch.
 
     Args:
@@ -144,7 +145,7 @@ def recommendation(row: pd.Series, wrap: int = 90) -> str:
     )
     advice = (
         f"smallest error by its own gradients: {estimator_name(row['chosen'])} at "
-        f"γ = {row['value']:g}, best in {row['share']:.0%} of resamplings"
+        f"γ = {row['value']:g}, best in {100 * row['share']:.0f} % of resamplings"
     )
     return "\n".join(textwrap.fill(line, wrap) for line in (probe, advice))
 
