@@ -1,53 +1,103 @@
 """Gradient descent on free logits: student mass on the teacher's top K, reverse KL and entropy."""
 
+import math
 from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from figures import style
-from figures.study.rows import plot_line, select_rows
+from figures.study import rows
+from figures.study.estimators import form_name
 
 COLUMNS = ("quantity", "objective", "start", "k", "iteration", "value", "low", "high")
-NAMES = {
-    "teacher_topk": "renormalised (paper's)",
-    "teacher_topk_unnormalised": "un-normalised",
-    "teacher_topk_stopped": "stop-gradient head",
-    "teacher_topk_bucket": "tail bucket",
-    "teacher_topk_sampled_tail": "sampled tail",
-    "teacher_topk_published_tail": "published tail",
-    "full_reverse_kl": "full reverse KL",
+CAPTION = (
+    "Gradient descent on the expected loss of seven objectives, from a student that equals its "
+    "teacher and from one far from it. S holds the teacher's K = 4 most probable of 32 tokens; "
+    "p(S) and q(S) are the student's and the teacher's probability of S. Un-normalised: the loss "
+    "Σ p log p/q over S alone, whose minimum has p(S) = q(S)/e. Renormalised: local support "
+    "matching, the KL of both models renormalised on S, which does not see p(S). Published tail: "
+    "the un-normalised loss plus the sampled token's cost outside S; the sampled tail adds that "
+    "cost to the head with its gradient stopped. Means over random prefixes; alternating colors: "
+    "curves that coincide. Bars at the right: 95 % bootstrap intervals at the last iteration."
+)
+OBJECTIVES = {
+    "full_reverse_kl": "full_reverse_kl",
+    "teacher_topk_sampled_tail": "sampled_tail",
+    "teacher_topk_bucket": "bucket",
+    "teacher_topk_stopped": "stopped",
+    "teacher_topk": "renormalised",
+    "teacher_topk_published_tail": "published_tail",
+    "teacher_topk_unnormalised": "unnormalised",
 }
+"""Form of the loss of each objective."""
 K = 4
+STARTS = {"teacher": "Student starts at the teacher", "afar": "Student starts far from the teacher"}
+OPTIMUM = (
+    ("kl", "reverse KL to the teacher (nats)", "its KL should stay 0"),
+    ("entropy", "student's entropy (nats)", "its entropy should not change"),
+)
+"""Quantity, label and title of the panels of a student that starts at the optimum."""
 
 
 def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw p(S) from an equal and from a distant student; KL and entropy from the equal one."""
-    figure, (from_teacher, from_afar, kl, entropy) = style.make_panels(2, 2, 5.4, width=width)
-    draw_curves(from_teacher, table, "mass", "teacher", "p(S)")
-    from_teacher.set_title("Start: student equals teacher")
-    draw_curves(from_afar, table, "mass", "afar", "p(S)")
-    from_afar.set_title("Start: student far from teacher")
-    start = select_rows(table, "mass", "iteration", objective="teacher_topk", start="teacher", k=K)
-    teacher = start["value"].iloc[0]
-    for axes in (from_teacher, from_afar):
-        axes.axhline(teacher, color=style.GREY, lw=0.8, ls="--")
-        axes.axhline(teacher / 2.718281828, color=style.GREY, lw=0.8, ls=":")
-        axes.text(0, teacher, "q(S)", va="bottom", fontsize=7, color="#444444")
-        axes.text(0, teacher / 2.718281828, "q(S)/e", va="bottom", fontsize=7, color="#444444")
-        axes.set_ylim(0, 1)
-    draw_curves(kl, table, "kl", "teacher", "reverse KL to the teacher, nats")
-    kl.set_title("Reverse KL (start: equal)")
-    draw_curves(entropy, table, "entropy", "teacher", "student's entropy, nats")
-    entropy.set_title("Entropy (start: equal)")
-    kl.legend(loc="upper left", fontsize=6)
+    if style.is_column(width):  # the claim is about p(S)
+        figure, panels = style.make_panels(2, 1, 5.0, width=width)
+    else:
+        figure, panels = style.make_panels(2, 2, 5.6, width=width)
+    for axes, start in zip(panels, STARTS, strict=False):
+        draw_mass(axes, table, start)
+    for axes, (quantity, label, title) in zip(panels[2:], OPTIMUM, strict=False):
+        draw_curves(axes, table, quantity, "teacher")
+        axes.set_ylabel(label)
+        axes.set_title(f"{STARTS['teacher']}:\n{title}")
+    colors = {form_name(form): rows.FORM_COLORS[form] for form in OBJECTIVES.values()}
+    handles = [*rows.legend_lines(colors), rows.interval_mark("95 % interval at the end")]
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=2 if style.is_column(width) else 4
+    )
     return figure
 
 
-def draw_curves(axes: Any, table: pd.DataFrame, quantity: str, start: str, label: str) -> None:
-    """Draw a quantity by iteration, one line an objective."""
-    for (name, text), colour in zip(NAMES.items(), style.CYCLE, strict=True):
-        rows = select_rows(table, quantity, "iteration", objective=name, start=start, k=K)
-        plot_line(axes, rows, "iteration", color=colour, label=text)
+def draw_mass(axes: Any, table: pd.DataFrame, start: str) -> None:
+    """Draw the student's mass on the support by iteration, with q(S) and q(S)/e."""
+    draw_curves(axes, table, "mass", start)
+    first = rows.select_rows(
+        table, "mass", "iteration", objective="teacher_topk", start="teacher", k=K
+    )
+    teacher = float(first["value"].iloc[0])
+    for value, label in ((teacher, "q(S)"), (teacher / math.e, "q(S)/e")):
+        axes.axhline(value, color=style.GREY, lw=0.8, ls=":", zorder=1)
+        axes.text(
+            1.0, value, f" {label}", va="center", fontsize=7, transform=axes.get_yaxis_transform()
+        )
+    axes.set(ylim=(0, 1), ylabel="student's mass on S, p(S)")
+    axes.set_title(f"{STARTS[start]}:\n{describe_mass(table, start)}")
+
+
+def describe_mass(table: pd.DataFrame, start: str) -> str:
+    """Return in words where a loss leaves p(S), if it is not where the teacher has it."""
+    ends = table[(table["start"] == start) & (table["k"] == K)].set_index(["quantity", "objective"])
+    collapsed = ends["value"].get(("mass_over_fixed_point", "teacher_topk_unnormalised"), math.nan)
+    renormalised = ends["value"].get(("mass_over_teacher", "teacher_topk"), math.nan)
+    if renormalised < 0.9:
+        return f"renormalised ends at {renormalised:.2f} q(S)"
+    if abs(collapsed - 1) < 0.05:
+        return "un-normalised ends at q(S)/e"
+    return "mass on the support"
+
+
+def draw_curves(axes: Any, table: pd.DataFrame, quantity: str, start: str) -> None:
+    """Draw a quantity by iteration, one line an objective, with the intervals of its end."""
+    curves = [
+        (
+            rows.select_rows(table, quantity, "iteration", objective=name, start=start, k=K),
+            {"color": rows.FORM_COLORS[form], "label": form_name(form)},
+        )
+        for name, form in OBJECTIVES.items()
+    ]
     axes.set_xscale("symlog", linthresh=1)
-    axes.set(xlabel="iteration", ylabel=label)
+    rows.plot_curves(axes, curves, "iteration", bands=False)
+    rows.plot_end_intervals(axes, curves, "iteration")
+    axes.set_xlabel("iteration")

@@ -6,30 +6,34 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from figures import style
-from figures.study.rows import plot_line, select_rows
+from figures.study import rows
 
 COLUMNS = (
-    "quantity",
-    "uninformed",
-    "enter",
-    "distance",
-    "stop",
-    "gamma",
-    "position",
-    "iteration",
-    "k",
-    "value",
-    "low",
-    "high",
+    *("quantity", "uninformed", "enter", "distance", "stop", "gamma", "position", "iteration", "k"),
+    *("value", "low", "high"),
+)
+CAPTION = (
+    "Exact measurements of a small chain with the three failure modes of sampled-token "
+    "distillation. Signal: log q − log p of a sampled token under teacher q and student p. Loop: a "
+    "state that the student enters with a small probability per token and in which the teacher "
+    "repeats as readily as the student; uninformed: states in which the teacher is flat or, "
+    "dotted, sure of tokens of its own. Tag: a token that the student writes once in fifty tokens "
+    "and the teacher rejects; bars: variance of the gradient with the tag over that with the tag "
+    "masked, with the cosine of the two mean gradients, also for the teacher's top K. Training: "
+    "exact gradient descent with discount γ of later costs. Medians over random chains; bands "
+    "and bars: 95 % bootstrap intervals, of the signal its 5 to 95 % range."
 )
 WORLD: dict[str, Any] = {"uninformed": "flat", "enter": 0.02, "distance": 0.7, "stop": 0.0}
 
 
 def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
     """Draw the signal by position, the student's states, the effect of the tag, and training."""
-    figure, (signal, region, tag, training) = style.make_panels(2, 2, 5.2, width=width)
+    if style.is_column(width):  # one panel a failure mode: special tokens, the teacher, loops
+        figure, (tag, signal, training) = style.make_panels(3, 1, 6.6, width=width)
+    else:
+        figure, (signal, region, tag, training) = style.make_panels(2, 2, 5.8, width=width)
+        draw_regions(region, table)
     draw_signal(signal, table)
-    draw_regions(region, table)
     draw_tag_effect(tag, table)
     draw_loops(training, table)
     return figure
@@ -37,91 +41,89 @@ def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
 
 def draw_signal(axes: Any, table: pd.DataFrame) -> None:
     """Draw the distribution of the signal log q - log p by position."""
-    parts = {q: select_rows(table, q, "position", **WORLD) for q in ("signal_05", "signal_95")}
-    low, high = parts["signal_05"], parts["signal_95"]
-    axes.fill_between(
-        low["position"],
-        low["value"],
-        high["value"],
-        color=style.BLUE,
-        alpha=0.15,
-        label="5 to 95 %",
+    low, high = (rows.select_rows(table, f"signal_{x}", "position", **WORLD) for x in ("05", "95"))
+    band = {"color": style.BLUE, "alpha": 0.15, "linewidth": 0, "label": "5 to 95 %"}
+    axes.fill_between(low["position"], low["value"], high["value"], **band)
+    for quantity, label in (("signal_05", "5 and 95 %, sure teacher"), ("signal_95", None)):
+        sure = rows.select_rows(table, quantity, "position", **WORLD | {"uninformed": "sure"})
+        axes.plot(sure["position"], sure["value"], ":", color=style.ORANGE, lw=1.4, label=label)
+    middle = rows.select_rows(table, "signal_50", "position", **WORLD)
+    mean = rows.select_rows(table, "mean_signal", "position", **WORLD)
+    rows.plot_line(axes, middle, "position", color=style.BLUE, label="median")
+    rows.plot_line(axes, mean, "position", color=style.RED, label="mean (lowered by the tag)")
+    axes.axhline(0, color="black", lw=0.6, zorder=1)
+    axes.set(xlabel="position (tokens)", ylabel="log q − log p (nats)")
+    sure = rows.select_rows(table, "signal_05", "position", **WORLD | {"uninformed": "sure"})
+    ends = [f"{part['value'].iloc[-1]:.1f}".replace("-", "−") for part in (low, sure)]
+    axes.set_title(
+        f"5 % of the signals are below {ends[0]} nats\nat the end, or {ends[1]} with a sure teacher"
     )
-    for quantity, label in (
-        ("signal_05", "5 to 95 %, teacher sure where uninformed"),
-        ("signal_95", None),
-    ):
-        sure = select_rows(table, quantity, "position", **WORLD | {"uninformed": "sure"})
-        axes.plot(sure["position"], sure["value"], ":", color=style.ORANGE, lw=1, label=label)
-    middle = select_rows(table, "signal_50", "position", **WORLD)
-    mean = select_rows(table, "mean_signal", "position", **WORLD)
-    plot_line(axes, middle, "position", color=style.BLUE, label="median")
-    plot_line(axes, mean, "position", color=style.RED, label="mean (lowered by the tag)")
-    axes.axhline(0, color="black", lw=0.6)
-    axes.set(xlabel="position", ylabel="signal log q − log p, nats")
-    axes.set_title("Signal by position")
-    axes.legend(loc="center right", bbox_to_anchor=(1, 0.42))
+    axes.legend(loc="center right", bbox_to_anchor=(1, 0.45))
 
 
 def draw_regions(axes: Any, table: pd.DataFrame) -> None:
     """Draw the probability of being in the loop or where the teacher is flat, by position."""
-    for quantity, label, colour in (
-        ("loop_mass", "loop: the teacher repeats too", style.RED),
-        ("uninformed_mass", "teacher is uninformed", style.ORANGE),
-    ):
-        rows = select_rows(table, quantity, "position", **WORLD)
-        plot_line(axes, rows, "position", color=colour, label=label)
-    for enter, dash in ((0.005, ":"), (0.05, "--")):
-        rows = select_rows(table, "loop_mass", "position", **WORLD | {"enter": enter})
-        axes.plot(
-            rows["position"],
-            rows["value"],
-            dash,
-            color=style.RED,
-            lw=1,
-            label=f"loop, entry probability {enter:g}",
-        )
-    stopping = select_rows(table, "loop_mass", "position", **WORLD | {"stop": 0.02})
-    plot_line(axes, stopping, "position", color=style.PURPLE, label="loop, if responses may end")
-    axes.set(xlabel="position", ylabel="probability of the state", ylim=(0, 1))
-    axes.set_title("States visited by the student")
+    loop = rows.select_rows(table, "loop_mass", "position", **WORLD)
+    for enter, dash in ((0.05, "--"), (0.02, "-"), (0.005, ":")):
+        part = rows.select_rows(table, "loop_mass", "position", **WORLD | {"enter": enter})
+        label = f"loop, entered with {enter:g} per token"
+        axes.plot(part["position"], part["value"], dash, color=style.RED, label=label)
+    stopping = rows.select_rows(table, "loop_mass", "position", **WORLD | {"stop": 0.02})
+    label = f"loop, {WORLD['enter']:g}, if responses may end"
+    rows.plot_line(axes, stopping, "position", color=style.PURPLE, label=label)
+    uninformed = rows.select_rows(table, "uninformed_mass", "position", **WORLD)
+    rows.plot_line(axes, uninformed, "position", color=style.ORANGE, label="teacher is uninformed")
+    axes.set(xlabel="position (tokens)", ylabel="probability of the state", ylim=(0, 1.15))
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    end = loop["value"].iloc[-1]
+    axes.set_title(f"At the end {100 * end:.0f} % of the\nresponses are in the loop")
     axes.legend(loc="upper left")
 
 
 def draw_tag_effect(axes: Any, table: pd.DataFrame) -> None:
     """Draw the variance with the tag over that with the tag masked, by discount."""
-    rows = select_rows(table, "variance_factor", "gamma", **WORLD)
-    spread = [(rows["value"] - rows["low"]).clip(lower=0), rows["high"] - rows["value"]]
-    axes.bar(range(len(rows)), rows["value"], yerr=spread, color=style.BLUE, width=0.6, ecolor="k")
-    axes.set_xticks(range(len(rows)), [f"γ = {g:g}" for g in rows["gamma"]])
-    axes.axhline(1, color="black", lw=0.6)
-    angle = select_rows(table, "tag_cosine", "gamma", **WORLD)
-    top = select_rows(table, "topk_tag_cosine", "k", **WORLD)
-    cosines = ", ".join(f"{v:.2f}" for v in angle["value"])
-    top_k_cosines = ", ".join(
-        f"K={k:g}: {v:.2f}" for k, v in zip(top["k"], top["value"], strict=True)
+    factor = rows.select_rows(table, "variance_factor", "gamma", **WORLD)
+    angle = rows.select_rows(table, "tag_cosine", "gamma", **WORLD)
+    spread = [(factor["value"] - factor["low"]).clip(lower=0), factor["high"] - factor["value"]]
+    bars = {"color": style.SKY, "width": 0.6, "ecolor": "black"}
+    axes.bar(range(len(factor)), factor["value"], yerr=spread, **bars)
+    names = [
+        f"γ = {g:g}\ncosine {x:.2f}" for g, x in zip(factor["gamma"], angle["value"], strict=True)
+    ]
+    axes.set_xticks(range(len(factor)), names, fontsize=7)
+    none = axes.axhline(1, color="black", lw=0.8, ls="--", label="no effect")
+    axes.set_ylabel("variance with tag\n/ with tag masked")
+    axes.set_ylim(top=1.75 * float(factor["high"].max()))
+    top = rows.select_rows(table, "topk_tag_cosine", "k", **WORLD)
+    text = "cosine, teacher's top K:\n" + ", ".join(
+        f"{x:.2f} (K = {k:g})" for k, x in zip(top["k"], top["value"], strict=True)
     )
-    axes.set_ylabel("variance with tag / with tag masked")
-    axes.set_ylim(top=1.5 * float(rows["high"].max()))
-    axes.text(
-        0.02,
-        0.97,
-        f"cosine with the masked gradient: {cosines}\nteacher's top K: {top_k_cosines}",
-        transform=axes.transAxes,
-        va="top",
-        fontsize=6.5,
+    axes.text(0.02, 0.98, text, transform=axes.transAxes, va="top", fontsize=7)
+    interval = rows.interval_mark()
+    interval.set_color("black")
+    axes.legend(handles=[none, interval], loc="upper left", bbox_to_anchor=(0, 0.84), ncols=2)
+    ends = sorted([factor["value"].iloc[0], factor["value"].iloc[-1]])
+    axes.set_title(
+        f"One tag in fifty tokens multiplies\nthe variance by {ends[0]:.0f} to {ends[1]:.0f}"
     )
-    axes.set_title("Effect of one tag in fifty tokens")
 
 
 def draw_loops(axes: Any, table: pd.DataFrame) -> None:
     """Draw the mass in the loop by iteration of exact descent, one line a discount."""
-    rows = select_rows(table, "loop_path", "iteration", **WORLD)
-    gammas = sorted(rows["gamma"].unique())
-    for gamma, colour in zip(gammas, style.sequential_colors(len(gammas)), strict=True):
-        plot_line(
-            axes, rows[rows["gamma"] == gamma], "iteration", color=colour, label=f"γ = {gamma:g}"
-        )
-    axes.set(xlabel="iteration of exact descent", ylabel="final mass in the loop", ylim=(0, 1))
-    axes.set_title("Loop mass during training")
-    axes.legend(loc="upper left")
+    path = rows.select_rows(table, "loop_path", "iteration", **WORLD)
+    gammas = sorted(path["gamma"].unique())
+    axes.set_ylim(0, 1)
+    curves = [
+        (path[path["gamma"] == gamma], {"color": color, "label": f"γ = {gamma:g}"})
+        for gamma, color in zip(gammas, style.sequential_colors(len(gammas)), strict=True)
+    ]
+    rows.plot_curves(axes, curves, "iteration")
+    axes.set(xlabel="iteration of exact descent", ylabel="loop at the end of\na response (share)")
+    last = curves[-1][0]["value"]
+    axes.set_title(
+        f"Training at γ = {gammas[-1]:g}: loop from {last.iloc[0]:.2f}\n"
+        f"to at most {last.max():.2f}, then {last.iloc[-1]:.2f}"
+    )
+    colors = {look["label"]: look["color"] for _, look in curves}
+    handles = [*rows.legend_lines(colors), rows.band_mark()]
+    axes.legend(handles=handles, loc="upper left", ncols=3)

@@ -125,7 +125,7 @@ def test_a_run_stands_at_its_own_numbers(tmp_path: Path) -> None:
         assert ([64, 64], [1.5, 2.5]) in lines(axes)
         assert ([64], [2]) in lines(axes)
     title = drawing.get_suptitle()
-    assert "rb_all at γ = 0.5" in title
+    assert "mean costs at γ = 0.5" in title
     assert "64 sequences of 40 tokens and 2 nats" in title
     (run / "rows.jsonl").write_text('{"step": 0}\n')
     with pytest.raises(ValueError, match="train with --probe-every"):
