@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from itertools import combinations
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib import colors
@@ -42,6 +43,7 @@ def print_problems(figure: Figure, table: pd.DataFrame, width: float) -> list[st
     if size[1] > style.MAX_HEIGHT:
         problems.append(f"the figure is {size[1]:.2f} in high, a page {style.MAX_HEIGHT:g}")
     FigureCanvasAgg(figure)
+    figure.set_dpi(mpl.rcParams["savefig.dpi"])
     figure.draw_without_rendering()  # lays it out and places its texts
     texts = [(text, text.get_window_extent()) for text in shown_texts(figure)]
     problems += text_problems(figure, texts, code_names(table))
@@ -93,7 +95,7 @@ def tick_labels(axis: Any) -> list[Text]:
     if not axis.axes.axison or not axis.get_visible():
         return []
     low, high = sorted(axis.get_view_interval())
-    slack = 1e-9 * max(abs(low), abs(high), 1e-300)
+    slack = 1e-9 * (low if axis.get_scale() == "log" else max(abs(low), abs(high)))
     shown = []
     for ticks in (axis.get_major_ticks(), axis.get_minor_ticks()):
         for tick in ticks:
