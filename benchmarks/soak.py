@@ -43,7 +43,7 @@ def serve(folder: str, port: str) -> None:
     """Serve the teacher until killed."""
     import torch
 
-    from tests.helpers.fake_teacher_server import FakeTeacher, serve
+    from tests.helpers.servers.teacher_server import FakeTeacher, serve
 
     torch.set_num_threads(1)
     with serve(FakeTeacher(Path(folder)), int(port)):

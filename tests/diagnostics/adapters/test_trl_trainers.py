@@ -14,9 +14,13 @@ import torch
 from diagnostics.adapters.trl import NOT_OBSERVED, OBSERVED, observe_trl
 from diagnostics.catalogue import FULL
 from diagnostics.monitor import Monitor
-from tests.helpers.fake_teacher_server import serve
 from tests.helpers.paths import ROOT
-from tests.helpers.trl_servers import TrlTeacherServer, async_distillation, server_distillation
+from tests.helpers.servers.teacher_server import serve
+from tests.helpers.servers.trl_servers import (
+    TrlTeacherServer,
+    async_distillation,
+    server_distillation,
+)
 from tests.helpers.trl_trainers import Spy, by_hand, gmpo, load_pair, log_softmaxes, rloo
 
 pytestmark = pytest.mark.filterwarnings("error:.* has no row:RuntimeWarning")

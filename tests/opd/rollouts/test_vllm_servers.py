@@ -19,8 +19,8 @@ from opd.rollouts.factory import make_engine
 from opd.rollouts.hf_engine import mask_until_eos
 from opd.rollouts.vllm_server_engine import VllmServerEngine, halved_weights
 from opd.serving import json_endpoint
-from tests.helpers.fake_rollout_server import FakeRolloutServer
-from tests.helpers.fake_teacher_server import (
+from tests.helpers.servers.rollout_server import FakeRolloutServer
+from tests.helpers.servers.teacher_server import (
     delay,
     drop_connection,
     edit_answer,

@@ -10,8 +10,8 @@ import pytest
 
 from opd.config.settings import Config, with_settings
 from opd.training.train import train
-from tests.helpers.fake_rollout_server import FakeRolloutServer
 from tests.helpers.runs import rows, train_in_rank
+from tests.helpers.servers.rollout_server import FakeRolloutServer
 from tests.helpers.warm_process import run_ranks, start_ranks, wait_for_ranks
 from tests.opd.training.test_distributed import (
     assert_same_rows,

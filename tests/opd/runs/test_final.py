@@ -19,9 +19,9 @@ from opd.config.settings import Config, TaskSettings, with_settings
 from opd.runs.hub import check_push, push_model
 from opd.runs.model_card import model_card
 from opd.training.train import train
-from tests.helpers.fake_hub import serve
 from tests.helpers.paths import ROOT
 from tests.helpers.runs import settings
+from tests.helpers.servers.hub import serve
 
 
 @pytest.fixture(scope="module")

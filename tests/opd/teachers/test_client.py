@@ -24,12 +24,12 @@ from opd.teachers.client import TeacherClient, connect, group_rows
 from opd.teachers.pair import ModelPair, load_pair
 from opd.teachers.remote_scores import score_remote
 from opd.teachers.teacher import ServerTeacher
-from tests.helpers.fake_teacher_server import (
+from tests.helpers.requests import full_request, lean_request
+from tests.helpers.servers.teacher_server import (
     FakeTeacher,
     delay,
     serve,
 )
-from tests.helpers.requests import full_request, lean_request
 
 K = 5
 

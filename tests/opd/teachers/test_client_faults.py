@@ -13,7 +13,7 @@ from diagnostics.batch import Rollouts
 from opd.data.prompts import Prompts
 from opd.teachers.pair import ModelPair
 from opd.teachers.remote_scores import score_remote
-from tests.helpers.fake_teacher_server import (
+from tests.helpers.servers.teacher_server import (
     FakeTeacher,
     delay,
     drop_connection,

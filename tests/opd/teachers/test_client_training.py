@@ -15,8 +15,8 @@ from opd.config.settings import Config, TaskSettings
 from opd.models.loading import load_model
 from opd.serving import json_endpoint
 from opd.training.train import train
-from tests.helpers.fake_teacher_server import FakeTeacher, drop_connection, serve
 from tests.helpers.runs import rows, settings
+from tests.helpers.servers.teacher_server import FakeTeacher, drop_connection, serve
 
 SHORT = {
     "steps": 3,

@@ -27,9 +27,9 @@ from opd.serving import json_endpoint
 from opd.teachers.pair import load_pair
 from opd.training.prefetch import RolloutPrefetcher, TaskRollouts
 from opd.training.train import train
-from tests.helpers.fake_rollout_server import FakeRolloutServer
-from tests.helpers.fake_teacher_server import serve
 from tests.helpers.runs import rows, settings
+from tests.helpers.servers.rollout_server import FakeRolloutServer
+from tests.helpers.servers.teacher_server import serve
 from tests.opd.rollouts.test_vllm_servers import restart_after_answer
 from tests.opd.teachers.test_factory import InterruptedAfter
 

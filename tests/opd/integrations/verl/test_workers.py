@@ -63,7 +63,7 @@ def test_an_update_of_verls_fsdp_actor_is_ours(
     files = [str(x) for x in (model, tmp_path / "rows.pt", tmp_path / "out.pt")]
     command = [
         sys.executable,
-        str(ROOT / "tests/helpers/verl_actor_worker.py"),
+        str(ROOT / "tests/helpers/verl/actor_worker.py"),
         *files,
         f"opdlab_{name}",
     ]
@@ -223,7 +223,7 @@ def test_verls_trainer_runs_the_script_with_two_teachers(
         "OMP_NUM_THREADS": "1",
         "VERL_PLATFORM": "cpu",
         "VERL_ENGINE_DEVICE": "cuda",
-        "VERL_USE_EXTERNAL_MODULES": "tests.helpers.verl_cpu_platform,"
+        "VERL_USE_EXTERNAL_MODULES": "tests.helpers.verl.cpu_platform,"
         "opd.integrations.verl.register",
         "VERL_CPU_WEIGHTS": str(tmp_path / "weights.pt"),
     }

@@ -1,7 +1,7 @@
 """Run verl without an accelerator: a platform for its registry, and servers of transformers.
 
 verl does not support CPUs, and takes rollouts and teachers from vLLM or SGLang. Load this module in
-every process: VERL_USE_EXTERNAL_MODULES=tests.helpers.verl_cpu_platform, VERL_PLATFORM=cpu and
+every process: VERL_USE_EXTERNAL_MODULES=tests.helpers.verl.cpu_platform, VERL_PLATFORM=cpu and
 VERL_ENGINE_DEVICE=cuda. verl's trainer, agent loops, teacher routing and FSDP actors then run
 unchanged; only the engine behind `rollout.name=vllm` is replaced. For tests and tiny models only.
 """
@@ -183,4 +183,4 @@ def start_gloo(started: Any, backend: str | None = None, **words: Any) -> Any:
 
 torch.distributed.init_process_group = partial(start_gloo, torch.distributed.init_process_group)
 replicas.RolloutReplicaRegistry.register("vllm", replica)
-base._ROLLOUT_REGISTRY["vllm", "async"] = "tests.helpers.verl_cpu_weights.Weights"
+base._ROLLOUT_REGISTRY["vllm", "async"] = "tests.helpers.verl.cpu_weights.Weights"

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.helpers.fake_teacher_server import FakeTeacher
+from tests.helpers.servers.teacher_server import FakeTeacher
 
 KNOWN_LOGITS: WeakKeyDictionary[Any, dict[tuple[int, ...], Tensor]] = WeakKeyDictionary()
 """Network -> token ids -> logits of the next token."""

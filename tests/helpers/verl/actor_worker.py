@@ -2,7 +2,7 @@
 
 Started by test_verl_workers as
 
-    python tests/helpers/verl_actor_worker.py MODEL BATCH OUT LOSS_MODE [OVERRIDE ...]
+    python tests/helpers/verl/actor_worker.py MODEL BATCH OUT LOSS_MODE [OVERRIDE ...]
 
 with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Rank r of n gets the r-th n-th of the rows.
 """
@@ -83,7 +83,7 @@ def main() -> None:
     from verl.workers.engine_workers import ActorRolloutRefWorker
 
     import opd.integrations.verl.register  # noqa: F401
-    import tests.helpers.verl_cpu_platform  # noqa: F401
+    import tests.helpers.verl.cpu_platform  # noqa: F401
 
     config = configured(model, mode, overrides)
     worker = ActorRolloutRefWorker(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers.fake_teacher_server import FakeTeacher
+from tests.helpers.servers.teacher_server import FakeTeacher
 from tests.helpers.trl_trainers import ENDS, SETTINGS, questions
 
 

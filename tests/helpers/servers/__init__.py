@@ -1,0 +1,1 @@
+"""Servers that answer as those of other projects do."""

@@ -1,0 +1,1 @@
+"""A verl worker on a CPU."""
