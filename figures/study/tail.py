@@ -15,15 +15,15 @@ CAPTION = (
     "teacher's 4 most probable of 32 tokens. First panel: the student's mass on S over the "
     "teacher's, for un-normalised top-K, one line a mass 1 − q(S) that S leaves out; the fixed "
     "point is 1/e in every case. Second panel: iterations until half of the way there, by that "
-    "mass, with a line of slope −1. Renormalised top-K, a stop-gradient head, a tail bucket and a "
-    "sampled tail do not move and have no point. Means and medians over prefixes with 95 % "
-    "intervals."
+    "mass, for supports of either model, with a line of slope −1. Renormalised top-K, a "
+    "stop-gradient head, a tail bucket and a sampled tail do not move and have no point. Means and "
+    "medians over prefixes with 95 % intervals."
 )
 COLLAPSING = {
-    "teacher_topk_unnormalised": style.RED,
-    "student_topk_unnormalised": style.PURPLE,
-    "teacher_topk_published_tail": style.SKY,
+    "teacher_topk_unnormalised": {"color": style.RED, "ls": "-"},
+    "student_topk_unnormalised": {"color": "black", "ls": (0, (2, 4))},
 }
+"""Forms that fall to q(S)/e -> how they are drawn; from the teacher itself they coincide."""
 
 
 def draw(table: pd.DataFrame, width: float = style.PAGE_WIDTH) -> Figure:
@@ -47,23 +47,24 @@ def draw_masses(axes: Any, table: pd.DataFrame) -> None:
     axes.text(0, 0.38, "1/e", va="bottom", fontsize=style.MIN_FONT_SIZE)
     axes.set_xscale("symlog", linthresh=1)
     axes.set(xlabel="iteration", ylabel="p(S) / q(S)", ylim=(0.3, 1.03))
-    axes.set_title("Un-normalised top-K always falls to 1/e")
-    axes.legend(title="1 − q(S)", loc="lower left", bbox_to_anchor=(0.08, 0.12))
+    axes.set_xlim(-0.1, rows["iteration"].max())
+    axes.set_title("Un-normalised top-K falls to 1/e")
+    axes.legend(title="1 − q(S)", loc="lower left", bbox_to_anchor=(0.0, 0.18))
 
 
 def draw_times(axes: Any, table: pd.DataFrame) -> None:
     """Draw the iterations until half of the collapse by tail, one line a form."""
-    for objective, colour in COLLAPSING.items():
+    for objective, line_style in COLLAPSING.items():
         rows = select_rows(table, "half_time", "tail", objective=objective)
         if len(rows):
             label = estimator_name(objective)
-            plot_line(axes, rows, "tail", color=colour, label=label, marker="o", ms=3)
+            plot_line(axes, rows, "tail", label=label, marker="o", ms=3, **line_style)
     rows = select_rows(table, "half_time", "tail", objective="teacher_topk_unnormalised")
     if len(rows):
         last = rows.iloc[-1]
         line = last["value"] * last["tail"] / rows["tail"]
-        axes.plot(rows["tail"], line, "--", color=style.GREY, lw=1, label="slope −1")
+        axes.plot(rows["tail"], line, ":", color=style.GREY, lw=1, label="slope −1")
     axes.set(xscale="log", yscale="log", xlabel="mass outside the support, 1 − q(S)")
     axes.set_ylabel("iterations to half of the collapse")
-    axes.set_title("but later, the less S leaves out")
+    axes.set_title("The less S leaves out, the later")
     axes.legend(loc="lower left")
