@@ -15,9 +15,9 @@ from synthetic.sampling.free_logits import expected_gradients
 CLAIM = (
     "Whether un-normalised top-K collapses within a run depends on the teacher's mass outside the "
     "support. From a student that equals its teacher, descent reaches the same fixed point, "
-    "p(S) = q(S)/e, whatever that mass is, but the time to get half-way grows nearly as its inverse: a "
-    "support that leaves out a thousandth looks stable for hundreds of times as long as one that "
-    "leaves out a third. Renormalised forms, a tail bucket and a sampled tail do not move."
+    "p(S) = q(S)/e, whatever that mass is, but the time to get half-way grows nearly as its "
+    "inverse: a support that leaves out a thousandth looks stable for hundreds of times as long as "
+    "one that leaves out a third. Renormalised forms, a tail bucket and a sampled tail do not move."
 )
 FORMS = (
     "teacher_topk_unnormalised",

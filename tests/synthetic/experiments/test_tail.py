@@ -1,4 +1,4 @@
-"""The study of the tail: its teachers leave out what they should, and times are those of descent."""
+"""The study of the tail: teachers leave out what they should; times are those of descent."""
 
 import numpy as np
 import pandas as pd
