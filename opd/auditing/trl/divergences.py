@@ -169,7 +169,7 @@ def async_distillation(kind: type, args: Any, values: dict[str, Any]) -> Tensor:
         object.__setattr__(trainer, f"_step_{name}", 0.0)
     tokens, mask = values["tokens"], values["mask"]
     logp = values["teacher_logits"].detach().log_softmax(-1)
-    ids = logp.topk(min(args.teacher_top_k, logp.shape[-1]), -1).indices
+    ids = logp.topk(args.teacher_top_k, -1).indices
     is_among = (ids == tokens[..., None]).any(-1)
     ids = torch.cat([ids, torch.where(is_among, -1, tokens)[..., None]], -1)
     logp = logp.gather(-1, ids.clamp(min=0)).float()

@@ -268,4 +268,6 @@ def _value(target: str, setting: "dataclasses.Field[Any]", text: str) -> Any:
             return [float(x) for x in text.split("/")]
         return int(text) if isinstance(default, int) or "int" in annotation else float(text)
     except (KeyError, ValueError) as error:
-        raise InvalidInput(f"{target}: {setting.name} is {text!r}, expected {annotation}") from error
+        raise InvalidInput(
+            f"{target}: {setting.name} is {text!r}, expected {annotation}"
+        ) from error

@@ -43,6 +43,7 @@ def policy_gradient(kind: type, args: Any, values: dict[str, Any]) -> Tensor:
         teacher = rollouts.place(values["teacher_logits"] * args.temperature)[rollouts.members]
         trainer.ref_model = fused_model(teacher, args.temperature)
     trainer.num_generations = rollouts.size
+    trainer.eos_token_ids = range(rollouts.vocabulary)
     trainer._generate = lambda _prompts: rollouts.generate(kind)
     trainer._calculate_rewards = lambda *_inputs: rollouts.reward[:, None]
     with torch.no_grad():
@@ -67,6 +68,7 @@ class _Rollouts:
         mask, prompt = values["mask"], values["prompt"]
         self.order = torch.argsort(~mask, dim=1, stable=True)
         self.lengths = mask.sum(1)
+        self.vocabulary = values["student_logits"].shape[-1]
         self.tokens = self.place(values["tokens"])
         groups = [(prompt == index).nonzero()[:, 0] for index in prompt.unique()]
         self.size = max(len(group) for group in groups)
@@ -96,6 +98,9 @@ class _Rollouts:
     def generate(self, kind: type) -> tuple[Any, ...]:
         """Return what the trainer's generation returns: prompts, responses, and nothing else.
 
+        A response without supervised tokens does not end with an EOS, so that TRL masks it as it
+        masks truncated ones; every id of the vocabulary counts as an EOS.
+
         Args:
             kind: Class of the trainer.
 
@@ -103,10 +108,11 @@ class _Rollouts:
             Ids of prompts and of responses, and what follows them.
         """
         prompts = [[0] * PROMPT for _ in self.members]
-        lengths = self.lengths[self.members].clamp(min=1)
         responses = [
-            row[:length].tolist()
-            for row, length in zip(self.tokens[self.members], lengths, strict=True)
+            row[:length].tolist() or [self.vocabulary]
+            for row, length in zip(
+                self.tokens[self.members], self.lengths[self.members], strict=True
+            )
         ]
         texts = [""] * len(prompts)
         if kind.__name__ == "RLOOTrainer":
@@ -172,7 +178,7 @@ def _settings(args: Any) -> dict[str, Any]:
         "aux_loss_enabled": False,
         "use_vllm": False,
         "vllm_importance_sampling_correction": False,
-        "mask_truncated_completions": False,
+        "mask_truncated_completions": True,
         "pad_to_multiple_of": None,
         "tools": None,
         "environments": None,

@@ -88,9 +88,7 @@ def sdpo(kind: type, args: Any, values: dict[str, Any]) -> Tensor:
     return _self_distillation(kind, args, values)
 
 
-def _self_distillation(
-    kind: type, args: Any, values: dict[str, Any], **attributes: Any
-) -> Tensor:
+def _self_distillation(kind: type, args: Any, values: dict[str, Any], **attributes: Any) -> Tensor:
     """Return the loss of either trainer.
 
     With more than one iteration the rollouts are older than the student, and the loss reads their
