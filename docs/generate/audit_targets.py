@@ -35,7 +35,7 @@ TRL = [
     *("ServerDistillation", "ServerDistillation,beta=0.5"),
     *("ServerDistillation,beta=0,loss_top_k=2",),
     "ServerDistillation,beta=0,loss_top_k=2,loss_add_tail=false",
-    *("AsyncDistillation", "AsyncDistillation,teacher_top_k=2", "AsyncDistillation,beta=1"),
+    *("AsyncDistillation,teacher_top_k=2", "AsyncDistillation,beta=1,teacher_top_k=2"),
     *("IW-OPD", "IW-OPD,iw_opd_gamma=0", "IW-OPD,iw_opd_gamma=0,use_vllm=true", _JSD),
     *(f"{_JSD},reverse_kl_top_1_mode=argmax", f"{_JSD},loss_top_k=0", f"{_JSD},loss_top_k=2"),
     f"{_JSD},loss_top_k=2,loss_add_tail=false",

@@ -169,7 +169,8 @@ SAMPLING = {
 }
 """Fields of a configuration that cannot be set -> why."""
 OUT_OF_REACH = {
-    "MINILLM": "TRL has removed it; its target is ours:full_reverse_kl,gamma=1",
+    "MINILLM": "TRL 1.16 has no such trainer; its paper's target is sequence_reverse_kl, that of "
+    "ours:full_reverse_kl,gamma=1",
     "A2PO": "it needs the values of its first stage, which generates for every prompt beforehand",
     "ASYNCGRPO": "its advantages are computed by a worker process beside vLLM; see trl:GRPO",
     "ONLINEDPO": "it compares pairs of responses by a judge: no distillation or policy loss",

@@ -15,6 +15,9 @@ from diagnostics.io.packages import load_package
 IGNORED = -100
 """Label of positions without loss."""
 
+LOWEST = -1e4
+"""Hidden state in place of -inf."""
+
 
 def package(module: str) -> Any:
     """Import a module of TRL or of what it needs.
@@ -104,8 +107,12 @@ class LogitsModel(nn.Module):
         self.config = package("transformers").PretrainedConfig()
 
     def base_model(self, **inputs: Any) -> SimpleNamespace:
-        """Return the hidden states, (B, L, V), also where TRL has replaced `forward`."""
-        return LogitsModel.forward(self, **inputs)
+        """Return the hidden states, (B, L, V), also where TRL has replaced `forward`.
+
+        They are finite, since a head multiplies them; a logit of LOWEST has probability 0.
+        """
+        states = LogitsModel.forward(self, **inputs).last_hidden_state
+        return SimpleNamespace(last_hidden_state=states.clamp(min=LOWEST))
 
     def get_output_embeddings(self) -> SimpleNamespace:
         """Return the head."""

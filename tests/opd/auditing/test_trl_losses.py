@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.errors import InvalidInput
-from opd.auditing.faults import factors_of, sample_batch, teacher_gradient, world_mean
+from opd.auditing.faults import factors_of, non_finite, sample_batch, teacher_gradient, world_mean
 from opd.auditing.gradients import find_structure, loss_gradients
 from opd.auditing.matching import Fit, find_target
 from opd.auditing.named import load_loss
@@ -73,6 +73,12 @@ def test_the_target_of_each_trainer(target: str, name: str) -> None:
 def test_the_teacher_has_no_gradient(target: str) -> None:
     world = make_worlds(4, full=False, length=2).random
     assert teacher_gradient(load_loss(f"trl:{target}"), world, 1) is None
+
+
+@pytest.mark.parametrize("target", ["Distillation,beta=0", "Distillation", "GKD,beta=0"])
+def test_gradients_are_finite_where_the_target_is(target: str) -> None:
+    world, name = make_worlds(4, full=False, length=2).random, fit_of(target).target.name
+    assert [*non_finite(load_loss(f"trl:{target}"), world, name)] == []
 
 
 # --- values by hand -----------------------------------------------------------------------------
@@ -228,7 +234,7 @@ def test_a_row_without_tokens_counts_in_means_over_rows(target: str, factor: flo
         ("GKD,beta=high", "beta is 'high', expected"),
         ("GOLD,use_uld_loss=2", "use_uld_loss is '2', expected"),
         ("ServerDistillation,beta=1,loss_top_k=3", "TRL refuses it: loss_top_k must be 1"),
-        ("MiniLLM", "TRL has removed it"),
+        ("MiniLLM", "TRL 1.16 has no such trainer"),
         ("AsyncGRPO", "a worker process beside vLLM"),
         ("GDK", "unknown trainer 'GDK'; known: GKD, GOLD, Distillation"),
     ],
