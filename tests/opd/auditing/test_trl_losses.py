@@ -220,6 +220,43 @@ def test_a_row_without_tokens_counts_in_means_over_rows(target: str, factor: flo
     assert not bool(with_rows[len(without) :].any())
 
 
+def gold_gradient(settings: str, student: Tensor, teacher: Tensor) -> tuple[float, Tensor]:
+    """Return the value and the (T, V) gradient of GOLD's loss for two vocabularies."""
+    logits = student.log()[None].requires_grad_()
+    result = value(
+        load_loss(f"trl:GOLD,use_uld_loss=true{settings}"),
+        student_logits=logits,
+        teacher_logits=teacher.log()[None],
+        tokens=torch.zeros(1, len(student), dtype=torch.long),
+        mask=torch.ones(1, len(student), dtype=torch.bool),
+    )
+    return float(result.detach()), torch.autograd.grad(result, logits)[0][0]
+
+
+def test_uld_compares_sorted_probabilities() -> None:
+    student = torch.tensor([[0.7, 0.2, 0.1]] * 3).double()
+    assert gold_gradient("", student, student.flip(1))[0] == pytest.approx(0.0, abs=1e-7)
+    assert gold_gradient("", student, student.new_full((3, 3), 1 / 3))[0] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("settings", "positions"),
+    [
+        ("", [False, True, True]),
+        (",uld_token_merge_strategy=bayesian", [True, True, False]),
+        (
+            ",uld_token_merge_strategy=bayesian,uld_skip_student_eos=false"
+            ",uld_skip_teacher_eos=false",
+            [True, True, True],
+        ),
+    ],
+)
+def test_the_tokens_that_uld_trains(settings: str, positions: list[bool]) -> None:
+    student = torch.tensor([[0.7, 0.2, 0.1], [0.2, 0.2, 0.6], [0.5, 0.3, 0.2]]).double()
+    _, gradient = gold_gradient(settings, student, student.new_full((3, 3), 1 / 3))
+    assert gradient.any(-1).tolist() == positions
+
+
 # --- settings -----------------------------------------------------------------------------------
 
 
