@@ -33,6 +33,10 @@ _PAIR = "on {sampled token, rest} (2)"
 _TOPK = "KL on the teacher's top-K: no target of the list, and not unique outside S"
 
 NOTES: dict[str, str] = {
+    "ours:sampled_token,baseline=position_mean": "the baseline is a mean over the whole batch: the "
+    "trainer computes it before it splits",
+    "ours:k1": "refused in training: minimising log p - log q of samples moves nothing",
+    "ours:kl_advantage": "refused in training: an advantage without the action moves nothing",
     "trl:GKD": "the default temperature of 0.9 is for sampling only: the loss scores at 1",
     "trl:GOLD": "samples and scores at 0.9, teacher too: the divergence of these two",
     "trl:GOLD,use_uld_loss=true": "compares sorted probabilities (3); the first token of a "
@@ -61,6 +65,22 @@ NOTES: dict[str, str] = {
     "trl:GRPO,reward_weights=0,beta=1": "the penalty alone, multiplied by the ratio (default)",
     "trl:GRPO,reward_weights=0,beta=1,use_bias_correction_kl=false": "k3 as a loss is the forward "
     "KL (7)",
+    "trl:GRPO,scale_rewards=batch": "rewards are divided by the deviation of the batch, which rows "
+    "without a token change too",
+    "trl:GRPO,scale_rewards=none,loss_type=cispo": "a fifth of the step, without a ratio (8)",
+    "trl:GRPO,scale_rewards=none,loss_type=grpo": f"{_ROWS}",
+    "trl:GRPO,scale_rewards=none,loss_type=dr_grpo": f"divides by rows times "
+    f"`max_completion_length`; {_ROWS}",
+    "trl:GRPO,scale_rewards=none,loss_type=luspo": f"{_ROWS}",
+    "trl:GRPO,scale_rewards=none,loss_type=sapo": f"{_ROWS}",
+    "trl:GMPO": f"as GRPO; {_ROWS}",
+    "trl:RLOO": "unbiased: the KL of the whole response is part of its reward, so that an earlier "
+    f"teacher multiplies later scores, whose mean is 0; {_ROWS}",
+    "trl:RLOO,beta=0": f"{_ROWS}",
+    "trl:RLOO,reward_weights=0,beta=1": "unbiased, as RLOO: more noise than credit for later costs "
+    "only",
+    "trl:SDFT,distillation_topk=2": "JSD on the student's top-K: no target of the list, and not "
+    f"unique outside S; {_ROWS}",
     "trl:SDPO": f"each response has equal weight; {_ROWS}",
 }
 """TARGET of `opd audit` -> note; (1) and so on are the examples below the table."""
@@ -113,6 +133,11 @@ k3 = q/p - log(q/p) - 1 at the sampled token. Differentiated as it stands, its m
 - q, which is the forward KL's: for p = (1/2, 1/4, 1/4), q = (1/4, 1/2, 1/4) it is (0.25, -0.25,
 0), where the reverse KL has (0.260, -0.217, -0.043). Multiplied by the ratio of student and
 sampler, which TRL does by default, it is the reverse KL's.
+""",
+        "(8) CISPO's default range": """
+The ratio is cut at `epsilon_high`, which is `epsilon` = 0.2 unless it is set: on policy each ratio
+is 1 and becomes 0.2, and so does every ratio above 0.2. What is left is a policy gradient with a
+fifth of the step and no correction for older rollouts. `epsilon_high=5` keeps ratios up to 5.
 """,
     },
 }

@@ -49,7 +49,10 @@ TRL = [
         f"GRPO,scale_rewards=none,loss_type={kind}"
         for kind in ("grpo", "bnpo", "dr_grpo", "luspo", "cispo", "sapo", "vespo")
     ),
+    "GRPO,scale_rewards=none,loss_type=cispo,epsilon_high=5",
     "GRPO,scale_rewards=none,importance_sampling_level=sequence",
+    "GRPO,scale_rewards=none,use_vllm=true",
+    "GRPO,scale_rewards=none,use_vllm=true,vllm_importance_sampling_mode=token_truncate",
     *("GRPO,scale_rewards=none,num_iterations=2", "GRPO,scale_rewards=none,beta=1"),
     f"GRPO,{_KL_ONLY},beta=1",
     f"GRPO,{_KL_ONLY},beta=1,use_bias_correction_kl=false",

@@ -49,7 +49,9 @@ GRPO_SETTINGS = (
     *("reward_weights", "use_bias_correction_kl", "off_policy_mask_threshold"),
     *("top_entropy_quantile", "entropy_coef", "max_completion_length"),
     *("multi_objective_aggregation", "sapo_temperature_neg", "sapo_temperature_pos"),
-    *("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
+    *("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg", "use_vllm"),
+    *("vllm_importance_sampling_correction", "vllm_importance_sampling_mode"),
+    *("vllm_importance_sampling_clip_min", "vllm_importance_sampling_clip_max"),
 )
 
 LOSSES = {

@@ -26,7 +26,8 @@ def policy_gradient(kind: type, args: Any, values: dict[str, Any]) -> Tensor:
     """Return the loss of GRPOTrainer, GMPOTrainer or RLOOTrainer.
 
     With more than one iteration, the rollouts are the sampler's, whose log-probabilities the loss
-    reads as those of the older student.
+    reads as those of the older student. With vLLM (GRPO only) they are the engine's, and TRL
+    corrects for its difference from the student; nothing is generated, so no engine is needed.
 
     Args:
         kind: Class of the trainer.
@@ -38,13 +39,14 @@ def policy_gradient(kind: type, args: Any, values: dict[str, Any]) -> Tensor:
     """
     rollouts = _Rollouts(values)
     trainer = bare_trainer(kind, args, **_settings(args))
-    trainer.model = _Sampler(rollouts.logp_of(values, is_older=args.num_iterations > 1))
+    is_older = args.num_iterations > 1 and not args.use_vllm
+    trainer.model = _Sampler(rollouts.logp_of(values, is_older=is_older))
     if args.beta:
         teacher = rollouts.place(values["teacher_logits"] * args.temperature)[rollouts.members]
         trainer.ref_model = fused_model(teacher, args.temperature)
     trainer.num_generations = rollouts.size
     trainer.eos_token_ids = range(rollouts.vocabulary)
-    trainer._generate = lambda _prompts: rollouts.generate(kind)
+    trainer._generate = lambda _prompts: rollouts.generate(kind, with_logp=args.use_vllm)
     trainer._calculate_rewards = lambda *_inputs: rollouts.reward[:, None]
     with torch.no_grad():
         batch = trainer._generate_and_score_completions([{"prompt": ""}] * len(rollouts.members))
@@ -70,6 +72,7 @@ class _Rollouts:
         self.lengths = mask.sum(1)
         self.vocabulary = values["student_logits"].shape[-1]
         self.tokens = self.place(values["tokens"])
+        self.sampler_logp = self.place(values["sampler_logp"])
         groups = [(prompt == index).nonzero()[:, 0] for index in prompt.unique()]
         self.size = max(len(group) for group in groups)
         fillers = [group[:1].expand(self.size - len(group)) for group in groups]
@@ -90,34 +93,36 @@ class _Rollouts:
     def logp_of(self, values: dict[str, Any], *, is_older: bool) -> Tensor:
         """Return (N, T) the log-probabilities of the student at the time of the rollouts."""
         if is_older:
-            return self.place(values["sampler_logp"])[self.members]
+            return self.sampler_logp[self.members]
         logp = values["student_logits"].detach().log_softmax(-1)
         logp = logp.gather(-1, values["tokens"][..., None])[..., 0]
         return self.place(logp)[self.members]
 
-    def generate(self, kind: type) -> tuple[Any, ...]:
-        """Return what the trainer's generation returns: prompts, responses, and nothing else.
+    def generate(self, kind: type, *, with_logp: bool) -> tuple[Any, ...]:
+        """Return what the trainer's generation returns: prompts, responses, the sampler's scores.
 
         A response without supervised tokens does not end with an EOS, so that TRL masks it as it
         masks truncated ones; every id of the vocabulary counts as an EOS.
 
         Args:
             kind: Class of the trainer.
+            with_logp: Whether the sampler's log-probabilities are returned.
 
         Returns:
             Ids of prompts and of responses, and what follows them.
         """
         prompts = [[0] * PROMPT for _ in self.members]
-        responses = [
-            row[:length].tolist() or [self.vocabulary]
-            for row, length in zip(
-                self.tokens[self.members], self.lengths[self.members], strict=True
-            )
-        ]
+        lengths = self.lengths[self.members].tolist()
+        pairs = zip(self.tokens[self.members], lengths, strict=True)
+        responses = [row[:length].tolist() or [self.vocabulary] for row, length in pairs]
+        logp = None
+        if with_logp:
+            scored = zip(self.sampler_logp[self.members], lengths, strict=True)
+            logp = [row[:length].tolist() or [0.0] for row, length in scored]
         texts = [""] * len(prompts)
         if kind.__name__ == "RLOOTrainer":
             return prompts, responses, texts
-        return prompts, responses, None, texts, None, {}, None, []
+        return prompts, responses, None, texts, logp, {}, None, []
 
     def select(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return a batch of the B rows, padded to T as after a split of a longer one.
@@ -128,11 +133,11 @@ class _Rollouts:
         Returns:
             The batch of B rows.
         """
-        width = self.tokens.shape[1]
+        width, sampled_width = self.tokens.shape[1], batch["completion_ids"].shape[1]
         selected = {}
         for name, value in batch.items():
             rows = value[self.position] if value.dim() else self.lengths.sum()
-            if rows.dim() == 2 and not name.startswith("prompt"):
+            if rows.dim() == 2 and rows.shape[1] == sampled_width and "prompt" not in name:
                 rows = nn.functional.pad(rows, (0, width - rows.shape[1]))
             selected[name] = rows
         selected["completion_ids"] = self.tokens
@@ -163,7 +168,9 @@ def _settings(args: Any) -> dict[str, Any]:
         *("beta", "temperature", "num_iterations", "loss_type", "importance_sampling_level"),
         *("off_policy_mask_threshold", "top_entropy_quantile", "entropy_coef", "scale_rewards"),
         *("use_adaptive_entropy", "multi_objective_aggregation", "max_completion_length"),
-        *("normalize_advantages", "reward_clip_range", "chat_template_kwargs"),
+        *("normalize_advantages", "reward_clip_range", "chat_template_kwargs", "use_vllm"),
+        *("vllm_importance_sampling_correction", "vllm_importance_sampling_mode"),
+        *("vllm_importance_sampling_clip_min", "vllm_importance_sampling_clip_max"),
     ]
     weights = [1.0] if args.reward_weights is None else args.reward_weights
     args.per_device_train_batch_size = 10**6
@@ -176,8 +183,6 @@ def _settings(args: Any) -> dict[str, Any]:
         "reward_funcs": [None],
         "reward_func_names": ["reward"],
         "aux_loss_enabled": False,
-        "use_vllm": False,
-        "vllm_importance_sampling_correction": False,
         "mask_truncated_completions": True,
         "pad_to_multiple_of": None,
         "tools": None,

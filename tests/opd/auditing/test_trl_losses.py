@@ -14,6 +14,7 @@ from opd.auditing.gradients import find_structure, loss_gradients
 from opd.auditing.matching import Fit, find_target
 from opd.auditing.named import load_loss
 from opd.auditing.world_set import make_worlds
+from opd.auditing.worlds import make_batch
 from opd.objectives.user_loss import UserLoss
 from tests.helpers.paths import ROOT
 
@@ -206,6 +207,32 @@ def test_grpo_standardises_groups_of_any_size_and_order() -> None:
         [1.5 / deviation / 5] * 2 + [0.0],
     ]
     assert torch.allclose(found, score_gradient(weights), atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["sequence_truncate", "token_truncate"])
+def test_grpo_corrects_for_the_engine(mode: str) -> None:
+    settings = f"GRPO,scale_rewards=none,use_vllm=true,vllm_importance_sampling_mode={mode}"
+    loss = load_loss(f"trl:{settings},vllm_importance_sampling_clip_max=1.5")
+    world = make_worlds(4, full=False, length=2).random
+    rows = (world.prompt == 0).nonzero()[:6, 0]
+    sampler = world.student + torch.linspace(-1, 1, world.student.shape[1])
+    base, other = make_batch(world, rows), make_batch(world, rows, sampler=sampler)
+    differences = base.arguments["sampler_logp"] - other.arguments["sampler_logp"]
+    log_ratios = torch.where(base.mask, differences, 0.0)
+    if mode == "sequence_truncate":
+        log_ratios = log_ratios.sum(1, keepdim=True)
+    ratios = log_ratios.exp().clamp(max=1.5)[..., None]
+    assert float(ratios.max()) == 1.5 > float(ratios.min())
+    expected = ratios * loss_gradients(loss, base).student
+    assert torch.allclose(loss_gradients(loss, other).student, expected, atol=1e-7)
+
+
+@pytest.mark.parametrize("epsilon_high", [0.2, 5.0])
+def test_cispo_cuts_ratios_at_its_upper_bound(epsilon_high: float) -> None:
+    settings = f"GRPO,scale_rewards=none,loss_type=cispo,epsilon_high={epsilon_high}"
+    cut = gradient(settings, prompt=[0, 0, 0], reward=[1.0, 3.0, 5.0])
+    whole = gradient("GRPO,scale_rewards=none", prompt=[0, 0, 0], reward=[1.0, 3.0, 5.0])
+    assert torch.allclose(cut, min(1.0, epsilon_high) * whole, atol=1e-8)
 
 
 @pytest.mark.parametrize(
