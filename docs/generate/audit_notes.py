@@ -3,6 +3,8 @@
 The numbers of the examples are those of tests/opd/auditing/test_trl_losses.py.
 """
 
+from opd.objectives.catalogue import COLLAPSING, SUPPORTS
+
 INTRODUCTIONS: dict[str, tuple[str, str]] = {
     "ours": (
         "Compositions of opdlab",
@@ -35,6 +37,20 @@ _TOPK = "KL on the teacher's top-K: no target of the list, and not unique outsid
 NOTES: dict[str, str] = {
     "ours:sampled_token,baseline=position_mean": "the baseline is a mean over the whole batch: the "
     "trainer computes it before it splits",
+    **{
+        f"ours:{source}_topk{form}": note
+        for source in SUPPORTS
+        for form, note in {
+            **COLLAPSING,
+            "_and_sampled": "the support changes with the sample: no single target",
+            "_stopped": "the head of the full gradient without the rest; rests at the teacher and elsewhere",
+        }.items()
+    },
+    **{
+        f"ours:{source}_topk{form}": f"KL on the {source} of both top-K: no target of the list"
+        for source in ("union", "intersection")
+        for form in ("", "_bucket")
+    },
     "ours:k1": "refused in training: minimising log p - log q of samples moves nothing",
     "ours:kl_advantage": "refused in training: an advantage without the action moves nothing",
     "trl:GKD": "the default temperature of 0.9 is for sampling only: the loss scores at 1",
@@ -55,8 +71,9 @@ NOTES: dict[str, str] = {
     "trl:AsyncDistillation,teacher_top_k=2": "forward KL on the teacher's top-K and the sampled "
     "token, which vLLM adds to its answer: the support changes with the sample",
     "trl:AsyncDistillation,beta=1,teacher_top_k=2": f"reverse KL {_PAIR}",
-    "trl:IW-OPD": "by design: weights of a token follow from the costs of earlier ones (5)",
-    "trl:IW-OPD,iw_opd_gamma=0,use_vllm=true": "the costs are the sampler's, without a ratio",
+    "trl:IW-OPD": "by design: weights of a token follow from the advantages of all (5)",
+    "trl:IW-OPD,iw_opd_gamma=0,use_vllm=true": "advantages against the sampler's "
+    "log-probabilities, without a ratio",
     "trl:IW-OPD,distillation_objective=jsd": f"reverse KL {_PAIR}",
     "trl:IW-OPD,distillation_objective=jsd,reverse_kl_top_1_mode=argmax": "K = 1",
     "trl:GRPO": "three times the rewards give the same gradient: each group is divided by its "
@@ -73,6 +90,8 @@ NOTES: dict[str, str] = {
     f"`max_completion_length`; {_ROWS}",
     "trl:GRPO,scale_rewards=none,loss_type=luspo": f"{_ROWS}",
     "trl:GRPO,scale_rewards=none,loss_type=sapo": f"{_ROWS}",
+    "trl:GRPO,scale_rewards=none,top_entropy_quantile=0.5": "by design: only tokens of high "
+    "entropy have a policy gradient",
     "trl:GMPO": f"as GRPO; {_ROWS}",
     "trl:RLOO": "unbiased: the KL of the whole response is part of its reward, so that an earlier "
     f"teacher multiplies later scores, whose mean is 0; {_ROWS}",
@@ -94,17 +113,18 @@ with a smaller step, in proportion to how many rows are masked. GKD, GOLD, Disti
 `dapo` divide by supervised tokens and do not change.
 """,
         "(2) A KL between the sampled token and the rest": """
-With `beta` above 0, a teacher on a server is asked for the sampled token only, and the divergence
-is that of two events: {y, everything else}. Student p = (1/2, 1/4, 1/4), teacher q = (1/4, 1/2,
-1/4):
+At `beta=1`, trainers whose teacher is a server, and IW-OPD's `jsd` with its default `loss_top_k=1`,
+use the teacher's probability of the sampled token y only: the divergence is that of two events,
+{y, everything else}. Student p = (1/2, 1/4, 1/4), teacher q = (1/4, 1/2, 1/4):
 
 | | gradient by the three logits | |
 |---|---|---|
 | KL(p, q) | ln 2 (0.375, -0.3125, -0.0625) | (0.260, -0.217, -0.043) |
 | mean over y of the loss | ln 3 (0.156, -0.109, -0.047) | (0.172, -0.120, -0.051) |
 
-The quotients are 0.66, 0.56 and 1.19: no multiple. It is 0 where student and teacher agree, and
-descent ends there; it is not the reverse KL that `beta=1` names with a local teacher.
+The quotients are 0.66, 0.56 and 1.19: no multiple. The gradient is 0 where student and teacher
+agree, and descent ends there; it is not that of the reverse KL which `beta=1` names with a local
+teacher.
 """,
         "(3) Sorted probabilities": """
 Student (0.7, 0.2, 0.1), teacher (0.1, 0.2, 0.7): sorted, both are (0.7, 0.2, 0.1). The loss is 0,
@@ -119,9 +139,9 @@ predict 2 and 3 get one. `bayesian` reads one position earlier: then those that 
 get one, and token 3, the EOS, only with `uld_skip_student_eos=false,uld_skip_teacher_eos=false`.
 """,
         "(5) Weights of IW-OPD": """
-Costs log q - log p of two tokens are a and b. The second's weight is 1 + gamma |b| / (|a| + |b|).
-With gamma = 0.5 and b = 1 it is 1.25 for a = 1 and 1.1 for a = 4: another teacher at the first
-token changes the gradient at the second. It also grows with |b| itself, which the mean over the
+Advantages log q - log p of two tokens are a and b. The second's weight is
+1 + gamma |b| / (|a| + |b|). With gamma = 0.5 and b = 1 it is 1.25 for a = 1 and 1.1 for a = 4:
+another teacher at the first token changes the gradient at the second. It also grows with |b| itself, which the mean over the
 second token does not undo. gamma = 0 gives the token reverse KL.
 """,
         "(6) Groups divided by their deviation": """
@@ -129,10 +149,10 @@ Rewards (0, 1) and (0, 100) of two groups give the same advantages, -0.71 and 0.
 the gradient of no expected reward. `scale_rewards=none` gives that of the expected reward.
 """,
         "(7) k3 in the loss": """
-k3 = q/p - log(q/p) - 1 at the sampled token. Differentiated as it stands, its mean gradient is p
-- q, which is the forward KL's: for p = (1/2, 1/4, 1/4), q = (1/4, 1/2, 1/4) it is (0.25, -0.25,
-0), where the reverse KL has (0.260, -0.217, -0.043). Multiplied by the ratio of student and
-sampler, which TRL does by default, it is the reverse KL's.
+At the sampled token, k3 = q/p - log(q/p) - 1. Differentiated as it stands, its mean gradient is
+`p - q`, that of the forward KL: for p = (1/2, 1/4, 1/4) and q = (1/4, 1/2, 1/4) it is
+(0.25, -0.25, 0), where the reverse KL has (0.260, -0.217, -0.043). Multiplied by the ratio of
+student and sampler, which TRL does by default, it is the reverse KL's.
 """,
         "(8) CISPO's default range": """
 The ratio is cut at `epsilon_high`, which is `epsilon` = 0.2 unless it is set: on policy each ratio
