@@ -21,7 +21,7 @@ INTRODUCTIONS: dict[str, tuple[str, str]] = {
         "its advantages come from its own code for rollouts. Not here: MiniLLM, which this version "
         "does not have; AsyncGRPO, whose advantages are computed beside vLLM, and A2PO, which "
         "first estimates a value of every prompt; kernels of liger, which need a GPU. SDFT's "
-        "default of 100 ids needs a larger vocabulary than the worlds of the audit have.",
+        "default of 100 ids, which would need worlds of a large vocabulary.",
     ),
     "verl": (
         "verl",
@@ -43,7 +43,8 @@ NOTES: dict[str, str] = {
         for form, note in {
             **COLLAPSING,
             "_and_sampled": "the support changes with the sample: no single target",
-            "_stopped": "the head of the full gradient without the rest; rests at the teacher and elsewhere",
+            "_stopped": "the head of the full gradient without the rest; rests at the teacher and "
+            "elsewhere",
         }.items()
     },
     **{
@@ -141,8 +142,8 @@ get one, and token 3, the EOS, only with `uld_skip_student_eos=false,uld_skip_te
         "(5) Weights of IW-OPD": """
 Advantages log q - log p of two tokens are a and b. The second's weight is
 1 + gamma |b| / (|a| + |b|). With gamma = 0.5 and b = 1 it is 1.25 for a = 1 and 1.1 for a = 4:
-another teacher at the first token changes the gradient at the second. It also grows with |b| itself, which the mean over the
-second token does not undo. gamma = 0 gives the token reverse KL.
+another teacher at the first token changes the gradient at the second. It also grows with |b|
+itself, which the mean over the second token does not undo. gamma = 0 gives the token reverse KL.
 """,
         "(6) Groups divided by their deviation": """
 Rewards (0, 1) and (0, 100) of two groups give the same advantages, -0.71 and 0.71: the mean is

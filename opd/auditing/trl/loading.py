@@ -4,6 +4,7 @@ Settings are those fields of the trainer's configuration that its loss reads, wi
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -170,6 +171,10 @@ SAMPLING = {
     "distillation_weight": "the distillation part is audited; for the policy part see trl:GRPO",
 }
 """Fields of a configuration that cannot be set -> why."""
+LARGEST_SUPPORT = 32
+"""Largest K: the vocabulary of the audit's worlds grows with it, and so does the time."""
+SUPPORT_SIZES = ("distillation_topk", "teacher_top_k", "loss_top_k")
+"""Fields of configurations that are a K."""
 OUT_OF_REACH = {
     "MINILLM": "TRL 1.16 has no such trainer; its paper's target is sequence_reverse_kl, that of "
     "ours:full_reverse_kl,gamma=1",
@@ -193,6 +198,7 @@ def load(name: str, settings: dict[str, str]) -> UserLoss:
     Raises:
         InvalidInput: The trainer or a setting is unknown or cannot be reached, or TRL refuses it.
         MissingPackage: TRL is not installed.
+        BrokenPackage: It cannot be imported.
     """
     target = ",".join([f"trl:{name}", *(f"{key}={value}" for key, value in settings.items())])
     found = {_plain(key): loss for key, loss in LOSSES.items()}
@@ -204,6 +210,12 @@ def load(name: str, settings: dict[str, str]) -> UserLoss:
     module = package(loss.module)
     kind = getattr(module, loss.trainer)
     args = make_config(target, loss, getattr(module, loss.config), settings)
+    for size in {*SUPPORT_SIZES} & {*loss.settings}:
+        if (vars(args)[size] or 0) > LARGEST_SUPPORT and _reads_support(args):
+            raise InvalidInput(
+                f"{target}: {size} is {vars(args)[size]}, and an audit of so many ids takes too "
+                f"long; set {size}=2, or at most {LARGEST_SUPPORT}"
+            )
     asks = loss.asks
     if loss.function is policy_gradient.policy_gradient and args.beta:
         asks = (*asks, "teacher_logits")
@@ -212,6 +224,11 @@ def load(name: str, settings: dict[str, str]) -> UserLoss:
         return loss.function(kind, args, values)
 
     return UserLoss(target, function, asks)
+
+
+def _reads_support(args: Any) -> bool:
+    """Return whether a configuration's loss is on a support."""
+    return vars(args).get("distillation_mode", "topk_logits") == "topk_logits"
 
 
 def _plain(name: str) -> str:
@@ -244,15 +261,11 @@ def make_config(target: str, loss: TrlLoss, kind: type, settings: dict[str, str]
                 why = f"{key} cannot be set: {SAMPLING.get(key, default)}"
             raise InvalidInput(f"{target}: {why}; known: {', '.join(loss.settings)}")
         values[key] = _value(target, fields[key], text)
+    usual = {"output_dir": "unused", "use_cpu": True, "bf16": False, "report_to": "none"}
     try:
-        return kind(
-            output_dir="unused",
-            use_cpu=True,
-            bf16=False,
-            report_to="none",
-            **loss.fixed,
-            **values,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of fields that were not set here
+            return kind(**usual, **loss.fixed, **values)
     except (TypeError, ValueError) as error:
         raise InvalidInput(f"{target}: TRL refuses it: {error}") from error
 

@@ -298,6 +298,7 @@ def test_the_tokens_that_uld_trains(settings: str, positions: list[bool]) -> Non
         ("GKD,beta=high", "beta is 'high', expected"),
         ("GOLD,use_uld_loss=2", "use_uld_loss is '2', expected"),
         ("ServerDistillation,beta=1,loss_top_k=3", "TRL refuses it: loss_top_k must be 1"),
+        ("SDFT", "distillation_topk is 100, .* set distillation_topk=2"),
         ("MiniLLM", "TRL 1.16 has no such trainer"),
         ("AsyncGRPO", "a worker process beside vLLM"),
         ("GDK", "unknown trainer 'GDK'; known: GKD, GOLD, Distillation"),
