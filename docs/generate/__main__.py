@@ -3,12 +3,13 @@
 import sys
 from pathlib import Path
 
-from docs.generate import api, commands, formats, schema, settings
+from docs.generate import api, audits, commands, formats, schema, settings
 
 DOCS = Path(__file__).resolve().parents[1]
 
 PAGES = {
     "api": api.page,
+    "audits": audits.page,
     "commands": commands.page,
     "formats": formats.page,
     "schema": schema.page,
