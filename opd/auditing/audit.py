@@ -78,7 +78,7 @@ def _audit(loss: UserLoss, claims: str | None, full: bool) -> AuditCard:
             f"two calls on the same batch differ; gradients are means of {draws} calls"
         )
     base = loss_gradients(loss, faults.sample_batch(worlds.random), draws=draws)
-    if not base.has_graph or not bool(base.student.any()):
+    if not base.has_graph or is_rounding(loss, worlds.random, base.student, draws):
         reason = "every gradient is 0" if base.has_graph else "no graph reaches student_logits"
         findings.fault("no_student_gradient", reason)
         return judge(loss, findings, claims, match=None, nearest=None)
@@ -98,7 +98,10 @@ def _audit(loss: UserLoss, claims: str | None, full: bool) -> AuditCard:
         return judge(loss, findings, claims, match=None, nearest=estimate.nearest)
     name = None if estimate.match is None else estimate.match.target.name
     bad = list(faults.non_finite(loss, worlds.random, name))
-    findings.fault("non_finite", "; ".join(bad) or None)
+    if "non_finite" not in findings.faults:
+        findings.fault("non_finite", "; ".join(bad) or None)
+    elif estimate.nearest is None:  # some response has no gradient, so that nothing can be computed
+        return judge(loss, findings, claims, match=None, nearest=None)
     parts: dict[str, Any] = {}
     if structure.unit != "batch" and "zero_gradient" not in findings.faults:
         parts = quantities(loss, worlds, estimate, findings)
@@ -111,6 +114,27 @@ def _audit(loss: UserLoss, claims: str | None, full: bool) -> AuditCard:
         weighting=describe_weighting(structure, estimate.factor),
         **parts,
     )
+
+
+def is_rounding(loss: UserLoss, world: World, gradient: Tensor, draws: int) -> bool:
+    """Return whether a gradient is 0, or tiny and another one after a tiny change of the student.
+
+    Args:
+        loss: The loss.
+        world: The world of `faults.sample_batch`.
+        gradient: (B, T, V) gradient of the batch of `faults.sample_batch`.
+        draws: Calls to average.
+
+    Returns:
+        Whether there is nothing but rounding.
+    """
+    largest = float(gradient.abs().max())
+    if largest == 0 or largest > 1e-6:
+        return largest == 0
+    batch = faults.sample_batch(world)
+    close = replace(batch, student_logits=batch.student_logits * (1 + 1e-5))
+    other = loss_gradients(loss, close, draws=draws).student
+    return float((other - gradient).norm()) > 0.1 * float(gradient.norm())
 
 
 def padding_evidence(loss: UserLoss, world: World, draws: int, findings: Findings) -> str | None:

@@ -159,7 +159,7 @@ def card_rows(card: AuditCard) -> list[tuple[str, str]]:
                 "off its assumptions",
                 f"relative bias {b.top_p:.2g} under top-p 0.9, {b.temperature:.2g} at temperature "
                 f"0.8, {b.one_update:.2g} one update old, {b.four_updates:.2g} four updates old, "
-                f"{b.lengths:.2g} with responses of 1 to 5 tokens",
+                f"{b.lengths:.2g} with responses of 1 to {b.longest} tokens",
             )
         )
     for kind, codes, texts in (

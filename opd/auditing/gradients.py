@@ -99,22 +99,33 @@ def argument_values(
         teacher: (B, T, V) the teacher's logits.
 
     Returns:
-        Value of each parameter, tensors of their own so that a loss cannot change the batch.
+        Value of each parameter, tensors of their own so that a loss cannot change the batch. Only
+        the student's values and `teacher_logits` can carry a gradient.
     """
     constants = {
         name: value.clone() if isinstance(value, Tensor) else value
         for name, value in batch.arguments.items()
         if name not in ("teacher_logits", "k")
     }
-    teacher_logp = teacher.log_softmax(-1)
+    teacher_logp = teacher.detach().log_softmax(-1)
     tokens, k = constants["tokens"], min(batch.arguments["k"], teacher.shape[-1])
-    ids = teacher_logp.detach().topk(k, -1).indices
+    ids = teacher_logp.topk(k, -1).indices
     constants |= {
         "teacher_logits": teacher,
         "teacher_logp": teacher_logp.gather(-1, tokens[..., None])[..., 0],
         "teacher_topk": (ids, teacher_logp.gather(-1, ids)),
     }
-    return loss_values(loss, student, constants, k)
+    values = loss_values(loss, student, constants, k)
+    return {name: _rolled(value, batch.rolls.get(name, 0)) for name, value in values.items()}
+
+
+def _rolled(value: Any, by: int) -> Any:
+    """Return a tensor, or each of a tuple, moved along the positions."""
+    if by == 0:
+        return value
+    if isinstance(value, tuple):
+        return tuple(_rolled(part, by) for part in value)
+    return value.roll(by, dims=1)
 
 
 def call_loss(loss: UserLoss, values: dict[str, Any]) -> Tensor:

@@ -108,6 +108,14 @@ def prompts_without_tokens_count(student_logp, teacher_logp, prompt, mask):
     return torch.stack([score[prompt == x].sum() for x in prompt.unique()]).mean()
 
 
+@faulty("padding_dependent")
+def mean_of_an_empty_row(student_logits, teacher_logits, mask):
+    """The mean of an empty row is NaN, but its gradient reaches nothing: the rest is divided."""
+    p, q = student_logits.log_softmax(-1), teacher_logits.detach().log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1)
+    return torch.stack([kl[i][mask[i]].mean() for i in range(len(kl))]).mean()
+
+
 # --- batch_dependent ----------------------------------------------------------------------------
 
 

@@ -16,13 +16,6 @@ def empty_rows_behind_where(student_logits, teacher_logits, mask):
 
 
 @faulty("non_finite")
-def mean_of_an_empty_row(student_logits, teacher_logits, mask):
-    p, q = student_logits.log_softmax(-1), teacher_logits.detach().log_softmax(-1)
-    kl = (p.exp() * (p - q)).sum(-1)
-    return torch.stack([kl[i][mask[i]].mean() for i in range(len(kl))]).mean()
-
-
-@faulty("non_finite")
 def equal_rewards(student_logp, reward, prompt, mask):
     """Divide by the standard deviation of a group, without an eps."""
     same = (prompt[:, None] == prompt).double()
@@ -81,14 +74,6 @@ def spread_of_one_token(student_logits, teacher_logits, mask):
     rows = [i for i in range(len(kl)) if mask[i].any()]
     parts = [kl[i][mask[i]].sum() / (1 + kl[i][mask[i]].detach().std()) for i in rows]
     return torch.stack(parts).sum() / mask.sum()
-
-
-@faulty("non_finite")
-def leave_one_out_of_one(student_logp, reward, prompt, mask):
-    """Divide by the size of a group minus one."""
-    same = (prompt[:, None] == prompt).double()
-    baseline = (same @ reward - reward) / (same.sum(1) - 1)
-    return -((reward - baseline)[:, None] * student_logp * mask).sum() / mask.sum()
 
 
 @faulty("non_finite")
