@@ -137,7 +137,7 @@ def add_misaligned(
     """
     shift, match, left = shifted
     if faults.mask_leak(loss, world, draws, layout=shift, left=left) is None:
-        for code in ("mask_leak", "padding_dependent"):
+        for code in ("mask_leak", "padding_dependent", "non_causal"):
             if code in findings.faults:
                 findings.faults.remove(code)
                 del findings.evidence[code]
@@ -159,6 +159,9 @@ def coupled_estimate(
         The nearest target.
     """
     means = sampled_means(loss, (worlds.random, worlds.equal), structure.draws)
+    if not all(bool(mean.gradient.isfinite().all()) for mean in means):
+        findings.fault("non_finite", "some sampled batch has a gradient that is NaN or infinite")
+        return Estimate(structure, "one", None, None, is_wrong=True)
     _, nearest = find_target(means)
     if structure.centred:
         findings.warning(

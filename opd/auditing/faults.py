@@ -122,7 +122,7 @@ def mask_leak(
     g, h = (loss_gradients(loss, layout(x), draws=draws).student for x in (first, second))
     mask, scale = first.mask, float(g[first.mask].abs().max())
     leaked = float(g[~mask].abs().max())
-    if leaked > TINY * scale:
+    if leaked > TINY * scale or leaked != leaked:
         return (
             f"student logits outside the mask receive a gradient of {leaked:.3g} "
             f"({leaked / max(scale, 1e-300):.3g} of the largest inside)"
@@ -180,7 +180,8 @@ def teacher_gradient(loss: UserLoss, world: World, draws: int) -> str | None:
         return None
     assert gradients.teacher is not None
     largest = float(gradients.teacher.abs().max())
-    if largest <= TINY * float(gradients.student.abs().max()):
+    student = gradients.student[gradients.student.isfinite()]
+    if largest == 0 or largest <= TINY * float(student.abs().max()):
         return None
     return f"teacher logits that require grad receive up to {largest:.3g}; detach the teacher"
 

@@ -173,6 +173,19 @@ class Batch:
         mask: Tensor = self.arguments["mask"]
         return mask
 
+    def select(self, rows: Tensor) -> "Batch":
+        """Return the batch of some of the rows."""
+        arguments = {
+            name: value[rows] if isinstance(value, Tensor) else value
+            for name, value in self.arguments.items()
+        }
+        return Batch(
+            arguments=arguments,
+            student_logits=self.student_logits[rows],
+            nodes=self.nodes[rows],
+            rolls=self.rolls,
+        )
+
 
 def make_batch(
     world: World,
