@@ -24,9 +24,10 @@ from opd.auditing.gradients import (
     call_loss,
     find_structure,
     loss_gradients,
+    with_fast_calls,
 )
 from opd.auditing.noise import find_noise
-from opd.auditing.rest import Rest, find_rest
+from opd.auditing.rest import MOVES, Rest, find_rest
 from opd.auditing.verdict import judge
 from opd.auditing.world_set import Worlds, make_worlds
 from opd.auditing.worlds import World
@@ -83,7 +84,7 @@ def _audit(loss: UserLoss, claims: str | None, full: bool, faults_only: bool) ->
             f"two calls on the same batch differ; gradients are means of {draws} calls"
         )
     base = loss_gradients(loss, faults.sample_batch(worlds.random), draws=draws)
-    if not base.has_graph or not bool(base.student.any()):
+    if not base.has_graph or is_rounding(loss, worlds.random, base.student, draws):
         reason = "every gradient is 0" if base.has_graph else "no graph reaches student_logits"
         findings.fault("no_student_gradient", reason)
         return judge(loss, findings, claims, match=None, nearest=None)
@@ -100,13 +101,17 @@ def _audit(loss: UserLoss, claims: str | None, full: bool, faults_only: bool) ->
         worlds = make_worlds(worlds.vocabulary, full=full, length=2)
     findings.fault("padding_dependent", padding_evidence(loss, worlds.random, draws, findings))
     if structure.unit != "batch":
+        structure = with_fast_calls(loss, worlds.random, structure)
         findings.fault("non_causal", faults.non_causal(loss, worlds.random, draws))
     estimate = find_estimate(loss, worlds, structure, findings)
     if "misaligned" in findings.faults:
         return judge(loss, findings, claims, match=None, nearest=estimate.nearest)
     name = None if estimate.match is None else estimate.match.target.name
     bad = list(faults.non_finite(loss, worlds.random, name))
-    findings.fault("non_finite", "; ".join(bad) or None)
+    if "non_finite" not in findings.faults:
+        findings.fault("non_finite", "; ".join(bad) or None)
+    elif estimate.nearest is None:  # some response has no gradient, so that nothing can be computed
+        return judge(loss, findings, claims, match=None, nearest=None)
     parts: dict[str, Any] = {}
     wanted = not faults_only or estimate.match is None
     if wanted and structure.unit != "batch" and "zero_gradient" not in findings.faults:
@@ -122,6 +127,27 @@ def _audit(loss: UserLoss, claims: str | None, full: bool, faults_only: bool) ->
         divisor=structure.weighting,
         **parts,
     )
+
+
+def is_rounding(loss: UserLoss, world: World, gradient: Tensor, draws: int) -> bool:
+    """Return whether a gradient is 0, or tiny and another one after a tiny change of the student.
+
+    Args:
+        loss: The loss.
+        world: The world of `faults.sample_batch`.
+        gradient: (B, T, V) gradient of the batch of `faults.sample_batch`.
+        draws: Calls to average.
+
+    Returns:
+        Whether there is nothing but rounding.
+    """
+    largest = float(gradient.abs().max())
+    if largest == 0 or largest > 1e-6:
+        return largest == 0
+    batch = faults.sample_batch(world)
+    close = replace(batch, student_logits=batch.student_logits * (1 + 1e-5))
+    other = loss_gradients(loss, close, draws=draws).student
+    return float((other - gradient).norm()) > 0.1 * float(gradient.norm())
 
 
 def padding_evidence(loss: UserLoss, world: World, draws: int, findings: Findings) -> str | None:
@@ -223,7 +249,7 @@ def check_call(loss: UserLoss, world: World) -> int:
             "copy, such as tokens.clone(), because the trainer reads it afterwards"
         )
     first, second = (loss_gradients(loss, batch).student for _ in range(2))
-    return 1 if torch.equal(first, second) else RANDOM_DRAWS
+    return 1 if torch.equal(first.nan_to_num(), second.nan_to_num()) else RANDOM_DRAWS
 
 
 def check_rest(rest: Rest, estimate: Estimate, findings: Findings) -> None:
@@ -244,7 +270,7 @@ def check_rest(rest: Rest, estimate: Estimate, findings: Findings) -> None:
             f"student has {rest.student_mass:.4f} on the teacher's top-K of "
             f"{rest.teacher_mass:.4f}",
         )
-    elif not rest.at_teacher and "clipped" not in findings.warnings:
+    elif not rest.at_teacher and rest.moves < MOVES and "clipped" not in findings.warnings:
         findings.fault(
             "off_teacher_fixed_point",
             f"from {rest.starts} starts descent ends at KL {rest.smallest_kl:.3g} to "

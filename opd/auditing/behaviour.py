@@ -29,9 +29,11 @@ class Behaviour:
     four_updates: float
     """Relative bias where they are four updates old."""
     lengths: float | None
-    """Relative bias in a world with responses of 1 to 5 tokens, without undoing a mean; None for
-    rows that are coupled by their prompt.
+    """Relative bias in a world with responses of very different length, without undoing a mean;
+    None for rows that are coupled by their prompt.
     """
+    longest: int
+    """Tokens of its longest response."""
     stale: bool
     """Whether it is off for a sampler mildly off, over the student's prefixes and the sampler's."""
 
@@ -80,7 +82,16 @@ def find_behaviour(
         return float((mean - goal).norm() / goal.norm())
 
     mild = older_policy(world, 1)
-    long = make_world("long", vocabulary=4, length=5, random_lengths=True, seed=31, num_prompts=1)
+    vocabulary = student.shape[1]
+    length = 5 if vocabulary < 9 else 3 if vocabulary < 33 else 2
+    long = make_world(
+        "long",
+        vocabulary=vocabulary,
+        length=length,
+        random_lengths=True,
+        seed=31,
+        num_prompts=1,
+    )
     raw = world_mean(loss, long, structure, "one") if structure.unit == "row" else None
     return Behaviour(
         top_p=bias(nucleus(student, 0.9)),
@@ -88,5 +99,6 @@ def find_behaviour(
         one_update=bias(mild),
         four_updates=bias(older_policy(world, 4)),
         lengths=None if raw is None else compare(fit.target, [raw]).relative_bias,
+        longest=length,
         stale=min(bias(mild), bias(mild, over_sampler=True)) > 1e-3,
     )

@@ -168,7 +168,7 @@ def card_rows(card: AuditCard) -> list[tuple[str, str]]:
                 + (
                     ""
                     if b.lengths is None
-                    else f", {b.lengths:.2g} with responses of 1 to 5 tokens"
+                    else f", {b.lengths:.2g} with responses of 1 to {b.longest} tokens"
                 ),
             )
         )

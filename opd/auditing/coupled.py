@@ -44,7 +44,7 @@ def _sampled_mean(loss: UserLoss, world: World, draws: int) -> Mean:
         rows = torch.stack([first, second], 1).flatten()
         batch = make_batch(world, rows, prompt=torch.arange(ROWS) // 2)
         gradient = loss_gradients(loss, batch, draws=min(draws, 10)).student
-        gradient = gradient * batch.mask[..., None] * batch.mask.sum()
+        gradient = torch.where(batch.mask[..., None], gradient * batch.mask.sum(), 0.0)
         table = torch.zeros(shape).double()
         table.index_add_(0, batch.nodes.flatten(), gradient.flatten(0, 1))
         total += table

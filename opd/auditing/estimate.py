@@ -56,6 +56,12 @@ def find_estimate(
         used = worlds.matching if draws == 1 else (worlds.random, worlds.equal)
         means = [world_mean(loss, world, structure, factor) for world in used]
         means_by_factor[factor] = means
+        if not all(bool(mean.gradient.isfinite().all()) for mean in means):
+            findings.fault(
+                "non_finite",
+                "some response, or pair of responses, has a gradient that is NaN or infinite",
+            )
+            return Estimate(structure, factor, None, None, is_wrong=True)
         if all(mean.is_zero for mean in means):
             findings.fault(
                 "zero_gradient",
@@ -117,7 +123,7 @@ def add_misaligned(
     loss: UserLoss,
     world: World,
     draws: int,
-    shifted: tuple[faults.Shift, Fit],
+    shifted: tuple[faults.Shift, Fit, int],
     findings: Findings,
 ) -> None:
     """Add the fault `misaligned`, and take back what the shift alone explains.
@@ -126,12 +132,12 @@ def add_misaligned(
         loss: The loss.
         world: A world with random lengths.
         draws: Calls to average.
-        shifted: The shift that gives a target, and the target.
+        shifted: The shift that gives a target, the target, and the masked columns on the left.
         findings: Receives the fault.
     """
-    shift, match = shifted
-    if faults.mask_leak(loss, world, draws, layout=shift) is None:
-        for code in ("mask_leak", "padding_dependent"):
+    shift, match, left = shifted
+    if faults.mask_leak(loss, world, draws, layout=shift, left=left) is None:
+        for code in ("mask_leak", "padding_dependent", "non_causal"):
             if code in findings.faults:
                 findings.faults.remove(code)
                 del findings.evidence[code]
@@ -153,6 +159,9 @@ def coupled_estimate(
         The nearest target.
     """
     means = sampled_means(loss, (worlds.random, worlds.equal), structure.draws)
+    if not all(bool(mean.gradient.isfinite().all()) for mean in means):
+        findings.fault("non_finite", "some sampled batch has a gradient that is NaN or infinite")
+        return Estimate(structure, "one", None, None, is_wrong=True)
     _, nearest = find_target(means)
     if structure.centred:
         findings.warning(

@@ -3,6 +3,7 @@
 Shapes: N prefixes, B rows of a batch, T positions, V vocabulary.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -105,7 +106,7 @@ def _difference(a: Tensor, b: Tensor) -> float:
 
 
 def mask_leak(
-    loss: UserLoss, world: World, draws: int, *, layout: Layout = same_layout
+    loss: UserLoss, world: World, draws: int, *, layout: Layout = same_layout, left: int = 0
 ) -> str | None:
     """Look for gradients that reach, or depend on, what lies behind the end.
 
@@ -114,15 +115,16 @@ def mask_leak(
         world: A world with random lengths.
         draws: Calls to average.
         layout: Change of every batch before the call.
+        left: Masked columns before the first token.
 
     Returns:
         Evidence, or None.
     """
-    first, second = (sample_batch(world, seed=x, left=1) for x in (1, 2))
+    first, second = (sample_batch(world, seed=x, left=left) for x in (1, 2))
     g, h = (loss_gradients(loss, layout(x), draws=draws).student for x in (first, second))
     mask, scale = first.mask, float(g[first.mask].abs().max())
     leaked = float(g[~mask].abs().max())
-    if leaked > TINY * scale:
+    if leaked > TINY * scale or leaked != leaked:
         return (
             f"student logits outside the mask receive a gradient of {leaked:.3g} "
             f"({leaked / max(scale, 1e-300):.3g} of the largest inside)"
@@ -146,11 +148,15 @@ def padding_dependent(loss: UserLoss, world: World, draws: int) -> str | None:
     Returns:
         Evidence, or None.
     """
-    base = sample_batch(world)
-    gradient = loss_gradients(loss, base, draws=draws).student[base.mask]
+    base = sample_batch(world, right=0)
+    try:
+        gradient = loss_gradients(loss, base, draws=draws).student[base.mask]
+    except InvalidInput as error:
+        return f"a batch without masked columns: {error}"
     for what, other in (
-        ("three more masked columns", sample_batch(world, right=4)),
-        (EMPTY_ROWS, sample_batch(world, empty_rows=2)),
+        ("one masked column", sample_batch(world)),
+        ("four masked columns", sample_batch(world, right=4)),
+        (EMPTY_ROWS, sample_batch(world, right=0, empty_rows=2)),
     ):
         try:
             changed = loss_gradients(loss, other, draws=draws).student[other.mask]
@@ -176,7 +182,8 @@ def teacher_gradient(loss: UserLoss, world: World, draws: int) -> str | None:
         return None
     assert gradients.teacher is not None
     largest = float(gradients.teacher.abs().max())
-    if largest <= TINY * float(gradients.student.abs().max()):
+    student = gradients.student[gradients.student.isfinite()]
+    if largest == 0 or largest <= TINY * float(student.abs().max()):
         return None
     return f"teacher logits that require grad receive up to {largest:.3g}; detach the teacher"
 
@@ -231,6 +238,7 @@ def non_finite(loss: UserLoss, world: World, target: str | None) -> Iterator[str
         "empty rows": sample_batch(world, empty_rows=2),
         "teacher = student": sample_batch(world, teacher=world.student),
         "teacher and student 30 nats apart": sample_batch(world, teacher=_distant(world, 30.0)),
+        "student 30 nats below the teacher": _distant_student(world, 30.0),
         "rows of one token": _one_token_rows(world),
     }
     if "reward" in loss.asks:
@@ -251,6 +259,17 @@ def _distant(world: World, nats: float) -> Tensor:
     """Return teacher logits that prefer another token than the student by so many nats."""
     unlikely = world.student.argmin(-1, keepdim=True)
     return world.student.scatter_add(-1, unlikely, torch.full_like(world.student[:, :1], nats))
+
+
+def _distant_student(world: World, nats: float) -> Batch:
+    """Return a batch whose student gives sampled tokens so many nats less than the teacher does."""
+    batch = sample_batch(world)
+    tokens = batch.arguments["tokens"][..., None]
+    lower = torch.where(batch.mask[..., None], -nats, 0.0).to(batch.student_logits)
+    logits = batch.student_logits.scatter_add(-1, tokens, lower)
+    sampler_logp = logits.log_softmax(-1).gather(-1, tokens)[..., 0]
+    arguments = batch.arguments | {"sampler_logp": sampler_logp}
+    return replace(batch, student_logits=logits, arguments=arguments)
 
 
 def _one_token_rows(world: World) -> Batch:
@@ -302,23 +321,26 @@ class Shift:
 
     def __call__(self, batch: Batch) -> Batch:
         """Return the batch with the arguments moved."""
-        moved = {name: batch.arguments[name].roll(self.by, dims=1) for name in self.names}
-        return replace(batch, arguments=batch.arguments | moved)
+        return replace(batch, rolls=dict.fromkeys(self.names, self.by))
 
 
+TOKEN_VALUES = ("sampler_logp", "student_logp", "teacher_logp")
+"""Arguments that belong to tokens."""
 SHIFTS = [
     Shift(what, names, by)
     for what, names in (
-        ("the teacher", ("teacher_logits",)),
+        ("the teacher", ("teacher_logits", "teacher_logp", "teacher_topk")),
         ("the mask", ("mask",)),
-        ("tokens and mask", ("tokens", "mask", "sampler_logp")),
+        ("tokens and mask", ("tokens", "mask", *TOKEN_VALUES)),
     )
     for by in (1, -1)
 ]
 """Shifts by one position that a misaligned loss may need."""
 
 
-def misaligned(loss: UserLoss, worlds: Sequence[World], draws: int) -> tuple[Shift, Fit] | None:
+def misaligned(
+    loss: UserLoss, worlds: Sequence[World], draws: int
+) -> tuple[Shift, Fit, int] | None:
     """Look for a shift by one under which the loss has a target that it lacks as called.
 
     Args:
@@ -327,23 +349,26 @@ def misaligned(loss: UserLoss, worlds: Sequence[World], draws: int) -> tuple[Shi
         draws: Calls to average.
 
     Returns:
-        The shift and the target, or None.
+        The shift, the target, and the masked columns before the first token with which it was
+        found; or None.
     """
-    for shift in SHIFTS:
+    # a column on the left is needed where the first token would drop out, and none where a loss
+    # takes it that responses begin at the first column
+    for left, shift in itertools.product((1, 0), SHIFTS):
         try:
-            structure = find_structure(loss, worlds[0], draws, layout=shift, left=1)
+            structure = find_structure(loss, worlds[0], draws, layout=shift, left=left)
             if structure.unit == "batch":
                 continue
             for factor in factors_of(structure):
                 means = [
-                    world_mean(loss, world, structure, factor, layout=shift, left=1)
+                    world_mean(loss, world, structure, factor, layout=shift, left=left)
                     for world in worlds
                 ]
                 if any(mean.is_zero for mean in means):
                     continue
                 match, _ = find_target(means)
                 if match is not None:
-                    return shift, match
+                    return shift, match, left
         except InvalidInput:
             continue
     return None

@@ -7,8 +7,9 @@ contribution of each, and means over everything that the student can sample are 
 Shapes: N prefixes, R responses of a world, B rows of a batch, T positions, V vocabulary, U units.
 """
 
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ EXACT = 1e-5
 """Relative difference below which two gradients are equal: losses may compute in float32."""
 NOISY = 0.3
 """The same for averages of a loss that draws random numbers, of the norm."""
+SLOW_CALL = 0.1
+"""Seconds of a call beyond which smaller calls are tried."""
 TINY = 1e-9
 """Gradient, relative to the largest, below which there is none."""
 
@@ -121,22 +124,33 @@ def argument_values(
         teacher: (B, T, V) the teacher's logits.
 
     Returns:
-        Value of each parameter, tensors of their own so that a loss cannot change the batch.
+        Value of each parameter, tensors of their own so that a loss cannot change the batch. Only
+        the student's values and `teacher_logits` can carry a gradient.
     """
     constants = {
         name: value.clone() if isinstance(value, Tensor) else value
         for name, value in batch.arguments.items()
         if name not in ("teacher_logits", "k")
     }
-    teacher_logp = teacher.log_softmax(-1)
+    teacher_logp = teacher.detach().log_softmax(-1)
     tokens, k = constants["tokens"], min(batch.arguments["k"], teacher.shape[-1])
-    ids = teacher_logp.detach().topk(k, -1).indices
+    ids = teacher_logp.topk(k, -1).indices
     constants |= {
         "teacher_logits": teacher,
         "teacher_logp": teacher_logp.gather(-1, tokens[..., None])[..., 0],
         "teacher_topk": (ids, teacher_logp.gather(-1, ids)),
     }
-    return loss_values(loss, student, constants, k)
+    values = loss_values(loss, student, constants, k)
+    return {name: _rolled(value, batch.rolls.get(name, 0)) for name, value in values.items()}
+
+
+def _rolled(value: Any, by: int) -> Any:
+    """Return a tensor, or each of a tuple, moved along the positions."""
+    if by == 0:
+        return value
+    if isinstance(value, tuple):
+        return tuple(_rolled(part, by) for part in value)
+    return value.roll(by, dims=1)
 
 
 def call_loss(loss: UserLoss, values: dict[str, Any]) -> Tensor:
@@ -185,8 +199,14 @@ def equal_gradients(a: Tensor, b: Tensor, draws: int, *, scale: Tensor | None = 
         scale: Gradient whose largest entry is the unit; both if None.
 
     Returns:
-        Whether they agree.
+        Whether they agree; entries that are not finite agree with each other.
     """
+    finite = a.isfinite() & b.isfinite()
+    if not torch.equal(a.isfinite(), b.isfinite()) or not bool(finite.any()):
+        return torch.equal(a.isfinite(), b.isfinite())
+    a, b = a[finite], b[finite]
+    if scale is not None:
+        scale = scale[scale.isfinite()]
     if draws > 1:
         return float((a - b).norm()) <= NOISY * max(float(a.norm()), float(b.norm()))
     unit = max(float(x.abs().max()) for x in ((a, b) if scale is None else (scale,)))
@@ -205,6 +225,8 @@ class Structure:
     """For the unit "batch": whether the scores of a batch are centred or scaled to unit size."""
     draws: int = field(default=1)
     """Calls to average, for a loss that draws random numbers."""
+    rows: int | None = None
+    """Rows of a call where parts are enumerated; all at once if None."""
 
 
 def batch_weight(batch: Batch, weighting: str) -> float:
@@ -396,9 +418,8 @@ def enumerate_units(
         world, rows.flatten(), prompt=prompt, student=student, sampler=sampler, left=left
     )
     changed = layout(batch)
-    gradient = loss_gradients(loss, changed, draws=structure.draws).student
-    weight = batch_weight(changed, structure.weighting)
-    contribution = gradient * weight * batch.mask[..., None]
+    gradient = additive_gradient(loss, changed, structure)
+    contribution = torch.where(batch.mask[..., None], gradient, 0.0)
     return Units(
         logits=contribution.unflatten(0, (-1, width)),
         nodes=batch.nodes.unflatten(0, (-1, width)),
@@ -418,6 +439,49 @@ def _pairs(world: World, possible: Tensor, probability: Tensor) -> tuple[Tensor,
         rows.append(torch.stack([left, right], 1))
         weights.append(torch.where(left == right, both, 2 * both))
     return torch.cat(rows), torch.cat(weights)
+
+
+def additive_gradient(loss: UserLoss, batch: Batch, structure: Structure) -> Tensor:
+    """Return the gradient of a batch whose parts add up, times what the loss divides by.
+
+    Args:
+        loss: The loss.
+        batch: The batch; `structure.rows` rows of it hold whole units.
+        structure: How its parts combine.
+
+    Returns:
+        (B, T, V) contributions.
+    """
+    parts = []
+    for part in torch.arange(len(batch.nodes)).split(structure.rows or len(batch.nodes)):
+        rows = batch if structure.rows is None else batch.select(part)
+        gradient = loss_gradients(loss, rows, draws=structure.draws).student
+        parts.append(gradient * batch_weight(rows, structure.weighting))
+    return torch.cat(parts)
+
+
+def with_fast_calls(loss: UserLoss, world: World, structure: Structure) -> Structure:
+    """Choose how many rows a call has: a loop over pairs of rows is slow on large batches.
+
+    Args:
+        loss: The loss.
+        world: A world.
+        structure: How rows combine; the unit is "row" or "group".
+
+    Returns:
+        The structure with `rows` set where that takes less than half of the time.
+    """
+    responses = torch.arange(len(world.tokens)).repeat(4)
+    prompt = torch.arange(len(responses)) // 2
+    batch = make_batch(world, responses, prompt=prompt)
+    seconds: dict[int | None, float] = {}
+    for rows in (None, 16):
+        start = time.perf_counter()
+        additive_gradient(loss, batch, replace(structure, rows=rows, draws=1))
+        seconds[rows] = time.perf_counter() - start
+        if seconds[rows] < SLOW_CALL:
+            return structure
+    return replace(structure, rows=16) if 2 * seconds[16] < seconds[None] else structure
 
 
 FACTORS: dict[str, Callable[[Units], Tensor]] = {

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opd.auditing.gradients import FACTORS, Structure, Units, batch_weight, loss_gradients
+from opd.auditing.gradients import FACTORS, Structure, Units, additive_gradient
 from opd.auditing.targets import reverse_kl
 from opd.auditing.worlds import World, make_batch
 from opd.objectives.user_loss import UserLoss
@@ -20,6 +20,8 @@ ITERATIONS = 500
 """Steps of descent."""
 SECONDS = 8.0
 """Duration of descent beyond which there are fewer starts, then fewer steps."""
+MOVES = 0.02
+"""Change of a log-probability in the last tenth of the steps, in nats, of a student not at rest."""
 RESTS_AT_TEACHER = 1e-2
 """KL in nats a prefix up to which a student at rest is the teacher."""
 
@@ -163,17 +165,17 @@ def mean_gradients(
     batch = make_batch(
         world, flat, prompt=prompt, student=per_row, reward=torch.zeros(len(flat)).double()
     )
-    gradient = loss_gradients(loss, batch, draws=structure.draws).student
-    gradient = gradient * batch_weight(batch, structure.weighting) * batch.mask[..., None]
+    gradient = additive_gradient(loss, batch, structure)
+    gradient = torch.where(batch.mask[..., None], gradient, 0.0)
     probability = torch.stack([world.probabilities(x) for x in tables])  # (D, R)
-    weight = probability[:, rows].prod(-1)
+    share = probability[:, rows].prod(-1)
     if width == 2:
-        weight = weight * world.num_prompts * torch.where(rows[:, 0] == rows[:, 1], 1.0, 2.0)
+        share = share * world.num_prompts * torch.where(rows[:, 0] == rows[:, 1], 1.0, 2.0)
     parts = Units(
         logits=gradient.unflatten(0, (-1, width)),
         nodes=batch.nodes.unflatten(0, (-1, width)),
         mask=batch.mask.unflatten(0, (-1, width)),
-        probability=weight.flatten(),
+        probability=share.flatten(),
     )
     scaled = parts.logits * FACTORS[factor](parts)[..., None, None]
     weighted = scaled * parts.probability[:, None, None, None]

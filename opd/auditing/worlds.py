@@ -7,7 +7,8 @@ Shapes: N prefixes, R responses of the world, B rows of a batch, T positions, V 
 """
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -163,12 +164,27 @@ class Batch:
     """(B, T, V) logits, detached."""
     nodes: Tensor
     """(B, T) row of the tables at each position, 0 outside the mask."""
+    rolls: Mapping[str, int] = field(default_factory=dict)
+    """Arguments that the loss sees moved along the positions -> columns to the right."""
 
     @property
     def mask(self) -> Tensor:
-        """(B, T) bool, the supervised tokens."""
+        """(B, T) bool, the supervised tokens, before any argument is moved."""
         mask: Tensor = self.arguments["mask"]
         return mask
+
+    def select(self, rows: Tensor) -> "Batch":
+        """Return the batch of some of the rows."""
+        arguments = {
+            name: value[rows] if isinstance(value, Tensor) else value
+            for name, value in self.arguments.items()
+        }
+        return Batch(
+            arguments=arguments,
+            student_logits=self.student_logits[rows],
+            nodes=self.nodes[rows],
+            rolls=self.rolls,
+        )
 
 
 def make_batch(
