@@ -19,7 +19,7 @@ CAPTION = (
     "stop-gradient head, a tail bucket and a sampled tail do not move and have no point. Means and "
     "medians over prefixes with 95 % intervals."
 )
-COLLAPSING = {
+COLLAPSING: dict[str, dict[str, Any]] = {
     "teacher_topk_unnormalised": {"color": style.RED, "ls": "-"},
     "student_topk_unnormalised": {"color": "black", "ls": (0, (2, 4))},
 }

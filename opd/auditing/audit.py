@@ -255,6 +255,9 @@ def check_call(loss: UserLoss, world: World) -> int:
 def check_rest(rest: Rest, estimate: Estimate, findings: Findings) -> None:
     """Add the fault `off_teacher_fixed_point` where nothing else explains the place of rest.
 
+    A loss without a known target may have many minima besides the teacher, as a loss on a support
+    has; it is at fault where it moves the teacher, or a student close by further away.
+
     Args:
         rest: Where descent ends.
         estimate: What the loss estimates.
@@ -270,11 +273,11 @@ def check_rest(rest: Rest, estimate: Estimate, findings: Findings) -> None:
             f"student has {rest.student_mass:.4f} on the teacher's top-K of "
             f"{rest.teacher_mass:.4f}",
         )
-    elif not rest.at_teacher and rest.moves < MOVES and "clipped" not in findings.warnings:
+    elif rest.repels and rest.moves < MOVES and "clipped" not in findings.warnings:
         findings.fault(
             "off_teacher_fixed_point",
-            f"from {rest.starts} starts descent ends at KL {rest.smallest_kl:.3g} to "
-            f"{rest.largest_kl:.3g} from the teacher",
+            f"from a student at KL {rest.near_start_kl:.3g} descent ends at KL {rest.near_kl:.3g} "
+            "from the teacher",
         )
 
 

@@ -22,6 +22,8 @@ from opd.auditing.worlds import World
 
 MATCH = 1e-4
 """Relative difference up to which a mean is a target's gradient: a loss may be in float32."""
+LARGE_VOCABULARY = 16
+"""Vocabulary beyond which no mixtures with a support are tried."""
 ZERO = 1e-6
 """Mean, relative to the root mean square of a single gradient, up to which it is zero."""
 
@@ -139,6 +141,8 @@ def candidate_fits(means: Sequence[Mean]) -> Iterator[Fit]:
         yield compare(target, means)
     yield fit_parameter(discounted_target, means, (0.05, 0.5, 0.95))
     yield fit_parameter(jsd_target, means, (0.02, 0.2, 0.5, 0.8, 0.98))
+    if vocabulary > LARGE_VOCABULARY:  # a search over pairs of hundreds of supports takes minutes
+        supports = []
     yield from mixture_fits(means, [*BASIC, jsd_target(0.5), *supports])
 
 

@@ -51,6 +51,16 @@ class Rest:
     moves: float
     """Largest change of a log-probability in the last tenth of the steps, in nats."""
 
+    near_kl: float
+    """KL at rest of the start next to the teacher."""
+    near_start_kl: float
+    """KL of that start."""
+
+    @property
+    def repels(self) -> bool:
+        """Whether a student that begins close to the teacher ends further away."""
+        return self.near_kl > max(2 * self.near_start_kl, RESTS_AT_TEACHER)
+
     @property
     def at_teacher(self) -> bool:
         """Whether every start ends at the teacher."""
@@ -84,6 +94,7 @@ def find_rest(loss: UserLoss, world: World, structure: Structure, factor: str) -
     start_gradient, _ = mean_gradients(loss, world, structure, factor, world.student[None])
     teacher_gradient, square = mean_gradients(loss, world, structure, factor, world.teacher[None])
     scale = max(float(start_gradient.norm()), 1e-300)
+    before = _teacher_kl(world, tables[1])
     tables, moves = _descend(loss, world, structure, factor, tables, iterations)
     student, teacher = tables.log_softmax(-1), world.teacher.log_softmax(-1)
     kl = reverse_kl(student, teacher.expand_as(student)).mean(1)
@@ -100,6 +111,8 @@ def find_rest(loss: UserLoss, world: World, structure: Structure, factor: str) -
         student_mass=float(student_mass.mean()),
         log_mass_ratio=float((student_mass.log() - teacher_mass.log()).mean()),
         moves=moves,
+        near_kl=float(kl[1]),
+        near_start_kl=before,
     )
 
 
@@ -109,6 +122,11 @@ def _starts(world: World, count: int) -> Tensor:
     noise = torch.randn(count, *world.student.shape, generator=generator, dtype=torch.float64)
     spread = torch.linspace(0, 3, count, dtype=torch.float64)[:, None, None]
     return world.teacher + spread * noise
+
+
+def _teacher_kl(world: World, table: Tensor) -> float:
+    """Return KL(student || teacher) of a table of logits, mean over prefixes."""
+    return float(reverse_kl(table.log_softmax(-1), world.teacher.log_softmax(-1)).mean())
 
 
 def _descend(

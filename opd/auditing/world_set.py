@@ -74,8 +74,8 @@ def make_worlds(vocabulary: int, *, full: bool, length: int = 3) -> Worlds:
         for i in seeds
     ]
     near = tuple(
-        make_world("near", vocabulary=v, length=length, random_lengths=x, seed=3, distance=0.02)
-        for x in (True, False)
+        make_world("near", vocabulary=size, length=2, random_lengths=x, seed=3, distance=0.02)
+        for size, x in ((v, True), (v + 2, False))
     )
     return Worlds(
         random=make_world("random", vocabulary=v, length=length, random_lengths=True, seed=1),
