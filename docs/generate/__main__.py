@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from docs.generate import api, audits, commands, formats, schema, settings
+from docs.generate import api, audits, commands, formats, schema, settings, topk
 
 DOCS = Path(__file__).resolve().parents[1]
 
@@ -14,6 +14,7 @@ PAGES = {
     "formats": formats.page,
     "schema": schema.page,
     "settings": settings.page,
+    "topk": topk.page,
 }
 """Name of a page in docs/ -> its generator."""
 

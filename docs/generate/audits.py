@@ -22,6 +22,9 @@ RECORD = Path(__file__).resolve().parents[1] / "audits.json"
 PACKAGES = {"trl": "trl", "verl": "verl"}
 """Prefix -> package whose version is recorded."""
 
+REST = ("mean_at_teacher", "student_mass", "teacher_mass", "log_mass_ratio", "largest_kl")
+"""Fields of the place of rest that are recorded."""
+
 HEADER = """# What losses estimate
 
 *Generated from `docs/audits.json` by `python -m docs.generate`; `python -m docs.generate.audits
@@ -63,12 +66,13 @@ def audit_row(target: str) -> dict[str, Any]:
     except UserError as error:
         return {"loss": name, "error": str(error)}
     found = card.to_dict()
-    noise = found["noise"] or {}
+    noise, rest = found["noise"] or {}, found["rest"]
     return {
         "loss": name,
         "verdict": card.verdict,
         "target": {key: _rounded(value) for key, value in found["target"].items()},
         "noise_ratio": _rounded(noise.get("ratio_to_best")),
+        "rest": None if rest is None else {key: _rounded(rest[key]) for key in REST},
         "faults": card.faults,
         "warnings": card.warnings,
         "caveats": card.caveats,
