@@ -25,8 +25,10 @@ EXACT = 1e-5
 """Relative difference below which two gradients are equal: losses may compute in float32."""
 NOISY = 0.3
 """The same for averages of a loss that draws random numbers, of the norm."""
+TRIAL_ROWS = 400
+"""Rows of a call as large as those in which parts are enumerated."""
 SLOW_CALL = 0.1
-"""Seconds of a call beyond which smaller calls are tried."""
+"""Seconds of such a call beyond which smaller calls are tried."""
 TINY = 1e-9
 """Gradient, relative to the largest, below which there is none."""
 
@@ -471,7 +473,7 @@ def with_fast_calls(loss: UserLoss, world: World, structure: Structure) -> Struc
     Returns:
         The structure with `rows` set where that takes less than half of the time.
     """
-    responses = torch.arange(len(world.tokens)).repeat(4)
+    responses = torch.arange(TRIAL_ROWS) % len(world.tokens)
     prompt = torch.arange(len(responses)) // 2
     batch = make_batch(world, responses, prompt=prompt)
     seconds: dict[int | None, float] = {}
@@ -479,7 +481,7 @@ def with_fast_calls(loss: UserLoss, world: World, structure: Structure) -> Struc
         start = time.perf_counter()
         additive_gradient(loss, batch, replace(structure, rows=rows, draws=1))
         seconds[rows] = time.perf_counter() - start
-        if seconds[rows] < SLOW_CALL:
+        if rows is None and seconds[rows] < SLOW_CALL:
             return structure
     return replace(structure, rows=16) if 2 * seconds[16] < seconds[None] else structure
 
