@@ -251,7 +251,7 @@ def to_html(card: AuditCard) -> str:
         f"<tr><td>{html.escape(name)}</td><td>{html.escape(text)}</td></tr>"
         for name, text in card_rows(card)
     )
-    sentences = html.escape(" ".join(card.sentences))
+    sentences = html.escape(" ".join(card.sentences).replace("`", ""))
     title = html.escape(card.loss)
     return (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"

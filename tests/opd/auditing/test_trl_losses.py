@@ -290,7 +290,7 @@ def test_the_tokens_that_uld_trains(settings: str, positions: list[bool]) -> Non
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("GKD,temprature=1", "unknown setting 'temprature'; known: beta"),
+        ("GKD,temperatur_=1", "unknown setting 'temperatur_'; known: beta"),
         ("GKD,temperature=1", "temperature cannot be set: the loss of GKDTrainer does not read it"),
         ("GKD,lmbda=1", "lmbda cannot be set: the audit's responses are always sampled"),
         ("GRPO,use_liger_kernel=true", "use_liger_kernel cannot be set: the kernels run on a GPU"),
