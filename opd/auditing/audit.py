@@ -19,6 +19,7 @@ from opd.auditing.card import AuditCard
 from opd.auditing.estimate import Estimate, find_estimate
 from opd.auditing.findings import Findings
 from opd.auditing.gradients import (
+    NOISY,
     Structure,
     argument_values,
     call_loss,
@@ -35,8 +36,8 @@ from opd.objectives.user_loss import UserLoss, as_user_loss
 
 CALL_SECONDS = 3.0
 """Duration of one small call beyond which a loss cannot be judged in reasonable time."""
-RANDOM_DRAWS = 100
-"""Calls that are averaged for a loss that draws random numbers."""
+RANDOM_DRAWS = (100, 200, 400, 800, 1600)
+"""Calls that are averaged for a loss that draws random numbers: as few as give a stable mean."""
 VOCABULARIES = (4, 9, 33, 129)
 """Vocabularies that are tried until the loss accepts one: it may take a top-K of its own."""
 
@@ -106,8 +107,8 @@ def _audit(loss: UserLoss, claims: str | None, full: bool, faults_only: bool) ->
     estimate = find_estimate(loss, worlds, structure, findings)
     if "misaligned" in findings.faults:
         return judge(loss, findings, claims, match=None, nearest=estimate.nearest)
-    name = None if estimate.match is None else estimate.match.target.name
-    bad = list(faults.non_finite(loss, worlds.random, name))
+    target = None if estimate.match is None else estimate.match.target
+    bad = list(faults.non_finite(loss, worlds.random, target))
     if "non_finite" not in findings.faults:
         findings.fault("non_finite", "; ".join(bad) or None)
     elif estimate.nearest is None:  # some response has no gradient, so that nothing can be computed
@@ -249,7 +250,13 @@ def check_call(loss: UserLoss, world: World) -> int:
             "copy, such as tokens.clone(), because the trainer reads it afterwards"
         )
     first, second = (loss_gradients(loss, batch).student for _ in range(2))
-    return 1 if torch.equal(first.nan_to_num(), second.nan_to_num()) else RANDOM_DRAWS
+    if torch.equal(first.nan_to_num(), second.nan_to_num()):
+        return 1
+    for draws in RANDOM_DRAWS:
+        first, second = (loss_gradients(loss, batch, draws=draws).student for _ in range(2))
+        if float((first - second).norm()) <= NOISY / 4 * float(first.norm()):
+            break
+    return draws
 
 
 def check_rest(rest: Rest, estimate: Estimate, findings: Findings) -> None:

@@ -25,6 +25,7 @@ from opd.auditing.gradients import (
     total_variance,
 )
 from opd.auditing.matching import MATCH, Fit, Mean, find_target
+from opd.auditing.targets import Target
 from opd.auditing.worlds import Batch, World, make_batch
 from opd.objectives.user_loss import UserLoss
 
@@ -223,13 +224,13 @@ def non_causal(loss: UserLoss, world: World, draws: int) -> str | None:
 # --- values that are not finite -----------------------------------------------------------------
 
 
-def non_finite(loss: UserLoss, world: World, target: str | None) -> Iterator[str]:
+def non_finite(loss: UserLoss, world: World, target: Target | None) -> Iterator[str]:
     """Yield the situations in which a gradient is NaN or infinite though the target is finite.
 
     Args:
         loss: The loss.
         world: A world with random lengths.
-        target: Name of the loss's target, or None.
+        target: The loss's target, or None.
 
     Yields:
         Evidence.
@@ -243,7 +244,7 @@ def non_finite(loss: UserLoss, world: World, target: str | None) -> Iterator[str
     }
     if "reward" in loss.asks:
         situations["equal rewards"] = sample_batch(world, reward=torch.ones(6).double())
-    if target is not None and _finite_without_teacher(target):
+    if target is not None and _finite_without_teacher(target, world.student.shape[1]):
         situations["a teacher probability of 0"] = _zero_probability(world)
     for name, batch in situations.items():
         try:
@@ -288,12 +289,13 @@ def _zero_probability(world: World) -> Batch:
     return replace(batch, arguments=batch.arguments | {"teacher_logits": logits})
 
 
-def _finite_without_teacher(target: str) -> bool:
+def _finite_without_teacher(target: Target, vocabulary: int) -> bool:
     """Return whether a target stays finite where the teacher excludes a token."""
+    if "bucket" in target.name and target.composition is not None:
+        k = int(target.composition.rpartition("=")[2])
+        return "teacher" in target.name and k < vocabulary - 1  # one token alone would be the rest
     infinite = ("reverse_kl(", "sequence", "token_reverse", "discounted", "student")
-    kinds = target.replace("topk_reverse_kl(renormalised, teacher)", "topk").replace(
-        "topk_reverse_kl(bucket, teacher)", "topk"
-    )
+    kinds = target.name.replace("topk_reverse_kl(renormalised, teacher)", "topk")
     return not any(x in kinds for x in infinite)
 
 

@@ -9,9 +9,9 @@ import pytest
 from opd.auditing.audit import audit
 from opd.auditing.card import FAULTS
 from tests.opd.auditing.bank import right, right_sampled
+from tests.opd.auditing.bank.claims import REFUTED, TRUE
 from tests.opd.auditing.bank.entry import FAULTY, RIGHT, Faulty, Right
 from tests.opd.auditing.bank.faulty import elsewhere, layout, numbers, positions, teacher, vanishing
-from tests.opd.auditing.claims import REFUTED, TRUE
 
 MODULES = (
     right,

@@ -220,6 +220,20 @@ def teacher_topk_with_the_rest(student_logits, teacher_logits, mask, k=2):
     return (kl + p_rest.exp() * (p_rest - q_rest))[mask].mean()
 
 
+@right("topk_reverse_kl(bucket, teacher)")
+def all_but_one_and_the_rest(student_logits, teacher_logits, mask):
+    """A support of all tokens but the teacher's least probable, which is the rest."""
+    ids = teacher_logits.detach().argsort(-1, descending=True)[..., :3]
+    p, q = (x.log_softmax(-1) for x in (student_logits, teacher_logits.detach()))
+    inside = torch.zeros_like(q, dtype=torch.bool).scatter(-1, ids, True)
+
+    def parts(logp):
+        rest = logp.masked_fill(inside, -math.inf).logsumexp(-1, keepdim=True)
+        return torch.cat([logp.gather(-1, ids), rest], -1)
+
+    return F.kl_div(parts(q), parts(p), reduction="none", log_target=True).sum(-1)[mask].mean()
+
+
 @right("topk_reverse_kl(renormalised, teacher)")
 def teacher_top_8(student_logits, teacher_logits, mask):
     top = teacher_logits.detach().topk(8, dim=-1)
