@@ -56,7 +56,8 @@ def audit(
             (`opd.objectives.user_loss.PARAMETERS`) and returns a scalar to be minimised.
         claims: Target that its author says it estimates; None for no claim.
         full: Whether more worlds are used.
-        faults_only: Whether noise, rest and behaviour are left out where no fault hangs on them.
+        faults_only: Whether to stop where it is known if there is a fault: noise, rest and
+            behaviour are left out.
 
     Returns:
         The card.
@@ -114,7 +115,7 @@ def _audit(loss: UserLoss, claims: str | None, full: bool, faults_only: bool) ->
     elif estimate.nearest is None:  # some response has no gradient, so that nothing can be computed
         return judge(loss, findings, claims, match=None, nearest=None)
     parts: dict[str, Any] = {}
-    wanted = not faults_only or estimate.match is None
+    wanted = not faults_only or (estimate.match is None and not findings.faults)
     if wanted and structure.unit != "batch" and "zero_gradient" not in findings.faults:
         parts = quantities(loss, worlds, estimate, findings)
     return judge(

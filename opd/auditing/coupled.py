@@ -12,7 +12,7 @@ from opd.auditing.matching import Mean
 from opd.auditing.worlds import World, make_batch
 from opd.objectives.user_loss import UserLoss
 
-BATCHES, ROWS = 1500, 8
+BATCHES, ROWS = 600, 8
 """Batches of each world, and rows of a batch: groups of two of one prompt."""
 
 

@@ -15,6 +15,7 @@ from opd.auditing.targets import (
     BASIC,
     Target,
     discounted_target,
+    exact_gradient,
     jsd_target,
     support_targets,
 )
@@ -22,6 +23,8 @@ from opd.auditing.worlds import World
 
 MATCH = 1e-4
 """Relative difference up to which a mean is a target's gradient: a loss may be in float32."""
+FAR = 0.8
+"""Relative difference from every value that is tried first beyond which no search is made."""
 LARGE_VOCABULARY = 16
 """Vocabulary beyond which no mixtures with a support are tried."""
 ZERO = 1e-6
@@ -81,7 +84,7 @@ def compare(target: Target, means: Sequence[Mean]) -> Fit:
     """
     cosines, biases, scales = [], [], []
     for mean in means:
-        exact = target.gradient(mean.world, mean.world.student, None)
+        exact = exact_gradient(target, mean.world)
         square = float(exact.square().sum())
         product = float((mean.gradient * exact).sum())
         norm = float(mean.gradient.norm())
@@ -149,7 +152,7 @@ def candidate_fits(means: Sequence[Mean]) -> Iterator[Fit]:
 def fit_parameter(
     family: Callable[[float], Target], means: Sequence[Mean], starts: Sequence[float]
 ) -> Fit:
-    """Fit the parameter in (0, 1) of a family of targets.
+    """Fit the parameter in (0, 1) of a family of targets, in the first world.
 
     Args:
         family: Function from the parameter to a target.
@@ -157,14 +160,16 @@ def fit_parameter(
         starts: Values that are tried first; the search is around the best one.
 
     Returns:
-        The best comparison.
+        The best comparison, of all worlds.
     """
     grid = sorted({0.0, *starts, 1.0})
-    inner = grid[1:-1]
-    best = min(inner, key=lambda x: compare(family(x), means).relative_bias)
+    biases = {x: compare(family(x), means[:1]).relative_bias for x in grid[1:-1]}
+    best = min(biases, key=biases.__getitem__)
+    if biases[best] > FAR:
+        return compare(family(best), means)
     index = grid.index(best)
     result = minimize_scalar(
-        lambda x: compare(family(float(x)), means).relative_bias,
+        lambda x: compare(family(float(x)), means[:1]).relative_bias,
         bounds=(grid[index - 1], grid[index + 1]),
         method="bounded",
         options={"xatol": 1e-7},
@@ -186,7 +191,7 @@ def mixture_fits(means: Sequence[Mean], targets: Sequence[Target]) -> Iterator[F
         Comparisons of those mixtures of which both weights are positive.
     """
     exact = {
-        target.name + str(i): [target.gradient(m.world, m.world.student, None) for m in means]
+        target.name + str(i): [exact_gradient(target, m.world) for m in means]
         for i, target in enumerate(targets)
     }
     names = list(exact)

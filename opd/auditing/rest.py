@@ -145,7 +145,7 @@ def _descend(
         if i == iterations * 9 // 10:
             late = tables.log_softmax(-1)
         gradient, _ = mean_gradients(loss, world, structure, factor, tables)
-        visits = torch.stack([world.visits(world.probabilities(x)) for x in tables])
+        visits = world.visits(world.probabilities(tables))
         gradient = (gradient / visits.clamp(min=1e-6)[..., None]).nan_to_num(0.0, 0.0, 0.0)
         mean = 0.9 * mean + 0.1 * gradient
         square = 0.99 * square + 0.01 * gradient.square()
@@ -185,7 +185,7 @@ def mean_gradients(
     )
     gradient = additive_gradient(loss, batch, structure)
     gradient = torch.where(batch.mask[..., None], gradient, 0.0)
-    probability = torch.stack([world.probabilities(x) for x in tables])  # (D, R)
+    probability = world.probabilities(tables)  # (D, R)
     share = probability[:, rows].prod(-1)
     if width == 2:
         share = share * world.num_prompts * torch.where(rows[:, 0] == rows[:, 1], 1.0, 2.0)

@@ -9,7 +9,7 @@ Shapes: N prefixes, R responses of a world, T positions, V vocabulary.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -34,6 +34,20 @@ class Target:
     """Our least noisy estimator of it, NAME[,setting=value...]; None if we have none."""
     minimum_is_teacher: bool = True
     """Whether the student that equals the teacher is the only one that minimises it."""
+
+
+@lru_cache(maxsize=1 << 14)
+def exact_gradient(target: Target, world: World) -> Tensor:
+    """Return the gradient of a target at a world's student, on policy; it is kept for later calls.
+
+    Args:
+        target: The target.
+        world: The world.
+
+    Returns:
+        (N, V) gradient, not to be changed.
+    """
+    return target.gradient(world, world.student, None)
 
 
 def local_gradient(
@@ -187,12 +201,14 @@ BASIC = (TOKEN_REVERSE, SEQUENCE, TOKEN_FORWARD, REWARD)
 """Targets without a parameter, the plainest first."""
 
 
+@lru_cache(maxsize=64)
 def jsd_target(beta: float) -> Target:
     """Return the generalised Jensen-Shannon divergence on frozen prefixes."""
     gradient = partial(local_gradient, partial(jensen_shannon, beta))
     return Target(f"token_jsd({beta:.3g})", gradient, f"full_jsd,beta={beta:.6g}")
 
 
+@lru_cache(maxsize=64)
 def discounted_target(gamma: float) -> Target:
     """Return the family between token and sequence, whose means are no function's gradient."""
     name = f"discounted_reverse_kl({gamma:.3g})"
@@ -200,6 +216,7 @@ def discounted_target(gamma: float) -> Target:
     return Target(name, partial(discounted_gradient, gamma), composition)
 
 
+@lru_cache(maxsize=8)
 def support_targets(vocabulary: int) -> list[Target]:
     """Return the reverse KL on a support, for every K below the vocabulary and both sources."""
     return [

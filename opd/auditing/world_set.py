@@ -4,6 +4,7 @@ Shapes: V vocabulary.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from opd.auditing.worlds import World, make_world
 
@@ -34,6 +35,7 @@ class Worlds:
         return self.random.student.shape[1]
 
 
+@lru_cache(maxsize=8)
 def make_worlds(vocabulary: int, *, full: bool, length: int = 3) -> Worlds:
     """Make the worlds of an audit.
 

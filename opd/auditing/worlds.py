@@ -9,6 +9,7 @@ Shapes: N prefixes, R responses of the world, B rows of a batch, T positions, V 
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class World:
     k: int
     """K of the supports."""
 
-    @property
+    @cached_property
     def mask(self) -> Tensor:
         """(R, T) bool, the tokens of each response."""
         return torch.arange(self.tokens.shape[1]) < self.lengths[:, None]
@@ -52,39 +53,40 @@ class World:
         return int(self.prompt.max()) + 1
 
     def token_logp(self, table: Tensor) -> Tensor:
-        """Return (R, T) log-probabilities of the tokens under a table of logits, 0 behind the end.
+        """Return (..., R, T) log-probabilities of the tokens under tables, 0 behind the end.
 
         Args:
-            table: (N, V) logits; gradients flow through.
+            table: (..., N, V) logits; gradients flow through.
 
         Returns:
-            (R, T) log-probabilities.
+            (..., R, T) log-probabilities.
         """
-        logp = table.log_softmax(-1)[self.nodes, self.tokens]
+        logp = table.log_softmax(-1)[..., self.nodes, self.tokens]
         return torch.where(self.mask, logp, logp.new_zeros(()))
 
     def probabilities(self, table: Tensor) -> Tensor:
-        """Return (R,) the probability of each response; prompts are equally likely.
+        """Return (..., R) the probability of each response; prompts are equally likely.
 
         Args:
-            table: (N, V) logits.
+            table: (..., N, V) logits.
 
         Returns:
-            (R,) probabilities, 1 in total.
+            (..., R) probabilities, 1 in total.
         """
-        return self.token_logp(table).sum(1).exp() / self.num_prompts
+        return self.token_logp(table).sum(-1).exp() / self.num_prompts
 
     def visits(self, probabilities: Tensor) -> Tensor:
-        """Return (N,) how often each prefix is visited.
+        """Return (..., N) how often each prefix is visited.
 
         Args:
-            probabilities: (R,) probability of each response.
+            probabilities: (..., R) probability of each response.
 
         Returns:
-            (N,) expected number of visits.
+            (..., N) expected number of visits.
         """
-        weights = (probabilities[:, None] * self.mask).flatten()
-        return weights.new_zeros(len(self.student)).index_add_(0, self.nodes.flatten(), weights)
+        weights = (probabilities[..., None] * self.mask).flatten(-2)
+        visits = weights.new_zeros(*weights.shape[:-1], len(self.student))
+        return visits.index_add_(-1, self.nodes.flatten(), weights)
 
 
 def make_world(
