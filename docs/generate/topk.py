@@ -28,52 +28,57 @@ START = """# Reverse KL on a top-K: when it collapses
 
 *Generated from `docs/audits.json` and `figures/data/tail.csv` by `python -m docs.generate`.*
 
-Trainers that distil on K tokens of the teacher or the student disagree in public: one side sees the
-student collapse under a reverse KL on the top-K, another trains with it for thousands of steps. Both
-are right. The un-normalised loss has its minimum at p(S) = q(S)/e, not at the teacher, for every K and
-whichever model chooses the support S. How soon that shows depends on one number, the mass 1 − q(S) that
-the support leaves out. Where a support of 50 to 100 tokens leaves out a thousandth, a run ends before
-it shows; where it leaves out a tenth, a few dozen updates of a prefix are enough.
+Trainers that distil on K tokens of the teacher or the student disagree in public: one side sees
+the student collapse under a reverse KL on the top-K, another trains with it for thousands of
+steps. Both are right. The un-normalised loss has its minimum at p(S) = q(S)/e, not at the
+teacher, for every K and whichever model chooses the support S. How soon that shows depends on one
+number, the mass 1 − q(S) that the support leaves out: where it leaves out 0.3, half of the
+collapse takes {first} updates of a prefix, where it leaves out a thousandth, {last}.
 
 p is the student, q the teacher, sg[·] a stop-gradient, y the sampled token.
 
 ## Why
 
-Differentiate Σ_S p log(p/q) by the student's logits at p = q. The term p ∇log p/q vanishes, and what is
-left is the gradient of p(S) itself: descent lowers the mass of S although the student equals its teacher.
-It goes on until log(p_v/q_v) + 1 = 0 for every v in S, so that p(S) = q(S)/e and the tokens outside S
-have the rest. With full sums the same extra term is the gradient of Σ p = 1, which is 0.
+Differentiate Σ_S p log(p/q) by the student's logits at p = q. The term p ∇log p/q vanishes, and
+what is left is the gradient of p(S) itself: descent lowers the mass of S although the student
+equals its teacher. It goes on until log(p_v/q_v) + 1 = 0 for every v in S, so that p(S) = q(S)/e
+and the tokens outside S have the rest. With full sums the same extra term is the gradient of Σ p
+= 1, which is 0.
 
-At p = q that gradient is p_v (1[v∈S] − p(S)), of the order of 1 − q(S). This is the condition that
-separates the two experiences: **learning rate × updates of a prefix × (1 − q(S))**. Measured below, half
-of the collapse has happened when this product is {low:.1f} to {high:.1f} (plain descent on free logits).
+At p = q that gradient is p_v (1[v∈S] − p(S)), of the order of 1 − q(S). This is the condition
+that separates the two experiences: **learning rate × updates of a prefix × (1 − q(S))**. Measured
+below, half of the collapse has happened when this product is {low:.1f} to {high:.1f} (plain
+descent on free logits).
 """
 
 FORMS_TEXT = """## What each form estimates
 
 One audit a row (`opd audit ours:NAME`, K = 2 of 4 to 6 tokens). "Mean at the teacher" is the mean
-gradient at teacher = student, relative to that at the start; "mass at rest" is log p(S)/q(S) where
-descent ends, on the teacher's own top-K: −1 is q(S)/e.
+gradient at teacher = student, relative to that at the start; "mass at rest" is log p(S)/q(S)
+where descent ends, on the teacher's own top-K: −1 is q(S)/e.
 """
 
 TIMES_TEXT = """## How soon
 
-`opd study run tail` descends from a student that equals its teacher, K = 4 of 32 tokens, learning rate
-{rate:g}. Iterations until half of the collapse, median over {worlds} prefixes with 95 % intervals:
+`opd study run tail` descends from a student that equals its teacher, K = 4 of 32 tokens, learning
+rate {rate:g}. Iterations until half of the collapse, median over {worlds} prefixes with 95 %
+intervals:
 """
 
-END = """![p(S)/q(S) by iteration, and iterations to half of the collapse](../figures/shown/tail.png)
+END = """![p(S)/q(S) by iteration, and times of half a collapse](../figures/shown/tail.png)
 
-A renormalised loss does not move the teacher, but does not see p(S) at all: from a distant student it
-rests wherever p(S) happens to be ([collapse](../figures/shown/collapse.png), upper right). A bucket for
-the tail, or a sampled tail, sees it and rests at the teacher.
+A renormalised loss does not move the teacher, but does not see p(S) at all: from a distant
+student it rests wherever p(S) happens to be ([collapse](../figures/shown/collapse.png), upper
+right). A bucket for the tail, or a sampled tail, sees it and rests at the teacher.
 
 ## What to use
 
-- Renormalise, and watch p(S): `divergence/topk_student_mass` in a run, with the alarm `mass_escapes`.
+- Renormalise, and watch p(S): `divergence/topk_student_mass` in a run, with the alarm
+  `mass_escapes`.
 - Or add a bucket for the tail: exact for K + 1 events, blind to the shape of the tail.
 - Or add the sampled tail: unbiased for the reverse KL over the whole vocabulary, on policy.
-- A clip of the log-ratios does not help: the extra term is the gradient of p(S), whose factor is 1.
+- A clip of the log-ratios does not help: the extra term is the gradient of p(S), whose factor is
+  1.
 
 ## Repeat
 
@@ -81,6 +86,7 @@ the tail, or a sampled tail, sees it and rests at the teacher.
     opd study run tail --update-figures
     opd study run collapse --update-figures
     python -m docs.generate.audits --record ours && python -m docs.generate topk
+
 """
 
 
@@ -88,7 +94,8 @@ def page() -> str:
     """Return the page in Markdown."""
     times = half_times()
     products = [RATE * float(row["value"]) * float(row["tail"]) for row in times]
-    lines = [START.format(low=min(products), high=max(products))]
+    first, last = (f"{float(row['value']):,.0f}" for row in (times[0], times[-1]))
+    lines = [START.format(low=min(products), high=max(products), first=first, last=last)]
     lines += [FORMS_TEXT, *form_table(), ""]
     lines += [TIMES_TEXT.format(rate=RATE, worlds=times[0]["worlds"]), *time_table(times), ""]
     lines.append(END.rstrip())
