@@ -32,8 +32,9 @@ Trainers that distil on K tokens of the teacher or the student disagree in publi
 the student collapse under a reverse KL on the top-K, another trains with it for thousands of
 steps. Both are right. The un-normalised loss on the teacher's support S has its minimum at
 p(S) = q(S)/e, not at the teacher, for every K. On the student's own top-K it leaves the teacher
-at the same pace, and S changes on the way. How soon that shows depends on one number, the mass 1 − q(S) that the support leaves out: where it leaves out 0.3, half of the
-collapse takes {first} updates of a prefix, where it leaves out a thousandth, {last}.
+at the same pace, and S changes on the way. How soon that shows depends on one number, the mass
+1 − q(S) that the support leaves out: where it leaves out 0.3, half of the collapse takes {first}
+updates of a prefix, where it leaves out a thousandth, {last}.
 
 p is the student, q the teacher, sg[·] a stop-gradient, y the sampled token.
 
