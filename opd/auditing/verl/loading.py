@@ -74,6 +74,7 @@ def load(name: str, settings: dict[str, str]) -> UserLoss:
     """
     target = ",".join([f"verl:{name}", *(f"{key}={value}" for key, value in settings.items())])
     with contextlib.redirect_stdout(sys.stderr):  # verl prints warnings
+        package("verl")
         distillation = package("verl.trainer.distillation.losses")
         algorithms = package("verl.trainer.ppo.core_algos")
         if name.startswith(OURS):

@@ -54,7 +54,7 @@ def target_of(mode: str) -> str:
         ("kl", "zero"),
         ("abs", "none"),
         ("forward_kl_topk", "none"),
-        ("forward_kl_topk,topk=4", "token_forward_kl"),
+        ("forward_kl_topk,topk=4", "token_forward_kl"),  # all of the vocabulary
         ("vanilla", "token_reverse_kl"),
         ("gspo", "token_reverse_kl"),
         ("cispo", "token_reverse_kl"),
@@ -122,6 +122,7 @@ TOTAL_VARIATION = torch.tensor([0.375, -0.3125, -0.0625]).double()
     ("mode", "expected"),
     [
         (f"k1,{PG}", REVERSE_KL),
+        (f"k3,{PG}", REVERSE_KL - FORWARD_KL),
         ("k2", REVERSE_KL),
         ("vanilla", REVERSE_KL),
         ("k3", FORWARD_KL),
@@ -265,6 +266,25 @@ def test_a_row_without_tokens_counts_in_means_over_rows(mode: str, factor: float
     assert float(without.abs().max()) > 1e-3
     assert torch.allclose(with_rows[: len(without)], factor * without, rtol=1e-5, atol=1e-9)
     assert not bool(with_rows[len(without) :].any())
+
+
+@pytest.mark.verl
+def test_micro_batches_add_up_but_for_means_over_their_own_rows() -> None:
+    world = make_worlds(4, full=False, length=2).random
+    batch = sample_batch(world)
+    for mode, factor in (("vanilla", 1.0), ("forward_kl_topk", 1.0), ("geo_mean", 3.0)):
+        whole = loss_gradients(load_loss(f"verl:{mode}"), batch).student
+        parts = loss_gradients(load_loss(f"verl:{mode},micro_batches=3"), batch).student
+        assert torch.allclose(parts, factor * whole, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.verl
+def test_a_topk_loss_as_an_advantage_teaches_nothing() -> None:
+    loss = load_loss(f"verl:forward_kl_topk,{PG}")
+    mean = mean_over_tokens(f"forward_kl_topk,{PG}", P, Q)
+    assert float(mean.abs().max()) < 1e-7
+    world = make_worlds(4, full=False, length=2).random
+    assert float(loss_gradients(loss, sample_batch(world)).student.abs().max()) > 1e-3
 
 
 @pytest.mark.verl
