@@ -34,7 +34,7 @@ INTRODUCTIONS: dict[str, tuple[str, str]] = {
         "task rewards. A policy loss has the advantage log q - log p of the sampled token "
         "unless a row says otherwise, and the rollouts' log-probabilities as those of the old "
         "policy. One batch is one mini-batch, in one micro-batch. No mode of this version is a "
-        "reverse KL on a top-K: that was proposed in several forms, and not merged. Not here: "
+        "reverse KL on a top-K: that was proposed in several forms, and not merged (9). Not here: "
         "GAE, which needs a critic; Megatron's kernel for the forward KL on a top-K, which "
         "needs parallel ranks.",
     ),
@@ -119,8 +119,8 @@ NOTES: dict[str, str] = {
     f"unique outside S; {_ROWS}",
     "trl:SDPO": f"each response has equal weight; {_ROWS}",
     "verl:kl": "refused under the name k1, accepted under this one (2)",
-    "verl:k1,use_policy_gradient=true,rollout_is=token": "the weights of a rollout "
-    "correction arrive nested, and this loss does not pad them: it raises",
+    "verl:k1,use_policy_gradient=true": "raises with `rollout_is`: the weights arrive nested, and "
+    "this loss does not pad them",
     "verl:abs": "twice the total variation distance: no target of the list (6)",
     "verl:low_var_kl": _K3,
     "verl:k3": f"the default; {_K3}",
@@ -272,8 +272,8 @@ full size however close the models are.
         "(7) k3 in the loss": """
 k3 = q/p - log(q/p) - 1 as a loss has the mean gradient p - q of the forward KL: (0.25, -0.25, 0)
 for p and q as in (3), where the reverse KL has (0.260, -0.217, -0.043). It is cut at 10, that
-is at q/p above 13.6 or below 1/60000: where the models differ most, a sample has no gradient. `k2`, or the suffix + in
-`kl_loss_type`, has the reverse KL's.
+is at q/p above 13.6 or below 1/60000: where the models differ most, a sample has no gradient.
+`k2`, or the suffix + in `kl_loss_type`, has the reverse KL's.
 """,
         "(8) geo_mean": """
 Two tokens with advantages a and b: the loss is -(a + b)/2 times the geometric mean of their
@@ -281,6 +281,19 @@ ratios, so that both scores have the weight (a + b)/4. The advantage of the firs
 multiplies the second's score, whose mean is 0, and each row is a mean over its tokens. It also
 takes the mean over the rows of a micro-batch, whose losses verl's engines add: rows with losses 1
 and 3 give 2 in one micro-batch, 1 + 3 in two.
+""",
+        "(9) A reverse KL on a top-K": """
+The first draft of verl's distillation (verl-project/verl#5041) had one on the union of both
+top-K, un-normalised, and its author saw the student leave the support; a proposal on the student's
+top-K (#7806), un-normalised too, saw no collapse. What decides beside the support is a line: verl's
+function for a loss on a top-K, under which the later one is registered, cuts the loss of a position
+at 0. The draft had no such cut at first, then one, before its author took the loss out.
+For p = (0.6, 0.4), q = (0.9, 0.1) and K = 1 the sum is 0.6 ln(0.6/0.9) =
+-0.243 with the gradient (0.143, -0.143), out of the support at a mass below the teacher's already;
+cut, both are 0. So the cut ends the way out as soon as the sum is negative, and pulls nobody back
+who has left. At p = q the gradient is p (1[v in S] - p(S)) with and without it, and neither has
+a target. `opd audit examples/verl/reverse_topk.py:student_support_cut`, `student_support`, `union`,
+`union_absolute` and `union_cut` give the cards.
 """,
     },
 }

@@ -68,8 +68,8 @@ _PG = "use_policy_gradient=true"
 _MODES = ("token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 
 VERL = [
-    *("kl", "k1", f"k1,{_PG}", f"k1,{_PG},clip_ratio=0.2,loss_max_clamp=10", "abs", "mse", "k2"),
-    *("low_var_kl", "k3", f"k3,{_PG}", f"k2,{_PG}", f"abs,{_PG}", f"k1,{_PG},rollout_is=token"),
+    *("kl", f"k1,{_PG}", f"k1,{_PG},clip_ratio=0.2,loss_max_clamp=10", "abs", "mse", "k2"),
+    *("low_var_kl", "k3", f"k3,{_PG}", f"k2,{_PG}", f"abs,{_PG}"),
     *("forward_kl_topk", f"forward_kl_topk,{_PG}"),
     "forward_kl_topk,loss_max_clamp=10,log_prob_min_clamp=-10",
     *(f"{_KL}={kind}" for kind in ("low_var_kl", "low_var_kl+", "k1", "k1+", "k2", "k3+", "abs+")),
@@ -106,7 +106,7 @@ VERL = [
         )
     ),
     "gspo,adv_estimator=rloo,loss_agg_mode=seq-mean-token-mean",
-    *("geo_mean,adv_estimator=rloo", "sapo,adv_estimator=rloo", "vanilla,adv_estimator=gae"),
+    *("geo_mean,adv_estimator=rloo", "sapo,adv_estimator=rloo"),
     *("opdlab_sampled_token", "opdlab_k2", "opdlab_k3", "opdlab_teacher_topk"),
     "opdlab_teacher_topk_bucket",
 ]

@@ -100,7 +100,9 @@ def load(name: str, settings: dict[str, str]) -> UserLoss:
 
 
 def _refused(target: str, error: Exception) -> InvalidInput:
-    return InvalidInput(f"{target}: verl refuses it: {error}")
+    is_k1 = target.startswith("verl:k1")
+    hint = " (with use_policy_gradient=true it is the reward of a policy loss)" if is_k1 else ""
+    return InvalidInput(f"{target}: verl refuses it: {error}{hint}")
 
 
 def make_settings(target: str, mode: str, is_policy: bool, texts: dict[str, str]) -> Settings:
