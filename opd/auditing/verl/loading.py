@@ -100,6 +100,9 @@ def load(name: str, settings: dict[str, str]) -> UserLoss:
 
 
 def _refused(target: str, error: Exception) -> InvalidInput:
+    """Return the error of a configuration that verl refuses, or one of our modes there."""
+    if target.startswith(f"verl:{OURS}"):
+        return InvalidInput(f"{target}: {error}")
     is_k1 = target.startswith("verl:k1")
     hint = " (with use_policy_gradient=true it is the reward of a policy loss)" if is_k1 else ""
     return InvalidInput(f"{target}: verl refuses it: {error}{hint}")
@@ -159,13 +162,16 @@ def make_settings(target: str, mode: str, is_policy: bool, texts: dict[str, str]
     old = texts.get("old_log_probs", "student" if corrects else "rollout")
     if old not in ("student", "rollout"):
         raise InvalidInput(f"{target}: old_log_probs is {old!r}; expected student or rollout")
+    micro_batches = texts.get("micro_batches", "1")
+    if not micro_batches.isdecimal() or int(micro_batches) < 1:
+        raise InvalidInput(f"{target}: micro_batches is {micro_batches!r}; expected 1 or more")
     return Settings(
         actor=actor,
         algorithm=algorithm,
         distillation=distillation,
         use_topk=use_topk,
         old_is_student=old == "student",
-        micro_batches=int(_number(target, "micro_batches", texts, 1)),
+        micro_batches=int(micro_batches),
     )
 
 
@@ -251,14 +257,13 @@ def _number(target: str, key: str, texts: dict[str, str], default: float) -> flo
 
 def _value(target: str, setting: "dataclasses.Field[Any]", text: str) -> Any:
     """Return a setting's value, read as its annotation says."""
-    annotation = str(getattr(setting.type, "__name__", setting.type))
+    kind = setting.type
+    annotation = kind.__name__ if isinstance(kind, type) else str(kind)
     if text.lower() in ("none", "null") and setting.name != "adv_estimator":
         return None
     try:
         if annotation == "bool":
             return {"true": True, "false": False}[text.lower()]
-        if setting.name == "loss_scale_factor" or annotation in ("int", "Optional"):
-            annotation = str(setting.type)
         if "float" in annotation:
             with contextlib.suppress(ValueError):
                 return float(text)

@@ -70,6 +70,10 @@ def target_of(mode: str) -> str:
         ("opdlab_teacher_topk", "topk_reverse_kl(renormalised, teacher)"),
         ("opdlab_teacher_topk_bucket", "topk_reverse_kl(bucket, teacher)"),
         ("opdlab_sampled_token", "token_reverse_kl"),
+        (
+            f"k1,{PG},use_task_rewards=true,adv_estimator=rloo",
+            "mixture(0.5 token_reverse_kl, 0.5 expected_reward)",
+        ),
     ],
 )
 def test_the_target_of_each_mode(mode: str, name: str) -> None:
@@ -299,6 +303,22 @@ def test_masked_tokens_before_the_response_are_a_tools_text() -> None:
 
 
 @pytest.mark.verl
+def test_rejected_rows_have_no_gradient_and_stay_in_the_divisor() -> None:
+    settings = "vanilla,rollout_rs=seq_mean_k1,rollout_rs_threshold=0.5_2.0"
+    world = make_worlds(4, full=False, length=2).random
+    rows = (world.prompt == 0).nonzero()[:6, 0]
+    sampler = world.student + torch.linspace(-1, 1, world.student.shape[1])
+    batch = make_batch(world, rows, sampler=sampler)
+    logp = make_batch(world, rows).arguments["sampler_logp"]
+    log_ratios = torch.where(batch.mask, logp - batch.arguments["sampler_logp"], 0.0)
+    kept = (log_ratios.sum(1) / batch.mask.sum(1)).abs() < math.log(2)
+    assert 0 < int(kept.sum()) < 6
+    found = loss_gradients(load_loss(f"verl:{settings}"), batch).student
+    whole = loss_gradients(load_loss("verl:vanilla,old_log_probs=student"), batch).student
+    assert torch.allclose(found, kept[:, None, None] * whole, atol=1e-9)
+
+
+@pytest.mark.verl
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_weights_of_the_correction_multiply_the_policy_loss(level: str) -> None:
     loss = load_loss(f"verl:vanilla,rollout_is={level},rollout_is_threshold=1.5")
@@ -339,6 +359,7 @@ def test_weights_of_the_correction_multiply_the_policy_loss(level: str) -> None:
         ("vanilla,loss_agg_mode=mean", "verl refuses it: Invalid loss_agg_mode: mean"),
         ("vanilla,clip_ratio=high", "clip_ratio is 'high', expected float"),
         ("vanilla,use_kl_loss=2", "use_kl_loss is '2', expected bool"),
+        ("vanilla,micro_batches=0", "micro_batches is '0'; expected 1 or more"),
         ("vanilla,old_log_probs=teacher", "old_log_probs is 'teacher'; expected student or"),
         ("opdlab_full_jsd", "no full next-token distributions"),
     ],
