@@ -63,5 +63,54 @@ TRL = [
 ]
 """Trainers of TRL with settings of their configurations."""
 
-TARGETS: dict[str, list[str]] = {"ours": OURS, "trl": TRL, "verl": []}
+_KL = "vanilla,adv_estimator=none,use_kl_loss=true,kl_loss_coef=1,kl_loss_type"
+_PG = "use_policy_gradient=true"
+_MODES = ("token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+
+VERL = [
+    *("kl", f"k1,{_PG}", f"k1,{_PG},clip_ratio=0.2,loss_max_clamp=10", "abs", "mse", "k2"),
+    *("low_var_kl", "k3", f"k3,{_PG}", f"k2,{_PG}", f"abs,{_PG}"),
+    *("forward_kl_topk", f"forward_kl_topk,{_PG}"),
+    "forward_kl_topk,loss_max_clamp=10,log_prob_min_clamp=-10",
+    *(f"{_KL}={kind}" for kind in ("low_var_kl", "low_var_kl+", "k1", "k1+", "k2", "k3+", "abs+")),
+    *("vanilla", *(f"vanilla,loss_agg_mode={mode}" for mode in _MODES)),
+    "vanilla,loss_agg_mode=seq-mean-token-sum-norm,loss_scale_factor=3",
+    "vanilla,micro_batches=2",
+    *("vanilla,old_log_probs=student", "vanilla,rollout_is=token", "vanilla,rollout_is=sequence"),
+    *("dppo_tv", "dppo_kl", "gspo", "gspo,loss_agg_mode=seq-mean-token-mean", "sapo", "gpg"),
+    *(
+        "clip_cov",
+        "kl_cov",
+        "geo_mean",
+        "geo_mean,micro_batches=2",
+        "dro,dro_beta=0.1",
+        "cispo",
+        "bypass_mode",
+    ),
+    "bypass_mode,loss_type=reinforce",
+    "bypass_mode,loss_type=reinforce,rollout_is=token",
+    *(
+        f"vanilla,adv_estimator={name}"
+        for name in (
+            *(
+                "grpo",
+                "grpo,norm_adv_by_std_in_grpo=false",
+                "grpo_vectorized",
+                "grpo_passk",
+                "gdpo",
+            ),
+            *("rloo", "rloo_vectorized", "opo", "gpg", "reinforce_plus_plus"),
+            *("reinforce_plus_plus_baseline", "remax", "remax,use_kl_in_reward=true,kl_coef=1"),
+            *("rloo,use_kl_in_reward=true,kl_coef=1", "optimal_token_baseline"),
+            "tir_optimal_token_baseline",
+        )
+    ),
+    "gspo,adv_estimator=rloo,loss_agg_mode=seq-mean-token-mean",
+    *("geo_mean,adv_estimator=rloo", "sapo,adv_estimator=rloo"),
+    *("opdlab_sampled_token", "opdlab_k2", "opdlab_k3", "opdlab_teacher_topk"),
+    "opdlab_teacher_topk_bucket",
+]
+"""Modes of verl with settings of its configurations."""
+
+TARGETS: dict[str, list[str]] = {"ours": OURS, "trl": TRL, "verl": VERL}
 """Prefix of `opd audit` -> its losses on the page."""

@@ -17,7 +17,7 @@ from opd.objectives.objective import Objective
 from opd.objectives.reduction import DENOMINATORS
 from opd.objectives.user_loss import UserLoss, as_user_loss
 
-LIBRARIES = {"trl": "opd.auditing.trl.loading", "verl": "opd.auditing.verl_losses"}
+LIBRARIES = {"trl": "opd.auditing.trl.loading", "verl": "opd.auditing.verl.loading"}
 """Prefix -> module with `load(name, settings) -> UserLoss` for the losses of a library."""
 
 
