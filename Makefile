@@ -67,7 +67,7 @@ test-vllm: $(VENV)-vllm/ready
 test-verl: $(VENV)-verl/ready
 	$(call PYTEST,$(VENV)-verl) -m "verl and not slow" \
 		tests/opd/integrations/verl/test_losses.py tests/opd/integrations/verl/test_workers.py tests/diagnostics/adapters/test_verl.py \
-		tests/opd/auditing/test_verl_losses.py tests/opd/auditing/test_verl_proposals.py
+		tests/opd/objectives/audit/test_verl_losses.py tests/opd/objectives/audit/test_verl_proposals.py
 
 # The builds of torchvision, torchaudio and torchcodec for GPUs do not load beside a torch for CPUs.
 # vLLM for CPUs and verl pin versions of transformers that differ from ours; opdlab runs on them all

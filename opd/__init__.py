@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 from diagnostics.io.lazy_names import lazy_names
 
 if TYPE_CHECKING:
-    from opd.auditing.audit import audit
-    from opd.auditing.card import AuditCard
     from opd.config.settings import Config
     from opd.evaluation.evaluate import evaluate
     from opd.library import sample
+    from opd.objectives.audit.audit import audit
+    from opd.objectives.audit.card import AuditCard
     from opd.objectives.catalogue import OBJECTIVES
     from opd.objectives.factory import make_objective
     from opd.objectives.objective import Objective
@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 MODULES = {
-    "AuditCard": "opd.auditing.card",
+    "AuditCard": "opd.objectives.audit.card",
     "Config": "opd.config.settings",
     "ModelPair": "opd.teachers.pair",
     "OBJECTIVES": "opd.objectives.catalogue",
@@ -62,7 +62,7 @@ MODULES = {
     "Teacher": "opd.teachers.teacher",
     "TrainResult": "opd.training.result",
     "__version__": "opd.runtime.version",
-    "audit": "opd.auditing.audit",
+    "audit": "opd.objectives.audit.audit",
     "evaluate": "opd.evaluation.evaluate",
     "load_pair": "opd.teachers.pair",
     "make_objective": "opd.objectives.factory",

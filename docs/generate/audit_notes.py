@@ -1,6 +1,6 @@
 """What the page of audits says beside its tables, written by hand.
 
-The numbers of the examples are those of tests/opd/auditing/test_trl_losses.py and
+The numbers of the examples are those of tests/opd/objectives/audit/test_trl_losses.py and
 test_verl_losses.py.
 """
 

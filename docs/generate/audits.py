@@ -57,8 +57,8 @@ def audit_row(target: str) -> dict[str, Any]:
     Returns:
         The row of the record.
     """
-    from opd.auditing.audit import audit
-    from opd.auditing.named import load_loss
+    from opd.objectives.audit.audit import audit
+    from opd.objectives.audit.named import load_loss
 
     name = target.partition(":")[2]
     try:

@@ -72,9 +72,9 @@ def main(argv: list[str]) -> None:
 
 def run(options: AuditOptions) -> int:
     """Audit, print the card, and return the exit status."""
-    from opd.auditing.audit import audit
-    from opd.auditing.card import to_html, to_text
-    from opd.auditing.named import load_loss
+    from opd.objectives.audit.audit import audit
+    from opd.objectives.audit.card import to_html, to_text
+    from opd.objectives.audit.named import load_loss
 
     card = audit(load_loss(options.target), claims=options.claims, full=options.full)
     print(card.to_json() if options.json else to_text(card))

@@ -24,7 +24,7 @@ LEVELS = {
     ),
     "opd": (
         {"objectives", "runtime", "serving", "tokens"},
-        {"auditing", "config", "data", "integrations"},
+        {"config", "data", "integrations"},
         {"models", "runs"},
         {"report", "rollouts", "teachers"},
         {"envs", "scoring"},

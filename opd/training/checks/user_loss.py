@@ -3,10 +3,10 @@
 import warnings
 
 from diagnostics.errors import InvalidInput
-from opd.auditing.audit import audit
-from opd.auditing.card import FAULTS, AuditCard
-from opd.auditing.faults import EMPTY_ROWS
 from opd.config.groups import ObjectiveConfig
+from opd.objectives.audit.audit import audit
+from opd.objectives.audit.card import FAULTS, AuditCard
+from opd.objectives.audit.faults import EMPTY_ROWS
 from opd.objectives.user_loss import UserLoss
 
 

@@ -1,0 +1,182 @@
+"""Losses that cannot be judged, exit statuses of the command, and its JSON."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from diagnostics.errors import InvalidInput
+from opd.objectives.audit import audit as audit_module
+from opd.objectives.audit.audit import audit
+from opd.objectives.audit.card import CAVEATS, FAULTS, WARNINGS
+from opd.objectives.user_loss import PARAMETERS
+from tests.helpers.paths import ROOT
+
+BANK = Path(__file__).parent / "bank"
+SCHEMA = {"verdict", "faults", "warnings", "caveats", "target", "noise", "rest", "evidence"}
+"""Keys that the card has in any case."""
+
+
+def raises(student_logits):
+    raise ZeroDivisionError("no rows of prompt 3")
+
+
+def wrong_shape(student_logits, mask):
+    return student_logits[mask].log_softmax(-1).sum(-1)
+
+
+def no_tensor(student_logits):
+    return 1.5
+
+
+def whole_number(tokens, student_logp):
+    return tokens.sum()
+
+
+def changes_its_argument(student_logp, teacher_logp, mask):
+    teacher_logp[~mask] = 0.0
+    return ((student_logp - teacher_logp) ** 2).sum() / mask.sum()
+
+
+def changes_the_reward(student_logp, reward, mask):
+    reward -= reward.mean()
+    return -(reward[:, None] * student_logp)[mask].sum()
+
+
+def asks_for_unknown(student_logits, advantages, mask):
+    return (student_logits.sum(-1) * advantages * mask).sum()
+
+
+def needs_cuda(student_logits, mask):
+    return student_logits.cuda()[mask.cuda()].sum()
+
+
+def keeps_defaults(student_logits, teacher_logits, mask, advantages=None, *extra, **options):
+    p, q = student_logits.log_softmax(-1), teacher_logits.detach().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)[mask].mean()
+
+
+def draws_another_token(student_logits, teacher_logits, mask):
+    p, q = student_logits.log_softmax(-1), teacher_logits.detach().log_softmax(-1)
+    drawn = torch.distributions.Categorical(logits=p.detach()).sample()[..., None]
+    own, goal = p.gather(-1, drawn)[..., 0], q.gather(-1, drawn)[..., 0]
+    return ((own - goal).detach() * own * mask).sum() / mask.sum()
+
+
+def returns_nan(student_logp, mask):
+    return (student_logp * mask).sum() * float("nan")
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (raises, r"raises failed with ZeroDivisionError: no rows of prompt 3"),
+        (wrong_shape, r"wrong_shape returned a tensor of shape .*scalar"),
+        (no_tensor, r"no_tensor returned a float.*scalar"),
+        (whole_number, r"whole_number returned"),
+        (changes_its_argument, r"changes_its_argument changes its argument teacher_logp in place"),
+        (changes_the_reward, r"changes_the_reward changes its argument reward in place"),
+        (needs_cuda, r"needs_cuda failed with .*(CUDA|NVIDIA)"),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_loss_that_cannot_be_judged_is_named_with_the_reason(loss, message: str) -> None:
+    if loss is needs_cuda and torch.cuda.is_available():
+        pytest.skip("CUDA is there")
+    with pytest.raises(InvalidInput, match=message):
+        audit(loss)
+
+
+def test_unknown_parameter_is_refused_with_the_known_names() -> None:
+    with pytest.raises(InvalidInput, match="asks for advantages") as error:
+        audit(asks_for_unknown)
+    assert all(name in str(error.value) for name in PARAMETERS)
+
+
+def test_parameter_with_default_keeps_it() -> None:
+    assert audit(keeps_defaults).target.name == "token_reverse_kl"
+
+
+def test_slow_loss_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(audit_module, "CALL_SECONDS", 0.0)
+    with pytest.raises(InvalidInput, match=r"took .* s; an audit needs"):
+        audit(keeps_defaults)
+
+
+def test_random_numbers_are_averaged_and_said() -> None:
+    state = torch.random.get_rng_state()
+    card = audit(draws_another_token)
+    assert (card.verdict, card.target.name) == ("ok", "token_reverse_kl")
+    assert "random" in card.caveats
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_nan_is_a_fault() -> None:
+    card = audit(returns_nan)
+    assert card.verdict == "faulty"
+    assert "non_finite" in card.faults
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+def opd_audit(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "opd.cli.main", "audit", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+def check_schema(text: str) -> dict:
+    card = json.loads(text, parse_constant=lambda x: pytest.fail(f"{x} is no JSON"))
+    assert {*card} >= SCHEMA
+    assert card["verdict"] in ("ok", "warn", "faulty")
+    for key, known in (("faults", FAULTS), ("warnings", WARNINGS), ("caveats", CAVEATS)):
+        assert {*card[key]} <= {*known}
+        assert {*card[key]} <= {*card["evidence"]}
+    assert {*card["target"]} >= {"name", "cosine", "relative_bias", "scale"}
+    if card["noise"] is not None:
+        assert {*card["noise"]} >= {"total_variance", "ratio_to_best"}
+    return card
+
+
+def test_status_0_for_a_right_loss() -> None:
+    done = opd_audit(f"{BANK / 'right.py'}:reverse_kl_token_mean", "--json")
+    card = check_schema(done.stdout)
+    assert (done.returncode, card["verdict"], card["faults"]) == (0, "ok", [])
+    assert card["target"]["cosine"] == pytest.approx(1.0)
+    assert card["noise"]["ratio_to_best"] == pytest.approx(1.0)
+
+
+def test_status_0_for_a_warning_and_a_module() -> None:
+    name = "tests.opd.objectives.audit.bank.right_sampled:row_mean_of_scores"
+    done = opd_audit(name, "--json")
+    assert (done.returncode, check_schema(done.stdout)["warnings"]) == (0, ["sequence_mean"])
+
+
+def test_status_1_for_a_faulty_loss_and_for_a_false_claim() -> None:
+    done = opd_audit(f"{BANK / 'faulty' / 'vanishing.py'}:k1_direct", "--json")
+    assert (done.returncode, check_schema(done.stdout)["faults"]) == (1, ["zero_gradient"])
+    loss = f"{BANK / 'right.py'}:k3_direct"
+    done = opd_audit(loss, "--claims", "token_reverse_kl")
+    assert done.returncode == 1
+    assert "claimed token_reverse_kl, found token_forward_kl" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (f"{Path(__file__)}:wrong_shape", "must return a scalar tensor"),
+        (f"{Path(__file__)}:asks_for_unknown", "asks for advantages"),
+        (f"{Path(__file__)}:absent", "has no function"),
+        ("absent.py:loss", "does not exist"),
+        ("absent_module:loss", "cannot be imported"),
+    ],
+    ids=["vector", "unknown", "function", "file", "module"],
+)
+def test_status_2_and_one_line_where_nothing_could_be_judged(name: str, message: str) -> None:
+    done = opd_audit(name, "--json")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
