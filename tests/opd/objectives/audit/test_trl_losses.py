@@ -85,8 +85,8 @@ def test_the_teacher_has_no_gradient(target: str) -> None:
 
 @pytest.mark.parametrize("target", ["Distillation,beta=0", "Distillation", "GKD,beta=0"])
 def test_gradients_are_finite_where_the_target_is(target: str) -> None:
-    world, name = make_worlds(4, full=False, length=2).random, fit_of(target).target.name
-    assert [*non_finite(load_loss(f"trl:{target}"), world, name)] == []
+    world = make_worlds(4, full=False, length=2).random
+    assert [*non_finite(load_loss(f"trl:{target}"), world, fit_of(target).target)] == []
 
 
 # --- values by hand -----------------------------------------------------------------------------
