@@ -160,7 +160,7 @@ NOTES: dict[str, str] = {
     "verl:vanilla,adv_estimator=remax": "the greedy response, its baseline, has the reward 0 here",
     "verl:vanilla,adv_estimator=grpo": "each group is divided by its deviation; "
     "`norm_adv_by_std_in_grpo=false` is unbiased",
-    "verl:vanilla,adv_estimator=opo": "its own reward is in the baseline: of responses with 1 and 2 "
+    "verl:vanilla,adv_estimator=opo": "its own reward is in the baseline: of responses of 1 and 2 "
     "tokens, 2/3 and -1/3 of the difference; a group without tokens divides 0 by 0",
     "verl:vanilla,adv_estimator=gpg": "by design: multiplied by rows over rows with a reward not 0",
     **{
