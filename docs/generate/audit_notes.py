@@ -38,6 +38,11 @@ INTRODUCTIONS: dict[str, tuple[str, str]] = {
         "GAE, which needs a critic; Megatron's kernel for the forward KL on a top-K, which "
         "needs parallel ranks.",
     ),
+    "examples/verl/reverse_topk.py": (
+        "Reverse KLs proposed for verl",
+        "Written from public descriptions (`examples/verl/reverse_topk.py`); "
+        "[when top-K losses collapse](topk.md) compares them.",
+    ),
 }
 """Library -> title of its section, text above its table."""
 
@@ -160,6 +165,16 @@ NOTES: dict[str, str] = {
     "verl:vanilla,adv_estimator=remax": "the greedy response, its baseline, has the reward 0 here",
     "verl:vanilla,adv_estimator=grpo": "each group is divided by its deviation; "
     "`norm_adv_by_std_in_grpo=false` is unbiased",
+    "verl:vanilla,adv_estimator=opo": "its own reward is in the baseline: of responses of 1 and 2 "
+    "tokens, 2/3 and -1/3 of the difference; a group without tokens divides 0 by 0",
+    "verl:vanilla,adv_estimator=gpg": "by design: multiplied by rows over rows with a reward not 0",
+    **{
+        f"verl:vanilla,adv_estimator={kind}optimal_token_baseline": "its own return is in the "
+        "baseline, weighted by its own probabilities: the bias shrinks as a group grows"
+        for kind in ("", "tir_")
+    },
+    "verl:vanilla,adv_estimator=rloo,use_kl_in_reward=true,kl_coef=1": "unbiased: the KL of the "
+    "whole response is part of its reward, as in TRL's RLOO",
     "verl:vanilla,adv_estimator=rloo_vectorized": "a group of one gives no gradient, in `rloo` "
     "its reward without a baseline",
 }

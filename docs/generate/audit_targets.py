@@ -112,5 +112,13 @@ VERL = [
 ]
 """Modes of verl with settings of its configurations."""
 
-TARGETS: dict[str, list[str]] = {"ours": OURS, "trl": TRL, "verl": VERL}
+PROPOSALS = "examples/verl/reverse_topk.py"
+"""Reverse KLs on a top-K that were proposed for verl."""
+
+TARGETS: dict[str, list[str]] = {
+    "ours": OURS,
+    "trl": TRL,
+    "verl": VERL,
+    PROPOSALS: ["student_support", "student_support_cut", "union", "union_absolute", "union_cut"],
+}
 """Prefix of `opd audit` -> its losses on the page."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from diagnostics.io.recorded_data import recorded_data
 from docs.generate.attributes import table
+from docs.generate.audit_targets import PROPOSALS
 from docs.generate.audits import RECORD
 
 FORMS = {
@@ -66,6 +67,17 @@ rate {rate:g}. Iterations until half of the collapse, median over {worlds} prefi
 intervals:
 """
 
+PROPOSALS_TEXT = """## The forms proposed for verl
+
+verl 0.9 has no reverse KL on a top-K. A first draft (pull request 5041, January 2026) summed over
+the union of both models' top-K, saw the student leave the support, and was taken out. A later
+proposal (pull request 7806, September 2026) sums over the student's top-K and saw no collapse; the
+function of verl under which it is registered cuts each position's sum at 0. The cut is the second
+half of the answer: the gradient is 0 once the sum is negative, so that descent stops on the way
+out. It never pulls a student back, and the teacher is still no place of rest. Written from the
+public descriptions, `examples/verl/reverse_topk.py`, K = 2:
+"""
+
 END = """![p(S)/q(S) by iteration, and times of half a collapse](../figures/shown/tail.png)
 
 A renormalised loss does not move the teacher, but does not see p(S) at all: from a distant
@@ -84,6 +96,7 @@ right). A bucket for the tail, or a sampled tail, sees it and rests at the teach
 ## Repeat
 
     opd audit ours:teacher_topk_unnormalised
+    opd audit examples/verl/reverse_topk.py:student_support_cut
     opd study run tail --update-figures
     opd study run collapse --update-figures
     python -m docs.generate.audits --record ours && python -m docs.generate topk
@@ -98,6 +111,7 @@ def page() -> str:
     first, last = (f"{float(row['value']):,.0f}" for row in (times[0], times[-1]))
     lines = [START.format(low=min(products), high=max(products), first=first, last=last)]
     lines += [FORMS_TEXT, *form_table(), ""]
+    lines += [PROPOSALS_TEXT, *proposal_table(), ""]
     lines += [TIMES_TEXT.format(rate=RATE, worlds=times[0]["worlds"]), *time_table(times), ""]
     lines.append(END.rstrip())
     return "\n".join(lines) + "\n"
@@ -118,6 +132,32 @@ def form_table() -> list[str]:
     columns = (
         *("form", "loss of a prefix", "support", "estimates the gradient of"),
         *("mean at the teacher", "mass at rest", "faults"),
+    )
+    return table(columns, cells)
+
+
+PROPOSED = {
+    "union": ("union of both top-K", "no"),
+    "union_cut": ("union of both top-K", "at 0"),
+    "student_support": ("student's top-K", "no"),
+    "student_support_cut": ("student's top-K", "at 0"),
+}
+"""Function -> its support, and where each position's sum is cut."""
+
+
+def proposal_table() -> list[str]:
+    """Return the table of the forms that were proposed for verl."""
+    rows = {row["loss"]: row for row in json.loads(RECORD.read_text())[PROPOSALS]["rows"]}
+    cells = []
+    for name, (support, cut) in PROPOSED.items():
+        rest = rows[name]["rest"]
+        faults = ", ".join(f"`{code}`" for code in rows[name]["faults"])
+        mass = f"{rest['student_mass']:.3f} of {rest['teacher_mass']:.3f}"
+        mean = f"{rest['mean_at_teacher']:.2g}"
+        cells.append((f"`{name}`", support, cut, mean, mass, faults))
+    columns = (
+        *("function", "support", "cut", "mean at the teacher"),
+        *("student's mass on the teacher's top-K at rest, of the teacher's", "faults"),
     )
     return table(columns, cells)
 

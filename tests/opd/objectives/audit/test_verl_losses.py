@@ -252,6 +252,25 @@ def test_a_group_of_one_has_its_reward_as_advantage_and_in_rloo_vectorized_none(
 
 
 @pytest.mark.verl
+def test_opo_has_its_own_reward_in_a_baseline_weighted_by_lengths() -> None:
+    advantages = [1.0 - 11 / 3, 5.0 - 11 / 3, 0.0]  # baseline (1 * 1 + 2 * 5) / 3; alone below
+    weights = [[a / 5] * n + [0.0] * (3 - n) for a, n in zip(advantages, (1, 2, 2), strict=True)]
+    found = batch_gradient("vanilla,adv_estimator=opo", prompt=[0, 0, 1], reward=[1.0, 5.0, 0.0])
+    assert torch.allclose(found, score_gradient(weights), atol=1e-6)
+
+
+@pytest.mark.verl
+def test_opo_divides_by_the_tokens_of_a_group_that_has_none() -> None:
+    world, loss = (
+        make_worlds(4, full=False, length=2).random,
+        load_loss("verl:vanilla,adv_estimator=opo"),
+    )
+    assert bool(loss_gradients(loss, sample_batch(world)).student.isfinite().all())
+    empty = loss_gradients(loss, sample_batch(world, empty_rows=2)).student
+    assert bool(empty[-2:].isnan().any())
+
+
+@pytest.mark.verl
 def test_the_kl_in_the_reward_is_a_cost_of_each_token() -> None:
     settings = "vanilla,adv_estimator=remax,use_kl_in_reward=true,kl_coef=0.5"
     advantages = [[0.5 * a for a in row] for row in token_advantages()]

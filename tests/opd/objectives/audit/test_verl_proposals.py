@@ -71,7 +71,7 @@ def test_the_cut_does_not_pull_back_a_student_that_left() -> None:
 
 @pytest.mark.parametrize("name", ["student_support_cut", "union_cut"])
 def test_the_audit_finds_both_faults(name: str) -> None:
-    card = audit(load_function(f"{PROPOSALS}:{name}", "loss"), faults_only=True)
+    card = audit(load_function(f"{PROPOSALS}:{name}", "loss"))
     assert {"biased", "off_teacher_fixed_point"} <= {*card.faults}
 
 
