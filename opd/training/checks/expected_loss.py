@@ -97,12 +97,13 @@ def expected_loss(
 def row_weights(batch: ScoredRollouts) -> dict[str, Tensor]:
     """Return the (B,) weight of a token of each response, by denominator, from the definitions."""
     length = batch.mask.double().sum(1)
-    num_responses, same_prompt = len(length), batch.prompt[:, None] == batch.prompt[None]
+    responses = batch.sampled.any(1).double()  # a row without a token is none
+    num_responses, same_prompt = responses.sum(), batch.prompt[:, None] == batch.prompt[None]
     group = (same_prompt * length).sum(1)
-    prompts = (1 / same_prompt.double().sum(1)).sum()
+    prompts = (responses / (same_prompt.double() @ responses).clamp(min=1)).sum()
     return {
         "token_mean": torch.ones_like(length) / length.sum(),
-        "sequence_sum": torch.full_like(length, 1 / num_responses),
+        "sequence_sum": torch.ones_like(length) / num_responses,
         "sequence_mean": 1 / (num_responses * length.clamp(min=1)),
         "group_mean": 1 / (prompts * group.clamp(min=1)),
     }

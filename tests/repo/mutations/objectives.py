@@ -164,7 +164,7 @@ REDUCTION = {
         "batch.mask.sum(1).clamp(min=1).to",
         "batch.mask.sum(1).clamp(min=1, max=1).to",
     ),
-    "group mean over responses": ("* len(prompts)", "* len(batch)"),
+    "group mean over responses": ("* (sampled > 0).sum()", "* _responses(batch)"),
     "group mean without its tokens": ("tokens.clamp(min=1).to", "tokens.clamp(min=1, max=1).to"),
 }
 OBJECTIVE = {

@@ -1,14 +1,18 @@
 """Losses that cannot be judged, exit statuses of the command, and its JSON."""
 
+import io
 import json
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
 
 from diagnostics.errors import InvalidInput
+from diagnostics.io.command import run_command
+from opd.cli import audit as command_module
 from opd.objectives.audit import audit as audit_module
 from opd.objectives.audit.audit import audit
 from opd.objectives.audit.card import CAVEATS, FAULTS, WARNINGS
@@ -123,9 +127,21 @@ def test_nan_is_a_fault() -> None:
 # --- the command --------------------------------------------------------------------------------
 
 
-def opd_audit(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def opd_audit(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own."""
     command = [sys.executable, "-m", "opd.cli.main", "audit", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def audit_here(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in this process, which spares the start of an interpreter."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            run_command("opd audit", lambda: command_module.main([*arguments]))
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else 1
+    return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
 
 
 def check_schema(text: str) -> dict:
@@ -142,7 +158,7 @@ def check_schema(text: str) -> dict:
 
 
 def test_status_0_for_a_right_loss() -> None:
-    done = opd_audit(f"{BANK / 'right.py'}:reverse_kl_token_mean", "--json")
+    done = audit_here(f"{BANK / 'right.py'}:reverse_kl_token_mean", "--json")
     card = check_schema(done.stdout)
     assert (done.returncode, card["verdict"], card["faults"]) == (0, "ok", [])
     assert card["target"]["cosine"] == pytest.approx(1.0)
@@ -151,7 +167,7 @@ def test_status_0_for_a_right_loss() -> None:
 
 def test_status_0_for_a_warning_and_a_module() -> None:
     name = "tests.opd.objectives.audit.bank.right_sampled:row_mean_of_scores"
-    done = opd_audit(name, "--json")
+    done = audit_here(name, "--json")
     assert (done.returncode, check_schema(done.stdout)["warnings"]) == (0, ["sequence_mean"])
 
 
@@ -159,7 +175,7 @@ def test_status_1_for_a_faulty_loss_and_for_a_false_claim() -> None:
     done = opd_audit(f"{BANK / 'faulty' / 'vanishing.py'}:k1_direct", "--json")
     assert (done.returncode, check_schema(done.stdout)["faults"]) == (1, ["zero_gradient"])
     loss = f"{BANK / 'right.py'}:k3_direct"
-    done = opd_audit(loss, "--claims", "token_reverse_kl")
+    done = audit_here(loss, "--claims", "token_reverse_kl")
     assert done.returncode == 1
     assert "claimed token_reverse_kl, found token_forward_kl" in done.stdout
 
@@ -176,7 +192,7 @@ def test_status_1_for_a_faulty_loss_and_for_a_false_claim() -> None:
     ids=["vector", "unknown", "function", "file", "module"],
 )
 def test_status_2_and_one_line_where_nothing_could_be_judged(name: str, message: str) -> None:
-    done = opd_audit(name, "--json")
+    done = audit_here(name, "--json")
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr
     assert "Traceback" not in done.stderr
