@@ -37,7 +37,7 @@ class DemoSize:
 
 
 SIZES = {
-    (False, False): DemoSize(recipe="lab", preset="quick", steps=20, seeds=(0,), minutes=6),
+    (False, False): DemoSize(recipe="lab", preset="quick", steps=20, seeds=(0,), minutes=5),
     (False, True): DemoSize(recipe="lab", preset="quick", steps=60, seeds=(0, 1, 2), minutes=12),
     (True, False): DemoSize(recipe="smoke", preset="smoke", steps=2, seeds=(0,), minutes=1),
     (True, True): DemoSize(recipe="smoke", preset="smoke", steps=4, seeds=(0, 1), minutes=1),
