@@ -126,10 +126,10 @@ def test_tables_and_the_report_read_the_folder() -> None:
 
 
 def test_recorded_tables_of_figures_are_read_under_the_present_names() -> None:
-    text = (DATA / "training.csv").read_text()
-    assert "drift/k1" in text, "recorded before the renaming; choose another table"
-    assert "divergence/k1" in set(read_table(DATA / "training.csv")["metric"])
+    text = (DATA / "early_warning.csv").read_text()
+    assert "drift/reverse_kl" in text, "recorded before the renaming; choose another table"
     indicators = set(read_table(DATA / "early_warning.csv")["indicator"])
+    assert "divergence/reverse_kl" in indicators
     assert not any(name.startswith(("drift/", "collapse/", "validity/")) for name in indicators)
 
 
