@@ -16,7 +16,7 @@ from diagnostics.io.command import parse_options
 
 NOT_JUDGED = 2
 """Exit status where a loss could not be judged."""
-TIME_LIMIT = 300
+TIME_LIMIT = 180
 """Seconds after which an audit gives up: a loss that takes minutes, or never returns."""
 
 

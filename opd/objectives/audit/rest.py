@@ -180,9 +180,8 @@ def mean_gradients(
     units, width = rows.shape
     flat = rows.flatten().repeat(num_starts)
     prompt = torch.arange(units * num_starts).repeat_interleave(width)
-    per_row = tables.repeat_interleave(units * width, 0)
     batch = make_batch(
-        world, flat, prompt=prompt, student=per_row, reward=torch.zeros(len(flat)).double()
+        world, flat, prompt=prompt, student=tables, reward=torch.zeros(len(flat)).double()
     )
     gradient = additive_gradient(loss, batch, structure)
     gradient = torch.where(batch.mask[..., None], gradient, 0.0)

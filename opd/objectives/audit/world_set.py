@@ -35,6 +35,10 @@ class Worlds:
         return self.random.student.shape[1]
 
 
+LARGE = 33
+"""Vocabulary from which worlds are smaller: a tree of two tokens has over a thousand responses."""
+
+
 @lru_cache(maxsize=8)
 def make_worlds(vocabulary: int, *, full: bool, length: int = 3) -> Worlds:
     """Make the worlds of an audit.
@@ -81,10 +85,22 @@ def make_worlds(vocabulary: int, *, full: bool, length: int = 3) -> Worlds:
     )
     return Worlds(
         random=make_world("random", vocabulary=v, length=length, random_lengths=True, seed=1),
-        equal=make_world("equal", vocabulary=v, length=length, random_lengths=False, seed=2),
+        equal=make_world(
+            "equal",
+            vocabulary=v,
+            length=length,
+            random_lengths=False,
+            seed=2,
+            num_prompts=1 if v >= LARGE else 2,
+        ),
         others=(*distant, *flat),
         near=near,
         small=make_world(
-            "small", vocabulary=v, length=2, random_lengths=True, seed=7, num_prompts=1
+            "small",
+            vocabulary=v,
+            length=1 if v >= LARGE else 2,
+            random_lengths=True,
+            seed=7,
+            num_prompts=1,
         ),
     )

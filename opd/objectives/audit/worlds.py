@@ -209,7 +209,7 @@ def make_batch(
         world: The world.
         rows: (B,) responses, as indices into the world.
         prompt: (B,) ids of the prompts; those of the world if None.
-        student: (N, V) logits, or (B, N, V) with a table per row; the world's if None.
+        student: (N, V) logits, or (D, N, V) for D blocks of rows; the world's if None.
         teacher: (N, V) logits; the world's if None.
         sampler: (N, V) logits of the sampler, which may be -inf; the student's if None.
         reward: (B,) rewards; the world's if None.
@@ -265,7 +265,16 @@ def make_batch(
 
 
 def _rows_of(table: Tensor, nodes: Tensor) -> Tensor:
-    """Return (B, T, V) the logits at (B, T) nodes of one table, or of one table per row."""
+    """Return (B, T, V) the logits at (B, T) nodes of one table, or of D tables for B / D rows each.
+
+    Args:
+        table: (N, V), or (D, N, V) for as many blocks of rows.
+        nodes: (B, T).
+
+    Returns:
+        (B, T, V) logits.
+    """
     if table.dim() == 2:
         return table[nodes]
-    return table.gather(1, nodes[..., None].expand(*nodes.shape, table.shape[-1]))
+    blocks = nodes.unflatten(0, (len(table), -1))
+    return table[torch.arange(len(table))[:, None, None], blocks].flatten(0, 1)
