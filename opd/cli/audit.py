@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional
 
-from diagnostics.errors import InvalidInput, UserError
+from diagnostics.errors import UserError
 from diagnostics.io.atomic import write_text
 from diagnostics.io.command import parse_options
 
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
     signal.alarm(TIME_LIMIT)
     try:
         status = run(options)
-    except UserError as error:
+    except (UserError, TimeLimitReached) as error:
         print(f"opd audit: {error}", file=sys.stderr)
         status = NOT_JUDGED
     finally:
@@ -83,8 +83,12 @@ def run(options: AuditOptions) -> int:
     return card.exit_status
 
 
+class TimeLimitReached(BaseException):
+    """The audit takes too long; no `Exception`, so that neither the loss nor a check catches it."""
+
+
 def _give_up(_signal: int, _frame: FrameType | None) -> None:
-    """Raise the error of an audit that takes too long."""
-    raise InvalidInput(
+    """End an audit that takes too long."""
+    raise TimeLimitReached(
         f"the audit did not end within {TIME_LIMIT} s; the loss is too slow, or waits for something"
     )

@@ -23,7 +23,7 @@ from opd.objectives.audit.noise import find_noise
 from opd.objectives.audit.rest import MOVES, Rest, find_rest
 from opd.objectives.audit.structure import Structure, find_structure
 from opd.objectives.audit.units import with_fast_calls
-from opd.objectives.audit.verdict import judge
+from opd.objectives.audit.verdict import check_claim, judge
 from opd.objectives.audit.world_set import Worlds, make_worlds
 from opd.objectives.audit.worlds import World
 from opd.objectives.user_loss import UserLoss, as_user_loss
@@ -58,9 +58,11 @@ def audit(
 
     Raises:
         InvalidInput: The loss cannot be judged: it fails, returns no scalar, changes its arguments,
-            or takes too long.
+            or takes too long; or the claim names no target.
     """
     start = time.perf_counter()
+    if claims is not None:
+        check_claim(claims)
     if not isinstance(loss, UserLoss):
         loss = as_user_loss(loss, getattr(loss, "__qualname__", type(loss).__name__))
     with torch.random.fork_rng(devices=[]):

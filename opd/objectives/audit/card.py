@@ -203,10 +203,12 @@ def describe_target(target: TargetMatch) -> str:
 
 def describe_noise(noise: Noise) -> str:
     """Return the noise in words."""
-    text = f"total variance of one {noise.unit} {noise.total_variance:.4g} times the squared mean"
+    group = f"{noise.group_variance:.4g} of two rows of one prompt"
+    row = f"{noise.total_variance:.4g} of one row, " if noise.unit == "row" else ""
+    text = f"total variance over the squared mean: {row}{group}"
     if noise.ratio_to_best is None:
         return text
-    return f"{text}, {noise.ratio_to_best:.3g} times that of {noise.best} at the same batch"
+    return f"{text}; {noise.ratio_to_best:.3g} times that of {noise.best} at the same batch"
 
 
 def describe_rest(rest: Rest) -> str:

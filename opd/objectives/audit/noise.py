@@ -21,12 +21,14 @@ class Noise:
     """Sum of the variances over all parameters, relative to the square of the mean: of one row, or
     of a group of two rows.
     """
+    group_variance: float
+    """The same of a group of two rows of one prompt."""
     unit: str
-    """What the variance is of: "row" or "group"."""
+    """What `total_variance` is of: "row" or "group"."""
     best: str | None
     """Composition of ours that is the least noisy for the same target; None without one."""
     best_variance: float | None
-    """Its variance of as many rows."""
+    """Its variance of the same unit."""
 
     @property
     def ratio_to_best(self) -> float | None:
@@ -52,13 +54,34 @@ def find_noise(
         The variance, and that of the best estimator.
     """
     variance = relative_variance(loss, world, structure, factor)
+    group = variance
+    if structure.unit == "row":
+        group = variance_of_two_rows(variance, world.num_prompts)
     name = None if fit is None else fit.target.composition
     if name is None:
-        return Noise(variance, structure.unit, None, None)
+        return Noise(variance, group, structure.unit, None, None)
     best = objective_loss(name, composition(name), "token_mean")
     own = relative_variance(best, world, Structure("row", "tokens"), "one")
-    rows = 2 if structure.unit == "group" else 1
-    return Noise(variance, structure.unit, name, own / rows)
+    if structure.unit == "group":
+        own = variance_of_two_rows(own, world.num_prompts)
+    return Noise(variance, group, structure.unit, name, own)
+
+
+def variance_of_two_rows(variance: float, num_prompts: int) -> float:
+    """Return the relative variance of a group of two rows of one prompt from that of one row.
+
+    Rows of a group are independent given their prompt. Prompts are equally likely and share no
+    parameter, so that the squared mean given a prompt is on average `num_prompts` times that of the
+    mean: Var(g1 + g2) = 2 Var(g) + 2 (num_prompts - 1) |m|^2, over |2 m|^2.
+
+    Args:
+        variance: Total variance of one row over the squared mean m of a row.
+        num_prompts: Number of prompts.
+
+    Returns:
+        Total variance of two rows over the squared mean of two.
+    """
+    return (variance + num_prompts - 1) / 2
 
 
 def relative_variance(loss: UserLoss, world: World, structure: Structure, factor: str) -> float:

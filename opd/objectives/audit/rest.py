@@ -51,7 +51,6 @@ class Rest:
     """
     moves: float
     """Largest change of a log-probability in the last tenth of the steps, in nats."""
-
     near_kl: float
     """KL at rest of the start next to the teacher."""
     near_start_kl: float

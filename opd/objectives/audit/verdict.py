@@ -1,11 +1,19 @@
 """The verdict of an audit: from faults, warnings, the target and the claim to three sentences."""
 
+import math
 from typing import Any
 
+from diagnostics.errors import InvalidInput
 from opd.objectives.audit.card import FAULTS, WARNINGS, AuditCard, TargetMatch
 from opd.objectives.audit.findings import Findings
 from opd.objectives.audit.matching import Fit
 from opd.objectives.user_loss import UserLoss
+
+TARGET_KINDS = (
+    *("sequence_reverse_kl", "token_reverse_kl", "token_forward_kl", "token_jsd"),
+    *("topk_reverse_kl", "discounted_reverse_kl", "expected_reward", "mixture", "none"),
+)
+"""Names of targets without their parameters."""
 
 
 def judge(
@@ -80,10 +88,54 @@ def target_match(match: Fit | None, nearest: Fit | None, weighting: str) -> Targ
     )
 
 
+def check_claim(claim: str) -> None:
+    """Refuse a claim that names no target.
+
+    Args:
+        claim: Name of a target, with or without its parameters.
+
+    Raises:
+        InvalidInput: The name is unknown.
+    """
+    kind = claim.partition("(")[0].strip()
+    if kind not in TARGET_KINDS:
+        raise InvalidInput(
+            f"claims is {claim!r}, which names no target; known: {', '.join(TARGET_KINDS)}, with "
+            "or without parameters, such as token_jsd(0.5)"
+        )
+
+
 def same_target(claim: str, name: str) -> bool:
-    """Return whether a claim names a target; parameters that the claim leaves open fit."""
-    claim, name = ("".join(x.split()) for x in (claim, name))
-    return claim == name or ("(" not in claim and name.split("(")[0] == claim)
+    """Return whether a claim names a target; parameters that the claim leaves open fit.
+
+    Args:
+        claim: Name of a target, with or without its parameters.
+        name: Name of the target that was found, its numbers with three digits.
+
+    Returns:
+        Whether they agree; numbers may differ by one per cent.
+    """
+    (kind, values), (other_kind, other_values) = (_parsed(x) for x in (claim, name))
+    if kind != other_kind or not values:
+        return kind == other_kind
+    return len(values) == len(other_values) and all(
+        a == b
+        if isinstance(a, str) or isinstance(b, str)
+        else math.isclose(a, b, rel_tol=0.01, abs_tol=1e-3)
+        for a, b in zip(values, other_values, strict=True)
+    )
+
+
+def _parsed(name: str) -> tuple[str, list[str | float]]:
+    """Return the kind of a target and its parameters, numbers as numbers."""
+    kind, _, rest = name.partition("(")
+    values: list[str | float] = []
+    for text in filter(None, (x.strip() for x in rest.strip().removesuffix(")").split(","))):
+        try:
+            values.append(float(text))
+        except ValueError:
+            values.append(text)
+    return kind.strip(), values
 
 
 def suggestion(fit: Fit, claims: str | None) -> str | None:

@@ -16,6 +16,7 @@ from opd.cli import audit as command_module
 from opd.objectives.audit import audit as audit_module
 from opd.objectives.audit.audit import audit
 from opd.objectives.audit.card import CAVEATS, FAULTS, WARNINGS
+from opd.objectives.audit.verdict import same_target
 from opd.objectives.user_loss import PARAMETERS
 from tests.helpers.paths import ROOT
 
@@ -196,3 +197,40 @@ def test_status_2_and_one_line_where_nothing_could_be_judged(name: str, message:
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def never_ends(student_logp):
+    while True:
+        try:
+            student_logp.sum()
+        except Exception:  # a loss that catches everything does not catch the limit
+            continue
+
+
+def test_loss_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command_module, "TIME_LIMIT", 1)
+    done = audit_here(f"{Path(__file__)}:never_ends")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "did not end within 1 s" in done.stderr
+
+
+@pytest.mark.parametrize("claim", ["token_rkl", "reverse_kl(0.5)", ""])
+def test_claim_that_names_no_target_is_refused(claim: str) -> None:
+    done = audit_here(f"{BANK / 'right.py'}:reverse_kl_token_mean", "--claims", claim)
+    assert done.returncode == 2
+    assert "names no target; known: sequence_reverse_kl, token_reverse_kl" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("claim", "name", "agrees"),
+    [
+        ("token_jsd(.50)", "token_jsd(0.5)", True),
+        ("token_jsd", "token_jsd(0.5)", True),
+        ("token_jsd(0.4)", "token_jsd(0.5)", False),
+        ("topk_reverse_kl( bucket,teacher )", "topk_reverse_kl(bucket, teacher)", True),
+        ("topk_reverse_kl(bucket, student)", "topk_reverse_kl(bucket, teacher)", False),
+        ("discounted_reverse_kl(0.9)", "token_jsd(0.9)", False),
+    ],
+)
+def test_claims_are_compared_by_their_parameters(claim: str, name: str, agrees: bool) -> None:
+    assert same_target(claim, name) is agrees

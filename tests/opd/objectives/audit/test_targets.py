@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from opd.objectives.audit.audit import audit
+from opd.objectives.audit.noise import relative_variance, variance_of_two_rows
+from opd.objectives.audit.ours import objective_loss
 from opd.objectives.audit.structure import Structure
 from opd.objectives.audit.targets import (
     BASIC,
@@ -26,6 +28,7 @@ from opd.objectives.audit.targets import (
 )
 from opd.objectives.audit.units import enumerate_units, mean_gradient, total_variance
 from opd.objectives.audit.worlds import World, make_world
+from opd.objectives.factory import make_objective
 from opd.objectives.user_loss import as_user_loss
 from synthetic.exact.moments import expected_gradient, moments, sequence_kl
 from synthetic.worlds.mdp import TabularMDP
@@ -246,3 +249,12 @@ def test_right_divergences_rest_at_the_teacher(loss) -> None:
     assert rest is not None
     assert rest.at_teacher
     assert rest.mean_at_teacher < 1e-6
+
+
+@pytest.mark.parametrize("name", ["sampled_token", "full_reverse_kl"])
+def test_variance_of_two_rows_of_a_prompt_is_that_of_all_pairs(name: str) -> None:
+    w = make_world("pairs", vocabulary=4, length=2, random_lengths=True, seed=5, num_prompts=3)
+    loss = objective_loss(name, make_objective(name))
+    row = relative_variance(loss, w, Structure("row", "tokens"), "one")
+    pairs = relative_variance(loss, w, Structure("group", "tokens"), "one")
+    assert variance_of_two_rows(row, 3) == pytest.approx(pairs, rel=1e-9)
