@@ -44,6 +44,10 @@ def top(student_logits, teacher_topk, mask):
 def rewarded(student_logp, reward, mask):
     return -(student_logp * mask).sum(1).mul(reward).mean()
 
+def by_rows(student_logp, teacher_logp, mask):
+    cost = (student_logp - teacher_logp).detach()
+    return (student_logp * cost * mask).sum() / mask.any(1).sum()
+
 def ascending(student_logp, teacher_logp, mask):
     return -sampled(student_logp, teacher_logp, mask)
 
@@ -123,9 +127,15 @@ def test_our_losses_in_the_users_form_train_to_the_same_weights(
     assert (result - start).abs().max() > 1e-3, "the run moves the weights"
 
 
-@pytest.mark.parametrize("own", ["reverse_kl", "sampled"])
+@pytest.mark.parametrize(
+    ("own", "divisor"), [("reverse_kl", "tokens"), ("sampled", "tokens"), ("by_rows", "rows")]
+)
 def test_a_loss_whose_divisor_is_declared_is_split_into_micro_batches(
-    trained_weights: Run, functions: Path, own: str, monkeypatch: pytest.MonkeyPatch
+    trained_weights: Run,
+    functions: Path,
+    own: str,
+    divisor: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sizes: list[int] = []
     step = user_loss.user_loss_from_hidden
@@ -138,7 +148,7 @@ def test_a_loss_whose_divisor_is_declared_is_split_into_micro_batches(
     name = f"{functions}/losses.py:{own}"
     expected = trained_weights(name)
     assert len(sizes) == 3, "one call per step"
-    result = trained_weights(name, loss_divisor="tokens", max_tokens_per_microbatch=64)
+    result = trained_weights(name, loss_divisor=divisor, max_tokens_per_microbatch=64)
     assert len(sizes) > 6, "several calls per step"
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
 
