@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from opd.scoring import user_loss
 from opd.scoring.score import ScoreRequest, score_batch
 from opd.teachers.pair import load_pair
 from opd.training.train import train
+from opd.training.update import divided_by, divisor_shares
 from opd.training.user_metrics import load_metrics, random_batch, try_metrics
 from opd.training.validation import validate
 from tests.helpers.runs import rows, settings
@@ -181,6 +183,26 @@ def test_a_loss_that_the_audit_refuses_is_not_trained_with(
     with pytest.raises(InvalidInput, match=message):
         trained_weights(name, **changes)
     assert trained_weights(name, allow_faulty_loss=True).isfinite().all()
+
+
+def test_shares_of_a_divisor_are_counts_of_supervised_parts() -> None:
+    """Four rows of three prompts; the third row has no supervised token."""
+    batch = random_batch(4)
+    rows = torch.arange(4) % len(batch)
+    batch = batch.rows(rows.tolist())
+    mask = torch.zeros_like(batch.mask)
+    for row, length in enumerate([2, 1, 0, 1]):
+        mask[row, :length] = True
+    batch = replace(batch, mask=mask, sampled_mask=None, prompt=torch.tensor([0, 0, 1, 2]))
+    for divisor, counts, total in (
+        ("one", (1, 1), 1),
+        ("tokens", (2, 2), 4),
+        ("rows", (1, 2), 3),
+        ("prompts", (1, 2), 2),
+    ):
+        assert divided_by(batch, divisor) == total
+        shares = divisor_shares(batch, [[0, 2], [1, 3]], total, divisor)
+        assert shares == [count / total for count in counts]
 
 
 def test_a_loss_of_ones_own_is_one_pass_in_a_loop_of_ones_own(tiny_pair, functions: Path) -> None:
