@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diagnostics.core.cluster_sums import apply_mask
 from diagnostics.core.position_bins import LABELS, NUM_BINS, bin_indices
-from diagnostics.core.totals import Accumulator, apply_mask
+from diagnostics.core.totals import Accumulator
 
 _PER_OCTAVE = 8
 _LOWEST, _HIGHEST = -40, 10

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diagnostics.core.cluster_sums import apply_mask
 from diagnostics.core.position_bins import LABELS, NUM_BINS, extents
-from diagnostics.core.totals import Accumulator, apply_mask
+from diagnostics.core.totals import Accumulator
 
 _STEP = 256.0
 _RUNGS = 160

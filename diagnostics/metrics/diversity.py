@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import ScoredRollouts
+from diagnostics.core.cluster_sums import cluster_indices
 from diagnostics.core.optional_fields import require_distribution_stats
-from diagnostics.core.totals import Accumulator, Mean, cluster_indices
+from diagnostics.core.totals import Accumulator, Mean
 
 NGRAM_SIZE, EARLY_POSITIONS = 4, 64
 

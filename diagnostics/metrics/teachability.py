@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import ScoredRollouts
+from diagnostics.core.cluster_sums import apply_mask
 from diagnostics.core.optional_fields import require_distribution_stats
-from diagnostics.core.totals import Accumulator, Mean, PositionMean, apply_mask
+from diagnostics.core.totals import Accumulator, Mean, PositionMean
 from diagnostics.metrics.gradient_noise import ENTROPY_THRESHOLD, prefix_noise
 from diagnostics.metrics.signal import score_norm
 from diagnostics.metrics.topk import top_k_list

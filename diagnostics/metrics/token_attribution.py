@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from diagnostics.batch import ScoredRollouts
-from diagnostics.core.totals import Accumulator, Mean, apply_mask
+from diagnostics.core.cluster_sums import apply_mask
+from diagnostics.core.totals import Accumulator, Mean
 from diagnostics.errors import InvalidInput
 from diagnostics.metrics.signal import score_norm
 

@@ -11,7 +11,8 @@ import torch.distributed as distributed
 from diagnostics.alarms.alarms import Alarms
 from diagnostics.alarms.rules import AlarmRule
 from diagnostics.batch import ScoredRollouts
-from diagnostics.core.totals import pack, position_counts, row_counts
+from diagnostics.core.cluster_sums import position_counts, row_counts
+from diagnostics.core.totals import pack
 from diagnostics.monitor import PANEL, Monitor, all_reduce_totals
 from diagnostics.records.rows import read_rows
 from diagnostics.records.sinks import to_console, to_file

@@ -1,13 +1,10 @@
 """Rollouts against an uncached forward pass, a reference nucleus and sampling frequencies."""
 
-import copy
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from diagnostics.batch import Rollouts, ScoredRollouts
 from diagnostics.monitor import Monitor
@@ -17,26 +14,15 @@ from opd.data.prompts import Prompts, encode_prompts
 from opd.models.model import CausalLM
 from opd.rollouts.factory import make_engine
 from opd.rollouts.hf_engine import group_by_length, mask_until_eos, sample
-from opd.rollouts.sampler import Sampler, draw, nucleus
 from opd.teachers.pair import load_pair
-
-TEMPERATURE, TOP_P = 0.7, 0.8
-
-
-@pytest.fixture(scope="module")
-def pair(tiny_pair):
-    return load_pair(*map(str, tiny_pair), "cpu", "float32")
-
-
-@pytest.fixture(scope="module")
-def prompts(pair) -> Prompts:
-    """Ten rows of five prompts of different lengths, not sorted by length."""
-    problems = [Problem("1+2" * n, "3") for n in (4, 1, 9, 2, 7)]
-    return encode_prompts(pair.tokenizer, problems, 2, 64)
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+from tests.opd.rollouts.reference_sampling import (
+    TEMPERATURE,
+    TOP_P,
+    assert_matches_forward_pass,
+    first_token_statistic,
+    seeded,
+    with_lora_adapters,
+)
 
 
 def sample_rollouts(
@@ -58,45 +44,6 @@ def assert_same_rollouts(a: Rollouts, b: Rollouts, atol: float) -> None:
     assert torch.equal(a.prompt, b.prompt)
     torch.testing.assert_close(a.sampler_logp, b.sampler_logp, atol=atol, rtol=0)
     torch.testing.assert_close(a.softmax_logp, b.softmax_logp, atol=atol, rtol=0)
-
-
-@torch.no_grad()
-def next_logp(network, prompt: Tensor, response: Tensor, vocabulary: int) -> Tensor:
-    """(T, V) log-probabilities of the response from one unpadded forward pass without a cache."""
-    logits = network(torch.cat([prompt, response])[None], use_cache=False).logits[0]
-    response_logits = logits[len(prompt) - 1 : -1, :vocabulary].double()
-    return (response_logits / TEMPERATURE).log_softmax(-1)
-
-
-def nucleus_ids(logp: Tensor, top_p: float) -> set[int]:
-    """The smallest set of most probable ids with mass >= top_p, built one id at a time."""
-    mass, ids = 0.0, set()
-    for value, token in sorted(((x, i) for i, x in enumerate(logp.exp().tolist())), reverse=True):
-        if mass >= top_p:
-            break
-        mass += value
-        ids.add(token)
-    return ids
-
-
-def assert_matches_forward_pass(
-    batch: Rollouts, network, prompts: Prompts, vocabulary: int, top_p: float, atol: float = 1e-4
-) -> None:
-    for row in range(len(batch)):
-        prompt, response = prompts.tokens[row][prompts.mask[row]], batch.tokens[row]
-        logp = next_logp(network, prompt, response[batch.mask[row]], vocabulary)
-        for t, token_logp in enumerate(logp):
-            token = int(response[t])
-            kept_ids = nucleus_ids(token_logp, top_p)
-            assert token in kept_ids
-            mass = token_logp[list(kept_ids)].exp().sum().log()
-            assert batch.sampler_logp[row, t] == pytest.approx(
-                float(token_logp[token] - mass), abs=atol
-            )
-            if batch.softmax_logp is not None:
-                assert batch.softmax_logp[row, t] == pytest.approx(
-                    float(token_logp[token]), abs=atol
-                )
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
@@ -157,17 +104,6 @@ def test_a_budget_takes_a_fixed_amount_from_the_generator(pair, prompts) -> None
     assert torch.equal(*states), "early EOS changes the generator state"
 
 
-def first_token_statistic(model: CausalLM, prompt: Prompts, tokens: Tensor) -> tuple[float, int]:
-    """Pearson's chi-square of the first tokens of a prompt, and its degrees of freedom."""
-    logp = next_logp(model.network, prompt.tokens[0], torch.tensor([0]), model.vocabulary)[0]
-    ids = sorted(nucleus_ids(logp, TOP_P))
-    assert 3 < len(ids) < 60
-    counts = torch.bincount(tokens, minlength=model.vocabulary)
-    assert counts.sum() == counts[ids].sum(), "a token outside the nucleus was sampled"
-    expected_counts = len(tokens) * logp[ids].softmax(-1)
-    return float(((counts[ids] - expected_counts).square() / expected_counts).sum()), len(ids) - 1
-
-
 def test_first_tokens_have_the_frequencies_of_the_nucleus(pair) -> None:
     rows = 2000
     prompt = encode_prompts(pair.tokenizer, [Problem("7*3", "21")], rows, 64)
@@ -180,46 +116,6 @@ def test_first_tokens_have_the_frequencies_of_the_nucleus(pair) -> None:
     chi, degrees_of_freedom = first_token_statistic(pair.student, prompt, tokens)
     # two-sided: a statistic that is too small would mean that rows are not independent
     assert abs(chi - degrees_of_freedom) < 4 * (2 * degrees_of_freedom) ** 0.5
-
-
-def test_draws_by_hand() -> None:
-    logp = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]]).log()
-    noise = torch.tensor([0.0, 0.2499999, 0.25, 0.9, 1 - 2**-53], dtype=torch.float64)
-    assert draw(logp.expand(5, -1), noise).tolist() == [1, 1, 3, 3, 3]
-    short = torch.tensor([[0.3, 0.3, 0.3, 0.0]]).log()  # rounding may leave a sum below 1
-    assert draw(short, noise[-1:]).tolist() == [2]
-    rare = torch.tensor([[0.0, -20.0]])  # in float32 the sum would never reach the second id
-    assert draw(rare, torch.tensor([1 - 1e-9], dtype=torch.float64)).tolist() == [1]
-    assert draw(rare, torch.tensor([1 - 3e-9], dtype=torch.float64)).tolist() == [0]
-
-
-def test_every_token_has_noise_of_its_own() -> None:
-    generator = seeded(0)
-    scores = torch.randn(50, 7, generator=generator)
-    noise = torch.rand(50, 3, generator=generator, dtype=torch.float64)
-    sampler = Sampler(7, 1.0, 1.0, noise)
-    sampled = [sampler(torch.zeros(50, 1), scores).argmax(1) for _ in range(3)]
-    for t, tokens in enumerate(sampled):
-        mass_below_noise = scores.softmax(1).double().cumsum(1) <= noise[:, t, None]
-        assert torch.equal(tokens, mass_below_noise.sum(1))
-
-
-def test_ties_and_extremes_of_the_nucleus() -> None:
-    equal = torch.zeros(1, 4)
-    assert sorted(nucleus(equal, 0.5).exp()[0].tolist()) == [0, 0, 0.5, 0.5]
-    assert sorted(nucleus(equal, 1e-30).exp()[0].tolist()) == [0, 0, 0, 1]
-    torch.testing.assert_close(nucleus(equal, 1.0).exp(), torch.full((1, 4), 0.25))
-
-
-@pytest.mark.parametrize("scales", [(3.0, 6.0), (3.0, 0.1)])
-def test_the_nucleus_of_a_large_vocabulary(scales: tuple[float, ...]) -> None:
-    """Peaked rows only, and a batch with a flat row whose nucleus exceeds TOP_CANDIDATES ids."""
-    logits = torch.randn(2, 5000, generator=seeded(0)) * torch.tensor(scales)[:, None]
-    restricted_logp = nucleus(logits, 0.9)
-    for row, logp in zip(restricted_logp, logits.double().log_softmax(-1), strict=True):
-        kept_ids = sorted(nucleus_ids(logp, 0.9))
-        assert row.isfinite().nonzero()[:, 0].tolist() == kept_ids
-        torch.testing.assert_close(row[kept_ids], logp[kept_ids].log_softmax(-1).float())
 
 
 def test_a_small_nucleus_is_greedy_decoding(pair, prompts) -> None:
@@ -319,13 +215,6 @@ def test_adapters_take_part(tiny_pair, prompts) -> None:
     )
 
 
-def with_lora_adapters(peft, network):
-    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        return peft.get_peft_model(network, settings).eval()
-
-
 def test_settings_and_memory_are_refused_with_the_remedy(pair, prompts, monkeypatch) -> None:
     for changes, words in (
         ({"max_response": 0}, "max_response is 0"),
@@ -383,122 +272,3 @@ def test_engines_are_refused_by_name(pair) -> None:
         ValueError, match="unknown rollout engine 'sglang'; known: hf, vllm, servers"
     ):
         make_engine("sglang", pair.student)
-
-
-# vLLM tests: run where it is installed, in a process of its own; about a minute in total.
-
-
-@pytest.fixture(scope="module")
-def long_prompts(pair) -> Prompts:
-    """Prompts longer than a block of vLLM's cache, so that prefixes are shared."""
-    problems = [Problem("1+2" * n, "3") for n in (50, 1, 61)]
-    return encode_prompts(pair.tokenizer, problems, 4, 256)
-
-
-@pytest.fixture(scope="module", params=["tied", "own head"])
-def networks(request, tmp_path_factory, tiny_pair) -> tuple[CausalLM, CausalLM]:
-    """Two students of the same architecture with different weights."""
-    from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
-
-    config = Qwen2Config.from_pretrained(tiny_pair[0])
-    config.tie_word_embeddings = request.param == "tied"
-    config.hidden_size, config.intermediate_size = 64, 128
-    models = []
-    for seed in range(2):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            network = Qwen2ForCausalLM(config)
-        folder = tmp_path_factory.mktemp("student")
-        network.save_pretrained(folder)
-        models.append(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
-    pair = load_pair(*map(str, tiny_pair), "cpu", "float32")
-    return tuple(replace(pair.student, network=x) for x in models)  # type: ignore[return-value]
-
-
-@pytest.fixture(scope="module")
-def engine(networks, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("engine")
-    vllm_engine = make_engine("vllm", networks[0], max_length=256, folder=folder)
-    yield vllm_engine
-    vllm_engine.close()
-    assert not list(folder.iterdir())
-
-
-@pytest.mark.vllm
-def test_vllm_samples_from_the_student_it_was_synced_with(
-    engine, networks, pair, long_prompts
-) -> None:
-    for model in (*networks, networks[0]):
-        engine.sync(model)
-        for top_p in (TOP_P, 1.0):
-            options = {"max_response": 16, "temperature": TEMPERATURE, "top_p": top_p}
-            batch = engine.sample(long_prompts, pair.eos, **options, generator=seeded(0)).validate()
-            assert int(batch.mask.sum()) > 60
-            assert batch.prompt.tolist() == long_prompts.index.tolist()
-            assert_matches_forward_pass(batch, model.network, long_prompts, model.vocabulary, top_p)
-            assert (batch.softmax_logp is None) == (top_p < 1)
-            repeated = engine.sample(long_prompts, pair.eos, **options, generator=seeded(0))
-            assert torch.equal(repeated.tokens, batch.tokens)
-            other_seed = engine.sample(long_prompts, pair.eos, **options, generator=seeded(1))
-            assert not torch.equal(other_seed.tokens, batch.tokens)
-
-
-@pytest.mark.vllm
-def test_vllm_draws_first_tokens_from_the_nucleus(engine, networks, prompts) -> None:
-    engine.sync(networks[0])
-    rows = 4000
-    prompt = prompts.rows([0] * rows)
-    options = {"max_response": 1, "temperature": TEMPERATURE, "top_p": TOP_P}
-    batch = engine.sample(prompt, [0], **options, generator=seeded(0))
-    chi, degrees_of_freedom = first_token_statistic(networks[0], prompt, batch.tokens[:, 0])
-    assert abs(chi - degrees_of_freedom) < 4 * (2 * degrees_of_freedom) ** 0.5
-
-
-@pytest.mark.vllm
-def test_vllm_keeps_the_end_token_and_the_shared_vocabulary(engine, networks, prompts) -> None:
-    small = replace(networks[1], vocabulary=40)
-    engine.sync(small)
-    options = {"max_response": 32, "temperature": TEMPERATURE, "top_p": 1.0}
-    batch = engine.sample(prompts, [3, 7, 11, 20], **options, generator=seeded(0))
-    assert_matches_forward_pass(batch, small.network, prompts, 40, 1.0)
-    mask, ended = mask_until_eos(batch.tokens, [3, 7, 11, 20])
-    assert int(ended.sum()) >= 2
-    assert torch.equal(batch.ended, ended)
-    assert torch.equal(mask[ended], batch.mask[ended])
-    with pytest.raises(
-        ValueError, match=r"may have \d+ tokens, but the engine's max_length is 256"
-    ):
-        engine.sample(prompts, [3], **(options | {"max_response": 256}), generator=seeded(0))
-
-
-@pytest.mark.vllm
-def test_vllm_merges_adapters(engine, networks, prompts) -> None:
-    import peft
-
-    network = with_lora_adapters(peft, copy.deepcopy(networks[0].network))
-    initial_weights = {name: x.clone() for name, x in network.state_dict().items()}
-    engine.sync(replace(networks[0], network=network))
-    options = {"max_response": 8, "temperature": TEMPERATURE, "top_p": TOP_P}
-    batch = engine.sample(prompts, [1], **options, generator=seeded(0))
-    assert_matches_forward_pass(batch, network, prompts, networks[0].vocabulary, TOP_P)
-    assert all(torch.equal(x, initial_weights[name]) for name, x in network.state_dict().items())
-
-
-@pytest.mark.vllm
-def test_weights_that_vllm_did_not_load_are_refused(engine, networks, monkeypatch) -> None:
-    import opd.rollouts.vllm_engine
-
-    engine.sync(networks[0])
-    real = opd.rollouts.vllm_engine.export_checkpoint
-    stale = networks[0].network
-    monkeypatch.setattr(
-        opd.rollouts.vllm_engine, "export_checkpoint", lambda _, path: real(stale, path)
-    )
-    with pytest.raises(RuntimeError, match="vLLM does not sample from the student"):
-        engine.sync(networks[1])
-
-
-def test_a_missing_vllm_names_the_extra(pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(ImportError, match=r"pip install 'opdlab\[vllm\]'"):
-        make_engine("vllm", pair.student)

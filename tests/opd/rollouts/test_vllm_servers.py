@@ -30,16 +30,13 @@ from tests.helpers.servers.teacher_server import (
     shorten_body,
     truncate_body,
 )
-from tests.opd.rollouts.test_hf_engine import (
+from tests.opd.rollouts.reference_sampling import (
     TEMPERATURE,
     TOP_P,
     assert_matches_forward_pass,
-    pair,
-    prompts,
     seeded,
 )
 
-__all__ = ["pair", "prompts"]  # fixtures
 MAX_RESPONSE = 12
 EOS_IDS = list(range(0, 120, 8))
 

@@ -19,7 +19,7 @@ from opd.teachers.pair import load_pair
 from opd.training.train import train
 from tests.helpers.runs import rows, settings
 from tests.helpers.vllm_process import free_port, run_vllm_server, wide_pair
-from tests.opd.rollouts.test_hf_engine import (
+from tests.opd.rollouts.reference_sampling import (
     TEMPERATURE,
     TOP_P,
     assert_matches_forward_pass,
