@@ -39,6 +39,7 @@ SETTING_GROUPS = (
     "evaluation",
     "record",
     "hardware",
+    "view",
     "remote_teacher",
     "rollout_servers",
     "games",

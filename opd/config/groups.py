@@ -155,6 +155,9 @@ class OptimizerConfig:
     """LoRA alpha; the adapters are scaled by alpha / rank."""
     ema_decay: float = setting(0.99, within="in [0, 1]")
     """Decay of teacher "ema" per optimizer step."""
+    ema_resync_every: int = setting(0, within="not negative")
+    """Steps between copies of the student's weights to teacher "ema"; 0 copies them at the start
+    only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,6 +253,32 @@ class RemoteTeacherConfig:
     command resumes it."""
     teacher_concurrency: int = setting(8, within="at least 1", resumable=True)
     """Concurrent requests to a teacher server."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewConfig:
+    """What the teacher reads in the place of the student's prompt (docs/teacher-view.md)."""
+
+    teacher_view: str = setting("", per_task=True)
+    """Jinja file with the user's message that the teacher reads. It may use prompt, messages,
+    answer, solution, columns of the data, response, reward, feedback, peers, and in games goal,
+    observation and turns (opd.data.teacher_view). Empty: the teacher reads the student's prompt."""
+    teacher_system: str = setting("", per_task=True)
+    """System message that only the teacher reads, in the place of the student's."""
+    teacher_template: str = setting("student", per_task=True)
+    """Chat template of the teacher's prompts. "student": the student's; "own": that of the
+    teacher's folder; or a Jinja file."""
+    teacher_thinking: Literal["same", "on", "off"] = setting("same", per_task=True)
+    """Argument enable_thinking of the teacher's chat template; "same": as for the student."""
+    view_control: Literal["none", "other_problem", "empty", "shuffled"] = setting(
+        "none", per_task=True
+    )
+    """Control experiments of teacher_view. "other_problem": answer, solution and columns of another
+    problem, the same one in every epoch; "empty": nothing beside the prompt; "shuffled": what is
+    shown, with its words in random order."""
+    max_teacher_prompt: int = setting(0, within="not negative", per_task=True)
+    """Maximum length of the teacher's prompts in tokens; longer ones are an error. 0: as long as
+    prompt and response fit into the teacher's context."""
 
 
 @dataclass(frozen=True, kw_only=True)

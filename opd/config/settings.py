@@ -26,6 +26,7 @@ from opd.config.groups import (
     RemoteTeacherConfig,
     RolloutConfig,
     RolloutServersConfig,
+    ViewConfig,
 )
 
 TRUST_HELP = "run Python code that comes with a model; review it first"
@@ -51,6 +52,12 @@ class TaskSettings:
     max_prompt: int | None = None
     max_response: int | None = None
     mask: tuple[str, ...] | None = None
+    teacher_view: str | None = None
+    teacher_system: str | None = None
+    teacher_template: str | None = None
+    teacher_thinking: Literal["same", "on", "off"] | None = None
+    view_control: Literal["none", "other_problem", "empty", "shuffled"] | None = None
+    max_teacher_prompt: int | None = None
     layout: Literal["turns", "trajectory"] | None = None
     max_turns: int | None = None
     history_turns: int | None = None
@@ -83,6 +90,7 @@ class Config:
     evaluation: EvalConfig = dataclasses.field(default=EvalConfig())
     record: RecordConfig = dataclasses.field(default=RecordConfig())
     hardware: HardwareConfig = dataclasses.field(default=HardwareConfig())
+    view: ViewConfig = dataclasses.field(default=ViewConfig())
     remote_teacher: RemoteTeacherConfig = dataclasses.field(default=RemoteTeacherConfig())
     rollout_servers: RolloutServersConfig = dataclasses.field(default=RolloutServersConfig())
     games: GamesConfig = dataclasses.field(default=GamesConfig())

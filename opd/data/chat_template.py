@@ -1,11 +1,59 @@
 """Rendering of messages with a tokenizer's chat template."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diagnostics.errors import InvalidInput, MissingFile
 from diagnostics.io.files import read_text
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How messages become text: a chat template, and the special tokens that it may name."""
+
+    template: str
+    """Jinja text of the template."""
+    special_tokens: tuple[tuple[str, str], ...] = ()
+    """Name and text of special tokens, such as ("eos_token", "<|im_end|>")."""
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments that make a tokenizer render in this format."""
+        return {**dict(self.special_tokens), "chat_template": self.template}
+
+
+def chat_format_of(tokenizer: Any) -> ChatFormat | None:
+    """Return the format of a tokenizer's own chat template; None if it has none."""
+    if tokenizer.chat_template is None:
+        return None
+    tokens = tokenizer.special_tokens_map.items()
+    return ChatFormat(
+        tokenizer.get_chat_template(),
+        tuple((name, str(text)) for name, text in tokens if isinstance(text, str)),
+    )
+
+
+def read_chat_template(path: str, setting: str) -> str:
+    """Read the text of a chat template.
+
+    Args:
+        path: Jinja file.
+        setting: Name of the setting that holds the path, for messages.
+
+    Returns:
+        The text.
+
+    Raises:
+        InvalidInput: The file is empty or is not text.
+        MissingFile: It does not exist.
+    """
+    if not Path(path).is_file():
+        raise MissingFile(f"{setting} {path} does not exist; give the path of a Jinja file")
+    text = read_text(path)
+    if not text.strip():
+        raise InvalidInput(f"{setting} {path} is empty; give the text of a template")
+    return text
 
 
 def set_chat_template(tokenizer: Any, path: str) -> None:
@@ -19,14 +67,8 @@ def set_chat_template(tokenizer: Any, path: str) -> None:
         InvalidInput: The file is empty or is not text.
         MissingFile: It does not exist.
     """
-    if not path:
-        return
-    if not Path(path).is_file():
-        raise MissingFile(f"chat_template {path} does not exist; give the path of a Jinja file")
-    text = read_text(path)
-    if not text.strip():
-        raise InvalidInput(f"chat_template {path} is empty; give the text of a template")
-    tokenizer.chat_template = text
+    if path:
+        tokenizer.chat_template = read_chat_template(path, "chat_template")
 
 
 def render_chat(tokenizer: Any, chat: Sequence[tuple[str, str]], **settings: Any) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from diagnostics.errors import InvalidInput
 from diagnostics.ragged import left_pad
 from opd.data.chain_task import Problem
-from opd.data.chat_template import render_chat
+from opd.data.chat_template import ChatFormat, render_chat
 from opd.data.sources import (
     DatasetProblem,
     row_number,
@@ -34,6 +34,13 @@ class Prompts:
     """(B,) long, equal for rows of the same prompt."""
     answers: list[str]
     """Reference answer of each row, for the grader."""
+    view: "Prompts | None" = None
+    """What the teacher reads in the place of each row (`opd.data.teacher_view`); None: the same."""
+
+    @property
+    def teacher_prompts(self) -> "Prompts":
+        """The prompts that the teacher reads, B rows; these ones without a view of its own."""
+        return self if self.view is None else self.view
 
     @classmethod
     def from_ids(
@@ -61,8 +68,13 @@ class Prompts:
 
     def to(self, device: torch.device) -> "Prompts":
         """Return the prompts on a device."""
-        tensors = (self.tokens.to(device), self.mask.to(device), self.index.to(device))
-        return Prompts(tokens=tensors[0], mask=tensors[1], index=tensors[2], answers=self.answers)
+        return Prompts(
+            tokens=self.tokens.to(device),
+            mask=self.mask.to(device),
+            index=self.index.to(device),
+            answers=self.answers,
+            view=None if self.view is None else self.view.to(device),
+        )
 
     def rows(self, index: list[int]) -> "Prompts":
         """Return the selected rows, without columns that are padding in all of them."""
@@ -74,6 +86,7 @@ class Prompts:
             mask=mask[:, first:],
             index=self.index[index],
             answers=answers,
+            view=None if self.view is None else self.view.rows(index),
         )
 
 
@@ -138,7 +151,9 @@ def encode_numbered_prompt(tokenizer: Any, problem: Problem, position: int) -> l
         raise InvalidInput(f"row {row_number(problem, position)}: {error}") from error
 
 
-def encode_prompt(tokenizer: Any, problem: Problem) -> list[int]:
+def encode_prompt(
+    tokenizer: Any, problem: Problem, chat_format: ChatFormat | None = None
+) -> list[int]:
     """Encode a prompt up to where the response begins, with at most one BOS.
 
     The chat template writes its own special tokens. Without a template, the text is encoded with
@@ -147,6 +162,7 @@ def encode_prompt(tokenizer: Any, problem: Problem) -> list[int]:
     Args:
         tokenizer: A Hugging Face tokenizer.
         problem: The problem whose prompt is encoded.
+        chat_format: Chat template in the place of the tokenizer's own.
 
     Returns:
         The token ids of the prompt.
@@ -160,7 +176,9 @@ def encode_prompt(tokenizer: Any, problem: Problem) -> list[int]:
     chat: tuple[tuple[str, str], ...] = (("user", problem.prompt),)
     if isinstance(problem, DatasetProblem):
         chat, settings = problem.chat or chat, dict(problem.template)
-    if tokenizer.chat_template is None:
+    if chat_format is not None:
+        settings |= chat_format.arguments()
+    if tokenizer.chat_template is None and chat_format is None:
         if len(chat) > 1 or settings:
             raise InvalidInput(
                 "the tokenizer has no chat template for a system message, several messages or "

@@ -43,6 +43,8 @@ class DatasetProblem(Problem):
     """Names and values passed to the chat template, such as ("enable_thinking", False)."""
     row: int | None = field(default=None, compare=False)
     """Row number in the dataset, for messages."""
+    columns: Template = field(default=(), compare=False)
+    """Names and values of further columns that were kept (`Columns.kept`)."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,10 @@ class Columns:
     """Column of the reference answer; empty: responses are not graded."""
     task: str = "task"
     grader: str = "grader"
+    kept: tuple[str, ...] = ()
+    """Further columns whose values the problems keep; rows without one of them are an error."""
+    kept_where_present: tuple[str, ...] = ()
+    """Further columns that are kept in the rows that have them."""
 
 
 DEFAULT_COLUMNS = Columns()
@@ -253,6 +259,11 @@ def parse_row(
             ...".
     """
     names = [*prompt_columns(columns.prompt), *([columns.answer] if answers == "column" else [])]
+    if unknown := [name for name in columns.kept if get_nested(row, name) is MISSING]:
+        raise InvalidInput(
+            f"lacks {unknown}, which teacher_view uses; has {sorted(row)}; correct the names in "
+            "the template, or add the columns"
+        )
     if missing_columns := [name for name in names if get_nested(row, name) is MISSING]:
         raise InvalidInput(
             f"lacks {missing_columns}; has {sorted(row)}; set the columns that hold prompt and "
@@ -284,6 +295,11 @@ def parse_row(
         grader=grader,
         chat=() if is_single_message else chat,
         template=template,
+        columns=tuple(
+            (name, value)
+            for name in (*columns.kept, *columns.kept_where_present)
+            if (value := get_nested(row, name)) is not MISSING and not is_missing(value)
+        ),
     )
 
 

@@ -6,8 +6,8 @@ Shapes: B responses, P prompt positions.
 import hashlib
 import random
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from diagnostics.io.files import short_repr
 from diagnostics.io.user_functions import is_function_name
 from opd.data.benchmarks import is_benchmark, read_benchmark_rows
 from opd.data.chain_task import Problem, problems
+from opd.data.chain_task import all_problems as all_chain_problems
 from opd.data.grading.graders import GRADERS, Grade, Grader, make_grader
 from opd.data.grading.reference_answers import check_reference_answers
 from opd.data.prompts import filter_by_length
@@ -48,6 +49,8 @@ class Task:
     grade: Grader
     name: str = "of the task"
     """Name of the grader."""
+    training: Callable[[], Sequence[Problem]] = tuple
+    """Returns all training problems."""
 
     @property
     def has_test_answers(self) -> bool:
@@ -106,8 +109,13 @@ def load_task(
         if rows is not None and name in rows:
             problems_read = parse_problems(rows[name], name, columns_of_source, system, settings)
         elif is_benchmark(name):
+            benchmark_columns = replace(
+                DEFAULT_COLUMNS,
+                kept=columns_of_source.kept,
+                kept_where_present=columns_of_source.kept_where_present,
+            )
             problems_read = parse_problems(
-                read_benchmark_rows(name), name, DEFAULT_COLUMNS, system, settings
+                read_benchmark_rows(name), name, benchmark_columns, system, settings
             )
         else:
             problems_read = read_problems(name, columns_of_source, system, settings)
@@ -156,7 +164,13 @@ def load_task(
         order = epoch_indices(len(training), step * count, count, seed)
         return [training[i] for i in order]
 
-    return Task(train=draw, test=lambda count: held_out_problems[:count], grade=grade, name=name)
+    return Task(
+        train=draw,
+        test=lambda count: held_out_problems[:count],
+        grade=grade,
+        name=name,
+        training=lambda: training,
+    )
 
 
 def grade_final_answer(grade: Grader, response: str, answer: str) -> Grade:
@@ -171,13 +185,17 @@ def toy_task(seed: int, grader: str, system: str, template: tuple[tuple[str, Any
         if not system and not template:
             return bare_problems
         rows = [{"prompt": problem.prompt, "answer": problem.answer} for problem in bare_problems]
-        return [parse_row(row, DEFAULT_COLUMNS, system, template) for row in rows]
+        return [
+            replace(parse_row(row, DEFAULT_COLUMNS, system, template), solution=problem.solution)
+            for row, problem in zip(rows, bare_problems, strict=True)
+        ]
 
     return Task(
         train=lambda step, count: add_settings(problems("train", count, seed * 1_000_003 + step)),
         test=lambda count: add_settings(problems("test", count, 0)),
         grade=make_grader(grader),
         name=grader,
+        training=lambda: add_settings(all_chain_problems("train")),
     )
 
 

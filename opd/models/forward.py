@@ -40,14 +40,17 @@ def micro_batches(prompts: Prompts, batch: Rollouts, max_tokens: int) -> list[li
     Args:
         prompts: Prompts.
         batch: Rollouts.
-        max_tokens: Padded tokens of prompt and response per micro-batch; a longer row is a group
-            of its own.
+        max_tokens: Padded tokens of prompt and response per micro-batch, with the longer prompt
+            where the teacher reads another one; a longer row is a group of its own.
 
     Returns:
         Row indices of each micro-batch.
     """
+    starts = prompts.mask.sum(1)
+    if prompts.view is not None:
+        starts = torch.maximum(starts, prompts.view.mask.sum(1))
     ends = [int(x) for x in batch.attention_mask.sum(1)]
-    sizes = [int(p) + e for p, e in zip(prompts.mask.sum(1), ends, strict=True)]
+    sizes = [int(p) + e for p, e in zip(starts, ends, strict=True)]
     groups: list[list[int]] = []
     for row in sorted(range(len(sizes)), key=lambda i: sizes[i], reverse=True):
         widest = sizes[groups[-1][0]] if groups else 0

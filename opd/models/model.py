@@ -86,6 +86,12 @@ def split_head(network: Any, vocabulary: int) -> CausalLM:
     return CausalLM(network, logits, lambda: LogitsHead(vocabulary), vocabulary)
 
 
+def context_length(network: Any) -> int | None:
+    """Return the most token positions that a network was made for; None if it does not say."""
+    length = network.config.get_text_config().to_dict().get("max_position_embeddings")
+    return length if isinstance(length, int) and length > 0 else None
+
+
 def base_model(network: Any) -> Any:
     """Return the Hugging Face model itself; adapters of peft are inside it and stay active."""
     return network.get_base_model() if hasattr(network, "get_base_model") else network

@@ -130,7 +130,7 @@ def score_batch(
     Args:
         student: The student.
         teacher: The teacher.
-        prompts: B prompts.
+        prompts: B prompts, with those that the teacher reads where it reads others.
         rollouts: B responses.
         request: What is needed.
 
@@ -144,7 +144,7 @@ def score_batch(
     _check_request(student, teacher, request)
     is_local, temperature = Capability.HIDDEN_STATES in teacher.capabilities, request.temperature
     k = request.requirements.support_k
-    answers = None if is_local else teacher.top_k(prompts, rollouts, k)
+    answers = None if is_local else teacher.top_k(prompts.teacher_prompts, rollouts, k)
     reuses_sampler = request.allows_sampler_softmax(rollouts)
     sampler_logp = None
     if reuses_sampler and rollouts.softmax_logp is not None:
@@ -165,7 +165,7 @@ def score_batch(
         teacher_states = states[:, :0]
         if is_local:
             teacher_states = response_hidden_states(
-                teacher.model, micro_prompts, micro_batch, sampled
+                teacher.model, micro_prompts.teacher_prompts, micro_batch, sampled
             )
             if request.requirements.support == "full":
                 store("teacher_hidden", positions, teacher_states)

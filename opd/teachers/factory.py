@@ -12,6 +12,7 @@ from typing import Any
 
 from diagnostics.errors import InvalidInput
 from opd.config.settings import Config
+from opd.config.view import has_view
 from opd.data.chat_template import set_chat_template
 from opd.models.loading import (
     check_has_eos,
@@ -85,7 +86,10 @@ def make_pairs(settings: Sequence[Config], objects: ModelObjects = NO_OBJECTS) -
             teachers[config.teacher] = load_teacher(pair, config, objects)
     pairs = [replace(pair, teacher=teachers[config.teacher]) for config in settings]
     for config, task_pair in zip(settings, pairs, strict=True):
-        task_pair.teacher.check_length(config.data.max_prompt + config.rollout.max_response)
+        max_prompt = config.data.max_prompt
+        if has_view(config):  # without a limit of its own, `opd.training.teacher_view` checks it
+            max_prompt = config.view.max_teacher_prompt
+        task_pair.teacher.check_length(max_prompt + config.rollout.max_response)
     return pairs
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from opd.data.chat_template import chat_format_of
 from opd.models.loading import (
     check_has_eos,
     check_same_vocabulary,
@@ -136,4 +137,5 @@ def freeze_teacher(
         known_eos_ids(tokenizer, network),
         is_quantised=is_quantised,
         offload=offload,
+        chat_format=chat_format_of(tokenizer),
     )

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from diagnostics.batch import Rollouts
 from diagnostics.errors import InvalidInput
+from opd.data.chat_template import ChatFormat
 from opd.data.prompts import Prompts
 from opd.models.lora import without_adapters
-from opd.models.model import CausalLM, split_head
+from opd.models.model import CausalLM, context_length, split_head
 from opd.serving.addresses import is_url
 from opd.teachers.client import TeacherClient
 from opd.teachers.remote_scores import TeacherScores, score_remote
@@ -56,6 +57,8 @@ class Teacher(Protocol):
     """Ids that end its responses, its tokenizer's own first; None if they are the student's."""
     is_quantised: bool = False
     """Whether its layers have fewer bits than its files."""
+    chat_format: ChatFormat | None = None
+    """Chat template of its own tokenizer; None if that is the student's or is not known."""
 
     def top_k(self, prompts: Prompts, rollouts: Rollouts, k: int) -> TeacherScores:
         """Query its K most probable ids at every sampled token, if it has no HIDDEN_STATES.
@@ -101,6 +104,14 @@ class Teacher(Protocol):
         """Check that it supports prompts and responses of together `max_length` tokens."""
         return
 
+    def max_length(self) -> int | None:
+        """Return the most tokens of a prompt with its response; None if it is not known."""
+        return context_length(self.model.network)
+
+    def resync(self, student: CausalLM) -> None:
+        """Take over the student's weights, if it follows the student."""
+        return
+
     def verify_fingerprint(self, path: Path) -> None:
         """Check, with a file of the run folder, that it still is the model of the run's start."""
         return
@@ -124,6 +135,7 @@ class LocalTeacher(Teacher):
     is_quantised: bool = False
     offload: bool = False
     """Whether the weights are in host memory while the teacher does not score."""
+    chat_format: ChatFormat | None = None
     is_separate: ClassVar[bool] = True
 
     @contextmanager
@@ -186,6 +198,15 @@ class EmaTeacher(LocalTeacher):
         for teacher_weight, student_weight in weight_pairs:
             teacher_weight.lerp_(student_weight.to(teacher_weight), 1 - self.decay)
 
+    @torch.no_grad()
+    def resync(self, student: CausalLM) -> None:
+        """Set teacher <- student, for every weight."""
+        weight_pairs = zip(
+            self.model.network.parameters(), student.network.parameters(), strict=True
+        )
+        for teacher_weight, student_weight in weight_pairs:
+            teacher_weight.copy_(student_weight)
+
     def frozen_weights(self) -> list[Tensor]:
         """Return nothing: every update changes the average."""
         return []
@@ -222,6 +243,10 @@ class ServerTeacher(Teacher):
     def check_length(self, max_length: int) -> None:
         """Check that the server supports a sequence length (`TeacherClient.check_length`)."""
         self.client.check_length(max_length)
+
+    def max_length(self) -> int | None:
+        """Return the server's limit without the token that it generates; None if not known."""
+        return None if self.client.limit is None else self.client.limit - 1
 
     def verify_fingerprint(self, path: Path) -> None:
         """Store a fingerprint of the server's model in a file, or compare it with the stored one.

@@ -101,8 +101,8 @@ def probe_gradients(
             "does not have; set probe_every to 0"
         )
     student_hidden, teacher_hidden = (
-        supervised_hidden_states(model, prompts, scored, max_tokens_per_microbatch)
-        for model in (pair.student, teacher)
+        supervised_hidden_states(model, model_prompts, scored, max_tokens_per_microbatch)
+        for model, model_prompts in ((pair.student, prompts), (teacher, prompts.teacher_prompts))
     )
     temperature, vocabulary = scored.score_temperature, pair.student.vocabulary
     projection = random_projection(vocabulary, student_hidden.shape[1], seed=0).to(

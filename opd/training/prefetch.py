@@ -197,7 +197,9 @@ def rank_folder() -> str:
 
 def write_prompts(path: Path, prompts: Prompts, accumulators: Mapping[str, Accumulator]) -> None:
     """Write the prompts and accumulators that belong to rollouts as one safetensors file."""
-    tensors = {name: getattr(prompts, name) for name in ("tokens", "mask", "index")}
+    tensors = {"tokens": prompts.tokens, "mask": prompts.mask, "index": prompts.index}
+    if prompts.view is not None:
+        tensors |= {"view_tokens": prompts.view.tokens, "view_mask": prompts.view.mask}
     for name, accumulator in accumulators.items():
         tensors |= {f"{name}.{i}": tensor for i, tensor in enumerate(accumulator.tensors())}
     header = {"answers": json.dumps(prompts.answers), "played": json.dumps(list(accumulators))}
@@ -213,4 +215,15 @@ def read_prompts(path: Path) -> tuple[Prompts, dict[str, Accumulator]]:
     for name in json.loads(header["played"]):
         num_tensors = sum(key.startswith(f"{name}.") for key in tensors)
         accumulators[name] = Mean(*(tensors.pop(f"{name}.{i}") for i in range(num_tensors)))
-    return Prompts(**tensors, answers=json.loads(header["answers"])), accumulators
+    answers, index, view = json.loads(header["answers"]), tensors["index"], None
+    if "view_tokens" in tensors:
+        view = Prompts(
+            tokens=tensors["view_tokens"],
+            mask=tensors["view_mask"],
+            index=index,
+            answers=answers,
+        )
+    prompts = Prompts(
+        tokens=tensors["tokens"], mask=tensors["mask"], index=index, answers=answers, view=view
+    )
+    return prompts, accumulators

@@ -21,6 +21,7 @@ from opd.config.settings import Config, parse_template, with_settings
 from opd.data.row_files import Row
 from opd.data.sources import Columns
 from opd.data.tasks import Task, load_task, reject_long_prompts, skip_long_prompts
+from opd.data.teacher_view.template import load_view_template
 from opd.envs.task import GameTask, is_games, load_games
 from opd.models.model import CausalLM
 from opd.objectives.factory import make_objective
@@ -40,6 +41,7 @@ from opd.training.optimizer import Optimizer
 from opd.training.prefetch import RolloutPrefetcher
 from opd.training.state import TaskState, TrainState
 from opd.training.step import roll_out_step
+from opd.training.teacher_view import check_view, make_view
 from opd.training.user_metrics import load_metrics, try_metrics
 
 
@@ -136,6 +138,9 @@ def make_task_states(
         if loss is not None and "reward" in loss.asks and isinstance(problems, Task):
             reader = f"objective {loss.name} asks for reward"
             require_answers(problems, task_config, reader, "choose another objective")
+        view = make_view(task_config, pair, problems)
+        if view is not None and isinstance(problems, Task):
+            check_view(view, task_config, pair, problems.training())
         task = TaskState(
             config=task_config,
             pair=pair,
@@ -151,6 +156,7 @@ def make_task_states(
             name=name,
             index=i,
             weight=config.tasks[i].weight if mixed else 1.0,
+            view=view,
             teacher_sample=sample_teacher_weights(pair.teacher),
         )
         tasks.append(task)
@@ -234,7 +240,12 @@ def load_problem_task(
         grader=config.data.grader,
         system=config.data.system,
         template=parse_template(config.data.template),
-        columns=Columns(prompt=config.data.prompt_column, answer=config.data.answer_column),
+        columns=Columns(
+            prompt=config.data.prompt_column,
+            answer=config.data.answer_column,
+            kept=kept_columns(config),
+            kept_where_present=("solution",) if config.view.teacher_view else (),
+        ),
         test_columns=Columns(
             prompt=config.evaluation.eval_prompt_column, answer=config.evaluation.eval_answer_column
         ),
@@ -248,6 +259,13 @@ def load_problem_task(
     if weight := config.objective.reward_weight:
         require_answers(task, config, f"reward_weight is {weight}", "reward_weight to 0")
     return task
+
+
+def kept_columns(config: Config) -> tuple[str, ...]:
+    """Return the columns of the data that the teacher's view shows, besides the problem's own."""
+    if not config.view.teacher_view:
+        return ()
+    return load_view_template(config.view.teacher_view).columns
 
 
 def require_answers(task: Task, config: Config, reader: str, remedy: str) -> None:

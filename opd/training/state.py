@@ -9,6 +9,7 @@ from torch import Tensor
 from diagnostics.monitor import Monitor
 from opd.config.settings import Config
 from opd.data.tasks import Task
+from opd.data.teacher_view.view import TeacherView
 from opd.envs.task import GameTask
 from opd.models.model import CausalLM
 from opd.objectives.objective import Objective
@@ -45,6 +46,8 @@ class TaskState:
     """Index of the task in the run."""
     weight: float = 1.0
     """Weight of the task's loss in a mixed step."""
+    view: TeacherView | None = None
+    """What the teacher reads in the place of the student's prompts; None: the same."""
     teacher_sample: tuple[list[Tensor], Tensor] | None = None
     """Sampled weights of a frozen teacher with their initial values, to detect changes."""
 

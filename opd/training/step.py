@@ -27,7 +27,9 @@ from diagnostics.records.rows import Row
 from opd.config.settings import Config
 from opd.data.grading.graders import grade_responses
 from opd.data.grading.unread_answers import READABLE_SHARE
-from opd.data.prompts import encode_prompts
+from opd.data.prompts import Prompts, decode_responses, encode_prompts
+from opd.data.teacher_view.values import Attempt
+from opd.data.teacher_view.view import with_teacher_prompts
 from opd.envs.packing import episode_accumulators, pack_rows
 from opd.envs.rollout import play_episodes
 from opd.envs.task import GameTask
@@ -48,7 +50,8 @@ def save_batch(tasks: Sequence[TaskState], batches: Sequence[ScoredBatch], path:
         tasks: Tasks of the step.
         batches: Their batches.
         path: File of the batch. The prompts are written beside it, if there is a single rank: a
-            rank has only its own prompts.
+            rank has only its own prompts. Those of the teacher are in a file of their own where it
+            reads others.
     """
     scored = [batch.scored for batch in batches]
     if distributed.world_size() > 1:
@@ -57,13 +60,24 @@ def save_batch(tasks: Sequence[TaskState], batches: Sequence[ScoredBatch], path:
         (scored[0] if len(scored) == 1 else concatenate(scored)).save(path)
     if distributed.world_size() == 1:
         texts = [
-            task.pair.tokenizer.decode(tokens[mask].tolist())
+            text
             for task, batch in zip(tasks, batches, strict=True)
-            for tokens, mask in zip(
-                batch.prompts.tokens.cpu(), batch.prompts.mask.cpu().bool(), strict=True
-            )
+            for text in prompt_texts(task.pair.tokenizer, batch.prompts)
         ]
         write_text(path.with_suffix(".prompts.json"), json.dumps(texts))
+        if any(batch.prompts.view is not None for batch in batches):
+            texts = [
+                text
+                for task, batch in zip(tasks, batches, strict=True)
+                for text in prompt_texts(task.pair.tokenizer, batch.prompts.teacher_prompts)
+            ]
+            write_text(path.with_suffix(".teacher_prompts.json"), json.dumps(texts))
+
+
+def prompt_texts(tokenizer: Any, prompts: Prompts) -> list[str]:
+    """Return the text of each prompt, with its special tokens."""
+    rows = zip(prompts.tokens.cpu(), prompts.mask.cpu(), strict=True)
+    return [tokenizer.decode(tokens[mask].tolist()) for tokens, mask in rows]
 
 
 def make_row(
@@ -186,6 +200,16 @@ def roll_out(
         grades = grade_responses(
             tokenizer, rollouts.tokens, rollouts.mask, prompts.answers, problems.grade, eos
         )
+        if task.view is not None:
+            row_problems = [drawn[i] for i in prompts.index.tolist()]
+            attempts = None
+            if task.view.reads_attempts:
+                texts = decode_responses(tokenizer, rollouts.tokens, rollouts.mask, eos)
+                attempts = [
+                    Attempt(text, grade.reward, grade.feedback_text())
+                    for text, grade in zip(texts, grades, strict=True)
+                ]
+            prompts = with_teacher_prompts(task.view, tokenizer, prompts, row_problems, attempts)
         rewards = torch.tensor([grade.reward for grade in grades])
         readable = torch.tensor([grade.answer is not None for grade in grades])
         accumulators = {READABLE_SHARE: Mean.from_values(readable, ~rewards.isnan(), prompts.index)}

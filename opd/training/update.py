@@ -40,7 +40,7 @@ from opd.training.checks.update import (
     sampled_gradients,
 )
 from opd.training.optimizer import learning_rate
-from opd.training.state import TaskState, TrainState
+from opd.training.state import TaskState, TrainState, is_due
 
 MicroBatch = tuple[list[int], float]
 """Rows, and the weight of their loss: 1, the rows' share of what a loss of the user's own divides
@@ -222,7 +222,8 @@ def update_student(
         config.optimizer.lr, step, config.steps, config.optimizer.warmup, config.optimizer.schedule
     )
     weights = [task.weight / sum(task.weight for task in tasks) for task in tasks]
-    following = [task.pair.teacher for task in tasks if task.pair.teacher.follows_student]
+    teachers = {id(task.pair.teacher): task.pair.teacher for task in tasks}
+    following = [teacher for teacher in teachers.values() if teacher.follows_student]
     loss_sums, norms, skipped = [], [], 0
     checks: dict[str, Tensor | float] = {}
     for update_index in range(config.optimizer.updates_per_batch):
@@ -256,6 +257,10 @@ def update_student(
         loss_sums.append(distributed.all_reduce_sum(total))
         norms.append(norm)
         skipped += not applied
+    if following and is_due(step + 1, config.optimizer.ema_resync_every):
+        with unsharded(student):
+            for teacher in following:
+                teacher.resync(student)
     means = {"loss": torch.stack(loss_sums).mean(), "grad_norm": torch.stack(norms).mean()}
     return {**means, **checks, "lr": rate, "skipped": float(skipped)}
 

@@ -51,7 +51,7 @@ def validate(config: Config) -> list[str]:
     further += [
         message
         for task_config in task_configs(valid_config)
-        for message in game_problems(task_config)
+        for message in (*game_problems(task_config), *view_problems(task_config))
     ]
     problems += [message for message in further if not invalid & invalid_names([message])]
     return list(dict.fromkeys(problems))
@@ -130,10 +130,10 @@ def teacher_problems(config: Config, objective: Objective) -> Iterator[str]:
             "process; set it to saved: quantisation of a server's model is configured in the server"
         )
     derived = [teacher for teacher in teachers if teacher in STUDENT_DERIVED]
-    if derived and len(configs) > 1:
+    if derived and len(teachers) > 1:
         yield (
-            f"teacher {derived[0]!r} is derived from the student and cannot be used with several "
-            "tasks; give each task a model"
+            f"teacher {derived[0]!r} is derived from the student and cannot be used beside another "
+            "teacher; give all tasks the same, or each task a model"
         )
     if "base" in teachers and not config.optimizer.lora_rank:
         yield (
@@ -202,6 +202,21 @@ def capability_problems(config: Config, objective: Objective) -> Iterator[str]:
                 f"the teacher {config.teacher} is a server and does not support {feature}; use "
                 f"{remedy}, or a teacher in this process"
             )
+
+
+def view_problems(config: Config) -> Iterator[str]:
+    """Report settings of the teacher's prompts that exclude each other."""
+    name = config.view.teacher_template
+    if name == "own" and not teacher_type(config.teacher).is_separate:
+        yield (
+            f"teacher_template is own, but the teacher {config.teacher} has no chat template of "
+            "its own in this process; leave it at student, or give a Jinja file"
+        )
+    if is_games(config.data.task) and config.games.layout == "trajectory" and name != "student":
+        yield (
+            f"teacher_template is {name}, but with layout trajectory a row holds the text between "
+            "the student's responses too, in the student's chat template; set layout to turns"
+        )
 
 
 def game_problems(config: Config) -> Iterator[str]:

@@ -45,6 +45,18 @@ class Grade:
     """1 for a correct answer, else 0; a user's function may return other values."""
     answer: str | None
     """Key of the answer in majority votes, or None if unreadable."""
+    feedback: str = ""
+    """What the grader says about the response; "" if it says nothing but the reward."""
+
+    def feedback_text(self) -> str:
+        """Return what is wrong or right with the response, in words; "" if it was not graded."""
+        if math.isnan(self.reward):
+            return ""
+        if self.feedback:
+            return self.feedback
+        if self.answer is None:
+            return "No answer could be read."
+        return f"The answer {self.answer} is {'correct' if self.reward >= 1 else 'wrong'}."
 
 
 Grader = Callable[[str, str], Grade]

@@ -91,16 +91,28 @@ def floor_units(units: float) -> float:
 
 def select_rows(config: Config, prompts: Prompts, batch: ScoredRollouts) -> list[int]:
     """Select at most ROWS rows, half of them with the most padding in their micro-batch."""
-    padding, lengths = left_padding(config, prompts, batch), batch.mask.sum(1).tolist()
+    padding, lengths = left_padding(config, prompts, prompts, batch), batch.mask.sum(1).tolist()
     order = sorted(range(len(padding)), key=padding.__getitem__, reverse=True)
     order = [row for row in order if lengths[row]]
     half = ROWS // 2
     return order if len(order) <= ROWS else order[:half] + order[-half:]
 
 
-def left_padding(config: Config, prompts: Prompts, batch: ScoredRollouts) -> list[int]:
-    """Return the left padding of each row's prompt in the micro-batch in which it is scored."""
-    lengths = prompts.mask.sum(1).tolist()
+def left_padding(
+    config: Config, prompts: Prompts, model_prompts: Prompts, batch: ScoredRollouts
+) -> list[int]:
+    """Return the left padding of each row's prompt in the micro-batch in which it is scored.
+
+    Args:
+        config: Settings of the task.
+        prompts: Prompts of the batch, by which it is split.
+        model_prompts: Those that the model reads: `prompts`, or the teacher's.
+        batch: Scored rollouts.
+
+    Returns:
+        Number of padding ids of each row.
+    """
+    lengths = model_prompts.mask.sum(1).tolist()
     padding = [0] * len(lengths)
     for group in micro_batches(prompts, batch, config.hardware.max_tokens_per_microbatch):
         widest = max(lengths[row] for row in group)
@@ -166,12 +178,15 @@ def _compare_local_model(
 ) -> dict[str, float]:
     """Return ROLE_rescored, and the causes if it is not below MAX_ROUNDING_UNITS."""
     unit, scores = rounding_unit(config), getattr(batch, f"{role}_logp")
-    logp_by_row = {row: _score_row(config, model, eos_map, prompts, batch, row) for row in rows}
+    model_prompts = prompts.teacher_prompts if role == "teacher" else prompts
+    logp_by_row = {
+        row: _score_row(config, model, eos_map, model_prompts, batch, row) for row in rows
+    }
     gaps = {row: scores[row][batch.mask[row]] - logp_by_row[row] for row in rows}
     difference = _rms(list(gaps.values())) / unit
     if difference < MAX_ROUNDING_UNITS:
         return {f"{role}_rescored": difference}
-    row_prompts, row_batch = prompts.rows(list(rows)), batch.rows(list(rows))
+    row_prompts, row_batch = model_prompts.rows(list(rows)), batch.rows(list(rows))
     first_logp, second_logp = (_logp(config, model, row_prompts, row_batch) for _ in range(2))
     with evaluation_mode(model.network):
         generator = torch.Generator().manual_seed(0)
@@ -184,12 +199,13 @@ def _compare_local_model(
     lengths = batch.mask.sum(1).tolist()
     for row in range(min(len(lengths), MAX_ROWS)):
         if lengths[row] and row not in logp_by_row:
-            logp_by_row[row] = _score_row(config, model, eos_map, prompts, batch, row)
+            logp_by_row[row] = _score_row(config, model, eos_map, model_prompts, batch, row)
+    padding = left_padding(config, prompts, model_prompts, batch)
     return {
         f"{role}_rescored": difference,
         f"{role}_chance": _rms([first_logp - second_logp]) / unit,
         f"{role}_mask": _rms([plain_logp - refilled_logp]) / unit,
-        f"{role}_padding": _padding_difference(gaps, left_padding(config, prompts, batch), unit),
+        f"{role}_padding": _padding_difference(gaps, padding, unit),
         f"{role}_exchanged": _exchanged_share(
             scores, batch.mask, logp_by_row, rows, MAX_ROUNDING_UNITS * unit
         ),
@@ -256,7 +272,9 @@ def _compare_remote_teacher(
     unit = ROUNDING["bfloat16"]  # the precision of the server is not known
     logp_by_row = {}
     for row in rows:
-        answers = teacher.top_k(prompts.rows([row]), batch.rows([row]), config.objective.support_k)
+        answers = teacher.top_k(
+            prompts.teacher_prompts.rows([row]), batch.rows([row]), config.objective.support_k
+        )
         logp_by_row[row] = answers.sampled
     gaps = [batch.teacher_logp[row][batch.mask[row]] - logp_by_row[row] for row in rows]
     exchanged = _exchanged_share(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diagnostics.errors import InvalidInput
 from opd.config.settings import Config
+from opd.config.view import has_view
 from opd.models.loading import OBJECT_PREFIX
 from opd.teachers.pair import ModelPair
 
@@ -30,8 +31,8 @@ def refuse_same_weights(settings: Sequence[Config], pairs: Sequence[ModelPair]) 
         config = settings[0]
         raise InvalidInput(
             f"the teacher {config.teacher} has the weights of the student {config.student}, so the "
-            "divergence is zero and training would follow rounding errors; use another teacher, or "
-            "set reward_weight to train on rewards"
+            "divergence is zero and training would follow rounding errors; show the teacher more "
+            "(teacher_view), use another teacher, or set reward_weight to train on rewards"
         )
 
 
@@ -52,7 +53,7 @@ def has_student_weights(config: Config, pair: ModelPair) -> bool:
     teacher = pair.teacher
     if not teacher.is_separate:
         return False
-    if config.objective.reward_weight or not config.steps:
+    if config.objective.reward_weight or not config.steps or has_view(config):
         return False
     if is_same_source(config.student, config.teacher):
         return True

@@ -7,6 +7,7 @@ run are reported at once.
 from collections.abc import Callable, Iterator
 
 from opd.config.settings import Config, setting_fields, setting_values
+from opd.config.view import has_view
 from opd.data.benchmarks import is_benchmark
 from opd.envs.task import is_games
 from opd.objectives.objective import Objective
@@ -19,10 +20,12 @@ STUDENT_DERIVED = ("base", "ema")
 
 def objective_problems(config: Config, objective: Objective) -> Iterator[str]:
     """Yield a message for every setting that does not go with the objective."""
-    if config.teacher in STUDENT_DERIVED and not config.objective.reward_weight:
+    views = any(has_view(task_config) for task_config in task_configs(config))
+    if config.teacher in STUDENT_DERIVED and not config.objective.reward_weight and not views:
         yield (
             f'teacher "{config.teacher}" starts as a copy of the student, so the divergence and '
-            "its gradient are zero; set reward_weight to train on rewards, or use another teacher"
+            "its gradient are zero; set reward_weight to train on rewards, show the teacher more "
+            "(teacher_view), or use another teacher"
         )
     yield from _stale_samples(config, objective)
     yield from _empty_groups(config)
@@ -183,6 +186,9 @@ CONDITIONS: dict[str, tuple[Callable[[Config], bool], str]] = {
         "the teacher has its own weights in this process",
     ),
     "ema_decay": (lambda config: config.teacher == "ema", 'the teacher is "ema"'),
+    "ema_resync_every": (lambda config: config.teacher == "ema", 'the teacher is "ema"'),
+    "view_control": (lambda config: bool(config.view.teacher_view), "teacher_view is set"),
+    "max_teacher_prompt": (has_view, "the teacher has prompts of its own (teacher_view)"),
     "lora_alpha": (lambda config: config.optimizer.lora_rank > 0, "lora_rank is 1 or more"),
     "schedule": (
         lambda config: config.optimizer.warmup < config.steps or config.steps == 0,

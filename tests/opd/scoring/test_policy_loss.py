@@ -3,6 +3,8 @@
 Shapes: B responses, T positions, V vocabulary.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from diagnostics.errors import InvalidInput
 from opd.data.chain_task import Problem
-from opd.data.prompts import encode_prompts
+from opd.data.prompts import Prompts, encode_prompts
 from opd.models.model import CausalLM
 from opd.objectives.factory import make_objective
 from opd.objectives.reduction import DENOMINATORS
@@ -32,10 +34,24 @@ def pair(tiny_pair) -> ModelPair:
     return load_pair(*map(str, tiny_pair), "cpu", "float32")
 
 
-def scored_batch(pair: ModelPair, name: str, gamma: float = 0.0) -> ScoredBatch:
-    """Return three prompts of different lengths with two rollouts each, some tokens masked."""
+def scored_batch(
+    pair: ModelPair, name: str, gamma: float = 0.0, view: Sequence[Sequence[int]] | None = None
+) -> ScoredBatch:
+    """Return three prompts of different lengths with two rollouts each, some tokens masked.
+
+    Args:
+        pair: Student and teacher.
+        name: Name of the objective.
+        gamma: Its discount.
+        view: Ids of the prompts that the teacher reads; None for those of the student.
+
+    Returns:
+        The scored batch.
+    """
     problems = [Problem("1+2" * n, "3") for n in (1, 3, 2)]
     prompts = encode_prompts(pair.tokenizer, problems, 2, 64)
+    if view is not None:
+        prompts = replace(prompts, view=Prompts.from_ids(view, prompts.index))
     rollouts = sample(
         pair.student,
         prompts,
@@ -56,11 +72,15 @@ def scored_batch(pair: ModelPair, name: str, gamma: float = 0.0) -> ScoredBatch:
     return ScoredBatch(prompts, scored, batch.teacher_hidden)
 
 
-def dense_logp(model: CausalLM, batch: ScoredBatch) -> Tensor:
+def dense_logp(
+    model: CausalLM, batch: ScoredBatch, view: Sequence[Sequence[int]] | None = None
+) -> Tensor:
     """Return (B, T, V) log-probabilities, each row scored by the network without padding."""
     rows = []
     for i in range(len(batch.scored)):
         prompt = batch.prompts.tokens[i][batch.prompts.mask[i]]
+        if view is not None:
+            prompt = torch.tensor(view[i])
         logits = model.network(torch.cat([prompt, batch.scored.tokens[i]])[None]).logits[0]
         rows.append(logits[len(prompt) - 1 : -1, : model.vocabulary])
     return (torch.stack(rows) / TEMPERATURE).log_softmax(-1)
@@ -78,11 +98,17 @@ def weights_by_hand(mask: Tensor, denominator: str) -> list[float]:
     }[denominator]
 
 
-def dense_loss(pair: ModelPair, batch: ScoredBatch, name: str, denominator: str) -> Tensor:
+def dense_loss(
+    pair: ModelPair,
+    batch: ScoredBatch,
+    name: str,
+    denominator: str,
+    view: Sequence[Sequence[int]] | None = None,
+) -> Tensor:
     """Return the loss by loops over tokens."""
     scored, p = batch.scored, dense_logp(pair.student, batch)
     with torch.no_grad():
-        q = dense_logp(pair.teacher.model, batch)
+        q = dense_logp(pair.teacher.model, batch, view)
     weights, total = weights_by_hand(scored.mask, denominator), torch.zeros(())
     for i, t in scored.mask.nonzero().tolist():
         logp = p[i, t, scored.tokens[i, t]]
@@ -108,14 +134,24 @@ def dense_loss(pair: ModelPair, batch: ScoredBatch, name: str, denominator: str)
     return total
 
 
-@pytest.mark.parametrize("denominator", DENOMINATORS)
+VIEW = [[9, 8, 7][: 1 + i % 3] * (7 - i) for i in range(6)]
+"""Prompts that only the teacher reads, one a row, of other lengths than the student's."""
+
+
+@pytest.mark.parametrize(
+    ("denominator", "view"),
+    [*((name, None) for name in DENOMINATORS), ("token_mean", VIEW)],
+    ids=[*DENOMINATORS, "view"],
+)
 @pytest.mark.parametrize("name", ["sampled_token", "teacher_topk", "full_reverse_kl"])
-def test_the_loss_of_a_batch_is_the_dense_one(pair, name: str, denominator: str) -> None:
+def test_the_loss_of_a_batch_is_the_dense_one(
+    pair, name: str, denominator: str, view: list[list[int]] | None
+) -> None:
     gamma = 0.0 if name == "teacher_topk" else GAMMA
-    batch = scored_batch(pair, name, gamma)
+    batch = scored_batch(pair, name, gamma, view)
     objective = make_objective(name, gamma=gamma, support_k=4)
     parameters = list(pair.student.network.parameters())
-    want = dense_loss(pair, batch, name, denominator)
+    want = dense_loss(pair, batch, name, denominator, view)
     want_gradients = torch.autograd.grad(want, parameters)
     assert max(float(x.abs().max()) for x in want_gradients) > 1e-3
     for limit in (None, 40):

@@ -108,14 +108,20 @@ def loss_and_gradients(
     return [loss.detach(), *torch.autograd.grad(loss, parameters)]
 
 
-@pytest.mark.parametrize("support_only", [True, False])
+@pytest.mark.parametrize(
+    ("support_only", "has_view"), [(True, False), (False, False), (False, True)]
+)
 def test_scores_losses_and_gradients_are_those_of_the_local_teacher(
     rollouts_of_pair: tuple[ModelPair, Prompts, Rollouts],
     url: str,
     teacher: FakeTeacher,
     support_only: bool,
+    has_view: bool,
 ) -> None:
     pair, prompts, batch = rollouts_of_pair
+    if has_view:  # prompts of the teacher's own, longer and shorter than the student's
+        ids = [[7, 8, 9] * (1 + row % 4) for row in range(len(prompts))]
+        prompts = replace(prompts, view=Prompts.from_ids(ids, prompts.index))
     request = lean_request(K) if support_only else full_request(K)
     server = ServerTeacher(url, connect_to(url, pair))
     remote, local = (

@@ -49,7 +49,10 @@ class Weights:
             time.sleep(0.005)
             assert 100 * self.now + step == int(tokens[0, 0]), "weights changed while drawing"
         index = torch.arange(2)
-        prompts = Prompts(tokens=tokens, mask=tokens > -1, index=index, answers=["a", "b"])
+        view = Prompts(tokens=tokens + 1, mask=tokens > -1, index=index, answers=["a", "b"])
+        prompts = Prompts(
+            tokens=tokens, mask=tokens > -1, index=index, answers=["a", "b"], view=view
+        )
         rollouts = Rollouts(
             tokens=tokens,
             mask=tokens > -1,
@@ -79,6 +82,9 @@ def get_steps(
         prefetcher.launch(step)
         for prompts, rollouts, _ in task_rollouts:
             assert torch.equal(prompts.tokens, rollouts.tokens)
+            assert prompts.view is not None
+            assert torch.equal(prompts.view.tokens, rollouts.tokens + 1)
+            assert prompts.view.mask.all()
             assert int(rollouts.tokens[0, 0]) % 100 == step
             assert rollouts.age.unique().numel() == 1
         sources.append(
@@ -123,8 +129,12 @@ def test_what_was_saved_is_taken_up(lag: int, tmp_path: Path) -> None:
         assert loaded_rollouts.keys() == saved_rollouts.keys() == set(range(3, 3 + lag))
         for step in saved_rollouts:
             for saved, loaded in zip(saved_rollouts[step], loaded_rollouts[step], strict=True):
-                for a, b in zip(saved[:2], loaded[:2], strict=True):
+                parts = [(x.prompts, x.prompts.view, x.rollouts) for x in (saved, loaded)]
+                for a, b in zip(*parts, strict=True):
+                    assert a is not None
                     for name, x in vars(a).items():
+                        if isinstance(x, Prompts):
+                            continue  # one of the parts
                         is_equal = torch.equal(x, vars(b)[name]) if isinstance(x, Tensor) else None
                         assert is_equal or x == vars(b)[name], name
                 assert compute(saved[2]) == compute(loaded[2])

@@ -85,7 +85,17 @@ ALONE: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"tasks": two_tasks(teacher="ema")},
-        "teacher 'ema' is derived from the student and cannot be used with several",
+        "teacher 'ema' is derived from the student and cannot be used beside another",
+    ),
+    # the teacher's prompts
+    ({"teacher_thinking": "perhaps"}, "teacher_thinking is 'perhaps'"),
+    (
+        {"teacher": "http://h:1/v1", "objective": "teacher_topk", "teacher_template": "own"},
+        "teacher_template is own, but the teacher http://h:1/v1 has no chat template",
+    ),
+    (
+        {**GAMES, "layout": "trajectory", "teacher_template": "other.jinja"},
+        "teacher_template is other.jinja, but with layout trajectory",
     ),
     # games
     ({**GAMES, "grader": "exact"}, "remove grader='exact'"),

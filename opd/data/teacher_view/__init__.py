@@ -1,0 +1,1 @@
+"""What the teacher reads in the place of the student's prompt."""
