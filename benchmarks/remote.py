@@ -28,7 +28,8 @@ from opd.data.prompts import encode_prompts
 from opd.objectives.factory import make_objective
 from opd.rollouts.hf_engine import sample
 from opd.scoring.score import ScoreRequest, score_batch
-from opd.teachers.client import TeacherClient, connect
+from opd.teachers.client import TeacherClient
+from opd.teachers.connection import connect
 from opd.teachers.pair import ModelPair, load_pair
 from opd.teachers.remote_scores import TeacherScores, score_remote
 from opd.teachers.teacher import ServerTeacher, Teacher

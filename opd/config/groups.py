@@ -246,13 +246,16 @@ class HardwareConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RemoteTeacherConfig:
-    """Requests to teachers on vLLM servers."""
+    """Requests to teachers on servers."""
 
     teacher_timeout: float = setting(900.0, within="positive", resumable=True)
     """Seconds to wait for a teacher server that does not respond; then the run stops, and the same
     command resumes it."""
     teacher_concurrency: int = setting(8, within="at least 1", resumable=True)
     """Concurrent requests to a teacher server."""
+    teacher_eos: tuple[int, ...] = setting((), within="not negative", per_task=True)
+    """Ids that end a response of a teacher on a server, its tokenizer's own first, for map_eos; a
+    server does not say them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,6 +44,7 @@ class TaskSettings:
     weight: float = setting(1.0, within="positive")
     """Weight of the task in `DataConfig.task_order` "weighted" and "mixed"."""
     teacher: str | None = None
+    teacher_eos: tuple[int, ...] | None = None
     prompt_column: str | None = None
     answer_column: str | None = None
     grader: str | None = None
@@ -76,7 +77,7 @@ class Config:
     teacher: str = dataclasses.field(metadata=rules(per_task=True, address="teacher"))
     """Frozen causal LM with the same vocabulary: a folder or a hub name; "base": the student
     without its LoRA adapters; "ema": an exponential moving average of the student; or the address
-    of a vLLM server, http://HOST:PORT/v1 (opd.teachers.client)."""
+    of a vLLM or SGLang server, http://HOST:PORT/v1 (opd.teachers.client)."""
     out: str = dataclasses.field(metadata=rules(resumable=True))
     """Run folder. An unfinished run in it is resumed."""
     seed: int = setting(0, within="not negative")

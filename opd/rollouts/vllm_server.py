@@ -28,8 +28,8 @@ from diagnostics.io.files import has_type, short_repr
 from opd.serving.fan_out import run_all
 from opd.serving.fingerprint import check_same_model
 from opd.serving.json_endpoint import RETRYABLE_STATUSES, JsonEndpoint
+from opd.serving.position_logprobs import MIN_LOGPROB
 from opd.serving.vllm_protocol import (
-    MIN_LOGPROB,
     OVERHEAD_BYTES,
     answer_field,
     read_row,

@@ -23,6 +23,7 @@ from opd.models.lm_head import apply_temperature, chunk_slices, two_stage_topk
 from opd.models.model import CausalLM
 from opd.objectives.requirements import Requirements
 from opd.objectives.support import JOINT_SUPPORTS
+from opd.scoring.chosen_ids import STUDENT_SUPPORTS, chosen_columns, query_teacher
 from opd.teachers.teacher import Capability, Teacher
 from opd.tokens.eos import EosMap, student_support, teacher_tokens
 
@@ -142,12 +143,65 @@ def score_batch(
             EOS mapping cannot provide it.
     """
     _check_request(student, teacher, request)
+    is_local = Capability.HIDDEN_STATES in teacher.capabilities
+    reuses_sampler = request.allows_sampler_softmax(rollouts)
+    if not is_local and request.source in STUDENT_SUPPORTS:
+        columns = chosen_columns(
+            student,
+            teacher,
+            prompts,
+            rollouts,
+            source=request.source,
+            k=request.requirements.support_k,
+            temperature=request.temperature,
+            max_tokens_per_microbatch=request.max_tokens_per_microbatch,
+            max_logits_per_chunk=request.max_logits_per_chunk,
+        )
+    else:
+        columns = _token_columns(student, teacher, prompts, rollouts, request)
+    teacher_hidden = columns.pop("teacher_hidden", None)
+    tensors = {name: scatter_to_mask(value, rollouts.sampled) for name, value in columns.items()}
+    statistics = _without_prefix(tensors, "prefix.")
+    scored = ScoredRollouts(
+        **vars(rollouts),
+        student_logp=tensors["student_logp"],
+        teacher_logp=tensors["teacher_logp"],
+        support=Support(source=request.source, **_without_prefix(tensors, "support.")),
+        prefix=DistributionStats(**statistics) if statistics else None,
+        score_temperature=request.temperature,
+    )
+    return ScoredBatch(prompts, scored.validate(), teacher_hidden, reuses_sampler)
+
+
+def _token_columns(
+    student: CausalLM,
+    teacher: Teacher,
+    prompts: Prompts,
+    rollouts: Rollouts,
+    request: ScoreRequest,
+) -> dict[str, Tensor]:
+    """Return the columns of the N sampled tokens where the student reads the teacher's ids.
+
+    With a teacher of hidden states, these may be any ids.
+
+    Args:
+        student: The student.
+        teacher: The teacher.
+        prompts: B prompts.
+        rollouts: B responses.
+        request: What is needed.
+
+    Returns:
+        The columns by name, row-major; "teacher_hidden" for losses on the full vocabulary.
+    """
     is_local, temperature = Capability.HIDDEN_STATES in teacher.capabilities, request.temperature
     k = request.requirements.support_k
-    answers = None if is_local else teacher.top_k(prompts.teacher_prompts, rollouts, k)
-    reuses_sampler = request.allows_sampler_softmax(rollouts)
+    answers = None
+    if not is_local:
+        eos_map = request.eos_map if request.map_eos else None
+        answers = query_teacher(teacher, prompts.teacher_prompts, rollouts, k, eos_map)
     sampler_logp = None
-    if reuses_sampler and rollouts.softmax_logp is not None:
+    if request.allows_sampler_softmax(rollouts) and rollouts.softmax_logp is not None:
         sampler_logp = rollouts.softmax_logp[rollouts.sampled]
     num_tokens, columns = int(rollouts.sampled.sum()), dict[str, Tensor]()
     token_index = flat_index(rollouts.sampled)
@@ -187,18 +241,7 @@ def score_batch(
                 values = _top_k_columns(student, states[c], tokens[c], top_k, logp, request)
             for name, value in values.items():
                 store(name, positions[c], value)
-    teacher_hidden = columns.pop("teacher_hidden", None)
-    tensors = {name: scatter_to_mask(value, rollouts.sampled) for name, value in columns.items()}
-    statistics = _without_prefix(tensors, "prefix.")
-    scored = ScoredRollouts(
-        **vars(rollouts),
-        student_logp=tensors["student_logp"],
-        teacher_logp=tensors["teacher_logp"],
-        support=Support(source=request.source, **_without_prefix(tensors, "support.")),
-        prefix=DistributionStats(**statistics) if statistics else None,
-        score_temperature=temperature,
-    )
-    return ScoredBatch(prompts, scored.validate(), teacher_hidden, reuses_sampler)
+    return columns
 
 
 def _check_request(student: CausalLM, teacher: Teacher, request: ScoreRequest) -> None:
@@ -217,17 +260,18 @@ def _check_request(student: CausalLM, teacher: Teacher, request: ScoreRequest) -
             f"EOS ids can be mapped in the teacher's top-K only, not in the {source!r} support; "
             "set map_eos to False, or use a teacher support"
         )
-    support = request.requirements.support
-    if source in ("student", "union") and Capability.CHOSEN_IDS not in teacher.capabilities:
+    reads_others = source in STUDENT_SUPPORTS or request.map_eos
+    if reads_others and Capability.CHOSEN_IDS not in teacher.capabilities:
+        what = "map_eos" if request.map_eos else f"a {source!r} support"
         raise InvalidInput(
-            f"remote teachers return only their own top-K, not a {source!r} support; use a "
-            "teacher_topk objective or a local teacher"
+            f"the teacher {teacher.name} was connected for its own top-K only, not for {what}; "
+            "connect it with num_chosen, or use a teacher_topk objective without map_eos, or a "
+            "local teacher"
         )
     if Capability.DISTRIBUTIONS not in teacher.capabilities:
-        if support == "full" or request.map_eos:
-            what = "full distributions" if support == "full" else "map_eos"
+        if request.requirements.support == "full":
             raise InvalidInput(
-                f"the teacher {teacher.name} is a server and does not support {what}"
+                f"the teacher {teacher.name} is a server and does not support full distributions"
             )
         if request.temperature != 1:
             raise InvalidInput(
@@ -297,6 +341,8 @@ def _top_k_columns(
     """
     ids, support_logp, teacher_logp = top_k
     y, present = tokens[:, None], None
+    if request.map_eos and request.eos_map is not None:
+        ids, present = student_support(ids, request.eos_map)
     if logp is not None:
         logits = student.head.gather(states, torch.cat([y, ids], 1))
         z = apply_temperature(logits, request.temperature)

@@ -4,36 +4,19 @@ Does not import torch. Shapes: n positions of a sequence, K token ids per positi
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from diagnostics.errors import InvalidInput
 from diagnostics.io.files import TYPE_NAMES, has_type, short_repr
 from opd.serving.json_endpoint import JsonEndpoint
+from opd.serving.position_logprobs import PositionLogprobs, check_logprobs
 
 T = TypeVar("T")
 TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,8}")
-MIN_LOGPROB = -9999.0
-"""The value that vLLM returns for a log-probability of minus infinity."""
-
-
-@dataclass(frozen=True, eq=False)
-class PositionLogprobs:
-    """The teacher's log-probabilities at n positions of a sequence.
-
-    Natural logarithms, float32 as the server computed them.
-    """
-
-    ids: NDArray[np.int64]
-    """(n, K) most probable token ids, in descending order."""
-    logp: NDArray[np.float32]
-    """(n, K) log-probabilities of `ids`."""
-    sampled: NDArray[np.float32]
-    """(n,) log-probability of the token at the position."""
 
 
 def read_row(
@@ -59,16 +42,7 @@ def read_row(
         InvalidInput: The response is of another sequence, is incomplete, or has values that are not
             log-probabilities.
     """
-    entries = choice.get("prompt_logprobs")
-    if not isinstance(entries, list):
-        raise InvalidInput(
-            "it has no prompt_logprobs (log-probabilities of the prompt tokens); the server must "
-            "be vLLM or return the same fields"
-        )
-    if choice.get("prompt_token_ids") not in (None, list(row)):
-        raise InvalidInput("its prompt_token_ids differ from the ids that were sent")
-    if len(entries) != len(row):
-        raise InvalidInput(f"{len(entries)} positions for {len(row)} ids")
+    entries = check_row(choice, row)
     ids = np.empty((len(positions), k), np.int64)
     logp = np.empty((len(positions), k), np.float64)
     sampled = np.empty(len(positions), np.float64)
@@ -79,8 +53,39 @@ def read_row(
             f"the teacher's top-K contains the id {ids.max()}, but the student has {vocabulary} "
             "ids; lower support_k, or use a teacher with the student's vocabulary"
         )
-    _check_numbers(logp, sampled, positions)
+    check_logprobs(
+        positions,
+        logp,
+        sampled,
+        excluded="lower support_k, or mask tokens that the teacher cannot produce",
+    )
     return PositionLogprobs(ids, logp.astype(np.float32), sampled.astype(np.float32))
+
+
+def check_row(choice: Mapping[str, Any], row: Sequence[int]) -> list[Any]:
+    """Return the log-probabilities of a sequence's positions, checked to be of this sequence.
+
+    Args:
+        choice: An element of "choices" in the response.
+        row: The token ids that were sent.
+
+    Returns:
+        An entry for each position.
+
+    Raises:
+        InvalidInput: The response has no log-probabilities, or is of another sequence.
+    """
+    entries = choice.get("prompt_logprobs")
+    if not isinstance(entries, list):
+        raise InvalidInput(
+            "it has no prompt_logprobs (log-probabilities of the prompt tokens); the server must "
+            "be vLLM or return the same fields"
+        )
+    if choice.get("prompt_token_ids") not in (None, list(row)):
+        raise InvalidInput("its prompt_token_ids differ from the ids that were sent")
+    if len(entries) != len(row):
+        raise InvalidInput(f"{len(entries)} positions for {len(row)} ids")
+    return entries
 
 
 def read_position(
@@ -131,28 +136,6 @@ def _rank_key(item: tuple[str, Any]) -> tuple[float, int]:
     return -entry["logprob"], entry.get("rank") or 0
 
 
-def _check_numbers(
-    logp: NDArray[np.float64], sampled: NDArray[np.float64], positions: Sequence[int]
-) -> None:
-    """Reject values that are not log-probabilities of one softmax, and probabilities of 0."""
-    mass = np.exp(logp.clip(max=1.0)).sum(1)
-    for invalid, reason in (
-        (np.isnan(sampled) | np.isnan(logp).any(1), "not a number"),
-        (
-            (sampled <= MIN_LOGPROB) | (logp <= MIN_LOGPROB).any(1),
-            "a probability of 0: the teacher excludes token ids, by a logits mask or a padded "
-            "head; lower support_k, or mask tokens that the teacher cannot produce",
-        ),
-        (
-            (sampled > 1e-3) | (mass > 1.001),
-            "probabilities sum to more than 1, so these are not log-probabilities; start the "
-            "server without --logprobs-mode raw_logits",
-        ),
-    ):
-        if invalid.any():
-            raise InvalidInput(f"position {positions[int(invalid.argmax())]}: {reason}")
-
-
 MAX_ENTRY_BYTES, OVERHEAD_BYTES = 512, 1 << 20
 """Maximum size in a response of one id's log-probability, and of everything else."""
 
@@ -183,7 +166,7 @@ def request_completions(
     """
     max_bytes = num_entries * MAX_ENTRY_BYTES + OVERHEAD_BYTES
     answer = endpoint.request("/completions", payload, max_bytes=max_bytes, description=description)
-    try:
+    with explain_mismatch(endpoint, description):
         if missing_fields := sorted({"model", "choices"} - set(answer)):
             raise InvalidInput(f"it lacks {missing_fields[0]!r}: {describe_answer(answer)}")
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
@@ -194,6 +177,25 @@ def request_completions(
                 f"{len(parsers)} rows of {payload['model']!r}"
             )
         return [parse(choice) for parse, choice in zip(parsers, choices, strict=True)]
+
+
+@contextmanager
+def explain_mismatch(endpoint: JsonEndpoint, description: str) -> Iterator[None]:
+    """Turn every error of parsing a response into one that names server and request.
+
+    Args:
+        endpoint: The server.
+        description: What was requested.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        InvalidInput: The block raises an error.
+    """
+    try:
+        yield
+        return
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         problem = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
     raise InvalidInput(  # not chained: the exception may quote the server, and so the API key

@@ -1,7 +1,7 @@
 """Construction of the student/teacher pairs of a run.
 
 The student may train LoRA adapters only. The teacher may be another model, the student without its
-adapters ("base"), an exponential moving average of the student ("ema"), or a model on a vLLM
+adapters ("base"), an exponential moving average of the student ("ema"), or a model on a
 server; this module makes the `opd.teachers.teacher.Teacher` that the settings name. A teacher in
 this process can be kept in host memory while it does not score.
 """
@@ -25,7 +25,7 @@ from opd.models.loading import (
 )
 from opd.models.lora import add_lora, without_adapters
 from opd.models.model import CausalLM, split_head
-from opd.teachers.client import connect
+from opd.teachers.connection import connect
 from opd.teachers.pair import ModelPair, freeze_teacher, load_pair
 from opd.teachers.teacher import (
     AdapterFreeTeacher,
@@ -65,12 +65,16 @@ class ModelObjects:
 NO_OBJECTS = ModelObjects()
 
 
-def make_pairs(settings: Sequence[Config], objects: ModelObjects = NO_OBJECTS) -> list[ModelPair]:
+def make_pairs(
+    settings: Sequence[Config], objects: ModelObjects = NO_OBJECTS, num_chosen: int = 0
+) -> list[ModelPair]:
     """Build a pair for each task, all with the same student; equal teachers are loaded once.
 
     Args:
         settings: The configuration of each task.
         objects: Models in memory.
+        num_chosen: Number of ids per position at which a teacher on a server will be read although
+            they are not among its own most probable (`opd.scoring.chosen_ids.num_chosen_ids`).
 
     Returns:
         A pair for each configuration, in order.
@@ -79,11 +83,11 @@ def make_pairs(settings: Sequence[Config], objects: ModelObjects = NO_OBJECTS) -
         InvalidInput: See `make_pair` and `load_teacher`.
     """
     first, *remaining = settings
-    pair = make_pair(first, objects)
+    pair = make_pair(first, objects, num_chosen)
     teachers = {first.teacher: pair.teacher}
     for config in remaining:
         if config.teacher not in teachers:
-            teachers[config.teacher] = load_teacher(pair, config, objects)
+            teachers[config.teacher] = load_teacher(pair, config, objects, num_chosen)
     pairs = [replace(pair, teacher=teachers[config.teacher]) for config in settings]
     for config, task_pair in zip(settings, pairs, strict=True):
         max_prompt = config.data.max_prompt
@@ -93,12 +97,13 @@ def make_pairs(settings: Sequence[Config], objects: ModelObjects = NO_OBJECTS) -
     return pairs
 
 
-def make_pair(config: Config, objects: ModelObjects = NO_OBJECTS) -> ModelPair:
+def make_pair(config: Config, objects: ModelObjects = NO_OBJECTS, num_chosen: int = 0) -> ModelPair:
     """Build the configured student and teacher.
 
     Args:
         config: Settings of the run or task.
         objects: Models in memory.
+        num_chosen: As in `make_pairs`.
 
     Returns:
         The pair.
@@ -151,17 +156,20 @@ def make_pair(config: Config, objects: ModelObjects = NO_OBJECTS) -> ModelPair:
             student, config.optimizer.ema_decay, config.hardware.offload_teacher
         )
     else:
-        teacher = connect_teacher(student, tokenizer, config)
+        teacher = connect_teacher(student, tokenizer, config, num_chosen)
     return ModelPair(student, teacher, tokenizer, eos)
 
 
-def load_teacher(pair: ModelPair, config: Config, objects: ModelObjects = NO_OBJECTS) -> Teacher:
+def load_teacher(
+    pair: ModelPair, config: Config, objects: ModelObjects = NO_OBJECTS, num_chosen: int = 0
+) -> Teacher:
     """Load or connect the teacher of a further task.
 
     Args:
         pair: The first task's pair.
         config: Settings of the task; with offload_teacher the teacher stays in host memory.
         objects: Models in memory.
+        num_chosen: As in `make_pairs`.
 
     Returns:
         The teacher, for the pair's student.
@@ -170,7 +178,7 @@ def load_teacher(pair: ModelPair, config: Config, objects: ModelObjects = NO_OBJ
         InvalidInput: The tokenizers differ, or the teacher has fewer ids than the first teacher.
     """
     if teacher_type(config.teacher) is ServerTeacher:
-        return connect_teacher(pair.student, pair.tokenizer, config)
+        return connect_teacher(pair.student, pair.tokenizer, config, num_chosen)
     device = "cpu" if config.hardware.offload_teacher else resolve_device(config.hardware.device)
     options = (
         device,
@@ -197,21 +205,29 @@ def load_teacher(pair: ModelPair, config: Config, objects: ModelObjects = NO_OBJ
     )
 
 
-def connect_teacher(student: CausalLM, tokenizer: object, config: Config) -> ServerTeacher:
+def connect_teacher(
+    student: CausalLM, tokenizer: object, config: Config, num_chosen: int = 0
+) -> ServerTeacher:
     """Connect to a teacher on a server.
 
     Args:
         student: The student.
         tokenizer: The student's tokenizer.
         config: Settings of the task; `teacher` is an address.
+        num_chosen: As in `make_pairs`.
 
     Returns:
         The teacher.
 
     Raises:
-        InvalidInput: See `opd.teachers.client.connect`.
-        OperationFailed: See `opd.teachers.client.connect`.
+        InvalidInput: An EOS id is not in the vocabulary, or see `opd.teachers.connection.connect`.
+        OperationFailed: See `opd.teachers.connection.connect`.
     """
+    eos = config.remote_teacher.teacher_eos
+    if eos and max(eos) >= student.vocabulary:
+        raise InvalidInput(
+            f"teacher_eos has the id {max(eos)}, but the vocabulary has {student.vocabulary} ids"
+        )
     client = connect(
         config.teacher,
         tokenizer,
@@ -219,8 +235,9 @@ def connect_teacher(student: CausalLM, tokenizer: object, config: Config) -> Ser
         k=config.objective.support_k,
         timeout=config.remote_teacher.teacher_timeout,
         concurrency=config.remote_teacher.teacher_concurrency,
+        num_chosen=num_chosen,
     )
-    return ServerTeacher(config.teacher, client)
+    return ServerTeacher(config.teacher, client, eos or None)
 
 
 def with_sharded_student(pairs: Sequence[ModelPair]) -> list[ModelPair]:

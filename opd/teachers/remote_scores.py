@@ -1,11 +1,14 @@
 """Scores of a remote teacher as tensors.
 
-Shapes: B responses, P prompt positions, T response positions, N sampled tokens, K ids.
+Shapes: B responses, P prompt positions, T response positions, N sampled tokens, K most probable ids
+and C chosen ids.
 """
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from diagnostics.batch import Rollouts
@@ -24,6 +27,9 @@ class TeacherScores:
     """(N, K) log-probabilities of `ids`."""
     sampled: Tensor
     """(N,) log-probabilities of the sampled tokens."""
+    chosen_logp: Tensor | None = None
+    """(N, C) log-probabilities of the ids that were chosen, 0 where there was none; None if none
+    were asked for."""
 
     def select(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return ids, logp and sampled of some of the tokens.
@@ -37,7 +43,13 @@ class TeacherScores:
         return self.ids[index], self.logp[index], self.sampled[index]
 
 
-def score_remote(client: TeacherClient, prompts: Prompts, batch: Rollouts, k: int) -> TeacherScores:
+def score_remote(
+    client: TeacherClient,
+    prompts: Prompts,
+    batch: Rollouts,
+    k: int,
+    chosen_ids: Tensor | None = None,
+) -> TeacherScores:
     """Score every sampled token with a teacher on a server, at temperature 1.
 
     The teacher's softmax is over its full vocabulary, including ids beyond the student's.
@@ -47,12 +59,14 @@ def score_remote(client: TeacherClient, prompts: Prompts, batch: Rollouts, k: in
         prompts: B prompts.
         batch: B responses.
         k: Number of most probable ids per position.
+        chosen_ids: (N, C) further ids to score, -1 where there is none; None for none.
 
     Returns:
         The scores, on the batch's device.
 
     Raises:
-        InvalidInput: A prompt is empty, so that the first response token has no prefix.
+        InvalidInput: A prompt is empty, so that the first response token has no prefix; or the
+            server does not score chosen ids.
     """
     sequences, positions = [], []
     width = prompts.tokens.shape[1]
@@ -71,10 +85,25 @@ def score_remote(client: TeacherClient, prompts: Prompts, batch: Rollouts, k: in
             )
         sequences.append(row[row_mask].tolist())
         positions.append(row_sampled[row_mask].nonzero()[:, 0].tolist())
-    answers = client.query(sequences, positions, k)
+    answers = client.query(sequences, positions, k, split_rows(chosen_ids, positions))
 
     def concatenate(name: str) -> Tensor:
         parts = [torch.from_numpy(getattr(answer, name)) for answer in answers]
         return torch.cat(parts).to(batch.tokens.device)
 
-    return TeacherScores(concatenate("ids"), concatenate("logp"), concatenate("sampled"))
+    return TeacherScores(
+        concatenate("ids"),
+        concatenate("logp"),
+        concatenate("sampled"),
+        None if chosen_ids is None else concatenate("chosen_logp"),
+    )
+
+
+def split_rows(
+    chosen_ids: Tensor | None, positions: list[list[int]]
+) -> list[NDArray[np.int64]] | None:
+    """Split (N, C) chosen ids into those of each row, given the rows' positions."""
+    if chosen_ids is None:
+        return None
+    counts = [len(row) for row in positions]
+    return [part.numpy() for part in chosen_ids.cpu().split(counts)]

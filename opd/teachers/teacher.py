@@ -40,8 +40,8 @@ class Capability(Enum):
 class Teacher(Protocol):
     """A teacher of a run; the methods that a kind of teacher does not define do nothing."""
 
-    capabilities: ClassVar[frozenset[Capability]] = frozenset(Capability)
-    """What this kind of teacher provides, known before it is loaded or connected."""
+    possible_capabilities: ClassVar[frozenset[Capability]] = frozenset(Capability)
+    """What a teacher of this kind may provide, known before it is loaded or connected."""
     is_separate: ClassVar[bool] = False
     """Whether its weights are loaded from a model of its own, apart from the student's."""
     follows_student: ClassVar[bool] = False
@@ -60,13 +60,22 @@ class Teacher(Protocol):
     chat_format: ChatFormat | None = None
     """Chat template of its own tokenizer; None if that is the student's or is not known."""
 
-    def top_k(self, prompts: Prompts, rollouts: Rollouts, k: int) -> TeacherScores:
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        """What it provides, known once it is loaded or connected."""
+        return self.possible_capabilities
+
+    def top_k(
+        self, prompts: Prompts, rollouts: Rollouts, k: int, chosen_ids: Tensor | None = None
+    ) -> TeacherScores:
         """Query its K most probable ids at every sampled token, if it has no HIDDEN_STATES.
 
         Args:
             prompts: B prompts.
             rollouts: B responses.
             k: Number of ids per position.
+            chosen_ids: (N, C) further ids to score, -1 where there is none; None for none. Needs
+                CHOSEN_IDS.
 
         Returns:
             The scores, at temperature 1.
@@ -222,11 +231,25 @@ class EmaTeacher(LocalTeacher):
 
 @dataclass(eq=False)
 class ServerTeacher(Teacher):
-    """A teacher on a server, which knows its own K most probable ids and the sampled one."""
+    """A teacher on a server, which knows its own K most probable ids and the sampled one.
+
+    Some servers also score ids that the student chose; whether one does is found out when it is
+    connected (`opd.teachers.connection`).
+    """
 
     name: str
     client: TeacherClient
-    capabilities: ClassVar[frozenset[Capability]] = frozenset({Capability.TOP_K})
+    eos: tuple[int, ...] | None = None
+    possible_capabilities: ClassVar[frozenset[Capability]] = frozenset(
+        {Capability.TOP_K, Capability.CHOSEN_IDS}
+    )
+
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        """What the server provides."""
+        if self.client.chosen_route is not None:
+            return self.possible_capabilities
+        return self.possible_capabilities - {Capability.CHOSEN_IDS}
 
     @property
     def model(self) -> CausalLM:  # type: ignore[override]
@@ -236,9 +259,11 @@ class ServerTeacher(Teacher):
             "distributions; use a teacher in this process"
         )
 
-    def top_k(self, prompts: Prompts, rollouts: Rollouts, k: int) -> TeacherScores:
+    def top_k(
+        self, prompts: Prompts, rollouts: Rollouts, k: int, chosen_ids: Tensor | None = None
+    ) -> TeacherScores:
         """Query the server (`opd.teachers.remote_scores.score_remote`)."""
-        return score_remote(self.client, prompts, rollouts, k)
+        return score_remote(self.client, prompts, rollouts, k, chosen_ids)
 
     def check_length(self, max_length: int) -> None:
         """Check that the server supports a sequence length (`TeacherClient.check_length`)."""

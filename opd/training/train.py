@@ -32,6 +32,7 @@ from opd.runtime import distributed
 from opd.runtime.memory import peak_gib, start_peak
 from opd.runtime.seeds import EVALUATION, PROBE, derive_seed
 from opd.runtime.staged_folders import staged_folder
+from opd.scoring.chosen_ids import num_chosen_ids
 from opd.scoring.score import ScoredBatch, score_batch
 from opd.teachers.factory import ModelObjects, make_pairs, with_sharded_student
 from opd.teachers.teacher import Capability
@@ -45,7 +46,7 @@ from opd.training.multitask import task_configs
 from opd.training.objects import with_objects
 from opd.training.optimizer import make_optimizer
 from opd.training.result import TrainResult
-from opd.training.setup import make_rollout_engine, make_train_state
+from opd.training.setup import make_rollout_engine, make_train_state, objective_from_config
 from opd.training.state import TaskState, TrainState, is_due
 from opd.training.step import make_row, roll_out, save_batch
 from opd.training.trackers import Log, open_trackers, with_eval_prefix
@@ -183,7 +184,10 @@ def train(
         settings = [
             with_settings(task_config, device=device) for task_config in task_configs(config)
         ]
-        pairs = make_pairs(settings, objects)
+        num_chosen = num_chosen_ids(
+            objective_from_config(config).requirements, config.objective.map_eos
+        )
+        pairs = make_pairs(settings, objects, num_chosen)
         refuse_same_weights(settings, pairs)
         if config.record.start_checks:
             check_start(settings, pairs)

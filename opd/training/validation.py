@@ -145,7 +145,10 @@ def teacher_problems(config: Config, objective: Objective) -> Iterator[str]:
 
 
 def capability_problems(config: Config, objective: Objective) -> Iterator[str]:
-    """Report settings that need more than the teacher provides.
+    """Report settings that need more than a teacher of this kind can provide.
+
+    Whether a server scores chosen ids is known only when it is connected
+    (`opd.teachers.connection`).
 
     Args:
         config: Settings of a run or task.
@@ -155,15 +158,9 @@ def capability_problems(config: Config, objective: Objective) -> Iterator[str]:
         The messages; each names an alternative.
     """
     loss, needs = config.objective, objective.requirements
-    capabilities = teacher_type(config.teacher).capabilities
+    capabilities = teacher_type(config.teacher).possible_capabilities
     alternatives = "teacher_topk, sampled_token or one of their variants"
     for needed, capability, feature, remedy in (
-        (
-            needs.support in ("student", "union"),
-            Capability.CHOSEN_IDS,
-            f"objective {loss.objective}, which needs its log-probabilities of the student's ids",
-            alternatives,
-        ),
         (
             needs.support == "full" or needs.distributions,
             Capability.DISTRIBUTIONS,
@@ -177,12 +174,6 @@ def capability_problems(config: Config, objective: Objective) -> Iterator[str]:
             f"temperature {config.rollout.temperature}, because servers return log-probabilities "
             "at 1",
             "temperature 1",
-        ),
-        (
-            loss.map_eos,
-            Capability.CHOSEN_IDS,
-            "map_eos, which needs scores of unsampled ids",
-            "map_eos off",
         ),
         (
             loss.entropy_top_fraction < 1,
@@ -202,6 +193,15 @@ def capability_problems(config: Config, objective: Objective) -> Iterator[str]:
                 f"the teacher {config.teacher} is a server and does not support {feature}; use "
                 f"{remedy}, or a teacher in this process"
             )
+    if (
+        loss.map_eos
+        and teacher_type(config.teacher) is ServerTeacher
+        and not config.remote_teacher.teacher_eos
+    ):
+        yield (
+            f"map_eos needs the EOS ids of the teacher {config.teacher}, which a server does not "
+            "say; set teacher_eos to them, or map_eos off"
+        )
 
 
 def view_problems(config: Config) -> Iterator[str]:

@@ -21,6 +21,7 @@ from opd.data.prompts import Prompts
 from opd.models.contexts import evaluation_mode
 from opd.models.forward import log_probabilities, micro_batches, response_hidden_states
 from opd.models.model import CausalLM
+from opd.scoring.chosen_ids import query_teacher
 from opd.teachers.pair import ModelPair
 from opd.teachers.teacher import Capability, Teacher
 from opd.tokens.eos import EosMap, teacher_tokens
@@ -61,6 +62,7 @@ def rescoring_columns(
         than configured.
     """
     rows, columns = select_rows(config, prompts, batch), dict[str, float]()
+    eos_map = pair.eos_map if config.objective.map_eos else None
     for role in ("student", "teacher"):
         role_columns = {f"{role}_{cause}": 0.0 for cause in CAUSES}
         if role == "student":
@@ -70,13 +72,14 @@ def rescoring_columns(
             )
         elif Capability.HIDDEN_STATES in pair.teacher.capabilities:
             teacher = pair.teacher
-            eos_map = pair.eos_map if config.objective.map_eos else None
             role_columns |= model_state(role, teacher.model, teacher.dtype or config.hardware.dtype)
             role_columns |= _compare_local_model(
                 config, teacher.model, eos_map, role, prompts, batch, rows
             )
         else:
-            role_columns |= _compare_remote_teacher(config, pair.teacher, prompts, batch, rows)
+            role_columns |= _compare_remote_teacher(
+                config, pair.teacher, eos_map, prompts, batch, rows
+            )
         columns |= {
             f"consistency/{name}": floor_units(value) if name.endswith(UNITS) else value
             for name, value in role_columns.items()
@@ -266,14 +269,23 @@ def _exchanged_share(
 
 
 def _compare_remote_teacher(
-    config: Config, teacher: Teacher, prompts: Prompts, batch: ScoredRollouts, rows: Sequence[int]
+    config: Config,
+    teacher: Teacher,
+    eos_map: EosMap | None,
+    prompts: Prompts,
+    batch: ScoredRollouts,
+    rows: Sequence[int],
 ) -> dict[str, float]:
     """Query a remote teacher again, one row at a time: teacher_rescored and teacher_exchanged."""
     unit = ROUNDING["bfloat16"]  # the precision of the server is not known
     logp_by_row = {}
     for row in rows:
-        answers = teacher.top_k(
-            prompts.teacher_prompts.rows([row]), batch.rows([row]), config.objective.support_k
+        answers = query_teacher(
+            teacher,
+            prompts.teacher_prompts.rows([row]),
+            batch.rows([row]),
+            config.objective.support_k,
+            eos_map,
         )
         logp_by_row[row] = answers.sampled
     gaps = [batch.teacher_logp[row][batch.mask[row]] - logp_by_row[row] for row in rows]

@@ -181,6 +181,10 @@ CONDITIONS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "generation_batch_size": (lambda config: config.rollout.engine == "hf", "engine is hf"),
     "teacher_timeout": (lambda config: is_url(config.teacher), "the teacher is on a server"),
     "teacher_concurrency": (lambda config: is_url(config.teacher), "the teacher is on a server"),
+    "teacher_eos": (
+        lambda config: is_url(config.teacher) and config.objective.map_eos,
+        "the teacher is on a server and map_eos is set",
+    ),
     "offload_teacher": (
         lambda config: not is_url(config.teacher) and config.teacher != "base",
         "the teacher has its own weights in this process",

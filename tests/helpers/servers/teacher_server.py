@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 Fault = Callable[[bytes], tuple[int, dict[str, str], bytes]]
 Positions = list[dict[str, Any] | None]
+Route = Callable[[dict[str, Any]], tuple[int, dict[str, Any]]]
 
 
 class DropConnection(Exception):
@@ -42,7 +43,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 class FakeTeacher:
-    """The model, the requests it received, and the faults of its next responses to /completions.
+    """The model, the requests for scores it received, and the faults of its next responses to them.
 
     Each request takes one fault from `faults`; the remaining ones are for later requests.
     """
@@ -56,11 +57,14 @@ class FakeTeacher:
         self.num_running = self.max_running = 0
         self.connections = 0
         self.lock = threading.Lock()
+        self.routes: dict[str, Route] = {"/v1/completions": self.completions}
 
     def handle(self, path: str, payload: Any) -> tuple[int, dict[str, Any]]:
-        """Answer a request to any path but /completions; a GET request has no payload."""
+        """Answer a request that is not for scores; a GET request has no payload."""
         if path == "/v1/models":
             return 200, self.models()
+        if path == "/version":
+            return 200, {"version": "0.32.0"}
         if path == "/detokenize":
             return 200, {"prompt": self.tokenizer.decode(payload["tokens"])}
         if path == "/tokenize":
@@ -73,14 +77,17 @@ class FakeTeacher:
 
     def completions(self, payload: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         k = payload["prompt_logprobs"]
-        if k > self.max_logprobs:
+        vocabulary = self.network.config.vocab_size
+        num_logprobs = vocabulary if k == -1 else k
+        if num_logprobs > (vocabulary if self.max_logprobs == -1 else self.max_logprobs):
             message = (
-                f"Requested prompt logprobs of {k}, which is greater than max {self.max_logprobs}"
+                f"Requested prompt logprobs of {num_logprobs}, which is greater than max "
+                f"{self.max_logprobs}"
             )
             return 400, {"error": {"message": message}}
-        if max(map(max, payload["prompt"])) >= self.network.config.vocab_size:
+        if max(map(max, payload["prompt"])) >= vocabulary:
             return 400, {"error": {"message": "a token id is out of vocabulary"}}
-        rows = [self.prompt_logprobs(ids, k) for ids in payload["prompt"]]
+        rows = [self.prompt_logprobs(ids, num_logprobs) for ids in payload["prompt"]]
         choices = [
             {"index": i, "text": "", "prompt_token_ids": ids, "prompt_logprobs": logprobs}
             for i, (ids, logprobs) in enumerate(zip(payload["prompt"], rows, strict=True))
@@ -143,7 +150,7 @@ def serve(teacher: FakeTeacher, port: int = 0) -> Iterator[str]:
 
         def do_POST(self) -> None:
             payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            if self.path != "/v1/completions":
+            if self.path not in teacher.routes:
                 return self.reply_json(teacher.handle(self.path, payload))
             with teacher.lock:
                 teacher.requests.append(payload)
@@ -152,7 +159,7 @@ def serve(teacher: FakeTeacher, port: int = 0) -> Iterator[str]:
                 teacher.max_running = max(teacher.num_running, teacher.max_running)
                 fault = teacher.faults.pop(0) if teacher.faults else None
             try:
-                status, answer = teacher.completions(payload)
+                status, answer = teacher.routes[self.path](payload)
                 body = json.dumps(answer).encode()
                 headers: dict[str, str] = {}
                 if fault is not None:

@@ -20,9 +20,11 @@ from opd.scoring.loss import loss_from_hidden
 from opd.scoring.score import score_batch
 from opd.serving import json_endpoint
 from opd.serving.vllm_protocol import read_position
-from opd.teachers.client import TeacherClient, connect, group_rows
+from opd.teachers.client import TeacherClient, group_rows
+from opd.teachers.connection import connect
 from opd.teachers.pair import ModelPair, load_pair
 from opd.teachers.remote_scores import score_remote
+from opd.teachers.server_kinds import VLLM
 from opd.teachers.teacher import ServerTeacher
 from tests.helpers.requests import full_request, lean_request
 from tests.helpers.servers.teacher_server import (
@@ -163,7 +165,7 @@ def test_intersection_is_that_of_whole_distributions(
     assert torch.equal(remote.support.present[batch.mask], local.support.present[batch.mask])
     assert "union" in JOINT_SUPPORTS
     for request, message in (
-        (full_request(K, "union"), "not a 'union' support"),
+        (full_request(K, "union"), "not for a 'union' support"),
         (full_request(K, "full"), "does not support full distributions"),
         (lean_request(K, temperature=0.7), "a remote teacher scores at 1"),
     ):
@@ -176,7 +178,7 @@ def test_intersection_is_that_of_whole_distributions(
 def test_questions_are_bounded_by_rows_and_by_ids() -> None:
     sizes = [10, 8000, 190, 3, 9000, 5000, 3000, 192, 1, 1, 1, 1, 1]
     rows = [i for i in range(len(sizes)) if i != 3]
-    groups = group_rows(rows, sizes)
+    groups = group_rows(rows, sizes, VLLM.top_k)
     assert groups == [[0, 1], [2], [4], [5, 6, 7], [8, 9, 10, 11], [12]]
 
 

@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from opd.analysis.continuation import probe_continuation
 from opd.analysis.own_prefix import probe_own_prefix
 from opd.config.settings import Config, TaskSettings
-from opd.models.loading import load_model
+from opd.models.loading import eos_ids, load_model
 from opd.serving import json_endpoint
 from opd.training.train import train
 from tests.helpers.runs import rows, settings
+from tests.helpers.servers.chosen_ids import GenerateTeacher
 from tests.helpers.servers.teacher_server import FakeTeacher, drop_connection, serve
 
 SHORT = {
@@ -77,9 +78,52 @@ def test_a_run_is_that_with_the_teacher_at_hand(
         assert path.is_dir() or b"hush-hush" not in path.read_bytes()
 
 
-def test_a_restart_in_the_middle_changes_nothing(
+@pytest.mark.parametrize("objective", ["student_topk", "union_topk_and_sampled"])
+def test_a_run_on_the_students_ids_is_that_with_the_teacher_at_hand(
+    tiny_pair: tuple[Path, Path], teacher: FakeTeacher, tmp_path: Path, objective: str
+) -> None:
+    changes = SHORT | {"objective": objective}
+    local = train(settings(tiny_pair, tmp_path / "local", **changes)).folder
+    with serve(GenerateTeacher(tiny_pair[1])) as url:
+        far = train(remote_config(tiny_pair, tmp_path / "far", url, **changes)).folder
+    assert_close_rows(rows(far), rows(local))
+    with serve(teacher) as url, pytest.raises(ValueError, match="cannot score ids that"):
+        train(remote_config(tiny_pair, tmp_path / "older", url, **changes))
+    assert not (tmp_path / "older" / "rows.jsonl").exists()
+
+
+def test_a_run_reads_the_teacher_at_the_eos_that_it_is_told(
     tiny_pair: tuple[Path, Path], teacher: FakeTeacher, tmp_path: Path
 ) -> None:
+    fake, eos = GenerateTeacher(tiny_pair[1]), fake_eos(teacher)
+    changes = SHORT | {"map_eos": True, "teacher_eos": (9,), "rescore_every": 1, "max_response": 40}
+    with serve(fake) as url:
+        folder = train(remote_config(tiny_pair, tmp_path / "run", url, **changes)).folder
+        beyond = remote_config(
+            tiny_pair, tmp_path / "beyond", url, **(changes | {"teacher_eos": (261,)})
+        )
+        with pytest.raises(ValueError, match="teacher_eos has the id 261"):
+            train(beyond)
+    asked = [x for x in fake.requests if "token_ids" in x and len(x["token_ids"]) != 32]
+    last_rows = [x["sampling_params"]["prompt_logprob_token_ids"][-1] for x in asked]
+    assert last_rows
+    assert all(row == [9, x["token_ids"][-1]] for row, x in zip(last_rows, asked, strict=True))
+    assert {x["token_ids"][-1] for x in asked} <= set(eos)
+    assert all(row["consistency/teacher_rescored"] < 16 for row in rows(folder))
+
+
+def fake_eos(teacher: FakeTeacher) -> list[int]:
+    """Ids that end the student's responses, which has the teacher's tokenizer."""
+    return [teacher.tokenizer.eos_token_id, *eos_ids(teacher.tokenizer, teacher.network)]
+
+
+@pytest.mark.parametrize("objective", ["teacher_topk", "union_topk"])
+def test_a_restart_in_the_middle_changes_nothing(
+    tiny_pair: tuple[Path, Path], teacher: FakeTeacher, tmp_path: Path, objective: str
+) -> None:
+    options = SHORT | {"objective": objective}
+    if objective == "union_topk":
+        teacher = GenerateTeacher(tiny_pair[1])
     num_requests, port = len(teacher.requests), 0
 
     def serve_with_restart() -> None:
@@ -91,13 +135,17 @@ def test_a_restart_in_the_middle_changes_nothing(
             finished.wait(60)
 
     with serve(teacher) as url:
-        reference_folder = train(remote_config(tiny_pair, tmp_path / "whole", url, **SHORT)).folder
+        reference_folder = train(
+            remote_config(tiny_pair, tmp_path / "whole", url, **options)
+        ).folder
     num_requests, port = len(teacher.requests), int(url.split(":")[2].removesuffix("/v1"))
     finished = threading.Event()
     thread = threading.Thread(target=serve_with_restart)
     thread.start()
     try:
-        restarted_folder = train(remote_config(tiny_pair, tmp_path / "again", url, **SHORT)).folder
+        restarted_folder = train(
+            remote_config(tiny_pair, tmp_path / "again", url, **options)
+        ).folder
     finally:
         finished.set()
         thread.join()
@@ -154,13 +202,11 @@ def test_a_mixed_step_of_both_kinds_of_teacher(
 
 
 UNSUPPORTED_SETTINGS = {
-    "student_topk": ({"objective": "student_topk"}, "the student's ids"),
-    "union_topk": ({"objective": "union_topk"}, "the student's ids"),
     "full": ({"objective": "full_reverse_kl"}, "its full distribution"),
     "mean_future": ({"objective": "mean_future", "gamma": 0.5}, "its full distribution"),
     "local_kl": ({"objective": "sampled_token", "baseline": "local_kl"}, "its full distribution"),
     "temperature": ({"temperature": 0.7}, "servers return log-probabilities at 1"),
-    "map_eos": ({"map_eos": True}, "map_eos off"),
+    "map_eos": ({"map_eos": True}, "set teacher_eos to them"),
     "entropy_top_fraction": ({"entropy_top_fraction": 0.5}, "entropy_top_fraction 1"),
     "probe": ({"probe_every": 2}, "hidden states"),
 }

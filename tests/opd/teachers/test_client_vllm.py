@@ -11,7 +11,7 @@ from opd.data.chain_task import Problem
 from opd.data.prompts import encode_prompts
 from opd.rollouts.hf_engine import sample
 from opd.scoring.score import score_batch
-from opd.teachers.client import connect
+from opd.teachers.connection import connect
 from opd.teachers.pair import load_pair
 from opd.teachers.teacher import ServerTeacher
 from opd.training.train import train

@@ -63,6 +63,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"engine": "vllm", "generation_batch_size": 3}, "generation_batch_size is 3.*engine is hf"),
     ({"teacher_timeout": 3.0}, "teacher_timeout is 3.0.*on a server"),
     ({"teacher_concurrency": 3}, "teacher_concurrency is 3.*on a server"),
+    ({"teacher_eos": (3,), "map_eos": True}, r"teacher_eos is \(3,\).*on a server and map_eos"),
     ({**OUTCOME, "teacher": "base", "lora_rank": 2, "offload_teacher": True}, "offload_teacher"),
     ({"teacher": "http://h:1/v1", "offload_teacher": True}, "offload_teacher is True"),
     ({"ema_decay": 0.5}, "ema_decay is 0.5"),
