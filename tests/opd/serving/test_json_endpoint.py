@@ -1,6 +1,7 @@
 """JSON endpoints: API keys never appear in messages, and no server exceeds the timeout."""
 
 import base64
+import html
 import json
 import logging
 import re
@@ -14,13 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, quote_plus
 
 import pytest
 
 from diagnostics.errors import InvalidInput, OperationFailed
 from opd.config.settings import with_settings
 from opd.serving import json_endpoint
+from opd.serving.api_keys import key_pattern
 from opd.serving.json_endpoint import JsonEndpoint
 from opd.serving.vllm_protocol import select_model
 from opd.teachers.client import check_same_text
@@ -123,6 +125,35 @@ def test_a_key_that_comes_back_is_in_no_error_and_no_log(
     for form in (SECRET, SECRET.upper(), quote(SECRET, safe=""), BASE64.rstrip("="), SECRET[:12]):
         assert form not in quoted_text
     assert "127.0.0.1" in str(error)
+
+
+SPELLINGS = {
+    "as it is": lambda key: key,
+    "percent-encoded, but the slash": quote,
+    "percent-encoded, lower case": lambda key: quote(key, safe="").lower(),
+    "as in a form": quote_plus,
+    "JSON": lambda key: json.dumps(key)[1:-1],
+    "JSON with escaped slashes": lambda key: key.replace("/", r"\/"),
+    "JSON in ASCII escapes": lambda key: "".join(f"\\u{ord(x):04X}" for x in key),
+    "Python": lambda key: "".join(f"\\x{ord(x):02x}" for x in key),
+    "HTML": html.escape,
+    "HTML numbers": lambda key: "".join(f"&#{ord(x)};" for x in key),
+    "wrapped": lambda key: f"{key[:9]}\n  {key[9:]}",
+    "cut": lambda key: f"{key[:16]}...",
+    "Basic": lambda key: base64.b64encode(f"user:{key}".encode()).decode(),
+    "hexadecimal": lambda key: key.encode().hex(),
+}
+"""How servers and libraries write a key."""
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("key", [SECRET, SECRET * 30, "sk-A'b\"/9&c=d+e-f<g>\\h~i%j=="])
+def test_every_spelling_of_a_key_is_removed_and_nothing_else(key: str, spelling: str) -> None:
+    pattern = key_pattern(key)
+    assert pattern is not None
+    written = SPELLINGS[spelling](key)
+    shown = pattern.sub("***", f"the key {written} was refused, of sk-A and {key[:3]}")
+    assert re.fullmatch(rf"the key \*\*\*(\.\.\.|=*)? was refused, of sk-A and {key[:3]}", shown)
 
 
 @pytest.mark.parametrize("end", ["\n", "\r", "\r\n", " ", "\x00", "é"])
