@@ -15,6 +15,9 @@ Row = dict[str, Any]
 POSITION_BIN = re.compile(r"^(.*)@(\d+)-(\d+)$")
 """Name, first and last position of a column by position."""
 
+MAX_STEP = 1 << 53
+"""Integers from here on are not exact as float64, in which tables and JavaScript hold them."""
+
 
 def append_row(path: Path, row: Row) -> None:
     """Append one JSON line; NaN and infinities become null, which every JSON parser can read."""
@@ -69,6 +72,10 @@ def read_rows(path: str | Path, required: Mapping[str, type] | None = None) -> l
             raise InvalidInput(f"{location} is not a JSON object: {short_repr(row)}")
         row = present_row(row)
         check_fields(row, required or {}, location)
+        if "step" in (required or {}) and not 0 <= row["step"] < MAX_STEP:
+            raise InvalidInput(
+                f"{location}, field step: {short_repr(row['step'])} is no step; steps count from 0"
+            )
         rows.append(row)
     return rows
 

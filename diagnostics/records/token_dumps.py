@@ -293,8 +293,12 @@ def _checked_shape(
         is_invalid = (inverse.bincount(minlength=len(unique_positions)) > 1)[inverse]
     if bool(is_invalid.any()):
         i = int(is_invalid.nonzero()[0])
+        response = int(row[i])
+        shown = int(position[i])
+        if shown >= 0 and int(last[response]) + 1 != int(counts[response]):
+            shown = int(last[response])
         raise InvalidInput(
-            f"{path}: position {int(position[i])} in a response of {int(counts[row[i]])} rows: "
+            f"{path}: position {shown} in a response of {int(counts[response])} rows: "
             "rows of a response are missing or duplicated; write the dump again"
         )
     b, t = len(counts), int(last.max()) + 1

@@ -114,7 +114,7 @@ def parse_problems(
             row_numbers_by_error.setdefault(str(error), []).append(number)
     if row_numbers_by_error:
         parts = [
-            f"{format_row_numbers(row_numbers)} {message}"
+            f"{'each of ' * (len(row_numbers) > 1)}{format_row_numbers(row_numbers)} {message}"
             for message, row_numbers in row_numbers_by_error.items()
         ]
         remainder = [f"and {len(parts) - MAX_REPORTED_KINDS} more kinds of errors"]

@@ -111,8 +111,8 @@ def check_evaluations(rows_to_check: Sequence[Row], path: Path) -> Sequence[Row]
     for i, row in enumerate(check_metric_values(rows_to_check, path), 1):
         outcomes = row.get("outcomes", "0")
         checks = {
-            "accuracy": lambda x: x is None or has_type(x, float),
-            "length": lambda x: x is None or has_type(x, float),
+            "accuracy": lambda x: x is None or (has_type(x, float) and 0 <= x <= 1),
+            "length": lambda x: x is None or (has_type(x, float) and x >= 0),
             "problems": lambda x: has_type(x, int) and x >= 1,
             "outcomes": lambda x: isinstance(x, str) and OUTCOMES.fullmatch(x) is not None,
         }
@@ -148,13 +148,12 @@ def check_metric_values(rows_to_check: Sequence[Row], path: Path) -> Sequence[Ro
     for i, row in enumerate(rows_to_check, 1):
         for name, value in row.items():
             is_metric = "/" in name or name.removesuffix("_se") in alarm_metrics
-            is_number = value is None or isinstance(value, bool) or has_type(value, float)
+            is_number = value is None or has_type(value, float)
             if (is_metric and not is_number) or (name == "task" and not isinstance(value, str)):
                 expected = "a number or null" if is_metric else "text"
                 raise InvalidInput(
                     f"{path} row {i}, field {name}: {short_repr(value)} is not {expected}; correct "
-                    "or "
-                    "remove the row"
+                    "or remove the row"
                 )
     return rows_to_check
 

@@ -130,7 +130,7 @@ def test_null_and_nan_are_missing(tmp_path: Path) -> None:
     datasets.Dataset.from_list(rows_with_gaps).save_to_disk(tmp_path / "saved")
     sources += [f"{tmp_path}/{name}" for name in ("null.parquet", "nan.parquet", "saved")]
     for source in sources:
-        with pytest.raises(ValueError, match=r"rows 0, 3, 6, 9 has an empty 'answer'$"):
+        with pytest.raises(ValueError, match=r"each of rows 0, 3, 6, 9 has an empty 'answer'$"):
             read_problems(source)
     benchmark_file = write_rows(
         tmp_path / "n.jsonl", [{"problem": "a", "answer": 1}, {"problem": "b", "answer": math.nan}]

@@ -1,6 +1,7 @@
 """The record of a run as the page shows it: curves, alarms, positions, and what is refused."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -89,6 +90,18 @@ IMPOSSIBLE: dict[str, tuple[str, Any, str]] = {
         "row 1, field loss: .1. is not a nu",
     ),
     "beyond floats": ("rows.jsonl", {"step": 0, "loss": 10**400}, "row 1, field loss: 1000"),
+    "truth as a metric": (
+        "rows.jsonl",
+        {"step": 0, "divergence/k1": True},
+        "row 1, field divergence/k1: True is not a number",
+    ),
+    "step before the first": ("rows.jsonl", {"step": -1}, "line 1, field step: -1 is no step"),
+    "step beyond counting": ("rows.jsonl", {"step": 10**30}, "line 1, field step: 1000"),
+    "step of an evaluation": ("evals.jsonl", GRADED | {"step": -1}, "line 1, field step: -1"),
+    "accuracy above 1": ("evals.jsonl", GRADED | {"accuracy": 1.5}, "row 1, field accuracy: 1.5"),
+    "negative accuracy": ("evals.jsonl", GRADED | {"accuracy": -0.1}, "field accuracy: -0.1"),
+    "accuracy that is none": ("evals.jsonl", GRADED | {"accuracy": math.nan}, "accuracy: nan"),
+    "negative length": ("evals.jsonl", GRADED | {"length": -2}, "row 1, field length: -2"),
     "list as a task": (
         "rows.jsonl",
         {"step": 0, "task": [1]},
