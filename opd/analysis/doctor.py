@@ -94,6 +94,7 @@ def check_config(
             system=task_config.data.system,
             template=parse_template(task_config.data.template),
             chat_template=task_config.data.chat_template,
+            trust_remote_code=task_config.hardware.trust_remote_code,
             **options,
         )
     return results
@@ -112,6 +113,7 @@ def check_pair(
     device: str = "auto",
     dtype: str = "float32",
     chat_template: str = "",
+    trust_remote_code: bool = False,
     **settings: Any,
 ) -> "list[CheckResult]":
     """Run all checks of a pair; checks of the files on disk come first.
@@ -131,6 +133,7 @@ def check_pair(
         device: Device of the models.
         dtype: Data type of the weights.
         chat_template: Jinja file of a chat template in the place of the student's own; "" for that.
+        trust_remote_code: Run Python code that comes with a model.
         **settings: Arguments of `opd.data.tasks.load_task`: columns, grader, system, template.
 
     Returns:
@@ -155,7 +158,10 @@ def check_pair(
     for name, value in (("prompts", prompts), ("group", group), ("max_response", max_response)):
         if value < 1:
             raise InvalidInput(f"{name} is {value}; it must be at least 1")
-    sides = load_side(student, device, dtype), load_side(teacher, device, dtype)
+    sides = (
+        load_side(student, device, dtype, trust_remote_code),
+        load_side(teacher, device, dtype, trust_remote_code),
+    )
     set_chat_template(sides[0].tokenizer, chat_template)
     results = [check(*sides) for check in pair_checks.CHECKS]
     system, template = settings.get("system", ""), tuple(settings.get("template", {}).items())

@@ -52,9 +52,9 @@ class LoadedModel:
         )
 
 
-def load_side(name: str, device: str, dtype: str) -> LoadedModel:
+def load_side(name: str, device: str, dtype: str, trust_remote_code: bool = False) -> LoadedModel:
     """Load one model of the pair; nothing is compared yet."""
-    tokenizer, network = load_model(name, device, dtype)
+    tokenizer, network = load_model(name, device, dtype, trust_remote_code)
     sources = {
         "tokenizer": tokenizer.eos_token_id,
         "config": network.config.get_text_config().eos_token_id,

@@ -5,11 +5,14 @@ from pathlib import Path
 from diagnostics.errors import InvalidInput, MissingFile
 from diagnostics.records.run_folder import RunFolder
 from opd.config.files import read_config
+from opd.config.recorded_code import without_unreviewed_code
 from opd.config.settings import Config, with_settings
-from opd.data.grading.graders import require_trusted_grader
 from opd.models.model import CausalLM
 from opd.teachers.factory import make_pair
 from opd.teachers.teacher import teacher_type
+
+UNREAD_SETTINGS = ("objective", "metrics")
+"""Settings that may name functions, none of which a probe reads."""
 
 
 def read_probed_config(run: Path, trust_remote_code: bool) -> Config:
@@ -28,8 +31,7 @@ def read_probed_config(run: Path, trust_remote_code: bool) -> Config:
         InvalidInput: The run has several tasks, or its teacher is not a separate local model.
     """
     path = RunFolder(run).path / "config.json"
-    config = with_settings(read_config(path), trust_remote_code=trust_remote_code)
-    require_trusted_grader(config.data.grader, path, trust_remote_code)
+    config = without_unreviewed_code(read_config(path), path, trust_remote_code, UNREAD_SETTINGS)
     if config.tasks:
         raise InvalidInput(f"{run} has {len(config.tasks)} tasks; probes support one teacher")
     if not teacher_type(config.teacher).is_separate:

@@ -12,6 +12,8 @@ from diagnostics.errors import InvalidInput
 from diagnostics.io.command import parse_options
 from opd.analysis.doctor import check_config, check_pair, check_tasks, results_to_json
 from opd.config.files import read_config
+from opd.config.recorded_code import without_unreviewed_code
+from opd.config.settings import with_settings
 
 if TYPE_CHECKING:
     from opd.training.checks.check_result import CheckResult
@@ -49,6 +51,8 @@ class DoctorOptions:
     """"cpu", "cuda", or "auto": cuda if available"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """data type of the weights"""
+    trust_remote_code: bool = False
+    """run Python code that comes with a model; review it first"""
     json: bool = False
     """print one JSON object"""
 
@@ -102,11 +106,21 @@ def run_checks(options: DoctorOptions) -> "dict[str, list[CheckResult]]":
             raise InvalidInput(
                 "--config names the models and tasks; remove STUDENT, TEACHER, --task and --tasks"
             )
-        return check_config(read_config(options.config, check=False), **sampling)
+        config = read_config(options.config, check=False)
+        if options.config.suffix == ".json":
+            config = without_unreviewed_code(config, options.config, options.trust_remote_code)
+        elif options.trust_remote_code:
+            config = with_settings(config, trust_remote_code=True)
+        return check_config(config, **sampling)
     if not options.student or not options.teacher:
         raise InvalidInput("give STUDENT and TEACHER, or --config FILE; see `opd doctor --help`")
     pair = (options.student, options.teacher)
-    sampling |= {"budget": options.budget, "dtype": options.dtype, "system": options.system}
+    sampling |= {
+        "budget": options.budget,
+        "dtype": options.dtype,
+        "system": options.system,
+        "trust_remote_code": options.trust_remote_code,
+    }
     if options.tasks is None:
         return {"": check_pair(*pair, task=options.task, **sampling)}
     if options.task is not None:

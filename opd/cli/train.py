@@ -13,6 +13,7 @@ from diagnostics.records.renamed import SETTINGS, refuse_renamed_options
 from opd.config.files import read_config, read_tasks, to_toml
 from opd.config.problems import check_settings
 from opd.config.recipes import RECIPES, RENAMED_RECIPES
+from opd.config.recorded_code import without_unreviewed_code
 from opd.config.settings import Config
 
 
@@ -36,10 +37,11 @@ class TrainOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConfigOption:
-    """The option that is needed to know the defaults of the others."""
+class SourceOptions:
+    """The options that are needed to know the defaults of the others."""
 
     config: Path | None = None
+    trust_remote_code: bool = False
 
 
 def usage() -> str:
@@ -74,7 +76,8 @@ def parse_arguments(argv: list[str]) -> TrainOptions:
         The options; the settings are those of the recipe or file, changed by the flags.
 
     Raises:
-        InvalidInput: A setting is invalid, or neither a recipe nor a file is given, or both.
+        InvalidInput: A setting is invalid; neither a recipe nor a file is given, or both; or a
+            record names code that --trust-remote-code does not allow.
         SystemExit: The recipe is unknown, or help was asked for.
     """
     if not argv or argv[0] in ("-h", "--help"):
@@ -82,10 +85,14 @@ def parse_arguments(argv: list[str]) -> TrainOptions:
         raise SystemExit(0)
     name, flags = ("", argv) if argv[0].startswith("-") else (argv[0], argv[1:])
     refuse_renamed_options(flags, SETTINGS, "opd train RECIPE")
-    source, _ = tyro.cli(ConfigOption, args=flags, add_help=False, return_unknown_args=True)
+    source, _ = tyro.cli(SourceOptions, args=flags, add_help=False, return_unknown_args=True)
     if bool(name) == (source.config is not None):
         raise InvalidInput("give either a recipe or --config FILE; see `opd train --help`")
     base = recipe(name) if source.config is None else read_config(source.config)
+    if source.config is not None and source.config.suffix == ".json":
+        base = without_unreviewed_code(
+            base, source.config, source.trust_remote_code, setting_names(flags)
+        )
     options = tyro.cli(
         TrainOptions,
         default=TrainOptions(settings=replace(base, tasks=())),
@@ -95,6 +102,12 @@ def parse_arguments(argv: list[str]) -> TrainOptions:
     )
     tasks = base.tasks if options.tasks is None else read_tasks(options.tasks)
     return replace(options, settings=check_settings(replace(options.settings, tasks=tasks)))
+
+
+def setting_names(flags: list[str]) -> set[str]:
+    """Return the settings that the flags set: "--grader=exact" sets grader."""
+    options = (flag.partition("=")[0] for flag in flags if flag.startswith("--"))
+    return {option.removeprefix("--").replace("-", "_") for option in options}
 
 
 def recipe(name: str) -> Config:

@@ -307,24 +307,6 @@ GRADERS: Mapping[str, Grader] = {
 }
 
 
-def require_trusted_grader(name: str, config_file: Path, trust: bool) -> None:
-    """Refuse to run a function that a run's record names, unless the user trusts it.
-
-    Args:
-        name: Name of the grader.
-        config_file: The file that names it.
-        trust: Whether the user allows code from the record.
-
-    Raises:
-        InvalidInput: The grader is a function and is not trusted.
-    """
-    if is_function_name(name) and not trust:
-        raise InvalidInput(
-            f"{config_file} names the grader {name}, a function whose code would run; review it, "
-            "then pass --trust-remote-code to run it"
-        )
-
-
 def make_grader(name: str) -> Grader:
     """Return a grader by name, or a user's function MODULE:FUNCTION or FILE.py:FUNCTION.
 

@@ -16,6 +16,7 @@ from transformers import dynamic_module_utils
 from diagnostics.errors import InvalidInput
 from opd.analysis.continuation import probe_continuation
 from opd.analysis.own_prefix import probe_own_prefix
+from opd.cli.doctor import DoctorOptions, run_checks
 from opd.config.files import read_config
 from opd.config.settings import Config, with_settings
 from opd.data.chain_task import problems
@@ -225,14 +226,20 @@ def test_code_beside_the_weights_runs_only_if_it_is_trusted(
         settings((folder, tiny_pair[1]), tmp_path / "run", trust_remote_code=True, steps=1)
     ).folder
     assert mark.exists()
-    mark.unlink()
-    modules = [name for name in sys.modules if name.startswith("transformers_modules")]
-    for name in modules:
-        del sys.modules[name]
+
+    def forget_code() -> None:
+        mark.unlink()
+        for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+            del sys.modules[name]
+
+    forget_code()
+    examine = partial(DoctorOptions, prompts=1, group=1, max_response=2)
     assert read_config(run / "config.json").hardware.trust_remote_code
     for command in (
         lambda **options: probe_own_prefix(run, 2, **options),
         partial(probe_continuation, run, [0], 2),
+        lambda: run_checks(examine(config=run / "config.json")),
+        lambda: run_checks(examine(student=str(folder), teacher=str(tiny_pair[1]))),
     ):
         with pytest.raises(InvalidInput, match=r"add --trust-remote-code to the command"):
             command()  # the record, which may be a stranger's, counts for nothing
@@ -242,4 +249,10 @@ def test_code_beside_the_weights_runs_only_if_it_is_trusted(
         train(settings((folder, tiny_pair[1]), run, steps=2))
     assert not mark.exists()
     probe_own_prefix(run, 2, trust_remote_code=True)
+    assert mark.exists()
+    forget_code()
+    run_checks(examine(config=run / "config.json", trust_remote_code=True))
+    assert mark.exists()
+    forget_code()
+    run_checks(examine(student=str(folder), teacher=str(tiny_pair[1]), trust_remote_code=True))
     assert mark.exists()
