@@ -32,6 +32,9 @@ from diagnostics.ragged import up_to_last
 from diagnostics.tensor_fields import TensorFields, check_tensor, flatten
 
 FORMAT = "opdlab-batch-1"
+ORIGINS = ("student", "teacher", "dataset")
+"""Who wrote a response, by the number in `Rollouts.origin`."""
+STUDENT, TEACHER, DATASET = range(3)
 ZERO, NOT_GRADED = torch.tensor(0), torch.tensor(float("nan"))
 
 
@@ -144,13 +147,19 @@ PER_RESPONSE_KINDS = {
     "age": "long",
     "reward": "float",
     "generated_lengths": "long",
+    "origin": "long",
 }
 """Fields of `Rollouts` of shape (B,), with the kind of their dtype."""
 
 
+FIELDS_OF_ANOTHER = {"sampler_logp", "teacher_logp"}
+"""Fields that a batch of our trainer may lack: of responses that nobody sampled, and of a run
+without a teacher."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Rollouts(TensorFields):
-    """Responses that a student sampled."""
+    """Responses that a student sampled, or that it is trained on."""
 
     tokens: Tensor
     """(B, T) long."""
@@ -190,6 +199,10 @@ class Rollouts(TensorFields):
     """(B,) long, sampled tokens of each response, for batches where some of them have no
     log-probabilities and `sampled_mask` therefore excludes them; None if all have them.
     """
+    origin: Tensor | None = None
+    """(B,) long, who wrote each response, an index of ORIGINS; None if the student sampled all. Of
+    a response from a dataset, `sampler_logp` and `softmax_logp` are 0: nothing is known of them.
+    """
 
     def __post_init__(self) -> None:
         if self.tokens.dim() != 2:
@@ -207,7 +220,7 @@ class Rollouts(TensorFields):
             if isinstance(x, Tensor) and not x.dim():
                 x = x.to(self.tokens.device).repeat(len(self))
                 object.__setattr__(self, name, x)
-            if x is not None or name != "generated_lengths":
+            if x is not None or name not in ("generated_lengths", "origin"):
                 check_tensor(name, x, (len(self),), kind)
         top_p = vars(self)["top_p"]
         if not isinstance(top_p, Missing) and not 0 < top_p <= 1:
@@ -228,6 +241,20 @@ class Rollouts(TensorFields):
         """(B,) number of sampled tokens in each response, supervised or not."""
         lengths = self.generated_lengths
         return self.sampled.sum(1) if lengths is None else lengths
+
+    @property
+    def own_rows(self) -> Tensor:
+        """(B,) bool: whether the student sampled the response."""
+        return (
+            torch.ones_like(self.prompt, dtype=torch.bool)
+            if self.origin is None
+            else (self.origin == STUDENT)
+        )
+
+    @property
+    def own_tokens(self) -> Tensor:
+        """(B, T) bool: the tokens of responses that the student sampled."""
+        return self.sampled if self.origin is None else self.sampled & self.own_rows[:, None]
 
     @property
     def attention_mask(self) -> Tensor:
@@ -304,11 +331,12 @@ class Rollouts(TensorFields):
             path: The file.
 
         Raises:
-            InvalidInput: The batch has missing fields, of which a batch file has no notion.
+            InvalidInput: Fields other than FIELDS_OF_ANOTHER are missing.
         """
-        if missing := sorted(missing_fields(self)):
+        missing = missing_fields(self)
+        if unknown := sorted(missing.keys() - FIELDS_OF_ANOTHER):
             raise InvalidInput(
-                f"a batch without {', '.join(missing)} cannot be saved as a batch file; write it "
+                f"a batch without {', '.join(unknown)} cannot be saved as a batch file; write it "
                 "with diagnostics.records.writer.save_records"
             )
         plain = {k: v for k, v in vars(self).items() if isinstance(v, float | str)}
@@ -316,6 +344,8 @@ class Rollouts(TensorFields):
             if (support := getattr(self, name, None)) is not None:
                 plain[f"{name}.source"] = support.source
         header = {"format": FORMAT, "type": type(self).__name__, "settings": json.dumps(plain)}
+        if missing:
+            header["missing"] = json.dumps(missing)
         tensors = {k: v.detach().cpu().contiguous() for k, v in flatten(self).items()}
         with atomic_write(path) as temporary:
             save_file(tensors, temporary, header)

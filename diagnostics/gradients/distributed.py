@@ -36,7 +36,7 @@ def gather_batch(batch: ScoredRollouts) -> tuple[ScoredRollouts, slice]:
     Returns:
         The full batch, and the slice of this rank's rows in it.
     """
-    parts = all_gather_batches(replace(batch, support=None, baseline=None))
+    parts = all_gather_batches(batch.with_fields(support=None, baseline=None))
     start = sum(len(part) for part in parts[: distributed.get_rank()])
     return concatenate(parts), slice(start, start + len(batch))
 

@@ -20,8 +20,8 @@ def martingales(batch: ScoredRollouts) -> dict[str, Accumulator]:
 
     They are computed for the whole response and by position bin, where a shifted mask or a stale
     cache shows first, over all sampled tokens: a mask may depend on the sampled token, and the
-    masked sum of a quantity of mean 0 then has another mean. Responses with an age above 0 are left
-    out.
+    masked sum of a quantity of mean 0 then has another mean. Responses with an age above 0, and
+    those that the student did not write (`Rollouts.origin`), are left out.
 
     Access: L2 (z_H needs the student alone).
     Source: derived, martingale central limit theorem.
@@ -51,7 +51,7 @@ def martingales(batch: ScoredRollouts) -> dict[str, Accumulator]:
         )
     prefix, on_policy_mask = (
         require_distribution_stats(batch),
-        batch.sampled & (batch.age == 0)[:, None],
+        batch.own_tokens & (batch.age == 0)[:, None],
     )
     entropy, kl = prefix.student_entropy, prefix.reverse_kl
     # rounding can make the variance of a one-point distribution slightly negative
@@ -70,7 +70,7 @@ def martingales(batch: ScoredRollouts) -> dict[str, Accumulator]:
 def sampler_weights(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """F-2: Compute the tails and the effective sample sizes of the ratio student / sampler.
 
-    With d as in `sampler_ratio`, over the sampled tokens, supervised or not.
+    With d as in `sampler_ratio`, over the same tokens.
 
     Access: the sampler's log-probabilities.
     Source: standard.
@@ -89,13 +89,11 @@ def sampler_weights(batch: ScoredRollouts) -> dict[str, Accumulator]:
             exp(sum_{u <= hi} d) over the responses that reach hi, sampler_prefix_ess at the end of
             each response.
     """
-    log_ratio = _sampler_log_ratio(batch)
+    log_ratio, own_tokens = _sampler_log_ratio(batch)
     return {
-        "consistency/sampler_log_ratios": Quantiles.from_values(log_ratio, batch.sampled),
-        "consistency/sampler_ess": EffectiveSampleSize.from_values(log_ratio, batch.sampled),
-        "consistency/sampler_prefix_ess": EffectiveSampleSize.from_prefixes(
-            log_ratio, batch.sampled
-        ),
+        "consistency/sampler_log_ratios": Quantiles.from_values(log_ratio, own_tokens),
+        "consistency/sampler_ess": EffectiveSampleSize.from_values(log_ratio, own_tokens),
+        "consistency/sampler_prefix_ess": EffectiveSampleSize.from_prefixes(log_ratio, own_tokens),
     }
 
 
@@ -161,17 +159,18 @@ def rescoring(first: ScoredRollouts, second: ScoredRollouts) -> dict[str, Accumu
     }
 
 
-def _sampler_log_ratio(batch: ScoredRollouts) -> Tensor:
-    """Return (B, T) log student - log sampler; `softmax_logp` where the batch has it."""
+def _sampler_log_ratio(batch: ScoredRollouts) -> tuple[Tensor, Tensor]:
+    """Return (B, T) log student - log sampler, and which tokens the student sampled itself."""
     sampler = batch.sampler_logp if batch.softmax_logp is None else batch.softmax_logp
-    return batch.student_logp - sampler
+    return batch.student_logp - sampler, batch.own_tokens
 
 
 def sampler_ratio(batch: ScoredRollouts) -> dict[str, Accumulator]:
     """F-2: Compute the difference between the scored student and the model that sampled.
 
-    With d = log p(y) - log sampler(y) over all sampled tokens. The sampler's log-probability is
-    `softmax_logp`, before top-p, where the batch has it; otherwise `sampler_logp`.
+    With d = log p(y) - log sampler(y) over all tokens that the student sampled; the responses of a
+    teacher or of a dataset are left out. The sampler's log-probability is `softmax_logp`, before
+    top-p, where the batch has it; otherwise `sampler_logp`.
 
     Access: the sampler's log-probabilities.
     Source: standard.
@@ -188,10 +187,10 @@ def sampler_ratio(batch: ScoredRollouts) -> dict[str, Accumulator]:
         consistency/sampler_log_ratio: Mean d.
         consistency/sampler_log_ratio_square: Mean d^2.
     """
-    log_ratio = _sampler_log_ratio(batch)
+    log_ratio, own_tokens = _sampler_log_ratio(batch)
     return {
-        "consistency/sampler_log_ratio": Mean.from_values(log_ratio, batch.sampled, batch.prompt),
+        "consistency/sampler_log_ratio": Mean.from_values(log_ratio, own_tokens, batch.prompt),
         "consistency/sampler_log_ratio_square": Mean.from_values(
-            log_ratio.square(), batch.sampled, batch.prompt
+            log_ratio.square(), own_tokens, batch.prompt
         ),
     }

@@ -8,7 +8,7 @@ from diagnostics.batch import ScoredRollouts
 from diagnostics.core.totals import Accumulator
 from diagnostics.errors import InvalidInput
 
-FIELDS = ("task", "turn", "prompt", "reward", "ended")
+FIELDS = ("task", "turn", "prompt", "reward", "ended", "origin")
 """Fields of a batch by which responses can be grouped."""
 Metric = Callable[[ScoredRollouts], dict[str, Accumulator]]
 

@@ -12,10 +12,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from diagnostics.batch import FORMAT, DistributionStats, Rollouts, ScoredRollouts, Support
+from diagnostics.batch import (
+    FIELDS_OF_ANOTHER,
+    FORMAT,
+    ORIGINS,
+    DistributionStats,
+    Rollouts,
+    ScoredRollouts,
+    Support,
+)
 from diagnostics.errors import InvalidInput
 from diagnostics.io.files import TYPE_NAMES, has_type, parse_json, short_repr, translate_read_errors
-from diagnostics.missing import OptionalField
+from diagnostics.missing import Missing, OptionalField, missing_fields
 
 PARTS: dict[str, Any] = {
     "support": Support,
@@ -70,7 +78,14 @@ def load_batch(path: str | Path) -> Rollouts:
         raise InvalidInput(
             f"{path} has type {header.get('type')!r}, expected {' or '.join(BATCH_TYPES)}"
         )
-    return build_batch(kind, tensors | settings, str(path))
+    missing = parse_json(header.get("missing", "{}"), f"{path}, its missing fields")
+    if not isinstance(missing, dict) or not missing.keys() <= FIELDS_OF_ANOTHER:
+        raise InvalidInput(
+            f"{path}, its missing fields: {short_repr(missing)}; only "
+            f"{', '.join(sorted(FIELDS_OF_ANOTHER))} may be missing"
+        )
+    absent = {name: Missing(str(subject)) for name, subject in missing.items()}
+    return build_batch(kind, tensors | settings | absent, str(path))
 
 
 def build_batch(kind: type[Rollouts], values: Mapping[str, Any], source: str) -> Any:
@@ -111,7 +126,7 @@ def _build_batch(kind: type[Rollouts], values: Mapping[str, Any]) -> Any:
         expected = SETTING_TYPES.get(types[field_name])
         if expected is not None and not has_type(value, expected):
             raise InvalidInput(f"{name} is {short_repr(value)}, expected {TYPE_NAMES[expected]}")
-        if expected is None and not isinstance(value, Tensor):
+        if expected is None and not isinstance(value, Tensor | Missing):
             raise InvalidInput(f"{name} is {short_repr(value)}, expected a tensor")
         parts[part][field_name] = value
     for part, part_type in PARTS.items():
@@ -146,8 +161,14 @@ def check_batch(batch: Rollouts) -> None:
         raise InvalidInput(f"tokens has shape {tuple(batch.tokens.shape)}: it is empty")
     _check_ids("tokens", batch.tokens)
     batch.validate()
+    missing = missing_fields(batch)
+    origin = batch.origin
+    if origin is not None and bool(((origin < 0) | (origin >= len(ORIGINS))).any()):
+        raise InvalidInput(
+            f"origin holds {origin.unique().tolist()}; it must hold indices of {', '.join(ORIGINS)}"
+        )
     for name in ("student_logp", "teacher_logp", "sampler_logp", "softmax_logp"):
-        logp = getattr(batch, name, None)
+        logp = None if name in missing else getattr(batch, name, None)
         if logp is not None and bool((logp < MIN_LOGP).any()):
             position = tuple((logp < MIN_LOGP).nonzero()[0].tolist())
             raise InvalidInput(

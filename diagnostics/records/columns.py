@@ -27,6 +27,7 @@ A row is one response. Shapes: T response positions, K support ids.
 | | | status (completed, truncated) with response_length; not truncated |
 | reward | number, bool or null | score |
 | task, turn | number or name; number | data_source, dataset; turn_index |
+| origin | 0 the student, 1 the teacher, 2 a dataset wrote the response | |
 | support.ids | T lists of K ids | topk_ids, teacher_topk_ids, teacher_ids |
 | support.student_logp | T x K | topk_student_logp, student_topk_logp, student_topk_logprobs |
 | support.teacher_logp | T x K | topk_teacher_logp, teacher_topk_logp, teacher_topk_logprobs |
@@ -104,6 +105,7 @@ _ALIASES = {
     "reward": "score",
     "task": "data_source dataset",
     "turn": "turn_index",
+    "origin": "",
     "support.ids": "topk_ids teacher_topk_ids teacher_ids",
     "support.student_logp": "topk_student_logp student_topk_logp student_topk_logprobs",
     "support.teacher_logp": "topk_teacher_logp teacher_topk_logp teacher_topk_logprobs",
@@ -255,7 +257,7 @@ def _parse_value(name: str, value: Any, row: Record, mask: np.ndarray, location:
         return parse_ids(value, location)
     if name == "ended":
         return bool(parse_bools([value], location, (1,))[0])
-    if name == "turn":
+    if name in ("turn", "origin"):
         return int(parse_ids([value], location)[0])
     if name == "reward":
         return _parse_reward(value, location)

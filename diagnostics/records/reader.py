@@ -287,6 +287,8 @@ class Records:
             tensors["reward"] = torch.tensor([row["reward"] for row in rows], dtype=torch.float32)
         if "turn" in self.columns:
             tensors["turn"] = torch.tensor([row["turn"] for row in rows])
+        if "origin" in self.columns:
+            tensors["origin"] = torch.tensor([row["origin"] for row in rows])
         if "task" in self.columns:
             tensors["task"] = torch.tensor([self._task_number(row["task"]) for row in rows])
         return tensors

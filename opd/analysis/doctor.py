@@ -80,7 +80,7 @@ def check_config(
     _, config = separate_invalid(config)
     names = [task.name for task in config.tasks] or [""]
     for name, task_config in zip(names, task_configs(config), strict=True):
-        if is_url(task_config.teacher) or task_config.teacher in ("base", "ema"):
+        if is_url(task_config.teacher) or task_config.teacher in ("base", "ema", "none"):
             continue
         results[name] = results.get(name, []) + check_pair(
             task_config.student,

@@ -24,6 +24,9 @@ class DataConfig:
     "{question} Hint: {hint}". Where no row has the column "prompt", "messages" is read."""
     answer_column: str = setting("answer", per_task=True)
     """Column with the reference answer. Empty: responses are not graded."""
+    response_column: str = setting("response", per_task=True)
+    """Column with the response, for prefixes dataset. Where no row has the column "response", the
+    assistant's reply that ends a chat is read."""
     grader: str = setting("", per_task=True)
     """Grader of responses: exact, numeric, math, gym or lab (opd.data.grading.graders), or a
     function of (response, answer) that returns a number, as MODULE:FUNCTION or FILE.py:FUNCTION.
@@ -66,6 +69,13 @@ class RolloutConfig:
     """Nucleus of the rollouts. The loss always uses the full softmax."""
     max_response: int = setting(512, within="at least 1", per_task=True)
     """Maximum response length in tokens; for games, of each turn."""
+    prefixes: str = "student"
+    """Who writes the responses that a step trains on (docs/prefixes.md). "student": the student, as
+    on-policy distillation does; "teacher": the teacher, sampled in this process; "dataset": the
+    data, in response_column; "mixed:SHARE": the student with this probability and otherwise the
+    teacher, "mixed:START-END" with a share that is linear over the steps, and "mixed:SHARE:dataset"
+    with the data; "replay:AGE": the student, and AGE further steps are taken on the same
+    responses."""
     generation_batch_size: int = setting(256, within="at least 1", resumable=True)
     """Rows per generate call of engine hf; their key-value cache must fit in memory."""
 
@@ -75,7 +85,8 @@ class ObjectiveConfig:
     """The training objective and which tokens it supervises."""
 
     objective: str = "teacher_topk"
-    """Training objective; one of opd.objectives.factory.OBJECTIVES, or a loss of your own,
+    """Training objective; one of opd.objectives.factory.OBJECTIVES, one without a teacher
+    (negative_log_likelihood, reward_only), or a loss of your own,
     MODULE:FUNCTION or FILE.py:FUNCTION (opd.objectives.user_loss), which holds the logits of all
     tokens of an update in memory unless loss_divisor is set."""
     gamma: float = setting(0.0, within="in [0, 1]")
@@ -97,7 +108,8 @@ class ObjectiveConfig:
     )
     """Lower, upper and dual clip of sampled_token_clipped; default 0.2, 0.2, 3."""
     reward_weight: float = setting(0.0, within="not negative")
-    """Weight of the graded reward, added to the distillation objective."""
+    """Weight of the graded reward, added to the distillation objective; for reward_only the whole
+    objective."""
     reward_baseline: str = "leave_one_out"
     """Baseline of the reward; one of opd.objectives.credit.ADVANTAGES."""
     entropy_top_fraction: float = setting(1.0, within="in (0, 1]")
@@ -126,8 +138,8 @@ class ObjectiveConfig:
     allow_faulty_loss: bool = False
     """Train with a loss of your own that `opd audit` calls faulty."""
     allow_unweighted: bool = False
-    """With several updates per batch or rollout_lag, train on rollouts of an older policy without
-    importance weights (variants V2 to V5 of the paper)."""
+    """With several updates per batch, rollout_lag or prefixes of another policy, train on responses
+    that the student did not sample without importance weights (variants V2 to V5 of the paper)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,8 +210,8 @@ class RecordConfig:
     only."""
     probe_every: int = setting(0, within="not negative", resumable=True)
     """Steps between gradient probes (opd.training.gradient_probe), which measure signal, noise and
-    bias of the LM head's gradient; 0 disables them. With top_p below 1 a probe samples its own
-    rollouts."""
+    bias of the LM head's gradient; 0 disables them. With top_p below 1, or prefixes other than
+    student, a probe samples its own rollouts."""
     probe_blocks: tuple[str, ...] = ()
     """Further layers whose gradients the probe measures, as shell patterns of their names, such as
     "*norm" or "model.layers.3.mlp.down_proj"; costs 4 to 6 backward passes per probe."""

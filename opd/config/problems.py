@@ -10,6 +10,7 @@ from typing import Any
 from diagnostics.errors import InvalidInput
 from opd.config.field_checks import annotations, value_problem
 from opd.config.fields import rules_of
+from opd.config.prefixes import parse_prefixes
 from opd.config.settings import (
     GROUPS,
     Config,
@@ -149,6 +150,10 @@ def conflicts(config: Config, invalid: frozenset[str] = frozenset()) -> Iterator
             parse_template(text)
         except InvalidInput as error:
             yield str(error)
+    try:
+        parse_prefixes(config.rollout.prefixes)
+    except InvalidInput as error:
+        yield str(error)
     for mask in (config.objective.mask, *(task.mask or () for task in config.tasks)):
         try:
             parse_rules(mask)

@@ -47,6 +47,7 @@ class TaskSettings:
     teacher_eos: tuple[int, ...] | None = None
     prompt_column: str | None = None
     answer_column: str | None = None
+    response_column: str | None = None
     grader: str | None = None
     system: str | None = None
     template: str | None = None
@@ -76,8 +77,9 @@ class Config:
     """Causal LM to train: a folder or a Hugging Face hub name."""
     teacher: str = dataclasses.field(metadata=rules(per_task=True, address="teacher"))
     """Frozen causal LM with the same vocabulary: a folder or a hub name; "base": the student
-    without its LoRA adapters; "ema": an exponential moving average of the student; or the address
-    of a vLLM or SGLang server, http://HOST:PORT/v1 (opd.teachers.client)."""
+    without its LoRA adapters; "ema": an exponential moving average of the student; the address of a
+    vLLM or SGLang server, http://HOST:PORT/v1 (opd.teachers.client); or "none", for an objective
+    without a teacher."""
     out: str = dataclasses.field(metadata=rules(resumable=True))
     """Run folder. An unfinished run in it is resumed."""
     seed: int = setting(0, within="not negative")

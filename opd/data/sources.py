@@ -22,6 +22,8 @@ Template = tuple[tuple[str, Any], ...]
 AnswerSource = Literal["column", "reply", "none"]
 """Where the answers of a source are: in their column, the last message of each chat, or nowhere."""
 MISSING = object()
+RESPONSE_COLUMN = "response"
+"""Default column of responses that data give."""
 MAX_REPORTED_KINDS = 5
 COLUMN_IN_TEXT = re.compile(r"\{([^{}]+)\}")
 """A column's name in braces, in a prompt column that is a text."""
@@ -41,6 +43,8 @@ class DatasetProblem(Problem):
     """(role, content) of every message before the response; empty if `prompt` is the only one."""
     template: Template = ()
     """Names and values passed to the chat template, such as ("enable_thinking", False)."""
+    response: str = ""
+    """The response that the data give; "" where none is read."""
     row: int | None = field(default=None, compare=False)
     """Row number in the dataset, for messages."""
     columns: Template = field(default=(), compare=False)
@@ -55,6 +59,8 @@ class Columns:
     """Column of the prompt, or a text with the names of columns in braces."""
     answer: str = "answer"
     """Column of the reference answer; empty: responses are not graded."""
+    response: str = ""
+    """Column of a response to train on; "" to read none."""
     task: str = "task"
     grader: str = "grader"
     kept: tuple[str, ...] = ()
@@ -280,6 +286,7 @@ def parse_row(
                 "other rows are the answers; give all rows a reply, or set answer_column to ''"
             )
         answer = format_answer(prompt.reply, columns.prompt)
+    response = read_response(row, columns, prompt) if columns.response else ""
     chat = prompt.chat
     if system:
         if chat[0][0] == "system":
@@ -300,7 +307,35 @@ def parse_row(
             for name in (*columns.kept, *columns.kept_where_present)
             if (value := get_nested(row, name)) is not MISSING and not is_missing(value)
         ),
+        response=response,
     )
+
+
+def read_response(row: Row, columns: Columns, prompt: PromptAndReply) -> str:
+    """Read the response that a row gives.
+
+    Args:
+        row: The row.
+        columns: Names of the columns.
+        prompt: The row's prompt, with the reply that ends its chat.
+
+    Returns:
+        The text in the response column or, where the row has no column of the default name, the
+        reply.
+
+    Raises:
+        InvalidInput: There is neither, or the value is empty or no text; the message continues "row
+            N ...".
+    """
+    value = get_nested(row, columns.response)
+    if value is MISSING and columns.response == RESPONSE_COLUMN and prompt.reply is not None:
+        return format_answer(prompt.reply, columns.prompt)
+    if value is MISSING:
+        raise InvalidInput(
+            f"lacks the response {columns.response!r}; has {sorted(row)}; set response_column to "
+            "the column that holds the responses, or end each chat with the assistant's reply"
+        )
+    return format_answer(value, columns.response)
 
 
 def prompt_columns(column: str) -> list[str]:

@@ -7,7 +7,7 @@ J = E[sum_t r_t] is the sequence KL. S is the support.
 from torch import Tensor
 
 from opd.objectives.credit import MEAN_COST, SAMPLED_COST, log_ratio
-from opd.objectives.inputs import TokenInputs
+from opd.objectives.inputs import TokenInputs, teacher_sampled_logp
 from opd.objectives.objective import Objective
 from opd.objectives.surrogates import (
     Form,
@@ -19,6 +19,7 @@ from opd.objectives.surrogates import (
     full_reverse,
     k2_loss,
     k3_loss,
+    negative_log_likelihood,
     published_tail,
     renormalised,
     renormalised_and_sampled,
@@ -102,9 +103,22 @@ OBJECTIVES: dict[str, Objective] = {
 """Objectives at gamma 0 without options; `opd.objectives.factory.make_objective` adds them."""
 
 
+CONTROLS: dict[str, Objective] = {
+    # -log p(y) on responses that somebody else wrote: supervised fine-tuning. On the teacher's own
+    # samples it is distillation by its samples, whose mean gradient is that of KL(teacher || p) of
+    # whole responses.
+    "negative_log_likelihood": Objective(
+        local=Form(surrogate=negative_log_likelihood, likelihood=True)
+    ),
+    # Nothing but the reward that `reward_weight` adds: the policy gradient of the expected grade.
+    "reward_only": Objective(),
+}
+"""Objectives that read no teacher, which distillation is compared with."""
+
+
 def sampled_log_ratio(inputs: TokenInputs) -> Tensor:
     """Return k1 = log p(y) - log q(y) with gradient: differentiated, it ignores the teacher."""
-    return log_ratio(sampled_logp(inputs), inputs.teacher_logp.detach())
+    return log_ratio(sampled_logp(inputs), teacher_sampled_logp(inputs))
 
 
 KNOWN_ERRORS: dict[str, tuple[Objective, str]] = {

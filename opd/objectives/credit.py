@@ -13,13 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diagnostics.batch import ScoredRollouts
+from diagnostics.batch import DATASET, ScoredRollouts
 from diagnostics.errors import InvalidInput
 from diagnostics.gradients.credit import check_gamma as check_gamma
 from diagnostics.gradients.credit import discounted as discounted
 from diagnostics.gradients.credit import group_totals, leave_one_out, position_mean, prompt_groups
 from diagnostics.gradients.credit import immediate as immediate
 from diagnostics.gradients.credit import to_go as to_go
+from diagnostics.missing import missing_fields
 
 MASK_SCOPES: dict[str, str] = {
     "cost": "a masked token's cost is 0, for itself and in the credit of earlier tokens",
@@ -265,6 +266,27 @@ def no_ratio(batch: ScoredRollouts) -> Tensor:
     return torch.ones_like(batch.student_logp)
 
 
+def sampler_log_ratio(batch: ScoredRollouts) -> Tensor:
+    """Return (B, T) log student - log sampler of the sampled tokens, constant.
+
+    Args:
+        batch: Scored rollouts with the sampler's log-probabilities.
+
+    Returns:
+        The log-ratios.
+
+    Raises:
+        InvalidInput: Some responses come from a dataset, of which no sampler is known.
+    """
+    given = batch.origin is not None and bool((batch.origin == DATASET).any())
+    if given or "sampler_logp" in missing_fields(batch):
+        raise InvalidInput(
+            "an importance ratio compares the student with the sampler of a response, which is not "
+            "known of responses from a dataset; set ratio to none"
+        )
+    return (batch.student_logp - batch.sampler_logp).detach()
+
+
 def token_ratio(batch: ScoredRollouts) -> Tensor:
     """Return student(y | prefix) / sampler(y | prefix), correcting the token, not the prefixes.
 
@@ -277,7 +299,7 @@ def token_ratio(batch: ScoredRollouts) -> Tensor:
     Returns:
         (B, T) ratios.
     """
-    return (batch.student_logp - batch.sampler_logp).detach().exp()
+    return sampler_log_ratio(batch).exp()
 
 
 def sequence_ratio(batch: ScoredRollouts) -> Tensor:
@@ -293,7 +315,7 @@ def sequence_ratio(batch: ScoredRollouts) -> Tensor:
     Returns:
         (B, T) ratios.
     """
-    log_weight = (batch.student_logp - batch.sampler_logp).detach() * batch.sampled
+    log_weight = sampler_log_ratio(batch) * batch.sampled
     log_weight = log_weight.sum(1, keepdim=True)
     return log_weight.exp().expand_as(batch.student_logp)
 

@@ -17,7 +17,7 @@ from functools import partial
 
 from diagnostics.errors import InvalidInput
 from diagnostics.io.user_functions import is_function_name
-from opd.objectives.catalogue import COLLAPSING, KNOWN_ERRORS, OBJECTIVES
+from opd.objectives.catalogue import COLLAPSING, CONTROLS, KNOWN_ERRORS, OBJECTIVES
 from opd.objectives.credit import (
     ADVANTAGES,
     BASELINES,
@@ -50,7 +50,7 @@ def make_objective(
     """Build the objective called `name`; refuse options without effect and known errors.
 
     Args:
-        name: One of OBJECTIVES, or a loss of your own (`opd.objectives.user_loss`),
+        name: One of OBJECTIVES or CONTROLS, or a loss of your own (`opd.objectives.user_loss`),
             MODULE:FUNCTION or FILE.py:FUNCTION, which takes none of the options but `support_k`.
         gamma: Discount of later costs, in [0, 1].
         baseline: One of BASELINES in `opd.objectives.credit`.
@@ -99,7 +99,7 @@ def make_objective(
     _check_names(name, baseline, ratio, reward_baseline, mask_scope)
     _check_collapse(name, allow_collapse)
     check_gamma(gamma)
-    objective = _with_gamma(name, OBJECTIVES[name], gamma)
+    objective = _with_gamma(name, {**OBJECTIVES, **CONTROLS}[name], gamma)
     if beta is not None:
         objective = _with_beta(name, objective, beta)
     if clip is not None:
@@ -110,6 +110,10 @@ def make_objective(
         objective = _with_clipped_ratios(name, objective, ratio_clip)
     if reward_weight:
         objective = _with_reward(objective, reward_weight, reward_baseline)
+    elif name == "reward_only":
+        raise InvalidInput(
+            "reward_only trains on the reward alone, but reward_weight is 0; set it, such as to 1"
+        )
     elif reward_baseline != "leave_one_out":
         raise InvalidInput(
             f"reward_baseline {reward_baseline!r} has no effect without a reward_weight"
@@ -140,7 +144,7 @@ def _check_names(
     if name in KNOWN_ERRORS:
         raise InvalidInput(f"{name} is a known error: {KNOWN_ERRORS[name][1]}; use sampled_token")
     for kind, value, known_names in (
-        ("objective", name, OBJECTIVES),
+        ("objective", name, {**OBJECTIVES, **CONTROLS}),
         ("baseline", baseline, BASELINES),
         ("ratio", ratio, RATIOS),
         ("reward_baseline", reward_baseline, ADVANTAGES),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diagnostics.batch import ScoredRollouts
 from diagnostics.errors import InvalidInput
+from diagnostics.missing import missing_fields
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,8 +26,8 @@ class TokenInputs:
     """(...) credit, constant."""
     weight: Tensor
     """(...) factor of the token's loss, `opd.objectives.objective.token_weights`, constant."""
-    teacher_logp: Tensor
-    """(...) teacher log-probability of the sampled token, constant."""
+    teacher_logp: Tensor | None = None
+    """(...) teacher log-probability of the sampled token, constant; None without a teacher."""
     old_logp: Tensor | None = None
     """(...) student log-probability when the rollouts were scored, constant."""
     tokens: Tensor | None = None
@@ -68,10 +69,11 @@ class TokenInputs:
         def select(x: Tensor) -> Tensor:
             return x.flatten(0, 1)[token_index]
 
+        has_teacher = "teacher_logp" not in missing_fields(batch)
         inputs = cls(
             credit=select(credit),
             weight=select(weight),
-            teacher_logp=select(batch.teacher_logp),
+            teacher_logp=select(batch.teacher_logp) if has_teacher else None,
             old_logp=select(batch.student_logp),
             tokens=select(batch.tokens),
         )
@@ -98,3 +100,23 @@ class TokenInputs:
             name: None if x is None else x[c] for name, x in vars(self).items()
         }
         return TokenInputs(**parts)
+
+
+def teacher_sampled_logp(inputs: TokenInputs) -> Tensor:
+    """Return (...) log q(y), constant.
+
+    Args:
+        inputs: Tokens with `teacher_logp`.
+
+    Returns:
+        (...) log-probabilities of the sampled tokens under the teacher.
+
+    Raises:
+        InvalidInput: `teacher_logp` is missing.
+    """
+    if inputs.teacher_logp is None:
+        raise InvalidInput(
+            "this objective reads the teacher's log-probability of the sampled token, but the "
+            "batch was scored without a teacher; set a teacher"
+        )
+    return inputs.teacher_logp.detach()

@@ -83,19 +83,27 @@ class Objective:
                 distributions=False,
                 whole_groups=True,
                 on_policy=bool({"tokens", "student_logp"} & {*asks}) and "sampler_logp" not in asks,
+                own_samples=bool({"tokens", "student_logp"} & {*asks})
+                and "sampler_logp" not in asks,
+                teacher=any(name.startswith("teacher") for name in asks),
             )
         reads_ratio = any(cost.sampled for cost in self.costs)
         unweighted = self.has_credit and not self.score.importance_weighted
         return Requirements(
             support=self.support,
             support_k=self.support_k,
-            sampled_logp=self.has_credit or self.local.reads_sample,
+            sampled_logp=self.has_credit or self.local.reads_sample or self.local.likelihood,
             teacher_sampled_logp=reads_ratio or self.local.reads_sample,
             normalised=self.has_credit or not self.local.renormalises,
             distributions=self.baseline.distributions
             or any(cost.distributions for cost in self.costs),
             whole_groups=self.baseline.whole_groups or self.reward_cost is not None,
             on_policy=unweighted or self.local.reads_sample,
+            own_samples=self.has_credit or self.local.reads_sample,
+            teacher=self.support != "none"
+            or self.local.reads_sample
+            or self.baseline.distributions
+            or any(not cost.is_zero for cost in self.costs),
         )
 
     def credit(self, batch: ScoredRollouts) -> Tensor:

@@ -33,3 +33,9 @@ class Requirements:
     """
     on_policy: bool
     """Whether the loss is wrong on tokens that were sampled before the student moved."""
+    own_samples: bool
+    """Whether the loss estimates a mean over tokens that the student samples, so that on another
+    policy's tokens it needs the ratio of the two.
+    """
+    teacher: bool
+    """Whether the loss reads a teacher at all."""

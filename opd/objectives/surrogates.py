@@ -18,7 +18,7 @@ from torch import Tensor
 from diagnostics.errors import InvalidInput
 from opd.objectives.credit import log_ratio
 from opd.objectives.divergences import forward_kl, jensen_shannon, renormalise, reverse_kl
-from opd.objectives.inputs import TokenInputs
+from opd.objectives.inputs import TokenInputs, teacher_sampled_logp
 
 _ABSENT_LOGP = -1e9
 """Log-probability of an absent id: its probability underflows to 0 in float32 and bfloat16."""
@@ -32,7 +32,7 @@ _MAX_LOG_RATIO = 20.0
 
 def no_loss(inputs: TokenInputs) -> Tensor:
     """Return a loss of zero."""
-    return torch.zeros_like(inputs.teacher_logp)
+    return torch.zeros_like(inputs.credit)
 
 
 def score_function(logp: Tensor, weight: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ def renormalised_and_sampled(inputs: TokenInputs, limit: float = math.inf) -> Te
         [student_logp, _fill_absent(outside, sampled_logp(inputs))[..., None]], -1
     )
     support_teacher_logp = torch.cat(
-        [support_teacher_logp, _fill_absent(outside, inputs.teacher_logp.detach())[..., None]], -1
+        [support_teacher_logp, _fill_absent(outside, teacher_sampled_logp(inputs))[..., None]], -1
     )
     return reverse_kl(renormalise(student_logp), renormalise(support_teacher_logp), limit)
 
@@ -237,9 +237,24 @@ def published_tail(inputs: TokenInputs) -> Tensor:
     return unnormalised(inputs) + _tail(inputs)
 
 
+def negative_log_likelihood(inputs: TokenInputs) -> Tensor:
+    """Return -log p(y), the loss of supervised fine-tuning on responses that are given.
+
+    Its gradient is that of the cross-entropy with whoever wrote the responses: of KL(writer || p)
+    in the mean over them. On the student's own samples its mean is 0.
+
+    Args:
+        inputs: Tokens with `logp`.
+
+    Returns:
+        (...) losses.
+    """
+    return -sampled_logp(inputs)
+
+
 def k2_loss(inputs: TokenInputs) -> Tensor:
     """Return k2 = r^2 / 2: its gradient r grad log p(y) estimates that of the reverse KL."""
-    return log_ratio(sampled_logp(inputs), inputs.teacher_logp.detach()).square() / 2
+    return log_ratio(sampled_logp(inputs), teacher_sampled_logp(inputs)).square() / 2
 
 
 def k3_loss(inputs: TokenInputs) -> Tensor:
@@ -254,7 +269,7 @@ def k3_loss(inputs: TokenInputs) -> Tensor:
     Returns:
         (...) losses.
     """
-    r = log_ratio(sampled_logp(inputs), inputs.teacher_logp.detach())
+    r = log_ratio(sampled_logp(inputs), teacher_sampled_logp(inputs))
     return torch.expm1(-r) + r
 
 
@@ -268,6 +283,10 @@ class Form:
     """
     reads_sample: bool = False
     """Whether it reads both models' log-probability of the sampled token."""
+    likelihood: bool = False
+    """Whether it is the likelihood of the tokens: it reads the student's log-probability of them
+    and no teacher, and is right whoever wrote them.
+    """
     clippable: bool = False
     """Whether its log-ratios can be clipped with the keyword argument `limit`."""
     renormalises: bool = False
@@ -316,7 +335,7 @@ def _fill_absent(present: Tensor, logp: Tensor) -> Tensor:
 def _tail(inputs: TokenInputs) -> Tensor:
     """Return the sampled token's cost times its score where it lies outside S."""
     logp = sampled_logp(inputs)
-    cost = log_ratio(logp, inputs.teacher_logp)
+    cost = log_ratio(logp, teacher_sampled_logp(inputs))
     return score_function(logp, torch.where(inside_support(inputs), torch.zeros_like(cost), cost))
 
 

@@ -112,13 +112,16 @@ def read_prompts(run: "RunRecord", file: Path, rows: int) -> dict[int, str]:
 
 
 def read_batch(file: Path) -> "ScoredRollouts | None":
-    """Read a saved batch or dump; None if it is not scored."""
+    """Read a saved batch or dump; None if it is not scored by both models."""
     from diagnostics.batch import ScoredRollouts
+    from diagnostics.missing import missing_fields
     from diagnostics.records.batch_files import load_batch
     from diagnostics.records.token_dumps import load_dump
 
     batch = load_batch(file) if file.suffix == ".safetensors" else load_dump(file)
-    return batch if isinstance(batch, ScoredRollouts) else None
+    if not isinstance(batch, ScoredRollouts) or "teacher_logp" in missing_fields(batch):
+        return None
+    return batch
 
 
 def rollout_entries(

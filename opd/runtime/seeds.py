@@ -1,8 +1,8 @@
 """Seeds of all random generators of a run, derived from integers that identify their purpose."""
 
-ROLLOUT, EVALUATION, PROBE, CONTROL, CONTINUATION, ORDER = range(6)
+ROLLOUT, EVALUATION, PROBE, CONTROL, CONTINUATION, ORDER, WRITER = range(7)
 """Purposes of seeds: the rollouts of a step, an evaluation, the gradient probe's own rollouts, the
-own-prefix baseline, the continuation probe, and the order of tasks."""
+own-prefix baseline, the continuation probe, the order of tasks, and who writes a response."""
 
 
 def derive_seed(*keys: int) -> int:

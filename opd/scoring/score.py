@@ -5,6 +5,7 @@ student and teacher, V shared vocabulary, K support ids.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from diagnostics.batch import DistributionStats, Rollouts, ScoredRollouts, Support
 from diagnostics.core.distribution_stats import compute_distribution_stats
 from diagnostics.errors import InvalidInput
+from diagnostics.missing import Missing
 from diagnostics.ragged import flat_index, scatter_to_mask
 from opd.data.prompts import Prompts
 from opd.models.forward import (
@@ -36,9 +38,15 @@ METRICS_ONLY = Requirements(
     distributions=True,
     whole_groups=False,
     on_policy=False,
+    own_samples=False,
+    teacher=True,
 )
 """Requirements of metrics without an objective: the teacher's top-K, and statistics of the
 distributions."""
+
+
+NOT_SCORED: Any = Missing("a run without a teacher has")
+"""`teacher_logp` of rollouts that no teacher scored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +82,8 @@ class ScoreRequest:
     def allows_sampler_softmax(self, rollouts: Rollouts) -> bool:
         """Return whether the student's softmax of the rollouts can be taken from the sampler.
 
-        It is that of the weights that sampled, so they must be the present ones, and rounding
-        differences of another inference engine stay hidden.
+        It is that of the weights that sampled, so they must be the student's present ones, and
+        rounding differences of another inference engine stay hidden.
 
         Args:
             rollouts: The rollouts.
@@ -87,6 +95,7 @@ class ScoreRequest:
         if self.full_statistics or self.map_eos or needs.distributions or needs.normalised:
             return False
         known = rollouts.softmax_logp is not None and rollouts.temperature == self.temperature
+        known &= bool(rollouts.own_rows.all())
         return needs.support == "teacher" and known and not bool((rollouts.age > 0).any())
 
 
@@ -144,8 +153,9 @@ def score_batch(
     """
     _check_request(student, teacher, request)
     is_local = Capability.HIDDEN_STATES in teacher.capabilities
+    has_teacher = bool(teacher.capabilities)
     reuses_sampler = request.allows_sampler_softmax(rollouts)
-    if not is_local and request.source in STUDENT_SUPPORTS:
+    if has_teacher and not is_local and request.source in STUDENT_SUPPORTS:
         columns = chosen_columns(
             student,
             teacher,
@@ -165,8 +175,10 @@ def score_batch(
     scored = ScoredRollouts(
         **vars(rollouts),
         student_logp=tensors["student_logp"],
-        teacher_logp=tensors["teacher_logp"],
-        support=Support(source=request.source, **_without_prefix(tensors, "support.")),
+        teacher_logp=tensors["teacher_logp"] if has_teacher else NOT_SCORED,
+        support=Support(source=request.source, **_without_prefix(tensors, "support."))
+        if has_teacher
+        else None,
         prefix=DistributionStats(**statistics) if statistics else None,
         score_temperature=request.temperature,
     )
@@ -196,8 +208,8 @@ def _token_columns(
     """
     is_local, temperature = Capability.HIDDEN_STATES in teacher.capabilities, request.temperature
     k = request.requirements.support_k
-    answers = None
-    if not is_local:
+    has_teacher, answers = bool(teacher.capabilities), None
+    if has_teacher and not is_local:
         eos_map = request.eos_map if request.map_eos else None
         answers = query_teacher(teacher, prompts.teacher_prompts, rollouts, k, eos_map)
     sampler_logp = None
@@ -229,6 +241,9 @@ def _token_columns(
                 p = log_probabilities(student, states[c], temperature)
                 q = log_probabilities(teacher.model, teacher_states[c], temperature)
                 values = _full_columns(p, q, tokens[c], request)
+            elif not has_teacher:
+                p = log_probabilities(student, states[c], temperature)
+                values = {"student_logp": p.gather(-1, tokens[c][:, None])[:, 0]}
             else:
                 if answers is not None:
                     top_k = answers.select(positions[c])
@@ -246,6 +261,13 @@ def _token_columns(
 
 def _check_request(student: CausalLM, teacher: Teacher, request: ScoreRequest) -> None:
     """Refuse an unknown support, one that the teacher or map_eos lacks, and a K beyond V."""
+    if not teacher.capabilities:
+        if request.requirements.teacher:
+            raise InvalidInput(
+                "the loss reads a teacher, but teacher is none; set one, or use "
+                "negative_log_likelihood or reward_only"
+            )
+        return
     source, k = request.source, request.requirements.support_k
     if k > student.vocabulary:
         raise InvalidInput(

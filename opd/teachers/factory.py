@@ -29,6 +29,7 @@ from opd.teachers.connection import connect
 from opd.teachers.pair import ModelPair, freeze_teacher, load_pair
 from opd.teachers.teacher import (
     AdapterFreeTeacher,
+    NoTeacher,
     ServerTeacher,
     Teacher,
     make_ema_teacher,
@@ -151,6 +152,8 @@ def make_pair(config: Config, objects: ModelObjects = NO_OBJECTS, num_chosen: in
     teacher: Teacher
     if config.teacher == "base":
         teacher = AdapterFreeTeacher(without_adapters(student))
+    elif teacher_type(config.teacher) is NoTeacher:
+        teacher = NoTeacher()
     elif config.teacher == "ema":
         teacher = make_ema_teacher(
             student, config.optimizer.ema_decay, config.hardware.offload_teacher
@@ -177,6 +180,8 @@ def load_teacher(
     Raises:
         InvalidInput: The tokenizers differ, or the teacher has fewer ids than the first teacher.
     """
+    if teacher_type(config.teacher) is NoTeacher:
+        return NoTeacher()
     if teacher_type(config.teacher) is ServerTeacher:
         return connect_teacher(pair.student, pair.tokenizer, config, num_chosen)
     device = "cpu" if config.hardware.offload_teacher else resolve_device(config.hardware.device)

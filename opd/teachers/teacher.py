@@ -27,6 +27,9 @@ from opd.serving.addresses import is_url
 from opd.teachers.client import TeacherClient
 from opd.teachers.remote_scores import TeacherScores, score_remote
 
+NO_TEACHER = "none"
+"""Name of the teacher of a run without one."""
+
 
 class Capability(Enum):
     """What a teacher can provide; the value is its description in messages."""
@@ -96,6 +99,15 @@ class Teacher(Protocol):
             Nothing.
         """
         yield
+
+    @contextmanager
+    def generating(self) -> Iterator[CausalLM]:
+        """Give its model to be sampled from inside the block.
+
+        Yields:
+            The model.
+        """
+        yield self.model
 
     def update(self, student: CausalLM) -> None:
         """Follow the student after an optimizer step."""
@@ -178,6 +190,16 @@ class AdapterFreeTeacher(Teacher):
     model: CausalLM
     """The student's network with its adapters off."""
     name: str = "base"
+
+    @contextmanager
+    def generating(self) -> Iterator[CausalLM]:
+        """Keep the adapters off inside the block.
+
+        Yields:
+            The model.
+        """
+        with self.model.network.disable_adapter():
+            yield self.model
 
     def frozen_weights(self) -> list[Tensor]:
         """Return the student's base weights; the adapters are trained."""
@@ -282,11 +304,32 @@ class ServerTeacher(Teacher):
         self.client.verify_fingerprint(path)
 
 
+@dataclass(eq=False)
+class NoTeacher(Teacher):
+    """The absence of a teacher, for an objective that reads none; nothing is in memory."""
+
+    name: str = NO_TEACHER
+    possible_capabilities: ClassVar[frozenset[Capability]] = frozenset()
+
+    @property
+    def model(self) -> CausalLM:  # type: ignore[override]
+        """Raise an error: there is no model."""
+        raise InvalidInput("teacher is none: the run has no teacher to read; set one")
+
+    def max_length(self) -> int | None:
+        """Return None: there is no limit."""
+        return None
+
+
 def teacher_type(name: str) -> type[Teacher]:
     """Return the kind of the teacher that a setting names, without loading or connecting it."""
     if is_url(name):
         return ServerTeacher
-    derived: dict[str, type[Teacher]] = {"base": AdapterFreeTeacher, "ema": EmaTeacher}
+    derived: dict[str, type[Teacher]] = {
+        "base": AdapterFreeTeacher,
+        "ema": EmaTeacher,
+        NO_TEACHER: NoTeacher,
+    }
     return derived.get(name, LocalTeacher)
 
 

@@ -49,6 +49,19 @@ def teacher_tokens(tokens: Tensor, eos_map: EosMap) -> Tensor:
     return _replace_foreign_eos(tokens, eos_map.student, eos_map.teacher)
 
 
+def student_tokens(tokens: Tensor, eos_map: EosMap) -> Tensor:
+    """Return ids that the teacher wrote as the student would: its own EOS for a foreign one.
+
+    Args:
+        tokens: Ids of any shape.
+        eos_map: EOS ids of both models.
+
+    Returns:
+        Ids of the same shape.
+    """
+    return _replace_foreign_eos(tokens, eos_map.teacher, eos_map.student)
+
+
 def student_support(ids: Tensor, eos_map: EosMap) -> tuple[Tensor, Tensor]:
     """Return the ids at which the student is read on the teacher's top-K, and which of them count.
 

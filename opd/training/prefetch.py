@@ -4,12 +4,13 @@ With lag n, step s + n trains on rollouts from the policy at the start of step s
 never exceeds n; that of the first n steps is smaller. With lag 0 a step's rollouts are sampled at
 the start of the step. They depend on (config, weights, step) and not on timing, so a run with a lag
 is as reproducible as one without.
+
+Replay keeps what one step has sampled for the steps that follow it, with the age that it then has.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -49,6 +50,7 @@ class RolloutPrefetcher:
         lag: int,
         steps: int,
         updates: int,
+        replay_age: int = 0,
     ) -> None:
         """Create a prefetcher that has sampled nothing yet.
 
@@ -59,14 +61,16 @@ class RolloutPrefetcher:
             lag: Number of steps that sampling may run ahead of training.
             steps: Number of steps of the run; none is sampled beyond.
             updates: Number of student updates per step.
+            replay_age: Number of further steps that use the rollouts of a step; needs a lag of 0.
         """
+        self._replay_age = replay_age
         self._draw, self._stop = draw, stop
         self._lag, self._steps, self._updates = lag, steps, updates
         self._pending: dict[int, Future[list[TaskRollouts]]] = {}
         self._thread = ThreadPoolExecutor(1)
 
     def get(self, step: int) -> list[TaskRollouts]:
-        """Return the rollouts of a step with their policy lag, sampling them now if not prefetched.
+        """Return the rollouts of a step with their policy lag, sampling them now if there are none.
 
         Args:
             step: Step of the run.
@@ -75,12 +79,19 @@ class RolloutPrefetcher:
             Rollouts of each task of the step.
 
         Raises:
-            OperationFailed: The rollouts are more than `lag` steps old.
+            OperationFailed: The rollouts are older than lag or replay allow.
         """
         future = self._pending.pop(step, None)
         task_rollouts = self._draw(step) if future is None else future.result()
+        for steps_later in range(1, self._replay_age + 1 if future is None else 1):
+            # also beyond the last step: a resumed run may have more
+            self._pending[step + steps_later] = Future()
+            self._pending[step + steps_later].set_result(
+                with_age(task_rollouts, steps_later * self._updates)
+            )
         for _, rollouts, _ in task_rollouts:
-            age, max_age = int(rollouts.age.max()), self._lag * self._updates
+            age = int(rollouts.age.max())
+            max_age = max(self._lag, self._replay_age) * self._updates
             if age > max_age:
                 raise OperationFailed(
                     f"rollouts of step {step} are {age} updates old; at most {max_age} are allowed"
@@ -110,7 +121,7 @@ class RolloutPrefetcher:
             folder: Run folder.
             step: First step that is not yet trained.
         """
-        if not self._lag:
+        if not (self._lag or self._replay_age):
             return
         target = folder / "ahead" / f"step_{step:06d}"
         with staged_folder(target) as partial_folder:
@@ -168,13 +179,7 @@ class RolloutPrefetcher:
 
     def _draw_with_age(self, current_step: int, step: int) -> list[TaskRollouts]:
         """Sample a step's rollouts and set their age, in updates, at the time they are used."""
-        age = (step - current_step) * self._updates
-        return [
-            sample._replace(
-                rollouts=replace(sample.rollouts, age=torch.full_like(sample.rollouts.prompt, age))
-            )
-            for sample in self._draw(step)
-        ]
+        return with_age(self._draw(step), (step - current_step) * self._updates)
 
     def __enter__(self) -> "RolloutPrefetcher":
         return self
@@ -188,6 +193,24 @@ class RolloutPrefetcher:
         if error is not None:
             self._stop()
         self._thread.shutdown(cancel_futures=True)
+
+
+def with_age(task_rollouts: Sequence[TaskRollouts], age: int) -> list[TaskRollouts]:
+    """Return rollouts with another age.
+
+    Args:
+        task_rollouts: Rollouts of each task.
+        age: Number of updates since they were sampled.
+
+    Returns:
+        The same rollouts.
+    """
+    return [
+        sample._replace(
+            rollouts=sample.rollouts.with_fields(age=torch.full_like(sample.rollouts.prompt, age))
+        )
+        for sample in task_rollouts
+    ]
 
 
 def rank_folder() -> str:

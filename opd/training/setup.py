@@ -6,7 +6,8 @@ from functools import partial
 from pathlib import Path
 
 from diagnostics.alarms.alarms import Alarms
-from diagnostics.batch import ScoredRollouts
+from diagnostics.alarms.rules import RULES, AlarmRule
+from diagnostics.batch import ORIGINS, ScoredRollouts
 from diagnostics.catalogue import PANEL, Metric
 from diagnostics.core.totals import Accumulator, Mean
 from diagnostics.errors import InvalidInput
@@ -17,7 +18,9 @@ from diagnostics.metrics.response import length, reward
 from diagnostics.metrics.signal import sign_shares, signal_concentration
 from diagnostics.monitor import Monitor
 from diagnostics.records import rows
+from opd.config.prefixes import Prefixes, parse_prefixes
 from opd.config.settings import Config, parse_template, with_settings
+from opd.data.responses import given_response
 from opd.data.row_files import Row
 from opd.data.sources import Columns
 from opd.data.tasks import Task, load_task, reject_long_prompts, skip_long_prompts
@@ -43,6 +46,9 @@ from opd.training.state import TaskState, TrainState
 from opd.training.step import roll_out_step
 from opd.training.teacher_view import check_view, make_view
 from opd.training.user_metrics import load_metrics, try_metrics
+
+SAMPLER_TESTS = ("martingales", "sampler_ratio")
+"""Metrics of the panel that test whether the student sampled the tokens."""
 
 
 def make_train_state(
@@ -75,6 +81,7 @@ def make_train_state(
         lag=config.rollout.rollout_lag,
         steps=config.steps,
         updates=config.optimizer.updates_per_batch,
+        replay_age=parse_prefixes(config.rollout.prefixes).replay_age,
     )
     student = pairs[0].student
     prefetcher.load(folder, first_step, student.device)
@@ -126,10 +133,12 @@ def make_task_states(
     for i, (task_config, pair) in enumerate(zip(settings, pairs, strict=True)):
         name = config.tasks[i].name if config.tasks else ""
         extra_metrics = metrics_by_task(config) if mixed else metrics_by_turn(task_config)
-        if config.rollout.engine == "servers":
+        prefixes = parse_prefixes(config.rollout.prefixes)
+        if config.rollout.engine == "servers" or prefixes.replay_age:
             extra_metrics = {**extra_metrics, "staleness": staleness}
+        extra_metrics = {**extra_metrics, **metrics_by_origin(prefixes)}
         try_metrics(user_metrics, {**PANEL, **extra_metrics}, config.objective.support_k)
-        alarms = Alarms()
+        alarms = Alarms(rules_of(prefixes))
         for row in history:
             if mixed or row.get("task", "") == name:
                 alarms.update(row)  # an alarm that was active before the resume stays active
@@ -139,6 +148,13 @@ def make_task_states(
             reader = f"objective {loss.name} asks for reward"
             require_answers(problems, task_config, reader, "choose another objective")
         view = make_view(task_config, pair, problems)
+        if view is not None and view.reads_attempts and prefixes.samples_teacher:
+            raise InvalidInput(
+                f"prefixes is {task_config.rollout.prefixes}, but teacher_view "
+                f"{task_config.view.teacher_view} uses responses (response, reward, feedback or "
+                "peers), and the teacher cannot read a response before it writes it; set prefixes "
+                "to student, or use another view"
+            )
         if view is not None and isinstance(problems, Task):
             check_view(view, task_config, pair, problems.training())
         task = TaskState(
@@ -149,7 +165,7 @@ def make_task_states(
             request=score_request(task_config, objective, pair),
             masks=resolve_mask_rules(task_config.objective.mask, pair.tokenizer, pair.eos),
             monitor=Monitor(
-                {**PANEL, **extra_metrics, **user_metrics},
+                {**panel_of(prefixes), **extra_metrics, **user_metrics},
                 alarms=alarms,
                 combine=distributed.all_reduce_accumulators,
             ),
@@ -191,6 +207,45 @@ def metrics_by_task(config: Config) -> dict[str, Metric]:
     return {f"{metric.__name__} by task": by(metric, "task", names) for metric in metrics}
 
 
+def panel_of(prefixes: Prefixes) -> dict[str, Metric]:
+    """Return the default panel, without the tests of the sampler where the student samples none."""
+    return {
+        name: metric
+        for name, metric in PANEL.items()
+        if prefixes.has_own or name not in SAMPLER_TESTS
+    }
+
+
+def rules_of(prefixes: Prefixes) -> list[AlarmRule]:
+    """Return the alarm rules that mean something on the prefixes of a run.
+
+    The sampled cost is a divergence on the student's own tokens only, and a column is no trend of
+    the student while the share of its responses changes.
+
+    Args:
+        prefixes: Who writes the responses.
+
+    Returns:
+        The rules.
+    """
+    is_changing = prefixes.first_share != prefixes.last_share
+    return [
+        rule
+        for rule in RULES
+        if not (prefixes.partner and rule.metric == "divergence/k1")
+        and not (is_changing and rule.num_reference)
+    ]
+
+
+def metrics_by_origin(prefixes: Prefixes) -> dict[str, Metric]:
+    """Build the metrics that a run of several writers reports for the responses of each."""
+    if not prefixes.partner or not prefixes.has_own:
+        return {}
+    names = {float(ORIGINS.index(name)): name for name in ("student", prefixes.partner)}
+    metrics = (sampled_divergence, reward, length)
+    return {f"{metric.__name__} by origin": by(metric, "origin", names) for metric in metrics}
+
+
 def metrics_by_turn(config: Config) -> dict[str, Metric]:
     """Build the sampled divergence at turns 1, 2, 4, 8, ... of games, for layout "turns"."""
     if not is_games(config.data.task) or config.games.layout != "turns":
@@ -227,12 +282,14 @@ def load_problem_task(
         The task.
 
     Raises:
-        InvalidInput: The task is a game, or it has no answers although reward_weight is set.
+        InvalidInput: The task is a game, it has no answers although reward_weight is set, or no
+            responses although they are trained on.
     """
     if is_games(config.data.task):
         raise InvalidInput(
             f"task {config.data.task} is a game; a task of problems is required here"
         )
+    reads_data = parse_prefixes(config.rollout.prefixes).reads_data
     task = load_task(
         config.data.task,
         config.seed,
@@ -245,6 +302,7 @@ def load_problem_task(
             answer=config.data.answer_column,
             kept=kept_columns(config),
             kept_where_present=("solution",) if config.view.teacher_view else (),
+            response=config.data.response_column if reads_data else "",
         ),
         test_columns=Columns(
             prompt=config.evaluation.eval_prompt_column, answer=config.evaluation.eval_answer_column
@@ -258,6 +316,11 @@ def load_problem_task(
     )
     if weight := config.objective.reward_weight:
         require_answers(task, config, f"reward_weight is {weight}", "reward_weight to 0")
+    if reads_data and not given_response(task.train(0, 1)[0]):
+        raise InvalidInput(
+            f"prefixes is {config.rollout.prefixes}, but {config.data.task} gives no responses; "
+            "name a file or data set with a response column, or set prefixes to student"
+        )
     return task
 
 

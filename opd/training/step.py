@@ -24,6 +24,7 @@ from diagnostics.core.totals import Accumulator, Mean, compute
 from diagnostics.gradients.distributed import all_gather_batches
 from diagnostics.io.atomic import write_text
 from diagnostics.records.rows import Row
+from opd.config.prefixes import ON_POLICY, parse_prefixes
 from opd.config.settings import Config
 from opd.data.grading.graders import grade_responses
 from opd.data.grading.unread_answers import READABLE_SHARE
@@ -40,6 +41,7 @@ from opd.scoring.score import ScoredBatch
 from opd.tokens.masking import mask_rule_metrics
 from opd.training.multitask import tasks_of_step
 from opd.training.prefetch import TaskRollouts
+from opd.training.responses import draw_responses, writers
 from opd.training.state import TaskState
 
 
@@ -151,6 +153,9 @@ def roll_out(
 ) -> TaskRollouts:
     """Sample and grade this rank's responses for one step of a task.
 
+    Responses for training are written by whom the setting `prefixes` names; for any other purpose
+    the student samples all of them.
+
     Args:
         task: The task.
         engine: Rollout engine.
@@ -168,23 +173,27 @@ def roll_out(
     num_prompts, group_size = config.data.prompts_per_step, config.data.group_size
     prompt_indices = distributed.shard_prompts(num_prompts, config.optimizer.updates_per_batch)
     seed_parts = (config.seed, step, purpose, *([task.index] if task.index else []))
-    sampling_options: dict[str, Any] = {
-        "max_response": config.rollout.max_response,
-        "temperature": config.rollout.temperature,
-        "top_p": top_p,
-        "generator": torch.Generator().manual_seed(derive_seed(*seed_parts)),
-        "batch_slice": BatchSlice(
-            [i * group_size + j for i in prompt_indices for j in range(group_size)],
-            num_prompts * group_size,
-        ),
-    }
+    batch_slice = BatchSlice(
+        [i * group_size + j for i in prompt_indices for j in range(group_size)],
+        num_prompts * group_size,
+    )
     tokenizer, eos, accumulators = task.pair.tokenizer, task.pair.eos, dict[str, Accumulator]()
     if isinstance(problems, GameTask):
         seeds = problems.train(task_step, num_prompts)
         games = [(i, seeds[i]) for i in prompt_indices]
-        sampling_options |= {"max_prompt": config.data.max_prompt}
         episodes = play_episodes(
-            engine, tokenizer, eos, problems, games, group_size, **sampling_options
+            engine,
+            tokenizer,
+            eos,
+            problems,
+            games,
+            group_size,
+            max_prompt=config.data.max_prompt,
+            max_response=config.rollout.max_response,
+            temperature=config.rollout.temperature,
+            top_p=top_p,
+            generator=torch.Generator().manual_seed(derive_seed(*seed_parts)),
+            batch_slice=batch_slice,
         )
         prompts, rollouts = pack_rows(
             episodes, problems.layout, temperature=config.rollout.temperature, top_p=top_p
@@ -196,25 +205,35 @@ def roll_out(
             tokenizer, [drawn[i] for i in prompt_indices], group_size, config.data.max_prompt
         )
         prompts = replace(prompts, index=torch.tensor(prompt_indices)[prompts.index])
-        rollouts = engine.sample(prompts, eos, **sampling_options)
+        row_problems = [drawn[i] for i in prompts.index.tolist()]
+        if task.view is not None and not task.view.reads_attempts:
+            prompts = with_teacher_prompts(task.view, tokenizer, prompts, row_problems, None)
+        prefixes = ON_POLICY if purpose != ROLLOUT else parse_prefixes(config.rollout.prefixes)
+        rollouts = draw_responses(
+            task.pair,
+            engine,
+            prompts,
+            row_problems,
+            writers(prefixes, config, step, task.index, batch_slice),
+            config=config,
+            seed=derive_seed(*seed_parts),
+            top_p=top_p,
+            part=batch_slice,
+        )
         grades = grade_responses(
             tokenizer, rollouts.tokens, rollouts.mask, prompts.answers, problems.grade, eos
         )
-        if task.view is not None:
-            row_problems = [drawn[i] for i in prompts.index.tolist()]
-            attempts = None
-            if task.view.reads_attempts:
-                texts = decode_responses(tokenizer, rollouts.tokens, rollouts.mask, eos)
-                attempts = [
-                    Attempt(text, grade.reward, grade.feedback_text())
-                    for text, grade in zip(texts, grades, strict=True)
-                ]
+        if task.view is not None and task.view.reads_attempts:
+            texts = decode_responses(tokenizer, rollouts.tokens, rollouts.mask, eos)
+            attempts = [
+                Attempt(text, grade.reward, grade.feedback_text())
+                for text, grade in zip(texts, grades, strict=True)
+            ]
             prompts = with_teacher_prompts(task.view, tokenizer, prompts, row_problems, attempts)
         rewards = torch.tensor([grade.reward for grade in grades])
         readable = torch.tensor([grade.answer is not None for grade in grades])
         accumulators = {READABLE_SHARE: Mean.from_values(readable, ~rewards.isnan(), prompts.index)}
-    rollouts = replace(
-        rollouts.to(device),
+    rollouts = rollouts.to(device).with_fields(
         reward=rewards.to(device),
         task=torch.full((len(rewards),), task.index, device=device),
     )

@@ -17,6 +17,7 @@ from diagnostics.records.headline import RUN_COLUMNS
 from diagnostics.records.rows import Row, append_row
 from diagnostics.terminal import escape_control_chars
 from opd.config.files import to_flat
+from opd.config.prefixes import parse_prefixes
 from opd.config.problems import raise_problems
 from opd.config.settings import Config, with_settings
 from opd.data.grading.unread_answers import unread_evaluation_messages, unread_step_messages
@@ -53,6 +54,14 @@ from opd.training.trackers import Log, open_trackers, with_eval_prefix
 from opd.training.update import PreparedLoss, prepare_loss, update_student
 from opd.training.validation import validate
 
+BAR_COLUMNS = (
+    ("reward", "response/reward", 2),
+    ("kl", "divergence/k1", 3),
+    ("grad", "grad_norm", 2),
+    ("length", "response/length", 0),
+)
+"""What the progress bar shows of a row that has it: label, column, decimal places."""
+
 
 def run_step(state: TrainState, step: int, log: Log) -> Row:
     """Take one step of training, with everything that follows it.
@@ -85,7 +94,7 @@ def run_step(state: TrainState, step: int, log: Log) -> Row:
                 batch = score_batch(student, teacher, prompts, rollouts, request)
                 if any(lacks_distributions(other) for other in tasks):
                     # rows of a step have the same columns
-                    batch = replace(batch, scored=replace(batch.scored, prefix=None))
+                    batch = replace(batch, scored=batch.scored.with_fields(prefix=None))
                 checks.append(check_batch(state, task, task_step, batch))
                 masked = replace(batch, scored=apply_mask_rules(batch.scored, task.masks))
                 loss = prepare_loss(task, masked)
@@ -254,10 +263,11 @@ def run_steps(state: TrainState, log: Log) -> None:
         for step in bar:
             row = run_step(state, step, log)
             bar.set_postfix(
-                reward=f"{row['response/reward']:.2f}",
-                kl=f"{row['divergence/k1']:.3f}",
-                grad=f"{row['grad_norm']:.2f}",
-                length=f"{row['response/length']:.0f}",
+                {
+                    label: f"{row[name]:.{digits}f}"
+                    for label, name, digits in BAR_COLUMNS
+                    if name in row
+                }
             )
 
 
@@ -278,7 +288,7 @@ def probe_task(
 
     The training loss is measured on the step's own rollouts. The gamma family needs tokens sampled
     from the student itself: it uses the rollouts before any mask, or fresh rollouts with top_p = 1
-    if they are off-policy or sampled with a nucleus.
+    if they are off-policy, sampled with a nucleus or written by somebody else.
 
     Args:
         state: State of the run.
@@ -292,7 +302,8 @@ def probe_task(
         Columns of the row.
     """
     config = task.config
-    if config.rollout.top_p < 1 or bool((batch.scored.age > 0).any()):
+    is_own = parse_prefixes(config.rollout.prefixes).is_on_policy
+    if config.rollout.top_p < 1 or not is_own or bool((batch.scored.age > 0).any()):
         prompts, rollouts, _ = roll_out(
             task, state.engine, step, task_step, top_p=1.0, purpose=PROBE
         )

@@ -99,7 +99,7 @@ def prepare_loss(task: TaskState, batch: ScoredBatch) -> PreparedLoss:
         selected_tokens = highest_entropy_tokens(all_ranks, config.objective.entropy_top_fraction)
         scored = scored.restrict_mask(selected_tokens[local_index])
         all_ranks = all_ranks.restrict_mask(selected_tokens)
-    all_ranks = replace(all_ranks, support=None, prefix=None)
+    all_ranks = all_ranks.with_fields(support=None, prefix=None)
     local_positions = torch.arange(len(all_ranks))[local_rows].tolist()
     denominator = all_ranks.student_logp.new_ones(len(all_ranks))
     rows_by_update: list[list[int]] = []

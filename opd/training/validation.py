@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from diagnostics.errors import InvalidInput
 from opd.config.problems import conflicts, invalid_names, separate_invalid
 from opd.config.settings import Config, setting_fields, with_settings
+from opd.config.view import has_view
 from opd.envs.task import is_games
 from opd.objectives.objective import Objective
 from opd.runtime import distributed
-from opd.teachers.teacher import Capability, ServerTeacher, teacher_type
+from opd.teachers.teacher import NO_TEACHER, Capability, NoTeacher, ServerTeacher, teacher_type
+from opd.training.checks.prefixes import prefix_problems
 from opd.training.checks.settings import STUDENT_DERIVED, objective_problems, unused_settings
 from opd.training.multitask import prompts_per_task, task_configs
 from opd.training.setup import objective_from_config
@@ -48,6 +50,7 @@ def validate(config: Config) -> list[str]:
         further += objective_problems(valid_config, objective)
         further += teacher_problems(valid_config, objective)
         further += user_loss_problems(valid_config, objective)
+        further += prefix_problems(valid_config, objective)
     further += [
         message
         for task_config in task_configs(valid_config)
@@ -122,8 +125,13 @@ def teacher_problems(config: Config, objective: Objective) -> Iterator[str]:
     """Report teachers that do not go with other settings, for all tasks."""
     configs = task_configs(config)
     teachers = list(dict.fromkeys(task_config.teacher for task_config in configs))
+    if NO_TEACHER in teachers and len(teachers) > 1:
+        yield (
+            f"teacher is {NO_TEACHER} in one task and {max(teachers, key=len)} in another, but the "
+            "rows of a run have the same columns; give every task a teacher, or none"
+        )
     if config.hardware.teacher_weights != "saved" and all(
-        teacher_type(teacher) is ServerTeacher for teacher in teachers
+        teacher_type(teacher) in (ServerTeacher, NoTeacher) for teacher in teachers
     ):
         yield (
             f"teacher_weights is {config.hardware.teacher_weights}, but no teacher runs in this "
@@ -159,6 +167,9 @@ def capability_problems(config: Config, objective: Objective) -> Iterator[str]:
     """
     loss, needs = config.objective, objective.requirements
     capabilities = teacher_type(config.teacher).possible_capabilities
+    if not capabilities:
+        yield from without_teacher_problems(config, objective)
+        return
     alternatives = "teacher_topk, sampled_token or one of their variants"
     for needed, capability, feature, remedy in (
         (
@@ -217,6 +228,41 @@ def view_problems(config: Config) -> Iterator[str]:
             f"teacher_template is {name}, but with layout trajectory a row holds the text between "
             "the student's responses too, in the student's chat template; set layout to turns"
         )
+
+
+def without_teacher_problems(config: Config, objective: Objective) -> Iterator[str]:
+    """Report settings that read a teacher where there is none.
+
+    Args:
+        config: Settings of a run or task without a teacher.
+        objective: Its objective.
+
+    Yields:
+        The messages.
+    """
+    loss = config.objective
+    for needed, what, remedy in (
+        (
+            objective.requirements.teacher,
+            f"objective {loss.objective} with baseline {loss.baseline} reads one",
+            "use negative_log_likelihood or reward_only",
+        ),
+        (loss.map_eos, "map_eos reads its EOS ids", "remove map_eos"),
+        (has_view(config), "it has prompts of its own", "remove the settings of its prompts"),
+        (
+            loss.entropy_top_fraction < 1,
+            f"entropy_top_fraction {loss.entropy_top_fraction:g} needs the statistics of both "
+            "models' distributions",
+            "set it to 1",
+        ),
+        (
+            config.record.probe_every > 0,
+            f"probe_every {config.record.probe_every} compares estimators of its divergence",
+            "set it to 0",
+        ),
+    ):
+        if needed:
+            yield f"teacher is {NO_TEACHER}, but {what}; set a teacher, or {remedy}"
 
 
 def game_problems(config: Config) -> Iterator[str]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from diagnostics.batch import ScoredRollouts
 from diagnostics.io.user_functions import is_function_name
+from diagnostics.missing import missing_fields
 from opd.config.settings import Config
 from opd.objectives import factory
 from opd.objectives.credit import RATIOS
@@ -168,13 +169,15 @@ def token_values(
     local = _direct_terms(config, batch)
     if local is None:
         return None
-    score, r = credit.double(), batch.log_ratio.double()
+    score, r = credit.double(), _log_ratio(batch)
     if config.objective.objective not in ("sampled_token_weighted", "sampled_token_clipped"):
         score = score * batch.student_logp.double()
     spread = r.abs()
     if batch.prefix is not None:
         variance = batch.prefix.ratio_square.double() - batch.prefix.reverse_kl.double().square()
         spread = torch.maximum(spread, variance.clamp(min=0).sqrt())
+    if config.objective.objective == "negative_log_likelihood":
+        spread = torch.ones_like(r)
     slope = spread + local[0].abs() + (1 + batch.student_logp.abs()) * credit.double().abs()
     return local[0] + score, local[1] + score, slope
 
@@ -214,10 +217,12 @@ def credit_from_settings(config: Config, batch: ScoredRollouts) -> Tensor:
 
 def _direct_terms(config: Config, batch: ScoredRollouts) -> ValuePair | None:
     """Return the (B, T) part of the loss that does not depend on credit, as is and exchanged."""
-    name, r = config.objective.objective, batch.log_ratio.double()
+    name, r = config.objective.objective, _log_ratio(batch)
     if is_function_name(name):
         return None
-    if name in (*SAMPLED, "mean_future"):
+    if name == "negative_log_likelihood":
+        return -batch.student_logp.double(), -batch.student_logp.double()
+    if name in (*SAMPLED, "mean_future", "reward_only"):
         return torch.zeros_like(r), torch.zeros_like(r)
     if name == "k2":
         return r.square() / 2, r.square() / 2
@@ -230,6 +235,13 @@ def _direct_terms(config: Config, batch: ScoredRollouts) -> ValuePair | None:
         return None
     limit = math.inf if config.objective.ratio_clip is None else config.objective.ratio_clip
     return FORMS[form](batch, limit)
+
+
+def _log_ratio(batch: ScoredRollouts) -> Tensor:
+    """Return (B, T) log student - log teacher of the sampled token; 0 without a teacher."""
+    if "teacher_logp" in missing_fields(batch):
+        return torch.zeros_like(batch.student_logp).double()
+    return batch.log_ratio.double()
 
 
 def _full_vocabulary(config: Config, batch: ScoredRollouts) -> ValuePair | None:

@@ -63,7 +63,7 @@ def rescoring_columns(
     """
     rows, columns = select_rows(config, prompts, batch), dict[str, float]()
     eos_map = pair.eos_map if config.objective.map_eos else None
-    for role in ("student", "teacher"):
+    for role in ("student", *(["teacher"] if pair.teacher.capabilities else [])):
         role_columns = {f"{role}_{cause}": 0.0 for cause in CAUSES}
         if role == "student":
             role_columns |= model_state(role, pair.student, config.hardware.dtype)

@@ -11,6 +11,7 @@ from diagnostics.errors import InvalidInput
 from opd.config.settings import Config
 from opd.config.view import has_view
 from opd.models.loading import OBJECT_PREFIX
+from opd.objectives.catalogue import CONTROLS
 from opd.teachers.pair import ModelPair
 
 
@@ -54,6 +55,8 @@ def has_student_weights(config: Config, pair: ModelPair) -> bool:
     if not teacher.is_separate:
         return False
     if config.objective.reward_weight or not config.steps or has_view(config):
+        return False
+    if config.objective.objective in CONTROLS:
         return False
     if is_same_source(config.student, config.teacher):
         return True

@@ -21,7 +21,8 @@ STUDENT_DERIVED = ("base", "ema")
 def objective_problems(config: Config, objective: Objective) -> Iterator[str]:
     """Yield a message for every setting that does not go with the objective."""
     views = any(has_view(task_config) for task_config in task_configs(config))
-    if config.teacher in STUDENT_DERIVED and not config.objective.reward_weight and not views:
+    reads_teacher = objective.requirements.teacher and not config.objective.reward_weight
+    if config.teacher in STUDENT_DERIVED and reads_teacher and not views:
         yield (
             f'teacher "{config.teacher}" starts as a copy of the student, so the divergence and '
             "its gradient are zero; set reward_weight to train on rewards, show the teacher more "
@@ -115,6 +116,7 @@ def _without_effect(config: Config, objective: Objective) -> Iterator[str]:
         config.objective.ratio != "none"
         and config.rollout.engine == "hf"
         and config.rollout.top_p == 1
+        and config.rollout.prefixes == "student"
     ):
         yield (
             f"ratio is {config.objective.ratio}, which compares student and sampler, but with "
@@ -162,6 +164,10 @@ def _eval_source(config: Config) -> bool:
 CONDITIONS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "prompt_column": (_plain_source, "task is a file or dataset with columns"),
     "answer_column": (_plain_source, "task is a file or dataset with columns"),
+    "response_column": (
+        lambda config: _plain_source(config) and "dataset" in config.rollout.prefixes,
+        "prefixes is dataset and task is a file or dataset with columns",
+    ),
     "skip_long_prompts": (
         lambda config: not (config.data.task == "lab" or is_games(config.data.task)),
         "task is a file or a dataset",
@@ -186,7 +192,7 @@ CONDITIONS: dict[str, tuple[Callable[[Config], bool], str]] = {
         "the teacher is on a server and map_eos is set",
     ),
     "offload_teacher": (
-        lambda config: not is_url(config.teacher) and config.teacher != "base",
+        lambda config: not is_url(config.teacher) and config.teacher not in ("base", "none"),
         "the teacher has its own weights in this process",
     ),
     "ema_decay": (lambda config: config.teacher == "ema", 'the teacher is "ema"'),

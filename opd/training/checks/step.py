@@ -14,6 +14,7 @@ from torch import Tensor
 from diagnostics.batch import ScoredRollouts
 from diagnostics.gradients.distributed import all_gather_rows
 from diagnostics.ragged import right_pad
+from opd.config.prefixes import parse_prefixes
 from opd.config.settings import Config
 from opd.data.grading.graders import GYM_PROBLEM, grade_responses
 from opd.data.prompts import Prompts
@@ -118,13 +119,15 @@ def sampler_check_columns(config: Config, batch: ScoredRollouts) -> dict[str, Te
     Returns:
         sampler_error: root mean square of log student - log sampler over tokens sampled from the
             current weights, in units of rounding, rounded down. Empty if the sampler's full
-            softmax is not known at the temperature of the scores.
+            softmax is not known at the temperature of the scores, or the student samples nothing.
     """
+    if not parse_prefixes(config.rollout.prefixes).has_own:
+        return {}
     sampler = batch.sampler_logp if batch.softmax_logp is None else batch.softmax_logp
     has_full_softmax = batch.softmax_logp is not None or batch.top_p >= 1
     if not has_full_softmax or batch.temperature != batch.score_temperature:
         return {}
-    fresh = batch.sampled & (batch.age == 0)[:, None]
+    fresh = batch.own_tokens & (batch.age == 0)[:, None]
     log_ratio = torch.where(fresh, batch.student_logp - sampler, 0.0).double()
     root_mean_square = (log_ratio.square().sum() / fresh.sum().clamp(min=1)).sqrt()
     return {"consistency/sampler_error": root_mean_square.div(rounding_unit(config)).floor()}

@@ -17,11 +17,14 @@ from pyarrow import parquet
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from diagnostics.core.partial import without_fields
 from diagnostics.errors import InvalidInput, MissingFile, OperationFailed
+from diagnostics.missing import missing_fields
 from diagnostics.records.batch_files import load_batch
 from diagnostics.records.reader import Records
 from diagnostics.records.rows import read_rows
 from diagnostics.records.token_dumps import load_dump, save_dump
+from diagnostics.records.writer import save_records
 from tests.diagnostics.records.test_token_dumps import full_batch
 
 
@@ -283,3 +286,25 @@ def test_a_file_without_permission_is_named(tmp_path: Path) -> None:
             read_rows(path)
     finally:
         os.seteuid(user)
+
+
+def test_a_batch_tells_who_wrote_it_and_what_nobody_scored(tmp_path: Path) -> None:
+    whole = full_batch()
+    origin = torch.arange(len(whole)) % 3
+    without = without_fields(whole, ["teacher_logp", "sampler_logp"]).with_fields(
+        origin=origin, support=None, prefix=None
+    )
+    without.save(tmp_path / "batch.safetensors")
+    loaded = load_batch(tmp_path / "batch.safetensors")
+    assert torch.equal(loaded.origin, origin)  # type: ignore[arg-type]
+    assert missing_fields(loaded) == missing_fields(without)
+    assert torch.equal(loaded.student_logp, whole.student_logp)  # type: ignore[attr-defined]
+    own = (origin == 0)[:, None] & whole.sampled
+    assert torch.equal(loaded.own_tokens, own)
+    rows = tmp_path / "rows.jsonl"
+    save_records(rows, [whole.with_fields(origin=origin, support=None)])
+    origins = [number for part in Records(rows) for number in part.origin.tolist()]  # type: ignore[union-attr]
+    assert origins == origin.tolist()
+    whole.with_fields(origin=origin + 1).save(tmp_path / "batch.safetensors")
+    with pytest.raises(InvalidInput, match="it must hold indices of student, teacher, dataset"):
+        load_batch(tmp_path / "batch.safetensors")

@@ -84,6 +84,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         },
         "task 'a': max_turns is 3",
     ),
+    ({"response_column": "text"}, "response_column is 'text'.*only if prefixes is dataset"),
 ]
 
 
@@ -107,6 +108,7 @@ def test_a_setting_without_effect_is_refused_by_name(
 EFFECTIVE: list[dict[str, Any]] = [
     {},
     {"task": "x.jsonl", "prompt_column": "q", "answer_column": "a", "skip_long_prompts": True},
+    {"task": "x.jsonl", "prefixes": "mixed:0.5:dataset", "response_column": "text"},
     {"task": "lab", "eval_task": "x.jsonl", "eval_prompt_column": "q", "eval_answer_column": "a"},
     {**GAMES, "layout": "turns", "max_turns": 3, "history_turns": 4},
     {"engine": "servers", "rollout_servers": ("http://h:1/v1",), "rollout_concurrency": 3},
