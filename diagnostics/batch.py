@@ -369,6 +369,10 @@ class ScoredRollouts(Rollouts):
     """Temperature at which both models were scored, that of the loss."""
     student_support: Support | None = None
     """The student's top-K, next to a `support` that holds the teacher's."""
+    teacher_reads: str = "prompt"
+    """What the teacher's distribution depends on beside the prefix: "prompt", or "response" if its
+    prompt was written after the response, such as with feedback on it.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()

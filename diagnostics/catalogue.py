@@ -49,6 +49,7 @@ from diagnostics.metrics.signal import (
 )
 from diagnostics.metrics.support_consistency import support_consistency
 from diagnostics.metrics.teachability import compatibility, quadrants, teachability
+from diagnostics.metrics.teacher_view import view_copying, view_effect
 from diagnostics.metrics.token_attribution import (
     confident_impossible,
     coverage,
@@ -329,8 +330,8 @@ def page() -> str:
     lines += ["## Metrics with arguments", ""]
     for maker in MAKERS:
         lines += _section(maker.__name__, maker)
-    lines += ["## Metrics of two batches", ""]
-    for function in (rescoring, own_prefix_gap):
+    lines += ["## Metrics of two batches or prompts", ""]
+    for function in (rescoring, own_prefix_gap, view_effect, view_copying):
         lines += _section(function.__name__, function)
     lines += [OTHER, *(f"| {names} | {description} |" for names, description in COLUMNS)]
     lines += ["", *_section("gradient_row", gradient_row)]

@@ -30,7 +30,8 @@ def martingales(batch: ScoredRollouts) -> dict[str, Accumulator]:
     teacher's scores that correlate with the sampled token. A constant fault grows as the square
     root of the number of tokens. Rollouts that are declared to come from another distribution than
     the scored softmax (top_p below 1, another temperature, an age above 0) would fail both tests by
-    construction and are not tested.
+    construction and are not tested; nor is z_K where the teacher reads the response itself, such as
+    feedback on it, and its distribution depends on the token.
 
     Args:
         batch: Scored rollouts.
@@ -57,14 +58,16 @@ def martingales(batch: ScoredRollouts) -> dict[str, Accumulator]:
     # rounding can make the variance of a one-point distribution slightly negative
     entropy_variance = (prefix.surprise_square - entropy.square()).clamp(min=0)
     kl_variance = (prefix.ratio_square - kl.square()).clamp(min=0)
-    return {
+    accumulators: dict[str, Accumulator] = {
         "consistency/z_H": Martingale.from_values(
             -batch.student_logp - entropy, entropy_variance, on_policy_mask
-        ),
-        "consistency/z_K": Martingale.from_values(
-            batch.log_ratio - kl, kl_variance, on_policy_mask
-        ),
+        )
     }
+    if batch.teacher_reads != "response":
+        accumulators["consistency/z_K"] = Martingale.from_values(
+            batch.log_ratio - kl, kl_variance, on_policy_mask
+        )
+    return accumulators
 
 
 def sampler_weights(batch: ScoredRollouts) -> dict[str, Accumulator]:

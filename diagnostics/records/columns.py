@@ -34,7 +34,7 @@ A row is one response. Shapes: T response positions, K support ids.
 | support.present | T x K bools | |
 | support.source | "teacher" if absent | topk_source |
 | prefix.NAME | T, the fields of `diagnostics.batch.DistributionStats` | |
-| temperature, top_p, score_temperature, mask_rule | one value per file | |
+| temperature, top_p, score_temperature, mask_rule, teacher_reads | one value per file | |
 
 `support` and `prefix` may also be objects. A list may hold null where the mask is false. A token
 counts where every mask is true. A file may have several of the masks in the row of sampled_mask.
@@ -79,7 +79,10 @@ REQUIRED_STATS_COLUMNS = tuple(
 )
 LOGPS = ("student_logp", "teacher_logp", "sampler_logp", "softmax_logp")
 SUPPORT = ("support.student_logp", "support.teacher_logp")
-CONSTANTS = ("temperature", "top_p", "score_temperature", "mask_rule", "support.source")
+CONSTANTS = (
+    *("temperature", "top_p", "score_temperature", "mask_rule", "teacher_reads"),
+    "support.source",
+)
 """Columns that hold one value in the whole file."""
 
 _ALIASES = {
@@ -111,7 +114,7 @@ _ALIASES = {
     "support.teacher_logp": "topk_teacher_logp teacher_topk_logp teacher_topk_logprobs",
     "support.present": "",
     "support.source": "topk_source",
-    **dict.fromkeys((*STATS_COLUMNS, *CONSTANTS[:4]), ""),
+    **dict.fromkeys((*STATS_COLUMNS, *CONSTANTS[:5]), ""),
 }
 NAMES = {alias: name for name, aliases in _ALIASES.items() for alias in (name, *aliases.split())}
 """Every known column name and its canonical name."""

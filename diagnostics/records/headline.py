@@ -36,6 +36,8 @@ RUN_HEADLINE: Mapping[str, str] = {
     "skipped": "optimizer steps lost to a non-finite gradient",
     "grading/readable_share": "answers that the grader can read; at 0 the reward says nothing",
     "episodes/success": "of games: the share won",
+    "view/kl": "how far its own view moves the teacher; 0 if it ignores what it is shown",
+    "view/copied_share": "what responses copy of a view that the student never reads",
     "consistency/loss_error": "the loss recomputed independently; healthy 0",
     "seconds/rollout": "time of sampling",
     "seconds/update": "time of the optimizer",

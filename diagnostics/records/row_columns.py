@@ -36,6 +36,11 @@ COLUMNS: tuple[tuple[str, str], ...] = (
         "(full_share)",
     ),
     (
+        "view/*",
+        "of a teacher that reads prompts of its own: what its view changes, see `view_effect`, at "
+        "the steps of `--view-metrics-every`; what responses copy of it, see `view_copying`",
+    ),
+    (
         "consistency/loss_*",
         "loss_expected, the loss recomputed independently; loss_error, its distance from the loss "
         "in integer multiples of the rounding error, healthy 0; if it is above 0, loss_negated, "

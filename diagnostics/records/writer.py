@@ -40,7 +40,7 @@ def batch_rows(batch: Rollouts) -> Iterator[dict[str, Any]]:
     values = vars(batch)
     settings = {
         name: values[name]
-        for name in CONSTANTS[:4]
+        for name in CONSTANTS[:5]
         if name in values and not isinstance(values[name], Missing)
     }
     support = getattr(batch, "support", None)

@@ -29,8 +29,9 @@ class DataConfig:
     assistant's reply that ends a chat is read."""
     grader: str = setting("", per_task=True)
     """Grader of responses: exact, numeric, math, gym or lab (opd.data.grading.graders), or a
-    function of (response, answer) that returns a number, as MODULE:FUNCTION or FILE.py:FUNCTION.
-    Empty: the task's own grader, or exact."""
+    function of (response, answer) that returns a number, or a number and feedback for the
+    teacher's view (teacher_view), as MODULE:FUNCTION or FILE.py:FUNCTION. Empty: the task's own
+    grader, or exact."""
     system: str = setting("", per_task=True)
     """System message of every prompt."""
     chat_template: str = ""
@@ -294,6 +295,9 @@ class ViewConfig:
     max_teacher_prompt: int = setting(0, within="not negative", per_task=True)
     """Maximum length of the teacher's prompts in tokens; longer ones are an error. 0: as long as
     prompt and response fit into the teacher's context."""
+    view_metrics_every: int = setting(10, within="not negative", resumable=True)
+    """Steps between measurements of what the teacher's own prompts change, which cost two further
+    passes of the teacher (view/kl, view/signal_share); 0 disables them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,6 +93,28 @@ PACKERS: dict[str, Callable[[Episode], list[Sample]]] = {
 }
 
 
+def episode_samples(episodes: Sequence[Episode], layout: str) -> list[Sample]:
+    """Return the rows of all episodes that did not fail, in the order of a batch.
+
+    Args:
+        episodes: The episodes.
+        layout: "turns" or "trajectory".
+
+    Returns:
+        The rows before padding.
+
+    Raises:
+        InvalidInput: No episode has a turn.
+    """
+    played_episodes = [e for e in episodes if e.turns and e.outcome != "failed"]
+    if not played_episodes:
+        raise InvalidInput(
+            f"none of {len(episodes)} episodes had a turn: every game was over before its first "
+            "action"
+        )
+    return [sample for episode in played_episodes for sample in PACKERS[layout](episode)]
+
+
 def pack_rows(
     episodes: Sequence[Episode], layout: str, *, temperature: float, top_p: float
 ) -> tuple[Prompts, Rollouts]:
@@ -113,13 +135,7 @@ def pack_rows(
     Raises:
         InvalidInput: No episode has a turn.
     """
-    played_episodes = [e for e in episodes if e.turns and e.outcome != "failed"]
-    if not played_episodes:
-        raise InvalidInput(
-            f"none of {len(episodes)} episodes had a turn: every game was over before its first "
-            "action"
-        )
-    samples = [sample for episode in played_episodes for sample in PACKERS[layout](episode)]
+    samples = episode_samples(episodes, layout)
     games = [sample.episode.game for sample in samples]
     softmax_logp = [sample.softmax_logp for sample in samples]
     prompts = Prompts.from_ids([sample.prompt for sample in samples], torch.tensor(games))

@@ -51,6 +51,8 @@ class Turn:
     action: str
     admissible: bool
     """Whether the observation admits the action."""
+    observation: Observation = field(default_factory=lambda: Observation(text=""))
+    """What the player saw before the turn."""
 
 
 @dataclass(eq=False)
@@ -274,7 +276,16 @@ def advance_episode(
         decode_response(tokenizer, response, eos), episode.observation
     )
     episode.turns.append(
-        Turn(prompt, response, sampler_logp, softmax_logp, ended, action, admissible)
+        Turn(
+            prompt,
+            response,
+            sampler_logp,
+            softmax_logp,
+            ended,
+            action,
+            admissible,
+            episode.observation,
+        )
     )
     episode.past_turns.append((episode.observation.text, action))
     episode.observe(

@@ -7,10 +7,13 @@ pooled as seeds of one method by the contents of their inputs, not by their name
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diagnostics.errors import InvalidInput
 from diagnostics.io.atomic import replace_folder, write_text
+from diagnostics.io.files import read_object
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")
 TEXT_FILES = ("config.json", "tokenizer.json", "adapter_config.json")
@@ -35,6 +38,32 @@ def record_identities(folder: Path, config: dict[str, Any]) -> None:
         if not config.get("tasks") and (digest := fingerprint(Path(str(config.get(name) or ""))))
     }
     write_text(path, json.dumps(fingerprints))
+
+
+def record_templates(folder: Path, templates: Mapping[str, str], step: int) -> None:
+    """Write the texts of a run's template files into its folder, or compare them with it.
+
+    Args:
+        folder: Run folder.
+        templates: Text of each file, by its path in the settings.
+        step: First step to take; 0 records the texts.
+
+    Raises:
+        InvalidInput: A file has changed since the run was started.
+    """
+    path = folder / "templates.json"
+    if not templates:
+        return
+    if step == 0 or not path.exists():
+        write_text(path, json.dumps(dict(templates), indent=1, ensure_ascii=False))
+        return
+    recorded = read_object(path)
+    changed = sorted(name for name, text in templates.items() if recorded.get(name) != text)
+    if changed:
+        raise InvalidInput(
+            f"{', '.join(changed)} changed since the run was started with the text in {path}; "
+            "restore it to resume, or start another run"
+        )
 
 
 def record_tokenizer(folder: Path, tokenizer: Any) -> None:

@@ -68,6 +68,8 @@ class ScoreRequest:
     own EOS where the teacher's top-K holds another one. Distribution statistics still compare id
     with id. (The published code of arXiv 2603.25562 does so since its fix for figure 5.)
     """
+    teacher_reads: str = "prompt"
+    """Whether the teacher's prompts depend on the responses (`ScoredRollouts.teacher_reads`)."""
     max_tokens_per_microbatch: int = 1 << 14
     """Padded tokens of a forward pass."""
     max_logits_per_chunk: int = 1 << 24
@@ -181,6 +183,7 @@ def score_batch(
         else None,
         prefix=DistributionStats(**statistics) if statistics else None,
         score_temperature=request.temperature,
+        teacher_reads=request.teacher_reads,
     )
     return ScoredBatch(prompts, scored.validate(), teacher_hidden, reuses_sampler)
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +25,6 @@ from opd.data.responses import given_response
 from opd.data.row_files import Row
 from opd.data.sources import Columns
 from opd.data.tasks import Task, load_task, reject_long_prompts, skip_long_prompts
-from opd.data.teacher_view.template import load_view_template
 from opd.envs.task import GameTask, is_games, load_games
 from opd.models.model import CausalLM
 from opd.objectives.factory import make_objective
@@ -33,6 +33,7 @@ from opd.objectives.reduction import DENOMINATORS
 from opd.objectives.user_loss import try_user_loss
 from opd.rollouts.base import Engine
 from opd.rollouts.factory import make_engine
+from opd.runs.identity import record_templates
 from opd.runtime import distributed
 from opd.scoring.score import ScoreRequest
 from opd.teachers.pair import ModelPair
@@ -44,7 +45,7 @@ from opd.training.optimizer import Optimizer
 from opd.training.prefetch import RolloutPrefetcher
 from opd.training.state import TaskState, TrainState
 from opd.training.step import roll_out_step
-from opd.training.teacher_view import check_view, make_view
+from opd.training.teacher_view import kept_columns, make_view, reads_response, view_files
 from opd.training.user_metrics import load_metrics, try_metrics
 
 SAMPLER_TESTS = ("martingales", "sampler_ratio")
@@ -73,8 +74,13 @@ def make_train_state(
 
     Returns:
         The state, with the rollouts that were prefetched before a checkpoint.
+
+    Raises:
+        InvalidInput: A template of the teacher's prompts is not that of the start.
     """
     tasks = make_task_states(config, folder, pairs, rows_by_name)
+    if distributed.rank() == 0:
+        record_templates(folder, view_files(config), first_step)
     prefetcher = RolloutPrefetcher(
         partial(roll_out_step, config, tasks, engine),
         engine.close,
@@ -155,14 +161,15 @@ def make_task_states(
                 "peers), and the teacher cannot read a response before it writes it; set prefixes "
                 "to student, or use another view"
             )
-        if view is not None and isinstance(problems, Task):
-            check_view(view, task_config, pair, problems.training())
         task = TaskState(
             config=task_config,
             pair=pair,
             problems=problems,
             objective=objective,
-            request=score_request(task_config, objective, pair),
+            request=replace(
+                score_request(task_config, objective, pair),
+                teacher_reads="response" if reads_response(config) else "prompt",
+            ),
             masks=resolve_mask_rules(task_config.objective.mask, pair.tokenizer, pair.eos),
             monitor=Monitor(
                 {**panel_of(prefixes), **extra_metrics, **user_metrics},
@@ -322,13 +329,6 @@ def load_problem_task(
             "name a file or data set with a response column, or set prefixes to student"
         )
     return task
-
-
-def kept_columns(config: Config) -> tuple[str, ...]:
-    """Return the columns of the data that the teacher's view shows, besides the problem's own."""
-    if not config.view.teacher_view:
-        return ()
-    return load_view_template(config.view.teacher_view).columns
 
 
 def require_answers(task: Task, config: Config, reader: str, remedy: str) -> None:

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diagnostics.batch import concatenate
+from diagnostics.batch import Rollouts, concatenate
 from diagnostics.core.totals import Accumulator, Mean, compute
 from diagnostics.gradients.distributed import all_gather_batches
 from diagnostics.io.atomic import write_text
+from diagnostics.metrics.teacher_view import view_copying
 from diagnostics.records.rows import Row
 from opd.config.prefixes import ON_POLICY, parse_prefixes
 from opd.config.settings import Config
@@ -34,15 +35,17 @@ from opd.data.teacher_view.view import with_teacher_prompts
 from opd.envs.packing import episode_accumulators, pack_rows
 from opd.envs.rollout import play_episodes
 from opd.envs.task import GameTask
+from opd.envs.teacher_view import with_game_views
 from opd.rollouts.base import BatchSlice, Engine
 from opd.runtime import distributed
 from opd.runtime.seeds import ROLLOUT, derive_seed
 from opd.scoring.score import ScoredBatch
+from opd.scoring.view_effect import measure_view
 from opd.tokens.masking import mask_rule_metrics
 from opd.training.multitask import tasks_of_step
 from opd.training.prefetch import TaskRollouts
 from opd.training.responses import draw_responses, writers
-from opd.training.state import TaskState
+from opd.training.state import TaskState, is_due
 
 
 def save_batch(tasks: Sequence[TaskState], batches: Sequence[ScoredBatch], path: Path) -> None:
@@ -198,6 +201,8 @@ def roll_out(
         prompts, rollouts = pack_rows(
             episodes, problems.layout, temperature=config.rollout.temperature, top_p=top_p
         )
+        if task.view is not None:
+            prompts = with_game_views(task.view, tokenizer, eos, problems, episodes, prompts)
         rewards, accumulators = rollouts.reward, episode_accumulators(episodes)
     else:
         drawn = problems.train(task_step, num_prompts)
@@ -233,8 +238,44 @@ def roll_out(
         rewards = torch.tensor([grade.reward for grade in grades])
         readable = torch.tensor([grade.answer is not None for grade in grades])
         accumulators = {READABLE_SHARE: Mean.from_values(readable, ~rewards.isnan(), prompts.index)}
+    if task.view is not None and task.view.template is not None:
+        accumulators = {**accumulators, **copying_accumulators(prompts, rollouts)}
     rollouts = rollouts.to(device).with_fields(
         reward=rewards.to(device),
         task=torch.full((len(rewards),), task.index, device=device),
     )
     return TaskRollouts(prompts.to(device), rollouts, accumulators)
+
+
+def copying_accumulators(prompts: Prompts, rollouts: Rollouts) -> dict[str, Accumulator]:
+    """Compute what responses copy of the teacher's prompts (`view_copying`)."""
+    teacher_prompts = prompts.teacher_prompts
+    responses, student_ids, teacher_ids = (
+        [tokens[mask].tolist() for tokens, mask in zip(rows.cpu(), masks.cpu(), strict=True)]
+        for rows, masks in (
+            (rollouts.tokens, rollouts.sampled),
+            (prompts.tokens, prompts.mask),
+            (teacher_prompts.tokens, teacher_prompts.mask),
+        )
+    )
+    return view_copying(responses, student_ids, teacher_ids, prompts.index.cpu())
+
+
+def with_view_effect(
+    task: TaskState, sampled: TaskRollouts, batch: ScoredBatch, task_step: int
+) -> TaskRollouts:
+    """Add what the teacher's view changes to the metrics of a step, where that is due.
+
+    Args:
+        task: The task.
+        sampled: Its rollouts.
+        batch: Scored batch, with the loss mask.
+        task_step: Number of the task's previous steps.
+
+    Returns:
+        The rollouts, with the accumulators of `opd.scoring.view_effect.measure_view`.
+    """
+    if not is_due(task_step, task.config.view.view_metrics_every):
+        return sampled
+    effect = measure_view(task.pair.teacher, batch, task.request)
+    return sampled._replace(accumulators={**sampled.accumulators, **effect})

@@ -6,6 +6,7 @@ Shapes: none.
 from collections.abc import Sequence
 
 from diagnostics.errors import InvalidInput
+from diagnostics.io.files import read_text
 from opd.config.settings import Config
 from opd.config.view import has_view
 from opd.data.chain_task import Problem
@@ -18,20 +19,23 @@ from opd.data.teacher_view.template import (
     GAME_NAMES,
     PROBLEM_NAMES,
     RESERVED_NAMES,
+    RESPONSE_NAMES,
     ViewTemplate,
     load_view_template,
 )
 from opd.data.teacher_view.values import Attempt
 from opd.data.teacher_view.view import TeacherView, encode_teacher_prompt, teacher_problem
 from opd.envs.task import GameTask
+from opd.envs.teacher_view import opening_view
 from opd.teachers.pair import ModelPair
+from opd.training.multitask import task_configs
 
 NUM_COMPARED = 64
 """Number of problems whose prompts of student and teacher are compared."""
 
 
 def make_view(config: Config, pair: ModelPair, problems: Task | GameTask) -> TeacherView | None:
-    """Make the view of a task.
+    """Make the view of a task, and try it on its problems.
 
     Args:
         config: Settings of the task.
@@ -42,8 +46,8 @@ def make_view(config: Config, pair: ModelPair, problems: Task | GameTask) -> Tea
         The view; None if the teacher reads the student's prompts.
 
     Raises:
-        InvalidInput: A file cannot be used, the view uses what the task does not have, or a setting
-            has no effect on the chat template.
+        InvalidInput: A file cannot be used, the view uses what the task does not have, a setting
+            has no effect on the chat template, or `check_view` refuses a prompt.
     """
     if not has_view(config):
         return None
@@ -67,7 +71,7 @@ def make_view(config: Config, pair: ModelPair, problems: Task | GameTask) -> Tea
     if template is not None:
         check_names(template, config, problems)
         control = make_control(template, config, problems)
-    return TeacherView(
+    view = TeacherView(
         template=template,
         system=settings.teacher_system,
         chat_format=chat_format,
@@ -75,6 +79,33 @@ def make_view(config: Config, pair: ModelPair, problems: Task | GameTask) -> Tea
         control=control,
         max_tokens=max_prompt_tokens(config, pair),
     )
+    check_view(view, config, pair, problems)
+    return view
+
+
+def kept_columns(config: Config) -> tuple[str, ...]:
+    """Return the columns of the data that the teacher's view shows, besides the problem's own."""
+    if not config.view.teacher_view:
+        return ()
+    return load_view_template(config.view.teacher_view).columns
+
+
+def view_files(config: Config) -> dict[str, str]:
+    """Return the text of every template of the teacher's prompts, by its path in the settings."""
+    files = {}
+    for task_config in task_configs(config):
+        settings = task_config.view
+        if settings.teacher_view:
+            files[settings.teacher_view] = read_text(settings.teacher_view)
+        if settings.teacher_template not in ("student", "own"):
+            files[settings.teacher_template] = read_text(settings.teacher_template)
+    return files
+
+
+def reads_response(config: Config) -> bool:
+    """Return whether the view of some task uses the response that the teacher scores."""
+    paths = {task_config.view.teacher_view for task_config in task_configs(config)}
+    return any(load_view_template(path).reads_response for path in paths if path)
 
 
 def teacher_chat_format(config: Config, pair: ModelPair) -> ChatFormat | None:
@@ -120,6 +151,12 @@ def check_names(template: ViewTemplate, config: Config, problems: Task | GameTas
         InvalidInput: Names what it uses, and why that does not exist.
     """
     path = f"teacher_view {template.path}"
+    if template.reads_response and config.record.probe_every:
+        raise InvalidInput(
+            f"probe_every is {config.record.probe_every}, but {path} uses the response itself "
+            f"({', '.join(RESPONSE_NAMES)}), so that the teacher's distribution depends on the "
+            "sampled token and the probe's expectations do not hold; set probe_every to 0"
+        )
     if template.reads_peers and config.data.group_size < 2:
         raise InvalidInput(
             f"{path} uses peers, the other responses to a prompt, but group_size is "
@@ -199,9 +236,9 @@ def max_prompt_tokens(config: Config, pair: ModelPair) -> int | None:
 
 
 def check_view(
-    view: TeacherView, config: Config, pair: ModelPair, problems: Sequence[Problem]
+    view: TeacherView, config: Config, pair: ModelPair, problems: Task | GameTask
 ) -> None:
-    """Render and encode the teacher's prompt of every problem.
+    """Render and encode the teacher's prompt of every problem, or of the first turn of a game.
 
     Where the view uses responses, empty ones stand in their place.
 
@@ -209,16 +246,47 @@ def check_view(
         view: The view.
         config: Settings of the task.
         pair: Student and teacher.
-        problems: The training problems.
+        problems: The task.
 
     Raises:
         InvalidInput: A prompt cannot be rendered or encoded, or is too long; names its row. Or the
             teacher is derived from the student, and reads what the student reads.
     """
+    if isinstance(problems, GameTask):
+        viewed_problem, opening = opening_view(view, problems, problems.train(0, 1)[0])
+        ids = encode_teacher_prompt(view, pair.tokenizer, viewed_problem)
+        differs = ids != encode_prompt(pair.tokenizer, opening) or view.reads_attempts
+    else:
+        differs = check_problem_views(view, config, pair, problems.training())
+    if not differs and not pair.teacher.is_separate:
+        raise InvalidInput(
+            f"the teacher {pair.teacher.name} starts with the student's weights and reads the same "
+            "prompts, so the divergence is zero; show it more in teacher_view"
+        )
+
+
+def check_problem_views(
+    view: TeacherView, config: Config, pair: ModelPair, problems: Sequence[Problem]
+) -> bool:
+    """Render and encode the teacher's prompt of every problem; see `check_view`.
+
+    Args:
+        view: The view.
+        config: Settings of the task.
+        pair: Student and teacher.
+        problems: The training problems.
+
+    Returns:
+        Whether the prompt of one of the first NUM_COMPARED problems is not the student's, or there
+        are no problems.
+
+    Raises:
+        InvalidInput: A prompt cannot be rendered or encoded, or is too long.
+    """
     has_answers = all(problem.answer for problem in problems)
     attempt = Attempt("", 0.0, "") if has_answers else Attempt("")
     peers = [attempt] * (config.data.group_size - 1)
-    differs = False
+    differs = not problems
     for position, problem in enumerate(problems):
         try:
             viewed_problem = teacher_problem(
@@ -229,8 +297,4 @@ def check_view(
         ids = encode_teacher_prompt(view, pair.tokenizer, viewed_problem)
         if position < NUM_COMPARED and not differs:
             differs = ids != encode_prompt(pair.tokenizer, problem)
-    if problems and not differs and not pair.teacher.is_separate:
-        raise InvalidInput(
-            f"the teacher {pair.teacher.name} starts with the student's weights and reads the same "
-            "prompts, so the divergence is zero; show it more in teacher_view"
-        )
+    return differs

@@ -49,7 +49,7 @@ from opd.training.optimizer import make_optimizer
 from opd.training.result import TrainResult
 from opd.training.setup import make_rollout_engine, make_train_state, objective_from_config
 from opd.training.state import TaskState, TrainState, is_due
-from opd.training.step import make_row, roll_out, save_batch
+from opd.training.step import make_row, roll_out, save_batch, with_view_effect
 from opd.training.trackers import Log, open_trackers, with_eval_prefix
 from opd.training.update import PreparedLoss, prepare_loss, update_student
 from opd.training.validation import validate
@@ -87,7 +87,8 @@ def run_step(state: TrainState, step: int, log: Log) -> Row:
         sampled = prefetcher.get(step)  # now, or while an earlier step trained
         prefetcher.launch(step)
         laps.append(time.perf_counter())
-        for (task, task_step), (prompts, rollouts, _) in zip(jobs, sampled, strict=True):
+        for number, (task, task_step) in enumerate(jobs):
+            prompts, rollouts, _ = sampled[number]
             teacher = task.pair.teacher
             with teacher.on_device(student.device):
                 request = task.request_of_step(task_step)
@@ -97,6 +98,7 @@ def run_step(state: TrainState, step: int, log: Log) -> Row:
                     batch = replace(batch, scored=batch.scored.with_fields(prefix=None))
                 checks.append(check_batch(state, task, task_step, batch))
                 masked = replace(batch, scored=apply_mask_rules(batch.scored, task.masks))
+                sampled[number] = with_view_effect(task, sampled[number], masked, task_step)
                 loss = prepare_loss(task, masked)
                 if is_due(task_step, task.config.record.probe_every):
                     prefetcher.wait()  # tokenizers are not thread-safe

@@ -218,6 +218,12 @@ def capability_problems(config: Config, objective: Objective) -> Iterator[str]:
 def view_problems(config: Config) -> Iterator[str]:
     """Report settings of the teacher's prompts that exclude each other."""
     name = config.view.teacher_template
+    if config.teacher == "none" and has_view(config):
+        yield (
+            "teacher is none, but settings of the teacher's prompts are given; remove "
+            "teacher_view, teacher_system, teacher_template and teacher_thinking, or set a teacher"
+        )
+        return
     if name == "own" and not teacher_type(config.teacher).is_separate:
         yield (
             f"teacher_template is own, but the teacher {config.teacher} has no chat template of "

@@ -261,7 +261,10 @@ def grade_gym(response: str, answer: str) -> Grade:
 
 
 def grade_with_user_function(name: str, response: str, answer: str) -> Grade:
-    """Grade with a user's function; the reward is its return value, 1 or more is correct.
+    """Grade with a user's function; the reward is the number it returns, 1 or more is correct.
+
+    Where it returns a number and a text, the text is the feedback on the response, which a
+    teacher's view may show.
 
     The function runs in a separate process; a response that takes longer than USER_GRADER_TIMEOUT
     has reward 0, with a warning. A response votes for its box, its line "Answer: ...", or else for
@@ -294,7 +297,9 @@ def grade_with_user_function(name: str, response: str, answer: str) -> Grade:
     text = text_after_thinking(response)
     response_answer = extract_answer(text)
     return Grade(
-        result["score"], (text if response_answer is None else response_answer).strip() or None
+        result["score"],
+        (text if response_answer is None else response_answer).strip() or None,
+        result.get("feedback", ""),
     )
 
 

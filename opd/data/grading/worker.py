@@ -73,17 +73,28 @@ def load_comparison(kind: str) -> Compare:
 
 
 def user_comparison(function: Callable[..., Any]) -> Compare:
-    """Wrap a user's function of (response, answer), which returns a number, as a comparison."""
+    """Wrap a user's function of (response, answer) as a comparison.
+
+    Args:
+        function: Returns a number, or a number and what to say about the response.
+
+    Returns:
+        The comparison.
+    """
 
     def compare_with_user_function(gold: str, response_text: str) -> dict[str, Any]:
         try:
-            value = function(response_text, gold)
+            value, feedback = function(response_text, gold), ""
+            if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], str):
+                value, feedback = value
             if isinstance(value, str):
                 return {"error": f"it returned the text {value[:60]!r}"}
             score = float(value)
         except Exception as error:
             return {"error": f"{type(error).__name__}: {error}"}
-        return {"score": score} if math.isfinite(score) else {"error": f"it returned {score}"}
+        if not math.isfinite(score):
+            return {"error": f"it returned {score}"}
+        return {"score": score, "feedback": feedback} if feedback else {"score": score}
 
     return compare_with_user_function
 

@@ -198,6 +198,7 @@ CONDITIONS: dict[str, tuple[Callable[[Config], bool], str]] = {
     "ema_decay": (lambda config: config.teacher == "ema", 'the teacher is "ema"'),
     "ema_resync_every": (lambda config: config.teacher == "ema", 'the teacher is "ema"'),
     "view_control": (lambda config: bool(config.view.teacher_view), "teacher_view is set"),
+    "view_metrics_every": (has_view, "the teacher has prompts of its own (teacher_view)"),
     "max_teacher_prompt": (has_view, "the teacher has prompts of its own (teacher_view)"),
     "lora_alpha": (lambda config: config.optimizer.lora_rank > 0, "lora_rank is 1 or more"),
     "schedule": (

@@ -40,7 +40,7 @@ OLDER_RUN = Path(__file__).parent / "older_run"
 NEWER = {
     *("allow_faulty_loss", "chat_template", "logger_columns", "loss_divisor", "metrics"),
     *("template", "ema_resync_every", "max_teacher_prompt", "teacher_system", "teacher_template"),
-    *("teacher_eos", "teacher_thinking", "teacher_view", "view_control"),
+    *("teacher_eos", "teacher_thinking", "teacher_view", "view_control", "view_metrics_every"),
     *("prefixes", "response_column"),
 }
 """Settings that are newer than the recorded runs, which have their defaults."""

@@ -181,8 +181,10 @@ def test_a_teacher_that_two_tasks_name_is_loaded_once(tiny_pair, sources, tmp_pa
     )
     first, second = make_pairs(task_configs(same_teacher))
     assert second.teacher is first.teacher
-    with pytest.raises(ValueError, match="'ema' is derived from the student"):
+    with pytest.raises(ValueError, match='"ema" starts as a copy of the student'):
         train(replace(same_teacher, teacher="ema"))
+    with pytest.raises(ValueError, match="'ema' is derived from the student"):
+        train(replace(config, teacher="ema"))
 
 
 def test_a_tasks_step_counts_its_own_steps(tiny_pair, sources, tmp_path: Path) -> None:

@@ -97,6 +97,10 @@ ALONE: list[tuple[dict[str, Any], str]] = [
         {**GAMES, "layout": "trajectory", "teacher_template": "other.jinja"},
         "teacher_template is other.jinja, but with layout trajectory",
     ),
+    (
+        {"teacher": "none", "objective": "reward_only", "teacher_system": "Know all."},
+        "teacher is none, but settings of the teacher's prompts are given",
+    ),
     # games
     ({**GAMES, "grader": "exact"}, "remove grader='exact'"),
     ({**GAMES, "eval_task": "aime24"}, "remove eval_task='aime24'"),

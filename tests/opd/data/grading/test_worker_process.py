@@ -27,6 +27,9 @@ def contains(response, answer):
 def partial(response, answer):
     return len(response) / 4
 
+def explained(response, answer):
+    return 0.5, "too small"
+
 def missing(response, answer):
     return float("nan")
 
@@ -83,6 +86,9 @@ def test_users_functions_grade(module: Path) -> None:
         assert grade(r"7, so \boxed{7}", "42") == Grade(0.0, "7")
         assert grade("", "42") == Grade(0.0, None)
     assert make_grader(f"{module}:partial")("abc", "") == Grade(0.75, "abc")
+    explained = make_grader(f"{module}:explained")("41", "42")
+    assert explained == Grade(0.5, "41", "too small")
+    assert explained.feedback_text() == "too small"
 
 
 def test_users_functions_that_fail_are_named(module: Path) -> None:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from diagnostics.errors import InvalidInput
 from diagnostics.records.batch_files import load_batch
+from opd.config.settings import TaskSettings
 from opd.lab.build import make_tokenizer
 from opd.training import checkpoint
 from opd.training.train import train
@@ -68,8 +69,13 @@ def logp_by_hand(model: Path, prompt: str, response: Tensor) -> Tensor:
 def test_a_view_that_is_the_prompt_changes_no_bit(view_run, objective: str) -> None:
     plain = view_run("plain", objective=objective, probe_every=2)
     viewed = view_run("viewed", "{{ prompt }}", objective=objective, probe_every=2)
-    assert rows(viewed) == rows(plain)
+    viewed_rows = rows(viewed)
+    effects = [{k: row.pop(k) for k in list(row) if k.startswith("view/")} for row in viewed_rows]
+    assert viewed_rows == rows(plain)
     assert all(torch.equal(x, weights(viewed)[name]) for name, x in weights(plain).items())
+    assert effects[0]["view/kl"] == effects[0]["view/signal_share"] == 0
+    assert all(row["view/copied_share"] == 0 for row in effects)
+    assert ["view/kl" in row for row in effects] == [True, False, False, False]
 
 
 @pytest.mark.parametrize("view", ["{{ prompt }} Hint: {{ solution }}", ATTACK])
@@ -104,6 +110,16 @@ def test_scores_are_those_of_two_prompts_and_the_student_reads_its_own(
     assert row["divergence/k1"] == pytest.approx(float(torch.cat(k1).mean()), abs=1e-4)
     assert row["divergence/k1"] != pytest.approx(rows(plain)[0]["divergence/k1"], abs=1e-2)
     assert row["consistency/teacher_rescored"] < 3
+    assert row["view/kl"] > 1e-3
+
+
+def test_the_probe_reads_the_teacher_with_its_view(view_run) -> None:
+    """The exact loss at discount 0 is the estimator that the probe builds from its own scores."""
+    options: dict[str, Any] = {"objective": "full_reverse_kl", "denominator": "sequence_sum"}
+    folder = view_run("run", "{{ solution }} {{ prompt }}", **options, probe_every=1, steps=1)
+    row = rows(folder)[0]
+    total = row["gradient/variance"] + row["gradient/between"]  # of means of two responses a prompt
+    assert row["gradient/noise/rb_immediate@0"] == pytest.approx(total, rel=1e-4)
 
 
 FEEDBACK = "{{ prompt }} {{ feedback }}{% for p in peers %} {{ p.response[:4] }}{% endfor %}"
@@ -118,6 +134,10 @@ def test_a_resumed_run_with_feedback_and_an_average_continues_identically(view_r
     assert len(rows(complete)) == 4
     assert all(torch.equal(x, weights(resumed)[name]) for name, x in weights(complete).items())
     assert any(row["grad_norm"] > 1e-3 for row in rows(complete))
+    assert all("consistency/z_H" in row for row in rows(complete))
+    assert not any("consistency/z_K" in row for row in rows(complete))
+    batch = load_batch(complete / "batches" / "step_000000.safetensors")
+    assert batch.teacher_reads == "response"
 
 
 @pytest.mark.parametrize("updates", [1, 3])
@@ -185,6 +205,60 @@ def test_a_teacher_may_have_another_system_message(view_run) -> None:
         assert shown_text == text.replace("Be brief.", "Know all.")
 
 
+def test_tasks_have_views_of_their_own_and_may_share_an_average(
+    view_run, tiny_pair, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "NUM_CHECKPOINTS_KEPT", 10)
+    (tmp_path / "b.jinja").write_text("{{ solution }}")
+    tasks = (
+        TaskSettings(name="a", task=str(data)),
+        TaskSettings(
+            name="b",
+            task=str(data),
+            teacher_view=str(tmp_path / "b.jinja"),
+            teacher_system="Know all.",
+            view_control="other_problem",
+        ),
+    )
+    folder = view_run(
+        "a",
+        "{{ prompt }} is {{ answer }}",
+        tasks=tasks,
+        task_order="mixed",
+        prompts_per_step=4,
+        teacher="ema",
+        ema_decay=0.75,
+        save_every=1,
+        steps=2,
+    )
+    file = folder / "batches" / "step_000000.safetensors"
+    texts, shown_texts = (
+        json.loads(file.with_suffix(suffix).read_text())
+        for suffix in (".prompts.json", ".teacher_prompts.json")
+    )
+    for row, task in enumerate(load_batch(file).task.tolist()):
+        a = int(texts[row].removeprefix("<|im_start|>user\n").partition("+")[0])
+        if task == 0:
+            assert shown_texts[row] == chat(f"{a}+{a} is {2 * a}")
+        else:
+            others = [chat(f"{b} and {b} are {2 * b}", "Know all.") for b in range(10) if b != a]
+            assert shown_texts[row] in others
+    average = load_file(tiny_pair[0] / "model.safetensors")
+    for step in (1, 2):
+        saved = folder / "checkpoints" / f"step_{step:06d}"
+        student = load_file(saved / "model.safetensors")
+        average = {name: 0.75 * x + 0.25 * student[name] for name, x in average.items()}
+        for name, weight in load_file(saved / "teacher.safetensors").items():
+            torch.testing.assert_close(weight, average[name], atol=1e-6, rtol=1e-6)
+
+
+def test_a_template_that_changes_during_a_run_is_refused(view_run) -> None:
+    view_run("run", "{{ answer }}", steps=1, save_every=1)
+    with pytest.raises(InvalidInput, match=r"run\.jinja changed since the run was started"):
+        view_run("run", "{{ prompt }}{{ answer }}", steps=2, save_every=1)
+    assert len(rows(view_run("run", "{{ answer }}", steps=2, save_every=1))) == 2
+
+
 LONG = "{{ prompt }}{{ ' long' * 60 }}"
 
 
@@ -203,6 +277,7 @@ LONG = "{{ prompt }}{{ ' long' * 60 }}"
             {"answer_column": ""},
             "uses feedback, but some problems have no answer",
         ),
+        ("{{ reward }}", {"probe_every": 2}, "probe_every is 2, but .* uses the response itself"),
         ("{{ hint }}", {"task": "lab"}, "uses hint, but the task lab has no such columns"),
         ("{{ ' ' }}", {}, r"row \d: teacher_view .* renders to nothing"),
         (LONG, {}, r"prompt of row \d has 3\d\d tokens, but .* allows 244; shorten"),
