@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diagnostics.errors import InvalidInput
-from opd.serving.addresses import is_url
 
 if TYPE_CHECKING:
     from opd.config.settings import Config
@@ -68,6 +67,7 @@ def check_config(
     from opd.config.problems import separate_invalid
     from opd.config.settings import parse_template
     from opd.data.sources import Columns
+    from opd.teachers.teacher import teacher_type
     from opd.training.checks.check_result import CheckResult
     from opd.training.multitask import task_configs
     from opd.training.validation import validate
@@ -80,7 +80,7 @@ def check_config(
     _, config = separate_invalid(config)
     names = [task.name for task in config.tasks] or [""]
     for name, task_config in zip(names, task_configs(config), strict=True):
-        if is_url(task_config.teacher) or task_config.teacher in ("base", "ema", "none"):
+        if not teacher_type(task_config.teacher).is_separate:
             continue
         results[name] = results.get(name, []) + check_pair(
             task_config.student,

@@ -15,6 +15,7 @@ COMMANDS = {
     "doctor": ("opd.cli.doctor", "check a student and a teacher before training"),
     "audit": ("opd.cli.audit", "say what a distillation loss estimates, and which faults it has"),
     "train": ("opd.cli.train", "distil a teacher into a student: RECIPE [--field value]"),
+    "cache": ("opd.cli.cache", "score the responses of a run in advance, or check such scores"),
     "eval": ("opd.cli.evaluate", "measure a model's accuracy on held-out problems"),
     "probe-own-prefix": (
         "opd.cli.probe_own_prefix",

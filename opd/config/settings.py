@@ -78,8 +78,8 @@ class Config:
     teacher: str = dataclasses.field(metadata=rules(per_task=True, address="teacher"))
     """Frozen causal LM with the same vocabulary: a folder or a hub name; "base": the student
     without its LoRA adapters; "ema": an exponential moving average of the student; the address of a
-    vLLM or SGLang server, http://HOST:PORT/v1 (opd.teachers.client); or "none", for an objective
-    without a teacher."""
+    vLLM or SGLang server, http://HOST:PORT/v1 (opd.teachers.client); cache:FOLDER, scores on disk
+    (docs/prefixes.md); or "none", for an objective without a teacher."""
     out: str = dataclasses.field(metadata=rules(resumable=True))
     """Run folder. An unfinished run in it is resumed."""
     seed: int = setting(0, within="not negative")

@@ -296,11 +296,13 @@ def _check_request(student: CausalLM, teacher: Teacher, request: ScoreRequest) -
     if Capability.DISTRIBUTIONS not in teacher.capabilities:
         if request.requirements.support == "full":
             raise InvalidInput(
-                f"the teacher {teacher.name} is a server and does not support full distributions"
+                f"the teacher {teacher.name} is {teacher.place} and does not support full "
+                "distributions"
             )
-        if request.temperature != 1:
+        if request.temperature != teacher.temperature:
             raise InvalidInput(
-                f"temperature is {request.temperature}, but a remote teacher scores at 1; set 1"
+                f"temperature is {request.temperature}, but the teacher {teacher.name} is "
+                f"{teacher.place}, which scores at {teacher.temperature:g}; set that"
             )
 
 

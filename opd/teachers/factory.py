@@ -8,6 +8,7 @@ this process can be kept in host memory while it does not score.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from diagnostics.errors import InvalidInput
@@ -27,8 +28,12 @@ from opd.models.lora import add_lora, without_adapters
 from opd.models.model import CausalLM, split_head
 from opd.teachers.connection import connect
 from opd.teachers.pair import ModelPair, freeze_teacher, load_pair
+from opd.teachers.score_cache.cache import open_cache
+from opd.teachers.score_cache.files import read_index
 from opd.teachers.teacher import (
+    CACHE_PREFIX,
     AdapterFreeTeacher,
+    CachedTeacher,
     NoTeacher,
     ServerTeacher,
     Teacher,
@@ -146,6 +151,9 @@ def make_pair(config: Config, objects: ModelObjects = NO_OBJECTS, num_chosen: in
             "lora_rank, or choose another teacher"
         )
     eos, vocabulary = eos_ids(tokenizer, network), num_head_rows(network)
+    if teacher_type(config.teacher) is CachedTeacher:
+        # the ids that both models know, as where the teacher is loaded
+        vocabulary = min(vocabulary, read_index(cache_folder(config)).header.vocabulary)
     if config.optimizer.lora_rank:
         network = add_lora(network, config)
     student = split_head(network, vocabulary)
@@ -154,6 +162,8 @@ def make_pair(config: Config, objects: ModelObjects = NO_OBJECTS, num_chosen: in
         teacher = AdapterFreeTeacher(without_adapters(student))
     elif teacher_type(config.teacher) is NoTeacher:
         teacher = NoTeacher()
+    elif teacher_type(config.teacher) is CachedTeacher:
+        teacher = open_cached_teacher(config, student, tokenizer, eos)
     elif config.teacher == "ema":
         teacher = make_ema_teacher(
             student, config.optimizer.ema_decay, config.hardware.offload_teacher
@@ -182,6 +192,8 @@ def load_teacher(
     """
     if teacher_type(config.teacher) is NoTeacher:
         return NoTeacher()
+    if teacher_type(config.teacher) is CachedTeacher:
+        return open_cached_teacher(config, pair.student, pair.tokenizer, pair.eos)
     if teacher_type(config.teacher) is ServerTeacher:
         return connect_teacher(pair.student, pair.tokenizer, config, num_chosen)
     device = "cpu" if config.hardware.offload_teacher else resolve_device(config.hardware.device)
@@ -208,6 +220,37 @@ def load_teacher(
         is_quantised=config.hardware.teacher_weights != "saved",
         offload=config.hardware.offload_teacher,
     )
+
+
+def cache_folder(config: Config) -> Path:
+    """Return the folder of the cache that `teacher` names."""
+    return Path(config.teacher.removeprefix(CACHE_PREFIX))
+
+
+def open_cached_teacher(
+    config: Config, student: CausalLM, tokenizer: object, eos: Sequence[int]
+) -> CachedTeacher:
+    """Open the cache that `teacher` names, and check that it suits the loss.
+
+    Args:
+        config: Settings of the task.
+        student: The student.
+        tokenizer: Its tokenizer.
+        eos: Ids that end a response of the student.
+
+    Returns:
+        The teacher.
+
+    Raises:
+        InvalidInput: The cache is damaged, or was made for another tokenizer, temperature, K or
+            mapping of EOS ids.
+        MissingFile: There is none.
+    """
+    cache = open_cache(cache_folder(config), tokenizer, student.vocabulary)
+    cache.check_temperature(config.rollout.temperature)
+    cache.check_k(config.objective.support_k)
+    cache.check_eos(tuple(eos) if config.objective.map_eos else None)
+    return CachedTeacher(config.teacher, cache)
 
 
 def connect_teacher(

@@ -26,7 +26,11 @@ from opd.models.model import CausalLM, context_length, split_head
 from opd.serving.addresses import is_url
 from opd.teachers.client import TeacherClient
 from opd.teachers.remote_scores import TeacherScores, score_remote
+from opd.teachers.score_cache.cache import ScoreCache
+from opd.teachers.score_cache.identity import verify_text
 
+CACHE_PREFIX = "cache:"
+"""Beginning of the name of a teacher whose scores are in a folder."""
 NO_TEACHER = "none"
 """Name of the teacher of a run without one."""
 
@@ -52,8 +56,13 @@ class Teacher(Protocol):
     dtype: ClassVar[str | None] = None
     """Precision of its weights; None for the configured one."""
 
+    place: ClassVar[str] = "a model in this process"
+    """What this kind of teacher is, for messages."""
+
     name: str
     """Folder, hub name or address, or "base" or "ema"."""
+    temperature: float = 1.0
+    """Temperature of its scores, if it has no DISTRIBUTIONS."""
     model: CausalLM
     """The model; a teacher without HIDDEN_STATES raises an error instead."""
     eos: tuple[int, ...] | None = None
@@ -261,6 +270,7 @@ class ServerTeacher(Teacher):
 
     name: str
     client: TeacherClient
+    place: ClassVar[str] = "a server"
     eos: tuple[int, ...] | None = None
     possible_capabilities: ClassVar[frozenset[Capability]] = frozenset(
         {Capability.TOP_K, Capability.CHOSEN_IDS}
@@ -305,6 +315,69 @@ class ServerTeacher(Teacher):
 
 
 @dataclass(eq=False)
+class CachedTeacher(Teacher):
+    """A teacher whose scores of given responses are on disk."""
+
+    name: str
+    cache: ScoreCache
+    place: ClassVar[str] = "a cache of scores"
+    possible_capabilities: ClassVar[frozenset[Capability]] = frozenset(
+        {Capability.TOP_K, Capability.CHOSEN_IDS}
+    )
+
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        """What the cache holds; the only ids that it may hold besides its top-K are EOS ids."""
+        if self.cache.header.mapped_eos is None:
+            return frozenset({Capability.TOP_K})
+        return self.possible_capabilities
+
+    @property
+    def eos(self) -> tuple[int, ...] | None:  # type: ignore[override]
+        """Ids that end its responses."""
+        return self.cache.header.teacher_eos
+
+    @property
+    def temperature(self) -> float:  # type: ignore[override]
+        """Temperature of its scores."""
+        return self.cache.header.temperature
+
+    @property
+    def model(self) -> CausalLM:  # type: ignore[override]
+        """Raise an error: the model is not in memory."""
+        raise InvalidInput(
+            f"the teacher {self.name} is a cache of scores, which has neither hidden states nor "
+            "full distributions; use a teacher in this process"
+        )
+
+    def top_k(
+        self, prompts: Prompts, rollouts: Rollouts, k: int, chosen_ids: Tensor | None = None
+    ) -> TeacherScores:
+        """Look up the scores (`opd.teachers.score_cache.cache.ScoreCache.lookup`)."""
+        if chosen_ids is not None and chosen_ids.shape[1] != 1:
+            raise InvalidInput(
+                f"the teacher {self.name} is a cache of the teacher's own most probable ids; it "
+                "has no scores of the student's"
+            )
+        return self.cache.lookup(prompts, rollouts, k)
+
+    def max_length(self) -> int | None:
+        """Return None: what is in the cache was short enough."""
+        return None
+
+    def verify_fingerprint(self, path: Path) -> None:
+        """Store the fingerprint of the teacher's weights in a file, or compare it.
+
+        Args:
+            path: File with the fingerprints of the run's teachers.
+
+        Raises:
+            InvalidInput: The run began with the scores of another teacher.
+        """
+        verify_text(path, self.name, self.cache.header.teacher_fingerprint)
+
+
+@dataclass(eq=False)
 class NoTeacher(Teacher):
     """The absence of a teacher, for an objective that reads none; nothing is in memory."""
 
@@ -325,6 +398,8 @@ def teacher_type(name: str) -> type[Teacher]:
     """Return the kind of the teacher that a setting names, without loading or connecting it."""
     if is_url(name):
         return ServerTeacher
+    if name.startswith(CACHE_PREFIX):
+        return CachedTeacher
     derived: dict[str, type[Teacher]] = {
         "base": AdapterFreeTeacher,
         "ema": EmaTeacher,

@@ -27,9 +27,11 @@ from diagnostics.metrics.teacher_view import view_copying
 from diagnostics.records.rows import Row
 from opd.config.prefixes import ON_POLICY, parse_prefixes
 from opd.config.settings import Config
+from opd.data.chain_task import Problem
 from opd.data.grading.graders import grade_responses
 from opd.data.grading.unread_answers import READABLE_SHARE
 from opd.data.prompts import Prompts, decode_responses, encode_prompts
+from opd.data.tasks import Task
 from opd.data.teacher_view.values import Attempt
 from opd.data.teacher_view.view import with_teacher_prompts
 from opd.envs.packing import episode_accumulators, pack_rows
@@ -151,6 +153,65 @@ def roll_out_step(
     ]
 
 
+def draw_problem_responses(
+    task: TaskState, engine: Engine, step: int, task_step: int, top_p: float, purpose: int
+) -> tuple[Prompts, Rollouts, list[Problem]]:
+    """Draw this rank's responses to the problems of a step, before they are graded.
+
+    Args:
+        task: A task of problems.
+        engine: Rollout engine.
+        step: Step of the run.
+        task_step: Number of the task's previous steps.
+        top_p: Nucleus mass of the sampler.
+        purpose: Seed stream.
+
+    Returns:
+        Prompts, with those of the teacher unless they depend on the responses; rollouts; and the
+        problem of each row.
+    """
+    assert isinstance(task.problems, Task)
+    config, tokenizer = task.config, task.pair.tokenizer
+    prompt_indices, batch_slice = rows_of_rank(config)
+    drawn = task.problems.train(task_step, config.data.prompts_per_step)
+    prompts = encode_prompts(
+        tokenizer,
+        [drawn[i] for i in prompt_indices],
+        config.data.group_size,
+        config.data.max_prompt,
+    )
+    prompts = replace(prompts, index=torch.tensor(prompt_indices)[prompts.index])
+    row_problems = [drawn[i] for i in prompts.index.tolist()]
+    if task.view is not None and not task.view.reads_attempts:
+        prompts = with_teacher_prompts(task.view, tokenizer, prompts, row_problems, None)
+    prefixes = ON_POLICY if purpose != ROLLOUT else parse_prefixes(config.rollout.prefixes)
+    rollouts = draw_responses(
+        task.pair,
+        engine,
+        prompts,
+        row_problems,
+        writers(prefixes, config, step, task.index, batch_slice),
+        config=config,
+        seed=seed_of_step(task, step, purpose),
+        top_p=top_p,
+        part=batch_slice,
+    )
+    return prompts, rollouts, row_problems
+
+
+def rows_of_rank(config: Config) -> tuple[list[int], BatchSlice]:
+    """Return this rank's prompts of a step, and its rows of the step's batch."""
+    num_prompts, group_size = config.data.prompts_per_step, config.data.group_size
+    prompt_indices = distributed.shard_prompts(num_prompts, config.optimizer.updates_per_batch)
+    rows = [i * group_size + j for i in prompt_indices for j in range(group_size)]
+    return prompt_indices, BatchSlice(rows, num_prompts * group_size)
+
+
+def seed_of_step(task: TaskState, step: int, purpose: int) -> int:
+    """Return the seed of a task's sampling noise in a step."""
+    return derive_seed(task.config.seed, step, purpose, *([task.index] if task.index else []))
+
+
 def roll_out(
     task: TaskState, engine: Engine, step: int, task_step: int, top_p: float, purpose: int
 ) -> TaskRollouts:
@@ -173,16 +234,10 @@ def roll_out(
         responses to problems whose answer the grader could parse.
     """
     config, device, problems = task.config, task.pair.student.device, task.problems
-    num_prompts, group_size = config.data.prompts_per_step, config.data.group_size
-    prompt_indices = distributed.shard_prompts(num_prompts, config.optimizer.updates_per_batch)
-    seed_parts = (config.seed, step, purpose, *([task.index] if task.index else []))
-    batch_slice = BatchSlice(
-        [i * group_size + j for i in prompt_indices for j in range(group_size)],
-        num_prompts * group_size,
-    )
     tokenizer, eos, accumulators = task.pair.tokenizer, task.pair.eos, dict[str, Accumulator]()
     if isinstance(problems, GameTask):
-        seeds = problems.train(task_step, num_prompts)
+        prompt_indices, batch_slice = rows_of_rank(config)
+        seeds = problems.train(task_step, config.data.prompts_per_step)
         games = [(i, seeds[i]) for i in prompt_indices]
         episodes = play_episodes(
             engine,
@@ -190,12 +245,12 @@ def roll_out(
             eos,
             problems,
             games,
-            group_size,
+            config.data.group_size,
             max_prompt=config.data.max_prompt,
             max_response=config.rollout.max_response,
             temperature=config.rollout.temperature,
             top_p=top_p,
-            generator=torch.Generator().manual_seed(derive_seed(*seed_parts)),
+            generator=torch.Generator().manual_seed(seed_of_step(task, step, purpose)),
             batch_slice=batch_slice,
         )
         prompts, rollouts = pack_rows(
@@ -205,25 +260,8 @@ def roll_out(
             prompts = with_game_views(task.view, tokenizer, eos, problems, episodes, prompts)
         rewards, accumulators = rollouts.reward, episode_accumulators(episodes)
     else:
-        drawn = problems.train(task_step, num_prompts)
-        prompts = encode_prompts(
-            tokenizer, [drawn[i] for i in prompt_indices], group_size, config.data.max_prompt
-        )
-        prompts = replace(prompts, index=torch.tensor(prompt_indices)[prompts.index])
-        row_problems = [drawn[i] for i in prompts.index.tolist()]
-        if task.view is not None and not task.view.reads_attempts:
-            prompts = with_teacher_prompts(task.view, tokenizer, prompts, row_problems, None)
-        prefixes = ON_POLICY if purpose != ROLLOUT else parse_prefixes(config.rollout.prefixes)
-        rollouts = draw_responses(
-            task.pair,
-            engine,
-            prompts,
-            row_problems,
-            writers(prefixes, config, step, task.index, batch_slice),
-            config=config,
-            seed=derive_seed(*seed_parts),
-            top_p=top_p,
-            part=batch_slice,
+        prompts, rollouts, row_problems = draw_problem_responses(
+            task, engine, step, task_step, top_p, purpose
         )
         grades = grade_responses(
             tokenizer, rollouts.tokens, rollouts.mask, prompts.answers, problems.grade, eos

@@ -47,6 +47,7 @@ from opd.training.multitask import task_configs
 from opd.training.objects import with_objects
 from opd.training.optimizer import make_optimizer
 from opd.training.result import TrainResult
+from opd.training.score_cache import check_caches
 from opd.training.setup import make_rollout_engine, make_train_state, objective_from_config
 from opd.training.state import TaskState, TrainState, is_due
 from opd.training.step import make_row, roll_out, save_batch, with_view_effect
@@ -228,6 +229,7 @@ def train(
             record_tokenizer(folder, tokenizer)
         engine = stack.enter_context(closing(make_rollout_engine(config, trained)))
         state = make_train_state(config, folder, start.step, pairs, engine, optimizer, rows_by_name)
+        check_caches(state.tasks)
         names = config.record.loggers if distributed.rank() == 0 else ()
         columns = None if config.record.logger_columns == "all" else RUN_COLUMNS
         with open_trackers(names, folder, to_flat(config), columns) as log, state.prefetcher:

@@ -13,7 +13,14 @@ from opd.config.view import has_view
 from opd.envs.task import is_games
 from opd.objectives.objective import Objective
 from opd.runtime import distributed
-from opd.teachers.teacher import NO_TEACHER, Capability, NoTeacher, ServerTeacher, teacher_type
+from opd.teachers.teacher import (
+    NO_TEACHER,
+    CachedTeacher,
+    Capability,
+    NoTeacher,
+    ServerTeacher,
+    teacher_type,
+)
 from opd.training.checks.prefixes import prefix_problems
 from opd.training.checks.settings import STUDENT_DERIVED, objective_problems, unused_settings
 from opd.training.multitask import prompts_per_task, task_configs
@@ -131,7 +138,7 @@ def teacher_problems(config: Config, objective: Objective) -> Iterator[str]:
             "rows of a run have the same columns; give every task a teacher, or none"
         )
     if config.hardware.teacher_weights != "saved" and all(
-        teacher_type(teacher) in (ServerTeacher, NoTeacher) for teacher in teachers
+        teacher_type(teacher) in (ServerTeacher, NoTeacher, CachedTeacher) for teacher in teachers
     ):
         yield (
             f"teacher_weights is {config.hardware.teacher_weights}, but no teacher runs in this "
@@ -180,7 +187,7 @@ def capability_problems(config: Config, objective: Objective) -> Iterator[str]:
             alternatives,
         ),
         (
-            config.rollout.temperature != 1,
+            config.rollout.temperature != 1 and teacher_type(config.teacher) is ServerTeacher,
             Capability.DISTRIBUTIONS,
             f"temperature {config.rollout.temperature}, because servers return log-probabilities "
             "at 1",
@@ -201,9 +208,11 @@ def capability_problems(config: Config, objective: Objective) -> Iterator[str]:
     ):
         if needed and capability not in capabilities:
             yield (
-                f"the teacher {config.teacher} is a server and does not support {feature}; use "
-                f"{remedy}, or a teacher in this process"
+                f"the teacher {config.teacher} is {teacher_type(config.teacher).place} and does "
+                f"not support {feature}; use {remedy}, or a teacher in this process"
             )
+    if teacher_type(config.teacher) is CachedTeacher:
+        yield from cache_problems(config, objective)
     if (
         loss.map_eos
         and teacher_type(config.teacher) is ServerTeacher
@@ -212,6 +221,29 @@ def capability_problems(config: Config, objective: Objective) -> Iterator[str]:
         yield (
             f"map_eos needs the EOS ids of the teacher {config.teacher}, which a server does not "
             "say; set teacher_eos to them, or map_eos off"
+        )
+
+
+def cache_problems(config: Config, objective: Objective) -> Iterator[str]:
+    """Report settings that need scores which no cache can hold.
+
+    Args:
+        config: Settings of a run or task whose teacher is a cache.
+        objective: Its objective.
+
+    Yields:
+        The messages.
+    """
+    if config.rollout.prefixes != "dataset":
+        yield (
+            f"teacher is {config.teacher}, which holds scores of responses that are known before "
+            f"the run, but prefixes is {config.rollout.prefixes}; set prefixes to dataset"
+        )
+    if objective.requirements.support in ("student", "union"):
+        yield (
+            f"teacher is {config.teacher}, which holds the teacher's own most probable ids, but "
+            f"objective {config.objective.objective} compares at the student's, which change; use "
+            "teacher_topk or one of its variants, or a teacher in this process"
         )
 
 
@@ -254,7 +286,6 @@ def without_teacher_problems(config: Config, objective: Objective) -> Iterator[s
             "use negative_log_likelihood or reward_only",
         ),
         (loss.map_eos, "map_eos reads its EOS ids", "remove map_eos"),
-        (has_view(config), "it has prompts of its own", "remove the settings of its prompts"),
         (
             loss.entropy_top_fraction < 1,
             f"entropy_top_fraction {loss.entropy_top_fraction:g} needs the statistics of both "

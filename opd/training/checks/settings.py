@@ -192,7 +192,11 @@ CONDITIONS: dict[str, tuple[Callable[[Config], bool], str]] = {
         "the teacher is on a server and map_eos is set",
     ),
     "offload_teacher": (
-        lambda config: not is_url(config.teacher) and config.teacher not in ("base", "none"),
+        lambda config: (
+            not is_url(config.teacher)
+            and config.teacher not in ("base", "none")
+            and not config.teacher.startswith("cache:")
+        ),
         "the teacher has its own weights in this process",
     ),
     "ema_decay": (lambda config: config.teacher == "ema", 'the teacher is "ema"'),

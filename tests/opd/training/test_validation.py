@@ -98,7 +98,12 @@ ALONE: list[tuple[dict[str, Any], str]] = [
         "teacher_template is other.jinja, but with layout trajectory",
     ),
     (
-        {"teacher": "none", "objective": "reward_only", "teacher_system": "Know all."},
+        {
+            "teacher": "none",
+            "objective": "reward_only",
+            "reward_weight": 1.0,
+            "teacher_system": "Know all.",
+        },
         "teacher is none, but settings of the teacher's prompts are given",
     ),
     # games

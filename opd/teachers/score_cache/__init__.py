@@ -1,0 +1,1 @@
+"""Scores of a teacher on disk, so that it need not be in memory."""
