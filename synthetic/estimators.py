@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diagnostics.errors import InvalidInput
-from opd.objectives.catalogue import KNOWN_ERRORS, OBJECTIVES
+from opd.objectives.catalogue import CONTROLS, KNOWN_ERRORS, OBJECTIVES
 from opd.objectives.credit import BASELINES, NO_COST, RATIOS
 from opd.objectives.objective import Objective
 from opd.objectives.support import JOINT_SUPPORTS
@@ -94,6 +94,7 @@ LOCAL: dict[str, Estimator] = {
 ADDITIONAL: dict[str, Estimator] = {
     "full_forward_kl": Estimator(objective=OBJECTIVES["full_forward_kl"]),
     "full_jsd": Estimator(objective=OBJECTIVES["full_jsd"]),
+    "negative_log_likelihood": Estimator(objective=CONTROLS["negative_log_likelihood"]),
     **{
         name: estimator
         for name, estimator in _TOKEN_LOCAL.items()

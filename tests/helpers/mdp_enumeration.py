@@ -125,8 +125,9 @@ def local_vectors(name: str, student: Tensor, teacher: Tensor, k: int = 1) -> Te
     ratio = (p / q).log()
     score = torch.eye(a, dtype=p.dtype) - p[:, None, :]
     all_tokens = torch.ones(1, a, 1, dtype=p.dtype)
-    if name in ("k1", "k2", "k3"):
-        weight = {"k1": torch.ones_like(ratio), "k2": ratio, "k3": 1 - q / p}[name]
+    if name in ("k1", "k2", "k3", "negative_log_likelihood"):
+        one = torch.ones_like(ratio)
+        weight = {"k1": one, "k2": ratio, "k3": 1 - q / p, "negative_log_likelihood": -one}[name]
         return weight[..., None] * score
     if name == "full_forward_kl":
         return (p - q)[:, None, :] * all_tokens
