@@ -4,12 +4,13 @@ Shapes: N prefixes, V vocabulary.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 
 from opd.objectives.audit.gradients import loss_gradients
 from opd.objectives.audit.matching import Mean
-from opd.objectives.audit.worlds import World, make_batch
+from opd.objectives.audit.worlds import Batch, World, make_batch
 from opd.objectives.user_loss import UserLoss
 
 BATCHES, ROWS = 600, 8
@@ -32,17 +33,10 @@ def sampled_means(loss: UserLoss, worlds: Sequence[World], draws: int) -> list[M
 
 def _sampled_mean(loss: UserLoss, world: World, draws: int) -> Mean:
     """Return the mean of one world."""
-    generator = torch.Generator().manual_seed(23)
-    probability = world.probabilities(world.student)
     shape = world.student.shape
     total, square = torch.zeros(shape).double(), torch.zeros(shape).double()
     batches = BATCHES if draws == 1 else BATCHES // 10
-    for _ in range(batches):
-        first = torch.multinomial(probability, ROWS // 2, replacement=True, generator=generator)
-        same_prompt = world.prompt[first][:, None] == world.prompt[None]
-        second = torch.multinomial(probability * same_prompt, 1, generator=generator)[:, 0]
-        rows = torch.stack([first, second], 1).flatten()
-        batch = make_batch(world, rows, prompt=torch.arange(ROWS) // 2)
+    for batch in _sampled_batches(world, batches):
         gradient = loss_gradients(loss, batch, draws=min(draws, 10)).student
         gradient = torch.where(batch.mask[..., None], gradient * batch.mask.sum(), 0.0)
         table = torch.zeros(shape).double()
@@ -53,3 +47,18 @@ def _sampled_mean(loss: UserLoss, world: World, draws: int) -> Mean:
     error = ((square / batches - mean.square()).clamp(min=0).sum() / batches).sqrt()
     tolerance = max(1e-4, 3 * float(error) / max(float(mean.norm()), 1e-300))
     return Mean(world, mean, float((square.sum() / batches).sqrt()), tolerance)
+
+
+@lru_cache(maxsize=4)
+def _sampled_batches(world: World, count: int) -> list[Batch]:
+    """Return batches of groups of two sampled responses; they are kept for other losses."""
+    generator = torch.Generator().manual_seed(23)
+    probability = world.probabilities(world.student)
+    batches = []
+    for _ in range(count):
+        first = torch.multinomial(probability, ROWS // 2, replacement=True, generator=generator)
+        same_prompt = world.prompt[first][:, None] == world.prompt[None]
+        second = torch.multinomial(probability * same_prompt, 1, generator=generator)[:, 0]
+        rows = torch.stack([first, second], 1).flatten()
+        batches.append(make_batch(world, rows, prompt=torch.arange(ROWS) // 2))
+    return batches

@@ -195,12 +195,40 @@ def mixture_fits(means: Sequence[Mean], targets: Sequence[Target]) -> Iterator[F
         for i, target in enumerate(targets)
     }
     names = list(exact)
+    near = _pairs_that_span([parts[0] for parts in exact.values()], means[0])
     for (i, first), (j, second) in combinations(enumerate(targets), 2):
+        if not near[i, j]:
+            continue
         parts = exact[names[i]], exact[names[j]]
         weights = mixture_weights(means, parts)
         if weights is None:
             continue
         yield compare(mixture(first, second, *weights), means)
+
+
+def _pairs_that_span(gradients: Sequence[Tensor], mean: Mean) -> Tensor:
+    """Return (M, M) bool: may any weighted sum of two of M gradients be as near as a mixture is?
+
+    The least squares distance of each pair, from inner products, is a lower bound of that with
+    nonnegative weights; pairs that are nearly parallel are kept.
+
+    Args:
+        gradients: M gradients in the first world.
+        mean: Mean of the loss in it.
+
+    Returns:
+        False for pairs that `mixture_weights` would refuse.
+    """
+    columns = torch.stack([x.flatten() for x in gradients])
+    columns = columns / columns.norm(dim=1, keepdim=True).clamp(min=1e-300)
+    goal = mean.gradient.flatten() / mean.gradient.norm()
+    cosine, inner = columns @ columns.T, columns @ goal
+    independent = 1 - cosine.square()
+    square = inner.square()
+    explained = square[:, None] + square - 2 * cosine * torch.outer(inner, inner)
+    limit = 10 * mean.tolerance
+    residual = 1 - explained / independent.clamp(min=1e-300)
+    return (residual <= (2 * limit) ** 2 + 1e-9) | (independent < 1e-6) | ~residual.isfinite()
 
 
 def mixture_weights(

@@ -4,7 +4,8 @@ Shapes: D starts, N prefixes, U responses or pairs of a start, B rows of a batch
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from opd.objectives.audit.structure import Structure
 from opd.objectives.audit.targets import reverse_kl
 from opd.objectives.audit.units import FACTORS, Units, additive_gradient
-from opd.objectives.audit.worlds import World, make_batch
+from opd.objectives.audit.worlds import Batch, World, make_batch
 from opd.objectives.user_loss import UserLoss
 
 STARTS, FEW_STARTS = 10, 3
@@ -170,18 +171,10 @@ def mean_gradients(
     Returns:
         (D, N, V) mean gradients, and (D,) mean squared norms of a unit's rows.
     """
-    num_starts, num_responses = len(tables), len(world.tokens)
-    if structure.unit == "row":
-        rows = torch.arange(num_responses)[:, None]
-    else:
-        pairs = torch.triu_indices(num_responses, num_responses).T
-        rows = pairs[world.prompt[pairs[:, 0]] == world.prompt[pairs[:, 1]]]
-    units, width = rows.shape
-    flat = rows.flatten().repeat(num_starts)
-    prompt = torch.arange(units * num_starts).repeat_interleave(width)
-    batch = make_batch(
-        world, flat, prompt=prompt, student=tables, reward=torch.zeros(len(flat)).double()
-    )
+    num_starts, nodes = len(tables), len(world.student)
+    rows, unplaced, indices = _batch_of_starts(world, structure.unit, num_starts)
+    width = rows.shape[1]
+    batch = _with_students(unplaced, indices, tables)
     gradient = additive_gradient(loss, batch, structure)
     gradient = torch.where(batch.mask[..., None], gradient, 0.0)
     probability = world.probabilities(tables)  # (D, R)
@@ -190,15 +183,60 @@ def mean_gradients(
         share = share * world.num_prompts * torch.where(rows[:, 0] == rows[:, 1], 1.0, 2.0)
     parts = Units(
         logits=gradient.unflatten(0, (-1, width)),
-        nodes=batch.nodes.unflatten(0, (-1, width)),
+        nodes=indices.unflatten(0, (-1, width)),
         mask=batch.mask.unflatten(0, (-1, width)),
         probability=share.flatten(),
     )
     scaled = parts.logits * FACTORS[factor](parts)[..., None, None]
     weighted = scaled * parts.probability[:, None, None, None]
-    nodes = len(world.student)
-    start = torch.arange(num_starts).repeat_interleave(units)[:, None, None] * nodes
     means = tables.new_zeros(num_starts * nodes, tables.shape[-1])
-    means.index_add_(0, (parts.nodes + start).flatten(), weighted.flatten(0, 2))
+    means.index_add_(0, indices.flatten(), weighted.flatten(0, 2))
     square = (parts.probability * scaled.square().sum((1, 2, 3))).view(num_starts, -1).sum(1)
     return means.view_as(tables), square
+
+
+@lru_cache(maxsize=2)
+def _batch_of_starts(world: World, unit: str, num_starts: int) -> tuple[Tensor, Batch, Tensor]:
+    """Return what a step of descent does not change; it is kept for all steps.
+
+    Args:
+        world: The world.
+        unit: "row" or "group".
+        num_starts: D.
+
+    Returns:
+        (U, W) responses of each unit, W being 1 or 2; the batch of all units of all starts, with
+        the world's student and without rewards; and (B, T) the row of each position in the tables
+        of all starts, flattened to (D N, V).
+    """
+    num_responses = len(world.tokens)
+    if unit == "row":
+        rows = torch.arange(num_responses)[:, None]
+    else:
+        pairs = torch.triu_indices(num_responses, num_responses).T
+        rows = pairs[world.prompt[pairs[:, 0]] == world.prompt[pairs[:, 1]]]
+    units, width = rows.shape
+    flat = rows.flatten().repeat(num_starts)
+    prompt = torch.arange(units * num_starts).repeat_interleave(width)
+    batch = make_batch(world, flat, prompt=prompt, reward=torch.zeros(len(flat)).double())
+    start = torch.arange(num_starts).repeat_interleave(units * width)[:, None]
+    return rows, batch, batch.nodes + start * len(world.student)
+
+
+def _with_students(batch: Batch, indices: Tensor, tables: Tensor) -> Batch:
+    """Return a batch with other students, who are also the samplers.
+
+    Args:
+        batch: The batch.
+        indices: (B, T) row of each position in the flattened tables.
+        tables: (D, N, V) logits.
+
+    Returns:
+        The batch; what is outside its mask stays.
+    """
+    logits = tables.flatten(0, 1)
+    student_logits = torch.where(batch.mask[..., None], logits[indices], batch.student_logits)
+    logp = logits.log_softmax(-1)[indices, batch.arguments["tokens"]]
+    sampler_logp = torch.where(batch.mask, logp, batch.arguments["sampler_logp"])
+    arguments = batch.arguments | {"sampler_logp": sampler_logp}
+    return replace(batch, student_logits=student_logits, arguments=arguments)

@@ -5,6 +5,7 @@ Shapes: B rows of a batch, T positions, V vocabulary.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -64,20 +65,15 @@ def find_structure(
     Returns:
         The structure; unit "batch" and weighting "one" if no weighting makes the parts add up.
     """
-    groups = _mixed_groups(world)
-    rows = torch.cat(groups)
-    prompt = torch.cat([torch.full((len(x),), i) for i, x in enumerate(groups)])
-    full = layout(make_batch(world, rows, prompt=prompt, left=left))
+    full, parts_by_unit = _trial_batches(world, left)
+    full = layout(full)
     whole = loss_gradients(loss, full, draws=draws).student
-    for unit in ("row", "group"):
-        parts = list(_parts(unit, prompt))
+    for unit, parts in parts_by_unit.items():
         try:
             pieces = [
                 (part, batch, loss_gradients(loss, batch, draws=draws).student)
-                for part in parts
-                for batch in (
-                    layout(make_batch(world, rows[part], prompt=prompt[part], left=left)),
-                )
+                for part, unchanged in parts
+                for batch in (layout(unchanged),)
             ]
         except InvalidInput:  # such as an advantage over the other rows of a group of one
             continue
@@ -94,6 +90,30 @@ def find_structure(
             ):
                 return Structure(unit, weighting, draws=draws)
     return Structure("batch", "one", centred=_is_centred(loss, world, draws), draws=draws)
+
+
+@lru_cache(maxsize=8)
+def _trial_batches(world: World, left: int) -> tuple[Batch, dict[str, list[tuple[Tensor, Batch]]]]:
+    """Return a batch of groups, and its parts by unit; they are kept for other layouts and losses.
+
+    Args:
+        world: A world with random lengths.
+        left: Masked columns before the first token.
+
+    Returns:
+        The whole batch; and for "row" and "group" the rows of each part and its batch.
+    """
+    groups = _mixed_groups(world)
+    rows = torch.cat(groups)
+    prompt = torch.cat([torch.full((len(x),), i) for i, x in enumerate(groups)])
+    parts_by_unit = {
+        unit: [
+            (part, make_batch(world, rows[part], prompt=prompt[part], left=left))
+            for part in _parts(unit, prompt)
+        ]
+        for unit in ("row", "group")
+    }
+    return make_batch(world, rows, prompt=prompt, left=left), parts_by_unit
 
 
 def _mixed_groups(world: World) -> list[Tensor]:

@@ -6,6 +6,7 @@ Shapes: N prefixes, R responses of a world, U units of W rows, T positions, V vo
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from opd.objectives.audit.gradients import (
 from opd.objectives.audit.structure import Structure, batch_weight
 from opd.objectives.audit.worlds import Batch, World, make_batch
 from opd.objectives.user_loss import UserLoss
+
+KEPT_RESPONSES = 150
+"""Responses of a world up to which the batch of all units is kept: pairs of more need memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +50,6 @@ def enumerate_units(
     world: World,
     structure: Structure,
     *,
-    student: Tensor | None = None,
     sampler: Tensor | None = None,
     layout: Layout = same_layout,
     left: int = 0,
@@ -57,7 +60,6 @@ def enumerate_units(
         loss: The loss.
         world: The world.
         structure: How its parts combine; the unit is "row" or "group".
-        student: (N, V) logits of the student; the world's if None.
         sampler: (N, V) logits of the sampler, which may be -inf; the student's if None.
         layout: Change of the batch before the call.
         left: Masked columns before the first token.
@@ -65,23 +67,12 @@ def enumerate_units(
     Returns:
         The contributions, multiplied by what the loss divides by.
     """
-    table = world.student if student is None else student
-    response_probability = world.probabilities(table if sampler is None else sampler)
-    possible = (response_probability > 0).nonzero()[:, 0]
-    if structure.unit == "row":
-        rows = possible[:, None]
-        probability = response_probability[possible]
+    if sampler is None and len(world.tokens) <= KEPT_RESPONSES:
+        batch, probability = _on_policy_units(world, structure.unit, left)
     else:
-        rows, probability = _pairs(world, possible, response_probability)
-    width = rows.shape[1]
-    prompt = torch.arange(len(rows)).repeat_interleave(width)
-    if structure.unit == "row":
-        prompt = world.prompt[rows.flatten()]
-    batch = make_batch(
-        world, rows.flatten(), prompt=prompt, student=student, sampler=sampler, left=left
-    )
-    changed = layout(batch)
-    gradient = additive_gradient(loss, changed, structure)
+        batch, probability = _unit_batch(world, structure.unit, left, sampler)
+    width = len(batch.nodes) // len(probability)
+    gradient = additive_gradient(loss, layout(batch), structure)
     contribution = torch.where(batch.mask[..., None], gradient, 0.0)
     return Units(
         logits=contribution.unflatten(0, (-1, width)),
@@ -89,6 +80,25 @@ def enumerate_units(
         mask=batch.mask.unflatten(0, (-1, width)),
         probability=probability,
     )
+
+
+def _unit_batch(world: World, unit: str, left: int, sampler: Tensor | None) -> tuple[Batch, Tensor]:
+    """Return the batch of all units that can be sampled, and (U,) their probabilities."""
+    response_probability = world.probabilities(world.student if sampler is None else sampler)
+    possible = (response_probability > 0).nonzero()[:, 0]
+    if unit == "row":
+        rows, prompt = possible, world.prompt[possible]
+        probability = response_probability[possible]
+    else:
+        pairs, probability = _pairs(world, possible, response_probability)
+        rows, prompt = pairs.flatten(), torch.arange(len(pairs)).repeat_interleave(2)
+    return make_batch(world, rows, prompt=prompt, sampler=sampler, left=left), probability
+
+
+@lru_cache(maxsize=16)
+def _on_policy_units(world: World, unit: str, left: int) -> tuple[Batch, Tensor]:
+    """Return the same for the world's student, kept for other layouts, factors and losses."""
+    return _unit_batch(world, unit, left, None)
 
 
 def _pairs(world: World, possible: Tensor, probability: Tensor) -> tuple[Tensor, Tensor]:

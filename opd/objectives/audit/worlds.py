@@ -226,24 +226,22 @@ def make_batch(
     own_sampler = student if sampler is None else sampler
     num_rows, length, vocabulary = len(rows), world.tokens.shape[1], world.student.shape[1]
     shape = (num_rows + empty_rows, left + length + right)
-    generator = torch.Generator().manual_seed(seed)
-
-    def noise(*last: int) -> Tensor:
-        drawn = torch.randn(*shape, *last, generator=generator, dtype=torch.float64)
-        return GARBAGE * drawn
+    random_ids, student_noise, teacher_noise, sampler_noise = _garbage(shape, vocabulary, seed)
+    supervised = world.mask[rows]
 
     def place(values: Tensor, background: Tensor) -> Tensor:
         """Write (B, length, ...) values of the mask over the garbage."""
-        placed = background.clone().to(values.dtype)
-        placed[:num_rows, left : left + length][world.mask[rows]] = values[world.mask[rows]]
+        placed = background.to(values.dtype, copy=True)
+        inside = placed[:num_rows, left : left + length]
+        inside_mask = supervised.view(*supervised.shape, *[1] * (values.dim() - 2))
+        inside.copy_(torch.where(inside_mask, values, inside))
         return placed
 
     nodes = world.nodes[rows]
-    mask = place(world.mask[rows], torch.zeros(shape, dtype=torch.bool))
-    random_ids = torch.randint(vocabulary, shape, generator=generator)
+    mask = place(supervised, torch.zeros(shape, dtype=torch.bool))
     tokens = place(world.tokens[rows], random_ids)
-    student_logits = place(_rows_of(student, nodes), noise(vocabulary))
-    teacher_logits = place(_rows_of(teacher, nodes), noise(vocabulary))
+    student_logits = place(_rows_of(student, nodes), student_noise)
+    teacher_logits = place(_rows_of(teacher, nodes), teacher_noise)
     sampler_logp = _rows_of(own_sampler, nodes).log_softmax(-1)
     sampler_logp = sampler_logp.gather(-1, world.tokens[rows][..., None])[..., 0]
     prompt = world.prompt[rows] if prompt is None else prompt
@@ -252,7 +250,7 @@ def make_batch(
         "tokens": tokens,
         "mask": mask,
         "teacher_logits": teacher_logits,
-        "sampler_logp": place(sampler_logp, -noise().abs()),
+        "sampler_logp": place(sampler_logp, -sampler_noise.abs()),
         "reward": torch.cat([reward, reward.new_zeros(empty_rows)]),
         "prompt": torch.cat([prompt, prompt.max().add(1).expand(empty_rows)]),
         "k": world.k,
@@ -262,6 +260,27 @@ def make_batch(
         student_logits=student_logits,
         nodes=place(nodes, torch.zeros(shape, dtype=torch.long)),
     )
+
+
+def _garbage(shape: tuple[int, int], vocabulary: int, seed: int) -> tuple[Tensor, ...]:
+    """Return what lies outside the mask.
+
+    Args:
+        shape: (B, T) of the batch.
+        vocabulary: V.
+        seed: Seed.
+
+    Returns:
+        (B, T) ids, (B, T, V) logits of the student and of the teacher, and (B, T) numbers for the
+        sampler.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(vocabulary, shape, generator=generator)
+    noise = (
+        GARBAGE * torch.randn(*shape, *last, generator=generator, dtype=torch.float64)
+        for last in ((vocabulary,), (vocabulary,), ())
+    )
+    return ids, *noise
 
 
 def _rows_of(table: Tensor, nodes: Tensor) -> Tensor:
