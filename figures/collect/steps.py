@@ -180,7 +180,8 @@ def seed_means(table: pd.DataFrame, column: str, log: bool = False) -> pd.DataFr
         A table with the columns step, value, low, high and seeds. Steps that some seed lacks are
         left out. With one seed the ends of the interval are NaN.
     """
-    by_seed = table.dropna(subset=[column]).pivot_table(index="step", columns="seed", values=column)
+    values = table[["step", "seed", column]].dropna(subset=[column])
+    by_seed = values.pivot_table(index="step", columns="seed", values=column)
     by_seed = by_seed.dropna()
     if log:
         by_seed = np.log(by_seed[(by_seed > 0).all(axis=1)])

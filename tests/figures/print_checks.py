@@ -47,11 +47,12 @@ def print_problems(figure: Figure, table: pd.DataFrame, width: float) -> list[st
     figure.draw_without_rendering()  # lays it out and places its texts
     texts = [(text, text.get_window_extent()) for text in shown_texts(figure)]
     problems += text_problems(figure, texts, code_names(table))
+    explained = explained_colors(figure)
     for axes in figure.axes:
         problems += [f"{axes_name(axes)}: {x}" for x in tick_problems(axes)]
         problems += [f"{axes_name(axes)}: {x}" for x in curve_problems(axes)]
         problems += [f"{axes_name(axes)}: {x}" for x in label_problems(axes)]
-        problems += [f"{axes_name(axes)}: {x}" for x in legend_problems(axes)]
+        problems += [f"{axes_name(axes)}: {x}" for x in legend_problems(axes, explained)]
     return problems
 
 
@@ -117,10 +118,17 @@ def text_problems(figure: Figure, texts: list[tuple[Text, Bbox]], names: set[str
             yield f"{content!r} is cut off at the edge of the figure"
         if content in names or (CODE_NAME.search(content) and not is_token(text)):
             yield f"{content!r} is a code name"
-    for (text, box), (other, other_box) in combinations(texts, 2):
-        overlap = Bbox.intersection(box, other_box)
-        if overlap is not None and min(overlap.width, overlap.height) > SLACK:
-            yield f"{text.get_text()!r} overlaps {other.get_text()!r}"
+    for i, j in overlaps([box for _, box in texts]):
+        yield f"{texts[i][0].get_text()!r} overlaps {texts[j][0].get_text()!r}"
+
+
+def overlaps(boxes: list[Bbox]) -> list[tuple[int, int]]:
+    """Return the pairs of boxes that overlap by more than SLACK in both directions."""
+    low = np.array([box.min for box in boxes]).reshape(-1, 2)
+    high = np.array([box.max for box in boxes]).reshape(-1, 2)
+    sizes = np.minimum(high[:, None], high) - np.maximum(low[:, None], low)
+    pairs = np.argwhere(np.triu((sizes > SLACK).all(-1), k=1))
+    return [(int(i), int(j)) for i, j in pairs]
 
 
 def is_token(text: Text) -> bool:
@@ -218,9 +226,8 @@ def same_row_or_column(axes: Axes, name: str) -> list[Axes]:
     ]
 
 
-def legend_problems(axes: Axes) -> Iterator[str]:
-    """Yield colors of marks that no legend, color bar or text of the same color explains."""
-    figure = axes.figure
+def explained_colors(figure: Figure) -> set[str]:
+    """Return the colors of the texts of a figure and of what its legends show."""
     explained = {
         colors.to_hex(text.get_color()) for text in figure.findobj(Text) if text.get_text().strip()
     }
@@ -229,6 +236,11 @@ def legend_problems(axes: Axes) -> Iterator[str]:
             explained |= artist_colors(handle)
         for handle in legend.findobj(lambda artist: hasattr(artist, "get_color")):
             explained |= artist_colors(handle)
+    return explained
+
+
+def legend_problems(axes: Axes, explained: set[str]) -> Iterator[str]:
+    """Yield colors of marks that no legend, color bar or text of the same color explains."""
     marks = [*axes.lines, *axes.patches, *(c for c in axes.collections if c.get_array() is None)]
     if axes.get_label() == "<colorbar>":
         return
