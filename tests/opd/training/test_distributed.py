@@ -27,7 +27,8 @@ from opd.teachers.factory import make_pair
 from opd.training.checkpoint import load_optimizer
 from opd.training.optimizer import make_optimizer
 from opd.training.train import train
-from tests.helpers.runs import rows, settings
+from tests.helpers.runs import rows, settings, train_in_rank
+from tests.helpers.warm_process import run_ranks
 
 PROGRAM = """
 import sys
@@ -46,25 +47,23 @@ with process_group("cpu"):
 FOUR_PROMPTS: dict[str, Any] = {"prompts_per_step": 4, "save_every": 1}
 
 
-TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 ACCELERATE = (
     *("accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2"),
     *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
 )
+"""It starts new interpreters through torch.distributed.run, as torchrun does."""
 
 
 @contextmanager
-def two_ranks(
-    folder: Path, configs: list[Config], launcher: tuple[str, ...] = TORCHRUN
-) -> Iterator[subprocess.Popen[str]]:
-    """Start two ranks that run the configurations one after the other; none outlives the block."""
+def two_ranks(folder: Path, configs: list[Config]) -> Iterator[subprocess.Popen[str]]:
+    """Let accelerate start two ranks that run the configurations; none outlives the block."""
     config_paths = []
     for i, config in enumerate(configs):
         config_paths.append(str(folder / f"{i}.json"))
         Path(config_paths[-1]).write_text(json.dumps(to_flat(config)))
     (folder / "program.py").write_text(PROGRAM)
     process = subprocess.Popen(
-        [sys.executable, "-m", *launcher, str(folder / "program.py"), *config_paths],
+        [sys.executable, "-m", *ACCELERATE, str(folder / "program.py"), *config_paths],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -85,12 +84,6 @@ def worker_ids(process: subprocess.Popen[str]) -> list[int]:
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     ids = children.read_text().split() if children.exists() else []
     return [int(c) for c in ids if b"program.py" in Path(f"/proc/{c}/cmdline").read_bytes()]
-
-
-def run_in_two(folder: Path, configs: list[Config], launcher: tuple[str, ...] = TORCHRUN) -> None:
-    with two_ranks(folder, configs, launcher) as process:
-        output, _ = process.communicate(timeout=600)
-        assert process.returncode == 0, output
 
 
 def assert_same_rows(expected_folder: Path, actual_folder: Path, tolerance: float = 2e-4) -> None:
@@ -166,7 +159,8 @@ def run_folders(tiny_pair, kinds, tmp_path_factory: pytest.TempPathFactory) -> P
             two_process_configs.append(
                 with_settings(config, out=str(folder / sharding / name), sharding=sharding)
             )
-    run_in_two(folder, two_process_configs + resumed_configs(tiny_pair, folder))
+    configs = two_process_configs + resumed_configs(tiny_pair, folder)
+    run_ranks(folder, train_in_rank, configs)
     return folder
 
 
@@ -305,7 +299,7 @@ def accelerated(tiny_pair, kinds, tmp_path_factory: pytest.TempPathFactory) -> P
     endless = settings(tiny_pair, folder / "killed", steps=500, eval_every=0, **FOUR_PROMPTS)
     rows_path = folder / "killed" / "rows.jsonl"
     deadline = time.monotonic() + 600
-    with two_ranks(folder, [complete, endless], ACCELERATE) as process:
+    with two_ranks(folder, [complete, endless]) as process:
         while not rows_path.exists() or len(rows_path.read_text().splitlines()) < 3:
             if process.poll() is not None:
                 output, _ = process.communicate()
