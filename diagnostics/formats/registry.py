@@ -1,6 +1,6 @@
 """The dump formats, the recogniser, and the conversion of a file's rows."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from diagnostics.errors import InvalidInput
@@ -54,7 +54,7 @@ def rename_fields(row: Mapping[str, Any], rename: Mapping[str, str], location: s
         location: Beginning of every message.
 
     Returns:
-        The row; a field of an object is copied out of it.
+        The row; a field of an object is moved out of it.
 
     Raises:
         InvalidInput: The row has both names, or an object instead of the field.
@@ -66,6 +66,8 @@ def rename_fields(row: Mapping[str, Any], rename: Mapping[str, str], location: s
             value = row
             for part in name.split("."):
                 value = value.get(part) if isinstance(value, Mapping) else None
+            if value is not None:
+                renamed = without_field(renamed, name.split("."))
         if value is None:
             continue
         if column in row and row[column] is not None and not name.startswith(f"{column}."):
@@ -75,6 +77,24 @@ def rename_fields(row: Mapping[str, Any], rename: Mapping[str, str], location: s
             )
         renamed[column] = value
     return renamed
+
+
+def without_field(row: Mapping[str, Any], path: Sequence[str]) -> Row:
+    """Return a copy of a row without one field, which may be within objects.
+
+    Args:
+        row: The row.
+        path: Names of the objects from the outermost on, and of the field.
+
+    Returns:
+        The copy; objects that do not change are shared.
+    """
+    if len(path) == 1:
+        return {name: value for name, value in row.items() if name != path[0]}
+    parent = row[path[0]]
+    if not isinstance(parent, Mapping):  # a field that another name was given to
+        return dict(row)
+    return {**row, path[0]: without_field(parent, path[1:])}
 
 
 def convert_row(

@@ -57,6 +57,7 @@ from diagnostics.io.files import short_repr
 from diagnostics.records.masks import (
     SAMPLED_MASKS,
     read_masks,
+    refuse_padding,
     refuse_unknown_masks,
     split_prompt_response,
 )
@@ -172,6 +173,8 @@ def parse_record(raw: Any, location: str) -> Record:
     for name, value in columns.items():
         if name not in row:
             row[name] = _parse_value(name, value, row, mask, f"{location}, field {name}")
+    if sampled is None:
+        refuse_padding(row, location)
     shapes = {row[n].shape for n in ("support.ids", "support.present", *SUPPORT) if n in row}
     if len(shapes) > 1:
         raise InvalidInput(

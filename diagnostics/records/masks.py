@@ -4,7 +4,7 @@ Trainers write prompt and response separately or in one list, padded or not, wit
 An unknown column that could be a mask is an error: ignoring it would silently change every number.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -166,7 +166,7 @@ def _without_padding(prompt: Any, mask: Any, location: str) -> list[Any]:
 
 
 def refuse_unknown_masks(unused: Mapping[str, Any], lengths: set[int], location: str) -> None:
-    """Raise if an unknown column could be a mask.
+    """Raise if an unknown column, or a field of an object in one, could be a mask.
 
     Args:
         unused: The unknown columns.
@@ -177,10 +177,10 @@ def refuse_unknown_masks(unused: Mapping[str, Any], lengths: set[int], location:
         InvalidInput: Numbers or digits whose name contains "mask"; a list of one of these lengths
             that holds only 0 and 1, labels with IGNORED_LABEL, or numbers named as weights.
     """
-    for name, value in unused.items():
+    for name, value in _with_nested(unused):
         is_sequence = isinstance(value, list | tuple | np.ndarray)
         digits = isinstance(value, str) and set(value) <= {"0", "1"} and value != ""
-        if name in NUMBERS_BY_TOKEN or not (
+        if name.rpartition(".")[2] in NUMBERS_BY_TOKEN or not (
             is_sequence or digits or isinstance(value, int | float)
         ):
             continue
@@ -200,6 +200,44 @@ def refuse_unknown_masks(unused: Mapping[str, Any], lengths: set[int], location:
                 f"{location}: the unknown column {name!r} {reason}; if it says which tokens count, "
                 "rename it to mask, response_mask, prompt_mask or attention_mask, else remove it"
             )
+
+
+def _with_nested(columns: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield columns, and lists and texts within objects as OBJECT.FIELD."""
+    for name, value in columns.items():
+        yield name, value
+        if isinstance(value, Mapping):
+            for field, nested_value in _with_nested(value):
+                if isinstance(nested_value, list | tuple | np.ndarray | str):
+                    yield f"{name}.{field}", nested_value
+
+
+def refuse_padding(row: Mapping[str, Any], location: str) -> None:
+    """Raise if a response ends in padding that no mask excludes.
+
+    Trainers that write tensors pad ids with one id and log-probabilities with 0. Two equal tokens
+    at the end of which both models are exactly certain are taken for padding, unless the response
+    is known to be truncated, as one that loops is.
+
+    Args:
+        row: The checked row, without sampled_mask.
+        location: File and row, the beginning of the message.
+
+    Raises:
+        InvalidInput: Names the id and the number of such tokens.
+    """
+    models = [row[name] for name in ("student_logp", "teacher_logp") if name in row]
+    tokens = row["tokens"]
+    if len(models) < 2 or row.get("ended") is False or not len(tokens) or not row["mask"].all():
+        return
+    is_padding = (tokens == tokens[-1]) & (models[0] == 0) & (models[1] == 0)
+    count = int(is_padding[::-1].argmin()) if not is_padding.all() else len(tokens)
+    if count > 1:
+        raise InvalidInput(
+            f"{location}: the last {count} tokens have id {int(tokens[-1])} and log-probability 0 "
+            "of both models, as padding has; add a column response_mask that is 0 there, or "
+            "remove them"
+        )
 
 
 def _to_list(value: Any) -> Any:

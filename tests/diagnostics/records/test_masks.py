@@ -172,6 +172,24 @@ REFUSED = {
     "labels": ({"labels": [-100, 6, 7]}, "column 'labels' holds -100, which marks"),
     "weights": ({"token_weights": [1.0, 0.5, 0]}, "'token_weights' has a name like token weights"),
     "digits": ({"generation_mask": "101"}, "column 'generation_mask' has a name like a mask"),
+    "within an object": ({"extra": {"keep": [1, 0, 1]}}, "column 'extra.keep' holds only 0 and 1"),
+    "deep in objects": (
+        {"info": {"rollout": {"loss_mask": [1, 1, 0]}}},
+        "column 'info.rollout.loss_mask' has a name like a mask",
+    ),
+    "padding": (
+        {"student_logp": [-1, 0, 0], "teacher_logp": [-1, 0, 0], "tokens": [5, 0, 0]},
+        "the last 2 tokens have id 0 and log-probability 0 of both models",
+    ),
+    "padding after an end": (
+        {
+            "tokens": [5, 2, 2, 2],
+            "student_logp": [-1, -0.1, 0, 0],
+            "teacher_logp": [-1, -0.2, 0.0, 0],
+            "finish_reason": "stop",
+        },
+        "the last 2 tokens have id 2",
+    ),
     "two loss masks": ({"mask": [1, 1, 1], "loss_mask": [1, 0, 1]}, "both mean mask"),
     "short": ({"response_mask": [1, 0]}, "field response_mask: 2 values, tokens has 3"),
     "attention": ({"attention_mask": [1] * 4}, "field attention_mask: 4 values, tokens has 3"),
@@ -206,6 +224,29 @@ def test_what_could_be_a_mask_is_never_dropped(name: str, tmp_path: Path) -> Non
     path = write_lines(tmp_path / "r.jsonl", [record(**changes)])
     with pytest.raises(InvalidInput, match=f"r.jsonl row 1.*{pattern}"):
         list(Records(path))
+
+
+NO_PADDING: dict[str, dict[str, Any]] = {
+    "marked": {"tokens": [5, 0, 0], "response_mask": [1, 0, 0]},
+    "one certain end": {"tokens": [5, 6, 2], "student_logp": [-1, -1, 0]},
+    "a loop": {"tokens": [5, 7, 7], "finish_reason": "length"},
+    "other ids": {"tokens": [5, 6, 7]},
+    "one model is certain": {"tokens": [5, 0, 0], "teacher_logp": [-1, -1e-7, -1e-7]},
+    "numbers of an object": {"tokens": [5, 6, 7], "usage": {"masked": 1, "values": [1, 0]}},
+}
+
+
+@pytest.mark.parametrize("name", NO_PADDING)
+def test_what_is_no_padding_is_read(name: str, tmp_path: Path) -> None:
+    row = record(student_logp=[-1, 0, 0], teacher_logp=[-1, 0, 0]) | NO_PADDING[name]
+    (batch,) = Records(write_lines(tmp_path / "r.jsonl", [row]))
+    assert batch.sampled.sum() == (1 if name == "marked" else 3)
+
+
+def test_a_mask_within_an_object_can_be_named(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "r.jsonl", [record(extra={"keep": [1, 0, 1]})])
+    (batch,) = Records(path, rename={"extra.keep": "mask"})
+    assert batch.mask.tolist() == [[True, False, True]]
 
 
 def test_a_mask_that_only_a_later_row_has_is_refused(tmp_path: Path) -> None:
