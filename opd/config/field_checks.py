@@ -40,6 +40,9 @@ def value_problem(name: str, value: Any, kind: Any, within: str | tuple[str, ...
         return f"{name} is {short_repr(value)}; it must be {expected}"
     parts = value if isinstance(value, tuple) else (value,)
     for i, part in enumerate(parts):
+        if isinstance(part, str) and not _is_complete_text(part):
+            label = f"{name}[{i}]" if isinstance(value, tuple) else name
+            return f"{label} is {short_repr(part)}; it must be text without NUL or half characters"
         words = within if isinstance(within, str) else within[i]
         if words and part is not None and not RANGE_CHECKS[words](part):
             label = f"{name}[{i}]" if isinstance(value, tuple) else name
@@ -98,6 +101,14 @@ def _expected_tuple(value: Any, arguments: tuple[Any, ...]) -> str | None:
             return None
     size = "values" if variable_length else len(arguments)
     return f"a list of {size}, each {expected_type(_NoValue(), arguments[0])}"
+
+
+def _is_complete_text(text: str) -> bool:
+    """Return whether text can be written to a file and be a file's name."""
+    try:
+        return b"\0" not in text.encode()
+    except UnicodeEncodeError:  # an unpaired surrogate
+        return False
 
 
 class _NoValue:

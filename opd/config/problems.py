@@ -142,6 +142,8 @@ def conflicts(config: Config, invalid: frozenset[str] = frozenset()) -> Iterator
     for name, value, ok, expected in combinations(config):
         if not ok and name not in invalid:
             yield f"{name} is {value!r}; it must be {expected}"
+    if "out" not in invalid and not config.out.strip():
+        yield f"out is {config.out!r}; it must not be empty"
     names = [task.name for task in config.tasks]
     if len(set(names)) < len(names):
         yield f"the names of the tasks are {names}; they must be different from each other"

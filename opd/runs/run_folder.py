@@ -57,14 +57,15 @@ def open_run(config: Config, start_over: bool = False) -> Iterator[tuple[Path, S
         The folder and the start.
 
     Raises:
-        InvalidInput: The folder holds a run with other settings, or one that cannot be resumed.
+        InvalidInput: The folder cannot be made, belongs to another program, or holds a run with
+            other settings or one that cannot be resumed.
         OperationFailed: Another process is writing to the folder.
     """
     folder = Path(config.out)
     if distributed.rank() > 0:
         yield folder, Start(**distributed.all_gather_object({})[0])
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     try:
         lock = FileLock(folder / "run.lock", blocking=False).acquire()
     except Timeout as error:
@@ -79,6 +80,36 @@ def open_run(config: Config, start_over: bool = False) -> Iterator[tuple[Path, S
             write_text(folder / "config.json", json.dumps(to_groups(recorded), indent=1))
         distributed.all_gather_object(asdict(start))
         yield folder, start
+
+
+def make_folder(folder: Path) -> None:
+    """Create a run folder, unless it exists.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        InvalidInput: Something else has its name, or it holds the config.json of another program,
+            such as that of a model, which the settings of the run would replace.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise InvalidInput(
+            f"out is {str(folder)!r}, but {error.filename} is no folder; choose another --out"
+        ) from error
+    path = folder / "config.json"
+    if not path.exists() or has_record(folder):
+        return
+    try:
+        settings = json.loads(path.read_text("utf-8"))
+    except ValueError:
+        settings = None
+    if not (isinstance(settings, dict) and {"student", "teacher"} <= settings.keys()):
+        raise InvalidInput(
+            f"out is {str(folder)!r}, whose config.json is not that of a run, but perhaps of a "
+            "model, and would be replaced; choose another --out"
+        )
 
 
 def has_record(folder: Path) -> bool:

@@ -144,6 +144,13 @@ def teacher_problems(config: Config, objective: Objective) -> Iterator[str]:
             f"teacher_weights is {config.hardware.teacher_weights}, but no teacher runs in this "
             "process; set it to saved: quantisation of a server's model is configured in the server"
         )
+    addresses = {address.rstrip("/") for address in config.rollout_servers.rollout_servers}
+    for teacher in teachers:
+        if teacher.rstrip("/") in addresses:
+            yield (
+                f"teacher {teacher} is also one of rollout_servers, which load the student's "
+                "weights after every step; use another server for the teacher"
+            )
     derived = [teacher for teacher in teachers if teacher in STUDENT_DERIVED]
     if derived and len(teachers) > 1:
         yield (

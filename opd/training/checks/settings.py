@@ -38,6 +38,9 @@ def _stale_samples(config: Config, objective: Objective) -> Iterator[str]:
     if config.objective.allow_unweighted:
         return
     override_hint = "or set allow_unweighted to train with this bias, as the paper did"
+    if objective.user_loss is not None:
+        yield from _stale_user_loss(config, objective, override_hint)
+        return
     if config.optimizer.updates_per_batch > 1 and objective.requirements.on_policy:
         yield (
             f"updates_per_batch is {config.optimizer.updates_per_batch}: from the second update "
@@ -60,6 +63,22 @@ def _stale_samples(config: Config, objective: Objective) -> Iterator[str]:
             "from earlier weights as samples of the current student; set ratio to token, or "
             f"rollout_lag to 0; {override_hint}"
         )
+
+
+def _stale_user_loss(config: Config, objective: Objective, override_hint: str) -> Iterator[str]:
+    """Report off-policy samples of a loss of the user's own that does not ask for sampler_logp."""
+    stale = {
+        "updates_per_batch": (config.optimizer.updates_per_batch, 1),
+        "rollout_lag": (config.rollout.rollout_lag, 0),
+    }
+    for name, (value, on_policy_value) in stale.items():
+        if value > on_policy_value and objective.requirements.on_policy:
+            yield (
+                f"{name} is {value}, so that tokens were sampled before the student changed, but "
+                f"{config.objective.objective} reads the sampled tokens without sampler_logp and "
+                "would be biased; ask for sampler_logp and weight each token with exp(student_logp "
+                f"- sampler_logp), or set {name} to {on_policy_value}; {override_hint}"
+            )
 
 
 def _empty_groups(config: Config) -> Iterator[str]:
@@ -209,6 +228,7 @@ CONDITIONS: dict[str, tuple[Callable[[Config], bool], str]] = {
         lambda config: config.optimizer.warmup < config.steps or config.steps == 0,
         "the warm-up ends before the last step",
     ),
+    "logger_columns": (lambda config: bool(config.record.loggers), "loggers are named"),
     "eval_top_p": (
         lambda config: config.evaluation.eval_temperature > 0,
         "eval_temperature is positive",

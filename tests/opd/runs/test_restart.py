@@ -132,6 +132,31 @@ def test_without_rows_a_folder_with_checkpoints_keeps_its_settings(tiny_pair, ru
         resume(tiny_pair, run, lr=0.01)
 
 
+def test_a_folder_of_another_program_is_left_as_it_is(tiny_pair, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_pair[0], model)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text('{"student": "s", "tea')
+    for folder in (model, broken):
+        before = content(folder)
+        for start_over in (False, True):
+            config = settings(tiny_pair, folder, steps=1)
+            with pytest.raises(InvalidInput, match=r"config.json is not that of a run.*--out"):
+                train(config, start_over)
+            assert content(folder) == before
+
+
+def test_an_out_that_cannot_be_a_folder_is_named(tiny_pair, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name, obstacle in (("file", "file"), ("file/run", "file"), ("link", "link")):
+        words = rf"out is '.*{name}', but .*{obstacle}.* is no folder; choose another --out"
+        with pytest.raises(InvalidInput, match=words):
+            train(settings(tiny_pair, tmp_path / name, steps=1))
+    assert (tmp_path / "file").read_text() == "x"
+
+
 # --- rows, evaluations and batches beyond or before the checkpoint ------------------------------
 
 

@@ -26,6 +26,12 @@ from opd.training.user_metrics import load_metrics, random_batch, try_metrics
 from opd.training.validation import validate
 from tests.helpers.runs import rows, settings
 
+STALE: dict[str, object] = {
+    "rollout_lag": 1,
+    "engine": "servers",
+    "rollout_servers": ("http://h:1/v1",),
+}
+"""Settings of a run whose rollouts are a step old."""
 LOSSES = """
 import torch
 
@@ -36,6 +42,10 @@ def reverse_kl(student_logits, teacher_logits, mask):
 def sampled(student_logp, teacher_logp, mask):
     cost = (student_logp - teacher_logp).detach()
     return (student_logp * cost * mask).sum() / mask.sum()
+
+def weighted(student_logp, teacher_logp, sampler_logp, mask):
+    cost = (student_logp - teacher_logp).detach()
+    return ((student_logp - sampler_logp).exp() * cost * mask).sum() / mask.sum()
 
 def top(student_logits, teacher_topk, mask):
     ids, q = teacher_topk
@@ -276,7 +286,8 @@ def test_a_loss_that_cannot_train_is_refused_in_one_line(
         ({"gamma": 0.5}, "gamma is 0.5, which would have no effect on .*sampled, a loss of your"),
         ({"denominator": "group_mean"}, "denominator is group_mean, but .* divides"),
         ({"probe_every": 2}, "probe_every is 2, but the gradient probe"),
-        ({"updates_per_batch": 3}, "updates_per_batch is 3: from the second update"),
+        ({"updates_per_batch": 3}, "updates_per_batch is 3, so that tokens .*ask for sampler_l"),
+        (STALE, "rollout_lag is 1, so that tokens were .*ask for sampler_logp .* rollout_lag to 0"),
         ({"template": "[1]"}, r"template is '\[1\]'; it must be a JSON object"),
     ],
 )
@@ -286,6 +297,15 @@ def test_settings_that_do_not_go_with_a_loss_are_refused(
     config = settings(tiny_pair, tmp_path, objective=f"{functions}/losses.py:sampled", **changes)
     [problem] = validate(config)
     assert re.search(message, problem), problem
+
+
+@pytest.mark.parametrize("name", ["weighted", "reverse_kl"])
+@pytest.mark.parametrize("changes", [{"updates_per_batch": 3}, STALE])
+def test_a_loss_that_is_right_on_stale_samples_is_trained_with_them(
+    tiny_pair, functions: Path, tmp_path: Path, name: str, changes: dict[str, object]
+) -> None:
+    config = settings(tiny_pair, tmp_path, objective=f"{functions}/losses.py:{name}", **changes)
+    assert validate(config) == []
 
 
 def test_several_ranks_are_refused(

@@ -29,6 +29,11 @@ def two_tasks(**changes: Any) -> tuple[TaskSettings, ...]:
 ALONE: list[tuple[dict[str, Any], str]] = [
     # values
     ({"student": 3}, "student is 3; it must be text"),
+    ({"out": " "}, "out is ' '; it must not be empty"),
+    ({"out": ""}, "out is ''; it must not be empty"),
+    ({"out": "a\0b"}, "out is .*; it must be text without NUL or half characters"),
+    ({"system": "\ud800"}, "system is .*; it must be text without NUL or half characters"),
+    ({"mask": ("paper", "id:\0")}, r"mask\[1\] is .*; it must be text without NUL"),
     ({"lr": math.nan}, "lr is nan; it must be a finite number"),
     ({"betas": (0.9, 1.0)}, r"betas\[1\] is 1.0; it must be in \[0, 1\)"),
     ({"teacher": "http://me:secret@h:1/v1"}, "the address of h contains a user"),
@@ -78,6 +83,10 @@ ALONE: list[tuple[dict[str, Any], str]] = [
     ({**REMOTE, "map_eos": True}, "does not support map_eos"),
     ({**REMOTE, "entropy_top_fraction": 0.5}, "does not support entropy_top_fraction"),
     ({**REMOTE, "probe_every": 1}, "does not support probe_every"),
+    (
+        {**REMOTE, "engine": "servers", "rollout_servers": ("http://g:1/v1", URL + "/")},
+        f"teacher {URL} is also one of rollout_servers, which load the student's weights",
+    ),
     ({**REMOTE, "teacher_weights": "nf4"}, "teacher_weights is nf4, but no teacher runs in this"),
     (
         {"teacher": "base", "reward_weight": 1.0},

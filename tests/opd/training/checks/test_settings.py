@@ -72,6 +72,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"schedule": "cosine", "warmup": 4, "steps": 4}, "schedule is 'cosine'.*warm-up ends"),
     ({"eval_temperature": 0.0, "eval_top_p": 0.5}, "eval_top_p is 0.5.*eval_temperature"),
     ({"eval_temperature": 0.0, "eval_samples": 3}, "eval_samples is 3.*eval_temperature"),
+    ({"logger_columns": "all"}, "logger_columns is 'all'.*loggers are named"),
     (
         {"tasks": (TaskSettings(name="a", task="lab", weight=2.0),)},
         "task 'a': weight is 2.0.*alternate",
@@ -121,6 +122,7 @@ EFFECTIVE: list[dict[str, Any]] = [
     {"teacher_system": "Know all.", "max_teacher_prompt": 9},
     {"schedule": "cosine", "warmup": 3, "steps": 4},
     {"eval_temperature": 0.5, "eval_top_p": 0.5, "eval_samples": 3},
+    {"loggers": ("wandb",), "logger_columns": "all"},
     {
         "tasks": (
             TaskSettings(name="a", task="lab", weight=2.0),
