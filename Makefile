@@ -62,7 +62,7 @@ test-alfworld: setup
 
 test-vllm: $(VENV)-vllm/ready
 	$(call PYTEST,$(VENV)-vllm) -m vllm \
-		tests/opd/rollouts/test_vllm_engine.py tests/opd/teachers/test_client_vllm.py tests/opd/rollouts/test_vllm_servers_real.py
+		tests/opd/rollouts/test_vllm_engine.py tests/opd/teachers/test_client_vllm.py tests/opd/teachers/test_chosen_vllm.py tests/opd/rollouts/test_vllm_servers_real.py
 
 test-verl: $(VENV)-verl/ready
 	$(call PYTEST,$(VENV)-verl) -m "verl and not slow" \

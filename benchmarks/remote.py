@@ -38,10 +38,10 @@ MICRO_TOKENS, CHUNK_ELEMENTS = 4096, 1 << 24
 
 
 class ProxyCounts:
-    """Counts of a proxy: requests, refused requests, and bytes of responses."""
+    """Counts of a proxy: requests, refused requests, and bytes of responses and requests."""
 
     def __init__(self) -> None:
-        self.asked, self.refused, self.size = count(1), 0, 0
+        self.asked, self.refused, self.size, self.request_size = count(1), 0, 0, 0
 
 
 @contextmanager
@@ -60,6 +60,7 @@ def proxy(url: str, refuse_every: int) -> Iterator[tuple[str, ProxyCounts]]:
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
+            counts.request_size += len(body)
             if (
                 refuse_every
                 and self.path.endswith("/completions")

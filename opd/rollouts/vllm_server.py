@@ -32,8 +32,10 @@ from opd.serving.position_logprobs import MIN_LOGPROB
 from opd.serving.vllm_protocol import (
     OVERHEAD_BYTES,
     answer_field,
+    check_is_vllm,
     read_row,
     request_completions,
+    require_fields,
     select_model,
 )
 
@@ -92,7 +94,7 @@ class RolloutServer:
         excluded_ids: Ids that the head has beyond the vocabulary; they are never sampled.
 
     Raises:
-        InvalidInput: The address is invalid, or the server has no such model.
+        InvalidInput: The address is invalid, or the server has no such model or is another engine.
     """
 
     def __init__(self, url: str, *, timeout: float, concurrency: int, excluded_ids: range) -> None:
@@ -101,6 +103,7 @@ class RolloutServer:
         root = self._endpoint.url.removesuffix("/v1")
         self._dev_endpoint = JsonEndpoint(root, timeout=timeout, role="rollout")
         entry = select_model(self._endpoint, name)
+        check_is_vllm(self._endpoint, entry)
         self.url, self.model = self._endpoint.url, entry["id"]
         self.limit: int | None = entry.get("max_model_len")
         self._concurrency, self._vocabulary = concurrency, excluded_ids.start
@@ -340,12 +343,15 @@ def read_response(
         The ids of the response and their log-probabilities.
 
     Raises:
-        InvalidInput: The response is to another prompt, ends before an EOS or the maximum length,
-            has ids that may not be sampled, or values that are not log-probabilities of its ids.
+        InvalidInput: The response lacks a field, is to another prompt, ends before an EOS or the
+            maximum length, has ids that may not be sampled, or values that are not
+            log-probabilities of its ids.
     """
+    require_fields(
+        choice, ("token_ids", "prompt_token_ids", "logprobs", "finish_reason"), "response"
+    )
     ids, logprobs = choice["token_ids"], choice["logprobs"]
-    if ids is None or logprobs is None:
-        raise InvalidInput("no token ids or log-probabilities; the server must be vLLM")
+    require_fields(logprobs, ("token_logprobs", "tokens"), "logprobs")
     if choice["prompt_token_ids"] != list(prompt):
         raise InvalidInput("its prompt_token_ids differ from the ids that were sent")
     logp, names = logprobs["token_logprobs"], logprobs["tokens"]

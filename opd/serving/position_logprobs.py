@@ -132,12 +132,26 @@ def check_chosen(
         excluded="use a support of the teacher's ids, or a teacher that can produce every id",
     )
     twice = present & (query.chosen_ids == query.tokens[:, None])
-    gaps = np.where(twice, np.abs(logp - sampled[:, None]), 0.0)
-    if (gaps > MAX_SPLIT).any():
-        row, column = np.argwhere(gaps > MAX_SPLIT)[0]
-        raise InvalidInput(
-            f"position {query.positions[row]}: the id {query.chosen_ids[row, column]} has the two "
-            f"log-probabilities {logp[row, column]:.4g} and {sampled[row]:.4g}; are the values in "
-            "another order than the ids, or of another position?"
-        )
+    for row, column in np.argwhere(twice).tolist():
+        token = int(query.tokens[row])
+        check_split(token, sampled[row], logp[row, column], query.positions[row])
     return logp.astype(np.float32)
+
+
+def check_split(token: int, first: float, second: float, position: int) -> None:
+    """Check that an answer gives one id one log-probability.
+
+    Args:
+        token: The id.
+        first: One of its values.
+        second: The other.
+        position: The position, for messages.
+
+    Raises:
+        InvalidInput: They differ by more than MAX_SPLIT.
+    """
+    if abs(first - second) > MAX_SPLIT:
+        raise InvalidInput(
+            f"position {position}: the id {token} has the two log-probabilities {first:.4g} and "
+            f"{second:.4g}; are the values in another order than the ids, or of another position?"
+        )

@@ -31,6 +31,7 @@ from opd.serving.position_logprobs import (
     ScoreQuery,
     check_chosen,
     check_logprobs,
+    check_split,
 )
 from opd.serving.vllm_protocol import (
     MAX_ENTRY_BYTES,
@@ -141,19 +142,23 @@ def read_sglang(
     sampled, values = np.empty(count), np.empty((count, len(ids)))
     top_ids, top_logp = np.empty((count, query.k), np.int64), np.empty((count, query.k))
     for i, (position, token) in enumerate(zip(query.positions, query.tokens.tolist(), strict=True)):
-        entry_ids, values[i] = read_entries(chosen_entries[position - start], position)
+        entry_ids, entry_logp = read_entries(chosen_entries[position - start], position)
         check_ids(entry_ids, ids, position)
-        token_ids, (sampled[i],) = read_entries([tokens[position - start]], position)
-        if token in columns:
-            sampled[i] = values[i, columns[token]]
-        elif token_ids != [token]:
+        values[i] = entry_logp
+        (reported_id,), (sampled[i],) = read_entries([tokens[position - start]], position)
+        expected = entry_logp[columns[token]] if token in columns else sampled[i]
+        if reported_id != token and not (reported_id == 0 and token == ids[-1]):
             raise InvalidInput(
-                f"position {position}: the input token is {token_ids[0]}, but {token} was sent; "
-                "are these values of another row?"
+                f"position {position}: the input token is {reported_id}, but {token} was sent; are "
+                "these values of another row?"
             )
+        if reported_id != token:
+            sampled[i] = expected
+        check_split(token, sampled[i], expected, position)
         if query.k:
-            entry_ids, top_logp[i] = read_entries(top_entries[position - start], position, query.k)
-            top_ids[i] = entry_ids
+            top = read_entries(top_entries[position - start], position, query.k)
+            order = np.argsort(-top[1], kind="stable")
+            top_ids[i], top_logp[i] = np.array(top[0])[order], top[1][order]
     check_logprobs(
         query.positions, top_logp, sampled, excluded="lower support_k, or mask such tokens"
     )

@@ -244,6 +244,46 @@ def select_model(endpoint: JsonEndpoint, name: str) -> dict[str, Any]:
     return entries[name]
 
 
+def check_is_vllm(endpoint: JsonEndpoint, entry: Mapping[str, Any]) -> None:
+    """Refuse a server that says it is another engine.
+
+    Args:
+        endpoint: The server, for messages.
+        entry: Its entry of a model in /v1/models.
+
+    Raises:
+        InvalidInput: It names an engine that has none of the routes of vLLM's development mode.
+    """
+    owner = entry.get("owned_by")
+    if isinstance(owner, str) and owner in OTHER_ENGINES:
+        raise InvalidInput(
+            f"{endpoint.url} is {OTHER_ENGINES[owner]}, but a {endpoint.role} server must be vLLM "
+            "0.32 or later: it has to load the student's weights (/collective_rpc) and return the "
+            "token ids of its responses (return_token_ids)"
+        )
+
+
+def require_fields(fields: Any, names: Sequence[str], place: str) -> None:
+    """Check that a part of a response has the fields that vLLM returns.
+
+    Args:
+        fields: The part.
+        names: Names of the fields.
+        place: What it is a part of, for messages.
+
+    Raises:
+        InvalidInput: Names every field that is absent or null.
+    """
+    present = fields if isinstance(fields, dict) else {}
+    absent = [name for name in names if present.get(name) is None]
+    if absent:
+        known = ", ".join(map(str, present))[:200] or short_repr(fields)
+        raise InvalidInput(
+            f"its {place} lacks {', '.join(absent)}, which vLLM returns, and has {known}; the "
+            "server must be vLLM 0.32 or later"
+        )
+
+
 def answer_field(endpoint: JsonEndpoint, answer: Any, name: str, kind: type, path: str) -> Any:
     """Return a field of a server's response, checked for the type that vLLM returns.
 
@@ -282,5 +322,7 @@ def describe_answer(answer: Any) -> str:
     return f"an object with the fields {', '.join(map(str, answer))}"[:200] + hint
 
 
+OTHER_ENGINES = {"sglang": "SGLang", "llamacpp": "llama.cpp"}
+"""What other engines call themselves in /v1/models, and their names."""
 SERVER_BY_FIELD = {"content": "llama.cpp", "text": "SGLang", "timings": "llama.cpp"}
 """Fields that vLLM's responses to /detokenize and /completions do not have, and whose they are."""

@@ -40,14 +40,28 @@ def wide_pair(folder: Path, *, tied: bool) -> tuple[Path, Path]:
 
 @contextmanager
 def run_vllm_server(
-    model: Path, port: int, log: Path, limit: int, *options: str, dev_mode: bool = False
+    model: Path,
+    port: int,
+    log: Path,
+    limit: int,
+    *options: str,
+    dev_mode: bool = False,
+    has_v2_runner: bool = False,
 ) -> Iterator[str]:
-    """Serve a model with vLLM; kill the server with all its processes at the end of the block."""
+    """Serve a model with vLLM; kill the server with all its processes at the end of the block.
+
+    The model runner V2 runs in Triton's interpreter. Its kernel for top_k and top_p does not, so
+    that the model's own generation settings, which have a top_k, are left out.
+    """
     flags = f"--model {model} --served-model-name {model.name} --host 127.0.0.1 --port {port} "
     flags += f"--dtype float32 --enforce-eager --max-model-len {limit}"
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags.split(), *options]
     variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
     variables |= {"VLLM_SERVER_DEV_MODE": "1"} if dev_mode else {}
+    if has_v2_runner:
+        variables |= {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
+        variables["PYTHONPATH"] = str(Path(__file__).parent / "triton_interpreter")
+        command += ["--generation-config", "vllm"]
     with open(log, "a") as log_file:
         process = subprocess.Popen(
             command,

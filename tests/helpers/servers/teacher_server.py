@@ -57,7 +57,10 @@ class FakeTeacher:
         self.num_running = self.max_running = 0
         self.connections = 0
         self.lock = threading.Lock()
-        self.routes: dict[str, Route] = {"/v1/completions": self.completions}
+        # looked up at every request, because tests replace the method
+        self.routes: dict[str, Route] = {
+            "/v1/completions": lambda payload: self.completions(payload)
+        }
 
     def handle(self, path: str, payload: Any) -> tuple[int, dict[str, Any]]:
         """Answer a request that is not for scores; a GET request has no payload."""

@@ -229,8 +229,8 @@ def rename_first_token(answer: dict[str, Any]) -> None:
 
 
 INVALID_ANSWERS = {
-    "no ids": (with_choice_field("token_ids", None), "no token ids"),
-    "no logprobs": (with_choice_field("logprobs", None), "no token ids or log-probabilities"),
+    "no ids": (with_choice_field("token_ids", None), "its response lacks token_ids, which vLLM"),
+    "no logprobs": (with_choice_field("logprobs", None), "its response lacks logprobs, which vLLM"),
     "another prompt": (
         with_choice_field("prompt_token_ids", [1, 2]),
         "differ from the ids that were sent",
