@@ -16,6 +16,8 @@ from opd.config.settings import Config, TaskSettings, setting_fields, setting_va
 
 SETTINGS = {name: annotations(x.owner)[name] for name, x in setting_fields().items()}
 NUMBERS = [name for name, kind in SETTINGS.items() if {int, float} & {kind, *typing.get_args(kind)}]
+EXAMPLES = {"betas": [0.5, 0.5], "ppo_clip": [0.2, 0.2, 3.0], "teacher_eos": [2]}
+"""Valid values of settings that are several numbers."""
 OUTSIDE = {
     "at least 1": (0, -1),
     "not negative": (-1,),
@@ -59,13 +61,13 @@ def test_every_number_has_a_range_and_keeps_to_it() -> None:
     ranges = {name: x.rules.within for name, x in setting_fields().items() if x.rules.within}
     assert set(NUMBERS) | {"betas", "ppo_clip"} == ranges.keys()
     for name, within in ranges.items():
-        examples = {"betas": [0.5, 0.5], "ppo_clip": [0.2, 0.2, 3.0]}.get(name, [1])
+        examples = EXAMPLES.get(name, [1])
         words_by_index = [within] * len(examples) if isinstance(within, str) else within
         for i, words in enumerate(words_by_index):
             for value in OUTSIDE[words]:
                 parts = [*examples[:i], value, *examples[i + 1 :]]
                 with pytest.raises(InvalidInput) as raised:
-                    make_config(**{name: tuple(parts) if name in ("betas", "ppo_clip") else value})
+                    make_config(**{name: tuple(parts) if name in EXAMPLES else value})
                 assert f" is {value}; it must be {words}" in str(raised.value), name
     for value in OUTSIDE["positive"]:
         with pytest.raises(InvalidInput, match=f"weight is {value}; it must be positive"):

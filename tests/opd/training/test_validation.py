@@ -77,10 +77,9 @@ ALONE: list[tuple[dict[str, Any], str]] = [
     ),
     ({"teacher": "ema"}, 'teacher "ema" starts as a copy of the student'),
     # teachers
-    ({**REMOTE, "objective": "student_topk"}, "is a server and does not support objective stud"),
     ({**REMOTE, "objective": "full_reverse_kl"}, "does not support objective full_reverse_kl"),
     ({**REMOTE, "temperature": 0.5}, "does not support temperature 0.5"),
-    ({**REMOTE, "map_eos": True}, "does not support map_eos"),
+    ({**REMOTE, "map_eos": True}, f"map_eos needs the EOS ids of the teacher {URL}"),
     ({**REMOTE, "entropy_top_fraction": 0.5}, "does not support entropy_top_fraction"),
     ({**REMOTE, "probe_every": 1}, "does not support probe_every"),
     (
