@@ -9,6 +9,7 @@ A run of `opd.train` does the same on every step.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -36,6 +37,7 @@ def sample(
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
     generation_batch_size: int = GENERATION_BATCH_SIZE,
+    teacher_prompts: Sequence[str | Messages] | None = None,
 ) -> tuple[Prompts, Rollouts]:
     """Sample responses of the student to prompts, through its chat template where it has one.
 
@@ -50,13 +52,15 @@ def sample(
         generator: Source of the noise; torch's default generator, which `torch.manual_seed` seeds,
             if None.
         generation_batch_size: Rows that are generated at once.
+        teacher_prompts: What the teacher reads in the place of each prompt, when the responses are
+            scored; None: the same.
 
     Returns:
         The encoded prompts and the responses, len(prompts) * group_size rows each.
 
     Raises:
-        InvalidInput: There is no prompt, one is too long or cannot be encoded, or a setting is out
-            of range.
+        InvalidInput: There is no prompt, one is too long or cannot be encoded, there are fewer or
+            more teacher_prompts than prompts, or a setting is out of range.
     """
     if not prompts:
         raise InvalidInput("prompts is empty; give at least one prompt")
@@ -64,6 +68,15 @@ def sample(
         raise InvalidInput(f"group_size is {group_size}, expected at least 1")
     problems = [_to_problem(prompt) for prompt in prompts]
     encoded = encode_prompts(pair.tokenizer, problems, group_size, max_prompt)
+    if teacher_prompts is not None:
+        if len(teacher_prompts) != len(prompts):
+            raise InvalidInput(
+                f"there are {len(teacher_prompts)} teacher_prompts for {len(prompts)} prompts; "
+                "give one for each"
+            )
+        viewed_problems = [_to_problem(prompt) for prompt in teacher_prompts]
+        view = encode_prompts(pair.tokenizer, viewed_problems, group_size, max_prompt)
+        encoded = replace(encoded, view=view)
     encoded = encoded.to(pair.student.device)
     rollouts = sample_rows(
         pair.student,

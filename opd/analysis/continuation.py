@@ -19,9 +19,9 @@ from diagnostics.batch import Rollouts
 from diagnostics.errors import InvalidInput
 from diagnostics.io.atomic import write_text
 from diagnostics.stats import gain_interval
-from opd.analysis.probed_run import load_trained_student, read_probed_config
+from opd.analysis.probed_run import held_out_prompts, load_trained_student, read_probed_config
 from opd.data.grading.graders import grade_responses
-from opd.data.prompts import Prompts, encode_prompts
+from opd.data.prompts import Prompts
 from opd.data.tasks import Task
 from opd.models.model import CausalLM
 from opd.rollouts.hf_engine import sample
@@ -61,9 +61,7 @@ def probe_continuation(
     pair = make_pair(config)
     student = load_trained_student(run, config) if trained else pair.student
     task = load_problem_task(config, pair)
-    prompts = encode_prompts(pair.tokenizer, task.test(count), 1, config.data.max_prompt).to(
-        student.device
-    )
+    prompts = held_out_prompts(config, pair, task, count)
 
     def sample_responses(model: CausalLM, inputs: Prompts, budget: int, length: int) -> Rollouts:
         return sample(
@@ -87,7 +85,8 @@ def probe_continuation(
         if not row_indices or length >= config.rollout.max_response:
             continue
         prefix_prompts = append_prefix(
-            prompts.rows(row_indices), student_rollouts.tokens[row_indices, :length]
+            prompts.teacher_prompts.rows(row_indices),
+            student_rollouts.tokens[row_indices, :length],
         )
         continuation = sample_responses(
             pair.teacher.model, prefix_prompts, config.rollout.max_response - length, 1 + length

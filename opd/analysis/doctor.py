@@ -54,7 +54,8 @@ def check_config(
 ) -> "dict[str, list[CheckResult]]":
     """Check the settings of a run, then the student with the teacher and prompts of each task.
 
-    A teacher without weights of its own in this process is left to the run.
+    A teacher without weights of its own in this process is left to the run; of one that is derived
+    from the student, the prompts that only it reads are checked.
 
     Args:
         config: Settings of the run.
@@ -64,12 +65,14 @@ def check_config(
     Returns:
         Task name -> results; "" -> the settings, and the models of a run without tasks.
     """
+    from opd.analysis.view_checks import check_derived_view
     from opd.config.problems import separate_invalid
-    from opd.config.settings import parse_template
-    from opd.data.sources import Columns
+    from opd.config.settings import parse_template, with_settings
+    from opd.config.view import has_view
     from opd.teachers.teacher import teacher_type
     from opd.training.checks.check_result import CheckResult
     from opd.training.multitask import task_configs
+    from opd.training.teacher_view import source_columns
     from opd.training.validation import validate
 
     problems = validate(config)
@@ -81,6 +84,12 @@ def check_config(
     names = [task.name for task in config.tasks] or [""]
     for name, task_config in zip(names, task_configs(config), strict=True):
         if not teacher_type(task_config.teacher).is_separate:
+            if task_config.teacher in ("base", "ema") and has_view(task_config) and not problems:
+                result = check_derived_view(
+                    with_settings(task_config, device=options.get("device", "auto")),
+                    options.get("prompts", 8),
+                )
+                results[name] = [*results.get(name, []), result]
             continue
         results[name] = results.get(name, []) + check_pair(
             task_config.student,
@@ -89,12 +98,13 @@ def check_config(
             max_response=min(max_response, task_config.rollout.max_response),
             budget=task_config.rollout.max_response,
             dtype=task_config.hardware.dtype,
-            columns=Columns(task_config.data.prompt_column, task_config.data.answer_column),
+            columns=source_columns(task_config),
             grader=task_config.data.grader,
             system=task_config.data.system,
             template=parse_template(task_config.data.template),
             chat_template=task_config.data.chat_template,
             trust_remote_code=task_config.hardware.trust_remote_code,
+            view_config=task_config if has_view(task_config) and not problems else None,
             **options,
         )
     return results
@@ -114,6 +124,7 @@ def check_pair(
     dtype: str = "float32",
     chat_template: str = "",
     trust_remote_code: bool = False,
+    view_config: "Config | None" = None,
     **settings: Any,
 ) -> "list[CheckResult]":
     """Run all checks of a pair; checks of the files on disk come first.
@@ -134,6 +145,7 @@ def check_pair(
         dtype: Data type of the weights.
         chat_template: Jinja file of a chat template in the place of the student's own; "" for that.
         trust_remote_code: Run Python code that comes with a model.
+        view_config: Settings of a task whose teacher reads prompts of its own; None: the student's.
         **settings: Arguments of `opd.data.tasks.load_task`: columns, grader, system, template.
 
     Returns:
@@ -144,16 +156,19 @@ def check_pair(
     """
     from opd.analysis import pair_checks, sample_checks
     from opd.analysis.pair_checks import load_side
+    from opd.analysis.view_checks import check_teacher_prompts, opening_prompts
     from opd.config.settings import Config, with_settings
     from opd.data.chain_task import Problem
     from opd.data.chat_template import set_chat_template
     from opd.data.prompts import encode_prompts
     from opd.data.sources import DEFAULT_COLUMNS, parse_row
-    from opd.data.tasks import load_task
+    from opd.data.tasks import Task, load_task
     from opd.envs.task import is_games, load_games
     from opd.teachers.pair import join_models
     from opd.training.checks.check_result import CheckResult
     from opd.training.checks.start import check_models
+    from opd.training.setup import make_task
+    from opd.training.teacher_view import make_view
 
     for name, value in (("prompts", prompts), ("group", group), ("max_response", max_response)):
         if value < 1:
@@ -169,11 +184,13 @@ def check_pair(
         parse_row({"prompt": text}, DEFAULT_COLUMNS, system, template, answers="none")
         for text in sample_checks.PROMPTS[:prompts]
     ]
+    loaded_task: Task | None = None
     if task is not None and is_games(task):
         games = load_games(task, seed, system=system, template=template)
         problems = games.openings(games.train(0, prompts))
     elif task is not None:
-        problems = load_task(task, seed, **settings).train(0, prompts)
+        loaded_task = load_task(task, seed, **settings)
+        problems = loaded_task.train(0, prompts)
     try:
         encoded = encode_prompts(sides[0].tokenizer, problems, 1, 1 << 30)
     except InvalidInput as error:
@@ -190,8 +207,22 @@ def check_pair(
         config = with_settings(Config(student=student, teacher=teacher, out="doctor"), dtype=dtype)
         pair = join_models(sides[0].loaded, teacher, sides[1].loaded)
         results += check_models([config], [pair], sides[1].tokenizer)
+        view = None
+        if view_config is not None:
+            view_task = loaded_task or make_task(view_config, pair)
+            view = make_view(view_config, pair, view_task)
+            assert view is not None
+            viewed_prompts = opening_prompts(view_config, view, pair, view_task, prompts)
+            results.append(check_teacher_prompts(view, pair, viewed_prompts))
         evidence = sample_checks.gather_evidence(
-            *sides, pair, problems, group=group, max_response=length, seed=seed
+            *sides,
+            pair,
+            problems,
+            group=group,
+            max_response=length,
+            seed=seed,
+            view=None if loaded_task is None else view,
+            grade=None if loaded_task is None else loaded_task.grade,
         )
     except ValueError as error:
         advice = "fix the items above first"

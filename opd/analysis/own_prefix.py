@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from diagnostics.batch import ScoredRollouts
-from opd.analysis.probed_run import load_trained_student, read_probed_config
+from opd.analysis.probed_run import held_out_prompts, load_trained_student, read_probed_config
 from opd.config.settings import Config
-from opd.data.prompts import Prompts, encode_prompts
+from opd.data.prompts import Prompts
 from opd.models.model import CausalLM
 from opd.rollouts.hf_engine import sample
 from opd.runtime.seeds import CONTROL, derive_seed
@@ -29,8 +29,9 @@ SOURCES = ("teacher", "student", "trained")
 def probe_own_prefix(run: Path, count: int = 64, trust_remote_code: bool = False) -> list[Path]:
     """Write RUN/control/{teacher,student,trained}.safetensors: one response per held-out problem.
 
-    Prompts, their order and the random numbers of every row are the same for the three. Responses
-    are sampled at the run's temperature from the full softmax.
+    Problems, their order and the random numbers of every row are the same for the three; the
+    teacher reads its own view of a problem where the run has one. Responses are sampled at the
+    run's temperature from the full softmax.
 
     Args:
         run: A finished run folder.
@@ -48,25 +49,24 @@ def probe_own_prefix(run: Path, count: int = 64, trust_remote_code: bool = False
     config = read_probed_config(run, trust_remote_code)
     trained_student = load_trained_student(run, config)
     pair = make_pair(config)
-    prompts = encode_prompts(
-        pair.tokenizer, load_problem_task(config, pair).test(count), 1, config.data.max_prompt
-    ).to(pair.student.device)
+    prompts = held_out_prompts(config, pair, load_problem_task(config, pair), count)
     models = dict(zip(SOURCES, (pair.teacher.model, pair.student, trained_student), strict=True))
     paths = []
     for name, model in models.items():
         path = run / "control" / f"{name}.safetensors"
-        sample_and_score(config, pair, model, prompts).save(path)
+        model_prompts = prompts.teacher_prompts if name == "teacher" else prompts
+        sample_and_score(config, pair, model, prompts, model_prompts).save(path)
         paths.append(path)
     return paths
 
 
 def sample_and_score(
-    config: Config, pair: ModelPair, model: CausalLM, prompts: Prompts
+    config: Config, pair: ModelPair, model: CausalLM, prompts: Prompts, model_prompts: Prompts
 ) -> ScoredRollouts:
-    """Sample one response of `model` to every prompt and score it with the pair."""
+    """Sample one response of `model` to every prompt that it reads and score it with the pair."""
     rollouts = sample(
         model,
-        prompts,
+        model_prompts,
         pair.eos,
         max_response=config.rollout.max_response,
         temperature=config.rollout.temperature,

@@ -16,7 +16,10 @@ from diagnostics.batch import Rollouts, ScoredRollouts
 from diagnostics.errors import InvalidInput
 from opd.analysis.pair_checks import LoadedModel, common_prefix_length
 from opd.data.chain_task import Problem
+from opd.data.grading.graders import Grader, grade_responses
 from opd.data.prompts import Prompts, encode_prompts
+from opd.data.teacher_view.values import graded_attempts
+from opd.data.teacher_view.view import TeacherView, with_teacher_prompts
 from opd.models.forward import log_probabilities, response_hidden_states
 from opd.rollouts.hf_engine import sample
 from opd.scoring.score import METRICS_ONLY, ScoreRequest, score_batch
@@ -90,6 +93,8 @@ def gather_evidence(
     group: int,
     max_response: int,
     seed: int,
+    view: TeacherView | None = None,
+    grade: Grader | None = None,
 ) -> Evidence:
     """Sample responses of the student and score them with both models.
 
@@ -101,6 +106,8 @@ def gather_evidence(
         group: Responses per problem.
         max_response: Largest number of tokens of a response.
         seed: Seed of the sampling.
+        view: What the teacher reads in the place of the prompts; None: the same.
+        grade: Grader, for a view that uses responses.
 
     Returns:
         The sample.
@@ -125,10 +132,27 @@ def gather_evidence(
         top_p=1.0,
         generator=torch.Generator().manual_seed(seed),
     )
+    if view is not None:
+        attempts = None
+        if view.reads_attempts and grade is not None:
+            grades = grade_responses(
+                student.tokenizer, rollouts.tokens, rollouts.mask, prompts.answers, grade, pair.eos
+            )
+            attempts = graded_attempts(
+                student.tokenizer, rollouts.tokens, rollouts.mask, grades, pair.eos
+            )
+        row_problems = [problems[i] for i in prompts.index.tolist()]
+        prompts = with_teacher_prompts(view, student.tokenizer, prompts, row_problems, attempts)
     prompts = prompts.to(pair.student.device)
-    num_tokens = prompts.tokens.numel() + rollouts.tokens.numel()
+    num_tokens = num_padded_tokens(prompts, rollouts)
     scored = score_with_both(pair, prompts, rollouts, num_tokens)
     return Evidence(student, teacher, pair, prompts, rollouts, scored)
+
+
+def num_padded_tokens(prompts: Prompts, rollouts: Rollouts) -> int:
+    """Return the padded tokens of all rows in one micro-batch."""
+    width = max(prompts.tokens.shape[1], prompts.teacher_prompts.tokens.shape[1])
+    return len(prompts) * (width + rollouts.tokens.shape[1])
 
 
 def score_with_both(
@@ -215,7 +239,7 @@ def teacher_noise(evidence: Evidence) -> CheckResult:
         The result.
     """
     mask, teacher_logp = evidence.scored.mask, evidence.scored.teacher_logp
-    num_tokens = evidence.prompts.tokens.numel() + evidence.scored.tokens.numel()
+    num_tokens = num_padded_tokens(evidence.prompts, evidence.rollouts)
     numbers: dict[str, float] = {"signal_rms": rms(evidence.scored.log_ratio[mask])}
     for name, size in (("again", num_tokens), ("alone", 1)):
         logp_again = score_with_both(
@@ -298,7 +322,8 @@ def teacher_logp_at_end(evidence: Evidence, rows: list[int]) -> tuple[Tensor, Te
     )
     selected = replace(selected, mask=is_last)
     teacher = evidence.pair.teacher.model
-    hidden = response_hidden_states(teacher, evidence.prompts.rows(rows), selected)
+    prompts = evidence.prompts.teacher_prompts.rows(rows)
+    hidden = response_hidden_states(teacher, prompts, selected)
     return log_probabilities(teacher, hidden, 1.0), selected.tokens[is_last]
 
 

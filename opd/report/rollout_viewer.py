@@ -52,8 +52,12 @@ def viewer_data(run: "RunRecord", tokens: int) -> dict[str, Any]:
         last_batch = batch
         data["saved"].append({"step": step, "responses": len(batch)})
         entries = rollout_entries(batch, step, labels, vocabulary, tokens // len(files), seen_ids)
-        prompts = read_prompts(run, file, len(batch))
-        data["rollouts"] += [entry | {"asked": prompts.get(entry["row"])} for entry in entries]
+        prompts = read_prompts(run, file, len(batch), ".prompts.json")
+        views = read_prompts(run, file, len(batch), ".teacher_prompts.json")
+        data["rollouts"] += [
+            entry | {"asked": prompts.get(entry["row"]), "view": views.get(entry["row"])}
+            for entry in entries
+        ]
     if last_batch is not None:
         data["blame"] = attribution_rows(last_batch, seen_ids)
     data["sheet"] = tokenizer_panel(run, vocabulary, last_batch, seen_ids)
@@ -86,13 +90,14 @@ def choose_batch_files(folder: "RunFolder") -> list[tuple[int, Path]]:
     return [(step, files[step]) for step in steps]
 
 
-def read_prompts(run: "RunRecord", file: Path, rows: int) -> dict[int, str]:
-    """Read the prompts saved with a batch.
+def read_prompts(run: "RunRecord", file: Path, rows: int, suffix: str) -> dict[int, str]:
+    """Read the prompts of the student, or of the teacher, saved with a batch.
 
     Args:
         run: The run.
         file: The batch file.
         rows: Number of responses of the batch.
+        suffix: End of the name of the file of prompts, in the place of the batch's.
 
     Returns:
         Row -> text of its prompt; empty where no prompts were saved.
@@ -100,7 +105,7 @@ def read_prompts(run: "RunRecord", file: Path, rows: int) -> dict[int, str]:
     Raises:
         InvalidInput: The file does not hold one prompt per row.
     """
-    path = file.with_suffix(".prompts.json")
+    path = file.with_suffix(suffix)
     if not path.exists() or not may_read(run, path):
         return {}
     texts = json.loads(path.read_text("utf-8"))

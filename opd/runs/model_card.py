@@ -12,6 +12,7 @@ from opd.runs.result import run_verdict
 DATA_SETTINGS = (
     *("prompt_column", "answer_column", "grader", "system", "chat_template", "template"),
     *("max_prompt", "max_response", "eval_task"),
+    *("teacher_view", "teacher_system", "teacher_template", "teacher_thinking", "view_control"),
 )
 """Settings that describe the data of a task."""
 LISTED_ELSEWHERE = {"student", "teacher", "task", "tasks", "out", *DATA_SETTINGS}

@@ -3,6 +3,8 @@
 Shapes: B responses, T positions, N sampled tokens, n tokens of a chunk.
 """
 
+from dataclasses import replace
+
 import torch
 
 from diagnostics.core.totals import Accumulator
@@ -10,6 +12,7 @@ from diagnostics.metrics.teacher_view import view_effect
 from diagnostics.ragged import flat_index, scatter_to_mask
 from opd.models.forward import log_probabilities, micro_batches, response_hidden_states
 from opd.models.lm_head import chunk_slices
+from opd.scoring.chosen_ids import query_teacher
 from opd.scoring.score import ScoredBatch, ScoreRequest
 from opd.teachers.teacher import Capability, Teacher
 from opd.tokens.eos import teacher_tokens
@@ -29,13 +32,15 @@ def measure_view(
         request: What it was scored for.
 
     Returns:
-        Accumulators of `diagnostics.metrics.teacher_view.view_effect`; none without a view.
+        Accumulators of `diagnostics.metrics.teacher_view.view_effect`; none without a view, or for
+        a cache, which has no scores of other prompts.
     """
-    if batch.prompts.view is None:
+    if batch.prompts.view is None or teacher.is_recorded:
         return {}
     scored, prompts = batch.scored, batch.prompts
     if Capability.HIDDEN_STATES not in teacher.capabilities:
-        scores = teacher.top_k(prompts, scored, request.requirements.support_k)
+        eos_map = request.eos_map if request.map_eos else None
+        scores = query_teacher(teacher, replace(prompts, view=None), scored, 0, eos_map)
         return view_effect(scored, scatter_to_mask(scores.sampled, scored.sampled), None)
     num_tokens = int(scored.sampled.sum())
     plain_logp = scored.teacher_logp.new_zeros(num_tokens)

@@ -55,6 +55,8 @@ class Teacher(Protocol):
     """Whether `update` changes it after every optimizer step."""
     dtype: ClassVar[str | None] = None
     """Precision of its weights; None for the configured one."""
+    is_recorded: ClassVar[bool] = False
+    """Whether it only knows scores of given prompts and responses."""
 
     place: ClassVar[str] = "a model in this process"
     """What this kind of teacher is, for messages."""
@@ -321,6 +323,7 @@ class CachedTeacher(Teacher):
     name: str
     cache: ScoreCache
     place: ClassVar[str] = "a cache of scores"
+    is_recorded: ClassVar[bool] = True
     possible_capabilities: ClassVar[frozenset[Capability]] = frozenset(
         {Capability.TOP_K, Capability.CHOSEN_IDS}
     )

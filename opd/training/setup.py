@@ -45,7 +45,7 @@ from opd.training.optimizer import Optimizer
 from opd.training.prefetch import RolloutPrefetcher
 from opd.training.state import TaskState, TrainState
 from opd.training.step import roll_out_step
-from opd.training.teacher_view import kept_columns, make_view, reads_response, view_files
+from opd.training.teacher_view import make_view, reads_response, source_columns, view_files
 from opd.training.user_metrics import load_metrics, try_metrics
 
 SAMPLER_TESTS = ("martingales", "sampler_ratio")
@@ -304,12 +304,8 @@ def load_problem_task(
         grader=config.data.grader,
         system=config.data.system,
         template=parse_template(config.data.template),
-        columns=Columns(
-            prompt=config.data.prompt_column,
-            answer=config.data.answer_column,
-            kept=kept_columns(config),
-            kept_where_present=("solution",) if config.view.teacher_view else (),
-            response=config.data.response_column if reads_data else "",
+        columns=replace(
+            source_columns(config), response=config.data.response_column if reads_data else ""
         ),
         test_columns=Columns(
             prompt=config.evaluation.eval_prompt_column, answer=config.evaluation.eval_answer_column

@@ -30,9 +30,9 @@ from opd.config.settings import Config
 from opd.data.chain_task import Problem
 from opd.data.grading.graders import grade_responses
 from opd.data.grading.unread_answers import READABLE_SHARE
-from opd.data.prompts import Prompts, decode_responses, encode_prompts
+from opd.data.prompts import Prompts, encode_prompts
 from opd.data.tasks import Task
-from opd.data.teacher_view.values import Attempt
+from opd.data.teacher_view.values import graded_attempts
 from opd.data.teacher_view.view import with_teacher_prompts
 from opd.envs.packing import episode_accumulators, pack_rows
 from opd.envs.rollout import play_episodes
@@ -267,11 +267,7 @@ def roll_out(
             tokenizer, rollouts.tokens, rollouts.mask, prompts.answers, problems.grade, eos
         )
         if task.view is not None and task.view.reads_attempts:
-            texts = decode_responses(tokenizer, rollouts.tokens, rollouts.mask, eos)
-            attempts = [
-                Attempt(text, grade.reward, grade.feedback_text())
-                for text, grade in zip(texts, grades, strict=True)
-            ]
+            attempts = graded_attempts(tokenizer, rollouts.tokens, rollouts.mask, grades, eos)
             prompts = with_teacher_prompts(task.view, tokenizer, prompts, row_problems, attempts)
         rewards = torch.tensor([grade.reward for grade in grades])
         readable = torch.tensor([grade.answer is not None for grade in grades])

@@ -4,6 +4,7 @@ Shapes: none.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from diagnostics.errors import InvalidInput
 from diagnostics.io.files import read_text
@@ -12,7 +13,7 @@ from opd.config.view import has_view
 from opd.data.chain_task import Problem
 from opd.data.chat_template import ChatFormat, chat_format_of, read_chat_template
 from opd.data.prompts import encode_prompt
-from opd.data.sources import prompt_columns, row_number
+from opd.data.sources import Columns, prompt_columns, row_number
 from opd.data.tasks import Task
 from opd.data.teacher_view.controls import STATEMENT_NAMES, ViewControl, pair_problems
 from opd.data.teacher_view.template import (
@@ -83,11 +84,13 @@ def make_view(config: Config, pair: ModelPair, problems: Task | GameTask) -> Tea
     return view
 
 
-def kept_columns(config: Config) -> tuple[str, ...]:
-    """Return the columns of the data that the teacher's view shows, besides the problem's own."""
+def source_columns(config: Config) -> Columns:
+    """Return the columns of a task's data, with those that the teacher's view shows."""
+    columns = Columns(prompt=config.data.prompt_column, answer=config.data.answer_column)
     if not config.view.teacher_view:
-        return ()
-    return load_view_template(config.view.teacher_view).columns
+        return columns
+    template = load_view_template(config.view.teacher_view)
+    return replace(columns, kept=template.columns, kept_where_present=("solution",))
 
 
 def view_files(config: Config) -> dict[str, str]:

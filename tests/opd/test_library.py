@@ -60,6 +60,7 @@ def test_the_noise_is_new_on_every_call_unless_it_is_seeded(pair: ModelPair) -> 
         ([[]], {}, "a list without messages"),
         (QUESTIONS, {"group_size": 0}, "group_size is 0, expected at least 1"),
         (QUESTIONS, {"max_prompt": 2}, "but max_prompt is 2"),
+        (QUESTIONS, {"teacher_prompts": ["a"]}, "there are 1 teacher_prompts for"),
         (QUESTIONS, {"temperature": 0.0}, "temperature is 0.0"),
     ],
 )
@@ -70,9 +71,11 @@ def test_what_cannot_be_sampled_is_refused(
         sample_seeded(pair, prompts, **settings)
 
 
-def test_the_gradient_of_the_loss_is_that_of_dense_logits(pair: ModelPair) -> None:
+@pytest.mark.parametrize("has_view", [False, True])
+def test_the_gradient_of_the_loss_is_that_of_dense_logits(pair: ModelPair, has_view: bool) -> None:
     """The reverse KL per token, from both models' logits of whole sequences."""
-    prompts, rollouts = sample_seeded(pair, QUESTIONS, group_size=2)
+    views = [f"Hint {i}" for i in range(len(QUESTIONS))] if has_view else None
+    prompts, rollouts = sample_seeded(pair, QUESTIONS, group_size=2, teacher_prompts=views)
     objective, student = make_objective("full_reverse_kl"), pair.student.network
     request = ScoreRequest(requirements=objective.requirements)
     batch = score_batch(pair.student, pair.teacher, prompts, rollouts, request)
@@ -88,10 +91,15 @@ def test_the_gradient_of_the_loss_is_that_of_dense_logits(pair: ModelPair) -> No
     for row in range(len(rollouts.tokens)):
         prompt = prompts.tokens[row][prompts.mask[row]]
         response = rollouts.tokens[row][rollouts.mask[row]]
-        ids, start = torch.cat([prompt, response])[None], len(prompt) - 1
+        teacher_prompt = prompt
+        if views is not None:
+            text = f"<|im_start|>user\n{views[row // 2]}<|im_end|>\n<|im_start|>assistant\n"
+            teacher_prompt = torch.tensor(pair.tokenizer.encode(text, add_special_tokens=False))
         p, q = (
-            model.network(ids).logits[0, start:-1].log_softmax(-1)
-            for model in (pair.student, pair.teacher.model)
+            model.network(torch.cat([ids, response])[None])
+            .logits[0, len(ids) - 1 : -1]
+            .log_softmax(-1)
+            for model, ids in ((pair.student, prompt), (pair.teacher.model, teacher_prompt))
         )
         total = total + (p.exp() * (p - q)).sum()
     dense = total / int(rollouts.mask.sum())

@@ -5,8 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from opd.data.chain_task import Problem
+from opd.data.grading.graders import Grade
 from opd.data.messages import Chat
+from opd.data.prompts import decode_responses
 from opd.data.sources import DatasetProblem, final_answer
 
 
@@ -26,6 +30,28 @@ class Attempt:
         if math.isnan(self.reward):
             return {"response": self.response}
         return {"response": self.response, "reward": self.reward, "feedback": self.feedback}
+
+
+def graded_attempts(
+    tokenizer: Any, tokens: Tensor, mask: Tensor, grades: Sequence[Grade], eos: Sequence[int]
+) -> list[Attempt]:
+    """Return responses as a view may show them.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        tokens: (B, T) token ids.
+        mask: (B, T), True where a token is real.
+        grades: Grade of each response.
+        eos: Ids that end a response.
+
+    Returns:
+        B attempts.
+    """
+    texts = decode_responses(tokenizer, tokens, mask, eos)
+    return [
+        Attempt(text, grade.reward, grade.feedback_text())
+        for text, grade in zip(texts, grades, strict=True)
+    ]
 
 
 def messages_of(problem: Problem) -> Chat:

@@ -98,6 +98,8 @@ function drawRollout() {
   $("text").replaceChildren(fragment);
   $("asked").textContent = roll.asked ?? "";
   $("asking").hidden = !roll.asked;
+  $("view").textContent = roll.view ?? "";
+  $("viewing").hidden = !roll.view;
   drawStrip(roll);
   const graded = known(roll.reward) ? `reward ${show(roll.reward)}` : "not graded";
   $("about").textContent = [data.runs.length > 1 && data.runs[state.run].name, `step ${roll.step}`, `response ${roll.row} to prompt ${roll.prompt}`, roll.turn > 0 && `turn ${roll.turn}`, roll.task, graded, roll.ended ? "ended with EOS" : "truncated",

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 from diagnostics.batch import ScoredRollouts
+from diagnostics.errors import InvalidInput
 from diagnostics.records.batch_files import load_batch
 from diagnostics.records.token_dumps import save_dump
 from diagnostics.records.vocabulary import Vocabulary
@@ -127,7 +128,7 @@ def test_a_dump_is_shown_as_the_batch_that_it_was_made_of(run: Path, tmp_path: P
     dump_data = rollout_viewer.viewer_data(run_data.read_run(folder), 10_000)
     batch_data = rollout_viewer.viewer_data(run_data.read_run(run), 10_000)
     expected_rollouts = [
-        roll | {"asked": None} for roll in batch_data["rollouts"] if roll["step"] == 1
+        roll | {"asked": None, "view": None} for roll in batch_data["rollouts"] if roll["step"] == 1
     ]
     assert dump_data["rollouts"] == expected_rollouts  # a dump has no prompts
     assert build.report_data([folder])["runs"][0]["config"] == {}
@@ -155,3 +156,19 @@ def test_rollouts_show_their_prompts(run: Path) -> None:
         if roll["step"] == 1:
             assert roll["asked"] == texts[roll["row"]]
             assert tokenizer.eos_token in roll["asked"] or "user" in roll["asked"]
+        assert roll["view"] is None
+
+
+def test_what_the_teacher_reads_is_shown_beside_the_prompt(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "viewed"
+    shutil.copytree(run, folder)
+    file = folder / "batches" / "step_000001.safetensors"
+    views = [f"hint {row}" for row in range(len(load_batch(file)))]
+    views_file = file.with_suffix(".teacher_prompts.json")
+    views_file.write_text(json.dumps(views))
+    data = rollout_viewer.viewer_data(run_data.read_run(folder), tokens=10_000)
+    for roll in data["rollouts"]:
+        assert roll["view"] == (views[roll["row"]] if roll["step"] == 1 else None)
+    views_file.write_text(json.dumps(views[1:]))
+    with pytest.raises(InvalidInput, match=r"teacher_prompts\.json must be a JSON list"):
+        rollout_viewer.viewer_data(run_data.read_run(folder), tokens=10_000)

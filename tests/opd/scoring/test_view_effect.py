@@ -20,13 +20,13 @@ from tests.helpers.requests import full_request
 class TopKTeacher(Teacher):
     """A teacher without hidden states that scores the sampled tokens of unpadded rows."""
 
-    capabilities = frozenset({Capability.TOP_K})
+    possible_capabilities = frozenset({Capability.TOP_K})
     name = "other"
 
     def __init__(self, network) -> None:
         self.network = network
 
-    def top_k(self, prompts, rollouts, k: int) -> TeacherScores:
+    def top_k(self, prompts, rollouts, k: int, chosen_ids=None) -> TeacherScores:
         parts = []
         for row in range(len(prompts)):
             prompt, ids = prompts.tokens[row][prompts.mask[row]], rollouts.tokens[row]
