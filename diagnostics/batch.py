@@ -201,7 +201,7 @@ class Rollouts(TensorFields):
     """
     origin: Tensor | None = None
     """(B,) long, who wrote each response, an index of ORIGINS; None if the student sampled all. Of
-    a response from a dataset, `sampler_logp` and `softmax_logp` are 0: nothing is known of them.
+    a response from a dataset, `sampler_logp` is 0 or missing: nothing is known of it.
     """
 
     def __post_init__(self) -> None:

@@ -66,7 +66,8 @@ def join_rollouts(parts: Sequence[tuple[int, list[int], Rollouts]]) -> Rollouts:
             together 0 to B - 1, and the rollouts of these rows.
 
     Returns:
-        B rollouts with their `origin`. Log-probabilities of a sampler are 0 in rows that have none.
+        B rollouts with their `origin`, whoever has rows in this process with the same fields:
+        `sampler_logp` is 0 in rows of a dataset, and there is no `softmax_logp`.
     """
     width = max(rollouts.tokens.shape[1] for _, _, rollouts in parts)
     device = parts[0][2].tokens.device
@@ -84,21 +85,12 @@ def join_rollouts(parts: Sequence[tuple[int, list[int], Rollouts]]) -> Rollouts:
             return torch.zeros(rollouts.tokens.shape)
         return rollouts.sampler_logp
 
-    def softmax_logp(rollouts: Rollouts) -> Tensor:
-        x = rollouts.softmax_logp
-        return torch.zeros(rollouts.tokens.shape) if x is None else x
-
-    # an engine may not report it; of given responses there is none in any case
-    is_known = all(
-        rollouts.softmax_logp is not None for writer, _, rollouts in parts if writer != DATASET
-    )
     first = parts[0][2]
     batches = [rollouts for _, _, rollouts in parts]
     return Rollouts(
         tokens=join([x.tokens for x in batches]),
         mask=join([x.mask for x in batches]),
         sampler_logp=join([sampler_logp(x) for x in batches]),
-        softmax_logp=join([softmax_logp(x) for x in batches]) if is_known else None,
         prompt=join([x.prompt for x in batches]),
         ended=join([x.ended for x in batches]),
         temperature=first.temperature,

@@ -52,9 +52,10 @@ def user_loss_from_hidden(
     constants: dict[str, Any] = {
         "tokens": batch.tokens,
         "mask": mask,
-        "teacher_logp": batch.teacher_logp,
         "prompt": batch.prompt,
     }
+    if "teacher_logp" in loss.asks:
+        constants["teacher_logp"] = batch.teacher_logp
     if "sampler_logp" in loss.asks:
         constants["sampler_logp"] = batch.sampler_logp
     if "reward" in loss.asks:

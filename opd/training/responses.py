@@ -57,6 +57,7 @@ def draw_responses(
     prompts: Prompts,
     problems: Sequence[Problem],
     origins: Sequence[int],
+    prefixes: Prefixes,
     *,
     config: Config,
     seed: int,
@@ -71,6 +72,7 @@ def draw_responses(
         prompts: B prompts.
         problems: The problem of each row.
         origins: Who writes each response.
+        prefixes: Who writes responses of this batch.
         config: Settings of the task.
         seed: Seed of the sampling noise. Every writer draws from the same table of noise, of which
             a row belongs to one writer.
@@ -106,12 +108,13 @@ def draw_responses(
                 temperature=config.rollout.temperature,
             )
         parts.append((writer, rows, rollouts))
-    if len(parts) == 1:
-        writer, rows, rollouts = parts[0]
-        if writer == TEACHER:
-            return rollouts.with_fields(origin=torch.full_like(rollouts.prompt, TEACHER))
-        return rollouts
-    return join_rollouts(parts)
+    if prefixes.partner and prefixes.has_own:
+        # also where this process has the rows of one writer, so that all have the same fields
+        return join_rollouts(parts)
+    ((writer, _, rollouts),) = parts
+    if writer == TEACHER:
+        return rollouts.with_fields(origin=torch.full_like(rollouts.prompt, TEACHER))
+    return rollouts
 
 
 def sample_teacher(pair: ModelPair, prompts: Prompts, config: Config, **options: Any) -> Rollouts:

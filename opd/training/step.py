@@ -43,6 +43,7 @@ from opd.runtime import distributed
 from opd.runtime.seeds import ROLLOUT, derive_seed
 from opd.scoring.score import ScoredBatch
 from opd.scoring.view_effect import measure_view
+from opd.teachers.teacher import CachedTeacher
 from opd.tokens.masking import mask_rule_metrics
 from opd.training.multitask import tasks_of_step
 from opd.training.prefetch import TaskRollouts
@@ -191,6 +192,7 @@ def draw_problem_responses(
         prompts,
         row_problems,
         writers(prefixes, config, step, task.index, batch_slice),
+        prefixes,
         config=config,
         seed=seed_of_step(task, step, purpose),
         top_p=top_p,
@@ -309,7 +311,8 @@ def with_view_effect(
     Returns:
         The rollouts, with the accumulators of `opd.scoring.view_effect.measure_view`.
     """
-    if not is_due(task_step, task.config.view.view_metrics_every):
+    is_cached = isinstance(task.pair.teacher, CachedTeacher)  # its other prompts are not scored
+    if is_cached or not is_due(task_step, task.config.view.view_metrics_every):
         return sampled
     effect = measure_view(task.pair.teacher, batch, task.request)
     return sampled._replace(accumulators={**sampled.accumulators, **effect})

@@ -1,8 +1,7 @@
-"""Runs whose responses the student, the teacher or the data write, and runs without a teacher."""
+"""Runs whose responses the teacher or the data write, replayed ones, and runs without a teacher."""
 
 import json
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +13,15 @@ from diagnostics.batch import DATASET, STUDENT, TEACHER, ScoredRollouts
 from diagnostics.errors import InvalidInput
 from diagnostics.missing import missing_fields
 from diagnostics.records.batch_files import load_batch
-from opd.config.prefixes import parse_prefixes
-from opd.config.settings import Config
+from opd.config.settings import with_settings
 from opd.data.chain_task import problems
 from opd.data.prompts import encode_prompts
 from opd.models.loading import load_model
-from opd.objectives.factory import OBJECTIVES
-from opd.rollouts.base import BatchSlice
-from opd.rollouts.hf_engine import HfEngine, sample
-from opd.teachers.pair import ModelPair, load_pair
-from opd.training.responses import draw_responses, writers
 from opd.training.train import train
-from opd.training.validation import validate
-from tests.helpers.runs import rows, settings
+from tests.helpers.runs import rows, settings, train_in_rank
+from tests.helpers.warm_process import run_ranks
 
 ONE_STEP = {"steps": 1, "eval_every": 0, "eval_problems": 1, "save_batch_every": 1, "lr": 1e-3}
-
-
-@pytest.fixture(scope="module")
-def pair(tiny_pair: tuple[Path, Path]) -> ModelPair:
-    return load_pair(str(tiny_pair[0]), str(tiny_pair[1]), "cpu")
 
 
 def saved_batch(folder: Path, step: int = 0) -> ScoredRollouts:
@@ -52,86 +40,6 @@ def logp_of(network: Any, prompt: list[int], response: list[int]) -> Tensor:
     ids = torch.tensor([*prompt, *response])
     logits = network(ids[None]).logits[0, len(prompt) - 1 : -1]
     return logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0]
-
-
-# --- who writes ---------------------------------------------------------------------------------
-
-
-def config_of(tiny_pair: tuple[Path, Path], **changes: object) -> Config:
-    return settings(tiny_pair, Path("unused"), **changes)
-
-
-def test_the_share_of_own_responses_is_the_setting(tiny_pair) -> None:
-    """Within four standard errors over 4000 draws of each step, and exactly at 0 and 1."""
-    config, n = config_of(tiny_pair, steps=11), 4000
-    whole = BatchSlice(list(range(n)), n)
-    falling = parse_prefixes("mixed:1-0:dataset")
-    for step, share in ((0, 1.0), (3, 0.7), (8, 0.2), (10, 0.0)):
-        drawn = writers(falling, config, step, 0, whole)
-        assert set(drawn) <= {STUDENT, DATASET}
-        error = 4 * math.sqrt(share * (1 - share) / n)
-        assert abs(drawn.count(STUDENT) / n - share) <= error, step
-    half = parse_prefixes("mixed:0.5")
-    draws = [writers(half, config, step, task, whole) for step, task in ((0, 0), (1, 0), (0, 1))]
-    assert set(draws[0]) == {STUDENT, TEACHER}
-    for i, first in enumerate(draws):
-        for second in draws[i + 1 :]:
-            agreement = sum(a == b for a, b in zip(first, second, strict=True)) / n
-            assert abs(agreement - 0.5) < 4 * 0.5 / math.sqrt(n), "independent of each other"
-    part = BatchSlice([7, 2, 3999], n)
-    assert writers(half, config, 0, 0, part) == [draws[0][i] for i in part.rows]
-    assert writers(parse_prefixes("student"), config, 0, 0, part) == [STUDENT] * 3
-
-
-def test_each_writer_writes_its_rows(tiny_pair, pair: ModelPair) -> None:
-    """Each row is what its writer alone would have written, whatever the others are."""
-    config = config_of(tiny_pair, max_response=9, max_prompt=64)
-    chosen = problems("train", 6, 3)
-    prompts = encode_prompts(pair.tokenizer, chosen, 1, 64)
-    part = BatchSlice(list(range(6)), 6)
-    options: dict[str, Any] = {"max_response": 9, "temperature": 1.0, "top_p": 1.0}
-    draw = partial(draw_responses, pair, HfEngine(pair.student), config=config, seed=5, top_p=1.0)
-    origins = [STUDENT, TEACHER, DATASET, TEACHER, STUDENT, DATASET]
-    mixed = draw(prompts, chosen, origins, part=part)
-    assert mixed.origin is not None
-    assert mixed.origin.tolist() == origins
-    assert mixed.prompt.tolist() == list(range(6))
-    alone = {
-        origin: sample(
-            model, prompts, pair.eos, generator=torch.Generator().manual_seed(5), **options
-        )
-        for origin, model in ((STUDENT, pair.student), (TEACHER, pair.teacher.model))
-    }
-    for row, origin in enumerate(origins):
-        tokens = mixed.tokens[row][mixed.mask[row]].tolist()
-        if origin == DATASET:
-            ids = pair.tokenizer.encode(chosen[row].solution, add_special_tokens=False)
-            assert tokens == [*ids, pair.tokenizer.eos_token_id][:9]
-            assert not mixed.ended[row]
-            assert not mixed.sampler_logp[row].any()
-            continue
-        expected = alone[origin]
-        assert tokens == expected.tokens[row][expected.mask[row]].tolist()
-        length = len(tokens)
-        torch.testing.assert_close(
-            mixed.sampler_logp[row, :length], expected.sampler_logp[row, :length], atol=1e-5, rtol=0
-        )
-    # a part of the batch gets the same responses
-    rows_of_part = [4, 1]
-    smaller = draw(
-        prompts.rows(rows_of_part),
-        [chosen[i] for i in rows_of_part],
-        [origins[i] for i in rows_of_part],
-        part=BatchSlice(rows_of_part, 6),
-    )
-    for i, row in enumerate(rows_of_part):
-        assert (
-            smaller.tokens[i][smaller.mask[i]].tolist()
-            == mixed.tokens[row][mixed.mask[row]].tolist()
-        )
-
-
-# --- runs ---------------------------------------------------------------------------------------
 
 
 def test_given_responses_train_as_in_transformers(tiny_pair, tmp_path: Path) -> None:
@@ -170,6 +78,9 @@ def test_given_responses_train_as_in_transformers(tiny_pair, tmp_path: Path) -> 
     assert batch.origin.tolist() == [DATASET] * 3
     assert missing_fields(batch).keys() == {"sampler_logp", "teacher_logp"}
     assert batch.lengths.tolist() == [len(response) for _, response in sequences]
+    ends = [response[-1] == tokenizer.eos_token_id for _, response in sequences]
+    assert batch.ended.tolist() == ends
+    assert any(ends)
     absent = (
         "divergence/",
         "signal/",
@@ -270,6 +181,56 @@ def test_mixed_responses_are_reported_by_their_writer(tiny_pair, tmp_path: Path)
     assert "consistency/z_H" in row
 
 
+OWN_LOSS = """
+def likelihood(student_logp, mask):
+    return -(student_logp * mask).sum() / mask.sum()
+"""
+
+
+def test_a_loss_of_the_users_own_needs_no_teacher_either(tiny_pair, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN_LOSS)
+    given = {"prefixes": "dataset", "group_size": 1, "teacher": "none"}
+    own = {
+        "objective": f"{tmp_path / 'own.py'}:likelihood",
+        "allow_unweighted": True,
+        "allow_faulty_loss": True,  # on the student's own samples its mean gradient is zero
+    }
+    losses = [
+        rows(train(settings(tiny_pair, tmp_path / str(i), **ONE_STEP, **given, **extra)).folder)
+        for i, extra in enumerate((own, {"objective": "negative_log_likelihood"}))
+    ]
+    for name in ("loss", "grad_norm"):
+        assert losses[0][0][name] == pytest.approx(losses[1][0][name], rel=1e-5)
+
+
+def test_two_processes_write_what_one_writes(tiny_pair, tmp_path: Path) -> None:
+    """The same rows up to rounding; a process may have the rows of one writer only."""
+    changes: dict[str, Any] = {**ONE_STEP, "prompts_per_step": 4, "max_response": 6}
+    runs: tuple[dict[str, Any], ...] = (
+        {"prefixes": "mixed:0.3:dataset", "objective": "full_jsd", "group_size": 1},
+        {
+            "prefixes": "dataset",
+            "objective": "negative_log_likelihood",
+            "teacher": "none",
+            "group_size": 1,
+        },
+    )
+    alone = [
+        settings(tiny_pair, tmp_path / f"alone{i}", **(changes | run)) for i, run in enumerate(runs)
+    ]
+    for config in alone:
+        train(config)
+    several = [with_settings(config, out=f"{config.out}-in-two") for config in alone]
+    run_ranks(tmp_path, train_in_rank, several)
+    for config in alone:
+        for expected, actual in zip(
+            rows(Path(config.out)), rows(Path(f"{config.out}-in-two")), strict=True
+        ):
+            assert expected.keys() == actual.keys()
+            for name in ("loss", "grad_norm", "response/length", "response/reward"):
+                assert actual[name] == pytest.approx(expected[name], rel=2e-4), name
+
+
 def test_replayed_responses_grow_old_and_survive_a_resume(tiny_pair, tmp_path: Path) -> None:
     changes: dict[str, Any] = {
         "prefixes": "replay:2",
@@ -320,113 +281,13 @@ def test_a_teacher_with_a_view_writes_from_what_it_reads(tiny_pair, tmp_path: Pa
         train(config)
 
 
-# --- what is refused ----------------------------------------------------------------------------
-
-
-def problems_of(tiny_pair: tuple[Path, Path], **changes: object) -> str:
-    return " ".join(validate(config_of(tiny_pair, **changes)))
-
-
-GIVEN = {"prefixes": "dataset", "group_size": 1}
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"prefixes": "mixed:2"}, "must lie in [0, 1]"),
-        ({**GIVEN, "objective": "sampled_token"}, "have no importance ratio"),
-        ({**GIVEN, "objective": "sampled_token", "ratio": "token"}, "the sampler is not known"),
-        ({**GIVEN, "objective": "k2"}, "takes each token as a sample of the student"),
-        ({**GIVEN, "objective": "full_reverse_kl", "gamma": 0.5}, "later costs or the reward"),
-        ({**GIVEN, "reward_weight": 1.0, "group_size": 2}, "later costs or the reward"),
-        ({"prefixes": "mixed:0.5:dataset", "objective": "k3"}, "have no importance ratio"),
-        ({"prefixes": "teacher", "objective": "sampled_token"}, "set ratio to token or sequence"),
-        (
-            {"prefixes": "teacher", "objective": "sampled_token", "ratio": "token", "gamma": 1.0},
-            "set ratio to sequence",
-        ),
-        ({"prefixes": "replay:1", "objective": "sampled_token"}, "set ratio to token or sequence"),
-        ({"objective": "negative_log_likelihood"}, "its mean gradient is zero"),
-        (
-            {"objective": "negative_log_likelihood", "prefixes": "mixed:0.5"},
-            "its mean gradient is zero",
-        ),
-        ({"prefixes": "dataset"}, "group would be copies of it; set group_size to 1"),
-        ({**GIVEN, "task": "env:household"}, "is a game"),
-        ({"prefixes": "teacher", "teacher": "http://h:1/v1"}, "cannot be sampled from"),
-        ({"prefixes": "teacher", "teacher": "none"}, "cannot be sampled from"),
-        (
-            {
-                "prefixes": "replay:1",
-                "rollout_lag": 1,
-                "engine": "servers",
-                "rollout_servers": ("http://h:1/v1",),
-            },
-            "set rollout_lag to 0",
-        ),
-        ({"response_column": "text"}, "only if prefixes is dataset"),
-        ({"objective": "reward_only"}, "reward_weight is 0"),
-        ({"teacher": "none"}, "objective teacher_topk with baseline none reads one"),
-        (
-            {"teacher": "none", "objective": "reward_only", "reward_weight": 1.0, "probe_every": 1},
-            "probe_every 1 compares",
-        ),
-        ({"teacher": "none", "objective": "k2"}, "objective k2 with baseline none reads one"),
-        (
-            {
-                "teacher": "none",
-                "objective": "reward_only",
-                "reward_weight": 1.0,
-                "map_eos": True,
-                "entropy_top_fraction": 0.5,
-            },
-            "map_eos reads its EOS ids",
-        ),
-    ],
-)
-def test_combinations_that_are_refused(tiny_pair, changes: dict[str, Any], message: str) -> None:
-    assert message in problems_of(tiny_pair, **changes)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {**GIVEN, "objective": "negative_log_likelihood"},
-        {
-            "prefixes": "teacher",
-            "objective": "negative_log_likelihood",
-            "teacher": "base",
-            "lora_rank": 2,
-        },
-        {"prefixes": "teacher", "objective": "sampled_token", "ratio": "sequence", "gamma": 1.0},
-        {"prefixes": "mixed:0.5", "objective": "k2", "ratio": "token"},
-        {**GIVEN, "objective": "sampled_token", "allow_unweighted": True},
-        {"prefixes": "replay:2", "objective": "teacher_topk"},
-        {"prefixes": "replay:2", "objective": "sampled_token", "ratio": "token", "gamma": 0.5},
-        *({**GIVEN, "objective": name} for name in ("full_forward_kl", "union_topk", "full_jsd")),
-        {"teacher": "none", "objective": "reward_only", "reward_weight": 1.0, "temperature": 0.7},
-        {**GIVEN, "objective": "negative_log_likelihood", "teacher": "none"},
-    ],
-)
-def test_combinations_that_are_valid(tiny_pair, changes: dict[str, Any]) -> None:
-    assert problems_of(tiny_pair, **changes) == ""
-
-
-def test_rows_without_a_response_are_named(tiny_pair, tmp_path: Path) -> None:
-    path = tmp_path / "data.jsonl"
-    lines = [{"prompt": f"p{i}", "answer": "1", "response": "r"} for i in range(12)]
-    del lines[3]["response"]
-    lines[7]["response"] = " "
-    path.write_text("\n".join(map(json.dumps, lines)))
-    config = settings(
-        tiny_pair,
-        tmp_path / "run",
-        prefixes="dataset",
-        objective="negative_log_likelihood",
-        group_size=1,
-        task=str(path),
-        grader="exact",
-    )
-    with pytest.raises(InvalidInput, match=r"row 3 lacks the response .*row 7 has an empty"):
-        train(config)
-    assert {"full_forward_kl", "union_topk", "full_jsd"} <= OBJECTIVES.keys()
+def test_a_teachers_responses_are_scored_by_the_student_itself(tiny_pair, tmp_path: Path) -> None:
+    """A step without full statistics takes the sampler's softmax only where it is the student's."""
+    changes = {"steps": 2, "full_metrics_every": 2, "prefixes": "teacher"}
+    folder = train(settings(tiny_pair, tmp_path / "run", **(ONE_STEP | changes))).folder
+    for step in range(2):
+        batch = saved_batch(folder, step)
+        gap = (batch.student_logp - batch.sampler_logp)[batch.mask].abs()
+        assert gap.median() > 0.1, step
+    assert rows(folder)[1]["consistency/student_rescored"] == 0
+    assert rows(folder)[1]["consistency/loss_error"] == 0
