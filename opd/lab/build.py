@@ -17,12 +17,10 @@ import dataclasses
 import json
 import math
 import random
-import re
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +28,19 @@ from diagnostics.errors import InvalidInput
 from diagnostics.io.atomic import write_text
 from diagnostics.records.renamed import present_lab_settings
 from opd.data import chain_task, sort_task
-from opd.lab import household_demos
-from opd.lab.writing_style import PLAIN, UNLABELLED, WritingStyle, encode_solution
+from opd.lab import household_demos, shown_solutions
+from opd.lab.configs import LabConfig, ToyModelConfig
+from opd.lab.previous_token_head import set_previous_token_head
+from opd.lab.problem_files import (
+    HOUSEHOLD_SOURCE,
+    HeldOutSource,
+    message_sources,
+    sorting_source,
+    write_held_out_problems,
+    write_sorting_problems,
+    write_training_problems,
+)
+from opd.lab.writing_style import UNLABELLED, encode_solution
 from opd.runtime.seeds import derive_seed
 from opd.runtime.staged_folders import staged_folder
 
@@ -46,105 +55,24 @@ TEMPLATE = (
 )
 
 
-@dataclass(frozen=True)
-class ToyModelConfig:
-    """One toy model: size, training and data."""
-
-    layers: int
-    width: int
-    steps: int
-    batch: int
-    """Sequences per training step."""
-    lr: float
-    careless: float = 0.0
-    """Error rate: probability that a result in the training solutions is wrong."""
-    tasks: tuple[str, ...] = ("chain",)
-    """Names in TASKS, sampled equally often; a name given twice is sampled twice as often."""
-    habit: WritingStyle = PLAIN
-    """Writing style of the training solutions."""
-
-
-TASKS = {"chain": chain_task, "sort": sort_task, "household": household_demos}
+TASKS = {
+    "chain": chain_task,
+    "sort": sort_task,
+    "household": household_demos,
+    "shown": shown_solutions,
+}
 """Modules with `problems(split, count, seed)` and `corrupted_solution(prompt, rate, generator)`."""
+SOURCES: dict[str, Callable[[Path], list[HeldOutSource]]] = {
+    "chain": lambda _: [HeldOutSource("chain")],
+    "sort": sorting_source,
+    "household": lambda _: [HOUSEHOLD_SOURCE],
+    "shown": message_sources,
+}
+"""Task to the held-out problems on which a model of it is evaluated, whose files go to a folder."""
 ROWS_AT_ONCE = 6
 """Rows of a training batch whose activations exist at once."""
 VOCABULARY_SIZE = 512
 """Vocabulary size of models for games, whose prompts are long in bytes."""
-
-
-@dataclass(frozen=True)
-class LabConfig:
-    """The models and the seed; a finished folder is reused only if all of it is equal."""
-
-    teacher: ToyModelConfig = ToyModelConfig(layers=2, width=128, steps=700, batch=24, lr=3e-3)
-    student: ToyModelConfig = ToyModelConfig(
-        layers=2, width=96, steps=700, batch=24, lr=3e-3, careless=0.06
-    )
-    others: tuple[tuple[str, ToyModelConfig], ...] = ()
-    """Teachers of further tasks, each with the name of its folder."""
-    seed: int = 0
-    held_out: int = 512
-    """Number of held-out problems per task on which each model is evaluated."""
-
-    @property
-    def models(self) -> dict[str, ToyModelConfig]:
-        """Folder name -> model configuration."""
-        return {"teacher": self.teacher, "student": self.student, **dict(self.others)}
-
-    @property
-    def texts(self) -> list[str]:
-        """Texts from which the vocabulary is learned: games, if any model plays them."""
-        if not any("household" in model_config.tasks for model_config in self.models.values()):
-            return []
-        problems = household_demos.problems("train", 400, seed=0)
-        return [re.sub(r"</?think>", "\n", f"{p.prompt}\n{p.solution}") for p in problems]
-
-
-def mismatched_config() -> LabConfig:
-    """Return models with different writing styles: two tasks with one teacher each."""
-    student_style = WritingStyle(tag="spelled", loops=0.01, foreign=0.02)
-    teacher_style = WritingStyle(end="<|endoftext|>", read=0.5, loops=0.002)
-    teacher = ToyModelConfig(
-        layers=2, width=128, steps=1200, batch=24, lr=3e-3, habit=teacher_style
-    )
-    student = ToyModelConfig(
-        layers=2,
-        width=96,
-        steps=1200,
-        batch=24,
-        lr=3e-3,
-        careless=0.06,
-        tasks=("chain", "sort"),
-        habit=student_style,
-    )
-    sort_style = dataclasses.replace(student_style, loops=0.002)
-    sort_teacher = dataclasses.replace(student, careless=0.0, tasks=("sort",), habit=sort_style)
-    return LabConfig(teacher=teacher, student=student, others=(("sort-teacher", sort_teacher),))
-
-
-def household_config() -> LabConfig:
-    """Return a student of two tasks, `env:household` and sorting, with a teacher for each.
-
-    The student's training data misjudges one action in ten and misplaces one digit in ten.
-    """
-    teacher = ToyModelConfig(
-        layers=2, width=96, steps=1500, batch=32, lr=4e-3, tasks=("household",)
-    )
-    student_tasks = ("household", "household", "sort")
-    student = dataclasses.replace(teacher, batch=48, careless=0.1, tasks=student_tasks)
-    sort_teacher = dataclasses.replace(teacher, steps=700, tasks=("sort",))
-    return LabConfig(
-        teacher=teacher, student=student, others=(("sort-teacher", sort_teacher),), held_out=128
-    )
-
-
-def tiny_config() -> LabConfig:
-    """Return a pair that trains in seconds, for tests; neither model solves the task."""
-    return LabConfig(
-        teacher=ToyModelConfig(layers=2, width=32, steps=12, batch=8, lr=2e-3),
-        student=ToyModelConfig(layers=1, width=32, steps=6, batch=8, lr=2e-3),
-        held_out=8,
-    )
 
 
 def build(folder: Path, config: LabConfig, jobs: int = 1) -> tuple[Path, Path]:
@@ -163,7 +91,7 @@ def build(folder: Path, config: LabConfig, jobs: int = 1) -> tuple[Path, Path]:
     """
     import joblib
 
-    settings = json.loads(json.dumps(dataclasses.asdict(config)))
+    settings = recorded_settings(config)
     config_file = folder / "lab.json"
     if config_file.exists():
         previous_settings = present_lab_settings(json.loads(config_file.read_text())["settings"])
@@ -180,15 +108,31 @@ def build(folder: Path, config: LabConfig, jobs: int = 1) -> tuple[Path, Path]:
                 f"{folder} holds models with other settings ({differences}); choose another --out"
             )
         return folder / "student", folder / "teacher"
-    names = list(config.models)
-    jobs_to_run = (
-        joblib.delayed(build_model)(folder, config, *arguments) for arguments in enumerate(names)
-    )
-    results = dict(zip(names, joblib.Parallel(n_jobs=jobs)(jobs_to_run), strict=True))
+    offsets = {name: offset for offset, name in enumerate(config.models)}
+    results: dict[str, Any] = {}
+    for has_start in (False, True):
+        names = [name for name, model in config.models.items() if bool(model.start) == has_start]
+        jobs_to_run = (
+            joblib.delayed(build_model)(folder, config, offsets[name], name) for name in names
+        )
+        results |= zip(names, joblib.Parallel(n_jobs=jobs)(jobs_to_run), strict=True)
     if "sort" in config.student.tasks:
-        write_problems(folder / "sort.jsonl")
+        write_sorting_problems(folder / "sort.jsonl")
+    if "shown" in config.student.tasks:
+        write_held_out_problems(folder)
+        write_training_problems(folder, derive_seed(config.seed, len(results)))
     write_text(config_file, json.dumps({"settings": settings, **results}, indent=1))
     return folder / "student", folder / "teacher"
+
+
+def recorded_settings(config: LabConfig) -> dict[str, Any]:
+    """Return a configuration as JSON, without the fields that older records lack if unset."""
+    settings: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    for model in (settings["teacher"], settings["student"], *(x for _, x in settings["others"])):
+        for name in ("start", "previous_token_head"):
+            if not model[name]:
+                del model[name]
+    return settings
 
 
 def build_model(folder: Path, config: LabConfig, offset: int, name: str) -> dict[str, Any]:
@@ -213,9 +157,9 @@ def build_model(folder: Path, config: LabConfig, offset: int, name: str) -> dict
     try:
         model_config = config.models[name]
         tokenizer = make_tokenizer(model_config.habit.end, config.texts)
-        network = train_model(
-            tokenizer, model_config, derive_seed(config.seed, offset), name, offset
-        )
+        seed = derive_seed(config.seed, offset)
+        start = folder / model_config.start if model_config.start else None
+        network = train_model(tokenizer, model_config, seed, name, offset, start)
         with staged_folder(folder / name) as partial_folder:
             network.save_pretrained(partial_folder)
             tokenizer.save_pretrained(partial_folder)
@@ -227,15 +171,6 @@ def build_model(folder: Path, config: LabConfig, offset: int, name: str) -> dict
     for task, accuracy in accuracies.items():
         print(f"{name}: {task} accuracy {line_format.format(**accuracy)}", file=sys.stderr)
     return {"tasks": accuracies, "seconds": seconds}
-
-
-def write_problems(path: Path, count: int = 6000) -> None:
-    """Write problems of the sorting task as a data file; training splits them by content."""
-    rows = [
-        json.dumps({"prompt": p.prompt, "answer": p.answer, "grader": "lab"})
-        for p in sort_task.problems("train", count, seed=0)
-    ]
-    write_text(path, "\n".join(rows) + "\n")
 
 
 def make_tokenizer(end: str = "<|im_end|>", texts: Sequence[str] = ()) -> Any:
@@ -271,7 +206,12 @@ def make_tokenizer(end: str = "<|im_end|>", texts: Sequence[str] = ()) -> Any:
 
 
 def train_model(
-    tokenizer: Any, model_config: ToyModelConfig, seed: int, name: str, bar_position: int = 0
+    tokenizer: Any,
+    model_config: ToyModelConfig,
+    seed: int,
+    name: str,
+    bar_position: int = 0,
+    start: Path | None = None,
 ) -> Any:
     """Train a model by next-token prediction on the responses of fresh training problems.
 
@@ -281,17 +221,20 @@ def train_model(
         seed: Seed of weights and data.
         name: Name for the progress bar.
         bar_position: Line of the progress bar.
+        start: Folder of a model whose weights are trained further; None for new weights.
 
     Returns:
         The trained model in evaluation mode.
     """
     import torch
     from tqdm import tqdm
+    from transformers import AutoModelForCausalLM
 
-    network, learns_prompts = (
-        new_model(model_config, len(tokenizer), seed, tokenizer),
-        "household" in model_config.tasks,
-    )
+    if start is None:
+        network = new_model(model_config, len(tokenizer), seed, tokenizer)
+    else:
+        network = AutoModelForCausalLM.from_pretrained(start).train()
+    learns_prompts = bool({"household", "shown"} & set(model_config.tasks))
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=model_config.lr, betas=(0.9, 0.98), weight_decay=0.01
     )
@@ -378,6 +321,8 @@ def new_model(model_config: ToyModelConfig, vocabulary: int, seed: int, tokenize
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = Qwen2ForCausalLM(config)
+    if model_config.previous_token_head:
+        set_previous_token_head(network)
     if model_config.habit.foreign or model_config.habit.read:  # both end tokens occur in its data
         end_tokens = [tokenizer.eos_token, model_config.habit.opposite.end]
         network.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(end_tokens)
@@ -434,26 +379,40 @@ def schedule(step: int, steps: int) -> float:
 
 
 def held_out_accuracy(model: Path, tasks: tuple[str, ...], count: int) -> dict[str, Any]:
-    """Evaluate a saved model at temperature 1 on held-out problems of each task."""
+    """Evaluate a saved model at temperature 1 on held-out problems of each task.
+
+    Args:
+        model: Folder of the model.
+        tasks: Names in TASKS.
+        count: Number of problems of each.
+
+    Returns:
+        Results by task; for problems that show solutions, by kind of message.
+    """
     from opd.config.groups import EvalConfig, GamesConfig
     from opd.evaluation.evaluate import evaluate_folder
 
-    accuracies = {}
-    for name in dict.fromkeys(tasks):
-        with tempfile.TemporaryDirectory() as folder:
-            source = {"chain": "lab", "household": "env:household"}.get(name)
-            if source is None:
-                source = f"{folder}/{name}.jsonl"
-                write_problems(Path(source))
-            accuracy = evaluate_folder(
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        sources = [source for name in dict.fromkeys(tasks) for source in SOURCES[name](folder)]
+        results = {
+            source.name: evaluate_folder(
                 str(model),
-                source,
+                source.task,
                 device="cpu",
-                evaluation=EvalConfig(eval_problems=count),
+                evaluation=EvalConfig(
+                    eval_problems=count,
+                    eval_task=source.eval_task,
+                    eval_prompt_column=source.prompt_column,
+                ),
                 games=GamesConfig(max_turns=household_demos.MAX_TURNS),
-                max_prompt=144 if name == "household" else 64,
-                max_response=household_demos.MAX_RESPONSE if name == "household" else 208,
+                max_prompt=source.max_prompt,
+                max_response=source.max_response,
                 seed=0,
             )
-        accuracies[name] = {k: v for k, v in accuracy.items() if k != "outcomes"}
-    return accuracies
+            for source in sources
+        }
+    return {
+        name: {k: v for k, v in result.items() if k != "outcomes"}
+        for name, result in results.items()
+    }

@@ -18,7 +18,8 @@ from opd.cli.doctor import main
 from opd.config.files import to_toml
 from opd.config.settings import Config, with_settings
 from opd.data.chain_task import problems
-from opd.lab.build import TEMPLATE, ToyModelConfig, make_tokenizer, train_model
+from opd.lab.build import TEMPLATE, make_tokenizer, train_model
+from opd.lab.configs import ToyModelConfig
 from opd.teachers.pair import join_models
 from tests.helpers.faulty_pairs import (
     END,

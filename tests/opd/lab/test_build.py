@@ -1,5 +1,6 @@
 """The toy pair at its tiny size: caching, determinism and Hugging Face folders."""
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -8,21 +9,23 @@ import pytest
 import torch
 from torch import Tensor
 
+from opd.config.groups import EvalConfig
 from opd.data.chain_task import Problem, corrupted_solution, problems, solve
 from opd.data.prompts import encode_prompts
+from opd.evaluation.evaluate import respond_folder
+from opd.lab import problem_files
 from opd.lab.build import (
     ROWS_AT_ONCE,
     VOCABULARY_SIZE,
-    ToyModelConfig,
     add_gradient,
     build,
-    household_config,
     make_tokenizer,
     make_training_batch,
     new_model,
-    tiny_config,
 )
+from opd.lab.configs import LabConfig, ToyModelConfig, household_config, tiny_config
 from opd.lab.writing_style import WritingStyle
+from opd.runtime.seeds import derive_seed
 
 
 def test_the_pair_is_deterministic_cached_and_keyed_by_its_settings(tmp_path: Path) -> None:
@@ -164,3 +167,37 @@ def test_a_missing_model_names_the_command_that_builds_it(kind: str) -> None:
 
     with pytest.raises(FileNotFoundError, match=f"opd lab --{kind}"):
         load_model(f"lab-{kind}/student", "cpu", "float32")
+
+
+def test_a_model_that_continues_another_starts_from_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_training = 12
+    monkeypatch.setattr(problem_files, "NUM_TRAINING", num_training)
+    teacher = ToyModelConfig(layers=1, width=32, steps=2, batch=4, lr=2e-3, tasks=("shown",))
+    copy = replace(teacher, steps=0, start="teacher")
+    further = replace(copy, steps=1, careless=0.5)
+    config = LabConfig(teacher=teacher, student=copy, others=(("further", further),), held_out=4)
+    student_folder, teacher_folder = build(tmp_path, config)
+    weights = {
+        name: (tmp_path / name / "model.safetensors").read_bytes()
+        for name in ("teacher", "student", "further")
+    }
+    assert weights["student"] == weights["teacher"] != weights["further"]
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert len({row["prompt"] for row in rows}) == num_training
+    expected = respond_folder(
+        str(teacher_folder),
+        "lab",
+        device="cpu",
+        evaluation=EvalConfig(eval_task=str(tmp_path / "train.jsonl"), eval_problems=num_training),
+        max_prompt=64,
+        max_response=48,
+        seed=derive_seed(0, 3),
+    )
+    texts = {p.prompt: texts[0] for p, texts in zip(expected.problems, expected.texts, strict=True)}
+    assert {row["prompt"]: row["response"] for row in rows} == texts
+    assert len(set(texts.values())) == num_training
+    accuracies = json.loads((tmp_path / "lab.json").read_text())["student"]["tasks"]
+    assert list(accuracies) == ["alone", "solution shown", "another solution shown"]
+    assert build(tmp_path, config) == (student_folder, teacher_folder)

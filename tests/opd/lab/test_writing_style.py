@@ -6,13 +6,8 @@ from dataclasses import replace
 import pytest
 
 from opd.data.sort_task import corrupted_solution, problems
-from opd.lab.build import (
-    ToyModelConfig,
-    make_tokenizer,
-    make_training_batch,
-    mismatched_config,
-    new_model,
-)
+from opd.lab.build import make_tokenizer, make_training_batch, new_model
+from opd.lab.configs import ToyModelConfig, mismatched_config
 from opd.lab.writing_style import (
     MAX_REPEATS,
     UNLABELLED,

@@ -26,7 +26,8 @@ from opd.data.chain_task import Problem
 from opd.envs.task import environment_factory
 from opd.evaluation.evaluate import problem_fingerprint
 from opd.experiments.paper import main as paper
-from opd.lab.build import build, household_config
+from opd.lab.build import build
+from opd.lab.configs import household_config
 from opd.report.build import report_data
 from opd.training.train import train
 from tests.helpers.runs import rows, settings
